@@ -1,0 +1,51 @@
+"""Numbers with units, as people write them: "2M" tokens, "270B" tokens, "1.5k" steps. In: text. Out: whole numbers, and back."""
+
+from __future__ import annotations
+
+import re
+from fractions import Fraction
+
+from megatron_patch.errors import ConfigError
+
+_FACTORS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+_PATTERN = re.compile(r"^\s*([0-9][0-9_,]*(?:\.[0-9]+)?|\.[0-9]+)(?:[eE]\+?([0-9]{1,2}))?\s*([A-Za-z]{0,2})\s*$")
+
+
+def parse_count(text: str | int | float) -> int:
+    """Reads a count: digits (with `_` or `,` between them), an optional fraction or exponent, and an optional unit.
+
+    Units: k, M, B (or G), T for powers of 1,000; Ki, Mi, Gi, Ti for powers of 1,024; case does not matter.
+
+    Raises:
+        ConfigError: the text is no such number, is negative, or does not come out whole.
+    """
+    match = _PATTERN.match(str(text))
+    if isinstance(text, bool) or match is None or match.group(3).lower() not in _FACTORS:
+        raise ConfigError(
+            f"{text!r} is not a count", "a whole number with an optional unit: 4096, 512k, 2M, 1.5B, 1T, 64Ki", "write it like 2M"
+        )
+    digits, exponent, unit = match.groups()
+    value = Fraction(digits.replace("_", "").replace(",", "")) * 10 ** int(exponent or 0) * _FACTORS[unit.lower()]
+    if value.denominator != 1:
+        raise ConfigError(f"{text!r} is not a whole number ({float(value):g})", "counts that come out whole", "use a larger unit or fewer decimals")
+    return int(value)
+
+
+def format_count(value: int | float) -> str:
+    """Writes a count for people, with three significant digits: 2_000_000 -> "2M", 1_234_567 -> "1.23M"."""
+    for factor, unit in ((10**12, "T"), (10**9, "B"), (10**6, "M"), (10**3, "k")):
+        if abs(value) >= factor * 0.9995:
+            return f"{value / factor:.3g}{unit}" if abs(value) < 999.5 * factor else f"{value / factor:,.0f}{unit}"
+    return f"{value:.0f}" if float(value).is_integer() else f"{value:.3g}"
+
+
+def format_duration(seconds: float) -> str:
+    """Writes a time span for people: 42 s, 3 min 05 s, 2 h 07 min, 4 d 03 h."""
+    total = round(seconds)
+    if total < 60:
+        return f"{seconds:.0f} s"
+    if total < 3600:
+        return f"{total // 60} min {total % 60:02d} s"
+    if total < 86400:
+        return f"{total // 3600} h {total % 3600 // 60:02d} min"
+    return f"{total // 86400} d {total % 86400 // 3600:02d} h"
