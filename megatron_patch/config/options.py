@@ -1,0 +1,281 @@
+"""Every flag of the program, once: frozen dataclasses whose fields are the flags, the keys of a YAML file, and the help text.
+
+In: nothing. Out: the types that `parsing` fills from flags and files and that `resolve` turns into what the rooms need. Names are
+Megatron's where Megatron has one. A field whose default is None is decided by the model family, the recipe or the data.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from tyro.constructors import PrimitiveConstructorSpec
+
+from megatron_patch.errors import ConfigError
+from megatron_patch.stages import LrStyle, WsdDecayStyle
+from megatron_patch.units import parse_count
+
+
+
+def _count(text: list[str]) -> int:
+    try:
+        return parse_count(text[0])
+    except ConfigError as error:
+        raise ValueError(f"{error.what} (allowed: {error.allowed})") from error
+
+
+_COUNT: PrimitiveConstructorSpec[int] = PrimitiveConstructorSpec(
+    nargs=1,
+    metavar="COUNT",
+    instance_from_str=_count,
+    is_instance=lambda value: value is None or (isinstance(value, int) and not isinstance(value, bool)),
+    str_from_instance=lambda value: [str(value)],
+)
+Count = Annotated[int, _COUNT]
+"""A whole number with an optional unit: 4096, 512k, 2M, 270B."""
+OptionalCount = Annotated[int | None, _COUNT]
+"""A count that is decided elsewhere where it is not given."""
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """The model's shape."""
+
+    num_layers: int
+    """Transformer blocks."""
+    hidden_size: int
+    """Width of the residual stream."""
+    num_attention_heads: int
+    """Query heads."""
+    model_family: Literal["llama", "qwen3", "gpt2"] = "llama"
+    """Sets the defaults of the options below: llama (RMSNorm, SwiGLU, rotary, no biases, untied head), qwen3 (the same with
+    normalised queries and keys), gpt2 (LayerNorm, GELU, learned positions, biases, tied head)."""
+    num_query_groups: int | None = None
+    """Key-value heads of grouped-query attention; by default one for each query head."""
+    kv_channels: int | None = None
+    """Size of a head; by default hidden size / heads."""
+    ffn_hidden_size: int | None = None
+    """Width of the feed-forward layer; by default 8/3 of the hidden size, rounded up to 256 (SwiGLU), or 4 times (GELU)."""
+    vocab_size: OptionalCount = None
+    """Token ids are below this; by default what the dataset's side file says."""
+    make_vocab_size_divisible_by: int = 128
+    """The embedding's rows are padded to a multiple of this times the tensor-parallel size; padding is never predicted."""
+    max_position_embeddings: OptionalCount = None
+    """Longest sequence of positions; by default the longest of the stages."""
+    normalization: Literal["RMSNorm", "LayerNorm"] | None = None
+    """Kind of normalisation."""
+    norm_epsilon: float | None = None
+    """Added to the variance."""
+    swiglu: bool | None = None
+    """Gated feed-forward layer instead of GELU."""
+    position_embedding_type: Literal["rope", "learned_absolute"] | None = None
+    """Rotary or learned positions."""
+    rotary_base: float = 10000.0
+    """Base of the rotary frequencies."""
+    qk_layernorm: bool | None = None
+    """Normalise queries and keys of each head before the rotation."""
+    add_qkv_bias: bool | None = None
+    """Biases in the query, key and value projections alone."""
+    disable_bias_linear: bool | None = None
+    """No biases in linear layers."""
+    untie_embeddings_and_output_weights: bool | None = None
+    """An output head of its own instead of the embedding's transpose."""
+    init_method_std: float = 0.02
+    """Standard deviation of initial weights."""
+
+
+@dataclass(frozen=True)
+class StageOptions:
+    """How many tokens are read, in which patches, in which batches."""
+
+    recipe: Literal["patch-train", "token-superposition", "token-level"] | None = None
+    """patch-train: patches, then tokens; constant tokens a step; learning rate and optimizer start afresh at the switch.
+    token-superposition: constant positions a step; one learning-rate schedule over the run; optimizer kept.
+    token-level: the ordinary baseline. Without it: patch-train where --patch-size is above 1, else token-level."""
+    patch_size: int = 1
+    """K: tokens averaged into one position, and labels scored at each, in the recipe's first stage."""
+    patch_fraction: float | None = None
+    """λ: share of the training tokens read as patches (default 2/3 for patch-train). Give this or --patch-compute-share."""
+    patch_compute_share: float | None = None
+    """r: share of the compute spent on patches (default 0.3 for token-superposition)."""
+    stages: str | None = None
+    """The stages themselves instead of a recipe; in a YAML file a list, on the command line the same as JSON."""
+    train_tokens: OptionalCount = None
+    """Tokens read in the whole run."""
+    seq_length: Count = 2048
+    """Positions of a sample, in every stage (a patch stage's sample then has K times the tokens)."""
+    sample: Literal["constant-positions", "constant-tokens"] = "constant-positions"
+    """Whether stages share a sample's positions (T) or its tokens (T/K positions in a patch stage)."""
+    batch: Literal["constant-tokens", "constant-positions"] | None = None
+    """Whether stages share a step's tokens or its positions; by default what the recipe says."""
+    micro_batch_size: int = 1
+    """Samples of one rank in one forward pass."""
+    global_batch_size: OptionalCount = None
+    """Samples of --seq-length tokens in one step at token level. Give this or --global-batch-tokens."""
+    global_batch_tokens: OptionalCount = None
+    """Tokens in one step at token level, rounded to whole micro-batches on all ranks."""
+    position_weights: str = "uniform"
+    """Weights of a position's K labels: uniform, power (1/(k+1)), exponential (2^-k), first, or numbers with commas."""
+    anneal_share: float = 0.0
+    """Soft switch: the last part of the patch stage over which the weights move to the first label alone."""
+    block_tokens: OptionalCount = None
+    """Unit in which the corpus is dealt to the stages; by default the least common multiple of their samples."""
+    start_tokens: Count = 0
+    """Tokens of the corpus order to leave out at the start, because another run has read them."""
+
+
+@dataclass(frozen=True)
+class ScheduleOptions:
+    """Learning rate and optimizer."""
+
+    lr: float = 3e-4
+    """Highest learning rate."""
+    min_lr: float = 0.0
+    """Learning rate at the end of the decay."""
+    lr_warmup_tokens: Count = 0
+    """Tokens of linear warm-up."""
+    lr_warmup_fraction: float | None = None
+    """The same as a share of the schedule's tokens."""
+    lr_decay_style: LrStyle | None = None
+    """Form of the decay; by default cosine (patch-train, token-level) or WSD (token-superposition)."""
+    lr_decay_tokens: OptionalCount = None
+    """Tokens after which --min-lr is reached; by default the schedule's end."""
+    lr_wsd_decay_tokens: OptionalCount = None
+    """Tokens of the final decay of WSD; by default a tenth of the last stage's share of steps."""
+    lr_wsd_decay_style: WsdDecayStyle = "linear"
+    """Form of that decay."""
+    optimizer: Literal["adamw"] = "adamw"
+    """AdamW: NVIDIA Apex' fused one where it is installed, else torch's fused one."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay of matrices; norms and biases have none."""
+    adam_beta1: float = 0.9
+    """Decay of the first moment."""
+    adam_beta2: float = 0.95
+    """Decay of the second moment."""
+    adam_eps: float = 1e-8
+    """Added to the root of the second moment."""
+    clip_grad: float = 1.0
+    """Largest gradient norm; 0 turns clipping off."""
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Where tokens come from."""
+
+    data_path: tuple[str, ...] = ()
+    """Dataset prefixes (without .bin and .idx), or weights and prefixes in turn for a blend: 0.7 web 0.3 code."""
+    valid_data_path: tuple[str, ...] = ()
+    """Held-out datasets; without them a part of --data-path by --split."""
+    split: str = "969,30,1"
+    """Parts of --data-path for training, validation and test."""
+    tokenizer_type: str | None = None
+    """Tokenizer of the data, for samples; by default what the dataset's side file says."""
+    tokenizer_model: str | None = None
+    """Its file or folder."""
+    eod_token_id: int | None = None
+    """Id of the end-of-document token; by default what the dataset's side file says."""
+    reset_attention_mask: bool = False
+    """No attention across documents."""
+    reset_position_ids: bool = False
+    """Positions start at 0 in each document."""
+    eod_mask_loss: bool = False
+    """Do not score labels of another document than that of the position that predicts them."""
+    shuffle_window_blocks: int = 1024
+    """Blocks whose samples are shuffled together."""
+    num_workers: int = 2
+    """Steps prepared ahead of training; 0 prepares each when asked for."""
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """Precision, parallelism and memory."""
+
+    bf16: bool = False
+    """bfloat16 weights and activations; gradients accumulate in float32."""
+    fp16: bool = False
+    """float16 with loss scaling (GPU only)."""
+    loss_scale: float | None = None
+    """Constant loss scale for --fp16; by default it adapts."""
+    initial_loss_scale: float = 65536.0
+    """First loss scale where it adapts; a power of two."""
+    zero_stage: Literal[0, 1, 2, 3] | None = None
+    """What ZeRO shards over data-parallel ranks: 1 optimizer, 2 and gradients, 3 and weights; by default 1."""
+    tensor_model_parallel_size: int = 1
+    """Ranks that share each layer."""
+    pipeline_model_parallel_size: int = 1
+    """Ranks that share the list of layers."""
+    sequence_parallel: bool = False
+    """Shard norms and residuals along positions over the tensor-parallel ranks."""
+    deepspeed_config: str | None = None
+    """DeepSpeed's own JSON, passed through (offload, communication, …); what it and flags both set must agree."""
+    recompute_granularity: Literal["none", "selective", "full"] = "none"
+    """Recompute activations in the backward pass: the attention product, or whole blocks."""
+    compile: bool = False
+    """Compile the model's blocks with torch.compile."""
+    seed: int = 1234
+    """Of initial weights and of the data's order."""
+    local_rank: int = -1
+    """Given by the launcher."""
+    distributed_timeout_minutes: int = 30
+    """How long a rank waits for its peers."""
+
+
+@dataclass(frozen=True)
+class CheckpointOptions:
+    """Saving and resuming."""
+
+    save: str | None = None
+    """Folder of the run: checkpoints, metrics, plots."""
+    load: str | None = None
+    """Folder to resume from; a folder without a checkpoint starts a new run. By default --save."""
+    finetune: bool = False
+    """Take only the weights of --load: a new run with a fresh optimizer, schedule and data order."""
+    save_interval: OptionalCount = None
+    """Steps between checkpoints (stage ends are always saved)."""
+    save_interval_tokens: OptionalCount = None
+    """The same in tokens."""
+    keep_last: int = 3
+    """Checkpoints to keep; 0 keeps all. Those at stage ends are always kept."""
+    exit_interval: OptionalCount = None
+    """Save and stop after this many steps of the whole run."""
+
+
+@dataclass(frozen=True)
+class LoggingOptions:
+    """Evaluation, metrics and the console."""
+
+    log_interval: int = 10
+    """Steps between console lines."""
+    eval_interval: OptionalCount = None
+    """Steps between evaluations; stage ends are always evaluated where there is held-out data."""
+    eval_interval_tokens: OptionalCount = None
+    """The same in tokens."""
+    eval_tokens: Count = 1_000_000
+    """Held-out tokens of an evaluation."""
+    tensorboard_dir: str | None = None
+    """Write TensorBoard events here."""
+    wandb_project: str | None = None
+    """Log to this Weights & Biases project."""
+    wandb_exp_name: str | None = None
+    """Name of the run there."""
+    log_token_spans: bool = False
+    """Write every token span that each rank reads to SAVE/spans/, for audits."""
+    peak_tflops: float | None = None
+    """Peak of one device in TFLOP/s, for the MFU of devices that are not in the table."""
+    dry_run: bool = False
+    """Print the resolved plan and stop; needs neither data nor GPUs."""
+    world_size: int | None = None
+    """Ranks to pretend in a dry run."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """Pretrain a language model on patches of tokens first and on single tokens last."""
+
+    model: ModelOptions
+    stages: StageOptions
+    schedule: ScheduleOptions
+    data: DataOptions
+    engine: EngineOptions
+    checkpoint: CheckpointOptions
+    logging: LoggingOptions

@@ -1,0 +1,493 @@
+"""From stage options to a `StagePlan`: recipes become lists of stages, amounts become steps.
+
+In: the options of a run and the number of data-parallel ranks. Out: the plan. A recipe is nothing but a short way to write a list:
+
+- patch-train (arXiv 2407.12665): patches for λ = 2/3 of the tokens, then tokens; every step holds the same tokens; learning rate
+  and optimizer start afresh at the switch.
+- token-superposition (arXiv 2605.06546): patches for r = 0.3 of the compute, then tokens; every step holds the same positions; one
+  warm-up-stable-decay schedule over the run; the optimizer is kept.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any, Literal, cast, get_args
+
+import yaml
+
+from megatron_patch.config.options import ScheduleOptions, StageOptions
+from megatron_patch.errors import ConfigError
+from megatron_patch.stages import (
+    LrPolicy,
+    LrShape,
+    LrStyle,
+    OptimizerPolicy,
+    Side,
+    Stage,
+    StagePlan,
+    WsdDecayStyle,
+    position_weights,
+)
+from megatron_patch.units import format_count, parse_count
+
+AmountKind = Literal["tokens", "token_share", "compute_share", "step_share", "steps"]
+_AMOUNTS = get_args(AmountKind)
+
+
+@dataclass(frozen=True)
+class StageRequest:
+    """One entry of `stages:`, as written; None means "as the run says".
+
+    Exactly one amount may be given: `tokens`, `token_share` (of --train-tokens), `compute_share` (of the run's positions),
+    `step_share` or `steps`; one stage without an amount takes the rest.
+    """
+
+    name: str | None = None
+    patch_size: int = 1
+    tokens: int | None = None
+    token_share: float | None = None
+    compute_share: float | None = None
+    step_share: float | None = None
+    steps: int | None = None
+    sample: Literal["constant-positions", "constant-tokens"] | None = None
+    batch: Literal["constant-tokens", "constant-positions"] | None = None
+    micro_batch_size: int | None = None
+    side: Side = "both"
+    position_weights: str | tuple[float, ...] | None = None
+    anneal_share: float | None = None
+    lr_policy: LrPolicy | None = None
+    lr: float | None = None
+    min_lr: float | None = None
+    lr_warmup_tokens: int | None = None
+    lr_decay_style: LrStyle | None = None
+    lr_decay_tokens: int | None = None
+    lr_wsd_decay_tokens: int | None = None
+    lr_wsd_decay_style: WsdDecayStyle | None = None
+    optimizer: OptimizerPolicy | None = None
+    data_path: tuple[str, ...] | None = None
+
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "sample": ("constant-positions", "constant-tokens"),
+    "batch": ("constant-tokens", "constant-positions"),
+    "side": get_args(Side),
+    "lr_policy": get_args(LrPolicy),
+    "lr_decay_style": get_args(LrStyle),
+    "lr_wsd_decay_style": get_args(WsdDecayStyle),
+    "optimizer": get_args(OptimizerPolicy),
+}
+_COUNTS = {"patch_size", "tokens", "steps", "micro_batch_size", "lr_warmup_tokens", "lr_decay_tokens", "lr_wsd_decay_tokens"}
+_NUMBERS = {"token_share", "compute_share", "step_share", "anneal_share", "lr", "min_lr"}
+
+
+def parse_blend(words: Sequence[str], flag: str = "--data-path") -> tuple[tuple[str, float], ...]:
+    """Reads prefixes, or weights and prefixes in turn, as (prefix, weight) with weights that sum to 1.
+
+    Raises:
+        ConfigError: weights without prefixes, or weights that are not above zero.
+    """
+
+    def number(word: str) -> float | None:
+        try:
+            return float(word)
+        except ValueError:
+            return None
+
+    if not words:
+        return ()
+    if number(words[0]) is None:
+        pairs = [(word, 1.0) for word in words]
+        if any(number(word) is not None for word in words):
+            raise ConfigError(f"{flag} {' '.join(words)}", "prefixes alone, or a weight before every prefix: 0.7 web 0.3 code")
+    else:
+        weights = [number(word) for word in words[::2]]
+        if len(words) % 2 or None in weights:
+            raise ConfigError(f"{flag} {' '.join(words)}", "prefixes alone, or a weight before every prefix: 0.7 web 0.3 code")
+        pairs = list(zip(words[1::2], cast("list[float]", weights), strict=True))
+    total = sum(weight for _, weight in pairs)
+    if not all(weight > 0 and math.isfinite(weight) for _, weight in pairs):
+        raise ConfigError(f"{flag} {' '.join(words)}", "weights above zero", "leave a corpus out instead of giving it no weight")
+    if len({prefix for prefix, _ in pairs}) < len(pairs):
+        raise ConfigError(f"{flag} names a dataset twice", "each prefix once", "add the weights of the repeated ones")
+    return tuple((prefix, weight / total) for prefix, weight in pairs)
+
+
+def read_stages(text: str) -> tuple[StageRequest, ...]:
+    """Reads the `stages:` list from YAML or JSON text.
+
+    Raises:
+        ConfigError: no list of mappings, an unknown key, a value of the wrong kind.
+    """
+    try:
+        entries = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"stages: not valid YAML: {error}", "a list of mappings") from error
+    if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
+        raise ConfigError("stages: is no list of mappings", "- {patch_size: 4, token_share: 0.667}\\n- {patch_size: 1}")
+    return tuple(_read_entry(entry, number) for number, entry in enumerate(entries, start=1))
+
+
+def _read_entry(entry: Mapping[str, Any], number: int) -> StageRequest:
+    known = [f.name for f in dataclasses.fields(StageRequest)]
+    values: dict[str, Any] = {}
+    for key, value in entry.items():
+        name = str(key).replace("-", "_")
+        where = f"stages: entry {number}: {name}"
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            raise ConfigError(
+                f"{where} is unknown", ", ".join(known), f"did you mean {close[0]}?" if close else "remove it"
+            )
+        if value is None:
+            continue
+        if name in _COUNTS:
+            try:
+                value = parse_count(value)
+            except ConfigError as error:
+                raise ConfigError(f"{where}: {error.what}", error.allowed, error.do) from error
+        elif name in _NUMBERS:
+            try:
+                value = float(value)
+            except (TypeError, ValueError):
+                raise ConfigError(f"{where} is {value!r}", "a number") from None
+        elif name in _CHOICES and value not in _CHOICES[name]:
+            raise ConfigError(f"{where} is {value!r}", ", ".join(_CHOICES[name]))
+        elif name == "position_weights" and isinstance(value, list):
+            value = tuple(float(weight) for weight in value)
+        elif name == "data_path":
+            value = tuple(str(word) for word in value) if isinstance(value, list) else tuple(str(value).split())
+        values[name] = value
+    return StageRequest(**values)
+
+
+def recipe_of(options: StageOptions) -> str:
+    """The recipe by name: the one given, else patch-train for patches and token-level without them."""
+    if options.stages is not None:
+        return "stages"
+    return options.recipe or ("patch-train" if options.patch_size > 1 else "token-level")
+
+
+def _requests(options: StageOptions) -> tuple[StageRequest, ...]:
+    """The list of stages that the options ask for."""
+    recipe = recipe_of(options)
+    shares = {"patch_fraction": options.patch_fraction, "patch_compute_share": options.patch_compute_share}
+    given = {name: value for name, value in shares.items() if value is not None}
+    if recipe == "stages":
+        if options.recipe or options.patch_size != 1 or given:
+            raise ConfigError(
+                "stages: beside --recipe, --patch-size or a patch share",
+                "a recipe or a list of stages",
+                "write the patch sizes and amounts into the list",
+            )
+        assert options.stages is not None
+        return read_stages(options.stages)
+    if recipe == "token-level":
+        if options.patch_size != 1 or given:
+            raise ConfigError("--recipe token-level with a patch size or share", "--patch-size 1 and no share", "remove one")
+        return (StageRequest(name="token"),)
+    if options.patch_size < 2:
+        raise ConfigError(f"--recipe {recipe} with --patch-size {options.patch_size}", "a patch size from 2", "--patch-size 4")
+    if len(given) > 1:
+        raise ConfigError("--patch-fraction and --patch-compute-share", "one of them", "remove one")
+    for name, share in given.items():
+        if not 0.0 < share < 1.0:
+            raise ConfigError(f"--{name.replace('_', '-')} {share}", "a share between 0 and 1", "0.667, for example")
+    policy: dict[str, Any] = {"lr_policy": "restart", "optimizer": "reset"}
+    amount: dict[str, Any] = {"token_share": options.patch_fraction if options.patch_fraction is not None else 2 / 3}
+    if recipe == "token-superposition":
+        policy = {"lr_policy": "continue", "optimizer": "keep"}
+        amount = {"token_share": options.patch_fraction} if options.patch_fraction is not None else {"compute_share": 0.3}
+    if options.patch_compute_share is not None:
+        amount = {"compute_share": options.patch_compute_share}
+    patch = StageRequest(name="patch", patch_size=options.patch_size, anneal_share=options.anneal_share, **amount)
+    return (patch, StageRequest(name="token", **policy))
+
+
+@dataclass(frozen=True)
+class _Geometry:
+    """A stage before its amount is known."""
+
+    request: StageRequest
+    positions: int
+    input_patch_size: int
+    micro_batch_size: int
+    constant_tokens: bool
+
+    @property
+    def sample_tokens(self) -> int:
+        return self.positions * self.input_patch_size
+
+
+def _geometry(request: StageRequest, options: StageOptions, recipe: str) -> _Geometry:
+    name = request.name or f"K={request.patch_size}"
+    if request.patch_size < 1:
+        raise ConfigError(f"stage {name!r}: patch_size {request.patch_size}", "whole numbers from 1")
+    default_batch = "constant-positions" if recipe == "token-superposition" else "constant-tokens"
+    batch = request.batch or options.batch or default_batch
+    input_patch_size = 1 if request.side == "output" else request.patch_size
+    positions = options.seq_length
+    if (request.sample or options.sample) == "constant-tokens":
+        if options.seq_length % input_patch_size:
+            raise ConfigError(
+                f"stage {name!r}: samples of {options.seq_length} tokens cannot be cut into patches of {input_patch_size}",
+                "a --seq-length that the patch size divides",
+                "change --seq-length or patch_size, or use sample: constant-positions",
+            )
+        positions = options.seq_length // input_patch_size
+    return _Geometry(
+        request, positions, input_patch_size, request.micro_batch_size or options.micro_batch_size, batch == "constant-tokens"
+    )
+
+
+def _global_batches(geometries: Sequence[_Geometry], options: StageOptions, ranks: int) -> list[int]:
+    """Samples of a step, for each stage: the token-level batch, held constant in tokens or in positions.
+
+    A batch given in tokens is rounded to whole micro-batches of all ranks in every stage; one given in samples is taken as it is.
+    """
+    if (options.global_batch_size is None) == (options.global_batch_tokens is None):
+        raise ConfigError(
+            "the global batch is given twice" if options.global_batch_size else "no global batch is given",
+            "one of --global-batch-tokens and --global-batch-size",
+            "--global-batch-tokens 2M, for example",
+        )
+
+    def samples(geometry: _Geometry, tokens: int) -> Fraction:
+        return Fraction(tokens, geometry.sample_tokens if geometry.constant_tokens else geometry.positions)
+
+    if options.global_batch_size is not None:
+        tokens = options.global_batch_size * options.seq_length
+    else:
+        assert options.global_batch_tokens is not None
+        unit = math.lcm(
+            *(
+                g.micro_batch_size * ranks * (g.sample_tokens if g.constant_tokens else g.positions)
+                for g in geometries
+            )
+        )
+        tokens = max(1, round(options.global_batch_tokens / unit)) * unit
+    batches = [samples(geometry, tokens) for geometry in geometries]
+    for geometry, batch in zip(geometries, batches, strict=True):
+        if batch.denominator != 1:
+            raise ConfigError(
+                f"a step of {tokens} tokens does not divide into samples of {geometry.sample_tokens} tokens "
+                f"(K = {geometry.request.patch_size})",
+                f"--global-batch-size in multiples of {batch.denominator * (options.global_batch_size or 1)}",
+                "give --global-batch-tokens (it is rounded), or batch: constant-positions",
+            )
+    return [int(batch) for batch in batches]
+
+
+def _amounts(geometries: Sequence[_Geometry], batches: Sequence[int], options: StageOptions) -> list[Fraction]:
+    """Tokens of each stage, before rounding to steps.
+
+    A stage with a compute share r_i takes r_i·C units of compute, with C the run's whole compute (a unit is one position); one with a
+    step share takes s_i·S steps. Writing u_i for units per token (1/K_i, or 1/tokens per step), F for the stages of known size and R
+    for the stage that takes the rest of N tokens, C = Σ_F u·tokens + Σ_i r_i·C + u_R·(N - Σ_F tokens - Σ_i r_i·C/u_i) gives C.
+    """
+    total = None if options.train_tokens is None else Fraction(options.train_tokens)
+    kinds: list[str | None] = []
+    for number, geometry in enumerate(geometries, start=1):
+        given = [kind for kind in _AMOUNTS if getattr(geometry.request, kind) is not None]
+        if len(given) > 1:
+            raise ConfigError(f"stages: entry {number} gives {' and '.join(given)}", f"one of {', '.join(_AMOUNTS)}", "keep one")
+        kinds.append(given[0] if given else None)
+        value = getattr(geometry.request, given[0]) if given else 1
+        if not value > 0 or (given and given[0].endswith("share") and not value <= 1):
+            raise ConfigError(f"stages: entry {number}: {given[0]} is {value}", "amounts above zero, shares up to 1")
+    if kinds.count(None) > 1:
+        raise ConfigError("stages: more than one stage without an amount", "one stage may take the rest", "give the others an amount")
+    if total is None and any(kind not in ("tokens", "steps") for kind in kinds):
+        raise ConfigError("--train-tokens is missing", "a number of tokens, as shares and a rest need it", "--train-tokens 10B")
+    relative = {kind for kind in kinds if kind in ("compute_share", "step_share")}
+    if len(relative) > 1:
+        raise ConfigError("stages: compute_share beside step_share", "one of the two in a list", "use one kind")
+
+    steps_tokens = [batch * geometry.sample_tokens for batch, geometry in zip(batches, geometries, strict=True)]
+    units = [
+        Fraction(1, step if "step_share" in relative else geometry.input_patch_size)
+        for step, geometry in zip(steps_tokens, geometries, strict=True)
+    ]
+    amounts: list[Fraction | None] = []
+    for geometry, kind, step in zip(geometries, kinds, steps_tokens, strict=True):
+        request = geometry.request
+        if kind == "tokens":
+            amounts.append(Fraction(cast("int", request.tokens)))
+        elif kind == "steps":
+            amounts.append(Fraction(cast("int", request.steps) * step))
+        elif kind == "token_share":
+            amounts.append(Fraction(cast("float", request.token_share)) * cast("Fraction", total))
+        else:
+            amounts.append(None)
+    fixed = sum((amount for amount in amounts if amount is not None), Fraction(0))
+    if relative or None in kinds:
+        assert total is not None
+        rest = kinds.index(None) if None in kinds else None
+        shares = {
+            index: Fraction(getattr(geometry.request, cast("str", kind)))
+            for index, (geometry, kind) in enumerate(zip(geometries, kinds, strict=True))
+            if kind in relative
+        }
+        fixed_units = sum((a * u for a, u in zip(amounts, units, strict=True) if a is not None), Fraction(0))
+        tokens_per_unit = sum((share / units[index] for index, share in shares.items()), Fraction(0))
+        if rest is None:
+            whole = (total - fixed) / tokens_per_unit
+        else:
+            whole = (fixed_units + (total - fixed) * units[rest]) / (1 - sum(shares.values()) + tokens_per_unit * units[rest])
+        for index, share in shares.items():
+            amounts[index] = share * whole / units[index]
+        if rest is not None:
+            amounts[rest] = total - sum((amount for amount in amounts if amount is not None), Fraction(0))
+    result = [cast("Fraction", amount) for amount in amounts]
+    if min(result) <= 0:
+        raise ConfigError(
+            f"the stages take {format_count(float(sum(a for a in result if a > 0)))} of {format_count(float(total or 0))} training tokens",
+            "amounts that leave something to every stage",
+            "raise --train-tokens or lower the shares",
+        )
+    return result
+
+
+def build_plan(options: StageOptions, schedule: ScheduleOptions, data_parallel_size: int) -> StagePlan:
+    """Resolves stage options to a plan.
+
+    Args:
+        options: what to read.
+        schedule: learning rates, where a stage does not give its own.
+        data_parallel_size: ranks that share a global batch.
+
+    Raises:
+        ConfigError: anything that cannot be planned; the message names the flag or the stage.
+    """
+    recipe = recipe_of(options)
+    if options.seq_length < 1 or options.micro_batch_size < 1:
+        raise ConfigError(
+            f"--seq-length {options.seq_length}, --micro-batch-size {options.micro_batch_size}", "whole numbers from 1"
+        )
+    geometries = [_geometry(request, options, recipe) for request in _requests(options)]
+    batches = _global_batches(geometries, options, data_parallel_size)
+    amounts = _amounts(geometries, batches, options)
+    block = math.lcm(*(geometry.sample_tokens for geometry in geometries))
+    if options.block_tokens is not None:
+        if options.block_tokens % block:
+            raise ConfigError(
+                f"--block-tokens {options.block_tokens}: samples of "
+                f"{', '.join(str(g.sample_tokens) for g in geometries)} tokens (T·K) do not divide it",
+                f"multiples of {block}",
+                "leave --block-tokens out, or change --seq-length or the patch sizes",
+            )
+        block = options.block_tokens
+    stages = []
+    for index, (geometry, batch, tokens) in enumerate(zip(geometries, batches, amounts, strict=True)):
+        per_step = batch * geometry.sample_tokens
+        unit = block // math.gcd(block, per_step) if index < len(geometries) - 1 else 1
+        steps = max(1, round(tokens / (per_step * unit))) * unit
+        stages.append(_stage(geometry, batch, steps, options, schedule, first=index == 0))
+    names = [stage.name for stage in stages]
+    if len(set(names)) < len(names):
+        stages = [dataclasses.replace(stage, name=f"{number}-{stage.name}") for number, stage in enumerate(stages, start=1)]
+    return StagePlan(_with_schedules(stages, options, schedule, recipe), block)
+
+
+def _stage(
+    geometry: _Geometry, batch: int, steps: int, options: StageOptions, schedule: ScheduleOptions, first: bool
+) -> Stage:
+    request = geometry.request
+    labels = 1 if request.side == "input" else request.patch_size
+    kind: str | tuple[float, ...] = request.position_weights or options.position_weights
+    if isinstance(kind, str) and "," in kind:
+        try:
+            kind = tuple(float(weight) for weight in kind.split(","))
+        except ValueError:
+            raise ConfigError(f"--position-weights {kind}", "uniform, power, exponential, first, or numbers with commas") from None
+    if labels == 1 and not isinstance(kind, str) and request.position_weights is None:
+        kind = "uniform"
+    anneal = request.anneal_share if request.anneal_share is not None else 0.0
+    if not 0.0 <= anneal <= 1.0:
+        raise ConfigError(f"anneal_share {anneal}", "a share from 0 to 1")
+    policy: LrPolicy = request.lr_policy or "restart"
+    if first and policy != "restart":
+        raise ConfigError(f"the first stage has lr_policy: {policy}", "restart, as no schedule is running yet", "remove it")
+    warmup = request.lr_warmup_tokens if request.lr_warmup_tokens is not None else schedule.lr_warmup_tokens
+    return Stage(
+        name=request.name or ("token" if request.patch_size == 1 else f"patch-{request.patch_size}"),
+        patch_size=request.patch_size,
+        positions=geometry.positions,
+        micro_batch_size=geometry.micro_batch_size,
+        global_batch_size=batch,
+        steps=steps,
+        side=request.side,
+        position_weights=position_weights(kind, labels),
+        anneal_share=anneal,
+        lr=_lr_shape(request, schedule),
+        lr_policy=policy,
+        rewarm_tokens=warmup if policy == "rewarm" else 0,
+        optimizer=request.optimizer or ("reset" if policy == "restart" else "keep"),
+        blend=parse_blend(request.data_path, "stages: data_path") if request.data_path else None,
+    )
+
+
+def _lr_shape(request: StageRequest, schedule: ScheduleOptions) -> LrShape:
+    def own(mine: Any, common: Any) -> Any:
+        return common if mine is None else mine
+
+    return LrShape(
+        lr=own(request.lr, schedule.lr),
+        min_lr=own(request.min_lr, schedule.min_lr),
+        warmup_tokens=own(request.lr_warmup_tokens, schedule.lr_warmup_tokens),
+        style=own(request.lr_decay_style, schedule.lr_decay_style or "cosine"),
+        decay_tokens=own(request.lr_decay_tokens, schedule.lr_decay_tokens),
+        wsd_decay_tokens=own(request.lr_wsd_decay_tokens, schedule.lr_wsd_decay_tokens or 0),
+        wsd_decay_style=own(request.lr_wsd_decay_style, schedule.lr_wsd_decay_style),
+    )
+
+
+def _with_schedules(
+    stages: Sequence[Stage], options: StageOptions, schedule: ScheduleOptions, recipe: str
+) -> tuple[Stage, ...]:
+    """Fills in what depends on the length of a schedule: the style of the recipe, warm-up by share, the length of WSD's decay."""
+    result = []
+    for index, stage in enumerate(stages):
+        shape = stage.lr
+        if recipe == "token-superposition" and schedule.lr_decay_style is None:
+            shape = dataclasses.replace(shape, style="WSD")
+        if stage.lr_policy == "restart":
+            following = [other.lr_policy != "restart" for other in stages[index + 1 :]]
+            end = index + 1 + (following.index(False) if False in following else len(following))
+            covered = stages[index:end]
+            tokens = sum(other.tokens for other in covered)
+            if schedule.lr_warmup_fraction is not None and shape.warmup_tokens == 0:
+                if not 0.0 <= schedule.lr_warmup_fraction < 1.0:
+                    raise ConfigError(f"--lr-warmup-fraction {schedule.lr_warmup_fraction}", "a share from 0 to below 1")
+                shape = dataclasses.replace(shape, warmup_tokens=round(tokens * schedule.lr_warmup_fraction))
+            if shape.style == "WSD" and shape.wsd_decay_tokens == 0:
+                # The published schedule decays over the last tenth of the steps, all of them in the last stage.
+                last = covered[-1]
+                decay = min(last.tokens, math.ceil(sum(other.steps for other in covered) / 10) * last.tokens_per_step)
+                shape = dataclasses.replace(shape, wsd_decay_tokens=decay)
+            _check_lr(stage, shape, tokens)
+        result.append(dataclasses.replace(stage, lr=shape))
+    return tuple(result)
+
+
+def _check_lr(stage: Stage, shape: LrShape, tokens: int) -> None:
+    if not (shape.lr > 0.0 and math.isfinite(shape.lr)) or not 0.0 <= shape.min_lr <= shape.lr:
+        raise ConfigError(
+            f"stage {stage.name!r}: lr {shape.lr}, min_lr {shape.min_lr}", "lr above 0 and min_lr from 0 to lr", "check --lr and --min-lr"
+        )
+    if shape.warmup_tokens > tokens:
+        raise ConfigError(
+            f"stage {stage.name!r}: a warm-up of {format_count(shape.warmup_tokens)} tokens in a schedule of {format_count(tokens)}",
+            "a warm-up shorter than the schedule",
+            "lower --lr-warmup-tokens or raise --train-tokens",
+        )
+    if shape.wsd_decay_tokens > tokens:
+        raise ConfigError(
+            f"stage {stage.name!r}: a final decay of {format_count(shape.wsd_decay_tokens)} tokens in a schedule of {format_count(tokens)}",
+            "a decay shorter than the schedule",
+            "lower --lr-wsd-decay-tokens",
+        )
