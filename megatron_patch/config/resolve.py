@@ -1,0 +1,291 @@
+"""From options to a run that can start: the model's shape, the stage plan, the grid of ranks, all checks that need no data.
+
+In: `Parsed` options and the number of ranks. Out: `RunConfig`, whose parts are handed down to the rooms.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_patch.config.options import DataOptions, ModelOptions, Options
+from megatron_patch.config.parsing import Parsed, option_values, parse
+from megatron_patch.config.stage_plan import build_plan, parse_blend
+from megatron_patch.data.side_file import DatasetInfo, read_info
+from megatron_patch.errors import ConfigError
+from megatron_patch.model.shape import ModelShape, check_shape
+from megatron_patch.stages import StagePlan
+
+ASSUMED_VOCAB_SIZE = 32_000
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A resolved run.
+
+    Args:
+        options: all options, as given or by default.
+        origins: option name -> "flag" or a file's name, for those that were given.
+        shape: the model's shape.
+        plan: the stages.
+        blend: the run's training corpora as (prefix, weight).
+        valid_blend: its held-out corpora; empty: a part of the training corpora.
+        data_info: the side file of the first corpus, where there is one.
+        data_parallel_size: ranks that share a global batch.
+        notes: what was decided for the user and may surprise.
+    """
+
+    options: Options
+    origins: Mapping[str, str]
+    shape: ModelShape
+    plan: StagePlan
+    blend: tuple[tuple[str, float], ...]
+    valid_blend: tuple[tuple[str, float], ...]
+    data_info: DatasetInfo | None
+    data_parallel_size: int
+    notes: tuple[str, ...] = ()
+
+    @property
+    def eod_id(self) -> int | None:
+        """Id of the end-of-document token, where it is known."""
+        if self.options.data.eod_token_id is not None:
+            return self.options.data.eod_token_id
+        return self.data_info.eod_id if self.data_info else None
+
+    def to_json(self) -> dict[str, Any]:
+        """All option values and where they came from, as plain JSON values."""
+        return {"options": option_values(self.options), "origins": dict(self.origins)}
+
+
+_FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {"norm": "RMSNorm", "eps": 1e-5, "swiglu": True, "position": "rope", "qk": False, "bias": False, "tied": False},
+    "qwen3": {"norm": "RMSNorm", "eps": 1e-6, "swiglu": True, "position": "rope", "qk": True, "bias": False, "tied": False},
+    "gpt2": {
+        "norm": "LayerNorm",
+        "eps": 1e-5,
+        "swiglu": False,
+        "position": "learned_absolute",
+        "qk": False,
+        "bias": True,
+        "tied": True,
+    },
+}
+
+
+def build_shape(options: ModelOptions, vocab_size: int, longest: int, tensor_parallel_size: int) -> ModelShape:
+    """The model's shape: what was given, else what its family does.
+
+    Args:
+        options: the model's options.
+        vocab_size: token ids are below this.
+        longest: positions of the longest sample.
+        tensor_parallel_size: ranks that share the vocabulary.
+
+    Raises:
+        ConfigError: a shape that cannot be built.
+    """
+    family = _FAMILIES[options.model_family]
+
+    def pick(value: Any, name: str) -> Any:
+        return family[name] if value is None else value
+
+    heads, hidden = options.num_attention_heads, options.hidden_size
+    for flag, value in (("--num-layers", options.num_layers), ("--hidden-size", hidden), ("--num-attention-heads", heads)):
+        if value < 1:
+            raise ConfigError(f"{flag} {value}", "whole numbers from 1")
+    if options.kv_channels is None and hidden % heads:
+        raise ConfigError(
+            f"--hidden-size {hidden} does not divide into {heads} heads",
+            "a hidden size that is a multiple of --num-attention-heads",
+            "change one of them or give --kv-channels",
+        )
+    swiglu = pick(options.swiglu, "swiglu")
+    bias = family["bias"] if options.disable_bias_linear is None else not options.disable_bias_linear
+    positions = options.max_position_embeddings or longest
+    if positions < longest:
+        raise ConfigError(
+            f"--max-position-embeddings {positions} with samples of {longest} positions",
+            f"at least {longest}",
+            "raise it or leave it out",
+        )
+    multiple = options.make_vocab_size_divisible_by * tensor_parallel_size
+    if multiple < 1 or vocab_size < 1:
+        raise ConfigError(
+            f"--vocab-size {vocab_size}, --make-vocab-size-divisible-by {options.make_vocab_size_divisible_by}",
+            "whole numbers from 1",
+        )
+    untied = options.untie_embeddings_and_output_weights
+    shape = ModelShape(
+        num_layers=options.num_layers,
+        hidden_size=hidden,
+        num_attention_heads=heads,
+        num_query_groups=options.num_query_groups or heads,
+        head_size=options.kv_channels or hidden // heads,
+        ffn_hidden_size=options.ffn_hidden_size or (-(-8 * hidden // 768) * 256 if swiglu else 4 * hidden),
+        vocab_size=vocab_size,
+        padded_vocab_size=-(-vocab_size // multiple) * multiple,
+        max_positions=positions,
+        normalization=pick(options.normalization, "norm"),
+        norm_epsilon=pick(options.norm_epsilon, "eps"),
+        activation="swiglu" if swiglu else "gelu",
+        position_embedding="rope" if pick(options.position_embedding_type, "position") == "rope" else "learned",
+        rotary_base=options.rotary_base,
+        qk_norm=pick(options.qk_layernorm, "qk"),
+        attention_bias=bias,
+        qkv_bias=bool(options.add_qkv_bias) or bias,
+        mlp_bias=bias,
+        tie_embeddings=family["tied"] if untied is None else not untied,
+        init_std=options.init_method_std,
+    )
+    check_shape(shape)
+    return shape
+
+
+def _vocab_size(options: Options, info: DatasetInfo | None, notes: list[str]) -> int:
+    given = options.model.vocab_size
+    if info is not None:
+        if given is not None and given < info.vocab_size:
+            raise ConfigError(
+                f"--vocab-size {given}, but the data was tokenized with a vocabulary of {info.vocab_size}",
+                f"at least {info.vocab_size}",
+                "leave --vocab-size out",
+            )
+        return given or info.vocab_size
+    if given is not None:
+        return given
+    if options.logging.dry_run:
+        notes.append(f"vocabulary assumed to be {ASSUMED_VOCAB_SIZE:,}: neither --vocab-size nor a dataset's side file was given")
+        return ASSUMED_VOCAB_SIZE
+    raise ConfigError(
+        "the size of the vocabulary is not known",
+        "--vocab-size N, or a dataset with its side file (PREFIX.json), as tools/preprocess_data.py writes it",
+        "give --vocab-size",
+    )
+
+
+def _check_parallel(options: Options, ranks: int) -> None:
+    engine = options.engine
+    sizes = {
+        "--tensor-model-parallel-size": engine.tensor_model_parallel_size,
+        "--pipeline-model-parallel-size": engine.pipeline_model_parallel_size,
+    }
+    for flag, size in sizes.items():
+        if size != 1:
+            raise ConfigError(
+                f"{flag} {size}", "1", "use data parallelism with --zero-stage 1, 2 or 3; ZeRO 3 shards the weights themselves"
+            )
+    if engine.sequence_parallel:
+        raise ConfigError("--sequence-parallel without tensor parallelism", "a tensor-parallel size above 1", "remove the flag")
+    if engine.bf16 and engine.fp16:
+        raise ConfigError("--bf16 and --fp16", "one of them", "remove one")
+    if math.prod(sizes.values()) > ranks:
+        raise ConfigError(f"{ranks} ranks for a layout of {math.prod(sizes.values())}", "at least as many ranks as the layout has")
+
+
+def _check_training(options: Options, plan: StagePlan) -> None:
+    checkpoint, logging, schedule = options.checkpoint, options.logging, options.schedule
+    for first, second in (
+        ("save_interval", "save_interval_tokens"),
+        ("eval_interval", "eval_interval_tokens"),
+    ):
+        part = checkpoint if first.startswith("save") else logging
+        if getattr(part, first) is not None and getattr(part, second) is not None:
+            flags = f"--{first.replace('_', '-')} and --{second.replace('_', '-')}"
+            raise ConfigError(flags, "one of them", "remove one")
+        for name in (first, second):
+            if getattr(part, name) == 0:
+                raise ConfigError(f"--{name.replace('_', '-')} 0", "whole numbers from 1", "leave it out for none")
+    if checkpoint.finetune and checkpoint.load is None:
+        raise ConfigError("--finetune without --load", "--load with the folder to take weights from", "give --load")
+    if checkpoint.finetune and checkpoint.load == checkpoint.save:
+        raise ConfigError("--finetune with the same --load and --save", "another folder to save to", "change --save")
+    if (checkpoint.save_interval or checkpoint.save_interval_tokens) and checkpoint.save is None:
+        raise ConfigError("a save interval without --save", "--save FOLDER", "give --save")
+    if logging.log_token_spans and checkpoint.save is None:
+        raise ConfigError("--log-token-spans without --save", "--save FOLDER", "give --save")
+    if not 0.0 <= schedule.adam_beta1 < 1.0 or not 0.0 <= schedule.adam_beta2 < 1.0:
+        raise ConfigError(f"--adam-beta1 {schedule.adam_beta1} --adam-beta2 {schedule.adam_beta2}", "numbers from 0 to below 1")
+    if schedule.clip_grad < 0 or schedule.weight_decay < 0:
+        raise ConfigError(f"--clip-grad {schedule.clip_grad} --weight-decay {schedule.weight_decay}", "numbers from 0")
+    if options.data.shuffle_window_blocks < 1 or options.data.num_workers < 0 or logging.log_interval < 1:
+        raise ConfigError(
+            f"--shuffle-window-blocks {options.data.shuffle_window_blocks} --num-workers {options.data.num_workers} "
+            f"--log-interval {logging.log_interval}",
+            "a window and an interval from 1, workers from 0",
+        )
+    if options.stages.start_tokens % plan.block_tokens:
+        raise ConfigError(
+            f"--start-tokens {options.stages.start_tokens} is inside a block",
+            f"multiples of {plan.block_tokens}",
+            "give the tokens that the other run read",
+        )
+
+
+def _check_masking(data: DataOptions, eod_id: int | None) -> None:
+    if eod_id is None and (data.reset_attention_mask or data.reset_position_ids or data.eod_mask_loss):
+        raise ConfigError(
+            "document masks without an end-of-document token",
+            "--eod-token-id N, or data whose side file names it",
+            "preprocess with --append-eod, or give --eod-token-id",
+        )
+
+
+def resolve(parsed: Parsed, ranks: int) -> RunConfig:
+    """Checks and completes options.
+
+    Args:
+        parsed: options and their origins.
+        ranks: processes of the job.
+
+    Raises:
+        ConfigError: whatever cannot run, before any GPU work.
+    """
+    options = parsed.options
+    notes: list[str] = []
+    _check_parallel(options, ranks)
+    data_parallel_size = ranks // (options.engine.tensor_model_parallel_size * options.engine.pipeline_model_parallel_size)
+    blend = parse_blend(options.data.data_path)
+    valid_blend = parse_blend(options.data.valid_data_path, "--valid-data-path")
+    if not blend and not options.logging.dry_run:
+        raise ConfigError("no data", "--data-path PREFIX", "make a dataset with tools/preprocess_data.py")
+    info = read_info(blend[0][0]) if blend else None
+    plan = build_plan(options.stages, options.schedule, data_parallel_size)
+    for stage in plan.stages:
+        whole = stage.micro_batch_size * data_parallel_size
+        if stage.global_batch_size % whole:
+            notes.append(
+                f"stage {stage.name}: {stage.global_batch_size} samples a step are no multiple of {stage.micro_batch_size} x "
+                f"{data_parallel_size} ranks; the last micro-batch of a step is filled up with samples that count nothing"
+            )
+    requested = options.stages.train_tokens
+    if requested is not None and abs(plan.tokens - requested) > 0.01 * requested:
+        notes.append(f"the stages read {plan.tokens:,} tokens; {requested:,} were asked for (rounded to whole steps and blocks)")
+    shape = build_shape(
+        options.model,
+        _vocab_size(options, info, notes),
+        max(stage.positions for stage in plan.stages),
+        options.engine.tensor_model_parallel_size,
+    )
+    _check_training(options, plan)
+    run = RunConfig(options, parsed.origins, shape, plan, blend, valid_blend, info, data_parallel_size, tuple(notes))
+    _check_masking(options.data, run.eod_id)
+    return run
+
+
+def load_config(argv: Sequence[str], ranks: int) -> RunConfig:
+    """Reads the command line and resolves it; a dry run may pretend its number of ranks.
+
+    Raises:
+        ConfigError: as `parse` and `resolve` say.
+    """
+    parsed = parse(argv)
+    pretended = parsed.options.logging.world_size
+    if pretended is not None:
+        if not parsed.options.logging.dry_run:
+            raise ConfigError(f"--world-size {pretended} without --dry-run", "--dry-run", "start as many ranks with the launcher")
+        if pretended < 1:
+            raise ConfigError(f"--world-size {pretended}", "whole numbers from 1")
+        ranks = pretended
+    return resolve(parsed, ranks)
