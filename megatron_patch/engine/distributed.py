@@ -1,0 +1,100 @@
+"""Joining and leaving the job: from the launcher's environment variables to a process group, and back.
+
+In: RANK, WORLD_SIZE, LOCAL_RANK as `deepspeed`, `torchrun` and `srun` templates set them; none of them means a job of one process.
+Out: the rank's device and coordinates.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from datetime import timedelta
+
+import torch
+import torch.distributed
+
+from megatron_patch.errors import ConfigError
+
+
+def ranks_of_environment() -> tuple[int, int, int]:
+    """(rank, world size, local rank) that the launcher gave this process.
+
+    Raises:
+        ConfigError: variables that contradict each other.
+    """
+    try:
+        rank, size, local = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")))
+    except ValueError as error:
+        raise ConfigError(f"RANK, WORLD_SIZE or LOCAL_RANK is no number: {error}", "what a launcher sets") from error
+    if not 0 <= rank < size:
+        raise ConfigError(f"RANK={rank} with WORLD_SIZE={size}", "ranks below the world size", "start the job with a launcher")
+    return rank, size, local
+
+
+def _free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+def join(timeout_minutes: int = 30) -> torch.device:
+    """Joins the job and returns this rank's device (its GPU, or the CPU).
+
+    On CPUs the cores are shared out among the local ranks, unless OMP_NUM_THREADS says otherwise.
+    """
+    rank, size, local = ranks_of_environment()
+    if size == 1 and "MASTER_PORT" not in os.environ:
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(local))
+    cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
+    if not cuda:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        if "OMP_NUM_THREADS" not in os.environ:
+            local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", size)))
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // max(1, local_ranks)))
+    import deepspeed
+    import deepspeed.ops
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.WARNING)
+    # DeepSpeed would compile its shared-memory collectives here, at start, on every machine.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    device = torch.device("cuda", local) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if not torch.distributed.is_initialized():
+        deepspeed.init_distributed(
+            dist_backend="nccl" if cuda else "gloo", timeout=timedelta(minutes=timeout_minutes), verbose=False
+        )
+    return device
+
+
+def leave() -> None:
+    """Leaves the job; without it ZeRO 3 may end with an error while the interpreter shuts down."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def broadcast_object(value: object, source: int = 0) -> object:
+    """Gives every rank the source's value (None elsewhere)."""
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        return value
+    holder = [value]
+    torch.distributed.broadcast_object_list(holder, src=source)
+    return holder[0]
+
+
+def gather_objects(value: object) -> list[object]:
+    """Every rank's value, in order of ranks, on every rank."""
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        return [value]
+    values: list[object] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def barrier() -> None:
+    """Waits until every rank is here."""
+    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        torch.distributed.barrier()

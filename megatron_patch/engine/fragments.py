@@ -1,0 +1,85 @@
+"""Where this rank's float32 weights and moments live, whatever ZeRO stage holds them, as flat views named by parameter.
+
+In: a DeepSpeed engine. Out: `Fragment`s, each a span `[start, start + numel)` of one flattened parameter with live views of its master
+weight and its two moments. Checkpoints, the switch of stages and replica checks all work on fragments, so none of them needs to know
+how a ZeRO stage lays its memory out; and as fragments are named by parameter and span, a checkpoint of fragments can be read back into
+any other layout.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from megatron_patch.engine.optimizer import MOMENTS, base_optimizer, ensure_moments
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """A span of one parameter that this rank owns.
+
+    Args:
+        name: the parameter's name.
+        shape: the whole parameter's shape.
+        start: first element of the span in the flattened parameter.
+        tensors: "weight", "exp_avg", "exp_avg_sq" -> float32 [numel], live views.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    tensors: dict[str, torch.Tensor]
+
+    @property
+    def numel(self) -> int:
+        """Elements of the span."""
+        return self.tensors["weight"].numel()
+
+
+def fragments(engine: Any, names: dict[torch.nn.Parameter, str], share: tuple[int, int] | None) -> list[Fragment]:
+    """This rank's fragments in the order of the parameters.
+
+    Args:
+        engine: what `deepspeed.initialize` returned.
+        names: each parameter's name.
+        share: (rank, ranks): where all ranks hold everything (ZeRO 0) the fragments are this rank's equal share of it;
+            None: all of it.
+    """
+    optimizer = base_optimizer(engine.optimizer)
+    result = []
+    for parameter, name in names.items():
+        located = _locate(engine, optimizer, parameter, share)
+        if located is None:
+            continue
+        flat, offset, start, numel = located
+        if numel <= 0:
+            continue
+        state = ensure_moments(optimizer, flat)
+        tensors = {"weight": flat.detach().view(-1).narrow(0, offset, numel)}
+        tensors.update({key: state[key].view(-1).narrow(0, offset, numel) for key in MOMENTS})
+        shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+        result.append(Fragment(name, shape, start, tensors))
+    return result
+
+
+def _locate(
+    engine: Any, optimizer: torch.optim.Optimizer, parameter: torch.nn.Parameter, share: tuple[int, int] | None
+) -> tuple[torch.Tensor, int, int, int] | None:
+    """(tensor of the optimizer, offset in it, offset in the flattened parameter, elements), or None where nothing is here."""
+    zero = engine.optimizer
+    if hasattr(parameter, "ds_id"):  # ZeRO 3: equal spans, the last padded
+        group, offset, padded = zero.grad_position[zero.get_param_id(parameter)]
+        start = parameter.ds_tensor.ds_numel * parameter.ds_zero_partition_rank
+        return zero.fp32_partitioned_groups_flat[group], offset, start, min(padded, parameter.ds_numel - start)
+    if hasattr(parameter, "_hp_mapping"):  # ZeRO 1 and 2
+        mapping = parameter._hp_mapping
+        if mapping is None:
+            return None
+        flat = optimizer.param_groups[mapping.param_group_index]["params"][0]
+        return flat, mapping.hp_fragment_address.start, mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel
+    rank, ranks = share or (0, 1)
+    start, end = (parameter.numel() * edge // ranks for edge in (rank, rank + 1))
+    return parameter, start, start, end - start
+

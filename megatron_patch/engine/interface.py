@@ -1,0 +1,69 @@
+"""What the training loop asks of an engine, whichever parallel layout is behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from megatron_patch.data.patch_dataset import PatchBatch
+from megatron_patch.stages import Stage
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One optimizer step.
+
+    Args:
+        loss: mean over all scored labels of the global batch, in nats.
+        grad_norm: norm of the mean gradient before clipping.
+        skipped: whether a float16 overflow kept the optimizer from stepping.
+        loss_scale: the loss scale in float16, else None.
+    """
+
+    loss: float
+    grad_norm: float
+    skipped: bool = False
+    loss_scale: float | None = None
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """A mean over held-out labels.
+
+    Args:
+        loss: in nats a label.
+        labels: scored labels over all ranks.
+    """
+
+    loss: float
+    labels: int
+
+
+class Engine(Protocol):
+    """Trains, evaluates, switches stages, saves and loads."""
+
+    def train_step(self, micro_batches: Sequence[PatchBatch], label_weights: Sequence[float], lr: float) -> StepResult:
+        """One optimizer step over this rank's micro-batches of a global batch."""
+        ...
+
+    def evaluate(self, batches: Iterable[PatchBatch]) -> EvaluationResult:
+        """The mean loss over batches; every rank brings the same number of them."""
+        ...
+
+    def switch_stage(self, stage: Stage) -> None:
+        """Takes on the stage's micro-batch, accumulation and shapes, and treats the optimizer as the stage asks."""
+        ...
+
+    def start_stage(self, stage: Stage) -> None:
+        """Takes on a stage's batch and shapes and leaves the optimizer alone: at the start and when resuming inside a stage."""
+        ...
+
+    def save(self, folder: Path) -> Mapping[str, Any]:
+        """Writes weights and optimizer into a folder; returns what the trainer's state must keep for `load`."""
+        ...
+
+    def load(self, folder: Path, state: Mapping[str, Any] | None) -> None:
+        """Reads weights, and with `state` (what `save` returned) the optimizer too, written under any layout."""
+        ...

@@ -1,0 +1,141 @@
+"""Fragments in files: what each rank writes of weights and moments, and how any rank of any layout reads any span back.
+
+In: fragments, and a folder. Out: one `state-RRRRR-of-RRRRR.safetensors` a rank, holding `weight/NAME`, `exp_avg/NAME` and
+`exp_avg_sq/NAME` for each fragment, float32 and flat; the file's header names each fragment's shape and first element. The format runs
+no code when read, needs no conversion between layouts, and a reader maps only the bytes it asks for.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from megatron_patch.engine.fragments import Fragment
+from megatron_patch.errors import CheckpointError
+
+FORMAT = "megatron_patch/state-1"
+
+
+def write_fragments(folder: Path, rank: int, ranks: int, fragments: Sequence[Fragment]) -> Path:
+    """Writes this rank's fragments.
+
+    Args:
+        folder: an existing folder.
+        rank: this rank.
+        ranks: how many write.
+        fragments: spans of parameters with float32 tensors.
+
+    Raises:
+        CheckpointError: the file cannot be written (no space left, for example).
+    """
+    path = folder / f"state-{rank:05d}-of-{ranks:05d}.safetensors"
+    tensors = {f"{kind}/{f.name}": tensor.cpu().contiguous() for f in fragments for kind, tensor in f.tensors.items()}
+    index = [{"name": f.name, "shape": list(f.shape), "start": f.start, "numel": f.numel} for f in fragments]
+    try:
+        save_file(tensors, str(path), metadata={"format": FORMAT, "fragments": json.dumps(index)})
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"cannot write {path}: {error}", "a folder with space for 12 bytes a parameter", "free space, or change --save"
+        ) from error
+    return path
+
+
+@dataclass(frozen=True)
+class _Span:
+    path: Path
+    start: int
+    numel: int
+
+
+class StateFiles:
+    """A checkpoint's weights and moments, by parameter name and span, whoever wrote them.
+
+    Args:
+        folder: where the state files are.
+
+    Raises:
+        CheckpointError: no state files, a file that cannot be read, a parameter that is not covered exactly once.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._spans: dict[str, list[_Span]] = {}
+        paths = sorted(folder.glob("state-*-of-*.safetensors"))
+        if not paths:
+            raise CheckpointError(f"{folder} holds no state files", "a checkpoint folder step-N of this program", "check the path")
+        for path in paths:
+            self._read_index(path)
+        for name, spans in self._spans.items():
+            spans.sort(key=lambda span: span.start)
+            end = 0
+            for span in spans:
+                if span.start != end:
+                    raise CheckpointError(f"{folder}: parameter {name} has a gap or overlap at element {end}", "whole parameters")
+                end += span.numel
+            numel = int(torch.Size(self.shapes[name]).numel())
+            if end != numel:
+                raise CheckpointError(f"{folder}: parameter {name} has {end} of {numel} elements", "whole parameters")
+
+    def _read_index(self, path: Path) -> None:
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise CheckpointError(f"{path} has format {metadata.get('format')!r}", FORMAT, "use the program's version that wrote it")
+            for entry in json.loads(metadata["fragments"]):
+                name, shape = entry["name"], tuple(entry["shape"])
+                if self.shapes.setdefault(name, shape) != shape:
+                    raise CheckpointError(f"{path}: parameter {name} has shape {shape}", f"{self.shapes[name]}, as in the other files")
+                self._spans.setdefault(name, []).append(_Span(path, int(entry["start"]), int(entry["numel"])))
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"cannot read {path}: {error}", "a whole state file", "resume from another checkpoint") from error
+
+    def check(self, expected: dict[str, tuple[int, ...]]) -> None:
+        """Compares with a model's parameters.
+
+        Raises:
+            CheckpointError: the first parameter that is missing, unknown or of another shape.
+        """
+        for name, shape in expected.items():
+            if name not in self.shapes:
+                raise CheckpointError(f"{self.folder} has no parameter {name} {shape}", "a checkpoint of the same model", "check the model's flags")
+            if self.shapes[name] != tuple(shape):
+                raise CheckpointError(
+                    f"{self.folder}: parameter {name} has shape {self.shapes[name]}", f"{tuple(shape)}, as the model's flags say", "check them"
+                )
+        for name in self.shapes:
+            if name not in expected:
+                raise CheckpointError(f"{self.folder} has a parameter {name} that the model lacks", "a checkpoint of the same model", "check the model's flags")
+
+    def read(self, kind: str, name: str, start: int = 0, numel: int | None = None) -> torch.Tensor:
+        """A span of one flattened parameter's weight or moment.
+
+        Args:
+            kind: "weight", "exp_avg" or "exp_avg_sq".
+            name: the parameter.
+            start: first element.
+            numel: elements; None: to the end.
+
+        Returns:
+            float32 [numel].
+        """
+        total = int(torch.Size(self.shapes[name]).numel())
+        end = total if numel is None else start + numel
+        parts = []
+        for span in self._spans[name]:
+            first, last = max(start, span.start), min(end, span.start + span.numel)
+            if first < last:
+                with safe_open(str(span.path), framework="pt") as file:
+                    parts.append(file.get_slice(f"{kind}/{name}")[first - span.start : last - span.start])
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def weight(self, name: str) -> torch.Tensor:
+        """A whole parameter, float32, in its shape."""
+        return self.read("weight", name).view(self.shapes[name])
