@@ -14,22 +14,7 @@ from datetime import timedelta
 import torch
 import torch.distributed
 
-from megatron_patch.errors import ConfigError
-
-
-def ranks_of_environment() -> tuple[int, int, int]:
-    """(rank, world size, local rank) that the launcher gave this process.
-
-    Raises:
-        ConfigError: variables that contradict each other.
-    """
-    try:
-        rank, size, local = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")))
-    except ValueError as error:
-        raise ConfigError(f"RANK, WORLD_SIZE or LOCAL_RANK is no number: {error}", "what a launcher sets") from error
-    if not 0 <= rank < size:
-        raise ConfigError(f"RANK={rank} with WORLD_SIZE={size}", "ranks below the world size", "start the job with a launcher")
-    return rank, size, local
+from megatron_patch.engine.environment import ranks_of_environment
 
 
 def _free_port() -> int:

@@ -1,0 +1,109 @@
+"""The data of a run: corpora opened and checked, the training stream, the held-out ranges, the masking.
+
+In: a run and its plan. Out: `RunData`, which makes loaders for stages and batches for evaluations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from megatron_patch.config.resolve import RunConfig
+from megatron_patch.data.evaluation_data import evaluation_batches
+from megatron_patch.data.loader import PatchLoader
+from megatron_patch.data.patch_dataset import DocumentMasking, PatchBatch
+from megatron_patch.data.side_file import read_info
+from megatron_patch.data.token_stream import TokenCorpus, TrainStream, check_enough, check_vocabulary, split_ranges
+from megatron_patch.parallel.grid import Grid
+from megatron_patch.stages import Stage, StagePlan
+
+
+@dataclass(frozen=True)
+class RunData:
+    """What a run reads.
+
+    Args:
+        stream: the training stream over all stages.
+        held_out: (corpus, (first token, last token)) of each held-out range.
+        masking: how documents are kept apart.
+        grid: this rank's coordinates.
+        prefetch: steps prepared ahead.
+        vocab_size: every id must be below it.
+    """
+
+    stream: TrainStream
+    held_out: tuple[tuple[TokenCorpus, tuple[int, int]], ...]
+    masking: DocumentMasking
+    grid: Grid
+    prefetch: int
+    vocab_size: int
+
+    def loader(self, stage_index: int, stage_step: int) -> PatchLoader:
+        """This rank's micro-batches of a stage, from a step on."""
+        return PatchLoader(
+            self.stream,
+            stage_index,
+            self.grid.data_parallel_rank,
+            self.grid.data_parallel_size,
+            self.masking,
+            start_step=stage_step,
+            prefetch=self.prefetch,
+            vocab_size=self.vocab_size,
+        )
+
+    def evaluation(self, stage: Stage, positions: int, patch_size: int, tokens: int) -> Iterator[PatchBatch]:
+        """This rank's held-out batches at a patch size; the same tokens for every patch size."""
+        for corpus, token_range in self.held_out:
+            yield from evaluation_batches(
+                corpus,
+                token_range,
+                positions=positions,
+                patch_size=patch_size,
+                tokens=tokens // len(self.held_out),
+                micro_batch_size=stage.micro_batch_size,
+                rank=self.grid.data_parallel_rank,
+                size=self.grid.data_parallel_size,
+                masking=self.masking,
+            )
+
+
+def open_data(run: RunConfig, plan: StagePlan, grid: Grid) -> RunData:
+    """Opens and checks the corpora of a run.
+
+    Raises:
+        DataError: a file that is missing, broken, of another vocabulary, or too small for the plan.
+    """
+    options = run.options.data
+    prefixes = list(dict.fromkeys([*(prefix for prefix, _ in run.blend), *(p for s in plan.stages for p, _ in s.blend or ())]))
+    corpora = {prefix: TokenCorpus([prefix]) for prefix in prefixes}
+    for corpus in corpora.values():
+        check_vocabulary(corpus, run.shape.vocab_size)
+    split = options.split if not run.valid_blend else "1,0,0"
+    stream = TrainStream(
+        plan,
+        corpora,
+        blend=run.blend,
+        split=split,
+        seed=run.options.engine.seed,
+        window_blocks=options.shuffle_window_blocks,
+        skip_blocks=run.options.stages.start_tokens // plan.block_tokens,
+    )
+    check_enough(stream)
+    if run.valid_blend:
+        valid = [TokenCorpus([prefix]) for prefix, _ in run.valid_blend]
+        for corpus in valid:
+            check_vocabulary(corpus, run.shape.vocab_size)
+        held_out = tuple((corpus, (0, corpus.num_tokens)) for corpus in valid)
+    else:
+        held_out = tuple((corpora[prefix], split_ranges(corpora[prefix].num_tokens, split)[1]) for prefix, _ in run.blend)
+    longest = max(run.options.stages.seq_length, *(stage.sample_tokens for stage in plan.stages)) + plan.lookahead_tokens
+    held_out = tuple((corpus, (first, last)) for corpus, (first, last) in held_out if last - first >= longest)
+    infos = [read_info(prefix) for prefix in prefixes]
+    masking = DocumentMasking(
+        eod_id=run.eod_id,
+        reset_attention_mask=options.reset_attention_mask,
+        reset_position_ids=options.reset_position_ids,
+        eod_mask_loss=options.eod_mask_loss,
+        ignore_repeated_eod=any(info is not None and info.patch_align > 1 for info in infos),
+    )
+    return RunData(stream, held_out, masking, grid, options.num_workers, run.shape.vocab_size)

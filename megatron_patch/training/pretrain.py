@@ -1,0 +1,72 @@
+"""Pretraining, from the command line to the last checkpoint; read `Trainer.train` from top to bottom.
+
+In: flags. Out: checkpoints, metrics, and an exit code (0 done, 2 configuration, 3 data, 4 checkpoint).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from megatron_patch.config.resolve import RunConfig, load_config
+from megatron_patch.engine.deepspeed_config import EngineConfig, engine_config
+from megatron_patch.errors import CheckpointError, ConfigError, MegatronPatchError
+from megatron_patch.stages import Place, Stage
+from megatron_patch.training.dry_run import print_plan
+
+
+def pretrain(run: RunConfig) -> None:
+    """Trains as a run says, or prints its plan in a dry run.
+
+    Raises:
+        MegatronPatchError: what the user has to change.
+    """
+    settings = _engine_settings(run)
+    if run.options.logging.dry_run:
+        print_plan(run, settings, Console())
+        return
+    # Torch and DeepSpeed take seconds to import, which wrong flags and dry runs need not wait for.
+    from megatron_patch.engine.distributed import join, leave
+    from megatron_patch.training.trainer import Trainer
+
+    device = join(run.options.engine.distributed_timeout_minutes)
+    try:
+        with Trainer(run, settings, device) as trainer:
+            trainer.train()
+    finally:
+        leave()
+
+
+def _engine_settings(run: RunConfig) -> EngineConfig:
+    settings = engine_config(run.options.engine, run.options.schedule, run.origins, run.plan, run.data_parallel_size)
+    if settings.precision == "bf16" and settings.zero_stage == 0 and run.options.engine.recompute_granularity != "none":
+        raise ConfigError(
+            "--bf16 with --zero-stage 0 and recomputation", "--zero-stage 1 to 3, or no recomputation", "use --zero-stage 1: it needs less memory"
+        )
+    if settings.offloads_to_nvme and any(stage.optimizer != "keep" for stage in run.plan.stages[1:]):
+        raise ConfigError(
+            "an optimizer offloaded to NVMe cannot be reset at a switch of stages", "optimizer: keep in every stage, or offload to the CPU"
+        )
+    return settings
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line: prints errors in their three parts and returns the exit code."""
+    from megatron_patch.engine.environment import ranks_of_environment
+
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    rank = 0
+    try:
+        rank, ranks, _ = ranks_of_environment()
+        pretrain(load_config(arguments, ranks))
+    except MegatronPatchError as error:
+        # Every rank meets the same error in flags and files; one message is enough. An error of one rank alone is told by that rank.
+        if rank == 0 or not isinstance(error, ConfigError):
+            print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    return 0

@@ -1,0 +1,357 @@
+"""The loop: next batch, train step, account, evaluate if due, save if due, switch if due.
+
+In: a resolved run that has joined its job. Out: a trained model in checkpoints. Nothing here knows how a stage differs from another
+beyond its numbers; the switch is `Trainer._switch`, the only place where one stage becomes the next.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from rich.console import Console
+
+from megatron_patch.config.resolve import RunConfig
+from megatron_patch.engine.data_parallel import DataParallelEngine
+from megatron_patch.engine.deepspeed_config import EngineConfig
+from megatron_patch.engine.distributed import barrier, broadcast_object, gather_objects
+from megatron_patch.engine.interface import StepResult
+from megatron_patch.errors import CheckpointError, MegatronPatchError
+from megatron_patch.model.gpt import GPTModel
+from megatron_patch.model.init import initialize, parameter_groups
+from megatron_patch.parallel.grid import Grid
+from megatron_patch.stages import Place, Stage, StagePlan
+from megatron_patch.training import checkpointing
+from megatron_patch.training.callbacks import make_callbacks
+from megatron_patch.training.callbacks.base import EvaluationRecord, RunEnd, RunStart, SaveRecord, StepRecord, SwitchRecord
+from megatron_patch.training.corpus import open_data
+from megatron_patch.training.cost import Cost
+from megatron_patch.training.dry_run import print_plan
+from megatron_patch.training.lr_schedule import schedule_of
+from megatron_patch.training.resume import check_data, check_model, plan_to_resume
+from megatron_patch.training.throughput import Throughput
+
+
+class Trainer:
+    """A run on this rank.
+
+    Args:
+        run: what to do.
+        settings: DeepSpeed's part of it.
+        device: this rank's device.
+    """
+
+    def __init__(self, run: RunConfig, settings: EngineConfig, device: torch.device) -> None:
+        self.run, self.device = run, device
+        world = torch.distributed.get_world_size()
+        self.grid = Grid(torch.distributed.get_rank(), world)
+        self.save_folder = Path(run.options.checkpoint.save) if run.options.checkpoint.save else None
+        found = self._find_checkpoint()
+        resuming = found is not None and not run.options.checkpoint.finetune
+        if found is not None:
+            check_model(found.state, run)
+        self.plan: StagePlan = plan_to_resume(found.state, run) if found is not None and resuming else run.plan
+        self.place = Place(found.state.stage_index, found.state.stage_step) if found is not None and resuming else Place(0, 0)
+        self.cost = Cost(run.shape, self.plan, run.options.stages.seq_length)
+        self.schedule = schedule_of(self.plan)
+        self.data = open_data(run, self.plan, self.grid)
+        self.fingerprint = self.data.stream.fingerprint()
+        if found is not None and resuming:
+            check_data(found.state, self.fingerprint)
+        model = GPTModel(run.shape, recompute=run.options.engine.recompute_granularity)
+        initialize(model, run.shape, run.options.engine.seed)
+        if run.options.engine.compile:
+            model.compile_blocks()
+        model.to(device)
+        self.engine = DataParallelEngine(
+            model, parameter_groups(model), settings, run.options.schedule, self.stage, self.grid, device
+        )
+        if found is not None:
+            self.engine.load(found.folder, found.state.engine if resuming else None)
+        self.throughput = Throughput(world, device_name(device), run.options.logging.peak_tflops)
+        self.callbacks = make_callbacks(run, self.save_folder, self.grid.rank)
+        if self.grid.rank == 0:
+            shown = dataclasses.replace(run, plan=self.plan)
+            print_plan(shown, settings, Console(), origins=False)
+            for note in self._start_notes(found):
+                self._tell(note)
+
+    def __enter__(self) -> Trainer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for callback in self.callbacks:
+            callback.close()
+
+    @property
+    def stage(self) -> Stage:
+        """The stage that the run is in."""
+        return self.plan.stages[self.place.stage_index]
+
+    @property
+    def step(self) -> int:
+        """Steps taken."""
+        return self.plan.step(self.place)
+
+    def train(self) -> None:
+        """Trains from where the run stands to its end."""
+        started = time.monotonic()
+        self._announce_start()
+        reason = "done"
+        while True:
+            if self._train_stage() == "exit":
+                reason = "exit interval"
+                break
+            if self.place.stage_index + 1 == len(self.plan.stages):
+                break
+            self._switch()
+        for callback in self.callbacks:
+            callback.on_end(RunEnd(reason, self.step, self.plan.consumed_tokens(self.place), time.monotonic() - started))
+        barrier()
+
+    def _train_stage(self) -> str:
+        """Trains to the end of the stage, evaluates and saves there; "exit" where the run has to stop before."""
+        stage = self.stage
+        if self.place.stage_step == stage.steps:
+            return "finished"
+        loader = self.data.loader(self.place.stage_index, self.place.stage_step)
+        try:
+            while self.place.stage_step < stage.steps:
+                began = time.perf_counter()
+                micro_batches = loader.next_step()
+                data_seconds = time.perf_counter() - began
+                weights = stage.weights_at(self.place.stage_step)
+                after = Place(self.place.stage_index, self.place.stage_step + 1)
+                lr = self.schedule.at(self.plan.consumed_tokens(after))
+                result = self.engine.train_step(micro_batches, weights, lr)
+                for callback in self.callbacks:
+                    callback.on_batches(self.step + 1, stage, micro_batches)
+                self.place = after
+                self._account(result, lr, time.perf_counter() - began, data_seconds)
+                ended = self.place.stage_step == stage.steps
+                if ended or self._due(self.run.options.logging.eval_interval, self.run.options.logging.eval_interval_tokens):
+                    self._evaluate()
+                leaving = not ended and self._due(self.run.options.checkpoint.exit_interval, None)
+                checkpoint = self.run.options.checkpoint
+                if ended or leaving or self._due(checkpoint.save_interval, checkpoint.save_interval_tokens):
+                    self._save(stage_end=ended)
+                if leaving:
+                    return "exit"
+        finally:
+            loader.close()
+        return "finished"
+
+    def _switch(self) -> None:
+        """The switch: the next stage's batch, shapes, labels, optimizer policy and data; the schedule moves on by itself."""
+        before = self.stage
+        self.place = Place(self.place.stage_index + 1, 0)
+        self.engine.switch_stage(self.stage)
+        self.throughput.reset()
+        record = SwitchRecord(
+            step=self.step,
+            tokens=self.plan.consumed_tokens(self.place),
+            from_stage=before.name,
+            to_stage=self.stage.name,
+            from_patch_size=before.patch_size,
+            to_patch_size=self.stage.patch_size,
+        )
+        for callback in self.callbacks:
+            callback.on_switch(record)
+
+    def _due(self, steps: int | None, tokens: int | None) -> bool:
+        """Whether an interval, in steps or tokens, ended with the last step."""
+        if steps is not None:
+            return self.step % steps == 0
+        if tokens is None:
+            return False
+        now = self.plan.consumed_tokens(self.place)
+        return now // tokens > (now - self.stage.tokens_per_step) // tokens
+
+    def _account(self, result: StepResult, lr: float, seconds: float, data_seconds: float) -> None:
+        stage = self.stage
+        rates = self.throughput.update(
+            seconds, data_seconds, stage.tokens_per_step, stage.positions_per_step, self.cost.step_flops(stage)
+        )
+        record = StepRecord(
+            step=self.step,
+            stage=stage.name,
+            stage_index=self.place.stage_index,
+            patch_size=stage.patch_size,
+            tokens=self.plan.consumed_tokens(self.place),
+            cost_tokens=self.cost.cost_tokens(self.place),
+            cost=self.cost.share(self.place),
+            loss=result.loss,
+            lr=lr,
+            grad_norm=result.grad_norm,
+            tokens_per_second=rates.tokens_per_second,
+            positions_per_second=rates.positions_per_second,
+            tflops=rates.tflops,
+            mfu=rates.mfu,
+            memory_gib=memory_gib(self.device),
+            data_seconds=data_seconds,
+            step_seconds=seconds,
+            loss_scale=result.loss_scale,
+            skipped=result.skipped,
+        )
+        for callback in self.callbacks:
+            callback.on_step(record)
+
+    def _evaluate(self) -> None:
+        """Held-out loss at K = 1 and, in a patch stage, at the stage's own K: two numbers that are never mixed."""
+        if not self.data.held_out:
+            return
+        began = time.perf_counter()
+        stage, options = self.stage, self.run.options
+        tokens = options.logging.eval_tokens
+        token_level = self.engine.evaluate(self.data.evaluation(stage, options.stages.seq_length, 1, tokens))
+        patch_level = token_level
+        if stage.patch_size > 1:
+            patch_level = self.engine.evaluate(self.data.evaluation(stage, stage.positions, stage.patch_size, tokens))
+        record = EvaluationRecord(
+            step=self.step,
+            stage=stage.name,
+            stage_index=self.place.stage_index,
+            patch_size=stage.patch_size,
+            tokens=self.plan.consumed_tokens(self.place),
+            cost_tokens=self.cost.cost_tokens(self.place),
+            split="valid",
+            token_loss=token_level.loss,
+            patch_loss=patch_level.loss,
+            eval_tokens=token_level.labels,
+            seconds=time.perf_counter() - began,
+        )
+        self.throughput.reset()
+        for callback in self.callbacks:
+            callback.on_evaluation(record)
+
+    def _save(self, stage_end: bool) -> None:
+        """Commits a checkpoint: every rank writes its part, then one manifest makes it visible."""
+        if self.save_folder is None:
+            return
+        began = time.perf_counter()
+        rank, ranks = self.grid.rank, self.grid.world_size
+        folder = self.save_folder / checkpointing.folder_name(self.step)
+        self._on_first_rank(lambda: checkpointing.prepare(self.save_folder, self.step))
+        engine_state = self.engine.save(folder)
+        state = checkpointing.TrainerState(
+            step=self.step,
+            stage_index=self.place.stage_index,
+            stage_step=self.place.stage_step,
+            stage_name=self.stage.name,
+            consumed_tokens=self.plan.consumed_tokens(self.place),
+            consumed_samples=self.place.stage_step * self.stage.global_batch_size,
+            plan=self.plan.to_json(),
+            config=self.run.to_json(),
+            data_fingerprint=self.fingerprint,
+            engine=dict(engine_state),
+            model=dataclasses.asdict(self.run.shape),
+            extra={"stage_end": stage_end, "data_info": dataclasses.asdict(self.run.data_info) if self.run.data_info else None},
+        )
+        self._on_first_rank(lambda: checkpointing.write_state(folder, state))
+        entries: dict[str, checkpointing.Entry] = {}
+        for part in gather_objects(checkpointing.entries_of_rank(folder, rank, ranks)):
+            entries.update(part)  # type: ignore[call-overload]
+        self._on_first_rank(lambda: self._publish(folder, entries))
+        seconds = time.perf_counter() - began
+        record = SaveRecord(self.step, str(folder), seconds, sum(entry.size for entry in entries.values()))
+        self.throughput.reset()
+        for callback in self.callbacks:
+            callback.on_save(record)
+
+    def _publish(self, folder: Path, entries: dict[str, checkpointing.Entry]) -> None:
+        assert self.save_folder is not None
+        checkpointing.write_manifest(folder, entries)
+        checkpointing.publish(self.save_folder, self.step)
+        ends = {self.plan.first_step(index + 1) for index in range(len(self.plan.stages))}
+        checkpointing.prune(self.save_folder, self.run.options.checkpoint.keep_last, keep=ends)
+
+    def _on_first_rank(self, action: object) -> None:
+        """Runs an action on rank 0; where it fails, every rank raises its error."""
+        failure: MegatronPatchError | None = None
+        if self.grid.rank == 0:
+            try:
+                action()  # type: ignore[operator]
+            except MegatronPatchError as error:
+                failure = error
+            except OSError as error:
+                failure = CheckpointError(f"cannot write to {self.save_folder}: {error}", "a folder with free space", "free space, or change --save")
+        failure = broadcast_object(failure)  # type: ignore[assignment]
+        if failure is not None:
+            raise failure
+
+    def _find_checkpoint(self) -> checkpointing.Found | None:
+        """The newest sound checkpoint of --load (by default --save), found by rank 0 for all."""
+        checkpoint = self.run.options.checkpoint
+        source = checkpoint.load or checkpoint.save
+        if source is None:
+            return None
+        found: object = None
+        if self.grid.rank == 0:
+            try:
+                found = checkpointing.find_newest_sound(Path(source))
+                if found is None and checkpoint.finetune:
+                    raise CheckpointError(f"--load {source} holds no checkpoint", "a folder with step-N checkpoints", "check the path")
+            except MegatronPatchError as error:
+                found = error
+        found = broadcast_object(found)
+        if isinstance(found, MegatronPatchError):
+            raise found
+        return found  # type: ignore[return-value]
+
+    def _start_notes(self, found: checkpointing.Found | None) -> list[str]:
+        notes = []
+        if found is None:
+            notes.append("new run")
+        else:
+            notes += [f"skipped the checkpoint {folder}: {reason}" for folder, reason in found.skipped]
+            if self.run.options.checkpoint.finetune:
+                notes.append(f"new run from the weights of {found.folder}")
+            else:
+                notes.append(
+                    f"resumed from {found.folder}: stage {self.stage.name}, step {self.step:,} of {self.plan.steps:,}"
+                    + (" (nothing left to do)" if self.step == self.plan.steps else "")
+                )
+        notes += self.data.stream.epoch_notes()
+        if not self.data.held_out:
+            notes.append("no evaluation: the held-out part of the data is shorter than a sample (give --valid-data-path or another --split)")
+        return notes
+
+    def _announce_start(self) -> None:
+        plan = self.plan
+        record = RunStart(
+            step=self.step,
+            total_steps=plan.steps,
+            total_tokens=plan.tokens,
+            switches=tuple((plan.first_token(index), plan.stages[index].name) for index in range(1, len(plan.stages))),
+            tokens=plan.consumed_tokens(self.place),
+            device=device_name(self.device),
+            ranks=self.grid.world_size,
+            save=str(self.save_folder) if self.save_folder else None,
+            token_flops=self.cost.token_flops,
+            whole_cost=self.cost.whole,
+        )
+        for callback in self.callbacks:
+            callback.on_start(record)
+
+    def _tell(self, text: str) -> None:
+        for callback in self.callbacks:
+            callback.on_message(text)
+
+
+def device_name(device: torch.device) -> str:
+    """What the device is called: the GPU's name, or "cpu"."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def memory_gib(device: torch.device) -> float:
+    """Highest memory of this rank so far: the allocator's on a GPU, the process' resident set on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
