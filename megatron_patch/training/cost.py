@@ -30,12 +30,12 @@ class Cost:
 
     def step_flops(self, stage: Stage) -> float:
         """FLOPs of one optimizer step, forward and backward, over all ranks."""
-        return stage.positions_per_step * training_flops_per_position(self.shape, stage.positions, stage.labels_per_position)
+        return stage.positions_per_step * training_flops_per_position(self.shape, stage.positions)
 
     @property
     def token_flops(self) -> float:
         """FLOPs of one token at token level."""
-        return training_flops_per_position(self.shape, self.token_positions, 1)
+        return training_flops_per_position(self.shape, self.token_positions)
 
     def flops(self, place: Place) -> float:
         """FLOPs of the run up to a place."""

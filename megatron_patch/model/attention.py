@@ -1,0 +1,109 @@
+"""Causal self-attention with grouped queries over positions, whether a position is a token or a patch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from megatron_patch.model.norm import RMSNorm
+from megatron_patch.model.rotary import rotate
+from megatron_patch.model.shape import ModelShape
+
+
+@dataclass(frozen=True)
+class AttentionContext:
+    """What all blocks share in one forward pass.
+
+    Args:
+        rotary: (cos, sin), each [B or 1, 1, T, head_size], or None for learned positions.
+        mask: bool [B, 1, T, T], True where a position may look, or None for the plain causal mask.
+    """
+
+    rotary: tuple[torch.Tensor, torch.Tensor] | None = None
+    mask: torch.Tensor | None = None
+
+
+@dataclass
+class KeyValueCache:
+    """Keys and values of one block for the positions read so far, [B, groups, T, head_size]; for generation."""
+
+    keys: torch.Tensor | None = None
+    values: torch.Tensor | None = None
+
+    def extend(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Appends new positions and returns all."""
+        if self.keys is not None and self.values is not None:
+            keys, values = torch.cat((self.keys, keys), dim=2), torch.cat((self.values, values), dim=2)
+        self.keys, self.values = keys, values
+        return keys, values
+
+
+@dataclass
+class ModelCache:
+    """One `KeyValueCache` a block, and how many positions they hold."""
+
+    blocks: list[KeyValueCache] = field(default_factory=list)
+    length: int = 0
+
+
+class Attention(nn.Module):
+    """Projections to heads, rotation, scaled dot products, projection back.
+
+    Args:
+        shape: the model's shape.
+        recompute: recompute the attention product in the backward pass instead of keeping what it needs.
+    """
+
+    def __init__(self, shape: ModelShape, recompute: bool = False) -> None:
+        super().__init__()
+        self.head_size, self.recompute = shape.head_size, recompute
+        self.grouped = shape.num_query_groups != shape.num_attention_heads
+        queries, keys = shape.num_attention_heads * shape.head_size, shape.num_query_groups * shape.head_size
+        self.query = nn.Linear(shape.hidden_size, queries, bias=shape.qkv_bias)
+        self.key = nn.Linear(shape.hidden_size, keys, bias=shape.qkv_bias)
+        self.value = nn.Linear(shape.hidden_size, keys, bias=shape.qkv_bias)
+        self.output = nn.Linear(queries, shape.hidden_size, bias=shape.attention_bias)
+        self.query_norm = RMSNorm(shape.head_size, shape.norm_epsilon) if shape.qk_norm else None
+        self.key_norm = RMSNorm(shape.head_size, shape.norm_epsilon) if shape.qk_norm else None
+
+    def _heads(self, projected: torch.Tensor) -> torch.Tensor:
+        """[B, T, heads·head_size] to [B, T, heads, head_size]."""
+        return projected.unflatten(-1, (-1, self.head_size))
+
+    def forward(self, hidden: torch.Tensor, context: AttentionContext, cache: KeyValueCache | None = None) -> torch.Tensor:
+        """Mixes positions.
+
+        Args:
+            hidden: [B, T, H], normalised.
+            context: rotary tables and mask.
+            cache: earlier positions, which all new ones may look at.
+
+        Returns:
+            [B, T, H].
+        """
+        queries, keys = self._heads(self.query(hidden)), self._heads(self.key(hidden))
+        if self.query_norm is not None and self.key_norm is not None:
+            queries, keys = self.query_norm(queries), self.key_norm(keys)
+        queries, keys = queries.transpose(1, 2), keys.transpose(1, 2)
+        values = self._heads(self.value(hidden)).transpose(1, 2)
+        if context.rotary is not None:
+            queries, keys = rotate(queries, *context.rotary), rotate(keys, *context.rotary)
+        if cache is not None:
+            keys, values = cache.extend(keys, values)
+        if self.recompute and self.training and torch.is_grad_enabled():
+            mixed = checkpoint(self._mix, queries, keys, values, context.mask, use_reentrant=False)
+        else:
+            mixed = self._mix(queries, keys, values, context.mask)
+        return self.output(mixed.transpose(1, 2).flatten(2))
+
+    def _mix(
+        self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        causal = mask is None and queries.shape[2] == keys.shape[2]
+        return F.scaled_dot_product_attention(
+            queries, keys, values, attn_mask=mask, is_causal=causal, enable_gqa=self.grouped
+        )

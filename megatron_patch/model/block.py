@@ -1,0 +1,27 @@
+"""One transformer block: each half reads a normalised copy of the residual stream and adds to it."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from megatron_patch.model.attention import Attention, AttentionContext, KeyValueCache
+from megatron_patch.model.feed_forward import FeedForward
+from megatron_patch.model.norm import make_norm
+from megatron_patch.model.shape import ModelShape
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + feed_forward(norm(x))."""
+
+    def __init__(self, shape: ModelShape, recompute_attention: bool = False) -> None:
+        super().__init__()
+        self.attention_norm = make_norm(shape)
+        self.attention = Attention(shape, recompute=recompute_attention)
+        self.feed_forward_norm = make_norm(shape)
+        self.feed_forward = FeedForward(shape)
+
+    def forward(self, hidden: torch.Tensor, context: AttentionContext, cache: KeyValueCache | None = None) -> torch.Tensor:
+        """[B, T, H] to [B, T, H]."""
+        hidden = hidden + self.attention(self.attention_norm(hidden), context, cache)
+        return hidden + self.feed_forward(self.feed_forward_norm(hidden))

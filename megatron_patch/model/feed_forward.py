@@ -1,0 +1,26 @@
+"""The feed-forward layer of a block, applied to each position alone."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from megatron_patch.model.shape import ModelShape
+
+
+class FeedForward(nn.Module):
+    """down(silu(gate(x)) · up(x)) (SwiGLU, arXiv 2002.05202), or down(gelu(up(x))) with the tanh form of GELU."""
+
+    def __init__(self, shape: ModelShape) -> None:
+        super().__init__()
+        hidden, inner, bias = shape.hidden_size, shape.ffn_hidden_size, shape.mlp_bias
+        self.gate = nn.Linear(hidden, inner, bias=bias) if shape.activation == "swiglu" else None
+        self.up = nn.Linear(hidden, inner, bias=bias)
+        self.down = nn.Linear(inner, hidden, bias=bias)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[B, T, H] to [B, T, H]."""
+        if self.gate is None:
+            return self.down(F.gelu(self.up(hidden), approximate="tanh"))
+        return self.down(F.silu(self.gate(hidden)) * self.up(hidden))

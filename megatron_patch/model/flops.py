@@ -1,0 +1,101 @@
+"""Parameters and FLOPs by formula (no torch): what the plan, the metrics and MFU count with.
+
+A multiplication and an addition are two FLOPs; only matrix products count, as everywhere in the field. Compute belongs to positions, not
+to tokens: averaging K embeddings and gathering K labels are no matrix products, so a position costs the same at every K.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_patch.model.shape import ModelShape
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """Parameters by part, without the padding rows of the vocabulary."""
+
+    embedding: int
+    blocks: int
+    final_norm: int
+    head: int
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.embedding + self.blocks + self.final_norm + self.head
+
+
+def _norm_parameters(shape: ModelShape) -> int:
+    return shape.hidden_size * (2 if shape.normalization == "LayerNorm" else 1)
+
+
+def _block_matrices(shape: ModelShape) -> int:
+    """Elements of the matrices that each position is multiplied with in one block."""
+    queries = shape.num_attention_heads * shape.head_size
+    keys = shape.num_query_groups * shape.head_size
+    attention = shape.hidden_size * (2 * queries + 2 * keys)
+    return attention + shape.hidden_size * shape.ffn_hidden_size * (3 if shape.activation == "swiglu" else 2)
+
+
+def parameter_count(shape: ModelShape) -> ParameterCount:
+    """Counts a model's parameters."""
+    queries = shape.num_attention_heads * shape.head_size
+    keys = shape.num_query_groups * shape.head_size
+    block = _block_matrices(shape) + 2 * _norm_parameters(shape)
+    block += (queries + 2 * keys) * shape.qkv_bias + shape.hidden_size * shape.attention_bias
+    block += (shape.ffn_hidden_size * (2 if shape.activation == "swiglu" else 1) + shape.hidden_size) * shape.mlp_bias
+    block += 2 * shape.head_size * shape.qk_norm
+    vocabulary = shape.vocab_size * shape.hidden_size
+    return ParameterCount(
+        embedding=vocabulary + (shape.max_positions * shape.hidden_size if shape.position_embedding == "learned" else 0),
+        blocks=shape.num_layers * block,
+        final_norm=_norm_parameters(shape),
+        head=0 if shape.tie_embeddings else vocabulary,
+    )
+
+
+def forward_flops_per_position(shape: ModelShape, positions: int, causal: bool = True) -> float:
+    """FLOPs of the forward pass for one position of a sample, averaged over its positions.
+
+    2·(matrices of all blocks + head) + attention's two products of scores and values, 4·heads·head_size·(positions attended to). A
+    causal position attends to (T + 1) / 2 positions on average; with `causal` False to all T, as implementations without masks compute.
+
+    Args:
+        shape: the model.
+        positions: T of the sample.
+        causal: count only what the causal mask leaves.
+    """
+    attended = (positions + 1) / 2 if causal else positions
+    attention = 4 * shape.num_attention_heads * shape.head_size * attended
+    return 2 * (shape.num_layers * _block_matrices(shape) + shape.hidden_size * shape.vocab_size) + shape.num_layers * attention
+
+
+def training_flops_per_position(shape: ModelShape, positions: int) -> float:
+    """FLOPs of forward and backward for one position: three times the forward pass; recomputation is not counted."""
+    return 3 * forward_flops_per_position(shape, positions)
+
+
+_PEAK_TFLOPS = {
+    "B300": 2500.0,
+    "B200": 2250.0,
+    "GB200": 2500.0,
+    "H200": 989.4,
+    "H100 PCIe": 756.0,
+    "H100 NVL": 835.0,
+    "H100": 989.4,
+    "H20": 148.0,
+    "A100": 312.0,
+    "A800": 312.0,
+    "H800": 989.4,
+    "L40S": 362.0,
+    "A40": 149.7,
+    "V100": 125.0,
+}
+"""Dense bfloat16 (V100: float16) tensor-core peaks of the makers' data sheets, TFLOP/s."""
+
+
+def peak_flops(device_name: str) -> float | None:
+    """Peak FLOP/s of a device by its name, or None where it is not in the table; the longest name that fits decides."""
+    fitting = [name for name in _PEAK_TFLOPS if all(word in device_name for word in name.split())]
+    return _PEAK_TFLOPS[max(fitting, key=len)] * 1e12 if fitting else None

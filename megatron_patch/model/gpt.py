@@ -1,0 +1,134 @@
+"""The language model as one module: embedding, blocks, final norm, head.
+
+In: token patches and labels. Out: the sum of losses and of weights, so that whoever calls normalises over what it knows (the global
+batch, not the micro-batch). One path serves every K; K = 1 is the ordinary language model to the last bit.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from megatron_patch.model.attention import AttentionContext, KeyValueCache, ModelCache
+from megatron_patch.model.block import Block
+from megatron_patch.model.embedding import Embedding
+from megatron_patch.model.head import Head
+from megatron_patch.model.norm import make_norm
+from megatron_patch.model.rotary import rotary_tables
+from megatron_patch.model.shape import ModelShape, check_shape
+
+Recompute = Literal["none", "selective", "full"]
+
+
+class GPTModel(nn.Module):
+    """A decoder-only transformer over patches.
+
+    Args:
+        shape: the model's shape.
+        recompute: what the backward pass computes again: nothing, the attention product, or whole blocks.
+
+    Raises:
+        ConfigError: a shape that cannot be built.
+    """
+
+    def __init__(self, shape: ModelShape, recompute: Recompute = "none") -> None:
+        super().__init__()
+        check_shape(shape)
+        self.shape, self.recompute = shape, recompute
+        self.embedding = Embedding(shape)
+        self.blocks = nn.ModuleList(Block(shape, recompute == "selective") for _ in range(shape.num_layers))
+        self.final_norm = make_norm(shape)
+        self.head = Head(shape)
+
+    def compile_blocks(self) -> None:
+        """Compiles each block with torch.compile; blocks of one shape share the compiled code."""
+        for block in self.blocks:
+            block.compile(dynamic=False)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        labels: torch.Tensor,
+        label_weights: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        document_ids: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The loss of a micro-batch.
+
+        Args:
+            input_ids: int64 [B, T, K].
+            labels: int64 [B, T, K']; IGNORE_INDEX is not scored.
+            label_weights: [K'], or None for 1.
+            position_ids: int64 [B, T]; None: 0..T-1.
+            document_ids: int64 [B, T]: a position looks only at positions of its own document; None: at all before it.
+
+        Returns:
+            (sum of weighted losses in nats, sum of weights of scored labels), float32.
+        """
+        hidden = self._hidden(input_ids, position_ids, document_ids)
+        return self.head(hidden, self.embedding.word.weight, labels, label_weights)
+
+    def logits(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor | None = None,
+        document_ids: torch.Tensor | None = None,
+        cache: ModelCache | None = None,
+    ) -> torch.Tensor:
+        """One distribution a position.
+
+        Args:
+            input_ids: int64 [B, T, K].
+            position_ids: as in `forward`.
+            document_ids: as in `forward`.
+            cache: earlier positions; the new ones are appended. With a cache that is not empty, T must be 1.
+
+        Returns:
+            [B, T, V].
+        """
+        return self.head.logits(self._hidden(input_ids, position_ids, document_ids, cache), self.embedding.word.weight)
+
+    def _hidden(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor | None,
+        document_ids: torch.Tensor | None,
+        cache: ModelCache | None = None,
+    ) -> torch.Tensor:
+        batch, positions, _ = input_ids.shape
+        if cache is not None and position_ids is None:
+            position_ids = torch.arange(cache.length, cache.length + positions, device=input_ids.device).expand(batch, -1)
+        hidden = self.embedding(input_ids, position_ids)
+        context = self._context(hidden, position_ids, document_ids)
+        if cache is not None:
+            cache.blocks = cache.blocks or [KeyValueCache() for _ in self.blocks]
+            cache.length += positions
+        for index, block in enumerate(self.blocks):
+            if self.recompute == "full" and self.training and torch.is_grad_enabled():
+                hidden = _checkpoint(block, hidden, context)
+            else:
+                hidden = block(hidden, context, cache.blocks[index] if cache is not None else None)
+        return self.final_norm(hidden)
+
+    def _context(
+        self, hidden: torch.Tensor, position_ids: torch.Tensor | None, document_ids: torch.Tensor | None
+    ) -> AttentionContext:
+        rotary = None
+        if self.shape.position_embedding == "rope":
+            positions = position_ids
+            if positions is None:
+                positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
+            cos, sin = rotary_tables(positions, self.shape.head_size, self.shape.rotary_base, hidden.dtype)
+            rotary = (cos[:, None], sin[:, None])
+        mask = None
+        if document_ids is not None:
+            same = document_ids[:, :, None] == document_ids[:, None, :]
+            mask = (same & torch.ones_like(same[0]).tril())[:, None]
+        return AttentionContext(rotary, mask)
+
+
+def _checkpoint(block: nn.Module, hidden: torch.Tensor, context: AttentionContext) -> Any:
+    return checkpoint(block, hidden, context, use_reentrant=False)
