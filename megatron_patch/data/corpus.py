@@ -1,0 +1,132 @@
+"""One corpus: shards laid end to end as one virtual array of tokens. In: prefixes. Out: any span of tokens, and what identifies the data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from megatron_patch.data.indexed_dataset import IndexedDataset, bin_path, idx_path
+from megatron_patch.data.side_file import read_info
+from megatron_patch.errors import ConfigError, DataError
+
+_SAMPLED_SPANS = 64
+_SPAN_BYTES = 4096
+
+
+class TokenCorpus:
+    """Shards as one array.
+
+    Args:
+        prefixes: datasets, in order.
+
+    Raises:
+        DataError: a shard that cannot be opened.
+    """
+
+    def __init__(self, prefixes: Sequence[str]) -> None:
+        self.prefixes = tuple(prefixes)
+        self.shards = tuple(IndexedDataset(prefix) for prefix in prefixes)
+        self._ends = np.cumsum([shard.num_tokens for shard in self.shards])
+        self.num_tokens = int(self._ends[-1])
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return self.prefixes[0] + (f" and {len(self.prefixes) - 1} more" if len(self.prefixes) > 1 else "")
+
+    def read_into(self, out: npt.NDArray[np.int64], start: int) -> None:
+        """Copies tokens `[start, start + out.size)` into an array.
+
+        Raises:
+            DataError: outside the corpus.
+        """
+        if start < 0 or start + out.size > self.num_tokens:
+            raise DataError(f"tokens {start} to {start + out.size} of {self.name}", f"0 to {self.num_tokens}")
+        done = 0
+        shard = int(np.searchsorted(self._ends, start, side="right"))
+        while done < out.size:
+            begin = int(self._ends[shard - 1]) if shard else 0
+            count = min(out.size - done, int(self._ends[shard]) - start - done)
+            out[done : done + count] = self.shards[shard].tokens(start + done - begin, count)
+            done += count
+            shard += 1
+
+    def read(self, start: int, count: int) -> npt.NDArray[np.int64]:
+        """A copy of tokens `[start, start + count)`."""
+        out = np.empty(count, dtype=np.int64)
+        self.read_into(out, start)
+        return out
+
+    def fingerprint(self) -> list[dict[str, object]]:
+        """What tells this data from other data, in constant time: sizes, dtype, checksums of spans of both files."""
+        result: list[dict[str, object]] = []
+        for shard in self.shards:
+            entry: dict[str, object] = {"dtype": str(shard.dtype), "documents": shard.num_documents, "tokens": shard.num_tokens}
+            for path in (bin_path(shard.prefix), idx_path(shard.prefix)):
+                size = path.stat().st_size
+                digest = xxhash.xxh64()
+                with path.open("rb") as file:
+                    for number in range(_SAMPLED_SPANS):
+                        file.seek(max(0, size - _SPAN_BYTES) * number // (_SAMPLED_SPANS - 1))
+                        digest.update(file.read(_SPAN_BYTES))
+                entry[path.suffix] = f"{size}:{digest.hexdigest()}"
+            result.append(entry)
+        return result
+
+
+def split_ranges(num_tokens: int, split: str) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
+    """Token ranges for training, validation and test, in the order of the corpus (Megatron's --split).
+
+    Args:
+        num_tokens: size of the corpus.
+        split: up to three numbers with commas, in any unit: 969,30,1.
+
+    Raises:
+        ConfigError: no such numbers, or no part for training.
+    """
+    try:
+        parts = [float(part) for part in split.split(",")]
+    except ValueError:
+        parts = []
+    if not 1 <= len(parts) <= 3 or min(parts) < 0 or parts[0] <= 0 or not np.isfinite(parts).all():
+        raise ConfigError(f"--split {split}", "up to three numbers from 0, the first above it: 969,30,1")
+    parts += [0.0] * (3 - len(parts))
+    edges = [0, *(round(num_tokens * sum(parts[: index + 1]) / sum(parts)) for index in range(3))]
+    return (edges[0], edges[1]), (edges[1], edges[2]), (edges[2], edges[3])
+
+
+def check_vocabulary(corpus: TokenCorpus, vocab_size: int) -> None:
+    """The model must have a row for every id: by the side files, else by spans of the data.
+
+    Raises:
+        DataError: it has not.
+    """
+    for shard in corpus.shards:
+        info = read_info(shard.prefix)
+        if info is not None:
+            if info.vocab_size > vocab_size:
+                raise DataError(
+                    f"{shard.prefix} was tokenized with {info.vocab_size} ids, the model has {vocab_size}",
+                    f"--vocab-size of at least {info.vocab_size}",
+                    "leave --vocab-size out, or use data of the model's tokenizer",
+                )
+            if (info.bin_bytes, info.tokens) != (shard.bin_bytes, shard.num_tokens):
+                raise DataError(
+                    f"{shard.prefix}.bin has {shard.bin_bytes} bytes, its side file says {info.bin_bytes}",
+                    "files of one dataset",
+                    "copy all three files again, or preprocess the data again",
+                )
+            continue
+        count = min(_SPAN_BYTES, shard.num_tokens)
+        for number in range(_SAMPLED_SPANS):
+            start = (shard.num_tokens - count) * number // (_SAMPLED_SPANS - 1)
+            span = shard.tokens(start, count)
+            if span.size and (int(span.max()) >= vocab_size or int(span.min()) < 0):
+                raise DataError(
+                    f"{shard.prefix} holds token id {int(span.max())} near token {start}; the model has {vocab_size} ids",
+                    f"ids below {vocab_size}",
+                    "give the tokenizer's --vocab-size",
+                )

@@ -1,0 +1,254 @@
+"""Megatron's indexed dataset: PREFIX.bin holds the token ids of all documents one after another, PREFIX.idx where each begins.
+
+In: a prefix. Out: a memory-mapped array of tokens, or, writing, the two files byte for byte as Megatron core writes them. The index is
+34 bytes of header (magic, version 1, dtype code, number of sequences S, number of document boundaries D), then S lengths in tokens
+(int32), S byte offsets (int64) and D boundaries in sequences (int64), all little endian, and possibly S modes (int8) of multimodal data.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_patch.errors import DataError
+
+MAGIC = b"MMIDIDX\x00\x00"
+_HEADER = struct.Struct("<9sQBQQ")
+_DTYPES: dict[int, type[np.generic]] = {
+    1: np.uint8,
+    2: np.int8,
+    3: np.int16,
+    4: np.int32,
+    5: np.int64,
+    8: np.uint16,
+}
+_CODES = {np.dtype(dtype): code for code, dtype in _DTYPES.items()}
+_CHUNK = 1 << 20
+
+
+def optimal_dtype(vocab_size: int) -> np.dtype[np.generic]:
+    """uint16 for vocabularies below 65,500 ids, as Megatron chooses, else int32."""
+    return np.dtype(np.uint16 if vocab_size < 65500 else np.int32)
+
+
+def bin_path(prefix: str) -> Path:
+    """The file of tokens."""
+    return Path(f"{prefix}.bin")
+
+
+def idx_path(prefix: str) -> Path:
+    """The file of lengths and offsets."""
+    return Path(f"{prefix}.idx")
+
+
+class IndexedDataset:
+    """A dataset on disk, mapped, not read.
+
+    Args:
+        prefix: path without .bin and .idx.
+
+    Raises:
+        DataError: a file is missing, is no indexed dataset, or has not the size that its header says.
+    """
+
+    def __init__(self, prefix: str) -> None:
+        self.prefix = prefix
+        for path in (bin_path(prefix), idx_path(prefix)):
+            if not path.is_file():
+                raise DataError(f"{path} does not exist", "a dataset prefix: PREFIX.bin and PREFIX.idx", f"check --data-path {prefix}")
+        index_size = idx_path(prefix).stat().st_size
+        with idx_path(prefix).open("rb") as file:
+            header = file.read(_HEADER.size)
+        if len(header) < _HEADER.size or header[:9] != MAGIC:
+            raise DataError(f"{idx_path(prefix)} is no index: it begins with {header[:9]!r}", f"the magic {MAGIC!r}", "preprocess the data again")
+        _, version, code, self.num_sequences, boundaries = _HEADER.unpack(header)
+        if version != 1:
+            raise DataError(f"{idx_path(prefix)} has version {version}", "version 1")
+        if code not in _DTYPES:
+            raise DataError(f"{idx_path(prefix)} has dtype code {code}", f"integer types: {sorted(_DTYPES)}", "preprocess the data again")
+        self.dtype = np.dtype(_DTYPES[code])
+        expected = _HEADER.size + 12 * self.num_sequences + 8 * boundaries
+        if index_size not in (expected, expected + self.num_sequences):
+            raise DataError(
+                f"{idx_path(prefix)} has {index_size} bytes; its header says {expected}", "a whole index", "copy or preprocess the data again"
+            )
+        if boundaries < 1:
+            raise DataError(f"{idx_path(prefix)} has no document boundaries", "at least one", "preprocess the data again")
+        self.num_documents = boundaries - 1
+        self.bin_bytes = bin_path(prefix).stat().st_size
+        if self.bin_bytes % self.dtype.itemsize:
+            raise DataError(
+                f"{bin_path(prefix)} has {self.bin_bytes} bytes, no multiple of {self.dtype.itemsize} ({self.dtype})", "whole tokens", "copy it again"
+            )
+        self.num_tokens = self.bin_bytes // self.dtype.itemsize
+        self._index = self._map(idx_path(prefix))
+        self.sequence_lengths = self._array(np.int32, _HEADER.size, self.num_sequences)
+        self.sequence_pointers = self._array(np.int64, _HEADER.size + 4 * self.num_sequences, self.num_sequences)
+        self.document_boundaries = self._array(np.int64, _HEADER.size + 12 * self.num_sequences, boundaries)
+        self._tokens: npt.NDArray[np.generic] = (
+            np.frombuffer(self._map(bin_path(prefix)), dtype=self.dtype) if self.bin_bytes else np.empty(0, self.dtype)
+        )
+        self._check_ends()
+
+    @staticmethod
+    def _map(path: Path) -> mmap.mmap:
+        with path.open("rb") as file:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+    def _array(self, dtype: type[np.generic], offset: int, count: int) -> npt.NDArray[np.generic]:
+        return np.frombuffer(self._index, dtype=np.dtype(dtype).newbyteorder("<"), count=count, offset=offset)
+
+    def _check_ends(self) -> None:
+        """The checks that cost nothing whatever the size: where the last sequence and the last document end."""
+        end = 0
+        if self.num_sequences:
+            end = int(self.sequence_pointers[-1]) + int(self.sequence_lengths[-1]) * self.dtype.itemsize
+        if end != self.bin_bytes:
+            raise DataError(
+                f"{bin_path(self.prefix)} has {self.bin_bytes} bytes; its index ends at {end}",
+                "files of one dataset, written to their end",
+                "copy both files again, or preprocess the data again",
+            )
+        first, last = int(self.document_boundaries[0]), int(self.document_boundaries[-1])
+        if first != 0 or last != self.num_sequences:
+            raise DataError(
+                f"{idx_path(self.prefix)}: documents begin at sequence {first} and end at {last} of {self.num_sequences}",
+                "boundaries from 0 to the number of sequences",
+                "preprocess the data again",
+            )
+
+    def __len__(self) -> int:
+        return int(self.num_sequences)
+
+    def __getitem__(self, index: int) -> npt.NDArray[np.generic]:
+        """Tokens of one sequence."""
+        if not 0 <= index < self.num_sequences:
+            raise IndexError(f"sequence {index} of {self.num_sequences}")
+        start = int(self.sequence_pointers[index]) // self.dtype.itemsize
+        return self.tokens(start, int(self.sequence_lengths[index]))
+
+    def tokens(self, start: int, count: int) -> npt.NDArray[np.generic]:
+        """Tokens `[start, start + count)` of all documents laid end to end, a view of the file.
+
+        Raises:
+            DataError: outside the file.
+        """
+        if start < 0 or count < 0 or start + count > self.num_tokens:
+            raise DataError(f"tokens {start} to {start + count} of {self.prefix}", f"0 to {self.num_tokens}")
+        return self._tokens[start : start + count]
+
+
+class IndexedDatasetWriter:
+    """Writes a dataset under temporary names; `finish` makes it appear under its own.
+
+    Args:
+        prefix: path without .bin and .idx.
+        dtype: of the tokens, as `optimal_dtype` says.
+
+    Raises:
+        DataError: the folder cannot be written, or there is no space left.
+    """
+
+    def __init__(self, prefix: str, dtype: np.dtype[np.generic]) -> None:
+        self.prefix, self.dtype = prefix, np.dtype(dtype)
+        if self.dtype not in _CODES:
+            raise DataError(f"tokens of {self.dtype}", f"{sorted(str(known) for known in _CODES)}")
+        self.num_documents = 0
+        self.num_tokens = 0
+        self._temporary = [Path(f"{path}.partial") for path in (bin_path(prefix), idx_path(prefix), Path(f"{prefix}.lengths"))]
+        self._finished = False
+        try:
+            bin_path(prefix).parent.mkdir(parents=True, exist_ok=True)
+            self._bin = self._temporary[0].open("wb", buffering=_CHUNK)
+            self._lengths = self._temporary[2].open("wb+", buffering=_CHUNK)
+        except OSError as error:
+            raise self._failure(error) from error
+
+    def _failure(self, error: OSError) -> DataError:
+        return DataError(f"cannot write {self.prefix}: {error.strerror or error}", "a writable folder with free space", "free space or change --output-prefix")
+
+    def append(self, tokens: npt.NDArray[np.generic], lengths: npt.NDArray[np.generic]) -> None:
+        """Adds documents.
+
+        Args:
+            tokens: all their tokens, one document after another; ids must fit the dtype.
+            lengths: tokens of each document, each at least 1.
+
+        Raises:
+            DataError: lengths that do not sum to the tokens, an empty document, ids that do not fit, no space left.
+        """
+        if int(lengths.sum()) != tokens.size or (lengths.size and int(lengths.min()) < 1):
+            raise DataError(f"{lengths.size} documents of {int(lengths.sum())} tokens for {tokens.size} tokens", "documents that are not empty and add up")
+        if tokens.dtype != self.dtype:
+            limits = np.iinfo(self.dtype)
+            if tokens.size and (int(tokens.min()) < limits.min or int(tokens.max()) > limits.max):
+                raise DataError(f"token ids up to {int(tokens.max())} in {self.dtype}", f"ids up to {limits.max}", "give the right vocabulary size")
+            tokens = tokens.astype(self.dtype)
+        try:
+            self._bin.write(np.ascontiguousarray(tokens).data)
+            self._lengths.write(lengths.astype("<i4").data)
+        except OSError as error:
+            raise self._failure(error) from error
+        self.num_documents += int(lengths.size)
+        self.num_tokens += int(tokens.size)
+
+    def _length_chunks(self) -> Iterator[npt.NDArray[np.int32]]:
+        self._lengths.seek(0)
+        while data := self._lengths.read(_CHUNK):
+            yield np.frombuffer(data, dtype="<i4")
+
+    def finish(self) -> None:
+        """Writes the index, forces both files to disk and gives them their names.
+
+        Raises:
+            DataError: no space left.
+        """
+        try:
+            self._lengths.flush()
+            with self._temporary[1].open("wb", buffering=_CHUNK) as index:
+                index.write(_HEADER.pack(MAGIC, 1, _CODES[self.dtype], self.num_documents, self.num_documents + 1))
+                for lengths in self._length_chunks():
+                    index.write(lengths.data)
+                offset = 0
+                for lengths in self._length_chunks():
+                    sizes = lengths.astype(np.int64) * self.dtype.itemsize
+                    ends = offset + np.cumsum(sizes)
+                    index.write((ends - sizes).astype("<i8").data)
+                    offset = int(ends[-1])
+                for start in range(0, self.num_documents + 1, _CHUNK):
+                    index.write(np.arange(start, min(start + _CHUNK, self.num_documents + 1), dtype="<i8").data)
+                index.flush()
+                os.fsync(index.fileno())
+            self._bin.flush()
+            os.fsync(self._bin.fileno())
+            self._bin.close()
+            os.replace(self._temporary[0], bin_path(self.prefix))
+            os.replace(self._temporary[1], idx_path(self.prefix))
+        except OSError as error:
+            raise self._failure(error) from error
+        self._finished = True
+        self.close()
+
+    def close(self) -> None:
+        """Removes the temporary files; what was not finished is gone."""
+        for file in (self._bin, self._lengths):
+            try:
+                file.close()
+            except OSError:
+                continue
+        for path in self._temporary:
+            path.unlink(missing_ok=True)
+
+    def __enter__(self) -> IndexedDatasetWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if not self._finished:
+            self.close()

@@ -1,0 +1,159 @@
+"""The loader: this rank's micro-batches of each step, prepared ahead by a thread.
+
+In: the stream, a stage, this rank. Out: lists of micro-batches. In step n the global batch is samples `[n·G, (n + 1)·G)` of the stage;
+micro-batch i of rank r takes samples `n·G + i·m·R + r·m + [0, m)`. Where the ranks' micro-batches do not divide G, the missing samples
+are filled with unscored ones, so that every rank has the same number of micro-batches and every sample is read once on any layout.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator
+
+import numpy as np
+
+from megatron_patch.data.patch_dataset import DocumentMasking, PatchBatch, make_batch
+from megatron_patch.data.token_stream import Span, TrainStream
+from megatron_patch.errors import DataError
+
+
+class PatchLoader:
+    """Micro-batches of one stage on one rank.
+
+    Args:
+        stream: where samples lie.
+        stage_index: which stage.
+        data_parallel_rank: this rank.
+        data_parallel_size: ranks that share a global batch.
+        masking: how documents are kept apart.
+        start_step: the stage's first step to load.
+        prefetch: steps prepared ahead; 0 prepares each when it is asked for.
+        vocab_size: ids from here on are an error; None: not checked.
+        pin_memory: page-locked tensors, for copies to a GPU that overlap with compute.
+    """
+
+    def __init__(
+        self,
+        stream: TrainStream,
+        stage_index: int,
+        data_parallel_rank: int,
+        data_parallel_size: int,
+        masking: DocumentMasking,
+        start_step: int = 0,
+        prefetch: int = 2,
+        vocab_size: int | None = None,
+        pin_memory: bool = False,
+    ) -> None:
+        self._stream, self._stage_index = stream, stage_index
+        self._stage = stream.plan.stages[stage_index]
+        self._rank, self._ranks = data_parallel_rank, data_parallel_size
+        self._masking, self._vocab_size, self._pin_memory = masking, vocab_size, pin_memory
+        self.step = start_step
+        self._queue: queue.Queue[list[PatchBatch] | BaseException | None] | None = None
+        self._stopping = threading.Event()
+        if prefetch > 0:
+            self._queue = queue.Queue(maxsize=prefetch)
+            self._thread = threading.Thread(target=self._fill, args=(self._prepare_from(start_step),), daemon=True, name="loader")
+            self._thread.start()
+
+    def next_step(self) -> list[PatchBatch]:
+        """The micro-batches of the next step.
+
+        Raises:
+            DataError: a token id outside the vocabulary, or a file that cannot be read.
+            StopIteration: the stage has ended.
+        """
+        if self.step >= self._stage.steps:
+            raise StopIteration
+        if self._queue is None:
+            batches = self._prepare(self.step)
+        else:
+            item = self._queue.get()
+            if isinstance(item, BaseException):
+                raise item
+            assert item is not None
+            batches = item
+        self.step += 1
+        return batches
+
+    def close(self) -> None:
+        """Ends the thread."""
+        self._stopping.set()
+        if self._queue is not None:
+            while self._thread.is_alive():
+                try:
+                    self._queue.get_nowait()
+                except queue.Empty:
+                    self._thread.join(timeout=0.05)
+
+    def _prepare_from(self, step: int) -> Iterator[list[PatchBatch]]:
+        while step < self._stage.steps:
+            yield self._prepare(step)
+            step += 1
+
+    def _fill(self, steps: Iterator[list[PatchBatch]]) -> None:
+        assert self._queue is not None
+        item: list[PatchBatch] | BaseException | None
+        while not self._stopping.is_set():
+            try:
+                item = next(steps, None)
+            except Exception as error:  # handed to the training thread, which raises it
+                item = error
+            while not self._stopping.is_set():
+                try:
+                    self._queue.put(item, timeout=0.1)
+                    break
+                except queue.Full:
+                    continue
+            if item is None or isinstance(item, BaseException):
+                return
+
+    def _prepare(self, step: int) -> list[PatchBatch]:
+        stage, m = self._stage, self._stage.micro_batch_size
+        begin, end = step * stage.global_batch_size, (step + 1) * stage.global_batch_size
+        count = stage.gradient_accumulation(self._ranks)
+        samples = begin + np.arange(count)[:, None] * (m * self._ranks) + self._rank * m + np.arange(m)[None, :]
+        real = samples < end
+        corpora, starts = self._stream.locate(self._stage_index, samples[real])
+        batches = []
+        taken = 0
+        for row in range(count):
+            scored = int(real[row].sum())
+            places = slice(taken, taken + scored)
+            taken += scored
+            spans = tuple(
+                Span(int(corpus), int(start), stage.sample_tokens) for corpus, start in zip(corpora[places], starts[places], strict=True)
+            )
+            batches.append(self._micro_batch(spans, scored))
+        return batches
+
+    def _micro_batch(self, spans: tuple[Span, ...], scored: int) -> PatchBatch:
+        stage = self._stage
+        tokens = np.zeros((stage.micro_batch_size, stage.sample_tokens + stage.patch_size), dtype=np.int64)
+        for row, span in enumerate(spans):
+            self._stream.corpora[span.corpus].read_into(tokens[row], span.start)
+        if self._vocab_size is not None and tokens.size:
+            largest = int(tokens.max())
+            if largest >= self._vocab_size or int(tokens.min()) < 0:
+                row = int(np.argmax(tokens.max(axis=1))) if largest >= self._vocab_size else int(np.argmin(tokens.min(axis=1)))
+                span = spans[row]
+                raise DataError(
+                    f"token id {largest if largest >= self._vocab_size else int(tokens.min())} in {self._stream.corpora[span.corpus].name}, "
+                    f"tokens {span.start} to {span.start + tokens.shape[1]}",
+                    f"ids from 0 to {self._vocab_size - 1}",
+                    "give the tokenizer's --vocab-size, or preprocess the data again",
+                )
+        batch = make_batch(
+            tokens,
+            stage.side,
+            stage.positions,
+            stage.patch_size,
+            self._masking,
+            spans,
+            scored_rows=scored if scored < stage.micro_batch_size else None,
+        )
+        if self._pin_memory:
+            pinned = (None if tensor is None else tensor.pin_memory() for tensor in batch[:4])
+            batch = PatchBatch(*pinned, batch.spans)  # type: ignore[arg-type]
+        return batch

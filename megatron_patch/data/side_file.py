@@ -1,0 +1,94 @@
+"""PREFIX.json beside a dataset: how it was tokenized, what it holds, and its checksums. Optional to read, always written by our tools."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from megatron_patch.errors import DataError
+
+FORMAT = "megatron_patch/dataset-1"
+
+
+@dataclass(frozen=True)
+class DatasetInfo:
+    """What a side file says.
+
+    Args:
+        tokenizer_type: as `load_tokenizer` takes it.
+        tokenizer_model: its file or folder.
+        vocab_size: ids are below this.
+        eod_id: id of the end-of-document token, or None.
+        documents: number of documents.
+        tokens: number of tokens.
+        dtype: of the tokens.
+        append_eod: whether each document ends with the end-of-document token.
+        prepend_bos: whether each begins with the beginning-of-sequence token.
+        patch_align: documents are padded with end-of-document tokens to multiples of this; 1: they are not.
+        bin_bytes: size of PREFIX.bin.
+        idx_bytes: size of PREFIX.idx.
+        bin_xxh64: checksum of PREFIX.bin.
+        idx_xxh64: checksum of PREFIX.idx.
+    """
+
+    tokenizer_type: str
+    tokenizer_model: str
+    vocab_size: int
+    eod_id: int | None
+    documents: int
+    tokens: int
+    dtype: str
+    append_eod: bool
+    prepend_bos: bool
+    patch_align: int
+    bin_bytes: int
+    idx_bytes: int
+    bin_xxh64: str
+    idx_xxh64: str
+
+
+def info_path(prefix: str) -> Path:
+    """The side file of a dataset."""
+    return Path(f"{prefix}.json")
+
+
+def read_info(prefix: str) -> DatasetInfo | None:
+    """Reads a side file; None where there is none.
+
+    Raises:
+        DataError: it is no side file of this format.
+    """
+    path = info_path(prefix)
+    if not path.is_file():
+        return None
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        if data.pop("format", None) != FORMAT:
+            raise ValueError(f"its format is not {FORMAT}")
+        info = DatasetInfo(**{f.name: data[f.name] for f in fields(DatasetInfo)})
+        if not isinstance(info.vocab_size, int) or not isinstance(info.patch_align, int) or info.vocab_size < 1 or info.patch_align < 1:
+            raise ValueError("vocab_size and patch_align must be whole numbers from 1")
+        return info
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path} is no side file: {error}", "what tools/preprocess_data.py writes", "remove it or preprocess again") from error
+
+
+def write_info(prefix: str, info: DatasetInfo) -> None:
+    """Writes a side file in one step.
+
+    Raises:
+        DataError: it cannot be written.
+    """
+    path = info_path(prefix)
+    temporary = path.with_name(path.name + ".partial")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            json.dump({"format": FORMAT, **asdict(info)}, file, indent=1)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise DataError(f"cannot write {path}: {error.strerror or error}", "a writable folder with free space") from error
