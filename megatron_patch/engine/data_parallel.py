@@ -10,7 +10,6 @@ would cut the first step after a switch short.
 
 from __future__ import annotations
 
-import contextlib
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -267,7 +266,6 @@ class DataParallelEngine:
         start = size * parameter.ds_zero_partition_rank
         numel = min(size, parameter.ds_numel - start)
         if numel > 0:
-            with contextlib.suppress(AttributeError):
-                parameter.ds_tensor.data.narrow(0, 0, numel).copy_(read(start, numel))
+            parameter.ds_tensor.data.narrow(0, 0, numel).copy_(read(start, numel))
         if parameter.data.numel() == parameter.ds_numel:
             parameter.data.copy_(read(0, parameter.ds_numel).view(parameter.ds_shape))

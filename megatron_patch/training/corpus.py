@@ -5,15 +5,17 @@ In: a run and its plan. Out: `RunData`, which makes loaders for stages and batch
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megatron_patch.config.resolve import RunConfig
-from megatron_patch.data.evaluation_data import evaluation_batches
+from megatron_patch.data.corpus import TokenCorpus, check_vocabulary, split_ranges
+from megatron_patch.data.evaluation_data import evaluation_batches, held_out_starts
 from megatron_patch.data.loader import PatchLoader
 from megatron_patch.data.patch_dataset import DocumentMasking, PatchBatch
 from megatron_patch.data.side_file import read_info
-from megatron_patch.data.token_stream import TokenCorpus, TrainStream, check_enough, check_vocabulary, split_ranges
+from megatron_patch.data.token_stream import TrainStream
 from megatron_patch.parallel.grid import Grid
 from megatron_patch.stages import Stage, StagePlan
 
@@ -29,6 +31,8 @@ class RunData:
         grid: this rank's coordinates.
         prefetch: steps prepared ahead.
         vocab_size: every id must be below it.
+        evaluation_unit: held-out data is read in units of so many tokens, a multiple of every stage's sample.
+        pin_memory: page-locked batches, for GPUs.
     """
 
     stream: TrainStream
@@ -37,6 +41,8 @@ class RunData:
     grid: Grid
     prefetch: int
     vocab_size: int
+    evaluation_unit: int
+    pin_memory: bool
 
     def loader(self, stage_index: int, stage_step: int) -> PatchLoader:
         """This rank's micro-batches of a stage, from a step on."""
@@ -49,17 +55,19 @@ class RunData:
             start_step=stage_step,
             prefetch=self.prefetch,
             vocab_size=self.vocab_size,
+            pin_memory=self.pin_memory,
         )
 
     def evaluation(self, stage: Stage, positions: int, patch_size: int, tokens: int) -> Iterator[PatchBatch]:
         """This rank's held-out batches at a patch size; the same tokens for every patch size."""
+        unit = math.lcm(self.evaluation_unit, positions * patch_size)
         for corpus, token_range in self.held_out:
             yield from evaluation_batches(
                 corpus,
-                token_range,
+                held_out_starts(token_range, unit, self.stream.plan.lookahead_tokens, tokens // len(self.held_out)),
+                unit_tokens=unit,
                 positions=positions,
                 patch_size=patch_size,
-                tokens=tokens // len(self.held_out),
                 micro_batch_size=stage.micro_batch_size,
                 rank=self.grid.data_parallel_rank,
                 size=self.grid.data_parallel_size,
@@ -67,7 +75,7 @@ class RunData:
             )
 
 
-def open_data(run: RunConfig, plan: StagePlan, grid: Grid) -> RunData:
+def open_data(run: RunConfig, plan: StagePlan, grid: Grid, pin_memory: bool = False) -> RunData:
     """Opens and checks the corpora of a run.
 
     Raises:
@@ -88,7 +96,6 @@ def open_data(run: RunConfig, plan: StagePlan, grid: Grid) -> RunData:
         window_blocks=options.shuffle_window_blocks,
         skip_blocks=run.options.stages.start_tokens // plan.block_tokens,
     )
-    check_enough(stream)
     if run.valid_blend:
         valid = [TokenCorpus([prefix]) for prefix, _ in run.valid_blend]
         for corpus in valid:
@@ -96,8 +103,8 @@ def open_data(run: RunConfig, plan: StagePlan, grid: Grid) -> RunData:
         held_out = tuple((corpus, (0, corpus.num_tokens)) for corpus in valid)
     else:
         held_out = tuple((corpora[prefix], split_ranges(corpora[prefix].num_tokens, split)[1]) for prefix, _ in run.blend)
-    longest = max(run.options.stages.seq_length, *(stage.sample_tokens for stage in plan.stages)) + plan.lookahead_tokens
-    held_out = tuple((corpus, (first, last)) for corpus, (first, last) in held_out if last - first >= longest)
+    unit = math.lcm(run.options.stages.seq_length, *(stage.positions * stage.patch_size for stage in plan.stages))
+    held_out = tuple((corpus, (first, last)) for corpus, (first, last) in held_out if last - first >= unit + plan.lookahead_tokens)
     infos = [read_info(prefix) for prefix in prefixes]
     masking = DocumentMasking(
         eod_id=run.eod_id,
@@ -106,4 +113,4 @@ def open_data(run: RunConfig, plan: StagePlan, grid: Grid) -> RunData:
         eod_mask_loss=options.eod_mask_loss,
         ignore_repeated_eod=any(info is not None and info.patch_align > 1 for info in infos),
     )
-    return RunData(stream, held_out, masking, grid, options.num_workers, run.shape.vocab_size)
+    return RunData(stream, held_out, masking, grid, options.num_workers, run.shape.vocab_size, unit, pin_memory)

@@ -57,7 +57,7 @@ class Trainer:
         self.place = Place(found.state.stage_index, found.state.stage_step) if found is not None and resuming else Place(0, 0)
         self.cost = Cost(run.shape, self.plan, run.options.stages.seq_length)
         self.schedule = schedule_of(self.plan)
-        self.data = open_data(run, self.plan, self.grid)
+        self.data = open_data(run, self.plan, self.grid, pin_memory=device.type == "cuda")
         self.fingerprint = self.data.stream.fingerprint()
         if found is not None and resuming:
             check_data(found.state, self.fingerprint)

@@ -1,0 +1,105 @@
+"""SAVE/metrics.jsonl: one JSON object a record, and a resumed run has each step once.
+
+In: records. Out: lines with a "type": start, step, evaluation, switch, save, end. Numbers that JSON cannot say (a loss that is not
+finite) are written as null, with their text under the name plus "_text".
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from megatron_patch.training.callbacks.base import Callback, EvaluationRecord, RunEnd, RunStart, SaveRecord, StepRecord, SwitchRecord
+
+
+def to_json(kind: str, record: Any) -> dict[str, Any]:
+    """A record as plain JSON values."""
+    values: dict[str, Any] = {"type": kind, "time": round(time.time(), 3)}
+    for name, value in asdict(record).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            values[name], values[f"{name}_text"] = None, str(value)
+        else:
+            values[name] = value
+    return values
+
+
+def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
+    """The records of a metrics file; a last line that a kill has torn is left out."""
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(record, dict):
+                yield record
+
+
+def truncate(path: Path, step: int) -> None:
+    """Drops the records behind a step, which will be made again, in one atomic rewrite."""
+    if not path.exists():
+        return
+    temporary = path.with_name(path.name + ".partial")
+    with temporary.open("w", encoding="utf-8") as file:
+        for record in read_metrics(path):
+            if record.get("step", 0) <= step or record.get("type") == "start":
+                file.write(json.dumps(record) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+class Metrics(Callback):
+    """Writes the file.
+
+    Args:
+        path: of the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file: Any = None
+
+    def _write(self, kind: str, record: Any) -> None:
+        if self._file is not None:
+            self._file.write(json.dumps(to_json(kind, record)) + "\n")
+            self._file.flush()
+
+    def on_start(self, record: RunStart) -> None:
+        """Opens the file behind the step that the run goes on from."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        truncate(self._path, record.step)
+        self._file = self._path.open("a", encoding="utf-8")
+        self._write("start", record)
+
+    def on_step(self, record: StepRecord) -> None:
+        """A line a step."""
+        self._write("step", record)
+
+    def on_evaluation(self, record: EvaluationRecord) -> None:
+        """A line an evaluation."""
+        self._write("evaluation", record)
+
+    def on_switch(self, record: SwitchRecord) -> None:
+        """A line a switch."""
+        self._write("switch", record)
+
+    def on_save(self, record: SaveRecord) -> None:
+        """A line a checkpoint."""
+        self._write("save", record)
+
+    def on_end(self, record: RunEnd) -> None:
+        """The last line."""
+        self._write("end", record)
+
+    def close(self) -> None:
+        """Closes the file."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None

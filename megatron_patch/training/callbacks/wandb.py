@@ -1,0 +1,65 @@
+"""Weights & Biases with tokens on the x axis; a resumed run goes on in the same chart. In: records. Out: a run there."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_patch.errors import ConfigError
+from megatron_patch.training.callbacks.base import Callback, EvaluationRecord, RunStart, StepRecord
+from megatron_patch.training.callbacks.tensorboard import named_values
+
+
+class WeightsAndBiases(Callback):
+    """Logs to a project.
+
+    Args:
+        project: its name.
+        name: of the run, or None.
+        save: the run's folder, which keeps the run's id; None: every start is a new run.
+        config: shown with the run.
+
+    Raises:
+        ConfigError: the package is not installed.
+    """
+
+    def __init__(self, project: str, name: str | None, save: Path | None, config: Mapping[str, Any]) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise ConfigError("--wandb-project without wandb", "pip install 'megatron_patch[wandb]'", "install it") from error
+        self._wandb: Any = wandb
+        self._settings = {"project": project, "name": name, "config": dict(config)}
+        self._save = save
+        self._run: Any = None
+
+    def _run_id(self) -> str:
+        if self._save is None:
+            return uuid.uuid4().hex[:12]
+        path = self._save / "wandb_run_id"
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(uuid.uuid4().hex[:12] + "\n")
+        return path.read_text().strip()
+
+    def on_start(self, record: RunStart) -> None:
+        """Opens or resumes the run."""
+        self._run = self._wandb.init(id=self._run_id(), resume="allow", **self._settings)
+        self._run.define_metric("tokens")
+        self._run.define_metric("*", step_metric="tokens")
+
+    def on_step(self, record: StepRecord) -> None:
+        """Each step."""
+        self._run.log({"tokens": record.tokens, **named_values(record)})
+
+    def on_evaluation(self, record: EvaluationRecord) -> None:
+        """Each evaluation."""
+        self._run.log({"tokens": record.tokens, **named_values(record)})
+
+    def close(self) -> None:
+        """Ends the run."""
+        if self._run is not None:
+            self._run.finish()
+            self._run = None
