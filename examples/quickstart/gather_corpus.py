@@ -1,0 +1,77 @@
+#!/usr/bin/env python
+"""Gathers a corpus that every machine has: the source of Python's own standard library, one JSON line a document.
+
+python examples/quickstart/gather_corpus.py --output FOLDER writes FOLDER/train.jsonl and FOLDER/held_out.jsonl. Whole files are held
+out, so no part of one is on both sides; long files are cut into documents before definitions at the top level.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import sysconfig
+from pathlib import Path
+
+SEED = 2407
+HELD_OUT = 0.05
+LONGEST = 24_000
+LEFT_OUT = {"site-packages", "__pycache__", "lib2to3", "idlelib", "turtledemo"}
+
+
+def documents(text: str) -> list[str]:
+    """A file's text in pieces of at most about `LONGEST` characters, cut before top-level definitions."""
+    pieces: list[list[str]] = [[]]
+    size = 0
+    for line in text.splitlines(keepends=True):
+        if size > LONGEST // 2 and line.startswith(("def ", "class ", "@", "async def ")) or size > LONGEST:
+            pieces.append([])
+            size = 0
+        pieces[-1].append(line)
+        size += len(line)
+    return [joined for piece in pieces if len(joined := "".join(piece).strip("\n")) > 200]
+
+
+def gather(root: Path, output: Path) -> dict[str, int]:
+    """Writes both files and returns their documents and bytes."""
+    files = []
+    for path in sorted(root.rglob("*.py")):
+        if LEFT_OUT.intersection(path.relative_to(root).parts):
+            continue
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (UnicodeDecodeError, OSError):
+            continue
+        if len(text) > 200 and "\x00" not in text:
+            files.append((str(path.relative_to(root)), text))
+    random.Random(SEED).shuffle(files)
+    held_out = max(1, round(len(files) * HELD_OUT))
+    output.mkdir(parents=True, exist_ok=True)
+    counts: dict[str, int] = {}
+    for name, part in (("held_out", files[:held_out]), ("train", files[held_out:])):
+        rows = [(path, text) for path, whole in part for text in documents(whole)]
+        random.Random(SEED).shuffle(rows)
+        with (output / f"{name}.jsonl").open("w", encoding="utf-8") as file:
+            for path, text in rows:
+                file.write(json.dumps({"text": text, "path": path}, ensure_ascii=False) + "\n")
+        counts[f"{name}_documents"] = len(rows)
+        counts[f"{name}_bytes"] = sum(len(text.encode()) for _, text in rows)
+    return counts
+
+
+def main() -> int:
+    """Runs the tool."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True)
+    args = parser.parse_args()
+    root = Path(sysconfig.get_path("stdlib"))
+    if not (root / "argparse.py").is_file():
+        print(f"the standard library's source is not in {root}; use a Python with its .py files", file=sys.stderr)
+        return 3
+    print(json.dumps(gather(root, args.output)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

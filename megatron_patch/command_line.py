@@ -1,0 +1,44 @@
+"""What the tools share: arguments whose unknown flags get a suggestion, and errors in three parts with an exit code."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from megatron_patch.errors import ConfigError, MegatronPatchError
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse that suggests the nearest flag and does not accept beginnings of flags."""
+
+    def __init__(self, *args: object, **options: object) -> None:
+        super().__init__(*args, allow_abbrev=False, **options)  # type: ignore[arg-type]
+
+    def error(self, message: str) -> NoReturn:
+        """Raises instead of exiting.
+
+        Raises:
+            ConfigError: always.
+        """
+        do = "see --help"
+        if message.startswith("unrecognized arguments:"):
+            known = [flag for action in self._actions for flag in action.option_strings]
+            unknown = next((word for word in message.split() if word.startswith("--")), "")
+            close = difflib.get_close_matches(unknown.partition("=")[0], known, n=1)
+            do = f"did you mean {close[0]}?" if close else do
+        raise ConfigError(message, "the flags that --help lists", do)
+
+
+def run_tool(main: Callable[[list[str]], None]) -> int:
+    """Runs a tool's main with the command line's arguments and turns its errors into a message and an exit code."""
+    try:
+        main(sys.argv[1:])
+    except MegatronPatchError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return error.exit_code
+    except BrokenPipeError:
+        return 1
+    return 0

@@ -1,0 +1,257 @@
+"""From a batch of lines to token arrays, in a worker.
+
+In: a `Batch`. Out: `Encoded`: for each key flat ids and document lengths, with beginning, end and padding tokens in place, and what was
+left out. Encoding goes through `fastokens` where that agrees with the reference: on strings made to break tokenizers, on the first
+documents of this input, and on one document of every batch; one disagreement, and the reference encodes everything.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import orjson
+
+from megatron_patch.data.preprocess.readers import Batch
+from megatron_patch.errors import DataError
+from megatron_patch.tokenizer import Flat, HuggingFaceTokenizer, Tokenizer, load_tokenizer
+
+
+class BackendDisagrees(Exception):
+    """The fast backend gave other ids than the reference while running."""
+
+
+@dataclass(frozen=True)
+class EncodeSettings:
+    """How to encode.
+
+    Args:
+        tokenizer_type: as `load_tokenizer` takes it.
+        tokenizer_model: its file or folder.
+        vocab_file: of GPT2BPETokenizer.
+        merge_file: of GPT2BPETokenizer.
+        vocab_size: of NullTokenizer.
+        eod_token: the end-of-document token, where the usual names do not fit.
+        keys: JSON keys, with dots for nested ones.
+        append_eod: end each document with the end-of-document token.
+        prepend_bos: begin each with the beginning-of-sequence token.
+        patch_align: pad each document with end-of-document tokens to a multiple of this.
+        dtype: of the result, as NumPy names it.
+        backend: "auto" or "reference".
+    """
+
+    tokenizer_type: str
+    tokenizer_model: str | None
+    vocab_file: str | None = None
+    merge_file: str | None = None
+    vocab_size: int | None = None
+    eod_token: str | None = None
+    keys: tuple[str, ...] = ("text",)
+    append_eod: bool = False
+    prepend_bos: bool = False
+    patch_align: int = 1
+    dtype: str = "uint16"
+    backend: str = "auto"
+
+
+@dataclass(frozen=True)
+class Part:
+    """The documents of one key."""
+
+    tokens: npt.NDArray[Any]
+    lengths: npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A batch, encoded.
+
+    Args:
+        source: where it came from.
+        lines: lines of the batch, so that line numbers can be added up.
+        bytes: size of the batch.
+        parts: one for each key.
+        empty: documents without text, left out.
+        bad: (line in the batch from 1, reason) of lines left out.
+    """
+
+    source: str
+    lines: int
+    bytes: int
+    parts: tuple[Part, ...]
+    empty: int
+    bad: tuple[tuple[int, str], ...] = field(default_factory=tuple)
+
+
+def make_tokenizer(settings: EncodeSettings) -> Tokenizer:
+    """The reference tokenizer of some settings."""
+    return load_tokenizer(
+        settings.tokenizer_type,
+        settings.tokenizer_model,
+        vocab_file=settings.vocab_file,
+        merge_file=settings.merge_file,
+        vocab_size=settings.vocab_size,
+        eod_token=settings.eod_token,
+    )
+
+
+def fuzz_strings(seed: int = 0, count: int = 300) -> list[str]:
+    """Strings made to break tokenizers: mixed scripts, odd white space, long runs, special tokens, controls, combining marks."""
+    pieces = [
+        " ", "  ", "\n", "\r\n", "\t", "\u00a0", "\u3000", "\u200b", "\ufeff", "a", "Z", "the", " The", "don't", "WE'LL", "1234567890", "3.14",
+        "_", "__init__", "#", "...", "—", "é", "e\u0301", "ß", "İ", "Ω", "жизнь", "日本語", "한국어", "مرحبا", "नमस्ते", "🙂", "👨‍👩‍👧", "🇩🇪", "\x00", "\x7f",
+        "<|endoftext|>", "<s>", "</s>", "<unk>", "▁", "Ġ", "aaaaaaaaaaaaaaaa", "http://x.y/z?a=b", "\\n", "{}", "\u2028", "ﬁ", "½", "\U0001d400",
+    ]  # fmt: skip
+    draw = random.Random(seed)
+    return ["", *pieces, *("".join(draw.choices(pieces, k=draw.randint(1, 24))) for _ in range(count))]
+
+
+class FastBackend:
+    """fastokens over the same tokenizer.json."""
+
+    def __init__(self, tokenizer: HuggingFaceTokenizer) -> None:
+        import fastokens
+
+        self._native = fastokens.Tokenizer.from_json_str(tokenizer.backend.to_str())
+
+    def encode_flat(self, texts: Sequence[str]) -> Flat:
+        """See `Tokenizer`."""
+        ids, offsets = self._native.encode_batch_flat(list(texts), add_special_tokens=False)
+        return np.frombuffer(ids, dtype=np.uint32), np.diff(np.frombuffer(offsets, dtype=np.uint64).astype(np.int64))
+
+
+def _same(first: Flat, second: Flat) -> bool:
+    return np.array_equal(first[0], second[0]) and np.array_equal(first[1], second[1])
+
+
+def fast_backend(tokenizer: Tokenizer) -> tuple[FastBackend | None, str]:
+    """(the fast backend, or None; why). It must load this tokenizer and agree with it on every fuzz string."""
+    if not isinstance(tokenizer, HuggingFaceTokenizer):
+        return None, "the reference tokenizer (no fast backend for its type)"
+    try:
+        backend = FastBackend(tokenizer)
+        texts = fuzz_strings()
+        if not _same(backend.encode_flat(texts), tokenizer.encode_flat(texts)):
+            return None, "the reference tokenizer (fastokens disagrees on fuzz strings)"
+    except ImportError:
+        return None, "the reference tokenizer (fastokens is not installed)"
+    except Exception as error:  # whatever a young library may raise, the reference serves
+        return None, f"the reference tokenizer (fastokens cannot load it: {error})"
+    return backend, "fastokens, checked against the reference"
+
+
+class Encoder:
+    """Encodes batches in one process.
+
+    Args:
+        settings: how.
+
+    Raises:
+        DataError: a tokenizer that cannot be loaded or lacks a token that is asked for.
+    """
+
+    def __init__(self, settings: EncodeSettings) -> None:
+        self.settings = settings
+        self.tokenizer = make_tokenizer(settings)
+        self.fast, self.backend_note = fast_backend(self.tokenizer) if settings.backend == "auto" else (None, "the reference tokenizer")
+        if (settings.append_eod or settings.patch_align > 1) and self.tokenizer.eod_id is None:
+            raise DataError(
+                f"{self.tokenizer.name} has no end-of-document token by a usual name", "--eod-token NAME, a token of the vocabulary", "name it"
+            )
+        if settings.prepend_bos and self.tokenizer.bos_id is None:
+            raise DataError(f"{self.tokenizer.name} has no beginning-of-sequence token", "a tokenizer with one", "leave out --prepend-bos")
+
+    def __call__(self, batch: Batch) -> Encoded:
+        """Encodes a batch.
+
+        Raises:
+            BackendDisagrees: the fast backend is not to be trusted with this input.
+            DataError: the batch cannot be read.
+        """
+        data = batch.read()
+        bad: list[tuple[int, str]] = []
+        if batch.whole:
+            lines = 1
+            rows = [self._whole(data, bad)]
+        else:
+            raw = data.split(b"\n")
+            lines = data.count(b"\n") + (not data.endswith(b"\n") and bool(data))
+            rows = [self._parse(line, number, bad) for number, line in enumerate(raw, start=1) if line.strip()]
+        rows = [row for row in rows if row is not None]
+        parts, empty = [], 0
+        for column in range(len(self.settings.keys)):
+            texts = [row[column] for row in rows if row[column]]
+            empty += len(rows) - len(texts)
+            parts.append(self._encode(texts))
+        return Encoded(batch.source, lines, len(data), tuple(parts), empty, tuple(bad))
+
+    def _whole(self, data: bytes, bad: list[tuple[int, str]]) -> tuple[str, ...] | None:
+        try:
+            return (data.decode("utf-8"),) * len(self.settings.keys)
+        except UnicodeDecodeError as error:
+            bad.append((1, f"not UTF-8: {error}"))
+            return None
+
+    def _parse(self, line: bytes, number: int, bad: list[tuple[int, str]]) -> tuple[str, ...] | None:
+        try:
+            document = orjson.loads(line)
+        except orjson.JSONDecodeError as error:
+            bad.append((number, f"no valid JSON: {error}"))
+            return None
+        texts = []
+        for key in self.settings.keys:
+            value = document
+            for name in key.split("."):
+                value = value.get(name) if isinstance(value, dict) else None
+            if not isinstance(value, str):
+                kind = "is missing" if value is None else f"is a {type(value).__name__}"
+                bad.append((number, f"key {key!r} {kind}, not a string"))
+                return None
+            texts.append(value)
+        return tuple(texts)
+
+    def _encode(self, texts: Sequence[str]) -> Part:
+        if not texts:
+            return Part(np.empty(0, self.settings.dtype), np.empty(0, np.int64))
+        if self.fast is None:
+            ids, lengths = self.tokenizer.encode_flat(texts)
+        else:
+            ids, lengths = self.fast.encode_flat(texts)
+            checked = len(texts) // 2
+            start = int(lengths[:checked].sum())
+            reference, _ = self.tokenizer.encode_flat([texts[checked]])
+            if not np.array_equal(ids[start : start + int(lengths[checked])], reference):
+                raise BackendDisagrees(texts[checked][:200])
+        kept = lengths > 0
+        return self._frame(ids, lengths[kept] if not kept.all() else lengths)
+
+    def _frame(self, ids: npt.NDArray[np.uint32], lengths: npt.NDArray[np.int64]) -> Part:
+        """Puts each document between its beginning and end tokens and pads it to whole patches."""
+        settings = self.settings
+        begin = int(settings.prepend_bos)
+        framed = lengths + begin + int(settings.append_eod)
+        framed = -(-framed // settings.patch_align) * settings.patch_align
+        starts = np.cumsum(framed) - framed
+        tokens = np.full(int(framed.sum()), self.tokenizer.eod_id if self.tokenizer.eod_id is not None else 0, dtype=settings.dtype)
+        shift = np.repeat(starts + begin - (np.cumsum(lengths) - lengths), lengths)
+        tokens[np.arange(ids.size) + shift] = ids
+        if begin:
+            tokens[starts] = self.tokenizer.bos_id
+        return Part(tokens, framed)
+
+
+_encoder: list[Encoder] = []
+
+
+def start_worker(settings: EncodeSettings) -> None:
+    """Prepares a worker process."""
+    _encoder[:] = [Encoder(settings)]
+
+
+def encode_in_worker(batch: Batch) -> Encoded:
+    """Encodes a batch in a worker process."""
+    return _encoder[0](batch)

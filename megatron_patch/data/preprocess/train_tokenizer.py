@@ -1,0 +1,78 @@
+"""A small byte-level BPE from text, for corpora without a tokenizer of their own. In: input files. Out: a folder with tokenizer.json."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import orjson
+
+from megatron_patch.data.preprocess.readers import batches, expand
+from megatron_patch.errors import DataError
+
+EOD_TOKEN = "<|endoftext|>"
+
+
+def _texts(inputs: Sequence[str], key: str, max_bytes: int) -> Iterator[str]:
+    """Documents up to so many bytes; lines that are no documents are left to the preprocessor to report."""
+    left = max_bytes
+    for batch in batches(expand(inputs)):
+        data = batch.read()
+        for line in [data] if batch.whole else data.splitlines():
+            if left <= 0:
+                return
+            try:
+                text = data.decode() if batch.whole else orjson.loads(line)[key]
+            except (ValueError, KeyError, TypeError):
+                continue
+            if isinstance(text, str) and text:
+                left -= len(text.encode("utf-8", "ignore"))
+                yield text
+
+
+def train_tokenizer(inputs: Sequence[str], output: str, vocab_size: int, key: str = "text", max_bytes: int = 200_000_000) -> Path:
+    """Trains a byte-level BPE; the same text gives the same tokenizer.
+
+    Args:
+        inputs: files, globs, or "-".
+        output: a folder.
+        vocab_size: ids, with the 256 bytes and the end-of-document token.
+        key: JSON key of the text.
+        max_bytes: how much text to read.
+
+    Returns:
+        The path of tokenizer.json.
+
+    Raises:
+        DataError: no text, or a vocabulary that is too small.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    if vocab_size < 257:
+        raise DataError(f"--vocab-size {vocab_size}", "257 and more: 256 bytes and the end-of-document token")
+    texts = _texts(inputs, key, max_bytes)
+    first = next(texts, None)
+    if first is None:
+        raise DataError(f"no text under the key {key!r} in {' '.join(inputs)}", "documents with text", "check --input and --json-key")
+
+    def all_texts() -> Iterator[str]:
+        yield first
+        yield from texts
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[EOD_TOKEN], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    backend.train_from_iterator(all_texts(), trainer)
+    folder = Path(output)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        backend.save(str(folder / "tokenizer.json"))
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": EOD_TOKEN, "bos_token": EOD_TOKEN, "clean_up_tokenization_spaces": False}
+        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")
+    except OSError as error:
+        raise DataError(f"cannot write {folder}: {error.strerror}", "a writable folder") from error
+    return folder / "tokenizer.json"

@@ -1,0 +1,115 @@
+#!/usr/bin/env python
+"""Turns text into the indexed datasets that pretraining reads (Megatron's format).
+
+python tools/preprocess_data.py --input a.jsonl 'shards/*.jsonl.gz' --output-prefix my --tokenizer-type HuggingFaceTokenizer \
+    --tokenizer-model tokenizer.json --append-eod --workers 8
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+
+from rich.console import Console
+from rich.table import Table
+
+from megatron_patch.command_line import ArgumentParser, run_tool
+from megatron_patch.data.preprocess.encode import EncodeSettings
+from megatron_patch.data.preprocess.pipeline import Progress, Summary, preprocess
+from megatron_patch.tokenizer import TYPES
+from megatron_patch.units import format_count, format_duration
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """Reads the command line."""
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--input", nargs="+", required=True, help="files, globs in quotes, or - for standard input: .jsonl .json .txt, also .gz .bz2 .xz .zst")
+    parser.add_argument("--output-prefix", required=True, help="writes PREFIX_KEY_document.bin, .idx and .json")
+    parser.add_argument("--json-keys", nargs="+", default=["text"], help="keys of the text, one output each; dots for nested keys")
+    parser.add_argument("--tokenizer-type", required=True, choices=TYPES)
+    parser.add_argument("--tokenizer-model", help="its file or folder")
+    parser.add_argument("--vocab-file", help="vocab.json of GPT2BPETokenizer")
+    parser.add_argument("--merge-file", help="merges.txt of GPT2BPETokenizer")
+    parser.add_argument("--vocab-size", type=int, help="of NullTokenizer")
+    parser.add_argument("--eod-token", help="the end-of-document token, where the usual names do not fit")
+    parser.add_argument("--append-eod", action="store_true", help="end each document with the end-of-document token")
+    parser.add_argument("--prepend-bos", action="store_true", help="begin each document with the beginning-of-sequence token")
+    parser.add_argument("--patch-align", type=int, default=1, help="pad each document with end-of-document tokens to whole patches of so many tokens")
+    parser.add_argument("--workers", type=int, default=1, help="processes that encode")
+    parser.add_argument("--on-bad-line", choices=("skip", "fail"), default="skip", help="leave bad lines out and list them, or stop at the first")
+    parser.add_argument("--backend", choices=("auto", "reference"), default="auto", help="auto: fastokens where it agrees with the reference")
+    parser.add_argument("--overwrite", action="store_true", help="replace outputs that exist")
+    parser.add_argument("--log-interval", type=float, default=10.0, help="seconds between progress lines")
+    return parser.parse_args(argv)
+
+
+def progress_lines(interval: float) -> Progress:
+    """Prints a line every so many seconds."""
+    last = [time.monotonic()]
+
+    def show(documents: int, tokens: int, read: int, seconds: float) -> None:
+        if time.monotonic() - last[0] >= interval:
+            last[0] = time.monotonic()
+            print(
+                f"{format_count(documents)} documents, {format_count(tokens)} tokens, {read / 1e6:,.0f} MB, "
+                f"{read / 1e6 / seconds:.1f} MB/s, {format_count(tokens / seconds)} tokens/s, {format_duration(seconds)}",
+                file=sys.stderr,
+            )
+
+    return show
+
+
+def show_summary(summary: Summary) -> None:
+    """Prints a table for people and a JSON line for scripts."""
+    table = Table(show_header=False, title="Preprocessed", title_justify="left")
+    low, middle, high, longest = summary.tokens_per_document
+    rows = {
+        "outputs": "\n".join(summary.outputs),
+        "documents": f"{summary.documents:,}",
+        "tokens": f"{summary.tokens:,} ({summary.dtype})",
+        "tokens a document": f"5 %: {low:,}   50 %: {middle:,}   95 %: {high:,}   longest: {longest:,}",
+        "read": f"{summary.bytes / 1e6:,.1f} MB in {format_duration(summary.seconds)}",
+        "left out": f"{summary.bad_lines:,} bad lines, {summary.empty:,} empty documents"
+        + (f" (listed in {summary.bad_lines_file})" if summary.bad_lines_file else ""),
+        "vocabulary": f"{summary.vocab_size:,} ids, end of document {summary.eod_id}",
+        "encoded by": summary.backend,
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    Console(stderr=True, width=120).print(table)
+    print(json.dumps(summary.to_json()))
+
+
+def main(argv: list[str]) -> None:
+    """Runs the tool."""
+    args = parse(argv)
+    settings = EncodeSettings(
+        tokenizer_type=args.tokenizer_type,
+        tokenizer_model=args.tokenizer_model,
+        vocab_file=args.vocab_file,
+        merge_file=args.merge_file,
+        vocab_size=args.vocab_size,
+        eod_token=args.eod_token,
+        keys=tuple(args.json_keys),
+        append_eod=args.append_eod,
+        prepend_bos=args.prepend_bos,
+        patch_align=args.patch_align,
+        backend=args.backend,
+    )
+    summary = preprocess(
+        args.input,
+        args.output_prefix,
+        settings,
+        workers=args.workers,
+        on_bad_line=args.on_bad_line,
+        overwrite=args.overwrite,
+        progress=progress_lines(args.log_interval),
+        notice=lambda text: print(text, file=sys.stderr),
+    )
+    show_summary(summary)
+
+
+if __name__ == "__main__":
+    sys.exit(run_tool(main))
