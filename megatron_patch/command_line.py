@@ -6,7 +6,7 @@ import argparse
 import difflib
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from megatron_patch.errors import ConfigError, MegatronPatchError
 
@@ -14,8 +14,8 @@ from megatron_patch.errors import ConfigError, MegatronPatchError
 class ArgumentParser(argparse.ArgumentParser):
     """argparse that suggests the nearest flag and does not accept beginnings of flags."""
 
-    def __init__(self, *args: object, **options: object) -> None:
-        super().__init__(*args, allow_abbrev=False, **options)  # type: ignore[arg-type]
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
         """Raises instead of exiting.

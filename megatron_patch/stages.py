@@ -144,8 +144,7 @@ class Stage:
             return self.position_weights
         alpha = min(1.0, (stage_step + 1 - start) / max(1.0, self.steps - start))
         return tuple(
-            (1.0 - alpha) * weight + (alpha * self.labels_per_position if k == 0 else 0.0)
-            for k, weight in enumerate(self.position_weights)
+            (1.0 - alpha) * weight + (alpha * self.labels_per_position if k == 0 else 0.0) for k, weight in enumerate(self.position_weights)
         )
 
 

@@ -98,13 +98,9 @@ class NullTokenizer:
     """Text that is ids already, with spaces between: "17 4 32"; the last id is the end of a document."""
 
     vocab_size: int
+    eod_id: int | None
     name: str = "NullTokenizer"
     bos_id: int | None = None
-
-    @property
-    def eod_id(self) -> int:
-        """The last id."""
-        return self.vocab_size - 1
 
     def encode_flat(self, texts: Sequence[str]) -> Flat:
         """See `Tokenizer`.
@@ -239,7 +235,7 @@ def load_tokenizer(
             vocab_size = int(tokenizer_model)
         if vocab_size is None or vocab_size < 2:
             raise DataError("NullTokenizer without the size of its vocabulary", "--vocab-size N from 2", "give it")
-        return NullTokenizer(vocab_size)
+        return NullTokenizer(vocab_size, eod_id=vocab_size - 1)
     if tokenizer_type == "GPT2BPETokenizer" and tokenizer_model is None:
         return _gpt2(vocab_file, merge_file, eod_token)
     if tokenizer_model is None:

@@ -27,7 +27,9 @@ def parse_count(text: str | int | float) -> int:
     digits, exponent, unit = match.groups()
     value = Fraction(digits.replace("_", "").replace(",", "")) * 10 ** int(exponent or 0) * _FACTORS[unit.lower()]
     if value.denominator != 1:
-        raise ConfigError(f"{text!r} is not a whole number ({float(value):g})", "counts that come out whole", "use a larger unit or fewer decimals")
+        raise ConfigError(
+            f"{text!r} is not a whole number ({float(value):g})", "counts that come out whole", "use a larger unit or fewer decimals"
+        )
     return int(value)
 
 

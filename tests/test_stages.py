@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import pytest
@@ -27,9 +28,7 @@ def test_tokens_and_positions_are_never_mixed():
     assert PLAN.cost() == pytest.approx((3 * 16 + 5 * 64) / PLAN.tokens)
 
 
-@pytest.mark.parametrize(
-    ("side", "inputs", "labels", "sample"), [("both", 4, 4, 32), ("input", 4, 1, 32), ("output", 1, 4, 8)]
-)
+@pytest.mark.parametrize(("side", "inputs", "labels", "sample"), [("both", 4, 4, 32), ("input", 4, 1, 32), ("output", 1, 4, 8)])
 def test_the_side_decides_what_is_patched(side, inputs, labels, sample):
     stage = make_stage(side=side)
     assert (stage.input_patch_size, stage.labels_per_position, stage.sample_tokens) == (inputs, labels, sample)
@@ -89,7 +88,7 @@ def test_accumulation_rounds_up_so_that_any_number_of_ranks_can_take_a_batch():
 def test_position_weights_keep_the_average_per_label(kind, labels):
     weights = position_weights(kind, labels)
     assert len(weights) == labels and sum(weights) == pytest.approx(labels)
-    assert all(a >= b for a, b in zip(weights, weights[1:], strict=False))
+    assert all(a >= b for a, b in itertools.pairwise(weights))
 
 
 def test_position_weights_follow_their_formulas():

@@ -25,7 +25,12 @@ from megatron_patch.units import format_count, format_duration
 def parse(argv: list[str]) -> argparse.Namespace:
     """Reads the command line."""
     parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--input", nargs="+", required=True, help="files, globs in quotes, or - for standard input: .jsonl .json .txt, also .gz .bz2 .xz .zst")
+    parser.add_argument(
+        "--input",
+        nargs="+",
+        required=True,
+        help="files, globs in quotes, or - for standard input: .jsonl .json .txt, also .gz .bz2 .xz .zst",
+    )
     parser.add_argument("--output-prefix", required=True, help="writes PREFIX_KEY_document.bin, .idx and .json")
     parser.add_argument("--json-keys", nargs="+", default=["text"], help="keys of the text, one output each; dots for nested keys")
     parser.add_argument("--tokenizer-type", required=True, choices=TYPES)
@@ -36,10 +41,16 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--eod-token", help="the end-of-document token, where the usual names do not fit")
     parser.add_argument("--append-eod", action="store_true", help="end each document with the end-of-document token")
     parser.add_argument("--prepend-bos", action="store_true", help="begin each document with the beginning-of-sequence token")
-    parser.add_argument("--patch-align", type=int, default=1, help="pad each document with end-of-document tokens to whole patches of so many tokens")
+    parser.add_argument(
+        "--patch-align", type=int, default=1, help="pad each document with end-of-document tokens to whole patches of so many tokens"
+    )
     parser.add_argument("--workers", type=int, default=1, help="processes that encode")
-    parser.add_argument("--on-bad-line", choices=("skip", "fail"), default="skip", help="leave bad lines out and list them, or stop at the first")
-    parser.add_argument("--backend", choices=("auto", "reference"), default="auto", help="auto: fastokens where it agrees with the reference")
+    parser.add_argument(
+        "--on-bad-line", choices=("skip", "fail"), default="skip", help="leave bad lines out and list them, or stop at the first"
+    )
+    parser.add_argument(
+        "--backend", choices=("auto", "reference"), default="auto", help="auto: fastokens where it agrees with the reference"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace outputs that exist")
     parser.add_argument("--log-interval", type=float, default=10.0, help="seconds between progress lines")
     return parser.parse_args(argv)

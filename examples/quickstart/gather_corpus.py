@@ -25,7 +25,7 @@ def documents(text: str) -> list[str]:
     pieces: list[list[str]] = [[]]
     size = 0
     for line in text.splitlines(keepends=True):
-        if size > LONGEST // 2 and line.startswith(("def ", "class ", "@", "async def ")) or size > LONGEST:
+        if (size > LONGEST // 2 and line.startswith(("def ", "class ", "@", "async def "))) or size > LONGEST:
             pieces.append([])
             size = 0
         pieces[-1].append(line)
@@ -53,8 +53,8 @@ def gather(root: Path, output: Path) -> dict[str, int]:
         rows = [(path, text) for path, whole in part for text in documents(whole)]
         random.Random(SEED).shuffle(rows)
         with (output / f"{name}.jsonl").open("w", encoding="utf-8") as file:
-            for path, text in rows:
-                file.write(json.dumps({"text": text, "path": path}, ensure_ascii=False) + "\n")
+            for source, text in rows:
+                file.write(json.dumps({"text": text, "path": source}, ensure_ascii=False) + "\n")
         counts[f"{name}_documents"] = len(rows)
         counts[f"{name}_bytes"] = sum(len(text.encode()) for _, text in rows)
     return counts

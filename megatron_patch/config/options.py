@@ -16,7 +16,6 @@ from megatron_patch.stages import LrStyle, WsdDecayStyle
 from megatron_patch.units import parse_count
 
 
-
 def _count(text: list[str]) -> int:
     try:
         return parse_count(text[0])

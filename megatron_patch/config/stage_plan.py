@@ -140,9 +140,7 @@ def _read_entry(entry: Mapping[str, Any], number: int) -> StageRequest:
         where = f"stages: entry {number}: {name}"
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
-            raise ConfigError(
-                f"{where} is unknown", ", ".join(known), f"did you mean {close[0]}?" if close else "remove it"
-            )
+            raise ConfigError(f"{where} is unknown", ", ".join(known), f"did you mean {close[0]}?" if close else "remove it")
         if value is None:
             continue
         if name in _COUNTS:
@@ -239,9 +237,7 @@ def _geometry(request: StageRequest, options: StageOptions, recipe: str) -> _Geo
                 "change --seq-length or patch_size, or use sample: constant-positions",
             )
         positions = options.seq_length // input_patch_size
-    return _Geometry(
-        request, positions, input_patch_size, request.micro_batch_size or options.micro_batch_size, batch == "constant-tokens"
-    )
+    return _Geometry(request, positions, input_patch_size, request.micro_batch_size or options.micro_batch_size, batch == "constant-tokens")
 
 
 def _global_batches(geometries: Sequence[_Geometry], options: StageOptions, ranks: int) -> list[int]:
@@ -263,12 +259,7 @@ def _global_batches(geometries: Sequence[_Geometry], options: StageOptions, rank
         tokens = options.global_batch_size * options.seq_length
     else:
         assert options.global_batch_tokens is not None
-        unit = math.lcm(
-            *(
-                g.micro_batch_size * ranks * (g.sample_tokens if g.constant_tokens else g.positions)
-                for g in geometries
-            )
-        )
+        unit = math.lcm(*(g.micro_batch_size * ranks * (g.sample_tokens if g.constant_tokens else g.positions) for g in geometries))
         tokens = max(1, round(options.global_batch_tokens / unit)) * unit
     batches = [samples(geometry, tokens) for geometry in geometries]
     for geometry, batch in zip(geometries, batches, strict=True):
@@ -365,9 +356,7 @@ def build_plan(options: StageOptions, schedule: ScheduleOptions, data_parallel_s
     """
     recipe = recipe_of(options)
     if options.seq_length < 1 or options.micro_batch_size < 1:
-        raise ConfigError(
-            f"--seq-length {options.seq_length}, --micro-batch-size {options.micro_batch_size}", "whole numbers from 1"
-        )
+        raise ConfigError(f"--seq-length {options.seq_length}, --micro-batch-size {options.micro_batch_size}", "whole numbers from 1")
     geometries = [_geometry(request, options, recipe) for request in _requests(options)]
     batches = _global_batches(geometries, options, data_parallel_size)
     amounts = _amounts(geometries, batches, options)
@@ -393,9 +382,7 @@ def build_plan(options: StageOptions, schedule: ScheduleOptions, data_parallel_s
     return StagePlan(_with_schedules(stages, options, schedule, recipe), block)
 
 
-def _stage(
-    geometry: _Geometry, batch: int, steps: int, options: StageOptions, schedule: ScheduleOptions, first: bool
-) -> Stage:
+def _stage(geometry: _Geometry, batch: int, steps: int, options: StageOptions, schedule: ScheduleOptions, first: bool) -> Stage:
     request = geometry.request
     labels = 1 if request.side == "input" else request.patch_size
     kind: str | tuple[float, ...] = request.position_weights or options.position_weights
@@ -446,9 +433,7 @@ def _lr_shape(request: StageRequest, schedule: ScheduleOptions) -> LrShape:
     )
 
 
-def _with_schedules(
-    stages: Sequence[Stage], options: StageOptions, schedule: ScheduleOptions, recipe: str
-) -> tuple[Stage, ...]:
+def _with_schedules(stages: Sequence[Stage], options: StageOptions, schedule: ScheduleOptions, recipe: str) -> tuple[Stage, ...]:
     """Fills in what depends on the length of a schedule: the style of the recipe, warm-up by share, the length of WSD's decay."""
     result = []
     for index, stage in enumerate(stages):

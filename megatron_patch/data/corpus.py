@@ -1,4 +1,7 @@
-"""One corpus: shards laid end to end as one virtual array of tokens. In: prefixes. Out: any span of tokens, and what identifies the data."""
+"""One corpus: shards laid end to end as one virtual array of tokens.
+
+In: prefixes. Out: any span of tokens, and what identifies the data.
+"""
 
 from __future__ import annotations
 

@@ -67,7 +67,9 @@ class IndexedDataset:
         with idx_path(prefix).open("rb") as file:
             header = file.read(_HEADER.size)
         if len(header) < _HEADER.size or header[:9] != MAGIC:
-            raise DataError(f"{idx_path(prefix)} is no index: it begins with {header[:9]!r}", f"the magic {MAGIC!r}", "preprocess the data again")
+            raise DataError(
+                f"{idx_path(prefix)} is no index: it begins with {header[:9]!r}", f"the magic {MAGIC!r}", "preprocess the data again"
+            )
         _, version, code, self.num_sequences, boundaries = _HEADER.unpack(header)
         if version != 1:
             raise DataError(f"{idx_path(prefix)} has version {version}", "version 1")
@@ -77,7 +79,9 @@ class IndexedDataset:
         expected = _HEADER.size + 12 * self.num_sequences + 8 * boundaries
         if index_size not in (expected, expected + self.num_sequences):
             raise DataError(
-                f"{idx_path(prefix)} has {index_size} bytes; its header says {expected}", "a whole index", "copy or preprocess the data again"
+                f"{idx_path(prefix)} has {index_size} bytes; its header says {expected}",
+                "a whole index",
+                "copy or preprocess the data again",
             )
         if boundaries < 1:
             raise DataError(f"{idx_path(prefix)} has no document boundaries", "at least one", "preprocess the data again")
@@ -85,7 +89,9 @@ class IndexedDataset:
         self.bin_bytes = bin_path(prefix).stat().st_size
         if self.bin_bytes % self.dtype.itemsize:
             raise DataError(
-                f"{bin_path(prefix)} has {self.bin_bytes} bytes, no multiple of {self.dtype.itemsize} ({self.dtype})", "whole tokens", "copy it again"
+                f"{bin_path(prefix)} has {self.bin_bytes} bytes, no multiple of {self.dtype.itemsize} ({self.dtype})",
+                "whole tokens",
+                "copy it again",
             )
         self.num_tokens = self.bin_bytes // self.dtype.itemsize
         self._index = self._map(idx_path(prefix))
@@ -172,7 +178,11 @@ class IndexedDatasetWriter:
             raise self._failure(error) from error
 
     def _failure(self, error: OSError) -> DataError:
-        return DataError(f"cannot write {self.prefix}: {error.strerror or error}", "a writable folder with free space", "free space or change --output-prefix")
+        return DataError(
+            f"cannot write {self.prefix}: {error.strerror or error}",
+            "a writable folder with free space",
+            "free space or change --output-prefix",
+        )
 
     def append(self, tokens: npt.NDArray[np.generic], lengths: npt.NDArray[np.generic]) -> None:
         """Adds documents.
@@ -185,11 +195,16 @@ class IndexedDatasetWriter:
             DataError: lengths that do not sum to the tokens, an empty document, ids that do not fit, no space left.
         """
         if int(lengths.sum()) != tokens.size or (lengths.size and int(lengths.min()) < 1):
-            raise DataError(f"{lengths.size} documents of {int(lengths.sum())} tokens for {tokens.size} tokens", "documents that are not empty and add up")
+            raise DataError(
+                f"{lengths.size} documents of {int(lengths.sum())} tokens for {tokens.size} tokens",
+                "documents that are not empty and add up",
+            )
         if tokens.dtype != self.dtype:
-            limits = np.iinfo(self.dtype)
+            limits = np.iinfo(self.dtype.name)
             if tokens.size and (int(tokens.min()) < limits.min or int(tokens.max()) > limits.max):
-                raise DataError(f"token ids up to {int(tokens.max())} in {self.dtype}", f"ids up to {limits.max}", "give the right vocabulary size")
+                raise DataError(
+                    f"token ids up to {int(tokens.max())} in {self.dtype}", f"ids up to {limits.max}", "give the right vocabulary size"
+                )
             tokens = tokens.astype(self.dtype)
         try:
             self._bin.write(np.ascontiguousarray(tokens).data)

@@ -12,6 +12,8 @@ import threading
 from collections.abc import Iterator
 
 import numpy as np
+import numpy.typing as npt
+import torch
 
 from megatron_patch.data.patch_dataset import DocumentMasking, PatchBatch, make_batch
 from megatron_patch.data.token_stream import Span, TrainStream
@@ -133,17 +135,8 @@ class PatchLoader:
         tokens = np.zeros((stage.micro_batch_size, stage.sample_tokens + stage.patch_size), dtype=np.int64)
         for row, span in enumerate(spans):
             self._stream.corpora[span.corpus].read_into(tokens[row], span.start)
-        if self._vocab_size is not None and tokens.size:
-            largest = int(tokens.max())
-            if largest >= self._vocab_size or int(tokens.min()) < 0:
-                row = int(np.argmax(tokens.max(axis=1))) if largest >= self._vocab_size else int(np.argmin(tokens.min(axis=1)))
-                span = spans[row]
-                raise DataError(
-                    f"token id {largest if largest >= self._vocab_size else int(tokens.min())} in {self._stream.corpora[span.corpus].name}, "
-                    f"tokens {span.start} to {span.start + tokens.shape[1]}",
-                    f"ids from 0 to {self._vocab_size - 1}",
-                    "give the tokenizer's --vocab-size, or preprocess the data again",
-                )
+        if self._vocab_size is not None:
+            self._check_ids(tokens, spans)
         batch = make_batch(
             tokens,
             stage.side,
@@ -153,7 +146,27 @@ class PatchLoader:
             spans,
             scored_rows=scored if scored < stage.micro_batch_size else None,
         )
-        if self._pin_memory:
-            pinned = (None if tensor is None else tensor.pin_memory() for tensor in batch[:4])
-            batch = PatchBatch(*pinned, batch.spans)  # type: ignore[arg-type]
-        return batch
+        return _pinned(batch) if self._pin_memory else batch
+
+    def _check_ids(self, tokens: npt.NDArray[np.int64], spans: tuple[Span, ...]) -> None:
+        assert self._vocab_size is not None
+        if not tokens.size or (int(tokens.max()) < self._vocab_size and int(tokens.min()) >= 0):
+            return
+        row, column = np.argwhere((tokens >= self._vocab_size) | (tokens < 0))[0]
+        span = spans[int(row)]
+        raise DataError(
+            f"token id {int(tokens[row, column])} in {self._stream.corpora[span.corpus].name}, token {span.start + int(column)}",
+            f"ids from 0 to {self._vocab_size - 1}",
+            "give the tokenizer's --vocab-size, or preprocess the data again",
+        )
+
+
+def _pinned(batch: PatchBatch) -> PatchBatch:
+    """The same batch in page-locked memory."""
+
+    def pin(tensor: torch.Tensor | None) -> torch.Tensor | None:
+        return None if tensor is None else tensor.pin_memory()
+
+    return PatchBatch(
+        batch.input_ids.pin_memory(), batch.labels.pin_memory(), pin(batch.position_ids), pin(batch.document_ids), batch.spans
+    )

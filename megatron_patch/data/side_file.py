@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from megatron_patch.errors import DataError
+from megatron_patch.files import write_durably
 
 FORMAT = "megatron_patch/dataset-1"
 
@@ -72,7 +72,9 @@ def read_info(prefix: str) -> DatasetInfo | None:
             raise ValueError("vocab_size and patch_align must be whole numbers from 1")
         return info
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path} is no side file: {error}", "what tools/preprocess_data.py writes", "remove it or preprocess again") from error
+        raise DataError(
+            f"{path} is no side file: {error}", "what tools/preprocess_data.py writes", "remove it or preprocess again"
+        ) from error
 
 
 def write_info(prefix: str, info: DatasetInfo) -> None:
@@ -82,13 +84,7 @@ def write_info(prefix: str, info: DatasetInfo) -> None:
         DataError: it cannot be written.
     """
     path = info_path(prefix)
-    temporary = path.with_name(path.name + ".partial")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            json.dump({"format": FORMAT, **asdict(info)}, file, indent=1)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        write_durably(path, json.dumps({"format": FORMAT, **asdict(info)}, indent=1) + "\n")
     except OSError as error:
         raise DataError(f"cannot write {path}: {error.strerror or error}", "a writable folder with free space") from error

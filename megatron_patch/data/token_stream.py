@@ -102,6 +102,7 @@ class TrainStream:
         deals: list[_Deal] = []
         taken = np.zeros(len(self.names), dtype=np.int64)
         before: Weights | None = None
+        blocks_before = 0
         for index, stage in enumerate(self.plan.stages):
             blocks = self.plan.last_block(index) - self.plan.first_block(index)
             mine = tuple(stage.blend or blend)
@@ -125,9 +126,7 @@ class TrainStream:
             self._block_orders[key] = Permutation(self.blocks[corpus], derive_key(self.seed, "blocks", corpus, epoch))
         return self._block_orders[key]
 
-    def locate(
-        self, stage_index: int, samples: npt.NDArray[np.int64]
-    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    def locate(self, stage_index: int, samples: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """Where samples of a stage lie.
 
         Args:

@@ -125,7 +125,9 @@ class DataParallelEngine:
             return
         if self.config.offloads_to_nvme:
             raise ConfigError(
-                f"stage {stage.name!r} resets an optimizer that is offloaded to NVMe", "optimizer: keep", "offload it to the CPU, or keep it"
+                f"stage {stage.name!r} resets an optimizer that is offloaded to NVMe",
+                "optimizer: keep",
+                "offload it to the CPU, or keep it",
             )
         zero_moments(self._base.state.values())
         if stage.optimizer == "reset":
@@ -144,7 +146,9 @@ class DataParallelEngine:
     def _total_weight(self, batches: Sequence[PatchBatch], label_weights: Sequence[float]) -> torch.Tensor:
         """Sum of the weights of all scored labels over all ranks, float64 on the device."""
         weights = torch.tensor(label_weights, dtype=torch.float64)
-        total = sum((((batch.labels != IGNORE_INDEX).sum(dim=(0, 1)) * weights).sum() for batch in batches), torch.zeros((), dtype=torch.float64))
+        total = sum(
+            (((batch.labels != IGNORE_INDEX).sum(dim=(0, 1)) * weights).sum() for batch in batches), torch.zeros((), dtype=torch.float64)
+        )
         total = total.to(self.device)
         self._all_reduce(total)
         return total

@@ -122,7 +122,9 @@ def engine_config(
     for key in ("optimizer", "scheduler"):
         if key in user:
             raise ConfigError(
-                f"--deepspeed_config sets {key!r}", "the program's own flags for it", "use --lr, --lr-decay-style, --weight-decay, --adam-beta1 …"
+                f"--deepspeed_config sets {key!r}",
+                "the program's own flags for it",
+                "use --lr, --lr-decay-style, --weight-decay, --adam-beta1 …",
             )
     for key, value in batch_settings(plan.stages[0], data_parallel_size).items():
         if user.get(key, "auto") not in ("auto", value):
@@ -170,8 +172,6 @@ def engine_config(
         }
     types = _section(user, "data_types")
     if types.get("grad_accum_dtype") not in (None, "auto", "fp32"):
-        raise ConfigError(
-            f"--deepspeed_config says data_types.grad_accum_dtype = {types['grad_accum_dtype']!r}", "fp32", "remove it"
-        )
+        raise ConfigError(f"--deepspeed_config says data_types.grad_accum_dtype = {types['grad_accum_dtype']!r}", "fp32", "remove it")
     merged["data_types"] = {**types, "grad_accum_dtype": "fp32"}
     return EngineConfig(precision, stage, clip_grad, merged)

@@ -65,7 +65,7 @@ def fragments(engine: Any, names: dict[torch.nn.Parameter, str], share: tuple[in
 
 
 def _locate(
-    engine: Any, optimizer: torch.optim.Optimizer, parameter: torch.nn.Parameter, share: tuple[int, int] | None
+    engine: Any, optimizer: torch.optim.Optimizer, parameter: Any, share: tuple[int, int] | None
 ) -> tuple[torch.Tensor, int, int, int] | None:
     """(tensor of the optimizer, offset in it, offset in the flattened parameter, elements), or None where nothing is here."""
     zero = engine.optimizer
@@ -82,4 +82,3 @@ def _locate(
     rank, ranks = share or (0, 1)
     start, end = (parameter.numel() * edge // ranks for edge in (rank, rank + 1))
     return parameter, start, start, end - start
-

@@ -105,14 +105,22 @@ class StateFiles:
         """
         for name, shape in expected.items():
             if name not in self.shapes:
-                raise CheckpointError(f"{self.folder} has no parameter {name} {shape}", "a checkpoint of the same model", "check the model's flags")
+                raise CheckpointError(
+                    f"{self.folder} has no parameter {name} {shape}", "a checkpoint of the same model", "check the model's flags"
+                )
             if self.shapes[name] != tuple(shape):
                 raise CheckpointError(
-                    f"{self.folder}: parameter {name} has shape {self.shapes[name]}", f"{tuple(shape)}, as the model's flags say", "check them"
+                    f"{self.folder}: parameter {name} has shape {self.shapes[name]}",
+                    f"{tuple(shape)}, as the model's flags say",
+                    "check them",
                 )
         for name in self.shapes:
             if name not in expected:
-                raise CheckpointError(f"{self.folder} has a parameter {name} that the model lacks", "a checkpoint of the same model", "check the model's flags")
+                raise CheckpointError(
+                    f"{self.folder} has a parameter {name} that the model lacks",
+                    "a checkpoint of the same model",
+                    "check the model's flags",
+                )
 
     def read(self, kind: str, name: str, start: int = 0, numel: int | None = None) -> torch.Tensor:
         """A span of one flattened parameter's weight or moment.

@@ -100,10 +100,6 @@ class Attention(nn.Module):
             mixed = self._mix(queries, keys, values, context.mask)
         return self.output(mixed.transpose(1, 2).flatten(2))
 
-    def _mix(
-        self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None
-    ) -> torch.Tensor:
+    def _mix(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         causal = mask is None and queries.shape[2] == keys.shape[2]
-        return F.scaled_dot_product_attention(
-            queries, keys, values, attn_mask=mask, is_causal=causal, enable_gqa=self.grouped
-        )
+        return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, is_causal=causal, enable_gqa=self.grouped)

@@ -113,9 +113,7 @@ class GPTModel(nn.Module):
                 hidden = block(hidden, context, cache.blocks[index] if cache is not None else None)
         return self.final_norm(hidden)
 
-    def _context(
-        self, hidden: torch.Tensor, position_ids: torch.Tensor | None, document_ids: torch.Tensor | None
-    ) -> AttentionContext:
+    def _context(self, hidden: torch.Tensor, position_ids: torch.Tensor | None, document_ids: torch.Tensor | None) -> AttentionContext:
         rotary = None
         if self.shape.position_embedding == "rope":
             positions = position_ids

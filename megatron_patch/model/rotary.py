@@ -5,9 +5,7 @@ from __future__ import annotations
 import torch
 
 
-def rotary_tables(
-    positions: torch.Tensor, head_size: int, base: float, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
+def rotary_tables(positions: torch.Tensor, head_size: int, base: float, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosines and sines of position · base^(-2i/head_size), i < head_size / 2, each twice.
 
     Args:

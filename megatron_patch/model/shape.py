@@ -64,7 +64,14 @@ def check_shape(shape: ModelShape) -> None:
         ConfigError: naming the flags.
     """
     for name in (
-        "num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "head_size", "ffn_hidden_size", "vocab_size", "max_positions"
+        "num_layers",
+        "hidden_size",
+        "num_attention_heads",
+        "num_query_groups",
+        "head_size",
+        "ffn_hidden_size",
+        "vocab_size",
+        "max_positions",
     ):
         if getattr(shape, name) < 1:
             raise ConfigError(f"{name} = {getattr(shape, name)}", "whole numbers from 1")

@@ -32,9 +32,7 @@ def patch_embedding(weight: torch.Tensor, token_ids: torch.Tensor) -> torch.Tens
     return rows.to(_accumulation_dtype(weight.dtype)).mean(dim=-2).to(weight.dtype)
 
 
-def multi_token_loss(
-    logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def multi_token_loss(logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Each position's distribution scored against all K labels of the next patch (arXiv 2407.12665, equation 3).
 
     loss = sum over n, k with labels[n, k] != IGNORE_INDEX of w_k * -log softmax(logits[n])[labels[n, k]]

@@ -19,6 +19,7 @@ from typing import Any
 import xxhash
 
 from megatron_patch.errors import CheckpointError
+from megatron_patch.files import checksum, fsync_folder, write_durably
 
 VERSION = 1
 MANIFEST = "manifest.json"
@@ -69,14 +70,14 @@ class TrainerState:
         """
         if not isinstance(data, dict) or data.get("version") != VERSION:
             raise CheckpointError(f"{where} is no trainer state of version {VERSION}", "a checkpoint of this program")
-        values = {}
+        values: dict[str, Any] = {}
         for f in fields(TrainerState):
             if f.name not in data:
                 raise CheckpointError(f"{where} lacks {f.name!r}", "a whole trainer state")
             value = data[f.name]
-            number = f.name in ("step", "stage_index", "stage_step", "consumed_tokens", "consumed_samples", "version")
-            kind = int if number else str if f.name == "stage_name" else dict
-            if not isinstance(value, kind) or isinstance(value, bool) or (number and value < 0):
+            number = f.type == "int"
+            kind: type = int if number else str if f.type == "str" else dict
+            if not isinstance(value, kind) or isinstance(value, bool) or (isinstance(value, int) and value < 0):
                 raise CheckpointError(f"{where}: {f.name} is {value!r}", f"a {kind.__name__}")
             values[f.name] = value
         return TrainerState(**values)
@@ -110,24 +111,6 @@ def folder_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def _fsync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _write_durably(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".partial")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    _fsync_folder(path.parent)
-
-
 def prepare(save: Path, step: int) -> Path:
     """Makes an empty folder for a checkpoint; what a killed attempt left there is removed."""
     folder = save / folder_name(step)
@@ -139,16 +122,7 @@ def prepare(save: Path, step: int) -> Path:
 
 def write_state(folder: Path, state: TrainerState) -> None:
     """Writes the trainer state into a checkpoint."""
-    _write_durably(folder / STATE, json.dumps(asdict(state), indent=1) + "\n")
-
-
-def checksum(path: Path) -> str:
-    """xxh64 of a file, read in pieces."""
-    digest = xxhash.xxh64()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 22):
-            digest.update(piece)
-    return digest.hexdigest()
+    write_durably(folder / STATE, json.dumps(asdict(state), indent=1) + "\n")
 
 
 def _files(folder: Path) -> list[str]:
@@ -181,16 +155,16 @@ def entries_of_rank(folder: Path, rank: int, ranks: int) -> dict[str, Entry]:
 
 def write_manifest(folder: Path, entries: Mapping[str, Entry]) -> None:
     """Makes a checkpoint whole: its manifest, last of all."""
-    _fsync_folder(folder)
+    fsync_folder(folder)
     body = {name: asdict(entry) for name, entry in sorted(entries.items())}
     text = json.dumps({"version": VERSION, "files": body}, indent=1)
     digest = xxhash.xxh64(json.dumps(body).encode()).hexdigest()
-    _write_durably(folder / MANIFEST, json.dumps({**json.loads(text), "xxh64": digest}, indent=1) + "\n")
+    write_durably(folder / MANIFEST, json.dumps({**json.loads(text), "xxh64": digest}, indent=1) + "\n")
 
 
 def publish(save: Path, step: int) -> None:
     """Points SAVE/latest at a checkpoint."""
-    _write_durably(save / "latest", folder_name(step) + "\n")
+    write_durably(save / "latest", folder_name(step) + "\n")
 
 
 def read_manifest(folder: Path) -> dict[str, Entry]:

@@ -22,7 +22,20 @@ from megatron_patch.units import format_count
 def stage_table(run: RunConfig, cost: Cost) -> Table:
     """One row a stage and one for the run."""
     table = Table(title="Stages", title_justify="left", header_style="bold")
-    for name in ("stage", "K", "T", "samples/step", "micro-batches", "tokens/step", "steps", "tokens", "of tokens", "of FLOPs", "optimizer", "lr"):
+    for name in (
+        "stage",
+        "K",
+        "T",
+        "samples/step",
+        "micro-batches",
+        "tokens/step",
+        "steps",
+        "tokens",
+        "of tokens",
+        "of FLOPs",
+        "optimizer",
+        "lr",
+    ):
         table.add_column(name, justify="left" if name in ("stage", "optimizer", "lr") else "right")
     total_flops = sum(stage.steps * cost.step_flops(stage) for stage in run.plan.stages)
     for index, stage in enumerate(run.plan.stages):

@@ -5,18 +5,13 @@ In: flags. Out: checkpoints, metrics, and an exit code (0 done, 2 configuration,
 
 from __future__ import annotations
 
-import dataclasses
 import sys
-import time
 from collections.abc import Sequence
-from pathlib import Path
-
-from rich.console import Console
 
 from megatron_patch.config.resolve import RunConfig, load_config
+from megatron_patch.console import make_console
 from megatron_patch.engine.deepspeed_config import EngineConfig, engine_config
-from megatron_patch.errors import CheckpointError, ConfigError, MegatronPatchError
-from megatron_patch.stages import Place, Stage
+from megatron_patch.errors import ConfigError, MegatronPatchError
 from megatron_patch.training.dry_run import print_plan
 
 
@@ -28,7 +23,7 @@ def pretrain(run: RunConfig) -> None:
     """
     settings = _engine_settings(run)
     if run.options.logging.dry_run:
-        print_plan(run, settings, Console())
+        print_plan(run, settings, make_console())
         return
     # Torch and DeepSpeed take seconds to import, which wrong flags and dry runs need not wait for.
     from megatron_patch.engine.distributed import join, leave
@@ -46,7 +41,9 @@ def _engine_settings(run: RunConfig) -> EngineConfig:
     settings = engine_config(run.options.engine, run.options.schedule, run.origins, run.plan, run.data_parallel_size)
     if settings.precision == "bf16" and settings.zero_stage == 0 and run.options.engine.recompute_granularity != "none":
         raise ConfigError(
-            "--bf16 with --zero-stage 0 and recomputation", "--zero-stage 1 to 3, or no recomputation", "use --zero-stage 1: it needs less memory"
+            "--bf16 with --zero-stage 0 and recomputation",
+            "--zero-stage 1 to 3, or no recomputation",
+            "use --zero-stage 1: it needs less memory",
         )
     if settings.offloads_to_nvme and any(stage.optimizer != "keep" for stage in run.plan.stages[1:]):
         raise ConfigError(

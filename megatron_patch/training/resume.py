@@ -1,4 +1,7 @@
-"""May this run go on from that checkpoint? In: the run and a checkpoint's trainer state. Out: the plan to go on with, or the reason why not."""
+"""May this run go on from that checkpoint?
+
+In: the run and a checkpoint's trainer state. Out: the plan to go on with, or the reason why not.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,9 @@ def check_model(state: TrainerState, run: RunConfig) -> None:
     difference = _first_difference(state.model, dataclasses.asdict(run.shape))
     if difference:
         raise CheckpointError(
-            f"the checkpoint is of another model: {difference}", "the model's flags that the checkpoint was made with", "change the flags or --load"
+            f"the checkpoint is of another model: {difference}",
+            "the model's flags that the checkpoint was made with",
+            "change the flags or --load",
         )
 
 
@@ -85,8 +90,6 @@ def plan_to_resume(state: TrainerState, run: RunConfig) -> StagePlan:
         )
 
     def merge(old: Stage, new: Stage) -> Stage:
-        return dataclasses.replace(
-            new, **{name: getattr(old, name) for name in ("steps", "global_batch_size")}
-        )
+        return dataclasses.replace(new, **{name: getattr(old, name) for name in ("steps", "global_batch_size")})
 
     return StagePlan(tuple(merge(old, new) for old, new in zip(saved.stages, given.stages, strict=True)), saved.block_tokens)

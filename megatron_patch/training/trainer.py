@@ -12,9 +12,9 @@ from pathlib import Path
 from types import TracebackType
 
 import torch
-from rich.console import Console
 
 from megatron_patch.config.resolve import RunConfig
+from megatron_patch.console import make_console
 from megatron_patch.engine.data_parallel import DataParallelEngine
 from megatron_patch.engine.deepspeed_config import EngineConfig
 from megatron_patch.engine.distributed import barrier, broadcast_object, gather_objects
@@ -66,25 +66,21 @@ class Trainer:
         if run.options.engine.compile:
             model.compile_blocks()
         model.to(device)
-        self.engine = DataParallelEngine(
-            model, parameter_groups(model), settings, run.options.schedule, self.stage, self.grid, device
-        )
+        self.engine = DataParallelEngine(model, parameter_groups(model), settings, run.options.schedule, self.stage, self.grid, device)
         if found is not None:
             self.engine.load(found.folder, found.state.engine if resuming else None)
         self.throughput = Throughput(world, device_name(device), run.options.logging.peak_tflops)
         self.callbacks = make_callbacks(run, self.save_folder, self.grid.rank)
         if self.grid.rank == 0:
             shown = dataclasses.replace(run, plan=self.plan)
-            print_plan(shown, settings, Console(), origins=False)
+            print_plan(shown, settings, make_console(), origins=False)
             for note in self._start_notes(found):
                 self._tell(note)
 
     def __enter__(self) -> Trainer:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         for callback in self.callbacks:
             callback.close()
 
@@ -174,9 +170,7 @@ class Trainer:
 
     def _account(self, result: StepResult, lr: float, seconds: float, data_seconds: float) -> None:
         stage = self.stage
-        rates = self.throughput.update(
-            seconds, data_seconds, stage.tokens_per_step, stage.positions_per_step, self.cost.step_flops(stage)
-        )
+        rates = self.throughput.update(seconds, data_seconds, stage.tokens_per_step, stage.positions_per_step, self.cost.step_flops(stage))
         record = StepRecord(
             step=self.step,
             stage=stage.name,
@@ -279,7 +273,9 @@ class Trainer:
             except MegatronPatchError as error:
                 failure = error
             except OSError as error:
-                failure = CheckpointError(f"cannot write to {self.save_folder}: {error}", "a folder with free space", "free space, or change --save")
+                failure = CheckpointError(
+                    f"cannot write to {self.save_folder}: {error}", "a folder with free space", "free space, or change --save"
+                )
         failure = broadcast_object(failure)  # type: ignore[assignment]
         if failure is not None:
             raise failure
@@ -318,7 +314,9 @@ class Trainer:
                 )
         notes += self.data.stream.epoch_notes()
         if not self.data.held_out:
-            notes.append("no evaluation: the held-out part of the data is shorter than a sample (give --valid-data-path or another --split)")
+            notes.append(
+                "no evaluation: the held-out part of the data is shorter than a sample (give --valid-data-path or another --split)"
+            )
         return notes
 
     def _announce_start(self) -> None:

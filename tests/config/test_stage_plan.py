@@ -101,7 +101,7 @@ def test_eight_four_two_one_with_everything_a_stage_can_say():
         {"patch_size": 2, "compute_share": 0.1, "lr_policy": "continue", "side": "input", "batch": "constant-positions"},
         {"patch_size": 1, "lr-policy": "restart", "micro_batch_size": 2, "data_path": ["0.5", "a", "0.5", "b"]},
     ]
-    result = plan(stages=stages, train_tokens="20000000" and 20_000_000)
+    result = plan(stages=stages, train_tokens=20_000_000)
     k8, k4, k2, k1 = result.stages
     assert [stage.patch_size for stage in result.stages] == [8, 4, 2, 1]
     assert k8.position_weights[0] > k8.position_weights[1] and k8.anneal_share == 0.2 and k8.lr.lr == 1e-3
@@ -136,9 +136,9 @@ def test_eight_four_two_one_with_everything_a_stage_can_say():
     ],
 )
 def test_impossible_plans_are_refused_with_the_reason(options, words):
+    if isinstance(options.get("stages"), dict):
+        options = {**options, "stages": json.dumps(options["stages"])}
     with pytest.raises(ConfigError, match=words):
-        if isinstance(options.get("stages"), dict):
-            options = {**options, "stages": json.dumps(options["stages"])}
         plan(**options)
 
 

@@ -101,11 +101,53 @@ def make_tokenizer(settings: EncodeSettings) -> Tokenizer:
 
 def fuzz_strings(seed: int = 0, count: int = 300) -> list[str]:
     """Strings made to break tokenizers: mixed scripts, odd white space, long runs, special tokens, controls, combining marks."""
-    pieces = [
-        " ", "  ", "\n", "\r\n", "\t", "\u00a0", "\u3000", "\u200b", "\ufeff", "a", "Z", "the", " The", "don't", "WE'LL", "1234567890", "3.14",
-        "_", "__init__", "#", "...", "—", "é", "e\u0301", "ß", "İ", "Ω", "жизнь", "日本語", "한국어", "مرحبا", "नमस्ते", "🙂", "👨‍👩‍👧", "🇩🇪", "\x00", "\x7f",
-        "<|endoftext|>", "<s>", "</s>", "<unk>", "▁", "Ġ", "aaaaaaaaaaaaaaaa", "http://x.y/z?a=b", "\\n", "{}", "\u2028", "ﬁ", "½", "\U0001d400",
-    ]  # fmt: skip
+    words = [
+        "a",
+        "Z",
+        "the",
+        "don't",
+        "WE'LL",
+        "1234567890",
+        "3.14",
+        "_",
+        "__init__",
+        "#",
+        "...",
+        "—",
+        "é",
+        "ß",
+        "İ",
+        "Ω",
+        "жизнь",
+        "日本語",
+        "한국어",
+        "مرحبا",
+        "नमस्ते",
+        "🙂",
+        "🇩🇪",
+        "▁",
+        "Ġ",
+        "ﬁ",
+        "½",
+        "{}",
+        "http://x.y/z?a=b",
+    ]
+    spaces = [" ", "  ", "\n", "\r\n", "\t", "\u00a0", "\u3000", "\u200b", "\ufeff", "\u2028"]
+    special = [
+        "<|endoftext|>",
+        "<s>",
+        "</s>",
+        "<unk>",
+        " The",
+        "e\u0301",
+        "\U0001f468\u200d\U0001f469",
+        "\x00",
+        "\x7f",
+        "a" * 40,
+        "\\n",
+        "\U0001d400",
+    ]
+    pieces = words + spaces + special
     draw = random.Random(seed)
     return ["", *pieces, *("".join(draw.choices(pieces, k=draw.randint(1, 24))) for _ in range(count))]
 
@@ -121,7 +163,8 @@ class FastBackend:
     def encode_flat(self, texts: Sequence[str]) -> Flat:
         """See `Tokenizer`."""
         ids, offsets = self._native.encode_batch_flat(list(texts), add_special_tokens=False)
-        return np.frombuffer(ids, dtype=np.uint32), np.diff(np.frombuffer(offsets, dtype=np.uint64).astype(np.int64))
+        ends = np.frombuffer(offsets, dtype=np.uint64).astype(np.int64)
+        return np.frombuffer(ids, dtype=np.uint32), ends[1:] - ends[:-1]
 
 
 def _same(first: Flat, second: Flat) -> bool:
@@ -160,7 +203,9 @@ class Encoder:
         self.fast, self.backend_note = fast_backend(self.tokenizer) if settings.backend == "auto" else (None, "the reference tokenizer")
         if (settings.append_eod or settings.patch_align > 1) and self.tokenizer.eod_id is None:
             raise DataError(
-                f"{self.tokenizer.name} has no end-of-document token by a usual name", "--eod-token NAME, a token of the vocabulary", "name it"
+                f"{self.tokenizer.name} has no end-of-document token by a usual name",
+                "--eod-token NAME, a token of the vocabulary",
+                "name it",
             )
         if settings.prepend_bos and self.tokenizer.bos_id is None:
             raise DataError(f"{self.tokenizer.name} has no beginning-of-sequence token", "a tokenizer with one", "leave out --prepend-bos")
@@ -181,11 +226,11 @@ class Encoder:
             raw = data.split(b"\n")
             lines = data.count(b"\n") + (not data.endswith(b"\n") and bool(data))
             rows = [self._parse(line, number, bad) for number, line in enumerate(raw, start=1) if line.strip()]
-        rows = [row for row in rows if row is not None]
+        documents = [row for row in rows if row is not None]
         parts, empty = [], 0
         for column in range(len(self.settings.keys)):
-            texts = [row[column] for row in rows if row[column]]
-            empty += len(rows) - len(texts)
+            texts = [row[column] for row in documents if row[column]]
+            empty += len(documents) - len(texts)
             parts.append(self._encode(texts))
         return Encoded(batch.source, lines, len(data), tuple(parts), empty, tuple(bad))
 

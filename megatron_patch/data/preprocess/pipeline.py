@@ -10,6 +10,7 @@ import collections
 import contextlib
 import json
 import multiprocessing
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -25,7 +26,7 @@ from megatron_patch.data.preprocess.encode import BackendDisagrees, Encoded, Enc
 from megatron_patch.data.preprocess.readers import Batch, batches, expand
 from megatron_patch.data.side_file import DatasetInfo, info_path, write_info
 from megatron_patch.errors import DataError
-from megatron_patch.training.checkpointing import checksum
+from megatron_patch.files import checksum
 
 _LISTED_BAD_LINES = 100_000
 
@@ -67,7 +68,11 @@ class Summary:
     def to_json(self) -> dict[str, Any]:
         """As plain values, with rates."""
         seconds = max(self.seconds, 1e-9)
-        return {**asdict(self), "megabytes_per_second": round(self.bytes / 1e6 / seconds, 3), "tokens_per_second": round(self.tokens / seconds)}
+        return {
+            **asdict(self),
+            "megabytes_per_second": round(self.bytes / 1e6 / seconds, 3),
+            "tokens_per_second": round(self.tokens / seconds),
+        }
 
 
 def output_prefixes(prefix: str, keys: Sequence[str]) -> list[str]:
@@ -136,7 +141,11 @@ class _BadLines:
         for line, reason in encoded.bad:
             number = self._lines[encoded.source] + line
             if self._policy == "fail":
-                raise DataError(f"{encoded.source}, line {number}: {reason}", "lines that are JSON objects with the key", "repair it, or use --on-bad-line skip")
+                raise DataError(
+                    f"{encoded.source}, line {number}: {reason}",
+                    "lines that are JSON objects with the key",
+                    "repair it, or use --on-bad-line skip",
+                )
             if self._file is None:
                 self._file = self._path.open("w", encoding="utf-8")
             if self.count < _LISTED_BAD_LINES:
@@ -261,7 +270,9 @@ def _info(writer: IndexedDatasetWriter, settings: EncodeSettings, encoder: Encod
     tokens, index = bin_path(writer.prefix), idx_path(writer.prefix)
     return DatasetInfo(
         tokenizer_type=settings.tokenizer_type,
-        tokenizer_model=settings.tokenizer_model or str(settings.vocab_size or settings.vocab_file),
+        tokenizer_model=os.path.abspath(settings.tokenizer_model)
+        if settings.tokenizer_model
+        else str(settings.vocab_size or settings.vocab_file),
         vocab_size=encoder.tokenizer.vocab_size,
         eod_id=encoder.tokenizer.eod_id,
         documents=writer.num_documents,

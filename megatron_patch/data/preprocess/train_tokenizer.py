@@ -71,7 +71,12 @@ def train_tokenizer(inputs: Sequence[str], output: str, vocab_size: int, key: st
     try:
         folder.mkdir(parents=True, exist_ok=True)
         backend.save(str(folder / "tokenizer.json"))
-        config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": EOD_TOKEN, "bos_token": EOD_TOKEN, "clean_up_tokenization_spaces": False}
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "eos_token": EOD_TOKEN,
+            "bos_token": EOD_TOKEN,
+            "clean_up_tokenization_spaces": False,
+        }
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")
     except OSError as error:
         raise DataError(f"cannot write {folder}: {error.strerror}", "a writable folder") from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, Progress, TextColumn
 
+from megatron_patch.console import make_console
 from megatron_patch.training.callbacks.base import Callback, EvaluationRecord, RunEnd, RunStart, SaveRecord, StepRecord, SwitchRecord
 from megatron_patch.units import format_count, format_duration
 
@@ -19,7 +20,7 @@ class Console(Callback):
 
     def __init__(self, log_interval: int, console: RichConsole | None = None) -> None:
         self._interval = log_interval
-        self._console = console or RichConsole(highlight=False)
+        self._console = console or make_console()
         self._start: RunStart | None = None
         self._progress: Progress | None = None
         self._lines = 0
@@ -61,11 +62,12 @@ class Console(Callback):
                 f"{'TFLOP/s':>7} {'GiB':>5} {'data':>5}  to go"
             )
         self._lines += 1
+        waited = record.data_seconds / max(record.step_seconds, 1e-9)
         loss = "skipped" if record.skipped else f"{record.loss:8.4f}"
         self._console.print(
             f"{record.step:>8,} {record.stage:<10.10} {record.patch_size:>2} {format_count(record.tokens):>8} {loss:>8} {record.lr:>9.3g} "
             f"{record.grad_norm:>7.3f} {format_count(record.tokens_per_second):>7} {format_count(record.positions_per_second):>7} "
-            f"{record.tflops:>7.3g} {record.memory_gib:>5.1f} {record.data_seconds / max(record.step_seconds, 1e-9):>5.1%}  {self._eta(record)}{mfu}"
+            f"{record.tflops:>7.3g} {record.memory_gib:>5.1f} {waited:>5.1%}  {self._eta(record)}{mfu}"
         )
 
     def on_evaluation(self, record: EvaluationRecord) -> None:
@@ -94,7 +96,8 @@ class Console(Callback):
     def on_end(self, record: RunEnd) -> None:
         """Says why."""
         self._console.print(
-            f"{record.step:>8,} [bold]{record.reason}[/bold]: {format_count(record.tokens)} tokens, {format_duration(record.seconds)} this time"
+            f"{record.step:>8,} [bold]{record.reason}[/bold]: {format_count(record.tokens)} tokens, "
+            f"{format_duration(record.seconds)} this time"
         )
 
     def close(self) -> None:

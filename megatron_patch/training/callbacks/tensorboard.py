@@ -7,7 +7,19 @@ from typing import Any
 from megatron_patch.errors import ConfigError
 from megatron_patch.training.callbacks.base import Callback, EvaluationRecord, RunStart, StepRecord
 
-STEP_VALUES = ("loss", "lr", "grad_norm", "tokens_per_second", "positions_per_second", "tflops", "mfu", "memory_gib", "data_seconds", "cost", "patch_size")
+STEP_VALUES = (
+    "loss",
+    "lr",
+    "grad_norm",
+    "tokens_per_second",
+    "positions_per_second",
+    "tflops",
+    "mfu",
+    "memory_gib",
+    "data_seconds",
+    "cost",
+    "patch_size",
+)
 
 
 def named_values(record: StepRecord | EvaluationRecord) -> dict[str, float]:
