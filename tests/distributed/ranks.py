@@ -1,0 +1,107 @@
+"""Real ranks for tests: processes forked from one server that has torch and DeepSpeed imported already, in a job of their own port."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import socket
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+_PRELOAD = [
+    "torch",
+    "deepspeed",
+    "deepspeed.runtime.zero.muon.original_muon",
+    "megatron_patch.training.trainer",
+    "megatron_patch.training.pretrain",
+]
+_context = multiprocessing.get_context("forkserver")
+
+
+def _server() -> Any:
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    _context.set_forkserver_preload(_PRELOAD)
+    return _context
+
+
+def free_port() -> int:
+    """A port that nobody listens on now."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+def _rank_main(rank: int, size: int, port: int, log: str, function: Callable[..., Any], args: Sequence[Any], results: Any) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        WORLD_SIZE=str(size),
+        LOCAL_RANK=str(rank),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        DS_ACCELERATOR="cpu",
+        OMP_NUM_THREADS="1",
+    )
+    import torch
+
+    torch.set_num_threads(1)
+    with open(log, "w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+        try:
+            results.put((rank, True, function(*args)))
+        except BaseException:
+            results.put((rank, False, traceback.format_exc()))
+        finally:
+            if torch.distributed.is_initialized():
+                torch.distributed.destroy_process_group()
+
+
+def start_ranks(function: Callable[..., Any], size: int, logs: Path, *args: Any) -> tuple[list[Any], Any]:
+    """Starts `function(*args)` on `size` ranks; returns (processes, queue of (rank, ok, value))."""
+    context = _server()
+    logs.mkdir(parents=True, exist_ok=True)
+    results = context.Queue()
+    port = free_port()
+    processes = [
+        context.Process(target=_rank_main, args=(rank, size, port, str(logs / f"rank-{rank}.log"), function, args, results))
+        for rank in range(size)
+    ]
+    for process in processes:
+        process.start()
+    return processes, results
+
+
+def run_ranks(function: Callable[..., Any], size: int, logs: Path, *args: Any, timeout: float = 200.0) -> list[Any]:
+    """Runs `function(*args)` on `size` ranks and returns their results in order.
+
+    Raises:
+        RuntimeError: a rank failed, died or took too long; with its traceback and what it printed.
+    """
+    processes, results = start_ranks(function, size, logs, *args)
+    values: dict[int, Any] = {}
+    failure: str | None = None
+    end = time.monotonic() + timeout
+    while len(values) < size and failure is None:
+        try:
+            rank, ok, value = results.get(timeout=0.2)
+            values[rank] = value
+            failure = None if ok else f"rank {rank}:\n{value}"
+        except Exception:
+            dead = [r for r, process in enumerate(processes) if process.exitcode not in (None, 0) and r not in values]
+            if dead:
+                failure = f"rank {dead[0]} died with exit code {processes[dead[0]].exitcode}"
+            elif time.monotonic() > end:
+                failure = f"no result after {timeout} seconds"
+    for process in processes:
+        process.join(timeout=0.1 if failure else 20)
+        if process.is_alive():
+            process.kill()
+            process.join()
+    if failure:
+        printed = "\n".join(f"[rank {r}] {(logs / f'rank-{r}.log').read_text()[-3000:]}" for r in range(size))
+        raise RuntimeError(f"{failure}\n{printed}")
+    return [values[rank] for rank in range(size)]

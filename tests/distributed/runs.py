@@ -1,0 +1,102 @@
+"""Whole tiny training runs for tests: a corpus, a command line, and what the run left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_patch.data.indexed_dataset import IndexedDatasetWriter
+from tests.distributed.ranks import run_ranks
+
+ROOT = Path(__file__).parent.parent.parent
+VOCAB = 64
+EOD = 63
+MODEL = "--num-layers 2 --hidden-size 32 --num-attention-heads 4 --num-query-groups 2 --ffn-hidden-size 64 --vocab-size 64".split()
+DATA = "--split 90,10,0 --eval-tokens 512 --seed 7 --shuffle-window-blocks 16 --num-workers 1".split()
+
+
+def make_corpus(prefix: Path, documents: int = 300, seed: int = 0) -> str:
+    """Writes a learnable corpus of short documents (each a noisy walk over ids, ended by EOD) and returns its prefix."""
+    draw = np.random.default_rng(seed)
+    with IndexedDatasetWriter(str(prefix), np.dtype(np.uint16)) as writer:
+        for _ in range(documents):
+            tokens = np.cumsum(draw.integers(0, 3, int(draw.integers(4, 150)))) % 60
+            tokens[-1] = EOD
+            writer.append(tokens.astype(np.uint16), np.array([tokens.size]))
+        writer.finish()
+    return str(prefix)
+
+
+def command(*parts: str | Sequence[str]) -> list[str]:
+    """Joins pieces of a command line; strings are split at spaces."""
+    words: list[str] = []
+    for part in parts:
+        words += part.split() if isinstance(part, str) else list(part)
+    return words
+
+
+def _main(argv: list[str]) -> int:
+    from megatron_patch.training.pretrain import main
+
+    return main(argv)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run left in its folder."""
+
+    folder: Path
+
+    def records(self, kind: str) -> list[dict[str, Any]]:
+        """Its metrics of one type."""
+        lines = (self.folder / "metrics.jsonl").read_text().splitlines()
+        return [record for record in map(json.loads, lines) if record["type"] == kind]
+
+    def values(self, name: str) -> list[float]:
+        """One value of each step, in order; each step must be there once."""
+        steps = self.records("step")
+        assert [record["step"] for record in steps] == list(range(1, len(steps) + 1))
+        return [record[name] for record in steps]
+
+    @property
+    def losses(self) -> list[float]:
+        """The training loss of each step."""
+        return self.values("loss")
+
+
+def train(folder: Path, ranks: int, *parts: str | Sequence[str], expect: int = 0) -> Run:
+    """Trains on real ranks, saving into `folder`, and checks the exit codes."""
+    argv = command(MODEL, DATA, *parts, ["--save", str(folder)])
+    codes = run_ranks(_main, ranks, folder.parent / f"{folder.name}-logs", argv)
+    logs = "\n".join(path.read_text() for path in sorted((folder.parent / f"{folder.name}-logs").glob("*.log")))
+    assert codes == [expect] * ranks, f"exit codes {codes}\n{logs}"
+    return Run(folder)
+
+
+def printed(folder: Path) -> str:
+    """What the ranks of `train` printed."""
+    return "\n".join(path.read_text() for path in sorted((folder.parent / f"{folder.name}-logs").glob("*.log")))
+
+
+def start_process(*parts: str | Sequence[str], log: Path) -> subprocess.Popen[bytes]:
+    """Starts the program as a process of its own, as a user would on one rank."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TORCHDYNAMO_DISABLE": "1"}
+    with log.open("ab") as file:
+        return subprocess.Popen(
+            [sys.executable, str(ROOT / "pretrain_gpt_patch.py"), *command(MODEL, DATA, *parts)], env=environment, stdout=file, stderr=file
+        )
+
+
+def kill(process: subprocess.Popen[bytes]) -> None:
+    """kill -9, and waits."""
+    process.send_signal(signal.SIGKILL)
+    process.wait()

@@ -1,0 +1,44 @@
+"""ZeRO 0, 1, 2 and 3 on two ranks compute what one process computes, across the switch, in float32 and in bfloat16."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.distributed.runs import Run, train
+
+# Three patch steps of 2 micro-batches, then token steps of 8: the numbers do not divide each other over the ranks and stages.
+PLAN = "--seq-length 16 --micro-batch-size 2 --global-batch-size 12 --patch-size 3 --train-tokens 4200 --lr 3e-3 --lr-warmup-fraction 0.2"
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory, corpus) -> Run:
+    return train(tmp_path_factory.mktemp("single") / "run", 1, PLAN, "--zero-stage 0 --eval-interval 5 --data-path", corpus)
+
+
+def test_the_reference_crosses_the_switch_and_learns(single):
+    sizes = single.values("patch_size")
+    assert len(sizes) >= 20 and sizes[0] == 3 and sizes[-1] == 1
+    assert single.losses[-1] < single.losses[0] - 0.3
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_two_ranks_equal_one_process(tmp_path, corpus, single, stage):
+    run = train(tmp_path / "run", 2, PLAN, f"--zero-stage {stage} --eval-interval 5 --data-path", corpus)
+    assert run.losses == pytest.approx(single.losses, rel=1e-5)
+    assert run.values("grad_norm") == pytest.approx(single.values("grad_norm"), rel=1e-4)
+    for mine, theirs in zip(run.records("evaluation"), single.records("evaluation"), strict=True):
+        assert mine["token_loss"] == pytest.approx(theirs["token_loss"], rel=1e-5)
+        assert mine["patch_loss"] == pytest.approx(theirs["patch_loss"], rel=1e-5)
+        assert mine["eval_tokens"] == theirs["eval_tokens"]
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_bfloat16_follows_its_float32_twin(tmp_path, corpus, single, stage):
+    run = train(tmp_path / "run", 2, PLAN, f"--zero-stage {stage} --bf16 --eval-interval 5 --data-path", corpus)
+    assert run.losses == pytest.approx(single.losses, rel=1e-2)
+    assert run.losses != pytest.approx(single.losses, rel=1e-6), "bfloat16 must have been used"
+
+
+def test_three_ranks_fill_up_the_last_micro_batch(tmp_path, corpus, single):
+    run = train(tmp_path / "run", 3, PLAN, "--zero-stage 1 --micro-batch-size 3 --eval-interval 5 --data-path", corpus)
+    assert run.losses == pytest.approx(single.losses, rel=1e-5)
