@@ -24,6 +24,10 @@ OptimizerPolicy = Literal["reset", "keep", "reset_moments"]
 LrStyle = Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"]
 WsdDecayStyle = Literal["linear", "cosine", "exponential", "minus-sqrt"]
 
+LOOKAHEAD_TOKENS = 64
+"""Left behind the last block of a corpus for the labels of patches up to this size: a constant, and not the plan's own largest patch, so
+that a run in two parts reads the blocks that one run would have read."""
+
 
 @dataclass(frozen=True)
 class LrShape:
@@ -192,8 +196,8 @@ class StagePlan:
 
     @property
     def lookahead_tokens(self) -> int:
-        """How far past its end a sample may look for labels: the largest patch size."""
-        return max(stage.patch_size for stage in self.stages)
+        """How far past the last block labels may be looked for; the same for all usual plans, so that they cut a corpus alike."""
+        return max(LOOKAHEAD_TOKENS, *(stage.patch_size for stage in self.stages))
 
     @property
     def tokens(self) -> int:

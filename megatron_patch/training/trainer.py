@@ -132,7 +132,7 @@ class Trainer:
                 ended = self.place.stage_step == stage.steps
                 if ended or self._due(self.run.options.logging.eval_interval, self.run.options.logging.eval_interval_tokens):
                     self._evaluate()
-                leaving = not ended and self._due(self.run.options.checkpoint.exit_interval, None)
+                leaving = self.step < self.plan.steps and self._due(self.run.options.checkpoint.exit_interval, None)
                 checkpoint = self.run.options.checkpoint
                 if ended or leaving or self._due(checkpoint.save_interval, checkpoint.save_interval_tokens):
                     self._save(stage_end=ended)

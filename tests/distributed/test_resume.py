@@ -1,0 +1,140 @@
+"""Stopped, killed, moved to another layout: a resumed run goes on as if nothing had happened."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+
+import numpy as np
+import pytest
+
+from megatron_patch.data.corpus import TokenCorpus, split_ranges
+from tests.distributed.runs import Run, command, kill, printed, start_process, train
+
+PLAN = command(
+    "--seq-length 16 --micro-batch-size 2 --global-batch-size 12 --patch-size 3 --train-tokens 4200 --lr 3e-3 --lr-warmup-fraction 0.2",
+    "--save-interval 3 --eval-interval 7 --keep-last 0 --log-token-spans",
+)
+SWITCH = 15  # steps of the patch stage; checked below
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory, corpus) -> Run:
+    run = train(tmp_path_factory.mktemp("unbroken") / "run", 2, PLAN, "--zero-stage 1 --data-path", corpus)
+    assert run.records("switch")[0]["step"] == SWITCH
+    return run
+
+
+@pytest.mark.parametrize("stop", [4, SWITCH - 1, SWITCH, SWITCH + 1, SWITCH + 4])
+def test_resuming_anywhere_is_bit_identical(tmp_path, corpus, unbroken, stop):
+    folder = tmp_path / "run"
+    train(folder, 2, PLAN, f"--zero-stage 1 --exit-interval {stop} --data-path", corpus)
+    assert Run(folder).values("step")[-1] == stop
+    resumed = train(folder, 2, PLAN, "--zero-stage 1 --data-path", corpus)
+    assert resumed.losses == unbroken.losses
+    assert resumed.values("grad_norm") == unbroken.values("grad_norm")
+    assert [e["token_loss"] for e in resumed.records("evaluation")] == [e["token_loss"] for e in unbroken.records("evaluation")]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "stage", "then_ranks", "then_stage"),
+    [(2, 1, 1, 0), (1, 0, 2, 2), (2, 3, 3, 1), (2, 2, 2, 3), (2, 0, 2, 3)],
+)
+def test_another_layout_goes_on_with_the_same_batches(tmp_path, corpus, unbroken, ranks, stage, then_ranks, then_stage):
+    folder = tmp_path / "run"
+    train(folder, ranks, PLAN, f"--zero-stage {stage} --exit-interval {SWITCH + 2} --data-path", corpus)
+    resumed = train(folder, then_ranks, PLAN, f"--zero-stage {then_stage} --data-path", corpus)
+    assert resumed.losses == pytest.approx(unbroken.losses, rel=1e-5)
+
+
+def test_bfloat16_moves_between_layouts_without_losing_its_master_weights(tmp_path, corpus):
+    whole = train(tmp_path / "whole", 2, PLAN, "--bf16 --zero-stage 2 --data-path", corpus)
+    train(tmp_path / "run", 2, PLAN, f"--bf16 --zero-stage 2 --exit-interval {SWITCH + 1} --data-path", corpus)
+    same = train(tmp_path / "run", 2, PLAN, "--bf16 --zero-stage 2 --data-path", corpus)
+    assert same.losses == whole.losses
+    train(tmp_path / "moved", 2, PLAN, f"--bf16 --zero-stage 2 --exit-interval {SWITCH + 1} --data-path", corpus)
+    moved = train(tmp_path / "moved", 2, PLAN, "--bf16 --zero-stage 3 --data-path", corpus)
+    assert moved.losses == pytest.approx(whole.losses, rel=2e-3)
+
+
+def ledger(run: Run, corpus: str) -> np.ndarray:
+    """How often each token of the corpus was an input, by the span logs of all ranks."""
+    counts = np.zeros(TokenCorpus([corpus]).num_tokens, dtype=int)
+    steps: dict[int, int] = {}
+    for path in sorted((run.folder / "spans").glob("rank-*.jsonl")):
+        for line in path.read_text().splitlines():
+            record = json.loads(line)
+            steps[record["step"]] = steps.get(record["step"], 0) + 1
+            for micro_batch in record["spans"]:
+                for _, start, length in micro_batch:
+                    counts[start : start + length] += 1
+    assert sorted(steps) == list(range(1, len(run.losses) + 1))
+    return counts
+
+
+@pytest.mark.parametrize("stop", [SWITCH - 1, SWITCH, SWITCH + 1])
+def test_the_ledger_has_no_span_twice_and_none_missing(tmp_path, corpus, unbroken, stop):
+    train(tmp_path / "run", 2, PLAN, f"--zero-stage 1 --exit-interval {stop} --data-path", corpus)
+    resumed = train(tmp_path / "run", 3, PLAN, "--zero-stage 1 --data-path", corpus)
+    counts = ledger(resumed, corpus)
+    assert counts.max() == 1, "a token was read twice within an epoch"
+    assert counts.sum() == resumed.values("tokens")[-1], "all of the plan's tokens"
+    assert np.array_equal(counts, ledger(unbroken, corpus))
+    first, last = split_ranges(len(counts), "90,10,0")[0]
+    assert counts[last:].sum() == 0 and counts[:first].sum() == 0, "held-out data was touched"
+
+
+def test_killed_at_any_moment_and_resumed_is_bit_identical(tmp_path, corpus):
+    arguments = command(PLAN, "--zero-stage 1 --save-interval 1 --data-path", corpus, "--save")
+    whole = tmp_path / "whole"
+    assert start_process(arguments, str(whole), log=tmp_path / "whole.log").wait() == 0, (tmp_path / "whole.log").read_text()
+    folder = tmp_path / "killed"
+    draw = random.Random(0)
+    kills = 0
+    for _ in range(12):
+        process = start_process(arguments, str(folder), log=tmp_path / "killed.log")
+        seen = len(list(folder.glob("step-*"))) if folder.exists() else 0
+        # Killed while it trains or saves: some moments after the next checkpoint folder appears.
+        while process.poll() is None and (len(list(folder.glob("step-*"))) if folder.exists() else 0) <= seen + draw.randint(1, 3):
+            time.sleep(0.005)
+        time.sleep(draw.random() * 0.05)
+        if process.poll() is not None:
+            break
+        kill(process)
+        kills += 1
+    assert kills >= 3, (tmp_path / "killed.log").read_text()
+    assert start_process(arguments, str(folder), log=tmp_path / "killed.log").wait() == 0, (tmp_path / "killed.log").read_text()
+    assert Run(folder).losses == Run(whole).losses
+    assert "resumed from" in (tmp_path / "killed.log").read_text()
+
+
+def test_a_finished_run_says_so_and_changes_nothing(unbroken, corpus):
+    before = (unbroken.folder / "latest").read_text()
+    again = train(unbroken.folder, 2, PLAN, "--zero-stage 1 --data-path", corpus)
+    assert "nothing left to do" in printed(unbroken.folder)
+    assert len(again.losses) == len(unbroken.losses) and (unbroken.folder / "latest").read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("--hidden-size 48", "another model"),
+        ("--train-tokens 9000", "another plan"),
+        ("--patch-size 2", "another plan"),
+        ("--seed 8", "data has changed"),
+        ("--split 80,20,0", "data has changed"),
+    ],
+)
+def test_a_checkpoint_of_something_else_is_refused(unbroken, tmp_path, corpus, change, words):
+    folder = tmp_path / "new"
+    train(folder, 1, PLAN, f"--zero-stage 1 --load {unbroken.folder} {change} --data-path", corpus, expect=4)
+    assert words in printed(folder)
+
+
+def test_a_batch_in_tokens_keeps_its_size_on_other_ranks(tmp_path, corpus):
+    plan = command("--seq-length 16 --micro-batch-size 2 --global-batch-tokens 200 --patch-size 3 --train-tokens 4200 --lr 3e-3")
+    whole = train(tmp_path / "whole", 2, plan, "--data-path", corpus)
+    train(tmp_path / "moved", 2, plan, "--exit-interval 4 --data-path", corpus)
+    moved = train(tmp_path / "moved", 3, plan, "--data-path", corpus)
+    assert moved.losses == pytest.approx(whole.losses, rel=1e-5)

@@ -1,0 +1,119 @@
+"""One run equals two: what the switch does is exactly what stopping, and starting another run from the weights, would do."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from tests.distributed.runs import Run, command, train
+
+COMMON = command("--seq-length 16 --micro-batch-size 2 --global-batch-size 12 --lr 3e-3 --zero-stage 1 --shuffle-window-blocks 1")
+PATCH = {"patch_size": 3, "steps": 12, "lr_warmup_tokens": 400}
+TOKEN = {"patch_size": 1, "steps": 10, "lr_warmup_tokens": 400}
+
+
+def stages(*entries):
+    return ["--stages", json.dumps(entries)]
+
+
+def test_a_reset_switch_equals_a_new_run_from_the_weights(tmp_path, corpus):
+    whole = train(tmp_path / "whole", 2, COMMON, stages(PATCH, TOKEN), "--data-path", corpus)
+    patch = train(tmp_path / "patch", 2, COMMON, stages(PATCH), "--block-tokens 48 --data-path", corpus)
+    tokens = int(patch.values("tokens")[-1])
+    token = train(
+        tmp_path / "token",
+        2,
+        COMMON,
+        stages(TOKEN),
+        f"--block-tokens 48 --start-tokens {tokens} --finetune --load {tmp_path / 'patch'} --data-path",
+        corpus,
+    )
+    assert whole.losses[:12] == patch.losses
+    assert whole.losses[12:] == token.losses
+    assert whole.values("lr")[12:] == pytest.approx(token.values("lr"))
+
+
+def test_a_kept_optimizer_and_schedule_equal_an_engine_that_never_stopped(tmp_path, corpus):
+    once = train(tmp_path / "once", 2, COMMON, stages({"patch_size": 1, "steps": 20}), "--data-path", corpus)
+    keep = {"patch_size": 1, "steps": 11, "optimizer": "keep", "lr_policy": "continue"}
+    twice = train(tmp_path / "twice", 2, COMMON, stages({"patch_size": 1, "steps": 9}, keep), "--data-path", corpus)
+    assert twice.losses == once.losses
+    assert twice.values("lr") == once.values("lr")
+
+
+def test_a_switch_to_another_accumulation_cuts_no_step_short(tmp_path, corpus):
+    """Stage one has 6 micro-batches of 2 a step, stage two 4 of 3 after 9 steps: 54 micro-batches are no multiple of 4."""
+    once = train(tmp_path / "once", 1, COMMON, stages({"patch_size": 1, "steps": 16}), "--data-path", corpus)
+    other = {"patch_size": 1, "steps": 7, "micro_batch_size": 3, "optimizer": "keep", "lr_policy": "continue"}
+    twice = train(tmp_path / "twice", 1, COMMON, stages({"patch_size": 1, "steps": 9}, other), "--data-path", corpus)
+    assert twice.losses == pytest.approx(once.losses, rel=1e-5)
+    assert twice.values("grad_norm") == pytest.approx(once.values("grad_norm"), rel=1e-4)
+
+
+def test_policies_differ_and_eight_four_two_one_runs(tmp_path, corpus):
+    def run(name: str, **policy: str) -> Run:
+        entries = [
+            {"patch_size": 8, "steps": 4, "position_weights": "power"},
+            {"patch_size": 4, "steps": 4, "batch": "constant-positions", **policy},
+            {"patch_size": 2, "steps": 4, "side": "input", **policy},
+            {"patch_size": 2, "steps": 4, "side": "output", "anneal_share": 0.5, **policy},
+            {"patch_size": 1, "steps": 4, **policy},
+        ]
+        return train(
+            tmp_path / name, 1, "--seq-length 16 --micro-batch-size 2 --global-batch-size 8 --lr 3e-3", stages(*entries), "--data-path", corpus
+        )
+
+    losses = {
+        "reset": run("reset", lr_policy="continue", optimizer="reset").losses,
+        "keep": run("keep", lr_policy="continue", optimizer="keep").losses,
+        "moments": run("moments", lr_policy="continue", optimizer="reset_moments").losses,
+        "rewarm": run("rewarm", lr_policy="rewarm", lr_warmup_tokens="512", optimizer="keep").losses,
+    }
+    assert all(len(values) == 20 for values in losses.values())
+    assert len({tuple(values) for values in losses.values()}) == 4, "each policy must have an effect"
+    assert len({tuple(values[:5]) for values in losses.values()}) == 1, "and none before the first switch's step has been taken"
+
+
+def test_constant_tokens_lengthen_the_sequence_at_the_switch(tmp_path, corpus):
+    plan = command("--seq-length 48 --sample constant-tokens --micro-batch-size 2 --global-batch-size 4 --patch-size 3 --train-tokens 4000")
+    single = train(tmp_path / "single", 1, plan, "--zero-stage 0 --lr 3e-3 --eval-interval 3 --data-path", corpus)
+    run = train(tmp_path / "run", 2, plan, "--zero-stage 3 --lr 3e-3 --eval-interval 3 --data-path", corpus)
+    assert run.losses == pytest.approx(single.losses, rel=1e-5)
+    assert len(run.records("switch")) == 1
+
+
+def test_recomputation_and_documents_change_nothing_between_layouts(tmp_path, corpus):
+    plan = command(
+        "--seq-length 16 --micro-batch-size 2 --global-batch-size 12 --patch-size 3 --train-tokens 2400 --lr 3e-3",
+        "--eod-token-id 63 --reset-attention-mask --reset-position-ids --eod-mask-loss",
+    )
+    single = train(tmp_path / "single", 1, plan, "--zero-stage 0 --data-path", corpus)
+    full = train(tmp_path / "full", 2, plan, "--zero-stage 3 --recompute-granularity full --data-path", corpus)
+    selective = train(tmp_path / "selective", 3, plan, "--zero-stage 1 --recompute-granularity selective --data-path", corpus)
+    assert full.losses == pytest.approx(single.losses, rel=1e-5)
+    assert selective.losses == pytest.approx(single.losses, rel=1e-5), "masked labels must be normalised over the global batch"
+    plain = train(tmp_path / "plain", 1, plan[:-5], "--zero-stage 0 --data-path", corpus)
+    assert plain.losses != pytest.approx(single.losses, rel=1e-3)
+
+
+def test_reset_means_new_moments_and_a_new_count(tmp_path):
+    from megatron_patch.engine.optimizer import ensure_moments, set_step_count, step_count, zero_moments
+
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW([weight], lr=0.1, fused=True)
+    assert step_count(optimizer) == 0
+    weight.grad = torch.ones(3)
+    optimizer.step()
+    optimizer.step()
+    assert step_count(optimizer) == 2 and ensure_moments(optimizer, weight)["exp_avg"].abs().sum() > 0
+    zero_moments(optimizer.state.values())
+    assert step_count(optimizer) == 2 and ensure_moments(optimizer, weight)["exp_avg"].abs().sum() == 0
+    set_step_count(optimizer, 0)
+    fresh = torch.nn.Parameter(weight.detach().clone())
+    other = torch.optim.AdamW([fresh], lr=0.1, fused=True)
+    fresh.grad = weight.grad.clone()
+    optimizer.step()
+    other.step()
+    assert torch.equal(weight, fresh)
