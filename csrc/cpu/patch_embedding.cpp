@@ -1,75 +1,111 @@
 #include "patch_embedding.h"
 
+#include <algorithm>
+#include <cstring>
+#include <type_traits>
+
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
 namespace megatron_patch {
+namespace {
+
+template <typename T>
+using Accumulator = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+// Starts or continues a sum of rows; one sum lives in the first-level cache while the rows stream past it.
+template <typename T>
+void add_row(const T* __restrict source, int64_t hidden, bool first, Accumulator<T>* __restrict sum) {
+  if (first) {
+    for (int64_t h = 0; h < hidden; ++h) sum[h] = static_cast<Accumulator<T>>(source[h]);
+  } else {
+    for (int64_t h = 0; h < hidden; ++h) sum[h] += static_cast<Accumulator<T>>(source[h]);
+  }
+}
+
+// Divides rather than multiplies by 1/K: rounded once, and K equal rows average to that row.
+template <typename T>
+void write_mean(const Accumulator<T>* __restrict sum, int64_t patch_size, int64_t hidden, T* __restrict target) {
+  const auto divisor = static_cast<Accumulator<T>>(patch_size);
+  for (int64_t h = 0; h < hidden; ++h) target[h] = static_cast<T>(sum[h] / divisor);
+}
+
+}  // namespace
+
+std::pair<int64_t, int64_t> id_range(const PatchIds& patches) {
+  const auto [lowest, highest] = std::minmax_element(patches.ids, patches.ids + patches.count());
+  return {*lowest, *highest};
+}
 
 template <typename T>
 void patch_embedding_forward(const T* weight, const PatchIds& patches, int64_t hidden, T* out, int64_t begin, int64_t end) {
-  std::vector<float> sum(hidden);
-  const float scale = 1.0f / static_cast<float>(patches.patch_size);
+  std::vector<Accumulator<T>> sum(hidden);
   for (int64_t patch = begin; patch < end; ++patch) {
-    const int64_t* ids = patches.ids + patch * patches.patch_size;
-    bool empty = true;
+    bool first = true;
     for (int64_t k = 0; k < patches.patch_size; ++k) {
-      const int64_t row = ids[k] - patches.first_row;
-      if (row < 0 || row >= patches.num_rows) continue;
-      const T* source = weight + row * hidden;
-      if (empty) {
-        for (int64_t h = 0; h < hidden; ++h) sum[h] = static_cast<float>(source[h]);
-      } else {
-        for (int64_t h = 0; h < hidden; ++h) sum[h] += static_cast<float>(source[h]);
-      }
-      empty = false;
+      const int64_t row = patches.row(patches.ids[patch * patches.patch_size + k]);
+      if (row < 0) continue;
+      add_row(weight + row * hidden, hidden, first, sum.data());
+      first = false;
     }
-    T* target = out + patch * hidden;
-    if (empty) {
-      for (int64_t h = 0; h < hidden; ++h) target[h] = static_cast<T>(0.0f);
-    } else {
-      for (int64_t h = 0; h < hidden; ++h) target[h] = static_cast<T>(sum[h] * scale);
-    }
+    if (first) std::fill(sum.begin(), sum.end(), Accumulator<T>(0));
+    write_mean(sum.data(), patches.patch_size, hidden, out + patch * hidden);
   }
 }
 
 RowOccurrences find_occurrences(const PatchIds& patches) {
-  RowOccurrences rows;
-  rows.offsets.assign(patches.num_rows + 1, 0);
-  const int64_t total = patches.num_patches * patches.patch_size;
-  for (int64_t i = 0; i < total; ++i) {
-    const int64_t row = patches.ids[i] - patches.first_row;
-    if (row >= 0 && row < patches.num_rows) ++rows.offsets[row + 1];
+  RowOccurrences found;
+  found.offsets.assign(patches.num_rows + 1, 0);
+  for (int64_t i = 0; i < patches.count(); ++i) {
+    const int64_t row = patches.row(patches.ids[i]);
+    if (row >= 0) ++found.offsets[row + 1];
   }
-  for (int64_t row = 0; row < patches.num_rows; ++row) rows.offsets[row + 1] += rows.offsets[row];
-  rows.patches.resize(rows.offsets[patches.num_rows]);
-  std::vector<int64_t> next(rows.offsets.begin(), rows.offsets.end() - 1);
-  for (int64_t i = 0; i < total; ++i) {
-    const int64_t row = patches.ids[i] - patches.first_row;
-    if (row >= 0 && row < patches.num_rows) rows.patches[next[row]++] = i / patches.patch_size;
+  for (int64_t row = 0; row < patches.num_rows; ++row) found.offsets[row + 1] += found.offsets[row];
+  found.patches.resize(found.offsets.back());
+  std::vector<int64_t> next(found.offsets.begin(), found.offsets.end() - 1);
+  for (int64_t i = 0; i < patches.count(); ++i) {
+    const int64_t row = patches.row(patches.ids[i]);
+    if (row >= 0) found.patches[next[row]++] = i / patches.patch_size;
   }
-  return rows;
+  return found;
 }
 
 template <typename T>
 void patch_embedding_backward(
-    const T* grad_out, const RowOccurrences& rows, int64_t patch_size, int64_t hidden, T* grad_weight, int64_t begin, int64_t end) {
-  std::vector<float> sum(hidden);
-  const float scale = 1.0f / static_cast<float>(patch_size);
-  for (int64_t row = begin; row < end; ++row) {
-    T* target = grad_weight + row * hidden;
-    for (int64_t h = 0; h < hidden; ++h) sum[h] = 0.0f;
-    for (int64_t i = rows.offsets[row]; i < rows.offsets[row + 1]; ++i) {
-      const T* source = grad_out + rows.patches[i] * hidden;
-      for (int64_t h = 0; h < hidden; ++h) sum[h] += static_cast<float>(source[h]);
+    const T* grad_out, const RowOccurrences& occurrences, int64_t patch_size, int64_t hidden, T* grad_weight, int64_t begin, int64_t end) {
+  const auto& offsets = occurrences.offsets;
+  const auto num_rows = static_cast<int64_t>(offsets.size()) - 1;
+  // The first row whose work starts at or after `work`: row + offsets[row] grows with row.
+  const auto row_at = [&](int64_t work) {
+    int64_t low = 0, high = num_rows;
+    while (low < high) {
+      const int64_t middle = low + (high - low) / 2;
+      if (middle + offsets[middle] < work) low = middle + 1;
+      else high = middle;
     }
-    for (int64_t h = 0; h < hidden; ++h) target[h] = static_cast<T>(sum[h] * scale);
+    return low;
+  };
+  std::vector<Accumulator<T>> sum(hidden);
+  for (int64_t row = row_at(begin), last = row_at(end); row < last; ++row) {
+    T* target = grad_weight + row * hidden;
+    if (offsets[row] == offsets[row + 1]) {
+      std::memset(static_cast<void*>(target), 0, hidden * sizeof(T));
+      continue;
+    }
+    // From zero, as torch's dense gradient does: -0 becomes +0 in both.
+    std::fill(sum.begin(), sum.end(), Accumulator<T>(0));
+    for (int64_t i = offsets[row]; i < offsets[row + 1]; ++i) {
+      add_row(grad_out + occurrences.patches[i] * hidden, hidden, false, sum.data());
+    }
+    write_mean(sum.data(), patch_size, hidden, target);
   }
 }
 
-#define INSTANTIATE(T)                                                                                           \
-  template void patch_embedding_forward<T>(const T*, const PatchIds&, int64_t, T*, int64_t, int64_t);            \
+#define INSTANTIATE(T)                                                                                \
+  template void patch_embedding_forward<T>(const T*, const PatchIds&, int64_t, T*, int64_t, int64_t); \
   template void patch_embedding_backward<T>(const T*, const RowOccurrences&, int64_t, int64_t, T*, int64_t, int64_t);
 INSTANTIATE(float)
+INSTANTIATE(double)
 INSTANTIATE(c10::BFloat16)
 INSTANTIATE(c10::Half)
 #undef INSTANTIATE

@@ -1,35 +1,48 @@
 // Patch embedding on the CPU: the mean of K rows, forward and backward, over raw pointers.
+// In: rows of a table (or of a shard of it), the ids of patches. Out: one mean a patch; one gradient a row.
+// Sums are taken in float (double for double), in an order that threads do not change.
 #pragma once
 
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 namespace megatron_patch {
 
-// Ids of patches [num_patches, patch_size]; only rows [first_row, first_row + num_rows) of the vocabulary are here, ids outside add nothing.
+// Ids of patches [num_patches, patch_size]. Rows [first_row, first_row + num_rows) of the vocabulary are here; ids outside add nothing.
 struct PatchIds {
   const int64_t* ids;
   int64_t num_patches;
   int64_t patch_size;
   int64_t first_row;
   int64_t num_rows;
+
+  int64_t count() const { return num_patches * patch_size; }
+  // The id's row here, or -1.
+  int64_t row(int64_t id) const { return id >= first_row && id - first_row < num_rows ? id - first_row : -1; }
 };
 
-// out[p, :] = mean over k of weight[ids[p, k] - first_row, :], for p in [begin, end); summed in float.
+// The smallest and the largest id; not defined for no ids.
+std::pair<int64_t, int64_t> id_range(const PatchIds& patches);
+
+// out[p, :] = 1/K sum over k of weight[row(ids[p, k]), :], for p in [begin, end).
 template <typename T>
 void patch_embedding_forward(const T* weight, const PatchIds& patches, int64_t hidden, T* out, int64_t begin, int64_t end);
 
-// Where each row occurs: occurrences[offsets[row] .. offsets[row + 1]) are the patches that hold it, in order, repeated where a patch repeats it.
+// Where each row occurs: patches[offsets[row]] to patches[offsets[row + 1] - 1] hold it, in order, repeated where a patch repeats it.
 struct RowOccurrences {
   std::vector<int64_t> offsets;
   std::vector<int64_t> patches;
+
+  // Work is counted as one for each row that is written and one for each occurrence that is added.
+  int64_t work() const { return static_cast<int64_t>(offsets.size() + patches.size()) - 1; }
 };
 RowOccurrences find_occurrences(const PatchIds& patches);
 
-// grad_weight[row, :] = sum over the row's occurrences, in order, of grad_out[patch, :] / K, for rows in [begin, end); summed in float. The order
-// does not depend on threads, so neither do the bits.
+// grad_weight[row, :] = 1/K sum over the row's occurrences, in order, of grad_out[patch, :], for the rows whose work starts in
+// [begin, end) of [0, occurrences.work()): threads share frequent tokens and long tables evenly, and each row has one owner.
 template <typename T>
 void patch_embedding_backward(
-    const T* grad_out, const RowOccurrences& rows, int64_t patch_size, int64_t hidden, T* grad_weight, int64_t begin, int64_t end);
+    const T* grad_out, const RowOccurrences& occurrences, int64_t patch_size, int64_t hidden, T* grad_weight, int64_t begin, int64_t end);
 
 }  // namespace megatron_patch

@@ -43,8 +43,8 @@ def join(timeout_minutes: int = 30) -> torch.device:
     from deepspeed.utils import logger
 
     logger.setLevel(logging.WARNING)
-    # DeepSpeed would compile its shared-memory collectives here, at start, on every machine.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # DeepSpeed would try its compilers here and build shared-memory collectives at every start; an empty table of operators prevents both.
+    deepspeed.ops.__compatible_ops__ = {}
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)

@@ -9,11 +9,11 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from megatron_patch.checkpoint_files import TrainerState
 from megatron_patch.config.parsing import option_values
 from megatron_patch.config.resolve import RunConfig
 from megatron_patch.errors import CheckpointError
 from megatron_patch.stages import Stage, StagePlan
-from megatron_patch.training.checkpointing import TrainerState
 
 _GEOMETRY = ("patch_size", "positions", "global_batch_size", "steps", "side", "position_weights", "anneal_share", "blend")
 _FREE_OPTIONS = {"micro_batch_size"}

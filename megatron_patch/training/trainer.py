@@ -13,6 +13,7 @@ from types import TracebackType
 
 import torch
 
+from megatron_patch import checkpoint_files as checkpointing
 from megatron_patch.config.resolve import RunConfig
 from megatron_patch.console import make_console
 from megatron_patch.engine.data_parallel import DataParallelEngine
@@ -24,7 +25,6 @@ from megatron_patch.model.gpt import GPTModel
 from megatron_patch.model.init import initialize, parameter_groups
 from megatron_patch.parallel.grid import Grid
 from megatron_patch.stages import Place, Stage, StagePlan
-from megatron_patch.training import checkpointing
 from megatron_patch.training.callbacks import make_callbacks
 from megatron_patch.training.callbacks.base import EvaluationRecord, RunEnd, RunStart, SaveRecord, StepRecord, SwitchRecord
 from megatron_patch.training.corpus import open_data

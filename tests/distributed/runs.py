@@ -20,8 +20,21 @@ from tests.distributed.ranks import run_ranks
 ROOT = Path(__file__).parent.parent.parent
 VOCAB = 64
 EOD = 63
-MODEL = "--num-layers 2 --hidden-size 32 --num-attention-heads 4 --num-query-groups 2 --ffn-hidden-size 64 --vocab-size 64".split()
-DATA = "--split 90,10,0 --eval-tokens 512 --seed 7 --shuffle-window-blocks 16 --num-workers 1".split()
+MODEL = [
+    "--num-layers",
+    "2",
+    "--hidden-size",
+    "32",
+    "--num-attention-heads",
+    "4",
+    "--num-query-groups",
+    "2",
+    "--ffn-hidden-size",
+    "64",
+    "--vocab-size",
+    "64",
+]
+DATA = ["--split", "90,10,0", "--eval-tokens", "512", "--seed", "7", "--shuffle-window-blocks", "16", "--num-workers", "1"]
 
 
 def make_corpus(prefix: Path, documents: int = 300, seed: int = 0) -> str:

@@ -62,7 +62,12 @@ def test_policies_differ_and_eight_four_two_one_runs(tmp_path, corpus):
             {"patch_size": 1, "steps": 4, **policy},
         ]
         return train(
-            tmp_path / name, 1, "--seq-length 16 --micro-batch-size 2 --global-batch-size 8 --lr 3e-3", stages(*entries), "--data-path", corpus
+            tmp_path / name,
+            1,
+            "--seq-length 16 --micro-batch-size 2 --global-batch-size 8 --lr 3e-3",
+            stages(*entries),
+            "--data-path",
+            corpus,
         )
 
     losses = {

@@ -1,0 +1,115 @@
+"""What is in a dataset: counts, lengths, whether the files agree, and what patches look like.
+
+In: a prefix. Out: plain values for a table and a JSON line. The full check reads the whole index and all tokens, in pieces.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from megatron_patch.data.indexed_dataset import IndexedDataset, bin_path, idx_path
+from megatron_patch.data.side_file import DatasetInfo, read_info
+from megatron_patch.errors import DataError
+from megatron_patch.files import checksum
+
+_CHUNK = 1 << 22
+
+
+def describe(dataset: IndexedDataset) -> dict[str, Any]:
+    """Counts and quantiles of document lengths."""
+    lengths = dataset.sequence_lengths
+    sample = np.asarray(lengths if len(lengths) <= _CHUNK else lengths[:: len(lengths) // _CHUNK])
+    quantiles = np.quantile(sample, [0.05, 0.5, 0.95, 1.0]).round().astype(int).tolist() if sample.size else []
+    return {
+        "prefix": dataset.prefix,
+        "documents": dataset.num_documents,
+        "sequences": int(dataset.num_sequences),
+        "tokens": dataset.num_tokens,
+        "dtype": str(dataset.dtype),
+        "bytes": dataset.bin_bytes,
+        "tokens_per_sequence": quantiles,
+    }
+
+
+def integrity_problems(dataset: IndexedDataset, vocab_size: int | None = None) -> list[str]:
+    """Everything that is wrong with a dataset: offsets, lengths, boundaries, ids, checksums.
+
+    Args:
+        dataset: opened, so its sizes already agree.
+        vocab_size: ids must be below it; None: what the side file says, else unchecked.
+    """
+    problems = []
+    item = dataset.dtype.itemsize
+    end = 0
+    for start in range(0, dataset.num_sequences, _CHUNK):
+        lengths = np.asarray(dataset.sequence_lengths[start : start + _CHUNK]).astype(np.int64)
+        pointers = np.asarray(dataset.sequence_pointers[start : start + _CHUNK])
+        if (lengths < 0).any():
+            problems.append(f"sequence {start + int(np.argmax(lengths < 0))} has a negative length")
+        expected = end + np.concatenate(([0], np.cumsum(lengths)[:-1])) * item
+        if not np.array_equal(pointers, expected):
+            wrong = int(np.argmax(pointers != expected))
+            problems.append(f"sequence {start + wrong} begins at byte {int(pointers[wrong])}, not {int(expected[wrong])}")
+        end = int(pointers[-1]) + int(lengths[-1]) * item
+    boundaries = dataset.document_boundaries
+    for start in range(0, len(boundaries), _CHUNK):
+        part = np.asarray(boundaries[start : start + _CHUNK + 1])
+        if (np.diff(part) < 0).any():
+            problems.append(f"document {start + int(np.argmax(np.diff(part) < 0))} ends before it begins")
+    info = _info(dataset.prefix, problems)
+    limit = vocab_size or (info.vocab_size if info else None)
+    if limit is not None:
+        for start in range(0, dataset.num_tokens, _CHUNK):
+            tokens = dataset.tokens(start, min(_CHUNK, dataset.num_tokens - start)).astype(np.int64)
+            if int(tokens.max()) >= limit or int(tokens.min()) < 0:
+                wrong = int(np.argmax((tokens >= limit) | (tokens < 0)))
+                problems.append(f"token {start + wrong} is {int(tokens[wrong])}, outside 0 to {limit - 1}")
+                break
+    if info is not None:
+        if (info.tokens, info.documents) != (dataset.num_tokens, dataset.num_documents):
+            problems.append(f"the side file says {info.tokens} tokens in {info.documents} documents")
+        for path, digest in ((bin_path(dataset.prefix), info.bin_xxh64), (idx_path(dataset.prefix), info.idx_xxh64)):
+            if checksum(path) != digest:
+                problems.append(f"{path} has another checksum than the side file says")
+    return problems
+
+
+def _info(prefix: str, problems: list[str]) -> DatasetInfo | None:
+    try:
+        return read_info(prefix)
+    except DataError as error:
+        problems.append(error.what)
+        return None
+
+
+def patch_statistics(dataset: IndexedDataset, patch_size: int, eod_id: int | None) -> Mapping[str, Any]:
+    """How patches of K tokens meet documents, over up to 64 million tokens from the start.
+
+    Returns:
+        patches; how many hold tokens of two documents (an end of document before their last token, followed by another token); how many
+        repeat a token; tokens of padding (an end of document right after another).
+    """
+    count = min(dataset.num_tokens, 1 << 26) // patch_size * patch_size
+    patches = spanning = repeating = padding = 0
+    step = _CHUNK // patch_size * patch_size
+    for start in range(0, count, step):
+        tokens = dataset.tokens(start, min(step, count - start)).astype(np.int64)
+        rows = tokens.reshape(-1, patch_size)
+        patches += len(rows)
+        ordered = np.sort(rows, axis=1)
+        repeating += int((ordered[:, 1:] == ordered[:, :-1]).any(axis=1).sum())
+        if eod_id is not None:
+            ends = rows == eod_id
+            spanning += int((ends[:, :-1] & ~ends[:, 1:]).any(axis=1).sum())
+            flat = tokens == eod_id
+            padding += int((flat[1:] & flat[:-1]).sum())
+    return {
+        "patch_size": patch_size,
+        "patches": patches,
+        "spanning_documents": spanning,
+        "repeating_a_token": repeating,
+        "padding_tokens": padding,
+    }

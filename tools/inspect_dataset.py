@@ -1,0 +1,86 @@
+#!/usr/bin/env python
+"""Shows what is in a dataset: python tools/inspect_dataset.py PREFIX [--check] [--patch-size 4] [--samples 2]"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from megatron_patch.command_line import ArgumentParser, run_tool
+from megatron_patch.data.indexed_dataset import IndexedDataset
+from megatron_patch.data.inspect import describe, integrity_problems, patch_statistics
+from megatron_patch.data.side_file import DatasetInfo, read_info
+from megatron_patch.errors import DataError
+from megatron_patch.tokenizer import Tokenizer, load_tokenizer
+
+
+def tokenizer_of(args: Any, info: DatasetInfo | None) -> Tokenizer | None:
+    """The tokenizer that flags or the side file name, or None."""
+    kind = args.tokenizer_type or (info.tokenizer_type if info else None)
+    model = args.tokenizer_model or (info.tokenizer_model if info else None)
+    if kind is None:
+        return None
+    try:
+        return load_tokenizer(kind, model)
+    except DataError as error:
+        if args.tokenizer_type:
+            raise
+        print(f"tokens are shown as ids: {error.what}", file=sys.stderr)
+        return None
+
+
+def show_patches(dataset: IndexedDataset, patch_size: int, tokenizer: Tokenizer | None, samples: int, console: Console) -> None:
+    """Prints the beginning of some sequences, patch by patch."""
+    for number in range(samples):
+        index = number * max(1, len(dataset) // max(1, samples))
+        tokens = dataset[index][: 24 * patch_size]
+        pieces = [tokens[start : start + patch_size] for start in range(0, len(tokens), patch_size)]
+        shown = [tokenizer.decode(piece.tolist()) if tokenizer else " ".join(map(str, piece.tolist())) for piece in pieces]
+        console.print(f"[bold]sequence {index}[/bold]", "[dim]|[/dim]".join(escape(repr(text)[1:-1]) for text in shown), soft_wrap=True)
+
+
+def main(argv: list[str]) -> None:
+    """Runs the tool."""
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("prefix", help="path without .bin and .idx")
+    parser.add_argument("--check", action="store_true", help="read everything and check offsets, lengths, ids, checksums")
+    parser.add_argument("--patch-size", type=int, default=1, help="show patches of so many tokens")
+    parser.add_argument("--samples", type=int, default=1, help="sequences to show")
+    parser.add_argument("--tokenizer-type", help="by default what the side file says")
+    parser.add_argument("--tokenizer-model")
+    parser.add_argument("--vocab-size", type=int, help="ids must be below it")
+    args = parser.parse_args(argv)
+    if args.patch_size < 1 or args.samples < 0:
+        raise DataError(f"--patch-size {args.patch_size} --samples {args.samples}", "a patch size from 1, samples from 0")
+    dataset = IndexedDataset(args.prefix)
+    console = Console(stderr=True, highlight=False, width=140)
+    result: dict[str, Any] = describe(dataset)
+    try:
+        info = read_info(args.prefix)
+    except DataError:
+        if not args.check:
+            raise
+        info = None
+    if info is not None:
+        result.update(vocab_size=info.vocab_size, eod_id=info.eod_id, tokenizer=info.tokenizer_model, patch_align=info.patch_align)
+    if args.patch_size > 1:
+        result.update(patch_statistics(dataset, args.patch_size, info.eod_id if info else None))
+    if args.check:
+        result["problems"] = integrity_problems(dataset, args.vocab_size)
+    table = Table(show_header=False)
+    for name, value in result.items():
+        table.add_row(name.replace("_", " "), f"{value:,}" if isinstance(value, int) else str(value))
+    console.print(table)
+    show_patches(dataset, args.patch_size, tokenizer_of(args, info), min(args.samples, len(dataset)), console)
+    print(json.dumps(result))
+    if result.get("problems"):
+        raise DataError(f"{args.prefix} is damaged: {result['problems'][0]}", "a sound dataset", "copy it again, or preprocess again")
+
+
+if __name__ == "__main__":
+    sys.exit(run_tool(main))
