@@ -6,7 +6,10 @@ the program runs.
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -16,89 +19,112 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-ROOT = Path(__file__).parent
-# Symbols of torch 2.11 alone, so that the library loads in that and every later version.
-TARGET_VERSION = "0x020b000000000000"
+# Only what torch 2.11 had is used, so that the library loads in that and every later version.
+TORCH_TARGET = "0x020b000000000000"
+OLDEST_TORCH = (2, 11)
 
 
 @dataclass(frozen=True)
 class Library:
-    """A shared library beside the package's modules."""
+    """A shared library beside the package's modules, and what it is made of (paths from here, as setuptools wants them)."""
 
     name: str
     sources: tuple[str, ...]
+    headers: tuple[str, ...]
 
 
-LIBRARIES = (Library("_C", ("csrc/bindings.cpp", "csrc/cpu/patch_embedding.cpp")),)
+LIBRARIES = (Library("_C", ("csrc/bindings.cpp", "csrc/cpu/patch_embedding.cpp"), ("csrc/cpu/patch_embedding.h",)),)
 
 
-def compiler() -> str | None:
-    """The C++ compiler: $CXX, g++ or c++."""
-    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "c++", "clang++"]
-    return next((path for name in names if (path := shutil.which(name))), None)
+class CannotBuild(Exception):
+    """Why a library is not built here; the package works without."""
 
 
-def command(cxx: str, library: Library, output: Path) -> list[str]:
-    """The one compiler call that makes a library."""
-    import torch
-    from torch.utils.cpp_extension import include_paths
+def compiler() -> list[str]:
+    """The C++ compiler: $CXX (which may hold several words, as `ccache g++`), g++, c++ or clang++."""
+    if os.environ.get("CXX"):
+        words = shlex.split(os.environ["CXX"])
+        if shutil.which(words[0]) is None:
+            raise CannotBuild(f"$CXX names {words[0]!r}, which is not found")
+        return words
+    found = next((name for name in ("g++", "c++", "clang++") if shutil.which(name)), None)
+    if found is None:
+        raise CannotBuild("there is no C++ compiler (g++, c++, clang++); install one, or name it in $CXX")
+    return [found]
 
-    lib = Path(torch.__file__).parent / "lib"
-    return [
-        cxx,
-        "-shared",
-        "-fPIC",
-        "-O3",
-        "-std=c++20",
-        "-Wall",
-        "-Wextra",
-        f"-DTORCH_TARGET_VERSION={TARGET_VERSION}",
-        *(f"-isystem{path}" for path in include_paths()),
-        f"-I{ROOT / 'csrc'}",
-        *(str(ROOT / source) for source in library.sources),
-        f"-L{lib}",
-        "-ltorch",
-        "-ltorch_cpu",
-        "-lc10",
-        "-o",
-        str(output),
+
+def torch_folder() -> Path:
+    """Where torch is installed, found without importing it."""
+    found = importlib.util.find_spec("torch")
+    if found is None or found.origin is None:
+        raise CannotBuild("torch is not installed where this is built; install it first, then use pip's --no-build-isolation")
+    version = importlib.metadata.version("torch")
+    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TORCH:
+        raise CannotBuild(f"torch {version} is too old; torch {'.'.join(map(str, OLDEST_TORCH))} and later can be built against")
+    return Path(found.origin).parent
+
+
+def build(library: Library, output: Path) -> None:
+    """Makes a library by one call of the compiler, under a temporary name until it is whole."""
+    torch = torch_folder()
+    unfinished = output.with_suffix(".tmp")
+    command = [
+        *compiler(),
+        *("-shared", "-fPIC", "-O3", "-std=c++20", "-Wall", "-Wextra", "-fvisibility=hidden"),
+        "-ffp-contract=off",  # the same bits on every machine
+        f"-DTORCH_TARGET_VERSION={TORCH_TARGET}",
+        *("-isystem", str(torch / "include"), "-isystem", str(torch / "include/torch/csrc/api/include")),
+        *("-I", "csrc"),
+        *library.sources,
+        *(f"-L{torch / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"),
+        *("-o", str(unfinished)),
     ]
+    print(shlex.join(command))
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        if result.returncode:
+            raise CannotBuild(f"the compiler failed ({shlex.join(command)}):\n{result.stderr[-4000:]}")
+        sys.stderr.write(result.stderr)
+        unfinished.replace(output)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 class BuildLibraries(build_ext):
     """Builds each library where setuptools wants it; a failure is told, not raised."""
+
+    beside_modules = False
+
+    def run(self) -> None:
+        self.beside_modules = bool(self.inplace or self.editable_mode)  # setuptools forgets this while it builds
+        super().run()
 
     def get_ext_filename(self, fullname: str) -> str:
         """No Python version in the name: the libraries do not use Python's ABI."""
         return str(Path(*fullname.split("."))) + ".so"
 
     def build_extension(self, extension: Extension) -> None:
-        library = next(library for library in LIBRARIES if extension.name.endswith(library.name))
+        library = next(library for library in LIBRARIES if extension.name == f"megatron_patch.{library.name}")
         output = Path(self.get_ext_fullpath(extension.name))
         output.parent.mkdir(parents=True, exist_ok=True)
-        cxx = compiler()
-        if cxx is None:
-            return self._without(library, "no C++ compiler was found (set CXX, or install g++)")
         try:
-            import torch  # noqa: F401
-        except ImportError:
-            return self._without(library, "torch is not installed in the build environment (install it first, then --no-build-isolation)")
-        result = subprocess.run(command(cxx, library, output), capture_output=True, text=True, check=False)
-        if result.returncode:
-            return self._without(library, f"the compiler said:\n{result.stderr[-4000:]}")
-        return None
-
-    def _without(self, library: Library, reason: str) -> None:
-        print(
-            f"megatron_patch: {library.name} was not built: {reason}\nThe plain formulas will serve; they give the same results, slower.",
-            file=sys.stderr,
-        )
+            build(library, output)
+        except CannotBuild as reason:
+            # What an earlier build left must not pass for this one's.
+            output.unlink(missing_ok=True)
+            if self.beside_modules:
+                Path("megatron_patch", output.name).unlink(missing_ok=True)
+            note = f"\nmegatron_patch: {library.name} is not built: {reason}\nThe plain formulas serve: the same results, slower.\n"
+            print(note, file=sys.stderr)
 
     def get_outputs(self) -> list[str]:
         return [path for path in super().get_outputs() if Path(path).exists()]
 
 
 setup(
-    ext_modules=[Extension(f"megatron_patch.{library.name}", list(library.sources), optional=True) for library in LIBRARIES],
+    ext_modules=[
+        Extension(f"megatron_patch.{library.name}", list(library.sources), depends=list(library.headers), optional=True)
+        for library in LIBRARIES
+    ],
     cmdclass={"build_ext": BuildLibraries},
 )

@@ -23,6 +23,7 @@
 namespace {
 
 using torch::headeronly::ScalarType;
+using torch::headeronly::toString;
 using torch::stable::Tensor;
 
 // Below this much work a second thread costs more than it saves.
@@ -44,7 +45,7 @@ void dispatch(const Tensor& tensor, const char* name, const Run& run) {
     case ScalarType::Double: return run(static_cast<double*>(nullptr));
     case ScalarType::BFloat16: return run(static_cast<c10::BFloat16*>(nullptr));
     case ScalarType::Half: return run(static_cast<c10::Half*>(nullptr));
-    default: require(false, name, " has an unsupported dtype; allowed: float32, bfloat16, float16, float64");
+    default: require(false, name, " is ", toString(tensor.scalar_type()), "; allowed: float32, bfloat16, float16, float64");
   }
 }
 
@@ -59,20 +60,26 @@ void prefer_huge_pages(const Tensor& tensor) {
 #endif
 }
 
-megatron_patch::PatchIds patch_ids(const Tensor& token_ids, int64_t first_row, int64_t num_rows) {
-  require(token_ids.scalar_type() == ScalarType::Long, "token_ids must be int64");
+// token_ids as the kernels read them: int64 on the CPU, [..., K], contiguous.
+Tensor dense_ids(const Tensor& token_ids) {
+  const ScalarType type = token_ids.scalar_type();
+  require(type == ScalarType::Long || type == ScalarType::Int, "token_ids are ", toString(type), "; allowed: int64, int32");
   require(token_ids.dim() >= 1, "token_ids must be [..., K], not a single number");
-  const int64_t patch_size = token_ids.size(token_ids.dim() - 1);
-  require(patch_size >= 1, "token_ids must be [..., K] with K >= 1, not K = 0");
-  return {static_cast<const int64_t*>(token_ids.data_ptr()), token_ids.numel() / patch_size, patch_size, first_row, num_rows};
+  require(token_ids.size(token_ids.dim() - 1) >= 1, "token_ids must be [..., K] with K >= 1, not K = 0");
+  return torch::stable::contiguous(type == ScalarType::Long ? token_ids : torch::stable::to(token_ids, ScalarType::Long));
+}
+
+megatron_patch::PatchIds patch_ids(const Tensor& ids, std::optional<int64_t> vocab_start, int64_t num_rows) {
+  const int64_t patch_size = ids.size(ids.dim() - 1);
+  return {static_cast<const int64_t*>(ids.data_ptr()), ids.numel() / patch_size, patch_size, vocab_start.value_or(0), num_rows};
 }
 
 Tensor patch_embedding(Tensor weight, Tensor token_ids, std::optional<int64_t> vocab_start) {
   require(weight.dim() == 2, "weight must be [V, H], not of ", weight.dim(), " dimensions");
   weight = torch::stable::contiguous(weight);
-  token_ids = torch::stable::contiguous(token_ids);
+  token_ids = dense_ids(token_ids);
   const int64_t hidden = weight.size(1);
-  const auto patches = patch_ids(token_ids, vocab_start.value_or(0), weight.size(0));
+  const auto patches = patch_ids(token_ids, vocab_start, weight.size(0));
   if (!vocab_start && patches.count() > 0) {
     const auto [lowest, highest] = megatron_patch::id_range(patches);
     require(
@@ -95,8 +102,9 @@ Tensor patch_embedding(Tensor weight, Tensor token_ids, std::optional<int64_t> v
 
 Tensor patch_embedding_backward(Tensor grad, Tensor token_ids, int64_t num_rows, std::optional<int64_t> vocab_start) {
   grad = torch::stable::contiguous(grad);
-  token_ids = torch::stable::contiguous(token_ids);
-  const auto patches = patch_ids(token_ids, vocab_start.value_or(0), num_rows);
+  token_ids = dense_ids(token_ids);
+  require(num_rows >= 0, "num_rows is ", num_rows, "; allowed: 0 and more");
+  const auto patches = patch_ids(token_ids, vocab_start, num_rows);
   require(grad.dim() == token_ids.dim(), "grad must be [..., H] where token_ids is [..., K]");
   const int64_t hidden = grad.size(grad.dim() - 1);
   require(grad.numel() == patches.num_patches * hidden, "grad must have one row of H numbers for each patch of token_ids");
