@@ -1,0 +1,292 @@
+#!/usr/bin/env python
+"""The quick start: text in, a model out, patches first and tokens last; then a report.
+
+`make quickstart` calls this. It gathers a corpus from Python's own standard library, trains a tokenizer on it, preprocesses it, pretrains
+through both stages with the `deepspeed` launcher, evaluates, generates and plots. Each step is one command, printed before it runs, and a
+step that is done is not done again: a run that was stopped resumes. `--compare` adds token-level training at equal cost.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from megatron_patch.training.callbacks.metrics import read_metrics
+from megatron_patch.units import format_count, format_duration
+
+ROOT = Path(__file__).parent.parent.parent
+CONFIG = "examples/configs/quickstart.yaml"
+PROMPT = "def main(args):\n"
+
+
+@dataclass(frozen=True)
+class Folders:
+    """Where the quick start keeps its things."""
+
+    home: Path
+
+    @property
+    def tokenizer(self) -> Path:
+        """The tokenizer."""
+        return self.home / "tokenizer"
+
+    def text(self, part: str) -> Path:
+        """Documents of a part of the corpus."""
+        return self.home / "data" / f"{part}.jsonl"
+
+    def dataset(self, part: str) -> str:
+        """Prefix of its dataset."""
+        return str(self.home / "data" / f"{part}_text_document")
+
+
+class Steps:
+    """Runs commands, printing each, and stops at the first that fails."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+
+    def run(self, title: str, *words: str | Path, capture: bool = False) -> str:
+        """One command.
+
+        Raises:
+            SystemExit: it failed.
+        """
+        command = [str(word) for word in words]
+        self.console.print(f"\n[bold]{title}[/bold]\n$ {shlex.join(_short(word) for word in command)}", soft_wrap=True)
+        result = subprocess.run(command, cwd=ROOT, env=_environment(), stdout=subprocess.PIPE if capture else None, text=True, check=False)
+        if result.returncode:
+            self.console.print(f"[red]{title}: the command ended with code {result.returncode}[/red]; its last lines say why")
+            raise SystemExit(result.returncode)
+        return result.stdout or ""
+
+
+def _short(word: str) -> str:
+    """A path inside the project as a user would type it."""
+    return os.path.relpath(word, ROOT) if word.startswith(str(ROOT)) else word
+
+
+def _environment() -> dict[str, str]:
+    """The virtual environment's commands first, and DeepSpeed without looking for accelerators that are not there."""
+    bin_folder = str(Path(sys.executable).parent)
+    environment = {**os.environ, "PATH": f"{bin_folder}:{os.environ['PATH']}", "TOKENIZERS_PARALLELISM": "true"}
+    if devices() == 0:
+        environment["DS_ACCELERATOR"] = "cpu"
+    return environment
+
+
+def devices() -> int:
+    """GPUs of this machine."""
+    try:
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
+    except OSError:
+        return 0
+    return listed.stdout.count("GPU ") if listed.returncode == 0 else 0
+
+
+def prepare(steps: Steps, folders: Folders) -> None:
+    """Corpus, tokenizer, datasets."""
+    python = sys.executable
+    if not folders.text("train").is_file():
+        steps.run(
+            "1. Corpus: the standard library's own source",
+            python,
+            "examples/quickstart/gather_corpus.py",
+            "--output",
+            folders.home / "data",
+        )
+    if not (folders.tokenizer / "tokenizer.json").is_file():
+        steps.run(
+            "2. Tokenizer",
+            python,
+            "tools/train_tokenizer.py",
+            "--input",
+            folders.text("train"),
+            "--vocab-size",
+            "4096",
+            "--output",
+            folders.tokenizer,
+        )
+    for part in ("train", "held_out"):
+        if not Path(folders.dataset(part) + ".json").is_file():
+            steps.run(
+                f"3. Preprocess {part}",
+                *(python, "tools/preprocess_data.py", "--input", folders.text(part), "--output-prefix", folders.home / "data" / part),
+                *("--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", folders.tokenizer, "--append-eod"),
+                *("--workers", "2", "--overwrite"),
+            )
+
+
+def pretrain(steps: Steps, folders: Folders, name: str, title: str, *flags: str) -> Path:
+    """One run by the launcher; it resumes by itself."""
+    save = folders.home / name
+    ranks = devices() or min(2, len(os.sched_getaffinity(0)))
+    steps.run(
+        title,
+        *("deepspeed", "--num_gpus", str(ranks), "pretrain_gpt_patch.py", "--config", CONFIG),
+        *("--data-path", folders.dataset("train"), "--valid-data-path", folders.dataset("held_out"), "--save", save, *flags),
+    )
+    return save
+
+
+def records(save: Path, kind: str) -> list[dict[str, Any]]:
+    """A run's metrics of one type."""
+    path = save / "metrics.jsonl"
+    return [record for record in read_metrics(path) if record["type"] == kind] if path.is_file() else []
+
+
+def finished(save: Path) -> bool:
+    """Whether a run has come to its end."""
+    ends = records(save, "end")
+    return bool(ends) and ends[-1]["reason"] == "done"
+
+
+def stage_rows(save: Path) -> list[tuple[str, ...]]:
+    """One row a stage: stage, K, tokens, steps, losses, tokens/s, positions/s, its share of the cost of token-level training."""
+    rows = []
+    steps_seen = records(save, "step")
+    evaluations = records(save, "evaluation")
+    for index in sorted({record["stage_index"] for record in steps_seen}):
+        mine = [record for record in steps_seen if record["stage_index"] == index]
+        before = [record for record in steps_seen if record["stage_index"] < index]
+        tokens = mine[-1]["tokens"] - (before[-1]["tokens"] if before else 0)
+        cost_tokens = mine[-1]["cost_tokens"] - (before[-1]["cost_tokens"] if before else 0.0)
+        seconds = sum(record["step_seconds"] for record in mine)
+        held_out = [record["token_loss"] for record in evaluations if record["stage_index"] == index]
+        rows.append(
+            (
+                mine[0]["stage"],
+                str(mine[0]["patch_size"]),
+                format_count(tokens),
+                f"{len(mine):,}",
+                f"{mine[-1]['loss']:.3f}",
+                f"{held_out[-1]:.3f}" if held_out else "",
+                format_count(tokens / seconds),
+                f"{cost_tokens / tokens:.3f}",
+                format_duration(seconds),
+            )
+        )
+    last = steps_seen[-1]
+    total = sum(record["step_seconds"] for record in steps_seen)
+    rows.append(
+        (
+            "whole run",
+            "",
+            format_count(last["tokens"]),
+            f"{len(steps_seen):,}",
+            "",
+            f"{evaluations[-1]['token_loss']:.3f}",
+            format_count(last["tokens"] / total),
+            f"{last['cost']:.3f}",
+            format_duration(total),
+        )
+    )
+    return rows
+
+
+COLUMNS = ("stage", "K", "tokens", "steps", "training loss at K", "held-out loss at K = 1", "tokens/s", "cost / token level", "time")
+
+
+def report(
+    console: Console, folders: Folders, runs: Sequence[tuple[str, Path]], evaluation: dict[str, Any], sample: str, plot: Path
+) -> None:
+    """Ends with what was measured and what to do next."""
+    console.print("\n[bold]Report[/bold]")
+    for label, save in runs:
+        table = Table(title=label, title_justify="left", header_style="bold")
+        for column in COLUMNS:
+            table.add_column(column, justify="left" if column == "stage" else "right")
+        rows = stage_rows(save)
+        for row in rows[:-1]:
+            table.add_row(*row)
+        table.add_section()
+        table.add_row(*rows[-1])
+        console.print(table)
+    console.print(
+        f"held-out documents, token level: loss {evaluation['loss']:.4f} nats, perplexity {evaluation['perplexity']:.2f}, "
+        f"on {evaluation['tokens']:,} tokens"
+    )
+    if len(runs) > 1:
+        console.print(verdict(runs))
+    console.print(f"\n[bold]Sample[/bold] after {PROMPT!r}:")
+    console.print(sample.rstrip("\n"), markup=False)
+    save = runs[0][1]
+    console.print(
+        f"\nplot        {_short(str(plot))}\ncheckpoint  {_short(str(save))}/{(save / 'latest').read_text().strip()}\n"
+        f"metrics     {_short(str(save / 'metrics.jsonl'))}\n\n[bold]Next[/bold]\n"
+        "  make compare                                  token-level training at equal cost, on the same plot\n"
+        f"  python tools/generate.py --load {_short(str(save))} --prompt 'import os'\n"
+        "  python pretrain_gpt_patch.py --help           every flag; --dry-run prints a plan without data or GPUs\n"
+        "  README.md, docs/method.md                     your own data, and what patches do\n"
+    )
+
+
+def verdict(runs: Sequence[tuple[str, Path]]) -> str:
+    """One sentence on the two last losses, whichever is lower."""
+    patch, token = (records(save, "evaluation")[-1] for _, save in runs[:2])
+    difference = patch["token_loss"] - token["token_loss"]
+    words = "lower" if difference < 0 else "higher"
+    return (
+        f"At equal cost ({format_count(token['cost_tokens'])} token-level tokens' worth of compute) patches then tokens end {abs(difference):.3f} "
+        f"nats {words} than token level alone ({patch['token_loss']:.3f} against {token['token_loss']:.3f}), one seed each. Small models and "
+        "small corpora are where the method is weakest: see docs/method.md."
+    )
+
+
+def main() -> int:
+    """Runs the quick start."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--compare", action="store_true", help="also train at token level for the same compute")
+    parser.add_argument("--output", type=Path, default=ROOT / "runs" / "quickstart", help="where everything goes")
+    args = parser.parse_args()
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=150)
+    folders, steps = Folders(args.output.resolve()), Steps(console)
+    started = time.monotonic()
+    prepare(steps, folders)
+    patch = folders.home / "patch"
+    if finished(patch):
+        console.print(f"\n{_short(str(patch))} is done; remove the folder to train again")
+    else:
+        pretrain(steps, folders, "patch", "4. Pretrain: patches of 4, then tokens")
+    runs = [("patches, then tokens", patch)]
+    if args.compare:
+        spent = records(patch, "step")[-1]["cost_tokens"]
+        token = folders.home / "token_level"
+        if not finished(token):
+            pretrain(
+                steps,
+                folders,
+                "token_level",
+                "5. The baseline: token level, at equal cost",
+                *("--recipe", "token-level", "--patch-size", "1", "--patch-fraction", "None", "--train-tokens", str(round(spent))),
+            )
+        runs.append(("token level, equal cost", token))
+    evaluated = steps.run(
+        "Evaluate", sys.executable, "tools/evaluate.py", "--load", patch, "--data-path", folders.dataset("held_out"), capture=True
+    )
+    sample = steps.run(
+        "Generate", sys.executable, "tools/generate.py", "--load", patch, "--prompt", PROMPT, "--max-new-tokens", "120", capture=True
+    )
+    plot = folders.home / "loss.png"
+    labels = [label for label, _ in runs]
+    steps.run("Plot", sys.executable, "tools/plot.py", *(save for _, save in runs), "--labels", *labels, "--output", plot)
+    report(console, folders, runs, json.loads(evaluated.strip().splitlines()[-1]), sample, plot)
+    console.print(f"{format_duration(time.monotonic() - started)} this time")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
