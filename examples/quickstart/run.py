@@ -132,11 +132,8 @@ def pretrain(steps: Steps, folders: Folders, name: str, title: str, *flags: str)
     """One run by the launcher; it resumes by itself."""
     save = folders.home / name
     ranks = devices() or min(2, len(os.sched_getaffinity(0)))
-    steps.run(
-        title,
-        *("deepspeed", "--num_gpus", str(ranks), "pretrain_gpt_patch.py", "--config", CONFIG),
-        *("--data-path", folders.dataset("train"), "--valid-data-path", folders.dataset("held_out"), "--save", save, *flags),
-    )
+    data = ("--data-path", folders.dataset("train"), "--valid-data-path", folders.dataset("held_out"), "--save", str(save))
+    steps.run(title, "deepspeed", "--num_gpus", str(ranks), "pretrain_gpt_patch.py", "--config", CONFIG, *data, *flags)
     return save
 
 
@@ -154,7 +151,7 @@ def finished(save: Path) -> bool:
 
 def stage_rows(save: Path) -> list[tuple[str, ...]]:
     """One row a stage: stage, K, tokens, steps, losses, tokens/s, positions/s, its share of the cost of token-level training."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     steps_seen = records(save, "step")
     evaluations = records(save, "evaluation")
     for index in sorted({record["stage_index"] for record in steps_seen}):
@@ -198,9 +195,7 @@ def stage_rows(save: Path) -> list[tuple[str, ...]]:
 COLUMNS = ("stage", "K", "tokens", "steps", "training loss at K", "held-out loss at K = 1", "tokens/s", "cost / token level", "time")
 
 
-def report(
-    console: Console, folders: Folders, runs: Sequence[tuple[str, Path]], evaluation: dict[str, Any], sample: str, plot: Path
-) -> None:
+def report(console: Console, runs: Sequence[tuple[str, Path]], evaluation: dict[str, Any], sample: str, plot: Path) -> None:
     """Ends with what was measured and what to do next."""
     console.print("\n[bold]Report[/bold]")
     for label, save in runs:
@@ -238,9 +233,9 @@ def verdict(runs: Sequence[tuple[str, Path]]) -> str:
     difference = patch["token_loss"] - token["token_loss"]
     words = "lower" if difference < 0 else "higher"
     return (
-        f"At equal cost ({format_count(token['cost_tokens'])} token-level tokens' worth of compute) patches then tokens end {abs(difference):.3f} "
-        f"nats {words} than token level alone ({patch['token_loss']:.3f} against {token['token_loss']:.3f}), one seed each. Small models and "
-        "small corpora are where the method is weakest: see docs/method.md."
+        f"At equal cost (the compute of {format_count(token['cost_tokens'])} tokens at token level) patches then tokens end "
+        f"{abs(difference):.3f} nats {words} than token level alone ({patch['token_loss']:.3f} against {token['token_loss']:.3f}), one seed "
+        "each. Small models and small corpora are where the method is weakest: see docs/method.md."
     )
 
 
@@ -283,7 +278,7 @@ def main() -> int:
     plot = folders.home / "loss.png"
     labels = [label for label, _ in runs]
     steps.run("Plot", sys.executable, "tools/plot.py", *(save for _, save in runs), "--labels", *labels, "--output", plot)
-    report(console, folders, runs, json.loads(evaluated.strip().splitlines()[-1]), sample, plot)
+    report(console, runs, json.loads(evaluated.strip().splitlines()[-1]), sample, plot)
     console.print(f"{format_duration(time.monotonic() - started)} this time")
     return 0
 
