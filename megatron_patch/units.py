@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import re
 from fractions import Fraction
 
 from megatron_patch.errors import ConfigError
 
 _FACTORS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
-_PATTERN = re.compile(r"^\s*([0-9][0-9_,]*(?:\.[0-9]+)?|\.[0-9]+)(?:[eE]\+?([0-9]{1,2}))?\s*([A-Za-z]{0,2})\s*$")
+# A comma only before three digits: 1,5M would otherwise be read as 15M where its writer meant 1.5M.
+_WHOLE = r"[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+(?:_[0-9]+)*"
+_PATTERN = re.compile(rf"^\s*((?:{_WHOLE})(?:\.[0-9]+)?|\.[0-9]+)(?:[eE]\+?([0-9]{{1,2}}))?\s*([A-Za-z]{{0,2}})\s*$")
+_LONGEST = 64
 
 
 def parse_count(text: str | int | float) -> int:
@@ -19,7 +23,7 @@ def parse_count(text: str | int | float) -> int:
     Raises:
         ConfigError: the text is no such number, is negative, or does not come out whole.
     """
-    match = _PATTERN.match(str(text))
+    match = _PATTERN.match(str(text)) if len(str(text)) <= _LONGEST else None
     if isinstance(text, bool) or match is None or match.group(3).lower() not in _FACTORS:
         raise ConfigError(
             f"{text!r} is not a count", "a whole number with an optional unit: 4096, 512k, 2M, 1.5B, 1T, 64Ki", "write it like 2M"
@@ -42,7 +46,9 @@ def format_count(value: int | float) -> str:
 
 
 def format_duration(seconds: float) -> str:
-    """Writes a time span for people: 42 s, 3 min 05 s, 2 h 07 min, 4 d 03 h."""
+    """Writes a time span for people: 42 s, 3 min 05 s, 2 h 07 min, 4 d 03 h; "?" where it is not known (infinite or not a number)."""
+    if not math.isfinite(seconds):
+        return "?"
     total = round(seconds)
     if total < 60:
         return f"{seconds:.0f} s"

@@ -1,16 +1,19 @@
-"""What all tests share: one thread a process, deterministic hypothesis, no compiling at run time."""
+"""What all tests share: one thread a process, deterministic hypothesis, nothing fetched, nothing written into the repository's root."""
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", str(Path(__file__).parent.parent / "build" / "hypothesis"))
 
 import pytest
 from hypothesis import HealthCheck, settings
 
+# The same examples in every run: a failure is repeated by running the test again, here as in CI.
 settings.register_profile(
     "project", deadline=None, derandomize=True, max_examples=50, database=None, suppress_health_check=[HealthCheck.too_slow]
 )

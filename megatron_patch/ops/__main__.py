@@ -7,16 +7,17 @@ import torch
 from megatron_patch.ops import native
 
 
-def main() -> None:
-    """Prints the report."""
+def report() -> list[str]:
+    """What was built, for which devices and dtypes, line by line."""
+    dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in native.DTYPES)
     error = native.load_error()
-    print(f"torch {torch.__version__}, CUDA {torch.version.cuda or 'none'}")
-    if error is None:
-        print(f"CPU operators: patch_embedding ({', '.join(str(dtype).removeprefix('torch.') for dtype in native.DTYPES)})")
-    else:
-        print(f"CPU operators: none, {error}; the plain formulas serve")
-    print("CUDA operators: none in this version; the plain formulas serve")
+    cpu = f"patch_embedding ({dtypes}), from {native.LIBRARY}" if error is None else f"none: {error}; the plain formulas serve"
+    return [
+        f"torch {torch.__version__}, CUDA {torch.version.cuda or 'none'}",
+        f"compiled for the CPU: {cpu}",
+        "compiled for CUDA: none in this version; the plain formulas serve",
+    ]
 
 
 if __name__ == "__main__":
-    main()
+    print("\n".join(report()))
