@@ -1,0 +1,35 @@
+"""Tiny shapes of every family for tests."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from megatron_patch.model.shape import ModelShape
+
+LLAMA = ModelShape(
+    num_layers=2,
+    hidden_size=24,
+    num_attention_heads=4,
+    num_query_groups=2,
+    head_size=6,
+    ffn_hidden_size=40,
+    vocab_size=53,
+    padded_vocab_size=64,
+    max_positions=32,
+    init_std=0.2,
+)
+TIED = dataclasses.replace(LLAMA, tie_embeddings=True)
+QWEN3 = dataclasses.replace(LLAMA, qk_norm=True, norm_epsilon=1e-6)
+GPT2 = dataclasses.replace(
+    LLAMA,
+    num_query_groups=4,
+    ffn_hidden_size=96,
+    normalization="LayerNorm",
+    activation="gelu",
+    position_embedding="learned",
+    attention_bias=True,
+    qkv_bias=True,
+    mlp_bias=True,
+    tie_embeddings=True,
+)
+FAMILIES = {"llama": LLAMA, "tied": TIED, "qwen3": QWEN3, "gpt2": GPT2}
