@@ -13,6 +13,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -114,8 +115,10 @@ class BuildLibraries(build_ext):
             output.unlink(missing_ok=True)
             if self.beside_modules:
                 Path("megatron_patch", output.name).unlink(missing_ok=True)
-            note = f"\nmegatron_patch: {library.name} is not built: {reason}\nThe plain formulas serve: the same results, slower.\n"
-            print(note, file=sys.stderr)
+            # pip shows a build's warnings, and hides what it prints.
+            warnings.warn(
+                f"megatron_patch: {library.name} is not built: {reason}\nThe plain formulas serve: the same results, slower.", stacklevel=1
+            )
 
     def get_outputs(self) -> list[str]:
         return [path for path in super().get_outputs() if Path(path).exists()]
