@@ -1,0 +1,144 @@
+"""Megatron's file format in both directions, and every way in which files can be broken.
+
+The golden files were written by megatron-core 0.16.1's own builder; where that package is installed it also reads what we write.
+"""
+
+from __future__ import annotations
+
+import shutil
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_patch.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter, optimal_dtype
+from megatron_patch.data.inspect import describe, integrity_problems, patch_statistics
+from megatron_patch.errors import DataError
+
+GOLDEN = Path(__file__).parent / "golden"
+DOCUMENTS = [[5, 6, 7, 8, 1], [9, 1], [2, 3, 4, 40000, 65000, 1], [1]]
+OFFSET = {"uint16": 0, "int32": 70000}
+
+
+def write(prefix, documents, dtype="uint16"):
+    with IndexedDatasetWriter(str(prefix), np.dtype(dtype)) as writer:
+        for document in documents:
+            writer.append(np.array(document, dtype=dtype), np.array([len(document)]))
+        writer.finish()
+    return str(prefix)
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "int32"])
+def test_files_are_those_of_megatron_byte_for_byte(tmp_path, dtype):
+    documents = [[token + OFFSET[dtype] for token in document] for document in DOCUMENTS]
+    prefix = write(tmp_path / "mine", documents, dtype)
+    for suffix in (".bin", ".idx"):
+        assert Path(prefix + suffix).read_bytes() == (GOLDEN / f"{dtype}{suffix}").read_bytes()
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "int32"])
+def test_megatrons_files_are_read(dtype):
+    dataset = IndexedDataset(str(GOLDEN / dtype))
+    assert [[int(t) - OFFSET[dtype] for t in dataset[i]] for i in range(len(dataset))] == DOCUMENTS
+    assert dataset.num_documents == 4 and dataset.num_tokens == 14 and str(dataset.dtype) == dtype
+    assert not integrity_problems(dataset)
+
+
+def test_megatron_reads_ours(tmp_path):
+    reader = pytest.importorskip("megatron.core.datasets.indexed_dataset", exc_type=ImportError)
+    dataset = reader.IndexedDataset(write(tmp_path / "mine", DOCUMENTS))
+    assert [list(map(int, dataset[i])) for i in range(len(dataset))] == DOCUMENTS
+    assert list(dataset.document_indices) == [0, 1, 2, 3, 4]
+
+
+@given(st.lists(st.lists(st.integers(0, 65535), min_size=1, max_size=30), min_size=1, max_size=20), st.data())
+def test_what_is_written_is_read(tmp_path_factory, documents, data):
+    prefix = write(tmp_path_factory.mktemp("written") / "d", documents)
+    dataset = IndexedDataset(prefix)
+    flat = [token for document in documents for token in document]
+    assert [dataset[i].tolist() for i in range(len(dataset))] == documents
+    start = data.draw(st.integers(0, len(flat)))
+    count = data.draw(st.integers(0, len(flat) - start))
+    assert dataset.tokens(start, count).tolist() == flat[start : start + count]
+    assert not integrity_problems(dataset)
+
+
+def test_the_dtype_follows_megatrons_bound():
+    assert optimal_dtype(65499) == np.uint16 and optimal_dtype(65500) == np.int32
+
+
+def test_nothing_appears_before_it_is_finished(tmp_path):
+    with pytest.raises(KeyboardInterrupt), IndexedDatasetWriter(str(tmp_path / "d"), np.dtype("uint16")) as writer:
+        writer.append(np.array([1, 2], dtype=np.uint16), np.array([2]))
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ids_must_fit_and_documents_must_not_be_empty(tmp_path):
+    with IndexedDatasetWriter(str(tmp_path / "d"), np.dtype("uint16")) as writer:
+        with pytest.raises(DataError, match="70000 in uint16"):
+            writer.append(np.array([70000]), np.array([1]))
+        with pytest.raises(DataError, match="2 documents"):
+            writer.append(np.array([1]), np.array([1, 0]))
+
+
+@pytest.fixture
+def prefix(tmp_path):
+    for suffix in (".bin", ".idx"):
+        shutil.copy(GOLDEN / f"uint16{suffix}", tmp_path / f"d{suffix}")
+    return str(tmp_path / "d")
+
+
+def patch_bytes(path, offset, data):
+    raw = bytearray(Path(path).read_bytes())
+    raw[offset : offset + len(data)] = data
+    Path(path).write_bytes(raw)
+
+
+@pytest.mark.parametrize(
+    ("break_it", "words"),
+    [
+        (lambda p: Path(p + ".bin").unlink(), r"\.bin does not exist"),
+        (lambda p: Path(p + ".idx").unlink(), r"\.idx does not exist"),
+        (lambda p: Path(p + ".bin").write_bytes(Path(p + ".bin").read_bytes()[:-2]), "its index ends at 28"),
+        (lambda p: Path(p + ".bin").write_bytes(Path(p + ".bin").read_bytes()[:-1]), "no multiple of 2"),
+        (lambda p: Path(p + ".idx").write_bytes(Path(p + ".idx").read_bytes()[:-5]), "its header says"),
+        (lambda p: Path(p + ".idx").write_bytes(b"MMID"), "no index"),
+        (lambda p: Path(p + ".idx").write_bytes(b""), "no index"),
+        (lambda p: patch_bytes(p + ".idx", 0, b"XXXX"), "no index"),
+        (lambda p: patch_bytes(p + ".idx", 9, struct.pack("<Q", 2)), "version 2"),
+        (lambda p: patch_bytes(p + ".idx", 17, b"\x07"), "dtype code 7"),
+        (lambda p: patch_bytes(p + ".idx", 17, b"\x63"), "dtype code 99"),
+        (lambda p: patch_bytes(p + ".idx", 34 + 16 + 24, struct.pack("<q", 1000)), "its index ends at"),
+        (lambda p: patch_bytes(p + ".idx", 34 + 16 + 32, struct.pack("<q", 1)), "documents begin at sequence 1"),
+    ],
+)
+def test_broken_files_are_named(prefix, break_it, words):
+    break_it(prefix)
+    with pytest.raises(DataError, match=words):
+        IndexedDataset(prefix)
+
+
+def test_the_full_check_finds_what_opening_cannot(prefix):
+    patch_bytes(prefix + ".idx", 34 + 16 + 8, struct.pack("<q", 4))
+    assert any("sequence 1 begins at byte 4, not 10" in problem for problem in integrity_problems(IndexedDataset(prefix)))
+    assert any("token 10 is 40000" in problem for problem in integrity_problems(IndexedDataset(str(GOLDEN / "uint16")), vocab_size=100))
+
+
+def test_reading_outside_is_refused(prefix):
+    dataset = IndexedDataset(prefix)
+    with pytest.raises(DataError, match="tokens 10 to 20"):
+        dataset.tokens(10, 10)
+    with pytest.raises(IndexError):
+        dataset[4]
+
+
+def test_descriptions_and_patches(tmp_path):
+    dataset = IndexedDataset(write(tmp_path / "d", [[3, 4, 5, 0], [6, 0], [7, 7, 8, 0, 0, 0]]))
+    assert describe(dataset)["tokens_per_sequence"][-1] == 6
+    # patches of 4: [3 4 5 0] [6 0 7 7] [8 0 0 0]: the second spans two documents; the second and third repeat a token
+    found = patch_statistics(dataset, 4, eod_id=0)
+    assert (found["patches"], found["spanning_documents"], found["repeating_a_token"], found["padding_tokens"]) == (3, 1, 2, 2)

@@ -1,0 +1,223 @@
+"""The stream: over all stages, epochs, blends and ranks every token of every block is an input exactly once an epoch."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_patch.data.corpus import TokenCorpus, check_vocabulary, split_ranges
+from megatron_patch.data.loader import PatchLoader
+from megatron_patch.data.patch_dataset import DocumentMasking
+from megatron_patch.data.side_file import DatasetInfo, write_info
+from megatron_patch.data.token_stream import TrainStream
+from megatron_patch.errors import ConfigError, DataError
+from megatron_patch.stages import LOOKAHEAD_TOKENS, Stage, StagePlan
+from tests.data.streams import corpus_of, plan_of, write_numbers
+
+ENTRIES = st.lists(
+    st.tuples(st.sampled_from([1, 2, 3, 4, 8]), st.integers(1, 9), st.sampled_from(["both", "both", "input", "output"])),
+    min_size=1,
+    max_size=4,
+)
+
+
+@pytest.fixture(scope="module")
+def corpora():
+    with tempfile.TemporaryDirectory() as folder:
+        yield {
+            "a": corpus_of(Path(folder) / "a", 1500, 700, 411),
+            "b": corpus_of(Path(folder) / "b", 1777),
+            "c": corpus_of(Path(folder) / "c", 900, 1000),
+        }
+
+
+def all_spans(stream):
+    """Spans of all samples of all stages, in order."""
+    for index, stage in enumerate(stream.plan.stages):
+        yield from stream.spans(index, np.arange(stage.samples))
+
+
+@given(ENTRIES, st.integers(0, 99), st.integers(1, 5), st.integers(0, 3))
+def test_each_token_is_an_input_once_an_epoch_over_all_stages(corpora, entries, seed, window, skip):
+    plan = plan_of(entries)
+    stream = TrainStream(plan, {"a": corpora["a"]}, (("a", 1.0),), "90,10,0", seed, window, skip)
+    first, last = split_ranges(corpora["a"].num_tokens, "90,10,0")[0]
+    counts = np.zeros(corpora["a"].num_tokens, dtype=int)
+    for span in all_spans(stream):
+        counts[span.start : span.start + span.length] += 1
+    whole = stream.blocks[0] * plan.block_tokens
+    assert counts.sum() == plan.tokens
+    assert counts[first + whole :].sum() == 0, "held-out tokens, or tokens that fill no block, were read"
+    epochs_begun = -(-plan.tokens // whole) + (skip > 0)
+    assert counts[:whole].max() <= epochs_begun
+    # Dealing goes on where it was: after so many blocks, no token is more than one epoch ahead of another.
+    if plan.last_block(len(plan.stages) - 1) * plan.block_tokens == plan.tokens and skip == 0:
+        assert counts[:whole].max() - counts[:whole].min() <= 1
+
+
+@given(st.integers(0, 99), st.floats(0.05, 0.95))
+@settings(max_examples=20)
+def test_blends_and_stages_with_their_own_blend_go_on_in_each_corpus(corpora, seed, weight):
+    common = (("a", weight), ("b", 1 - weight))
+    plan = plan_of([(4, 3, "both"), (1, 8, "both"), (2, 4, "both")], blend={1: (("b", 0.5), ("c", 0.5))})
+    stream = TrainStream(plan, corpora, common, "1,0,0", seed, window_blocks=3)
+    for index, name in enumerate(stream.names):
+        counts = np.zeros(corpora[name].num_tokens, dtype=int)
+        blocks = 0
+        for span in all_spans(stream):
+            if span.corpus == index:
+                counts[span.start : span.start + span.length] += 1
+                blocks += span.length
+        if blocks <= stream.blocks[index] * plan.block_tokens:
+            assert counts.max(initial=0) <= 1, f"{name}: a token twice before the epoch's end"
+    for stage_index in range(3):
+        for name, epochs in stream.epochs(stage_index).items():
+            index = stream.names.index(name)
+            read = sum(
+                s.length for i in range(stage_index + 1) for s in stream.spans(i, np.arange(plan.stages[i].samples)) if s.corpus == index
+            )
+            assert epochs == pytest.approx(read / plan.block_tokens / stream.blocks[index])
+
+
+@given(ENTRIES, st.integers(1, 5), st.integers(1, 4), st.integers(0, 2), st.data())
+@settings(max_examples=25)
+def test_the_order_is_the_same_for_any_ranks_micro_batches_and_resuming(corpora, entries, ranks, micro, prefetch, data):
+    plan = plan_of(entries)
+    split = StagePlan(tuple(Stage(**{**vars(stage), "micro_batch_size": micro}) for stage in plan.stages), plan.block_tokens)
+    stream = TrainStream(split, {"a": corpora["a"]}, (("a", 1.0),), "1,0,0", 5)
+    index = data.draw(st.integers(0, len(entries) - 1))
+    stage = split.stages[index]
+    start = data.draw(st.integers(0, stage.steps - 1))
+    loaders = [PatchLoader(stream, index, rank, ranks, DocumentMasking(), start_step=start, prefetch=prefetch) for rank in range(ranks)]
+    try:
+        for step in range(start, min(stage.steps, start + 3)):
+            batches = [loader.next_step() for loader in loaders]
+            spans = [span for micro_batch in zip(*batches, strict=True) for batch in micro_batch for span in batch.spans]
+            expected = stream.spans(index, np.arange(step * stage.global_batch_size, (step + 1) * stage.global_batch_size))
+            assert tuple(spans) == expected
+    finally:
+        for loader in loaders:
+            loader.close()
+
+
+def test_samples_hold_the_tokens_of_their_spans(corpora):
+    plan = plan_of([(4, 3, "both"), (2, 2, "input"), (2, 2, "output"), (1, 3, "both")])
+    stream = TrainStream(plan, {"a": corpora["a"]}, (("a", 1.0),), "1,0,0", 1)
+    for index, stage in enumerate(plan.stages):
+        loader = PatchLoader(stream, index, 0, 1, DocumentMasking(), prefetch=0)
+        for batch in loader.next_step():
+            for row, span in enumerate(batch.spans):
+                x = np.arange(span.start, span.start + span.length + stage.patch_size)
+                for t in range(stage.positions):
+                    k = stage.patch_size
+                    if stage.side == "output":
+                        assert batch.input_ids[row, t].tolist() == [x[t]]
+                        assert batch.labels[row, t].tolist() == [x[t + 1 + j] for j in range(k)]
+                    else:
+                        assert batch.input_ids[row, t].tolist() == [x[t * k + j] for j in range(k)]
+                        expected = [x[(t + 1) * k + j] for j in range(k)]
+                        assert batch.labels[row, t].tolist() == (expected[:1] if stage.side == "input" else expected)
+
+
+def test_a_run_in_two_parts_reads_what_one_run_reads(corpora):
+    whole = plan_of([(4, 6, "both"), (1, 8, "both")])
+    stream = TrainStream(whole, {"a": corpora["a"]}, (("a", 1.0),), "1,0,0", 3)
+    rest = StagePlan(whole.stages[1:], whole.block_tokens)
+    skip = whole.first_block(1)
+    second = TrainStream(rest, {"a": corpora["a"]}, (("a", 1.0),), "1,0,0", 3, skip_blocks=skip)
+    samples = np.arange(whole.stages[1].samples)
+    assert second.spans(0, samples) == stream.spans(1, samples)
+
+
+def test_seeds_give_other_orders_and_neighbours_are_apart(corpora):
+    plan = plan_of([(1, 50, "both")])
+    orders = [TrainStream(plan, {"a": corpora["a"]}, (("a", 1.0),), "1,0,0", seed).locate(0, np.arange(300))[1] for seed in (1, 2)]
+    assert (orders[0] == orders[1]).mean() < 0.05
+    assert (np.abs(np.diff(orders[0])) == 4).mean() < 0.05
+
+
+def test_start_up_does_not_depend_on_the_size_of_the_corpus(tmp_path):
+    """A pretended corpus of 2 * 10^11 tokens in a sparse file: opening and the first sample touch some pages alone."""
+    import struct
+    import time
+
+    tokens = 2 * 10**11
+    prefix = tmp_path / "sparse"
+    with open(f"{prefix}.bin", "wb") as file:
+        file.truncate(tokens * 2)
+    count = tokens // (2**31 - 1) + 1
+    lengths = np.full(count, 2**31 - 1, dtype="<i4")
+    lengths[-1] = tokens - (2**31 - 1) * (count - 1)
+    pointers = (np.cumsum(lengths.astype(np.int64)) - lengths) * 2
+    with open(f"{prefix}.idx", "wb") as file:
+        file.write(struct.pack("<9sQBQQ", b"MMIDIDX\0\0", 1, 8, count, count + 1))
+        file.write(lengths.tobytes() + pointers.astype("<i8").tobytes() + np.arange(count + 1, dtype="<i8").tobytes())
+    began = time.process_time()
+    stage = Stage("s", 4, 2048, 4, 8, 10**6)
+    stream = TrainStream(StagePlan((stage,), 8192), {"x": TokenCorpus([str(prefix)])}, (("x", 1.0),), "99,1,0", 1)
+    batch = PatchLoader(stream, 0, 0, 2, DocumentMasking(), start_step=10**6 - 1, prefetch=0).next_step()
+    assert batch[0].input_ids.shape == (4, 2048, 4)
+    assert stream.blocks[0] == (round(tokens * 0.99) - LOOKAHEAD_TOKENS) // 8192
+    assert time.process_time() - began < 5.0
+
+
+@pytest.mark.parametrize("split", ["", "a,b", "0,1,0", "1,-1,0", "1,2,3,4", "nan,1,0"])
+def test_impossible_splits_are_refused(split):
+    with pytest.raises(ConfigError, match="--split"):
+        split_ranges(100, split)
+
+
+def test_splits_cover_everything_once():
+    train, valid, test = split_ranges(1000, "969,30,1")
+    assert (train, valid, test) == ((0, 969), (969, 999), (999, 1000))
+    assert split_ranges(10, "1") == ((0, 10), (10, 10), (10, 10))
+
+
+def test_too_little_data_is_told(tmp_path):
+    corpus = TokenCorpus([write_numbers(tmp_path / "tiny", 90)])
+    with pytest.raises(DataError, match="less than a block of 32"):
+        TrainStream(plan_of([(8, 1, "both")]), {"tiny": corpus}, (("tiny", 1.0),), "1,0,0", 1)
+
+
+def info(prefix, vocab_size, tokens, size):
+    write_info(prefix, DatasetInfo("NullTokenizer", "9", vocab_size, None, 1, tokens, "int32", False, False, 1, size, 1, "", ""))
+
+
+def test_a_vocabulary_larger_than_the_model_s_is_refused(tmp_path):
+    prefix = write_numbers(tmp_path / "d", 100)
+    with pytest.raises(DataError, match="token id 99.*50 ids"):
+        check_vocabulary(TokenCorpus([prefix]), 50)
+    check_vocabulary(TokenCorpus([prefix]), 100)
+    info(prefix, 120, 100, 400)
+    with pytest.raises(DataError, match="tokenized with 120 ids, the model has 100"):
+        check_vocabulary(TokenCorpus([prefix]), 100)
+    info(prefix, 100, 99, 396)
+    with pytest.raises(DataError, match="side file says 396"):
+        check_vocabulary(TokenCorpus([prefix]), 100)
+
+
+def test_an_id_outside_the_vocabulary_stops_the_loader_where_it_is(corpora):
+    stream = TrainStream(plan_of([(1, 5, "both")]), {"a": corpora["a"]}, (("a", 1.0),), "1,0,0", 1)
+    loader = PatchLoader(stream, 0, 0, 1, DocumentMasking(), prefetch=2, vocab_size=300)
+    try:
+        with pytest.raises(DataError, match=r"token id (\d+) in .*, token \1") as error:
+            for _ in range(5):
+                loader.next_step()
+        assert "0 to 299" in str(error.value)
+    finally:
+        loader.close()
+
+
+def test_fingerprints_tell_changed_data(tmp_path):
+    prefix = write_numbers(tmp_path / "d", 5000)
+    before = TokenCorpus([prefix]).fingerprint()
+    assert TokenCorpus([prefix]).fingerprint() == before
+    raw = bytearray(Path(prefix + ".bin").read_bytes())
+    raw[1234] ^= 1
+    Path(prefix + ".bin").write_bytes(raw)
+    assert TokenCorpus([prefix]).fingerprint() != before
