@@ -9,14 +9,13 @@ from __future__ import annotations
 import bz2
 import glob
 import gzip
-import io
 import lzma
 import sys
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 from megatron_patch.errors import DataError
 
@@ -102,9 +101,48 @@ def _open_archive(path: str) -> BinaryIO:
         return cast("BinaryIO", bz2.open(path, "rb"))
     if suffix == ".xz":
         return cast("BinaryIO", lzma.open(path, "rb"))
-    import zstandard
+    return cast("BinaryIO", _ZstdFile(open(path, "rb")))
 
-    return cast("BinaryIO", zstandard.ZstdDecompressor().stream_reader(open(path, "rb"), read_across_frames=True, closefd=True))
+
+class _ZstdFile:
+    """Frames of zstd, one after another, unpacked; a last frame that is cut short is an error, where zstandard's own reader just ends."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        import zstandard
+
+        self._file = file
+        self._decompressor = zstandard.ZstdDecompressor()
+        self._frame: Any = None
+        self._packed = b""
+
+    def read(self, size: int = -1) -> bytes:
+        """Unpacked bytes, about `size` of them; none at the end.
+
+        Raises:
+            EOFError: the file ends inside a frame.
+        """
+        pieces, total = [], 0
+        while size < 0 or total < size:
+            packed = self._packed or self._file.read(1 << 17)
+            if not packed:
+                if self._frame is not None:
+                    raise EOFError("the last zstd frame is cut short")
+                break
+            if self._frame is None:
+                self._frame = self._decompressor.decompressobj()
+            piece = self._frame.decompress(packed)
+            self._packed = b""
+            if self._frame.eof:
+                self._packed, self._frame = self._frame.unused_data, None
+            pieces.append(piece)
+            total += len(piece)
+        return b"".join(pieces)
+
+    def __enter__(self) -> _ZstdFile:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._file.close()
 
 
 def _broken_archive() -> tuple[type[Exception], ...]:
@@ -151,7 +189,7 @@ def _file_batches(path: str) -> Iterator[Batch]:
             yield Batch(path, data=file.read(), whole=True)
     elif archive:
         with _open_archive(path) as file:
-            yield from _line_batches(path, io.BufferedReader(file, BATCH_BYTES) if isinstance(file, io.RawIOBase) else file)
+            yield from _line_batches(path, file)
     else:
         yield from _range_batches(path)
 

@@ -1,0 +1,323 @@
+"""Text to datasets: the same bytes for any workers and archives, the reference's ids, and nothing lost or left behind when it fails."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import json
+import lzma
+import os
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zstandard
+
+from megatron_patch.data.indexed_dataset import IndexedDataset
+from megatron_patch.data.inspect import integrity_problems
+from megatron_patch.data.preprocess import readers
+from megatron_patch.data.preprocess.encode import Encoder, EncodeSettings, fast_backend, fuzz_strings
+from megatron_patch.data.preprocess.pipeline import preprocess
+from megatron_patch.data.preprocess.train_tokenizer import train_tokenizer
+from megatron_patch.data.side_file import read_info
+from megatron_patch.errors import DataError
+from megatron_patch.tokenizer import load_tokenizer
+
+ROOT = Path(__file__).parent.parent.parent
+TEXTS = [f"document {i}: " + " ".join(f"word{j * i % 17}" for j in range(i % 40 + 1)) + "é\n日本" * (i % 3) for i in range(400)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus")
+    (folder / "a.jsonl").write_text("".join(json.dumps({"text": text, "meta": {"title": f"t{i}"}}) + "\n" for i, text in enumerate(TEXTS)))
+    train_tokenizer([str(folder / "a.jsonl")], str(folder / "tokenizer"), 400)
+    return folder
+
+
+def settings(folder, **more):
+    return EncodeSettings("HuggingFaceTokenizer", str(folder / "tokenizer"), **{"append_eod": True, **more})
+
+
+def run(folder, out, inputs=None, workers=1, **more):
+    options = {key: more.pop(key) for key in ("on_bad_line", "overwrite") if key in more}
+    return preprocess(inputs or [str(folder / "a.jsonl")], str(out), settings(folder, **more), workers=workers, **options)
+
+
+def contents(prefix):
+    return Path(f"{prefix}.bin").read_bytes(), Path(f"{prefix}.idx").read_bytes()
+
+
+def test_documents_are_the_reference_s_ids_in_order(folder, tmp_path):
+    summary = run(folder, tmp_path / "x")
+    dataset = IndexedDataset(str(tmp_path / "x_text_document"))
+    from tokenizers import Tokenizer
+
+    reference = Tokenizer.from_file(str(folder / "tokenizer" / "tokenizer.json"))
+    eod = reference.token_to_id("<|endoftext|>")
+    assert [dataset[i].tolist() for i in range(len(dataset))] == [[*reference.encode(text).ids, eod] for text in TEXTS]
+    assert summary.documents == len(TEXTS) and summary.tokens == dataset.num_tokens
+    info = read_info(str(tmp_path / "x_text_document"))
+    assert info.vocab_size == reference.get_vocab_size() and info.eod_id == eod and info.tokens == dataset.num_tokens
+    assert not integrity_problems(dataset)
+
+
+def test_workers_and_archives_change_nothing(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "BATCH_BYTES", 3000)
+    run(folder, tmp_path / "x")
+    expected = contents(tmp_path / "x_text_document")
+    raw = (folder / "a.jsonl").read_bytes()
+    half = raw.index(b"\n", len(raw) // 2) + 1
+    packed = {
+        "b.jsonl.gz": gzip.compress(raw),
+        "b.jsonl.bz2": bz2.compress(raw),
+        "b.jsonl.xz": lzma.compress(raw),
+        # Two frames in one file, as many tools write them.
+        "b.jsonl.zst": zstandard.compress(raw[:half]) + zstandard.compress(raw[half:]),
+        "b.json": raw.rstrip(b"\n"),
+    }
+    for number, (name, data) in enumerate(packed.items()):
+        (tmp_path / name).write_bytes(data)
+        run(folder, tmp_path / f"y{number}", [str(tmp_path / name)])
+        assert contents(tmp_path / f"y{number}_text_document") == expected, name
+    for workers in (2, 3):
+        run(folder, tmp_path / f"w{workers}", workers=workers)
+        assert contents(tmp_path / f"w{workers}_text_document") == expected
+    (tmp_path / "part1.jsonl").write_bytes(raw[:half])
+    (tmp_path / "part2.jsonl").write_bytes(raw[half:])
+    run(folder, tmp_path / "globbed", [str(tmp_path / "part*.jsonl")], workers=2)
+    assert contents(tmp_path / "globbed_text_document") == expected
+
+
+def test_text_files_and_nested_keys(folder, tmp_path):
+    (tmp_path / "one.txt").write_text("one document\nof two lines")
+    run(folder, tmp_path / "t", [str(tmp_path / "one.txt")])
+    tokenizer = load_tokenizer("HuggingFaceTokenizer", str(folder / "tokenizer"))
+    dataset = IndexedDataset(str(tmp_path / "t_text_document"))
+    assert len(dataset) == 1 and tokenizer.decode(dataset[0][:-1].tolist()) == "one document\nof two lines"
+    summary = run(folder, tmp_path / "k", keys=("text", "meta.title"))
+    assert summary.outputs == (f"{tmp_path}/k_text_document", f"{tmp_path}/k_meta_title_document")
+    titles = IndexedDataset(summary.outputs[1])
+    assert tokenizer.decode(titles[7][:-1].tolist()) == "t7"
+
+
+def test_beginnings_ends_and_alignment_only_where_asked_for(folder, tmp_path):
+    run(folder, tmp_path / "bare", append_eod=False)
+    run(folder, tmp_path / "both", prepend_bos=True)
+    run(folder, tmp_path / "aligned", patch_align=4)
+    bare, both, aligned = (IndexedDataset(str(tmp_path / f"{name}_text_document")) for name in ("bare", "both", "aligned"))
+    eod = read_info(aligned.prefix).eod_id
+    assert read_info(aligned.prefix).patch_align == 4
+    for i in range(len(bare)):
+        ids = bare[i].tolist()
+        assert eod not in ids
+        assert both[i].tolist() == [eod, *ids, eod]  # the byte-level tokenizer has one token for both
+        padded = aligned[i].tolist()
+        assert len(padded) % 4 == 0 and padded[: len(ids)] == ids and set(padded[len(ids) :]) == {eod} and 1 <= len(padded) - len(ids) <= 4
+
+
+def test_fast_and_reference_encoders_agree(folder, tmp_path):
+    pytest.importorskip("fastokens")
+    tokenizer = load_tokenizer("HuggingFaceTokenizer", str(folder / "tokenizer"))
+    fast, note = fast_backend(tokenizer)
+    assert fast is not None, note
+    texts = fuzz_strings(seed=9, count=500)
+    for mine, reference in zip(fast.encode_flat(texts), tokenizer.encode_flat(texts), strict=True):
+        assert np.array_equal(mine, reference)
+    assert run(folder, tmp_path / "f").backend == "fastokens"
+    assert run(folder, tmp_path / "r", backend="reference").backend == "reference"
+    assert contents(tmp_path / "f_text_document") == contents(tmp_path / "r_text_document")
+
+
+def test_a_fast_backend_that_errs_while_running_is_replaced(folder, tmp_path, monkeypatch):
+    """A backend that drops the last id of one document is found by the running check, and everything is encoded again."""
+    pytest.importorskip("fastokens")
+    from megatron_patch.data.preprocess import encode
+
+    right = encode.FastBackend.encode_flat
+
+    def wrong(self, texts):
+        ids, lengths = right(self, texts)
+        return (np.roll(ids, 1), lengths) if any("word3" in text for text in texts) else (ids, lengths)
+
+    run(folder, tmp_path / "right")
+    monkeypatch.setattr(encode.FastBackend, "encode_flat", wrong)
+    said: list[str] = []
+    summary = preprocess([str(folder / "a.jsonl")], str(tmp_path / "x"), settings(folder), notice=said.append)
+    assert summary.backend == "reference" and any("starting again" in text for text in said)
+    assert contents(tmp_path / "x_text_document") == contents(tmp_path / "right_text_document")
+
+
+BAD = [
+    b'{"text": "fine"}',
+    b'{"text": "cut',
+    b'{"other": "x"}',
+    b'{"text": 5}',
+    b"[]",
+    b'{"text": "\xff\xfe"}',
+    b"",
+    b'{"text": ""}',
+    b'{"text": "last"}',
+]
+
+
+def test_bad_lines_are_left_out_counted_and_listed(folder, tmp_path):
+    (tmp_path / "bad.jsonl").write_bytes(b"\n".join(BAD) + b"\n")
+    summary = run(folder, tmp_path / "x", [str(tmp_path / "bad.jsonl")])
+    assert (summary.documents, summary.bad_lines, summary.empty) == (2, 5, 1)
+    listed = [json.loads(line) for line in Path(summary.bad_lines_file).read_text().splitlines()]
+    assert [entry["line"] for entry in listed] == [2, 3, 4, 5, 6]
+    assert all(entry["file"].endswith("bad.jsonl") and entry["reason"] for entry in listed)
+
+
+def test_bad_lines_can_be_fatal_with_their_place_over_batches(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "BATCH_BYTES", 500)
+    lines = (folder / "a.jsonl").read_bytes().splitlines()
+    lines[321] = b"broken"
+    (tmp_path / "bad.jsonl").write_bytes(b"\n".join(lines))
+    with pytest.raises(DataError, match=r"bad\.jsonl, line 322"):
+        run(folder, tmp_path / "x", [str(tmp_path / "bad.jsonl")], workers=2, on_bad_line="fail")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.jsonl"]
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz", ".zst"])
+def test_a_broken_archive_is_named_and_leaves_nothing(folder, tmp_path, suffix):
+    raw = (folder / "a.jsonl").read_bytes() * 20
+    packed = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": zstandard.compress}[suffix](raw)
+    path = tmp_path / f"b.jsonl{suffix}"
+    path.write_bytes(packed[: len(packed) // 2])
+    try:
+        with pytest.raises(DataError, match=r"b\.jsonl.* cannot be read"):
+            run(folder, tmp_path / "x", [str(path)])
+    finally:
+        assert sorted(p.name for p in tmp_path.iterdir()) == [path.name]
+
+
+@pytest.mark.parametrize(
+    ("inputs", "more", "words"),
+    [
+        (["nowhere.jsonl"], {}, "matches no file"),
+        (["*.nothing"], {}, "matches no file"),
+        (["{folder}/tokenizer/tokenizer.json"], {}, "no documents"),
+        (["{root}/LICENSE"], {}, "unknown kind"),
+        (["{folder}/a.jsonl"], {"keys": ("title",)}, "no documents.*400 bad lines"),
+        (["{folder}/a.jsonl"], {"eod_token": "<none>"}, "--eod-token <none>"),
+        (["{folder}/a.jsonl"], {"patch_align": 0}, "--patch-align 0"),
+    ],
+)
+def test_wrong_input_is_told(folder, tmp_path, inputs, more, words):
+    with pytest.raises(DataError, match=words):
+        run(folder, tmp_path / "x", [text.format(folder=folder, root=ROOT) for text in inputs], **more)
+    assert not list(tmp_path.glob("*.bin*")) and not list(tmp_path.glob("*.idx*"))
+
+
+def test_existing_outputs_are_kept_unless_told_otherwise(folder, tmp_path):
+    run(folder, tmp_path / "x")
+    before = contents(tmp_path / "x_text_document")
+    with pytest.raises(DataError, match="exists"):
+        run(folder, tmp_path / "x", append_eod=False)
+    assert contents(tmp_path / "x_text_document") == before
+    run(folder, tmp_path / "x", append_eod=False, overwrite=True)
+    assert contents(tmp_path / "x_text_document") != before
+
+
+def limited() -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+
+def tool(folder, out, *more, **options):
+    words = ["--input", str(folder / "a.jsonl"), "--output-prefix", str(out), "--tokenizer-type", "HuggingFaceTokenizer"]
+    words += ["--tokenizer-model", str(folder / "tokenizer"), "--append-eod", *more]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "tools" / "preprocess_data.py"), *words],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+
+
+def test_a_full_disk_ends_the_tool_with_a_sentence(folder, tmp_path):
+    """Files are limited to 20 kB: writing fails as on a full disk."""
+    with tool(folder, tmp_path / "x", preexec_fn=limited) as process:
+        _, errors = process.communicate(timeout=100)
+    assert process.returncode == 3 and "DataError: cannot write" in errors and "free space" in errors, errors
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_killed_worker_ends_the_tool_promptly(folder, tmp_path):
+    big = tmp_path / "in"
+    big.mkdir()
+    (big / "a.jsonl").write_bytes((folder / "a.jsonl").read_bytes() * 600)
+    (big / "tokenizer").symlink_to(folder / "tokenizer")
+    with tool(big, tmp_path / "x", "--workers", "2", "--backend", "reference", start_new_session=True) as process:
+
+        def kill_one() -> None:
+            deadline = time.monotonic() + 60
+            while process.poll() is None and time.monotonic() < deadline:
+                for pid in descendants(process.pid):
+                    if b"spawn_main" in cmdline(pid) or b"forkserver" in cmdline(pid):
+                        children = descendants(pid)
+                        if children and Path(f"{tmp_path}/x_text_document.bin.partial").exists():
+                            os.kill(children[0], signal.SIGKILL)
+                            return
+                time.sleep(0.02)
+
+        killer = threading.Thread(target=kill_one)
+        killer.start()
+        _, errors = process.communicate(timeout=100)
+        killer.join()
+    assert process.returncode == 3 and "a worker process died" in errors, errors
+    assert not list(tmp_path.glob("x_*"))
+
+
+def descendants(pid):
+    """Direct children of a process."""
+    try:
+        return [int(text) for text in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:
+        return []
+
+
+def cmdline(pid):
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+def test_the_tool_reads_a_pipe_and_ends_with_json(folder, tmp_path):
+    with tool(folder, tmp_path / "x", "--input", "-", stdin=subprocess.PIPE) as process:
+        out, errors = process.communicate((folder / "a.jsonl").read_text(), timeout=100)
+    assert process.returncode == 0, errors
+    summary = json.loads(out.splitlines()[-1])
+    assert summary["documents"] == 400 and summary["dtype"] == "uint16" and summary["tokens_per_document"][-1] > 0
+    run(folder, tmp_path / "y")
+    assert contents(tmp_path / "x_text_document") == contents(tmp_path / "y_text_document")
+
+
+def test_the_tool_suggests_flags(folder, tmp_path):
+    with tool(folder, tmp_path / "x", "--append-eos") as process:
+        _, errors = process.communicate(timeout=100)
+    assert process.returncode == 2 and "did you mean --append-eod" in errors
+
+
+def test_a_tokenizer_without_an_end_is_told(tmp_path):
+    from tokenizers import Tokenizer, models
+
+    Tokenizer(models.BPE({"a": 0, "b": 1}, [])).save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(DataError, match="no end-of-document token"):
+        Encoder(EncodeSettings("HuggingFaceTokenizer", str(tmp_path), append_eod=True))
+    with pytest.raises(DataError, match="no beginning-of-sequence"):
+        Encoder(EncodeSettings("HuggingFaceTokenizer", str(tmp_path), prepend_bos=True))
+    encoder = Encoder(EncodeSettings("HuggingFaceTokenizer", str(tmp_path), append_eod=True, eod_token="b"))
+    assert encoder.tokenizer.eod_id == 1
