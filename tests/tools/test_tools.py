@@ -1,0 +1,109 @@
+"""The command-line tools as users call them, on a real run."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from megatron_patch.data.corpus import TokenCorpus
+from megatron_patch.engine.inference import load_model
+from tests.distributed.runs import ROOT, make_corpus, train
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tools")
+    corpus = make_corpus(folder / "walks")
+    plan = "--seq-length 16 --micro-batch-size 2 --global-batch-size 12 --patch-size 3 --train-tokens 4200 --lr 3e-3 --eval-interval 4"
+    return train(folder / "run", 2, plan, "--zero-stage 3 --data-path", corpus), corpus
+
+
+def tool(name, *words, code=0):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(
+        [sys.executable, f"tools/{name}.py", *map(str, words)], capture_output=True, text=True, cwd=ROOT, env=environment, check=False
+    )
+    assert result.returncode == code, result.stderr
+    return result.stdout if code == 0 else result.stderr
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_evaluate_is_the_mean_over_all_tokens(run, k):
+    trained, corpus = run
+    result = json.loads(tool("evaluate", "--load", trained.folder, "--data-path", corpus, "--patch-size", k).splitlines()[-1])
+    model = load_model(str(trained.folder)).model.double()
+    tokens = torch.from_numpy(TokenCorpus([corpus]).read(0, TokenCorpus([corpus]).num_tokens))
+    samples = (len(tokens) - k) // (16 * k)
+    total = 0.0
+    with torch.no_grad():
+        for number in range(samples):
+            x = tokens[number * 16 * k :][: 17 * k].view(17, k)
+            log_p = F.log_softmax(model.logits(x[None, :16])[0], dim=-1)
+            total -= float(log_p.gather(1, x[1:]).sum())
+    assert result["tokens"] == samples * 16 * k
+    assert result["loss"] == pytest.approx(total / result["tokens"], rel=1e-5)
+    assert result["perplexity"] == pytest.approx(math.exp(result["loss"]))
+    assert ("token_loss" in result) == (k == 1) and ("patch_loss" in result) == (k > 1)
+
+
+def test_generate_continues_a_prompt(run):
+    trained, _ = run
+    words = (
+        "--load",
+        trained.folder,
+        "--prompt",
+        "1 2 3",
+        "--tokenizer-type",
+        "NullTokenizer",
+        "--tokenizer-model",
+        "64",
+        "--temperature",
+        "0",
+    )
+    result = json.loads(tool("generate", *words, "--max-new-tokens", "6", "--json"))
+    assert result["tokens"] <= 6 and all(0 <= int(word) < 64 for word in result["text"].split())
+    assert "does not know its tokenizer" in tool("generate", "--load", trained.folder, code=2)
+
+
+def test_plot_draws_runs(run, tmp_path):
+    trained, _ = run
+    tool("plot", trained.folder, trained.folder, "--labels", "one", "two", "--output", tmp_path / "sub" / "loss.png")
+    assert (tmp_path / "sub" / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert "2 runs" in tool("plot", trained.folder, trained.folder, "--labels", "one", code=3)
+    assert "metrics.jsonl" in tool("plot", tmp_path, code=3)
+
+
+def test_inspect_shows_and_checks(run, tmp_path):
+    _, corpus = run
+    result = json.loads(tool("inspect_dataset", corpus, "--check", "--patch-size", "3").splitlines()[-1])
+    assert result["problems"] == [] and result["documents"] == 300 and result["patches"] == result["tokens"] // 3
+    for suffix in (".bin", ".idx"):
+        (tmp_path / f"d{suffix}").write_bytes(Path(corpus + suffix).read_bytes())
+    index = bytearray((tmp_path / "d.idx").read_bytes())
+    index[34:38] = np.int32(1).tobytes()
+    (tmp_path / "d.idx").write_bytes(index)
+    assert "is damaged" in tool("inspect_dataset", tmp_path / "d", "--check", code=3)
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "code", "text"),
+    [
+        ("evaluate", ["--load", "{run}", "--data-path", "nowhere"], 3, "does not exist"),
+        ("evaluate", ["--load", "nowhere", "--data-path", "{corpus}"], 4, "holds no checkpoint"),
+        ("evaluate", ["--load", "{run}", "--data-path", "{corpus}", "--seq-length", "100000"], 3, "less than one sample"),
+        ("evaluate", ["--load", "{run}", "--data-path", "{corpus}", "--patchsize", "2"], 2, "--patch-size"),
+        ("inspect_dataset", ["nowhere"], 3, "does not exist"),
+    ],
+)
+def test_wrong_words_end_with_what_to_do(run, name, words, code, text):
+    trained, corpus = run
+    assert text in tool(name, *(word.format(run=trained.folder, corpus=corpus) for word in words), code=code)

@@ -1,0 +1,98 @@
+"""What listeners write: metrics with each step once, consoles that name both losses, ledgers, TensorBoard."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import replace
+
+import pytest
+from rich.console import Console as RichConsole
+
+from megatron_patch.training.callbacks.base import EvaluationRecord, RunEnd, RunStart, SaveRecord, StepRecord, SwitchRecord
+from megatron_patch.training.callbacks.console import Console
+from megatron_patch.training.callbacks.metrics import Metrics, read_metrics
+from megatron_patch.training.callbacks.tensorboard import TensorBoard
+from megatron_patch.training.throughput import Throughput
+
+START = RunStart(0, 20, 2000, ((1000, "token"),), 0, "cpu", 1, None, 1e6, 0.5)
+STEP = StepRecord(1, "patch", 0, 4, 100, 25.0, 0.25, 5.5, 1e-3, 0.9, 1000.0, 250.0, 0.1, None, 1.5, 0.01, 0.1)
+EVALUATION = EvaluationRecord(1, "patch", 0, 4, 100, 25.0, "valid", 6.5, 5.25, 1000, 2.0)
+
+
+def steps(path):
+    return [record["step"] for record in read_metrics(path) if record["type"] == "step"]
+
+
+def write(path, first, last, start):
+    metrics = Metrics(path)
+    metrics.on_start(replace(START, step=start))
+    for step in range(first, last + 1):
+        metrics.on_step(replace(STEP, step=step))
+        metrics.on_evaluation(replace(EVALUATION, step=step))
+    metrics.close()
+
+
+def test_a_resumed_run_has_each_step_once(tmp_path):
+    path = tmp_path / "run" / "metrics.jsonl"
+    write(path, 1, 7, start=0)
+    with path.open("a") as file:
+        file.write('{"type": "step", "step": 8, "lo')  # torn by a kill
+    write(path, 6, 9, start=5)
+    assert steps(path) == list(range(1, 10))
+    assert [r["step"] for r in read_metrics(path) if r["type"] == "evaluation"] == list(range(1, 10))
+
+
+def test_lines_are_valid_json_even_where_losses_are_not_numbers(tmp_path):
+    metrics = Metrics(tmp_path / "m.jsonl")
+    metrics.on_start(START)
+    metrics.on_step(replace(STEP, loss=float("nan"), grad_norm=float("inf")))
+    metrics.close()
+    record = json.loads((tmp_path / "m.jsonl").read_text().splitlines()[-1], parse_constant=pytest.fail)
+    assert record["loss"] is None and record["loss_text"] == "nan" and record["grad_norm_text"] == "inf"
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_the_console_names_what_it_shows(terminal):
+    out = io.StringIO()
+    console = Console(2, RichConsole(file=out, force_terminal=terminal, width=180, highlight=False))
+    console.on_start(START)
+    for step in range(1, 5):
+        console.on_step(replace(STEP, step=step, tokens=100 * step))
+    console.on_evaluation(EVALUATION)
+    console.on_switch(SwitchRecord(4, 1000, "patch", "token", 4, 1))
+    console.on_save(SaveRecord(4, "x/step-4", 1.0, 2**20))
+    console.on_message("a sentence")
+    console.on_end(RunEnd("done", 20, 2000, 100.0))
+    console.close()
+    text = out.getvalue()
+    assert "token loss 6.5000 (K = 1)" in text and "patch loss 5.2500 (K = 4)" in text
+    assert "(K = 4) -> token (K = 1)" in text and "x/step-4" in text and "a sentence" in text and "2k tokens" in text
+    assert sum("5.5000" in line and "switch in" in line for line in text.splitlines()) >= 2
+
+
+def test_tensorboard_has_the_same_names_over_tokens(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = TensorBoard(str(tmp_path))
+    board.on_start(START)
+    board.on_step(STEP)
+    board.on_evaluation(EVALUATION)
+    board.close()
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    for name, value in {"train/loss": 5.5, "eval/token_loss": 6.5, "eval/patch_loss": 5.25, "train/patch_size": 4.0}.items():
+        (scalar,) = events.Scalars(name)
+        assert scalar.step == 100 and scalar.value == value
+
+
+def test_rates_are_those_of_the_window():
+    meter = Throughput(2, "NVIDIA H100 80GB HBM3", window=2)
+    meter.update(100.0, 0.0, 1, 1, 1.0)
+    meter.update(1.0, 0.25, 100, 25, 1e12)
+    rates = meter.update(3.0, 0.75, 300, 75, 3e12)
+    assert rates.tokens_per_second == 100.0 and rates.positions_per_second == 25.0
+    assert rates.tflops == pytest.approx(0.5) and rates.mfu == pytest.approx(0.5 / 989.4) and rates.data_share == pytest.approx(0.25)
+    assert Throughput(1, "cpu").update(1.0, 0.0, 1, 1, 1.0).mfu is None
+    assert Throughput(1, "cpu", peak_tflops=1.0).update(1.0, 0.0, 1, 1, 5e11).mfu == pytest.approx(0.5)
