@@ -13,6 +13,8 @@ from megatron_patch.model.norm import RMSNorm
 from megatron_patch.model.rotary import rotate
 from megatron_patch.model.shape import ModelShape
 
+_LONGEST_FLASH_HEAD = 256
+
 
 @dataclass(frozen=True)
 class AttentionContext:
@@ -95,11 +97,29 @@ class Attention(nn.Module):
         if cache is not None:
             keys, values = cache.extend(keys, values)
         if self.recompute and self.training and torch.is_grad_enabled():
-            mixed = checkpoint(self._mix, queries, keys, values, context.mask, use_reentrant=False)
+            mixed = checkpoint(self._mix, queries, keys, values, context.mask, use_reentrant=False, preserve_rng_state=False)
         else:
             mixed = self._mix(queries, keys, values, context.mask)
         return self.output(mixed.transpose(1, 2).flatten(2))
 
     def _mix(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         causal = mask is None and queries.shape[2] == keys.shape[2]
-        return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, is_causal=causal, enable_gqa=self.grouped)
+        grouped = self.grouped and takes_groups(queries.device.type, queries.dtype, self.head_size, masked=mask is not None)
+        if self.grouped and not grouped:
+            keys, values = (repeat_groups(tensor, queries.shape[1]) for tensor in (keys, values))
+        return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
+
+
+def takes_groups(device_type: str, dtype: torch.dtype, head_size: int, masked: bool) -> bool:
+    """Whether a fast kernel takes fewer key-value heads than query heads as they are.
+
+    On CUDA the flash kernel does, for 16-bit floats without a mask. The memory-efficient one, which the other cases need, does not up to
+    torch 2.13, and what no fast kernel takes is computed with all [B, heads, T, T] scores in memory. The CPU's kernel always does.
+    """
+    return device_type != "cuda" or (not masked and dtype in (torch.float16, torch.bfloat16) and head_size <= _LONGEST_FLASH_HEAD)
+
+
+def repeat_groups(tensor: torch.Tensor, heads: int) -> torch.Tensor:
+    """[B, groups, T, head_size] to [B, heads, T, head_size], each group beside its copies."""
+    groups = tensor.shape[1]
+    return tensor[:, :, None].expand(-1, -1, heads // groups, -1, -1).flatten(1, 2)

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from megatron_patch import ops
+from megatron_patch.errors import ConfigError
 from megatron_patch.model.shape import ModelShape
 
 
@@ -26,10 +27,19 @@ class Embedding(nn.Module):
 
         Returns:
             [B, T, H].
+
+        Raises:
+            ConfigError: more positions than the model has learned.
         """
         hidden = ops.patch_embedding(self.word.weight, input_ids)
         if self.position is None:
             return hidden
+        if input_ids.shape[1] > self.position.num_embeddings:
+            raise ConfigError(
+                f"{input_ids.shape[1]} positions for a model with {self.position.num_embeddings} learned positions",
+                "as many positions as --max-position-embeddings",
+                "use shorter samples, or rotary positions",
+            )
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)
         return hidden + self.position(position_ids)

@@ -6,6 +6,7 @@ to tokens: averaging K embeddings and gathering K labels are no matrix products,
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from megatron_patch.model.shape import ModelShape
@@ -77,25 +78,36 @@ def training_flops_per_position(shape: ModelShape, positions: int) -> float:
 
 
 _PEAK_TFLOPS = {
-    "B300": 2500.0,
-    "B200": 2250.0,
+    "GB300": 2500.0,
     "GB200": 2500.0,
+    "B300": 2250.0,
+    "B200": 2250.0,
+    "GH200": 989.4,
     "H200": 989.4,
+    "H200 NVL": 835.0,
+    "H100": 989.4,
     "H100 PCIe": 756.0,
     "H100 NVL": 835.0,
-    "H100": 989.4,
+    "H800": 989.4,
     "H20": 148.0,
     "A100": 312.0,
     "A800": 312.0,
-    "H800": 989.4,
-    "L40S": 362.0,
     "A40": 149.7,
+    "A30": 165.0,
+    "L40S": 362.0,
     "V100": 125.0,
+    "RTX 5090": 209.5,
+    "RTX 4090": 165.2,
+    "RTX 3090": 71.0,
 }
-"""Dense bfloat16 (V100: float16) tensor-core peaks of the makers' data sheets, TFLOP/s."""
+"""Dense bfloat16 (V100: float16) tensor-core peaks with float32 accumulation, of the makers' data sheets, TFLOP/s."""
 
 
 def peak_flops(device_name: str) -> float | None:
-    """Peak FLOP/s of a device by its name, or None where it is not in the table; the longest name that fits decides."""
-    fitting = [name for name in _PEAK_TFLOPS if all(word in device_name for word in name.split())]
+    """Peak FLOP/s of a device by its name, or None where it is not in the table.
+
+    Whole words of the name are compared (an RTX A4000 is no A40); the longest entry that fits decides.
+    """
+    words = set(re.findall(r"[0-9A-Za-z]+", device_name))
+    fitting = [name for name in _PEAK_TFLOPS if words.issuperset(name.split())]
     return _PEAK_TFLOPS[max(fitting, key=len)] * 1e12 if fitting else None

@@ -13,7 +13,9 @@ def _choose(logits: torch.Tensor, temperature: float, top_p: float, generator: t
     """One id a row of [B, V]: the likeliest at temperature 0, else a draw from the smallest set of ids with mass `top_p`."""
     if temperature == 0.0:
         return logits.argmax(dim=-1)
-    probabilities = torch.softmax(logits.float() / temperature, dim=-1)
+    logits = logits.float()
+    # Shifted before the division: the smallest temperatures would make infinities of the likeliest tokens too.
+    probabilities = torch.softmax((logits - logits.max(dim=-1, keepdim=True).values) / temperature, dim=-1)
     ordered, ids = probabilities.sort(dim=-1, descending=True)
     outside = ordered.cumsum(dim=-1) - ordered >= top_p
     drawn = torch.multinomial(ordered.masked_fill(outside, 0.0), 1, generator=generator)
@@ -55,8 +57,6 @@ def generate(
     if model.shape.position_embedding == "learned" and longest > model.shape.max_positions:
         raise ConfigError(f"{longest} tokens for a model with {model.shape.max_positions} learned positions", "fewer tokens")
     generator = None if seed is None else torch.Generator(prompt_ids.device).manual_seed(seed)
-    training = model.training
-    model.eval()
     cache = ModelCache()
     ids, new = prompt_ids, prompt_ids
     ended = torch.zeros(prompt_ids.shape[0], dtype=torch.bool, device=prompt_ids.device)
@@ -69,5 +69,4 @@ def generate(
         ids = torch.cat((ids, new), dim=1)
         if eod_id is not None and bool(ended.all()):
             break
-    model.train(training)
     return ids

@@ -43,10 +43,15 @@ class GPTModel(nn.Module):
         self.final_norm = make_norm(shape)
         self.head = Head(shape)
 
-    def compile_blocks(self) -> None:
-        """Compiles each block with torch.compile; blocks of one shape share the compiled code."""
+    def compile_blocks(self, backend: str = "inductor") -> None:
+        """Compiles each block with torch.compile; blocks of one shape share the compiled code.
+
+        Each length of samples is compiled once for training and once for evaluation. Plans with many lengths pass the 8 after which
+        torch would go on uncompiled, so that its limit is raised.
+        """
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
         for block in self.blocks:
-            block.compile(dynamic=False)
+            block.compile(dynamic=False, backend=backend)
 
     def forward(
         self,
@@ -84,7 +89,7 @@ class GPTModel(nn.Module):
             input_ids: int64 [B, T, K].
             position_ids: as in `forward`.
             document_ids: as in `forward`.
-            cache: earlier positions; the new ones are appended. With a cache that is not empty, T must be 1.
+            cache: earlier positions; the new ones are appended. Not together with `document_ids`.
 
         Returns:
             [B, T, V].
@@ -99,10 +104,11 @@ class GPTModel(nn.Module):
         cache: ModelCache | None = None,
     ) -> torch.Tensor:
         batch, positions, _ = input_ids.shape
-        if cache is not None and position_ids is None:
-            position_ids = torch.arange(cache.length, cache.length + positions, device=input_ids.device).expand(batch, -1)
+        earlier = 0 if cache is None else cache.length
+        if earlier and position_ids is None:
+            position_ids = torch.arange(earlier, earlier + positions, device=input_ids.device).expand(batch, -1)
         hidden = self.embedding(input_ids, position_ids)
-        context = self._context(hidden, position_ids, document_ids)
+        context = self._context(hidden, position_ids, document_ids, earlier)
         if cache is not None:
             cache.blocks = cache.blocks or [KeyValueCache() for _ in self.blocks]
             cache.length += positions
@@ -113,20 +119,24 @@ class GPTModel(nn.Module):
                 hidden = block(hidden, context, cache.blocks[index] if cache is not None else None)
         return self.final_norm(hidden)
 
-    def _context(self, hidden: torch.Tensor, position_ids: torch.Tensor | None, document_ids: torch.Tensor | None) -> AttentionContext:
+    def _context(
+        self, hidden: torch.Tensor, position_ids: torch.Tensor | None, document_ids: torch.Tensor | None, earlier: int
+    ) -> AttentionContext:
         rotary = None
+        length = hidden.shape[1]
         if self.shape.position_embedding == "rope":
-            positions = position_ids
-            if positions is None:
-                positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
-            cos, sin = rotary_tables(positions, self.shape.head_size, self.shape.rotary_base, hidden.dtype)
+            if position_ids is None:
+                position_ids = torch.arange(length, device=hidden.device)[None]
+            cos, sin = rotary_tables(position_ids, self.shape.head_size, self.shape.rotary_base, hidden.dtype)
             rotary = (cos[:, None], sin[:, None])
         mask = None
         if document_ids is not None:
             same = document_ids[:, :, None] == document_ids[:, None, :]
             mask = (same & torch.ones_like(same[0]).tril())[:, None]
+        elif earlier and length > 1:
+            mask = torch.ones(1, 1, length, earlier + length, dtype=torch.bool, device=hidden.device).tril(diagonal=earlier)
         return AttentionContext(rotary, mask)
 
 
 def _checkpoint(block: nn.Module, hidden: torch.Tensor, context: AttentionContext) -> Any:
-    return checkpoint(block, hidden, context, use_reentrant=False)
+    return checkpoint(block, hidden, context, use_reentrant=False, preserve_rng_state=False)

@@ -45,7 +45,7 @@ def multi_token_loss(logits: torch.Tensor, labels: torch.Tensor, weights: torch.
     Returns:
         (sum of weighted losses, sum of the weights of scored labels), float32 (float64 stays float64).
     """
-    log_probabilities = F.log_softmax(logits.to(_accumulation_dtype(logits.dtype)), dim=-1)
+    log_probabilities = F.log_softmax(logits, dim=-1, dtype=_accumulation_dtype(logits.dtype))
     scored = labels != IGNORE_INDEX
     losses = -log_probabilities.gather(-1, torch.where(scored, labels, 0))
     counted = scored.to(losses.dtype)

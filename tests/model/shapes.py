@@ -20,6 +20,8 @@ LLAMA = ModelShape(
 )
 TIED = dataclasses.replace(LLAMA, tie_embeddings=True)
 QWEN3 = dataclasses.replace(LLAMA, qk_norm=True, norm_epsilon=1e-6)
+BIASED = dataclasses.replace(LLAMA, num_query_groups=1, head_size=8, rotary_base=500.0, attention_bias=True, qkv_bias=True, mlp_bias=True)
+"""All biases, one key-value head, heads whose sizes do not sum to the hidden size."""
 GPT2 = dataclasses.replace(
     LLAMA,
     num_query_groups=4,
@@ -32,4 +34,4 @@ GPT2 = dataclasses.replace(
     mlp_bias=True,
     tie_embeddings=True,
 )
-FAMILIES = {"llama": LLAMA, "tied": TIED, "qwen3": QWEN3, "gpt2": GPT2}
+FAMILIES = {"llama": LLAMA, "tied": TIED, "qwen3": QWEN3, "biased": BIASED, "gpt2": GPT2}

@@ -11,11 +11,12 @@ import pytest
 import torch
 from torch import nn
 
+from megatron_patch.model.generate import generate
 from megatron_patch.model.gpt import GPTModel
 from megatron_patch.model.init import initialize
 from megatron_patch.model.shape import ModelShape
 from megatron_patch.ops import IGNORE_INDEX
-from tests.model.shapes import GPT2, LLAMA, QWEN3, TIED
+from tests.model.shapes import BIASED, GPT2, LLAMA, QWEN3, TIED
 
 transformers = pytest.importorskip("transformers")
 B, T = 2, 5
@@ -82,7 +83,9 @@ def hugging_face(shape: ModelShape, dtype: torch.dtype) -> nn.Module:
         rms_norm_eps=shape.norm_epsilon,
         max_position_embeddings=shape.max_positions,
         tie_word_embeddings=shape.tie_embeddings,
-        attention_bias=False,
+        attention_bias=shape.attention_bias,
+        mlp_bias=shape.mlp_bias,
+        rope_parameters={"rope_type": "default", "rope_theta": shape.rotary_base},
     )
     model = (transformers.Qwen3ForCausalLM if shape.qk_norm else transformers.LlamaForCausalLM)(config).to(dtype)
     if dtype == torch.float64:
@@ -132,7 +135,9 @@ def pairs(ours: GPTModel, theirs: nn.Module, shape: ModelShape):
         names |= {"attention.query_norm": "self_attn.q_norm", "attention.key_norm": "self_attn.k_norm"}
     for layer in range(shape.num_layers):
         for x, y in names.items():
-            yield mine[f"blocks.{layer}.{x}.weight"], lambda t: t, stock[f"model.layers.{layer}.{y}.weight"], None
+            for kind in ("weight", "bias"):
+                if f"blocks.{layer}.{x}.{kind}" in mine:
+                    yield mine[f"blocks.{layer}.{x}.{kind}"], lambda t: t, stock[f"model.layers.{layer}.{y}.{kind}"], None
 
 
 def build(shape: ModelShape, dtype: torch.dtype):
@@ -150,8 +155,8 @@ def build(shape: ModelShape, dtype: torch.dtype):
     return ours, theirs
 
 
-def published_loss(model, tokens, k, ignored):
-    """-(1/N) sum over t, j of log p(x[(t+1)K + j] | patches 0..t) over labels that are not ignored."""
+def published_loss(model, tokens, k, ignored, weights):
+    """-(1/W) sum over t, j of w_j log p(x[(t+1)K + j] | patches 0..t) over labels that are not ignored, W the sum of their w_j."""
     table = model.get_input_embeddings().weight
     averages = []
     for t in range(T):
@@ -161,21 +166,32 @@ def published_loss(model, tokens, k, ignored):
         averages.append(total / k)
     logits = model(inputs_embeds=torch.stack(averages, dim=1)).logits
     log_p = logits - torch.logsumexp(logits, dim=-1, keepdim=True)
-    total, count = torch.zeros((), dtype=logits.dtype), 0
+    total, count = torch.zeros((), dtype=logits.dtype), 0.0
     for b in range(B):
         for t in range(T):
             for j in range(k):
                 if not ignored[b, t, j]:
-                    total = total - log_p[b, t, tokens[b, (t + 1) * k + j]]
-                    count += 1
+                    total = total - weights[j] * log_p[b, t, tokens[b, (t + 1) * k + j]]
+                    count += weights[j]
     return total / count
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("k", [1, 2, 4, 8])
-@pytest.mark.parametrize("shape", [LLAMA, TIED, QWEN3, GPT2], ids=["llama", "tied", "qwen3", "gpt2"])
+@pytest.mark.parametrize("shape", [LLAMA, TIED, QWEN3, BIASED, GPT2], ids=["llama", "tied", "qwen3", "biased", "gpt2"])
 def test_loss_and_every_gradient_equal_the_published_formula(shape, k, dtype):
+    check(shape, k, dtype, [1.0] * k)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_position_weights_are_the_formula_s(dtype):
+    check(LLAMA, 4, dtype, [1 / (j + 1) for j in range(4)])
+
+
+def check(shape, k, dtype, weights):
     ours, theirs = build(shape, dtype)
+    assert set(map(id, ours.parameters())) == {id(mine) for mine, *_ in pairs(ours, theirs, shape)}, "every parameter is compared"
+    assert {id(stock) for _, _, stock, _ in pairs(ours, theirs, shape)} == set(map(id, theirs.parameters()))
     generator = torch.Generator().manual_seed(k)
     tokens = torch.randint(0, shape.vocab_size, (B, (T + 1) * k), generator=generator)
     tokens[0, k : 2 * k] = 7  # a patch of one token repeated: as an input and as K equal labels
@@ -183,15 +199,15 @@ def test_loss_and_every_gradient_equal_the_published_formula(shape, k, dtype):
     inputs = tokens[:, : T * k].view(B, T, k)
     labels = tokens[:, k:].reshape(B, T, k).masked_fill(ignored, IGNORE_INDEX)
 
-    total, count = ours(inputs, labels)
+    total, count = ours(inputs, labels, None if weights == [1.0] * k else torch.tensor(weights, dtype=dtype))
     loss = total / count
     loss.backward()
-    expected = published_loss(theirs, tokens, k, ignored)
+    expected = published_loss(theirs, tokens, k, ignored, weights)
     expected.backward()
 
     tolerance = 1e-5 if dtype == torch.float32 else 1e-10
-    assert count == (~ignored).sum()
-    torch.testing.assert_close(loss.to(dtype), expected, rtol=tolerance, atol=0.0)
+    assert count.item() == pytest.approx(sum(weights[j] * int((~ignored[..., j]).sum()) for j in range(k)), rel=1e-6)
+    torch.testing.assert_close(loss, expected, rtol=tolerance, atol=0.0)
     for mine, view, stock, rows in pairs(ours, theirs, shape):
         gradient = mine.grad[:rows] if rows else mine.grad
         reference = view(stock.grad)
@@ -204,10 +220,8 @@ def test_loss_and_every_gradient_equal_the_published_formula(shape, k, dtype):
             assert not mine.grad[rows:].any(), "padding rows of the vocabulary must not be touched"
 
 
-@pytest.mark.parametrize("shape", [LLAMA, QWEN3, GPT2], ids=["llama", "qwen3", "gpt2"])
+@pytest.mark.parametrize("shape", [LLAMA, QWEN3, BIASED, GPT2], ids=["llama", "qwen3", "biased", "gpt2"])
 def test_greedy_generation_equals_hugging_face(shape):
-    from megatron_patch.model.generate import generate
-
     ours, theirs = build(shape, torch.float32)
     prompt = torch.tensor([[5, 9, 11, 2], [1, 30, 2, 2]])
     expected = theirs.eval().generate(
