@@ -1,0 +1,248 @@
+"""From flags to a run that can start, and every reason why one cannot, before torch is even imported."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_patch.config.resolve import load_config
+from megatron_patch.data.indexed_dataset import IndexedDatasetWriter
+from megatron_patch.data.side_file import DatasetInfo, write_info
+from megatron_patch.engine.deepspeed_config import batch_settings, engine_config
+from megatron_patch.errors import ConfigError, DataError
+
+ROOT = Path(__file__).parent.parent.parent
+BASE = [
+    "--num-layers",
+    "2",
+    "--hidden-size",
+    "32",
+    "--num-attention-heads",
+    "4",
+    "--seq-length",
+    "16",
+    "--train-tokens",
+    "8k",
+    "--global-batch-size",
+    "8",
+]
+RUN = [*BASE, "--vocab-size", "64", "--data-path", "nowhere"]
+# The command of the README, without data.
+PAPER = [
+    "--num-layers",
+    "24",
+    "--hidden-size",
+    "1024",
+    "--num-attention-heads",
+    "16",
+    "--ffn-hidden-size",
+    "2752",
+    "--seq-length",
+    "2048",
+    "--micro-batch-size",
+    "4",
+    "--global-batch-tokens",
+    "2M",
+    "--patch-size",
+    "4",
+    "--patch-fraction",
+    "0.667",
+    "--train-tokens",
+    "270B",
+    "--lr",
+    "3e-4",
+    "--lr-warmup-tokens",
+    "4B",
+    "--bf16",
+    "--zero-stage",
+    "1",
+    "--data-path",
+    "my_text_document",
+    "--save",
+    "ckpt",
+    "--load",
+    "ckpt",
+]
+
+
+def resolve(*words, ranks=1):
+    return load_config([*words], ranks)
+
+
+def settings(run):
+    return engine_config(run.options.engine, run.options.schedule, run.origins, run.plan, run.data_parallel_size)
+
+
+def test_families_decide_what_is_not_given():
+    llama = resolve(*RUN).shape
+    assert (llama.normalization, llama.activation, llama.position_embedding, llama.tie_embeddings) == ("RMSNorm", "swiglu", "rope", False)
+    assert not llama.mlp_bias and not llama.qkv_bias and llama.ffn_hidden_size == 256 and llama.padded_vocab_size == 128
+    gpt2 = resolve(*RUN, "--model-family", "gpt2").shape
+    assert (gpt2.normalization, gpt2.activation, gpt2.position_embedding, gpt2.tie_embeddings) == ("LayerNorm", "gelu", "learned", True)
+    assert gpt2.mlp_bias and gpt2.qkv_bias and gpt2.attention_bias and gpt2.ffn_hidden_size == 128
+    qwen = resolve(*RUN, "--model-family", "qwen3", "--num-query-groups", "2", "--no-untie-embeddings-and-output-weights").shape
+    assert qwen.qk_norm and qwen.num_query_groups == 2 and qwen.tie_embeddings
+
+
+def test_the_side_file_tells_the_vocabulary(tmp_path):
+    with IndexedDatasetWriter(str(tmp_path / "d"), np.dtype("uint16")) as writer:
+        writer.append(np.arange(10, dtype=np.uint16), np.array([10]))
+        writer.finish()
+    write_info(str(tmp_path / "d"), DatasetInfo("NullTokenizer", "77", 77, 76, 1, 10, "uint16", True, False, 1, 20, 62, "", ""))
+    run = resolve(*BASE, "--data-path", str(tmp_path / "d"), "--eod-mask-loss")
+    assert run.shape.vocab_size == 77 and run.eod_id == 76
+    with pytest.raises(ConfigError, match="vocabulary of 77"):
+        resolve(*BASE, "--data-path", str(tmp_path / "d"), "--vocab-size", "50")
+    (tmp_path / "d.json").write_text("{}")
+    with pytest.raises(DataError, match="no side file"):
+        resolve(*BASE, "--data-path", str(tmp_path / "d"))
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        ("--hidden-size 30", "does not divide into 4 heads"),
+        ("--num-query-groups 3", "query groups"),
+        ("--kv-channels 3", "even head size"),
+        ("--max-position-embeddings 8", "at least 16"),
+        ("--tensor-model-parallel-size 2", "--tensor-model-parallel-size 2"),
+        ("--pipeline-model-parallel-size 2", "--pipeline-model-parallel-size 2"),
+        ("--sequence-parallel", "--sequence-parallel"),
+        ("--bf16 --fp16", "one of them"),
+        ("--save-interval 5", "--save FOLDER"),
+        ("--save x --save-interval 5 --save-interval-tokens 100", "one of them"),
+        ("--eval-interval 0", "--eval-interval 0"),
+        ("--finetune", "--load"),
+        ("--finetune --load x --save x", "another folder"),
+        ("--log-token-spans", "--save FOLDER"),
+        ("--reset-attention-mask", "end-of-document"),
+        ("--adam-beta2 1.0", "below 1"),
+        ("--clip-grad -1", "from 0"),
+        ("--num-workers -1", "workers"),
+        ("--world-size 8", "--dry-run"),
+        ("--lr 0", "lr above 0"),
+        ("--lr 1e-3 --min-lr 1e-2", "min_lr"),
+        ("--start-tokens 7", "inside a block"),
+    ],
+)
+def test_what_cannot_run_is_refused(words, reason):
+    with pytest.raises(ConfigError) as error:
+        resolve(*RUN, *words.split())
+    assert reason in str(error.value), str(error.value)
+
+
+def test_missing_data_and_vocabulary_are_told():
+    with pytest.raises(ConfigError, match="no data"):
+        resolve(*BASE, "--vocab-size", "64")
+    with pytest.raises(ConfigError, match="size of the vocabulary"):
+        resolve(*BASE, "--data-path", "nowhere")
+
+
+def write_json(tmp_path, data):
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps(data) if not isinstance(data, str) else data)
+    return ["--deepspeed_config", str(path)]
+
+
+def test_deepspeed_s_file_is_passed_through(tmp_path):
+    user = {
+        "zero_optimization": {"stage": 2, "overlap_comm": True, "offload_optimizer": {"device": "cpu"}},
+        "bf16": {"enabled": True},
+        "gradient_clipping": 0.5,
+        "train_batch_size": "auto",
+        "comms_logger": {"enabled": True},
+    }
+    engine = settings(resolve(*RUN, *write_json(tmp_path, user)))
+    assert (engine.precision, engine.zero_stage, engine.clip_grad) == ("bf16", 2, 0.5)
+    assert engine.deepspeed["zero_optimization"]["overlap_comm"] and engine.deepspeed["comms_logger"]["enabled"]
+    assert engine.deepspeed["bf16"]["enabled"] and engine.deepspeed["data_types"]["grad_accum_dtype"] == "fp32"
+    same = settings(resolve(*RUN, "--zero-stage", "2", "--bf16", *write_json(tmp_path, user)))
+    assert same == engine
+
+
+@pytest.mark.parametrize(
+    ("user", "words", "reason"),
+    [
+        ({"zero_optimization": {"stage": 3}}, "--zero-stage 1", "--zero-stage says 1"),
+        ({"gradient_clipping": 2.0}, "--clip-grad 1.0", "gradient_clipping = 2.0"),
+        ({"bf16": {"enabled": False}}, "--bf16", "bf16.enabled = False"),
+        ({"fp16": {"enabled": True}}, "--bf16", "both switched on"),
+        ({"train_batch_size": 99}, "", "train_batch_size = 99"),
+        ({"optimizer": {"type": "Adam"}}, "", "optimizer"),
+        ({"scheduler": {}}, "", "scheduler"),
+        ({"zero_optimization": {"stage": 7}}, "", "stage = 7"),
+        ({"zero_optimization": {"stage": 1, "offload_param": {"device": "cpu"}}}, "", "offload_param"),
+        ({"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "cpu"}}}, "", "offload_optimizer"),
+        ({"data_types": {"grad_accum_dtype": "bf16"}}, "", "grad_accum_dtype"),
+        ({"zero_optimization": 3}, "", "JSON object"),
+        ("[1]", "", "holds a list"),
+        ("{", "", "not valid JSON"),
+        ({}, "--fp16 --zero-stage 0", "--fp16 with --zero-stage 0"),
+    ],
+)
+def test_contradictions_end_with_both_values(tmp_path, user, words, reason):
+    run = resolve(*RUN, *words.split(), *write_json(tmp_path, user))
+    with pytest.raises(ConfigError) as error:
+        settings(run)
+    assert reason in str(error.value), str(error.value)
+
+
+def test_a_missing_file_is_named():
+    with pytest.raises(ConfigError, match=r"nowhere\.json"):
+        settings(resolve(*RUN, "--deepspeed_config", "nowhere.json"))
+
+
+def test_batches_are_those_of_the_stage():
+    run = resolve(*RUN, "--patch-size", "4", "--micro-batch-size", "1", ranks=2)
+    patch, token = run.plan.stages
+    assert batch_settings(patch, 2) == {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, "train_batch_size": 2}
+    assert batch_settings(token, 2) == {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 4, "train_batch_size": 8}
+
+
+def program(*words, **environment):
+    return subprocess.run(
+        [sys.executable, str(ROOT / "pretrain_gpt_patch.py"), *words],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+    )
+
+
+def test_a_dry_run_needs_neither_data_nor_torch(tmp_path):
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text("raise ImportError('a dry run imported torch')\n")
+    result = program(*PAPER, "--dry-run", "--world-size", "64", PYTHONPATH=f"{tmp_path}:{ROOT}")
+    assert result.returncode == 0, result.stderr
+    text = result.stdout
+    for words in (
+        "0.500 of token-level training",
+        "patch",
+        "token",
+        "parameters",
+        "FLOPs",
+        '"zero_optimization"',
+        "64 data parallel",
+        "(flag)",
+    ):
+        assert words in text, words
+    assert "vocabulary assumed to be 32,000" in text
+
+
+def test_wrong_flags_end_with_code_2_and_a_suggestion_even_in_a_dry_run():
+    result = program(*PAPER, "--dry-run", "--patch-sizes", "4")
+    assert result.returncode == 2 and "unknown flag --patch-sizes" in result.stderr and "patch-size" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_missing_data_ends_with_code_3_and_no_traceback(tmp_path):
+    result = program(*BASE, "--vocab-size", "64", "--data-path", str(tmp_path / "nowhere"))
+    assert result.returncode == 3 and "nowhere.bin does not exist" in result.stderr and "Traceback" not in result.stderr
+    assert program("--help").returncode == 0
