@@ -232,10 +232,11 @@ def verdict(runs: Sequence[tuple[str, Path]]) -> str:
     patch, token = (records(save, "evaluation")[-1] for _, save in runs[:2])
     difference = patch["token_loss"] - token["token_loss"]
     words = "lower" if difference < 0 else "higher"
+    compute = format_count(token["cost_tokens"])
     return (
-        f"At equal cost (the compute of {format_count(token['cost_tokens'])} tokens at token level) patches then tokens end "
-        f"{abs(difference):.3f} nats {words} than token level alone ({patch['token_loss']:.3f} against {token['token_loss']:.3f}), one seed "
-        "each. Small models and small corpora are where the method is weakest: see docs/method.md."
+        f"At equal cost (the compute of {compute} tokens at token level) patches then tokens end {abs(difference):.3f} nats {words} than "
+        f"token level alone ({patch['token_loss']:.3f} against {token['token_loss']:.3f}), one seed each. Small models and small corpora are "
+        "where the method is weakest: see docs/method.md."
     )
 
 
