@@ -235,7 +235,7 @@ def verdict(runs: Sequence[tuple[str, Path]]) -> str:
     compute = format_count(token["cost_tokens"])
     return (
         f"At equal cost (the compute of {compute} tokens at token level) patches then tokens end {abs(difference):.3f} nats {words} than "
-        f"token level alone ({patch['token_loss']:.3f} against {token['token_loss']:.3f}), one seed each. Small models and small corpora are "
+        f"token level alone ({patch['token_loss']:.3f} against {token['token_loss']:.3f}), one seed each. Small models and corpora are "
         "where the method is weakest: see docs/method.md."
     )
 
