@@ -228,3 +228,13 @@ def test_greedy_generation_equals_hugging_face(shape):
         prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=12, do_sample=False, pad_token_id=0, eos_token_id=None
     )
     assert torch.equal(generate(ours, prompt, 12), expected)
+
+
+@pytest.mark.parametrize("shape", [LLAMA, TIED, QWEN3, BIASED], ids=["llama", "tied", "qwen3", "biased"])
+def test_bfloat16_rounds_where_hugging_face_rounds(shape):
+    """A trained model's logits are the same bits there: norms and angles in float32, each rounded once."""
+    ours, theirs = build(shape, torch.bfloat16)
+    # Converting a model rounds its frequencies too; loading one, as users do, leaves them in float32.
+    theirs.model.rotary_emb = type(theirs.model.rotary_emb)(theirs.config)
+    tokens = torch.randint(0, shape.vocab_size, (2, 9), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(ours.logits(tokens[..., None]), theirs(tokens).logits)
