@@ -82,6 +82,15 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "optimizer": get_args(OptimizerPolicy),
 }
 _COUNTS = {"patch_size", "tokens", "steps", "micro_batch_size", "lr_warmup_tokens", "lr_decay_tokens", "lr_wsd_decay_tokens"}
+_SCHEDULE_KEYS = (
+    "lr",
+    "min_lr",
+    "lr_warmup_tokens",
+    "lr_decay_style",
+    "lr_decay_tokens",
+    "lr_wsd_decay_tokens",
+    "lr_wsd_decay_style",
+)
 _NUMBERS = {"token_share", "compute_share", "step_share", "anneal_share", "lr", "min_lr"}
 
 
@@ -399,6 +408,14 @@ def _stage(geometry: _Geometry, batch: int, steps: int, options: StageOptions, s
     policy: LrPolicy = request.lr_policy or "restart"
     if first and policy != "restart":
         raise ConfigError(f"the first stage has lr_policy: {policy}", "restart, as no schedule is running yet", "remove it")
+    if policy != "restart":
+        idle = [name for name in _SCHEDULE_KEYS if getattr(request, name) is not None and (policy, name) != ("rewarm", "lr_warmup_tokens")]
+        if idle:
+            raise ConfigError(
+                f"a stage with lr_policy: {policy} gives {idle[0]}, which would have no effect",
+                "schedules of their own for stages with lr_policy: restart",
+                f"remove {idle[0]}, or let the stage restart",
+            )
     warmup = request.lr_warmup_tokens if request.lr_warmup_tokens is not None else schedule.lr_warmup_tokens
     return Stage(
         name=request.name or ("token" if request.patch_size == 1 else f"patch-{request.patch_size}"),

@@ -30,11 +30,12 @@ def pretrain(run: RunConfig) -> None:
     from megatron_patch.training.trainer import Trainer
 
     device = join(run.options.engine.distributed_timeout_minutes)
-    try:
-        with Trainer(run, settings, device) as trainer:
-            trainer.train()
-    finally:
-        leave()
+    if settings.precision == "fp16" and device.type == "cpu":
+        raise ConfigError("--fp16 on CPUs", "--bf16 or float32 there", "use --bf16, or a GPU")
+    with Trainer(run, settings, device) as trainer:
+        trainer.train()
+    # Not after an error: peers may be inside a collective, and leaving would wait for them.
+    leave()
 
 
 def _engine_settings(run: RunConfig) -> EngineConfig:

@@ -128,6 +128,7 @@ def test_eight_four_two_one_with_everything_a_stage_can_say():
         ({"stages": [{"patch_size": 4}, {"patch_size": 1}]}, "more than one stage without an amount"),
         ({"stages": [{"patch_size": 4, "lr_policy": "continue"}]}, "first stage"),
         ({"stages": [{"patch_size": 4, "optimizer": "fresh"}]}, "reset_moments"),
+        ({"stages": [{"patch_size": 4, "tokens": "100k"}, {"lr_policy": "continue", "lr": 1e-3}]}, "gives lr, which would have no effect"),
         ({"stages": [{"patch_size": 4, "compute_share": 0.2}, {"patch_size": 2, "step_share": 0.2}, {}]}, "one of the two"),
         ({"stages": [{"patch_size": 4, "token_share": 0.7}, {"patch_size": 2, "token_share": 0.7}, {}]}, "training tokens"),
         ({"stages": {"patch_size": 4}}, "list"),

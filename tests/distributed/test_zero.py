@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from tests.distributed.runs import Run, train
@@ -41,4 +43,14 @@ def test_bfloat16_follows_its_float32_twin(tmp_path, corpus, single, stage):
 
 def test_three_ranks_fill_up_the_last_micro_batch(tmp_path, corpus, single):
     run = train(tmp_path / "run", 3, PLAN, "--zero-stage 1 --micro-batch-size 3 --eval-interval 5 --data-path", corpus)
+    assert run.losses == pytest.approx(single.losses, rel=1e-5)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_an_offloaded_optimizer_computes_the_same_and_resumes(tmp_path, corpus, single, stage):
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": stage, "offload_optimizer": {"device": "cpu"}}}))
+    words = f"--eval-interval 5 --deepspeed_config {path}"
+    train(tmp_path / "run", 2, PLAN, words, "--exit-interval 17 --data-path", corpus)
+    run = train(tmp_path / "run", 2, PLAN, words, "--data-path", corpus)
     assert run.losses == pytest.approx(single.losses, rel=1e-5)
