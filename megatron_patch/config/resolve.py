@@ -12,7 +12,8 @@ from typing import Any
 
 from megatron_patch.config.options import DataOptions, ModelOptions, Options
 from megatron_patch.config.parsing import Parsed, option_values, parse
-from megatron_patch.config.stage_plan import build_plan, parse_blend
+from megatron_patch.config.stage_plan import build_plan
+from megatron_patch.config.stage_request import parse_blend
 from megatron_patch.data.side_file import DatasetInfo, read_info
 from megatron_patch.errors import ConfigError
 from megatron_patch.model.shape import ModelShape, check_shape

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_patch.config.options import ScheduleOptions, StageOptions
-from megatron_patch.config.stage_plan import build_plan, parse_blend
+from megatron_patch.config.stage_plan import build_plan
+from megatron_patch.config.stage_request import parse_blend
 from megatron_patch.errors import ConfigError
 
 
