@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import socket
 import time
@@ -22,11 +23,22 @@ _PRELOAD = [
 _context = multiprocessing.get_context("forkserver")
 
 
+_SERVER_ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
+
+
 def _server() -> Any:
-    os.environ["DS_ACCELERATOR"] = "cpu"
-    os.environ["OMP_NUM_THREADS"] = "1"
-    os.environ["TORCHDYNAMO_DISABLE"] = "1"
-    _context.set_forkserver_preload(_PRELOAD)
+    """The context of the server, started with its own environment, which the tests' process does not keep."""
+    before = {name: os.environ.get(name) for name in _SERVER_ENVIRONMENT}
+    os.environ.update(_SERVER_ENVIRONMENT)
+    try:
+        _context.set_forkserver_preload(_PRELOAD)
+        multiprocessing.forkserver.ensure_running()
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
     return _context
 
 
