@@ -202,7 +202,7 @@ def _check_training(options: Options, plan: StagePlan) -> None:
         raise ConfigError("--finetune without --load", "--load with the folder to take weights from", "give --load")
     if checkpoint.finetune and checkpoint.load == checkpoint.save:
         raise ConfigError("--finetune with the same --load and --save", "another folder to save to", "change --save")
-    if (checkpoint.save_interval or checkpoint.save_interval_tokens) and checkpoint.save is None:
+    if (checkpoint.save_interval or checkpoint.save_interval_tokens) and checkpoint.save is None and not logging.dry_run:
         raise ConfigError("a save interval without --save", "--save FOLDER", "give --save")
     if logging.log_token_spans and checkpoint.save is None:
         raise ConfigError("--log-token-spans without --save", "--save FOLDER", "give --save")

@@ -246,3 +246,10 @@ def test_missing_data_ends_with_code_3_and_no_traceback(tmp_path):
     result = program(*BASE, "--vocab-size", "64", "--data-path", str(tmp_path / "nowhere"))
     assert result.returncode == 3 and "nowhere.bin does not exist" in result.stderr and "Traceback" not in result.stderr
     assert program("--help").returncode == 0
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples" / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_example_can_be_planned(path):
+    run = resolve("--config", str(path), "--dry-run", ranks=8)
+    assert len(run.plan.stages) >= 2 and settings(run).zero_stage == 1
+    assert run.plan.tokens == pytest.approx(run.options.stages.train_tokens, rel=0.01)

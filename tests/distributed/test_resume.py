@@ -48,6 +48,13 @@ def test_another_layout_goes_on_with_the_same_batches(tmp_path, corpus, unbroken
     assert resumed.losses == pytest.approx(unbroken.losses, rel=1e-5)
 
 
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_bfloat16_resumes_bit_for_bit(tmp_path, corpus, stage):
+    whole = train(tmp_path / "whole", 2, PLAN, f"--bf16 --zero-stage {stage} --data-path", corpus)
+    train(tmp_path / "run", 2, PLAN, f"--bf16 --zero-stage {stage} --exit-interval {SWITCH + 1} --data-path", corpus)
+    assert train(tmp_path / "run", 2, PLAN, f"--bf16 --zero-stage {stage} --data-path", corpus).losses == whole.losses
+
+
 def test_bfloat16_moves_between_layouts_without_losing_its_master_weights(tmp_path, corpus):
     whole = train(tmp_path / "whole", 2, PLAN, "--bf16 --zero-stage 2 --data-path", corpus)
     train(tmp_path / "run", 2, PLAN, f"--bf16 --zero-stage 2 --exit-interval {SWITCH + 1} --data-path", corpus)

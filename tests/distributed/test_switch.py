@@ -122,3 +122,22 @@ def test_reset_means_new_moments_and_a_new_count(tmp_path):
     optimizer.step()
     other.step()
     assert torch.equal(weight, fresh)
+
+
+def test_aligned_documents_train_and_their_padding_is_not_scored(tmp_path):
+    """Text through the preprocessor with --patch-align 4; the labels that count are those that are no repeated end of document."""
+    from megatron_patch.data.corpus import TokenCorpus
+    from megatron_patch.data.preprocess.encode import EncodeSettings
+    from megatron_patch.data.preprocess.pipeline import preprocess
+
+    lines = [json.dumps({"text": " ".join(str((i * j) % 60) for j in range(3 + i % 9))}) for i in range(600)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    made = preprocess(
+        [str(tmp_path / "a.jsonl")], str(tmp_path / "a"), EncodeSettings("NullTokenizer", "64", append_eod=True, patch_align=4)
+    )
+    prefix = made.outputs[0]
+    plan = "--seq-length 16 --micro-batch-size 2 --global-batch-size 8 --patch-size 4 --train-tokens 2000 --lr 3e-3 --eval-tokens 256"
+    run = train(tmp_path / "run", 1, plan, "--reset-attention-mask --eod-mask-loss --log-token-spans --data-path", prefix)
+    assert run.losses[-1] < run.losses[0]
+    tokens = TokenCorpus([prefix]).read(0, TokenCorpus([prefix]).num_tokens)
+    assert len(tokens) % 4 == 0 and (tokens.reshape(-1, 4)[:, -1] == 63).sum() == 600, "each document ends with its patch"
