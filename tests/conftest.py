@@ -21,10 +21,14 @@ settings.load_profile("project")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """GPU tests are skipped where there is none."""
+    """GPU tests are skipped where there is none; the server that ranks are forked from is started before any other use of it."""
     import torch
 
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+    if any("distributed" in item.path.parts or "tools" in item.path.parts for item in items):
+        from tests.distributed.ranks import start_server
+
+        start_server()

@@ -26,8 +26,11 @@ _context = multiprocessing.get_context("forkserver")
 _SERVER_ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
 
 
-def _server() -> Any:
-    """The context of the server, started with its own environment, which the tests' process does not keep."""
+def start_server() -> Any:
+    """The context of the server, started with its own environment, which the tests' process does not keep.
+
+    A process has one such server; whoever starts it decides what it has imported. So tests/conftest.py calls this first of all.
+    """
     before = {name: os.environ.get(name) for name in _SERVER_ENVIRONMENT}
     os.environ.update(_SERVER_ENVIRONMENT)
     try:
@@ -74,7 +77,7 @@ def _rank_main(rank: int, size: int, port: int, log: str, function: Callable[...
 
 def start_ranks(function: Callable[..., Any], size: int, logs: Path, *args: Any) -> tuple[list[Any], Any]:
     """Starts `function(*args)` on `size` ranks; returns (processes, queue of (rank, ok, value))."""
-    context = _server()
+    context = start_server()
     logs.mkdir(parents=True, exist_ok=True)
     results = context.Queue()
     port = free_port()
