@@ -96,3 +96,19 @@ def test_rates_are_those_of_the_window():
     assert rates.tflops == pytest.approx(0.5) and rates.mfu == pytest.approx(0.5 / 989.4) and rates.data_share == pytest.approx(0.25)
     assert Throughput(1, "cpu").update(1.0, 0.0, 1, 1, 1.0).mfu is None
     assert Throughput(1, "cpu", peak_tflops=1.0).update(1.0, 0.0, 1, 1, 5e11).mfu == pytest.approx(0.5)
+
+
+def test_weights_and_biases_goes_on_in_the_same_run(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    from megatron_patch.training.callbacks.wandb import WeightsAndBiases
+
+    for name, value in {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "WANDB_DIR": str(tmp_path)}.items():
+        monkeypatch.setenv(name, value)
+    for _ in range(2):
+        board = WeightsAndBiases("project", "name", tmp_path / "run", {"lr": 1.0})
+        board.on_start(START)
+        board.on_step(STEP)
+        board.on_evaluation(EVALUATION)
+        board.close()
+    run_id = (tmp_path / "run" / "wandb_run_id").read_text().strip()
+    assert len([path for path in (tmp_path / "wandb").glob("offline-run-*") if path.name.endswith(run_id)]) == 2
