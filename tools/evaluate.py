@@ -52,7 +52,8 @@ def main(argv: list[str]) -> None:
     totals = torch.zeros(2, dtype=torch.float64)
     masking = DocumentMasking()
     with torch.no_grad():
-        for batch in evaluation_batches(corpus, starts, unit, positions, args.patch_size, args.micro_batch_size, 0, 1, masking):
+        size = loaded.model.shape.vocab_size
+        for batch in evaluation_batches(corpus, starts, unit, positions, args.patch_size, args.micro_batch_size, 0, 1, masking, size):
             sums = loaded.model(batch.input_ids.to(device), batch.labels.to(device))
             totals += torch.stack([part.double().cpu() for part in sums])
     loss_sum, labels = totals.tolist()

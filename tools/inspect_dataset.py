@@ -76,7 +76,8 @@ def main(argv: list[str]) -> None:
     for name, value in result.items():
         table.add_row(name.replace("_", " "), f"{value:,}" if isinstance(value, int) else str(value))
     console.print(table)
-    show_patches(dataset, args.patch_size, tokenizer_of(args, info), min(args.samples, len(dataset)), console)
+    if not result.get("problems"):
+        show_patches(dataset, args.patch_size, tokenizer_of(args, info), min(args.samples, len(dataset)), console)
     print(json.dumps(result))
     if result.get("problems"):
         raise DataError(f"{args.prefix} is damaged: {result['problems'][0]}", "a sound dataset", "copy it again, or preprocess again")

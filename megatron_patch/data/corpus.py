@@ -5,7 +5,9 @@ In: prefixes. Out: any span of tokens, and what identifies the data.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -26,10 +28,12 @@ class TokenCorpus:
         prefixes: datasets, in order.
 
     Raises:
-        DataError: a shard that cannot be opened.
+        DataError: no shards, or one that cannot be opened.
     """
 
     def __init__(self, prefixes: Sequence[str]) -> None:
+        if not prefixes:
+            raise DataError("a corpus without files", "at least one dataset prefix", "give --data-path")
         self.prefixes = tuple(prefixes)
         self.shards = tuple(IndexedDataset(prefix) for prefix in prefixes)
         self._ends = np.cumsum([shard.num_tokens for shard in self.shards])
@@ -39,6 +43,25 @@ class TokenCorpus:
     def name(self) -> str:
         """For messages."""
         return self.prefixes[0] + (f" and {len(self.prefixes) - 1} more" if len(self.prefixes) > 1 else "")
+
+    @cached_property
+    def patch_align(self) -> int:
+        """Documents begin at multiples of this (1: anywhere), as the side files say.
+
+        Raises:
+            DataError: a damaged side file.
+        """
+        infos = [read_info(prefix) for prefix in self.prefixes]
+        return math.gcd(*(info.patch_align if info is not None else 1 for info in infos))
+
+    def ranges(self, split: str) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
+        """The corpus' ranges for training, validation and test; where documents are aligned to patches, so is each range.
+
+        Raises:
+            ConfigError: as `split_ranges`.
+            DataError: a damaged side file.
+        """
+        return split_ranges(self.num_tokens, split, self.patch_align)
 
     def read_into(self, out: npt.NDArray[np.int64], start: int) -> None:
         """Copies tokens `[start, start + out.size)` into an array.
@@ -80,12 +103,13 @@ class TokenCorpus:
         return result
 
 
-def split_ranges(num_tokens: int, split: str) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
+def split_ranges(num_tokens: int, split: str, align: int = 1) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
     """Token ranges for training, validation and test, in the order of the corpus (Megatron's --split).
 
     Args:
         num_tokens: size of the corpus.
         split: up to three numbers with commas, in any unit: 969,30,1.
+        align: ranges begin at multiples of this.
 
     Raises:
         ConfigError: no such numbers, or no part for training.
@@ -98,6 +122,7 @@ def split_ranges(num_tokens: int, split: str) -> tuple[tuple[int, int], tuple[in
         raise ConfigError(f"--split {split}", "up to three numbers from 0, the first above it: 969,30,1")
     parts += [0.0] * (3 - len(parts))
     edges = [0, *(round(num_tokens * sum(parts[: index + 1]) / sum(parts)) for index in range(3))]
+    edges = [edge if edge == num_tokens else edge // align * align for edge in edges]
     return (edges[0], edges[1]), (edges[1], edges[2]), (edges[2], edges[3])
 
 
@@ -128,8 +153,31 @@ def check_vocabulary(corpus: TokenCorpus, vocab_size: int) -> None:
             start = (shard.num_tokens - count) * number // (_SAMPLED_SPANS - 1)
             span = shard.tokens(start, count)
             if span.size and (int(span.max()) >= vocab_size or int(span.min()) < 0):
+                wrong = int(span.max()) if int(span.max()) >= vocab_size else int(span.min())
                 raise DataError(
-                    f"{shard.prefix} holds token id {int(span.max())} near token {start}; the model has {vocab_size} ids",
-                    f"ids below {vocab_size}",
+                    f"{shard.prefix} holds token id {wrong} near token {start}; the model has {vocab_size} ids",
+                    f"ids from 0 to {vocab_size - 1}",
                     "give the tokenizer's --vocab-size",
                 )
+
+
+def check_ids(tokens: npt.NDArray[np.int64], vocab_size: int, places: Sequence[tuple[TokenCorpus, int]]) -> None:
+    """The cheap check of every batch.
+
+    Args:
+        tokens: [B, L], rows beyond `places` being padding.
+        vocab_size: ids must be below it.
+        places: corpus and first token of each row.
+
+    Raises:
+        DataError: naming the first wrong id and where it lies.
+    """
+    if not tokens.size or (int(tokens.max()) < vocab_size and int(tokens.min()) >= 0):
+        return
+    row, column = np.argwhere((tokens >= vocab_size) | (tokens < 0))[0]
+    corpus, start = places[int(row)]
+    raise DataError(
+        f"token id {int(tokens[row, column])} in {corpus.name}, token {start + int(column)}",
+        f"ids from 0 to {vocab_size - 1}",
+        "give the tokenizer's --vocab-size, or preprocess the data again",
+    )

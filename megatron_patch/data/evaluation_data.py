@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from megatron_patch.data.corpus import TokenCorpus
+from megatron_patch.data.corpus import TokenCorpus, check_ids
 from megatron_patch.data.patch_dataset import DocumentMasking, PatchBatch, make_batch
 
 
@@ -38,6 +38,7 @@ def evaluation_batches(
     rank: int,
     size: int,
     masking: DocumentMasking,
+    vocab_size: int | None = None,
 ) -> Iterator[PatchBatch]:
     """This rank's batches of an evaluation.
 
@@ -51,9 +52,13 @@ def evaluation_batches(
         rank: this rank.
         size: ranks that share the evaluation.
         masking: how documents are kept apart.
+        vocab_size: ids from here on are an error; None: not checked.
 
     Yields:
         Batches; the last is filled up with unscored samples, and every rank gets the same number.
+
+    Raises:
+        DataError: a token id outside the vocabulary, with its place.
     """
     sample = positions * patch_size
     offsets = (starts[:, None] + np.arange(unit_tokens // sample, dtype=np.int64)[None, :] * sample).reshape(-1)
@@ -63,4 +68,6 @@ def evaluation_batches(
         tokens = np.zeros((micro_batch_size, sample + patch_size), dtype=np.int64)
         for row, start in enumerate(mine):
             corpus.read_into(tokens[row], int(start))
+        if vocab_size is not None:
+            check_ids(tokens, vocab_size, [(corpus, int(start)) for start in mine])
         yield make_batch(tokens, "both", positions, patch_size, masking, scored_rows=len(mine))

@@ -7,6 +7,7 @@ In: a prefix. Out: a memory-mapped array of tokens, or, writing, the two files b
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import struct
@@ -18,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_patch.errors import DataError
+from megatron_patch.files import fsync_folder
 
 MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
@@ -31,6 +33,7 @@ _DTYPES: dict[int, type[np.generic]] = {
 }
 _CODES = {np.dtype(dtype): code for code, dtype in _DTYPES.items()}
 _CHUNK = 1 << 20
+_LONGEST = (1 << 31) - 1
 
 
 def optimal_dtype(vocab_size: int) -> np.dtype[np.generic]:
@@ -55,11 +58,22 @@ class IndexedDataset:
         prefix: path without .bin and .idx.
 
     Raises:
-        DataError: a file is missing, is no indexed dataset, or has not the size that its header says.
+        DataError: a file is missing, cannot be read, is no indexed dataset, or has not the size that its header says.
     """
 
     def __init__(self, prefix: str) -> None:
         self.prefix = prefix
+        try:
+            self._open()
+        except OSError as error:
+            raise DataError(
+                f"cannot read {error.filename or prefix}: {error.strerror or error}",
+                "files that this user can read and map",
+                "check the permissions of both files and of their folder",
+            ) from error
+
+    def _open(self) -> None:
+        prefix = self.prefix
         for path in (bin_path(prefix), idx_path(prefix)):
             if not path.is_file():
                 raise DataError(f"{path} does not exist", "a dataset prefix: PREFIX.bin and PREFIX.idx", f"check --data-path {prefix}")
@@ -72,7 +86,7 @@ class IndexedDataset:
             )
         _, version, code, self.num_sequences, boundaries = _HEADER.unpack(header)
         if version != 1:
-            raise DataError(f"{idx_path(prefix)} has version {version}", "version 1")
+            raise DataError(f"{idx_path(prefix)} has version {version}", "version 1", "preprocess the data again")
         if code not in _DTYPES:
             raise DataError(f"{idx_path(prefix)} has dtype code {code}", f"integer types: {sorted(_DTYPES)}", "preprocess the data again")
         self.dtype = np.dtype(_DTYPES[code])
@@ -175,6 +189,9 @@ class IndexedDatasetWriter:
             self._bin = self._temporary[0].open("wb", buffering=_CHUNK)
             self._lengths = self._temporary[2].open("wb+", buffering=_CHUNK)
         except OSError as error:
+            for path in self._temporary:
+                with contextlib.suppress(OSError):
+                    path.unlink(missing_ok=True)
             raise self._failure(error) from error
 
     def _failure(self, error: OSError) -> DataError:
@@ -189,11 +206,17 @@ class IndexedDatasetWriter:
 
         Args:
             tokens: all their tokens, one document after another; ids must fit the dtype.
-            lengths: tokens of each document, each at least 1.
+            lengths: tokens of each document, each at least 1 and below 2^31 (the index keeps them in 32 bits).
 
         Raises:
-            DataError: lengths that do not sum to the tokens, an empty document, ids that do not fit, no space left.
+            DataError: lengths that do not sum to the tokens, an empty or too long document, ids that do not fit, no space left.
         """
+        if lengths.size and int(lengths.max()) > _LONGEST:
+            raise DataError(
+                f"a document of {int(lengths.max())} tokens",
+                f"up to {_LONGEST} tokens: the format has 32 bits for them",
+                "split the document",
+            )
         if int(lengths.sum()) != tokens.size or (lengths.size and int(lengths.min()) < 1):
             raise DataError(
                 f"{lengths.size} documents of {int(lengths.sum())} tokens for {tokens.size} tokens",
@@ -244,8 +267,11 @@ class IndexedDatasetWriter:
             self._bin.flush()
             os.fsync(self._bin.fileno())
             self._bin.close()
+            # An older dataset's index goes first, so that a crash in between leaves no pair of files that do not belong together.
+            idx_path(self.prefix).unlink(missing_ok=True)
             os.replace(self._temporary[0], bin_path(self.prefix))
             os.replace(self._temporary[1], idx_path(self.prefix))
+            fsync_folder(bin_path(self.prefix).parent)
         except OSError as error:
             raise self._failure(error) from error
         self._finished = True

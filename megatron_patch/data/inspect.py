@@ -94,7 +94,7 @@ def patch_statistics(dataset: IndexedDataset, patch_size: int, eod_id: int | Non
     """
     count = min(dataset.num_tokens, 1 << 26) // patch_size * patch_size
     patches = spanning = repeating = padding = 0
-    step = _CHUNK // patch_size * patch_size
+    step = max(1, _CHUNK // patch_size) * patch_size
     for start in range(0, count, step):
         tokens = dataset.tokens(start, min(step, count - start)).astype(np.int64)
         rows = tokens.reshape(-1, patch_size)

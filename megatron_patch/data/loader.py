@@ -12,12 +12,11 @@ import threading
 from collections.abc import Iterator
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
+from megatron_patch.data.corpus import check_ids
 from megatron_patch.data.patch_dataset import DocumentMasking, PatchBatch, make_batch
 from megatron_patch.data.token_stream import Span, TrainStream
-from megatron_patch.errors import DataError
 
 
 class PatchLoader:
@@ -52,8 +51,11 @@ class PatchLoader:
         self._rank, self._ranks = data_parallel_rank, data_parallel_size
         self._masking, self._vocab_size, self._pin_memory = masking, vocab_size, pin_memory
         self.step = start_step
-        self._queue: queue.Queue[list[PatchBatch] | BaseException | None] | None = None
+        self._queue: queue.Queue[list[PatchBatch] | Exception | None] | None = None
+        self._failure: Exception | None = None
         self._stopping = threading.Event()
+        # Page-locking happens in the thread, whose current device would be the first GPU, and not this rank's.
+        self._device = torch.cuda.current_device() if pin_memory else None
         if prefetch > 0:
             self._queue = queue.Queue(maxsize=prefetch)
             self._thread = threading.Thread(target=self._fill, args=(self._prepare_from(start_step),), daemon=True, name="loader")
@@ -63,16 +65,22 @@ class PatchLoader:
         """The micro-batches of the next step.
 
         Raises:
-            DataError: a token id outside the vocabulary, or a file that cannot be read.
+            DataError: a token id outside the vocabulary, or tokens outside the file; every later call raises it again.
             StopIteration: the stage has ended.
+            RuntimeError: the loader is closed.
         """
+        if self._stopping.is_set():
+            raise RuntimeError("next_step() of a loader that is closed")
+        if self._failure is not None:
+            raise self._failure
         if self.step >= self._stage.steps:
             raise StopIteration
         if self._queue is None:
             batches = self._prepare(self.step)
         else:
             item = self._queue.get()
-            if isinstance(item, BaseException):
+            if isinstance(item, Exception):
+                self._failure = item
                 raise item
             assert item is not None
             batches = item
@@ -90,13 +98,15 @@ class PatchLoader:
                     self._thread.join(timeout=0.05)
 
     def _prepare_from(self, step: int) -> Iterator[list[PatchBatch]]:
+        if self._device is not None:
+            torch.cuda.set_device(self._device)
         while step < self._stage.steps:
             yield self._prepare(step)
             step += 1
 
     def _fill(self, steps: Iterator[list[PatchBatch]]) -> None:
         assert self._queue is not None
-        item: list[PatchBatch] | BaseException | None
+        item: list[PatchBatch] | Exception | None
         while not self._stopping.is_set():
             try:
                 item = next(steps, None)
@@ -108,7 +118,7 @@ class PatchLoader:
                     break
                 except queue.Full:
                     continue
-            if item is None or isinstance(item, BaseException):
+            if item is None or isinstance(item, Exception):
                 return
 
     def _prepare(self, step: int) -> list[PatchBatch]:
@@ -136,7 +146,7 @@ class PatchLoader:
         for row, span in enumerate(spans):
             self._stream.corpora[span.corpus].read_into(tokens[row], span.start)
         if self._vocab_size is not None:
-            self._check_ids(tokens, spans)
+            check_ids(tokens, self._vocab_size, [(self._stream.corpora[span.corpus], span.start) for span in spans])
         batch = make_batch(
             tokens,
             stage.side,
@@ -147,18 +157,6 @@ class PatchLoader:
             scored_rows=scored if scored < stage.micro_batch_size else None,
         )
         return _pinned(batch) if self._pin_memory else batch
-
-    def _check_ids(self, tokens: npt.NDArray[np.int64], spans: tuple[Span, ...]) -> None:
-        assert self._vocab_size is not None
-        if not tokens.size or (int(tokens.max()) < self._vocab_size and int(tokens.min()) >= 0):
-            return
-        row, column = np.argwhere((tokens >= self._vocab_size) | (tokens < 0))[0]
-        span = spans[int(row)]
-        raise DataError(
-            f"token id {int(tokens[row, column])} in {self._stream.corpora[span.corpus].name}, token {span.start + int(column)}",
-            f"ids from 0 to {self._vocab_size - 1}",
-            "give the tokenizer's --vocab-size, or preprocess the data again",
-        )
 
 
 def _pinned(batch: PatchBatch) -> PatchBatch:

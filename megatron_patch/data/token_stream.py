@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_patch.data.blend import Blend
-from megatron_patch.data.corpus import TokenCorpus, split_ranges
+from megatron_patch.data.corpus import TokenCorpus
 from megatron_patch.data.permutation import Permutation, derive_key
 from megatron_patch.errors import DataError
 from megatron_patch.stages import StagePlan
@@ -68,7 +68,7 @@ class TrainStream:
         skip_blocks: blocks of the dealt order to leave out at the start.
 
     Raises:
-        DataError: a corpus with less than one block for training.
+        DataError: a corpus with less than one block for training; a blend that names a corpus twice, or one that is not there.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class TrainStream:
         self.names = tuple(corpora)
         self.corpora = tuple(corpora.values())
         self.window_blocks, self.skip_blocks = window_blocks, skip_blocks
-        self.ranges = tuple(split_ranges(corpus.num_tokens, split)[0] for corpus in self.corpora)
+        self.ranges = tuple(corpus.ranges(split)[0] for corpus in self.corpora)
         self.blocks = tuple((last - first - plan.lookahead_tokens) // plan.block_tokens for first, last in self.ranges)
         for corpus, (first, last), blocks in zip(self.corpora, self.ranges, self.blocks, strict=True):
             if blocks < 1:
@@ -95,6 +95,7 @@ class TrainStream:
                     "corpora of at least one block",
                     "add data, lower --seq-length or the patch sizes, or change --split",
                 )
+        self._blend = tuple(blend)
         self._deals = self._plan_deals(blend)
         self._block_orders: dict[tuple[int, int], Permutation] = {}
 
@@ -105,7 +106,7 @@ class TrainStream:
         blocks_before = 0
         for index, stage in enumerate(self.plan.stages):
             blocks = self.plan.last_block(index) - self.plan.first_block(index)
-            mine = tuple(stage.blend or blend)
+            mine = self._checked(tuple(stage.blend or blend))
             if deals and mine == before:
                 deal = _Deal(deals[-1].blend, deals[-1].corpora, deals[-1].phase + blocks_before, deals[-1].taken)
             else:
@@ -117,6 +118,13 @@ class TrainStream:
             np.add.at(taken, deal.corpora, given)
             before, blocks_before = mine, blocks
         return tuple(deals)
+
+    def _checked(self, blend: Weights) -> Weights:
+        # Each entry counts its own blocks from where the corpus was: two entries of one corpus would read the same ones.
+        names = [name for name, _ in blend]
+        if len(set(names)) < len(names) or not set(names) <= set(self.names):
+            raise DataError(f"a blend of {', '.join(names)}", f"each once: {', '.join(self.names)}", "correct --data-path")
+        return blend
 
     def _block_order(self, corpus: int, epoch: int) -> Permutation:
         key = (corpus, epoch)
@@ -192,8 +200,10 @@ class TrainStream:
         return notes
 
     def fingerprint(self) -> dict[str, object]:
-        """What the order of the data depends on beside the plan."""
+        """What the order of the data depends on beside the plan, as JSON values; no paths, so that data may be moved."""
+        blend = [[self.names.index(name), weight] for name, weight in self._blend]
         return {
+            **({"blend": blend} if len(blend) > 1 else {}),
             "corpora": [corpus.fingerprint() for corpus in self.corpora],
             "split": self.split,
             "seed": self.seed,

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megatron_patch.config.resolve import RunConfig
-from megatron_patch.data.corpus import TokenCorpus, check_vocabulary, split_ranges
+from megatron_patch.data.corpus import TokenCorpus, check_vocabulary
 from megatron_patch.data.evaluation_data import evaluation_batches, held_out_starts
 from megatron_patch.data.loader import PatchLoader
 from megatron_patch.data.patch_dataset import DocumentMasking, PatchBatch
@@ -72,6 +72,7 @@ class RunData:
                 rank=self.grid.data_parallel_rank,
                 size=self.grid.data_parallel_size,
                 masking=self.masking,
+                vocab_size=self.vocab_size,
             )
 
 
@@ -102,7 +103,7 @@ def open_data(run: RunConfig, plan: StagePlan, grid: Grid, pin_memory: bool = Fa
             check_vocabulary(corpus, run.shape.vocab_size)
         held_out = tuple((corpus, (0, corpus.num_tokens)) for corpus in valid)
     else:
-        held_out = tuple((corpora[prefix], split_ranges(corpora[prefix].num_tokens, split)[1]) for prefix, _ in run.blend)
+        held_out = tuple((corpora[prefix], corpora[prefix].ranges(split)[1]) for prefix, _ in run.blend)
     unit = math.lcm(run.options.stages.seq_length, *(stage.positions * stage.patch_size for stage in plan.stages))
     held_out = tuple((corpus, (first, last)) for corpus, (first, last) in held_out if last - first >= unit + plan.lookahead_tokens)
     infos = [read_info(prefix) for prefix in prefixes]

@@ -83,6 +83,15 @@ def test_ids_must_fit_and_documents_must_not_be_empty(tmp_path):
             writer.append(np.array([70000]), np.array([1]))
         with pytest.raises(DataError, match="2 documents"):
             writer.append(np.array([1]), np.array([1, 0]))
+        with pytest.raises(DataError, match="32 bits"):
+            writer.append(np.array([1]), np.array([1 << 31]))
+
+
+def test_a_writer_that_cannot_begin_leaves_nothing_behind(tmp_path):
+    (tmp_path / "d.lengths.partial").mkdir()
+    with pytest.raises(DataError, match="cannot write"):
+        IndexedDatasetWriter(str(tmp_path / "d"), np.dtype("uint16"))
+    assert [path.name for path in tmp_path.iterdir()] == ["d.lengths.partial"]
 
 
 @pytest.fixture

@@ -11,7 +11,6 @@ import resource
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -21,9 +20,10 @@ import zstandard
 
 from megatron_patch.data.indexed_dataset import IndexedDataset
 from megatron_patch.data.inspect import integrity_problems
-from megatron_patch.data.preprocess import readers
+from megatron_patch.data.preprocess import readers, workers
 from megatron_patch.data.preprocess.encode import Encoder, EncodeSettings, fast_backend, fuzz_strings
 from megatron_patch.data.preprocess.pipeline import preprocess
+from megatron_patch.data.preprocess.readers import batches
 from megatron_patch.data.preprocess.train_tokenizer import train_tokenizer
 from megatron_patch.data.side_file import read_info
 from megatron_patch.errors import DataError
@@ -86,9 +86,9 @@ def test_workers_and_archives_change_nothing(folder, tmp_path, monkeypatch):
         (tmp_path / name).write_bytes(data)
         run(folder, tmp_path / f"y{number}", [str(tmp_path / name)])
         assert contents(tmp_path / f"y{number}_text_document") == expected, name
-    for workers in (2, 3):
-        run(folder, tmp_path / f"w{workers}", workers=workers)
-        assert contents(tmp_path / f"w{workers}_text_document") == expected
+    for count in (2, 3):
+        run(folder, tmp_path / f"w{count}", workers=count)
+        assert contents(tmp_path / f"w{count}_text_document") == expected
     (tmp_path / "part1.jsonl").write_bytes(raw[:half])
     (tmp_path / "part2.jsonl").write_bytes(raw[half:])
     run(folder, tmp_path / "globbed", [str(tmp_path / "part*.jsonl")], workers=2)
@@ -254,30 +254,50 @@ def test_a_full_disk_ends_the_tool_with_a_sentence(folder, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_killed_worker_ends_the_tool_promptly(folder, tmp_path):
+def working(process, partial):
+    """The worker processes of a run of the tool that has begun to write: children of its forkserver."""
+    deadline = time.monotonic() + 60
+    while process.poll() is None and time.monotonic() < deadline:
+        if partial.exists():
+            for child in descendants(process.pid):
+                started = b"spawn_main" in cmdline(child) or b"forkserver" in cmdline(child)
+                if started and (pids := descendants(child)):
+                    return pids
+        time.sleep(0.02)
+    raise AssertionError("no workers")
+
+
+@pytest.mark.parametrize("moment", [0.0, 0.31, 0.77])
+def test_a_killed_worker_ends_the_tool_promptly(folder, tmp_path, moment):
     big = tmp_path / "in"
     big.mkdir()
     (big / "a.jsonl").write_bytes((folder / "a.jsonl").read_bytes() * 600)
     (big / "tokenizer").symlink_to(folder / "tokenizer")
     with tool(big, tmp_path / "x", "--workers", "2", "--backend", "reference", start_new_session=True) as process:
-
-        def kill_one() -> None:
-            deadline = time.monotonic() + 60
-            while process.poll() is None and time.monotonic() < deadline:
-                for pid in descendants(process.pid):
-                    if b"spawn_main" in cmdline(pid) or b"forkserver" in cmdline(pid):
-                        children = descendants(pid)
-                        if children and Path(f"{tmp_path}/x_text_document.bin.partial").exists():
-                            os.kill(children[0], signal.SIGKILL)
-                            return
-                time.sleep(0.02)
-
-        killer = threading.Thread(target=kill_one)
-        killer.start()
-        _, errors = process.communicate(timeout=100)
-        killer.join()
+        try:
+            pids = working(process, tmp_path / "x_text_document.bin.partial")
+            time.sleep(moment)
+            os.kill(pids[-1], signal.SIGKILL)
+            _, errors = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert process.returncode == 3 and "a worker process died" in errors, errors
     assert not list(tmp_path.glob("x_*"))
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+
+
+def unfinished(pipe, settings):
+    """A worker that is killed in the middle of its answer, while its neighbour lives."""
+    pipe.recv()
+    os.write(pipe.fileno(), (1 << 20).to_bytes(4, "big") + b"the beginning")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_worker_killed_in_the_middle_of_its_answer_is_noticed(folder, monkeypatch):
+    monkeypatch.setattr(workers, "_serve", unfinished)
+    settings = EncodeSettings("HuggingFaceTokenizer", str(folder / "tokenizer"))
+    with pytest.raises(DataError, match="a worker process died"):
+        next(workers.encode_in_order(batches([str(folder / "a.jsonl")]), 2, settings))
 
 
 def descendants(pid):

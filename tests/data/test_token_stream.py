@@ -175,6 +175,7 @@ def test_impossible_splits_are_refused(split):
 def test_splits_cover_everything_once():
     train, valid, test = split_ranges(1000, "969,30,1")
     assert (train, valid, test) == ((0, 969), (969, 999), (999, 1000))
+    assert split_ranges(1001, "969,30,1", align=8) == ((0, 968), (968, 1000), (1000, 1001))
     assert split_ranges(10, "1") == ((0, 10), (10, 10), (10, 10))
 
 
@@ -209,8 +210,27 @@ def test_an_id_outside_the_vocabulary_stops_the_loader_where_it_is(corpora):
             for _ in range(5):
                 loader.next_step()
         assert "0 to 299" in str(error.value)
+        with pytest.raises(DataError) as again:
+            loader.next_step()
+        assert again.value is error.value
     finally:
         loader.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        loader.next_step()
+
+
+@pytest.mark.parametrize("blend", [(("a", 1.0), ("a", 1.0)), (("a", 1.0), ("z", 1.0))])
+def test_a_blend_names_each_corpus_once(corpora, blend):
+    with pytest.raises(DataError, match=r"(?s)a blend of .*Allowed: each once: a, b"):
+        TrainStream(plan_of([(1, 5, "both")]), {"a": corpora["a"], "b": corpora["b"]}, blend, "1,0,0", 1)
+
+
+def test_fingerprints_tell_another_blend(corpora):
+    def made(weight):
+        both = {"a": corpora["a"], "b": corpora["b"]}
+        return TrainStream(plan_of([(1, 5, "both")]), both, (("a", 1.0), ("b", weight)), "1,0,0", 1).fingerprint()
+
+    assert made(2.0) == made(2.0) != made(3.0)
 
 
 def test_fingerprints_tell_changed_data(tmp_path):

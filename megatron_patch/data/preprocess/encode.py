@@ -287,16 +287,3 @@ class Encoder:
         if begin:
             tokens[starts] = self.tokenizer.bos_id
         return Part(tokens, framed)
-
-
-_encoder: list[Encoder] = []
-
-
-def start_worker(settings: EncodeSettings) -> None:
-    """Prepares a worker process."""
-    _encoder[:] = [Encoder(settings)]
-
-
-def encode_in_worker(batch: Batch) -> Encoded:
-    """Encodes a batch in a worker process."""
-    return _encoder[0](batch)

@@ -9,12 +9,9 @@ from __future__ import annotations
 import collections
 import contextlib
 import json
-import multiprocessing
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -22,8 +19,9 @@ from typing import Any, Literal
 import numpy as np
 
 from megatron_patch.data.indexed_dataset import IndexedDatasetWriter, bin_path, idx_path, optimal_dtype
-from megatron_patch.data.preprocess.encode import BackendDisagrees, Encoded, Encoder, EncodeSettings, encode_in_worker, start_worker
+from megatron_patch.data.preprocess.encode import BackendDisagrees, Encoded, Encoder, EncodeSettings
 from megatron_patch.data.preprocess.readers import Batch, batches, expand
+from megatron_patch.data.preprocess.workers import encode_in_order
 from megatron_patch.data.side_file import DatasetInfo, info_path, write_info
 from megatron_patch.errors import DataError
 from megatron_patch.files import checksum
@@ -102,30 +100,8 @@ class _LengthSample:
         return 0
 
 
-def _in_order(work: Iterable[Batch], workers: int, settings: EncodeSettings, encoder: Encoder) -> Iterator[Encoded]:
-    """Encoded batches in the order of the input; with one worker in this process."""
-    if workers == 1:
-        yield from map(encoder, work)
-        return
-    context = multiprocessing.get_context("forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker, initargs=(settings,)) as pool:
-        pending: collections.deque[Future[Encoded]] = collections.deque()
-        try:
-            for batch in work:
-                pending.append(pool.submit(encode_in_worker, batch))
-                if len(pending) > 2 * workers + 2:
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
-        except BrokenProcessPool as error:
-            raise DataError(
-                "a worker process died (killed, or out of memory)",
-                "workers that live to the end",
-                "use fewer --workers or a machine with more memory, and run again; nothing was written under the final names",
-            ) from error
-        finally:
-            for future in pending:
-                future.cancel()
+def _encode_here(work: Iterable[Batch], encoder: Encoder) -> Generator[Encoded]:
+    yield from map(encoder, work)
 
 
 class _BadLines:
@@ -227,7 +203,12 @@ def _run(
         writers = [stack.enter_context(IndexedDatasetWriter(prefix, np.dtype(settings.dtype))) for prefix in prefixes]
         bad = _BadLines(Path(f"{output_prefix}_bad_lines.jsonl"), on_bad_line)
         stack.callback(bad.close)
-        for encoded in _in_order(batches(files), workers, settings, encoder):
+        work = batches(files)
+        # Closed before the files are: workers end, whatever happens, before anything else does.
+        encoded_batches = stack.enter_context(
+            contextlib.closing(encode_in_order(work, workers, settings) if workers > 1 else _encode_here(work, encoder))
+        )
+        for encoded in encoded_batches:
             bad.add(encoded)
             for writer, part in zip(writers, encoded.parts, strict=True):
                 writer.append(part.tokens, part.lengths)

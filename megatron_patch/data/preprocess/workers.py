@@ -1,0 +1,154 @@
+"""Worker processes that encode batches, each on a pipe of its own.
+
+In: batches in order. Out: what they became, in the same order. A worker that dies, even in the middle of a message, closes its pipe and is
+noticed at once; workers on one shared queue (as in `concurrent.futures`) wait for the lock and the rest of the message that died with it.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import multiprocessing
+import queue
+import signal
+import threading
+from collections.abc import Generator, Iterable
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import cast
+
+from megatron_patch.data.preprocess.encode import Encoded, Encoder, EncodeSettings
+from megatron_patch.data.preprocess.readers import Batch
+from megatron_patch.errors import DataError
+
+# Batches a worker holds: one that it encodes, and one that waits so that it never does.
+_HELD = 2
+_GOODBYE_SECONDS = 5.0
+
+
+def _receive(pipe: Connection, inbox: queue.SimpleQueue[Batch | None]) -> None:
+    """Takes batches off the pipe at once: a full pipe in both directions would hold up both ends."""
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            inbox.put(pipe.recv())
+    inbox.put(None)
+
+
+def _serve(pipe: Connection, settings: EncodeSettings) -> None:
+    """A worker's life: it ends when the pipe does."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    inbox: queue.SimpleQueue[Batch | None] = queue.SimpleQueue()
+    threading.Thread(target=_receive, args=(pipe, inbox), daemon=True).start()
+    encoder = Encoder(settings)
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        while (batch := inbox.get()) is not None:
+            try:
+                pipe.send(encoder(batch))
+            except (BrokenPipeError, ConnectionResetError):
+                raise
+            except Exception as error:  # told to whoever asked
+                pipe.send(error)
+
+
+class _Worker:
+    """A process, its pipe, and the numbers of the batches it holds."""
+
+    def __init__(self, settings: EncodeSettings) -> None:
+        methods = multiprocessing.get_all_start_methods()
+        context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
+        self.pipe, theirs = context.Pipe()
+        # mypy: the method's name is chosen at run time.
+        self.process = cast(BaseProcess, context.Process(target=_serve, args=(theirs, settings), daemon=True))  # type: ignore[attr-defined]
+        self.process.start()
+        theirs.close()
+        self.held: collections.deque[int] = collections.deque()
+
+    def send(self, number: int, batch: Batch) -> None:
+        """Hands over a batch.
+
+        Raises:
+            DataError: the worker has died.
+        """
+        self.held.append(number)
+        try:
+            self.pipe.send(batch)
+        except OSError as error:
+            raise _dead() from error
+
+    def receive(self) -> tuple[int, Encoded]:
+        """The oldest batch it holds, encoded.
+
+        Raises:
+            DataError: the worker has died.
+            Exception: whatever encoding raised.
+        """
+        try:
+            answer = self.pipe.recv()
+        except (EOFError, OSError) as error:
+            raise _dead() from error
+        if isinstance(answer, Exception):
+            raise answer
+        return self.held.popleft(), answer
+
+    def end(self) -> None:
+        """Ends the process: kindly, then by force."""
+        self.pipe.close()
+        if self.held:
+            self.process.terminate()
+        self.process.join(_GOODBYE_SECONDS)
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join()
+
+
+def _dead() -> DataError:
+    return DataError(
+        "a worker process died (killed, or out of memory)",
+        "workers that live to the end",
+        "use fewer --workers or a machine with more memory, and run again; nothing was written under the final names",
+    )
+
+
+def encode_in_order(work: Iterable[Batch], count: int, settings: EncodeSettings) -> Generator[Encoded]:
+    """Encodes batches in worker processes.
+
+    Args:
+        work: the batches; read only as far ahead as the workers need.
+        count: processes, from 1.
+        settings: how to encode.
+
+    Yields:
+        Each batch, encoded, in the order of `work`.
+
+    Raises:
+        DataError: a worker died.
+        Exception: whatever encoding raised.
+    """
+    with contextlib.ExitStack() as stack:
+        workers = []
+        for _ in range(count):
+            workers.append(_Worker(settings))
+            stack.callback(workers[-1].end)
+        batches = enumerate(work)
+        done: dict[int, Encoded] = {}
+        following, more = 0, True
+        while True:
+            while more and len(done) + sum(len(worker.held) for worker in workers) < (_HELD + 1) * count:
+                idlest = min(workers, key=lambda worker: len(worker.held))
+                if len(idlest.held) == _HELD:
+                    break
+                item = next(batches, None)
+                if item is None:
+                    more = False
+                else:
+                    idlest.send(*item)
+            if following in done:
+                yield done.pop(following)
+                following += 1
+                continue
+            busy = {worker.pipe: worker for worker in workers if worker.held}
+            if not busy:
+                return
+            for pipe in wait(list(busy)):
+                number, encoded = busy[cast(Connection, pipe)].receive()
+                done[number] = encoded
