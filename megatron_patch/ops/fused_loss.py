@@ -51,9 +51,10 @@ def normalize(statistics: torch.Tensor, labels: torch.Tensor, group: str | None)
         (normalizer [N, 2]: largest logit and sum of exponentials; losses [N, K]; log-sum-exp [N]).
     """
     if group is not None:
-        ranks = dist.distributed_c10d._resolve_process_group(cast(Any, group))
-        shards = statistics.new_empty((dist.get_world_size(ranks), *statistics.shape))
-        dist.all_gather_into_tensor(shards, statistics, group=ranks)
+        collectives = torch.ops._c10d_functional
+        size = dist.distributed_c10d._get_group_size_by_name(cast(Any, group))
+        gathered = collectives.wait_tensor(collectives.all_gather_into_tensor(statistics, size, group))
+        shards = gathered.view(size, *statistics.shape)
         largest = shards[..., 0].amax(dim=0)
         sums = (shards[..., 1] * torch.exp(shards[..., 0] - largest)).sum(dim=0)
         label_logits = shards[..., 2:].sum(dim=0)
