@@ -22,7 +22,7 @@ step() {
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
 step $python setup.py -q build_ext --inplace
 step $python -m megatron_patch.ops
-case $what in all | test) step $python -m pytest tests/gpu tests/model tests/ops -m gpu -q --timeout 500 ;; esac
+case $what in all | test) step $python -m pytest tests/gpu tests/model tests/ops -m gpu -q ;; esac
 case $what in all | kernels) step $python benchmarks/kernels.py ;; esac
 case $what in all | training) step $python benchmarks/training.py ;; esac
 if [ -n "${OUT:-}" ]; then cp benchmarks/results/*-cuda-*.json "$OUT"/ 2>/dev/null; fi

@@ -96,9 +96,17 @@ MP_INLINE void scaled(const LossNumber<T>* __restrict terms, int64_t count, Loss
   for (int64_t v = 0; v < count; ++v) out[v] = static_cast<T>(terms[v] * factor);
 }
 
+// `out` may be `row`: a block of lanes is read before it is written, so that both loops become vector code.
 template <typename T>
 MP_INLINE void scaled_exponentials(const T* row, int64_t count, LossNumber<T> largest, LossNumber<T> factor, T* out) {
-  for (int64_t v = 0; v < count; ++v) out[v] = static_cast<T>(exponential(static_cast<LossNumber<T>>(row[v]), largest) * factor);
+  using A = LossNumber<T>;
+  int64_t v = 0;
+  for (; v + kLanes <= count; v += kLanes) {
+    A lanes[kLanes];
+    for (int lane = 0; lane < kLanes; ++lane) lanes[lane] = exponential(static_cast<A>(row[v + lane]), largest) * factor;
+    for (int lane = 0; lane < kLanes; ++lane) out[v + lane] = static_cast<T>(lanes[lane]);
+  }
+  for (; v < count; ++v) out[v] = static_cast<T>(exponential(static_cast<A>(row[v]), largest) * factor);
 }
 
 // One function a number type, since those that are compiled for each processor cannot be templates.
