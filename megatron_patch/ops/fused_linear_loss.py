@@ -64,14 +64,12 @@ def linear_multi_token_loss(
     return loss, weight_of_labels(labels, label_weights, dtype)
 
 
-def _add_product(total: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> None:
-    """Total += firstᵀ @ second, in the dtype of total."""
-    if first.dtype == total.dtype:
-        total.addmm_(first.t(), second)
-    elif total.is_cuda:
-        torch.ops.aten.addmm.dtype_out(total, first.t(), second, total.dtype, out=total)
+def _add_product(total: torch.Tensor, first: torch.Tensor, second: torch.Tensor, beta: float) -> None:
+    """Makes total = beta · total + firstᵀ @ second, in the dtype of total; with a beta of 0 what total held does not matter."""
+    if first.dtype != total.dtype and total.is_cuda:
+        torch.ops.aten.addmm.dtype_out(total, first.t(), second, total.dtype, beta=beta, out=total)
     else:
-        total.addmm_(first.t().to(total.dtype), second.to(total.dtype))
+        total.addmm_(first.t().to(total.dtype), second.to(total.dtype), beta=beta)
 
 
 def _chunk_loss(
@@ -125,7 +123,7 @@ def _linear_loss(
         losses[chunk] = _chunk_loss(logits, labels[chunk], label_weights, z_loss, vocab_start, group, differentiable)
         if differentiable:
             torch.mm(logits, weight, out=grad_hidden[chunk])
-            _add_product(grad_weight, logits, part)
+            _add_product(grad_weight, logits, part, beta=0.0 if start == 0 else 1.0)
     return losses.sum(dtype=torch.float64).to(dtype), grad_hidden, grad_weight
 
 
@@ -134,7 +132,9 @@ def _gradients(hidden: torch.Tensor, weight: torch.Tensor, differentiable: bool)
     dtype = accumulation_dtype(weight.dtype)
     if not differentiable:
         return hidden.new_empty(0), weight.new_empty(0, dtype=dtype)
-    return torch.empty_like(hidden, memory_format=torch.contiguous_format), torch.zeros(weight.shape, dtype=dtype, device=weight.device)
+    # Without rows nothing will be written into the weight's.
+    make = torch.empty if hidden.shape[0] else torch.zeros
+    return torch.empty_like(hidden, memory_format=torch.contiguous_format), make(weight.shape, dtype=dtype, device=weight.device)
 
 
 def _register() -> None:
