@@ -71,6 +71,16 @@ class ModelOptions:
     """Rotary or learned positions."""
     rotary_base: float = 10000.0
     """Base of the rotary frequencies."""
+    rope_scaling: Literal["none", "linear", "llama3"] = "none"
+    """Lower the rotary frequencies for longer contexts: all by --rope-scaling-factor, or the slow ones (Llama 3.1 and later)."""
+    rope_scaling_factor: float = 1.0
+    """By how much."""
+    rope_low_freq_factor: float = 1.0
+    """llama3: waves longer than --rope-original-positions over this are scaled whole."""
+    rope_high_freq_factor: float = 4.0
+    """llama3: waves shorter than --rope-original-positions over this are left alone."""
+    rope_original_positions: Count = 8192
+    """llama3: the context that the frequencies were made for."""
     qk_layernorm: bool | None = None
     """Normalise queries and keys of each head before the rotation."""
     add_qkv_bias: bool | None = None

@@ -127,7 +127,7 @@ class GPTModel(nn.Module):
         if self.shape.position_embedding == "rope":
             if position_ids is None:
                 position_ids = torch.arange(length, device=hidden.device)[None]
-            cos, sin = rotary_tables(position_ids, self.shape.head_size, self.shape.rotary_base, hidden.dtype)
+            cos, sin = rotary_tables(position_ids, self.shape, hidden.dtype)
             rotary = (cos[:, None], sin[:, None])
         mask = None
         if document_ids is not None:

@@ -52,7 +52,7 @@ class Trainer:
         found = self._find_checkpoint()
         resuming = found is not None and not run.options.checkpoint.finetune
         if found is not None:
-            check_model(found.state, run)
+            check_model(found.state, run, weights_only=not resuming)
         self.plan: StagePlan = plan_to_resume(found.state, run) if found is not None and resuming else run.plan
         self.place = Place(found.state.stage_index, found.state.stage_step) if found is not None and resuming else Place(0, 0)
         self.cost = Cost(run.shape, self.plan, run.options.stages.seq_length)

@@ -57,7 +57,7 @@ def ordinary_loss(model, word, tokens, labels):
     if shape.position_embedding == "learned":
         hidden = hidden + F.embedding(positions, model.embedding.position.weight)
     else:
-        cos, sin = rotary_tables(positions[None], shape.head_size, shape.rotary_base, dtype)
+        cos, sin = rotary_tables(positions[None], shape, dtype)
         context = AttentionContext((cos[:, None], sin[:, None]))
     for block in model.blocks:
         hidden = block(hidden, context)
