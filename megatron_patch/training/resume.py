@@ -83,6 +83,12 @@ def plan_to_resume(state: TrainerState, run: RunConfig) -> StagePlan:
     Raises:
         CheckpointError: the flags ask for another plan.
     """
+    if state.extra.get("weights_only"):
+        raise CheckpointError(
+            "the checkpoint holds weights alone, without a run to go on with",
+            "a checkpoint of a run, or --finetune",
+            "start a new run from the weights with --finetune --load … --save ELSEWHERE",
+        )
     saved = StagePlan.from_json(state.plan)
     given = run.plan
 
