@@ -238,7 +238,8 @@ class CheckpointOptions:
     load: str | None = None
     """Folder to resume from; a folder without a checkpoint starts a new run. By default --save."""
     finetune: bool = False
-    """Take only the weights of --load: a new run with a fresh optimizer, schedule and data order."""
+    """Take only the weights of --load: a new run with a fresh optimizer, schedule and data order. Where --save holds checkpoints of that
+    run already, it goes on with them."""
     save_interval: OptionalCount = None
     """Steps between checkpoints (stage ends are always saved)."""
     save_interval_tokens: OptionalCount = None

@@ -36,8 +36,14 @@ def check_model(state: TrainerState, run: RunConfig, weights_only: bool = False)
         weights_only: a new run begins from the weights, for which initial weights and the longest rotary context mean nothing.
 
     Raises:
-        CheckpointError: naming the first difference.
+        CheckpointError: naming the first difference, or that there is no run to go on with.
     """
+    if not weights_only and state.extra.get("weights_only"):
+        raise CheckpointError(
+            "the checkpoint holds weights alone, without a run to go on with",
+            "a checkpoint of a run, or --finetune",
+            "start a new run from the weights with --finetune --load … --save ELSEWHERE",
+        )
     defaults = {f.name: f.default for f in dataclasses.fields(ModelShape) if f.default is not dataclasses.MISSING}
     saved, given = {**defaults, **state.model}, dataclasses.asdict(run.shape)
     if weights_only:
@@ -83,12 +89,6 @@ def plan_to_resume(state: TrainerState, run: RunConfig) -> StagePlan:
     Raises:
         CheckpointError: the flags ask for another plan.
     """
-    if state.extra.get("weights_only"):
-        raise CheckpointError(
-            "the checkpoint holds weights alone, without a run to go on with",
-            "a checkpoint of a run, or --finetune",
-            "start a new run from the weights with --finetune --load … --save ELSEWHERE",
-        )
     saved = StagePlan.from_json(state.plan)
     given = run.plan
 
