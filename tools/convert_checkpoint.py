@@ -3,6 +3,7 @@
 
 python tools/convert_checkpoint.py to-hf --load CKPT --output DIR [--verify]
 python tools/convert_checkpoint.py from-hf --input DIR --output CKPT
+python tools/convert_checkpoint.py from-megatron --input DIR --output CKPT
 """
 
 from __future__ import annotations
@@ -14,6 +15,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 from megatron_patch.command_line import ArgumentParser, run_tool
+from megatron_patch.convert.checkpoint_io import open_checkpoint
+from megatron_patch.convert.flags import flags_of
+from megatron_patch.convert.from_hugging_face import Import, from_hugging_face
+from megatron_patch.convert.from_megatron import from_megatron
+from megatron_patch.convert.to_hugging_face import DTYPES, default_dtype, to_hugging_face
+from megatron_patch.convert.verify import positions_to_verify, tokens_to_verify, verify_export
 from megatron_patch.errors import ConfigError
 from megatron_patch.units import parse_count
 
@@ -34,13 +41,13 @@ def _parser() -> ArgumentParser:
     back.add_argument("--config", help="config.json, where it is not in the folder")
     back.add_argument("--like", help="a checkpoint of the same shape, instead of a config.json")
     back.add_argument("--make-vocab-size-divisible-by", type=int, default=128, help="as in the run that will use it")
+    classic = commands.add_parser("from-megatron", help="Megatron-LM's classic layout (mp_rank_00/model_optim_rng.pt)")
+    classic.add_argument("--input", required=True, help="the run's folder, or one of its iterations")
+    classic.add_argument("--output", required=True, help="a new folder")
     return parser
 
 
 def _export(args: argparse.Namespace) -> None:
-    from megatron_patch.convert.checkpoint_io import open_checkpoint
-    from megatron_patch.convert.to_hugging_face import DTYPES, default_dtype, to_hugging_face
-    from megatron_patch.convert.verify import positions_to_verify, tokens_to_verify, verify_export
 
     text = args.max_shard_size.strip()
     size = parse_count(text[:-1] if text[-1:] in "bB" and text[-2:-1].isalpha() else text)
@@ -57,9 +64,6 @@ def _export(args: argparse.Namespace) -> None:
 
 
 def _import(args: argparse.Namespace) -> None:
-    from megatron_patch.convert.checkpoint_io import open_checkpoint
-    from megatron_patch.convert.flags import flags_of
-    from megatron_patch.convert.from_hugging_face import from_hugging_face
 
     if args.make_vocab_size_divisible_by < 1:
         raise ConfigError(f"--make-vocab-size-divisible-by {args.make_vocab_size_divisible_by}", "whole numbers from 1")
@@ -68,13 +72,21 @@ def _import(args: argparse.Namespace) -> None:
     shape = open_checkpoint(args.like).shape if args.like else None
     config = Path(args.config) if args.config else None
     done = from_hugging_face(Path(args.input), Path(args.output), config, shape, args.make_vocab_size_divisible_by)
+    _report(done, args.output)
+
+
+def _import_classic(args: argparse.Namespace) -> None:
+
+    _report(from_megatron(Path(args.input), Path(args.output)), args.output)
+
+
+def _report(done: Import, output: str) -> None:
+    """Says how to train on, and what was made as JSON."""
     flags = flags_of(done.shape)
     if flags is None:
-        print(
-            "no flags of the program make this shape (biases in the attention alone): evaluate, generate and export only", file=sys.stderr
-        )
+        print("no flags of the program make this shape (biases in the attention alone): evaluate, generate, export", file=sys.stderr)
     else:
-        print(f"train on with: --load {args.output} --finetune --save FOLDER {' '.join(flags)}", file=sys.stderr)
+        print(f"train on with: --load {output} --finetune --save FOLDER {' '.join(flags)}", file=sys.stderr)
     tokenizer = str(done.tokenizer) if done.tokenizer else None
     print(json.dumps({"folder": str(done.folder), "tensors": done.tensors, "tokenizer": tokenizer, "flags": flags}))
 
@@ -82,7 +94,7 @@ def _import(args: argparse.Namespace) -> None:
 def main(argv: list[str]) -> None:
     """Runs the tool."""
     args = _parser().parse_args(argv)
-    {"to-hf": _export, "from-hf": _import}[args.command](args)
+    {"to-hf": _export, "from-hf": _import, "from-megatron": _import_classic}[args.command](args)
 
 
 if __name__ == "__main__":

@@ -6,9 +6,11 @@ is ever run: PyTorch files are opened with `weights_only`.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pickle
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,23 +109,42 @@ def _read_safetensors(info: TensorInfo, name: str) -> torch.Tensor:
         raise CheckpointError(f"{info.path}: tensor {name}: {error}", "a whole safetensors file", "copy it again") from error
 
 
-def load_torch_file(path: Path) -> Any:
+@contextlib.contextmanager
+def _only(allowed: Sequence[Any]) -> Iterator[None]:
+    """Exactly these classes may be in a file: what other libraries have allowed in this process does not count meanwhile."""
+    before = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    try:
+        torch.serialization.add_safe_globals(list(allowed))
+        yield
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(before)
+
+
+def load_torch_file(path: Path, allowed: Sequence[Any] = ()) -> Any:
     """A PyTorch file's contents, mapped where the format allows it.
+
+    Args:
+        path: of the file.
+        allowed: classes beside tensors and plain values, or (stand-in, full name) for those of others.
 
     Raises:
         CheckpointError: it cannot be read, or holds anything that would have to be run.
     """
     try:
-        try:
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError as error:
-            if "mmap can only be used" not in str(error):
-                raise
-            return torch.load(path, map_location="cpu", weights_only=True)
+        with _only(allowed):
+            try:
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            except RuntimeError as error:
+                if "mmap can only be used" not in str(error):
+                    raise
+                return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = str(error).split("\n")[-1] if "Unsupported" in str(error) else str(error).split(". ")[0]
+        match = re.search(r"GLOBAL \S+", str(error))
+        reason = match.group(0) if match else str(error).strip().split("\n")[0]
         raise CheckpointError(
-            f"{path} holds more than tensors and plain values: {' '.join(reason.split())[:300]}",
+            f"{path} holds more than tensors and plain values: {reason[:300]}",
             "a file of tensors, which cannot run code when it is read",
             "save its weights alone, best as safetensors, where you trust the file",
         ) from error
