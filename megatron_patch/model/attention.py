@@ -46,10 +46,11 @@ class KeyValueCache:
 
 @dataclass
 class ModelCache:
-    """One `KeyValueCache` a block, and how many positions they hold."""
+    """One `KeyValueCache` a block, how many positions they hold, and how many at the start of each row hold nothing (int64 [B])."""
 
     blocks: list[KeyValueCache] = field(default_factory=list)
     length: int = 0
+    padding: torch.Tensor | None = None
 
 
 class Attention(nn.Module):
