@@ -34,7 +34,13 @@ class Library:
     headers: tuple[str, ...]
 
 
-LIBRARIES = (Library("_C", ("csrc/bindings.cpp", "csrc/cpu/patch_embedding.cpp"), ("csrc/cpu/patch_embedding.h",)),)
+LIBRARIES = (
+    Library(
+        "_C",
+        ("csrc/schemas.cpp", "csrc/cpu/bindings.cpp", "csrc/cpu/patch_embedding.cpp", "csrc/cpu/multi_token_loss.cpp"),
+        ("csrc/arguments.h", "csrc/cpu/patch_embedding.h", "csrc/cpu/multi_token_loss.h"),
+    ),
+)
 
 
 class CannotBuild(Exception):

@@ -56,8 +56,8 @@ def test_the_library_compiles_without_a_warning_and_works_where_it_lies(checkout
     compiler = next(name for name in ("g++", "c++", "clang++") if shutil.which(name))
     assert NOTE not in build_in_place(checkout, CXX=f"{compiler} -Werror")
     script = (
-        "import torch; from megatron_patch.ops import native; assert native.available();"
-        "print(native.LIBRARY, native.patch_embedding(torch.eye(3), torch.tensor([[0, 2]])).tolist())"
+        "import torch; from megatron_patch.ops import fused_embedding, native; assert native.available();"
+        "print(native.LIBRARY, fused_embedding.patch_embedding(torch.eye(3), torch.tensor([[0, 2]])).tolist())"
     )
     # Isolated from where this package is installed: the copy must be what is loaded.
     out = python(checkout, "-c", f"import sys; sys.path.insert(0, {str(checkout)!r}); {script}").stdout
@@ -79,7 +79,7 @@ def test_without_any_compiler_on_the_path_it_says_what_to_install(checkout, tmp_
 
 @needs_compiler
 def test_a_failed_compilation_shows_what_the_compiler_said(checkout):
-    source = checkout / "csrc" / "bindings.cpp"
+    source = checkout / "csrc" / "cpu" / "bindings.cpp"
     source.write_text(source.read_text() + "\nthis is not C++;\n")
     note = build_in_place(checkout)
     assert "the compiler failed" in note and "bindings.cpp" in note and "error" in note and NOTE in note

@@ -71,7 +71,7 @@ RowOccurrences find_occurrences(const PatchIds& patches) {
 }
 
 template <typename T>
-void patch_embedding_backward(
+void patch_embedding_backward_rows(
     const T* grad_out, const RowOccurrences& occurrences, int64_t patch_size, int64_t hidden, T* grad_weight, int64_t begin, int64_t end) {
   const auto& offsets = occurrences.offsets;
   const auto num_rows = static_cast<int64_t>(offsets.size()) - 1;
@@ -103,7 +103,7 @@ void patch_embedding_backward(
 
 #define INSTANTIATE(T)                                                                                \
   template void patch_embedding_forward<T>(const T*, const PatchIds&, int64_t, T*, int64_t, int64_t); \
-  template void patch_embedding_backward<T>(const T*, const RowOccurrences&, int64_t, int64_t, T*, int64_t, int64_t);
+  template void patch_embedding_backward_rows<T>(const T*, const RowOccurrences&, int64_t, int64_t, T*, int64_t, int64_t);
 INSTANTIATE(float)
 INSTANTIATE(double)
 INSTANTIATE(c10::BFloat16)

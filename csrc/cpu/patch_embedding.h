@@ -42,7 +42,7 @@ RowOccurrences find_occurrences(const PatchIds& patches);
 // grad_weight[row, :] = 1/K sum over the row's occurrences, in order, of grad_out[patch, :], for the rows whose work starts in
 // [begin, end) of [0, occurrences.work()): threads share frequent tokens and long tables evenly, and each row has one owner.
 template <typename T>
-void patch_embedding_backward(
+void patch_embedding_backward_rows(
     const T* grad_out, const RowOccurrences& occurrences, int64_t patch_size, int64_t hidden, T* grad_weight, int64_t begin, int64_t end);
 
 }  // namespace megatron_patch

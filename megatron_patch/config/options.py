@@ -221,6 +221,8 @@ class EngineOptions:
     """Recompute activations in the backward pass: the attention product, or whole blocks."""
     compile: bool = False
     """Compile the model's blocks with torch.compile."""
+    operators: Literal["fused", "plain"] = "fused"
+    """Embedding and loss: compiled kernels where they are built, or their plain formulas (at K = 1 bit by bit an ordinary model's)."""
     seed: int = 1234
     """Of initial weights and of the data's order."""
     local_rank: int = -1

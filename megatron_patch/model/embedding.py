@@ -8,13 +8,15 @@ from torch import nn
 from megatron_patch import ops
 from megatron_patch.errors import ConfigError
 from megatron_patch.model.shape import ModelShape
+from megatron_patch.ops import Operators
 
 
 class Embedding(nn.Module):
     """Token patches [B, T, K] to hidden states [B, T, H]."""
 
-    def __init__(self, shape: ModelShape) -> None:
+    def __init__(self, shape: ModelShape, operators: Operators = "fused") -> None:
         super().__init__()
+        self.operators: Operators = operators
         self.word = nn.Embedding(shape.padded_vocab_size, shape.hidden_size)
         self.position = nn.Embedding(shape.max_positions, shape.hidden_size) if shape.position_embedding == "learned" else None
 
@@ -31,7 +33,7 @@ class Embedding(nn.Module):
         Raises:
             ConfigError: more positions than the model has learned.
         """
-        hidden = ops.patch_embedding(self.word.weight, input_ids)
+        hidden = ops.patch_embedding(self.word.weight, input_ids, self.operators)
         if self.position is None:
             return hidden
         if input_ids.shape[1] > self.position.num_embeddings:

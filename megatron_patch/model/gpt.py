@@ -1,7 +1,7 @@
 """The language model as one module: embedding, blocks, final norm, head.
 
 In: token patches and labels. Out: the sum of losses and of weights, so that whoever calls normalises over what it knows (the global
-batch, not the micro-batch). One path serves every K; K = 1 is the ordinary language model to the last bit.
+batch, not the micro-batch). One path serves every K; K = 1 is the ordinary language model, with the plain operators to the last bit.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from megatron_patch.model.head import Head
 from megatron_patch.model.norm import make_norm
 from megatron_patch.model.rotary import rotary_tables
 from megatron_patch.model.shape import ModelShape, check_shape
+from megatron_patch.ops import Operators
 
 Recompute = Literal["none", "selective", "full"]
 
@@ -29,19 +30,20 @@ class GPTModel(nn.Module):
     Args:
         shape: the model's shape.
         recompute: what the backward pass computes again: nothing, the attention product, or whole blocks.
+        operators: compiled kernels for embedding and loss where they are built, or their plain formulas.
 
     Raises:
         ConfigError: a shape that cannot be built.
     """
 
-    def __init__(self, shape: ModelShape, recompute: Recompute = "none") -> None:
+    def __init__(self, shape: ModelShape, recompute: Recompute = "none", operators: Operators = "fused") -> None:
         super().__init__()
         check_shape(shape)
         self.shape, self.recompute = shape, recompute
-        self.embedding = Embedding(shape)
+        self.embedding = Embedding(shape, operators)
         self.blocks = nn.ModuleList(Block(shape, recompute == "selective") for _ in range(shape.num_layers))
         self.final_norm = make_norm(shape)
-        self.head = Head(shape)
+        self.head = Head(shape, operators)
 
     def compile_blocks(self, backend: str = "inductor") -> None:
         """Compiles each block with torch.compile; blocks of one shape share the compiled code.

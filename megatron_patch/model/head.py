@@ -8,13 +8,15 @@ from torch import nn
 
 from megatron_patch import ops
 from megatron_patch.model.shape import ModelShape
+from megatron_patch.ops import Operators
 
 
 class Head(nn.Module):
     """A matrix of its own, or the embedding's."""
 
-    def __init__(self, shape: ModelShape) -> None:
+    def __init__(self, shape: ModelShape, operators: Operators = "fused") -> None:
         super().__init__()
+        self.operators: Operators = operators
         self.vocab_size = shape.vocab_size
         self.weight = None if shape.tie_embeddings else nn.Parameter(torch.empty(shape.padded_vocab_size, shape.hidden_size))
 
@@ -25,8 +27,7 @@ class Head(nn.Module):
             hidden: normalised hidden states.
             embedding: the embedding's weight, used where the head is tied to it.
         """
-        weight = embedding if self.weight is None else self.weight
-        return F.linear(hidden, weight[: self.vocab_size])
+        return F.linear(hidden, self._rows(embedding))
 
     def forward(
         self, hidden: torch.Tensor, embedding: torch.Tensor, labels: torch.Tensor, label_weights: torch.Tensor | None
@@ -42,5 +43,10 @@ class Head(nn.Module):
         Returns:
             (sum of weighted losses, sum of weights of scored labels), float32.
         """
-        logits = self.logits(hidden, embedding)
-        return ops.multi_token_loss(logits.flatten(0, 1), labels.flatten(0, 1), label_weights)
+        return ops.linear_multi_token_loss(
+            hidden.flatten(0, 1), self._rows(embedding), labels.flatten(0, 1), label_weights, operators=self.operators
+        )
+
+    def _rows(self, embedding: torch.Tensor) -> torch.Tensor:
+        """The vocabulary's rows, without those of its padding."""
+        return (embedding if self.weight is None else self.weight)[: self.vocab_size]

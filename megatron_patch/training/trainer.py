@@ -60,7 +60,7 @@ class Trainer:
         self.fingerprint = self.data.stream.fingerprint()
         if found is not None and resuming:
             check_data(found.state, self.fingerprint)
-        model = GPTModel(run.shape, recompute=run.options.engine.recompute_granularity)
+        model = GPTModel(run.shape, run.options.engine.recompute_granularity, run.options.engine.operators)
         initialize(model, run.shape, run.options.engine.seed)
         if run.options.engine.compile:
             model.compile_blocks()

@@ -10,9 +10,15 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_patch.ops.plain import IGNORE_INDEX, multi_token_loss, patch_embedding
+from megatron_patch.ops import plain
+from megatron_patch.ops.plain import IGNORE_INDEX, patch_embedding
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+def multi_token_loss(logits, labels, weights=None, z_loss=0.0):
+    """The summed loss of given logits: a head that is the identity leaves them as they are, to the last bit."""
+    return plain.linear_multi_token_loss(logits, torch.eye(logits.shape[1], dtype=logits.dtype), labels, weights, z_loss)
 
 
 def logits_and_labels(rows, k, vocab, seed, dtype=torch.float64):
@@ -23,12 +29,19 @@ def logits_and_labels(rows, k, vocab, seed, dtype=torch.float64):
     return logits, labels
 
 
-@given(rows=st.integers(1, 5), k=st.integers(1, 8), vocab=st.integers(1, 6), seed=st.integers(0, 99), weighted=st.booleans())
-def test_the_loss_and_its_gradient_are_the_formula(rows, k, vocab, seed, weighted):
-    """d loss / d z[n, v] = (sum of weights of row n's labels) * p[n, v] - (weights of its labels that are v)."""
+@given(
+    rows=st.integers(1, 5),
+    k=st.integers(1, 8),
+    vocab=st.integers(1, 6),
+    seed=st.integers(0, 99),
+    weighted=st.booleans(),
+    z_loss=st.sampled_from([0.0, 0.3]),
+)
+def test_the_loss_and_its_gradient_are_the_formula(rows, k, vocab, seed, weighted, z_loss):
+    """d loss / d z[n, v] = (1 + 2 z lse) * (sum of weights of row n's labels) * p[n, v] - (weights of its labels that are v)."""
     logits, labels = logits_and_labels(rows, k, vocab, seed)
     weights = torch.linspace(0.5, 2.0, k, dtype=torch.float64) if weighted else None
-    loss, weight = multi_token_loss(logits, labels, weights)
+    loss, weight = multi_token_loss(logits, labels, weights, z_loss)
     loss.backward()
 
     expected, expected_weight = 0.0, 0.0
@@ -41,10 +54,11 @@ def test_the_loss_and_its_gradient_are_the_formula(rows, k, vocab, seed, weighte
             if y == IGNORE_INDEX:
                 continue
             w = 1.0 if weights is None else float(weights[j])
-            expected += w * (math.log(total) - z[y])
+            lse = math.log(total)
+            expected += w * (lse - z[y] + z_loss * lse**2)
             expected_weight += w
             for v in range(vocab):
-                gradient[n, v] += w * (math.exp(z[v]) / total - (v == y))
+                gradient[n, v] += w * ((1 + 2 * z_loss * lse) * math.exp(z[v]) / total - (v == y))
     assert loss.dtype == weight.dtype == torch.float64
     assert loss.item() == pytest.approx(expected, rel=1e-12, abs=1e-12)
     assert weight.item() == pytest.approx(expected_weight, rel=1e-12)
@@ -75,6 +89,14 @@ def test_narrow_logits_are_widened_before_the_softmax(dtype):
     assert loss.item() == pytest.approx(exact.item(), rel=2e-6)
     narrow = -torch.log_softmax(logits, dim=-1).gather(-1, labels.clamp(min=0))[labels != IGNORE_INDEX].sum()
     assert abs(narrow.item() - exact.item()) > 10 * abs(loss.item() - exact.item()), "a softmax in the narrow type would be told apart"
+
+
+def test_label_by_label_is_the_same_loss():
+    logits, labels = logits_and_labels(9, 3, 7, 5)
+    nll, lse = plain.multi_token_loss(logits, labels)
+    torch.testing.assert_close(lse, torch.logsumexp(logits, dim=1), rtol=1e-14, atol=0.0)
+    torch.testing.assert_close(nll.sum(), multi_token_loss(logits, labels)[0], rtol=1e-14, atol=0.0)
+    assert nll.shape == (9, 3) and not nll[labels == IGNORE_INDEX].any()
 
 
 def test_nothing_scored_is_zero_with_zero_gradient():

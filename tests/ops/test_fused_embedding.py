@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_patch import ops
-from megatron_patch.ops import native
+from megatron_patch.ops import fused_embedding, native
 
 compiled = pytest.mark.skipif(native.load_error() is not None, reason=f"compiled operators: {native.load_error()}")
 PACKAGE = Path(native.__file__).parent.parent
@@ -63,7 +63,7 @@ def assert_within(value, exact, magnitude, dtype):
 )
 def test_equals_the_formula_in_float64(seed, patches, k, vocab, hidden, dtype):
     weight, ids, grad = case(seed, patches, k, vocab, hidden, dtype)
-    out = native.patch_embedding(weight, ids)
+    out = fused_embedding.patch_embedding(weight, ids)
     out.backward(grad)
     exact = mean_of_rows(weight.detach(), ids)
     assert_within(out.detach(), exact, mean_of_rows(weight.detach().abs(), ids), dtype)
@@ -78,7 +78,7 @@ def test_equals_the_formula_in_float64(seed, patches, k, vocab, hidden, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_equals_the_formula_where_many_threads_and_long_sums_work(patches, k, vocab, hidden, dtype):
     weight, ids, grad = case(7, patches, k, vocab, hidden, dtype)
-    out = native.patch_embedding(weight, ids)
+    out = fused_embedding.patch_embedding(weight, ids)
     out.backward(grad)
     assert_within(out.detach(), mean_of_rows(weight.detach(), ids), mean_of_rows(weight.detach().abs(), ids), dtype)
     exact_grad, magnitude = gradient_of_rows(vocab, ids, grad)
@@ -88,9 +88,9 @@ def test_equals_the_formula_where_many_threads_and_long_sums_work(patches, k, vo
 @compiled
 def test_derivatives_of_both_orders_agree_with_differences_in_float64():
     weight, ids, _ = case(8, (2, 3), 4, 5, 3, torch.float64)
-    assert torch.autograd.gradcheck(native.patch_embedding, (weight, ids))
-    assert torch.autograd.gradgradcheck(native.patch_embedding, (weight, ids))
-    assert torch.autograd.gradcheck(native.patch_embedding, (weight, ids, 2))
+    assert torch.autograd.gradcheck(fused_embedding.patch_embedding, (weight, ids))
+    assert torch.autograd.gradgradcheck(fused_embedding.patch_embedding, (weight, ids))
+    assert torch.autograd.gradcheck(fused_embedding.patch_embedding, (weight, ids, 2))
 
 
 @compiled
@@ -99,7 +99,7 @@ def test_derivatives_of_both_orders_agree_with_differences_in_float64():
 def test_one_token_a_patch_is_an_ordinary_embedding_to_the_last_bit(seed, patches, vocab, hidden):
     weight, ids, grad = case(seed, (patches,), 1, vocab, hidden, torch.float32)
     other = weight.detach().clone().requires_grad_()
-    ours, theirs = native.patch_embedding(weight, ids), F.embedding(ids.squeeze(-1), other)
+    ours, theirs = fused_embedding.patch_embedding(weight, ids), F.embedding(ids.squeeze(-1), other)
     ours.backward(grad)
     theirs.backward(grad)
     assert torch.equal(ours.view(torch.int32), theirs.view(torch.int32))
@@ -112,7 +112,7 @@ def test_zeros_keep_the_signs_that_an_ordinary_embedding_gives_them():
     ids = torch.tensor([[0], [1]])
     grad = torch.tensor([[-0.0, 1.0], [0.0, -0.0]])
     other = weight.detach().clone().requires_grad_()
-    ours, theirs = native.patch_embedding(weight, ids), F.embedding(ids.squeeze(-1), other)
+    ours, theirs = fused_embedding.patch_embedding(weight, ids), F.embedding(ids.squeeze(-1), other)
     ours.backward(grad)
     theirs.backward(grad)
     assert torch.equal(ours.signbit(), theirs.signbit())
@@ -130,7 +130,7 @@ def test_the_bits_do_not_depend_on_threads(dtype, k):
     try:
         for count in (1, 2, 2, 3):
             torch.set_num_threads(count)
-            out = native.patch_embedding(weight, ids)
+            out = fused_embedding.patch_embedding(weight, ids)
             (gradient,) = torch.autograd.grad(out, weight, grad)
             results.append((out.detach(), gradient))
     finally:
@@ -142,7 +142,7 @@ def test_the_bits_do_not_depend_on_threads(dtype, k):
 @compiled
 def test_a_gradient_of_many_pages_is_zero_where_no_id_points():
     weight, ids, grad = case(9, (5,), 3, 9000, 256, torch.float32)
-    native.patch_embedding(weight, ids).backward(grad)
+    fused_embedding.patch_embedding(weight, ids).backward(grad)
     touched = torch.zeros(9000, dtype=torch.bool)
     touched[ids.flatten()] = True
     assert not weight.grad[~touched].any()
@@ -154,11 +154,11 @@ def test_a_gradient_of_many_pages_is_zero_where_no_id_points():
 @given(st.integers(0, 10**6), st.integers(1, 4), st.integers(1, 6))
 def test_shards_of_the_vocabulary_sum_to_the_whole(seed, shards, k):
     weight, ids, grad = case(seed, (9,), k, 24, 8, torch.float32)
-    whole = native.patch_embedding(weight, ids)
+    whole = fused_embedding.patch_embedding(weight, ids)
     whole.backward(grad)
     rows = 24 // shards
     parts = [weight.detach()[i * rows : (i + 1) * rows].clone().requires_grad_() for i in range(shards)]
-    total = torch.stack([native.patch_embedding(part, ids, vocab_start=i * rows) for i, part in enumerate(parts)]).sum(dim=0)
+    total = torch.stack([fused_embedding.patch_embedding(part, ids, vocab_start=i * rows) for i, part in enumerate(parts)]).sum(dim=0)
     total.backward(grad)
     torch.testing.assert_close(total, whole)
     assert torch.equal(torch.cat([part.grad for part in parts]), weight.grad)
@@ -168,8 +168,8 @@ def test_shards_of_the_vocabulary_sum_to_the_whole(seed, shards, k):
 def test_a_shard_divides_by_all_of_the_patch():
     weight = torch.tensor([[8.0], [16.0]])
     ids = torch.tensor([[100, 5, 6, 7]])
-    assert native.patch_embedding(weight, ids, vocab_start=100).tolist() == [[2.0]]
-    assert native.patch_embedding(weight, ids, vocab_start=200).tolist() == [[0.0]]
+    assert fused_embedding.patch_embedding(weight, ids, vocab_start=100).tolist() == [[2.0]]
+    assert fused_embedding.patch_embedding(weight, ids, vocab_start=200).tolist() == [[0.0]]
 
 
 @compiled
@@ -178,7 +178,9 @@ def test_a_shard_divides_by_all_of_the_patch():
 def test_ids_outside_the_vocabulary_are_named(bad, traced):
     weight, ids, _ = case(3, (9,), 5, 24, 8, torch.float32)
     ids[4, 2] = bad
-    function = torch.compile(native.patch_embedding, fullgraph=True, backend="aot_eager") if traced else native.patch_embedding
+    function = (
+        torch.compile(fused_embedding.patch_embedding, fullgraph=True, backend="aot_eager") if traced else fused_embedding.patch_embedding
+    )
     with pytest.raises(ValueError, match=rf"token_ids range from .*{bad}.*allowed: 0 to 23"):
         function(weight, ids)
 
@@ -194,7 +196,7 @@ def test_wrong_arguments_are_value_errors_that_name_them():
         ((weight.long(), ids), "weight is Long; allowed: float32"),
     ):
         with pytest.raises(ValueError, match=words):
-            native.patch_embedding(*arguments)
+            fused_embedding.patch_embedding(*arguments)
     with pytest.raises(ValueError, match="grad must have one row"):
         torch.ops.megatron_patch.patch_embedding_backward(torch.zeros(2, 8), ids, 24)
 
@@ -202,15 +204,15 @@ def test_wrong_arguments_are_value_errors_that_name_them():
 @compiled
 def test_views_and_narrow_ids_give_what_copies_give():
     weight, ids, grad = case(5, (6, 4), 3, 24, 8, torch.float32)
-    expected = native.patch_embedding(weight, ids)
+    expected = fused_embedding.patch_embedding(weight, ids)
     (expected_grad,) = torch.autograd.grad(expected, weight, grad)
     turned = weight.detach().t().contiguous().t().requires_grad_()
     strided = torch.stack([ids, ids], dim=-1)[..., 0]
     for table, numbers in ((turned, ids), (weight, strided), (weight, ids.int())):
-        out = native.patch_embedding(table, numbers)
+        out = fused_embedding.patch_embedding(table, numbers)
         (gradient,) = torch.autograd.grad(out, table, grad.transpose(0, 1).contiguous().transpose(0, 1))
         assert torch.equal(out, expected) and torch.equal(gradient, expected_grad)
-    (gradient,) = torch.autograd.grad(native.patch_embedding(weight, ids).sum(), weight)  # a gradient that is one number, expanded
+    (gradient,) = torch.autograd.grad(fused_embedding.patch_embedding(weight, ids).sum(), weight)  # a gradient that is one number, expanded
     torch.testing.assert_close(gradient, gradient_of_rows(24, ids, torch.ones_like(grad))[0].float())
 
 

@@ -1,0 +1,197 @@
+// The operators on CUDA: arguments checked, kernels launched on torch's current stream. Nothing here waits for the GPU: ids and labels out
+// of range are found by the kernels, which print them and end the process's CUDA work.
+#include <optional>
+#include <vector>
+
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+
+#include "../arguments.h"
+#include "launch.h"
+
+// Of torch's stable C interface; its header declares this one only where torch itself was built with CUDA.
+extern "C" int32_t aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
+
+namespace megatron_patch {
+namespace {
+
+using cuda::NumberType;
+
+NumberType number_type(const Tensor& tensor, const char* name) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float: return NumberType::kFloat;
+    case ScalarType::Double: return NumberType::kDouble;
+    case ScalarType::BFloat16: return NumberType::kBFloat16;
+    case ScalarType::Half: return NumberType::kHalf;
+    default: require(false, name, " is ", toString(tensor.scalar_type()), "; allowed: float32, bfloat16, float16, float64");
+  }
+  return NumberType::kFloat;
+}
+
+// The tensor's device is the current one while this lives; kernels go to its current stream.
+class OnDeviceOf {
+ public:
+  explicit OnDeviceOf(const Tensor& tensor) : guard_(tensor.get_device_index()) {
+    void* stream = nullptr;
+    if (aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream) != 0) throw std::runtime_error("no CUDA stream");
+    stream_ = static_cast<cudaStream_t>(stream);
+  }
+  cudaStream_t stream() const { return stream_; }
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+  cudaStream_t stream_ = nullptr;
+};
+
+void check_launch(cudaError_t error, const char* name) {
+  if (error == cudaSuccess) return;
+  throw std::runtime_error(std::string(name) + ": " + cudaGetErrorString(error));
+}
+
+void require_same_device(const Tensor& tensor, const char* name, const Tensor& other) {
+  require(tensor.is_cuda() && tensor.get_device_index() == other.get_device_index(), name, " must be on the same GPU as the rest");
+}
+
+Tensor patch_embedding(Tensor weight, Tensor token_ids, std::optional<int64_t> vocab_start) {
+  require(weight.dim() == 2, "weight must be [V, H], not of ", weight.dim(), " dimensions");
+  require_same_device(token_ids, "token_ids", weight);
+  const OnDeviceOf here(weight);
+  const NumberType type = number_type(weight, "weight");
+  weight = torch::stable::contiguous(weight);
+  token_ids = dense_integers(token_ids, "token_ids");
+  std::vector<int64_t> shape(token_ids.sizes().begin(), token_ids.sizes().end());
+  const int64_t patch_size = shape.back(), hidden = weight.size(1);
+  shape.back() = hidden;
+  Tensor out = torch::stable::new_empty(weight, shape);
+  check_launch(
+      cuda::mp_patch_embedding_forward(
+          type, weight.data_ptr(), static_cast<const int64_t*>(token_ids.data_ptr()), token_ids.numel() / patch_size, patch_size, hidden,
+          vocab_start.value_or(0), weight.size(0), !vocab_start, out.data_ptr(), here.stream()),
+      "patch_embedding");
+  return out;
+}
+
+// The backward pass behind its sort, which is torch's.
+Tensor patch_embedding_sorted_backward(
+    Tensor grad, Tensor sorted_ids, Tensor order, int64_t patch_size, int64_t num_rows, std::optional<int64_t> vocab_start) {
+  require(grad.dim() == 2, "grad must be [patches, H]");
+  require(num_rows >= 0, "num_rows is ", num_rows, "; allowed: 0 and more");
+  require_same_device(sorted_ids, "sorted_ids", grad);
+  require_same_device(order, "order", grad);
+  const int64_t count = sorted_ids.numel(), hidden = grad.size(1);
+  require(
+      sorted_ids.scalar_type() == ScalarType::Long && order.scalar_type() == ScalarType::Long && order.numel() == count &&
+          count == grad.size(0) * patch_size,
+      "sorted_ids and order must be int64 of patches * patch_size numbers");
+  const OnDeviceOf here(grad);
+  const NumberType type = number_type(grad, "grad");
+  grad = torch::stable::contiguous(grad);
+  sorted_ids = torch::stable::contiguous(sorted_ids);
+  order = torch::stable::contiguous(order);
+  Tensor out = torch::stable::new_zeros(grad, {num_rows, hidden});
+  Tensor partial = torch::stable::new_empty(grad, {(count + cuda::kTile - 1) / cuda::kTile, 2, hidden}, accumulator(grad));
+  check_launch(
+      cuda::mp_patch_embedding_backward(
+          type, grad.data_ptr(), static_cast<const int64_t*>(sorted_ids.data_ptr()), static_cast<const int64_t*>(order.data_ptr()), count,
+          patch_size, hidden, vocab_start.value_or(0), num_rows, partial.data_ptr(), out.data_ptr(), here.stream()),
+      "patch_embedding_backward");
+  return out;
+}
+
+// Logits whose rows lie apart by `stride` are taken as they are; others are copied.
+Tensor dense_rows(const Tensor& logits) {
+  return logits.stride(1) == 1 && logits.stride(0) >= logits.size(1) ? logits : torch::stable::contiguous(logits);
+}
+
+Tensor checked_labels(const Tensor& logits, const Tensor& labels) {
+  require_same_device(labels, "labels", logits);
+  Tensor dense = check_logits(logits, labels);
+  require(dense.size(1) <= cuda::kMostLabels, "labels must be [N, K] with K <= ", cuda::kMostLabels, " on a GPU, not K = ", dense.size(1));
+  return dense;
+}
+
+Tensor multi_token_loss_statistics(Tensor logits, Tensor labels, std::optional<int64_t> vocab_start) {
+  const OnDeviceOf here(logits);
+  const NumberType type = number_type(logits, "logits");
+  labels = checked_labels(logits, labels);
+  logits = dense_rows(logits);
+  Tensor out = torch::stable::new_empty(logits, {labels.size(0), 2 + labels.size(1)}, accumulator(logits));
+  check_launch(
+      cuda::mp_loss_statistics(
+          type, logits.data_ptr(), logits.stride(0), static_cast<const int64_t*>(labels.data_ptr()), labels.size(0), labels.size(1),
+          vocab_start.value_or(0), logits.size(1), !vocab_start, out.data_ptr(), here.stream()),
+      "multi_token_loss_statistics");
+  return out;
+}
+
+void gradient_into(
+    const Tensor& logits, Tensor labels, Tensor normalizer, Tensor grad_nll, Tensor grad_lse, std::optional<int64_t> vocab_start, Tensor& out) {
+  const OnDeviceOf here(logits);
+  const NumberType type = number_type(logits, "logits");
+  labels = checked_labels(logits, labels);
+  const ScalarType number = accumulator(logits);
+  normalizer = dense_numbers(normalizer, "normalizer", number, {labels.size(0), 2});
+  grad_nll = dense_numbers(grad_nll, "grad_nll", number, {labels.size(0), labels.size(1)});
+  grad_lse = dense_numbers(grad_lse, "grad_lse", number, {labels.size(0)});
+  require_same_device(normalizer, "normalizer", logits);
+  require_same_device(grad_nll, "grad_nll", logits);
+  require_same_device(grad_lse, "grad_lse", logits);
+  check_launch(
+      cuda::mp_loss_gradient(
+          type, logits.data_ptr(), logits.stride(0), static_cast<const int64_t*>(labels.data_ptr()), labels.size(0), labels.size(1),
+          vocab_start.value_or(0), logits.size(1), normalizer.data_ptr(), grad_nll.data_ptr(), grad_lse.data_ptr(), out.data_ptr(),
+          out.stride(0), here.stream()),
+      "multi_token_loss_gradient");
+}
+
+Tensor multi_token_loss_gradient(
+    Tensor logits, Tensor labels, Tensor normalizer, Tensor grad_nll, Tensor grad_lse, std::optional<int64_t> vocab_start) {
+  require(logits.dim() == 2, "logits must be [N, V], not of ", logits.dim(), " dimensions");
+  logits = dense_rows(logits);
+  Tensor out = torch::stable::new_empty(logits, {logits.size(0), logits.size(1)});
+  gradient_into(logits, labels, normalizer, grad_nll, grad_lse, vocab_start, out);
+  return out;
+}
+
+void multi_token_loss_gradient_(
+    Tensor logits, Tensor labels, Tensor normalizer, Tensor grad_nll, Tensor grad_lse, std::optional<int64_t> vocab_start) {
+  check_in_place(logits);
+  gradient_into(logits, labels, normalizer, grad_nll, grad_lse, vocab_start, logits);
+}
+
+Tensor multi_token_loss_and_gradient_(Tensor logits, Tensor labels, std::optional<Tensor> label_weights, double z_loss) {
+  const OnDeviceOf here(logits);
+  const NumberType type = number_type(logits, "logits");
+  labels = checked_labels(logits, labels);
+  check_in_place(logits);
+  if (label_weights) {
+    require_same_device(*label_weights, "label_weights", logits);
+    label_weights = dense_numbers(*label_weights, "label_weights", accumulator(logits), {labels.size(1)});
+  }
+  Tensor out = torch::stable::new_empty(logits, {labels.size(0)}, accumulator(logits));
+  check_launch(
+      cuda::mp_loss_and_gradient(
+          type, logits.data_ptr(), logits.stride(0), static_cast<const int64_t*>(labels.data_ptr()), labels.size(0), labels.size(1),
+          logits.size(1), label_weights ? label_weights->data_ptr() : nullptr, z_loss, out.data_ptr(), here.stream()),
+      "multi_token_loss_and_gradient");
+  return out;
+}
+
+}  // namespace
+}  // namespace megatron_patch
+
+STABLE_TORCH_LIBRARY_FRAGMENT(megatron_patch, m) {
+  m.def(
+      "patch_embedding_sorted_backward(Tensor grad, Tensor sorted_ids, Tensor order, int patch_size, int num_rows, int? vocab_start=None) "
+      "-> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(megatron_patch, CUDA, m) {
+  using namespace megatron_patch;
+  m.impl("patch_embedding", TORCH_BOX(&patch_embedding));
+  m.impl("patch_embedding_sorted_backward", TORCH_BOX(&patch_embedding_sorted_backward));
+  m.impl("multi_token_loss_statistics", TORCH_BOX(&multi_token_loss_statistics));
+  m.impl("multi_token_loss_gradient", TORCH_BOX(&multi_token_loss_gradient));
+  m.impl("multi_token_loss_gradient_", TORCH_BOX(&multi_token_loss_gradient_));
+  m.impl("multi_token_loss_and_gradient_", TORCH_BOX(&multi_token_loss_and_gradient_));
+}

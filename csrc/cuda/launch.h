@@ -1,0 +1,49 @@
+// What the CUDA kernels' launchers take: raw pointers, a code for the number type, a stream. No torch here: the .cu files compile in
+// seconds, and the very same files run on a CPU in the tests (tests/cuda_on_cpu).
+#pragma once
+
+#include <cstdint>
+
+#include <cuda_runtime_api.h>
+
+namespace megatron_patch::cuda {
+
+enum class NumberType : int { kFloat = 0, kDouble = 1, kBFloat16 = 2, kHalf = 3 };
+
+constexpr int64_t kIgnoreIndex = -100;
+// More labels a row than this are refused: each has a thread of its own.
+constexpr int64_t kMostLabels = 1024;
+// Sorted occurrences that one block sums in order; longer runs of one id are put together from tiles.
+constexpr int64_t kTile = 64;
+
+extern "C" {
+
+// out[p, :] = 1/K sum over k of weight[ids[p, k] - first_row, :]; ids of other shards add nothing. With `check`, an id outside the table
+// is printed and ends the kernel.
+cudaError_t mp_patch_embedding_forward(
+    NumberType type, const void* weight, const int64_t* ids, int64_t num_patches, int64_t patch_size, int64_t hidden, int64_t first_row,
+    int64_t num_rows, bool check, void* out, cudaStream_t stream);
+
+// grad_weight[row, :] = 1/K sum, in order, of grad[order[i] / K, :] over the i with sorted_ids[i] - first_row == row. Rows without any are
+// left as they are. `partial` is room for [tiles, 2, hidden] sums, tiles = ceil(count / kTile).
+cudaError_t mp_patch_embedding_backward(
+    NumberType type, const void* grad, const int64_t* sorted_ids, const int64_t* order, int64_t count, int64_t patch_size, int64_t hidden,
+    int64_t first_row, int64_t num_rows, void* partial, void* grad_weight, cudaStream_t stream);
+
+// The three of csrc/cpu/multi_token_loss.h, over all rows; statistics, normalizers, losses and weights are float (double for kDouble).
+// `stride` is the distance of rows of logits in elements; what is written is contiguous, or in place.
+cudaError_t mp_loss_statistics(
+    NumberType type, const void* logits, int64_t stride, const int64_t* labels, int64_t num_rows, int64_t num_labels, int64_t vocab_start,
+    int64_t vocab, bool check, void* out, cudaStream_t stream);
+
+cudaError_t mp_loss_gradient(
+    NumberType type, const void* logits, int64_t stride, const int64_t* labels, int64_t num_rows, int64_t num_labels, int64_t vocab_start,
+    int64_t vocab, const void* normalizer, const void* grad_nll, const void* grad_lse, void* out, int64_t out_stride, cudaStream_t stream);
+
+cudaError_t mp_loss_and_gradient(
+    NumberType type, void* logits, int64_t stride, const int64_t* labels, int64_t num_rows, int64_t num_labels, int64_t vocab,
+    const void* weights, double z_loss, void* loss, cudaStream_t stream);
+
+}  // extern "C"
+
+}  // namespace megatron_patch::cuda

@@ -1,0 +1,123 @@
+"""Multi-token loss in one pass over the logits: its derivative, its shapes for tracing, and its vocabulary-parallel form.
+
+In: logits (or a vocabulary shard of them) and K labels a row. Out: a loss for each label, and each row's log-sum-exp, so that callers
+weigh, mask and normalise as they like. The kernels give 2 + K floats a row (largest logit, sum of exponentials, label logits); shards
+exchange nothing else, once.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+
+from megatron_patch.ops import native
+from megatron_patch.ops.plain import IGNORE_INDEX, accumulation_dtype
+
+
+def multi_token_loss(
+    logits: torch.Tensor, labels: torch.Tensor, vocab_start: int | None = None, group: dist.ProcessGroup | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each row's distribution scored against its K labels (arXiv 2407.12665, equation 3), label by label; as `plain.multi_token_loss`.
+
+    Args:
+        logits: [N, V or a shard of it].
+        labels: int64 [N, K]; IGNORE_INDEX is not scored.
+        vocab_start: the id of the shard's first column; None: all of the vocabulary is here.
+        group: the ranks that hold the shards; they exchange [N, 2 + K] floats once. None: this shard is all there is.
+
+    Returns:
+        (negative log-likelihoods [N, K], 0 where a label is not scored; log-sum-exp of each row [N]), float32 (float64 stays float64).
+
+    Raises:
+        ValueError: `labels` out of range (only where all of the vocabulary is here), or an argument of another shape or dtype. On a GPU,
+            where looking would mean waiting, labels out of range end the process's CUDA work with a printed line that names them.
+    """
+    name = None if group is None else group.group_name
+    nll, lse, _ = torch.ops.megatron_patch.multi_token_loss(logits, labels, vocab_start, name)
+    return nll, lse
+
+
+def normalize(statistics: torch.Tensor, labels: torch.Tensor, group: str | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """From the kernel's statistics of a shard to what all shards together say.
+
+    Args:
+        statistics: [N, 2 + K] of this shard: largest logit, sum of exponentials, label logits (0 where the label is elsewhere).
+        labels: int64 [N, K].
+        group: name of the process group that holds the shards, or None.
+
+    Returns:
+        (normalizer [N, 2]: largest logit and sum of exponentials; losses [N, K]; log-sum-exp [N]).
+    """
+    if group is not None:
+        collectives = torch.ops._c10d_functional
+        size = dist.distributed_c10d._get_group_size_by_name(cast(Any, group))
+        gathered = collectives.wait_tensor(collectives.all_gather_into_tensor(statistics, size, group))
+        shards = gathered.view(size, *statistics.shape)
+        largest = shards[..., 0].amax(dim=0)
+        sums = (shards[..., 1] * torch.exp(shards[..., 0] - largest)).sum(dim=0)
+        label_logits = shards[..., 2:].sum(dim=0)
+    else:
+        largest, sums, label_logits = statistics[:, 0], statistics[:, 1], statistics[:, 2:]
+    log_sums = sums.log()
+    # The largest logit goes first: added to the logarithm it would cost the digits of a small loss.
+    nll = (largest[:, None] - label_logits) + log_sums[:, None]
+    return torch.stack((largest, sums), dim=1), torch.where(labels == IGNORE_INDEX, 0.0, nll), largest + log_sums
+
+
+def _loss(
+    logits: torch.Tensor, labels: torch.Tensor, vocab_start: int | None = None, group: str | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    statistics = torch.ops.megatron_patch.multi_token_loss_statistics(logits, labels, vocab_start)
+    normalizer, nll, lse = normalize(statistics, labels, group)
+    return nll, lse, normalizer
+
+
+def _register() -> None:
+    library = "megatron_patch::multi_token_loss"
+    schema = "(Tensor logits, Tensor labels, int? vocab_start=None, str? group=None) -> (Tensor, Tensor, Tensor)"
+    torch.library.define(library, schema)
+    torch.library.impl(library, ("CPU", "CUDA"))(_loss)
+
+    @torch.library.register_fake(library)
+    def _(
+        logits: torch.Tensor, labels: torch.Tensor, vocab_start: int | None = None, group: str | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        dtype = accumulation_dtype(logits.dtype)
+        return (
+            logits.new_empty(labels.shape, dtype=dtype),
+            logits.new_empty(labels.shape[:1], dtype=dtype),
+            logits.new_empty((labels.shape[0], 2), dtype=dtype),
+        )
+
+    @torch.library.register_fake("megatron_patch::multi_token_loss_statistics")
+    def _(logits: torch.Tensor, labels: torch.Tensor, vocab_start: int | None = None) -> torch.Tensor:
+        return logits.new_empty((labels.shape[0], 2 + labels.shape[1]), dtype=accumulation_dtype(logits.dtype))
+
+    @torch.library.register_fake("megatron_patch::multi_token_loss_gradient")
+    def _(logits: torch.Tensor, *others: Any) -> torch.Tensor:
+        return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+    @torch.library.register_fake("megatron_patch::multi_token_loss_gradient_")
+    def _(logits: torch.Tensor, *others: Any) -> None:
+        return None
+
+    @torch.library.register_fake("megatron_patch::multi_token_loss_and_gradient_")
+    def _(logits: torch.Tensor, labels: torch.Tensor, label_weights: torch.Tensor | None = None, z_loss: float = 0.0) -> torch.Tensor:
+        return logits.new_empty(labels.shape[:1], dtype=accumulation_dtype(logits.dtype))
+
+    def remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+        logits, labels, ctx.vocab_start, _ = inputs
+        ctx.save_for_backward(logits, labels, output[2])
+
+    def derivative(ctx: Any, grad_nll: torch.Tensor, grad_lse: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        logits, labels, normalizer = ctx.saved_tensors
+        gradient = torch.ops.megatron_patch.multi_token_loss_gradient
+        return gradient(logits, labels, normalizer, grad_nll, grad_lse, ctx.vocab_start), None, None, None
+
+    torch.library.register_autograd(library, derivative, setup_context=remember)
+
+
+if native.load_error() is None:
+    _register()

@@ -1,0 +1,195 @@
+"""The CUDA kernels compiled for the CPU (see cuda_on_cpu.h), with the faces of the operators, over torch tensors.
+
+Outputs stand between guards: what a kernel writes outside of its result is noticed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from megatron_patch.ops.plain import accumulation_dtype
+
+HERE = Path(__file__).parent
+SOURCES = HERE.parent.parent / "csrc" / "cuda"
+TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+ORDERS = {"forward": 0, "backward": 1, "shuffled": 2}
+TILE = 64
+_GUARD = 64
+
+
+@cache
+def cuda_include() -> Path | None:
+    """Where CUDA's headers are, as nvcc says; None without nvcc."""
+    if shutil.which("nvcc") is None:
+        return None
+    said = subprocess.run(["nvcc", "--dryrun", "-x", "cu", "-c", "/dev/null", "-o", "/dev/null"], capture_output=True, text=True).stderr
+    top = re.search(r"^#\$ TOP=(.*)$", said, re.MULTILINE)
+    folder = Path(top[1].strip()) / "include" if top else Path("/nowhere")
+    return folder.resolve() if (folder / "cuda_bf16.h").is_file() else None
+
+
+def compile_kernels(sources: Path, library: Path, *options: str) -> None:
+    """Compiles a folder of .cu files with the C++ compiler."""
+    command = [
+        *("g++", "-shared", "-fPIC", "-O1", "-std=c++20", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-clobbered"),
+        *options,
+        *("-U_FORTIFY_SOURCE", "-ffp-contract=off", "-DMEGATRON_PATCH_CUDA_ON_CPU"),
+        *("-I", str(HERE), "-I", str(sources), "-isystem", str(cuda_include())),
+        *("-x", "c++", *(str(path) for path in sorted(sources.glob("*.cu")))),
+        *("-o", str(library)),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+class Trapped(Exception):
+    """A kernel ended itself, with what it printed."""
+
+
+@dataclass(frozen=True)
+class Guarded:
+    """A tensor between guards that nobody may touch."""
+
+    whole: torch.Tensor
+    value: torch.Tensor
+
+    def checked(self) -> torch.Tensor:
+        """The tensor, if its guards are whole."""
+        before, after = self.whole[:_GUARD], self.whole[_GUARD + self.value.numel() :]
+        assert bool((before == 77).all()) and bool((after == 77).all()), "a kernel wrote outside of its result"
+        return self.value.clone()
+
+
+def guarded(shape: tuple[int, ...], dtype: torch.dtype, fill: float = float("nan"), shift: int = 0) -> Guarded:
+    """Room for a result, `shift` elements off the alignment of vectors."""
+    count = 1
+    for size in shape:
+        count *= size
+    whole = torch.full((count + 2 * _GUARD + shift,), 77.0, dtype=dtype)
+    value = whole[_GUARD + shift : _GUARD + shift + count]
+    value.fill_(fill)
+    return Guarded(whole[shift:], value.view(shape))
+
+
+@dataclass(frozen=True)
+class CudaOnCpu:
+    """The kernels, and how their threads take turns.
+
+    Args:
+        library: compiled by `compile_kernels`.
+        order: forward, backward or shuffled.
+        seed: of the shuffled order.
+        shared_limit: bytes of shared memory that a block may ask for.
+        shift: elements that inputs and results lie off the alignment of vectors.
+    """
+
+    library: ctypes.CDLL
+    order: str = "forward"
+    seed: int = 1
+    shared_limit: int = 64 * 1024
+    shift: int = 0
+
+    def _call(self, name: str, *arguments: object) -> None:
+        values = []
+        for argument in arguments:
+            if isinstance(argument, torch.Tensor):
+                values.append(ctypes.c_void_p(argument.data_ptr()))
+            elif isinstance(argument, bool):
+                values.append(ctypes.c_bool(argument))
+            elif isinstance(argument, float):
+                values.append(ctypes.c_double(argument))
+            elif isinstance(argument, torch.dtype):
+                values.append(ctypes.c_int(TYPES[argument]))
+            else:
+                values.append(ctypes.c_void_p(None) if argument is None else ctypes.c_int64(argument))
+        self.library.cuda_on_cpu_prepare(ORDERS[self.order], self.seed, self.shared_limit)
+        error = self.library[name](*values, ctypes.c_void_p(None))
+        self.library.cuda_on_cpu_message.restype = ctypes.c_char_p
+        if error:
+            raise Trapped(self.library.cuda_on_cpu_message().decode())
+
+    def _shifted(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A copy, off the alignment of vectors where that is asked for."""
+        room = guarded(tuple(tensor.shape), tensor.dtype, 0.0, self.shift)
+        room.value.copy_(tensor)
+        return room.value
+
+    def patch_embedding(self, weight: torch.Tensor, ids: torch.Tensor, vocab_start: int | None = None) -> torch.Tensor:
+        """[P, K] ids to [P, H]."""
+        out = guarded((len(ids), weight.shape[1]), weight.dtype, shift=self.shift)
+        self._call(
+            "mp_patch_embedding_forward",
+            *(weight.dtype, self._shifted(weight), ids, len(ids), ids.shape[1], weight.shape[1]),
+            *(vocab_start or 0, len(weight), vocab_start is None, out.value),
+        )
+        return out.checked()
+
+    def patch_embedding_backward(self, grad: torch.Tensor, ids: torch.Tensor, rows: int, vocab_start: int | None = None) -> torch.Tensor:
+        """[P, H] gradients to [rows, H]; with the sort that the GPU's operator has in front."""
+        sorted_ids, order = ids.flatten().sort(stable=True)
+        count, hidden = ids.numel(), grad.shape[1]
+        partial = guarded((-(-count // TILE), 2, hidden), accumulation_dtype(grad.dtype))
+        out = guarded((rows, hidden), grad.dtype, 0.0, self.shift)
+        self._call(
+            "mp_patch_embedding_backward",
+            *(grad.dtype, self._shifted(grad), sorted_ids, order, count, ids.shape[1], hidden, vocab_start or 0, rows),
+            *(partial.value, out.value),
+        )
+        partial.checked()
+        return out.checked()
+
+    def statistics(self, logits: torch.Tensor, labels: torch.Tensor, vocab_start: int | None = None) -> torch.Tensor:
+        """[N, 2 + K]."""
+        out = guarded((len(logits), 2 + labels.shape[1]), accumulation_dtype(logits.dtype))
+        source = self._shifted(logits)
+        self._call(
+            "mp_loss_statistics",
+            *(logits.dtype, source, logits.shape[1], labels, len(logits), labels.shape[1], vocab_start or 0, logits.shape[1]),
+            *(vocab_start is None, out.value),
+        )
+        return out.checked()
+
+    def gradient(
+        self,
+        logits: torch.Tensor,
+        labels: torch.Tensor,
+        normalizer: torch.Tensor,
+        grad_nll: torch.Tensor,
+        grad_lse: torch.Tensor,
+        vocab_start: int | None = None,
+        in_place: bool = False,
+    ) -> torch.Tensor:
+        """[N, V]; in place, or into a result that may have another alignment."""
+        rows, vocab = logits.shape
+        out = guarded((rows, vocab), logits.dtype, shift=self.shift)
+        if in_place:
+            out.value.copy_(logits)
+        source = out.value if in_place else logits.clone()
+        self._call(
+            "mp_loss_gradient",
+            *(logits.dtype, source, vocab, labels, rows, labels.shape[1], vocab_start or 0, vocab),
+            *(normalizer, grad_nll, grad_lse, out.value, vocab),
+        )
+        return out.checked()
+
+    def loss_and_gradient(
+        self, logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor | None, z_loss: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(losses [N], gradient [N, V])."""
+        rows, vocab = logits.shape
+        target = guarded((rows, vocab), logits.dtype, shift=self.shift)
+        target.value.copy_(logits)
+        losses = guarded((rows,), accumulation_dtype(logits.dtype))
+        self._call(
+            "mp_loss_and_gradient",
+            *(logits.dtype, target.value, vocab, labels, rows, labels.shape[1], vocab, weights, float(z_loss), losses.value),
+        )
+        return losses.checked(), target.checked()
