@@ -264,6 +264,14 @@ class LoggingOptions:
     """The same in tokens."""
     eval_tokens: Count = 1_000_000
     """Held-out tokens of an evaluation."""
+    sample_prompts: tuple[str, ...] = ()
+    """Texts that the model continues with every evaluation; an empty one is the start of a document."""
+    sample_tokens: Count = 64
+    """Length of a continuation."""
+    sample_temperature: float = 0.0
+    """0 takes the likeliest token."""
+    sample_top_p: float = 0.95
+    """Draw from the smallest set of tokens with this mass."""
     tensorboard_dir: str | None = None
     """Write TensorBoard events here."""
     wandb_project: str | None = None

@@ -211,6 +211,12 @@ def _check_training(options: Options, plan: StagePlan) -> None:
         raise ConfigError("a save interval without --save", "--save FOLDER", "give --save")
     if logging.log_token_spans and checkpoint.save is None:
         raise ConfigError("--log-token-spans without --save", "--save FOLDER", "give --save")
+    if logging.sample_tokens < 1 or not logging.sample_temperature >= 0 or not 0 < logging.sample_top_p <= 1:
+        raise ConfigError(
+            f"--sample-tokens {logging.sample_tokens} --sample-temperature {logging.sample_temperature} "
+            f"--sample-top-p {logging.sample_top_p}",
+            "tokens from 1, a temperature from 0, top-p above 0 and up to 1",
+        )
     if not 0.0 <= schedule.adam_beta1 < 1.0 or not 0.0 <= schedule.adam_beta2 < 1.0:
         raise ConfigError(f"--adam-beta1 {schedule.adam_beta1} --adam-beta2 {schedule.adam_beta2}", "numbers from 0 to below 1")
     if schedule.clip_grad < 0 or schedule.weight_decay < 0:

@@ -70,8 +70,20 @@ class _Chooser:
         return ids.gather(-1, torch.stack(drawn)).squeeze(-1)
 
 
-def _check_prompts(prompts: Sequence[Sequence[int]], new_tokens: int, learned_positions: int | None) -> int:
-    """The longest prompt's length."""
+def check_prompts(prompts: Sequence[Sequence[int]], new_tokens: int, learned_positions: int | None) -> int:
+    """Whether prompts can be continued.
+
+    Args:
+        prompts: ids.
+        new_tokens: how many will be added.
+        learned_positions: how many positions the model has; None: any number.
+
+    Returns:
+        The longest prompt's length.
+
+    Raises:
+        ConfigError: an empty prompt, or more tokens than positions.
+    """
     if not prompts or min(len(prompt) for prompt in prompts) == 0:
         raise ConfigError("an empty prompt", "at least one token", "start with the end-of-document token")
     longest = max(len(prompt) for prompt in prompts)
@@ -106,7 +118,7 @@ def generate(
         ConfigError: an empty prompt, more positions than the model has learned, or settings out of range.
     """
     learned = model.shape.max_positions if model.shape.position_embedding == "learned" else None
-    longest = _check_prompts(prompts, max_new_tokens, learned)
+    longest = check_prompts(prompts, max_new_tokens, learned)
     device = model.embedding.word.weight.device
     choose = _Chooser(sampling, len(prompts), device)
     padding = torch.tensor([longest - len(prompt) for prompt in prompts], device=device)
@@ -158,7 +170,7 @@ def generate_by_rereading(
     Raises:
         ConfigError: as `generate`.
     """
-    longest = _check_prompts(prompts, new_tokens, learned_positions)
+    longest = check_prompts(prompts, new_tokens, learned_positions)
     choose = _Chooser(sampling, len(prompts), device)
     ids = torch.zeros(len(prompts), longest + new_tokens, dtype=torch.int64, device=device)
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)

@@ -27,7 +27,7 @@ from megatron_patch.parallel.grid import Grid
 from megatron_patch.stages import Place, Stage, StagePlan
 from megatron_patch.training.callbacks import make_callbacks
 from megatron_patch.training.callbacks.base import EvaluationRecord, RunEnd, RunStart, SaveRecord, StepRecord, SwitchRecord
-from megatron_patch.training.corpus import open_data
+from megatron_patch.training.corpus import open_data, sample_tokenizer
 from megatron_patch.training.cost import Cost
 from megatron_patch.training.dry_run import print_plan
 from megatron_patch.training.lr_schedule import schedule_of
@@ -49,6 +49,7 @@ class Trainer:
         world = torch.distributed.get_world_size()
         self.grid = Grid(torch.distributed.get_rank(), world)
         self.save_folder = Path(run.options.checkpoint.save) if run.options.checkpoint.save else None
+        tokenizer = sample_tokenizer(run)
         found, resuming = self._find_checkpoint()
         if found is not None:
             check_model(found.state, run, weights_only=not resuming)
@@ -69,7 +70,7 @@ class Trainer:
         if found is not None:
             self.engine.load(found.folder, found.state.engine if resuming else None)
         self.throughput = Throughput(world, device_name(device), run.options.logging.peak_tflops)
-        self.callbacks = make_callbacks(run, self.save_folder, self.grid.rank)
+        self.callbacks = make_callbacks(run, self.save_folder, self.grid.rank, self.engine.logits, tokenizer, device)
         if self.grid.rank == 0:
             shown = dataclasses.replace(run, plan=self.plan)
             print_plan(shown, settings, make_console(), origins=False)

@@ -223,7 +223,11 @@ MUTANTS = {
     "no tail when writing": ("multi_token_loss.cu", "v < vocab; v += threads) out[v]", "v < 0; v += threads) out[v]"),
     "no head when reading": ("multi_token_loss.cu", "v < cut.head; v += threads) take<T, 1>", "v < 0; v += threads) take<T, 1>"),
     "repeated labels count once": ("multi_token_loss.cu", "taken += weight(other);", "if (other == k) taken += weight(other);"),
-    "every occurrence is a run of its own": ("patch_embedding.cu", "const bool ends = ids[entry + 1] != ids[entry];", "const bool ends = true;"),
+    "every occurrence is a run of its own": (
+        "patch_embedding.cu",
+        "const bool ends = ids[entry + 1] != ids[entry];",
+        "const bool ends = true;",
+    ),
     "runs end with their tile": (
         "patch_embedding.cu",
         "if (last >= count || sorted_ids[last] != id) break;",
