@@ -100,6 +100,7 @@ def generate(
     sampling: Sampling = Sampling(),
     eod_id: int | None = None,
     on_token: Callable[[list[int]], None] | None = None,
+    ends: Callable[[list[int]], bool] | None = None,
 ) -> list[list[int]]:
     """Continues prompts, which may have different lengths; each as if it were alone.
 
@@ -110,9 +111,10 @@ def generate(
         sampling: how tokens are chosen.
         eod_id: ends a row; generation stops when every row has ended.
         on_token: is called with each step's ids, one a row.
+        ends: whether a row's new ids are at an end.
 
     Returns:
-        The new ids of each prompt, up to its first `eod_id`, which is included.
+        The new ids of each prompt, up to its end, which is included.
 
     Raises:
         ConfigError: an empty prompt, more positions than the model has learned, or settings out of range.
@@ -132,7 +134,7 @@ def generate(
         for row, token in enumerate(ids):
             if not ended[row]:
                 rows[row].append(token)
-                ended[row] = token == eod_id
+                ended[row] = token == eod_id or (ends is not None and ends(rows[row]))
         if on_token is not None:
             on_token(ids)
         if all(ended):
