@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from megatron_patch.command_line import ArgumentParser, run_tool
@@ -20,7 +20,8 @@ from megatron_patch.convert.flags import flags_of
 from megatron_patch.convert.from_hugging_face import Import, from_hugging_face
 from megatron_patch.convert.from_megatron import from_megatron
 from megatron_patch.convert.to_hugging_face import DTYPES, default_dtype, to_hugging_face
-from megatron_patch.convert.verify import positions_to_verify, tokens_to_verify, verify_export
+from megatron_patch.convert.tokenizer_files import tokenizer_of
+from megatron_patch.convert.verify import differing_texts, positions_to_verify, tokens_to_verify, verify_export
 from megatron_patch.errors import ConfigError
 from megatron_patch.units import parse_count
 
@@ -34,6 +35,8 @@ def _parser() -> ArgumentParser:
     export.add_argument("--max-shard-size", default="5GB", help="size of a file of weights")
     export.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help="by default what the run computed in")
     export.add_argument("--verify", action="store_true", help="compare the logits of transformers and of the checkpoint afterwards")
+    export.add_argument("--tokenizer-type", help="by default what the training data's side file said")
+    export.add_argument("--tokenizer-model", help="its file or folder, where it is not where it was")
     export.add_argument("--verify-data", help="dataset prefix with the tokens for --verify; by default the run's data")
     back = commands.add_parser("from-hf", help="a Hugging Face folder, or weights by zero_to_fp32.py, as a checkpoint for --finetune")
     back.add_argument("--input", required=True, help="a folder, or a file of weights")
@@ -52,14 +55,22 @@ def _export(args: argparse.Namespace) -> None:
     text = args.max_shard_size.strip()
     size = parse_count(text[:-1] if text[-1:] in "bB" and text[-2:-1].isalpha() else text)
     checkpoint = open_checkpoint(args.load)
+    given = {name: getattr(args, name) for name in ("tokenizer_type", "tokenizer_model") if getattr(args, name)}
+    if given:
+        checkpoint = replace(checkpoint, tokenizer=given)
     dtype = args.dtype or default_dtype(checkpoint)
     ids = tokens_to_verify(checkpoint, args.verify_data, positions_to_verify(checkpoint.shape)) if args.verify else None
     done = to_hugging_face(checkpoint, Path(args.output), size, dtype, tell=lambda text: print(text, file=sys.stderr))
     result = {**asdict(done), "folder": str(done.folder), "checkpoint": str(checkpoint.found.folder), "step": checkpoint.found.state.step}
     if not done.tokenizer:
-        print("no tokenizer files: the checkpoint does not know its tokenizer; copy them into the folder", file=sys.stderr)
+        print("no tokenizer files: none is known, or it is not on this machine; give --tokenizer-model, or copy them", file=sys.stderr)
     if ids is not None:
         result["verified"] = asdict(verify_export(checkpoint, done.folder, ids, DTYPES[dtype]))
+        tokenizer = tokenizer_of(checkpoint.data_info)
+        if tokenizer is not None:
+            result["tokenizer_differs_on"] = differing_texts(done.folder, tokenizer)
+            for text in result["tokenizer_differs_on"]:
+                print(f"transformers makes other ids than the training data's tokenizer of {text!r}", file=sys.stderr)
     print(json.dumps(result))
 
 

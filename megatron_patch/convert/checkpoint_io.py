@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,16 +31,18 @@ class CheckpointWeights:
         found: the folder and its state.
         shape: the model's shape.
         parameter: name -> the whole parameter, float32, on the CPU.
+        tokenizer: "tokenizer_type" and "tokenizer_model", where they are not those of the training data's side file.
     """
 
     found: Found
     shape: ModelShape
     parameter: Callable[[str], torch.Tensor]
+    tokenizer: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def data_info(self) -> Mapping[str, Any]:
         """The side file of the data it was trained on, as far as it is known."""
-        return self.found.state.extra.get("data_info") or {}
+        return {**(self.found.state.extra.get("data_info") or {}), **self.tokenizer}
 
 
 def shape_of_state(state: TrainerState, where: str) -> ModelShape:

@@ -23,13 +23,13 @@ FILES = (
 
 
 def tokenizer_of(data_info: Mapping[str, Any]) -> Tokenizer | None:
-    """The tokenizer that a side file names, or None where there is none of text.
+    """The tokenizer that a side file names, or None where there is none of text, or its files are not on this machine.
 
     Raises:
-        DataError: its files are missing or broken.
+        DataError: its files are broken.
     """
     kind, model = data_info.get("tokenizer_type"), data_info.get("tokenizer_model")
-    if not kind or not model or kind == "NullTokenizer":
+    if not kind or not model or kind == "NullTokenizer" or not Path(str(model)).exists():
         return None
     return load_tokenizer(kind, model)
 
@@ -42,10 +42,10 @@ def copy_tokenizer(data_info: Mapping[str, Any], target: Path) -> list[str]:
         target: an existing folder.
 
     Returns:
-        Names of the files, none where the tokenizer is not known.
+        Names of the files, none where the tokenizer is not known or not here.
 
     Raises:
-        DataError: its files are missing or broken.
+        DataError: its files are broken.
     """
     tokenizer = tokenizer_of(data_info)
     if tokenizer is None:

@@ -19,12 +19,20 @@ from megatron_patch.data.corpus import TokenCorpus
 from megatron_patch.errors import CheckpointError, ConfigError, DataError
 from megatron_patch.model.gpt import GPTModel
 from megatron_patch.model.shape import ModelShape
-from megatron_patch.tokenizer import encode
+from megatron_patch.tokenizer import Tokenizer, encode
 
 TOLERANCE = 1e-5
 _TEXT = (
     "Reading a book by its chapters first and by its words later is quicker than reading every word twice. In 1984, 3 of 7 printers "
     "(two in Paris, one in Kyoto) said: “We set the type by hand; a page took 40 minutes.” def area(r): return 3.14159 * r ** 2\n"
+)
+_TEXTS = (
+    _TEXT,
+    "  two  spaces,\n\ta tab, an end ",
+    "naïve café, 日本語, 🙂👍🏽",
+    "for i in range(10):\n        x[i] += 1",
+    "don't",
+    "A\r\nB",
 )
 
 
@@ -126,3 +134,18 @@ def verify_export(checkpoint: CheckpointWeights, folder: Path, ids: torch.Tensor
             "do not use this export, and report it",
         )
     return result
+
+
+def differing_texts(folder: Path, tokenizer: Tokenizer) -> list[str]:
+    """Texts of which the export's tokenizer, as transformers loads it, makes other ids than ours; special tokens are left aside.
+
+    Raises:
+        CheckpointError: transformers cannot load it.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        theirs = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise CheckpointError(f"transformers cannot load the tokenizer of {folder}: {error}", "a tokenizer that it loads") from error
+    return [text for text in _TEXTS if theirs(text, add_special_tokens=False)["input_ids"] != encode(tokenizer, text)]

@@ -22,6 +22,7 @@ from megatron_patch.errors import CheckpointError, ConfigError
 from tests.config.test_resolve import resolve
 from tests.convert.models import SHAPES, make_checkpoint, make_tokenizer, random_parameters
 from tests.model.shapes import GPT2, LLAMA, QWEN3
+from tests.tools.test_tools import tool
 
 transformers = pytest.importorskip("transformers")
 IDS = torch.randint(0, 53, (2, 32), generator=torch.Generator().manual_seed(3))
@@ -161,6 +162,42 @@ def test_the_tokenizer_comes_along_both_ways(tmp_path):
     assert json.loads((tmp_path / "hf" / "generation_config.json").read_text()) == {"eos_token_id": 0}
     back = from_hugging_face(tmp_path / "hf", tmp_path / "back")
     assert open_checkpoint(str(back.folder)).data_info["tokenizer_model"] == str(tmp_path / "back" / "tokenizer")
+
+
+def test_verify_compares_the_tokenizers_too(tmp_path):
+    """A SentencePiece model that drops spaces is read by transformers as if it kept them; a tokenizer.json is the same there."""
+    import sentencepiece
+
+    (tmp_path / "t.txt").write_text("the cat sat on the mat\nthe dog sat on the log\n" * 30)
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "t.txt"),
+        model_prefix=str(tmp_path / "sp"),
+        vocab_size=285,
+        model_type="bpe",
+        byte_fallback=True,
+        minloglevel=2,
+    )
+    shape = dataclasses.replace(LLAMA, vocab_size=285, padded_vocab_size=384)
+    path = make_checkpoint(tmp_path / "ckpt", shape, data_info={"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": "moved/away"})
+    words = ("to-hf", "--load", path, "--verify", "--output")
+    assert "the run's data is not here" in tool("convert_checkpoint", *words, tmp_path / "x", code=2) and not (tmp_path / "x").exists()
+    json_folder = make_tokenizer(tmp_path / "json", 280)
+    for name, kind, model, differs in (
+        ("one", "HuggingFaceTokenizer", json_folder, False),
+        ("two", "SentencePieceTokenizer", tmp_path / "sp.model", True),
+    ):
+        result = json.loads(
+            tool("convert_checkpoint", *words, tmp_path / name, "--tokenizer-type", kind, "--tokenizer-model", model).splitlines()[-1]
+        )
+        assert result["tokenizer"] and result["verified"]["difference"] <= 1e-5 and result["verified"]["tokens"] == 32
+        assert bool(result["tokenizer_differs_on"]) is differs
+
+
+def test_an_export_without_its_tokenizer_is_whole_but_for_it(tmp_path):
+    info = {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": str(tmp_path / "moved"), "eod_id": 7}
+    checkpoint = open_checkpoint(str(make_checkpoint(tmp_path / "ckpt", LLAMA, data_info=info)))
+    assert to_hugging_face(checkpoint, tmp_path / "hf").tokenizer == ()
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["eos_token_id"] == 7
 
 
 @pytest.mark.parametrize("name", SHAPES)
