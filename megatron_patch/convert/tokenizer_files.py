@@ -70,6 +70,8 @@ def _config(tokenizer: Tokenizer) -> dict[str, Any]:
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast" if fast else "LlamaTokenizer",
         "clean_up_tokenization_spaces": False,
+        # Older versions of transformers would hand token_type_ids to a model that takes none.
+        "model_input_names": ["input_ids", "attention_mask"],
     }
     backend: Any = getattr(tokenizer, "backend", None)
     for key, token in (("eos_token", tokenizer.eod_id), ("bos_token", tokenizer.bos_id)):

@@ -19,7 +19,7 @@ from megatron_patch.convert.to_hugging_face import to_hugging_face
 from megatron_patch.convert.verify import our_model, verify_export
 from megatron_patch.engine.inference import load_model
 from megatron_patch.errors import CheckpointError, ConfigError
-from tests.config.test_resolve import resolve
+from tests.config.test_resolve import ROOT, resolve
 from tests.convert.models import SHAPES, make_checkpoint, make_tokenizer, random_parameters
 from tests.model.shapes import GPT2, LLAMA, QWEN3
 from tests.tools.test_tools import tool
@@ -340,3 +340,18 @@ def test_configurations_of_public_models():
         {"architectures": ["GPT2LMHeadModel"], "vocab_size": 50257, "n_embd": 768, "n_head": 12, "n_layer": 12, "n_positions": 1024,
          "activation_function": "gelu_new", "layer_norm_epsilon": 1e-05}, "x")  # fmt: skip
     assert (gpt2.ffn_hidden_size, gpt2.tie_embeddings, gpt2.padded_vocab_size) == (3072, True, 50304)
+
+
+def test_the_two_lines_of_the_documentation_serve_an_export(tmp_path, capsys):
+    """Run as they stand there, on an export whose tokenizer was a single tokenizer.json."""
+    shape = dataclasses.replace(LLAMA, vocab_size=280, padded_vocab_size=384, max_positions=128)
+    tokenizer = make_tokenizer(tmp_path / "tokenizer", 280)
+    (tokenizer / "tokenizer_config.json").unlink()
+    info = {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": str(tokenizer / "tokenizer.json")}
+    checkpoint = open_checkpoint(str(make_checkpoint(tmp_path / "ckpt", shape, data_info=info)))
+    to_hugging_face(checkpoint, tmp_path / "hf")
+    text = (ROOT / "docs" / "operations.md").read_text()
+    lines = text.split("In transformers:\n\n```\n")[1].split("```")[0]
+    names = {name: getattr(transformers, name) for name in ("AutoModelForCausalLM", "AutoTokenizer")}
+    exec(lines, {"DIR": str(tmp_path / "hf"), **names})
+    assert capsys.readouterr().out.startswith("Once upon") and len(lines.strip().splitlines()) == 2
