@@ -12,7 +12,7 @@ STAMP := $(VENV)/.installed
 # False also for what an interrupted run left.
 has_venv := $(RUN) -m pip --version >/dev/null 2>&1
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
-BENCHMARKS := $(wildcard benchmarks/*.py)
+BENCHMARKS := $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py))
 export DS_BUILD_OPS := 0
 export TOKENIZERS_PARALLELISM := false
 

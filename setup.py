@@ -1,7 +1,9 @@
-"""Builds csrc at install: the C++ compiler is called directly on torch's stable ABI, and without one the package works without csrc.
+"""Builds csrc at install: the C++ compiler and nvcc are called directly on torch's stable ABI; without them the package works without csrc.
 
-`torch.utils.cpp_extension` is not used: it wants a CUDA toolkit that fits torch even where none is needed. Nothing is ever compiled while
-the program runs.
+Two libraries: `_C` (the operators' schemas and the CPU's kernels) wherever there is a C++ compiler, `_C_cuda` where torch is a CUDA build
+and nvcc is found. MEGATRON_PATCH_CUDA=0 leaves the second out, =1 demands it (with a CPU build of torch, too: it loads where CUDA is);
+MEGATRON_PATCH_CUDA_ARCHS lists its GPU architectures. `torch.utils.cpp_extension` is not used: it refuses CUDA sources beside a CPU build
+of torch, and guesses at toolkits. Nothing is ever compiled while the program runs.
 """
 
 from __future__ import annotations
@@ -9,11 +11,14 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
+import re
 import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +28,10 @@ from setuptools.command.build_ext import build_ext
 # Only what torch 2.11 had is used, so that the library loads in that and every later version.
 TORCH_TARGET = "0x020b000000000000"
 OLDEST_TORCH = (2, 11)
+
+
+ARCHITECTURES = "80;90;100"
+STABLE_ABI = f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"
 
 
 @dataclass(frozen=True)
@@ -40,7 +49,16 @@ LIBRARIES = (
         ("csrc/schemas.cpp", "csrc/cpu/bindings.cpp", "csrc/cpu/patch_embedding.cpp", "csrc/cpu/multi_token_loss.cpp"),
         ("csrc/arguments.h", "csrc/cpu/patch_embedding.h", "csrc/cpu/multi_token_loss.h"),
     ),
+    Library(
+        "_C_cuda",
+        ("csrc/cuda/bindings.cpp", "csrc/cuda/patch_embedding.cu", "csrc/cuda/multi_token_loss.cu"),
+        ("csrc/arguments.h", "csrc/cuda/launch.h", "csrc/cuda/common.cuh"),
+    ),
 )
+
+
+class NotWanted(Exception):
+    """Why a library has no business here: nothing to warn of."""
 
 
 class CannotBuild(Exception):
@@ -71,27 +89,110 @@ def torch_folder() -> Path:
     return Path(found.origin).parent
 
 
-def build(library: Library, output: Path) -> None:
-    """Makes a library by one call of the compiler, under a temporary name until it is whole."""
-    torch = torch_folder()
-    unfinished = output.with_suffix(".tmp")
-    command = [
+def torch_cuda() -> str | None:
+    """The CUDA version that torch was built with, or None."""
+    text = (torch_folder() / "version.py").read_text(encoding="utf-8")
+    found = re.search(r"^cuda\b[^=]*=\s*['\"]([\d.]+)['\"]", text, re.MULTILINE)
+    return found[1] if found else None
+
+
+def call(*command: str) -> str:
+    """Runs a compiler; its messages go to the build's log."""
+    print(shlex.join(command))
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode:
+        raise CannotBuild(f"the compiler failed ({shlex.join(command)}):\n{(result.stdout + result.stderr)[-4000:]}")
+    sys.stderr.write(result.stderr)
+    return result.stdout
+
+
+def torch_headers() -> tuple[str, ...]:
+    """Options for torch's headers, whose warnings are not ours."""
+    include = torch_folder() / "include"
+    return ("-isystem", str(include), "-isystem", str(include / "torch/csrc/api/include"))
+
+
+def torch_libraries() -> tuple[str, ...]:
+    """Options to link with torch."""
+    return (f"-L{torch_folder() / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10")
+
+
+def build_cpu(library: Library, output: Path, _: Path) -> None:
+    """One call of the C++ compiler."""
+    call(
         *compiler(),
         *("-shared", "-fPIC", "-O3", "-std=c++20", "-Wall", "-Wextra", "-fvisibility=hidden"),
         "-ffp-contract=off",  # the same bits on every machine
-        f"-DTORCH_TARGET_VERSION={TORCH_TARGET}",
-        *("-isystem", str(torch / "include"), "-isystem", str(torch / "include/torch/csrc/api/include")),
-        *("-I", "csrc"),
+        STABLE_ABI,
+        *torch_headers(),
         *library.sources,
-        *(f"-L{torch / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"),
-        *("-o", str(unfinished)),
-    ]
-    print(shlex.join(command))
+        *torch_libraries(),
+        *("-o", str(output)),
+    )
+
+
+def check_cuda_wanted() -> None:
+    """Whether `_C_cuda` belongs here.
+
+    Raises:
+        NotWanted: MEGATRON_PATCH_CUDA=0, or a CPU build of torch.
+        CannotBuild: it is wanted and there is no nvcc.
+    """
+    wish = os.environ.get("MEGATRON_PATCH_CUDA")
+    if wish not in (None, "", "0", "1"):
+        raise CannotBuild(f"MEGATRON_PATCH_CUDA is {wish!r}; allowed: 0 and 1")
+    if wish == "0":
+        raise NotWanted("MEGATRON_PATCH_CUDA is 0")
+    if wish != "1" and torch_cuda() is None:
+        raise NotWanted("torch is a CPU build")
+    if shutil.which("nvcc") is None:
+        raise CannotBuild("there is no nvcc; install the CUDA toolkit, and put its bin folder on PATH")
+
+
+def architectures() -> list[str]:
+    """The GPU architectures to build for: those asked for that this nvcc knows."""
+    wanted = [name for name in re.split(r"[;,\s]+", os.environ.get("MEGATRON_PATCH_CUDA_ARCHS", ARCHITECTURES)) if name]
+    known = re.findall(r"compute_(\d+\w?)", call("nvcc", "--list-gpu-arch"))
+    found = [name for name in wanted if name in known]
+    if not found:
+        raise CannotBuild(f"nvcc knows none of the GPU architectures {' '.join(wanted)}; it knows {' '.join(known)}")
+    return found
+
+
+def build_cuda(library: Library, output: Path, work: Path) -> None:
+    """Each source by nvcc, side by side, then one link. The kernels know nothing of torch, so that they compile in seconds."""
+    check_cuda_wanted()
+    names = architectures()
+    # Machine code for each, and what newer GPUs can translate when the library is loaded.
+    targets = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in names]
+    targets.append(f"-gencode=arch=compute_{names[0]},code=compute_{names[0]}")
+    common = ("nvcc", "-c", "-O3", "-Xcompiler", "-fPIC,-Wall,-Wextra,-fvisibility=hidden")
+    strict = ("-Werror", "all-warnings", "-Xcompiler", "-Werror") if os.environ.get("MEGATRON_PATCH_STRICT") == "1" else ()
+    objects, commands = [], []
+    for source in library.sources:
+        objects.append(str(work / (Path(source).stem + Path(source).suffix + ".o")))
+        if source.endswith(".cu"):
+            own = ("-std=c++17", *targets)
+        else:
+            own = ("-std=c++20", STABLE_ABI, f'-DMEGATRON_PATCH_ARCHITECTURES="{" ".join(names)}"', *torch_headers())
+        commands.append((*common, *strict, *own, source, "-o", objects[-1]))
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda command: call(*command), commands))
+    # torch's libraries are named as needed although the linker sees no symbol of some: without them it loads nowhere.
+    call(
+        *("nvcc", "-shared", "-cudart", "shared", "-Xlinker", "--no-as-needed"),
+        *objects,
+        *torch_libraries(),
+        *("-o", str(output)),
+    )
+
+
+def build(library: Library, output: Path) -> None:
+    """Makes a library under a temporary name until it is whole."""
+    unfinished = output.with_suffix(".tmp")
     try:
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-        if result.returncode:
-            raise CannotBuild(f"the compiler failed ({shlex.join(command)}):\n{result.stderr[-4000:]}")
-        sys.stderr.write(result.stderr)
+        with tempfile.TemporaryDirectory() as work:
+            (build_cuda if library.name == "_C_cuda" else build_cpu)(library, unfinished, Path(work))
         unfinished.replace(output)
     finally:
         unfinished.unlink(missing_ok=True)
@@ -116,11 +217,16 @@ class BuildLibraries(build_ext):
         output.parent.mkdir(parents=True, exist_ok=True)
         try:
             build(library, output)
-        except CannotBuild as reason:
+        except (CannotBuild, NotWanted) as reason:
             # What an earlier build left must not pass for this one's.
             output.unlink(missing_ok=True)
             if self.beside_modules:
                 Path("megatron_patch", output.name).unlink(missing_ok=True)
+            if isinstance(reason, NotWanted):
+                print(f"{library.name} is not built: {reason}")
+                return
+            if library.name == "_C_cuda" and os.environ.get("MEGATRON_PATCH_CUDA") == "1":
+                raise
             # pip shows a build's warnings, and hides what it prints.
             warnings.warn(
                 f"megatron_patch: {library.name} is not built: {reason}\nThe plain formulas serve: the same results, slower.", stacklevel=1

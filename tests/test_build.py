@@ -13,6 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import torch
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
@@ -37,7 +38,8 @@ def checkout(tmp_path: Path) -> Path:
 
 
 def python(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    variables = {**{name: value for name, value in os.environ.items() if name != "CXX"}, **environment}
+    kept = {name: value for name, value in os.environ.items() if name != "CXX" and not name.startswith("MEGATRON_PATCH_")}
+    variables = {**kept, **environment}
     return subprocess.run([sys.executable, *arguments], cwd=folder, env=variables, capture_output=True, text=True, check=True)
 
 
@@ -94,6 +96,49 @@ def test_a_torch_that_is_too_old_is_named(checkout, tmp_path_factory):
     (old / "torch-2.9.1.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 2.9.1\n")
     note = build_in_place(checkout, PYTHONPATH=str(old))
     assert "torch 2.9.1 is too old; torch 2.11 and later" in note and NOTE in note
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc to build with")
+def test_the_cuda_library_compiles_without_a_warning_for_each_architecture(checkout):
+    """Asked for, as a build machine may have no CUDA torch; it then lies there, and does not load."""
+    build_in_place(checkout, MEGATRON_PATCH_CUDA="1", MEGATRON_PATCH_STRICT="1")
+    assert (checkout / "megatron_patch" / "_C_cuda.so").is_file()
+    out = python(checkout, "-m", "megatron_patch.ops", PYTHONPATH=str(checkout)).stdout
+    assert "compiled for CUDA (sm_80 sm_90 sm_100)" in out
+    if torch.version.cuda is None:
+        assert "none: this torch is a build without CUDA; the plain formulas serve" in out
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc to build with")
+def test_architectures_are_chosen_and_unknown_ones_named(checkout):
+    with pytest.raises(subprocess.CalledProcessError) as failure:
+        build_in_place(checkout, MEGATRON_PATCH_CUDA="1", MEGATRON_PATCH_CUDA_ARCHS="12;13")
+    assert "knows none of the GPU architectures 12 13; it knows" in failure.value.stderr
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="torch is a CUDA build")
+def test_beside_a_cpu_build_of_torch_no_cuda_library_is_built_and_nothing_is_warned(checkout):
+    (checkout / "megatron_patch" / "_C_cuda.so").write_bytes(b"from an earlier build")
+    done = python(checkout, "setup.py", "build_ext", "--inplace", CXX="no-such-compiler")
+    assert "_C_cuda is not built: torch is a CPU build" in done.stdout and "_C_cuda" not in done.stderr
+    assert not list(checkout.rglob("*.so"))
+
+
+def test_a_cuda_torch_without_nvcc_is_told_what_to_install(checkout, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cuda")
+    (folder / "torch").mkdir()
+    (folder / "torch" / "__init__.py").write_text("")
+    (folder / "torch" / "version.py").write_text("__version__ = '2.11.0+cu130'\ndebug = False\ncuda: str | None = '13.0'\n")
+    (folder / "torch-2.11.0.dist-info").mkdir()
+    (folder / "torch-2.11.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 2.11.0\n")
+    empty = str(tmp_path_factory.mktemp("empty"))
+    note = build_in_place(checkout, PYTHONPATH=str(folder), PATH=empty)
+    assert "_C_cuda is not built: there is no nvcc; install the CUDA toolkit" in note and NOTE in note
+    silent = build_in_place(checkout, PYTHONPATH=str(folder), PATH=empty, MEGATRON_PATCH_CUDA="0")
+    assert "_C_cuda" not in silent
+    with pytest.raises(subprocess.CalledProcessError) as failure:
+        build_in_place(checkout, PYTHONPATH=str(folder), PATH=empty, MEGATRON_PATCH_CUDA="1")
+    assert "there is no nvcc" in failure.value.stderr
 
 
 @pytest.mark.parametrize("compiled", [pytest.param(True, marks=needs_compiler), False])

@@ -12,6 +12,10 @@
 // Of torch's stable C interface; its header declares this one only where torch itself was built with CUDA.
 extern "C" int32_t aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
 
+// Found in the library's bytes by `python -m megatron_patch.ops`, which also reports what does not load here.
+extern "C" __attribute__((used, visibility("default"))) const char megatron_patch_architectures[] =
+    "megatron_patch architectures: " MEGATRON_PATCH_ARCHITECTURES;
+
 namespace megatron_patch {
 namespace {
 

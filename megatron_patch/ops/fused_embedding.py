@@ -61,5 +61,15 @@ def _register() -> None:
     torch.library.register_autograd("megatron_patch::patch_embedding_backward", backward_derivative, setup_context=remember_backward)
 
 
+def _backward_on_cuda(grad: torch.Tensor, token_ids: torch.Tensor, num_rows: int, vocab_start: int | None = None) -> torch.Tensor:
+    """Sorts the occurrences of each id, in order, by torch; the kernel sums them."""
+    sorted_ids, order = token_ids.reshape(-1).long().sort(stable=True)
+    rows = grad.reshape(-1, grad.shape[-1])
+    sums = torch.ops.megatron_patch.patch_embedding_sorted_backward
+    return sums(rows, sorted_ids, order, token_ids.shape[-1], num_rows, vocab_start)
+
+
 if native.load_error() is None:
     _register()
+if native.load_error("cuda") is None:
+    torch.library.impl("megatron_patch::patch_embedding_backward", "CUDA")(_backward_on_cuda)

@@ -17,7 +17,11 @@ from megatron_patch.ops.plain import IGNORE_INDEX, accumulation_dtype
 
 
 def multi_token_loss(
-    logits: torch.Tensor, labels: torch.Tensor, vocab_start: int | None = None, group: dist.ProcessGroup | None = None
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    vocab_start: int | None = None,
+    group: dist.ProcessGroup | None = None,
+    in_place: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Each row's distribution scored against its K labels (arXiv 2407.12665, equation 3), label by label; as `plain.multi_token_loss`.
 
@@ -26,6 +30,8 @@ def multi_token_loss(
         labels: int64 [N, K]; IGNORE_INDEX is not scored.
         vocab_start: the id of the shard's first column; None: all of the vocabulary is here.
         group: the ranks that hold the shards; they exchange [N, 2 + K] floats once. None: this shard is all there is.
+        in_place: the backward pass writes the gradient over the logits (contiguous, and not needed any more) instead of beside them;
+            torch.compile knows no such thing, and leaves it out.
 
     Returns:
         (negative log-likelihoods [N, K], 0 where a label is not scored; log-sum-exp of each row [N]), float32 (float64 stays float64).
@@ -35,7 +41,9 @@ def multi_token_loss(
             where looking would mean waiting, labels out of range end the process's CUDA work with a printed line that names them.
     """
     name = None if group is None else group.group_name
-    nll, lse, _ = torch.ops.megatron_patch.multi_token_loss(logits, labels, vocab_start, name)
+    nll, lse, _ = torch.ops.megatron_patch.multi_token_loss(
+        logits, labels, vocab_start, name, in_place and not torch.compiler.is_compiling()
+    )
     return nll, lse
 
 
@@ -67,8 +75,10 @@ def normalize(statistics: torch.Tensor, labels: torch.Tensor, group: str | None)
 
 
 def _loss(
-    logits: torch.Tensor, labels: torch.Tensor, vocab_start: int | None = None, group: str | None = None
+    logits: torch.Tensor, labels: torch.Tensor, vocab_start: int | None = None, group: str | None = None, in_place: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    if in_place and not logits.is_contiguous():
+        raise ValueError("logits must be contiguous to be overwritten")
     statistics = torch.ops.megatron_patch.multi_token_loss_statistics(logits, labels, vocab_start)
     normalizer, nll, lse = normalize(statistics, labels, group)
     return nll, lse, normalizer
@@ -76,13 +86,13 @@ def _loss(
 
 def _register() -> None:
     library = "megatron_patch::multi_token_loss"
-    schema = "(Tensor logits, Tensor labels, int? vocab_start=None, str? group=None) -> (Tensor, Tensor, Tensor)"
+    schema = "(Tensor logits, Tensor labels, int? vocab_start=None, str? group=None, bool in_place=False) -> (Tensor, Tensor, Tensor)"
     torch.library.define(library, schema)
     torch.library.impl(library, ("CPU", "CUDA"))(_loss)
 
     @torch.library.register_fake(library)
     def _(
-        logits: torch.Tensor, labels: torch.Tensor, vocab_start: int | None = None, group: str | None = None
+        logits: torch.Tensor, labels: torch.Tensor, vocab_start: int | None = None, group: str | None = None, in_place: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         dtype = accumulation_dtype(logits.dtype)
         return (
@@ -108,13 +118,18 @@ def _register() -> None:
         return logits.new_empty(labels.shape[:1], dtype=accumulation_dtype(logits.dtype))
 
     def remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-        logits, labels, ctx.vocab_start, _ = inputs
+        logits, labels, ctx.vocab_start, _, ctx.in_place = inputs
         ctx.save_for_backward(logits, labels, output[2])
 
-    def derivative(ctx: Any, grad_nll: torch.Tensor, grad_lse: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+    def derivative(ctx: Any, grad_nll: torch.Tensor, grad_lse: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         logits, labels, normalizer = ctx.saved_tensors
-        gradient = torch.ops.megatron_patch.multi_token_loss_gradient
-        return gradient(logits, labels, normalizer, grad_nll, grad_lse, ctx.vocab_start), None, None, None
+        arguments = (labels, normalizer, grad_nll, grad_lse, ctx.vocab_start)
+        if ctx.in_place:
+            gradient = logits.detach()
+            torch.ops.megatron_patch.multi_token_loss_gradient_(gradient, *arguments)
+        else:
+            gradient = torch.ops.megatron_patch.multi_token_loss_gradient(logits, *arguments)
+        return gradient, None, None, None, None
 
     torch.library.register_autograd(library, derivative, setup_context=remember)
 

@@ -294,4 +294,4 @@ def test_without_the_library_the_plain_formulas_serve_with_one_warning(tmp_path,
 def test_the_report_names_what_is_built():
     done = subprocess.run([sys.executable, "-m", "megatron_patch.ops"], capture_output=True, text=True, check=True)
     assert f"torch {torch.__version__}" in done.stdout
-    assert "patch_embedding (float32, bfloat16, float16, float64)" in done.stdout
+    assert "linear_multi_token_loss (float32, bfloat16, float16, float64)" in done.stdout

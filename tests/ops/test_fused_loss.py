@@ -166,6 +166,28 @@ def test_the_bits_do_not_depend_on_threads_or_on_the_way(dtype):
     assert torch.equal(results[0][1], results[0][4]), "in one go or in two, the gradient is the same"
 
 
+@pytest.mark.parametrize("traced", [False, True])
+def test_the_gradient_may_overwrite_the_logits(traced):
+    case = loss_case(2, 9, 3, 70, torch.float32)
+
+    def loss(hidden, in_place):
+        logits = hidden * 2.0
+        nll, lse = fused_loss.multi_token_loss(logits, case.labels, in_place=in_place)
+        return nll.sum() + lse.sum(), logits
+
+    torch._dynamo.reset()
+    function = torch.compile(loss, fullgraph=True, backend="aot_eager") if traced else loss
+    hidden = case.logits.clone().requires_grad_()
+    total, logits = function(hidden, True)
+    (mine,) = torch.autograd.grad(total, hidden)
+    (expected,) = torch.autograd.grad(loss(hidden, False)[0], hidden)
+    assert torch.equal(mine, expected)
+    if not traced:
+        assert torch.equal(logits.detach() * 2, expected)
+    with pytest.raises(ValueError, match="contiguous to be overwritten"):
+        fused_loss.multi_token_loss(case.logits.t().contiguous().t(), case.labels, in_place=True)
+
+
 def test_extreme_logits_have_the_results_that_torch_gives():
     rows = torch.tensor(
         [

@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# Everything that only a GPU can show, in one go: build, correctness, kernels, training. Results go to benchmarks/results, and to $OUT too
+# where that is set. Without a network, wheels of what is missing may lie in .whl.
+#   bash benchmarks/on_gpu.sh            all
+#   bash benchmarks/on_gpu.sh test       build and correctness alone; or: kernels, training
+set -uo pipefail
+cd "$(dirname "$0")/.."
+export TOKENIZERS_PARALLELISM=false DS_BUILD_OPS=0 MEGATRON_PATCH_CUDA=1
+python=${PYTHON:-python3}
+if compgen -G '.whl/*.whl' >/dev/null; then
+  $python -m pip install -q --no-index --no-deps --no-compile --target "$HOME/site" .whl/*.whl
+  export PYTHONPATH="$HOME/site:$PWD${PYTHONPATH:+:$PYTHONPATH}"
+else
+  export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+fi
+what=${1:-all}
+failed=0
+step() {
+  echo "== $*"
+  "$@" || { echo "== FAILED ($?): $*"; failed=1; }
+}
+nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
+step $python setup.py -q build_ext --inplace
+step $python -m megatron_patch.ops
+case $what in all | test) step $python -m pytest tests/gpu tests/model tests/ops -m gpu -q --timeout 500 ;; esac
+case $what in all | kernels) step $python benchmarks/kernels.py ;; esac
+case $what in all | training) step $python benchmarks/training.py ;; esac
+if [ -n "${OUT:-}" ]; then cp benchmarks/results/*-cuda-*.json "$OUT"/ 2>/dev/null; fi
+exit $failed

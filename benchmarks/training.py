@@ -1,0 +1,193 @@
+#!/usr/bin/env python
+"""How fast whole training steps are: patches beside tokens, fused beside plain operators, and a bare loop over Hugging Face's Llama.
+
+    python benchmarks/training.py                one device, at the size that docs/performance.md quotes for it
+    python benchmarks/training.py --hidden 2048 --layers 24 --seq-length 2048 --micro-batch-size 2
+
+Each variant is a run of pretrain_gpt_patch.py in a process of its own, over random tokens; its figures are the medians of its metrics
+behind the first steps. "tokens / bare loop" is what a user sees: tokens of text a second beside the loop that everybody writes first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from _measure import print_table, write_results
+
+from megatron_patch.data.indexed_dataset import IndexedDatasetWriter
+from megatron_patch.model.flops import peak_flops
+from megatron_patch.training.callbacks.metrics import read_metrics
+
+ROOT = Path(__file__).parent.parent
+SKIPPED = 3
+Row = dict[str, Any]
+
+
+def parse() -> argparse.Namespace:
+    """Reads the command line; sizes by default are those of a GPU or of a CPU."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    cuda = torch.cuda.is_available()
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if cuda else "cpu")
+    parser.add_argument("--layers", type=int, default=24 if cuda else 4)
+    parser.add_argument("--hidden", type=int, default=1024 if cuda else 256)
+    parser.add_argument("--heads", type=int, default=16 if cuda else 4)
+    parser.add_argument("--ffn", type=int, default=2752 if cuda else 688)
+    parser.add_argument("--vocab", type=int, default=32_000 if cuda else 8192)
+    parser.add_argument("--seq-length", type=int, default=2048 if cuda else 256)
+    parser.add_argument("--micro-batch-size", type=int, default=8 if cuda else 4)
+    parser.add_argument("--steps", type=int, default=20 if cuda else 10)
+    parser.add_argument("--patch-sizes", type=int, nargs="+", default=[4])
+    parser.add_argument("--bare-loop", action="store_true", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def write_corpus(prefix: Path, vocab: int, tokens: int) -> None:
+    """Random ids in documents of about 1,000 tokens."""
+    draw = np.random.default_rng(0)
+    with IndexedDatasetWriter(str(prefix), np.dtype(np.uint16)) as writer:
+        for _ in range(-(-tokens // 1000)):
+            writer.append(draw.integers(0, vocab, 1000).astype(np.uint16), np.array([1000]))
+        writer.finish()
+
+
+def model_flags(args: argparse.Namespace) -> list[str]:
+    """The model as flags."""
+    values = {"num-layers": args.layers, "hidden-size": args.hidden, "num-attention-heads": args.heads, "ffn-hidden-size": args.ffn}
+    values |= {"vocab-size": args.vocab, "seq-length": args.seq_length, "micro-batch-size": args.micro_batch_size}
+    return [word for name, value in values.items() for word in (f"--{name}", str(value))]
+
+
+def run_ours(args: argparse.Namespace, patch_size: int, *more: str) -> Row:
+    """A run of the program at one patch size: one micro-batch a step, so that batches differ as micro-batches do."""
+    sample = args.micro_batch_size * args.seq_length * patch_size
+    with tempfile.TemporaryDirectory() as folder:
+        write_corpus(Path(folder) / "x", args.vocab, sample * (args.steps + 2))
+        command = [
+            sys.executable,
+            str(ROOT / "pretrain_gpt_patch.py"),
+            *model_flags(args),
+            "--data-path",
+            f"{folder}/x",
+            "--split",
+            "1,0,0",
+        ]
+        command += ["--stages", json.dumps([{"patch_size": patch_size}]), "--global-batch-tokens", str(sample)]
+        command += ["--train-tokens", str(sample * args.steps), "--lr", "1e-4", "--save", f"{folder}/run", "--log-interval", "1000"]
+        command += ["--bf16"] if args.device == "cuda" else []
+        done = subprocess.run([*command, *more], env=environment(args), capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise SystemExit(f"{' '.join(command)}\n{done.stdout[-3000:]}{done.stderr[-3000:]}")
+        records = list(read_metrics(Path(folder) / "run" / "metrics.jsonl"))
+    steps = [record for record in records if record["type"] == "step"][SKIPPED:]
+    seconds = statistics.median(record["step_seconds"] for record in steps)
+    return {
+        "tokens_per_second": sample / seconds,
+        "positions_per_second": sample / patch_size / seconds,
+        "tflops": sample / patch_size / seconds * records[0]["token_flops"] / 1e12,
+        "memory_gib": steps[-1]["memory_gib"],
+    }
+
+
+def environment(args: argparse.Namespace) -> dict[str, str]:
+    """One rank, as a launcher would set it."""
+    return {
+        **os.environ,
+        "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}",
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "29519",
+        **({"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"} if args.device == "cpu" else {}),
+    }
+
+
+def bare_loop(args: argparse.Namespace) -> None:
+    """Token-level training as everybody writes it first: Hugging Face's Llama, its own loss, AdamW; prints a JSON line."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    device = torch.device(args.device)
+    dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
+    config = LlamaConfig(
+        vocab_size=args.vocab,
+        hidden_size=args.hidden,
+        intermediate_size=args.ffn,
+        num_hidden_layers=args.layers,
+        num_attention_heads=args.heads,
+        max_position_embeddings=args.seq_length,
+        attn_implementation="sdpa",
+    )
+    model = LlamaForCausalLM(config).to(device, dtype)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    times = []
+    for _ in range(args.steps):
+        ids = torch.randint(0, args.vocab, (args.micro_batch_size, args.seq_length), device=device)
+        began = time.perf_counter()
+        model(input_ids=ids, labels=ids).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - began)
+    rate = args.micro_batch_size * args.seq_length / statistics.median(times[SKIPPED:])
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    memory = (torch.cuda.max_memory_allocated() if device.type == "cuda" else resident) / 2**30
+    print(json.dumps({"tokens_per_second": rate, "positions_per_second": rate, "memory_gib": memory}))
+
+
+def run_bare_loop(args: argparse.Namespace) -> Row:
+    """The bare loop in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, __file__, *sys.argv[1:], "--bare-loop"], env=environment(args), capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise SystemExit(done.stdout[-2000:] + done.stderr[-3000:])
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def main() -> None:
+    """Measures and prints."""
+    args = parse()
+    if args.bare_loop:
+        bare_loop(args)
+        return
+    variants: dict[str, Row] = {"bare loop, Hugging Face": run_bare_loop(args)}
+    variants["tokens, plain operators"] = run_ours(args, 1, "--operators", "plain")
+    variants["tokens"] = run_ours(args, 1)
+    variants["tokens, compiled"] = run_ours(args, 1, "--compile")
+    for patch_size in args.patch_sizes:
+        variants[f"patches of {patch_size}, plain operators"] = run_ours(args, patch_size, "--operators", "plain")
+        variants[f"patches of {patch_size}"] = run_ours(args, patch_size)
+        variants[f"patches of {patch_size}, compiled"] = run_ours(args, patch_size, "--compile")
+    peak = peak_flops(torch.cuda.get_device_name()) if args.device == "cuda" else None
+    bare = variants["bare loop, Hugging Face"]["tokens_per_second"]
+    lines = []
+    for name, row in variants.items():
+        row["tokens_over_bare_loop"] = row["tokens_per_second"] / bare
+        rates = [f"{row['tokens_per_second']:,.0f}", f"{row['positions_per_second']:,.0f}", f"{row['tokens_over_bare_loop']:.2f}"]
+        if "tflops" in row:
+            row["mfu"] = row["tflops"] * 1e12 / peak if peak else None
+        mfu = f"{row['mfu']:.1%}" if row.get("mfu") else "-"
+        lines.append([name, *rates, f"{row['tflops']:.3g}" if "tflops" in row else "-", mfu, f"{row['memory_gib']:.2f}"])
+    title = f"Training steps, {args.layers} x {args.hidden}, T = {args.seq_length}, micro-batch {args.micro_batch_size}, {args.device}"
+    print_table(title, ["variant", "tokens/s", "positions/s", "tokens / bare loop", "TFLOP/s", "MFU", "GiB"], lines)
+    rows = [{"variant": name, **row} for name, row in variants.items()]
+    settings = {name: value for name, value in vars(args).items() if name != "bare_loop"}
+    write_results("training", torch.device(args.device), {"settings": settings, "rows": rows})
+
+
+if __name__ == "__main__":
+    main()

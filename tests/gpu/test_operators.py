@@ -1,0 +1,224 @@
+"""The CUDA operators on a GPU: the CPU's cases against float64, bits, memory, tracing, streams, and errors without waiting."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_patch.ops import fused_embedding, fused_linear_loss, fused_loss, native, plain
+from tests.ops.cases import LOSS_CASES, NARROW, assert_within, loss_case
+from tests.ops.test_fused_embedding import gradient_of_rows, mean_of_rows
+
+pytestmark = pytest.mark.gpu
+kernels = torch.ops.megatron_patch
+
+
+def test_the_operators_are_built():
+    assert native.load_error("cuda") is None
+
+
+def on_gpu(tensor):
+    return None if tensor is None else tensor.cuda()
+
+
+@settings(max_examples=200)
+@given(LOSS_CASES, st.integers(0, 99))
+def test_losses_and_their_gradient_equal_the_formula_in_float64(case, seed):
+    logits = case.logits.cuda().requires_grad_()
+    nll, lse = fused_loss.multi_token_loss(logits, case.labels.cuda())
+    exact_nll, exact_lse = case.exact()
+    assert_within(nll, exact_nll, exact_nll.abs() + 0.1, torch.float32)
+    assert_within(lse, exact_lse, exact_lse.abs() + case.logits.double().amax(dim=1).abs(), torch.float32)
+    generator = torch.Generator().manual_seed(seed)
+    grad_nll, grad_lse = torch.randn(nll.shape, generator=generator), torch.randn(lse.shape, generator=generator)
+    torch.autograd.backward((nll, lse), (grad_nll.cuda(), grad_lse.cuda()))
+    assert_within(logits.grad, *case.exact_gradient(grad_nll, grad_lse), case.logits.dtype)
+
+
+def check_one_go(case):
+    rows = case.logits.cuda()
+    losses = kernels.multi_token_loss_and_gradient_(rows, case.labels.cuda(), on_gpu(case.label_weights), case.z_loss)
+    exact, lse = case.exact_row_losses(), case.exact()[1]
+    size = (lse.abs() + case.logits.double().amax(dim=1).abs()).square() if len(lse) else lse
+    assert_within(losses, exact, exact.abs() + (0.1 + case.z_loss * size) * case.weights.sum(dim=1), torch.float32)
+    assert_within(rows, *case.exact_gradient(), case.logits.dtype)
+
+
+@settings(max_examples=200)
+@given(LOSS_CASES)
+def test_loss_and_gradient_in_one_go_equal_the_formula_in_float64(case):
+    check_one_go(case)
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize(("rows", "k", "vocab"), [(2048, 4, 32_000), (300, 8, 128_256), (513, 1, 50_257), (4000, 2, 3)])
+def test_whole_vocabularies(rows, k, vocab, dtype):
+    check_one_go(loss_case(3, rows, k, vocab, dtype, weighted=True, z_loss=1e-3))
+
+
+@settings(max_examples=100)
+@given(
+    st.integers(0, 10**6),
+    st.lists(st.integers(0, 9), min_size=0, max_size=3),
+    st.integers(1, 9),
+    st.integers(1, 60),
+    st.sampled_from([1, 2, 7, 8, 64, 257, 600]),
+    st.sampled_from(NARROW),
+)
+def test_the_embedding_equals_the_formula_in_float64(seed, patches, k, vocab, hidden, dtype):
+    check_embedding(seed, patches, k, vocab, hidden, dtype)
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize(("patches", "k", "vocab", "hidden"), [((4, 2048), 4, 32_000, 1024), ((9000,), 2, 3, 64), ((64,), 16, 1, 8)])
+def test_large_embeddings_and_ids_that_fill_many_tiles(patches, k, vocab, hidden, dtype):
+    check_embedding(7, patches, k, vocab, hidden, dtype)
+
+
+def check_embedding(seed, patches, k, vocab, hidden, dtype):
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(vocab, hidden, generator=generator).to(dtype)
+    ids = torch.randint(0, vocab, (*patches, k), generator=generator)
+    grad = torch.randn(*patches, hidden, generator=generator).to(dtype)
+    table = weight.cuda().requires_grad_()
+    out = fused_embedding.patch_embedding(table, ids.cuda())
+    out.backward(grad.cuda())
+    assert_within(out, mean_of_rows(weight, ids), mean_of_rows(weight.abs(), ids), dtype)
+    assert_within(table.grad, *gradient_of_rows(vocab, ids, grad), dtype)
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+def test_the_same_bits_on_every_run_and_as_the_cpu_s_embedding(dtype):
+    case = loss_case(1, 700, 3, 9000, dtype)
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(500, 256, generator=generator).to(dtype)
+    ids = torch.randint(0, 500, (3000, 4), generator=generator)
+    results = []
+    for _ in range(3):
+        rows = case.logits.cuda()
+        losses = kernels.multi_token_loss_and_gradient_(rows, case.labels.cuda())
+        table = weight.cuda().requires_grad_()
+        out = fused_embedding.patch_embedding(table, ids.cuda())
+        out.sum().backward()
+        results.append((losses, rows, out.detach(), table.grad))
+    for each in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(each, results[0], strict=True))
+    assert torch.equal(results[0][2].cpu(), fused_embedding.patch_embedding(weight, ids))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 4e-3)])
+@pytest.mark.parametrize("chunk_rows", [100, 4096])
+def test_the_chunked_head_follows_the_formula(dtype, tolerance, chunk_rows):
+    case = loss_case(5, 900, 4, 3000, torch.float32, weighted=True, z_loss=1e-3)
+    generator = torch.Generator().manual_seed(1)
+    hidden = torch.randn(900, 64, generator=generator).to(dtype)
+    weight = (torch.randn(3000, 64, generator=generator) * 0.2).to(dtype)
+    ours = [tensor.cuda().requires_grad_() for tensor in (hidden, weight)]
+    loss, count = fused_linear_loss.linear_multi_token_loss(
+        *ours, case.labels.cuda(), on_gpu(case.label_weights), case.z_loss, chunk_rows=chunk_rows
+    )
+    mine = torch.autograd.grad(loss / count, ours)
+    wide = [tensor.double().requires_grad_() for tensor in (hidden, weight)]
+    exact, exact_count = plain.linear_multi_token_loss(*wide, case.labels, case.label_weights, case.z_loss)
+    expected = torch.autograd.grad(exact / exact_count, wide)
+    assert loss.item() == pytest.approx(exact.item(), rel=tolerance) and count.item() == pytest.approx(exact_count.item())
+    for value, other in zip(mine, expected, strict=True):
+        assert value.dtype == dtype and (value.cpu().double() - other).norm() <= tolerance * other.norm()
+
+
+def test_peak_memory_of_the_chunked_head_is_a_chunk_and_the_gradients():
+    rows, width, vocab, chunk = 8192, 64, 32_000, 512
+    hidden = torch.randn(rows, width, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn(vocab, width, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    labels = torch.randint(0, vocab, (rows, 4), device="cuda")
+
+    def work():
+        loss, _ = fused_linear_loss.linear_multi_token_loss(hidden, weight, labels, chunk_rows=chunk)
+        return torch.autograd.grad(loss, (hidden, weight))
+
+    work()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    work()
+    peak = torch.cuda.max_memory_allocated() - before
+    logits, gradients = chunk * vocab * 2, vocab * width * (4 + 4 + 2) + rows * width * 4
+    assert peak <= 1.2 * (logits + gradients) < 0.3 * rows * vocab * 2
+
+
+def test_gradcheck_opcheck_and_tracing():
+    case = loss_case(8, 4, 3, 7, torch.float64)
+    labels = case.labels.cuda()
+    assert torch.autograd.gradcheck(lambda z: fused_loss.multi_token_loss(z, labels), case.logits.cuda().requires_grad_())
+    weight = torch.randn(7, 4, dtype=torch.float64, device="cuda", requires_grad=True)
+    ids = torch.randint(0, 7, (5, 3), device="cuda")
+    assert torch.autograd.gradcheck(fused_embedding.patch_embedding, (weight, ids))
+    torch.library.opcheck(kernels.patch_embedding.default, (weight, ids, None))
+    torch.library.opcheck(kernels.multi_token_loss.default, (case.logits.cuda().requires_grad_(), labels))
+    torch.library.opcheck(kernels.multi_token_loss_and_gradient_.default, (case.logits.cuda(), labels))
+
+    def model(table, head):
+        hidden = fused_embedding.patch_embedding(table, ids)
+        return fused_linear_loss.linear_multi_token_loss(hidden, head, ids)[0]
+
+    table, head = torch.randn(7, 8, device="cuda", requires_grad=True), torch.randn(7, 8, device="cuda", requires_grad=True)
+    traced = torch.compile(model, fullgraph=True)
+    mine = torch.autograd.grad(traced(table, head), (table, head))
+    torch.testing.assert_close(mine, torch.autograd.grad(model(table, head), (table, head)))
+
+
+def test_nothing_waits_for_the_gpu():
+    """Under torch's synchronisation check every hidden wait is an error."""
+    weight = torch.randn(100, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    ids = torch.randint(0, 100, (50, 4), device="cuda")
+    weights = torch.ones(4, device="cuda")
+
+    def work():
+        hidden = fused_embedding.patch_embedding(weight, ids)
+        loss, count = fused_linear_loss.linear_multi_token_loss(hidden, weight, ids, weights, chunk_rows=16)
+        (loss / count).backward()
+
+    work()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        work()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_other_streams_and_cuda_graphs():
+    case = loss_case(4, 64, 4, 5000, torch.bfloat16)
+    logits, labels = case.logits.cuda(), case.labels.cuda()
+    kernels.multi_token_loss_and_gradient_(logits.clone(), labels)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    captured = logits.clone()
+    with torch.cuda.graph(graph):
+        losses = kernels.multi_token_loss_and_gradient_(captured, labels)
+    captured.copy_(logits)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert_within(losses, case.exact_row_losses(), 2 * case.exact_row_losses() + 0.5, torch.float32)
+    assert_within(captured, *case.exact_gradient(), torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        ("fused_loss.multi_token_loss(torch.zeros(3, 9).cuda(), torch.tensor([[1], [9], [2]]).cuda())", "labels hold 9 in row 1"),
+        (
+            "fused_embedding.patch_embedding(torch.zeros(5, 8).cuda(), torch.tensor([[1, 2], [-3, 0]]).cuda())",
+            "token_ids hold -3 in patch 1",
+        ),
+    ],
+)
+def test_what_is_out_of_range_ends_the_work_and_is_named(call, words):
+    """In a process of its own: the CUDA context does not survive it."""
+    script = f"import torch\nfrom megatron_patch.ops import fused_embedding, fused_loss\n{call}\ntorch.cuda.synchronize()"
+    done = subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parent.parent.parent, capture_output=True, text=True)
+    assert done.returncode != 0 and words in done.stdout + done.stderr
