@@ -7,7 +7,7 @@ OUTPUT/step-00000000, which a run begins from with `--load OUTPUT --finetune`.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,9 @@ from megatron_patch.convert.tensor_names import parameter_shapes
 from megatron_patch.engine.state_files import FORMAT, StateFiles
 from megatron_patch.errors import CheckpointError
 from megatron_patch.model.shape import ModelShape
+
+UNFINISHED = (checkpoint_files.folder_name(0), f".trash-{checkpoint_files.folder_name(0)}", "tokenizer")
+"""What an import that was interrupted leaves in its folder."""
 
 
 @dataclass(frozen=True)
@@ -85,13 +88,19 @@ def groups_by_size(sizes: Sequence[int], limit: int) -> list[list[int]]:
     return groups
 
 
-def check_output(output: Path) -> None:
+def check_output(output: Path, unfinished: Collection[str] = ()) -> None:
     """Refuses a folder that has something in it.
+
+    Args:
+        output: the folder.
+        unfinished: names that an interrupted attempt may have left there, as long as they make no whole checkpoint.
 
     Raises:
         CheckpointError: it has.
     """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    found = [path.name for path in output.iterdir()] if output.is_dir() else []
+    whole = any((output / name / checkpoint_files.MANIFEST).is_file() for name in found)
+    if output.exists() and (not output.is_dir() or whole or not set(found) <= set(unfinished)):
         raise CheckpointError(f"--output {output} exists", "a new or empty folder", "choose another, or remove it")
 
 

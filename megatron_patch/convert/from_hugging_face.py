@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from megatron_patch.convert.architectures import shape_of
-from megatron_patch.convert.checkpoint_io import check_output, groups_by_size, write_weights
+from megatron_patch.convert.checkpoint_io import UNFINISHED, check_output, groups_by_size, write_weights
 from megatron_patch.convert.tensor_names import Mapped, is_buffer, mapped_tensors, match_prefix, parameter_shapes
 from megatron_patch.convert.tokenizer_files import FILES
 from megatron_patch.convert.weight_files import Weights, open_weights
@@ -82,7 +82,7 @@ def from_hugging_face(
     if shape is None:
         config = config or source / "config.json"
         shape = shape_of(read_config(config), str(config), divisible_by)
-    check_output(output)
+    check_output(output, UNFINISHED)
     weights = open_weights(source)
     own_names = any(_own_name(name) == "embedding.word.weight" for name in weights.infos)
     plan = _own_plan(weights, shape) if own_names else _plan(weights, shape)

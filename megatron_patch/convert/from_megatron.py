@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from megatron_patch.convert.checkpoint_io import check_output, groups_by_size, write_weights
+from megatron_patch.convert.checkpoint_io import UNFINISHED, check_output, groups_by_size, write_weights
 from megatron_patch.convert.from_hugging_face import FILE_BYTES, Import
 from megatron_patch.convert.tensor_names import parameter_shapes
 from megatron_patch.convert.weight_files import load_torch_file
@@ -244,7 +244,7 @@ def from_megatron(source: Path, output: Path) -> Import:
     Raises:
         CheckpointError: another layout, a model that ours does not compute, a tensor that is missing, unexpected or of another shape.
     """
-    check_output(output)
+    check_output(output, UNFINISHED)
     file = find_file(source)
     state = load_torch_file(file, _STAND_INS)
     arguments = state.get("args") if isinstance(state, dict) else None

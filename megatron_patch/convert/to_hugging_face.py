@@ -128,7 +128,17 @@ def _identity(checkpoint: CheckpointWeights) -> str:
 
 def _write_shard(path: Path, tensors: list[Mapped], checkpoint: CheckpointWeights, dtype: torch.dtype) -> Entry:
     names = [(tensor.name, tensor.shape) for tensor in tensors]
-    return write_safetensors(path, names, dtype, (tensor.join(checkpoint.parameter) for tensor in tensors), {"format": "pt"})
+    return write_safetensors(path, names, dtype, (_rounded(tensor, checkpoint, dtype) for tensor in tensors), {"format": "pt"})
+
+
+def _rounded(mapped: Mapped, checkpoint: CheckpointWeights, dtype: torch.dtype) -> torch.Tensor:
+    tensor = mapped.join(checkpoint.parameter)
+    result = tensor.to(dtype)
+    if dtype == torch.float16 and not bool(torch.isfinite(result).all()) and bool(torch.isfinite(tensor).all()):
+        raise CheckpointError(
+            f"tensor {mapped.name} has values up to {float(tensor.abs().max()):.3g}", "65504, float16's largest", "use --dtype bf16 or fp32"
+        )
+    return result
 
 
 def _write_progress(partial: Path, source: Mapping[str, Any], done: Mapping[str, Entry]) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_patch.convert import from_hugging_face as from_hugging_face_module
 from megatron_patch.convert.architectures import architecture_of, config_of, shape_of
 from megatron_patch.convert.checkpoint_io import open_checkpoint
 from megatron_patch.convert.flags import flags_of
@@ -198,6 +199,30 @@ def test_an_export_without_its_tokenizer_is_whole_but_for_it(tmp_path):
     checkpoint = open_checkpoint(str(make_checkpoint(tmp_path / "ckpt", LLAMA, data_info=info)))
     assert to_hugging_face(checkpoint, tmp_path / "hf").tokenizer == ()
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["eos_token_id"] == 7
+
+
+def test_an_import_that_was_interrupted_is_made_again_and_a_whole_one_is_not_touched(tmp_path, monkeypatch):
+    _, folder = export(tmp_path, LLAMA)
+    make_tokenizer(folder, 53)
+    monkeypatch.setattr(from_hugging_face_module, "_parameters", lambda *args: iter([]))
+    with pytest.raises((StopIteration, RuntimeError)):
+        from_hugging_face(folder, tmp_path / "in")
+    monkeypatch.undo()
+    assert (tmp_path / "in" / "step-00000000").is_dir()
+    done = from_hugging_face(folder, tmp_path / "in")
+    assert open_checkpoint(str(tmp_path / "in")).found.folder == done.folder
+    with pytest.raises(CheckpointError, match="exists"):
+        from_hugging_face(folder, tmp_path / "in")
+
+
+def test_values_that_float16_cannot_hold_are_refused_by_name(tmp_path):
+    parameters = random_parameters(LLAMA)
+    parameters["blocks.1.feed_forward.down.weight"][3, 3] = 1e5
+    checkpoint = open_checkpoint(str(make_checkpoint(tmp_path / "ckpt", LLAMA, parameters)))
+    with pytest.raises(CheckpointError, match=r"model.layers.1.mlp.down_proj.weight has values up to 1e\+05"):
+        to_hugging_face(checkpoint, tmp_path / "hf", dtype="fp16")
+    assert not (tmp_path / "hf").exists()
+    assert to_hugging_face(checkpoint, tmp_path / "hf", dtype="bf16").dtype == "bf16"
 
 
 @pytest.mark.parametrize("name", SHAPES)
