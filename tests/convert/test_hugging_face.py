@@ -6,6 +6,7 @@ import dataclasses
 import json
 import shutil
 import struct
+import weakref
 
 import pytest
 import torch
@@ -121,6 +122,22 @@ def test_shards_are_cut_by_size_and_resumed_by_checksum(tmp_path):
     theirs = transformers.AutoModelForCausalLM.from_pretrained(str(tmp_path / "parts"))
     assert torch.equal(theirs.state_dict()["lm_head.weight"], expected["lm_head.weight"])
     assert from_hugging_face(tmp_path / "parts", tmp_path / "in").tensors == len(expected)
+
+
+def test_one_tensor_is_in_memory_at_a_time(tmp_path):
+    """Besides the parameters that one tensor is stacked of: GPT-2's queries, keys and values."""
+    checkpoint = open_checkpoint(str(make_checkpoint(tmp_path / "ckpt", GPT2)))
+    alive, most = weakref.WeakSet(), 0
+
+    def parameter(name):
+        nonlocal most
+        tensor = checkpoint.parameter(name)
+        alive.add(tensor)
+        most = max(most, len(alive))
+        return tensor
+
+    to_hugging_face(dataclasses.replace(checkpoint, parameter=parameter), tmp_path / "hf", max_shard_size=10**9)
+    assert most <= 4
 
 
 def test_other_settings_do_not_go_on_from_an_unfinished_export(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import pickle
@@ -21,10 +22,12 @@ from megatron_patch.convert.to_hugging_face import to_hugging_face
 from megatron_patch.engine.inference import load_model
 from megatron_patch.errors import CheckpointError
 from megatron_patch.model.gpt import GPTModel
+from tests.config.test_resolve import resolve
 from tests.convert.models import make_checkpoint, random_parameters
 from tests.distributed.ranks import free_port
 from tests.distributed.runs import ROOT
 from tests.model.shapes import GPT2, LLAMA, QWEN3
+from tests.tools.test_tools import tool
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +49,16 @@ def test_megatron_computes_the_same_logits(kind, megatron, tmp_path):
         found = load_model(str(tmp_path / "ckpt")).model.logits(expected["ids"][..., None])
     torch.testing.assert_close(found, expected["logits"], rtol=0.0, atol=1e-5)
     assert float(expected["logits"].std()) > 0.1
+
+
+def test_the_tool_imports_and_prints_flags_that_make_the_shape(megatron, tmp_path):
+    result = json.loads(
+        tool("convert_checkpoint", "from-megatron", "--input", megatron / "scaled", "--output", tmp_path / "ckpt").splitlines()[-1]
+    )
+    words = ["--seq-length", "16", "--global-batch-size", "4", "--train-tokens", "1024", "--dry-run"]
+    shape = resolve(*result["flags"], *words).shape
+    assert dataclasses.replace(shape, max_positions=32) == open_checkpoint(str(tmp_path / "ckpt")).shape
+    assert shape.rotary_scaling == "linear" and shape.qk_norm and shape.qkv_bias and shape.tie_embeddings
 
 
 def read(folder):
