@@ -9,7 +9,7 @@ with a model.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from megatron_patch.errors import DataError
+from megatron_patch.errors import ConfigError, DataError
 
 Flat = tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]
 """All ids of a batch of texts one after another, and how many each text has."""
@@ -243,3 +243,27 @@ def load_tokenizer(
     if tokenizer_type in ("SentencePieceTokenizer", "Llama2Tokenizer"):
         return _sentence_piece(tokenizer_model, eod_token)
     return _hugging_face(tokenizer_model, eod_token)
+
+
+def tokenizer_of_checkpoint(
+    data_info: Mapping[str, Any], tokenizer_type: str | None, tokenizer_model: str | None, vocab_size: int
+) -> Tokenizer:
+    """The tokenizer for a checkpoint's texts: the one given, else the one that its training data was made with.
+
+    Args:
+        data_info: what the checkpoint knows of its data; may be empty.
+        tokenizer_type: as the user gives it, or None.
+        tokenizer_model: as the user gives it, or None.
+        vocab_size: of the model.
+
+    Raises:
+        ConfigError: no tokenizer is known, or one with more ids than the model has.
+        DataError: its files are missing or broken.
+    """
+    kind, model = tokenizer_type or data_info.get("tokenizer_type"), tokenizer_model or data_info.get("tokenizer_model")
+    if kind is None:
+        raise ConfigError("the checkpoint does not know its tokenizer", "--tokenizer-type and --tokenizer-model", "give them")
+    tokenizer = load_tokenizer(kind, model)
+    if tokenizer.vocab_size > vocab_size:
+        raise ConfigError(f"the tokenizer has {tokenizer.vocab_size} ids, the model {vocab_size}", "the tokenizer of the training data")
+    return tokenizer

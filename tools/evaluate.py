@@ -1,11 +1,19 @@
 #!/usr/bin/env python
-"""Evaluates a checkpoint on held-out tokens: python tools/evaluate.py --load CKPT --data-path PREFIX [--patch-size K]"""
+"""Evaluates a checkpoint.
+
+python tools/evaluate.py --load CKPT --data-path PREFIX [--patch-size K]      held-out tokens
+python tools/evaluate.py --load CKPT --text FILE … [--patch-size K]           raw text: per token, byte and word
+python tools/evaluate.py --load CKPT --tasks hellaswag,arc_easy               lm-evaluation-harness
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import sys
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,32 +21,114 @@ from megatron_patch.command_line import ArgumentParser, run_tool
 from megatron_patch.data.corpus import TokenCorpus, check_vocabulary
 from megatron_patch.data.evaluation_data import evaluation_batches, held_out_starts
 from megatron_patch.data.patch_dataset import DocumentMasking
-from megatron_patch.engine.inference import default_device, load_model
+from megatron_patch.engine.inference import LoadedModel, default_device, load_model
 from megatron_patch.errors import ConfigError, DataError
+from megatron_patch.evaluation.harness import run_tasks
+from megatron_patch.evaluation.text import read_documents, score_text
 from megatron_patch.stages import LOOKAHEAD_TOKENS
+from megatron_patch.tokenizer import Tokenizer, tokenizer_of_checkpoint
 from megatron_patch.units import parse_count
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--load", required=True, help="a run's folder, or one of its step-N folders")
+    what = parser.add_argument_group("what (one of)").add_mutually_exclusive_group(required=True)
+    what.add_argument("--data-path", help="a dataset prefix")
+    what.add_argument("--text", nargs="+", help=".txt (one document) or .jsonl files, also compressed")
+    what.add_argument("--tasks", help="names with commas")
+    parser.add_argument("--patch-size", type=int, default=1, help="K; 1 is the token-level loss")
+    parser.add_argument("--seq-length", type=int, help="positions; by default the run's")
+    parser.add_argument("--micro-batch-size", type=int, default=8)
+    parser.add_argument("--bf16", action="store_true", help="evaluate in bfloat16")
+    parser.add_argument("--tokenizer-type", help="by default what the training data's side file said")
+    parser.add_argument("--tokenizer-model")
+    tokens = parser.add_argument_group("tokens")
+    tokens.add_argument("--eval-tokens", default="all", help="how many tokens to read")
+    text = parser.add_argument_group("text")
+    text.add_argument("--json-key", default="text", help="key of the text in .jsonl files")
+    text.add_argument("--overlap", type=int, default=0, help="positions of context that a window shares with the one before")
+    text.add_argument("--words", help="words of the original, where the text has been detokenized; by default those between whitespace")
+    tasks = parser.add_argument_group("tasks")
+    tasks.add_argument("--task-data", type=Path, help="folder with the tasks' data sets, named as the hub names them")
+    tasks.add_argument("--task-path", type=Path, help="folder with more tasks as YAML files")
+    tasks.add_argument("--num-fewshot", type=int, help="by default each task's own number")
+    tasks.add_argument("--limit", type=int, help="documents of each task")
+    return parser
 
 
 def main(argv: list[str]) -> None:
     """Runs the tool."""
-    parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--load", required=True, help="a run's folder, or one of its step-N folders")
-    parser.add_argument("--data-path", required=True, help="a dataset prefix")
-    parser.add_argument("--patch-size", type=int, default=1, help="K; 1 is the token-level loss")
-    parser.add_argument("--seq-length", type=int, help="positions; by default the run's")
-    parser.add_argument("--eval-tokens", default="all", help="how many tokens to read")
-    parser.add_argument("--micro-batch-size", type=int, default=8)
-    parser.add_argument("--bf16", action="store_true", help="evaluate in bfloat16")
-    args = parser.parse_args(argv)
+    args = _parser().parse_args(argv)
     if args.patch_size < 1 or args.micro_batch_size < 1:
         raise ConfigError(f"--patch-size {args.patch_size} --micro-batch-size {args.micro_batch_size}", "whole numbers from 1")
-    device = default_device()
-    loaded = load_model(args.load, device, torch.bfloat16 if args.bf16 else torch.float32)
+    if args.tasks is not None and args.patch_size != 1:
+        raise ConfigError(f"--tasks with --patch-size {args.patch_size}", "1: tasks are asked token by token", "remove --patch-size")
+    loaded = load_model(args.load, default_device(), torch.bfloat16 if args.bf16 else torch.float32)
     positions = args.seq_length or int(loaded.options["seq_length"])
     if positions < 1 or (loaded.model.shape.position_embedding == "learned" and positions > loaded.model.shape.max_positions):
         raise ConfigError(f"--seq-length {positions}", f"1 to {loaded.model.shape.max_positions}, the model's learned positions")
+    result = {"checkpoint": str(loaded.found.folder), "step": loaded.found.state.step, "seq_length": positions}
+    if args.tasks is not None:
+        result |= _tasks(args, loaded, positions)
+    elif args.text is not None:
+        result |= _text(args, loaded, positions)
+    else:
+        result |= _tokens(args, loaded, positions)
+    print(json.dumps(result))
+
+
+def _tokenizer(args: argparse.Namespace, loaded: LoadedModel) -> Tokenizer:
+    return tokenizer_of_checkpoint(loaded.data_info or {}, args.tokenizer_type, args.tokenizer_model, loaded.model.shape.vocab_size)
+
+
+def _loss_name(patch_size: int) -> str:
+    return "token_loss" if patch_size == 1 else "patch_loss"
+
+
+def _tasks(args: argparse.Namespace, loaded: LoadedModel, positions: int) -> dict[str, Any]:
+    names = [name.strip() for name in args.tasks.split(",") if name.strip()]
+    results = run_tasks(
+        loaded.model,
+        _tokenizer(args, loaded),
+        names,
+        positions,
+        args.micro_batch_size,
+        args.task_data,
+        args.task_path,
+        args.num_fewshot,
+        args.limit,
+    )
+    return {"tasks": results}
+
+
+def _text(args: argparse.Namespace, loaded: LoadedModel, positions: int) -> dict[str, Any]:
+    if not 0 <= args.overlap < positions:
+        raise ConfigError(f"--overlap {args.overlap} with windows of {positions} positions", f"0 to {positions - 1}")
+    documents = read_documents(args.text, args.json_key)
+    score = score_text(loaded.model, _tokenizer(args, loaded), documents, positions, args.patch_size, args.overlap, args.micro_batch_size)
+    words = parse_count(args.words) if args.words else score.words
+    return {
+        "text": args.text,
+        "patch_size": args.patch_size,
+        _loss_name(args.patch_size): score.loss(),
+        "loss": score.loss(),
+        "perplexity": score.perplexity(score.tokens),
+        "byte_perplexity": score.perplexity(score.bytes),
+        "bits_per_byte": score.bits_per_byte(),
+        "word_perplexity": score.perplexity(words),
+        "tokens": score.tokens,
+        "bytes": score.bytes,
+        "words": words,
+        "documents": score.documents,
+        "overlap": args.overlap,
+    }
+
+
+def _tokens(args: argparse.Namespace, loaded: LoadedModel, positions: int) -> dict[str, Any]:
+    model, device = loaded.model, default_device()
     corpus = TokenCorpus([args.data_path])
-    check_vocabulary(corpus, loaded.model.shape.vocab_size)
+    check_vocabulary(corpus, model.shape.vocab_size)
     unit = positions * args.patch_size
     tokens = corpus.num_tokens if args.eval_tokens == "all" else parse_count(args.eval_tokens)
     lookahead = min(LOOKAHEAD_TOKENS, args.patch_size)
@@ -52,25 +142,20 @@ def main(argv: list[str]) -> None:
     totals = torch.zeros(2, dtype=torch.float64)
     masking = DocumentMasking()
     with torch.no_grad():
-        size = loaded.model.shape.vocab_size
+        size = model.shape.vocab_size
         for batch in evaluation_batches(corpus, starts, unit, positions, args.patch_size, args.micro_batch_size, 0, 1, masking, size):
-            sums = loaded.model(batch.input_ids.to(device), batch.labels.to(device))
+            sums = model(batch.input_ids.to(device), batch.labels.to(device))
             totals += torch.stack([part.double().cpu() for part in sums])
     loss_sum, labels = totals.tolist()
     loss = loss_sum / labels
-    name = "token_loss" if args.patch_size == 1 else "patch_loss"
-    result = {
-        "checkpoint": str(loaded.found.folder),
-        "step": loaded.found.state.step,
+    return {
         "data_path": args.data_path,
         "patch_size": args.patch_size,
-        name: loss,
+        _loss_name(args.patch_size): loss,
         "loss": loss,
         "perplexity": math.exp(min(loss, 700.0)),
         "tokens": int(labels),
-        "seq_length": positions,
     }
-    print(json.dumps(result))
 
 
 if __name__ == "__main__":

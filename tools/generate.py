@@ -1,18 +1,20 @@
 #!/usr/bin/env python
-"""Continues a text with a checkpoint: python tools/generate.py --load CKPT --prompt "def main(" --max-new-tokens 100"""
+"""Continues texts with a checkpoint: python tools/generate.py --load CKPT --prompt "def main(" --max-new-tokens 100 [--interactive]"""
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
+from collections.abc import Sequence
 
 import torch
 
 from megatron_patch.command_line import ArgumentParser, run_tool
-from megatron_patch.engine.inference import default_device, load_model
+from megatron_patch.engine.inference import LoadedModel, default_device, load_model
 from megatron_patch.errors import ConfigError
-from megatron_patch.model.generate import generate
-from megatron_patch.tokenizer import encode, load_tokenizer
+from megatron_patch.model.generate import Sampling, generate
+from megatron_patch.tokenizer import Tokenizer, encode, tokenizer_of_checkpoint
 
 
 def main(argv: list[str]) -> None:
@@ -20,39 +22,75 @@ def main(argv: list[str]) -> None:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--load", required=True, help="a run's folder, or one of its step-N folders")
     parser.add_argument("--prompt", action="append", help="may be given several times; without it the model starts from an end of document")
+    parser.add_argument("--interactive", action="store_true", help="read a prompt a line and answer each, to the end of the input")
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token")
-    parser.add_argument("--top-p", type=float, default=0.95)
-    parser.add_argument("--seed", type=int, default=1234)
+    parser.add_argument("--top-p", type=float, default=0.95, help="draw from the smallest set of tokens with this mass")
+    parser.add_argument("--top-k", type=int, default=0, help="draw from so many likeliest tokens; 0: from all")
+    parser.add_argument("--seed", type=int, default=1234, help="of the draws; each prompt of a batch has its own")
+    parser.add_argument("--micro-batch-size", type=int, default=16, help="prompts continued together")
+    parser.add_argument("--bf16", action="store_true", help="compute in bfloat16")
     parser.add_argument("--tokenizer-type", help="by default what the training data's side file said")
     parser.add_argument("--tokenizer-model")
     parser.add_argument("--json", action="store_true", help="one JSON line a prompt")
     args = parser.parse_args(argv)
-    device = default_device()
-    loaded = load_model(args.load, device)
-    info = loaded.data_info or {}
-    kind, model = args.tokenizer_type or info.get("tokenizer_type"), args.tokenizer_model or info.get("tokenizer_model")
-    if kind is None:
-        raise ConfigError("the checkpoint does not know its tokenizer", "--tokenizer-type and --tokenizer-model", "give them")
-    tokenizer = load_tokenizer(kind, model)
-    if tokenizer.vocab_size > loaded.model.shape.vocab_size:
-        raise ConfigError(
-            f"the tokenizer has {tokenizer.vocab_size} ids, the model {loaded.model.shape.vocab_size}", "the tokenizer of the training data"
-        )
-    for prompt in args.prompt or [""]:
-        ids = encode(tokenizer, prompt) or ([tokenizer.eod_id] if tokenizer.eod_id is not None else [])
-        out = generate(
-            loaded.model,
-            torch.tensor([ids], dtype=torch.int64, device=device),
-            args.max_new_tokens,
-            temperature=args.temperature,
-            top_p=args.top_p,
-            eod_id=tokenizer.eod_id,
-            seed=args.seed,
-        )
-        new = out[0, len(ids) :].tolist()
-        text = tokenizer.decode(new[:-1] if new and new[-1] == tokenizer.eod_id else new)
-        print(json.dumps({"prompt": prompt, "text": text, "tokens": len(new)}) if args.json else prompt + text)
+    sampling = Sampling(args.temperature, args.top_p, args.top_k, args.seed)
+    sampling.check()
+    if args.max_new_tokens < 1 or args.micro_batch_size < 1:
+        raise ConfigError(f"--max-new-tokens {args.max_new_tokens} --micro-batch-size {args.micro_batch_size}", "whole numbers from 1")
+    if args.interactive and args.prompt:
+        raise ConfigError("--interactive and --prompt", "one of them", "remove one")
+    loaded = load_model(args.load, default_device(), torch.bfloat16 if args.bf16 else torch.float32)
+    tokenizer = tokenizer_of_checkpoint(loaded.data_info or {}, args.tokenizer_type, args.tokenizer_model, loaded.model.shape.vocab_size)
+    if args.interactive:
+        _converse(loaded, tokenizer, sampling, args)
+        return
+    prompts = args.prompt or [""]
+    for start in range(0, len(prompts), args.micro_batch_size):
+        batch = prompts[start : start + args.micro_batch_size]
+        ids = [_start(tokenizer, prompt) for prompt in batch]
+        for prompt, new in zip(batch, generate(loaded.model, ids, args.max_new_tokens, sampling, tokenizer.eod_id), strict=True):
+            text = tokenizer.decode(_text_ids(tokenizer, new))
+            print(json.dumps({"prompt": prompt, "text": text, "tokens": len(new)}) if args.json else prompt + text)
+
+
+def _start(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """A prompt's ids; where it is empty, the end of the document before."""
+    return encode(tokenizer, prompt) or ([tokenizer.eod_id] if tokenizer.eod_id is not None else [])
+
+
+def _text_ids(tokenizer: Tokenizer, ids: Sequence[int]) -> Sequence[int]:
+    return ids[:-1] if ids and ids[-1] == tokenizer.eod_id else ids
+
+
+def _converse(loaded: LoadedModel, tokenizer: Tokenizer, sampling: Sampling, args: argparse.Namespace) -> None:
+    """Answers each line of the input, token by token as they come."""
+    terminal = sys.stdin.isatty()
+    while True:
+        if terminal:
+            print("> ", end="", flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        _answer(loaded, tokenizer, sampling, args.max_new_tokens, line.rstrip("\n"))
+
+
+def _answer(loaded: LoadedModel, tokenizer: Tokenizer, sampling: Sampling, new_tokens: int, prompt: str) -> None:
+    """Prints one continuation while it grows."""
+    new: list[int] = []
+    shown = ""
+
+    def show(ids: list[int]) -> None:
+        nonlocal shown
+        new.append(ids[0])
+        text = tokenizer.decode(_text_ids(tokenizer, new))
+        # Bytes that are no whole character yet wait for the next token.
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
+            print(text[len(shown) :], end="", flush=True)
+            shown = text
+
+    generate(loaded.model, [_start(tokenizer, prompt)], new_tokens, sampling, tokenizer.eod_id, show)
+    print(tokenizer.decode(_text_ids(tokenizer, new))[len(shown) :], flush=True)
 
 
 if __name__ == "__main__":

@@ -71,6 +71,16 @@ class ModelOptions:
     """Rotary or learned positions."""
     rotary_base: float = 10000.0
     """Base of the rotary frequencies."""
+    rope_scaling: Literal["none", "linear", "llama3"] = "none"
+    """Lower the rotary frequencies for longer contexts: all by --rope-scaling-factor, or the slow ones (Llama 3.1 and later)."""
+    rope_scaling_factor: float = 1.0
+    """By how much."""
+    rope_low_freq_factor: float = 1.0
+    """llama3: waves longer than --rope-original-positions over this are scaled whole."""
+    rope_high_freq_factor: float = 4.0
+    """llama3: waves shorter than --rope-original-positions over this are left alone."""
+    rope_original_positions: Count = 8192
+    """llama3: the context that the frequencies were made for."""
     qk_layernorm: bool | None = None
     """Normalise queries and keys of each head before the rotation."""
     add_qkv_bias: bool | None = None
@@ -230,7 +240,8 @@ class CheckpointOptions:
     load: str | None = None
     """Folder to resume from; a folder without a checkpoint starts a new run. By default --save."""
     finetune: bool = False
-    """Take only the weights of --load: a new run with a fresh optimizer, schedule and data order."""
+    """Take only the weights of --load: a new run with a fresh optimizer, schedule and data order. Where --save holds checkpoints of that
+    run already, it goes on with them."""
     save_interval: OptionalCount = None
     """Steps between checkpoints (stage ends are always saved)."""
     save_interval_tokens: OptionalCount = None
@@ -253,6 +264,14 @@ class LoggingOptions:
     """The same in tokens."""
     eval_tokens: Count = 1_000_000
     """Held-out tokens of an evaluation."""
+    sample_prompts: tuple[str, ...] = ()
+    """Texts that the model continues with every evaluation; an empty one is the start of a document."""
+    sample_tokens: Count = 64
+    """Length of a continuation."""
+    sample_temperature: float = 0.0
+    """0 takes the likeliest token."""
+    sample_top_p: float = 0.95
+    """Draw from the smallest set of tokens with this mass."""
     tensorboard_dir: str | None = None
     """Write TensorBoard events here."""
     wandb_project: str | None = None

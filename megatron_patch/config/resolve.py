@@ -133,6 +133,11 @@ def build_shape(options: ModelOptions, vocab_size: int, longest: int, tensor_par
         activation="swiglu" if swiglu else "gelu",
         position_embedding="rope" if pick(options.position_embedding_type, "position") == "rope" else "learned",
         rotary_base=options.rotary_base,
+        rotary_scaling=options.rope_scaling,
+        rotary_factor=options.rope_scaling_factor,
+        rotary_low_frequency_factor=options.rope_low_freq_factor,
+        rotary_high_frequency_factor=options.rope_high_freq_factor,
+        rotary_original_positions=options.rope_original_positions,
         qk_norm=pick(options.qk_layernorm, "qk"),
         attention_bias=bias,
         qkv_bias=bool(options.add_qkv_bias) or bias,
@@ -206,6 +211,12 @@ def _check_training(options: Options, plan: StagePlan) -> None:
         raise ConfigError("a save interval without --save", "--save FOLDER", "give --save")
     if logging.log_token_spans and checkpoint.save is None:
         raise ConfigError("--log-token-spans without --save", "--save FOLDER", "give --save")
+    if logging.sample_tokens < 1 or not logging.sample_temperature >= 0 or not 0 < logging.sample_top_p <= 1:
+        raise ConfigError(
+            f"--sample-tokens {logging.sample_tokens} --sample-temperature {logging.sample_temperature} "
+            f"--sample-top-p {logging.sample_top_p}",
+            "tokens from 1, a temperature from 0, top-p above 0 and up to 1",
+        )
     if not 0.0 <= schedule.adam_beta1 < 1.0 or not 0.0 <= schedule.adam_beta2 < 1.0:
         raise ConfigError(f"--adam-beta1 {schedule.adam_beta1} --adam-beta2 {schedule.adam_beta2}", "numbers from 0 to below 1")
     if schedule.clip_grad < 0 or schedule.weight_decay < 0:

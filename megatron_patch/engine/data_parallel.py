@@ -207,6 +207,16 @@ class DataParallelEngine:
         loss_sum, labels_scored = sums.tolist()
         return EvaluationResult(loss_sum / labels_scored if labels_scored else float("nan"), int(labels_scored))
 
+    def logits(self, ids: torch.Tensor) -> torch.Tensor:
+        """Distributions at K = 1; see `Engine`."""
+        self._engine.eval()
+        try:
+            with torch.no_grad():
+                result: torch.Tensor = self._engine(ids[..., None], None)
+                return result
+        finally:
+            self._engine.train()
+
     def save(self, folder: Path) -> Mapping[str, Any]:
         """Writes this rank's fragments; see `Engine`.
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
+
 from megatron_patch.data.patch_dataset import PatchBatch
 from megatron_patch.stages import Stage
 
@@ -46,6 +48,10 @@ class Engine(Protocol):
 
     def train_step(self, micro_batches: Sequence[PatchBatch], label_weights: Sequence[float], lr: float) -> StepResult:
         """One optimizer step over this rank's micro-batches of a global batch."""
+        ...
+
+    def logits(self, ids: torch.Tensor) -> torch.Tensor:
+        """int64 [B, T], the same on every rank, to one distribution a position, [B, T, V]; every rank must call it."""
         ...
 
     def evaluate(self, batches: Iterable[PatchBatch]) -> EvaluationResult:

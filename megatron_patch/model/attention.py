@@ -31,25 +31,38 @@ class AttentionContext:
 
 @dataclass
 class KeyValueCache:
-    """Keys and values of one block for the positions read so far, [B, groups, T, head_size]; for generation."""
+    """Keys and values of one block for the positions read so far, in [B, groups, room, head_size] with room to grow; for generation."""
 
+    length: int = 0
     keys: torch.Tensor | None = None
     values: torch.Tensor | None = None
 
     def extend(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Appends new positions and returns all."""
-        if self.keys is not None and self.values is not None:
-            keys, values = torch.cat((self.keys, keys), dim=2), torch.cat((self.values, values), dim=2)
-        self.keys, self.values = keys, values
-        return keys, values
+        """Appends new positions and returns all, [B, groups, T, head_size]."""
+        start, end = self.length, self.length + keys.shape[2]
+        self.keys, self.values = (_with_room(old, new, start, end) for old, new in ((self.keys, keys), (self.values, values)))
+        self.length = end
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+
+def _with_room(old: torch.Tensor | None, new: torch.Tensor, start: int, end: int) -> torch.Tensor:
+    """Storage that holds `old`'s first `start` positions and `new` behind them; where it is full, twice as much is taken."""
+    if old is None or old.shape[2] < end:
+        larger = new.new_empty(*new.shape[:2], end if old is None else 2 * end, new.shape[3])
+        if old is not None:
+            larger[:, :, :start] = old[:, :, :start]
+        old = larger
+    old[:, :, start:end] = new
+    return old
 
 
 @dataclass
 class ModelCache:
-    """One `KeyValueCache` a block, and how many positions they hold."""
+    """One `KeyValueCache` a block, how many positions they hold, and how many at the start of each row hold nothing (int64 [B])."""
 
     blocks: list[KeyValueCache] = field(default_factory=list)
     length: int = 0
+    padding: torch.Tensor | None = None
 
 
 class Attention(nn.Module):

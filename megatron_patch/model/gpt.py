@@ -58,24 +58,26 @@ class GPTModel(nn.Module):
     def forward(
         self,
         input_ids: torch.Tensor,
-        labels: torch.Tensor,
+        labels: torch.Tensor | None,
         label_weights: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         document_ids: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor] | torch.Tensor:
         """The loss of a micro-batch.
 
         Args:
             input_ids: int64 [B, T, K].
-            labels: int64 [B, T, K']; IGNORE_INDEX is not scored.
+            labels: int64 [B, T, K']; IGNORE_INDEX is not scored. None: the logits are wanted.
             label_weights: [K'], or None for 1.
             position_ids: int64 [B, T]; None: 0..T-1.
             document_ids: int64 [B, T]: a position looks only at positions of its own document; None: at all before it.
 
         Returns:
-            (sum of weighted losses in nats, sum of weights of scored labels), float32.
+            (sum of weighted losses in nats, sum of weights of scored labels), float32; without labels the logits, [B, T, V].
         """
         hidden = self._hidden(input_ids, position_ids, document_ids)
+        if labels is None:
+            return self.head.logits(hidden, self.embedding.word.weight)
         return self.head(hidden, self.embedding.word.weight, labels, label_weights)
 
     def logits(
@@ -84,6 +86,7 @@ class GPTModel(nn.Module):
         position_ids: torch.Tensor | None = None,
         document_ids: torch.Tensor | None = None,
         cache: ModelCache | None = None,
+        last_only: bool = False,
     ) -> torch.Tensor:
         """One distribution a position.
 
@@ -92,11 +95,13 @@ class GPTModel(nn.Module):
             position_ids: as in `forward`.
             document_ids: as in `forward`.
             cache: earlier positions; the new ones are appended. Not together with `document_ids`.
+            last_only: of the last position alone.
 
         Returns:
-            [B, T, V].
+            [B, T, V], or [B, 1, V].
         """
-        return self.head.logits(self._hidden(input_ids, position_ids, document_ids, cache), self.embedding.word.weight)
+        hidden = self._hidden(input_ids, position_ids, document_ids, cache)
+        return self.head.logits(hidden[:, -1:] if last_only else hidden, self.embedding.word.weight)
 
     def _hidden(
         self,
@@ -107,10 +112,13 @@ class GPTModel(nn.Module):
     ) -> torch.Tensor:
         batch, positions, _ = input_ids.shape
         earlier = 0 if cache is None else cache.length
-        if earlier and position_ids is None:
+        padding = None if cache is None else cache.padding
+        if (earlier or padding is not None) and position_ids is None:
             position_ids = torch.arange(earlier, earlier + positions, device=input_ids.device).expand(batch, -1)
+            if padding is not None:
+                position_ids = (position_ids - padding[:, None]).clamp(min=0)
         hidden = self.embedding(input_ids, position_ids)
-        context = self._context(hidden, position_ids, document_ids, earlier)
+        context = self._context(hidden, position_ids, document_ids, earlier, padding)
         if cache is not None:
             cache.blocks = cache.blocks or [KeyValueCache() for _ in self.blocks]
             cache.length += positions
@@ -122,21 +130,31 @@ class GPTModel(nn.Module):
         return self.final_norm(hidden)
 
     def _context(
-        self, hidden: torch.Tensor, position_ids: torch.Tensor | None, document_ids: torch.Tensor | None, earlier: int
+        self,
+        hidden: torch.Tensor,
+        position_ids: torch.Tensor | None,
+        document_ids: torch.Tensor | None,
+        earlier: int,
+        padding: torch.Tensor | None,
     ) -> AttentionContext:
         rotary = None
         length = hidden.shape[1]
         if self.shape.position_embedding == "rope":
             if position_ids is None:
                 position_ids = torch.arange(length, device=hidden.device)[None]
-            cos, sin = rotary_tables(position_ids, self.shape.head_size, self.shape.rotary_base, hidden.dtype)
+            cos, sin = rotary_tables(position_ids, self.shape, hidden.dtype)
             rotary = (cos[:, None], sin[:, None])
         mask = None
         if document_ids is not None:
             same = document_ids[:, :, None] == document_ids[:, None, :]
             mask = (same & torch.ones_like(same[0]).tril())[:, None]
-        elif earlier and length > 1:
+        elif padding is not None or (earlier and length > 1):
             mask = torch.ones(1, 1, length, earlier + length, dtype=torch.bool, device=hidden.device).tril(diagonal=earlier)
+        if padding is not None and mask is not None:
+            places = torch.arange(earlier + length, device=hidden.device)
+            # Padding sees itself: a row without anything to see would be no numbers.
+            itself = places[None, :] == places[earlier:, None]
+            mask = mask & ((places >= padding[:, None, None, None]) | itself)
         return AttentionContext(rotary, mask)
 
 

@@ -2,24 +2,54 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
+from megatron_patch.model.shape import ModelShape
 
-def rotary_tables(positions: torch.Tensor, head_size: int, base: float, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines of position · base^(-2i/head_size), i < head_size / 2, each twice.
+
+def rotary_frequencies(shape: ModelShape, dtype: torch.dtype, device: torch.device | None = None) -> torch.Tensor:
+    """Angles per position: base^(-2i/head_size), i < head_size / 2, lowered where the shape asks for it.
+
+    "linear" divides all of them by the factor (Chen et al., arXiv 2306.15595). "llama3" divides those whose wave is longer than
+    original positions / low factor, leaves those alone whose wave is shorter than original positions / high factor, and blends between
+    (Llama 3.1, arXiv 2407.21783).
+
+    Args:
+        shape: head size, base and scaling.
+        dtype: float32 or float64, of the computation and the result.
+        device: of the result.
+
+    Returns:
+        [head_size / 2].
+    """
+    exponents = torch.arange(0, shape.head_size, 2, dtype=dtype, device=device) / shape.head_size
+    frequencies = 1.0 / shape.rotary_base**exponents
+    if shape.rotary_scaling == "none":
+        return frequencies
+    scaled = frequencies / shape.rotary_factor
+    if shape.rotary_scaling == "linear":
+        return scaled
+    low, high = shape.rotary_low_frequency_factor, shape.rotary_high_frequency_factor
+    waves_in_context = shape.rotary_original_positions * frequencies / (2 * math.pi)
+    kept = ((waves_in_context - low) / (high - low)).clamp(0.0, 1.0)
+    return (1.0 - kept) * scaled + kept * frequencies
+
+
+def rotary_tables(positions: torch.Tensor, shape: ModelShape, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines of position · frequency, each twice.
 
     Args:
         positions: int64 [..., T].
-        head_size: width of a head, even.
-        base: of the frequencies.
+        shape: head size, base and scaling.
         dtype: of the result; computed in float32 (float64 for float64).
 
     Returns:
         cos and sin, [..., T, head_size].
     """
     wide = torch.promote_types(dtype, torch.float32)
-    exponents = torch.arange(0, head_size, 2, dtype=wide, device=positions.device) / head_size
-    angles = positions.to(wide)[..., None] * (1.0 / base**exponents)
+    angles = positions.to(wide)[..., None] * rotary_frequencies(shape, wide, positions.device)
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos().to(dtype), angles.sin().to(dtype)
 

@@ -27,6 +27,11 @@ class ModelShape:
         activation: "swiglu" (gated) or "gelu" (tanh form).
         position_embedding: rotary or learned.
         rotary_base: base of the rotary frequencies.
+        rotary_scaling: how the frequencies are lowered for longer contexts: not at all, all by one factor, or the slow ones (Llama 3).
+        rotary_factor: by how much.
+        rotary_low_frequency_factor: Llama 3: waves longer than `rotary_original_positions` over this are scaled whole.
+        rotary_high_frequency_factor: Llama 3: waves shorter than `rotary_original_positions` over this are left alone.
+        rotary_original_positions: Llama 3: the context that the frequencies were made for.
         qk_norm: RMSNorm of each head's queries and keys before the rotation (Qwen3).
         attention_bias: bias of the attention's output projection.
         qkv_bias: biases of the query, key and value projections.
@@ -49,6 +54,11 @@ class ModelShape:
     activation: Literal["swiglu", "gelu"] = "swiglu"
     position_embedding: Literal["rope", "learned"] = "rope"
     rotary_base: float = 10000.0
+    rotary_scaling: Literal["none", "linear", "llama3"] = "none"
+    rotary_factor: float = 1.0
+    rotary_low_frequency_factor: float = 1.0
+    rotary_high_frequency_factor: float = 4.0
+    rotary_original_positions: int = 8192
     qk_norm: bool = False
     attention_bias: bool = False
     qkv_bias: bool = False
@@ -87,3 +97,23 @@ def check_shape(shape: ModelShape) -> None:
         raise ConfigError(f"{shape.padded_vocab_size} embedding rows for {shape.vocab_size} ids", "at least as many rows as ids")
     if shape.norm_epsilon <= 0 or shape.init_std <= 0 or shape.rotary_base <= 0:
         raise ConfigError("--norm-epsilon, --init-method-std or --rotary-base is not above zero", "numbers above zero")
+    _check_rotary_scaling(shape)
+
+
+def _check_rotary_scaling(shape: ModelShape) -> None:
+    if shape.rotary_scaling == "none":
+        if shape.rotary_factor != 1.0:
+            raise ConfigError(
+                f"--rope-scaling-factor {shape.rotary_factor} without --rope-scaling", "linear or llama3", "give --rope-scaling"
+            )
+        return
+    if shape.position_embedding != "rope":
+        raise ConfigError(f"--rope-scaling {shape.rotary_scaling} with learned positions", "rotary positions", "remove the flag")
+    if shape.rotary_factor < 1.0:
+        raise ConfigError(f"--rope-scaling-factor {shape.rotary_factor}", "numbers from 1")
+    low, high = shape.rotary_low_frequency_factor, shape.rotary_high_frequency_factor
+    if shape.rotary_scaling == "llama3" and (not 0 < low < high or shape.rotary_original_positions < 1):
+        raise ConfigError(
+            f"--rope-low-freq-factor {low}, --rope-high-freq-factor {high}, --rope-original-positions {shape.rotary_original_positions}",
+            "a low factor above 0 and below the high one, positions from 1",
+        )

@@ -5,6 +5,7 @@ In: a run and its plan. Out: `RunData`, which makes loaders for stages and batch
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from megatron_patch.data.side_file import read_info
 from megatron_patch.data.token_stream import TrainStream
 from megatron_patch.parallel.grid import Grid
 from megatron_patch.stages import Stage, StagePlan
+from megatron_patch.tokenizer import Tokenizer, tokenizer_of_checkpoint
 
 
 @dataclass(frozen=True)
@@ -115,3 +117,16 @@ def open_data(run: RunConfig, plan: StagePlan, grid: Grid, pin_memory: bool = Fa
         ignore_repeated_eod=any(info is not None and info.patch_align > 1 for info in infos),
     )
     return RunData(stream, held_out, masking, grid, options.num_workers, run.shape.vocab_size, unit, pin_memory)
+
+
+def sample_tokenizer(run: RunConfig) -> Tokenizer | None:
+    """The tokenizer for samples, where the run asks for any.
+
+    Raises:
+        ConfigError: it is not known, or has more ids than the model.
+        DataError: its files are missing or broken.
+    """
+    if not run.options.logging.sample_prompts:
+        return None
+    info = dataclasses.asdict(run.data_info) if run.data_info else {}
+    return tokenizer_of_checkpoint(info, run.options.data.tokenizer_type, run.options.data.tokenizer_model, run.shape.vocab_size)

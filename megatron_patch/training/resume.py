@@ -13,6 +13,7 @@ from megatron_patch.checkpoint_files import TrainerState
 from megatron_patch.config.parsing import option_values
 from megatron_patch.config.resolve import RunConfig
 from megatron_patch.errors import CheckpointError
+from megatron_patch.model.shape import ModelShape
 from megatron_patch.stages import Stage, StagePlan
 
 _GEOMETRY = ("patch_size", "positions", "global_batch_size", "steps", "side", "position_weights", "anneal_share", "blend")
@@ -26,13 +27,29 @@ def _first_difference(saved: Mapping[str, Any], given: Mapping[str, Any]) -> str
     return None
 
 
-def check_model(state: TrainerState, run: RunConfig) -> None:
+def check_model(state: TrainerState, run: RunConfig, weights_only: bool = False) -> None:
     """The checkpoint's model must be this run's.
 
+    Args:
+        state: of the checkpoint.
+        run: this run.
+        weights_only: a new run begins from the weights, for which initial weights and the longest rotary context mean nothing.
+
     Raises:
-        CheckpointError: naming the first difference.
+        CheckpointError: naming the first difference, or that there is no run to go on with.
     """
-    difference = _first_difference(state.model, dataclasses.asdict(run.shape))
+    if not weights_only and state.extra.get("weights_only"):
+        raise CheckpointError(
+            "the checkpoint holds weights alone, without a run to go on with",
+            "a checkpoint of a run, or --finetune",
+            "start a new run from the weights with --finetune --load … --save ELSEWHERE",
+        )
+    defaults = {f.name: f.default for f in dataclasses.fields(ModelShape) if f.default is not dataclasses.MISSING}
+    saved, given = {**defaults, **state.model}, dataclasses.asdict(run.shape)
+    if weights_only:
+        free = {"init_std"} | ({"max_positions"} if run.shape.position_embedding == "rope" else set())
+        saved, given = ({name: value for name, value in values.items() if name not in free} for values in (saved, given))
+    difference = _first_difference(saved, given)
     if difference:
         raise CheckpointError(
             f"the checkpoint is of another model: {difference}",

@@ -27,7 +27,7 @@ from megatron_patch.parallel.grid import Grid
 from megatron_patch.stages import Place, Stage, StagePlan
 from megatron_patch.training.callbacks import make_callbacks
 from megatron_patch.training.callbacks.base import EvaluationRecord, RunEnd, RunStart, SaveRecord, StepRecord, SwitchRecord
-from megatron_patch.training.corpus import open_data
+from megatron_patch.training.corpus import open_data, sample_tokenizer
 from megatron_patch.training.cost import Cost
 from megatron_patch.training.dry_run import print_plan
 from megatron_patch.training.lr_schedule import schedule_of
@@ -49,10 +49,10 @@ class Trainer:
         world = torch.distributed.get_world_size()
         self.grid = Grid(torch.distributed.get_rank(), world)
         self.save_folder = Path(run.options.checkpoint.save) if run.options.checkpoint.save else None
-        found = self._find_checkpoint()
-        resuming = found is not None and not run.options.checkpoint.finetune
+        tokenizer = sample_tokenizer(run)
+        found, resuming = self._find_checkpoint()
         if found is not None:
-            check_model(found.state, run)
+            check_model(found.state, run, weights_only=not resuming)
         self.plan: StagePlan = plan_to_resume(found.state, run) if found is not None and resuming else run.plan
         self.place = Place(found.state.stage_index, found.state.stage_step) if found is not None and resuming else Place(0, 0)
         self.cost = Cost(run.shape, self.plan, run.options.stages.seq_length)
@@ -70,11 +70,11 @@ class Trainer:
         if found is not None:
             self.engine.load(found.folder, found.state.engine if resuming else None)
         self.throughput = Throughput(world, device_name(device), run.options.logging.peak_tflops)
-        self.callbacks = make_callbacks(run, self.save_folder, self.grid.rank)
+        self.callbacks = make_callbacks(run, self.save_folder, self.grid.rank, self.engine.logits, tokenizer, device)
         if self.grid.rank == 0:
             shown = dataclasses.replace(run, plan=self.plan)
             print_plan(shown, settings, make_console(), origins=False)
-            for note in self._start_notes(found):
+            for note in self._start_notes(found, resuming):
                 self._tell(note)
 
     def __enter__(self) -> Trainer:
@@ -280,32 +280,39 @@ class Trainer:
         if failure is not None:
             raise failure
 
-    def _find_checkpoint(self) -> checkpointing.Found | None:
-        """The newest sound checkpoint of --load (by default --save), found by rank 0 for all."""
+    def _find_checkpoint(self) -> tuple[checkpointing.Found | None, bool]:
+        """(the newest sound checkpoint of --load, by default --save; whether to go on with its run), found by rank 0 for all.
+
+        With --finetune the weights of --load begin a new run, once: started again, it goes on with what it has saved.
+        """
         checkpoint = self.run.options.checkpoint
         source = checkpoint.load or checkpoint.save
         if source is None:
-            return None
+            return None, False
         found: object = None
+        resuming = False
         if self.grid.rank == 0:
             try:
-                found = checkpointing.find_newest_sound(Path(source))
+                if checkpoint.finetune and self.save_folder is not None:
+                    found = checkpointing.find_newest_sound(self.save_folder)
+                resuming = found is not None or not checkpoint.finetune
+                found = found or checkpointing.find_newest_sound(Path(source))
                 if found is None and checkpoint.finetune:
                     raise CheckpointError(f"--load {source} holds no checkpoint", "a folder with step-N checkpoints", "check the path")
             except MegatronPatchError as error:
                 found = error
-        found = broadcast_object(found)
+        found, resuming = broadcast_object((found, resuming))  # type: ignore[misc]
         if isinstance(found, MegatronPatchError):
             raise found
-        return found  # type: ignore[return-value]
+        return found, resuming and found is not None  # type: ignore[return-value]
 
-    def _start_notes(self, found: checkpointing.Found | None) -> list[str]:
+    def _start_notes(self, found: checkpointing.Found | None, resuming: bool) -> list[str]:
         notes = []
         if found is None:
             notes.append("new run")
         else:
             notes += [f"skipped the checkpoint {folder}: {reason}" for folder, reason in found.skipped]
-            if self.run.options.checkpoint.finetune:
+            if not resuming:
                 notes.append(f"new run from the weights of {found.folder}")
             else:
                 notes.append(

@@ -97,7 +97,7 @@ def test_rotation_turns_pairs_by_the_position_s_angle():
     """The pair (x_i, x_{i + d/2}) as a complex number, times exp(i * position * base^(-2i/d))."""
     d, positions = 6, torch.tensor([[0, 1, 7, 1000]])
     heads = torch.randn(1, 2, 4, d, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    cos, sin = rotary_tables(positions, d, 500.0, torch.float64)
+    cos, sin = rotary_tables(positions, dataclasses.replace(LLAMA, head_size=d, rotary_base=500.0), torch.float64)
     turned = rotate(heads, cos[:, None], sin[:, None])
     for t, position in enumerate(positions[0].tolist()):
         for i in range(d // 2):

@@ -52,7 +52,7 @@ def ordinary_loss(model, word, tokens, labels):
     if shape.position_embedding == "learned":
         hidden = hidden + F.embedding(positions, model.embedding.position.weight)
     else:
-        cos, sin = rotary_tables(positions[None], shape.head_size, shape.rotary_base, dtype)
+        cos, sin = rotary_tables(positions[None], shape, dtype)
         context = AttentionContext((cos[:, None], sin[:, None]))
     for block in model.blocks:
         hidden = block(hidden, context)
@@ -283,7 +283,7 @@ def test_the_cache_gives_what_reading_everything_again_gives():
     ids = prompt
     for _ in range(8):
         ids = torch.cat((ids, model.logits(ids[..., None])[:, -1].argmax(-1)[:, None]), dim=1)
-    assert torch.equal(generate(model, prompt, 8), ids)
+    assert generate(model, prompt.tolist(), 8) == [ids[0, 3:].tolist()]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -293,21 +293,6 @@ def test_the_cache_may_be_filled_in_pieces(name):
     cache = ModelCache()
     pieces = [model.logits(ids[:, start:stop], cache=cache) for start, stop in ((0, 3), (3, 7), (7, 8), (8, 9))]
     torch.testing.assert_close(torch.cat(pieces, dim=1), model.logits(ids), rtol=1e-12, atol=1e-12)
-
-
-def test_sampling_is_seeded_and_stops_at_the_end():
-    model = make(LLAMA)
-    prompt = torch.tensor([[3, 8, 1], [2, 2, 2]])
-    first = generate(model, prompt, 20, temperature=1.0, top_p=0.9, seed=1)
-    assert torch.equal(first, generate(model, prompt, 20, temperature=1.0, top_p=0.9, seed=1))
-    assert not torch.equal(first, generate(model, prompt, 20, temperature=1.0, top_p=0.9, seed=2))
-    coldest = generate(model, prompt, 20, temperature=1e-40, top_p=1.0, seed=1)
-    assert torch.equal(coldest, generate(model, prompt, 20)), "the smallest temperatures take the likeliest token"
-    eod = int(first[0, 5])
-    stopped = generate(model, prompt, 20, temperature=1.0, top_p=0.9, seed=1, eod_id=eod)
-    assert (stopped[0, 5:] == eod).all()
-    with pytest.raises(ConfigError, match="empty prompt"):
-        generate(model, torch.zeros(1, 0, dtype=torch.int64), 1)
 
 
 @pytest.mark.parametrize(

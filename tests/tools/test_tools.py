@@ -27,10 +27,16 @@ def run(tmp_path_factory):
     return train(folder / "run", 2, plan, "--zero-stage 3 --data-path", corpus), corpus
 
 
-def tool(name, *words, code=0):
+def tool(name, *words, code=0, text=None):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     result = subprocess.run(
-        [sys.executable, f"tools/{name}.py", *map(str, words)], capture_output=True, text=True, cwd=ROOT, env=environment, check=False
+        [sys.executable, f"tools/{name}.py", *map(str, words)],
+        capture_output=True,
+        text=True,
+        input=text,
+        cwd=ROOT,
+        env=environment,
+        check=False,
     )
     assert result.returncode == code, result.stderr
     return result.stdout if code == 0 else result.stderr
@@ -72,6 +78,14 @@ def test_generate_continues_a_prompt(run):
     result = json.loads(tool("generate", *words, "--max-new-tokens", "6", "--json"))
     assert result["tokens"] <= 6 and all(0 <= int(word) < 64 for word in result["text"].split())
     assert "does not know its tokenizer" in tool("generate", "--load", trained.folder, code=2)
+    assert "--interactive and --prompt" in tool("generate", *words, "--interactive", code=2)
+
+
+def test_interactive_answers_each_line_as_a_prompt_alone(run):
+    trained, _ = run
+    words = ("--load", trained.folder, "--tokenizer-type", "NullTokenizer", "--tokenizer-model", "64", "--temperature", "0")
+    lines = [json.loads(tool("generate", *words, "--prompt", p, "--max-new-tokens", "6", "--json"))["text"] for p in ("1 2 3", "40 41")]
+    assert tool("generate", *words, "--max-new-tokens", "6", "--interactive", text="1 2 3\n40 41\n").splitlines() == lines
 
 
 def test_plot_draws_runs(run, tmp_path):

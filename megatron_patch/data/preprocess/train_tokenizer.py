@@ -76,6 +76,7 @@ def train_tokenizer(inputs: Sequence[str], output: str, vocab_size: int, key: st
             "eos_token": EOD_TOKEN,
             "bos_token": EOD_TOKEN,
             "clean_up_tokenization_spaces": False,
+            "model_input_names": ["input_ids", "attention_mask"],
         }
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")
     except OSError as error:

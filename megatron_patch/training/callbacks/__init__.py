@@ -1,20 +1,43 @@
-"""Listeners of a run, one file each: console, metrics, spans, tensorboard, wandb."""
+"""Listeners of a run, one file each: console, metrics, samples, spans, tensorboard, wandb."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 from megatron_patch.config.resolve import RunConfig
+from megatron_patch.console import make_console
+from megatron_patch.model.generate import Sampling
+from megatron_patch.tokenizer import Tokenizer
 from megatron_patch.training.callbacks.base import Callback
 from megatron_patch.training.callbacks.console import Console
 from megatron_patch.training.callbacks.metrics import Metrics
+from megatron_patch.training.callbacks.samples import SampleRequest, Samples
 from megatron_patch.training.callbacks.spans import SpanLog
 from megatron_patch.training.callbacks.tensorboard import TensorBoard
 from megatron_patch.training.callbacks.wandb import WeightsAndBiases
 
 
-def make_callbacks(run: RunConfig, save: Path | None, rank: int) -> list[Callback]:
-    """The listeners that a run asks for; all but the span log live on rank 0."""
+def make_callbacks(
+    run: RunConfig,
+    save: Path | None,
+    rank: int,
+    logits: Callable[[torch.Tensor], torch.Tensor],
+    tokenizer: Tokenizer | None,
+    device: torch.device,
+) -> list[Callback]:
+    """The listeners that a run asks for; all but samples and the span log live on rank 0.
+
+    Args:
+        run: the run.
+        save: its folder.
+        rank: this rank.
+        logits: the engine's, for samples.
+        tokenizer: for samples, where they are asked for.
+        device: of this rank.
+    """
     logging = run.options.logging
     callbacks: list[Callback] = []
     if rank == 0:
@@ -25,6 +48,12 @@ def make_callbacks(run: RunConfig, save: Path | None, rank: int) -> list[Callbac
             callbacks.append(TensorBoard(logging.tensorboard_dir))
         if logging.wandb_project is not None:
             callbacks.append(WeightsAndBiases(logging.wandb_project, logging.wandb_exp_name, save, run.to_json()["options"]))
+    if tokenizer is not None:
+        sampling = Sampling(logging.sample_temperature, logging.sample_top_p, seed=run.options.engine.seed)
+        learned = run.shape.max_positions if run.shape.position_embedding == "learned" else None
+        request = SampleRequest(logging.sample_prompts, logging.sample_tokens, sampling, learned)
+        path = save / "samples.jsonl" if save is not None else None
+        callbacks.append(Samples(logits, tokenizer, request, device, path, make_console() if rank == 0 else None))
     if logging.log_token_spans and save is not None:
         callbacks.append(SpanLog(save / "spans", rank))
     return callbacks

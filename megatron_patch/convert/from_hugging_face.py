@@ -1,0 +1,201 @@
+"""Import: a Hugging Face folder, or DeepSpeed's merged weights, becomes a checkpoint that a new run begins from.
+
+In: config.json and weights (safetensors, or PyTorch files of tensors alone), with Hugging Face's names or with ours, as DeepSpeed's
+zero_to_fp32.py writes those of a run. Out: OUTPUT/step-00000000 and OUTPUT/tokenizer. All names and shapes are compared before anything is
+written; then one tensor at a time is.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_patch.convert.architectures import shape_of
+from megatron_patch.convert.checkpoint_io import UNFINISHED, check_output, groups_by_size, write_weights
+from megatron_patch.convert.tensor_names import Mapped, is_buffer, mapped_tensors, match_prefix, parameter_shapes
+from megatron_patch.convert.tokenizer_files import FILES
+from megatron_patch.convert.weight_files import Weights, open_weights
+from megatron_patch.errors import CheckpointError
+from megatron_patch.model.shape import ModelShape
+
+FILE_BYTES = 5_000_000_000
+_PRECISIONS = {torch.float32: "fp32", torch.float64: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+@dataclass(frozen=True)
+class Import:
+    """What an import wrote.
+
+    Args:
+        folder: the checkpoint.
+        shape: the model's shape.
+        tensors: how many were read.
+        tokenizer: folder of its files, or None.
+    """
+
+    folder: Path
+    shape: ModelShape
+    tensors: int
+    tokenizer: Path | None
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A config.json.
+
+    Raises:
+        CheckpointError: it is missing or no JSON object.
+    """
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read: {error}",
+            "a model's config.json",
+            "for weights without one, give --config with the config.json of a model of the same shape, or --like with a checkpoint",
+        ) from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path} holds a {type(config).__name__}", "a JSON object")
+    return config
+
+
+def from_hugging_face(
+    source: Path, output: Path, config: Path | None = None, shape: ModelShape | None = None, divisible_by: int = 128
+) -> Import:
+    """Imports a model.
+
+    Args:
+        source: a folder, or one file of weights.
+        output: a new or empty folder.
+        config: the config.json; by default the one in `source`.
+        shape: of the model, instead of a configuration.
+        divisible_by: the embedding's rows are padded to a multiple of this.
+
+    Raises:
+        CheckpointError: an unknown architecture; a tensor that is missing, unexpected, of another shape or cut off; the output exists.
+    """
+    if shape is None:
+        config = config or source / "config.json"
+        shape = shape_of(read_config(config), str(config), divisible_by)
+    check_output(output, UNFINISHED)
+    weights = open_weights(source)
+    own_names = any(_own_name(name) == "embedding.word.weight" for name in weights.infos)
+    plan = _own_plan(weights, shape) if own_names else _plan(weights, shape)
+    return _write(source, output, shape, weights, plan)
+
+
+def _own_name(name: str) -> str:
+    return name.removeprefix("module.").removeprefix("module.").removeprefix("_orig_mod.")
+
+
+def _own_plan(weights: Weights, shape: ModelShape) -> list[tuple[str, Mapped]]:
+    """Weights under our own names; the embedding's padding may be there."""
+    mapped = []
+    for name, size in parameter_shapes(shape).items():
+        rows = shape.vocab_size if name in ("embedding.word.weight", "head.weight") else size[0]
+        mapped.append(Mapped(name, (rows, *size[1:]), ((name, size),), rows))
+    names = {name: _own_name(name) for name in weights.infos}
+    padded = {t.name: t.parameters[0][1] for t in mapped}
+    stored = [
+        Mapped(t.name, padded[t.name], t.parameters, padded[t.name][0])
+        if any(names[name] == t.name and info.shape == padded[t.name] for name, info in weights.infos.items())
+        else t
+        for t in mapped
+    ]
+    return _checked(weights, stored, names)
+
+
+def _plan(weights: Weights, shape: ModelShape) -> list[tuple[str, Mapped]]:
+    mapped = mapped_tensors(shape)
+    names = match_prefix(weights.infos, mapped)
+    if shape.tie_embeddings:
+        _check_tied(weights, names, mapped[0].name)
+        names = {name: full for name, full in names.items() if full != "lm_head.weight"}
+    return _checked(weights, mapped, names)
+
+
+def _check_tied(weights: Weights, names: Mapping[str, str], embedding: str) -> None:
+    """A tied model may carry its head a second time, but not another head."""
+    found = {full: name for name, full in names.items()}
+    head, word = found.get("lm_head.weight"), found.get(embedding)
+    if head is None or word is None:
+        return
+    if not torch.equal(weights.read(head), weights.read(word)):
+        raise CheckpointError(
+            f"{weights.where}: tensor lm_head.weight differs from {embedding}, but config.json says that they are tied",
+            "equal tensors, or tie_word_embeddings: false",
+            "correct config.json",
+        )
+
+
+def _checked(weights: Weights, mapped: list[Mapped], names: Mapping[str, str]) -> list[tuple[str, Mapped]]:
+    """(name in the files, tensor) for every tensor of the model, all there and of the right shape, and nothing else."""
+    found: dict[str, str] = {}
+    expected = {tensor.name: tensor for tensor in mapped}
+    for name, full in names.items():
+        if full not in expected:
+            if is_buffer(name):
+                continue
+            raise CheckpointError(
+                f"{weights.where}: unexpected tensor {name} {weights.infos[name].shape}",
+                "the tensors of the architecture that config.json names",
+                "take the config.json that belongs to these weights",
+            )
+        if full in found:
+            raise CheckpointError(f"{weights.where}: {name} and {found[full]} are both {full}", "each tensor once")
+        found[full] = name
+    for tensor in mapped:
+        if tensor.name not in found:
+            raise CheckpointError(
+                f"{weights.where}: tensor {tensor.name} {tensor.shape} is missing", "all tensors of the model", "copy the folder again"
+            )
+        shape = weights.infos[found[tensor.name]].shape
+        if shape != tensor.shape:
+            raise CheckpointError(
+                f"{weights.where}: tensor {tensor.name} has shape {shape}",
+                f"{tensor.shape}, as the configuration says",
+                "take the configuration that belongs to these weights",
+            )
+    return [(found[tensor.name], tensor) for tensor in mapped]
+
+
+def _write(source: Path, output: Path, shape: ModelShape, weights: Weights, plan: list[tuple[str, Mapped]]) -> Import:
+    sizes = [sum(int(torch.Size(size).numel()) for _, size in tensor.parameters) * 4 for _, tensor in plan]
+    parts = [[name for number in group for name, _ in plan[number][1].parameters] for group in groups_by_size(sizes, FILE_BYTES)]
+    tokenizer = _copy_tokenizer(source, output)
+    data_info = {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": str(tokenizer.resolve())} if tokenizer else None
+    folder = write_weights(
+        output,
+        shape,
+        parts,
+        _parameters(weights, plan),
+        _PRECISIONS[weights.dtype],
+        {"seq_length": min(shape.max_positions, 2048)},
+        {"imported_from": str(source), "data_info": data_info},
+    )
+    return Import(folder, shape, len(plan), tokenizer)
+
+
+def _parameters(weights: Weights, plan: list[tuple[str, Mapped]]) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, tensor in plan:
+        yield from tensor.split(weights.read(name))
+
+
+def _copy_tokenizer(source: Path, output: Path) -> Path | None:
+    """The tokenizer's files of the source, in OUTPUT/tokenizer; None where it has no tokenizer.json."""
+    if not (source / "tokenizer.json").is_file():
+        return None
+    target = output / "tokenizer"
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        for name in FILES:
+            if (source / name).is_file():
+                shutil.copyfile(source / name, target / name)
+    except OSError as error:
+        raise CheckpointError(f"cannot write {target}: {error.strerror}", "a writable folder with free space") from error
+    return target

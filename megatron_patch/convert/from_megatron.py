@@ -1,0 +1,288 @@
+"""Import of Megatron-LM's classic layout: iter_N/mp_rank_00/model_optim_rng.pt, of Megatron-Core's or the older names of modules.
+
+In: a checkpoint's folder, of one tensor- and pipeline-parallel rank. Out: a checkpoint of weights alone. The file is opened with
+`weights_only`; the few classes that such files name beside tensors (arguments, an enumeration, random states) are replaced by inert
+stand-ins, and any other ends the import.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_patch.convert.checkpoint_io import UNFINISHED, check_output, groups_by_size, write_weights
+from megatron_patch.convert.from_hugging_face import FILE_BYTES, Import
+from megatron_patch.convert.tensor_names import parameter_shapes
+from megatron_patch.convert.weight_files import load_torch_file
+from megatron_patch.errors import CheckpointError, ConfigError
+from megatron_patch.model.shape import ModelShape, check_shape
+
+FILE = "model_optim_rng.pt"
+
+
+class _Inert:
+    """Stands for an object that is not needed; takes any state and does nothing."""
+
+    def __init__(self, *args: object, **options: object) -> None:
+        pass
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+
+_STAND_INS: list[Any] = [
+    argparse.Namespace,
+    *(
+        (_Inert, name)
+        for name in (
+            "megatron.core.enums.ModelType",
+            "megatron.model.enums.ModelType",
+            "megatron.core.transformer.enums.AttnBackend",
+            "numpy.core.multiarray._reconstruct",
+            "numpy._core.multiarray._reconstruct",
+            "numpy.ndarray",
+            "numpy.dtype",
+            "_io.BytesIO",
+        )
+    ),
+]
+
+_RENAMES = (
+    (r"^(module\.)+", ""),
+    (r"^language_model\.", ""),
+    (r"^(encoder|transformer)\.", "decoder."),
+    (r"\.attention\.", ".self_attention."),
+    (r"\.self_attention\.query_key_value\.", ".self_attention.linear_qkv."),
+    (r"\.self_attention\.dense\.", ".self_attention.linear_proj."),
+    (r"\.mlp\.dense_h_to_4h\.", ".mlp.linear_fc1."),
+    (r"\.mlp\.dense_4h_to_h\.", ".mlp.linear_fc2."),
+    (r"\.input_norm\.", ".input_layernorm."),
+    (r"\.post_attention_(layernorm|norm)\.", ".pre_mlp_layernorm."),
+    (r"^decoder\.final_norm\.", "decoder.final_layernorm."),
+    # Transformer Engine keeps a norm in the projection behind it.
+    (r"\.self_attention\.linear_qkv\.layer_norm_(weight|bias)$", r".input_layernorm.\1"),
+    (r"\.mlp\.linear_fc1\.layer_norm_(weight|bias)$", r".pre_mlp_layernorm.\1"),
+)
+_IGNORED = ("._extra_state", "rotary_pos_emb.inv_freq")
+_PLACES = {
+    "attention_norm": "input_layernorm",
+    "attention.query": "self_attention.linear_qkv",
+    "attention.key": "self_attention.linear_qkv",
+    "attention.value": "self_attention.linear_qkv",
+    "attention.output": "self_attention.linear_proj",
+    "attention.query_norm": "self_attention.q_layernorm",
+    "attention.key_norm": "self_attention.k_layernorm",
+    "feed_forward_norm": "pre_mlp_layernorm",
+    "feed_forward.gate": "mlp.linear_fc1",
+    "feed_forward.up": "mlp.linear_fc1",
+    "feed_forward.down": "mlp.linear_fc2",
+}
+_ENDS = {
+    "embedding.word.weight": "embedding.word_embeddings.weight",
+    "embedding.position.weight": "embedding.position_embeddings.weight",
+    "head.weight": "output_layer.weight",
+    "final_norm.weight": "decoder.final_layernorm.weight",
+    "final_norm.bias": "decoder.final_layernorm.bias",
+}
+
+
+def find_file(source: Path) -> Path:
+    """The one file of a classic checkpoint: the folder may be the run's, an iteration's or the rank's.
+
+    Raises:
+        CheckpointError: there is none, or there are several ranks.
+    """
+    tracker = source / "latest_checkpointed_iteration.txt"
+    if tracker.is_file():
+        text = tracker.read_text(encoding="utf-8").strip()
+        source = source / ("release" if text == "release" else f"iter_{int(text):07d}" if text.isdigit() else text)
+    if (source / FILE).is_file():
+        return source / FILE
+    ranks = sorted(path.name for path in source.glob("mp_rank_*"))
+    if len(ranks) > 1:
+        raise CheckpointError(
+            f"{source} has {len(ranks)} model-parallel ranks ({ranks[0]} to {ranks[-1]})",
+            "mp_rank_00 alone: tensor and pipeline parallel size 1",
+            "merge it first with Megatron's own tools/checkpoint/convert.py to one rank",
+        )
+    if ranks == ["mp_rank_00"] and (source / ranks[0] / FILE).is_file():
+        return source / ranks[0] / FILE
+    what = f"{source} is a distributed checkpoint" if list(source.glob("*.distcp")) else f"{source} has no mp_rank_00/{FILE}"
+    raise CheckpointError(what, "the classic layout (--ckpt-format torch)", "convert it with Megatron's own tools first")
+
+
+def shape_of_arguments(arguments: Mapping[str, Any], where: str) -> ModelShape:
+    """The model's shape, by the arguments that Megatron keeps in a checkpoint.
+
+    Raises:
+        CheckpointError: an argument is missing, or asks for something that our model does not compute.
+    """
+
+    def need(name: str) -> Any:
+        if arguments.get(name) is None:
+            raise CheckpointError(f"{where}: the arguments lack {name}", "a checkpoint that Megatron-LM saved")
+        return arguments[name]
+
+    def allow(name: str, *values: Any) -> None:
+        value = arguments.get(name, values[0])
+        if value not in values:
+            allowed = " or ".join(map(repr, values))
+            raise CheckpointError(f"{where}: {name} is {value!r}", allowed, "this model computes something that the program does not")
+
+    swiglu, norm = bool(arguments.get("swiglu")), arguments.get("normalization", "LayerNorm")
+    learned = need("position_embedding_type") == "learned_absolute"
+    for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
+        allow(name, 1)
+    allow("position_embedding_type", "rope", "learned_absolute")
+    allow("normalization", "LayerNorm", "RMSNorm")
+    for name in ("num_experts", "multi_latent_attention", "squared_relu", "apply_layernorm_1p", "apply_residual_connection_post_layernorm"):
+        allow(name, None, False)
+    allow("rotary_interleaved", False)
+    allow("rotary_percent", 1.0)
+    allow("window_size", None)
+    heads, bias = need("num_attention_heads"), bool(arguments.get("add_bias_linear", True))
+    # Fused with its bias, or asked for by name, Megatron's GELU is the tanh form; else the exact one.
+    if not swiglu and not arguments.get("openai_gelu") and not (arguments.get("bias_gelu_fusion") and bias):
+        raise CheckpointError(f"{where}: the exact GELU (bias_gelu_fusion is off)", "GELU in its tanh form, or SwiGLU")
+    epsilon = arguments.get("norm_epsilon")
+    padded = need("padded_vocab_size")
+    vocab = arguments.get("vocab_size")
+    shape = ModelShape(
+        num_layers=need("num_layers"),
+        hidden_size=need("hidden_size"),
+        num_attention_heads=heads,
+        num_query_groups=need("num_query_groups") if arguments.get("group_query_attention") else heads,
+        head_size=need("kv_channels"),
+        ffn_hidden_size=need("ffn_hidden_size"),
+        vocab_size=vocab if isinstance(vocab, int) and vocab <= padded else padded,
+        padded_vocab_size=padded,
+        max_positions=need("max_position_embeddings"),
+        normalization=norm,
+        norm_epsilon=arguments.get("layernorm_epsilon", 1e-5) if epsilon is None else epsilon,
+        activation="swiglu" if swiglu else "gelu",
+        position_embedding="learned" if learned else "rope",
+        rotary_base=float(arguments.get("rotary_base") or 10000.0),
+        qk_norm=bool(arguments.get("qk_layernorm")),
+        attention_bias=bias,
+        qkv_bias=bias or bool(arguments.get("add_qkv_bias")),
+        mlp_bias=bias,
+        tie_embeddings=not arguments.get("untie_embeddings_and_output_weights"),
+        **({} if learned else _scaling(arguments)),
+    )
+    if shape.qk_norm and norm != "RMSNorm":
+        raise CheckpointError(f"{where}: qk_layernorm with LayerNorm", "RMSNorm", "this model computes something that the program does not")
+    try:
+        check_shape(shape)
+    except ConfigError as error:
+        raise CheckpointError(f"{where}: {error.what}", error.allowed) from error
+    return shape
+
+
+def _scaling(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    if arguments.get("use_rope_scaling"):
+        return {"rotary_scaling": "llama3", "rotary_factor": float(arguments.get("rope_scaling_factor") or 8.0)}
+    factor = arguments.get("rotary_seq_len_interpolation_factor")
+    return {"rotary_scaling": "linear", "rotary_factor": float(factor)} if factor and factor != 1 else {}
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{name}.")
+        elif isinstance(value, torch.Tensor) and not name.endswith(_IGNORED):
+            yield name, value
+
+
+def _usual_name(name: str) -> str:
+    for pattern, replacement in _RENAMES:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def _place(name: str) -> str:
+    """Where Megatron keeps one of our parameters."""
+    if name in _ENDS:
+        return _ENDS[name]
+    _, layer, part = name.split(".", 2)
+    module, _, kind = part.rpartition(".")
+    return f"decoder.layers.{layer}.{_PLACES[module]}.{kind}"
+
+
+def _stored_shape(name: str, size: tuple[int, ...], shape: ModelShape) -> tuple[int, ...]:
+    if ".attention.query." in name or ".attention.key." in name or ".attention.value." in name:
+        return ((shape.num_attention_heads + 2 * shape.num_query_groups) * shape.head_size, *size[1:])
+    if shape.activation == "swiglu" and (".feed_forward.gate." in name or ".feed_forward.up." in name):
+        return (2 * size[0], *size[1:])
+    return size
+
+
+def _part(name: str, stored: torch.Tensor, shape: ModelShape) -> torch.Tensor:
+    """One parameter out of Megatron's: queries, keys and values lie group by group, gate and up one after the other."""
+    kind = name.rsplit(".", 2)[-2]
+    if ".attention." in name and kind in ("query", "key", "value"):
+        groups = stored.unflatten(0, (shape.num_query_groups, -1, shape.head_size))
+        part = {"query": groups[:, :-2], "key": groups[:, -2:-1], "value": groups[:, -1:]}[kind]
+        return part.flatten(0, 2)
+    if shape.activation == "swiglu" and kind in ("gate", "up"):
+        return stored.chunk(2)[0 if kind == "gate" else 1]
+    return stored
+
+
+def from_megatron(source: Path, output: Path) -> Import:
+    """Imports a classic Megatron checkpoint of one model-parallel rank.
+
+    Args:
+        source: the run's folder, or one of its iterations.
+        output: a new or empty folder.
+
+    Raises:
+        CheckpointError: another layout, a model that ours does not compute, a tensor that is missing, unexpected or of another shape.
+    """
+    check_output(output, UNFINISHED)
+    file = find_file(source)
+    state = load_torch_file(file, _STAND_INS)
+    arguments = state.get("args") if isinstance(state, dict) else None
+    if not isinstance(arguments, argparse.Namespace) or not isinstance(state.get("model"), Mapping):
+        raise CheckpointError(f"{file} has no args and model", "a checkpoint that Megatron-LM saved", "check the path")
+    version = state.get("checkpoint_version", 0)
+    if not isinstance(version, int | float) or version < 3:
+        raise CheckpointError(f"{file}: checkpoint_version is {version!r}", "3.0", "save it again with a newer Megatron-LM")
+    shape = shape_of_arguments(vars(arguments), str(file))
+    found = {_usual_name(name): tensor for name, tensor in _flatten(state["model"])}
+    del state
+    parameters = parameter_shapes(shape)
+    _check(str(file), shape, parameters, found)
+    groups = groups_by_size([int(torch.Size(size).numel()) * 4 for size in parameters.values()], FILE_BYTES)
+    names = list(parameters)
+    precision = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(found[_ENDS["embedding.word.weight"]].dtype, "fp32")
+    read: Callable[[str], torch.Tensor] = lambda name: _part(name, found[_place(name)], shape)  # noqa: E731
+    folder = write_weights(
+        output,
+        shape,
+        [[names[number] for number in group] for group in groups],
+        ((name, read(name)) for name in names),
+        precision,
+        {"seq_length": min(shape.max_positions, 2048)},
+        {"imported_from": str(source)},
+    )
+    return Import(folder, shape, len(found), None)
+
+
+def _check(where: str, shape: ModelShape, parameters: Mapping[str, tuple[int, ...]], found: Mapping[str, torch.Tensor]) -> None:
+    expected = {_place(name): _stored_shape(name, size, shape) for name, size in parameters.items()}
+    for name, size in expected.items():
+        if name not in found:
+            raise CheckpointError(f"{where}: tensor {name} {size} is missing", "all tensors of the model that its arguments describe")
+        if tuple(found[name].shape) != size:
+            raise CheckpointError(f"{where}: tensor {name} has shape {tuple(found[name].shape)}", f"{size}, as its arguments say")
+    for name, tensor in found.items():
+        if name not in expected:
+            raise CheckpointError(
+                f"{where}: unexpected tensor {name} {tuple(tensor.shape)}", "the tensors of the model that its arguments describe"
+            )

@@ -1,0 +1,172 @@
+"""Export: a checkpoint becomes a folder that transformers, vLLM and the rest load.
+
+In: a checkpoint of any layout. Out: sharded safetensors with their index, config.json, generation_config.json, the tokenizer's files. One
+tensor is in memory at a time. The folder appears under its name when it is whole; until then OUTPUT.partial keeps what is finished, and an
+interrupted export, started again, verifies those shards and goes on behind them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+
+from megatron_patch.checkpoint_files import MANIFEST, Entry
+from megatron_patch.convert.architectures import config_of
+from megatron_patch.convert.checkpoint_io import CheckpointWeights, check_output, groups_by_size
+from megatron_patch.convert.safetensors_files import write_safetensors
+from megatron_patch.convert.tensor_names import Mapped, mapped_tensors
+from megatron_patch.convert.tokenizer_files import copy_tokenizer, tokenizer_of
+from megatron_patch.errors import CheckpointError
+from megatron_patch.files import checksum, fsync_folder, write_durably
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_TORCH_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+_PROGRESS = "progress.json"
+
+
+@dataclass(frozen=True)
+class Export:
+    """What an export wrote.
+
+    Args:
+        folder: where it is.
+        files: its files of weights.
+        kept: those that an earlier, interrupted export had finished.
+        bytes: of all weights.
+        dtype: "fp32", "bf16" or "fp16".
+        tokenizer: names of the tokenizer's files.
+    """
+
+    folder: Path
+    files: tuple[str, ...]
+    kept: tuple[str, ...]
+    bytes: int
+    dtype: str
+    tokenizer: tuple[str, ...]
+
+
+def default_dtype(checkpoint: CheckpointWeights) -> str:
+    """The precision that the run computed in, or that imported weights came in."""
+    precision = checkpoint.found.state.engine.get("precision")
+    return str(precision) if precision in DTYPES else "fp32"
+
+
+def to_hugging_face(
+    checkpoint: CheckpointWeights,
+    output: Path,
+    max_shard_size: int = 5_000_000_000,
+    dtype: str | None = None,
+    tell: Callable[[str], None] = lambda text: None,
+) -> Export:
+    """Exports a checkpoint.
+
+    Args:
+        checkpoint: what to export.
+        output: a new or empty folder.
+        max_shard_size: bytes of a file; a larger tensor has a file of its own.
+        dtype: "fp32", "bf16" or "fp16"; None: `default_dtype`.
+        tell: is called with a sentence for each file.
+
+    Raises:
+        ConfigError: no architecture of Hugging Face has this shape.
+        CheckpointError: the output exists, or cannot be written.
+        DataError: the tokenizer that the checkpoint names cannot be read.
+    """
+    check_output(output)
+    dtype = dtype or default_dtype(checkpoint)
+    tensors = mapped_tensors(checkpoint.shape)
+    tokenizer = tokenizer_of(checkpoint.data_info)
+    eos = tokenizer.eod_id if tokenizer else checkpoint.data_info.get("eod_id")
+    config = config_of(checkpoint.shape, _TORCH_NAMES[dtype], tokenizer.bos_id if tokenizer else None, eos)
+    partial = output.with_name(output.name + ".partial")
+    sizes = [int(torch.Size(tensor.shape).numel()) * DTYPES[dtype].itemsize for tensor in tensors]
+    shards = groups_by_size(sizes, max_shard_size)
+    names = (
+        ["model.safetensors"] if len(shards) == 1 else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    )
+    source = {"checkpoint": _identity(checkpoint), "dtype": dtype, "max_shard_size": max_shard_size, "shards": len(shards)}
+    try:
+        done = _resume(partial, source)
+        kept = tuple(done)
+        for name, shard in zip(names, shards, strict=True):
+            if name in done:
+                tell(f"{name}: kept, its checksum is right")
+                continue
+            done[name] = _write_shard(partial / name, [tensors[number] for number in shard], checkpoint, DTYPES[dtype])
+            _write_progress(partial, source, done)
+            tell(f"{name}: {done[name].size:,} bytes")
+        weight_map = {tensors[number].name: name for name, shard in zip(names, shards, strict=True) for number in shard}
+        index = {"metadata": {"total_size": sum(sizes)}, "weight_map": dict(sorted(weight_map.items()))}
+        write_durably(partial / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
+        write_durably(partial / "config.json", json.dumps(config, indent=2) + "\n")
+        generation = {key: config[key] for key in ("bos_token_id", "eos_token_id") if config[key] is not None}
+        write_durably(partial / "generation_config.json", json.dumps(generation, indent=2) + "\n")
+        tokenizer_names = tuple(copy_tokenizer(checkpoint.data_info, partial))
+        (partial / _PROGRESS).unlink()
+        fsync_folder(partial)
+        os.replace(partial, output)
+        fsync_folder(output.parent)
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot write {partial}: {error.strerror}", "a folder with free space", "free space and start again"
+        ) from error
+    return Export(output, tuple(names), kept, sum(sizes), dtype, tokenizer_names)
+
+
+def _identity(checkpoint: CheckpointWeights) -> str:
+    """Changes with anything in the checkpoint: the checksum of its manifest, which holds those of its files."""
+    return xxhash.xxh64((checkpoint.found.folder / MANIFEST).read_bytes()).hexdigest()
+
+
+def _write_shard(path: Path, tensors: list[Mapped], checkpoint: CheckpointWeights, dtype: torch.dtype) -> Entry:
+    names = [(tensor.name, tensor.shape) for tensor in tensors]
+    return write_safetensors(path, names, dtype, (_rounded(tensor, checkpoint, dtype) for tensor in tensors), {"format": "pt"})
+
+
+def _rounded(mapped: Mapped, checkpoint: CheckpointWeights, dtype: torch.dtype) -> torch.Tensor:
+    tensor = mapped.join(checkpoint.parameter)
+    result = tensor.to(dtype)
+    if dtype == torch.float16 and not bool(torch.isfinite(result).all()) and bool(torch.isfinite(tensor).all()):
+        raise CheckpointError(
+            f"tensor {mapped.name} has values up to {float(tensor.abs().max()):.3g}", "65504, float16's largest", "use --dtype bf16 or fp32"
+        )
+    return result
+
+
+def _write_progress(partial: Path, source: Mapping[str, Any], done: Mapping[str, Entry]) -> None:
+    text = json.dumps({"source": source, "done": {name: asdict(entry) for name, entry in done.items()}})
+    write_durably(partial / _PROGRESS, text + "\n")
+
+
+def _resume(partial: Path, source: Mapping[str, Any]) -> dict[str, Entry]:
+    """The shards that an interrupted export of the same checkpoint left whole; everything else there is removed."""
+    done: dict[str, Entry] = {}
+    try:
+        progress = json.loads((partial / _PROGRESS).read_text(encoding="utf-8"))
+        if progress["source"] == source:
+            done = {str(name): Entry(**entry) for name, entry in progress["done"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        done = {}
+    if partial.exists() and not (partial / _PROGRESS).is_file() and any(partial.iterdir()):
+        raise CheckpointError(f"{partial} exists and is no unfinished export", "a name that is free", "choose another --output")
+    partial.mkdir(parents=True, exist_ok=True)
+    whole = {name: entry for name, entry in done.items() if _is_whole(partial / name, entry)}
+    for path in partial.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name not in whole and path.name != _PROGRESS:
+            path.unlink()
+    _write_progress(partial, source, whole)
+    return whole
+
+
+def _is_whole(path: Path, entry: Entry) -> bool:
+    return path.is_file() and path.stat().st_size == entry.size and checksum(path) == entry.xxh64

@@ -1,0 +1,166 @@
+"""The tensors of a folder or file of weights, by name, read one at a time: safetensors, or PyTorch files that hold nothing but tensors.
+
+In: a path. Out: `Weights`: names, shapes and dtypes known before any data is read, and a function that reads one tensor. Nothing in a file
+is ever run: PyTorch files are opened with `weights_only`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import pickle
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from megatron_patch.convert.safetensors_files import DTYPES, TensorInfo, dtype_name, read_header
+from megatron_patch.errors import CheckpointError
+
+_INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Tensors that can be read.
+
+    Args:
+        where: the folder or file, for messages.
+        infos: name -> shape, dtype and file.
+        read: name -> tensor, in its own dtype.
+    """
+
+    where: str
+    infos: Mapping[str, TensorInfo]
+    read: Callable[[str], torch.Tensor]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The one dtype of all tensors, or float32, which can say all the others."""
+        dtypes = {DTYPES[info.dtype] for info in self.infos.values()}
+        return dtypes.pop() if len(dtypes) == 1 else torch.float32
+
+
+def open_weights(path: Path) -> Weights:
+    """Opens a folder of weights, or one file.
+
+    Raises:
+        CheckpointError: nothing to read, a truncated or unreadable file, a file that an index names and that is missing, a tensor that is
+            in two files, or a dtype that is no float.
+    """
+    files, index = _files(path)
+    safetensors = files[0].suffix == ".safetensors"
+    infos: dict[str, TensorInfo] = {}
+    loaded: dict[str, torch.Tensor] = {}
+    for file in files:
+        found = read_header(file) if safetensors else _torch_header(file, loaded)
+        for name, info in found.items():
+            if name in infos:
+                raise CheckpointError(f"{path}: tensor {name} is in {infos[name].path.name} and {file.name}", "each tensor once")
+            if info.dtype not in DTYPES:
+                raise CheckpointError(
+                    f"{file}: tensor {name} has dtype {info.dtype}", ", ".join(DTYPES), "take the weights before they were quantized"
+                )
+            infos[name] = info
+    for name in index:
+        if name not in infos:
+            raise CheckpointError(f"{path}: the index names a tensor {name}, which no file has", "whole weights", "copy the folder again")
+    if not infos:
+        raise CheckpointError(f"{path} holds no tensors", "a model's weights")
+    return Weights(str(path), infos, (lambda name: _read_safetensors(infos[name], name)) if safetensors else loaded.__getitem__)
+
+
+def _files(path: Path) -> tuple[list[Path], list[str]]:
+    """The files of a folder's weights, and the names of tensors that its index promises."""
+    if path.is_file():
+        return [path], []
+    for name in _INDEXES:
+        index = path / name
+        if index.is_file():
+            try:
+                weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+                files = sorted({path / str(file) for file in weight_map.values()})
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+                raise CheckpointError(f"{index} cannot be read: {error}", "an index with a weight_map", "copy it again") from error
+            for file in files:
+                if file.parent != path or not file.is_file():
+                    raise CheckpointError(f"{index} names {file.name}, which is not in the folder", "all files of the index", "copy them")
+            return files, list(weight_map)
+    for pattern in ("*.safetensors", "pytorch_model*.bin"):
+        if found := sorted(path.glob(pattern)):
+            return found, []
+    raise CheckpointError(
+        f"{path} holds no weights" if path.exists() else f"{path} does not exist",
+        "model.safetensors, pytorch_model.bin, or several with an index",
+        "check the path",
+    )
+
+
+def _read_safetensors(info: TensorInfo, name: str) -> torch.Tensor:
+    try:
+        with safe_open(str(info.path), framework="pt") as file:
+            tensor: torch.Tensor = file.get_tensor(name)
+            return tensor
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{info.path}: tensor {name}: {error}", "a whole safetensors file", "copy it again") from error
+
+
+@contextlib.contextmanager
+def _only(allowed: Sequence[Any]) -> Iterator[None]:
+    """Exactly these classes may be in a file: what other libraries have allowed in this process does not count meanwhile."""
+    before = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    try:
+        torch.serialization.add_safe_globals(list(allowed))
+        yield
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(before)
+
+
+def load_torch_file(path: Path, allowed: Sequence[Any] = ()) -> Any:
+    """A PyTorch file's contents, mapped where the format allows it.
+
+    Args:
+        path: of the file.
+        allowed: classes beside tensors and plain values, or (stand-in, full name) for those of others.
+
+    Raises:
+        CheckpointError: it cannot be read, or holds anything that would have to be run.
+    """
+    try:
+        with _only(allowed):
+            try:
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            except RuntimeError as error:
+                if "mmap can only be used" not in str(error):
+                    raise
+                return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        match = re.search(r"GLOBAL \S+", str(error))
+        reason = match.group(0) if match else str(error).strip().split("\n")[0]
+        raise CheckpointError(
+            f"{path} holds more than tensors and plain values: {reason[:300]}",
+            "a file of tensors, which cannot run code when it is read",
+            "save its weights alone, best as safetensors, where you trust the file",
+        ) from error
+    except (OSError, RuntimeError, EOFError, ValueError) as error:
+        raise CheckpointError(f"cannot read {path}: {str(error)[:300]}", "a whole PyTorch file", "copy it again") from error
+
+
+def _torch_header(path: Path, loaded: dict[str, torch.Tensor]) -> dict[str, TensorInfo]:
+    state = load_torch_file(path)
+    if isinstance(state, dict) and isinstance(state.get("module"), dict):
+        state = state["module"]
+    if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
+        raise CheckpointError(f"{path} is no mapping of names to tensors", "a state dict, as zero_to_fp32.py writes it")
+    infos = {}
+    for name, tensor in state.items():
+        kind = dtype_name(tensor.dtype) if tensor.dtype in DTYPES.values() else str(tensor.dtype)
+        infos[str(name)] = TensorInfo(tuple(tensor.shape), kind, path)
+        loaded[str(name)] = tensor.detach()
+    return infos

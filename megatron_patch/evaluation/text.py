@@ -1,0 +1,172 @@
+"""Perplexity on raw text: per token, per byte, per word, at any K.
+
+In: documents, a tokenizer, a model. Out: `TextScore`. Every token of a document is scored once: the document is cut into patches behind K
+end-of-document tokens, and its positions are read in windows, of which the first `overlap` positions are context that an earlier window
+has scored. Bytes and words are those of the text as it was given, whatever the tokenizer makes of it, so that scores of models with
+different tokenizers can be compared (the convention of WikiText-103, Merity et al., arXiv 1609.07843: a word is what whitespace parts).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from megatron_patch.data.preprocess.readers import batches, expand
+from megatron_patch.errors import DataError
+from megatron_patch.model.gpt import GPTModel
+from megatron_patch.ops import IGNORE_INDEX
+from megatron_patch.tokenizer import Tokenizer, encode
+
+Array = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class TextScore:
+    """Sums over documents.
+
+    Args:
+        loss_sum: nats over all scored tokens.
+        tokens: scored tokens.
+        bytes: of the text in UTF-8.
+        words: parts of the text between whitespace.
+        documents: how many.
+    """
+
+    loss_sum: float = 0.0
+    tokens: int = 0
+    bytes: int = 0
+    words: int = 0
+    documents: int = 0
+
+    def loss(self) -> float:
+        """Nats a token."""
+        return self.loss_sum / max(1, self.tokens)
+
+    def perplexity(self, units: int) -> float:
+        """Per unit: e^(nats of the whole text / units); infinite where no float can say it."""
+        return math.exp(self.loss_sum / max(1, units)) if self.loss_sum / max(1, units) < 700 else math.inf
+
+    def bits_per_byte(self) -> float:
+        """Bits that the model needs for a byte of the text."""
+        return self.loss_sum / math.log(2) / max(1, self.bytes)
+
+
+def read_documents(inputs: Sequence[str], key: str = "text") -> Iterator[str]:
+    """Documents of text files: each .txt one, each line of a .jsonl one; compressed files too.
+
+    Args:
+        inputs: paths and globs.
+        key: of the text in a JSON object.
+
+    Raises:
+        DataError: a file that is missing or broken, text that is no UTF-8, a line that is no JSON object with the key.
+    """
+    for batch in batches(expand(inputs)):
+        data = batch.read()
+        for number, line in enumerate([data] if batch.whole else data.splitlines()):
+            if not line.strip():
+                continue
+            where = batch.source if batch.whole else f"{batch.source}, line {number + 1} behind byte {batch.start}"
+            try:
+                text = line.decode("utf-8")
+                document = text if batch.whole else json.loads(text)[key]
+                if not isinstance(document, str):
+                    raise TypeError(f"{key!r} is a {type(document).__name__}")
+            except (UnicodeDecodeError, ValueError, KeyError, TypeError) as error:
+                raise DataError(f"{where}: {error}", f"UTF-8 text, or JSON objects with a text under {key!r}", "give --json-key") from error
+            yield document
+
+
+def document_windows(
+    ids: Sequence[int], prefix: int | None, positions: int, patch_size: int, overlap: int
+) -> Iterator[tuple[Array, Array]]:
+    """Inputs and labels of one document.
+
+    Args:
+        ids: of the document.
+        prefix: read before the document, K times; None: nothing, and the first K tokens are not scored.
+        positions: longest window.
+        patch_size: K.
+        overlap: positions at the start of every window but the first that are not scored again.
+
+    Yields:
+        (input ids, labels), int64 [T, K], T up to `positions`; each scored token is a label in one window.
+    """
+    stream = ([] if prefix is None else [prefix] * patch_size) + list(ids)
+    patches = -(-len(stream) // patch_size)
+    padded = np.full(patches * patch_size, IGNORE_INDEX, dtype=np.int64)
+    padded[: len(stream)] = stream
+    table = padded.reshape(patches, patch_size)
+    start = 0
+    while start < patches - 1:
+        end = min(start + positions, patches - 1)
+        labels = table[start + 1 : end + 1].copy()
+        if start:
+            labels[:overlap] = IGNORE_INDEX
+        yield table[start:end], labels
+        start = end - overlap if end < patches - 1 else end
+
+
+def _batches(windows: Iterable[tuple[Array, Array]], size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Windows side by side, shorter ones filled up behind their end, where no label is scored."""
+    rows: list[tuple[Array, Array]] = []
+    for window in windows:
+        rows.append(window)
+        if len(rows) == size:
+            yield _stack(rows)
+            rows = []
+    if rows:
+        yield _stack(rows)
+
+
+def _stack(rows: list[tuple[Array, Array]]) -> tuple[torch.Tensor, torch.Tensor]:
+    longest, patch_size = max(len(inputs) for inputs, _ in rows), rows[0][0].shape[1]
+    ids = np.zeros((len(rows), longest, patch_size), dtype=np.int64)
+    labels = np.full((len(rows), longest, patch_size), IGNORE_INDEX, dtype=np.int64)
+    for row, (inputs, targets) in enumerate(rows):
+        ids[row, : len(inputs)], labels[row, : len(targets)] = inputs, targets
+    return torch.from_numpy(ids), torch.from_numpy(labels)
+
+
+@torch.no_grad()
+def score_text(
+    model: GPTModel, tokenizer: Tokenizer, documents: Iterable[str], positions: int, patch_size: int = 1, overlap: int = 0, batch: int = 8
+) -> TextScore:
+    """Scores documents.
+
+    Args:
+        model: in evaluation mode.
+        tokenizer: of the model; its end-of-document token stands before each document.
+        documents: texts.
+        positions: longest window.
+        patch_size: K.
+        overlap: see `document_windows`.
+        batch: windows of one forward pass.
+
+    Raises:
+        DataError: no text, or nothing of it that can be scored.
+    """
+    count = {"bytes": 0, "words": 0, "documents": 0}
+
+    def windows() -> Iterator[tuple[Array, Array]]:
+        for text in documents:
+            count["bytes"] += len(text.encode("utf-8"))
+            count["words"] += len(text.split())
+            count["documents"] += 1
+            yield from document_windows(encode(tokenizer, text), tokenizer.eod_id, positions, patch_size, overlap)
+
+    device = model.embedding.word.weight.device
+    totals = torch.zeros(2, dtype=torch.float64)
+    for ids, labels in _batches(windows(), batch):
+        sums = model(ids.to(device), labels.to(device))
+        totals += torch.stack([part.double().cpu() for part in sums])
+    loss_sum, tokens = totals.tolist()
+    if not tokens:
+        raise DataError(f"{count['documents']} documents without a token that can be scored", "text of more than one token")
+    return TextScore(loss_sum, int(tokens), **count)

@@ -1,0 +1,222 @@
+"""Weights from elsewhere: Megatron-Core's own model and checkpoint as oracle, the older names, DeepSpeed's merged file, and refusals."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import pickle
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_patch.convert.checkpoint_io import open_checkpoint
+from megatron_patch.convert.from_hugging_face import from_hugging_face
+from megatron_patch.convert.from_megatron import find_file, from_megatron
+from megatron_patch.convert.to_hugging_face import to_hugging_face
+from megatron_patch.engine.inference import load_model
+from megatron_patch.errors import CheckpointError
+from megatron_patch.model.gpt import GPTModel
+from tests.config.test_resolve import resolve
+from tests.convert.models import make_checkpoint, random_parameters
+from tests.distributed.ranks import free_port
+from tests.distributed.runs import ROOT
+from tests.model.shapes import GPT2, LLAMA, QWEN3
+from tests.tools.test_tools import tool
+
+
+@pytest.fixture(scope="module")
+def megatron(tmp_path_factory):
+    """Classic checkpoints that Megatron-Core's models are saved in, and those models' logits."""
+    pytest.importorskip("megatron.core")
+    folder = tmp_path_factory.mktemp("megatron")
+    words = [sys.executable, str(Path(__file__).parent / "megatron_oracle.py"), str(folder), str(free_port())]
+    result = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["llama", "scaled", "gpt"])
+def test_megatron_computes_the_same_logits(kind, megatron, tmp_path):
+    from_megatron(megatron / kind, tmp_path / "ckpt")
+    expected = torch.load(megatron / f"{kind}.pt")
+    with torch.no_grad():
+        found = load_model(str(tmp_path / "ckpt")).model.logits(expected["ids"][..., None])
+    torch.testing.assert_close(found, expected["logits"], rtol=0.0, atol=1e-5)
+    assert float(expected["logits"].std()) > 0.1
+
+
+def test_the_tool_imports_and_prints_flags_that_make_the_shape(megatron, tmp_path):
+    result = json.loads(
+        tool("convert_checkpoint", "from-megatron", "--input", megatron / "scaled", "--output", tmp_path / "ckpt").splitlines()[-1]
+    )
+    words = ["--seq-length", "16", "--global-batch-size", "4", "--train-tokens", "1024", "--dry-run"]
+    shape = resolve(*result["flags"], *words).shape
+    assert dataclasses.replace(shape, max_positions=32) == open_checkpoint(str(tmp_path / "ckpt")).shape
+    assert shape.rotary_scaling == "linear" and shape.qk_norm and shape.qkv_bias and shape.tie_embeddings
+
+
+def read(folder):
+    file = find_file(folder)
+    return torch.load(file, weights_only=False), file
+
+
+def older_names(state):
+    """The names of Megatron-LM before Megatron-Core, as nested dicts."""
+    encoder = {}
+    tree = {"embedding": {}, "encoder": encoder}
+    for name, tensor in state["model"].items():
+        name = name.replace("self_attention.linear_qkv", "self_attention.query_key_value").replace("linear_proj", "dense")
+        name = (
+            name.replace("linear_fc1", "dense_h_to_4h")
+            .replace("linear_fc2", "dense_4h_to_h")
+            .replace("pre_mlp_layernorm", "post_attention_norm")
+        )
+        name = name.replace("input_layernorm", "input_norm").replace("final_layernorm", "final_norm")
+        if name.startswith("decoder."):
+            encoder[name.removeprefix("decoder.")] = tensor
+        elif name.startswith("embedding.word_embeddings."):
+            tree["embedding"]["word_embeddings"] = {"weight": tensor}
+        elif name == "output_layer.weight":
+            tree["output_layer"] = {"weight": tensor}
+    state["model"] = {"language_model": tree}
+
+
+def engine_names(state):
+    """Transformer Engine's: norms inside the projections behind them."""
+    names = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_", "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
+    for name in list(state["model"]):
+        for old, new in names.items():
+            if old in name:
+                state["model"][name.replace(old, new)] = state["model"].pop(name)
+
+
+@pytest.mark.parametrize("rename", [older_names, engine_names])
+def test_other_names_of_the_same_modules_give_the_same_model(rename, megatron, tmp_path):
+    from_megatron(megatron / "llama", tmp_path / "one")
+    state, _ = read(megatron / "llama")
+    rename(state)
+    (tmp_path / "in" / "mp_rank_00").mkdir(parents=True)
+    torch.save(state, tmp_path / "in" / "mp_rank_00" / "model_optim_rng.pt")
+    from_megatron(tmp_path / "in", tmp_path / "two")
+    one, two = (load_model(str(tmp_path / name)).model.state_dict() for name in ("one", "two"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def drop(name):
+    return lambda state: state["model"].pop(name)
+
+
+RAN = Path(tempfile.gettempdir()) / f"an-import-ran-code-{os.getpid()}"
+
+
+class Evil:
+    """Would run a command when it is unpickled."""
+
+    def __reduce__(self):
+        return (os.system, (f"touch {RAN}",))
+
+
+QKV = "decoder.layers.0.self_attention.linear_qkv.weight"
+REFUSED = {
+    "missing": (drop(QKV), [f"tensor {QKV} (48, 24) is missing"]),
+    "unexpected": (lambda s: s["model"].update({"decoder.extra": torch.ones(2)}), ["unexpected tensor decoder.extra (2,)"]),
+    "shape": (lambda s: s["model"].update({QKV: torch.ones(72, 24)}), [f"{QKV} has shape (72, 24)", "(48, 24)"]),
+    "experts": (lambda s: setattr(s["args"], "num_experts", 8), ["num_experts is 8"]),
+    "tensor parallel": (lambda s: setattr(s["args"], "tensor_model_parallel_size", 2), ["tensor_model_parallel_size is 2"]),
+    "no arguments": (lambda s: s.pop("args"), ["has no args and model"]),
+    "missing argument": (lambda s: delattr(s["args"], "kv_channels"), ["lack kv_channels"]),
+    "version": (lambda s: s.update(checkpoint_version=1.0), ["checkpoint_version is 1.0"]),
+    "interleaved": (lambda s: setattr(s["args"], "rotary_interleaved", True), ["rotary_interleaved is True"]),
+    "code": (lambda s: s.update(extra=Evil()), ["holds more than tensors", "system"]),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_does_not_fit_is_refused_by_name_before_anything_is_written(name, megatron, tmp_path):
+    change, words = REFUSED[name]
+    state, _ = read(megatron / "llama")
+    change(state)
+    (tmp_path / "in" / "mp_rank_00").mkdir(parents=True)
+    torch.save(state, tmp_path / "in" / "mp_rank_00" / "model_optim_rng.pt")
+    with pytest.raises(CheckpointError) as caught:
+        from_megatron(tmp_path / "in", tmp_path / "ckpt")
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+    assert not (tmp_path / "ckpt").exists() and not RAN.exists()
+
+
+def test_layouts_of_several_ranks_are_refused(tmp_path):
+    for rank in ("mp_rank_00", "mp_rank_01"):
+        (tmp_path / "many" / rank).mkdir(parents=True)
+    with pytest.raises(CheckpointError, match="2 model-parallel ranks"):
+        from_megatron(tmp_path / "many", tmp_path / "ckpt")
+    (tmp_path / "dist").mkdir()
+    (tmp_path / "dist" / "__0_0.distcp").touch()
+    with pytest.raises(CheckpointError, match="distributed checkpoint"):
+        from_megatron(tmp_path / "dist", tmp_path / "ckpt")
+    with pytest.raises(CheckpointError, match="no mp_rank_00"):
+        from_megatron(tmp_path, tmp_path / "ckpt")
+
+
+@pytest.mark.parametrize("shape", [LLAMA, GPT2, QWEN3], ids=["llama", "gpt2", "qwen3"])
+@pytest.mark.parametrize("padded", [True, False])
+def test_merged_weights_under_our_own_names_come_in(shape, padded, tmp_path):
+    """As zero_to_fp32.py writes a run's: one mapping of our names, here also behind the wrapper's prefix, and without the padding."""
+    parameters = random_parameters(shape)
+    model = GPTModel(shape)
+    assert sorted(model.state_dict()) == sorted(parameters)
+    rows = shape.padded_vocab_size if padded else shape.vocab_size
+    state = {
+        f"module.{name}": value[:rows] if name in ("embedding.word.weight", "head.weight") else value for name, value in parameters.items()
+    }
+    (tmp_path / "in").mkdir()
+    torch.save(state, tmp_path / "in" / "pytorch_model.bin")
+    like = open_checkpoint(str(make_checkpoint(tmp_path / "like", shape)))
+    done = from_hugging_face(tmp_path / "in", tmp_path / "ckpt", shape=like.shape)
+    found = open_checkpoint(str(done.folder))
+    for name, value in parameters.items():
+        mine = found.parameter(name)
+        assert torch.equal(mine[:53], value[:53]) if mine.shape[0] == 64 else torch.equal(mine, value), name
+
+
+def test_merged_weights_with_hugging_face_names_come_in_from_several_files(tmp_path):
+    """A model of transformers that DeepSpeed trained, merged by zero_to_fp32.py into shards with an index."""
+    checkpoint = open_checkpoint(str(make_checkpoint(tmp_path / "like", QWEN3)))
+    to_hugging_face(checkpoint, tmp_path / "hf")
+    transformers = pytest.importorskip("transformers")
+    state = transformers.AutoModelForCausalLM.from_pretrained(str(tmp_path / "hf")).state_dict()
+    (tmp_path / "in").mkdir()
+    parts = [dict(list(state.items())[i::2]) for i in range(2)]
+    weight_map = {}
+    for number, part in enumerate(parts):
+        file = f"pytorch_model-{number + 1:05d}-of-00002.bin"
+        torch.save(part, tmp_path / "in" / file)
+        weight_map.update(dict.fromkeys(part, file))
+    (tmp_path / "in" / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    with pytest.raises(CheckpointError, match="--config"):
+        from_hugging_face(tmp_path / "in", tmp_path / "ckpt")
+    done = from_hugging_face(tmp_path / "in", tmp_path / "ckpt", config=tmp_path / "hf" / "config.json", divisible_by=64)
+    found = open_checkpoint(str(done.folder))
+    for name, value in random_parameters(QWEN3).items():
+        assert torch.equal(found.parameter(name)[:53], value[:53]), name
+
+
+def test_a_file_that_would_run_code_is_not_opened(tmp_path):
+    (tmp_path / "in").mkdir()
+    with (tmp_path / "in" / "pytorch_model.bin").open("wb") as file:
+        pickle.dump({"embedding.word.weight": Evil()}, file)
+    with pytest.raises(CheckpointError, match="holds more than tensors"):
+        from_hugging_face(tmp_path / "in", tmp_path / "ckpt", shape=LLAMA)
+    assert not RAN.exists()
+    torch.save({"embedding.word.weight": torch.ones(2), "args": argparse.Namespace()}, tmp_path / "in" / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="holds more than tensors"):
+        from_hugging_face(tmp_path / "in", tmp_path / "ckpt", shape=LLAMA)
+    (tmp_path / "in" / "pytorch_model.bin").write_bytes(b"PK\x03\x04 not whole")
+    with pytest.raises(CheckpointError, match=r"cannot read|holds more"):
+        from_hugging_face(tmp_path / "in", tmp_path / "ckpt", shape=LLAMA)
+    assert not (tmp_path / "ckpt").exists()

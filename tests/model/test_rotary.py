@@ -1,0 +1,108 @@
+"""Scaled rotary frequencies, against transformers' and against the sentence that defines them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import ClassVar
+
+import pytest
+import torch
+
+from megatron_patch.errors import CheckpointError, ConfigError
+from megatron_patch.model.rotary import rotary_frequencies, rotary_tables
+from megatron_patch.model.shape import check_shape
+from megatron_patch.training.resume import check_model
+from tests.config.test_resolve import resolve
+from tests.model.shapes import GPT2, LINEAR, LLAMA, LLAMA3
+
+LLAMA_3_2 = dataclasses.replace(
+    LLAMA, head_size=64, rotary_base=500000.0, rotary_scaling="llama3", rotary_factor=32.0, rotary_original_positions=8192
+)
+
+
+@pytest.mark.parametrize("shape", [LINEAR, LLAMA3, LLAMA_3_2], ids=["linear", "llama3", "llama-3.2-1b"])
+def test_frequencies_are_those_of_transformers(shape):
+    transformers = pytest.importorskip("transformers")
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    parameters = {"rope_type": shape.rotary_scaling, "rope_theta": shape.rotary_base, "factor": shape.rotary_factor}
+    if shape.rotary_scaling == "llama3":
+        parameters |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": shape.rotary_original_positions}
+    config = transformers.LlamaConfig(head_dim=shape.head_size, rope_parameters=parameters, max_position_embeddings=1 << 17)
+    expected, _ = ROPE_INIT_FUNCTIONS[shape.rotary_scaling](config, torch.device("cpu"))
+    torch.testing.assert_close(rotary_frequencies(shape, torch.float32), expected, rtol=3e-7, atol=0.0)
+
+
+def test_llama3_leaves_short_waves_alone_and_scales_long_ones():
+    plain = dataclasses.replace(LLAMA_3_2, rotary_scaling="none", rotary_factor=1.0)
+    before, after = (rotary_frequencies(shape, torch.float64).tolist() for shape in (plain, LLAMA_3_2))
+    kinds = set()
+    for was, now in zip(before, after, strict=True):
+        wave = 2 * math.pi / was
+        if wave < 8192 / 4:
+            kinds.add("alone")
+            assert now == was
+        elif wave > 8192:
+            kinds.add("scaled")
+            assert now == was / 32
+        else:
+            kinds.add("between")
+            assert was / 32 < now < was
+    assert kinds == {"alone", "scaled", "between"}
+
+
+def test_linear_scaling_reads_positions_closer_together():
+    far = rotary_tables(torch.tensor([[0, 4, 400]]), LINEAR, torch.float64)
+    near = rotary_tables(torch.tensor([[0, 1, 100]]), LLAMA, torch.float64)
+    for mine, theirs in zip(far, near, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0.0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("shape", "words"),
+    [
+        (dataclasses.replace(LINEAR, rotary_factor=0.5), "--rope-scaling-factor 0.5"),
+        (dataclasses.replace(LLAMA, rotary_factor=2.0), "without --rope-scaling"),
+        (dataclasses.replace(LLAMA3, rotary_low_frequency_factor=4.0), "--rope-low-freq-factor 4.0"),
+        (dataclasses.replace(GPT2, rotary_scaling="linear", rotary_factor=2.0), "learned positions"),
+    ],
+)
+def test_scalings_that_make_no_sense_are_refused(shape, words):
+    with pytest.raises(ConfigError, match=words):
+        check_shape(shape)
+
+
+MODEL = "--num-layers 2 --hidden-size 32 --num-attention-heads 2 --vocab-size 64 --seq-length 16 --global-batch-size 4 --train-tokens 1024 --dry-run"
+
+
+def test_flags_reach_the_shape_and_checkpoints_without_them_stay_readable():
+    scaled = resolve(*MODEL.split(), "--rope-scaling", "llama3", "--rope-scaling-factor", "32", "--rope-original-positions", "4096")
+    assert (scaled.shape.rotary_scaling, scaled.shape.rotary_factor, scaled.shape.rotary_original_positions) == ("llama3", 32.0, 4096)
+    plain = resolve(*MODEL.split())
+    old = {
+        name: value for name, value in dataclasses.asdict(plain.shape).items() if not name.startswith("rotary_") or name == "rotary_base"
+    }
+
+    class State:
+        extra: ClassVar = {}
+        model = old
+
+    check_model(State, plain)
+    with pytest.raises(CheckpointError, match="rotary_factor = 1.0 in the checkpoint, 32.0 now"):
+        check_model(State, scaled)
+
+
+def test_a_new_run_from_weights_may_have_a_longer_context_but_no_other_model():
+    run = resolve(*MODEL.split())
+
+    class State:
+        extra: ClassVar = {}
+        model = dataclasses.asdict(dataclasses.replace(run.shape, max_positions=999, init_std=1.0))
+
+    check_model(State, run, weights_only=True)
+    with pytest.raises(CheckpointError, match="init_std"):
+        check_model(State, run)
+    State.model["norm_epsilon"] = 0.5
+    with pytest.raises(CheckpointError, match="norm_epsilon"):
+        check_model(State, run, weights_only=True)
