@@ -17,6 +17,7 @@ from megatron_patch.config.stage_request import parse_blend
 from megatron_patch.data.side_file import DatasetInfo, read_info
 from megatron_patch.errors import ConfigError
 from megatron_patch.model.shape import ModelShape, check_shape
+from megatron_patch.parallel.sharding import check_sharding
 from megatron_patch.stages import StagePlan
 
 ASSUMED_VOCAB_SIZE = 32_000
@@ -111,12 +112,13 @@ def build_shape(options: ModelOptions, vocab_size: int, longest: int, tensor_par
             f"at least {longest}",
             "raise it or leave it out",
         )
-    multiple = options.make_vocab_size_divisible_by * tensor_parallel_size
-    if multiple < 1 or vocab_size < 1:
+    if options.make_vocab_size_divisible_by < 1 or vocab_size < 1:
         raise ConfigError(
             f"--vocab-size {vocab_size}, --make-vocab-size-divisible-by {options.make_vocab_size_divisible_by}",
             "whole numbers from 1",
         )
+    # The same for all layouts that divide it, so that a checkpoint goes from one to another.
+    multiple = math.lcm(options.make_vocab_size_divisible_by, tensor_parallel_size)
     untied = options.untie_embeddings_and_output_weights
     shape = ModelShape(
         num_layers=options.num_layers,
@@ -146,6 +148,7 @@ def build_shape(options: ModelOptions, vocab_size: int, longest: int, tensor_par
         init_std=options.init_method_std,
     )
     check_shape(shape)
+    check_sharding(shape, tensor_parallel_size)
     return shape
 
 
@@ -178,16 +181,37 @@ def _check_parallel(options: Options, ranks: int) -> None:
         "--pipeline-model-parallel-size": engine.pipeline_model_parallel_size,
     }
     for flag, size in sizes.items():
-        if size != 1:
-            raise ConfigError(
-                f"{flag} {size}", "1", "use data parallelism with --zero-stage 1, 2 or 3; ZeRO 3 shards the weights themselves"
-            )
-    if engine.sequence_parallel:
+        if size < 1:
+            raise ConfigError(f"{flag} {size}", "whole numbers from 1")
+    if engine.pipeline_model_parallel_size != 1:
+        raise ConfigError(
+            f"--pipeline-model-parallel-size {engine.pipeline_model_parallel_size}",
+            "1",
+            "use --tensor-model-parallel-size, and --zero-stage 1, 2 or 3; ZeRO 3 shards the weights themselves",
+        )
+    if engine.sequence_parallel and engine.tensor_model_parallel_size == 1:
         raise ConfigError("--sequence-parallel without tensor parallelism", "a tensor-parallel size above 1", "remove the flag")
     if engine.bf16 and engine.fp16:
         raise ConfigError("--bf16 and --fp16", "one of them", "remove one")
-    if math.prod(sizes.values()) > ranks:
-        raise ConfigError(f"{ranks} ranks for a layout of {math.prod(sizes.values())}", "at least as many ranks as the layout has")
+    model = math.prod(sizes.values())
+    if ranks % model:
+        raise ConfigError(
+            f"{ranks} ranks for a layout of {model}", f"multiples of {model}", "change the number of ranks or the parallel sizes"
+        )
+
+
+def _check_sequence_parallel(options: Options, plan: StagePlan) -> None:
+    size = options.engine.tensor_model_parallel_size
+    if not options.engine.sequence_parallel:
+        return
+    lengths = {f"stage {stage.name!r}": stage.positions for stage in plan.stages} | {"evaluation": options.stages.seq_length}
+    for where, positions in lengths.items():
+        if positions % size:
+            raise ConfigError(
+                f"--sequence-parallel over {size} ranks with {positions} positions in {where}",
+                f"positions that are multiples of {size} in every stage and in evaluation",
+                "change --seq-length, the patch sizes or --tensor-model-parallel-size",
+            )
 
 
 def _check_training(options: Options, plan: StagePlan) -> None:
@@ -280,6 +304,7 @@ def resolve(parsed: Parsed, ranks: int) -> RunConfig:
         max(stage.positions for stage in plan.stages),
         options.engine.tensor_model_parallel_size,
     )
+    _check_sequence_parallel(options, plan)
     _check_training(options, plan)
     run = RunConfig(options, parsed.origins, shape, plan, blend, valid_blend, info, data_parallel_size, tuple(notes))
     _check_masking(options.data, run.eod_id)

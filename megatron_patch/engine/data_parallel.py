@@ -1,4 +1,4 @@
-"""Data parallelism with ZeRO 0 to 3: the engine without a pipeline, on `deepspeed.initialize`.
+"""Data parallelism with ZeRO 0 to 3, over layers that ranks may share: the engine without a pipeline, on `deepspeed.initialize`.
 
 In: a model whose forward returns (sum of weighted losses, sum of weights), micro-batches, stages. Out: steps, evaluations, checkpoints.
 
@@ -28,7 +28,8 @@ from megatron_patch.engine.optimizer import base_optimizer, make_optimizer, set_
 from megatron_patch.engine.state_files import StateFiles, write_fragments
 from megatron_patch.errors import CheckpointError, ConfigError
 from megatron_patch.ops import IGNORE_INDEX
-from megatron_patch.parallel.grid import Grid
+from megatron_patch.parallel.groups import Groups, ModelParallelUnit
+from megatron_patch.parallel.sharding import Shard
 from megatron_patch.stages import Stage
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -62,10 +63,11 @@ class DataParallelEngine:
     Args:
         model: float32, on the CPU or the device; its parameters are the initial weights.
         groups: the optimizer's parameter groups: (parameters with weight decay, parameters without).
+        shards: the parts that this rank holds of the parameters that are cut.
         config: precision, ZeRO stage, DeepSpeed's JSON.
         schedule: the optimizer's settings.
         stage: the first stage.
-        grid: this rank's coordinates.
+        ranks: this rank's place and process groups.
         device: this rank's device.
     """
 
@@ -73,18 +75,22 @@ class DataParallelEngine:
         self,
         model: nn.Module,
         groups: tuple[Sequence[nn.Parameter], Sequence[nn.Parameter]],
+        shards: Mapping[str, Shard],
         config: EngineConfig,
         schedule: ScheduleOptions,
         stage: Stage,
-        grid: Grid,
+        ranks: Groups,
         device: torch.device,
     ) -> None:
         import deepspeed
 
-        self.config, self.grid, self.device = config, grid, device
-        self._model = model
+        self.config, self.device = config, device
+        self.grid, self._ranks, self._shards = ranks.grid, ranks, dict(shards)
         dtype = DTYPES[config.precision]
         self._names = {parameter: name for name, parameter in model.named_parameters()}
+        for parameter, name in self._names.items():
+            # DeepSpeed counts a parameter without this mark once over the ranks that share a layer.
+            parameter.tensor_model_parallel = name in self._shards  # type: ignore[attr-defined]
         settings = dict(config.deepspeed)
         wrapped: nn.Module = model
         initial: dict[str, torch.Tensor] = {}
@@ -105,7 +111,10 @@ class DataParallelEngine:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             self._engine, *_ = deepspeed.initialize(
-                model=wrapped, optimizer=optimizer, config={**settings, **batch_settings(stage, grid.data_parallel_size)}
+                model=wrapped,
+                optimizer=optimizer,
+                config={**settings, **batch_settings(stage, self.grid.data_parallel_size)},
+                mpu=ModelParallelUnit(ranks) if ranks.tensor is not None else None,
             )
         self._base = base_optimizer(self._engine.optimizer)
         if initial:
@@ -154,8 +163,9 @@ class DataParallelEngine:
         return total
 
     def _all_reduce(self, tensor: torch.Tensor) -> None:
-        if self.grid.world_size > 1:
-            torch.distributed.all_reduce(tensor)
+        """Sums over the ranks that see other samples."""
+        if self.grid.data_parallel_size > 1:
+            torch.distributed.all_reduce(tensor, group=self._ranks.data)
 
     def train_step(self, micro_batches: Sequence[PatchBatch], label_weights: Sequence[float], lr: float) -> StepResult:
         """One optimizer step; see `Engine`."""
@@ -178,8 +188,7 @@ class DataParallelEngine:
                 loss_sum += micro_sum.detach()
                 engine.backward(micro_sum * scale, scale_wrt_gas=False)
                 if last and self.config.zero_stage == 0:
-                    limit = self.config.clip_grad or float("inf")
-                    grad_norm = torch.nn.utils.clip_grad_norm_(list(self._names), limit)
+                    grad_norm = self._clip_gradients(self.config.clip_grad or float("inf"))
                 engine.step()
         self._all_reduce(loss_sum)
         if self.config.zero_stage > 0:
@@ -190,6 +199,18 @@ class DataParallelEngine:
             skipped=engine.skipped_steps > skipped_before,
             loss_scale=float(engine.optimizer.loss_scale) if self.config.precision == "fp16" else None,
         )
+
+    def _clip_gradients(self, limit: float) -> torch.Tensor:
+        """Scales all gradients so that their norm over the whole model is at most the limit; returns the norm before."""
+        gradients = {name: parameter.grad for parameter, name in self._names.items() if parameter.grad is not None}
+        own = torch.nn.utils.get_total_norm([gradients[name] for name in gradients if name in self._shards]).double().square()
+        shared = torch.nn.utils.get_total_norm([gradients[name] for name in gradients if name not in self._shards])
+        if self._ranks.tensor is not None:
+            own = own.to(shared.device)
+            torch.distributed.all_reduce(own, group=self._ranks.tensor)
+        norm = (own + shared.double().square()).sqrt().to(shared.dtype) if self._shards else shared
+        torch.nn.utils.clip_grads_with_norm_(list(self._names), limit, norm)
+        return norm
 
     def evaluate(self, batches: Iterable[PatchBatch]) -> EvaluationResult:
         """Mean held-out loss; see `Engine`."""
@@ -212,8 +233,11 @@ class DataParallelEngine:
         self._engine.eval()
         try:
             with torch.no_grad():
-                result: torch.Tensor = self._engine(ids[..., None], None)
-                return result
+                # With sequence parallelism positions are shared out evenly; what is behind a position does not change it.
+                length = ids.shape[1]
+                padded = torch.nn.functional.pad(ids, (0, -length % self.grid.tensor_parallel_size))
+                result: torch.Tensor = self._engine(padded[..., None], None)
+                return result[:, :length]
         finally:
             self._engine.train()
 
@@ -224,9 +248,12 @@ class DataParallelEngine:
             CheckpointError: on every rank, where any rank could not write.
         """
         share = (self.grid.data_parallel_rank, self.grid.data_parallel_size)
+        # What all ranks of a layer hold is written by the first of them.
+        first = self.grid.tensor_parallel_rank == 0
         failure: str | None = None
         try:
-            write_fragments(folder, self.grid.rank, self.grid.world_size, fragments(self._engine, self._names, share))
+            mine = [f for f in fragments(self._engine, self._names, self._shards, share) if first or f.shard is not None]
+            write_fragments(folder, self.grid.rank, self.grid.world_size, mine)
         except CheckpointError as error:
             failure = str(error)
         failures = [str(text) for text in gather_objects(failure) if text]
@@ -249,9 +276,9 @@ class DataParallelEngine:
     def load(self, folder: Path, state: Mapping[str, Any] | None) -> None:
         """Reads weights and, with `state`, the optimizer; see `Engine`."""
         files = StateFiles(folder)
-        files.check({name: tuple(getattr(parameter, "ds_shape", parameter.shape)) for parameter, name in self._names.items()})
+        files.check({name: self._whole_shape(parameter, name) for parameter, name in self._names.items()})
         kinds = ("weight",) if state is None else ("weight", "exp_avg", "exp_avg_sq")
-        self._fill(files.read, kinds)
+        self._fill(lambda kind, name, start, numel: files.read_shard(kind, name, self._shards.get(name), start, numel), kinds)
         if state is not None:
             set_step_count(self._base, int(state["step_count"]))
             scaler = getattr(self._engine.optimizer, "loss_scaler", None)
@@ -260,9 +287,13 @@ class DataParallelEngine:
                     setattr(scaler, key, value)
         barrier()
 
+    def _whole_shape(self, parameter: Any, name: str) -> tuple[int, ...]:
+        local = tuple(getattr(parameter, "ds_shape", parameter.shape))
+        return self._shards[name].whole_shape(local) if name in self._shards else local
+
     def _fill(self, read: Any, kinds: Sequence[str]) -> None:
         """Sets this rank's fragments, and the weights that the model computes with, from `read(kind, name, start, numel)`."""
-        for fragment in fragments(self._engine, self._names, share=None):
+        for fragment in fragments(self._engine, self._names, self._shards, share=None):
             for kind in kinds:
                 fragment.tensors[kind].copy_(read(kind, fragment.name, fragment.start, fragment.numel))
         if self.config.zero_stage == 0:

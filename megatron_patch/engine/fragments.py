@@ -1,19 +1,21 @@
 """Where this rank's float32 weights and moments live, whatever ZeRO stage holds them, as flat views named by parameter.
 
-In: a DeepSpeed engine. Out: `Fragment`s, each a span `[start, start + numel)` of one flattened parameter with live views of its master
-weight and its two moments. Checkpoints, the switch of stages and replica checks all work on fragments, so none of them needs to know
-how a ZeRO stage lays its memory out; and as fragments are named by parameter and span, a checkpoint of fragments can be read back into
-any other layout.
+In: a DeepSpeed engine. Out: `Fragment`s, each a span `[start, start + numel)` of one flattened parameter (or of the part of it that a
+tensor-parallel rank holds) with live views of its master weight and its two moments. Checkpoints, the switch of stages and replica checks
+all work on fragments, so none of them needs to know how a ZeRO stage lays its memory out; and as fragments are named by parameter, part and
+span, a checkpoint of fragments can be read back into any other layout.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from megatron_patch.engine.optimizer import MOMENTS, base_optimizer, ensure_moments
+from megatron_patch.parallel.sharding import Shard
 
 
 @dataclass(frozen=True)
@@ -23,12 +25,14 @@ class Fragment:
     Args:
         name: the parameter's name.
         shape: the whole parameter's shape.
-        start: first element of the span in the flattened parameter.
+        shard: the tensor-parallel part that the span is of, or None where the parameter is not cut.
+        start: first element of the span in the flattened part.
         tensors: "weight", "exp_avg", "exp_avg_sq" -> float32 [numel], live views.
     """
 
     name: str
     shape: tuple[int, ...]
+    shard: Shard | None
     start: int
     tensors: dict[str, torch.Tensor]
 
@@ -38,12 +42,15 @@ class Fragment:
         return self.tensors["weight"].numel()
 
 
-def fragments(engine: Any, names: dict[torch.nn.Parameter, str], share: tuple[int, int] | None) -> list[Fragment]:
+def fragments(
+    engine: Any, names: dict[torch.nn.Parameter, str], shards: Mapping[str, Shard], share: tuple[int, int] | None
+) -> list[Fragment]:
     """This rank's fragments in the order of the parameters.
 
     Args:
         engine: what `deepspeed.initialize` returned.
         names: each parameter's name.
+        shards: which part of it this rank holds, where it is cut.
         share: (rank, ranks): where all ranks hold everything (ZeRO 0) the fragments are this rank's equal share of it;
             None: all of it.
     """
@@ -59,8 +66,9 @@ def fragments(engine: Any, names: dict[torch.nn.Parameter, str], share: tuple[in
         state = ensure_moments(optimizer, flat)
         tensors = {"weight": flat.detach().view(-1).narrow(0, offset, numel)}
         tensors.update({key: state[key].view(-1).narrow(0, offset, numel) for key in MOMENTS})
+        shard = shards.get(name)
         shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
-        result.append(Fragment(name, shape, start, tensors))
+        result.append(Fragment(name, shape if shard is None else shard.whole_shape(shape), shard, start, tensors))
     return result
 
 

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 
 from megatron_patch.engine.fragments import Fragment
 from megatron_patch.errors import CheckpointError
+from megatron_patch.parallel.sharding import Shard
 
 FORMAT = "megatron_patch/state-1"
 
@@ -36,7 +37,11 @@ def write_fragments(folder: Path, rank: int, ranks: int, fragments: Sequence[Fra
     """
     path = folder / f"state-{rank:05d}-of-{ranks:05d}.safetensors"
     tensors = {f"{kind}/{f.name}": tensor.cpu().contiguous() for f in fragments for kind, tensor in f.tensors.items()}
-    index = [{"name": f.name, "shape": list(f.shape), "start": f.start, "numel": f.numel} for f in fragments]
+    index = [
+        {"name": f.name, "shape": list(f.shape), "start": f.start, "numel": f.numel}
+        | ({} if f.shard is None else {"shard": [f.shard.dim, f.shard.index, f.shard.count]})
+        for f in fragments
+    ]
     try:
         save_file(tensors, str(path), metadata={"format": FORMAT, "fragments": json.dumps(index)})
     except (OSError, SafetensorError) as error:
@@ -53,6 +58,10 @@ class _Span:
     numel: int
 
 
+def _local_shape(shape: tuple[int, ...], dim: int, count: int) -> tuple[int, ...]:
+    return tuple(size // count if axis == dim else size for axis, size in enumerate(shape))
+
+
 class StateFiles:
     """A checkpoint's weights and moments, by parameter name and span, whoever wrote them.
 
@@ -66,22 +75,30 @@ class StateFiles:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.shapes: dict[str, tuple[int, ...]] = {}
-        self._spans: dict[str, list[_Span]] = {}
+        # By parameter and part of it. Parts along dimension 0 follow each other in the flattened parameter, so that they are one part.
+        self._spans: dict[str, dict[int, list[_Span]]] = {}
+        self._cuts: dict[str, tuple[int, int]] = {}
+        self._whole: tuple[str, str, torch.Tensor] | None = None
         paths = sorted(folder.glob("state-*-of-*.safetensors"))
         if not paths:
             raise CheckpointError(f"{folder} holds no state files", "a checkpoint folder step-N of this program", "check the path")
         for path in paths:
             self._read_index(path)
-        for name, spans in self._spans.items():
-            spans.sort(key=lambda span: span.start)
-            end = 0
-            for span in spans:
-                if span.start != end:
-                    raise CheckpointError(f"{folder}: parameter {name} has a gap or overlap at element {end}", "whole parameters")
-                end += span.numel
-            numel = int(torch.Size(self.shapes[name]).numel())
-            if end != numel:
-                raise CheckpointError(f"{folder}: parameter {name} has {end} of {numel} elements", "whole parameters")
+        for name, parts in self._spans.items():
+            _, count = self._cuts.get(name, (0, 1))
+            numel = int(torch.Size(self.shapes[name]).numel()) // count
+            for part in range(count):
+                self._check_coverage(name, parts.get(part, []), numel)
+
+    def _check_coverage(self, name: str, spans: list[_Span], numel: int) -> None:
+        spans.sort(key=lambda span: span.start)
+        end = 0
+        for span in spans:
+            if span.start != end:
+                raise CheckpointError(f"{self.folder}: parameter {name} has a gap or overlap at element {end}", "whole parameters")
+            end += span.numel
+        if end != numel:
+            raise CheckpointError(f"{self.folder}: parameter {name} has {end} of {numel} elements", "whole parameters")
 
     def _read_index(self, path: Path) -> None:
         try:
@@ -93,7 +110,15 @@ class StateFiles:
                 name, shape = entry["name"], tuple(entry["shape"])
                 if self.shapes.setdefault(name, shape) != shape:
                     raise CheckpointError(f"{path}: parameter {name} has shape {shape}", f"{self.shapes[name]}, as in the other files")
-                self._spans.setdefault(name, []).append(_Span(path, int(entry["start"]), int(entry["numel"])))
+                part, start = 0, int(entry["start"])
+                if "shard" in entry:
+                    dim, index, count = (int(value) for value in entry["shard"])
+                    if dim == 0:
+                        start += index * (int(torch.Size(shape).numel()) // count)
+                    else:
+                        part = index
+                        self._cuts[name] = (dim, count)
+                self._spans.setdefault(name, {}).setdefault(part, []).append(_Span(path, start, int(entry["numel"])))
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"cannot read {path}: {error}", "a whole state file", "resume from another checkpoint") from error
 
@@ -135,14 +160,38 @@ class StateFiles:
             float32 [numel].
         """
         total = int(torch.Size(self.shapes[name]).numel())
-        end = total if numel is None else start + numel
+        if name in self._cuts:
+            whole = self._assemble(kind, name)
+            return whole[start : total if numel is None else start + numel]
+        return self._read_part(kind, name, 0, start, total if numel is None else start + numel)
+
+    def _assemble(self, kind: str, name: str) -> torch.Tensor:
+        """A parameter that was cut along an inner dimension, flattened; kept until another is asked for."""
+        if self._whole is None or self._whole[:2] != (kind, name):
+            dim, count = self._cuts[name]
+            local = _local_shape(self.shapes[name], dim, count)
+            numel = int(torch.Size(local).numel())
+            parts = [self._read_part(kind, name, part, 0, numel).view(local) for part in range(count)]
+            self._whole = (kind, name, torch.cat(parts, dim=dim).flatten())
+        return self._whole[2]
+
+    def _read_part(self, kind: str, name: str, part: int, start: int, end: int) -> torch.Tensor:
         parts = []
-        for span in self._spans[name]:
+        for span in self._spans[name][part]:
             first, last = max(start, span.start), min(end, span.start + span.numel)
             if first < last:
                 with safe_open(str(span.path), framework="pt") as file:
                     parts.append(file.get_slice(f"{kind}/{name}")[first - span.start : last - span.start])
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def read_shard(self, kind: str, name: str, shard: Shard | None, start: int, numel: int) -> torch.Tensor:
+        """As `read`, with the span counted in the flattened part that a tensor-parallel rank holds."""
+        if shard is None:
+            return self.read(kind, name, start, numel)
+        if shard.dim == 0:
+            return self.read(kind, name, shard.index * (int(torch.Size(self.shapes[name]).numel()) // shard.count) + start, numel)
+        whole = self.read(kind, name).view(self.shapes[name])
+        return whole.chunk(shard.count, dim=shard.dim)[shard.index].flatten()[start : start + numel]
 
     def weight(self, name: str) -> torch.Tensor:
         """A whole parameter, float32, in its shape."""

@@ -12,6 +12,8 @@ from torch.utils.checkpoint import checkpoint
 from megatron_patch.model.norm import RMSNorm
 from megatron_patch.model.rotary import rotate
 from megatron_patch.model.shape import ModelShape
+from megatron_patch.parallel.sharding import shards_keys
+from megatron_patch.parallel.tensor import WHOLE, RowParallelLinear, TensorParallel, enter, sum_gradient
 
 _LONGEST_FLASH_HEAD = 256
 
@@ -65,25 +67,54 @@ class ModelCache:
     padding: torch.Tensor | None = None
 
 
+class KeyLinear(nn.Linear):
+    """The projection to keys or to values. With fewer groups than ranks every rank holds all of it and computes the group of its heads.
+
+    Args:
+        inputs: H.
+        outputs: what this rank holds.
+        shape: the model's shape.
+        parallel: the ranks that share the heads.
+    """
+
+    def __init__(self, inputs: int, outputs: int, shape: ModelShape, parallel: TensorParallel) -> None:
+        super().__init__(inputs, outputs, bias=shape.qkv_bias)
+        self.parallel = parallel
+        self.rows: slice | None = None
+        if not shards_keys(shape, parallel.size):
+            group = parallel.rank * shape.num_query_groups // parallel.size
+            self.rows = slice(group * shape.head_size, (group + 1) * shape.head_size)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """[B, T, H] to [B, T, own groups·head_size]."""
+        if self.rows is None:
+            return super().forward(input)
+        weight = sum_gradient(self.weight, self.parallel)[self.rows]
+        bias = None if self.bias is None else sum_gradient(self.bias, self.parallel)[self.rows]
+        return F.linear(input, weight, bias)
+
+
 class Attention(nn.Module):
     """Projections to heads, rotation, scaled dot products, projection back.
 
     Args:
         shape: the model's shape.
         recompute: recompute the attention product in the backward pass instead of keeping what it needs.
+        parallel: the ranks that share the heads.
     """
 
-    def __init__(self, shape: ModelShape, recompute: bool = False) -> None:
+    def __init__(self, shape: ModelShape, recompute: bool = False, parallel: TensorParallel = WHOLE) -> None:
         super().__init__()
-        self.head_size, self.recompute = shape.head_size, recompute
-        self.grouped = shape.num_query_groups != shape.num_attention_heads
+        self.head_size, self.recompute, self.parallel = shape.head_size, recompute, parallel
         queries, keys = shape.num_attention_heads * shape.head_size, shape.num_query_groups * shape.head_size
-        self.query = nn.Linear(shape.hidden_size, queries, bias=shape.qkv_bias)
-        self.key = nn.Linear(shape.hidden_size, keys, bias=shape.qkv_bias)
-        self.value = nn.Linear(shape.hidden_size, keys, bias=shape.qkv_bias)
-        self.output = nn.Linear(queries, shape.hidden_size, bias=shape.attention_bias)
-        self.query_norm = RMSNorm(shape.head_size, shape.norm_epsilon) if shape.qk_norm else None
-        self.key_norm = RMSNorm(shape.head_size, shape.norm_epsilon) if shape.qk_norm else None
+        own_keys = parallel.part(keys) if shards_keys(shape, parallel.size) else keys
+        self.query = nn.Linear(shape.hidden_size, parallel.part(queries), bias=shape.qkv_bias)
+        self.key = KeyLinear(shape.hidden_size, own_keys, shape, parallel)
+        self.value = KeyLinear(shape.hidden_size, own_keys, shape, parallel)
+        self.output = RowParallelLinear(queries, shape.hidden_size, shape.attention_bias, parallel)
+        # Each rank sees some heads alone.
+        self.query_norm = RMSNorm(shape.head_size, shape.norm_epsilon, parallel) if shape.qk_norm else None
+        self.key_norm = RMSNorm(shape.head_size, shape.norm_epsilon, parallel) if shape.qk_norm else None
 
     def _heads(self, projected: torch.Tensor) -> torch.Tensor:
         """[B, T, heads·head_size] to [B, T, heads, head_size]."""
@@ -100,6 +131,7 @@ class Attention(nn.Module):
         Returns:
             [B, T, H].
         """
+        hidden = enter(hidden, self.parallel)
         queries, keys = self._heads(self.query(hidden)), self._heads(self.key(hidden))
         if self.query_norm is not None and self.key_norm is not None:
             queries, keys = self.query_norm(queries), self.key_norm(keys)
@@ -117,8 +149,9 @@ class Attention(nn.Module):
 
     def _mix(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         causal = mask is None and queries.shape[2] == keys.shape[2]
-        grouped = self.grouped and takes_groups(queries.device.type, queries.dtype, self.head_size, masked=mask is not None)
-        if self.grouped and not grouped:
+        fewer = keys.shape[1] != queries.shape[1]
+        grouped = fewer and takes_groups(queries.device.type, queries.dtype, self.head_size, masked=mask is not None)
+        if fewer and not grouped:
             keys, values = (repeat_groups(tensor, queries.shape[1]) for tensor in (keys, values))
         return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
 

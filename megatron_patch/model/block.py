@@ -9,19 +9,20 @@ from megatron_patch.model.attention import Attention, AttentionContext, KeyValue
 from megatron_patch.model.feed_forward import FeedForward
 from megatron_patch.model.norm import make_norm
 from megatron_patch.model.shape import ModelShape
+from megatron_patch.parallel.tensor import WHOLE, TensorParallel
 
 
 class Block(nn.Module):
     """x + attention(norm(x)), then x + feed_forward(norm(x))."""
 
-    def __init__(self, shape: ModelShape, recompute_attention: bool = False) -> None:
+    def __init__(self, shape: ModelShape, recompute_attention: bool = False, parallel: TensorParallel = WHOLE) -> None:
         super().__init__()
-        self.attention_norm = make_norm(shape)
-        self.attention = Attention(shape, recompute=recompute_attention)
-        self.feed_forward_norm = make_norm(shape)
-        self.feed_forward = FeedForward(shape)
+        self.attention_norm = make_norm(shape, parallel)
+        self.attention = Attention(shape, recompute_attention, parallel)
+        self.feed_forward_norm = make_norm(shape, parallel)
+        self.feed_forward = FeedForward(shape, parallel)
 
     def forward(self, hidden: torch.Tensor, context: AttentionContext, cache: KeyValueCache | None = None) -> torch.Tensor:
-        """[B, T, H] to [B, T, H]."""
+        """[B, T, H] to [B, T, H]; with sequence parallelism this rank's positions on both sides."""
         hidden = hidden + self.attention(self.attention_norm(hidden), context, cache)
         return hidden + self.feed_forward(self.feed_forward_norm(hidden))

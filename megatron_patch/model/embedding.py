@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from megatron_patch import ops
 from megatron_patch.errors import ConfigError
 from megatron_patch.model.shape import ModelShape
 from megatron_patch.ops import Operators
+from megatron_patch.parallel.tensor import WHOLE, TensorParallel, leave, own_positions, sum_gradient
 
 
 class Embedding(nn.Module):
     """Token patches [B, T, K] to hidden states [B, T, H]."""
 
-    def __init__(self, shape: ModelShape, operators: Operators = "fused") -> None:
+    def __init__(self, shape: ModelShape, operators: Operators = "fused", parallel: TensorParallel = WHOLE) -> None:
         super().__init__()
         self.operators: Operators = operators
-        self.word = nn.Embedding(shape.padded_vocab_size, shape.hidden_size)
+        self.parallel = parallel
+        rows = parallel.part(shape.padded_vocab_size)
+        self.vocab_start = None if parallel.size == 1 else parallel.rank * rows
+        self.word = nn.Embedding(rows, shape.hidden_size)
         self.position = nn.Embedding(shape.max_positions, shape.hidden_size) if shape.position_embedding == "learned" else None
 
     def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor | None = None) -> torch.Tensor:
@@ -28,12 +33,13 @@ class Embedding(nn.Module):
             position_ids: int64 [B, T]; None: 0..T-1.
 
         Returns:
-            [B, T, H].
+            [B, T, H], or with sequence parallelism this rank's positions of it.
 
         Raises:
             ConfigError: more positions than the model has learned.
         """
-        hidden = ops.patch_embedding(self.word.weight, input_ids, self.operators)
+        # The average comes first, then the sum over the ranks' rows: K times fewer bytes than token embeddings would be.
+        hidden = leave(ops.patch_embedding(self.word.weight, input_ids, self.operators, self.vocab_start), self.parallel)
         if self.position is None:
             return hidden
         if input_ids.shape[1] > self.position.num_embeddings:
@@ -43,5 +49,6 @@ class Embedding(nn.Module):
                 "use shorter samples, or rotary positions",
             )
         if position_ids is None:
-            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)
-        return hidden + self.position(position_ids)
+            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+        weight = sum_gradient(self.position.weight, self.parallel) if self.parallel.sequence else self.position.weight
+        return hidden + F.embedding(own_positions(position_ids, self.parallel), weight)

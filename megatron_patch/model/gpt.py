@@ -20,6 +20,8 @@ from megatron_patch.model.norm import make_norm
 from megatron_patch.model.rotary import rotary_tables
 from megatron_patch.model.shape import ModelShape, check_shape
 from megatron_patch.ops import Operators
+from megatron_patch.parallel.sharding import check_sharding
+from megatron_patch.parallel.tensor import WHOLE, TensorParallel
 
 Recompute = Literal["none", "selective", "full"]
 
@@ -31,19 +33,23 @@ class GPTModel(nn.Module):
         shape: the model's shape.
         recompute: what the backward pass computes again: nothing, the attention product, or whole blocks.
         operators: compiled kernels for embedding and loss where they are built, or their plain formulas.
+        parallel: the ranks that share each layer.
 
     Raises:
         ConfigError: a shape that cannot be built.
     """
 
-    def __init__(self, shape: ModelShape, recompute: Recompute = "none", operators: Operators = "fused") -> None:
+    def __init__(
+        self, shape: ModelShape, recompute: Recompute = "none", operators: Operators = "fused", parallel: TensorParallel = WHOLE
+    ) -> None:
         super().__init__()
         check_shape(shape)
-        self.shape, self.recompute = shape, recompute
-        self.embedding = Embedding(shape, operators)
-        self.blocks = nn.ModuleList(Block(shape, recompute == "selective") for _ in range(shape.num_layers))
-        self.final_norm = make_norm(shape)
-        self.head = Head(shape, operators)
+        check_sharding(shape, parallel.size)
+        self.shape, self.recompute, self.parallel = shape, recompute, parallel
+        self.embedding = Embedding(shape, operators, parallel)
+        self.blocks = nn.ModuleList(Block(shape, recompute == "selective", parallel) for _ in range(shape.num_layers))
+        self.final_norm = make_norm(shape, parallel)
+        self.head = Head(shape, operators, parallel)
 
     def compile_blocks(self, backend: str = "inductor") -> None:
         """Compiles each block with torch.compile; blocks of one shape share the compiled code.
@@ -118,7 +124,7 @@ class GPTModel(nn.Module):
             if padding is not None:
                 position_ids = (position_ids - padding[:, None]).clamp(min=0)
         hidden = self.embedding(input_ids, position_ids)
-        context = self._context(hidden, position_ids, document_ids, earlier, padding)
+        context = self._context(hidden, positions, position_ids, document_ids, earlier, padding)
         if cache is not None:
             cache.blocks = cache.blocks or [KeyValueCache() for _ in self.blocks]
             cache.length += positions
@@ -132,13 +138,13 @@ class GPTModel(nn.Module):
     def _context(
         self,
         hidden: torch.Tensor,
+        length: int,
         position_ids: torch.Tensor | None,
         document_ids: torch.Tensor | None,
         earlier: int,
         padding: torch.Tensor | None,
     ) -> AttentionContext:
         rotary = None
-        length = hidden.shape[1]
         if self.shape.position_embedding == "rope":
             if position_ids is None:
                 position_ids = torch.arange(length, device=hidden.device)[None]

@@ -9,16 +9,21 @@ from torch import nn
 from megatron_patch import ops
 from megatron_patch.model.shape import ModelShape
 from megatron_patch.ops import Operators
+from megatron_patch.parallel.tensor import WHOLE, TensorParallel, enter, gather_last
 
 
 class Head(nn.Module):
     """A matrix of its own, or the embedding's."""
 
-    def __init__(self, shape: ModelShape, operators: Operators = "fused") -> None:
+    def __init__(self, shape: ModelShape, operators: Operators = "fused", parallel: TensorParallel = WHOLE) -> None:
         super().__init__()
         self.operators: Operators = operators
+        self.parallel = parallel
         self.vocab_size = shape.vocab_size
-        self.weight = None if shape.tie_embeddings else nn.Parameter(torch.empty(shape.padded_vocab_size, shape.hidden_size))
+        rows = parallel.part(shape.padded_vocab_size)
+        self.first_row = parallel.rank * rows
+        self.own_rows = min(rows, max(0, shape.vocab_size - self.first_row))
+        self.weight = None if shape.tie_embeddings else nn.Parameter(torch.empty(rows, shape.hidden_size))
 
     def logits(self, hidden: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
         """[..., H] to [..., V]; the vocabulary's padding rows are cut off.
@@ -27,7 +32,11 @@ class Head(nn.Module):
             hidden: normalised hidden states.
             embedding: the embedding's weight, used where the head is tied to it.
         """
-        return F.linear(hidden, self._rows(embedding))
+        if self.parallel.size == 1:
+            return F.linear(hidden, self._rows(embedding))
+        # Padding too, so that all ranks' parts are of one size.
+        weight = embedding if self.weight is None else self.weight
+        return gather_last(F.linear(enter(hidden, self.parallel), weight), self.parallel)[..., : self.vocab_size]
 
     def forward(
         self, hidden: torch.Tensor, embedding: torch.Tensor, labels: torch.Tensor, label_weights: torch.Tensor | None
@@ -43,10 +52,12 @@ class Head(nn.Module):
         Returns:
             (sum of weighted losses, sum of weights of scored labels), float32.
         """
+        hidden = enter(hidden, self.parallel)
+        shard = None if self.parallel.size == 1 else ops.VocabularyShard(self.first_row, self.parallel.group)
         return ops.linear_multi_token_loss(
-            hidden.flatten(0, 1), self._rows(embedding), labels.flatten(0, 1), label_weights, operators=self.operators
+            hidden.flatten(0, 1), self._rows(embedding), labels.flatten(0, 1), label_weights, self.operators, shard
         )
 
     def _rows(self, embedding: torch.Tensor) -> torch.Tensor:
-        """The vocabulary's rows, without those of its padding."""
-        return (embedding if self.weight is None else self.weight)[: self.vocab_size]
+        """This rank's rows of the vocabulary, without those of its padding."""
+        return (embedding if self.weight is None else self.weight)[: self.own_rows]

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from megatron_patch.model.shape import ModelShape
+from megatron_patch.parallel.sharding import shard_of
 
 _RESIDUAL_OUTPUTS = ("attention.output.weight", "feed_forward.down.weight")
 
@@ -45,10 +46,13 @@ def initial_value(name: str, parameter_shape: tuple[int, ...], shape: ModelShape
 
 
 @torch.no_grad()
-def initialize(model: nn.Module, shape: ModelShape, seed: int) -> None:
-    """Sets all parameters of a whole model to their initial values."""
+def initialize(model: nn.Module, shape: ModelShape, seed: int, rank: int = 0, size: int = 1) -> None:
+    """Sets all parameters to their initial values; of `size` tensor-parallel ranks each keeps its part."""
     for name, parameter in model.named_parameters():
-        parameter.copy_(initial_value(name, tuple(parameter.shape), shape, seed))
+        shard = shard_of(name, shape, rank, size)
+        whole = tuple(parameter.shape) if shard is None else shard.whole_shape(tuple(parameter.shape))
+        value = initial_value(name, whole, shape, seed)
+        parameter.copy_(value if shard is None else value.chunk(shard.count, dim=shard.dim)[shard.index])
 
 
 def parameter_groups(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:

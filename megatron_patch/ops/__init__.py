@@ -2,24 +2,41 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 
 from megatron_patch.ops import fused_embedding, fused_linear_loss, native, plain
 from megatron_patch.ops.plain import IGNORE_INDEX
 
-__all__ = ["IGNORE_INDEX", "Operators", "linear_multi_token_loss", "patch_embedding"]
+__all__ = ["IGNORE_INDEX", "Operators", "VocabularyShard", "linear_multi_token_loss", "patch_embedding"]
 
 Operators = Literal["fused", "plain"]
 """The compiled kernels where they are built; or the plain formulas everywhere, bit by bit an ordinary language model's at K = 1."""
 
 
-def patch_embedding(weight: torch.Tensor, token_ids: torch.Tensor, operators: Operators = "fused") -> torch.Tensor:
+@dataclass(frozen=True)
+class VocabularyShard:
+    """This rank's part of the vocabulary.
+
+    Args:
+        start: the id of its first row.
+        group: the ranks that hold the others.
+    """
+
+    start: int
+    group: dist.ProcessGroup | None
+
+
+def patch_embedding(
+    weight: torch.Tensor, token_ids: torch.Tensor, operators: Operators = "fused", vocab_start: int | None = None
+) -> torch.Tensor:
     """The mean of the K token embeddings of each patch; see `plain.patch_embedding`."""
     if operators == "fused" and native.supports(weight):
-        return fused_embedding.patch_embedding(weight, token_ids)
-    return plain.patch_embedding(weight, token_ids)
+        return fused_embedding.patch_embedding(weight, token_ids, vocab_start)
+    return plain.patch_embedding(weight, token_ids, vocab_start)
 
 
 def linear_multi_token_loss(
@@ -28,8 +45,10 @@ def linear_multi_token_loss(
     labels: torch.Tensor,
     label_weights: torch.Tensor | None = None,
     operators: Operators = "fused",
+    shard: VocabularyShard | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The head's logits scored against K labels a row; see `plain.linear_multi_token_loss`."""
+    start, group = (None, None) if shard is None else (shard.start, shard.group)
     if operators == "fused" and native.supports(weight):
-        return fused_linear_loss.linear_multi_token_loss(hidden, weight, labels, label_weights)
-    return plain.linear_multi_token_loss(hidden, weight, labels, label_weights)
+        return fused_linear_loss.linear_multi_token_loss(hidden, weight, labels, label_weights, vocab_start=start, group=group)
+    return plain.linear_multi_token_loss(hidden, weight, labels, label_weights, vocab_start=start, group=group)

@@ -84,12 +84,17 @@ def _chunk_loss(
     """The loss of each row; where asked for, its gradient replaces the logits."""
     if differentiable and group is None and vocab_start is None:
         return torch.ops.megatron_patch.multi_token_loss_and_gradient_(logits, labels, label_weights, z_loss)
-    statistics = torch.ops.megatron_patch.multi_token_loss_statistics(logits, labels, vocab_start)
+    padding_alone = logits.shape[1] == 0
+    if padding_alone:
+        statistics = logits.new_zeros((labels.shape[0], 2 + labels.shape[1]), dtype=accumulation_dtype(logits.dtype))
+        statistics[:, 0] = float("-inf")
+    else:
+        statistics = torch.ops.megatron_patch.multi_token_loss_statistics(logits, labels, vocab_start)
     normalizer, nll, lse = normalize(statistics, labels, group)
     scored = (labels != IGNORE_INDEX).to(nll.dtype)
     weights = scored if label_weights is None else scored * label_weights
     totals = weights.sum(dim=1)
-    if differentiable:
+    if differentiable and not padding_alone:
         grad_lse = (2 * z_loss) * lse * totals
         torch.ops.megatron_patch.multi_token_loss_gradient_(logits, labels, normalizer, weights, grad_lse, vocab_start)
     return (nll * weights).sum(dim=1) + z_loss * lse.square() * totals

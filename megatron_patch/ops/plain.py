@@ -6,7 +6,10 @@ language model (`F.embedding`, `F.cross_entropy`).
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 IGNORE_INDEX = -100
@@ -17,17 +20,22 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def patch_embedding(weight: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
+def patch_embedding(weight: torch.Tensor, token_ids: torch.Tensor, vocab_start: int | None = None) -> torch.Tensor:
     """The mean of the K token embeddings of each patch (arXiv 2407.12665, section 2).
 
     Args:
-        weight: [V, H].
+        weight: [V or a shard of it, H].
         token_ids: int64 [..., T, K].
+        vocab_start: the first id of the shard; ids of other shards add nothing. None: all of the vocabulary is here.
 
     Returns:
         [..., T, H] in the weight's dtype; averaged in float32 (float64 stays float64).
     """
-    rows = F.embedding(token_ids, weight)
+    if vocab_start is None:
+        rows = F.embedding(token_ids, weight)
+    else:
+        here = (token_ids >= vocab_start) & (token_ids < vocab_start + weight.shape[0])
+        rows = F.embedding(torch.where(here, token_ids - vocab_start, 0), weight) * here[..., None]
     if token_ids.shape[-1] == 1:
         return rows.squeeze(-2)
     return rows.to(accumulation_dtype(weight.dtype)).mean(dim=-2).to(weight.dtype)
@@ -52,6 +60,8 @@ def linear_multi_token_loss(
     labels: torch.Tensor,
     label_weights: torch.Tensor | None = None,
     z_loss: float = 0.0,
+    vocab_start: int | None = None,
+    group: dist.ProcessGroup | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The head's logits scored against all K labels of the next patch (arXiv 2407.12665, equation 3), summed.
 
@@ -60,19 +70,25 @@ def linear_multi_token_loss(
 
     Args:
         hidden: [N, H].
-        weight: [V, H].
+        weight: [V or a shard of it, H].
         labels: int64 [N, K]; IGNORE_INDEX is not scored.
         label_weights: [K], or None for 1.
         z_loss: holds the log-sum-exp near 0 (arXiv 2204.02311, section 5).
+        vocab_start: the id of the shard's first row; None: all of the vocabulary is here.
+        group: the ranks that hold the shards; the gradient for `hidden` is this shard's part.
 
     Returns:
         (sum of weighted losses, sum of the weights of scored labels), float32 (float64 stays float64).
     """
     logits = F.linear(hidden, weight)
-    losses = _losses(logits, labels)
+    lse = None
+    if vocab_start is None:
+        losses = _losses(logits, labels)
+    else:
+        losses, lse = _sharded_losses(logits, labels, vocab_start, group)
     if z_loss:
-        lse = torch.logsumexp(logits.to(losses.dtype), dim=-1, keepdim=True)
-        losses = losses + torch.where(labels != IGNORE_INDEX, z_loss * lse.square(), 0.0)
+        lse = torch.logsumexp(logits.to(losses.dtype), dim=-1) if lse is None else lse
+        losses = losses + torch.where(labels != IGNORE_INDEX, z_loss * lse.square()[:, None], 0.0)
     if label_weights is not None:
         losses = losses * label_weights.to(losses.dtype)
     return losses.sum(), weight_of_labels(labels, label_weights, losses.dtype)
@@ -88,3 +104,35 @@ def _losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     log_probabilities = F.log_softmax(logits, dim=-1, dtype=accumulation_dtype(logits.dtype))
     scored = labels != IGNORE_INDEX
     return torch.where(scored, -log_probabilities.gather(-1, torch.where(scored, labels, 0)), 0.0)
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """The sum of all ranks' tensors; each rank's gradient is that of the sum."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
+        total = tensor.clone()
+        if group is not None:
+            dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+        return grad, None
+
+
+def _sharded_losses(
+    logits: torch.Tensor, labels: torch.Tensor, vocab_start: int, group: dist.ProcessGroup | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(losses [N, K], log-sum-exp [N]) over all shards, from this rank's columns of the logits."""
+    rows, columns = logits.shape
+    # A column that counts nothing, as a shard may hold padding alone.
+    wide = F.pad(logits.to(accumulation_dtype(logits.dtype)), (0, 1), value=float("-inf"))
+    largest = wide.detach().amax(dim=1) if rows else wide.new_zeros(0)
+    if group is not None:
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
+    sums = _SumOverRanks.apply(torch.exp(wide - largest[:, None]).sum(dim=1), group)
+    here = (labels >= vocab_start) & (labels < vocab_start + columns)
+    picked = torch.where(here, wide.gather(1, torch.where(here, labels - vocab_start, columns)), 0.0)
+    nll = (largest[:, None] - _SumOverRanks.apply(picked, group)) + sums.log()[:, None]
+    return torch.where(labels == IGNORE_INDEX, 0.0, nll), largest + sums.log()

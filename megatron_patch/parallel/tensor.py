@@ -1,0 +1,163 @@
+"""Tensor and sequence parallelism: what a layer does where its ranks meet (Megatron-LM, arXiv 1909.08053; sequence parallel 2205.05198).
+
+In: activations. Out: the same activations, summed, gathered or scattered over the ranks that share each layer, with the gradient that
+belongs to it. A layer's first half is sharded by columns and needs whole inputs (`enter`), its second half by rows and gives partial
+sums (`leave`). With sequence parallelism the residual stream between layers is sharded along positions: `enter` gathers them and `leave`
+scatters the sums, which moves the same bytes as the all-reduce that they replace.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+_POSITIONS = 1
+
+
+@dataclass(frozen=True)
+class TensorParallel:
+    """How each layer is shared.
+
+    Args:
+        rank: which part is mine.
+        size: how many parts there are.
+        group: the ranks; None for one part, or where nothing is computed (meta tensors).
+        sequence: between layers, positions are sharded too.
+    """
+
+    rank: int = 0
+    size: int = 1
+    group: dist.ProcessGroup | None = None
+    sequence: bool = False
+
+    def part(self, size: int) -> int:
+        """My share of something that divides."""
+        return size // self.size
+
+
+WHOLE = TensorParallel()
+"""A model that is not shared."""
+
+
+def _all_reduce(tensor: torch.Tensor, parallel: TensorParallel) -> torch.Tensor:
+    tensor = tensor.contiguous()
+    dist.all_reduce(tensor, group=parallel.group)
+    return tensor
+
+
+def _gather(tensor: torch.Tensor, parallel: TensorParallel, dim: int) -> torch.Tensor:
+    """[..., n, ...] of each rank to [..., size·n, ...] on all."""
+    parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(parallel.size)]
+    dist.all_gather(parts, tensor.contiguous(), group=parallel.group)
+    return torch.cat(parts, dim=dim)
+
+
+def _scatter_sum(tensor: torch.Tensor, parallel: TensorParallel) -> torch.Tensor:
+    """The sum over ranks, of which each keeps its positions."""
+    parts = [part.contiguous() for part in tensor.chunk(parallel.size, dim=_POSITIONS)]
+    result = torch.empty_like(parts[0])
+    dist.reduce_scatter(result, parts, group=parallel.group)
+    return result
+
+
+class _Enter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, parallel: TensorParallel) -> torch.Tensor:
+        ctx.parallel = parallel
+        return _gather(hidden, parallel, _POSITIONS) if parallel.sequence else hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+        parallel = ctx.parallel
+        return (_scatter_sum(grad, parallel) if parallel.sequence else _all_reduce(grad.clone(), parallel)), None
+
+
+class _Leave(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, partial: torch.Tensor, parallel: TensorParallel) -> torch.Tensor:
+        ctx.parallel = parallel
+        return _scatter_sum(partial, parallel) if parallel.sequence else _all_reduce(partial.clone(), parallel)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+        return (_gather(grad, ctx.parallel, _POSITIONS) if ctx.parallel.sequence else grad), None
+
+
+class _SumGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, parallel: TensorParallel) -> torch.Tensor:
+        ctx.parallel = parallel
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+        return _all_reduce(grad.clone(), ctx.parallel), None
+
+
+def enter(hidden: torch.Tensor, parallel: TensorParallel) -> torch.Tensor:
+    """Into a layer that is sharded by columns: whole positions forward; backward the sum of what the ranks' columns ask for.
+
+    Args:
+        hidden: [B, T, H], or with sequence parallelism this rank's positions, [B, T / size, H].
+        parallel: the ranks that share the layer.
+
+    Returns:
+        [B, T, H].
+    """
+    return hidden if parallel.size == 1 else _Enter.apply(hidden, parallel)
+
+
+def leave(partial: torch.Tensor, parallel: TensorParallel) -> torch.Tensor:
+    """Out of a layer that is sharded by rows: the sum of the ranks' parts, with sequence parallelism for this rank's positions alone.
+
+    Args:
+        partial: [B, T, H], this rank's part of a sum.
+        parallel: the ranks that share the layer.
+
+    Returns:
+        [B, T, H], or [B, T / size, H].
+    """
+    return partial if parallel.size == 1 else _Leave.apply(partial, parallel)
+
+
+def sum_gradient(tensor: torch.Tensor, parallel: TensorParallel) -> torch.Tensor:
+    """A parameter that all ranks hold, where each sees a part of the positions or heads: its gradients are summed over the ranks."""
+    return tensor if parallel.size == 1 else _SumGradient.apply(tensor, parallel)
+
+
+def gather_last(tensor: torch.Tensor, parallel: TensorParallel) -> torch.Tensor:
+    """[..., n] of each rank to [..., size·n] on all; without a gradient."""
+    return tensor if parallel.size == 1 else _gather(tensor.detach(), parallel, -1)
+
+
+def own_positions(tensor: torch.Tensor, parallel: TensorParallel) -> torch.Tensor:
+    """[B or 1, T] to this rank's positions of it, where positions are sharded."""
+    return tensor.chunk(parallel.size, dim=_POSITIONS)[parallel.rank] if parallel.sequence else tensor
+
+
+class RowParallelLinear(nn.Linear):
+    """y = x Wᵀ + b where this rank holds some columns of W, and its part of x.
+
+    Args:
+        inputs: of the whole layer, a multiple of the ranks.
+        outputs: of the layer.
+        bias: added once, behind the sum.
+        parallel: the ranks that share it.
+    """
+
+    def __init__(self, inputs: int, outputs: int, bias: bool, parallel: TensorParallel) -> None:
+        super().__init__(parallel.part(inputs), outputs, bias=bias)
+        self.parallel = parallel
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """[B, T, inputs / size] to [B, T, outputs], or with sequence parallelism to this rank's positions of it."""
+        if self.parallel.size == 1:
+            return super().forward(input)
+        total = leave(nn.functional.linear(input, self.weight), self.parallel)
+        if self.bias is None:
+            return total
+        return total + (sum_gradient(self.bias, self.parallel) if self.parallel.sequence else self.bias)
