@@ -23,6 +23,7 @@ from megatron_patch.files import fsync_folder
 
 MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
+HEADER_BYTES = _HEADER.size
 _DTYPES: dict[int, type[np.generic]] = {
     1: np.uint8,
     2: np.int8,
@@ -39,6 +40,11 @@ _LONGEST = (1 << 31) - 1
 def optimal_dtype(vocab_size: int) -> np.dtype[np.generic]:
     """uint16 for vocabularies below 65,500 ids, as Megatron chooses, else int32."""
     return np.dtype(np.uint16 if vocab_size < 65500 else np.int32)
+
+
+def pack_header(dtype: np.dtype[np.generic], sequences: int, boundaries: int) -> bytes:
+    """The first bytes of an index."""
+    return _HEADER.pack(MAGIC, 1, _CODES[np.dtype(dtype)], sequences, boundaries)
 
 
 def bin_path(prefix: str) -> Path:
@@ -97,6 +103,7 @@ class IndexedDataset:
                 "a whole index",
                 "copy or preprocess the data again",
             )
+        self.has_modes = index_size > expected
         if boundaries < 1:
             raise DataError(f"{idx_path(prefix)} has no document boundaries", "at least one", "preprocess the data again")
         self.num_documents = boundaries - 1
@@ -112,6 +119,7 @@ class IndexedDataset:
         self.sequence_lengths = self._array(np.int32, _HEADER.size, self.num_sequences)
         self.sequence_pointers = self._array(np.int64, _HEADER.size + 4 * self.num_sequences, self.num_sequences)
         self.document_boundaries = self._array(np.int64, _HEADER.size + 12 * self.num_sequences, boundaries)
+        self.sequence_modes = self._array(np.int8, expected, self.num_sequences) if self.has_modes else None
         self._tokens: npt.NDArray[np.generic] = (
             np.frombuffer(self._map(bin_path(prefix)), dtype=self.dtype) if self.bin_bytes else np.empty(0, self.dtype)
         )
@@ -251,7 +259,7 @@ class IndexedDatasetWriter:
         try:
             self._lengths.flush()
             with self._temporary[1].open("wb", buffering=_CHUNK) as index:
-                index.write(_HEADER.pack(MAGIC, 1, _CODES[self.dtype], self.num_documents, self.num_documents + 1))
+                index.write(pack_header(self.dtype, self.num_documents, self.num_documents + 1))
                 for lengths in self._length_chunks():
                     index.write(lengths.data)
                 offset = 0
