@@ -10,7 +10,7 @@ import sys
 import torch
 
 from megatron_patch.command_line import ArgumentParser, run_tool
-from megatron_patch.data.corpus import TokenCorpus, check_vocabulary
+from megatron_patch.data.corpus import check_vocabulary, open_corpus
 from megatron_patch.data.evaluation_data import evaluation_batches, held_out_starts
 from megatron_patch.data.patch_dataset import DocumentMasking
 from megatron_patch.engine.inference import default_device, load_model
@@ -37,7 +37,7 @@ def main(argv: list[str]) -> None:
     positions = args.seq_length or int(loaded.options["seq_length"])
     if positions < 1 or (loaded.model.shape.position_embedding == "learned" and positions > loaded.model.shape.max_positions):
         raise ConfigError(f"--seq-length {positions}", f"1 to {loaded.model.shape.max_positions}, the model's learned positions")
-    corpus = TokenCorpus([args.data_path])
+    corpus = open_corpus(args.data_path)
     check_vocabulary(corpus, loaded.model.shape.vocab_size)
     unit = positions * args.patch_size
     tokens = corpus.num_tokens if args.eval_tokens == "all" else parse_count(args.eval_tokens)

@@ -12,9 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_patch.config.parsing import parse
+from megatron_patch.config.resolve import resolve
 from megatron_patch.data import merge
 from megatron_patch.data.corpus import TokenCorpus
 from megatron_patch.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter
@@ -24,6 +27,8 @@ from megatron_patch.data.prefixes import check_all_shards, expand_prefixes, shar
 from megatron_patch.data.side_file import DatasetInfo, read_info, write_info
 from megatron_patch.errors import DataError
 from megatron_patch.files import checksum
+from megatron_patch.parallel.grid import Grid
+from megatron_patch.training.corpus import open_data
 
 ROOT = Path(__file__).parent.parent.parent
 GOLDEN = Path(__file__).parent / "golden"
@@ -76,7 +81,6 @@ def test_chunks_of_the_index_meet(tmp_path, monkeypatch):
 def test_a_merge_is_megatrons_byte_for_byte(tmp_path, multimodal):
     """Documents of several sequences, and modes of sequences, which our own writer never writes."""
     megatron = pytest.importorskip("megatron.core.datasets.indexed_dataset", exc_type=ImportError)
-    torch = pytest.importorskip("torch")
     for name, rows in {"a": [[5, 6], [7, 8, 9]], "b": [[1]], "c": [[2, 3, 4], [4], [9, 9]]}.items():
         builder = megatron.IndexedDatasetBuilder(str(tmp_path / f"{name}.bin"), np.uint16, multimodal)
         for number, row in enumerate(rows):
@@ -204,6 +208,37 @@ def test_the_tool_merges_and_says_what(tmp_path):
     Path(shards[1] + ".idx").unlink()
     result = tool("--input", tmp_path / "x_shard-*", "--output-prefix", tmp_path / "two")
     assert result.returncode == 3 and "shards 1 of 3 are missing" in result.stderr
+
+
+def test_training_reads_shards_as_it_reads_them_merged(tmp_path):
+    draw = np.random.default_rng(0)
+    shards = [[draw.integers(0, 50000, 37).tolist() for _ in range(size)] for size in (9, 0, 30, 1)]
+    prefixes = [write(tmp_path / f"s{number}", shard) for number, shard in enumerate(shards)]
+    merge_datasets(prefixes, str(tmp_path / "all"))
+    (tmp_path / "list").write_text("s0\ns1\ns2\ns3\n")
+    whole = open_data_of(tmp_path / "all")
+    for word in (tmp_path / "s?", f"@{tmp_path}/list"):
+        shards = open_data_of(word)
+        for step in range(4):
+            ours, theirs = shards.loader(0, step).next_step(), whole.loader(0, step).next_step()
+            assert len(ours) == len(theirs) > 0
+            assert all(torch.equal(a.input_ids, b.input_ids) for a, b in zip(ours, theirs, strict=True))
+
+
+def open_data_of(word):
+    flags = "--num-layers 1 --hidden-size 16 --num-attention-heads 2 --ffn-hidden-size 16 --seq-length 8 --micro-batch-size 2"
+    flags += " --global-batch-size 4 --train-tokens 640 --split 80,20,0"
+    run = resolve(parse([*flags.split(), "--data-path", str(word)]), 1)
+    assert run.shape.vocab_size == 60000
+    return open_data(run, run.plan, Grid(0, 1))
+
+
+def test_a_corpus_has_more_shards_than_files_may_be_open_at_first(tmp_path):
+    prefix = write(tmp_path / "s", [[1, 2, 3]])
+    code = "import resource, sys; resource.setrlimit(resource.RLIMIT_NOFILE, (64, 4096))\n"
+    code += "from megatron_patch.data.corpus import TokenCorpus\nprint(TokenCorpus([sys.argv[1]] * 300).num_tokens)"
+    result = subprocess.run([sys.executable, "-c", code, prefix], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.stdout.strip() == "900", result.stderr
 
 
 def limited() -> None:
