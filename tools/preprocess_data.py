@@ -60,12 +60,13 @@ def progress_lines(interval: float) -> Progress:
     """Prints a line every so many seconds."""
     last = [time.monotonic()]
 
-    def show(documents: int, tokens: int, read: int, seconds: float) -> None:
+    def show(documents: int, tokens: int, read: int, seconds: float, share: float) -> None:
         if time.monotonic() - last[0] >= interval:
             last[0] = time.monotonic()
             print(
                 f"{format_count(documents)} documents, {format_count(tokens)} tokens, {read / 1e6:,.0f} MB, "
-                f"{read / 1e6 / seconds:.1f} MB/s, {format_count(tokens / seconds)} tokens/s, {format_duration(seconds)}",
+                f"{read / 1e6 / seconds:.1f} MB/s, {format_count(tokens / seconds)} tokens/s, {format_duration(seconds)}"
+                + (f", {share:.1%} done, {format_duration(seconds / share - seconds)} to go" if share else ""),
                 file=sys.stderr,
             )
 

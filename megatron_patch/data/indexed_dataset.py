@@ -179,12 +179,13 @@ class IndexedDatasetWriter:
     Args:
         prefix: path without .bin and .idx.
         dtype: of the tokens, as `optimal_dtype` says.
+        resume: (documents, tokens) of an unfinished writing that were forced to disk by `sync`; what came behind them is cut off.
 
     Raises:
-        DataError: the folder cannot be written, or there is no space left.
+        DataError: the folder cannot be written, there is no space left, or not so much was written before.
     """
 
-    def __init__(self, prefix: str, dtype: np.dtype[np.generic]) -> None:
+    def __init__(self, prefix: str, dtype: np.dtype[np.generic], resume: tuple[int, int] | None = None) -> None:
         self.prefix, self.dtype = prefix, np.dtype(dtype)
         if self.dtype not in _CODES:
             raise DataError(f"tokens of {self.dtype}", f"{sorted(str(known) for known in _CODES)}")
@@ -192,15 +193,60 @@ class IndexedDatasetWriter:
         self.num_tokens = 0
         self._temporary = [Path(f"{path}.partial") for path in (bin_path(prefix), idx_path(prefix), Path(f"{prefix}.lengths"))]
         self._finished = False
+        self._kept = resume is not None
+        mode = "wb+" if resume is None else "rb+"
         try:
             bin_path(prefix).parent.mkdir(parents=True, exist_ok=True)
-            self._bin = self._temporary[0].open("wb", buffering=_CHUNK)
-            self._lengths = self._temporary[2].open("wb+", buffering=_CHUNK)
+            if resume is not None:
+                self._take_back()
+            self._bin = self._temporary[0].open(mode, buffering=_CHUNK)
+            self._lengths = self._temporary[2].open(mode, buffering=_CHUNK)
+            if resume is not None:
+                self._cut_to(*resume)
+        except FileNotFoundError as error:
+            raise DataError(
+                f"{error.filename} does not exist", "what the unfinished run wrote", "start over without --resume, with --overwrite"
+            ) from error
         except OSError as error:
-            for path in self._temporary:
+            for path in self._temporary if not self._kept else ():
                 with contextlib.suppress(OSError):
                     path.unlink(missing_ok=True)
             raise self._failure(error) from error
+
+    def _take_back(self) -> None:
+        """A run that ended between giving the two files their names: the tokens get their temporary name again."""
+        if not self._temporary[0].exists() and bin_path(self.prefix).exists() and not idx_path(self.prefix).exists():
+            os.replace(bin_path(self.prefix), self._temporary[0])
+
+    def _cut_to(self, documents: int, tokens: int) -> None:
+        for file, size in ((self._bin, tokens * self.dtype.itemsize), (self._lengths, 4 * documents)):
+            if file.seek(0, os.SEEK_END) < size:
+                raise DataError(
+                    f"{file.name} has less than the {size} bytes that were recorded",
+                    "what the unfinished run wrote",
+                    "start over without --resume, with --overwrite",
+                )
+            file.truncate(size)
+            file.seek(size)
+        self.num_documents, self.num_tokens = documents, tokens
+
+    def sync(self) -> tuple[int, int]:
+        """Forces to disk what was appended; from then on the temporary files stay, whatever happens, to go on from.
+
+        Returns:
+            (documents, tokens), as `resume` takes them.
+
+        Raises:
+            DataError: no space left.
+        """
+        try:
+            for file in (self._bin, self._lengths):
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise self._failure(error) from error
+        self._kept = True
+        return self.num_documents, self.num_tokens
 
     def _failure(self, error: OSError) -> DataError:
         return DataError(
@@ -282,17 +328,17 @@ class IndexedDatasetWriter:
             fsync_folder(bin_path(self.prefix).parent)
         except OSError as error:
             raise self._failure(error) from error
-        self._finished = True
+        self._finished, self._kept = True, False
         self.close()
 
     def close(self) -> None:
-        """Removes the temporary files; what was not finished is gone."""
+        """Removes the temporary files, unless `sync` was called: what was not finished is gone."""
         for file in (self._bin, self._lengths):
             try:
                 file.close()
             except OSError:
                 continue
-        for path in self._temporary:
+        for path in self._temporary if not self._kept else ():
             path.unlink(missing_ok=True)
 
     def __enter__(self) -> IndexedDatasetWriter:

@@ -173,8 +173,8 @@ def _survey(prefixes: Sequence[str], notice: Callable[[str], None]) -> tuple[lis
 
 
 def _together(one: DatasetInfo, other: DatasetInfo, one_prefix: str, other_prefix: str) -> DatasetInfo:
-    for name in ("tokenizer_type", "vocab_size", "eod_id", "append_eod", "prepend_bos"):
-        if getattr(one, name) != getattr(other, name):
+    for name in ("tokenizer_type", "vocab_size", "eod_id", "append_eod", "prepend_bos", "tokenizer_xxh64"):
+        if getattr(one, name) != getattr(other, name) and "" not in (getattr(one, name), getattr(other, name)):
             raise DataError(
                 f"{one_prefix} and {other_prefix} differ in {name}: {getattr(one, name)} and {getattr(other, name)}",
                 "shards that were preprocessed alike",
@@ -304,4 +304,5 @@ def _joined_info(info: DatasetInfo, output: str, shards: Sequence[_Shard], diges
         idx_bytes=idx_path(output).stat().st_size,
         bin_xxh64=digest,
         idx_xxh64=checksum(idx_path(output)),
+        run_xxh64="",
     )

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import orjson
 
+from megatron_patch.data.preprocess.documents import documents
 from megatron_patch.data.preprocess.readers import Batch
 from megatron_patch.errors import DataError
 from megatron_patch.tokenizer import Flat, HuggingFaceTokenizer, Tokenizer, load_tokenizer
@@ -42,6 +42,10 @@ class EncodeSettings:
         patch_align: pad each document with end-of-document tokens to a multiple of this.
         dtype: of the result, as NumPy names it.
         backend: "auto" or "reference".
+        min_chars: shorter texts are left out.
+        max_chars: longer ones, too.
+        min_tokens: as min_chars, in tokens without those that are added.
+        max_tokens: as max_chars.
     """
 
     tokenizer_type: str
@@ -56,6 +60,10 @@ class EncodeSettings:
     patch_align: int = 1
     dtype: str = "uint16"
     backend: str = "auto"
+    min_chars: int | None = None
+    max_chars: int | None = None
+    min_tokens: int | None = None
+    max_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -72,19 +80,29 @@ class Encoded:
 
     Args:
         source: where it came from.
+        file: number of the input.
+        upto: the unit of the input behind it.
+        share: of the input, that has been read then.
+        start: its first byte in the file, where it is known.
         lines: lines of the batch, so that line numbers can be added up.
         bytes: size of the batch.
         parts: one for each key.
-        empty: documents without text, left out.
-        bad: (line in the batch from 1, reason) of lines left out.
+        empty: texts without a token, left out.
+        filtered: texts too short or too long, left out.
+        bad: (line in the batch from 1, first byte in the batch, reason) of lines left out.
     """
 
     source: str
+    file: int
+    upto: int
+    share: float
+    start: int | None
     lines: int
     bytes: int
     parts: tuple[Part, ...]
     empty: int
-    bad: tuple[tuple[int, str], ...] = field(default_factory=tuple)
+    filtered: int
+    bad: tuple[tuple[int, int, str], ...] = field(default_factory=tuple)
 
 
 def make_tokenizer(settings: EncodeSettings) -> Tokenizer:
@@ -199,6 +217,7 @@ class Encoder:
 
     def __init__(self, settings: EncodeSettings) -> None:
         self.settings = settings
+        self._empty = self._filtered = 0
         self.tokenizer = make_tokenizer(settings)
         self.fast, self.backend_note = fast_backend(self.tokenizer) if settings.backend == "auto" else (None, "the reference tokenizer")
         if (settings.append_eod or settings.patch_align > 1) and self.tokenizer.eod_id is None:
@@ -217,47 +236,40 @@ class Encoder:
             BackendDisagrees: the fast backend is not to be trusted with this input.
             DataError: the batch cannot be read.
         """
-        data = batch.read()
-        bad: list[tuple[int, str]] = []
-        if batch.whole:
-            lines = 1
-            rows = [self._whole(data, bad)]
-        else:
-            raw = data.split(b"\n")
-            lines = data.count(b"\n") + (not data.endswith(b"\n") and bool(data))
-            rows = [self._parse(line, number, bad) for number, line in enumerate(raw, start=1) if line.strip()]
-        documents = [row for row in rows if row is not None]
-        parts, empty = [], 0
-        for column in range(len(self.settings.keys)):
-            texts = [row[column] for row in documents if row[column]]
-            empty += len(documents) - len(texts)
-            parts.append(self._encode(texts))
-        return Encoded(batch.source, lines, len(data), tuple(parts), empty, tuple(bad))
+        bad: list[tuple[int, int, str]] = []
+        rows: list[tuple[str, ...]] = []
+        lines: list[int] = []
+        for document in documents(batch, self.settings.keys, lines):
+            if document.texts is None:
+                bad.append((document.number, document.offset, document.reason))
+            else:
+                rows.append(document.texts)
+        self._empty = self._filtered = 0
+        parts = [self._encode(self._wanted([row[column] for row in rows])) for column in range(len(self.settings.keys))]
+        return Encoded(
+            batch.source,
+            batch.file,
+            batch.upto,
+            batch.share,
+            batch.start if batch.data is None and not batch.temporary else None,
+            lines[0],
+            batch.size,
+            tuple(parts),
+            self._empty,
+            self._filtered,
+            tuple(bad),
+        )
 
-    def _whole(self, data: bytes, bad: list[tuple[int, str]]) -> tuple[str, ...] | None:
-        try:
-            return (data.decode("utf-8"),) * len(self.settings.keys)
-        except UnicodeDecodeError as error:
-            bad.append((1, f"not UTF-8: {error}"))
-            return None
-
-    def _parse(self, line: bytes, number: int, bad: list[tuple[int, str]]) -> tuple[str, ...] | None:
-        try:
-            document = orjson.loads(line)
-        except orjson.JSONDecodeError as error:
-            bad.append((number, f"no valid JSON: {error}"))
-            return None
-        texts = []
-        for key in self.settings.keys:
-            value = document
-            for name in key.split("."):
-                value = value.get(name) if isinstance(value, dict) else None
-            if not isinstance(value, str):
-                kind = "is missing" if value is None else f"is a {type(value).__name__}"
-                bad.append((number, f"key {key!r} {kind}, not a string"))
-                return None
-            texts.append(value)
-        return tuple(texts)
+    def _wanted(self, texts: list[str]) -> list[str]:
+        """Leaves out what is empty, too short or too long."""
+        full = [text for text in texts if text]
+        self._empty += len(texts) - len(full)
+        least, most = self.settings.min_chars, self.settings.max_chars
+        if least is None and most is None:
+            return full
+        kept = [text for text in full if (least is None or len(text) >= least) and (most is None or len(text) <= most)]
+        self._filtered += len(full) - len(kept)
+        return kept
 
     def _encode(self, texts: Sequence[str]) -> Part:
         if not texts:
@@ -271,8 +283,17 @@ class Encoder:
             reference, _ = self.tokenizer.encode_flat([texts[checked]])
             if not np.array_equal(ids[start : start + int(lengths[checked])], reference):
                 raise BackendDisagrees(texts[checked][:200])
-        kept = lengths > 0
-        return self._frame(ids, lengths[kept] if not kept.all() else lengths)
+        full = lengths > 0
+        self._empty += int((~full).sum())
+        kept = full
+        if self.settings.min_tokens is not None:
+            kept = kept & (lengths >= self.settings.min_tokens)
+        if self.settings.max_tokens is not None:
+            kept = kept & (lengths <= self.settings.max_tokens)
+        self._filtered += int((full & ~kept).sum())
+        if not kept.all():
+            ids, lengths = ids[np.repeat(kept, lengths)], lengths[kept]
+        return self._frame(ids, lengths)
 
     def _frame(self, ids: npt.NDArray[np.uint32], lengths: npt.NDArray[np.int64]) -> Part:
         """Puts each document between its beginning and end tokens and pads it to whole patches."""
