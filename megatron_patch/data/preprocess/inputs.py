@@ -7,7 +7,7 @@ merged in the order of the shards are what one run over everything writes.
 from __future__ import annotations
 
 import glob
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -88,8 +88,7 @@ def divide(files: Sequence[str], number: int, count: int) -> list[Span]:
     Raises:
         DataError: no such shard, or standard input, which cannot be divided.
     """
-    if not 0 <= number < count:
-        raise DataError(f"--shard {number}/{count}", "i/n with i from 0 to n - 1", "count shards from 0")
+    _checked_shard(number, count)
     if count == 1:
         return [Span(file) for file in files]
     if STANDARD_INPUT in files:
@@ -107,6 +106,46 @@ def divide(files: Sequence[str], number: int, count: int) -> list[Span]:
             spans.append(Span(file))
         begin += size
     return spans
+
+
+def parse_shard(text: str, environment: Mapping[str, str]) -> tuple[int, int]:
+    """Reads --shard: i/n, slurm/n (the task of a Slurm array is i), or slurm (the array's size is n).
+
+    Args:
+        text: what was given.
+        environment: where Slurm's variables are.
+
+    Returns:
+        (i, n), i from 0.
+
+    Raises:
+        DataError: none of these, or an array that is not 0 to n - 1.
+    """
+    word, _, count = text.partition("/")
+    try:
+        if word != "slurm":
+            return _checked_shard(int(word), int(count))
+        number = int(environment["SLURM_ARRAY_TASK_ID"])
+        if count:
+            return _checked_shard(number, int(count))
+        size, first, last = (int(environment[f"SLURM_ARRAY_TASK_{name}"]) for name in ("COUNT", "MIN", "MAX"))
+    except KeyError as error:
+        raise DataError(f"--shard {text} without {error.args[0]}", "a task of a Slurm array", "use sbatch --array") from error
+    except ValueError as error:
+        raise DataError(f"--shard {text}", "i/n, slurm/n or slurm", "for example --shard 0/8") from error
+    if first != 0 or last != size - 1:
+        raise DataError(
+            f"--shard slurm in an array of {size} tasks from {first} to {last}: which shards there are is not known",
+            "all tasks from 0 on: --array=0-63",
+            f"say how many shards there are in all: --shard slurm/{last + 1}",
+        )
+    return _checked_shard(number, size)
+
+
+def _checked_shard(number: int, count: int) -> tuple[int, int]:
+    if not 0 <= number < count:
+        raise DataError(f"--shard {number}/{count}", "i/n with i from 0 to n - 1", "count shards from 0")
+    return number, count
 
 
 def line_start(path: str, offset: int) -> int:

@@ -80,7 +80,7 @@ def preprocess(
     on_bad_line: Literal["skip", "fail"] = "skip",
     overwrite: bool = False,
     resume: bool = False,
-    shard: tuple[int, int] = (0, 1),
+    shard: tuple[int, int] | None = None,
     separator: bytes | None = None,
     save_seconds: float = 30.0,
     progress: Progress | None = None,
@@ -96,7 +96,7 @@ def preprocess(
         on_bad_line: leave bad lines out and list them, or stop at the first.
         overwrite: replace outputs that exist, and what an unfinished run left.
         resume: go on with an unfinished run, if there is one; nothing is done where it had been finished.
-        shard: (i, n): only the i-th of n parts of the input.
+        shard: (i, n): only the i-th of n parts of the input, which may be empty.
         separator: what stands between the documents of a .txt; None: each is one document.
         save_seconds: after so many seconds what is written is forced to disk, to be resumed from.
         progress: told how far it is.
@@ -108,9 +108,9 @@ def preprocess(
     """
     if workers < 1 or settings.patch_align < 1:
         raise DataError(f"--workers {workers}, --patch-align {settings.patch_align}", "whole numbers from 1")
-    spans = tuple(divide(expand(inputs), *shard))
+    spans = tuple(divide(expand(inputs), *(shard or (0, 1))))
     prefixes = tuple(output_prefixes(output_prefix, settings.keys))
-    run = _Run(spans, prefixes, output_prefix, workers, on_bad_line, separator, save_seconds, shard[1] > 1, progress)
+    run = _Run(spans, prefixes, output_prefix, workers, on_bad_line, separator, save_seconds, shard is not None, progress)
     if resume and not run.resumable:
         raise DataError("--resume of standard input", "files, which can be read again from the middle", "name the files")
     encoder = Encoder(settings)
