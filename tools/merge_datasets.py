@@ -24,13 +24,23 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--output-prefix", required=True, help="writes PREFIX.bin, .idx and .json")
     parser.add_argument("--overwrite", action="store_true", help="replace an output that exists")
     parser.add_argument("--allow-missing", action="store_true", help="merge also where shards of a sharded run are missing")
+    parser.add_argument("--dedup", action="store_true", help="leave documents out whose tokens are those of an earlier one")
+    parser.add_argument("--shuffle-documents", type=int, metavar="SEED", help="put documents into a random order")
     args = parser.parse_args(argv)
     prefixes = [prefix for word in args.input for prefix in expand_prefixes(word)]
     if not args.allow_missing:
         check_all_shards(prefixes)
-    merged = merge_datasets(prefixes, args.output_prefix, overwrite=args.overwrite, notice=lambda text: print(text, file=sys.stderr))
+    merged = merge_datasets(
+        prefixes,
+        args.output_prefix,
+        overwrite=args.overwrite,
+        dedup=args.dedup,
+        shuffle_seed=args.shuffle_documents,
+        notice=lambda text: print(text, file=sys.stderr),
+    )
     print(
-        f"{merged.output}: {merged.documents:,} documents, {merged.tokens:,} tokens of {merged.shards:,} shards, read back and verified",
+        f"{merged.output}: {merged.documents:,} documents, {merged.tokens:,} tokens of {merged.shards:,} shards, read back and verified"
+        + (f"; {merged.duplicates:,} duplicates left out" if args.dedup else ""),
         file=sys.stderr,
     )
     print(json.dumps(asdict(merged)))

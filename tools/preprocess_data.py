@@ -61,6 +61,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     for name, unit in (("chars", "characters"), ("tokens", "tokens, without those that are added")):
         parser.add_argument(f"--min-{name}", type=int, help=f"leave documents out that have fewer {unit}")
         parser.add_argument(f"--max-{name}", type=int, help=f"leave documents out that have more {unit}")
+    parser.add_argument("--dedup", action="store_true", help="leave documents out whose tokens are those of an earlier one")
+    parser.add_argument("--shuffle-documents", type=int, metavar="SEED", help="put documents into a random order")
     parser.add_argument("--shard", help="i/n: only part i of n, from 0; slurm/n: i is the task of the Slurm array; slurm: n is its size")
     parser.add_argument("--resume", action="store_true", help="go on with an unfinished run, if there is one")
     parser.add_argument("--save-interval", type=float, default=30.0, help="seconds between the points from which a run can be resumed")
@@ -111,7 +113,8 @@ def show_summary(summary: Summary) -> None:
         "tokens": f"{summary.tokens:,} ({summary.dtype})",
         "tokens a document": f"5 %: {low:,}   50 %: {middle:,}   95 %: {high:,}   longest: {longest:,}",
         "read": f"{summary.bytes / 1e6:,.1f} MB in {format_duration(summary.seconds)}",
-        "left out": f"{summary.bad_lines:,} bad lines, {summary.empty:,} empty documents, {summary.filtered:,} too short or too long"
+        "left out": f"{summary.bad_lines:,} bad lines, {summary.empty:,} empty documents, {summary.filtered:,} too short or too long, "
+        + f"{summary.duplicates:,} duplicates"
         + (f" (listed in {summary.bad_lines_file})" if summary.bad_lines_file else ""),
         "vocabulary": f"{summary.vocab_size:,} ids, end of document {summary.eod_id}",
         "encoded by": summary.backend,
@@ -154,6 +157,8 @@ def main(argv: list[str]) -> None:
         resume=args.resume,
         shard=shard,
         separator=unescape(args.txt_separator) if args.txt_separator is not None else None,
+        dedup=args.dedup,
+        shuffle_seed=args.shuffle_documents,
         save_seconds=args.save_interval,
         progress=progress_lines(args.log_interval),
         notice=lambda text: print(text, file=sys.stderr),

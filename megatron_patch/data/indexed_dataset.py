@@ -120,9 +120,8 @@ class IndexedDataset:
         self.sequence_pointers = self._array(np.int64, _HEADER.size + 4 * self.num_sequences, self.num_sequences)
         self.document_boundaries = self._array(np.int64, _HEADER.size + 12 * self.num_sequences, boundaries)
         self.sequence_modes = self._array(np.int8, expected, self.num_sequences) if self.has_modes else None
-        self._tokens: npt.NDArray[np.generic] = (
-            np.frombuffer(self._map(bin_path(prefix)), dtype=self.dtype) if self.bin_bytes else np.empty(0, self.dtype)
-        )
+        self._bin = self._map(bin_path(prefix)) if self.bin_bytes else None
+        self._tokens: npt.NDArray[np.generic] = np.frombuffer(self._bin, self.dtype) if self._bin is not None else np.empty(0, self.dtype)
         self._check_ends()
 
     @staticmethod
@@ -151,6 +150,12 @@ class IndexedDataset:
                 "boundaries from 0 to the number of sequences",
                 "preprocess the data again",
             )
+
+    def release(self) -> None:
+        """Gives back the memory of what was read: for those who read everything once. What is read again comes from the file again."""
+        for mapped in (self._index, self._bin):
+            if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
+                mapped.madvise(mmap.MADV_DONTNEED)
 
     def __len__(self) -> int:
         return int(self.num_sequences)

@@ -20,6 +20,7 @@ import numpy.typing as npt
 import xxhash
 
 from megatron_patch.data.indexed_dataset import IndexedDataset, bin_path, idx_path, pack_header
+from megatron_patch.data.rearrange import rearrange
 from megatron_patch.data.side_file import DatasetInfo, info_path, read_info, write_info
 from megatron_patch.errors import DataError
 from megatron_patch.files import checksum, copy_range, fsync_folder
@@ -37,6 +38,7 @@ class Merged:
         sequences: of the result.
         documents: of the result.
         tokens: of the result.
+        duplicates: documents left out.
         bytes: of the result's .bin and .idx.
         side_file: whether the result has one: where every shard has.
     """
@@ -46,6 +48,7 @@ class Merged:
     sequences: int
     documents: int
     tokens: int
+    duplicates: int
     bytes: int
     side_file: bool
 
@@ -66,6 +69,8 @@ def merge_datasets(
     prefixes: Sequence[str],
     output: str,
     overwrite: bool = False,
+    dedup: bool = False,
+    shuffle_seed: int | None = None,
     notice: Callable[[str], None] = lambda text: None,
 ) -> Merged:
     """Joins datasets end to end.
@@ -74,6 +79,8 @@ def merge_datasets(
         prefixes: the shards, in order.
         output: prefix of the result.
         overwrite: replace a result that exists.
+        dedup: leave documents out whose tokens are those of an earlier one.
+        shuffle_seed: put documents into a random order; None: they keep theirs.
         notice: told in words what the user should know.
 
     Raises:
@@ -97,27 +104,38 @@ def merge_datasets(
             digest = _verify_tokens(shards, bin_path(working))
             _write_index(shards, dtype, modes, idx_path(working))
             _verify_index(working, shards)
-            size = bin_path(working).stat().st_size + idx_path(working).stat().st_size
-            idx_path(output).unlink(missing_ok=True)
-            info_path(output).unlink(missing_ok=True)
-            os.replace(bin_path(working), bin_path(output))
-            os.replace(idx_path(working), idx_path(output))
-            fsync_folder(bin_path(output).parent)
+            if dedup or shuffle_seed is not None:
+                duplicates = rearrange(working, output, dedup, shuffle_seed, Path(f"{output}.scratch"))
+                digest = checksum(bin_path(output))
+            else:
+                duplicates = 0
+                _give_name(working, output)
     except OSError as error:
         raise DataError(
             f"cannot write {output}: {error.strerror or error}", "a writable folder with free space", "free space or change --output-prefix"
         ) from error
     if info is not None:
-        write_info(output, _joined_info(info, output, shards, digest))
+        write_info(output, _joined_info(info, output, digest))
+    result = IndexedDataset(output)
     return Merged(
         output=output,
         shards=len(shards),
-        sequences=sum(shard.sequences for shard in shards),
-        documents=sum(shard.documents for shard in shards),
-        tokens=sum(shard.tokens for shard in shards),
-        bytes=size,
+        sequences=int(result.num_sequences),
+        documents=result.num_documents,
+        tokens=result.num_tokens,
+        duplicates=duplicates,
+        bytes=bin_path(output).stat().st_size + idx_path(output).stat().st_size,
         side_file=info is not None,
     )
+
+
+def _give_name(working: str, output: str) -> None:
+    # An older index goes first, so that a crash in between leaves no pair of files that do not belong together.
+    idx_path(output).unlink(missing_ok=True)
+    info_path(output).unlink(missing_ok=True)
+    os.replace(bin_path(working), bin_path(output))
+    os.replace(idx_path(working), idx_path(output))
+    fsync_folder(bin_path(output).parent)
 
 
 def _survey(prefixes: Sequence[str], notice: Callable[[str], None]) -> tuple[list[_Shard], np.dtype[np.generic], bool, DatasetInfo | None]:
@@ -129,7 +147,7 @@ def _survey(prefixes: Sequence[str], notice: Callable[[str], None]) -> tuple[lis
     without = 0
     for prefix in prefixes:
         dataset = IndexedDataset(prefix)
-        first = first or dataset
+        first = dataset if first is None else first
         if dataset.dtype != first.dtype:
             raise DataError(
                 f"{first.prefix} has {first.dtype} tokens, {prefix} {dataset.dtype}",
@@ -222,9 +240,11 @@ def _changed(path: Path) -> DataError:
     return DataError(f"{path} changed while it was read", "files that stay as they are", "run again when nothing writes to them")
 
 
-def _chunks(array: npt.NDArray[np.generic], first: int = 0) -> Iterator[npt.NDArray[np.generic]]:
+def _chunks(dataset: IndexedDataset, array: npt.NDArray[np.generic], first: int = 0) -> Iterator[npt.NDArray[np.generic]]:
+    """An array of a dataset's index in pieces, each of which leaves the memory before the next one comes."""
     for start in range(first, len(array), _CHUNK):
-        yield np.asarray(array[start : start + _CHUNK])
+        yield np.array(array[start : start + _CHUNK])
+        dataset.release()
 
 
 def _write_index(shards: Sequence[_Shard], dtype: np.dtype[np.generic], modes: bool, path: Path) -> None:
@@ -233,14 +253,15 @@ def _write_index(shards: Sequence[_Shard], dtype: np.dtype[np.generic], modes: b
     with path.open("wb", buffering=_CHUNK) as index:
         index.write(pack_header(dtype, sequences, documents + 1))
         for shard in shards:
-            for lengths in _chunks(_open(shard).sequence_lengths):
+            dataset = _open(shard)
+            for lengths in _chunks(dataset, dataset.sequence_lengths):
                 index.write(lengths.data)
         _write_offsets(shards, dtype.itemsize, index)
         _write_boundaries(shards, index)
         if modes:
             for shard in shards:
-                kinds = _open(shard).sequence_modes
-                for part in _chunks(kinds) if kinds is not None else ():
+                dataset = _open(shard)
+                for part in _chunks(dataset, dataset.sequence_modes) if dataset.sequence_modes is not None else ():
                     index.write(part.data)
         index.flush()
         os.fsync(index.fileno())
@@ -257,7 +278,7 @@ def _write_offsets(shards: Sequence[_Shard], itemsize: int, index: BinaryIO) -> 
     base = 0
     for shard in shards:
         dataset, end = _open(shard), 0
-        for lengths, pointers in zip(_chunks(dataset.sequence_lengths), _chunks(dataset.sequence_pointers), strict=True):
+        for lengths, pointers in zip(_chunks(dataset, dataset.sequence_lengths), _chunks(dataset, dataset.sequence_pointers), strict=True):
             ends = end + np.cumsum(lengths.astype(np.int64) * itemsize)
             offsets = np.concatenate(([end], ends[:-1]))
             if int(lengths.min()) < 0 or not np.array_equal(offsets, pointers):
@@ -275,8 +296,8 @@ def _write_boundaries(shards: Sequence[_Shard], index: BinaryIO) -> None:
     index.write(np.zeros(1, "<i8").data)
     base = 0
     for shard in shards:
-        last = 0
-        for boundaries in _chunks(_open(shard).document_boundaries, first=1):
+        dataset, last = _open(shard), 0
+        for boundaries in _chunks(dataset, dataset.document_boundaries, first=1):
             if int(boundaries[0]) < last or (np.diff(boundaries.astype(np.int64)) < 0).any():
                 raise DataError(
                     f"{idx_path(shard.prefix)}: a document ends before it begins",
@@ -295,11 +316,12 @@ def _verify_index(working: str, shards: Sequence[_Shard]) -> None:
         raise DataError(f"{working} does not add up", "a sound disk", "run again")
 
 
-def _joined_info(info: DatasetInfo, output: str, shards: Sequence[_Shard], digest: str) -> DatasetInfo:
+def _joined_info(info: DatasetInfo, output: str, digest: str) -> DatasetInfo:
+    result = IndexedDataset(output)
     return replace(
         info,
-        documents=sum(shard.documents for shard in shards),
-        tokens=sum(shard.tokens for shard in shards),
+        documents=result.num_documents,
+        tokens=result.num_tokens,
         bin_bytes=bin_path(output).stat().st_size,
         idx_bytes=idx_path(output).stat().st_size,
         bin_xxh64=digest,

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import zstandard
 
+from megatron_patch.data.indexed_dataset import IndexedDataset
 from megatron_patch.data.preprocess import pipeline, readers
 from megatron_patch.data.preprocess.encode import EncodeSettings
 from megatron_patch.data.preprocess.journal import journal_path, last_record
@@ -59,7 +60,7 @@ from pathlib import Path
 sys.path.insert(0, {root!r})
 from megatron_patch.data.preprocess import readers
 from tests.data.test_preprocess_resume import preprocess, settings
-readers.BATCH_BYTES = 900
+readers.BATCH_BYTES = 2500
 inputs, folder = sys.argv[1:2], sys.argv[2]
 
 def crashing(at):
@@ -114,7 +115,7 @@ def test_a_crash_at_any_point_loses_nothing(tmp_path, inputs):
     result = subprocess.run([sys.executable, "-c", script, *inputs, str(tmp_path / "out")], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     points = int(result.stdout)
-    assert points > 40
+    assert points > 20
     for number in range(1, points + 1):
         assert everything(tmp_path / "out" / f"x{number}") == expected, number
 
@@ -249,3 +250,39 @@ def test_a_finished_run_is_finished_only_for_the_same_run(tmp_path, inputs):
         preprocess(inputs, str(tmp_path / "x"), settings(append_eod=False), resume=True)
     with pytest.raises(DataError, match="standard input"):
         preprocess(["-"], str(tmp_path / "y"), settings(), resume=True)
+
+
+def test_rearranged_runs_are_resumed_from_any_end(tmp_path, inputs, monkeypatch):
+    """Failing before, between and after the steps of rearranging two outputs."""
+    inputs = inputs * 2
+    options = {"dedup": True, "shuffle_seed": 3, "save_seconds": 0.0}
+    whole = preprocess(inputs, str(tmp_path / "whole"), settings(), **options)
+    # One output has 290 texts, each twice, the other one text 580 times.
+    assert [len(IndexedDataset(prefix)) for prefix in whole.outputs] == [290, 1] and whole.duplicates == 290 + 579
+    for name in ("rearrange", "remove_dataset", "write_info"):
+        for call in (1, 2):
+            for before in (True, False):
+                out = str(tmp_path / f"{name}{call}{before}")
+                with monkeypatch.context() as patch:
+                    patch.setattr(pipeline, name, failing(getattr(pipeline, name), call, before))
+                    with pytest.raises(DataError, match="now"):
+                        preprocess(inputs, out, settings(), **options)
+                resumed = preprocess(inputs, out, settings(), resume=True, **options)
+                assert everything(out) == everything(tmp_path / "whole")
+                assert (resumed.documents, resumed.duplicates) == (whole.documents, whole.duplicates)
+    assert not [path for path in tmp_path.iterdir() if "unordered" in path.name]
+
+
+def failing(call, at, before):
+    calls = []
+
+    def wrapped(*args, **kwargs):
+        calls.append(0)
+        if before and len(calls) == at:
+            raise DataError("now")
+        result = call(*args, **kwargs)
+        if len(calls) == at:
+            raise DataError("now")
+        return result
+
+    return wrapped

@@ -79,8 +79,14 @@ def tokenizer_checksum(settings: EncodeSettings) -> str:
     return digest.hexdigest() if settings.tokenizer_model or settings.vocab_file else f"{settings.vocab_size}"
 
 
-def identity(spans: Sequence[Span], settings: EncodeSettings, separator: bytes | None) -> dict[str, Any]:
-    """What a run reads and how: all that its result depends on, as plain values. A file is known by name, size and time of change."""
+def identity(spans: Sequence[Span], settings: EncodeSettings, **more: Any) -> dict[str, Any]:
+    """What a run reads and how: all that its result depends on, as plain values. A file is known by name, size and time of change.
+
+    Args:
+        spans: the input.
+        settings: of encoding.
+        more: other settings, as plain values.
+    """
     inputs = []
     for span in spans:
         known = Path(span.path).stat() if span.path != STANDARD_INPUT else None
@@ -88,7 +94,7 @@ def identity(spans: Sequence[Span], settings: EncodeSettings, separator: bytes |
         inputs.append([os.path.abspath(span.path) if known else span.path, *stamp, span.start, span.end])
     chosen = {name: value for name, value in asdict(settings).items() if name not in _FREE}
     chosen["keys"] = list(settings.keys)
-    chosen["separator"] = separator.decode("utf-8", "replace") if separator is not None else None
+    chosen.update(more)
     return {"format": FORMAT, "inputs": inputs, "settings": chosen, "tokenizer": tokenizer_checksum(settings)}
 
 

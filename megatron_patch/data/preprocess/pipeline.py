@@ -34,11 +34,10 @@ from megatron_patch.data.preprocess.journal import (
 from megatron_patch.data.preprocess.readers import Batch, batches
 from megatron_patch.data.preprocess.summary import BadLines, LengthSample, Summary
 from megatron_patch.data.preprocess.workers import encode_in_order
+from megatron_patch.data.rearrange import rearrange, remove_dataset, unordered_prefix
 from megatron_patch.data.side_file import DatasetInfo, info_path, read_info, write_info
 from megatron_patch.errors import DataError
 from megatron_patch.files import checksum
-
-_CHUNK = 1 << 20
 
 Progress = Callable[[int, int, int, float, float], None]
 """Called with (documents, tokens, bytes, seconds, share of the input) now and then."""
@@ -54,6 +53,8 @@ class _Run:
     workers: int
     on_bad_line: Literal["skip", "fail"]
     separator: bytes | None
+    dedup: bool
+    shuffle_seed: int | None
     save_seconds: float
     may_be_empty: bool
     progress: Progress | None
@@ -61,6 +62,15 @@ class _Run:
     @property
     def resumable(self) -> bool:
         return all(span.path != STANDARD_INPUT for span in self.spans)
+
+    @property
+    def rearranged(self) -> bool:
+        return self.dedup or self.shuffle_seed is not None
+
+    @property
+    def written(self) -> tuple[str, ...]:
+        """Where documents are written as they come."""
+        return tuple(map(unordered_prefix, self.prefixes)) if self.rearranged else self.prefixes
 
     @property
     def scratch(self) -> Path:
@@ -82,6 +92,8 @@ def preprocess(
     resume: bool = False,
     shard: tuple[int, int] | None = None,
     separator: bytes | None = None,
+    dedup: bool = False,
+    shuffle_seed: int | None = None,
     save_seconds: float = 30.0,
     progress: Progress | None = None,
     notice: Callable[[str], None] = lambda text: None,
@@ -98,6 +110,8 @@ def preprocess(
         resume: go on with an unfinished run, if there is one; nothing is done where it had been finished.
         shard: (i, n): only the i-th of n parts of the input, which may be empty.
         separator: what stands between the documents of a .txt; None: each is one document.
+        dedup: leave documents out whose tokens are those of an earlier one of the same output.
+        shuffle_seed: put documents into a random order; None: they keep that of the input.
         save_seconds: after so many seconds what is written is forced to disk, to be resumed from.
         progress: told how far it is.
         notice: told in words what the user should know.
@@ -110,13 +124,16 @@ def preprocess(
         raise DataError(f"--workers {workers}, --patch-align {settings.patch_align}", "whole numbers from 1")
     spans = tuple(divide(expand(inputs), *(shard or (0, 1))))
     prefixes = tuple(output_prefixes(output_prefix, settings.keys))
-    run = _Run(spans, prefixes, output_prefix, workers, on_bad_line, separator, save_seconds, shard is not None, progress)
+    run = _Run(
+        spans, prefixes, output_prefix, workers, on_bad_line, separator, dedup, shuffle_seed, save_seconds, shard is not None, progress
+    )
     if resume and not run.resumable:
         raise DataError("--resume of standard input", "files, which can be read again from the middle", "name the files")
     encoder = Encoder(settings)
     settings = replace(settings, dtype=str(optimal_dtype(encoder.tokenizer.vocab_size)))
     encoder.settings = settings
-    known = identity(spans, settings, separator)
+    shown = separator.decode("utf-8", "replace") if separator is not None else None
+    known = identity(spans, settings, separator=shown, dedup=dedup, shuffle_seed=shuffle_seed)
     begin = _beginning(run, known, overwrite, resume)
     if begin is None:
         notice("finished before: nothing to do")
@@ -253,6 +270,8 @@ def _run(run: _Run, settings: EncodeSettings, encoder: Encoder, known: dict[str,
         for writer in writers:
             info_path(writer.prefix).unlink(missing_ok=True)
             writer.finish()
+        _rearrange(run)
+    written = begin.outputs if begin.complete else tuple((writer.num_documents, writer.num_tokens) for writer in writers)
     infos = [_info(prefix, settings, encoder, identity_checksum(known)) for prefix in run.prefixes]
     for prefix, info in zip(run.prefixes, infos, strict=True):
         write_info(prefix, info)
@@ -265,10 +284,11 @@ def _run(run: _Run, settings: EncodeSettings, encoder: Encoder, known: dict[str,
         bad_lines=accounts.bad.count,
         empty=accounts.empty,
         filtered=accounts.filtered,
+        duplicates=sum(documents for documents, _ in written) - sum(info.documents for info in infos),
         dtype=settings.dtype,
         vocab_size=encoder.tokenizer.vocab_size,
         eod_id=encoder.tokenizer.eod_id,
-        tokens_per_document=accounts.lengths.quantiles(),
+        tokens_per_document=(LengthSample.of(IndexedDataset(run.prefixes[0])) if run.dedup else accounts.lengths).quantiles(),
         backend="fastokens" if encoder.fast is not None else "reference",
         seconds=accounts.seconds,
         resumed_at=begin.read,
@@ -279,13 +299,22 @@ def _run(run: _Run, settings: EncodeSettings, encoder: Encoder, known: dict[str,
 def _writers(run: _Run, settings: EncodeSettings, begin: Record, stack: contextlib.ExitStack) -> list[IndexedDatasetWriter]:
     """One writer a key; of a run that ended while it gave outputs their names, only of those that have none yet."""
     writers = []
-    for number, prefix in enumerate(run.prefixes):
+    for number, prefix in enumerate(run.written):
         done = begin.outputs[number] if begin.outputs else None
-        if begin.complete and idx_path(prefix).exists() and not Path(f"{bin_path(prefix)}.partial").exists():
+        # Both files have their names, or, where documents are rearranged, are gone again.
+        named = idx_path(prefix).exists() or (run.rearranged and not bin_path(prefix).exists())
+        if begin.complete and named and not Path(f"{bin_path(prefix)}.partial").exists():
             Path(f"{prefix}.lengths.partial").unlink(missing_ok=True)
             continue
         writers.append(stack.enter_context(IndexedDatasetWriter(prefix, np.dtype(settings.dtype), done)))
     return writers
+
+
+def _rearrange(run: _Run) -> None:
+    for source, output in zip(run.written, run.prefixes, strict=True):
+        if run.rearranged and idx_path(source).exists():
+            rearrange(source, output, run.dedup, run.shuffle_seed, run.scratch)
+            remove_dataset(source)
 
 
 def _encode_all(
@@ -338,9 +367,6 @@ def _info(prefix: str, settings: EncodeSettings, encoder: Encoder, run_xxh64: st
 def _finished_summary(run: _Run, encoder: Encoder) -> Summary:
     """Of a run that had been finished before."""
     datasets = [IndexedDataset(prefix) for prefix in run.prefixes]
-    lengths = LengthSample()
-    for start in range(0, len(datasets[0]), _CHUNK):
-        lengths.add(np.asarray(datasets[0].sequence_lengths[start : start + _CHUNK]))
     return Summary(
         outputs=run.prefixes,
         documents=sum(dataset.num_documents for dataset in datasets),
@@ -349,10 +375,11 @@ def _finished_summary(run: _Run, encoder: Encoder) -> Summary:
         bad_lines=0,
         empty=0,
         filtered=0,
+        duplicates=0,
         dtype=str(datasets[0].dtype),
         vocab_size=encoder.tokenizer.vocab_size,
         eod_id=encoder.tokenizer.eod_id,
-        tokens_per_document=lengths.quantiles(),
+        tokens_per_document=LengthSample.of(datasets[0]).quantiles(),
         backend="nothing: finished before",
         seconds=0.0,
         resumed_at=0,

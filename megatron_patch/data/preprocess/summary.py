@@ -13,10 +13,12 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from megatron_patch.data.indexed_dataset import IndexedDataset
 from megatron_patch.data.preprocess.encode import Encoded
 from megatron_patch.errors import DataError
 
 _LISTED_BAD_LINES = 100_000
+_CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class Summary:
         bad_lines: left out.
         empty: texts without a token, left out.
         filtered: texts too short or too long, left out.
+        duplicates: documents equal to earlier ones, left out.
         dtype: of the tokens.
         vocab_size: of the tokenizer.
         eod_id: its end-of-document token, or None.
@@ -48,6 +51,7 @@ class Summary:
     bad_lines: int
     empty: int
     filtered: int
+    duplicates: int
     dtype: str
     vocab_size: int
     eod_id: int | None
@@ -85,6 +89,15 @@ class LengthSample:
             bins, counts = np.unique(np.round(np.log2(lengths) * 8).astype(int), return_counts=True)
             self._counts.update(dict(zip(bins.tolist(), counts.tolist(), strict=True)))
             self.longest = max(self.longest, int(lengths.max()))
+
+    @classmethod
+    def of(cls, dataset: IndexedDataset) -> LengthSample:
+        """Of all documents of a dataset."""
+        found = cls()
+        for start in range(0, len(dataset), _CHUNK):
+            found.add(np.asarray(dataset.sequence_lengths[start : start + _CHUNK]))
+            dataset.release()
+        return found
 
     def quantile(self, share: float) -> int:
         """About the length that a share of the documents does not exceed."""
