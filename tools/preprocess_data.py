@@ -24,6 +24,7 @@ from megatron_patch.data.preprocess.inputs import parse_shard
 from megatron_patch.data.preprocess.pipeline import Progress, preprocess
 from megatron_patch.data.preprocess.summary import Summary
 from megatron_patch.errors import DataError
+from megatron_patch.tiktoken_files import PATTERNS
 from megatron_patch.tokenizer import TYPES
 from megatron_patch.units import format_count, format_duration
 
@@ -45,6 +46,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--merge-file", help="merges.txt of GPT2BPETokenizer")
     parser.add_argument("--vocab-size", type=int, help="of NullTokenizer")
     parser.add_argument("--eod-token", help="the end-of-document token, where the usual names do not fit")
+    parser.add_argument("--tiktoken-pattern", help=f"of TikTokenizer: {', '.join(PATTERNS)}, or a regular expression")
+    parser.add_argument("--special-tokens", nargs="+", metavar="NAME[=ID]", help="of TikTokenizer; without ids the next behind all before")
     parser.add_argument("--append-eod", action="store_true", help="end each document with the end-of-document token")
     parser.add_argument("--prepend-bos", action="store_true", help="begin each document with the beginning-of-sequence token")
     parser.add_argument(
@@ -136,6 +139,8 @@ def main(argv: list[str]) -> None:
         merge_file=args.merge_file,
         vocab_size=args.vocab_size,
         eod_token=args.eod_token,
+        tiktoken_pattern=args.tiktoken_pattern,
+        special_tokens=tuple(args.special_tokens) if args.special_tokens else None,
         keys=tuple(args.json_keys),
         append_eod=args.append_eod,
         prepend_bos=args.prepend_bos,

@@ -21,7 +21,8 @@ import zstandard
 from megatron_patch.data.indexed_dataset import IndexedDataset
 from megatron_patch.data.inspect import integrity_problems
 from megatron_patch.data.preprocess import readers, workers
-from megatron_patch.data.preprocess.encode import Encoder, EncodeSettings, fast_backend, fuzz_strings
+from megatron_patch.data.preprocess.encode import Encoder, EncodeSettings
+from megatron_patch.data.preprocess.fast_backend import fast_backend, fuzz_strings
 from megatron_patch.data.preprocess.inputs import Span
 from megatron_patch.data.preprocess.pipeline import preprocess
 from megatron_patch.data.preprocess.readers import batches
@@ -139,7 +140,7 @@ def test_fast_and_reference_encoders_agree(folder, tmp_path):
 def test_a_fast_backend_that_errs_while_running_is_replaced(folder, tmp_path, monkeypatch):
     """A backend that drops the last id of one document is found by the running check, and everything is encoded again."""
     pytest.importorskip("fastokens")
-    from megatron_patch.data.preprocess import encode
+    from megatron_patch.data.preprocess import fast_backend as encode
 
     right = encode.FastBackend.encode_flat
 

@@ -7,7 +7,6 @@ documents of this input, and on one document of every batch; one disagreement, a
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,9 +15,11 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_patch.data.preprocess.documents import documents
+from megatron_patch.data.preprocess.fast_backend import fast_backend
 from megatron_patch.data.preprocess.readers import Batch
 from megatron_patch.errors import DataError
-from megatron_patch.tokenizer import Flat, HuggingFaceTokenizer, Tokenizer, load_tokenizer
+from megatron_patch.tiktoken_files import PATTERNS
+from megatron_patch.tokenizer import Tokenizer, load_tokenizer
 
 
 class BackendDisagrees(Exception):
@@ -36,6 +37,8 @@ class EncodeSettings:
         merge_file: of GPT2BPETokenizer.
         vocab_size: of NullTokenizer.
         eod_token: the end-of-document token, where the usual names do not fit.
+        tiktoken_pattern: of TikTokenizer.
+        special_tokens: of TikTokenizer.
         keys: JSON keys, with dots for nested ones.
         append_eod: end each document with the end-of-document token.
         prepend_bos: begin each with the beginning-of-sequence token.
@@ -54,6 +57,8 @@ class EncodeSettings:
     merge_file: str | None = None
     vocab_size: int | None = None
     eod_token: str | None = None
+    tiktoken_pattern: str | None = None
+    special_tokens: tuple[str, ...] | None = None
     keys: tuple[str, ...] = ("text",)
     append_eod: bool = False
     prepend_bos: bool = False
@@ -106,7 +111,17 @@ class Encoded:
 
 
 def make_tokenizer(settings: EncodeSettings) -> Tokenizer:
-    """The reference tokenizer of some settings."""
+    """The reference tokenizer of some settings.
+
+    Raises:
+        DataError: as `load_tokenizer`; a tiktoken file without its pattern.
+    """
+    if settings.tokenizer_type == "TikTokenizer" and settings.tiktoken_pattern is None:
+        raise DataError(
+            "TikTokenizer without --tiktoken-pattern",
+            f"{', '.join(PATTERNS)}, or a regular expression: the file does not hold it",
+            "give the pattern that the model was made with",
+        )
     return load_tokenizer(
         settings.tokenizer_type,
         settings.tokenizer_model,
@@ -114,95 +129,9 @@ def make_tokenizer(settings: EncodeSettings) -> Tokenizer:
         merge_file=settings.merge_file,
         vocab_size=settings.vocab_size,
         eod_token=settings.eod_token,
+        tiktoken_pattern=settings.tiktoken_pattern,
+        special_tokens=settings.special_tokens,
     )
-
-
-def fuzz_strings(seed: int = 0, count: int = 300) -> list[str]:
-    """Strings made to break tokenizers: mixed scripts, odd white space, long runs, special tokens, controls, combining marks."""
-    words = [
-        "a",
-        "Z",
-        "the",
-        "don't",
-        "WE'LL",
-        "1234567890",
-        "3.14",
-        "_",
-        "__init__",
-        "#",
-        "...",
-        "—",
-        "é",
-        "ß",
-        "İ",
-        "Ω",
-        "жизнь",
-        "日本語",
-        "한국어",
-        "مرحبا",
-        "नमस्ते",
-        "🙂",
-        "🇩🇪",
-        "▁",
-        "Ġ",
-        "ﬁ",
-        "½",
-        "{}",
-        "http://x.y/z?a=b",
-    ]
-    spaces = [" ", "  ", "\n", "\r\n", "\t", "\u00a0", "\u3000", "\u200b", "\ufeff", "\u2028"]
-    special = [
-        "<|endoftext|>",
-        "<s>",
-        "</s>",
-        "<unk>",
-        " The",
-        "e\u0301",
-        "\U0001f468\u200d\U0001f469",
-        "\x00",
-        "\x7f",
-        "a" * 40,
-        "\\n",
-        "\U0001d400",
-    ]
-    pieces = words + spaces + special
-    draw = random.Random(seed)
-    return ["", *pieces, *("".join(draw.choices(pieces, k=draw.randint(1, 24))) for _ in range(count))]
-
-
-class FastBackend:
-    """fastokens over the same tokenizer.json."""
-
-    def __init__(self, tokenizer: HuggingFaceTokenizer) -> None:
-        import fastokens
-
-        self._native = fastokens.Tokenizer.from_json_str(tokenizer.backend.to_str())
-
-    def encode_flat(self, texts: Sequence[str]) -> Flat:
-        """See `Tokenizer`."""
-        ids, offsets = self._native.encode_batch_flat(list(texts), add_special_tokens=False)
-        ends = np.frombuffer(offsets, dtype=np.uint64).astype(np.int64)
-        return np.frombuffer(ids, dtype=np.uint32), ends[1:] - ends[:-1]
-
-
-def _same(first: Flat, second: Flat) -> bool:
-    return np.array_equal(first[0], second[0]) and np.array_equal(first[1], second[1])
-
-
-def fast_backend(tokenizer: Tokenizer) -> tuple[FastBackend | None, str]:
-    """(the fast backend, or None; why). It must load this tokenizer and agree with it on every fuzz string."""
-    if not isinstance(tokenizer, HuggingFaceTokenizer):
-        return None, "the reference tokenizer (no fast backend for its type)"
-    try:
-        backend = FastBackend(tokenizer)
-        texts = fuzz_strings()
-        if not _same(backend.encode_flat(texts), tokenizer.encode_flat(texts)):
-            return None, "the reference tokenizer (fastokens disagrees on fuzz strings)"
-    except ImportError:
-        return None, "the reference tokenizer (fastokens is not installed)"
-    except Exception as error:  # whatever a young library may raise, the reference serves
-        return None, f"the reference tokenizer (fastokens cannot load it: {error})"
-    return backend, "fastokens, checked against the reference"
 
 
 class Encoder:

@@ -93,7 +93,7 @@ def identity(spans: Sequence[Span], settings: EncodeSettings, **more: Any) -> di
         stamp = [known.st_size, known.st_mtime_ns] if known else [0, 0]
         inputs.append([os.path.abspath(span.path) if known else span.path, *stamp, span.start, span.end])
     chosen = {name: value for name, value in asdict(settings).items() if name not in _FREE}
-    chosen["keys"] = list(settings.keys)
+    chosen = {name: list(value) if isinstance(value, tuple) else value for name, value in chosen.items()}
     chosen.update(more)
     return {"format": FORMAT, "inputs": inputs, "settings": chosen, "tokenizer": tokenizer_checksum(settings)}
 
