@@ -94,6 +94,8 @@ class Encoded:
         parts: one for each key.
         empty: texts without a token, left out.
         filtered: texts too short or too long, left out.
+        fast: whether the fast backend encoded it.
+        backend: what encoded it, in words.
         bad: (line in the batch from 1, first byte in the batch, reason) of lines left out.
     """
 
@@ -107,6 +109,8 @@ class Encoded:
     parts: tuple[Part, ...]
     empty: int
     filtered: int
+    fast: bool
+    backend: str
     bad: tuple[tuple[int, int, str], ...] = field(default_factory=tuple)
 
 
@@ -134,6 +138,24 @@ def make_tokenizer(settings: EncodeSettings) -> Tokenizer:
     )
 
 
+def checked_tokenizer(settings: EncodeSettings) -> Tokenizer:
+    """The reference tokenizer, which has the tokens that the settings ask for.
+
+    Raises:
+        DataError: it cannot be loaded, or lacks one.
+    """
+    tokenizer = make_tokenizer(settings)
+    if (settings.append_eod or settings.patch_align > 1) and tokenizer.eod_id is None:
+        raise DataError(
+            f"{tokenizer.name} has no end-of-document token by a usual name",
+            "--eod-token NAME, a token of the vocabulary",
+            "name it",
+        )
+    if settings.prepend_bos and tokenizer.bos_id is None:
+        raise DataError(f"{tokenizer.name} has no beginning-of-sequence token", "a tokenizer with one", "leave out --prepend-bos")
+    return tokenizer
+
+
 class Encoder:
     """Encodes batches in one process.
 
@@ -147,16 +169,8 @@ class Encoder:
     def __init__(self, settings: EncodeSettings) -> None:
         self.settings = settings
         self._empty = self._filtered = 0
-        self.tokenizer = make_tokenizer(settings)
+        self.tokenizer = checked_tokenizer(settings)
         self.fast, self.backend_note = fast_backend(self.tokenizer) if settings.backend == "auto" else (None, "the reference tokenizer")
-        if (settings.append_eod or settings.patch_align > 1) and self.tokenizer.eod_id is None:
-            raise DataError(
-                f"{self.tokenizer.name} has no end-of-document token by a usual name",
-                "--eod-token NAME, a token of the vocabulary",
-                "name it",
-            )
-        if settings.prepend_bos and self.tokenizer.bos_id is None:
-            raise DataError(f"{self.tokenizer.name} has no beginning-of-sequence token", "a tokenizer with one", "leave out --prepend-bos")
 
     def __call__(self, batch: Batch) -> Encoded:
         """Encodes a batch.
@@ -186,6 +200,8 @@ class Encoder:
             tuple(parts),
             self._empty,
             self._filtered,
+            self.fast is not None,
+            self.backend_note,
             tuple(bad),
         )
 

@@ -19,7 +19,7 @@ from typing import Literal
 import numpy as np
 
 from megatron_patch.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter, bin_path, idx_path, optimal_dtype
-from megatron_patch.data.preprocess.encode import BackendDisagrees, Encoded, Encoder, EncodeSettings
+from megatron_patch.data.preprocess.encode import BackendDisagrees, Encoded, Encoder, EncodeSettings, checked_tokenizer
 from megatron_patch.data.preprocess.inputs import STANDARD_INPUT, Span, divide, expand
 from megatron_patch.data.preprocess.journal import (
     Journal,
@@ -33,11 +33,12 @@ from megatron_patch.data.preprocess.journal import (
 )
 from megatron_patch.data.preprocess.readers import Batch, batches
 from megatron_patch.data.preprocess.summary import BadLines, LengthSample, Summary
-from megatron_patch.data.preprocess.workers import encode_in_order
+from megatron_patch.data.preprocess.workers import encode_in_order, prepare_workers
 from megatron_patch.data.rearrange import rearrange, remove_dataset, unordered_prefix
 from megatron_patch.data.side_file import DatasetInfo, info_path, read_info, write_info
 from megatron_patch.errors import DataError
 from megatron_patch.files import checksum
+from megatron_patch.tokenizer import Tokenizer
 
 Progress = Callable[[int, int, int, float, float], None]
 """Called with (documents, tokens, bytes, seconds, share of the input) now and then."""
@@ -58,6 +59,7 @@ class _Run:
     save_seconds: float
     may_be_empty: bool
     progress: Progress | None
+    notice: Callable[[str], None]
 
     @property
     def resumable(self) -> bool:
@@ -125,31 +127,42 @@ def preprocess(
     spans = tuple(divide(expand(inputs), *(shard or (0, 1))))
     prefixes = tuple(output_prefixes(output_prefix, settings.keys))
     run = _Run(
-        spans, prefixes, output_prefix, workers, on_bad_line, separator, dedup, shuffle_seed, save_seconds, shard is not None, progress
+        spans=spans,
+        prefixes=prefixes,
+        output_prefix=output_prefix,
+        workers=workers,
+        on_bad_line=on_bad_line,
+        separator=separator,
+        dedup=dedup,
+        shuffle_seed=shuffle_seed,
+        save_seconds=save_seconds,
+        may_be_empty=shard is not None,
+        progress=progress,
+        notice=notice,
     )
     if resume and not run.resumable:
         raise DataError("--resume of standard input", "files, which can be read again from the middle", "name the files")
-    encoder = Encoder(settings)
-    settings = replace(settings, dtype=str(optimal_dtype(encoder.tokenizer.vocab_size)))
-    encoder.settings = settings
+    if workers > 1:
+        prepare_workers()
+    tokenizer = checked_tokenizer(settings)
+    settings = replace(settings, dtype=str(optimal_dtype(tokenizer.vocab_size)))
     shown = separator.decode("utf-8", "replace") if separator is not None else None
     known = identity(spans, settings, separator=shown, dedup=dedup, shuffle_seed=shuffle_seed)
     begin = _beginning(run, known, overwrite, resume)
     if begin is None:
         notice("finished before: nothing to do")
-        return _finished_summary(run, encoder)
+        return _finished_summary(run, tokenizer)
     if begin.read:
         notice(f"resuming: {begin.read / 1e6:,.0f} MB and {sum(count for count, _ in begin.outputs):,} documents are done")
-    notice(f"encoding with {encoder.backend_note}")
     try:
-        return _run(run, settings, encoder, known, begin)
+        return _run(run, settings, tokenizer, known, begin)
     except BackendDisagrees as disagreement:
         if not run.resumable:
             raise DataError(f"fastokens gave other ids than the reference for {disagreement}", do="use --backend reference") from None
         notice(f"fastokens gave other ids than the reference for {str(disagreement)!r}; starting again with the reference alone")
         settings = replace(settings, backend="reference")
         journal_path(output_prefix).unlink(missing_ok=True)
-        return _run(run, settings, Encoder(settings), known, Record())
+        return _run(run, settings, tokenizer, known, Record())
 
 
 def _beginning(run: _Run, known: dict[str, object], overwrite: bool, resume: bool) -> Record | None:
@@ -175,8 +188,8 @@ def _beginning(run: _Run, known: dict[str, object], overwrite: bool, resume: boo
     return Record()
 
 
-def _encode_here(work: Iterable[Batch], encoder: Encoder) -> Generator[Encoded]:
-    yield from map(encoder, work)
+def _encode_here(work: Iterable[Batch], settings: EncodeSettings) -> Generator[Encoded]:
+    yield from map(Encoder(settings), work)
 
 
 def _size(span: Span) -> int:
@@ -199,6 +212,7 @@ class _Accounts:
             Path(f"{run.output_prefix}_bad_lines.jsonl"), run.on_bad_line, begin.file, begin.line, begin.bad, begin.bad_bytes
         )
         self.file, self.upto = begin.file, begin.upto
+        self.fast: bool | None = None
 
     @property
     def seconds(self) -> float:
@@ -213,6 +227,9 @@ class _Accounts:
         self.empty += encoded.empty
         self.filtered += encoded.filtered
         self.file, self.upto = encoded.file, encoded.upto
+        if self.fast is None:
+            self._run.notice(f"encoding with {encoded.backend}")
+        self.fast = encoded.fast
         if self._run.progress is not None:
             done = sum(self._sizes[: self.file]) + encoded.share * self._sizes[self.file]
             documents, tokens = sum(w.num_documents for w in writers), sum(w.num_tokens for w in writers)
@@ -246,7 +263,7 @@ class _Accounts:
         self._saved = time.monotonic()
 
 
-def _run(run: _Run, settings: EncodeSettings, encoder: Encoder, known: dict[str, object], begin: Record) -> Summary:
+def _run(run: _Run, settings: EncodeSettings, tokenizer: Tokenizer, known: dict[str, object], begin: Record) -> Summary:
     shutil.rmtree(run.scratch, ignore_errors=True)
     with contextlib.ExitStack() as stack:
         stack.callback(shutil.rmtree, run.scratch, ignore_errors=True)
@@ -256,7 +273,7 @@ def _run(run: _Run, settings: EncodeSettings, encoder: Encoder, known: dict[str,
         journal = Journal(journal_path(run.output_prefix), known, resumed=bool(begin.outputs))
         stack.callback(journal.close)
         if not begin.complete:
-            _encode_all(run, settings, encoder, writers, accounts, journal, begin)
+            _encode_all(run, settings, writers, accounts, journal, begin)
             for writer in writers:
                 if writer.num_documents == 0 and not run.may_be_empty:
                     raise DataError(
@@ -272,7 +289,7 @@ def _run(run: _Run, settings: EncodeSettings, encoder: Encoder, known: dict[str,
             writer.finish()
         _rearrange(run)
     written = begin.outputs if begin.complete else tuple((writer.num_documents, writer.num_tokens) for writer in writers)
-    infos = [_info(prefix, settings, encoder, identity_checksum(known)) for prefix in run.prefixes]
+    infos = [_info(prefix, settings, tokenizer, identity_checksum(known)) for prefix in run.prefixes]
     for prefix, info in zip(run.prefixes, infos, strict=True):
         write_info(prefix, info)
     journal_path(run.output_prefix).unlink(missing_ok=True)
@@ -286,10 +303,10 @@ def _run(run: _Run, settings: EncodeSettings, encoder: Encoder, known: dict[str,
         filtered=accounts.filtered,
         duplicates=sum(documents for documents, _ in written) - sum(info.documents for info in infos),
         dtype=settings.dtype,
-        vocab_size=encoder.tokenizer.vocab_size,
-        eod_id=encoder.tokenizer.eod_id,
+        vocab_size=tokenizer.vocab_size,
+        eod_id=tokenizer.eod_id,
         tokens_per_document=(LengthSample.of(IndexedDataset(run.prefixes[0])) if run.dedup else accounts.lengths).quantiles(),
-        backend="fastokens" if encoder.fast is not None else "reference",
+        backend="fastokens" if accounts.fast else "reference",
         seconds=accounts.seconds,
         resumed_at=begin.read,
         bad_lines_file=accounts.bad.close(),
@@ -320,7 +337,6 @@ def _rearrange(run: _Run) -> None:
 def _encode_all(
     run: _Run,
     settings: EncodeSettings,
-    encoder: Encoder,
     writers: Sequence[IndexedDatasetWriter],
     accounts: _Accounts,
     journal: Journal,
@@ -329,7 +345,7 @@ def _encode_all(
     work = batches(run.spans, settings.keys, run.separator, (begin.file, begin.upto) if begin.outputs else (0, None), run.scratch)
     # Closed before the files are: workers end, whatever happens, before anything else does.
     with contextlib.closing(
-        encode_in_order(work, run.workers, settings) if run.workers > 1 else _encode_here(work, encoder)
+        encode_in_order(work, run.workers, settings) if run.workers > 1 else _encode_here(work, settings)
     ) as encoded_batches:
         for encoded in encoded_batches:
             for writer, part in zip(writers, encoded.parts, strict=True):
@@ -339,7 +355,7 @@ def _encode_all(
                 accounts.save(journal, writers)
 
 
-def _info(prefix: str, settings: EncodeSettings, encoder: Encoder, run_xxh64: str) -> DatasetInfo:
+def _info(prefix: str, settings: EncodeSettings, tokenizer: Tokenizer, run_xxh64: str) -> DatasetInfo:
     tokens, index = bin_path(prefix), idx_path(prefix)
     written = IndexedDataset(prefix)
     return DatasetInfo(
@@ -347,8 +363,8 @@ def _info(prefix: str, settings: EncodeSettings, encoder: Encoder, run_xxh64: st
         tokenizer_model=os.path.abspath(settings.tokenizer_model)
         if settings.tokenizer_model
         else str(settings.vocab_size or settings.vocab_file),
-        vocab_size=encoder.tokenizer.vocab_size,
-        eod_id=encoder.tokenizer.eod_id,
+        vocab_size=tokenizer.vocab_size,
+        eod_id=tokenizer.eod_id,
         documents=written.num_documents,
         tokens=written.num_tokens,
         dtype=settings.dtype,
@@ -364,7 +380,7 @@ def _info(prefix: str, settings: EncodeSettings, encoder: Encoder, run_xxh64: st
     )
 
 
-def _finished_summary(run: _Run, encoder: Encoder) -> Summary:
+def _finished_summary(run: _Run, tokenizer: Tokenizer) -> Summary:
     """Of a run that had been finished before."""
     datasets = [IndexedDataset(prefix) for prefix in run.prefixes]
     return Summary(
@@ -377,8 +393,8 @@ def _finished_summary(run: _Run, encoder: Encoder) -> Summary:
         filtered=0,
         duplicates=0,
         dtype=str(datasets[0].dtype),
-        vocab_size=encoder.tokenizer.vocab_size,
-        eod_id=encoder.tokenizer.eod_id,
+        vocab_size=tokenizer.vocab_size,
+        eod_id=tokenizer.eod_id,
         tokens_per_document=LengthSample.of(datasets[0]).quantiles(),
         backend="nothing: finished before",
         seconds=0.0,
