@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
+import orjson
 
 from megatron_patch.sentencepiece_files import sentencepiece_json
 from megatron_patch.tiktoken_files import TikTokenizer
@@ -130,7 +131,7 @@ def unreachable_pieces(text: str) -> list[str]:
     Raises:
         TypeError: a model without merges.
     """
-    whole = json.loads(text)
+    whole = orjson.loads(text)
     model = whole["model"]
     if model.get("type") != "BPE":
         raise TypeError(f"a {model.get('type')} model")
