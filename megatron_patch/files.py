@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
+import resource
 from pathlib import Path
 
 import xxhash
@@ -15,6 +18,51 @@ def checksum(path: Path) -> str:
         while piece := file.read(1 << 22):
             digest.update(piece)
     return digest.hexdigest()
+
+
+def copy_range(source: int, target: int, start: int, count: int) -> None:
+    """Copies bytes `[start, start + count)` of one open file behind the position of another, inside the kernel where it can.
+
+    Args:
+        source: descriptor to read.
+        target: descriptor to write, at its position.
+        start: first byte.
+        count: bytes.
+
+    Raises:
+        OSError: reading or writing failed.
+        EOFError: the source is shorter.
+    """
+    copy = _copy_in_kernel
+    end = start + count
+    while start < end:
+        try:
+            done = copy(source, target, min(end - start, 1 << 28), start)
+        except OSError as error:
+            if copy is _copy_through_memory or error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF):
+                raise
+            copy = _copy_through_memory
+            continue
+        if done == 0:
+            raise EOFError(f"a file of {start} bytes where {end} were expected")
+        start += done
+
+
+def _copy_in_kernel(source: int, target: int, count: int, start: int) -> int:
+    return os.copy_file_range(source, target, count, start)
+
+
+def _copy_through_memory(source: int, target: int, count: int, start: int) -> int:
+    return os.write(target, os.pread(source, min(count, 1 << 22), start))
+
+
+def allow_open_files(count: int) -> None:
+    """Raises this process' soft limit of open files towards `count`, as far as the hard limit goes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count if hard == resource.RLIM_INFINITY else min(count, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def fsync_folder(folder: Path) -> None:

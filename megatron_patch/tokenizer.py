@@ -1,9 +1,9 @@
 """One face for every tokenizer: text in, ids out, and back.
 
-In: a type and a file. Out: a `Tokenizer`. Hugging Face's `tokenizers` and `sentencepiece` are the references; `fastokens`, where it is
-installed and agrees with the reference on strings made to break it, encodes underneath (see `data.preprocess.encode`, which goes on
-checking while it runs). No tokenizer here adds beginning-of-sequence or end-of-document ids by itself, and none runs code that comes
-with a model.
+In: a type and a file. Out: a `Tokenizer`. Hugging Face's `tokenizers`, `sentencepiece` and `tiktoken` are the references; `fastokens`,
+where it is installed and agrees with the reference on strings made to break it, encodes underneath (see `data.preprocess.encode`, which
+goes on checking while it runs). No tokenizer here adds beginning-of-sequence or end-of-document ids by itself, and none runs code that
+comes with a model.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_patch.errors import ConfigError, DataError
+from megatron_patch.tiktoken_files import load_tiktoken
 
 Flat = tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]
 """All ids of a batch of texts one after another, and how many each text has."""
 
-TYPES = ("HuggingFaceTokenizer", "SentencePieceTokenizer", "Llama2Tokenizer", "GPT2BPETokenizer", "NullTokenizer")
+TYPES = ("HuggingFaceTokenizer", "SentencePieceTokenizer", "Llama2Tokenizer", "GPT2BPETokenizer", "TikTokenizer", "NullTokenizer")
 _EOD_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]")
 _BOS_NAMES = ("<|begin_of_text|>", "<s>", "<bos>", "[BOS]", "<|startoftext|>")
 
@@ -214,6 +215,8 @@ def load_tokenizer(
     merge_file: str | None = None,
     vocab_size: int | None = None,
     eod_token: str | None = None,
+    tiktoken_pattern: str | None = None,
+    special_tokens: Sequence[str] | None = None,
 ) -> Tokenizer:
     """Loads a tokenizer from local files.
 
@@ -224,6 +227,8 @@ def load_tokenizer(
         merge_file: of GPT2BPETokenizer.
         vocab_size: of NullTokenizer.
         eod_token: the end-of-document token, where the usual names do not fit.
+        tiktoken_pattern: of TikTokenizer, see `tiktoken_files`.
+        special_tokens: of TikTokenizer, see `tiktoken_files`.
 
     Raises:
         DataError: an unknown type, or files that are missing or broken.
@@ -242,6 +247,8 @@ def load_tokenizer(
         raise DataError(f"{tokenizer_type} without --tokenizer-model", "a local file or folder", "give --tokenizer-model")
     if tokenizer_type in ("SentencePieceTokenizer", "Llama2Tokenizer"):
         return _sentence_piece(tokenizer_model, eod_token)
+    if tokenizer_type == "TikTokenizer":
+        return load_tiktoken(tokenizer_model, eod_token, tiktoken_pattern, special_tokens)
     return _hugging_face(tokenizer_model, eod_token)
 
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import sys
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_patch.data.preprocess.encode import fuzz_strings
+from megatron_patch.data.preprocess.encode import EncodeSettings, make_tokenizer
+from megatron_patch.data.preprocess.fast_backend import byte_letters, fast_backend, fuzz_strings, unreachable_pieces
 from megatron_patch.data.preprocess.train_tokenizer import train_tokenizer
 from megatron_patch.errors import DataError
+from megatron_patch.tiktoken_files import PATTERNS
 from megatron_patch.tokenizer import encode, load_tokenizer
 
 
@@ -104,3 +108,125 @@ def test_null_tokenizer():
 def test_wrong_tokenizers_are_told(folder, kind, model, words):
     with pytest.raises(DataError, match=words):
         load_tokenizer(kind, model.format(folder=folder) if model else None)
+
+
+@pytest.fixture(scope="module")
+def tiktoken_file(folder):
+    """The ranks of a small byte-level BPE as a tiktoken file: the byte-level letters turned back into bytes."""
+    pytest.importorskip("tiktoken")
+    vocab = json.loads((folder / "bpe" / "tokenizer.json").read_text())["model"]["vocab"]
+    bytes_of = {letter: byte for byte, letter in enumerate(byte_letters())}
+    tokens = [bytes(bytes_of[letter] for letter in piece) for piece in sorted(vocab, key=vocab.get) if piece != "<|endoftext|>"]
+    path = folder / "small.tiktoken"
+    path.write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(tokens)))
+    return path, tokens
+
+
+@pytest.mark.parametrize("pattern", [*PATTERNS, r"\s+|\S+"])
+def test_tiktoken_equals_its_library_and_the_fast_backend_agrees(tiktoken_file, pattern):
+    import tiktoken
+
+    path, tokens = tiktoken_file
+    tokenizer = load_tokenizer(
+        "TikTokenizer", str(path), tiktoken_pattern=pattern, special_tokens=("<|begin_of_text|>=500", "<|endoftext|>")
+    )
+    assert (tokenizer.vocab_size, tokenizer.eod_id, tokenizer.bos_id) == (502, 501, 500)
+    expression = PATTERNS.get(pattern, pattern)
+    reference = tiktoken.Encoding("x", pat_str=expression, mergeable_ranks={t: i for i, t in enumerate(tokens)}, special_tokens={})
+    texts = fuzz_strings(seed=5, count=200)
+    ids, lengths = tokenizer.encode_flat(texts)
+    expected = [reference.encode_ordinary(text) for text in texts]
+    assert ids.tolist() == [token for row in expected for token in row] and lengths.tolist() == list(map(len, expected))
+    assert tokenizer.decode(encode(tokenizer, "x — 日本")) == "x — 日本" and tokenizer.decode([501, 499]) == "<|endoftext|><499>"
+    pytest.importorskip("fastokens")
+    fast, note = fast_backend(tokenizer)
+    assert fast is not None, note
+
+
+def test_patterns_split_as_the_published_ones(monkeypatch):
+    """The library writes some of them in a faster form; what they find is the same."""
+    published = pytest.importorskip("tiktoken_ext.openai_public")
+    import regex
+
+    monkeypatch.setattr(published, "load_tiktoken_bpe", lambda *args, **kwargs: {})
+    theirs = {"gpt2": published.r50k_pat_str, "cl100k": published.cl100k_base()["pat_str"], "o200k": published.o200k_base()["pat_str"]}
+    assert theirs.keys() <= PATTERNS.keys()
+    for text in fuzz_strings(seed=8, count=400):
+        for name, pattern in theirs.items():
+            assert regex.findall(pattern, text) == regex.findall(PATTERNS[name], text), name
+
+
+@pytest.mark.parametrize(
+    ("content", "more", "words"),
+    [
+        (b"not base64 1\n", {}, "line 1 is no tiktoken file"),
+        (b"YQ== 0\n", {}, "single bytes are missing"),
+        (None, {"tiktoken_pattern": "("}, "--tiktoken-pattern"),
+        (None, {"special_tokens": ("<a>=3",)}, "that is taken"),
+        (None, {"eod_token": "<b>"}, "not in the vocabulary"),
+    ],
+)
+def test_broken_tiktoken_files_are_named(tiktoken_file, tmp_path, content, more, words):
+    path = tiktoken_file[0]
+    if content is not None:
+        path = tmp_path / "broken.tiktoken"
+        path.write_bytes(content)
+    with pytest.raises(DataError, match=words):
+        load_tokenizer("TikTokenizer", str(path), **more)
+
+
+def test_a_pattern_must_be_given(tiktoken_file):
+    with pytest.raises(DataError, match="without --tiktoken-pattern"):
+        make_tokenizer(EncodeSettings("TikTokenizer", str(tiktoken_file[0])))
+
+
+def test_without_tiktoken_its_files_are_refused_with_a_sentence(tiktoken_file, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tiktoken", None)
+    with pytest.raises(DataError, match="needs tiktoken"):
+        load_tokenizer("TikTokenizer", str(tiktoken_file[0]))
+
+
+@pytest.mark.parametrize("options", [{}, {"add_dummy_prefix": False}, {"byte_fallback": False}, {"split_digits": True}])
+def test_sentencepiece_models_go_fast_where_they_can(folder, tmp_path, options):
+    """BPE that normalizes nothing, as Llama's does, goes through the fast backend; the results are SentencePiece's."""
+    pytest.importorskip("fastokens")
+    tokenizer = train_sentencepiece(folder, tmp_path, **options)
+    fast, note = fast_backend(tokenizer)
+    assert fast is not None, note
+    texts = [*fuzz_strings(seed=11, count=300), "the byte <0x41> by its name", "<s> and </s> and <unk> are text"]
+    for mine, reference in zip(fast.encode_flat(texts), tokenizer.encode_flat(texts), strict=True):
+        assert mine.tolist() == reference.tolist()
+
+
+def test_pieces_that_no_merges_make_are_known(folder):
+    backend = load_tokenizer("HuggingFaceTokenizer", str(folder / "bpe")).backend
+    whole = json.loads(backend.to_str())
+    assert unreachable_pieces(json.dumps(whole)) == []
+    byte_level = "".join(byte_letters()[byte] for byte in " größer".encode())
+    whole["model"]["vocab"] |= {byte_level: 900, "zzz": 901}
+    whole["model"]["merges"] = [merge for merge in whole["model"]["merges"] if "".join(merge) != byte_level]
+    assert unreachable_pieces(json.dumps(whole)) == ["größer", "zzz"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"model_type": "unigram"},
+        {"normalization_rule_name": "nmt_nfkc"},
+        {"remove_extra_whitespaces": True},
+        {"user_defined_symbols": ["return"]},
+    ],
+)
+def test_sentencepiece_models_that_do_more_stay_with_their_library(folder, tmp_path, options):
+    fast, note = fast_backend(train_sentencepiece(folder, tmp_path, **options))
+    assert fast is None and "reference" in note
+
+
+def train_sentencepiece(folder, tmp_path, **options):
+    import sentencepiece
+
+    usual = {"model_type": "bpe", "byte_fallback": True, "normalization_rule_name": "identity", "remove_extra_whitespaces": False}
+    prefix = str(tmp_path / "m")
+    usual |= {"input": str(folder / "plain.txt"), "model_prefix": prefix, "vocab_size": 300, "minloglevel": 2}
+    sentencepiece.SentencePieceTrainer.train(**{**usual, **options})
+    return load_tokenizer("SentencePieceTokenizer", f"{prefix}.model")

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from megatron_patch.command_line import ArgumentParser, run_tool
-from megatron_patch.data.corpus import TokenCorpus, check_vocabulary
+from megatron_patch.data.corpus import check_vocabulary, open_corpus
 from megatron_patch.data.evaluation_data import evaluation_batches, held_out_starts
 from megatron_patch.data.patch_dataset import DocumentMasking
 from megatron_patch.engine.inference import LoadedModel, default_device, load_model
@@ -127,7 +127,7 @@ def _text(args: argparse.Namespace, loaded: LoadedModel, positions: int) -> dict
 
 def _tokens(args: argparse.Namespace, loaded: LoadedModel, positions: int) -> dict[str, Any]:
     model, device = loaded.model, default_device()
-    corpus = TokenCorpus([args.data_path])
+    corpus = open_corpus(args.data_path)
     check_vocabulary(corpus, model.shape.vocab_size)
     unit = positions * args.patch_size
     tokens = corpus.num_tokens if args.eval_tokens == "all" else parse_count(args.eval_tokens)

@@ -1,5 +1,8 @@
 #!/usr/bin/env python
-"""Shows what is in a dataset: python tools/inspect_dataset.py PREFIX [--check] [--patch-size 4] [--samples 2]"""
+"""Shows what is in a dataset: python tools/inspect_dataset.py PREFIX [--check] [--patch-size 4] [--samples 2]
+
+--diff OTHER compares it with another; --config CONFIG shows how the stages of a training configuration would divide it.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from megatron_patch.command_line import ArgumentParser, run_tool
+from megatron_patch.data.compare import compare
+from megatron_patch.data.corpus import TokenCorpus
+from megatron_patch.data.division import divide_stages
 from megatron_patch.data.indexed_dataset import IndexedDataset
 from megatron_patch.data.inspect import describe, integrity_problems, patch_statistics
 from megatron_patch.data.side_file import DatasetInfo, read_info
@@ -44,6 +50,23 @@ def show_patches(dataset: IndexedDataset, patch_size: int, tokenizer: Tokenizer 
         console.print(f"[bold]sequence {index}[/bold]", "[dim]|[/dim]".join(escape(repr(text)[1:-1]) for text in shown), soft_wrap=True)
 
 
+def show_division(prefix: str, config: str, console: Console) -> dict[str, Any]:
+    """Prints how the stages of a configuration would divide a dataset, and returns it."""
+    from megatron_patch.config.parsing import parse
+    from megatron_patch.config.resolve import resolve
+
+    run = resolve(parse(["--config", config, "--data-path", prefix, "--dry-run"]), 1)
+    found = divide_stages(run.plan, TokenCorpus([prefix]), run.options.data.split)
+    table = Table(title=f"{found['blocks']:,} blocks of {found['block_tokens']:,} tokens for training", title_justify="left")
+    for name in found["stages"][0]:
+        table.add_column(name.replace("_", " "), justify="left" if name == "stage" else "right")
+    for stage in found["stages"]:
+        shown = {**stage, "share": f"{stage['share']:.1%}", "epochs": f"{stage['epochs']:.3f}"}
+        table.add_row(*(f"{value:,}" if isinstance(value, int) else str(value) for value in shown.values()))
+    console.print(table)
+    return found
+
+
 def main(argv: list[str]) -> None:
     """Runs the tool."""
     parser = ArgumentParser(description=__doc__)
@@ -54,6 +77,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--tokenizer-type", help="by default what the side file says")
     parser.add_argument("--tokenizer-model")
     parser.add_argument("--vocab-size", type=int, help="ids must be below it")
+    parser.add_argument("--diff", metavar="OTHER", help="another prefix to compare with; exit code 3 where they differ")
+    parser.add_argument("--config", help="a training configuration: how its stages would divide this dataset")
     args = parser.parse_args(argv)
     if args.patch_size < 1 or args.samples < 0:
         raise DataError(f"--patch-size {args.patch_size} --samples {args.samples}", "a patch size from 1, samples from 0")
@@ -70,17 +95,24 @@ def main(argv: list[str]) -> None:
         result.update(vocab_size=info.vocab_size, eod_id=info.eod_id, tokenizer=info.tokenizer_model, patch_align=info.patch_align)
     if args.patch_size > 1:
         result.update(patch_statistics(dataset, args.patch_size, info.eod_id if info else None))
+    if args.diff is not None:
+        result["diff"] = compare(dataset, IndexedDataset(args.diff))
     if args.check:
         result["problems"] = integrity_problems(dataset, args.vocab_size)
     table = Table(show_header=False)
     for name, value in result.items():
+        value = "; ".join(value["differences"]) or "equal" if name == "diff" else value
         table.add_row(name.replace("_", " "), f"{value:,}" if isinstance(value, int) else str(value))
     console.print(table)
     if not result.get("problems"):
         show_patches(dataset, args.patch_size, tokenizer_of(args, info), min(args.samples, len(dataset)), console)
+    if args.config is not None:
+        result["division"] = show_division(args.prefix, args.config, console)
     print(json.dumps(result))
     if result.get("problems"):
         raise DataError(f"{args.prefix} is damaged: {result['problems'][0]}", "a sound dataset", "copy it again, or preprocess again")
+    if args.diff is not None and not result["diff"]["equal"]:
+        raise DataError(f"{args.prefix} and {args.diff} differ: {result['diff']['differences'][0]}", "equal datasets")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,9 @@ python tools/preprocess_data.py --input a.jsonl 'shards/*.jsonl.gz' --output-pre
 from __future__ import annotations
 
 import argparse
+import codecs
 import json
+import os
 import sys
 import time
 
@@ -16,8 +18,13 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_patch.command_line import ArgumentParser, run_tool
+from megatron_patch.data.prefixes import shard_prefix
 from megatron_patch.data.preprocess.encode import EncodeSettings
-from megatron_patch.data.preprocess.pipeline import Progress, Summary, preprocess
+from megatron_patch.data.preprocess.inputs import parse_shard
+from megatron_patch.data.preprocess.pipeline import Progress, preprocess
+from megatron_patch.data.preprocess.summary import Summary
+from megatron_patch.errors import DataError
+from megatron_patch.tiktoken_files import PATTERNS
 from megatron_patch.tokenizer import TYPES
 from megatron_patch.units import format_count, format_duration
 
@@ -29,7 +36,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--input",
         nargs="+",
         required=True,
-        help="files, globs in quotes, or - for standard input: .jsonl .json .txt, also .gz .bz2 .xz .zst",
+        help="files, globs in quotes, or - for standard input: .jsonl .json .txt, also .gz .bz2 .xz .zst; .parquet",
     )
     parser.add_argument("--output-prefix", required=True, help="writes PREFIX_KEY_document.bin, .idx and .json")
     parser.add_argument("--json-keys", nargs="+", default=["text"], help="keys of the text, one output each; dots for nested keys")
@@ -39,6 +46,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--merge-file", help="merges.txt of GPT2BPETokenizer")
     parser.add_argument("--vocab-size", type=int, help="of NullTokenizer")
     parser.add_argument("--eod-token", help="the end-of-document token, where the usual names do not fit")
+    parser.add_argument("--tiktoken-pattern", help=f"of TikTokenizer: {', '.join(PATTERNS)}, or a regular expression")
+    parser.add_argument("--special-tokens", nargs="+", metavar="NAME[=ID]", help="of TikTokenizer; without ids the next behind all before")
     parser.add_argument("--append-eod", action="store_true", help="end each document with the end-of-document token")
     parser.add_argument("--prepend-bos", action="store_true", help="begin each document with the beginning-of-sequence token")
     parser.add_argument(
@@ -51,21 +60,46 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--backend", choices=("auto", "reference"), default="auto", help="auto: fastokens where it agrees with the reference"
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace outputs that exist")
+    parser.add_argument("--txt-separator", help=r"between the documents of a .txt, with escapes: '\n\n'; without: one document a file")
+    for name, unit in (("chars", "characters"), ("tokens", "tokens, without those that are added")):
+        parser.add_argument(f"--min-{name}", type=int, help=f"leave documents out that have fewer {unit}")
+        parser.add_argument(f"--max-{name}", type=int, help=f"leave documents out that have more {unit}")
+    parser.add_argument("--dedup", action="store_true", help="leave documents out whose tokens are those of an earlier one")
+    parser.add_argument("--shuffle-documents", type=int, metavar="SEED", help="put documents into a random order")
+    parser.add_argument("--shard", help="i/n: only part i of n, from 0; slurm/n: i is the task of the Slurm array; slurm: n is its size")
+    parser.add_argument("--resume", action="store_true", help="go on with an unfinished run, if there is one")
+    parser.add_argument("--save-interval", type=float, default=30.0, help="seconds between the points from which a run can be resumed")
+    parser.add_argument("--overwrite", action="store_true", help="replace outputs that exist, and what an unfinished run left")
     parser.add_argument("--log-interval", type=float, default=10.0, help="seconds between progress lines")
     return parser.parse_args(argv)
+
+
+def unescape(text: str) -> bytes:
+    r"""What a shell can hardly write: \n, \t, \x1e in the words of a command line.
+
+    Raises:
+        DataError: an escape that is none, or nothing at all.
+    """
+    try:
+        found = codecs.escape_decode(text.encode("utf-8"))[0]
+    except ValueError as error:
+        raise DataError(f"--txt-separator {text!r}: {error}", r"text with escapes: '\n\n'") from error
+    if not found:
+        raise DataError("--txt-separator ''", r"text with escapes: '\n\n'", "leave it out for one document a file")
+    return bytes(found)
 
 
 def progress_lines(interval: float) -> Progress:
     """Prints a line every so many seconds."""
     last = [time.monotonic()]
 
-    def show(documents: int, tokens: int, read: int, seconds: float) -> None:
+    def show(documents: int, tokens: int, read: int, seconds: float, share: float) -> None:
         if time.monotonic() - last[0] >= interval:
             last[0] = time.monotonic()
             print(
                 f"{format_count(documents)} documents, {format_count(tokens)} tokens, {read / 1e6:,.0f} MB, "
-                f"{read / 1e6 / seconds:.1f} MB/s, {format_count(tokens / seconds)} tokens/s, {format_duration(seconds)}",
+                f"{read / 1e6 / seconds:.1f} MB/s, {format_count(tokens / seconds)} tokens/s, {format_duration(seconds)}"
+                + (f", {share:.1%} done, {format_duration(seconds / share - seconds)} to go" if share else ""),
                 file=sys.stderr,
             )
 
@@ -82,10 +116,12 @@ def show_summary(summary: Summary) -> None:
         "tokens": f"{summary.tokens:,} ({summary.dtype})",
         "tokens a document": f"5 %: {low:,}   50 %: {middle:,}   95 %: {high:,}   longest: {longest:,}",
         "read": f"{summary.bytes / 1e6:,.1f} MB in {format_duration(summary.seconds)}",
-        "left out": f"{summary.bad_lines:,} bad lines, {summary.empty:,} empty documents"
+        "left out": f"{summary.bad_lines:,} bad lines, {summary.empty:,} empty documents, {summary.filtered:,} too short or too long, "
+        + f"{summary.duplicates:,} duplicates"
         + (f" (listed in {summary.bad_lines_file})" if summary.bad_lines_file else ""),
         "vocabulary": f"{summary.vocab_size:,} ids, end of document {summary.eod_id}",
         "encoded by": summary.backend,
+        **({"resumed": f"after {summary.resumed_at / 1e6:,.1f} MB"} if summary.resumed_at else {}),
     }
     for name, value in rows.items():
         table.add_row(name, value)
@@ -103,19 +139,32 @@ def main(argv: list[str]) -> None:
         merge_file=args.merge_file,
         vocab_size=args.vocab_size,
         eod_token=args.eod_token,
+        tiktoken_pattern=args.tiktoken_pattern,
+        special_tokens=tuple(args.special_tokens) if args.special_tokens else None,
         keys=tuple(args.json_keys),
         append_eod=args.append_eod,
         prepend_bos=args.prepend_bos,
         patch_align=args.patch_align,
         backend=args.backend,
+        min_chars=args.min_chars,
+        max_chars=args.max_chars,
+        min_tokens=args.min_tokens,
+        max_tokens=args.max_tokens,
     )
+    shard = parse_shard(args.shard, os.environ) if args.shard else None
     summary = preprocess(
         args.input,
-        args.output_prefix,
+        shard_prefix(args.output_prefix, *shard) if shard else args.output_prefix,
         settings,
         workers=args.workers,
         on_bad_line=args.on_bad_line,
         overwrite=args.overwrite,
+        resume=args.resume,
+        shard=shard,
+        separator=unescape(args.txt_separator) if args.txt_separator is not None else None,
+        dedup=args.dedup,
+        shuffle_seed=args.shuffle_documents,
+        save_seconds=args.save_interval,
         progress=progress_lines(args.log_interval),
         notice=lambda text: print(text, file=sys.stderr),
     )

@@ -172,7 +172,9 @@ class DataOptions:
     """Where tokens come from."""
 
     data_path: tuple[str, ...] = ()
-    """Dataset prefixes (without .bin and .idx), or weights and prefixes in turn for a blend: 0.7 web 0.3 code."""
+    """Dataset prefixes (without .bin and .idx), or weights and prefixes in turn for a blend: 0.7 web 0.3 code.
+
+    A glob in quotes ('shards/*_text_document') or @FILE, a list of prefixes, is one corpus of many shards."""
     valid_data_path: tuple[str, ...] = ()
     """Held-out datasets; without them a part of --data-path by --split."""
     split: str = "969,30,1"

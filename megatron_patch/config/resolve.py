@@ -14,6 +14,7 @@ from megatron_patch.config.options import DataOptions, ModelOptions, Options
 from megatron_patch.config.parsing import Parsed, option_values, parse
 from megatron_patch.config.stage_plan import build_plan
 from megatron_patch.config.stage_request import parse_blend
+from megatron_patch.data.prefixes import expand_prefixes
 from megatron_patch.data.side_file import DatasetInfo, read_info
 from megatron_patch.errors import ConfigError
 from megatron_patch.model.shape import ModelShape, check_shape
@@ -196,7 +197,9 @@ def _check_parallel(options: Options, ranks: int) -> None:
     model = math.prod(sizes.values())
     if ranks % model:
         raise ConfigError(
-            f"{ranks} ranks for a layout of {model}", f"multiples of {model}", "change the number of ranks or the parallel sizes"
+            f"{ranks} ranks with " + " and ".join(f"{flag} {size}" for flag, size in sizes.items() if size > 1),
+            f"ranks in multiples of {model}",
+            "change the number of ranks or the parallel sizes",
         )
 
 
@@ -286,7 +289,7 @@ def resolve(parsed: Parsed, ranks: int) -> RunConfig:
     valid_blend = parse_blend(options.data.valid_data_path, "--valid-data-path")
     if not blend and not options.logging.dry_run:
         raise ConfigError("no data", "--data-path PREFIX", "make a dataset with tools/preprocess_data.py")
-    info = read_info(blend[0][0]) if blend else None
+    info = read_info(expand_prefixes(blend[0][0])[0]) if blend else None
     plan = build_plan(options.stages, options.schedule, data_parallel_size)
     for stage in plan.stages:
         whole = stage.micro_batch_size * data_parallel_size

@@ -14,8 +14,10 @@ import numpy.typing as npt
 import xxhash
 
 from megatron_patch.data.indexed_dataset import IndexedDataset, bin_path, idx_path
+from megatron_patch.data.prefixes import expand_prefixes
 from megatron_patch.data.side_file import read_info
 from megatron_patch.errors import ConfigError, DataError
+from megatron_patch.files import allow_open_files
 
 _SAMPLED_SPANS = 64
 _SPAN_BYTES = 4096
@@ -35,6 +37,8 @@ class TokenCorpus:
         if not prefixes:
             raise DataError("a corpus without files", "at least one dataset prefix", "give --data-path")
         self.prefixes = tuple(prefixes)
+        # A mapped file keeps a descriptor, and each shard is two files.
+        allow_open_files(2 * len(self.prefixes) + 1024)
         self.shards = tuple(IndexedDataset(prefix) for prefix in prefixes)
         self._ends = np.cumsum([shard.num_tokens for shard in self.shards])
         self.num_tokens = int(self._ends[-1])
@@ -101,6 +105,15 @@ class TokenCorpus:
                 entry[path.suffix] = f"{size}:{digest.hexdigest()}"
             result.append(entry)
         return result
+
+
+def open_corpus(word: str) -> TokenCorpus:
+    """The corpus that a word of --data-path names: a prefix, or a glob or list of shards, which are one corpus, laid end to end.
+
+    Raises:
+        DataError: as `expand_prefixes` and `TokenCorpus`.
+    """
+    return TokenCorpus(expand_prefixes(word))
 
 
 def split_ranges(num_tokens: int, split: str, align: int = 1) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:

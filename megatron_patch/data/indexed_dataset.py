@@ -23,6 +23,7 @@ from megatron_patch.files import fsync_folder
 
 MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
+HEADER_BYTES = _HEADER.size
 _DTYPES: dict[int, type[np.generic]] = {
     1: np.uint8,
     2: np.int8,
@@ -39,6 +40,11 @@ _LONGEST = (1 << 31) - 1
 def optimal_dtype(vocab_size: int) -> np.dtype[np.generic]:
     """uint16 for vocabularies below 65,500 ids, as Megatron chooses, else int32."""
     return np.dtype(np.uint16 if vocab_size < 65500 else np.int32)
+
+
+def pack_header(dtype: np.dtype[np.generic], sequences: int, boundaries: int) -> bytes:
+    """The first bytes of an index."""
+    return _HEADER.pack(MAGIC, 1, _CODES[np.dtype(dtype)], sequences, boundaries)
 
 
 def bin_path(prefix: str) -> Path:
@@ -97,6 +103,7 @@ class IndexedDataset:
                 "a whole index",
                 "copy or preprocess the data again",
             )
+        self.has_modes = index_size > expected
         if boundaries < 1:
             raise DataError(f"{idx_path(prefix)} has no document boundaries", "at least one", "preprocess the data again")
         self.num_documents = boundaries - 1
@@ -112,9 +119,9 @@ class IndexedDataset:
         self.sequence_lengths = self._array(np.int32, _HEADER.size, self.num_sequences)
         self.sequence_pointers = self._array(np.int64, _HEADER.size + 4 * self.num_sequences, self.num_sequences)
         self.document_boundaries = self._array(np.int64, _HEADER.size + 12 * self.num_sequences, boundaries)
-        self._tokens: npt.NDArray[np.generic] = (
-            np.frombuffer(self._map(bin_path(prefix)), dtype=self.dtype) if self.bin_bytes else np.empty(0, self.dtype)
-        )
+        self.sequence_modes = self._array(np.int8, expected, self.num_sequences) if self.has_modes else None
+        self._bin = self._map(bin_path(prefix)) if self.bin_bytes else None
+        self._tokens: npt.NDArray[np.generic] = np.frombuffer(self._bin, self.dtype) if self._bin is not None else np.empty(0, self.dtype)
         self._check_ends()
 
     @staticmethod
@@ -144,6 +151,12 @@ class IndexedDataset:
                 "preprocess the data again",
             )
 
+    def release(self) -> None:
+        """Gives back the memory of what was read: for those who read everything once. What is read again comes from the file again."""
+        for mapped in (self._index, self._bin):
+            if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
+                mapped.madvise(mmap.MADV_DONTNEED)
+
     def __len__(self) -> int:
         return int(self.num_sequences)
 
@@ -171,12 +184,13 @@ class IndexedDatasetWriter:
     Args:
         prefix: path without .bin and .idx.
         dtype: of the tokens, as `optimal_dtype` says.
+        resume: (documents, tokens) of an unfinished writing that were forced to disk by `sync`; what came behind them is cut off.
 
     Raises:
-        DataError: the folder cannot be written, or there is no space left.
+        DataError: the folder cannot be written, there is no space left, or not so much was written before.
     """
 
-    def __init__(self, prefix: str, dtype: np.dtype[np.generic]) -> None:
+    def __init__(self, prefix: str, dtype: np.dtype[np.generic], resume: tuple[int, int] | None = None) -> None:
         self.prefix, self.dtype = prefix, np.dtype(dtype)
         if self.dtype not in _CODES:
             raise DataError(f"tokens of {self.dtype}", f"{sorted(str(known) for known in _CODES)}")
@@ -184,15 +198,60 @@ class IndexedDatasetWriter:
         self.num_tokens = 0
         self._temporary = [Path(f"{path}.partial") for path in (bin_path(prefix), idx_path(prefix), Path(f"{prefix}.lengths"))]
         self._finished = False
+        self._kept = resume is not None
+        mode = "wb+" if resume is None else "rb+"
         try:
             bin_path(prefix).parent.mkdir(parents=True, exist_ok=True)
-            self._bin = self._temporary[0].open("wb", buffering=_CHUNK)
-            self._lengths = self._temporary[2].open("wb+", buffering=_CHUNK)
+            if resume is not None:
+                self._take_back()
+            self._bin = self._temporary[0].open(mode, buffering=_CHUNK)
+            self._lengths = self._temporary[2].open(mode, buffering=_CHUNK)
+            if resume is not None:
+                self._cut_to(*resume)
+        except FileNotFoundError as error:
+            raise DataError(
+                f"{error.filename} does not exist", "what the unfinished run wrote", "start over without --resume, with --overwrite"
+            ) from error
         except OSError as error:
-            for path in self._temporary:
+            for path in self._temporary if not self._kept else ():
                 with contextlib.suppress(OSError):
                     path.unlink(missing_ok=True)
             raise self._failure(error) from error
+
+    def _take_back(self) -> None:
+        """A run that ended between giving the two files their names: the tokens get their temporary name again."""
+        if not self._temporary[0].exists() and bin_path(self.prefix).exists() and not idx_path(self.prefix).exists():
+            os.replace(bin_path(self.prefix), self._temporary[0])
+
+    def _cut_to(self, documents: int, tokens: int) -> None:
+        for file, size in ((self._bin, tokens * self.dtype.itemsize), (self._lengths, 4 * documents)):
+            if file.seek(0, os.SEEK_END) < size:
+                raise DataError(
+                    f"{file.name} has less than the {size} bytes that were recorded",
+                    "what the unfinished run wrote",
+                    "start over without --resume, with --overwrite",
+                )
+            file.truncate(size)
+            file.seek(size)
+        self.num_documents, self.num_tokens = documents, tokens
+
+    def sync(self) -> tuple[int, int]:
+        """Forces to disk what was appended; from then on the temporary files stay, whatever happens, to go on from.
+
+        Returns:
+            (documents, tokens), as `resume` takes them.
+
+        Raises:
+            DataError: no space left.
+        """
+        try:
+            for file in (self._bin, self._lengths):
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise self._failure(error) from error
+        self._kept = True
+        return self.num_documents, self.num_tokens
 
     def _failure(self, error: OSError) -> DataError:
         return DataError(
@@ -251,7 +310,7 @@ class IndexedDatasetWriter:
         try:
             self._lengths.flush()
             with self._temporary[1].open("wb", buffering=_CHUNK) as index:
-                index.write(_HEADER.pack(MAGIC, 1, _CODES[self.dtype], self.num_documents, self.num_documents + 1))
+                index.write(pack_header(self.dtype, self.num_documents, self.num_documents + 1))
                 for lengths in self._length_chunks():
                     index.write(lengths.data)
                 offset = 0
@@ -274,17 +333,17 @@ class IndexedDatasetWriter:
             fsync_folder(bin_path(self.prefix).parent)
         except OSError as error:
             raise self._failure(error) from error
-        self._finished = True
+        self._finished, self._kept = True, False
         self.close()
 
     def close(self) -> None:
-        """Removes the temporary files; what was not finished is gone."""
+        """Removes the temporary files, unless `sync` was called: what was not finished is gone."""
         for file in (self._bin, self._lengths):
             try:
                 file.close()
             except OSError:
                 continue
-        for path in self._temporary:
+        for path in self._temporary if not self._kept else ():
             path.unlink(missing_ok=True)
 
     def __enter__(self) -> IndexedDatasetWriter:

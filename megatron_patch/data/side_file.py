@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 
 from megatron_patch.errors import DataError
@@ -31,6 +31,8 @@ class DatasetInfo:
         idx_bytes: size of PREFIX.idx.
         bin_xxh64: checksum of PREFIX.bin.
         idx_xxh64: checksum of PREFIX.idx.
+        tokenizer_xxh64: checksum of the tokenizer's files; "": unknown.
+        run_xxh64: checksum of what the run read and of its settings; "": unknown.
     """
 
     tokenizer_type: str
@@ -47,6 +49,8 @@ class DatasetInfo:
     idx_bytes: int
     bin_xxh64: str
     idx_xxh64: str
+    tokenizer_xxh64: str = ""
+    run_xxh64: str = ""
 
 
 def info_path(prefix: str) -> Path:
@@ -67,7 +71,7 @@ def read_info(prefix: str) -> DatasetInfo | None:
         data = json.loads(path.read_text(encoding="utf-8"))
         if data.pop("format", None) != FORMAT:
             raise ValueError(f"its format is not {FORMAT}")
-        info = DatasetInfo(**{f.name: data[f.name] for f in fields(DatasetInfo)})
+        info = DatasetInfo(**{f.name: data[f.name] for f in fields(DatasetInfo) if f.name in data or f.default is MISSING})
         if not isinstance(info.vocab_size, int) or not isinstance(info.patch_align, int) or info.vocab_size < 1 or info.patch_align < 1:
             raise ValueError("vocab_size and patch_align must be whole numbers from 1")
         return info

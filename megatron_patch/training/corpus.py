@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megatron_patch.config.resolve import RunConfig
-from megatron_patch.data.corpus import TokenCorpus, check_vocabulary
+from megatron_patch.data.corpus import TokenCorpus, check_vocabulary, open_corpus
 from megatron_patch.data.evaluation_data import evaluation_batches, held_out_starts
 from megatron_patch.data.loader import PatchLoader
 from megatron_patch.data.patch_dataset import DocumentMasking, PatchBatch
@@ -85,8 +85,8 @@ def open_data(run: RunConfig, plan: StagePlan, grid: Grid, pin_memory: bool = Fa
         DataError: a file that is missing, broken, of another vocabulary, or too small for the plan.
     """
     options = run.options.data
-    prefixes = list(dict.fromkeys([*(prefix for prefix, _ in run.blend), *(p for s in plan.stages for p, _ in s.blend or ())]))
-    corpora = {prefix: TokenCorpus([prefix]) for prefix in prefixes}
+    names = list(dict.fromkeys([*(name for name, _ in run.blend), *(name for stage in plan.stages for name, _ in stage.blend or ())]))
+    corpora = {name: open_corpus(name) for name in names}
     for corpus in corpora.values():
         check_vocabulary(corpus, run.shape.vocab_size)
     split = options.split if not run.valid_blend else "1,0,0"
@@ -100,15 +100,15 @@ def open_data(run: RunConfig, plan: StagePlan, grid: Grid, pin_memory: bool = Fa
         skip_blocks=run.options.stages.start_tokens // plan.block_tokens,
     )
     if run.valid_blend:
-        valid = [TokenCorpus([prefix]) for prefix, _ in run.valid_blend]
+        valid = [open_corpus(name) for name, _ in run.valid_blend]
         for corpus in valid:
             check_vocabulary(corpus, run.shape.vocab_size)
         held_out = tuple((corpus, (0, corpus.num_tokens)) for corpus in valid)
     else:
-        held_out = tuple((corpora[prefix], corpora[prefix].ranges(split)[1]) for prefix, _ in run.blend)
+        held_out = tuple((corpora[name], corpora[name].ranges(split)[1]) for name, _ in run.blend)
     unit = math.lcm(run.options.stages.seq_length, *(stage.positions * stage.patch_size for stage in plan.stages))
     held_out = tuple((corpus, (first, last)) for corpus, (first, last) in held_out if last - first >= unit + plan.lookahead_tokens)
-    infos = [read_info(prefix) for prefix in prefixes]
+    infos = [read_info(prefix) for corpus in corpora.values() for prefix in corpus.prefixes]
     masking = DocumentMasking(
         eod_id=run.eod_id,
         reset_attention_mask=options.reset_attention_mask,

@@ -21,7 +21,9 @@ import zstandard
 from megatron_patch.data.indexed_dataset import IndexedDataset
 from megatron_patch.data.inspect import integrity_problems
 from megatron_patch.data.preprocess import readers, workers
-from megatron_patch.data.preprocess.encode import Encoder, EncodeSettings, fast_backend, fuzz_strings
+from megatron_patch.data.preprocess.encode import Encoder, EncodeSettings
+from megatron_patch.data.preprocess.fast_backend import fast_backend, fuzz_strings
+from megatron_patch.data.preprocess.inputs import Span
 from megatron_patch.data.preprocess.pipeline import preprocess
 from megatron_patch.data.preprocess.readers import batches
 from megatron_patch.data.preprocess.train_tokenizer import train_tokenizer
@@ -46,7 +48,7 @@ def settings(folder, **more):
 
 
 def run(folder, out, inputs=None, workers=1, **more):
-    options = {key: more.pop(key) for key in ("on_bad_line", "overwrite") if key in more}
+    options = {key: more.pop(key) for key in ("on_bad_line", "overwrite", "resume", "shard", "separator", "save_seconds") if key in more}
     return preprocess(inputs or [str(folder / "a.jsonl")], str(out), settings(folder, **more), workers=workers, **options)
 
 
@@ -138,7 +140,7 @@ def test_fast_and_reference_encoders_agree(folder, tmp_path):
 def test_a_fast_backend_that_errs_while_running_is_replaced(folder, tmp_path, monkeypatch):
     """A backend that drops the last id of one document is found by the running check, and everything is encoded again."""
     pytest.importorskip("fastokens")
-    from megatron_patch.data.preprocess import encode
+    from megatron_patch.data.preprocess import fast_backend as encode
 
     right = encode.FastBackend.encode_flat
 
@@ -297,7 +299,7 @@ def test_a_worker_killed_in_the_middle_of_its_answer_is_noticed(folder, monkeypa
     monkeypatch.setattr(workers, "_serve", unfinished)
     settings = EncodeSettings("HuggingFaceTokenizer", str(folder / "tokenizer"))
     with pytest.raises(DataError, match="a worker process died"):
-        next(workers.encode_in_order(batches([str(folder / "a.jsonl")]), 2, settings))
+        next(workers.encode_in_order(batches([Span(str(folder / "a.jsonl"))]), 2, settings))
 
 
 def descendants(pid):

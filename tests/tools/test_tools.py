@@ -108,6 +108,37 @@ def test_inspect_shows_and_checks(run, tmp_path):
     assert "is damaged" in tool("inspect_dataset", tmp_path / "d", "--check", code=3)
 
 
+def test_inspect_shows_where_datasets_differ(run, tmp_path):
+    _, corpus = run
+    for suffix in (".bin", ".idx"):
+        (tmp_path / f"d{suffix}").write_bytes(Path(corpus + suffix).read_bytes())
+    assert json.loads(tool("inspect_dataset", corpus, "--diff", tmp_path / "d").splitlines()[-1])["diff"]["equal"]
+    tokens = np.fromfile(tmp_path / "d.bin", np.uint16)
+    tokens[[3, 5000]] ^= 1
+    tokens.tofile(tmp_path / "d.bin")
+    assert "2 of 300 sequences differ, the first is number 0 at its token 3" in tool(
+        "inspect_dataset", corpus, "--diff", tmp_path / "d", code=3
+    )
+
+
+def test_inspect_shows_how_stages_divide(run, tmp_path):
+    _, corpus = run
+    (tmp_path / "c.yaml").write_text(
+        "num-layers: 1\nhidden-size: 8\nnum-attention-heads: 1\nffn-hidden-size: 8\nvocab-size: 64\nseq-length: 16\n"
+        "micro-batch-size: 2\nglobal-batch-size: 12\npatch-size: 3\npatch-fraction: 0.5\ntrain-tokens: 9000\nsplit: 80,20,0\n"
+    )
+    division = json.loads(tool("inspect_dataset", corpus, "--config", tmp_path / "c.yaml").splitlines()[-1])["division"]
+    total = TokenCorpus([corpus]).num_tokens
+    assert division["training_tokens"] + division["validation_tokens"] == total
+    assert division["blocks"] * division["block_tokens"] + division["unread_tokens"] == division["training_tokens"]
+    patch, token = division["stages"]
+    assert (patch["patch_size"], token["patch_size"]) == (3, 1)
+    for stage in (patch, token):
+        assert stage["tokens"] == stage["samples"] * 16 * stage["patch_size"] == pytest.approx(4500, rel=0.2)
+        assert stage["share"] == pytest.approx(stage["tokens"] / (division["blocks"] * division["block_tokens"]), abs=1e-6)
+    assert token["epochs"] == pytest.approx(patch["share"] + token["share"], abs=0.03)
+
+
 @pytest.mark.parametrize(
     ("name", "words", "code", "text"),
     [

@@ -7,18 +7,19 @@ documents of this input, and on one document of every batch; one disagreement, a
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import orjson
 
+from megatron_patch.data.preprocess.documents import documents
+from megatron_patch.data.preprocess.fast_backend import fast_backend
 from megatron_patch.data.preprocess.readers import Batch
 from megatron_patch.errors import DataError
-from megatron_patch.tokenizer import Flat, HuggingFaceTokenizer, Tokenizer, load_tokenizer
+from megatron_patch.tiktoken_files import PATTERNS
+from megatron_patch.tokenizer import Tokenizer, load_tokenizer
 
 
 class BackendDisagrees(Exception):
@@ -36,12 +37,18 @@ class EncodeSettings:
         merge_file: of GPT2BPETokenizer.
         vocab_size: of NullTokenizer.
         eod_token: the end-of-document token, where the usual names do not fit.
+        tiktoken_pattern: of TikTokenizer.
+        special_tokens: of TikTokenizer.
         keys: JSON keys, with dots for nested ones.
         append_eod: end each document with the end-of-document token.
         prepend_bos: begin each with the beginning-of-sequence token.
         patch_align: pad each document with end-of-document tokens to a multiple of this.
         dtype: of the result, as NumPy names it.
         backend: "auto" or "reference".
+        min_chars: shorter texts are left out.
+        max_chars: longer ones, too.
+        min_tokens: as min_chars, in tokens without those that are added.
+        max_tokens: as max_chars.
     """
 
     tokenizer_type: str
@@ -50,12 +57,18 @@ class EncodeSettings:
     merge_file: str | None = None
     vocab_size: int | None = None
     eod_token: str | None = None
+    tiktoken_pattern: str | None = None
+    special_tokens: tuple[str, ...] | None = None
     keys: tuple[str, ...] = ("text",)
     append_eod: bool = False
     prepend_bos: bool = False
     patch_align: int = 1
     dtype: str = "uint16"
     backend: str = "auto"
+    min_chars: int | None = None
+    max_chars: int | None = None
+    min_tokens: int | None = None
+    max_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -72,23 +85,47 @@ class Encoded:
 
     Args:
         source: where it came from.
+        file: number of the input.
+        upto: the unit of the input behind it.
+        share: of the input, that has been read then.
+        start: its first byte in the file, where it is known.
         lines: lines of the batch, so that line numbers can be added up.
         bytes: size of the batch.
         parts: one for each key.
-        empty: documents without text, left out.
-        bad: (line in the batch from 1, reason) of lines left out.
+        empty: texts without a token, left out.
+        filtered: texts too short or too long, left out.
+        fast: whether the fast backend encoded it.
+        backend: what encoded it, in words.
+        bad: (line in the batch from 1, first byte in the batch, reason) of lines left out.
     """
 
     source: str
+    file: int
+    upto: int
+    share: float
+    start: int | None
     lines: int
     bytes: int
     parts: tuple[Part, ...]
     empty: int
-    bad: tuple[tuple[int, str], ...] = field(default_factory=tuple)
+    filtered: int
+    fast: bool
+    backend: str
+    bad: tuple[tuple[int, int, str], ...] = field(default_factory=tuple)
 
 
 def make_tokenizer(settings: EncodeSettings) -> Tokenizer:
-    """The reference tokenizer of some settings."""
+    """The reference tokenizer of some settings.
+
+    Raises:
+        DataError: as `load_tokenizer`; a tiktoken file without its pattern.
+    """
+    if settings.tokenizer_type == "TikTokenizer" and settings.tiktoken_pattern is None:
+        raise DataError(
+            "TikTokenizer without --tiktoken-pattern",
+            f"{', '.join(PATTERNS)}, or a regular expression: the file does not hold it",
+            "give the pattern that the model was made with",
+        )
     return load_tokenizer(
         settings.tokenizer_type,
         settings.tokenizer_model,
@@ -96,95 +133,27 @@ def make_tokenizer(settings: EncodeSettings) -> Tokenizer:
         merge_file=settings.merge_file,
         vocab_size=settings.vocab_size,
         eod_token=settings.eod_token,
+        tiktoken_pattern=settings.tiktoken_pattern,
+        special_tokens=settings.special_tokens,
     )
 
 
-def fuzz_strings(seed: int = 0, count: int = 300) -> list[str]:
-    """Strings made to break tokenizers: mixed scripts, odd white space, long runs, special tokens, controls, combining marks."""
-    words = [
-        "a",
-        "Z",
-        "the",
-        "don't",
-        "WE'LL",
-        "1234567890",
-        "3.14",
-        "_",
-        "__init__",
-        "#",
-        "...",
-        "—",
-        "é",
-        "ß",
-        "İ",
-        "Ω",
-        "жизнь",
-        "日本語",
-        "한국어",
-        "مرحبا",
-        "नमस्ते",
-        "🙂",
-        "🇩🇪",
-        "▁",
-        "Ġ",
-        "ﬁ",
-        "½",
-        "{}",
-        "http://x.y/z?a=b",
-    ]
-    spaces = [" ", "  ", "\n", "\r\n", "\t", "\u00a0", "\u3000", "\u200b", "\ufeff", "\u2028"]
-    special = [
-        "<|endoftext|>",
-        "<s>",
-        "</s>",
-        "<unk>",
-        " The",
-        "e\u0301",
-        "\U0001f468\u200d\U0001f469",
-        "\x00",
-        "\x7f",
-        "a" * 40,
-        "\\n",
-        "\U0001d400",
-    ]
-    pieces = words + spaces + special
-    draw = random.Random(seed)
-    return ["", *pieces, *("".join(draw.choices(pieces, k=draw.randint(1, 24))) for _ in range(count))]
+def checked_tokenizer(settings: EncodeSettings) -> Tokenizer:
+    """The reference tokenizer, which has the tokens that the settings ask for.
 
-
-class FastBackend:
-    """fastokens over the same tokenizer.json."""
-
-    def __init__(self, tokenizer: HuggingFaceTokenizer) -> None:
-        import fastokens
-
-        self._native = fastokens.Tokenizer.from_json_str(tokenizer.backend.to_str())
-
-    def encode_flat(self, texts: Sequence[str]) -> Flat:
-        """See `Tokenizer`."""
-        ids, offsets = self._native.encode_batch_flat(list(texts), add_special_tokens=False)
-        ends = np.frombuffer(offsets, dtype=np.uint64).astype(np.int64)
-        return np.frombuffer(ids, dtype=np.uint32), ends[1:] - ends[:-1]
-
-
-def _same(first: Flat, second: Flat) -> bool:
-    return np.array_equal(first[0], second[0]) and np.array_equal(first[1], second[1])
-
-
-def fast_backend(tokenizer: Tokenizer) -> tuple[FastBackend | None, str]:
-    """(the fast backend, or None; why). It must load this tokenizer and agree with it on every fuzz string."""
-    if not isinstance(tokenizer, HuggingFaceTokenizer):
-        return None, "the reference tokenizer (no fast backend for its type)"
-    try:
-        backend = FastBackend(tokenizer)
-        texts = fuzz_strings()
-        if not _same(backend.encode_flat(texts), tokenizer.encode_flat(texts)):
-            return None, "the reference tokenizer (fastokens disagrees on fuzz strings)"
-    except ImportError:
-        return None, "the reference tokenizer (fastokens is not installed)"
-    except Exception as error:  # whatever a young library may raise, the reference serves
-        return None, f"the reference tokenizer (fastokens cannot load it: {error})"
-    return backend, "fastokens, checked against the reference"
+    Raises:
+        DataError: it cannot be loaded, or lacks one.
+    """
+    tokenizer = make_tokenizer(settings)
+    if (settings.append_eod or settings.patch_align > 1) and tokenizer.eod_id is None:
+        raise DataError(
+            f"{tokenizer.name} has no end-of-document token by a usual name",
+            "--eod-token NAME, a token of the vocabulary",
+            "name it",
+        )
+    if settings.prepend_bos and tokenizer.bos_id is None:
+        raise DataError(f"{tokenizer.name} has no beginning-of-sequence token", "a tokenizer with one", "leave out --prepend-bos")
+    return tokenizer
 
 
 class Encoder:
@@ -199,16 +168,9 @@ class Encoder:
 
     def __init__(self, settings: EncodeSettings) -> None:
         self.settings = settings
-        self.tokenizer = make_tokenizer(settings)
+        self._empty = self._filtered = 0
+        self.tokenizer = checked_tokenizer(settings)
         self.fast, self.backend_note = fast_backend(self.tokenizer) if settings.backend == "auto" else (None, "the reference tokenizer")
-        if (settings.append_eod or settings.patch_align > 1) and self.tokenizer.eod_id is None:
-            raise DataError(
-                f"{self.tokenizer.name} has no end-of-document token by a usual name",
-                "--eod-token NAME, a token of the vocabulary",
-                "name it",
-            )
-        if settings.prepend_bos and self.tokenizer.bos_id is None:
-            raise DataError(f"{self.tokenizer.name} has no beginning-of-sequence token", "a tokenizer with one", "leave out --prepend-bos")
 
     def __call__(self, batch: Batch) -> Encoded:
         """Encodes a batch.
@@ -217,47 +179,42 @@ class Encoder:
             BackendDisagrees: the fast backend is not to be trusted with this input.
             DataError: the batch cannot be read.
         """
-        data = batch.read()
-        bad: list[tuple[int, str]] = []
-        if batch.whole:
-            lines = 1
-            rows = [self._whole(data, bad)]
-        else:
-            raw = data.split(b"\n")
-            lines = data.count(b"\n") + (not data.endswith(b"\n") and bool(data))
-            rows = [self._parse(line, number, bad) for number, line in enumerate(raw, start=1) if line.strip()]
-        documents = [row for row in rows if row is not None]
-        parts, empty = [], 0
-        for column in range(len(self.settings.keys)):
-            texts = [row[column] for row in documents if row[column]]
-            empty += len(documents) - len(texts)
-            parts.append(self._encode(texts))
-        return Encoded(batch.source, lines, len(data), tuple(parts), empty, tuple(bad))
+        bad: list[tuple[int, int, str]] = []
+        rows: list[tuple[str, ...]] = []
+        lines: list[int] = []
+        for document in documents(batch, self.settings.keys, lines):
+            if document.texts is None:
+                bad.append((document.number, document.offset, document.reason))
+            else:
+                rows.append(document.texts)
+        self._empty = self._filtered = 0
+        parts = [self._encode(self._wanted([row[column] for row in rows])) for column in range(len(self.settings.keys))]
+        return Encoded(
+            batch.source,
+            batch.file,
+            batch.upto,
+            batch.share,
+            batch.start if batch.data is None and not batch.temporary else None,
+            lines[0],
+            batch.size,
+            tuple(parts),
+            self._empty,
+            self._filtered,
+            self.fast is not None,
+            self.backend_note,
+            tuple(bad),
+        )
 
-    def _whole(self, data: bytes, bad: list[tuple[int, str]]) -> tuple[str, ...] | None:
-        try:
-            return (data.decode("utf-8"),) * len(self.settings.keys)
-        except UnicodeDecodeError as error:
-            bad.append((1, f"not UTF-8: {error}"))
-            return None
-
-    def _parse(self, line: bytes, number: int, bad: list[tuple[int, str]]) -> tuple[str, ...] | None:
-        try:
-            document = orjson.loads(line)
-        except orjson.JSONDecodeError as error:
-            bad.append((number, f"no valid JSON: {error}"))
-            return None
-        texts = []
-        for key in self.settings.keys:
-            value = document
-            for name in key.split("."):
-                value = value.get(name) if isinstance(value, dict) else None
-            if not isinstance(value, str):
-                kind = "is missing" if value is None else f"is a {type(value).__name__}"
-                bad.append((number, f"key {key!r} {kind}, not a string"))
-                return None
-            texts.append(value)
-        return tuple(texts)
+    def _wanted(self, texts: list[str]) -> list[str]:
+        """Leaves out what is empty, too short or too long."""
+        full = [text for text in texts if text]
+        self._empty += len(texts) - len(full)
+        least, most = self.settings.min_chars, self.settings.max_chars
+        if least is None and most is None:
+            return full
+        kept = [text for text in full if (least is None or len(text) >= least) and (most is None or len(text) <= most)]
+        self._filtered += len(full) - len(kept)
+        return kept
 
     def _encode(self, texts: Sequence[str]) -> Part:
         if not texts:
@@ -271,8 +228,17 @@ class Encoder:
             reference, _ = self.tokenizer.encode_flat([texts[checked]])
             if not np.array_equal(ids[start : start + int(lengths[checked])], reference):
                 raise BackendDisagrees(texts[checked][:200])
-        kept = lengths > 0
-        return self._frame(ids, lengths[kept] if not kept.all() else lengths)
+        full = lengths > 0
+        self._empty += int((~full).sum())
+        kept = full
+        if self.settings.min_tokens is not None:
+            kept = kept & (lengths >= self.settings.min_tokens)
+        if self.settings.max_tokens is not None:
+            kept = kept & (lengths <= self.settings.max_tokens)
+        self._filtered += int((full & ~kept).sum())
+        if not kept.all():
+            ids, lengths = ids[np.repeat(kept, lengths)], lengths[kept]
+        return self._frame(ids, lengths)
 
     def _frame(self, ids: npt.NDArray[np.uint32], lengths: npt.NDArray[np.int64]) -> Part:
         """Puts each document between its beginning and end tokens and pads it to whole patches."""

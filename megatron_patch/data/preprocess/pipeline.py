@@ -1,143 +1,87 @@
 """The run of the preprocessor: batches out to workers, token arrays back in order, into one writer a key.
 
 In: input files and settings. Out: PREFIX_KEY_document.bin, .idx and .json, and a summary. Only so many batches are under way at a time,
-whatever the size of the input. Nothing appears under its final name until everything is written.
+whatever the size of the input. Nothing appears under its final name until everything is written; what is finished is recorded in a journal
+now and then, from which a run that was killed goes on.
 """
 
 from __future__ import annotations
 
-import collections
 import contextlib
-import json
 import os
+import shutil
 import time
 from collections.abc import Callable, Generator, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
-from megatron_patch.data.indexed_dataset import IndexedDatasetWriter, bin_path, idx_path, optimal_dtype
-from megatron_patch.data.preprocess.encode import BackendDisagrees, Encoded, Encoder, EncodeSettings
-from megatron_patch.data.preprocess.readers import Batch, batches, expand
-from megatron_patch.data.preprocess.workers import encode_in_order
-from megatron_patch.data.side_file import DatasetInfo, info_path, write_info
+from megatron_patch.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter, bin_path, idx_path, optimal_dtype
+from megatron_patch.data.preprocess.encode import BackendDisagrees, Encoded, Encoder, EncodeSettings, checked_tokenizer
+from megatron_patch.data.preprocess.inputs import STANDARD_INPUT, Span, divide, expand
+from megatron_patch.data.preprocess.journal import (
+    Journal,
+    Record,
+    check_identity,
+    identity,
+    identity_checksum,
+    journal_path,
+    last_record,
+    tokenizer_checksum,
+)
+from megatron_patch.data.preprocess.readers import Batch, batches
+from megatron_patch.data.preprocess.summary import BadLines, LengthSample, Summary
+from megatron_patch.data.preprocess.workers import encode_in_order, prepare_workers
+from megatron_patch.data.rearrange import rearrange, remove_dataset, unordered_prefix
+from megatron_patch.data.side_file import DatasetInfo, info_path, read_info, write_info
 from megatron_patch.errors import DataError
 from megatron_patch.files import checksum
+from megatron_patch.tokenizer import Tokenizer
 
-_LISTED_BAD_LINES = 100_000
+Progress = Callable[[int, int, int, float, float], None]
+"""Called with (documents, tokens, bytes, seconds, share of the input) now and then."""
 
 
 @dataclass(frozen=True)
-class Summary:
-    """What a run did.
+class _Run:
+    """What does not change during a run."""
 
-    Args:
-        outputs: the prefixes written.
-        documents: of all outputs.
-        tokens: of all outputs.
-        bytes: read, unpacked.
-        bad_lines: left out.
-        empty: documents without text, left out.
-        dtype: of the tokens.
-        vocab_size: of the tokenizer.
-        eod_id: its end-of-document token, or None.
-        tokens_per_document: quantiles of the first output: 5 %, 50 %, 95 %, longest.
-        backend: what encoded.
-        seconds: it took.
-        bad_lines_file: their list, or None.
-    """
+    spans: tuple[Span, ...]
+    prefixes: tuple[str, ...]
+    output_prefix: str
+    workers: int
+    on_bad_line: Literal["skip", "fail"]
+    separator: bytes | None
+    dedup: bool
+    shuffle_seed: int | None
+    save_seconds: float
+    may_be_empty: bool
+    progress: Progress | None
+    notice: Callable[[str], None]
 
-    outputs: tuple[str, ...]
-    documents: int
-    tokens: int
-    bytes: int
-    bad_lines: int
-    empty: int
-    dtype: str
-    vocab_size: int
-    eod_id: int | None
-    tokens_per_document: tuple[int, ...]
-    backend: str
-    seconds: float
-    bad_lines_file: str | None
+    @property
+    def resumable(self) -> bool:
+        return all(span.path != STANDARD_INPUT for span in self.spans)
 
-    def to_json(self) -> dict[str, Any]:
-        """As plain values, with rates."""
-        seconds = max(self.seconds, 1e-9)
-        return {
-            **asdict(self),
-            "megabytes_per_second": round(self.bytes / 1e6 / seconds, 3),
-            "tokens_per_second": round(self.tokens / seconds),
-        }
+    @property
+    def rearranged(self) -> bool:
+        return self.dedup or self.shuffle_seed is not None
+
+    @property
+    def written(self) -> tuple[str, ...]:
+        """Where documents are written as they come."""
+        return tuple(map(unordered_prefix, self.prefixes)) if self.rearranged else self.prefixes
+
+    @property
+    def scratch(self) -> Path:
+        return Path(f"{self.output_prefix}_scratch")
 
 
 def output_prefixes(prefix: str, keys: Sequence[str]) -> list[str]:
     """PREFIX_KEY_document of each key, as Megatron names them; dots of nested keys become underscores."""
     return [f"{prefix}_{key.replace('.', '_')}_document" for key in keys]
-
-
-class _LengthSample:
-    """Document lengths for quantiles, in bounded memory: a histogram by eighths of powers of two."""
-
-    def __init__(self) -> None:
-        self._counts: collections.Counter[int] = collections.Counter()
-        self.longest = 0
-
-    def add(self, lengths: np.ndarray) -> None:
-        if lengths.size:
-            bins, counts = np.unique(np.round(np.log2(lengths) * 8).astype(int), return_counts=True)
-            self._counts.update(dict(zip(bins.tolist(), counts.tolist(), strict=True)))
-            self.longest = max(self.longest, int(lengths.max()))
-
-    def quantile(self, share: float) -> int:
-        target, seen = share * sum(self._counts.values()), 0
-        for step in sorted(self._counts):
-            seen += self._counts[step]
-            if seen >= target:
-                return min(self.longest, round(2 ** (step / 8)))
-        return 0
-
-
-def _encode_here(work: Iterable[Batch], encoder: Encoder) -> Generator[Encoded]:
-    yield from map(encoder, work)
-
-
-class _BadLines:
-    """The list of lines that were left out."""
-
-    def __init__(self, path: Path, policy: Literal["skip", "fail"]) -> None:
-        self._path, self._policy = path, policy
-        self._file: Any = None
-        self._lines: collections.Counter[str] = collections.Counter()
-        self.count = 0
-
-    def add(self, encoded: Encoded) -> None:
-        for line, reason in encoded.bad:
-            number = self._lines[encoded.source] + line
-            if self._policy == "fail":
-                raise DataError(
-                    f"{encoded.source}, line {number}: {reason}",
-                    "lines that are JSON objects with the key",
-                    "repair it, or use --on-bad-line skip",
-                )
-            if self._file is None:
-                self._file = self._path.open("w", encoding="utf-8")
-            if self.count < _LISTED_BAD_LINES:
-                self._file.write(json.dumps({"file": encoded.source, "line": number, "reason": reason}) + "\n")
-            self.count += 1
-        self._lines[encoded.source] += encoded.lines
-
-    def close(self) -> str | None:
-        if self._file is None:
-            return None
-        self._file.close()
-        return str(self._path)
-
-
-Progress = Callable[[int, int, int, float], None]
-"""Called with (documents, tokens, bytes, seconds) now and then."""
 
 
 def preprocess(
@@ -147,6 +91,12 @@ def preprocess(
     workers: int = 1,
     on_bad_line: Literal["skip", "fail"] = "skip",
     overwrite: bool = False,
+    resume: bool = False,
+    shard: tuple[int, int] | None = None,
+    separator: bytes | None = None,
+    dedup: bool = False,
+    shuffle_seed: int | None = None,
+    save_seconds: float = 30.0,
     progress: Progress | None = None,
     notice: Callable[[str], None] = lambda text: None,
 ) -> Summary:
@@ -158,106 +108,265 @@ def preprocess(
         settings: how to encode; `dtype` is decided here.
         workers: processes that encode.
         on_bad_line: leave bad lines out and list them, or stop at the first.
-        overwrite: replace outputs that exist.
+        overwrite: replace outputs that exist, and what an unfinished run left.
+        resume: go on with an unfinished run, if there is one; nothing is done where it had been finished.
+        shard: (i, n): only the i-th of n parts of the input, which may be empty.
+        separator: what stands between the documents of a .txt; None: each is one document.
+        dedup: leave documents out whose tokens are those of an earlier one of the same output.
+        shuffle_seed: put documents into a random order; None: they keep that of the input.
+        save_seconds: after so many seconds what is written is forced to disk, to be resumed from.
         progress: told how far it is.
         notice: told in words what the user should know.
 
     Raises:
-        DataError: input that cannot be read, a tokenizer that does not fit, no space left, a dead worker, no documents at all.
+        DataError: input that cannot be read, a tokenizer that does not fit, no space left, a dead worker, no documents at all, an
+            unfinished run that cannot be resumed.
     """
     if workers < 1 or settings.patch_align < 1:
         raise DataError(f"--workers {workers}, --patch-align {settings.patch_align}", "whole numbers from 1")
-    files = expand(inputs)
-    prefixes = output_prefixes(output_prefix, settings.keys)
-    existing = [str(path) for prefix in prefixes for path in (bin_path(prefix), idx_path(prefix)) if path.exists()]
-    if existing and not overwrite:
-        raise DataError(f"{existing[0]} exists", "an --output-prefix that is free", "choose another, or use --overwrite")
-    encoder = Encoder(settings)
-    settings = replace(settings, dtype=str(optimal_dtype(encoder.tokenizer.vocab_size)))
-    encoder.settings = settings
-    notice(f"encoding with {encoder.backend_note}")
+    spans = tuple(divide(expand(inputs), *(shard or (0, 1))))
+    prefixes = tuple(output_prefixes(output_prefix, settings.keys))
+    run = _Run(
+        spans=spans,
+        prefixes=prefixes,
+        output_prefix=output_prefix,
+        workers=workers,
+        on_bad_line=on_bad_line,
+        separator=separator,
+        dedup=dedup,
+        shuffle_seed=shuffle_seed,
+        save_seconds=save_seconds,
+        may_be_empty=shard is not None,
+        progress=progress,
+        notice=notice,
+    )
+    if resume and not run.resumable:
+        raise DataError("--resume of standard input", "files, which can be read again from the middle", "name the files")
+    if workers > 1:
+        prepare_workers()
+    tokenizer = checked_tokenizer(settings)
+    settings = replace(settings, dtype=str(optimal_dtype(tokenizer.vocab_size)))
+    shown = separator.decode("utf-8", "replace") if separator is not None else None
+    known = identity(spans, settings, separator=shown, dedup=dedup, shuffle_seed=shuffle_seed)
+    begin = _beginning(run, known, overwrite, resume)
+    if begin is None:
+        notice("finished before: nothing to do")
+        return _finished_summary(run, tokenizer)
+    if begin.read:
+        notice(f"resuming: {begin.read / 1e6:,.0f} MB and {sum(count for count, _ in begin.outputs):,} documents are done")
     try:
-        return _run(files, prefixes, output_prefix, settings, encoder, workers, on_bad_line, progress)
+        return _run(run, settings, tokenizer, known, begin)
     except BackendDisagrees as disagreement:
-        if "-" in files:
+        if not run.resumable:
             raise DataError(f"fastokens gave other ids than the reference for {disagreement}", do="use --backend reference") from None
         notice(f"fastokens gave other ids than the reference for {str(disagreement)!r}; starting again with the reference alone")
         settings = replace(settings, backend="reference")
-        return _run(files, prefixes, output_prefix, settings, Encoder(settings), workers, on_bad_line, progress)
+        journal_path(output_prefix).unlink(missing_ok=True)
+        return _run(run, settings, tokenizer, known, Record())
 
 
-def _run(
-    files: Sequence[str],
-    prefixes: Sequence[str],
-    output_prefix: str,
-    settings: EncodeSettings,
-    encoder: Encoder,
-    workers: int,
-    on_bad_line: Literal["skip", "fail"],
-    progress: Progress | None,
-) -> Summary:
-    started = time.monotonic()
-    read = empty = 0
-    lengths = _LengthSample()
-    with contextlib.ExitStack() as stack:
-        writers = [stack.enter_context(IndexedDatasetWriter(prefix, np.dtype(settings.dtype))) for prefix in prefixes]
-        bad = _BadLines(Path(f"{output_prefix}_bad_lines.jsonl"), on_bad_line)
-        stack.callback(bad.close)
-        work = batches(files)
-        # Closed before the files are: workers end, whatever happens, before anything else does.
-        encoded_batches = stack.enter_context(
-            contextlib.closing(encode_in_order(work, workers, settings) if workers > 1 else _encode_here(work, encoder))
+def _beginning(run: _Run, known: dict[str, object], overwrite: bool, resume: bool) -> Record | None:
+    """Where to begin: at the start, or where an unfinished run ended; None where nothing is left to do."""
+    path = journal_path(run.output_prefix)
+    found = last_record(path) if resume or not overwrite else None
+    if found is not None:
+        if not resume:
+            raise DataError(
+                f"{path}: an unfinished run that has read {found[1].read / 1e6:,.0f} MB",
+                "--resume to go on with it, --overwrite to start over",
+                "choose one",
+            )
+        check_identity(found[0], known)
+        return found[1]
+    existing = [path for prefix in run.prefixes for path in (bin_path(prefix), idx_path(prefix)) if path.exists()]
+    if existing and not overwrite:
+        infos = [read_info(prefix) if idx_path(prefix).exists() else None for prefix in run.prefixes]
+        if resume and all(info is not None and info.run_xxh64 == identity_checksum(known) for info in infos):
+            return None
+        raise DataError(f"{existing[0]} exists", "an --output-prefix that is free", "choose another, or use --overwrite")
+    path.unlink(missing_ok=True)
+    return Record()
+
+
+def _encode_here(work: Iterable[Batch], settings: EncodeSettings) -> Generator[Encoded]:
+    yield from map(Encoder(settings), work)
+
+
+def _size(span: Span) -> int:
+    if span.path == STANDARD_INPUT:
+        return 0
+    return span.end - span.start if span.end is not None else os.path.getsize(span.path)
+
+
+class _Accounts:
+    """All that is counted on the way."""
+
+    def __init__(self, run: _Run, begin: Record) -> None:
+        self._run, self._begin = run, begin
+        self._sizes = [_size(span) for span in run.spans]
+        self._started = time.monotonic()
+        self._saved = self._started
+        self.read, self.empty, self.filtered = begin.read, begin.empty, begin.filtered
+        self.lengths = LengthSample(begin.lengths, begin.longest)
+        self.bad = BadLines(
+            Path(f"{run.output_prefix}_bad_lines.jsonl"), run.on_bad_line, begin.file, begin.line, begin.bad, begin.bad_bytes
         )
-        for encoded in encoded_batches:
-            bad.add(encoded)
-            for writer, part in zip(writers, encoded.parts, strict=True):
-                writer.append(part.tokens, part.lengths)
-            lengths.add(encoded.parts[0].lengths)
-            read += encoded.bytes
-            empty += encoded.empty
-            if progress is not None:
-                progress(sum(w.num_documents for w in writers), sum(w.num_tokens for w in writers), read, time.monotonic() - started)
+        self.file, self.upto = begin.file, begin.upto
+        self.fast: bool | None = None
+
+    @property
+    def seconds(self) -> float:
+        """Since the run began, without the time between its end and its resumption."""
+        return self._begin.seconds + time.monotonic() - self._started
+
+    def add(self, encoded: Encoded, writers: Sequence[IndexedDatasetWriter]) -> None:
+        """Counts a batch that has been written."""
+        self.bad.add(encoded)
+        self.lengths.add(encoded.parts[0].lengths)
+        self.read += encoded.bytes
+        self.empty += encoded.empty
+        self.filtered += encoded.filtered
+        self.file, self.upto = encoded.file, encoded.upto
+        if self.fast is None:
+            self._run.notice(f"encoding with {encoded.backend}")
+        self.fast = encoded.fast
+        if self._run.progress is not None:
+            done = sum(self._sizes[: self.file]) + encoded.share * self._sizes[self.file]
+            documents, tokens = sum(w.num_documents for w in writers), sum(w.num_tokens for w in writers)
+            self._run.progress(documents, tokens, self.read, self.seconds, done / max(1, sum(self._sizes)))
+
+    def due(self) -> bool:
+        """Whether it is time to save."""
+        return self._run.resumable and time.monotonic() - self._saved >= self._run.save_seconds
+
+    def save(self, journal: Journal, writers: Sequence[IndexedDatasetWriter], complete: bool = False) -> None:
+        """Forces everything to disk, and then says so in the journal."""
+        outputs = tuple(writer.sync() for writer in writers)
+        bad_bytes = self.bad.sync()
+        journal.add(
+            Record(
+                self.file,
+                self.upto,
+                self.bad.line,
+                outputs,
+                self.read,
+                self.empty,
+                self.filtered,
+                self.bad.count,
+                bad_bytes,
+                self.lengths.to_json(),
+                self.lengths.longest,
+                self.seconds,
+                complete,
+            )
+        )
+        self._saved = time.monotonic()
+
+
+def _run(run: _Run, settings: EncodeSettings, tokenizer: Tokenizer, known: dict[str, object], begin: Record) -> Summary:
+    shutil.rmtree(run.scratch, ignore_errors=True)
+    with contextlib.ExitStack() as stack:
+        stack.callback(shutil.rmtree, run.scratch, ignore_errors=True)
+        writers = _writers(run, settings, begin, stack)
+        accounts = _Accounts(run, begin)
+        stack.callback(accounts.bad.close)
+        journal = Journal(journal_path(run.output_prefix), known, resumed=bool(begin.outputs))
+        stack.callback(journal.close)
+        if not begin.complete:
+            _encode_all(run, settings, writers, accounts, journal, begin)
+            for writer in writers:
+                if writer.num_documents == 0 and not run.may_be_empty:
+                    raise DataError(
+                        f"no documents for {writer.prefix}: {accounts.bad.count} bad lines, {accounts.empty} empty documents, "
+                        f"{accounts.filtered} too short or too long",
+                        "at least one document",
+                        f"check --input and --json-keys (now {' '.join(settings.keys)})",
+                    )
+            if run.resumable:
+                accounts.save(journal, writers, complete=True)
         for writer in writers:
-            if writer.num_documents == 0:
-                raise DataError(
-                    f"no documents for {writer.prefix}: {bad.count} bad lines, {empty} empty documents",
-                    "at least one document",
-                    f"check --input and --json-keys (now {' '.join(settings.keys)})",
-                )
-        for writer in writers:
-            writer.finish()
             info_path(writer.prefix).unlink(missing_ok=True)
-    for writer in writers:
-        write_info(writer.prefix, _info(writer, settings, encoder))
-    tokens_per_document = (*(lengths.quantile(share) for share in (0.05, 0.5, 0.95)), lengths.longest)
+            writer.finish()
+        _rearrange(run)
+    written = begin.outputs if begin.complete else tuple((writer.num_documents, writer.num_tokens) for writer in writers)
+    infos = [_info(prefix, settings, tokenizer, identity_checksum(known)) for prefix in run.prefixes]
+    for prefix, info in zip(run.prefixes, infos, strict=True):
+        write_info(prefix, info)
+    journal_path(run.output_prefix).unlink(missing_ok=True)
     return Summary(
-        outputs=tuple(prefixes),
-        documents=sum(writer.num_documents for writer in writers),
-        tokens=sum(writer.num_tokens for writer in writers),
-        bytes=read,
-        bad_lines=bad.count,
-        empty=empty,
+        outputs=run.prefixes,
+        documents=sum(info.documents for info in infos),
+        tokens=sum(info.tokens for info in infos),
+        bytes=accounts.read,
+        bad_lines=accounts.bad.count,
+        empty=accounts.empty,
+        filtered=accounts.filtered,
+        duplicates=sum(documents for documents, _ in written) - sum(info.documents for info in infos),
         dtype=settings.dtype,
-        vocab_size=encoder.tokenizer.vocab_size,
-        eod_id=encoder.tokenizer.eod_id,
-        tokens_per_document=tokens_per_document,
-        backend="fastokens" if encoder.fast is not None else "reference",
-        seconds=time.monotonic() - started,
-        bad_lines_file=bad.close(),
+        vocab_size=tokenizer.vocab_size,
+        eod_id=tokenizer.eod_id,
+        tokens_per_document=(LengthSample.of(IndexedDataset(run.prefixes[0])) if run.dedup else accounts.lengths).quantiles(),
+        backend="fastokens" if accounts.fast else "reference",
+        seconds=accounts.seconds,
+        resumed_at=begin.read,
+        bad_lines_file=accounts.bad.close(),
     )
 
 
-def _info(writer: IndexedDatasetWriter, settings: EncodeSettings, encoder: Encoder) -> DatasetInfo:
-    tokens, index = bin_path(writer.prefix), idx_path(writer.prefix)
+def _writers(run: _Run, settings: EncodeSettings, begin: Record, stack: contextlib.ExitStack) -> list[IndexedDatasetWriter]:
+    """One writer a key; of a run that ended while it gave outputs their names, only of those that have none yet."""
+    writers = []
+    for number, prefix in enumerate(run.written):
+        done = begin.outputs[number] if begin.outputs else None
+        # Both files have their names, or, where documents are rearranged, are gone again.
+        named = idx_path(prefix).exists() or (run.rearranged and not bin_path(prefix).exists())
+        if begin.complete and named and not Path(f"{bin_path(prefix)}.partial").exists():
+            Path(f"{prefix}.lengths.partial").unlink(missing_ok=True)
+            continue
+        writers.append(stack.enter_context(IndexedDatasetWriter(prefix, np.dtype(settings.dtype), done)))
+    return writers
+
+
+def _rearrange(run: _Run) -> None:
+    for source, output in zip(run.written, run.prefixes, strict=True):
+        if run.rearranged and idx_path(source).exists():
+            rearrange(source, output, run.dedup, run.shuffle_seed, run.scratch)
+            remove_dataset(source)
+
+
+def _encode_all(
+    run: _Run,
+    settings: EncodeSettings,
+    writers: Sequence[IndexedDatasetWriter],
+    accounts: _Accounts,
+    journal: Journal,
+    begin: Record,
+) -> None:
+    work = batches(run.spans, settings.keys, run.separator, (begin.file, begin.upto) if begin.outputs else (0, None), run.scratch)
+    # Closed before the files are: workers end, whatever happens, before anything else does.
+    with contextlib.closing(
+        encode_in_order(work, run.workers, settings) if run.workers > 1 else _encode_here(work, settings)
+    ) as encoded_batches:
+        for encoded in encoded_batches:
+            for writer, part in zip(writers, encoded.parts, strict=True):
+                writer.append(part.tokens, part.lengths)
+            accounts.add(encoded, writers)
+            if accounts.due():
+                accounts.save(journal, writers)
+
+
+def _info(prefix: str, settings: EncodeSettings, tokenizer: Tokenizer, run_xxh64: str) -> DatasetInfo:
+    tokens, index = bin_path(prefix), idx_path(prefix)
+    written = IndexedDataset(prefix)
     return DatasetInfo(
         tokenizer_type=settings.tokenizer_type,
         tokenizer_model=os.path.abspath(settings.tokenizer_model)
         if settings.tokenizer_model
         else str(settings.vocab_size or settings.vocab_file),
-        vocab_size=encoder.tokenizer.vocab_size,
-        eod_id=encoder.tokenizer.eod_id,
-        documents=writer.num_documents,
-        tokens=writer.num_tokens,
+        vocab_size=tokenizer.vocab_size,
+        eod_id=tokenizer.eod_id,
+        documents=written.num_documents,
+        tokens=written.num_tokens,
         dtype=settings.dtype,
         append_eod=settings.append_eod,
         prepend_bos=settings.prepend_bos,
@@ -266,4 +375,29 @@ def _info(writer: IndexedDatasetWriter, settings: EncodeSettings, encoder: Encod
         idx_bytes=index.stat().st_size,
         bin_xxh64=checksum(tokens),
         idx_xxh64=checksum(index),
+        tokenizer_xxh64=tokenizer_checksum(settings),
+        run_xxh64=run_xxh64,
+    )
+
+
+def _finished_summary(run: _Run, tokenizer: Tokenizer) -> Summary:
+    """Of a run that had been finished before."""
+    datasets = [IndexedDataset(prefix) for prefix in run.prefixes]
+    return Summary(
+        outputs=run.prefixes,
+        documents=sum(dataset.num_documents for dataset in datasets),
+        tokens=sum(dataset.num_tokens for dataset in datasets),
+        bytes=0,
+        bad_lines=0,
+        empty=0,
+        filtered=0,
+        duplicates=0,
+        dtype=str(datasets[0].dtype),
+        vocab_size=tokenizer.vocab_size,
+        eod_id=tokenizer.eod_id,
+        tokens_per_document=LengthSample.of(datasets[0]).quantiles(),
+        backend="nothing: finished before",
+        seconds=0.0,
+        resumed_at=0,
+        bad_lines_file=None,
     )

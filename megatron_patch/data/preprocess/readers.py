@@ -1,210 +1,287 @@
-"""From input files to batches of lines, in order.
+"""From spans of the input to batches of documents, in order.
 
-In: paths, globs, "-". Out: `Batch`es of about a megabyte: a byte range of a plain file, which a worker reads itself, or the lines
-themselves where they come out of an archive or a pipe. Cuts fall on line ends, so that a batch never holds part of a document.
+In: `Span`s. Out: `Batch`es of about a megabyte: a byte range of a plain file, which a worker reads itself, or the bytes themselves where
+they come out of an archive, a table or a pipe. Cuts fall between documents. A document too long for memory to hold several times goes
+through a file.
 """
 
 from __future__ import annotations
 
-import bz2
-import glob
-import gzip
-import lzma
+import mmap
+import os
 import sys
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import BinaryIO, Literal, cast
 
+from megatron_patch.data.preprocess.archives import broken_archive, open_archive
+from megatron_patch.data.preprocess.inputs import STANDARD_INPUT, Span, after, inner_suffix, is_archive, line_start
+from megatron_patch.data.preprocess.tables import row_batches
 from megatron_patch.errors import DataError
 
 BATCH_BYTES = 1 << 20
-LINE_SUFFIXES = (".jsonl", ".json")
-ARCHIVE_SUFFIXES = (".gz", ".bz2", ".xz", ".zst")
+# From here on a document is mapped, not read, and put into a file where it comes out of an archive.
+LONG_BYTES = 1 << 25
+_NEWLINE = b"\n"
+
+Kind = Literal["lines", "text", "rows"]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Some lines of one input.
+    """Some documents of one input.
 
     Args:
         source: its path, for messages.
-        start: first byte, where a worker has to read the range itself.
+        kind: JSON lines, text (separated documents, or one), or rows of a table as an Arrow stream.
+        file: number of the input.
+        upto: the unit of the input (see `Span`) behind this batch, where reading can go on.
+        share: how much of the input has been read then, from 0 to 1.
+        separator: what stands between documents; None: it is one.
+        data: the documents, where they have been read already.
+        path: the file that holds them otherwise.
+        start: first byte there.
         end: byte behind the last.
-        data: the lines, where they have been read already.
-        whole: the data is one document and no JSON (.txt).
+        temporary: the file is removed when it has been read.
     """
 
     source: str
+    kind: Kind = "lines"
+    file: int = 0
+    upto: int = 0
+    share: float = 0.0
+    separator: bytes | None = _NEWLINE
+    data: bytes | None = None
+    path: str = ""
     start: int = 0
     end: int = 0
-    data: bytes | None = None
-    whole: bool = False
+    temporary: bool = False
 
-    def read(self) -> bytes:
-        """The lines.
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return len(self.data) if self.data is not None else self.end - self.start
+
+    def read(self) -> bytes | mmap.mmap:
+        """The documents; mapped where they are long.
 
         Raises:
-            DataError: the file cannot be read any more.
+            DataError: the file cannot be read any more, or has become shorter.
         """
         if self.data is not None:
             return self.data
         try:
-            with open(self.source, "rb") as file:
+            with open(self.path, "rb") as file:
+                if self.temporary:
+                    os.unlink(self.path)
+                if self.size >= LONG_BYTES and os.fstat(file.fileno()).st_size >= self.end:
+                    return _map(file, self.start, self.end)
                 file.seek(self.start)
-                return file.read(self.end - self.start)
+                data = file.read(self.end - self.start)
         except OSError as error:
             raise DataError(f"{self.source}: {error.strerror}", "files that stay readable while they are preprocessed") from error
-
-
-def expand(inputs: Sequence[str]) -> list[str]:
-    """Paths and globs as a list of files: in the order given, each glob's files by name.
-
-    Raises:
-        DataError: a file that does not exist, a glob without a match, a suffix that is not known.
-    """
-    files: list[str] = []
-    for pattern in inputs:
-        if pattern == "-":
-            files.append(pattern)
-            continue
-        matches = sorted(glob.glob(pattern, recursive=True)) if glob.has_magic(pattern) else [pattern]
-        matches = [match for match in matches if Path(match).is_file()]
-        if not matches:
-            raise DataError(f"--input {pattern} matches no file", "files, globs in quotes, or - for standard input", "check the path")
-        files += matches
-    for file in files:
-        path = Path(file)
-        inner = path.with_suffix("") if path.suffix in ARCHIVE_SUFFIXES else path
-        if file != "-" and inner.suffix not in (*LINE_SUFFIXES, ".txt"):
+        if len(data) < self.size:
             raise DataError(
-                f"--input {file}: unknown kind of file",
-                ".jsonl, .json (one object a line) or .txt (one document a file), also as .gz, .bz2, .xz, .zst",
-                "rename or convert it",
+                f"{self.source} has become shorter while it was read", "files that stay as they are", "run again when nothing writes to it"
             )
-    if not files:
-        raise DataError("no input", "--input FILE [FILE …]")
-    return files
+        return data
 
 
-def _open_archive(path: str) -> BinaryIO:
-    suffix = Path(path).suffix
-    if suffix == ".gz":
-        try:
-            from isal import igzip
-
-            return cast("BinaryIO", igzip.open(path, "rb"))
-        except ImportError:
-            return cast("BinaryIO", gzip.open(path, "rb"))
-    if suffix == ".bz2":
-        return cast("BinaryIO", bz2.open(path, "rb"))
-    if suffix == ".xz":
-        return cast("BinaryIO", lzma.open(path, "rb"))
-    return cast("BinaryIO", _ZstdFile(open(path, "rb")))
+def _map(file: BinaryIO, start: int, end: int) -> mmap.mmap:
+    """A map of a range, whose position is the range's first byte: maps begin at whole pages."""
+    page = start // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+    mapped = mmap.mmap(file.fileno(), end - page, access=mmap.ACCESS_READ, offset=page)
+    mapped.seek(start - page)
+    return mapped
 
 
-class _ZstdFile:
-    """Frames of zstd, one after another, unpacked; a last frame that is cut short is an error, where zstandard's own reader just ends."""
+class _Spill:
+    """Pieces of one document, in memory as long as there are few."""
 
-    def __init__(self, file: BinaryIO) -> None:
-        import zstandard
+    def __init__(self, scratch: Path | None) -> None:
+        self._scratch, self._count = scratch, 0
+        self._pieces: list[bytes] = []
+        self._size = 0
+        self._file: BinaryIO | None = None
+        self._path = ""
 
-        self._file = file
-        self._decompressor = zstandard.ZstdDecompressor()
-        self._frame: Any = None
-        self._packed = b""
-
-    def read(self, size: int = -1) -> bytes:
-        """Unpacked bytes, about `size` of them; none at the end.
-
-        Raises:
-            EOFError: the file ends inside a frame.
-        """
-        pieces, total = [], 0
-        while size < 0 or total < size:
-            packed = self._packed or self._file.read(1 << 17)
-            if not packed:
-                if self._frame is not None:
-                    raise EOFError("the last zstd frame is cut short")
-                break
-            if self._frame is None:
-                self._frame = self._decompressor.decompressobj()
-            piece = self._frame.decompress(packed)
-            self._packed = b""
-            if self._frame.eof:
-                self._packed, self._frame = self._frame.unused_data, None
-            pieces.append(piece)
-            total += len(piece)
-        return b"".join(pieces)
-
-    def __enter__(self) -> _ZstdFile:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._file.close()
-
-
-def _broken_archive() -> tuple[type[Exception], ...]:
-    import zstandard
-
-    return (OSError, EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError)
-
-
-def _line_batches(source: str, stream: BinaryIO) -> Iterator[Batch]:
-    """Cuts a stream at line ends."""
-    rest: list[bytes] = []
-    while piece := stream.read(BATCH_BYTES):
-        cut = piece.rfind(b"\n") + 1
-        if cut:
-            yield Batch(source, data=b"".join([*rest, piece[:cut]]))
-            rest = [piece[cut:]] if cut < len(piece) else []
+    def add(self, piece: bytes) -> None:
+        self._size += len(piece)
+        if self._file is None and self._scratch is not None and self._size >= LONG_BYTES:
+            self._scratch.mkdir(parents=True, exist_ok=True)
+            self._path = str(self._scratch / f"long-{self._count}")
+            self._count += 1
+            self._file = open(self._path, "wb")
+            for earlier in self._pieces:
+                self._file.write(earlier)
+            self._pieces = []
+        if self._file is None:
+            self._pieces.append(piece)
         else:
-            rest.append(piece)
-    if rest:
-        yield Batch(source, data=b"".join(rest))
+            self._file.write(piece)
+
+    def take(self) -> tuple[bytes | None, str, int]:
+        """(the bytes, or the file that holds them, its size), and begins anew."""
+        pieces, size, file = self._pieces, self._size, self._file
+        self._pieces, self._size, self._file = [], 0, None
+        if file is None:
+            return b"".join(pieces), "", 0
+        file.close()
+        return None, self._path, size
 
 
-def _range_batches(path: str) -> Iterator[Batch]:
+class _Cutter:
+    """Cuts a stream between documents.
+
+    Args:
+        source: for messages.
+        kind: lines or text.
+        separator: what stands between documents; None: the stream is one.
+        file: number of the input.
+        scratch: folder for long documents.
+    """
+
+    def __init__(self, source: str, kind: Kind, separator: bytes | None, file: int, scratch: Path | None) -> None:
+        self._source, self._kind, self._separator, self._file = source, kind, separator, file
+        self._rest = _Spill(scratch)
+
+    def batches(self, stream: BinaryIO, start: int, share: Share) -> Iterator[Batch]:
+        """Batches from unit `start` on."""
+        fresh = _skip(stream, start)
+        upto = read = start
+        keep = len(self._separator) - 1 if self._separator is not None else 0
+        carry = b""  # bytes that may be the beginning of a separator
+        while fresh := fresh or stream.read(BATCH_BYTES):
+            read += len(fresh)
+            piece, fresh = carry + fresh, b""
+            cut = self._last_cut(piece)
+            if cut:
+                self._rest.add(piece[:cut])
+                upto = read - (len(piece) - cut)
+                yield self._batch(upto, share())
+            body = max(cut, len(piece) - keep)
+            if body > cut:
+                self._rest.add(piece[cut:body])
+            carry = piece[body:]
+        if carry:
+            self._rest.add(carry)
+        last = self._batch(read, 1.0)
+        if last.size:
+            yield last
+
+    def _last_cut(self, piece: bytes) -> int:
+        """Behind the last separator, as one finds them from the left: where they can overlap, from the right they are others."""
+        if self._separator is None:
+            return 0
+        if len(self._separator) == 1:
+            return piece.rfind(self._separator) + 1
+        tail = piece.split(self._separator)[-1]
+        return len(piece) - len(tail) if len(tail) < len(piece) else 0
+
+    def _batch(self, upto: int, share: float) -> Batch:
+        data, path, size = self._rest.take()
+        return Batch(
+            self._source,
+            self._kind,
+            self._file,
+            upto,
+            share,
+            self._separator,
+            data,
+            path,
+            end=size,
+            temporary=data is None,
+        )
+
+
+class Share:
+    """How much of a file has been read, by the position in it."""
+
+    def __init__(self, file: BinaryIO, path: str) -> None:
+        self._file = file
+        self._size = Path(path).stat().st_size if path != STANDARD_INPUT else 0
+
+    def __call__(self) -> float:
+        """From 0 to 1."""
+        return min(1.0, self._file.tell() / self._size) if self._size else 0.0
+
+
+def _skip(stream: BinaryIO, count: int) -> bytes:
+    """Reads over what has been dealt with. Returns what came with it, from streams that give more than they are asked for."""
+    while count > 0:
+        piece = stream.read(min(count, BATCH_BYTES))
+        if not piece:
+            raise EOFError("it has become shorter")
+        if len(piece) > count:
+            return piece[count:]
+        count -= len(piece)
+    return b""
+
+
+def _range_batches(span: Span, number: int) -> Iterator[Batch]:
     """Cuts a plain file at line ends without reading it."""
-    size = Path(path).stat().st_size
-    with open(path, "rb") as file:
-        start = 0
-        while start < size:
-            file.seek(min(size, start + BATCH_BYTES))
-            file.readline()
-            end = min(size, file.tell())
-            yield Batch(path, start, end)
-            start = end
+    size = Path(span.path).stat().st_size
+    if span.end is not None and span.end > size:
+        raise EOFError("it has become shorter")
+    last = size if span.end is None else span.end
+    start = span.start
+    while start < last:
+        end = min(last, line_start(span.path, min(last, start + BATCH_BYTES)))
+        share = (end - span.start) / (last - span.start)
+        yield Batch(span.path, "lines", number, end, share, path=span.path, start=start, end=end)
+        start = end
 
 
-def _file_batches(path: str) -> Iterator[Batch]:
-    if path == "-":
-        yield from _line_batches("standard input", cast("BinaryIO", sys.stdin.buffer))
+def _span_batches(span: Span, number: int, keys: Sequence[str], separator: bytes | None, scratch: Path | None) -> Iterator[Batch]:
+    if span.path == STANDARD_INPUT:
+        cutter = _Cutter("standard input", "lines", _NEWLINE, number, scratch)
+        yield from cutter.batches(cast("BinaryIO", sys.stdin.buffer), 0, Share(cast("BinaryIO", sys.stdin.buffer), STANDARD_INPUT))
         return
-    archive = Path(path).suffix in ARCHIVE_SUFFIXES
-    inner = Path(path).with_suffix("") if archive else Path(path)
-    if inner.suffix == ".txt":
-        with _open_archive(path) if archive else open(path, "rb") as file:
-            yield Batch(path, data=file.read(), whole=True)
-    elif archive:
-        with _open_archive(path) as file:
-            yield from _line_batches(path, file)
-    else:
-        yield from _range_batches(path)
+    suffix, archive = inner_suffix(span.path), is_archive(span.path)
+    if suffix == ".parquet":
+        for data, upto, share in row_batches(span.path, keys, span.start, BATCH_BYTES):
+            yield Batch(span.path, "rows", number, upto, share, None, data)
+        return
+    text = suffix == ".txt"
+    if not archive and not text:
+        yield from _range_batches(span, number)
+        return
+    if not archive and separator is None:
+        size = Path(span.path).stat().st_size
+        if span.start < size:
+            yield Batch(span.path, "text", number, size, 1.0, None, path=span.path, end=size)
+        return
+    with open(span.path, "rb") as packed:
+        cutter = _Cutter(span.path, "text" if text else "lines", separator if text else _NEWLINE, number, scratch)
+        stream = open_archive(packed, span.path) if archive else packed
+        yield from cutter.batches(stream, span.start, Share(packed, span.path))
 
 
-def batches(files: Sequence[str]) -> Iterator[Batch]:
-    """All lines of all files, in order.
+def batches(
+    spans: Sequence[Span],
+    keys: Sequence[str] = ("text",),
+    separator: bytes | None = None,
+    resume: tuple[int, int | None] = (0, None),
+    scratch: Path | None = None,
+) -> Iterator[Batch]:
+    """All documents of all spans, in order.
+
+    Args:
+        spans: the input.
+        keys: of the text, for tables, of which only these columns are read.
+        separator: what stands between the documents of a .txt; None: each is one document.
+        resume: (number of the span, unit in it) to begin at, as a batch's `file` and `upto` say; None: its start.
+        scratch: folder for documents that are too long for memory.
 
     Raises:
         DataError: a file that cannot be read, or an archive that is broken.
     """
-    broken = _broken_archive()
-    for path in files:
+    broken = broken_archive()
+    for number, span in after(spans, *resume):
         try:
-            yield from _file_batches(path)
+            yield from _span_batches(span, number, keys, separator, scratch)
         except broken as error:
             raise DataError(
-                f"{path} cannot be read: {error}", "readable files and whole archives", "repair or leave out the file, and run again"
+                f"{span.path} cannot be read: {error}", "readable files and whole archives", "repair or leave out the file, and run again"
             ) from error

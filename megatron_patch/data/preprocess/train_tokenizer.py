@@ -6,9 +6,9 @@ import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import orjson
-
-from megatron_patch.data.preprocess.readers import batches, expand
+from megatron_patch.data.preprocess.documents import documents
+from megatron_patch.data.preprocess.inputs import Span, expand
+from megatron_patch.data.preprocess.readers import batches
 from megatron_patch.errors import DataError
 
 EOD_TOKEN = "<|endoftext|>"
@@ -17,18 +17,13 @@ EOD_TOKEN = "<|endoftext|>"
 def _texts(inputs: Sequence[str], key: str, max_bytes: int) -> Iterator[str]:
     """Documents up to so many bytes; lines that are no documents are left to the preprocessor to report."""
     left = max_bytes
-    for batch in batches(expand(inputs)):
-        data = batch.read()
-        for line in [data] if batch.whole else data.splitlines():
+    for batch in batches([Span(file) for file in expand(inputs)], (key,)):
+        for document in documents(batch, (key,), []):
             if left <= 0:
                 return
-            try:
-                text = data.decode() if batch.whole else orjson.loads(line)[key]
-            except (ValueError, KeyError, TypeError):
-                continue
-            if isinstance(text, str) and text:
-                left -= len(text.encode("utf-8", "ignore"))
-                yield text
+            if document.texts and document.texts[0]:
+                left -= len(document.texts[0].encode("utf-8", "ignore"))
+                yield document.texts[0]
 
 
 def train_tokenizer(inputs: Sequence[str], output: str, vocab_size: int, key: str = "text", max_bytes: int = 200_000_000) -> Path:

@@ -15,7 +15,7 @@ import threading
 from collections.abc import Generator, Iterable
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from typing import cast
+from typing import Any, cast
 
 from megatron_patch.data.preprocess.encode import Encoded, Encoder, EncodeSettings
 from megatron_patch.data.preprocess.readers import Batch
@@ -50,15 +50,28 @@ def _serve(pipe: Connection, settings: EncodeSettings) -> None:
                 pipe.send(error)
 
 
+def _context() -> Any:
+    methods = multiprocessing.get_all_start_methods()
+    return multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
+
+
+def prepare_workers() -> None:
+    """Starts what workers are forked from, which imports what they need while the caller goes on."""
+    context = _context()
+    if context.get_start_method() == "forkserver":
+        from multiprocessing import forkserver
+
+        context.set_forkserver_preload(["__main__", __name__, "tokenizers", "fastokens"])
+        forkserver.ensure_running()
+
+
 class _Worker:
     """A process, its pipe, and the numbers of the batches it holds."""
 
     def __init__(self, settings: EncodeSettings) -> None:
-        methods = multiprocessing.get_all_start_methods()
-        context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
+        context = _context()
         self.pipe, theirs = context.Pipe()
-        # mypy: the method's name is chosen at run time.
-        self.process = cast(BaseProcess, context.Process(target=_serve, args=(theirs, settings), daemon=True))  # type: ignore[attr-defined]
+        self.process: BaseProcess = context.Process(target=_serve, args=(theirs, settings), daemon=True)
         self.process.start()
         theirs.close()
         self.held: collections.deque[int] = collections.deque()

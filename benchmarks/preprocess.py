@@ -1,0 +1,314 @@
+#!/usr/bin/env python
+"""How fast text becomes a dataset, beside loops that work as Megatron's tool does, on the same cores, one after another.
+
+python benchmarks/preprocess.py prints a table and writes benchmarks/results/preprocess-*.json: wall seconds, CPU seconds of all processes,
+and whether the output is the same byte for byte. Each contender is a command of its own, timed from
+its start to its end. The corpus is Python source from this installation and the tokenizers are trained on it, unless others are given:
+
+python benchmarks/preprocess.py --input web.jsonl --sentencepiece llama2.model --byte-level gpt-neox/tokenizer.json \
+    --other 'megatron=python Megatron-LM/tools/preprocess_data.py --input {input} --output-prefix {output} --workers {workers} \
+    --tokenizer-type {type} --tokenizer-model {model} --append-eod'
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import multiprocessing
+import os
+import platform
+import resource
+import shlex
+import struct
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+ROOT = Path(__file__).parent.parent
+DOCUMENT_CHARS = 6_000
+_encode: Callable[[str], list[int]]
+_encode_many: Callable[[list[str]], list[list[int]]]
+_eod = 0
+
+
+def gather(path: Path, megabytes: float) -> None:
+    """Writes documents of Python source, some thousand characters each, until there are enough."""
+    written = 0
+    with path.open("w", encoding="utf-8") as file:
+        for source in sorted(Path(sysconfig.get_paths()["purelib"]).rglob("*.py")):
+            text = source.read_text(encoding="utf-8", errors="ignore")
+            for start in range(0, len(text), DOCUMENT_CHARS):
+                written += file.write(json.dumps({"text": text[start : start + DOCUMENT_CHARS]}) + "\n")
+            if written > megabytes * 1e6:
+                return
+
+
+def train_sentencepiece(corpus: Path, model: Path) -> None:
+    """A BPE of 32,000 pieces, set up as Llama-2's."""
+    import sentencepiece
+
+    texts = (json.loads(line)["text"] for number, line in enumerate(corpus.open(encoding="utf-8")) if number % 10 == 0)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=(line for text in texts for line in text.split("\n") if line),
+        model_prefix=str(model.with_suffix("")),
+        model_type="bpe",
+        vocab_size=32_000,
+        byte_fallback=True,
+        split_digits=True,
+        allow_whitespace_only_pieces=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        input_sentence_size=150_000,
+        shuffle_input_sentence=True,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+
+
+def train_byte_level(corpus: Path, folder: Path) -> None:
+    """A byte-level BPE of 50,000 pieces."""
+    from megatron_patch.data.preprocess.train_tokenizer import train_tokenizer
+
+    train_tokenizer([str(corpus)], str(folder), 50_000, max_bytes=12_000_000)
+
+
+def _set_up(kind: str, model: str, eod: int) -> None:
+    """In a worker: the tokenizer as two functions."""
+    global _encode, _encode_many, _eod
+    _eod = eod
+    if kind == "SentencePieceTokenizer":
+        import sentencepiece
+
+        processor = sentencepiece.SentencePieceProcessor(model_file=model)
+        _encode, _encode_many = processor.encode, processor.encode
+    else:
+        from tokenizers import Tokenizer
+
+        backend = Tokenizer.from_file(model)
+        _encode = lambda text: backend.encode(text, add_special_tokens=False).ids  # noqa: E731
+        _encode_many = lambda texts: [row.ids for row in backend.encode_batch_fast(texts, add_special_tokens=False)]  # noqa: E731
+
+
+def _one_document(line: str) -> tuple[list[int], int]:
+    return [*_encode(json.loads(line)["text"]), _eod], len(line)
+
+
+def _many_documents(lines: list[str]) -> list[tuple[list[int], int]]:
+    rows = _encode_many([json.loads(line)["text"] for line in lines])
+    return [([*row, _eod], len(line)) for row, line in zip(rows, lines, strict=True)]
+
+
+def _chunks(lines: Iterator[str], size: int) -> Iterator[list[str]]:
+    chunk: list[str] = []
+    for line in lines:
+        chunk.append(line)
+        if len(chunk) == size:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
+
+
+def peer_loop(words: Sequence[str]) -> None:
+    """Worker processes that hand lists of ids back to one writer, which writes each document as an array and keeps its length."""
+    style, corpus, output, kind, model, eod, vocab, workers = words
+    dtype = np.uint16 if int(vocab) < 65500 else np.int32
+    lengths: list[int] = []
+    with (
+        multiprocessing.Pool(int(workers), initializer=_set_up, initargs=(kind, model, int(eod))) as pool,
+        open(corpus, encoding="utf-8") as lines,
+        open(f"{output}_text_document.bin", "wb") as tokens,
+    ):
+        if style == "each":
+            rows: Iterator[tuple[list[int], int]] = pool.imap(_one_document, lines, 32)
+        else:
+            rows = (row for rows in pool.imap(_many_documents, _chunks(lines, 32), 1) for row in rows)
+        for ids, _ in rows:
+            tokens.write(np.array(ids, dtype=dtype).tobytes())
+            lengths.append(len(ids))
+    with open(f"{output}_text_document.idx", "wb") as index:
+        sizes = np.array(lengths, dtype=np.int32)
+        ends = np.cumsum(sizes.astype(np.int64) * np.dtype(dtype).itemsize)
+        index.write(struct.pack("<9sQBQQ", b"MMIDIDX\x00\x00", 1, 8 if dtype is np.uint16 else 4, len(lengths), len(lengths) + 1))
+        index.write(sizes.tobytes() + np.concatenate(([0], ends[:-1])).tobytes() + np.arange(len(lengths) + 1).tobytes())
+
+
+def timed(command: Sequence[str]) -> dict[str, float]:
+    """Wall and CPU seconds of a command with all its processes."""
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    wall = time.perf_counter() - began
+    _wait_for_orphans()
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    if result.returncode:
+        raise SystemExit(f"{shlex.join(command)}\n{result.stderr[-2000:]}")
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return {"wall_seconds": round(wall, 2), "cpu_seconds": round(cpu, 2)}
+
+
+def _adopt_orphans() -> None:
+    """From now on processes whose parents have ended become this one's children, so that their CPU time is counted (Linux)."""
+    ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)
+
+
+def _wait_for_orphans() -> None:
+    while True:
+        try:
+            os.wait()
+        except ChildProcessError:
+            return
+
+
+def contenders(args: argparse.Namespace, kind: str, model: str, eod: int, vocab: int, workers: int) -> dict[str, list[str]]:
+    """Commands by name; {output} is where each writes."""
+    program = [sys.executable, str(Path(__file__).resolve()), "--as-peer"]
+    tail = [str(args.input), "{output}", kind, model, str(eod), str(vocab), str(workers)]
+    ours = [sys.executable, str(ROOT / "tools" / "preprocess_data.py"), "--input", str(args.input), "--output-prefix", "{output}"]
+    ours += ["--tokenizer-type", kind, "--tokenizer-model", model, "--append-eod", "--workers", str(workers)]
+    library = "sentencepiece" if kind == "SentencePieceTokenizer" else "tokenizers"
+    found = {
+        "ours": ours,
+        "ours, reference backend": [*ours, "--backend", "reference"],
+        f"loop over {library}, each document": [*program, "each", *tail],
+        f"loop over {library}, in batches": [*program, "batches", *tail],
+    }
+    for other in args.other:
+        name, _, line = other.partition("=")
+        values = {"input": str(args.input), "type": kind, "model": model, "workers": str(workers), "output": "{output}"}
+        found[name] = [word.format(**values) for word in shlex.split(line)]
+    return found
+
+
+def measure(args: argparse.Namespace, kind: str, model: str, folder: Path) -> list[dict[str, Any]]:
+    """One row for each contender and number of workers."""
+    from megatron_patch.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(kind, model)
+    assert tokenizer.eod_id is not None
+    megabytes = args.input.stat().st_size / 1e6
+    rows = []
+    for workers in args.workers:
+        expected = None
+        for number, (name, command) in enumerate(contenders(args, kind, model, tokenizer.eod_id, tokenizer.vocab_size, workers).items()):
+            output = folder / f"{kind}-{workers}-{number}"
+            times = timed([word.replace("{output}", str(output)) for word in command])
+            files = [Path(f"{output}_text_document{suffix}").read_bytes() for suffix in (".bin", ".idx")]
+            expected = expected or files
+            tokens = len(files[0]) // (2 if tokenizer.vocab_size < 65500 else 4)
+            rows.append(
+                {
+                    "tokenizer": kind,
+                    "vocabulary": tokenizer.vocab_size,
+                    "contender": name,
+                    "workers": workers,
+                    **times,
+                    "megabytes": round(megabytes, 1),
+                    "tokens": tokens,
+                    "megabytes_per_second": round(megabytes / times["wall_seconds"], 2),
+                    "megabytes_per_cpu_second": round(megabytes / times["cpu_seconds"], 2),
+                    "tokens_per_second": round(tokens / times["wall_seconds"]),
+                    "identical": files == expected,
+                }
+            )
+            for path in folder.glob(f"{output.name}_*"):
+                path.unlink()
+    return rows
+
+
+def show(rows: Sequence[dict[str, Any]]) -> None:
+    """A table; the last columns say how many times as long as ours."""
+    table = Table(title="Text to a dataset, end to end", title_justify="left")
+    for column in (
+        "tokenizer",
+        "contender",
+        "workers",
+        "wall s",
+        "CPU s",
+        "MB/s",
+        "MB per CPU s",
+        "M tokens/s",
+        "wall x",
+        "CPU x",
+        "identical",
+    ):
+        table.add_column(column, justify="left" if column in ("tokenizer", "contender") else "right")
+    for row in rows:
+        ours = next(o for o in rows if (o["tokenizer"], o["workers"], o["contender"]) == (row["tokenizer"], row["workers"], "ours"))
+        table.add_row(
+            row["tokenizer"],
+            row["contender"],
+            str(row["workers"]),
+            f"{row['wall_seconds']:.1f}",
+            f"{row['cpu_seconds']:.1f}",
+            f"{row['megabytes_per_second']:.1f}",
+            f"{row['megabytes_per_cpu_second']:.1f}",
+            f"{row['tokens_per_second'] / 1e6:.2f}",
+            f"{row['wall_seconds'] / ours['wall_seconds']:.1f}",
+            f"{row['cpu_seconds'] / ours['cpu_seconds']:.1f}",
+            "yes" if row["identical"] else "NO",
+        )
+    Console(width=150).print(table)
+
+
+def main() -> None:
+    """Measures and prints."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--input", type=Path, help="a .jsonl with text; by default Python source")
+    parser.add_argument("--megabytes", type=float, default=50, help="of Python source")
+    parser.add_argument("--sentencepiece", help="a SentencePiece model; by default one is trained")
+    parser.add_argument("--byte-level", help="a tokenizer.json; by default one is trained")
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--other", action="append", default=[], help="NAME=COMMAND with {input} {output} {type} {model} {workers}")
+    parser.add_argument("--only", choices=("sentencepiece", "byte-level"), help="one kind of tokenizer")
+    parser.add_argument("--folder", type=Path, help="for corpus, tokenizers and outputs; what is there is used again")
+    args = parser.parse_args()
+    sys.path.insert(0, str(ROOT))
+    _adopt_orphans()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = args.folder or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        if args.input is None:
+            args.input = folder / f"source-{args.megabytes:g}.jsonl"
+            if not args.input.exists():
+                gather(args.input, args.megabytes)
+        rows = []
+        if args.only != "byte-level":
+            model = Path(args.sentencepiece or folder / "sentencepiece.model")
+            if not model.exists():
+                train_sentencepiece(args.input, model)
+            rows += measure(args, "SentencePieceTokenizer", str(model), folder)
+        if args.only != "sentencepiece":
+            model = Path(args.byte_level or folder / "byte_level" / "tokenizer.json")
+            if not model.exists():
+                train_byte_level(args.input, model.parent)
+            rows += measure(args, "HuggingFaceTokenizer", str(model), folder)
+    show(rows)
+    today = date.today().isoformat()
+    output = Path(__file__).parent / "results" / f"preprocess-{today}{f'-{args.only}' if args.only else ''}.json"
+    output.parent.mkdir(exist_ok=True)
+    machine = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count(), "python": platform.python_version()}
+    load = round(os.getloadavg()[0], 2)
+    result = {"date": today, "command": shlex.join(["python", *sys.argv]), "machine": machine, "load_average": load, "rows": rows}
+    output.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"wrote {output.relative_to(Path.cwd()) if output.is_relative_to(Path.cwd()) else output}")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--as-peer"]:
+        peer_loop(sys.argv[2:])
+    else:
+        main()

@@ -1,0 +1,191 @@
+"""The fast backend: `fastokens` over the tokenizer of the reference, where it is to be trusted.
+
+In: a reference tokenizer. Out: an encoder with the same results, or None and the reason. It must load the tokenizer and agree with the
+reference on strings made to break tokenizers; texts that hold a piece of the vocabulary which no merges make (such as <0x0A>, the name of
+a byte, which fastokens would take for the byte) go to the reference one by one.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import orjson
+
+from megatron_patch.sentencepiece_files import sentencepiece_json
+from megatron_patch.tiktoken_files import TikTokenizer
+from megatron_patch.tokenizer import Flat, HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer
+
+Array = npt.NDArray[np.uint32]
+_MOST_UNREACHABLE = 2000
+
+
+def fuzz_strings(seed: int = 0, count: int = 300) -> list[str]:
+    """Strings made to break tokenizers: mixed scripts, odd white space, long runs, special tokens, controls, combining marks."""
+    words = [
+        "a",
+        "Z",
+        "the",
+        "don't",
+        "WE'LL",
+        "1234567890",
+        "3.14",
+        "_",
+        "__init__",
+        "#",
+        "...",
+        "—",
+        "é",
+        "ß",
+        "İ",
+        "Ω",
+        "жизнь",
+        "日本語",
+        "한국어",
+        "مرحبا",
+        "नमस्ते",
+        "🙂",
+        "🇩🇪",
+        "▁",
+        "Ġ",
+        "ﬁ",
+        "½",
+        "{}",
+        "http://x.y/z?a=b",
+    ]
+    spaces = [" ", "  ", "\n", "\r\n", "\t", "\u00a0", "\u3000", "\u200b", "\ufeff", "\u2028"]
+    special = [
+        "<|endoftext|>",
+        "<s>",
+        "</s>",
+        "<unk>",
+        " The",
+        "e\u0301",
+        "\U0001f468\u200d\U0001f469",
+        "\x00",
+        "\x7f",
+        "a" * 40,
+        "\\n",
+        "\U0001d400",
+        "<0x41>",
+        "<0x0A>",
+    ]
+    pieces = words + spaces + special
+    draw = random.Random(seed)
+    return ["", *pieces, *("".join(draw.choices(pieces, k=draw.randint(1, 24))) for _ in range(count))]
+
+
+class FastBackend:
+    """fastokens over the same tokenizer.
+
+    Args:
+        tokenizer: the reference.
+
+    Raises:
+        TypeError: a tokenizer that fastokens has no form for.
+        Exception: whatever fastokens raises when it cannot load it.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        import fastokens
+
+        self._reference = tokenizer
+        self._unreachable = _finder([])
+        if isinstance(tokenizer, HuggingFaceTokenizer):
+            text = tokenizer.backend.to_str()
+            self._native = fastokens.Tokenizer.from_json_str(text)
+            self._unreachable = _finder(unreachable_pieces(text))
+        elif isinstance(tokenizer, TikTokenizer):
+            self._native = fastokens.Tokenizer.from_tiktoken(tokenizer.name, pattern=tokenizer.pattern)
+        elif isinstance(tokenizer, SentencePieceTokenizer) and (text := sentencepiece_json(tokenizer.backend)) is not None:
+            self._native = fastokens.Tokenizer.from_json_str(text)
+            self._unreachable = _finder(unreachable_pieces(text))
+        else:
+            raise TypeError(f"no form of {tokenizer.name}")
+
+    def encode_flat(self, texts: Sequence[str]) -> Flat:
+        """See `Tokenizer`."""
+        ids, offsets = self._native.encode_batch_flat(list(texts), add_special_tokens=False)
+        ends = np.frombuffer(offsets, dtype=np.uint64).astype(np.int64)
+        flat, lengths = np.frombuffer(ids, dtype=np.uint32), ends[1:] - ends[:-1]
+        odd = [number for number, text in enumerate(texts) if self._unreachable(text)]
+        return self._with_reference(texts, odd, flat, lengths) if odd else (flat, lengths)
+
+    def _with_reference(self, texts: Sequence[str], odd: Sequence[int], flat: Array, lengths: npt.NDArray[np.int64]) -> Flat:
+        """The ids of some texts put in from the reference."""
+        rows = np.split(flat, np.cumsum(lengths)[:-1])
+        lengths = lengths.copy()
+        for number in odd:
+            rows[number] = self._reference.encode_flat([texts[number]])[0]
+            lengths[number] = rows[number].size
+        return np.concatenate(rows), lengths
+
+
+def unreachable_pieces(text: str) -> list[str]:
+    """What text must hold for a piece of a tokenizer.json to be in it that is no special token and that no merge makes.
+
+    Raises:
+        TypeError: a model without merges.
+    """
+    whole = orjson.loads(text)
+    model = whole["model"]
+    if model.get("type") != "BPE":
+        raise TypeError(f"a {model.get('type')} model")
+    if model.get("ignore_merges"):
+        return []
+    made = {"".join(merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"]}
+    added = {token["content"] for token in whole["added_tokens"]}
+    pieces = [piece for piece in model["vocab"] if len(piece) > 1 and piece not in made and piece not in added and " " not in piece]
+    letters = {letter: byte for byte, letter in enumerate(byte_letters())}
+    byte_level = '"ByteLevel"' in json.dumps(whole["pre_tokenizer"])
+    if byte_level:
+        pieces = [bytes(letters.get(letter, 0) for letter in piece).decode("utf-8", "ignore") for piece in pieces]
+    return [piece for piece in (piece.replace("▁", " ").strip() for piece in pieces) if piece]
+
+
+def _finder(pieces: Sequence[str]) -> Callable[[str], bool]:
+    """Whether a text holds one of some strings; quick where they begin alike and the text holds none.
+
+    Raises:
+        ValueError: too many to look for.
+    """
+    if not pieces:
+        return lambda text: False
+    if len(pieces) > _MOST_UNREACHABLE:
+        raise ValueError(f"{len(pieces)} pieces that no merges make")
+    first, last = min(pieces), max(pieces)  # what these begin with, all between them do
+    beginning = first[: next((place for place, letter in enumerate(first) if letter != last[place : place + 1]), len(first))]
+    pattern = re.compile("|".join(map(re.escape, pieces)))
+    return lambda text: beginning in text and pattern.search(text) is not None
+
+
+def byte_letters() -> list[str]:
+    """The letter that stands for each byte in byte-level vocabularies: itself where it is a visible character of Latin-1."""
+    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = iter(range(256, 512))
+    return [chr(byte) if byte in visible else chr(next(hidden)) for byte in range(256)]
+
+
+def same(first: Flat, second: Flat) -> bool:
+    """Whether two encodings are equal."""
+    return np.array_equal(first[0], second[0]) and np.array_equal(first[1], second[1])
+
+
+def fast_backend(tokenizer: Tokenizer) -> tuple[FastBackend | None, str]:
+    """(the fast backend, or None; why). It must load this tokenizer and agree with it on every fuzz string."""
+    try:
+        backend = FastBackend(tokenizer)
+        texts = fuzz_strings()
+        if not same(backend.encode_flat(texts), tokenizer.encode_flat(texts)):
+            return None, "the reference tokenizer (fastokens disagrees on fuzz strings)"
+    except ImportError:
+        return None, "the reference tokenizer (fastokens is not installed)"
+    except TypeError:
+        return None, "the reference tokenizer (no fast backend for its type)"
+    except Exception as error:  # whatever a young library may raise, the reference serves
+        return None, f"the reference tokenizer (fastokens cannot load it: {error})"
+    return backend, "fastokens, checked against the reference"

@@ -1,0 +1,135 @@
+r"""Tokenizers of tiktoken: a file of base64 tokens and ranks, a pattern that splits text, names of special tokens.
+
+In: the file. Out: the library's own encoder. Text that looks like a special token is text here, never one.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_patch.errors import DataError
+
+_CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_WORD, _MARKS, _TAIL = r"[^\r\n\p{L}\p{N}]?\p{L}+", r" ?[^\s\p{L}\p{N}]+[\r\n]*", r"\s*[\r\n]+|\s+(?!\S)|\s+"
+PATTERNS = {
+    "gpt2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+    "cl100k": rf"'(?i:[sdmt]|ll|ve|re)|{_WORD}|\p{{N}}{{1,3}}|{_MARKS}|\s+$|\s*[\r\n]|\s+(?!\S)|\s",
+    "llama3": rf"{_CONTRACTIONS}|{_WORD}|\p{{N}}{{1,3}}|{_MARKS}|{_TAIL}",
+    "qwen": rf"{_CONTRACTIONS}|{_WORD}|\p{{N}}|{_MARKS}|{_TAIL}",
+    "o200k": (
+        rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_CONTRACTIONS}?|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_CONTRACTIONS}?"
+        rf"|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_TAIL}"
+    ),
+}
+"""Patterns by name: of GPT-2, GPT-4, Llama-3, Qwen, GPT-4o."""
+_FOR_DECODING = "llama3"
+DEFAULT_SPECIAL = ("<|endoftext|>",)
+_BOS_NAMES = ("<|begin_of_text|>", "<s>", "<bos>", "<|startoftext|>")
+_EOD_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
+
+
+@dataclass
+class TikTokenizer:
+    """A tokenizer of tiktoken."""
+
+    name: str
+    backend: Any
+    pattern: str
+    vocab_size: int
+    eod_id: int | None
+    bos_id: int | None
+
+    def encode_flat(self, texts: Sequence[str]) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
+        """See `Tokenizer`."""
+        rows = [self.backend.encode_to_numpy(text, disallowed_special=(), allowed_special=set()) for text in texts]
+        lengths = np.array([len(row) for row in rows], np.int64)
+        return np.concatenate([np.empty(0, np.uint32), *rows]).astype(np.uint32), lengths
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """See `Tokenizer`."""
+        pieces = []
+        for token in ids:
+            try:
+                pieces.append(self.backend.decode_single_token_bytes(int(token)))
+            except KeyError:
+                pieces.append(f"<{int(token)}>".encode())
+        return b"".join(pieces).decode("utf-8", errors="replace")
+
+
+def _read_ranks(path: Path) -> dict[bytes, int]:
+    ranks: dict[bytes, int] = {}
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}", "a tiktoken file", "check its permissions") from error
+    for number, line in enumerate(lines, start=1):
+        try:
+            token, rank = line.split() if line.strip() else (b"", b"")
+            if token:
+                ranks[base64.b64decode(token, validate=True)] = int(rank)
+        except (ValueError, binascii.Error) as error:
+            raise DataError(f"{path}, line {number} is no tiktoken file: {error}", "lines with a base64 token and its rank") from error
+    if len(set(ranks.values())) < len(ranks) or any(bytes([byte]) not in ranks for byte in range(256)):
+        raise DataError(f"{path} is no tiktoken file: ranks repeat, or single bytes are missing", "all 256 bytes and different ranks")
+    return ranks
+
+
+def load_tiktoken(
+    model: str, eod_token: str | None = None, pattern: str | None = None, special_tokens: Sequence[str] | None = None
+) -> TikTokenizer:
+    """Loads a tiktoken file.
+
+    Args:
+        model: the file.
+        eod_token: the end-of-document token, where the usual names do not fit.
+        pattern: a name in `PATTERNS`, or a regular expression; None: text is only decoded, for which it does not matter.
+        special_tokens: NAME or NAME=ID; without an id the next one behind all before.
+
+    Raises:
+        DataError: tiktoken is not installed, the file or the pattern is broken, a special token takes an id that is taken.
+    """
+    try:
+        import tiktoken
+    except ImportError as error:
+        raise DataError(
+            "TikTokenizer needs tiktoken, which is not installed", "pip install 'megatron_patch[tiktoken]'", "install it"
+        ) from error
+    path = Path(model)
+    if not path.is_file():
+        raise DataError(f"--tokenizer-model {model} does not exist", "a tiktoken file of base64 tokens and ranks", "check the path")
+    ranks = _read_ranks(path)
+    special = _special_ids(special_tokens or DEFAULT_SPECIAL, ranks)
+    expression = PATTERNS.get(pattern or _FOR_DECODING, pattern or "")
+    try:
+        backend = tiktoken.Encoding(path.name, pat_str=expression, mergeable_ranks=ranks, special_tokens=special)
+    except ValueError as error:
+        raise DataError(f"--tiktoken-pattern {pattern}: {error}", f"{', '.join(PATTERNS)}, or a regular expression") from error
+    if eod_token is not None and eod_token not in special:
+        raise DataError(f"--eod-token {eod_token} is not in the vocabulary", f"a special token: {', '.join(special)}", "check its spelling")
+    names = (eod_token,) if eod_token is not None else _EOD_NAMES
+    eod = next((special[name] for name in names if name in special), None)
+    bos = next((special[name] for name in _BOS_NAMES if name in special), None)
+    return TikTokenizer(model, backend, expression, max([*ranks.values(), *special.values()]) + 1, eod, bos)
+
+
+def _special_ids(names: Sequence[str], ranks: Mapping[bytes, int]) -> dict[str, int]:
+    taken = set(ranks.values())
+    found: dict[str, int] = {}
+    for word in names:
+        name, equals, number = word.rpartition("=")
+        if not equals or not number.isdigit():
+            name, number = word, str(max(taken) + 1)
+        if int(number) in taken or name in found:
+            raise DataError(f"the special token {word} takes an id or a name that is taken", "an id of its own", "choose another id")
+        found[name] = int(number)
+        taken.add(int(number))
+    return found

@@ -1,0 +1,288 @@
+"""A run that ends anywhere, by whatever, is resumed to the bytes of an unbroken run; over other input or settings it is refused."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import zstandard
+
+from megatron_patch.data.indexed_dataset import IndexedDataset
+from megatron_patch.data.preprocess import pipeline, readers
+from megatron_patch.data.preprocess.encode import EncodeSettings
+from megatron_patch.data.preprocess.journal import journal_path, last_record
+from megatron_patch.data.preprocess.pipeline import preprocess
+from megatron_patch.errors import DataError
+
+ROOT = Path(__file__).parent.parent.parent
+TEXTS = [" ".join(str((i * 7 + j) % 900) for j in range(i % 23 + 1)) if i % 31 else "bad" for i in range(300)]
+
+
+def settings(**more):
+    return EncodeSettings("NullTokenizer", None, **{"vocab_size": 1000, "append_eod": True, "keys": ("text", "n"), **more})
+
+
+def lines(texts):
+    """Every 31st line lacks a key."""
+    return b"".join(json.dumps({"text": text, "n": "1 2"} if text != "bad" else {"n": "1"}).encode() + b"\n" for text in texts)
+
+
+@pytest.fixture
+def inputs(tmp_path):
+    """A plain file, archives of two kinds, and one more plain file."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    quarters = [lines(TEXTS[start : start + 75]) for start in range(0, 300, 75)]
+    (folder / "0.jsonl").write_bytes(quarters[0])
+    (folder / "1.jsonl.gz").write_bytes(gzip.compress(quarters[1]))
+    (folder / "2.jsonl.zst").write_bytes(zstandard.compress(quarters[2]))
+    (folder / "3.jsonl").write_bytes(quarters[3])
+    return [str(folder / "*")]
+
+
+def everything(prefix):
+    """All that a run leaves, by name; the side files without the time it took."""
+    found = {path.name.removeprefix(Path(prefix).name): path.read_bytes() for path in Path(prefix).parent.glob(f"{Path(prefix).name}_*")}
+    assert not [name for name in found if "partial" in name or "progress" in name or "scratch" in name], sorted(found)
+    return found
+
+
+CRASH_POINTS = """
+import os, sys, json
+from pathlib import Path
+sys.path.insert(0, {root!r})
+from megatron_patch.data.preprocess import readers
+from tests.data.test_preprocess_resume import preprocess, settings
+readers.BATCH_BYTES = 2500
+inputs, folder = sys.argv[1:2], sys.argv[2]
+
+def crashing(at):
+    calls = [0]
+    def wrap(call):
+        def counted(*args, **kwargs):
+            calls[0] += 1
+            if calls[0] == at:
+                os._exit(9)
+            return call(*args, **kwargs)
+        return counted
+    os.fsync, os.replace, Path.unlink = wrap(os.fsync), wrap(os.replace), wrap(Path.unlink)
+
+def child(work):
+    pid = os.fork()
+    if pid == 0:
+        try:
+            work()
+        except BaseException as error:
+            print(repr(error), file=sys.stderr)
+            os._exit(1)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+def run(out, resume, at=0):
+    if at:
+        crashing(at)
+    preprocess(inputs, out, settings(), resume=resume, save_seconds=0.0)
+
+points = 0
+while True:
+    points += 1
+    out = f"{{folder}}/x{{points}}"
+    code = child(lambda: run(out, False, points))
+    if code == 0:
+        break
+    assert code == 9, code
+    # A second crash while resuming, at another point, then to the end.
+    assert child(lambda: run(out, True, points % 7 + 1)) in (0, 9)
+    assert child(lambda: run(out, True)) == 0, points
+print(points)
+"""
+
+
+def test_a_crash_at_any_point_loses_nothing(tmp_path, inputs):
+    """Processes that vanish, without any cleaning up, before each call that makes something last: syncing, renaming, removing."""
+    (tmp_path / "out").mkdir()
+    preprocess(inputs, str(tmp_path / "whole"), settings())
+    expected = everything(tmp_path / "whole")
+    assert len(expected) == 7
+    script = CRASH_POINTS.format(root=str(ROOT))
+    result = subprocess.run([sys.executable, "-c", script, *inputs, str(tmp_path / "out")], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    points = int(result.stdout)
+    assert points > 20
+    for number in range(1, points + 1):
+        assert everything(tmp_path / "out" / f"x{number}") == expected, number
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_killed_tool_is_resumed_to_the_same_bytes(tmp_path, inputs, workers):
+    """kill -9 of the tool itself, twice, at moments of its own."""
+    folder = tmp_path / "in"
+    for path in folder.glob("*.jsonl"):
+        path.write_bytes(path.read_bytes() * 500)
+    preprocess(inputs, str(tmp_path / "whole"), settings())
+    words = ["--input", *inputs, "--output-prefix", str(tmp_path / "x"), "--tokenizer-type", "NullTokenizer", "--vocab-size", "1000"]
+    words += ["--append-eod", "--json-keys", "text", "n", "--workers", str(workers), "--resume", "--save-interval", "0"]
+    command = [sys.executable, str(ROOT / "tools" / "preprocess_data.py"), *words]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    seen = 0
+    for _ in range(2):
+        with subprocess.Popen(
+            command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        ) as process:
+            deadline = time.monotonic() + 60
+            while process.poll() is None and time.monotonic() < deadline:
+                record = last_record(journal_path(str(tmp_path / "x")))
+                if record is not None and record[1].read > seen:
+                    seen = record[1].read
+                    break
+                time.sleep(0.01)
+            os.killpg(process.pid, signal.SIGKILL)
+    assert seen
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    summary = json.loads(result.stdout.splitlines()[-1])
+    assert summary["resumed_at"] >= seen and "resuming:" in result.stderr
+    assert everything(tmp_path / "x") == everything(tmp_path / "whole")
+    again = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert "finished before" in again.stderr and json.loads(again.stdout)["tokens"] == summary["tokens"]
+
+
+def broken_off(inputs, out, monkeypatch, after=3):
+    """A run that fails after some batches, each of them saved."""
+    monkeypatch.setattr(readers, "BATCH_BYTES", 900)
+    saved = pipeline._Accounts.save
+    calls = []
+
+    def save(self, *args, **kwargs):
+        saved(self, *args, **kwargs)
+        calls.append(0)
+        if len(calls) == after:
+            raise DataError("a full disk")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline._Accounts, "save", save)
+        with pytest.raises(DataError, match="a full disk"):
+            preprocess(inputs, str(out), settings(), save_seconds=0.0)
+
+
+def test_summaries_and_bad_lines_are_those_of_an_unbroken_run(tmp_path, inputs, monkeypatch):
+    whole = preprocess(inputs, str(tmp_path / "whole"), settings())
+    for after in (1, 4, 12):
+        broken_off(inputs, tmp_path / f"x{after}", monkeypatch, after)
+        resumed = preprocess(inputs, str(tmp_path / f"x{after}"), settings(), resume=True)
+        for name in ("documents", "tokens", "bytes", "bad_lines", "empty", "filtered", "tokens_per_document"):
+            assert getattr(resumed, name) == getattr(whole, name), name
+        assert resumed.resumed_at > 0 == whole.resumed_at and whole.bad_lines == 10
+        assert everything(tmp_path / f"x{after}") == everything(tmp_path / "whole")
+
+
+def test_lines_are_numbered_by_file(tmp_path, inputs):
+    path = tmp_path / "in" / "0.jsonl"
+    summary = preprocess([str(path), str(path)], str(tmp_path / "x"), settings())
+    listed = [json.loads(line) for line in Path(summary.bad_lines_file).read_text().splitlines()]
+    assert [entry["line"] for entry in listed] == [1, 32, 63] * 2
+    raw = path.read_bytes()
+    assert all(raw[entry["byte"] :].startswith(b'{"n": "1"}') for entry in listed)
+
+
+@pytest.mark.parametrize(
+    ("change", "more", "words"),
+    [
+        (lambda folder: (folder / "3.jsonl").write_bytes(b"{}\n"), {}, r"3\.jsonl has changed"),
+        (lambda folder: (folder / "4.jsonl").write_bytes(b"{}\n"), {}, "4 inputs before, 5 now"),
+        (lambda folder: (folder / "3.jsonl").rename(folder / "9.jsonl"), {}, r"3\.jsonl was input, now .*9\.jsonl"),
+        (lambda folder: None, {"append_eod": False}, "append_eod was True, now False"),
+        (lambda folder: None, {"patch_align": 4, "min_tokens": 2}, "patch_align was 1, now 4; min_tokens was None, now 2"),
+    ],
+)
+def test_other_input_or_settings_are_refused(tmp_path, inputs, monkeypatch, change, more, words):
+    broken_off(inputs, tmp_path / "x", monkeypatch)
+    change(tmp_path / "in")
+    with pytest.raises(DataError, match=f"cannot be resumed: .*{words}"):
+        preprocess(inputs, str(tmp_path / "x"), settings(**more), resume=True)
+
+
+def test_an_unfinished_run_is_not_lost_by_forgetting_to_resume(tmp_path, inputs, monkeypatch):
+    broken_off(inputs, tmp_path / "x", monkeypatch)
+    with pytest.raises(DataError, match="an unfinished run"):
+        preprocess(inputs, str(tmp_path / "x"), settings())
+    preprocess(inputs, str(tmp_path / "x"), settings(), overwrite=True)
+    preprocess(inputs, str(tmp_path / "whole"), settings())
+    assert everything(tmp_path / "x") == everything(tmp_path / "whole")
+
+
+def test_a_tokenizer_that_has_changed_is_refused(tmp_path, inputs, monkeypatch):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    backend = Tokenizer(models.WordLevel({"1": 0, "2": 1, "?": 2, "</s>": 3}, unk_token="?"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.save(str(tmp_path / "tokenizer.json"))
+    mine = EncodeSettings("HuggingFaceTokenizer", str(tmp_path / "tokenizer.json"), append_eod=True)
+    monkeypatch.setattr(sys.modules[__name__], "settings", lambda: mine)
+    broken_off(inputs, tmp_path / "x", monkeypatch)
+    backend.add_tokens(["7"])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(DataError, match="tokenizer's files have changed"):
+        preprocess(inputs, str(tmp_path / "x"), mine, resume=True)
+
+
+def test_what_was_recorded_must_be_there(tmp_path, inputs, monkeypatch):
+    broken_off(inputs, tmp_path / "x", monkeypatch)
+    partial = tmp_path / "x_text_document.bin.partial"
+    partial.write_bytes(partial.read_bytes()[:10])
+    with pytest.raises(DataError, match="less than the"):
+        preprocess(inputs, str(tmp_path / "x"), settings(), resume=True)
+    partial.unlink()
+    with pytest.raises(DataError, match="does not exist"):
+        preprocess(inputs, str(tmp_path / "x"), settings(), resume=True)
+
+
+def test_a_finished_run_is_finished_only_for_the_same_run(tmp_path, inputs):
+    preprocess(inputs, str(tmp_path / "x"), settings())
+    assert preprocess(inputs, str(tmp_path / "x"), settings(), resume=True).bytes == 0
+    with pytest.raises(DataError, match="exists"):
+        preprocess(inputs, str(tmp_path / "x"), settings(append_eod=False), resume=True)
+    with pytest.raises(DataError, match="standard input"):
+        preprocess(["-"], str(tmp_path / "y"), settings(), resume=True)
+
+
+def test_rearranged_runs_are_resumed_from_any_end(tmp_path, inputs, monkeypatch):
+    """Failing before, between and after the steps of rearranging two outputs."""
+    inputs = inputs * 2
+    options = {"dedup": True, "shuffle_seed": 3, "save_seconds": 0.0}
+    whole = preprocess(inputs, str(tmp_path / "whole"), settings(), **options)
+    # One output has 290 texts, each twice, the other one text 580 times.
+    assert [len(IndexedDataset(prefix)) for prefix in whole.outputs] == [290, 1] and whole.duplicates == 290 + 579
+    for name in ("rearrange", "remove_dataset", "write_info"):
+        for call in (1, 2):
+            for before in (True, False):
+                out = str(tmp_path / f"{name}{call}{before}")
+                with monkeypatch.context() as patch:
+                    patch.setattr(pipeline, name, failing(getattr(pipeline, name), call, before))
+                    with pytest.raises(DataError, match="now"):
+                        preprocess(inputs, out, settings(), **options)
+                resumed = preprocess(inputs, out, settings(), resume=True, **options)
+                assert everything(out) == everything(tmp_path / "whole")
+                assert (resumed.documents, resumed.duplicates) == (whole.documents, whole.duplicates)
+    assert not [path for path in tmp_path.iterdir() if "unordered" in path.name]
+
+
+def failing(call, at, before):
+    calls = []
+
+    def wrapped(*args, **kwargs):
+        calls.append(0)
+        if before and len(calls) == at:
+            raise DataError("now")
+        result = call(*args, **kwargs)
+        if len(calls) == at:
+            raise DataError("now")
+        return result
+
+    return wrapped

@@ -1,0 +1,50 @@
+#!/usr/bin/env python
+"""Joins datasets end to end, in constant memory: python tools/merge_datasets.py --input 'my_shard-*_text_document' --output-prefix all
+
+The shards are given in order: prefixes, globs in quotes (by name), or @FILE, a list. The result is byte for byte what one run over all the
+input would have written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+
+from megatron_patch.command_line import ArgumentParser, run_tool
+from megatron_patch.data.merge import merge_datasets
+from megatron_patch.data.prefixes import check_all_shards, expand_prefixes
+
+
+def main(argv: list[str]) -> None:
+    """Runs the tool."""
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--input", nargs="+", required=True, help="prefixes, globs in quotes, or @FILE with one on each line")
+    parser.add_argument("--output-prefix", required=True, help="writes PREFIX.bin, .idx and .json")
+    parser.add_argument("--overwrite", action="store_true", help="replace an output that exists")
+    parser.add_argument("--allow-missing", action="store_true", help="merge also where shards of a sharded run are missing")
+    parser.add_argument("--dedup", action="store_true", help="leave documents out whose tokens are those of an earlier one")
+    parser.add_argument("--shuffle-documents", type=int, metavar="SEED", help="put documents into a random order")
+    args = parser.parse_args(argv)
+    prefixes = [prefix for word in args.input for prefix in expand_prefixes(word)]
+    if not args.allow_missing:
+        check_all_shards(prefixes)
+    merged = merge_datasets(
+        prefixes,
+        args.output_prefix,
+        overwrite=args.overwrite,
+        dedup=args.dedup,
+        shuffle_seed=args.shuffle_documents,
+        notice=lambda text: print(text, file=sys.stderr),
+    )
+    print(
+        f"{merged.output}: {merged.documents:,} documents, {merged.tokens:,} tokens of {merged.shards:,} shards, read back and verified"
+        + (f"; {merged.duplicates:,} duplicates left out" if args.dedup else ""),
+        file=sys.stderr,
+    )
+    print(json.dumps(asdict(merged)))
+
+
+if __name__ == "__main__":
+    sys.exit(run_tool(main))
