@@ -8,7 +8,6 @@ different tokenizers can be compared (the convention of WikiText-103, Merity et 
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from megatron_patch.data.preprocess.readers import batches, expand
+from megatron_patch.data.preprocess.documents import documents
+from megatron_patch.data.preprocess.inputs import Span, expand
+from megatron_patch.data.preprocess.readers import batches
 from megatron_patch.errors import DataError
 from megatron_patch.model.gpt import GPTModel
 from megatron_patch.ops import IGNORE_INDEX
@@ -58,29 +59,23 @@ class TextScore:
 
 
 def read_documents(inputs: Sequence[str], key: str = "text") -> Iterator[str]:
-    """Documents of text files: each .txt one, each line of a .jsonl one; compressed files too.
+    """Documents of text files: each .txt one, each line of a .jsonl and row of a .parquet one; compressed files too.
 
     Args:
         inputs: paths and globs.
-        key: of the text in a JSON object.
+        key: of the text in a JSON object, with dots for nested ones; column of a table.
 
     Raises:
         DataError: a file that is missing or broken, text that is no UTF-8, a line that is no JSON object with the key.
     """
-    for batch in batches(expand(inputs)):
-        data = batch.read()
-        for number, line in enumerate([data] if batch.whole else data.splitlines()):
-            if not line.strip():
-                continue
-            where = batch.source if batch.whole else f"{batch.source}, line {number + 1} behind byte {batch.start}"
-            try:
-                text = line.decode("utf-8")
-                document = text if batch.whole else json.loads(text)[key]
-                if not isinstance(document, str):
-                    raise TypeError(f"{key!r} is a {type(document).__name__}")
-            except (UnicodeDecodeError, ValueError, KeyError, TypeError) as error:
-                raise DataError(f"{where}: {error}", f"UTF-8 text, or JSON objects with a text under {key!r}", "give --json-key") from error
-            yield document
+    for batch in batches([Span(file) for file in expand(inputs)], (key,)):
+        for document in documents(batch, (key,), []):
+            if document.texts is None:
+                where = f"{batch.source}, line {document.number}" + (f" behind byte {batch.start}" if batch.start else "")
+                raise DataError(
+                    f"{where}: {document.reason}", f"UTF-8 text, or JSON objects with a text under {key!r}", "repair it, or give --json-key"
+                )
+            yield document.texts[0]
 
 
 def document_windows(
