@@ -34,7 +34,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         assert tokenizer.eod_id is not None
         self._model, self._tokenizer, self.max_length, self._batch = model, tokenizer, max_length, batch
         self._eod = tokenizer.eod_id
-        self._device = model.embedding.word.weight.device
+        self._device = model.device
 
     @property
     def eot_token_id(self) -> int:

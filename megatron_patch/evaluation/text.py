@@ -156,7 +156,7 @@ def score_text(
             count["documents"] += 1
             yield from document_windows(encode(tokenizer, text), tokenizer.eod_id, positions, patch_size, overlap)
 
-    device = model.embedding.word.weight.device
+    device = model.device
     totals = torch.zeros(2, dtype=torch.float64)
     for ids, labels in _batches(windows(), batch):
         sums = model(ids.to(device), labels.to(device))

@@ -14,16 +14,24 @@ from megatron_patch.parallel.tensor import WHOLE, TensorParallel, leave, own_pos
 
 
 class Embedding(nn.Module):
-    """Token patches [B, T, K] to hidden states [B, T, H]."""
+    """Token patches [B, T, K] to hidden states [B, T, H].
 
-    def __init__(self, shape: ModelShape, operators: Operators = "fused", parallel: TensorParallel = WHOLE) -> None:
+    Args:
+        shape: the model's shape.
+        operators: which implementation averages.
+        parallel: the ranks that share the vocabulary.
+        positions: False: only the word embedding, for a head that is tied to it and has no embedding beside it.
+    """
+
+    def __init__(self, shape: ModelShape, operators: Operators = "fused", parallel: TensorParallel = WHOLE, positions: bool = True) -> None:
         super().__init__()
         self.operators: Operators = operators
         self.parallel = parallel
         rows = parallel.part(shape.padded_vocab_size)
         self.vocab_start = None if parallel.size == 1 else parallel.rank * rows
         self.word = nn.Embedding(rows, shape.hidden_size)
-        self.position = nn.Embedding(shape.max_positions, shape.hidden_size) if shape.position_embedding == "learned" else None
+        learned = positions and shape.position_embedding == "learned"
+        self.position = nn.Embedding(shape.max_positions, shape.hidden_size) if learned else None
 
     def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor | None = None) -> torch.Tensor:
         """Averages each patch.

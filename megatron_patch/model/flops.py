@@ -72,6 +72,23 @@ def forward_flops_per_position(shape: ModelShape, positions: int, causal: bool =
     return 2 * (shape.num_layers * _block_matrices(shape) + shape.hidden_size * shape.vocab_size) + shape.num_layers * attention
 
 
+def layer_parameters(shape: ModelShape) -> list[int]:
+    """Parameters of each layer in a pipeline: embedding, blocks, final norm with head.
+
+    A tied head counts: the last stage holds a copy of the embedding.
+    """
+    count = parameter_count(shape)
+    head = count.final_norm + shape.vocab_size * shape.hidden_size
+    return [count.embedding, *([count.blocks // shape.num_layers] * shape.num_layers), head]
+
+
+def layer_flops(shape: ModelShape, positions: int) -> list[int]:
+    """FLOPs of each of these layers for one position of the forward pass, causal; see `forward_flops_per_position`."""
+    attention = 2 * shape.num_attention_heads * shape.head_size * (positions + 1)
+    block = 2 * _block_matrices(shape) + attention
+    return [0, *([block] * shape.num_layers), 2 * shape.hidden_size * shape.vocab_size]
+
+
 def training_flops_per_position(shape: ModelShape, positions: int) -> float:
     """FLOPs of forward and backward for one position: three times the forward pass; recomputation is not counted."""
     return 3 * forward_flops_per_position(shape, positions)

@@ -121,7 +121,7 @@ def generate(
     """
     learned = model.shape.max_positions if model.shape.position_embedding == "learned" else None
     longest = check_prompts(prompts, max_new_tokens, learned)
-    device = model.embedding.word.weight.device
+    device = model.device
     choose = _Chooser(sampling, len(prompts), device)
     padding = torch.tensor([longest - len(prompt) for prompt in prompts], device=device)
     cache = ModelCache(padding=padding if bool(padding.any()) else None)

@@ -1,4 +1,4 @@
-"""The language model as one module: embedding, blocks, final norm, head.
+"""The language model: embedding, blocks, final norm, head; all of it, or the layers of one pipeline stage.
 
 In: token patches and labels. Out: the sum of losses and of weights, so that whoever calls normalises over what it knows (the global
 batch, not the micro-batch). One path serves every K; K = 1 is the ordinary language model, with the plain operators to the last bit.
@@ -34,22 +34,43 @@ class GPTModel(nn.Module):
         recompute: what the backward pass computes again: nothing, the attention product, or whole blocks.
         operators: compiled kernels for embedding and loss where they are built, or their plain formulas.
         parallel: the ranks that share each layer.
+        layers: the layers to hold, of 0 (embedding), 1 to L (blocks) and L + 1 (final norm and head); None: all. Parameters are called
+            the same in every part of a model. A part with a head that is tied to the embedding holds a copy of it.
 
     Raises:
         ConfigError: a shape that cannot be built.
     """
 
     def __init__(
-        self, shape: ModelShape, recompute: Recompute = "none", operators: Operators = "fused", parallel: TensorParallel = WHOLE
+        self,
+        shape: ModelShape,
+        recompute: Recompute = "none",
+        operators: Operators = "fused",
+        parallel: TensorParallel = WHOLE,
+        layers: range | None = None,
     ) -> None:
         super().__init__()
         check_shape(shape)
         check_sharding(shape, parallel.size)
         self.shape, self.recompute, self.parallel = shape, recompute, parallel
-        self.embedding = Embedding(shape, operators, parallel)
-        self.blocks = nn.ModuleList(Block(shape, recompute == "selective", parallel) for _ in range(shape.num_layers))
-        self.final_norm = make_norm(shape, parallel)
-        self.head = Head(shape, operators, parallel)
+        layers = range(shape.num_layers + 2) if layers is None else layers
+        self.is_first, self.is_last = 0 in layers, shape.num_layers + 1 in layers
+        word = self.is_first or (self.is_last and shape.tie_embeddings)
+        self.embedding = Embedding(shape, operators, parallel, positions=self.is_first) if word else None
+        numbers = [number for number in range(shape.num_layers) if number + 1 in layers]
+        self.blocks = nn.ModuleDict({str(number): Block(shape, recompute == "selective", parallel) for number in numbers})
+        self.final_norm = make_norm(shape, parallel) if self.is_last else None
+        self.head = Head(shape, operators, parallel) if self.is_last else None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.parameters()).device
+
+    @property
+    def copied_parameters(self) -> frozenset[str]:
+        """Names of the parameters that are copies of another part's."""
+        return frozenset(["embedding.word.weight"]) if self.embedding is not None and not self.is_first else frozenset()
 
     def compile_blocks(self, backend: str = "inductor") -> None:
         """Compiles each block with torch.compile; blocks of one shape share the compiled code.
@@ -58,33 +79,37 @@ class GPTModel(nn.Module):
         torch would go on uncompiled, so that its limit is raised.
         """
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-        for block in self.blocks:
+        for block in self.blocks.values():
             block.compile(dynamic=False, backend=backend)
 
     def forward(
         self,
-        input_ids: torch.Tensor,
+        inputs: torch.Tensor,
         labels: torch.Tensor | None,
         label_weights: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         document_ids: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor] | torch.Tensor:
-        """The loss of a micro-batch.
+        """The loss of a micro-batch, or what the layers here make of it.
 
         Args:
-            input_ids: int64 [B, T, K].
+            inputs: int64 [B, T, K], or, without the first layer, hidden states [B, T, H] (with sequence parallelism this rank's positions).
             labels: int64 [B, T, K']; IGNORE_INDEX is not scored. None: the logits are wanted.
             label_weights: [K'], or None for 1.
             position_ids: int64 [B, T]; None: 0..T-1.
             document_ids: int64 [B, T]: a position looks only at positions of its own document; None: at all before it.
 
         Returns:
-            (sum of weighted losses in nats, sum of weights of scored labels), float32; without labels the logits, [B, T, V].
+            (sum of weighted losses in nats, sum of weights of scored labels), float32; without labels the logits, [B, T, V]; without the
+            last layer hidden states.
         """
-        hidden = self._hidden(input_ids, position_ids, document_ids)
+        hidden = self._hidden(inputs, position_ids, document_ids)
+        if self.head is None:
+            return hidden
         if labels is None:
-            return self.head.logits(hidden, self.embedding.word.weight)
-        return self.head(hidden, self.embedding.word.weight, labels, label_weights)
+            return self.head.logits(hidden, self._word())
+        result: tuple[torch.Tensor, torch.Tensor] = self.head(hidden, self._word(), labels, label_weights)
+        return result
 
     def logits(
         self,
@@ -106,34 +131,43 @@ class GPTModel(nn.Module):
         Returns:
             [B, T, V], or [B, 1, V].
         """
+        assert self.head is not None
         hidden = self._hidden(input_ids, position_ids, document_ids, cache)
-        return self.head.logits(hidden[:, -1:] if last_only else hidden, self.embedding.word.weight)
+        return self.head.logits(hidden[:, -1:] if last_only else hidden, self._word())
+
+    def _word(self) -> torch.Tensor | None:
+        return None if self.embedding is None else self.embedding.word.weight
 
     def _hidden(
         self,
-        input_ids: torch.Tensor,
+        inputs: torch.Tensor,
         position_ids: torch.Tensor | None,
         document_ids: torch.Tensor | None,
         cache: ModelCache | None = None,
     ) -> torch.Tensor:
-        batch, positions, _ = input_ids.shape
+        batch, positions, _ = inputs.shape
+        if not self.is_first and self.parallel.sequence:
+            positions *= self.parallel.size
         earlier = 0 if cache is None else cache.length
         padding = None if cache is None else cache.padding
         if (earlier or padding is not None) and position_ids is None:
-            position_ids = torch.arange(earlier, earlier + positions, device=input_ids.device).expand(batch, -1)
+            position_ids = torch.arange(earlier, earlier + positions, device=inputs.device).expand(batch, -1)
             if padding is not None:
                 position_ids = (position_ids - padding[:, None]).clamp(min=0)
-        hidden = self.embedding(input_ids, position_ids)
+        hidden = inputs
+        if self.is_first:
+            assert self.embedding is not None
+            hidden = self.embedding(inputs, position_ids)
         context = self._context(hidden, positions, position_ids, document_ids, earlier, padding)
         if cache is not None:
             cache.blocks = cache.blocks or [KeyValueCache() for _ in self.blocks]
             cache.length += positions
-        for index, block in enumerate(self.blocks):
+        for index, block in enumerate(self.blocks.values()):
             if self.recompute == "full" and self.training and torch.is_grad_enabled():
                 hidden = _checkpoint(block, hidden, context)
             else:
                 hidden = block(hidden, context, cache.blocks[index] if cache is not None else None)
-        return self.final_norm(hidden)
+        return hidden if self.final_norm is None else self.final_norm(hidden)
 
     def _context(
         self,

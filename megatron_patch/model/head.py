@@ -25,27 +25,26 @@ class Head(nn.Module):
         self.own_rows = min(rows, max(0, shape.vocab_size - self.first_row))
         self.weight = None if shape.tie_embeddings else nn.Parameter(torch.empty(rows, shape.hidden_size))
 
-    def logits(self, hidden: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
+    def logits(self, hidden: torch.Tensor, embedding: torch.Tensor | None) -> torch.Tensor:
         """[..., H] to [..., V]; the vocabulary's padding rows are cut off.
 
         Args:
             hidden: normalised hidden states.
-            embedding: the embedding's weight, used where the head is tied to it.
+            embedding: the embedding's weight, where the head is tied to it.
         """
         if self.parallel.size == 1:
             return F.linear(hidden, self._rows(embedding))
         # Padding too, so that all ranks' parts are of one size.
-        weight = embedding if self.weight is None else self.weight
-        return gather_last(F.linear(enter(hidden, self.parallel), weight), self.parallel)[..., : self.vocab_size]
+        return gather_last(F.linear(enter(hidden, self.parallel), self._matrix(embedding)), self.parallel)[..., : self.vocab_size]
 
     def forward(
-        self, hidden: torch.Tensor, embedding: torch.Tensor, labels: torch.Tensor, label_weights: torch.Tensor | None
+        self, hidden: torch.Tensor, embedding: torch.Tensor | None, labels: torch.Tensor, label_weights: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Scores every position against its labels.
 
         Args:
             hidden: [B, T, H], normalised.
-            embedding: the embedding's weight.
+            embedding: the embedding's weight, where the head is tied to it.
             labels: int64 [B, T, K].
             label_weights: [K], or None for 1.
 
@@ -58,6 +57,11 @@ class Head(nn.Module):
             hidden.flatten(0, 1), self._rows(embedding), labels.flatten(0, 1), label_weights, self.operators, shard
         )
 
-    def _rows(self, embedding: torch.Tensor) -> torch.Tensor:
+    def _matrix(self, embedding: torch.Tensor | None) -> torch.Tensor:
+        matrix = embedding if self.weight is None else self.weight
+        assert matrix is not None
+        return matrix
+
+    def _rows(self, embedding: torch.Tensor | None) -> torch.Tensor:
         """This rank's rows of the vocabulary, without those of its padding."""
-        return (embedding if self.weight is None else self.weight)[: self.own_rows]
+        return self._matrix(embedding)[: self.own_rows]

@@ -54,7 +54,7 @@ def ordinary_loss(model, word, tokens, labels):
     else:
         cos, sin = rotary_tables(positions[None], shape, dtype)
         context = AttentionContext((cos[:, None], sin[:, None]))
-    for block in model.blocks:
+    for block in model.blocks.values():
         hidden = block(hidden, context)
     weight = model.embedding.word.weight if shape.tie_embeddings else model.head.weight
     logits = F.linear(model.final_norm(hidden), weight[: shape.vocab_size]).to(torch.promote_types(dtype, torch.float32))

@@ -1,0 +1,108 @@
+"""Which layers a pipeline stage holds. No torch: plans ask too.
+
+In: the model's list of layers with a weight each (parameters, floating-point operations, or 1 for each block). Out: contiguous parts.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Literal
+
+from megatron_patch.errors import ConfigError
+from megatron_patch.model.flops import layer_flops, layer_parameters
+from megatron_patch.model.shape import ModelShape
+
+Balance = Literal["parameters", "flops", "blocks"]
+
+
+def pipeline_partition(shape: ModelShape, parts: int, balance: Balance, positions: int) -> list[int]:
+    """Which layers (0: embedding, 1 to L: blocks, L + 1: final norm and head) each pipeline stage holds.
+
+    Args:
+        shape: the model.
+        parts: pipeline stages.
+        balance: what is to be even: parameters (memory), FLOPs (time), or the number of blocks.
+        positions: of a sample, for the FLOPs.
+
+    Returns:
+        Boundaries, as `partition_layers`.
+
+    Raises:
+        ConfigError: more stages than layers.
+    """
+    weights = {
+        "parameters": lambda: layer_parameters(shape),
+        "flops": lambda: layer_flops(shape, positions),
+        "blocks": lambda: [0, *([1] * shape.num_layers), 0],
+    }[balance]()
+    return partition_layers(weights, parts)
+
+
+def partition_layers(weights: Sequence[int], parts: int) -> list[int]:
+    """Cuts a list of layers into contiguous parts, none empty, so that the heaviest part is as light as can be.
+
+    Of all such cuts the most even one is taken (the least sum of squares), and of these the one whose later parts are lighter: a pipeline's
+    first stages wait least.
+
+    Args:
+        weights: of each layer, from 0.
+        parts: how many.
+
+    Returns:
+        Boundaries, parts + 1 numbers from 0 to len(weights): part i holds the layers from boundaries[i] to boundaries[i + 1] - 1.
+
+    Raises:
+        ConfigError: more parts than layers.
+    """
+    count = len(weights)
+    if not 1 <= parts <= count:
+        raise ConfigError(
+            f"--pipeline-model-parallel-size {parts} for {count} layers (embedding, blocks, head)",
+            f"1 to {count}",
+            "use fewer pipeline stages",
+        )
+    sums = list(itertools.accumulate(weights, initial=0))
+    limit = _lightest_limit(weights, sums, parts)
+    # best[i]: the least sum of squares of cutting the layers from i on into the parts that are left, and where the first of these ends.
+    best: list[tuple[int, int] | None] = [None] * count + [(0, count)]
+    tables = []
+    for left in range(1, parts + 1):
+        row: list[tuple[int, int] | None] = [None] * (count + 1)
+        for start in range(count - left, -1, -1):
+            for end in range(start + 1, count - left + 2):
+                weight = sums[end] - sums[start]
+                if weight > limit:
+                    break
+                rest = best[end]
+                if rest is not None and (row[start] is None or weight * weight + rest[0] <= row[start][0]):  # type: ignore[index]
+                    row[start] = (weight * weight + rest[0], end)
+        best = row
+        tables.append(row)
+    boundaries = [0]
+    for row in reversed(tables):
+        step = row[boundaries[-1]]
+        assert step is not None
+        boundaries.append(step[1])
+    return boundaries
+
+
+def _lightest_limit(weights: Sequence[int], sums: Sequence[int], parts: int) -> int:
+    """The least weight that the heaviest of so many parts can have."""
+    low, high = max(max(weights), -(-sums[-1] // parts)), sums[-1]
+    while low < high:
+        middle = (low + high) // 2
+        if _parts_needed(weights, middle) <= parts:
+            high = middle
+        else:
+            low = middle + 1
+    return low
+
+
+def _parts_needed(weights: Sequence[int], limit: int) -> int:
+    needed, filled = 1, 0
+    for weight in weights:
+        if filled + weight > limit:
+            needed, filled = needed + 1, 0
+        filled += weight
+    return needed
