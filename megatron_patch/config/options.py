@@ -215,6 +215,8 @@ class EngineOptions:
     """Ranks that share each layer."""
     pipeline_model_parallel_size: int = 1
     """Ranks that share the list of layers."""
+    pipeline_balance: Literal["parameters", "flops", "blocks"] = "parameters"
+    """What pipeline stages get even shares of: parameters (memory), FLOPs (time), or the number of blocks."""
     sequence_parallel: bool = False
     """Shard norms and residuals along positions over the tensor-parallel ranks."""
     deepspeed_config: str | None = None

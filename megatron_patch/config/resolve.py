@@ -18,6 +18,7 @@ from megatron_patch.data.prefixes import expand_prefixes
 from megatron_patch.data.side_file import DatasetInfo, read_info
 from megatron_patch.errors import ConfigError
 from megatron_patch.model.shape import ModelShape, check_shape
+from megatron_patch.parallel.partition import pipeline_partition
 from megatron_patch.parallel.sharding import check_sharding
 from megatron_patch.stages import StagePlan
 
@@ -56,6 +57,12 @@ class RunConfig:
         if self.options.data.eod_token_id is not None:
             return self.options.data.eod_token_id
         return self.data_info.eod_id if self.data_info else None
+
+    @property
+    def pipeline_boundaries(self) -> list[int]:
+        """Which layers each pipeline stage holds; see `pipeline_partition`."""
+        engine = self.options.engine
+        return pipeline_partition(self.shape, engine.pipeline_model_parallel_size, engine.pipeline_balance, self.options.stages.seq_length)
 
     def to_json(self) -> dict[str, Any]:
         """All option values and where they came from, as plain JSON values."""
@@ -184,12 +191,6 @@ def _check_parallel(options: Options, ranks: int) -> None:
     for flag, size in sizes.items():
         if size < 1:
             raise ConfigError(f"{flag} {size}", "whole numbers from 1")
-    if engine.pipeline_model_parallel_size != 1:
-        raise ConfigError(
-            f"--pipeline-model-parallel-size {engine.pipeline_model_parallel_size}",
-            "1",
-            "use --tensor-model-parallel-size, and --zero-stage 1, 2 or 3; ZeRO 3 shards the weights themselves",
-        )
     if engine.sequence_parallel and engine.tensor_model_parallel_size == 1:
         raise ConfigError("--sequence-parallel without tensor parallelism", "a tensor-parallel size above 1", "remove the flag")
     if engine.bf16 and engine.fp16:
@@ -311,6 +312,7 @@ def resolve(parsed: Parsed, ranks: int) -> RunConfig:
     _check_training(options, plan)
     run = RunConfig(options, parsed.origins, shape, plan, blend, valid_blend, info, data_parallel_size, tuple(notes))
     _check_masking(options.data, run.eod_id)
+    _ = run.pipeline_boundaries  # more stages than layers are refused here
     return run
 
 

@@ -146,6 +146,13 @@ def engine_config(
             "--zero-stage 1, 2 or 3, or --bf16",
             "use --zero-stage 1; on one rank it is the same",
         )
+    if stage > 1 and options.pipeline_model_parallel_size > 1:
+        raise ConfigError(
+            f"--zero-stage {stage} with --pipeline-model-parallel-size {options.pipeline_model_parallel_size}: DeepSpeed's pipelines keep "
+            "whole gradients and weights of their layers",
+            "ZeRO 0 or 1 with a pipeline; ZeRO 2 or 3 without one, with tensor parallelism too",
+            "use --zero-stage 1, or --pipeline-model-parallel-size 1",
+        )
     offloads = [part for part in ("offload_optimizer", "offload_param") if zero.get(part, {}).get("device", "none") != "none"]
     if offloads and (stage == 0 or ("offload_param" in offloads and stage < 3)):
         raise ConfigError(

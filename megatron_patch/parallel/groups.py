@@ -5,6 +5,7 @@ In: the grid. Out: `Groups`, and the object that DeepSpeed asks about model para
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -22,11 +23,15 @@ class Groups:
         grid: the ranks' coordinates.
         tensor: ranks that share each of my layers.
         data: ranks that hold the same part of the model.
+        pipeline: ranks that my samples pass through; None without a pipeline.
+        ends: the first and the last of them, for what both hold; None in between.
     """
 
     grid: Grid
     tensor: dist.ProcessGroup | None
     data: dist.ProcessGroup | None
+    pipeline: dist.ProcessGroup | None = None
+    ends: dist.ProcessGroup | None = None
 
     def tensor_parallel(self, sequence: bool) -> TensorParallel:
         """How my layers are shared."""
@@ -38,20 +43,27 @@ def make_groups(grid: Grid) -> Groups:
     """Makes all groups and returns this rank's."""
     if grid.tensor_parallel_size * grid.pipeline_parallel_size == 1:
         return Groups(grid, None, None)
-    places = [Grid(rank, grid.world_size, grid.tensor_parallel_size, grid.pipeline_parallel_size) for rank in range(grid.world_size)]
+    places = [dataclasses.replace(grid, rank=rank) for rank in range(grid.world_size)]
 
-    def mine(key: Callable[[Grid], tuple[int, int]]) -> dist.ProcessGroup:
+    def mine(key: Callable[[Grid], tuple[int, ...]], chosen: Callable[[Grid], bool] = lambda place: True) -> dist.ProcessGroup | None:
         found = None
         for value in sorted({key(place) for place in places}):
-            group = dist.new_group([place.rank for place in places if key(place) == value])
-            if value == key(grid):
+            ranks = [place.rank for place in places if key(place) == value and chosen(place)]
+            group = dist.new_group(ranks)
+            if grid.rank in ranks:
                 found = group
-        assert found is not None
         return found
+
+    def at_an_end(place: Grid) -> bool:
+        return place.pipeline_parallel_rank in (0, grid.pipeline_parallel_size - 1)
 
     tensor = mine(lambda place: (place.pipeline_parallel_rank, place.data_parallel_rank))
     data = mine(lambda place: (place.pipeline_parallel_rank, place.tensor_parallel_rank))
-    return Groups(grid, tensor, data)
+    if grid.pipeline_parallel_size == 1:
+        return Groups(grid, tensor, data)
+    column = mine(lambda place: (place.data_parallel_rank, place.tensor_parallel_rank))
+    ends = mine(lambda place: (place.data_parallel_rank, place.tensor_parallel_rank), at_an_end)
+    return Groups(grid, tensor if grid.tensor_parallel_size > 1 else None, data, column, ends)
 
 
 class ModelParallelUnit:

@@ -16,17 +16,14 @@ import torch
 from megatron_patch import checkpoint_files as checkpointing
 from megatron_patch.config.resolve import RunConfig
 from megatron_patch.console import make_console
-from megatron_patch.engine.data_parallel import DataParallelEngine
 from megatron_patch.engine.deepspeed_config import EngineConfig
 from megatron_patch.engine.distributed import barrier, broadcast_object, gather_objects
 from megatron_patch.engine.interface import StepResult
 from megatron_patch.errors import CheckpointError, MegatronPatchError
-from megatron_patch.model.gpt import GPTModel
-from megatron_patch.model.init import initialize, parameter_groups
 from megatron_patch.parallel.grid import Grid
 from megatron_patch.parallel.groups import make_groups
-from megatron_patch.parallel.sharding import shard_of
 from megatron_patch.stages import Place, Stage, StagePlan
+from megatron_patch.training.build import make_engine
 from megatron_patch.training.callbacks import make_callbacks
 from megatron_patch.training.callbacks.base import EvaluationRecord, RunEnd, RunStart, SaveRecord, StepRecord, SwitchRecord
 from megatron_patch.training.corpus import open_data, sample_tokenizer
@@ -50,7 +47,9 @@ class Trainer:
         self.run, self.device = run, device
         world = torch.distributed.get_world_size()
         engine_options = run.options.engine
-        self.grid = Grid(torch.distributed.get_rank(), world, engine_options.tensor_model_parallel_size)
+        self.grid = Grid(
+            torch.distributed.get_rank(), world, engine_options.tensor_model_parallel_size, engine_options.pipeline_model_parallel_size
+        )
         ranks = make_groups(self.grid)
         self.save_folder = Path(run.options.checkpoint.save) if run.options.checkpoint.save else None
         tokenizer = sample_tokenizer(run)
@@ -65,15 +64,7 @@ class Trainer:
         self.fingerprint = self.data.stream.fingerprint()
         if found is not None and resuming:
             check_data(found.state, self.fingerprint)
-        parallel = ranks.tensor_parallel(engine_options.sequence_parallel)
-        model = GPTModel(run.shape, engine_options.recompute_granularity, engine_options.operators, parallel)
-        initialize(model, run.shape, engine_options.seed, parallel.rank, parallel.size)
-        if engine_options.compile:
-            model.compile_blocks()
-        model.to(device)
-        shards = {name: shard_of(name, run.shape, parallel.rank, parallel.size) for name, _ in model.named_parameters()}
-        cut = {name: shard for name, shard in shards.items() if shard is not None}
-        self.engine = DataParallelEngine(model, parameter_groups(model), cut, settings, run.options.schedule, self.stage, ranks, device)
+        self.engine = make_engine(run, settings, self.stage, ranks, device)
         if found is not None:
             self.engine.load(found.folder, found.state.engine if resuming else None)
         self.throughput = Throughput(world, device_name(device), run.options.logging.peak_tflops)

@@ -1,0 +1,258 @@
+"""What every layout's engine does alike: optimizer, precision, normalisation, switch of stages, checkpoints.
+
+In: a model (or the part of it that this rank's pipeline stage holds), stages. Out: the half of the `Engine` interface that does not depend
+on how a batch goes through the layers, which `DataParallelEngine` and `PipelineParallelEngine` add.
+
+The loss is normalised over the labels of the **global** batch, counted before the forward pass, so neither masked labels nor the number
+of ranks nor the size of a micro-batch changes what is learnt: each micro-batch contributes sum / N, and DeepSpeed's mean over ranks is
+undone by their number.
+"""
+
+from __future__ import annotations
+
+import abc
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from megatron_patch.config.options import ScheduleOptions
+from megatron_patch.data.patch_dataset import PatchBatch
+from megatron_patch.engine.deepspeed_config import EngineConfig, batch_settings
+from megatron_patch.engine.distributed import barrier, gather_objects
+from megatron_patch.engine.fragments import fragments
+from megatron_patch.engine.optimizer import base_optimizer, make_optimizer, set_step_count, step_count, zero_moments
+from megatron_patch.engine.state_files import StateFiles, write_fragments
+from megatron_patch.errors import CheckpointError, ConfigError
+from megatron_patch.model.gpt import GPTModel
+from megatron_patch.model.init import parameter_groups
+from megatron_patch.ops import IGNORE_INDEX
+from megatron_patch.parallel.groups import Groups
+from megatron_patch.parallel.sharding import shard_of
+from megatron_patch.stages import Stage
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class MixedPrecision(nn.Module):
+    """Runs a float32 module with its weights rounded to a lower precision in each forward pass.
+
+    ZeRO 0 in DeepSpeed keeps no float32 master weights beside bfloat16 ones and would accumulate gradients in bfloat16; with this
+    wrapper the weights stay float32, and so do their gradients.
+
+    Args:
+        module: float32 parameters.
+        dtype: of the rounded weights.
+    """
+
+    def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.module = module
+        self.dtype = dtype
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's forward with rounded weights."""
+        rounded = {name: parameter.to(self.dtype) for name, parameter in self.module.named_parameters()}
+        return torch.func.functional_call(self.module, rounded, args, kwargs, tie_weights=True)
+
+
+class DeepSpeedEngine(abc.ABC):
+    """One rank's engine, whatever the layout.
+
+    Args:
+        model: float32, on the CPU or the device; its parameters are the initial weights.
+        config: precision, ZeRO stage, DeepSpeed's JSON.
+        schedule: the optimizer's settings.
+        stage: the first stage.
+        ranks: this rank's place and process groups.
+        device: this rank's device.
+    """
+
+    def __init__(
+        self, model: GPTModel, config: EngineConfig, schedule: ScheduleOptions, stage: Stage, ranks: Groups, device: torch.device
+    ) -> None:
+        self.config, self.device = config, device
+        self.grid, self._ranks = ranks.grid, ranks
+        dtype = DTYPES[config.precision]
+        self._names = {parameter: name for name, parameter in model.named_parameters()}
+        self._copies = model.copied_parameters
+        parallel = model.parallel
+        shards = {name: shard_of(name, model.shape, parallel.rank, parallel.size) for name in self._names.values()}
+        self._shards = {name: shard for name, shard in shards.items() if shard is not None}
+        for parameter, name in self._names.items():
+            # DeepSpeed counts a parameter without this mark once over the ranks that share a layer.
+            parameter.tensor_model_parallel = name in self._shards  # type: ignore[attr-defined]
+        settings = {**config.deepspeed, **batch_settings(stage, self.grid.data_parallel_size)}
+        wrapped: nn.Module = model
+        initial: dict[str, torch.Tensor] = {}
+        decayed, undecayed = parameter_groups(model)
+        if config.zero_stage == 0:
+            # Its clipping would not tell the norm.
+            settings["gradient_clipping"] = 0.0
+            wrapped = MixedPrecision(model, dtype) if dtype != torch.float32 else model
+        elif dtype != torch.float32:
+            # Master weights must start from the float32 initial weights, not from their rounded copies.
+            initial = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+            model.to(dtype)
+        groups = [{"params": decayed, "weight_decay": schedule.weight_decay}, {"params": undecayed, "weight_decay": 0.0}]
+        optimizer = make_optimizer([group for group in groups if group["params"]], schedule)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            self._engine = self._initialize(wrapped, optimizer, settings)
+        self._base = base_optimizer(self._engine.optimizer)
+        if initial:
+            self._fill(lambda kind, name, start, numel: initial[name].view(-1)[start : start + numel], ("weight",))
+        self.start_stage(stage)
+
+    @abc.abstractmethod
+    def _initialize(self, model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any]) -> Any:
+        """DeepSpeed's engine around the model."""
+
+    @abc.abstractmethod
+    def start_stage(self, stage: Stage) -> None:
+        """Takes on a stage's batch and shapes; see `Engine`."""
+
+    def switch_stage(self, stage: Stage) -> None:
+        """Takes on the stage and resets or keeps the optimizer; see `Engine`."""
+        self.start_stage(stage)
+        if stage.optimizer == "keep":
+            return
+        if self.config.offloads_to_nvme:
+            raise ConfigError(
+                f"stage {stage.name!r} resets an optimizer that is offloaded to NVMe",
+                "optimizer: keep",
+                "offload it to the CPU, or keep it",
+            )
+        zero_moments(self._base.state.values())
+        if stage.optimizer == "reset":
+            set_step_count(self._base, 0)
+
+    def _set_lr(self, lr: float) -> None:
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = lr
+
+    def _moved(self, tensor: torch.Tensor | None) -> torch.Tensor | None:
+        """To the device."""
+        return None if tensor is None else tensor.to(self.device, non_blocking=True)
+
+    def _weights(self, label_weights: Sequence[float]) -> torch.Tensor | None:
+        """The label weights as a tensor, or None where all are 1."""
+        if all(weight == 1.0 for weight in label_weights):
+            return None
+        return torch.tensor(label_weights, dtype=torch.float32, device=self.device)
+
+    def _total_weight(self, batches: Sequence[PatchBatch], label_weights: Sequence[float]) -> torch.Tensor:
+        """Sum of the weights of all scored labels over all ranks, float64 on the device, above 0."""
+        weights = torch.tensor(label_weights, dtype=torch.float64)
+        total = sum(
+            (((batch.labels != IGNORE_INDEX).sum(dim=(0, 1)) * weights).sum() for batch in batches), torch.zeros((), dtype=torch.float64)
+        )
+        total = total.to(self.device)
+        self._sum_over_data(total)
+        return total.clamp(min=1e-30)
+
+    def _sum_over_data(self, tensor: torch.Tensor) -> None:
+        """Sums over the ranks that see other samples."""
+        if self.grid.data_parallel_size > 1:
+            torch.distributed.all_reduce(tensor, group=self._ranks.data)
+
+    def _loss_scale(self) -> float | None:
+        return float(self._engine.optimizer.loss_scale) if self.config.precision == "fp16" else None
+
+    def _clip_gradients(self) -> torch.Tensor:
+        """Scales all gradients so that their norm over the whole model is at most `clip_grad`; returns the norm before."""
+        gradients = {name: p.grad for p, name in self._names.items() if p.grad is not None and name not in self._copies}
+        own = torch.nn.utils.get_total_norm([gradients[name] for name in gradients if name in self._shards]).double().square()
+        shared = torch.nn.utils.get_total_norm([gradients[name] for name in gradients if name not in self._shards])
+        norm = shared
+        if self._shards or self.grid.pipeline_parallel_size > 1:
+            square = own.to(self.device)
+            if self._ranks.tensor is not None:
+                torch.distributed.all_reduce(square, group=self._ranks.tensor)
+            square += shared.to(self.device).double().square()
+            if self._ranks.pipeline is not None:
+                torch.distributed.all_reduce(square, group=self._ranks.pipeline)
+            norm = square.sqrt().to(shared.dtype)
+        torch.nn.utils.clip_grads_with_norm_(list(self._names), self.config.clip_grad or float("inf"), norm)
+        return norm
+
+    def save(self, folder: Path) -> Mapping[str, Any]:
+        """Writes this rank's fragments; see `Engine`.
+
+        Raises:
+            CheckpointError: on every rank, where any rank could not write.
+        """
+        share = (self.grid.data_parallel_rank, self.grid.data_parallel_size)
+        # What all ranks of a layer hold is written by the first of them.
+        first = self.grid.tensor_parallel_rank == 0
+        failure: str | None = None
+        try:
+            found = fragments(self._engine, self._names, self._shards, share)
+            mine = [f for f in found if (first or f.shard is not None) and f.name not in self._copies]
+            write_fragments(folder, self.grid.rank, self.grid.world_size, mine)
+        except CheckpointError as error:
+            failure = str(error)
+        failures = [str(text) for text in gather_objects(failure) if text]
+        if failures:
+            raise CheckpointError(failures[0], do="free space or change --save; the earlier checkpoints are untouched")
+        scaler = getattr(self._engine.optimizer, "loss_scaler", None)
+        scaler_state = {
+            key: getattr(scaler, key)
+            for key in ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+            if self.config.precision == "fp16" and hasattr(scaler, key)
+        }
+        return {
+            "step_count": step_count(self._base),
+            "loss_scaler": scaler_state,
+            "precision": self.config.precision,
+            "zero_stage": self.config.zero_stage,
+            "world_size": self.grid.world_size,
+        }
+
+    def load(self, folder: Path, state: Mapping[str, Any] | None) -> None:
+        """Reads weights and, with `state`, the optimizer; see `Engine`."""
+        files = StateFiles(folder)
+        shapes: dict[str, tuple[int, ...]] = {}
+        for part in gather_objects({name: self._whole_shape(parameter, name) for parameter, name in self._names.items()}):
+            shapes.update(part)  # type: ignore[call-overload]
+        files.check(shapes)
+        kinds = ("weight",) if state is None else ("weight", "exp_avg", "exp_avg_sq")
+        self._fill(lambda kind, name, start, numel: files.read_shard(kind, name, self._shards.get(name), start, numel), kinds)
+        if state is not None:
+            set_step_count(self._base, int(state["step_count"]))
+            scaler = getattr(self._engine.optimizer, "loss_scaler", None)
+            for key, value in state["loss_scaler"].items():
+                if hasattr(scaler, key):
+                    setattr(scaler, key, value)
+        barrier()
+
+    def _whole_shape(self, parameter: Any, name: str) -> tuple[int, ...]:
+        local = tuple(getattr(parameter, "ds_shape", parameter.shape))
+        return self._shards[name].whole_shape(local) if name in self._shards else local
+
+    def _fill(self, read: Any, kinds: Sequence[str]) -> None:
+        """Sets this rank's fragments, and the weights that the model computes with, from `read(kind, name, start, numel)`."""
+        for fragment in fragments(self._engine, self._names, self._shards, share=None):
+            for kind in kinds:
+                fragment.tensors[kind].copy_(read(kind, fragment.name, fragment.start, fragment.numel))
+        if self.config.zero_stage == 0:
+            return
+        with torch.no_grad():
+            for parameter, name in self._names.items():
+                self._set_computed(parameter, lambda start, numel, name=name: read("weight", name, start, numel))
+
+    def _set_computed(self, parameter: Any, read: Any) -> None:
+        """Sets the weights that the forward pass uses: the whole parameter, or under ZeRO 3 this rank's part and a gathered copy."""
+        if not hasattr(parameter, "ds_id"):
+            parameter.data.copy_(read(0, parameter.numel()).view(parameter.shape))
+            return
+        size = parameter.ds_tensor.ds_numel
+        start = size * parameter.ds_zero_partition_rank
+        numel = min(size, parameter.ds_numel - start)
+        if numel > 0:
+            parameter.ds_tensor.data.narrow(0, 0, numel).copy_(read(start, numel))
+        if parameter.data.numel() == parameter.ds_numel:
+            parameter.data.copy_(read(0, parameter.ds_numel).view(parameter.ds_shape))

@@ -1,0 +1,41 @@
+"""From a run to its engine: this rank's part of the model with its initial weights, in the engine that its layout asks for."""
+
+from __future__ import annotations
+
+import torch
+
+from megatron_patch.config.resolve import RunConfig
+from megatron_patch.engine.data_parallel import DataParallelEngine
+from megatron_patch.engine.deepspeed_config import EngineConfig
+from megatron_patch.engine.interface import Engine
+from megatron_patch.model.gpt import GPTModel
+from megatron_patch.model.init import initialize
+from megatron_patch.parallel.groups import Groups
+from megatron_patch.stages import Stage
+
+
+def make_engine(run: RunConfig, settings: EngineConfig, stage: Stage, ranks: Groups, device: torch.device) -> Engine:
+    """Builds this rank's layers and the engine around them.
+
+    Args:
+        run: the model, the layout and the optimizer.
+        settings: DeepSpeed's part of the run.
+        stage: the stage to begin with.
+        ranks: this rank's place and process groups.
+        device: this rank's device.
+    """
+    options, grid = run.options.engine, ranks.grid
+    parallel = ranks.tensor_parallel(options.sequence_parallel)
+    boundaries = run.pipeline_boundaries
+    layers = range(boundaries[grid.pipeline_parallel_rank], boundaries[grid.pipeline_parallel_rank + 1])
+    model = GPTModel(run.shape, options.recompute_granularity, options.operators, parallel, layers)
+    initialize(model, run.shape, options.seed, parallel.rank, parallel.size)
+    if options.compile:
+        model.compile_blocks()
+    model.to(device)
+    if grid.pipeline_parallel_size == 1:
+        return DataParallelEngine(model, settings, run.options.schedule, stage, ranks, device)
+    # DeepSpeed takes seconds to import, and looks for an accelerator when it is.
+    from megatron_patch.engine.pipeline_parallel import PipelineParallelEngine
+
+    return PipelineParallelEngine(model, boundaries, settings, run.options.schedule, stage, ranks, device)
