@@ -5,11 +5,12 @@ from __future__ import annotations
 import itertools
 import shutil
 
+import numpy as np
 import pytest
 import torch
 
 from megatron_patch.engine.inference import load_model
-from tests.distributed.runs import Run, train
+from tests.distributed.runs import Run, ledger, train
 
 PLAN = "--seq-length 16 --micro-batch-size 2 --global-batch-size 12 --patch-size 4 --train-tokens 4608 --lr 3e-3 --lr-warmup-fraction 0.2"
 PLAN += " --num-layers 3 --no-untie-embeddings-and-output-weights --eval-interval 5"
@@ -46,9 +47,12 @@ def check(run, unbroken):
 
 def test_from_layout_to_layout_through_the_switch(tmp_path, corpus, unbroken):
     """One run that moves before, directly at and directly behind the switch, through all of them."""
+    corpus = [corpus, "--log-token-spans"]
     for stop, layout in ((4, "PP2"), (SWITCH - 1, "TP2"), (SWITCH, "TP2 PP2"), (SWITCH + 1, "ZeRO-3"), (SWITCH + 4, "PP2")):
         go_on(tmp_path / "run", corpus, layout, stop)
-    check(go_on(tmp_path / "run", corpus, "DP2 ZeRO-1"), unbroken)
+    run = go_on(tmp_path / "run", corpus, "DP2 ZeRO-1")
+    check(run, unbroken)
+    assert np.array_equal(ledger(run, corpus[0]), ledger(unbroken, corpus[0])), "every token as often as without a move"
 
 
 def test_a_checkpoint_of_shared_layers_and_stages_is_one_model(tmp_path, corpus, unbroken):
