@@ -8,7 +8,8 @@
 Each layout is one run of pretrain_gpt_patch.py by the deepspeed launcher over random tokens, data loading included: a patch stage and a
 token stage of the same positions. TFLOP/s and MFU are those of one rank. Figures are medians of each stage's steps behind its first
 three. "of K" is the patch stage's tokens/s over the token stage's, divided by K: 1 where patches cost nothing but their positions.
-"bubble" is (stages - 1) / (micro-batches + stages - 1), the share of a step in which a pipeline of DeepSpeed's schedule idles at best.
+"bubble" is (stages - 1) / (micro-batches + stages - 1), the share of a step in which a pipeline of DeepSpeed's schedule idles at best;
+"switch, s" is what the token stage's first step takes beyond its other ones.
 """
 
 from __future__ import annotations
@@ -125,6 +126,8 @@ def measure(args: argparse.Namespace, layout: str, ranks: int) -> Row:
             "data_share": statistics.median(record["data_seconds"] for record in steps) / seconds,
             "memory_gib": steps[-1]["memory_gib"],
         }
+    token_steps = [record["step_seconds"] for record in records if record["type"] == "step" and record["stage"] == "token"]
+    row["switch_seconds"] = token_steps[0] - statistics.median(token_steps)
     row["of_k"] = row["patch"]["tokens_per_second"] / row["token"]["tokens_per_second"] / args.patch_size
     return row
 
@@ -185,10 +188,21 @@ def main() -> None:
         rates = [f"{row[stage]['tokens_per_second']:,.0f}" for stage in ("patch", "token")]
         flops = [f"{row[stage]['tflops']:.3g}" for stage in ("patch", "token")]
         mfu = [f"{row[stage]['tflops'] * 1e12 / peak:.1%}" if peak else "-" for stage in ("patch", "token")]
-        lines.append([row["layout"], str(row["ranks"]), *rates, f"{row['of_k']:.2f}", *flops, *mfu, f"{row['bubble']:.0%}"])
+        lines.append(
+            [
+                row["layout"],
+                str(row["ranks"]),
+                *rates,
+                f"{row['of_k']:.2f}",
+                *flops,
+                *mfu,
+                f"{row['bubble']:.0%}",
+                f"{row['switch_seconds']:.2f}",
+            ]
+        )
     title = f"Stages, K = {args.patch_size} and 1, T = {args.seq_length}, {args.micro_batches} micro-batches of {args.micro_batch_size}"
     heads = ["layout", "ranks", "patch tokens/s", "token tokens/s", "of K", "patch TFLOP/s", "token TFLOP/s", "patch MFU", "token MFU"]
-    print_table(title, [*heads, "bubble"], lines)
+    print_table(title, [*heads, "bubble", "switch, s"], lines)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     write_results("layouts", device, {"settings": vars(args), "rows": rows})
 
