@@ -15,7 +15,7 @@ from megatron_patch.config.resolve import RunConfig
 from megatron_patch.engine.deepspeed_config import EngineConfig, batch_settings
 from megatron_patch.model.flops import parameter_count
 from megatron_patch.stages import Stage
-from megatron_patch.training.cost import Cost
+from megatron_patch.planning.cost import Cost
 from megatron_patch.units import format_count
 
 
