@@ -11,6 +11,7 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron_patch.errors import ConfigError
 from megatron_patch.model.flops import peak_flops
@@ -79,7 +80,7 @@ def hardware(name: str, ceilings: Path | None = None) -> Hardware:
         ConfigError: an unknown device, an unreadable file, an unknown key, a value that is no number above zero.
     """
     known = next((entry for key, entry in TABLE.items() if key.lower() == name.lower()), None)
-    values = _read(ceilings) if ceilings is not None else {}
+    values: dict[str, Any] = _read(ceilings) if ceilings is not None else {}
     if known is not None:
         return dataclasses.replace(known, **values)
     try:
@@ -92,7 +93,7 @@ def hardware(name: str, ceilings: Path | None = None) -> Hardware:
         ) from None
 
 
-def _read(path: Path) -> dict[str, float]:
+def _read(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Literal
 
@@ -58,7 +59,7 @@ class Layout:
     def parts(self, shape: ModelShape) -> list[range]:
         """The layers (0: embedding, 1 to L: blocks, L + 1: final norm and head) of each pipeline stage."""
         bounds = pipeline_partition(shape, self.pipeline, self.balance, self.balance_positions)
-        return [range(start, end) for start, end in zip(bounds, bounds[1:], strict=False)]
+        return [range(start, end) for start, end in itertools.pairwise(bounds)]
 
     def name(self) -> str:
         """The layout in short: TP8 SP PP4 DP32 ZeRO 1."""

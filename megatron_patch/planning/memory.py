@@ -162,9 +162,12 @@ def _states(shape: ModelShape, layout: Layout, parameters: int) -> tuple[float, 
     optimizer = 12 * p / d
     if layout.zero_stage == 1 and layout.precision == "bf16":
         return e * p, (4 + e) * p, optimizer
-    if layout.zero_stage == 3:
-        return e * (p / d + min(p, ZERO3_LIVE_ELEMENTS)), 4 * p / d, optimizer
-    return e * p, e * p + 4 * p / d, optimizer
+    if layout.zero_stage == 1:
+        return e * p, e * p + 4 * p / d, optimizer
+    # Seen in DeepSpeed 0.19.8: the sum so far, and a micro-batch's part twice; ZeRO 3 keeps one more.
+    if layout.zero_stage == 2:
+        return e * p, (4 + 2 * e) * p / d, optimizer
+    return e * (p / d + min(p, ZERO3_LIVE_ELEMENTS)), (8 + 2 * e) * p / d, optimizer
 
 
 def rank_memory(

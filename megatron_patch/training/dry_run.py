@@ -14,8 +14,11 @@ from megatron_patch.config.parsing import option_values
 from megatron_patch.config.resolve import RunConfig
 from megatron_patch.engine.deepspeed_config import EngineConfig, batch_settings
 from megatron_patch.model.flops import parameter_count
-from megatron_patch.stages import Stage
 from megatron_patch.planning.cost import Cost
+from megatron_patch.planning.layout import layout_of
+from megatron_patch.planning.plan import pipeline_parts
+from megatron_patch.planning.tables import rank_table
+from megatron_patch.stages import Stage
 from megatron_patch.units import format_count
 
 
@@ -71,6 +74,9 @@ def _lr_text(stage: Stage) -> str:
 def print_plan(run: RunConfig, engine: EngineConfig, console: Console, origins: bool = True) -> None:
     """Prints options with their origins, stages, model, cost and DeepSpeed's JSON."""
     cost = Cost(run.shape, run.plan, run.options.stages.seq_length)
+    layout = layout_of(run, engine)
+    parts = pipeline_parts(run.shape, run.plan, layout)
+    fullest = max(part.memory.total for part in parts)
     if origins:
         values = option_values(run.options)
         given = ", ".join(f"{name.replace('_', '-')} = {values[name]} ({origin})" for name, origin in sorted(run.origins.items()))
@@ -95,8 +101,10 @@ def print_plan(run: RunConfig, engine: EngineConfig, console: Console, origins: 
         highlight=False,
     )
     console.print(
-        f"[bold]Ranks[/bold] {run.data_parallel_size} data parallel, ZeRO {engine.zero_stage}, {engine.precision}", highlight=False
+        f"[bold]Ranks[/bold] {layout.ranks:,}: {layout.name()}; the fullest needs about {fullest / 2**30:.1f} GiB", highlight=False
     )
+    if origins:
+        console.print(rank_table(parts, run.shape))
     for note in run.notes:
         console.print(f"[yellow]Note[/yellow] {note}", highlight=False)
     if origins:
