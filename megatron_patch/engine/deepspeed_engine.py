@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import abc
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +28,9 @@ from megatron_patch.engine.optimizer import base_optimizer, make_optimizer, set_
 from megatron_patch.engine.state_files import StateFiles, write_fragments
 from megatron_patch.errors import CheckpointError, ConfigError
 from megatron_patch.model.gpt import GPTModel
-from megatron_patch.model.init import parameter_groups
+from megatron_patch.model.init import InitialWeights, parameter_groups
 from megatron_patch.ops import IGNORE_INDEX
-from megatron_patch.parallel.groups import Groups
+from megatron_patch.parallel.groups import Groups, ModelParallelUnit
 from megatron_patch.parallel.sharding import shard_of
 from megatron_patch.stages import Stage
 
@@ -63,7 +63,8 @@ class DeepSpeedEngine(abc.ABC):
     """One rank's engine, whatever the layout.
 
     Args:
-        model: float32, on the CPU or the device; its parameters are the initial weights.
+        build: makes this rank's layers, wherever tensors are made at that time: without memory, or under ZeRO 3 cut into shards at once.
+        seed: of the initial weights; None: they will be loaded.
         config: precision, ZeRO stage, DeepSpeed's JSON.
         schedule: the optimizer's settings.
         stage: the first stage.
@@ -72,11 +73,20 @@ class DeepSpeedEngine(abc.ABC):
     """
 
     def __init__(
-        self, model: GPTModel, config: EngineConfig, schedule: ScheduleOptions, stage: Stage, ranks: Groups, device: torch.device
+        self,
+        build: Callable[[], GPTModel],
+        seed: int | None,
+        config: EngineConfig,
+        schedule: ScheduleOptions,
+        stage: Stage,
+        ranks: Groups,
+        device: torch.device,
     ) -> None:
         self.config, self.device = config, device
         self.grid, self._ranks = ranks.grid, ranks
+        settings = {**config.deepspeed, **batch_settings(stage, self.grid.data_parallel_size)}
         dtype = DTYPES[config.precision]
+        model = self._build(build, dtype, settings)
         self._names = {parameter: name for name, parameter in model.named_parameters()}
         self._copies, self._vocab_size = model.copied_parameters, model.shape.vocab_size
         parallel = model.parallel
@@ -85,27 +95,37 @@ class DeepSpeedEngine(abc.ABC):
         for parameter, name in self._names.items():
             # DeepSpeed counts a parameter without this mark once over the ranks that share a layer.
             parameter.tensor_model_parallel = name in self._shards  # type: ignore[attr-defined]
-        settings = {**config.deepspeed, **batch_settings(stage, self.grid.data_parallel_size)}
         wrapped: nn.Module = model
-        initial: dict[str, torch.Tensor] = {}
-        decayed, undecayed = parameter_groups(model)
         if config.zero_stage == 0:
             # Its clipping would not tell the norm.
             settings["gradient_clipping"] = 0.0
             wrapped = MixedPrecision(model, dtype) if dtype != torch.float32 else model
-        elif dtype != torch.float32:
-            # Master weights must start from the float32 initial weights, not from their rounded copies.
-            initial = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-            model.to(dtype)
+        decayed, undecayed = parameter_groups(model)
         groups = [{"params": decayed, "weight_decay": schedule.weight_decay}, {"params": undecayed, "weight_decay": 0.0}]
         optimizer = make_optimizer([group for group in groups if group["params"]], schedule)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             self._engine = self._initialize(wrapped, optimizer, settings)
         self._base = base_optimizer(self._engine.optimizer)
-        if initial:
-            self._fill(lambda kind, name, start, numel: initial[name].view(-1)[start : start + numel], ("weight",))
+        if seed is not None:
+            initial, shapes = InitialWeights(model.shape, seed), self._whole_shapes()
+            # Master weights start from the float32 initial weights, not from their rounded copies.
+            self._fill(lambda kind, name, *span: initial.read(name, shapes[name], self._shards.get(name), *span), ("weight",))
         self.start_stage(stage)
+
+    def _build(self, build: Callable[[], GPTModel], dtype: torch.dtype, settings: dict[str, Any]) -> GPTModel:
+        """The model on the device, with parameters of any value."""
+        if self.config.zero_stage == 3:
+            import deepspeed
+
+            mpu = ModelParallelUnit(self._ranks) if self._ranks.tensor is not None else None
+            with deepspeed.zero.Init(data_parallel_group=self._ranks.data, config_dict_or_path=settings, dtype=dtype, mpu=mpu):
+                return build()
+        with torch.device("meta"):
+            model = build()
+        if self.config.zero_stage > 0:
+            model.to(dtype)
+        return model.to_empty(device=self.device)
 
     @abc.abstractmethod
     def _initialize(self, model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any]) -> Any:
@@ -216,7 +236,7 @@ class DeepSpeedEngine(abc.ABC):
         """Reads weights and, with `state`, the optimizer; see `Engine`."""
         files = StateFiles(folder)
         shapes: dict[str, tuple[int, ...]] = {}
-        for part in gather_objects({name: self._whole_shape(parameter, name) for parameter, name in self._names.items()}):
+        for part in gather_objects(self._whole_shapes()):
             shapes.update(part)  # type: ignore[call-overload]
         files.check(shapes, self._vocab_size)
         kinds = ("weight",) if state is None else ("weight", "exp_avg", "exp_avg_sq")
@@ -229,9 +249,10 @@ class DeepSpeedEngine(abc.ABC):
                     setattr(scaler, key, value)
         barrier()
 
-    def _whole_shape(self, parameter: Any, name: str) -> tuple[int, ...]:
-        local = tuple(getattr(parameter, "ds_shape", parameter.shape))
-        return self._shards[name].whole_shape(local) if name in self._shards else local
+    def _whole_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of the parameters that this rank holds parts of."""
+        local = {name: tuple(getattr(parameter, "ds_shape", parameter.shape)) for parameter, name in self._names.items()}
+        return {name: self._shards[name].whole_shape(shape) if name in self._shards else shape for name, shape in local.items()}
 
     def _fill(self, read: Any, kinds: Sequence[str]) -> None:
         """Sets this rank's fragments, and the weights that the model computes with, from `read(kind, name, start, numel)`."""

@@ -14,7 +14,7 @@ import contextlib
 import io
 import itertools
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,7 @@ from torch import nn
 from megatron_patch.config.options import ScheduleOptions
 from megatron_patch.data.patch_dataset import PatchBatch
 from megatron_patch.engine.deepspeed_config import EngineConfig, batch_settings
-from megatron_patch.engine.deepspeed_engine import DeepSpeedEngine
+from megatron_patch.engine.deepspeed_engine import DeepSpeedEngine, MixedPrecision
 from megatron_patch.engine.interface import EvaluationResult, StepResult
 from megatron_patch.model.gpt import GPTModel
 from megatron_patch.parallel.groups import Groups
@@ -122,9 +122,10 @@ class PipelineParallelEngine(DeepSpeedEngine):
     """One rank of a job whose layers are spread over pipeline stages.
 
     Args:
-        model: this rank's part.
         boundaries: of all stages in the list of layers.
-        config: as in `DeepSpeedEngine`; ZeRO 0 or 1.
+        build: as in `DeepSpeedEngine`, with the layers of this rank's stage.
+        seed: as there.
+        config: as there; ZeRO 0 or 1.
         schedule: as there.
         stage: as there.
         ranks: as there.
@@ -133,21 +134,24 @@ class PipelineParallelEngine(DeepSpeedEngine):
 
     def __init__(
         self,
-        model: GPTModel,
         boundaries: Sequence[int],
+        build: Callable[[], GPTModel],
+        seed: int | None,
         config: EngineConfig,
         schedule: ScheduleOptions,
         stage: Stage,
         ranks: Groups,
         device: torch.device,
     ) -> None:
-        self._model, self._boundaries = model, boundaries
+        self._boundaries = boundaries
         self._shape: tuple[int, ...] | None = None
         self._grad_norm: torch.Tensor | None = None
-        super().__init__(model, config, schedule, stage, ranks, device)
+        super().__init__(build, seed, config, schedule, stage, ranks, device)
 
     def _initialize(self, model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any]) -> Any:
-        grid = self.grid
+        grid, part = self.grid, model.module if isinstance(model, MixedPrecision) else model
+        assert isinstance(part, GPTModel)
+        self._model = part
         topology = PipeModelDataParallelTopology(grid.pipeline_parallel_size, grid.tensor_parallel_size, grid.data_parallel_size)
         tied = None
         if self._model.shape.tie_embeddings and self._model.embedding is not None and self._ranks.ends is not None:

@@ -64,7 +64,7 @@ class Trainer:
         self.fingerprint = self.data.stream.fingerprint()
         if found is not None and resuming:
             check_data(found.state, self.fingerprint)
-        self.engine = make_engine(run, settings, self.stage, ranks, device)
+        self.engine = make_engine(run, settings, self.stage, ranks, device, loading=found is not None)
         if found is not None:
             self.engine.load(found.folder, found.state.engine if resuming else None)
         self.throughput = Throughput(world, device_name(device), run.options.logging.peak_tflops)
