@@ -148,7 +148,9 @@ def _stages(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
             continue
         if not stages or stages[-1]["index"] != record.get("stage_index"):
             begins = {name: before.get(name) for name in ("tokens", "cost_tokens", "hours", "step")}
-            stages.append({"name": record.get("stage"), "patch_size": record.get("patch_size"), "index": record.get("stage_index"), **begins})
+            stages.append(
+                {"name": record.get("stage"), "patch_size": record.get("patch_size"), "index": record.get("stage_index"), **begins}
+            )
         before = record
     return stages
 
@@ -173,6 +175,8 @@ def read_run(folder: Path, name: str | None = None) -> RunData:
         raise DataError(f"{path} holds no steps", "a run that has begun to train", "wait for its first step")
     start = by_type.get("start", [{}])[-1]
     events = _lines(folder / "events.jsonl")[0] if (folder / "events.jsonl").is_file() else []
+    # Switches and checkpoints are shown by themselves.
+    events = [event for event in events if event.get("type") not in ("switch", "save")]
     tokens_of = {record.get("step"): record.get("tokens") for record in steps}
     for event in events:
         earlier = [record["hours"] for record in records if record.get("time", math.inf) <= event.get("time", -math.inf)]

@@ -13,7 +13,9 @@ from megatron_patch.training.pretrain import engine_settings
 from tests.distributed.ranks import run_ranks
 from tests.distributed.runs import make_corpus
 
-RUN = "--num-layers 4 --hidden-size 256 --num-attention-heads 4 --num-query-groups 2 --ffn-hidden-size 512 --vocab-size 2048 --seq-length 64"
+RUN = (
+    "--num-layers 4 --hidden-size 256 --num-attention-heads 4 --num-query-groups 2 --ffn-hidden-size 512 --vocab-size 2048 --seq-length 64"
+)
 RUN += " --micro-batch-size 4 --global-batch-size 16 --patch-size 2 --train-tokens 12k --lr 1e-3 --split 100,0,0 --num-workers 0"
 
 
