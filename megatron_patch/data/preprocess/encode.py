@@ -21,6 +21,9 @@ from megatron_patch.errors import DataError
 from megatron_patch.tiktoken_files import PATTERNS
 from megatron_patch.tokenizer import Tokenizer, load_tokenizer
 
+# Of a document that is compared with the reference: the reference is slow, and most of a run may be long documents.
+_CHECKED_CHARS = 2000
+
 
 class BackendDisagrees(Exception):
     """The fast backend gave other ids than the reference while running."""
@@ -94,6 +97,7 @@ class Encoded:
         parts: one for each key.
         empty: texts without a token, left out.
         filtered: texts too short or too long, left out.
+        checked: texts of the fast backend that were compared with the reference.
         fast: whether the fast backend encoded it.
         backend: what encoded it, in words.
         bad: (line in the batch from 1, first byte in the batch, reason) of lines left out.
@@ -109,6 +113,7 @@ class Encoded:
     parts: tuple[Part, ...]
     empty: int
     filtered: int
+    checked: int
     fast: bool
     backend: str
     bad: tuple[tuple[int, int, str], ...] = field(default_factory=tuple)
@@ -161,15 +166,16 @@ class Encoder:
 
     Args:
         settings: how.
+        tokenizer: what `checked_tokenizer` gave for them, where it is loaded already.
 
     Raises:
         DataError: a tokenizer that cannot be loaded or lacks a token that is asked for.
     """
 
-    def __init__(self, settings: EncodeSettings) -> None:
+    def __init__(self, settings: EncodeSettings, tokenizer: Tokenizer | None = None) -> None:
         self.settings = settings
-        self._empty = self._filtered = 0
-        self.tokenizer = checked_tokenizer(settings)
+        self._empty = self._filtered = self._checked = 0
+        self.tokenizer = tokenizer if tokenizer is not None else checked_tokenizer(settings)
         self.fast, self.backend_note = fast_backend(self.tokenizer) if settings.backend == "auto" else (None, "the reference tokenizer")
 
     def __call__(self, batch: Batch) -> Encoded:
@@ -187,7 +193,7 @@ class Encoder:
                 bad.append((document.number, document.offset, document.reason))
             else:
                 rows.append(document.texts)
-        self._empty = self._filtered = 0
+        self._empty = self._filtered = self._checked = 0
         parts = [self._encode(self._wanted([row[column] for row in rows])) for column in range(len(self.settings.keys))]
         return Encoded(
             batch.source,
@@ -200,6 +206,7 @@ class Encoder:
             tuple(parts),
             self._empty,
             self._filtered,
+            self._checked,
             self.fast is not None,
             self.backend_note,
             tuple(bad),
@@ -223,11 +230,7 @@ class Encoder:
             ids, lengths = self.tokenizer.encode_flat(texts)
         else:
             ids, lengths = self.fast.encode_flat(texts)
-            checked = len(texts) // 2
-            start = int(lengths[:checked].sum())
-            reference, _ = self.tokenizer.encode_flat([texts[checked]])
-            if not np.array_equal(ids[start : start + int(lengths[checked])], reference):
-                raise BackendDisagrees(texts[checked][:200])
+            self._check(texts, ids, lengths)
         full = lengths > 0
         self._empty += int((~full).sum())
         kept = full
@@ -240,6 +243,18 @@ class Encoder:
             ids, lengths = ids[np.repeat(kept, lengths)], lengths[kept]
         return self._frame(ids, lengths)
 
+    def _check(self, texts: Sequence[str], ids: npt.NDArray[np.uint32], lengths: npt.NDArray[np.int64]) -> None:
+        """Compares a document of the batch with the reference; of a long one the beginning, encoded once more by itself."""
+        number = len(texts) // 2
+        start = int(lengths[:number].sum())
+        text, mine = texts[number], ids[start : start + int(lengths[number])]
+        if len(text) > _CHECKED_CHARS:
+            text = text[:_CHECKED_CHARS]
+            mine = self.fast.encode_flat([text])[0] if self.fast is not None else mine
+        if not np.array_equal(mine, self.tokenizer.encode_flat([text])[0]):
+            raise BackendDisagrees(text[:200])
+        self._checked += 1
+
     def _frame(self, ids: npt.NDArray[np.uint32], lengths: npt.NDArray[np.int64]) -> Part:
         """Puts each document between its beginning and end tokens and pads it to whole patches."""
         settings = self.settings
@@ -247,9 +262,12 @@ class Encoder:
         framed = lengths + begin + int(settings.append_eod)
         framed = -(-framed // settings.patch_align) * settings.patch_align
         starts = np.cumsum(framed) - framed
+        behind = framed - lengths - begin
         tokens = np.full(int(framed.sum()), self.tokenizer.eod_id if self.tokenizer.eod_id is not None else 0, dtype=settings.dtype)
-        shift = np.repeat(starts + begin - (np.cumsum(lengths) - lengths), lengths)
-        tokens[np.arange(ids.size) + shift] = ids
+        text = np.ones(tokens.size, bool)
+        text[np.repeat(starts + begin + lengths - (np.cumsum(behind) - behind), behind) + np.arange(int(behind.sum()))] = False
         if begin:
+            text[starts] = False
             tokens[starts] = self.tokenizer.bos_id
+        tokens[text] = ids
         return Part(tokens, framed)

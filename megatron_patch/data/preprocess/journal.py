@@ -39,6 +39,7 @@ class Record:
         read: bytes.
         empty: texts without a token so far.
         filtered: texts too short or too long so far.
+        checked: texts compared with the reference so far.
         bad: bad lines so far.
         bad_bytes: size of their list.
         lengths: the histogram of lengths.
@@ -54,6 +55,7 @@ class Record:
     read: int = 0
     empty: int = 0
     filtered: int = 0
+    checked: int = 0
     bad: int = 0
     bad_bytes: int = 0
     lengths: Mapping[str, int] = field(default_factory=dict)

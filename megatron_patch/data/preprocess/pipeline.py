@@ -188,8 +188,8 @@ def _beginning(run: _Run, known: dict[str, object], overwrite: bool, resume: boo
     return Record()
 
 
-def _encode_here(work: Iterable[Batch], settings: EncodeSettings) -> Generator[Encoded]:
-    yield from map(Encoder(settings), work)
+def _encode_here(work: Iterable[Batch], settings: EncodeSettings, tokenizer: Tokenizer) -> Generator[Encoded]:
+    yield from map(Encoder(settings, tokenizer), work)
 
 
 def _size(span: Span) -> int:
@@ -206,7 +206,7 @@ class _Accounts:
         self._sizes = [_size(span) for span in run.spans]
         self._started = time.monotonic()
         self._saved = self._started
-        self.read, self.empty, self.filtered = begin.read, begin.empty, begin.filtered
+        self.read, self.empty, self.filtered, self.checked = begin.read, begin.empty, begin.filtered, begin.checked
         self.lengths = LengthSample(begin.lengths, begin.longest)
         self.bad = BadLines(
             Path(f"{run.output_prefix}_bad_lines.jsonl"), run.on_bad_line, begin.file, begin.line, begin.bad, begin.bad_bytes
@@ -226,6 +226,7 @@ class _Accounts:
         self.read += encoded.bytes
         self.empty += encoded.empty
         self.filtered += encoded.filtered
+        self.checked += encoded.checked
         self.file, self.upto = encoded.file, encoded.upto
         if self.fast is None:
             self._run.notice(f"encoding with {encoded.backend}")
@@ -252,6 +253,7 @@ class _Accounts:
                 self.read,
                 self.empty,
                 self.filtered,
+                self.checked,
                 self.bad.count,
                 bad_bytes,
                 self.lengths.to_json(),
@@ -273,7 +275,7 @@ def _run(run: _Run, settings: EncodeSettings, tokenizer: Tokenizer, known: dict[
         journal = Journal(journal_path(run.output_prefix), known, resumed=bool(begin.outputs))
         stack.callback(journal.close)
         if not begin.complete:
-            _encode_all(run, settings, writers, accounts, journal, begin)
+            _encode_all(run, settings, tokenizer, writers, accounts, journal, begin)
             for writer in writers:
                 if writer.num_documents == 0 and not run.may_be_empty:
                     raise DataError(
@@ -307,6 +309,7 @@ def _run(run: _Run, settings: EncodeSettings, tokenizer: Tokenizer, known: dict[
         eod_id=tokenizer.eod_id,
         tokens_per_document=(LengthSample.of(IndexedDataset(run.prefixes[0])) if run.dedup else accounts.lengths).quantiles(),
         backend="fastokens" if accounts.fast else "reference",
+        checked=accounts.checked,
         seconds=accounts.seconds,
         resumed_at=begin.read,
         bad_lines_file=accounts.bad.close(),
@@ -337,6 +340,7 @@ def _rearrange(run: _Run) -> None:
 def _encode_all(
     run: _Run,
     settings: EncodeSettings,
+    tokenizer: Tokenizer,
     writers: Sequence[IndexedDatasetWriter],
     accounts: _Accounts,
     journal: Journal,
@@ -345,7 +349,7 @@ def _encode_all(
     work = batches(run.spans, settings.keys, run.separator, (begin.file, begin.upto) if begin.outputs else (0, None), run.scratch)
     # Closed before the files are: workers end, whatever happens, before anything else does.
     with contextlib.closing(
-        encode_in_order(work, run.workers, settings) if run.workers > 1 else _encode_here(work, settings)
+        encode_in_order(work, run.workers, settings) if run.workers > 1 else _encode_here(work, settings, tokenizer)
     ) as encoded_batches:
         for encoded in encoded_batches:
             for writer, part in zip(writers, encoded.parts, strict=True):
@@ -397,6 +401,7 @@ def _finished_summary(run: _Run, tokenizer: Tokenizer) -> Summary:
         eod_id=tokenizer.eod_id,
         tokens_per_document=LengthSample.of(datasets[0]).quantiles(),
         backend="nothing: finished before",
+        checked=0,
         seconds=0.0,
         resumed_at=0,
         bad_lines_file=None,
