@@ -128,6 +128,8 @@ class PatchLoader:
         samples = begin + np.arange(count)[:, None] * (m * self._ranks) + self._rank * m + np.arange(m)[None, :]
         real = samples < end
         corpora, starts = self._stream.locate(self._stage_index, samples[real])
+        for corpus in np.unique(corpora).tolist():
+            self._stream.corpora[corpus].fetch(starts[corpora == corpus], stage.sample_tokens + stage.patch_size)
         batches = []
         taken = 0
         for row in range(count):

@@ -6,6 +6,7 @@ import json
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 
+from megatron_patch.data.storage import exists, read_bytes
 from megatron_patch.errors import DataError
 from megatron_patch.files import write_durably
 
@@ -64,11 +65,11 @@ def read_info(prefix: str) -> DatasetInfo | None:
     Raises:
         DataError: it is no side file of this format.
     """
-    path = info_path(prefix)
-    if not path.is_file():
+    path = f"{prefix}.json"
+    if not exists(path):
         return None
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(read_bytes(path))
         if data.pop("format", None) != FORMAT:
             raise ValueError(f"its format is not {FORMAT}")
         info = DatasetInfo(**{f.name: data[f.name] for f in fields(DatasetInfo) if f.name in data or f.default is MISSING})

@@ -98,7 +98,6 @@ class LengthSample:
         found = cls()
         for start in range(0, len(dataset), _CHUNK):
             found.add(np.asarray(dataset.sequence_lengths[start : start + _CHUNK]))
-            dataset.release()
         return found
 
     def quantile(self, share: float) -> int:
