@@ -13,7 +13,7 @@ import glob
 import hashlib
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,21 +27,10 @@ from megatron_patch.errors import DataError
 _BLOCK_BYTES = 1 << 20
 _PIECE_BYTES = 1 << 22
 _ATTEMPTS = 4
+_PAUSE_SECONDS = 0.5
 _FETCHERS = 32
 # What file systems call the properties that change with a file's content.
-_VERSIONS = (
-    "size",
-    "ETag",
-    "etag",
-    "Content-MD5",
-    "md5Hash",
-    "Last-Modified",
-    "LastModified",
-    "last_modified",
-    "mtime",
-    "created",
-    "updated",
-)
+_VERSIONS = ("size", "ETag", "etag", "Content-MD5", "md5Hash", "Last-Modified", "LastModified", "last_modified", "mtime", "created")
 
 
 class StoredFile(Protocol):
@@ -96,9 +85,9 @@ def exists(path: str) -> bool:
         return os.path.isfile(path)
     system, inner = _file_system(path)
     try:
-        return bool(system.isfile(inner))
-    except Exception as error:  # what a remote file system may raise is not known
-        raise _unreachable(path, error) from error
+        return bool(_asked(path, lambda: system.info(inner))["type"] == "file")
+    except FileNotFoundError:
+        return False
 
 
 def matching(pattern: str) -> list[str]:
@@ -110,10 +99,7 @@ def matching(pattern: str) -> list[str]:
     if not is_address(pattern):
         return sorted(glob.glob(pattern, recursive=True))
     system, inner = _file_system(pattern)
-    try:
-        return sorted(str(system.unstrip_protocol(found)) for found in system.glob(inner))
-    except Exception as error:  # as above
-        raise _unreachable(pattern, error) from error
+    return sorted(str(system.unstrip_protocol(found)) for found in _asked(pattern, lambda: system.glob(inner)))
 
 
 def read_bytes(path: str) -> bytes:
@@ -167,7 +153,7 @@ class StoredArray:
         """
         out = np.empty(count, self._dtype)
         if count:
-            self._file.read_into(self._offset + start * self._dtype.itemsize, memoryview(out).cast("B"))
+            self._file.read_into(self._offset + start * self._dtype.itemsize, out.view(np.uint8).data)
         return out
 
     def __getitem__(self, where: slice | int) -> Any:
@@ -255,13 +241,8 @@ class _FetchedFile:
         Raises:
             DataError: there is no such file, or it cannot be asked for.
         """
-        try:
-            self._system.invalidate_cache()
-            info = self._system.info(self._inner)
-        except FileNotFoundError as error:
-            raise DataError(f"{self.path} does not exist", "an address of a file", "check the path") from error
-        except Exception as error:  # what a remote file system may raise is not known
-            raise _unreachable(self.path, error) from error
+        self._system.invalidate_cache()
+        info = self._from_system(lambda: self._system.info(self._inner))
         if info.get("size") is None:
             raise DataError(f"{self.path}: its server does not tell its size", "files that can be read at any place", "copy it here")
         return {name: str(info[name]) for name in _VERSIONS if info.get(name) is not None}
@@ -297,7 +278,7 @@ class _FetchedFile:
 
     def _read_block(self, number: int, inside: int, out: memoryview) -> None:
         for _ in range(2):
-            with contextlib.suppress(FileNotFoundError), self._path(number).open("rb", buffering=0) as file:
+            with contextlib.suppress(OSError), self._path(number).open("rb", buffering=0) as file:
                 if os.fstat(file.fileno()).st_size == self._length(number) and os.preadv(file.fileno(), [out], inside) == len(out):
                     return
             data = self._fetch(number)
@@ -306,8 +287,14 @@ class _FetchedFile:
     def _fetch(self, number: int) -> bytes:
         """Fetches a block and keeps it."""
         start, length = number * _BLOCK_BYTES, self._length(number)
-        data = self._from_system(start, length)
-        if self._ask() != self._version or len(data) != length:
+        data = self._from_system(lambda: self._system.cat_file(self._inner, start=start, end=start + length))
+        if len(data) != length:
+            raise DataError(
+                f"{self.path}: {len(data)} bytes came where {length} were asked for",
+                "servers that send the range that is asked for",
+                "use one that does, or copy the file here",
+            )
+        if self._ask() != self._version:
             raise DataError(
                 f"{self.path} has changed since it was opened",
                 "files that stay as they are while they are read",
@@ -329,17 +316,11 @@ class _FetchedFile:
             ) from error
         return data
 
-    def _from_system(self, start: int, length: int) -> bytes:
-        for attempt in range(_ATTEMPTS):
-            try:
-                return bytes(self._system.cat_file(self._inner, start=start, end=start + length))
-            except FileNotFoundError as error:
-                raise DataError(f"{self.path} does not exist any more", "files that stay while they are read", "restore it") from error
-            except Exception as error:  # as in `_ask`; networks fail now and then
-                if attempt + 1 == _ATTEMPTS:
-                    raise _unreachable(self.path, error) from error
-                time.sleep(0.5 * 2**attempt)
-        raise AssertionError
+    def _from_system(self, call: Callable[[], Any]) -> Any:
+        try:
+            return _asked(self.path, call)
+        except FileNotFoundError as error:
+            raise DataError(f"{self.path} does not exist", "files that stay while they are read", "check the address") from error
 
 
 def _cache_folder() -> Path:
@@ -365,6 +346,26 @@ def _file_system(path: str) -> tuple[Any, str]:
             "paths of this machine, or addresses that fsspec knows and has its package for",
             f"pip install fsspec and what it names for {kind}:// (s3fs, gcsfs, aiohttp, …), or copy the files here",
         ) from error
+
+
+def _asked(path: str, call: Callable[[], Any]) -> Any:
+    """What a call of a remote file system returns; it is repeated where it fails, as networks do now and then.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        DataError: it failed every time.
+    """
+    for attempt in range(_ATTEMPTS):
+        if attempt:
+            time.sleep(_PAUSE_SECONDS * 2 ** (attempt - 1))
+        try:
+            return call()
+        except Exception as error:  # what a remote file system may raise is not known
+            # HTTP's says so of any failure; the cause knows better.
+            if isinstance(error, FileNotFoundError) and getattr(error.__cause__, "status", 404) in (404, 410):
+                raise
+            failure = error
+    raise _unreachable(path, failure) from failure
 
 
 def _unreachable(path: str, error: Exception) -> DataError:
