@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from megatron_patch.data.indexed_dataset import IndexedDataset
 from megatron_patch.data.prefixes import expand_prefixes
-from megatron_patch.data.side_file import read_info
+from megatron_patch.data.side_file import DatasetInfo, check_alike, read_info
 from megatron_patch.errors import ConfigError, DataError
 from megatron_patch.files import allow_open_files
 
@@ -190,6 +190,21 @@ def check_vocabulary(corpus: TokenCorpus, vocab_size: int) -> None:
                     f"ids from 0 to {vocab_size - 1}",
                     "give the tokenizer's --vocab-size",
                 )
+
+
+def check_side_files(corpora: Sequence[TokenCorpus]) -> list[DatasetInfo]:
+    """All that a run reads must have the same end-of-document token, as far as side files tell.
+
+    Returns:
+        The side files.
+
+    Raises:
+        DataError: two differ, or one is damaged.
+    """
+    found = [(prefix, info) for corpus in corpora for prefix in corpus.prefixes if (info := read_info(prefix)) is not None]
+    for prefix, info in found[1:]:
+        check_alike(found[0][1], info, found[0][0], prefix, ["eod_id"])
+    return [info for _, info in found]
 
 
 def check_ids(tokens: npt.NDArray[np.int64], vocab_size: int, places: Sequence[tuple[TokenCorpus, int]]) -> None:

@@ -21,7 +21,7 @@ import xxhash
 
 from megatron_patch.data.indexed_dataset import IndexedDataset, bin_path, idx_path, pack_header
 from megatron_patch.data.rearrange import rearrange
-from megatron_patch.data.side_file import DatasetInfo, info_path, read_info, write_info
+from megatron_patch.data.side_file import DatasetInfo, check_alike, info_path, read_info, write_info
 from megatron_patch.data.storage import StoredArray, is_address
 from megatron_patch.errors import DataError
 from megatron_patch.files import checksum, copy_range, fsync_folder
@@ -195,13 +195,7 @@ def _survey(prefixes: Sequence[str], notice: Callable[[str], None]) -> tuple[lis
 
 
 def _together(one: DatasetInfo, other: DatasetInfo, one_prefix: str, other_prefix: str) -> DatasetInfo:
-    for name in ("tokenizer_type", "vocab_size", "eod_id", "append_eod", "prepend_bos", "tokenizer_xxh64"):
-        if getattr(one, name) != getattr(other, name) and "" not in (getattr(one, name), getattr(other, name)):
-            raise DataError(
-                f"{one_prefix} and {other_prefix} differ in {name}: {getattr(one, name)} and {getattr(other, name)}",
-                "shards that were preprocessed alike",
-                "preprocess one of them again",
-            )
+    check_alike(one, other, one_prefix, other_prefix)
     # A document padded to both is padded to what divides both.
     return replace(one, patch_align=math.gcd(one.patch_align, other.patch_align))
 

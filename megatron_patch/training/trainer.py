@@ -71,7 +71,7 @@ class Trainer:
         self.callbacks = make_callbacks(run, self.save_folder, self.grid.rank, self.engine.logits, tokenizer, device)
         if self.grid.rank == 0:
             shown = dataclasses.replace(run, plan=self.plan)
-            print_plan(shown, settings, make_console(), origins=False)
+            print_plan(shown, settings, make_console(), origins=False, stream=self.data.stream)
             for note in self._start_notes(found, resuming):
                 self._tell(note)
 
@@ -317,7 +317,7 @@ class Trainer:
                     f"resumed from {found.folder}: stage {self.stage.name}, step {self.step:,} of {self.plan.steps:,}"
                     + (" (nothing left to do)" if self.step == self.plan.steps else "")
                 )
-        notes += self.data.stream.epoch_notes()
+        notes += self.data.stream.notes()
         if not self.data.held_out:
             notes.append(
                 "no evaluation: the held-out part of the data is shorter than a sample (give --valid-data-path or another --split)"

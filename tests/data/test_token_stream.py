@@ -76,12 +76,16 @@ def test_blends_and_stages_with_their_own_blend_go_on_in_each_corpus(corpora, se
         if blocks <= stream.blocks[index] * plan.block_tokens:
             assert counts.max(initial=0) <= 1, f"{name}: a token twice before the epoch's end"
     for stage_index in range(3):
-        for name, epochs in stream.epochs(stage_index).items():
-            index = stream.names.index(name)
-            read = sum(
-                s.length for i in range(stage_index + 1) for s in stream.spans(i, np.arange(plan.stages[i].samples)) if s.corpus == index
-            )
-            assert epochs == pytest.approx(read / plan.block_tokens / stream.blocks[index])
+        for reading in stream.readings(stage_index):
+            index = stream.names.index(reading.corpus)
+            read = [
+                sum(span.length for span in stream.spans(i, np.arange(plan.stages[i].samples)) if span.corpus == index)
+                for i in range(stage_index + 1)
+            ]
+            assert reading.tokens == read[-1]
+            assert reading.epochs == pytest.approx(read[-1] / plan.block_tokens / stream.blocks[index])
+            assert reading.epochs_by_end == pytest.approx(sum(read) / plan.block_tokens / stream.blocks[index])
+            stream.check_epochs({reading.corpus: stream.readings(2)[0].epochs_by_end + 9})
 
 
 @given(ENTRIES, st.integers(1, 5), st.integers(1, 4), st.integers(0, 2), st.data())
