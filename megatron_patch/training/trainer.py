@@ -28,6 +28,7 @@ from megatron_patch.training.callbacks import make_callbacks
 from megatron_patch.training.callbacks.base import EvaluationRecord, RunEnd, RunStart, SaveRecord, StepRecord, SwitchRecord
 from megatron_patch.training.corpus import open_data, sample_tokenizer
 from megatron_patch.training.cost import Cost
+from megatron_patch.training.data_wait import DataWait
 from megatron_patch.training.dry_run import print_plan
 from megatron_patch.training.lr_schedule import schedule_of
 from megatron_patch.training.resume import check_data, check_model, plan_to_resume
@@ -114,6 +115,7 @@ class Trainer:
         if self.place.stage_step == stage.steps:
             return "finished"
         loader = self.data.loader(self.place.stage_index, self.place.stage_step)
+        wait = DataWait(loader.times)
         try:
             while self.place.stage_step < stage.steps:
                 began = time.perf_counter()
@@ -126,7 +128,10 @@ class Trainer:
                 for callback in self.callbacks:
                     callback.on_batches(self.step + 1, stage, micro_batches)
                 self.place = after
-                self._account(result, lr, time.perf_counter() - began, data_seconds)
+                step_seconds = time.perf_counter() - began
+                self._account(result, lr, step_seconds, data_seconds)
+                if (note := wait.update(step_seconds, data_seconds)) is not None:
+                    self._tell(note)
                 ended = self.place.stage_step == stage.steps
                 if ended or self._due(self.run.options.logging.eval_interval, self.run.options.logging.eval_interval_tokens):
                     self._evaluate()
