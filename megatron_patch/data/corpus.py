@@ -19,6 +19,7 @@ from megatron_patch.errors import ConfigError, DataError
 from megatron_patch.files import allow_open_files
 
 _SAMPLED_SPANS = 64
+_MOST_SPANS = 1024
 _SPAN_TOKENS = 4096
 
 
@@ -39,6 +40,8 @@ class TokenCorpus:
         # Each shard is two files that stay open.
         allow_open_files(2 * len(self.prefixes) + 1024)
         self.shards = [IndexedDataset(prefix) for prefix in prefixes]
+        # Spans to look at in each shard: many of one file, at least some of each of thousands.
+        self.sampled_spans = max(4, min(_SAMPLED_SPANS, _MOST_SPANS // len(self.shards)))
         self._fingerprints: dict[int, dict[str, object]] = {}
         self._ends = np.cumsum([shard.num_tokens for shard in self.shards])
         self.num_tokens = int(self._ends[-1])
@@ -95,7 +98,7 @@ class TokenCorpus:
         """
         shard = self.shards[number]
         found = IndexedDataset(shard.prefix)
-        if self._fingerprints.get(number) != found.fingerprint():
+        if self._fingerprints.get(number) != found.fingerprint(self.sampled_spans):
             raise DataError(
                 f"{shard.prefix} has changed since the run opened it",
                 "data that stays as it is while it is read",
@@ -120,7 +123,7 @@ class TokenCorpus:
         """What tells this data from other data, in constant time: each shard's, as it was when this was first asked."""
         for number, shard in enumerate(self.shards):
             if number not in self._fingerprints:
-                self._fingerprints[number] = shard.fingerprint()
+                self._fingerprints[number] = shard.fingerprint(self.sampled_spans)
         return [self._fingerprints[number] for number in range(len(self.shards))]
 
 
@@ -179,7 +182,7 @@ def check_vocabulary(corpus: TokenCorpus, vocab_size: int) -> None:
                 )
             continue
         count = min(_SPAN_TOKENS, shard.num_tokens)
-        starts = (shard.num_tokens - count) * np.arange(_SAMPLED_SPANS) // (_SAMPLED_SPANS - 1)
+        starts = (shard.num_tokens - count) * np.arange(corpus.sampled_spans) // (corpus.sampled_spans - 1)
         shard.fetch(starts, count)
         for start in starts.tolist():
             span = shard.tokens(start, count)

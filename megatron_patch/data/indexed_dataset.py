@@ -36,7 +36,6 @@ _DTYPES: dict[int, type[np.generic]] = {
 _CODES = {np.dtype(dtype): code for code, dtype in _DTYPES.items()}
 _CHUNK = 1 << 20
 _LONGEST = (1 << 31) - 1
-_SAMPLED_SPANS = 64
 _SPAN_BYTES = 4096
 
 
@@ -164,13 +163,17 @@ class IndexedDataset:
         """Whether both files, as far as can be told at once, are still those that were opened."""
         return self._bin.is_current() and self._index.is_current()
 
-    def fingerprint(self) -> dict[str, object]:
-        """What tells this data from other data, in constant time: sizes, dtype, checksums of spans of both files."""
+    def fingerprint(self, spans: int = 64) -> dict[str, object]:
+        """What tells this data from other data, in constant time: sizes, dtype, checksums of spans of both files.
+
+        Args:
+            spans: of 4 KiB, spread over each file from its first byte to its last, from 2.
+        """
         found: dict[str, object] = {"dtype": str(self.dtype), "documents": self.num_documents, "tokens": self.num_tokens}
         for name, file in ((".bin", self._bin), (".idx", self._index)):
             span = bytearray(min(_SPAN_BYTES, file.size))
             digest = xxhash.xxh64()
-            starts = [max(0, file.size - _SPAN_BYTES) * number // (_SAMPLED_SPANS - 1) for number in range(_SAMPLED_SPANS)]
+            starts = [max(0, file.size - _SPAN_BYTES) * number // (spans - 1) for number in range(spans)]
             file.fetch([(start, len(span)) for start in starts])
             for start in starts:
                 file.read_into(start, memoryview(span))
