@@ -39,7 +39,8 @@ def shrink(path):
 def overwrite(path):
     """Other content of the same size, at another time."""
     before = path.stat()
-    path.write_bytes(bytes(before.st_size))
+    with path.open("r+b") as file:
+        file.write(bytes(before.st_size))
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 10**9))
 
 
