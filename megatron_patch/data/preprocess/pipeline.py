@@ -24,11 +24,11 @@ from megatron_patch.data.preprocess.inputs import STANDARD_INPUT, Span, divide, 
 from megatron_patch.data.preprocess.journal import (
     Journal,
     Record,
-    check_identity,
     identity,
     identity_checksum,
     journal_path,
     last_record,
+    record_to_resume,
     tokenizer_checksum,
 )
 from megatron_patch.data.preprocess.readers import Batch, batches
@@ -156,6 +156,10 @@ def preprocess(
         notice(f"resuming: {begin.read / 1e6:,.0f} MB and {sum(count for count, _ in begin.outputs):,} documents are done")
     try:
         return _run(run, settings, tokenizer, known, begin)
+    except DataError:
+        if (kept := last_record(journal_path(output_prefix))) is not None:
+            notice(f"{kept.read / 1e6:,.0f} MB of the input are finished and kept: when the cause is gone, go on with --resume")
+        raise
     except BackendDisagrees as disagreement:
         if not run.resumable:
             raise DataError(f"fastokens gave other ids than the reference for {disagreement}", do="use --backend reference") from None
@@ -168,16 +172,14 @@ def preprocess(
 def _beginning(run: _Run, known: dict[str, object], overwrite: bool, resume: bool) -> Record | None:
     """Where to begin: at the start, or where an unfinished run ended; None where nothing is left to do."""
     path = journal_path(run.output_prefix)
-    found = last_record(path) if resume or not overwrite else None
-    if found is not None:
-        if not resume:
-            raise DataError(
-                f"{path}: an unfinished run that has read {found[1].read / 1e6:,.0f} MB",
-                "--resume to go on with it, --overwrite to start over",
-                "choose one",
-            )
-        check_identity(found[0], known)
-        return found[1]
+    if resume and (found := record_to_resume(path, known)) is not None:
+        return found
+    if not resume and not overwrite and (unfinished := last_record(path)) is not None:
+        raise DataError(
+            f"{path}: an unfinished run that has read {unfinished.read / 1e6:,.0f} MB",
+            "--resume to go on with it, --overwrite to start over",
+            "choose one",
+        )
     existing = [path for prefix in run.prefixes for path in (bin_path(prefix), idx_path(prefix)) if path.exists()]
     if existing and not overwrite:
         infos = [read_info(prefix) if idx_path(prefix).exists() else None for prefix in run.prefixes]
@@ -272,7 +274,7 @@ def _run(run: _Run, settings: EncodeSettings, tokenizer: Tokenizer, known: dict[
         writers = _writers(run, settings, begin, stack)
         accounts = _Accounts(run, begin)
         stack.callback(accounts.bad.close)
-        journal = Journal(journal_path(run.output_prefix), known, resumed=bool(begin.outputs))
+        journal = Journal(journal_path(run.output_prefix), known, begin if begin.outputs else None)
         stack.callback(journal.close)
         if not begin.complete:
             _encode_all(run, settings, tokenizer, writers, accounts, journal, begin)
