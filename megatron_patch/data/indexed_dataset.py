@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -274,17 +275,7 @@ class IndexedDatasetWriter:
         Raises:
             DataError: lengths that do not sum to the tokens, an empty or too long document, ids that do not fit, no space left.
         """
-        if lengths.size and int(lengths.max()) > _LONGEST:
-            raise DataError(
-                f"a document of {int(lengths.max())} tokens",
-                f"up to {_LONGEST} tokens: the format has 32 bits for them",
-                "split the document",
-            )
-        if int(lengths.sum()) != tokens.size or (lengths.size and int(lengths.min()) < 1):
-            raise DataError(
-                f"{lengths.size} documents of {int(lengths.sum())} tokens for {tokens.size} tokens",
-                "documents that are not empty and add up",
-            )
+        self._check_lengths(lengths, tokens.size)
         if tokens.dtype != self.dtype:
             limits = np.iinfo(self.dtype.name)
             if tokens.size and (int(tokens.min()) < limits.min or int(tokens.max()) > limits.max):
@@ -299,6 +290,40 @@ class IndexedDatasetWriter:
             raise self._failure(error) from error
         self.num_documents += int(lengths.size)
         self.num_tokens += int(tokens.size)
+
+    def append_file(self, path: Path, lengths: npt.NDArray[np.generic]) -> None:
+        """Adds documents whose tokens, of the dataset's dtype, are in a file.
+
+        Args:
+            path: of the file.
+            lengths: as in `append`.
+
+        Raises:
+            DataError: lengths that do not sum to the tokens, an empty or too long document, no space left.
+        """
+        try:
+            size = path.stat().st_size // self.dtype.itemsize
+            self._check_lengths(lengths, size)
+            with path.open("rb") as file:
+                shutil.copyfileobj(file, self._bin, _CHUNK)
+            self._lengths.write(lengths.astype("<i4").data)
+        except OSError as error:
+            raise self._failure(error) from error
+        self.num_documents += int(lengths.size)
+        self.num_tokens += size
+
+    def _check_lengths(self, lengths: npt.NDArray[np.generic], tokens: int) -> None:
+        if lengths.size and int(lengths.max()) > _LONGEST:
+            raise DataError(
+                f"a document of {int(lengths.max())} tokens",
+                f"up to {_LONGEST} tokens: the format has 32 bits for them",
+                "split the document",
+            )
+        if int(lengths.sum()) != tokens or (lengths.size and int(lengths.min()) < 1):
+            raise DataError(
+                f"{lengths.size} documents of {int(lengths.sum())} tokens for {tokens} tokens",
+                "documents that are not empty and add up",
+            )
 
     def _length_chunks(self) -> Iterator[npt.NDArray[np.int32]]:
         self._lengths.seek(0)

@@ -355,7 +355,11 @@ def _encode_all(
     ) as encoded_batches:
         for encoded in encoded_batches:
             for writer, part in zip(writers, encoded.parts, strict=True):
-                writer.append(part.tokens, part.lengths)
+                if part.file:
+                    writer.append_file(Path(part.file), part.lengths)
+                    os.unlink(part.file)
+                else:
+                    writer.append(part.tokens, part.lengths)
             accounts.add(encoded, writers)
             if accounts.due():
                 accounts.save(journal, writers)
