@@ -117,8 +117,8 @@ def test_documents_in_a_file_are_those_of_its_bytes(tmp_path_factory, parts, sep
         patch.setattr(long_texts, "_PIECE_BYTES", piece)
         patch.setattr(long_texts, "LONG_BYTES", long)
         found = list(documents_in_file(file, 6, 6 + len(data), separator))
-        read = [(place, part if isinstance(part, bytes) else path.read_bytes()[slice(*part)]) for place, part in found]
-    assert [(place - 6, part) for place, part in read] == list(documents._pieces(data, separator))
+        read = [(place, path.read_bytes()[slice(*part)] if isinstance(part, tuple) else bytes(part)) for place, part in found]
+    assert [(place - 6, part) for place, part in read] == [(place, bytes(part)) for place, part in documents._pieces(data, separator)]
 
 
 @given(

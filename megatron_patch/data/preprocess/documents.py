@@ -58,21 +58,24 @@ def documents(batch: Batch, keys: Sequence[str], counted: list[int]) -> Iterator
     try:
         for number, (place, piece) in enumerate(pieces, start=1):
             lines = number
-            if not isinstance(piece, bytes):
+            document: Document | None = None
+            if isinstance(piece, tuple):
                 assert file is not None
-                yield _long(batch, file, number, piece, keys)
+                document = _long(batch, file, number, piece, keys)
             elif batch.kind == "text":
-                piece = piece.strip(_LINE_ENDS) if batch.separator is not None else piece
-                if piece or batch.separator is None:
-                    yield _plain(number, piece, len(keys), place - first)
-            elif piece.strip():
-                yield _parse(number, piece, keys, place - first)
+                text = bytes(piece) if batch.separator is None else bytes(piece).strip(_LINE_ENDS)
+                if text or batch.separator is None:
+                    document = _plain(number, text, len(keys), place - first)
+            else:
+                document = _parse(number, piece, keys, place - first)
+            if document is not None:
+                yield document
     except EOFError as error:
         raise batch.shorter() from error
     counted.append(lines)
 
 
-def _long(batch: Batch, file: BinaryIO, number: int, where: tuple[int, int], keys: Sequence[str]) -> Document:
+def _long(batch: Batch, file: BinaryIO, number: int, where: tuple[int, int], keys: Sequence[str]) -> Document | None:
     """A document that is left in its file. Its text is read once here, so that what is wrong with it is known before any of it is used."""
     start, end = where
     offset = start - batch.start
@@ -82,7 +85,7 @@ def _long(batch: Batch, file: BinaryIO, number: int, where: tuple[int, int], key
     else:
         line, strings = long_strings(file, start, end)
         document = _parse(number, line, keys, offset)
-        if document.texts is None:
+        if document is None or document.texts is None:
             return document
         texts = tuple(strings.get(text, text) if isinstance(text, str) else text for text in document.texts)
     try:
@@ -94,15 +97,15 @@ def _long(batch: Batch, file: BinaryIO, number: int, where: tuple[int, int], key
     return Document(number, texts, offset=offset)
 
 
-def _pieces(data: bytes, separator: bytes | None) -> Iterator[tuple[int, bytes]]:
+def _pieces(data: bytes, separator: bytes | None) -> Iterator[tuple[int, memoryview]]:
     """(first byte, bytes) of each piece between separators; what is behind the last one is a piece if there is anything."""
-    start = 0
+    start, view = 0, memoryview(data)
     if separator is not None:
         while (found := data.find(separator, start)) >= 0:
-            yield start, data[start:found]
+            yield start, view[start:found]
             start = found + len(separator)
     if start < len(data):
-        yield start, data[start:]
+        yield start, view[start:]
 
 
 def _row(number: int, row: Sequence[str | None], keys: Sequence[str]) -> Document:
@@ -119,10 +122,13 @@ def _plain(number: int, data: bytes, keys: int, offset: int) -> Document:
         return Document(number, None, f"not UTF-8: {error}", offset)
 
 
-def _parse(number: int, line: bytes, keys: Sequence[str], offset: int) -> Document:
+def _parse(number: int, line: bytes | memoryview, keys: Sequence[str], offset: int) -> Document | None:
+    """A line of JSON; None where it is blank."""
     try:
         document = orjson.loads(line)
     except orjson.JSONDecodeError as error:
+        if not bytes(line).strip():
+            return None
         return Document(number, None, f"no valid JSON: {error}", offset)
     texts = []
     for key in keys:

@@ -301,7 +301,7 @@ class Encoder:
         self._filtered += int((full & ~kept).sum())
         if not kept.all():
             ids, lengths = ids[np.repeat(kept, lengths)], lengths[kept]
-        return self._frame(ids, lengths)
+        return self.frame(ids, lengths)
 
     def _check(self, texts: Sequence[str], ids: npt.NDArray[np.uint32], lengths: npt.NDArray[np.int64]) -> None:
         """Compares a document of the batch with the reference; of a long one the beginning, encoded once more by itself."""
@@ -320,8 +320,13 @@ class Encoder:
         framed = lengths + int(self.settings.prepend_bos) + int(self.settings.append_eod)
         return -(-framed // self.settings.patch_align) * self.settings.patch_align
 
-    def _frame(self, ids: npt.NDArray[np.uint32], lengths: npt.NDArray[np.int64]) -> Part:
-        """Puts each document between its beginning and end tokens and pads it to whole patches."""
+    def frame(self, ids: npt.NDArray[np.uint32], lengths: npt.NDArray[np.int64]) -> Part:
+        """Puts each document between its beginning and end tokens and pads it to whole patches.
+
+        Args:
+            ids: of all documents, one after another.
+            lengths: of each.
+        """
         settings = self.settings
         begin = int(settings.prepend_bos)
         framed = self._framed(lengths)

@@ -92,7 +92,7 @@ def whole(text: str | LongText) -> str:
     return text if isinstance(text, str) else "".join(text.pieces())
 
 
-def documents_in_file(file: BinaryIO, start: int, end: int, separator: bytes | None) -> Iterator[tuple[int, bytes | tuple[int, int]]]:
+def documents_in_file(file: BinaryIO, start: int, end: int, separator: bytes | None) -> Iterator[tuple[int, memoryview | tuple[int, int]]]:
     """What stands between separators in a range of a file: (first byte, the bytes, or of long ones the range they take).
 
     Raises:
@@ -108,14 +108,14 @@ def documents_in_file(file: BinaryIO, start: int, end: int, separator: bytes | N
         taken = 0
         while separator is not None and (found := rest.find(separator, taken)) >= 0:
             at = read - len(rest) + found
-            yield begin, rest[taken:found] if at - begin == found - taken else (begin, at)
+            yield begin, memoryview(rest)[taken:found] if at - begin == found - taken else (begin, at)
             taken = found + len(separator)
             begin = at + len(separator)
         rest = rest[taken:]
         if len(rest) >= LONG_BYTES or len(rest) < read - begin:
             rest = rest[len(rest) - len(separator) + 1 :] if separator is not None else b""
     if begin < end:
-        yield begin, rest if len(rest) == end - begin else (begin, end)
+        yield begin, memoryview(rest) if len(rest) == end - begin else (begin, end)
 
 
 def _pieces(file: BinaryIO, start: int, end: int) -> Iterator[bytes]:
