@@ -1,6 +1,6 @@
 """Pretraining, from the command line to the last checkpoint; read `Trainer.train` from top to bottom.
 
-In: flags. Out: checkpoints, metrics, and an exit code (0 done, 2 configuration, 3 data, 4 checkpoint).
+In: flags. Out: checkpoints, metrics, and an exit code (`ExitCode`).
 """
 
 from __future__ import annotations
@@ -12,17 +12,21 @@ from megatron_patch.config.resolve import RunConfig, load_config
 from megatron_patch.console import make_console
 from megatron_patch.engine.deepspeed_config import EngineConfig, engine_config
 from megatron_patch.errors import ConfigError, MegatronPatchError
+from megatron_patch.exit_codes import ExitCode
 from megatron_patch.training.dry_run import print_plan
 from megatron_patch.training.stream import missing_data, open_stream
 
 
-def pretrain(run: RunConfig) -> None:
+def pretrain(run: RunConfig) -> ExitCode:
     """Trains as a run says, or prints its plan in a dry run.
+
+    Returns:
+        Done, or stopped on request.
 
     Raises:
         MegatronPatchError: what the user has to change.
     """
-    settings = _engine_settings(run)
+    settings = engine_settings(run)
     if run.options.logging.dry_run:
         console = make_console()
         missing = missing_data(run) if run.blend else "no --data-path"
@@ -30,21 +34,29 @@ def pretrain(run: RunConfig) -> None:
         print_plan(run, settings, console, stream=stream)
         for note in stream.notes() if stream is not None else [f"how often data is read is not shown: {missing}"]:
             console.print(f"[yellow]Note[/yellow] {note}", highlight=False)
-        return
+        return ExitCode.DONE
     # Torch and DeepSpeed take seconds to import, which wrong flags and dry runs need not wait for.
     from megatron_patch.engine.distributed import join, leave
+    from megatron_patch.training.stop_requests import StopRequests
     from megatron_patch.training.trainer import Trainer
 
     device = join(run.options.engine.distributed_timeout_minutes)
     if settings.precision == "fp16" and device.type == "cpu":
         raise ConfigError("--fp16 on CPUs", "--bf16 or float32 there", "use --bf16, or a GPU")
-    with Trainer(run, settings, device) as trainer:
-        trainer.train()
+    stops = StopRequests(run.options.safety)
+    with Trainer(run, settings, device, stops) as trainer:
+        code = trainer.train()
     # Not after an error: peers may be inside a collective, and leaving would wait for them.
     leave()
+    return code
 
 
-def _engine_settings(run: RunConfig) -> EngineConfig:
+def engine_settings(run: RunConfig) -> EngineConfig:
+    """DeepSpeed's part of a run.
+
+    Raises:
+        ConfigError: what does not go together.
+    """
     settings = engine_config(run.options.engine, run.options.schedule, run.origins, run.plan, run.data_parallel_size)
     if settings.precision == "bf16" and settings.zero_stage == 0 and run.options.engine.recompute_granularity != "none":
         raise ConfigError(
@@ -67,10 +79,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     rank = 0
     try:
         rank, ranks, _ = ranks_of_environment()
-        pretrain(load_config(arguments, ranks))
+        run = load_config(arguments, ranks)
+        code = pretrain(run)
     except MegatronPatchError as error:
+        code = error.exit_code
         # Every rank meets the same error in flags and files; one message is enough. An error of one rank alone is told by that rank.
         if rank == 0 or not isinstance(error, ConfigError):
             print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
-        return error.exit_code
-    return 0
+    if code != ExitCode.DONE and rank == 0:
+        print(f"exit code {code.value}: {code.advice}", file=sys.stderr, flush=True)
+    return code

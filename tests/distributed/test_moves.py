@@ -5,9 +5,12 @@ from __future__ import annotations
 import itertools
 import shutil
 
+import numpy as np
 import pytest
+import torch
 
-from tests.distributed.runs import Run, train
+from megatron_patch.engine.inference import load_model
+from tests.distributed.runs import Run, ledger, train
 
 PLAN = "--seq-length 16 --micro-batch-size 2 --global-batch-size 12 --patch-size 4 --train-tokens 4608 --lr 3e-3 --lr-warmup-fraction 0.2"
 PLAN += " --num-layers 3 --no-untie-embeddings-and-output-weights --eval-interval 5"
@@ -44,9 +47,22 @@ def check(run, unbroken):
 
 def test_from_layout_to_layout_through_the_switch(tmp_path, corpus, unbroken):
     """One run that moves before, directly at and directly behind the switch, through all of them."""
+    corpus = [corpus, "--log-token-spans"]
     for stop, layout in ((4, "PP2"), (SWITCH - 1, "TP2"), (SWITCH, "TP2 PP2"), (SWITCH + 1, "ZeRO-3"), (SWITCH + 4, "PP2")):
         go_on(tmp_path / "run", corpus, layout, stop)
-    check(go_on(tmp_path / "run", corpus, "DP2 ZeRO-1"), unbroken)
+    run = go_on(tmp_path / "run", corpus, "DP2 ZeRO-1")
+    check(run, unbroken)
+    assert np.array_equal(ledger(run, corpus[0]), ledger(unbroken, corpus[0])), "every token as often as without a move"
+
+
+def test_a_checkpoint_of_shared_layers_and_stages_is_one_model(tmp_path, corpus, unbroken):
+    """As evaluation, generation and export read it."""
+    run = go_on(tmp_path / "run", corpus, "TP2 PP2")
+    expected = load_model(str(unbroken.folder)).model.state_dict()
+    found = load_model(str(run.folder)).model.state_dict()
+    assert found.keys() == expected.keys()
+    for name, weight in expected.items():
+        torch.testing.assert_close(found[name], weight, rtol=1e-4, atol=2e-5)
 
 
 @pytest.mark.parametrize("stop", [SWITCH - 1, SWITCH, SWITCH + 1])
