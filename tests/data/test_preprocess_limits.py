@@ -53,9 +53,9 @@ def tool(tokenizer, corpus, output, *more):
 
 
 def test_on_a_full_disk_what_is_finished_is_kept_and_gone_on_from(tokenizer, small_disk, tmp_path):
-    write_corpus(tmp_path / "a.jsonl", ordinary(6))
+    write_corpus(tmp_path / "a.jsonl", ordinary(4))
     filler = small_disk / "filler"
-    filler.write_bytes(bytes(2_000_000))
+    filler.write_bytes(bytes(3_000_000))
     full = tool(tokenizer, tmp_path / "a.jsonl", small_disk / "x", "--save-interval", "0")
     assert full.returncode == 3 and "No space left" in full.stderr and "free space" in full.stderr, full.stderr
     assert "finished and kept" in full.stderr and "--resume" in full.stderr
