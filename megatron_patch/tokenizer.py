@@ -8,6 +8,7 @@ comes with a model.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -52,7 +53,7 @@ def encode(tokenizer: Tokenizer, text: str) -> list[int]:
 
 def _flat(rows: Sequence[Sequence[int]]) -> Flat:
     lengths = np.array([len(row) for row in rows], dtype=np.int64)
-    ids = np.fromiter((token for row in rows for token in row), dtype=np.uint32, count=int(lengths.sum()))
+    ids = np.fromiter(itertools.chain.from_iterable(rows), dtype=np.uint32, count=int(lengths.sum()))
     return ids, lengths
 
 

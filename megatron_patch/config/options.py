@@ -212,6 +212,8 @@ class DataOptions:
     """Positions start at 0 in each document."""
     eod_mask_loss: bool = False
     """Do not score labels of another document than that of the position that predicts them."""
+    max_epochs: tuple[str, ...] = ()
+    """How often a corpus may be read in the whole run: a number for all, PREFIX=NUMBER for one; a run that would read more is refused."""
     shuffle_window_blocks: int = 1024
     """Blocks whose samples are shuffled together."""
     num_workers: int = 2

@@ -116,6 +116,34 @@ def parse_blend(words: Sequence[str], flag: str = "--data-path") -> tuple[tuple[
     return tuple((prefix, weight / total) for prefix, weight in pairs)
 
 
+def parse_epoch_limits(words: Sequence[str], corpora: Sequence[str]) -> dict[str, float]:
+    """Reads --max-epochs: a number for all corpora, PREFIX=NUMBER for one, which goes before.
+
+    Args:
+        words: what was given.
+        corpora: all that the run reads.
+
+    Returns:
+        The limit of each corpus that has one.
+
+    Raises:
+        ConfigError: no number above zero, several for all, or a corpus that the run does not read.
+    """
+    limits: dict[str, float] = {}
+    for word in sorted(words, key=lambda word: "=" in word):
+        name, _, number = word.rpartition("=")
+        try:
+            limit = float(number)
+        except ValueError:
+            limit = 0.0
+        if not limit > 0 or (not name and limits):
+            raise ConfigError(f"--max-epochs {' '.join(words)}", "one number above zero for all, PREFIX=NUMBER for one corpus")
+        if name and name not in corpora:
+            raise ConfigError(f"--max-epochs {word}: the run does not read {name}", f"its corpora: {', '.join(corpora) or 'none'}")
+        limits |= {name: limit} if name else dict.fromkeys(corpora, limit)
+    return limits
+
+
 def read_stages(text: str) -> tuple[StageRequest, ...]:
     """Reads the `stages:` list from YAML or JSON text.
 

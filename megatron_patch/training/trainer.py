@@ -34,6 +34,7 @@ from megatron_patch.training.callbacks.base import EvaluationRecord, Event, RunE
 from megatron_patch.training.consistency import check_batches, check_weights, replay
 from megatron_patch.training.corpus import open_data, sample_tokenizer
 from megatron_patch.training.cost import Cost
+from megatron_patch.training.data_wait import DataWait
 from megatron_patch.training.dry_run import print_plan
 from megatron_patch.training.lr_schedule import schedule_of
 from megatron_patch.training.resume import check_data, check_model, plan_to_resume
@@ -90,7 +91,7 @@ class Trainer:
         self.callbacks = make_callbacks(run, self.save_folder, self.grid, self.engine.logits, tokenizer, device)
         if self.grid.rank == 0:
             shown = dataclasses.replace(run, plan=self.plan)
-            print_plan(shown, settings, make_console(), origins=False)
+            print_plan(shown, settings, make_console(), origins=False, stream=self.data.stream)
             for note in self._start_notes(found, resuming):
                 self._tell(note)
 
@@ -136,6 +137,7 @@ class Trainer:
             return asked
         self.watchdog.beat("the first data of the stage are read")
         loader = self.data.loader(self.place.stage_index, self.place.stage_step)
+        wait = DataWait(loader.times)
         try:
             while self.place.stage_step < stage.steps:
                 began = time.perf_counter()
@@ -151,7 +153,10 @@ class Trainer:
                 for callback in self.callbacks:
                     callback.on_batches(self.step + 1, stage, micro_batches)
                 self.place = after
-                self._account(result, lr, time.perf_counter() - began, data_seconds)
+                step_seconds = time.perf_counter() - began
+                self._account(result, lr, step_seconds, data_seconds)
+                if (note := wait.update(step_seconds, data_seconds)) is not None:
+                    self._tell(note)
                 self._treat(result)
                 ended = self.place.stage_step == stage.steps
                 asked = self.stops.agreed(self.device)
@@ -410,7 +415,7 @@ class Trainer:
                     f"resumed from {found.folder}: stage {self.stage.name}, step {self.step:,} of {self.plan.steps:,}"
                     + (" (nothing left to do)" if self.step == self.plan.steps else "")
                 )
-        notes += self.data.stream.epoch_notes()
+        notes += self.data.stream.notes()
         if not self.data.held_out:
             notes.append(
                 "no evaluation: the held-out part of the data is shorter than a sample (give --valid-data-path or another --split)"
