@@ -19,6 +19,8 @@ Balance = Literal["parameters", "flops", "blocks"]
 def pipeline_partition(shape: ModelShape, parts: int, balance: Balance, positions: int) -> list[int]:
     """Which layers (0: embedding, 1 to L: blocks, L + 1: final norm and head) each pipeline stage holds.
 
+    The first block stays with the embedding: DeepSpeed's gradient norm waits forever where one stage has no norms' weights to add.
+
     Args:
         shape: the model.
         parts: pipeline stages.
@@ -36,7 +38,14 @@ def pipeline_partition(shape: ModelShape, parts: int, balance: Balance, position
         "flops": lambda: layer_flops(shape, positions),
         "blocks": lambda: [0, *([1] * shape.num_layers), 0],
     }[balance]()
-    return partition_layers(weights, parts)
+    if parts > shape.num_layers + 1:
+        raise ConfigError(
+            f"--pipeline-model-parallel-size {parts} for {shape.num_layers} blocks and the head",
+            f"1 to {shape.num_layers + 1}",
+            "use fewer pipeline stages",
+        )
+    first, *inner = partition_layers([weights[0] + weights[1], *weights[2:]], parts)
+    return [first, *(boundary + 1 for boundary in inner)]
 
 
 def partition_layers(weights: Sequence[int], parts: int) -> list[int]:
@@ -57,11 +66,7 @@ def partition_layers(weights: Sequence[int], parts: int) -> list[int]:
     """
     count = len(weights)
     if not 1 <= parts <= count:
-        raise ConfigError(
-            f"--pipeline-model-parallel-size {parts} for {count} layers (embedding, blocks, head)",
-            f"1 to {count}",
-            "use fewer pipeline stages",
-        )
+        raise ConfigError(f"{parts} parts of {count} layers", f"1 to {count} parts")
     sums = list(itertools.accumulate(weights, initial=0))
     limit = _lightest_limit(weights, sums, parts)
     # best[i]: the least sum of squares of cutting the layers from i on into the parts that are left, and where the first of these ends.

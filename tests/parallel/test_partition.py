@@ -58,4 +58,7 @@ def test_what_is_balanced_decides_where_the_blocks_go():
     by = {name: pipeline_partition(shape, 4, name, 64) for name in ("parameters", "flops", "blocks")}
     assert by["blocks"] == [0, 4, 7, 10, 14]
     assert by["flops"][3] > by["blocks"][3], "a heavy head leaves the last stage fewer blocks"
-    assert by["parameters"][1] == 1, "a heavy embedding is a stage of its own"
+    assert by["parameters"][1] == 2, "a heavy embedding has one block beside it"
+    assert pipeline_partition(LLAMA, 3, "parameters", 64) == [0, 2, 3, 4]
+    with pytest.raises(ConfigError, match="--pipeline-model-parallel-size 4 for 2 blocks"):
+        pipeline_partition(LLAMA, 4, "parameters", 64)
