@@ -6,7 +6,7 @@ How to use it, as root, where Debian's packages slurmctld, slurmd, slurm-client 
 
 and, in another terminal, after the printed `export SLURM_CONF=...`: sinfo, sbatch, srun, squeue, scancel, scontrol as on any cluster.
 
-Nodes n0 and n1 have 4 CPUs and 2 (pretended) GPUs each; a partition `urgent` preempts jobs of the default one. Everything is below one
+Nodes n0 and n1 claim to have 128 CPUs and 8 GPUs each, as the nodes that the templates are made for; a partition `urgent` preempts jobs of the default one. Everything is below one
 folder in /tmp, names are resolved by a hosts file of its own, and only processes that this cluster started are ended.
 """
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import re
 import shutil
 import signal
@@ -32,6 +33,7 @@ _ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED
 # cred_expire is also how long a requeued job waits before it may start again: 120 seconds where nothing is said, 5 at least.
 _CONFIGURATION = """\
 ClusterName=patch
+FirstJobId={first_job}
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={controller_port}
 SlurmUser=root
@@ -117,13 +119,18 @@ class Cluster:
         key.chmod(0o400)
         host, (controller_port, *ports) = socket.gethostname().partition(".")[0], _free_ports(1 + len(NODES))
         nodes = "\n".join(
-            f"NodeName={name} NodeHostname={host} NodeAddr={address} Port={port} CPUs=4 RealMemory=1000 Gres=gpu:2 State=UNKNOWN"
+            f"NodeName={name} NodeHostname={host} NodeAddr={address} Port={port} CPUs=128 RealMemory=1000000 Gres=gpu:8 State=UNKNOWN"
             for (name, address), port in zip(NODES.items(), ports, strict=True)
         )
-        self._write("slurm.conf", _CONFIGURATION.format(host=host, controller_port=controller_port, folder=self.folder, nodes=nodes))
-        for number in range(2):
+        # Ranks meet on a port that follows from the job: clusters side by side on one machine number their jobs differently.
+        first_job = random.SystemRandom().randrange(1, 1_000_000)
+        self._write(
+            "slurm.conf",
+            _CONFIGURATION.format(first_job=first_job, host=host, controller_port=controller_port, folder=self.folder, nodes=nodes),
+        )
+        for number in range(8):
             self._write(f"gpu{number}", "")
-        self._write("gres.conf", f"Name=gpu File={self.folder}/gpu[0-1]\n")
+        self._write("gres.conf", f"Name=gpu File={self.folder}/gpu[0-7]\n")
         self._write("hosts", Path("/etc/hosts").read_text() + "".join(f"{address} {name}\n" for name, address in NODES.items()))
         munge = self.folder / "munge"
         places = {"key-file": key, "socket": munge / "socket", "pid-file": munge / "pid", "log-file": munge / "log", "seed-file": munge / "seed"}
@@ -136,11 +143,8 @@ class Cluster:
 
     def stop(self) -> None:
         """Cancels all jobs, ends the daemons and what they left, and removes the folder."""
-        with contextlib.suppress(subprocess.SubprocessError, OSError):
-            jobs = self.command("squeue", "-h", "-o", "%i").split()
-            if jobs:
-                self.command("scancel", "--signal=KILL", "--full", *jobs)
-                self.command("scancel", *jobs)
+        with contextlib.suppress(RuntimeError, subprocess.SubprocessError):
+            self.cancel_all()
         for name in reversed(list(self.daemons)):
             daemon = self.daemons.pop(name)
             daemon.terminate()
@@ -153,6 +157,13 @@ class Cluster:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    def cancel_all(self) -> None:
+        """Ends all jobs at once."""
+        jobs = self.command("squeue", "-h", "-o", "%i").split()
+        if jobs:
+            self.command("scancel", "--full", "--signal=KILL", *jobs)
+            self.command("scancel", *jobs)
 
     def _write(self, name: str, text: str) -> None:
         (self.folder / name).write_text(text)
