@@ -70,7 +70,7 @@ def first_host(node_list: str) -> str:
     Raises:
         ValueError: this is no such list.
     """
-    match = re.match(r"(?:[^][,\s]|\[[^][\s]+\])+", node_list)
+    match = re.match(r"(?:[^][,\s]|\[[^][\s]+\])+(?=,|$)", node_list)
     if match is None:
         raise ValueError(f"a list of nodes {node_list!r}")
     return re.sub(r"\[([^],-]+)[^]]*\]", r"\1", match.group())

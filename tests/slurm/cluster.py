@@ -133,7 +133,13 @@ class Cluster:
         self._write("gres.conf", f"Name=gpu File={self.folder}/gpu[0-7]\n")
         self._write("hosts", Path("/etc/hosts").read_text() + "".join(f"{address} {name}\n" for name, address in NODES.items()))
         munge = self.folder / "munge"
-        places = {"key-file": key, "socket": munge / "socket", "pid-file": munge / "pid", "log-file": munge / "log", "seed-file": munge / "seed"}
+        places = {
+            "key-file": key,
+            "socket": munge / "socket",
+            "pid-file": munge / "pid",
+            "log-file": munge / "log",
+            "seed-file": munge / "seed",
+        }
         self._spawn("munged", ["munged", "--foreground", "--force", *(f"--{name}={path}" for name, path in places.items())])
         wait_until((munge / "socket").exists, "munge's socket", explain=self.logs)
         self._spawn("slurmctld", ["slurmctld", "-D", "-i"])

@@ -12,7 +12,7 @@ from tests.slurm.cluster import NODES, Cluster, missing, wait_until
 
 
 @pytest.fixture(scope="session")
-def _running_cluster() -> Iterator[Cluster]:
+def running_cluster() -> Iterator[Cluster]:
     reason = missing()
     if reason:
         pytest.skip(reason)
@@ -25,9 +25,9 @@ def _running_cluster() -> Iterator[Cluster]:
 
 
 @pytest.fixture
-def cluster(_running_cluster: Cluster) -> Iterator[Cluster]:
+def cluster(running_cluster: Cluster) -> Iterator[Cluster]:
     """The cluster with both nodes idle; what a test leaves running is cancelled."""
-    cluster = _running_cluster
+    cluster = running_cluster
     wait_until(lambda: cluster.idle_nodes() == list(NODES), "idle nodes", explain=cluster.logs)
     yield cluster
     cluster.cancel_all()

@@ -62,18 +62,30 @@ class Job:
             return 0
         return max((record["step"] for record in records if record["type"] == "step"), default=0)
 
+    def processes(self) -> list[tuple[int, dict[str, str]]]:
+        """(process id, environment) of all that this job runs, on all nodes."""
+        return [(pid, environment) for pid, environment in self.cluster.processes() if environment.get("SLURM_JOB_ID") == self.number]
+
+    def ranks(self, rank: int) -> list[int]:
+        """The process of a rank, if it is there."""
+        tasks = [
+            pid
+            for pid, environment in self.processes()
+            if (environment.get("SLURM_STEP_ID"), environment.get("SLURM_PROCID")) == ("0", str(rank))
+        ]
+        return [pid for pid in tasks if b"pretrain_gpt_patch.py" in _command_line(pid) and b"srun" not in _command_line(pid)]
+
     def signal_rank(self, rank: int, number: signal.Signals) -> None:
         """Sends a signal to the process of one rank, past Slurm."""
-        pids = [
-            pid
-            for pid, environment in self.cluster.processes()
-            if environment.get("SLURM_JOB_ID") == self.number
-            and environment.get("SLURM_PROCID") == str(rank)
-            and b"pretrain_gpt_patch.py" in Path(f"/proc/{pid}/cmdline").read_bytes()
-            and "SLURM_STEP_ID" in environment
-        ]
-        assert len(pids) == 1, pids
-        os.kill(pids[0], number)
+        (pid,) = self.ranks(rank)
+        os.kill(pid, number)
+
+
+def _command_line(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
 
 
 def write_config(path: Path, *parts: str | Sequence[str]) -> Path:
