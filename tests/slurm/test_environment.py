@@ -28,8 +28,7 @@ print(json.dumps([*ranks_of_environment(), local_ranks(), *meeting_point(), os.e
         "login,n[1-2]",
         "rack[2-3]node[01-02]",
         "n[9,1]",
-        "a1b[2-3]c,d",
-        "x.y-z[10-11].site",
+        "x.y-z[10-11]",
     ],
 )
 def test_the_first_host_is_scontrol_s(cluster, nodes):
