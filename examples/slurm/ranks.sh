@@ -55,6 +55,7 @@ end_job() {
             exit "$code"
         fi
         mkdir -p "$save" && echo "$crashes $newest" >"$save/crashes-$SLURM_JOB_ID"
+        wait_for_nodes
         requeue "code $code, a rank crashed" "$code"
         ;;
     *)
@@ -63,6 +64,17 @@ end_job() {
         exit "$code"
         ;;
     esac
+}
+
+# wait_for_nodes: returns when every node of the job runs a task. Slurm needs minutes to notice a dead node (SlurmdTimeout); then it ends this
+# script and requeues the job itself. Requeued before that, a job with GPUs loses track of them (Slurm 22.05) and cannot start its ranks.
+wait_for_nodes() {
+    local attempt
+    for attempt in {1..20}; do
+        timeout 300 srun --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 true && return
+        echo "$(date +%FT%T) not all nodes answer (attempt $attempt)" >&2
+        sleep 30
+    done
 }
 
 # requeue WHY CODE: puts this very job back into the queue; started again it appends to the same log and resumes from SAVE.

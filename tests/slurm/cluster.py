@@ -129,7 +129,7 @@ class Cluster:
             _CONFIGURATION.format(first_job=first_job, host=host, controller_port=controller_port, folder=self.folder, nodes=nodes),
         )
         for number in range(8):
-            self._write(f"gpu{number}", "")
+            (self.folder / f"gpu{number}").symlink_to("/dev/null")
         self._write("gres.conf", f"Name=gpu File={self.folder}/gpu[0-7]\n")
         self._write("hosts", Path("/etc/hosts").read_text() + "".join(f"{address} {name}\n" for name, address in NODES.items()))
         munge = self.folder / "munge"
@@ -180,13 +180,13 @@ class Cluster:
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "SBATCH", "SRUN"))}
         return {**inherited, "SLURM_CONF": str(self.folder / "slurm.conf")}
 
-    def _spawn(self, name: str, words: Sequence[str]) -> None:
+    def _spawn(self, name: str, words: Sequence[str], **more: str) -> None:
         # A mount namespace of its own gives the daemon, and the jobs below it, a hosts file that knows the nodes.
         inside = f'mount --bind {self.folder}/hosts /etc/hosts && exec "$@"'
         with (self.folder / f"{name}.log").open("ab") as log:
             self.daemons[name] = subprocess.Popen(
                 ["unshare", "--mount", "sh", "-c", inside, "sh", *words],
-                env=self.environment,
+                env={**self.environment, **more},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -195,15 +195,23 @@ class Cluster:
 
     def start_node(self, name: str) -> None:
         """Starts a node's daemon."""
-        self._spawn(name, ["slurmd", "-D", "-N", name])
+        # Tasks carry the name by themselves; the daemon passes it on to the processes that watch over them.
+        self._spawn(name, ["slurmd", "-D", "-N", name], SLURMD_NODENAME=name)
 
     def kill_node(self, name: str) -> None:
-        """A node dies: its daemon, the jobs' steps there and their processes, all at once."""
+        """A node dies: its daemon, the jobs' steps there and their processes, without a word of one about the other."""
         daemon = self.daemons.pop(name)
-        victims = [daemon.pid, *(pid for pid, environment in self.processes() if environment.get("SLURMD_NODENAME") == name)]
-        for pid in victims:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        there = sorted(pid for pid, environment in self.processes() if environment.get("SLURMD_NODENAME") == name)
+        for number in (signal.SIGSTOP, signal.SIGKILL):
+            for pid in (daemon.pid, *there):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, number)
+        daemon.wait()
+
+    def kill_daemon(self, name: str) -> None:
+        """A node's daemon dies alone."""
+        daemon = self.daemons.pop(name)
+        daemon.kill()
         daemon.wait()
 
     def processes(self) -> Iterator[tuple[int, dict[str, str]]]:

@@ -81,7 +81,7 @@ def test_a_rank_that_hangs_behind_a_dead_one_is_ended_too(cluster, tmp_path, con
 def test_a_job_that_crashes_without_getting_on_stops(cluster, tmp_path, config, corpus):
     job = submit(cluster, "many_nodes", tmp_path / "run", *TWO_NODES, config=config, corpus=corpus, TENSOR="1", MAX_CRASHES="2")
     for start in range(2):
-        job.wait_for(lambda start=start: job.text.count("2 ranks on n[0-1]") == start + 1, "a start", 60)
+        job.wait_for(lambda start=start: job.text.count("2 ranks on n[0-1]") == start + 1, "a start", 150)
         job.wait_for(lambda: job.ranks(0), "rank 0", 30)
         job.signal_rank(0, signal.SIGKILL)
     fields = job.wait()
@@ -89,11 +89,18 @@ def test_a_job_that_crashes_without_getting_on_stops(cluster, tmp_path, config, 
     assert "crashed 2 times without a new checkpoint" in job.text
 
 
-def test_a_dead_node_s_job_waits_for_a_node_and_goes_on(cluster, tmp_path, config, corpus, unbroken):
+@pytest.mark.parametrize("victim", ["node", "daemon", "daemon and rank"])
+def test_a_dead_node_s_job_waits_for_a_node_and_goes_on(cluster, tmp_path, config, corpus, unbroken, victim):
+    """The whole node, or its daemon while the ranks run on, or a rank as well, so that the job ends before Slurm misses the daemon."""
     job = submit(cluster, "many_nodes", tmp_path / "run", *TWO_NODES, config=config, corpus=corpus, TENSOR="1")
     job.reaches(120)
-    cluster.kill_node("n1")
-    job.wait_for(lambda: cluster.state(job.number) == "PENDING", "the job back in the queue", 90)
+    if victim == "node":
+        cluster.kill_node("n1")
+    else:
+        cluster.kill_daemon("n1")
+    if victim == "daemon and rank":
+        job.signal_rank(1, signal.SIGKILL)
+    job.wait_for(lambda: cluster.state(job.number) == "PENDING", "the job back in the queue", 120)
     cluster.start_node("n1")
     assert job.completes()["Restarts"] == "1"
     is_the_same(job.run, unbroken)
