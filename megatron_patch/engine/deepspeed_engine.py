@@ -78,7 +78,7 @@ class DeepSpeedEngine(abc.ABC):
         self.grid, self._ranks = ranks.grid, ranks
         dtype = DTYPES[config.precision]
         self._names = {parameter: name for name, parameter in model.named_parameters()}
-        self._copies = model.copied_parameters
+        self._copies, self._vocab_size = model.copied_parameters, model.shape.vocab_size
         parallel = model.parallel
         shards = {name: shard_of(name, model.shape, parallel.rank, parallel.size) for name in self._names.values()}
         self._shards = {name: shard for name, shard in shards.items() if shard is not None}
@@ -218,7 +218,7 @@ class DeepSpeedEngine(abc.ABC):
         shapes: dict[str, tuple[int, ...]] = {}
         for part in gather_objects({name: self._whole_shape(parameter, name) for parameter, name in self._names.items()}):
             shapes.update(part)  # type: ignore[call-overload]
-        files.check(shapes)
+        files.check(shapes, self._vocab_size)
         kinds = ("weight",) if state is None else ("weight", "exp_avg", "exp_avg_sq")
         self._fill(lambda kind, name, start, numel: files.read_shard(kind, name, self._shards.get(name), start, numel), kinds)
         if state is not None:

@@ -82,7 +82,9 @@ class _StageModule(PipelineModule):  # type: ignore[misc]
         self._given, self._boundaries, self._tied = [part], list(boundaries), tied
         with contextlib.redirect_stdout(io.StringIO()):  # It prints what the plan has told already.
             super().__init__([LayerSpec(nn.Identity)] * boundaries[-1], topology=topology)
+        self.is_last = self.stage_id == self.num_stages - 1
         self.passages: Iterator[_Passage] = iter(())
+        self.logits: torch.Tensor | None = None
         self.label_weights: torch.Tensor | None = None
         self.scale: torch.Tensor | float = 1.0
         self.sums = torch.zeros(2, dtype=torch.float64, device=next(part.parameters()).device)
@@ -101,11 +103,15 @@ class _StageModule(PipelineModule):  # type: ignore[misc]
         return [] if self._tied is None else [(_TiedGradient(self._tied[0]), self._tied[1])]
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        """The next micro-batch through the layers: hidden states, or in the last stage the scaled loss (logits where no labels are)."""
+        """The next micro-batch through the layers: hidden states; in the last stage the scaled loss, or `logits` where no labels are."""
         passage = next(self.passages)
         result = self.part(inputs, passage.labels, self.label_weights, passage.position_ids, passage.document_ids)
+        if not self.is_last:
+            hidden: torch.Tensor = result
+            return hidden
         if isinstance(result, torch.Tensor):
-            return result
+            self.logits = result
+            return self.sums.new_zeros(())
         loss_sum, weight_sum = result
         self.sums += torch.stack([loss_sum.detach().double(), weight_sum.double()])
         scaled: torch.Tensor = loss_sum * self.scale
@@ -218,34 +224,28 @@ class PipelineParallelEngine(DeepSpeedEngine):
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         for _, group in itertools.groupby(batches, key=lambda batch: batch.input_ids.shape[:2]):
             alike = list(group)
-            self._forward([batch.input_ids for batch in alike], self._passages(alike), compute_loss=True)
+            self._forward([batch.input_ids for batch in alike], self._passages(alike))
             sums += self._summed()
         loss_sum, labels_scored = sums.tolist()
         return EvaluationResult(loss_sum / labels_scored if labels_scored else float("nan"), int(labels_scored))
 
-    def _forward(self, inputs: Sequence[torch.Tensor], passages: Iterable[_Passage], compute_loss: bool) -> torch.Tensor | None:
-        """Forward passes alone; in the last stage what the last micro-batch gave."""
+    def _forward(self, inputs: Sequence[torch.Tensor], passages: Iterable[_Passage]) -> None:
+        """Forward passes alone."""
         data = self._feed(inputs, passages)
         try:
-            _, outputs = self._engine.eval_batch(
-                data,
-                return_logits=True,
-                compute_loss=compute_loss,
-                reduce_output=None,
-                bcast_loss=False,
-                num_micro_batches=len(inputs),
-            )
+            self._engine.eval_batch(data, reduce_output=None, bcast_loss=False, num_micro_batches=len(inputs))
         finally:
             self._engine.module.train()
-        result: torch.Tensor | None = outputs
-        return result
 
     def logits(self, ids: torch.Tensor) -> torch.Tensor:
         """Distributions at K = 1; see `Engine`."""
         length = ids.shape[1]
         padded = torch.nn.functional.pad(ids, (0, -length % self.grid.tensor_parallel_size))
-        output = self._forward([padded[..., None]], [_Passage(None, None, None)], compute_loss=False)
-        vocab_size = self._model.shape.vocab_size
-        result = torch.empty(*padded.shape, vocab_size, device=self.device) if output is None else output.float().contiguous()
+        self._forward([padded[..., None]], [_Passage(None, None, None)])
+        found, self._module.logits = self._module.logits, None
+        if found is None:
+            result = torch.empty(*padded.shape, self._vocab_size, device=self.device)
+        else:
+            result = found.float().contiguous()
         torch.distributed.broadcast(result, group=self._ranks.pipeline, group_src=self.grid.pipeline_parallel_size - 1)
         return result[:, :length]

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from megatron_patch.engine.fragments import Fragment
 from megatron_patch.errors import CheckpointError
-from megatron_patch.parallel.sharding import Shard
+from megatron_patch.parallel.sharding import VOCABULARY_PARAMETERS, Shard
 
 FORMAT = "megatron_patch/state-1"
 
@@ -79,6 +79,7 @@ class StateFiles:
         self._spans: dict[str, dict[int, list[_Span]]] = {}
         self._cuts: dict[str, tuple[int, int]] = {}
         self._whole: tuple[str, str, torch.Tensor] | None = None
+        self._padded: dict[str, tuple[int, ...]] = {}
         paths = sorted(folder.glob("state-*-of-*.safetensors"))
         if not paths:
             raise CheckpointError(f"{folder} holds no state files", "a checkpoint folder step-N of this program", "check the path")
@@ -122,8 +123,14 @@ class StateFiles:
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"cannot read {path}: {error}", "a whole state file", "resume from another checkpoint") from error
 
-    def check(self, expected: dict[str, tuple[int, ...]]) -> None:
+    def check(self, expected: dict[str, tuple[int, ...]], vocab_size: int = 0) -> None:
         """Compares with a model's parameters.
+
+        The vocabulary's padding belongs to the layout, not to the model: what is read of rows that are not there is zero.
+
+        Args:
+            expected: each parameter's whole shape.
+            vocab_size: rows that embedding and head must have in common.
 
         Raises:
             CheckpointError: the first parameter that is missing, unknown or of another shape.
@@ -133,7 +140,13 @@ class StateFiles:
                 raise CheckpointError(
                     f"{self.folder} has no parameter {name} {shape}", "a checkpoint of the same model", "check the model's flags"
                 )
-            if self.shapes[name] != tuple(shape):
+            if (
+                name in VOCABULARY_PARAMETERS
+                and 0 < vocab_size <= min(shape[0], self.shapes[name][0])
+                and shape[1:] == self.shapes[name][1:]
+            ):
+                self._padded[name] = shape
+            elif self.shapes[name] != tuple(shape):
                 raise CheckpointError(
                     f"{self.folder}: parameter {name} has shape {self.shapes[name]}",
                     f"{tuple(shape)}, as the model's flags say",
@@ -159,11 +172,15 @@ class StateFiles:
         Returns:
             float32 [numel].
         """
-        total = int(torch.Size(self.shapes[name]).numel())
+        stored = int(torch.Size(self.shapes[name]).numel())
+        total = int(torch.Size(self._padded.get(name, self.shapes[name])).numel())
+        end = total if numel is None else start + numel
+        inside = min(end, stored)
         if name in self._cuts:
-            whole = self._assemble(kind, name)
-            return whole[start : total if numel is None else start + numel]
-        return self._read_part(kind, name, 0, start, total if numel is None else start + numel)
+            found = self._assemble(kind, name)[start:inside]
+        else:
+            found = self._read_part(kind, name, 0, start, inside) if start < inside else torch.empty(0)
+        return found if end == inside else torch.nn.functional.pad(found, (0, end - max(start, inside)))
 
     def _assemble(self, kind: str, name: str) -> torch.Tensor:
         """A parameter that was cut along an inner dimension, flattened; kept until another is asked for."""
@@ -189,7 +206,8 @@ class StateFiles:
         if shard is None:
             return self.read(kind, name, start, numel)
         if shard.dim == 0:
-            return self.read(kind, name, shard.index * (int(torch.Size(self.shapes[name]).numel()) // shard.count) + start, numel)
+            total = int(torch.Size(self._padded.get(name, self.shapes[name])).numel())
+            return self.read(kind, name, shard.index * (total // shard.count) + start, numel)
         whole = self.read(kind, name).view(self.shapes[name])
         return whole.chunk(shard.count, dim=shard.dim)[shard.index].flatten()[start : start + numel]
 

@@ -12,7 +12,9 @@ from megatron_patch.errors import ConfigError
 from megatron_patch.model.shape import ModelShape
 
 _BY_ROWS: tuple[str, ...] = ("attention.query.weight", "attention.query.bias", "feed_forward.gate.weight", "feed_forward.gate.bias")
-_BY_ROWS += ("feed_forward.up.weight", "feed_forward.up.bias", "embedding.word.weight", "head.weight")
+VOCABULARY_PARAMETERS = ("embedding.word.weight", "head.weight")
+"""A row for each id, and padding."""
+_BY_ROWS += ("feed_forward.up.weight", "feed_forward.up.bias", *VOCABULARY_PARAMETERS)
 _BY_COLUMNS = ("attention.output.weight", "feed_forward.down.weight")
 _KEYS = ("attention.key.weight", "attention.key.bias", "attention.value.weight", "attention.value.bias")
 

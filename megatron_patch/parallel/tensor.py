@@ -43,24 +43,33 @@ WHOLE = TensorParallel()
 """A model that is not shared."""
 
 
+# Collectives as operators of the dispatcher: torch.compile keeps them in its graph, and NCCL reduces and gathers without copies.
+_collectives = torch.ops._c10d_functional
+
+
+def _name(parallel: TensorParallel) -> str:
+    assert parallel.group is not None
+    return parallel.group.group_name
+
+
 def _all_reduce(tensor: torch.Tensor, parallel: TensorParallel) -> torch.Tensor:
-    tensor = tensor.contiguous()
-    dist.all_reduce(tensor, group=parallel.group)
-    return tensor
+    total: torch.Tensor = _collectives.wait_tensor(_collectives.all_reduce(tensor.contiguous(), "sum", _name(parallel)))
+    return total
 
 
 def _gather(tensor: torch.Tensor, parallel: TensorParallel, dim: int) -> torch.Tensor:
     """[..., n, ...] of each rank to [..., size·n, ...] on all."""
-    parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(parallel.size)]
-    dist.all_gather(parts, tensor.contiguous(), group=parallel.group)
-    return torch.cat(parts, dim=dim)
+    gathered = _collectives.all_gather_into_tensor(tensor.contiguous(), parallel.size, _name(parallel))
+    parts = _collectives.wait_tensor(gathered).view(parallel.size, *tensor.shape)
+    dim %= tensor.ndim
+    return parts.movedim(0, dim).flatten(dim, dim + 1)
 
 
 def _scatter_sum(tensor: torch.Tensor, parallel: TensorParallel) -> torch.Tensor:
     """The sum over ranks, of which each keeps its positions."""
-    parts = [part.contiguous() for part in tensor.chunk(parallel.size, dim=_POSITIONS)]
-    result = torch.empty_like(parts[0])
-    dist.reduce_scatter(result, parts, group=parallel.group)
+    parts = tensor.unflatten(_POSITIONS, (parallel.size, -1)).movedim(_POSITIONS, 0).contiguous()
+    own = _collectives.reduce_scatter_tensor(parts.flatten(0, 1), "sum", parallel.size, _name(parallel))
+    result: torch.Tensor = _collectives.wait_tensor(own)
     return result
 
 
@@ -73,14 +82,14 @@ class _Enter(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
         parallel = ctx.parallel
-        return (_scatter_sum(grad, parallel) if parallel.sequence else _all_reduce(grad.clone(), parallel)), None
+        return (_scatter_sum(grad, parallel) if parallel.sequence else _all_reduce(grad, parallel)), None
 
 
 class _Leave(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, partial: torch.Tensor, parallel: TensorParallel) -> torch.Tensor:
         ctx.parallel = parallel
-        return _scatter_sum(partial, parallel) if parallel.sequence else _all_reduce(partial.clone(), parallel)
+        return _scatter_sum(partial, parallel) if parallel.sequence else _all_reduce(partial, parallel)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
@@ -95,7 +104,7 @@ class _SumGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
-        return _all_reduce(grad.clone(), ctx.parallel), None
+        return _all_reduce(grad, ctx.parallel), None
 
 
 def enter(hidden: torch.Tensor, parallel: TensorParallel) -> torch.Tensor:

@@ -21,7 +21,7 @@ def pretrain(run: RunConfig) -> None:
     Raises:
         MegatronPatchError: what the user has to change.
     """
-    settings = _engine_settings(run)
+    settings = engine_settings(run)
     if run.options.logging.dry_run:
         print_plan(run, settings, make_console())
         return
@@ -38,7 +38,12 @@ def pretrain(run: RunConfig) -> None:
     leave()
 
 
-def _engine_settings(run: RunConfig) -> EngineConfig:
+def engine_settings(run: RunConfig) -> EngineConfig:
+    """DeepSpeed's part of a run.
+
+    Raises:
+        ConfigError: what does not go together.
+    """
     settings = engine_config(run.options.engine, run.options.schedule, run.origins, run.plan, run.data_parallel_size)
     if settings.precision == "bf16" and settings.zero_stage == 0 and run.options.engine.recompute_granularity != "none":
         raise ConfigError(

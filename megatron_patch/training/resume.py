@@ -46,9 +46,10 @@ def check_model(state: TrainerState, run: RunConfig, weights_only: bool = False)
         )
     defaults = {f.name: f.default for f in dataclasses.fields(ModelShape) if f.default is not dataclasses.MISSING}
     saved, given = {**defaults, **state.model}, dataclasses.asdict(run.shape)
+    free = {"padded_vocab_size"}  # which belongs to the layout
     if weights_only:
-        free = {"init_std"} | ({"max_positions"} if run.shape.position_embedding == "rope" else set())
-        saved, given = ({name: value for name, value in values.items() if name not in free} for values in (saved, given))
+        free |= {"init_std"} | ({"max_positions"} if run.shape.position_embedding == "rope" else set())
+    saved, given = ({name: value for name, value in values.items() if name not in free} for values in (saved, given))
     difference = _first_difference(saved, given)
     if difference:
         raise CheckpointError(

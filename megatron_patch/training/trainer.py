@@ -68,7 +68,7 @@ class Trainer:
         if found is not None:
             self.engine.load(found.folder, found.state.engine if resuming else None)
         self.throughput = Throughput(world, device_name(device), run.options.logging.peak_tflops)
-        self.callbacks = make_callbacks(run, self.save_folder, self.grid.rank, self.engine.logits, tokenizer, device)
+        self.callbacks = make_callbacks(run, self.save_folder, self.grid, self.engine.logits, tokenizer, device)
         if self.grid.rank == 0:
             shown = dataclasses.replace(run, plan=self.plan)
             print_plan(shown, settings, make_console(), origins=False)

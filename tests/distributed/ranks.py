@@ -6,6 +6,7 @@ import contextlib
 import multiprocessing
 import multiprocessing.forkserver
 import os
+import random
 import socket
 import time
 import traceback
@@ -46,10 +47,12 @@ def start_server() -> Any:
 
 
 def free_port() -> int:
-    """A port that nobody listens on now."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
+    """A port that nobody listens on now, below those that the system gives to outgoing connections, which could take it in between."""
+    while True:
+        port = random.randrange(12_000, 32_000)
+        with socket.socket() as sock, contextlib.suppress(OSError):
+            sock.bind(("127.0.0.1", port))
+            return port
 
 
 def _rank_main(rank: int, size: int, port: int, log: str, function: Callable[..., Any], args: Sequence[Any], results: Any) -> None:

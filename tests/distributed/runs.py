@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_patch.data.corpus import TokenCorpus
 from megatron_patch.data.indexed_dataset import IndexedDatasetWriter
 from tests.distributed.ranks import run_ranks
 
@@ -98,6 +99,21 @@ def train(folder: Path, ranks: int, *parts: str | Sequence[str], expect: int = 0
 def printed(folder: Path) -> str:
     """What the ranks of `train` printed."""
     return "\n".join(path.read_text() for path in sorted((folder.parent / f"{folder.name}-logs").glob("*.log")))
+
+
+def ledger(run: Run, corpus: str) -> np.ndarray:
+    """How often each token of the corpus was an input, by the span logs of all ranks."""
+    counts = np.zeros(TokenCorpus([corpus]).num_tokens, dtype=int)
+    steps: dict[int, int] = {}
+    for path in sorted((run.folder / "spans").glob("rank-*.jsonl")):
+        for line in path.read_text().splitlines():
+            record = json.loads(line)
+            steps[record["step"]] = steps.get(record["step"], 0) + 1
+            for micro_batch in record["spans"]:
+                for _, start, length in micro_batch:
+                    counts[start : start + length] += 1
+    assert sorted(steps) == list(range(1, len(run.losses) + 1))
+    return counts
 
 
 def start_process(*parts: str | Sequence[str], log: Path) -> subprocess.Popen[bytes]:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.distributed.ranks import free_port
@@ -69,17 +73,79 @@ def test_data_read_more_than_once_is_told(tmp_path):
     assert "is read" in printed(tmp_path / "run") and "times" in printed(tmp_path / "run")
 
 
-@pytest.mark.skipif(not (Path(sys.executable).parent / "deepspeed").exists(), reason="the deepspeed launcher is not beside this Python")
+LAUNCHER = Path(sys.executable).parent / "deepspeed"
+needs_launcher = pytest.mark.skipif(not LAUNCHER.exists(), reason="the deepspeed launcher is not beside this Python")
+
+
+def launch(ranks: int, *parts: str | Sequence[str]) -> list[str]:
+    """The command line that a user would type."""
+    words = [sys.executable, str(LAUNCHER), "--num_gpus", str(ranks), "--master_port", str(free_port())]
+    return [*words, str(ROOT / "pretrain_gpt_patch.py"), *command(MODEL, DATA, *parts)]
+
+
+def children(process: int) -> list[int]:
+    """Ids of a process' descendants."""
+    found = []
+    for task in Path(f"/proc/{process}/task").glob("*/children"):
+        for child in map(int, task.read_text().split()):
+            found += [child, *children(child)]
+    return found
+
+
+ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TORCHDYNAMO_DISABLE": "1"}
+
+
+@contextlib.contextmanager
+def started(words: list[str], folder: Path) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
+    """A job that has saved its first checkpoint into folder/run, and its log; it is ended afterwards."""
+    log = folder / "log"
+    with log.open("wb") as file:
+        job = subprocess.Popen(words, env={**os.environ, **ENVIRONMENT}, stdout=file, stderr=file, cwd=folder)
+    try:
+        deadline = time.monotonic() + 200
+        while not list((folder / "run").glob("step-*/manifest.json")):
+            assert job.poll() is None and time.monotonic() < deadline, log.read_text()
+            time.sleep(0.1)
+        yield job, log
+    finally:
+        job.terminate()
+        job.wait()
+
+
+@needs_launcher
+@pytest.mark.parametrize("layout", ["--pipeline-model-parallel-size 2", "--tensor-model-parallel-size 2 --sequence-parallel"])
+def test_a_rank_that_dies_ends_the_job(tmp_path, corpus, layout):
+    """kill -9 on one rank in the middle of training: no rank is left a minute later, and the launcher says so by its exit code."""
+    words = launch(2, PLAN, layout, "--train-tokens 3M --data-path", corpus, ["--save", str(tmp_path / "run")])
+    with started(words, tmp_path) as (job, log):
+        ranks = [child for child in children(job.pid) if "--local_rank=1" in Path(f"/proc/{child}/cmdline").read_text()]
+        everyone = [job.pid, *children(job.pid)]
+        os.kill(ranks[-1], signal.SIGKILL)
+        assert job.wait(timeout=60) != 0
+        assert not [process for process in everyone if Path(f"/proc/{process}").exists()], log.read_text()
+
+
+@needs_launcher
+@pytest.mark.parametrize(("ranks", "layout"), [(2, "--zero-stage 3"), (4, "--pipeline-model-parallel-size 2")])
+def test_an_error_on_one_rank_ends_the_job_with_its_message(tmp_path, ranks, layout):
+    """An id outside the vocabulary gets into the file: the rank whose sample has it says where it is, and all ranks end."""
+    prefix = make_corpus(tmp_path / "walks")
+    words = launch(ranks, PLAN, layout, "--train-tokens 3M --data-path", prefix, ["--save", str(tmp_path / "run")])
+    with started(words, tmp_path) as (job, log):
+        data = np.memmap(f"{prefix}.bin", dtype=np.uint16, mode="r+")
+        data[9000:9003] = 65
+        data.flush()
+        assert job.wait(timeout=60) != 0
+        assert "DataError" in log.read_text() and "token id 65" in log.read_text()
+
+
+@needs_launcher
 def test_the_launcher_s_two_ranks_give_what_forked_ranks_give(tmp_path, corpus):
     forked = train(tmp_path / "forked", 2, PLAN, "--data-path", corpus)
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    words = ["--num_gpus", "2", "--master_port", str(free_port()), str(ROOT / "pretrain_gpt_patch.py")]
-    words += command(MODEL, DATA, PLAN, ["--data-path", corpus, "--save", str(tmp_path / "launched")])
-    launcher = [sys.executable, str(Path(sys.executable).parent / "deepspeed")]
-    result = subprocess.run([*launcher, *words], capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)
+    words = launch(2, PLAN, "--data-path", corpus, ["--save", str(tmp_path / "launched")])
+    environment = {**os.environ, **ENVIRONMENT}
+    result = subprocess.run(words, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
     assert Run(tmp_path / "launched").losses == forked.losses
-    wrong = subprocess.run(
-        [*launcher, *words, "--patchsize", "3"], capture_output=True, text=True, env=environment, cwd=tmp_path, check=False
-    )
+    wrong = subprocess.run([*words, "--patchsize", "3"], capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)
     assert wrong.returncode != 0 and "unknown flag --patchsize" in wrong.stderr

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import random
 import time
 
 import numpy as np
 import pytest
 
-from megatron_patch.data.corpus import TokenCorpus, split_ranges
-from tests.distributed.runs import Run, command, kill, printed, start_process, train
+from megatron_patch.data.corpus import split_ranges
+from tests.distributed.runs import Run, command, kill, ledger, printed, start_process, train
 
 PLAN = command(
     "--seq-length 16 --micro-batch-size 2 --global-batch-size 12 --patch-size 3 --train-tokens 4200 --lr 3e-3 --lr-warmup-fraction 0.2",
@@ -63,21 +62,6 @@ def test_bfloat16_moves_between_layouts_without_losing_its_master_weights(tmp_pa
     train(tmp_path / "moved", 2, PLAN, f"--bf16 --zero-stage 2 --exit-interval {SWITCH + 1} --data-path", corpus)
     moved = train(tmp_path / "moved", 2, PLAN, "--bf16 --zero-stage 3 --data-path", corpus)
     assert moved.losses == pytest.approx(whole.losses, rel=2e-3)
-
-
-def ledger(run: Run, corpus: str) -> np.ndarray:
-    """How often each token of the corpus was an input, by the span logs of all ranks."""
-    counts = np.zeros(TokenCorpus([corpus]).num_tokens, dtype=int)
-    steps: dict[int, int] = {}
-    for path in sorted((run.folder / "spans").glob("rank-*.jsonl")):
-        for line in path.read_text().splitlines():
-            record = json.loads(line)
-            steps[record["step"]] = steps.get(record["step"], 0) + 1
-            for micro_batch in record["spans"]:
-                for _, start, length in micro_batch:
-                    counts[start : start + length] += 1
-    assert sorted(steps) == list(range(1, len(run.losses) + 1))
-    return counts
 
 
 @pytest.mark.parametrize("stop", [SWITCH - 1, SWITCH, SWITCH + 1])

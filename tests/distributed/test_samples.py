@@ -33,7 +33,16 @@ def corpus(tmp_path_factory):
     return make_corpus(tmp_path_factory.mktemp("samples") / "walks")
 
 
-@pytest.mark.parametrize("layout", ["--zero-stage 3", "--zero-stage 1 --bf16", "--zero-stage 0 --bf16"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "--zero-stage 3",
+        "--zero-stage 1 --bf16",
+        "--zero-stage 0 --bf16",
+        "--pipeline-model-parallel-size 2",
+        "--tensor-model-parallel-size 2 --sequence-parallel",
+    ],
+)
 def test_samples_are_the_checkpoint_s_greedy_text_and_leave_training_alone(layout, corpus, tmp_path):
     plain = train(tmp_path / "plain", 2, PLAN, layout, "--data-path", corpus)
     run = train(tmp_path / "run", 2, PLAN, layout, SAMPLES, "--data-path", corpus)

@@ -10,6 +10,7 @@ import torch
 from megatron_patch.config.resolve import RunConfig
 from megatron_patch.console import make_console
 from megatron_patch.model.generate import Sampling
+from megatron_patch.parallel.grid import Grid
 from megatron_patch.tokenizer import Tokenizer
 from megatron_patch.training.callbacks.base import Callback
 from megatron_patch.training.callbacks.console import Console
@@ -23,7 +24,7 @@ from megatron_patch.training.callbacks.wandb import WeightsAndBiases
 def make_callbacks(
     run: RunConfig,
     save: Path | None,
-    rank: int,
+    grid: Grid,
     logits: Callable[[torch.Tensor], torch.Tensor],
     tokenizer: Tokenizer | None,
     device: torch.device,
@@ -33,14 +34,15 @@ def make_callbacks(
     Args:
         run: the run.
         save: its folder.
-        rank: this rank.
+        grid: this rank's place.
         logits: the engine's, for samples.
         tokenizer: for samples, where they are asked for.
         device: of this rank.
     """
     logging = run.options.logging
     callbacks: list[Callback] = []
-    if rank == 0:
+    first = grid.rank == 0
+    if first:
         callbacks.append(Console(logging.log_interval))
         if save is not None:
             callbacks.append(Metrics(save / "metrics.jsonl"))
@@ -53,7 +55,8 @@ def make_callbacks(
         learned = run.shape.max_positions if run.shape.position_embedding == "learned" else None
         request = SampleRequest(logging.sample_prompts, logging.sample_tokens, sampling, learned)
         path = save / "samples.jsonl" if save is not None else None
-        callbacks.append(Samples(logits, tokenizer, request, device, path, make_console() if rank == 0 else None))
-    if logging.log_token_spans and save is not None:
-        callbacks.append(SpanLog(save / "spans", rank))
+        callbacks.append(Samples(logits, tokenizer, request, device, path, make_console() if first else None))
+    reads_first = grid.tensor_parallel_rank == grid.pipeline_parallel_rank == 0
+    if logging.log_token_spans and save is not None and reads_first:
+        callbacks.append(SpanLog(save / "spans", grid.rank))
     return callbacks

@@ -1,0 +1,211 @@
+#!/usr/bin/env python
+"""Both stages of a run under parallel layouts: tokens a second, TFLOP/s, MFU, and what a patch stage gains over the token stage.
+
+    python benchmarks/layouts.py                                           one rank, and every layout of two
+    python benchmarks/layouts.py --ranks 8 --layouts "TP8 SP" "TP4 SP PP2" "DP8 ZeRO3" --config my.yaml
+    python benchmarks/layouts.py --profile                                 one rank under torch's profiler: where a step's time goes
+
+Each layout is one run of pretrain_gpt_patch.py by the deepspeed launcher over random tokens, data loading included: a patch stage and a
+token stage of the same positions. TFLOP/s and MFU are those of one rank. Figures are medians of each stage's steps behind its first
+three. "of K" is the patch stage's tokens/s over the token stage's, divided by K: 1 where patches cost nothing but their positions.
+"bubble" is (stages - 1) / (micro-batches + stages - 1), the share of a step in which a pipeline of DeepSpeed's schedule idles at best;
+"switch, s" is what the token stage's first step takes beyond its other ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from _measure import print_table, write_results
+from training import ROOT, SKIPPED, Row, write_corpus
+
+from megatron_patch.model.flops import peak_flops
+from megatron_patch.training.callbacks.metrics import read_metrics
+
+LAYOUTS = ["DP2 ZeRO0", "DP2 ZeRO1", "DP2 ZeRO3", "TP2", "TP2 SP", "PP2"]
+FLAGS = {
+    "TP": "--tensor-model-parallel-size {}",
+    "PP": "--pipeline-model-parallel-size {}",
+    "SP": "--sequence-parallel",
+    "ZeRO": "--zero-stage {}",
+    "DP": "",
+}
+
+
+def parse() -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    cuda = torch.cuda.is_available()
+    parser.add_argument("--ranks", type=int, default=torch.cuda.device_count() if cuda else 2)
+    parser.add_argument("--layouts", nargs="+", default=None, help='such as "TP4 SP PP2 ZeRO1"; DP is what is left of the ranks')
+    parser.add_argument("--config", default=None, help="YAML of a model; without it a small one whose blocks dominate")
+    parser.add_argument("--seq-length", type=int, default=2048 if cuda else 128)
+    parser.add_argument("--micro-batch-size", type=int, default=4)
+    parser.add_argument("--micro-batches", type=int, default=8, help="of a rank, in the token stage's step and the patch stage's")
+    parser.add_argument("--patch-size", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=12, help="of each stage")
+    parser.add_argument("--vocab-size", type=int, default=32_000 if cuda else 1024)
+    parser.add_argument("--flags", default="", help="more flags of pretrain_gpt_patch.py, for every layout")
+    parser.add_argument("--profile", action="store_true", help="one rank, a table of operators for each stage and a trace for Perfetto")
+    return parser.parse_args()
+
+
+def layout_flags(layout: str) -> list[str]:
+    """Flags of a layout such as "TP2 SP PP2 ZeRO1"."""
+    words = []
+    for part in layout.split():
+        name, number = re.fullmatch(r"([A-Za-z]+?)(\d*)", part).groups()  # type: ignore[union-attr]
+        if name not in FLAGS:
+            raise SystemExit(f"--layouts {layout!r}: {part}; allowed: {', '.join(FLAGS)} with a number")
+        words += FLAGS[name].format(number).split()
+    return words
+
+
+def plan_flags(args: argparse.Namespace, data_parallel: int, folder: Path) -> list[str]:
+    """Model, stages and data as flags; both stages have the same positions a step."""
+    sample = args.seq_length
+    samples = args.micro_batch_size * args.micro_batches * data_parallel
+    sizes = (args.patch_size, 1)
+    stages = [{"name": "patch" if k > 1 else "token", "patch_size": k, "steps": args.steps, "batch": "constant-positions"} for k in sizes]
+    write_corpus(folder / "x", args.vocab_size, samples * sample * (args.patch_size + 1) * (args.steps + 1))
+    model = "--num-layers 6 --hidden-size 256 --num-attention-heads 4 --ffn-hidden-size 1024"
+    if torch.cuda.is_available():
+        model = "--num-layers 24 --hidden-size 2048 --num-attention-heads 16 --ffn-hidden-size 5504 --bf16"
+    words = ["--config", args.config] if args.config else model.split()
+    words += ["--vocab-size", str(args.vocab_size), "--seq-length", str(sample), "--micro-batch-size", str(args.micro_batch_size)]
+    words += [
+        "--stages",
+        json.dumps(stages),
+        "--global-batch-size",
+        str(samples),
+        "--lr",
+        "1e-4",
+        "--split",
+        "1,0,0",
+        "--data-path",
+        str(folder / "x"),
+    ]
+    return [*words, "--save", str(folder / "run"), "--log-interval", "1000", *args.flags.split()]
+
+
+def measure(args: argparse.Namespace, layout: str, ranks: int) -> Row:
+    """One run; its figures by stage."""
+    words = layout_flags(layout)
+    sizes = dict(re.findall(r"(TP|PP)(\d+)", layout))
+    pipeline = int(sizes.get("PP", 1))
+    data_parallel = ranks // (int(sizes.get("TP", 1)) * pipeline)
+    launcher = str(Path(sys.executable).parent / "deepspeed")
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        command = [sys.executable, launcher, "--num_gpus", str(ranks), str(ROOT / "pretrain_gpt_patch.py")]
+        command += [*plan_flags(args, data_parallel, folder), *words]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise SystemExit(f"{' '.join(command)}\n{done.stdout[-2000:]}{done.stderr[-3000:]}")
+        records = list(read_metrics(folder / "run" / "metrics.jsonl"))
+    row: Row = {"layout": layout or "one rank", "ranks": ranks, "bubble": (pipeline - 1) / (args.micro_batches + pipeline - 1)}
+    for stage in ("patch", "token"):
+        steps = [record for record in records if record["type"] == "step" and record["stage"] == stage][SKIPPED:]
+        seconds = statistics.median(record["step_seconds"] for record in steps)
+        tokens = (steps[-1]["tokens"] - steps[0]["tokens"]) / (len(steps) - 1)
+        positions = tokens / steps[-1]["patch_size"]
+        row[stage] = {
+            "tokens_per_second": tokens / seconds,
+            "positions_per_second": positions / seconds,
+            "tflops": positions / seconds * records[0]["token_flops"] / 1e12 / ranks,
+            "data_share": statistics.median(record["data_seconds"] for record in steps) / seconds,
+            "memory_gib": steps[-1]["memory_gib"],
+        }
+    token_steps = [record["step_seconds"] for record in records if record["type"] == "step" and record["stage"] == "token"]
+    row["switch_seconds"] = token_steps[0] - statistics.median(token_steps)
+    row["of_k"] = row["patch"]["tokens_per_second"] / row["token"]["tokens_per_second"] / args.patch_size
+    return row
+
+
+def profile(args: argparse.Namespace) -> None:
+    """Steps of both stages under torch's profiler."""
+    from torch.profiler import ProfilerActivity
+
+    from megatron_patch.config.resolve import load_config
+    from megatron_patch.engine.deepspeed_config import engine_config
+    from megatron_patch.engine.distributed import join, leave
+    from megatron_patch.training.callbacks.base import Callback, StepRecord
+    from megatron_patch.training.trainer import Trainer
+
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
+
+    class Window(Callback):
+        """Opens behind the first steps of a stage, and closes two steps later."""
+
+        def __init__(self) -> None:
+            self.seen: dict[str, int] = {}
+            self.profiler: torch.profiler.profile | None = None
+
+        def on_step(self, record: StepRecord) -> None:
+            """Counts the stage's steps."""
+            count = self.seen[record.stage] = self.seen.get(record.stage, 0) + 1
+            if count == SKIPPED:
+                self.profiler = torch.profiler.profile(activities=activities)
+                self.profiler.start()
+            if count == SKIPPED + 2 and self.profiler is not None:
+                self.profiler.stop()
+                order = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+                print(f"\n{record.stage}, two steps\n{self.profiler.key_averages().table(sort_by=order, row_limit=25)}")
+                trace = f"trace-{record.stage}.json"
+                self.profiler.export_chrome_trace(trace)
+                print(f"for https://ui.perfetto.dev: {trace}")
+
+    with tempfile.TemporaryDirectory() as folder:
+        run = load_config(plan_flags(args, 1, Path(folder)), 1)
+        settings = engine_config(run.options.engine, run.options.schedule, run.origins, run.plan, 1)
+        with Trainer(run, settings, join()) as trainer:
+            trainer.callbacks = [*trainer.callbacks, Window()]
+            trainer.train()
+        leave()
+
+
+def main() -> None:
+    """Measures and prints."""
+    args = parse()
+    if args.profile:
+        profile(args)
+        return
+    rows = [] if args.layouts else [measure(args, "", 1)]
+    rows += [measure(args, layout, args.ranks) for layout in args.layouts or (LAYOUTS if args.ranks == 2 else [f"DP{args.ranks} ZeRO1"])]
+    peak = peak_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+    lines = []
+    for row in rows:
+        rates = [f"{row[stage]['tokens_per_second']:,.0f}" for stage in ("patch", "token")]
+        flops = [f"{row[stage]['tflops']:.3g}" for stage in ("patch", "token")]
+        mfu = [f"{row[stage]['tflops'] * 1e12 / peak:.1%}" if peak else "-" for stage in ("patch", "token")]
+        lines.append(
+            [
+                row["layout"],
+                str(row["ranks"]),
+                *rates,
+                f"{row['of_k']:.2f}",
+                *flops,
+                *mfu,
+                f"{row['bubble']:.0%}",
+                f"{row['switch_seconds']:.2f}",
+            ]
+        )
+    title = f"Stages, K = {args.patch_size} and 1, T = {args.seq_length}, {args.micro_batches} micro-batches of {args.micro_batch_size}"
+    heads = ["layout", "ranks", "patch tokens/s", "token tokens/s", "of K", "patch TFLOP/s", "token TFLOP/s", "patch MFU", "token MFU"]
+    print_table(title, [*heads, "bubble", "switch, s"], lines)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    write_results("layouts", device, {"settings": vars(args), "rows": rows})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,173 @@
+"""Every parallel layout of up to four ranks against one process, across the switch: `python -m tests.distributed.matrix` prints the table.
+
+Each combination trains 24 steps through a patch stage and a token stage on real ranks, with evaluations before, at and behind the switch,
+and is compared step by step: losses and evaluations within 1e-5, gradient norms within 1e-4 (bfloat16: within 1e-2 of float32).
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tests.distributed.runs import Run, make_corpus, train
+
+PLAN = "--seq-length 16 --micro-batch-size 2 --global-batch-size 12 --patch-size 4 --train-tokens 4608 --lr 3e-3 --lr-warmup-fraction 0.2"
+PLAN += " --num-layers 3 --eval-interval 5"
+MODELS = {
+    "llama": "",
+    "tied": "--no-untie-embeddings-and-output-weights",
+    "qwen3, one group": "--model-family qwen3 --num-query-groups 1",
+    "gpt2": "--model-family gpt2",
+}
+LENGTHS = {
+    "positions": "",
+    "tokens": "--sample constant-tokens --reset-position-ids --reset-attention-mask --eod-token-id 63",
+}
+"""What stays constant at the switch. With constant tokens documents are kept apart too, so that every stage needs positions and masks."""
+SHAPES = [(1, 1, 1), (1, 1, 2), (2, 1, 1), (2, 1, 2), (4, 1, 1), (1, 2, 1), (1, 2, 2), (1, 3, 1), (1, 4, 1), (2, 2, 1)]
+"""(tensor, pipeline, data)."""
+
+
+@dataclass(frozen=True)
+class Combination:
+    """A layout and a model to try it with."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    data: int = 1
+    sequence: bool = False
+    zero: int = 1
+    model: str = "llama"
+    length: str = "positions"
+    extra: str = ""
+
+    @property
+    def ranks(self) -> int:
+        """Processes."""
+        return self.tensor * self.pipeline * self.data
+
+    @property
+    def reference(self) -> str:
+        """What one process must be told to compute the same."""
+        return f"{MODELS[self.model]} {LENGTHS[self.length]}"
+
+    @property
+    def words(self) -> str:
+        """The layout as flags."""
+        sequence = " --sequence-parallel" if self.sequence else ""
+        layout = f"--tensor-model-parallel-size {self.tensor} --pipeline-model-parallel-size {self.pipeline}"
+        return f"{layout}{sequence} --zero-stage {self.zero} {self.extra}"
+
+    def __str__(self) -> str:
+        sequence = " SP" if self.sequence else ""
+        return f"TP{self.tensor}{sequence} PP{self.pipeline} DP{self.data} ZeRO{self.zero} {self.model}, {self.length} {self.extra}".strip()
+
+
+@dataclass
+class References:
+    """One process' runs, made when they are asked for."""
+
+    folder: Path
+    corpus: str
+    runs: dict[str, Run] = field(default_factory=dict)
+
+    def __call__(self, words: str) -> Run:
+        """The run with these flags."""
+        if words not in self.runs:
+            folder = self.folder / f"single-{len(self.runs)}"
+            self.runs[words] = train(folder, 1, PLAN, words, "--zero-stage 0 --data-path", self.corpus)
+        return self.runs[words]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Largest relative differences from one process over all steps."""
+
+    steps: int
+    loss: float
+    grad_norm: float
+    evaluation: float
+
+    def within(self, combination: Combination) -> bool:
+        """Whether that is rounding."""
+        if "--bf16" in combination.extra:
+            return max(self.loss, self.evaluation) < 1e-2 and self.loss > 1e-6
+        return max(self.loss, self.evaluation) < 1e-5 and self.grad_norm < 1e-4
+
+
+def compare(combination: Combination, folder: Path, references: References) -> Difference:
+    """Trains a combination and compares it with one process."""
+    run = train(folder, combination.ranks, PLAN, combination.reference, combination.words, "--data-path", references.corpus)
+    single = references(combination.reference)
+
+    def largest(pairs: Iterator[tuple[float, float]]) -> float:
+        return max(abs(mine - theirs) / abs(theirs) for mine, theirs in pairs)
+
+    evaluations = list(zip(run.records("evaluation"), single.records("evaluation"), strict=True))
+    assert len(evaluations) >= 5 and all(mine["eval_tokens"] == theirs["eval_tokens"] for mine, theirs in evaluations)
+    assert len({record["patch_size"] for record in run.records("step")}) == 2
+    return Difference(
+        len(run.losses),
+        largest(zip(run.losses, single.losses, strict=True)),
+        largest(zip(run.values("grad_norm"), single.values("grad_norm"), strict=True)),
+        largest((mine[key], theirs[key]) for mine, theirs in evaluations for key in ("token_loss", "patch_loss")),
+    )
+
+
+def layouts() -> list[Combination]:
+    """Every grid of up to four ranks, with positions sharded and not."""
+    return [Combination(t, p, d, sequence) for t, p, d in SHAPES for sequence in ((False, True) if t > 1 else (False,))]
+
+
+def combinations() -> list[Combination]:
+    """All that are tried: every layout under every ZeRO stage and both lengths; every layout with every model, recomputation, bfloat16."""
+    found = []
+    for layout, length in itertools.product(layouts(), LENGTHS):
+        for zero in range(4 if layout.pipeline == 1 else 2):
+            found.append(Combination(**{**vars(layout), "zero": zero, "length": length}))
+    for layout in layouts():
+        for model in list(MODELS)[1:]:
+            found.append(Combination(**{**vars(layout), "model": model}))
+        for extra in (
+            "--recompute-granularity full",
+            "--recompute-granularity selective --operators plain",
+            "--bf16",
+            "--pipeline-balance flops --position-weights power --micro-batch-size 1",
+        ):
+            found.append(Combination(**{**vars(layout), "model": "tied", "extra": extra}))
+    return found
+
+
+def main() -> int:
+    """Prints a line for each combination; returns how many differ."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", default="", help="combinations whose description contains this")
+    arguments = parser.parse_args()
+    chosen = [combination for combination in combinations() if arguments.only in str(combination)]
+    failures = 0
+    began = time.monotonic()
+    print(f"{'combination':100} {'ranks':>5} {'steps':>5} {'loss':>8} {'norm':>8} {'eval':>8}")
+    with tempfile.TemporaryDirectory() as folder:
+        references = References(Path(folder), make_corpus(Path(folder) / "walks"))
+        for number, combination in enumerate(chosen):
+            try:
+                found = compare(combination, Path(folder) / f"run-{number}", references)
+            except (AssertionError, RuntimeError) as error:
+                failures += 1
+                print(f"{combination!s:100} {combination.ranks:5} failed: {error}", flush=True)
+                continue
+            good = found.within(combination)
+            failures += not good
+            numbers = f"{found.steps:5} {found.loss:8.1e} {found.grad_norm:8.1e} {found.evaluation:8.1e}"
+            print(f"{combination!s:100} {combination.ranks:5} {numbers}{'' if good else '  DIFFERS'}", flush=True)
+    print(f"{len(chosen)} combinations, {failures} differ or failed, {time.monotonic() - began:.0f} s")
+    return failures
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
