@@ -22,13 +22,14 @@ def join(timeout_minutes: int = 30) -> torch.device:
     On CPUs the cores are shared out among the local ranks, unless OMP_NUM_THREADS says otherwise.
 
     Raises:
-        ConfigError: the environment does not say which rank this is, or this node has no GPU for it.
+        MegatronPatchError: the environment does not say which rank this is, or this node has no GPU for it.
     """
     (rank, size, local), beside, threads = ranks_of_environment(), local_ranks(), threads_of_rank()
     address, port = meeting_point()
     # Said in one way from here on, for torch and DeepSpeed.
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(local), LOCAL_WORLD_SIZE=str(beside))
-    os.environ.update(MASTER_ADDR=address, MASTER_PORT=str(port))
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(local), MASTER_ADDR=address, MASTER_PORT=str(port))
+    if beside is not None:
+        os.environ["LOCAL_WORLD_SIZE"] = str(beside)
     cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
     if not cuda:
         os.environ["DS_ACCELERATOR"] = "cpu"

@@ -10,7 +10,7 @@ import os
 import socket
 
 from megatron_patch.engine.slurm import SlurmTask, slurm_task
-from megatron_patch.errors import ConfigError
+from megatron_patch.errors import ConfigError, MegatronPatchError
 
 
 def ranks_of_environment() -> tuple[int, int, int]:
@@ -60,13 +60,13 @@ def meeting_point() -> tuple[str, int]:
     return address, int(port)
 
 
-def local_ranks() -> int:
-    """Ranks on this node, as far as the environment says; all of them otherwise."""
+def local_ranks() -> int | None:
+    """Ranks on this node; None where the launcher does not say."""
     task = _task()
     if task is not None:
         return task.local_size
-    _, size, _ = ranks_of_environment()
-    return max(1, int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", size))))
+    stated = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE"))
+    return int(stated) if stated else None
 
 
 def threads_of_rank() -> int:
@@ -75,23 +75,26 @@ def threads_of_rank() -> int:
     own = os.environ.get("SLURM_CPUS_PER_TASK")
     if _task() is not None and own:
         return max(1, min(cores, int(own)))
-    return max(1, cores // local_ranks())
+    _, size, _ = ranks_of_environment()
+    return max(1, cores // (local_ranks() or size))
 
 
 def device_index(local_rank: int, visible: int) -> int:
     """Which of the GPUs that this process sees is its own; the only one where Slurm shows each task its own alone (--gpus-per-task).
 
     Raises:
-        ConfigError: there are fewer GPUs than ranks.
+        MegatronPatchError: there are fewer GPUs than ranks on this node: told by each of its ranks, as other nodes may be well.
     """
-    if local_rank < visible:
+    beside = local_ranks() or local_rank + 1
+    if beside <= visible:
         return local_rank
-    if visible == 1 and int(os.environ.get("SLURM_GPUS_ON_NODE", "0")) > local_rank:
+    if visible == 1 and int(os.environ.get("SLURM_GPUS_ON_NODE", "0")) >= beside:
         return 0
-    raise ConfigError(
-        f"local rank {local_rank}, on a node where {visible} GPUs are to be seen",
+    raise MegatronPatchError(
+        f"{visible} GPUs are to be seen on {socket.gethostname()}, which has {beside} ranks",
         "a GPU for each rank",
-        "start as many ranks on a node as it has GPUs (deepspeed --num_gpus, srun --ntasks-per-node)",
+        "start as many ranks on a node as it has GPUs (deepspeed --num_gpus, srun --ntasks-per-node), or leave out a node that lost one: "
+        "nvidia-smi -L tells, sbatch --exclude leaves it out",
     )
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from megatron_patch.engine.environment import device_index, local_ranks, meeting_point, ranks_of_environment, threads_of_rank
 from megatron_patch.engine.slurm import SlurmTask, first_host, slurm_task
-from megatron_patch.errors import ConfigError
+from megatron_patch.errors import ConfigError, MegatronPatchError
 
 # As srun set them for task 5 of a step on n[07-08,12] with 2, 2 and 2 tasks.
 STEP = {
@@ -99,13 +99,28 @@ def test_a_task_uses_the_cores_that_slurm_gave_it(environment, monkeypatch):
 
 
 def test_each_rank_has_its_gpu(environment):
-    environment(STEP, SLURM_GPUS_ON_NODE="8")
-    assert [device_index(local, 8) for local in range(8)] == list(range(8))
-    assert [device_index(local, 1) for local in range(8)] == [0] * 8, "each task sees its own GPU alone"
-    with pytest.raises(ConfigError, match="local rank 8, on a node where 8 GPUs"):
-        device_index(8, 8)
-    environment(SLURM_GPUS_ON_NODE="1")
-    with pytest.raises(ConfigError, match="a GPU for each rank"):
+    environment(STEP, SLURM_GPUS_ON_NODE="2")
+    assert [device_index(local, 2) for local in range(2)] == [0, 1]
+    assert [device_index(local, 8) for local in range(2)] == [0, 1]
+    assert [device_index(local, 1) for local in range(2)] == [0, 0], "each task sees its own GPU alone"
+
+
+@pytest.mark.parametrize("local", [0, 1])
+def test_every_rank_of_a_node_with_too_few_gpus_tells(environment, local):
+    environment(STEP, SLURM_GPUS_ON_NODE="1")
+    with pytest.raises(MegatronPatchError, match=r"1 GPUs are to be seen on .*, which has 2 ranks") as error:
+        device_index(local, 1)
+    assert not isinstance(error.value, ConfigError), "of that error rank 0 alone would speak, and it may be on a node that is well"
+    environment(RANK=str(local), WORLD_SIZE="8", LOCAL_WORLD_SIZE="8")
+    with pytest.raises(MegatronPatchError, match="7 GPUs"):
+        device_index(local, 7)
+
+
+def test_a_launcher_that_does_not_count_a_node_s_ranks(environment):
+    environment(RANK="9", WORLD_SIZE="16", LOCAL_RANK="1")
+    assert local_ranks() is None
+    assert device_index(1, 8) == 1
+    with pytest.raises(MegatronPatchError, match="1 GPUs"):
         device_index(1, 1)
 
 
