@@ -121,6 +121,18 @@ def test_a_job_that_takes_what_there_is_goes_on_without_the_dead_node(cluster, t
     wait_until(lambda: cluster.idle_nodes() == list(NODES), "both nodes again", explain=cluster.logs)
 
 
+def test_an_administrator_gives_it_fewer_nodes(cluster, tmp_path, config, corpus, unbroken):
+    job = submit(cluster, "many_nodes", tmp_path / "run", *TWO_NODES, config=config, corpus=corpus, TENSOR="1")
+    job.reaches(120)
+    cluster.command("scontrol", "requeuehold", job.number)
+    job.wait_for(lambda: cluster.state(job.number) == "PENDING", "the job back in the queue", 60)
+    cluster.command("scontrol", "update", f"JobId={job.number}", "NumNodes=1", "NumTasks=1")
+    cluster.command("scontrol", "release", job.number)
+    assert job.completes()["NumNodes"] == "1"
+    assert [record["ranks"] for record in job.run.records("start")] == [2, 1]
+    assert job.run.losses == pytest.approx(unbroken.losses, rel=1e-4)
+
+
 def test_cancelled_ends_everywhere_and_the_same_command_goes_on(cluster, tmp_path, config, corpus, unbroken):
     folder = tmp_path / "run"
     job = submit(cluster, "many_nodes", folder, *TWO_NODES, config=config, corpus=corpus, TENSOR="1")
@@ -142,6 +154,16 @@ def test_preempted_by_a_job_of_higher_priority(cluster, tmp_path, config, corpus
     urgent = cluster.command("sbatch", "--parsable", "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=true")
     assert int(job.completes()["Restarts"]) >= 1
     assert cluster.state(urgent.strip()) == "COMPLETED"
+    is_the_same(job.run, unbroken)
+
+
+@pytest.mark.parametrize("launcher", ["srun", "deepspeed"])
+def test_a_signal_to_all_ranks_as_before_a_time_limit(cluster, tmp_path, config, corpus, unbroken, launcher):
+    job = submit(cluster, "many_nodes", tmp_path / "run", *TWO_NODES, config=config, corpus=corpus, TENSOR="1", LAUNCHER=launcher)
+    job.reaches(120)
+    cluster.command("scancel", "--signal=USR1", job.number)
+    assert job.completes()["Restarts"] == "1"
+    assert resumed_at(job)[1] >= 100
     is_the_same(job.run, unbroken)
 
 
