@@ -103,11 +103,10 @@ def measure(args: argparse.Namespace, layout: str, ranks: int) -> Row:
     sizes = dict(re.findall(r"(TP|PP)(\d+)", layout))
     pipeline = int(sizes.get("PP", 1))
     data_parallel = ranks // (int(sizes.get("TP", 1)) * pipeline)
-    launcher = str(Path(sys.executable).parent / "deepspeed")
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        command = [sys.executable, launcher, "--num_gpus", str(ranks), str(ROOT / "pretrain_gpt_patch.py")]
+        command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks), str(ROOT / "pretrain_gpt_patch.py")]
         command += [*plan_flags(args, data_parallel, folder), *words]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if done.returncode:

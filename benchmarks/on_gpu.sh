@@ -2,7 +2,7 @@
 # Everything that only a GPU can show, in one go: build, correctness, kernels, training. Results go to benchmarks/results, and to $OUT too
 # where that is set. Without a network, wheels of what is missing may lie in .whl.
 #   bash benchmarks/on_gpu.sh            all
-#   bash benchmarks/on_gpu.sh test       build and correctness alone; or: kernels, training
+#   bash benchmarks/on_gpu.sh test       build and correctness alone; or: kernels, training, layouts
 set -uo pipefail
 cd "$(dirname "$0")/.."
 export TOKENIZERS_PARALLELISM=false DS_BUILD_OPS=0 MEGATRON_PATCH_CUDA=1
@@ -25,5 +25,11 @@ step $python -m megatron_patch.ops
 case $what in all | test) step $python -m pytest tests/gpu tests/model tests/ops -m gpu -q ;; esac
 case $what in all | kernels) step $python benchmarks/kernels.py ;; esac
 case $what in all | training) step $python benchmarks/training.py ;; esac
+# The 1.3B shape, both stages, plain and compiled; then where a step's time goes.
+case $what in all | layouts)
+  step $python benchmarks/layouts.py --ranks 1 --layouts DP1 --patch-size 4 --flags --compile
+  step $python benchmarks/layouts.py --profile --steps 6 --micro-batches 2
+  ;;
+esac
 if [ -n "${OUT:-}" ]; then cp benchmarks/results/*-cuda-*.json "$OUT"/ 2>/dev/null; fi
 exit $failed

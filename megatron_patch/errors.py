@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from megatron_patch.exit_codes import ExitCode
+
 
 class MegatronPatchError(Exception):
     """Base of all errors that tell a user what to change.
@@ -12,7 +14,7 @@ class MegatronPatchError(Exception):
         do: what to change, as a sentence or a command.
     """
 
-    exit_code = 1
+    exit_code: ExitCode = ExitCode.INTERNAL
 
     def __init__(self, what: str, allowed: str | None = None, do: str | None = None) -> None:
         self.what, self.allowed, self.do = what, allowed, do
@@ -30,16 +32,28 @@ class MegatronPatchError(Exception):
 class ConfigError(MegatronPatchError):
     """A flag, a key of a configuration file, or a combination of them cannot be run."""
 
-    exit_code = 2
+    exit_code = ExitCode.CONFIG
 
 
 class DataError(MegatronPatchError):
     """A corpus, a dataset file or a tokenizer is missing, broken, too small or not the one expected."""
 
-    exit_code = 3
+    exit_code = ExitCode.DATA
 
 
 class CheckpointError(MegatronPatchError):
     """A checkpoint is missing, incomplete, damaged, or belongs to another model, plan or corpus."""
 
-    exit_code = 4
+    exit_code = ExitCode.CHECKPOINT
+
+
+class SickTrainingError(MegatronPatchError):
+    """Losses or gradients that no step should be taken with, and that skipping did not cure."""
+
+    exit_code = ExitCode.SICK
+
+
+class CorruptionError(MegatronPatchError):
+    """Ranks that must hold or read the same do not."""
+
+    exit_code = ExitCode.CORRUPTION

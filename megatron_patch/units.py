@@ -45,6 +45,28 @@ def format_count(value: int | float) -> str:
     return f"{value:.0f}" if float(value).is_integer() else f"{value:.3g}"
 
 
+_DURATION = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(d|h|min|m|s|)\s*")
+_SECONDS = {"d": 86400, "h": 3600, "min": 60, "m": 60, "s": 1, "": 1}
+
+
+def parse_duration(text: str | int | float) -> float:
+    """Reads a time span: "90" or "90 s", "45 min", "3h30m", "1.5 d".
+
+    Returns:
+        Seconds.
+
+    Raises:
+        ConfigError: the text is no time span.
+    """
+    rest, seconds = str(text), 0.0
+    while rest and (match := _DURATION.match(rest)):
+        seconds += float(match.group(1)) * _SECONDS[match.group(2)]
+        rest = rest[match.end() :]
+    if rest or not str(text).strip() or isinstance(text, bool):
+        raise ConfigError(f"{text!r} is not a time span", "numbers with d, h, min or s: 45min, 3h30m, 1.5d", "write it like 3h30m")
+    return seconds
+
+
 def format_duration(seconds: float) -> str:
     """Writes a time span for people: 42 s, 3 min 05 s, 2 h 07 min, 4 d 03 h; "?" where it is not known (infinite or not a number)."""
     if not math.isfinite(seconds):

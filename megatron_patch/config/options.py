@@ -6,27 +6,35 @@ Megatron's where Megatron has one. A field whose default is None is decided by t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 from tyro.constructors import PrimitiveConstructorSpec
 
 from megatron_patch.errors import ConfigError
 from megatron_patch.stages import LrStyle, WsdDecayStyle
-from megatron_patch.units import parse_count
+from megatron_patch.units import parse_count, parse_duration
+
+Value = TypeVar("Value")
 
 
-def _count(text: list[str]) -> int:
-    try:
-        return parse_count(text[0])
-    except ConfigError as error:
-        raise ValueError(f"{error.what} (allowed: {error.allowed})") from error
+def _reader(parse: Callable[[str], Value]) -> Callable[[list[str]], Value]:
+    """Reads one word of a command line; tyro wants a ValueError."""
+
+    def read(words: list[str]) -> Value:
+        try:
+            return parse(words[0])
+        except ConfigError as error:
+            raise ValueError(f"{error.what} (allowed: {error.allowed})") from error
+
+    return read
 
 
 _COUNT: PrimitiveConstructorSpec[int] = PrimitiveConstructorSpec(
     nargs=1,
     metavar="COUNT",
-    instance_from_str=_count,
+    instance_from_str=_reader(parse_count),
     is_instance=lambda value: value is None or (isinstance(value, int) and not isinstance(value, bool)),
     str_from_instance=lambda value: [str(value)],
 )
@@ -34,6 +42,19 @@ Count = Annotated[int, _COUNT]
 """A whole number with an optional unit: 4096, 512k, 2M, 270B."""
 OptionalCount = Annotated[int | None, _COUNT]
 """A count that is decided elsewhere where it is not given."""
+
+
+_DURATION: PrimitiveConstructorSpec[float] = PrimitiveConstructorSpec(
+    nargs=1,
+    metavar="TIME",
+    instance_from_str=_reader(parse_duration),
+    is_instance=lambda value: value is None or (isinstance(value, (int, float)) and not isinstance(value, bool)),
+    str_from_instance=lambda value: [str(value)],
+)
+Duration = Annotated[float, _DURATION]
+"""Seconds, written with units: 45min, 3h30m, 1.5d."""
+OptionalDuration = Annotated[float | None, _DURATION]
+"""A time span that may be left out."""
 
 
 @dataclass(frozen=True)
@@ -257,6 +278,38 @@ class CheckpointOptions:
 
 
 @dataclass(frozen=True)
+class SafetyOptions:
+    """Faults: when to stop, what to do about sick steps, how long to wait."""
+
+    exit_duration: OptionalDuration = None
+    """Save and stop (exit code 75) after so long, as 3h30m; the same command then goes on."""
+    exit_margin: Duration = 300.0
+    """Stop so long before the end that Slurm has set for the job."""
+    kill_switch: str | None = None
+    """Save and stop when this file exists."""
+    on_spike: Literal["skip", "rewind", "stop", "ignore"] = "skip"
+    """A step whose loss spikes or whose gradient explodes: leave its update out, go back to the weights of the newest checkpoint too and
+    leave the data since then out, stop (exit code 5), or take it. What is not finite is never taken."""
+    spike_threshold: float = 20.0
+    """A loss is a spike from so many robust deviations (1.4826 times the median deviation, at least 0.01 nats) above the median of the
+    stage's last steps."""
+    spike_window: int = 128
+    """Steps of a stage that the median is of; nothing is a spike before half of them."""
+    spike_grad_norm: float | None = None
+    """A gradient has exploded from so many times the median norm; by default that is left to clipping."""
+    max_sick_steps: int = 10
+    """Stop after so many sick steps in a row."""
+    hang_timeout: Duration = 1800.0
+    """End the job (exit code 76, with the stacks of all ranks) when nothing moves for so long; 0 never."""
+    straggler_interval: int = 100
+    """Steps between looks at which ranks compute slower than the others; 0 never."""
+    check_replicas_interval: OptionalCount = None
+    """Steps between checks that ranks that hold the same weights, or read the same samples, agree bit by bit."""
+    replay_interval: OptionalCount = None
+    """Steps between replays: a micro-batch's loss is computed twice and must be the same."""
+
+
+@dataclass(frozen=True)
 class LoggingOptions:
     """Evaluation, metrics and the console."""
 
@@ -302,4 +355,5 @@ class Options:
     data: DataOptions
     engine: EngineOptions
     checkpoint: CheckpointOptions
+    safety: SafetyOptions
     logging: LoggingOptions

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_patch.config.options import DataOptions, ModelOptions, Options
+from megatron_patch.config.options import DataOptions, ModelOptions, Options, SafetyOptions
 from megatron_patch.config.parsing import Parsed, option_values, parse
 from megatron_patch.config.stage_plan import build_plan
 from megatron_patch.config.stage_request import parse_blend
@@ -218,6 +218,24 @@ def _check_sequence_parallel(options: Options, plan: StagePlan) -> None:
             )
 
 
+def _check_safety(options: SafetyOptions, zero_stage: int | None) -> None:
+    """Thresholds and intervals that can hold something."""
+    spans = {"exit-duration": options.exit_duration, "spike-threshold": options.spike_threshold, "spike-grad-norm": options.spike_grad_norm}
+    for name, value in spans.items():
+        if value is not None and not value > 0:
+            raise ConfigError(f"--{name} {value}", "numbers above 0", "leave it out")
+    counts = {"spike-window": (options.spike_window, 2), "max-sick-steps": (options.max_sick_steps, 1)}
+    counts |= {"straggler-interval": (options.straggler_interval, 0), "check-replicas-interval": (options.check_replicas_interval or 1, 1)}
+    counts |= {"replay-interval": (options.replay_interval or 1, 1), "hang-timeout": (int(options.hang_timeout), 0)}
+    for name, (value, least) in counts.items():
+        if value < least:
+            raise ConfigError(f"--{name} {value}", f"whole numbers from {least}")
+    if options.check_replicas_interval and zero_stage == 3:
+        raise ConfigError(
+            "--check-replicas-interval with --zero-stage 3: no rank holds what another holds", "ZeRO 0 to 2", "leave the flag out"
+        )
+
+
 def _check_training(options: Options, plan: StagePlan) -> None:
     checkpoint, logging, schedule = options.checkpoint, options.logging, options.schedule
     for first, second in (
@@ -310,6 +328,7 @@ def resolve(parsed: Parsed, ranks: int) -> RunConfig:
     )
     _check_sequence_parallel(options, plan)
     _check_training(options, plan)
+    _check_safety(options.safety, options.engine.zero_stage)
     run = RunConfig(options, parsed.origins, shape, plan, blend, valid_blend, info, data_parallel_size, tuple(notes))
     _check_masking(options.data, run.eod_id)
     _ = run.pipeline_boundaries  # more stages than layers are refused here

@@ -174,6 +174,20 @@ class TrainStream:
             starts[inside] = self.ranges[corpus][0] + numbers * self.plan.block_tokens
         return corpora, starts + parts * stage.sample_tokens
 
+    def spans_of_step(self, stage_index: int, step: int) -> list[tuple[str, int, int]]:
+        """What all ranks together read in one step of a stage.
+
+        Args:
+            stage_index: which stage.
+            step: its step, from 0.
+
+        Returns:
+            (corpus, first token, tokens) of each sample.
+        """
+        size = self.plan.stages[stage_index].global_batch_size
+        spans = self.spans(stage_index, np.arange(step * size, (step + 1) * size, dtype=np.int64))
+        return [(self.names[span.corpus], span.start, span.length) for span in spans]
+
     def spans(self, stage_index: int, samples: npt.NDArray[np.int64]) -> tuple[Span, ...]:
         """The same as spans."""
         length = self.plan.stages[stage_index].sample_tokens

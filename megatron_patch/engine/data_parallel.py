@@ -8,6 +8,7 @@ a switch short.
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -18,7 +19,8 @@ from torch import nn
 from megatron_patch.data.patch_dataset import PatchBatch
 from megatron_patch.engine.deepspeed_config import batch_settings
 from megatron_patch.engine.deepspeed_engine import DeepSpeedEngine
-from megatron_patch.engine.interface import EvaluationResult, StepResult
+from megatron_patch.engine.interface import EvaluationResult, Judge, StepResult
+from megatron_patch.engine.stopwatch import Stopwatch
 from megatron_patch.parallel.groups import ModelParallelUnit
 from megatron_patch.stages import Stage
 
@@ -45,36 +47,33 @@ class DataParallelEngine(DeepSpeedEngine):
         )
         return self._engine(inputs, labels, weights, position_ids, document_ids)
 
-    def train_step(self, micro_batches: Sequence[PatchBatch], label_weights: Sequence[float], lr: float) -> StepResult:
+    def train_step(
+        self, micro_batches: Sequence[PatchBatch], label_weights: Sequence[float], lr: float, judge: Judge | None = None
+    ) -> StepResult:
         """One optimizer step; see `Engine`."""
         engine = self._engine
         self._set_lr(lr)
+        self._judge = judge
         weights = self._weights(label_weights)
-        total = self._total_weight(micro_batches, label_weights)
-        scale = (self.grid.data_parallel_size / total).to(torch.float32)
-        loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
+        self._total = self._total_weight(micro_batches, label_weights)
+        scale = (self.grid.data_parallel_size / self._total).to(torch.float32)
+        self._loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         skipped_before = engine.skipped_steps
-        grad_norm: Any = None
+        stopwatch = Stopwatch(self.device)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             for index, batch in enumerate(micro_batches):
-                last = index == len(micro_batches) - 1
-                engine.set_gradient_accumulation_boundary(last)
-                micro_sum, _ = self._run(batch, weights)
-                loss_sum += micro_sum.detach()
+                engine.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
+                with stopwatch if index == 0 else contextlib.nullcontext():
+                    micro_sum, _ = self._run(batch, weights)
+                self._loss_sum += micro_sum.detach()
                 engine.backward(micro_sum * scale, scale_wrt_gas=False)
-                if last and self.config.zero_stage == 0:
-                    grad_norm = self._clip_gradients()
                 engine.step()
-        self._sum_over_data(loss_sum)
-        if self.config.zero_stage > 0:
-            grad_norm = engine.get_global_grad_norm()
-        return StepResult(
-            loss=float(loss_sum / total),
-            grad_norm=float("nan") if grad_norm is None else float(grad_norm),
-            skipped=engine.skipped_steps > skipped_before,
-            loss_scale=self._loss_scale(),
-        )
+        return self._result(skipped_before, stopwatch.seconds())
+
+    def _global_loss(self) -> float:
+        self._sum_over_data(self._loss_sum)
+        return float(self._loss_sum / self._total)
 
     def evaluate(self, batches: Iterable[PatchBatch]) -> EvaluationResult:
         """Mean held-out loss; see `Engine`."""

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import abc
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -24,16 +24,18 @@ from megatron_patch.data.patch_dataset import PatchBatch
 from megatron_patch.engine.deepspeed_config import EngineConfig, batch_settings
 from megatron_patch.engine.distributed import barrier, gather_objects
 from megatron_patch.engine.fragments import fragments
+from megatron_patch.engine.interface import Judge, StepResult
 from megatron_patch.engine.optimizer import base_optimizer, make_optimizer, set_step_count, step_count, zero_moments
 from megatron_patch.engine.state_files import StateFiles, write_fragments
 from megatron_patch.errors import CheckpointError, ConfigError
 from megatron_patch.model.gpt import GPTModel
-from megatron_patch.model.init import parameter_groups
+from megatron_patch.model.init import InitialWeights, parameter_groups
 from megatron_patch.ops import IGNORE_INDEX
-from megatron_patch.parallel.groups import Groups
-from megatron_patch.parallel.sharding import shard_of
+from megatron_patch.parallel.groups import Groups, ModelParallelUnit
+from megatron_patch.parallel.sharding import VOCABULARY_PARAMETERS, shard_of
 from megatron_patch.stages import Stage
 
+_DIGEST_CHUNK = 1 << 22
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -59,11 +61,23 @@ class MixedPrecision(nn.Module):
         return torch.func.functional_call(self.module, rounded, args, kwargs, tie_weights=True)
 
 
+def digest(tensor: torch.Tensor) -> tuple[int, int]:
+    """Two sums over the bits of a tensor, one of them weighted by position: equal tensors have equal ones."""
+    bits = tensor.detach().contiguous().view(-1).view(torch.int32 if tensor.element_size() == 4 else torch.int16)
+    plain = weighted = 0
+    for number, part in enumerate(bits.split(_DIGEST_CHUNK)):
+        wide = part.long()
+        plain += int(wide.sum())
+        weighted += (number + 1) * int((wide * torch.arange(1, wide.numel() + 1, device=wide.device)).sum())
+    return plain % 2**63, weighted % 2**63
+
+
 class DeepSpeedEngine(abc.ABC):
     """One rank's engine, whatever the layout.
 
     Args:
-        model: float32, on the CPU or the device; its parameters are the initial weights.
+        build: makes this rank's layers, wherever tensors are made at that time: without memory, or under ZeRO 3 cut into shards at once.
+        seed: of the initial weights; None: they will be loaded.
         config: precision, ZeRO stage, DeepSpeed's JSON.
         schedule: the optimizer's settings.
         stage: the first stage.
@@ -72,40 +86,65 @@ class DeepSpeedEngine(abc.ABC):
     """
 
     def __init__(
-        self, model: GPTModel, config: EngineConfig, schedule: ScheduleOptions, stage: Stage, ranks: Groups, device: torch.device
+        self,
+        build: Callable[[], GPTModel],
+        seed: int | None,
+        config: EngineConfig,
+        schedule: ScheduleOptions,
+        stage: Stage,
+        ranks: Groups,
+        device: torch.device,
     ) -> None:
         self.config, self.device = config, device
         self.grid, self._ranks = ranks.grid, ranks
+        settings = {**config.deepspeed, **batch_settings(stage, self.grid.data_parallel_size)}
         dtype = DTYPES[config.precision]
+        model = self._build(build, dtype, settings)
         self._names = {parameter: name for name, parameter in model.named_parameters()}
-        self._copies, self._vocab_size = model.copied_parameters, model.shape.vocab_size
+        self._copies, self._model_shape = model.copied_parameters, model.shape
         parallel = model.parallel
         shards = {name: shard_of(name, model.shape, parallel.rank, parallel.size) for name in self._names.values()}
         self._shards = {name: shard for name, shard in shards.items() if shard is not None}
         for parameter, name in self._names.items():
             # DeepSpeed counts a parameter without this mark once over the ranks that share a layer.
             parameter.tensor_model_parallel = name in self._shards  # type: ignore[attr-defined]
-        settings = {**config.deepspeed, **batch_settings(stage, self.grid.data_parallel_size)}
         wrapped: nn.Module = model
-        initial: dict[str, torch.Tensor] = {}
-        decayed, undecayed = parameter_groups(model)
         if config.zero_stage == 0:
             # Its clipping would not tell the norm.
             settings["gradient_clipping"] = 0.0
             wrapped = MixedPrecision(model, dtype) if dtype != torch.float32 else model
-        elif dtype != torch.float32:
-            # Master weights must start from the float32 initial weights, not from their rounded copies.
-            initial = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-            model.to(dtype)
+        decayed, undecayed = parameter_groups(model)
         groups = [{"params": decayed, "weight_decay": schedule.weight_decay}, {"params": undecayed, "weight_decay": 0.0}]
         optimizer = make_optimizer([group for group in groups if group["params"]], schedule)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             self._engine = self._initialize(wrapped, optimizer, settings)
         self._base = base_optimizer(self._engine.optimizer)
-        if initial:
-            self._fill(lambda kind, name, start, numel: initial[name].view(-1)[start : start + numel], ("weight",))
+        self._judge: Judge | None = None
+        self._refused: str | None = None
+        self._norm_judged = False
+        self._loss = 0.0
+        self._grad_norm: torch.Tensor | None = None
+        self._put_judge_before_the_optimizer()
+        if seed is not None:
+            initial, shapes = InitialWeights(model.shape, seed), self._whole_shapes()
+            # Master weights start from the float32 initial weights, not from their rounded copies.
+            self._fill(lambda kind, name, *span: initial.read(name, shapes[name], self._shards.get(name), *span), ("weight",))
         self.start_stage(stage)
+
+    def _build(self, build: Callable[[], GPTModel], dtype: torch.dtype, settings: dict[str, Any]) -> GPTModel:
+        """The model on the device, with parameters of any value."""
+        if self.config.zero_stage == 3:
+            import deepspeed
+
+            mpu = ModelParallelUnit(self._ranks) if self._ranks.tensor is not None else None
+            with deepspeed.zero.Init(data_parallel_group=self._ranks.data, config_dict_or_path=settings, dtype=dtype, mpu=mpu):
+                return build()
+        with torch.device("meta"):
+            model = build()
+        if self.config.zero_stage > 0:
+            model.to(dtype)
+        return model.to_empty(device=self.device)
 
     @abc.abstractmethod
     def _initialize(self, model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any]) -> Any:
@@ -129,6 +168,69 @@ class DeepSpeedEngine(abc.ABC):
         zero_moments(self._base.state.values())
         if stage.optimizer == "reset":
             set_step_count(self._base, 0)
+
+    @abc.abstractmethod
+    def _global_loss(self) -> float:
+        """Mean loss of the step's global batch; every rank must call it."""
+
+    def _put_judge_before_the_optimizer(self) -> None:
+        """The loss is judged when all gradients are there, the gradient's norm when DeepSpeed has it; then the optimizer steps, or not."""
+        take_model_step, optimizer_step = self._engine._take_model_step, self._base.step
+
+        def judged_model_step(*args: Any, **kwargs: Any) -> Any:
+            self._loss = self._global_loss()
+            self._refused = self._judge.judge_loss(self._loss) if self._judge is not None else None
+            self._norm_judged = False
+            return take_model_step(*args, **kwargs)
+
+        def judged_optimizer_step(*args: Any, **kwargs: Any) -> Any:
+            if not self._norm_judged:
+                self._norm_judged = True
+                if self.config.zero_stage == 0:
+                    self._grad_norm = self._clip_gradients()
+                if self._judge is not None and self._refused is None:
+                    self._refused = self._judge.judge_grad_norm(self._found_norm())
+            return optimizer_step(*args, **kwargs) if self._refused is None else None
+
+        self._engine._take_model_step = judged_model_step
+        self._base.step = judged_optimizer_step  # type: ignore[method-assign]
+
+    def _found_norm(self) -> float:
+        """Norm of the step's whole gradient before clipping."""
+        norm = self._grad_norm if self.config.zero_stage == 0 else self._engine.optimizer._global_grad_norm
+        return float("nan") if norm is None else float(norm)
+
+    def _result(self, skipped_before: int, forward_seconds: float) -> StepResult:
+        """What became of the step that was taken last."""
+        overflow = self._engine.skipped_steps > skipped_before
+        norm, refused = self._found_norm(), self._refused
+        if overflow and refused is None and self.config.precision != "fp16":
+            refused = f"the gradient's norm is {norm}"
+        return StepResult(self._loss, norm, overflow or refused is not None, refused, self._loss_scale(), forward_seconds)
+
+    def disagreements(self) -> list[str]:
+        """Parameters whose copies differ; see `Engine`."""
+        if self.config.zero_stage == 3:
+            return []
+        own = {name: digest(parameter.data) for parameter, name in self._names.items()}
+        grid = self.grid
+        mine = (grid.pipeline_parallel_rank, grid.tensor_parallel_rank, own)
+        found: dict[tuple[int, str, int], dict[int, tuple[int, int]]] = {}
+        for rank, part in enumerate(gather_objects(mine)):
+            stage, tensor_rank, digests = cast("tuple[int, int, dict[str, tuple[int, int]]]", part)
+            for name, value in digests.items():
+                copy = (
+                    0 if name in VOCABULARY_PARAMETERS else stage,
+                    name,
+                    tensor_rank if shard_of(name, self._model_shape, 0, grid.tensor_parallel_size) else 0,
+                )
+                found.setdefault(copy, {})[rank] = value
+        return [
+            f"{name}: rank {rank} differs from rank {min(copies)}"
+            for (_, name, _), copies in sorted(found.items())
+            for rank, value in copies.items()
+            if value != copies[min(copies)]
+        ]
 
     def _set_lr(self, lr: float) -> None:
         for group in self._engine.optimizer.param_groups:
@@ -216,9 +318,9 @@ class DeepSpeedEngine(abc.ABC):
         """Reads weights and, with `state`, the optimizer; see `Engine`."""
         files = StateFiles(folder)
         shapes: dict[str, tuple[int, ...]] = {}
-        for part in gather_objects({name: self._whole_shape(parameter, name) for parameter, name in self._names.items()}):
+        for part in gather_objects(self._whole_shapes()):
             shapes.update(part)  # type: ignore[call-overload]
-        files.check(shapes, self._vocab_size)
+        files.check(shapes, self._model_shape.vocab_size)
         kinds = ("weight",) if state is None else ("weight", "exp_avg", "exp_avg_sq")
         self._fill(lambda kind, name, start, numel: files.read_shard(kind, name, self._shards.get(name), start, numel), kinds)
         if state is not None:
@@ -229,9 +331,10 @@ class DeepSpeedEngine(abc.ABC):
                     setattr(scaler, key, value)
         barrier()
 
-    def _whole_shape(self, parameter: Any, name: str) -> tuple[int, ...]:
-        local = tuple(getattr(parameter, "ds_shape", parameter.shape))
-        return self._shards[name].whole_shape(local) if name in self._shards else local
+    def _whole_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of the parameters that this rank holds parts of."""
+        local = {name: tuple(getattr(parameter, "ds_shape", parameter.shape)) for parameter, name in self._names.items()}
+        return {name: self._shards[name].whole_shape(shape) if name in self._shards else shape for name, shape in local.items()}
 
     def _fill(self, read: Any, kinds: Sequence[str]) -> None:
         """Sets this rank's fragments, and the weights that the model computes with, from `read(kind, name, start, numel)`."""

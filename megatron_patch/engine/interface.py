@@ -20,14 +20,30 @@ class StepResult:
     Args:
         loss: mean over all scored labels of the global batch, in nats.
         grad_norm: norm of the mean gradient before clipping.
-        skipped: whether a float16 overflow kept the optimizer from stepping.
+        skipped: whether the optimizer did not step.
+        refused: why not, where that was no float16 overflow.
         loss_scale: the loss scale in float16, else None.
+        forward_seconds: this rank's first forward pass.
     """
 
     loss: float
     grad_norm: float
     skipped: bool = False
+    refused: str | None = None
     loss_scale: float | None = None
+    forward_seconds: float = 0.0
+
+
+class Judge(Protocol):
+    """Decides whether a step is taken, from numbers that every rank has alike."""
+
+    def judge_loss(self, loss: float) -> str | None:
+        """Why not, by the loss."""
+        ...
+
+    def judge_grad_norm(self, norm: float) -> str | None:
+        """Why not, by the gradient's norm."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -46,8 +62,10 @@ class EvaluationResult:
 class Engine(Protocol):
     """Trains, evaluates, switches stages, saves and loads."""
 
-    def train_step(self, micro_batches: Sequence[PatchBatch], label_weights: Sequence[float], lr: float) -> StepResult:
-        """One optimizer step over this rank's micro-batches of a global batch."""
+    def train_step(
+        self, micro_batches: Sequence[PatchBatch], label_weights: Sequence[float], lr: float, judge: Judge | None = None
+    ) -> StepResult:
+        """One optimizer step over this rank's micro-batches of a global batch, unless the judge has something against it."""
         ...
 
     def logits(self, ids: torch.Tensor) -> torch.Tensor:
@@ -64,6 +82,10 @@ class Engine(Protocol):
 
     def start_stage(self, stage: Stage) -> None:
         """Takes on a stage's batch and shapes and leaves the optimizer alone: at the start and when resuming inside a stage."""
+        ...
+
+    def disagreements(self) -> list[str]:
+        """Parameters whose copies on ranks that must hold the same differ, with the ranks; every rank must call it."""
         ...
 
     def save(self, folder: Path) -> Mapping[str, Any]:

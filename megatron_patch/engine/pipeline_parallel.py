@@ -14,7 +14,7 @@ import contextlib
 import io
 import itertools
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,8 +27,9 @@ from torch import nn
 from megatron_patch.config.options import ScheduleOptions
 from megatron_patch.data.patch_dataset import PatchBatch
 from megatron_patch.engine.deepspeed_config import EngineConfig, batch_settings
-from megatron_patch.engine.deepspeed_engine import DeepSpeedEngine
-from megatron_patch.engine.interface import EvaluationResult, StepResult
+from megatron_patch.engine.deepspeed_engine import DeepSpeedEngine, MixedPrecision
+from megatron_patch.engine.interface import EvaluationResult, Judge, StepResult
+from megatron_patch.engine.stopwatch import Stopwatch
 from megatron_patch.model.gpt import GPTModel
 from megatron_patch.parallel.groups import Groups
 from megatron_patch.stages import Stage
@@ -88,6 +89,7 @@ class _StageModule(PipelineModule):  # type: ignore[misc]
         self.label_weights: torch.Tensor | None = None
         self.scale: torch.Tensor | float = 1.0
         self.sums = torch.zeros(2, dtype=torch.float64, device=next(part.parameters()).device)
+        self.stopwatch = self._timed = Stopwatch(self.sums.device)
 
     def _partition_layers(self, method: str = "") -> None:
         self.parts = self._boundaries
@@ -105,7 +107,9 @@ class _StageModule(PipelineModule):  # type: ignore[misc]
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """The next micro-batch through the layers: hidden states; in the last stage the scaled loss, or `logits` where no labels are."""
         passage = next(self.passages)
-        result = self.part(inputs, passage.labels, self.label_weights, passage.position_ids, passage.document_ids)
+        first, self._timed = self._timed is not self.stopwatch, self.stopwatch
+        with self.stopwatch if first else contextlib.nullcontext():
+            result = self.part(inputs, passage.labels, self.label_weights, passage.position_ids, passage.document_ids)
         if not self.is_last:
             hidden: torch.Tensor = result
             return hidden
@@ -122,9 +126,10 @@ class PipelineParallelEngine(DeepSpeedEngine):
     """One rank of a job whose layers are spread over pipeline stages.
 
     Args:
-        model: this rank's part.
         boundaries: of all stages in the list of layers.
-        config: as in `DeepSpeedEngine`; ZeRO 0 or 1.
+        build: as in `DeepSpeedEngine`, with the layers of this rank's stage.
+        seed: as there.
+        config: as there; ZeRO 0 or 1.
         schedule: as there.
         stage: as there.
         ranks: as there.
@@ -133,21 +138,23 @@ class PipelineParallelEngine(DeepSpeedEngine):
 
     def __init__(
         self,
-        model: GPTModel,
         boundaries: Sequence[int],
+        build: Callable[[], GPTModel],
+        seed: int | None,
         config: EngineConfig,
         schedule: ScheduleOptions,
         stage: Stage,
         ranks: Groups,
         device: torch.device,
     ) -> None:
-        self._model, self._boundaries = model, boundaries
+        self._boundaries = boundaries
         self._shape: tuple[int, ...] | None = None
-        self._grad_norm: torch.Tensor | None = None
-        super().__init__(model, config, schedule, stage, ranks, device)
+        super().__init__(build, seed, config, schedule, stage, ranks, device)
 
     def _initialize(self, model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any]) -> Any:
-        grid = self.grid
+        grid, part = self.grid, model.module if isinstance(model, MixedPrecision) else model
+        assert isinstance(part, GPTModel)
+        self._model = part
         topology = PipeModelDataParallelTopology(grid.pipeline_parallel_size, grid.tensor_parallel_size, grid.data_parallel_size)
         tied = None
         if self._model.shape.tie_embeddings and self._model.embedding is not None and self._ranks.ends is not None:
@@ -156,15 +163,10 @@ class PipelineParallelEngine(DeepSpeedEngine):
         for parameter, name in self._names.items():
             # DeepSpeed counts a parameter with this mark in another stage.
             parameter.ds_pipe_replicated = name in self._copies  # type: ignore[attr-defined]
-        if self.config.zero_stage == 0:
-            optimizer.register_step_pre_hook(lambda *_: self._clip())
         # With sequence parallelism each rank's hidden states are its own; else the ranks of a layer share the sending.
         partitioned = not self._model.parallel.sequence
         pipeline = {**settings.get("pipeline", {}), "pipe_partitioned": partitioned, "grad_partitioned": partitioned}
         return deepspeed.initialize(model=self._module, optimizer=optimizer, config={**settings, "pipeline": pipeline})[0]
-
-    def _clip(self) -> None:
-        self._grad_norm = self._clip_gradients()
 
     def start_stage(self, stage: Stage) -> None:
         """Takes on the stage's micro-batch, accumulation and shapes; see `Engine`."""
@@ -199,25 +201,26 @@ class PipelineParallelEngine(DeepSpeedEngine):
         self._sum_over_data(sums)
         return sums
 
-    def train_step(self, micro_batches: Sequence[PatchBatch], label_weights: Sequence[float], lr: float) -> StepResult:
+    def train_step(
+        self, micro_batches: Sequence[PatchBatch], label_weights: Sequence[float], lr: float, judge: Judge | None = None
+    ) -> StepResult:
         """One optimizer step; see `Engine`."""
         engine = self._engine
         self._set_lr(lr)
-        total = self._total_weight(micro_batches, label_weights)
+        self._judge = judge
+        self._total = self._total_weight(micro_batches, label_weights)
         # DeepSpeed divides by the ranks and by the micro-batches.
-        scale = (self.grid.data_parallel_size * len(micro_batches) / total).to(torch.float32)
+        scale = (self.grid.data_parallel_size * len(micro_batches) / self._total).to(torch.float32)
         skipped_before = engine.skipped_steps
+        self._module.stopwatch = Stopwatch(self.device)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             inputs = [batch.input_ids for batch in micro_batches]
             engine.train_batch(self._feed(inputs, self._passages(micro_batches), self._weights(label_weights), scale))
-        grad_norm = self._grad_norm if self.config.zero_stage == 0 else engine.get_global_grad_norm()
-        return StepResult(
-            loss=float(self._summed()[0] / total),
-            grad_norm=float("nan") if grad_norm is None else float(grad_norm),
-            skipped=engine.skipped_steps > skipped_before,
-            loss_scale=self._loss_scale(),
-        )
+        return self._result(skipped_before, self._module.stopwatch.seconds())
+
+    def _global_loss(self) -> float:
+        return float(self._summed()[0] / self._total)
 
     def evaluate(self, batches: Iterable[PatchBatch]) -> EvaluationResult:
         """Mean held-out loss; see `Engine`."""
@@ -244,7 +247,7 @@ class PipelineParallelEngine(DeepSpeedEngine):
         self._forward([padded[..., None]], [_Passage(None, None, None)])
         found, self._module.logits = self._module.logits, None
         if found is None:
-            result = torch.empty(*padded.shape, self._vocab_size, device=self.device)
+            result = torch.empty(*padded.shape, self._model_shape.vocab_size, device=self.device)
         else:
             result = found.float().contiguous()
         torch.distributed.broadcast(result, group=self._ranks.pipeline, group_src=self.grid.pipeline_parallel_size - 1)

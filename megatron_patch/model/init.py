@@ -1,7 +1,6 @@
 """Initial weights, each a function of (seed, parameter name) alone, and the parameters that weight decay leaves out.
 
-Because no parameter's draw depends on another's, every parallel layout starts from the same model: a rank draws the whole parameter and
-keeps its part.
+Because no parameter's draw depends on another's, every parallel layout starts from the same model.
 """
 
 from __future__ import annotations
@@ -13,8 +12,9 @@ import torch
 from torch import nn
 
 from megatron_patch.model.shape import ModelShape
-from megatron_patch.parallel.sharding import shard_of
+from megatron_patch.parallel.sharding import Shard, shard_of
 
+_BLOCK = 1 << 20
 _RESIDUAL_OUTPUTS = ("attention.output.weight", "feed_forward.down.weight")
 
 
@@ -23,39 +23,89 @@ def parameter_seed(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest(), "little") >> 1
 
 
-def initial_value(name: str, parameter_shape: tuple[int, ...], shape: ModelShape, seed: int) -> torch.Tensor:
-    """One parameter's initial value.
+def initial_span(
+    name: str, parameter_shape: tuple[int, ...], shape: ModelShape, seed: int, start: int = 0, numel: int | None = None
+) -> torch.Tensor:
+    """A span of one flattened parameter's initial value.
 
     Matrices are N(0, init_std²); those that write into the residual stream are scaled by 1/sqrt(2·layers) (GPT-2). Norms' weights are
-    1, biases 0.
+    1, biases 0. Each block of 2^20 elements has a generator of its own, so that a rank draws little more than what it holds.
 
     Args:
         name: the parameter's name in the model.
         parameter_shape: its whole shape.
         shape: the model's shape.
         seed: of the run.
+        start: first element.
+        numel: elements; None: to the end.
 
     Returns:
-        float32, on the CPU.
+        float32 [numel], on the CPU.
     """
+    total = math.prod(parameter_shape)
+    end = total if numel is None else start + numel
     if len(parameter_shape) < 2:
-        return torch.zeros(parameter_shape) if name.endswith(".bias") else torch.ones(parameter_shape)
+        return torch.zeros(end - start) if name.endswith(".bias") else torch.ones(end - start)
     std = shape.init_std / (math.sqrt(2 * shape.num_layers) if name.endswith(_RESIDUAL_OUTPUTS) else 1.0)
-    generator = torch.Generator().manual_seed(parameter_seed(seed, name))
-    return torch.empty(parameter_shape).normal_(0.0, std, generator=generator)
+    first = start // _BLOCK
+    parts = []
+    for block in range(first, -(-end // _BLOCK)):
+        generator = torch.Generator().manual_seed(parameter_seed(seed, f"{name}/{block}" if block else name))
+        parts.append(torch.empty(min(_BLOCK, total - block * _BLOCK)).normal_(0.0, std, generator=generator))
+    return torch.cat(parts)[start - first * _BLOCK : end - first * _BLOCK]
+
+
+class InitialWeights:
+    """Initial values as a rank asks for them: spans of the part of a parameter that it holds.
+
+    Args:
+        shape: the model's shape.
+        seed: of the run.
+    """
+
+    def __init__(self, shape: ModelShape, seed: int) -> None:
+        self._shape, self._seed = shape, seed
+        self._last: tuple[str, torch.Tensor] = ("", torch.empty(0))
+
+    def read(self, name: str, whole: tuple[int, ...], shard: Shard | None, start: int, numel: int) -> torch.Tensor:
+        """A span of the flattened part.
+
+        Args:
+            name: the parameter.
+            whole: its whole shape.
+            shard: which part of it; None: all.
+            start: first element.
+            numel: elements.
+
+        Returns:
+            float32 [numel], on the CPU.
+        """
+        if shard is None or shard.dim == 0:
+            begin = 0 if shard is None else shard.index * (math.prod(whole) // shard.count)
+            return initial_span(name, whole, self._shape, self._seed, begin + start, numel)
+        if self._last[0] != name:  # Parts along an inner dimension are strewn over the whole; it is kept until another is asked for.
+            value = initial_span(name, whole, self._shape, self._seed).view(whole)
+            self._last = (name, value.chunk(shard.count, dim=shard.dim)[shard.index].flatten())
+        return self._last[1][start : start + numel]
 
 
 @torch.no_grad()
 def initialize(model: nn.Module, shape: ModelShape, seed: int, rank: int = 0, size: int = 1) -> None:
     """Sets all parameters to their initial values; of `size` tensor-parallel ranks each keeps its part."""
+    initial = InitialWeights(shape, seed)
     for name, parameter in model.named_parameters():
         shard = shard_of(name, shape, rank, size)
-        whole = tuple(parameter.shape) if shard is None else shard.whole_shape(tuple(parameter.shape))
-        value = initial_value(name, whole, shape, seed)
-        parameter.copy_(value if shard is None else value.chunk(shard.count, dim=shard.dim)[shard.index])
+        local = tuple(parameter.shape)
+        whole = local if shard is None else shard.whole_shape(local)
+        parameter.copy_(initial.read(name, whole, shard, 0, parameter.numel()).view(local))
 
 
 def parameter_groups(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """(matrices, which weight decay pulls to zero; norms and biases, which it leaves alone)."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return [p for p in parameters if p.ndim >= 2], [p for p in parameters if p.ndim < 2]
+    matrices: list[nn.Parameter] = []
+    vectors: list[nn.Parameter] = []
+    for parameter in model.parameters():
+        # Under ZeRO 3 a parameter is empty while nobody computes with it.
+        dimensions = len(getattr(parameter, "ds_shape", parameter.shape))
+        (matrices if dimensions >= 2 else vectors).append(parameter)
+    return matrices, vectors

@@ -9,12 +9,11 @@ from megatron_patch.engine.data_parallel import DataParallelEngine
 from megatron_patch.engine.deepspeed_config import EngineConfig
 from megatron_patch.engine.interface import Engine
 from megatron_patch.model.gpt import GPTModel
-from megatron_patch.model.init import initialize
 from megatron_patch.parallel.groups import Groups
 from megatron_patch.stages import Stage
 
 
-def make_engine(run: RunConfig, settings: EngineConfig, stage: Stage, ranks: Groups, device: torch.device) -> Engine:
+def make_engine(run: RunConfig, settings: EngineConfig, stage: Stage, ranks: Groups, device: torch.device, loading: bool) -> Engine:
     """Builds this rank's layers and the engine around them.
 
     Args:
@@ -23,19 +22,23 @@ def make_engine(run: RunConfig, settings: EngineConfig, stage: Stage, ranks: Gro
         stage: the stage to begin with.
         ranks: this rank's place and process groups.
         device: this rank's device.
+        loading: weights come from a checkpoint, and need no initial values.
     """
     options, grid = run.options.engine, ranks.grid
-    parallel = ranks.tensor_parallel(options.sequence_parallel)
     boundaries = run.pipeline_boundaries
     layers = range(boundaries[grid.pipeline_parallel_rank], boundaries[grid.pipeline_parallel_rank + 1])
-    model = GPTModel(run.shape, options.recompute_granularity, options.operators, parallel, layers)
-    initialize(model, run.shape, options.seed, parallel.rank, parallel.size)
-    if options.compile:
-        model.compile_blocks()
-    model.to(device)
+
+    def build() -> GPTModel:
+        parallel = ranks.tensor_parallel(options.sequence_parallel)
+        model = GPTModel(run.shape, options.recompute_granularity, options.operators, parallel, layers)
+        if options.compile:
+            model.compile_blocks()
+        return model
+
+    seed = None if loading else options.seed
     if grid.pipeline_parallel_size == 1:
-        return DataParallelEngine(model, settings, run.options.schedule, stage, ranks, device)
+        return DataParallelEngine(build, seed, settings, run.options.schedule, stage, ranks, device)
     # DeepSpeed takes seconds to import, and looks for an accelerator when it is.
     from megatron_patch.engine.pipeline_parallel import PipelineParallelEngine
 
-    return PipelineParallelEngine(model, boundaries, settings, run.options.schedule, stage, ranks, device)
+    return PipelineParallelEngine(boundaries, build, seed, settings, run.options.schedule, stage, ranks, device)

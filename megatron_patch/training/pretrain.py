@@ -1,6 +1,6 @@
 """Pretraining, from the command line to the last checkpoint; read `Trainer.train` from top to bottom.
 
-In: flags. Out: checkpoints, metrics, and an exit code (0 done, 2 configuration, 3 data, 4 checkpoint).
+In: flags. Out: checkpoints, metrics, and an exit code (`ExitCode`).
 """
 
 from __future__ import annotations
@@ -12,11 +12,15 @@ from megatron_patch.config.resolve import RunConfig, load_config
 from megatron_patch.console import make_console
 from megatron_patch.engine.deepspeed_config import EngineConfig, engine_config
 from megatron_patch.errors import ConfigError, MegatronPatchError
+from megatron_patch.exit_codes import ExitCode
 from megatron_patch.training.dry_run import print_plan
 
 
-def pretrain(run: RunConfig) -> None:
+def pretrain(run: RunConfig) -> ExitCode:
     """Trains as a run says, or prints its plan in a dry run.
+
+    Returns:
+        Done, or stopped on request.
 
     Raises:
         MegatronPatchError: what the user has to change.
@@ -24,18 +28,21 @@ def pretrain(run: RunConfig) -> None:
     settings = engine_settings(run)
     if run.options.logging.dry_run:
         print_plan(run, settings, make_console())
-        return
+        return ExitCode.DONE
     # Torch and DeepSpeed take seconds to import, which wrong flags and dry runs need not wait for.
     from megatron_patch.engine.distributed import join, leave
+    from megatron_patch.training.stop_requests import StopRequests
     from megatron_patch.training.trainer import Trainer
 
     device = join(run.options.engine.distributed_timeout_minutes)
     if settings.precision == "fp16" and device.type == "cpu":
         raise ConfigError("--fp16 on CPUs", "--bf16 or float32 there", "use --bf16, or a GPU")
-    with Trainer(run, settings, device) as trainer:
-        trainer.train()
+    stops = StopRequests(run.options.safety)
+    with Trainer(run, settings, device, stops) as trainer:
+        code = trainer.train()
     # Not after an error: peers may be inside a collective, and leaving would wait for them.
     leave()
+    return code
 
 
 def engine_settings(run: RunConfig) -> EngineConfig:
@@ -66,10 +73,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     rank = 0
     try:
         rank, ranks, _ = ranks_of_environment()
-        pretrain(load_config(arguments, ranks))
+        run = load_config(arguments, ranks)
+        code = pretrain(run)
     except MegatronPatchError as error:
+        code = error.exit_code
         # Every rank meets the same error in flags and files; one message is enough. An error of one rank alone is told by that rank.
         if rank == 0 or not isinstance(error, ConfigError):
             print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
-        return error.exit_code
-    return 0
+    if code != ExitCode.DONE and rank == 0:
+        print(f"exit code {code.value}: {code.advice}", file=sys.stderr, flush=True)
+    return code

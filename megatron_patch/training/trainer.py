@@ -7,31 +7,43 @@ beyond its numbers; the switch is `Trainer._switch`, the only place where one st
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
 
 from megatron_patch import checkpoint_files as checkpointing
 from megatron_patch.config.resolve import RunConfig
 from megatron_patch.console import make_console
+from megatron_patch.data.patch_dataset import PatchBatch
 from megatron_patch.engine.deepspeed_config import EngineConfig
 from megatron_patch.engine.distributed import barrier, broadcast_object, gather_objects
-from megatron_patch.engine.interface import StepResult
+from megatron_patch.engine.interface import EvaluationResult, StepResult
 from megatron_patch.errors import CheckpointError, MegatronPatchError
+from megatron_patch.exit_codes import ExitCode
 from megatron_patch.parallel.grid import Grid
 from megatron_patch.parallel.groups import make_groups
 from megatron_patch.stages import Place, Stage, StagePlan
 from megatron_patch.training.build import make_engine
 from megatron_patch.training.callbacks import make_callbacks
-from megatron_patch.training.callbacks.base import EvaluationRecord, RunEnd, RunStart, SaveRecord, StepRecord, SwitchRecord
+from megatron_patch.training.callbacks.base import EvaluationRecord, Event, RunEnd, RunStart, SaveRecord, StepRecord, SwitchRecord
+from megatron_patch.training.consistency import check_batches, check_weights, replay
 from megatron_patch.training.corpus import open_data, sample_tokenizer
 from megatron_patch.training.cost import Cost
 from megatron_patch.training.dry_run import print_plan
 from megatron_patch.training.lr_schedule import schedule_of
 from megatron_patch.training.resume import check_data, check_model, plan_to_resume
+from megatron_patch.training.step_guard import StepGuard
+from megatron_patch.training.stop_requests import StopRequests
+from megatron_patch.training.stragglers import Stragglers
 from megatron_patch.training.throughput import Throughput
+from megatron_patch.training.watchdog import Watchdog
+
+_EVALUATION_CHUNK = 32
 
 
 class Trainer:
@@ -41,10 +53,11 @@ class Trainer:
         run: what to do.
         settings: DeepSpeed's part of it.
         device: this rank's device.
+        stops: who may ask for a stop.
     """
 
-    def __init__(self, run: RunConfig, settings: EngineConfig, device: torch.device) -> None:
-        self.run, self.device = run, device
+    def __init__(self, run: RunConfig, settings: EngineConfig, device: torch.device, stops: StopRequests) -> None:
+        self.run, self.device, self.stops = run, device, stops
         world = torch.distributed.get_world_size()
         engine_options = run.options.engine
         self.grid = Grid(
@@ -64,9 +77,15 @@ class Trainer:
         self.fingerprint = self.data.stream.fingerprint()
         if found is not None and resuming:
             check_data(found.state, self.fingerprint)
-        self.engine = make_engine(run, settings, self.stage, ranks, device)
+        self.engine = make_engine(run, settings, self.stage, ranks, device, loading=found is not None)
         if found is not None:
             self.engine.load(found.folder, found.state.engine if resuming else None)
+        safety = run.options.safety
+        self.guard = StepGuard(safety)
+        if found is not None and resuming:
+            self.guard.load_state(found.state.extra.get("guard", {}))
+        self.stragglers = Stragglers(safety.straggler_interval, self.grid)
+        self.watchdog = Watchdog(safety.hang_timeout, self.save_folder / "stacks" if self.save_folder else None, self.grid.rank)
         self.throughput = Throughput(world, device_name(device), run.options.logging.peak_tflops)
         self.callbacks = make_callbacks(run, self.save_folder, self.grid, self.engine.logits, tokenizer, device)
         if self.grid.rank == 0:
@@ -79,6 +98,7 @@ class Trainer:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self.watchdog.close()
         for callback in self.callbacks:
             callback.close()
 
@@ -92,59 +112,107 @@ class Trainer:
         """Steps taken."""
         return self.plan.step(self.place)
 
-    def train(self) -> None:
-        """Trains from where the run stands to its end."""
+    def train(self) -> ExitCode:
+        """Trains from where the run stands to its end, or to where somebody asks it to stop."""
         started = time.monotonic()
         self._announce_start()
-        reason = "done"
-        while True:
-            if self._train_stage() == "exit":
-                reason = "exit interval"
-                break
+        while (reason := self._train_stage()) is None:
             if self.place.stage_index + 1 == len(self.plan.stages):
+                reason = "done"
                 break
             self._switch()
         for callback in self.callbacks:
             callback.on_end(RunEnd(reason, self.step, self.plan.consumed_tokens(self.place), time.monotonic() - started))
         barrier()
+        return ExitCode.DONE if reason in ("done", "exit interval") else ExitCode.PREEMPTED
 
-    def _train_stage(self) -> str:
-        """Trains to the end of the stage, evaluates and saves there; "exit" where the run has to stop before."""
+    def _train_stage(self) -> str | None:
+        """Trains to the end of the stage, evaluates and saves there; or the reason to stop before."""
         stage = self.stage
         if self.place.stage_step == stage.steps:
-            return "finished"
+            return None
+        asked = self.stops.agreed(self.device)
+        if asked is not None:
+            return asked
+        self.watchdog.beat("the first data of the stage are read")
         loader = self.data.loader(self.place.stage_index, self.place.stage_step)
         try:
             while self.place.stage_step < stage.steps:
                 began = time.perf_counter()
+                self.watchdog.beat(f"step {self.step + 1:,} waits for data")
                 micro_batches = loader.next_step()
                 data_seconds = time.perf_counter() - began
+                self.watchdog.beat(f"step {self.step + 1:,} is computed")
+                self._check_consistency(micro_batches)
                 weights = stage.weights_at(self.place.stage_step)
                 after = Place(self.place.stage_index, self.place.stage_step + 1)
                 lr = self.schedule.at(self.plan.consumed_tokens(after))
-                result = self.engine.train_step(micro_batches, weights, lr)
+                result = self.engine.train_step(micro_batches, weights, lr, self.guard)
                 for callback in self.callbacks:
                     callback.on_batches(self.step + 1, stage, micro_batches)
                 self.place = after
                 self._account(result, lr, time.perf_counter() - began, data_seconds)
+                self._treat(result)
                 ended = self.place.stage_step == stage.steps
+                asked = self.stops.agreed(self.device)
                 if ended or self._due(self.run.options.logging.eval_interval, self.run.options.logging.eval_interval_tokens):
-                    self._evaluate()
-                leaving = self.step < self.plan.steps and self._due(self.run.options.checkpoint.exit_interval, None)
+                    asked = asked or self._evaluate()
+                if asked is None and self.step < self.plan.steps and self._due(self.run.options.checkpoint.exit_interval, None):
+                    asked = "exit interval"
                 checkpoint = self.run.options.checkpoint
-                if ended or leaving or self._due(checkpoint.save_interval, checkpoint.save_interval_tokens):
+                if ended or asked or self._due(checkpoint.save_interval, checkpoint.save_interval_tokens):
                     self._save(stage_end=ended)
-                if leaving:
-                    return "exit"
+                if asked and self.step < self.plan.steps:
+                    return asked
         finally:
             loader.close()
-        return "finished"
+        return None
+
+    def _check_consistency(self, micro_batches: Sequence[PatchBatch]) -> None:
+        safety = self.run.options.safety
+        if self._due(safety.check_replicas_interval, None):
+            check_weights(self.engine)
+            check_batches(self.grid, micro_batches)
+        if self._due(safety.replay_interval, None):
+            replay(self.engine, micro_batches[0])
+
+    def _treat(self, result: StepResult) -> None:
+        """Remembers a step that was taken; of one that was not, says which data it had and does what was asked for."""
+        for text in self.stragglers.add(result.forward_seconds):
+            self._report("straggler", f"slow: {text}", {})
+        if result.refused is None:
+            if not result.skipped:
+                self.guard.took(result.loss, result.grad_norm)
+            return
+        spans = self.data.stream.spans_of_step(self.place.stage_index, self.place.stage_step - 1)
+        details = {"reason": result.refused, "stage": self.stage.name, "spans": spans}
+        self._report("skip", f"step {self.step:,} is not taken: {result.refused}", details)
+        self.guard.refused(result.refused)
+        if self.run.options.safety.on_spike == "rewind":
+            self._rewind()
+
+    def _rewind(self) -> None:
+        """Back to the weights and the optimizer of the newest checkpoint; its data and what came since are not read again."""
+        found, _ = self._find_checkpoint(saved_only=True)
+        if found is None:
+            self._report("rewind", "no checkpoint to go back to; the step's update alone is left out", {})
+            return
+        self.engine.load(found.folder, found.state.engine)
+        left_out = self.step - found.state.step
+        message = f"back to the weights of step {found.state.step:,}; {left_out:,} steps of data are left out"
+        self._report("rewind", message, {"to_step": found.state.step, "left_out": left_out})
+        self._save(stage_end=False)
+
+    def _report(self, kind: str, message: str, details: dict[str, Any]) -> None:
+        for callback in self.callbacks:
+            callback.on_event(Event(kind, self.step, message, details))
 
     def _switch(self) -> None:
         """The switch: the next stage's batch, shapes, labels, optimizer policy and data; the schedule moves on by itself."""
         before = self.stage
         self.place = Place(self.place.stage_index + 1, 0)
         self.engine.switch_stage(self.stage)
+        self.guard.begin_stage()
         self.throughput.reset()
         record = SwitchRecord(
             step=self.step,
@@ -193,17 +261,31 @@ class Trainer:
         for callback in self.callbacks:
             callback.on_step(record)
 
-    def _evaluate(self) -> None:
-        """Held-out loss at K = 1 and, in a patch stage, at the stage's own K: two numbers that are never mixed."""
+    def _evaluate(self) -> str | None:
+        """Held-out loss at K = 1 and, in a patch stage, at the stage's own K: two numbers that are never mixed.
+
+        Returns:
+            Who asked to stop meanwhile; the evaluation is then left out.
+        """
         if not self.data.held_out:
-            return
+            return None
         began = time.perf_counter()
         stage, options = self.stage, self.run.options
-        tokens = options.logging.eval_tokens
-        token_level = self.engine.evaluate(self.data.evaluation(stage, options.stages.seq_length, 1, tokens))
-        patch_level = token_level
-        if stage.patch_size > 1:
-            patch_level = self.engine.evaluate(self.data.evaluation(stage, stage.positions, stage.patch_size, tokens))
+        found: list[EvaluationResult] = []
+        for positions, patch_size in dict.fromkeys([(options.stages.seq_length, 1), (stage.positions, stage.patch_size)]):
+            if patch_size == 1 and found:
+                break
+            batches = self.data.evaluation(stage, positions, patch_size, options.logging.eval_tokens)
+            labels, loss_sum = 0, 0.0
+            while chunk := list(itertools.islice(batches, _EVALUATION_CHUNK)):
+                self.watchdog.beat(f"step {self.step:,} is evaluated")
+                part = self.engine.evaluate(chunk)
+                labels, loss_sum = labels + part.labels, loss_sum + (part.loss * part.labels if part.labels else 0.0)
+                asked = self.stops.agreed(self.device)
+                if asked is not None:
+                    return asked
+            found.append(EvaluationResult(loss_sum / labels if labels else float("nan"), labels))
+        token_level, patch_level = found[0], found[-1]
         record = EvaluationRecord(
             step=self.step,
             stage=stage.name,
@@ -220,12 +302,14 @@ class Trainer:
         self.throughput.reset()
         for callback in self.callbacks:
             callback.on_evaluation(record)
+        return None
 
     def _save(self, stage_end: bool) -> None:
         """Commits a checkpoint: every rank writes its part, then one manifest makes it visible."""
         if self.save_folder is None:
             return
         began = time.perf_counter()
+        self.watchdog.beat(f"step {self.step:,} is saved")
         rank, ranks = self.grid.rank, self.grid.world_size
         folder = self.save_folder / checkpointing.folder_name(self.step)
         self._on_first_rank(lambda: checkpointing.prepare(self.save_folder, self.step))
@@ -242,7 +326,11 @@ class Trainer:
             data_fingerprint=self.fingerprint,
             engine=dict(engine_state),
             model=dataclasses.asdict(self.run.shape),
-            extra={"stage_end": stage_end, "data_info": dataclasses.asdict(self.run.data_info) if self.run.data_info else None},
+            extra={
+                "stage_end": stage_end,
+                "guard": self.guard.state(),
+                "data_info": dataclasses.asdict(self.run.data_info) if self.run.data_info else None,
+            },
         )
         self._on_first_rank(lambda: checkpointing.write_state(folder, state))
         entries: dict[str, checkpointing.Entry] = {}
@@ -278,12 +366,17 @@ class Trainer:
         if failure is not None:
             raise failure
 
-    def _find_checkpoint(self) -> tuple[checkpointing.Found | None, bool]:
+    def _find_checkpoint(self, saved_only: bool = False) -> tuple[checkpointing.Found | None, bool]:
         """(the newest sound checkpoint of --load, by default --save; whether to go on with its run), found by rank 0 for all.
 
         With --finetune the weights of --load begin a new run, once: started again, it goes on with what it has saved.
+
+        Args:
+            saved_only: of --save alone.
         """
         checkpoint = self.run.options.checkpoint
+        if saved_only:
+            checkpoint = dataclasses.replace(checkpoint, load=None, finetune=False)
         source = checkpoint.load or checkpoint.save
         if source is None:
             return None, False

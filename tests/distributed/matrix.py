@@ -133,6 +133,7 @@ def combinations() -> list[Combination]:
     for layout in layouts():
         for model in list(MODELS)[1:]:
             found.append(Combination(**{**vars(layout), "model": model}))
+        found.append(Combination(**{**vars(layout), "model": "tied", "zero": 3 if layout.pipeline == 1 else 0}))
         for extra in (
             "--recompute-granularity full",
             "--recompute-granularity selective --operators plain",

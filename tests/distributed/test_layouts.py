@@ -7,7 +7,7 @@ import pytest
 from tests.distributed.matrix import Combination, References, combinations, compare
 
 QUICK = [
-    Combination(2, 1, 2, sequence=True, zero=3, length="tokens"),
+    Combination(2, 1, 2, sequence=True, zero=3, model="tied", length="tokens"),
     Combination(2, 1, 2, zero=2),
     Combination(4, 1, 1, sequence=True, model="qwen3, one group"),
     Combination(2, 1, 1, zero=0, length="tokens"),

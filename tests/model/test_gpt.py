@@ -16,10 +16,11 @@ from megatron_patch.model.attention import AttentionContext, ModelCache
 from megatron_patch.model.flops import forward_flops_per_position, parameter_count, peak_flops, training_flops_per_position
 from megatron_patch.model.generate import generate
 from megatron_patch.model.gpt import GPTModel
-from megatron_patch.model.init import initial_value, initialize, parameter_groups
+from megatron_patch.model.init import InitialWeights, initial_span, initialize, parameter_groups
 from megatron_patch.model.rotary import rotary_tables
 from megatron_patch.model.shape import check_shape
 from megatron_patch.ops import IGNORE_INDEX, native, plain
+from megatron_patch.parallel.sharding import Shard
 from tests.model.shapes import FAMILIES, GPT2, LLAMA, QWEN3
 
 
@@ -223,9 +224,9 @@ def test_initial_weights_depend_on_seed_and_name_alone():
     first, second = dict(make(LLAMA).named_parameters()), dict(make(wide).named_parameters())
     same = [name for name in first if first[name].shape == second[name].shape]
     assert len(same) > 10 and all(torch.equal(first[name], second[name]) for name in same)
-    assert not torch.equal(initial_value("a.weight", (4, 4), LLAMA, 1), initial_value("a.weight", (4, 4), LLAMA, 2))
-    assert not torch.equal(initial_value("a.weight", (4, 4), LLAMA, 1), initial_value("b.weight", (4, 4), LLAMA, 1))
-    std = initial_value("blocks.0.feed_forward.down.weight", (400, 400), LLAMA, 1).std()
+    assert not torch.equal(initial_span("a.weight", (4, 4), LLAMA, 1), initial_span("a.weight", (4, 4), LLAMA, 2))
+    assert not torch.equal(initial_span("a.weight", (4, 4), LLAMA, 1), initial_span("b.weight", (4, 4), LLAMA, 1))
+    std = initial_span("blocks.0.feed_forward.down.weight", (400, 400), LLAMA, 1).std()
     assert std == pytest.approx(LLAMA.init_std / 2, rel=0.02), "1/sqrt(2 * 2 layers)"
 
 
@@ -328,3 +329,18 @@ def test_peaks_are_found_by_the_names_that_drivers_give():
     assert peak_flops("NVIDIA GB300") == 2500e12 and peak_flops("NVIDIA B300 SXM6 AC") == 2250e12
     assert peak_flops("cpu") is None
     assert peak_flops("NVIDIA RTX A4000") is None, "no A40"
+
+
+def test_initial_values_of_a_part_are_those_of_the_whole():
+    """Whatever a rank holds: spans across blocks of the draw, rows, columns."""
+    whole_shape = (3000, 1100)
+    whole = initial_span("x.weight", whole_shape, LLAMA, 3)
+    assert whole.numel() == 3_300_000 and abs(whole.std() / LLAMA.init_std - 1) < 0.01
+    blocks = whole[: 3 << 20].view(3, -1)
+    assert (torch.corrcoef(blocks).fill_diagonal_(0).abs() < 0.01).all(), "no block repeats another"
+    for start, numel in ((0, 10), ((1 << 20) - 5, 10), (2_000_000, 1_300_000), (5, 0)):
+        assert torch.equal(initial_span("x.weight", whole_shape, LLAMA, 3, start, numel), whole[start : start + numel])
+    read = InitialWeights(LLAMA, 3).read
+    for shard in (Shard(0, 1, 3), Shard(1, 1, 2)):
+        part = whole.view(whole_shape).chunk(shard.count, dim=shard.dim)[shard.index].flatten()
+        assert torch.equal(read("x.weight", whole_shape, shard, 999_999, 77), part[999_999:][:77])

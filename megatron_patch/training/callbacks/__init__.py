@@ -14,6 +14,7 @@ from megatron_patch.parallel.grid import Grid
 from megatron_patch.tokenizer import Tokenizer
 from megatron_patch.training.callbacks.base import Callback
 from megatron_patch.training.callbacks.console import Console
+from megatron_patch.training.callbacks.events import Events
 from megatron_patch.training.callbacks.metrics import Metrics
 from megatron_patch.training.callbacks.samples import SampleRequest, Samples
 from megatron_patch.training.callbacks.spans import SpanLog
@@ -45,7 +46,7 @@ def make_callbacks(
     if first:
         callbacks.append(Console(logging.log_interval))
         if save is not None:
-            callbacks.append(Metrics(save / "metrics.jsonl"))
+            callbacks += [Metrics(save / "metrics.jsonl"), Events(save / "events.jsonl")]
         if logging.tensorboard_dir is not None:
             callbacks.append(TensorBoard(logging.tensorboard_dir))
         if logging.wandb_project is not None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from megatron_patch.data.patch_dataset import PatchBatch
 from megatron_patch.stages import Stage
@@ -66,7 +67,7 @@ class StepRecord:
         data_seconds: spent waiting for data in this step.
         step_seconds: of this step.
         loss_scale: in float16.
-        skipped: whether the optimizer did not step (float16 overflow).
+        skipped: whether the optimizer did not step (a sick step, or float16 overflow).
     """
 
     step: int
@@ -144,8 +145,25 @@ class SaveRecord:
 
 
 @dataclass(frozen=True)
+class Event:
+    """Something that does not happen in every run.
+
+    Args:
+        kind: "skip", "rewind", "straggler", …
+        step: steps taken.
+        message: a sentence for the user.
+        details: for scripts, plain JSON values.
+    """
+
+    kind: str
+    step: int
+    message: str
+    details: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class RunEnd:
-    """The run stops. `reason` is "done" or "exit interval"."""
+    """The run stops. `reason` is "done", "exit interval", or who asked for it."""
 
     reason: str
     step: int
@@ -173,6 +191,9 @@ class Callback:
 
     def on_save(self, record: SaveRecord) -> None:
         """After a checkpoint is committed."""
+
+    def on_event(self, event: Event) -> None:
+        """Something out of the ordinary."""
 
     def on_message(self, text: str) -> None:
         """A sentence for the user."""

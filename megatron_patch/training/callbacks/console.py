@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from rich.console import Console as RichConsole
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn
 
 from megatron_patch.console import make_console
-from megatron_patch.training.callbacks.base import Callback, EvaluationRecord, RunEnd, RunStart, SaveRecord, StepRecord, SwitchRecord
+from megatron_patch.training.callbacks.base import Callback, EvaluationRecord, Event, RunEnd, RunStart, SaveRecord, StepRecord, SwitchRecord
 from megatron_patch.units import format_count, format_duration
 
 
@@ -88,6 +89,10 @@ class Console(Callback):
     def on_save(self, record: SaveRecord) -> None:
         """Says where."""
         self._console.print(f"{record.step:>8,} saved {record.folder} ({record.bytes / 2**20:,.0f} MiB in {record.seconds:.1f} s)")
+
+    def on_event(self, event: Event) -> None:
+        """Says it."""
+        self._console.print(f"{event.step:>8,} [bold]{event.kind}[/bold]: {escape(event.message)}")
 
     def on_message(self, text: str) -> None:
         """Prints it."""

@@ -1,0 +1,137 @@
+"""Steps with sick numbers, for real: a gradient without numbers on one rank, a loss that spikes, under every layout."""
+
+from __future__ import annotations
+
+import functools
+import json
+
+import pytest
+import torch
+
+from tests.distributed.ranks import run_ranks
+from tests.distributed.runs import DATA, MODEL, Run, command, printed, train
+
+PLAN = "--seq-length 16 --micro-batch-size 2 --global-batch-size 12 --patch-size 4 --train-tokens 7680 --lr 3e-3 --spike-window 8"
+STEP = 14  # of the patch stage's 27
+LAYOUTS = {
+    "ZeRO 0": (2, "--zero-stage 0"),
+    "ZeRO 1": (2, "--zero-stage 1"),
+    "ZeRO 2": (2, "--zero-stage 2"),
+    "ZeRO 3": (2, "--zero-stage 3"),
+    "ZeRO 1 bf16": (2, "--zero-stage 1 --bf16"),
+    "ZeRO 2 bf16": (2, "--zero-stage 2 --bf16"),
+    "ZeRO 0 bf16": (2, "--zero-stage 0 --bf16"),
+    "TP2": (2, "--tensor-model-parallel-size 2 --zero-stage 1"),
+    "PP2": (2, "--pipeline-model-parallel-size 2 --zero-stage 1"),
+    "PP2 ZeRO 0": (2, "--pipeline-model-parallel-size 2 --zero-stage 0"),
+}
+
+
+def _poisoned(argv, kind):
+    """The program, with one sick step: `gradient` on the last rank alone, `loss` and `late loss` a thousand times too large."""
+    from megatron_patch.model.gpt import GPTModel
+    from megatron_patch.training import trainer
+
+    forward, train_step = GPTModel.forward, {}
+    rank, size = torch.distributed.get_rank, torch.distributed.get_world_size
+
+    def sick(self, inputs, labels, *more):
+        result = forward(self, inputs, labels, *more)
+        if train_step.get("now") != STEP or not self.training or labels is None:
+            return result
+        if kind == "gradient" and rank() == size() - 1:
+            result[0].register_hook(lambda grad: grad * float("nan"))
+        return (result[0] * 1000, result[1]) if kind == "loss" else result
+
+    begin = trainer.Trainer._check_consistency
+
+    def note(self, micro_batches):
+        train_step["now"] = self.step + 1
+        return begin(self, micro_batches)
+
+    GPTModel.forward, trainer.Trainer._check_consistency = sick, note
+    from megatron_patch.training.pretrain import main
+
+    return main(argv)
+
+
+def poisoned(folder, ranks, kind, *parts, expect=0):
+    argv = command(MODEL, DATA, PLAN, *parts, ["--save", str(folder)])
+    codes = run_ranks(functools.partial(_poisoned, kind=kind), ranks, folder.parent / f"{folder.name}-logs", argv)
+    assert codes == [expect] * ranks, printed(folder)
+    return Run(folder)
+
+
+def events(run, kind):
+    found = [json.loads(line) for line in (run.folder / "events.jsonl").read_text().splitlines()]
+    return [event for event in found if event["type"] == kind]
+
+
+def check(run):
+    records = run.records("step")
+    assert [record["step"] for record in records if record["skipped"]] == [STEP]
+    (event,) = events(run, "skip")
+    assert event["step"] == STEP and len(event["spans"]) == 3 and all(length == 64 for _, _, length in event["spans"])
+    after = [record["loss"] for record in records[STEP:]]
+    assert all(loss is not None for loss in after)
+    return event
+
+
+@pytest.fixture(scope="module")
+def skipped(tmp_path_factory, corpus):
+    """The losses of one process that leaves the step out, by the kind of poison."""
+    return {
+        kind: poisoned(tmp_path_factory.mktemp("single") / kind, 1, kind, "--zero-stage 0 --data-path", corpus).values("loss")
+        for kind in ("gradient", "loss")
+    }
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_gradient_without_numbers_on_one_rank_touches_no_weight(tmp_path, corpus, skipped, layout):
+    ranks, words = LAYOUTS[layout]
+    run = poisoned(tmp_path / "run", ranks, "gradient", words, "--data-path", corpus)
+    assert "norm" in check(run)["reason"]
+    losses, expected = run.values("loss"), skipped["gradient"]
+    assert losses == pytest.approx(expected, rel=1e-2 if "bf16" in layout else 1e-5)
+
+
+@pytest.mark.parametrize("layout", ["ZeRO 0", "ZeRO 1", "ZeRO 3", "ZeRO 1 bf16", "PP2"])
+def test_a_spike_is_left_out(tmp_path, corpus, skipped, layout):
+    ranks, words = LAYOUTS[layout]
+    run = poisoned(tmp_path / "run", ranks, "loss", words, "--data-path", corpus)
+    assert "the loss spikes" in check(run)["reason"]
+    losses, expected = run.values("loss"), skipped["loss"]
+    assert losses == pytest.approx(expected, rel=1e-2 if "bf16" in layout else 1e-5)
+
+
+def test_one_left_out_step_is_all_that_differs(tmp_path, corpus, skipped):
+    whole = train(tmp_path / "whole", 1, PLAN, "--zero-stage 0 --data-path", corpus)
+    for losses in skipped.values():
+        assert losses[: STEP - 1] == whole.losses[: STEP - 1]
+        assert losses[STEP:] != whole.losses[STEP:]
+    assert skipped["gradient"][STEP - 1] == whole.losses[STEP - 1]
+    assert skipped["loss"][STEP:] == skipped["gradient"][STEP:], "whatever the poison, the step before and the step behind are the same"
+
+
+def test_rewinding_takes_the_weights_of_the_newest_checkpoint_and_resumes_alike(tmp_path, corpus):
+    words = ("--on-spike rewind --save-interval 5 --keep-last 0 --zero-stage 1 --data-path", corpus)
+    run = poisoned(tmp_path / "run", 2, "loss", *words)
+    (event,) = events(run, "rewind")
+    assert event["step"] == STEP and event["to_step"] == 10 and event["left_out"] == 4
+    assert "back to the weights of step 10" in printed(run.folder)
+    # Stopped behind the rewind and resumed, it goes on from there.
+    poisoned(tmp_path / "again", 2, "loss", "--exit-interval 16", *words)
+    again = poisoned(tmp_path / "again", 2, "loss", *words)
+    assert again.losses == run.losses
+
+
+def test_stopping_says_why_by_its_code(tmp_path, corpus):
+    run = poisoned(tmp_path / "run", 2, "loss", "--on-spike stop --zero-stage 1 --data-path", corpus, expect=5)
+    assert "the loss spikes" in printed(run.folder) and "exit code 5" in printed(run.folder)
+
+
+def test_a_resumed_run_refuses_what_an_unbroken_one_refuses(tmp_path, corpus, skipped):
+    poisoned(tmp_path / "run", 2, "loss", f"--zero-stage 1 --exit-interval {STEP - 2} --data-path", corpus)
+    run = poisoned(tmp_path / "run", 2, "loss", "--zero-stage 1 --data-path", corpus)
+    assert run.losses == pytest.approx(skipped["loss"], rel=1e-5)
+    check(run)
