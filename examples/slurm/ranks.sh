@@ -42,9 +42,9 @@ end_job() {
     75)
         requeue "preempted, all is saved" "$code"
         ;;
-    1 | 129 | 1[3-5][0-9] | 253)
-        # A traceback, or a rank that a signal ended (128 + its number; 253: out of memory): most often a sick node or network. The last
-        # checkpoint is sound, so the job goes on from there, unless it gets nowhere.
+    1 | 76 | 129 | 1[3-5][0-9] | 253)
+        # A traceback, a hang, or a rank that a signal ended (128 + its number; 253: out of memory): most often a sick node or network. The
+        # last checkpoint is sound, so the job goes on from there, unless it gets nowhere.
         local crashes before newest
         newest=$(cat "$save/latest" 2>/dev/null) || newest=none
         read -r crashes before 2>/dev/null <"$save/crashes-$SLURM_JOB_ID" || before=
@@ -56,10 +56,10 @@ end_job() {
         fi
         mkdir -p "$save" && echo "$crashes $newest" >"$save/crashes-$SLURM_JOB_ID"
         wait_for_nodes
-        requeue "code $code, a rank crashed" "$code"
+        requeue "code $code, a rank crashed or hung" "$code"
         ;;
     *)
-        # Flags, data, a checkpoint, a stop on purpose: the same would happen again.
+        # Flags, data, a checkpoint, sick training, ranks that disagree: the same would happen again.
         echo "$(date +%FT%T) code $code: the job stops; the program's last line says what to change, then submit it again" >&2
         exit "$code"
         ;;
