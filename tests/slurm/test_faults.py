@@ -107,16 +107,17 @@ def test_a_dead_node_s_job_waits_for_a_node_and_goes_on(cluster, tmp_path, confi
 
 
 def test_a_job_that_takes_what_there_is_goes_on_without_the_dead_node(cluster, tmp_path, config, corpus, unbroken):
-    options = ("--nodes=1-2", *TWO_NODES[1:])
+    """With two ranks a node: for one rank a node and a range of nodes, Slurm takes a single node from the start."""
+    options = ("--nodes=1-2", "--ntasks-per-node=2", "--gpus-per-node=2")
     job = submit(cluster, "many_nodes", tmp_path / "run", *options, config=config, corpus=corpus, TENSOR="1")
-    job.reaches(120)
+    job.reaches(60, 200)
     cluster.kill_node("n1")
     try:
-        fields = job.completes()
+        fields = job.completes(300)
     finally:
         cluster.start_node("n1")
-    assert (fields["Restarts"], fields["NodeList"]) == ("1", "n0")
-    assert [record["ranks"] for record in job.run.records("start")] == [2, 1]
+    assert fields["NodeList"] == "n0" and fields["Restarts"] >= "1"
+    assert [record["ranks"] for record in job.run.records("start")] == [4, 2]
     assert job.run.losses == pytest.approx(unbroken.losses, rel=1e-4)
     wait_until(lambda: cluster.idle_nodes() == list(NODES), "both nodes again", explain=cluster.logs)
 
