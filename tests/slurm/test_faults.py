@@ -9,7 +9,6 @@ import pytest
 
 from megatron_patch.checkpoint_files import find_newest_sound
 from tests.distributed.runs import Run, command
-from tests.slurm.cluster import NODES, wait_until
 from tests.slurm.jobs import Job, submit, write_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -106,30 +105,23 @@ def test_a_dead_node_s_job_waits_for_a_node_and_goes_on(cluster, tmp_path, confi
     is_the_same(job.run, unbroken)
 
 
-def test_a_job_that_takes_what_there_is_goes_on_without_the_dead_node(cluster, tmp_path, config, corpus, unbroken):
-    """With two ranks a node: for one rank a node and a range of nodes, Slurm takes a single node from the start."""
-    options = ("--nodes=1-2", "--ntasks-per-node=2", "--gpus-per-node=2")
-    job = submit(cluster, "many_nodes", tmp_path / "run", *options, config=config, corpus=corpus, TENSOR="1")
-    job.reaches(60, 200)
-    cluster.kill_node("n1")
-    try:
-        fields = job.completes(300)
-    finally:
-        cluster.start_node("n1")
-    assert fields["NodeList"] == "n0" and fields["Restarts"] >= "1"
-    assert [record["ranks"] for record in job.run.records("start")] == [4, 2]
-    assert job.run.losses == pytest.approx(unbroken.losses, rel=1e-4)
-    wait_until(lambda: cluster.idle_nodes() == list(NODES), "both nodes again", explain=cluster.logs)
-
-
-def test_an_administrator_gives_it_fewer_nodes(cluster, tmp_path, config, corpus, unbroken):
+@pytest.mark.parametrize("cause", ["a node died", "on purpose"])
+def test_it_goes_on_with_fewer_nodes(cluster, tmp_path, config, corpus, unbroken, cause):
     job = submit(cluster, "many_nodes", tmp_path / "run", *TWO_NODES, config=config, corpus=corpus, TENSOR="1")
     job.reaches(120)
-    cluster.command("scontrol", "requeuehold", job.number)
-    job.wait_for(lambda: cluster.state(job.number) == "PENDING", "the job back in the queue", 60)
+    if cause == "a node died":
+        cluster.kill_node("n1")
+    else:
+        cluster.command("scontrol", "requeuehold", job.number)
+    job.wait_for(lambda: cluster.state(job.number) == "PENDING", "the job back in the queue", 120)
     cluster.command("scontrol", "update", f"JobId={job.number}", "NumNodes=1", "NumTasks=1")
-    cluster.command("scontrol", "release", job.number)
-    assert job.completes()["NumNodes"] == "1"
+    try:
+        if cause == "on purpose":
+            cluster.command("scontrol", "release", job.number)
+        assert job.completes()["NumNodes"] == "1"
+    finally:
+        if cause == "a node died":
+            cluster.start_node("n1")
     assert [record["ranks"] for record in job.run.records("start")] == [2, 1]
     assert job.run.losses == pytest.approx(unbroken.losses, rel=1e-4)
 
