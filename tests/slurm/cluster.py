@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 NODES = {"n0": "127.0.0.1", "n1": "127.0.0.2"}
-_PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scancel", "scontrol", "sinfo", "squeue", "unshare")
+_PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scancel", "scontrol", "sinfo", "squeue", "setpriv", "unshare")
 _ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "BOOT_FAIL", "OUT_OF_MEMORY", "DEADLINE"}
 
 # cred_expire is also how long a requeued job waits before it may start again: 120 seconds where nothing is said, 5 at least.
@@ -181,11 +181,12 @@ class Cluster:
         return {**inherited, "SLURM_CONF": str(self.folder / "slurm.conf")}
 
     def _spawn(self, name: str, words: Sequence[str], **more: str) -> None:
-        # A mount namespace of its own gives the daemon, and the jobs below it, a hosts file that knows the nodes.
+        # A mount namespace of its own gives the daemon, and the jobs below it, a hosts file that knows the nodes. Daemons end with whoever
+        # started them, also where that was killed.
         inside = f'mount --bind {self.folder}/hosts /etc/hosts && exec "$@"'
         with (self.folder / f"{name}.log").open("ab") as log:
             self.daemons[name] = subprocess.Popen(
-                ["unshare", "--mount", "sh", "-c", inside, "sh", *words],
+                ["setpriv", "--pdeathsig", "TERM", "unshare", "--mount", "sh", "-c", inside, "sh", *words],
                 env={**self.environment, **more},
                 stdin=subprocess.DEVNULL,
                 stdout=log,

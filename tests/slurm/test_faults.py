@@ -114,7 +114,7 @@ def test_it_goes_on_with_fewer_nodes(cluster, tmp_path, config, corpus, unbroken
     else:
         cluster.command("scontrol", "requeuehold", job.number)
     job.wait_for(lambda: cluster.state(job.number) == "PENDING", "the job back in the queue", 120)
-    cluster.command("scontrol", "update", f"JobId={job.number}", "NumNodes=1", "NumTasks=1")
+    cluster.command("scontrol", "update", f"JobId={job.number}", "NumNodes=1", "NumTasks=1", "NumCPUs=1")
     try:
         if cause == "on purpose":
             cluster.command("scontrol", "release", job.number)
