@@ -14,17 +14,24 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
+from megatron_patch.checkpoint_files import Entry
 from megatron_patch.engine.fragments import Fragment
 from megatron_patch.errors import CheckpointError
+from megatron_patch.files import checksum_on_disk
 from megatron_patch.parallel.sharding import VOCABULARY_PARAMETERS, Shard
+from megatron_patch.safetensors_files import write_safetensors
 
 FORMAT = "megatron_patch/state-1"
 
 
-def write_fragments(folder: Path, rank: int, ranks: int, fragments: Sequence[Fragment]) -> Path:
-    """Writes this rank's fragments.
+def state_file_name(rank: int, ranks: int) -> str:
+    """state-00000-of-00008.safetensors."""
+    return f"state-{rank:05d}-of-{ranks:05d}.safetensors"
+
+
+def write_fragments(folder: Path, rank: int, ranks: int, fragments: Sequence[Fragment]) -> dict[str, Entry]:
+    """Writes this rank's fragments, forces them to disk and reads them back.
 
     Args:
         folder: an existing folder.
@@ -32,23 +39,33 @@ def write_fragments(folder: Path, rank: int, ranks: int, fragments: Sequence[Fra
         ranks: how many write.
         fragments: spans of parameters with float32 tensors.
 
+    Returns:
+        What the manifest says of the file.
+
     Raises:
-        CheckpointError: the file cannot be written (no space left, for example).
+        CheckpointError: the file cannot be written (no space left, for example), or reads back as something else.
     """
-    path = folder / f"state-{rank:05d}-of-{ranks:05d}.safetensors"
-    tensors = {f"{kind}/{f.name}": tensor.cpu().contiguous() for f in fragments for kind, tensor in f.tensors.items()}
+    path = folder / state_file_name(rank, ranks)
+    tensors = {f"{kind}/{f.name}": tensor for f in fragments for kind, tensor in f.tensors.items()}
     index = [
         {"name": f.name, "shape": list(f.shape), "start": f.start, "numel": f.numel}
         | ({} if f.shard is None else {"shard": [f.shard.dim, f.shard.index, f.shard.count]})
         for f in fragments
     ]
+    entry = write_safetensors(
+        path,
+        [(name, tuple(tensor.shape)) for name, tensor in tensors.items()],
+        torch.float32,
+        (tensor.cpu() for tensor in tensors.values()),
+        {"format": FORMAT, "fragments": json.dumps(index)},
+    )
     try:
-        save_file(tensors, str(path), metadata={"format": FORMAT, "fragments": json.dumps(index)})
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"cannot write {path}: {error}", "a folder with space for 12 bytes a parameter", "free space, or change --save"
-        ) from error
-    return path
+        same = checksum_on_disk(path) == entry.xxh64
+    except OSError as error:
+        raise CheckpointError(f"cannot read back {path}: {error.strerror}", "a sound disk", "change --save") from error
+    if not same:
+        raise CheckpointError(f"{path} reads back as something else than was written", "a sound disk", "change --save")
+    return {path.name: entry}
 
 
 @dataclass(frozen=True)

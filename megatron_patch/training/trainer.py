@@ -7,6 +7,7 @@ beyond its numbers; the switch is `Trainer._switch`, the only place where one st
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from pathlib import Path
 from types import TracebackType
@@ -14,10 +15,11 @@ from types import TracebackType
 import torch
 
 from megatron_patch import checkpoint_files as checkpointing
+from megatron_patch.checkpoints.lock import SaveLock
 from megatron_patch.config.resolve import RunConfig
 from megatron_patch.console import make_console
 from megatron_patch.engine.deepspeed_config import EngineConfig
-from megatron_patch.engine.distributed import barrier, broadcast_object, gather_objects
+from megatron_patch.engine.distributed import barrier, broadcast_object
 from megatron_patch.engine.interface import StepResult
 from megatron_patch.errors import CheckpointError, MegatronPatchError
 from megatron_patch.parallel.grid import Grid
@@ -31,6 +33,7 @@ from megatron_patch.training.cost import Cost
 from megatron_patch.training.dry_run import print_plan
 from megatron_patch.training.lr_schedule import schedule_of
 from megatron_patch.training.resume import check_data, check_model, plan_to_resume
+from megatron_patch.training.saving import Saver, on_first_rank, retention_of
 from megatron_patch.training.throughput import Throughput
 
 
@@ -52,6 +55,8 @@ class Trainer:
         )
         ranks = make_groups(self.grid)
         self.save_folder = Path(run.options.checkpoint.save) if run.options.checkpoint.save else None
+        self.saver: Saver | None = None
+        lock = self._lock()
         tokenizer = sample_tokenizer(run)
         found, resuming = self._find_checkpoint()
         if found is not None:
@@ -67,11 +72,17 @@ class Trainer:
         self.engine = make_engine(run, settings, self.stage, ranks, device)
         if found is not None:
             self.engine.load(found.folder, found.state.engine if resuming else None)
+        if self.save_folder is not None:
+            self.saver = Saver(
+                self.save_folder, lock, self.grid.rank, world, device, retention_of(run, self.plan), run.options.checkpoint.async_save
+            )
         self.throughput = Throughput(world, device_name(device), run.options.logging.peak_tflops)
         self.callbacks = make_callbacks(run, self.save_folder, self.grid, self.engine.logits, tokenizer, device)
         if self.grid.rank == 0:
             shown = dataclasses.replace(run, plan=self.plan)
             print_plan(shown, settings, make_console(), origins=False)
+            if lock is not None and lock.took_over:
+                self._tell(f"took the lock of {self.save_folder} over from {lock.took_over}, which has died")
             for note in self._start_notes(found, resuming):
                 self._tell(note)
 
@@ -79,6 +90,8 @@ class Trainer:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        if self.saver is not None:
+            self.saver.close()
         for callback in self.callbacks:
             callback.close()
 
@@ -104,6 +117,8 @@ class Trainer:
             if self.place.stage_index + 1 == len(self.plan.stages):
                 break
             self._switch()
+        if self.saver is not None:
+            self._tell_saved(self.saver.wait())
         for callback in self.callbacks:
             callback.on_end(RunEnd(reason, self.step, self.plan.consumed_tokens(self.place), time.monotonic() - started))
         barrier()
@@ -127,6 +142,8 @@ class Trainer:
                     callback.on_batches(self.step + 1, stage, micro_batches)
                 self.place = after
                 self._account(result, lr, time.perf_counter() - began, data_seconds)
+                if self.saver is not None:
+                    self._tell_saved(self.saver.poll())
                 ended = self.place.stage_step == stage.steps
                 if ended or self._due(self.run.options.logging.eval_interval, self.run.options.logging.eval_interval_tokens):
                     self._evaluate()
@@ -222,15 +239,11 @@ class Trainer:
             callback.on_evaluation(record)
 
     def _save(self, stage_end: bool) -> None:
-        """Commits a checkpoint: every rank writes its part, then one manifest makes it visible."""
-        if self.save_folder is None:
+        """Commits a checkpoint, or with --async-save begins to: every rank writes its part, then one manifest makes it visible."""
+        if self.saver is None:
             return
-        began = time.perf_counter()
-        rank, ranks = self.grid.rank, self.grid.world_size
-        folder = self.save_folder / checkpointing.folder_name(self.step)
-        self._on_first_rank(lambda: checkpointing.prepare(self.save_folder, self.step))
-        engine_state = self.engine.save(folder)
-        state = checkpointing.TrainerState(
+        state = functools.partial(
+            checkpointing.TrainerState,
             step=self.step,
             stage_index=self.place.stage_index,
             stage_step=self.place.stage_step,
@@ -240,43 +253,24 @@ class Trainer:
             plan=self.plan.to_json(),
             config=self.run.to_json(),
             data_fingerprint=self.fingerprint,
-            engine=dict(engine_state),
             model=dataclasses.asdict(self.run.shape),
             extra={"stage_end": stage_end, "data_info": dataclasses.asdict(self.run.data_info) if self.run.data_info else None},
         )
-        self._on_first_rank(lambda: checkpointing.write_state(folder, state))
-        entries: dict[str, checkpointing.Entry] = {}
-        for part in gather_objects(checkpointing.entries_of_rank(folder, rank, ranks)):
-            entries.update(part)  # type: ignore[call-overload]
-        self._on_first_rank(lambda: self._publish(folder, entries))
-        seconds = time.perf_counter() - began
-        record = SaveRecord(self.step, str(folder), seconds, sum(entry.size for entry in entries.values()))
+        records = self.saver.save(self.step, self.engine, lambda engine: state(engine=dict(engine)))
         self.throughput.reset()
-        for callback in self.callbacks:
-            callback.on_save(record)
+        self._tell_saved(records)
 
-    def _publish(self, folder: Path, entries: dict[str, checkpointing.Entry]) -> None:
-        assert self.save_folder is not None
-        checkpointing.write_manifest(folder, entries)
-        checkpointing.publish(self.save_folder, self.step)
-        ends = {self.plan.first_step(index + 1) for index in range(len(self.plan.stages))}
-        checkpointing.prune(self.save_folder, self.run.options.checkpoint.keep_last, keep=ends)
+    def _tell_saved(self, records: list[SaveRecord]) -> None:
+        for record in records:
+            for callback in self.callbacks:
+                callback.on_save(record)
 
-    def _on_first_rank(self, action: object) -> None:
-        """Runs an action on rank 0; where it fails, every rank raises its error."""
-        failure: MegatronPatchError | None = None
-        if self.grid.rank == 0:
-            try:
-                action()  # type: ignore[operator]
-            except MegatronPatchError as error:
-                failure = error
-            except OSError as error:
-                failure = CheckpointError(
-                    f"cannot write to {self.save_folder}: {error}", "a folder with free space", "free space, or change --save"
-                )
-        failure = broadcast_object(failure)  # type: ignore[assignment]
-        if failure is not None:
-            raise failure
+    def _lock(self) -> SaveLock | None:
+        """Rank 0's right to write the run's folder, before anything in it is looked at."""
+        locks: list[SaveLock] = []
+        if (save := self.save_folder) is not None:
+            on_first_rank(self.grid.rank, save, lambda: locks.append(SaveLock(save)))
+        return locks[0] if locks else None
 
     def _find_checkpoint(self) -> tuple[checkpointing.Found | None, bool]:
         """(the newest sound checkpoint of --load, by default --save; whether to go on with its run), found by rank 0 for all.

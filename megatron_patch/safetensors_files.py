@@ -128,6 +128,6 @@ def write_safetensors(
             os.fsync(file.fileno())
     except OSError as error:
         raise CheckpointError(
-            f"cannot write {path}: {error.strerror}", "a folder with free space", "free space, or change --output"
+            f"cannot write {path}: {error.strerror}", "a folder with free space", "free space, or choose another folder"
         ) from error
     return Entry(8 + len(text) + end, digest.hexdigest())
