@@ -84,7 +84,7 @@ class TrainerState:
             value = data[f.name]
             number = f.type == "int"
             kind: type = int if number else str if f.type == "str" else dict
-            if not isinstance(value, kind) or isinstance(value, bool) or (isinstance(value, int) and value < 0):
+            if not isinstance(value, kind) or isinstance(value, bool) or (isinstance(value, int) and not 0 <= value < 1 << 62):
                 raise CheckpointError(f"{where}: {f.name} is {value!r}", f"a {kind.__name__}")
             values[f.name] = value
         return TrainerState(**values)

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 from megatron_patch.errors import ConfigError
+from megatron_patch.records import record_from_json
 
 Side = Literal["both", "input", "output"]
 LrPolicy = Literal["restart", "continue", "rewarm"]
@@ -268,15 +269,11 @@ class StagePlan:
             ConfigError: a field is missing or unknown.
         """
         try:
-            stages = []
-            for raw in data["stages"]:
-                values = dict(raw)
-                values["lr"] = LrShape(**values["lr"])
-                values["position_weights"] = tuple(values["position_weights"])
-                if values["blend"] is not None:
-                    values["blend"] = tuple((str(prefix), float(weight)) for prefix, weight in values["blend"])
-                stages.append(Stage(**values))
-            return StagePlan(tuple(stages), int(data["block_tokens"]))
+            stages = tuple(record_from_json(Stage, {"position_weights": (), **raw}) for raw in data["stages"])
+            whole = record_from_json(StagePlan, {"stages": (), "block_tokens": data["block_tokens"]})
+            if not stages or whole.block_tokens < 1 or any(not raw["position_weights"] for raw in data["stages"]):
+                raise ValueError("no stages, blocks of no tokens, or a stage without weights")
+            return StagePlan(stages, whole.block_tokens)
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"this is no stage plan: {error}", f"the fields {[f.name for f in fields(Stage)]}") from error
 

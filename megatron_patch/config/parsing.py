@@ -66,7 +66,7 @@ def read_yaml(path: str) -> dict[str, Any]:
         data = yaml.safe_load(text)
     except OSError as error:
         raise ConfigError(f"--config {path}: {error.strerror}", "a readable YAML file", "check the path") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"--config {path} is not valid YAML: {error}", "a mapping of option names to values") from error
     if data is None:
         return {}

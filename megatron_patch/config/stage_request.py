@@ -124,7 +124,7 @@ def read_stages(text: str) -> tuple[StageRequest, ...]:
     """
     try:
         entries = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"stages: not valid YAML: {error}", "a list of mappings") from error
     if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
         raise ConfigError("stages: is no list of mappings", "- {patch_size: 4, token_share: 0.667}\\n- {patch_size: 1}")

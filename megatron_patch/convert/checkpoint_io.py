@@ -18,12 +18,14 @@ from megatron_patch import checkpoint_files
 from megatron_patch.checkpoint_files import Entry, Found, TrainerState, find_newest_sound
 from megatron_patch.convert.tensor_names import parameter_shapes
 from megatron_patch.engine.state_files import FORMAT, StateFiles, state_file_name
-from megatron_patch.errors import CheckpointError
-from megatron_patch.model.shape import ModelShape
+from megatron_patch.errors import CheckpointError, ConfigError
+from megatron_patch.model.shape import ModelShape, check_shape
+from megatron_patch.records import record_from_json
 from megatron_patch.safetensors_files import write_safetensors
 
 UNFINISHED = (checkpoint_files.PARTIAL, checkpoint_files.TRASH, "tokenizer")
 """How the names begin of what an import that was interrupted leaves in its folder."""
+_MOST_LAYERS = 100_000
 
 
 @dataclass(frozen=True)
@@ -52,12 +54,18 @@ def shape_of_state(state: TrainerState, where: str) -> ModelShape:
     """The model's shape of a checkpoint.
 
     Raises:
-        CheckpointError: it was written by another version.
+        CheckpointError: it was written by another version, or no model can be of this shape.
     """
     try:
-        return ModelShape(**state.model)
-    except TypeError as error:
-        raise CheckpointError(f"{where}: the model's shape cannot be read: {error}", "a checkpoint of this version") from error
+        shape = record_from_json(ModelShape, state.model)
+        check_shape(shape)
+    except (ValueError, ConfigError) as error:
+        raise CheckpointError(
+            f"{where}: the model's shape cannot be read: {error}", "a checkpoint of this version", "use the version that wrote it"
+        ) from error
+    if shape.num_layers > _MOST_LAYERS:
+        raise CheckpointError(f"{where}: a model of {shape.num_layers} layers", f"up to {_MOST_LAYERS}", "do not use this checkpoint")
+    return shape
 
 
 def open_checkpoint(load: str) -> CheckpointWeights:
