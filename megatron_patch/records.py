@@ -34,6 +34,17 @@ def record_from_json(kind: type[Record], data: Any) -> Record:
     return kind(**{name: _value(hints[name], value, f"{kind.__name__}.{name}") for name, value in data.items()})
 
 
+def whole_number(value: Any, least: int) -> int:
+    """A whole number from `least` to below 2^62.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if type(value) is not int or not least <= value < _LARGEST:
+        raise ValueError(f"{value!r} is no whole number from {least}"[:300])
+    return value
+
+
 def _value(hint: Any, value: Any, where: str) -> Any:
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
