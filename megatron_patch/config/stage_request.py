@@ -18,9 +18,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast, get_args
 
-import yaml
-
 from megatron_patch.config.options import StageOptions
+from megatron_patch.config.yaml_files import load_yaml
 from megatron_patch.errors import ConfigError
 from megatron_patch.stages import LrPolicy, LrStyle, OptimizerPolicy, Side, WsdDecayStyle
 from megatron_patch.units import parse_count
@@ -123,8 +122,8 @@ def read_stages(text: str) -> tuple[StageRequest, ...]:
         ConfigError: no list of mappings, an unknown key, a value of the wrong kind.
     """
     try:
-        entries = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        entries = load_yaml(text)
+    except ValueError as error:
         raise ConfigError(f"stages: not valid YAML: {error}", "a list of mappings") from error
     if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
         raise ConfigError("stages: is no list of mappings", "- {patch_size: 4, token_share: 0.667}\\n- {patch_size: 1}")
