@@ -275,6 +275,12 @@ class CheckpointOptions:
     """The same in tokens."""
     keep_last: int = 3
     """Checkpoints to keep; 0 keeps all. Those at stage ends are always kept."""
+    keep_every: OptionalCount = None
+    """Beside --keep-last, keep the first checkpoint at or behind each multiple of so many steps, for good."""
+    keep_every_tokens: OptionalCount = None
+    """The same in tokens."""
+    async_save: bool = False
+    """Write checkpoints beside training, which waits only until its weights and moments are copied to the host's memory."""
     exit_interval: OptionalCount = None
     """Save and stop after this many steps of the whole run."""
 

@@ -265,6 +265,12 @@ def _check_training(options: Options, plan: StagePlan) -> None:
         for name in (first, second):
             if getattr(part, name) == 0:
                 raise ConfigError(f"--{name.replace('_', '-')} 0", "whole numbers from 1", "leave it out for none")
+    if checkpoint.keep_last < 0 or checkpoint.keep_every == 0 or checkpoint.keep_every_tokens == 0:
+        raise ConfigError(
+            f"--keep-last {checkpoint.keep_last} --keep-every {checkpoint.keep_every} --keep-every-tokens {checkpoint.keep_every_tokens}",
+            "--keep-last from 0, the others from 1",
+            "leave out what is not wanted",
+        )
     if checkpoint.finetune and checkpoint.load is None:
         raise ConfigError("--finetune without --load", "--load with the folder to take weights from", "give --load")
     if checkpoint.finetune and checkpoint.load == checkpoint.save:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from megatron_patch.data.storage import exists, read_bytes
 from megatron_patch.errors import DataError
 from megatron_patch.files import write_durably
+from megatron_patch.records import record_from_json
 
 FORMAT = "megatron_patch/dataset-1"
 ALIKE = ("tokenizer_type", "vocab_size", "eod_id", "append_eod", "prepend_bos", "tokenizer_xxh64")
@@ -74,11 +75,11 @@ def read_info(prefix: str) -> DatasetInfo | None:
         data = json.loads(read_bytes(path))
         if data.pop("format", None) != FORMAT:
             raise ValueError(f"its format is not {FORMAT}")
-        info = DatasetInfo(**{f.name: data[f.name] for f in fields(DatasetInfo) if f.name in data or f.default is MISSING})
-        if not isinstance(info.vocab_size, int) or not isinstance(info.patch_align, int) or info.vocab_size < 1 or info.patch_align < 1:
+        info = record_from_json(DatasetInfo, {f.name: data[f.name] for f in fields(DatasetInfo) if f.name in data})
+        if info.vocab_size < 1 or info.patch_align < 1:
             raise ValueError("vocab_size and patch_align must be whole numbers from 1")
         return info
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(
             f"{path} is no side file: {error}", "what tools/preprocess_data.py writes", "remove it or preprocess again"
         ) from error
