@@ -14,6 +14,7 @@ from megatron_patch.engine.deepspeed_config import EngineConfig, engine_config
 from megatron_patch.errors import ConfigError, MegatronPatchError
 from megatron_patch.exit_codes import ExitCode
 from megatron_patch.training.dry_run import print_plan
+from megatron_patch.training.stream import missing_data, open_stream
 
 
 def pretrain(run: RunConfig) -> ExitCode:
@@ -27,7 +28,12 @@ def pretrain(run: RunConfig) -> ExitCode:
     """
     settings = engine_settings(run)
     if run.options.logging.dry_run:
-        print_plan(run, settings, make_console())
+        console = make_console()
+        missing = missing_data(run) if run.blend else "no --data-path"
+        stream = open_stream(run, run.plan) if missing is None else None
+        print_plan(run, settings, console, stream=stream)
+        for note in stream.notes() if stream is not None else [f"how often data is read is not shown: {missing}"]:
+            console.print(f"[yellow]Note[/yellow] {note}", highlight=False)
         return ExitCode.DONE
     # Torch and DeepSpeed take seconds to import, which wrong flags and dry runs need not wait for.
     from megatron_patch.engine.distributed import join, leave

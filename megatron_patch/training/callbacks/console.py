@@ -81,7 +81,8 @@ class Console(Callback):
 
     def on_save(self, record: SaveRecord) -> None:
         """Says where."""
-        self._console.print(f"{record.step:>8,} saved {record.folder} ({record.bytes / 2**20:,.0f} MiB in {record.seconds:.1f} s)")
+        stall = f", training waited {record.stall_seconds:.1f} s" if record.stall_seconds < record.seconds else ""
+        self._console.print(f"{record.step:>8,} saved {record.folder} ({record.bytes / 2**20:,.0f} MiB in {record.seconds:.1f} s{stall})")
 
     def on_event(self, event: Event) -> None:
         """Says it."""

@@ -30,12 +30,12 @@ def to_json(kind: str, record: Any) -> dict[str, Any]:
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
-    """The records of a metrics file; a last line that a kill has torn is left out."""
-    with path.open(encoding="utf-8") as file:
+    """The records of a metrics file; lines that a crash has torn are left out."""
+    with path.open(encoding="utf-8", errors="replace") as file:
         for line in file:
             try:
                 record = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
             if isinstance(record, dict):
                 yield record
@@ -48,7 +48,8 @@ def truncate(path: Path, step: int) -> None:
     temporary = path.with_name(path.name + ".partial")
     with temporary.open("w", encoding="utf-8") as file:
         for record in read_metrics(path):
-            if record.get("step", 0) <= step or record.get("type") == "start":
+            at = record.get("step", 0)
+            if record.get("type") == "start" or (isinstance(at, int) and at <= step):
                 file.write(json.dumps(record) + "\n")
         file.flush()
         os.fsync(file.fileno())
