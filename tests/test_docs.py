@@ -17,7 +17,22 @@ from megatron_patch.training.pretrain import engine_settings
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-OTHERS = {"CONFIG=", "vllm", "curl", "from", "model,", "print(", "srun", "sbatch", "salloc", "scontrol", "pip", "tensorboard", "#", "lm_eval"}
+OTHERS = {
+    "CONFIG=",
+    "vllm",
+    "curl",
+    "from",
+    "model,",
+    "print(",
+    "srun",
+    "sbatch",
+    "salloc",
+    "scontrol",
+    "pip",
+    "tensorboard",
+    "#",
+    "lm_eval",
+}
 """What blocks hold beside this project's commands; the first line is run elsewhere or by a person."""
 
 
@@ -50,7 +65,7 @@ def test_training_commands_resolve(name, line):
     words = shlex.split(line.partition("pretrain_gpt_patch.py")[2])
     if "…" in words or "run.yaml" in words:
         # A command that goes on from one written above, or the reader's own configuration; its own flags are looked up.
-        assert {word[2:].replace("-", "_") for word in words if word.startswith("--")} <= set(OPTION_TYPES)
+        assert {word[2:].replace("-", "_") for word in words if word.startswith("--")} <= {*OPTION_TYPES, "config"}
         return
     for flag in ("--data-path", "--dry-run", "--world-size", "--load", "--config"):
         if flag == "--config":
@@ -108,9 +123,7 @@ def test_every_command_is_one_that_is_checked():
 
 
 def test_migrating_names_flags_that_exist():
-    rows = [
-        line for line in (ROOT / "docs" / "migrating.md").read_text().splitlines() if line.startswith(("| `--", "| –"))
-    ]
+    rows = [line for line in (ROOT / "docs" / "migrating.md").read_text().splitlines() if line.startswith(("| `--", "| –"))]
     assert len(rows) > 20
     for row in rows:
         here = row.split("|")[2]

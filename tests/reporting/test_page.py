@@ -36,7 +36,7 @@ def make_run(folder, steps=20, lr=1e-3, torn=False):
             if step % 5 == 0:
                 one.on_evaluation(replace(EVALUATION, **place, token_loss=6.5 - 0.1 * step))
             if step == 10:
-                one.on_save(SaveRecord(10, str(folder / "step-10"), 1.0, 2**20))
+                one.on_save(SaveRecord(10, str(folder / "step-10"), 1.0, 2**20, 1.0))
                 one.on_switch(SwitchRecord(10, 1600, "patch", "token", 4, 1))
         one.on_event(Event("skip", 7, "</script><b>a sick step", {}))
         one.on_end(RunEnd("done", steps, 160 * steps, 1.0))

@@ -51,7 +51,9 @@ def side_file(prefix, tokens, eod=5, align=1):
 def test_a_dry_run_shows_how_often_each_corpus_is_read(corpora, capsys):
     assert main(words(corpora, "--dry-run")) == 0
     shown = capsys.readouterr().out
-    table = [re.split(r"\s*│\s*", line.strip("│ ")) for line in shown[shown.index("Data") :].splitlines() if "│" in line]
+    table = [
+        re.split(r"\s*│\s*", line.strip("│ ")) for line in shown[shown.index("Data") : shown.index("Ranks")].splitlines() if "│" in line
+    ]
     read = [row[-4:] for row in table if re.fullmatch(r"\d\.\d+", row[-1])]
     assert [row[1:] for row in read] == [
         ["50.0%", "0.200", "0.200"],
