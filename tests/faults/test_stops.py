@@ -1,0 +1,150 @@
+"""Requests to stop, by real signals to real processes: the run saves, says so by its exit code, and goes on bit for bit."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_patch.config.options import SafetyOptions
+from megatron_patch.errors import ConfigError
+from megatron_patch.training.stop_requests import StopRequests
+from megatron_patch.units import format_duration, parse_duration
+from tests.distributed.ranks import start_ranks
+from tests.distributed.runs import DATA, MODEL, Run, _main, command, start_process, train
+
+PLAN = "--seq-length 16 --micro-batch-size 2 --global-batch-size 12 --patch-size 4 --train-tokens 15360 --lr 3e-3 --eval-interval 4"
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory, corpus):
+    return train(tmp_path_factory.mktemp("unbroken") / "run", 2, PLAN, "--zero-stage 1 --data-path", corpus)
+
+
+def _in_a_job(argv, seconds):
+    os.environ["SLURM_JOB_END_TIME"] = str(int(time.time()) + seconds)
+    return _main(argv)
+
+
+def start(folder, corpus, *more, main=_main):
+    argv = command(MODEL, DATA, PLAN, "--zero-stage 1 --data-path", corpus, *more, ["--save", str(folder)])
+    return start_ranks(main, 2, folder.parent / f"{folder.name}-logs", argv)
+
+
+def finish(processes, results, timeout=120):
+    codes = {}
+    for _ in processes:
+        rank, ok, value = results.get(timeout=timeout)
+        assert ok, value
+        codes[rank] = int(value)
+    for process in processes:
+        process.join(timeout=30)
+    return codes
+
+
+def wait_for_steps(folder, steps):
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        path = folder / "metrics.jsonl"
+        if path.exists() and path.read_text().count('"type": "step"') >= steps:
+            return
+        time.sleep(0.02)
+    raise AssertionError("no steps")
+
+
+def test_a_signal_to_any_rank_stops_all_and_nothing_is_lost(tmp_path, corpus, unbroken):
+    """One life after another, each ended by another signal at another rank and moment; together they are one run."""
+    folder, draw = tmp_path / "run", random.Random(1)
+    for number, (victim, sent) in enumerate([(1, signal.SIGTERM), (0, signal.SIGUSR1), (1, signal.SIGUSR2), (0, signal.SIGINT)]):
+        processes, results = start(folder, corpus)
+        wait_for_steps(folder, 6 * number + 2)
+        time.sleep(draw.random() * 0.2)
+        os.kill(processes[victim].pid, sent)
+        assert set(finish(processes, results).values()) == {75}
+        end = Run(folder).records("end")[-1]
+        assert end["reason"] == sent.name
+        assert (folder / "latest").read_text().strip() == f"step-{end['step']:08d}"
+        log = "".join(path.read_text() for path in (tmp_path / "run-logs").glob("*.log"))
+        assert "exit code 75" in log and "the same command goes on" in log
+    resumed = train(folder, 2, PLAN, "--zero-stage 1 --data-path", corpus)
+    assert resumed.losses == unbroken.losses
+
+
+def test_a_signal_before_the_first_step_ends_at_once_and_loses_nothing(tmp_path, corpus):
+    log = tmp_path / "log"
+    process = start_process(PLAN, "--data-path", corpus, ["--save", str(tmp_path / "run")], log=log)
+    while b"SigCgt" not in (status := Path(f"/proc/{process.pid}/status").read_bytes()) or not (
+        int(status.split(b"SigCgt:")[1].split()[0], 16) >> (signal.SIGUSR1 - 1) & 1
+    ):
+        time.sleep(0.002)
+        assert process.poll() is None, log.read_text()
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait(timeout=60) == 75, log.read_text()
+    assert not (tmp_path / "run" / "metrics.jsonl").exists() or len(Run(tmp_path / "run").losses) <= 1
+
+
+def test_during_an_evaluation_the_stop_does_not_wait_for_its_end(tmp_path, corpus):
+    """An evaluation of minutes is left out; the checkpoint is of the step before it."""
+    folder, log = tmp_path / "run", tmp_path / "log"
+    words = "--split 50,50,0 --eval-tokens 100M --eval-interval 3 --micro-batch-size 1"
+    process = start_process(PLAN, words, "--data-path", corpus, ["--save", str(folder)], log=log)
+    wait_for_steps(folder, 3)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 75, log.read_text()
+    assert (folder / "latest").read_text().strip() == "step-00000003" and not Run(folder).records("evaluation")
+
+
+@pytest.mark.parametrize("kind", ["duration", "file", "slurm"])
+def test_time_and_files_stop_too(tmp_path, corpus, kind):
+    folder = tmp_path / "run"
+    words = {"duration": ["--exit-duration", "2s"], "file": ["--kill-switch", str(tmp_path / "stop")], "slurm": ["--exit-margin", "100s"]}
+    main = functools.partial(_in_a_job, seconds=104) if kind == "slurm" else _main
+    processes, results = start(folder, corpus, "--train-tokens 3M", words[kind], main=main)
+    if kind == "file":
+        wait_for_steps(folder, 3)
+        (tmp_path / "stop").touch()
+    assert set(finish(processes, results).values()) == {75}
+    reason = Run(folder).records("end")[-1]["reason"]
+    assert reason == {"duration": "--exit-duration", "file": "the kill switch", "slurm": "the end of the Slurm job is near"}[kind]
+    assert (folder / "latest").read_text().strip() == f"step-{len(Run(folder).losses):08d}"
+
+
+def test_events_tell_the_story(unbroken):
+    kinds = [json.loads(line)["type"] for line in (unbroken.folder / "events.jsonl").read_text().splitlines()]
+    assert kinds[0] == "start" and kinds[-1] == "end" and "switch" in kinds and "save" in kinds
+
+
+def test_a_second_interrupt_does_not_wait():
+    stops = StopRequests(SafetyOptions())
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stops.own() == "SIGINT"
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        stops.close()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@given(st.integers(0, 20), st.integers(0, 23), st.integers(0, 59), st.integers(0, 59))
+def test_time_spans_as_people_write_them(days, hours, minutes, seconds):
+    total = ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+    assert parse_duration(f"{days}d{hours}h{minutes}min{seconds}s") == parse_duration(f"{days} d {hours} h {minutes}m {seconds}") == total
+    assert parse_duration(total) == parse_duration(str(total)) == total
+    if total >= 60:
+        assert abs(parse_duration(format_duration(total)) - total) < 3600
+
+
+@pytest.mark.parametrize("text", ["", " ", "h", "3x", "-1s", "1h-3", "3 h 5 q"])
+def test_what_is_no_time_span(text):
+    with pytest.raises(ConfigError, match="not a time span"):
+        parse_duration(text)

@@ -1,0 +1,63 @@
+"""A rank that stands still ends the job: the others notice, write their stacks and leave with a code of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+
+import pytest
+
+from tests.distributed.ranks import start_ranks
+from tests.distributed.runs import DATA, MODEL, Run, _main, command, printed, train
+from tests.faults.test_stops import PLAN, wait_for_steps
+
+
+@pytest.mark.parametrize("layout", ["--zero-stage 1", "--pipeline-model-parallel-size 2"])
+def test_a_rank_that_stands_still_ends_the_job(tmp_path, corpus, layout):
+    folder = tmp_path / "run"
+    argv = command(MODEL, DATA, PLAN, layout, "--train-tokens 3M --save-interval 5 --data-path", corpus, ["--hang-timeout", "4s"])
+    processes, _ = start_ranks(_main, 2, tmp_path / "run-logs", [*argv, "--save", str(folder)])
+    wait_for_steps(folder, 8)
+    os.kill(processes[1].pid, signal.SIGSTOP)
+    processes[0].join(timeout=60)
+    assert processes[0].exitcode == 76
+    stacks = (folder / "stacks" / "rank-00000.txt").read_text()
+    assert "no progress" in stacks and "trainer.py" in stacks and "Thread" in stacks
+    assert "exit code 76" in printed(folder)
+    # Woken, the other one has waited too long as well, or finds its peer gone.
+    os.kill(processes[1].pid, signal.SIGCONT)
+    processes[1].join(timeout=60)
+    assert processes[1].exitcode is not None
+    assert Run(folder).losses and (folder / "latest").exists()
+
+
+def test_nothing_ends_what_moves(tmp_path, corpus):
+    run = train(tmp_path / "run", 1, PLAN, "--hang-timeout 3s --data-path", corpus)
+    assert len(run.losses) == 80
+
+
+def _slow_rank(argv):
+    from megatron_patch.model.gpt import GPTModel
+
+    forward = GPTModel.forward
+
+    def slow(self, *arguments):
+        if os.environ["RANK"] == "2":
+            time.sleep(0.05)
+        return forward(self, *arguments)
+
+    GPTModel.forward = slow
+    return _main(argv)
+
+
+def test_a_slow_rank_is_named(tmp_path, corpus):
+    folder = tmp_path / "run"
+    argv = command(MODEL, DATA, PLAN, "--train-tokens 4608 --straggler-interval 8 --data-path", corpus, ["--save", str(folder)])
+    processes, results = start_ranks(_slow_rank, 3, tmp_path / "run-logs", argv)
+    for _ in processes:
+        assert results.get(timeout=120)[1]
+    found = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+    named = [event["message"] for event in found if event["type"] == "straggler"]
+    assert named and any("rank 2 on " in text for text in named)
