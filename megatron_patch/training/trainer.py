@@ -29,13 +29,13 @@ from megatron_patch.errors import CheckpointError, MegatronPatchError
 from megatron_patch.exit_codes import ExitCode
 from megatron_patch.parallel.grid import Grid
 from megatron_patch.parallel.groups import make_groups
+from megatron_patch.planning.cost import Cost
 from megatron_patch.stages import Place, Stage, StagePlan
 from megatron_patch.training.build import make_engine
 from megatron_patch.training.callbacks import make_callbacks
 from megatron_patch.training.callbacks.base import EvaluationRecord, Event, RunEnd, RunStart, SaveRecord, StepRecord, SwitchRecord
 from megatron_patch.training.consistency import check_batches, check_weights, replay
 from megatron_patch.training.corpus import open_data, sample_tokenizer
-from megatron_patch.training.cost import Cost
 from megatron_patch.training.data_wait import DataWait
 from megatron_patch.training.dry_run import print_plan
 from megatron_patch.training.lr_schedule import schedule_of
