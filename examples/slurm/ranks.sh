@@ -8,11 +8,13 @@ start_ranks() {
     # srun does not take this over from sbatch by itself since Slurm 22.05; all threads of a rank would share one core.
     export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
     export TOKENIZERS_PARALLELISM=false
-    echo "$(date +%FT%T) job $SLURM_JOB_ID, start ${SLURM_RESTART_COUNT:-0}: $SLURM_NTASKS ranks on $SLURM_JOB_NODELIST by $LAUNCHER"
+    # Not SLURM_NTASKS, which stays what it was when the job was submitted, even where it has been given another number of nodes.
+    local ranks=$((SLURM_NNODES * SLURM_NTASKS_PER_NODE))
+    echo "$(date +%FT%T) job $SLURM_JOB_ID, start ${SLURM_RESTART_COUNT:-0}: $ranks ranks on $SLURM_JOB_NODELIST by $LAUNCHER"
     case $LAUNCHER in
     srun)
         # Each rank learns its place, and where rank 0 is, from Slurm's own variables.
-        srun "${together[@]}" python -u "$@"
+        srun --ntasks="$ranks" "${together[@]}" python -u "$@"
         ;;
     deepspeed)
         # --launcher slurm is srun again: no node needs ssh to another, and every rank gets Slurm's signals itself.

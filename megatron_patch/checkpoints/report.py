@@ -93,7 +93,7 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     for name, value in values.items():
         if isinstance(value, dict) and value:
             lines |= flat(value, f"{prefix}{name}.")
-        elif isinstance(value, list) and value and isinstance(value[0], dict):
+        elif isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
             for number, item in enumerate(value):
                 lines[f"{prefix}{name}.{number}"] = " ".join(f"{key}={item[key]}" for key in item)
         else:

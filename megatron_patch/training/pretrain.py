@@ -88,4 +88,4 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
     if code != ExitCode.DONE and rank == 0:
         print(f"exit code {code.value}: {code.advice}", file=sys.stderr, flush=True)
-    return code
+    return int(code)

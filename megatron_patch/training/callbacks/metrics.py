@@ -6,6 +6,7 @@ finite) are written as null, with their text under the name plus "_text".
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -15,6 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from megatron_patch.errors import CheckpointError
 from megatron_patch.training.callbacks.base import Callback, EvaluationRecord, RunEnd, RunStart, SaveRecord, StepRecord, SwitchRecord
 
 
@@ -69,8 +71,15 @@ class Metrics(Callback):
 
     def _write(self, kind: str, record: Any) -> None:
         if self._file is not None:
-            self._file.write(json.dumps(to_json(kind, record)) + "\n")
-            self._file.flush()
+            try:
+                self._file.write(json.dumps(to_json(kind, record)) + "\n")
+                self._file.flush()
+            except OSError as error:
+                raise CheckpointError(
+                    f"cannot write {self._path}: {error.strerror}",
+                    "a folder with free space",
+                    "free space and start again",
+                ) from error
 
     def on_start(self, record: RunStart) -> None:
         """Opens the file behind the step that the run goes on from."""
@@ -100,7 +109,8 @@ class Metrics(Callback):
         self._write("end", record)
 
     def close(self) -> None:
-        """Closes the file."""
+        """Closes the file; on a full disk without the line that did not fit."""
         if self._file is not None:
-            self._file.close()
+            with contextlib.suppress(OSError):
+                self._file.close()
             self._file = None
