@@ -32,7 +32,9 @@ OTHERS = {
     "tensorboard",
     "#",
     "lm_eval",
-, "squeue", "scancel"}
+    "squeue",
+    "scancel",
+}
 """What blocks hold beside this project's commands; the first line is run elsewhere or by a person."""
 
 

@@ -195,8 +195,9 @@ def rank_memory(
     # A pipeline keeps what came in and what goes out for each micro-batch in flight.
     buffers = float(2 * max(2, alive) * residual) if layout.pipeline > 1 else 2.0 * residual
     reduced = min(parameters, REDUCE_ELEMENTS)
-    if layout.zero_stage in (2, 3):
-        buffers += layout.element_bytes * min(layout.bucket_elements, 2 * parameters)
+    if layout.zero_stage > 1 or (layout.zero_stage == 1 and layout.precision != "bf16"):
+        # Allocated whole, however small the model is.
+        buffers += layout.element_bytes * layout.bucket_elements
     step = 0.0
     if layout.zero_stage == 1 and layout.precision == "bf16":
         step = 6.0 * reduced
