@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import yaml
 
 from megatron_patch.config.resolve import load_config
 from megatron_patch.data.indexed_dataset import IndexedDatasetWriter
