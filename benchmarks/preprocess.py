@@ -13,7 +13,9 @@ python benchmarks/preprocess.py --input web.jsonl --sentencepiece llama2.model -
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -229,6 +231,38 @@ def measure(args: argparse.Namespace, kind: str, model: str, folder: Path) -> li
     return rows
 
 
+def shares(corpus: Path, kind: str, model: str, folder: Path) -> dict[str, float]:
+    """CPU seconds of each part of the work, in one process, batch by batch."""
+    from megatron_patch.data.indexed_dataset import IndexedDatasetWriter, optimal_dtype
+    from megatron_patch.data.preprocess.documents import documents
+    from megatron_patch.data.preprocess.encode import Encoder, EncodeSettings, checked_tokenizer
+    from megatron_patch.data.preprocess.inputs import Span
+    from megatron_patch.data.preprocess.readers import batches
+
+    settings = EncodeSettings(kind, model, append_eod=True)
+    tokenizer = checked_tokenizer(settings)
+    encoder = Encoder(dataclasses.replace(settings, dtype=str(optimal_dtype(tokenizer.vocab_size))), tokenizer)
+    seconds = dict.fromkeys(("read and parse", "encode", "frame", "write"), 0.0)
+
+    @contextlib.contextmanager
+    def counted(name: str) -> Iterator[None]:
+        began = time.process_time()
+        yield
+        seconds[name] += time.process_time() - began
+
+    with IndexedDatasetWriter(str(folder / "shares"), np.dtype(encoder.settings.dtype)) as writer:
+        for batch in batches([Span(str(corpus))]):
+            with counted("read and parse"):
+                texts = [str(document.texts[0]) for document in documents(batch, ("text",), []) if document.texts]
+            with counted("encode"):
+                ids, lengths = encoder.fast.encode_flat(texts) if encoder.fast else tokenizer.encode_flat(texts)
+            with counted("frame"):
+                part = encoder.frame(ids, lengths)
+            with counted("write"):
+                writer.append(part.tokens, part.lengths)
+    return {name: round(value, 3) for name, value in seconds.items()}
+
+
 def show(rows: Sequence[dict[str, Any]]) -> None:
     """A table; the last columns say how many times as long as ours."""
     table = Table(title="Text to a dataset, end to end", title_justify="left")
@@ -285,24 +319,36 @@ def main() -> None:
             args.input = folder / f"source-{args.megabytes:g}.jsonl"
             if not args.input.exists():
                 gather(args.input, args.megabytes)
-        rows = []
+        rows, parts = [], {}
         if args.only != "byte-level":
             model = Path(args.sentencepiece or folder / "sentencepiece.model")
             if not model.exists():
                 train_sentencepiece(args.input, model)
             rows += measure(args, "SentencePieceTokenizer", str(model), folder)
+            parts["SentencePieceTokenizer"] = shares(args.input, "SentencePieceTokenizer", str(model), folder)
         if args.only != "sentencepiece":
             model = Path(args.byte_level or folder / "byte_level" / "tokenizer.json")
             if not model.exists():
                 train_byte_level(args.input, model.parent)
             rows += measure(args, "HuggingFaceTokenizer", str(model), folder)
+            parts["HuggingFaceTokenizer"] = shares(args.input, "HuggingFaceTokenizer", str(model), folder)
     show(rows)
+    for kind, seconds in parts.items():
+        beside = sum(seconds.values()) - seconds["encode"]
+        print(f"{kind}, CPU seconds: {seconds}; all but encoding is {beside / seconds['encode']:.0%} of it")
     today = date.today().isoformat()
     output = Path(__file__).parent / "results" / f"preprocess-{today}{f'-{args.only}' if args.only else ''}.json"
     output.parent.mkdir(exist_ok=True)
     machine = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count(), "python": platform.python_version()}
     load = round(os.getloadavg()[0], 2)
-    result = {"date": today, "command": shlex.join(["python", *sys.argv]), "machine": machine, "load_average": load, "rows": rows}
+    result = {
+        "date": today,
+        "command": shlex.join(["python", *sys.argv]),
+        "machine": machine,
+        "load_average": load,
+        "rows": rows,
+        "cpu_seconds_of_parts": parts,
+    }
     output.write_text(json.dumps(result, indent=1) + "\n")
     print(f"wrote {output.relative_to(Path.cwd()) if output.is_relative_to(Path.cwd()) else output}")
 

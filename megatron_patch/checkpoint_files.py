@@ -1,8 +1,10 @@
 """The commit protocol of checkpoints: whole and verified, or invisible.
 
-In: a folder SAVE/step-N that ranks have written their files into. Out: a manifest of sizes and checksums, written last; SAVE/latest,
-replaced in one step; on the way back, the newest checkpoint whose files are what its manifest says. A kill at any moment leaves either
-the checkpoint before or the new one; `latest` is a hint for people and scripts, never trusted.
+In: a folder SAVE/.partial-step-N-… that ranks have written their files into, each forced to disk and read back. Out: a manifest of sizes
+and checksums, written last; the folder under its own name SAVE/step-N; SAVE/latest, replaced in one step; on the way back, the newest
+checkpoint whose files are what its manifest says. A kill at any moment leaves either the checkpoint before or the new one; `latest` is a
+hint for people and scripts, never trusted. Every attempt has a folder of its own, so that a rank that outlives its job writes into nothing
+that a later attempt made.
 """
 
 from __future__ import annotations
@@ -10,6 +12,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
+import secrets
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -19,12 +23,15 @@ from typing import Any
 import xxhash
 
 from megatron_patch.errors import CheckpointError
-from megatron_patch.files import checksum, fsync_folder, write_durably
+from megatron_patch.files import checksum, fsync_folder, make_folder, read_json, write_durably
 
 VERSION = 1
 MANIFEST = "manifest.json"
 STATE = "trainer_state.json"
-_TRASH = ".trash-"
+PARTIAL = ".partial-"
+TRASH = ".trash-"
+_NAME = re.compile(rf"(?P<partial>{re.escape(PARTIAL)})?step-(?P<step>[0-9]{{1,18}})(?(partial)-[0-9a-f]+)")
+_WEIGHTS = "state-*.safetensors"
 
 
 @dataclass(frozen=True)
@@ -77,7 +84,7 @@ class TrainerState:
             value = data[f.name]
             number = f.type == "int"
             kind: type = int if number else str if f.type == "str" else dict
-            if not isinstance(value, kind) or isinstance(value, bool) or (isinstance(value, int) and value < 0):
+            if not isinstance(value, kind) or isinstance(value, bool) or (isinstance(value, int) and not 0 <= value < 1 << 62):
                 raise CheckpointError(f"{where}: {f.name} is {value!r}", f"a {kind.__name__}")
             values[f.name] = value
         return TrainerState(**values)
@@ -111,18 +118,54 @@ def folder_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
+def step_of(folder: Path) -> int | None:
+    """The step in a checkpoint folder's name, or None where it is no such name."""
+    match = _NAME.fullmatch(folder.name)
+    return int(match["step"]) if match else None
+
+
+def _is_partial(folder: Path) -> bool:
+    return folder.name.startswith(PARTIAL)
+
+
 def prepare(save: Path, step: int) -> Path:
-    """Makes an empty folder for a checkpoint; what a killed attempt left there is removed."""
-    folder = save / folder_name(step)
-    if folder.exists():
-        _discard(folder)
-    folder.mkdir(parents=True)
+    """Makes an empty folder for an attempt at a checkpoint; what killed attempts left is removed, what they finished gets its name.
+
+    Only the owner of `save` may call it (see `checkpoints.lock`), and only while no other attempt is under way.
+    """
+    make_folder(save)
+    for attempt in [path for path in save.iterdir() if _is_partial(path) and step_of(path) is not None]:
+        _settle(attempt)
+    for trash in save.glob(f"{TRASH}*"):
+        _remove(trash)
+    folder = save / f"{PARTIAL}{folder_name(step)}-{secrets.token_hex(4)}"
+    make_folder(folder)
     return folder
 
 
-def write_state(folder: Path, state: TrainerState) -> None:
-    """Writes the trainer state into a checkpoint."""
-    write_durably(folder / STATE, json.dumps(asdict(state), indent=1) + "\n")
+def _settle(attempt: Path) -> None:
+    """A killed attempt that was finished gets its name, unless a sound checkpoint has it; any other is removed."""
+    target = attempt.with_name(folder_name(step_of(attempt) or 0))
+    if verify(attempt) or (target.exists() and not verify(target)):
+        _discard(attempt)
+    else:
+        _rename(attempt, target)
+
+
+def _rename(attempt: Path, target: Path) -> None:
+    """Gives an attempt its name. What has that name already goes only when the new one is there."""
+    before = _set_aside(target) if target.exists() else None
+    os.replace(attempt, target)
+    fsync_folder(target.parent)
+    if before is not None:
+        _remove(before)
+
+
+def write_state(folder: Path, state: TrainerState) -> dict[str, Entry]:
+    """Writes the trainer state into a checkpoint and describes its file."""
+    text = json.dumps(asdict(state), indent=1) + "\n"
+    write_durably(folder / STATE, text)
+    return {STATE: entry_of_text(text)}
 
 
 def _files(folder: Path) -> list[str]:
@@ -153,18 +196,39 @@ def entries_of_rank(folder: Path, rank: int, ranks: int) -> dict[str, Entry]:
     return entries
 
 
+def entry_of_text(text: str) -> Entry:
+    """What the manifest says of a file with this text."""
+    data = text.encode()
+    return Entry(len(data), xxhash.xxh64(data).hexdigest())
+
+
 def write_manifest(folder: Path, entries: Mapping[str, Entry]) -> None:
     """Makes a checkpoint whole: its manifest, last of all."""
     fsync_folder(folder)
     body = {name: asdict(entry) for name, entry in sorted(entries.items())}
-    text = json.dumps({"version": VERSION, "files": body}, indent=1)
     digest = xxhash.xxh64(json.dumps(body).encode()).hexdigest()
-    write_durably(folder / MANIFEST, json.dumps({**json.loads(text), "xxh64": digest}, indent=1) + "\n")
+    write_durably(folder / MANIFEST, json.dumps({"version": VERSION, "files": body, "xxh64": digest}, indent=1) + "\n")
 
 
-def publish(save: Path, step: int) -> None:
-    """Points SAVE/latest at a checkpoint."""
-    write_durably(save / "latest", folder_name(step) + "\n")
+def publish(folder: Path) -> Path:
+    """Gives a whole checkpoint its name and points `latest` at it.
+
+    One of the same step that is there already (it was skipped as unsound, or is of another run) goes only now; a kill in between leaves
+    the new one under its partial name, where it is found.
+
+    Args:
+        folder: as `prepare` named it, with its manifest.
+
+    Returns:
+        The checkpoint's folder.
+    """
+    step, save = step_of(folder), folder.parent
+    assert step is not None
+    target = save / folder_name(step)
+    if _is_partial(folder):
+        _rename(folder, target)
+    write_durably(save / "latest", target.name + "\n")
+    return target
 
 
 def read_manifest(folder: Path) -> dict[str, Entry]:
@@ -175,19 +239,38 @@ def read_manifest(folder: Path) -> dict[str, Entry]:
     """
     path = folder / MANIFEST
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = read_json(path)
         body = data["files"]
         if data["version"] != VERSION or xxhash.xxh64(json.dumps(body).encode()).hexdigest() != data["xxh64"]:
             raise ValueError("its own checksum does not fit")
-        entries = {str(name): Entry(int(entry["size"]), str(entry["xxh64"])) for name, entry in body.items()}
+        entries = {name: _entry(entry) for name, entry in body.items()}
     except FileNotFoundError as error:
-        raise CheckpointError(f"{folder} has no manifest: it was not finished", "a finished checkpoint") from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}", "a whole manifest") from error
+        raise CheckpointError(
+            f"{folder} has no manifest: it was not finished, or has lost it", "a finished checkpoint", "resume from another checkpoint"
+        ) from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}", "a whole manifest", "resume from another checkpoint") from error
     for name in entries:
-        if os.path.isabs(name) or ".." in Path(name).parts:
+        if not _inside(folder, name):
             raise CheckpointError(f"{path} names {name!r}", "files inside the checkpoint's folder", "do not use this checkpoint")
     return entries
+
+
+def _entry(value: Any) -> Entry:
+    size, digest = value["size"], value["xxh64"]
+    if type(size) is not int or size < 0 or not isinstance(digest, str):
+        raise ValueError("a size is no whole number, or a checksum no text")
+    return Entry(size, digest)
+
+
+def _inside(folder: Path, name: str) -> bool:
+    """Whether a name is that of a file in the folder, neither written nor linked to one elsewhere."""
+    if not name or "\0" in name or os.path.isabs(name) or ".." in Path(name).parts:
+        return False
+    try:
+        return (folder / name).resolve().is_relative_to(folder.resolve())
+    except (OSError, ValueError, RuntimeError):
+        return False
 
 
 def verify(folder: Path, names: Iterable[str] | None = None, full: bool = True) -> list[str]:
@@ -202,7 +285,10 @@ def verify(folder: Path, names: Iterable[str] | None = None, full: bool = True) 
         entries = read_manifest(folder)
     except CheckpointError as error:
         return [error.what]
-    problems = []
+    # A reader takes all files of weights that it finds; none may be there that nothing vouches for.
+    problems = [f"{path.name} is not in the manifest" for path in sorted(folder.glob(_WEIGHTS)) if path.name not in entries]
+    if STATE not in entries:
+        problems.append(f"the manifest lacks {STATE}")
     for name in entries if names is None else names:
         path, entry = folder / name, entries[name]
         try:
@@ -212,7 +298,7 @@ def verify(folder: Path, names: Iterable[str] | None = None, full: bool = True) 
             elif full and checksum(path) != entry.xxh64:
                 problems.append(f"{name} has another checksum than its manifest says")
         except OSError as error:
-            problems.append(f"{name}: {error.strerror}")
+            problems.append(f"{name}: {error.strerror or error}")
     return problems
 
 
@@ -224,18 +310,19 @@ def read_state(folder: Path) -> TrainerState:
     """
     path = folder / STATE
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}", "a whole checkpoint") from error
+        data = read_json(path)
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}", "a whole checkpoint", "resume from another checkpoint") from error
     return TrainerState.from_json(data, str(path))
 
 
 def checkpoints(save: Path) -> list[Path]:
-    """All folders of checkpoints, newest first, sound or not."""
+    """All folders of checkpoints, newest first, sound or not; those that a kill kept from their name are among them once they are whole."""
     if not save.is_dir():
         return []
-    found = [path for path in save.glob("step-*") if path.is_dir() and path.name[5:].isdigit()]
-    return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
+    steps = {path: step for path in save.iterdir() if (step := step_of(path)) is not None and path.is_dir()}
+    found = [path for path in steps if not _is_partial(path) or (path / MANIFEST).is_file()]
+    return sorted(found, key=lambda path: (steps[path], not _is_partial(path), path.name), reverse=True)
 
 
 def find_newest_sound(save: Path) -> Found | None:
@@ -244,9 +331,12 @@ def find_newest_sound(save: Path) -> Found | None:
     `save` may also be one checkpoint's own folder.
 
     Raises:
-        CheckpointError: there are checkpoints, but none is sound.
+        CheckpointError: there are checkpoints, but none is sound, or the folder cannot be read.
     """
-    candidates = [save] if (save / MANIFEST).is_file() else checkpoints(save)
+    try:
+        candidates = [save] if (save / MANIFEST).is_file() else checkpoints(save)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {save}: {error.strerror}", "a folder that this user can read", "check the path") from error
     skipped: list[tuple[str, str]] = []
     for folder in candidates:
         problems = verify(folder)
@@ -256,8 +346,7 @@ def find_newest_sound(save: Path) -> Found | None:
             except CheckpointError as error:
                 problems = [error.what]
         skipped.append((str(folder), "; ".join(problems)))
-    finished = [entry for entry in skipped if (Path(entry[0]) / MANIFEST).exists()]
-    if finished:
+    if skipped:
         raise CheckpointError(
             "no sound checkpoint: " + "; ".join(f"{folder}: {reason}" for folder, reason in skipped),
             "at least one whole checkpoint",
@@ -266,35 +355,24 @@ def find_newest_sound(save: Path) -> Found | None:
     return None
 
 
-def _discard(folder: Path) -> None:
-    """Removes a checkpoint; it is renamed first, so that a kill never leaves half of one under its name."""
-    trash = folder.with_name(_TRASH + folder.name)
-    shutil.rmtree(trash, ignore_errors=True)
+def _set_aside(folder: Path) -> Path:
+    """Renames a checkpoint, so that a kill never leaves half of one under its name."""
+    trash = folder.with_name(f"{TRASH}{folder.name}-{secrets.token_hex(4)}")
     os.replace(folder, trash)
-    shutil.rmtree(trash, ignore_errors=True)
+    return trash
 
 
-def prune(save: Path, keep_last: int, keep: Iterable[int] = ()) -> list[Path]:
-    """Removes old checkpoints once the newest is known to be whole.
+def _remove(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
 
-    Args:
-        save: the run's folder.
-        keep_last: how many to keep; 0: all.
-        keep: steps to keep whatever their age.
 
-    Returns:
-        The folders that were removed.
-    """
-    for trash in save.glob(f"{_TRASH}*"):
-        shutil.rmtree(trash, ignore_errors=True)
-    all_checkpoints = checkpoints(save)
-    if keep_last <= 0 or not all_checkpoints or verify(all_checkpoints[0], full=False):
-        return []
-    wanted = {folder_name(step) for step in keep}
-    finished = [folder for folder in all_checkpoints if (folder / MANIFEST).exists() and folder.name not in wanted]
-    removed = []
-    for folder in finished[keep_last:]:
-        with contextlib.suppress(OSError):
-            _discard(folder)
-            removed.append(folder)
-    return removed
+def _discard(folder: Path) -> None:
+    _remove(_set_aside(folder))
+
+
+def discard(folder: Path) -> bool:
+    """Removes a checkpoint, or an attempt at one; whether that succeeded."""
+    with contextlib.suppress(OSError):
+        _discard(folder)
+        return True
+    return False

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import resource
 from pathlib import Path
+from typing import Any
 
 import xxhash
+
+_LONGEST_JSON = 1 << 28
 
 
 def checksum(path: Path) -> str:
@@ -63,6 +67,37 @@ def allow_open_files(count: int) -> None:
     if soft != resource.RLIM_INFINITY and soft < wanted:
         with contextlib.suppress(OSError, ValueError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def checksum_on_disk(path: Path) -> str:
+    """As `checksum`, of what the disk gives back: the system is asked to forget what it still holds of the file, which must be synced."""
+    with path.open("rb") as file, contextlib.suppress(OSError):
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    return checksum(path)
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file's value.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no JSON, no UTF-8, or longer than any file that this program writes.
+        RecursionError: it is nested too deeply.
+    """
+    with path.open("rb") as file:
+        data = file.read(_LONGEST_JSON + 1)
+    if len(data) > _LONGEST_JSON:
+        raise ValueError(f"it has more than {_LONGEST_JSON} bytes")
+    return json.loads(data)
+
+
+def make_folder(folder: Path) -> None:
+    """Makes a folder and those above it, so that they survive a crash; one that is there already will do."""
+    if folder.is_dir():
+        return
+    make_folder(folder.parent)
+    folder.mkdir(exist_ok=True)
+    fsync_folder(folder.parent)
 
 
 def fsync_folder(folder: Path) -> None:

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 from megatron_patch.errors import ConfigError
+from megatron_patch.records import record_from_json, whole_number
 
 Side = Literal["both", "input", "output"]
 LrPolicy = Literal["restart", "continue", "rewarm"]
@@ -24,6 +25,8 @@ OptimizerPolicy = Literal["reset", "keep", "reset_moments"]
 LrStyle = Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"]
 WsdDecayStyle = Literal["linear", "cosine", "exponential", "minus-sqrt"]
 
+LONGEST_PATCH = 1 << 16
+"""Beyond any use: what is above it is a slip, and would be a list of weights as long."""
 LOOKAHEAD_TOKENS = 64
 """Left behind the last block of a corpus for the labels of patches up to this size: a constant, and not the plan's own largest patch, so
 that a run in two parts reads the blocks that one run would have read."""
@@ -94,6 +97,8 @@ class Stage:
         for name in ("patch_size", "positions", "micro_batch_size", "global_batch_size", "steps"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"stage {self.name!r}: {name} is {getattr(self, name)}", "whole numbers from 1")
+        if self.patch_size > LONGEST_PATCH:
+            raise ConfigError(f"stage {self.name!r}: patch_size is {self.patch_size}", f"up to {LONGEST_PATCH}")
         if not self.position_weights:
             object.__setattr__(self, "position_weights", (1.0,) * self.labels_per_position)
         if len(self.position_weights) != self.labels_per_position:
@@ -268,15 +273,8 @@ class StagePlan:
             ConfigError: a field is missing or unknown.
         """
         try:
-            stages = []
-            for raw in data["stages"]:
-                values = dict(raw)
-                values["lr"] = LrShape(**values["lr"])
-                values["position_weights"] = tuple(values["position_weights"])
-                if values["blend"] is not None:
-                    values["blend"] = tuple((str(prefix), float(weight)) for prefix, weight in values["blend"])
-                stages.append(Stage(**values))
-            return StagePlan(tuple(stages), int(data["block_tokens"]))
+            stages = tuple(record_from_json(Stage, raw) for raw in data["stages"])
+            return StagePlan(stages, whole_number(data["block_tokens"], 1))
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"this is no stage plan: {error}", f"the fields {[f.name for f in fields(Stage)]}") from error
 
@@ -291,6 +289,8 @@ def position_weights(kind: str | tuple[float, ...], labels: int) -> tuple[float,
     Raises:
         ConfigError: an unknown kind, the wrong number of weights, a negative weight, or none above zero.
     """
+    if labels > LONGEST_PATCH:
+        raise ConfigError(f"patches of {labels} tokens", f"up to {LONGEST_PATCH}")
     formulas: dict[str, Callable[[int], float]] = {
         "uniform": lambda k: 1.0,
         "power": lambda k: 1.0 / (k + 1),

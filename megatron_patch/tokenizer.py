@@ -8,7 +8,9 @@ comes with a model.
 
 from __future__ import annotations
 
+import itertools
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,7 +54,7 @@ def encode(tokenizer: Tokenizer, text: str) -> list[int]:
 
 def _flat(rows: Sequence[Sequence[int]]) -> Flat:
     lengths = np.array([len(row) for row in rows], dtype=np.int64)
-    ids = np.fromiter((token for row in rows for token in row), dtype=np.uint32, count=int(lengths.sum()))
+    ids = np.fromiter(itertools.chain.from_iterable(rows), dtype=np.uint32, count=int(lengths.sum()))
     return ids, lengths
 
 
@@ -250,6 +252,32 @@ def load_tokenizer(
     if tokenizer_type == "TikTokenizer":
         return load_tiktoken(tokenizer_model, eod_token, tiktoken_pattern, special_tokens)
     return _hugging_face(tokenizer_model, eod_token)
+
+
+def tokenizer_to_show(told: tuple[str, str] | None, tokenizer_type: str | None, tokenizer_model: str | None) -> Tokenizer | None:
+    """The tokenizer to show a dataset's text with: the one given, else the one that its side file tells of.
+
+    Args:
+        told: type and model there; None: there is no side file.
+        tokenizer_type: as the user gives it, or None.
+        tokenizer_model: as the user gives it, or None.
+
+    Returns:
+        None where none is known, or the one that is told of is not there any more: ids are shown then.
+
+    Raises:
+        DataError: the one given is missing or broken.
+    """
+    kind, model = tokenizer_type or (told[0] if told else None), tokenizer_model or (told[1] if told else None)
+    if kind is None:
+        return None
+    try:
+        return load_tokenizer(kind, model)
+    except DataError as error:
+        if tokenizer_type:
+            raise
+        print(f"tokens are shown as ids: {error.what}", file=sys.stderr)
+        return None
 
 
 def tokenizer_of_checkpoint(

@@ -20,24 +20,9 @@ from megatron_patch.data.corpus import TokenCorpus
 from megatron_patch.data.division import divide_stages
 from megatron_patch.data.indexed_dataset import IndexedDataset
 from megatron_patch.data.inspect import describe, integrity_problems, patch_statistics
-from megatron_patch.data.side_file import DatasetInfo, read_info
+from megatron_patch.data.side_file import read_info
 from megatron_patch.errors import DataError
-from megatron_patch.tokenizer import Tokenizer, load_tokenizer
-
-
-def tokenizer_of(args: Any, info: DatasetInfo | None) -> Tokenizer | None:
-    """The tokenizer that flags or the side file name, or None."""
-    kind = args.tokenizer_type or (info.tokenizer_type if info else None)
-    model = args.tokenizer_model or (info.tokenizer_model if info else None)
-    if kind is None:
-        return None
-    try:
-        return load_tokenizer(kind, model)
-    except DataError as error:
-        if args.tokenizer_type:
-            raise
-        print(f"tokens are shown as ids: {error.what}", file=sys.stderr)
-        return None
+from megatron_patch.tokenizer import Tokenizer, tokenizer_to_show
 
 
 def show_patches(dataset: IndexedDataset, patch_size: int, tokenizer: Tokenizer | None, samples: int, console: Console) -> None:
@@ -105,7 +90,14 @@ def main(argv: list[str]) -> None:
         table.add_row(name.replace("_", " "), f"{value:,}" if isinstance(value, int) else str(value))
     console.print(table)
     if not result.get("problems"):
-        show_patches(dataset, args.patch_size, tokenizer_of(args, info), min(args.samples, len(dataset)), console)
+        told = (info.tokenizer_type, info.tokenizer_model) if info else None
+        show_patches(
+            dataset,
+            args.patch_size,
+            tokenizer_to_show(told, args.tokenizer_type, args.tokenizer_model),
+            min(args.samples, len(dataset)),
+            console,
+        )
     if args.config is not None:
         result["division"] = show_division(args.prefix, args.config, console)
     print(json.dumps(result))

@@ -120,7 +120,7 @@ def show_summary(summary: Summary) -> None:
         + f"{summary.duplicates:,} duplicates"
         + (f" (listed in {summary.bad_lines_file})" if summary.bad_lines_file else ""),
         "vocabulary": f"{summary.vocab_size:,} ids, end of document {summary.eod_id}",
-        "encoded by": summary.backend,
+        "encoded by": summary.backend + (f", {summary.checked:,} documents compared with the reference" if summary.checked else ""),
         **({"resumed": f"after {summary.resumed_at / 1e6:,.1f} MB"} if summary.resumed_at else {}),
     }
     for name, value in rows.items():

@@ -212,6 +212,8 @@ class DataOptions:
     """Positions start at 0 in each document."""
     eod_mask_loss: bool = False
     """Do not score labels of another document than that of the position that predicts them."""
+    max_epochs: tuple[str, ...] = ()
+    """How often a corpus may be read in the whole run: a number for all, PREFIX=NUMBER for one; a run that would read more is refused."""
     shuffle_window_blocks: int = 1024
     """Blocks whose samples are shuffled together."""
     num_workers: int = 2
@@ -273,6 +275,12 @@ class CheckpointOptions:
     """The same in tokens."""
     keep_last: int = 3
     """Checkpoints to keep; 0 keeps all. Those at stage ends are always kept."""
+    keep_every: OptionalCount = None
+    """Beside --keep-last, keep the first checkpoint at or behind each multiple of so many steps, for good."""
+    keep_every_tokens: OptionalCount = None
+    """The same in tokens."""
+    async_save: bool = False
+    """Write checkpoints beside training, which waits only until its weights and moments are copied to the host's memory."""
     exit_interval: OptionalCount = None
     """Save and stop after this many steps of the whole run."""
 

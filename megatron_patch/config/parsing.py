@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 import tyro
-import yaml
 
 from megatron_patch.config.options import Options
+from megatron_patch.config.yaml_files import load_yaml
 from megatron_patch.errors import ConfigError
 
 
@@ -63,10 +63,10 @@ def read_yaml(path: str) -> dict[str, Any]:
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
-        data = yaml.safe_load(text)
+        data = load_yaml(text)
     except OSError as error:
         raise ConfigError(f"--config {path}: {error.strerror}", "a readable YAML file", "check the path") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise ConfigError(f"--config {path} is not valid YAML: {error}", "a mapping of option names to values") from error
     if data is None:
         return {}

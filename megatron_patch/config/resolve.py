@@ -13,7 +13,7 @@ from typing import Any
 from megatron_patch.config.options import DataOptions, ModelOptions, Options, SafetyOptions
 from megatron_patch.config.parsing import Parsed, option_values, parse
 from megatron_patch.config.stage_plan import build_plan
-from megatron_patch.config.stage_request import parse_blend
+from megatron_patch.config.stage_request import parse_blend, parse_epoch_limits
 from megatron_patch.data.prefixes import expand_prefixes
 from megatron_patch.data.side_file import DatasetInfo, read_info
 from megatron_patch.errors import ConfigError
@@ -58,6 +58,22 @@ class RunConfig:
         if self.options.data.eod_token_id is not None:
             return self.options.data.eod_token_id
         return self.data_info.eod_id if self.data_info else None
+
+    @property
+    def corpus_names(self) -> tuple[str, ...]:
+        """All that is read for training, in any stage."""
+        own = (name for stage in self.plan.stages for name, _ in stage.blend or ())
+        return tuple(dict.fromkeys([*(name for name, _ in self.blend), *own]))
+
+    @property
+    def training_split(self) -> str:
+        """--split, which divides the training corpora only where there is no held-out data beside them."""
+        return "1,0,0" if self.valid_blend else self.options.data.split
+
+    @property
+    def epoch_limits(self) -> dict[str, float]:
+        """How often each corpus may be read, where that is limited."""
+        return parse_epoch_limits(self.options.data.max_epochs, self.corpus_names)
 
     @property
     def pipeline_boundaries(self) -> list[int]:
@@ -261,6 +277,12 @@ def _check_training(options: Options, plan: StagePlan) -> None:
         for name in (first, second):
             if getattr(part, name) == 0:
                 raise ConfigError(f"--{name.replace('_', '-')} 0", "whole numbers from 1", "leave it out for none")
+    if checkpoint.keep_last < 0 or checkpoint.keep_every == 0 or checkpoint.keep_every_tokens == 0:
+        raise ConfigError(
+            f"--keep-last {checkpoint.keep_last} --keep-every {checkpoint.keep_every} --keep-every-tokens {checkpoint.keep_every_tokens}",
+            "--keep-last from 0, the others from 1",
+            "leave out what is not wanted",
+        )
     if checkpoint.finetune and checkpoint.load is None:
         raise ConfigError("--finetune without --load", "--load with the folder to take weights from", "give --load")
     if checkpoint.finetune and checkpoint.load == checkpoint.save:
@@ -344,7 +366,7 @@ def resolve(parsed: Parsed, ranks: int) -> RunConfig:
     _check_time_outs(options)
     run = RunConfig(options, parsed.origins, shape, plan, blend, valid_blend, info, data_parallel_size, tuple(notes))
     _check_masking(options.data, run.eod_id)
-    _ = run.pipeline_boundaries  # more stages than layers are refused here
+    _ = run.pipeline_boundaries, run.epoch_limits  # more stages than layers, and limits of what is not read, are refused here
     return run
 
 

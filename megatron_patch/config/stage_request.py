@@ -18,9 +18,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast, get_args
 
-import yaml
-
 from megatron_patch.config.options import StageOptions
+from megatron_patch.config.yaml_files import load_yaml
 from megatron_patch.errors import ConfigError
 from megatron_patch.stages import LrPolicy, LrStyle, OptimizerPolicy, Side, WsdDecayStyle
 from megatron_patch.units import parse_count
@@ -116,6 +115,34 @@ def parse_blend(words: Sequence[str], flag: str = "--data-path") -> tuple[tuple[
     return tuple((prefix, weight / total) for prefix, weight in pairs)
 
 
+def parse_epoch_limits(words: Sequence[str], corpora: Sequence[str]) -> dict[str, float]:
+    """Reads --max-epochs: a number for all corpora, PREFIX=NUMBER for one, which goes before.
+
+    Args:
+        words: what was given.
+        corpora: all that the run reads.
+
+    Returns:
+        The limit of each corpus that has one.
+
+    Raises:
+        ConfigError: no number above zero, several for all, or a corpus that the run does not read.
+    """
+    limits: dict[str, float] = {}
+    for word in sorted(words, key=lambda word: "=" in word):
+        name, _, number = word.rpartition("=")
+        try:
+            limit = float(number)
+        except ValueError:
+            limit = 0.0
+        if not limit > 0 or (not name and limits):
+            raise ConfigError(f"--max-epochs {' '.join(words)}", "one number above zero for all, PREFIX=NUMBER for one corpus")
+        if name and name not in corpora:
+            raise ConfigError(f"--max-epochs {word}: the run does not read {name}", f"its corpora: {', '.join(corpora) or 'none'}")
+        limits |= {name: limit} if name else dict.fromkeys(corpora, limit)
+    return limits
+
+
 def read_stages(text: str) -> tuple[StageRequest, ...]:
     """Reads the `stages:` list from YAML or JSON text.
 
@@ -123,8 +150,8 @@ def read_stages(text: str) -> tuple[StageRequest, ...]:
         ConfigError: no list of mappings, an unknown key, a value of the wrong kind.
     """
     try:
-        entries = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        entries = load_yaml(text)
+    except ValueError as error:
         raise ConfigError(f"stages: not valid YAML: {error}", "a list of mappings") from error
     if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
         raise ConfigError("stages: is no list of mappings", "- {patch_size: 4, token_share: 0.667}\\n- {patch_size: 1}")
@@ -148,18 +175,27 @@ def _read_entry(entry: Mapping[str, Any], number: int) -> StageRequest:
             except ConfigError as error:
                 raise ConfigError(f"{where}: {error.what}", error.allowed, error.do) from error
         elif name in _NUMBERS:
-            try:
-                value = float(value)
-            except (TypeError, ValueError):
-                raise ConfigError(f"{where} is {value!r}", "a number") from None
+            value = _number(value, where)
         elif name in _CHOICES and value not in _CHOICES[name]:
             raise ConfigError(f"{where} is {value!r}", ", ".join(_CHOICES[name]))
         elif name == "position_weights" and isinstance(value, list):
-            value = tuple(float(weight) for weight in value)
+            value = tuple(_number(weight, where) for weight in value)
+        elif name in ("name", "position_weights") and not isinstance(value, str):
+            raise ConfigError(f"{where} is {value!r}"[:300], "a text" if name == "name" else "a word, or a list of numbers")
         elif name == "data_path":
             value = tuple(str(word) for word in value) if isinstance(value, list) else tuple(str(value).split())
         values[name] = value
     return StageRequest(**values)
+
+
+def _number(value: Any, where: str) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if isinstance(value, bool) or not math.isfinite(number):
+        raise ConfigError(f"{where} is {value!r}"[:300], "a number")
+    return number
 
 
 def recipe_of(options: StageOptions) -> str:

@@ -15,15 +15,17 @@ from typing import Any
 import torch
 
 from megatron_patch import checkpoint_files
-from megatron_patch.checkpoint_files import Found, TrainerState, find_newest_sound
-from megatron_patch.convert.safetensors_files import write_safetensors
+from megatron_patch.checkpoint_files import Entry, Found, TrainerState, find_newest_sound
 from megatron_patch.convert.tensor_names import parameter_shapes
-from megatron_patch.engine.state_files import FORMAT, StateFiles
-from megatron_patch.errors import CheckpointError
-from megatron_patch.model.shape import ModelShape
+from megatron_patch.engine.state_files import FORMAT, StateFiles, state_file_name
+from megatron_patch.errors import CheckpointError, ConfigError
+from megatron_patch.model.shape import ModelShape, check_shape
+from megatron_patch.records import record_from_json
+from megatron_patch.safetensors_files import write_safetensors
 
-UNFINISHED = (checkpoint_files.folder_name(0), f".trash-{checkpoint_files.folder_name(0)}", "tokenizer")
-"""What an import that was interrupted leaves in its folder."""
+UNFINISHED = (checkpoint_files.PARTIAL, checkpoint_files.TRASH, "tokenizer")
+"""How the names begin of what an import that was interrupted leaves in its folder."""
+_MOST_LAYERS = 100_000
 
 
 @dataclass(frozen=True)
@@ -52,12 +54,18 @@ def shape_of_state(state: TrainerState, where: str) -> ModelShape:
     """The model's shape of a checkpoint.
 
     Raises:
-        CheckpointError: it was written by another version.
+        CheckpointError: it was written by another version, or no model can be of this shape.
     """
     try:
-        return ModelShape(**state.model)
-    except TypeError as error:
-        raise CheckpointError(f"{where}: the model's shape cannot be read: {error}", "a checkpoint of this version") from error
+        shape = record_from_json(ModelShape, state.model)
+        check_shape(shape)
+    except (ValueError, ConfigError) as error:
+        raise CheckpointError(
+            f"{where}: the model's shape cannot be read: {error}", "a checkpoint of this version", "use the version that wrote it"
+        ) from error
+    if shape.num_layers > _MOST_LAYERS:
+        raise CheckpointError(f"{where}: a model of {shape.num_layers} layers", f"up to {_MOST_LAYERS}", "do not use this checkpoint")
+    return shape
 
 
 def open_checkpoint(load: str) -> CheckpointWeights:
@@ -93,14 +101,13 @@ def check_output(output: Path, unfinished: Collection[str] = ()) -> None:
 
     Args:
         output: the folder.
-        unfinished: names that an interrupted attempt may have left there, as long as they make no whole checkpoint.
+        unfinished: beginnings of names that an interrupted attempt may have left there.
 
     Raises:
         CheckpointError: it has.
     """
     found = [path.name for path in output.iterdir()] if output.is_dir() else []
-    whole = any((output / name / checkpoint_files.MANIFEST).is_file() for name in found)
-    if output.exists() and (not output.is_dir() or whole or not set(found) <= set(unfinished)):
+    if output.exists() and (not output.is_dir() or not all(name.startswith(tuple(unfinished)) for name in found)):
         raise CheckpointError(f"--output {output} exists", "a new or empty folder", "choose another, or remove it")
 
 
@@ -134,10 +141,12 @@ def write_weights(
     assert sorted(name for part in parts for name in part) == sorted(shapes)
     folder = checkpoint_files.prepare(output, 0)
     stream = iter(parameters)
+    entries: dict[str, Entry] = {}
     for number, names in enumerate(parts):
         index = [{"name": name, "shape": list(shapes[name]), "start": 0, "numel": int(torch.Size(shapes[name]).numel())} for name in names]
-        write_safetensors(
-            folder / f"state-{number:05d}-of-{len(parts):05d}.safetensors",
+        file = folder / state_file_name(number, len(parts))
+        entries[file.name] = write_safetensors(
+            file,
             [(f"weight/{entry['name']}", (int(str(entry["numel"])),)) for entry in index],
             torch.float32,
             _flat(stream, names, shapes),
@@ -157,10 +166,9 @@ def write_weights(
         model=asdict(shape),
         extra={"weights_only": True, **extra},
     )
-    checkpoint_files.write_state(folder, state)
-    checkpoint_files.write_manifest(folder, checkpoint_files.entries_of_rank(folder, 0, 1))
-    checkpoint_files.publish(output, 0)
-    return folder
+    entries |= checkpoint_files.write_state(folder, state)
+    checkpoint_files.write_manifest(folder, entries)
+    return checkpoint_files.publish(folder)
 
 
 def _flat(

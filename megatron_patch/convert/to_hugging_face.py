@@ -21,11 +21,11 @@ import xxhash
 from megatron_patch.checkpoint_files import MANIFEST, Entry
 from megatron_patch.convert.architectures import config_of
 from megatron_patch.convert.checkpoint_io import CheckpointWeights, check_output, groups_by_size
-from megatron_patch.convert.safetensors_files import write_safetensors
 from megatron_patch.convert.tensor_names import Mapped, mapped_tensors
 from megatron_patch.convert.tokenizer_files import copy_tokenizer, tokenizer_of
 from megatron_patch.errors import CheckpointError
 from megatron_patch.files import checksum, fsync_folder, write_durably
+from megatron_patch.safetensors_files import write_safetensors
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _TORCH_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}

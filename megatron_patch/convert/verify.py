@@ -117,7 +117,9 @@ def verify_export(checkpoint: CheckpointWeights, folder: Path, ids: torch.Tensor
     except ImportError as error:
         raise ConfigError("--verify without transformers", "the extra [hf]", "pip install 'megatron_patch[hf]'") from error
     try:
-        theirs = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32, local_files_only=True).eval()
+        theirs = AutoModelForCausalLM.from_pretrained(
+            str(folder), dtype=torch.float32, local_files_only=True, trust_remote_code=False
+        ).eval()
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise CheckpointError(f"transformers cannot load {folder}: {error}", "a folder that it loads") from error
     other = theirs(ids).logits.double()
@@ -145,7 +147,7 @@ def differing_texts(folder: Path, tokenizer: Tokenizer) -> list[str]:
     from transformers import AutoTokenizer
 
     try:
-        theirs = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        theirs = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise CheckpointError(f"transformers cannot load the tokenizer of {folder}: {error}", "a tokenizer that it loads") from error
     return [text for text in _TEXTS if theirs(text, add_special_tokens=False)["input_ids"] != encode(tokenizer, text)]

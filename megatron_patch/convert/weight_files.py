@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from megatron_patch.convert.safetensors_files import DTYPES, TensorInfo, dtype_name, read_header
 from megatron_patch.errors import CheckpointError
+from megatron_patch.safetensors_files import DTYPES, TensorInfo, dtype_name, read_header
 
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 
@@ -84,7 +84,7 @@ def _files(path: Path) -> tuple[list[Path], list[str]]:
             try:
                 weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
                 files = sorted({path / str(file) for file in weight_map.values()})
-            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                 raise CheckpointError(f"{index} cannot be read: {error}", "an index with a weight_map", "copy it again") from error
             for file in files:
                 if file.parent != path or not file.is_file():

@@ -63,8 +63,6 @@ def _sequences(one: IndexedDataset, other: IndexedDataset) -> tuple[int, int | N
                 first = begin + wrong[0][0]
                 token = wrong[0][1]
         starts = [start + int(length.sum()) for start, length in zip(starts, lengths, strict=True)]
-        for dataset in (one, other):
-            dataset.release()
     return differing, first, token
 
 

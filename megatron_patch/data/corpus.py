@@ -11,16 +11,16 @@ from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
-import xxhash
 
-from megatron_patch.data.indexed_dataset import IndexedDataset, bin_path, idx_path
+from megatron_patch.data.indexed_dataset import IndexedDataset
 from megatron_patch.data.prefixes import expand_prefixes
-from megatron_patch.data.side_file import read_info
+from megatron_patch.data.side_file import DatasetInfo, check_alike, read_info
 from megatron_patch.errors import ConfigError, DataError
 from megatron_patch.files import allow_open_files
 
 _SAMPLED_SPANS = 64
-_SPAN_BYTES = 4096
+_MOST_SPANS = 1024
+_SPAN_TOKENS = 4096
 
 
 class TokenCorpus:
@@ -37,9 +37,12 @@ class TokenCorpus:
         if not prefixes:
             raise DataError("a corpus without files", "at least one dataset prefix", "give --data-path")
         self.prefixes = tuple(prefixes)
-        # A mapped file keeps a descriptor, and each shard is two files.
+        # Each shard is two files that stay open.
         allow_open_files(2 * len(self.prefixes) + 1024)
-        self.shards = tuple(IndexedDataset(prefix) for prefix in prefixes)
+        self.shards = [IndexedDataset(prefix) for prefix in prefixes]
+        # Spans to look at in each shard: many of one file, at least some of each of thousands.
+        self.sampled_spans = max(4, min(_SAMPLED_SPANS, _MOST_SPANS // len(self.shards)))
+        self._fingerprints: dict[int, dict[str, object]] = {}
         self._ends = np.cumsum([shard.num_tokens for shard in self.shards])
         self.num_tokens = int(self._ends[-1])
 
@@ -71,7 +74,7 @@ class TokenCorpus:
         """Copies tokens `[start, start + out.size)` into an array.
 
         Raises:
-            DataError: outside the corpus.
+            DataError: outside the corpus; the data has changed, has become shorter or has vanished.
         """
         if start < 0 or start + out.size > self.num_tokens:
             raise DataError(f"tokens {start} to {start + out.size} of {self.name}", f"0 to {self.num_tokens}")
@@ -81,8 +84,34 @@ class TokenCorpus:
             begin = int(self._ends[shard - 1]) if shard else 0
             count = min(out.size - done, int(self._ends[shard]) - start - done)
             out[done : done + count] = self.shards[shard].tokens(start + done - begin, count)
+            if not self.shards[shard].is_current():
+                self._open_again(shard)
+                continue
             done += count
             shard += 1
+
+    def _open_again(self, number: int) -> None:
+        """Goes on with what has taken a shard's place, where it holds the same.
+
+        Raises:
+            DataError: it does not, or there is nothing.
+        """
+        shard = self.shards[number]
+        found = IndexedDataset(shard.prefix)
+        if self._fingerprints.get(number) != found.fingerprint(self.sampled_spans):
+            raise DataError(
+                f"{shard.prefix} has changed since the run opened it",
+                "data that stays as it is while it is read",
+                "restore it, and go on from the last checkpoint",
+            )
+        self.shards[number] = found
+
+    def fetch(self, starts: npt.NDArray[np.int64], count: int) -> None:
+        """Makes ready tokens `[start, start + count)` of each start, where they have to come from elsewhere, many at a time."""
+        shards = np.searchsorted(self._ends, starts, side="right")
+        for number in np.unique(shards).tolist():
+            begin = int(self._ends[number - 1]) if number else 0
+            self.shards[number].fetch(starts[shards == number] - begin, count)
 
     def read(self, start: int, count: int) -> npt.NDArray[np.int64]:
         """A copy of tokens `[start, start + count)`."""
@@ -91,20 +120,11 @@ class TokenCorpus:
         return out
 
     def fingerprint(self) -> list[dict[str, object]]:
-        """What tells this data from other data, in constant time: sizes, dtype, checksums of spans of both files."""
-        result: list[dict[str, object]] = []
-        for shard in self.shards:
-            entry: dict[str, object] = {"dtype": str(shard.dtype), "documents": shard.num_documents, "tokens": shard.num_tokens}
-            for path in (bin_path(shard.prefix), idx_path(shard.prefix)):
-                size = path.stat().st_size
-                digest = xxhash.xxh64()
-                with path.open("rb") as file:
-                    for number in range(_SAMPLED_SPANS):
-                        file.seek(max(0, size - _SPAN_BYTES) * number // (_SAMPLED_SPANS - 1))
-                        digest.update(file.read(_SPAN_BYTES))
-                entry[path.suffix] = f"{size}:{digest.hexdigest()}"
-            result.append(entry)
-        return result
+        """What tells this data from other data, in constant time: each shard's, as it was when this was first asked."""
+        for number, shard in enumerate(self.shards):
+            if number not in self._fingerprints:
+                self._fingerprints[number] = shard.fingerprint(self.sampled_spans)
+        return [self._fingerprints[number] for number in range(len(self.shards))]
 
 
 def open_corpus(word: str) -> TokenCorpus:
@@ -161,9 +181,10 @@ def check_vocabulary(corpus: TokenCorpus, vocab_size: int) -> None:
                     "copy all three files again, or preprocess the data again",
                 )
             continue
-        count = min(_SPAN_BYTES, shard.num_tokens)
-        for number in range(_SAMPLED_SPANS):
-            start = (shard.num_tokens - count) * number // (_SAMPLED_SPANS - 1)
+        count = min(_SPAN_TOKENS, shard.num_tokens)
+        starts = (shard.num_tokens - count) * np.arange(corpus.sampled_spans) // (corpus.sampled_spans - 1)
+        shard.fetch(starts, count)
+        for start in starts.tolist():
             span = shard.tokens(start, count)
             if span.size and (int(span.max()) >= vocab_size or int(span.min()) < 0):
                 wrong = int(span.max()) if int(span.max()) >= vocab_size else int(span.min())
@@ -172,6 +193,21 @@ def check_vocabulary(corpus: TokenCorpus, vocab_size: int) -> None:
                     f"ids from 0 to {vocab_size - 1}",
                     "give the tokenizer's --vocab-size",
                 )
+
+
+def check_side_files(corpora: Sequence[TokenCorpus]) -> list[DatasetInfo]:
+    """All that a run reads must have the same end-of-document token, as far as side files tell.
+
+    Returns:
+        The side files.
+
+    Raises:
+        DataError: two differ, or one is damaged.
+    """
+    found = [(prefix, info) for corpus in corpora for prefix in corpus.prefixes if (info := read_info(prefix)) is not None]
+    for prefix, info in found[1:]:
+        check_alike(found[0][1], info, found[0][0], prefix, ["eod_id"])
+    return [info for _, info in found]
 
 
 def check_ids(tokens: npt.NDArray[np.int64], vocab_size: int, places: Sequence[tuple[TokenCorpus, int]]) -> None:

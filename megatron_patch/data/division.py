@@ -41,7 +41,7 @@ def divide_stages(plan: StagePlan, corpus: TokenCorpus, split: str) -> dict[str,
             "blocks": alone.last_block(index) - alone.first_block(index),
             "tokens": stage.tokens,
             "share": round(stage.tokens / whole, 6),
-            "epochs": round(stream.epochs(index)["x"], 6),
+            "epochs": round(stream.readings(index)[0].epochs_by_end, 6),
         }
         for index, stage in enumerate(alone.stages)
     ]

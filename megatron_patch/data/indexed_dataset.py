@@ -1,6 +1,6 @@
 """Megatron's indexed dataset: PREFIX.bin holds the token ids of all documents one after another, PREFIX.idx where each begins.
 
-In: a prefix. Out: a memory-mapped array of tokens, or, writing, the two files byte for byte as Megatron core writes them. The index is
+In: a prefix. Out: any span of tokens and of the index, or, writing, the two files byte for byte as Megatron core writes them. The index is
 34 bytes of header (magic, version 1, dtype code, number of sequences S, number of document boundaries D), then S lengths in tokens
 (int32), S byte offsets (int64) and D boundaries in sequences (int64), all little endian, and possibly S modes (int8) of multimodal data.
 """
@@ -8,8 +8,8 @@ In: a prefix. Out: a memory-mapped array of tokens, or, writing, the two files b
 from __future__ import annotations
 
 import contextlib
-import mmap
 import os
+import shutil
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +17,9 @@ from types import TracebackType
 
 import numpy as np
 import numpy.typing as npt
+import xxhash
 
+from megatron_patch.data.storage import StoredArray, exists, open_stored
 from megatron_patch.errors import DataError
 from megatron_patch.files import fsync_folder
 
@@ -35,6 +37,7 @@ _DTYPES: dict[int, type[np.generic]] = {
 _CODES = {np.dtype(dtype): code for code, dtype in _DTYPES.items()}
 _CHUNK = 1 << 20
 _LONGEST = (1 << 31) - 1
+_SPAN_BYTES = 4096
 
 
 def optimal_dtype(vocab_size: int) -> np.dtype[np.generic]:
@@ -58,7 +61,7 @@ def idx_path(prefix: str) -> Path:
 
 
 class IndexedDataset:
-    """A dataset on disk, mapped, not read.
+    """A dataset on disk or at an address, read where and when it is asked for.
 
     Args:
         prefix: path without .bin and .idx.
@@ -69,68 +72,49 @@ class IndexedDataset:
 
     def __init__(self, prefix: str) -> None:
         self.prefix = prefix
-        try:
-            self._open()
-        except OSError as error:
-            raise DataError(
-                f"cannot read {error.filename or prefix}: {error.strerror or error}",
-                "files that this user can read and map",
-                "check the permissions of both files and of their folder",
-            ) from error
-
-    def _open(self) -> None:
-        prefix = self.prefix
-        for path in (bin_path(prefix), idx_path(prefix)):
-            if not path.is_file():
+        tokens, index = f"{prefix}.bin", f"{prefix}.idx"
+        for path in (tokens, index):
+            if not exists(path):
                 raise DataError(f"{path} does not exist", "a dataset prefix: PREFIX.bin and PREFIX.idx", f"check --data-path {prefix}")
-        index_size = idx_path(prefix).stat().st_size
-        with idx_path(prefix).open("rb") as file:
-            header = file.read(_HEADER.size)
+        self._index = open_stored(index)
+        header = bytearray(min(_HEADER.size, self._index.size))
+        self._index.read_into(0, memoryview(header))
         if len(header) < _HEADER.size or header[:9] != MAGIC:
             raise DataError(
-                f"{idx_path(prefix)} is no index: it begins with {header[:9]!r}", f"the magic {MAGIC!r}", "preprocess the data again"
+                f"{index} is no index: it begins with {bytes(header[:9])!r}", f"the magic {MAGIC!r}", "preprocess the data again"
             )
         _, version, code, self.num_sequences, boundaries = _HEADER.unpack(header)
         if version != 1:
-            raise DataError(f"{idx_path(prefix)} has version {version}", "version 1", "preprocess the data again")
+            raise DataError(f"{index} has version {version}", "version 1", "preprocess the data again")
         if code not in _DTYPES:
-            raise DataError(f"{idx_path(prefix)} has dtype code {code}", f"integer types: {sorted(_DTYPES)}", "preprocess the data again")
+            raise DataError(f"{index} has dtype code {code}", f"integer types: {sorted(_DTYPES)}", "preprocess the data again")
         self.dtype = np.dtype(_DTYPES[code])
         expected = _HEADER.size + 12 * self.num_sequences + 8 * boundaries
-        if index_size not in (expected, expected + self.num_sequences):
+        if self._index.size not in (expected, expected + self.num_sequences):
             raise DataError(
-                f"{idx_path(prefix)} has {index_size} bytes; its header says {expected}",
+                f"{index} has {self._index.size} bytes; its header says {expected}",
                 "a whole index",
                 "copy or preprocess the data again",
             )
-        self.has_modes = index_size > expected
+        self.has_modes = self._index.size > expected
         if boundaries < 1:
-            raise DataError(f"{idx_path(prefix)} has no document boundaries", "at least one", "preprocess the data again")
+            raise DataError(f"{index} has no document boundaries", "at least one", "preprocess the data again")
         self.num_documents = boundaries - 1
-        self.bin_bytes = bin_path(prefix).stat().st_size
+        self._bin = open_stored(tokens)
+        self.bin_bytes = self._bin.size
         if self.bin_bytes % self.dtype.itemsize:
             raise DataError(
-                f"{bin_path(prefix)} has {self.bin_bytes} bytes, no multiple of {self.dtype.itemsize} ({self.dtype})",
+                f"{tokens} has {self.bin_bytes} bytes, no multiple of {self.dtype.itemsize} ({self.dtype})",
                 "whole tokens",
                 "copy it again",
             )
         self.num_tokens = self.bin_bytes // self.dtype.itemsize
-        self._index = self._map(idx_path(prefix))
-        self.sequence_lengths = self._array(np.int32, _HEADER.size, self.num_sequences)
-        self.sequence_pointers = self._array(np.int64, _HEADER.size + 4 * self.num_sequences, self.num_sequences)
-        self.document_boundaries = self._array(np.int64, _HEADER.size + 12 * self.num_sequences, boundaries)
-        self.sequence_modes = self._array(np.int8, expected, self.num_sequences) if self.has_modes else None
-        self._bin = self._map(bin_path(prefix)) if self.bin_bytes else None
-        self._tokens: npt.NDArray[np.generic] = np.frombuffer(self._bin, self.dtype) if self._bin is not None else np.empty(0, self.dtype)
+        self.sequence_lengths = StoredArray(self._index, np.int32, _HEADER.size, self.num_sequences)
+        self.sequence_pointers = StoredArray(self._index, np.int64, _HEADER.size + 4 * self.num_sequences, self.num_sequences)
+        self.document_boundaries = StoredArray(self._index, np.int64, _HEADER.size + 12 * self.num_sequences, boundaries)
+        self.sequence_modes = StoredArray(self._index, np.int8, expected, self.num_sequences) if self.has_modes else None
+        self._tokens = StoredArray(self._bin, self.dtype, 0, self.num_tokens)
         self._check_ends()
-
-    @staticmethod
-    def _map(path: Path) -> mmap.mmap:
-        with path.open("rb") as file:
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-
-    def _array(self, dtype: type[np.generic], offset: int, count: int) -> npt.NDArray[np.generic]:
-        return np.frombuffer(self._index, dtype=np.dtype(dtype).newbyteorder("<"), count=count, offset=offset)
 
     def _check_ends(self) -> None:
         """The checks that cost nothing whatever the size: where the last sequence and the last document end."""
@@ -139,23 +123,17 @@ class IndexedDataset:
             end = int(self.sequence_pointers[-1]) + int(self.sequence_lengths[-1]) * self.dtype.itemsize
         if end != self.bin_bytes:
             raise DataError(
-                f"{bin_path(self.prefix)} has {self.bin_bytes} bytes; its index ends at {end}",
+                f"{self._bin.path} has {self.bin_bytes} bytes; its index ends at {end}",
                 "files of one dataset, written to their end",
                 "copy both files again, or preprocess the data again",
             )
         first, last = int(self.document_boundaries[0]), int(self.document_boundaries[-1])
         if first != 0 or last != self.num_sequences:
             raise DataError(
-                f"{idx_path(self.prefix)}: documents begin at sequence {first} and end at {last} of {self.num_sequences}",
+                f"{self._index.path}: documents begin at sequence {first} and end at {last} of {self.num_sequences}",
                 "boundaries from 0 to the number of sequences",
                 "preprocess the data again",
             )
-
-    def release(self) -> None:
-        """Gives back the memory of what was read: for those who read everything once. What is read again comes from the file again."""
-        for mapped in (self._index, self._bin):
-            if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
-                mapped.madvise(mmap.MADV_DONTNEED)
 
     def __len__(self) -> int:
         return int(self.num_sequences)
@@ -168,14 +146,41 @@ class IndexedDataset:
         return self.tokens(start, int(self.sequence_lengths[index]))
 
     def tokens(self, start: int, count: int) -> npt.NDArray[np.generic]:
-        """Tokens `[start, start + count)` of all documents laid end to end, a view of the file.
+        """Tokens `[start, start + count)` of all documents laid end to end.
 
         Raises:
-            DataError: outside the file.
+            DataError: outside the file, or it cannot be read any more.
         """
         if start < 0 or count < 0 or start + count > self.num_tokens:
             raise DataError(f"tokens {start} to {start + count} of {self.prefix}", f"0 to {self.num_tokens}")
-        return self._tokens[start : start + count]
+        return self._tokens.read(start, count)
+
+    def fetch(self, starts: npt.NDArray[np.int64], count: int) -> None:
+        """Makes ready the tokens `[start, start + count)` of each start, where they have to come from elsewhere."""
+        item = self.dtype.itemsize
+        self._bin.fetch([(int(start) * item, count * item) for start in starts])
+
+    def is_current(self) -> bool:
+        """Whether both files, as far as can be told at once, are still those that were opened."""
+        return self._bin.is_current() and self._index.is_current()
+
+    def fingerprint(self, spans: int = 64) -> dict[str, object]:
+        """What tells this data from other data, in constant time: sizes, dtype, checksums of spans of both files.
+
+        Args:
+            spans: of 4 KiB, spread over each file from its first byte to its last, from 2.
+        """
+        found: dict[str, object] = {"dtype": str(self.dtype), "documents": self.num_documents, "tokens": self.num_tokens}
+        for name, file in ((".bin", self._bin), (".idx", self._index)):
+            span = bytearray(min(_SPAN_BYTES, file.size))
+            digest = xxhash.xxh64()
+            starts = [max(0, file.size - _SPAN_BYTES) * number // (spans - 1) for number in range(spans)]
+            file.fetch([(start, len(span)) for start in starts])
+            for start in starts:
+                file.read_into(start, memoryview(span))
+                digest.update(span)
+            found[name] = f"{file.size}:{digest.hexdigest()}"
+        return found
 
 
 class IndexedDatasetWriter:
@@ -270,17 +275,7 @@ class IndexedDatasetWriter:
         Raises:
             DataError: lengths that do not sum to the tokens, an empty or too long document, ids that do not fit, no space left.
         """
-        if lengths.size and int(lengths.max()) > _LONGEST:
-            raise DataError(
-                f"a document of {int(lengths.max())} tokens",
-                f"up to {_LONGEST} tokens: the format has 32 bits for them",
-                "split the document",
-            )
-        if int(lengths.sum()) != tokens.size or (lengths.size and int(lengths.min()) < 1):
-            raise DataError(
-                f"{lengths.size} documents of {int(lengths.sum())} tokens for {tokens.size} tokens",
-                "documents that are not empty and add up",
-            )
+        self._check_lengths(lengths, tokens.size)
         if tokens.dtype != self.dtype:
             limits = np.iinfo(self.dtype.name)
             if tokens.size and (int(tokens.min()) < limits.min or int(tokens.max()) > limits.max):
@@ -295,6 +290,40 @@ class IndexedDatasetWriter:
             raise self._failure(error) from error
         self.num_documents += int(lengths.size)
         self.num_tokens += int(tokens.size)
+
+    def append_file(self, path: Path, lengths: npt.NDArray[np.generic]) -> None:
+        """Adds documents whose tokens, of the dataset's dtype, are in a file.
+
+        Args:
+            path: of the file.
+            lengths: as in `append`.
+
+        Raises:
+            DataError: lengths that do not sum to the tokens, an empty or too long document, no space left.
+        """
+        try:
+            size = path.stat().st_size // self.dtype.itemsize
+            self._check_lengths(lengths, size)
+            with path.open("rb") as file:
+                shutil.copyfileobj(file, self._bin, _CHUNK)
+            self._lengths.write(lengths.astype("<i4").data)
+        except OSError as error:
+            raise self._failure(error) from error
+        self.num_documents += int(lengths.size)
+        self.num_tokens += size
+
+    def _check_lengths(self, lengths: npt.NDArray[np.generic], tokens: int) -> None:
+        if lengths.size and int(lengths.max()) > _LONGEST:
+            raise DataError(
+                f"a document of {int(lengths.max())} tokens",
+                f"up to {_LONGEST} tokens: the format has 32 bits for them",
+                "split the document",
+            )
+        if int(lengths.sum()) != tokens or (lengths.size and int(lengths.min()) < 1):
+            raise DataError(
+                f"{lengths.size} documents of {int(lengths.sum())} tokens for {tokens} tokens",
+                "documents that are not empty and add up",
+            )
 
     def _length_chunks(self) -> Iterator[npt.NDArray[np.int32]]:
         self._lengths.seek(0)

@@ -10,18 +10,18 @@ from typing import Any
 
 import numpy as np
 
-from megatron_patch.data.indexed_dataset import IndexedDataset, bin_path, idx_path
+from megatron_patch.data.indexed_dataset import IndexedDataset
 from megatron_patch.data.side_file import DatasetInfo, read_info
+from megatron_patch.data.storage import stored_checksum
 from megatron_patch.errors import DataError
-from megatron_patch.files import checksum
 
 _CHUNK = 1 << 22
+_SAMPLED_PIECES = 64
 
 
 def describe(dataset: IndexedDataset) -> dict[str, Any]:
     """Counts and quantiles of document lengths."""
-    lengths = dataset.sequence_lengths
-    sample = np.asarray(lengths if len(lengths) <= _CHUNK else lengths[:: len(lengths) // _CHUNK])
+    sample = np.concatenate([dataset.sequence_lengths[start : start + size] for start, size in _sampled(len(dataset))])
     quantiles = np.quantile(sample, [0.05, 0.5, 0.95, 1.0]).round().astype(int).tolist() if sample.size else []
     return {
         "prefix": dataset.prefix,
@@ -32,6 +32,14 @@ def describe(dataset: IndexedDataset) -> dict[str, Any]:
         "bytes": dataset.bin_bytes,
         "tokens_per_sequence": quantiles,
     }
+
+
+def _sampled(count: int) -> list[tuple[int, int]]:
+    """(first, number) of pieces spread over an array: all of it where it is short."""
+    if count <= _CHUNK:
+        return [(0, count)]
+    size = _CHUNK // _SAMPLED_PIECES
+    return [((count - size) * piece // (_SAMPLED_PIECES - 1), size) for piece in range(_SAMPLED_PIECES)]
 
 
 def integrity_problems(dataset: IndexedDataset, vocab_size: int | None = None) -> list[str]:
@@ -71,8 +79,8 @@ def integrity_problems(dataset: IndexedDataset, vocab_size: int | None = None) -
     if info is not None:
         if (info.tokens, info.documents) != (dataset.num_tokens, dataset.num_documents):
             problems.append(f"the side file says {info.tokens} tokens in {info.documents} documents")
-        for path, digest in ((bin_path(dataset.prefix), info.bin_xxh64), (idx_path(dataset.prefix), info.idx_xxh64)):
-            if checksum(path) != digest:
+        for path, digest in ((f"{dataset.prefix}.bin", info.bin_xxh64), (f"{dataset.prefix}.idx", info.idx_xxh64)):
+            if stored_checksum(path) != digest:
                 problems.append(f"{path} has another checksum than the side file says")
     return problems
 

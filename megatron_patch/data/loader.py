@@ -9,14 +9,49 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from megatron_patch.data.corpus import check_ids
 from megatron_patch.data.patch_dataset import DocumentMasking, PatchBatch, make_batch
+from megatron_patch.data.storage import is_address
 from megatron_patch.data.token_stream import Span, TrainStream
+
+
+@dataclass
+class LoadingTimes:
+    """Where the time of preparing steps goes, in seconds.
+
+    Args:
+        preparing: in all.
+        processor: of it, on a processor in this thread.
+        reading: of it, reading files.
+        ahead: steps are prepared ahead of the training.
+        remote: files come from elsewhere.
+    """
+
+    preparing: float = 0.0
+    processor: float = 0.0
+    reading: float = 0.0
+    ahead: bool = True
+    remote: bool = False
+
+    def cause(self) -> str:
+        """Why the training waits for data, and what to do, as a sentence."""
+        waiting = max(0.0, self.preparing - self.processor)
+        if waiting > self.preparing / 2 and self.reading > self.preparing / 2:
+            if self.remote:
+                return "the data comes over the network, once: copy it here before, or share the folder MEGATRON_PATCH_CACHE"
+            return "the disk or the network file system is slow: put the data on a faster one"
+        if waiting > self.preparing / 2:
+            return "the loader waits for a processor, which others have: leave one free for each rank, or lower OMP_NUM_THREADS"
+        if not self.ahead:
+            return "steps are prepared when they are asked for: use --num-workers 2"
+        return "cutting samples into patches takes longer than training on them: steps are tiny, or this processor is slow"
 
 
 class PatchLoader:
@@ -51,6 +86,8 @@ class PatchLoader:
         self._rank, self._ranks = data_parallel_rank, data_parallel_size
         self._masking, self._vocab_size, self._pin_memory = masking, vocab_size, pin_memory
         self.step = start_step
+        remote = any(is_address(prefix) for corpus in stream.corpora for prefix in corpus.prefixes)
+        self.times = LoadingTimes(ahead=prefetch > 0, remote=remote)
         self._queue: queue.Queue[list[PatchBatch] | Exception | None] | None = None
         self._failure: Exception | None = None
         self._stopping = threading.Event()
@@ -122,12 +159,23 @@ class PatchLoader:
                 return
 
     def _prepare(self, step: int) -> list[PatchBatch]:
+        began, worked = time.perf_counter(), time.thread_time()
+        batches = self._make(step)
+        self.times.preparing += time.perf_counter() - began
+        self.times.processor += time.thread_time() - worked
+        return batches
+
+    def _make(self, step: int) -> list[PatchBatch]:
         stage, m = self._stage, self._stage.micro_batch_size
         begin, end = step * stage.global_batch_size, (step + 1) * stage.global_batch_size
         count = stage.gradient_accumulation(self._ranks)
         samples = begin + np.arange(count)[:, None] * (m * self._ranks) + self._rank * m + np.arange(m)[None, :]
         real = samples < end
         corpora, starts = self._stream.locate(self._stage_index, samples[real])
+        began = time.perf_counter()
+        for corpus in np.unique(corpora).tolist():
+            self._stream.corpora[corpus].fetch(starts[corpora == corpus], stage.sample_tokens + stage.patch_size)
+        self.times.reading += time.perf_counter() - began
         batches = []
         taken = 0
         for row in range(count):
@@ -143,8 +191,10 @@ class PatchLoader:
     def _micro_batch(self, spans: tuple[Span, ...], scored: int) -> PatchBatch:
         stage = self._stage
         tokens = np.zeros((stage.micro_batch_size, stage.sample_tokens + stage.patch_size), dtype=np.int64)
+        began = time.perf_counter()
         for row, span in enumerate(spans):
             self._stream.corpora[span.corpus].read_into(tokens[row], span.start)
+        self.times.reading += time.perf_counter() - began
         if self._vocab_size is not None:
             check_ids(tokens, self._vocab_size, [(self._stream.corpora[span.corpus], span.start) for span in spans])
         batch = make_batch(

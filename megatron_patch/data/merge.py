@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +21,8 @@ import xxhash
 
 from megatron_patch.data.indexed_dataset import IndexedDataset, bin_path, idx_path, pack_header
 from megatron_patch.data.rearrange import rearrange
-from megatron_patch.data.side_file import DatasetInfo, info_path, read_info, write_info
+from megatron_patch.data.side_file import DatasetInfo, check_alike, info_path, read_info, write_info
+from megatron_patch.data.storage import StoredArray, is_address
 from megatron_patch.errors import DataError
 from megatron_patch.files import checksum, copy_range, fsync_folder
 
@@ -88,6 +89,9 @@ def merge_datasets(
     """
     if not prefixes:
         raise DataError("nothing to merge", "at least one dataset prefix", "give --input")
+    remote = next((prefix for prefix in (*prefixes, output) if is_address(prefix)), None)
+    if remote is not None:
+        raise DataError(f"{remote} is an address", "files of this machine", "copy the shards here, or train on them as they are")
     if os.path.realpath(output) in {os.path.realpath(prefix) for prefix in prefixes}:
         raise DataError(f"{output} is also one of the shards", "an output of its own", "choose another --output-prefix")
     taken = next((path for path in (bin_path(output), idx_path(output)) if path.exists()), None)
@@ -191,13 +195,7 @@ def _survey(prefixes: Sequence[str], notice: Callable[[str], None]) -> tuple[lis
 
 
 def _together(one: DatasetInfo, other: DatasetInfo, one_prefix: str, other_prefix: str) -> DatasetInfo:
-    for name in ("tokenizer_type", "vocab_size", "eod_id", "append_eod", "prepend_bos", "tokenizer_xxh64"):
-        if getattr(one, name) != getattr(other, name) and "" not in (getattr(one, name), getattr(other, name)):
-            raise DataError(
-                f"{one_prefix} and {other_prefix} differ in {name}: {getattr(one, name)} and {getattr(other, name)}",
-                "shards that were preprocessed alike",
-                "preprocess one of them again",
-            )
+    check_alike(one, other, one_prefix, other_prefix)
     # A document padded to both is padded to what divides both.
     return replace(one, patch_align=math.gcd(one.patch_align, other.patch_align))
 
@@ -240,11 +238,10 @@ def _changed(path: Path) -> DataError:
     return DataError(f"{path} changed while it was read", "files that stay as they are", "run again when nothing writes to them")
 
 
-def _chunks(dataset: IndexedDataset, array: npt.NDArray[np.generic], first: int = 0) -> Iterator[npt.NDArray[np.generic]]:
-    """An array of a dataset's index in pieces, each of which leaves the memory before the next one comes."""
+def _chunks(array: StoredArray, first: int = 0) -> Iterator[npt.NDArray[Any]]:
+    """An array of a dataset's index in pieces."""
     for start in range(first, len(array), _CHUNK):
-        yield np.array(array[start : start + _CHUNK])
-        dataset.release()
+        yield array[start : start + _CHUNK]
 
 
 def _write_index(shards: Sequence[_Shard], dtype: np.dtype[np.generic], modes: bool, path: Path) -> None:
@@ -254,14 +251,14 @@ def _write_index(shards: Sequence[_Shard], dtype: np.dtype[np.generic], modes: b
         index.write(pack_header(dtype, sequences, documents + 1))
         for shard in shards:
             dataset = _open(shard)
-            for lengths in _chunks(dataset, dataset.sequence_lengths):
+            for lengths in _chunks(dataset.sequence_lengths):
                 index.write(lengths.data)
         _write_offsets(shards, dtype.itemsize, index)
         _write_boundaries(shards, index)
         if modes:
             for shard in shards:
                 dataset = _open(shard)
-                for part in _chunks(dataset, dataset.sequence_modes) if dataset.sequence_modes is not None else ():
+                for part in _chunks(dataset.sequence_modes) if dataset.sequence_modes is not None else ():
                     index.write(part.data)
         index.flush()
         os.fsync(index.fileno())
@@ -278,7 +275,7 @@ def _write_offsets(shards: Sequence[_Shard], itemsize: int, index: BinaryIO) -> 
     base = 0
     for shard in shards:
         dataset, end = _open(shard), 0
-        for lengths, pointers in zip(_chunks(dataset, dataset.sequence_lengths), _chunks(dataset, dataset.sequence_pointers), strict=True):
+        for lengths, pointers in zip(_chunks(dataset.sequence_lengths), _chunks(dataset.sequence_pointers), strict=True):
             ends = end + np.cumsum(lengths.astype(np.int64) * itemsize)
             offsets = np.concatenate(([end], ends[:-1]))
             if int(lengths.min()) < 0 or not np.array_equal(offsets, pointers):
@@ -297,7 +294,7 @@ def _write_boundaries(shards: Sequence[_Shard], index: BinaryIO) -> None:
     base = 0
     for shard in shards:
         dataset, last = _open(shard), 0
-        for boundaries in _chunks(dataset, dataset.document_boundaries, first=1):
+        for boundaries in _chunks(dataset.document_boundaries, first=1):
             if int(boundaries[0]) < last or (np.diff(boundaries.astype(np.int64)) < 0).any():
                 raise DataError(
                     f"{idx_path(shard.prefix)}: a document ends before it begins",

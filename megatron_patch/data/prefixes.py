@@ -6,11 +6,11 @@ In: a word of a command line or a configuration. Out: prefixes in order. The sha
 from __future__ import annotations
 
 import glob
+import os
 import re
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
-from megatron_patch.data.indexed_dataset import idx_path
+from megatron_patch.data.storage import exists, is_address, matching, read_bytes
 from megatron_patch.errors import DataError
 
 _SHARD = re.compile(r"_shard-(\d+)-of-(\d+)(?=_|$)")
@@ -25,18 +25,18 @@ def expand_prefixes(word: str) -> tuple[str, ...]:
     """The prefixes that a word stands for.
 
     Args:
-        word: a prefix (with or without .idx or .bin), a glob of prefixes, or @FILE: a file with a prefix or glob on each line, where
-            relative paths begin at the folder of that file and lines that begin with # are skipped.
+        word: a prefix (with or without .idx or .bin; a path or an address), a glob of prefixes, or @FILE: a file with a prefix or glob on
+            each line, where relative paths begin at the folder of that file and lines that begin with # are skipped.
 
     Raises:
         DataError: a list that cannot be read or is empty, a glob without a match.
     """
     if word.startswith("@"):
-        return _listed(Path(word[1:]))
+        return _listed(word[1:])
     word = _bare(word)
-    if not glob.has_magic(word) or idx_path(word).exists():
+    if not glob.has_magic(word) or exists(f"{word}.idx"):
         return (word,)
-    matches = sorted(match.removesuffix(".idx") for match in glob.glob(f"{word}.idx", recursive=True))
+    matches = [match.removesuffix(".idx") for match in matching(f"{word}.idx")]
     if not matches:
         raise DataError(f"{word} matches no dataset", "a glob of prefixes in quotes: 'shards/*_text_document'", "check the path")
     return tuple(matches)
@@ -46,15 +46,23 @@ def _bare(word: str) -> str:
     return word.removesuffix(".idx").removesuffix(".bin")
 
 
-def _listed(path: Path) -> tuple[str, ...]:
+def _listed(path: str) -> tuple[str, ...]:
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"@{path} cannot be read: {error}", "@FILE, a text file with a prefix on each line", "check the path") from error
-    words = [str(path.parent / line) for line in lines if line and not line.startswith("#")]
+        lines = [line.strip() for line in read_bytes(path).decode("utf-8").splitlines()]
+    except (DataError, UnicodeDecodeError) as error:
+        what = error.what if isinstance(error, DataError) else str(error)
+        raise DataError(f"@{path} cannot be read: {what}", "@FILE, a text file with a prefix on each line", "check the path") from error
+    words = [_beside(path, line) for line in lines if line and not line.startswith("#")]
     if not words:
         raise DataError(f"@{path} lists no dataset", "a prefix on each line", "write the shards into it")
     return tuple(prefix for word in words for prefix in expand_prefixes(word))
+
+
+def _beside(path: str, line: str) -> str:
+    """A line of a list, from the folder of the list where it is relative."""
+    if is_address(line):
+        return line
+    return f"{path.rpartition('/')[0]}/{line}" if is_address(path) else os.path.join(os.path.dirname(path), line)
 
 
 def check_all_shards(prefixes: Sequence[str]) -> None:

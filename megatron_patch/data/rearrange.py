@@ -104,7 +104,6 @@ def _pieces(dataset: IndexedDataset) -> Iterator[tuple[int, npt.NDArray[np.gener
             last = max(first + 1, int(np.searchsorted(ends, before + limit, side="right")))
             count = int(ends[last - 1]) - before
             yield start + first, dataset.tokens(offset + before, count), lengths[first:last]
-            dataset.release()
             first = last
         offset += int(ends[-1])
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
-from dataclasses import MISSING, asdict, dataclass, fields
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+from megatron_patch.data.storage import exists, read_bytes
 from megatron_patch.errors import DataError
 from megatron_patch.files import write_durably
+from megatron_patch.records import record_from_json
 
 FORMAT = "megatron_patch/dataset-1"
+ALIKE = ("tokenizer_type", "vocab_size", "eod_id", "append_eod", "prepend_bos", "tokenizer_xxh64")
 
 
 @dataclass(frozen=True)
@@ -64,18 +68,18 @@ def read_info(prefix: str) -> DatasetInfo | None:
     Raises:
         DataError: it is no side file of this format.
     """
-    path = info_path(prefix)
-    if not path.is_file():
+    path = f"{prefix}.json"
+    if not exists(path):
         return None
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(read_bytes(path))
         if data.pop("format", None) != FORMAT:
             raise ValueError(f"its format is not {FORMAT}")
-        info = DatasetInfo(**{f.name: data[f.name] for f in fields(DatasetInfo) if f.name in data or f.default is MISSING})
-        if not isinstance(info.vocab_size, int) or not isinstance(info.patch_align, int) or info.vocab_size < 1 or info.patch_align < 1:
+        info = record_from_json(DatasetInfo, {f.name: data[f.name] for f in fields(DatasetInfo) if f.name in data})
+        if info.vocab_size < 1 or info.patch_align < 1:
             raise ValueError("vocab_size and patch_align must be whole numbers from 1")
         return info
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(
             f"{path} is no side file: {error}", "what tools/preprocess_data.py writes", "remove it or preprocess again"
         ) from error
@@ -92,3 +96,26 @@ def write_info(prefix: str, info: DatasetInfo) -> None:
         write_durably(path, json.dumps({"format": FORMAT, **asdict(info)}, indent=1) + "\n")
     except OSError as error:
         raise DataError(f"cannot write {path}: {error.strerror or error}", "a writable folder with free space") from error
+
+
+def check_alike(one: DatasetInfo, other: DatasetInfo, one_prefix: str, other_prefix: str, names: Sequence[str] = ALIKE) -> None:
+    """Datasets that are joined, or read in one run, must have been tokenized alike.
+
+    Args:
+        one: a side file.
+        other: another.
+        one_prefix: of the first dataset, for messages.
+        other_prefix: of the other.
+        names: the entries that must be equal.
+
+    Raises:
+        DataError: naming the first difference.
+    """
+    for name in names:
+        mine, theirs = getattr(one, name), getattr(other, name)
+        if mine != theirs and "" not in (mine, theirs):
+            raise DataError(
+                f"{one_prefix} and {other_prefix} differ in {name}: {mine} and {theirs}",
+                "data that was preprocessed alike",
+                "preprocess one of them again",
+            )

@@ -14,6 +14,7 @@ stages together.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -43,6 +44,23 @@ class Span:
     corpus: int
     start: int
     length: int
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a stage reads of one corpus.
+
+    Args:
+        corpus: its name.
+        tokens: read in the stage, in whole blocks.
+        epochs: how often its training part is read in the stage.
+        epochs_by_end: how often it has been read in all when the stage ends.
+    """
+
+    corpus: str
+    tokens: int
+    epochs: float
+    epochs_by_end: float
 
 
 @dataclass(frozen=True)
@@ -194,24 +212,55 @@ class TrainStream:
         corpora, starts = self.locate(stage_index, samples)
         return tuple(Span(int(corpus), int(start), length) for corpus, start in zip(corpora, starts, strict=True))
 
-    def epochs(self, stage_index: int) -> dict[str, float]:
-        """How often each corpus of a stage will have been seen when the stage ends."""
+    def readings(self, stage_index: int) -> tuple[Reading, ...]:
+        """How much a stage reads of each of its corpora."""
         deal = self._deals[stage_index]
         blocks = self.plan.last_block(stage_index) - self.plan.first_block(stage_index)
-        given = deal.blend.consumed(deal.phase + blocks)
-        return {
-            self.names[corpus]: float(count + deal.taken[corpus]) / self.blocks[corpus]
-            for corpus, count in zip(deal.corpora, given, strict=True)
-        }
+        before, after = deal.blend.consumed(deal.phase), deal.blend.consumed(deal.phase + blocks)
+        return tuple(
+            Reading(
+                corpus=self.names[corpus],
+                tokens=int(end - begin) * self.plan.block_tokens,
+                epochs=float(end - begin) / self.blocks[corpus],
+                epochs_by_end=float(end + deal.taken[corpus]) / self.blocks[corpus],
+            )
+            for corpus, begin, end in zip(deal.corpora.tolist(), before, after, strict=True)
+        )
 
-    def epoch_notes(self) -> list[str]:
-        """A sentence for each corpus that is read more than once."""
-        notes = []
+    def check_epochs(self, limits: Mapping[str, float]) -> None:
+        """No corpus may be read more often than its limit allows.
+
+        Args:
+            limits: how often the training part of a corpus may be read in the whole run, by the corpus' name.
+
+        Raises:
+            DataError: naming the first stage in which one is, and what the limit allows.
+        """
         for index, stage in enumerate(self.plan.stages):
-            for name, epochs in self.epochs(index).items():
-                if epochs > 1:
-                    notes.append(f"by the end of stage {stage.name} the training part of {name} is read {epochs:.2f} times")
-        return notes
+            for reading in self.readings(index):
+                limit = limits.get(reading.corpus, math.inf)
+                if reading.epochs_by_end > limit:
+                    size = self.blocks[self.names.index(reading.corpus)] * self.plan.block_tokens
+                    raise DataError(
+                        f"by the end of stage {stage.name} the training part of {reading.corpus} is read {reading.epochs_by_end:.2f} times",
+                        f"{limit:g} times (--max-epochs): {format_count(limit * size)} tokens of it",
+                        "add data, lower its weight or --train-tokens, or raise --max-epochs",
+                    )
+
+    def notes(self) -> list[str]:
+        """What may surprise, in sentences: corpora that are read more than once, and documents that are aligned to other patches."""
+        aligned = [
+            f"documents of {reading.corpus} are aligned to {align} tokens: patches of {stage.patch_size} in stage {stage.name} may span two"
+            for index, stage in enumerate(self.plan.stages)
+            for reading in self.readings(index)
+            if (align := self.corpora[self.names.index(reading.corpus)].patch_align) > 1 and align % stage.patch_size
+        ]
+        return aligned + [
+            f"by the end of stage {stage.name} the training part of {reading.corpus} is read {reading.epochs_by_end:.2f} times"
+            for index, stage in enumerate(self.plan.stages)
+            for reading in self.readings(index)
+            if reading.epochs_by_end > 1
+        ]
 
     def fingerprint(self) -> dict[str, object]:
         """What the order of the data depends on beside the plan, as JSON values; no paths, so that data may be moved."""

@@ -60,7 +60,7 @@ def _read(path: str | None) -> dict[str, Any]:
         data = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"--deepspeed_config {path}: {error.strerror}", "a readable JSON file", "check the path") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"--deepspeed_config {path} is not valid JSON: {error}", "a JSON object") from error
     if not isinstance(data, dict):
         raise ConfigError(f"--deepspeed_config {path} holds a {type(data).__name__}", "a JSON object")

@@ -23,8 +23,8 @@ from megatron_patch.config.options import ScheduleOptions
 from megatron_patch.data.patch_dataset import PatchBatch
 from megatron_patch.engine.deepspeed_config import EngineConfig, batch_settings
 from megatron_patch.engine.distributed import barrier, gather_objects
-from megatron_patch.engine.fragments import fragments
-from megatron_patch.engine.interface import Judge, StepResult
+from megatron_patch.engine.fragments import HostCopies, fragments
+from megatron_patch.engine.interface import Judge, Snapshot, StepResult
 from megatron_patch.engine.optimizer import base_optimizer, make_optimizer, set_step_count, step_count, zero_moments
 from megatron_patch.engine.state_files import StateFiles, write_fragments
 from megatron_patch.errors import CheckpointError, ConfigError
@@ -37,6 +37,9 @@ from megatron_patch.stages import Stage
 
 _DIGEST_CHUNK = 1 << 22
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+_LOSS_SCALER = {"cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis"}
 
 
 class MixedPrecision(nn.Module):
@@ -98,6 +101,7 @@ class DeepSpeedEngine(abc.ABC):
         self.config, self.device = config, device
         self.grid, self._ranks = ranks.grid, ranks
         settings = {**config.deepspeed, **batch_settings(stage, self.grid.data_parallel_size)}
+        self._host = HostCopies(pin_memory=device.type == "cuda")
         dtype = DTYPES[config.precision]
         model = self._build(build, dtype, settings)
         self._names = {parameter: name for name, parameter in model.named_parameters()}
@@ -281,38 +285,29 @@ class DeepSpeedEngine(abc.ABC):
         torch.nn.utils.clip_grads_with_norm_(list(self._names), self.config.clip_grad or float("inf"), norm)
         return norm
 
-    def save(self, folder: Path) -> Mapping[str, Any]:
-        """Writes this rank's fragments; see `Engine`.
-
-        Raises:
-            CheckpointError: on every rank, where any rank could not write.
-        """
+    def snapshot(self, to_host: bool) -> Snapshot:
+        """This rank's part of a checkpoint; see `Engine`."""
         share = (self.grid.data_parallel_rank, self.grid.data_parallel_size)
         # What all ranks of a layer hold is written by the first of them.
         first = self.grid.tensor_parallel_rank == 0
-        failure: str | None = None
-        try:
-            found = fragments(self._engine, self._names, self._shards, share)
-            mine = [f for f in found if (first or f.shard is not None) and f.name not in self._copies]
-            write_fragments(folder, self.grid.rank, self.grid.world_size, mine)
-        except CheckpointError as error:
-            failure = str(error)
-        failures = [str(text) for text in gather_objects(failure) if text]
-        if failures:
-            raise CheckpointError(failures[0], do="free space or change --save; the earlier checkpoints are untouched")
+        found = fragments(self._engine, self._names, self._shards, share)
+        mine = [f for f in found if (first or f.shard is not None) and f.name not in self._copies]
+        if to_host:
+            mine = self._host.copies(mine)
         scaler = getattr(self._engine.optimizer, "loss_scaler", None)
         scaler_state = {
-            key: getattr(scaler, key)
-            for key in ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
-            if self.config.precision == "fp16" and hasattr(scaler, key)
+            key: getattr(scaler, key) for key in sorted(_LOSS_SCALER) if self.config.precision == "fp16" and hasattr(scaler, key)
         }
-        return {
+        state = {
             "step_count": step_count(self._base),
             "loss_scaler": scaler_state,
             "precision": self.config.precision,
             "zero_stage": self.config.zero_stage,
             "world_size": self.grid.world_size,
+            "tensor_parallel_size": self.grid.tensor_parallel_size,
+            "pipeline_parallel_size": self.grid.pipeline_parallel_size,
         }
+        return Snapshot(state, lambda folder: write_fragments(folder, self.grid.rank, self.grid.world_size, mine))
 
     def load(self, folder: Path, state: Mapping[str, Any] | None) -> None:
         """Reads weights and, with `state`, the optimizer; see `Engine`."""
@@ -324,11 +319,14 @@ class DeepSpeedEngine(abc.ABC):
         kinds = ("weight",) if state is None else ("weight", "exp_avg", "exp_avg_sq")
         self._fill(lambda kind, name, start, numel: files.read_shard(kind, name, self._shards.get(name), start, numel), kinds)
         if state is not None:
-            set_step_count(self._base, int(state["step_count"]))
+            steps, scale = state.get("step_count"), state.get("loss_scaler")
+            if type(steps) is not int or not isinstance(scale, dict):
+                raise CheckpointError(f"{folder}: the engine's state is {dict(state)}", "step_count and loss_scaler", "resume from another")
+            set_step_count(self._base, steps)
             scaler = getattr(self._engine.optimizer, "loss_scaler", None)
-            for key, value in state["loss_scaler"].items():
+            for key in _LOSS_SCALER & scale.keys():
                 if hasattr(scaler, key):
-                    setattr(scaler, key, value)
+                    setattr(scaler, key, scale[key])
         barrier()
 
     def _whole_shapes(self) -> dict[str, tuple[int, ...]]:

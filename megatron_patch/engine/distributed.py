@@ -1,6 +1,6 @@
 """Joining and leaving the job: from the launcher's environment variables to a process group, and back.
 
-In: RANK, WORLD_SIZE, LOCAL_RANK as `deepspeed`, `torchrun` and `srun` templates set them; none of them means a job of one process.
+In: what `deepspeed`, `torchrun` or `srun` set (environment.py); nothing of it means a job of one process.
 Out: the rank's device and coordinates.
 """
 
@@ -9,37 +9,34 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import socket
 import threading
 from datetime import timedelta
 
 import torch
 import torch.distributed
 
-from megatron_patch.engine.environment import ranks_of_environment
-
-
-def _free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
+from megatron_patch.engine.environment import device_index, local_ranks, meeting_point, ranks_of_environment, threads_of_rank
 
 
 def join(timeout_minutes: int = 30) -> torch.device:
     """Joins the job and returns this rank's device (its GPU, or the CPU).
 
     On CPUs the cores are shared out among the local ranks, unless OMP_NUM_THREADS says otherwise.
+
+    Raises:
+        MegatronPatchError: the environment does not say which rank this is, or this node has no GPU for it.
     """
-    rank, size, local = ranks_of_environment()
-    if size == 1 and "MASTER_PORT" not in os.environ:
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(local))
+    (rank, size, local), beside, threads = ranks_of_environment(), local_ranks(), threads_of_rank()
+    address, port = meeting_point()
+    # Said in one way from here on, for torch and DeepSpeed.
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(local), MASTER_ADDR=address, MASTER_PORT=str(port))
+    if beside is not None:
+        os.environ["LOCAL_WORLD_SIZE"] = str(beside)
     cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
     if not cuda:
         os.environ["DS_ACCELERATOR"] = "cpu"
         if "OMP_NUM_THREADS" not in os.environ:
-            local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", size)))
-            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // max(1, local_ranks)))
+            torch.set_num_threads(threads)
     import deepspeed
     import deepspeed.ops
     from deepspeed.utils import logger
@@ -47,7 +44,7 @@ def join(timeout_minutes: int = 30) -> torch.device:
     logger.setLevel(logging.WARNING)
     # DeepSpeed would try its compilers here and build shared-memory collectives at every start; an empty table of operators prevents both.
     deepspeed.ops.__compatible_ops__ = {}
-    device = torch.device("cuda", local) if cuda else torch.device("cpu")
+    device = torch.device("cuda", device_index(local, torch.cuda.device_count())) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
     if not torch.distributed.is_initialized():

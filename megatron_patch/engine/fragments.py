@@ -8,8 +8,8 @@ span, a checkpoint of fragments can be read back into any other layout.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -70,6 +70,35 @@ def fragments(
         shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
         result.append(Fragment(name, shape if shard is None else shard.whole_shape(shape), shard, start, tensors))
     return result
+
+
+class HostCopies:
+    """Copies of fragments in the host's memory, which a file is written from while training goes on; the memory is kept for the next.
+
+    Args:
+        pin_memory: page-locked, as copies from a GPU are several times faster into.
+    """
+
+    def __init__(self, pin_memory: bool) -> None:
+        self._pin = pin_memory
+        self._kept: dict[tuple[str, str, int], torch.Tensor] = {}
+
+    def copies(self, found: Sequence[Fragment]) -> list[Fragment]:
+        """The same fragments with tensors that training does not touch; those of the call before are overwritten."""
+        before, self._kept = self._kept, {}
+        result = []
+        for fragment in found:
+            tensors = {}
+            for kind, tensor in fragment.tensors.items():
+                key = (kind, fragment.name, fragment.start)
+                kept = before.get(key)
+                if kept is None or kept.shape != tensor.shape:
+                    kept = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=self._pin)
+                self._kept[key] = tensors[kind] = kept.copy_(tensor, non_blocking=self._pin)
+            result.append(replace(fragment, tensors=tensors))
+        if self._pin:
+            torch.cuda.synchronize()
+        return result
 
 
 def _locate(

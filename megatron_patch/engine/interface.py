@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
+from megatron_patch.checkpoint_files import Entry
 from megatron_patch.data.patch_dataset import PatchBatch
 from megatron_patch.stages import Stage
 
@@ -59,6 +60,19 @@ class EvaluationResult:
     labels: int
 
 
+@dataclass(frozen=True)
+class Snapshot:
+    """What one rank puts into a checkpoint.
+
+    Args:
+        state: what the trainer's state must keep for `Engine.load`.
+        write: writes this rank's files into a folder, durably, and tells what the manifest says of them.
+    """
+
+    state: Mapping[str, Any]
+    write: Callable[[Path], dict[str, Entry]]
+
+
 class Engine(Protocol):
     """Trains, evaluates, switches stages, saves and loads."""
 
@@ -88,10 +102,10 @@ class Engine(Protocol):
         """Parameters whose copies on ranks that must hold the same differ, with the ranks; every rank must call it."""
         ...
 
-    def save(self, folder: Path) -> Mapping[str, Any]:
-        """Writes weights and optimizer into a folder; returns what the trainer's state must keep for `load`."""
+    def snapshot(self, to_host: bool) -> Snapshot:
+        """This rank's part of a checkpoint; with `to_host` a copy that later steps leave alone, valid until the next call."""
         ...
 
     def load(self, folder: Path, state: Mapping[str, Any] | None) -> None:
-        """Reads weights, and with `state` (what `save` returned) the optimizer too, written under any layout."""
+        """Reads weights, and with `state` (a snapshot's) the optimizer too, written under any layout."""
         ...

@@ -8,23 +8,33 @@ no code when read, needs no conversion between layouts, and a reader maps only t
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
+from megatron_patch.checkpoint_files import Entry
 from megatron_patch.engine.fragments import Fragment
 from megatron_patch.errors import CheckpointError
+from megatron_patch.files import checksum_on_disk
 from megatron_patch.parallel.sharding import VOCABULARY_PARAMETERS, Shard
+from megatron_patch.records import record_from_json
+from megatron_patch.safetensors_files import write_safetensors
 
 FORMAT = "megatron_patch/state-1"
 
 
-def write_fragments(folder: Path, rank: int, ranks: int, fragments: Sequence[Fragment]) -> Path:
-    """Writes this rank's fragments.
+def state_file_name(rank: int, ranks: int) -> str:
+    """state-00000-of-00008.safetensors."""
+    return f"state-{rank:05d}-of-{ranks:05d}.safetensors"
+
+
+def write_fragments(folder: Path, rank: int, ranks: int, fragments: Sequence[Fragment]) -> dict[str, Entry]:
+    """Writes this rank's fragments, forces them to disk and reads them back.
 
     Args:
         folder: an existing folder.
@@ -32,23 +42,55 @@ def write_fragments(folder: Path, rank: int, ranks: int, fragments: Sequence[Fra
         ranks: how many write.
         fragments: spans of parameters with float32 tensors.
 
+    Returns:
+        What the manifest says of the file.
+
     Raises:
-        CheckpointError: the file cannot be written (no space left, for example).
+        CheckpointError: the file cannot be written (no space left, for example), or reads back as something else.
     """
-    path = folder / f"state-{rank:05d}-of-{ranks:05d}.safetensors"
-    tensors = {f"{kind}/{f.name}": tensor.cpu().contiguous() for f in fragments for kind, tensor in f.tensors.items()}
+    path = folder / state_file_name(rank, ranks)
+    tensors = {f"{kind}/{f.name}": tensor for f in fragments for kind, tensor in f.tensors.items()}
     index = [
         {"name": f.name, "shape": list(f.shape), "start": f.start, "numel": f.numel}
         | ({} if f.shard is None else {"shard": [f.shard.dim, f.shard.index, f.shard.count]})
         for f in fragments
     ]
+    entry = write_safetensors(
+        path,
+        [(name, tuple(tensor.shape)) for name, tensor in tensors.items()],
+        torch.float32,
+        (tensor.cpu() for tensor in tensors.values()),
+        {"format": FORMAT, "fragments": json.dumps(index)},
+    )
     try:
-        save_file(tensors, str(path), metadata={"format": FORMAT, "fragments": json.dumps(index)})
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"cannot write {path}: {error}", "a folder with space for 12 bytes a parameter", "free space, or change --save"
-        ) from error
-    return path
+        same = checksum_on_disk(path) == entry.xxh64
+    except OSError as error:
+        raise CheckpointError(f"cannot read back {path}: {error.strerror}", "a sound disk", "change --save") from error
+    if not same:
+        raise CheckpointError(f"{path} reads back as something else than was written", "a sound disk", "change --save")
+    return {path.name: entry}
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A fragment as a file's header says it; see `Fragment`."""
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    numel: int
+    shard: tuple[int, int, int] | None = None
+
+    @staticmethod
+    def of(entry: Any) -> _Piece:
+        piece = record_from_json(_Piece, entry)
+        dim, index, count = piece.shard or (0, 0, 1)
+        sizes = (*piece.shape, piece.start, piece.numel, dim, index)
+        if min(sizes) < 0 or count < 1 or index >= count or math.prod(piece.shape) >= 1 << 62:
+            raise ValueError(f"{piece} is no part of a parameter"[:300])
+        if piece.shard is not None and (dim >= len(piece.shape) or piece.shape[dim] % count):
+            raise ValueError(f"{piece} is cut where its shape cannot be"[:300])
+        return piece
 
 
 @dataclass(frozen=True)
@@ -60,6 +102,20 @@ class _Span:
 
 def _local_shape(shape: tuple[int, ...], dim: int, count: int) -> tuple[int, ...]:
     return tuple(size // count if axis == dim else size for axis, size in enumerate(shape))
+
+
+def _read_span(span: _Span, name: str, start: int, end: int) -> torch.Tensor:
+    try:
+        with safe_open(str(span.path), framework="pt") as file:
+            found = file.get_slice(name)
+            if found.get_shape() != [span.numel] or found.get_dtype() != "F32":
+                raise ValueError(f"{found.get_dtype()} {found.get_shape()} where its index says F32 [{span.numel}]")
+            tensor: torch.Tensor = found[start:end]
+            return tensor
+    except (OSError, SafetensorError, ValueError) as error:
+        raise CheckpointError(
+            f"cannot read {name} of {span.path}: {error}", "a whole state file", "resume from another checkpoint"
+        ) from error
 
 
 class StateFiles:
@@ -87,9 +143,10 @@ class StateFiles:
             self._read_index(path)
         for name, parts in self._spans.items():
             _, count = self._cuts.get(name, (0, 1))
-            numel = int(torch.Size(self.shapes[name]).numel()) // count
-            for part in range(count):
-                self._check_coverage(name, parts.get(part, []), numel)
+            if sorted(parts) != list(range(min(count, len(parts) + 1))):
+                raise CheckpointError(f"{folder}: parameter {name} has parts {sorted(parts)[:8]} of {count}", "whole parameters")
+            for spans in parts.values():
+                self._check_coverage(name, spans, math.prod(self.shapes[name]) // count)
 
     def _check_coverage(self, name: str, spans: list[_Span], numel: int) -> None:
         spans.sort(key=lambda span: span.start)
@@ -107,20 +164,22 @@ class StateFiles:
                 metadata = file.metadata() or {}
             if metadata.get("format") != FORMAT:
                 raise CheckpointError(f"{path} has format {metadata.get('format')!r}", FORMAT, "use the program's version that wrote it")
-            for entry in json.loads(metadata["fragments"]):
-                name, shape = entry["name"], tuple(entry["shape"])
-                if self.shapes.setdefault(name, shape) != shape:
-                    raise CheckpointError(f"{path}: parameter {name} has shape {shape}", f"{self.shapes[name]}, as in the other files")
-                part, start = 0, int(entry["start"])
-                if "shard" in entry:
-                    dim, index, count = (int(value) for value in entry["shard"])
+            for piece in (_Piece.of(entry) for entry in json.loads(metadata["fragments"])):
+                if self.shapes.setdefault(piece.name, piece.shape) != piece.shape:
+                    raise CheckpointError(
+                        f"{path}: parameter {piece.name} has shape {piece.shape}", f"{self.shapes[piece.name]}, as in the other files"
+                    )
+                part, start = 0, piece.start
+                if piece.shard is not None:
+                    dim, index, count = piece.shard
                     if dim == 0:
-                        start += index * (int(torch.Size(shape).numel()) // count)
+                        start += index * (math.prod(piece.shape) // count)
                     else:
                         part = index
-                        self._cuts[name] = (dim, count)
-                self._spans.setdefault(name, {}).setdefault(part, []).append(_Span(path, start, int(entry["numel"])))
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+                        if self._cuts.setdefault(piece.name, (dim, count)) != (dim, count):
+                            raise ValueError(f"parameter {piece.name} is cut in two ways")
+                self._spans.setdefault(piece.name, {}).setdefault(part, []).append(_Span(path, start, piece.numel))
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise CheckpointError(f"cannot read {path}: {error}", "a whole state file", "resume from another checkpoint") from error
 
     def check(self, expected: dict[str, tuple[int, ...]], vocab_size: int = 0) -> None:
@@ -197,8 +256,7 @@ class StateFiles:
         for span in self._spans[name][part]:
             first, last = max(start, span.start), min(end, span.start + span.numel)
             if first < last:
-                with safe_open(str(span.path), framework="pt") as file:
-                    parts.append(file.get_slice(f"{kind}/{name}")[first - span.start : last - span.start])
+                parts.append(_read_span(span, f"{kind}/{name}", first - span.start, last - span.start))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def read_shard(self, kind: str, name: str, shard: Shard | None, start: int, numel: int) -> torch.Tensor:

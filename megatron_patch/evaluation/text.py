@@ -18,6 +18,7 @@ import torch
 
 from megatron_patch.data.preprocess.documents import documents
 from megatron_patch.data.preprocess.inputs import Span, expand
+from megatron_patch.data.preprocess.long_texts import whole
 from megatron_patch.data.preprocess.readers import batches
 from megatron_patch.errors import DataError
 from megatron_patch.model.gpt import GPTModel
@@ -75,7 +76,7 @@ def read_documents(inputs: Sequence[str], key: str = "text") -> Iterator[str]:
                 raise DataError(
                     f"{where}: {document.reason}", f"UTF-8 text, or JSON objects with a text under {key!r}", "repair it, or give --json-key"
                 )
-            yield document.texts[0]
+            yield whole(document.texts[0])
 
 
 def document_windows(

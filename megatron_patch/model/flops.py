@@ -6,9 +6,11 @@ to tokens: averaging K embeddings and gathering K labels are no matrix products,
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 
+from megatron_patch.model.parameters import block_parameters, parameters_of_layers
 from megatron_patch.model.shape import ModelShape
 
 
@@ -27,33 +29,19 @@ class ParameterCount:
         return self.embedding + self.blocks + self.final_norm + self.head
 
 
-def _norm_parameters(shape: ModelShape) -> int:
-    return shape.hidden_size * (2 if shape.normalization == "LayerNorm" else 1)
-
-
-def _block_matrices(shape: ModelShape) -> int:
+def block_matrices(shape: ModelShape) -> int:
     """Elements of the matrices that each position is multiplied with in one block."""
-    queries = shape.num_attention_heads * shape.head_size
-    keys = shape.num_query_groups * shape.head_size
-    attention = shape.hidden_size * (2 * queries + 2 * keys)
-    return attention + shape.hidden_size * shape.ffn_hidden_size * (3 if shape.activation == "swiglu" else 2)
+    return sum(math.prod(size) for size in block_parameters(shape).values() if len(size) > 1)
 
 
 def parameter_count(shape: ModelShape) -> ParameterCount:
     """Counts a model's parameters."""
-    queries = shape.num_attention_heads * shape.head_size
-    keys = shape.num_query_groups * shape.head_size
-    block = _block_matrices(shape) + 2 * _norm_parameters(shape)
-    block += (queries + 2 * keys) * shape.qkv_bias + shape.hidden_size * shape.attention_bias
-    block += (shape.ffn_hidden_size * (2 if shape.activation == "swiglu" else 1) + shape.hidden_size) * shape.mlp_bias
-    block += 2 * shape.head_size * shape.qk_norm
-    vocabulary = shape.vocab_size * shape.hidden_size
-    return ParameterCount(
-        embedding=vocabulary + (shape.max_positions * shape.hidden_size if shape.position_embedding == "learned" else 0),
-        blocks=shape.num_layers * block,
-        final_norm=_norm_parameters(shape),
-        head=0 if shape.tie_embeddings else vocabulary,
-    )
+    whole = parameters_of_layers(shape, vocabulary_rows=shape.vocab_size)
+
+    def sum_of(part: str) -> int:
+        return sum(math.prod(size) for name, size in whole.items() if name.startswith(part))
+
+    return ParameterCount(sum_of("embedding."), sum_of("blocks."), sum_of("final_norm."), sum_of("head."))
 
 
 def forward_flops_per_position(shape: ModelShape, positions: int, causal: bool = True) -> float:
@@ -69,7 +57,7 @@ def forward_flops_per_position(shape: ModelShape, positions: int, causal: bool =
     """
     attended = (positions + 1) / 2 if causal else positions
     attention = 4 * shape.num_attention_heads * shape.head_size * attended
-    return 2 * (shape.num_layers * _block_matrices(shape) + shape.hidden_size * shape.vocab_size) + shape.num_layers * attention
+    return 2 * (shape.num_layers * block_matrices(shape) + shape.hidden_size * shape.vocab_size) + shape.num_layers * attention
 
 
 def layer_parameters(shape: ModelShape) -> list[int]:
@@ -85,7 +73,7 @@ def layer_parameters(shape: ModelShape) -> list[int]:
 def layer_flops(shape: ModelShape, positions: int) -> list[int]:
     """FLOPs of each of these layers for one position of the forward pass, causal; see `forward_flops_per_position`."""
     attention = 2 * shape.num_attention_heads * shape.head_size * (positions + 1)
-    block = 2 * _block_matrices(shape) + attention
+    block = 2 * block_matrices(shape) + attention
     return [0, *([block] * shape.num_layers), 2 * shape.hidden_size * shape.vocab_size]
 
 

@@ -11,15 +11,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megatron_patch.config.resolve import RunConfig
-from megatron_patch.data.corpus import TokenCorpus, check_vocabulary, open_corpus
+from megatron_patch.data.corpus import TokenCorpus, check_side_files, check_vocabulary, open_corpus
 from megatron_patch.data.evaluation_data import evaluation_batches, held_out_starts
 from megatron_patch.data.loader import PatchLoader
 from megatron_patch.data.patch_dataset import DocumentMasking, PatchBatch
-from megatron_patch.data.side_file import read_info
 from megatron_patch.data.token_stream import TrainStream
 from megatron_patch.parallel.grid import Grid
 from megatron_patch.stages import Stage, StagePlan
 from megatron_patch.tokenizer import Tokenizer, tokenizer_of_checkpoint
+from megatron_patch.training.stream import open_stream
 
 
 @dataclass(frozen=True)
@@ -82,39 +82,26 @@ def open_data(run: RunConfig, plan: StagePlan, grid: Grid, pin_memory: bool = Fa
     """Opens and checks the corpora of a run.
 
     Raises:
-        DataError: a file that is missing, broken, of another vocabulary, or too small for the plan.
+        DataError: a file that is missing, broken, of another vocabulary, or too small for the plan; corpora that do not go together.
     """
     options = run.options.data
-    names = list(dict.fromkeys([*(name for name, _ in run.blend), *(name for stage in plan.stages for name, _ in stage.blend or ())]))
-    corpora = {name: open_corpus(name) for name in names}
-    for corpus in corpora.values():
-        check_vocabulary(corpus, run.shape.vocab_size)
-    split = options.split if not run.valid_blend else "1,0,0"
-    stream = TrainStream(
-        plan,
-        corpora,
-        blend=run.blend,
-        split=split,
-        seed=run.options.engine.seed,
-        window_blocks=options.shuffle_window_blocks,
-        skip_blocks=run.options.stages.start_tokens // plan.block_tokens,
-    )
+    stream = open_stream(run, plan)
+    corpora = dict(zip(stream.names, stream.corpora, strict=True))
     if run.valid_blend:
         valid = [open_corpus(name) for name, _ in run.valid_blend]
         for corpus in valid:
             check_vocabulary(corpus, run.shape.vocab_size)
         held_out = tuple((corpus, (0, corpus.num_tokens)) for corpus in valid)
     else:
-        held_out = tuple((corpora[name], corpora[name].ranges(split)[1]) for name, _ in run.blend)
+        held_out = tuple((corpora[name], corpora[name].ranges(stream.split)[1]) for name, _ in run.blend)
     unit = math.lcm(run.options.stages.seq_length, *(stage.positions * stage.patch_size for stage in plan.stages))
     held_out = tuple((corpus, (first, last)) for corpus, (first, last) in held_out if last - first >= unit + plan.lookahead_tokens)
-    infos = [read_info(prefix) for corpus in corpora.values() for prefix in corpus.prefixes]
     masking = DocumentMasking(
         eod_id=run.eod_id,
         reset_attention_mask=options.reset_attention_mask,
         reset_position_ids=options.reset_position_ids,
         eod_mask_loss=options.eod_mask_loss,
-        ignore_repeated_eod=any(info is not None and info.patch_align > 1 for info in infos),
+        ignore_repeated_eod=any(info.patch_align > 1 for info in check_side_files(stream.corpora)),
     )
     return RunData(stream, held_out, masking, grid, options.num_workers, run.shape.vocab_size, unit, pin_memory)
 

@@ -18,6 +18,7 @@ from megatron_patch.exit_codes import ExitCode
 from megatron_patch.training.dry_run import print_plan
 from megatron_patch.training.endings import advise, end_with
 from megatron_patch.training.stop_requests import StopRequests
+from megatron_patch.training.stream import missing_data, open_stream
 from megatron_patch.training.watchdog import Watchdog
 
 
@@ -32,7 +33,12 @@ def pretrain(run: RunConfig) -> ExitCode:
     """
     settings = engine_settings(run)
     if run.options.logging.dry_run:
-        print_plan(run, settings, make_console())
+        console = make_console()
+        missing = missing_data(run) if run.blend else "no --data-path"
+        stream = open_stream(run, run.plan) if missing is None else None
+        print_plan(run, settings, console, stream=stream)
+        for note in stream.notes() if stream is not None else [f"how often data is read is not shown: {missing}"]:
+            console.print(f"[yellow]Note[/yellow] {note}", highlight=False)
         return ExitCode.DONE
     # Never given back: a signal that comes while the process leaves is no reason for another exit code.
     stops = StopRequests(run.options.safety)
@@ -105,4 +111,4 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         if code != ExitCode.DONE and rank == 0:
             advise(code)
-    return code
+    return int(code)

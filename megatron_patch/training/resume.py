@@ -12,7 +12,7 @@ from typing import Any
 from megatron_patch.checkpoint_files import TrainerState
 from megatron_patch.config.parsing import option_values
 from megatron_patch.config.resolve import RunConfig
-from megatron_patch.errors import CheckpointError
+from megatron_patch.errors import CheckpointError, ConfigError
 from megatron_patch.model.shape import ModelShape
 from megatron_patch.stages import Stage, StagePlan
 
@@ -90,7 +90,12 @@ def plan_to_resume(state: TrainerState, run: RunConfig) -> StagePlan:
     Raises:
         CheckpointError: the flags ask for another plan.
     """
-    saved = StagePlan.from_json(state.plan)
+    try:
+        saved = StagePlan.from_json(state.plan)
+    except ConfigError as error:
+        raise CheckpointError(
+            f"the checkpoint's plan cannot be read: {error.what}", "a checkpoint of this version", "use the version that wrote it"
+        ) from error
     given = run.plan
 
     def geometry(plan: StagePlan) -> dict[str, Any]:

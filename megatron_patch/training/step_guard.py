@@ -9,11 +9,10 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
-from collections.abc import Mapping
 from typing import Any
 
 from megatron_patch.config.options import SafetyOptions
-from megatron_patch.errors import SickTrainingError
+from megatron_patch.errors import CheckpointError, SickTrainingError
 
 _SMALLEST_DEVIATION = 0.01
 _NORMAL = 1.4826  # median absolute deviations in a standard deviation of a normal distribution
@@ -83,9 +82,16 @@ class StepGuard:
         """For a checkpoint: a resumed run decides as an unbroken one."""
         return {"losses": list(self._losses), "norms": list(self._norms), "sick": self._sick}
 
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        """From a checkpoint."""
+    def load_state(self, state: Any) -> None:
+        """From a checkpoint.
+
+        Raises:
+            CheckpointError: it is not what `state` gives.
+        """
         self.begin_stage()
-        self._losses.extend(state.get("losses", ()))
-        self._norms.extend(state.get("norms", ()))
-        self._sick = int(state.get("sick", 0))
+        try:
+            self._losses.extend(float(value) for value in state.get("losses", ()))
+            self._norms.extend(float(value) for value in state.get("norms", ()))
+            self._sick = int(state.get("sick", 0))
+        except (AttributeError, TypeError, ValueError) as error:
+            raise CheckpointError(f"the checkpoint's last losses and norms are no numbers: {error}", do="resume from another") from error

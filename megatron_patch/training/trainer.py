@@ -7,6 +7,7 @@ beyond its numbers; the switch is `Trainer._switch`, the only place where one st
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import time
 from collections.abc import Sequence
@@ -17,26 +18,29 @@ from typing import Any
 import torch
 
 from megatron_patch import checkpoint_files as checkpointing
+from megatron_patch.checkpoints.lock import SaveLock
 from megatron_patch.config.resolve import RunConfig
 from megatron_patch.console import make_console
 from megatron_patch.data.patch_dataset import PatchBatch
 from megatron_patch.engine.deepspeed_config import EngineConfig
-from megatron_patch.engine.distributed import barrier, broadcast_object, gather_objects
+from megatron_patch.engine.distributed import barrier, broadcast_object
 from megatron_patch.engine.interface import EvaluationResult, StepResult
 from megatron_patch.errors import CheckpointError, MegatronPatchError
 from megatron_patch.exit_codes import ExitCode
 from megatron_patch.parallel.grid import Grid
 from megatron_patch.parallel.groups import make_groups
+from megatron_patch.planning.cost import Cost
 from megatron_patch.stages import Place, Stage, StagePlan
 from megatron_patch.training.build import make_engine
 from megatron_patch.training.callbacks import make_callbacks
 from megatron_patch.training.callbacks.base import EvaluationRecord, Event, RunEnd, RunStart, SaveRecord, StepRecord, SwitchRecord
 from megatron_patch.training.consistency import check_batches, check_weights, replay
 from megatron_patch.training.corpus import open_data, sample_tokenizer
-from megatron_patch.training.cost import Cost
+from megatron_patch.training.data_wait import DataWait
 from megatron_patch.training.dry_run import print_plan
 from megatron_patch.training.lr_schedule import schedule_of
 from megatron_patch.training.resume import check_data, check_model, plan_to_resume
+from megatron_patch.training.saving import Saver, on_first_rank, retention_of
 from megatron_patch.training.step_guard import StepGuard
 from megatron_patch.training.stop_requests import StopRequests
 from megatron_patch.training.stragglers import Stragglers
@@ -66,6 +70,8 @@ class Trainer:
         )
         ranks = make_groups(self.grid)
         self.save_folder = Path(run.options.checkpoint.save) if run.options.checkpoint.save else None
+        self.saver: Saver | None = None
+        lock = self._lock()
         tokenizer = sample_tokenizer(run)
         found, resuming = self._find_checkpoint()
         if found is not None:
@@ -86,11 +92,17 @@ class Trainer:
         if found is not None and resuming:
             self.guard.load_state(found.state.extra.get("guard", {}))
         self.stragglers = Stragglers(safety.straggler_interval, self.grid)
+        if self.save_folder is not None:
+            self.saver = Saver(
+                self.save_folder, lock, self.grid.rank, world, device, retention_of(run, self.plan), run.options.checkpoint.async_save
+            )
         self.throughput = Throughput(world, device_name(device), run.options.logging.peak_tflops)
         self.callbacks = make_callbacks(run, self.save_folder, self.grid, self.engine.logits, tokenizer, device)
         if self.grid.rank == 0:
             shown = dataclasses.replace(run, plan=self.plan)
-            print_plan(shown, settings, make_console(), origins=False)
+            print_plan(shown, settings, make_console(), origins=False, stream=self.data.stream)
+            if lock is not None and lock.took_over:
+                self._tell(f"took the lock of {self.save_folder} over from {lock.took_over}, which has died")
             for note in self._start_notes(found, resuming):
                 self._tell(note)
 
@@ -99,6 +111,8 @@ class Trainer:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         self.watchdog.beat("the run ends")
+        if self.saver is not None:
+            self.saver.close()
         for callback in self.callbacks:
             callback.close()
 
@@ -121,6 +135,9 @@ class Trainer:
                 reason = "done"
                 break
             self._switch()
+        self.watchdog.beat("the last checkpoint is written")
+        if self.saver is not None:
+            self._tell_saved(self.saver.wait())
         code = ExitCode.DONE if reason in ("done", "exit interval") else ExitCode.PREEMPTED
         for callback in self.callbacks:
             callback.on_end(RunEnd(reason, self.step, self.plan.consumed_tokens(self.place), time.monotonic() - started, code))
@@ -137,6 +154,7 @@ class Trainer:
             return asked
         self.watchdog.beat("the first data of the stage are read")
         loader = self.data.loader(self.place.stage_index, self.place.stage_step)
+        wait = DataWait(loader.times)
         try:
             while self.place.stage_step < stage.steps:
                 began = time.perf_counter()
@@ -152,8 +170,13 @@ class Trainer:
                 for callback in self.callbacks:
                     callback.on_batches(self.step + 1, stage, micro_batches)
                 self.place = after
-                self._account(result, lr, time.perf_counter() - began, data_seconds)
+                step_seconds = time.perf_counter() - began
+                self._account(result, lr, step_seconds, data_seconds)
+                if (note := wait.update(step_seconds, data_seconds)) is not None:
+                    self._tell(note)
                 self._treat(result)
+                if self.saver is not None:
+                    self._tell_saved(self.saver.poll())
                 ended = self.place.stage_step == stage.steps
                 asked = self.stops.agreed(self.device)
                 if ended or self._due(self.run.options.logging.eval_interval, self.run.options.logging.eval_interval_tokens):
@@ -194,6 +217,8 @@ class Trainer:
 
     def _rewind(self) -> None:
         """Back to the weights and the optimizer of the newest checkpoint; its data and what came since are not read again."""
+        if self.saver is not None:
+            self._tell_saved(self.saver.wait())
         found, _ = self._find_checkpoint(saved_only=True)
         if found is None:
             self._report("rewind", "no checkpoint to go back to; the step's update alone is left out", {})
@@ -309,16 +334,12 @@ class Trainer:
         return None
 
     def _save(self, stage_end: bool) -> None:
-        """Commits a checkpoint: every rank writes its part, then one manifest makes it visible."""
-        if self.save_folder is None:
+        """Commits a checkpoint, or with --async-save begins to: every rank writes its part, then one manifest makes it visible."""
+        if self.saver is None:
             return
-        began = time.perf_counter()
         self.watchdog.beat(f"step {self.step:,} is saved")
-        rank, ranks = self.grid.rank, self.grid.world_size
-        folder = self.save_folder / checkpointing.folder_name(self.step)
-        self._on_first_rank(lambda: checkpointing.prepare(self.save_folder, self.step))
-        engine_state = self.engine.save(folder)
-        state = checkpointing.TrainerState(
+        state = functools.partial(
+            checkpointing.TrainerState,
             step=self.step,
             stage_index=self.place.stage_index,
             stage_step=self.place.stage_step,
@@ -328,7 +349,6 @@ class Trainer:
             plan=self.plan.to_json(),
             config=self.run.to_json(),
             data_fingerprint=self.fingerprint,
-            engine=dict(engine_state),
             model=dataclasses.asdict(self.run.shape),
             extra={
                 "stage_end": stage_end,
@@ -336,39 +356,21 @@ class Trainer:
                 "data_info": dataclasses.asdict(self.run.data_info) if self.run.data_info else None,
             },
         )
-        self._on_first_rank(lambda: checkpointing.write_state(folder, state))
-        entries: dict[str, checkpointing.Entry] = {}
-        for part in gather_objects(checkpointing.entries_of_rank(folder, rank, ranks)):
-            entries.update(part)  # type: ignore[call-overload]
-        self._on_first_rank(lambda: self._publish(folder, entries))
-        seconds = time.perf_counter() - began
-        record = SaveRecord(self.step, str(folder), seconds, sum(entry.size for entry in entries.values()))
+        records = self.saver.save(self.step, self.engine, lambda engine: state(engine=dict(engine)))
         self.throughput.reset()
-        for callback in self.callbacks:
-            callback.on_save(record)
+        self._tell_saved(records)
 
-    def _publish(self, folder: Path, entries: dict[str, checkpointing.Entry]) -> None:
-        assert self.save_folder is not None
-        checkpointing.write_manifest(folder, entries)
-        checkpointing.publish(self.save_folder, self.step)
-        ends = {self.plan.first_step(index + 1) for index in range(len(self.plan.stages))}
-        checkpointing.prune(self.save_folder, self.run.options.checkpoint.keep_last, keep=ends)
+    def _tell_saved(self, records: list[SaveRecord]) -> None:
+        for record in records:
+            for callback in self.callbacks:
+                callback.on_save(record)
 
-    def _on_first_rank(self, action: object) -> None:
-        """Runs an action on rank 0; where it fails, every rank raises its error."""
-        failure: MegatronPatchError | None = None
-        if self.grid.rank == 0:
-            try:
-                action()  # type: ignore[operator]
-            except MegatronPatchError as error:
-                failure = error
-            except OSError as error:
-                failure = CheckpointError(
-                    f"cannot write to {self.save_folder}: {error}", "a folder with free space", "free space, or change --save"
-                )
-        failure = broadcast_object(failure)  # type: ignore[assignment]
-        if failure is not None:
-            raise failure
+    def _lock(self) -> SaveLock | None:
+        """Rank 0's right to write the run's folder, before anything in it is looked at."""
+        locks: list[SaveLock] = []
+        if (save := self.save_folder) is not None:
+            on_first_rank(self.grid.rank, save, lambda: locks.append(SaveLock(save)))
+        return locks[0] if locks else None
 
     def _find_checkpoint(self, saved_only: bool = False) -> tuple[checkpointing.Found | None, bool]:
         """(the newest sound checkpoint of --load, by default --save; whether to go on with its run), found by rank 0 for all.
@@ -414,7 +416,7 @@ class Trainer:
                     f"resumed from {found.folder}: stage {self.stage.name}, step {self.step:,} of {self.plan.steps:,}"
                     + (" (nothing left to do)" if self.step == self.plan.steps else "")
                 )
-        notes += self.data.stream.epoch_notes()
+        notes += self.data.stream.notes()
         if not self.data.held_out:
             notes.append(
                 "no evaluation: the held-out part of the data is shorter than a sample (give --valid-data-path or another --split)"

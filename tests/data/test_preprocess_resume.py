@@ -139,8 +139,8 @@ def test_a_killed_tool_is_resumed_to_the_same_bytes(tmp_path, inputs, workers):
             deadline = time.monotonic() + 60
             while process.poll() is None and time.monotonic() < deadline:
                 record = last_record(journal_path(str(tmp_path / "x")))
-                if record is not None and record[1].read > seen:
-                    seen = record[1].read
+                if record is not None and record.read > seen:
+                    seen = record.read
                     break
                 time.sleep(0.01)
             os.killpg(process.pid, signal.SIGKILL)
@@ -194,9 +194,9 @@ def test_lines_are_numbered_by_file(tmp_path, inputs):
 @pytest.mark.parametrize(
     ("change", "more", "words"),
     [
-        (lambda folder: (folder / "3.jsonl").write_bytes(b"{}\n"), {}, r"3\.jsonl has changed"),
-        (lambda folder: (folder / "4.jsonl").write_bytes(b"{}\n"), {}, "4 inputs before, 5 now"),
-        (lambda folder: (folder / "3.jsonl").rename(folder / "9.jsonl"), {}, r"3\.jsonl was input, now .*9\.jsonl"),
+        (lambda folder: (folder / "0.jsonl").write_bytes(b"{}\n"), {}, r"0\.jsonl has changed"),
+        (lambda folder: (folder / "+.jsonl").write_bytes(b"{}\n"), {}, r"0\.jsonl was input, now .*\+\.jsonl"),
+        (lambda folder: (folder / "0.jsonl").rename(folder / "9.jsonl"), {}, r"0\.jsonl was input, now .*1\.jsonl\.gz"),
         (lambda folder: None, {"append_eod": False}, "append_eod was True, now False"),
         (lambda folder: None, {"patch_align": 4, "min_tokens": 2}, "patch_align was 1, now 4; min_tokens was None, now 2"),
     ],
@@ -206,6 +206,32 @@ def test_other_input_or_settings_are_refused(tmp_path, inputs, monkeypatch, chan
     change(tmp_path / "in")
     with pytest.raises(DataError, match=f"cannot be resumed: .*{words}"):
         preprocess(inputs, str(tmp_path / "x"), settings(**more), resume=True)
+
+
+@pytest.mark.parametrize("remedy", ["repair", "leave out", "add"])
+def test_behind_a_broken_archive_a_run_goes_on(tmp_path, inputs, monkeypatch, remedy):
+    """What was read before it is kept; what was read of it is read again. Files behind it may change, too."""
+    monkeypatch.setattr(readers, "BATCH_BYTES", 900)
+    archive = tmp_path / "in" / "2.jsonl.zst"
+    text = zstandard.ZstdDecompressor().decompress(archive.read_bytes())
+    half = text.index(b"\n", len(text) // 2) + 1
+    sound = zstandard.compress(text[:half]) + zstandard.compress(text[half:])
+    archive.write_bytes(sound[:-200])
+    told = []
+    with pytest.raises(DataError, match=r"2\.jsonl\.zst cannot be read"):
+        preprocess(inputs, str(tmp_path / "x"), settings(), save_seconds=0.0, notice=told.append)
+    kept = last_record(journal_path(str(tmp_path / "x")))
+    assert kept is not None and kept.file == 2 and "finished and kept" in told[-1] and "--resume" in told[-1]
+    if remedy == "leave out":
+        archive.unlink()
+    else:
+        archive.write_bytes(sound)
+    if remedy == "add":
+        (tmp_path / "in" / "4.jsonl").write_bytes(lines(TEXTS[:50]))
+    resumed = preprocess(inputs, str(tmp_path / "x"), settings(), resume=True)
+    whole = preprocess(inputs, str(tmp_path / "whole"), settings())
+    assert everything(tmp_path / "x") == everything(tmp_path / "whole")
+    assert 0 < resumed.resumed_at < kept.read and resumed.bytes == whole.bytes
 
 
 def test_an_unfinished_run_is_not_lost_by_forgetting_to_resume(tmp_path, inputs, monkeypatch):

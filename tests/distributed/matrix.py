@@ -23,6 +23,7 @@ MODELS = {
     "tied": "--no-untie-embeddings-and-output-weights",
     "qwen3, one group": "--model-family qwen3 --num-query-groups 1",
     "gpt2": "--model-family gpt2",
+    "weighted labels": "--no-untie-embeddings-and-output-weights --position-weights power",
 }
 LENGTHS = {
     "positions": "",
@@ -138,7 +139,7 @@ def combinations() -> list[Combination]:
             "--recompute-granularity full",
             "--recompute-granularity selective --operators plain",
             "--bf16",
-            "--pipeline-balance flops --position-weights power --micro-batch-size 1",
+            "--pipeline-balance flops --micro-batch-size 1",
         ):
             found.append(Combination(**{**vars(layout), "model": "tied", "extra": extra}))
     return found

@@ -1,15 +1,53 @@
-"""The corpus that the tests of this folder share."""
+"""What the tests of this folder share: a corpus, a library that makes disks fail, and a small disk that fills."""
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.distributed.runs import make_corpus
+from tests.distributed.runs import Run, command, make_corpus, train
+
+PLAN = command(
+    "--seq-length 16 --micro-batch-size 2 --global-batch-size 12 --patch-size 3 --train-tokens 3000 --lr 3e-3 --save-interval 2",
+    "--keep-last 0 --zero-stage 1",
+)
 
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A corpus of about 20,000 tokens."""
     return make_corpus(Path(tmp_path_factory.mktemp("corpus")) / "walks")
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, corpus: str) -> Run:
+    """A run of PLAN on two ranks that nothing happens to."""
+    return train(tmp_path_factory.mktemp("undisturbed") / "run", 2, PLAN, "--data-path", corpus)
+
+
+@pytest.fixture(scope="session")
+def bad_disk(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The library of preload.c, compiled."""
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if compiler is None:
+        pytest.skip("needs a C compiler")
+    library = Path(tmp_path_factory.mktemp("preload")) / "preload.so"
+    source = Path(__file__).parent / "preload.c"
+    subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", str(library), str(source), "-ldl"], check=True)
+    return library
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 4 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)], capture_output=True, check=False)
+    if mounted.returncode:
+        pytest.skip("needs the right to mount a file system")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)

@@ -5,11 +5,15 @@ from __future__ import annotations
 import functools
 import json
 
+import numpy as np
 import pytest
 import torch
 
+from megatron_patch.data.corpus import open_corpus
+from megatron_patch.errors import DataError
 from tests.distributed.ranks import run_ranks
 from tests.distributed.runs import DATA, MODEL, Run, command, printed, train
+from tools import show_step
 
 PLAN = "--seq-length 16 --micro-batch-size 2 --global-batch-size 12 --patch-size 4 --train-tokens 7680 --lr 3e-3 --spike-window 8"
 STEP = 14  # of the patch stage's 27
@@ -128,7 +132,7 @@ def test_rewinding_takes_the_weights_of_the_newest_checkpoint_and_resumes_alike(
 def test_rewinding_behind_a_switch_takes_the_switch_again(tmp_path, corpus):
     """The newest checkpoint is the patch stage's end: gone back to in the token stage's third step, it is as if the two before had been
     left out, and the optimizer is new, as the switch has made it."""
-    words = ("--zero-stage 1 --stage-optimizer reset --data-path", corpus)
+    words = ("--zero-stage 1 --data-path", corpus)
     first = 28  # step of the token stage
     run = poisoned(tmp_path / "run", 2, "gradient", "--on-spike rewind", *words, steps=(first + 2,))
     (event,) = events(run, "rewind")
@@ -148,3 +152,19 @@ def test_a_resumed_run_refuses_what_an_unbroken_one_refuses(tmp_path, corpus, sk
     run = poisoned(tmp_path / "run", 2, "loss", "--zero-stage 1 --data-path", corpus)
     assert run.losses == pytest.approx(skipped["loss"], rel=1e-5)
     check(run)
+
+
+def test_the_data_of_a_step_that_was_not_taken_can_be_read(tmp_path, corpus, capsys):
+    run = poisoned(tmp_path / "run", 1, "loss", "--zero-stage 0 --log-token-spans --data-path", corpus)
+    assert show_step.main([str(run.folder), "--samples", "2"]) is None
+    shown = capsys.readouterr().out
+    summary = json.loads(shown.splitlines()[-1])
+    assert summary["step"] == STEP and summary["samples"] == 3 and "the loss spikes" in shown
+    (event,) = events(run, "skip")
+    read = [json.loads(line) for line in (run.folder / "spans" / "rank-00000.jsonl").read_text().splitlines()]
+    assert [span[1:] for batch in read[STEP - 1]["spans"] for span in batch] == [span[1:] for span in event["spans"]]
+    ids = np.empty(64, dtype=np.int64)
+    open_corpus(corpus).read_into(ids, event["spans"][0][1])
+    assert " ".join(map(str, ids[:20].tolist())) in shown.replace("\n", " ")
+    with pytest.raises(DataError, match="no step 3"):
+        show_step.main([str(run.folder), "--step", "3"])

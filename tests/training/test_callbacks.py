@@ -61,7 +61,7 @@ def test_the_console_names_what_it_shows(terminal):
         console.on_step(replace(STEP, step=step, tokens=100 * step))
     console.on_evaluation(EVALUATION)
     console.on_switch(SwitchRecord(4, 1000, "patch", "token", 4, 1))
-    console.on_save(SaveRecord(4, "x/step-4", 1.0, 2**20))
+    console.on_save(SaveRecord(4, "x/step-4", 1.0, 2**20, 1.0))
     console.on_message("a sentence")
     console.on_end(RunEnd("done", 20, 2000, 100.0))
     console.close()

@@ -1,13 +1,16 @@
-"""From a batch of bytes to texts. In: a `Batch` and keys. Out: for each document its texts, one for each key, or why it is left out."""
+"""From a batch of bytes to texts. In: a `Batch` and keys. Out: for each document its texts, one for each key, or why it is left out; long
+texts stay where they are.
+"""
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import BinaryIO
 
 import orjson
 
+from megatron_patch.data.preprocess.long_texts import LongText, documents_in_file, long_strings
 from megatron_patch.data.preprocess.readers import Batch
 from megatron_patch.data.preprocess.tables import texts_of_rows
 
@@ -26,7 +29,7 @@ class Document:
     """
 
     number: int
-    texts: tuple[str, ...] | None
+    texts: tuple[str | LongText, ...] | None
     reason: str = ""
     offset: int = 0
 
@@ -42,36 +45,67 @@ def documents(batch: Batch, keys: Sequence[str], counted: list[int]) -> Iterator
     Raises:
         DataError: the batch cannot be read.
     """
-    data = batch.read()
     if batch.kind == "rows":
-        assert isinstance(data, bytes)
-        columns = texts_of_rows(data, keys)
+        columns = texts_of_rows(batch.read(), keys)
         counted.append(len(columns[0]))
         for number, row in enumerate(zip(*columns, strict=True), start=1):
             yield _row(number, row, keys)
         return
     lines = 0
-    for number, (offset, piece) in enumerate(_pieces(data, batch.separator), start=1):
-        lines = number
-        if batch.kind == "text":
-            piece = piece.strip(_LINE_ENDS) if batch.separator is not None else piece
-            if piece or batch.separator is None:
-                yield _plain(number, piece, len(keys), offset)
-        elif piece.strip():
-            yield _parse(number, piece, keys, offset)
+    file = batch.open() if batch.is_long else None
+    pieces = _pieces(batch.read(), batch.separator) if file is None else documents_in_file(file, batch.start, batch.end, batch.separator)
+    first = 0 if file is None else batch.start
+    try:
+        for number, (place, piece) in enumerate(pieces, start=1):
+            lines = number
+            document: Document | None = None
+            if isinstance(piece, tuple):
+                assert file is not None
+                document = _long(batch, file, number, piece, keys)
+            elif batch.kind == "text":
+                text = bytes(piece) if batch.separator is None else bytes(piece).strip(_LINE_ENDS)
+                if text or batch.separator is None:
+                    document = _plain(number, text, len(keys), place - first)
+            else:
+                document = _parse(number, piece, keys, place - first)
+            if document is not None:
+                yield document
+    except EOFError as error:
+        raise batch.shorter() from error
     counted.append(lines)
 
 
-def _pieces(data: bytes | mmap.mmap, separator: bytes | None) -> Iterator[tuple[int, bytes]]:
+def _long(batch: Batch, file: BinaryIO, number: int, where: tuple[int, int], keys: Sequence[str]) -> Document | None:
+    """A document that is left in its file. Its text is read once here, so that what is wrong with it is known before any of it is used."""
+    start, end = where
+    offset = start - batch.start
+    strings: dict[str, LongText] = {}
+    if batch.kind == "text":
+        texts: tuple[str | LongText, ...] = (LongText(file, start, end, escaped=False),) * len(keys)
+    else:
+        line, strings = long_strings(file, start, end)
+        document = _parse(number, line, keys, offset)
+        if document is None or document.texts is None:
+            return document
+        texts = tuple(strings.get(text, text) if isinstance(text, str) else text for text in document.texts)
+    try:
+        for text in {*(text for text in texts if isinstance(text, LongText)), *strings.values()}:
+            for _ in text.pieces():
+                pass
+    except ValueError as error:
+        return Document(number, None, f"not UTF-8: {error}" if batch.kind == "text" else f"no valid JSON: {error}", offset)
+    return Document(number, texts, offset=offset)
+
+
+def _pieces(data: bytes, separator: bytes | None) -> Iterator[tuple[int, memoryview]]:
     """(first byte, bytes) of each piece between separators; what is behind the last one is a piece if there is anything."""
-    start, end = (0, len(data)) if isinstance(data, bytes) else (data.tell(), len(data))
-    begin = start
+    start, view = 0, memoryview(data)
     if separator is not None:
         while (found := data.find(separator, start)) >= 0:
-            yield start - begin, data[start:found]
+            yield start, view[start:found]
             start = found + len(separator)
-    if start < end:
-        yield start - begin, data[start:end]
+    if start < len(data):
+        yield start, view[start:]
 
 
 def _row(number: int, row: Sequence[str | None], keys: Sequence[str]) -> Document:
@@ -88,10 +122,13 @@ def _plain(number: int, data: bytes, keys: int, offset: int) -> Document:
         return Document(number, None, f"not UTF-8: {error}", offset)
 
 
-def _parse(number: int, line: bytes, keys: Sequence[str], offset: int) -> Document:
+def _parse(number: int, line: bytes | memoryview, keys: Sequence[str], offset: int) -> Document | None:
+    """A line of JSON; None where it is blank."""
     try:
         document = orjson.loads(line)
     except orjson.JSONDecodeError as error:
+        if not bytes(line).strip():
+            return None
         return Document(number, None, f"no valid JSON: {error}", offset)
     texts = []
     for key in keys:

@@ -7,19 +7,30 @@ documents of this input, and on one document of every batch; one disagreement, a
 
 from __future__ import annotations
 
+import functools
+import os
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from megatron_patch.data.preprocess.documents import documents
 from megatron_patch.data.preprocess.fast_backend import fast_backend
+from megatron_patch.data.preprocess.long_texts import Cutter, LongText, cutter_of, segments, whole
 from megatron_patch.data.preprocess.readers import Batch
 from megatron_patch.errors import DataError
 from megatron_patch.tiktoken_files import PATTERNS
 from megatron_patch.tokenizer import Tokenizer, load_tokenizer
+
+# Of a document that is compared with the reference: the reference is slow, and most of a run may be long documents.
+_CHECKED_CHARS = 2000
+
+
+def _chars(text: str | LongText) -> int:
+    return len(text) if isinstance(text, str) else sum(map(len, text.pieces()))
 
 
 class BackendDisagrees(Exception):
@@ -73,10 +84,17 @@ class EncodeSettings:
 
 @dataclass(frozen=True)
 class Part:
-    """The documents of one key."""
+    """The documents of one key.
+
+    Args:
+        tokens: of all, one after another, with beginning, end and padding.
+        lengths: of each.
+        file: holds the tokens instead, where a document is long; whoever takes them removes it.
+    """
 
     tokens: npt.NDArray[Any]
     lengths: npt.NDArray[np.int64]
+    file: str = ""
 
 
 @dataclass(frozen=True)
@@ -94,6 +112,7 @@ class Encoded:
         parts: one for each key.
         empty: texts without a token, left out.
         filtered: texts too short or too long, left out.
+        checked: texts of the fast backend that were compared with the reference.
         fast: whether the fast backend encoded it.
         backend: what encoded it, in words.
         bad: (line in the batch from 1, first byte in the batch, reason) of lines left out.
@@ -109,6 +128,7 @@ class Encoded:
     parts: tuple[Part, ...]
     empty: int
     filtered: int
+    checked: int
     fast: bool
     backend: str
     bad: tuple[tuple[int, int, str], ...] = field(default_factory=tuple)
@@ -161,15 +181,16 @@ class Encoder:
 
     Args:
         settings: how.
+        tokenizer: what `checked_tokenizer` gave for them, where it is loaded already.
 
     Raises:
         DataError: a tokenizer that cannot be loaded or lacks a token that is asked for.
     """
 
-    def __init__(self, settings: EncodeSettings) -> None:
+    def __init__(self, settings: EncodeSettings, tokenizer: Tokenizer | None = None) -> None:
         self.settings = settings
-        self._empty = self._filtered = 0
-        self.tokenizer = checked_tokenizer(settings)
+        self._empty = self._filtered = self._checked = 0
+        self.tokenizer = tokenizer if tokenizer is not None else checked_tokenizer(settings)
         self.fast, self.backend_note = fast_backend(self.tokenizer) if settings.backend == "auto" else (None, "the reference tokenizer")
 
     def __call__(self, batch: Batch) -> Encoded:
@@ -180,15 +201,15 @@ class Encoder:
             DataError: the batch cannot be read.
         """
         bad: list[tuple[int, int, str]] = []
-        rows: list[tuple[str, ...]] = []
+        rows: list[tuple[str | LongText, ...]] = []
         lines: list[int] = []
         for document in documents(batch, self.settings.keys, lines):
             if document.texts is None:
                 bad.append((document.number, document.offset, document.reason))
             else:
                 rows.append(document.texts)
-        self._empty = self._filtered = 0
-        parts = [self._encode(self._wanted([row[column] for row in rows])) for column in range(len(self.settings.keys))]
+        self._empty = self._filtered = self._checked = 0
+        parts = [self._column([row[column] for row in rows], batch.scratch) for column in range(len(self.settings.keys))]
         return Encoded(
             batch.source,
             batch.file,
@@ -200,34 +221,76 @@ class Encoder:
             tuple(parts),
             self._empty,
             self._filtered,
+            self._checked,
             self.fast is not None,
             self.backend_note,
             tuple(bad),
         )
 
-    def _wanted(self, texts: list[str]) -> list[str]:
+    @functools.cached_property
+    def _cut(self) -> Cutter | None:
+        return cutter_of(self.tokenizer)
+
+    def _column(self, texts: Sequence[str | LongText], scratch: str) -> Part:
+        """One key's documents; with a long one among them, and where texts can be cut, through a file."""
+        texts = self._wanted(texts)
+        if not any(isinstance(text, LongText) for text in texts) or self._cut is None or not scratch:
+            return self._encode(list(map(whole, texts)))
+        os.makedirs(scratch, exist_ok=True)
+        lengths = [np.empty(0, np.int64)]
+        with tempfile.NamedTemporaryFile(dir=scratch, prefix="encoded-", delete=False) as file:
+            for text in texts:
+                if isinstance(text, LongText):
+                    lengths.append(self._encode_long(text, self._cut, cast("BinaryIO", file)))
+                else:
+                    part = self._encode([text])
+                    file.write(part.tokens.data)
+                    lengths.append(part.lengths)
+        return Part(np.empty(0, self.settings.dtype), np.concatenate(lengths), file.name)
+
+    def _encode_long(self, text: LongText, cut: Cutter, file: BinaryIO) -> npt.NDArray[np.int64]:
+        """Encodes a text segment by segment into a file. Returns the document's length, or no length where it is left out."""
+        start, count, settings = file.tell(), 0, self.settings
+        file.write(np.full(int(settings.prepend_bos), self.tokenizer.bos_id or 0, settings.dtype).data)
+        for segment in segments(text.pieces(), cut):
+            ids, _ = self._ids([segment])
+            file.write(ids.astype(settings.dtype).data)
+            count += ids.size
+        least, most = settings.min_tokens, settings.max_tokens
+        left_out = (least is not None and count < least) or (most is not None and count > most)
+        if left_out or not count:
+            self._filtered += int(bool(count))
+            self._empty += int(not count)
+            file.seek(start)
+            file.truncate()
+            return np.empty(0, np.int64)
+        framed = self._framed(np.array([count]))
+        file.write(np.full(int(framed[0]) - int(settings.prepend_bos) - count, self.tokenizer.eod_id or 0, settings.dtype).data)
+        return framed
+
+    def _wanted(self, texts: Sequence[str | LongText]) -> list[str | LongText]:
         """Leaves out what is empty, too short or too long."""
         full = [text for text in texts if text]
         self._empty += len(texts) - len(full)
         least, most = self.settings.min_chars, self.settings.max_chars
         if least is None and most is None:
             return full
-        kept = [text for text in full if (least is None or len(text) >= least) and (most is None or len(text) <= most)]
+        kept = [text for text in full if (least is None or _chars(text) >= least) and (most is None or _chars(text) <= most)]
         self._filtered += len(full) - len(kept)
         return kept
+
+    def _ids(self, texts: Sequence[str]) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
+        """The reference's ids; those of the fast backend are compared with it in part."""
+        if self.fast is None:
+            return self.tokenizer.encode_flat(texts)
+        ids, lengths = self.fast.encode_flat(texts)
+        self._check(texts, ids, lengths)
+        return ids, lengths
 
     def _encode(self, texts: Sequence[str]) -> Part:
         if not texts:
             return Part(np.empty(0, self.settings.dtype), np.empty(0, np.int64))
-        if self.fast is None:
-            ids, lengths = self.tokenizer.encode_flat(texts)
-        else:
-            ids, lengths = self.fast.encode_flat(texts)
-            checked = len(texts) // 2
-            start = int(lengths[:checked].sum())
-            reference, _ = self.tokenizer.encode_flat([texts[checked]])
-            if not np.array_equal(ids[start : start + int(lengths[checked])], reference):
-                raise BackendDisagrees(texts[checked][:200])
+        ids, lengths = self._ids(texts)
         full = lengths > 0
         self._empty += int((~full).sum())
         kept = full
@@ -238,18 +301,42 @@ class Encoder:
         self._filtered += int((full & ~kept).sum())
         if not kept.all():
             ids, lengths = ids[np.repeat(kept, lengths)], lengths[kept]
-        return self._frame(ids, lengths)
+        return self.frame(ids, lengths)
 
-    def _frame(self, ids: npt.NDArray[np.uint32], lengths: npt.NDArray[np.int64]) -> Part:
-        """Puts each document between its beginning and end tokens and pads it to whole patches."""
+    def _check(self, texts: Sequence[str], ids: npt.NDArray[np.uint32], lengths: npt.NDArray[np.int64]) -> None:
+        """Compares a document of the batch with the reference; of a long one the beginning, encoded once more by itself."""
+        number = len(texts) // 2
+        start = int(lengths[:number].sum())
+        text, mine = texts[number], ids[start : start + int(lengths[number])]
+        if len(text) > _CHECKED_CHARS:
+            text = text[:_CHECKED_CHARS]
+            mine = self.fast.encode_flat([text])[0] if self.fast is not None else mine
+        if not np.array_equal(mine, self.tokenizer.encode_flat([text])[0]):
+            raise BackendDisagrees(text[:200])
+        self._checked += 1
+
+    def _framed(self, lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Lengths with beginning, end and padding."""
+        framed = lengths + int(self.settings.prepend_bos) + int(self.settings.append_eod)
+        return -(-framed // self.settings.patch_align) * self.settings.patch_align
+
+    def frame(self, ids: npt.NDArray[np.uint32], lengths: npt.NDArray[np.int64]) -> Part:
+        """Puts each document between its beginning and end tokens and pads it to whole patches.
+
+        Args:
+            ids: of all documents, one after another.
+            lengths: of each.
+        """
         settings = self.settings
         begin = int(settings.prepend_bos)
-        framed = lengths + begin + int(settings.append_eod)
-        framed = -(-framed // settings.patch_align) * settings.patch_align
+        framed = self._framed(lengths)
         starts = np.cumsum(framed) - framed
+        behind = framed - lengths - begin
         tokens = np.full(int(framed.sum()), self.tokenizer.eod_id if self.tokenizer.eod_id is not None else 0, dtype=settings.dtype)
-        shift = np.repeat(starts + begin - (np.cumsum(lengths) - lengths), lengths)
-        tokens[np.arange(ids.size) + shift] = ids
+        text = np.ones(tokens.size, bool)
+        text[np.repeat(starts + begin + lengths - (np.cumsum(behind) - behind), behind) + np.arange(int(behind.sum()))] = False
         if begin:
+            text[starts] = False
             tokens[starts] = self.tokenizer.bos_id
+        tokens[text] = ids
         return Part(tokens, framed)

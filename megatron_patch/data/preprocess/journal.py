@@ -20,7 +20,7 @@ import xxhash
 from megatron_patch.data.preprocess.encode import EncodeSettings
 from megatron_patch.data.preprocess.inputs import STANDARD_INPUT, Span
 from megatron_patch.errors import DataError
-from megatron_patch.files import checksum, fsync_folder
+from megatron_patch.files import checksum, fsync_folder, write_durably
 
 FORMAT = "megatron_patch/progress-1"
 # What may change between a run and its continuation: both backends give the same ids, and the tokenizer is known by its checksum.
@@ -39,6 +39,7 @@ class Record:
         read: bytes.
         empty: texts without a token so far.
         filtered: texts too short or too long so far.
+        checked: texts compared with the reference so far.
         bad: bad lines so far.
         bad_bytes: size of their list.
         lengths: the histogram of lengths.
@@ -54,6 +55,7 @@ class Record:
     read: int = 0
     empty: int = 0
     filtered: int = 0
+    checked: int = 0
     bad: int = 0
     bad_bytes: int = 0
     lengths: Mapping[str, int] = field(default_factory=dict)
@@ -103,11 +105,11 @@ def identity_checksum(found: Mapping[str, Any]) -> str:
     return xxhash.xxh64(json.dumps(found, sort_keys=True).encode()).hexdigest()
 
 
-def check_identity(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """A run may be continued only over the same input with the same settings.
+def _same_run(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """A run may be continued only with the same settings.
 
     Raises:
-        DataError: naming the first difference.
+        DataError: naming the differences.
     """
     difference = None
     if before.get("format") != now["format"]:
@@ -117,18 +119,30 @@ def check_identity(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         difference = "; ".join(f"{name} was {before['settings'].get(name)!r}, now {now['settings'][name]!r}" for name in names)
     elif before["tokenizer"] != now["tokenizer"]:
         difference = "the tokenizer's files have changed"
-    elif before["inputs"] != now["inputs"]:
-        if len(before["inputs"]) != len(now["inputs"]):
-            difference = f"{len(before['inputs'])} inputs before, {len(now['inputs'])} now"
-        else:
-            one, other = next((one, other) for one, other in zip(before["inputs"], now["inputs"], strict=True) if one != other)
-            difference = f"{one[0]} was input, now {other[0]}" if one[0] != other[0] else f"{one[0]} has changed"
     if difference:
-        raise DataError(
-            f"the unfinished run cannot be resumed: {difference}",
-            "the same input and settings",
-            "restore them, or start over with --overwrite instead of --resume",
-        )
+        raise _refusal(difference)
+
+
+def _is_of_this_input(record: Record, before: Sequence[Any], now: Sequence[Any]) -> bool:
+    """Whether what a record has read, and the file to go on in, are what they were; files behind it may be repaired, added or left out."""
+    if record.complete:
+        return before == now
+    return record.file < len(now) and before[: record.file + 1] == now[: record.file + 1]
+
+
+def _input_difference(before: Sequence[Any], now: Sequence[Any]) -> str:
+    for one, other in zip(before, now, strict=False):
+        if one != other:
+            return f"{one[0]} was input, now {other[0]}" if one[0] != other[0] else f"{one[0]} has changed"
+    return f"{len(before)} inputs before, {len(now)} now"
+
+
+def _refusal(difference: str) -> DataError:
+    return DataError(
+        f"the unfinished run cannot be resumed: {difference}",
+        "the same settings, and the same input as far as it has been read",
+        "restore them, or start over with --overwrite instead of --resume",
+    )
 
 
 class Journal:
@@ -137,23 +151,18 @@ class Journal:
     Args:
         path: its file.
         identity: what the run reads and how.
-        resumed: it goes on with a journal that is there.
+        begin: the record that the run goes on from; None: it begins anew.
 
     Raises:
         DataError: it cannot be written.
     """
 
-    def __init__(self, path: Path, identity: Mapping[str, Any], resumed: bool) -> None:
-        self._path, self._identity = path, identity
+    def __init__(self, path: Path, identity: Mapping[str, Any], begin: Record | None) -> None:
+        self._path = path
         self._file: TextIO | None = None
-        if resumed:
-            self._mend()
-
-    def _mend(self) -> None:
-        """Cuts off a last line that is not whole."""
-        data = self._path.read_bytes()
-        with self._path.open("rb+") as file:
-            file.truncate(data.rfind(b"\n") + 1)
+        self._first = json.dumps(identity) + "\n"
+        if begin is not None:
+            write_durably(path, self._first + _line(begin))
 
     def add(self, record: Record) -> None:
         """Writes a record, forced to disk.
@@ -166,9 +175,9 @@ class Journal:
                 new = not self._path.exists()
                 self._file = self._path.open("a", encoding="utf-8")
                 if new:
-                    self._file.write(json.dumps(self._identity) + "\n")
+                    self._file.write(self._first)
                     fsync_folder(self._path.parent)
-            self._file.write(json.dumps(asdict(record)) + "\n")
+            self._file.write(_line(record))
             self._file.flush()
             os.fsync(self._file.fileno())
         except OSError as error:
@@ -185,8 +194,12 @@ class Journal:
                 return
 
 
-def last_record(path: Path) -> tuple[dict[str, Any], Record] | None:
-    """(identity, last record) of a journal; None where nothing is recorded.
+def _line(record: Record) -> str:
+    return json.dumps(asdict(record)) + "\n"
+
+
+def _records(path: Path) -> tuple[dict[str, Any], list[Record]] | None:
+    """(identity, records) of a journal; None where nothing is recorded. A last line that is cut short does not count.
 
     Raises:
         DataError: the file is no journal.
@@ -197,10 +210,44 @@ def last_record(path: Path) -> tuple[dict[str, Any], Record] | None:
         lines = path.read_bytes().split(b"\n")[:-1]
         if len(lines) < 2:
             return None
-        found = json.loads(lines[-1])
-        found["outputs"] = tuple((documents, tokens) for documents, tokens in found["outputs"])
-        return json.loads(lines[0]), Record(**found)
+        records = []
+        for line in lines[1:]:
+            found = json.loads(line)
+            found["outputs"] = tuple((documents, tokens) for documents, tokens in found["outputs"])
+            records.append(Record(**found))
+        return json.loads(lines[0]), records
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
             f"{path} is no journal: {error}", "what tools/preprocess_data.py writes", "start over with --overwrite instead of --resume"
         ) from error
+
+
+def last_record(path: Path) -> Record | None:
+    """How far an unfinished run has come; None: nothing is recorded.
+
+    Raises:
+        DataError: the file is no journal.
+    """
+    found = _records(path)
+    return found[1][-1] if found is not None else None
+
+
+def record_to_resume(path: Path, now: Mapping[str, Any]) -> Record | None:
+    """The last record that a run can go on from: all that had been read then is what it was. None: nothing is recorded.
+
+    Args:
+        path: the journal.
+        now: what the run reads and how, as `identity` says.
+
+    Raises:
+        DataError: the file is no journal; other settings, or other input from the first record on.
+    """
+    found = _records(path)
+    if found is None:
+        return None
+    before, records = found
+    _same_run(before, now)
+    for record in reversed(records):
+        if _is_of_this_input(record, before["inputs"], now["inputs"]):
+            return record
+    raise _refusal(_input_difference(before["inputs"], now["inputs"]))

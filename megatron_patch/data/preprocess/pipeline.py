@@ -24,11 +24,11 @@ from megatron_patch.data.preprocess.inputs import STANDARD_INPUT, Span, divide, 
 from megatron_patch.data.preprocess.journal import (
     Journal,
     Record,
-    check_identity,
     identity,
     identity_checksum,
     journal_path,
     last_record,
+    record_to_resume,
     tokenizer_checksum,
 )
 from megatron_patch.data.preprocess.readers import Batch, batches
@@ -156,6 +156,10 @@ def preprocess(
         notice(f"resuming: {begin.read / 1e6:,.0f} MB and {sum(count for count, _ in begin.outputs):,} documents are done")
     try:
         return _run(run, settings, tokenizer, known, begin)
+    except DataError:
+        if (kept := last_record(journal_path(output_prefix))) is not None:
+            notice(f"{kept.read / 1e6:,.0f} MB of the input are finished and kept: when the cause is gone, go on with --resume")
+        raise
     except BackendDisagrees as disagreement:
         if not run.resumable:
             raise DataError(f"fastokens gave other ids than the reference for {disagreement}", do="use --backend reference") from None
@@ -168,16 +172,14 @@ def preprocess(
 def _beginning(run: _Run, known: dict[str, object], overwrite: bool, resume: bool) -> Record | None:
     """Where to begin: at the start, or where an unfinished run ended; None where nothing is left to do."""
     path = journal_path(run.output_prefix)
-    found = last_record(path) if resume or not overwrite else None
-    if found is not None:
-        if not resume:
-            raise DataError(
-                f"{path}: an unfinished run that has read {found[1].read / 1e6:,.0f} MB",
-                "--resume to go on with it, --overwrite to start over",
-                "choose one",
-            )
-        check_identity(found[0], known)
-        return found[1]
+    if resume and (found := record_to_resume(path, known)) is not None:
+        return found
+    if not resume and not overwrite and (unfinished := last_record(path)) is not None:
+        raise DataError(
+            f"{path}: an unfinished run that has read {unfinished.read / 1e6:,.0f} MB",
+            "--resume to go on with it, --overwrite to start over",
+            "choose one",
+        )
     existing = [path for prefix in run.prefixes for path in (bin_path(prefix), idx_path(prefix)) if path.exists()]
     if existing and not overwrite:
         infos = [read_info(prefix) if idx_path(prefix).exists() else None for prefix in run.prefixes]
@@ -188,8 +190,8 @@ def _beginning(run: _Run, known: dict[str, object], overwrite: bool, resume: boo
     return Record()
 
 
-def _encode_here(work: Iterable[Batch], settings: EncodeSettings) -> Generator[Encoded]:
-    yield from map(Encoder(settings), work)
+def _encode_here(work: Iterable[Batch], settings: EncodeSettings, tokenizer: Tokenizer) -> Generator[Encoded]:
+    yield from map(Encoder(settings, tokenizer), work)
 
 
 def _size(span: Span) -> int:
@@ -206,7 +208,7 @@ class _Accounts:
         self._sizes = [_size(span) for span in run.spans]
         self._started = time.monotonic()
         self._saved = self._started
-        self.read, self.empty, self.filtered = begin.read, begin.empty, begin.filtered
+        self.read, self.empty, self.filtered, self.checked = begin.read, begin.empty, begin.filtered, begin.checked
         self.lengths = LengthSample(begin.lengths, begin.longest)
         self.bad = BadLines(
             Path(f"{run.output_prefix}_bad_lines.jsonl"), run.on_bad_line, begin.file, begin.line, begin.bad, begin.bad_bytes
@@ -226,6 +228,7 @@ class _Accounts:
         self.read += encoded.bytes
         self.empty += encoded.empty
         self.filtered += encoded.filtered
+        self.checked += encoded.checked
         self.file, self.upto = encoded.file, encoded.upto
         if self.fast is None:
             self._run.notice(f"encoding with {encoded.backend}")
@@ -252,6 +255,7 @@ class _Accounts:
                 self.read,
                 self.empty,
                 self.filtered,
+                self.checked,
                 self.bad.count,
                 bad_bytes,
                 self.lengths.to_json(),
@@ -270,10 +274,10 @@ def _run(run: _Run, settings: EncodeSettings, tokenizer: Tokenizer, known: dict[
         writers = _writers(run, settings, begin, stack)
         accounts = _Accounts(run, begin)
         stack.callback(accounts.bad.close)
-        journal = Journal(journal_path(run.output_prefix), known, resumed=bool(begin.outputs))
+        journal = Journal(journal_path(run.output_prefix), known, begin if begin.outputs else None)
         stack.callback(journal.close)
         if not begin.complete:
-            _encode_all(run, settings, writers, accounts, journal, begin)
+            _encode_all(run, settings, tokenizer, writers, accounts, journal, begin)
             for writer in writers:
                 if writer.num_documents == 0 and not run.may_be_empty:
                     raise DataError(
@@ -307,6 +311,7 @@ def _run(run: _Run, settings: EncodeSettings, tokenizer: Tokenizer, known: dict[
         eod_id=tokenizer.eod_id,
         tokens_per_document=(LengthSample.of(IndexedDataset(run.prefixes[0])) if run.dedup else accounts.lengths).quantiles(),
         backend="fastokens" if accounts.fast else "reference",
+        checked=accounts.checked,
         seconds=accounts.seconds,
         resumed_at=begin.read,
         bad_lines_file=accounts.bad.close(),
@@ -337,6 +342,7 @@ def _rearrange(run: _Run) -> None:
 def _encode_all(
     run: _Run,
     settings: EncodeSettings,
+    tokenizer: Tokenizer,
     writers: Sequence[IndexedDatasetWriter],
     accounts: _Accounts,
     journal: Journal,
@@ -345,11 +351,15 @@ def _encode_all(
     work = batches(run.spans, settings.keys, run.separator, (begin.file, begin.upto) if begin.outputs else (0, None), run.scratch)
     # Closed before the files are: workers end, whatever happens, before anything else does.
     with contextlib.closing(
-        encode_in_order(work, run.workers, settings) if run.workers > 1 else _encode_here(work, settings)
+        encode_in_order(work, run.workers, settings) if run.workers > 1 else _encode_here(work, settings, tokenizer)
     ) as encoded_batches:
         for encoded in encoded_batches:
             for writer, part in zip(writers, encoded.parts, strict=True):
-                writer.append(part.tokens, part.lengths)
+                if part.file:
+                    writer.append_file(Path(part.file), part.lengths)
+                    os.unlink(part.file)
+                else:
+                    writer.append(part.tokens, part.lengths)
             accounts.add(encoded, writers)
             if accounts.due():
                 accounts.save(journal, writers)
@@ -397,6 +407,7 @@ def _finished_summary(run: _Run, tokenizer: Tokenizer) -> Summary:
         eod_id=tokenizer.eod_id,
         tokens_per_document=LengthSample.of(datasets[0]).quantiles(),
         backend="nothing: finished before",
+        checked=0,
         seconds=0.0,
         resumed_at=0,
         bad_lines_file=None,

@@ -7,7 +7,6 @@ through a file.
 
 from __future__ import annotations
 
-import mmap
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -17,12 +16,11 @@ from typing import BinaryIO, Literal, cast
 
 from megatron_patch.data.preprocess.archives import broken_archive, open_archive
 from megatron_patch.data.preprocess.inputs import STANDARD_INPUT, Span, after, inner_suffix, is_archive, line_start
+from megatron_patch.data.preprocess.long_texts import LONG_BYTES
 from megatron_patch.data.preprocess.tables import row_batches
 from megatron_patch.errors import DataError
 
 BATCH_BYTES = 1 << 20
-# From here on a document is mapped, not read, and put into a file where it comes out of an archive.
-LONG_BYTES = 1 << 25
 _NEWLINE = b"\n"
 
 Kind = Literal["lines", "text", "rows"]
@@ -44,6 +42,7 @@ class Batch:
         start: first byte there.
         end: byte behind the last.
         temporary: the file is removed when it has been read.
+        scratch: folder for what is too long for memory.
     """
 
     source: str
@@ -57,43 +56,54 @@ class Batch:
     start: int = 0
     end: int = 0
     temporary: bool = False
+    scratch: str = ""
 
     @property
     def size(self) -> int:
         """Bytes."""
         return len(self.data) if self.data is not None else self.end - self.start
 
-    def read(self) -> bytes | mmap.mmap:
-        """The documents; mapped where they are long.
+    @property
+    def is_long(self) -> bool:
+        """Whether it is too large to be held in memory several times."""
+        return self.data is None and self.size >= LONG_BYTES
+
+    def open(self) -> BinaryIO:
+        """The file that holds the documents.
 
         Raises:
-            DataError: the file cannot be read any more, or has become shorter.
+            DataError: it cannot be read any more, or has become shorter.
+        """
+        try:
+            file = open(self.path, "rb")
+            if self.temporary:
+                os.unlink(self.path)
+        except OSError as error:
+            raise DataError(f"{self.source}: {error.strerror}", "files that stay readable while they are preprocessed") from error
+        if os.fstat(file.fileno()).st_size < self.end:
+            raise self.shorter()
+        return file
+
+    def read(self) -> bytes:
+        """The documents.
+
+        Raises:
+            DataError: as `open`.
         """
         if self.data is not None:
             return self.data
-        try:
-            with open(self.path, "rb") as file:
-                if self.temporary:
-                    os.unlink(self.path)
-                if self.size >= LONG_BYTES and os.fstat(file.fileno()).st_size >= self.end:
-                    return _map(file, self.start, self.end)
-                file.seek(self.start)
-                data = file.read(self.end - self.start)
-        except OSError as error:
-            raise DataError(f"{self.source}: {error.strerror}", "files that stay readable while they are preprocessed") from error
+        with self.open() as file:
+            file.seek(self.start)
+            data = file.read(self.end - self.start)
         if len(data) < self.size:
-            raise DataError(
-                f"{self.source} has become shorter while it was read", "files that stay as they are", "run again when nothing writes to it"
-            )
+            raise self.shorter()
         return data
 
-
-def _map(file: BinaryIO, start: int, end: int) -> mmap.mmap:
-    """A map of a range, whose position is the range's first byte: maps begin at whole pages."""
-    page = start // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
-    mapped = mmap.mmap(file.fileno(), end - page, access=mmap.ACCESS_READ, offset=page)
-    mapped.seek(start - page)
-    return mapped
+    def shorter(self) -> DataError:
+        """What to tell of a file that has become shorter."""
+        return DataError(
+            f"{self.source} has become shorter while it was read", "files that stay as they are", "run again when nothing writes to it"
+        )
 
 
 class _Spill:
@@ -144,7 +154,7 @@ class _Cutter:
 
     def __init__(self, source: str, kind: Kind, separator: bytes | None, file: int, scratch: Path | None) -> None:
         self._source, self._kind, self._separator, self._file = source, kind, separator, file
-        self._rest = _Spill(scratch)
+        self._rest, self._scratch = _Spill(scratch), str(scratch or "")
 
     def batches(self, stream: BinaryIO, start: int, share: Share) -> Iterator[Batch]:
         """Batches from unit `start` on."""
@@ -192,6 +202,7 @@ class _Cutter:
             path,
             end=size,
             temporary=data is None,
+            scratch=self._scratch,
         )
 
 
@@ -219,7 +230,7 @@ def _skip(stream: BinaryIO, count: int) -> bytes:
     return b""
 
 
-def _range_batches(span: Span, number: int) -> Iterator[Batch]:
+def _range_batches(span: Span, number: int, scratch: Path | None) -> Iterator[Batch]:
     """Cuts a plain file at line ends without reading it."""
     size = Path(span.path).stat().st_size
     if span.end is not None and span.end > size:
@@ -229,7 +240,7 @@ def _range_batches(span: Span, number: int) -> Iterator[Batch]:
     while start < last:
         end = min(last, line_start(span.path, min(last, start + BATCH_BYTES)))
         share = (end - span.start) / (last - span.start)
-        yield Batch(span.path, "lines", number, end, share, path=span.path, start=start, end=end)
+        yield Batch(span.path, "lines", number, end, share, path=span.path, start=start, end=end, scratch=str(scratch or ""))
         start = end
 
 
@@ -245,12 +256,12 @@ def _span_batches(span: Span, number: int, keys: Sequence[str], separator: bytes
         return
     text = suffix == ".txt"
     if not archive and not text:
-        yield from _range_batches(span, number)
+        yield from _range_batches(span, number, scratch)
         return
     if not archive and separator is None:
         size = Path(span.path).stat().st_size
         if span.start < size:
-            yield Batch(span.path, "text", number, size, 1.0, None, path=span.path, end=size)
+            yield Batch(span.path, "text", number, size, 1.0, None, path=span.path, end=size, scratch=str(scratch or ""))
         return
     with open(span.path, "rb") as packed:
         cutter = _Cutter(span.path, "text" if text else "lines", separator if text else _NEWLINE, number, scratch)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from megatron_patch.data.preprocess.documents import documents
 from megatron_patch.data.preprocess.inputs import Span, expand
+from megatron_patch.data.preprocess.long_texts import whole
 from megatron_patch.data.preprocess.readers import batches
 from megatron_patch.errors import DataError
 
@@ -22,8 +23,9 @@ def _texts(inputs: Sequence[str], key: str, max_bytes: int) -> Iterator[str]:
             if left <= 0:
                 return
             if document.texts and document.texts[0]:
-                left -= len(document.texts[0].encode("utf-8", "ignore"))
-                yield document.texts[0]
+                text = whole(document.texts[0])
+                left -= len(text.encode("utf-8", "ignore"))
+                yield text
 
 
 def train_tokenizer(inputs: Sequence[str], output: str, vocab_size: int, key: str = "text", max_bytes: int = 200_000_000) -> Path:

@@ -136,12 +136,21 @@ class SwitchRecord:
 
 @dataclass(frozen=True)
 class SaveRecord:
-    """A checkpoint was committed."""
+    """A checkpoint was committed.
+
+    Args:
+        step: that it holds; with --async-save some steps ago.
+        folder: where it is.
+        seconds: from its beginning until it was published.
+        bytes: of its files.
+        stall_seconds: for which training waited, for the snapshot alone with --async-save.
+    """
 
     step: int
     folder: str
     seconds: float
     bytes: int
+    stall_seconds: float
 
 
 @dataclass(frozen=True)

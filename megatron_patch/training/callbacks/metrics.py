@@ -6,6 +6,7 @@ finite) are written as null, with their text under the name plus "_text".
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -15,6 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from megatron_patch.errors import CheckpointError
 from megatron_patch.training.callbacks.base import Callback, EvaluationRecord, RunEnd, RunStart, SaveRecord, StepRecord, SwitchRecord
 
 
@@ -30,12 +32,12 @@ def to_json(kind: str, record: Any) -> dict[str, Any]:
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
-    """The records of a metrics file; a last line that a kill has torn is left out."""
-    with path.open(encoding="utf-8") as file:
+    """The records of a metrics file; lines that a crash has torn are left out."""
+    with path.open(encoding="utf-8", errors="replace") as file:
         for line in file:
             try:
                 record = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
             if isinstance(record, dict):
                 yield record
@@ -48,7 +50,8 @@ def truncate(path: Path, step: int) -> None:
     temporary = path.with_name(path.name + ".partial")
     with temporary.open("w", encoding="utf-8") as file:
         for record in read_metrics(path):
-            if record.get("step", 0) <= step or record.get("type") == "start":
+            at = record.get("step", 0)
+            if record.get("type") == "start" or (isinstance(at, int) and at <= step):
                 file.write(json.dumps(record) + "\n")
         file.flush()
         os.fsync(file.fileno())
@@ -68,8 +71,15 @@ class Metrics(Callback):
 
     def _write(self, kind: str, record: Any) -> None:
         if self._file is not None:
-            self._file.write(json.dumps(to_json(kind, record)) + "\n")
-            self._file.flush()
+            try:
+                self._file.write(json.dumps(to_json(kind, record)) + "\n")
+                self._file.flush()
+            except OSError as error:
+                raise CheckpointError(
+                    f"cannot write {self._path}: {error.strerror}",
+                    "a folder with free space",
+                    "free space and start again",
+                ) from error
 
     def on_start(self, record: RunStart) -> None:
         """Opens the file behind the step that the run goes on from."""
@@ -99,7 +109,8 @@ class Metrics(Callback):
         self._write("end", record)
 
     def close(self) -> None:
-        """Closes the file."""
+        """Closes the file; on a full disk without the line that did not fit."""
         if self._file is not None:
-            self._file.close()
+            with contextlib.suppress(OSError):
+                self._file.close()
             self._file = None

@@ -7,11 +7,13 @@ tensor's dtype, shape and place, then the data. Writing needs the memory of one 
 from __future__ import annotations
 
 import json
+import math
 import os
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import xxhash
@@ -60,11 +62,11 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
                 raise CheckpointError(f"{path} ends inside its header ({size:,} bytes)", "a whole safetensors file", "copy it again")
             header = json.loads(file.read(length))
         tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
-        infos = {name: TensorInfo(tuple(entry["shape"]), str(entry["dtype"]), path) for name, entry in tensors.items()}
-        ends = sorted((int(entry["data_offsets"][1]), name) for name, entry in tensors.items())
+        infos = {name: TensorInfo(_sizes(entry["shape"]), str(entry["dtype"]), path) for name, entry in tensors.items()}
+        ends = sorted((_sizes(entry["data_offsets"])[1], name) for name, entry in tensors.items())
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}", "a readable safetensors file", "check the path") from error
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
         raise CheckpointError(f"{path} is no safetensors file: {error}", "a safetensors file", "copy it again") from error
     for end, name in ends:
         if 8 + length + end > size:
@@ -74,6 +76,13 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
                 "copy it again",
             )
     return infos
+
+
+def _sizes(values: Any) -> tuple[int, ...]:
+    """Whole numbers from 0 whose product no 64-bit number is too small for."""
+    if not isinstance(values, list) or not all(type(value) is int and value >= 0 for value in values) or math.prod(values) >= 1 << 62:
+        raise ValueError(f"{values!r} are no sizes"[:300])
+    return tuple(values)
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -128,6 +137,6 @@ def write_safetensors(
             os.fsync(file.fileno())
     except OSError as error:
         raise CheckpointError(
-            f"cannot write {path}: {error.strerror}", "a folder with free space", "free space, or change --output"
+            f"cannot write {path}: {error.strerror}", "a folder with free space", "free space, or choose another folder"
         ) from error
     return Entry(8 + len(text) + end, digest.hexdigest())

@@ -1,0 +1,74 @@
+"""Every parameter of the model by name and shape (no torch): what counts, plans and checks of torch's model go by.
+
+In: the model's shape, how many ranks share each layer. Out: names with shapes, layer by layer, as `GPTModel` holds them.
+"""
+
+from __future__ import annotations
+
+import math
+
+from megatron_patch.model.shape import ModelShape
+from megatron_patch.parallel.sharding import shard_of
+
+Sizes = dict[str, tuple[int, ...]]
+"""Name -> shape."""
+
+
+def _norm(name: str, shape: ModelShape) -> Sizes:
+    weights: Sizes = {f"{name}.weight": (shape.hidden_size,)}
+    return weights | ({f"{name}.bias": (shape.hidden_size,)} if shape.normalization == "LayerNorm" else {})
+
+
+def _linear(name: str, inputs: int, outputs: int, bias: bool) -> Sizes:
+    weight: Sizes = {f"{name}.weight": (outputs, inputs)}
+    return weight | ({f"{name}.bias": (outputs,)} if bias else {})
+
+
+def block_parameters(shape: ModelShape) -> Sizes:
+    """Name (inside the block) -> shape of one block's parameters."""
+    hidden, inner = shape.hidden_size, shape.ffn_hidden_size
+    queries, keys = shape.num_attention_heads * shape.head_size, shape.num_query_groups * shape.head_size
+    found = _norm("attention_norm", shape)
+    for name, outputs in (("query", queries), ("key", keys), ("value", keys)):
+        found |= _linear(f"attention.{name}", hidden, outputs, shape.qkv_bias)
+    found |= _linear("attention.output", queries, hidden, shape.attention_bias)
+    if shape.qk_norm:
+        found |= {f"attention.{name}_norm.weight": (shape.head_size,) for name in ("query", "key")}
+    found |= _norm("feed_forward_norm", shape)
+    if shape.activation == "swiglu":
+        found |= _linear("feed_forward.gate", hidden, inner, shape.mlp_bias)
+    return found | _linear("feed_forward.up", hidden, inner, shape.mlp_bias) | _linear("feed_forward.down", inner, hidden, shape.mlp_bias)
+
+
+def parameters_of_layers(shape: ModelShape, layers: range | None = None, vocabulary_rows: int | None = None) -> Sizes:
+    """Name -> shape of the parameters that a part of the model holds.
+
+    Args:
+        shape: the model.
+        layers: of 0 (embedding), 1 to L (blocks) and L + 1 (final norm and head); None: all. A part with a tied head but without the
+            embedding holds a copy of its weight.
+        vocabulary_rows: rows of embedding and head; None: with their padding.
+    """
+    layers = range(shape.num_layers + 2) if layers is None else layers
+    first, last = 0 in layers, shape.num_layers + 1 in layers
+    rows = shape.padded_vocab_size if vocabulary_rows is None else vocabulary_rows
+    found: Sizes = {}
+    if first or (last and shape.tie_embeddings):
+        found["embedding.word.weight"] = (rows, shape.hidden_size)
+    if first and shape.position_embedding == "learned":
+        found["embedding.position.weight"] = (shape.max_positions, shape.hidden_size)
+    block = block_parameters(shape)
+    for layer in layers:
+        if 1 <= layer <= shape.num_layers:
+            found |= {f"blocks.{layer - 1}.{name}": size for name, size in block.items()}
+    if last:
+        found |= _norm("final_norm", shape)
+        if not shape.tie_embeddings:
+            found["head.weight"] = (rows, shape.hidden_size)
+    return found
+
+
+def shard_numel(name: str, size: tuple[int, ...], shape: ModelShape, tensor_parallel_size: int) -> int:
+    """Elements of a parameter that each of the ranks that share a layer holds."""
+    shard = shard_of(name, shape, 0, tensor_parallel_size)
+    return math.prod(size) // (shard.count if shard is not None else 1)

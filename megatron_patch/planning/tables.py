@@ -1,0 +1,157 @@
+"""A plan for people. In: plans, candidates, simulations. Out: tables on a console; estimates are marked with ~."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from megatron_patch.model.shape import ModelShape
+from megatron_patch.planning.memory import COUNTED
+from megatron_patch.planning.plan import Budget, PipelinePart, Plan
+from megatron_patch.planning.reliability import Simulation
+from megatron_patch.planning.search import Candidate
+from megatron_patch.units import format_count, format_duration
+
+GIB = 2**30
+_PARTS = ("weights", "gradients", "optimizer", "activations", "loss", "buffers", "fragmentation")
+
+
+def _table(title: str, *columns: str, left: Sequence[str] = ()) -> Table:
+    table = Table(title=title, title_justify="left", header_style="bold")
+    for column in columns:
+        table.add_column(column, justify="left" if column in left else "right")
+    return table
+
+
+def rank_table(parts: Sequence[PipelinePart], shape: ModelShape) -> Table:
+    """What each rank holds: one row for ranks that are alike, one for each pipeline stage that is not like the one before it."""
+    marks = [name if name in COUNTED else f"~{name}" for name in _PARTS]
+    title = "Ranks: parameters (exact) and GiB of each rank; ~ is estimated"
+    table = _table(title, "pipeline", "ranks", "layers", "parameters", *marks, "~GiB", left=("layers",))
+    for part in parts:
+        memory = part.memory.to_json()
+        table.add_row(
+            str(part.pipeline_rank),
+            f"{part.ranks:,}",
+            part.describe(shape.num_layers),
+            f"{part.parameters:,}",
+            *(f"{memory[name] / GIB:.2f}" for name in _PARTS),
+            f"{part.memory.total / GIB:.2f}",
+        )
+    return table
+
+
+def stage_table(plan: Plan) -> Table:
+    """What a step of each stage takes."""
+    columns = ("stage", "K", "steps", "FLOPs", "~step", "~MFU", "~tokens/s", "bubble", "~tensor", "~data", "~time")
+    table = _table("Stages on this hardware", *columns, left=("stage",))
+    for estimate in plan.stages:
+        stage, time = estimate.stage, estimate.time
+        table.add_row(
+            stage.name,
+            str(stage.patch_size),
+            f"{stage.steps:,}",
+            f"{estimate.flops:.3g}",
+            f"{time.total:.3g} s",
+            f"{time.mfu:.1%}",
+            format_count(stage.tokens_per_step / time.total),
+            f"{estimate.bubble:.1%}",
+            f"{time.tensor / time.total:.1%}",
+            f"{time.data / time.total:.1%}",
+            format_duration(estimate.seconds),
+        )
+    return table
+
+
+def traffic_table(plan: Plan) -> Table:
+    """What a rank sends in a step."""
+    table = _table("Sent by a rank in one step (counted)", "stage", "axis", "link", "GB", left=("stage", "axis", "link"))
+    for estimate in plan.stages:
+        for row in estimate.traffic:
+            table.add_row(estimate.stage.name, row.kind, row.link, f"{row.bytes / 1e9:.3g}")
+    return table
+
+
+def budget_table(plan: Plan) -> Table:
+    """What the run costs, beside token-level training."""
+    columns = ("", "tokens", "FLOPs", "~device hours", "~dollars", "~time")
+    table = _table(f"Budget at ${plan.hardware.dollars_per_hour:g} an hour of one {plan.hardware.name}", *columns, left=("",))
+    rows: list[tuple[str, Budget]] = [
+        ("this plan", plan.run),
+        ("token level, same tokens", plan.token_level),
+        ("token level, same cost", plan.equal_cost),
+    ]
+    for name, budget in rows:
+        table.add_row(
+            name,
+            format_count(budget.tokens),
+            f"{budget.flops:.3g}",
+            f"{budget.device_hours:,.0f}",
+            f"${budget.dollars:,.0f}",
+            format_duration(budget.seconds),
+        )
+    return table
+
+
+def print_tables(plan: Plan, console: Console) -> None:
+    """All of a plan."""
+    console.print(f"[bold]{plan.layout.ranks:,} x {plan.hardware.name}[/bold]: {plan.layout.name()}")
+    console.print(rank_table(plan.parts, plan.shape))
+    console.print(stage_table(plan))
+    if any(estimate.traffic for estimate in plan.stages):
+        console.print(traffic_table(plan))
+    console.print(budget_table(plan))
+    saved = plan.checkpoints
+    console.print(
+        f"[bold]Checkpoints[/bold] {saved.bytes / GIB:,.1f} GiB; a failure every ~{format_duration(saved.mtbf_seconds)} on "
+        f"{plan.layout.ranks:,} devices; at {saved.save_seconds:g} s each save every ~{format_duration(saved.daly_seconds)} "
+        f"(~{saved.steps:,} steps; Young: {format_duration(saved.young_seconds)}): ~{saved.goodput:.1%} of the time is useful"
+    )
+    need, room = plan.fullest.memory.total / GIB, plan.hardware.memory_gib
+    if plan.fits:
+        console.print(f"[bold]Memory[/bold] ~{need:.1f} of {room:.1f} GiB on the fullest ranks ({plan.fullest.fullest} stage)")
+    else:
+        console.print(
+            f"[bold red]Memory[/bold red] ~{need:.1f} GiB on the fullest ranks, a device has {room:.1f}: --search shows what fits"
+        )
+    console.print("[dim]Counted: parameters, FLOPs, weights, optimizer, activations, bytes sent, bubble. Estimated (~): all else.[/dim]")
+
+
+def print_search(found: Sequence[Candidate], tried: int, ranks: int, console: Console, rows: int = 12) -> None:
+    """The quickest layouts."""
+    columns = ("", "layout", "micro-batch", "~GiB", "~MFU", "~device hours", "flags")
+    table = _table(f"{len(found)} of {tried} layouts of {ranks:,} devices fit; the quickest", *columns, left=("layout", "flags"))
+    for number, candidate in enumerate(found[:rows], start=1):
+        plan = candidate.plan
+        mfu = " / ".join(f"{estimate.time.mfu:.0%}" for estimate in plan.stages)
+        table.add_row(
+            str(number),
+            plan.layout.name(),
+            str(candidate.choice.micro_batch_size),
+            f"{plan.fullest.memory.total / GIB:.1f}",
+            mfu,
+            f"{plan.run.device_hours:,.0f}",
+            candidate.choice.flags(),
+        )
+    console.print(table)
+
+
+def print_simulation(simulation: Simulation, devices: int, interval: float, console: Console) -> None:
+    """How the time of a simulated run divides."""
+    table = _table(f"Simulated run on {devices:,} devices, a checkpoint every {format_duration(interval)}", "", "time", "share", left=("",))
+    for name, seconds in (
+        ("useful steps", simulation.useful_seconds),
+        ("steps done again", simulation.lost_seconds),
+        ("checkpoints", simulation.save_seconds),
+        ("restarts", simulation.down_seconds),
+    ):
+        table.add_row(name, format_duration(seconds), f"{seconds / simulation.wall_seconds:.1%}")
+    table.add_section()
+    table.add_row("wall time", format_duration(simulation.wall_seconds), "100.0%")
+    console.print(table)
+    stages = ", ".join(f"{name} {format_duration(seconds)}" for name, seconds in simulation.stage_seconds.items())
+    console.print(
+        f"[bold]Goodput {simulation.goodput:.1%}[/bold]; {simulation.failures:,} failures, {simulation.preemptions:,} preemptions; {stages}"
+    )

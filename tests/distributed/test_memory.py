@@ -1,0 +1,60 @@
+"""The plan's memory of a rank against what torch allocates while that rank trains: within a tenth."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from megatron_patch.config.resolve import load_config
+from megatron_patch.planning.layout import layout_of
+from megatron_patch.planning.plan import pipeline_parts
+from megatron_patch.training.pretrain import engine_settings
+from tests.distributed.ranks import run_ranks
+from tests.distributed.runs import make_corpus
+
+RUN = (
+    "--num-layers 4 --hidden-size 256 --num-attention-heads 4 --num-query-groups 2 --ffn-hidden-size 512 --vocab-size 2048 --seq-length 64"
+)
+RUN += " --micro-batch-size 4 --global-batch-size 16 --patch-size 2 --train-tokens 12k --lr 1e-3 --split 100,0,0 --num-workers 0"
+
+
+def peak(argv: list[str]) -> int:
+    """Trains, and returns the most bytes that torch's allocator had given out at once."""
+    from torch.profiler import ProfilerActivity, profile
+
+    from megatron_patch.training.pretrain import main
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        assert main(argv) == 0
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    now = highest = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        highest = max(highest, now)
+    return highest
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param("--zero-stage 0", marks=pytest.mark.slow),
+        "--zero-stage 1 --bf16",
+        pytest.param("--zero-stage 0 --bf16", marks=pytest.mark.slow),
+        pytest.param("--zero-stage 1", marks=pytest.mark.slow),
+        pytest.param("--zero-stage 2 --bf16", marks=pytest.mark.slow),
+        pytest.param("--zero-stage 3 --bf16", marks=pytest.mark.slow),
+        pytest.param("--zero-stage 1 --bf16 --recompute-granularity full", marks=pytest.mark.slow),
+        pytest.param("--zero-stage 1 --bf16 --pipeline-model-parallel-size 2", marks=pytest.mark.slow),
+    ],
+)
+def test_a_rank_needs_what_the_plan_says(tmp_path, layout):
+    # DeepSpeed's buckets are of a fixed size, which would be all that a small model's ranks hold.
+    settings = tmp_path / "deepspeed.json"
+    settings.write_text(json.dumps({"zero_optimization": {"reduce_bucket_size": 100_000, "allgather_bucket_size": 100_000}}))
+    words = [*RUN.split(), *layout.split(), "--deepspeed_config", str(settings)]
+    run = load_config([*words, "--dry-run", "--world-size", "2"], 1)
+    parts = pipeline_parts(run.shape, run.plan, layout_of(run, engine_settings(run)), device="cpu")
+    expected = [part.memory.total for part in parts for _ in range(part.ranks)]
+    measured = run_ranks(peak, 2, tmp_path / "logs", [*words, "--data-path", make_corpus(tmp_path / "c", 1000)])
+    assert max(measured) == pytest.approx(max(expected), rel=0.1), (measured, [part.memory for part in parts])

@@ -1,0 +1,160 @@
+"""Which rank a process is: by a launcher's variables, by a Slurm step's, by none."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from megatron_patch.engine.environment import device_index, local_ranks, meeting_point, ranks_of_environment, threads_of_rank
+from megatron_patch.engine.slurm import SlurmTask, first_host, slurm_task
+from megatron_patch.errors import ConfigError, MegatronPatchError
+
+# As srun set them for task 5 of a step on n[07-08,12] with 2, 2 and 2 tasks.
+STEP = {
+    "SLURM_JOB_ID": "1234567",
+    "SLURM_STEP_ID": "3",
+    "SLURM_STEP_NUM_TASKS": "6",
+    "SLURM_STEP_NODELIST": "n[07-08,12]",
+    "SLURM_STEP_TASKS_PER_NODE": "2(x3)",
+    "SLURM_PROCID": "5",
+    "SLURM_LOCALID": "1",
+    "SLURM_NODEID": "2",
+}
+# What a batch script and an interactive shell see: the job's variables, and the first task's place.
+BATCH = {
+    "SLURM_JOB_ID": "7",
+    "SLURM_NTASKS": "6",
+    "SLURM_PROCID": "0",
+    "SLURM_LOCALID": "0",
+    "SLURM_NODEID": "0",
+    "SLURM_CPUS_PER_TASK": "1",
+}
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    """Sets the variables given, with nothing of a launcher's or Slurm's around them."""
+    for name in list(os.environ):
+        if name.startswith(("SLURM", "RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "CUDA_VISIBLE")):
+            monkeypatch.delenv(name)
+
+    def set_to(*parts, **more):
+        for values in (*parts, more):
+            for name, value in values.items():
+                monkeypatch.setenv(name, value)
+
+    return set_to
+
+
+def test_no_launcher_is_a_job_of_one(environment):
+    environment()
+    assert ranks_of_environment() == (0, 1, 0)
+    assert meeting_point()[0] == "127.0.0.1"
+
+
+def test_a_task_of_a_step_is_a_rank(environment):
+    environment(STEP)
+    assert ranks_of_environment() == (5, 6, 1)
+    address, port = meeting_point()
+    assert address == "n07" and 20_000 <= port < 30_000
+    assert local_ranks() == 2
+
+
+def test_steps_beside_each_other_meet_on_different_ports(environment):
+    ports = set()
+    for job in range(50):
+        for step in range(3):
+            task = slurm_task({**STEP, "SLURM_JOB_ID": str(4_000_000 + job), "SLURM_STEP_ID": str(step)})
+            assert isinstance(task, SlurmTask)
+            ports.add(task.master_port)
+    assert len(ports) == 150
+
+
+def test_a_batch_script_is_one_process(environment):
+    environment(BATCH)
+    assert ranks_of_environment() == (0, 1, 0)
+
+
+def test_a_launcher_inside_a_step_comes_first(environment):
+    environment(STEP, RANK="1", WORLD_SIZE="2", LOCAL_RANK="1", MASTER_ADDR="10.0.0.1", MASTER_PORT="29500")
+    assert ranks_of_environment() == (1, 2, 1)
+    assert meeting_point() == ("10.0.0.1", 29500)
+
+
+def test_the_batch_script_may_say_where_ranks_meet(environment):
+    environment(STEP, MASTER_ADDR="10.0.0.1", MASTER_PORT="4321")
+    assert ranks_of_environment() == (5, 6, 1)
+    assert meeting_point() == ("10.0.0.1", 4321)
+
+
+def test_a_task_uses_the_cores_that_slurm_gave_it(environment, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(24)))
+    environment(STEP, SLURM_CPUS_PER_TASK="8")
+    assert threads_of_rank() == 8
+    monkeypatch.delenv("SLURM_CPUS_PER_TASK")
+    assert threads_of_rank() == 12
+    environment(RANK="0", WORLD_SIZE="8", LOCAL_WORLD_SIZE="4")
+    assert threads_of_rank() == 6
+
+
+def test_each_rank_has_its_gpu(environment):
+    environment(STEP, SLURM_GPUS_ON_NODE="2")
+    assert [device_index(local, 2) for local in range(2)] == [0, 1]
+    assert [device_index(local, 8) for local in range(2)] == [0, 1]
+    assert [device_index(local, 1) for local in range(2)] == [0, 0], "each task sees its own GPU alone"
+
+
+@pytest.mark.parametrize("local", [0, 1])
+def test_every_rank_of_a_node_with_too_few_gpus_tells(environment, local):
+    environment(STEP, SLURM_GPUS_ON_NODE="1")
+    with pytest.raises(MegatronPatchError, match=r"1 GPUs are to be seen on .*, which has 2 ranks") as error:
+        device_index(local, 1)
+    assert not isinstance(error.value, ConfigError), "of that error rank 0 alone would speak, and it may be on a node that is well"
+    environment(RANK=str(local), WORLD_SIZE="8", LOCAL_WORLD_SIZE="8")
+    with pytest.raises(MegatronPatchError, match="7 GPUs"):
+        device_index(local, 7)
+
+
+def test_a_launcher_that_does_not_count_a_node_s_ranks(environment):
+    environment(RANK="9", WORLD_SIZE="16", LOCAL_RANK="1")
+    assert local_ranks() is None
+    assert device_index(1, 8) == 1
+    with pytest.raises(MegatronPatchError, match="1 GPUs"):
+        device_index(1, 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"SLURM_PROCID": "x"}, "cannot be read: ValueError"),
+        ({"SLURM_STEP_NODELIST": ""}, "a list of nodes"),
+        ({"SLURM_STEP_TASKS_PER_NODE": "2"}, "IndexError"),
+        ({"SLURM_STEP_TASKS_PER_NODE": "2x3"}, "tasks per node '2x3'"),
+        ({"WORLD_SIZE": "4"}, "WORLD_SIZE=4 without RANK, in a Slurm step of 6 tasks"),
+    ],
+)
+def test_contradictions_are_told(environment, change, message):
+    environment(STEP, change)
+    with pytest.raises(ConfigError, match=message) as error:
+        ranks_of_environment()
+    assert "Allowed: " in str(error.value) and "What to do: " in str(error.value)
+
+
+def test_a_variable_that_is_missing_is_named(environment, monkeypatch):
+    environment(STEP)
+    monkeypatch.delenv("SLURM_LOCALID")
+    with pytest.raises(ConfigError, match="SLURM_LOCALID"):
+        ranks_of_environment()
+
+
+def test_ranks_that_know_no_meeting_point_are_told(environment):
+    environment(RANK="1", WORLD_SIZE="2")
+    with pytest.raises(ConfigError, match="WORLD_SIZE=2 without MASTER_ADDR"):
+        meeting_point()
+
+
+@pytest.mark.parametrize("text", ["", ",n1", "[", "n1[", "]"])
+def test_what_is_no_list_of_nodes_is_refused(text):
+    with pytest.raises(ValueError, match="a list of nodes"):
+        first_host(text)

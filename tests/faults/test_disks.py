@@ -1,0 +1,112 @@
+"""Disks that fill, fail and lie: what was committed stays, and the message says what to do."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_patch import checkpoint_files as files
+from tests.distributed.runs import ROOT, Run, printed, train
+from tests.faults.conftest import PLAN
+
+# What a process does on the bad disk: attempt after attempt, each with a fault of its own, in a copy of the folder of its own.
+ATTEMPTS = """
+import json, os, shutil, sys
+from pathlib import Path
+import torch
+from megatron_patch import checkpoint_files as files
+from megatron_patch.engine.fragments import Fragment
+from megatron_patch.engine.state_files import StateFiles, write_fragments
+from megatron_patch.errors import CheckpointError
+STATE = files.TrainerState(6, 0, 6, "patch", 30, 3, {}, {}, {}, {}, {})
+def save(folder):
+    folder = files.prepare(folder, 6)
+    tensors = {kind: torch.arange(50_000.0) for kind in ("weight", "exp_avg", "exp_avg_sq")}
+    entries = write_fragments(folder, 0, 1, [Fragment("a", (50_000,), None, 0, tensors)])
+    files.write_manifest(folder, entries | files.write_state(folder, STATE))
+    files.publish(folder)
+def find(folder):
+    found = files.find_newest_sound(folder)
+    StateFiles(found.folder).read("weight", "a")
+    return found.folder.name, found.skipped
+for action, fault, path, folder in json.loads(sys.argv[1]):
+    os.environ.update(FAULT=fault, FAULT_PATH=path)
+    try:
+        told = {"save": save, "find": find}[action](Path(folder)) or "done"
+    except (CheckpointError, OSError) as error:
+        told = "refused " + str(error)
+    print(json.dumps(told))
+"""
+
+
+def attempts(library: Path, *wanted: tuple[str, str, str, Path]) -> list[Any]:
+    """(what to do, fault, part of the paths that it meets, folder) -> what came of each."""
+    environment = {**os.environ, "LD_PRELOAD": str(library), "PYTHONPATH": str(ROOT)}
+    words = [sys.executable, "-c", ATTEMPTS, json.dumps([[*parts, str(folder)] for *parts, folder in wanted])]
+    done = subprocess.run(words, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def committed(tmp_path_factory, bad_disk) -> Path:
+    """A folder with one checkpoint, of step 6, written by short writes."""
+    save = tmp_path_factory.mktemp("committed")
+    assert attempts(bad_disk, ("save", "short", "/state-", save), ("find", "", "", save)) == ["done", ["step-00000006", []]]
+    return save
+
+
+def test_a_disk_that_refuses_a_write_leaves_what_was_there(tmp_path, bad_disk, committed):
+    cases = [
+        (fault, path)
+        for fault in ("eio_write", "eio_fsync", "enospc")
+        for path in ("/state-", "/manifest", "/trainer_state", "/latest", "/.partial-")
+    ]
+    folders = []
+    for number, _ in enumerate(cases):
+        shutil.copytree(committed / "step-00000006", tmp_path / str(number) / "step-00000003")
+        folders.append(tmp_path / str(number))
+    results = attempts(bad_disk, *(("save", fault, path, folder) for (fault, path), folder in zip(cases, folders, strict=True)))
+    for (fault, path), folder, told in zip(cases, folders, results, strict=True):
+        assert told.startswith("refused") and ("Input/output" in told or "No space" in told), (fault, path, told)
+        newest = files.find_newest_sound(folder).folder.name
+        assert newest == ("step-00000006" if path == "/latest" else "step-00000003"), (fault, path)
+
+
+def test_a_file_that_cannot_be_read_is_skipped_and_told(tmp_path, bad_disk, committed):
+    save = tmp_path / "save"
+    shutil.copytree(committed, save)
+    shutil.copytree(committed / "step-00000006", save / "step-00000009")
+    names = ("state-00000", "manifest.json", "trainer_state")
+    *results, nothing = attempts(
+        bad_disk, *(("find", "eio_read", f"step-00000009/{name}", save) for name in names), ("find", "eio_read", "/manifest.json", save)
+    )
+    for name, skipped in results:
+        assert name == "step-00000006" and "step-00000009" in skipped[0][0] and "Input/output error" in skipped[0][1]
+    assert nothing.startswith("refused no sound checkpoint")
+    assert len(list(save.glob("step-*"))) == 2, "nothing was removed for it"
+
+
+@pytest.mark.parametrize("flags", ["", "--async-save"])
+def test_a_full_disk_ends_the_run_and_keeps_its_checkpoints(undisturbed, corpus, small_disk, flags):
+    """The disk has room for a dozen checkpoints; it is filled until a save fails, on both ranks, then emptied."""
+    folder = small_disk / "run"
+    train(folder, 2, PLAN, flags, "--exit-interval 5 --data-path", corpus)
+    newest = files.find_newest_sound(folder)
+    assert newest is not None
+    space = os.statvfs(small_disk)
+    (small_disk / "filler").write_bytes(bytes(space.f_bavail * space.f_frsize - 150_000))
+    with pytest.raises(AssertionError, match=r"exit codes \[4, 4\]") as ended:
+        train(folder, 2, PLAN, flags, "--data-path", corpus)
+    assert "free space" in str(ended.value) and "Traceback" not in printed(folder)
+    assert files.find_newest_sound(folder).folder == newest.folder
+    (small_disk / "filler").unlink()
+    assert train(folder, 2, PLAN, flags, "--data-path", corpus).losses == undisturbed.losses
+    assert Run(folder).records("save")[-1]["step"] == len(undisturbed.losses)

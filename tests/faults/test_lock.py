@@ -1,0 +1,85 @@
+"""One job at a time writes a folder; a dead job's lock is recognised, here and from elsewhere."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from megatron_patch.checkpoints import lock as locks
+from megatron_patch.checkpoints.lock import LOCK, SaveLock
+from megatron_patch.errors import CheckpointError
+from tests.distributed.runs import ROOT
+
+HOLD = "import sys; from pathlib import Path; from megatron_patch.checkpoints.lock import SaveLock; {}; print('held', flush=True); sys.stdin.read()"
+
+
+def holder(folder, release: bool = False) -> subprocess.Popen:
+    """Another process that holds the lock of a folder until its input ends."""
+    code = HOLD.format("lock = SaveLock(Path(sys.argv[1]))")
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(folder)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert process.stdout.readline() == b"held\n"
+    return process
+
+
+def test_a_second_job_is_told_who_writes(tmp_path):
+    process = holder(tmp_path)
+    with pytest.raises(CheckpointError, match=f"process {process.pid} on ") as refused:
+        SaveLock(tmp_path)
+    assert refused.value.allowed and refused.value.do
+    process.stdin.close()
+    process.wait()
+    assert not (tmp_path / LOCK).exists(), "a process that ends gives it back"
+    SaveLock(tmp_path).release()
+
+
+def test_a_killed_job_s_lock_is_taken_over_and_told(tmp_path):
+    process = holder(tmp_path)
+    process.kill()
+    process.wait()
+    lock = SaveLock(tmp_path)
+    assert lock.took_over.startswith(f"process {process.pid} on ")
+    lock.check()
+    lock.release()
+    assert os.listdir(tmp_path) == []
+
+
+def test_another_process_of_the_same_number_is_not_the_owner(tmp_path):
+    lock = SaveLock(tmp_path)
+    data = json.loads((tmp_path / LOCK).read_text())
+    lock.release()
+    (tmp_path / LOCK).write_text(json.dumps({**data, "started": "1"}))
+    lock = SaveLock(tmp_path)
+    assert lock.took_over
+    lock.release()
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"pid": "x"}', json.dumps({"pid": 1, "machine": "another", "host": "far"})])
+def test_elsewhere_the_heartbeat_tells(tmp_path, text, monkeypatch):
+    (tmp_path / LOCK).write_text(text)
+    os.utime(tmp_path / LOCK, (time.time() - 100, time.time() - 100))
+    lock = SaveLock(tmp_path, patience=50)
+    lock.release()
+    # An owner that lives touches the file while we look.
+    (tmp_path / LOCK).write_text(text)
+    monkeypatch.setattr(locks.time, "sleep", lambda seconds: os.utime(tmp_path / LOCK))
+    with pytest.raises(CheckpointError, match="another job writes"):
+        SaveLock(tmp_path, patience=50)
+
+
+def test_a_job_that_lost_its_lock_publishes_nothing_more(tmp_path):
+    lock = SaveLock(tmp_path)
+    (tmp_path / LOCK).write_text(json.dumps({"token": "another's", "pid": 5}))
+    with pytest.raises(CheckpointError, match="no longer this job's: process 5"):
+        lock.check()
+    lock.release()
+    assert (tmp_path / LOCK).exists(), "nor does it remove the other's"

@@ -1,0 +1,79 @@
+"""Memory by formula against what torch holds: saved tensors to the byte, parameters to the element, whole ranks within a tenth."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from megatron_patch.model.gpt import GPTModel
+from megatron_patch.model.parameters import parameters_of_layers
+from megatron_patch.ops.fused_linear_loss import CHUNK_ROWS
+from megatron_patch.parallel.tensor import WHOLE, TensorParallel
+from megatron_patch.planning.layout import Layout
+from megatron_patch.planning.memory import LOSS_CHUNK_ROWS, rank_parameters, saved_by_layers
+from megatron_patch.stages import Stage
+from tests.model.shapes import FAMILIES
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def part(shape, parallel=WHOLE, layers=None, recompute="none"):
+    with torch.device("meta"):
+        return GPTModel(shape, recompute, parallel=parallel, layers=layers)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("tensor", [1, 2])
+@pytest.mark.parametrize("pipeline", [1, 2, 3])
+def test_each_rank_holds_as_many_parameters_as_torch_counts(name, tensor, pipeline):
+    shape = FAMILIES[name]
+    if tensor > shape.num_query_groups and tensor % shape.num_query_groups:
+        pytest.skip("does not divide")
+    layout = Layout(ranks=tensor * pipeline, tensor=tensor, pipeline=pipeline)
+    for layers in layout.parts(shape):
+        model = part(shape, TensorParallel(0, tensor), layers)
+        assert rank_parameters(shape, layout, layers) == sum(p.numel() for p in model.parameters())
+        whole = {n: p.shape for n, p in part(shape, layers=layers).named_parameters()}
+        assert {n: torch.Size(size) for n, size in parameters_of_layers(shape, layers).items()} == whole
+
+
+def saved_bytes(model, inputs, labels):
+    """Bytes of all storages that autograd saves, without parameters."""
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    found = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        kept = model(inputs, labels)
+    del kept
+    return sum(found.values())
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("precision", DTYPES)
+@pytest.mark.parametrize("recompute", ["none", "selective"])
+@pytest.mark.parametrize("k", [1, 4])
+def test_activations_are_what_autograd_saves_to_the_byte(name, precision, recompute, k):
+    shape = FAMILIES[name]
+    stage = Stage("s", k, positions=8, micro_batch_size=2, global_batch_size=2, steps=1)
+    layout = Layout(ranks=1, precision=precision, recompute=recompute)
+    model = GPTModel(shape, recompute).to(DTYPES[precision])
+    ids = torch.randint(0, shape.vocab_size, (2, 8, k))
+    layers = range(shape.num_layers + 2)
+    # The loss saves its gradient for the head's weight, in float32; `loss_bytes` counts it.
+    loss = 4 * shape.vocab_size * shape.hidden_size
+    # On a CPU LayerNorm saves its two statistics of a position in 16 bits, on a GPU in 32.
+    narrower = (2 * shape.num_layers + 1) * 16 * 4 if (shape.normalization, precision) == ("LayerNorm", "bf16") else 0
+    assert saved_bytes(model, ids, ids) == saved_by_layers(shape, layout, layers, stage) + loss - narrower
+
+
+def test_the_chunk_of_logits_is_the_operators():
+    assert LOSS_CHUNK_ROWS == CHUNK_ROWS
+    assert dataclasses.replace(Layout(ranks=8, tensor=2, pipeline=2)).data == 2

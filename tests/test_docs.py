@@ -1,0 +1,146 @@
+"""The documents' commands: each is resolved, parsed or looked up by the program that it calls; tables name flags that exist."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_patch.config.parsing import OPTION_TYPES, parse
+from megatron_patch.config.resolve import resolve
+from megatron_patch.training.pretrain import engine_settings
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+OTHERS = {
+    "CONFIG=",
+    "vllm",
+    "curl",
+    "from",
+    "model,",
+    "print(",
+    "srun",
+    "sbatch",
+    "salloc",
+    "scontrol",
+    "pip",
+    "tensorboard",
+    "#",
+    "lm_eval",
+}
+"""What blocks hold beside this project's commands; the first line is run elsewhere or by a person."""
+
+
+def commands():
+    """(document, command) of every block without a language, with continued lines joined and comments cut."""
+    found = []
+    for path in DOCUMENTS:
+        for language, block in re.findall(r"^```([a-z]*)\n(.*?)^```", path.read_text(), re.MULTILINE | re.DOTALL):
+            lines = block.replace("\\\n", " ").splitlines() if language in ("", "bash", "sh") else []
+            found += [(path.name, re.split(r"\s{2,}#", line)[0].strip()) for line in lines if line.strip()]
+    return found
+
+
+COMMANDS = commands()
+TRAINING = [(name, line) for name, line in COMMANDS if "pretrain_gpt_patch.py" in line and not line.startswith("CONFIG=")]
+TOOLS = [(name, line) for name, line in COMMANDS if re.match(r"python tools/\w+\.py", line)]
+
+
+def without(words, flag):
+    """The words without a flag and its values."""
+    if flag not in words:
+        return words
+    start = words.index(flag)
+    end = next((i for i in range(start + 1, len(words)) if words[i].startswith("--")), len(words))
+    return words[:start] + words[end:]
+
+
+@pytest.mark.parametrize(("name", "line"), TRAINING)
+def test_training_commands_resolve(name, line):
+    words = shlex.split(line.partition("pretrain_gpt_patch.py")[2])
+    if "…" in words or "run.yaml" in words:
+        # A command that goes on from one written above, or the reader's own configuration; its own flags are looked up.
+        assert {word[2:].replace("-", "_") for word in words if word.startswith("--")} <= set(OPTION_TYPES)
+        return
+    for flag in ("--data-path", "--dry-run", "--world-size", "--load", "--config"):
+        if flag == "--config":
+            words = [str(ROOT / word) if word.endswith(".yaml") else word for word in words]
+        elif flag != "--world-size":
+            words = without(words, flag)
+    ranks = int(words[words.index("--world-size") + 1]) if "--world-size" in words else 8
+    run = resolve(parse([*words, "--dry-run"]), ranks)
+    engine_settings(run)
+
+
+def known_flags(tool):
+    done = subprocess.run([sys.executable, f"tools/{tool}.py", "--help"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if "{" in done.stdout:  # sub-commands
+        for sub in re.search(r"\{([\w,-]+)\}", done.stdout).group(1).split(","):
+            more = subprocess.run(
+                [sys.executable, f"tools/{tool}.py", sub, "--help"], cwd=ROOT, capture_output=True, text=True, check=False
+            )
+            done.stdout += more.stdout
+    return set(re.findall(r"--[\w-]+", done.stdout))
+
+
+@pytest.mark.parametrize("tool", sorted({re.match(r"python tools/(\w+)\.py", line).group(1) for _, line in TOOLS}))
+def test_tools_know_the_flags_that_documents_give_them(tool):
+    known = known_flags(tool) | ({"--" + option.replace("_", "-") for option in OPTION_TYPES} if tool == "plan" else set())
+    for name, line in TOOLS:
+        if line.startswith(f"python tools/{tool}.py"):
+            given = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", line))
+            assert given <= known, f"{name}: {line}"
+
+
+@pytest.mark.parametrize("line", sorted({line for _, line in TOOLS if line.startswith("python tools/plan.py") and "FILE" not in line}))
+def test_plans_are_made_as_written(line, tmp_path):
+    words = shlex.split(line)[1:]
+    words = [str(tmp_path / word) if word.endswith(".png") else word for word in words]
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "device" in done.stdout
+
+
+def test_every_command_is_one_that_is_checked():
+    checked = {line for _, line in TRAINING + TOOLS}
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for name, line in COMMANDS:
+        first = line.split()[0]
+        if line in checked or any(first.startswith(other) for other in OTHERS):
+            continue
+        if first == "make":
+            assert line.split()[1] in targets, f"{name}: {line}"
+            continue
+        script = re.match(r"(?:\.venv/bin/)?python3? ((?:-m )?[\w./]+)", line)
+        assert script, f"{name}: {line}"
+        target = script.group(1).removeprefix("-m ").replace(".py", "").replace(".", "/")
+        assert (ROOT / f"{target}.py").is_file() or (ROOT / target).is_dir(), f"{name}: {line}"
+
+
+def test_migrating_names_flags_that_exist():
+    rows = [line for line in (ROOT / "docs" / "migrating.md").read_text().splitlines() if line.startswith(("| `--", "| –"))]
+    assert len(rows) > 20
+    for row in rows:
+        here = row.split("|")[2]
+        for flag in re.findall(r"--([a-z][\w-]*)", here):
+            assert flag.replace("-", "_") in OPTION_TYPES, row
+
+
+def test_links_lead_somewhere():
+    for path in DOCUMENTS:
+        for target in re.findall(r"\]\(([^)#:]+)\)", path.read_text()):
+            assert (path.parent / target).exists(), f"{path.name}: {target}"
+
+
+def test_another_project_of_the_same_name_is_recognised(tmp_path):
+    (tmp_path / "megatron_patch").mkdir()
+    (tmp_path / "megatron_patch" / "__init__.py").write_text("")
+    shutil.copy(ROOT / "pretrain_gpt_patch.py", tmp_path)
+    done = subprocess.run([sys.executable, "pretrain_gpt_patch.py"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "another project's" in done.stderr
+    assert str(tmp_path) in done.stderr and "Allowed: " in done.stderr and "What to do: " in done.stderr

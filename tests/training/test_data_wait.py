@@ -1,0 +1,62 @@
+"""Waiting for data is told once, when it matters, with the cause that the loader's own times show."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from megatron_patch.data.corpus import TokenCorpus
+from megatron_patch.data.loader import LoadingTimes, PatchLoader
+from megatron_patch.data.patch_dataset import DocumentMasking
+from megatron_patch.data.token_stream import TrainStream
+from megatron_patch.training.data_wait import DataWait
+from tests.data.streams import plan_of, write_numbers
+
+
+def told(steps, **times):
+    wait = DataWait(LoadingTimes(**times), window=4)
+    return [note for seconds, waited in steps if (note := wait.update(seconds, waited)) is not None]
+
+
+def test_it_is_told_once_and_only_above_two_percent():
+    assert told([(1.0, 1.0)] + [(1.0, 0.02)] * 20, preparing=1.0) == []
+    notes = told([(1.0, 1.0)] + [(1.0, 0.05)] * 20, preparing=1.0, processor=1.0)
+    assert len(notes) == 1 and notes[0].startswith("waiting for data takes 5.0% of the time (more than 2%): ")
+
+
+@pytest.mark.parametrize(
+    ("times", "words"),
+    [
+        ({"preparing": 10.0, "processor": 1.0, "reading": 9.0}, "disk or the network file system is slow"),
+        ({"preparing": 10.0, "processor": 1.0, "reading": 9.0, "remote": True}, "over the network"),
+        ({"preparing": 10.0, "processor": 1.0, "reading": 2.0}, "waits for a processor"),
+        ({"preparing": 10.0, "processor": 9.0, "reading": 1.0}, "cutting samples into patches"),
+        ({"preparing": 10.0, "processor": 9.0, "reading": 1.0, "ahead": False}, "--num-workers 2"),
+    ],
+)
+def test_the_cause_is_named(times, words):
+    (note,) = told([(1.0, 1.0)] + [(1.0, 0.5)] * 4, **times)
+    assert words in note
+
+
+class SlowCorpus(TokenCorpus):
+    """A disk that takes its time."""
+
+    def read_into(self, out, start):
+        time.sleep(0.01)
+        super().read_into(out, start)
+
+
+def test_the_loader_measures_where_its_time_goes(tmp_path):
+    corpus = SlowCorpus([write_numbers(tmp_path / "x", 9000)])
+    stream = TrainStream(plan_of([(2, 5, "both")]), {"x": corpus}, (("x", 1.0),), "1,0,0", 1)
+    loader = PatchLoader(stream, 0, 0, 1, DocumentMasking(), prefetch=1)
+    try:
+        for _ in range(5):
+            loader.next_step()
+    finally:
+        loader.close()
+    times = loader.times
+    assert times.preparing >= times.reading >= 5 * 6 * 0.01 and times.preparing > times.processor > 0
+    assert "disk" in times.cause()

@@ -1,0 +1,67 @@
+"""What the live view says: shares, times to go, the trend of losses."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+from rich.console import Console as RichConsole
+
+from megatron_patch.training.callbacks.base import RunStart, StepRecord
+from megatron_patch.training.callbacks.progress import LossTrend, bar, live_view, outlook
+from tests.training.test_callbacks import EVALUATION, STEP
+
+# 4,000 tokens, the first 2,000 in patches of 4: 2,500 tokens' worth of compute, of 1e9 FLOPs a token.
+START = RunStart(0, 100, 4000, ((2000, "token"),), 0, "cpu", 2, None, 1e9, 0.625)
+
+
+def at(tokens: int, cost: float, tflops: float, rate: float) -> StepRecord:
+    return replace(STEP, tokens=tokens, cost_tokens=cost, tflops=tflops, tokens_per_second=rate)
+
+
+def test_the_end_is_told_by_compute_and_the_switch_by_tokens():
+    # Two ranks of 5e-3 TFLOP/s compute 10 token-level tokens a second, which are 40 tokens a second in patches of 4.
+    ahead = outlook(START, at(1000, 250.0, 5e-3, 40.0))
+    assert ahead.tokens == 0.25 and ahead.compute == 0.1
+    assert ahead.switch_seconds == 25.0 and ahead.switch_to == "token"
+    assert ahead.end_seconds == pytest.approx((2500 - 250) / 10)
+    assert "switch in 25 s, end in 3 min 45 s" in ahead.to_go()
+    last = outlook(START, at(4000, 2500.0, 5e-3, 10.0))
+    assert last.switch_seconds is None and last.end_seconds == 0.0 and last.compute == 1.0
+    assert outlook(START, at(10, 2.5, 0.0, 0.0)).end_seconds == math.inf
+
+
+@pytest.mark.parametrize(("slope", "arrow"), [(-0.05, "↘"), (0.05, "↗"), (0.0, "→")])
+def test_the_arrow_needs_more_than_noise(slope, arrow):
+    trend = LossTrend()
+    for step in range(64):
+        trend.add(0, 5.0 + slope * step + 0.1 * (-1) ** step)
+    assert trend.arrow() == arrow and len(trend.curve()) <= 24
+    trend.add(1, 4.0)
+    trend.add(1, math.nan)
+    assert trend.curve() == "" and trend.arrow() == "", "a switch begins anew"
+
+
+def test_the_bar_marks_its_switches():
+    text = bar(0.5, [0.25], width=8).plain
+    assert text == "━━┿━━━━━"
+
+
+def test_the_live_view_says_what_a_person_asks():
+    console = RichConsole(width=110, force_terminal=True, color_system=None)
+    with console.capture() as captured:
+        console.print(live_view(START, at(1000, 250.0, 5e-3, 40.0), LossTrend(), EVALUATION))
+    text = captured.get()
+    for words in (
+        "patches of 4",
+        "1k of 4k tokens",
+        "5.5000",
+        "held out 6.5000",
+        "40 tokens/s",
+        "1.5 GiB",
+        "token in 25 s",
+        "10.0% of the compute",
+    ):
+        assert words in text
+    assert max(len(line) for line in text.splitlines()) <= 110

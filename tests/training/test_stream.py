@@ -1,0 +1,105 @@
+"""What a run reads, opened and shown: how often each corpus is seen in each stage, limits of it, and data that does not go together."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from megatron_patch.config.resolve import load_config
+from megatron_patch.data.side_file import DatasetInfo, write_info
+from megatron_patch.errors import ConfigError, DataError
+from megatron_patch.parallel.grid import Grid
+from megatron_patch.training.corpus import open_data
+from megatron_patch.training.pretrain import main
+from megatron_patch.training.stream import open_stream
+from tests.data.streams import write_numbers
+
+MODEL = [
+    "--num-layers",
+    "1",
+    "--hidden-size",
+    "32",
+    "--num-attention-heads",
+    "2",
+    "--seq-length",
+    "8",
+    "--global-batch-size",
+    "4",
+    "--split",
+    "1,0,0",
+    "--vocab-size",
+    "20000",
+]
+PATCHES = ["--patch-size", "4", "--patch-fraction", "0.5", "--train-tokens", "12800"]
+
+
+@pytest.fixture
+def corpora(tmp_path):
+    """16,000 tokens to train on in one corpus, 4,000 in another, and 64 that are kept for labels."""
+    return write_numbers(tmp_path / "web", 16_000 + 64), write_numbers(tmp_path / "code", 4_000 + 64)
+
+
+def words(corpora, *more):
+    return [*MODEL, *PATCHES, "--data-path", "0.5", corpora[0], "0.5", corpora[1], *more]
+
+
+def side_file(prefix, tokens, eod=5, align=1):
+    write_info(prefix, DatasetInfo("NullTokenizer", "9", 20_000, eod, 1, tokens, "int32", True, False, align, 4 * tokens, 1, "", ""))
+
+
+def test_a_dry_run_shows_how_often_each_corpus_is_read(corpora, capsys):
+    assert main(words(corpora, "--dry-run")) == 0
+    shown = capsys.readouterr().out
+    table = [re.split(r"\s*│\s*", line.strip("│ ")) for line in shown[shown.index("Data") :].splitlines() if "│" in line]
+    read = [row[-4:] for row in table if re.fullmatch(r"\d\.\d+", row[-1])]
+    assert [row[1:] for row in read] == [
+        ["50.0%", "0.200", "0.200"],
+        ["50.0%", "0.800", "0.800"],
+        ["50.0%", "0.200", "0.400"],
+        ["50.0%", "0.800", "1.600"],
+    ]
+    assert re.search(r"Note by the end of stage token the training part of \S+code\s+is\s+read\s+1\.60\s+times", shown)
+
+
+def test_a_dry_run_needs_no_data(tmp_path, capsys):
+    assert main([*MODEL, *PATCHES, "--data-path", str(tmp_path / "none"), "--dry-run"]) == 0
+    assert "none.bin does not exist" in re.sub(r"\s+", " ", capsys.readouterr().out)
+    assert main([*MODEL, *PATCHES, "--dry-run"]) == 0
+    assert "no --data-path" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("limits", "refused"), [(["2"], False), (["1"], True), (["1", "{code}=1.6"], False), (["{code}=1.5"], True)])
+def test_limits_of_epochs_are_kept(corpora, limits, refused):
+    run = load_config(words(corpora, "--max-epochs", *(limit.format(code=corpora[1]) for limit in limits)), 1)
+    if refused:
+        with pytest.raises(DataError, match=r"stage token the training part of .*code is read 1\.60 times"):
+            open_stream(run, run.plan)
+    else:
+        assert open_stream(run, run.plan).readings(1)[1].epochs_by_end == pytest.approx(1.6)
+
+
+@pytest.mark.parametrize("limits", [["0"], ["two"], ["1", "2"], ["other=1"], ["nan"]])
+def test_limits_that_are_none_are_refused(corpora, limits):
+    with pytest.raises(ConfigError, match="--max-epochs"):
+        load_config(words(corpora, "--max-epochs", *limits), 1)
+
+
+def test_corpora_with_other_ends_of_documents_are_refused(corpora):
+    side_file(corpora[0], 16_064, eod=5)
+    side_file(corpora[1], 4_064, eod=6)
+    run = load_config(words(corpora), 1)
+    with pytest.raises(DataError, match="differ in eod_id: 5 and 6"):
+        open_data(run, run.plan, Grid(0, 1, 1, 1))
+
+
+@pytest.mark.parametrize(("align", "told"), [(4, False), (8, False), (6, True)])
+def test_patches_that_do_not_fit_the_alignment_are_told(corpora, align, told):
+    side_file(corpora[0], 16_064, align=align)
+    side_file(corpora[1], 4_064)
+    run = load_config(words(corpora), 1)
+    stream = open_stream(run, run.plan)
+    assert [note for note in stream.notes() if "aligned" in note] == (
+        [f"documents of {corpora[0]} are aligned to 6 tokens: patches of 4 in stage patch may span two"] if told else []
+    )
+    assert open_data(run, run.plan, Grid(0, 1, 1, 1)).masking.ignore_repeated_eod

@@ -1,0 +1,91 @@
+#!/usr/bin/env python
+"""Plans a run before it is paid for: python tools/plan.py --config CONFIG.yaml --gpu H100 --world-size 64
+
+Every flag of pretrain_gpt_patch.py may be given too, and wins over the file. Prints what each rank holds, what a step takes, what the run
+costs beside token-level training, how often to save. --json prints the same for scripts; --search ranks the layouts of --world-size
+devices that fit; --plot draws what K and λ do; --simulate runs the plan through failures and preemptions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from megatron_patch.command_line import ArgumentParser, run_tool
+from megatron_patch.config.parsing import parse
+from megatron_patch.config.resolve import resolve
+from megatron_patch.console import make_console
+from megatron_patch.errors import ConfigError
+from megatron_patch.planning.hardware import TABLE, hardware
+from megatron_patch.planning.layout import layout_of
+from megatron_patch.planning.plan import make_plan
+from megatron_patch.planning.reliability import LLAMA3_DEVICE_HOURS, Interruptions, simulate
+from megatron_patch.planning.search import search
+from megatron_patch.planning.sensitivity import plot_sensitivity
+from megatron_patch.planning.tables import print_search, print_simulation, print_tables
+from megatron_patch.training.pretrain import engine_settings
+
+
+def arguments() -> ArgumentParser:
+    """The tool's own flags; the others are the run's."""
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("--gpu", default="H100", help=f"{', '.join(TABLE)}, or another with --ceilings")
+    parser.add_argument("--ceilings", type=Path, help="JSON of your own measured figures: matmul_efficiency, dollars_per_hour, …")
+    parser.add_argument("--world-size", type=int, default=8, help="devices")
+    parser.add_argument("--json", action="store_true", help="one JSON line instead of tables")
+    parser.add_argument("--search", action="store_true", help="rank the layouts that fit")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw cost and device hours over K and λ")
+    parser.add_argument("--simulate", action="store_true", help="run through failures and preemptions")
+    parser.add_argument("--device-hours-per-failure", type=float, default=LLAMA3_DEVICE_HOURS, help="default: arXiv 2407.21783, table 5")
+    parser.add_argument("--preemptions-per-day", type=float, default=0.0)
+    parser.add_argument("--save-seconds", type=float, default=60.0, help="taken from training by a checkpoint")
+    parser.add_argument("--restart-seconds", type=float, default=600.0, help="from a failure to the first step after it")
+    parser.add_argument("--simulation-seed", type=int, default=0)
+    return parser
+
+
+def main(argv: list[str]) -> None:
+    """Runs the tool."""
+    args, rest = arguments().parse_known_args(argv)
+    if args.world_size < 1:
+        raise ConfigError(f"--world-size {args.world_size}", "whole numbers from 1")
+    parsed = parse([*rest, "--dry-run"], "tools/plan.py")
+    device = hardware(args.gpu, args.ceilings)
+    console = make_console()
+    if args.search:
+        found, tried = search(parsed, args.world_size, device)
+        if args.json:
+            print(json.dumps([{"flags": one.choice.flags(), **one.plan.to_json()} for one in found]))
+        else:
+            print_search(found, tried, args.world_size, console)
+        return
+    interruptions = Interruptions(
+        device_hours=args.device_hours_per_failure,
+        preemptions_per_day=args.preemptions_per_day,
+        save_seconds=args.save_seconds,
+        restart_seconds=args.restart_seconds,
+    )
+    run = resolve(parsed, args.world_size)
+    plan = make_plan(run.shape, run.plan, layout_of(run, engine_settings(run)), device, run.options.stages.seq_length, interruptions)
+    result: dict[str, Any] = plan.to_json()
+    simulation = None
+    if args.simulate:
+        simulation = simulate(plan.work(), args.world_size, interruptions, plan.checkpoints.daly_seconds, args.simulation_seed)
+        result["simulated"] = {**dataclasses.asdict(simulation), "goodput": simulation.goodput}
+    if args.plot is not None:
+        plot_sensitivity(plan, args.plot)
+    if args.json:
+        print(json.dumps(result))
+        return
+    print_tables(plan, console)
+    if simulation is not None:
+        print_simulation(simulation, args.world_size, plan.checkpoints.daly_seconds, console)
+    if args.plot is not None:
+        console.print(f"wrote {args.plot}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_tool(main))

@@ -1,0 +1,54 @@
+#!/usr/bin/env python
+"""Shows the text that a step read: python tools/show_step.py SAVE [--step 1234], for the steps that SAVE/events.jsonl tells the data of."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from megatron_patch.command_line import ArgumentParser, run_tool
+from megatron_patch.console import make_console
+from megatron_patch.data.corpus import open_corpus
+from megatron_patch.data.side_file import read_info
+from megatron_patch.errors import DataError
+from megatron_patch.tokenizer import tokenizer_to_show
+from megatron_patch.training.callbacks.metrics import read_metrics
+
+
+def main(argv: list[str]) -> None:
+    """Runs the tool."""
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("save", help="folder of a run")
+    parser.add_argument("--step", type=int, help="which step; by default the last one that was not taken")
+    parser.add_argument("--samples", type=int, default=8, help="samples to show")
+    parser.add_argument("--characters", type=int, default=600, help="of each sample")
+    parser.add_argument("--tokenizer-type", help="by default what the side file says")
+    parser.add_argument("--tokenizer-model")
+    args = parser.parse_args(argv)
+    path = Path(args.save) / "events.jsonl"
+    if not path.exists():
+        raise DataError(f"{path} does not exist", "the folder of a run that has begun", "check the path")
+    events = [event for event in read_metrics(path) if event.get("spans")]
+    chosen = [event for event in events if args.step in (None, event["step"])]
+    if not chosen:
+        steps = ", ".join(sorted({str(event["step"]) for event in events})) or "none"
+        raise DataError(f"{path} tells the data of no step {args.step or ''}".rstrip(), f"steps {steps}", "choose one of them")
+    event, console = chosen[-1], make_console()
+    console.print(f"step {event['step']:,}, stage {event['stage']}: {event['reason']}; {len(event['spans']):,} samples", highlight=False)
+    for prefix, start, length in event["spans"][: args.samples]:
+        ids = np.empty(length, dtype=np.int64)
+        open_corpus(prefix).read_into(ids, start)
+        info = read_info(prefix)
+        told = (info.tokenizer_type, info.tokenizer_model) if info else None
+        tokenizer = tokenizer_to_show(told, args.tokenizer_type, args.tokenizer_model)
+        text = tokenizer.decode(ids.tolist()) if tokenizer else " ".join(map(str, ids.tolist()))
+        console.print(f"\n{prefix}, tokens {start:,} to {start + length - 1:,}", style="bold", highlight=False)
+        console.print(text[: args.characters], markup=False, highlight=False)
+    print(json.dumps({"step": event["step"], "reason": event["reason"], "samples": len(event["spans"])}))
+
+
+if __name__ == "__main__":
+    sys.exit(run_tool(main))
