@@ -139,6 +139,8 @@ def profile(args: argparse.Namespace) -> None:
     from megatron_patch.engine.deepspeed_config import engine_config
     from megatron_patch.engine.distributed import join, leave
     from megatron_patch.training.callbacks.base import Callback, StepRecord
+    from megatron_patch.training.pretrain import watchdog_of
+    from megatron_patch.training.stop_requests import StopRequests
     from megatron_patch.training.trainer import Trainer
 
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
@@ -167,7 +169,9 @@ def profile(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         run = load_config(plan_flags(args, 1, Path(folder)), 1)
         settings = engine_config(run.options.engine, run.options.schedule, run.origins, run.plan, 1)
-        with Trainer(run, settings, join()) as trainer:
+        device = join()
+        stops = StopRequests(run.options.safety)
+        with watchdog_of(run) as watchdog, Trainer(run, settings, device, stops, watchdog) as trainer:
             trainer.callbacks = [*trainer.callbacks, Window()]
             trainer.train()
         leave()

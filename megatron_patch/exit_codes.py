@@ -6,7 +6,7 @@ import enum
 
 
 class ExitCode(enum.IntEnum):
-    """Exit codes of every program here; codes above 128 are a rank that a signal ended."""
+    """Exit codes of every program here; other codes above 128 are a rank that a signal ended."""
 
     DONE = 0
     INTERNAL = 1
@@ -17,6 +17,7 @@ class ExitCode(enum.IntEnum):
     CORRUPTION = 6
     PREEMPTED = 75
     HANG = 76
+    INTERRUPTED = 130
 
     @property
     def advice(self) -> str:
@@ -34,4 +35,5 @@ _ADVICE = {
     ExitCode.CORRUPTION: "ranks that must agree do not: leave out the node that is named; it goes on from the newest checkpoint",
     ExitCode.PREEMPTED: "stopped on request, all is saved: the same command goes on",
     ExitCode.HANG: "no progress: stacks of all ranks are in SAVE/stacks; the same command goes on from the newest checkpoint",
+    ExitCode.INTERRUPTED: "interrupted twice, so nothing more was saved: the same command goes on from the newest checkpoint",
 }

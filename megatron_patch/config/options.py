@@ -254,8 +254,8 @@ class EngineOptions:
     """Of initial weights and of the data's order."""
     local_rank: int = -1
     """Given by the launcher."""
-    distributed_timeout_minutes: int = 30
-    """How long a rank waits for its peers."""
+    distributed_timeout_minutes: int = 40
+    """How long a rank waits for its peers in a collective before it ends with an error; longer than --hang-timeout."""
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from megatron_patch.model.shape import ModelShape, check_shape
 from megatron_patch.parallel.partition import pipeline_partition
 from megatron_patch.parallel.sharding import check_sharding
 from megatron_patch.stages import StagePlan
+from megatron_patch.units import format_duration
 
 ASSUMED_VOCAB_SIZE = 32_000
 
@@ -252,6 +253,17 @@ def _check_safety(options: SafetyOptions, zero_stage: int | None) -> None:
         )
 
 
+def _check_time_outs(options: Options) -> None:
+    """The watchdog comes before the collectives' own end, which writes no stacks and has no code of its own."""
+    hang, collective = options.safety.hang_timeout, 60 * options.engine.distributed_timeout_minutes
+    if hang >= collective:
+        raise ConfigError(
+            f"--hang-timeout of {format_duration(hang)} with --distributed-timeout-minutes {options.engine.distributed_timeout_minutes}",
+            "a shorter time for the first: it writes the stacks of all ranks before their collectives give up",
+            f"--distributed-timeout-minutes {math.ceil(hang / 60) + 10}, or a shorter --hang-timeout",
+        )
+
+
 def _check_training(options: Options, plan: StagePlan) -> None:
     checkpoint, logging, schedule = options.checkpoint, options.logging, options.schedule
     for first, second in (
@@ -351,6 +363,7 @@ def resolve(parsed: Parsed, ranks: int) -> RunConfig:
     _check_sequence_parallel(options, plan)
     _check_training(options, plan)
     _check_safety(options.safety, options.engine.zero_stage)
+    _check_time_outs(options)
     run = RunConfig(options, parsed.origins, shape, plan, blend, valid_blend, info, data_parallel_size, tuple(notes))
     _check_masking(options.data, run.eod_id)
     _ = run.pipeline_boundaries, run.epoch_limits  # more stages than layers, and limits of what is not read, are refused here

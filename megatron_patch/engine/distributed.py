@@ -6,8 +6,10 @@ Out: the rank's device and coordinates.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import threading
 from datetime import timedelta
 
 import torch
@@ -78,3 +80,30 @@ def barrier() -> None:
     """Waits until every rank is here."""
     if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
         torch.distributed.barrier()
+
+
+def first_word(name: str, word: str, seconds: float = 5.0) -> str | None:
+    """What the first rank that came here said; ranks need not come together, and some may hang or be dead.
+
+    Args:
+        name: of what is decided.
+        word: what this rank says; it counts where no other rank was first.
+        seconds: to wait for the keeper of such words, rank 0's process.
+
+    Returns:
+        The first rank's word, this one's if that is this rank; None where the keeper does not answer.
+    """
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        return word
+    store = torch.distributed.distributed_c10d._get_default_store()
+    said: list[str] = []
+
+    def say() -> None:
+        with contextlib.suppress(RuntimeError):
+            said.append(store.compare_set(f"megatron_patch/{name}", "", word).decode())
+
+    # The store's own time-out is that of collectives, and cannot be changed for one call.
+    asking = threading.Thread(target=say, daemon=True, name="first word")
+    asking.start()
+    asking.join(seconds)
+    return said[0] if said else None

@@ -5,16 +5,21 @@ In: flags. Out: checkpoints, metrics, and an exit code (`ExitCode`).
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from megatron_patch.config.resolve import RunConfig, load_config
 from megatron_patch.console import make_console
 from megatron_patch.engine.deepspeed_config import EngineConfig, engine_config
-from megatron_patch.errors import ConfigError, MegatronPatchError
+from megatron_patch.errors import ConfigError
 from megatron_patch.exit_codes import ExitCode
 from megatron_patch.training.dry_run import print_plan
+from megatron_patch.training.endings import advise, end_with
+from megatron_patch.training.stop_requests import StopRequests
 from megatron_patch.training.stream import missing_data, open_stream
+from megatron_patch.training.watchdog import Watchdog
 
 
 def pretrain(run: RunConfig) -> ExitCode:
@@ -35,20 +40,33 @@ def pretrain(run: RunConfig) -> ExitCode:
         for note in stream.notes() if stream is not None else [f"how often data is read is not shown: {missing}"]:
             console.print(f"[yellow]Note[/yellow] {note}", highlight=False)
         return ExitCode.DONE
+    # Never given back: a signal that comes while the process leaves is no reason for another exit code.
+    stops = StopRequests(run.options.safety)
     # Torch and DeepSpeed take seconds to import, which wrong flags and dry runs need not wait for.
     from megatron_patch.engine.distributed import join, leave
-    from megatron_patch.training.stop_requests import StopRequests
     from megatron_patch.training.trainer import Trainer
 
     device = join(run.options.engine.distributed_timeout_minutes)
     if settings.precision == "fp16" and device.type == "cpu":
         raise ConfigError("--fp16 on CPUs", "--bf16 or float32 there", "use --bf16, or a GPU")
-    stops = StopRequests(run.options.safety)
-    with Trainer(run, settings, device, stops) as trainer:
+    if stops.agreed(device) is not None:
+        leave()
+        return ExitCode.PREEMPTED
+    with watchdog_of(run) as watchdog, Trainer(run, settings, device, stops, watchdog) as trainer:
         code = trainer.train()
     # Not after an error: peers may be inside a collective, and leaving would wait for them.
     leave()
     return code
+
+
+def save_folder(run: RunConfig) -> Path | None:
+    """The run's folder, if it has one."""
+    return Path(run.options.checkpoint.save) if run.options.checkpoint.save else None
+
+
+def watchdog_of(run: RunConfig) -> Watchdog:
+    """This rank's watchdog; the job must have been joined."""
+    return Watchdog(run.options.safety.hang_timeout, save_folder(run), int(os.environ["RANK"]))
 
 
 def engine_settings(run: RunConfig) -> EngineConfig:
@@ -76,16 +94,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     from megatron_patch.engine.environment import ranks_of_environment
 
     arguments = list(sys.argv[1:] if argv is None else argv)
-    rank = 0
+    rank, save = 0, None
     try:
         rank, ranks, _ = ranks_of_environment()
         run = load_config(arguments, ranks)
+        save = None if run.options.logging.dry_run else save_folder(run)
         code = pretrain(run)
-    except MegatronPatchError as error:
+    except ConfigError as error:
+        # Every rank meets the same error, before it has met the others.
         code = error.exit_code
-        # Every rank meets the same error in flags and files; one message is enough. An error of one rank alone is told by that rank.
-        if rank == 0 or not isinstance(error, ConfigError):
-            print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
-    if code != ExitCode.DONE and rank == 0:
-        print(f"exit code {code.value}: {code.advice}", file=sys.stderr, flush=True)
+        if rank == 0:
+            print(f"ConfigError: {error}", file=sys.stderr, flush=True)
+            advise(code)
+    except (Exception, KeyboardInterrupt) as error:
+        code = end_with(error, rank, save)
+    else:
+        if code != ExitCode.DONE and rank == 0:
+            advise(code)
     return int(code)

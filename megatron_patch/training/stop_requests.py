@@ -10,10 +10,13 @@ import signal
 import time
 from collections.abc import Mapping
 from types import FrameType
-
-import torch
+from typing import TYPE_CHECKING
 
 from megatron_patch.config.options import SafetyOptions
+from megatron_patch.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 _REASONS = (*(number.name for number in _SIGNALS), "--exit-duration", "the end of the Slurm job is near", "the kill switch")
@@ -21,11 +24,14 @@ _FILE_SECONDS = 1.0
 
 
 class StopRequests:
-    """Listens from its making on.
+    """Listens from its making on, which is before torch is imported.
 
     Args:
         options: time spans and the file.
         environment: where Slurm says when the job ends.
+
+    Raises:
+        ConfigError: the kill switch is there already; a job that is put back into the queue would start for ever.
     """
 
     def __init__(self, options: SafetyOptions, environment: Mapping[str, str] = os.environ) -> None:
@@ -33,6 +39,10 @@ class StopRequests:
         end = environment.get("SLURM_JOB_END_TIME", "")
         self._job_end = int(end) - options.exit_margin if end.isdigit() else None
         self._kill_switch = options.kill_switch
+        if self._kill_switch is not None and os.path.exists(self._kill_switch):
+            raise ConfigError(
+                f"--kill-switch {self._kill_switch}: the file is there already", "a file that does not exist yet", f"rm {self._kill_switch}"
+            )
         self._looked = 0.0
         self._signal: int | None = None
         self._handlers = {number: signal.signal(number, self._on_signal) for number in _SIGNALS}
@@ -64,6 +74,8 @@ class StopRequests:
 
     def agreed(self, device: torch.device) -> str | None:
         """What any rank has been asked; every rank must call it."""
+        import torch
+
         own = self.own()
         code = torch.tensor(_REASONS.index(own) + 1 if own else 0, dtype=torch.int32, device=device)
         if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:

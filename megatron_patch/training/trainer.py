@@ -58,10 +58,11 @@ class Trainer:
         settings: DeepSpeed's part of it.
         device: this rank's device.
         stops: who may ask for a stop.
+        watchdog: who is told what is begun.
     """
 
-    def __init__(self, run: RunConfig, settings: EngineConfig, device: torch.device, stops: StopRequests) -> None:
-        self.run, self.device, self.stops = run, device, stops
+    def __init__(self, run: RunConfig, settings: EngineConfig, device: torch.device, stops: StopRequests, watchdog: Watchdog) -> None:
+        self.run, self.device, self.stops, self.watchdog = run, device, stops, watchdog
         world = torch.distributed.get_world_size()
         engine_options = run.options.engine
         self.grid = Grid(
@@ -91,7 +92,6 @@ class Trainer:
         if found is not None and resuming:
             self.guard.load_state(found.state.extra.get("guard", {}))
         self.stragglers = Stragglers(safety.straggler_interval, self.grid)
-        self.watchdog = Watchdog(safety.hang_timeout, self.save_folder / "stacks" if self.save_folder else None, self.grid.rank)
         if self.save_folder is not None:
             self.saver = Saver(
                 self.save_folder, lock, self.grid.rank, world, device, retention_of(run, self.plan), run.options.checkpoint.async_save
@@ -110,7 +110,7 @@ class Trainer:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        self.watchdog.close()
+        self.watchdog.beat("the run ends")
         if self.saver is not None:
             self.saver.close()
         for callback in self.callbacks:
@@ -138,10 +138,11 @@ class Trainer:
         self.watchdog.beat("the last checkpoint is written")
         if self.saver is not None:
             self._tell_saved(self.saver.wait())
+        code = ExitCode.DONE if reason in ("done", "exit interval") else ExitCode.PREEMPTED
         for callback in self.callbacks:
-            callback.on_end(RunEnd(reason, self.step, self.plan.consumed_tokens(self.place), time.monotonic() - started))
+            callback.on_end(RunEnd(reason, self.step, self.plan.consumed_tokens(self.place), time.monotonic() - started, code))
         barrier()
-        return ExitCode.DONE if reason in ("done", "exit interval") else ExitCode.PREEMPTED
+        return code
 
     def _train_stage(self) -> str | None:
         """Trains to the end of the stage, evaluates and saves there; or the reason to stop before."""
@@ -223,6 +224,9 @@ class Trainer:
             self._report("rewind", "no checkpoint to go back to; the step's update alone is left out", {})
             return
         self.engine.load(found.folder, found.state.engine)
+        if found.state.stage_index < self.place.stage_index:
+            # It is from before the switch, whose treatment of the optimizer it lacks.
+            self.engine.switch_stage(self.stage)
         left_out = self.step - found.state.step
         message = f"back to the weights of step {found.state.step:,}; {left_out:,} steps of data are left out"
         self._report("rewind", message, {"to_step": found.state.step, "left_out": left_out})

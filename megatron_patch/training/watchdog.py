@@ -8,14 +8,17 @@ from __future__ import annotations
 import faulthandler
 import os
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
+from types import TracebackType
 
-from megatron_patch.exit_codes import ExitCode
+from megatron_patch.training.endings import end_hanging, write_stacks
 from megatron_patch.units import format_duration
 
 _SECOND_CHANCE = 60.0  # seconds after which a thread without Python's lock ends what Python cannot
+_GRACE = 5.0  # seconds for the other ranks to notice by themselves, whom the end of this one would tear out of where they hang
 
 
 class Watchdog:
@@ -23,17 +26,22 @@ class Watchdog:
 
     Args:
         seconds: without a beat; 0: for ever.
-        folder: of the stacks; None: standard error alone.
+        save: the run's folder, for the stacks; None: standard error alone.
         rank: this rank.
     """
 
-    def __init__(self, seconds: float, folder: Path | None, rank: int) -> None:
-        self._seconds, self._rank = seconds, rank
-        self._path = folder / f"rank-{rank:05d}.txt" if folder is not None else None
-        self._what, self._since = "starting", time.monotonic()
+    def __init__(self, seconds: float, save: Path | None, rank: int) -> None:
+        self._seconds, self._save, self._rank = seconds, save, rank
         self._stopped = threading.Event()
+        self.beat("the run starts")
         if seconds > 0:
             threading.Thread(target=self._watch, daemon=True, name="watchdog").start()
+
+    def __enter__(self) -> Watchdog:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self.close()
 
     def beat(self, what: str) -> None:
         """Something is begun; it has its own time."""
@@ -53,16 +61,24 @@ class Watchdog:
                 self._end(waited)
 
     def _end(self, waited: float) -> None:
-        said = f"rank {self._rank}: no progress for {format_duration(waited)} while {self._what}"
-        if self._path is not None:
+        said = f"no progress for {format_duration(waited)} while {self._what}"
+        stacks = _stacks()
+        where = "above"
+        if self._save is not None:
             try:
-                self._path.parent.mkdir(parents=True, exist_ok=True)
-                with self._path.open("w", encoding="utf-8") as file:
-                    file.write(said + "\n\n")
-                    file.flush()
-                    faulthandler.dump_traceback(file, all_threads=True)
-                said += f"; stacks in {self._path}"
-            except OSError:
-                faulthandler.dump_traceback(all_threads=True)
-        print(f"{said}\nexit code {ExitCode.HANG.value}: {ExitCode.HANG.advice}", file=sys.stderr, flush=True)
-        os._exit(ExitCode.HANG)
+                where = str(write_stacks(self._save, self._rank, f"rank {self._rank}: {said}\n\n{stacks}").parent)
+            except OSError as error:
+                where += f" ({error})"
+        if where.startswith("above"):
+            print(stacks, file=sys.stderr)
+        code = end_hanging(f"{said}; stacks {where}", self._rank, self._save)
+        time.sleep(_GRACE)
+        os._exit(code)
+
+
+def _stacks() -> str:
+    """Of all threads of this process."""
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as file:
+        faulthandler.dump_traceback(file, all_threads=True)
+        file.seek(0)
+        return file.read()

@@ -23,8 +23,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_patch import checkpoint_files
-from tests.distributed.ranks import start_ranks
-from tests.distributed.runs import DATA, MODEL, Run, _main, command, make_corpus, train
+from tests.distributed.ranks import run_ranks, start_ranks
+from tests.distributed.runs import DATA, MODEL, Run, _main, command, make_corpus
 
 PLAN = command(
     "--seq-length 16 --micro-batch-size 2 --global-batch-size 12 --patch-size 3 --lr 3e-3 --lr-warmup-fraction 0.2 --zero-stage 1",
@@ -134,7 +134,9 @@ def soak(
     folder.mkdir(parents=True, exist_ok=True)
     corpus = make_corpus(folder / "corpus", documents=900)
     plan = command(PLAN, f"--train-tokens {tokens} --data-path", [corpus])
-    whole = train(folder / "whole", 2, plan).losses
+    argv = command(MODEL, DATA, plan, ["--save", str(folder / "whole")])
+    assert run_ranks(_main, 2, folder / "whole-logs", argv, timeout=1800) == [0, 0]
+    whole = Run(folder / "whole").losses
     began = time.monotonic()
     tally = Tally()
 

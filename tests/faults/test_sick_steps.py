@@ -31,8 +31,8 @@ LAYOUTS = {
 }
 
 
-def _poisoned(argv, kind):
-    """The program, with one sick step: `gradient` on the last rank alone, `loss` and `late loss` a thousand times too large."""
+def _poisoned(argv, kind, steps=(STEP,)):
+    """The program, with sick steps: a `gradient` without numbers on the last rank alone, or a `loss` a thousand times too large."""
     from megatron_patch.model.gpt import GPTModel
     from megatron_patch.training import trainer
 
@@ -41,7 +41,7 @@ def _poisoned(argv, kind):
 
     def sick(self, inputs, labels, *more):
         result = forward(self, inputs, labels, *more)
-        if train_step.get("now") != STEP or not self.training or labels is None:
+        if train_step.get("now") not in steps or not self.training or labels is None:
             return result
         if kind == "gradient" and rank() == size() - 1:
             result[0].register_hook(lambda grad: grad * float("nan"))
@@ -59,9 +59,9 @@ def _poisoned(argv, kind):
     return main(argv)
 
 
-def poisoned(folder, ranks, kind, *parts, expect=0):
+def poisoned(folder, ranks, kind, *parts, expect=0, steps=(STEP,)):
     argv = command(MODEL, DATA, PLAN, *parts, ["--save", str(folder)])
-    codes = run_ranks(functools.partial(_poisoned, kind=kind), ranks, folder.parent / f"{folder.name}-logs", argv)
+    codes = run_ranks(functools.partial(_poisoned, kind=kind, steps=steps), ranks, folder.parent / f"{folder.name}-logs", argv)
     assert codes == [expect] * ranks, printed(folder)
     return Run(folder)
 
@@ -127,6 +127,19 @@ def test_rewinding_takes_the_weights_of_the_newest_checkpoint_and_resumes_alike(
     poisoned(tmp_path / "again", 2, "loss", "--exit-interval 16", *words)
     again = poisoned(tmp_path / "again", 2, "loss", *words)
     assert again.losses == run.losses
+
+
+def test_rewinding_behind_a_switch_takes_the_switch_again(tmp_path, corpus):
+    """The newest checkpoint is the patch stage's end: gone back to in the token stage's third step, it is as if the two before had been
+    left out, and the optimizer is new, as the switch has made it."""
+    words = ("--zero-stage 1 --data-path", corpus)
+    first = 28  # step of the token stage
+    run = poisoned(tmp_path / "run", 2, "gradient", "--on-spike rewind", *words, steps=(first + 2,))
+    (event,) = events(run, "rewind")
+    assert (event["to_step"], event["left_out"]) == (first - 1, 3)
+    skipped = poisoned(tmp_path / "skipped", 2, "gradient", "--on-spike skip", *words, steps=(first, first + 1, first + 2))
+    assert run.losses[first + 2 :] == skipped.losses[first + 2 :] and len(run.losses) > first + 4
+    assert run.values("grad_norm")[first + 2 :] == skipped.values("grad_norm")[first + 2 :]
 
 
 def test_stopping_says_why_by_its_code(tmp_path, corpus):

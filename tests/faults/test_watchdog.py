@@ -14,23 +14,45 @@ from tests.distributed.runs import DATA, MODEL, Run, _main, command, printed, tr
 from tests.faults.test_stops import PLAN, wait_for_steps
 
 
-@pytest.mark.parametrize("layout", ["--zero-stage 1", "--pipeline-model-parallel-size 2"])
-def test_a_rank_that_stands_still_ends_the_job(tmp_path, corpus, layout):
+@pytest.mark.parametrize(("ranks", "layout"), [(3, "--zero-stage 1"), (2, "--pipeline-model-parallel-size 2")])
+def test_a_rank_that_stands_still_ends_the_job(tmp_path, corpus, ranks, layout):
     folder = tmp_path / "run"
     argv = command(MODEL, DATA, PLAN, layout, "--train-tokens 3M --save-interval 5 --data-path", corpus, ["--hang-timeout", "4s"])
-    processes, _ = start_ranks(_main, 2, tmp_path / "run-logs", [*argv, "--save", str(folder)])
+    processes, _ = start_ranks(_main, ranks, tmp_path / "run-logs", [*argv, "--save", str(folder)])
     wait_for_steps(folder, 8)
     os.kill(processes[1].pid, signal.SIGSTOP)
-    processes[0].join(timeout=60)
-    assert processes[0].exitcode == 76
-    stacks = (folder / "stacks" / "rank-00000.txt").read_text()
-    assert "no progress" in stacks and "trainer.py" in stacks and "Thread" in stacks
-    assert "exit code 76" in printed(folder)
+    others = [number for number in range(ranks) if number != 1]
+    for number in others:
+        processes[number].join(timeout=60)
+        assert processes[number].exitcode == 76
+        stacks = (folder / "stacks" / f"rank-{number:05d}.txt").read_text()
+        assert "no progress" in stacks and "trainer.py" in stacks and "Thread" in stacks
+    assert printed(folder).count("exit code 76") == 1, "one rank tells it for all"
+    events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+    assert [(event["reason"], event["code"]) for event in events if event["type"] == "end"] == [("hang", 76)]
     # Woken, the other one has waited too long as well, or finds its peer gone.
     os.kill(processes[1].pid, signal.SIGCONT)
     processes[1].join(timeout=60)
     assert processes[1].exitcode is not None
     assert Run(folder).losses and (folder / "latest").exists()
+
+
+def _stuck_while_starting(argv):
+    from megatron_patch.training import trainer
+
+    def never(*arguments, **more):
+        time.sleep(600)
+
+    trainer.open_data = never
+    return _main(argv)
+
+
+def test_a_hang_while_the_data_are_opened_ends_too(tmp_path, corpus):
+    argv = command(MODEL, DATA, PLAN, "--hang-timeout 3s --data-path", corpus, ["--save", str(tmp_path / "run")])
+    (process,), _ = start_ranks(_stuck_while_starting, 1, tmp_path / "run-logs", argv)
+    process.join(timeout=60)
+    assert process.exitcode == 76
+    assert "while the run starts" in printed(tmp_path / "run") and "in never" in (tmp_path / "run/stacks/rank-00000.txt").read_text()
 
 
 def test_nothing_ends_what_moves(tmp_path, corpus):

@@ -172,12 +172,13 @@ class Event:
 
 @dataclass(frozen=True)
 class RunEnd:
-    """The run stops. `reason` is "done", "exit interval", or who asked for it."""
+    """The run stops. `reason` is "done", "exit interval", or who asked for it; `code` is the exit code."""
 
     reason: str
     step: int
     tokens: int
     seconds: float
+    code: int = 0
 
 
 class Callback:

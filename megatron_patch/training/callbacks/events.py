@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from megatron_patch.files import append_line
 from megatron_patch.training.callbacks.base import Callback, Event, RunEnd, RunStart, SaveRecord, SwitchRecord
 from megatron_patch.training.callbacks.metrics import to_json
 
@@ -23,15 +24,9 @@ class Events(Callback):
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._begin = ""
-        if path.exists() and not path.read_bytes().endswith(b"\n"):
-            self._begin = "\n"
 
     def _write(self, values: dict[str, Any]) -> None:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(f"{self._begin}{json.dumps(values)}\n")
-        self._begin = ""
+        append_line(self._path, json.dumps(values))
 
     def on_start(self, record: RunStart) -> None:
         """A run begins or goes on."""
@@ -52,5 +47,5 @@ class Events(Callback):
         self._write(values | event.details)
 
     def on_end(self, record: RunEnd) -> None:
-        """The end, on purpose or not."""
+        """The end, on purpose; endings.py writes the others."""
         self._write(to_json("end", record))

@@ -1,0 +1,107 @@
+"""Every end tells: the code, what to do, a line in events.jsonl, whichever rank it was and however many follow it."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import re
+import signal
+
+import pytest
+import torch
+
+from megatron_patch.exit_codes import ExitCode
+from megatron_patch.files import append_line
+from tests.distributed.ranks import run_ranks, start_ranks
+from tests.distributed.runs import DATA, MODEL, ROOT, _main, command, printed, start_process
+from tests.faults.test_stops import PLAN, finish, wait_for_steps
+
+
+def ends(folder):
+    lines = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["type"] == "end"]
+
+
+def _failing(argv, victim, error):
+    """The program; one rank alone meets an error when it asks for the data of step 5."""
+    from megatron_patch.data.loader import PatchLoader
+    from megatron_patch.errors import DataError
+
+    next_step = PatchLoader.next_step
+
+    def broken(self):
+        if self.step == 4 and torch.distributed.get_rank() == victim:
+            raise DataError("a hole in the file") if error == "data" else ZeroDivisionError("a bug")
+        return next_step(self)
+
+    PatchLoader.next_step = broken
+    return _main(argv)
+
+
+@pytest.mark.parametrize(("victim", "error", "code"), [(1, "data", 3), (0, "data", 3), (2, "bug", 1)])
+def test_an_error_on_one_rank_is_the_end_of_all_with_its_code(tmp_path, corpus, victim, error, code):
+    folder = tmp_path / "run"
+    argv = command(MODEL, DATA, PLAN, "--save-interval 3 --data-path", corpus, ["--save", str(folder)])
+    assert run_ranks(functools.partial(_failing, victim=victim, error=error), 3, tmp_path / "run-logs", argv) == [code] * 3
+    (end,) = ends(folder)
+    assert (end["rank"], end["code"]) == (victim, code)
+    assert end["reason"] == {"data": "DataError", "bug": "ZeroDivisionError"}[error]
+    text = printed(folder)
+    assert text.count("exit code") == 1 and ExitCode(code).advice in text
+    assert text.count(f"ends with rank {victim}: ") == 2
+    assert ("Traceback" in text) == (error == "bug") and "broken" in text if error == "bug" else "a hole in the file" in text
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_rank_is_told_by_one_of_the_others(tmp_path, corpus, victim):
+    """kill -9 leaves no word; whoever notices first speaks for all."""
+    folder = tmp_path / "run"
+    argv = command(MODEL, DATA, PLAN, "--train-tokens 3M --data-path", corpus, ["--save", str(folder)])
+    processes, results = start_ranks(_main, 3, tmp_path / "run-logs", argv)
+    wait_for_steps(folder, 3)
+    os.kill(processes[victim].pid, signal.SIGKILL)
+    left = [rank for rank in range(3) if rank != victim]
+    assert finish([processes[rank] for rank in left], results) == dict.fromkeys(left, 1)
+    (end,) = ends(folder)
+    assert end["code"] == 1 and end["rank"] in left and printed(folder).count("exit code 1") == 1
+
+
+def test_configuration_and_missing_data_end_before_anything_is_made(tmp_path, corpus):
+    log, folder = tmp_path / "log", tmp_path / "run"
+    (tmp_path / "stop").touch()
+    words = ["--save", str(folder), "--kill-switch", str(tmp_path / "stop")]
+    assert start_process(PLAN, "--data-path", corpus, words, log=log).wait(60) == ExitCode.CONFIG
+    assert "is there already" in log.read_text() and log.read_text().splitlines()[-1].startswith("exit code 2: ")
+    assert not folder.exists(), "a job that is put back into the queue does not start for ever"
+    assert start_process(PLAN, "--data-path", str(tmp_path / "nothing"), words[:2], log=log).wait(60) == ExitCode.DATA
+    assert log.read_text().splitlines()[-1].startswith("exit code 3: ")
+    assert [(end["code"], end["reason"]) for end in ends(folder)] == [(3, "DataError")]
+
+
+def test_a_second_interrupt_ends_at_once_with_a_code_of_its_own(tmp_path, corpus):
+    folder, log = tmp_path / "run", tmp_path / "log"
+    words = "--split 50,50,0 --eval-tokens 100M --eval-interval 3 --micro-batch-size 1"
+    process = start_process(PLAN, words, "--hang-timeout 0 --data-path", corpus, ["--save", str(folder)], log=log)
+    wait_for_steps(folder, 3)
+    for _ in range(2):
+        process.send_signal(signal.SIGINT)
+    assert process.wait(60) in (ExitCode.INTERRUPTED, ExitCode.PREEMPTED), "two signals at once may arrive as one"
+    assert ends(folder)[-1]["code"] == process.returncode and "exit code" in log.read_text().splitlines()[-1]
+
+
+def test_the_documented_codes_are_the_program_s():
+    """docs/operations.md has each code once, with the program's words."""
+    text = (ROOT / "docs" / "operations.md").read_text()
+    table = dict(re.findall(r"^\| (\d+) \| (.+) \|$", text.split("## Exit codes")[1].split("\n## ")[0], flags=re.MULTILINE))
+    assert table == {str(code.value): code.advice for code in ExitCode}
+
+
+def test_a_line_is_whole_behind_a_torn_one(tmp_path):
+    path = tmp_path / "new" / "lines"
+    append_line(path, "1")
+    with path.open("a") as file:
+        file.write('{"torn')
+    append_line(path, "2")
+    append_line(path, "3")
+    assert path.read_text() == '1\n{"torn\n2\n3\n'
