@@ -1,9 +1,9 @@
 """Builds csrc at install: the C++ compiler and nvcc are called directly on torch's stable ABI; without them the package works without csrc.
 
-Two libraries: `_C` (the operators' schemas and the CPU's kernels) wherever there is a C++ compiler, `_C_cuda` where torch is a CUDA build
-and nvcc is found. MEGATRON_PATCH_CUDA=0 leaves the second out, =1 demands it (with a CPU build of torch, too: it loads where CUDA is);
-MEGATRON_PATCH_CUDA_ARCHS lists its GPU architectures. `torch.utils.cpp_extension` is not used: it refuses CUDA sources beside a CPU build
-of torch, and guesses at toolkits. Nothing is ever compiled while the program runs.
+Three libraries: `_words` (preprocessing's memory for words) and `_C` (the operators' schemas and the CPU's kernels) wherever there is a C++
+compiler, `_C_cuda` where torch is a CUDA build and nvcc is found. MEGATRON_PATCH_CUDA=0 leaves the second out, =1 demands it (with a CPU
+build of torch, too: it loads where CUDA is); MEGATRON_PATCH_CUDA_ARCHS lists its GPU architectures. `torch.utils.cpp_extension` is not
+used: it refuses CUDA sources beside a CPU build of torch, and guesses at toolkits. Nothing is ever compiled while the program runs.
 """
 
 from __future__ import annotations
@@ -36,14 +36,16 @@ STABLE_ABI = f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"
 
 @dataclass(frozen=True)
 class Library:
-    """A shared library beside the package's modules, and what it is made of (paths from here, as setuptools wants them)."""
+    """A shared library beside the package's modules: what it is made of (paths as setuptools wants them), what serves without."""
 
     name: str
     sources: tuple[str, ...]
     headers: tuple[str, ...]
+    otherwise: str = "The plain formulas serve: the same results, slower."
 
 
 LIBRARIES = (
+    Library("_words", ("csrc/cpu/word_memory.cpp",), (), "Preprocessing remembers no words: the same tokens, more slowly."),
     Library(
         "_C",
         ("csrc/schemas.cpp", "csrc/cpu/bindings.cpp", "csrc/cpu/patch_embedding.cpp", "csrc/cpu/multi_token_loss.cpp"),
@@ -131,6 +133,13 @@ def build_cpu(library: Library, output: Path, _: Path) -> None:
     )
 
 
+def build_words(library: Library, output: Path, _: Path) -> None:
+    """One call of the C++ compiler, without torch."""
+    call(
+        *compiler(), "-shared", "-fPIC", "-O3", "-std=c++20", "-Wall", "-Wextra", "-fvisibility=hidden", *library.sources, "-o", str(output)
+    )
+
+
 def check_cuda_wanted() -> None:
     """Whether `_C_cuda` belongs here.
 
@@ -187,12 +196,15 @@ def build_cuda(library: Library, output: Path, work: Path) -> None:
     )
 
 
+BUILDERS = {"_words": build_words, "_C": build_cpu, "_C_cuda": build_cuda}
+
+
 def build(library: Library, output: Path) -> None:
     """Makes a library under a temporary name until it is whole."""
     unfinished = output.with_suffix(".tmp")
     try:
         with tempfile.TemporaryDirectory() as work:
-            (build_cuda if library.name == "_C_cuda" else build_cpu)(library, unfinished, Path(work))
+            BUILDERS[library.name](library, unfinished, Path(work))
         unfinished.replace(output)
     finally:
         unfinished.unlink(missing_ok=True)
@@ -228,9 +240,7 @@ class BuildLibraries(build_ext):
             if library.name == "_C_cuda" and os.environ.get("MEGATRON_PATCH_CUDA") == "1":
                 raise
             # pip shows a build's warnings, and hides what it prints.
-            warnings.warn(
-                f"megatron_patch: {library.name} is not built: {reason}\nThe plain formulas serve: the same results, slower.", stacklevel=1
-            )
+            warnings.warn(f"megatron_patch: {library.name} is not built: {reason}\n{library.otherwise}", stacklevel=1)
 
     def get_outputs(self) -> list[str]:
         return [path for path in super().get_outputs() if Path(path).exists()]

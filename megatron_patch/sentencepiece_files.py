@@ -13,10 +13,16 @@ _SPACE = "▁"
 _PROBES = ("a", "a b", " a", "a  b ", "\ta\n", "ﬁ½é e\u0301 Ａ", "\u3000x\u00a0y", "\r\n", "İ ß", "x\u200by\ufeff")
 
 
+def replaces_spaces_alone(backend: Any) -> bool:
+    """Whether normalization makes ▁ of each space, perhaps puts one in front, and does nothing else."""
+    prefix = _SPACE if backend.normalize("a").startswith(_SPACE) else ""
+    return all(backend.normalize(text) == prefix + text.replace(" ", _SPACE) for text in _PROBES)
+
+
 def sentencepiece_json(backend: Any) -> str | None:
     """The same tokenizer in Hugging Face's format, without special tokens: in text they are text, as for SentencePiece."""
     prefix = bool(backend.normalize("a").startswith(_SPACE))
-    if any(backend.normalize(text) != (_SPACE if prefix else "") + text.replace(" ", _SPACE) for text in _PROBES):
+    if not replaces_spaces_alone(backend):
         return None
     count = backend.get_piece_size()
     pieces = [backend.id_to_piece(number) for number in range(count)]

@@ -58,7 +58,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--on-bad-line", choices=("skip", "fail"), default="skip", help="leave bad lines out and list them, or stop at the first"
     )
     parser.add_argument(
-        "--backend", choices=("auto", "reference"), default="auto", help="auto: fastokens where it agrees with the reference"
+        "--backend",
+        choices=("auto", "words", "reference"),
+        default="auto",
+        help="auto: fastokens and a memory for words, where they agree with the reference; words: without fastokens",
     )
     parser.add_argument("--txt-separator", help=r"between the documents of a .txt, with escapes: '\n\n'; without: one document a file")
     for name, unit in (("chars", "characters"), ("tokens", "tokens, without those that are added")):

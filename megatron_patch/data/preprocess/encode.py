@@ -1,8 +1,9 @@
 """From a batch of lines to token arrays, in a worker.
 
 In: a `Batch`. Out: `Encoded`: for each key flat ids and document lengths, with beginning, end and padding tokens in place, and what was
-left out. Encoding goes through `fastokens` where that agrees with the reference: on strings made to break tokenizers, on the first
-documents of this input, and on one document of every batch; one disagreement, and the reference encodes everything.
+left out. Encoding goes through what is faster (fast_backend.py) where that agrees with the reference: on strings made to break
+tokenizers, on the first documents of this input, and on one document of every batch; one disagreement, and the reference encodes
+everything.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ class EncodeSettings:
         prepend_bos: begin each with the beginning-of-sequence token.
         patch_align: pad each document with end-of-document tokens to a multiple of this.
         dtype: of the result, as NumPy names it.
-        backend: "auto" or "reference".
+        backend: "auto", "words" or "reference", as `fast_backend` takes it.
         min_chars: shorter texts are left out.
         max_chars: longer ones, too.
         min_tokens: as min_chars, in tokens without those that are added.
@@ -113,8 +114,8 @@ class Encoded:
         empty: texts without a token, left out.
         filtered: texts too short or too long, left out.
         checked: texts of the fast backend that were compared with the reference.
-        fast: whether the fast backend encoded it.
-        backend: what encoded it, in words.
+        backend: what encoded it: "reference", or the name of what did in its place.
+        backend_note: the same in words.
         bad: (line in the batch from 1, first byte in the batch, reason) of lines left out.
     """
 
@@ -129,8 +130,8 @@ class Encoded:
     empty: int
     filtered: int
     checked: int
-    fast: bool
     backend: str
+    backend_note: str
     bad: tuple[tuple[int, int, str], ...] = field(default_factory=tuple)
 
 
@@ -191,7 +192,7 @@ class Encoder:
         self.settings = settings
         self._empty = self._filtered = self._checked = 0
         self.tokenizer = tokenizer if tokenizer is not None else checked_tokenizer(settings)
-        self.fast, self.backend_note = fast_backend(self.tokenizer) if settings.backend == "auto" else (None, "the reference tokenizer")
+        self.fast, self.backend_note = fast_backend(self.tokenizer, settings.backend)
 
     def __call__(self, batch: Batch) -> Encoded:
         """Encodes a batch.
@@ -222,7 +223,7 @@ class Encoder:
             self._empty,
             self._filtered,
             self._checked,
-            self.fast is not None,
+            self.fast.name if self.fast is not None else "reference",
             self.backend_note,
             tuple(bad),
         )

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 
+from megatron_patch.data.preprocess.word_memory import WordMemory, cuts_of, is_built
 from megatron_patch.sentencepiece_files import sentencepiece_json
 from megatron_patch.tiktoken_files import TikTokenizer
 from megatron_patch.tokenizer import Flat, HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer
@@ -89,6 +90,8 @@ class FastBackend:
         TypeError: a tokenizer that fastokens has no form for.
         Exception: whatever fastokens raises when it cannot load it.
     """
+
+    name = "fastokens"
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         import fastokens
@@ -175,8 +178,30 @@ def same(first: Flat, second: Flat) -> bool:
     return np.array_equal(first[0], second[0]) and np.array_equal(first[1], second[1])
 
 
-def fast_backend(tokenizer: Tokenizer) -> tuple[FastBackend | None, str]:
-    """(the fast backend, or None; why). It must load this tokenizer and agree with it on every fuzz string."""
+def fast_backend(tokenizer: Tokenizer, backend: str = "auto") -> tuple[FastBackend | WordMemory | None, str]:
+    """(what encodes in the reference's place, or None; why).
+
+    That is fastokens where it loads this tokenizer and agrees with it on every fuzz string; and before it, or before the reference where
+    fastokens cannot serve, a memory for words where that helps: fastokens has one of its own for byte-level BPE.
+
+    Args:
+        tokenizer: the reference.
+        backend: "auto"; "words": the reference, and its words remembered; "reference".
+    """
+    if backend == "reference":
+        return None, "the reference tokenizer"
+    fast, note = _fastokens(tokenizer) if backend == "auto" else (None, "the reference tokenizer")
+    cuts = cuts_of(tokenizer) if fast is None or isinstance(tokenizer, SentencePieceTokenizer) else None
+    if cuts is None or not is_built():
+        return fast, note
+    memory = WordMemory(fast or tokenizer, cuts, f"words + {fast.name if fast is not None else 'reference'}")
+    # The second time each word is one that it remembers.
+    texts = 2 * fuzz_strings()
+    return (memory, f"remembered words and {note}") if same(memory.encode_flat(texts), tokenizer.encode_flat(texts)) else (fast, note)
+
+
+def _fastokens(tokenizer: Tokenizer) -> tuple[FastBackend | None, str]:
+    """The backend of fastokens, or None; and why."""
     try:
         backend = FastBackend(tokenizer)
         texts = fuzz_strings()

@@ -190,12 +190,10 @@ def cutter_of(tokenizer: Tokenizer) -> Cutter | None:
     """Where this tokenizer's texts may be cut; None: nowhere, as far as is known."""
     if isinstance(tokenizer, NullTokenizer):
         return _before_space
-    if isinstance(tokenizer, TikTokenizer):
-        return _before_space if tokenizer.pattern in _KNOWN_PATTERNS else None
-    if isinstance(tokenizer, HuggingFaceTokenizer):
-        return _before_space if _splits_before_spaces(orjson.loads(tokenizer.backend.to_str())) else None
+    if isinstance(tokenizer, (HuggingFaceTokenizer, TikTokenizer)):
+        return _before_space if splits_before_spaces(tokenizer) else None
     if isinstance(tokenizer, SentencePieceTokenizer):
-        return _at_space if _words_are_apart(tokenizer.backend) else None
+        return _at_space if words_are_apart(tokenizer.backend) else None
     return None
 
 
@@ -217,8 +215,11 @@ def _at_space(text: str) -> tuple[int, int] | None:
     return None
 
 
-def _splits_before_spaces(whole: dict[str, Any]) -> bool:
-    """Whether a tokenizer.json is a byte-level BPE over a known pattern, without tokens that reach over spaces."""
+def splits_before_spaces(tokenizer: HuggingFaceTokenizer | TikTokenizer) -> bool:
+    """Whether this is a byte-level BPE over a known pattern, without tokens that reach over spaces."""
+    if isinstance(tokenizer, TikTokenizer):
+        return tokenizer.pattern in _KNOWN_PATTERNS
+    whole: dict[str, Any] = orjson.loads(tokenizer.backend.to_str())
     if whole["model"].get("type") != "BPE" or whole["normalizer"] is not None:
         return False
     if any(token["lstrip"] or token["rstrip"] or re.search(r"\s", token["content"]) for token in whole["added_tokens"]):
@@ -235,7 +236,7 @@ def _splits_before_spaces(whole: dict[str, Any]) -> bool:
     return len(steps) == 2 and not last.get("use_regex", True) and known and split["pattern"].get("Regex") in _KNOWN_PATTERNS
 
 
-def _words_are_apart(backend: Any) -> bool:
+def words_are_apart(backend: Any) -> bool:
     """Whether a SentencePiece model is a BPE that puts a ▁ in front of every text and merges nothing over the beginning of a word."""
     if backend.normalize("a b") != "▁a▁b" or backend.normalize("a") != "▁a":
         return False

@@ -162,8 +162,10 @@ def preprocess(
         raise
     except BackendDisagrees as disagreement:
         if not run.resumable:
-            raise DataError(f"fastokens gave other ids than the reference for {disagreement}", do="use --backend reference") from None
-        notice(f"fastokens gave other ids than the reference for {str(disagreement)!r}; starting again with the reference alone")
+            raise DataError(
+                f"the fast backend gave other ids than the reference for {disagreement}", do="use --backend reference"
+            ) from None
+        notice(f"the fast backend gave other ids than the reference for {str(disagreement)!r}; starting again with the reference alone")
         settings = replace(settings, backend="reference")
         journal_path(output_prefix).unlink(missing_ok=True)
         return _run(run, settings, tokenizer, known, Record())
@@ -214,7 +216,7 @@ class _Accounts:
             Path(f"{run.output_prefix}_bad_lines.jsonl"), run.on_bad_line, begin.file, begin.line, begin.bad, begin.bad_bytes
         )
         self.file, self.upto = begin.file, begin.upto
-        self.fast: bool | None = None
+        self.backend: str | None = None
 
     @property
     def seconds(self) -> float:
@@ -230,9 +232,9 @@ class _Accounts:
         self.filtered += encoded.filtered
         self.checked += encoded.checked
         self.file, self.upto = encoded.file, encoded.upto
-        if self.fast is None:
-            self._run.notice(f"encoding with {encoded.backend}")
-        self.fast = encoded.fast
+        if self.backend is None:
+            self._run.notice(f"encoding with {encoded.backend_note}")
+        self.backend = encoded.backend
         if self._run.progress is not None:
             done = sum(self._sizes[: self.file]) + encoded.share * self._sizes[self.file]
             documents, tokens = sum(w.num_documents for w in writers), sum(w.num_tokens for w in writers)
@@ -310,7 +312,7 @@ def _run(run: _Run, settings: EncodeSettings, tokenizer: Tokenizer, known: dict[
         vocab_size=tokenizer.vocab_size,
         eod_id=tokenizer.eod_id,
         tokens_per_document=(LengthSample.of(IndexedDataset(run.prefixes[0])) if run.dedup else accounts.lengths).quantiles(),
-        backend="fastokens" if accounts.fast else "reference",
+        backend=accounts.backend or "reference",
         checked=accounts.checked,
         seconds=accounts.seconds,
         resumed_at=begin.read,
