@@ -68,7 +68,7 @@ def end_with(error: BaseException, rank: int, save: Path | None) -> ExitCode:
     ending = _tell(_own(type(error).__name__, message, code, rank), save)
     if ending.rank != rank:
         last = str(error).strip().splitlines()
-        print(f"rank {rank} ends with rank {ending.rank}: {type(error).__name__}: {last[0] if last else ''}", file=sys.stderr, flush=True)
+        say(f"rank {rank} ends with rank {ending.rank}: {type(error).__name__}: {last[0] if last else ''}")
         if ending.code == ExitCode.HANG and save is not None:
             write_stacks(save, rank, message)
     return ExitCode(ending.code)
@@ -96,9 +96,15 @@ def write_stacks(save: Path, rank: int, text: str) -> Path:
     return path
 
 
+def say(text: str) -> None:
+    """A line on standard error, which may be on the very disk that is full: no reason to end otherwise."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
+
+
 def advise(code: ExitCode) -> None:
     """The last line of a run that is not done."""
-    print(f"exit code {code.value}: {code.advice}", file=sys.stderr, flush=True)
+    say(f"exit code {code.value}: {code.advice}")
 
 
 def _own(reason: str, message: str, code: ExitCode, rank: int) -> Ending:
@@ -127,11 +133,11 @@ def _tell(mine: Ending, save: Path | None) -> Ending:
             try:
                 append_line(save / EVENTS, json.dumps({"type": "end", **asdict(mine)}))
             except OSError as error:
-                print(f"{save / EVENTS}: {error}", file=sys.stderr, flush=True)
+                say(f"{save / EVENTS}: {error}")
     if ending == mine:
         where = f"rank {mine.rank} on {mine.host}: " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
         kind = "" if mine.code in (ExitCode.INTERNAL, ExitCode.HANG) else f"{mine.reason}: "
-        print(f"{where}{kind}{mine.message}", file=sys.stderr, flush=True)
+        say(f"{where}{kind}{mine.message}")
         advise(ExitCode(mine.code))
     return ending
 

@@ -16,7 +16,7 @@ from megatron_patch.engine.deepspeed_config import EngineConfig, engine_config
 from megatron_patch.errors import ConfigError
 from megatron_patch.exit_codes import ExitCode
 from megatron_patch.training.dry_run import print_plan
-from megatron_patch.training.endings import advise, end_with
+from megatron_patch.training.endings import advise, end_with, say
 from megatron_patch.training.stop_requests import StopRequests
 from megatron_patch.training.stream import missing_data, open_stream
 from megatron_patch.training.watchdog import Watchdog
@@ -104,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Every rank meets the same error, before it has met the others.
         code = error.exit_code
         if rank == 0:
-            print(f"ConfigError: {error}", file=sys.stderr, flush=True)
+            say(f"ConfigError: {error}")
             advise(code)
     except (Exception, KeyboardInterrupt) as error:
         code = end_with(error, rank, save)

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import faulthandler
 import os
-import sys
 import tempfile
 import threading
 import time
 from pathlib import Path
 from types import TracebackType
 
-from megatron_patch.training.endings import end_hanging, write_stacks
+from megatron_patch.training.endings import end_hanging, say, write_stacks
 from megatron_patch.units import format_duration
 
 _SECOND_CHANCE = 60.0  # seconds after which a thread without Python's lock ends what Python cannot
@@ -70,7 +69,7 @@ class Watchdog:
             except OSError as error:
                 where += f" ({error})"
         if where.startswith("above"):
-            print(stacks, file=sys.stderr)
+            say(stacks)
         code = end_hanging(f"{said}; stacks {where}", self._rank, self._save)
         time.sleep(_GRACE)
         os._exit(code)
