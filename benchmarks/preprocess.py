@@ -184,7 +184,7 @@ def contenders(args: argparse.Namespace, kind: str, model: str, eod: int, vocab:
     library = "sentencepiece" if kind == "SentencePieceTokenizer" else "tokenizers"
     found = {
         "ours": ours,
-        "ours, reference backend": [*ours, "--backend", "reference"],
+        "ours without fastokens": [*ours, "--backend", "words"],
         f"loop over {library}, each document": [*program, "each", *tail],
         f"loop over {library}, in batches": [*program, "batches", *tail],
     }

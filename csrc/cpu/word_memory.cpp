@@ -12,18 +12,29 @@
 namespace megatron_patch {
 namespace {
 
-// Where a text may be cut in front of a space; data/preprocess/word_memory.py says for which tokenizers each holds.
+// Where a text may be cut; data/preprocess/word_memory.py says for which tokenizers each holds.
 enum class Cuts : int32_t {
-  kBehindAscii = 0,      // behind an ASCII letter or digit; the part behind begins with the space
-  kBeforeWords = 1,      // behind anything but a space or ▁, in front of anything; the space is left out
-  kBetweenAscii = 2,     // between ASCII letters or digits; the space is left out
+  kBehindAscii = 0,       // in front of a space behind an ASCII letter or digit
+  kBetweenAscii = 1,      // at a space between ASCII letters or digits; the space is left out
+  kBetweenStrangers = 2,  // between characters that stand side by side in no piece of the vocabulary
 };
 
 bool is_ascii_word(uint8_t byte) { return (byte >= '0' && byte <= '9') || ((byte | 0x20) >= 'a' && (byte | 0x20) <= 'z'); }
 
-// ▁ is E2 96 81 in UTF-8.
-bool ends_in_mark(const uint8_t* begin, const uint8_t* end) {
-  return end - begin >= 3 && end[-1] == 0x81 && end[-2] == 0x96 && end[-3] == 0xE2;
+// Classes of characters: ASCII, where ▁ (E2 96 81 in UTF-8) passes for a space, and all others.
+constexpr int kOther = 128;
+constexpr int kClasses = kOther + 1;
+
+bool is_mark(const uint8_t* bytes) { return bytes[0] == 0xE2 && bytes[1] == 0x96 && bytes[2] == 0x81; }
+
+int class_before(const uint8_t* begin, const uint8_t* at) {
+  if (at[-1] < kOther) return at[-1];
+  return at - begin >= 3 && is_mark(at - 3) ? ' ' : kOther;
+}
+
+int class_behind(const uint8_t* at, const uint8_t* end) {
+  if (at[0] < kOther) return at[0];
+  return end - at >= 3 && is_mark(at) ? ' ' : kOther;
 }
 
 uint64_t eight_bytes(const uint8_t* bytes) {
@@ -76,7 +87,11 @@ struct Slot {
 
 class WordMemory {
  public:
-  WordMemory(Cuts cuts, uint64_t most_bytes) : cuts_(cuts), most_bytes_(most_bytes) { forget(); }
+  // `neighbours`: for kBetweenStrangers, which classes of characters stand side by side in a piece, kClasses x kClasses.
+  WordMemory(Cuts cuts, const uint8_t* neighbours, uint64_t most_bytes) : cuts_(cuts), most_bytes_(most_bytes) {
+    if (neighbours != nullptr) neighbours_.assign(neighbours, neighbours + kClasses * kClasses);
+    forget();
+  }
 
   // Cuts texts, which stand one behind another and end at `ends`; 8 bytes behind the last must be readable. Returns the number of new parts.
   int64_t scan(const uint8_t* bytes, const int64_t* ends, int64_t count) {
@@ -87,7 +102,7 @@ class WordMemory {
     const uint8_t* text = bytes;
     for (int64_t number = 0; number < count; ++number) {
       const uint8_t* end = bytes + ends[number];
-      cut(text, end);
+      cuts_ == Cuts::kBetweenStrangers ? cut_between_strangers(text, end) : cut_at_spaces(text, end);
       parts_behind_.push_back(parts_.size());
       text = end;
     }
@@ -164,26 +179,33 @@ class WordMemory {
  private:
   uint64_t size() const { return keys_.size() + 4 * ids_.size() + sizeof(Word) * words_.size() + sizeof(Slot) * slots_.size(); }
 
-  void cut(const uint8_t* text, const uint8_t* end) {
+  void cut_between_strangers(const uint8_t* text, const uint8_t* end) {
+    const uint8_t* part = text;
+    for (const uint8_t* at = text + 1; at < end; ++at) {
+      if ((at[0] & 0xC0) == 0x80) continue;  // inside a character
+      const bool ascii = (at[-1] | at[0]) < kOther;
+      const int before = ascii ? at[-1] : class_before(text, at);
+      const int behind = ascii ? at[0] : class_behind(at, end);
+      if (neighbours_[before * kClasses + behind]) continue;
+      say(part, at);
+      part = at;
+    }
+    if (part < end) say(part, end);
+  }
+
+  void cut_at_spaces(const uint8_t* text, const uint8_t* end) {
     const uint8_t* part = text;
     for (const uint8_t* at = next_space(text, end); at < end; at = next_space(at + 1, end)) {
-      if (at == text || !is_cut(text, at, end)) continue;
+      if (at == text || !is_cut(at, end)) continue;
       say(part, at);
       part = cuts_ == Cuts::kBehindAscii ? at : at + 1;
     }
     if (part < end) say(part, end);
   }
 
-  bool is_cut(const uint8_t* text, const uint8_t* space, const uint8_t* end) const {
-    const uint8_t before = space[-1];
-    switch (cuts_) {
-      case Cuts::kBehindAscii:
-        return is_ascii_word(before);
-      case Cuts::kBeforeWords:
-        return before != ' ' && space + 1 < end && !ends_in_mark(text, space);
-      default:
-        return is_ascii_word(before) && space + 1 < end && is_ascii_word(space[1]);
-    }
+  bool is_cut(const uint8_t* space, const uint8_t* end) const {
+    if (!is_ascii_word(space[-1])) return false;
+    return cuts_ == Cuts::kBehindAscii || (space + 1 < end && is_ascii_word(space[1]));
   }
 
   void say(const uint8_t* begin, const uint8_t* end) {
@@ -226,6 +248,7 @@ class WordMemory {
   }
 
   Cuts cuts_;
+  std::vector<uint8_t> neighbours_;
   uint64_t most_bytes_;
   std::vector<uint8_t> keys_;
   std::vector<uint32_t> ids_;
@@ -243,8 +266,8 @@ class WordMemory {
 
 using megatron_patch::WordMemory;
 
-EXPORTED WordMemory* word_memory_new(int32_t cuts, uint64_t most_bytes) {
-  return new WordMemory(static_cast<megatron_patch::Cuts>(cuts), most_bytes);
+EXPORTED WordMemory* word_memory_new(int32_t cuts, const uint8_t* neighbours, uint64_t most_bytes) {
+  return new WordMemory(static_cast<megatron_patch::Cuts>(cuts), neighbours, most_bytes);
 }
 EXPORTED void word_memory_delete(WordMemory* memory) { delete memory; }
 EXPORTED int64_t word_memory_scan(WordMemory* memory, const uint8_t* bytes, const int64_t* ends, int64_t count) {

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from megatron_patch.data.preprocess import word_memory
 from megatron_patch.data.preprocess.fast_backend import FastBackend, fast_backend, fuzz_strings
 from megatron_patch.data.preprocess.train_tokenizer import train_tokenizer
-from megatron_patch.data.preprocess.word_memory import Cuts, WordMemory, cuts_of, is_built
+from megatron_patch.data.preprocess.word_memory import Cuts, Warming, WordMemory, cuts_of, is_built
 from megatron_patch.tokenizer import load_tokenizer
 from tests.data.test_preprocess import run
 from tests.test_tokenizer import train_sentencepiece
@@ -21,11 +21,11 @@ from tests.test_tokenizer import train_sentencepiece
 pytestmark = pytest.mark.skipif(not is_built(), reason="there is no C++ compiler here")
 
 KINDS = {
-    "sentencepiece": (Cuts.BEFORE_WORDS, {}),
-    "digits apart": (Cuts.BEFORE_WORDS, {"split_digits": True}),
-    "unknown letters": (Cuts.BEFORE_WORDS, {"byte_fallback": False}),
-    "symbols": (Cuts.BEFORE_WORDS, {"user_defined_symbols": ["return", "<sep>", "▁▁", "▁self"]}),
-    "runs of spaces": (Cuts.BEFORE_WORDS, {"allow_whitespace_only_pieces": True}),
+    "sentencepiece": (Cuts.BETWEEN_STRANGERS, {}),
+    "digits apart": (Cuts.BETWEEN_STRANGERS, {"split_digits": True}),
+    "symbols": (Cuts.BETWEEN_STRANGERS, {"user_defined_symbols": ["return", "<sep>", "▁▁", "▁self"]}),
+    "runs of spaces": (Cuts.BETWEEN_STRANGERS, {"allow_whitespace_only_pieces": True}),
+    "unknown letters": (Cuts.BETWEEN_ASCII, {"byte_fallback": False}),
     "nfkc": (Cuts.BETWEEN_ASCII, {"normalization_rule_name": "nmt_nfkc"}),
     "spaces removed": (Cuts.BETWEEN_ASCII, {"remove_extra_whitespaces": True}),
     "byte-level": (Cuts.BEHIND_ASCII, None),
@@ -63,7 +63,7 @@ def equal(mine, reference):
 def test_ids_are_the_reference_s(tokenizer_of, kind):
     tokenizer = tokenizer_of(kind)
     assert cuts_of(tokenizer) == KINDS[kind][0]
-    memory = WordMemory(tokenizer, cuts_of(tokenizer))
+    memory = WordMemory(tokenizer, tokenizer, cuts_of(tokenizer))
     text = st.lists(st.sampled_from(PARTS) | st.text(max_size=3), max_size=12).map("".join)
 
     @settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -77,10 +77,10 @@ def test_ids_are_the_reference_s(tokenizer_of, kind):
     check()
 
 
-@pytest.mark.parametrize(("kind", "wrong"), [("sentencepiece", Cuts.BEHIND_ASCII), ("byte-level", Cuts.BEFORE_WORDS)])
+@pytest.mark.parametrize(("kind", "wrong"), [("sentencepiece", Cuts.BEHIND_ASCII), ("byte-level", Cuts.BETWEEN_ASCII)])
 def test_cuts_at_other_places_would_be_noticed(tokenizer_of, kind, wrong):
     tokenizer, texts = tokenizer_of(kind), fuzz_strings()
-    assert not equal(WordMemory(tokenizer, wrong).encode_flat(texts), tokenizer.encode_flat(texts))
+    assert not equal(WordMemory(tokenizer, tokenizer, wrong).encode_flat(texts), tokenizer.encode_flat(texts))
 
 
 class Counting:
@@ -95,11 +95,12 @@ class Counting:
 
 
 def test_each_word_is_encoded_once(tokenizer_of):
-    encoder = Counting(tokenizer_of("sentencepiece"))
-    memory = WordMemory(encoder, Cuts.BEFORE_WORDS)
+    tokenizer = tokenizer_of("unknown letters")
+    encoder = Counting(tokenizer)
+    memory = WordMemory(tokenizer, encoder, Cuts.BETWEEN_ASCII)
     memory.encode_flat(["to be or not to be", "be not"])
     memory.encode_flat(["to  be", "not or"])
-    assert encoder.asked == ["to", "be", "or", "not", " be"]
+    assert encoder.asked == ["to", "be", "or", "not", "to  be"]
 
 
 def test_a_small_memory_begins_anew_and_a_large_one_grows(tokenizer_of):
@@ -107,10 +108,10 @@ def test_a_small_memory_begins_anew_and_a_large_one_grows(tokenizer_of):
     words = [f"word{number:06}" + "x" * (number % 40) for number in range(50_000)]
     texts = [" ".join(words[start : start + 1000]) for start in range(0, len(words), 1000)]
     right = encoder.tokenizer.encode_flat(texts)
-    assert equal(WordMemory(encoder, Cuts.BEHIND_ASCII).encode_flat(texts), right)
+    assert equal(WordMemory(encoder.tokenizer, encoder, Cuts.BEHIND_ASCII).encode_flat(texts), right)
     assert len(encoder.asked) == len(words) + len(texts) - 50, "a text's first word has no space in front"
     encoder.asked.clear()
-    small = WordMemory(encoder, Cuts.BEHIND_ASCII, most_bytes=1 << 16)
+    small = WordMemory(encoder.tokenizer, encoder, Cuts.BEHIND_ASCII, most_bytes=1 << 16)
     for _ in range(2):
         for text in texts[:3]:
             assert equal(small.encode_flat([text]), encoder.tokenizer.encode_flat([text]))
@@ -121,15 +122,20 @@ def test_an_encoder_s_error_leaves_no_words_without_ids(tokenizer_of):
     tokenizer = tokenizer_of("sentencepiece")
 
     class Failing:
+        fails = False
+
         def encode_flat(self, texts):
-            if "bad" in texts:
+            if self.fails:
                 raise ValueError("no")
             return tokenizer.encode_flat(texts)
 
-    memory = WordMemory(Failing(), Cuts.BEFORE_WORDS)
+    encoder = Failing()
+    memory = WordMemory(tokenizer, encoder, Cuts.BETWEEN_STRANGERS)
     memory.encode_flat(["a b"])
+    encoder.fails = True
     with pytest.raises(ValueError, match="no"):
-        memory.encode_flat(["a new bad word"])
+        memory.encode_flat(["a new word"])
+    encoder.fails = False
     assert equal(memory.encode_flat(["a new word b"]), tokenizer.encode_flat(["a new word b"]))
 
 
@@ -139,20 +145,32 @@ def test_tokenizers_that_cannot_be_cut_have_none(folder, tmp_path):
     assert cuts_of(train_sentencepiece(folder, tmp_path, user_defined_symbols=["new▁self"])) is None
 
 
-def test_it_stands_before_what_else_encodes(tokenizer_of, monkeypatch):
+def test_where_it_serves(tokenizer_of, monkeypatch):
     model, byte_level = tokenizer_of("sentencepiece"), tokenizer_of("byte-level")
     pytest.importorskip("fastokens")
-    assert fast_backend(model)[0].name == "words + fastokens"
-    assert fast_backend(model, "words")[0].name == fast_backend(byte_level, "words")[0].name == "words + reference"
+    assert fast_backend(model)[0].name == fast_backend(model, "words")[0].name == fast_backend(byte_level, "words")[0].name == "words"
     assert isinstance(fast_backend(byte_level)[0], FastBackend), "which has a memory of its own"
     assert fast_backend(model, "reference")[0] is None
     monkeypatch.setattr(word_memory, "_library", lambda: None)
     assert fast_backend(model)[0].name == "fastokens" and fast_backend(model, "words")[0] is None
 
 
+def test_many_new_words_bring_something_faster(tokenizer_of):
+    tokenizer = tokenizer_of("nfkc")
+    first, then = Counting(tokenizer), Counting(tokenizer)
+    memory = WordMemory(tokenizer, Warming(first, lambda: then, 15_000), cuts_of(tokenizer))
+    texts = [" ".join(f"word{part}of{number}" for number in range(1000)) for part in range(4)]
+    for text in texts:
+        assert equal(memory.encode_flat([text]), tokenizer.encode_flat([text]))
+    # The second thousand passes the limit, and is encoded by the other.
+    assert (len(first.asked), len(then.asked)) == (1000, 3000)
+    nothing = Warming(first, lambda: None, 1)
+    assert equal(nothing.encode_flat(texts), tokenizer.encode_flat(texts))
+
+
 def test_datasets_are_the_same(folder, tmp_path):
     for backend in ("words", "reference"):
-        assert run(folder, tmp_path / backend, backend=backend).backend.endswith("reference")
+        assert run(folder, tmp_path / backend, backend=backend).backend == backend
     for ending in (".bin", ".idx"):
         first, second = (tmp_path / f"{backend}_text_document{ending}" for backend in ("words", "reference"))
         assert first.read_bytes() == second.read_bytes()

@@ -27,7 +27,7 @@ from megatron_patch.tiktoken_files import PATTERNS
 from megatron_patch.tokenizer import Tokenizer, load_tokenizer
 
 # Of a document that is compared with the reference: the reference is slow, and most of a run may be long documents.
-_CHECKED_CHARS = 2000
+_CHECKED_CHARS = 500
 
 
 def _chars(text: str | LongText) -> int:

@@ -7,22 +7,25 @@ a byte, which fastokens would take for the byte) go to the reference one by one.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import random
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
 import orjson
 
-from megatron_patch.data.preprocess.word_memory import WordMemory, cuts_of, is_built
+from megatron_patch.data.preprocess.word_memory import Warming, WordMemory, cuts_of, is_built
 from megatron_patch.sentencepiece_files import sentencepiece_json
 from megatron_patch.tiktoken_files import TikTokenizer
 from megatron_patch.tokenizer import Flat, HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer
 
 Array = npt.NDArray[np.uint32]
 _MOST_UNREACHABLE = 2000
+_WARM_BYTES = 4_000_000  # which a reference encodes in the time that fastokens takes to load
 
 
 def fuzz_strings(seed: int = 0, count: int = 300) -> list[str]:
@@ -109,6 +112,9 @@ class FastBackend:
             self._unreachable = _finder(unreachable_pieces(text))
         else:
             raise TypeError(f"no form of {tokenizer.name}")
+        # Here its threads are made, once for a process: as many as it may use processors.
+        with _one_processor():
+            self._native.encode_batch_flat(["a", "b"], add_special_tokens=False)
 
     def encode_flat(self, texts: Sequence[str]) -> Flat:
         """See `Tokenizer`."""
@@ -126,6 +132,20 @@ class FastBackend:
             rows[number] = self._reference.encode_flat([texts[number]])[0]
             lengths[number] = rows[number].size
         return np.concatenate(rows), lengths
+
+
+@contextlib.contextmanager
+def _one_processor() -> Iterator[None]:
+    """Lets this thread use a single processor: a worker is one thread, with one memory for words, and --workers says how many there are."""
+    if not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    allowed = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(allowed)})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, allowed)
 
 
 def unreachable_pieces(text: str) -> list[str]:
@@ -179,25 +199,29 @@ def same(first: Flat, second: Flat) -> bool:
 
 
 def fast_backend(tokenizer: Tokenizer, backend: str = "auto") -> tuple[FastBackend | WordMemory | None, str]:
-    """(what encodes in the reference's place, or None; why).
+    """(what encodes in the reference's place, or None; why). It must agree with the reference on every fuzz string.
 
-    That is fastokens where it loads this tokenizer and agrees with it on every fuzz string; and before it, or before the reference where
-    fastokens cannot serve, a memory for words where that helps: fastokens has one of its own for byte-level BPE.
+    For byte-level BPE that is fastokens, which remembers words itself. For SentencePiece, and where fastokens cannot serve, it is a memory
+    for words: before the reference, and before fastokens as soon as there are so many new words that loading it pays.
 
     Args:
         tokenizer: the reference.
-        backend: "auto"; "words": the reference, and its words remembered; "reference".
+        backend: "auto"; "words": without fastokens; "reference".
     """
     if backend == "reference":
         return None, "the reference tokenizer"
-    fast, note = _fastokens(tokenizer) if backend == "auto" else (None, "the reference tokenizer")
-    cuts = cuts_of(tokenizer) if fast is None or isinstance(tokenizer, SentencePieceTokenizer) else None
-    if cuts is None or not is_built():
-        return fast, note
-    memory = WordMemory(fast or tokenizer, cuts, f"words + {fast.name if fast is not None else 'reference'}")
+    later = backend == "auto" and isinstance(tokenizer, SentencePieceTokenizer)
+    fast, note = _fastokens(tokenizer) if backend == "auto" and not later else (None, "the reference tokenizer")
+    cuts = cuts_of(tokenizer) if fast is None and is_built() else None
+    if cuts is None:
+        return _fastokens(tokenizer) if later else (fast, note)
+    encoder = Warming(tokenizer, lambda: _fastokens(tokenizer)[0], _WARM_BYTES) if later else tokenizer
+    memory = WordMemory(tokenizer, encoder, cuts, "words")
     # The second time each word is one that it remembers.
     texts = 2 * fuzz_strings()
-    return (memory, f"remembered words and {note}") if same(memory.encode_flat(texts), tokenizer.encode_flat(texts)) else (fast, note)
+    if same(memory.encode_flat(texts), tokenizer.encode_flat(texts)):
+        return memory, f"remembered words of {note}, checked against it"
+    return _fastokens(tokenizer) if later else (fast, note)
 
 
 def _fastokens(tokenizer: Tokenizer) -> tuple[FastBackend | None, str]:

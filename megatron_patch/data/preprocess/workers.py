@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import fcntl
 import multiprocessing
+import os
+import pickle
 import queue
 import signal
 import threading
@@ -17,6 +20,8 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any, cast
 
+import numpy as np
+
 from megatron_patch.data.preprocess.encode import Encoded, Encoder, EncodeSettings
 from megatron_patch.data.preprocess.readers import Batch
 from megatron_patch.errors import DataError
@@ -24,6 +29,7 @@ from megatron_patch.errors import DataError
 # Batches a worker holds: one that it encodes, and one that waits so that it never does.
 _HELD = 2
 _GOODBYE_SECONDS = 5.0
+_RESULT_BYTES = 1 << 20  # a batch's tokens, so that a worker hands them over and goes on
 
 
 def _receive(pipe: Connection, inbox: queue.SimpleQueue[Batch | None]) -> None:
@@ -34,20 +40,49 @@ def _receive(pipe: Connection, inbox: queue.SimpleQueue[Batch | None]) -> None:
     inbox.put(None)
 
 
-def _serve(pipe: Connection, settings: EncodeSettings) -> None:
-    """A worker's life: it ends when the pipe does."""
+def _hand_over(pipe: Connection, result: Any) -> None:
+    """Sends an object whose arrays are not copied on the way; see `_take`."""
+    arrays: list[pickle.PickleBuffer] = []
+    head = pickle.dumps(result, protocol=5, buffer_callback=arrays.append)
+    views = [array.raw() for array in arrays]
+    pipe.send((head, [view.nbytes for view in views]))
+    for view in views:
+        while view.nbytes:
+            view = view[os.write(pipe.fileno(), view) :]
+
+
+def _take(pipe: Connection) -> Any:
+    """What `_hand_over` has sent.
+
+    Raises:
+        EOFError: the other end is gone.
+    """
+    head, sizes = pipe.recv()
+    arrays = [np.empty(size, np.uint8) for size in sizes]
+    for array in arrays:
+        view = array.data
+        while view.nbytes:
+            count = os.readv(pipe.fileno(), [view])
+            if count == 0:
+                raise EOFError
+            view = view[count:]
+    return pickle.loads(head, buffers=arrays)
+
+
+def _serve(work: Connection, results: Connection, settings: EncodeSettings) -> None:
+    """A worker's life: it ends when its pipes do."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     inbox: queue.SimpleQueue[Batch | None] = queue.SimpleQueue()
-    threading.Thread(target=_receive, args=(pipe, inbox), daemon=True).start()
+    threading.Thread(target=_receive, args=(work, inbox), daemon=True).start()
     encoder = Encoder(settings)
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):
         while (batch := inbox.get()) is not None:
             try:
-                pipe.send(encoder(batch))
+                _hand_over(results, encoder(batch))
             except (BrokenPipeError, ConnectionResetError):
                 raise
             except Exception as error:  # told to whoever asked
-                pipe.send(error)
+                _hand_over(results, error)
 
 
 def _context() -> Any:
@@ -66,14 +101,19 @@ def prepare_workers() -> None:
 
 
 class _Worker:
-    """A process, its pipe, and the numbers of the batches it holds."""
+    """A process, the pipes to it and from it, and the numbers of the batches it holds."""
 
     def __init__(self, settings: EncodeSettings) -> None:
         context = _context()
-        self.pipe, theirs = context.Pipe()
-        self.process: BaseProcess = context.Process(target=_serve, args=(theirs, settings), daemon=True)
+        work, self._work = context.Pipe(duplex=False)
+        self.results, results = context.Pipe(duplex=False)
+        if hasattr(fcntl, "F_SETPIPE_SZ"):
+            with contextlib.suppress(OSError):  # more than this user may have
+                fcntl.fcntl(results.fileno(), fcntl.F_SETPIPE_SZ, _RESULT_BYTES)
+        self.process: BaseProcess = context.Process(target=_serve, args=(work, results, settings), daemon=True)
         self.process.start()
-        theirs.close()
+        work.close()
+        results.close()
         self.held: collections.deque[int] = collections.deque()
 
     def send(self, number: int, batch: Batch) -> None:
@@ -84,7 +124,7 @@ class _Worker:
         """
         self.held.append(number)
         try:
-            self.pipe.send(batch)
+            self._work.send(batch)
         except OSError as error:
             raise _dead() from error
 
@@ -96,7 +136,7 @@ class _Worker:
             Exception: whatever encoding raised.
         """
         try:
-            answer = self.pipe.recv()
+            answer = _take(self.results)
         except (EOFError, OSError) as error:
             raise _dead() from error
         if isinstance(answer, Exception):
@@ -105,7 +145,8 @@ class _Worker:
 
     def end(self) -> None:
         """Ends the process: kindly, then by force."""
-        self.pipe.close()
+        self._work.close()
+        self.results.close()
         if self.held:
             self.process.terminate()
         self.process.join(_GOODBYE_SECONDS)
@@ -159,7 +200,7 @@ def encode_in_order(work: Iterable[Batch], count: int, settings: EncodeSettings)
                 yield done.pop(following)
                 following += 1
                 continue
-            busy = {worker.pipe: worker for worker in workers if worker.held}
+            busy = {worker.results: worker for worker in workers if worker.held}
             if not busy:
                 return
             for pipe in wait(list(busy)):
