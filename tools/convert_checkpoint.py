@@ -14,6 +14,8 @@ import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import package_check  # noqa: F401 - before the package itself
+
 from megatron_patch.command_line import ArgumentParser, run_tool
 from megatron_patch.convert.checkpoint_io import open_checkpoint
 from megatron_patch.convert.flags import flags_of

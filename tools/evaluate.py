@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import package_check  # noqa: F401 - before the package itself
 import torch
 
 from megatron_patch.command_line import ArgumentParser, run_tool

@@ -8,6 +8,7 @@ import json
 import sys
 from collections.abc import Sequence
 
+import package_check  # noqa: F401 - before the package itself
 import torch
 
 from megatron_patch.command_line import ArgumentParser, run_tool

@@ -11,6 +11,7 @@ import json
 import sys
 from pathlib import Path
 
+import package_check  # noqa: F401 - before the package itself
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table

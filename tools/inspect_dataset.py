@@ -10,6 +10,7 @@ import json
 import sys
 from typing import Any
 
+import package_check  # noqa: F401 - before the package itself
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table

@@ -14,6 +14,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import package_check  # noqa: F401 - before the package itself
+
 from megatron_patch.command_line import ArgumentParser, run_tool
 from megatron_patch.config.parsing import parse
 from megatron_patch.config.resolve import resolve

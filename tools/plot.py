@@ -6,6 +6,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import package_check  # noqa: F401 - before the package itself
+
 from megatron_patch.command_line import ArgumentParser, run_tool
 from megatron_patch.training.plotting import plot_runs
 

@@ -14,6 +14,7 @@ import os
 import sys
 import time
 
+import package_check  # noqa: F401 - before the package itself
 from rich.console import Console
 from rich.table import Table
 

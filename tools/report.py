@@ -10,6 +10,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import package_check  # noqa: F401 - before the package itself
+
 from megatron_patch.command_line import ArgumentParser, run_tool
 from megatron_patch.reporting.page import write_report
 

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import package_check  # noqa: F401 - before the package itself
 
 from megatron_patch.command_line import ArgumentParser, run_tool
 from megatron_patch.console import make_console

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import sys
 
+import package_check  # noqa: F401 - before the package itself
+
 from megatron_patch.command_line import ArgumentParser, run_tool
 from megatron_patch.data.preprocess.train_tokenizer import train_tokenizer
 from megatron_patch.units import parse_count

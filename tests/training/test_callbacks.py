@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 from rich.console import Console as RichConsole
@@ -12,7 +12,7 @@ from rich.console import Console as RichConsole
 from megatron_patch.training.callbacks.base import EvaluationRecord, RunEnd, RunStart, SaveRecord, StepRecord, SwitchRecord
 from megatron_patch.training.callbacks.console import Console
 from megatron_patch.training.callbacks.metrics import Metrics, read_metrics
-from megatron_patch.training.callbacks.tensorboard import TensorBoard
+from megatron_patch.training.callbacks.tensorboard import TensorBoard, named_values
 from megatron_patch.training.throughput import Throughput
 
 START = RunStart(0, 20, 2000, ((1000, "token"),), 0, "cpu", 1, None, 1e6, 0.5)
@@ -79,12 +79,23 @@ def test_tensorboard_has_the_same_names_over_tokens(tmp_path):
     board.on_start(START)
     board.on_step(STEP)
     board.on_evaluation(EVALUATION)
+    board.on_step(replace(STEP, stage="token", stage_index=1, patch_size=1, tokens=200, loss=4.5))
     board.close()
     events = EventAccumulator(str(tmp_path))
     events.Reload()
-    for name, value in {"train/loss": 5.5, "eval/token_loss": 6.5, "eval/patch_loss": 5.25, "train/patch_size": 4.0}.items():
+    once = {"train/patch_loss": (100, 5.5), "train/token_loss": (200, 4.5), "eval/token_loss": (100, 6.5), "eval/patch_loss": (100, 5.25)}
+    for name, expected in once.items():
         (scalar,) = events.Scalars(name)
-        assert scalar.step == 100 and scalar.value == value
+        assert (scalar.step, scalar.value) == expected
+    both = {*named_values(STEP), *named_values(replace(STEP, patch_size=1)), *named_values(EVALUATION)}
+    assert set(events.Tags()["scalars"]) == both
+    assert [scalar.step for scalar in events.Scalars("train/lr")] == [100, 200]
+
+
+def test_names_of_charts_are_those_of_the_records():
+    names = {name.partition("/")[2] for name in named_values(STEP)} - {"patch_loss"}
+    assert names <= set(asdict(STEP)) and {name.partition("/")[2] for name in named_values(EVALUATION)} <= set(asdict(EVALUATION))
+    assert "eval/patch_loss" not in named_values(replace(EVALUATION, patch_size=1))
 
 
 def test_rates_are_those_of_the_window():
@@ -111,4 +122,28 @@ def test_weights_and_biases_goes_on_in_the_same_run(tmp_path, monkeypatch):
         board.on_evaluation(EVALUATION)
         board.close()
     run_id = (tmp_path / "run" / "wandb_run_id").read_text().strip()
-    assert len([path for path in (tmp_path / "wandb").glob("offline-run-*") if path.name.endswith(run_id)]) == 2
+    folders = [path for path in (tmp_path / "wandb").glob("offline-run-*") if path.name.endswith(run_id)]
+    assert len(folders) == 2
+    names, axes = logged(next(folders[0].glob("*.wandb")))
+    assert names == {"tokens", *named_values(STEP), *named_values(EVALUATION)} and axes == {"tokens"}
+
+
+def logged(path):
+    """(names of what a run logged, names of its x axes), from the file that W&B would send: a log of protobuf records in 32 KiB blocks."""
+    from wandb.proto import wandb_internal_pb2
+
+    data, at, payload, names, axes = path.read_bytes(), 7, b"", set(), set()
+    while at + 7 <= len(data):
+        if 32768 - at % 32768 < 7:
+            at += 32768 - at % 32768
+            continue
+        length, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
+        payload += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # whole, or the last part of one
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(payload)
+            payload = b""
+            names |= {item.key or "/".join(item.nested_key) for item in record.history.item}
+            axes |= {record.metric.step_metric} - {""}
+    return {name for name in names if not name.startswith("_")}, axes

@@ -8,7 +8,6 @@ from megatron_patch.errors import ConfigError
 from megatron_patch.training.callbacks.base import Callback, EvaluationRecord, RunStart, StepRecord
 
 STEP_VALUES = (
-    "loss",
     "lr",
     "grad_norm",
     "tokens_per_second",
@@ -17,20 +16,26 @@ STEP_VALUES = (
     "mfu",
     "memory_gib",
     "data_seconds",
+    "step_seconds",
     "cost",
+    "cost_tokens",
     "patch_size",
 )
 
 
 def named_values(record: StepRecord | EvaluationRecord) -> dict[str, float]:
-    """A record's numbers under the names that both TensorBoard and Weights & Biases show."""
+    """A record's numbers under the names that both TensorBoard and Weights & Biases show.
+
+    They are the records' own, behind "train/" or "eval/"; a training loss is called by its kind, so that no chart joins the two.
+    """
     if isinstance(record, EvaluationRecord):
         values = {"eval/token_loss": record.token_loss}
         if record.patch_size > 1:
             values["eval/patch_loss"] = record.patch_loss
         return values
     pairs = ((name, getattr(record, name)) for name in STEP_VALUES)
-    return {f"train/{name}": float(value) for name, value in pairs if value is not None}
+    loss = "train/token_loss" if record.patch_size == 1 else "train/patch_loss"
+    return {loss: record.loss, **{f"train/{name}": float(value) for name, value in pairs if value is not None}}
 
 
 class TensorBoard(Callback):

@@ -1,0 +1,281 @@
+#!/usr/bin/env python
+"""A study of the method on any text: arms of equal cost times seeds, one table, one plot. Stopped at any moment, the same command goes on.
+
+python examples/replicate/study.py --text 'books/*.txt' --output runs/study --config examples/replicate/study_cpu.yaml --seeds 3
+
+Seeds are the outer loop: after the first, every arm can be compared. After each run OUTPUT/study.md, study.json and loss.png are written
+again from the metrics of all runs that are done. `--status` only does that; `--plan` prints what would run, and what it reads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from megatron_patch.command_line import ArgumentParser, run_tool
+from megatron_patch.config.parsing import read_yaml
+from megatron_patch.errors import ConfigError, DataError
+from megatron_patch.files import write_durably
+from megatron_patch.replication.arms import Arm, select_arms
+from megatron_patch.replication.results import Outcome, markdown, plot_study, read_outcome, summarise, verdict, write_json
+from megatron_patch.units import format_count, format_duration, parse_count
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+EVALUATIONS = 16
+BEGIN, END = "<!-- study -->", "<!-- end of study -->"
+
+
+class Study:
+    """A study in its folder.
+
+    Args:
+        args: of the command line.
+        console: for people.
+
+    Raises:
+        ConfigError: wrong flags, or a folder that holds another study.
+    """
+
+    def __init__(self, args: argparse.Namespace, console: Console) -> None:
+        self.console, self.home, self.args = console, args.output.resolve(), args
+        values = read_yaml(args.config)
+        values = {name.replace("_", "-"): value for name, value in values.items()}
+        if "train-tokens" not in values or "lr" not in values:
+            raise ConfigError(f"{args.config} gives no train-tokens or no lr", "a file with both", "see examples/replicate/study_cpu.yaml")
+        self.lr = float(values["lr"])
+        self.budget = parse_count(args.budget or values["train-tokens"])
+        self.arms = select_arms(args.arms, self.lr)
+        self.seeds = list(range(1, args.seeds + 1))
+        self.settings: dict[str, Any] = {
+            "config": values,
+            "budget": self.budget,
+            "vocab_size": parse_count(args.vocab_size),
+            "text": sorted(args.text),
+        }
+        self._check_folder()
+
+    def _check_folder(self) -> None:
+        path = self.home / "settings.json"
+        if path.is_file():
+            before = json.loads(path.read_text(encoding="utf-8"))
+            if not self.args.text:
+                self.settings["text"] = before["text"]
+            unlike = [name for name, value in self.settings.items() if json.loads(json.dumps(value, default=str)) != before.get(name)]
+            if unlike:
+                raise ConfigError(
+                    f"{self.home} holds a study with another {' and '.join(unlike)}",
+                    "the settings it began with; arms and seeds may be added",
+                    "repeat them, or give another --output",
+                )
+        elif not self.args.text:
+            raise ConfigError("no --text", "files of text: .txt, .jsonl, also compressed, or globs in quotes", "name them")
+
+    @property
+    def dataset(self) -> Path:
+        """Prefix of the tokenized text."""
+        return self.home / "data" / "text_text_document"
+
+    def folder(self, arm: Arm, seed: int) -> Path:
+        """A run's."""
+        return self.home / "runs" / f"{arm.name}-seed{seed}"
+
+    def words(self, arm: Arm, seed: int) -> list[str]:
+        """A run's command line, behind `python`."""
+        tokens = arm.train_tokens(self.budget)
+        return [
+            "pretrain_gpt_patch.py",
+            *("--config", str(self.args.config), *arm.flags, "--train-tokens", str(tokens), "--seed", str(seed)),
+            *("--data-path", str(self.dataset), "--split", "95,5,0", "--eval-interval-tokens", str(max(1, tokens // EVALUATIONS))),
+            *("--eval-tokens", str(min(1_000_000, max(16_384, self.budget // 32))), "--log-interval", "50"),
+            *("--save-interval-tokens", str(max(1, tokens // 4)), "--keep-last", "1", "--save", str(self.folder(arm, seed))),
+        ]
+
+    def prepare(self) -> None:
+        """Tokenizer and dataset, once."""
+        self.home.mkdir(parents=True, exist_ok=True)
+        write_durably(self.home / "settings.json", json.dumps(self.settings, indent=1, default=str) + "\n")
+        text, tokenizer = [str(path) for path in self.settings["text"]], self.home / "tokenizer"
+        if not (tokenizer / "tokenizer.json").is_file():
+            self.run(
+                ["tools/train_tokenizer.py", "--input", *text, "--vocab-size", str(self.settings["vocab_size"]), "--output", str(tokenizer)]
+            )
+        if not self.dataset.with_suffix(".json").is_file():
+            kind = ("--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(tokenizer), "--append-eod", "--overwrite")
+            self.run(["tools/preprocess_data.py", "--input", *text, "--output-prefix", str(self.home / "data" / "text"), *kind])
+
+    def run(self, words: Sequence[str], log: Path | None = None) -> None:
+        """One command of the program; its output goes to the screen, or to a log.
+
+        Raises:
+            DataError: it failed.
+        """
+        self.console.print(f"$ python {shlex.join(words)}", soft_wrap=True, markup=False)
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]).rstrip(":"),
+        }
+        if not _has_gpu():
+            environment.setdefault("DS_ACCELERATOR", "cpu")
+        if log is None:
+            code = subprocess.run([sys.executable, *words], cwd=ROOT, env=environment, check=False).returncode
+        else:
+            log.parent.mkdir(parents=True, exist_ok=True)
+            with log.open("ab") as file:
+                code = subprocess.run([sys.executable, *words], cwd=ROOT, env=environment, stdout=file, stderr=file, check=False).returncode
+        if code:
+            raise DataError(
+                f"{words[0]} ended with code {code}", "0", f"read {log or 'the lines above'}; the same command goes on from here"
+            )
+
+    def outcomes(self) -> list[Outcome]:
+        """Of all runs that are done, also those of seeds beyond --seeds."""
+        found = []
+        for arm in select_arms([], self.lr):
+            for folder in sorted((self.home / "runs").glob(f"{arm.name}-seed*")):
+                seed = folder.name.removeprefix(f"{arm.name}-seed")
+                if seed.isdigit() and (outcome := read_outcome(folder, arm.name, int(seed))) is not None:
+                    found.append(outcome)
+        return found
+
+    def write(self) -> None:
+        """Table, plot and numbers of what is done."""
+        outcomes, arms = self.outcomes(), select_arms([], self.lr)
+        if not outcomes:
+            self.console.print("no run is done yet")
+            return
+        rows = summarise(arms, outcomes, self.budget)
+        write_json(self.home / "study.json", rows, outcomes, json.loads(json.dumps(self.settings, default=str)))
+        plot_study(self.home / "loss.png", arms, outcomes, self.budget, self.title())
+        text = markdown(rows, arms, self.about(), self.command(), "study.png" if self.args.docs else "loss.png")
+        write_durably(self.home / "study.md", text)
+        if self.args.docs:
+            self.into_docs(self.args.docs, text)
+        table = Table(title=f"{len(outcomes)} run{'s' if len(outcomes) > 1 else ''} done", title_justify="left", header_style="bold")
+        for name in ("arm", "seeds", "tokens", "cost", "steps", "held-out token loss", "against its baseline", ""):
+            table.add_column(name, justify="left" if name in ("arm", "") else "right")
+        for row in rows:
+            spread = "" if row.spread is None else f" ± {row.spread:.3f}"
+            error = "" if row.error is None else f" ± {row.error:.3f}"
+            difference = "" if row.difference is None else f"{row.difference:+.3f}{error}"
+            cells = (row.arm, str(row.seeds), format_count(row.tokens), f"{row.cost:.3f}", f"{row.steps:,}", f"{row.loss:.3f}{spread}")
+            table.add_row(*cells, difference, verdict(row))
+        self.console.print(table)
+
+    def into_docs(self, document: Path, text: str) -> None:
+        """Puts the table between a document's two marks, and the plot beside the document.
+
+        Raises:
+            ConfigError: the document has no marks.
+        """
+        before, begin, rest = document.read_text(encoding="utf-8").partition(BEGIN)
+        _, end, after = rest.partition(END)
+        if not begin or not end:
+            raise ConfigError(f"{document} lacks {BEGIN} or {END}", "a document with both marks", "write them where the table belongs")
+        write_durably(document, f"{before}{BEGIN}\n\n{text}\n{END}{after}")
+        document.with_name("study.png").write_bytes((self.home / "loss.png").read_bytes())
+
+    def title(self) -> str:
+        """Of the plot."""
+        return f"Equal cost: every arm but token-full spends what token level spends on {format_count(self.budget)} tokens"
+
+    def about(self) -> str:
+        """Model, data, machine and date: what a number needs beside it."""
+        config, side = self.settings["config"], json.loads(self.dataset.with_suffix(".json").read_text(encoding="utf-8"))
+        return (
+            f"{config['num-layers']} layers x {config['hidden-size']}, vocabulary {side['vocab_size']:,}, {config['seq-length']} positions "
+            f"a sample, on {format_count(side['tokens'])} tokens of text, 5 % held out; budget: what token level spends on "
+            f"{format_count(self.budget)} tokens. {machine()}, {date.today().isoformat()}."
+        )
+
+    def command(self) -> str:
+        """The command that makes these numbers, with the text's place left to the reader."""
+        path = self.args.config.resolve()
+        config = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path.name
+        extra = f" --budget {self.args.budget}" if self.args.budget else ""
+        arms = f" --arms {' '.join(self.args.arms)}" if self.args.arms else ""
+        seeds = max((outcome.seed for outcome in self.outcomes()), default=self.args.seeds)
+        return f"python examples/replicate/study.py --text 'books/*.txt' --output runs/study --config {config}{extra}{arms} --seeds {seeds}"
+
+    def print_plan(self) -> None:
+        """What would run."""
+        table = Table(title=f"Budget: {format_count(self.budget)} cost tokens an arm", title_justify="left", header_style="bold")
+        for name in ("arm", "tokens", "cost", "what"):
+            table.add_column(name, justify="right" if name in ("tokens", "cost") else "left")
+        for arm in self.arms:
+            table.add_row(arm.name, format_count(arm.train_tokens(self.budget)), f"{arm.cost / 2:g}", arm.what)
+        self.console.print(table)
+        self.console.print(f"{len(self.arms)} arms x {len(self.seeds)} seeds = {len(self.arms) * len(self.seeds)} runs")
+
+    def go(self) -> None:
+        """Every run that is not done, then the results."""
+        self.prepare()
+        began, whole = time.monotonic(), len(self.arms) * len(self.seeds)
+        left = [(arm, seed) for seed in self.seeds for arm in self.arms if read_outcome(self.folder(arm, seed), arm.name, seed) is None]
+        for made, (arm, seed) in enumerate(left, 1):
+            self.console.print(f"\n[bold]{whole - len(left) + made} of {whole}: {arm.name}, seed {seed}[/bold]")
+            self.run(self.words(arm, seed), self.home / "logs" / f"{arm.name}-seed{seed}.log")
+            self.write()
+            speed = (time.monotonic() - began) / made
+            self.console.print(f"about {format_duration(speed * (len(left) - made))} to go")
+        if not left:
+            self.write()
+
+
+def machine() -> str:
+    """The devices, in words."""
+    if _has_gpu():
+        listed = subprocess.run(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True, check=False)
+        names = listed.stdout.strip().splitlines()
+        return f"{len(names)} x {names[0]}"
+    return f"{len(os.sched_getaffinity(0))} CPU cores"
+
+
+def _has_gpu() -> bool:
+    try:
+        return "GPU " in subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False).stdout
+    except OSError:
+        return False
+
+
+def main(argv: list[str]) -> None:
+    """Runs the study."""
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--text", nargs="+", default=[], help="text to train on: .txt, .jsonl, also compressed, or globs in quotes")
+    parser.add_argument("--output", type=Path, default=ROOT / "runs" / "study", help="where everything goes")
+    parser.add_argument("--config", type=Path, default=ROOT / "examples" / "replicate" / "study_cpu.yaml", help="model, batch and lr")
+    parser.add_argument("--budget", help="cost tokens of an arm; by default the configuration's train-tokens")
+    parser.add_argument("--arms", nargs="+", default=[], help="some arms alone, and the baselines that they need; --plan lists all")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each arm")
+    parser.add_argument("--vocab-size", default="4096", help="of the tokenizer that is trained on the text")
+    parser.add_argument("--docs", type=Path, help=f"a Markdown file to put the table into, between {BEGIN} and {END}")
+    parser.add_argument("--plan", action="store_true", help="print what would run")
+    parser.add_argument("--status", action="store_true", help="write table and plot of what is done, and run nothing")
+    args = parser.parse_args(argv)
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=150)
+    if args.plan and not args.text:
+        args.text = ["-"]
+    study = Study(args, console)
+    if args.plan:
+        study.print_plan()
+    elif args.status:
+        study.write()
+    else:
+        study.go()
+
+
+if __name__ == "__main__":
+    sys.exit(run_tool(main))

@@ -1,0 +1,245 @@
+"""A study's runs as one table and one plot. In: metrics files of arms and seeds, as many as are done. Out: JSON, Markdown, a PNG.
+
+A spread is the standard deviation over seeds; a difference is taken seed by seed against the arm's baseline, so that what a seed does to
+both cancels, and has the standard error of its mean. One seed has no spread, and none is made up.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_patch.replication.arms import Arm
+from megatron_patch.training.callbacks.metrics import read_metrics
+from megatron_patch.units import format_count
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One finished run.
+
+    Args:
+        arm: its name.
+        seed: of weights and data order.
+        tokens: read.
+        cost_tokens: tokens that token-level training reads for the same FLOPs.
+        steps: taken.
+        loss: held-out token loss at the end, nats.
+        seconds: of all steps, without evaluations and checkpoints.
+        curve: (cost_tokens, held-out token loss) of each evaluation.
+    """
+
+    arm: str
+    seed: int
+    tokens: int
+    cost_tokens: float
+    steps: int
+    loss: float
+    seconds: float
+    curve: tuple[tuple[float, float], ...]
+
+
+def read_outcome(save: Path, arm: str, seed: int) -> Outcome | None:
+    """A run's outcome, or None where it has not come to its end."""
+    path = save / "metrics.jsonl"
+    if not path.is_file():
+        return None
+    records = list(read_metrics(path))
+    steps = [record for record in records if record.get("type") == "step"]
+    curve = [
+        (record["cost_tokens"], record["token_loss"])
+        for record in records
+        if record.get("type") == "evaluation" and record["token_loss"] is not None
+    ]
+    if not curve or not any(record.get("type") == "end" and record.get("reason") == "done" for record in records):
+        return None
+    end = steps[-1]
+    seconds = sum(record["step_seconds"] for record in steps)
+    return Outcome(arm, seed, end["tokens"], end["cost_tokens"], len(steps), curve[-1][1], seconds, tuple(curve))
+
+
+@dataclass(frozen=True)
+class Row:
+    """An arm over its seeds.
+
+    Args:
+        arm: its name.
+        what: what it does.
+        seeds: finished runs.
+        tokens: read by each.
+        cost: of token-level training on twice the budget.
+        steps: taken by each.
+        loss: mean held-out token loss at the end, nats.
+        spread: standard deviation over seeds, None with one.
+        difference: mean difference to the baseline over the seeds that both have, None for a baseline.
+        error: standard error of that mean, None with one seed.
+        pairs: seeds in the difference.
+        seconds: mean time of a run's steps.
+    """
+
+    arm: str
+    what: str
+    seeds: int
+    tokens: int
+    cost: float
+    steps: int
+    loss: float
+    spread: float | None
+    difference: float | None
+    error: float | None
+    pairs: int
+    seconds: float
+
+
+def summarise(arms: Sequence[Arm], outcomes: Sequence[Outcome], budget: int) -> list[Row]:
+    """One row an arm that has a finished run."""
+    by_arm: dict[str, dict[int, Outcome]] = {}
+    for outcome in outcomes:
+        by_arm.setdefault(outcome.arm, {})[outcome.seed] = outcome
+    rows = []
+    for arm in arms:
+        mine = by_arm.get(arm.name)
+        if not mine:
+            continue
+        losses = [outcome.loss for outcome in mine.values()]
+        theirs: Mapping[int, Outcome] = by_arm.get(arm.baseline, {}) if arm.baseline else {}
+        differences = [outcome.loss - theirs[seed].loss for seed, outcome in mine.items() if seed in theirs]
+        first = next(iter(mine.values()))
+        rows.append(
+            Row(
+                arm=arm.name,
+                what=arm.what,
+                seeds=len(mine),
+                tokens=first.tokens,
+                cost=first.cost_tokens / (2 * budget),
+                steps=first.steps,
+                loss=statistics.fmean(losses),
+                spread=statistics.stdev(losses) if len(losses) > 1 else None,
+                difference=statistics.fmean(differences) if differences else None,
+                error=statistics.stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else None,
+                pairs=len(differences),
+                seconds=statistics.fmean(outcome.seconds for outcome in mine.values()),
+            )
+        )
+    return rows
+
+
+def verdict(row: Row) -> str:
+    """What a difference shows: nothing where it is within two standard errors, or has none."""
+    if row.difference is None:
+        return ""
+    if row.error is None:
+        return "one seed"
+    if abs(row.difference) <= 2 * row.error:
+        return "not separated"
+    return "better" if row.difference < 0 else "worse"
+
+
+def markdown(rows: Sequence[Row], arms: Sequence[Arm], about: str, command: str, plot: str) -> str:
+    """The study as Markdown.
+
+    Args:
+        rows: from `summarise`.
+        arms: for the baselines' names.
+        about: model, data, budget, machine and date: a paragraph.
+        command: that made it.
+        plot: the picture's path as the document sees it.
+    """
+    baselines = {arm.name: arm.baseline for arm in arms}
+    lines = [
+        about,
+        "",
+        "```",
+        command,
+        "```",
+        "",
+        f"![held-out token loss against cost, mean and range over seeds]({plot})",
+        "",
+        "| arm | seeds | tokens | cost | steps | held-out token loss | against its baseline | | time |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        spread = "" if row.spread is None else f" ± {row.spread:.3f}"
+        difference = ""
+        if row.difference is not None:
+            difference = f"{row.difference:+.3f}" + ("" if row.error is None else f" ± {row.error:.3f}") + f" (`{baselines[row.arm]}`)"
+        lines.append(
+            f"| `{row.arm}` | {row.seeds} | {format_count(row.tokens)} | {row.cost:.3f} | {row.steps:,} | {row.loss:.3f}{spread} | "
+            f"{difference} | {verdict(row)} | {row.seconds / 60:.1f} min |"
+        )
+    lines += [
+        "",
+        "Losses are nats a token at K = 1 on held-out text, mean ± standard deviation over seeds; differences are taken seed by seed, mean",
+        "± standard error, and count as better or worse beyond two of them. Cost is that of token-level training on twice the budget.",
+        "",
+        *(f"- `{row.arm}`: {row.what}" for row in rows),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def write_json(path: Path, rows: Sequence[Row], outcomes: Sequence[Outcome], settings: Mapping[str, Any]) -> None:
+    """Everything that table and plot are made of."""
+    document = {"settings": settings, "rows": [asdict(row) for row in rows], "runs": [asdict(outcome) for outcome in outcomes]}
+    path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+
+
+_COLOURS = ("#33373d", "#8b8f96", "#2563b8", "#16875f", "#d2512f", "#8b53c4", "#b9850b", "#0d8a9e", "#c03e79")
+
+
+def plot_study(path: Path, arms: Sequence[Arm], outcomes: Sequence[Outcome], budget: int, title: str) -> None:
+    """Held-out token loss against cost: left the main arms, right the others beside the best of them; bands are the range over seeds.
+
+    Args:
+        path: the PNG.
+        arms: in the order of the table.
+        outcomes: finished runs.
+        budget: cost tokens of an arm.
+        title: above both.
+    """
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    done = [arm for arm in arms if any(outcome.arm == arm.name for outcome in outcomes)]
+    main, knobs = done[:7], done[7:]
+    panels = [main] if not knobs else [main, [arm for arm in done if arm.name in ("token", "token-wsd", "patch-k4")] + knobs]
+    figure, axes = plt.subplots(1, len(panels), figsize=(7.2 * len(panels), 5.2), sharey=True, squeeze=False, layout="constrained")
+    at_budget = [outcome.loss for outcome in outcomes]
+    fallen = [loss for outcome in outcomes for cost, loss in outcome.curve if cost >= 0.45 * budget]
+    for axis, shown in zip(axes[0], panels, strict=True):
+        for number, arm in enumerate(shown):
+            _draw(axis, [outcome for outcome in outcomes if outcome.arm == arm.name], budget, _COLOURS[number % len(_COLOURS)], arm)
+        axis.set_xlabel("cost, of token-level training on twice the budget")
+        axis.grid(alpha=0.25, linewidth=0.6)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.set_xlim(left=0)
+        margin = 0.05 * (max(fallen) - min(at_budget)) + 0.01
+        axis.set_ylim(min(at_budget) - margin, max(fallen) + margin)
+        axis.legend(frameon=False, fontsize=8.5, loc="upper right")
+    axes[0][0].set_ylabel("held-out token loss (nats, K = 1)")
+    figure.suptitle(title, fontsize=11)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def _draw(axis: Any, runs: Sequence[Outcome], budget: int, colour: str, arm: Arm) -> None:
+    """An arm: the mean of its seeds as a line, their range as a band. All seeds are evaluated at the same places."""
+    length = min(len(run.curve) for run in runs)
+    xs = [cost / (2 * budget) for cost, _ in runs[0].curve[:length]]
+    columns = [[run.curve[index][1] for run in runs] for index in range(length)]
+    means = [statistics.fmean(column) for column in columns]
+    style = "-" if arm.baseline is None else "--" if arm.baseline == "token-wsd" else "-"
+    width = 2.2 if arm.baseline is None else 1.5
+    axis.plot(xs, means, style, color=colour, linewidth=width, label=f"{arm.name}: {means[-1]:.3f}" + (f" (n = {len(runs)})"))
+    if len(runs) > 1:
+        axis.fill_between(
+            xs, [min(column) for column in columns], [max(column) for column in columns], color=colour, alpha=0.16, linewidth=0
+        )
+    axis.plot([xs[-1]], [means[-1]], "o", color=colour, markersize=4)

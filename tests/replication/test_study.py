@@ -1,0 +1,137 @@
+"""Replication: the ready configurations are what they say, arms cost the same, tables follow from metrics, and a study resumes."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megatron_patch.config.resolve import load_config
+from megatron_patch.errors import ConfigError
+from megatron_patch.model.flops import parameter_count
+from megatron_patch.planning.cost import Cost
+from megatron_patch.replication.arms import all_arms, select_arms
+from megatron_patch.replication.results import Outcome, markdown, plot_study, read_outcome, summarise, verdict
+
+ROOT = Path(__file__).parent.parent.parent
+FOLDER = ROOT / "examples" / "replicate"
+SIZES = {"270m": 270e6, "370m": 370e6, "600m": 600e6, "780m": 780e6, "1.3b": 1.3e9, "2.7b": 2.7e9, "3b": 3e9}
+MODEL = ["--num-layers", "2", "--hidden-size", "32", "--num-attention-heads", "4", "--vocab-size", "64", "--seq-length", "16", "--dry-run"]
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*_*[mb].yaml")), ids=lambda path: path.stem)
+def test_ready_configurations_can_be_planned_and_have_the_size_they_say(path):
+    run = load_config(["--config", str(path), "--dry-run", "--world-size", "8"], 8)
+    wanted = next(size for name, size in sorted(SIZES.items(), key=lambda item: -len(item[0])) if path.stem.endswith(f"_{name}"))
+    assert parameter_count(run.shape).total == pytest.approx(wanted, rel=0.08)
+    patch, token = run.plan.stages
+    if path.stem.startswith("patch_train"):
+        assert (patch.patch_size, token.optimizer, token.lr_policy) == (4, "reset", "restart")
+        assert patch.tokens_per_step == token.tokens_per_step and run.plan.cost() == pytest.approx(0.5, rel=2e-3)
+        assert run.plan.tokens == pytest.approx(360e9, rel=1e-3)
+    else:
+        assert (patch.patch_size, token.optimizer, token.lr_policy) == (6, "keep", "continue")
+        assert patch.positions_per_step == token.positions_per_step and run.plan.cost() == pytest.approx(0.4, rel=1e-2)
+
+
+@pytest.mark.parametrize("arm", all_arms(1e-3), ids=lambda arm: arm.name)
+def test_every_arm_costs_the_budget(arm):
+    budget = 4_000_000
+    words = [*MODEL, "--global-batch-size", "8", *arm.flags, "--train-tokens", str(arm.train_tokens(budget))]
+    run = load_config(words, 1)
+    cost = Cost(run.shape, run.plan, 16)
+    assert cost.whole * run.plan.tokens / budget == pytest.approx(arm.cost, rel=2e-3)
+
+
+def test_arms_bring_their_baselines_and_unknown_ones_are_named():
+    assert [arm.name for arm in select_arms(["superposition-k3"], 1e-3)] == ["token-wsd", "superposition-k3"]
+    assert select_arms([], 1e-3) == all_arms(1e-3)
+    with pytest.raises(ConfigError, match=r"patch-k5\n.*Allowed: token, .*\n.*What to do"):
+        select_arms(["patch-k5"], 1e-3)
+    lrs = {arm.name: json.loads(arm.flags[1])[1].get("lr") for arm in all_arms(1e-3) if arm.name.startswith("patch-k4")}
+    assert lrs["patch-k4-lr-half"] == 5e-4 and lrs["patch-k4-lr-double"] == 2e-3 and lrs["patch-k4"] is None
+
+
+def outcome(arm, seed, loss):
+    return Outcome(arm, seed, 200, 100.0, 10, loss, 60.0, ((50.0, loss + 0.5), (100.0, loss)))
+
+
+def test_differences_are_taken_seed_by_seed():
+    arms = select_arms(["patch-k4"], 1e-3)
+    # Seeds differ by much more than the arms do; taken seed by seed the difference is plain.
+    runs = [outcome("token", seed, 4.0 + seed) for seed in (1, 2, 3)]
+    runs += [outcome("patch-k4", seed, 4.0 + seed + shift) for seed, shift in ((1, -0.09), (2, -0.10), (3, -0.11))]
+    token, patch = summarise(arms, runs, 100)
+    assert token.loss == 6.0 and token.spread == 1.0 and token.difference is None and token.cost == 0.5
+    assert patch.difference == pytest.approx(-0.10) and patch.error == pytest.approx(0.01 / math.sqrt(3)) and patch.pairs == 3
+    assert (
+        verdict(patch) == "better"
+        and verdict(replace(patch, error=0.06)) == "not separated"
+        and verdict(replace(patch, difference=0.1)) == "worse"
+    )
+    single = summarise(arms, [run for run in runs if run.seed == 1], 100)[1]
+    assert single.spread is None and single.error is None and verdict(single) == "one seed"
+    text = markdown([token, patch], arms, "about", "command", "x.png")
+    assert "| `patch-k4` | 3 | 200 | 0.500 | 10 | 5.900 ± 0.990 | -0.100 ± 0.006 (`token`) | better | 1.0 min |" in text
+
+
+def test_unfinished_runs_are_left_out(tmp_path):
+    lines = [
+        {"type": "step", "step": 1, "tokens": 10, "cost_tokens": 5.0, "step_seconds": 2.0},
+        {"type": "evaluation", "step": 1, "cost_tokens": 5.0, "token_loss": 4.5},
+        {"type": "end", "step": 1, "reason": "done"},
+    ]
+    path = tmp_path / "metrics.jsonl"
+    assert read_outcome(tmp_path, "token", 1) is None
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines[:2]))
+    assert read_outcome(tmp_path, "token", 1) is None
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert read_outcome(tmp_path, "token", 1) == Outcome("token", 1, 10, 5.0, 1, 4.5, 2.0, ((5.0, 4.5),))
+
+
+def test_the_plot_takes_any_number_of_arms_and_seeds(tmp_path):
+    arms = all_arms(1e-3)
+    plot_study(tmp_path / "one.png", arms, [outcome("token", 1, 4.0)], 100, "one")
+    plot_study(tmp_path / "all.png", arms, [outcome(arm.name, seed, 4.0) for arm in arms for seed in (1, 2)], 100, "all")
+    assert (tmp_path / "one.png").stat().st_size > 5_000 and (tmp_path / "all.png").stat().st_size > 20_000
+
+
+@pytest.fixture(scope="module")
+def study():
+    """The command, in this process; what it starts are real processes."""
+    spec = importlib.util.spec_from_file_location("replication_study", FOLDER / "study.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return lambda *words: module.main([str(word) for word in words])
+
+
+def test_a_study_runs_and_goes_on_without_doing_anything_twice(tmp_path, study, capsys):
+    text = tmp_path / "text.jsonl"
+    words = [f"the {name} of the {thing} went to the {place}" for name in "abcdefgh" for thing in "klmnop" for place in "qrstuvw"]
+    text.write_text("".join(json.dumps({"text": ". ".join(words[start:] + words[:start])}) + "\n" for start in range(0, 300, 12)))
+    config = tmp_path / "tiny.yaml"
+    config.write_text(
+        "num-layers: 1\nhidden-size: 16\nnum-attention-heads: 2\nffn-hidden-size: 32\ntrain-tokens: 2048\nseq-length: 16\n"
+        "micro-batch-size: 4\nglobal-batch-tokens: 128\nlr: 1e-2\n"
+    )
+    docs = tmp_path / "replication.md"
+    docs.write_text("before\n<!-- study -->\nold\n<!-- end of study -->\nafter\n")
+    common = ["--output", tmp_path / "study", "--config", config, "--vocab-size", "300", "--docs", docs]
+    study("--text", text, *common, "--arms", "token", "--seeds", "1")
+    assert "1 of 1: token, seed 1" in capsys.readouterr().out
+    study(*common, "--arms", "token", "--seeds", "1")
+    second = capsys.readouterr().out
+    assert "token, seed" not in second and "$ python" not in second and "1 run done" in second
+    document = json.loads((tmp_path / "study" / "study.json").read_text())
+    assert [row["arm"] for row in document["rows"]] == ["token"]
+    final = [json.loads(line) for line in (tmp_path / "study" / "runs" / "token-seed1" / "metrics.jsonl").read_text().splitlines()]
+    assert document["runs"][0]["loss"] == [record["token_loss"] for record in final if record["type"] == "evaluation"][-1]
+    shown = docs.read_text()
+    assert shown.startswith("before\n") and shown.endswith("after\n") and "| `token` | 1 |" in shown and str(tmp_path) not in shown
+    assert (tmp_path / "study.png").is_file()
+    with pytest.raises(ConfigError, match="holds a study with another budget"):
+        study(*common, "--budget", "4k", "--status")
