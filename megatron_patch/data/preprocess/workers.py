@@ -11,11 +11,11 @@ import contextlib
 import fcntl
 import multiprocessing
 import os
-import pickle
 import queue
 import signal
 import threading
 from collections.abc import Generator, Iterable
+from dataclasses import replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any, cast
@@ -40,33 +40,38 @@ def _receive(pipe: Connection, inbox: queue.SimpleQueue[Batch | None]) -> None:
     inbox.put(None)
 
 
-def _hand_over(pipe: Connection, result: Any) -> None:
-    """Sends an object whose arrays are not copied on the way; see `_take`."""
-    arrays: list[pickle.PickleBuffer] = []
-    head = pickle.dumps(result, protocol=5, buffer_callback=arrays.append)
-    views = [array.raw() for array in arrays]
-    pipe.send((head, [view.nbytes for view in views]))
-    for view in views:
+def _hand_over(pipe: Connection, encoded: Encoded) -> None:
+    """Sends a result, its tokens behind the rest and as they lie in memory; see `_take`."""
+    tokens = [part.tokens for part in encoded.parts]
+    without = tuple(replace(part, tokens=part.tokens[:0]) for part in encoded.parts)
+    pipe.send((replace(encoded, parts=without), [array.size for array in tokens]))
+    for array in tokens:
+        view = np.ascontiguousarray(array).view(np.uint8).data
         while view.nbytes:
             view = view[os.write(pipe.fileno(), view) :]
 
 
-def _take(pipe: Connection) -> Any:
-    """What `_hand_over` has sent.
+def _take(pipe: Connection) -> Encoded | Exception:
+    """What `_hand_over` has sent, or the error that was sent in its place.
 
     Raises:
         EOFError: the other end is gone.
     """
-    head, sizes = pipe.recv()
-    arrays = [np.empty(size, np.uint8) for size in sizes]
-    for array in arrays:
-        view = array.data
+    answer = pipe.recv()
+    if isinstance(answer, Exception):
+        return answer
+    encoded, sizes = answer
+    parts = []
+    for part, size in zip(encoded.parts, sizes, strict=True):
+        tokens = np.empty(size, part.tokens.dtype)
+        view = tokens.view(np.uint8).data
         while view.nbytes:
             count = os.readv(pipe.fileno(), [view])
             if count == 0:
                 raise EOFError
             view = view[count:]
-    return pickle.loads(head, buffers=arrays)
+        parts.append(replace(part, tokens=tokens))
+    return replace(encoded, parts=tuple(parts))
 
 
 def _serve(work: Connection, results: Connection, settings: EncodeSettings) -> None:
@@ -82,7 +87,7 @@ def _serve(work: Connection, results: Connection, settings: EncodeSettings) -> N
             except (BrokenPipeError, ConnectionResetError):
                 raise
             except Exception as error:  # told to whoever asked
-                _hand_over(results, error)
+                results.send(error)
 
 
 def _context() -> Any:
