@@ -1,9 +1,5 @@
 #!/usr/bin/env python
-"""Puts runs on one page: python tools/report.py SAVE [SAVE …] --output report.html
-
-The file holds everything it needs: open it anywhere. Losses against tokens, cost and time, stages, learning rate, gradient norm, speed,
-data, checkpoints, events, and which options differ.
-"""
+"""Writes one HTML file about runs, to be opened without a network: python tools/report.py SAVE [SAVE …] --output report.html"""
 
 from __future__ import annotations
 
@@ -19,16 +15,16 @@ from megatron_patch.reporting.page import write_report
 def main(argv: list[str]) -> None:
     """Runs the tool."""
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument("runs", nargs="+", type=Path, help="folders of runs")
+    parser.add_argument("runs", nargs="+", type=Path, help="folders of runs; they may still be running")
     parser.add_argument("--output", type=Path, default=Path("report.html"))
-    parser.add_argument("--names", nargs="+", help="one for each run; by default the folders'")
-    parser.add_argument("--title")
+    parser.add_argument("--labels", nargs="+", help="one for each run; by default the folders' names")
+    parser.add_argument("--title", help="the heading; by default the labels")
     args = parser.parse_args(argv)
-    runs = write_report(args.runs, args.output, args.names, args.title)
-    for run in runs:
-        torn = f", {run.torn} lines could not be read" if run.torn else ""
-        print(f"{run.name}: {run.steps['step'][-1]:,} steps, {run.state}{torn}")
-    print(f"wrote {args.output}")
+    histories = write_report(args.runs, args.output, args.labels, args.title)
+    for history in histories:
+        for note in history.notes:
+            print(f"{history.label}: {note}")
+    print(f"wrote {args.output} ({args.output.stat().st_size / 1e6:.1f} MB, {len(histories)} run{'s' if len(histories) > 1 else ''})")
 
 
 if __name__ == "__main__":

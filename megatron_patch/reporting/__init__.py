@@ -1,1 +1,1 @@
-"""Runs on one page: what their folders hold, as data, and as a self-contained HTML file."""
+"""A run's face: what a run has left in its folder, read into one record (`history`), and that record as one HTML file (`page`)."""

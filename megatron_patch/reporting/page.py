@@ -1,66 +1,76 @@
-"""The page: runs' data inside one HTML file that needs nothing else. In: `RunData`. Out: text."""
+"""Histories as one HTML file that needs nothing else: styles, script and data are inside, and it asks no network.
+
+In: `History` records. Out: the text of a page. The charts are drawn by `report.js` from the very numbers of the metrics files.
+"""
 
 from __future__ import annotations
 
+import html
 import json
-import time
 from collections.abc import Sequence
-from importlib import resources
+from dataclasses import asdict
+from datetime import datetime, timezone
+from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
+from megatron_patch import __version__
 from megatron_patch.errors import DataError
-from megatron_patch.reporting.read import RunData, differing_options, read_run
-
-_PLACE = "__DATA__"
-
-
-def page_data(runs: Sequence[RunData], title: str) -> dict[str, Any]:
-    """What the page shows."""
-    return {
-        "title": title,
-        "written": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
-        "runs": [run.to_json() for run in runs],
-        "differing": differing_options(runs),
-    }
+from megatron_patch.files import write_durably
+from megatron_patch.reporting.history import History, read_history, unlike_options
 
 
-def make_page(runs: Sequence[RunData], title: str) -> str:
-    """The whole file; numbers that are not finite become null, and no text of a run can end the element that holds it."""
-    template = resources.files("megatron_patch.reporting").joinpath("page.html").read_text(encoding="utf-8")
-    text = json.dumps(_finite(page_data(runs, title)), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    before, after = template.split(_PLACE)
-    return before + text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029") + after
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if value == value and abs(value) != float("inf") else None
-    if isinstance(value, dict):
-        return {str(key): _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return value
-
-
-def write_report(folders: Sequence[Path], output: Path, names: Sequence[str] | None = None, title: str | None = None) -> list[RunData]:
-    """Reads runs and writes their page.
+def render(histories: Sequence[History], title: str) -> str:
+    """The page.
 
     Args:
-        folders: of the runs.
+        histories: the runs, in the order of their colours.
+        title: the page's heading, any text.
+    """
+    data = {
+        "runs": [asdict(history) for history in histories],
+        "options": unlike_options(histories),
+        "version": __version__,
+        "made": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+    }
+    parts = {
+        "title": html.escape(title),
+        "style": _asset("report.css"),
+        "script": _asset("report.js"),
+        # Inside a script element only "</" and "<!--" could end the data: no "<" is left in it.
+        "data": json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c"),
+    }
+    page = _asset("report.html")
+    before, *pieces = page.split("{{")
+    for piece in pieces:
+        name, rest = piece.split("}}", 1)
+        before += parts[name.strip()] + rest
+    return before
+
+
+def _asset(name: str) -> str:
+    return files("megatron_patch.reporting").joinpath(name).read_text(encoding="utf-8")
+
+
+def write_report(saves: Sequence[Path], output: Path, labels: Sequence[str] | None = None, title: str | None = None) -> list[History]:
+    """Reads runs and writes their report.
+
+    Args:
+        saves: folders of runs.
         output: the HTML file.
-        names: one for each run; by default their folders'.
-        title: of the page.
+        labels: one for each run; by default the folders' names.
+        title: by default the labels.
+
+    Returns:
+        What was read.
 
     Raises:
-        DataError: a folder that is no run's, or a file that cannot be written.
+        DataError: a run without metrics, labels that do not match, or a file that cannot be written.
     """
-    if names is not None and len(names) != len(folders):
-        raise DataError(f"{len(names)} names for {len(folders)} runs", "one name a run", "give as many --names as runs")
-    runs = [read_run(folder, names[index] if names else None) for index, folder in enumerate(folders)]
+    if labels is not None and len(labels) != len(saves):
+        raise DataError(f"{len(labels)} labels for {len(saves)} runs", "one label a run", "give as many labels as folders")
+    histories = [read_history(save, labels[index] if labels else None) for index, save in enumerate(saves)]
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(make_page(runs, title or " · ".join(run.name for run in runs)), encoding="utf-8")
+        write_durably(output, render(histories, title or " · ".join(history.label for history in histories)))
     except OSError as error:
-        raise DataError(f"cannot write {output}: {error.strerror}", "a writable file", "change --output") from error
-    return runs
+        raise DataError(f"cannot write {output}: {error}", "a file in a folder that exists", "change --output") from error
+    return histories
