@@ -21,6 +21,8 @@ enum class Cuts : int32_t {
 
 bool is_ascii_word(uint8_t byte) { return (byte >= '0' && byte <= '9') || ((byte | 0x20) >= 'a' && (byte | 0x20) <= 'z'); }
 
+static_assert(std::endian::native == std::endian::little, "words are compared eight bytes at a time, the first in the lowest");
+
 // Classes of characters: ASCII, where ▁ (E2 96 81 in UTF-8) passes for a space, and all others.
 constexpr int kOther = 128;
 constexpr int kClasses = kOther + 1;
