@@ -3,8 +3,8 @@
     python -m tests.faults.soak --minutes 10 --seed 1 [--faults 200] [--resize] [--async-save]
 
 Every life of the run is ended by kill -9 of one rank, and then of the others, at a random moment: while starting, training, or saving. In
-between files are corrupted, cut or removed, and `latest` is torn. On one layout the losses of the whole run are then bit for bit those of
-an undisturbed one; with --resize (1 and 2 ranks in turn) they agree within rounding. A run that ends begins anew, in a new folder, until
+between files are corrupted, cut or removed, and `latest` is torn. On one layout the losses of the whole run, and its last weights and moments,
+are then bit for bit those of an undisturbed one; with --resize (1 and 2 ranks in turn) they agree within rounding. A run that ends begins anew, in a new folder, until
 the time is over.
 """
 
@@ -122,6 +122,11 @@ def live(argv: list[str], ranks: int, save: Path, logs: Path, draw: random.Rando
     return ended, text
 
 
+def states(save: Path) -> dict[str, bytes]:
+    """The files of weights and moments in a run's newest checkpoint."""
+    return {path.name: path.read_bytes() for path in checkpoint_files.checkpoints(save)[0].glob("state-*")}
+
+
 def soak(
     folder: Path, minutes: float, seed: int, faults: int = 0, resize: bool = False, asynchronous: bool = False, tokens: int = 30_000
 ) -> Tally:
@@ -169,6 +174,7 @@ def soak(
             assert worst < _ROUNDING, f"losses differ by {worst}"
         else:
             assert losses == whole, "losses differ from those of the undisturbed run"
+            assert states(save) == states(folder / "whole"), "weights or moments differ from those of the undisturbed run"
         assert not checkpoint_files.verify(checkpoint_files.checkpoints(save)[0]), "the last checkpoint is not sound"
         tally.runs += 1
         shutil.rmtree(save)
