@@ -31,7 +31,8 @@ ROWS = {
 
 
 def table() -> dict[str, list[str]]:
-    rows = [line.strip("|").split("|") for line in DOCS.read_text().splitlines() if line.startswith("| ")]
+    section = DOCS.read_text().split("\n## What goes with what\n")[1].split("\n## ")[0]
+    rows = [line.strip("|").split("|") for line in section.splitlines() if line.startswith("| ")]
     named = {cells[0].strip(): [cell.strip() for cell in cells[1:]] for cells in rows}
     return {name: cells for name, cells in named.items() if set(cells) <= {"yes", "no"}}
 
