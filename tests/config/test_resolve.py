@@ -257,4 +257,4 @@ def test_every_example_can_be_planned(path):
     run = resolve("--config", str(path), "--dry-run", ranks=1024 if "1,024" in path.read_text() else 8)
     stages = 1 if path.stem.startswith("study_") else 2  # a study's arms add theirs
     assert len(run.plan.stages) >= stages and settings(run).zero_stage == 1
-    assert run.plan.tokens == pytest.approx(run.options.stages.train_tokens, rel=0.01)
+    assert run.plan.tokens == pytest.approx(run.options.stages.train_tokens, rel=0.03)
