@@ -131,7 +131,7 @@ def test_a_killed_writer_never_leaves_a_broken_newest(tmp_path):
     code = (
         "import sys; sys.path.insert(0, sys.argv[2])\n"
         "from pathlib import Path\nfrom tests.test_checkpoint_files import *\n"
-        "folder = Path(sys.argv[1]); step = max([int(p.name[5:]) for p in files.checkpoints(folder)] or [0])\n"
+        "folder = Path(sys.argv[1]); step = max([files.step_of(p) for p in files.checkpoints(folder)] or [0])\n"
         "print('go', flush=True)\n"
         "while True:\n    step += 1; save(folder, step, size=20000); prune(folder, step, Retention(2))\n"
     )
