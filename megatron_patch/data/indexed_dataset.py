@@ -221,7 +221,7 @@ class IndexedDatasetWriter:
             for path in self._temporary if not self._kept else ():
                 with contextlib.suppress(OSError):
                     path.unlink(missing_ok=True)
-            raise self._failure(error) from error
+            raise self.failure(error) from error
 
     def _take_back(self) -> None:
         """A run that ended between giving the two files their names: the tokens get their temporary name again."""
@@ -254,11 +254,12 @@ class IndexedDatasetWriter:
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
-            raise self._failure(error) from error
+            raise self.failure(error) from error
         self._kept = True
         return self.num_documents, self.num_tokens
 
-    def _failure(self, error: OSError) -> DataError:
+    def failure(self, error: OSError) -> DataError:
+        """What to tell where its files cannot be written."""
         return DataError(
             f"cannot write {self.prefix}: {error.strerror or error}",
             "a writable folder with free space",
@@ -287,9 +288,38 @@ class IndexedDatasetWriter:
             self._bin.write(np.ascontiguousarray(tokens).data)
             self._lengths.write(lengths.astype("<i4").data)
         except OSError as error:
-            raise self._failure(error) from error
+            raise self.failure(error) from error
         self.num_documents += int(lengths.size)
         self.num_tokens += int(tokens.size)
+
+    @property
+    def tokens_path(self) -> Path:
+        """The file that tokens go into until it has its own name, for whoever fills what was reserved."""
+        return self._temporary[0]
+
+    def reserve(self, lengths: npt.NDArray[np.generic]) -> int:
+        """Adds documents whose tokens, of the dataset's dtype, another process writes; it must have done so before `sync` and `finish`.
+
+        Args:
+            lengths: as in `append`.
+
+        Returns:
+            The first byte of their place in `tokens_path`.
+
+        Raises:
+            DataError: an empty or too long document, no space left.
+        """
+        tokens = int(lengths.sum())
+        self._check_lengths(lengths, tokens)
+        start = self.num_tokens * self.dtype.itemsize
+        try:
+            self._bin.seek(start + tokens * self.dtype.itemsize)
+            self._lengths.write(lengths.astype("<i4").data)
+        except OSError as error:
+            raise self.failure(error) from error
+        self.num_documents += int(lengths.size)
+        self.num_tokens += tokens
+        return start
 
     def append_file(self, path: Path, lengths: npt.NDArray[np.generic]) -> None:
         """Adds documents whose tokens, of the dataset's dtype, are in a file.
@@ -308,7 +338,7 @@ class IndexedDatasetWriter:
                 shutil.copyfileobj(file, self._bin, _CHUNK)
             self._lengths.write(lengths.astype("<i4").data)
         except OSError as error:
-            raise self._failure(error) from error
+            raise self.failure(error) from error
         self.num_documents += int(lengths.size)
         self.num_tokens += size
 
@@ -361,7 +391,7 @@ class IndexedDatasetWriter:
             os.replace(self._temporary[1], idx_path(self.prefix))
             fsync_folder(bin_path(self.prefix).parent)
         except OSError as error:
-            raise self._failure(error) from error
+            raise self.failure(error) from error
         self._finished, self._kept = True, False
         self.close()
 

@@ -6,6 +6,7 @@ import bz2
 import gzip
 import json
 import lzma
+import multiprocessing
 import os
 import resource
 import signal
@@ -18,7 +19,7 @@ import numpy as np
 import pytest
 import zstandard
 
-from megatron_patch.data.indexed_dataset import IndexedDataset
+from megatron_patch.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter
 from megatron_patch.data.inspect import integrity_problems
 from megatron_patch.data.preprocess import readers, workers
 from megatron_patch.data.preprocess.encode import Encoder, EncodeSettings
@@ -256,15 +257,12 @@ def test_a_full_disk_ends_the_tool_with_a_sentence(folder, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def working(process, partial):
-    """The worker processes of a run of the tool that has begun to write: children of its forkserver."""
+def working(process, partial, count=2):
+    """The worker processes of a run of the tool that has begun to write: forked from it."""
     deadline = time.monotonic() + 60
     while process.poll() is None and time.monotonic() < deadline:
-        if partial.exists():
-            for child in descendants(process.pid):
-                started = b"spawn_main" in cmdline(child) or b"forkserver" in cmdline(child)
-                if started and (pids := descendants(child)):
-                    return pids
+        if partial.exists() and len(pids := descendants(process.pid)) == count:
+            return pids
         time.sleep(0.02)
     raise AssertionError("no workers")
 
@@ -288,18 +286,61 @@ def test_a_killed_worker_ends_the_tool_promptly(folder, tmp_path, moment):
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
 
 
-def unfinished(pipe, settings):
+def test_a_killed_tool_leaves_no_workers(folder, tmp_path):
+    big = tmp_path / "in"
+    big.mkdir()
+    (big / "a.jsonl").write_bytes((folder / "a.jsonl").read_bytes() * 600)
+    (big / "tokenizer").symlink_to(folder / "tokenizer")
+    with tool(big, tmp_path / "x", "--workers", "3", "--backend", "reference", start_new_session=True) as process:
+        pids = working(process, tmp_path / "x_text_document.bin.partial", count=3)
+        process.kill()
+    deadline = time.monotonic() + 30
+    while any(alive(pid) for pid in pids):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def alive(pid):
+    """Whether a process runs; one that nobody has waited for does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def unfinished(work, results, *_):
     """A worker that is killed in the middle of its answer, while its neighbour lives."""
-    pipe.recv()
-    os.write(pipe.fileno(), (1 << 20).to_bytes(4, "big") + b"the beginning")
+    work.recv()
+    os.write(results.fileno(), (1 << 20).to_bytes(4, "big") + b"the beginning")
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_a_worker_killed_in_the_middle_of_its_answer_is_noticed(folder, monkeypatch):
-    monkeypatch.setattr(workers, "_serve", unfinished)
-    settings = EncodeSettings("HuggingFaceTokenizer", str(folder / "tokenizer"))
-    with pytest.raises(DataError, match="a worker process died"):
-        next(workers.encode_in_order(batches([Span(str(folder / "a.jsonl"))]), 2, settings))
+def unwritten(parts, files, starts):
+    """A worker that is killed when it is to write."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize(
+    ("method", "name", "deed"), [("fork", "_serve", unfinished), ("forkserver", "_serve", unfinished), ("fork", "_write", unwritten)]
+)
+def test_a_worker_killed_in_the_middle_of_its_work_is_noticed(folder, tmp_path, monkeypatch, method, name, deed):
+    monkeypatch.setattr(workers, name, deed)
+    monkeypatch.setattr(workers, "_context", lambda: multiprocessing.get_context(method))
+    work = batches([Span(str(folder / "a.jsonl"))])
+    with IndexedDatasetWriter(str(tmp_path / "x"), np.dtype("uint16")) as writer:
+        encoding = workers.Workers(work, 2, settings(folder, dtype="uint16", backend="reference"), [writer])
+        with encoding, pytest.raises(DataError, match="a worker process died"):
+            list(encoding)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
+def test_workers_however_they_are_started_write_the_same_bytes(folder, tmp_path, monkeypatch, method):
+    monkeypatch.setattr(workers, "_context", lambda: multiprocessing.get_context(method))
+    monkeypatch.setattr(readers, "BATCH_BYTES", 2000)
+    run(folder, tmp_path / "one", backend="reference")
+    run(folder, tmp_path / "two", workers=3, backend="reference")
+    assert contents(tmp_path / "two_text_document") == contents(tmp_path / "one_text_document")
 
 
 def descendants(pid):
@@ -308,13 +349,6 @@ def descendants(pid):
         return [int(text) for text in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
     except OSError:
         return []
-
-
-def cmdline(pid):
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
-        return b""
 
 
 def test_the_tool_reads_a_pipe_and_ends_with_json(folder, tmp_path):

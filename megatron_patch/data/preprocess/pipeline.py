@@ -11,7 +11,7 @@ import contextlib
 import os
 import shutil
 import time
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -19,7 +19,7 @@ from typing import Literal
 import numpy as np
 
 from megatron_patch.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter, bin_path, idx_path, optimal_dtype
-from megatron_patch.data.preprocess.encode import BackendDisagrees, Encoded, Encoder, EncodeSettings, checked_tokenizer
+from megatron_patch.data.preprocess.encode import BackendDisagrees, Encoded, EncodeSettings, checked_tokenizer
 from megatron_patch.data.preprocess.inputs import STANDARD_INPUT, Span, divide, expand
 from megatron_patch.data.preprocess.journal import (
     Journal,
@@ -31,9 +31,9 @@ from megatron_patch.data.preprocess.journal import (
     record_to_resume,
     tokenizer_checksum,
 )
-from megatron_patch.data.preprocess.readers import Batch, batches
+from megatron_patch.data.preprocess.readers import batches
 from megatron_patch.data.preprocess.summary import BadLines, LengthSample, Summary
-from megatron_patch.data.preprocess.workers import encode_in_order, prepare_workers
+from megatron_patch.data.preprocess.workers import EncoderHere, Workers, prepare_workers
 from megatron_patch.data.rearrange import rearrange, remove_dataset, unordered_prefix
 from megatron_patch.data.side_file import DatasetInfo, info_path, read_info, write_info
 from megatron_patch.errors import DataError
@@ -192,10 +192,6 @@ def _beginning(run: _Run, known: dict[str, object], overwrite: bool, resume: boo
     return Record()
 
 
-def _encode_here(work: Iterable[Batch], settings: EncodeSettings, tokenizer: Tokenizer) -> Generator[Encoded]:
-    yield from map(Encoder(settings, tokenizer), work)
-
-
 def _size(span: Span) -> int:
     if span.path == STANDARD_INPUT:
         return 0
@@ -351,19 +347,12 @@ def _encode_all(
     begin: Record,
 ) -> None:
     work = batches(run.spans, settings.keys, run.separator, (begin.file, begin.upto) if begin.outputs else (0, None), run.scratch)
-    # Closed before the files are: workers end, whatever happens, before anything else does.
-    with contextlib.closing(
-        encode_in_order(work, run.workers, settings) if run.workers > 1 else _encode_here(work, settings, tokenizer)
-    ) as encoded_batches:
-        for encoded in encoded_batches:
-            for writer, part in zip(writers, encoded.parts, strict=True):
-                if part.file:
-                    writer.append_file(Path(part.file), part.lengths)
-                    os.unlink(part.file)
-                else:
-                    writer.append(part.tokens, part.lengths)
+    # Ended before the files are closed: workers end, whatever happens, before anything else does.
+    with Workers(work, run.workers, settings, writers) if run.workers > 1 else EncoderHere(work, settings, tokenizer, writers) as encoder:
+        for encoded in encoder:
             accounts.add(encoded, writers)
             if accounts.due():
+                encoder.settle()
                 accounts.save(journal, writers)
 
 

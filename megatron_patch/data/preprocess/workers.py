@@ -1,102 +1,187 @@
-"""Worker processes that encode batches, each on a pipe of its own.
+"""Processes that encode batches and write the tokens to their places in the outputs.
 
-In: batches in order. Out: what they became, in the same order. A worker that dies, even in the middle of a message, closes its pipe and is
-noticed at once; workers on one shared queue (as in `concurrent.futures`) wait for the lock and the rest of the message that died with it.
+In: batches in order, and one writer a key. Out: what became of each batch, in the same order; its tokens stay where they were made. A
+worker says how many there are, is told from which byte on they go, and writes them itself, so that the process that keeps the order
+touches none of them and one more worker is one more worker's speed. Each worker is on pipes of its own: one that dies, even in the middle
+of a message, closes them and is noticed at once; workers on one shared queue (as in `concurrent.futures`) wait for the lock and the rest
+of the message that died with it.
 """
 
 from __future__ import annotations
 
 import collections
 import contextlib
-import fcntl
 import multiprocessing
 import os
 import queue
 import signal
+import sys
 import threading
-from collections.abc import Generator, Iterable
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 
-from megatron_patch.data.preprocess.encode import Encoded, Encoder, EncodeSettings
+from megatron_patch.data.indexed_dataset import IndexedDatasetWriter
+from megatron_patch.data.preprocess.encode import Encoded, Encoder, EncodeSettings, Part
 from megatron_patch.data.preprocess.readers import Batch
 from megatron_patch.errors import DataError
+from megatron_patch.files import copy_range
+from megatron_patch.tokenizer import Tokenizer
 
 # Batches a worker holds: one that it encodes, and one that waits so that it never does.
 _HELD = 2
 _GOODBYE_SECONDS = 5.0
-_RESULT_BYTES = 1 << 20  # a batch's tokens, so that a worker hands them over and goes on
+# They start threads of their own, which a forked process would wait for and not have.
+_WITH_THREADS = ("fastokens", "torch")
 
 
-def _receive(pipe: Connection, inbox: queue.SimpleQueue[Batch | None]) -> None:
-    """Takes batches off the pipe at once: a full pipe in both directions would hold up both ends."""
-    with contextlib.suppress(EOFError, OSError):
-        while True:
-            inbox.put(pipe.recv())
-    inbox.put(None)
+class EncoderHere:
+    """Encodes and writes in this process.
 
-
-def _hand_over(pipe: Connection, encoded: Encoded) -> None:
-    """Sends a result, its tokens behind the rest and as they lie in memory; see `_take`."""
-    tokens = [part.tokens for part in encoded.parts]
-    without = tuple(replace(part, tokens=part.tokens[:0]) for part in encoded.parts)
-    pipe.send((replace(encoded, parts=without), [array.size for array in tokens]))
-    for array in tokens:
-        view = np.ascontiguousarray(array).view(np.uint8).data
-        while view.nbytes:
-            view = view[os.write(pipe.fileno(), view) :]
-
-
-def _take(pipe: Connection) -> Encoded | Exception:
-    """What `_hand_over` has sent, or the error that was sent in its place.
-
-    Raises:
-        EOFError: the other end is gone.
+    Args:
+        work: the batches.
+        settings: how to encode.
+        tokenizer: as `checked_tokenizer` gave it for them.
+        writers: one a key.
     """
-    answer = pipe.recv()
-    if isinstance(answer, Exception):
-        return answer
-    encoded, sizes = answer
-    parts = []
-    for part, size in zip(encoded.parts, sizes, strict=True):
-        tokens = np.empty(size, part.tokens.dtype)
-        view = tokens.view(np.uint8).data
-        while view.nbytes:
-            count = os.readv(pipe.fileno(), [view])
-            if count == 0:
-                raise EOFError
-            view = view[count:]
-        parts.append(replace(part, tokens=tokens))
-    return replace(encoded, parts=tuple(parts))
+
+    def __init__(
+        self, work: Iterable[Batch], settings: EncodeSettings, tokenizer: Tokenizer, writers: Sequence[IndexedDatasetWriter]
+    ) -> None:
+        self._work, self._encoder, self._writers = work, Encoder(settings, tokenizer), writers
+
+    def __enter__(self) -> EncoderHere:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def __iter__(self) -> Iterator[Encoded]:
+        """Each batch that has been given its places, in order."""
+        for batch in self._work:
+            encoded = self._encoder(batch)
+            for writer, part in zip(self._writers, encoded.parts, strict=True):
+                if part.file:
+                    writer.append_file(Path(part.file), part.lengths)
+                    os.unlink(part.file)
+                else:
+                    writer.append(part.tokens, part.lengths)
+            yield encoded
+
+    def settle(self) -> None:
+        """Nothing is under way between two batches."""
 
 
-def _serve(work: Connection, results: Connection, settings: EncodeSettings) -> None:
-    """A worker's life: it ends when its pipes do."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    inbox: queue.SimpleQueue[Batch | None] = queue.SimpleQueue()
-    threading.Thread(target=_receive, args=(work, inbox), daemon=True).start()
-    encoder = Encoder(settings)
-    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-        while (batch := inbox.get()) is not None:
+@dataclass(frozen=True)
+class _Places:
+    """Where the oldest batch that a worker has encoded and not written goes: a first byte in each output."""
+
+    starts: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _Written:
+    """A batch's tokens are where they belong; or the output that they could not be written to, and why."""
+
+    output: int = 0
+    error: OSError | None = None
+
+
+class _Server:
+    """A worker's life.
+
+    Args:
+        work: where batches and places come from.
+        results: where `Encoded` without tokens, `_Written` and errors go.
+        settings: how to encode.
+        outputs: files that tokens go into.
+    """
+
+    def __init__(self, work: Connection, results: Connection, settings: EncodeSettings, outputs: Sequence[Path]) -> None:
+        self._work, self._results, self._outputs = work, results, outputs
+        self._inbox: queue.SimpleQueue[Batch | None] = queue.SimpleQueue()
+        self._unwritten: collections.deque[tuple[Part, ...]] = collections.deque()
+        self._one_at_a_time = threading.Lock()
+        threading.Thread(target=self._receive, daemon=True).start()
+        self._encoder = Encoder(settings)
+
+    def _send(self, message: Encoded | _Written | Exception) -> None:
+        with self._one_at_a_time:
+            self._results.send(message)
+
+    def run(self) -> None:
+        """Encodes until there is no more."""
+        while (batch := self._inbox.get()) is not None:
             try:
-                _hand_over(results, encoder(batch))
-            except (BrokenPipeError, ConnectionResetError):
-                raise
+                encoded = self._encoder(batch)
+                self._unwritten.append(encoded.parts)
+                message: Encoded | Exception = replace(
+                    encoded, parts=tuple(replace(part, tokens=part.tokens[:0], file="") for part in encoded.parts)
+                )
             except Exception as error:  # told to whoever asked
-                results.send(error)
+                message = error
+            self._send(message)
+
+    def _receive(self) -> None:
+        """Takes messages at once, so that a full pipe holds nobody up; writes while the other thread encodes."""
+        try:
+            files = [os.open(path, os.O_WRONLY) for path in self._outputs]
+            while True:
+                message = self._work.recv()
+                if isinstance(message, _Places):
+                    self._send(_write(self._unwritten.popleft(), files, message.starts))
+                else:
+                    self._inbox.put(message)
+        except (EOFError, BrokenPipeError, ConnectionResetError):
+            pass  # the other end is gone
+        finally:
+            self._inbox.put(None)  # whatever happened, this worker ends, which is noticed
+
+
+def _write(parts: Sequence[Part], files: Sequence[int], starts: Sequence[int]) -> _Written:
+    """Writes each key's tokens from its first byte on."""
+    for output, (part, file, start) in enumerate(zip(parts, files, starts, strict=True)):
+        try:
+            if part.file:
+                with open(part.file, "rb") as source:
+                    os.lseek(file, start, os.SEEK_SET)
+                    copy_range(source.fileno(), file, 0, os.fstat(source.fileno()).st_size)
+                os.unlink(part.file)
+                continue
+            view = np.ascontiguousarray(part.tokens).view(np.uint8).data
+            while view.nbytes:
+                count = os.pwrite(file, view, start)
+                view, start = view[count:], start + count
+        except OSError as error:
+            return _Written(output, error)
+    return _Written()
+
+
+def _serve(work: Connection, results: Connection, settings: EncodeSettings, outputs: Sequence[Path], others: Sequence[Connection]) -> None:
+    """A worker process: it ends when its pipes do, so that it may hold no other's."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for pipe in others:
+        pipe.close()
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        _Server(work, results, settings, outputs).run()
 
 
 def _context() -> Any:
+    """Forked workers begin with all that is loaded; where this process has threads, with what a server of its own has loaded."""
+    if sys.platform == "linux" and threading.active_count() == 1 and not any(name in sys.modules for name in _WITH_THREADS):
+        return multiprocessing.get_context("fork")
     methods = multiprocessing.get_all_start_methods()
     return multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
 
 
 def prepare_workers() -> None:
-    """Starts what workers are forked from, which imports what they need while the caller goes on."""
+    """Starts what workers are forked from, where that is not this process; it imports what they need while the caller goes on."""
     context = _context()
     if context.get_start_method() == "forkserver":
         from multiprocessing import forkserver
@@ -106,53 +191,52 @@ def prepare_workers() -> None:
 
 
 class _Worker:
-    """A process, the pipes to it and from it, and the numbers of the batches it holds."""
+    """A process, the pipes to it and from it, the numbers of the batches that it is to encode, and how many it is to write."""
 
-    def __init__(self, settings: EncodeSettings) -> None:
+    def __init__(self, settings: EncodeSettings, outputs: Sequence[Path], others: Sequence[_Worker]) -> None:
         context = _context()
         work, self._work = context.Pipe(duplex=False)
         self.results, results = context.Pipe(duplex=False)
-        if hasattr(fcntl, "F_SETPIPE_SZ"):
-            with contextlib.suppress(OSError):  # more than this user may have
-                fcntl.fcntl(results.fileno(), fcntl.F_SETPIPE_SZ, _RESULT_BYTES)
-        self.process: BaseProcess = context.Process(target=_serve, args=(work, results, settings), daemon=True)
+        forked = context.get_start_method() == "fork"
+        inherited = [pipe for worker in (*others, self) for pipe in (worker._work, worker.results)] if forked else []
+        self.process: BaseProcess = context.Process(target=_serve, args=(work, results, settings, outputs, inherited), daemon=True)
         self.process.start()
         work.close()
         results.close()
         self.held: collections.deque[int] = collections.deque()
+        self.writing = 0
 
-    def send(self, number: int, batch: Batch) -> None:
-        """Hands over a batch.
+    def send(self, message: Batch | _Places) -> None:
+        """Hands over a batch, or the places of one.
 
         Raises:
             DataError: the worker has died.
         """
-        self.held.append(number)
         try:
-            self._work.send(batch)
+            self._work.send(message)
         except OSError as error:
             raise _dead() from error
 
-    def receive(self) -> tuple[int, Encoded]:
-        """The oldest batch it holds, encoded.
+    def receive(self) -> Encoded | _Written:
+        """What it says next.
 
         Raises:
             DataError: the worker has died.
             Exception: whatever encoding raised.
         """
         try:
-            answer = _take(self.results)
+            answer = self.results.recv()
         except (EOFError, OSError) as error:
             raise _dead() from error
         if isinstance(answer, Exception):
             raise answer
-        return self.held.popleft(), answer
+        return cast("Encoded | _Written", answer)
 
     def end(self) -> None:
         """Ends the process: kindly, then by force."""
         self._work.close()
         self.results.close()
-        if self.held:
+        if self.held or self.writing:
             self.process.terminate()
         self.process.join(_GOODBYE_SECONDS)
         if self.process.is_alive():
@@ -168,46 +252,90 @@ def _dead() -> DataError:
     )
 
 
-def encode_in_order(work: Iterable[Batch], count: int, settings: EncodeSettings) -> Generator[Encoded]:
-    """Encodes batches in worker processes.
+class Workers:
+    """Encodes and writes in processes of their own; a context manager, which ends them.
 
     Args:
         work: the batches; read only as far ahead as the workers need.
         count: processes, from 1.
         settings: how to encode.
-
-    Yields:
-        Each batch, encoded, in the order of `work`.
-
-    Raises:
-        DataError: a worker died.
-        Exception: whatever encoding raised.
+        writers: one a key.
     """
-    with contextlib.ExitStack() as stack:
-        workers = []
-        for _ in range(count):
-            workers.append(_Worker(settings))
-            stack.callback(workers[-1].end)
-        batches = enumerate(work)
-        done: dict[int, Encoded] = {}
-        following, more = 0, True
+
+    def __init__(self, work: Iterable[Batch], count: int, settings: EncodeSettings, writers: Sequence[IndexedDatasetWriter]) -> None:
+        self._batches, self._more = enumerate(work), True
+        self._count, self._settings, self._writers = count, settings, writers
+        self._workers: list[_Worker] = []
+        self._done: dict[int, tuple[_Worker, Encoded]] = {}
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> Workers:
+        outputs = [writer.tokens_path for writer in self._writers]
+        with contextlib.ExitStack() as stack:
+            for _ in range(self._count):
+                self._workers.append(_Worker(self._settings, outputs, self._workers))
+                stack.callback(self._workers[-1].end)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def __iter__(self) -> Iterator[Encoded]:
+        """Each batch that has been given its places, in order; `settle` says when they are filled.
+
+        Raises:
+            DataError: a worker died, or an output cannot be written.
+            Exception: whatever encoding raised.
+        """
+        following = 0
         while True:
-            while more and len(done) + sum(len(worker.held) for worker in workers) < (_HELD + 1) * count:
-                idlest = min(workers, key=lambda worker: len(worker.held))
-                if len(idlest.held) == _HELD:
-                    break
-                item = next(batches, None)
-                if item is None:
-                    more = False
-                else:
-                    idlest.send(*item)
-            if following in done:
-                yield done.pop(following)
+            self._hand_out()
+            if following in self._done:
+                worker, encoded = self._done.pop(following)
                 following += 1
-                continue
-            busy = {worker.results: worker for worker in workers if worker.held}
-            if not busy:
+                places = [writer.reserve(part.lengths) for writer, part in zip(self._writers, encoded.parts, strict=True)]
+                worker.send(_Places(tuple(places)))
+                worker.writing += 1
+                yield encoded
+            elif any(worker.held for worker in self._workers):
+                self._take()
+            else:
+                self.settle()
                 return
-            for pipe in wait(list(busy)):
-                number, encoded = busy[cast(Connection, pipe)].receive()
-                done[number] = encoded
+
+    def _hand_out(self) -> None:
+        """Gives every worker what it may hold."""
+        while self._more and len(self._done) + sum(len(worker.held) for worker in self._workers) < (_HELD + 1) * self._count:
+            idlest = min(self._workers, key=lambda worker: len(worker.held))
+            if len(idlest.held) == _HELD:
+                return
+            item = next(self._batches, None)
+            if item is None:
+                self._more = False
+            else:
+                idlest.held.append(item[0])
+                idlest.send(item[1])
+
+    def _take(self) -> None:
+        """Waits for what workers say, and takes one message of each that has one."""
+        busy = {worker.results: worker for worker in self._workers if worker.held or worker.writing}
+        for pipe in wait(list(busy)):
+            worker = busy[cast(Connection, pipe)]
+            answer = worker.receive()
+            if isinstance(answer, _Written):
+                worker.writing -= 1
+                if answer.error is not None:
+                    raise self._writers[answer.output].failure(answer.error)
+            else:
+                self._done[worker.held.popleft()] = worker, answer
+
+    def settle(self) -> None:
+        """Waits until all that has places is in its places.
+
+        Raises:
+            DataError: as iterating.
+            Exception: as iterating.
+        """
+        while any(worker.writing for worker in self._workers):
+            self._take()
