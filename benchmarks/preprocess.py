@@ -263,6 +263,51 @@ def shares(corpus: Path, kind: str, model: str, folder: Path) -> dict[str, float
     return {name: round(value, 3) for name, value in seconds.items()}
 
 
+def scaling(args: argparse.Namespace, kind: str, model: str, folder: Path) -> dict[str, float]:
+    """What a second worker gives on a large input; and what it could: each half of the input by a process of its own, both at once."""
+    whole, half = folder / "large.jsonl", folder / "half.jsonl"
+    data = args.input.read_bytes()
+    count = max(1, round(args.large_megabytes * 1e6 / len(data) / 2))
+    for path, times in ((half, count), (whole, 2 * count)):
+        with path.open("wb") as file:
+            for _ in range(times):
+                file.write(data)
+    ours = [
+        sys.executable,
+        str(ROOT / "tools" / "preprocess_data.py"),
+        "--tokenizer-type",
+        kind,
+        "--tokenizer-model",
+        model,
+        "--append-eod",
+    ]
+    ours += ["--input"]
+    once = {
+        "one worker": [*ours, str(whole), "--output-prefix", str(folder / "large")],
+        "two workers": [*ours, str(whole), "--output-prefix", str(folder / "large"), "--workers", "2"],
+        "two halves at once": [
+            *("sh", "-c", 'first=$1; shift; "$@" --output-prefix "$first-a" & "$@" --output-prefix "$first-b" && wait', "-"),
+            *(str(folder / "half"), *ours, str(half)),
+        ],
+    }
+    seconds: dict[str, list[dict[str, float]]] = {name: [] for name in once}
+    for _ in range(args.repeat):
+        for name, command in once.items():
+            seconds[name].append(timed(command))
+            for path in (*folder.glob("large_*"), *folder.glob("half-*")):
+                path.unlink()
+    for path in (whole, half):
+        path.unlink()
+    best = {name: min(runs, key=lambda run: run["wall_seconds"]) for name, runs in seconds.items()}
+    wall = {name: times["wall_seconds"] for name, times in best.items()}
+    return {
+        "megabytes": round(2 * count * len(data) / 1e6),
+        **{f"{name}, {unit}": times[unit] for name, times in best.items() for unit in times},
+        "a second worker gives": round(wall["one worker"] / wall["two workers"], 2),
+        "the machine gives": round(wall["one worker"] / wall["two halves at once"], 2),
+    }
+
+
 def show(rows: Sequence[dict[str, Any]]) -> None:
     """A table; the last columns say how many times as long as ours."""
     table = Table(title="Text to a dataset, end to end", title_justify="left")
@@ -308,6 +353,10 @@ def main() -> None:
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--other", action="append", default=[], help="NAME=COMMAND with {input} {output} {type} {model} {workers}")
     parser.add_argument("--only", choices=("sentencepiece", "byte-level"), help="one kind of tokenizer")
+    parser.add_argument(
+        "--large-megabytes", type=float, default=1000, help="of the corpus, repeated, for the speed of a second worker; 0: none"
+    )
+    parser.add_argument("--repeat", type=int, default=3, help="runs for that, of which the fastest counts")
     parser.add_argument("--folder", type=Path, help="for corpus, tokenizers and outputs; what is there is used again")
     args = parser.parse_args()
     sys.path.insert(0, str(ROOT))
@@ -319,23 +368,31 @@ def main() -> None:
             args.input = folder / f"source-{args.megabytes:g}.jsonl"
             if not args.input.exists():
                 gather(args.input, args.megabytes)
-        rows, parts = [], {}
+        rows: list[dict[str, Any]] = []
+        parts: dict[str, dict[str, float]] = {}
+        second: dict[str, dict[str, float]] = {}
         if args.only != "byte-level":
             model = Path(args.sentencepiece or folder / "sentencepiece.model")
             if not model.exists():
                 train_sentencepiece(args.input, model)
             rows += measure(args, "SentencePieceTokenizer", str(model), folder)
             parts["SentencePieceTokenizer"] = shares(args.input, "SentencePieceTokenizer", str(model), folder)
+            if args.large_megabytes:
+                second["SentencePieceTokenizer"] = scaling(args, "SentencePieceTokenizer", str(model), folder)
         if args.only != "sentencepiece":
             model = Path(args.byte_level or folder / "byte_level" / "tokenizer.json")
             if not model.exists():
                 train_byte_level(args.input, model.parent)
             rows += measure(args, "HuggingFaceTokenizer", str(model), folder)
             parts["HuggingFaceTokenizer"] = shares(args.input, "HuggingFaceTokenizer", str(model), folder)
+            if args.large_megabytes:
+                second["HuggingFaceTokenizer"] = scaling(args, "HuggingFaceTokenizer", str(model), folder)
     show(rows)
     for kind, seconds in parts.items():
         beside = sum(seconds.values()) - seconds["encode"]
         print(f"{kind}, CPU seconds: {seconds}; all but encoding is {beside / seconds['encode']:.0%} of it")
+    for kind, found in second.items():
+        print(f"{kind}, {found['megabytes']} MB: {found}")
     today = date.today().isoformat()
     output = Path(__file__).parent / "results" / f"preprocess-{today}{f'-{args.only}' if args.only else ''}.json"
     output.parent.mkdir(exist_ok=True)
@@ -348,6 +405,7 @@ def main() -> None:
         "load_average": load,
         "rows": rows,
         "cpu_seconds_of_parts": parts,
+        "second_worker": second,
     }
     output.write_text(json.dumps(result, indent=1) + "\n")
     print(f"wrote {output.relative_to(Path.cwd()) if output.is_relative_to(Path.cwd()) else output}")

@@ -22,7 +22,7 @@ import zstandard
 from megatron_patch.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter
 from megatron_patch.data.inspect import integrity_problems
 from megatron_patch.data.preprocess import readers, workers
-from megatron_patch.data.preprocess.encode import Encoder, EncodeSettings
+from megatron_patch.data.preprocess.encode import Encoder, EncodeSettings, checked_tokenizer
 from megatron_patch.data.preprocess.fast_backend import fast_backend, fuzz_strings
 from megatron_patch.data.preprocess.inputs import Span
 from megatron_patch.data.preprocess.pipeline import preprocess
@@ -328,7 +328,8 @@ def test_a_worker_killed_in_the_middle_of_its_work_is_noticed(folder, tmp_path, 
     monkeypatch.setattr(workers, "_context", lambda: multiprocessing.get_context(method))
     work = batches([Span(str(folder / "a.jsonl"))])
     with IndexedDatasetWriter(str(tmp_path / "x"), np.dtype("uint16")) as writer:
-        encoding = workers.Workers(work, 2, settings(folder, dtype="uint16", backend="reference"), [writer])
+        how = settings(folder, dtype="uint16", backend="reference")
+        encoding = workers.Workers(work, 2, how, checked_tokenizer(how), [writer])
         with encoding, pytest.raises(DataError, match="a worker process died"):
             list(encoding)
     assert list(tmp_path.iterdir()) == []

@@ -348,7 +348,10 @@ def _encode_all(
 ) -> None:
     work = batches(run.spans, settings.keys, run.separator, (begin.file, begin.upto) if begin.outputs else (0, None), run.scratch)
     # Ended before the files are closed: workers end, whatever happens, before anything else does.
-    with Workers(work, run.workers, settings, writers) if run.workers > 1 else EncoderHere(work, settings, tokenizer, writers) as encoder:
+    encoders = (
+        Workers(work, run.workers, settings, tokenizer, writers) if run.workers > 1 else EncoderHere(work, settings, tokenizer, writers)
+    )
+    with encoders as encoder:
         for encoded in encoder:
             accounts.add(encoded, writers)
             if accounts.due():

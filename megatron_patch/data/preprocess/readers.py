@@ -1,6 +1,6 @@
 """From spans of the input to batches of documents, in order.
 
-In: `Span`s. Out: `Batch`es of about a megabyte: a byte range of a plain file, which a worker reads itself, or the bytes themselves where
+In: `Span`s. Out: `Batch`es of a megabyte or some: a byte range of a plain file, which a worker reads itself, or the bytes themselves where
 they come out of an archive, a table or a pipe. Cuts fall between documents. A document too long for memory to hold several times goes
 through a file.
 """
@@ -21,6 +21,8 @@ from megatron_patch.data.preprocess.tables import row_batches
 from megatron_patch.errors import DataError
 
 BATCH_BYTES = 1 << 20
+# Of a plain file, which is cut without being read: fewer and larger batches for large files, so that handing them out costs little.
+_LARGER, _PIECES = 4, 256
 _NEWLINE = b"\n"
 
 Kind = Literal["lines", "text", "rows"]
@@ -237,8 +239,9 @@ def _range_batches(span: Span, number: int, scratch: Path | None) -> Iterator[Ba
         raise EOFError("it has become shorter")
     last = size if span.end is None else span.end
     start = span.start
+    step = min(_LARGER * BATCH_BYTES, max(BATCH_BYTES, (last - start) // _PIECES))
     while start < last:
-        end = min(last, line_start(span.path, min(last, start + BATCH_BYTES)))
+        end = min(last, line_start(span.path, min(last, start + step)))
         share = (end - span.start) / (last - span.start)
         yield Batch(span.path, "lines", number, end, share, path=span.path, start=start, end=end, scratch=str(scratch or ""))
         start = end

@@ -99,16 +99,19 @@ class _Server:
         work: where batches and places come from.
         results: where `Encoded` without tokens, `_Written` and errors go.
         settings: how to encode.
+        tokenizer: for them, where it is loaded.
         outputs: files that tokens go into.
     """
 
-    def __init__(self, work: Connection, results: Connection, settings: EncodeSettings, outputs: Sequence[Path]) -> None:
+    def __init__(
+        self, work: Connection, results: Connection, settings: EncodeSettings, tokenizer: Tokenizer | None, outputs: Sequence[Path]
+    ) -> None:
         self._work, self._results, self._outputs = work, results, outputs
         self._inbox: queue.SimpleQueue[Batch | None] = queue.SimpleQueue()
         self._unwritten: collections.deque[tuple[Part, ...]] = collections.deque()
         self._one_at_a_time = threading.Lock()
         threading.Thread(target=self._receive, daemon=True).start()
-        self._encoder = Encoder(settings)
+        self._encoder = Encoder(settings, tokenizer)
 
     def _send(self, message: Encoded | _Written | Exception) -> None:
         with self._one_at_a_time:
@@ -162,14 +165,21 @@ def _write(parts: Sequence[Part], files: Sequence[int], starts: Sequence[int]) -
     return _Written()
 
 
-def _serve(work: Connection, results: Connection, settings: EncodeSettings, outputs: Sequence[Path], others: Sequence[Connection]) -> None:
+def _serve(
+    work: Connection,
+    results: Connection,
+    settings: EncodeSettings,
+    tokenizer: Tokenizer | None,
+    outputs: Sequence[Path],
+    others: Sequence[Connection],
+) -> None:
     """A worker process: it ends when its pipes do, so that it may hold no other's."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     for pipe in others:
         pipe.close()
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-        _Server(work, results, settings, outputs).run()
+        _Server(work, results, settings, tokenizer, outputs).run()
 
 
 def _context() -> Any:
@@ -193,13 +203,14 @@ def prepare_workers() -> None:
 class _Worker:
     """A process, the pipes to it and from it, the numbers of the batches that it is to encode, and how many it is to write."""
 
-    def __init__(self, settings: EncodeSettings, outputs: Sequence[Path], others: Sequence[_Worker]) -> None:
+    def __init__(self, settings: EncodeSettings, tokenizer: Tokenizer, outputs: Sequence[Path], others: Sequence[_Worker]) -> None:
         context = _context()
         work, self._work = context.Pipe(duplex=False)
         self.results, results = context.Pipe(duplex=False)
         forked = context.get_start_method() == "fork"
         inherited = [pipe for worker in (*others, self) for pipe in (worker._work, worker.results)] if forked else []
-        self.process: BaseProcess = context.Process(target=_serve, args=(work, results, settings, outputs, inherited), daemon=True)
+        loaded = tokenizer if forked else None
+        self.process: BaseProcess = context.Process(target=_serve, args=(work, results, settings, loaded, outputs, inherited), daemon=True)
         self.process.start()
         work.close()
         results.close()
@@ -259,12 +270,20 @@ class Workers:
         work: the batches; read only as far ahead as the workers need.
         count: processes, from 1.
         settings: how to encode.
+        tokenizer: as `checked_tokenizer` gave it for them.
         writers: one a key.
     """
 
-    def __init__(self, work: Iterable[Batch], count: int, settings: EncodeSettings, writers: Sequence[IndexedDatasetWriter]) -> None:
+    def __init__(
+        self,
+        work: Iterable[Batch],
+        count: int,
+        settings: EncodeSettings,
+        tokenizer: Tokenizer,
+        writers: Sequence[IndexedDatasetWriter],
+    ) -> None:
         self._batches, self._more = enumerate(work), True
-        self._count, self._settings, self._writers = count, settings, writers
+        self._count, self._settings, self._tokenizer, self._writers = count, settings, tokenizer, writers
         self._workers: list[_Worker] = []
         self._done: dict[int, tuple[_Worker, Encoded]] = {}
         self._stack = contextlib.ExitStack()
@@ -273,7 +292,7 @@ class Workers:
         outputs = [writer.tokens_path for writer in self._writers]
         with contextlib.ExitStack() as stack:
             for _ in range(self._count):
-                self._workers.append(_Worker(self._settings, outputs, self._workers))
+                self._workers.append(_Worker(self._settings, self._tokenizer, outputs, self._workers))
                 stack.callback(self._workers[-1].end)
             self._stack = stack.pop_all()
         return self
