@@ -354,7 +354,7 @@ def main() -> None:
     parser.add_argument("--other", action="append", default=[], help="NAME=COMMAND with {input} {output} {type} {model} {workers}")
     parser.add_argument("--only", choices=("sentencepiece", "byte-level"), help="one kind of tokenizer")
     parser.add_argument(
-        "--large-megabytes", type=float, default=1000, help="of the corpus, repeated, for the speed of a second worker; 0: none"
+        "--large-megabytes", type=float, default=2000, help="of the corpus, repeated, for the speed of a second worker; 0: none"
     )
     parser.add_argument("--repeat", type=int, default=3, help="runs for that, of which the fastest counts")
     parser.add_argument("--folder", type=Path, help="for corpus, tokenizers and outputs; what is there is used again")

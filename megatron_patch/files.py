@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
+import functools
 import json
 import os
 import resource
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import xxhash
 
@@ -58,6 +61,25 @@ def _copy_in_kernel(source: int, target: int, count: int, start: int) -> int:
 
 def _copy_through_memory(source: int, target: int, count: int, start: int) -> int:
     return os.write(target, os.pread(source, min(count, 1 << 22), start))
+
+
+def begin_writing_back(file: int, start: int, count: int) -> None:
+    """Lets the system begin to bring bytes `[start, start + count)` of an open file to disk, so that a later fsync has less to wait for.
+
+    A hint, without a promise: only Linux has it.
+    """
+    if (begin := _sync_file_range()) is not None:
+        begin(file, start, count, 2)  # SYNC_FILE_RANGE_WRITE
+
+
+@functools.cache
+def _sync_file_range() -> Callable[[int, int, int, int], int] | None:
+    try:
+        function = ctypes.CDLL(None).sync_file_range
+    except (AttributeError, OSError):
+        return None
+    function.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+    return cast("Callable[[int, int, int, int], int]", function)
 
 
 def allow_open_files(count: int) -> None:

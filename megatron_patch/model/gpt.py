@@ -6,6 +6,7 @@ batch, not the micro-batch). One path serves every K; K = 1 is the ordinary lang
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -72,7 +73,7 @@ class GPTModel(nn.Module):
         """Names of the parameters that are copies of another part's."""
         return frozenset(["embedding.word.weight"]) if self.embedding is not None and not self.is_first else frozenset()
 
-    def compile_blocks(self, backend: str = "inductor") -> None:
+    def compile_blocks(self, backend: str | Callable[..., Any] = "inductor") -> None:
         """Compiles each block with torch.compile; blocks of one shape share the compiled code.
 
         Each length of samples is compiled once for training and once for evaluation. Plans with many lengths pass the 8 after which

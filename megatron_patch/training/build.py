@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from megatron_patch.config.resolve import RunConfig
@@ -11,9 +13,18 @@ from megatron_patch.engine.interface import Engine
 from megatron_patch.model.gpt import GPTModel
 from megatron_patch.parallel.groups import Groups
 from megatron_patch.stages import Stage
+from megatron_patch.training.compilation import interruptible
 
 
-def make_engine(run: RunConfig, settings: EngineConfig, stage: Stage, ranks: Groups, device: torch.device, loading: bool) -> Engine:
+def make_engine(
+    run: RunConfig,
+    settings: EngineConfig,
+    stage: Stage,
+    ranks: Groups,
+    device: torch.device,
+    loading: bool,
+    stopping: Callable[[], bool] = lambda: False,
+) -> Engine:
     """Builds this rank's layers and the engine around them.
 
     Args:
@@ -23,6 +34,7 @@ def make_engine(run: RunConfig, settings: EngineConfig, stage: Stage, ranks: Gro
         ranks: this rank's place and process groups.
         device: this rank's device.
         loading: weights come from a checkpoint, and need no initial values.
+        stopping: whether this rank has been sent a signal to stop.
     """
     options, grid = run.options.engine, ranks.grid
     boundaries = run.pipeline_boundaries
@@ -32,7 +44,7 @@ def make_engine(run: RunConfig, settings: EngineConfig, stage: Stage, ranks: Gro
         parallel = ranks.tensor_parallel(options.sequence_parallel)
         model = GPTModel(run.shape, options.recompute_granularity, options.operators, parallel, layers)
         if options.compile:
-            model.compile_blocks()
+            model.compile_blocks(interruptible(stopping))
         return model
 
     seed = None if loading else options.seed

@@ -57,6 +57,11 @@ class StopRequests:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
+    @property
+    def signalled(self) -> bool:
+        """Whether this rank has been sent a signal."""
+        return self._signal is not None
+
     def own(self) -> str | None:
         """What this rank has been asked."""
         if self._signal is not None:

@@ -84,7 +84,7 @@ class Trainer:
         self.fingerprint = self.data.stream.fingerprint()
         if found is not None and resuming:
             check_data(found.state, self.fingerprint)
-        self.engine = make_engine(run, settings, self.stage, ranks, device, loading=found is not None)
+        self.engine = make_engine(run, settings, self.stage, ranks, device, loading=found is not None, stopping=lambda: stops.signalled)
         if found is not None:
             self.engine.load(found.folder, found.state.engine if resuming else None)
         safety = run.options.safety

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -14,7 +15,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_patch import checkpoint_files as files
 from megatron_patch.config.options import SafetyOptions
+from megatron_patch.engine import deepspeed_engine
 from megatron_patch.errors import ConfigError
 from megatron_patch.training.stop_requests import StopRequests
 from megatron_patch.units import format_duration, parse_duration
@@ -101,6 +104,71 @@ def test_during_an_evaluation_the_stop_does_not_wait_for_its_end(tmp_path, corpu
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=60) == 75, log.read_text()
     assert (folder / "latest").read_text().strip() == "step-00000003" and not Run(folder).records("evaluation")
+
+
+def _on_a_slow_disk(argv):
+    """Checkpoints take so long that a signal comes in the middle."""
+    write = deepspeed_engine.write_fragments
+
+    def slow(*args):
+        time.sleep(1.0)
+        return write(*args)
+
+    deepspeed_engine.write_fragments = slow
+    return _main(argv)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_during_an_asynchronous_save_both_checkpoints_are_made(tmp_path, corpus, unbroken, victim):
+    """The one under way when the signal comes is finished, and then the one of the last step is written."""
+    folder = tmp_path / "run"
+    processes, results = start(folder, corpus, "--async-save --save-interval 5", main=_on_a_slow_disk)
+    deadline = time.monotonic() + 120
+    while not (partial := list(folder.glob(".partial*"))):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(processes[victim].pid, signal.SIGTERM)
+    assert partial[0].exists(), "still being written when the signal is sent"
+    assert set(finish(processes, results).values()) == {75}
+    end = Run(folder).records("end")[-1]
+    assert end["reason"] == "SIGTERM" and not list(folder.glob(".partial*"))
+    found = files.checkpoints(folder)
+    assert [files.step_of(path) for path in found] == [end["step"], 5] and end["step"] > 5
+    assert [files.verify(path) for path in found] == [[], []]
+    assert train(folder, 2, PLAN, "--zero-stage 1 --data-path", corpus).losses == unbroken.losses
+
+
+def _compiling(argv, caches):
+    """With the compiler, which other tests do without, and nothing in its cache."""
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(caches / os.environ["RANK"])
+    os.environ.pop("TORCHDYNAMO_DISABLE")
+    return _main(argv)
+
+
+def descendants(pid):
+    """All processes below one."""
+    children = []
+    for path in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):
+            children += [int(word) for word in path.read_text().split()]
+    return children + [below for child in children for below in descendants(child)]
+
+
+@pytest.mark.parametrize("to_all", [pytest.param(False, marks=pytest.mark.slow, id="to the rank"), pytest.param(True, id="to all")])
+def test_while_models_compile(tmp_path, corpus, to_all):
+    """A signal in the middle of compilation; Slurm sends it to the compilers, too, which end at once."""
+    folder, caches = tmp_path / "run", tmp_path / "caches"
+    processes, results = start(folder, corpus, "--compile", main=functools.partial(_compiling, caches=caches))
+    deadline = time.monotonic() + 120
+    while not (below := descendants(processes[1].pid)):
+        assert time.monotonic() < deadline and processes[1].is_alive()
+        time.sleep(0.005)
+    for pid in [processes[1].pid, *(below if to_all else [])]:
+        os.kill(pid, signal.SIGTERM)
+    assert set(finish(processes, results).values()) == {75}
+    log = "".join(path.read_text() for path in (tmp_path / "run-logs").glob("*.log"))
+    assert "exit code 75" in log and "the same command goes on" in log
+    assert len(Run(folder).losses) <= 2
 
 
 @pytest.mark.parametrize("kind", ["duration", "file", "slurm"])

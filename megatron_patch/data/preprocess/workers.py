@@ -30,7 +30,7 @@ from megatron_patch.data.indexed_dataset import IndexedDatasetWriter
 from megatron_patch.data.preprocess.encode import Encoded, Encoder, EncodeSettings, Part
 from megatron_patch.data.preprocess.readers import Batch
 from megatron_patch.errors import DataError
-from megatron_patch.files import copy_range
+from megatron_patch.files import begin_writing_back, copy_range
 from megatron_patch.tokenizer import Tokenizer
 
 # Batches a worker holds: one that it encodes, and one that waits so that it never does.
@@ -157,9 +157,11 @@ def _write(parts: Sequence[Part], files: Sequence[int], starts: Sequence[int]) -
                 os.unlink(part.file)
                 continue
             view = np.ascontiguousarray(part.tokens).view(np.uint8).data
+            begin, size = start, view.nbytes
             while view.nbytes:
                 count = os.pwrite(file, view, start)
                 view, start = view[count:], start + count
+            begin_writing_back(file, begin, size)
         except OSError as error:
             return _Written(output, error)
     return _Written()
@@ -243,12 +245,15 @@ class _Worker:
             raise answer
         return cast("Encoded | _Written", answer)
 
-    def end(self) -> None:
-        """Ends the process: kindly, then by force."""
+    def let_go(self) -> None:
+        """Tells the process to end: kindly where it has nothing to do."""
         self._work.close()
         self.results.close()
         if self.held or self.writing:
             self.process.terminate()
+
+    def end(self) -> None:
+        """Waits for the end of the process, and then ends it by force."""
         self.process.join(_GOODBYE_SECONDS)
         if self.process.is_alive():
             self.process.kill()
@@ -286,19 +291,24 @@ class Workers:
         self._count, self._settings, self._tokenizer, self._writers = count, settings, tokenizer, writers
         self._workers: list[_Worker] = []
         self._done: dict[int, tuple[_Worker, Encoded]] = {}
-        self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Workers:
         outputs = [writer.tokens_path for writer in self._writers]
         with contextlib.ExitStack() as stack:
+            stack.callback(self._end)
             for _ in range(self._count):
                 self._workers.append(_Worker(self._settings, self._tokenizer, outputs, self._workers))
-                stack.callback(self._workers[-1].end)
-            self._stack = stack.pop_all()
+            stack.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stack.close()
+        self._end()
+
+    def _end(self) -> None:
+        for worker in self._workers:
+            worker.let_go()
+        for worker in self._workers:
+            worker.end()
 
     def __iter__(self) -> Iterator[Encoded]:
         """Each batch that has been given its places, in order; `settle` says when they are filled.
