@@ -400,7 +400,9 @@ def main() -> None:
     load = round(os.getloadavg()[0], 2)
     result = {
         "date": today,
-        "command": shlex.join(["python", "benchmarks/preprocess.py", *(Path(word).name if word.startswith("/") else word for word in sys.argv[1:])]),
+        "command": shlex.join(
+            ["python", "benchmarks/preprocess.py", *(Path(word).name if word.startswith("/") else word for word in sys.argv[1:])]
+        ),
         "machine": machine,
         "load_average": load,
         "rows": rows,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -28,7 +29,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
-    if any("distributed" in item.path.parts or "tools" in item.path.parts for item in items):
-        from tests.distributed.ranks import start_server
-
-        start_server()
+    if ranks := sys.modules.get("tests.distributed.ranks"):
+        ranks.start_server()

@@ -67,8 +67,24 @@ def _patch_train(name: str, what: str, patch_size: int, share: Fraction, **token
 
 
 def _superposition(name: str, what: str, patch_size: int, share: Fraction, *more: str) -> Arm:
+    """Token superposition's recipe."""
     flags = ("--recipe", "token-superposition", "--patch-size", str(patch_size), "--patch-compute-share", str(float(share)), *more)
     return Arm(name, what, float(tokens_for_compute([(patch_size, share)])), flags, baseline="token-wsd")
+
+
+def _one_schedule(name: str, what: str, parts: Sequence[tuple[int, Fraction]], **token_stage: Any) -> Arm:
+    """Stages of (K, share of the compute) and then tokens, all on one warm-up–stable–decay schedule and with the same positions a step.
+
+    `token_stage` changes what the last switch does; without it this is token superposition's recipe for any list of patch sizes.
+    """
+    stages = [
+        {"name": f"patch-{patch_size}", "patch_size": patch_size, "compute_share": float(share), "lr_policy": "continue"}
+        for patch_size, share in parts
+    ]
+    stages[0]["lr_policy"] = "restart"
+    stages.append({"name": "token", "patch_size": 1, "lr_policy": "continue", **token_stage})
+    words = _stages(*({**stage, "batch": "constant-positions"} for stage in stages))
+    return Arm(name, what, float(tokens_for_compute(parts)), (*words, "--lr-decay-style", "WSD"), baseline="token-wsd")
 
 
 def all_arms(lr: float) -> tuple[Arm, ...]:
@@ -78,32 +94,40 @@ def all_arms(lr: float) -> tuple[Arm, ...]:
         lr: the study's highest learning rate, of which the arms with another one after the switch take a multiple.
     """
     two_thirds, three_tenths = Fraction(2, 3), Fraction(3, 10)
-    stairs = tokens_for_compute([(4, Fraction(15, 100)), (2, Fraction(15, 100))])
     return (
         Arm("token", "token level, all of the budget; cosine", 1.0, ("--recipe", "token-level"), None),
         Arm("token-wsd", "the same on a warm-up–stable–decay schedule", 1.0, ("--recipe", "token-level", "--lr-decay-style", "WSD"), None),
         _patch_train("patch-k4", "patch-train: patches of 4 over 2/3 of the tokens, then tokens; lr and optimizer afresh", 4, two_thirds),
         _patch_train("patch-k2", "the same with patches of 2", 2, two_thirds),
         _superposition("superposition-k3", "token superposition: patches of 3 for 0.3 of the compute; optimizer kept", 3, three_tenths),
-        Arm(
+        _one_schedule(
             "stairs-4-2-1",
             "patches of 4, then of 2 (0.15 of the compute each), then tokens; one schedule, optimizer kept",
-            float(stairs),
-            _stages(
-                {"name": "fours", "patch_size": 4, "compute_share": 0.15},
-                {"name": "twos", "patch_size": 2, "compute_share": 0.15, "lr_policy": "continue"},
-                {"name": "token", "patch_size": 1, "lr_policy": "continue"},
-            ),
-            baseline="token",
+            [(4, Fraction(15, 100)), (2, Fraction(15, 100))],
         ),
         Arm("token-full", "token level at twice the budget: what full cost reaches", 1.0, ("--recipe", "token-level"), None, cost=2.0),
+        _superposition("superposition-k2", "token superposition with patches of 2", 2, three_tenths),
+        _superposition("superposition-k8", "token superposition with patches of 8", 8, three_tenths),
+        _superposition("superposition-k8-power", "the same, labels weighted 1/(k+1)", 8, three_tenths, "--position-weights", "power"),
+        _superposition("superposition-k3-r10", "superposition-k3 with patches for 0.1 of the compute", 3, Fraction(1, 10)),
+        _superposition("superposition-k3-r20", "superposition-k3 with patches for 0.2 of the compute", 3, Fraction(1, 5)),
+        _superposition("superposition-k8-r10", "superposition-k8 with patches for 0.1 of the compute", 8, Fraction(1, 10)),
+        _superposition(
+            "superposition-k3-soft",
+            "superposition-k3, a soft switch over the last third of the patches",
+            3,
+            three_tenths,
+            "--anneal-share",
+            "0.333",
+        ),
+        _one_schedule(
+            "superposition-k3-reset", "superposition-k3, optimizer made new at the switch", [(3, three_tenths)], optimizer="reset"
+        ),
         _patch_train("patch-k4-keep", "patch-k4, optimizer kept at the switch", 4, two_thirds, optimizer="keep"),
         _patch_train("patch-k4-lr-half", "patch-k4, half the learning rate after the switch", 4, two_thirds, lr=lr / 2),
         _patch_train("patch-k4-lr-double", "patch-k4, twice the learning rate after the switch", 4, two_thirds, lr=lr * 2),
         _patch_train("patch-k4-l20", "patch-k4 over 0.2 of the tokens", 4, Fraction(1, 5)),
         _patch_train("patch-k4-l40", "patch-k4 over 0.4 of the tokens", 4, Fraction(2, 5)),
-        _superposition("superposition-k8", "token superposition with patches of 8", 8, three_tenths),
-        _superposition("superposition-k8-power", "the same, labels weighted 1/(k+1)", 8, three_tenths, "--position-weights", "power"),
     )
 
 

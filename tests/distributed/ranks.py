@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import multiprocessing
 import multiprocessing.forkserver
@@ -44,6 +45,13 @@ def start_server() -> Any:
             else:
                 os.environ[name] = value
     return _context
+
+
+@atexit.register
+def _end_what_is_left() -> None:
+    """Ranks that a failed test left behind; Python would wait for their end."""
+    for process in multiprocessing.active_children():
+        process.kill()
 
 
 def free_port() -> int:

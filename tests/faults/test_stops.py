@@ -44,12 +44,16 @@ def start(folder, corpus, *more, main=_main):
 
 def finish(processes, results, timeout=120):
     codes = {}
-    for _ in processes:
-        rank, ok, value = results.get(timeout=timeout)
-        assert ok, value
-        codes[rank] = int(value)
-    for process in processes:
-        process.join(timeout=30)
+    try:
+        for _ in processes:
+            rank, ok, value = results.get(timeout=timeout)
+            assert ok, value
+            codes[rank] = int(value)
+        for process in processes:
+            process.join(timeout=30)
+    finally:
+        for process in processes:
+            process.kill()
     return codes
 
 
@@ -65,15 +69,16 @@ def wait_for_steps(folder, steps):
 
 def test_a_signal_to_any_rank_stops_all_and_nothing_is_lost(tmp_path, corpus, unbroken):
     """One life after another, each ended by another signal at another rank and moment; together they are one run."""
-    folder, draw = tmp_path / "run", random.Random(1)
-    for number, (victim, sent) in enumerate([(1, signal.SIGTERM), (0, signal.SIGUSR1), (1, signal.SIGUSR2), (0, signal.SIGINT)]):
+    folder, draw, done = tmp_path / "run", random.Random(1), 0
+    for victim, sent in [(1, signal.SIGTERM), (0, signal.SIGUSR1), (1, signal.SIGUSR2), (0, signal.SIGINT)]:
         processes, results = start(folder, corpus)
-        wait_for_steps(folder, 6 * number + 2)
+        wait_for_steps(folder, done + 2)
         time.sleep(draw.random() * 0.2)
         os.kill(processes[victim].pid, sent)
         assert set(finish(processes, results).values()) == {75}
         end = Run(folder).records("end")[-1]
         assert end["reason"] == sent.name
+        done = end["step"]
         assert (folder / "latest").read_text().strip() == f"step-{end['step']:08d}"
         log = "".join(path.read_text() for path in (tmp_path / "run-logs").glob("*.log"))
         assert "exit code 75" in log and "the same command goes on" in log
