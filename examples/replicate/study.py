@@ -98,7 +98,7 @@ class Study:
             "pretrain_gpt_patch.py",
             *("--config", str(self.args.config), *arm.flags, "--train-tokens", str(tokens), "--seed", str(seed)),
             *("--data-path", str(self.dataset), "--split", "95,5,0", "--eval-interval-tokens", str(max(1, tokens // EVALUATIONS))),
-            *("--eval-tokens", str(min(1_000_000, max(16_384, self.budget // 32))), "--log-interval", "50"),
+            *("--eval-tokens", str(min(400_000, max(16_384, self.budget // 32))), "--log-interval", "50"),
             *("--save-interval-tokens", str(max(1, tokens // 4)), "--keep-last", "1", "--save", str(self.folder(arm, seed))),
         ]
 

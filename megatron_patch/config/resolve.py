@@ -351,6 +351,7 @@ def resolve(parsed: Parsed, ranks: int) -> RunConfig:
                 f"stage {stage.name}: {stage.global_batch_size} samples a step are no multiple of {stage.micro_batch_size} x "
                 f"{data_parallel_size} ranks; the last micro-batch of a step is filled up with samples that count nothing"
             )
+    notes.extend(_batch_notes(options, plan))
     requested = options.stages.train_tokens
     if requested is not None and abs(plan.tokens - requested) > 0.01 * requested:
         notes.append(f"the stages read {plan.tokens:,} tokens; {requested:,} were asked for (rounded to whole steps and blocks)")
@@ -368,6 +369,24 @@ def resolve(parsed: Parsed, ranks: int) -> RunConfig:
     _check_masking(options.data, run.eod_id)
     _ = run.pipeline_boundaries, run.epoch_limits  # more stages than layers, and limits of what is not read, are refused here
     return run
+
+
+def _batch_notes(options: Options, plan: StagePlan) -> list[str]:
+    """Says where whole micro-batches make a step much larger or smaller than `--global-batch-tokens`: other rates fit it then."""
+    asked = options.stages.global_batch_tokens
+    if asked is None:
+        return []
+    largest = max(plan.stages, key=lambda stage: stage.micro_batch_size * stage.sample_tokens)
+    finest = min(plan.stages, key=lambda stage: stage.patch_size)
+    # Patches alone may hold the tokens of a step or its positions; at K = 1 both are the same.
+    taken = min((finest.tokens_per_step, finest.positions_per_step), key=lambda count: abs(count - asked))
+    if abs(taken - asked) <= 0.1 * asked:
+        return []
+    return [
+        f"a step takes {taken:,} tokens at token level; --global-batch-tokens {asked:,} was asked for, and every stage's step is whole "
+        f"micro-batches of all ranks: {largest.micro_batch_size} samples of {largest.sample_tokens:,} tokens a rank in stage "
+        f"{largest.name}. A smaller --micro-batch-size keeps closer to it"
+    ]
 
 
 def load_config(argv: Sequence[str], ranks: int) -> RunConfig:

@@ -276,7 +276,16 @@ def _with_schedules(stages: Sequence[Stage], options: StageOptions, schedule: Sc
                 decay = min(last.tokens, math.ceil(sum(other.steps for other in covered) / 10) * last.tokens_per_step)
                 shape = dataclasses.replace(shape, wsd_decay_tokens=decay)
             _check_lr(stage, shape, tokens)
-        result.append(dataclasses.replace(stage, lr=shape))
+        rewarm = stage.rewarm_tokens
+        if stage.lr_policy == "rewarm" and rewarm == 0:
+            rewarm = round(stage.tokens * (schedule.lr_warmup_fraction or 0.0))
+            if rewarm == 0:
+                raise ConfigError(
+                    f"stage {stage.name!r} has lr_policy: rewarm and no warm-up",
+                    "lr_warmup_tokens in the stage, --lr-warmup-tokens, or --lr-warmup-fraction (of the stage's tokens)",
+                    "give one of them, or take lr_policy: continue",
+                )
+        result.append(dataclasses.replace(stage, lr=shape, rewarm_tokens=rewarm))
     return tuple(result)
 
 

@@ -123,6 +123,14 @@ def all_arms(lr: float) -> tuple[Arm, ...]:
         _one_schedule(
             "superposition-k3-reset", "superposition-k3, optimizer made new at the switch", [(3, three_tenths)], optimizer="reset"
         ),
+        _one_schedule(
+            "superposition-k3-rewarm",
+            "superposition-k3, the learning rate warmed up again after the switch",
+            [(3, three_tenths)],
+            lr_policy="rewarm",
+        ),
+        _superposition("superposition-k2-r50", "superposition-k2 with patches for 0.5 of the compute", 2, Fraction(1, 2)),
+        _patch_train("patch-k2-keep", "patch-k2, optimizer kept at the switch", 2, two_thirds, optimizer="keep"),
         _patch_train("patch-k4-keep", "patch-k4, optimizer kept at the switch", 4, two_thirds, optimizer="keep"),
         _patch_train("patch-k4-lr-half", "patch-k4, half the learning rate after the switch", 4, two_thirds, lr=lr / 2),
         _patch_train("patch-k4-lr-double", "patch-k4, twice the learning rate after the switch", 4, two_thirds, lr=lr * 2),

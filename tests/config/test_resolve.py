@@ -104,6 +104,15 @@ def test_the_side_file_tells_the_vocabulary(tmp_path):
         resolve(*BASE, "--data-path", str(tmp_path / "d"))
 
 
+def test_a_step_that_micro_batches_make_larger_is_told():
+    words = [word for word in RUN if word not in ("--global-batch-size", "8")] + ["--global-batch-tokens", "128", "--patch-size", "4"]
+    (note,) = [note for note in resolve(*words, "--micro-batch-size", "4").notes if "--global-batch-tokens" in note]
+    assert note.startswith("a step takes 256 tokens at token level; --global-batch-tokens 128") and "4 samples of 64 tokens" in note
+    assert not resolve(*words, "--micro-batch-size", "2").notes
+    # Patches at constant positions take more tokens a step by design.
+    assert not resolve(*words, "--micro-batch-size", "2", "--recipe", "token-superposition").notes
+
+
 @pytest.mark.parametrize(
     ("words", "reason"),
     [

@@ -111,6 +111,15 @@ def test_eight_four_two_one_with_everything_a_stage_can_say():
     assert k1.blend == (("a", 0.5), ("b", 0.5)) and k1.micro_batch_size == 2
 
 
+def test_a_rewarm_has_a_length_or_is_refused():
+    stages = [{"patch_size": 2, "steps": 40}, {"patch_size": 1, "steps": 40, "lr_policy": "rewarm"}]
+    by_share = plan(stages=stages, train_tokens=None, schedule=ScheduleOptions(lr_warmup_fraction=0.05)).stages[1]
+    assert by_share.rewarm_tokens == by_share.tokens // 20
+    assert plan(stages=stages, train_tokens=None, schedule=ScheduleOptions(lr_warmup_tokens=700)).stages[1].rewarm_tokens == 700
+    with pytest.raises(ConfigError, match=r"stage 'token' has lr_policy: rewarm and no warm-up\n.*--lr-warmup-fraction"):
+        plan(stages=stages, train_tokens=None)
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
