@@ -29,12 +29,24 @@ from megatron_patch.config.parsing import read_yaml
 from megatron_patch.errors import ConfigError, DataError
 from megatron_patch.files import write_durably
 from megatron_patch.replication.arms import Arm, select_arms
-from megatron_patch.replication.results import Outcome, markdown, plot_study, read_outcome, summarise, verdict, write_json
+from megatron_patch.replication.results import (
+    COLOURS,
+    Outcome,
+    Row,
+    markdown,
+    plot_study,
+    read_outcome,
+    summarise,
+    summarise_switches,
+    verdict,
+    write_json,
+)
+from megatron_patch.replication.switches import SwitchRow, plot_switches, switch_markdown
 from megatron_patch.units import format_count, format_duration, parse_count
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 EVALUATIONS = 16
-BEGIN, END = "<!-- study -->", "<!-- end of study -->"
+VOCAB_SIZE = "1024"
 
 
 class Study:
@@ -52,11 +64,17 @@ class Study:
         self.console, self.home, self.args = console, args.output.resolve(), args
         values = read_yaml(args.config)
         values = {name.replace("_", "-"): value for name, value in values.items()}
-        if "train-tokens" not in values or "lr" not in values:
-            raise ConfigError(f"{args.config} gives no train-tokens or no lr", "a file with both", "see examples/replicate/study_cpu.yaml")
-        self.lr = float(values["lr"])
+        needed = ("train-tokens", "lr", "global-batch-tokens")
+        missing = [name for name in needed if name not in values]
+        if missing:
+            raise ConfigError(
+                f"{args.config} gives no {' and no '.join(missing)}",
+                f"a file with {', '.join(needed)}",
+                "see examples/replicate/study_cpu.yaml",
+            )
         self.budget = parse_count(args.budget or values["train-tokens"])
-        self.arms = select_arms(args.arms, self.lr)
+        multiples = float(values["lr"]), parse_count(values["global-batch-tokens"])
+        self.arms, self.all_arms = select_arms(args.arms, *multiples), select_arms([], *multiples)
         self.seeds = list(range(1, args.seeds + 1))
         self.settings: dict[str, Any] = {
             "config": values,
@@ -142,7 +160,7 @@ class Study:
     def outcomes(self) -> list[Outcome]:
         """Of all runs that are done, also those of seeds beyond --seeds."""
         found = []
-        for arm in select_arms([], self.lr):
+        for arm in self.all_arms:
             for folder in sorted((self.home / "runs").glob(f"{arm.name}-seed*")):
                 seed = folder.name.removeprefix(f"{arm.name}-seed")
                 if seed.isdigit() and (outcome := read_outcome(folder, arm.name, int(seed))) is not None:
@@ -151,17 +169,19 @@ class Study:
 
     def write(self) -> None:
         """Table, plot and numbers of what is done."""
-        outcomes, arms = self.outcomes(), select_arms([], self.lr)
+        outcomes, arms = self.outcomes(), self.all_arms
         if not outcomes:
             self.console.print("no run is done yet")
             return
         rows = summarise(arms, outcomes, self.budget)
+        switches = summarise_switches(arms, outcomes, self.budget)
         write_json(self.home / "study.json", rows, outcomes, json.loads(json.dumps(self.settings, default=str)))
         plot_study(self.home / "loss.png", arms, outcomes, self.budget, self.title())
-        text = markdown(rows, arms, self.about(), self.command(), "study.png" if self.args.docs else "loss.png")
-        write_durably(self.home / "study.md", text)
+        if switches:
+            plot_switches(self.home / "switch.png", switches, COLOURS, "After the switch: above the baseline at equal cost")
+        write_durably(self.home / "study.md", self.text(rows, switches, "loss.png", "switch.png"))
         if self.args.docs:
-            self.into_docs(self.args.docs, text)
+            self.into_docs(self.args.docs, rows, switches)
         table = Table(title=f"{len(outcomes)} run{'s' if len(outcomes) > 1 else ''} done", title_justify="left", header_style="bold")
         for name in ("arm", "seeds", "tokens", "cost", "steps", "held-out token loss", "against its baseline", ""):
             table.add_column(name, justify="left" if name in ("arm", "") else "right")
@@ -173,18 +193,30 @@ class Study:
             table.add_row(*cells, difference, verdict(row))
         self.console.print(table)
 
-    def into_docs(self, document: Path, text: str) -> None:
-        """Puts the table between a document's two marks, and the plot beside the document.
+    def text(self, rows: Sequence[Row], switches: Sequence[SwitchRow], plot: str, switch_plot: str) -> str:
+        """The study as Markdown, with pictures at these paths."""
+        text = markdown(rows, self.all_arms, self.about(), self.command(), plot)
+        return f"{text}\n{switch_markdown(switches, switch_plot)}" if switches else text
+
+    def into_docs(self, document: Path, rows: Sequence[Row], switches: Sequence[SwitchRow]) -> None:
+        """Puts the tables between a document's two marks for this configuration, and the plots beside the document.
 
         Raises:
             ConfigError: the document has no marks.
         """
-        before, begin, rest = document.read_text(encoding="utf-8").partition(BEGIN)
-        _, end, after = rest.partition(END)
+        name = self.args.config.stem
+        marks = f"<!-- {name} -->", f"<!-- end of {name} -->"
+        before, begin, rest = document.read_text(encoding="utf-8").partition(marks[0])
+        _, end, after = rest.partition(marks[1])
         if not begin or not end:
-            raise ConfigError(f"{document} lacks {BEGIN} or {END}", "a document with both marks", "write them where the table belongs")
-        write_durably(document, f"{before}{BEGIN}\n\n{text}\n{END}{after}")
-        document.with_name("study.png").write_bytes((self.home / "loss.png").read_bytes())
+            raise ConfigError(
+                f"{document} lacks {' or '.join(marks)}", "a document with both marks", "write them where this study's tables belong"
+            )
+        text = self.text(rows, switches, f"{name}.png", f"{name}_switch.png")
+        write_durably(document, f"{before}{begin}\n\n{text}\n{end}{after}")
+        for source, target in (("loss", name), ("switch", f"{name}_switch")):
+            if (self.home / f"{source}.png").is_file():
+                document.with_name(f"{target}.png").write_bytes((self.home / f"{source}.png").read_bytes())
 
     def title(self) -> str:
         """Of the plot."""
@@ -204,6 +236,7 @@ class Study:
         path = self.args.config.resolve()
         config = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path.name
         extra = f" --budget {self.args.budget}" if self.args.budget else ""
+        extra += f" --vocab-size {self.args.vocab_size}" if self.args.vocab_size != VOCAB_SIZE else ""
         arms = f" --arms {' '.join(self.args.arms)}" if self.args.arms else ""
         seeds = max((outcome.seed for outcome in self.outcomes()), default=self.args.seeds)
         return f"python examples/replicate/study.py --text 'books/*.txt' --output runs/study --config {config}{extra}{arms} --seeds {seeds}"
@@ -258,8 +291,12 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--budget", help="cost tokens of an arm; by default the configuration's train-tokens")
     parser.add_argument("--arms", nargs="+", default=[], help="some arms alone, and the baselines that they need; --plan lists all")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each arm")
-    parser.add_argument("--vocab-size", default="4096", help="of the tokenizer that is trained on the text")
-    parser.add_argument("--docs", type=Path, help=f"a Markdown file to put the table into, between {BEGIN} and {END}")
+    parser.add_argument("--vocab-size", default=VOCAB_SIZE, help="of the tokenizer that is trained on the text")
+    parser.add_argument(
+        "--docs",
+        type=Path,
+        help="a Markdown file to put the tables into, between <!-- NAME --> and <!-- end of NAME -->, NAME the configuration's",
+    )
     parser.add_argument("--plan", action="store_true", help="print what would run")
     parser.add_argument("--status", action="store_true", help="write table and plot of what is done, and run nothing")
     args = parser.parse_args(argv)

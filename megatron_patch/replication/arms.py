@@ -54,6 +54,11 @@ def _stages(*stages: dict[str, Any]) -> tuple[str, str]:
     return "--stages", json.dumps(stages, separators=(",", ":"))
 
 
+def _token_level(name: str, what: str, *flags: str) -> Arm:
+    """Token level with a knob turned, to see that the baseline is not a weak one."""
+    return Arm(name, what, 1.0, ("--recipe", "token-level", *flags), baseline="token")
+
+
 def _patch_train(name: str, what: str, patch_size: int, share: Fraction, **token_stage: Any) -> Arm:
     """Patch-train's two stages; `token_stage` changes the second."""
     patches = {"name": "patch", "patch_size": patch_size, "token_share": float(share)}
@@ -87,11 +92,12 @@ def _one_schedule(name: str, what: str, parts: Sequence[tuple[int, Fraction]], *
     return Arm(name, what, float(tokens_for_compute(parts)), (*words, "--lr-decay-style", "WSD"), baseline="token-wsd")
 
 
-def all_arms(lr: float) -> tuple[Arm, ...]:
+def all_arms(lr: float, batch_tokens: int) -> tuple[Arm, ...]:
     """Every arm, the main ones first.
 
     Args:
-        lr: the study's highest learning rate, of which the arms with another one after the switch take a multiple.
+        lr: the study's highest learning rate, of which some arms take a multiple.
+        batch_tokens: of a step at token level, of which an arm takes half.
     """
     two_thirds, three_tenths = Fraction(2, 3), Fraction(3, 10)
     return (
@@ -106,6 +112,9 @@ def all_arms(lr: float) -> tuple[Arm, ...]:
             [(4, Fraction(15, 100)), (2, Fraction(15, 100))],
         ),
         Arm("token-full", "token level at twice the budget: what full cost reaches", 1.0, ("--recipe", "token-level"), None, cost=2.0),
+        _token_level("token-lr-half", "token, half the learning rate", "--lr", str(lr / 2)),
+        _token_level("token-lr-double", "token, twice the learning rate", "--lr", str(lr * 2)),
+        _token_level("token-batch-half", "token, steps of half the tokens, twice as many", "--global-batch-tokens", str(batch_tokens // 2)),
         _superposition("superposition-k2", "token superposition with patches of 2", 2, three_tenths),
         _superposition("superposition-k8", "token superposition with patches of 8", 8, three_tenths),
         _superposition("superposition-k8-power", "the same, labels weighted 1/(k+1)", 8, three_tenths, "--position-weights", "power"),
@@ -139,13 +148,18 @@ def all_arms(lr: float) -> tuple[Arm, ...]:
     )
 
 
-def select_arms(names: Sequence[str], lr: float) -> tuple[Arm, ...]:
+def select_arms(names: Sequence[str], lr: float, batch_tokens: int) -> tuple[Arm, ...]:
     """Arms by their names, with the baselines that they need, in the study's order.
+
+    Args:
+        names: none of them stands for all arms.
+        lr: as `all_arms`.
+        batch_tokens: as `all_arms`.
 
     Raises:
         ConfigError: a name that is none.
     """
-    arms = {arm.name: arm for arm in all_arms(lr)}
+    arms = {arm.name: arm for arm in all_arms(lr, batch_tokens)}
     unknown = [name for name in names if name not in arms]
     if unknown:
         raise ConfigError(f"--arms {' '.join(unknown)}", ", ".join(arms), "take names from this list")

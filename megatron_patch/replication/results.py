@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_patch.replication.arms import Arm
+from megatron_patch.replication.switches import Switch, SwitchRow, compare_switch, read_switch, training_curve
 from megatron_patch.training.callbacks.metrics import read_metrics
 from megatron_patch.units import format_count
 
@@ -32,6 +33,8 @@ class Outcome:
         loss: held-out token loss at the end, nats.
         seconds: of all steps, without evaluations and checkpoints.
         curve: (cost_tokens, held-out token loss) of each evaluation.
+        switch: its last switch to single tokens.
+        training: from `training_curve`.
     """
 
     arm: str
@@ -42,6 +45,8 @@ class Outcome:
     loss: float
     seconds: float
     curve: tuple[tuple[float, float], ...]
+    switch: Switch | None = None
+    training: tuple[tuple[int, float], ...] = ()
 
 
 def read_outcome(save: Path, arm: str, seed: int) -> Outcome | None:
@@ -60,7 +65,18 @@ def read_outcome(save: Path, arm: str, seed: int) -> Outcome | None:
         return None
     end = steps[-1]
     seconds = sum(record["step_seconds"] for record in steps)
-    return Outcome(arm, seed, end["tokens"], end["cost_tokens"], len(steps), curve[-1][1], seconds, tuple(curve))
+    return Outcome(
+        arm,
+        seed,
+        end["tokens"],
+        end["cost_tokens"],
+        len(steps),
+        curve[-1][1],
+        seconds,
+        tuple(curve),
+        read_switch(records),
+        training_curve(records),
+    )
 
 
 @dataclass(frozen=True)
@@ -129,6 +145,19 @@ def summarise(arms: Sequence[Arm], outcomes: Sequence[Outcome], budget: int) -> 
     return rows
 
 
+def summarise_switches(arms: Sequence[Arm], outcomes: Sequence[Outcome], budget: int) -> list[SwitchRow]:
+    """One row an arm that switches and has a seed in common with its baseline."""
+    rows = []
+    for arm in arms:
+        mine = {outcome.seed: outcome for outcome in outcomes if outcome.arm == arm.name}
+        switches = {seed: outcome.switch for seed, outcome in mine.items() if outcome.switch is not None}
+        theirs = {outcome.seed: outcome.training for outcome in outcomes if outcome.arm == arm.baseline}
+        if switches and arm.baseline:
+            curves = {seed: outcome.training for seed, outcome in mine.items()}
+            rows.append(compare_switch(arm.name, arm.baseline, switches, curves, theirs, budget))
+    return [row for row in rows if row is not None]
+
+
 def verdict(row: Row) -> str:
     """What a difference shows: nothing where it is within two standard errors, or has none."""
     if row.difference is None:
@@ -189,7 +218,7 @@ def write_json(path: Path, rows: Sequence[Row], outcomes: Sequence[Outcome], set
     path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
-_COLOURS = ("#33373d", "#8b8f96", "#2563b8", "#16875f", "#d2512f", "#8b53c4", "#b9850b", "#0d8a9e", "#c03e79")
+COLOURS = ("#33373d", "#8b8f96", "#2563b8", "#16875f", "#d2512f", "#8b53c4", "#b9850b", "#0d8a9e", "#c03e79")
 
 
 def plot_study(path: Path, arms: Sequence[Arm], outcomes: Sequence[Outcome], budget: int, title: str) -> None:
@@ -215,7 +244,7 @@ def plot_study(path: Path, arms: Sequence[Arm], outcomes: Sequence[Outcome], bud
     fallen = [loss for outcome in outcomes for cost, loss in outcome.curve if cost >= 0.45 * budget]
     for axis, shown in zip(axes[0], panels, strict=True):
         for number, arm in enumerate(shown):
-            _draw(axis, [outcome for outcome in outcomes if outcome.arm == arm.name], budget, _COLOURS[number % len(_COLOURS)], arm)
+            _draw(axis, [outcome for outcome in outcomes if outcome.arm == arm.name], budget, COLOURS[number % len(COLOURS)], arm)
         axis.set_xlabel("cost, of token-level training on twice the budget")
         axis.grid(alpha=0.25, linewidth=0.6)
         axis.spines[["top", "right"]].set_visible(False)

@@ -20,6 +20,7 @@ from megatron_patch.replication.results import Outcome, markdown, plot_study, re
 ROOT = Path(__file__).parent.parent.parent
 FOLDER = ROOT / "examples" / "replicate"
 SIZES = {"270m": 270e6, "370m": 370e6, "600m": 600e6, "780m": 780e6, "1.3b": 1.3e9, "2.7b": 2.7e9, "3b": 3e9}
+ARMS = all_arms(1e-3, 256)
 MODEL = ["--num-layers", "2", "--hidden-size", "32", "--num-attention-heads", "4", "--vocab-size", "64", "--seq-length", "16", "--dry-run"]
 
 
@@ -38,21 +39,30 @@ def test_ready_configurations_can_be_planned_and_have_the_size_they_say(path):
         assert patch.positions_per_step == token.positions_per_step and run.plan.cost() == pytest.approx(0.4, rel=1e-2)
 
 
-@pytest.mark.parametrize("arm", all_arms(1e-3), ids=lambda arm: arm.name)
+@pytest.mark.parametrize("arm", ARMS, ids=lambda arm: arm.name)
 def test_every_arm_costs_the_budget(arm):
     budget = 4_000_000
-    words = [*MODEL, "--global-batch-size", "8", *arm.flags, "--train-tokens", str(arm.train_tokens(budget))]
+    words = [
+        *MODEL,
+        "--global-batch-tokens",
+        "256",
+        "--lr-warmup-fraction",
+        "0.02",
+        *arm.flags,
+        "--train-tokens",
+        str(arm.train_tokens(budget)),
+    ]
     run = load_config(words, 1)
     cost = Cost(run.shape, run.plan, 16)
     assert cost.whole * run.plan.tokens / budget == pytest.approx(arm.cost, rel=2e-3)
 
 
 def test_arms_bring_their_baselines_and_unknown_ones_are_named():
-    assert [arm.name for arm in select_arms(["superposition-k3"], 1e-3)] == ["token-wsd", "superposition-k3"]
-    assert select_arms([], 1e-3) == all_arms(1e-3)
+    assert [arm.name for arm in select_arms(["superposition-k3"], 1e-3, 256)] == ["token-wsd", "superposition-k3"]
+    assert select_arms([], 1e-3, 256) == ARMS
     with pytest.raises(ConfigError, match=r"patch-k5\n.*Allowed: token, .*\n.*What to do"):
-        select_arms(["patch-k5"], 1e-3)
-    lrs = {arm.name: json.loads(arm.flags[1])[1].get("lr") for arm in all_arms(1e-3) if arm.name.startswith("patch-k4")}
+        select_arms(["patch-k5"], 1e-3, 256)
+    lrs = {arm.name: json.loads(arm.flags[1])[1].get("lr") for arm in ARMS if arm.name.startswith("patch-k4")}
     assert lrs["patch-k4-lr-half"] == 5e-4 and lrs["patch-k4-lr-double"] == 2e-3 and lrs["patch-k4"] is None
 
 
@@ -61,7 +71,7 @@ def outcome(arm, seed, loss):
 
 
 def test_differences_are_taken_seed_by_seed():
-    arms = select_arms(["patch-k4"], 1e-3)
+    arms = select_arms(["patch-k4"], 1e-3, 256)
     # Seeds differ by much more than the arms do; taken seed by seed the difference is plain.
     runs = [outcome("token", seed, 4.0 + seed) for seed in (1, 2, 3)]
     runs += [outcome("patch-k4", seed, 4.0 + seed + shift) for seed, shift in ((1, -0.09), (2, -0.10), (3, -0.11))]
@@ -81,7 +91,7 @@ def test_differences_are_taken_seed_by_seed():
 
 def test_unfinished_runs_are_left_out(tmp_path):
     lines = [
-        {"type": "step", "step": 1, "tokens": 10, "cost_tokens": 5.0, "step_seconds": 2.0},
+        {"type": "step", "step": 1, "tokens": 10, "cost_tokens": 5.0, "step_seconds": 2.0, "patch_size": 2, "loss": 5.0},
         {"type": "evaluation", "step": 1, "cost_tokens": 5.0, "token_loss": 4.5},
         {"type": "end", "step": 1, "reason": "done"},
     ]
@@ -94,7 +104,7 @@ def test_unfinished_runs_are_left_out(tmp_path):
 
 
 def test_the_plot_takes_any_number_of_arms_and_seeds(tmp_path):
-    arms = all_arms(1e-3)
+    arms = ARMS
     plot_study(tmp_path / "one.png", arms, [outcome("token", 1, 4.0)], 100, "one")
     plot_study(tmp_path / "all.png", arms, [outcome(arm.name, seed, 4.0) for arm in arms for seed in (1, 2)], 100, "all")
     assert (tmp_path / "one.png").stat().st_size > 5_000 and (tmp_path / "all.png").stat().st_size > 20_000
@@ -119,7 +129,7 @@ def test_a_study_runs_and_goes_on_without_doing_anything_twice(tmp_path, study, 
         "micro-batch-size: 4\nglobal-batch-tokens: 128\nlr: 1e-2\n"
     )
     docs = tmp_path / "replication.md"
-    docs.write_text("before\n<!-- study -->\nold\n<!-- end of study -->\nafter\n")
+    docs.write_text("before\n<!-- tiny -->\nold\n<!-- end of tiny -->\nafter\n")
     common = ["--output", tmp_path / "study", "--config", config, "--vocab-size", "300", "--docs", docs]
     study("--text", text, *common, "--arms", "token", "--seeds", "1")
     assert "1 of 1: token, seed 1" in capsys.readouterr().out
@@ -132,6 +142,6 @@ def test_a_study_runs_and_goes_on_without_doing_anything_twice(tmp_path, study, 
     assert document["runs"][0]["loss"] == [record["token_loss"] for record in final if record["type"] == "evaluation"][-1]
     shown = docs.read_text()
     assert shown.startswith("before\n") and shown.endswith("after\n") and "| `token` | 1 |" in shown and str(tmp_path) not in shown
-    assert (tmp_path / "study.png").is_file()
+    assert (tmp_path / "tiny.png").is_file()
     with pytest.raises(ConfigError, match="holds a study with another budget"):
         study(*common, "--budget", "4k", "--status")
