@@ -10,16 +10,19 @@ again from the metrics of all runs that are done. `--status` only does that; `--
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
+import queue
 import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from rich.console import Console
 from rich.table import Table
@@ -133,8 +136,13 @@ class Study:
             kind = ("--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(tokenizer), "--append-eod", "--overwrite")
             self.run(["tools/preprocess_data.py", "--input", *text, "--output-prefix", str(self.home / "data" / "text"), *kind])
 
-    def run(self, words: Sequence[str], log: Path | None = None) -> None:
+    def run(self, words: Sequence[str], log: Path | None = None, share: Mapping[str, str] | None = None) -> None:
         """One command of the program; its output goes to the screen, or to a log.
+
+        Args:
+            words: behind `python`.
+            log: appended to.
+            share: environment variables, from `share`.
 
         Raises:
             DataError: it failed.
@@ -143,8 +151,9 @@ class Study:
         environment = {
             **os.environ,
             "PYTHONPATH": os.pathsep.join([str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]).rstrip(":"),
+            **(share or {}),
         }
-        if not _has_gpu():
+        if not _gpus():
             environment.setdefault("DS_ACCELERATOR", "cpu")
         if log is None:
             code = subprocess.run([sys.executable, *words], cwd=ROOT, env=environment, check=False).returncode
@@ -252,34 +261,62 @@ class Study:
         self.console.print(f"{len(self.arms)} arms x {len(self.seeds)} seeds = {len(self.arms) * len(self.seeds)} runs")
 
     def go(self) -> None:
-        """Every run that is not done, then the results."""
+        """Every run that is not done, `--parallel` at a time, and the results after each.
+
+        Raises:
+            DataError: a run failed; those that had begun are waited for, no other begins.
+        """
         self.prepare()
         began, whole = time.monotonic(), len(self.arms) * len(self.seeds)
         left = [(arm, seed) for seed in self.seeds for arm in self.arms if read_outcome(self.folder(arm, seed), arm.name, seed) is None]
-        for made, (arm, seed) in enumerate(left, 1):
-            self.console.print(f"\n[bold]{whole - len(left) + made} of {whole}: {arm.name}, seed {seed}[/bold]")
-            self.run(self.words(arm, seed), self.home / "logs" / f"{arm.name}-seed{seed}.log")
-            self.write()
-            speed = (time.monotonic() - began) / made
-            self.console.print(f"about {format_duration(speed * (len(left) - made))} to go")
+        places: queue.SimpleQueue[int] = queue.SimpleQueue()
+        for place in range(self.args.parallel):
+            places.put(place)
+
+        def train(number: int, arm: Arm, seed: int) -> None:
+            place = places.get()
+            try:
+                self.console.print(f"\n[bold]{number} of {whole}: {arm.name}, seed {seed}[/bold]")
+                self.run(self.words(arm, seed), self.home / "logs" / f"{arm.name}-seed{seed}.log", self.share(place))
+            finally:
+                places.put(place)
+
+        with ThreadPoolExecutor(self.args.parallel) as pool:
+            runs = [pool.submit(train, number, *run) for number, run in enumerate(left, 1 + whole - len(left))]
+            for made, run in enumerate(as_completed(runs), 1):
+                if run.exception() is not None:
+                    pool.shutdown(cancel_futures=True)
+                    raise cast("BaseException", run.exception())
+                self.write()
+                self.console.print(f"about {format_duration((time.monotonic() - began) / made * (len(left) - made))} to go")
         if not left:
             self.write()
+
+    def share(self, place: int) -> dict[str, str]:
+        """The environment that gives a run its part of the machine where several run at a time: a GPU, or cores."""
+        if self.args.parallel == 1:
+            return {}
+        if gpus := _gpus():
+            return {"CUDA_VISIBLE_DEVICES": str(place % len(gpus))}
+        return {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // self.args.parallel))}
 
 
 def machine() -> str:
     """The devices, in words."""
-    if _has_gpu():
-        listed = subprocess.run(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True, check=False)
-        names = listed.stdout.strip().splitlines()
-        return f"{len(names)} x {names[0]}"
+    if gpus := _gpus():
+        return f"{len(gpus)} x {gpus[0]}"
     return f"{len(os.sched_getaffinity(0))} CPU cores"
 
 
-def _has_gpu() -> bool:
+@functools.cache
+def _gpus() -> tuple[str, ...]:
+    """Names of the GPUs that the driver lists."""
+    words = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
     try:
-        return "GPU " in subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False).stdout
+        listed = subprocess.run(words, capture_output=True, text=True, check=False)
     except OSError:
-        return False
+        return ()
+    return () if listed.returncode else tuple(listed.stdout.strip().splitlines())
 
 
 def main(argv: list[str]) -> None:
@@ -291,6 +328,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--budget", help="cost tokens of an arm; by default the configuration's train-tokens")
     parser.add_argument("--arms", nargs="+", default=[], help="some arms alone, and the baselines that they need; --plan lists all")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each arm")
+    parser.add_argument("--parallel", type=int, default=1, help="runs at a time, each with its part of the cores or a GPU of its own")
     parser.add_argument("--vocab-size", default=VOCAB_SIZE, help="of the tokenizer that is trained on the text")
     parser.add_argument(
         "--docs",
@@ -300,6 +338,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--plan", action="store_true", help="print what would run")
     parser.add_argument("--status", action="store_true", help="write table and plot of what is done, and run nothing")
     args = parser.parse_args(argv)
+    if args.seeds < 1 or args.parallel < 1:
+        raise ConfigError(f"--seeds {args.seeds}, --parallel {args.parallel}", "whole numbers from 1")
     console = Console(highlight=False)
     if not console.is_terminal:
         console = Console(highlight=False, width=150)

@@ -16,6 +16,7 @@ from megatron_patch.model.flops import parameter_count
 from megatron_patch.planning.cost import Cost
 from megatron_patch.replication.arms import all_arms, select_arms
 from megatron_patch.replication.results import Outcome, markdown, plot_study, read_outcome, summarise, verdict
+from megatron_patch.replication.switches import Switch, compare_switch, read_switch, switch_markdown, training_curve
 
 ROOT = Path(__file__).parent.parent.parent
 FOLDER = ROOT / "examples" / "replicate"
@@ -89,6 +90,36 @@ def test_differences_are_taken_seed_by_seed():
     assert "| `patch-k4` | 3 | 200 | 0.500 | 10 | 5.900 ± 0.990 | -0.100 ± 0.006 (`token`) | better | 1.0 min |" in text
 
 
+def run_of(losses, budget=1000.0):
+    """A run of steps of equal cost, (patch size, loss) each, with a switch record where K becomes 1."""
+    records, each = [], budget / len(losses)
+    for step, (patch_size, loss) in enumerate(losses, 1):
+        if step > 1 and losses[step - 2][0] != patch_size:
+            records.append({"type": "evaluation", "step": step - 1, "tokens": 7 * (step - 1), "token_loss": 5.0})
+            records.append({"type": "switch", "step": step - 1, "tokens": 7 * (step - 1), "to_patch_size": patch_size})
+        records.append(
+            {"type": "step", "step": step, "tokens": 7 * step, "cost_tokens": each * step, "patch_size": patch_size, "loss": loss}
+        )
+    return records
+
+
+def test_a_switch_is_told_by_its_jump_and_by_when_it_is_level_again():
+    # 400 steps, the last switch after 100; the gap falls by 0.001 a step from 0.15, so it is gone 150 steps later.
+    baseline = run_of([(1, 4.0)] * 400)
+    arm = run_of([(4, 5.5)] * 50 + [(2, 5.2)] * 50 + [(1, 4.15 - 0.001 * step) for step in range(300)])
+    switch, curve = read_switch(arm), training_curve(arm)
+    assert switch == Switch(250.0, 5.0, pytest.approx(4.1455), 4.15)
+    assert [place for place, _ in curve] == list(range(50, 200)) and curve[10][1] == pytest.approx(4.15 - 0.001 * 20, abs=2e-3)
+    row = compare_switch("arm", "token", {1: switch, 2: switch}, {1: curve, 2: curve}, {1: training_curve(baseline)}, 1000)
+    assert (row.seeds, row.at, row.before) == (1, 0.25, 5.0)
+    assert dict(row.behind) == {look: pytest.approx(0.15 - 0.4 * look, abs=4e-3) for look in (0.02, 0.05, 0.2)}
+    assert row.level == pytest.approx(150 / 400, abs=0.01)
+    never = compare_switch("arm", "token", {1: switch}, {1: curve}, {1: training_curve(run_of([(1, 3.0)] * 400))}, 1000)
+    assert never.level is None and "| never |" in switch_markdown([row, never], "x.png")
+    assert compare_switch("arm", "token", {1: switch}, {1: curve}, {}, 1000) is None
+    assert read_switch(baseline) is None and read_switch(arm[:101]) is None
+
+
 def test_unfinished_runs_are_left_out(tmp_path):
     lines = [
         {"type": "step", "step": 1, "tokens": 10, "cost_tokens": 5.0, "step_seconds": 2.0, "patch_size": 2, "loss": 5.0},
@@ -131,17 +162,24 @@ def test_a_study_runs_and_goes_on_without_doing_anything_twice(tmp_path, study, 
     docs = tmp_path / "replication.md"
     docs.write_text("before\n<!-- tiny -->\nold\n<!-- end of tiny -->\nafter\n")
     common = ["--output", tmp_path / "study", "--config", config, "--vocab-size", "300", "--docs", docs]
-    study("--text", text, *common, "--arms", "token", "--seeds", "1")
-    assert "1 of 1: token, seed 1" in capsys.readouterr().out
-    study(*common, "--arms", "token", "--seeds", "1")
+    study("--text", text, *common, "--arms", "superposition-k2", "--seeds", "1", "--parallel", "2")
+    first = capsys.readouterr().out
+    assert "1 of 2: token-wsd, seed 1" in first and "2 of 2: superposition-k2, seed 1" in first
+    study(*common, "--arms", "superposition-k2", "--seeds", "1")
     second = capsys.readouterr().out
-    assert "token, seed" not in second and "$ python" not in second and "1 run done" in second
+    assert ", seed" not in second and "$ python" not in second and "2 runs done" in second
     document = json.loads((tmp_path / "study" / "study.json").read_text())
-    assert [row["arm"] for row in document["rows"]] == ["token"]
-    final = [json.loads(line) for line in (tmp_path / "study" / "runs" / "token-seed1" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["arm"] for row in document["rows"]] == ["token-wsd", "superposition-k2"]
+    final = [json.loads(line) for line in (tmp_path / "study" / "runs" / "token-wsd-seed1" / "metrics.jsonl").read_text().splitlines()]
     assert document["runs"][0]["loss"] == [record["token_loss"] for record in final if record["type"] == "evaluation"][-1]
     shown = docs.read_text()
-    assert shown.startswith("before\n") and shown.endswith("after\n") and "| `token` | 1 |" in shown and str(tmp_path) not in shown
-    assert (tmp_path / "tiny.png").is_file()
+    assert (
+        shown.startswith("before\n")
+        and shown.endswith("after\n")
+        and "| `token-wsd` | 1 |" in shown
+        and shown.count("| `superposition-k2` | 1 |") == 2
+        and str(tmp_path) not in shown
+    )
+    assert (tmp_path / "tiny.png").is_file() and (tmp_path / "tiny_switch.png").is_file()
     with pytest.raises(ConfigError, match="holds a study with another budget"):
         study(*common, "--budget", "4k", "--status")
