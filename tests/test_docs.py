@@ -49,7 +49,7 @@ def commands():
 
 COMMANDS = commands()
 TRAINING = [(name, line) for name, line in COMMANDS if "pretrain_gpt_patch.py" in line and not line.startswith("CONFIG=")]
-TOOLS = [(name, line) for name, line in COMMANDS if re.match(r"python tools/\w+\.py", line)]
+TOOLS = [(name, line) for name, line in COMMANDS if re.match(r"python (tools|examples/replicate)/\w+\.py", line)]
 
 
 def without(words, flag):
@@ -79,21 +79,19 @@ def test_training_commands_resolve(name, line):
 
 
 def known_flags(tool):
-    done = subprocess.run([sys.executable, f"tools/{tool}.py", "--help"], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, tool, "--help"], cwd=ROOT, capture_output=True, text=True, check=False)
     if "{" in done.stdout:  # sub-commands
         for sub in re.search(r"\{([\w,-]+)\}", done.stdout).group(1).split(","):
-            more = subprocess.run(
-                [sys.executable, f"tools/{tool}.py", sub, "--help"], cwd=ROOT, capture_output=True, text=True, check=False
-            )
+            more = subprocess.run([sys.executable, tool, sub, "--help"], cwd=ROOT, capture_output=True, text=True, check=False)
             done.stdout += more.stdout
     return set(re.findall(r"--[\w-]+", done.stdout))
 
 
-@pytest.mark.parametrize("tool", sorted({re.match(r"python tools/(\w+)\.py", line).group(1) for _, line in TOOLS}))
+@pytest.mark.parametrize("tool", sorted({line.split()[1] for _, line in TOOLS}))
 def test_tools_know_the_flags_that_documents_give_them(tool):
-    known = known_flags(tool) | ({"--" + option.replace("_", "-") for option in OPTION_TYPES} if tool == "plan" else set())
+    known = known_flags(tool) | ({"--" + option.replace("_", "-") for option in OPTION_TYPES} if tool == "tools/plan.py" else set())
     for name, line in TOOLS:
-        if line.startswith(f"python tools/{tool}.py"):
+        if line.split()[1] == tool:
             given = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", line))
             assert given <= known, f"{name}: {line}"
 

@@ -29,9 +29,12 @@ from rich.table import Table
 
 from megatron_patch.command_line import ArgumentParser, run_tool
 from megatron_patch.config.parsing import read_yaml
+from megatron_patch.config.resolve import load_config
 from megatron_patch.errors import ConfigError, DataError
 from megatron_patch.files import write_durably
+from megatron_patch.model.flops import parameter_count
 from megatron_patch.replication.arms import Arm, select_arms
+from megatron_patch.replication.documents import put_into
 from megatron_patch.replication.results import (
     COLOURS,
     Outcome,
@@ -184,13 +187,17 @@ class Study:
             return
         rows = summarise(arms, outcomes, self.budget)
         switches = summarise_switches(arms, outcomes, self.budget)
-        write_json(self.home / "study.json", rows, outcomes, json.loads(json.dumps(self.settings, default=str)))
+        settings = json.loads(json.dumps(self.settings, default=str))
+        write_json(self.home / "study.json", rows, switches, outcomes, settings, self.parameters())
         plot_study(self.home / "loss.png", arms, outcomes, self.budget, self.title())
         if switches:
             plot_switches(self.home / "switch.png", switches, COLOURS, "After the switch: above the baseline at equal cost")
         write_durably(self.home / "study.md", self.text(rows, switches, "loss.png", "switch.png"))
         if self.args.docs:
-            self.into_docs(self.args.docs, rows, switches)
+            name = self.args.config.stem
+            names = f"{name}.png", f"{name}_switch.png"
+            pictures = dict(zip(names, (self.home / "loss.png", self.home / "switch.png"), strict=True))
+            put_into(self.args.docs, name, self.text(rows, switches, *names), pictures)
         table = Table(title=f"{len(outcomes)} run{'s' if len(outcomes) > 1 else ''} done", title_justify="left", header_style="bold")
         for name in ("arm", "seeds", "tokens", "cost", "steps", "held-out token loss", "against its baseline", ""):
             table.add_column(name, justify="left" if name in ("arm", "") else "right")
@@ -207,34 +214,25 @@ class Study:
         text = markdown(rows, self.all_arms, self.about(), self.command(), plot)
         return f"{text}\n{switch_markdown(switches, switch_plot)}" if switches else text
 
-    def into_docs(self, document: Path, rows: Sequence[Row], switches: Sequence[SwitchRow]) -> None:
-        """Puts the tables between a document's two marks for this configuration, and the plots beside the document.
-
-        Raises:
-            ConfigError: the document has no marks.
-        """
-        name = self.args.config.stem
-        marks = f"<!-- {name} -->", f"<!-- end of {name} -->"
-        before, begin, rest = document.read_text(encoding="utf-8").partition(marks[0])
-        _, end, after = rest.partition(marks[1])
-        if not begin or not end:
-            raise ConfigError(
-                f"{document} lacks {' or '.join(marks)}", "a document with both marks", "write them where this study's tables belong"
-            )
-        text = self.text(rows, switches, f"{name}.png", f"{name}_switch.png")
-        write_durably(document, f"{before}{begin}\n\n{text}\n{end}{after}")
-        for source, target in (("loss", name), ("switch", f"{name}_switch")):
-            if (self.home / f"{source}.png").is_file():
-                document.with_name(f"{target}.png").write_bytes((self.home / f"{source}.png").read_bytes())
-
     def title(self) -> str:
         """Of the plot."""
         return f"Equal cost: every arm but token-full spends what token level spends on {format_count(self.budget)} tokens"
 
+    @functools.cached_property
+    def side(self) -> dict[str, Any]:
+        """The dataset's side file."""
+        return cast("dict[str, Any]", json.loads(self.dataset.with_suffix(".json").read_text(encoding="utf-8")))
+
+    def parameters(self) -> int:
+        """Of the model."""
+        words = ["--config", str(self.args.config), "--vocab-size", str(self.side["vocab_size"]), "--dry-run"]
+        return parameter_count(load_config(words, 1).shape).total
+
     def about(self) -> str:
         """Model, data, machine and date: what a number needs beside it."""
-        config, side = self.settings["config"], json.loads(self.dataset.with_suffix(".json").read_text(encoding="utf-8"))
+        config, side, parameters = self.settings["config"], self.side, self.parameters()
         return (
+            f"{format_count(parameters)} parameters, {self.budget / parameters:.2g} tokens each at token level: "
             f"{config['num-layers']} layers x {config['hidden-size']}, vocabulary {side['vocab_size']:,}, {config['seq-length']} positions "
             f"a sample, on {format_count(side['tokens'])} tokens of text, 5 % held out; budget: what token level spends on "
             f"{format_count(self.budget)} tokens. {machine()}, {date.today().isoformat()}."

@@ -212,21 +212,35 @@ def markdown(rows: Sequence[Row], arms: Sequence[Arm], about: str, command: str,
     return "\n".join(lines)
 
 
-def write_json(path: Path, rows: Sequence[Row], outcomes: Sequence[Outcome], settings: Mapping[str, Any]) -> None:
-    """Everything that table and plot are made of."""
-    document = {"settings": settings, "rows": [asdict(row) for row in rows], "runs": [asdict(outcome) for outcome in outcomes]}
+def write_json(
+    path: Path,
+    rows: Sequence[Row],
+    switches: Sequence[SwitchRow],
+    outcomes: Sequence[Outcome],
+    settings: Mapping[str, Any],
+    parameters: int,
+) -> None:
+    """Everything that tables and plots are made of."""
+    document = {
+        "settings": settings,
+        "parameters": parameters,
+        "rows": [asdict(row) for row in rows],
+        "switches": [asdict(row) for row in switches],
+        "runs": [asdict(outcome) for outcome in outcomes],
+    }
     path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
 COLOURS = ("#33373d", "#8b8f96", "#2563b8", "#16875f", "#d2512f", "#8b53c4", "#b9850b", "#0d8a9e", "#c03e79")
+_MAIN = ("token", "token-wsd", "patch-k4", "patch-k2", "superposition-k2", "superposition-k3", "stairs-4-2-1", "token-full")
 
 
 def plot_study(path: Path, arms: Sequence[Arm], outcomes: Sequence[Outcome], budget: int, title: str) -> None:
-    """Held-out token loss against cost: left the main arms, right the others beside the best of them; bands are the range over seeds.
+    """Left held-out token loss against cost, the main arms, bands over the seeds' range; right where every arm ends, a dot a seed.
 
     Args:
         path: the PNG.
-        arms: in the order of the table.
+        arms: in the order of the table, the main ones first.
         outcomes: finished runs.
         budget: cost tokens of an arm.
         title: above both.
@@ -237,25 +251,44 @@ def plot_study(path: Path, arms: Sequence[Arm], outcomes: Sequence[Outcome], bud
     from matplotlib import pyplot as plt
 
     done = [arm for arm in arms if any(outcome.arm == arm.name for outcome in outcomes)]
-    main, knobs = done[:7], done[7:]
-    panels = [main] if not knobs else [main, [arm for arm in done if arm.name in ("token", "token-wsd", "patch-k4")] + knobs]
-    figure, axes = plt.subplots(1, len(panels), figsize=(7.2 * len(panels), 5.2), sharey=True, squeeze=False, layout="constrained")
-    at_budget = [outcome.loss for outcome in outcomes]
-    fallen = [loss for outcome in outcomes for cost, loss in outcome.curve if cost >= 0.45 * budget]
-    for axis, shown in zip(axes[0], panels, strict=True):
-        for number, arm in enumerate(shown):
-            _draw(axis, [outcome for outcome in outcomes if outcome.arm == arm.name], budget, COLOURS[number % len(COLOURS)], arm)
-        axis.set_xlabel("cost, of token-level training on twice the budget")
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(13.5, max(5.2, 0.3 * len(done) + 1.4)), gridspec_kw={"width_ratios": (1.3, 1.0)}, layout="constrained"
+    )
+    main = [arm for arm in done if arm.name in _MAIN] or done[: len(_MAIN)]
+    colours = {arm.name: COLOURS[number % len(COLOURS)] for number, arm in enumerate(main)}
+    for arm in main:
+        _draw(left, [outcome for outcome in outcomes if outcome.arm == arm.name], budget, colours[arm.name], arm)
+    baselines = {arm.name for arm in arms if arm.baseline is None}
+    # Patches at K = 1 begin far above all that is to be compared; the picture begins where token level is after a tenth of its cost.
+    shown = [loss for outcome in outcomes if outcome.arm in baselines for cost, loss in outcome.curve if cost >= 0.1 * budget]
+    ends = [outcome.loss for outcome in outcomes]
+    top, bottom = max(shown or ends), min(ends)
+    left.set_ylim(bottom - 0.05 * (top - bottom) - 0.01, top + 0.05 * (top - bottom) + 0.01)
+    left.set_xlim(left=0)
+    left.set_xlabel("cost, of token-level training on twice the budget")
+    left.set_ylabel("held-out token loss (nats, K = 1)")
+    left.legend(frameon=False, fontsize=8.5, loc="upper right")
+    _draw_ends(right, done, outcomes, colours)
+    for axis in (left, right):
         axis.grid(alpha=0.25, linewidth=0.6)
         axis.spines[["top", "right"]].set_visible(False)
-        axis.set_xlim(left=0)
-        margin = 0.05 * (max(fallen) - min(at_budget)) + 0.01
-        axis.set_ylim(min(at_budget) - margin, max(fallen) + margin)
-        axis.legend(frameon=False, fontsize=8.5, loc="upper right")
-    axes[0][0].set_ylabel("held-out token loss (nats, K = 1)")
     figure.suptitle(title, fontsize=11)
     figure.savefig(path, dpi=130)
     plt.close(figure)
+
+
+def _draw_ends(axis: Any, arms: Sequence[Arm], outcomes: Sequence[Outcome], colours: Mapping[str, str]) -> None:
+    """Where arms end: a row each, a dot a seed, a bar at the mean, and a line down from each baseline."""
+    for row, arm in enumerate(arms):
+        losses = [outcome.loss for outcome in outcomes if outcome.arm == arm.name]
+        colour, mean = colours.get(arm.name, "#6b7078"), statistics.fmean(losses)
+        axis.plot(losses, [row] * len(losses), "o", color=colour, alpha=0.45, markersize=5, markeredgewidth=0)
+        axis.plot([mean], [row], "|", color=colour, markersize=15, markeredgewidth=2.4)
+        if arm.baseline is None and arm.cost == 1.0:
+            axis.axvline(mean, color=colour, linewidth=1.0, linestyle="-" if arm.name == "token" else "--", alpha=0.6)
+    axis.set_yticks(range(len(arms)), [arm.name for arm in arms], fontsize=8.5)
+    axis.set_ylim(len(arms) - 0.4, -0.6)
+    axis.set_xlabel("held-out token loss at the end (nats, K = 1)")
 
 
 def _draw(axis: Any, runs: Sequence[Outcome], budget: int, colour: str, arm: Arm) -> None:

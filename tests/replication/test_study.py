@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from megatron_patch.config.resolve import load_config
-from megatron_patch.errors import ConfigError
+from megatron_patch.errors import ConfigError, DataError
 from megatron_patch.model.flops import parameter_count
 from megatron_patch.planning.cost import Cost
 from megatron_patch.replication.arms import all_arms, select_arms
-from megatron_patch.replication.results import Outcome, markdown, plot_study, read_outcome, summarise, verdict
+from megatron_patch.replication.results import Outcome, markdown, plot_study, read_outcome, summarise, verdict, write_json
 from megatron_patch.replication.switches import Switch, compare_switch, read_switch, switch_markdown, training_curve
 
 ROOT = Path(__file__).parent.parent.parent
@@ -65,6 +65,14 @@ def test_arms_bring_their_baselines_and_unknown_ones_are_named():
         select_arms(["patch-k5"], 1e-3, 256)
     lrs = {arm.name: json.loads(arm.flags[1])[1].get("lr") for arm in ARMS if arm.name.startswith("patch-k4")}
     assert lrs["patch-k4-lr-half"] == 5e-4 and lrs["patch-k4-lr-double"] == 2e-3 and lrs["patch-k4"] is None
+
+
+def script(name):
+    """A command of the folder, in this process."""
+    spec = importlib.util.spec_from_file_location(f"replication_{name}", FOLDER / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return lambda *words: module.main([str(word) for word in words])
 
 
 def outcome(arm, seed, loss):
@@ -120,6 +128,25 @@ def test_a_switch_is_told_by_its_jump_and_by_when_it_is_level_again():
     assert read_switch(baseline) is None and read_switch(arm[:101]) is None
 
 
+def test_studies_stand_side_by_side_by_tokens_a_parameter(tmp_path, capsys):
+    arms = select_arms(["patch-k4"], 1e-3, 256)
+    for name, budget, gap in (("long", 80_000, -0.05), ("short", 10_000, 0.2)):
+        runs = [outcome("token", seed, 4.0 + seed) for seed in (1, 2)] + [outcome("patch-k4", seed, 4.0 + seed + gap) for seed in (1, 2)]
+        (tmp_path / name).mkdir()
+        write_json(tmp_path / name / "study.json", summarise(arms, runs, budget), [], runs, {"budget": budget}, 1000)
+    docs = tmp_path / "docs.md"
+    docs.write_text("a\n<!-- comparison -->\n<!-- end of comparison -->\nb\n")
+    compare = script("compare_studies")
+    compare(tmp_path / "long", tmp_path / "short", "--output", tmp_path / "out", "--docs", docs)
+    assert "| `patch-k4` | +0.200 ± 0.000 (n = 2) | -0.050 ± 0.000 (n = 2) |" in capsys.readouterr().out
+    assert "1k parameters, 10k tokens: 10 each | 1k parameters, 80k tokens: 80 each |" in docs.read_text()
+    assert (tmp_path / "comparison.png").stat().st_size > 5_000
+    with pytest.raises(DataError, match=r"holds no study\.json"):
+        compare(tmp_path, "--output", tmp_path / "out")
+    with pytest.raises(ConfigError, match="lacks <!-- comparison -->"):
+        compare(tmp_path / "long", "--output", tmp_path / "out", "--docs", tmp_path / "out" / "comparison.md")
+
+
 def test_unfinished_runs_are_left_out(tmp_path):
     lines = [
         {"type": "step", "step": 1, "tokens": 10, "cost_tokens": 5.0, "step_seconds": 2.0, "patch_size": 2, "loss": 5.0},
@@ -144,10 +171,7 @@ def test_the_plot_takes_any_number_of_arms_and_seeds(tmp_path):
 @pytest.fixture(scope="module")
 def study():
     """The command, in this process; what it starts are real processes."""
-    spec = importlib.util.spec_from_file_location("replication_study", FOLDER / "study.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return lambda *words: module.main([str(word) for word in words])
+    return script("study")
 
 
 def test_a_study_runs_and_goes_on_without_doing_anything_twice(tmp_path, study, capsys):

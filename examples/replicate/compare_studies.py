@@ -1,0 +1,38 @@
+#!/usr/bin/env python
+"""Several studies as one table and one plot: what arms gain at equal cost, against how many tokens a parameter gets.
+
+python examples/replicate/compare_studies.py runs/small-1M runs/small-3M runs/small --output runs/comparison
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from megatron_patch.command_line import ArgumentParser, run_tool
+from megatron_patch.files import write_durably
+from megatron_patch.replication.comparison import comparison_markdown, plot_comparison, read_study
+from megatron_patch.replication.documents import put_into
+from megatron_patch.replication.results import COLOURS
+
+
+def main(argv: list[str]) -> None:
+    """Reads the studies and writes them side by side."""
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("studies", nargs="+", type=Path, help="folders of studies")
+    parser.add_argument("--output", type=Path, required=True, help="folder for comparison.md and comparison.png")
+    parser.add_argument("--docs", type=Path, help="a Markdown file to put the table into, between <!-- comparison --> and its end")
+    args = parser.parse_args(argv)
+    studies = sorted((read_study(folder) for folder in args.studies), key=lambda study: study.tokens_per_parameter)
+    args.output.mkdir(parents=True, exist_ok=True)
+    plot_comparison(args.output / "comparison.png", studies, COLOURS)
+    text = comparison_markdown(studies, "comparison.png")
+    write_durably(args.output / "comparison.md", text)
+    if args.docs:
+        put_into(args.docs, "comparison", text, {"comparison.png": args.output / "comparison.png"})
+    print(text)
+
+
+if __name__ == "__main__":
+    sys.exit(run_tool(main))

@@ -1,0 +1,125 @@
+"""Studies side by side: what arms gain at equal cost against the tokens a parameter gets. In: study.json files. Out: Markdown, a PNG."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_patch.errors import DataError
+from megatron_patch.units import format_count
+
+
+@dataclass(frozen=True)
+class StudySummary:
+    """One study.
+
+    Args:
+        parameters: of its model.
+        budget: cost tokens of an arm: what token level reads.
+        rows: by arm, as in study.json.
+    """
+
+    parameters: int
+    budget: int
+    rows: Mapping[str, Mapping[str, Any]]
+
+    @property
+    def tokens_per_parameter(self) -> float:
+        """Of token level."""
+        return self.budget / self.parameters
+
+
+def read_study(folder: Path) -> StudySummary:
+    """A study's summary.
+
+    Raises:
+        DataError: the folder holds none.
+    """
+    path = folder / "study.json"
+    if not path.is_file():
+        raise DataError(f"{folder} holds no study.json", "folders written by examples/replicate/study.py", "run it with --status there")
+    document = json.loads(path.read_text(encoding="utf-8"))
+    return StudySummary(document["parameters"], document["settings"]["budget"], {row["arm"]: row for row in document["rows"]})
+
+
+def _compared(studies: Sequence[StudySummary]) -> list[str]:
+    """Arms with a difference in two studies or more (of one, in that one), in the order of the first that has them."""
+    arms = dict.fromkeys(arm for study in studies for arm, row in study.rows.items() if row["difference"] is not None)
+    return [arm for arm in arms if sum(study.rows.get(arm, {}).get("difference") is not None for study in studies) >= min(2, len(studies))]
+
+
+def comparison_markdown(studies: Sequence[StudySummary], plot: str) -> str:
+    """The studies as one table, a column each.
+
+    Args:
+        studies: in the order of the columns.
+        plot: the picture's path as the document sees it.
+    """
+    arms = _compared(studies)
+    heads = [
+        f"{format_count(study.parameters)} parameters, {format_count(study.budget)} tokens: {study.tokens_per_parameter:.2g} each"
+        for study in studies
+    ]
+    lines = [
+        f"![held-out loss against the baseline's at equal cost, over tokens a parameter]({plot})",
+        "",
+        "| arm | " + " | ".join(heads) + " |",
+        "| --- |" + " --- |" * len(studies),
+    ]
+    for arm in arms:
+        cells = []
+        for study in studies:
+            row = study.rows.get(arm, {})
+            error = "" if row.get("error") is None else f" ± {row['error']:.3f}"
+            cells.append("" if row.get("difference") is None else f"{row['difference']:+.3f}{error} (n = {row['pairs']})")
+        lines.append(f"| `{arm}` | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, ""])
+
+
+def plot_comparison(path: Path, studies: Sequence[StudySummary], colours: Sequence[str]) -> None:
+    """Difference to the baseline against tokens a parameter, a line for each arm within a model size; bars are two standard errors.
+
+    Args:
+        path: the PNG.
+        studies: any order.
+        colours: for the arms, in turn.
+    """
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(9.0, 5.0), layout="constrained")
+    sizes = sorted({study.parameters for study in studies})
+    for number, arm in enumerate(_compared(studies)):
+        colour = colours[number % len(colours)]
+        for size, marker in zip(sizes, "osD^v<>ph", strict=False):
+            of_size = sorted(
+                (study for study in studies if study.parameters == size and study.rows.get(arm, {}).get("difference") is not None),
+                key=lambda study: study.budget,
+            )
+            if of_size:
+                axis.errorbar(
+                    [study.tokens_per_parameter for study in of_size],
+                    [study.rows[arm]["difference"] for study in of_size],
+                    yerr=[2 * (study.rows[arm]["error"] or 0.0) for study in of_size],
+                    color=colour,
+                    marker=marker,
+                    markersize=5,
+                    linewidth=1.4,
+                    capsize=3,
+                    label=f"{arm}, {format_count(size)} parameters",
+                )
+    axis.axhline(0.0, color="#33373d", linewidth=1.2)
+    axis.set_xscale("log")
+    axis.set_xlabel("tokens a parameter that token level reads for the same compute")
+    axis.set_ylabel("held-out loss above its baseline's (nats)")
+    axis.grid(alpha=0.25, linewidth=0.6)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False, fontsize=8.5, loc="upper right")
+    figure.suptitle("Patches against token level at equal cost: below the line they win", fontsize=11)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
