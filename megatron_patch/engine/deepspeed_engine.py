@@ -142,7 +142,8 @@ class DeepSpeedEngine(abc.ABC):
             import deepspeed
 
             mpu = ModelParallelUnit(self._ranks) if self._ranks.tensor is not None else None
-            with deepspeed.zero.Init(data_parallel_group=self._ranks.data, config_dict_or_path=settings, dtype=dtype, mpu=mpu):
+            # The dtype is left to the settings: one that is given is not heeded where the processor has no float16.
+            with deepspeed.zero.Init(data_parallel_group=self._ranks.data, config_dict_or_path=settings, mpu=mpu):
                 return build()
         with torch.device("meta"):
             model = build()

@@ -14,7 +14,7 @@ from megatron_patch.convert.flags import flags_of
 from megatron_patch.engine.inference import load_model
 from tests.config.test_resolve import ROOT, resolve
 from tests.distributed.ranks import run_ranks
-from tests.distributed.runs import _main, make_corpus, printed
+from tests.distributed.runs import make_corpus, printed, start_program
 from tests.tools.test_tools import tool
 
 transformers = pytest.importorskip("transformers")
@@ -67,7 +67,7 @@ def journey(tmp_path_factory):
 
 
 def run(folder, name, *words):
-    return run_ranks(_main, 2, folder / f"{name}-logs", [*words, "--save", str(folder / name)])
+    return run_ranks(start_program, 2, folder / f"{name}-logs", [*words, "--save", str(folder / name)])
 
 
 def test_an_imported_model_trains_through_both_stages_and_goes_out_again(journey):
@@ -97,7 +97,7 @@ def test_the_first_loss_is_that_of_the_imported_weights(journey):
     plan = "--seq-length 16 --global-batch-size 4 --train-tokens 64 --lr 1e-12 --split 90,10,0 --eval-tokens all"
     plan = plan.replace("all", "100k").split()
     words = [*flags, *plan, "--data-path", corpus, "--load", str(folder / "ckpt"), "--finetune"]
-    assert run_ranks(_main, 1, folder / "one-logs", [*words, "--save", str(folder / "one")]) == [0]
+    assert run_ranks(start_program, 1, folder / "one-logs", [*words, "--save", str(folder / "one")]) == [0]
     evaluation = json.loads(tool("evaluate", "--load", folder / "one", "--data-path", corpus))
     result = json.loads(tool("evaluate", "--load", folder / "ckpt", "--data-path", corpus, "--seq-length", "16"))
     assert evaluation["loss"] == pytest.approx(result["loss"], rel=1e-6) and result["step"] == 0

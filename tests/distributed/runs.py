@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,8 @@ def command(*parts: str | Sequence[str]) -> list[str]:
     return words
 
 
-def _main(argv: list[str]) -> int:
+def start_program(argv: list[str]) -> int:
+    """What a rank does."""
     from megatron_patch.training.pretrain import main
 
     return main(argv)
@@ -87,10 +88,10 @@ class Run:
         return self.values("loss")
 
 
-def train(folder: Path, ranks: int, *parts: str | Sequence[str], expect: int = 0) -> Run:
-    """Trains on real ranks, saving into `folder`, and checks the exit codes."""
+def train(folder: Path, ranks: int, *parts: str | Sequence[str], expect: int = 0, main: Callable[[list[str]], int] = start_program) -> Run:
+    """Trains on real ranks, saving into `folder`, and checks the exit codes; each rank runs `main` with the command line."""
     argv = command(MODEL, DATA, *parts, ["--save", str(folder)])
-    codes = run_ranks(_main, ranks, folder.parent / f"{folder.name}-logs", argv)
+    codes = run_ranks(main, ranks, folder.parent / f"{folder.name}-logs", argv)
     logs = "\n".join(path.read_text() for path in sorted((folder.parent / f"{folder.name}-logs").glob("*.log")))
     assert codes == [expect] * ranks, f"exit codes {codes}\n{logs}"
     return Run(folder)

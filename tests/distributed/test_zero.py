@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from tests.distributed.runs import Run, train
+from tests.distributed.runs import Run, start_program, train
 
 # Three patch steps of 2 micro-batches, then token steps of 8: the numbers do not divide each other over the ranks and stages.
 PLAN = "--seq-length 16 --micro-batch-size 2 --global-batch-size 12 --patch-size 3 --train-tokens 4200 --lr 3e-3 --lr-warmup-fraction 0.2"
@@ -32,6 +32,19 @@ def test_two_ranks_equal_one_process(tmp_path, corpus, single, stage):
         assert mine["token_loss"] == pytest.approx(theirs["token_loss"], rel=1e-5)
         assert mine["patch_loss"] == pytest.approx(theirs["patch_loss"], rel=1e-5)
         assert mine["eval_tokens"] == theirs["eval_tokens"]
+
+
+def _on_a_processor_without_float16(argv: list[str]) -> int:
+    from deepspeed.accelerator import get_accelerator
+
+    get_accelerator().is_fp16_supported = lambda: False
+    return start_program(argv)
+
+
+def test_sharded_weights_have_the_precision_that_was_asked_for_on_any_processor(tmp_path, corpus, single):
+    words = "--zero-stage 3 --eval-interval 5 --exit-interval 4 --data-path"
+    run = train(tmp_path / "run", 2, PLAN, words, corpus, main=_on_a_processor_without_float16)
+    assert run.losses == pytest.approx(single.losses[:4], rel=1e-6)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])

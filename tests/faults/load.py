@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.distributed.ranks import start_ranks
-from tests.distributed.runs import DATA, MODEL, Run, _main, command, make_corpus
+from tests.distributed.runs import DATA, MODEL, Run, command, make_corpus, start_program
 
 TOKENS_PER_STEP = 2 * 16
 
@@ -48,7 +48,7 @@ def load(folder: Path, steps: int) -> dict[str, Any]:
         "--patch-fraction 0.25 --data-path",
         [corpus],
     )
-    processes, results = start_ranks(_main, 1, folder / "logs", command(MODEL, DATA, plan, ["--save", str(save)]))
+    processes, results = start_ranks(start_program, 1, folder / "logs", command(MODEL, DATA, plan, ["--save", str(save)]))
     (process,) = processes
     seen: list[dict[str, Any]] = []
     over = threading.Event()

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from megatron_patch import checkpoint_files
 from tests.distributed.ranks import run_ranks, start_ranks
-from tests.distributed.runs import DATA, MODEL, Run, _main, command, make_corpus
+from tests.distributed.runs import DATA, MODEL, Run, command, make_corpus, start_program
 
 PLAN = command(
     "--seq-length 16 --micro-batch-size 2 --global-batch-size 12 --patch-size 3 --lr 3e-3 --lr-warmup-fraction 0.2 --zero-stage 1",
@@ -88,7 +88,7 @@ def live(argv: list[str], ranks: int, save: Path, logs: Path, draw: random.Rando
 
     One in six is killed while it starts, half of the others in the middle of saving.
     """
-    processes, results = start_ranks(_main, ranks, logs, argv)
+    processes, results = start_ranks(start_program, ranks, logs, argv)
     starting, saving = draw.random() < 1 / 6, draw.random() < 0.5
     metrics = save / "metrics.jsonl"
     size = metrics.stat().st_size if metrics.exists() else 0
@@ -140,7 +140,7 @@ def soak(
     corpus = make_corpus(folder / "corpus", documents=900)
     plan = command(PLAN, f"--train-tokens {tokens} --data-path", [corpus])
     argv = command(MODEL, DATA, plan, ["--save", str(folder / "whole")])
-    assert run_ranks(_main, 2, folder / "whole-logs", argv, timeout=1800) == [0, 0]
+    assert run_ranks(start_program, 2, folder / "whole-logs", argv, timeout=1800) == [0, 0]
     whole = Run(folder / "whole").losses
     began = time.monotonic()
     tally = Tally()

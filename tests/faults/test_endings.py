@@ -14,7 +14,7 @@ import torch
 from megatron_patch.exit_codes import ExitCode
 from megatron_patch.files import append_line
 from tests.distributed.ranks import run_ranks, start_ranks
-from tests.distributed.runs import DATA, MODEL, ROOT, _main, command, printed, start_process
+from tests.distributed.runs import DATA, MODEL, ROOT, command, printed, start_process, start_program
 from tests.faults.test_stops import PLAN, finish, wait_for_steps
 
 
@@ -36,7 +36,7 @@ def _failing(argv, victim, error):
         return next_step(self)
 
     PatchLoader.next_step = broken
-    return _main(argv)
+    return start_program(argv)
 
 
 @pytest.mark.parametrize(("victim", "error", "code"), [(1, "data", 3), (0, "data", 3), (2, "bug", 1)])
@@ -58,7 +58,7 @@ def test_a_killed_rank_is_told_by_one_of_the_others(tmp_path, corpus, victim):
     """kill -9 leaves no word; whoever notices first speaks for all."""
     folder = tmp_path / "run"
     argv = command(MODEL, DATA, PLAN, "--train-tokens 3M --data-path", corpus, ["--save", str(folder)])
-    processes, results = start_ranks(_main, 3, tmp_path / "run-logs", argv)
+    processes, results = start_ranks(start_program, 3, tmp_path / "run-logs", argv)
     wait_for_steps(folder, 3)
     os.kill(processes[victim].pid, signal.SIGKILL)
     left = [rank for rank in range(3) if rank != victim]

@@ -22,7 +22,7 @@ from megatron_patch.errors import ConfigError
 from megatron_patch.training.stop_requests import StopRequests
 from megatron_patch.units import format_duration, parse_duration
 from tests.distributed.ranks import start_ranks
-from tests.distributed.runs import DATA, MODEL, Run, _main, command, start_process, train
+from tests.distributed.runs import DATA, MODEL, Run, command, start_process, start_program, train
 
 PLAN = "--seq-length 16 --micro-batch-size 2 --global-batch-size 12 --patch-size 4 --train-tokens 15360 --lr 3e-3 --eval-interval 4"
 
@@ -34,10 +34,10 @@ def unbroken(tmp_path_factory, corpus):
 
 def _in_a_job(argv, seconds):
     os.environ["SLURM_JOB_END_TIME"] = str(int(time.time()) + seconds)
-    return _main(argv)
+    return start_program(argv)
 
 
-def start(folder, corpus, *more, main=_main):
+def start(folder, corpus, *more, main=start_program):
     argv = command(MODEL, DATA, PLAN, "--zero-stage 1 --data-path", corpus, *more, ["--save", str(folder)])
     return start_ranks(main, 2, folder.parent / f"{folder.name}-logs", argv)
 
@@ -120,7 +120,7 @@ def _on_a_slow_disk(argv):
         return write(*args)
 
     deepspeed_engine.write_fragments = slow
-    return _main(argv)
+    return start_program(argv)
 
 
 @pytest.mark.parametrize("victim", [0, 1])
@@ -147,7 +147,7 @@ def _compiling(argv, caches):
     """With the compiler, which other tests do without, and nothing in its cache."""
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(caches / os.environ["RANK"])
     os.environ.pop("TORCHDYNAMO_DISABLE")
-    return _main(argv)
+    return start_program(argv)
 
 
 def descendants(pid):
@@ -180,7 +180,7 @@ def test_while_models_compile(tmp_path, corpus, to_all):
 def test_time_and_files_stop_too(tmp_path, corpus, kind):
     folder = tmp_path / "run"
     words = {"duration": ["--exit-duration", "2s"], "file": ["--kill-switch", str(tmp_path / "stop")], "slurm": ["--exit-margin", "100s"]}
-    main = functools.partial(_in_a_job, seconds=104) if kind == "slurm" else _main
+    main = functools.partial(_in_a_job, seconds=104) if kind == "slurm" else start_program
     processes, results = start(folder, corpus, "--train-tokens 3M", words[kind], main=main)
     if kind == "file":
         wait_for_steps(folder, 3)

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from tests.distributed.ranks import start_ranks
-from tests.distributed.runs import DATA, MODEL, Run, _main, command, printed, train
+from tests.distributed.runs import DATA, MODEL, Run, command, printed, start_program, train
 from tests.faults.test_stops import PLAN, wait_for_steps
 
 
@@ -18,7 +18,7 @@ from tests.faults.test_stops import PLAN, wait_for_steps
 def test_a_rank_that_stands_still_ends_the_job(tmp_path, corpus, ranks, layout):
     folder = tmp_path / "run"
     argv = command(MODEL, DATA, PLAN, layout, "--train-tokens 3M --save-interval 5 --data-path", corpus, ["--hang-timeout", "4s"])
-    processes, _ = start_ranks(_main, ranks, tmp_path / "run-logs", [*argv, "--save", str(folder)])
+    processes, _ = start_ranks(start_program, ranks, tmp_path / "run-logs", [*argv, "--save", str(folder)])
     wait_for_steps(folder, 8)
     os.kill(processes[1].pid, signal.SIGSTOP)
     others = [number for number in range(ranks) if number != 1]
@@ -44,7 +44,7 @@ def _stuck_while_starting(argv):
         time.sleep(600)
 
     trainer.open_data = never
-    return _main(argv)
+    return start_program(argv)
 
 
 def test_a_hang_while_the_data_are_opened_ends_too(tmp_path, corpus):
@@ -71,7 +71,7 @@ def _slow_rank(argv):
         return forward(self, *arguments)
 
     GPTModel.forward = slow
-    return _main(argv)
+    return start_program(argv)
 
 
 def test_a_slow_rank_is_named(tmp_path, corpus):
