@@ -70,7 +70,9 @@ def traffic_table(plan: Plan) -> Table:
     table = _table("Sent by a rank in one step (counted)", "stage", "axis", "link", "GB", left=("stage", "axis", "link"))
     for estimate in plan.stages:
         for row in estimate.traffic:
-            table.add_row(estimate.stage.name, row.kind, row.link, f"{row.bytes / 1e9:.3g}")
+            table.add_row(
+                estimate.stage.name, row.kind, row.link, f"{row.bytes / 1e9:,.0f}" if row.bytes >= 1e11 else f"{row.bytes / 1e9:.3g}"
+            )
     return table
 
 

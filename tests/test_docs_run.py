@@ -1,0 +1,112 @@
+"""The documents' commands for tools, run as they are written, in a folder that holds what a reader of them would have."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.test_docs import ROOT, TOOLS
+
+SENTENCES = ["the cat sat on the mat", "a dog sat on the log", "Once upon a time there was a cat", "the mat is on the log"]
+STUDY = """num-layers: 1
+hidden-size: 16
+num-attention-heads: 2
+ffn-hidden-size: 32
+train-tokens: 4096
+seq-length: 32
+micro-batch-size: 4
+global-batch-tokens: 512
+lr: 5e-3
+"""
+"""In place of a configuration whose study takes hours."""
+PLACES = {"PREFIX": "my_text_document", "K": "2", "FOLDER": "task_data", "DIR": "exported", "CKPT": "imported"}
+"""What stands for the reader's own."""
+
+
+def lines() -> list[str]:
+    """In the order of the documents, each once; options in brackets are taken, names that stand for the reader's are filled in."""
+    found = []
+    for _, line in TOOLS:
+        line = line.replace("[", "").replace("]", "")
+        found.append(re.sub(r"\b(" + "|".join(PLACES) + r")\b", lambda match: PLACES[match.group(1)], line))
+    return list(dict.fromkeys(found))
+
+
+def documents(count: int, start: int = 0) -> str:
+    return "".join(json.dumps({"text": f"{SENTENCES[(n * 7) % 4]} {n} " * (3 + n % 9)}) + "\n" for n in range(start, start + count))
+
+
+def put_tasks(folder: Path) -> None:
+    """The two tasks' data sets with a question each, as they lie on the hub."""
+    story = {"ind": 1, "activity_label": "Cats", "ctx_a": "The cat sat.", "ctx_b": "it", "ctx": "The cat sat. it"}
+    story.update(
+        endings=["slept.", "is a log.", "was the mat.", "once upon."], label="0", source_id="x", split="val", split_type="indomain"
+    )
+    question = {"id": "1", "question": "Who sat?", "choices": {"text": ["the cat", "the mat"], "label": ["A", "B"]}, "answerKey": "A"}
+    for name, row in (("Rowan/hellaswag", story), ("allenai/ai2_arc/ARC-Easy", question)):
+        (folder / name).mkdir(parents=True)
+        for split in ("train", "validation", "test"):
+            (folder / name / f"{split}.jsonl").write_text(json.dumps(row) + "\n")
+
+
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory) -> Path:
+    """The reader's folder: programs, configurations, text."""
+    home = tmp_path_factory.mktemp("reader")
+    for name in ("tools", "examples", "docs"):
+        shutil.copytree(ROOT / name, home / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pretrain_gpt_patch.py", home)
+    (home / "examples" / "replicate" / "study_cpu.yaml").write_text(STUDY)
+    for folder in ("shards", "books"):
+        (home / folder).mkdir()
+    (home / "a.jsonl").write_text(documents(120))
+    (home / "shards" / "one.jsonl.gz").write_bytes(gzip.compress(documents(200, 120).encode()))
+    (home / "books" / "one.txt").write_text("\n\n".join(" ".join(SENTENCES[(n + m) % 4] for m in range(9)) for n in range(400)))
+    put_tasks(home / "task_data")
+    (home / "wiki.test.raw.txt").write_text(" ".join(SENTENCES[n % 4] for n in range(300)))
+    return home
+
+
+def run(home: Path, line: str, *more: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "TORCHDYNAMO_DISABLE": "1", "COLUMNS": "150"}
+    words = [sys.executable, *shlex.split(line)[1:], *more]
+    return subprocess.run(words, cwd=home, env=environment, capture_output=True, text=True, check=False)
+
+
+def prepare(home: Path) -> None:
+    """What the documents' later commands find: a tokenizer before all, then a second dataset, its shards, and a run of two stages."""
+    trained = run(home, "python tools/train_tokenizer.py --input a.jsonl 'shards/*.jsonl.gz' --vocab-size 300 --output .")
+    assert trained.returncode == 0, trained.stderr
+    encode = "--tokenizer-type HuggingFaceTokenizer --tokenizer-model tokenizer.json --append-eod"
+    outputs = {"my": "", "other": "", "web_shard-0": "--shard 0/2", "web_shard-1": "--shard 1/2"}
+    for prefix, words in outputs.items():
+        done = run(home, f"python tools/preprocess_data.py --input a.jsonl shards/one.jsonl.gz --output-prefix {prefix} {encode} {words}")
+        assert done.returncode == 0, done.stderr
+    shutil.copy(home / "tokenizer.json", home / "shards")
+    plan = "--seq-length 512 --micro-batch-size 1 --global-batch-size 4 --patch-size 2 --patch-fraction 0.5 --train-tokens 16384 --lr 1e-3"
+    model = "--num-layers 1 --hidden-size 16 --num-attention-heads 2 --ffn-hidden-size 32"
+    for save in ("RUN", *(f"runs/{name}" for name in ("patch", "token"))):
+        done = run(home, f"python pretrain_gpt_patch.py {model} {plan} --data-path my_text_document --split 80,20,0 --save {save}")
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.timeout(900)
+def test_every_command_of_a_tool_runs_as_it_is_written(reader):
+    prepare(reader)
+    for line in lines():
+        # All arms of a study would be dozens of runs; what `prepare` wrote is in the way of the first command.
+        more = ("--overwrite",) if "preprocess_data" in line else ("--arms", "token") if "study.py --text" in line else ()
+        done = run(reader, line, *more)
+        assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+    assert (reader / "report.html").is_file() and (reader / "sensitivity.png").is_file()
+    assert (reader / "exported" / "config.json").is_file() and (reader / "web_text_document.bin").is_file()
+    assert "| `token` | 3 |" in (reader / "docs" / "replication.md").read_text()
