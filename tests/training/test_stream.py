@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import pytest
@@ -14,6 +15,7 @@ from megatron_patch.training.corpus import open_data
 from megatron_patch.training.pretrain import main
 from megatron_patch.training.stream import open_stream
 from tests.data.streams import write_numbers
+from tools import plan
 
 MODEL = [
     "--num-layers",
@@ -62,6 +64,25 @@ def test_a_dry_run_shows_how_often_each_corpus_is_read(corpora, capsys):
         ["50.0%", "0.800", "1.600"],
     ]
     assert re.search(r"Note by the end of stage token the training part of \S+code\s+is\s+read\s+1\.60\s+times", shown)
+
+
+def test_a_plan_says_the_same(corpora, tmp_path, capsys):
+    plan.main([*words(corpora), "--json"])
+    rows = json.loads(capsys.readouterr().out)["data"]
+    assert [(row["stage"], row["epochs"], row["epochs_by_end"]) for row in rows] == [
+        ("patch", pytest.approx(0.2), pytest.approx(0.2)),
+        ("patch", pytest.approx(0.8), pytest.approx(0.8)),
+        ("token", pytest.approx(0.2), pytest.approx(0.4)),
+        ("token", pytest.approx(0.8), pytest.approx(1.6)),
+    ]
+    assert [row["corpus"] for row in rows] == [*corpora, *corpora] and sum(row["tokens"] for row in rows) == 12_800
+    plan.main(words(corpora))
+    shown = re.sub(r"\s+", " ", capsys.readouterr().out)
+    assert "times read" in shown and "is read 1.60 times" in shown
+    plan.main([*MODEL, *PATCHES, "--data-path", str(tmp_path / "none")])
+    assert "how often data is read is not shown" in re.sub(r"\s+", " ", capsys.readouterr().out)
+    with pytest.raises(DataError, match=r"read 1\.60 times"):
+        plan.main(words(corpora, "--max-epochs", "1.5"))
 
 
 def test_a_dry_run_needs_no_data(tmp_path, capsys):
