@@ -17,8 +17,9 @@ import zstandard
 from megatron_patch.data.indexed_dataset import IndexedDataset
 from megatron_patch.data.preprocess import pipeline, readers
 from megatron_patch.data.preprocess.encode import EncodeSettings
-from megatron_patch.data.preprocess.journal import journal_path, last_record
+from megatron_patch.data.preprocess.journal import Record, journal_path, last_record
 from megatron_patch.data.preprocess.pipeline import preprocess
+from megatron_patch.data.preprocess.workers import EncoderHere
 from megatron_patch.errors import DataError
 
 ROOT = Path(__file__).parent.parent.parent
@@ -176,7 +177,7 @@ def test_summaries_and_bad_lines_are_those_of_an_unbroken_run(tmp_path, inputs, 
     for after in (1, 4, 12):
         broken_off(inputs, tmp_path / f"x{after}", monkeypatch, after)
         resumed = preprocess(inputs, str(tmp_path / f"x{after}"), settings(), resume=True)
-        for name in ("documents", "tokens", "bytes", "bad_lines", "empty", "filtered", "tokens_per_document"):
+        for name in ("documents", "tokens", "bytes", "bad_lines", "empty", "filtered", "tokens_per_document", "largest_id"):
             assert getattr(resumed, name) == getattr(whole, name), name
         assert resumed.resumed_at > 0 == whole.resumed_at and whole.bad_lines == 10
         assert everything(tmp_path / f"x{after}") == everything(tmp_path / "whole")
@@ -232,6 +233,23 @@ def test_behind_a_broken_archive_a_run_goes_on(tmp_path, inputs, monkeypatch, re
     whole = preprocess(inputs, str(tmp_path / "whole"), settings())
     assert everything(tmp_path / "x") == everything(tmp_path / "whole")
     assert 0 < resumed.resumed_at < kept.read and resumed.bytes == whole.bytes
+
+
+def test_a_backend_that_erred_is_not_trusted_again_after_a_kill(tmp_path, inputs, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "_beginning", lambda *args: Record(distrusted=True))
+        broken_off(inputs, tmp_path / "x", monkeypatch)
+    used = []
+
+    def encoder(work, settings, *rest):
+        used.append(settings.backend)
+        return EncoderHere(work, settings, *rest)
+
+    monkeypatch.setattr(pipeline, "EncoderHere", encoder)
+    preprocess(inputs, str(tmp_path / "x"), settings(), resume=True)
+    preprocess(inputs, str(tmp_path / "whole"), settings())
+    assert used == ["reference", "auto"]
+    assert everything(tmp_path / "x") == everything(tmp_path / "whole")
 
 
 def test_an_unfinished_run_is_not_lost_by_forgetting_to_resume(tmp_path, inputs, monkeypatch):
