@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 
 from megatron_patch.config.resolve import load_config
-from megatron_patch.data.side_file import DatasetInfo, write_info
+from megatron_patch.data.side_file import DatasetInfo, read_info, write_info
 from megatron_patch.errors import ConfigError, DataError
 from megatron_patch.parallel.grid import Grid
 from megatron_patch.training.corpus import open_data
@@ -114,6 +115,43 @@ def test_corpora_with_other_ends_of_documents_are_refused(corpora):
     run = load_config(words(corpora), 1)
     with pytest.raises(DataError, match="differ in eod_id: 5 and 6"):
         open_data(run, run.plan, Grid(0, 1, 1, 1))
+
+
+def test_held_out_data_must_have_the_same_end_of_documents(corpora):
+    side_file(corpora[0], 16_064, eod=5)
+    side_file(corpora[1], 4_064, eod=6)
+    run = load_config([*MODEL, *PATCHES, "--data-path", corpora[0], "--valid-data-path", corpora[1]], 1)
+    with pytest.raises(DataError, match="differ in eod_id: 5 and 6"):
+        open_data(run, run.plan, Grid(0, 1, 1, 1))
+
+
+def test_another_end_of_documents_than_the_side_file_s_is_refused(corpora):
+    side_file(corpora[0], 16_064, eod=5)
+    for given, refused in ((5, False), (6, True)):
+        run = load_config([*MODEL, *PATCHES, "--data-path", corpora[0], "--eod-token-id", str(given)], 1)
+        if refused:
+            with pytest.raises(DataError, match=r"--eod-token-id 6, but the documents of .*web end with 5"):
+                open_data(run, run.plan, Grid(0, 1, 1, 1))
+        else:
+            assert open_data(run, run.plan, Grid(0, 1, 1, 1)).masking.eod_id == 5
+
+
+def test_the_end_of_documents_is_known_from_any_side_file(corpora):
+    """The first corpus has none, and the second is padded with it."""
+    side_file(corpora[1], 4_064, eod=6, align=4)
+    run = load_config(words(corpora), 1)
+    masking = open_data(run, run.plan, Grid(0, 1, 1, 1)).masking
+    assert (masking.eod_id, masking.ignore_repeated_eod) == (6, True)
+
+
+def test_corpora_of_other_tokenizers_are_told(corpora):
+    for prefix, tokens, digest in ((corpora[0], 16_064, "a"), (corpora[1], 4_064, "b")):
+        side_file(prefix, tokens)
+        write_info(prefix, replace(read_info(prefix), tokenizer_model=f"{digest}.json", tokenizer_xxh64=digest))
+    run = load_config(words(corpora), 1)
+    assert [note for note in open_stream(run, run.plan).notes() if "was tokenized with a.json" in note and "with b.json" in note]
+    write_info(corpora[1], replace(read_info(corpora[1]), tokenizer_xxh64="a"))
+    assert not [note for note in open_stream(run, run.plan).notes() if "tokenized" in note]
 
 
 @pytest.mark.parametrize(("align", "told"), [(4, False), (8, False), (6, True)])
