@@ -235,12 +235,26 @@ def test_bad_lines_can_be_fatal_with_their_place_over_batches(folder, tmp_path, 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.jsonl"]
 
 
+def test_what_python_writes_beyond_json_is_read_as_it_reads_it(folder, tmp_path):
+    """Not-a-number in another key is no reason to lose a document; half a character is."""
+    documents = [{"text": "one", "score": float("nan")}, {"score": [float("-inf"), 1e300], "text": "two\u0000é"}, {"text": "three"}]
+    lines = [json.dumps(document) for document in documents]
+    lines[1:1] = ['{"text": "four", "score": 1e999}', '{"text": "\\ud800", "score": NaN}', '{"text": "five", "score": nan}', "[" * 99_999]
+    (tmp_path / "odd.jsonl").write_text("\n".join(lines))
+    summary = run(folder, tmp_path / "x", [str(tmp_path / "odd.jsonl")])
+    tokenizer = load_tokenizer("HuggingFaceTokenizer", str(folder / "tokenizer"))
+    dataset = IndexedDataset(str(tmp_path / "x_text_document"))
+    assert [tokenizer.decode(ids[:-1].tolist()) for ids in dataset] == ["one", "four", "two\x00é", "three"]
+    assert summary.bad_lines == 3
+
+
+@pytest.mark.parametrize("size", [0.5, 0.0])
 @pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz", ".zst"])
-def test_a_broken_archive_is_named_and_leaves_nothing(folder, tmp_path, suffix):
+def test_a_broken_archive_is_named_and_leaves_nothing(folder, tmp_path, suffix, size):
     raw = (folder / "a.jsonl").read_bytes() * 20
     packed = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": zstandard.compress}[suffix](raw)
     path = tmp_path / f"b.jsonl{suffix}"
-    path.write_bytes(packed[: len(packed) // 2])
+    path.write_bytes(packed[: round(size * len(packed))])
     try:
         with pytest.raises(DataError, match=r"b\.jsonl.* cannot be read"):
             run(folder, tmp_path / "x", [str(path)])
