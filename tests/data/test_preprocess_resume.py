@@ -19,7 +19,7 @@ from megatron_patch.data.preprocess import pipeline, readers
 from megatron_patch.data.preprocess.encode import EncodeSettings
 from megatron_patch.data.preprocess.journal import Record, journal_path, last_record
 from megatron_patch.data.preprocess.pipeline import preprocess
-from megatron_patch.data.preprocess.workers import EncoderHere
+from megatron_patch.data.preprocess.workers import EncoderHere, Workers
 from megatron_patch.errors import DataError
 
 ROOT = Path(__file__).parent.parent.parent
@@ -152,6 +152,34 @@ def test_a_killed_tool_is_resumed_to_the_same_bytes(tmp_path, inputs, workers):
     assert everything(tmp_path / "x") == everything(tmp_path / "whole")
     again = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert "finished before" in again.stderr and json.loads(again.stdout)["tokens"] == summary["tokens"]
+
+
+def test_what_is_recorded_has_been_written_by_then(tmp_path, inputs, monkeypatch):
+    """Workers write by themselves: a record waits for them."""
+    monkeypatch.setattr(readers, "BATCH_BYTES", 900)
+    whole = preprocess(inputs, str(tmp_path / "whole"), settings())
+    expected = [Path(f"{prefix}.bin").read_bytes() for prefix in whole.outputs]
+    made, seen = [], []
+
+    class Watched(Workers):
+        def __init__(self, *args):
+            super().__init__(*args)
+            made.append(self)
+
+    saved = pipeline._Accounts.save
+
+    def save(self, journal, writers, complete=False):
+        assert not any(worker.writing for worker in made[0]._workers)
+        saved(self, journal, writers, complete)
+        for writer, data in zip(writers, expected, strict=True):
+            size = writer.num_tokens * writer.dtype.itemsize
+            assert writer.tokens_path.read_bytes()[:size] == data[:size]
+        seen.append(complete)
+
+    monkeypatch.setattr(pipeline, "Workers", Watched)
+    monkeypatch.setattr(pipeline._Accounts, "save", save)
+    preprocess(inputs, str(tmp_path / "x"), settings(), workers=2, save_seconds=0.0)
+    assert len(seen) > 10 and seen[-1]
 
 
 def broken_off(inputs, out, monkeypatch, after=3):
