@@ -21,6 +21,7 @@ import zstandard
 
 from megatron_patch.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter
 from megatron_patch.data.inspect import integrity_problems
+from megatron_patch.data.preprocess import encode as encode_module
 from megatron_patch.data.preprocess import readers, workers
 from megatron_patch.data.preprocess.encode import Encoder, EncodeSettings, checked_tokenizer
 from megatron_patch.data.preprocess.fast_backend import fast_backend, fuzz_strings
@@ -177,6 +178,17 @@ def test_the_beginning_of_the_input_is_compared_at_many_places(folder, tmp_path,
     assert [dataset_ids[:-1].tolist() for dataset_ids in IndexedDataset(str(tmp_path / "x_text_document"))] == [
         encode(tokenizer, text) for text in many
     ]
+
+
+def test_of_many_small_files_only_some_documents_are_compared(folder, tmp_path, monkeypatch):
+    """The reference is slow: were one document of each file compared, it would encode everything."""
+    pytest.importorskip("fastokens")
+    (tmp_path / "in").mkdir()
+    for number in range(60):
+        (tmp_path / "in" / f"{number:02}.txt").write_text(f"document {number}")
+    assert run(folder, tmp_path / "x", [str(tmp_path / "in" / "*.txt")]).checked == 32
+    monkeypatch.setattr(encode_module, "_CHECKED_EVERY", 50)
+    assert run(folder, tmp_path / "y", [str(tmp_path / "in" / "*.txt")]).checked == 32 + 28 // 5
 
 
 def test_the_vocabulary_is_checked_and_reported(folder, tmp_path):

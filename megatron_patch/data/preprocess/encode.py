@@ -2,8 +2,8 @@
 
 In: a `Batch`. Out: `Encoded`: for each key flat ids and document lengths, with beginning, end and padding tokens in place, and what was
 left out. Encoding goes through what is faster (fast_backend.py) where that agrees with the reference: on strings made to break
-tokenizers, on many of the first documents of this input, and on one document of every later batch; one disagreement, and the reference
-encodes everything.
+tokenizers, on many of the first documents of this input, and on one document of every later megabyte or less; one disagreement, and the
+reference encodes everything.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from megatron_patch.tokenizer import Tokenizer, load_tokenizer
 
 # Of a document that is compared with the reference: the reference is slow, and most of a run may be long documents.
 _CHECKED_CHARS = 500
-_CHECKED_AT_START = 32  # documents that each process compares before it is content with one a batch
+_CHECKED_AT_START = 32  # documents that each process compares before it is content with one now and then
+_CHECKED_EVERY = 1 << 18  # characters, which a batch has unless files are small
 
 
 def _chars(text: str | LongText) -> int:
@@ -193,7 +194,7 @@ class Encoder:
 
     def __init__(self, settings: EncodeSettings, tokenizer: Tokenizer | None = None) -> None:
         self.settings = settings
-        self._empty = self._filtered = self._checked = self._largest = self._checked_before = 0
+        self._empty = self._filtered = self._checked = self._largest = self._checked_before = self._unchecked = 0
         self.tokenizer = tokenizer if tokenizer is not None else checked_tokenizer(settings)
         self.fast, self.backend_note = fast_backend(self.tokenizer, settings.backend)
 
@@ -322,9 +323,12 @@ class Encoder:
         return self.frame(ids, lengths)
 
     def _check(self, texts: Sequence[str], ids: npt.NDArray[np.uint32], lengths: npt.NDArray[np.int64]) -> None:
-        """Compares documents with the reference: many at first, then one a batch; of a long one a part, encoded once more."""
-        done = self._checked_before + self._checked
-        count = min(len(texts), max(1, _CHECKED_AT_START - done))
+        """Compares documents with the reference: many at first, then one now and then; of a long one a part, encoded once more."""
+        self._unchecked += sum(map(len, texts))
+        count = max(_CHECKED_AT_START - self._checked_before - self._checked, int(self._unchecked >= _CHECKED_EVERY))
+        if count <= 0:
+            return
+        self._unchecked, count = 0, min(count, len(texts))
         for number in [(2 * place + 1) * len(texts) // (2 * count) for place in range(count)]:
             start = int(lengths[:number].sum())
             text, mine = texts[number], ids[start : start + int(lengths[number])]

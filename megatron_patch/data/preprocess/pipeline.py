@@ -8,6 +8,7 @@ now and then, from which a run that was killed goes on.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import os
 import shutil
@@ -62,7 +63,7 @@ class _Run:
     progress: Progress | None
     notice: Callable[[str], None]
 
-    @property
+    @functools.cached_property
     def resumable(self) -> bool:
         return all(span.path != STANDARD_INPUT for span in self.spans)
 
