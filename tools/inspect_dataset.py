@@ -63,6 +63,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--tokenizer-type", help="by default what the side file says")
     parser.add_argument("--tokenizer-model")
     parser.add_argument("--vocab-size", type=int, help="ids must be below it")
+    parser.add_argument("--eod-token-id", type=int, help="end of documents, which pads them; by default what the side file says")
     parser.add_argument("--diff", metavar="OTHER", help="another prefix to compare with; exit code 3 where they differ")
     parser.add_argument("--config", help="a training configuration: how its stages would divide this dataset")
     args = parser.parse_args(argv)
@@ -80,7 +81,8 @@ def main(argv: list[str]) -> None:
     if info is not None:
         result.update(vocab_size=info.vocab_size, eod_id=info.eod_id, tokenizer=info.tokenizer_model, patch_align=info.patch_align)
     if args.patch_size > 1:
-        result.update(patch_statistics(dataset, args.patch_size, info.eod_id if info else None))
+        eod_id = args.eod_token_id if args.eod_token_id is not None else (info.eod_id if info else None)
+        result.update(patch_statistics(dataset, args.patch_size, eod_id))
     if args.diff is not None:
         result["diff"] = compare(dataset, IndexedDataset(args.diff))
     if args.check:

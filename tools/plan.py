@@ -2,8 +2,9 @@
 """Plans a run before it is paid for: python tools/plan.py --config CONFIG.yaml --gpu H100 --world-size 64
 
 Every flag of pretrain_gpt_patch.py may be given too, and wins over the file. Prints what each rank holds, what a step takes, what the run
-costs beside token-level training, how often to save. --json prints the same for scripts; --search ranks the layouts of --world-size
-devices that fit; --plot draws what K and λ do; --simulate runs the plan through failures and preemptions.
+costs beside token-level training, how often to save, and, where the data is here, how often each stage reads each corpus. --json prints
+the same for scripts; --search ranks the layouts of --world-size devices that fit; --plot draws what K and λ do; --simulate runs the plan
+through failures and preemptions.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from megatron_patch.planning.search import search
 from megatron_patch.planning.sensitivity import plot_sensitivity
 from megatron_patch.planning.tables import print_search, print_simulation, print_tables
 from megatron_patch.training.pretrain import engine_settings
+from megatron_patch.training.stream import readings_json, readings_table, stream_if_here
 
 
 def arguments() -> ArgumentParser:
@@ -72,7 +74,10 @@ def main(argv: list[str]) -> None:
     )
     run = resolve(parsed, args.world_size)
     plan = make_plan(run.shape, run.plan, layout_of(run, engine_settings(run)), device, run.options.stages.seq_length, interruptions)
+    stream, notes = stream_if_here(run)
     result: dict[str, Any] = plan.to_json()
+    if stream is not None:
+        result["data"] = readings_json(stream)
     simulation = None
     if args.simulate:
         simulation = simulate(plan.work(), args.world_size, interruptions, plan.checkpoints.daly_seconds, args.simulation_seed)
@@ -83,6 +88,10 @@ def main(argv: list[str]) -> None:
         print(json.dumps(result))
         return
     print_tables(plan, console)
+    if stream is not None:
+        console.print(readings_table(stream))
+    for note in notes:
+        console.print(f"[yellow]Note[/yellow] {note}", highlight=False)
     if simulation is not None:
         print_simulation(simulation, args.world_size, plan.checkpoints.daly_seconds, console)
     if args.plot is not None:

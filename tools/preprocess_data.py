@@ -123,7 +123,8 @@ def show_summary(summary: Summary) -> None:
         "left out": f"{summary.bad_lines:,} bad lines, {summary.empty:,} empty documents, {summary.filtered:,} too short or too long, "
         + f"{summary.duplicates:,} duplicates"
         + (f" (listed in {summary.bad_lines_file})" if summary.bad_lines_file else ""),
-        "vocabulary": f"{summary.vocab_size:,} ids, end of document {summary.eod_id}",
+        "vocabulary": f"{summary.vocab_size:,} ids, end of document {summary.eod_id}"
+        + (f"; the largest in the text is {summary.largest_id:,}" if summary.largest_id is not None else ""),
         "encoded by": summary.backend + (f", {summary.checked:,} documents compared with the reference" if summary.checked else ""),
         **({"resumed": f"after {summary.resumed_at / 1e6:,.1f} MB"} if summary.resumed_at else {}),
     }

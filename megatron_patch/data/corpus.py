@@ -52,14 +52,22 @@ class TokenCorpus:
         return self.prefixes[0] + (f" and {len(self.prefixes) - 1} more" if len(self.prefixes) > 1 else "")
 
     @cached_property
+    def infos(self) -> tuple[DatasetInfo | None, ...]:
+        """Each shard's side file, where it has one.
+
+        Raises:
+            DataError: a damaged side file.
+        """
+        return tuple(read_info(prefix) for prefix in self.prefixes)
+
+    @property
     def patch_align(self) -> int:
         """Documents begin at multiples of this (1: anywhere), as the side files say.
 
         Raises:
             DataError: a damaged side file.
         """
-        infos = [read_info(prefix) for prefix in self.prefixes]
-        return math.gcd(*(info.patch_align if info is not None else 1 for info in infos))
+        return math.gcd(*(info.patch_align if info is not None else 1 for info in self.infos))
 
     def ranges(self, split: str) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
         """The corpus' ranges for training, validation and test; where documents are aligned to patches, so is each range.
@@ -165,8 +173,7 @@ def check_vocabulary(corpus: TokenCorpus, vocab_size: int) -> None:
     Raises:
         DataError: it has not.
     """
-    for shard in corpus.shards:
-        info = read_info(shard.prefix)
+    for shard, info in zip(corpus.shards, corpus.infos, strict=True):
         if info is not None:
             if info.vocab_size > vocab_size:
                 raise DataError(
@@ -195,8 +202,12 @@ def check_vocabulary(corpus: TokenCorpus, vocab_size: int) -> None:
                 )
 
 
-def check_side_files(corpora: Sequence[TokenCorpus]) -> list[DatasetInfo]:
+def check_side_files(corpora: Sequence[TokenCorpus], eod_id: int | None = None) -> list[DatasetInfo]:
     """All that a run reads must have the same end-of-document token, as far as side files tell.
+
+    Args:
+        corpora: for training and held-out.
+        eod_id: what the run takes for it; None: what the side files say.
 
     Returns:
         The side files.
@@ -204,10 +215,34 @@ def check_side_files(corpora: Sequence[TokenCorpus]) -> list[DatasetInfo]:
     Raises:
         DataError: two differ, or one is damaged.
     """
-    found = [(prefix, info) for corpus in corpora for prefix in corpus.prefixes if (info := read_info(prefix)) is not None]
-    for prefix, info in found[1:]:
+    found = _found_infos(corpora)
+    for prefix, info in found:
         check_alike(found[0][1], info, found[0][0], prefix, ["eod_id"])
+        if eod_id not in (None, info.eod_id) and (info.append_eod or info.patch_align > 1):
+            raise DataError(
+                f"--eod-token-id {eod_id}, but the documents of {prefix} end with {info.eod_id}",
+                "what the side file says",
+                "leave --eod-token-id out, or preprocess the data again with another --eod-token",
+            )
     return [info for _, info in found]
+
+
+def tokenizer_notes(corpora: Sequence[TokenCorpus]) -> list[str]:
+    """Which corpora were made with other tokenizer files than the first, in sentences."""
+    found = [(prefix, info) for prefix, info in _found_infos(corpora) if info.tokenizer_xxh64]
+    others = [(prefix, info) for prefix, info in found if info.tokenizer_xxh64 != found[0][1].tokenizer_xxh64]
+    if not others:
+        return []
+    (prefix, first), (other_prefix, other) = found[0], others[0]
+    more = f" (and {len(others) - 1} more)" if len(others) > 1 else ""
+    return [
+        f"{prefix} was tokenized with {first.tokenizer_model}, {other_prefix}{more} with {other.tokenizer_model}, whose files are not the "
+        "same: one id must mean one thing in all that is read"
+    ]
+
+
+def _found_infos(corpora: Sequence[TokenCorpus]) -> list[tuple[str, DatasetInfo]]:
+    return [(prefix, info) for corpus in corpora for prefix, info in zip(corpus.prefixes, corpus.infos, strict=True) if info is not None]
 
 
 def check_ids(tokens: npt.NDArray[np.int64], vocab_size: int, places: Sequence[tuple[TokenCorpus, int]]) -> None:

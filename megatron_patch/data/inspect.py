@@ -17,6 +17,7 @@ from megatron_patch.errors import DataError
 
 _CHUNK = 1 << 22
 _SAMPLED_PIECES = 64
+_MOST_TOKENS = 1 << 26  # of which patches are counted
 
 
 def describe(dataset: IndexedDataset) -> dict[str, Any]:
@@ -96,28 +97,49 @@ def _info(prefix: str, problems: list[str]) -> DatasetInfo | None:
 def patch_statistics(dataset: IndexedDataset, patch_size: int, eod_id: int | None) -> Mapping[str, Any]:
     """How patches of K tokens meet documents, over up to 64 million tokens from the start.
 
+    Args:
+        dataset: whose tokens are cut into patches from the first on.
+        patch_size: K.
+        eod_id: what documents are padded with; None: it is not known, and padding is not counted.
+
     Returns:
-        patches; how many hold tokens of two documents (an end of document before their last token, followed by another token); how many
-        repeat a token; tokens of padding (an end of document right after another).
+        patches; how many hold tokens of two documents, as the index divides them; how many repeat a token; tokens of padding (an end of
+        document right after another), or None.
     """
-    count = min(dataset.num_tokens, 1 << 26) // patch_size * patch_size
-    patches = spanning = repeating = padding = 0
+    count = min(dataset.num_tokens, _MOST_TOKENS) // patch_size * patch_size
+    repeating = padding = 0
     step = max(1, _CHUNK // patch_size) * patch_size
+    ended = False  # the token before was an end of document
     for start in range(0, count, step):
         tokens = dataset.tokens(start, min(step, count - start)).astype(np.int64)
-        rows = tokens.reshape(-1, patch_size)
-        patches += len(rows)
-        ordered = np.sort(rows, axis=1)
+        ordered = np.sort(tokens.reshape(-1, patch_size), axis=1)
         repeating += int((ordered[:, 1:] == ordered[:, :-1]).any(axis=1).sum())
-        if eod_id is not None:
-            ends = rows == eod_id
-            spanning += int((ends[:, :-1] & ~ends[:, 1:]).any(axis=1).sum())
-            flat = tokens == eod_id
-            padding += int((flat[1:] & flat[:-1]).sum())
+        ends = tokens == (-1 if eod_id is None else eod_id)
+        padding += int((ends[1:] & ends[:-1]).sum()) + int(ended and ends[0])
+        ended = bool(ends[-1])
     return {
         "patch_size": patch_size,
-        "patches": patches,
-        "spanning_documents": spanning,
+        "patches": count // patch_size,
+        "spanning_documents": _spanning(dataset, patch_size, count),
         "repeating_a_token": repeating,
-        "padding_tokens": padding,
+        "padding_tokens": padding if eod_id is not None else None,
     }
+
+
+def _spanning(dataset: IndexedDataset, patch_size: int, count: int) -> int:
+    """Patches among the first `count` tokens inside which a document begins."""
+    found, last = 0, -1
+    for begin in range(0, dataset.num_documents, _CHUNK):
+        sequences = dataset.document_boundaries[begin : min(begin + _CHUNK, dataset.num_documents)]
+        sequences = sequences[sequences < dataset.num_sequences]
+        if not sequences.size:
+            break
+        first = int(sequences[0])
+        starts = dataset.sequence_pointers[first : int(sequences[-1]) + 1][sequences - first] // dataset.dtype.itemsize
+        inside = starts[(starts < count) & (starts % patch_size > 0)] // patch_size
+        patches = np.unique(inside[inside > last])
+        if patches.size:
+            found, last = found + patches.size, int(patches[-1])
+        if int(starts[-1]) >= count:
+            break
+    return found

@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_patch.data.blend import Blend
-from megatron_patch.data.corpus import TokenCorpus
+from megatron_patch.data.corpus import TokenCorpus, tokenizer_notes
 from megatron_patch.data.permutation import Permutation, derive_key
 from megatron_patch.errors import DataError
 from megatron_patch.stages import StagePlan
@@ -248,14 +248,14 @@ class TrainStream:
                     )
 
     def notes(self) -> list[str]:
-        """What may surprise, in sentences: corpora that are read more than once, and documents that are aligned to other patches."""
+        """What may surprise, in sentences: corpora read more than once, of other tokenizers, or aligned to other patches."""
         aligned = [
             f"documents of {reading.corpus} are aligned to {align} tokens: patches of {stage.patch_size} in stage {stage.name} may span two"
             for index, stage in enumerate(self.plan.stages)
             for reading in self.readings(index)
             if (align := self.corpora[self.names.index(reading.corpus)].patch_align) > 1 and align % stage.patch_size
         ]
-        return aligned + [
+        return [*tokenizer_notes(self.corpora), *aligned] + [
             f"by the end of stage {stage.name} the training part of {reading.corpus} is read {reading.epochs_by_end:.2f} times"
             for index, stage in enumerate(self.plan.stages)
             for reading in self.readings(index)

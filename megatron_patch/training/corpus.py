@@ -87,8 +87,9 @@ def open_data(run: RunConfig, plan: StagePlan, grid: Grid, pin_memory: bool = Fa
     options = run.options.data
     stream = open_stream(run, plan)
     corpora = dict(zip(stream.names, stream.corpora, strict=True))
-    if run.valid_blend:
-        valid = [open_corpus(name) for name, _ in run.valid_blend]
+    valid = [open_corpus(name) for name, _ in run.valid_blend]
+    infos = check_side_files([*stream.corpora, *valid], options.eod_token_id)
+    if valid:
         for corpus in valid:
             check_vocabulary(corpus, run.shape.vocab_size)
         held_out = tuple((corpus, (0, corpus.num_tokens)) for corpus in valid)
@@ -97,11 +98,11 @@ def open_data(run: RunConfig, plan: StagePlan, grid: Grid, pin_memory: bool = Fa
     unit = math.lcm(run.options.stages.seq_length, *(stage.positions * stage.patch_size for stage in plan.stages))
     held_out = tuple((corpus, (first, last)) for corpus, (first, last) in held_out if last - first >= unit + plan.lookahead_tokens)
     masking = DocumentMasking(
-        eod_id=run.eod_id,
+        eod_id=run.eod_id if run.eod_id is not None else next((info.eod_id for info in infos), None),
         reset_attention_mask=options.reset_attention_mask,
         reset_position_ids=options.reset_position_ids,
         eod_mask_loss=options.eod_mask_loss,
-        ignore_repeated_eod=any(info.patch_align > 1 for info in check_side_files(stream.corpora)),
+        ignore_repeated_eod=any(info.patch_align > 1 for info in infos),
     )
     return RunData(stream, held_out, masking, grid, options.num_workers, run.shape.vocab_size, unit, pin_memory)
 

@@ -18,7 +18,7 @@ from megatron_patch.exit_codes import ExitCode
 from megatron_patch.training.dry_run import print_plan
 from megatron_patch.training.endings import advise, end_with, say
 from megatron_patch.training.stop_requests import StopRequests
-from megatron_patch.training.stream import missing_data, open_stream
+from megatron_patch.training.stream import stream_if_here
 from megatron_patch.training.watchdog import Watchdog
 
 
@@ -34,10 +34,9 @@ def pretrain(run: RunConfig) -> ExitCode:
     settings = engine_settings(run)
     if run.options.logging.dry_run:
         console = make_console()
-        missing = missing_data(run) if run.blend else "no --data-path"
-        stream = open_stream(run, run.plan) if missing is None else None
+        stream, notes = stream_if_here(run)
         print_plan(run, settings, console, stream=stream)
-        for note in stream.notes() if stream is not None else [f"how often data is read is not shown: {missing}"]:
+        for note in notes:
             console.print(f"[yellow]Note[/yellow] {note}", highlight=False)
         return ExitCode.DONE
     # Never given back: a signal that comes while the process leaves is no reason for another exit code.

@@ -1,9 +1,11 @@
-"""The training stream of a run, opened and checked, and a table of what its stages read. Needs no torch: a dry run shows it too.
+"""The training stream of a run, opened and checked, and a table of what its stages read. Needs no torch: dry runs and plans show it too.
 
 In: a run and its plan. Out: `TrainStream`, and how often each corpus will be seen in each stage.
 """
 
 from __future__ import annotations
+
+from dataclasses import asdict
 
 from rich.table import Table
 
@@ -40,13 +42,36 @@ def open_stream(run: RunConfig, plan: StagePlan) -> TrainStream:
     return stream
 
 
-def missing_data(run: RunConfig) -> str | None:
+def stream_if_here(run: RunConfig) -> tuple[TrainStream | None, list[str]]:
+    """The stream of a run whose data may not be on this machine.
+
+    Returns:
+        The stream, or None where a corpus is missing; and what should be noted about it, in sentences.
+
+    Raises:
+        DataError: as `open_stream`, of data that is here.
+    """
+    missing = _missing_data(run) if run.blend else "no --data-path"
+    if missing is not None:
+        return None, [f"how often data is read is not shown: {missing}"]
+    stream = open_stream(run, run.plan)
+    return stream, stream.notes()
+
+
+def _missing_data(run: RunConfig) -> str | None:
     """The first of a run's corpora that is not here, in words; None: all are."""
     try:
         files = [f"{prefix}.bin" for name in run.corpus_names for prefix in expand_prefixes(name)]
     except DataError as error:
         return error.what
     return next((f"{file} does not exist" for file in files if not exists(file)), None)
+
+
+def readings_json(stream: TrainStream) -> list[dict[str, str | float]]:
+    """The same as `readings_table` shows, as plain values: one for each corpus of each stage."""
+    return [
+        {"stage": stage.name, **asdict(reading)} for index, stage in enumerate(stream.plan.stages) for reading in stream.readings(index)
+    ]
 
 
 def readings_table(stream: TrainStream) -> Table:

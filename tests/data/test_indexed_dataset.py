@@ -5,6 +5,7 @@ The golden files were written by megatron-core 0.16.1's own builder; where that 
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import struct
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_patch.data import inspect
 from megatron_patch.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter, optimal_dtype
 from megatron_patch.data.inspect import describe, integrity_problems, patch_statistics
 from megatron_patch.errors import DataError
@@ -151,3 +153,21 @@ def test_descriptions_and_patches(tmp_path):
     # patches of 4: [3 4 5 0] [6 0 7 7] [8 0 0 0]: the second spans two documents; the second and third repeat a token
     found = patch_statistics(dataset, 4, eod_id=0)
     assert (found["patches"], found["spanning_documents"], found["repeating_a_token"], found["padding_tokens"]) == (3, 1, 2, 2)
+
+
+@given(st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=7), min_size=1, max_size=9), st.integers(2, 5), st.sampled_from([None, 0]))
+def test_patches_are_counted_as_one_by_one(tmp_path_factory, documents, patch_size, eod_id):
+    """Whether or not documents end with a token of their own; in pieces of a few."""
+    dataset = IndexedDataset(write(tmp_path_factory.mktemp("p") / "d", documents))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inspect, "_CHUNK", 3)
+        patch.setattr(inspect, "_MOST_TOKENS", 20)
+        found = patch_statistics(dataset, patch_size, eod_id)
+    tokens = [(number, token) for number, document in enumerate(documents) for token in document][:20]
+    tokens = tokens[: len(tokens) // patch_size * patch_size]
+    patches = [tokens[start : start + patch_size] for start in range(0, len(tokens), patch_size)]
+    assert found["patches"] == len(patches)
+    assert found["spanning_documents"] == sum(patch[0][0] != patch[-1][0] for patch in patches)
+    assert found["repeating_a_token"] == sum(len({token for _, token in patch}) < patch_size for patch in patches)
+    ends = sum(one[1] == eod_id == other[1] for one, other in itertools.pairwise(tokens))
+    assert found["padding_tokens"] == (None if eod_id is None else ends)

@@ -21,6 +21,7 @@ import zstandard
 
 from megatron_patch.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter
 from megatron_patch.data.inspect import integrity_problems
+from megatron_patch.data.preprocess import encode as encode_module
 from megatron_patch.data.preprocess import readers, workers
 from megatron_patch.data.preprocess.encode import Encoder, EncodeSettings, checked_tokenizer
 from megatron_patch.data.preprocess.fast_backend import fast_backend, fuzz_strings
@@ -28,9 +29,10 @@ from megatron_patch.data.preprocess.inputs import Span
 from megatron_patch.data.preprocess.pipeline import preprocess
 from megatron_patch.data.preprocess.readers import batches
 from megatron_patch.data.preprocess.train_tokenizer import train_tokenizer
+from megatron_patch.data.preprocess.word_memory import WordMemory
 from megatron_patch.data.side_file import read_info
 from megatron_patch.errors import DataError
-from megatron_patch.tokenizer import load_tokenizer
+from megatron_patch.tokenizer import encode, load_tokenizer
 
 ROOT = Path(__file__).parent.parent.parent
 TEXTS = [f"document {i}: " + " ".join(f"word{j * i % 17}" for j in range(i % 40 + 1)) + "é\n日本" * (i % 3) for i in range(400)]
@@ -157,6 +159,62 @@ def test_a_fast_backend_that_errs_while_running_is_replaced(folder, tmp_path, mo
     assert contents(tmp_path / "x_text_document") == contents(tmp_path / "right_text_document")
 
 
+@pytest.mark.parametrize("where", ["in the last of the first documents", "late in a long document"])
+def test_the_beginning_of_the_input_is_compared_at_many_places(folder, tmp_path, monkeypatch, where):
+    """A backend that errs at one place only, which is not in the middle of a batch."""
+    right = WordMemory.encode_flat
+
+    def wrong(self, texts):
+        ids, lengths = right(self, texts)
+        for start, text in zip(np.cumsum(lengths) - lengths, texts, strict=True):
+            ids[start : start + 1] ^= "odd" in text
+        return ids, lengths
+
+    many = ["plain text"] * 30 + ["odd"] if "first" in where else ["plain text " * 1000 + " odd" + " odd" * 2000] * 8
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in many))
+    monkeypatch.setattr(WordMemory, "encode_flat", wrong)
+    assert run(folder, tmp_path / "x", [str(tmp_path / "a.jsonl")], backend="words").backend == "reference"
+    tokenizer = load_tokenizer("HuggingFaceTokenizer", str(folder / "tokenizer"))
+    assert [dataset_ids[:-1].tolist() for dataset_ids in IndexedDataset(str(tmp_path / "x_text_document"))] == [
+        encode(tokenizer, text) for text in many
+    ]
+
+
+def test_of_many_small_files_only_some_documents_are_compared(folder, tmp_path, monkeypatch):
+    """The reference is slow: were one document of each file compared, it would encode everything."""
+    pytest.importorskip("fastokens")
+    (tmp_path / "in").mkdir()
+    for number in range(60):
+        (tmp_path / "in" / f"{number:02}.txt").write_text(f"document {number}")
+    assert run(folder, tmp_path / "x", [str(tmp_path / "in" / "*.txt")]).checked == 32
+    monkeypatch.setattr(encode_module, "_CHECKED_EVERY", 50)
+    assert run(folder, tmp_path / "y", [str(tmp_path / "in" / "*.txt")]).checked == 32 + 28 // 5
+
+
+def test_the_vocabulary_is_checked_and_reported(folder, tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "5 17 3", "n": "1"}\n{"text": "2", "n": "18"}\n')
+    numbers = EncodeSettings("NullTokenizer", None, vocab_size=20, append_eod=True, keys=("text", "n"))
+    summary = preprocess([str(tmp_path / "a.jsonl")], str(tmp_path / "x"), numbers)
+    assert (summary.largest_id, summary.to_json()["largest_id"], summary.vocab_size) == (18, 18, 20)
+    tokenizer = checked_tokenizer(settings(folder))
+    tokenizer.vocab_size = 300
+    encoder = Encoder(settings(folder), tokenizer)
+    with pytest.raises(DataError, match=r"gave the id [34]\d\d"):
+        list(map(encoder, batches([Span(str(folder / "a.jsonl"))])))
+
+
+def test_progress_is_the_share_of_all_inputs(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "BATCH_BYTES", 3000)
+    raw = (folder / "a.jsonl").read_bytes()
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(raw[: raw.index(b"\n", len(raw) // 3) + 1]))
+    told: list[tuple[float, ...]] = []
+    inputs = [str(folder / "a.jsonl"), str(tmp_path / "b.jsonl.gz"), str(folder / "a.jsonl")]
+    summary = preprocess(inputs, str(tmp_path / "x"), settings(folder), progress=lambda *now: told.append(now))
+    shares = [now[4] for now in told]
+    assert len(told) > 20 and shares == sorted(shares) and 0 < shares[0] < 0.1 and shares[-1] == 1.0
+    assert told[-1][:3] == (summary.documents, summary.tokens, summary.bytes)
+
+
 BAD = [
     b'{"text": "fine"}',
     b'{"text": "cut',
@@ -189,12 +247,26 @@ def test_bad_lines_can_be_fatal_with_their_place_over_batches(folder, tmp_path, 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.jsonl"]
 
 
+def test_what_python_writes_beyond_json_is_read_as_it_reads_it(folder, tmp_path):
+    """Not-a-number in another key is no reason to lose a document; half a character is."""
+    documents = [{"text": "one", "score": float("nan")}, {"score": [float("-inf"), 1e300], "text": "two\u0000é"}, {"text": "three"}]
+    lines = [json.dumps(document) for document in documents]
+    lines[1:1] = ['{"text": "four", "score": 1e999}', '{"text": "\\ud800", "score": NaN}', '{"text": "five", "score": nan}', "[" * 99_999]
+    (tmp_path / "odd.jsonl").write_text("\n".join(lines))
+    summary = run(folder, tmp_path / "x", [str(tmp_path / "odd.jsonl")])
+    tokenizer = load_tokenizer("HuggingFaceTokenizer", str(folder / "tokenizer"))
+    dataset = IndexedDataset(str(tmp_path / "x_text_document"))
+    assert [tokenizer.decode(ids[:-1].tolist()) for ids in dataset] == ["one", "four", "two\x00é", "three"]
+    assert summary.bad_lines == 3
+
+
+@pytest.mark.parametrize("size", [0.5, 0.0])
 @pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz", ".zst"])
-def test_a_broken_archive_is_named_and_leaves_nothing(folder, tmp_path, suffix):
+def test_a_broken_archive_is_named_and_leaves_nothing(folder, tmp_path, suffix, size):
     raw = (folder / "a.jsonl").read_bytes() * 20
     packed = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": zstandard.compress}[suffix](raw)
     path = tmp_path / f"b.jsonl{suffix}"
-    path.write_bytes(packed[: len(packed) // 2])
+    path.write_bytes(packed[: round(size * len(packed))])
     try:
         with pytest.raises(DataError, match=r"b\.jsonl.* cannot be read"):
             run(folder, tmp_path / "x", [str(path)])
@@ -247,6 +319,15 @@ def tool(folder, out, *more, **options):
         text=True,
         **options,
     )
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no device that is always full")
+def test_a_list_of_bad_lines_that_cannot_be_written_is_told(folder, tmp_path):
+    (tmp_path / "bad.jsonl").write_bytes(b"\n".join(BAD))
+    (tmp_path / "x_bad_lines.jsonl").symlink_to("/dev/full")
+    for seconds in (0.0, 99.0):
+        with pytest.raises(DataError, match=r"cannot write .*x_bad_lines\.jsonl: No space left"):
+            run(folder, tmp_path / "x", [str(tmp_path / "bad.jsonl")], save_seconds=seconds, overwrite=True)
 
 
 def test_a_full_disk_ends_the_tool_with_a_sentence(folder, tmp_path):

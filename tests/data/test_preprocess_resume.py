@@ -17,8 +17,9 @@ import zstandard
 from megatron_patch.data.indexed_dataset import IndexedDataset
 from megatron_patch.data.preprocess import pipeline, readers
 from megatron_patch.data.preprocess.encode import EncodeSettings
-from megatron_patch.data.preprocess.journal import journal_path, last_record
+from megatron_patch.data.preprocess.journal import Record, journal_path, last_record
 from megatron_patch.data.preprocess.pipeline import preprocess
+from megatron_patch.data.preprocess.workers import EncoderHere, Workers
 from megatron_patch.errors import DataError
 
 ROOT = Path(__file__).parent.parent.parent
@@ -153,6 +154,34 @@ def test_a_killed_tool_is_resumed_to_the_same_bytes(tmp_path, inputs, workers):
     assert "finished before" in again.stderr and json.loads(again.stdout)["tokens"] == summary["tokens"]
 
 
+def test_what_is_recorded_has_been_written_by_then(tmp_path, inputs, monkeypatch):
+    """Workers write by themselves: a record waits for them."""
+    monkeypatch.setattr(readers, "BATCH_BYTES", 900)
+    whole = preprocess(inputs, str(tmp_path / "whole"), settings())
+    expected = [Path(f"{prefix}.bin").read_bytes() for prefix in whole.outputs]
+    made, seen = [], []
+
+    class Watched(Workers):
+        def __init__(self, *args):
+            super().__init__(*args)
+            made.append(self)
+
+    saved = pipeline._Accounts.save
+
+    def save(self, journal, writers, complete=False):
+        assert not any(worker.writing for worker in made[0]._workers)
+        saved(self, journal, writers, complete)
+        for writer, data in zip(writers, expected, strict=True):
+            size = writer.num_tokens * writer.dtype.itemsize
+            assert writer.tokens_path.read_bytes()[:size] == data[:size]
+        seen.append(complete)
+
+    monkeypatch.setattr(pipeline, "Workers", Watched)
+    monkeypatch.setattr(pipeline._Accounts, "save", save)
+    preprocess(inputs, str(tmp_path / "x"), settings(), workers=2, save_seconds=0.0)
+    assert len(seen) > 10 and seen[-1]
+
+
 def broken_off(inputs, out, monkeypatch, after=3):
     """A run that fails after some batches, each of them saved."""
     monkeypatch.setattr(readers, "BATCH_BYTES", 900)
@@ -176,7 +205,7 @@ def test_summaries_and_bad_lines_are_those_of_an_unbroken_run(tmp_path, inputs, 
     for after in (1, 4, 12):
         broken_off(inputs, tmp_path / f"x{after}", monkeypatch, after)
         resumed = preprocess(inputs, str(tmp_path / f"x{after}"), settings(), resume=True)
-        for name in ("documents", "tokens", "bytes", "bad_lines", "empty", "filtered", "tokens_per_document"):
+        for name in ("documents", "tokens", "bytes", "bad_lines", "empty", "filtered", "tokens_per_document", "largest_id"):
             assert getattr(resumed, name) == getattr(whole, name), name
         assert resumed.resumed_at > 0 == whole.resumed_at and whole.bad_lines == 10
         assert everything(tmp_path / f"x{after}") == everything(tmp_path / "whole")
@@ -232,6 +261,23 @@ def test_behind_a_broken_archive_a_run_goes_on(tmp_path, inputs, monkeypatch, re
     whole = preprocess(inputs, str(tmp_path / "whole"), settings())
     assert everything(tmp_path / "x") == everything(tmp_path / "whole")
     assert 0 < resumed.resumed_at < kept.read and resumed.bytes == whole.bytes
+
+
+def test_a_backend_that_erred_is_not_trusted_again_after_a_kill(tmp_path, inputs, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "_beginning", lambda *args: Record(distrusted=True))
+        broken_off(inputs, tmp_path / "x", monkeypatch)
+    used = []
+
+    def encoder(work, settings, *rest):
+        used.append(settings.backend)
+        return EncoderHere(work, settings, *rest)
+
+    monkeypatch.setattr(pipeline, "EncoderHere", encoder)
+    preprocess(inputs, str(tmp_path / "x"), settings(), resume=True)
+    preprocess(inputs, str(tmp_path / "whole"), settings())
+    assert used == ["reference", "auto"]
+    assert everything(tmp_path / "x") == everything(tmp_path / "whole")
 
 
 def test_an_unfinished_run_is_not_lost_by_forgetting_to_resume(tmp_path, inputs, monkeypatch):

@@ -218,6 +218,16 @@ def test_seeds_give_other_orders_and_neighbours_are_apart(corpora):
     assert (np.abs(np.diff(orders[0])) == 4).mean() < 0.05
 
 
+def test_each_epoch_has_an_order_of_its_own(corpora):
+    plan = plan_of([(1, 400, "both")])
+    stream = TrainStream(plan, {"a": corpora["a"]}, (("a", 1.0),), "1,0,0", 3, window_blocks=1)
+    spans, per_epoch = list(all_spans(stream)), stream.blocks[0] * (plan.block_tokens // plan.stages[0].sample_tokens)
+    orders = [tuple(span.start for span in spans[start : start + per_epoch]) for start in (0, per_epoch)]
+    assert len(spans) >= 2 * per_epoch and sorted(orders[0]) == sorted(orders[1]) and orders[0] != orders[1]
+    blocks = [tuple(dict.fromkeys(start // plan.block_tokens for start in order)) for order in orders]
+    assert blocks[0] != blocks[1], "the blocks themselves are in another order"
+
+
 def test_start_up_does_not_depend_on_the_size_of_the_corpus(tmp_path):
     """10^12 tokens in 10^9 documents, pretended: the last rank has its first micro-batch at once, and writes nothing."""
     prefix = pretend(tmp_path / "sparse", 10**12, 10**9)

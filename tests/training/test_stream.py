@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import re
+from dataclasses import replace
 
 import pytest
 
 from megatron_patch.config.resolve import load_config
-from megatron_patch.data.side_file import DatasetInfo, write_info
+from megatron_patch.data.side_file import DatasetInfo, read_info, write_info
 from megatron_patch.errors import ConfigError, DataError
 from megatron_patch.parallel.grid import Grid
 from megatron_patch.training.corpus import open_data
 from megatron_patch.training.pretrain import main
 from megatron_patch.training.stream import open_stream
 from tests.data.streams import write_numbers
+from tools import plan
 
 MODEL = [
     "--num-layers",
@@ -64,6 +67,25 @@ def test_a_dry_run_shows_how_often_each_corpus_is_read(corpora, capsys):
     assert re.search(r"Note by the end of stage token the training part of \S+code\s+is\s+read\s+1\.60\s+times", shown)
 
 
+def test_a_plan_says_the_same(corpora, tmp_path, capsys):
+    plan.main([*words(corpora), "--json"])
+    rows = json.loads(capsys.readouterr().out)["data"]
+    assert [(row["stage"], row["epochs"], row["epochs_by_end"]) for row in rows] == [
+        ("patch", pytest.approx(0.2), pytest.approx(0.2)),
+        ("patch", pytest.approx(0.8), pytest.approx(0.8)),
+        ("token", pytest.approx(0.2), pytest.approx(0.4)),
+        ("token", pytest.approx(0.8), pytest.approx(1.6)),
+    ]
+    assert [row["corpus"] for row in rows] == [*corpora, *corpora] and sum(row["tokens"] for row in rows) == 12_800
+    plan.main(words(corpora))
+    shown = re.sub(r"\s+", " ", capsys.readouterr().out)
+    assert "times read" in shown and "is read 1.60 times" in shown
+    plan.main([*MODEL, *PATCHES, "--data-path", str(tmp_path / "none")])
+    assert "how often data is read is not shown" in re.sub(r"\s+", " ", capsys.readouterr().out)
+    with pytest.raises(DataError, match=r"read 1\.60 times"):
+        plan.main(words(corpora, "--max-epochs", "1.5"))
+
+
 def test_a_dry_run_needs_no_data(tmp_path, capsys):
     assert main([*MODEL, *PATCHES, "--data-path", str(tmp_path / "none"), "--dry-run"]) == 0
     assert "none.bin does not exist" in re.sub(r"\s+", " ", capsys.readouterr().out)
@@ -93,6 +115,43 @@ def test_corpora_with_other_ends_of_documents_are_refused(corpora):
     run = load_config(words(corpora), 1)
     with pytest.raises(DataError, match="differ in eod_id: 5 and 6"):
         open_data(run, run.plan, Grid(0, 1, 1, 1))
+
+
+def test_held_out_data_must_have_the_same_end_of_documents(corpora):
+    side_file(corpora[0], 16_064, eod=5)
+    side_file(corpora[1], 4_064, eod=6)
+    run = load_config([*MODEL, *PATCHES, "--data-path", corpora[0], "--valid-data-path", corpora[1]], 1)
+    with pytest.raises(DataError, match="differ in eod_id: 5 and 6"):
+        open_data(run, run.plan, Grid(0, 1, 1, 1))
+
+
+def test_another_end_of_documents_than_the_side_file_s_is_refused(corpora):
+    side_file(corpora[0], 16_064, eod=5)
+    for given, refused in ((5, False), (6, True)):
+        run = load_config([*MODEL, *PATCHES, "--data-path", corpora[0], "--eod-token-id", str(given)], 1)
+        if refused:
+            with pytest.raises(DataError, match=r"--eod-token-id 6, but the documents of .*web end with 5"):
+                open_data(run, run.plan, Grid(0, 1, 1, 1))
+        else:
+            assert open_data(run, run.plan, Grid(0, 1, 1, 1)).masking.eod_id == 5
+
+
+def test_the_end_of_documents_is_known_from_any_side_file(corpora):
+    """The first corpus has none, and the second is padded with it."""
+    side_file(corpora[1], 4_064, eod=6, align=4)
+    run = load_config(words(corpora), 1)
+    masking = open_data(run, run.plan, Grid(0, 1, 1, 1)).masking
+    assert (masking.eod_id, masking.ignore_repeated_eod) == (6, True)
+
+
+def test_corpora_of_other_tokenizers_are_told(corpora):
+    for prefix, tokens, digest in ((corpora[0], 16_064, "a"), (corpora[1], 4_064, "b")):
+        side_file(prefix, tokens)
+        write_info(prefix, replace(read_info(prefix), tokenizer_model=f"{digest}.json", tokenizer_xxh64=digest))
+    run = load_config(words(corpora), 1)
+    assert [note for note in open_stream(run, run.plan).notes() if "was tokenized with a.json" in note and "with b.json" in note]
+    write_info(corpora[1], replace(read_info(corpora[1]), tokenizer_xxh64="a"))
+    assert not [note for note in open_stream(run, run.plan).notes() if "tokenized" in note]
 
 
 @pytest.mark.parametrize(("align", "told"), [(4, False), (8, False), (6, True)])

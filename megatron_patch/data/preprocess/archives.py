@@ -5,13 +5,20 @@ from __future__ import annotations
 import bz2
 import gzip
 import lzma
+import os
 import zlib
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 
 def open_archive(file: BinaryIO, path: str) -> BinaryIO:
-    """A stream of what is inside an open .gz, .bz2, .xz or .zst."""
+    """A stream of what is inside an open .gz, .bz2, .xz or .zst.
+
+    Raises:
+        EOFError: the file is empty, which is what is left of an archive, and none.
+    """
+    if os.fstat(file.fileno()).st_size == 0:
+        raise EOFError("it is empty, and no archive")
     suffix = Path(path).suffix
     if suffix == ".gz":
         try:

@@ -4,9 +4,10 @@ texts stay where they are.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import orjson
 
@@ -122,6 +123,16 @@ def _plain(number: int, data: bytes, keys: int, offset: int) -> Document:
         return Document(number, None, f"not UTF-8: {error}", offset)
 
 
+def _as_python_reads(line: bytes) -> Any:
+    """What Python's own parser makes of a line: it takes what `json.dumps` writes beyond the standard (NaN, Infinity); None: nothing."""
+    try:
+        found = json.loads(line.decode("utf-8"))
+        json.dumps(found, ensure_ascii=False).encode("utf-8")  # no half of a surrogate pair
+    except (ValueError, RecursionError):
+        return None
+    return found
+
+
 def _parse(number: int, line: bytes | memoryview, keys: Sequence[str], offset: int) -> Document | None:
     """A line of JSON; None where it is blank."""
     try:
@@ -129,7 +140,9 @@ def _parse(number: int, line: bytes | memoryview, keys: Sequence[str], offset: i
     except orjson.JSONDecodeError as error:
         if not bytes(line).strip():
             return None
-        return Document(number, None, f"no valid JSON: {error}", offset)
+        document = _as_python_reads(bytes(line))
+        if document is None:
+            return Document(number, None, f"no valid JSON: {error}", offset)
     texts = []
     for key in keys:
         value = document

@@ -2,8 +2,8 @@
 
 In: a `Batch`. Out: `Encoded`: for each key flat ids and document lengths, with beginning, end and padding tokens in place, and what was
 left out. Encoding goes through what is faster (fast_backend.py) where that agrees with the reference: on strings made to break
-tokenizers, on the first documents of this input, and on one document of every batch; one disagreement, and the reference encodes
-everything.
+tokenizers, on many of the first documents of this input, and on one document of every later megabyte or less; one disagreement, and the
+reference encodes everything.
 """
 
 from __future__ import annotations
@@ -21,13 +21,15 @@ import numpy.typing as npt
 from megatron_patch.data.preprocess.documents import documents
 from megatron_patch.data.preprocess.fast_backend import fast_backend
 from megatron_patch.data.preprocess.long_texts import Cutter, LongText, cutter_of, segments, whole
-from megatron_patch.data.preprocess.readers import Batch
+from megatron_patch.data.preprocess.readers import Batch, no_scratch
 from megatron_patch.errors import DataError
 from megatron_patch.tiktoken_files import PATTERNS
 from megatron_patch.tokenizer import Tokenizer, load_tokenizer
 
 # Of a document that is compared with the reference: the reference is slow, and most of a run may be long documents.
 _CHECKED_CHARS = 500
+_CHECKED_AT_START = 32  # documents that each process compares before it is content with one now and then
+_CHECKED_EVERY = 1 << 18  # characters, which a batch has unless files are small
 
 
 def _chars(text: str | LongText) -> int:
@@ -114,6 +116,7 @@ class Encoded:
         empty: texts without a token, left out.
         filtered: texts too short or too long, left out.
         checked: texts of the fast backend that were compared with the reference.
+        largest: of the texts' ids.
         backend: what encoded it: "reference", or the name of what did in its place.
         backend_note: the same in words.
         bad: (line in the batch from 1, first byte in the batch, reason) of lines left out.
@@ -130,6 +133,7 @@ class Encoded:
     empty: int
     filtered: int
     checked: int
+    largest: int
     backend: str
     backend_note: str
     bad: tuple[tuple[int, int, str], ...] = field(default_factory=tuple)
@@ -190,7 +194,7 @@ class Encoder:
 
     def __init__(self, settings: EncodeSettings, tokenizer: Tokenizer | None = None) -> None:
         self.settings = settings
-        self._empty = self._filtered = self._checked = 0
+        self._empty = self._filtered = self._checked = self._largest = self._checked_before = self._unchecked = 0
         self.tokenizer = tokenizer if tokenizer is not None else checked_tokenizer(settings)
         self.fast, self.backend_note = fast_backend(self.tokenizer, settings.backend)
 
@@ -199,7 +203,7 @@ class Encoder:
 
         Raises:
             BackendDisagrees: the fast backend is not to be trusted with this input.
-            DataError: the batch cannot be read.
+            DataError: the batch cannot be read, an id is outside the vocabulary, there is no space for a long document.
         """
         bad: list[tuple[int, int, str]] = []
         rows: list[tuple[str | LongText, ...]] = []
@@ -209,8 +213,9 @@ class Encoder:
                 bad.append((document.number, document.offset, document.reason))
             else:
                 rows.append(document.texts)
-        self._empty = self._filtered = self._checked = 0
-        parts = [self._column([row[column] for row in rows], batch.scratch) for column in range(len(self.settings.keys))]
+        self._checked_before += self._checked
+        self._empty = self._filtered = self._checked = self._largest = 0
+        parts = [self._column([row[column] for row in rows], batch) for column in range(len(self.settings.keys))]
         return Encoded(
             batch.source,
             batch.file,
@@ -223,6 +228,7 @@ class Encoder:
             self._empty,
             self._filtered,
             self._checked,
+            self._largest,
             self.fast.name if self.fast is not None else "reference",
             self.backend_note,
             tuple(bad),
@@ -232,29 +238,40 @@ class Encoder:
     def _cut(self) -> Cutter | None:
         return cutter_of(self.tokenizer)
 
-    def _column(self, texts: Sequence[str | LongText], scratch: str) -> Part:
+    def _column(self, texts: Sequence[str | LongText], batch: Batch) -> Part:
         """One key's documents; with a long one among them, and where texts can be cut, through a file."""
-        texts = self._wanted(texts)
-        if not any(isinstance(text, LongText) for text in texts) or self._cut is None or not scratch:
-            return self._encode(list(map(whole, texts)))
-        os.makedirs(scratch, exist_ok=True)
+        try:
+            texts = self._wanted(texts)
+            if not any(isinstance(text, LongText) for text in texts) or self._cut is None or not batch.scratch:
+                return self._encode(list(map(whole, texts)))
+            os.makedirs(batch.scratch, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=batch.scratch, prefix="encoded-", delete=False) as file:
+                lengths = self._encode_into(texts, self._cut, cast("BinaryIO", file))
+        except EOFError as error:
+            raise batch.shorter() from error
+        except OSError as error:
+            raise no_scratch(batch.scratch, error) from error
+        return Part(np.empty(0, self.settings.dtype), lengths, file.name)
+
+    def _encode_into(self, texts: Sequence[str | LongText], cut: Cutter, file: BinaryIO) -> npt.NDArray[np.int64]:
+        """Encodes texts into a file. Returns the documents' lengths."""
         lengths = [np.empty(0, np.int64)]
-        with tempfile.NamedTemporaryFile(dir=scratch, prefix="encoded-", delete=False) as file:
-            for text in texts:
-                if isinstance(text, LongText):
-                    lengths.append(self._encode_long(text, self._cut, cast("BinaryIO", file)))
-                else:
-                    part = self._encode([text])
-                    file.write(part.tokens.data)
-                    lengths.append(part.lengths)
-        return Part(np.empty(0, self.settings.dtype), np.concatenate(lengths), file.name)
+        for text in texts:
+            if isinstance(text, LongText):
+                lengths.append(self._encode_long(text, cut, file))
+            else:
+                part = self._encode([text])
+                file.write(part.tokens.data)
+                lengths.append(part.lengths)
+        return np.concatenate(lengths)
 
     def _encode_long(self, text: LongText, cut: Cutter, file: BinaryIO) -> npt.NDArray[np.int64]:
         """Encodes a text segment by segment into a file. Returns the document's length, or no length where it is left out."""
-        start, count, settings = file.tell(), 0, self.settings
+        start, count, largest, settings = file.tell(), 0, 0, self.settings
         file.write(np.full(int(settings.prepend_bos), self.tokenizer.bos_id or 0, settings.dtype).data)
         for segment in segments(text.pieces(), cut):
             ids, _ = self._ids([segment])
+            largest = max(largest, self._largest_of(ids))
             file.write(ids.astype(settings.dtype).data)
             count += ids.size
         least, most = settings.min_tokens, settings.max_tokens
@@ -265,6 +282,7 @@ class Encoder:
             file.seek(start)
             file.truncate()
             return np.empty(0, np.int64)
+        self._largest = max(self._largest, largest)
         framed = self._framed(np.array([count]))
         file.write(np.full(int(framed[0]) - int(settings.prepend_bos) - count, self.tokenizer.eod_id or 0, settings.dtype).data)
         return framed
@@ -305,16 +323,38 @@ class Encoder:
         return self.frame(ids, lengths)
 
     def _check(self, texts: Sequence[str], ids: npt.NDArray[np.uint32], lengths: npt.NDArray[np.int64]) -> None:
-        """Compares a document of the batch with the reference; of a long one the beginning, encoded once more by itself."""
-        number = len(texts) // 2
-        start = int(lengths[:number].sum())
-        text, mine = texts[number], ids[start : start + int(lengths[number])]
-        if len(text) > _CHECKED_CHARS:
-            text = text[:_CHECKED_CHARS]
-            mine = self.fast.encode_flat([text])[0] if self.fast is not None else mine
-        if not np.array_equal(mine, self.tokenizer.encode_flat([text])[0]):
-            raise BackendDisagrees(text[:200])
-        self._checked += 1
+        """Compares documents with the reference: many at first, then one now and then; of a long one a part, encoded once more."""
+        self._unchecked += sum(map(len, texts))
+        count = max(_CHECKED_AT_START - self._checked_before - self._checked, int(self._unchecked >= _CHECKED_EVERY))
+        if count <= 0:
+            return
+        self._unchecked, count = 0, min(count, len(texts))
+        for number in [(2 * place + 1) * len(texts) // (2 * count) for place in range(count)]:
+            start = int(lengths[:number].sum())
+            text, mine = texts[number], ids[start : start + int(lengths[number])]
+            if len(text) > _CHECKED_CHARS:
+                # Each time another part: what is rare stands anywhere.
+                begin = (self._checked_before + self._checked) * 7919 % (len(text) - _CHECKED_CHARS + 1)
+                text = text[begin : begin + _CHECKED_CHARS]
+                mine = self.fast.encode_flat([text])[0] if self.fast is not None else mine
+            if not np.array_equal(mine, self.tokenizer.encode_flat([text])[0]):
+                raise BackendDisagrees(text[:200])
+            self._checked += 1
+
+    def _largest_of(self, ids: npt.NDArray[np.uint32]) -> int:
+        """The largest of some ids, which are not yet of the dataset's type.
+
+        Raises:
+            DataError: it is outside the vocabulary, and might not fit.
+        """
+        largest = int(ids.max(initial=0))
+        if largest >= self.tokenizer.vocab_size:
+            raise DataError(
+                f"{self.tokenizer.name} gave the id {largest}",
+                f"ids below the size of its vocabulary, {self.tokenizer.vocab_size}",
+                "repair the tokenizer's files",
+            )
+        return largest
 
     def _framed(self, lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Lengths with beginning, end and padding."""
@@ -329,6 +369,7 @@ class Encoder:
             lengths: of each.
         """
         settings = self.settings
+        self._largest = max(self._largest, self._largest_of(ids))
         begin = int(settings.prepend_bos)
         framed = self._framed(lengths)
         starts = np.cumsum(framed) - framed

@@ -44,6 +44,8 @@ class Record:
         bad_bytes: size of their list.
         lengths: the histogram of lengths.
         longest: of the lengths.
+        largest: of the texts' ids so far.
+        distrusted: a fast backend gave other ids than the reference before, so that it is not used again.
         seconds: worked so far.
         complete: all input has been read.
     """
@@ -60,6 +62,8 @@ class Record:
     bad_bytes: int = 0
     lengths: Mapping[str, int] = field(default_factory=dict)
     longest: int = 0
+    largest: int = 0
+    distrusted: bool = False
     seconds: float = 0.0
     complete: bool = False
 
@@ -162,7 +166,10 @@ class Journal:
         self._file: TextIO | None = None
         self._first = json.dumps(identity) + "\n"
         if begin is not None:
-            write_durably(path, self._first + _line(begin))
+            try:
+                write_durably(path, self._first + _line(begin))
+            except OSError as error:
+                raise _unwritable(path, error) from error
 
     def add(self, record: Record) -> None:
         """Writes a record, forced to disk.
@@ -181,9 +188,7 @@ class Journal:
             self._file.flush()
             os.fsync(self._file.fileno())
         except OSError as error:
-            raise DataError(
-                f"cannot write {self._path}: {error.strerror or error}", "a writable folder with free space", "free space, and use --resume"
-            ) from error
+            raise _unwritable(self._path, error) from error
 
     def close(self) -> None:
         """Closes the file."""
@@ -192,6 +197,10 @@ class Journal:
                 self._file.close()
             except OSError:
                 return
+
+
+def _unwritable(path: Path, error: OSError) -> DataError:
+    return DataError(f"cannot write {path}: {error.strerror or error}", "a writable folder with free space", "free space, and use --resume")
 
 
 def _line(record: Record) -> str:

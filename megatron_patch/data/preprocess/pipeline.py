@@ -8,6 +8,8 @@ now and then, from which a run that was killed goes on.
 from __future__ import annotations
 
 import contextlib
+import functools
+import itertools
 import os
 import shutil
 import time
@@ -32,7 +34,7 @@ from megatron_patch.data.preprocess.journal import (
     tokenizer_checksum,
 )
 from megatron_patch.data.preprocess.readers import batches
-from megatron_patch.data.preprocess.summary import BadLines, LengthSample, Summary
+from megatron_patch.data.preprocess.summary import BadLines, LengthSample, Summary, finished_summary
 from megatron_patch.data.preprocess.workers import EncoderHere, Workers, prepare_workers
 from megatron_patch.data.rearrange import rearrange, remove_dataset, unordered_prefix
 from megatron_patch.data.side_file import DatasetInfo, info_path, read_info, write_info
@@ -61,7 +63,7 @@ class _Run:
     progress: Progress | None
     notice: Callable[[str], None]
 
-    @property
+    @functools.cached_property
     def resumable(self) -> bool:
         return all(span.path != STANDARD_INPUT for span in self.spans)
 
@@ -151,8 +153,9 @@ def preprocess(
     begin = _beginning(run, known, overwrite, resume)
     if begin is None:
         notice("finished before: nothing to do")
-        return _finished_summary(run, tokenizer)
+        return finished_summary(run.prefixes, tokenizer)
     if begin.read:
+        settings = replace(settings, backend="reference") if begin.distrusted else settings
         notice(f"resuming: {begin.read / 1e6:,.0f} MB and {sum(count for count, _ in begin.outputs):,} documents are done")
     try:
         return _run(run, settings, tokenizer, known, begin)
@@ -168,7 +171,7 @@ def preprocess(
         notice(f"the fast backend gave other ids than the reference for {str(disagreement)!r}; starting again with the reference alone")
         settings = replace(settings, backend="reference")
         journal_path(output_prefix).unlink(missing_ok=True)
-        return _run(run, settings, tokenizer, known, Record())
+        return _run(run, settings, tokenizer, known, Record(distrusted=True))
 
 
 def _beginning(run: _Run, known: dict[str, object], overwrite: bool, resume: bool) -> Record | None:
@@ -203,10 +206,11 @@ class _Accounts:
 
     def __init__(self, run: _Run, begin: Record) -> None:
         self._run, self._begin = run, begin
-        self._sizes = [_size(span) for span in run.spans]
+        self._ends = [0, *itertools.accumulate(map(_size, run.spans))]
         self._started = time.monotonic()
         self._saved = self._started
         self.read, self.empty, self.filtered, self.checked = begin.read, begin.empty, begin.filtered, begin.checked
+        self.largest = begin.largest
         self.lengths = LengthSample(begin.lengths, begin.longest)
         self.bad = BadLines(
             Path(f"{run.output_prefix}_bad_lines.jsonl"), run.on_bad_line, begin.file, begin.line, begin.bad, begin.bad_bytes
@@ -227,14 +231,16 @@ class _Accounts:
         self.empty += encoded.empty
         self.filtered += encoded.filtered
         self.checked += encoded.checked
+        self.largest = max(self.largest, encoded.largest)
         self.file, self.upto = encoded.file, encoded.upto
         if self.backend is None:
             self._run.notice(f"encoding with {encoded.backend_note}")
         self.backend = encoded.backend
         if self._run.progress is not None:
-            done = sum(self._sizes[: self.file]) + encoded.share * self._sizes[self.file]
+            before, behind = self._ends[self.file : self.file + 2]
+            done = before + encoded.share * (behind - before)
             documents, tokens = sum(w.num_documents for w in writers), sum(w.num_tokens for w in writers)
-            self._run.progress(documents, tokens, self.read, self.seconds, done / max(1, sum(self._sizes)))
+            self._run.progress(documents, tokens, self.read, self.seconds, done / max(1, self._ends[-1]))
 
     def due(self) -> bool:
         """Whether it is time to save."""
@@ -258,6 +264,8 @@ class _Accounts:
                 bad_bytes,
                 self.lengths.to_json(),
                 self.lengths.longest,
+                self.largest,
+                self._begin.distrusted,
                 self.seconds,
                 complete,
             )
@@ -306,6 +314,7 @@ def _run(run: _Run, settings: EncodeSettings, tokenizer: Tokenizer, known: dict[
         duplicates=sum(documents for documents, _ in written) - sum(info.documents for info in infos),
         dtype=settings.dtype,
         vocab_size=tokenizer.vocab_size,
+        largest_id=accounts.largest,
         eod_id=tokenizer.eod_id,
         tokens_per_document=(LengthSample.of(IndexedDataset(run.prefixes[0])) if run.dedup else accounts.lengths).quantiles(),
         backend=accounts.backend or "reference",
@@ -381,28 +390,4 @@ def _info(prefix: str, settings: EncodeSettings, tokenizer: Tokenizer, run_xxh64
         idx_xxh64=checksum(index),
         tokenizer_xxh64=tokenizer_checksum(settings),
         run_xxh64=run_xxh64,
-    )
-
-
-def _finished_summary(run: _Run, tokenizer: Tokenizer) -> Summary:
-    """Of a run that had been finished before."""
-    datasets = [IndexedDataset(prefix) for prefix in run.prefixes]
-    return Summary(
-        outputs=run.prefixes,
-        documents=sum(dataset.num_documents for dataset in datasets),
-        tokens=sum(dataset.num_tokens for dataset in datasets),
-        bytes=0,
-        bad_lines=0,
-        empty=0,
-        filtered=0,
-        duplicates=0,
-        dtype=str(datasets[0].dtype),
-        vocab_size=tokenizer.vocab_size,
-        eod_id=tokenizer.eod_id,
-        tokens_per_document=LengthSample.of(datasets[0]).quantiles(),
-        backend="nothing: finished before",
-        checked=0,
-        seconds=0.0,
-        resumed_at=0,
-        bad_lines_file=None,
     )

@@ -108,6 +108,15 @@ class Batch:
         )
 
 
+def no_scratch(folder: str | Path, error: OSError) -> DataError:
+    """What to tell where documents that are too long for memory cannot be written."""
+    return DataError(
+        f"cannot write to {folder}, where long documents stand while they are encoded: {error.strerror or error}",
+        "a writable folder with free space",
+        "free space or change --output-prefix",
+    )
+
+
 class _Spill:
     """Pieces of one document, in memory as long as there are few."""
 
@@ -120,18 +129,24 @@ class _Spill:
 
     def add(self, piece: bytes) -> None:
         self._size += len(piece)
-        if self._file is None and self._scratch is not None and self._size >= LONG_BYTES:
-            self._scratch.mkdir(parents=True, exist_ok=True)
-            self._path = str(self._scratch / f"long-{self._count}")
-            self._count += 1
-            self._file = open(self._path, "wb")
-            for earlier in self._pieces:
-                self._file.write(earlier)
-            self._pieces = []
+        self._pieces.append(piece)
+        if self._scratch is not None and self._size >= LONG_BYTES:
+            try:
+                self._write(self._scratch)
+            except OSError as error:
+                raise no_scratch(self._scratch, error) from error
+
+    def _write(self, folder: Path) -> None:
         if self._file is None:
-            self._pieces.append(piece)
-        else:
-            self._file.write(piece)
+            folder.mkdir(parents=True, exist_ok=True)
+            self._path = str(folder / f"long-{self._count}")
+            self._count += 1
+            self._file = open(self._path, "wb", buffering=0)
+        for piece in self._pieces:
+            view = memoryview(piece)
+            while view:
+                view = view[self._file.write(view) :]
+        self._pieces = []
 
     def take(self) -> tuple[bytes | None, str, int]:
         """(the bytes, or the file that holds them, its size), and begins anew."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +16,7 @@ import numpy.typing as npt
 from megatron_patch.data.indexed_dataset import IndexedDataset
 from megatron_patch.data.preprocess.encode import Encoded
 from megatron_patch.errors import DataError
+from megatron_patch.tokenizer import Tokenizer
 
 _LISTED_BAD_LINES = 100_000
 _CHUNK = 1 << 20
@@ -36,6 +37,7 @@ class Summary:
         duplicates: documents equal to earlier ones, left out.
         dtype: of the tokens.
         vocab_size: of the tokenizer.
+        largest_id: of the text's tokens, each of which was checked to be in the vocabulary; None: nothing was encoded.
         eod_id: its end-of-document token, or None.
         tokens_per_document: quantiles of the first output: 5 %, 50 %, 95 %, longest.
         backend: what encoded.
@@ -55,6 +57,7 @@ class Summary:
     duplicates: int
     dtype: str
     vocab_size: int
+    largest_id: int | None
     eod_id: int | None
     tokens_per_document: tuple[int, ...]
     backend: str
@@ -118,6 +121,31 @@ class LengthSample:
         return {str(step): count for step, count in self._counts.items()}
 
 
+def finished_summary(prefixes: Sequence[str], tokenizer: Tokenizer) -> Summary:
+    """Of a run that had been finished before."""
+    datasets = [IndexedDataset(prefix) for prefix in prefixes]
+    return Summary(
+        outputs=tuple(prefixes),
+        documents=sum(dataset.num_documents for dataset in datasets),
+        tokens=sum(dataset.num_tokens for dataset in datasets),
+        bytes=0,
+        bad_lines=0,
+        empty=0,
+        filtered=0,
+        duplicates=0,
+        dtype=str(datasets[0].dtype),
+        vocab_size=tokenizer.vocab_size,
+        largest_id=None,
+        eod_id=tokenizer.eod_id,
+        tokens_per_document=LengthSample.of(datasets[0]).quantiles(),
+        backend="nothing: finished before",
+        checked=0,
+        seconds=0.0,
+        resumed_at=0,
+        bad_lines_file=None,
+    )
+
+
 class BadLines:
     """The list of lines that were left out: file, line (counted from where this run, or its shard, began with the file), byte, reason.
 
@@ -168,19 +196,40 @@ class BadLines:
                 self._file = self._path.open("w", encoding="utf-8")
             self._file.write(text)
         except OSError as error:
-            raise DataError(f"cannot write {self._path}: {error.strerror}", "a writable folder with free space") from error
+            raise self._failure(error) from error
+
+    def _failure(self, error: OSError) -> DataError:
+        return DataError(
+            f"cannot write {self._path}: {error.strerror or error}",
+            "a writable folder with free space",
+            "free space or change --output-prefix",
+        )
 
     def sync(self) -> int:
-        """Forces the list to disk. Returns its size."""
+        """Forces the list to disk. Returns its size.
+
+        Raises:
+            DataError: no space left.
+        """
         if self._file is None:
             return 0
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        try:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise self._failure(error) from error
         return int(os.fstat(self._file.fileno()).st_size)
 
     def close(self) -> str | None:
-        """Closes the list. Returns its path, or None where there is none."""
+        """Closes the list. Returns its path, or None where there is none.
+
+        Raises:
+            DataError: no space left.
+        """
         if self._file is None:
             return None
-        self._file.close()
+        try:
+            self._file.close()
+        except OSError as error:
+            raise self._failure(error) from error
         return str(self._path)
