@@ -21,8 +21,9 @@ from megatron_patch.data.preprocess.inputs import Span, expand
 from megatron_patch.data.preprocess.long_texts import whole
 from megatron_patch.data.preprocess.readers import batches
 from megatron_patch.errors import DataError
-from megatron_patch.model.gpt import GPTModel
+from megatron_patch.model.reader import Reader
 from megatron_patch.ops import IGNORE_INDEX
+from megatron_patch.parallel.groups import ALONE, Copies
 from megatron_patch.tokenizer import Tokenizer, encode
 
 Array = npt.NDArray[np.int64]
@@ -132,7 +133,14 @@ def _stack(rows: list[tuple[Array, Array]]) -> tuple[torch.Tensor, torch.Tensor]
 
 @torch.no_grad()
 def score_text(
-    model: GPTModel, tokenizer: Tokenizer, documents: Iterable[str], positions: int, patch_size: int = 1, overlap: int = 0, batch: int = 8
+    model: Reader,
+    tokenizer: Tokenizer,
+    documents: Iterable[str],
+    positions: int,
+    patch_size: int = 1,
+    overlap: int = 0,
+    batch: int = 8,
+    copies: Copies = ALONE,
 ) -> TextScore:
     """Scores documents.
 
@@ -144,6 +152,7 @@ def score_text(
         patch_size: K.
         overlap: see `document_windows`.
         batch: windows of one forward pass.
+        copies: ranks that share out the batches; all read all documents.
 
     Raises:
         DataError: no text, or nothing of it that can be scored.
@@ -158,11 +167,11 @@ def score_text(
             yield from document_windows(encode(tokenizer, text), tokenizer.eod_id, positions, patch_size, overlap)
 
     device = model.device
-    totals = torch.zeros(2, dtype=torch.float64)
-    for ids, labels in _batches(windows(), batch):
-        sums = model(ids.to(device), labels.to(device))
-        totals += torch.stack([part.double().cpu() for part in sums])
-    loss_sum, tokens = totals.tolist()
+    totals = torch.zeros(2, dtype=torch.float64, device=device)
+    for number, (ids, labels) in enumerate(_batches(windows(), batch)):
+        if copies.mine(number):
+            totals += torch.stack([part.double() for part in model(ids.to(device), labels.to(device))])
+    loss_sum, tokens = copies.sum(totals).tolist()
     if not tokens:
         raise DataError(f"{count['documents']} documents without a token that can be scored", "text of more than one token")
     return TextScore(loss_sum, int(tokens), **count)
