@@ -28,6 +28,7 @@ from megatron_patch.engine.inference import LoadedModel, reading
 from megatron_patch.errors import ConfigError, DataError
 from megatron_patch.evaluation.harness import run_tasks
 from megatron_patch.evaluation.text import read_documents, score_text
+from megatron_patch.evaluation.wikitext import detokenize
 from megatron_patch.model.reader import Reader
 from megatron_patch.stages import LOOKAHEAD_TOKENS
 from megatron_patch.tokenizer import Tokenizer, tokenizer_of_checkpoint
@@ -53,6 +54,7 @@ def _parser() -> ArgumentParser:
     text = parser.add_argument_group("text")
     text.add_argument("--json-key", default="text", help="key of the text in .jsonl files")
     text.add_argument("--overlap", type=int, default=0, help="positions of context that a window shares with the one before")
+    text.add_argument("--detokenize", choices=["wikitext"], help="what the model reads: the text without WikiText's spaces between marks")
     text.add_argument("--words", help="words of the original, where the text has been detokenized; by default those between whitespace")
     tasks = parser.add_argument_group("tasks")
     tasks.add_argument("--task-data", type=Path, help="folder with the tasks' data sets, named as the hub names them")
@@ -116,8 +118,9 @@ def _text(args: argparse.Namespace, loaded: LoadedModel[Reader], positions: int)
     if not 0 <= args.overlap < positions:
         raise ConfigError(f"--overlap {args.overlap} with windows of {positions} positions", f"0 to {positions - 1}")
     documents = read_documents(args.text, args.json_key)
+    rewrite = detokenize if args.detokenize == "wikitext" else str
     settings = (positions, args.patch_size, args.overlap, args.micro_batch_size)
-    score = score_text(loaded.model, _tokenizer(args, loaded), documents, *settings, loaded.copies)
+    score = score_text(loaded.model, _tokenizer(args, loaded), documents, *settings, loaded.copies, rewrite)
     words = parse_count(args.words) if args.words else score.words
     return {
         "text": args.text,
@@ -128,11 +131,14 @@ def _text(args: argparse.Namespace, loaded: LoadedModel[Reader], positions: int)
         "byte_perplexity": score.perplexity(score.bytes),
         "bits_per_byte": score.bits_per_byte(),
         "word_perplexity": score.perplexity(words),
+        "word_perplexity_with_line_ends": score.perplexity(words + score.lines),
         "tokens": score.tokens,
         "bytes": score.bytes,
         "words": words,
+        "lines": score.lines,
         "documents": score.documents,
         "overlap": args.overlap,
+        "detokenize": args.detokenize,
     }
 
 

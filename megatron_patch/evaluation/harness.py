@@ -55,7 +55,7 @@ def _data_from(folder: Path | None) -> Iterator[None]:
             raise DataError(
                 f"task data {path}{f' ({name})' if name else ''} cannot be read {where}: {type(error).__name__}: {str(error)[:200]}",
                 f"--task-data FOLDER with FOLDER/{path}: a copy of the data set's repository, or a file a split, named by it",
-                "fetch it where there is a network: huggingface-cli download --repo-type dataset",
+                f"fetch it where there is a network: hf download {path} --repo-type dataset --local-dir FOLDER/{path}",
             ) from error
 
     datasets.load_dataset = load
