@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+from megatron_patch.engine.environment import ranks_of_environment
 from megatron_patch.errors import ConfigError, MegatronPatchError
 
 
@@ -32,12 +33,26 @@ class ArgumentParser(argparse.ArgumentParser):
         raise ConfigError(message, "the flags that --help lists", do)
 
 
+def add_layout(parser: argparse.ArgumentParser) -> None:
+    """Flags of a tool that ranks of a job may run together: `deepspeed tools/NAME.py --tensor-model-parallel-size 8 …`."""
+    layout = parser.add_argument_group("ranks", "for a model that one GPU does not hold; started with deepspeed, torchrun or srun")
+    layout.add_argument("--tensor-model-parallel-size", type=int, default=1, help="ranks that share each layer")
+    layout.add_argument("--pipeline-model-parallel-size", type=int, default=1, help="ranks that share the list of layers")
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+
+
 def run_tool(main: Callable[[list[str]], None]) -> int:
-    """Runs a tool's main with the command line's arguments and turns its errors into a message and an exit code."""
+    """Runs a tool's main with the command line's arguments and turns its errors into a message and an exit code.
+
+    Every rank of a job meets an error in flags; of another one each says what it found, as files may be missing on its node alone.
+    """
+    rank = 0
     try:
+        rank, _, _ = ranks_of_environment()
         main(sys.argv[1:])
     except MegatronPatchError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        if rank == 0 or not isinstance(error, ConfigError):
+            print(f"{f'rank {rank}: ' if rank else ''}{type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code
     except BrokenPipeError:
         return 1

@@ -63,11 +63,20 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             header = json.loads(file.read(length))
         tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
         infos = {name: TensorInfo(_sizes(entry["shape"]), str(entry["dtype"]), path) for name, entry in tensors.items()}
-        ends = sorted((_sizes(entry["data_offsets"])[1], name) for name, entry in tensors.items())
+        spans = {name: _sizes(entry["data_offsets"]) for name, entry in tensors.items()}
+        ends = sorted((end, name) for name, (_, end) in spans.items())
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}", "a readable safetensors file", "check the path") from error
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
         raise CheckpointError(f"{path} is no safetensors file: {error}", "a safetensors file", "copy it again") from error
+    for name, (begin, end) in spans.items():
+        dtype = DTYPES.get(infos[name].dtype)
+        if dtype is not None and end - begin != infos[name].numel * dtype.itemsize:
+            raise CheckpointError(
+                f"{path}: tensor {name} {infos[name].shape} of {infos[name].dtype} has {end - begin:,} bytes",
+                f"{infos[name].numel * dtype.itemsize:,}",
+                "copy it again",
+            )
     for end, name in ends:
         if 8 + length + end > size:
             raise CheckpointError(

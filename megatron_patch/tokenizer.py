@@ -209,6 +209,18 @@ def _gpt2(vocab_file: str | None, merge_file: str | None, eod_token: str | None)
     return HuggingFaceTokenizer(vocab_file, backend, max(backend.get_vocab().values()) + 1, eod, None)
 
 
+def _merges_of(model: str, told: str | None) -> str | None:
+    """The merges that belong to a vocab.json; None where the model is a tokenizer.json, or a folder with one."""
+    path = Path(model)
+    if path.is_dir() or path.name == "tokenizer.json":
+        return None
+    beside = [
+        path.with_name(name)
+        for name in ("merges.txt", f"{path.stem.replace('vocab', 'merges')}.txt", f"{path.stem.replace('vocab', 'merge')}.txt")
+    ]
+    return next((str(file) for file in (*([Path(told)] if told else []), *beside) if file.is_file()), None)
+
+
 def load_tokenizer(
     tokenizer_type: str,
     tokenizer_model: str | None = None,
@@ -224,7 +236,7 @@ def load_tokenizer(
 
     Args:
         tokenizer_type: one of `TYPES`.
-        tokenizer_model: its file or folder.
+        tokenizer_model: its file or folder; of GPT2BPETokenizer also its vocab.json, where its merges are told or beside it.
         vocab_file: of GPT2BPETokenizer.
         merge_file: of GPT2BPETokenizer.
         vocab_size: of NullTokenizer.
@@ -243,8 +255,8 @@ def load_tokenizer(
         if vocab_size is None or vocab_size < 2:
             raise DataError("NullTokenizer without the size of its vocabulary", "--vocab-size N from 2", "give it")
         return NullTokenizer(vocab_size, eod_id=vocab_size - 1)
-    if tokenizer_type == "GPT2BPETokenizer" and tokenizer_model is None:
-        return _gpt2(vocab_file, merge_file, eod_token)
+    if tokenizer_type == "GPT2BPETokenizer" and (tokenizer_model is None or (merge_file := _merges_of(tokenizer_model, merge_file))):
+        return _gpt2(vocab_file or tokenizer_model, merge_file, eod_token)
     if tokenizer_model is None:
         raise DataError(f"{tokenizer_type} without --tokenizer-model", "a local file or folder", "give --tokenizer-model")
     if tokenizer_type in ("SentencePieceTokenizer", "Llama2Tokenizer"):
@@ -252,6 +264,37 @@ def load_tokenizer(
     if tokenizer_type == "TikTokenizer":
         return load_tiktoken(tokenizer_model, eod_token, tiktoken_pattern, special_tokens)
     return _hugging_face(tokenizer_model, eod_token)
+
+
+def load_told(told: Mapping[str, Any], tokenizer_type: str | None = None, tokenizer_model: str | None = None) -> Tokenizer:
+    """The tokenizer that a dataset's side file tells of, or the one given in its place.
+
+    Args:
+        told: entries of the side file.
+        tokenizer_type: as the user gives it, or None.
+        tokenizer_model: as the user gives it, or None: for instance because the files are elsewhere now.
+
+    Raises:
+        ConfigError: no tokenizer is known, or not how it splits text.
+        DataError: its files are missing or broken.
+    """
+    kind, model = tokenizer_type or told.get("tokenizer_type"), tokenizer_model or told.get("tokenizer_model")
+    if kind is None:
+        raise ConfigError("the checkpoint does not know its tokenizer", "--tokenizer-type and --tokenizer-model", "give them")
+    more = told if kind == told.get("tokenizer_type") else {}
+    pattern = more.get("tiktoken_pattern") or None
+    if kind == "TikTokenizer" and pattern is None:
+        raise ConfigError(
+            "TikTokenizer without its pattern, which neither its file nor the data's side file tells",
+            "data preprocessed by this version, or the tokenizer as tokenizer.json",
+            "give --tokenizer-type HuggingFaceTokenizer --tokenizer-model tokenizer.json",
+        )
+    special = more.get("special_tokens") or None
+    tokenizer = load_tokenizer(kind, model, merge_file=more.get("merge_file") or None, tiktoken_pattern=pattern, special_tokens=special)
+    # Documents of the data end with what was asked for when they were made.
+    if more.get("eod_id") is not None:
+        tokenizer.eod_id = int(more["eod_id"])
+    return tokenizer
 
 
 def tokenizer_to_show(told: tuple[str, str] | None, tokenizer_type: str | None, tokenizer_model: str | None) -> Tokenizer | None:
@@ -295,10 +338,7 @@ def tokenizer_of_checkpoint(
         ConfigError: no tokenizer is known, or one with more ids than the model has.
         DataError: its files are missing or broken.
     """
-    kind, model = tokenizer_type or data_info.get("tokenizer_type"), tokenizer_model or data_info.get("tokenizer_model")
-    if kind is None:
-        raise ConfigError("the checkpoint does not know its tokenizer", "--tokenizer-type and --tokenizer-model", "give them")
-    tokenizer = load_tokenizer(kind, model)
+    tokenizer = load_told(data_info, tokenizer_type, tokenizer_model)
     if tokenizer.vocab_size > vocab_size:
         raise ConfigError(f"the tokenizer has {tokenizer.vocab_size} ids, the model {vocab_size}", "the tokenizer of the training data")
     return tokenizer

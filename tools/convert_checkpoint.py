@@ -101,7 +101,17 @@ def _report(done: Import, output: str) -> None:
     else:
         print(f"train on with: --load {output} --finetune --save FOLDER {' '.join(flags)}", file=sys.stderr)
     tokenizer = str(done.tokenizer) if done.tokenizer else None
-    print(json.dumps({"folder": str(done.folder), "tensors": done.tensors, "tokenizer": tokenizer, "flags": flags}))
+    print(
+        json.dumps(
+            {
+                "folder": str(done.folder),
+                "tensors": done.tensors,
+                "tokenizer": tokenizer,
+                "tokenizer_type": done.tokenizer_type,
+                "flags": flags,
+            }
+        )
+    )
 
 
 def main(argv: list[str]) -> None:

@@ -4,6 +4,7 @@
 python tools/evaluate.py --load CKPT --data-path PREFIX [--patch-size K]      held-out tokens
 python tools/evaluate.py --load CKPT --text FILE … [--patch-size K]           raw text: per token, byte and word
 python tools/evaluate.py --load CKPT --tasks hellaswag,arc_easy               lm-evaluation-harness
+deepspeed tools/evaluate.py --tensor-model-parallel-size 8 …                 on several GPUs, whatever layout wrote the checkpoint
 """
 
 from __future__ import annotations
@@ -18,14 +19,17 @@ from typing import Any
 import package_check  # noqa: F401 - before the package itself
 import torch
 
-from megatron_patch.command_line import ArgumentParser, run_tool
+from megatron_patch.command_line import ArgumentParser, add_layout, run_tool
 from megatron_patch.data.corpus import check_vocabulary, open_corpus
 from megatron_patch.data.evaluation_data import evaluation_batches, held_out_starts
 from megatron_patch.data.patch_dataset import DocumentMasking
-from megatron_patch.engine.inference import LoadedModel, default_device, load_model
+from megatron_patch.engine.environment import ranks_of_environment
+from megatron_patch.engine.inference import LoadedModel, reading
 from megatron_patch.errors import ConfigError, DataError
 from megatron_patch.evaluation.harness import run_tasks
 from megatron_patch.evaluation.text import read_documents, score_text
+from megatron_patch.evaluation.wikitext import detokenize
+from megatron_patch.model.reader import Reader
 from megatron_patch.stages import LOOKAHEAD_TOKENS
 from megatron_patch.tokenizer import Tokenizer, tokenizer_of_checkpoint
 from megatron_patch.units import parse_count
@@ -44,11 +48,13 @@ def _parser() -> ArgumentParser:
     parser.add_argument("--bf16", action="store_true", help="evaluate in bfloat16")
     parser.add_argument("--tokenizer-type", help="by default what the training data's side file said")
     parser.add_argument("--tokenizer-model")
+    add_layout(parser)
     tokens = parser.add_argument_group("tokens")
     tokens.add_argument("--eval-tokens", default="all", help="how many tokens to read")
     text = parser.add_argument_group("text")
     text.add_argument("--json-key", default="text", help="key of the text in .jsonl files")
     text.add_argument("--overlap", type=int, default=0, help="positions of context that a window shares with the one before")
+    text.add_argument("--detokenize", choices=["wikitext"], help="what the model reads: the text without WikiText's spaces between marks")
     text.add_argument("--words", help="words of the original, where the text has been detokenized; by default those between whitespace")
     tasks = parser.add_argument_group("tasks")
     tasks.add_argument("--task-data", type=Path, help="folder with the tasks' data sets, named as the hub names them")
@@ -65,21 +71,25 @@ def main(argv: list[str]) -> None:
         raise ConfigError(f"--patch-size {args.patch_size} --micro-batch-size {args.micro_batch_size}", "whole numbers from 1")
     if args.tasks is not None and args.patch_size != 1:
         raise ConfigError(f"--tasks with --patch-size {args.patch_size}", "1: tasks are asked token by token", "remove --patch-size")
-    loaded = load_model(args.load, default_device(), torch.bfloat16 if args.bf16 else torch.float32)
+    dtype = torch.bfloat16 if args.bf16 else torch.float32
+    with reading(args.load, dtype, args.tensor_model_parallel_size, args.pipeline_model_parallel_size) as loaded:
+        result = _evaluate(args, loaded)
+    if ranks_of_environment()[0] == 0:
+        print(json.dumps(result))
+
+
+def _evaluate(args: argparse.Namespace, loaded: LoadedModel[Reader]) -> dict[str, Any]:
+    shape = loaded.model.shape
     positions = args.seq_length or int(loaded.options["seq_length"])
-    if positions < 1 or (loaded.model.shape.position_embedding == "learned" and positions > loaded.model.shape.max_positions):
-        raise ConfigError(f"--seq-length {positions}", f"1 to {loaded.model.shape.max_positions}, the model's learned positions")
+    if positions < 1 or (shape.position_embedding == "learned" and positions > shape.max_positions):
+        raise ConfigError(f"--seq-length {positions}", f"1 to {shape.max_positions}, the model's learned positions")
     result = {"checkpoint": str(loaded.found.folder), "step": loaded.found.state.step, "seq_length": positions}
     if args.tasks is not None:
-        result |= _tasks(args, loaded, positions)
-    elif args.text is not None:
-        result |= _text(args, loaded, positions)
-    else:
-        result |= _tokens(args, loaded, positions)
-    print(json.dumps(result))
+        return result | _tasks(args, loaded, positions)
+    return result | (_text(args, loaded, positions) if args.text is not None else _tokens(args, loaded, positions))
 
 
-def _tokenizer(args: argparse.Namespace, loaded: LoadedModel) -> Tokenizer:
+def _tokenizer(args: argparse.Namespace, loaded: LoadedModel[Reader]) -> Tokenizer:
     return tokenizer_of_checkpoint(loaded.data_info or {}, args.tokenizer_type, args.tokenizer_model, loaded.model.shape.vocab_size)
 
 
@@ -87,7 +97,7 @@ def _loss_name(patch_size: int) -> str:
     return "token_loss" if patch_size == 1 else "patch_loss"
 
 
-def _tasks(args: argparse.Namespace, loaded: LoadedModel, positions: int) -> dict[str, Any]:
+def _tasks(args: argparse.Namespace, loaded: LoadedModel[Reader], positions: int) -> dict[str, Any]:
     names = [name.strip() for name in args.tasks.split(",") if name.strip()]
     results = run_tasks(
         loaded.model,
@@ -99,15 +109,18 @@ def _tasks(args: argparse.Namespace, loaded: LoadedModel, positions: int) -> dic
         args.task_path,
         args.num_fewshot,
         args.limit,
+        loaded.copies,
     )
     return {"tasks": results}
 
 
-def _text(args: argparse.Namespace, loaded: LoadedModel, positions: int) -> dict[str, Any]:
+def _text(args: argparse.Namespace, loaded: LoadedModel[Reader], positions: int) -> dict[str, Any]:
     if not 0 <= args.overlap < positions:
         raise ConfigError(f"--overlap {args.overlap} with windows of {positions} positions", f"0 to {positions - 1}")
     documents = read_documents(args.text, args.json_key)
-    score = score_text(loaded.model, _tokenizer(args, loaded), documents, positions, args.patch_size, args.overlap, args.micro_batch_size)
+    rewrite = detokenize if args.detokenize == "wikitext" else str
+    settings = (positions, args.patch_size, args.overlap, args.micro_batch_size)
+    score = score_text(loaded.model, _tokenizer(args, loaded), documents, *settings, loaded.copies, rewrite)
     words = parse_count(args.words) if args.words else score.words
     return {
         "text": args.text,
@@ -118,16 +131,19 @@ def _text(args: argparse.Namespace, loaded: LoadedModel, positions: int) -> dict
         "byte_perplexity": score.perplexity(score.bytes),
         "bits_per_byte": score.bits_per_byte(),
         "word_perplexity": score.perplexity(words),
+        "word_perplexity_with_line_ends": score.perplexity(words + score.lines),
         "tokens": score.tokens,
         "bytes": score.bytes,
         "words": words,
+        "lines": score.lines,
         "documents": score.documents,
         "overlap": args.overlap,
+        "detokenize": args.detokenize,
     }
 
 
-def _tokens(args: argparse.Namespace, loaded: LoadedModel, positions: int) -> dict[str, Any]:
-    model, device = loaded.model, default_device()
+def _tokens(args: argparse.Namespace, loaded: LoadedModel[Reader], positions: int) -> dict[str, Any]:
+    model, copies = loaded.model, loaded.copies
     corpus = open_corpus(args.data_path)
     check_vocabulary(corpus, model.shape.vocab_size)
     unit = positions * args.patch_size
@@ -140,14 +156,13 @@ def _tokens(args: argparse.Namespace, loaded: LoadedModel, positions: int) -> di
             "at least one sample",
             "lower --seq-length or --patch-size",
         )
-    totals = torch.zeros(2, dtype=torch.float64)
-    masking = DocumentMasking()
+    totals = torch.zeros(2, dtype=torch.float64, device=model.device)
+    settings = (positions, args.patch_size, args.micro_batch_size, copies.rank, copies.size, DocumentMasking(), model.shape.vocab_size)
     with torch.no_grad():
-        size = model.shape.vocab_size
-        for batch in evaluation_batches(corpus, starts, unit, positions, args.patch_size, args.micro_batch_size, 0, 1, masking, size):
-            sums = model(batch.input_ids.to(device), batch.labels.to(device))
-            totals += torch.stack([part.double().cpu() for part in sums])
-    loss_sum, labels = totals.tolist()
+        for batch in evaluation_batches(corpus, starts, unit, *settings):
+            sums = model(batch.input_ids.to(model.device), batch.labels.to(model.device))
+            totals += torch.stack([part.double() for part in sums])
+    loss_sum, labels = copies.sum(totals).tolist()
     loss = loss_sum / labels
     return {
         "data_path": args.data_path,

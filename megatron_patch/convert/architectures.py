@@ -35,6 +35,8 @@ QWEN2 = Architecture("Qwen2ForCausalLM", "qwen2", 1e-6, 32768)
 QWEN3 = Architecture("Qwen3ForCausalLM", "qwen3", 1e-6, 32768)
 GPT2 = Architecture("GPT2LMHeadModel", "gpt2", 1e-5, 1024)
 ARCHITECTURES = {architecture.name: architecture for architecture in (LLAMA, QWEN2, QWEN3, GPT2)}
+Ids = int | list[int] | None
+"""A special token: one id, several of which each counts, or none."""
 _GELU = ("gelu_new", "gelu_pytorch_tanh")
 
 
@@ -83,7 +85,7 @@ def _require(architecture: Architecture, found: Mapping[str, tuple[Any, Any]]) -
             )
 
 
-def config_of(shape: ModelShape, dtype: str, bos_id: int | None, eos_id: int | None) -> dict[str, Any]:
+def config_of(shape: ModelShape, dtype: str, bos_id: Ids, eos_id: Ids) -> dict[str, Any]:
     """The config.json of a shape, with the keys that both old and new versions of transformers read.
 
     Args:
@@ -152,6 +154,16 @@ def _rope_scaling(shape: ModelShape) -> dict[str, Any] | None:
             "original_max_position_embeddings": shape.rotary_original_positions,
         }
     return scaling
+
+
+def special_ids(config: Mapping[str, Any], vocab_size: int) -> dict[str, Ids]:
+    """What a configuration says begins and ends a text, as far as these are ids of the model."""
+
+    def is_id(value: Any) -> bool:
+        return type(value) is int and 0 <= value < vocab_size
+
+    found = {key: config.get(key) for key in ("bos_token_id", "eos_token_id")}
+    return {key: ids for key, ids in found.items() if is_id(ids) or (isinstance(ids, list) and ids and all(map(is_id, ids)))}
 
 
 class _Config:

@@ -15,17 +15,16 @@ from typing import Any
 import torch
 
 from megatron_patch import checkpoint_files
-from megatron_patch.checkpoint_files import Entry, Found, TrainerState, find_newest_sound
+from megatron_patch.checkpoint_files import Entry, Found, TrainerState
 from megatron_patch.convert.tensor_names import parameter_shapes
+from megatron_patch.engine.inference import find_checkpoint, shape_of_state
 from megatron_patch.engine.state_files import FORMAT, StateFiles, state_file_name
-from megatron_patch.errors import CheckpointError, ConfigError
-from megatron_patch.model.shape import ModelShape, check_shape
-from megatron_patch.records import record_from_json
+from megatron_patch.errors import CheckpointError
+from megatron_patch.model.shape import ModelShape
 from megatron_patch.safetensors_files import write_safetensors
 
 UNFINISHED = (checkpoint_files.PARTIAL, checkpoint_files.TRASH, "tokenizer")
 """How the names begin of what an import that was interrupted leaves in its folder."""
-_MOST_LAYERS = 100_000
 
 
 @dataclass(frozen=True)
@@ -50,33 +49,13 @@ class CheckpointWeights:
         return {**(self.found.state.extra.get("data_info") or {}), **self.tokenizer}
 
 
-def shape_of_state(state: TrainerState, where: str) -> ModelShape:
-    """The model's shape of a checkpoint.
-
-    Raises:
-        CheckpointError: it was written by another version, or no model can be of this shape.
-    """
-    try:
-        shape = record_from_json(ModelShape, state.model)
-        check_shape(shape)
-    except (ValueError, ConfigError) as error:
-        raise CheckpointError(
-            f"{where}: the model's shape cannot be read: {error}", "a checkpoint of this version", "use the version that wrote it"
-        ) from error
-    if shape.num_layers > _MOST_LAYERS:
-        raise CheckpointError(f"{where}: a model of {shape.num_layers} layers", f"up to {_MOST_LAYERS}", "do not use this checkpoint")
-    return shape
-
-
 def open_checkpoint(load: str) -> CheckpointWeights:
     """Finds the newest sound checkpoint, or the one named, and checks that it has every parameter of its shape.
 
     Raises:
         CheckpointError: there is none, it is damaged, or a parameter is missing, unknown or of another shape.
     """
-    found = find_newest_sound(Path(load))
-    if found is None:
-        raise CheckpointError(f"--load {load} holds no checkpoint", "a run's folder, or one of its step-N folders", "check the path")
+    found = find_checkpoint(load)
     shape = shape_of_state(found.state, str(found.folder))
     files = StateFiles(found.folder)
     files.check(parameter_shapes(shape))

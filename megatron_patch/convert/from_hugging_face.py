@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 
-from megatron_patch.convert.architectures import shape_of
+from megatron_patch.convert.architectures import shape_of, special_ids
 from megatron_patch.convert.checkpoint_io import UNFINISHED, check_output, groups_by_size, write_weights
 from megatron_patch.convert.tensor_names import Mapped, is_buffer, mapped_tensors, match_prefix, parameter_shapes
-from megatron_patch.convert.tokenizer_files import FILES
+from megatron_patch.convert.tokenizer_files import FILES, main_file, tokenizer_type_of
 from megatron_patch.convert.weight_files import Weights, open_weights
 from megatron_patch.errors import CheckpointError
 from megatron_patch.model.shape import ModelShape
@@ -36,13 +36,15 @@ class Import:
         folder: the checkpoint.
         shape: the model's shape.
         tensors: how many were read.
-        tokenizer: folder of its files, or None.
+        tokenizer: its folder or file, or None.
+        tokenizer_type: as `--tokenizer-type` takes it, or None.
     """
 
     folder: Path
     shape: ModelShape
     tensors: int
     tokenizer: Path | None
+    tokenizer_type: str | None = None
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -77,16 +79,21 @@ def from_hugging_face(
         divisible_by: the embedding's rows are padded to a multiple of this.
 
     Raises:
-        CheckpointError: an unknown architecture; a tensor that is missing, unexpected, of another shape or cut off; the output exists.
+        CheckpointError: an unknown architecture; a tensor that is missing, unexpected, of another shape or cut off; a tokenizer with more
+            ids than the model; the output exists.
     """
+    ids: Mapping[str, Any] | None = None
     if shape is None:
         config = config or source / "config.json"
-        shape = shape_of(read_config(config), str(config), divisible_by)
+        values = read_config(config)
+        shape = shape_of(values, str(config), divisible_by)
+        ids = special_ids(values, shape.vocab_size)
     check_output(output, UNFINISHED)
     weights = open_weights(source)
     own_names = any(_own_name(name) == "embedding.word.weight" for name in weights.infos)
     plan = _own_plan(weights, shape) if own_names else _plan(weights, shape)
-    return _write(source, output, shape, weights, plan)
+    kind = tokenizer_type_of(source, shape.vocab_size)
+    return _write(source, output, shape, weights, plan, kind, {"special_ids": ids} if ids else {})
 
 
 def _own_name(name: str) -> str:
@@ -164,11 +171,19 @@ def _checked(weights: Weights, mapped: list[Mapped], names: Mapping[str, str]) -
     return [(found[tensor.name], tensor) for tensor in mapped]
 
 
-def _write(source: Path, output: Path, shape: ModelShape, weights: Weights, plan: list[tuple[str, Mapped]]) -> Import:
+def _write(
+    source: Path,
+    output: Path,
+    shape: ModelShape,
+    weights: Weights,
+    plan: list[tuple[str, Mapped]],
+    kind: str | None,
+    extra: Mapping[str, Any],
+) -> Import:
     sizes = [sum(int(torch.Size(size).numel()) for _, size in tensor.parameters) * 4 for _, tensor in plan]
     parts = [[name for number in group for name, _ in plan[number][1].parameters] for group in groups_by_size(sizes, FILE_BYTES)]
-    tokenizer = _copy_tokenizer(source, output)
-    data_info = {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": str(tokenizer.resolve())} if tokenizer else None
+    tokenizer = _copy_tokenizer(source, output) / main_file(kind) if kind else None
+    data_info = {"tokenizer_type": kind, "tokenizer_model": str(tokenizer.resolve())} if tokenizer else None
     folder = write_weights(
         output,
         shape,
@@ -176,9 +191,9 @@ def _write(source: Path, output: Path, shape: ModelShape, weights: Weights, plan
         _parameters(weights, plan),
         _PRECISIONS[weights.dtype],
         {"seq_length": min(shape.max_positions, 2048)},
-        {"imported_from": str(source), "data_info": data_info},
+        {"imported_from": str(source), "data_info": data_info, **extra},
     )
-    return Import(folder, shape, len(plan), tokenizer)
+    return Import(folder, shape, len(plan), tokenizer, kind)
 
 
 def _parameters(weights: Weights, plan: list[tuple[str, Mapped]]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -186,10 +201,8 @@ def _parameters(weights: Weights, plan: list[tuple[str, Mapped]]) -> Iterator[tu
         yield from tensor.split(weights.read(name))
 
 
-def _copy_tokenizer(source: Path, output: Path) -> Path | None:
-    """The tokenizer's files of the source, in OUTPUT/tokenizer; None where it has no tokenizer.json."""
-    if not (source / "tokenizer.json").is_file():
-        return None
+def _copy_tokenizer(source: Path, output: Path) -> Path:
+    """The tokenizer's files of the source, in OUTPUT/tokenizer."""
     target = output / "tokenizer"
     try:
         target.mkdir(parents=True, exist_ok=True)

@@ -19,13 +19,14 @@ import torch
 import xxhash
 
 from megatron_patch.checkpoint_files import MANIFEST, Entry
-from megatron_patch.convert.architectures import config_of
+from megatron_patch.convert.architectures import Ids, config_of
 from megatron_patch.convert.checkpoint_io import CheckpointWeights, check_output, groups_by_size
 from megatron_patch.convert.tensor_names import Mapped, mapped_tensors
 from megatron_patch.convert.tokenizer_files import copy_tokenizer, tokenizer_of
-from megatron_patch.errors import CheckpointError
-from megatron_patch.files import checksum, fsync_folder, write_durably
+from megatron_patch.errors import CheckpointError, ConfigError
+from megatron_patch.files import checksum, checksum_on_disk, fsync_folder, write_durably
 from megatron_patch.safetensors_files import write_safetensors
+from megatron_patch.tokenizer import Tokenizer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _TORCH_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -76,7 +77,7 @@ def to_hugging_face(
         tell: is called with a sentence for each file.
 
     Raises:
-        ConfigError: no architecture of Hugging Face has this shape.
+        ConfigError: no architecture of Hugging Face has this shape; a tokenizer with more ids than the model.
         CheckpointError: the output exists, or cannot be written.
         DataError: the tokenizer that the checkpoint names cannot be read.
     """
@@ -84,8 +85,13 @@ def to_hugging_face(
     dtype = dtype or default_dtype(checkpoint)
     tensors = mapped_tensors(checkpoint.shape)
     tokenizer = tokenizer_of(checkpoint.data_info)
-    eos = tokenizer.eod_id if tokenizer else checkpoint.data_info.get("eod_id")
-    config = config_of(checkpoint.shape, _TORCH_NAMES[dtype], tokenizer.bos_id if tokenizer else None, eos)
+    if tokenizer is not None and tokenizer.vocab_size > checkpoint.shape.vocab_size:
+        raise ConfigError(
+            f"{tokenizer.name} has {tokenizer.vocab_size} ids, the model {checkpoint.shape.vocab_size}",
+            "the tokenizer of the training data",
+            "give --tokenizer-type and --tokenizer-model",
+        )
+    config = config_of(checkpoint.shape, _TORCH_NAMES[dtype], *_ends(checkpoint, tokenizer))
     partial = output.with_name(output.name + ".partial")
     sizes = [int(torch.Size(tensor.shape).numel()) * DTYPES[dtype].itemsize for tensor in tensors]
     shards = groups_by_size(sizes, max_shard_size)
@@ -121,6 +127,14 @@ def to_hugging_face(
     return Export(output, tuple(names), kept, sum(sizes), dtype, tokenizer_names)
 
 
+def _ends(checkpoint: CheckpointWeights, tokenizer: Tokenizer | None) -> tuple[Ids, Ids]:
+    """Ids that begin and end a text: those that imported weights came with, else the tokenizer's."""
+    imported = checkpoint.found.state.extra.get("special_ids")
+    if isinstance(imported, Mapping) and not checkpoint.tokenizer:
+        return imported.get("bos_token_id"), imported.get("eos_token_id")
+    return (tokenizer.bos_id, tokenizer.eod_id) if tokenizer else (None, checkpoint.data_info.get("eod_id"))
+
+
 def _identity(checkpoint: CheckpointWeights) -> str:
     """Changes with anything in the checkpoint: the checksum of its manifest, which holds those of its files."""
     return xxhash.xxh64((checkpoint.found.folder / MANIFEST).read_bytes()).hexdigest()
@@ -128,7 +142,10 @@ def _identity(checkpoint: CheckpointWeights) -> str:
 
 def _write_shard(path: Path, tensors: list[Mapped], checkpoint: CheckpointWeights, dtype: torch.dtype) -> Entry:
     names = [(tensor.name, tensor.shape) for tensor in tensors]
-    return write_safetensors(path, names, dtype, (_rounded(tensor, checkpoint, dtype) for tensor in tensors), {"format": "pt"})
+    entry = write_safetensors(path, names, dtype, (_rounded(tensor, checkpoint, dtype) for tensor in tensors), {"format": "pt"})
+    if checksum_on_disk(path) != entry.xxh64:
+        raise CheckpointError(f"{path} reads back as something else than was written", "a sound disk", "change --output")
+    return entry
 
 
 def _rounded(mapped: Mapped, checkpoint: CheckpointWeights, dtype: torch.dtype) -> torch.Tensor:

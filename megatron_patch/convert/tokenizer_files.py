@@ -8,7 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_patch.tokenizer import HuggingFaceTokenizer, Tokenizer, load_tokenizer
+from megatron_patch.convert.tiktoken_json import tokenizer_json
+from megatron_patch.errors import CheckpointError, DataError
+from megatron_patch.tiktoken_files import TikTokenizer
+from megatron_patch.tokenizer import HuggingFaceTokenizer, Tokenizer, load_tokenizer, load_told
 
 FILES = (
     "tokenizer.json",
@@ -22,16 +25,56 @@ FILES = (
 )
 
 
+_MAIN_FILES = {"HuggingFaceTokenizer": "", "GPT2BPETokenizer": "vocab.json", "SentencePieceTokenizer": "tokenizer.model"}
+_NEEDED = {
+    "HuggingFaceTokenizer": ("tokenizer.json",),
+    "GPT2BPETokenizer": ("vocab.json", "merges.txt"),
+    "SentencePieceTokenizer": ("tokenizer.model",),
+}
+
+
+def main_file(kind: str) -> str:
+    """What `--tokenizer-model` names in a folder of files; "": the folder itself."""
+    return _MAIN_FILES[kind]
+
+
+def tokenizer_type_of(folder: Path, vocab_size: int) -> str | None:
+    """The kind of tokenizer that a folder holds; None where it holds none, or one that only code of its own reads.
+
+    Args:
+        folder: with a model of Hugging Face's.
+        vocab_size: of the model.
+
+    Raises:
+        CheckpointError: the tokenizer has more ids than the model.
+    """
+    kind = next((kind for kind, names in _NEEDED.items() if all((folder / name).is_file() for name in names)), None)
+    if kind is None:
+        return None
+    try:
+        tokenizer = load_tokenizer(kind, str(folder / main_file(kind)))
+    except DataError:
+        return None
+    if tokenizer.vocab_size > vocab_size:
+        raise CheckpointError(
+            f"{tokenizer.name} has {tokenizer.vocab_size} ids, config.json says vocab_size {vocab_size}",
+            "a tokenizer with as many ids at most",
+            "take the one that belongs to the model, or remove it from the folder to import the weights alone",
+        )
+    return kind
+
+
 def tokenizer_of(data_info: Mapping[str, Any]) -> Tokenizer | None:
     """The tokenizer that a side file names, or None where there is none of text, or its files are not on this machine.
 
     Raises:
         DataError: its files are broken.
+        ConfigError: the side file does not tell how it splits text.
     """
     kind, model = data_info.get("tokenizer_type"), data_info.get("tokenizer_model")
     if not kind or not model or kind == "NullTokenizer" or not Path(str(model)).exists():
         return None
-    return load_tokenizer(kind, model)
+    return load_told(data_info)
 
 
 def copy_tokenizer(data_info: Mapping[str, Any], target: Path) -> list[str]:
@@ -56,7 +99,10 @@ def copy_tokenizer(data_info: Mapping[str, Any], target: Path) -> list[str]:
         for name in FILES:
             if (folder / name).is_file():
                 shutil.copyfile(folder / name, target / name)
-        tokenizer.backend.save(str(target / "tokenizer.json")) if not source.is_dir() else None
+        if not source.is_dir():
+            tokenizer.backend.save(str(target / "tokenizer.json"))
+    elif isinstance(tokenizer, TikTokenizer):
+        tokenizer_json(tokenizer).save(str(target / "tokenizer.json"))
     else:
         shutil.copyfile(source, target / "tokenizer.model")
     config = target / "tokenizer_config.json"
@@ -66,17 +112,23 @@ def copy_tokenizer(data_info: Mapping[str, Any], target: Path) -> list[str]:
 
 
 def _config(tokenizer: Tokenizer) -> dict[str, Any]:
-    fast = isinstance(tokenizer, HuggingFaceTokenizer)
+    fast = isinstance(tokenizer, HuggingFaceTokenizer | TikTokenizer)
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast" if fast else "LlamaTokenizer",
         "clean_up_tokenization_spaces": False,
         # Older versions of transformers would hand token_type_ids to a model that takes none.
         "model_input_names": ["input_ids", "attention_mask"],
     }
-    backend: Any = getattr(tokenizer, "backend", None)
     for key, token in (("eos_token", tokenizer.eod_id), ("bos_token", tokenizer.bos_id)):
         if token is not None:
-            config[key] = backend.id_to_token(token) if fast else backend.id_to_piece(token)
+            config[key] = _token_name(tokenizer, token)
     if not fast:
         config |= {"add_bos_token": False, "add_eos_token": False, "legacy": False}
     return config
+
+
+def _token_name(tokenizer: Tokenizer, token: int) -> str:
+    if isinstance(tokenizer, TikTokenizer):
+        return tokenizer.decode([token])
+    backend: Any = getattr(tokenizer, "backend", None)
+    return str(backend.id_to_token(token) if isinstance(tokenizer, HuggingFaceTokenizer) else backend.id_to_piece(token))

@@ -90,7 +90,8 @@ def _files(path: Path) -> tuple[list[Path], list[str]]:
                 if file.parent != path or not file.is_file():
                     raise CheckpointError(f"{index} names {file.name}, which is not in the folder", "all files of the index", "copy them")
             return files, list(weight_map)
-    for pattern in ("*.safetensors", "pytorch_model*.bin"):
+    # Public folders hold copies in other layouts beside the usual one (consolidated.safetensors).
+    for pattern in ("model.safetensors", "model-*.safetensors", "*.safetensors", "pytorch_model*.bin"):
         if found := sorted(path.glob(pattern)):
             return found, []
     raise CheckpointError(

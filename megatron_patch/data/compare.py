@@ -13,7 +13,7 @@ from megatron_patch.data.side_file import read_info
 
 _DOCUMENTS = 1 << 14
 # What tells how a dataset was made or where from, not what is in it.
-_INCIDENTAL = {"tokenizer_model", "tokenizer_xxh64", "run_xxh64", "bin_xxh64", "idx_xxh64"}
+_INCIDENTAL = {"tokenizer_model", "merge_file", "tokenizer_xxh64", "run_xxh64", "bin_xxh64", "idx_xxh64"}
 
 
 def compare(one: IndexedDataset, other: IndexedDataset) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from megatron_patch.files import write_durably
 from megatron_patch.records import record_from_json
 
 FORMAT = "megatron_patch/dataset-1"
-ALIKE = ("tokenizer_type", "vocab_size", "eod_id", "append_eod", "prepend_bos", "tokenizer_xxh64")
+ALIKE = ("tokenizer_type", "vocab_size", "eod_id", "append_eod", "prepend_bos", "tokenizer_xxh64", "tiktoken_pattern")
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,9 @@ class DatasetInfo:
         idx_xxh64: checksum of PREFIX.idx.
         tokenizer_xxh64: checksum of the tokenizer's files; "": unknown.
         run_xxh64: checksum of what the run read and of its settings; "": unknown.
+        merge_file: of GPT2BPETokenizer, whose `tokenizer_model` is its vocabulary.
+        tiktoken_pattern: of TikTokenizer, as `load_tokenizer` takes it.
+        special_tokens: of TikTokenizer.
     """
 
     tokenizer_type: str
@@ -55,6 +58,9 @@ class DatasetInfo:
     idx_xxh64: str
     tokenizer_xxh64: str = ""
     run_xxh64: str = ""
+    merge_file: str = ""
+    tiktoken_pattern: str = ""
+    special_tokens: tuple[str, ...] = ()
 
 
 def info_path(prefix: str) -> Path:

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_patch.errors import ConfigError, DataError
-from megatron_patch.model.gpt import GPTModel
+from megatron_patch.model.reader import Reader
+from megatron_patch.parallel.groups import ALONE, Copies
 from megatron_patch.tokenizer import Tokenizer
 
 
@@ -54,7 +55,7 @@ def _data_from(folder: Path | None) -> Iterator[None]:
             raise DataError(
                 f"task data {path}{f' ({name})' if name else ''} cannot be read {where}: {type(error).__name__}: {str(error)[:200]}",
                 f"--task-data FOLDER with FOLDER/{path}: a copy of the data set's repository, or a file a split, named by it",
-                "fetch it where there is a network: huggingface-cli download --repo-type dataset",
+                f"fetch it where there is a network: hf download {path} --repo-type dataset --local-dir FOLDER/{path}",
             ) from error
 
     datasets.load_dataset = load
@@ -65,7 +66,7 @@ def _data_from(folder: Path | None) -> Iterator[None]:
 
 
 def run_tasks(
-    model: GPTModel,
+    model: Reader,
     tokenizer: Tokenizer,
     tasks: Sequence[str],
     max_length: int,
@@ -74,6 +75,7 @@ def run_tasks(
     task_path: Path | None = None,
     shots: int | None = None,
     limit: int | None = None,
+    copies: Copies = ALONE,
 ) -> dict[str, Any]:
     """Runs tasks.
 
@@ -87,6 +89,7 @@ def run_tasks(
         task_path: folder with more tasks as YAML files.
         shots: examples before each question; None: the task's own number.
         limit: documents of each task; None: all.
+        copies: ranks that share out the requests.
 
     Returns:
         Task -> metric -> value.
@@ -115,7 +118,7 @@ def run_tasks(
         )
     with _data_from(data):
         result = simple_evaluate(
-            HarnessModel(model, tokenizer, max_length, batch),
+            HarnessModel(model, tokenizer, max_length, batch, copies),
             tasks=list(tasks),
             num_fewshot=shots,
             limit=limit,

@@ -5,18 +5,22 @@ In: the harness' requests. Out: what its own Hugging Face model answers on the e
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from megatron_patch.model.generate import Sampling, generate
-from megatron_patch.model.gpt import GPTModel
+from megatron_patch.model.reader import Reader
+from megatron_patch.parallel.groups import ALONE, Copies
 from megatron_patch.tokenizer import Tokenizer, encode
 
 _NEW_TOKENS = 256
+Request = TypeVar("Request")
+Answer = TypeVar("Answer")
 
 
 class HarnessModel(TemplateLM):  # type: ignore[misc]
@@ -27,12 +31,13 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         tokenizer: of the model, with an end-of-document token.
         max_length: positions of a request; longer contexts lose their beginning.
         batch: requests of one forward pass.
+        copies: ranks that share out the requests; all have all answers.
     """
 
-    def __init__(self, model: GPTModel, tokenizer: Tokenizer, max_length: int, batch: int) -> None:
+    def __init__(self, model: Reader, tokenizer: Tokenizer, max_length: int, batch: int, copies: Copies = ALONE) -> None:
         super().__init__()
         assert tokenizer.eod_id is not None
-        self._model, self._tokenizer, self.max_length, self._batch = model, tokenizer, max_length, batch
+        self._model, self._tokenizer, self.max_length, self._batch, self._copies = model, tokenizer, max_length, batch, copies
         self._eod = tokenizer.eod_id
         self._device = model.device
 
@@ -58,21 +63,34 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
     @torch.no_grad()
     def _loglikelihood_tokens(self, requests: Sequence[tuple[Any, list[int], list[int]]], **options: Any) -> list[tuple[float, bool]]:
         """(log-likelihood of the continuation, whether it is the greedy one) of (text, context, continuation)s."""
-        results: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         order = sorted(range(len(requests)), key=lambda index: -len(requests[index][1]) - len(requests[index][2]))
-        for start in range(0, len(order), self._batch):
-            numbers = order[start : start + self._batch]
-            rows = [(requests[number][1] + requests[number][2])[-(self.max_length + 1) :] for number in numbers]
-            ids = torch.zeros(len(rows), max(len(row) for row in rows) - 1, dtype=torch.int64)
-            for line, row in zip(ids, rows, strict=True):
-                line[: len(row) - 1] = torch.tensor(row[:-1])
-            logits = self._model.logits(ids.to(self._device)[..., None])
-            for number, row, line in zip(numbers, rows, logits, strict=True):
-                count = min(len(requests[number][2]), len(row) - 1)
-                scores = line[len(row) - 1 - count : len(row) - 1].float().log_softmax(-1)
-                targets = torch.tensor(row[len(row) - count :], device=scores.device)
-                total = float(scores.gather(-1, targets[:, None]).sum())
-                results[number] = (total, bool((scores.argmax(-1) == targets).all()))
+        found = self._shared_out([order[start : start + self._batch] for start in range(0, len(order), self._batch)], requests, self._score)
+        return [found[number] for number in range(len(requests))]
+
+    def _shared_out(
+        self, batches: Sequence[Sequence[int]], requests: Sequence[Request], answer: Callable[[list[Request]], list[Answer]]
+    ) -> dict[int, Answer]:
+        """Answers by their requests' numbers; each copy of the model answers some batches."""
+        mine: dict[int, Answer] = {}
+        for place, numbers in enumerate(batches):
+            if self._copies.mine(place):
+                mine.update(zip(numbers, answer([requests[number] for number in numbers]), strict=True))
+        return {number: value for part in self._copies.gather(mine) for number, value in cast("dict[int, Answer]", part).items()}
+
+    def _score(self, requests: Sequence[tuple[Any, list[int], list[int]]]) -> list[tuple[float, bool]]:
+        """One forward pass."""
+        rows = [(context + continuation)[-(self.max_length + 1) :] for _, context, continuation in requests]
+        ids = torch.zeros(len(rows), max(len(row) for row in rows) - 1, dtype=torch.int64)
+        for line, row in zip(ids, rows, strict=True):
+            line[: len(row) - 1] = torch.tensor(row[:-1])
+        logits = self._model.logits(ids.to(self._device)[..., None])
+        results = []
+        for (_, _, continuation), row, line in zip(requests, rows, logits, strict=True):
+            count = min(len(continuation), len(row) - 1)
+            scores = line[len(row) - 1 - count : len(row) - 1].float().log_softmax(-1)
+            targets = torch.tensor(row[len(row) - count :], device=scores.device)
+            total = float(scores.gather(-1, targets[:, None]).sum())
+            results.append((total, bool((scores.argmax(-1) == targets).all())))
         return results
 
     def loglikelihood_rolling(self, requests: Iterable[Any], disable_tqdm: bool = False) -> list[float]:
@@ -89,16 +107,15 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         groups: dict[str, list[int]] = {}
         for number, request in enumerate(requests):
             groups.setdefault(repr(sorted(request.args[1].items(), key=lambda item: str(item[0]))), []).append(number)
-        results = [""] * len(requests)
+        found: dict[int, str] = {}
         for numbers in groups.values():
             settings = dict(requests[numbers[0]].args[1])
-            for start in range(0, len(numbers), self._batch):
-                part = numbers[start : start + self._batch]
-                texts = self._continue([requests[number].args[0] for number in part], settings)
-                results = [texts[part.index(number)] if number in part else text for number, text in enumerate(results)]
-        return results
+            batches = [numbers[start : start + self._batch] for start in range(0, len(numbers), self._batch)]
+            found |= self._shared_out(batches, requests, functools.partial(self._continue, settings=settings))
+        return [found[number] for number in range(len(requests))]
 
-    def _continue(self, contexts: list[str], settings: dict[str, Any]) -> list[str]:
+    def _continue(self, requests: Sequence[Any], settings: dict[str, Any]) -> list[str]:
+        contexts = [request.args[0] for request in requests]
         until = settings.get("until") or []
         stops = [until] if isinstance(until, str) else list(until)
         new_tokens = min(int(settings.get("max_gen_toks") or settings.get("max_new_tokens") or _NEW_TOKENS), self.max_length - 1)

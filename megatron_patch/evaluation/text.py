@@ -3,13 +3,14 @@
 In: documents, a tokenizer, a model. Out: `TextScore`. Every token of a document is scored once: the document is cut into patches behind K
 end-of-document tokens, and its positions are read in windows, of which the first `overlap` positions are context that an earlier window
 has scored. Bytes and words are those of the text as it was given, whatever the tokenizer makes of it, so that scores of models with
-different tokenizers can be compared (the convention of WikiText-103, Merity et al., arXiv 1609.07843: a word is what whitespace parts).
+different tokenizers can be compared. A word is what whitespace parts; WikiText-103's vocabulary (Merity et al., arXiv 1609.07843) has the
+end of each line as one more, and perplexities that are published on it are by that number.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,8 +22,9 @@ from megatron_patch.data.preprocess.inputs import Span, expand
 from megatron_patch.data.preprocess.long_texts import whole
 from megatron_patch.data.preprocess.readers import batches
 from megatron_patch.errors import DataError
-from megatron_patch.model.gpt import GPTModel
+from megatron_patch.model.reader import Reader
 from megatron_patch.ops import IGNORE_INDEX
+from megatron_patch.parallel.groups import ALONE, Copies
 from megatron_patch.tokenizer import Tokenizer, encode
 
 Array = npt.NDArray[np.int64]
@@ -38,6 +40,7 @@ class TextScore:
         bytes: of the text in UTF-8.
         words: parts of the text between whitespace.
         documents: how many.
+        lines: ends of lines.
     """
 
     loss_sum: float = 0.0
@@ -45,6 +48,7 @@ class TextScore:
     bytes: int = 0
     words: int = 0
     documents: int = 0
+    lines: int = 0
 
     def loss(self) -> float:
         """Nats a token."""
@@ -132,7 +136,15 @@ def _stack(rows: list[tuple[Array, Array]]) -> tuple[torch.Tensor, torch.Tensor]
 
 @torch.no_grad()
 def score_text(
-    model: GPTModel, tokenizer: Tokenizer, documents: Iterable[str], positions: int, patch_size: int = 1, overlap: int = 0, batch: int = 8
+    model: Reader,
+    tokenizer: Tokenizer,
+    documents: Iterable[str],
+    positions: int,
+    patch_size: int = 1,
+    overlap: int = 0,
+    batch: int = 8,
+    copies: Copies = ALONE,
+    rewrite: Callable[[str], str] = lambda text: text,
 ) -> TextScore:
     """Scores documents.
 
@@ -144,25 +156,28 @@ def score_text(
         patch_size: K.
         overlap: see `document_windows`.
         batch: windows of one forward pass.
+        copies: ranks that share out the batches; all read all documents.
+        rewrite: from a document as it is given, whose bytes and words count, to what the model reads.
 
     Raises:
         DataError: no text, or nothing of it that can be scored.
     """
-    count = {"bytes": 0, "words": 0, "documents": 0}
+    count = {"bytes": 0, "words": 0, "documents": 0, "lines": 0}
 
     def windows() -> Iterator[tuple[Array, Array]]:
         for text in documents:
             count["bytes"] += len(text.encode("utf-8"))
             count["words"] += len(text.split())
             count["documents"] += 1
-            yield from document_windows(encode(tokenizer, text), tokenizer.eod_id, positions, patch_size, overlap)
+            count["lines"] += text.count("\n")
+            yield from document_windows(encode(tokenizer, rewrite(text)), tokenizer.eod_id, positions, patch_size, overlap)
 
     device = model.device
-    totals = torch.zeros(2, dtype=torch.float64)
-    for ids, labels in _batches(windows(), batch):
-        sums = model(ids.to(device), labels.to(device))
-        totals += torch.stack([part.double().cpu() for part in sums])
-    loss_sum, tokens = totals.tolist()
+    totals = torch.zeros(2, dtype=torch.float64, device=device)
+    for number, (ids, labels) in enumerate(_batches(windows(), batch)):
+        if copies.mine(number):
+            totals += torch.stack([part.double() for part in model(ids.to(device), labels.to(device))])
+    loss_sum, tokens = copies.sum(totals).tolist()
     if not tokens:
         raise DataError(f"{count['documents']} documents without a token that can be scored", "text of more than one token")
     return TextScore(loss_sum, int(tokens), **count)

@@ -123,17 +123,18 @@ class GPTModel(nn.Module):
         """One distribution a position.
 
         Args:
-            input_ids: int64 [B, T, K].
+            input_ids: int64 [B, T, K], or, without the first layer, hidden states [B, T, H].
             position_ids: as in `forward`.
             document_ids: as in `forward`.
             cache: earlier positions; the new ones are appended. Not together with `document_ids`.
             last_only: of the last position alone.
 
         Returns:
-            [B, T, V], or [B, 1, V].
+            [B, T, V], or [B, 1, V]; without the last layer hidden states of all positions.
         """
-        assert self.head is not None
         hidden = self._hidden(input_ids, position_ids, document_ids, cache)
+        if self.head is None:
+            return hidden
         return self.head.logits(hidden[:, -1:] if last_only else hidden, self._word())
 
     def _word(self) -> torch.Tensor | None:

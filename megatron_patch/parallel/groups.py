@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 import torch.distributed as dist
 
 from megatron_patch.parallel.grid import Grid
@@ -64,6 +65,43 @@ def make_groups(grid: Grid) -> Groups:
     column = mine(lambda place: (place.data_parallel_rank, place.tensor_parallel_rank))
     ends = mine(lambda place: (place.data_parallel_rank, place.tensor_parallel_rank), at_an_end)
     return Groups(grid, tensor if grid.tensor_parallel_size > 1 else None, data, column, ends)
+
+
+@dataclass(frozen=True)
+class Copies:
+    """Ranks that hold the same part of a model and share out what is to be read.
+
+    Args:
+        rank: which of them this is.
+        size: how many they are.
+        group: they; None: all ranks of the job.
+    """
+
+    rank: int = 0
+    size: int = 1
+    group: dist.ProcessGroup | None = None
+
+    def mine(self, number: int) -> bool:
+        """Whether the piece of this number is this rank's."""
+        return number % self.size == self.rank
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum over them, in place; every rank must call it."""
+        if self.size > 1:
+            dist.all_reduce(tensor, group=self.group)
+        return tensor
+
+    def gather(self, value: object) -> list[object]:
+        """What each of them has, in order, on all; every rank must call it."""
+        if self.size == 1:
+            return [value]
+        values: list[object] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+
+ALONE = Copies()
+"""A model without copies."""
 
 
 class ModelParallelUnit:

@@ -219,8 +219,8 @@ def test_an_export_without_its_tokenizer_is_whole_but_for_it(tmp_path):
 
 
 def test_an_import_that_was_interrupted_is_made_again_and_a_whole_one_is_not_touched(tmp_path, monkeypatch):
-    _, folder = export(tmp_path, LLAMA)
-    make_tokenizer(folder, 53)
+    _, folder = export(tmp_path, dataclasses.replace(LLAMA, vocab_size=280, padded_vocab_size=384))
+    make_tokenizer(folder, 280)
     monkeypatch.setattr(from_hugging_face_module, "_parameters", lambda *args: iter([]))
     with pytest.raises((StopIteration, RuntimeError)):
         from_hugging_face(folder, tmp_path / "in")
@@ -285,6 +285,17 @@ def truncate(folder):
     path.write_bytes(path.read_bytes()[:-5000])
 
 
+def shrink(folder):
+    """A header whose tensor is larger than its data, in a file that is long enough."""
+    path = folder / "model.safetensors"
+    data = path.read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + length])
+    header[K]["shape"] = [24, 24]
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
+
+
 def to_float8(tensors):
     tensors["lm_head.weight"] = tensors["lm_head.weight"].to(torch.float8_e4m3fn)
 
@@ -304,6 +315,7 @@ BROKEN = {
     "vocabulary": (lambda f: edit_config(f, vocab_size=54), ["model.embed_tokens.weight has shape (53, 24)", "(54, 24)"]),
     "heads": (lambda f: edit_config(f, num_key_value_heads=4), ["k_proj.weight has shape (12, 24)", "(24, 24)"]),
     "truncated": (truncate, ["is truncated: tensor", "ends at byte"]),
+    "bytes": (shrink, [f"tensor {K} (24, 24) of F32 has 1,152 bytes", "2,304"]),
     "header": (lambda f: (f / "model.safetensors").write_bytes(struct.pack("<Q", 999999) + b"{}"), ["ends inside its header"]),
     "no json": (lambda f: (f / "model.safetensors").write_bytes(struct.pack("<Q", 2) + b"xy"), ["is no safetensors file"]),
     "dtype": (lambda f: edit_weights(f, to_float8), ["lm_head.weight has dtype F8_E4M3"]),

@@ -16,6 +16,7 @@ from megatron_patch.errors import ConfigError, DataError
 from megatron_patch.evaluation.harness import local_data, run_tasks
 from megatron_patch.tokenizer import load_tokenizer
 from tests.convert.models import make_checkpoint, make_tokenizer
+from tests.distributed.ranks import run_ranks
 from tests.model.shapes import LLAMA3
 from tests.tools.test_tools import tool
 
@@ -123,6 +124,47 @@ def test_answers_to_single_requests_are_those_of_the_harness_model(world):
     stops = [{"until": ["e"], "max_gen_toks": 9, "do_sample": False}, {"until": ["\n\n"], "max_gen_toks": 14, "do_sample": False}]
     mine, reference = ask("generate_until", [(text, stop) for text in TEXTS for stop in stops])
     assert mine == reference and len(set(mine)) > 3
+
+
+def _answers(path, tokenizer):
+    """In a rank of two: what the whole model's copies answer together, and what the halves of one model do."""
+    import torch
+    from lm_eval.api.instance import Instance
+
+    from megatron_patch.engine.distributed import join
+    from megatron_patch.engine.inference import load_shared_model
+    from megatron_patch.evaluation.harness_model import HarnessModel
+    from megatron_patch.parallel.grid import Grid
+    from megatron_patch.parallel.groups import make_groups
+
+    device, found = join(), []
+    for sizes in ((1, 1), (2, 1), (1, 2)):
+        loaded = load_shared_model(path, make_groups(Grid(torch.distributed.get_rank(), 2, *sizes)), device)
+        found.append(_ask(HarnessModel(loaded.model, tokenizer, 32, 2, loaded.copies), Instance))
+    return found
+
+
+def _ask(model, instance):
+    stop = {"until": ["e"], "max_gen_toks": 9, "do_sample": False}
+    pairs = {"loglikelihood": [(a, b) for a in TEXTS for b in (" the cat", " on")], "generate_until": [(text, stop) for text in TEXTS]}
+    pairs["loglikelihood_rolling"] = [(text,) for text in TEXTS]
+    return {kind: getattr(model, kind)([instance(kind, {}, pair, 0) for pair in found]) for kind, found in pairs.items()}
+
+
+def test_ranks_answer_together_what_one_process_answers(world, tmp_path):
+    """Requests shared out among copies, and asked of a model that ranks share: every rank has every answer."""
+    from lm_eval.api.instance import Instance
+
+    from megatron_patch.evaluation.harness_model import HarnessModel
+
+    path, model, tokenizer, _, _, _ = world
+    expected = _ask(HarnessModel(model, tokenizer, 32, 2), Instance)
+    for found in run_ranks(_answers, 2, tmp_path / "logs", str(path), tokenizer):
+        for answers in found:
+            assert answers["generate_until"] == expected["generate_until"]
+            assert answers["loglikelihood_rolling"] == pytest.approx(expected["loglikelihood_rolling"], rel=1e-5)
+            assert [greedy for _, greedy in answers["loglikelihood"]] == [greedy for _, greedy in expected["loglikelihood"]]
+            assert [score for score, _ in answers["loglikelihood"]] == pytest.approx([s for s, _ in expected["loglikelihood"]], rel=1e-5)
 
 
 def test_the_tool_runs_tasks_and_says_what_is_missing(world, tmp_path):

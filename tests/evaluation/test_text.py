@@ -131,6 +131,35 @@ def test_scores_without_anything_to_score_or_too_large_for_a_float(checkpoint):
     assert TextScore(1e6, 10, 10, 1, 1).perplexity(1) == math.inf
 
 
+WIKI = (
+    ' = Robert <unk> = \n \n In 2000 , he starred in 1 @,@ 500 half @-@ hour shows ( the " first " : a play ) ; it \'s 3 @.@ 5 ° warm [ sic ] ! \n'
+    " = = Career = = \n = = = Early = = = \n The actors ' roles . Why ? \n"
+)
+
+
+def test_wikitext_is_detokenized_as_the_harness_does_and_counted_as_it_is_given(checkpoint, tmp_path):
+    from megatron_patch.evaluation.wikitext import detokenize
+
+    plain = detokenize(WIKI)
+    assert 'In 2000, he starred in 1,500 half-hour shows (the "first": a play); it\'s 3.5°warm [sic]!\n' in plain
+    assert "== Career ==\n=== Early ===\nThe actors' roles. Why?\n" in plain
+    try:
+        from lm_eval.tasks.wikitext.preprocess_wikitext import wikitext_detokenizer
+    except ImportError:
+        pass
+    else:
+        assert plain == wikitext_detokenizer({"page": WIKI})
+    path, tokenizer, _ = checkpoint
+    (tmp_path / "w.txt").write_text(WIKI, encoding="utf-8")
+    result = json.loads(tool("evaluate", "--load", path, "--text", tmp_path / "w.txt", "--seq-length", "8", "--detokenize", "wikitext"))
+    score = score_text(load_model(str(path)).model, tokenizer, [plain], 8)
+    assert (result["words"], result["lines"], result["bytes"]) == (len(WIKI.split()), 6, len(WIKI.encode()))
+    assert result["tokens"] == score.tokens and result["loss"] == pytest.approx(score.loss(), rel=1e-6)
+    nats = score.loss_sum
+    assert result["word_perplexity"] == pytest.approx(math.exp(nats / result["words"]), rel=1e-5)
+    assert result["word_perplexity_with_line_ends"] == pytest.approx(math.exp(nats / (result["words"] + 6)), rel=1e-5)
+
+
 def test_the_tool_prints_what_the_library_computes(checkpoint, tmp_path):
     path, tokenizer, _ = checkpoint
     with (tmp_path / "t.jsonl").open("w") as file:

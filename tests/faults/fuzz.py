@@ -35,7 +35,6 @@ from megatron_patch.checkpoints.report import describe, explain, flat
 from megatron_patch.config.parsing import parse, read_yaml, to_flags
 from megatron_patch.config.resolve import resolve
 from megatron_patch.config.stage_request import read_stages
-from megatron_patch.convert.checkpoint_io import shape_of_state
 from megatron_patch.convert.tensor_names import parameter_shapes
 from megatron_patch.convert.weight_files import open_weights
 from megatron_patch.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter
@@ -46,6 +45,7 @@ from megatron_patch.data.preprocess.readers import Batch
 from megatron_patch.data.side_file import DatasetInfo, read_info, write_info
 from megatron_patch.engine.deepspeed_config import engine_config
 from megatron_patch.engine.fragments import Fragment
+from megatron_patch.engine.inference import shape_of_state
 from megatron_patch.engine.state_files import StateFiles, state_file_name, write_fragments
 from megatron_patch.errors import MegatronPatchError
 from megatron_patch.parallel.sharding import Shard

@@ -371,11 +371,12 @@ def _encode_all(
 def _info(prefix: str, settings: EncodeSettings, tokenizer: Tokenizer, run_xxh64: str) -> DatasetInfo:
     tokens, index = bin_path(prefix), idx_path(prefix)
     written = IndexedDataset(prefix)
+    model = settings.tokenizer_model or settings.vocab_file
     return DatasetInfo(
         tokenizer_type=settings.tokenizer_type,
-        tokenizer_model=os.path.abspath(settings.tokenizer_model)
-        if settings.tokenizer_model
-        else str(settings.vocab_size or settings.vocab_file),
+        tokenizer_model=str(tokenizer.vocab_size)
+        if model is None or settings.tokenizer_type == "NullTokenizer"
+        else os.path.abspath(model),
         vocab_size=tokenizer.vocab_size,
         eod_id=tokenizer.eod_id,
         documents=written.num_documents,
@@ -390,4 +391,7 @@ def _info(prefix: str, settings: EncodeSettings, tokenizer: Tokenizer, run_xxh64
         idx_xxh64=checksum(index),
         tokenizer_xxh64=tokenizer_checksum(settings),
         run_xxh64=run_xxh64,
+        merge_file=os.path.abspath(settings.merge_file) if settings.merge_file else "",
+        tiktoken_pattern=settings.tiktoken_pattern or "",
+        special_tokens=tuple(settings.special_tokens or ()),
     )

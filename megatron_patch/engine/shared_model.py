@@ -1,0 +1,73 @@
+"""A model that several ranks hold together, to be read: layers shared by tensor parallelism, cut into pipeline stages, copied over samples.
+
+In: this rank's part of a model. Out: losses and logits, the same on every rank of a copy, which all must ask in the same order. Nothing
+here trains, and no DeepSpeed engine is needed: memory is that of the weights. Pipeline stages take turns; what is shared by tensor
+parallelism is faster.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+from megatron_patch.model.attention import ModelCache
+from megatron_patch.model.gpt import GPTModel
+from megatron_patch.model.shape import ModelShape
+from megatron_patch.parallel.groups import Groups
+
+
+class SharedModel:
+    """The whole model, as `megatron_patch.model.reader.Reader`.
+
+    Args:
+        part: this rank's layers, in evaluation mode, on its device.
+        ranks: its place and process groups.
+    """
+
+    def __init__(self, part: GPTModel, ranks: Groups) -> None:
+        self._part, self._ranks = part, ranks
+        self.shape: ModelShape = part.shape
+        self._dtype = next(part.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        """This rank's."""
+        return self._part.device
+
+    def __call__(self, inputs: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `Reader`."""
+        result = self._part(self._received(inputs), labels)
+        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+        if self._part.is_last:
+            sums = torch.stack([part.double() for part in result])
+        else:
+            self._send(result)
+        loss_sum, weight_sum = self._from_last(sums)
+        return loss_sum, weight_sum
+
+    def logits(self, input_ids: torch.Tensor, *, cache: ModelCache | None = None, last_only: bool = False) -> torch.Tensor:
+        """See `Reader`; float32 with several pipeline stages."""
+        result = self._part.logits(self._received(input_ids), cache=cache, last_only=last_only)
+        if self._ranks.pipeline is None:
+            return result
+        if not self._part.is_last:
+            self._send(result)
+            positions = 1 if last_only else input_ids.shape[1]
+            result = torch.empty(input_ids.shape[0], positions, self.shape.vocab_size, device=self.device)
+        return self._from_last(result.float().contiguous())
+
+    def _received(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Token patches in the first stage, elsewhere what the stage before makes of them."""
+        if self._part.is_first:
+            return inputs
+        hidden = torch.empty(*inputs.shape[:2], self.shape.hidden_size, dtype=self._dtype, device=self.device)
+        dist.recv(hidden, group=self._ranks.pipeline, group_src=self._ranks.grid.pipeline_parallel_rank - 1)
+        return hidden
+
+    def _send(self, hidden: torch.Tensor) -> None:
+        dist.send(hidden.contiguous(), group=self._ranks.pipeline, group_dst=self._ranks.grid.pipeline_parallel_rank + 1)
+
+    def _from_last(self, tensor: torch.Tensor) -> torch.Tensor:
+        if self._ranks.pipeline is not None:
+            dist.broadcast(tensor, group=self._ranks.pipeline, group_src=self._ranks.grid.pipeline_parallel_size - 1)
+        return tensor

@@ -1,0 +1,34 @@
+"""WikiText's own writing and back: its files are cut into words, so that a model which learnt from plain text would meet spaces it has
+never seen. In: a document as WikiText has it. Out: plain text, by the rules that Megatron-LM and lm-evaluation-harness score it under.
+"""
+
+from __future__ import annotations
+
+import re
+
+_PAIRS = ((r"\(", r"\)"), (r"\[", r"\]"), ("{", "}"), ('"', '"'), ("'", "'"))
+_ENCLOSED = tuple(re.compile(rf"{begin}\s*([^{end}]*?)\s*{end}") for begin, end in _PAIRS)
+_AFTER = (
+    ("= = = =", "===="),
+    ("= = =", "==="),
+    ("= =", "=="),
+    (" ° ", "°"),
+    (" \n", "\n"),
+    ("\n ", "\n"),
+    (" N ", " 1 "),
+    (" 's", "'s"),
+)
+
+
+def detokenize(text: str) -> str:
+    """Joins what WikiText parts: numbers, punctuation, brackets, quotation marks, headings."""
+    text = text.replace("s '", "s'")
+    for mark in "-,.":
+        text = text.replace(f" @{mark}@ ", mark)
+    for mark in ":;.!?,":
+        text = text.replace(f" {mark} ", f"{mark} ")
+    for pattern in _ENCLOSED:
+        text = pattern.sub(lambda found: found[0][0] + found[1] + found[0][-1], text)
+    for old, new in _AFTER:
+        text = text.replace(old, new)
+    return text

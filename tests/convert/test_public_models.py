@@ -1,0 +1,107 @@
+"""Folders as public models are published: every key of their config.json, tiny sizes, 16-bit weights made by transformers."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megatron_patch.convert.checkpoint_io import open_checkpoint
+from megatron_patch.convert.from_hugging_face import from_hugging_face
+from megatron_patch.convert.to_hugging_face import to_hugging_face
+from megatron_patch.engine.inference import load_model
+from megatron_patch.errors import CheckpointError
+
+transformers = pytest.importorskip("transformers")
+SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 131}
+COMMON = {"hidden_act": "silu", "initializer_range": 0.02, "use_cache": True, "bos_token_id": 128, **SMALL}
+SCALING = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192, "rope_type": "llama3"}
+SLIDING = {"max_window_layers": 28, "sliding_window": 32768, "use_sliding_window": False}
+CONFIGS = {
+    "Llama 3.1": {
+        "architectures": ["LlamaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "eos_token_id": [129, 130],
+        "max_position_embeddings": 131072, "mlp_bias": False, "model_type": "llama", "num_key_value_heads": 2, "pretraining_tp": 1,
+        "rms_norm_eps": 1e-05, "rope_scaling": SCALING, "rope_theta": 500000.0, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+        "transformers_version": "4.43.0.dev0",
+    },
+    "Llama 3.2": {
+        "architectures": ["LlamaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "eos_token_id": 129, "head_dim": 8,
+        "max_position_embeddings": 131072, "mlp_bias": False, "model_type": "llama", "num_key_value_heads": 2, "pretraining_tp": 1,
+        "rms_norm_eps": 1e-05, "rope_scaling": {**SCALING, "factor": 32.0}, "rope_theta": 500000.0, "tie_word_embeddings": True,
+        "torch_dtype": "bfloat16",
+    },
+    "Llama 2": {
+        "architectures": ["LlamaForCausalLM"], "eos_token_id": 2, "max_position_embeddings": 4096, "model_type": "llama",
+        "num_key_value_heads": 4, "pretraining_tp": 1, "rms_norm_eps": 1e-05, "rope_scaling": None, "tie_word_embeddings": False,
+        "torch_dtype": "float16",
+    },
+    "Qwen2.5": {
+        "architectures": ["Qwen2ForCausalLM"], "attention_dropout": 0.0, "eos_token_id": 128, "max_position_embeddings": 32768,
+        "model_type": "qwen2", "num_key_value_heads": 2, "rms_norm_eps": 1e-06, "rope_theta": 1000000.0, "tie_word_embeddings": True,
+        "torch_dtype": "bfloat16", "use_mrope": False, **SLIDING,
+    },
+    "Qwen3": {
+        "architectures": ["Qwen3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "eos_token_id": 130, "head_dim": 16,
+        "max_position_embeddings": 40960, "model_type": "qwen3", "num_key_value_heads": 2, "rms_norm_eps": 1e-06, "rope_scaling": None,
+        "rope_theta": 1000000, "tie_word_embeddings": True, "torch_dtype": "bfloat16", **SLIDING, "sliding_window": None,
+    },
+    "GPT-2": {
+        "activation_function": "gelu_new", "architectures": ["GPT2LMHeadModel"], "attn_pdrop": 0.1, "bos_token_id": 130, "embd_pdrop": 0.1,
+        "eos_token_id": 130, "layer_norm_epsilon": 1e-05, "model_type": "gpt2", "n_ctx": 64, "n_embd": 32, "n_head": 4, "n_layer": 2,
+        "n_positions": 64, "resid_pdrop": 0.1, "summary_activation": None, "summary_first_dropout": 0.1, "summary_proj_to_labels": True,
+        "summary_type": "cls_index", "summary_use_proj": True, "task_specific_params": {"text-generation": {"do_sample": True}},
+    },
+}  # fmt: skip
+IDS = torch.randint(0, 131, (2, 48), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("form", ["as published", "as transformers saves it"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_public_model_comes_in_and_goes_out_as_it_was(name, form, tmp_path):
+    config = {**COMMON, **CONFIGS[name]}
+    source = tmp_path / "public"
+    source.mkdir()
+    (source / "config.json").write_text(json.dumps(config))
+    torch.manual_seed(0)
+    made = transformers.AutoConfig.from_pretrained(str(source))
+    model = transformers.AutoModelForCausalLM.from_config(made, dtype=torch.float32).eval()
+    dtype = torch.float16 if config.get("torch_dtype") == "float16" else torch.bfloat16
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+            parameter.copy_(parameter.to(dtype))
+    if form == "as published":
+        tied = made.tie_word_embeddings
+        tensors = {key: value.to(dtype).clone() for key, value in model.state_dict().items() if not (tied and key == "lm_head.weight")}
+        save_file(tensors, str(source / "model.safetensors"), metadata={"format": "pt"})
+        # Another layout of the same weights, as makers leave it beside the usual one.
+        save_file({"layers.0.wq": torch.ones(2)}, str(source / "consolidated.safetensors"))
+    else:
+        model.save_pretrained(str(source))
+        assert "rope_theta" not in json.loads((source / "config.json").read_text())
+    done = from_hugging_face(source, tmp_path / "ckpt")
+    with torch.no_grad():
+        torch.testing.assert_close(load_model(str(done.folder)).model.logits(IDS[..., None]), model(IDS).logits, rtol=0.0, atol=1e-5)
+    to_hugging_face(open_checkpoint(str(done.folder)), tmp_path / "hf")
+    before, after = (load_file(str(folder / "model.safetensors")) for folder in (source, tmp_path / "hf"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(value, after[key]) and value.dtype == after[key].dtype for key, value in before.items())
+    found = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert (found["bos_token_id"], found["eos_token_id"]) == (config["bos_token_id"], config["eos_token_id"])
+    generation = json.loads((tmp_path / "hf" / "generation_config.json").read_text())
+    assert generation["eos_token_id"] == config["eos_token_id"]
+
+
+def test_what_public_models_compute_and_the_program_does_not_is_named(tmp_path):
+    mistral = {**COMMON, "architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 4096, "rope_theta": 10000.0}
+    for config, words in (
+        (mistral, "MistralForCausalLM"),
+        ({**COMMON, **CONFIGS["Qwen2.5"], "use_sliding_window": True}, "use_sliding_window is True"),
+        ({**COMMON, **CONFIGS["Qwen2.5"], "rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_type is 'yarn'"),
+        ({**COMMON, **CONFIGS["Llama 2"], "rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type is 'dynamic'"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        with pytest.raises(CheckpointError, match=words):
+            from_hugging_face(tmp_path, tmp_path / "ckpt")
