@@ -129,6 +129,9 @@ inline cudaError_t shared_memory_limit(int* bytes) {
   return cudaDeviceGetAttribute(bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
 }
 
+// Whether a grid can have so many blocks: more would be cut to 32 bits, and most of the work left undone.
+inline bool fits_grid(int64_t blocks) { return blocks <= std::numeric_limits<int32_t>::max(); }
+
 // Calls `run` with a null pointer of the number type.
 template <typename Run>
 cudaError_t dispatch(NumberType type, const Run& run) {

@@ -151,6 +151,7 @@ cudaError_t mp_patch_embedding_forward(
     NumberType type, const void* weight, const int64_t* ids, int64_t num_patches, int64_t patch_size, int64_t hidden, int64_t first_row,
     int64_t num_rows, bool check, void* out, cudaStream_t stream) {
   if (num_patches == 0 || hidden == 0) return cudaSuccess;
+  if (!fits_grid(num_patches)) return cudaErrorInvalidConfiguration;
   return dispatch(type, [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
     const bool wide = fits_vectors(hidden, kVectorWidth<T>, sizeof(T), weight, out);
@@ -167,10 +168,12 @@ cudaError_t mp_patch_embedding_backward(
     NumberType type, const void* grad, const int64_t* sorted_ids, const int64_t* order, int64_t count, int64_t patch_size, int64_t hidden,
     int64_t first_row, int64_t num_rows, void* partial, void* grad_weight, cudaStream_t stream) {
   if (count == 0 || hidden == 0) return cudaSuccess;
+  const int64_t num_tiles = (count + kTile - 1) / kTile;
+  if (!fits_grid(num_tiles)) return cudaErrorInvalidConfiguration;
   return dispatch(type, [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
     const bool wide = fits_vectors(hidden, kVectorWidth<T>, sizeof(T), grad, grad_weight);
-    const dim3 grid = grid_of((count + kTile - 1) / kTile, hidden, wide ? kVectorWidth<T> : 1);
+    const dim3 grid = grid_of(num_tiles, hidden, wide ? kVectorWidth<T> : 1);
     auto* sums = static_cast<Number<T>*>(partial);
     const auto tiles = wide ? tile_kernel<T, kVectorWidth<T>> : tile_kernel<T, 1>;
     MP_LAUNCH(

@@ -20,7 +20,7 @@ from megatron_patch.ops.plain import accumulation_dtype
 HERE = Path(__file__).parent
 SOURCES = HERE.parent.parent / "csrc" / "cuda"
 TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-ORDERS = {"forward": 0, "backward": 1, "shuffled": 2}
+ORDERS = {"forward": 0, "backward": 1, "shuffled": 2, "warps": 3}
 TILE = 64
 _GUARD = 64
 
@@ -41,7 +41,7 @@ def compile_kernels(sources: Path, library: Path, *options: str) -> None:
     command = [
         *("g++", "-shared", "-fPIC", "-O1", "-std=c++20", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-clobbered"),
         *options,
-        *("-U_FORTIFY_SOURCE", "-ffp-contract=off", "-DMEGATRON_PATCH_CUDA_ON_CPU"),
+        *("-U_FORTIFY_SOURCE", "-ffp-contract=off", "-fsanitize=alignment", "-DMEGATRON_PATCH_CUDA_ON_CPU"),
         *("-I", str(HERE), "-I", str(sources), "-isystem", str(cuda_include())),
         *("-x", "c++", *(str(path) for path in sorted(sources.glob("*.cu")))),
         *("-o", str(library)),
@@ -85,7 +85,7 @@ class CudaOnCpu:
 
     Args:
         library: compiled by `compile_kernels`.
-        order: forward, backward or shuffled.
+        order: one of ORDERS.
         seed: of the shuffled order.
         shared_limit: bytes of shared memory that a block may ask for.
         shift: elements that inputs and results lie off the alignment of vectors.
