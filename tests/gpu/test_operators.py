@@ -207,6 +207,25 @@ def test_other_streams_and_cuda_graphs():
     assert_within(captured, *case.exact_gradient(), torch.bfloat16)
 
 
+def test_arguments_left_on_the_cpu_are_named():
+    logits, labels = torch.zeros(3, 9), torch.zeros(3, 2, dtype=torch.int64)
+    for one, other, name in ((logits.cuda(), labels, "labels"), (logits, labels.cuda(), "logits")):
+        with pytest.raises(ValueError, match=f"{name} must be on the same GPU"):
+            fused_loss.multi_token_loss(one, other)
+        with pytest.raises(ValueError, match=f"{name} must be on the same GPU"):
+            kernels.multi_token_loss_and_gradient_(one.clone(), other)
+    for weight, ids, name in ((logits.cuda(), labels, "token_ids"), (logits, labels.cuda(), "weight")):
+        with pytest.raises(ValueError, match=f"{name} must be on the same GPU"):
+            fused_embedding.patch_embedding(weight, ids)
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+def test_shapes_without_elements(dtype):
+    for patches, k, hidden in (((0,), 2, 8), ((4,), 2, 0), ((0, 3), 1, 0)):
+        check_embedding(1, patches, k, 6, hidden, dtype)
+    check_one_go(loss_case(1, 0, 3, 24, dtype))
+
+
 @pytest.mark.parametrize(
     ("call", "words"),
     [
