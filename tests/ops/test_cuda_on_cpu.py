@@ -26,11 +26,12 @@ from tests.ops.test_fused_embedding import gradient_of_rows, mean_of_rows
 
 pytestmark = pytest.mark.skipif(cuda_include() is None or shutil.which("g++") is None, reason="CUDA's headers (nvcc) and g++ are needed")
 WAYS = st.builds(
-    lambda order, seed, limit, shift: (order, seed, limit, shift),
+    lambda order, seed, limit, shift, gap: (order, seed, limit, shift, gap),
     st.sampled_from(list(ORDERS)),
     st.integers(1, 99),
     st.sampled_from([4096, 65536]),
     st.integers(0, 1),
+    st.sampled_from([0, 3]),
 )
 
 
@@ -243,6 +244,7 @@ MUTANTS = {
         "sorted_ids[begin - 1] == sorted_ids[begin];",
     ),
     "a wrong stride of rows": ("multi_token_loss.cu", "T* target = logits + row * stride;", "T* target = logits + row * (stride - 1);"),
+    "a wrong stride of rows that lie apart": ("multi_token_loss.cu", "source = logits + row * stride;", "source = logits + row * vocab;"),
     "a wrong stride of threads": (
         "multi_token_loss.cu",
         "for (int64_t i = thread; i < cut.vectors; i += threads) {\n    const Wide<T> vector",
@@ -278,7 +280,7 @@ def checks(library: ctypes.CDLL) -> None:
     """What every mutant must fail at: a few of the cases above, under every order."""
     for order in ORDERS:
         for shift in (0, 1):
-            machine = CudaOnCpu(library, order, 3, 4096, shift)
+            machine = CudaOnCpu(library, order, 3, 4096, shift, gap=3 * shift)
             for dtype in (torch.float32, torch.bfloat16):
                 check_loss(machine, loss_case(1, 3, 6, 4100, dtype, weighted=True, z_loss=0.01))
             check_embedding(machine, 1, 100, 4, 11, 24, torch.float32, 70)

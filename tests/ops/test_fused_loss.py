@@ -114,9 +114,8 @@ def test_narrow_weights_get_gradients_that_were_summed_in_float32(dtype):
     # What the very same logits and their rounded gradients sum to.
     logits = F.linear(hidden.detach(), weight.detach())
     kernels.multi_token_loss_and_gradient_(logits, labels)
-    expected = logits.double().t() @ hidden.detach().double()
-    size = logits.double().abs().t() @ hidden.detach().double().abs()
-    assert_within(weight.grad, expected, size, dtype)
+    for value, first, second in ((weight.grad, logits.t(), hidden.detach()), (hidden.grad, logits, weight.detach())):
+        assert_within(value, first.double() @ second.double(), first.double().abs() @ second.double().abs(), dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
