@@ -68,7 +68,7 @@ __device__ __forceinline__ Running<Number<T>> read_row(const T* row, int64_t voc
   const int64_t threads = blockDim.x, thread = threadIdx.x;
   for (int64_t v = thread; v < cut.head; v += threads) take<T, 1>(running, row + v);
   for (int64_t i = thread; i < cut.vectors; i += threads) {
-    const Wide<T> vector = load_vector(row + cut.head + i * kVectorWidth<T>);
+    const Wide<T> vector = load_vector<kVectorWidth<T>>(row + cut.head + i * kVectorWidth<T>);
     if (i < kept) cache[i] = vector;
     take<T, kVectorWidth<T>>(running, vector.values);
   }
@@ -85,10 +85,10 @@ __device__ __forceinline__ void write_gradient(
   for (int64_t v = thread; v < cut.head; v += threads) out[v] = gradient(row[v]);
   for (int64_t i = thread; i < cut.vectors; i += threads) {
     const int64_t v = cut.head + i * kVectorWidth<T>;
-    Wide<T> vector = i < kept ? cache[i] : load_vector(row + v);
+    Wide<T> vector = i < kept ? cache[i] : load_vector<kVectorWidth<T>>(row + v);
 #pragma unroll
     for (int j = 0; j < kVectorWidth<T>; ++j) vector.values[j] = gradient(vector.values[j]);
-    store_vector(out + v, vector);
+    store_vector<kVectorWidth<T>>(out + v, vector);
   }
   for (int64_t v = cut.head + cut.vectors * kVectorWidth<T> + thread; v < vocab; v += threads) out[v] = gradient(row[v]);
 }

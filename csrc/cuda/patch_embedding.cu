@@ -28,7 +28,7 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(
       if (start + i < patch_size) {
         const int64_t id = ids[patch * patch_size + start + i];
         here[i] = id >= first_row && id - first_row < num_rows;
-        if (here[i]) rows[i] = *reinterpret_cast<const Vector<T, kWidth>*>(weight + (id - first_row) * hidden + column);
+        if (here[i]) rows[i] = load_vector<kWidth>(weight + (id - first_row) * hidden + column);
         else if (check && column == 0) {
           MP_TRAP(
               "megatron_patch: token_ids hold %lld in patch %lld; allowed: 0 to %lld\n", static_cast<long long>(id),
@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(
   Vector<T, kWidth> mean;
 #pragma unroll
   for (int j = 0; j < kWidth; ++j) mean.values[j] = narrow<T>(sum[j] / static_cast<A>(patch_size));
-  *reinterpret_cast<Vector<T, kWidth>*>(out + patch * hidden + column) = mean;
+  store_vector<kWidth>(out + patch * hidden + column, mean);
 }
 
 template <typename T, int kWidth>
@@ -55,7 +55,7 @@ __device__ __forceinline__ void write_row(const Number<T>* sum, int64_t patch_si
   Vector<T, kWidth> mean;
 #pragma unroll
   for (int j = 0; j < kWidth; ++j) mean.values[j] = narrow<T>(sum[j] / static_cast<Number<T>>(patch_size));
-  *reinterpret_cast<Vector<T, kWidth>*>(target) = mean;
+  store_vector<kWidth>(target, mean);
 }
 
 // Sums the runs of equal ids inside one tile. A run that is whole goes to its row; of one that began in an earlier tile the sum goes to
@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(kThreads) tile_kernel(
     Vector<T, kWidth> rows[kFlight];
 #pragma unroll
     for (int i = 0; i < kFlight; ++i) {
-      if (start + i < size) rows[i] = *reinterpret_cast<const Vector<T, kWidth>*>(grad + patches[start + i] * hidden + column);
+      if (start + i < size) rows[i] = load_vector<kWidth>(grad + patches[start + i] * hidden + column);
     }
 #pragma unroll
     for (int i = 0; i < kFlight; ++i) {
@@ -97,9 +97,7 @@ __global__ void __launch_bounds__(kThreads) tile_kernel(
       if (!ends && entry + 1 < size) continue;
       const int64_t row = ids[entry] - first_row;
       if (carried || !ends) {
-        A* target = partial + (tile * 2 + (carried ? 0 : 1)) * hidden + column;
-#pragma unroll
-        for (int j = 0; j < kWidth; ++j) target[j] = sum[j];
+        store_sums<kWidth>(partial + (tile * 2 + (carried ? 0 : 1)) * hidden + column, sum);
       } else if (row >= 0 && row < num_rows) {
         write_row<T, kWidth>(sum, patch_size, grad_weight + row * hidden + column);
       }
@@ -123,12 +121,10 @@ __global__ void __launch_bounds__(kThreads) join_kernel(
   const bool began_before = begin > 0 && sorted_ids[begin - 1] == id;
   const int64_t column = (static_cast<int64_t>(blockIdx.y) * kThreads + threadIdx.x) * kWidth;
   if (!goes_on || began_before || row < 0 || row >= num_rows || column >= hidden) return;
-  A sum[kWidth];
-#pragma unroll
-  for (int j = 0; j < kWidth; ++j) sum[j] = partial[(tile * 2 + 1) * hidden + column + j];
+  A sum[kWidth] = {};
+  add_sums<kWidth>(sum, partial + (tile * 2 + 1) * hidden + column);
   for (int64_t next = tile + 1;; ++next) {
-#pragma unroll
-    for (int j = 0; j < kWidth; ++j) sum[j] += partial[next * 2 * hidden + column + j];
+    add_sums<kWidth>(sum, partial + next * 2 * hidden + column);
     const int64_t last = (next + 1) * kTile;
     if (last >= count || sorted_ids[last] != id) break;
   }

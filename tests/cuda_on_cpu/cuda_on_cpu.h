@@ -243,6 +243,7 @@ T from_lane(T value, int lane) {
 #define __shfl_xor_sync(mask, value, distance) \
   cuda_on_cpu::from_lane((value), cuda_on_cpu::machine.current % cuda_on_cpu::kWarp ^ (distance))
 #define __expf(x) expf(x)
+#define __stwb(target, word) (*(target) = (word))
 
 #define MP_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
   ((void)(stream), cuda_on_cpu::launch((grid), (block), (shared_bytes), [=] { kernel(__VA_ARGS__); }))
