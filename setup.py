@@ -145,7 +145,7 @@ def check_cuda_wanted() -> None:
 
     Raises:
         NotWanted: MEGATRON_PATCH_CUDA=0, or a CPU build of torch.
-        CannotBuild: it is wanted and there is no nvcc.
+        CannotBuild: it is wanted and there is no nvcc, or one whose CUDA is not torch's.
     """
     wish = os.environ.get("MEGATRON_PATCH_CUDA")
     if wish not in (None, "", "0", "1"):
@@ -156,6 +156,10 @@ def check_cuda_wanted() -> None:
         raise NotWanted("torch is a CPU build")
     if shutil.which("nvcc") is None:
         raise CannotBuild("there is no nvcc; install the CUDA toolkit, and put its bin folder on PATH")
+    # Each major version has a runtime library of its own; only that of torch is sure to be there when the library is loaded.
+    found, theirs = re.search(r"release (\d+)", call("nvcc", "--version")), torch_cuda()
+    if found and theirs and theirs.split(".")[0] != found[1]:
+        raise CannotBuild(f"nvcc is of CUDA {found[1]} and torch of CUDA {theirs}; put an nvcc of torch's major version first on PATH")
 
 
 def architectures() -> list[str]:

@@ -1,7 +1,8 @@
 """What the benchmarks share: peers timed in turn, peak memory, ceilings of the machine, tables, and results as JSON.
 
 Peers take turns within each round, so that a busy neighbour slows all of them; the figure is the median of the rounds. On a GPU every run
-is timed by events behind a write that empties its cache.
+is timed by events behind a write that empties its cache and a wait long enough for the host to have launched everything: what is measured
+is the GPU's work, as in a training step whose host runs ahead.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from torch.profiler import ProfilerActivity, profile
 
 Work = Callable[[], object]
 _FLUSH_BYTES = 256 << 20
+# About a millisecond of a GPU that does nothing.
+_AHEAD_CYCLES = 2_000_000
 
 
 def processor() -> str:
@@ -65,6 +68,7 @@ class Timer:
             work()
             return time.perf_counter() - began
         self._flush.zero_()
+        torch.cuda._sleep(_AHEAD_CYCLES)
         first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         first.record()
         work()
@@ -142,12 +146,13 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
     Console(width=150).print(table)
 
 
-def write_results(name: str, device: torch.device, results: Mapping[str, Any]) -> Path:
-    """Writes benchmarks/results/NAME-DEVICE-DATE.json, with the command and the machine."""
+def write_results(name: str, device: torch.device, results: Mapping[str, Any], tell: bool = True) -> Path:
+    """Writes benchmarks/results/NAME-DEVICE-DATE.json, with the command and the machine; tells where."""
     today = date.today().isoformat()
     output = Path(__file__).parent / "results" / f"{name}-{device.type}-{today}.json"
     output.parent.mkdir(exist_ok=True)
-    command = " ".join(["python", f"benchmarks/{name}.py", *sys.argv[1:]])
+    command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
     output.write_text(json.dumps({"date": today, "command": command, "machine": machine(device), **results}, indent=1) + "\n")
-    print(f"wrote {os.path.relpath(output)}")
+    if tell:
+        print(f"wrote {os.path.relpath(output)}")
     return output

@@ -5,7 +5,8 @@
     python benchmarks/kernels.py --operators loss --rows 2048 --vocab 32000 --patch-sizes 1 4
 
 Peers: the formula as the papers' code writes it, our plain formula, torch.compile of the shortest formula, torch's own fused modules, and
-Liger, Megatron core, cut-cross-entropy and quack where they are installed (they take one label a row). Everything runs in one process.
+Liger, Megatron core, cut-cross-entropy and quack where they are installed (they take one label a row). Everything runs in one process; a
+peer that fails is told and left out. Results are written after every size, so that a run that is cut short leaves what it had.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from _measure import Timer, Work, ceilings, print_table, write_results
+from _peers import LinearLoss, Loss, linear_losses, losses, what_of
 
 from megatron_patch.ops import fused_embedding, fused_linear_loss, fused_loss, native, plain
 
@@ -63,41 +65,24 @@ def short_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return (torch.logsumexp(wide, dim=-1) - wide.gather(1, labels).mean(dim=1)).mean()
 
 
-def optional_losses(device: torch.device) -> dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]:
-    """One-label losses of other libraries, where they are installed."""
-    found: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {}
-    if device.type != "cuda":
-        return found
-    try:
-        from liger_kernel.transformers.functional import liger_cross_entropy
-
-        found["Liger, one label"] = lambda logits, labels: liger_cross_entropy(logits, labels[:, 0])
-    except ImportError:
-        pass
-    try:
-        import torch.distributed as dist
-        from megatron.core.fusions.fused_cross_entropy import fused_vocab_parallel_cross_entropy
-
-        if not dist.is_initialized():
-            dist.init_process_group("nccl", init_method="tcp://127.0.0.1:29511", rank=0, world_size=1)
-        group = dist.group.WORLD
-        found["Megatron core fused, one label"] = lambda logits, labels: fused_vocab_parallel_cross_entropy(
-            logits[:, None], labels[:, :1], group
-        ).mean()
-    except ImportError:
-        pass
-    try:
-        from quack.cross_entropy import cross_entropy
-
-        found["quack, one label"] = lambda logits, labels: cross_entropy(logits, labels[:, 0], reduction="mean")
-    except ImportError:
-        pass
-    return found
-
-
 def gradient_of(function: Callable[[], torch.Tensor], *inputs: torch.Tensor) -> Work:
     """Forward and backward."""
     return lambda: torch.autograd.grad(function(), inputs)
+
+
+def that_run(peers: dict[str, Work]) -> dict[str, Work]:
+    """Those peers that run here. Ours must."""
+    kept = {}
+    for name, work in peers.items():
+        try:
+            work()
+        except Exception as error:  # of any kind: another library's compiler, its limits, memory
+            if name.startswith("ours"):
+                raise
+            print(f"{name} is left out: {what_of(error)}")
+        else:
+            kept[name] = work
+    return kept
 
 
 def compare(
@@ -108,10 +93,12 @@ def compare(
     least_bytes: float,
     flops: float,
     limits: dict[str, float],
-    errors: dict[str, float],
+    errors_of: dict[str, Callable[[], float]],
 ) -> list[Row]:
     """Times all peers, prints a table, returns its rows. Ratios are to the last peer, which is ours."""
-    forward_times, both_times = timer.medians(forwards), timer.medians(both)
+    both = that_run(both)
+    errors = {name: error() for name, error in errors_of.items() if name in both}
+    forward_times, both_times = timer.medians(that_run({name: forwards[name] for name in both if name in forwards})), timer.medians(both)
     peaks = {name: timer.peak_bytes(work) for name, work in both.items()}
     ours = list(both_times)[-1]
     rows, lines = [], []
@@ -143,42 +130,77 @@ def relative_error(value: torch.Tensor, exact: torch.Tensor) -> float:
     return float((value.double() - exact).norm() / exact.norm())
 
 
+def exact_gradient(logits: torch.Tensor, labels: torch.Tensor, rows: int) -> torch.Tensor:
+    """Of the mean loss over `rows` rows, for some of them: (softmax - the labels' share) / rows, in float64."""
+    gradient = torch.softmax(logits.double(), dim=1)
+    share = torch.full(labels.shape, -1.0 / labels.shape[1], dtype=torch.float64, device=logits.device)
+    return gradient.scatter_add_(1, labels, share).div_(rows)
+
+
+def chunks(rows: int, vocab: int) -> list[slice]:
+    """Rows whose logits are 1 GB in float64."""
+    size = max(1, (1 << 27) // vocab)
+    return [slice(start, start + size) for start in range(0, rows, size)]
+
+
+def loss_error(gradient: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> float:
+    """`relative_error` of the gradient for the logits, chunk by chunk."""
+    wrong = size = 0.0
+    for part in chunks(*logits.shape):
+        exact = exact_gradient(logits[part], labels[part], len(logits))
+        wrong += float((gradient[part].double() - exact).square().sum())
+        size += float(exact.square().sum())
+    return (wrong / size) ** 0.5
+
+
+def exact_weight_gradient(states: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Of the mean loss of the head, in float64."""
+    wide = weight.double()
+    total = torch.zeros_like(wide)
+    for part in chunks(len(states), len(weight)):
+        hidden = states[part].double()
+        total.addmm_(exact_gradient(hidden @ wide.t(), labels[part], len(states)).t(), hidden)
+    return total
+
+
 def bench_loss(timer: Timer, rows: int, vocab: int, k: int, dtype: torch.dtype, limits: dict[str, float]) -> list[Row]:
     """Loss and gradient on given logits."""
     device = timer.device
     generator = torch.Generator(device).manual_seed(0)
     logits = torch.randn(rows, vocab, device=device, dtype=dtype, generator=generator).requires_grad_()
     labels = torch.randint(0, vocab, (rows, k), device=device, generator=generator)
-    compiled = torch.compile(short_loss)
-    losses: dict[str, Callable[[], torch.Tensor]] = {
-        "papers' code, eager": lambda: patch_train_loss(logits, labels),
-        "plain formula": lambda: plain.multi_token_loss(logits, labels)[0].mean(),
-        "torch.compile of lse - gather": lambda: compiled(logits, labels),
+    peers: dict[str, Loss] = {
+        "papers' code, eager": patch_train_loss,
+        "plain formula": lambda z, y: plain.multi_token_loss(z, y)[0].mean(),
+        "torch.compile of lse - gather": torch.compile(short_loss),
+        **(losses(device) if k == 1 else {}),
+        "ours, losses label by label": lambda z, y: fused_loss.multi_token_loss(z, y)[0].mean(),
+        "ours, the same in place": lambda z, y: fused_loss.multi_token_loss(z, y, in_place=True)[0].mean(),
     }
-    if k == 1:
-        for name, function in optional_losses(device).items():
-            # Some overwrite the logits with their gradient: each round gets a copy.
-            losses[name] = lambda function=function: function(logits * 1.0, labels)
-    losses["ours, losses label by label"] = lambda: fused_loss.multi_token_loss(logits, labels)[0].mean()
-    # Its gradient overwrites the logits, whose values do not change its speed.
+    # What gradients overwrite, by us or by others: its values do not change the speed.
     overwritten = logits.detach().clone().requires_grad_()
-    buffer = logits.detach().clone()
-    both = {name: gradient_of(function, logits) for name, function in losses.items()}
-    both["ours, the same in place"] = gradient_of(
-        lambda: fused_loss.multi_token_loss(overwritten, labels, in_place=True)[0].mean(), overwritten
-    )
-    # What the head uses: weights known up front, the gradient in place of the logits. Values do not change its speed.
-    both["ours, loss and gradient in one go"] = lambda: kernels.multi_token_loss_and_gradient_(buffer, labels)
-    forwards = {name: (lambda function=function: function()) for name, function in losses.items()}
-    errors = {}
-    if rows * vocab <= 1 << 29:
-        wide = logits.detach().double().requires_grad_()
-        exact = torch.autograd.grad(plain.multi_token_loss(wide, labels)[0].mean(), wide)[0]
-        for name, function in losses.items():
-            errors[name] = relative_error(torch.autograd.grad(function(), logits)[0], exact)
+
+    def its_error(function: Loss) -> float:
+        fresh = logits.detach().clone().requires_grad_()
+        return loss_error(torch.autograd.grad(function(fresh, labels), fresh)[0], logits.detach(), labels)
+
+    def error_in_one_go() -> float:
         fresh = logits.detach().clone()
         kernels.multi_token_loss_and_gradient_(fresh, labels)
-        errors["ours, loss and gradient in one go"] = relative_error(fresh.double() / (rows * k), exact)
+        return loss_error(fresh.double() / (rows * k), logits.detach(), labels)
+
+    forwards: dict[str, Work] = {}
+    both: dict[str, Work] = {}
+    errors: dict[str, Callable[[], float]] = {}
+    for name, function in peers.items():
+        given = overwritten if "one label" in name or "in place" in name else logits
+        forwards[name] = lambda function=function, given=given: function(given, labels)
+        both[name] = gradient_of(forwards[name], given)
+        errors[name] = lambda function=function: its_error(function)
+    # What the head uses: weights known up front, the gradient in place of the logits.
+    buffer = overwritten.detach()
+    both["ours, loss and gradient in one go"] = lambda: kernels.multi_token_loss_and_gradient_(buffer, labels)
+    errors["ours, loss and gradient in one go"] = error_in_one_go
     title = f"multi_token_loss, N = {rows}, V = {vocab:,}, K = {k}, {str(dtype).removeprefix('torch.')}"
     traffic = 2 * rows * vocab * logits.element_size()
     found = compare(timer, title, forwards, both, traffic, 0, limits, errors)
@@ -205,7 +227,10 @@ def bench_embedding(timer: Timer, rows: int, vocab: int, hidden: int, k: int, dt
     both = {name: (lambda function=function: torch.autograd.grad(function(), weight, grad)) for name, function in peers.items()}
     wide = weight.detach().double().requires_grad_()
     exact = torch.autograd.grad(F.embedding(ids, wide).mean(dim=-2), wide, grad.double())[0]
-    errors = {name: relative_error(torch.autograd.grad(function(), weight, grad)[0], exact) for name, function in peers.items()}
+    errors = {
+        name: (lambda function=function: relative_error(torch.autograd.grad(function(), weight, grad)[0], exact))
+        for name, function in peers.items()
+    }
     size = weight.element_size()
     # Rows read, means written, gradients read, the dense gradient written.
     traffic = size * hidden * (ids.numel() + rows + rows + vocab)
@@ -213,26 +238,6 @@ def bench_embedding(timer: Timer, rows: int, vocab: int, hidden: int, k: int, dt
     forwards: dict[str, Work] = dict(peers)
     found = compare(timer, title, forwards, both, traffic, 0, limits, errors)
     return [{"operator": "patch_embedding", "rows": rows, "vocab": vocab, "hidden": hidden, "patch_size": k, **row} for row in found]
-
-
-def optional_linear_losses(device: torch.device) -> dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]]:
-    """One-label linear losses of other libraries, where they are installed."""
-    found: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]] = {}
-    if device.type != "cuda":
-        return found
-    try:
-        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
-
-        found["Liger, one label"] = lambda h, w, labels: liger_fused_linear_cross_entropy(h, w, labels[:, 0])
-    except ImportError:
-        pass
-    try:
-        from cut_cross_entropy import linear_cross_entropy
-
-        found["cut-cross-entropy, one label"] = lambda h, w, labels: linear_cross_entropy(h, w, labels[:, 0])
-    except ImportError:
-        pass
-    return found
 
 
 def bench_linear(timer: Timer, rows: int, vocab: int, hidden: int, k: int, dtype: torch.dtype, limits: dict[str, float]) -> list[Row]:
@@ -255,7 +260,8 @@ def bench_linear(timer: Timer, rows: int, vocab: int, hidden: int, k: int, dtype
         "torch.compile of lse - gather": lambda: compiled(states, weight),
     }
     if k == 1:
-        for name, function in optional_linear_losses(device).items():
+        others: dict[str, LinearLoss] = linear_losses(device)
+        for name, function in others.items():
             peers[name] = lambda function=function: function(states, weight, labels)
     for chunk in (1024, 4096):
         if chunk < rows or chunk == 4096:
@@ -263,11 +269,11 @@ def bench_linear(timer: Timer, rows: int, vocab: int, hidden: int, k: int, dtype
                 fused_linear_loss.linear_multi_token_loss(states, weight, labels, chunk_rows=chunk)[0] / labels.numel()
             )
     both = {"the three products alone": products, **{name: gradient_of(function, states, weight) for name, function in peers.items()}}
-    wide_states, wide_weight = states.detach().float().requires_grad_(), weight.detach().float().requires_grad_()
-    exact = torch.autograd.grad(short_loss(F.linear(wide_states, wide_weight), labels), wide_weight)[0].double()
-    errors = {}
-    for name, function in peers.items():
-        errors[name] = relative_error(torch.autograd.grad(function(), weight)[0], exact)
+    exact = exact_weight_gradient(states.detach(), weight.detach(), labels)
+    errors = {
+        name: (lambda function=function: relative_error(torch.autograd.grad(function(), weight)[0], exact))
+        for name, function in peers.items()
+    }
     title = f"linear_multi_token_loss, N = {rows}, H = {hidden}, V = {vocab:,}, K = {k}, {str(dtype).removeprefix('torch.')}"
 
     def evaluation(function: Callable[[], torch.Tensor]) -> Work:
@@ -293,7 +299,12 @@ def main() -> None:
     timer = Timer(device, args.rounds)
     limits = ceilings(timer, args.dtype)
     print(f"ceilings: copy {limits['copy_gb_per_second']:.1f} GB/s, product {limits['product_tflop_per_second']:.2f} TFLOP/s")
+    name = "kernels" if len(set(args.operators)) == 3 else "-".join(["kernels", *args.operators])
     rows: list[Row] = []
+
+    def write(tell: bool) -> None:
+        write_results(name, device, {"dtype": str(args.dtype), "rounds": args.rounds, "ceilings": limits, "rows": rows}, tell)
+
     for n, v, k in itertools.product(args.rows, args.vocab, args.patch_sizes):
         torch._dynamo.reset()
         if "loss" in args.operators:
@@ -303,7 +314,8 @@ def main() -> None:
                 rows += bench_embedding(timer, n, v, h, k, args.dtype, limits)
             if "linear" in args.operators:
                 rows += bench_linear(timer, n, v, h, k, args.dtype, limits)
-    write_results("kernels", device, {"dtype": str(args.dtype), "rounds": args.rounds, "ceilings": limits, "rows": rows})
+        write(tell=False)
+    write(tell=True)
 
 
 if __name__ == "__main__":

@@ -98,11 +98,26 @@ def test_a_torch_that_is_too_old_is_named(checkout, tmp_path_factory):
     assert "torch 2.9.1 is too old; torch 2.11 and later" in note and NOTE in note
 
 
+def cuda_torch(folder: Path, cuda: str | None = None) -> str:
+    """A folder in which a build finds a torch built with CUDA, by default nvcc's: this torch's headers and libraries, under another name."""
+    if cuda is None:
+        said = subprocess.run(["nvcc", "--version"], capture_output=True, text=True).stdout if shutil.which("nvcc") else "release 13.0"
+        cuda = re.search(r"release ([\d.]+)", said)[1]
+    (folder / "torch").mkdir()
+    (folder / "torch" / "__init__.py").write_text("")
+    (folder / "torch" / "version.py").write_text(f"__version__ = '2.11.0'\ndebug = False\ncuda: str | None = '{cuda}'\n")
+    for name in ("include", "lib"):
+        (folder / "torch" / name).symlink_to(Path(torch.__file__).parent / name)
+    (folder / "torch-2.11.0.dist-info").mkdir()
+    (folder / "torch-2.11.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 2.11.0\n")
+    return str(folder)
+
+
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc to build with")
-def test_the_cuda_library_compiles_without_a_warning_for_each_architecture(checkout):
-    """Asked for, as a build machine may have no CUDA torch; it then lies there, and does not load."""
-    build_in_place(checkout, MEGATRON_PATCH_CUDA="1", MEGATRON_PATCH_STRICT="1")
-    assert (checkout / "megatron_patch" / "_C_cuda.so").is_file()
+def test_the_cuda_library_compiles_without_a_warning_for_each_architecture(checkout, tmp_path_factory):
+    """Beside a CUDA build of torch without a word; with this one, if it is none, it lies there and does not load."""
+    note = build_in_place(checkout, MEGATRON_PATCH_STRICT="1", PYTHONPATH=cuda_torch(tmp_path_factory.mktemp("cuda")))
+    assert (checkout / "megatron_patch" / "_C_cuda.so").is_file(), note
     out = python(checkout, "-m", "megatron_patch.ops", PYTHONPATH=str(checkout)).stdout
     assert "compiled for CUDA (sm_80 sm_90 sm_100)" in out
     if torch.version.cuda is None:
@@ -125,20 +140,33 @@ def test_beside_a_cpu_build_of_torch_no_cuda_library_is_built_and_nothing_is_war
 
 
 def test_a_cuda_torch_without_nvcc_is_told_what_to_install(checkout, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("cuda")
-    (folder / "torch").mkdir()
-    (folder / "torch" / "__init__.py").write_text("")
-    (folder / "torch" / "version.py").write_text("__version__ = '2.11.0+cu130'\ndebug = False\ncuda: str | None = '13.0'\n")
-    (folder / "torch-2.11.0.dist-info").mkdir()
-    (folder / "torch-2.11.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 2.11.0\n")
+    folder = cuda_torch(tmp_path_factory.mktemp("cuda"))
     empty = str(tmp_path_factory.mktemp("empty"))
-    note = build_in_place(checkout, PYTHONPATH=str(folder), PATH=empty)
+    note = build_in_place(checkout, PYTHONPATH=folder, PATH=empty)
     assert "_C_cuda is not built: there is no nvcc; install the CUDA toolkit" in note and NOTE in note
-    silent = build_in_place(checkout, PYTHONPATH=str(folder), PATH=empty, MEGATRON_PATCH_CUDA="0")
+    silent = build_in_place(checkout, PYTHONPATH=folder, PATH=empty, MEGATRON_PATCH_CUDA="0")
     assert "_C_cuda" not in silent
     with pytest.raises(subprocess.CalledProcessError) as failure:
-        build_in_place(checkout, PYTHONPATH=str(folder), PATH=empty, MEGATRON_PATCH_CUDA="1")
+        build_in_place(checkout, PYTHONPATH=folder, PATH=empty, MEGATRON_PATCH_CUDA="1")
     assert "there is no nvcc" in failure.value.stderr
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc to build with")
+def test_an_nvcc_of_another_cuda_than_torch_s_is_told_apart(checkout, tmp_path_factory):
+    """What it links would look for a runtime library that torch does not bring."""
+    note = build_in_place(checkout, CXX="no-such-compiler", PYTHONPATH=cuda_torch(tmp_path_factory.mktemp("old"), cuda="9.2"))
+    assert re.search(r"_C_cuda is not built: nvcc is of CUDA \d+ and torch of CUDA 9.2; put an nvcc of torch's major version", note)
+    assert not list(checkout.rglob("_C_cuda*"))
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc to build with")
+def test_a_warning_in_a_kernel_fails_the_strict_build(checkout, tmp_path_factory):
+    kernel = checkout / "csrc" / "cuda" / "patch_embedding.cu"
+    kernel.write_text(kernel.read_text() + "\n__global__ void careless() { int never_used; }\n")
+    build = {"CXX": "no-such-compiler", "MEGATRON_PATCH_CUDA_ARCHS": "80", "PYTHONPATH": cuda_torch(tmp_path_factory.mktemp("cuda"))}
+    note = build_in_place(checkout, MEGATRON_PATCH_STRICT="1", **build)
+    assert "_C_cuda is not built" in note and "never_used" in note
+    assert not list(checkout.rglob("_C_cuda*"))
 
 
 @pytest.mark.parametrize("compiled", [pytest.param(True, marks=needs_compiler), False])
@@ -215,3 +243,17 @@ def test_ci_runs_the_test_suite_from_any_folder():
     assert os.access(script, os.X_OK)
     text = script.read_text()
     assert "set -euo pipefail" in text and text.splitlines()[-1] == "make test"
+
+
+@pytest.mark.parametrize("missing", ["g++", "nvcc"])
+def test_ci_fails_where_the_kernels_could_not_be_compiled(tmp_path, missing):
+    (tmp_path / "bin").mkdir()
+    for name in ("bash", "dirname", "sed", "python3", "g++", "nvcc", "make"):
+        if name != missing:
+            program = tmp_path / "bin" / name
+            program.symlink_to(shutil.which(name) or "/bin/true") if name in ("bash", "dirname", "sed") else program.write_text(
+                "#!/bin/sh\n"
+            )
+            program.chmod(0o755)
+    done = subprocess.run([ROOT / ".ci" / "run"], env={"PATH": str(tmp_path / "bin")}, capture_output=True, text=True)
+    assert done.returncode == 127 and missing in done.stderr

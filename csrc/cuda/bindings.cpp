@@ -32,10 +32,16 @@ NumberType number_type(const Tensor& tensor, const char* name) {
   return NumberType::kFloat;
 }
 
+// The index of a tensor's GPU. One on the CPU gets here where another argument is on a GPU.
+int32_t gpu_of(const Tensor& tensor, const char* name) {
+  require(tensor.is_cuda(), name, " must be on the same GPU as the rest");
+  return tensor.get_device_index();
+}
+
 // The tensor's device is the current one while this lives; kernels go to its current stream.
 class OnDeviceOf {
  public:
-  explicit OnDeviceOf(const Tensor& tensor) : guard_(tensor.get_device_index()) {
+  OnDeviceOf(const Tensor& tensor, const char* name) : guard_(gpu_of(tensor, name)) {
     void* stream = nullptr;
     if (aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream) != 0) throw std::runtime_error("no CUDA stream");
     stream_ = static_cast<cudaStream_t>(stream);
@@ -58,8 +64,8 @@ void require_same_device(const Tensor& tensor, const char* name, const Tensor& o
 
 Tensor patch_embedding(Tensor weight, Tensor token_ids, std::optional<int64_t> vocab_start) {
   require(weight.dim() == 2, "weight must be [V, H], not of ", weight.dim(), " dimensions");
+  const OnDeviceOf here(weight, "weight");
   require_same_device(token_ids, "token_ids", weight);
-  const OnDeviceOf here(weight);
   const NumberType type = number_type(weight, "weight");
   weight = torch::stable::contiguous(weight);
   token_ids = dense_integers(token_ids, "token_ids");
@@ -87,7 +93,7 @@ Tensor patch_embedding_sorted_backward(
       sorted_ids.scalar_type() == ScalarType::Long && order.scalar_type() == ScalarType::Long && order.numel() == count &&
           count == grad.size(0) * patch_size,
       "sorted_ids and order must be int64 of patches * patch_size numbers");
-  const OnDeviceOf here(grad);
+  const OnDeviceOf here(grad, "grad");
   const NumberType type = number_type(grad, "grad");
   grad = torch::stable::contiguous(grad);
   sorted_ids = torch::stable::contiguous(sorted_ids);
@@ -115,7 +121,7 @@ Tensor checked_labels(const Tensor& logits, const Tensor& labels) {
 }
 
 Tensor multi_token_loss_statistics(Tensor logits, Tensor labels, std::optional<int64_t> vocab_start) {
-  const OnDeviceOf here(logits);
+  const OnDeviceOf here(logits, "logits");
   const NumberType type = number_type(logits, "logits");
   labels = checked_labels(logits, labels);
   logits = dense_rows(logits);
@@ -130,7 +136,7 @@ Tensor multi_token_loss_statistics(Tensor logits, Tensor labels, std::optional<i
 
 void gradient_into(
     const Tensor& logits, Tensor labels, Tensor normalizer, Tensor grad_nll, Tensor grad_lse, std::optional<int64_t> vocab_start, Tensor& out) {
-  const OnDeviceOf here(logits);
+  const OnDeviceOf here(logits, "logits");
   const NumberType type = number_type(logits, "logits");
   labels = checked_labels(logits, labels);
   const ScalarType number = accumulator(logits);
@@ -164,7 +170,7 @@ void multi_token_loss_gradient_(
 }
 
 Tensor multi_token_loss_and_gradient_(Tensor logits, Tensor labels, std::optional<Tensor> label_weights, double z_loss) {
-  const OnDeviceOf here(logits);
+  const OnDeviceOf here(logits, "logits");
   const NumberType type = number_type(logits, "logits");
   labels = checked_labels(logits, labels);
   check_in_place(logits);

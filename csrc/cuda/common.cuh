@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 #include <limits>
 #include <type_traits>
 
@@ -96,14 +97,58 @@ __device__ __forceinline__ RowCut cut_row(const T* row, int64_t count) {
   return {head, (count - head) / kVectorWidth<T>};
 }
 
-template <typename T>
-__device__ __forceinline__ Wide<T> load_vector(const T* source) {
-  return *reinterpret_cast<const Wide<T>*>(source);
+// What goes through memory in one instruction. An assignment the compiler may cut into numbers again, 2 bytes a store; __stwb it may not.
+template <int kBytes>
+struct Word;
+template <>
+struct Word<2> { using type = uint16_t; };
+template <>
+struct Word<4> { using type = uint32_t; };
+template <>
+struct Word<8> { using type = uint2; };
+template <>
+struct Word<16> { using type = uint4; };
+
+template <int kWidth, typename T>
+__device__ __forceinline__ Vector<T, kWidth> load_vector(const T* source) {
+  const auto word = *reinterpret_cast<const typename Word<sizeof(T) * kWidth>::type*>(source);
+  Vector<T, kWidth> vector;
+  memcpy(&vector, &word, sizeof(word));
+  return vector;
 }
 
-template <typename T>
-__device__ __forceinline__ void store_vector(T* target, const Wide<T>& vector) {
-  *reinterpret_cast<Wide<T>*>(target) = vector;
+template <int kWidth, typename T>
+__device__ __forceinline__ void store_vector(T* target, const Vector<T, kWidth>& vector) {
+  typename Word<sizeof(T) * kWidth>::type word;
+  memcpy(&word, &vector, sizeof(word));
+  __stwb(reinterpret_cast<decltype(word)*>(target), word);
+}
+
+// Sums beside each other, as many as a thread owns: in pieces of at most 16 bytes.
+template <typename A, int kWidth>
+constexpr int kPiece = kWidth < kVectorWidth<A> ? kWidth : kVectorWidth<A>;
+
+template <int kWidth, typename A>
+__device__ __forceinline__ void store_sums(A* target, const A* sums) {
+  constexpr int piece = kPiece<A, kWidth>;
+#pragma unroll
+  for (int start = 0; start < kWidth; start += piece) {
+    Vector<A, piece> vector;
+#pragma unroll
+    for (int j = 0; j < piece; ++j) vector.values[j] = sums[start + j];
+    store_vector<piece>(target + start, vector);
+  }
+}
+
+template <int kWidth, typename A>
+__device__ __forceinline__ void add_sums(A* sums, const A* source) {
+  constexpr int piece = kPiece<A, kWidth>;
+#pragma unroll
+  for (int start = 0; start < kWidth; start += piece) {
+    const auto vector = load_vector<piece>(source + start);
+#pragma unroll
+    for (int j = 0; j < piece; ++j) sums[start + j] += vector.values[j];
+  }
 }
 
 // Sum over a block, in an order that the block's size alone decides; every thread gets it. `scratch` holds kMostWarps numbers and is free
@@ -128,6 +173,9 @@ inline cudaError_t shared_memory_limit(int* bytes) {
   if (error != cudaSuccess) return error;
   return cudaDeviceGetAttribute(bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
 }
+
+// Whether a grid can have so many blocks: more would be cut to 32 bits, and most of the work left undone.
+inline bool fits_grid(int64_t blocks) { return blocks <= std::numeric_limits<int32_t>::max(); }
 
 // Calls `run` with a null pointer of the number type.
 template <typename Run>

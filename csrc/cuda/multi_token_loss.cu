@@ -41,7 +41,7 @@ __device__ __forceinline__ void take(Running<Number<T>>& running, const T* value
   running = {largest, sum};
 }
 
-// The whole block's largest logit and sum, in a fixed order.
+// The whole block's largest logit and sum, in a fixed order. `scratch` holds kMostWarps and serves once.
 template <typename T>
 __device__ __forceinline__ Running<Number<T>> block_running(Running<Number<T>> mine, Running<Number<T>>* scratch) {
   using A = Number<T>;
@@ -57,7 +57,6 @@ __device__ __forceinline__ Running<Number<T>> block_running(Running<Number<T>> m
   __syncthreads();
   Running<A> total = scratch[0];
   for (int other = 1; other < warps; ++other) total = merge<T>(total, scratch[other]);
-  __syncthreads();
   return total;
 }
 
@@ -69,7 +68,7 @@ __device__ __forceinline__ Running<Number<T>> read_row(const T* row, int64_t voc
   const int64_t threads = blockDim.x, thread = threadIdx.x;
   for (int64_t v = thread; v < cut.head; v += threads) take<T, 1>(running, row + v);
   for (int64_t i = thread; i < cut.vectors; i += threads) {
-    const Wide<T> vector = load_vector(row + cut.head + i * kVectorWidth<T>);
+    const Wide<T> vector = load_vector<kVectorWidth<T>>(row + cut.head + i * kVectorWidth<T>);
     if (i < kept) cache[i] = vector;
     take<T, kVectorWidth<T>>(running, vector.values);
   }
@@ -86,10 +85,10 @@ __device__ __forceinline__ void write_gradient(
   for (int64_t v = thread; v < cut.head; v += threads) out[v] = gradient(row[v]);
   for (int64_t i = thread; i < cut.vectors; i += threads) {
     const int64_t v = cut.head + i * kVectorWidth<T>;
-    Wide<T> vector = i < kept ? cache[i] : load_vector(row + v);
+    Wide<T> vector = i < kept ? cache[i] : load_vector<kVectorWidth<T>>(row + v);
 #pragma unroll
     for (int j = 0; j < kVectorWidth<T>; ++j) vector.values[j] = gradient(vector.values[j]);
-    store_vector(out + v, vector);
+    store_vector<kVectorWidth<T>>(out + v, vector);
   }
   for (int64_t v = cut.head + cut.vectors * kVectorWidth<T> + thread; v < vocab; v += threads) out[v] = gradient(row[v]);
 }
@@ -234,6 +233,7 @@ cudaError_t mp_loss_statistics(
     NumberType type, const void* logits, int64_t stride, const int64_t* labels, int64_t num_rows, int64_t num_labels, int64_t vocab_start,
     int64_t vocab, bool check, void* out, cudaStream_t stream) {
   if (num_rows == 0) return cudaSuccess;
+  if (!fits_grid(num_rows)) return cudaErrorInvalidConfiguration;
   return dispatch(type, [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
     const auto kernel = statistics_kernel<T>;
@@ -248,6 +248,7 @@ cudaError_t mp_loss_gradient(
     NumberType type, const void* logits, int64_t stride, const int64_t* labels, int64_t num_rows, int64_t num_labels, int64_t vocab_start,
     int64_t vocab, const void* normalizer, const void* grad_nll, const void* grad_lse, void* out, int64_t out_stride, cudaStream_t stream) {
   if (num_rows == 0) return cudaSuccess;
+  if (!fits_grid(num_rows)) return cudaErrorInvalidConfiguration;
   return dispatch(type, [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
     using A = Number<T>;
@@ -264,6 +265,7 @@ cudaError_t mp_loss_and_gradient(
     NumberType type, void* logits, int64_t stride, const int64_t* labels, int64_t num_rows, int64_t num_labels, int64_t vocab,
     const void* weights, double z_loss, void* loss, cudaStream_t stream) {
   if (num_rows == 0) return cudaSuccess;
+  if (!fits_grid(num_rows)) return cudaErrorInvalidConfiguration;
   int limit = 0;
   const cudaError_t error = shared_memory_limit(&limit);
   if (error != cudaSuccess) return error;

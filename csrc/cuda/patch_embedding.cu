@@ -28,7 +28,7 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(
       if (start + i < patch_size) {
         const int64_t id = ids[patch * patch_size + start + i];
         here[i] = id >= first_row && id - first_row < num_rows;
-        if (here[i]) rows[i] = *reinterpret_cast<const Vector<T, kWidth>*>(weight + (id - first_row) * hidden + column);
+        if (here[i]) rows[i] = load_vector<kWidth>(weight + (id - first_row) * hidden + column);
         else if (check && column == 0) {
           MP_TRAP(
               "megatron_patch: token_ids hold %lld in patch %lld; allowed: 0 to %lld\n", static_cast<long long>(id),
@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(
   Vector<T, kWidth> mean;
 #pragma unroll
   for (int j = 0; j < kWidth; ++j) mean.values[j] = narrow<T>(sum[j] / static_cast<A>(patch_size));
-  *reinterpret_cast<Vector<T, kWidth>*>(out + patch * hidden + column) = mean;
+  store_vector<kWidth>(out + patch * hidden + column, mean);
 }
 
 template <typename T, int kWidth>
@@ -55,7 +55,7 @@ __device__ __forceinline__ void write_row(const Number<T>* sum, int64_t patch_si
   Vector<T, kWidth> mean;
 #pragma unroll
   for (int j = 0; j < kWidth; ++j) mean.values[j] = narrow<T>(sum[j] / static_cast<Number<T>>(patch_size));
-  *reinterpret_cast<Vector<T, kWidth>*>(target) = mean;
+  store_vector<kWidth>(target, mean);
 }
 
 // Sums the runs of equal ids inside one tile. A run that is whole goes to its row; of one that began in an earlier tile the sum goes to
@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(kThreads) tile_kernel(
     Vector<T, kWidth> rows[kFlight];
 #pragma unroll
     for (int i = 0; i < kFlight; ++i) {
-      if (start + i < size) rows[i] = *reinterpret_cast<const Vector<T, kWidth>*>(grad + patches[start + i] * hidden + column);
+      if (start + i < size) rows[i] = load_vector<kWidth>(grad + patches[start + i] * hidden + column);
     }
 #pragma unroll
     for (int i = 0; i < kFlight; ++i) {
@@ -97,9 +97,7 @@ __global__ void __launch_bounds__(kThreads) tile_kernel(
       if (!ends && entry + 1 < size) continue;
       const int64_t row = ids[entry] - first_row;
       if (carried || !ends) {
-        A* target = partial + (tile * 2 + (carried ? 0 : 1)) * hidden + column;
-#pragma unroll
-        for (int j = 0; j < kWidth; ++j) target[j] = sum[j];
+        store_sums<kWidth>(partial + (tile * 2 + (carried ? 0 : 1)) * hidden + column, sum);
       } else if (row >= 0 && row < num_rows) {
         write_row<T, kWidth>(sum, patch_size, grad_weight + row * hidden + column);
       }
@@ -123,12 +121,10 @@ __global__ void __launch_bounds__(kThreads) join_kernel(
   const bool began_before = begin > 0 && sorted_ids[begin - 1] == id;
   const int64_t column = (static_cast<int64_t>(blockIdx.y) * kThreads + threadIdx.x) * kWidth;
   if (!goes_on || began_before || row < 0 || row >= num_rows || column >= hidden) return;
-  A sum[kWidth];
-#pragma unroll
-  for (int j = 0; j < kWidth; ++j) sum[j] = partial[(tile * 2 + 1) * hidden + column + j];
+  A sum[kWidth] = {};
+  add_sums<kWidth>(sum, partial + (tile * 2 + 1) * hidden + column);
   for (int64_t next = tile + 1;; ++next) {
-#pragma unroll
-    for (int j = 0; j < kWidth; ++j) sum[j] += partial[next * 2 * hidden + column + j];
+    add_sums<kWidth>(sum, partial + next * 2 * hidden + column);
     const int64_t last = (next + 1) * kTile;
     if (last >= count || sorted_ids[last] != id) break;
   }
@@ -151,6 +147,7 @@ cudaError_t mp_patch_embedding_forward(
     NumberType type, const void* weight, const int64_t* ids, int64_t num_patches, int64_t patch_size, int64_t hidden, int64_t first_row,
     int64_t num_rows, bool check, void* out, cudaStream_t stream) {
   if (num_patches == 0 || hidden == 0) return cudaSuccess;
+  if (!fits_grid(num_patches)) return cudaErrorInvalidConfiguration;
   return dispatch(type, [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
     const bool wide = fits_vectors(hidden, kVectorWidth<T>, sizeof(T), weight, out);
@@ -167,10 +164,12 @@ cudaError_t mp_patch_embedding_backward(
     NumberType type, const void* grad, const int64_t* sorted_ids, const int64_t* order, int64_t count, int64_t patch_size, int64_t hidden,
     int64_t first_row, int64_t num_rows, void* partial, void* grad_weight, cudaStream_t stream) {
   if (count == 0 || hidden == 0) return cudaSuccess;
+  const int64_t num_tiles = (count + kTile - 1) / kTile;
+  if (!fits_grid(num_tiles)) return cudaErrorInvalidConfiguration;
   return dispatch(type, [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
     const bool wide = fits_vectors(hidden, kVectorWidth<T>, sizeof(T), grad, grad_weight);
-    const dim3 grid = grid_of((count + kTile - 1) / kTile, hidden, wide ? kVectorWidth<T> : 1);
+    const dim3 grid = grid_of(num_tiles, hidden, wide ? kVectorWidth<T> : 1);
     auto* sums = static_cast<Number<T>*>(partial);
     const auto tiles = wide ? tile_kernel<T, kVectorWidth<T>> : tile_kernel<T, 1>;
     MP_LAUNCH(

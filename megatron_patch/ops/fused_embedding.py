@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -64,7 +65,8 @@ def _register() -> None:
 def _backward_on_cuda(grad: torch.Tensor, token_ids: torch.Tensor, num_rows: int, vocab_start: int | None = None) -> torch.Tensor:
     """Sorts the occurrences of each id, in order, by torch; the kernel sums them."""
     sorted_ids, order = token_ids.reshape(-1).long().sort(stable=True)
-    rows = grad.reshape(-1, grad.shape[-1])
+    # Not -1, which no number of rows is where H is 0.
+    rows = grad.reshape(math.prod(grad.shape[:-1]), grad.shape[-1])
     sums = torch.ops.megatron_patch.patch_embedding_sorted_backward
     return sums(rows, sorted_ids, order, token_ids.shape[-1], num_rows, vocab_start)
 

@@ -132,6 +132,11 @@ def _linear_loss(
     return losses.sum(dtype=torch.float64).to(dtype), grad_hidden, grad_weight
 
 
+def _scaled(gradient: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The product, rounded once; the factor keeps its own dtype, and a GPU writes the result without a wider copy in between."""
+    return torch.mul(gradient, factor.reshape(1, 1), out=gradient.new_empty(gradient.shape, dtype=dtype))
+
+
 def _gradients(hidden: torch.Tensor, weight: torch.Tensor, differentiable: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Room for both gradients; none where they are not asked for."""
     dtype = accumulation_dtype(weight.dtype)
@@ -176,8 +181,8 @@ def _register() -> None:
         if grad is None:
             return (None,) * 9
         grad_hidden, grad_weight = ctx.saved_tensors
-        by_hidden = grad_hidden * grad.to(grad_hidden.dtype) if ctx.needs_input_grad[0] else None
-        by_weight = (grad_weight * grad).to(ctx.dtype) if ctx.needs_input_grad[1] else None
+        by_hidden = _scaled(grad_hidden, grad, ctx.dtype) if ctx.needs_input_grad[0] else None
+        by_weight = _scaled(grad_weight, grad, ctx.dtype) if ctx.needs_input_grad[1] else None
         return by_hidden, by_weight, None, None, None, None, None, None, None
 
     torch.library.register_autograd(library, derivative, setup_context=remember)

@@ -1,9 +1,9 @@
 // Runs CUDA kernels on a CPU, one block at a time, so that the very files that nvcc compiles are executed where there is no GPU.
 //
 // Each thread of a block is a fiber with its own stack. A fiber runs until it meets a barrier or a shuffle; then the next one runs, in an
-// order that the test chooses (forward, backward, shuffled anew at every turn). What is wrong without a barrier shows up as a wrong number
-// under one of the orders. Blocks run in the same order of orders. Shared memory is filled with NaN patterns before each block where it is
-// dynamic.
+// order that the test chooses: forward, backward, shuffled anew at every turn, or a warp at a time as far as it gets. What is wrong without
+// a barrier shows up as a wrong number under one of the orders. Blocks run in the same order of orders. Shared memory is filled with NaN patterns before each block where it is
+// dynamic. A vector read or written off its alignment, which this processor would let pass, ends the kernel.
 //
 // It shows: indexing, tails, alignment of vectors, barriers, reductions, the arithmetic in float. It cannot show: speed, registers and
 // occupancy, races between blocks or finer than a barrier, the hardware's own exp, warps that diverge around a shuffle.
@@ -45,7 +45,7 @@ constexpr size_t kStackBytes = 96 * 1024;
 constexpr int kWarp = 32;
 constexpr size_t kDynamicSharedBytes = 256 * 1024;
 
-enum class Order { kForward, kBackward, kShuffled };
+enum class Order { kForward, kBackward, kShuffled, kWarps };
 
 struct Fiber {
   ucontext_t start;
@@ -66,7 +66,7 @@ struct Machine {
   Order order = Order::kForward;
   uint32_t seed = 1;
   int shared_limit = 64 * 1024;
-  bool trapped = false, stuck = false;
+  bool trapped = false;
   char message[512] = "";
   alignas(16) unsigned char shared[kDynamicSharedBytes];
 };
@@ -134,6 +134,44 @@ inline bool open_if_all_wait(int first, int last, bool Fiber::*waiting) {
   return any;
 }
 
+// Lets a thread run until it waits or is through.
+inline void resume(int thread) {
+  Fiber& fiber = machine.fibers[thread];
+  machine.current = thread;
+  if (_setjmp(machine.scheduler) != 0) return;
+  if (fiber.started) _longjmp(fiber.place, 1);
+  fiber.started = true;
+  setcontext(&fiber.start);
+}
+
+// Lets those of the listed threads run that do not wait; whether any did.
+inline bool resume_each(const std::vector<int>& threads) {
+  bool moved = false;
+  for (const int thread : threads) {
+    const Fiber& fiber = machine.fibers[thread];
+    if (fiber.done || fiber.waits_for_block || fiber.waits_for_warp) continue;
+    resume(thread);
+    if (machine.trapped) return true;
+    moved = true;
+  }
+  return moved;
+}
+
+// Lets one warp after the other run up to its next barrier of the block; whether any did.
+inline bool resume_warps(int threads) {
+  bool moved = false;
+  for (int first = 0; first < threads; first += kWarp) {
+    const int last = std::min(first + kWarp, threads);
+    std::vector<int> warp(last - first);
+    std::iota(warp.begin(), warp.end(), first);
+    while (resume_each(warp) || open_if_all_wait(first, last, &Fiber::waits_for_warp)) {
+      if (machine.trapped) return true;
+      moved = true;
+    }
+  }
+  return moved;
+}
+
 inline void run_block(int threads) {
   for (int i = 0; i < threads; ++i) {
     Fiber& fiber = machine.fibers[i];
@@ -145,32 +183,18 @@ inline void run_block(int threads) {
     makecontext(&fiber.start, entry, 0);
   }
   std::memset(machine.shared, 0xff, sizeof(machine.shared));
-  // Volatile: it lives across the jumps.
-  volatile bool alive = true;
-  while (alive && !machine.trapped) {
-    alive = false;
-    bool moved = false;
-    for (const int i : turns(threads)) {
-      Fiber& fiber = machine.fibers[i];
-      if (fiber.done) continue;
-      alive = true;
-      if (fiber.waits_for_block || fiber.waits_for_warp) continue;
-      moved = true;
-      machine.current = i;
-      if (_setjmp(machine.scheduler) == 0) {
-        if (fiber.started) _longjmp(fiber.place, 1);
-        fiber.started = true;
-        setcontext(&fiber.start);
-      }
-      if (machine.trapped) return;
-    }
+  const auto through = [](const Fiber& fiber) { return fiber.done; };
+  while (!std::all_of(machine.fibers.begin(), machine.fibers.begin() + threads, through)) {
+    bool moved = machine.order == Order::kWarps ? resume_warps(threads) : resume_each(turns(threads));
+    if (machine.trapped) return;
     for (int first = 0; first < threads; first += kWarp) {
       moved |= open_if_all_wait(first, std::min(first + kWarp, threads), &Fiber::waits_for_warp);
     }
     moved |= open_if_all_wait(0, threads, &Fiber::waits_for_block);
-    if (alive && !moved) {
-      machine.stuck = machine.trapped = true;
+    if (!moved) {
+      machine.trapped = true;
       std::snprintf(machine.message, sizeof(machine.message), "threads wait for each other at different barriers");
+      return;
     }
   }
 }
@@ -219,6 +243,7 @@ T from_lane(T value, int lane) {
 #define __shfl_xor_sync(mask, value, distance) \
   cuda_on_cpu::from_lane((value), cuda_on_cpu::machine.current % cuda_on_cpu::kWarp ^ (distance))
 #define __expf(x) expf(x)
+#define __stwb(target, word) (*(target) = (word))
 
 #define MP_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
   ((void)(stream), cuda_on_cpu::launch((grid), (block), (shared_bytes), [=] { kernel(__VA_ARGS__); }))
@@ -236,12 +261,17 @@ T from_lane(T value, int lane) {
 
 // What a test sets before a launch and asks behind it.
 extern "C" {
+// The compiler calls it, with -fsanitize=alignment, in place of an access that is off its alignment.
+inline __attribute__((used, visibility("default"))) void __ubsan_handle_type_mismatch_v1(void*, void* address) {
+  std::snprintf(cuda_on_cpu::machine.message, sizeof(cuda_on_cpu::machine.message), "misaligned address %p", address);
+  cuda_on_cpu::trap();
+}
 inline __attribute__((used, visibility("default"))) void cuda_on_cpu_prepare(int order, unsigned seed, int shared_limit) {
   auto& machine = cuda_on_cpu::machine;
   machine.order = static_cast<cuda_on_cpu::Order>(order);
   machine.seed = seed;
   machine.shared_limit = shared_limit;
-  machine.trapped = machine.stuck = false;
+  machine.trapped = false;
   machine.message[0] = 0;
 }
 inline __attribute__((used, visibility("default"))) const char* cuda_on_cpu_message() { return cuda_on_cpu::machine.message; }

@@ -6,6 +6,7 @@ Outputs stand between guards: what a kernel writes outside of its result is noti
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import re
 import shutil
 import subprocess
@@ -20,7 +21,7 @@ from megatron_patch.ops.plain import accumulation_dtype
 HERE = Path(__file__).parent
 SOURCES = HERE.parent.parent / "csrc" / "cuda"
 TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-ORDERS = {"forward": 0, "backward": 1, "shuffled": 2}
+ORDERS = {"forward": 0, "backward": 1, "shuffled": 2, "warps": 3}
 TILE = 64
 _GUARD = 64
 
@@ -41,7 +42,7 @@ def compile_kernels(sources: Path, library: Path, *options: str) -> None:
     command = [
         *("g++", "-shared", "-fPIC", "-O1", "-std=c++20", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-clobbered"),
         *options,
-        *("-U_FORTIFY_SOURCE", "-ffp-contract=off", "-DMEGATRON_PATCH_CUDA_ON_CPU"),
+        *("-U_FORTIFY_SOURCE", "-ffp-contract=off", "-fsanitize=alignment", "-DMEGATRON_PATCH_CUDA_ON_CPU"),
         *("-I", str(HERE), "-I", str(sources), "-isystem", str(cuda_include())),
         *("-x", "c++", *(str(path) for path in sorted(sources.glob("*.cu")))),
         *("-o", str(library)),
@@ -85,10 +86,11 @@ class CudaOnCpu:
 
     Args:
         library: compiled by `compile_kernels`.
-        order: forward, backward or shuffled.
+        order: one of ORDERS.
         seed: of the shuffled order.
         shared_limit: bytes of shared memory that a block may ask for.
         shift: elements that inputs and results lie off the alignment of vectors.
+        gap: elements, NaN, between the rows of logits that are only read.
     """
 
     library: ctypes.CDLL
@@ -96,6 +98,7 @@ class CudaOnCpu:
     seed: int = 1
     shared_limit: int = 64 * 1024
     shift: int = 0
+    gap: int = 0
 
     def _call(self, name: str, *arguments: object) -> None:
         values = []
@@ -121,6 +124,13 @@ class CudaOnCpu:
         room = guarded(tuple(tensor.shape), tensor.dtype, 0.0, self.shift)
         room.value.copy_(tensor)
         return room.value
+
+    def _apart(self, logits: torch.Tensor) -> torch.Tensor:
+        """A copy with gaps between its rows, off the alignment of vectors where that is asked for."""
+        rows, vocab = logits.shape
+        room = guarded((rows, vocab + self.gap), logits.dtype, shift=self.shift)
+        room.value[:, :vocab] = logits
+        return room.value[:, :vocab]
 
     def patch_embedding(self, weight: torch.Tensor, ids: torch.Tensor, vocab_start: int | None = None) -> torch.Tensor:
         """[P, K] ids to [P, H]."""
@@ -149,10 +159,10 @@ class CudaOnCpu:
     def statistics(self, logits: torch.Tensor, labels: torch.Tensor, vocab_start: int | None = None) -> torch.Tensor:
         """[N, 2 + K]."""
         out = guarded((len(logits), 2 + labels.shape[1]), accumulation_dtype(logits.dtype))
-        source = self._shifted(logits)
+        source = self._apart(logits)
         self._call(
             "mp_loss_statistics",
-            *(logits.dtype, source, logits.shape[1], labels, len(logits), labels.shape[1], vocab_start or 0, logits.shape[1]),
+            *(logits.dtype, source, source.stride(0), labels, len(logits), labels.shape[1], vocab_start or 0, logits.shape[1]),
             *(vocab_start is None, out.value),
         )
         return out.checked()
@@ -172,10 +182,10 @@ class CudaOnCpu:
         out = guarded((rows, vocab), logits.dtype, shift=self.shift)
         if in_place:
             out.value.copy_(logits)
-        source = out.value if in_place else logits.clone()
+        source = out.value if in_place else dataclasses.replace(self, shift=0)._apart(logits)
         self._call(
             "mp_loss_gradient",
-            *(logits.dtype, source, vocab, labels, rows, labels.shape[1], vocab_start or 0, vocab),
+            *(logits.dtype, source, source.stride(0), labels, rows, labels.shape[1], vocab_start or 0, vocab),
             *(normalizer, grad_nll, grad_lse, out.value, vocab),
         )
         return out.checked()

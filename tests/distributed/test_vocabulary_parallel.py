@@ -56,6 +56,30 @@ def on_a_rank():
     return results, [(event.name, event.input_shapes[0]) for event in sorted(calls, key=lambda event: event.time_range.start)]
 
 
+def traced_on_a_rank():
+    """Whether all three, in one traced graph, have the gradients that they have without tracing."""
+    dist.init_process_group("gloo")
+    size, rank = dist.get_world_size(), dist.get_rank()
+    first, last = VOCAB * rank // size, VOCAB * (rank + 1) // size
+    case, ids, hidden, weight = inputs()
+    shard, group = weight[first:last].clone().requires_grad_(), dist.group.WORLD
+
+    def model(states, table):
+        states = states + fused_embedding.patch_embedding(table, ids, first)
+        nll, lse = fused_loss.multi_token_loss(states @ table.t(), case.labels, first, group)
+        loss, count = fused_linear_loss.linear_multi_token_loss(states, table, case.labels, None, 0.1, first, group, 5)
+        return nll.sum() + lse.sum() + loss / count
+
+    hidden.requires_grad_()
+    traced = torch.compile(model, fullgraph=True, backend="aot_eager")
+    pairs = zip(*(torch.autograd.grad(each(hidden, shard), (hidden, shard)) for each in (traced, model)), strict=True)
+    return [torch.equal(one, other) for one, other in pairs]
+
+
+def test_shards_trace_without_a_graph_break(tmp_path):
+    assert run_ranks(traced_on_a_rank, 2, tmp_path) == [[True, True]] * 2
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 def test_shards_on_ranks_equal_the_whole_with_one_exchange(tmp_path, ranks):
     expected = operators(0, VOCAB, None)

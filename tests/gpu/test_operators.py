@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -112,6 +114,41 @@ def test_the_same_bits_on_every_run_and_as_the_cpu_s_embedding(dtype):
     assert torch.equal(results[0][2].cpu(), fused_embedding.patch_embedding(weight, ids))
 
 
+@settings(max_examples=40)
+@given(LOSS_CASES, st.integers(1, 4), st.booleans())
+def test_shards_of_the_vocabulary_give_what_the_whole_gives(case, shards, copied):
+    """As the CPU's test of this name: the exchange by hand. Columns of the whole are rows that lie apart."""
+    vocab, logits, labels = case.logits.shape[1], case.logits.cuda(), case.labels.cuda()
+    edges = sorted({*(vocab * i // shards for i in range(shards)), vocab})
+    parts = [(first, logits[:, first:last].clone() if copied else logits[:, first:last]) for first, last in pairwise(edges)]
+    stacked = torch.stack([kernels.multi_token_loss_statistics(part, labels, first) for first, part in parts])
+    largest = stacked[..., 0].amax(dim=0)
+    sums = (stacked[..., 1] * (stacked[..., 0] - largest).exp()).sum(dim=0)
+    normalizer, nll, lse = fused_loss.normalize(torch.cat((largest[:, None], sums[:, None], stacked[..., 2:].sum(0)), dim=1), labels, None)
+    exact_nll, _ = case.exact()
+    assert_within(nll, exact_nll, exact_nll.abs() + 0.1, torch.float32)
+    ones = torch.ones_like(nll)
+    grads = [kernels.multi_token_loss_gradient(part, labels, normalizer, ones, lse, first) for first, part in parts]
+    assert_within(torch.cat(grads, dim=1), *case.exact_gradient(ones.cpu(), lse.cpu()), case.logits.dtype)
+
+
+def test_a_group_of_one_gpu_gives_what_none_gives():
+    case = loss_case(2, 13, 3, 50, torch.float32)
+    labels, generator = case.labels.cuda(), torch.Generator().manual_seed(0)
+    inputs = [torch.randn(count, 8, generator=generator).cuda().requires_grad_() for count in (13, 50)]
+    dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        for chunk_rows in (5, 4096):
+            whole, sharded = (
+                fused_linear_loss.linear_multi_token_loss(*inputs, labels, None, 0.1, start, group, chunk_rows)[0]
+                for start, group in ((None, None), (0, dist.group.WORLD))
+            )
+            torch.testing.assert_close(sharded, whole)
+            torch.testing.assert_close(torch.autograd.grad(sharded, inputs), torch.autograd.grad(whole, inputs))
+    finally:
+        dist.destroy_process_group()
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 4e-3)])
 @pytest.mark.parametrize("chunk_rows", [100, 4096])
 def test_the_chunked_head_follows_the_formula(dtype, tolerance, chunk_rows):
@@ -205,6 +242,25 @@ def test_other_streams_and_cuda_graphs():
     torch.cuda.synchronize()
     assert_within(losses, case.exact_row_losses(), 2 * case.exact_row_losses() + 0.5, torch.float32)
     assert_within(captured, *case.exact_gradient(), torch.bfloat16)
+
+
+def test_arguments_left_on_the_cpu_are_named():
+    logits, labels = torch.zeros(3, 9), torch.zeros(3, 2, dtype=torch.int64)
+    for one, other, name in ((logits.cuda(), labels, "labels"), (logits, labels.cuda(), "logits")):
+        with pytest.raises(ValueError, match=f"{name} must be on the same GPU"):
+            fused_loss.multi_token_loss(one, other)
+        with pytest.raises(ValueError, match=f"{name} must be on the same GPU"):
+            kernels.multi_token_loss_and_gradient_(one.clone(), other)
+    for weight, ids, name in ((logits.cuda(), labels, "token_ids"), (logits, labels.cuda(), "weight")):
+        with pytest.raises(ValueError, match=f"{name} must be on the same GPU"):
+            fused_embedding.patch_embedding(weight, ids)
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+def test_shapes_without_elements(dtype):
+    for patches, k, hidden in (((0,), 2, 8), ((4,), 2, 0), ((0, 3), 1, 0)):
+        check_embedding(1, patches, k, 6, hidden, dtype)
+    check_one_go(loss_case(1, 0, 3, 24, dtype))
 
 
 @pytest.mark.parametrize(

@@ -20,17 +20,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.cuda_on_cpu import kernels
-from tests.cuda_on_cpu.kernels import ORDERS, CudaOnCpu, Trapped, compile_kernels, cuda_include
+from tests.cuda_on_cpu.kernels import ORDERS, TYPES, CudaOnCpu, Trapped, compile_kernels, cuda_include
 from tests.ops.cases import LOSS_CASES, NARROW, LossCase, assert_within, loss_case
 from tests.ops.test_fused_embedding import gradient_of_rows, mean_of_rows
 
 pytestmark = pytest.mark.skipif(cuda_include() is None or shutil.which("g++") is None, reason="CUDA's headers (nvcc) and g++ are needed")
 WAYS = st.builds(
-    lambda order, seed, limit, shift: (order, seed, limit, shift),
+    lambda order, seed, limit, shift, gap: (order, seed, limit, shift, gap),
     st.sampled_from(list(ORDERS)),
     st.integers(1, 99),
     st.sampled_from([4096, 65536]),
     st.integers(0, 1),
+    st.sampled_from([0, 3]),
 )
 
 
@@ -186,12 +187,36 @@ def test_what_is_out_of_range_ends_the_kernel_with_its_name(library, bad):
         machine.patch_embedding(torch.randn(24, 8), ids)
 
 
-# (file, text, its replacement, which check must fail): one barrier, stride, tail or tile at a time.
+@pytest.mark.parametrize("count", [2**31, 2**32 + 1])
+def test_more_rows_than_a_grid_holds_are_refused(library, count):
+    """Cut to 32 bits, the last would launch one block and leave all other rows as they were."""
+    library.cuda_on_cpu_prepare(0, 1, 65536)
+    none, number, size = ctypes.c_void_p(None), ctypes.c_int(TYPES[torch.float32]), ctypes.c_int64
+    no, zero = ctypes.c_bool(False), size(0)
+    assert library.mp_loss_statistics(number, none, size(8), none, size(count), size(1), zero, size(8), no, none, none) != 0
+    assert (
+        library.mp_loss_gradient(number, none, size(8), none, size(count), size(1), zero, size(8), none, none, none, none, size(8), none)
+        != 0
+    )
+    assert (
+        library.mp_loss_and_gradient(number, none, size(8), none, size(count), size(1), size(8), none, ctypes.c_double(0), none, none) != 0
+    )
+    assert library.mp_patch_embedding_forward(number, none, none, size(count), size(1), size(8), zero, size(8), no, none, none) != 0
+    tiles = size(count * 64)
+    assert library.mp_patch_embedding_backward(number, none, none, none, tiles, size(1), size(8), zero, size(8), none, none, none) != 0
+
+
+# (file, text, its replacement): one barrier, stride, tail, tile or alignment at a time.
 MUTANTS = {
     "no barrier before the block's parts are added": (
         "common.cuh",
         "if (lane == 0) scratch[warp] = value;\n  __syncthreads();",
         "if (lane == 0) scratch[warp] = value;",
+    ),
+    "no barrier before the block's scratch serves again": (
+        "common.cuh",
+        "total += scratch[other];\n  __syncthreads();",
+        "total += scratch[other];",
     ),
     "no barrier before the block's maxima are merged": (
         "multi_token_loss.cu",
@@ -208,12 +233,18 @@ MUTANTS = {
         "cache, kept, whole.largest, factor);\n  __syncthreads();",
         "cache, kept, whole.largest, factor);",
     ),
+    "no barrier before labels are corrected, where losses are label by label": (
+        "multi_token_loss.cu",
+        "nullptr, 0, largest, factor);\n  __syncthreads();",
+        "nullptr, 0, largest, factor);",
+    ),
     "no barrier behind the tile's ids": (
         "patch_embedding.cu",
         "sorted_ids[begin - 1] == sorted_ids[begin];\n  __syncthreads();",
         "sorted_ids[begin - 1] == sorted_ids[begin];",
     ),
     "a wrong stride of rows": ("multi_token_loss.cu", "T* target = logits + row * stride;", "T* target = logits + row * (stride - 1);"),
+    "a wrong stride of rows that lie apart": ("multi_token_loss.cu", "source = logits + row * stride;", "source = logits + row * vocab;"),
     "a wrong stride of threads": (
         "multi_token_loss.cu",
         "for (int64_t i = thread; i < cut.vectors; i += threads) {\n    const Wide<T> vector",
@@ -222,6 +253,14 @@ MUTANTS = {
     "no tail when reading": ("multi_token_loss.cu", "v < vocab; v += threads) take<T, 1>", "v < 0; v += threads) take<T, 1>"),
     "no tail when writing": ("multi_token_loss.cu", "v < vocab; v += threads) out[v]", "v < 0; v += threads) out[v]"),
     "no head when reading": ("multi_token_loss.cu", "v < cut.head; v += threads) take<T, 1>", "v < 0; v += threads) take<T, 1>"),
+    "vectors off their alignment, in rows of logits": ("common.cuh", "offset == 0 ? 0 : (16 - offset)", "offset == 0 ? 0 : (0 * offset)"),
+    "vectors off their alignment, in a result": ("multi_token_loss.cu", "% 16 != 0) cut = {vocab, 0};", "% 16 > 16) cut = {vocab, 0};"),
+    "vectors off their alignment, in a table": (
+        "patch_embedding.cu",
+        "hidden % width == 0 && aligned(first) && aligned(second);",
+        "hidden % width == 0 && (true || aligned(first) || aligned(second));",
+    ),
+    "vectors past the end of a row of the table": ("patch_embedding.cu", "return hidden % width == 0 &&", "return hidden > width &&"),
     "repeated labels count once": ("multi_token_loss.cu", "taken += weight(other);", "if (other == k) taken += weight(other);"),
     "every occurrence is a run of its own": (
         "patch_embedding.cu",
@@ -241,11 +280,12 @@ def checks(library: ctypes.CDLL) -> None:
     """What every mutant must fail at: a few of the cases above, under every order."""
     for order in ORDERS:
         for shift in (0, 1):
-            machine = CudaOnCpu(library, order, 3, 4096, shift)
+            machine = CudaOnCpu(library, order, 3, 4096, shift, gap=3 * shift)
             for dtype in (torch.float32, torch.bfloat16):
                 check_loss(machine, loss_case(1, 3, 6, 4100, dtype, weighted=True, z_loss=0.01))
             check_embedding(machine, 1, 100, 4, 11, 24, torch.float32, 70)
             check_embedding(dataclasses.replace(machine, shift=0), 1, 30, 3, 7, 600, torch.float32, 0)
+            check_embedding(dataclasses.replace(machine, shift=0), 1, 9, 3, 7, 257, torch.bfloat16, 0)
 
 
 def test_the_checks_that_mutants_must_fail_pass_without_them(library):

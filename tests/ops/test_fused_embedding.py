@@ -217,6 +217,24 @@ def test_views_and_narrow_ids_give_what_copies_give():
 
 
 @compiled
+@pytest.mark.parametrize(("patches", "k", "hidden"), [((2, 5), 3, 8), ((), 4, 8), ((0,), 2, 8), ((4,), 2, 0), ((0, 3), 1, 0)])
+@pytest.mark.parametrize("number", [torch.int64, torch.int32])
+def test_what_stands_before_the_gpu_s_kernel_hands_it_every_shape_sorted(monkeypatch, patches, k, hidden, number):
+    """The kernel itself is a sum over sorted ids, here the formula's."""
+
+    def sums(grad, sorted_ids, order, patch_size, num_rows, vocab_start):
+        assert grad.dim() == 2 and patch_size == k and sorted_ids.dtype == order.dtype == torch.int64
+        assert bool((sorted_ids.diff() >= 0).all()) and bool((order.diff()[sorted_ids.diff() == 0] > 0).all())
+        ids = torch.empty_like(sorted_ids).scatter_(0, order, sorted_ids).reshape(len(grad), k)
+        return torch.ops.megatron_patch.patch_embedding_backward(grad, ids, num_rows, vocab_start)
+
+    monkeypatch.setattr(torch.ops.megatron_patch, "patch_embedding_sorted_backward", sums, raising=False)
+    _, ids, grad = case(7, patches, k, 6, hidden, torch.float32)
+    expected = torch.ops.megatron_patch.patch_embedding_backward(grad, ids, 6)
+    assert torch.equal(fused_embedding._backward_on_cuda(grad, ids.to(number), 6), expected)
+
+
+@compiled
 def test_passes_the_operator_checks_of_torch():
     for vocab_start in (None, 0, 5):
         weight, ids, grad = case(4, (3, 6), 4, 24, 8, torch.float32)

@@ -114,9 +114,22 @@ def test_narrow_weights_get_gradients_that_were_summed_in_float32(dtype):
     # What the very same logits and their rounded gradients sum to.
     logits = F.linear(hidden.detach(), weight.detach())
     kernels.multi_token_loss_and_gradient_(logits, labels)
-    expected = logits.double().t() @ hidden.detach().double()
-    size = logits.double().abs().t() @ hidden.detach().double().abs()
-    assert_within(weight.grad, expected, size, dtype)
+    for value, first, second in ((weight.grad, logits.t(), hidden.detach()), (hidden.grad, logits, weight.detach())):
+        assert_within(value, first.double() @ second.double(), first.double().abs() @ second.double().abs(), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("factor", [1 / 3, 1e5])
+def test_narrow_gradients_are_scaled_in_float32_and_rounded_once(dtype, factor):
+    """Rounded first, the factor would put every element off by as much; and 1e5 is past float16's range, where its products are not."""
+    case = loss_case(6, 64, 3, 40, dtype)
+    hidden = (1e-2 * torch.randn(64, 16, generator=torch.Generator().manual_seed(1))).to(dtype).requires_grad_()
+    weight = (1e-2 * torch.randn(40, 16, generator=torch.Generator().manual_seed(2))).to(dtype).requires_grad_()
+    loss, _ = fused_linear_loss.linear_multi_token_loss(hidden, weight, case.labels)
+    unscaled = kernels.linear_multi_token_loss(hidden.detach(), weight.detach(), case.labels, None, 0.0, None, None, 4096, True)[1:]
+    scaled = torch.autograd.grad(loss * factor, (hidden, weight))
+    for value, exact in zip(scaled, unscaled, strict=True):
+        assert value.dtype == dtype and torch.equal(value, (exact.float() * torch.tensor(factor)).to(dtype))
 
 
 @settings(max_examples=40)
