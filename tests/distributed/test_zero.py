@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from tests.distributed.runs import Run, train
+from tests.distributed.ranks import run_ranks
+from tests.distributed.runs import DATA, MODEL, Run, _main, command, train
 
 # Three patch steps of 2 micro-batches, then token steps of 8: the numbers do not divide each other over the ranks and stages.
 PLAN = "--seq-length 16 --micro-batch-size 2 --global-batch-size 12 --patch-size 3 --train-tokens 4200 --lr 3e-3 --lr-warmup-fraction 0.2"
@@ -34,6 +35,20 @@ def test_two_ranks_equal_one_process(tmp_path, corpus, single, stage):
         assert mine["eval_tokens"] == theirs["eval_tokens"]
 
 
+def _without_float16(argv: list[str]) -> int:
+    from deepspeed.accelerator import get_accelerator
+
+    get_accelerator().is_fp16_supported = lambda: False
+    return _main(argv)
+
+
+def test_float32_stays_float32_on_processors_without_float16(tmp_path, corpus, single):
+    """DeepSpeed chooses dtypes by what a device supports; not every CPU has float16, and the tests' machine may."""
+    argv = command(MODEL, DATA, PLAN, "--zero-stage 3 --eval-interval 5 --data-path", corpus, ["--save", str(tmp_path / "run")])
+    assert run_ranks(_without_float16, 1, tmp_path / "logs", argv) == [0]
+    assert Run(tmp_path / "run").losses == pytest.approx(single.losses, rel=1e-5)
+
+
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_bfloat16_follows_its_float32_twin(tmp_path, corpus, single, stage):
     run = train(tmp_path / "run", 2, PLAN, f"--zero-stage {stage} --bf16 --eval-interval 5 --data-path", corpus)
@@ -46,10 +61,13 @@ def test_three_ranks_fill_up_the_last_micro_batch(tmp_path, corpus, single):
     assert run.losses == pytest.approx(single.losses, rel=1e-5)
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_an_offloaded_optimizer_computes_the_same_and_resumes(tmp_path, corpus, single, stage):
+@pytest.mark.parametrize(
+    ("stage", "parts"),
+    [(1, ["offload_optimizer"]), (2, ["offload_optimizer"]), (3, ["offload_optimizer"]), (3, ["offload_param", "offload_optimizer"])],
+)
+def test_what_is_offloaded_computes_the_same_and_resumes(tmp_path, corpus, single, stage, parts):
     path = tmp_path / "ds.json"
-    path.write_text(json.dumps({"zero_optimization": {"stage": stage, "offload_optimizer": {"device": "cpu"}}}))
+    path.write_text(json.dumps({"zero_optimization": {"stage": stage, **{part: {"device": "cpu"} for part in parts}}}))
     words = f"--eval-interval 5 --deepspeed_config {path}"
     train(tmp_path / "run", 2, PLAN, words, "--exit-interval 17 --data-path", corpus)
     run = train(tmp_path / "run", 2, PLAN, words, "--data-path", corpus)
