@@ -39,12 +39,6 @@ class EngineConfig:
     clip_grad: float
     deepspeed: Mapping[str, Any]
 
-    @property
-    def offloads_to_nvme(self) -> bool:
-        """Whether optimizer states or weights live on disk between steps."""
-        zero = self.deepspeed["zero_optimization"]
-        return any(_device(zero, part) == "nvme" for part in ("offload_optimizer", "offload_param"))
-
 
 def batch_settings(stage: Stage, data_parallel_size: int) -> dict[str, int]:
     """DeepSpeed's three batch sizes for a stage."""
@@ -83,8 +77,13 @@ def _device(zero: Mapping[str, Any], part: str) -> str:
     """Where a part of the training's state is offloaded to."""
     section = {} if zero.get(part) is None else _section(zero, part)
     device = section.get("device", "none")
-    if device not in ("none", "cpu", "nvme"):
-        raise ConfigError(f"--deepspeed_config: zero_optimization.{part}.device is {device!r}", "none, cpu or nvme")
+    if device == "nvme":
+        # Between steps DeepSpeed keeps empty tensors then: nothing that initial weights could be written to, or a checkpoint read from.
+        raise ConfigError(
+            f"--deepspeed_config: zero_optimization.{part}.device is nvme", "none or cpu: checkpoints need the state in memory", "use cpu"
+        )
+    if device not in ("none", "cpu"):
+        raise ConfigError(f"--deepspeed_config: zero_optimization.{part}.device is {device!r}", "none or cpu", "use cpu")
     return str(device)
 
 
