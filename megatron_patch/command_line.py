@@ -10,6 +10,31 @@ from typing import Any, NoReturn
 
 from megatron_patch.engine.environment import ranks_of_environment
 from megatron_patch.errors import ConfigError, MegatronPatchError
+from megatron_patch.units import parse_count
+
+
+def count(word: str) -> int:
+    """A whole number with an optional unit, as the type of an argument: 4096, 10k, 2M.
+
+    Raises:
+        argparse.ArgumentTypeError: it is none.
+    """
+    try:
+        return parse_count(word)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(f"{error.what} (allowed: {error.allowed})") from error
+
+
+def count_from_one(word: str) -> int:
+    """The same from 1.
+
+    Raises:
+        argparse.ArgumentTypeError: it is 0, or no count.
+    """
+    number = count(word)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{word!r} (allowed: whole numbers from 1)")
+    return number
 
 
 class ArgumentParser(argparse.ArgumentParser):

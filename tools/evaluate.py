@@ -19,7 +19,7 @@ from typing import Any
 import package_check  # noqa: F401 - before the package itself
 import torch
 
-from megatron_patch.command_line import ArgumentParser, add_layout, run_tool
+from megatron_patch.command_line import ArgumentParser, add_layout, count, count_from_one, run_tool
 from megatron_patch.data.corpus import check_vocabulary, open_corpus
 from megatron_patch.data.evaluation_data import evaluation_batches, held_out_starts
 from megatron_patch.data.patch_dataset import DocumentMasking
@@ -30,7 +30,6 @@ from megatron_patch.evaluation.harness import run_tasks
 from megatron_patch.evaluation.text import read_documents, score_text
 from megatron_patch.evaluation.wikitext import detokenize
 from megatron_patch.model.reader import Reader
-from megatron_patch.stages import LOOKAHEAD_TOKENS
 from megatron_patch.tokenizer import Tokenizer, tokenizer_of_checkpoint
 from megatron_patch.units import parse_count
 
@@ -42,9 +41,9 @@ def _parser() -> ArgumentParser:
     what.add_argument("--data-path", help="a dataset prefix")
     what.add_argument("--text", nargs="+", help=".txt (one document) or .jsonl files, also compressed")
     what.add_argument("--tasks", help="names with commas")
-    parser.add_argument("--patch-size", type=int, default=1, help="K; 1 is the token-level loss")
-    parser.add_argument("--seq-length", type=int, help="positions; by default the run's")
-    parser.add_argument("--micro-batch-size", type=int, default=8)
+    parser.add_argument("--patch-size", type=count_from_one, default=1, help="K; 1 is the token-level loss")
+    parser.add_argument("--seq-length", type=count_from_one, help="positions; by default the run's")
+    parser.add_argument("--micro-batch-size", type=count_from_one, default=8)
     parser.add_argument("--bf16", action="store_true", help="evaluate in bfloat16")
     parser.add_argument("--tokenizer-type", help="by default what the training data's side file said")
     parser.add_argument("--tokenizer-model")
@@ -53,22 +52,24 @@ def _parser() -> ArgumentParser:
     tokens.add_argument("--eval-tokens", default="all", help="how many tokens to read")
     text = parser.add_argument_group("text")
     text.add_argument("--json-key", default="text", help="key of the text in .jsonl files")
-    text.add_argument("--overlap", type=int, default=0, help="positions of context that a window shares with the one before")
+    text.add_argument("--overlap", type=count, default=0, help="positions of context that a window shares with the one before")
     text.add_argument("--detokenize", choices=["wikitext"], help="what the model reads: the text without WikiText's spaces between marks")
-    text.add_argument("--words", help="words of the original, where the text has been detokenized; by default those between whitespace")
+    text.add_argument(
+        "--words",
+        type=count_from_one,
+        help="words of the original, where the text has been detokenized; by default those between whitespace",
+    )
     tasks = parser.add_argument_group("tasks")
     tasks.add_argument("--task-data", type=Path, help="folder with the tasks' data sets, named as the hub names them")
     tasks.add_argument("--task-path", type=Path, help="folder with more tasks as YAML files")
-    tasks.add_argument("--num-fewshot", type=int, help="by default each task's own number")
-    tasks.add_argument("--limit", type=int, help="documents of each task")
+    tasks.add_argument("--num-fewshot", type=count, help="by default each task's own number")
+    tasks.add_argument("--limit", type=count, help="documents of each task")
     return parser
 
 
 def main(argv: list[str]) -> None:
     """Runs the tool."""
     args = _parser().parse_args(argv)
-    if args.patch_size < 1 or args.micro_batch_size < 1:
-        raise ConfigError(f"--patch-size {args.patch_size} --micro-batch-size {args.micro_batch_size}", "whole numbers from 1")
     if args.tasks is not None and args.patch_size != 1:
         raise ConfigError(f"--tasks with --patch-size {args.patch_size}", "1: tasks are asked token by token", "remove --patch-size")
     dtype = torch.bfloat16 if args.bf16 else torch.float32
@@ -81,7 +82,7 @@ def main(argv: list[str]) -> None:
 def _evaluate(args: argparse.Namespace, loaded: LoadedModel[Reader]) -> dict[str, Any]:
     shape = loaded.model.shape
     positions = args.seq_length or int(loaded.options["seq_length"])
-    if positions < 1 or (shape.position_embedding == "learned" and positions > shape.max_positions):
+    if shape.position_embedding == "learned" and positions > shape.max_positions:
         raise ConfigError(f"--seq-length {positions}", f"1 to {shape.max_positions}, the model's learned positions")
     result = {"checkpoint": str(loaded.found.folder), "step": loaded.found.state.step, "seq_length": positions}
     if args.tasks is not None:
@@ -121,7 +122,7 @@ def _text(args: argparse.Namespace, loaded: LoadedModel[Reader], positions: int)
     rewrite = detokenize if args.detokenize == "wikitext" else str
     settings = (positions, args.patch_size, args.overlap, args.micro_batch_size)
     score = score_text(loaded.model, _tokenizer(args, loaded), documents, *settings, loaded.copies, rewrite)
-    words = parse_count(args.words) if args.words else score.words
+    words = args.words or score.words
     return {
         "text": args.text,
         "patch_size": args.patch_size,
@@ -148,11 +149,10 @@ def _tokens(args: argparse.Namespace, loaded: LoadedModel[Reader], positions: in
     check_vocabulary(corpus, model.shape.vocab_size)
     unit = positions * args.patch_size
     tokens = corpus.num_tokens if args.eval_tokens == "all" else parse_count(args.eval_tokens)
-    lookahead = min(LOOKAHEAD_TOKENS, args.patch_size)
-    starts = held_out_starts((0, corpus.num_tokens), unit, lookahead, tokens)
+    starts = held_out_starts((0, corpus.num_tokens), unit, args.patch_size, tokens)
     if len(starts) == 0:
         raise DataError(
-            f"{args.data_path} has {corpus.num_tokens} tokens, less than one sample of {unit} and {lookahead} more",
+            f"{args.data_path} has {corpus.num_tokens} tokens, less than one sample of {unit} and {args.patch_size} more",
             "at least one sample",
             "lower --seq-length or --patch-size",
         )

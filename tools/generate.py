@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import package_check  # noqa: F401 - before the package itself
 import torch
 
-from megatron_patch.command_line import ArgumentParser, add_layout, run_tool
+from megatron_patch.command_line import ArgumentParser, add_layout, count, count_from_one, run_tool
 from megatron_patch.engine.distributed import broadcast_object
 from megatron_patch.engine.environment import ranks_of_environment
 from megatron_patch.engine.inference import LoadedModel, reading
@@ -31,12 +31,12 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--load", required=True, help="a run's folder, or one of its step-N folders")
     parser.add_argument("--prompt", action="append", help="may be given several times; without it the model starts from an end of document")
     parser.add_argument("--interactive", action="store_true", help="read a prompt a line and answer each, to the end of the input")
-    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--max-new-tokens", type=count_from_one, default=128)
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token")
     parser.add_argument("--top-p", type=float, default=0.95, help="draw from the smallest set of tokens with this mass")
-    parser.add_argument("--top-k", type=int, default=0, help="draw from so many likeliest tokens; 0: from all")
+    parser.add_argument("--top-k", type=count, default=0, help="draw from so many likeliest tokens; 0: from all")
     parser.add_argument("--seed", type=int, default=1234, help="of the draws; each prompt of a batch has its own")
-    parser.add_argument("--micro-batch-size", type=int, default=16, help="prompts continued together")
+    parser.add_argument("--micro-batch-size", type=count_from_one, default=16, help="prompts continued together")
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16")
     parser.add_argument("--tokenizer-type", help="by default what the training data's side file said")
     parser.add_argument("--tokenizer-model")
@@ -45,8 +45,6 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     sampling = Sampling(args.temperature, args.top_p, args.top_k, args.seed)
     sampling.check()
-    if args.max_new_tokens < 1 or args.micro_batch_size < 1:
-        raise ConfigError(f"--max-new-tokens {args.max_new_tokens} --micro-batch-size {args.micro_batch_size}", "whole numbers from 1")
     if args.interactive and args.prompt:
         raise ConfigError("--interactive and --prompt", "one of them", "remove one")
     _check_ranks(args)

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from megatron_patch.command_line import ArgumentParser, run_tool
+from megatron_patch.command_line import ArgumentParser, count, count_from_one, run_tool
 from megatron_patch.data.compare import compare
 from megatron_patch.data.corpus import TokenCorpus
 from megatron_patch.data.division import divide_stages
@@ -58,17 +58,15 @@ def main(argv: list[str]) -> None:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("prefix", help="path without .bin and .idx")
     parser.add_argument("--check", action="store_true", help="read everything and check offsets, lengths, ids, checksums")
-    parser.add_argument("--patch-size", type=int, default=1, help="show patches of so many tokens")
-    parser.add_argument("--samples", type=int, default=1, help="sequences to show")
+    parser.add_argument("--patch-size", type=count_from_one, default=1, help="show patches of so many tokens")
+    parser.add_argument("--samples", type=count, default=1, help="sequences to show")
     parser.add_argument("--tokenizer-type", help="by default what the side file says")
     parser.add_argument("--tokenizer-model")
-    parser.add_argument("--vocab-size", type=int, help="ids must be below it")
-    parser.add_argument("--eod-token-id", type=int, help="end of documents, which pads them; by default what the side file says")
+    parser.add_argument("--vocab-size", type=count_from_one, help="ids must be below it")
+    parser.add_argument("--eod-token-id", type=count, help="end of documents, which pads them; by default what the side file says")
     parser.add_argument("--diff", metavar="OTHER", help="another prefix to compare with; exit code 3 where they differ")
     parser.add_argument("--config", help="a training configuration: how its stages would divide this dataset")
     args = parser.parse_args(argv)
-    if args.patch_size < 1 or args.samples < 0:
-        raise DataError(f"--patch-size {args.patch_size} --samples {args.samples}", "a patch size from 1, samples from 0")
     dataset = IndexedDataset(args.prefix)
     console = Console(stderr=True, highlight=False, width=140)
     result: dict[str, Any] = describe(dataset)

@@ -18,7 +18,7 @@ import package_check  # noqa: F401 - before the package itself
 from rich.console import Console
 from rich.table import Table
 
-from megatron_patch.command_line import ArgumentParser, run_tool
+from megatron_patch.command_line import ArgumentParser, count, count_from_one, run_tool
 from megatron_patch.data.prefixes import shard_prefix
 from megatron_patch.data.preprocess.encode import EncodeSettings
 from megatron_patch.data.preprocess.inputs import parse_shard
@@ -45,16 +45,19 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--tokenizer-model", help="its file or folder")
     parser.add_argument("--vocab-file", help="vocab.json of GPT2BPETokenizer")
     parser.add_argument("--merge-file", help="merges.txt of GPT2BPETokenizer")
-    parser.add_argument("--vocab-size", type=int, help="of NullTokenizer")
+    parser.add_argument("--vocab-size", type=count_from_one, help="of NullTokenizer")
     parser.add_argument("--eod-token", help="the end-of-document token, where the usual names do not fit")
     parser.add_argument("--tiktoken-pattern", help=f"of TikTokenizer: {', '.join(PATTERNS)}, or a regular expression")
     parser.add_argument("--special-tokens", nargs="+", metavar="NAME[=ID]", help="of TikTokenizer; without ids the next behind all before")
     parser.add_argument("--append-eod", action="store_true", help="end each document with the end-of-document token")
     parser.add_argument("--prepend-bos", action="store_true", help="begin each document with the beginning-of-sequence token")
     parser.add_argument(
-        "--patch-align", type=int, default=1, help="pad each document with end-of-document tokens to whole patches of so many tokens"
+        "--patch-align",
+        type=count_from_one,
+        default=1,
+        help="pad each document with end-of-document tokens to whole patches of so many tokens",
     )
-    parser.add_argument("--workers", type=int, default=1, help="processes that encode")
+    parser.add_argument("--workers", type=count_from_one, default=1, help="processes that encode")
     parser.add_argument(
         "--on-bad-line", choices=("skip", "fail"), default="skip", help="leave bad lines out and list them, or stop at the first"
     )
@@ -66,8 +69,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--txt-separator", help=r"between the documents of a .txt, with escapes: '\n\n'; without: one document a file")
     for name, unit in (("chars", "characters"), ("tokens", "tokens, without those that are added")):
-        parser.add_argument(f"--min-{name}", type=int, help=f"leave documents out that have fewer {unit}")
-        parser.add_argument(f"--max-{name}", type=int, help=f"leave documents out that have more {unit}")
+        parser.add_argument(f"--min-{name}", type=count, help=f"leave documents out that have fewer {unit}")
+        parser.add_argument(f"--max-{name}", type=count, help=f"leave documents out that have more {unit}")
     parser.add_argument("--dedup", action="store_true", help="leave documents out whose tokens are those of an earlier one")
     parser.add_argument("--shuffle-documents", type=int, metavar="SEED", help="put documents into a random order")
     parser.add_argument("--shard", help="i/n: only part i of n, from 0; slurm/n: i is the task of the Slurm array; slurm: n is its size")

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import package_check  # noqa: F401 - before the package itself
 
-from megatron_patch.command_line import ArgumentParser, run_tool
+from megatron_patch.command_line import ArgumentParser, count, run_tool
 from megatron_patch.console import make_console
 from megatron_patch.data.corpus import open_corpus
 from megatron_patch.data.side_file import read_info
@@ -24,8 +24,8 @@ def main(argv: list[str]) -> None:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("save", help="folder of a run")
     parser.add_argument("--step", type=int, help="which step; by default the last one that was not taken")
-    parser.add_argument("--samples", type=int, default=8, help="samples to show")
-    parser.add_argument("--characters", type=int, default=600, help="of each sample")
+    parser.add_argument("--samples", type=count, default=8, help="samples to show")
+    parser.add_argument("--characters", type=count, default=600, help="of each sample")
     parser.add_argument("--tokenizer-type", help="by default what the side file says")
     parser.add_argument("--tokenizer-model")
     args = parser.parse_args(argv)

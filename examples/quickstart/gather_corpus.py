@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import sys
 import sysconfig
@@ -52,9 +53,11 @@ def gather(root: Path, output: Path) -> dict[str, int]:
     for name, part in (("held_out", files[:held_out]), ("train", files[held_out:])):
         rows = [(path, text) for path, whole in part for text in documents(whole)]
         random.Random(SEED).shuffle(rows)
-        with (output / f"{name}.jsonl").open("w", encoding="utf-8") as file:
+        with (output / f"{name}.jsonl.partial").open("w", encoding="utf-8") as file:
             for source, text in rows:
                 file.write(json.dumps({"text": text, "path": source}, ensure_ascii=False) + "\n")
+        # A file under its own name is whole, so that an interrupted start is not taken for a corpus.
+        os.replace(output / f"{name}.jsonl.partial", output / f"{name}.jsonl")
         counts[f"{name}_documents"] = len(rows)
         counts[f"{name}_bytes"] = sum(len(text.encode()) for _, text in rows)
     return counts

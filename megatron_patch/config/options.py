@@ -19,10 +19,12 @@ from megatron_patch.units import parse_count, parse_duration
 Value = TypeVar("Value")
 
 
-def _reader(parse: Callable[[str], Value]) -> Callable[[list[str]], Value]:
-    """Reads one word of a command line; tyro wants a ValueError."""
+def _reader(parse: Callable[[str], Value], or_none: bool) -> Callable[[list[str]], Value | None]:
+    """Reads one word of a command line; tyro wants a ValueError. Where a value may be left out, None takes a file's back."""
 
-    def read(words: list[str]) -> Value:
+    def read(words: list[str]) -> Value | None:
+        if or_none and words[0] == "None":
+            return None
         try:
             return parse(words[0])
         except ConfigError as error:
@@ -31,29 +33,24 @@ def _reader(parse: Callable[[str], Value]) -> Callable[[list[str]], Value]:
     return read
 
 
-_COUNT: PrimitiveConstructorSpec[int] = PrimitiveConstructorSpec(
-    nargs=1,
-    metavar="COUNT",
-    instance_from_str=_reader(parse_count),
-    is_instance=lambda value: value is None or (isinstance(value, int) and not isinstance(value, bool)),
-    str_from_instance=lambda value: [str(value)],
-)
-Count = Annotated[int, _COUNT]
+def _of_numbers(parse: Callable[[str], Value], metavar: str, or_none: bool = False) -> PrimitiveConstructorSpec[Value | None]:
+    """How tyro reads a number that is written with units."""
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=metavar,
+        instance_from_str=_reader(parse, or_none),
+        is_instance=lambda value: value is None or (isinstance(value, (int, float)) and not isinstance(value, bool)),
+        str_from_instance=lambda value: [str(value)],
+    )
+
+
+Count = Annotated[int, _of_numbers(parse_count, "COUNT")]
 """A whole number with an optional unit: 4096, 512k, 2M, 270B."""
-OptionalCount = Annotated[int | None, _COUNT]
+OptionalCount = Annotated[int | None, _of_numbers(parse_count, "COUNT", or_none=True)]
 """A count that is decided elsewhere where it is not given."""
-
-
-_DURATION: PrimitiveConstructorSpec[float] = PrimitiveConstructorSpec(
-    nargs=1,
-    metavar="TIME",
-    instance_from_str=_reader(parse_duration),
-    is_instance=lambda value: value is None or (isinstance(value, (int, float)) and not isinstance(value, bool)),
-    str_from_instance=lambda value: [str(value)],
-)
-Duration = Annotated[float, _DURATION]
+Duration = Annotated[float, _of_numbers(parse_duration, "TIME")]
 """Seconds, written with units: 45min, 3h30m, 1.5d."""
-OptionalDuration = Annotated[float | None, _DURATION]
+OptionalDuration = Annotated[float | None, _of_numbers(parse_duration, "TIME", or_none=True)]
 """A time span that may be left out."""
 
 
@@ -61,24 +58,24 @@ OptionalDuration = Annotated[float | None, _DURATION]
 class ModelOptions:
     """The model's shape."""
 
-    num_layers: int
+    num_layers: Count
     """Transformer blocks."""
-    hidden_size: int
+    hidden_size: Count
     """Width of the residual stream."""
-    num_attention_heads: int
+    num_attention_heads: Count
     """Query heads."""
     model_family: Literal["llama", "qwen3", "gpt2"] = "llama"
     """Sets the defaults of the options below: llama (RMSNorm, SwiGLU, rotary, no biases, untied head), qwen3 (the same with
     normalised queries and keys), gpt2 (LayerNorm, GELU, learned positions, biases, tied head)."""
-    num_query_groups: int | None = None
+    num_query_groups: OptionalCount = None
     """Key-value heads of grouped-query attention; by default one for each query head."""
-    kv_channels: int | None = None
+    kv_channels: OptionalCount = None
     """Size of a head; by default hidden size / heads."""
-    ffn_hidden_size: int | None = None
+    ffn_hidden_size: OptionalCount = None
     """Width of the feed-forward layer; by default 8/3 of the hidden size, rounded up to 256 (SwiGLU), or 4 times (GELU)."""
     vocab_size: OptionalCount = None
     """Token ids are below this; by default what the dataset's side file says."""
-    make_vocab_size_divisible_by: int = 128
+    make_vocab_size_divisible_by: Count = 128
     """The embedding's rows are padded to a multiple of this times the tensor-parallel size; padding is never predicted."""
     max_position_embeddings: OptionalCount = None
     """Longest sequence of positions; by default the longest of the stages."""
@@ -122,7 +119,7 @@ class StageOptions:
     """patch-train: patches, then tokens; constant tokens a step; learning rate and optimizer start afresh at the switch.
     token-superposition: constant positions a step; one learning-rate schedule over the run; optimizer kept.
     token-level: the ordinary baseline. Without it: patch-train where --patch-size is above 1, else token-level."""
-    patch_size: int = 1
+    patch_size: Count = 1
     """K: tokens averaged into one position, and labels scored at each, in the recipe's first stage."""
     patch_fraction: float | None = None
     """λ: share of the training tokens read as patches (default 2/3 for patch-train). Give this or --patch-compute-share."""
@@ -138,7 +135,7 @@ class StageOptions:
     """Whether stages share a sample's positions (T) or its tokens (T/K positions in a patch stage)."""
     batch: Literal["constant-tokens", "constant-positions"] | None = None
     """Whether stages share a step's tokens or its positions; by default what the recipe says."""
-    micro_batch_size: int = 1
+    micro_batch_size: Count = 1
     """Samples of one rank in one forward pass."""
     global_batch_size: OptionalCount = None
     """Samples of --seq-length tokens in one step at token level. Give this or --global-batch-tokens."""
@@ -214,9 +211,9 @@ class DataOptions:
     """Do not score labels of another document than that of the position that predicts them."""
     max_epochs: tuple[str, ...] = ()
     """How often a corpus may be read in the whole run: a number for all, PREFIX=NUMBER for one; a run that would read more is refused."""
-    shuffle_window_blocks: int = 1024
+    shuffle_window_blocks: Count = 1024
     """Blocks whose samples are shuffled together."""
-    num_workers: int = 2
+    num_workers: Count = 2
     """Steps prepared ahead of training; 0 prepares each when asked for."""
 
 
@@ -234,9 +231,9 @@ class EngineOptions:
     """First loss scale where it adapts; a power of two."""
     zero_stage: Literal[0, 1, 2, 3] | None = None
     """What ZeRO shards over data-parallel ranks: 1 optimizer, 2 and gradients, 3 and weights; by default 1."""
-    tensor_model_parallel_size: int = 1
+    tensor_model_parallel_size: Count = 1
     """Ranks that share each layer."""
-    pipeline_model_parallel_size: int = 1
+    pipeline_model_parallel_size: Count = 1
     """Ranks that share the list of layers."""
     pipeline_balance: Literal["parameters", "flops", "blocks"] = "parameters"
     """What pipeline stages get even shares of: parameters (memory), FLOPs (time), or the number of blocks."""
@@ -254,7 +251,7 @@ class EngineOptions:
     """Of initial weights and of the data's order."""
     local_rank: int = -1
     """Given by the launcher."""
-    distributed_timeout_minutes: int = 40
+    distributed_timeout_minutes: Count = 40
     """How long a rank waits for its peers in a collective before it ends with an error; longer than --hang-timeout."""
 
 
@@ -273,7 +270,7 @@ class CheckpointOptions:
     """Steps between checkpoints (stage ends are always saved)."""
     save_interval_tokens: OptionalCount = None
     """The same in tokens."""
-    keep_last: int = 3
+    keep_last: Count = 3
     """Checkpoints to keep; 0 keeps all. Those at stage ends are always kept."""
     keep_every: OptionalCount = None
     """Beside --keep-last, keep the first checkpoint at or behind each multiple of so many steps, for good."""
@@ -301,15 +298,15 @@ class SafetyOptions:
     spike_threshold: float = 20.0
     """A loss is a spike from so many robust deviations (1.4826 times the median deviation, at least 0.01 nats) above the median of the
     stage's last steps."""
-    spike_window: int = 128
+    spike_window: Count = 128
     """Steps of a stage that the median is of; nothing is a spike before half of them."""
     spike_grad_norm: float | None = None
     """A gradient has exploded from so many times the median norm; by default that is left to clipping."""
-    max_sick_steps: int = 10
+    max_sick_steps: Count = 10
     """Stop after so many sick steps in a row."""
     hang_timeout: Duration = 1800.0
     """End the job (exit code 76, with the stacks of all ranks) when nothing moves for so long; 0 never."""
-    straggler_interval: int = 100
+    straggler_interval: Count = 100
     """Steps between looks at which ranks compute slower than the others; 0 never."""
     check_replicas_interval: OptionalCount = None
     """Steps between checks that ranks that hold the same weights, or read the same samples, agree bit by bit."""
@@ -321,7 +318,7 @@ class SafetyOptions:
 class LoggingOptions:
     """Evaluation, metrics and the console."""
 
-    log_interval: int = 10
+    log_interval: Count = 10
     """Steps between console lines."""
     eval_interval: OptionalCount = None
     """Steps between evaluations; stage ends are always evaluated where there is held-out data."""
@@ -349,7 +346,7 @@ class LoggingOptions:
     """Peak of one device in TFLOP/s, for the MFU of devices that are not in the table."""
     dry_run: bool = False
     """Print the resolved plan and stop; needs neither data nor GPUs."""
-    world_size: int | None = None
+    world_size: OptionalCount = None
     """Ranks to pretend in a dry run."""
 
 

@@ -14,7 +14,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_origin, get_type_hints
 
 import tyro
 
@@ -48,6 +48,8 @@ def _option_types() -> dict[str, Any]:
 OPTION_TYPES = _option_types()
 _BOOLEANS = {name for name, hint in OPTION_TYPES.items() if hint is bool}
 _TRISTATES = {name for name, hint in OPTION_TYPES.items() if hint == (bool | None)}
+_LISTS = {name for name, hint in OPTION_TYPES.items() if get_origin(hint) is tuple}
+_WITH_COMMAS = {"split", "position_weights"}
 
 
 def _suggest(name: str, known: Sequence[str]) -> str | None:
@@ -102,10 +104,16 @@ def to_flags(values: Mapping[str, Any], source: str) -> list[str]:
             if not isinstance(value, bool):
                 raise ConfigError(f"{source}: {name} is {value!r}", "true or false")
             flags.append(flag if value else "--no-" + name.replace("_", "-"))
+        elif name in _TRISTATES and not isinstance(value, bool):
+            raise ConfigError(f"{source}: {name} is {value!r}", "true or false", "leave it out for what the model's family does")
         elif name == "stages":
             flags += [flag, value if isinstance(value, str) else json.dumps(value)]
-        elif isinstance(value, list):
+        elif isinstance(value, list) and name in _WITH_COMMAS:
+            flags += [flag, ",".join(str(item) for item in value)]
+        elif isinstance(value, list) and name in _LISTS:
             flags += [flag, *(str(item) for item in value)]
+        elif isinstance(value, list):
+            raise ConfigError(f"{source}: {name} is a list", "one value", "write the option's value after its name")
         elif isinstance(value, dict):
             raise ConfigError(f"{source}: {name} is a mapping", "one value", "write the option's value after its name")
         elif name == "data_path" or name == "valid_data_path":

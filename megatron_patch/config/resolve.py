@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_patch.config.options import DataOptions, ModelOptions, Options, SafetyOptions
+from megatron_patch.config.checks import check_documents, check_numbers, check_options, check_parallel, check_plan
+from megatron_patch.config.options import ModelOptions, Options
 from megatron_patch.config.parsing import Parsed, option_values, parse
 from megatron_patch.config.stage_plan import build_plan
 from megatron_patch.config.stage_request import parse_blend, parse_epoch_limits
@@ -21,7 +22,6 @@ from megatron_patch.model.shape import ModelShape, check_shape
 from megatron_patch.parallel.partition import pipeline_partition
 from megatron_patch.parallel.sharding import check_sharding
 from megatron_patch.stages import StagePlan
-from megatron_patch.units import format_duration
 
 ASSUMED_VOCAB_SIZE = 32_000
 
@@ -119,9 +119,6 @@ def build_shape(options: ModelOptions, vocab_size: int, longest: int, tensor_par
         return family[name] if value is None else value
 
     heads, hidden = options.num_attention_heads, options.hidden_size
-    for flag, value in (("--num-layers", options.num_layers), ("--hidden-size", hidden), ("--num-attention-heads", heads)):
-        if value < 1:
-            raise ConfigError(f"{flag} {value}", "whole numbers from 1")
     if options.kv_channels is None and hidden % heads:
         raise ConfigError(
             f"--hidden-size {hidden} does not divide into {heads} heads",
@@ -136,11 +133,6 @@ def build_shape(options: ModelOptions, vocab_size: int, longest: int, tensor_par
             f"--max-position-embeddings {positions} with samples of {longest} positions",
             f"at least {longest}",
             "raise it or leave it out",
-        )
-    if options.make_vocab_size_divisible_by < 1 or vocab_size < 1:
-        raise ConfigError(
-            f"--vocab-size {vocab_size}, --make-vocab-size-divisible-by {options.make_vocab_size_divisible_by}",
-            "whole numbers from 1",
         )
     # The same for all layouts that divide it, so that a checkpoint goes from one to another.
     multiple = math.lcm(options.make_vocab_size_divisible_by, tensor_parallel_size)
@@ -199,131 +191,6 @@ def _vocab_size(options: Options, info: DatasetInfo | None, notes: list[str]) ->
     )
 
 
-def _check_parallel(options: Options, ranks: int) -> None:
-    engine = options.engine
-    sizes = {
-        "--tensor-model-parallel-size": engine.tensor_model_parallel_size,
-        "--pipeline-model-parallel-size": engine.pipeline_model_parallel_size,
-    }
-    for flag, size in sizes.items():
-        if size < 1:
-            raise ConfigError(f"{flag} {size}", "whole numbers from 1")
-    if engine.sequence_parallel and engine.tensor_model_parallel_size == 1:
-        raise ConfigError("--sequence-parallel without tensor parallelism", "a tensor-parallel size above 1", "remove the flag")
-    if engine.bf16 and engine.fp16:
-        raise ConfigError("--bf16 and --fp16", "one of them", "remove one")
-    model = math.prod(sizes.values())
-    if ranks % model:
-        raise ConfigError(
-            f"{ranks} ranks with " + " and ".join(f"{flag} {size}" for flag, size in sizes.items() if size > 1),
-            f"ranks in multiples of {model}",
-            "change the number of ranks or the parallel sizes",
-        )
-
-
-def _check_sequence_parallel(options: Options, plan: StagePlan) -> None:
-    size = options.engine.tensor_model_parallel_size
-    if not options.engine.sequence_parallel:
-        return
-    lengths = {f"stage {stage.name!r}": stage.positions for stage in plan.stages} | {"evaluation": options.stages.seq_length}
-    for where, positions in lengths.items():
-        if positions % size:
-            raise ConfigError(
-                f"--sequence-parallel over {size} ranks with {positions} positions in {where}",
-                f"positions that are multiples of {size} in every stage and in evaluation",
-                "change --seq-length, the patch sizes or --tensor-model-parallel-size",
-            )
-
-
-def _check_safety(options: SafetyOptions, zero_stage: int | None) -> None:
-    """Thresholds and intervals that can hold something."""
-    spans = {"exit-duration": options.exit_duration, "spike-threshold": options.spike_threshold, "spike-grad-norm": options.spike_grad_norm}
-    for name, value in spans.items():
-        if value is not None and not value > 0:
-            raise ConfigError(f"--{name} {value}", "numbers above 0", "leave it out")
-    counts = {"spike-window": (options.spike_window, 2), "max-sick-steps": (options.max_sick_steps, 1)}
-    counts |= {"straggler-interval": (options.straggler_interval, 0), "check-replicas-interval": (options.check_replicas_interval or 1, 1)}
-    counts |= {"replay-interval": (options.replay_interval or 1, 1), "hang-timeout": (int(options.hang_timeout), 0)}
-    for name, (value, least) in counts.items():
-        if value < least:
-            raise ConfigError(f"--{name} {value}", f"whole numbers from {least}")
-    if options.check_replicas_interval and zero_stage == 3:
-        raise ConfigError(
-            "--check-replicas-interval with --zero-stage 3: no rank holds what another holds", "ZeRO 0 to 2", "leave the flag out"
-        )
-
-
-def _check_time_outs(options: Options) -> None:
-    """The watchdog comes before the collectives' own end, which writes no stacks and has no code of its own."""
-    hang, collective = options.safety.hang_timeout, 60 * options.engine.distributed_timeout_minutes
-    if hang >= collective:
-        raise ConfigError(
-            f"--hang-timeout of {format_duration(hang)} with --distributed-timeout-minutes {options.engine.distributed_timeout_minutes}",
-            "a shorter time for the first: it writes the stacks of all ranks before their collectives give up",
-            f"--distributed-timeout-minutes {math.ceil(hang / 60) + 10}, or a shorter --hang-timeout",
-        )
-
-
-def _check_training(options: Options, plan: StagePlan) -> None:
-    checkpoint, logging, schedule = options.checkpoint, options.logging, options.schedule
-    for first, second in (
-        ("save_interval", "save_interval_tokens"),
-        ("eval_interval", "eval_interval_tokens"),
-    ):
-        part = checkpoint if first.startswith("save") else logging
-        if getattr(part, first) is not None and getattr(part, second) is not None:
-            flags = f"--{first.replace('_', '-')} and --{second.replace('_', '-')}"
-            raise ConfigError(flags, "one of them", "remove one")
-        for name in (first, second):
-            if getattr(part, name) == 0:
-                raise ConfigError(f"--{name.replace('_', '-')} 0", "whole numbers from 1", "leave it out for none")
-    if checkpoint.keep_last < 0 or checkpoint.keep_every == 0 or checkpoint.keep_every_tokens == 0:
-        raise ConfigError(
-            f"--keep-last {checkpoint.keep_last} --keep-every {checkpoint.keep_every} --keep-every-tokens {checkpoint.keep_every_tokens}",
-            "--keep-last from 0, the others from 1",
-            "leave out what is not wanted",
-        )
-    if checkpoint.finetune and checkpoint.load is None:
-        raise ConfigError("--finetune without --load", "--load with the folder to take weights from", "give --load")
-    if checkpoint.finetune and checkpoint.load == checkpoint.save:
-        raise ConfigError("--finetune with the same --load and --save", "another folder to save to", "change --save")
-    if (checkpoint.save_interval or checkpoint.save_interval_tokens) and checkpoint.save is None and not logging.dry_run:
-        raise ConfigError("a save interval without --save", "--save FOLDER", "give --save")
-    if logging.log_token_spans and checkpoint.save is None:
-        raise ConfigError("--log-token-spans without --save", "--save FOLDER", "give --save")
-    if logging.sample_tokens < 1 or not logging.sample_temperature >= 0 or not 0 < logging.sample_top_p <= 1:
-        raise ConfigError(
-            f"--sample-tokens {logging.sample_tokens} --sample-temperature {logging.sample_temperature} "
-            f"--sample-top-p {logging.sample_top_p}",
-            "tokens from 1, a temperature from 0, top-p above 0 and up to 1",
-        )
-    if not 0.0 <= schedule.adam_beta1 < 1.0 or not 0.0 <= schedule.adam_beta2 < 1.0:
-        raise ConfigError(f"--adam-beta1 {schedule.adam_beta1} --adam-beta2 {schedule.adam_beta2}", "numbers from 0 to below 1")
-    if schedule.clip_grad < 0 or schedule.weight_decay < 0:
-        raise ConfigError(f"--clip-grad {schedule.clip_grad} --weight-decay {schedule.weight_decay}", "numbers from 0")
-    if options.data.shuffle_window_blocks < 1 or options.data.num_workers < 0 or logging.log_interval < 1:
-        raise ConfigError(
-            f"--shuffle-window-blocks {options.data.shuffle_window_blocks} --num-workers {options.data.num_workers} "
-            f"--log-interval {logging.log_interval}",
-            "a window and an interval from 1, workers from 0",
-        )
-    if options.stages.start_tokens % plan.block_tokens:
-        raise ConfigError(
-            f"--start-tokens {options.stages.start_tokens} is inside a block",
-            f"multiples of {plan.block_tokens}",
-            "give the tokens that the other run read",
-        )
-
-
-def _check_masking(data: DataOptions, eod_id: int | None) -> None:
-    if eod_id is None and (data.reset_attention_mask or data.reset_position_ids or data.eod_mask_loss):
-        raise ConfigError(
-            "document masks without an end-of-document token",
-            "--eod-token-id N, or data whose side file names it",
-            "preprocess with --append-eod, or give --eod-token-id",
-        )
-
-
 def resolve(parsed: Parsed, ranks: int) -> RunConfig:
     """Checks and completes options.
 
@@ -336,7 +203,9 @@ def resolve(parsed: Parsed, ranks: int) -> RunConfig:
     """
     options = parsed.options
     notes: list[str] = []
-    _check_parallel(options, ranks)
+    check_numbers(options)
+    check_options(options)
+    check_parallel(options.engine, ranks)
     data_parallel_size = ranks // (options.engine.tensor_model_parallel_size * options.engine.pipeline_model_parallel_size)
     blend = parse_blend(options.data.data_path)
     valid_blend = parse_blend(options.data.valid_data_path, "--valid-data-path")
@@ -361,12 +230,9 @@ def resolve(parsed: Parsed, ranks: int) -> RunConfig:
         max(stage.positions for stage in plan.stages),
         options.engine.tensor_model_parallel_size,
     )
-    _check_sequence_parallel(options, plan)
-    _check_training(options, plan)
-    _check_safety(options.safety, options.engine.zero_stage)
-    _check_time_outs(options)
+    check_plan(options, plan)
     run = RunConfig(options, parsed.origins, shape, plan, blend, valid_blend, info, data_parallel_size, tuple(notes))
-    _check_masking(options.data, run.eod_id)
+    check_documents(options.data, run.eod_id, shape.vocab_size)
     _ = run.pipeline_boundaries, run.epoch_limits  # more stages than layers, and limits of what is not read, are refused here
     return run
 

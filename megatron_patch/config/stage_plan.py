@@ -38,6 +38,8 @@ def _geometry(request: StageRequest, options: StageOptions, recipe: str) -> _Geo
     name = request.name or f"K={request.patch_size}"
     if request.patch_size < 1:
         raise ConfigError(f"stage {name!r}: patch_size {request.patch_size}", "whole numbers from 1")
+    if request.micro_batch_size is not None and request.micro_batch_size < 1:
+        raise ConfigError(f"stage {name!r}: micro_batch_size {request.micro_batch_size}", "whole numbers from 1", "leave it out")
     default_batch = "constant-positions" if recipe == "token-superposition" else "constant-tokens"
     batch = request.batch or options.batch or default_batch
     input_patch_size = 1 if request.side == "output" else request.patch_size
@@ -136,6 +138,12 @@ def _amounts(geometries: Sequence[_Geometry], batches: Sequence[int], options: S
             for index, (geometry, kind) in enumerate(zip(geometries, kinds, strict=True))
             if kind in relative
         }
+        if rest is not None and sum(shares.values()) >= 1:
+            raise ConfigError(
+                f"stages: shares of {float(sum(shares.values())):g} in all leave nothing for entry {rest + 1}",
+                "shares below 1 in all beside a stage without an amount",
+                "lower a share, or give every stage one",
+            )
         fixed_units = sum((a * u for a, u in zip(amounts, units, strict=True) if a is not None), Fraction(0))
         tokens_per_unit = sum((share / units[index] for index, share in shares.items()), Fraction(0))
         if rest is None:
@@ -153,6 +161,16 @@ def _amounts(geometries: Sequence[_Geometry], batches: Sequence[int], options: S
             "amounts that leave something to every stage",
             "raise --train-tokens or lower the shares",
         )
+    if relative:
+        whole = sum((a * u for a, u in zip(result, units, strict=True)), Fraction(0))
+        for index, share in shares.items():
+            found = result[index] * units[index] / whole
+            if abs(found - share) > 0.01:
+                raise ConfigError(
+                    f"stages: entry {index + 1} asks for {kinds[index]} {float(share):g}, and would get {float(found):.3g}",
+                    "shares that make up the whole run, or one stage without an amount that takes the rest",
+                    "leave one stage's amount out",
+                )
     return result
 
 
@@ -168,8 +186,6 @@ def build_plan(options: StageOptions, schedule: ScheduleOptions, data_parallel_s
         ConfigError: anything that cannot be planned; the message names the flag or the stage.
     """
     recipe = recipe_of(options)
-    if options.seq_length < 1 or options.micro_batch_size < 1:
-        raise ConfigError(f"--seq-length {options.seq_length}, --micro-batch-size {options.micro_batch_size}", "whole numbers from 1")
     geometries = [_geometry(request, options, recipe) for request in requested_stages(options)]
     batches = _global_batches(geometries, options, data_parallel_size)
     amounts = _amounts(geometries, batches, options)
@@ -299,6 +315,20 @@ def _check_lr(stage: Stage, shape: LrShape, tokens: int) -> None:
             f"stage {stage.name!r}: a warm-up of {format_count(shape.warmup_tokens)} tokens in a schedule of {format_count(tokens)}",
             "a warm-up shorter than the schedule",
             "lower --lr-warmup-tokens or raise --train-tokens",
+        )
+    if shape.style == "inverse-square-root" and shape.warmup_tokens == 0:
+        raise ConfigError(
+            f"stage {stage.name!r}: lr_decay_style inverse-square-root without a warm-up: the rate is lr · sqrt(warm-up / tokens)",
+            "a warm-up above 0",
+            "give --lr-warmup-tokens or --lr-warmup-fraction",
+        )
+    decays = shape.style not in ("constant", "inverse-square-root")
+    if decays and shape.decay_tokens is not None and shape.decay_tokens <= shape.warmup_tokens:
+        raise ConfigError(
+            f"stage {stage.name!r}: a decay that ends after {format_count(shape.decay_tokens)} tokens behind a warm-up of "
+            f"{format_count(shape.warmup_tokens)}",
+            "lr_decay_tokens above the warm-up: they are counted from the schedule's start",
+            "raise --lr-decay-tokens, or leave it out for the schedule's end",
         )
     if shape.wsd_decay_tokens > tokens:
         raise ConfigError(

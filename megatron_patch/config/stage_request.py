@@ -183,7 +183,10 @@ def _read_entry(entry: Mapping[str, Any], number: int) -> StageRequest:
         elif name in ("name", "position_weights") and not isinstance(value, str):
             raise ConfigError(f"{where} is {value!r}"[:300], "a text" if name == "name" else "a word, or a list of numbers")
         elif name == "data_path":
-            value = tuple(str(word) for word in value) if isinstance(value, list) else tuple(str(value).split())
+            words = value if isinstance(value, list) else str(value).split()
+            if isinstance(value, dict) or not words or any(isinstance(word, (list, dict)) for word in words):
+                raise ConfigError(f"{where} is {value!r}"[:300], "a prefix, or a list of weights and prefixes: [0.7, web, 0.3, code]")
+            value = tuple(str(word) for word in words)
         values[name] = value
     return StageRequest(**values)
 

@@ -7,6 +7,7 @@ values. No torch here, so a dry run can print it.
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from megatron_patch.errors import ConfigError
 from megatron_patch.stages import Stage, StagePlan
 
 Precision = Literal["fp32", "bf16", "fp16"]
+_BATCH_SIZES = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+_DECISIVE = ("zero_optimization", "gradient_clipping", "bf16", "fp16", "data_types", "optimizer", "scheduler", *_BATCH_SIZES)
 
 
 @dataclass(frozen=True)
@@ -35,12 +38,6 @@ class EngineConfig:
     zero_stage: int
     clip_grad: float
     deepspeed: Mapping[str, Any]
-
-    @property
-    def offloads_to_nvme(self) -> bool:
-        """Whether optimizer states or weights live on disk between steps."""
-        zero = self.deepspeed["zero_optimization"]
-        return any(zero.get(part, {}).get("device") == "nvme" for part in ("offload_optimizer", "offload_param"))
 
 
 def batch_settings(stage: Stage, data_parallel_size: int) -> dict[str, int]:
@@ -71,7 +68,32 @@ def _section(data: Mapping[str, Any], name: str) -> dict[str, Any]:
     section = data.get(name, {})
     if not isinstance(section, dict):
         raise ConfigError(f"--deepspeed_config: {name} is {section!r}", "a JSON object")
+    if "enabled" in section and section["enabled"] not in (True, False, "auto"):
+        raise ConfigError(f"--deepspeed_config: {name}.enabled is {section['enabled']!r}", 'true, false or "auto"')
     return dict(section)
+
+
+def _device(zero: Mapping[str, Any], part: str) -> str:
+    """Where a part of the training's state is offloaded to."""
+    section = {} if zero.get(part) is None else _section(zero, part)
+    device = section.get("device", "none")
+    if device == "nvme":
+        # Between steps DeepSpeed keeps empty tensors then: nothing that initial weights could be written to, or a checkpoint read from.
+        raise ConfigError(
+            f"--deepspeed_config: zero_optimization.{part}.device is nvme", "none or cpu: checkpoints need the state in memory", "use cpu"
+        )
+    if device not in ("none", "cpu"):
+        raise ConfigError(f"--deepspeed_config: zero_optimization.{part}.device is {device!r}", "none or cpu", "use cpu")
+    return str(device)
+
+
+def _check_names(user: Mapping[str, Any]) -> None:
+    """DeepSpeed passes over what it does not know: a slip in a name that decides something must not pass."""
+    for key in user:
+        close = difflib.get_close_matches(key, _DECISIVE, n=1, cutoff=0.8)
+        if key not in _DECISIVE and (close or key == "bfloat16"):
+            name = close[0] if close else "bf16"
+            raise ConfigError(f"--deepspeed_config: unknown key {key!r}", f"{name}, as DeepSpeed spells it", f"write {name}")
 
 
 class _Agreement:
@@ -118,6 +140,7 @@ def engine_config(
         ConfigError: unreadable JSON, a contradiction, or a combination that DeepSpeed cannot run.
     """
     user = _read(options.deepspeed_config)
+    _check_names(user)
     settle = _Agreement(origins).settle
     for key in ("optimizer", "scheduler"):
         if key in user:
@@ -137,9 +160,11 @@ def engine_config(
     zero = _section(user, "zero_optimization")
     stage = settle("zero_stage", options.zero_stage, "zero_optimization.stage", zero.get("stage"))
     stage = 1 if stage is None else stage
-    if stage not in (0, 1, 2, 3):
+    if stage not in (0, 1, 2, 3) or isinstance(stage, bool):
         raise ConfigError(f"zero_optimization.stage = {stage!r}", "0, 1, 2 or 3")
-    clip_grad = float(settle("clip_grad", schedule.clip_grad, "gradient_clipping", user.get("gradient_clipping")))
+    clip_grad = settle("clip_grad", schedule.clip_grad, "gradient_clipping", user.get("gradient_clipping"))
+    if isinstance(clip_grad, bool) or not isinstance(clip_grad, (int, float)) or not 0 <= clip_grad < float("inf"):
+        raise ConfigError(f"--deepspeed_config: gradient_clipping is {clip_grad!r}", "numbers from 0")
     if precision == "fp16" and stage == 0:
         raise ConfigError(
             "--fp16 with --zero-stage 0: there are no sharded master weights to scale the loss for",
@@ -153,7 +178,7 @@ def engine_config(
             "ZeRO 0 or 1 with a pipeline; ZeRO 2 or 3 without one, with tensor parallelism too",
             "use --zero-stage 1, or --pipeline-model-parallel-size 1",
         )
-    offloads = [part for part in ("offload_optimizer", "offload_param") if zero.get(part, {}).get("device", "none") != "none"]
+    offloads = [part for part in ("offload_optimizer", "offload_param") if _device(zero, part) != "none"]
     if offloads and (stage == 0 or ("offload_param" in offloads and stage < 3)):
         raise ConfigError(
             f"--deepspeed_config offloads {' and '.join(offloads)} with ZeRO stage {stage}",
@@ -164,7 +189,7 @@ def engine_config(
     merged.update(
         zero_allow_untested_optimizer=True,
         zero_force_ds_cpu_optimizer=False,
-        gradient_clipping=clip_grad,
+        gradient_clipping=float(clip_grad),
         steps_per_print=merged.get("steps_per_print", 2**62),
         zero_optimization={**zero, "stage": stage},
     )
@@ -181,4 +206,4 @@ def engine_config(
     if types.get("grad_accum_dtype") not in (None, "auto", "fp32"):
         raise ConfigError(f"--deepspeed_config says data_types.grad_accum_dtype = {types['grad_accum_dtype']!r}", "fp32", "remove it")
     merged["data_types"] = {**types, "grad_accum_dtype": "fp32"}
-    return EngineConfig(precision, stage, clip_grad, merged)
+    return EngineConfig(precision, stage, float(clip_grad), merged)

@@ -27,7 +27,7 @@ from megatron_patch.engine.fragments import HostCopies, fragments
 from megatron_patch.engine.interface import Judge, Snapshot, StepResult
 from megatron_patch.engine.optimizer import base_optimizer, make_optimizer, set_step_count, step_count, zero_moments
 from megatron_patch.engine.state_files import StateFiles, write_fragments
-from megatron_patch.errors import CheckpointError, ConfigError
+from megatron_patch.errors import CheckpointError
 from megatron_patch.model.gpt import GPTModel
 from megatron_patch.model.init import InitialWeights, parameter_groups
 from megatron_patch.ops import IGNORE_INDEX
@@ -164,12 +164,6 @@ class DeepSpeedEngine(abc.ABC):
         self.start_stage(stage)
         if stage.optimizer == "keep":
             return
-        if self.config.offloads_to_nvme:
-            raise ConfigError(
-                f"stage {stage.name!r} resets an optimizer that is offloaded to NVMe",
-                "optimizer: keep",
-                "offload it to the CPU, or keep it",
-            )
         zero_moments(self._base.state.values())
         if stage.optimizer == "reset":
             set_step_count(self._base, 0)

@@ -75,7 +75,7 @@ def layout_of(run: RunConfig, engine: EngineConfig) -> Layout:
     options, zero = run.options.engine, engine.deepspeed["zero_optimization"]
 
     def offloaded(part: str) -> bool:
-        return bool(zero.get(part, {}).get("device", "none") != "none")
+        return bool((zero.get(part) or {}).get("device", "none") != "none")
 
     return Layout(
         ranks=run.data_parallel_size * options.tensor_model_parallel_size * options.pipeline_model_parallel_size,

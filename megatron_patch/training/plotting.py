@@ -45,11 +45,11 @@ def read_curve(run: Path, label: str | None = None) -> Curve:
     if not path.is_file():
         raise DataError(f"{path} does not exist", "a run's folder with metrics.jsonl", "check the path")
     records = list(read_metrics(path))
-    evaluations = [record for record in records if record["type"] == "evaluation" and record.get("token_loss") is not None]
+    evaluations = [record for record in records if record.get("type") == "evaluation" and record.get("token_loss") is not None]
     if not evaluations:
         raise DataError(f"{path} holds no evaluations", "a run with held-out data", "set --eval-interval")
-    costs = {record["step"]: record["cost_tokens"] for record in records if record["type"] in ("step", "evaluation")}
-    switches = [(record["tokens"], costs[record["step"]]) for record in records if record["type"] == "switch"]
+    costs = {record["step"]: record["cost_tokens"] for record in records if record.get("type") in ("step", "evaluation")}
+    switches = [(record["tokens"], costs[record["step"]]) for record in records if record.get("type") == "switch"]
     return Curve(
         label or run.name,
         [record["tokens"] for record in evaluations],

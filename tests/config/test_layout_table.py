@@ -27,6 +27,7 @@ ROWS = {
     "optimizer offloaded to the CPU": "offload_optimizer",
     "optimizer offloaded to the CPU, with a pipeline": f"offload_optimizer {PIPELINE}",
     "weights offloaded to the CPU": "offload_param",
+    "optimizer or weights offloaded to NVMe": "offload_optimizer:nvme",
 }
 
 
@@ -48,7 +49,8 @@ def test_the_table_is_true(tmp_path, name, zero):
     for word in ROWS[name].split():
         if word.startswith("offload"):
             path = tmp_path / "deepspeed.json"
-            path.write_text(json.dumps({"zero_optimization": {word: {"device": "cpu"}}}))
+            part, _, device = word.partition(":")
+            path.write_text(json.dumps({"zero_optimization": {part: {"device": device or "cpu"}}}))
             words += ["--deepspeed_config", str(path)]
         else:
             words.append(word)

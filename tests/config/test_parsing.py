@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_patch.config.parsing import parse
+from megatron_patch.config.parsing import OPTION_TYPES, parse
 from megatron_patch.errors import ConfigError
 
 SHAPE = ["--num-layers", "2", "--hidden-size", "8", "--num-attention-heads", "2"]
@@ -44,6 +44,24 @@ def test_blends_in_yaml_and_on_the_command_line(tmp_path):
     path = write(tmp_path, "data-path: [0.7, web, 0.3, code]\n")
     assert parse(["--config", path, *SHAPE]).options.data.data_path == ("0.7", "web", "0.3", "code")
     assert parse([*SHAPE, "--data-path", "a", "b"]).options.data.data_path == ("a", "b")
+
+
+def test_numbers_with_commas_may_be_lists_in_yaml(tmp_path):
+    options = parse(["--config", write(tmp_path, "split: [90, 10, 0]\nposition-weights: [2, 1]\n"), *SHAPE]).options
+    assert options.data.split == "90,10,0" and options.stages.position_weights == "2,1"
+
+
+def test_every_count_takes_units():
+    """All whole numbers but those that are no amounts: an id, a seed, the launcher's rank."""
+    plain = {name for name, hint in OPTION_TYPES.items() if hint in (int, int | None)}
+    assert plain == {"eod_token_id", "seed", "local_rank"}
+    assert parse([*SHAPE, "--shuffle-window-blocks", "2Ki", "--log-interval", "1k"]).options.data.shuffle_window_blocks == 2048
+
+
+def test_none_takes_a_file_s_value_back(tmp_path):
+    path = write(tmp_path, "save-interval: 5\npatch-fraction: 0.5\nexit-duration: 3h\n")
+    options = parse(["--config", path, *SHAPE, "--save-interval", "None", "--patch-fraction", "None", "--exit-duration", "None"]).options
+    assert options.checkpoint.save_interval is options.stages.patch_fraction is options.safety.exit_duration is None
 
 
 def test_launcher_spelling_is_accepted():
@@ -87,6 +105,8 @@ def test_wrong_flags_end_with_what_is_allowed(arguments, words):
         ("lr: {a: 1}\n", ["lr"]),
         ("num-layers: 2\nnum_layers: 3\n", ["twice"]),
         ("lr: fast\n", ["lr", "fast"]),
+        ("lr: [1, 2]\n", ["lr is a list", "one value"]),
+        ("qk-layernorm: maybe\n", ["qk_layernorm is 'maybe'", "true or false"]),
     ],
 )
 def test_wrong_files_end_with_the_key(tmp_path, text, words):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -138,12 +139,36 @@ def test_a_step_that_micro_batches_make_larger_is_told():
         ("--lr 0", "lr above 0"),
         ("--lr 1e-3 --min-lr 1e-2", "min_lr"),
         ("--start-tokens 7", "inside a block"),
+        ("--global-batch-size 0", "--global-batch-size 0"),
+        ("--block-tokens 0", "--block-tokens 0"),
+        ("--num-query-groups 0", "whole numbers from 1"),
+        ("--kv-channels 0", "whole numbers from 1"),
+        ("--exit-interval 0", "--exit-interval 0"),
+        ("--replay-interval 0", "--replay-interval 0"),
+        ("--eval-interval 5 --eval-interval-tokens 100", "one of them"),
+        ("--adam-eps -1", "above 0"),
+        ("--weight-decay nan", "finite numbers"),
+        ("--rotary-base inf", "finite numbers"),
+        ("--peak-tflops 0", "above 0"),
+        ("--sample-top-p 0", "up to 1"),
+        ("--split 1,x", "up to three numbers"),
+        ("--eod-token-id 64", "ids from 0 to 63"),
+        ("--lr-decay-style inverse-square-root", "--lr-warmup-tokens"),
+        ("--lr-decay-tokens 1k --lr-warmup-tokens 2k", "above the warm-up"),
     ],
 )
 def test_what_cannot_run_is_refused(words, reason):
     with pytest.raises(ConfigError) as error:
         resolve(*RUN, *words.split())
     assert reason in str(error.value), str(error.value)
+
+
+@pytest.mark.parametrize(("words", "package"), [("--tensorboard-dir x", "tensorboard"), ("--wandb-project x", "wandb")])
+def test_what_is_logged_to_must_be_installed(monkeypatch, words, package):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=rf"{package} is not installed\n.*megatron_patch\[{package}\]"):
+        resolve(*RUN, *words.split())
+    resolve(*RUN, *words.split(), "--dry-run")
 
 
 def test_missing_data_and_vocabulary_are_told():
@@ -190,6 +215,13 @@ def test_deepspeed_s_file_is_passed_through(tmp_path):
         ({"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "cpu"}}}, "", "offload_optimizer"),
         ({"data_types": {"grad_accum_dtype": "bf16"}}, "", "grad_accum_dtype"),
         ({"zero_optimization": 3}, "", "JSON object"),
+        ({"zero_optimization": {"offload_optimizer": "cpu"}}, "", "JSON object"),
+        ({"zero_optimization": {"offload_optimizer": {"device": "gpu"}}}, "", "none or cpu"),
+        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, "", "state in memory"),
+        ({"zero_optimizaton": {"stage": 2}}, "", "write zero_optimization"),
+        ({"bfloat16": {"enabled": True}}, "", "write bf16"),
+        ({"gradient_clipping": "1.0"}, "", "gradient_clipping is '1.0'"),
+        ({"fp16": {"enabled": "yes"}}, "", "fp16.enabled is 'yes'"),
         ("[1]", "", "holds a list"),
         ("{", "", "not valid JSON"),
         ({}, "--fp16 --zero-stage 0", "--fp16 with --zero-stage 0"),

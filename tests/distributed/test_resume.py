@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import os
 import random
+import signal
 import time
 
 import numpy as np
 import pytest
 
 from megatron_patch.data.corpus import split_ranges
-from tests.distributed.runs import Run, command, kill, ledger, printed, start_process, train
+from tests.distributed.ranks import run_ranks
+from tests.distributed.runs import DATA, MODEL, Run, command, kill, ledger, printed, start_process, train
 
 PLAN = command(
     "--seq-length 16 --micro-batch-size 2 --global-batch-size 12 --patch-size 3 --train-tokens 4200 --lr 3e-3 --lr-warmup-fraction 0.2",
@@ -64,10 +68,36 @@ def test_bfloat16_moves_between_layouts_without_losing_its_master_weights(tmp_pa
     assert moved.losses == pytest.approx(whole.losses, rel=2e-3)
 
 
-@pytest.mark.parametrize("stop", [SWITCH - 1, SWITCH, SWITCH + 1])
-def test_the_ledger_has_no_span_twice_and_none_missing(tmp_path, corpus, unbroken, stop):
-    train(tmp_path / "run", 2, PLAN, f"--zero-stage 1 --exit-interval {stop} --data-path", corpus)
-    resumed = train(tmp_path / "run", 3, PLAN, "--zero-stage 1 --data-path", corpus)
+def _killed(argv: list[str], step: int, inside_the_switch: bool) -> int:
+    """A rank that ends by kill -9: when a step has been taken and nothing of it is saved, or in the switch, behind the stage's checkpoint."""
+    from megatron_patch.training.pretrain import main
+    from megatron_patch.training.trainer import Trainer
+
+    name = "_switch" if inside_the_switch else "_account"
+    method = getattr(Trainer, name)
+
+    def killing(self, *args, **kwargs):
+        method(self, *args, **kwargs)
+        if self.step == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    setattr(Trainer, name, killing)
+    return main(argv)
+
+
+@pytest.mark.parametrize(
+    ("step", "inside_the_switch", "goes_on_from"),
+    [(SWITCH - 1, False, SWITCH - 3), (SWITCH, False, SWITCH - 3), (SWITCH, True, SWITCH), (SWITCH + 1, False, SWITCH)],
+)
+def test_the_ledger_of_a_killed_run_has_no_span_twice_and_none_missing(tmp_path, corpus, unbroken, step, inside_the_switch, goes_on_from):
+    folder = tmp_path / "run"
+    argv = command(MODEL, DATA, PLAN, "--zero-stage 1 --data-path", corpus, ["--save", str(folder)])
+    with pytest.raises(RuntimeError, match="died with exit code -9"):
+        run_ranks(_killed, 2, tmp_path / "killed-logs", argv, step, inside_the_switch)
+    assert max(json.loads(line)["step"] for line in (folder / "spans" / "rank-00000.jsonl").read_text().splitlines()) == step
+    resumed = train(folder, 3, PLAN, "--zero-stage 1 --data-path", corpus)
+    assert f"step-{goes_on_from:08d}: stage" in printed(folder)
+    assert resumed.losses == pytest.approx(unbroken.losses, rel=1e-5)
     counts = ledger(resumed, corpus)
     assert counts.max() == 1, "a token was read twice within an epoch"
     assert counts.sum() == resumed.values("tokens")[-1], "all of the plan's tokens"

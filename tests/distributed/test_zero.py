@@ -59,10 +59,13 @@ def test_three_ranks_fill_up_the_last_micro_batch(tmp_path, corpus, single):
     assert run.losses == pytest.approx(single.losses, rel=1e-5)
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_an_offloaded_optimizer_computes_the_same_and_resumes(tmp_path, corpus, single, stage):
+@pytest.mark.parametrize(
+    ("stage", "parts"),
+    [(1, ["offload_optimizer"]), (2, ["offload_optimizer"]), (3, ["offload_optimizer"]), (3, ["offload_param", "offload_optimizer"])],
+)
+def test_what_is_offloaded_computes_the_same_and_resumes(tmp_path, corpus, single, stage, parts):
     path = tmp_path / "ds.json"
-    path.write_text(json.dumps({"zero_optimization": {"stage": stage, "offload_optimizer": {"device": "cpu"}}}))
+    path.write_text(json.dumps({"zero_optimization": {"stage": stage, **{part: {"device": "cpu"} for part in parts}}}))
     words = f"--eval-interval 5 --deepspeed_config {path}"
     train(tmp_path / "run", 2, PLAN, words, "--exit-interval 17 --data-path", corpus)
     run = train(tmp_path / "run", 2, PLAN, words, "--data-path", corpus)

@@ -140,8 +140,8 @@ def pairs(ours: GPTModel, theirs: nn.Module, shape: ModelShape):
                     yield mine[f"blocks.{layer}.{x}.{kind}"], lambda t: t, stock[f"model.layers.{layer}.{y}.{kind}"], None
 
 
-def build(shape: ModelShape, dtype: torch.dtype):
-    ours = GPTModel(shape)
+def build(shape: ModelShape, dtype: torch.dtype, operators="fused"):
+    ours = GPTModel(shape, operators=operators)
     initialize(ours, shape, seed=3)
     with torch.no_grad():
         for parameter in ours.parameters():
@@ -178,18 +178,20 @@ def published_loss(model, tokens, k, ignored, weights):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("k", [1, 2, 4, 8])
+@pytest.mark.parametrize("operators", ["fused", "plain"])
 @pytest.mark.parametrize("shape", [LLAMA, TIED, QWEN3, BIASED, GPT2], ids=["llama", "tied", "qwen3", "biased", "gpt2"])
-def test_loss_and_every_gradient_equal_the_published_formula(shape, k, dtype):
-    check(shape, k, dtype, [1.0] * k)
+def test_loss_and_every_gradient_equal_the_published_formula(shape, operators, k, dtype):
+    check(shape, k, dtype, [1.0] * k, operators)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_position_weights_are_the_formula_s(dtype):
-    check(LLAMA, 4, dtype, [1 / (j + 1) for j in range(4)])
+@pytest.mark.parametrize("operators", ["fused", "plain"])
+def test_position_weights_are_the_formula_s(operators, dtype):
+    check(LLAMA, 4, dtype, [1 / (j + 1) for j in range(4)], operators)
 
 
-def check(shape, k, dtype, weights):
-    ours, theirs = build(shape, dtype)
+def check(shape, k, dtype, weights, operators="fused"):
+    ours, theirs = build(shape, dtype, operators)
     assert set(map(id, ours.parameters())) == {id(mine) for mine, *_ in pairs(ours, theirs, shape)}, "every parameter is compared"
     assert {id(stock) for _, _, stock, _ in pairs(ours, theirs, shape)} == set(map(id, theirs.parameters()))
     generator = torch.Generator().manual_seed(k)

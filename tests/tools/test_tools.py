@@ -61,6 +61,15 @@ def test_evaluate_is_the_mean_over_all_tokens(run, k):
     assert ("token_loss" in result) == (k == 1) and ("patch_loss" in result) == (k > 1)
 
 
+def test_evaluate_reads_no_label_behind_the_data(run):
+    """Patches longer than what training leaves behind its last block: the last sample that fits with its labels is the last one."""
+    trained, corpus = run
+    tokens = TokenCorpus([corpus]).num_tokens
+    k = next(k for k in range(65, 400) if (tokens - 64) // k * k + k > tokens)
+    result = json.loads(tool("evaluate", "--load", trained.folder, "--data-path", corpus, "--seq-length", 1, "--patch-size", k))
+    assert result["tokens"] == (tokens - k) // k * k
+
+
 def test_generate_continues_a_prompt(run):
     trained, _ = run
     words = (
@@ -94,6 +103,8 @@ def test_plot_draws_runs(run, tmp_path):
     assert (tmp_path / "sub" / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert "2 runs" in tool("plot", trained.folder, trained.folder, "--labels", "one", code=3)
     assert "metrics.jsonl" in tool("plot", tmp_path, code=3)
+    (tmp_path / "metrics.jsonl").write_text('{"loss": 1.0}\n')
+    assert "holds no evaluations" in tool("plot", tmp_path, code=3)
 
 
 def test_inspect_shows_and_checks(run, tmp_path):
@@ -146,6 +157,9 @@ def test_inspect_shows_how_stages_divide(run, tmp_path):
         ("evaluate", ["--load", "nowhere", "--data-path", "{corpus}"], 4, "holds no checkpoint"),
         ("evaluate", ["--load", "{run}", "--data-path", "{corpus}", "--seq-length", "100000"], 3, "less than one sample"),
         ("evaluate", ["--load", "{run}", "--data-path", "{corpus}", "--patchsize", "2"], 2, "--patch-size"),
+        ("evaluate", ["--load", "{run}", "--data-path", "{corpus}", "--seq-length", "0"], 2, "whole numbers from 1"),
+        ("evaluate", ["--load", "{run}", "--data-path", "{corpus}", "--micro-batch-size", "2X"], 2, "'2X' is not a count"),
+        ("generate", ["--load", "{run}", "--max-new-tokens", "0"], 2, "whole numbers from 1"),
         ("inspect_dataset", ["nowhere"], 3, "does not exist"),
     ],
 )

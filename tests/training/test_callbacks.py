@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 from dataclasses import asdict, replace
+from types import ModuleType
 
 import pytest
 from rich.console import Console as RichConsole
 
+from megatron_patch.errors import ConfigError
 from megatron_patch.training.callbacks.base import EvaluationRecord, RunEnd, RunStart, SaveRecord, StepRecord, SwitchRecord
 from megatron_patch.training.callbacks.console import Console
 from megatron_patch.training.callbacks.metrics import Metrics, read_metrics
 from megatron_patch.training.callbacks.tensorboard import TensorBoard, named_values
+from megatron_patch.training.callbacks.wandb import WeightsAndBiases
 from megatron_patch.training.throughput import Throughput
 
 START = RunStart(0, 20, 2000, ((1000, "token"),), 0, "cpu", 1, None, 1e6, 0.5)
@@ -109,10 +113,51 @@ def test_rates_are_those_of_the_window():
     assert Throughput(1, "cpu", peak_tflops=1.0).update(1.0, 0.0, 1, 1, 5e11).mfu == pytest.approx(0.5)
 
 
+class FakeWandb(ModuleType):
+    """What the listener calls of the wandb package, written down."""
+
+    def __init__(self) -> None:
+        super().__init__("wandb")
+        self.opened: list[dict[str, object]] = []
+        self.defined: list[tuple[str, str | None]] = []
+        self.logged: list[dict[str, float]] = []
+        self.finished = 0
+
+    def init(self, **settings):
+        self.opened.append(settings)
+        return self
+
+    def define_metric(self, name, step_metric=None):
+        self.defined.append((name, step_metric))
+
+    def log(self, values):
+        self.logged.append(values)
+
+    def finish(self):
+        self.finished += 1
+
+
+def test_weights_and_biases_is_told_the_records_over_tokens(tmp_path, monkeypatch):
+    """Without the package, which is large: a stand-in for it."""
+    monkeypatch.setitem(sys.modules, "wandb", fake := FakeWandb())
+    for _ in range(2):
+        board = WeightsAndBiases("project", "name", tmp_path / "run", {"lr": 1.0})
+        board.on_start(START)
+        board.on_step(STEP)
+        board.on_evaluation(EVALUATION)
+        board.close()
+    first, second = fake.opened
+    assert first == second and first["id"] and first["resume"] == "allow", "a resumed run is the same one"
+    assert (first["project"], first["name"], first["config"]) == ("project", "name", {"lr": 1.0})
+    assert ("*", "tokens") in fake.defined and fake.finished == 2
+    assert fake.logged[:2] == [{"tokens": 100, **named_values(STEP)}, {"tokens": 100, **named_values(EVALUATION)}]
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ConfigError, match=r"megatron_patch\[wandb\]"):
+        WeightsAndBiases("project", None, None, {})
+
+
 def test_weights_and_biases_goes_on_in_the_same_run(tmp_path, monkeypatch):
     pytest.importorskip("wandb")
-    from megatron_patch.training.callbacks.wandb import WeightsAndBiases
-
     for name, value in {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "WANDB_DIR": str(tmp_path)}.items():
         monkeypatch.setenv(name, value)
     for _ in range(2):

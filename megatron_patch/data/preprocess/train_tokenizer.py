@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -67,7 +68,6 @@ def train_tokenizer(inputs: Sequence[str], output: str, vocab_size: int, key: st
     folder = Path(output)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        backend.save(str(folder / "tokenizer.json"))
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "eos_token": EOD_TOKEN,
@@ -76,6 +76,9 @@ def train_tokenizer(inputs: Sequence[str], output: str, vocab_size: int, key: st
             "model_input_names": ["input_ids", "attention_mask"],
         }
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")
+        # Last, and under its name when it is whole: who finds it may use it.
+        backend.save(str(folder / "tokenizer.json.partial"))
+        os.replace(folder / "tokenizer.json.partial", folder / "tokenizer.json")
     except OSError as error:
         raise DataError(f"cannot write {folder}: {error.strerror}", "a writable folder") from error
     return folder / "tokenizer.json"
