@@ -5,8 +5,8 @@ In: an engine and a step's micro-batches. Out: nothing, or a `CorruptionError` o
 
 from __future__ import annotations
 
-import importlib.metadata
 import socket
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
@@ -76,9 +76,8 @@ def replay(engine: Engine, batch: PatchBatch) -> None:
     """
     pairs = [cast("tuple[float, float]", pair) for pair in gather_objects((engine.own_loss(batch), engine.own_loss(batch)))]
     sick = [rank for rank, (first, again) in enumerate(pairs) if first != again and not (first != first and again != again)]
-    hosts = _hosts(sick)
     if sick:
-        first, again = pairs[sick[0]]
+        hosts, (first, again) = _hosts(sick), pairs[sick[0]]
         raise CorruptionError(
             f"a micro-batch's loss is {first!r} and, computed again, {again!r}",
             "the same number",
@@ -92,11 +91,12 @@ def check_programs(run: RunConfig) -> None:
     Raises:
         CorruptionError: they do not; it names what differs, and where.
     """
-    parts = [cast("dict[str, str]", part) for part in gather_objects(_program(run))]
-    others = [rank for rank, part in enumerate(parts) if part != parts[0]]
-    hosts = _hosts([0, *others[:_SHOWN]])
+    mine = _program(run)
+    digests = gather_objects(xxhash.xxh3_64(repr(mine).encode()).hexdigest())
+    others = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
     if others:
-        other = parts[others[0]]
+        parts = [cast("dict[str, str]", part) for part in gather_objects(mine)]
+        hosts, other = _hosts([0, *others[:_SHOWN]]), parts[others[0]]
         names = [name for name in parts[0] if parts[0][name] != other.get(name)]
         shown = ", ".join(f"{name} is {parts[0][name]} and {other.get(name)}" for name in names[:_SHOWN])
         raise CorruptionError(
@@ -112,5 +112,5 @@ def _program(run: RunConfig) -> dict[str, str]:
     for path in sorted(package.rglob("*.py")):
         digest.update(str(path.relative_to(package)).encode() + b"\0" + path.read_bytes())
     code = {"the code of megatron_patch": digest.hexdigest()}
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "deepspeed", "numpy")}
+    versions = {name: str(sys.modules[name].__version__) for name in ("torch", "deepspeed", "numpy")}
     return {**code, **versions, **{f"option {name}": repr(value) for name, value in option_values(run.options).items()}}
