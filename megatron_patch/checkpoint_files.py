@@ -10,12 +10,13 @@ that a later attempt made.
 from __future__ import annotations
 
 import contextlib
+import heapq
 import json
 import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -168,32 +169,22 @@ def write_state(folder: Path, state: TrainerState) -> dict[str, Entry]:
     return {STATE: entry_of_text(text)}
 
 
-def _files(folder: Path) -> list[str]:
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+def share_of_rank(sizes: Mapping[str, int], rank: int, ranks: int) -> list[str]:
+    """This rank's share of a checkpoint's files, balanced by size, so that all ranks together read each file once.
 
-
-def files_of_rank(folder: Path, rank: int, ranks: int) -> list[str]:
-    """This rank's share of a checkpoint's files, balanced by size, so that all ranks together checksum each file once."""
-    loads = [0] * ranks
+    Args:
+        sizes: of all files, by name.
+        rank: this rank.
+        ranks: how many share.
+    """
+    loads = [(0, other) for other in range(ranks)]
     mine = []
-    sizes = {name: (folder / name).stat().st_size for name in _files(folder)}
     for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
-        least = loads.index(min(loads))
-        loads[least] += sizes[name] + 1
+        load, least = heapq.heappop(loads)
+        heapq.heappush(loads, (load + sizes[name] + 1, least))
         if least == rank:
             mine.append(name)
     return mine
-
-
-def entries_of_rank(folder: Path, rank: int, ranks: int) -> dict[str, Entry]:
-    """Forces this rank's share of the files to disk and describes them."""
-    entries = {}
-    for name in files_of_rank(folder, rank, ranks):
-        path = folder / name
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-        entries[name] = Entry(path.stat().st_size, checksum(path))
-    return entries
 
 
 def entry_of_text(text: str) -> Entry:
@@ -273,12 +264,12 @@ def _inside(folder: Path, name: str) -> bool:
         return False
 
 
-def verify(folder: Path, names: Iterable[str] | None = None, full: bool = True) -> list[str]:
+def verify(folder: Path, share: Callable[[Mapping[str, Entry]], Iterable[str]] = list, full: bool = True) -> list[str]:
     """What is wrong with a checkpoint; an empty list where it is sound.
 
     Args:
         folder: the checkpoint.
-        names: the files to look at, so that ranks can share the work; None: all.
+        share: the files to look at, of those in the manifest, so that ranks can share the work.
         full: compare checksums, not sizes alone.
     """
     try:
@@ -289,7 +280,7 @@ def verify(folder: Path, names: Iterable[str] | None = None, full: bool = True) 
     problems = [f"{path.name} is not in the manifest" for path in sorted(folder.glob(_WEIGHTS)) if path.name not in entries]
     if STATE not in entries:
         problems.append(f"the manifest lacks {STATE}")
-    for name in entries if names is None else names:
+    for name in share(entries):
         path, entry = folder / name, entries[name]
         try:
             size = path.stat().st_size
@@ -325,10 +316,17 @@ def checkpoints(save: Path) -> list[Path]:
     return sorted(found, key=lambda path: (steps[path], not _is_partial(path), path.name), reverse=True)
 
 
-def find_newest_sound(save: Path) -> Found | None:
+def find_newest_sound(
+    save: Path, wanted: Callable[[TrainerState], bool] | None = None, check: Callable[[Path], list[str]] = verify
+) -> Found | None:
     """The newest checkpoint that verifies, or None where there are no checkpoints.
 
     `save` may also be one checkpoint's own folder.
+
+    Args:
+        save: of the run.
+        wanted: looks at no others; one whose state cannot be read is none of them. None: at all.
+        check: tells what is wrong with one, as `verify` does.
 
     Raises:
         CheckpointError: there are checkpoints, but none is sound, or the folder cannot be read.
@@ -339,7 +337,13 @@ def find_newest_sound(save: Path) -> Found | None:
         raise CheckpointError(f"cannot read {save}: {error.strerror}", "a folder that this user can read", "check the path") from error
     skipped: list[tuple[str, str]] = []
     for folder in candidates:
-        problems = verify(folder)
+        try:
+            if wanted is not None and not wanted(read_state(folder)):
+                continue
+        except CheckpointError:
+            continue
+        # Sizes first: what is missing or cut is known without reading the rest.
+        problems = verify(folder, full=False) or check(folder)
         if not problems:
             try:
                 return Found(folder, read_state(folder), tuple(skipped))

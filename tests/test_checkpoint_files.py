@@ -10,27 +10,26 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from megatron_patch import checkpoint_files as files
 from megatron_patch.checkpoints.retention import Retention, prune
 from megatron_patch.errors import CheckpointError
+from megatron_patch.files import checksum
 
 ROOT = Path(__file__).parent.parent
 STATE = files.TrainerState(3, 0, 3, "patch", 30, 3, {"a": 1}, {"options": {}}, {"seed": 1}, {"step_count": 3}, {"num_layers": 1})
 
 
-def save(folder: Path, step: int, ranks: int = 2, size: int = 1000) -> Path:
+def save(folder: Path, step: int, ranks: int = 2, size: int = 1000, extra: dict[str, Any] | None = None) -> Path:
     """A checkpoint as ranks write it."""
     target = files.prepare(folder, step)
     for rank in range(ranks):
         (target / f"part-{rank}.bin").write_bytes(random.Random(f"{step}/{rank}").randbytes(size + rank))
-    files.write_state(target, files.TrainerState(**{**vars(STATE), "step": step}))
-    entries: dict[str, files.Entry] = {}
-    for rank in range(ranks):
-        entries |= files.entries_of_rank(target, rank, ranks)
-    files.write_manifest(target, entries)
+    files.write_state(target, files.TrainerState(**{**vars(STATE), "step": step, "extra": extra or {}}))
+    files.write_manifest(target, {path.name: files.Entry(path.stat().st_size, checksum(path)) for path in target.iterdir()})
     return files.publish(target)
 
 
@@ -42,11 +41,23 @@ def test_a_whole_checkpoint_is_found(tmp_path):
     assert files.find_newest_sound(target).folder == target, "a checkpoint's own folder will do"
 
 
+def test_only_what_is_wanted_is_looked_at(tmp_path):
+    for step, mark in ((3, "a"), (6, "a"), (9, "b")):
+        save(tmp_path, step, extra={"begun_from": mark})
+    flip(tmp_path / "step-00000006" / "part-0.bin")
+    (tmp_path / "step-00000009" / files.STATE).write_text("torn")
+    found = files.find_newest_sound(tmp_path, lambda state: state.extra["begun_from"] == "a")
+    assert found is not None and found.state.step == 3 and [Path(folder).name for folder, _ in found.skipped] == ["step-00000006"]
+    assert files.find_newest_sound(tmp_path, lambda state: False) is None
+
+
 def test_ranks_share_the_checksums_without_gap_or_overlap(tmp_path):
     target = save(tmp_path, 3, ranks=5)
     for ranks in (1, 2, 3, 7):
-        shares = [files.files_of_rank(target, rank, ranks) for rank in range(ranks)]
-        assert sorted(name for share in shares for name in share) == sorted(files.read_manifest(target))
+        sizes = {name: entry.size for name, entry in files.read_manifest(target).items()}
+        shares = [files.share_of_rank(sizes, rank, ranks) for rank in range(ranks)]
+        assert sorted(name for share in shares for name in share) == sorted(sizes)
+        assert max(len(share) for share in shares) <= -(-len(sizes) // ranks) + 1
 
 
 def flip(path: Path) -> None:
@@ -128,12 +139,12 @@ def test_old_ones_go_only_when_the_newest_is_whole(tmp_path):
 
 def test_a_killed_writer_never_leaves_a_broken_newest(tmp_path):
     """A process that commits checkpoints without pause is killed at random moments; the newest sound one always verifies."""
+    # The pipe holds thousands of lines: nobody has to read them.
     code = (
         "import sys; sys.path.insert(0, sys.argv[2])\n"
         "from pathlib import Path\nfrom tests.test_checkpoint_files import *\n"
         "folder = Path(sys.argv[1]); step = max([files.step_of(p) for p in files.checkpoints(folder)] or [0])\n"
-        "print('go', flush=True)\n"
-        "while True:\n    step += 1; save(folder, step, size=20000); prune(folder, step, Retention(2))\n"
+        "while True:\n    step += 1; save(folder, step, size=20000); prune(folder, step, Retention(2)); print('go', flush=True)\n"
     )
     draw = random.Random(1)
     newest = 0

@@ -10,6 +10,7 @@ start_ranks() {
     export TOKENIZERS_PARALLELISM=false
     # Not SLURM_NTASKS, which stays what it was when the job was submitted, even where it has been given another number of nodes.
     local ranks=$((SLURM_NNODES * SLURM_NTASKS_PER_NODE))
+    events_before=$(wc -c 2>/dev/null <"$SAVE/events.jsonl") || events_before=0
     echo "$(date +%FT%T) job $SLURM_JOB_ID, start ${SLURM_RESTART_COUNT:-0}: $ranks ranks on $SLURM_JOB_NODELIST by $LAUNCHER"
     case $LAUNCHER in
     srun)
@@ -37,26 +38,31 @@ start_ranks() {
 # docs/operations.md says what the codes mean.
 end_job() {
     local code=$1 save=$2
+    if [ "$code" = 0 ] && began_and_did_not_end "$save"; then
+        # DeepSpeed's launcher says 0 where a signal has ended its srun.
+        code=1
+    fi
     case $code in
     0)
         echo "$(date +%FT%T) done"
         ;;
     75)
+        # Where a step was taken there is a new checkpoint. Ten starts without one: the time limit is too short for the run to begin.
+        if without_progress "$save/idle-$SLURM_JOB_ID" "$save" "${MAX_IDLE:-10}"; then
+            echo "$(date +%FT%T) preempted ${MAX_IDLE:-10} times without a new checkpoint, so the job stops; give it more time, and submit" \
+                "it again" >&2
+            exit "$code"
+        fi
         requeue "preempted, all is saved" "$code"
         ;;
     1 | 76 | 129 | 1[3-5][0-9] | 253)
         # A traceback, a hang, or a rank that a signal ended (128 + its number; 253: out of memory): most often a sick node or network. The
         # last checkpoint is sound, so the job goes on from there, unless it gets nowhere.
-        local crashes before newest
-        newest=$(cat "$save/latest" 2>/dev/null) || newest=none
-        read -r crashes before 2>/dev/null <"$save/crashes-$SLURM_JOB_ID" || before=
-        [ "$before" = "$newest" ] || crashes=0
-        crashes=$((crashes + 1))
-        if [ "$crashes" -ge "${MAX_CRASHES:-3}" ]; then
-            echo "$(date +%FT%T) code $code: crashed $crashes times without a new checkpoint, so the job stops; the log above says why" >&2
+        if without_progress "$save/crashes-$SLURM_JOB_ID" "$save" "${MAX_CRASHES:-3}"; then
+            echo "$(date +%FT%T) code $code: crashed ${MAX_CRASHES:-3} times without a new checkpoint, so the job stops; the log above" \
+                "says why" >&2
             exit "$code"
         fi
-        mkdir -p "$save" && echo "$crashes $newest" >"$save/crashes-$SLURM_JOB_ID"
         wait_for_nodes
         requeue "code $code, a rank crashed or hung" "$code"
         ;;
@@ -66,6 +72,25 @@ end_job() {
         exit "$code"
         ;;
     esac
+}
+
+# without_progress COUNTER SAVE LIMIT: counts ends without a new checkpoint between them in a file; whether there are as many as LIMIT.
+without_progress() {
+    local counter=$1 save=$2 limit=$3 count before newest
+    newest=$(cat "$save/latest" 2>/dev/null) || newest=none
+    read -r count before 2>/dev/null <"$counter" || before=
+    [ "$before" = "$newest" ] || count=0
+    count=$((count + 1))
+    [ "$count" -lt "$limit" ] || return 0
+    mkdir -p "$save" && echo "$count $newest" >"$counter"
+    return 1
+}
+
+# began_and_did_not_end SAVE: whether this start has told of itself in events.jsonl, and not that it is done.
+began_and_did_not_end() {
+    local events=$1/events.jsonl now
+    now=$(wc -c 2>/dev/null <"$events") || return 1
+    [ "$now" -gt "$events_before" ] && ! tail -n 1 "$events" | grep -q '"type": "end".*"code": 0'
 }
 
 # wait_for_nodes: returns when every node of the job runs a task. Slurm needs minutes to notice a dead node (SlurmdTimeout); then it ends this

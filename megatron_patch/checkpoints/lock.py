@@ -2,7 +2,8 @@
 
 In: the folder. Out: a lock that is held until it is released or its process dies. On the same machine the owner's process tells whether
 the lock is stale. On others its heartbeat does: the owner touches the file every few seconds, and a lock that is not touched for
-`PATIENCE` seconds, by the clock of the file system, is nobody's.
+`PATIENCE` seconds, by the clock of the file system, is nobody's. As that clock may be each node's own, which may be wrong, nothing is taken
+that was not also watched for some heartbeats.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from megatron_patch.files import make_folder
 LOCK = "lock"
 HEARTBEAT = 10.0
 PATIENCE = 60.0
+_WATCHED = 3 * HEARTBEAT
 _LONGEST = 4096
 
 
@@ -62,12 +64,18 @@ def _is_dead(owner: dict[str, Any]) -> bool | None:
     return _started(owner["pid"]) != owner.get("started")
 
 
+def _touched(path: Path) -> int:
+    """When the lock was touched last, in nanoseconds. Opened for it: a network file system may tell from memory else."""
+    with path.open("rb") as file:
+        return os.fstat(file.fileno()).st_mtime_ns
+
+
 def _age(path: Path) -> float:
     """Seconds since the lock was touched, by the file system's own clock."""
     probe = path.with_name(f".{path.name}-{secrets.token_hex(4)}")
     probe.touch()
     try:
-        return probe.stat().st_mtime - path.stat().st_mtime
+        return (_touched(probe) - _touched(path)) / 1e9
     finally:
         probe.unlink(missing_ok=True)
 
@@ -121,10 +129,10 @@ class SaveLock:
         try:
             owner = _read(self.path)
             dead = _is_dead(owner)
-            touched = self.path.stat().st_mtime_ns
-            while dead is None and _age(self.path) < patience:
+            touched, began = _touched(self.path), time.monotonic()
+            while dead is None and (_age(self.path) < patience or time.monotonic() < began + min(_WATCHED, patience)):
                 time.sleep(min(1.0, patience / 10))
-                if self.path.stat().st_mtime_ns != touched:
+                if _touched(self.path) != touched:
                     dead = False
         except FileNotFoundError:
             return

@@ -289,7 +289,7 @@ class SafetyOptions:
     exit_duration: OptionalDuration = None
     """Save and stop (exit code 75) after so long, as 3h30m; the same command then goes on."""
     exit_margin: Duration = 300.0
-    """Stop so long before the end that Slurm has set for the job."""
+    """Stop so long before the end that Slurm has set for the job, after half of its time at the earliest."""
     kill_switch: str | None = None
     """Save and stop when this file exists."""
     on_spike: Literal["skip", "rewind", "stop", "ignore"] = "skip"

@@ -19,7 +19,7 @@ from torch import nn
 from megatron_patch.data.patch_dataset import PatchBatch
 from megatron_patch.engine.deepspeed_config import batch_settings
 from megatron_patch.engine.deepspeed_engine import DeepSpeedEngine
-from megatron_patch.engine.interface import EvaluationResult, Judge, StepResult
+from megatron_patch.engine.interface import Judge, StepResult
 from megatron_patch.engine.stopwatch import Stopwatch
 from megatron_patch.parallel.groups import ModelParallelUnit
 from megatron_patch.stages import Stage
@@ -75,8 +75,7 @@ class DataParallelEngine(DeepSpeedEngine):
         self._sum_over_data(self._loss_sum)
         return float(self._loss_sum / self._total)
 
-    def evaluate(self, batches: Iterable[PatchBatch]) -> EvaluationResult:
-        """Mean held-out loss; see `Engine`."""
+    def _own_sums(self, batches: Iterable[PatchBatch]) -> torch.Tensor:
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         self._engine.eval()
         try:
@@ -86,9 +85,7 @@ class DataParallelEngine(DeepSpeedEngine):
                     sums += torch.stack([loss_sum.double(), weight_sum.double()])
         finally:
             self._engine.train()
-        self._sum_over_data(sums)
-        loss_sum, labels_scored = sums.tolist()
-        return EvaluationResult(loss_sum / labels_scored if labels_scored else float("nan"), int(labels_scored))
+        return sums
 
     def logits(self, ids: torch.Tensor) -> torch.Tensor:
         """Distributions at K = 1; see `Engine`."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import abc
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,7 +24,7 @@ from megatron_patch.data.patch_dataset import PatchBatch
 from megatron_patch.engine.deepspeed_config import EngineConfig, batch_settings
 from megatron_patch.engine.distributed import barrier, gather_objects
 from megatron_patch.engine.fragments import HostCopies, fragments
-from megatron_patch.engine.interface import Judge, Snapshot, StepResult
+from megatron_patch.engine.interface import EvaluationResult, Judge, Snapshot, StepResult
 from megatron_patch.engine.optimizer import base_optimizer, make_optimizer, set_step_count, step_count, zero_moments
 from megatron_patch.engine.state_files import StateFiles, write_fragments
 from megatron_patch.errors import CheckpointError
@@ -167,6 +167,21 @@ class DeepSpeedEngine(abc.ABC):
         zero_moments(self._base.state.values())
         if stage.optimizer == "reset":
             set_step_count(self._base, 0)
+
+    @abc.abstractmethod
+    def _own_sums(self, batches: Iterable[PatchBatch]) -> torch.Tensor:
+        """float64 [sum of losses, labels] of held-out batches over the ranks that share this one's model."""
+
+    def evaluate(self, batches: Iterable[PatchBatch]) -> EvaluationResult:
+        """Mean held-out loss; see `Engine`."""
+        sums = self._own_sums(batches)
+        self._sum_over_data(sums)
+        loss_sum, labels_scored = sums.tolist()
+        return EvaluationResult(loss_sum / labels_scored if labels_scored else float("nan"), int(labels_scored))
+
+    def own_loss(self, batch: PatchBatch) -> float:
+        """Sum of the losses of this rank's batch alone; see `Engine`."""
+        return float(self._own_sums([batch])[0])
 
     @abc.abstractmethod
     def _global_loss(self) -> float:

@@ -107,3 +107,16 @@ def first_word(name: str, word: str, seconds: float = 5.0) -> str | None:
     asking.start()
     asking.join(seconds)
     return said[0] if said else None
+
+
+def word_of_first(name: str) -> str | None:
+    """What the first rank has said (see `first_word`), so far; may wait for the keeper.
+
+    Raises:
+        RuntimeError: the keeper is gone.
+    """
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        return None
+    store = torch.distributed.distributed_c10d._get_default_store()
+    key = f"megatron_patch/{name}"
+    return store.get(key).decode() if store.check([key]) else None

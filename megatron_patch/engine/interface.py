@@ -90,6 +90,10 @@ class Engine(Protocol):
         """The mean loss over batches; every rank brings the same number of them."""
         ...
 
+    def own_loss(self, batch: PatchBatch) -> float:
+        """The sum of the losses of one batch over the ranks that share a model, each of which must call it; of no others."""
+        ...
+
     def switch_stage(self, stage: Stage) -> None:
         """Takes on the stage's micro-batch, accumulation and shapes, and treats the optimizer as the stage asks."""
         ...

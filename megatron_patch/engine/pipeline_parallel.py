@@ -28,7 +28,7 @@ from megatron_patch.config.options import ScheduleOptions
 from megatron_patch.data.patch_dataset import PatchBatch
 from megatron_patch.engine.deepspeed_config import EngineConfig, batch_settings
 from megatron_patch.engine.deepspeed_engine import DeepSpeedEngine, MixedPrecision
-from megatron_patch.engine.interface import EvaluationResult, Judge, StepResult
+from megatron_patch.engine.interface import Judge, StepResult
 from megatron_patch.engine.stopwatch import Stopwatch
 from megatron_patch.model.gpt import GPTModel
 from megatron_patch.parallel.groups import Groups
@@ -195,10 +195,9 @@ class PipelineParallelEngine(DeepSpeedEngine):
         return (_Passage(moved(b.position_ids), moved(b.document_ids), moved(b.labels) if last else None) for b in batches)
 
     def _summed(self) -> torch.Tensor:
-        """[sum of losses, sum of weights] over all samples since the last `_feed`, the same on every rank."""
+        """[sum of losses, sum of weights] over this replica's samples since the last `_feed`."""
         sums = self._module.sums.clone()
         torch.distributed.all_reduce(sums, group=self._ranks.pipeline)
-        self._sum_over_data(sums)
         return sums
 
     def train_step(
@@ -220,17 +219,17 @@ class PipelineParallelEngine(DeepSpeedEngine):
         return self._result(skipped_before, self._module.stopwatch.seconds())
 
     def _global_loss(self) -> float:
-        return float(self._summed()[0] / self._total)
+        sums = self._summed()
+        self._sum_over_data(sums)
+        return float(sums[0] / self._total)
 
-    def evaluate(self, batches: Iterable[PatchBatch]) -> EvaluationResult:
-        """Mean held-out loss; see `Engine`."""
+    def _own_sums(self, batches: Iterable[PatchBatch]) -> torch.Tensor:
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         for _, group in itertools.groupby(batches, key=lambda batch: batch.input_ids.shape[:2]):
             alike = list(group)
             self._forward([batch.input_ids for batch in alike], self._passages(alike))
             sums += self._summed()
-        loss_sum, labels_scored = sums.tolist()
-        return EvaluationResult(loss_sum / labels_scored if labels_scored else float("nan"), int(labels_scored))
+        return sums
 
     def _forward(self, inputs: Sequence[torch.Tensor], passages: Iterable[_Passage]) -> None:
         """Forward passes alone."""

@@ -1,4 +1,4 @@
-"""Do ranks that must agree agree? Copies of weights, the samples of a step, a micro-batch's loss computed twice.
+"""Do ranks that must agree agree? Their programs, copies of weights, the samples of a step, a micro-batch's loss computed twice.
 
 In: an engine and a step's micro-batches. Out: nothing, or a `CorruptionError` on every rank that names what differs and where.
 """
@@ -6,11 +6,15 @@ In: an engine and a step's micro-batches. Out: nothing, or a `CorruptionError` o
 from __future__ import annotations
 
 import socket
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import cast
 
 import xxhash
 
+from megatron_patch.config.parsing import option_values
+from megatron_patch.config.resolve import RunConfig
 from megatron_patch.data.patch_dataset import PatchBatch
 from megatron_patch.engine.distributed import gather_objects
 from megatron_patch.engine.interface import Engine
@@ -65,15 +69,48 @@ def check_batches(grid: Grid, batches: Sequence[PatchBatch]) -> None:
 
 
 def replay(engine: Engine, batch: PatchBatch) -> None:
-    """The same micro-batch gives the same loss twice.
+    """The same micro-batch gives the same loss twice, on every replica of the model.
 
     Raises:
-        CorruptionError: it does not.
+        CorruptionError: it does not; with the ranks of the replicas where.
     """
-    losses = [engine.evaluate([batch]).loss for _ in range(2)]
-    if losses[0] != losses[1] and not all(loss != loss for loss in losses):
+    pairs = [cast("tuple[float, float]", pair) for pair in gather_objects((engine.own_loss(batch), engine.own_loss(batch)))]
+    sick = [rank for rank, (first, again) in enumerate(pairs) if first != again and not (first != first and again != again)]
+    if sick:
+        hosts, (first, again) = _hosts(sick), pairs[sick[0]]
         raise CorruptionError(
-            f"a micro-batch's loss is {losses[0]!r} and, computed again, {losses[1]!r}",
+            f"a micro-batch's loss is {first!r} and, computed again, {again!r}",
             "the same number",
-            "look for a sick device (its error counters, a burn-in test); the same command goes on from the newest checkpoint",
+            f"look for a sick device (its error counters, a burn-in test) at {hosts}; the same command goes on from the newest checkpoint",
         )
+
+
+def check_programs(run: RunConfig) -> None:
+    """All ranks run the same code, on the same versions of what it stands on, with the same options: nodes may have copies of their own.
+
+    Raises:
+        CorruptionError: they do not; it names what differs, and where.
+    """
+    mine = _program(run)
+    digests = gather_objects(xxhash.xxh3_64(repr(mine).encode()).hexdigest())
+    others = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
+    if others:
+        parts = [cast("dict[str, str]", part) for part in gather_objects(mine)]
+        hosts, other = _hosts([0, *others[:_SHOWN]]), parts[others[0]]
+        names = [name for name in parts[0] if parts[0][name] != other.get(name)]
+        shown = ", ".join(f"{name} is {parts[0][name]} and {other.get(name)}" for name in names[:_SHOWN])
+        raise CorruptionError(
+            f"ranks run different programs: {shown}",
+            "one version of the program, of its libraries and of its options on all nodes",
+            f"compare {hosts}" + (f" and {len(others) - _SHOWN} more" if len(others) > _SHOWN else ""),
+        )
+
+
+def _program(run: RunConfig) -> dict[str, str]:
+    package = Path(__file__).parent.parent
+    digest = xxhash.xxh3_64()
+    for path in sorted(package.rglob("*.py")):
+        digest.update(str(path.relative_to(package)).encode() + b"\0" + path.read_bytes())
+    code = {"the code of megatron_patch": digest.hexdigest()}
+    versions = {name: str(sys.modules[name].__version__) for name in ("torch", "deepspeed", "numpy")}
+    return {**code, **versions, **{f"option {name}": repr(value) for name, value in option_values(run.options).items()}}

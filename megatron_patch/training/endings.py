@@ -88,6 +88,28 @@ def end_hanging(message: str, rank: int, save: Path | None) -> ExitCode:
     return ExitCode(_tell(_own("hang", message, ExitCode.HANG, rank), save).code)
 
 
+def said_by_another(rank: int) -> Ending | None:
+    """What another rank has ended the job with, if one has; to be called from a thread that may wait.
+
+    Raises:
+        RuntimeError: the keeper of such words, rank 0, is gone.
+        ValueError: this rank is leaving.
+    """
+    from megatron_patch.engine.distributed import word_of_first
+
+    word = word_of_first("ending")
+    return _of_another(Ending(**json.loads(word)) if word is not None else None, rank)
+
+
+def told_by_another(rank: int, save: Path | None) -> Ending | None:
+    """The same by the run's folder."""
+    return _of_another(_told(save), rank)
+
+
+def _of_another(ending: Ending | None, rank: int) -> Ending | None:
+    return ending if ending is not None and ending.rank != rank else None
+
+
 def write_stacks(save: Path, rank: int, text: str) -> Path:
     """Writes what a rank was doing to SAVE/stacks."""
     path = save / "stacks" / f"rank-{rank:05d}.txt"

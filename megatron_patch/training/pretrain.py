@@ -5,14 +5,14 @@ In: flags. Out: checkpoints, metrics, and an exit code (`ExitCode`).
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_patch.config.resolve import RunConfig, load_config
-from megatron_patch.console import make_console
+from megatron_patch.console import make_console, settle_output
 from megatron_patch.engine.deepspeed_config import EngineConfig, engine_config
+from megatron_patch.engine.environment import ranks_of_environment
 from megatron_patch.errors import ConfigError
 from megatron_patch.exit_codes import ExitCode
 from megatron_patch.training.dry_run import print_plan
@@ -45,16 +45,19 @@ def pretrain(run: RunConfig) -> ExitCode:
     from megatron_patch.engine.distributed import join, leave
     from megatron_patch.training.trainer import Trainer
 
-    device = join(run.options.engine.distributed_timeout_minutes)
-    if settings.precision == "fp16" and device.type == "cpu":
-        raise ConfigError("--fp16 on CPUs", "--bf16 or float32 there", "use --bf16, or a GPU")
-    if stops.agreed(device) is not None:
+    with watchdog_of(run) as watchdog:
+        device = join(run.options.engine.distributed_timeout_minutes)
+        if settings.precision == "fp16" and device.type == "cpu":
+            raise ConfigError("--fp16 on CPUs", "--bf16 or float32 there", "use --bf16, or a GPU")
+        asked = stops.agreed(device)
+        if asked is None:
+            with Trainer(run, settings, device, stops, watchdog) as trainer:
+                code = trainer.train()
+        else:
+            code = ExitCode.PREEMPTED
+        # Not after an error: peers may be inside a collective, and leaving would wait for them.
+        watchdog.beat("the job is left")
         leave()
-        return ExitCode.PREEMPTED
-    with watchdog_of(run) as watchdog, Trainer(run, settings, device, stops, watchdog) as trainer:
-        code = trainer.train()
-    # Not after an error: peers may be inside a collective, and leaving would wait for them.
-    leave()
     return code
 
 
@@ -64,8 +67,8 @@ def save_folder(run: RunConfig) -> Path | None:
 
 
 def watchdog_of(run: RunConfig) -> Watchdog:
-    """This rank's watchdog; the job must have been joined."""
-    return Watchdog(run.options.safety.hang_timeout, save_folder(run), int(os.environ["RANK"]))
+    """This rank's watchdog."""
+    return Watchdog(run.options.safety.hang_timeout, save_folder(run), ranks_of_environment()[0])
 
 
 def engine_settings(run: RunConfig) -> EngineConfig:
@@ -86,8 +89,6 @@ def engine_settings(run: RunConfig) -> EngineConfig:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line: prints errors in their three parts and returns the exit code."""
-    from megatron_patch.engine.environment import ranks_of_environment
-
     arguments = list(sys.argv[1:] if argv is None else argv)
     rank, save = 0, None
     try:
@@ -106,4 +107,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         if code != ExitCode.DONE and rank == 0:
             advise(code)
+    settle_output()
     return int(code)

@@ -23,6 +23,14 @@ _REASONS = (*(number.name for number in _SIGNALS), "--exit-duration", "the end o
 _FILE_SECONDS = 1.0
 
 
+def _stop_time(margin: float, environment: Mapping[str, str]) -> float | None:
+    """When to stop for the end of the Slurm job; in a job that is shorter than twice the margin half of its time is for training."""
+    begin, end = environment.get("SLURM_JOB_START_TIME", ""), environment.get("SLURM_JOB_END_TIME", "")
+    if not end.isdigit():
+        return None
+    return int(end) - (min(margin, (int(end) - int(begin)) / 2) if begin.isdigit() else margin)
+
+
 class StopRequests:
     """Listens from its making on, which is before torch is imported.
 
@@ -36,8 +44,7 @@ class StopRequests:
 
     def __init__(self, options: SafetyOptions, environment: Mapping[str, str] = os.environ) -> None:
         self._deadline = time.monotonic() + options.exit_duration if options.exit_duration is not None else None
-        end = environment.get("SLURM_JOB_END_TIME", "")
-        self._job_end = int(end) - options.exit_margin if end.isdigit() else None
+        self._job_end = _stop_time(options.exit_margin, environment)
         self._kill_switch = options.kill_switch
         if self._kill_switch is not None and os.path.exists(self._kill_switch):
             raise ConfigError(

@@ -43,7 +43,10 @@ class Stragglers:
         parts = [cast("tuple[int, float, str]", part) for part in gather_objects(mine)]
         slow = []
         for rank, (stage, median, host) in enumerate(parts):
-            usual = statistics.median(other for place, other, _ in parts if place == stage)
+            others = [other for number, (place, other, _) in enumerate(parts) if place == stage and number != rank]
+            if not others:
+                continue
+            usual = statistics.median(others)
             if median > _SLOW * usual:
                 slow.append(f"rank {rank} on {host}: {median:.3g} s for a forward pass, the others {usual:.3g} s")
         return slow

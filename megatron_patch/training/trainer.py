@@ -23,9 +23,9 @@ from megatron_patch.config.resolve import RunConfig
 from megatron_patch.console import make_console
 from megatron_patch.data.patch_dataset import PatchBatch
 from megatron_patch.engine.deepspeed_config import EngineConfig
-from megatron_patch.engine.distributed import barrier, broadcast_object
+from megatron_patch.engine.distributed import barrier
 from megatron_patch.engine.interface import EvaluationResult, StepResult
-from megatron_patch.errors import CheckpointError, MegatronPatchError
+from megatron_patch.errors import SickTrainingError
 from megatron_patch.exit_codes import ExitCode
 from megatron_patch.parallel.grid import Grid
 from megatron_patch.parallel.groups import make_groups
@@ -34,13 +34,14 @@ from megatron_patch.stages import Place, Stage, StagePlan
 from megatron_patch.training.build import make_engine
 from megatron_patch.training.callbacks import make_callbacks
 from megatron_patch.training.callbacks.base import EvaluationRecord, Event, RunEnd, RunStart, SaveRecord, StepRecord, SwitchRecord
-from megatron_patch.training.consistency import check_batches, check_weights, replay
+from megatron_patch.training.consistency import check_batches, check_programs, check_weights, replay
 from megatron_patch.training.corpus import open_data, sample_tokenizer
 from megatron_patch.training.data_wait import DataWait
 from megatron_patch.training.dry_run import print_plan
 from megatron_patch.training.lr_schedule import schedule_of
 from megatron_patch.training.resume import check_data, check_model, plan_to_resume
 from megatron_patch.training.saving import Saver, on_first_rank, retention_of
+from megatron_patch.training.starting import find_start, newer_of_before, newest_sound
 from megatron_patch.training.step_guard import StepGuard
 from megatron_patch.training.stop_requests import StopRequests
 from megatron_patch.training.stragglers import Stragglers
@@ -68,12 +69,16 @@ class Trainer:
         self.grid = Grid(
             torch.distributed.get_rank(), world, engine_options.tensor_model_parallel_size, engine_options.pipeline_model_parallel_size
         )
+        check_programs(run)
         ranks = make_groups(self.grid)
         self.save_folder = Path(run.options.checkpoint.save) if run.options.checkpoint.save else None
         self.saver: Saver | None = None
         lock = self._lock()
         tokenizer = sample_tokenizer(run)
-        found, resuming = self._find_checkpoint()
+        watchdog.beat("checkpoints are verified")
+        self.start = find_start(run.options.checkpoint, self.grid)
+        found, resuming = self.start.found, self.start.resuming
+        watchdog.beat("the run starts")
         if found is not None:
             check_model(found.state, run, weights_only=not resuming)
         self.plan: StagePlan = plan_to_resume(found.state, run) if found is not None and resuming else run.plan
@@ -103,7 +108,7 @@ class Trainer:
             print_plan(shown, settings, make_console(), origins=False, stream=self.data.stream)
             if lock is not None and lock.took_over:
                 self._tell(f"took the lock of {self.save_folder} over from {lock.took_over}, which has died")
-            for note in self._start_notes(found, resuming):
+            for note in self._start_notes():
                 self._tell(note)
 
     def __enter__(self) -> Trainer:
@@ -142,6 +147,7 @@ class Trainer:
         for callback in self.callbacks:
             callback.on_end(RunEnd(reason, self.step, self.plan.consumed_tokens(self.place), time.monotonic() - started, code))
         barrier()
+        self.watchdog.stop_listening()
         return code
 
     def _train_stage(self) -> str | None:
@@ -211,7 +217,13 @@ class Trainer:
         spans = self.data.stream.spans_of_step(self.place.stage_index, self.place.stage_step - 1)
         details = {"reason": result.refused, "stage": self.stage.name, "spans": spans}
         self._report("skip", f"step {self.step:,} is not taken: {result.refused}", details)
-        self.guard.refused(result.refused)
+        try:
+            self.guard.refused(result.refused)
+        except SickTrainingError:
+            # All ranks are here, so that a checkpoint under way need not be given up.
+            if self.saver is not None:
+                self._tell_saved(self.saver.wait())
+            raise
         if self.run.options.safety.on_spike == "rewind":
             self._rewind()
 
@@ -219,7 +231,9 @@ class Trainer:
         """Back to the weights and the optimizer of the newest checkpoint; its data and what came since are not read again."""
         if self.saver is not None:
             self._tell_saved(self.saver.wait())
-        found, _ = self._find_checkpoint(saved_only=True)
+        here = self.step
+        # What lies behind this step is of a life that --load went back from.
+        found = newest_sound(self.save_folder, self.grid, lambda state: state.step <= here) if self.save_folder is not None else None
         if found is None:
             self._report("rewind", "no checkpoint to go back to; the step's update alone is left out", {})
             return
@@ -338,6 +352,9 @@ class Trainer:
         if self.saver is None:
             return
         self.watchdog.beat(f"step {self.step:,} is saved")
+        if self.run.options.safety.check_replicas_interval is not None:
+            # Corruption must not become what the run goes on from.
+            check_weights(self.engine)
         state = functools.partial(
             checkpointing.TrainerState,
             step=self.step,
@@ -353,6 +370,7 @@ class Trainer:
             extra={
                 "stage_end": stage_end,
                 "guard": self.guard.state(),
+                "begun_from": self.start.begun_from,
                 "data_info": dataclasses.asdict(self.run.data_info) if self.run.data_info else None,
             },
         )
@@ -372,39 +390,8 @@ class Trainer:
             on_first_rank(self.grid.rank, save, lambda: locks.append(SaveLock(save)))
         return locks[0] if locks else None
 
-    def _find_checkpoint(self, saved_only: bool = False) -> tuple[checkpointing.Found | None, bool]:
-        """(the newest sound checkpoint of --load, by default --save; whether to go on with its run), found by rank 0 for all.
-
-        With --finetune the weights of --load begin a new run, once: started again, it goes on with what it has saved.
-
-        Args:
-            saved_only: of --save alone.
-        """
-        checkpoint = self.run.options.checkpoint
-        if saved_only:
-            checkpoint = dataclasses.replace(checkpoint, load=None, finetune=False)
-        source = checkpoint.load or checkpoint.save
-        if source is None:
-            return None, False
-        found: object = None
-        resuming = False
-        if self.grid.rank == 0:
-            try:
-                if checkpoint.finetune and self.save_folder is not None:
-                    found = checkpointing.find_newest_sound(self.save_folder)
-                resuming = found is not None or not checkpoint.finetune
-                found = found or checkpointing.find_newest_sound(Path(source))
-                if found is None and checkpoint.finetune:
-                    raise CheckpointError(f"--load {source} holds no checkpoint", "a folder with step-N checkpoints", "check the path")
-            except MegatronPatchError as error:
-                found = error
-        found, resuming = broadcast_object((found, resuming))  # type: ignore[misc]
-        if isinstance(found, MegatronPatchError):
-            raise found
-        return found, resuming and found is not None  # type: ignore[return-value]
-
-    def _start_notes(self, found: checkpointing.Found | None, resuming: bool) -> list[str]:
-        notes = []
+    def _start_notes(self) -> list[str]:
+        notes, found, resuming = [], self.start.found, self.start.resuming
         if found is None:
             notes.append("new run")
         else:
@@ -416,6 +403,8 @@ class Trainer:
                     f"resumed from {found.folder}: stage {self.stage.name}, step {self.step:,} of {self.plan.steps:,}"
                     + (" (nothing left to do)" if self.step == self.plan.steps else "")
                 )
+        if self.save_folder is not None and (newer := newer_of_before(self.save_folder, self.start)):
+            notes.append(f"without --load the run would go on from {newer[0]} in {self.save_folder}: move newer checkpoints away")
         notes += self.data.stream.notes()
         if not self.data.held_out:
             notes.append(

@@ -1,22 +1,27 @@
 """Ends a job that hangs: when nothing has moved for too long, every rank writes the stacks of its threads and leaves.
 
-In: a beat for each thing that is begun. Out: nothing, or SAVE/stacks/rank-RRRRR.txt and exit code 76.
+In: a beat for each thing that is begun. Out: nothing, or SAVE/stacks/rank-RRRRR.txt and exit code 76. A rank that is left waiting for one
+that has ended, as in a collective on GPUs, which does not notice, does not wait so long: it ends with that one's code.
 """
 
 from __future__ import annotations
 
 import faulthandler
+import functools
 import os
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
-from megatron_patch.training.endings import end_hanging, say, write_stacks
+from megatron_patch.training.endings import Ending, end_hanging, said_by_another, say, told_by_another, write_stacks
 from megatron_patch.units import format_duration
 
 _SECOND_CHANCE = 60.0  # seconds after which a thread without Python's lock ends what Python cannot
+_LISTEN = 5.0  # seconds between questions whether another rank has ended the job
+_NOTICE = 15.0  # seconds in which this one may notice by itself; less than srun waits for ranks that are left behind
 _GRACE = 5.0  # seconds for the other ranks to notice by themselves, whom the end of this one would tear out of where they hang
 
 
@@ -24,17 +29,19 @@ class Watchdog:
     """Watches this rank.
 
     Args:
-        seconds: without a beat; 0: for ever.
+        seconds: without a beat; 0: for ever, unless another rank ends.
         save: the run's folder, for the stacks; None: standard error alone.
         rank: this rank.
     """
 
     def __init__(self, seconds: float, save: Path | None, rank: int) -> None:
         self._seconds, self._save, self._rank = seconds, save, rank
-        self._stopped = threading.Event()
+        self._stopped, self._deaf = threading.Event(), threading.Event()
         self.beat("the run starts")
         if seconds > 0:
             threading.Thread(target=self._watch, daemon=True, name="watchdog").start()
+        # Not the same thread: a question may have to wait.
+        threading.Thread(target=self._listen, daemon=True, name="listener").start()
 
     def __enter__(self) -> Watchdog:
         return self
@@ -51,6 +58,7 @@ class Watchdog:
     def close(self) -> None:
         """Stops watching."""
         self._stopped.set()
+        self._deaf.set()
         faulthandler.cancel_dump_traceback_later()
 
     def _watch(self) -> None:
@@ -59,20 +67,40 @@ class Watchdog:
             if waited > self._seconds:
                 self._end(waited)
 
+    def stop_listening(self) -> None:
+        """The run has come to its end: other ranks leave, and that is no reason to follow them."""
+        self._deaf.set()
+
+    def _listen(self) -> None:
+        ask: Callable[[], Ending | None] = functools.partial(said_by_another, self._rank)
+        while not self._deaf.wait(_LISTEN):
+            try:
+                ending = ask()
+            except (RuntimeError, ValueError):
+                # Asked again, torch would print a trace each time.
+                ask = functools.partial(told_by_another, self._rank, self._save)
+                ending = ask()
+            if ending is not None and not self._deaf.wait(_NOTICE):
+                where = self._write_stacks(f"left waiting while {self._what}")
+                say(f"rank {self._rank} ends with rank {ending.rank}: it was left waiting while {self._what}; stacks {where}")
+                os._exit(ending.code)
+
     def _end(self, waited: float) -> None:
         said = f"no progress for {format_duration(waited)} while {self._what}"
-        stacks = _stacks()
-        where = "above"
-        if self._save is not None:
-            try:
-                where = str(write_stacks(self._save, self._rank, f"rank {self._rank}: {said}\n\n{stacks}").parent)
-            except OSError as error:
-                where += f" ({error})"
-        if where.startswith("above"):
-            say(stacks)
-        code = end_hanging(f"{said}; stacks {where}", self._rank, self._save)
+        code = end_hanging(f"{said}; stacks {self._write_stacks(said)}", self._rank, self._save)
         time.sleep(_GRACE)
         os._exit(code)
+
+    def _write_stacks(self, why: str) -> str:
+        """Where they are."""
+        stacks, where = _stacks(), "above"
+        if self._save is not None:
+            try:
+                return str(write_stacks(self._save, self._rank, f"rank {self._rank}: {why}\n\n{stacks}").parent)
+            except OSError as error:
+                where += f" ({error})"
+        say(stacks)
+        return where
 
 
 def _stacks() -> str:

@@ -130,6 +130,36 @@ def test_killed_at_any_moment_and_resumed_is_bit_identical(tmp_path, corpus):
     assert "resumed from" in (tmp_path / "killed.log").read_text()
 
 
+def starts(run: Run) -> list[int]:
+    """The steps at which the starts of a run went on."""
+    return [record["step"] for record in run.records("start")]
+
+
+def test_a_run_that_began_from_another_folder_goes_on_with_its_own(tmp_path, corpus, unbroken):
+    """Put back into the queue, the same command must not begin from --load for ever."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    train(first, 2, PLAN, "--zero-stage 1 --exit-interval 4 --data-path", corpus)
+    words = f"--zero-stage 1 --load {first} --data-path"
+    train(second, 2, PLAN, "--exit-interval 9", words, corpus)
+    run = train(second, 2, PLAN, words, corpus)
+    assert starts(run) == [4, 9]
+    assert [record["loss"] for record in run.records("step")] == unbroken.losses[4:]
+    # Back to an earlier one of its own, on purpose: newer ones are left aside, and then it goes on from what it has done since.
+    back = f"--zero-stage 1 --load {second / 'step-00000006'} --data-path"
+    train(second, 2, PLAN, "--exit-interval 8", back, corpus)
+    assert "without --load the run would go on from" in printed(second)
+    run = train(second, 2, PLAN, back, corpus)
+    assert starts(run)[2:] == [6, 8]
+    assert [record["loss"] for record in run.records("step")] == unbroken.losses[4:]
+
+
+def test_a_folder_to_load_from_that_is_empty_begins_once(tmp_path, corpus, unbroken):
+    words = f"--zero-stage 1 --load {tmp_path / 'nothing'} --data-path"
+    train(tmp_path / "run", 2, PLAN, "--exit-interval 4", words, corpus)
+    run = train(tmp_path / "run", 2, PLAN, words, corpus)
+    assert starts(run) == [0, 4] and run.losses == unbroken.losses
+
+
 def test_a_finished_run_says_so_and_changes_nothing(unbroken, corpus):
     before = (unbroken.folder / "latest").read_text()
     again = train(unbroken.folder, 2, PLAN, "--zero-stage 1 --data-path", corpus)

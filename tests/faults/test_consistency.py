@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 
 import pytest
 import torch
@@ -61,6 +62,32 @@ def test_a_flipped_bit_of_a_weight_is_found_and_named(tmp_path, corpus, layout):
     assert (tmp_path / "run" / "latest").read_text().strip() == "step-00000008", "the checkpoint before is kept"
 
 
+def test_what_copies_disagree_about_is_not_saved(tmp_path, corpus):
+    """The bit flips between two checks: the checkpoint of step 12 is not made, however long the interval."""
+    assert run(tmp_path / "run", corpus, "weight", "--zero-stage 0 --check-replicas-interval 1000") == [6, 6]
+    assert (tmp_path / "run" / "latest").read_text().strip() == "step-00000008" and not list((tmp_path / "run").glob("step-*12"))
+
+
+def _different(argv, kind):
+    from megatron_patch.training import consistency
+    from megatron_patch.training.pretrain import main
+
+    if os.environ["RANK"] == "1":
+        program = consistency._program
+        if kind == "code":
+            consistency._program = lambda run: {**program(run), "the code of megatron_patch": "0"}
+        else:
+            argv = [*argv, "--clip-grad", "2"]
+    return main(argv)
+
+
+@pytest.mark.parametrize(("kind", "words"), [("code", "the code of megatron_patch is"), ("options", "option clip_grad is 1.0 and 2.0")])
+def test_nodes_with_different_programs_do_not_train_together(tmp_path, corpus, kind, words):
+    argv = command(MODEL, DATA, PLAN, "--data-path", corpus, ["--save", str(tmp_path / "run")])
+    assert run_ranks(functools.partial(_different, kind=kind), 2, tmp_path / "run-logs", argv) == [6, 6]
+    assert words in printed(tmp_path / "run") and "rank 1 on " in printed(tmp_path / "run")
+
+
 @pytest.mark.parametrize("layout", ["--tensor-model-parallel-size 2", "--pipeline-model-parallel-size 2"])
 def test_other_samples_on_a_rank_that_shares_the_model_are_found(tmp_path, corpus, layout):
     assert run(tmp_path / "run", corpus, "samples", layout, "--check-replicas-interval 5") == [6, 6]
@@ -69,7 +96,7 @@ def test_other_samples_on_a_rank_that_shares_the_model_are_found(tmp_path, corpu
 
 def test_a_device_that_computes_differently_is_found(tmp_path, corpus):
     assert run(tmp_path / "run", corpus, "device", "--zero-stage 1 --replay-interval 5") == [6, 6]
-    assert "computed again" in printed(tmp_path / "run")
+    assert "computed again" in printed(tmp_path / "run") and "burn-in test) at rank 1 on " in printed(tmp_path / "run")
 
 
 def test_sound_ranks_pass(tmp_path, corpus):

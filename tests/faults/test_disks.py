@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from megatron_patch import checkpoint_files as files
-from tests.distributed.runs import ROOT, Run, printed, train
+from tests.distributed.runs import ROOT, Run, printed, start_process, train
 from tests.faults.conftest import PLAN
 
 # What a process does on the bad disk: attempt after attempt, each with a fault of its own, in a copy of the folder of its own.
@@ -110,3 +110,23 @@ def test_a_full_disk_ends_the_run_and_keeps_its_checkpoints(undisturbed, corpus,
     (small_disk / "filler").unlink()
     assert train(folder, 2, PLAN, flags, "--data-path", corpus).losses == undisturbed.losses
     assert Run(folder).records("save")[-1]["step"] == len(undisturbed.losses)
+
+
+def test_a_log_on_a_full_disk_is_no_reason_to_end(tmp_path, corpus):
+    """Standard output and errors go to a device that is always full; the run ends well, and a wrong flag with its own code."""
+    words = (PLAN, "--data-path", corpus, ["--save", str(tmp_path / "run")])
+    assert start_process(*words, log=Path("/dev/full")).wait(120) == 0
+    assert len(Run(tmp_path / "run").losses) > 10
+    assert start_process(*words, "--hidden-size 33", log=Path("/dev/full")).wait(60) == 2
+
+
+def test_metrics_and_events_on_a_full_disk_wait_for_space(undisturbed, corpus, tmp_path, bad_disk, monkeypatch):
+    """Lines, unlike checkpoints, can wait: on a disk that refuses them the run goes on to its end."""
+    for name, value in {"LD_PRELOAD": str(bad_disk), "FAULT": "enospc", "FAULT_PATH": ".jsonl"}.items():
+        monkeypatch.setenv(name, value)
+    log = tmp_path / "log"
+    process = start_process(PLAN, "--data-path", corpus, ["--save", str(tmp_path / "run")], log=log)
+    assert process.wait(120) == 0, log.read_text()
+    text = log.read_text()
+    assert text.count("No space left on device; its lines wait") == 2 and "lines are lost" in text
+    assert files.find_newest_sound(tmp_path / "run").state.step == len(undisturbed.losses)

@@ -67,6 +67,44 @@ def test_a_killed_rank_is_told_by_one_of_the_others(tmp_path, corpus, victim):
     assert end["code"] == 1 and end["rank"] in left and printed(folder).count("exit code 1") == 1
 
 
+def _failing_beside_one_that_waits(argv, failing):
+    """One rank meets an error; the other stands in what does not notice, as a collective on GPUs does."""
+    import time
+
+    from megatron_patch.data.loader import PatchLoader
+    from megatron_patch.errors import DataError
+    from megatron_patch.training import watchdog
+
+    watchdog._LISTEN, watchdog._NOTICE = 0.3, 0.5
+    next_step = PatchLoader.next_step
+
+    def broken(self):
+        if self.step == 4:
+            if torch.distributed.get_rank() == failing:
+                raise DataError("a hole in the file")
+            time.sleep(600)
+        return next_step(self)
+
+    PatchLoader.next_step = broken
+    return _main(argv)
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_rank_that_waits_for_one_that_has_ended_ends_with_its_code(tmp_path, corpus, failing):
+    """Long before --hang-timeout, so that no launcher has to kill it, whose code would hide the error's."""
+    folder = tmp_path / "run"
+    argv = command(MODEL, DATA, PLAN, "--data-path", corpus, ["--save", str(folder)])
+    processes, _ = start_ranks(functools.partial(_failing_beside_one_that_waits, failing=failing), 2, tmp_path / "run-logs", argv)
+    waiting = processes[1 - failing]
+    waiting.join(timeout=90)
+    assert waiting.exitcode == ExitCode.DATA, printed(folder)
+    assert f"rank {1 - failing} ends with rank {failing}: it was left waiting" in printed(folder)
+    assert "in broken" in (folder / "stacks" / f"rank-{1 - failing:05d}.txt").read_text()
+    (end,) = ends(folder)
+    assert (end["rank"], end["code"]) == (failing, ExitCode.DATA)
+    processes[failing].join(timeout=30)
+
+
 def test_configuration_and_missing_data_end_before_anything_is_made(tmp_path, corpus):
     log, folder = tmp_path / "log", tmp_path / "run"
     (tmp_path / "stop").touch()

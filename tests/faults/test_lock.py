@@ -63,17 +63,35 @@ def test_another_process_of_the_same_number_is_not_the_owner(tmp_path):
     lock.release()
 
 
+class WaitedSeconds:
+    """A sleep that takes no time but on the clock."""
+
+    def __init__(self, monkeypatch, began):
+        self.seconds, self._set, self._began = 0.0, monkeypatch.setattr, began
+
+    def __call__(self, seconds):
+        self.seconds += seconds
+        self._set(locks.time, "monotonic", lambda now=self._began + self.seconds: now)
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"pid": "x"}', json.dumps({"pid": 1, "machine": "another", "host": "far"})])
 def test_elsewhere_the_heartbeat_tells(tmp_path, text, monkeypatch):
     (tmp_path / LOCK).write_text(text)
     os.utime(tmp_path / LOCK, (time.time() - 100, time.time() - 100))
+    now = time.monotonic()
+    monkeypatch.setattr(locks.time, "monotonic", lambda: now)
+    monkeypatch.setattr(locks.time, "sleep", waited := WaitedSeconds(monkeypatch, now))
     lock = SaveLock(tmp_path, patience=50)
     lock.release()
-    # An owner that lives touches the file while we look.
-    (tmp_path / LOCK).write_text(text)
-    monkeypatch.setattr(locks.time, "sleep", lambda seconds: os.utime(tmp_path / LOCK))
-    with pytest.raises(CheckpointError, match="another job writes"):
-        SaveLock(tmp_path, patience=50)
+    assert 3 * locks.HEARTBEAT <= waited.seconds < 50, "however old it seems, some heartbeats are waited for"
+    # An owner that lives touches the file while we look, also where its clock is an hour behind.
+    for skew in (0, 3600):
+        (tmp_path / LOCK).write_text(text)
+        os.utime(tmp_path / LOCK, (time.time() - skew, time.time() - skew))
+        beat = time.time() - skew + 7
+        monkeypatch.setattr(locks.time, "sleep", lambda seconds, beat=beat: os.utime(tmp_path / LOCK, (beat, beat)))
+        with pytest.raises(CheckpointError, match="another job writes"):
+            SaveLock(tmp_path, patience=50)
 
 
 def test_a_job_that_lost_its_lock_publishes_nothing_more(tmp_path):

@@ -19,7 +19,7 @@ from megatron_patch import checkpoint_files as files
 from megatron_patch.config.options import SafetyOptions
 from megatron_patch.engine import deepspeed_engine
 from megatron_patch.errors import ConfigError
-from megatron_patch.training.stop_requests import StopRequests
+from megatron_patch.training.stop_requests import StopRequests, _stop_time
 from megatron_patch.units import format_duration, parse_duration
 from tests.distributed.ranks import start_ranks
 from tests.distributed.runs import DATA, MODEL, Run, command, start_process, start_program, train
@@ -194,6 +194,17 @@ def test_time_and_files_stop_too(tmp_path, corpus, kind):
 def test_events_tell_the_story(unbroken):
     kinds = [json.loads(line)["type"] for line in (unbroken.folder / "events.jsonl").read_text().splitlines()]
     assert kinds[0] == "start" and kinds[-1] == "end" and "switch" in kinds and "save" in kinds
+
+
+@pytest.mark.parametrize(
+    ("minutes", "margin", "left"), [(60, 300, 300), (8, 300, 240), (2, 300, 60)], ids=["long", "short", "shorter than the margin"]
+)
+def test_a_short_job_trains_for_half_of_its_time(minutes, margin, left):
+    """Stopped at once at each of its starts, it would go back into the queue for ever."""
+    begin = 1_000_000
+    environment = {"SLURM_JOB_START_TIME": str(begin), "SLURM_JOB_END_TIME": str(begin + 60 * minutes)}
+    assert _stop_time(margin, environment) == begin + 60 * minutes - left
+    assert _stop_time(margin, {"SLURM_JOB_END_TIME": "1000"}) == 1000 - margin and _stop_time(margin, {}) is None
 
 
 def test_a_second_interrupt_does_not_wait():

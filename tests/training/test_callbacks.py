@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
+import os
 import sys
 from dataclasses import asdict, replace
 from types import ModuleType
@@ -11,7 +13,8 @@ from types import ModuleType
 import pytest
 from rich.console import Console as RichConsole
 
-from megatron_patch.errors import ConfigError
+from megatron_patch.errors import CheckpointError, ConfigError
+from megatron_patch.training.callbacks import lines
 from megatron_patch.training.callbacks.base import EvaluationRecord, RunEnd, RunStart, SaveRecord, StepRecord, SwitchRecord
 from megatron_patch.training.callbacks.console import Console
 from megatron_patch.training.callbacks.metrics import Metrics, read_metrics
@@ -192,3 +195,36 @@ def logged(path):
             names |= {item.key or "/".join(item.nested_key) for item in record.history.item}
             axes |= {record.metric.step_metric} - {""}
     return {name for name in names if not name.startswith("_")}, axes
+
+
+def test_lines_that_a_full_disk_refuses_wait_for_space(tmp_path, monkeypatch, capsys):
+    """A write that fails, and one that stops in the middle of a line: neither ends the run, and no line is lost or torn."""
+    write_all, room = os.write, 10_000
+
+    def write(file, data):
+        nonlocal room
+        if room == 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        count = write_all(file, data[:room])
+        room -= count
+        return count
+
+    monkeypatch.setattr(lines.os, "write", write)
+    metrics = Metrics(tmp_path / "m.jsonl")
+    metrics.on_start(START)
+    room = 700
+    for step in range(1, 6):
+        metrics.on_step(replace(STEP, step=step))
+    assert (tmp_path / "m.jsonl").stat().st_size < 10_000 and steps(tmp_path / "m.jsonl") == [1], "the second is torn"
+    assert capsys.readouterr().err.count("No space left on device; its lines wait") == 1
+    room = 1_000_000
+    metrics.on_step(replace(STEP, step=6))
+    assert "no line was lost" in capsys.readouterr().err and steps(tmp_path / "m.jsonl") == list(range(1, 7))
+    room = 0
+    metrics.on_step(replace(STEP, step=7))
+    metrics.close()
+    assert "1 lines are lost" in capsys.readouterr().err
+    monkeypatch.setattr(lines, "_LONGEST", 100)
+    metrics = Metrics(tmp_path / "m.jsonl")
+    with pytest.raises(CheckpointError, match="No space left on device"):
+        metrics.on_step(replace(STEP, step=8))

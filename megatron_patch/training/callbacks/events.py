@@ -6,12 +6,10 @@ again happened twice.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
-from megatron_patch.files import append_line
 from megatron_patch.training.callbacks.base import Callback, Event, RunEnd, RunStart, SaveRecord, SwitchRecord
+from megatron_patch.training.callbacks.lines import Lines
 from megatron_patch.training.callbacks.metrics import to_json
 
 
@@ -23,29 +21,30 @@ class Events(Callback):
     """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def _write(self, values: dict[str, Any]) -> None:
-        append_line(self._path, json.dumps(values))
+        self._lines = Lines(path)
 
     def on_start(self, record: RunStart) -> None:
         """A run begins or goes on."""
-        self._write(to_json("start", record))
+        self._lines.add(to_json("start", record))
 
     def on_switch(self, record: SwitchRecord) -> None:
         """The next stage."""
-        self._write(to_json("switch", record))
+        self._lines.add(to_json("switch", record))
 
     def on_save(self, record: SaveRecord) -> None:
         """A checkpoint."""
-        self._write(to_json("save", record))
+        self._lines.add(to_json("save", record))
 
     def on_event(self, event: Event) -> None:
         """Anything else."""
         values = to_json(event.kind, event)
         del values["kind"], values["details"]
-        self._write(values | event.details)
+        self._lines.add(values | event.details)
 
     def on_end(self, record: RunEnd) -> None:
         """The end, on purpose; endings.py writes the others."""
-        self._write(to_json("end", record))
+        self._lines.add(to_json("end", record))
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._lines.close()

@@ -6,7 +6,6 @@ finite) are written as null, with their text under the name plus "_text".
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
@@ -18,6 +17,7 @@ from typing import Any
 
 from megatron_patch.errors import CheckpointError
 from megatron_patch.training.callbacks.base import Callback, EvaluationRecord, RunEnd, RunStart, SaveRecord, StepRecord, SwitchRecord
+from megatron_patch.training.callbacks.lines import Lines
 
 
 def to_json(kind: str, record: Any) -> dict[str, Any]:
@@ -44,18 +44,27 @@ def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def truncate(path: Path, step: int) -> None:
-    """Drops the records behind a step, which will be made again, in one atomic rewrite."""
+    """Drops the records behind a step, which will be made again, in one atomic rewrite.
+
+    Raises:
+        CheckpointError: the disk is full, or cannot be read.
+    """
     if not path.exists():
         return
     temporary = path.with_name(path.name + ".partial")
-    with temporary.open("w", encoding="utf-8") as file:
-        for record in read_metrics(path):
-            at = record.get("step", 0)
-            if record.get("type") == "start" or (isinstance(at, int) and at <= step):
-                file.write(json.dumps(record) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            for record in read_metrics(path):
+                at = record.get("step", 0)
+                if record.get("type") == "start" or (isinstance(at, int) and at <= step):
+                    file.write(json.dumps(record) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot write {temporary}: {error.strerror}", "a folder with free space", "free space and start again"
+        ) from error
 
 
 class Metrics(Callback):
@@ -66,51 +75,33 @@ class Metrics(Callback):
     """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
-        self._file: Any = None
-
-    def _write(self, kind: str, record: Any) -> None:
-        if self._file is not None:
-            try:
-                self._file.write(json.dumps(to_json(kind, record)) + "\n")
-                self._file.flush()
-            except OSError as error:
-                raise CheckpointError(
-                    f"cannot write {self._path}: {error.strerror}",
-                    "a folder with free space",
-                    "free space and start again",
-                ) from error
+        self._path, self._lines = path, Lines(path)
 
     def on_start(self, record: RunStart) -> None:
-        """Opens the file behind the step that the run goes on from."""
-        self._path.parent.mkdir(parents=True, exist_ok=True)
+        """Goes on behind the step that the run goes on from."""
         truncate(self._path, record.step)
-        self._file = self._path.open("a", encoding="utf-8")
-        self._write("start", record)
+        self._lines.add(to_json("start", record))
 
     def on_step(self, record: StepRecord) -> None:
         """A line a step."""
-        self._write("step", record)
+        self._lines.add(to_json("step", record))
 
     def on_evaluation(self, record: EvaluationRecord) -> None:
         """A line an evaluation."""
-        self._write("evaluation", record)
+        self._lines.add(to_json("evaluation", record))
 
     def on_switch(self, record: SwitchRecord) -> None:
         """A line a switch."""
-        self._write("switch", record)
+        self._lines.add(to_json("switch", record))
 
     def on_save(self, record: SaveRecord) -> None:
         """A line a checkpoint."""
-        self._write("save", record)
+        self._lines.add(to_json("save", record))
 
     def on_end(self, record: RunEnd) -> None:
         """The last line."""
-        self._write("end", record)
+        self._lines.add(to_json("end", record))
 
     def close(self) -> None:
-        """Closes the file; on a full disk without the line that did not fit."""
-        if self._file is not None:
-            with contextlib.suppress(OSError):
-                self._file.close()
-            self._file = None
+        """Closes the file."""
+        self._lines.close()

@@ -6,7 +6,6 @@ and evaluation, from rank 0. The seed is the same each time: what changes betwee
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from rich.markup import escape
 from megatron_patch.model.generate import Sampling, check_prompts, generate_by_rereading
 from megatron_patch.tokenizer import Tokenizer, encode
 from megatron_patch.training.callbacks.base import Callback, EvaluationRecord, RunStart
+from megatron_patch.training.callbacks.lines import Lines
 from megatron_patch.training.callbacks.metrics import truncate
 
 _SHOWN = 400
@@ -67,6 +67,7 @@ class Samples(Callback):
     ) -> None:
         self._logits, self._tokenizer, self._request, self._device = logits, tokenizer, request, device
         self._path, self._console = path, console
+        self._lines = Lines(path) if path is not None else None
         eod = [] if tokenizer.eod_id is None else [tokenizer.eod_id]
         self._ids = [encode(tokenizer, prompt) or eod for prompt in request.prompts]
         check_prompts(self._ids, request.new_tokens, request.learned_positions)
@@ -74,7 +75,6 @@ class Samples(Callback):
     def on_start(self, record: RunStart) -> None:
         """Drops what will be written again."""
         if self._console is not None and self._path is not None:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
             truncate(self._path, record.step)
 
     def on_evaluation(self, record: EvaluationRecord) -> None:
@@ -93,18 +93,22 @@ class Samples(Callback):
         self._write(record, texts, [len(row) for row in rows], time.perf_counter() - began)
 
     def _write(self, record: EvaluationRecord, texts: Sequence[str], tokens: Sequence[int], seconds: float) -> None:
-        if self._path is None:
+        if self._lines is None:
             return
-        with self._path.open("a", encoding="utf-8") as file:
-            for prompt, text, count in zip(self._request.prompts, texts, tokens, strict=True):
-                line = {
-                    "type": "sample",
-                    "step": record.step,
-                    "stage": record.stage,
-                    "tokens": record.tokens,
-                    "prompt": prompt,
-                    "text": text,
-                    "new_tokens": count,
-                    "seconds": round(seconds, 3),
-                }
-                file.write(json.dumps(line) + "\n")
+        for prompt, text, count in zip(self._request.prompts, texts, tokens, strict=True):
+            line = {
+                "type": "sample",
+                "step": record.step,
+                "stage": record.stage,
+                "tokens": record.tokens,
+                "prompt": prompt,
+                "text": text,
+                "new_tokens": count,
+                "seconds": round(seconds, 3),
+            }
+            self._lines.add(line)
+
+    def close(self) -> None:
+        """Closes the file."""
+        if self._lines is not None:
+            self._lines.close()
