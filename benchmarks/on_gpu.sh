@@ -27,7 +27,7 @@ case $what in all | kernels) step $python benchmarks/kernels.py ;; esac
 case $what in all | training) step $python benchmarks/training.py ;; esac
 # The 1.3B shape, both stages, plain and compiled; then where a step's time goes.
 case $what in all | layouts)
-  step $python benchmarks/layouts.py --ranks 1 --layouts DP1 --patch-size 4 --flags --compile
+  step $python benchmarks/layouts.py --ranks 1 --layouts DP1 --patch-size 4 --flags=--compile
   step $python benchmarks/layouts.py --profile --steps 6 --micro-batches 2
   ;;
 esac
