@@ -119,7 +119,7 @@ class DeepSpeedEngine(abc.ABC):
             wrapped = MixedPrecision(model, dtype) if dtype != torch.float32 else model
         decayed, undecayed = parameter_groups(model)
         groups = [{"params": decayed, "weight_decay": schedule.weight_decay}, {"params": undecayed, "weight_decay": 0.0}]
-        optimizer = make_optimizer([group for group in groups if group["params"]], schedule)
+        optimizer = make_optimizer([group for group in groups if group["params"]], schedule, config.offloads_optimizer)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             self._engine = self._initialize(wrapped, optimizer, settings)

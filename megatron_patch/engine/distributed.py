@@ -10,7 +10,9 @@ import contextlib
 import logging
 import os
 import threading
+from collections.abc import Callable
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed
@@ -47,8 +49,14 @@ def join(timeout_minutes: int = 30) -> torch.device:
     device = torch.device("cuda", device_index(local, torch.cuda.device_count())) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
+        # DeepSpeed takes it for the number of this rank's GPU, also where the rank sees no other (Slurm's --gpus-per-task).
+        os.environ["LOCAL_RANK"] = str(device.index)
+    timeout = timedelta(minutes=timeout_minutes)
+    # Groups of some ranks, ours and DeepSpeed's, do not take over the job's time-out: on GPUs torch gives each of them 10 minutes.
+    torch.distributed.distributed_c10d.default_pg_timeout = timeout
+    torch.distributed.distributed_c10d.default_pg_nccl_timeout = timeout
     if not torch.distributed.is_initialized():
-        deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", timeout=timedelta(minutes=timeout_minutes), verbose=False)
+        deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", timeout=timeout, verbose=False)
     return device
 
 
@@ -100,10 +108,37 @@ def first_word(name: str, word: str, seconds: float = 5.0) -> str | None:
 
     def say() -> None:
         with contextlib.suppress(RuntimeError):
-            said.append(store.compare_set(f"megatron_patch/{name}", "", word).decode())
+            said.append(store.compare_set(_key(name), "", word).decode())
 
     # The store's own time-out is that of collectives, and cannot be changed for one call.
     asking = threading.Thread(target=say, daemon=True, name="first word")
     asking.start()
     asking.join(seconds)
     return said[0] if said else None
+
+
+def listener(name: str) -> Callable[[], str | None]:
+    """Asks what `first_word` has heard, whenever it is called, on a connection that no other thread waits for.
+
+    Returns:
+        What the first rank said; None where nobody has said anything. Where the keeper has gone it raises `ConnectionError`.
+    """
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        return lambda: None
+    store: Any = torch.distributed.distributed_c10d._get_default_store()
+    store = store.clone()
+
+    def ask() -> str | None:
+        try:
+            word: str | None = store.get(_key(name)).decode() if store.check([_key(name)]) else None
+        except torch.distributed.DistNetworkError as error:
+            raise ConnectionError(str(error)) from error
+        except RuntimeError:  # no answer in time: asked again later
+            return None
+        return word
+
+    return ask
+
+
+def _key(name: str) -> str:
+    return f"megatron_patch/{name}"

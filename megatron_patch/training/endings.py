@@ -24,6 +24,8 @@ from megatron_patch.exit_codes import ExitCode
 from megatron_patch.files import append_line
 
 EVENTS = "events.jsonl"
+WORD = "ending"
+"""What the first rank that ends leaves in the job's store: its `Ending` as JSON."""
 _STARTED = time.time()
 
 
@@ -88,6 +90,26 @@ def end_hanging(message: str, rank: int, save: Path | None) -> ExitCode:
     return ExitCode(_tell(_own("hang", message, ExitCode.HANG, rank), save).code)
 
 
+def end_behind(word: str | None, rank: int, save: Path | None) -> ExitCode:
+    """Tells that this rank, which stands still, ends as another one has ended; to be called from another thread than the one that does.
+
+    Args:
+        word: of the rank that ended first; None: rank 0 has gone, with all words.
+        rank: this rank.
+        save: the run's folder, if it has one.
+
+    Returns:
+        The code to exit with.
+    """
+    if word is None:
+        ending = _tell(_own("lost", "rank 0, which keeps all ranks' connections, has gone without a word", ExitCode.INTERNAL, rank), save)
+    else:
+        ending = Ending(**json.loads(word))
+    if ending.rank != rank:
+        say(f"rank {rank} ends with rank {ending.rank}, for which it would wait for ever")
+    return ExitCode(ending.code)
+
+
 def write_stacks(save: Path, rank: int, text: str) -> Path:
     """Writes what a rank was doing to SAVE/stacks."""
     path = save / "stacks" / f"rank-{rank:05d}.txt"
@@ -121,7 +143,7 @@ def _tell(mine: Ending, save: Path | None) -> Ending:
     if joined:
         from megatron_patch.engine.distributed import first_word
 
-        word = first_word("ending", json.dumps(asdict(mine)))
+        word = first_word(WORD, json.dumps(asdict(mine)))
     with contextlib.ExitStack() as stack:
         if word is not None:
             ending = Ending(**json.loads(word))

@@ -43,7 +43,7 @@ def pretrain(run: RunConfig) -> ExitCode:
     # Never given back: a signal that comes while the process leaves is no reason for another exit code.
     stops = StopRequests(run.options.safety)
     # Torch and DeepSpeed take seconds to import, which wrong flags and dry runs need not wait for.
-    from megatron_patch.engine.distributed import join, leave
+    from megatron_patch.engine.distributed import barrier, join, leave
     from megatron_patch.training.trainer import Trainer
 
     device = join(run.options.engine.distributed_timeout_minutes)
@@ -54,6 +54,8 @@ def pretrain(run: RunConfig) -> ExitCode:
         return ExitCode.PREEMPTED
     with watchdog_of(run) as watchdog, Trainer(run, settings, device, stops, watchdog) as trainer:
         code = trainer.train()
+    # Together: a launcher gives the others little time when the first rank has left, and some close more than others.
+    barrier()
     # Not after an error: peers may be inside a collective, and leaving would wait for them.
     leave()
     return code

@@ -1,10 +1,13 @@
-"""Ends a job that hangs: when nothing has moved for too long, every rank writes the stacks of its threads and leaves.
+"""Ends a job that hangs: when nothing has moved for too long, every rank writes the stacks of its threads and leaves. A rank that waits for
+another one that has ended leaves much sooner.
 
-In: a beat for each thing that is begun. Out: nothing, or SAVE/stacks/rank-RRRRR.txt and exit code 76.
+In: a beat for each thing that is begun, and the first rank's last word. Out: nothing; or SAVE/stacks/rank-RRRRR.txt and exit code 76; or
+the code of the rank that ended first.
 """
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import os
 import tempfile
@@ -13,11 +16,14 @@ import time
 from pathlib import Path
 from types import TracebackType
 
-from megatron_patch.training.endings import end_hanging, say, write_stacks
+from megatron_patch.exit_codes import ExitCode
+from megatron_patch.training.endings import WORD, end_behind, end_hanging, say, write_stacks
 from megatron_patch.units import format_duration
 
 _SECOND_CHANCE = 60.0  # seconds after which a thread without Python's lock ends what Python cannot
 _GRACE = 5.0  # seconds for the other ranks to notice by themselves, whom the end of this one would tear out of where they hang
+_LISTENING = 5.0  # seconds between looks at whether another rank has ended
+_TO_NOTICE = 10.0  # seconds for this rank to notice that by itself
 
 
 class Watchdog:
@@ -35,6 +41,7 @@ class Watchdog:
         self.beat("the run starts")
         if seconds > 0:
             threading.Thread(target=self._watch, daemon=True, name="watchdog").start()
+        threading.Thread(target=self._listen, daemon=True, name="last words").start()
 
     def __enter__(self) -> Watchdog:
         return self
@@ -58,6 +65,30 @@ class Watchdog:
             waited = time.monotonic() - self._since
             if waited > self._seconds:
                 self._end(waited)
+
+    def _listen(self) -> None:
+        """Ends this rank behind another one.
+
+        A broken connection tells it on CPUs; who waits for a GPU that waits for that rank's is told nothing, and hears no signals.
+        """
+        from megatron_patch.engine.distributed import listener
+
+        last_word = listener(WORD)
+        while not self._stopped.wait(_LISTENING):
+            try:
+                word = last_word()
+                ended = word is not None
+            except ConnectionError:
+                word, ended = None, True
+            if ended and not self._stopped.wait(_TO_NOTICE):
+                self._end_behind(word)
+
+    def _end_behind(self, word: str | None) -> None:
+        code = end_behind(word, self._rank, self._save)
+        if code == ExitCode.HANG and self._save is not None:
+            with contextlib.suppress(OSError):
+                write_stacks(self._save, self._rank, f"rank {self._rank}, while {self._what}\n\n{_stacks()}")
+        os._exit(code)
 
     def _end(self, waited: float) -> None:
         said = f"no progress for {format_duration(waited)} while {self._what}"
