@@ -27,9 +27,10 @@ MODELS = {
 }
 LENGTHS = {
     "positions": "",
-    "tokens": "--sample constant-tokens --reset-position-ids --reset-attention-mask --eod-token-id 63",
+    "tokens": "--sample constant-tokens --reset-position-ids --reset-attention-mask --eod-token-id 63 --eval-interval 1",
 }
-"""What stays constant at the switch. With constant tokens documents are kept apart too, so that every stage needs positions and masks."""
+"""What stays constant at the switch. With constant tokens documents are kept apart too, so that every stage needs positions and masks, and
+every step is followed by an evaluation: those directly before and behind the switch are of other lengths than the steps around them."""
 SHAPES = [(1, 1, 1), (1, 1, 2), (2, 1, 1), (2, 1, 2), (4, 1, 1), (1, 2, 1), (1, 2, 2), (1, 3, 1), (1, 4, 1), (2, 2, 1)]
 """(tensor, pipeline, data)."""
 
