@@ -13,6 +13,7 @@ from pathlib import Path
 from megatron_patch.config.resolve import RunConfig, load_config
 from megatron_patch.console import make_console
 from megatron_patch.engine.deepspeed_config import EngineConfig, engine_config
+from megatron_patch.engine.environment import let_segments_grow
 from megatron_patch.errors import ConfigError
 from megatron_patch.exit_codes import ExitCode
 from megatron_patch.training.dry_run import print_plan
@@ -42,6 +43,7 @@ def pretrain(run: RunConfig) -> ExitCode:
         return ExitCode.DONE
     # Never given back: a signal that comes while the process leaves is no reason for another exit code.
     stops = StopRequests(run.options.safety)
+    let_segments_grow()
     # Torch and DeepSpeed take seconds to import, which wrong flags and dry runs need not wait for.
     from megatron_patch.engine.distributed import barrier, join, leave
     from megatron_patch.training.trainer import Trainer
