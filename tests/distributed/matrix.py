@@ -1,7 +1,7 @@
 """Every parallel layout of up to four ranks against one process, across the switch: `python -m tests.distributed.matrix` prints the table.
 
 Each combination trains 24 steps through a patch stage and a token stage on real ranks, with evaluations before, at and behind the switch,
-and is compared step by step: losses and evaluations within 1e-5, gradient norms within 1e-4 (bfloat16: within 1e-2 of float32).
+and is compared step by step: losses, evaluations and gradient norms within 1e-5 (bfloat16: losses within 1e-2 of float32).
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class Difference:
         """Whether that is rounding."""
         if "--bf16" in combination.extra:
             return max(self.loss, self.evaluation) < 1e-2 and self.loss > 1e-6
-        return max(self.loss, self.evaluation) < 1e-5 and self.grad_norm < 1e-4
+        return max(self.loss, self.evaluation, self.grad_norm) < 1e-5
 
 
 def compare(combination: Combination, folder: Path, references: References) -> Difference:
