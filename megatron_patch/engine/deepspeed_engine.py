@@ -142,8 +142,11 @@ class DeepSpeedEngine(abc.ABC):
             import deepspeed
 
             mpu = ModelParallelUnit(self._ranks) if self._ranks.tensor is not None else None
-            with deepspeed.zero.Init(data_parallel_group=self._ranks.data, config_dict_or_path=settings, dtype=dtype, mpu=mpu):
-                return build()
+            # Without a dtype, which it would take for bfloat16 on CPUs that do not compute in float16: the settings say which.
+            with deepspeed.zero.Init(data_parallel_group=self._ranks.data, config_dict_or_path=settings, mpu=mpu):
+                model = build()
+            assert all(parameter.dtype == dtype for parameter in model.parameters())
+            return model
         with torch.device("meta"):
             model = build()
         if self.config.zero_stage > 0:
