@@ -3,11 +3,13 @@
 
     python benchmarks/layouts.py                                           one rank, and every layout of two
     python benchmarks/layouts.py --ranks 8 --layouts "TP8 SP" "TP4 SP PP2" "DP8 ZeRO3" --config my.yaml
+    python benchmarks/layouts.py --ranks 1 --layouts DP1 "DP1 compiled"    blocks as they are, and compiled
     python benchmarks/layouts.py --profile                                 one rank under torch's profiler: where a step's time goes
 
 Each layout is one run of pretrain_gpt_patch.py by the deepspeed launcher over random tokens, data loading included: a patch stage and a
 token stage of the same positions. TFLOP/s and MFU are those of one rank. Figures are medians of each stage's steps behind its first
-three. "of K" is the patch stage's tokens/s over the token stage's, divided by K: 1 where patches cost nothing but their positions.
+three; a token of the token stage is a position. "of K" is the patch stage's tokens/s over the token stage's, divided by K: 1 where patches
+cost nothing but their positions.
 "bubble" is (stages - 1) / (micro-batches + stages - 1), the share of a step in which a pipeline of DeepSpeed's schedule idles at best;
 "switch, s" is what the token stage's first step takes beyond its other ones.
 """
@@ -38,6 +40,7 @@ FLAGS = {
     "SP": "--sequence-parallel",
     "ZeRO": "--zero-stage {}",
     "DP": "",
+    "compiled": "--compile",
 }
 
 
@@ -188,7 +191,8 @@ def main() -> None:
     peak = peak_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
     lines = []
     for row in rows:
-        rates = [f"{row[stage]['tokens_per_second']:,.0f}" for stage in ("patch", "token")]
+        rates = [f"{row['patch'][name]:,.0f}" for name in ("tokens_per_second", "positions_per_second")]
+        rates.append(f"{row['token']['tokens_per_second']:,.0f}")
         flops = [f"{row[stage]['tflops']:.3g}" for stage in ("patch", "token")]
         mfu = [f"{row[stage]['tflops'] * 1e12 / peak:.1%}" if peak else "-" for stage in ("patch", "token")]
         lines.append(
@@ -204,7 +208,18 @@ def main() -> None:
             ]
         )
     title = f"Stages, K = {args.patch_size} and 1, T = {args.seq_length}, {args.micro_batches} micro-batches of {args.micro_batch_size}"
-    heads = ["layout", "ranks", "patch tokens/s", "token tokens/s", "of K", "patch TFLOP/s", "token TFLOP/s", "patch MFU", "token MFU"]
+    heads = [
+        "layout",
+        "ranks",
+        "patch tokens/s",
+        "positions/s",
+        "token tokens/s",
+        "of K",
+        "patch TFLOP/s",
+        "token TFLOP/s",
+        "patch MFU",
+        "token MFU",
+    ]
     print_table(title, [*heads, "bubble", "switch, s"], lines)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     write_results("layouts", device, {"settings": vars(args), "rows": rows})

@@ -36,8 +36,8 @@ done
 case $what in all | training) step $python benchmarks/training.py ;; esac
 # The 1.3B shape, both stages, plain and compiled; then where a step's time goes.
 case $what in all | layouts)
-  step $python benchmarks/layouts.py --ranks 1 --layouts DP1 --patch-size 4 --flags --compile
-  step $python benchmarks/layouts.py --profile --steps 6 --micro-batches 2
+  step $python benchmarks/layouts.py --ranks 1 --layouts DP1 "DP1 compiled" --patch-size 4
+  step $python benchmarks/layouts.py --profile --steps 6 --micro-batches 2 --flags=--compile
   ;;
 esac
 if [ -n "${OUT:-}" ]; then cp benchmarks/results/*-cuda-*.json "$OUT"/ 2>/dev/null; fi

@@ -5,7 +5,8 @@
     python benchmarks/training.py --hidden 2048 --layers 24 --seq-length 2048 --micro-batch-size 2
 
 Each variant is a run of pretrain_gpt_patch.py in a process of its own, over random tokens; its figures are the medians of its metrics
-behind the first steps. "tokens / bare loop" is what a user sees: tokens of text a second beside the loop that everybody writes first.
+behind the first steps. benchmarks/layouts.py measures both stages of a run for a given configuration and layout.
+"tokens / bare loop" is what a user sees: tokens of text a second beside the loop that everybody writes first.
 """
 
 from __future__ import annotations

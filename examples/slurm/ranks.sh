@@ -2,9 +2,10 @@
 
 # start_ranks PROGRAM [FLAG...]: runs the program on all tasks of the job; LAUNCHER says how. Returns the program's exit code.
 start_ranks() {
-    # When a rank ends, the others have a minute to end too, and are ended then: so one dead rank ends the job, on all nodes. Not
-    # --kill-on-bad-exit: it would end ranks that are just leaving, and give their code (143) instead of the program's.
-    local together=(--wait=60 --kill-on-bad-exit=0)
+    # When a rank ends, the others have half a minute to end too, and Slurm's KillWait (half a minute) from then on: so one dead rank ends
+    # the job, on all nodes, within a minute. Not --kill-on-bad-exit: it would end ranks that are just leaving, and give their code (143)
+    # instead of the program's.
+    local together=(--wait=30 --kill-on-bad-exit=0)
     # srun does not take this over from sbatch by itself since Slurm 22.05; all threads of a rank would share one core.
     export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
     export TOKENIZERS_PARALLELISM=false

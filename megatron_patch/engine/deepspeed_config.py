@@ -39,6 +39,11 @@ class EngineConfig:
     clip_grad: float
     deepspeed: Mapping[str, Any]
 
+    @property
+    def offloads_optimizer(self) -> bool:
+        """Whether the optimizer steps in host memory."""
+        return _device(self.deepspeed["zero_optimization"], "offload_optimizer") != "none"
+
 
 def batch_settings(stage: Stage, data_parallel_size: int) -> dict[str, int]:
     """DeepSpeed's three batch sizes for a stage."""
@@ -178,6 +183,12 @@ def engine_config(
             "ZeRO 0 or 1 with a pipeline; ZeRO 2 or 3 without one, with tensor parallelism too",
             "use --zero-stage 1, or --pipeline-model-parallel-size 1",
         )
+    if stage == 3 and options.compile:
+        raise ConfigError(
+            "--compile with --zero-stage 3: DeepSpeed gathers weights inside the blocks, where they would be compiled again and again",
+            "--compile with ZeRO 0 to 2, with tensor parallelism too; ZeRO 3 without it",
+            "leave --compile out, or use --zero-stage 2",
+        )
     offloads = [part for part in ("offload_optimizer", "offload_param") if _device(zero, part) != "none"]
     if offloads and (stage == 0 or ("offload_param" in offloads and stage < 3)):
         raise ConfigError(
@@ -202,6 +213,9 @@ def engine_config(
             **_section(user, "fp16"),
             "enabled": True,
         }
+    # DeepSpeed's meter of samples a second would wait for the GPU before and behind every micro-batch.
+    timers = _section(user, "timers")
+    merged["timers"] = {**timers, "throughput": {"enabled": False, **_section(timers, "throughput")}}
     types = _section(user, "data_types")
     if types.get("grad_accum_dtype") not in (None, "auto", "fp32"):
         raise ConfigError(f"--deepspeed_config says data_types.grad_accum_dtype = {types['grad_accum_dtype']!r}", "fp32", "remove it")

@@ -119,7 +119,7 @@ class DeepSpeedEngine(abc.ABC):
             wrapped = MixedPrecision(model, dtype) if dtype != torch.float32 else model
         decayed, undecayed = parameter_groups(model)
         groups = [{"params": decayed, "weight_decay": schedule.weight_decay}, {"params": undecayed, "weight_decay": 0.0}]
-        optimizer = make_optimizer([group for group in groups if group["params"]], schedule)
+        optimizer = make_optimizer([group for group in groups if group["params"]], schedule, config.offloads_optimizer)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             self._engine = self._initialize(wrapped, optimizer, settings)
@@ -142,9 +142,11 @@ class DeepSpeedEngine(abc.ABC):
             import deepspeed
 
             mpu = ModelParallelUnit(self._ranks) if self._ranks.tensor is not None else None
-            # The dtype is left to the settings: one that is given is not heeded where the processor has no float16.
+            # Without a dtype, which it would take for bfloat16 on CPUs that do not compute in float16: the settings say which.
             with deepspeed.zero.Init(data_parallel_group=self._ranks.data, config_dict_or_path=settings, mpu=mpu):
-                return build()
+                model = build()
+            assert all(parameter.dtype == dtype for parameter in model.parameters())
+            return model
         with torch.device("meta"):
             model = build()
         if self.config.zero_stage > 0:

@@ -10,7 +10,9 @@ import contextlib
 import logging
 import os
 import threading
+from collections.abc import Callable
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed
@@ -47,8 +49,14 @@ def join(timeout_minutes: int = 30) -> torch.device:
     device = torch.device("cuda", device_index(local, torch.cuda.device_count())) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
+        # DeepSpeed takes it for the number of this rank's GPU, also where the rank sees no other (Slurm's --gpus-per-task).
+        os.environ["LOCAL_RANK"] = str(device.index)
+    timeout = timedelta(minutes=timeout_minutes)
+    # Groups of some ranks, ours and DeepSpeed's, do not take over the job's time-out: on GPUs torch gives each of them 10 minutes.
+    torch.distributed.distributed_c10d.default_pg_timeout = timeout
+    torch.distributed.distributed_c10d.default_pg_nccl_timeout = timeout
     if not torch.distributed.is_initialized():
-        deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", timeout=timedelta(minutes=timeout_minutes), verbose=False)
+        deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", timeout=timeout, verbose=False)
     return device
 
 
@@ -100,7 +108,7 @@ def first_word(name: str, word: str, seconds: float = 5.0) -> str | None:
 
     def say() -> None:
         with contextlib.suppress(RuntimeError):
-            said.append(store.compare_set(f"megatron_patch/{name}", "", word).decode())
+            said.append(store.compare_set(_key(name), "", word).decode())
 
     # The store's own time-out is that of collectives, and cannot be changed for one call.
     asking = threading.Thread(target=say, daemon=True, name="first word")
@@ -109,14 +117,31 @@ def first_word(name: str, word: str, seconds: float = 5.0) -> str | None:
     return said[0] if said else None
 
 
-def word_of_first(name: str) -> str | None:
-    """What the first rank has said (see `first_word`), so far; may wait for the keeper.
+def listener(name: str) -> Callable[[], str | None]:
+    """Asks what `first_word` has heard, whenever it is called, on a connection of its own, which no other thread waits for.
 
-    Raises:
-        RuntimeError: the keeper is gone.
+    Returns:
+        What the first rank said; None where nobody has said anything, or ranks are not joined. Where the keeper has gone it raises
+        `ConnectionError`.
     """
-    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
-        return None
-    store = torch.distributed.distributed_c10d._get_default_store()
-    key = f"megatron_patch/{name}"
-    return store.get(key).decode() if store.check([key]) else None
+    connection: list[Any] = []
+
+    def ask() -> str | None:
+        if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+            return None
+        try:
+            if not connection:
+                store: Any = torch.distributed.distributed_c10d._get_default_store()
+                connection.append(store.clone())
+            word: str | None = connection[0].get(_key(name)).decode() if connection[0].check([_key(name)]) else None
+        except torch.distributed.DistNetworkError as error:
+            raise ConnectionError(str(error)) from error
+        except (RuntimeError, ValueError):  # no answer in time: asked again later; or this rank is leaving
+            return None
+        return word
+
+    return ask
+
+
+def _key(name: str) -> str:
+    return f"megatron_patch/{name}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import MutableMapping
 
 from megatron_patch.engine.slurm import SlurmTask, slurm_task
 from megatron_patch.errors import ConfigError, MegatronPatchError
@@ -96,6 +97,15 @@ def device_index(local_rank: int, visible: int) -> int:
         "start as many ranks on a node as it has GPUs (deepspeed --num_gpus, srun --ntasks-per-node), or leave out a node that lost one: "
         "nvidia-smi -L tells, sbatch --exclude leaves it out",
     )
+
+
+def let_segments_grow(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Tells torch's allocator for GPUs, before torch is imported, to map memory by the page, unless it has been told something already.
+
+    Where a switch of stages changes all activations' sizes, freed memory of the old sizes then serves for the new ones.
+    """
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & environment.keys():
+        environment["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def _task() -> SlurmTask | None:

@@ -15,15 +15,21 @@ from megatron_patch.config.options import ScheduleOptions
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def make_optimizer(groups: Sequence[dict[str, Any]], options: ScheduleOptions) -> torch.optim.Optimizer:
-    """NVIDIA Apex' fused AdamW where it is installed and a GPU is there, else torch's fused one; neither compiles anything."""
+def make_optimizer(groups: Sequence[dict[str, Any]], options: ScheduleOptions, offloaded: bool = False) -> torch.optim.Optimizer:
+    """NVIDIA Apex' fused AdamW where it is installed and steps on a GPU, else torch's fused one; neither compiles anything.
+
+    Args:
+        groups: of parameters.
+        options: the optimizer's settings.
+        offloaded: it steps in the host's memory, which Apex' kernels cannot reach.
+    """
     settings: dict[str, Any] = {
         "lr": options.lr,
         "betas": (options.adam_beta1, options.adam_beta2),
         "eps": options.adam_eps,
         "weight_decay": options.weight_decay,
     }
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and not offloaded:
         try:
             # The package named apex on PyPI is another one: only the class tells.
             from apex.optimizers import FusedAdam

@@ -187,8 +187,9 @@ class PipelineParallelEngine(DeepSpeedEngine):
         module = self._module
         module.sums.zero_()
         module.passages, module.label_weights, module.scale = iter(passages), weights, scale
-        nothing = inputs[0][:0]
-        return ((ids, nothing) for ids in inputs)
+        # Copied here beside the work before it; DeepSpeed's own copy, by way of other memory, would wait for that.
+        first, nothing = self._model.is_first, torch.empty(0, device=self.device)
+        return ((ids.to(self.device, non_blocking=True) if first else nothing, nothing) for ids in inputs)
 
     def _passages(self, batches: Iterable[PatchBatch]) -> Iterator[_Passage]:
         moved, last = self._moved, self._model.is_last

@@ -24,6 +24,8 @@ from megatron_patch.exit_codes import ExitCode
 from megatron_patch.files import append_line
 
 EVENTS = "events.jsonl"
+WORD = "ending"
+"""What the first rank that ends leaves in the job's store: its `Ending` as JSON."""
 _STARTED = time.time()
 
 
@@ -88,26 +90,30 @@ def end_hanging(message: str, rank: int, save: Path | None) -> ExitCode:
     return ExitCode(_tell(_own("hang", message, ExitCode.HANG, rank), save).code)
 
 
-def said_by_another(rank: int) -> Ending | None:
-    """What another rank has ended the job with, if one has; to be called from a thread that may wait.
-
-    Raises:
-        RuntimeError: the keeper of such words, rank 0, is gone.
-        ValueError: this rank is leaving.
-    """
-    from megatron_patch.engine.distributed import word_of_first
-
-    word = word_of_first("ending")
-    return _of_another(Ending(**json.loads(word)) if word is not None else None, rank)
-
-
-def told_by_another(rank: int, save: Path | None) -> Ending | None:
-    """The same by the run's folder."""
-    return _of_another(_told(save), rank)
-
-
-def _of_another(ending: Ending | None, rank: int) -> Ending | None:
+def of_another(word: str | None, rank: int) -> Ending | None:
+    """What another rank than this one has ended the job with, from its word to all."""
+    ending = Ending(**json.loads(word)) if word is not None else None
     return ending if ending is not None and ending.rank != rank else None
+
+
+def end_behind(ending: Ending | None, waiting: str, rank: int, save: Path | None) -> ExitCode:
+    """Tells that this rank, which stands still, ends as another one has ended; to be called from another thread than the one that does.
+
+    Args:
+        ending: of the rank that ended first; None: rank 0 has gone, with all words.
+        waiting: what this rank was doing.
+        rank: this rank.
+        save: the run's folder, if it has one.
+
+    Returns:
+        The code to exit with.
+    """
+    if ending is None:
+        lost = "rank 0, which keeps all ranks' connections, has gone without a word"
+        ending = _tell(_own("lost", lost, ExitCode.INTERNAL, rank), save)
+    if ending.rank != rank:
+        say(f"rank {rank} ends with rank {ending.rank}: it was left waiting {waiting}")
+    return ExitCode(ending.code)
 
 
 def write_stacks(save: Path, rank: int, text: str) -> Path:
@@ -143,7 +149,7 @@ def _tell(mine: Ending, save: Path | None) -> Ending:
     if joined:
         from megatron_patch.engine.distributed import first_word
 
-        word = first_word("ending", json.dumps(asdict(mine)))
+        word = first_word(WORD, json.dumps(asdict(mine)))
     with contextlib.ExitStack() as stack:
         if word is not None:
             ending = Ending(**json.loads(word))

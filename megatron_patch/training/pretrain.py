@@ -12,7 +12,7 @@ from pathlib import Path
 from megatron_patch.config.resolve import RunConfig, load_config
 from megatron_patch.console import make_console, settle_output
 from megatron_patch.engine.deepspeed_config import EngineConfig, engine_config
-from megatron_patch.engine.environment import ranks_of_environment
+from megatron_patch.engine.environment import let_segments_grow, ranks_of_environment
 from megatron_patch.errors import ConfigError
 from megatron_patch.exit_codes import ExitCode
 from megatron_patch.training.dry_run import print_plan
@@ -41,8 +41,9 @@ def pretrain(run: RunConfig) -> ExitCode:
         return ExitCode.DONE
     # Never given back: a signal that comes while the process leaves is no reason for another exit code.
     stops = StopRequests(run.options.safety)
+    let_segments_grow()
     # Torch and DeepSpeed take seconds to import, which wrong flags and dry runs need not wait for.
-    from megatron_patch.engine.distributed import join, leave
+    from megatron_patch.engine.distributed import barrier, join, leave
     from megatron_patch.training.trainer import Trainer
 
     with watchdog_of(run) as watchdog:
@@ -55,8 +56,10 @@ def pretrain(run: RunConfig) -> ExitCode:
                 code = trainer.train()
         else:
             code = ExitCode.PREEMPTED
-        # Not after an error: peers may be inside a collective, and leaving would wait for them.
         watchdog.beat("the job is left")
+        # Together: a launcher gives the others little time when the first rank has left, and some close more than others.
+        barrier()
+        # Not after an error: peers may be inside a collective, and leaving would wait for them.
         leave()
     return code
 

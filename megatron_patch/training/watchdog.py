@@ -7,16 +7,14 @@ that has ended, as in a collective on GPUs, which does not notice, does not wait
 from __future__ import annotations
 
 import faulthandler
-import functools
 import os
 import tempfile
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
-from megatron_patch.training.endings import Ending, end_hanging, said_by_another, say, told_by_another, write_stacks
+from megatron_patch.training.endings import WORD, end_behind, end_hanging, of_another, say, write_stacks
 from megatron_patch.units import format_duration
 
 _SECOND_CHANCE = 60.0  # seconds after which a thread without Python's lock ends what Python cannot
@@ -72,18 +70,22 @@ class Watchdog:
         self._deaf.set()
 
     def _listen(self) -> None:
-        ask: Callable[[], Ending | None] = functools.partial(said_by_another, self._rank)
+        """Ends this rank behind another one.
+
+        A broken connection tells it on CPUs; who waits for a GPU that waits for that rank's is told nothing, and hears no signals.
+        """
+        from megatron_patch.engine.distributed import listener
+
+        last_word = listener(WORD)
         while not self._deaf.wait(_LISTEN):
             try:
-                ending = ask()
-            except (RuntimeError, ValueError):
-                # Asked again, torch would print a trace each time.
-                ask = functools.partial(told_by_another, self._rank, self._save)
-                ending = ask()
-            if ending is not None and not self._deaf.wait(_NOTICE):
-                where = self._write_stacks(f"left waiting while {self._what}")
-                say(f"rank {self._rank} ends with rank {ending.rank}: it was left waiting while {self._what}; stacks {where}")
-                os._exit(ending.code)
+                ending = of_another(last_word(), self._rank)
+                ended = ending is not None
+            except ConnectionError:
+                ending, ended = None, True
+            if ended and not self._deaf.wait(_NOTICE):
+                what = f"while {self._what}"
+                os._exit(end_behind(ending, f"{what}; stacks {self._write_stacks(f'left waiting {what}')}", self._rank, self._save))
 
     def _end(self, waited: float) -> None:
         said = f"no progress for {format_duration(waited)} while {self._what}"

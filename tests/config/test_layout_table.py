@@ -24,6 +24,8 @@ ROWS = {
     "tensor and sequence parallel": f"{TENSOR} {SEQUENCE}",
     "pipeline": PIPELINE,
     "pipeline, tensor and sequence parallel, bfloat16": f"{PIPELINE} {TENSOR} {SEQUENCE} --bf16",
+    "compiled blocks": "--compile",
+    "compiled blocks, tensor and sequence parallel": f"--compile {TENSOR} {SEQUENCE}",
     "optimizer offloaded to the CPU": "offload_optimizer",
     "optimizer offloaded to the CPU, with a pipeline": f"offload_optimizer {PIPELINE}",
     "weights offloaded to the CPU": "offload_param",

@@ -299,3 +299,33 @@ def test_every_example_can_be_planned(path):
     stages = 1 if path.stem.startswith("study_") else 2  # a study's arms add theirs
     assert len(run.plan.stages) >= stages and settings(run).zero_stage == 1
     assert run.plan.tokens == pytest.approx(run.options.stages.train_tokens, rel=0.03)
+
+
+TENSOR = "--tensor-model-parallel-size 4"
+LENGTHS = f"{TENSOR} --sequence-parallel --patch-size 8"
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (f"{TENSOR} --num-attention-heads 2", r"--num-attention-heads 2 over 4 tensor-parallel ranks"),
+        (f"{TENSOR} --ffn-hidden-size 90", r"--ffn-hidden-size 90 over 4 tensor-parallel ranks"),
+        (
+            "--tensor-model-parallel-size 6 --num-attention-heads 12 --num-query-groups 4 --hidden-size 48 --ffn-hidden-size 96",
+            "groups 4 over 6",
+        ),
+        (f"{LENGTHS} --sample constant-tokens", r"over 4 ranks with 2 positions in stage 'patch'"),
+        (f"{LENGTHS} --seq-length 18", r"over 4 ranks with 18 positions in stage 'patch'"),
+        (f"{TENSOR} --sequence-parallel --patch-size 1 --seq-length 18", r"over 4 ranks with 18 positions in stage 'token'"),
+    ],
+)
+def test_layouts_whose_parts_are_not_whole_are_refused(words, reason):
+    ranks = int(words.split("--tensor-model-parallel-size ")[1].split()[0])
+    with pytest.raises(ConfigError, match=reason):
+        resolve(*RUN, *words.split(), ranks=ranks)
+
+
+def test_every_stage_s_positions_divide_where_they_are_shared_out():
+    assert [stage.positions for stage in resolve(*RUN, *LENGTHS.split(), ranks=4).plan.stages] == [16, 16]
+    # Fewer groups than ranks are held as copies.
+    assert resolve(*RUN, *TENSOR.split(), "--num-query-groups", "1", ranks=4).shape.num_query_groups == 1

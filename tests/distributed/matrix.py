@@ -1,7 +1,7 @@
 """Every parallel layout of up to four ranks against one process, across the switch: `python -m tests.distributed.matrix` prints the table.
 
 Each combination trains 24 steps through a patch stage and a token stage on real ranks, with evaluations before, at and behind the switch,
-and is compared step by step: losses and evaluations within 1e-5, gradient norms within 1e-4 (bfloat16: within 1e-2 of float32).
+and is compared step by step: losses, evaluations and gradient norms within 1e-5 (bfloat16: losses within 1e-2 of float32).
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ MODELS = {
 }
 LENGTHS = {
     "positions": "",
-    "tokens": "--sample constant-tokens --reset-position-ids --reset-attention-mask --eod-token-id 63",
+    "tokens": "--sample constant-tokens --reset-position-ids --reset-attention-mask --eod-token-id 63 --eval-interval 1",
 }
-"""What stays constant at the switch. With constant tokens documents are kept apart too, so that every stage needs positions and masks."""
+"""What stays constant at the switch. With constant tokens documents are kept apart too, so that every stage needs positions and masks, and
+every step is followed by an evaluation: those directly before and behind the switch are of other lengths than the steps around them."""
 SHAPES = [(1, 1, 1), (1, 1, 2), (2, 1, 1), (2, 1, 2), (4, 1, 1), (1, 2, 1), (1, 2, 2), (1, 3, 1), (1, 4, 1), (2, 2, 1)]
 """(tensor, pipeline, data)."""
 
@@ -98,7 +99,7 @@ class Difference:
         """Whether that is rounding."""
         if "--bf16" in combination.extra:
             return max(self.loss, self.evaluation) < 1e-2 and self.loss > 1e-6
-        return max(self.loss, self.evaluation) < 1e-5 and self.grad_norm < 1e-4
+        return max(self.loss, self.evaluation, self.grad_norm) < 1e-5
 
 
 def compare(combination: Combination, folder: Path, references: References) -> Difference:

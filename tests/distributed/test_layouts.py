@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from tests.distributed.matrix import Combination, References, combinations, compare
+from tests.distributed.runs import command, train
 
 QUICK = [
     Combination(2, 1, 2, sequence=True, zero=3, model="tied", length="tokens"),
@@ -36,3 +39,19 @@ def test_a_layout_equals_one_process(tmp_path, references, combination):
 def test_every_layout_equals_one_process(tmp_path, references, combination):
     found = compare(combination, tmp_path / "run", references)
     assert found.steps >= 20 and found.within(combination), found
+
+
+@pytest.mark.parametrize(
+    ("ranks", "layout"),
+    [(3, "--pipeline-model-parallel-size 3"), (4, "--pipeline-model-parallel-size 2 --tensor-model-parallel-size 2")],
+)
+def test_a_pipeline_whose_micro_batches_change_at_the_switch(tmp_path, corpus, ranks, layout):
+    """From 3 micro-batches of 1 sample to 2 of 6, fewer than there are pipeline stages, with evaluations between all steps."""
+    stages = [{"patch_size": 4, "steps": 4, "micro_batch_size": 1}, {"patch_size": 1, "steps": 4, "micro_batch_size": 6}]
+    plan = command("--seq-length 16 --global-batch-size 12 --lr 3e-3 --num-layers 3 --eval-interval 1 --stages", [json.dumps(stages)])
+    single = train(tmp_path / "single", 1, plan, "--zero-stage 0 --data-path", corpus)
+    run = train(tmp_path / "run", ranks, plan, layout, "--data-path", corpus)
+    assert run.losses == pytest.approx(single.losses, rel=1e-5)
+    assert run.values("grad_norm") == pytest.approx(single.values("grad_norm"), rel=1e-4)
+    evaluated = [[record["token_loss"] for record in each.records("evaluation")] for each in (run, single)]
+    assert len(evaluated[0]) == 8 and evaluated[0] == pytest.approx(evaluated[1], rel=1e-5)

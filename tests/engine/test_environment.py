@@ -6,7 +6,14 @@ import os
 
 import pytest
 
-from megatron_patch.engine.environment import device_index, local_ranks, meeting_point, ranks_of_environment, threads_of_rank
+from megatron_patch.engine.environment import (
+    device_index,
+    let_segments_grow,
+    local_ranks,
+    meeting_point,
+    ranks_of_environment,
+    threads_of_rank,
+)
 from megatron_patch.engine.slurm import SlurmTask, first_host, slurm_task
 from megatron_patch.errors import ConfigError, MegatronPatchError
 
@@ -158,3 +165,12 @@ def test_ranks_that_know_no_meeting_point_are_told(environment):
 def test_what_is_no_list_of_nodes_is_refused(text):
     with pytest.raises(ValueError, match="a list of nodes"):
         first_host(text)
+
+
+@pytest.mark.parametrize(
+    "given", [{}, {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}, {"PYTORCH_ALLOC_CONF": "backend:cudaMallocAsync"}]
+)
+def test_the_allocator_does_what_the_user_says_before_what_we_say(given):
+    environment = dict(given)
+    let_segments_grow(environment)
+    assert environment == (given or {"PYTORCH_ALLOC_CONF": "expandable_segments:True"})

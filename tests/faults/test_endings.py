@@ -86,7 +86,7 @@ def _failing_beside_one_that_waits(argv, failing):
         return next_step(self)
 
     PatchLoader.next_step = broken
-    return _main(argv)
+    return start_program(argv)
 
 
 @pytest.mark.parametrize("failing", [0, 1])

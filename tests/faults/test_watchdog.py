@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from megatron_patch.exit_codes import ExitCode
 from tests.distributed.ranks import start_ranks
 from tests.distributed.runs import DATA, MODEL, Run, command, printed, start_program, train
 from tests.faults.test_stops import PLAN, wait_for_steps
@@ -35,6 +36,43 @@ def test_a_rank_that_stands_still_ends_the_job(tmp_path, corpus, ranks, layout):
     processes[1].join(timeout=60)
     assert processes[1].exitcode is not None
     assert Run(folder).losses and (folder / "latest").exists()
+
+
+def _one_ends_and_the_others_do_not_notice(argv, first):
+    """In step 5 a rank meets an error, or is killed, while the others wait outside of Python, as in a collective of GPUs."""
+    import ctypes
+
+    from megatron_patch.engine.data_parallel import DataParallelEngine
+    from megatron_patch.errors import DataError
+
+    steps, train_step = [], DataParallelEngine.train_step
+
+    def step(self, *arguments):
+        steps.append(1)
+        if len(steps) == 5:
+            if self.grid.rank == 0 and first == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            if self.grid.rank == 1 and first == 1:
+                raise DataError("rank 1 cannot read", "a sound disk", "change it")
+            ctypes.CDLL(None).poll(None, 0, 600_000)
+        return train_step(self, *arguments)
+
+    DataParallelEngine.train_step = step
+    return start_program(argv)
+
+
+@pytest.mark.parametrize(
+    ("first", "code", "said"), [(1, ExitCode.DATA, "rank 1 cannot read"), (0, ExitCode.INTERNAL, "rank 0, which keeps")]
+)
+def test_ranks_that_cannot_notice_another_one_s_end_follow_it(tmp_path, corpus, first, code, said):
+    argv = command(MODEL, DATA, PLAN, "--train-tokens 3M --data-path", corpus, ["--save", str(tmp_path / "run")])
+    processes, _ = start_ranks(_one_ends_and_the_others_do_not_notice, 3, tmp_path / "run-logs", argv, first)
+    for number in {0, 1, 2} - {first}:
+        processes[number].join(timeout=120)
+        assert processes[number].exitcode == code, "the code of the rank that was first"
+    text = printed(tmp_path / "run")
+    assert text.count(said) == 1 and "it was left waiting" in text
+    assert [json.loads(line)["code"] for line in (tmp_path / "run/events.jsonl").read_text().splitlines() if '"end"' in line] == [code]
 
 
 def _stuck_while_starting(argv):

@@ -1,0 +1,71 @@
+"""The host runs ahead of a GPU through all micro-batches of a step: nothing in between asks for a number that the GPU has not computed."""
+
+from __future__ import annotations
+
+import collections
+
+import pytest
+
+from tests.distributed.ranks import run_ranks
+from tests.distributed.runs import DATA, MODEL, command
+
+PLAN = (
+    "--seq-length 16 --micro-batch-size 1 --global-batch-size 16 --patch-size 4 --train-tokens 3072 --lr 1e-3 --num-layers 3 --split 1,0,0"
+)
+
+
+def _waits(argv):
+    """Trains; returns (micro-batches, waits for the device) of each step."""
+    from deepspeed.accelerator import get_accelerator
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from megatron_patch.engine.data_parallel import DataParallelEngine
+    from megatron_patch.engine.pipeline_parallel import PipelineParallelEngine
+    from megatron_patch.training.pretrain import main
+
+    waits = collections.Counter()
+
+    class Counting(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            name = func.overloadpacket.__name__
+            waits["numbers"] += name in ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "_unique2")
+            return func(*args, **(kwargs or {}))
+
+    def synchronize(device=None):
+        waits["synchronisations"] += 1
+
+    get_accelerator().synchronize = synchronize
+    steps = []
+    for engine in (DataParallelEngine, PipelineParallelEngine):
+
+        def counted(self, batches, *arguments, step=engine.train_step):
+            waits.clear()
+            with Counting():
+                result = step(self, batches, *arguments)
+            steps.append((len(batches), waits["numbers"], waits["synchronisations"]))
+            return result
+
+        engine.train_step = counted
+    assert main(argv) == 0
+    return steps
+
+
+@pytest.mark.parametrize(
+    ("ranks", "layout"),
+    [
+        (1, "--bf16 --zero-stage 1"),
+        (1, "--bf16 --zero-stage 0"),
+        (1, "--bf16 --zero-stage 3 --recompute-granularity full"),
+        (2, "--bf16 --tensor-model-parallel-size 2 --sequence-parallel --zero-stage 2"),
+        (2, "--bf16 --pipeline-model-parallel-size 2"),
+    ],
+)
+def test_micro_batches_wait_for_nothing(tmp_path, corpus, ranks, layout):
+    argv = command(MODEL, DATA, PLAN, layout, "--data-path", corpus, ["--save", str(tmp_path / "run")])
+    for steps in run_ranks(_waits, ranks, tmp_path / "logs", argv):
+        few, many = ([step for step in steps if step[0] == count] for count in (4, 16))
+        assert len(few) > 3 and len(many) > 3
+        # Behind each stage's first steps, in which pipelines tell each other their shapes.
+        assert {step[1] for step in few[2:]} == {step[1] for step in many[2:]}, "as many for 4 micro-batches as for 16"
+        assert max(step[1] for step in few[2:]) <= 8, "loss, norm and overflow: of the whole step"
+        assert all(step[2] == 0 for step in steps)
