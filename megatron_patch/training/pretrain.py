@@ -48,6 +48,7 @@ def pretrain(run: RunConfig) -> ExitCode:
 
     with watchdog_of(run) as watchdog:
         device = join(run.options.engine.distributed_timeout_minutes)
+        watchdog.listen()
         if settings.precision == "fp16" and device.type == "cpu":
             raise ConfigError("--fp16 on CPUs", "--bf16 or float32 there", "use --bf16, or a GPU")
         asked = stops.agreed(device)

@@ -27,7 +27,7 @@ class Watchdog:
     """Watches this rank.
 
     Args:
-        seconds: without a beat; 0: for ever, unless another rank ends.
+        seconds: without a beat; 0: for ever.
         save: the run's folder, for the stacks; None: standard error alone.
         rank: this rank.
     """
@@ -38,8 +38,6 @@ class Watchdog:
         self.beat("the run starts")
         if seconds > 0:
             threading.Thread(target=self._watch, daemon=True, name="watchdog").start()
-        # Not the same thread: a question may have to wait.
-        threading.Thread(target=self._listen, daemon=True, name="listener").start()
 
     def __enter__(self) -> Watchdog:
         return self
@@ -64,6 +62,11 @@ class Watchdog:
             waited = time.monotonic() - self._since
             if waited > self._seconds:
                 self._end(waited)
+
+    def listen(self) -> None:
+        """Ranks have met: from now on this one follows one that ends."""
+        # Not the watching thread: a question may have to wait.
+        threading.Thread(target=self._listen, daemon=True, name="listener").start()
 
     def stop_listening(self) -> None:
         """The run has come to its end: other ranks leave, and that is no reason to follow them."""
