@@ -194,7 +194,7 @@ class Study:
             plot_switches(self.home / "switch.png", switches, COLOURS, "After the switch: above the baseline at equal cost")
         write_durably(self.home / "study.md", self.text(rows, switches, "loss.png", "switch.png"))
         if self.args.docs:
-            name = self.args.config.stem
+            name = self.args.docs_name or self.args.config.stem
             names = f"{name}.png", f"{name}_switch.png"
             pictures = dict(zip(names, (self.home / "loss.png", self.home / "switch.png"), strict=True))
             put_into(self.args.docs, name, self.text(rows, switches, *names), pictures)
@@ -331,8 +331,9 @@ def main(argv: list[str]) -> None:
     parser.add_argument(
         "--docs",
         type=Path,
-        help="a Markdown file to put the tables into, between <!-- NAME --> and <!-- end of NAME -->, NAME the configuration's",
+        help="a Markdown file to put the tables into, between <!-- NAME --> and <!-- end of NAME -->",
     )
+    parser.add_argument("--docs-name", help="NAME there, and of the pictures; by default the configuration's")
     parser.add_argument("--plan", action="store_true", help="print what would run")
     parser.add_argument("--status", action="store_true", help="write table and plot of what is done, and run nothing")
     args = parser.parse_args(argv)

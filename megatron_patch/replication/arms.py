@@ -71,10 +71,10 @@ def _patch_train(name: str, what: str, patch_size: int, share: Fraction, **token
     )
 
 
-def _superposition(name: str, what: str, patch_size: int, share: Fraction, *more: str) -> Arm:
+def _superposition(name: str, what: str, patch_size: int, share: Fraction, *more: str, baseline: str = "token-wsd") -> Arm:
     """Token superposition's recipe."""
     flags = ("--recipe", "token-superposition", "--patch-size", str(patch_size), "--patch-compute-share", str(float(share)), *more)
-    return Arm(name, what, float(tokens_for_compute([(patch_size, share)])), flags, baseline="token-wsd")
+    return Arm(name, what, float(tokens_for_compute([(patch_size, share)])), flags, baseline)
 
 
 def _one_schedule(name: str, what: str, parts: Sequence[tuple[int, Fraction]], **token_stage: Any) -> Arm:
@@ -116,6 +116,10 @@ def all_arms(lr: float, batch_tokens: int) -> tuple[Arm, ...]:
         _token_level("token-lr-double", "token, twice the learning rate", "--lr", str(lr * 2)),
         _token_level("token-batch-half", "token, steps of half the tokens, twice as many", "--global-batch-tokens", str(batch_tokens // 2)),
         _superposition("superposition-k2", "token superposition with patches of 2", 2, three_tenths),
+        _superposition(
+            "superposition-k2-cosine", "superposition-k2 on one cosine", 2, three_tenths, "--lr-decay-style", "cosine", baseline="token"
+        ),
+        _superposition("superposition-k2-r10", "superposition-k2 with patches for 0.1 of the compute", 2, Fraction(1, 10)),
         _superposition("superposition-k8", "token superposition with patches of 8", 8, three_tenths),
         _superposition("superposition-k8-power", "the same, labels weighted 1/(k+1)", 8, three_tenths, "--position-weights", "power"),
         _superposition("superposition-k3-r10", "superposition-k3 with patches for 0.1 of the compute", 3, Fraction(1, 10)),

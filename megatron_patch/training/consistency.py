@@ -22,6 +22,7 @@ from megatron_patch.errors import CorruptionError
 from megatron_patch.parallel.grid import Grid
 
 _SHOWN = 5
+_OWN = "local_rank"  # the launcher gives each rank another one
 
 
 def _hosts(ranks: Sequence[int]) -> str:
@@ -113,4 +114,5 @@ def _program(run: RunConfig) -> dict[str, str]:
         digest.update(str(path.relative_to(package)).encode() + b"\0" + path.read_bytes())
     code = {"the code of megatron_patch": digest.hexdigest()}
     versions = {name: str(sys.modules[name].__version__) for name in ("torch", "deepspeed", "numpy")}
-    return {**code, **versions, **{f"option {name}": repr(value) for name, value in option_values(run.options).items()}}
+    options = {name: repr(value) for name, value in option_values(run.options).items() if name != _OWN}
+    return {**code, **versions, **{f"option {name}": value for name, value in options.items()}}
