@@ -121,22 +121,20 @@ def listener(name: str) -> Callable[[], str | None]:
     """Asks what `first_word` has heard, whenever it is called, on a connection of its own, which no other thread waits for.
 
     Returns:
-        What the first rank said; None where nobody has said anything, or ranks are not joined. Where the keeper has gone it raises
-        `ConnectionError`.
+        What the first rank said; None where nobody has said anything. Where the keeper has gone it raises `ConnectionError`.
     """
-    connection: list[Any] = []
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        return lambda: None
+    store: Any = torch.distributed.distributed_c10d._get_default_store()
+    # Now, while the keeper is there for certain: later one might wait long for it.
+    store = store.clone()
 
     def ask() -> str | None:
-        if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
-            return None
         try:
-            if not connection:
-                store: Any = torch.distributed.distributed_c10d._get_default_store()
-                connection.append(store.clone())
-            word: str | None = connection[0].get(_key(name)).decode() if connection[0].check([_key(name)]) else None
+            word: str | None = store.get(_key(name)).decode() if store.check([_key(name)]) else None
         except torch.distributed.DistNetworkError as error:
             raise ConnectionError(str(error)) from error
-        except (RuntimeError, ValueError):  # no answer in time: asked again later; or this rank is leaving
+        except RuntimeError:  # no answer in time: asked again later
             return None
         return word
 

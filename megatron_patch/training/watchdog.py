@@ -11,6 +11,7 @@ import os
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
@@ -65,21 +66,20 @@ class Watchdog:
 
     def listen(self) -> None:
         """Ranks have met: from now on this one follows one that ends."""
+        from megatron_patch.engine.distributed import listener
+
         # Not the watching thread: a question may have to wait.
-        threading.Thread(target=self._listen, daemon=True, name="listener").start()
+        threading.Thread(target=self._listen, args=[listener(WORD)], daemon=True, name="listener").start()
 
     def stop_listening(self) -> None:
         """The run has come to its end: other ranks leave, and that is no reason to follow them."""
         self._deaf.set()
 
-    def _listen(self) -> None:
+    def _listen(self, last_word: Callable[[], str | None]) -> None:
         """Ends this rank behind another one.
 
         A broken connection tells it on CPUs; who waits for a GPU that waits for that rank's is told nothing, and hears no signals.
         """
-        from megatron_patch.engine.distributed import listener
-
-        last_word = listener(WORD)
         while not self._deaf.wait(_LISTEN):
             try:
                 ending = of_another(last_word(), self._rank)
