@@ -22,7 +22,11 @@ def commands() -> list[str]:
     for path in SOURCES:
         if path.suffix in (".py", ".sh", ".md"):
             pattern = rf"(?:\$python|^ +python|`python) (benchmarks/(?:{PROGRAMS})\.py[^`\n]*)"
-            found |= {re.split(r"\s{2,}|;", line)[0].strip() for line in re.findall(pattern, path.read_text(), re.MULTILINE)}
+            text = path.read_text()
+            loops = {f"${name}": words.split() for name, words in re.findall(r"^for (\w+) in ([^;]+); do", text, re.MULTILINE)}
+            for line in re.findall(pattern, text, re.MULTILINE):
+                line = re.split(r"\s{2,}|;", line)[0].strip()
+                found |= {line.replace(name, word) for name, words in loops.items() if name in line for word in words} or {line}
     return sorted(found)
 
 

@@ -91,7 +91,9 @@ def prepare(home: Path) -> None:
     for prefix, words in outputs.items():
         done = run(home, f"python tools/preprocess_data.py --input a.jsonl shards/one.jsonl.gz --output-prefix {prefix} {encode} {words}")
         assert done.returncode == 0, done.stderr
-    shutil.copy(home / "tokenizer.json", home / "shards")
+    (home / "runs").mkdir()
+    for study in ("tiny-1M", "tiny-3M", "small-3M", "tiny"):
+        (home / "runs" / study).symlink_to("study")
     plan = "--seq-length 512 --micro-batch-size 1 --global-batch-size 4 --patch-size 2 --patch-fraction 0.5 --train-tokens 16384 --lr 1e-3"
     model = "--num-layers 1 --hidden-size 16 --num-attention-heads 2 --ffn-hidden-size 32"
     for save in ("RUN", *(f"runs/{name}" for name in ("patch", "token"))):

@@ -168,7 +168,9 @@ class Cluster:
         """Ends all jobs at once."""
         jobs = self.command("squeue", "-h", "-o", "%i").split()
         if jobs:
-            self.command("scancel", "--full", "--signal=KILL", *jobs)
+            # A job may end by itself before it is told to.
+            with contextlib.suppress(RuntimeError):
+                self.command("scancel", "--full", "--signal=KILL", *jobs)
             self.command("scancel", *jobs)
 
     def _write(self, name: str, text: str) -> None:
