@@ -86,6 +86,23 @@ class EncodeSettings:
 
 
 @dataclass(frozen=True)
+class Texts:
+    """A batch, read.
+
+    Args:
+        batch: where it came from.
+        columns: the texts of each key.
+        lines: lines of the batch.
+        bad: as in `Encoded`.
+    """
+
+    batch: Batch
+    columns: tuple[list[str | LongText], ...]
+    lines: int
+    bad: tuple[tuple[int, int, str], ...]
+
+
+@dataclass(frozen=True)
 class Part:
     """The documents of one key.
 
@@ -181,6 +198,24 @@ def checked_tokenizer(settings: EncodeSettings) -> Tokenizer:
     return tokenizer
 
 
+def read_texts(batch: Batch, keys: Sequence[str]) -> Texts:
+    """Reads a batch.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    columns: tuple[list[str | LongText], ...] = tuple([] for _ in keys)
+    bad: list[tuple[int, int, str]] = []
+    lines: list[int] = []
+    for document in documents(batch, keys, lines):
+        if document.texts is None:
+            bad.append((document.number, document.offset, document.reason))
+            continue
+        for column, text in zip(columns, document.texts, strict=True):
+            column.append(text)
+    return Texts(batch, columns, lines[0], tuple(bad))
+
+
 class Encoder:
     """Encodes batches in one process.
 
@@ -199,30 +234,32 @@ class Encoder:
         self.fast, self.backend_note = fast_backend(self.tokenizer, settings.backend)
 
     def __call__(self, batch: Batch) -> Encoded:
-        """Encodes a batch.
+        """Reads and encodes a batch.
+
+        Raises:
+            BackendDisagrees: as `encode`.
+            DataError: as `read_texts` and `encode`.
+        """
+        return self.encode(read_texts(batch, self.settings.keys))
+
+    def encode(self, texts: Texts) -> Encoded:
+        """Encodes a batch that has been read.
 
         Raises:
             BackendDisagrees: the fast backend is not to be trusted with this input.
-            DataError: the batch cannot be read, an id is outside the vocabulary, there is no space for a long document.
+            DataError: an id is outside the vocabulary, a long document cannot be read any more, or there is no space for it.
         """
-        bad: list[tuple[int, int, str]] = []
-        rows: list[tuple[str | LongText, ...]] = []
-        lines: list[int] = []
-        for document in documents(batch, self.settings.keys, lines):
-            if document.texts is None:
-                bad.append((document.number, document.offset, document.reason))
-            else:
-                rows.append(document.texts)
+        batch = texts.batch
         self._checked_before += self._checked
         self._empty = self._filtered = self._checked = self._largest = 0
-        parts = [self._column([row[column] for row in rows], batch) for column in range(len(self.settings.keys))]
+        parts = [self._column(column, batch) for column in texts.columns]
         return Encoded(
             batch.source,
             batch.file,
             batch.upto,
             batch.share,
             batch.start if batch.data is None and not batch.temporary else None,
-            lines[0],
+            texts.lines,
             batch.size,
             tuple(parts),
             self._empty,
@@ -231,7 +268,7 @@ class Encoder:
             self._largest,
             self.fast.name if self.fast is not None else "reference",
             self.backend_note,
-            tuple(bad),
+            texts.bad,
         )
 
     @functools.cached_property
