@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import subprocess
 import sys
 import threading
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +62,29 @@ def test_an_error_comes_behind_the_items_before_it():
         for letter in letters:
             got.append(letter)
     assert got == ["a", "b"] and no_thread_is_left()
+
+
+def test_an_error_lets_go_of_what_was_open():
+    class Open:
+        """What a generator holds."""
+
+    held = []
+
+    def items():
+        mine = Open()
+        held.append(weakref.ref(mine))
+        yield 1
+        raise KeyError
+
+    gc.disable()  # what only it would find may stay open for long
+    try:
+        with contextlib.suppress(KeyError), Ahead(items()) as numbers:
+            for _ in numbers:
+                pass
+        del numbers
+        assert held[0]() is None
+    finally:
+        gc.enable()
 
 
 def test_one_worker_reads_and_writes_while_it_encodes(tmp_path, monkeypatch):

@@ -42,16 +42,14 @@ class Ahead(Generic[Item]):
         self._thread.join()
 
     def _make(self) -> None:
-        end = _End()
         try:
             items = iter(self._items)
             while self._room.acquire() and self._wanted:
                 self._made.put(next(items))
         except StopIteration:
-            pass
+            self._made.put(_End())
         except BaseException as error:  # the caller's, who asked for the item
-            end = _End(error)
-        self._made.put(end)
+            self._made.put(_End(error))
 
     def __iter__(self) -> Iterator[Item]:
         """The items.
@@ -62,8 +60,12 @@ class Ahead(Generic[Item]):
         while True:
             item = self._made.get()
             self._room.release()
-            if isinstance(item, _End):
+            if not isinstance(item, _End):
+                yield item
+                continue
+            try:
                 if item.error is not None:
                     raise item.error
                 return
-            yield item
+            finally:
+                del item  # else the error would hold this frame, and the frame the error, and both what is open in the thread

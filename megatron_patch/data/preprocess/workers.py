@@ -65,7 +65,8 @@ class EncoderHere:
         self._encoded: Iterable[Encoded] = ()
 
     def __enter__(self) -> EncoderHere:
-        read: Iterable[Texts] = (read_texts(batch, self._encoder.settings.keys) for batch in self._work)
+        keys = self._encoder.settings.keys
+        read: Iterable[Texts] = (read_texts(batch, keys) for batch in self._work)
         with contextlib.ExitStack() as stack:
             read = stack.enter_context(Ahead(read)) if self._ahead else read
             encoded = map(self._encoder.encode, read)
