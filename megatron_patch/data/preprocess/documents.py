@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, BinaryIO, NamedTuple
 
 import orjson
@@ -34,6 +35,23 @@ class Document(NamedTuple):
     texts: tuple[str | LongText, ...] | None
     reason: str = ""
     offset: int = 0
+
+
+@dataclass(frozen=True)
+class Texts:
+    """A batch, read.
+
+    Args:
+        batch: where it came from.
+        columns: the texts of each key.
+        lines: lines of the batch (or rows, or separated documents).
+        bad: (line in the batch from 1, first byte in the batch, reason) of lines left out.
+    """
+
+    batch: Batch
+    columns: tuple[list[str | LongText], ...]
+    lines: int
+    bad: tuple[tuple[int, int, str], ...]
 
 
 def documents(batch: Batch, keys: Sequence[str], counted: list[int]) -> Iterator[Document]:
@@ -76,6 +94,24 @@ def documents(batch: Batch, keys: Sequence[str], counted: list[int]) -> Iterator
     except EOFError as error:
         raise batch.shorter() from error
     counted.append(lines)
+
+
+def read_texts(batch: Batch, keys: Sequence[str]) -> Texts:
+    """Reads a batch.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    columns: tuple[list[str | LongText], ...] = tuple([] for _ in keys)
+    bad: list[tuple[int, int, str]] = []
+    lines: list[int] = []
+    for document in documents(batch, keys, lines):
+        if document.texts is None:
+            bad.append((document.number, document.offset, document.reason))
+            continue
+        for column, text in zip(columns, document.texts, strict=True):
+            column.append(text)
+    return Texts(batch, columns, lines[0], tuple(bad))
 
 
 def _long(batch: Batch, file: BinaryIO, number: int, where: tuple[int, int], paths: Sequence[KeyPath]) -> Document | None:

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, cast
 import numpy as np
 import numpy.typing as npt
 
-from megatron_patch.data.preprocess.documents import documents
+from megatron_patch.data.preprocess.documents import Texts, read_texts
 from megatron_patch.data.preprocess.fast_backend import fast_backend
 from megatron_patch.data.preprocess.long_texts import Cutter, LongText, cutter_of, segments, whole
 from megatron_patch.data.preprocess.readers import Batch, no_scratch
@@ -83,23 +83,6 @@ class EncodeSettings:
     max_chars: int | None = None
     min_tokens: int | None = None
     max_tokens: int | None = None
-
-
-@dataclass(frozen=True)
-class Texts:
-    """A batch, read.
-
-    Args:
-        batch: where it came from.
-        columns: the texts of each key.
-        lines: lines of the batch.
-        bad: as in `Encoded`.
-    """
-
-    batch: Batch
-    columns: tuple[list[str | LongText], ...]
-    lines: int
-    bad: tuple[tuple[int, int, str], ...]
 
 
 @dataclass(frozen=True)
@@ -196,24 +179,6 @@ def checked_tokenizer(settings: EncodeSettings) -> Tokenizer:
     if settings.prepend_bos and tokenizer.bos_id is None:
         raise DataError(f"{tokenizer.name} has no beginning-of-sequence token", "a tokenizer with one", "leave out --prepend-bos")
     return tokenizer
-
-
-def read_texts(batch: Batch, keys: Sequence[str]) -> Texts:
-    """Reads a batch.
-
-    Raises:
-        DataError: it cannot be read.
-    """
-    columns: tuple[list[str | LongText], ...] = tuple([] for _ in keys)
-    bad: list[tuple[int, int, str]] = []
-    lines: list[int] = []
-    for document in documents(batch, keys, lines):
-        if document.texts is None:
-            bad.append((document.number, document.offset, document.reason))
-            continue
-        for column, text in zip(columns, document.texts, strict=True):
-            column.append(text)
-    return Texts(batch, columns, lines[0], tuple(bad))
 
 
 class Encoder:

@@ -28,7 +28,8 @@ import numpy as np
 
 from megatron_patch.data.indexed_dataset import IndexedDatasetWriter
 from megatron_patch.data.preprocess.ahead import Ahead
-from megatron_patch.data.preprocess.encode import Encoded, Encoder, EncodeSettings, Part, Texts, read_texts
+from megatron_patch.data.preprocess.documents import Texts, read_texts
+from megatron_patch.data.preprocess.encode import Encoded, Encoder, EncodeSettings, Part
 from megatron_patch.data.preprocess.readers import Batch
 from megatron_patch.errors import DataError
 from megatron_patch.files import begin_writing_back, copy_range
