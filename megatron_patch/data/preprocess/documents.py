@@ -22,7 +22,7 @@ KeyPath = tuple[str, list[str]]
 
 
 class Document(NamedTuple):
-    """One document; of short ones there are millions, and a tuple is made in a fourth of a dataclass' time.
+    """One document; of short ones there are millions, and a tuple is made in a third of a dataclass' time.
 
     Args:
         number: its line (or row, or place among separated documents) in the batch, from 1.
