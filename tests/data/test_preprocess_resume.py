@@ -269,9 +269,9 @@ def test_a_backend_that_erred_is_not_trusted_again_after_a_kill(tmp_path, inputs
         broken_off(inputs, tmp_path / "x", monkeypatch)
     used = []
 
-    def encoder(work, settings, *rest):
+    def encoder(work, settings, *rest, **more):
         used.append(settings.backend)
-        return EncoderHere(work, settings, *rest)
+        return EncoderHere(work, settings, *rest, **more)
 
     monkeypatch.setattr(pipeline, "EncoderHere", encoder)
     preprocess(inputs, str(tmp_path / "x"), settings(), resume=True)

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, cast
 import numpy as np
 import numpy.typing as npt
 
-from megatron_patch.data.preprocess.documents import documents
+from megatron_patch.data.preprocess.documents import Texts, read_texts
 from megatron_patch.data.preprocess.fast_backend import fast_backend
 from megatron_patch.data.preprocess.long_texts import Cutter, LongText, cutter_of, segments, whole
 from megatron_patch.data.preprocess.readers import Batch, no_scratch
@@ -199,30 +199,32 @@ class Encoder:
         self.fast, self.backend_note = fast_backend(self.tokenizer, settings.backend)
 
     def __call__(self, batch: Batch) -> Encoded:
-        """Encodes a batch.
+        """Reads and encodes a batch.
+
+        Raises:
+            BackendDisagrees: as `encode`.
+            DataError: as `read_texts` and `encode`.
+        """
+        return self.encode(read_texts(batch, self.settings.keys))
+
+    def encode(self, texts: Texts) -> Encoded:
+        """Encodes a batch that has been read.
 
         Raises:
             BackendDisagrees: the fast backend is not to be trusted with this input.
-            DataError: the batch cannot be read, an id is outside the vocabulary, there is no space for a long document.
+            DataError: an id is outside the vocabulary, a long document cannot be read any more, or there is no space for it.
         """
-        bad: list[tuple[int, int, str]] = []
-        rows: list[tuple[str | LongText, ...]] = []
-        lines: list[int] = []
-        for document in documents(batch, self.settings.keys, lines):
-            if document.texts is None:
-                bad.append((document.number, document.offset, document.reason))
-            else:
-                rows.append(document.texts)
+        batch = texts.batch
         self._checked_before += self._checked
         self._empty = self._filtered = self._checked = self._largest = 0
-        parts = [self._column([row[column] for row in rows], batch) for column in range(len(self.settings.keys))]
+        parts = [self._column(column, batch) for column in texts.columns]
         return Encoded(
             batch.source,
             batch.file,
             batch.upto,
             batch.share,
             batch.start if batch.data is None and not batch.temporary else None,
-            lines[0],
+            texts.lines,
             batch.size,
             tuple(parts),
             self._empty,
@@ -231,7 +233,7 @@ class Encoder:
             self._largest,
             self.fast.name if self.fast is not None else "reference",
             self.backend_note,
-            tuple(bad),
+            texts.bad,
         )
 
     @functools.cached_property

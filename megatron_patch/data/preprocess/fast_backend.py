@@ -136,7 +136,7 @@ class FastBackend:
 
 @contextlib.contextmanager
 def _one_processor() -> Iterator[None]:
-    """Lets this thread use a single processor: a worker is one thread, with one memory for words, and --workers says how many there are."""
+    """Lets this thread use a single processor: a worker encodes in one, with one memory for words, and --workers says how many."""
     if not hasattr(os, "sched_setaffinity"):
         yield
         return

@@ -358,7 +358,9 @@ def _encode_all(
     work = batches(run.spans, settings.keys, run.separator, (begin.file, begin.upto) if begin.outputs else (0, None), run.scratch)
     # Ended before the files are closed: workers end, whatever happens, before anything else does.
     encoders = (
-        Workers(work, run.workers, settings, tokenizer, writers) if run.workers > 1 else EncoderHere(work, settings, tokenizer, writers)
+        Workers(work, run.workers, settings, tokenizer, writers)
+        if run.workers > 1
+        else EncoderHere(work, settings, tokenizer, writers, ahead=run.resumable)
     )
     with encoders as encoder:
         for encoded in encoder:

@@ -27,6 +27,8 @@ from typing import Any, cast
 import numpy as np
 
 from megatron_patch.data.indexed_dataset import IndexedDatasetWriter
+from megatron_patch.data.preprocess.ahead import Ahead
+from megatron_patch.data.preprocess.documents import Texts, read_texts
 from megatron_patch.data.preprocess.encode import Encoded, Encoder, EncodeSettings, Part
 from megatron_patch.data.preprocess.readers import Batch
 from megatron_patch.errors import DataError
@@ -41,30 +43,44 @@ _WITH_THREADS = ("fastokens", "torch")
 
 
 class EncoderHere:
-    """Encodes and writes in this process.
+    """Encodes and writes in this process: one thread reads ahead, one encodes, and the caller's writes; a context manager, which ends them.
 
     Args:
         work: the batches.
         settings: how to encode.
         tokenizer: as `checked_tokenizer` gave it for them.
         writers: one a key.
+        ahead: with threads; without, where the input may keep one waiting for ever.
     """
 
     def __init__(
-        self, work: Iterable[Batch], settings: EncodeSettings, tokenizer: Tokenizer, writers: Sequence[IndexedDatasetWriter]
+        self,
+        work: Iterable[Batch],
+        settings: EncodeSettings,
+        tokenizer: Tokenizer,
+        writers: Sequence[IndexedDatasetWriter],
+        ahead: bool = True,
     ) -> None:
-        self._work, self._encoder, self._writers = work, Encoder(settings, tokenizer), writers
+        self._work, self._encoder, self._writers, self._ahead = work, Encoder(settings, tokenizer), writers, ahead
+        self._threads = contextlib.ExitStack()
+        self._encoded: Iterable[Encoded] = ()
 
     def __enter__(self) -> EncoderHere:
+        keys = self._encoder.settings.keys
+        read: Iterable[Texts] = (read_texts(batch, keys) for batch in self._work)
+        with contextlib.ExitStack() as stack:
+            read = stack.enter_context(Ahead(read)) if self._ahead else read
+            encoded = map(self._encoder.encode, read)
+            self._encoded = stack.enter_context(Ahead(encoded)) if self._ahead else encoded
+            self._threads = stack.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
-        pass
+        self._threads.close()
 
     def __iter__(self) -> Iterator[Encoded]:
         """Each batch that has been given its places, in order."""
-        for batch in self._work:
-            encoded = self._encoder(batch)
+        for encoded in self._encoded:
             for writer, part in zip(self._writers, encoded.parts, strict=True):
                 if part.file:
                     writer.append_file(Path(part.file), part.lengths)
