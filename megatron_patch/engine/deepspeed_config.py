@@ -20,6 +20,7 @@ from megatron_patch.stages import Stage, StagePlan
 
 Precision = Literal["fp32", "bf16", "fp16"]
 _OFFLOADS = ("offload_optimizer", "offload_param")
+_PREFETCH = "stage3_prefetch_bucket_size"
 _BATCH_SIZES = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 _DECISIVE = ("zero_optimization", "gradient_clipping", "bf16", "fp16", "data_types", "optimizer", "scheduler", *_BATCH_SIZES)
 
@@ -111,6 +112,13 @@ def _check_nvme(zero: Mapping[str, Any], stage: int) -> None:
                 "a folder on a local NVMe disk, which no other job uses",
                 'set "nvme_path"',
             )
+    if _device(zero, "offload_param") == "nvme" and zero.get(_PREFETCH, 0) != 0:
+        raise ConfigError(
+            f"--deepspeed_config: zero_optimization.{_PREFETCH} is {zero[_PREFETCH]!r} with offload_param on nvme: DeepSpeed's prefetch "
+            "stops at weights that it needs twice in a row, forward and backward",
+            "0",
+            f"remove {_PREFETCH}",
+        )
 
 
 def _check_names(user: Mapping[str, Any]) -> None:
@@ -224,7 +232,7 @@ def engine_config(
         zero_force_ds_cpu_optimizer=False,
         gradient_clipping=float(clip_grad),
         steps_per_print=merged.get("steps_per_print", 2**62),
-        zero_optimization={**zero, "stage": stage},
+        zero_optimization={**zero, "stage": stage, **({_PREFETCH: 0} if _device(zero, "offload_param") == "nvme" else {})},
     )
     if precision == "bf16" and stage > 0:
         merged["bf16"] = {**_section(user, "bf16"), "enabled": True}
