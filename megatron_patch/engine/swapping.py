@@ -44,8 +44,8 @@ def require_async_io() -> None:
     raise ConfigError(
         f"--deepspeed_config offloads to nvme, and DeepSpeed's operator async_io {problem}",
         "offload to nvme where DeepSpeed was installed with that operator; offload to the cpu anywhere",
-        "apt-get install libaio-dev && LDFLAGS=-laio DS_BUILD_AIO=1 DS_BUILD_PIN_MEMORY=1 pip install --no-build-isolation "
-        "--force-reinstall --no-deps --no-cache-dir deepspeed==0.19.8, or use device cpu",
+        "apt-get install libaio-dev && LDFLAGS='-Wl,--no-as-needed -laio' DS_BUILD_AIO=1 DS_BUILD_PIN_MEMORY=1 pip install "
+        "--no-build-isolation --force-reinstall --no-deps --no-cache-dir deepspeed==0.19.8, or use device cpu",
     )
 
 
