@@ -19,6 +19,8 @@ from megatron_patch.errors import ConfigError
 from megatron_patch.stages import Stage, StagePlan
 
 Precision = Literal["fp32", "bf16", "fp16"]
+_OFFLOADS = ("offload_optimizer", "offload_param")
+_PREFETCH = "stage3_prefetch_bucket_size"
 _BATCH_SIZES = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 _DECISIVE = ("zero_optimization", "gradient_clipping", "bf16", "fp16", "data_types", "optimizer", "scheduler", *_BATCH_SIZES)
 
@@ -43,6 +45,11 @@ class EngineConfig:
     def offloads_optimizer(self) -> bool:
         """Whether the optimizer steps in host memory."""
         return _device(self.deepspeed["zero_optimization"], "offload_optimizer") != "none"
+
+    @property
+    def offloads_to_nvme(self) -> bool:
+        """Whether weights or optimizer are on NVMe between steps."""
+        return any(_device(self.deepspeed["zero_optimization"], part) == "nvme" for part in _OFFLOADS)
 
 
 def batch_settings(stage: Stage, data_parallel_size: int) -> dict[str, int]:
@@ -82,14 +89,36 @@ def _device(zero: Mapping[str, Any], part: str) -> str:
     """Where a part of the training's state is offloaded to."""
     section = {} if zero.get(part) is None else _section(zero, part)
     device = section.get("device", "none")
-    if device == "nvme":
-        # Between steps DeepSpeed keeps empty tensors then: nothing that initial weights could be written to, or a checkpoint read from.
-        raise ConfigError(
-            f"--deepspeed_config: zero_optimization.{part}.device is nvme", "none or cpu: checkpoints need the state in memory", "use cpu"
-        )
-    if device not in ("none", "cpu"):
-        raise ConfigError(f"--deepspeed_config: zero_optimization.{part}.device is {device!r}", "none or cpu", "use cpu")
+    if device not in ("none", "cpu", "nvme"):
+        raise ConfigError(f"--deepspeed_config: zero_optimization.{part}.device is {device!r}", "none, cpu or nvme", "use cpu")
     return str(device)
+
+
+def _check_nvme(zero: Mapping[str, Any], stage: int) -> None:
+    """DeepSpeed takes nvme for cpu under ZeRO 1 and 2, and looks at the path by bare assertions."""
+    for part in _OFFLOADS:
+        if _device(zero, part) != "nvme":
+            continue
+        if stage != 3:
+            raise ConfigError(
+                f"--deepspeed_config: zero_optimization.{part}.device is nvme with ZeRO stage {stage}",
+                "nvme with ZeRO 3; cpu with ZeRO 1 and 2, for the optimizer",
+                "use --zero-stage 3, or device cpu",
+            )
+        path = zero[part].get("nvme_path")
+        if not isinstance(path, str) or not path:
+            raise ConfigError(
+                f"--deepspeed_config: zero_optimization.{part}.device is nvme, and its nvme_path is {path!r}",
+                "a folder on a local NVMe disk, which no other job uses",
+                'set "nvme_path"',
+            )
+    if _device(zero, "offload_param") == "nvme" and zero.get(_PREFETCH, 0) != 0:
+        raise ConfigError(
+            f"--deepspeed_config: zero_optimization.{_PREFETCH} is {zero[_PREFETCH]!r} with offload_param on nvme: DeepSpeed's prefetch "
+            "stops at weights that it needs twice in a row, forward and backward",
+            "0",
+            f"remove {_PREFETCH}",
+        )
 
 
 def _check_names(user: Mapping[str, Any]) -> None:
@@ -189,20 +218,21 @@ def engine_config(
             "--compile with ZeRO 0 to 2, with tensor parallelism too; ZeRO 3 without it",
             "leave --compile out, or use --zero-stage 2",
         )
-    offloads = [part for part in ("offload_optimizer", "offload_param") if _device(zero, part) != "none"]
+    offloads = [part for part in _OFFLOADS if _device(zero, part) != "none"]
     if offloads and (stage == 0 or ("offload_param" in offloads and stage < 3)):
         raise ConfigError(
             f"--deepspeed_config offloads {' and '.join(offloads)} with ZeRO stage {stage}",
             "offload_optimizer with ZeRO 1 to 3, offload_param with ZeRO 3",
             "raise --zero-stage",
         )
+    _check_nvme(zero, stage)
     merged: dict[str, Any] = {key: value for key, value in user.items() if key not in ("bf16", "fp16")}
     merged.update(
         zero_allow_untested_optimizer=True,
         zero_force_ds_cpu_optimizer=False,
         gradient_clipping=float(clip_grad),
         steps_per_print=merged.get("steps_per_print", 2**62),
-        zero_optimization={**zero, "stage": stage},
+        zero_optimization={**zero, "stage": stage, **({_PREFETCH: 0} if _device(zero, "offload_param") == "nvme" else {})},
     )
     if precision == "bf16" and stage > 0:
         merged["bf16"] = {**_section(user, "bf16"), "enabled": True}

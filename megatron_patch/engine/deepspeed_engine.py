@@ -12,21 +12,24 @@ from __future__ import annotations
 
 import abc
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import nn
 
+from megatron_patch.checkpoint_files import Entry
 from megatron_patch.config.options import ScheduleOptions
 from megatron_patch.data.patch_dataset import PatchBatch
 from megatron_patch.engine.deepspeed_config import EngineConfig, batch_settings
 from megatron_patch.engine.distributed import barrier, gather_objects
-from megatron_patch.engine.fragments import HostCopies, fragments
+from megatron_patch.engine.fragments import Fragment, HostCopies, fragments
 from megatron_patch.engine.interface import EvaluationResult, Judge, Snapshot, StepResult
 from megatron_patch.engine.optimizer import base_optimizer, make_optimizer, set_step_count, step_count, zero_moments
 from megatron_patch.engine.state_files import StateFiles, write_fragments
+from megatron_patch.engine.swapping import SubGroups
 from megatron_patch.errors import CheckpointError
 from megatron_patch.model.gpt import GPTModel
 from megatron_patch.model.init import InitialWeights, parameter_groups
@@ -166,7 +169,8 @@ class DeepSpeedEngine(abc.ABC):
         self.start_stage(stage)
         if stage.optimizer == "keep":
             return
-        zero_moments(self._base.state.values())
+        with self._on_nvme(written=True) as groups:
+            zero_moments(self._base.state.values() if groups is None else groups)
         if stage.optimizer == "reset":
             set_step_count(self._base, 0)
 
@@ -299,13 +303,10 @@ class DeepSpeedEngine(abc.ABC):
 
     def snapshot(self, to_host: bool) -> Snapshot:
         """This rank's part of a checkpoint; see `Engine`."""
-        share = (self.grid.data_parallel_rank, self.grid.data_parallel_size)
-        # What all ranks of a layer hold is written by the first of them.
-        first = self.grid.tensor_parallel_rank == 0
-        found = fragments(self._engine, self._names, self._shards, share)
-        mine = [f for f in found if (first or f.shard is not None) and f.name not in self._copies]
+        copies: list[Fragment] | None = None
         if to_host:
-            mine = self._host.copies(mine)
+            with self._own_fragments() as mine:
+                copies = self._host.copies(mine)
         scaler = getattr(self._engine.optimizer, "loss_scaler", None)
         scaler_state = {
             key: getattr(scaler, key) for key in sorted(_LOSS_SCALER) if self.config.precision == "fp16" and hasattr(scaler, key)
@@ -319,7 +320,26 @@ class DeepSpeedEngine(abc.ABC):
             "tensor_parallel_size": self.grid.tensor_parallel_size,
             "pipeline_parallel_size": self.grid.pipeline_parallel_size,
         }
-        return Snapshot(state, lambda folder: write_fragments(folder, self.grid.rank, self.grid.world_size, mine))
+
+        def write(folder: Path) -> dict[str, Entry]:
+            with self._own_fragments() if copies is None else nullcontext(copies) as mine:
+                return write_fragments(folder, self.grid.rank, self.grid.world_size, mine)
+
+        return Snapshot(state, write)
+
+    def _on_nvme(self, written: bool) -> AbstractContextManager[SubGroups | None]:
+        """The sub-groups that DeepSpeed keeps on NVMe between steps, or None where all is in memory."""
+        return SubGroups(self._engine.optimizer, self._base, written) if self.config.offloads_to_nvme else nullcontext()
+
+    @contextmanager
+    def _own_fragments(self) -> Iterator[list[Fragment]]:
+        """What of a checkpoint this rank writes."""
+        share = (self.grid.data_parallel_rank, self.grid.data_parallel_size)
+        # What all ranks of a layer hold is written by the first of them.
+        first = self.grid.tensor_parallel_rank == 0
+        with self._on_nvme(written=False) as groups:
+            found = fragments(self._engine, self._names, self._shards, share, groups)
+            yield [f for f in found if (first or f.shard is not None) and f.name not in self._copies]
 
     def load(self, folder: Path, state: Mapping[str, Any] | None) -> None:
         """Reads weights and, with `state`, the optimizer; see `Engine`."""
@@ -348,9 +368,10 @@ class DeepSpeedEngine(abc.ABC):
 
     def _fill(self, read: Any, kinds: Sequence[str]) -> None:
         """Sets this rank's fragments, and the weights that the model computes with, from `read(kind, name, start, numel)`."""
-        for fragment in fragments(self._engine, self._names, self._shards, share=None):
-            for kind in kinds:
-                fragment.tensors[kind].copy_(read(kind, fragment.name, fragment.start, fragment.numel))
+        with self._on_nvme(written=True) as groups:
+            for fragment in fragments(self._engine, self._names, self._shards, None, groups):
+                for kind in kinds:
+                    fragment.tensors[kind].copy_(read(kind, fragment.name, fragment.start, fragment.numel))
         if self.config.zero_stage == 0:
             return
         with torch.no_grad():
@@ -365,7 +386,8 @@ class DeepSpeedEngine(abc.ABC):
         size = parameter.ds_tensor.ds_numel
         start = size * parameter.ds_zero_partition_rank
         numel = min(size, parameter.ds_numel - start)
-        if numel > 0:
+        # Partitions on NVMe were written with their master weights.
+        if numel > 0 and parameter.ds_tensor.status.name != "NOT_AVAILABLE":
             parameter.ds_tensor.data.narrow(0, 0, numel).copy_(read(start, numel))
         if parameter.data.numel() == parameter.ds_numel:
             parameter.data.copy_(read(0, parameter.ds_numel).view(parameter.ds_shape))

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from megatron_patch.engine.optimizer import MOMENTS, base_optimizer, ensure_moments
+from megatron_patch.engine.swapping import SubGroups
 from megatron_patch.parallel.sharding import Shard
 
 
@@ -27,25 +28,27 @@ class Fragment:
         shape: the whole parameter's shape.
         shard: the tensor-parallel part that the span is of, or None where the parameter is not cut.
         start: first element of the span in the flattened part.
-        tensors: "weight", "exp_avg", "exp_avg_sq" -> float32 [numel], live views.
+        numel: elements of the span.
+        tensors: "weight", "exp_avg", "exp_avg_sq" -> float32 [numel], live views; of what is on NVMe, valid until those of another fragment
+            are looked up.
     """
 
     name: str
     shape: tuple[int, ...]
     shard: Shard | None
     start: int
-    tensors: dict[str, torch.Tensor]
-
-    @property
-    def numel(self) -> int:
-        """Elements of the span."""
-        return self.tensors["weight"].numel()
+    numel: int
+    tensors: Mapping[str, torch.Tensor]
 
 
 def fragments(
-    engine: Any, names: dict[torch.nn.Parameter, str], shards: Mapping[str, Shard], share: tuple[int, int] | None
+    engine: Any,
+    names: dict[torch.nn.Parameter, str],
+    shards: Mapping[str, Shard],
+    share: tuple[int, int] | None,
+    on_nvme: SubGroups | None = None,
 ) -> list[Fragment]:
-    """This rank's fragments in the order of the parameters.
+    """This rank's fragments in the order of the parameters, or of the sub-groups that are on NVMe.
 
     Args:
         engine: what `deepspeed.initialize` returned.
@@ -53,22 +56,27 @@ def fragments(
         shards: which part of it this rank holds, where it is cut.
         share: (rank, ranks): where all ranks hold everything (ZeRO 0) the fragments are this rank's equal share of it;
             None: all of it.
+        on_nvme: open for as long as the fragments are used, where weights or moments are on NVMe.
     """
     optimizer = base_optimizer(engine.optimizer)
     result = []
-    for parameter, name in names.items():
+    for parameter, name in names.items() if on_nvme is None else sorted(names.items(), key=lambda item: on_nvme.of(item[0])):
         located = _locate(engine, optimizer, parameter, share)
         if located is None:
             continue
         flat, offset, start, numel = located
         if numel <= 0:
             continue
-        state = ensure_moments(optimizer, flat)
-        tensors = {"weight": flat.detach().view(-1).narrow(0, offset, numel)}
-        tensors.update({key: state[key].view(-1).narrow(0, offset, numel) for key in MOMENTS})
+        tensors: Mapping[str, torch.Tensor]
+        if on_nvme is None:
+            state = ensure_moments(optimizer, flat)
+            whole = {"weight": flat.detach(), **{key: state[key] for key in MOMENTS}}
+            tensors = {key: tensor.view(-1).narrow(0, offset, numel) for key, tensor in whole.items()}
+        else:
+            tensors = on_nvme.views(on_nvme.of(parameter), offset, numel)
         shard = shards.get(name)
         shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
-        result.append(Fragment(name, shape if shard is None else shard.whole_shape(shape), shard, start, tensors))
+        result.append(Fragment(name, shape if shard is None else shard.whole_shape(shape), shard, start, numel, tensors))
     return result
 
 

@@ -49,7 +49,7 @@ def write_fragments(folder: Path, rank: int, ranks: int, fragments: Sequence[Fra
         CheckpointError: the file cannot be written (no space left, for example), or reads back as something else.
     """
     path = folder / state_file_name(rank, ranks)
-    tensors = {f"{kind}/{f.name}": tensor for f in fragments for kind, tensor in f.tensors.items()}
+    tensors = [(kind, f) for f in fragments for kind in f.tensors]
     index = [
         {"name": f.name, "shape": list(f.shape), "start": f.start, "numel": f.numel}
         | ({} if f.shard is None else {"shard": [f.shard.dim, f.shard.index, f.shard.count]})
@@ -57,9 +57,9 @@ def write_fragments(folder: Path, rank: int, ranks: int, fragments: Sequence[Fra
     ]
     entry = write_safetensors(
         path,
-        [(name, tuple(tensor.shape)) for name, tensor in tensors.items()],
+        [(f"{kind}/{f.name}", (f.numel,)) for kind, f in tensors],
         torch.float32,
-        (tensor.cpu() for tensor in tensors.values()),
+        (f.tensors[kind].cpu() for kind, f in tensors),
         {"format": FORMAT, "fragments": json.dumps(index)},
     )
     try:

@@ -44,6 +44,7 @@ def pretrain(run: RunConfig) -> ExitCode:
     let_segments_grow()
     # Torch and DeepSpeed take seconds to import, which wrong flags and dry runs need not wait for.
     from megatron_patch.engine.distributed import barrier, join, leave
+    from megatron_patch.engine.swapping import require_async_io
     from megatron_patch.training.trainer import Trainer
 
     with watchdog_of(run) as watchdog:
@@ -51,6 +52,8 @@ def pretrain(run: RunConfig) -> ExitCode:
         watchdog.listen()
         if settings.precision == "fp16" and device.type == "cpu":
             raise ConfigError("--fp16 on CPUs", "--bf16 or float32 there", "use --bf16, or a GPU")
+        if settings.offloads_to_nvme:
+            require_async_io()
         asked = stops.agreed(device)
         if asked is None:
             with Trainer(run, settings, device, stops, watchdog) as trainer:

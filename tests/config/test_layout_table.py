@@ -29,7 +29,8 @@ ROWS = {
     "optimizer offloaded to the CPU": "offload_optimizer",
     "optimizer offloaded to the CPU, with a pipeline": f"offload_optimizer {PIPELINE}",
     "weights offloaded to the CPU": "offload_param",
-    "optimizer or weights offloaded to NVMe": "offload_optimizer:nvme",
+    "optimizer offloaded to NVMe": "offload_optimizer:nvme",
+    "weights offloaded to NVMe": "offload_param:nvme",
 }
 
 
@@ -52,7 +53,7 @@ def test_the_table_is_true(tmp_path, name, zero):
         if word.startswith("offload"):
             path = tmp_path / "deepspeed.json"
             part, _, device = word.partition(":")
-            path.write_text(json.dumps({"zero_optimization": {part: {"device": device or "cpu"}}}))
+            path.write_text(json.dumps({"zero_optimization": {part: {"device": device or "cpu", "nvme_path": "/nvme"}}}))
             words += ["--deepspeed_config", str(path)]
         else:
             words.append(word)

@@ -216,8 +216,21 @@ def test_deepspeed_s_file_is_passed_through(tmp_path):
         ({"data_types": {"grad_accum_dtype": "bf16"}}, "", "grad_accum_dtype"),
         ({"zero_optimization": 3}, "", "JSON object"),
         ({"zero_optimization": {"offload_optimizer": "cpu"}}, "", "JSON object"),
-        ({"zero_optimization": {"offload_optimizer": {"device": "gpu"}}}, "", "none or cpu"),
-        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, "", "state in memory"),
+        ({"zero_optimization": {"offload_optimizer": {"device": "gpu"}}}, "", "none, cpu or nvme"),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme", "nvme_path": "/nvme"}}}, "", "nvme with ZeRO stage 2"),
+        ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}, "", "nvme_path is None"),
+        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": ""}}}, "", "nvme_path is ''"),
+        (
+            {
+                "zero_optimization": {
+                    "stage": 3,
+                    "stage3_prefetch_bucket_size": 1000,
+                    "offload_param": {"device": "nvme", "nvme_path": "/nvme"},
+                }
+            },
+            "",
+            "stage3_prefetch_bucket_size is 1000",
+        ),
         ({"zero_optimizaton": {"stage": 2}}, "", "write zero_optimization"),
         ({"bfloat16": {"enabled": True}}, "", "write bf16"),
         ({"gradient_clipping": "1.0"}, "", "gradient_clipping is '1.0'"),

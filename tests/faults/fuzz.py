@@ -128,9 +128,9 @@ def _checkpoint(folder: Path) -> None:
     )
     entries = checkpoint_files.write_state(folder, state)
     kinds = {"weight": torch.ones(8), "exp_avg": torch.ones(8), "exp_avg_sq": torch.ones(8)}
-    found = [Fragment("a", (4, 2), None, 0, kinds), Fragment("b", (2, 8), Shard(1, 0, 2), 0, kinds)]
+    found = [Fragment("a", (4, 2), None, 0, 8, kinds), Fragment("b", (2, 8), Shard(1, 0, 2), 0, 8, kinds)]
     entries |= write_fragments(folder, 0, 2, found)
-    entries |= write_fragments(folder, 1, 2, [Fragment("b", (2, 8), Shard(1, 1, 2), 0, kinds)])
+    entries |= write_fragments(folder, 1, 2, [Fragment("b", (2, 8), Shard(1, 1, 2), 0, 8, kinds)])
     checkpoint_files.write_manifest(folder, entries)
 
 

@@ -29,7 +29,7 @@ STATE = files.TrainerState(6, 0, 6, "patch", 30, 3, {}, {}, {}, {}, {})
 def save(folder):
     folder = files.prepare(folder, 6)
     tensors = {kind: torch.arange(50_000.0) for kind in ("weight", "exp_avg", "exp_avg_sq")}
-    entries = write_fragments(folder, 0, 1, [Fragment("a", (50_000,), None, 0, tensors)])
+    entries = write_fragments(folder, 0, 1, [Fragment("a", (50_000,), None, 0, 50_000, tensors)])
     files.write_manifest(folder, entries | files.write_state(folder, STATE))
     files.publish(folder)
 def find(folder):

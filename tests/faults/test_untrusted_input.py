@@ -93,7 +93,7 @@ def test_a_link_inside_a_checkpoint_cannot_lead_outside(tmp_path):
 def _with_weights(folder: Path) -> Path:
     target = files.prepare(folder, 3)
     tensors = {kind: torch.ones(6) for kind in ("weight", "exp_avg", "exp_avg_sq")}
-    entries = write_fragments(target, 0, 1, [Fragment("a", (6,), None, 0, tensors)]) | files.write_state(target, STATE)
+    entries = write_fragments(target, 0, 1, [Fragment("a", (6,), None, 0, 6, tensors)]) | files.write_state(target, STATE)
     files.write_manifest(target, entries)
     return files.publish(target)
 
