@@ -232,7 +232,7 @@ class Study:
         """Model, data, machine and date: what a number needs beside it."""
         config, side, parameters = self.settings["config"], self.side, self.parameters()
         return (
-            f"{format_count(parameters)} parameters, {self.budget / parameters:.2g} tokens each at token level: "
+            f"{format_count(parameters)} parameters, {format_count(self.budget / parameters)} tokens each at token level: "
             f"{config['num-layers']} layers x {config['hidden-size']}, vocabulary {side['vocab_size']:,}, {config['seq-length']} positions "
             f"a sample, on {format_count(side['tokens'])} tokens of text, 5 % held out; budget: what token level spends on "
             f"{format_count(self.budget)} tokens. {machine()}, {date.today().isoformat()}."

@@ -60,7 +60,7 @@ def comparison_markdown(studies: Sequence[StudySummary], plot: str) -> str:
     """
     arms = _compared(studies)
     heads = [
-        f"{format_count(study.parameters)} parameters, {format_count(study.budget)} tokens: {study.tokens_per_parameter:.2g} each"
+        f"{format_count(study.parameters)} parameters, {format_count(study.budget)} tokens: {format_count(study.tokens_per_parameter)} each"
         for study in studies
     ]
     lines = [
