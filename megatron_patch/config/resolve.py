@@ -18,12 +18,15 @@ from megatron_patch.config.stage_request import parse_blend, parse_epoch_limits
 from megatron_patch.data.prefixes import expand_prefixes
 from megatron_patch.data.side_file import DatasetInfo, read_info
 from megatron_patch.errors import ConfigError
+from megatron_patch.model.flops import parameter_count
 from megatron_patch.model.shape import ModelShape, check_shape
 from megatron_patch.parallel.partition import pipeline_partition
 from megatron_patch.parallel.sharding import check_sharding
 from megatron_patch.stages import StagePlan
+from megatron_patch.units import format_count
 
 ASSUMED_VOCAB_SIZE = 32_000
+SMALL_MODEL, SMALL_MODELS_TOKENS = 100_000_000, 200
 
 
 @dataclass(frozen=True)
@@ -231,6 +234,7 @@ def resolve(parsed: Parsed, ranks: int) -> RunConfig:
         options.engine.tensor_model_parallel_size,
     )
     check_plan(options, plan)
+    notes.extend(_scale_notes(options, plan, shape))
     run = RunConfig(options, parsed.origins, shape, plan, blend, valid_blend, info, data_parallel_size, tuple(notes))
     check_documents(options.data, run.eod_id, shape.vocab_size)
     _ = run.pipeline_boundaries, run.epoch_limits  # more stages than layers, and limits of what is not read, are refused here
@@ -252,6 +256,19 @@ def _batch_notes(options: Options, plan: StagePlan) -> list[str]:
         f"a step takes {taken:,} tokens at token level; --global-batch-tokens {asked:,} was asked for, and every stage's step is whole "
         f"micro-batches of all ranks: {largest.micro_batch_size} samples of {largest.sample_tokens:,} tokens a rank in stage "
         f"{largest.name}. A smaller --micro-batch-size keeps closer to it"
+    ]
+
+
+def _scale_notes(options: Options, plan: StagePlan, shape: ModelShape) -> list[str]:
+    """Says where patches are not expected to pay: small models with few tokens ended behind token level wherever both were run."""
+    parameters = parameter_count(shape).total
+    each = plan.cost() * plan.tokens / parameters
+    patches = any(stage.patch_size > 1 for stage in plan.stages)
+    if not patches or options.checkpoint.finetune or parameters >= SMALL_MODEL or each >= SMALL_MODELS_TOKENS:
+        return []
+    return [
+        f"a model of {format_count(parameters)} parameters and compute for {format_count(each)} tokens each: with less than "
+        f"{SMALL_MODELS_TOKENS} a parameter, small models ended behind token level at equal cost (docs/replication.md)"
     ]
 
 

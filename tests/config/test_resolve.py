@@ -17,6 +17,7 @@ from megatron_patch.data.indexed_dataset import IndexedDatasetWriter
 from megatron_patch.data.side_file import DatasetInfo, write_info
 from megatron_patch.engine.deepspeed_config import batch_settings, engine_config
 from megatron_patch.errors import ConfigError, DataError
+from megatron_patch.model.flops import parameter_count
 
 ROOT = Path(__file__).parent.parent.parent
 BASE = [
@@ -107,11 +108,28 @@ def test_the_side_file_tells_the_vocabulary(tmp_path):
 
 def test_a_step_that_micro_batches_make_larger_is_told():
     words = [word for word in RUN if word not in ("--global-batch-size", "8")] + ["--global-batch-tokens", "128", "--patch-size", "4"]
-    (note,) = [note for note in resolve(*words, "--micro-batch-size", "4").notes if "--global-batch-tokens" in note]
+
+    def told(*more):
+        return [note for note in resolve(*words, *more).notes if "--global-batch-tokens" in note]
+
+    (note,) = told("--micro-batch-size", "4")
     assert note.startswith("a step takes 256 tokens at token level; --global-batch-tokens 128") and "4 samples of 64 tokens" in note
-    assert not resolve(*words, "--micro-batch-size", "2").notes
+    assert not told("--micro-batch-size", "2")
     # Patches at constant positions take more tokens a step by design.
-    assert not resolve(*words, "--micro-batch-size", "2", "--recipe", "token-superposition").notes
+    assert not told("--micro-batch-size", "2", "--recipe", "token-superposition")
+
+
+def test_a_small_model_with_few_tokens_is_told_that_patches_lose_there():
+    words = [*RUN, "--patch-size", "4", "--patch-fraction", "0.5"]
+    at = words.index("--train-tokens") + 1
+
+    def told(tokens, *more):
+        return [note for note in resolve(*words[:at], tokens, *words[at + 1 :], *more).notes if "behind token level" in note]
+
+    parameters = parameter_count(resolve(*words).shape).total
+    # λ = 0.5 and K = 4 cost 0.625.
+    assert told(str(int(195 * parameters / 0.625))) and not told(str(int(205 * parameters / 0.625)))
+    assert not any("behind token level" in note for note in resolve(*RUN, "--recipe", "token-level").notes)
 
 
 @pytest.mark.parametrize(
