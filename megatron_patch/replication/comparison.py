@@ -115,6 +115,13 @@ def plot_comparison(path: Path, studies: Sequence[StudySummary], colours: Sequen
                 )
     axis.axhline(0.0, color="#33373d", linewidth=1.2)
     axis.set_xscale("log")
+    # As far apart as their labels are wide.
+    shown: list[float] = []
+    for place in sorted(study.tokens_per_parameter for study in studies):
+        if not shown or place > 1.15 * shown[-1]:
+            shown.append(place)
+    axis.set_xticks(shown, [format_count(round(place)) for place in shown])
+    axis.set_xticks([], minor=True)
     axis.set_xlabel("tokens a parameter that token level reads for the same compute")
     axis.set_ylabel("held-out loss above its baseline's (nats)")
     axis.grid(alpha=0.25, linewidth=0.6)
