@@ -140,15 +140,20 @@ class FakeWandb(ModuleType):
         self.finished += 1
 
 
-def test_weights_and_biases_is_told_the_records_over_tokens(tmp_path, monkeypatch):
-    """Without the package, which is large: a stand-in for it."""
-    monkeypatch.setitem(sys.modules, "wandb", fake := FakeWandb())
+def tell_a_run_and_its_resumption(folder):
+    """To Weights & Biases, or what stands for it."""
     for _ in range(2):
-        board = WeightsAndBiases("project", "name", tmp_path / "run", {"lr": 1.0})
+        board = WeightsAndBiases("project", "name", folder, {"lr": 1.0})
         board.on_start(START)
         board.on_step(STEP)
         board.on_evaluation(EVALUATION)
         board.close()
+
+
+def test_weights_and_biases_is_told_the_records_over_tokens(tmp_path, monkeypatch):
+    """Without the package, which is large: a stand-in for it."""
+    monkeypatch.setitem(sys.modules, "wandb", fake := FakeWandb())
+    tell_a_run_and_its_resumption(tmp_path / "run")
     first, second = fake.opened
     assert first == second and first["id"] and first["resume"] == "allow", "a resumed run is the same one"
     assert (first["project"], first["name"], first["config"]) == ("project", "name", {"lr": 1.0})
@@ -163,12 +168,7 @@ def test_weights_and_biases_goes_on_in_the_same_run(tmp_path, monkeypatch):
     pytest.importorskip("wandb")
     for name, value in {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "WANDB_DIR": str(tmp_path)}.items():
         monkeypatch.setenv(name, value)
-    for _ in range(2):
-        board = WeightsAndBiases("project", "name", tmp_path / "run", {"lr": 1.0})
-        board.on_start(START)
-        board.on_step(STEP)
-        board.on_evaluation(EVALUATION)
-        board.close()
+    tell_a_run_and_its_resumption(tmp_path / "run")
     run_id = (tmp_path / "run" / "wandb_run_id").read_text().strip()
     folders = [path for path in (tmp_path / "wandb").glob("offline-run-*") if path.name.endswith(run_id)]
     assert len(folders) == 2
