@@ -17,18 +17,16 @@ import contextlib
 import ctypes
 import dataclasses
 import json
-import multiprocessing
 import os
 import platform
 import resource
 import shlex
-import struct
 import subprocess
 import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -41,9 +39,6 @@ from rich.table import Table
 
 ROOT = Path(__file__).parent.parent
 DOCUMENT_CHARS = 6_000
-_encode: Callable[[str], list[int]]
-_encode_many: Callable[[list[str]], list[list[int]]]
-_eod = 0
 
 
 def gather(path: Path, megabytes: float) -> None:
@@ -87,72 +82,27 @@ def train_byte_level(corpus: Path, folder: Path) -> None:
     train_tokenizer([str(corpus)], str(folder), 50_000, max_bytes=12_000_000)
 
 
-def _set_up(kind: str, model: str, eod: int) -> None:
-    """In a worker: the tokenizer as two functions."""
-    global _encode, _encode_many, _eod
-    _eod = eod
+def train(kind: str, corpus: Path, model: Path) -> None:
+    """A tokenizer of a kind."""
     if kind == "SentencePieceTokenizer":
-        import sentencepiece
-
-        processor = sentencepiece.SentencePieceProcessor(model_file=model)
-        _encode, _encode_many = processor.encode, processor.encode
+        train_sentencepiece(corpus, model)
     else:
-        from tokenizers import Tokenizer
-
-        backend = Tokenizer.from_file(model)
-        _encode = lambda text: backend.encode(text, add_special_tokens=False).ids  # noqa: E731
-        _encode_many = lambda texts: [row.ids for row in backend.encode_batch_fast(texts, add_special_tokens=False)]  # noqa: E731
+        train_byte_level(corpus, model.parent)
 
 
-def _one_document(line: str) -> tuple[list[int], int]:
-    return [*_encode(json.loads(line)["text"]), _eod], len(line)
-
-
-def _many_documents(lines: list[str]) -> list[tuple[list[int], int]]:
-    rows = _encode_many([json.loads(line)["text"] for line in lines])
-    return [([*row, _eod], len(line)) for row, line in zip(rows, lines, strict=True)]
-
-
-def _chunks(lines: Iterator[str], size: int) -> Iterator[list[str]]:
-    chunk: list[str] = []
-    for line in lines:
-        chunk.append(line)
-        if len(chunk) == size:
-            yield chunk
-            chunk = []
-    if chunk:
-        yield chunk
-
-
-def peer_loop(words: Sequence[str]) -> None:
-    """Worker processes that hand lists of ids back to one writer, which writes each document as an array and keeps its length."""
-    style, corpus, output, kind, model, eod, vocab, workers = words
-    dtype = np.uint16 if int(vocab) < 65500 else np.int32
-    lengths: list[int] = []
-    with (
-        multiprocessing.Pool(int(workers), initializer=_set_up, initargs=(kind, model, int(eod))) as pool,
-        open(corpus, encoding="utf-8") as lines,
-        open(f"{output}_text_document.bin", "wb") as tokens,
-    ):
-        if style == "each":
-            rows: Iterator[tuple[list[int], int]] = pool.imap(_one_document, lines, 32)
-        else:
-            rows = (row for rows in pool.imap(_many_documents, _chunks(lines, 32), 1) for row in rows)
-        for ids, _ in rows:
-            tokens.write(np.array(ids, dtype=dtype).tobytes())
-            lengths.append(len(ids))
-    with open(f"{output}_text_document.idx", "wb") as index:
-        sizes = np.array(lengths, dtype=np.int32)
-        ends = np.cumsum(sizes.astype(np.int64) * np.dtype(dtype).itemsize)
-        index.write(struct.pack("<9sQBQQ", b"MMIDIDX\x00\x00", 1, 8 if dtype is np.uint16 else 4, len(lengths), len(lengths) + 1))
-        index.write(sizes.tobytes() + np.concatenate(([0], ends[:-1])).tobytes() + np.arange(len(lengths) + 1).tobytes())
-
-
-def timed(command: Sequence[str]) -> dict[str, float]:
-    """Wall and CPU seconds of a command with all its processes."""
+def timed(command: Sequence[str], cores: int | None = None) -> dict[str, float]:
+    """Wall and CPU seconds of a command with all its processes, which get so many cores, or all."""
+    allowed = sorted(os.sched_getaffinity(0))[:cores]
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
     before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        command,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=lambda: os.sched_setaffinity(0, allowed),
+    )
     wall = time.perf_counter() - began
     _wait_for_orphans()
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -177,7 +127,7 @@ def _wait_for_orphans() -> None:
 
 def contenders(args: argparse.Namespace, kind: str, model: str, eod: int, vocab: int, workers: int) -> dict[str, list[str]]:
     """Commands by name; {output} is where each writes."""
-    program = [sys.executable, str(Path(__file__).resolve()), "--as-peer"]
+    program = [sys.executable, str(Path(__file__).resolve().parent / "_text_peers.py")]
     tail = [str(args.input), "{output}", kind, model, str(eod), str(vocab), str(workers)]
     ours = [sys.executable, str(ROOT / "tools" / "preprocess_data.py"), "--input", str(args.input), "--output-prefix", "{output}"]
     ours += ["--tokenizer-type", kind, "--tokenizer-model", model, "--append-eod", "--workers", str(workers)]
@@ -263,8 +213,13 @@ def shares(corpus: Path, kind: str, model: str, folder: Path) -> dict[str, float
     return {name: round(value, 3) for name, value in seconds.items()}
 
 
-def scaling(args: argparse.Namespace, kind: str, model: str, folder: Path) -> dict[str, float]:
-    """What a second worker gives on a large input; and what it could: each half of the input by a process of its own, both at once."""
+def scaling(args: argparse.Namespace, kind: str, model: str, folder: Path, encoding: float) -> dict[str, float]:
+    """What a second core gives on a large input: to one worker, which then reads and writes while it encodes; to a second worker; and to
+    two runs over a half each, both at once.
+
+    Args:
+        encoding: CPU seconds that encoding alone takes for the input.
+    """
     whole, half = folder / "large.jsonl", folder / "half.jsonl"
     data = args.input.read_bytes()
     count = max(1, round(args.large_megabytes * 1e6 / len(data) / 2))
@@ -272,39 +227,35 @@ def scaling(args: argparse.Namespace, kind: str, model: str, folder: Path) -> di
         with path.open("wb") as file:
             for _ in range(times):
                 file.write(data)
-    ours = [
-        sys.executable,
-        str(ROOT / "tools" / "preprocess_data.py"),
-        "--tokenizer-type",
-        kind,
-        "--tokenizer-model",
-        model,
-        "--append-eod",
-    ]
-    ours += ["--input"]
-    once = {
-        "one worker": [*ours, str(whole), "--output-prefix", str(folder / "large")],
-        "two workers": [*ours, str(whole), "--output-prefix", str(folder / "large"), "--workers", "2"],
-        "two halves at once": [
-            *("sh", "-c", 'first=$1; shift; "$@" --output-prefix "$first-a" & "$@" --output-prefix "$first-b" && wait', "-"),
-            *(str(folder / "half"), *ours, str(half)),
-        ],
+    ours = [sys.executable, str(ROOT / "tools" / "preprocess_data.py"), "--tokenizer-type", kind, "--tokenizer-model", model]
+    ours += ["--append-eod", "--input"]
+    one = [*ours, str(whole), "--output-prefix", str(folder / "large")]
+    halves = ["sh", "-c", 'first=$1; shift; "$@" --output-prefix "$first-a" & "$@" --output-prefix "$first-b" && wait', "-"]
+    contenders = {
+        "one worker on one core": (one, 1),
+        "one worker on two cores": (one, 2),
+        "two workers on two cores": ([*one, "--workers", "2"], 2),
+        "two halves on two cores": ([*halves, str(folder / "half"), *ours, str(half)], 2),
     }
-    seconds: dict[str, list[dict[str, float]]] = {name: [] for name in once}
+    seconds: dict[str, list[dict[str, float]]] = {name: [] for name in contenders}
     for _ in range(args.repeat):
-        for name, command in once.items():
-            seconds[name].append(timed(command))
+        for name, (command, cores) in contenders.items():
+            seconds[name].append(timed(command, cores))
             for path in (*folder.glob("large_*"), *folder.glob("half-*")):
                 path.unlink()
     for path in (whole, half):
         path.unlink()
     best = {name: min(runs, key=lambda run: run["wall_seconds"]) for name, runs in seconds.items()}
     wall = {name: times["wall_seconds"] for name, times in best.items()}
+    alone = wall["one worker on one core"]
     return {
         "megabytes": round(2 * count * len(data) / 1e6),
+        "encoding alone, cpu_seconds": round(2 * count * encoding, 2),
         **{f"{name}, {unit}": times[unit] for name, times in best.items() for unit in times},
-        "a second worker gives": round(wall["one worker"] / wall["two workers"], 2),
-        "the machine gives": round(wall["one worker"] / wall["two halves at once"], 2),
+        "a second worker on a second core gives": round(alone / wall["two workers on two cores"], 2),
+        "the machine gives": round(alone / wall["two halves on two cores"], 2),
+        "a second core gives one worker": round(alone / wall["one worker on two cores"], 2),
+        "one worker on two cores, times encoding alone": round(wall["one worker on two cores"] / (2 * count * encoding), 2),
     }
 
 
@@ -371,22 +322,19 @@ def main() -> None:
         rows: list[dict[str, Any]] = []
         parts: dict[str, dict[str, float]] = {}
         second: dict[str, dict[str, float]] = {}
-        if args.only != "byte-level":
-            model = Path(args.sentencepiece or folder / "sentencepiece.model")
+        models = {
+            "SentencePieceTokenizer": Path(args.sentencepiece or folder / "sentencepiece.model"),
+            "HuggingFaceTokenizer": Path(args.byte_level or folder / "byte_level" / "tokenizer.json"),
+        }
+        if args.only:
+            del models["HuggingFaceTokenizer" if args.only == "sentencepiece" else "SentencePieceTokenizer"]
+        for kind, model in models.items():
             if not model.exists():
-                train_sentencepiece(args.input, model)
-            rows += measure(args, "SentencePieceTokenizer", str(model), folder)
-            parts["SentencePieceTokenizer"] = shares(args.input, "SentencePieceTokenizer", str(model), folder)
+                train(kind, args.input, model)
+            rows += measure(args, kind, str(model), folder)
+            parts[kind] = shares(args.input, kind, str(model), folder)
             if args.large_megabytes:
-                second["SentencePieceTokenizer"] = scaling(args, "SentencePieceTokenizer", str(model), folder)
-        if args.only != "sentencepiece":
-            model = Path(args.byte_level or folder / "byte_level" / "tokenizer.json")
-            if not model.exists():
-                train_byte_level(args.input, model.parent)
-            rows += measure(args, "HuggingFaceTokenizer", str(model), folder)
-            parts["HuggingFaceTokenizer"] = shares(args.input, "HuggingFaceTokenizer", str(model), folder)
-            if args.large_megabytes:
-                second["HuggingFaceTokenizer"] = scaling(args, "HuggingFaceTokenizer", str(model), folder)
+                second[kind] = scaling(args, kind, str(model), folder, parts[kind]["encode"])
     show(rows)
     for kind, seconds in parts.items():
         beside = sum(seconds.values()) - seconds["encode"]
@@ -414,7 +362,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--as-peer"]:
-        peer_loop(sys.argv[2:])
-    else:
-        main()
+    main()

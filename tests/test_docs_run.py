@@ -27,18 +27,21 @@ micro-batch-size: 4
 global-batch-tokens: 512
 lr: 5e-3
 """
-"""In place of a configuration whose study takes hours."""
+"""In place of configurations whose studies take minutes to hours."""
 PLACES = {"PREFIX": "my_text_document", "K": "2", "FOLDER": "task_data", "DIR": "exported", "CKPT": "imported"}
 """What stands for the reader's own."""
 
 
 def lines() -> list[str]:
-    """In the order of the documents, each once; options in brackets are taken, names that stand for the reader's are filled in."""
+    """In the order of the documents, each once; options in brackets are taken, names that stand for the reader's are filled in.
+
+    Studies are compared when all are done.
+    """
     found = []
     for _, line in TOOLS:
         line = line.replace("[", "").replace("]", "")
         found.append(re.sub(r"\b(" + "|".join(PLACES) + r")\b", lambda match: PLACES[match.group(1)], line))
-    return list(dict.fromkeys(found))
+    return sorted(dict.fromkeys(found), key=lambda line: "compare_studies" in line)
 
 
 def documents(count: int, start: int = 0) -> str:
@@ -65,7 +68,8 @@ def reader(tmp_path_factory) -> Path:
     for name in ("tools", "examples", "docs"):
         shutil.copytree(ROOT / name, home / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pretrain_gpt_patch.py", home)
-    (home / "examples" / "replicate" / "study_cpu.yaml").write_text(STUDY)
+    for path in (home / "examples" / "replicate").glob("study_*.yaml"):
+        path.write_text(STUDY)
     for folder in ("shards", "books"):
         (home / folder).mkdir()
     (home / "a.jsonl").write_text(documents(120))
@@ -91,9 +95,6 @@ def prepare(home: Path) -> None:
     for prefix, words in outputs.items():
         done = run(home, f"python tools/preprocess_data.py --input a.jsonl shards/one.jsonl.gz --output-prefix {prefix} {encode} {words}")
         assert done.returncode == 0, done.stderr
-    (home / "runs").mkdir()
-    for study in ("tiny-1M", "tiny-3M", "small-3M", "tiny"):
-        (home / "runs" / study).symlink_to("study")
     plan = "--seq-length 512 --micro-batch-size 1 --global-batch-size 4 --patch-size 2 --patch-fraction 0.5 --train-tokens 16384 --lr 1e-3"
     model = "--num-layers 1 --hidden-size 16 --num-attention-heads 2 --ffn-hidden-size 32"
     for save in ("RUN", *(f"runs/{name}" for name in ("patch", "token"))):
@@ -106,7 +107,8 @@ def test_every_command_of_a_tool_runs_as_it_is_written(reader):
     prepare(reader)
     for line in lines():
         # All arms of a study would be dozens of runs; what `prepare` wrote is in the way of the first command.
-        more = ("--overwrite",) if "preprocess_data" in line else ("--arms", "token") if "study.py --text" in line else ()
+        more = ["--overwrite"] if "preprocess_data" in line else ["--arms", "token"] if "study.py --text" in line else []
+        more += ["--budget", "4096"] if "study.py --text" in line and "--budget" in line else []
         done = run(reader, line, *more)
         assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
     assert (reader / "report.html").is_file() and (reader / "sensitivity.png").is_file()

@@ -23,6 +23,7 @@ from megatron_patch.data.indexed_dataset import IndexedDataset, IndexedDatasetWr
 from megatron_patch.data.inspect import integrity_problems
 from megatron_patch.data.preprocess import encode as encode_module
 from megatron_patch.data.preprocess import readers, workers
+from megatron_patch.data.preprocess.documents import read_texts
 from megatron_patch.data.preprocess.encode import Encoder, EncodeSettings, checked_tokenizer
 from megatron_patch.data.preprocess.fast_backend import fast_backend, fuzz_strings
 from megatron_patch.data.preprocess.inputs import Span
@@ -200,7 +201,8 @@ def test_the_vocabulary_is_checked_and_reported(folder, tmp_path):
     tokenizer.vocab_size = 300
     encoder = Encoder(settings(folder), tokenizer)
     with pytest.raises(DataError, match=r"gave the id [34]\d\d"):
-        list(map(encoder, batches([Span(str(folder / "a.jsonl"))])))
+        for batch in batches([Span(str(folder / "a.jsonl"))]):
+            encoder.encode(read_texts(batch, ("text",)))
 
 
 def test_progress_is_the_share_of_all_inputs(folder, tmp_path, monkeypatch):
@@ -416,13 +418,37 @@ def test_a_worker_killed_in_the_middle_of_its_work_is_noticed(folder, tmp_path, 
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("ahead", [True, False])
 @pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
-def test_workers_however_they_are_started_write_the_same_bytes(folder, tmp_path, monkeypatch, method):
+def test_workers_however_they_are_started_write_the_same_bytes(folder, tmp_path, monkeypatch, method, ahead):
     monkeypatch.setattr(workers, "_context", lambda: multiprocessing.get_context(method))
+    monkeypatch.setattr(workers, "spare_cores", lambda count: ahead)
     monkeypatch.setattr(readers, "BATCH_BYTES", 2000)
     run(folder, tmp_path / "one", backend="reference")
     run(folder, tmp_path / "two", workers=3, backend="reference")
     assert contents(tmp_path / "two_text_document") == contents(tmp_path / "one_text_document")
+
+
+@pytest.mark.parametrize("ahead", [True, False])
+@pytest.mark.parametrize("place", ["encode", "read_texts"])
+def test_what_a_worker_raises_ends_all(folder, tmp_path, monkeypatch, place, ahead):
+    """Whether it reads ahead or not, and wherever the error comes from: while encoding, and while reading, of a later batch."""
+
+    def fail(*args):
+        batch = args[0] if place == "read_texts" else args[1].batch
+        if batch.start > 6000:
+            raise DataError("no more")
+        return plain(*args)
+
+    owner = workers if place == "read_texts" else Encoder
+    plain = getattr(owner, place)
+    monkeypatch.setattr(owner, place, fail)
+    monkeypatch.setattr(workers, "_context", lambda: multiprocessing.get_context("fork"))
+    monkeypatch.setattr(workers, "spare_cores", lambda count: ahead)
+    monkeypatch.setattr(readers, "BATCH_BYTES", 2000)
+    with pytest.raises(DataError, match="no more"):
+        run(folder, tmp_path / "x", workers=2, backend="reference")
+    assert not multiprocessing.active_children()
 
 
 def descendants(pid):

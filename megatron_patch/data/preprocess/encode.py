@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, cast
 import numpy as np
 import numpy.typing as npt
 
-from megatron_patch.data.preprocess.documents import Texts, read_texts
+from megatron_patch.data.preprocess.documents import Texts
 from megatron_patch.data.preprocess.fast_backend import fast_backend
 from megatron_patch.data.preprocess.long_texts import Cutter, LongText, cutter_of, segments, whole
 from megatron_patch.data.preprocess.readers import Batch, no_scratch
@@ -197,15 +197,6 @@ class Encoder:
         self._empty = self._filtered = self._checked = self._largest = self._checked_before = self._unchecked = 0
         self.tokenizer = tokenizer if tokenizer is not None else checked_tokenizer(settings)
         self.fast, self.backend_note = fast_backend(self.tokenizer, settings.backend)
-
-    def __call__(self, batch: Batch) -> Encoded:
-        """Reads and encodes a batch.
-
-        Raises:
-            BackendDisagrees: as `encode`.
-            DataError: as `read_texts` and `encode`.
-        """
-        return self.encode(read_texts(batch, self.settings.keys))
 
     def encode(self, texts: Texts) -> Encoded:
         """Encodes a batch that has been read.

@@ -35,7 +35,7 @@ from megatron_patch.data.preprocess.journal import (
 )
 from megatron_patch.data.preprocess.readers import batches
 from megatron_patch.data.preprocess.summary import BadLines, LengthSample, Summary, finished_summary
-from megatron_patch.data.preprocess.workers import EncoderHere, Workers, prepare_workers
+from megatron_patch.data.preprocess.workers import EncoderHere, Workers, prepare_workers, spare_cores
 from megatron_patch.data.rearrange import rearrange, remove_dataset, unordered_prefix
 from megatron_patch.data.side_file import DatasetInfo, info_path, read_info, write_info
 from megatron_patch.errors import DataError
@@ -360,7 +360,7 @@ def _encode_all(
     encoders = (
         Workers(work, run.workers, settings, tokenizer, writers)
         if run.workers > 1
-        else EncoderHere(work, settings, tokenizer, writers, ahead=run.resumable)
+        else EncoderHere(work, settings, tokenizer, writers, ahead=run.resumable and spare_cores(1))
     )
     with encoders as encoder:
         for encoded in encoder:

@@ -18,11 +18,12 @@ import signal
 import sys
 import threading
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 
@@ -35,11 +36,23 @@ from megatron_patch.errors import DataError
 from megatron_patch.files import begin_writing_back, copy_range
 from megatron_patch.tokenizer import Tokenizer
 
+Item = TypeVar("Item")
+
 # Batches a worker holds: one that it encodes, and one that waits so that it never does.
 _HELD = 2
 _GOODBYE_SECONDS = 5.0
 # They start threads of their own, which a forked process would wait for and not have.
 _WITH_THREADS = ("fastokens", "torch")
+
+
+def spare_cores(workers: int) -> bool:
+    """Whether this process may use more cores than workers, so that each can do two things at once."""
+    return len(os.sched_getaffinity(0)) > workers
+
+
+def _ahead(items: Iterable[Item], wanted: bool) -> AbstractContextManager[Iterable[Item]]:
+    """Items that a thread makes ahead, or that are made when they are asked for."""
+    return Ahead(items) if wanted else contextlib.nullcontext(items)
 
 
 class EncoderHere:
@@ -50,7 +63,7 @@ class EncoderHere:
         settings: how to encode.
         tokenizer: as `checked_tokenizer` gave it for them.
         writers: one a key.
-        ahead: with threads; without, where the input may keep one waiting for ever.
+        ahead: with threads; without, where there is no core for them, or the input may keep one waiting for ever.
     """
 
     def __init__(
@@ -69,9 +82,8 @@ class EncoderHere:
         keys = self._encoder.settings.keys
         read: Iterable[Texts] = (read_texts(batch, keys) for batch in self._work)
         with contextlib.ExitStack() as stack:
-            read = stack.enter_context(Ahead(read)) if self._ahead else read
-            encoded = map(self._encoder.encode, read)
-            self._encoded = stack.enter_context(Ahead(encoded)) if self._ahead else encoded
+            read = stack.enter_context(_ahead(read, self._ahead))
+            self._encoded = stack.enter_context(_ahead(map(self._encoder.encode, read), self._ahead))
             self._threads = stack.pop_all()
         return self
 
@@ -117,12 +129,19 @@ class _Server:
         settings: how to encode.
         tokenizer: for them, where it is loaded.
         outputs: files that tokens go into.
+        ahead: a thread reads the next batch while one is encoded.
     """
 
     def __init__(
-        self, work: Connection, results: Connection, settings: EncodeSettings, tokenizer: Tokenizer | None, outputs: Sequence[Path]
+        self,
+        work: Connection,
+        results: Connection,
+        settings: EncodeSettings,
+        tokenizer: Tokenizer | None,
+        outputs: Sequence[Path],
+        ahead: bool,
     ) -> None:
-        self._work, self._results, self._outputs = work, results, outputs
+        self._work, self._results, self._outputs, self._ahead = work, results, outputs, ahead
         self._inbox: queue.SimpleQueue[Batch | None] = queue.SimpleQueue()
         self._unwritten: collections.deque[tuple[Part, ...]] = collections.deque()
         self._one_at_a_time = threading.Lock()
@@ -135,16 +154,14 @@ class _Server:
 
     def run(self) -> None:
         """Encodes until there is no more."""
-        while (batch := self._inbox.get()) is not None:
+        texts = (read_texts(batch, self._encoder.settings.keys) for batch in iter(self._inbox.get, None))
+        with _ahead(texts, self._ahead) as read:
             try:
-                encoded = self._encoder(batch)
-                self._unwritten.append(encoded.parts)
-                message: Encoded | Exception = replace(
-                    encoded, parts=tuple(replace(part, tokens=part.tokens[:0], file="") for part in encoded.parts)
-                )
-            except Exception as error:  # told to whoever asked
-                message = error
-            self._send(message)
+                for encoded in map(self._encoder.encode, read):
+                    self._unwritten.append(encoded.parts)
+                    self._send(replace(encoded, parts=tuple(replace(part, tokens=part.tokens[:0], file="") for part in encoded.parts)))
+            except Exception as error:  # told to whoever asked, who then ends what the thread waits for
+                self._send(error)
 
     def _receive(self) -> None:
         """Takes messages at once, so that a full pipe holds nobody up; writes while the other thread encodes."""
@@ -189,6 +206,7 @@ def _serve(
     settings: EncodeSettings,
     tokenizer: Tokenizer | None,
     outputs: Sequence[Path],
+    ahead: bool,
     others: Sequence[Connection],
 ) -> None:
     """A worker process: it ends when its pipes do, so that it may hold no other's."""
@@ -197,7 +215,7 @@ def _serve(
     for pipe in others:
         pipe.close()
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-        _Server(work, results, settings, tokenizer, outputs).run()
+        _Server(work, results, settings, tokenizer, outputs, ahead).run()
 
 
 def _context() -> Any:
@@ -221,14 +239,17 @@ def prepare_workers() -> None:
 class _Worker:
     """A process, the pipes to it and from it, the numbers of the batches that it is to encode, and how many it is to write."""
 
-    def __init__(self, settings: EncodeSettings, tokenizer: Tokenizer, outputs: Sequence[Path], others: Sequence[_Worker]) -> None:
+    def __init__(
+        self, settings: EncodeSettings, tokenizer: Tokenizer, outputs: Sequence[Path], ahead: bool, others: Sequence[_Worker]
+    ) -> None:
         context = _context()
         work, self._work = context.Pipe(duplex=False)
         self.results, results = context.Pipe(duplex=False)
         forked = context.get_start_method() == "fork"
         inherited = [pipe for worker in (*others, self) for pipe in (worker._work, worker.results)] if forked else []
         loaded = tokenizer if forked else None
-        self.process: BaseProcess = context.Process(target=_serve, args=(work, results, settings, loaded, outputs, inherited), daemon=True)
+        life = (work, results, settings, loaded, outputs, ahead, inherited)
+        self.process: BaseProcess = context.Process(target=_serve, args=life, daemon=True)
         self.process.start()
         work.close()
         results.close()
@@ -309,11 +330,11 @@ class Workers:
         self._done: dict[int, tuple[_Worker, Encoded]] = {}
 
     def __enter__(self) -> Workers:
-        outputs = [writer.tokens_path for writer in self._writers]
+        outputs, ahead = [writer.tokens_path for writer in self._writers], spare_cores(self._count)
         with contextlib.ExitStack() as stack:
             stack.callback(self._end)
             for _ in range(self._count):
-                self._workers.append(_Worker(self._settings, self._tokenizer, outputs, self._workers))
+                self._workers.append(_Worker(self._settings, self._tokenizer, outputs, ahead, self._workers))
             stack.pop_all()
         return self
 
