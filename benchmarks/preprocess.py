@@ -213,12 +213,9 @@ def shares(corpus: Path, kind: str, model: str, folder: Path) -> dict[str, float
     return {name: round(value, 3) for name, value in seconds.items()}
 
 
-def scaling(args: argparse.Namespace, kind: str, model: str, folder: Path, encoding: float) -> dict[str, float]:
+def scaling(args: argparse.Namespace, kind: str, model: str, folder: Path) -> dict[str, float]:
     """What a second core gives on a large input: to one worker, which then reads and writes while it encodes; to a second worker; and to
     two runs over a half each, both at once.
-
-    Args:
-        encoding: CPU seconds that encoding alone takes for the input.
     """
     whole, half = folder / "large.jsonl", folder / "half.jsonl"
     data = args.input.read_bytes()
@@ -243,6 +240,7 @@ def scaling(args: argparse.Namespace, kind: str, model: str, folder: Path, encod
             seconds[name].append(timed(command, cores))
             for path in (*folder.glob("large_*"), *folder.glob("half-*")):
                 path.unlink()
+    encoding = shares(whole, kind, model, folder)["encode"]
     for path in (whole, half):
         path.unlink()
     best = {name: min(runs, key=lambda run: run["wall_seconds"]) for name, runs in seconds.items()}
@@ -250,13 +248,23 @@ def scaling(args: argparse.Namespace, kind: str, model: str, folder: Path, encod
     alone = wall["one worker on one core"]
     return {
         "megabytes": round(2 * count * len(data) / 1e6),
-        "encoding alone, cpu_seconds": round(2 * count * encoding, 2),
+        "encoding alone, cpu_seconds": encoding,
         **{f"{name}, {unit}": times[unit] for name, times in best.items() for unit in times},
         "a second worker on a second core gives": round(alone / wall["two workers on two cores"], 2),
         "the machine gives": round(alone / wall["two halves on two cores"], 2),
         "a second core gives one worker": round(alone / wall["one worker on two cores"], 2),
-        "one worker on two cores, times encoding alone": round(wall["one worker on two cores"] / (2 * count * encoding), 2),
     }
+
+
+def added_to_encoding(large: dict[str, float], small: dict[str, Any]) -> float:
+    """What reading and writing beside encoding add to its time for each further megabyte: start-up, which is the same for all, is left out.
+
+    Args:
+        large: of `scaling`.
+        small: the row of one worker of `measure`.
+    """
+    wall = large["one worker on two cores, wall_seconds"] - small["wall_seconds"]
+    return wall / (large["megabytes"] - small["megabytes"]) * large["megabytes"] / large["encoding alone, cpu_seconds"] - 1
 
 
 def show(rows: Sequence[dict[str, Any]]) -> None:
@@ -334,12 +342,15 @@ def main() -> None:
             rows += measure(args, kind, str(model), folder)
             parts[kind] = shares(args.input, kind, str(model), folder)
             if args.large_megabytes:
-                second[kind] = scaling(args, kind, str(model), folder, parts[kind]["encode"])
+                second[kind] = scaling(args, kind, str(model), folder)
     show(rows)
     for kind, seconds in parts.items():
         beside = sum(seconds.values()) - seconds["encode"]
         print(f"{kind}, CPU seconds: {seconds}; all but encoding is {beside / seconds['encode']:.0%} of it")
     for kind, found in second.items():
+        for row in rows:
+            if (row["tokenizer"], row["contender"], row["workers"]) == (kind, "ours", 1):
+                found["added to the wall time of encoding"] = round(added_to_encoding(found, row), 2)
         print(f"{kind}, {found['megabytes']} MB: {found}")
     today = date.today().isoformat()
     output = Path(__file__).parent / "results" / f"preprocess-{today}{f'-{args.only}' if args.only else ''}.json"

@@ -246,7 +246,8 @@ class Study:
         extra += f" --vocab-size {self.args.vocab_size}" if self.args.vocab_size != VOCAB_SIZE else ""
         arms = f" --arms {' '.join(self.args.arms)}" if self.args.arms else ""
         seeds = max((outcome.seed for outcome in self.outcomes()), default=self.args.seeds)
-        return f"python examples/replicate/study.py --text 'books/*.txt' --output runs/{self.home.name} --config {config}{extra}{arms} --seeds {seeds}"
+        output = f"--text 'books/*.txt' --output runs/{self.home.name}"
+        return f"python examples/replicate/study.py {output} --config {config}{extra}{arms} --seeds {seeds}"
 
     def print_plan(self) -> None:
         """What would run."""
