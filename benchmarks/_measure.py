@@ -136,6 +136,27 @@ def ceilings(timer: Timer, dtype: torch.dtype) -> dict[str, float]:
     }
 
 
+def attention_ceiling(timer: Timer, dtype: torch.dtype, samples: int, heads: int, positions: int, size: int) -> float:
+    """TFLOP/s of torch's causal attention, forward and backward: 7 products (arXiv 2205.14135) over half of the positions' pairs.
+
+    Args:
+        timer: of the device.
+        dtype: of queries, keys and values.
+        samples: B.
+        heads: of the queries.
+        positions: T.
+        size: of a head.
+    """
+    shape = (samples, heads, positions, size)
+    queries, keys, values = (torch.randn(shape, device=timer.device, dtype=dtype, requires_grad=True) for _ in range(3))
+
+    def work() -> None:
+        out = torch.nn.functional.scaled_dot_product_attention(queries, keys, values, is_causal=True)
+        torch.autograd.grad(out, (queries, keys, values), out.detach())
+
+    return 7 * samples * heads * positions**2 * size / timer.medians({"attention": work})["attention"] / 1e12
+
+
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """A table on the terminal."""
     table = Table(title=title, title_justify="left")

@@ -11,12 +11,15 @@ token stage of the same positions. TFLOP/s and MFU are those of one rank. Figure
 three; a token of the token stage is a position. "of K" is the patch stage's tokens/s over the token stage's, divided by K: 1 where patches
 cost nothing but their positions.
 "bubble" is (stages - 1) / (micro-batches + stages - 1), the share of a step in which a pipeline of DeepSpeed's schedule idles at best;
-"switch, s" is what the token stage's first step takes beyond its other ones.
+"switch, s" is what the token stage's first step takes beyond its other ones. "planned" is how long the plan (tools/plan.py) says a step of
+the patch stage and of the token stage takes, over what it took: from what products, attention and copies reach here, measured beforehand,
+and on GPUs the plan's table for links. No plan knows the links between ranks on a CPU.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import re
@@ -24,13 +27,19 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from _measure import print_table, write_results
+from _measure import Timer, attention_ceiling, ceilings, print_table, write_results
 from training import ROOT, SKIPPED, Row, write_corpus
 
+from megatron_patch.config.resolve import load_config
+from megatron_patch.engine.deepspeed_config import engine_config
 from megatron_patch.model.flops import peak_flops
+from megatron_patch.planning.hardware import TABLE, Hardware
+from megatron_patch.planning.layout import layout_of
+from megatron_patch.planning.timing import step_time
 from megatron_patch.training.callbacks.metrics import read_metrics
 
 LAYOUTS = ["DP2 ZeRO0", "DP2 ZeRO1", "DP2 ZeRO3", "TP2", "TP2 SP", "PP2"]
@@ -50,7 +59,10 @@ def parse() -> argparse.Namespace:
     cuda = torch.cuda.is_available()
     parser.add_argument("--ranks", type=int, default=torch.cuda.device_count() if cuda else 2)
     parser.add_argument("--layouts", nargs="+", default=None, help='such as "TP4 SP PP2 ZeRO1"; DP is what is left of the ranks')
-    parser.add_argument("--config", default=None, help="YAML of a model; without it a small one whose blocks dominate")
+    parser.add_argument("--config", default=None, help="YAML of a model, in place of --model")
+    small = "--num-layers 6 --hidden-size 256 --num-attention-heads 4 --ffn-hidden-size 1024"
+    large = "--num-layers 24 --hidden-size 2048 --num-attention-heads 16 --ffn-hidden-size 5504 --bf16"
+    parser.add_argument("--model", default=large if cuda else small, help="flags of a model; by default one whose blocks dominate")
     parser.add_argument("--seq-length", type=int, default=2048 if cuda else 128)
     parser.add_argument("--micro-batch-size", type=int, default=4)
     parser.add_argument("--micro-batches", type=int, default=8, help="of a rank, in the token stage's step and the patch stage's")
@@ -80,10 +92,7 @@ def plan_flags(args: argparse.Namespace, data_parallel: int, folder: Path) -> li
     sizes = (args.patch_size, 1)
     stages = [{"name": "patch" if k > 1 else "token", "patch_size": k, "steps": args.steps, "batch": "constant-positions"} for k in sizes]
     write_corpus(folder / "x", args.vocab_size, samples * sample * (args.patch_size + 1) * (args.steps + 1))
-    model = "--num-layers 6 --hidden-size 256 --num-attention-heads 4 --ffn-hidden-size 1024"
-    if torch.cuda.is_available():
-        model = "--num-layers 24 --hidden-size 2048 --num-attention-heads 16 --ffn-hidden-size 5504 --bf16"
-    words = ["--config", args.config] if args.config else model.split()
+    words = ["--config", args.config] if args.config else args.model.split()
     words += ["--vocab-size", str(args.vocab_size), "--seq-length", str(sample), "--micro-batch-size", str(args.micro_batch_size)]
     words += [
         "--stages",
@@ -100,7 +109,36 @@ def plan_flags(args: argparse.Namespace, data_parallel: int, folder: Path) -> li
     return [*words, "--save", str(folder / "run"), "--log-interval", "1000", *args.flags.split()]
 
 
-def measure(args: argparse.Namespace, layout: str, ranks: int) -> Row:
+def measured_hardware(args: argparse.Namespace) -> Hardware:
+    """This machine's device, with the plan's table for what is between devices."""
+    cuda = torch.cuda.is_available()
+    timer = Timer(torch.device("cuda" if cuda else "cpu"), 7)
+    with tempfile.TemporaryDirectory() as folder:
+        run = load_config(plan_flags(args, 1, Path(folder)), 1)
+    precision = engine_config(run.options.engine, run.options.schedule, run.origins, run.plan, 1).precision
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    limits, shape = ceilings(timer, dtype), run.shape
+    attention = attention_ceiling(timer, dtype, args.micro_batch_size, shape.num_attention_heads, args.seq_length, shape.head_size)
+    known = next((entry for name, entry in TABLE.items() if cuda and name in torch.cuda.get_device_name()), TABLE["H100"])
+    return dataclasses.replace(
+        known,
+        name="this machine's",
+        peak_tflops=limits["product_tflop_per_second"],
+        memory_gb_per_second=limits["copy_gb_per_second"],
+        matmul_efficiency=1.0,
+        attention_efficiency=attention / limits["product_tflop_per_second"],
+        fp32_slowdown=1.0,
+    )
+
+
+def planned_seconds(words: Sequence[str], ranks: int, device: Hardware) -> dict[str, float]:
+    """What the plan says a step of each stage takes."""
+    run = load_config(list(words), ranks)
+    layout = layout_of(run, engine_config(run.options.engine, run.options.schedule, run.origins, run.plan, ranks))
+    return {stage.name: step_time(run.shape, layout, stage, device).total for stage in run.plan.stages}
+
+
+def measure(args: argparse.Namespace, layout: str, ranks: int, device: Hardware) -> Row:
     """One run; its figures by stage."""
     words = layout_flags(layout)
     sizes = dict(re.findall(r"(TP|PP)(\d+)", layout))
@@ -110,7 +148,9 @@ def measure(args: argparse.Namespace, layout: str, ranks: int) -> Row:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks), str(ROOT / "pretrain_gpt_patch.py")]
-        command += [*plan_flags(args, data_parallel, folder), *words]
+        words = [*plan_flags(args, data_parallel, folder), *words]
+        command += words
+        planned = planned_seconds(words, ranks, device) if ranks == 1 or torch.cuda.is_available() else {}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if done.returncode:
             raise SystemExit(f"{' '.join(command)}\n{done.stdout[-2000:]}{done.stderr[-3000:]}")
@@ -127,6 +167,8 @@ def measure(args: argparse.Namespace, layout: str, ranks: int) -> Row:
             "tflops": positions / seconds * records[0]["token_flops"] / 1e12 / ranks,
             "data_share": statistics.median(record["data_seconds"] for record in steps) / seconds,
             "memory_gib": steps[-1]["memory_gib"],
+            "step_seconds": seconds,
+            "planned_seconds": planned.get(stage),
         }
     token_steps = [record["step_seconds"] for record in records if record["type"] == "step" and record["stage"] == "token"]
     row["switch_seconds"] = token_steps[0] - statistics.median(token_steps)
@@ -138,8 +180,6 @@ def profile(args: argparse.Namespace) -> None:
     """Steps of both stages under torch's profiler."""
     from torch.profiler import ProfilerActivity
 
-    from megatron_patch.config.resolve import load_config
-    from megatron_patch.engine.deepspeed_config import engine_config
     from megatron_patch.engine.distributed import join, leave
     from megatron_patch.training.callbacks.base import Callback, StepRecord
     from megatron_patch.training.pretrain import watchdog_of
@@ -186,8 +226,11 @@ def main() -> None:
     if args.profile:
         profile(args)
         return
-    rows = [] if args.layouts else [measure(args, "", 1)]
-    rows += [measure(args, layout, args.ranks) for layout in args.layouts or (LAYOUTS if args.ranks == 2 else [f"DP{args.ranks} ZeRO1"])]
+    here = measured_hardware(args)
+    rows = [] if args.layouts else [measure(args, "", 1, here)]
+    rows += [
+        measure(args, layout, args.ranks, here) for layout in args.layouts or (LAYOUTS if args.ranks == 2 else [f"DP{args.ranks} ZeRO1"])
+    ]
     peak = peak_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
     lines = []
     for row in rows:
@@ -195,6 +238,10 @@ def main() -> None:
         rates.append(f"{row['token']['tokens_per_second']:,.0f}")
         flops = [f"{row[stage]['tflops']:.3g}" for stage in ("patch", "token")]
         mfu = [f"{row[stage]['tflops'] * 1e12 / peak:.1%}" if peak else "-" for stage in ("patch", "token")]
+        planned = [
+            f"{row[stage]['planned_seconds'] / row[stage]['step_seconds']:.2f}" if row[stage]["planned_seconds"] else "-"
+            for stage in ("patch", "token")
+        ]
         lines.append(
             [
                 row["layout"],
@@ -203,6 +250,7 @@ def main() -> None:
                 f"{row['of_k']:.2f}",
                 *flops,
                 *mfu,
+                ", ".join(planned),
                 f"{row['bubble']:.0%}",
                 f"{row['switch_seconds']:.2f}",
             ]
@@ -219,10 +267,11 @@ def main() -> None:
         "token TFLOP/s",
         "patch MFU",
         "token MFU",
+        "planned",
     ]
     print_table(title, [*heads, "bubble", "switch, s"], lines)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    write_results("layouts", device, {"settings": vars(args), "rows": rows})
+    write_results("layouts", device, {"settings": vars(args), "hardware": dataclasses.asdict(here), "rows": rows})
 
 
 if __name__ == "__main__":

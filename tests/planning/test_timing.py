@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from megatron_patch.errors import ConfigError
 from megatron_patch.model.flops import layer_flops, training_flops_per_position
 from megatron_patch.model.gpt import GPTModel
-from megatron_patch.planning.hardware import TABLE, hardware
+from megatron_patch.planning.hardware import TABLE, Hardware, hardware
 from megatron_patch.planning.layout import Layout
 from megatron_patch.planning.memory import rank_parameters
 from megatron_patch.planning.timing import bubble_share, executed_flops, step_time
@@ -21,6 +23,7 @@ from megatron_patch.planning.traffic import traffic
 from megatron_patch.stages import Stage
 from tests.model.shapes import FAMILIES, LLAMA
 
+ROOT = Path(__file__).parent.parent.parent
 STAGE = Stage("patch", 4, positions=64, micro_batch_size=2, global_batch_size=32, steps=3)
 
 
@@ -107,3 +110,20 @@ def test_measured_ceilings_replace_the_table(tmp_path):
             hardware("H100", path)
     with pytest.raises(ConfigError, match="A100, H100, H200, B200"):
         hardware("abacus")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks" / "results").glob("layouts-*.json")), ids=lambda path: path.stem)
+def test_recorded_steps_took_about_as_long_as_planned(path, tmp_path, monkeypatch):
+    """From what products, attention and copies reached on that machine; without links between ranks, which nobody measured."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import layouts
+
+    recorded = json.loads(path.read_text())
+    alone = [row for row in recorded["rows"] if row["ranks"] == 1]
+    assert alone
+    flags = layouts.plan_flags(argparse.Namespace(**recorded["settings"]), 1, tmp_path)
+    for row in alone:
+        words = [*flags, *layouts.layout_flags("" if row["layout"] == "one rank" else row["layout"])]
+        planned = layouts.planned_seconds(words, 1, Hardware(**recorded["hardware"]))
+        for stage, seconds in planned.items():
+            assert 0.7 < seconds / row[stage]["step_seconds"] < 1.3, (stage, row)
