@@ -15,7 +15,7 @@ from megatron_patch.config.resolve import resolve
 from megatron_patch.training.pretrain import engine_settings
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 OTHERS = {
     "CONFIG=",
     "vllm",
