@@ -12,6 +12,10 @@ from megatron_patch.errors import DataError
 from megatron_patch.units import format_count
 
 
+# Of a full-cost reference; an arm of equal cost has half of it.
+_TWICE = 0.75
+
+
 @dataclass(frozen=True)
 class StudySummary:
     """One study.
@@ -51,6 +55,15 @@ def _compared(studies: Sequence[StudySummary]) -> list[str]:
     return [arm for arm in arms if sum(study.rows.get(arm, {}).get("difference") is not None for study in studies) >= min(2, len(studies))]
 
 
+def _winner(study: StudySummary) -> str:
+    """The arm of equal cost that ends lowest, with its loss."""
+    row = min((row for row in study.rows.values() if row["cost"] < _TWICE), key=lambda row: row["loss"], default=None)
+    if row is None:
+        return ""
+    spread = "" if row["spread"] is None else f" ± {row['spread']:.3f}"
+    return f"`{row['arm']}`, {row['loss']:.3f}{spread} (n = {row['seeds']})"
+
+
 def comparison_markdown(studies: Sequence[StudySummary], plot: str) -> str:
     """The studies as one table, a column each.
 
@@ -76,6 +89,7 @@ def comparison_markdown(studies: Sequence[StudySummary], plot: str) -> str:
             error = "" if row.get("error") is None else f" ± {row['error']:.3f}"
             cells.append("" if row.get("difference") is None else f"{row['difference']:+.3f}{error} (n = {row['pairs']})")
         lines.append(f"| `{arm}` | " + " | ".join(cells) + " |")
+    lines.append("| **lowest held-out loss of all arms** | " + " | ".join(map(_winner, studies)) + " |")
     return "\n".join([*lines, ""])
 
 

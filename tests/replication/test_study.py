@@ -138,7 +138,9 @@ def test_studies_stand_side_by_side_by_tokens_a_parameter(tmp_path, capsys):
     docs.write_text("a\n<!-- comparison -->\n<!-- end of comparison -->\nb\n")
     compare = script("compare_studies")
     compare(tmp_path / "long", tmp_path / "short", "--output", tmp_path / "out", "--docs", docs)
-    assert "| `patch-k4` | +0.200 ± 0.000 (n = 2) | -0.050 ± 0.000 (n = 2) |" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "| `patch-k4` | +0.200 ± 0.000 (n = 2) | -0.050 ± 0.000 (n = 2) |" in shown
+    assert "lowest held-out loss of all arms** | `token`, 5.500 ± 0.707 (n = 2) | `patch-k4`, 5.450 ± 0.707 (n = 2) |" in shown
     assert "1k parameters, 10k tokens: 10 each | 1k parameters, 80k tokens: 80 each |" in docs.read_text()
     assert (tmp_path / "comparison.png").stat().st_size > 5_000
     with pytest.raises(DataError, match=r"holds no study\.json"):
