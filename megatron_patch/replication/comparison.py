@@ -11,7 +11,6 @@ from typing import Any
 from megatron_patch.errors import DataError
 from megatron_patch.units import format_count
 
-
 # Of a full-cost reference; an arm of equal cost has half of it.
 _TWICE = 0.75
 
