@@ -19,15 +19,21 @@ from tests.faults.test_stops import PLAN, wait_for_steps
 def test_a_rank_that_stands_still_ends_the_job(tmp_path, corpus, ranks, layout):
     folder = tmp_path / "run"
     argv = command(MODEL, DATA, PLAN, layout, "--train-tokens 3M --save-interval 5 --data-path", corpus, ["--hang-timeout", "4s"])
-    processes, _ = start_ranks(start_program, ranks, tmp_path / "run-logs", [*argv, "--save", str(folder)])
+    processes, results = start_ranks(start_program, ranks, tmp_path / "run-logs", [*argv, "--save", str(folder)])
     wait_for_steps(folder, 8)
     os.kill(processes[1].pid, signal.SIGSTOP)
     others = [number for number in range(ranks) if number != 1]
+    hanging = 0
     for number in others:
         processes[number].join(timeout=60)
-        assert processes[number].exitcode == 76
         stacks = (folder / "stacks" / f"rank-{number:05d}.txt").read_text()
-        assert "no progress" in stacks and "trainer.py" in stacks and "Thread" in stacks
+        assert "trainer.py" in stacks
+        if processes[number].exitcode == 76:
+            hanging += 1
+            assert "no progress" in stacks and "Thread" in stacks
+        else:  # a slow one finds the connection of the first broken before its own time is up
+            assert processes[number].exitcode == 0 and results.get(timeout=10) == (number, True, 76)
+    assert hanging, "the first ends by itself"
     assert printed(folder).count("exit code 76") == 1, "one rank tells it for all"
     events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
     assert [(event["reason"], event["code"]) for event in events if event["type"] == "end"] == [("hang", 76)]
