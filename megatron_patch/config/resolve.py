@@ -26,7 +26,7 @@ from megatron_patch.stages import StagePlan
 from megatron_patch.units import format_count
 
 ASSUMED_VOCAB_SIZE = 32_000
-SMALL_MODEL, SMALL_MODELS_TOKENS = 100_000_000, 200
+SMALL_MODEL, SHORT_RUN_TOKENS = 100_000_000, 10_000_000
 
 
 @dataclass(frozen=True)
@@ -260,15 +260,15 @@ def _batch_notes(options: Options, plan: StagePlan) -> list[str]:
 
 
 def _scale_notes(options: Options, plan: StagePlan, shape: ModelShape) -> list[str]:
-    """Says where patches are not expected to pay: small models with few tokens ended behind token level wherever both were run."""
-    parameters = parameter_count(shape).total
-    each = plan.cost() * plan.tokens / parameters
+    """Says where patches are not expected to pay: short runs of small models ended behind token level wherever both were run."""
+    compute = plan.cost() * plan.tokens
     patches = any(stage.patch_size > 1 for stage in plan.stages)
-    if not patches or options.checkpoint.finetune or parameters >= SMALL_MODEL or each >= SMALL_MODELS_TOKENS:
+    small = parameter_count(shape).total < SMALL_MODEL
+    if not patches or options.checkpoint.finetune or not small or compute >= SHORT_RUN_TOKENS:
         return []
     return [
-        f"a model of {format_count(parameters)} parameters and compute for {format_count(each)} tokens each: with less than "
-        f"{SMALL_MODELS_TOKENS} a parameter, small models ended behind token level at equal cost (docs/replication.md)"
+        f"compute for {format_count(compute)} tokens at token level: with less than {format_count(SHORT_RUN_TOKENS)}, small models ended "
+        "behind token level at equal cost (docs/replication.md)"
     ]
 
 
