@@ -34,8 +34,9 @@ import torch
 from _measure import Timer, attention_ceiling, ceilings, print_table, write_results
 from training import ROOT, SKIPPED, Row, write_corpus
 
-from megatron_patch.config.resolve import load_config
-from megatron_patch.engine.deepspeed_config import engine_config
+from megatron_patch.config.resolve import RunConfig, load_config
+from megatron_patch.engine.deepspeed_config import EngineConfig, engine_config
+from megatron_patch.engine.deepspeed_engine import DTYPES
 from megatron_patch.model.flops import peak_flops
 from megatron_patch.planning.hardware import TABLE, Hardware
 from megatron_patch.planning.layout import layout_of
@@ -109,14 +110,19 @@ def plan_flags(args: argparse.Namespace, data_parallel: int, folder: Path) -> li
     return [*words, "--save", str(folder / "run"), "--log-interval", "1000", *args.flags.split()]
 
 
+def resolved(words: Sequence[str], ranks: int) -> tuple[RunConfig, EngineConfig]:
+    """A run's plan, and what its engine is told."""
+    run = load_config(list(words), ranks)
+    return run, engine_config(run.options.engine, run.options.schedule, run.origins, run.plan, ranks)
+
+
 def measured_hardware(args: argparse.Namespace) -> Hardware:
     """This machine's device, with the plan's table for what is between devices."""
     cuda = torch.cuda.is_available()
     timer = Timer(torch.device("cuda" if cuda else "cpu"), 7)
     with tempfile.TemporaryDirectory() as folder:
-        run = load_config(plan_flags(args, 1, Path(folder)), 1)
-    precision = engine_config(run.options.engine, run.options.schedule, run.origins, run.plan, 1).precision
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+        run, engine = resolved(plan_flags(args, 1, Path(folder)), 1)
+    dtype = DTYPES[engine.precision]
     limits, shape = ceilings(timer, dtype), run.shape
     attention = attention_ceiling(timer, dtype, args.micro_batch_size, shape.num_attention_heads, args.seq_length, shape.head_size)
     known = next((entry for name, entry in TABLE.items() if cuda and name in torch.cuda.get_device_name()), TABLE["H100"])
@@ -133,8 +139,8 @@ def measured_hardware(args: argparse.Namespace) -> Hardware:
 
 def planned_seconds(words: Sequence[str], ranks: int, device: Hardware) -> dict[str, float]:
     """What the plan says a step of each stage takes."""
-    run = load_config(list(words), ranks)
-    layout = layout_of(run, engine_config(run.options.engine, run.options.schedule, run.origins, run.plan, ranks))
+    run, engine = resolved(words, ranks)
+    layout = layout_of(run, engine)
     return {stage.name: step_time(run.shape, layout, stage, device).total for stage in run.plan.stages}
 
 
@@ -210,8 +216,7 @@ def profile(args: argparse.Namespace) -> None:
                 print(f"for https://ui.perfetto.dev: {trace}")
 
     with tempfile.TemporaryDirectory() as folder:
-        run = load_config(plan_flags(args, 1, Path(folder)), 1)
-        settings = engine_config(run.options.engine, run.options.schedule, run.origins, run.plan, 1)
+        run, settings = resolved(plan_flags(args, 1, Path(folder)), 1)
         device = join()
         stops = StopRequests(run.options.safety)
         with watchdog_of(run) as watchdog, Trainer(run, settings, device, stops, watchdog) as trainer:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from megatron_patch.data.indexed_dataset import IndexedDatasetWriter
-from megatron_patch.data.preprocess import workers
+from megatron_patch.data.preprocess import encoder_here
 from megatron_patch.data.preprocess.ahead import Ahead
 from megatron_patch.data.preprocess.encode import Encoder, EncodeSettings, checked_tokenizer
 from megatron_patch.data.preprocess.readers import BATCH_BYTES, Batch
@@ -94,7 +94,7 @@ def test_one_worker_reads_and_writes_while_it_encodes(tmp_path, monkeypatch):
     read, encoded = ([threading.Event() for _ in range(count + 1)] for _ in range(2))
     read[count].set()
     encoded[count].set()
-    plain_read, plain_encode = workers.read_texts, Encoder.encode
+    plain_read, plain_encode = encoder_here.read_texts, Encoder.encode
 
     def read_texts(batch, keys):
         read[batch.upto].set()
@@ -110,11 +110,11 @@ def test_one_worker_reads_and_writes_while_it_encodes(tmp_path, monkeypatch):
             assert encoded[int(tokens[0]) + 1].wait(PATIENCE)
             super().append(tokens, lengths)
 
-    monkeypatch.setattr(workers, "read_texts", read_texts)
+    monkeypatch.setattr(encoder_here, "read_texts", read_texts)
     monkeypatch.setattr(Encoder, "encode", encode)
     with (
         Writer(str(tmp_path / "x"), np.dtype(SETTINGS.dtype)) as writer,
-        workers.EncoderHere(work, SETTINGS, checked_tokenizer(SETTINGS), [writer]) as encoder,
+        encoder_here.EncoderHere(work, SETTINGS, checked_tokenizer(SETTINGS), [writer]) as encoder,
     ):
         assert [batch.upto for batch in encoder] == list(range(count))
         writer.finish()

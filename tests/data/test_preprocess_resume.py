@@ -17,9 +17,10 @@ import zstandard
 from megatron_patch.data.indexed_dataset import IndexedDataset
 from megatron_patch.data.preprocess import pipeline, readers
 from megatron_patch.data.preprocess.encode import EncodeSettings
+from megatron_patch.data.preprocess.encoder_here import EncoderHere
 from megatron_patch.data.preprocess.journal import Record, journal_path, last_record
 from megatron_patch.data.preprocess.pipeline import preprocess
-from megatron_patch.data.preprocess.workers import EncoderHere, Workers
+from megatron_patch.data.preprocess.workers import Workers
 from megatron_patch.errors import DataError
 
 ROOT = Path(__file__).parent.parent.parent

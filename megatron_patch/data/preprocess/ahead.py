@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import queue
 import threading
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -69,3 +72,13 @@ class Ahead(Generic[Item]):
                 return
             finally:
                 del item  # else the error would hold this frame, and the frame the error, and both what is open in the thread
+
+
+def ahead_if(wanted: bool, items: Iterable[Item]) -> AbstractContextManager[Iterable[Item]]:
+    """Items that a thread makes ahead, or that are made when they are asked for."""
+    return Ahead(items) if wanted else contextlib.nullcontext(items)
+
+
+def spare_cores(workers: int) -> bool:
+    """Whether this process may use more cores than workers, so that each can do two things at once."""
+    return len(os.sched_getaffinity(0)) > workers

@@ -21,7 +21,9 @@ from typing import Literal
 import numpy as np
 
 from megatron_patch.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter, bin_path, idx_path, optimal_dtype
+from megatron_patch.data.preprocess.ahead import spare_cores
 from megatron_patch.data.preprocess.encode import BackendDisagrees, Encoded, EncodeSettings, checked_tokenizer
+from megatron_patch.data.preprocess.encoder_here import EncoderHere
 from megatron_patch.data.preprocess.inputs import STANDARD_INPUT, Span, divide, expand
 from megatron_patch.data.preprocess.journal import (
     Journal,
@@ -35,7 +37,7 @@ from megatron_patch.data.preprocess.journal import (
 )
 from megatron_patch.data.preprocess.readers import batches
 from megatron_patch.data.preprocess.summary import BadLines, LengthSample, Summary, finished_summary
-from megatron_patch.data.preprocess.workers import EncoderHere, Workers, prepare_workers, spare_cores
+from megatron_patch.data.preprocess.workers import Workers, prepare_workers
 from megatron_patch.data.rearrange import rearrange, remove_dataset, unordered_prefix
 from megatron_patch.data.side_file import DatasetInfo, info_path, read_info, write_info
 from megatron_patch.errors import DataError

@@ -18,91 +18,28 @@ import signal
 import sys
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import numpy as np
 
 from megatron_patch.data.indexed_dataset import IndexedDatasetWriter
-from megatron_patch.data.preprocess.ahead import Ahead
-from megatron_patch.data.preprocess.documents import Texts, read_texts
+from megatron_patch.data.preprocess.ahead import ahead_if, spare_cores
+from megatron_patch.data.preprocess.documents import read_texts
 from megatron_patch.data.preprocess.encode import Encoded, Encoder, EncodeSettings, Part
 from megatron_patch.data.preprocess.readers import Batch
 from megatron_patch.errors import DataError
 from megatron_patch.files import begin_writing_back, copy_range
 from megatron_patch.tokenizer import Tokenizer
 
-Item = TypeVar("Item")
-
 # Batches a worker holds: one that it encodes, and one that waits so that it never does.
 _HELD = 2
 _GOODBYE_SECONDS = 5.0
 # They start threads of their own, which a forked process would wait for and not have.
 _WITH_THREADS = ("fastokens", "torch")
-
-
-def spare_cores(workers: int) -> bool:
-    """Whether this process may use more cores than workers, so that each can do two things at once."""
-    return len(os.sched_getaffinity(0)) > workers
-
-
-def _ahead(items: Iterable[Item], wanted: bool) -> AbstractContextManager[Iterable[Item]]:
-    """Items that a thread makes ahead, or that are made when they are asked for."""
-    return Ahead(items) if wanted else contextlib.nullcontext(items)
-
-
-class EncoderHere:
-    """Encodes and writes in this process: one thread reads ahead, one encodes, and the caller's writes; a context manager, which ends them.
-
-    Args:
-        work: the batches.
-        settings: how to encode.
-        tokenizer: as `checked_tokenizer` gave it for them.
-        writers: one a key.
-        ahead: with threads; without, where there is no core for them, or the input may keep one waiting for ever.
-    """
-
-    def __init__(
-        self,
-        work: Iterable[Batch],
-        settings: EncodeSettings,
-        tokenizer: Tokenizer,
-        writers: Sequence[IndexedDatasetWriter],
-        ahead: bool = True,
-    ) -> None:
-        self._work, self._encoder, self._writers, self._ahead = work, Encoder(settings, tokenizer), writers, ahead
-        self._threads = contextlib.ExitStack()
-        self._encoded: Iterable[Encoded] = ()
-
-    def __enter__(self) -> EncoderHere:
-        keys = self._encoder.settings.keys
-        read: Iterable[Texts] = (read_texts(batch, keys) for batch in self._work)
-        with contextlib.ExitStack() as stack:
-            read = stack.enter_context(_ahead(read, self._ahead))
-            self._encoded = stack.enter_context(_ahead(map(self._encoder.encode, read), self._ahead))
-            self._threads = stack.pop_all()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._threads.close()
-
-    def __iter__(self) -> Iterator[Encoded]:
-        """Each batch that has been given its places, in order."""
-        for encoded in self._encoded:
-            for writer, part in zip(self._writers, encoded.parts, strict=True):
-                if part.file:
-                    writer.append_file(Path(part.file), part.lengths)
-                    os.unlink(part.file)
-                else:
-                    writer.append(part.tokens, part.lengths)
-            yield encoded
-
-    def settle(self) -> None:
-        """Nothing is under way between two batches."""
 
 
 @dataclass(frozen=True)
@@ -120,33 +57,39 @@ class _Written:
     error: OSError | None = None
 
 
-class _Server:
-    """A worker's life.
+@dataclass(frozen=True)
+class _Task:
+    """What every worker is to do.
 
     Args:
-        work: where batches and places come from.
-        results: where `Encoded` without tokens, `_Written` and errors go.
         settings: how to encode.
         tokenizer: for them, where it is loaded.
         outputs: files that tokens go into.
         ahead: a thread reads the next batch while one is encoded.
     """
 
-    def __init__(
-        self,
-        work: Connection,
-        results: Connection,
-        settings: EncodeSettings,
-        tokenizer: Tokenizer | None,
-        outputs: Sequence[Path],
-        ahead: bool,
-    ) -> None:
-        self._work, self._results, self._outputs, self._ahead = work, results, outputs, ahead
+    settings: EncodeSettings
+    tokenizer: Tokenizer | None
+    outputs: tuple[Path, ...]
+    ahead: bool
+
+
+class _Server:
+    """A worker's life.
+
+    Args:
+        work: where batches and places come from.
+        results: where `Encoded` without tokens, `_Written` and errors go.
+        task: what it is to do with them.
+    """
+
+    def __init__(self, work: Connection, results: Connection, task: _Task) -> None:
+        self._work, self._results, self._task = work, results, task
         self._inbox: queue.SimpleQueue[Batch | None] = queue.SimpleQueue()
         self._unwritten: collections.deque[tuple[Part, ...]] = collections.deque()
         self._one_at_a_time = threading.Lock()
         threading.Thread(target=self._receive, daemon=True).start()
-        self._encoder = Encoder(settings, tokenizer)
+        self._encoder = Encoder(task.settings, task.tokenizer)
 
     def _send(self, message: Encoded | _Written | Exception) -> None:
         with self._one_at_a_time:
@@ -154,8 +97,8 @@ class _Server:
 
     def run(self) -> None:
         """Encodes until there is no more."""
-        texts = (read_texts(batch, self._encoder.settings.keys) for batch in iter(self._inbox.get, None))
-        with _ahead(texts, self._ahead) as read:
+        texts = (read_texts(batch, self._task.settings.keys) for batch in iter(self._inbox.get, None))
+        with ahead_if(self._task.ahead, texts) as read:
             try:
                 for encoded in map(self._encoder.encode, read):
                     self._unwritten.append(encoded.parts)
@@ -166,7 +109,7 @@ class _Server:
     def _receive(self) -> None:
         """Takes messages at once, so that a full pipe holds nobody up; writes while the other thread encodes."""
         try:
-            files = [os.open(path, os.O_WRONLY) for path in self._outputs]
+            files = [os.open(path, os.O_WRONLY) for path in self._task.outputs]
             while True:
                 message = self._work.recv()
                 if isinstance(message, _Places):
@@ -200,22 +143,14 @@ def _write(parts: Sequence[Part], files: Sequence[int], starts: Sequence[int]) -
     return _Written()
 
 
-def _serve(
-    work: Connection,
-    results: Connection,
-    settings: EncodeSettings,
-    tokenizer: Tokenizer | None,
-    outputs: Sequence[Path],
-    ahead: bool,
-    others: Sequence[Connection],
-) -> None:
+def _serve(work: Connection, results: Connection, task: _Task, others: Sequence[Connection]) -> None:
     """A worker process: it ends when its pipes do, so that it may hold no other's."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     for pipe in others:
         pipe.close()
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-        _Server(work, results, settings, tokenizer, outputs, ahead).run()
+        _Server(work, results, task).run()
 
 
 def _context() -> Any:
@@ -239,17 +174,14 @@ def prepare_workers() -> None:
 class _Worker:
     """A process, the pipes to it and from it, the numbers of the batches that it is to encode, and how many it is to write."""
 
-    def __init__(
-        self, settings: EncodeSettings, tokenizer: Tokenizer, outputs: Sequence[Path], ahead: bool, others: Sequence[_Worker]
-    ) -> None:
+    def __init__(self, task: _Task, others: Sequence[_Worker]) -> None:
         context = _context()
         work, self._work = context.Pipe(duplex=False)
         self.results, results = context.Pipe(duplex=False)
         forked = context.get_start_method() == "fork"
         inherited = [pipe for worker in (*others, self) for pipe in (worker._work, worker.results)] if forked else []
-        loaded = tokenizer if forked else None
-        life = (work, results, settings, loaded, outputs, ahead, inherited)
-        self.process: BaseProcess = context.Process(target=_serve, args=life, daemon=True)
+        task = task if forked else replace(task, tokenizer=None)
+        self.process: BaseProcess = context.Process(target=_serve, args=(work, results, task, inherited), daemon=True)
         self.process.start()
         work.close()
         results.close()
@@ -330,11 +262,12 @@ class Workers:
         self._done: dict[int, tuple[_Worker, Encoded]] = {}
 
     def __enter__(self) -> Workers:
-        outputs, ahead = [writer.tokens_path for writer in self._writers], spare_cores(self._count)
+        outputs = tuple(writer.tokens_path for writer in self._writers)
+        task = _Task(self._settings, self._tokenizer, outputs, spare_cores(self._count))
         with contextlib.ExitStack() as stack:
             stack.callback(self._end)
             for _ in range(self._count):
-                self._workers.append(_Worker(self._settings, self._tokenizer, outputs, ahead, self._workers))
+                self._workers.append(_Worker(task, self._workers))
             stack.pop_all()
         return self
 
