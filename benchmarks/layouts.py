@@ -36,8 +36,9 @@ from training import ROOT, SKIPPED, Row, write_corpus
 
 from megatron_patch.config.resolve import RunConfig, load_config
 from megatron_patch.engine.deepspeed_config import EngineConfig, engine_config
-from megatron_patch.engine.deepspeed_engine import DTYPES
+from megatron_patch.engine.environment import free_port
 from megatron_patch.model.flops import peak_flops
+from megatron_patch.model.precision import DTYPES
 from megatron_patch.planning.hardware import TABLE, Hardware
 from megatron_patch.planning.layout import layout_of
 from megatron_patch.planning.timing import step_time
@@ -153,9 +154,9 @@ def measure(args: argparse.Namespace, layout: str, ranks: int, device: Hardware)
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks), str(ROOT / "pretrain_gpt_patch.py")]
+        launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks), "--master_port", str(free_port())]
         words = [*plan_flags(args, data_parallel, folder), *words]
-        command += words
+        command = [*launcher, str(ROOT / "pretrain_gpt_patch.py"), *words]
         planned = planned_seconds(words, ranks, device) if ranks == 1 or torch.cuda.is_available() else {}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if done.returncode:

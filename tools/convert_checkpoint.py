@@ -21,10 +21,11 @@ from megatron_patch.convert.checkpoint_io import open_checkpoint
 from megatron_patch.convert.flags import flags_of
 from megatron_patch.convert.from_hugging_face import Import, from_hugging_face
 from megatron_patch.convert.from_megatron import from_megatron
-from megatron_patch.convert.to_hugging_face import DTYPES, default_dtype, to_hugging_face
+from megatron_patch.convert.to_hugging_face import default_dtype, to_hugging_face
 from megatron_patch.convert.tokenizer_files import tokenizer_of
 from megatron_patch.convert.verify import differing_texts, positions_to_verify, tokens_to_verify, verify_export
 from megatron_patch.errors import ConfigError
+from megatron_patch.model.precision import DTYPES
 from megatron_patch.units import parse_count
 
 
@@ -35,7 +36,7 @@ def _parser() -> ArgumentParser:
     export.add_argument("--load", required=True, help="a run's folder, or one of its step-N folders")
     export.add_argument("--output", required=True, help="a new folder")
     export.add_argument("--max-shard-size", default="5GB", help="size of a file of weights")
-    export.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help="by default what the run computed in")
+    export.add_argument("--dtype", choices=list(DTYPES), help="by default what the run computed in")
     export.add_argument("--verify", action="store_true", help="compare the logits of transformers and of the checkpoint afterwards")
     export.add_argument("--tokenizer-type", help="by default what the training data's side file said")
     export.add_argument("--tokenizer-model", help="its file or folder, where it is not where it was")

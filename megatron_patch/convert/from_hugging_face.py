@@ -22,10 +22,10 @@ from megatron_patch.convert.tensor_names import Mapped, is_buffer, mapped_tensor
 from megatron_patch.convert.tokenizer_files import FILES, main_file, tokenizer_type_of
 from megatron_patch.convert.weight_files import Weights, open_weights
 from megatron_patch.errors import CheckpointError
+from megatron_patch.model.precision import precision_of
 from megatron_patch.model.shape import ModelShape
 
 FILE_BYTES = 5_000_000_000
-_PRECISIONS = {torch.float32: "fp32", torch.float64: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,7 @@ def _write(
         shape,
         parts,
         _parameters(weights, plan),
-        _PRECISIONS[weights.dtype],
+        precision_of(weights.dtype),
         {"seq_length": min(shape.max_positions, 2048)},
         {"imported_from": str(source), "data_info": data_info, **extra},
     )

@@ -20,6 +20,7 @@ from megatron_patch.convert.from_hugging_face import FILE_BYTES, Import
 from megatron_patch.convert.tensor_names import parameter_shapes
 from megatron_patch.convert.weight_files import load_torch_file
 from megatron_patch.errors import CheckpointError, ConfigError
+from megatron_patch.model.precision import precision_of
 from megatron_patch.model.shape import ModelShape, check_shape
 
 FILE = "model_optim_rng.pt"
@@ -260,7 +261,7 @@ def from_megatron(source: Path, output: Path) -> Import:
     _check(str(file), shape, parameters, found)
     groups = groups_by_size([int(torch.Size(size).numel()) * 4 for size in parameters.values()], FILE_BYTES)
     names = list(parameters)
-    precision = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(found[_ENDS["embedding.word.weight"]].dtype, "fp32")
+    precision = precision_of(found[_ENDS["embedding.word.weight"]].dtype)
     read: Callable[[str], torch.Tensor] = lambda name: _part(name, found[_place(name)], shape)  # noqa: E731
     folder = write_weights(
         output,

@@ -25,10 +25,10 @@ from megatron_patch.convert.tensor_names import Mapped, mapped_tensors
 from megatron_patch.convert.tokenizer_files import copy_tokenizer, tokenizer_of
 from megatron_patch.errors import CheckpointError, ConfigError
 from megatron_patch.files import checksum, checksum_on_disk, fsync_folder, write_durably
+from megatron_patch.model.precision import DTYPES
 from megatron_patch.safetensors_files import write_safetensors
 from megatron_patch.tokenizer import Tokenizer
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _TORCH_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 _PROGRESS = "progress.json"
 

@@ -33,13 +33,13 @@ from megatron_patch.engine.swapping import SubGroups
 from megatron_patch.errors import CheckpointError
 from megatron_patch.model.gpt import GPTModel
 from megatron_patch.model.init import InitialWeights, parameter_groups
+from megatron_patch.model.precision import DTYPES
 from megatron_patch.ops import IGNORE_INDEX
 from megatron_patch.parallel.groups import Groups, ModelParallelUnit
 from megatron_patch.parallel.sharding import VOCABULARY_PARAMETERS, shard_of
 from megatron_patch.stages import Stage
 
 _DIGEST_CHUNK = 1 << 22
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 _LOSS_SCALER = {"cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis"}

@@ -6,7 +6,9 @@ Launchers come first, as they may be started by srun themselves.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
 import socket
 from collections.abc import MutableMapping
 
@@ -49,7 +51,7 @@ def meeting_point() -> tuple[str, int]:
     _, size, _ = ranks_of_environment()
     address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
     if size == 1:
-        return address or "127.0.0.1", int(port or _free_port())
+        return address or "127.0.0.1", int(port or free_port())
     if task is not None:
         return address or task.master_address, int(port or task.master_port)
     if not address or not port:
@@ -59,6 +61,15 @@ def meeting_point() -> tuple[str, int]:
             "start the job with deepspeed, torchrun or srun, or set MASTER_ADDR and MASTER_PORT",
         )
     return address, int(port)
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on, below those that Linux gives to outgoing connections, one of which could take it."""
+    while True:
+        port = random.SystemRandom().randrange(12_000, 32_000)
+        with socket.socket() as sock, contextlib.suppress(OSError):
+            sock.bind(("127.0.0.1", port))
+            return port
 
 
 def local_ranks() -> int | None:
@@ -110,9 +121,3 @@ def let_segments_grow(environment: MutableMapping[str, str] = os.environ) -> Non
 
 def _task() -> SlurmTask | None:
     return None if "RANK" in os.environ else slurm_task(os.environ)
-
-
-def _free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])

@@ -46,6 +46,15 @@ class RunData:
     evaluation_unit: int
     pin_memory: bool
 
+    def notes(self) -> list[str]:
+        """What people are told of the data at the start."""
+        notes = list(self.stream.notes())
+        if not self.held_out:
+            notes.append(
+                "no evaluation: the held-out part of the data is shorter than a sample (give --valid-data-path or another --split)"
+            )
+        return notes
+
     def loader(self, stage_index: int, stage_step: int) -> PatchLoader:
         """This rank's micro-batches of a stage, from a step on."""
         return PatchLoader(

@@ -16,6 +16,7 @@ from megatron_patch.config.options import CheckpointOptions
 from megatron_patch.engine.distributed import broadcast_object, gather_objects
 from megatron_patch.errors import CheckpointError, MegatronPatchError
 from megatron_patch.parallel.grid import Grid
+from megatron_patch.stages import Place, StagePlan
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,33 @@ def _verify_share(folder: Path, grid: Grid) -> list[str]:
     return verify(folder, lambda entries: share_of_rank({name: entry.size for name, entry in entries.items()}, grid.rank, grid.world_size))
 
 
-def newer_of_before(save: Path, start: Start) -> list[str]:
+def start_notes(start: Start, save: Path | None, plan: StagePlan, place: Place) -> list[str]:
+    """What people are told of where the run starts.
+
+    Args:
+        start: what was found.
+        save: the run's folder, or None.
+        plan: of the run.
+        place: where in it the run stands.
+    """
+    found, notes = start.found, []
+    if found is None:
+        notes.append("new run")
+    else:
+        notes += [f"skipped the checkpoint {folder}: {reason}" for folder, reason in found.skipped]
+        notes.append(_resumed(found, plan, place) if start.resuming else f"new run from the weights of {found.folder}")
+    if save is not None and (newer := _newer_of_before(save, start)):
+        notes.append(f"without --load the run would go on from {newer[0]} in {save}: move newer checkpoints away")
+    return notes
+
+
+def _resumed(found: Found, plan: StagePlan, place: Place) -> str:
+    step, stage = plan.step(place), plan.stages[place.stage_index]
+    done = " (nothing left to do)" if step == plan.steps else ""
+    return f"resumed from {found.folder}: stage {stage.name}, step {step:,} of {plan.steps:,}{done}"
+
+
+def _newer_of_before(save: Path, start: Start) -> list[str]:
     """Names of the run's checkpoints behind the one that --load has it go back to."""
     if start.found is None or not start.resuming or start.begun_from is None:
         return []

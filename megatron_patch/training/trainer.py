@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +23,7 @@ from megatron_patch.console import make_console
 from megatron_patch.data.patch_dataset import PatchBatch
 from megatron_patch.engine.deepspeed_config import EngineConfig
 from megatron_patch.engine.distributed import barrier
-from megatron_patch.engine.interface import EvaluationResult, StepResult
+from megatron_patch.engine.interface import StepResult
 from megatron_patch.errors import SickTrainingError
 from megatron_patch.exit_codes import ExitCode
 from megatron_patch.parallel.grid import Grid
@@ -38,17 +37,16 @@ from megatron_patch.training.consistency import check_batches, check_programs, c
 from megatron_patch.training.corpus import open_data, sample_tokenizer
 from megatron_patch.training.data_wait import DataWait
 from megatron_patch.training.dry_run import print_plan
+from megatron_patch.training.held_out import Stopped, held_out_losses
 from megatron_patch.training.lr_schedule import schedule_of
 from megatron_patch.training.resume import check_data, check_model, plan_to_resume
 from megatron_patch.training.saving import Saver, on_first_rank, retention_of
-from megatron_patch.training.starting import find_start, newer_of_before, newest_sound
+from megatron_patch.training.starting import find_start, newest_sound, start_notes
 from megatron_patch.training.step_guard import StepGuard
 from megatron_patch.training.stop_requests import StopRequests
 from megatron_patch.training.stragglers import Stragglers
 from megatron_patch.training.throughput import Throughput
 from megatron_patch.training.watchdog import Watchdog
-
-_EVALUATION_CHUNK = 32
 
 
 class Trainer:
@@ -108,7 +106,7 @@ class Trainer:
             print_plan(shown, settings, make_console(), origins=False, stream=self.data.stream)
             if lock is not None and lock.took_over:
                 self._tell(f"took the lock of {self.save_folder} over from {lock.took_over}, which has died")
-            for note in self._start_notes():
+            for note in start_notes(self.start, self.save_folder, self.plan, self.place) + self.data.notes():
                 self._tell(note)
 
     def __enter__(self) -> Trainer:
@@ -305,30 +303,16 @@ class Trainer:
             callback.on_step(record)
 
     def _evaluate(self) -> str | None:
-        """Held-out loss at K = 1 and, in a patch stage, at the stage's own K: two numbers that are never mixed.
-
-        Returns:
-            Who asked to stop meanwhile; the evaluation is then left out.
-        """
+        """Held-out losses; or who asked to stop meanwhile: the evaluation is then left out."""
         if not self.data.held_out:
             return None
-        began = time.perf_counter()
-        stage, options = self.stage, self.run.options
-        found: list[EvaluationResult] = []
-        for positions, patch_size in dict.fromkeys([(options.stages.seq_length, 1), (stage.positions, stage.patch_size)]):
-            if patch_size == 1 and found:
-                break
-            batches = self.data.evaluation(stage, positions, patch_size, options.logging.eval_tokens)
-            labels, loss_sum = 0, 0.0
-            while chunk := list(itertools.islice(batches, _EVALUATION_CHUNK)):
-                self.watchdog.beat(f"step {self.step:,} is evaluated")
-                part = self.engine.evaluate(chunk)
-                labels, loss_sum = labels + part.labels, loss_sum + (part.loss * part.labels if part.labels else 0.0)
-                asked = self.stops.agreed(self.device)
-                if asked is not None:
-                    return asked
-            found.append(EvaluationResult(loss_sum / labels if labels else float("nan"), labels))
-        token_level, patch_level = found[0], found[-1]
+        began, stage, options = time.perf_counter(), self.stage, self.run.options
+        try:
+            token_level, patch_level = held_out_losses(
+                self.engine, self.data, stage, options.stages.seq_length, options.logging.eval_tokens, self._stop_of_evaluation
+            )
+        except Stopped as asked:
+            return str(asked)
         record = EvaluationRecord(
             step=self.step,
             stage=stage.name,
@@ -346,6 +330,10 @@ class Trainer:
         for callback in self.callbacks:
             callback.on_evaluation(record)
         return None
+
+    def _stop_of_evaluation(self) -> str | None:
+        self.watchdog.beat(f"step {self.step:,} is evaluated")
+        return self.stops.agreed(self.device)
 
     def _save(self, stage_end: bool) -> None:
         """Commits a checkpoint, or with --async-save begins to: every rank writes its part, then one manifest makes it visible."""
@@ -389,28 +377,6 @@ class Trainer:
         if (save := self.save_folder) is not None:
             on_first_rank(self.grid.rank, save, lambda: locks.append(SaveLock(save)))
         return locks[0] if locks else None
-
-    def _start_notes(self) -> list[str]:
-        notes, found, resuming = [], self.start.found, self.start.resuming
-        if found is None:
-            notes.append("new run")
-        else:
-            notes += [f"skipped the checkpoint {folder}: {reason}" for folder, reason in found.skipped]
-            if not resuming:
-                notes.append(f"new run from the weights of {found.folder}")
-            else:
-                notes.append(
-                    f"resumed from {found.folder}: stage {self.stage.name}, step {self.step:,} of {self.plan.steps:,}"
-                    + (" (nothing left to do)" if self.step == self.plan.steps else "")
-                )
-        if self.save_folder is not None and (newer := newer_of_before(self.save_folder, self.start)):
-            notes.append(f"without --load the run would go on from {newer[0]} in {self.save_folder}: move newer checkpoints away")
-        notes += self.data.stream.notes()
-        if not self.data.held_out:
-            notes.append(
-                "no evaluation: the held-out part of the data is shorter than a sample (give --valid-data-path or another --split)"
-            )
-        return notes
 
     def _announce_start(self) -> None:
         plan = self.plan

@@ -7,13 +7,13 @@ import contextlib
 import multiprocessing
 import multiprocessing.forkserver
 import os
-import random
-import socket
 import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+from megatron_patch.engine.environment import free_port
 
 _PRELOAD = [
     "torch",
@@ -52,15 +52,6 @@ def _end_what_is_left() -> None:
     """Ranks that a failed test left behind; Python would wait for their end."""
     for process in multiprocessing.active_children():
         process.kill()
-
-
-def free_port() -> int:
-    """A port that nobody listens on now, below those that the system gives to outgoing connections, which could take it in between."""
-    while True:
-        port = random.randrange(12_000, 32_000)
-        with socket.socket() as sock, contextlib.suppress(OSError):
-            sock.bind(("127.0.0.1", port))
-            return port
 
 
 def _rank_main(rank: int, size: int, port: int, log: str, function: Callable[..., Any], args: Sequence[Any], results: Any) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.distributed.ranks import free_port
+from megatron_patch.engine.environment import free_port
 from tests.distributed.runs import DATA, MODEL, ROOT, Run, command, make_corpus, printed, start_process, train
 
 PLAN = command("--seq-length 16 --micro-batch-size 2 --global-batch-size 12 --patch-size 3 --train-tokens 3000 --lr 3e-3 --save-interval 4")
