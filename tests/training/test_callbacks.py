@@ -8,7 +8,6 @@ import json
 import os
 import sys
 from dataclasses import asdict, replace
-from types import ModuleType
 
 import pytest
 from rich.console import Console as RichConsole
@@ -116,71 +115,66 @@ def test_rates_are_those_of_the_window():
     assert Throughput(1, "cpu", peak_tflops=1.0).update(1.0, 0.0, 1, 1, 5e11).mfu == pytest.approx(0.5)
 
 
-class FakeWandb(ModuleType):
-    """What the listener calls of the wandb package, written down."""
+@pytest.fixture
+def weights_and_biases(tmp_path, monkeypatch):
+    """Tells a run and its resumption to the package, which has no login here; returns what people were told, and its two files."""
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("WANDB_API_KEY", "WANDB_DIR", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
 
-    def __init__(self) -> None:
-        super().__init__("wandb")
-        self.opened: list[dict[str, object]] = []
-        self.defined: list[tuple[str, str | None]] = []
-        self.logged: list[dict[str, float]] = []
-        self.finished = 0
+    def tell_a_run_and_its_resumption():
+        import wandb
 
-    def init(self, **settings):
-        self.opened.append(settings)
-        return self
+        told = []
+        for _ in range(2):
+            board = WeightsAndBiases("project", "name", tmp_path / "run", {"lr": 1.0}, told.append)
+            board.on_start(START)
+            board.on_step(STEP)
+            board.on_evaluation(EVALUATION)
+            board.close()
+            wandb.teardown()  # its process ends, which has read the environment and writes the files
+        run_id = (tmp_path / "run" / "wandb_run_id").read_text().strip()
+        return told, sorted((tmp_path / "run" / "wandb").glob(f"offline-run-*/run-{run_id}.wandb"))
 
-    def define_metric(self, name, step_metric=None):
-        self.defined.append((name, step_metric))
-
-    def log(self, values):
-        self.logged.append(values)
-
-    def finish(self):
-        self.finished += 1
-
-
-def tell_a_run_and_its_resumption(folder):
-    """To Weights & Biases, or what stands for it."""
-    for _ in range(2):
-        board = WeightsAndBiases("project", "name", folder, {"lr": 1.0})
-        board.on_start(START)
-        board.on_step(STEP)
-        board.on_evaluation(EVALUATION)
-        board.close()
+    return tell_a_run_and_its_resumption
 
 
-def test_weights_and_biases_is_told_the_records_over_tokens(tmp_path, monkeypatch):
-    """Without the package, which is large: a stand-in for it."""
-    monkeypatch.setitem(sys.modules, "wandb", fake := FakeWandb())
-    tell_a_run_and_its_resumption(tmp_path / "run")
-    first, second = fake.opened
-    assert first == second and first["id"] and first["resume"] == "allow", "a resumed run is the same one"
-    assert (first["project"], first["name"], first["config"]) == ("project", "name", {"lr": 1.0})
-    assert ("*", "tokens") in fake.defined and fake.finished == 2
-    assert fake.logged[:2] == [{"tokens": 100, **named_values(STEP)}, {"tokens": 100, **named_values(EVALUATION)}]
+@pytest.mark.parametrize("login", ["offline", "missing"])
+def test_weights_and_biases_is_told_the_records_over_tokens_of_one_run(weights_and_biases, monkeypatch, login):
+    """Without a login training goes on, and people are told of the folder."""
+    if login == "offline":
+        monkeypatch.setenv("WANDB_MODE", "offline")
+    told, files = weights_and_biases()
+    assert len(files) == 2, "a resumed run is the same one"
+    for path in files:
+        records = list(logged_records(path))
+        (run,) = (record.run for record in records if record.run.run_id)
+        assert (run.project, run.display_name) == ("project", "name")
+        assert {item.key: item.value_json for item in run.config.update}["lr"] == "1.0"
+        history = [
+            {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+            for record in records
+            if record.history.item
+        ]
+        values = [{name: value for name, value in line.items() if not name.startswith("_")} for line in history]
+        assert values == [{"tokens": 100, **named_values(STEP)}, {"tokens": 100, **named_values(EVALUATION)}]
+        assert {record.metric.step_metric for record in records} - {""} == {"tokens"}
+    folders = {str(path.parent) for path in files}
+    assert {text.split("wandb sync ")[1].split()[0] for text in told} == (folders if login == "missing" else set())
+
+
+def test_weights_and_biases_is_missed(monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ConfigError, match=r"megatron_patch\[wandb\]"):
-        WeightsAndBiases("project", None, None, {})
+        WeightsAndBiases("project", None, None, {}, print)
 
 
-def test_weights_and_biases_goes_on_in_the_same_run(tmp_path, monkeypatch):
-    pytest.importorskip("wandb")
-    for name, value in {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "WANDB_DIR": str(tmp_path)}.items():
-        monkeypatch.setenv(name, value)
-    tell_a_run_and_its_resumption(tmp_path / "run")
-    run_id = (tmp_path / "run" / "wandb_run_id").read_text().strip()
-    folders = [path for path in (tmp_path / "wandb").glob("offline-run-*") if path.name.endswith(run_id)]
-    assert len(folders) == 2
-    names, axes = logged(next(folders[0].glob("*.wandb")))
-    assert names == {"tokens", *named_values(STEP), *named_values(EVALUATION)} and axes == {"tokens"}
-
-
-def logged(path):
-    """(names of what a run logged, names of its x axes), from the file that W&B would send: a log of protobuf records in 32 KiB blocks."""
+def logged_records(path):
+    """What W&B would send: a log of protobuf records in blocks of 32 KiB."""
     from wandb.proto import wandb_internal_pb2
 
-    data, at, payload, names, axes = path.read_bytes(), 7, b"", set(), set()
+    data, at, payload = path.read_bytes(), 7, b""
     while at + 7 <= len(data):
         if 32768 - at % 32768 < 7:
             at += 32768 - at % 32768
@@ -192,9 +186,7 @@ def logged(path):
             record = wandb_internal_pb2.Record()
             record.ParseFromString(payload)
             payload = b""
-            names |= {item.key or "/".join(item.nested_key) for item in record.history.item}
-            axes |= {record.metric.step_metric} - {""}
-    return {name for name in names if not name.startswith("_")}, axes
+            yield record
 
 
 def test_lines_that_a_full_disk_refuses_wait_for_space(tmp_path, monkeypatch, capsys):

@@ -44,13 +44,14 @@ def make_callbacks(
     callbacks: list[Callback] = []
     first = grid.rank == 0
     if first:
-        callbacks.append(Console(logging.log_interval))
+        callbacks.append(console := Console(logging.log_interval))
         if save is not None:
             callbacks += [Metrics(save / "metrics.jsonl"), Events(save / "events.jsonl")]
         if logging.tensorboard_dir is not None:
             callbacks.append(TensorBoard(logging.tensorboard_dir))
         if logging.wandb_project is not None:
-            callbacks.append(WeightsAndBiases(logging.wandb_project, logging.wandb_exp_name, save, run.to_json()["options"]))
+            project, name, shown = logging.wandb_project, logging.wandb_exp_name, run.to_json()["options"]
+            callbacks.append(WeightsAndBiases(project, name, save, shown, console.on_message))
     if tokenizer is not None:
         sampling = Sampling(logging.sample_temperature, logging.sample_top_p, seed=run.options.engine.seed)
         learned = run.shape.max_positions if run.shape.position_embedding == "learned" else None

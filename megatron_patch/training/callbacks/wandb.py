@@ -1,9 +1,13 @@
-"""Weights & Biases with tokens on the x axis; a resumed run goes on in the same chart. In: records. Out: a run there."""
+"""Weights & Biases with tokens on the x axis; a resumed run goes on in the same chart. In: records. Out: a run there.
+
+Where the service is not to be had (no login, no network), training goes on, and the run is written to a folder that can be sent later.
+"""
 
 from __future__ import annotations
 
+import os
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +22,25 @@ class WeightsAndBiases(Callback):
     Args:
         project: its name.
         name: of the run, or None.
-        save: the run's folder, which keeps the run's id; None: every start is a new run.
+        save: the run's folder, which keeps the run's id and, unless WANDB_DIR says otherwise, the service's files; None: every start is a
+            new run.
         config: shown with the run.
+        tell: people, that the run is not sent.
 
     Raises:
         ConfigError: the package is not installed.
     """
 
-    def __init__(self, project: str, name: str | None, save: Path | None, config: Mapping[str, Any]) -> None:
+    def __init__(self, project: str, name: str | None, save: Path | None, config: Mapping[str, Any], tell: Callable[[str], None]) -> None:
         try:
             import wandb
         except ImportError as error:
             raise ConfigError("--wandb-project without wandb", "pip install 'megatron_patch[wandb]'", "install it") from error
         self._wandb: Any = wandb
-        self._settings = {"project": project, "name": name, "config": dict(config)}
-        self._save = save
+        self._settings: dict[str, Any] = {"project": project, "name": name, "config": dict(config)}
+        if save is not None and "WANDB_DIR" not in os.environ:
+            self._settings["dir"] = str(save)
+        self._save, self._tell = save, tell
         self._run: Any = None
 
     def _run_id(self) -> str:
@@ -46,7 +54,14 @@ class WeightsAndBiases(Callback):
 
     def on_start(self, record: RunStart) -> None:
         """Opens or resumes the run."""
-        self._run = self._wandb.init(id=self._run_id(), resume="allow", **self._settings)
+        run_id = self._run_id()
+        try:
+            self._run = self._wandb.init(id=run_id, resume="allow", **self._settings)
+        except self._wandb.Error as error:
+            self._run = self._wandb.init(id=run_id, mode="offline", **self._settings)
+            reason = str(error).splitlines()[0].rstrip(".")
+            folder = Path(self._run.dir).parent
+            self._tell(f"Weights & Biases is not to be had: {reason}; the run is written to a folder: wandb sync {folder} sends it")
         self._run.define_metric("tokens")
         self._run.define_metric("*", step_metric="tokens")
 
