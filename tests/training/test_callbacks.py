@@ -6,6 +6,7 @@ import errno
 import io
 import json
 import os
+import re
 import sys
 from dataclasses import asdict, replace
 
@@ -15,9 +16,10 @@ from rich.console import Console as RichConsole
 from megatron_patch.errors import CheckpointError, ConfigError
 from megatron_patch.training.callbacks import lines
 from megatron_patch.training.callbacks.base import EvaluationRecord, RunEnd, RunStart, SaveRecord, StepRecord, SwitchRecord
+from megatron_patch.training.callbacks.charts import Charts, named_values
 from megatron_patch.training.callbacks.console import Console
 from megatron_patch.training.callbacks.metrics import Metrics, read_metrics
-from megatron_patch.training.callbacks.tensorboard import TensorBoard, named_values
+from megatron_patch.training.callbacks.tensorboard import TensorBoard
 from megatron_patch.training.callbacks.wandb import WeightsAndBiases
 from megatron_patch.training.throughput import Throughput
 
@@ -78,10 +80,9 @@ def test_the_console_names_what_it_shows(terminal):
 
 
 def test_tensorboard_has_the_same_names_over_tokens(tmp_path):
-    pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    board = TensorBoard(str(tmp_path))
+    board = Charts(TensorBoard(str(tmp_path)))
     board.on_start(START)
     board.on_step(STEP)
     board.on_evaluation(EVALUATION)
@@ -115,8 +116,58 @@ def test_rates_are_those_of_the_window():
     assert Throughput(1, "cpu", peak_tflops=1.0).update(1.0, 0.0, 1, 1, 5e11).mfu == pytest.approx(0.5)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_charts_that_cannot_be_written_are_tried_again_later(tmp_path, capsys):
+    """TensorBoard's folder is gone for a while: its thread fails, training does not."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    now, folder, away = 0.0, tmp_path / "events", tmp_path / "away"
+    board = Charts(TensorBoard(str(folder)), clock=lambda: now)
+
+    def step_at(seconds, tokens):
+        nonlocal now
+        now = seconds
+        board.on_step(replace(STEP, tokens=tokens))
+
+    board.on_start(START)
+    board.on_step(STEP)
+    folder.rename(away)
+    folder.write_text("in its place")
+    for step in range(2, 2000):
+        board.on_step(replace(STEP, step=step, tokens=100 * step))
+        if "metrics.jsonl" in (error := capsys.readouterr().err):
+            break
+    assert f"--tensorboard-dir {folder} cannot be written: " in error and "Not a directory" in error
+    for seconds in (59.0, 61.0, 150.0):
+        step_at(seconds, 300_000)
+    assert "cannot be written" not in capsys.readouterr().err, "said once"
+    folder.unlink()
+    away.rename(folder)
+    for seconds, tokens in ((179.0, 400_000), (200.0, 500_000), (201.0, 600_000)):
+        step_at(seconds, tokens)
+    assert f"can be written again; from {100 * step:,} to 500,000 tokens" in capsys.readouterr().err
+    board.close()
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    assert [scalar.step for scalar in events.Scalars("train/lr") if scalar.step >= 300_000] == [500_000, 600_000]
+
+
+@pytest.mark.parametrize("tokens", [0, 100])
+def test_a_folder_of_charts_that_is_none_ends_a_new_run_alone(tmp_path, capsys, tokens):
+    (tmp_path / "events").write_text("a file")
+    board = Charts(TensorBoard(str(tmp_path / "events")))
+    if tokens:
+        board.on_start(replace(START, tokens=tokens))
+        board.on_step(STEP)
+        board.close()
+        assert capsys.readouterr().err.count("training goes on") == 1
+    else:
+        with pytest.raises(ConfigError, match="--tensorboard-dir .*events cannot be written"):
+            board.on_start(START)
+
+
 @pytest.fixture
-def weights_and_biases(tmp_path, monkeypatch):
+def weights_and_biases(tmp_path, monkeypatch, capsys):
     """Tells a run and its resumption to the package, which has no login here; returns what people were told, and its two files."""
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -126,16 +177,15 @@ def weights_and_biases(tmp_path, monkeypatch):
     def tell_a_run_and_its_resumption():
         import wandb
 
-        told = []
         for _ in range(2):
-            board = WeightsAndBiases("project", "name", tmp_path / "run", {"lr": 1.0}, told.append)
+            board = Charts(WeightsAndBiases("project", "name", tmp_path / "run", {"lr": 1.0}))
             board.on_start(START)
             board.on_step(STEP)
             board.on_evaluation(EVALUATION)
             board.close()
             wandb.teardown()  # its process ends, which has read the environment and writes the files
         run_id = (tmp_path / "run" / "wandb_run_id").read_text().strip()
-        return told, sorted((tmp_path / "run" / "wandb").glob(f"offline-run-*/run-{run_id}.wandb"))
+        return capsys.readouterr().err, sorted((tmp_path / "run" / "wandb").glob(f"offline-run-*/run-{run_id}.wandb"))
 
     return tell_a_run_and_its_resumption
 
@@ -161,13 +211,13 @@ def test_weights_and_biases_is_told_the_records_over_tokens_of_one_run(weights_a
         assert values == [{"tokens": 100, **named_values(STEP)}, {"tokens": 100, **named_values(EVALUATION)}]
         assert {record.metric.step_metric for record in records} - {""} == {"tokens"}
     folders = {str(path.parent) for path in files}
-    assert {text.split("wandb sync ")[1].split()[0] for text in told} == (folders if login == "missing" else set())
+    assert set(re.findall("wandb sync (.*) sends it", told)) == (folders if login == "missing" else set())
 
 
 def test_weights_and_biases_is_missed(monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ConfigError, match=r"megatron_patch\[wandb\]"):
-        WeightsAndBiases("project", None, None, {}, print)
+        WeightsAndBiases("project", None, None, {})
 
 
 def logged_records(path):

@@ -1,4 +1,4 @@
-"""Listeners of a run, one file each: console, metrics, samples, spans, tensorboard, wandb."""
+"""Listeners of a run, one file each: charts (TensorBoard, Weights & Biases), console, metrics, samples, spans."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from megatron_patch.model.generate import Sampling
 from megatron_patch.parallel.grid import Grid
 from megatron_patch.tokenizer import Tokenizer
 from megatron_patch.training.callbacks.base import Callback
+from megatron_patch.training.callbacks.charts import Charts
 from megatron_patch.training.callbacks.console import Console
 from megatron_patch.training.callbacks.events import Events
 from megatron_patch.training.callbacks.metrics import Metrics
@@ -44,14 +45,14 @@ def make_callbacks(
     callbacks: list[Callback] = []
     first = grid.rank == 0
     if first:
-        callbacks.append(console := Console(logging.log_interval))
+        callbacks.append(Console(logging.log_interval))
         if save is not None:
             callbacks += [Metrics(save / "metrics.jsonl"), Events(save / "events.jsonl")]
         if logging.tensorboard_dir is not None:
-            callbacks.append(TensorBoard(logging.tensorboard_dir))
+            callbacks.append(Charts(TensorBoard(logging.tensorboard_dir)))
         if logging.wandb_project is not None:
-            project, name, shown = logging.wandb_project, logging.wandb_exp_name, run.to_json()["options"]
-            callbacks.append(WeightsAndBiases(project, name, save, shown, console.on_message))
+            shown = run.to_json()["options"]
+            callbacks.append(Charts(WeightsAndBiases(logging.wandb_project, logging.wandb_exp_name, save, shown)))
     if tokenizer is not None:
         sampling = Sampling(logging.sample_temperature, logging.sample_top_p, seed=run.options.engine.seed)
         learned = run.shape.max_positions if run.shape.position_embedding == "learned" else None

@@ -1,23 +1,22 @@
-"""Weights & Biases with tokens on the x axis; a resumed run goes on in the same chart. In: records. Out: a run there.
+"""Weights & Biases; a resumed run goes on in the same chart. In: values over tokens. Out: a run there.
 
-Where the service is not to be had (no login, no network), training goes on, and the run is written to a folder that can be sent later.
+Where the service is not to be had at a start (no login, no network), the run is written to a folder that can be sent later.
 """
 
 from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from megatron_patch.errors import ConfigError
-from megatron_patch.training.callbacks.base import Callback, EvaluationRecord, RunStart, StepRecord
-from megatron_patch.training.callbacks.tensorboard import named_values
+from megatron_patch.training.endings import say
 
 
-class WeightsAndBiases(Callback):
-    """Logs to a project.
+class WeightsAndBiases:
+    """A run of a project, as a `ChartWriter`.
 
     Args:
         project: its name.
@@ -25,22 +24,22 @@ class WeightsAndBiases(Callback):
         save: the run's folder, which keeps the run's id and, unless WANDB_DIR says otherwise, the service's files; None: every start is a
             new run.
         config: shown with the run.
-        tell: people, that the run is not sent.
 
     Raises:
         ConfigError: the package is not installed.
     """
 
-    def __init__(self, project: str, name: str | None, save: Path | None, config: Mapping[str, Any], tell: Callable[[str], None]) -> None:
+    def __init__(self, project: str, name: str | None, save: Path | None, config: Mapping[str, Any]) -> None:
         try:
             import wandb
         except ImportError as error:
             raise ConfigError("--wandb-project without wandb", "pip install 'megatron_patch[wandb]'", "install it") from error
+        self.name = "Weights & Biases"
         self._wandb: Any = wandb
         self._settings: dict[str, Any] = {"project": project, "name": name, "config": dict(config)}
         if save is not None and "WANDB_DIR" not in os.environ:
             self._settings["dir"] = str(save)
-        self._save, self._tell = save, tell
+        self._save = save
         self._run: Any = None
 
     def _run_id(self) -> str:
@@ -52,7 +51,7 @@ class WeightsAndBiases(Callback):
             path.write_text(uuid.uuid4().hex[:12] + "\n")
         return path.read_text().strip()
 
-    def on_start(self, record: RunStart) -> None:
+    def open(self, resumed_at: int) -> None:
         """Opens or resumes the run."""
         run_id = self._run_id()
         try:
@@ -61,20 +60,16 @@ class WeightsAndBiases(Callback):
             self._run = self._wandb.init(id=run_id, mode="offline", **self._settings)
             reason = str(error).splitlines()[0].rstrip(".")
             folder = Path(self._run.dir).parent
-            self._tell(f"Weights & Biases is not to be had: {reason}; the run is written to a folder: wandb sync {folder} sends it")
+            say(f"{self.name} is not to be had: {reason}; the run is written to a folder: wandb sync {folder} sends it")
         self._run.define_metric("tokens")
         self._run.define_metric("*", step_metric="tokens")
 
-    def on_step(self, record: StepRecord) -> None:
-        """Each step."""
-        self._run.log({"tokens": record.tokens, **named_values(record)})
-
-    def on_evaluation(self, record: EvaluationRecord) -> None:
-        """Each evaluation."""
-        self._run.log({"tokens": record.tokens, **named_values(record)})
+    def add(self, tokens: int, values: Mapping[str, float]) -> None:
+        """Values; a process of the package sends them, and tries again where the network fails."""
+        self._run.log({"tokens": tokens, **values})
 
     def close(self) -> None:
         """Ends the run."""
-        if self._run is not None:
-            self._run.finish()
-            self._run = None
+        run, self._run = self._run, None
+        if run is not None:
+            run.finish()
