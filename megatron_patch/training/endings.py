@@ -2,7 +2,8 @@
 
 In: an error on this rank. Out: an exit code, the same on every rank that can still ask. An error on one rank breaks the connections of the
 others, whose own errors then say little; so the first rank that ends leaves its word in the job's store before it goes, and those that
-come after end with its code. Rank 0 keeps the store: where it has gone, the word is what events.jsonl ends with.
+come after end with its code. Rank 0 keeps the store: where it has gone, the word is what events.jsonl ends with. Before the ranks have met,
+a wrong flag is wrong on all of them, and rank 0 tells it.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from megatron_patch.errors import MegatronPatchError
+from megatron_patch.errors import ConfigError, MegatronPatchError
 from megatron_patch.exit_codes import ExitCode
 from megatron_patch.files import append_line
 
@@ -27,6 +28,8 @@ EVENTS = "events.jsonl"
 WORD = "ending"
 """What the first rank that ends leaves in the job's store: its `Ending` as JSON."""
 _STARTED = time.time()
+_RANK_0_ENDS_THE_JOB = 10.0
+"""Seconds in which a launcher ends all ranks behind rank 0."""
 
 
 @dataclass(frozen=True)
@@ -50,17 +53,20 @@ class Ending:
     time: float
 
 
-def end_with(error: BaseException, rank: int, save: Path | None) -> ExitCode:
+def end_with(error: BaseException, rank: int, local_rank: int, save: Path | None) -> ExitCode:
     """Tells an error, unless another rank was first.
 
     Args:
         error: what ended this rank.
         rank: this rank.
+        local_rank: its number on its node.
         save: the run's folder, if it has one.
 
     Returns:
         The code to exit with: the first rank's.
     """
+    if isinstance(error, ConfigError) and not _joined():
+        return _end_before_joining(error, rank, local_rank)
     if isinstance(error, MegatronPatchError):
         code, message = error.exit_code, str(error)
     elif isinstance(error, KeyboardInterrupt):
@@ -69,11 +75,31 @@ def end_with(error: BaseException, rank: int, save: Path | None) -> ExitCode:
         code, message = ExitCode.INTERNAL, "".join(traceback.format_exception(error)).rstrip()
     ending = _tell(_own(type(error).__name__, message, code, rank), save)
     if ending.rank != rank:
-        last = str(error).strip().splitlines()
-        say(f"rank {rank} ends with rank {ending.rank}: {type(error).__name__}: {last[0] if last else ''}")
+        if ending.message != message:
+            last = str(error).strip().splitlines()
+            say(f"rank {rank} ends with rank {ending.rank}: {type(error).__name__}: {last[0] if last else ''}")
         if ending.code == ExitCode.HANG and save is not None:
             write_stacks(save, rank, message)
     return ExitCode(ending.code)
+
+
+def _joined() -> bool:
+    if "torch" not in sys.modules:
+        return False
+    import torch
+
+    return torch.distributed.is_initialized()
+
+
+def _end_before_joining(error: ConfigError, rank: int, local_rank: int) -> ExitCode:
+    """Rank 0 tells it; a node that is still there a while later lacks a file or a package that rank 0's has, and its first rank tells."""
+    if rank > 0 and local_rank == 0:
+        time.sleep(_RANK_0_ENDS_THE_JOB)
+    if local_rank == 0:
+        where = f"rank {rank} on {socket.gethostname()}: " if rank > 0 else ""
+        say(f"{where}ConfigError: {error}")
+        advise(error.exit_code)
+    return error.exit_code
 
 
 def end_hanging(message: str, rank: int, save: Path | None) -> ExitCode:

@@ -16,7 +16,7 @@ from megatron_patch.engine.environment import let_segments_grow, ranks_of_enviro
 from megatron_patch.errors import ConfigError
 from megatron_patch.exit_codes import ExitCode
 from megatron_patch.training.dry_run import print_plan
-from megatron_patch.training.endings import advise, end_with, say
+from megatron_patch.training.endings import advise, end_with
 from megatron_patch.training.stop_requests import StopRequests
 from megatron_patch.training.stream import stream_if_here
 from megatron_patch.training.watchdog import Watchdog
@@ -97,20 +97,14 @@ def engine_settings(run: RunConfig) -> EngineConfig:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line: prints errors in their three parts and returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    rank, save = 0, None
+    rank, local_rank, save = 0, 0, None
     try:
-        rank, ranks, _ = ranks_of_environment()
+        rank, ranks, local_rank = ranks_of_environment()
         run = load_config(arguments, ranks)
         save = None if run.options.logging.dry_run else save_folder(run)
         code = pretrain(run)
-    except ConfigError as error:
-        # Every rank meets the same error, before it has met the others.
-        code = error.exit_code
-        if rank == 0:
-            say(f"ConfigError: {error}")
-            advise(code)
     except (Exception, KeyboardInterrupt) as error:
-        code = end_with(error, rank, save)
+        code = end_with(error, rank, local_rank, save)
     else:
         if code != ExitCode.DONE and rank == 0:
             advise(code)

@@ -7,12 +7,15 @@ import json
 import os
 import re
 import signal
+import socket
 
 import pytest
 import torch
 
+from megatron_patch.errors import ConfigError
 from megatron_patch.exit_codes import ExitCode
 from megatron_patch.files import append_line
+from megatron_patch.training import endings
 from tests.distributed.ranks import run_ranks, start_ranks
 from tests.distributed.runs import DATA, MODEL, ROOT, command, printed, start_process, start_program
 from tests.faults.test_stops import PLAN, finish, wait_for_steps
@@ -143,3 +146,22 @@ def test_a_line_is_whole_behind_a_torn_one(tmp_path):
     append_line(path, "2")
     append_line(path, "3")
     assert path.read_text() == '1\n{"torn\n2\n3\n'
+
+
+def test_charts_that_one_rank_cannot_write_end_a_new_run_with_one_message(tmp_path, corpus):
+    argv = command(MODEL, DATA, PLAN, ["--data-path", corpus, "--save", str(tmp_path / "run"), "--tensorboard-dir", "/dev/null/x"])
+    assert run_ranks(start_program, 2, tmp_path / "run-logs", argv) == [2, 2]
+    text = printed(tmp_path / "run")
+    assert "rank 0 on " in text and text.count("cannot be written") == text.count("exit code 2") == 1 and "Traceback" not in text
+
+
+@pytest.mark.parametrize(
+    ("rank", "local_rank", "said"), [(0, 0, "ConfigError: "), (1, 1, ""), (8, 0, f"rank 8 on {socket.gethostname()}: ")]
+)
+def test_a_wrong_flag_is_told_by_rank_0_and_what_a_node_lacks_by_the_node(monkeypatch, capsys, rank, local_rank, said):
+    """A launcher that ends the job behind rank 0 leaves the others no time to say the same."""
+    waited = []
+    monkeypatch.setattr(endings.time, "sleep", waited.append)
+    assert endings.end_with(ConfigError("no such file"), rank, local_rank, None) == ExitCode.CONFIG
+    text = capsys.readouterr().err
+    assert text.startswith(said) and ("no such file" in text) == bool(said) and waited == ([10.0] if rank == 8 else [])
