@@ -119,8 +119,9 @@ class StageOptions:
     """patch-train: patches, then tokens; constant tokens a step; learning rate and optimizer start afresh at the switch.
     token-superposition: constant positions a step; one learning-rate schedule over the run; optimizer kept.
     token-level: the ordinary baseline. Without it: patch-train where --patch-size is above 1, else token-level."""
-    patch_size: Count = 1
-    """K: tokens averaged into one position, and labels scored at each, in the recipe's first stage."""
+    patch_size: OptionalCount = None
+    """K: tokens averaged into one position, and labels scored at each, in the recipe's first stage; by default 2 for a model below 100M
+    parameters and 4 for a larger one where --recipe names patches, else 1."""
     patch_fraction: float | None = None
     """λ: share of the training tokens read as patches (default 2/3 for patch-train). Give this or --patch-compute-share."""
     patch_compute_share: float | None = None

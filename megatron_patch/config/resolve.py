@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_patch.config.checks import check_documents, check_numbers, check_options, check_parallel, check_plan
 from megatron_patch.config.options import ModelOptions, Options
 from megatron_patch.config.parsing import Parsed, option_values, parse
+from megatron_patch.config.scale import default_patch_size, needs_patch_size, scale_notes
 from megatron_patch.config.stage_plan import build_plan
 from megatron_patch.config.stage_request import parse_blend, parse_epoch_limits
 from megatron_patch.data.prefixes import expand_prefixes
@@ -26,7 +27,6 @@ from megatron_patch.stages import StagePlan
 from megatron_patch.units import format_count
 
 ASSUMED_VOCAB_SIZE = 32_000
-SMALL_MODEL, SHORT_RUN_TOKENS = 100_000_000, 10_000_000
 
 
 @dataclass(frozen=True)
@@ -215,7 +215,30 @@ def resolve(parsed: Parsed, ranks: int) -> RunConfig:
     if not blend and not options.logging.dry_run:
         raise ConfigError("no data", "--data-path PREFIX", "make a dataset with tools/preprocess_data.py")
     info = read_info(expand_prefixes(blend[0][0])[0]) if blend else None
+    vocab_size = _vocab_size(options, info, notes)
+    if needs_patch_size(options.stages):
+        shape = build_shape(options.model, vocab_size, options.stages.seq_length, options.engine.tensor_model_parallel_size)
+        options = replace(options, stages=replace(options.stages, patch_size=default_patch_size(shape)))
+        notes.append(f"--patch-size {options.stages.patch_size} by default for {format_count(parameter_count(shape).total)} parameters")
     plan = build_plan(options.stages, options.schedule, data_parallel_size)
+    notes.extend(_batch_notes(options, plan, data_parallel_size))
+    shape = build_shape(
+        options.model,
+        vocab_size,
+        max(stage.positions for stage in plan.stages),
+        options.engine.tensor_model_parallel_size,
+    )
+    check_plan(options, plan)
+    notes.extend(scale_notes(options, plan, shape))
+    run = RunConfig(options, parsed.origins, shape, plan, blend, valid_blend, info, data_parallel_size, tuple(notes))
+    check_documents(options.data, run.eod_id, shape.vocab_size)
+    _ = run.pipeline_boundaries, run.epoch_limits  # more stages than layers, and limits of what is not read, are refused here
+    return run
+
+
+def _batch_notes(options: Options, plan: StagePlan, data_parallel_size: int) -> list[str]:
+    """Says where whole micro-batches, steps and blocks make the plan another one than was asked for."""
+    notes = []
     for stage in plan.stages:
         whole = stage.micro_batch_size * data_parallel_size
         if stage.global_batch_size % whole:
@@ -223,53 +246,23 @@ def resolve(parsed: Parsed, ranks: int) -> RunConfig:
                 f"stage {stage.name}: {stage.global_batch_size} samples a step are no multiple of {stage.micro_batch_size} x "
                 f"{data_parallel_size} ranks; the last micro-batch of a step is filled up with samples that count nothing"
             )
-    notes.extend(_batch_notes(options, plan))
+    asked = options.stages.global_batch_tokens
+    if asked is not None:
+        largest = max(plan.stages, key=lambda stage: stage.micro_batch_size * stage.sample_tokens)
+        finest = min(plan.stages, key=lambda stage: stage.patch_size)
+        # Patches alone may hold the tokens of a step or its positions; at K = 1 both are the same.
+        taken = min((finest.tokens_per_step, finest.positions_per_step), key=lambda count: abs(count - asked))
+        # Other rates fit a step much larger or smaller.
+        if abs(taken - asked) > 0.1 * asked:
+            notes.append(
+                f"a step takes {taken:,} tokens at token level; --global-batch-tokens {asked:,} was asked for, and every stage's step is "
+                f"whole micro-batches of all ranks: {largest.micro_batch_size} samples of {largest.sample_tokens:,} tokens a rank in stage "
+                f"{largest.name}. A smaller --micro-batch-size keeps closer to it"
+            )
     requested = options.stages.train_tokens
     if requested is not None and abs(plan.tokens - requested) > 0.01 * requested:
         notes.append(f"the stages read {plan.tokens:,} tokens; {requested:,} were asked for (rounded to whole steps and blocks)")
-    shape = build_shape(
-        options.model,
-        _vocab_size(options, info, notes),
-        max(stage.positions for stage in plan.stages),
-        options.engine.tensor_model_parallel_size,
-    )
-    check_plan(options, plan)
-    notes.extend(_scale_notes(options, plan, shape))
-    run = RunConfig(options, parsed.origins, shape, plan, blend, valid_blend, info, data_parallel_size, tuple(notes))
-    check_documents(options.data, run.eod_id, shape.vocab_size)
-    _ = run.pipeline_boundaries, run.epoch_limits  # more stages than layers, and limits of what is not read, are refused here
-    return run
-
-
-def _batch_notes(options: Options, plan: StagePlan) -> list[str]:
-    """Says where whole micro-batches make a step much larger or smaller than `--global-batch-tokens`: other rates fit it then."""
-    asked = options.stages.global_batch_tokens
-    if asked is None:
-        return []
-    largest = max(plan.stages, key=lambda stage: stage.micro_batch_size * stage.sample_tokens)
-    finest = min(plan.stages, key=lambda stage: stage.patch_size)
-    # Patches alone may hold the tokens of a step or its positions; at K = 1 both are the same.
-    taken = min((finest.tokens_per_step, finest.positions_per_step), key=lambda count: abs(count - asked))
-    if abs(taken - asked) <= 0.1 * asked:
-        return []
-    return [
-        f"a step takes {taken:,} tokens at token level; --global-batch-tokens {asked:,} was asked for, and every stage's step is whole "
-        f"micro-batches of all ranks: {largest.micro_batch_size} samples of {largest.sample_tokens:,} tokens a rank in stage "
-        f"{largest.name}. A smaller --micro-batch-size keeps closer to it"
-    ]
-
-
-def _scale_notes(options: Options, plan: StagePlan, shape: ModelShape) -> list[str]:
-    """Says where patches are not expected to pay: short runs of small models ended behind token level wherever both were run."""
-    compute = plan.cost() * plan.tokens
-    patches = any(stage.patch_size > 1 for stage in plan.stages)
-    small = parameter_count(shape).total < SMALL_MODEL
-    if not patches or options.checkpoint.finetune or not small or compute >= SHORT_RUN_TOKENS:
-        return []
-    return [
-        f"compute for {format_count(compute)} tokens at token level: with less than {format_count(SHORT_RUN_TOKENS)}, small models ended "
-        "behind token level at equal cost (docs/replication.md)"
-    ]
+    return notes
 
 
 def load_config(argv: Sequence[str], ranks: int) -> RunConfig:

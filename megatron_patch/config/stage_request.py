@@ -205,7 +205,7 @@ def recipe_of(options: StageOptions) -> str:
     """The recipe by name: the one given, else patch-train for patches and token-level without them."""
     if options.stages is not None:
         return "stages"
-    return options.recipe or ("patch-train" if options.patch_size > 1 else "token-level")
+    return options.recipe or ("patch-train" if (options.patch_size or 1) > 1 else "token-level")
 
 
 def requested_stages(options: StageOptions) -> tuple[StageRequest, ...]:
@@ -214,7 +214,7 @@ def requested_stages(options: StageOptions) -> tuple[StageRequest, ...]:
     shares = {"patch_fraction": options.patch_fraction, "patch_compute_share": options.patch_compute_share}
     given = {name: value for name, value in shares.items() if value is not None}
     if recipe == "stages":
-        if options.recipe or options.patch_size != 1 or given:
+        if options.recipe or options.patch_size not in (None, 1) or given:
             raise ConfigError(
                 "stages: beside --recipe, --patch-size or a patch share",
                 "a recipe or a list of stages",
@@ -223,11 +223,11 @@ def requested_stages(options: StageOptions) -> tuple[StageRequest, ...]:
         assert options.stages is not None
         return read_stages(options.stages)
     if recipe == "token-level":
-        if options.patch_size != 1 or given:
+        if options.patch_size not in (None, 1) or given:
             raise ConfigError("--recipe token-level with a patch size or share", "--patch-size 1 and no share", "remove one")
         return (StageRequest(name="token"),)
-    if options.patch_size < 2:
-        raise ConfigError(f"--recipe {recipe} with --patch-size {options.patch_size}", "a patch size from 2", "--patch-size 4")
+    if options.patch_size is None or options.patch_size < 2:
+        raise ConfigError(f"--recipe {recipe} with --patch-size {options.patch_size or 1}", "a patch size from 2", "--patch-size 4")
     if len(given) > 1:
         raise ConfigError("--patch-fraction and --patch-compute-share", "one of them", "remove one")
     for name, share in given.items():

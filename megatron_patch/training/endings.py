@@ -3,7 +3,7 @@
 In: an error on this rank. Out: an exit code, the same on every rank that can still ask. An error on one rank breaks the connections of the
 others, whose own errors then say little; so the first rank that ends leaves its word in the job's store before it goes, and those that
 come after end with its code. Rank 0 keeps the store: where it has gone, the word is what events.jsonl ends with. Before the ranks have met,
-a wrong flag is wrong on all of them, and rank 0 tells it.
+a flag is most likely wrong on all of them: rank 0 tells it.
 """
 
 from __future__ import annotations
@@ -28,8 +28,6 @@ EVENTS = "events.jsonl"
 WORD = "ending"
 """What the first rank that ends leaves in the job's store: its `Ending` as JSON."""
 _STARTED = time.time()
-_RANK_0_ENDS_THE_JOB = 10.0
-"""Seconds in which a launcher ends all ranks behind rank 0."""
 
 
 @dataclass(frozen=True)
@@ -92,13 +90,12 @@ def _joined() -> bool:
 
 
 def _end_before_joining(error: ConfigError, rank: int, local_rank: int) -> ExitCode:
-    """Rank 0 tells it; a node that is still there a while later lacks a file or a package that rank 0's has, and its first rank tells."""
-    if rank > 0 and local_rank == 0:
-        time.sleep(_RANK_0_ENDS_THE_JOB)
-    if local_rank == 0:
-        where = f"rank {rank} on {socket.gethostname()}: " if rank > 0 else ""
-        say(f"{where}ConfigError: {error}")
+    """Rank 0 tells it; every other node has a line, as it alone may lack a file or a package."""
+    if rank == 0:
+        say(f"ConfigError: {error}")
         advise(error.exit_code)
+    elif local_rank == 0:
+        say(f"rank {rank} on {socket.gethostname()}: ConfigError: {error.what}")
     return error.exit_code
 
 

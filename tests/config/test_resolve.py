@@ -130,6 +130,19 @@ def test_a_short_run_of_a_small_model_is_told_that_patches_lose_there():
     assert not any("behind token level" in note for note in resolve(*RUN, "--recipe", "token-level").notes)
 
 
+@pytest.mark.parametrize("recipe", ["token-superposition", "patch-train"])
+def test_a_recipe_without_a_patch_size_takes_one_for_the_model(recipe):
+    """PAPER's model has 369M parameters, RUN's a few thousand."""
+    at = PAPER.index("--patch-size")
+    large = resolve(*PAPER[:at], *PAPER[at + 2 :], "--recipe", recipe, "--dry-run")
+    small = resolve(*RUN, "--recipe", recipe)
+    assert [run.plan.stages[0].patch_size for run in (large, small)] == [run.options.stages.patch_size for run in (large, small)] == [4, 2]
+    assert any("--patch-size 4 by default for 369M parameters" in note for note in large.notes)
+    given = resolve(*RUN, "--recipe", recipe, "--patch-size", "4")
+    assert given.plan.stages[0].patch_size == 4 and not any("by default" in note for note in given.notes)
+    assert [stage.patch_size for stage in resolve(*RUN).plan.stages] == [1]
+
+
 @pytest.mark.parametrize(
     ("words", "reason"),
     [

@@ -35,7 +35,7 @@ def test_a_wrong_flag_stops_the_job_with_the_program_s_code(cluster, tmp_path, c
     job = submit(cluster, "many_nodes", tmp_path / "run", "--nodes=2", "--ntasks-per-node=1", config=config, corpus=corpus, TENSOR="3")
     fields = job.wait(60)
     assert (fields["JobState"], fields["ExitCode"], fields["Restarts"]) == ("FAILED", "2:0", "0"), job.text
-    assert job.text.count("ConfigError") == 1 and "submit it again" in job.text
+    assert job.text.count("What to do") == 1 and "rank 1 on " in job.text and "submit it again" in job.text
 
 
 def test_a_job_without_its_settings_says_which(cluster, tmp_path, config):

@@ -1,0 +1,38 @@
+"""What a run's size decides: the patch size where none is given, and whether patches are expected to pay at all.
+
+In: options, a plan, a model. Out: a default, and notes for people. What it rests on is in docs/replication.md.
+"""
+
+from __future__ import annotations
+
+from megatron_patch.config.options import Options, StageOptions
+from megatron_patch.config.stage_request import recipe_of
+from megatron_patch.model.flops import parameter_count
+from megatron_patch.model.shape import ModelShape
+from megatron_patch.stages import StagePlan
+from megatron_patch.units import format_count
+
+SMALL_MODEL, SHORT_RUN_TOKENS = 100_000_000, 10_000_000
+
+
+def needs_patch_size(options: StageOptions) -> bool:
+    """Whether a recipe of patches is asked for without their size."""
+    return options.patch_size is None and recipe_of(options) in ("patch-train", "token-superposition")
+
+
+def default_patch_size(shape: ModelShape) -> int:
+    """K of a recipe for a model: 2 for small ones, at whose scale it ended before larger K (docs/replication.md), else the papers' 4."""
+    return 2 if parameter_count(shape).total < SMALL_MODEL else 4
+
+
+def scale_notes(options: Options, plan: StagePlan, shape: ModelShape) -> list[str]:
+    """Says where patches are not expected to pay: short runs of small models ended behind token level wherever both were run."""
+    compute = plan.cost() * plan.tokens
+    patches = any(stage.patch_size > 1 for stage in plan.stages)
+    small = parameter_count(shape).total < SMALL_MODEL
+    if not patches or options.checkpoint.finetune or not small or compute >= SHORT_RUN_TOKENS:
+        return []
+    return [
+        f"compute for {format_count(compute)} tokens at token level: with less than {format_count(SHORT_RUN_TOKENS)}, small models ended "
+        "behind token level at equal cost (docs/replication.md)"
+    ]
