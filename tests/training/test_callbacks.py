@@ -137,7 +137,7 @@ def test_charts_that_cannot_be_written_are_tried_again_later(tmp_path, capsys):
         board.on_step(replace(STEP, step=step, tokens=100 * step))
         if "metrics.jsonl" in (error := capsys.readouterr().err):
             break
-    assert f"--tensorboard-dir {folder} cannot be written: " in error and "Not a directory" in error
+    assert f"--tensorboard-dir {folder} cannot be written: [Errno " in error
     for seconds in (59.0, 61.0, 150.0):
         step_at(seconds, 300_000)
     assert "cannot be written" not in capsys.readouterr().err, "said once"
