@@ -92,14 +92,16 @@ def _one_schedule(name: str, what: str, parts: Sequence[tuple[int, Fraction]], *
     return Arm(name, what, float(tokens_for_compute(parts)), (*words, "--lr-decay-style", "WSD"), baseline="token-wsd")
 
 
-def all_arms(lr: float, batch_tokens: int) -> tuple[Arm, ...]:
+def all_arms(lr: float, batch_tokens: int, budget: int) -> tuple[Arm, ...]:
     """Every arm, the main ones first.
 
     Args:
         lr: the study's highest learning rate, of which some arms take a multiple.
         batch_tokens: of a step at token level, of which an arm takes half.
+        budget: cost tokens, over half of which some arms let the learning rate decay.
     """
     two_thirds, three_tenths = Fraction(2, 3), Fraction(3, 10)
+    long_decay = "--lr-wsd-decay-tokens", str(budget // 2)
     return (
         Arm("token", "token level, all of the budget; cosine", 1.0, ("--recipe", "token-level"), None),
         Arm("token-wsd", "the same on a warm-up–stable–decay schedule", 1.0, ("--recipe", "token-level", "--lr-decay-style", "WSD"), None),
@@ -118,6 +120,21 @@ def all_arms(lr: float, batch_tokens: int) -> tuple[Arm, ...]:
         _superposition("superposition-k2", "token superposition with patches of 2", 2, three_tenths),
         _superposition(
             "superposition-k2-cosine", "superposition-k2 on one cosine", 2, three_tenths, "--lr-decay-style", "cosine", baseline="token"
+        ),
+        Arm(
+            "token-wsd-long",
+            "token-wsd, its decay over half of the budget",
+            1.0,
+            ("--recipe", "token-level", "--lr-decay-style", "WSD", *long_decay),
+            baseline="token-wsd",
+        ),
+        _superposition(
+            "superposition-k2-long",
+            "superposition-k2, its decay over half of the budget",
+            2,
+            three_tenths,
+            *long_decay,
+            baseline="token-wsd-long",
         ),
         _superposition("superposition-k2-r10", "superposition-k2 with patches for 0.1 of the compute", 2, Fraction(1, 10)),
         _superposition("superposition-k8", "token superposition with patches of 8", 8, three_tenths),
@@ -152,18 +169,19 @@ def all_arms(lr: float, batch_tokens: int) -> tuple[Arm, ...]:
     )
 
 
-def select_arms(names: Sequence[str], lr: float, batch_tokens: int) -> tuple[Arm, ...]:
+def select_arms(names: Sequence[str], lr: float, batch_tokens: int, budget: int) -> tuple[Arm, ...]:
     """Arms by their names, with the baselines that they need, in the study's order.
 
     Args:
         names: none of them stands for all arms.
         lr: as `all_arms`.
         batch_tokens: as `all_arms`.
+        budget: as `all_arms`.
 
     Raises:
         ConfigError: a name that is none.
     """
-    arms = {arm.name: arm for arm in all_arms(lr, batch_tokens)}
+    arms = {arm.name: arm for arm in all_arms(lr, batch_tokens, budget)}
     unknown = [name for name in names if name not in arms]
     if unknown:
         raise ConfigError(f"--arms {' '.join(unknown)}", ", ".join(arms), "take names from this list")
