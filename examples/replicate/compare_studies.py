@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Several studies as one table and one plot: what arms gain at equal cost, against how many tokens a parameter gets.
+"""Several studies as one table and one plot: what arms gain at equal cost, against the steps of the run.
 
 python examples/replicate/compare_studies.py runs/small-1M runs/small-3M runs/small --output runs/comparison
 """
@@ -24,7 +24,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder for comparison.md and comparison.png")
     parser.add_argument("--docs", type=Path, help="a Markdown file to put the table into, between <!-- comparison --> and its end")
     args = parser.parse_args(argv)
-    studies = sorted((read_study(folder) for folder in args.studies), key=lambda study: study.tokens_per_parameter)
+    studies = sorted((read_study(folder) for folder in args.studies), key=lambda study: (study.steps, study.budget))
     args.output.mkdir(parents=True, exist_ok=True)
     plot_comparison(args.output / "comparison.png", studies, COLOURS)
     text = comparison_markdown(studies, "comparison.png")

@@ -1,4 +1,4 @@
-"""Studies side by side: what arms gain at equal cost against the tokens a parameter gets. In: study.json files. Out: Markdown, a PNG."""
+"""Studies side by side: what arms gain at equal cost against the length of the run. In: study.json files. Out: Markdown, a PNG."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_patch.errors import DataError
-from megatron_patch.units import format_count
+from megatron_patch.units import format_count, parse_count
 
 # Of a full-cost reference; an arm of equal cost has half of it.
 _TWICE = 0.75
@@ -22,17 +22,19 @@ class StudySummary:
     Args:
         parameters: of its model.
         budget: cost tokens of an arm: what token level reads.
+        batch_tokens: of a step at token level.
         rows: by arm, as in study.json.
     """
 
     parameters: int
     budget: int
+    batch_tokens: int
     rows: Mapping[str, Mapping[str, Any]]
 
     @property
-    def tokens_per_parameter(self) -> float:
+    def steps(self) -> int:
         """Of token level."""
-        return self.budget / self.parameters
+        return -(-self.budget // self.batch_tokens)
 
 
 def read_study(folder: Path) -> StudySummary:
@@ -45,7 +47,8 @@ def read_study(folder: Path) -> StudySummary:
     if not path.is_file():
         raise DataError(f"{folder} holds no study.json", "folders written by examples/replicate/study.py", "run it with --status there")
     document = json.loads(path.read_text(encoding="utf-8"))
-    return StudySummary(document["parameters"], document["settings"]["budget"], {row["arm"]: row for row in document["rows"]})
+    settings, rows = document["settings"], {row["arm"]: row for row in document["rows"]}
+    return StudySummary(document["parameters"], settings["budget"], parse_count(settings["config"]["global-batch-tokens"]), rows)
 
 
 def _compared(studies: Sequence[StudySummary]) -> list[str]:
@@ -72,11 +75,12 @@ def comparison_markdown(studies: Sequence[StudySummary], plot: str) -> str:
     """
     arms = _compared(studies)
     heads = [
-        f"{format_count(study.parameters)} parameters, {format_count(study.budget)} tokens: {format_count(study.tokens_per_parameter)} each"
+        f"{format_count(study.parameters)} parameters, {format_count(study.budget)} tokens "
+        f"({format_count(study.budget / study.parameters)} each), {study.steps:,} steps"
         for study in studies
     ]
     lines = [
-        f"![held-out loss against the baseline's at equal cost, over tokens a parameter]({plot})",
+        f"![held-out loss against the baseline's at equal cost, over the steps of the run]({plot})",
         "",
         "| arm | " + " | ".join(heads) + " |",
         "| --- |" + " --- |" * len(studies),
@@ -93,7 +97,7 @@ def comparison_markdown(studies: Sequence[StudySummary], plot: str) -> str:
 
 
 def plot_comparison(path: Path, studies: Sequence[StudySummary], colours: Sequence[str]) -> None:
-    """Difference to the baseline against tokens a parameter, a line for each arm within a model size; bars are two standard errors.
+    """Difference to the baseline against the steps of token level, a line for each arm within a model size; bars are two standard errors.
 
     Args:
         path: the PNG.
@@ -112,11 +116,11 @@ def plot_comparison(path: Path, studies: Sequence[StudySummary], colours: Sequen
         for size, marker in zip(sizes, "osD^v<>ph", strict=False):
             of_size = sorted(
                 (study for study in studies if study.parameters == size and study.rows.get(arm, {}).get("difference") is not None),
-                key=lambda study: study.budget,
+                key=lambda study: study.steps,
             )
             if of_size:
                 axis.errorbar(
-                    [study.tokens_per_parameter for study in of_size],
+                    [study.steps for study in of_size],
                     [study.rows[arm]["difference"] for study in of_size],
                     yerr=[2 * (study.rows[arm]["error"] or 0.0) for study in of_size],
                     color=colour,
@@ -129,13 +133,13 @@ def plot_comparison(path: Path, studies: Sequence[StudySummary], colours: Sequen
     axis.axhline(0.0, color="#33373d", linewidth=1.2)
     axis.set_xscale("log")
     # As far apart as their labels are wide.
-    shown: list[float] = []
-    for place in sorted(study.tokens_per_parameter for study in studies):
+    shown: list[int] = []
+    for place in sorted(study.steps for study in studies):
         if not shown or place > 1.15 * shown[-1]:
             shown.append(place)
-    axis.set_xticks(shown, [format_count(round(place)) for place in shown])
+    axis.set_xticks(shown, [f"{place:,}" for place in shown])
     axis.set_xticks([], minor=True)
-    axis.set_xlabel("tokens a parameter that token level reads for the same compute")
+    axis.set_xlabel("steps that token level takes for the same compute")
     axis.set_ylabel("held-out loss above its baseline's (nats)")
     axis.grid(alpha=0.25, linewidth=0.6)
     axis.spines[["top", "right"]].set_visible(False)

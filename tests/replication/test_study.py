@@ -128,12 +128,12 @@ def test_a_switch_is_told_by_its_jump_and_by_when_it_is_level_again():
     assert read_switch(baseline) is None and read_switch(arm[:101]) is None
 
 
-def test_studies_stand_side_by_side_by_tokens_a_parameter(tmp_path, capsys):
-    arms = select_arms(["patch-k4"], 1e-3, 256, 100_000)
+def test_studies_stand_side_by_side_by_their_steps(tmp_path, capsys):
+    arms, settings = select_arms(["patch-k4"], 1e-3, 256, 100_000), {"config": {"global-batch-tokens": "1k"}}
     for name, budget, gap in (("long", 80_000, -0.05), ("short", 10_000, 0.2)):
         runs = [outcome("token", seed, 4.0 + seed) for seed in (1, 2)] + [outcome("patch-k4", seed, 4.0 + seed + gap) for seed in (1, 2)]
         (tmp_path / name).mkdir()
-        write_json(tmp_path / name / "study.json", summarise(arms, runs, budget), [], runs, {"budget": budget}, 1000)
+        write_json(tmp_path / name / "study.json", summarise(arms, runs, budget), [], runs, settings | {"budget": budget}, 1000)
     docs = tmp_path / "docs.md"
     docs.write_text("a\n<!-- comparison -->\n<!-- end of comparison -->\nb\n")
     compare = script("compare_studies")
@@ -141,7 +141,7 @@ def test_studies_stand_side_by_side_by_tokens_a_parameter(tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "| `patch-k4` | +0.200 ± 0.000 (n = 2) | -0.050 ± 0.000 (n = 2) |" in shown
     assert "lowest held-out loss of all arms** | `token`, 5.500 ± 0.707 (n = 2) | `patch-k4`, 5.450 ± 0.707 (n = 2) |" in shown
-    assert "1k parameters, 10k tokens: 10 each | 1k parameters, 80k tokens: 80 each |" in docs.read_text()
+    assert "1k parameters, 10k tokens (10 each), 10 steps | 1k parameters, 80k tokens (80 each), 80 steps |" in docs.read_text()
     assert (tmp_path / "comparison.png").stat().st_size > 5_000
     with pytest.raises(DataError, match=r"holds no study\.json"):
         compare(tmp_path, "--output", tmp_path / "out")
