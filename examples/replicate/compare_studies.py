@@ -26,7 +26,7 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     studies = sorted((read_study(folder) for folder in args.studies), key=lambda study: (study.steps, study.budget))
     args.output.mkdir(parents=True, exist_ok=True)
-    plot_comparison(args.output / "comparison.png", studies, COLOURS)
+    plot_comparison(args.output / "comparison.png", studies, COLOURS[2:] + COLOURS[:2])  # greys are the baselines' elsewhere
     text = comparison_markdown(studies, "comparison.png")
     write_durably(args.output / "comparison.md", text)
     if args.docs:

@@ -10,9 +10,8 @@ from megatron_patch.config.stage_request import recipe_of
 from megatron_patch.model.flops import parameter_count
 from megatron_patch.model.shape import ModelShape
 from megatron_patch.stages import StagePlan
-from megatron_patch.units import format_count
 
-SMALL_MODEL, SHORT_RUN_TOKENS = 100_000_000, 10_000_000
+SMALL_MODEL, SHORT_RUN_STEPS = 100_000_000, 5_000
 
 
 def needs_patch_size(options: StageOptions) -> bool:
@@ -27,12 +26,13 @@ def default_patch_size(shape: ModelShape) -> int:
 
 def scale_notes(options: Options, plan: StagePlan, shape: ModelShape) -> list[str]:
     """Says where patches are not expected to pay: short runs of small models ended behind token level wherever both were run."""
-    compute = plan.cost() * plan.tokens
     patches = any(stage.patch_size > 1 for stage in plan.stages)
+    finest = min(plan.stages, key=lambda stage: stage.patch_size)
+    steps = plan.cost() * plan.tokens / finest.tokens_per_step
     small = parameter_count(shape).total < SMALL_MODEL
-    if not patches or options.checkpoint.finetune or not small or compute >= SHORT_RUN_TOKENS:
+    if not patches or options.checkpoint.finetune or not small or steps >= SHORT_RUN_STEPS:
         return []
     return [
-        f"compute for {format_count(compute)} tokens at token level: with less than {format_count(SHORT_RUN_TOKENS)}, small models ended "
-        "behind token level at equal cost (docs/replication.md)"
+        f"compute for {steps:,.0f} steps at token level: with fewer than {SHORT_RUN_STEPS:,}, small models ended behind token level at "
+        "equal cost (docs/replication.md)"
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,8 +12,8 @@ from typing import Any
 from megatron_patch.errors import DataError
 from megatron_patch.units import format_count, parse_count
 
-# Of a full-cost reference; an arm of equal cost has half of it.
-_TWICE = 0.75
+_EQUAL = 0.5
+"""What an arm of equal cost spends, of the full-cost reference."""
 
 
 @dataclass(frozen=True)
@@ -52,14 +53,19 @@ def read_study(folder: Path) -> StudySummary:
 
 
 def _compared(studies: Sequence[StudySummary]) -> list[str]:
-    """Arms with a difference in two studies or more (of one, in that one), in the order of the first that has them."""
-    arms = dict.fromkeys(arm for study in studies for arm, row in study.rows.items() if row["difference"] is not None)
-    return [arm for arm in arms if sum(study.rows.get(arm, {}).get("difference") is not None for study in studies) >= min(2, len(studies))]
+    """Arms of patches with a difference in two studies or more (of one, in that one), in the order of the first that has them."""
+    found = [arm for study in studies for arm, row in study.rows.items() if row["difference"] is not None and _reads_patches(study, row)]
+    return [arm for arm in dict.fromkeys(found) if found.count(arm) >= min(2, len(studies))]
+
+
+def _reads_patches(study: StudySummary, row: Mapping[str, Any]) -> bool:
+    """Whether an arm reads more tokens than token level does for its cost."""
+    return bool(row["tokens"] > 1.01 * study.budget * row["cost"] / _EQUAL)
 
 
 def _winner(study: StudySummary) -> str:
     """The arm of equal cost that ends lowest, with its loss."""
-    row = min((row for row in study.rows.values() if row["cost"] < _TWICE), key=lambda row: row["loss"], default=None)
+    row = min((row for row in study.rows.values() if row["cost"] < 1.5 * _EQUAL), key=lambda row: row["loss"], default=None)
     if row is None:
         return ""
     spread = "" if row["spread"] is None else f" ± {row['spread']:.3f}"
@@ -108,12 +114,13 @@ def plot_comparison(path: Path, studies: Sequence[StudySummary], colours: Sequen
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.lines import Line2D
 
-    figure, axis = plt.subplots(figsize=(9.0, 5.0), layout="constrained")
-    sizes = sorted({study.parameters for study in studies})
-    for number, arm in enumerate(_compared(studies)):
-        colour = colours[number % len(colours)]
-        for size, marker in zip(sizes, "osD^v<>ph", strict=False):
+    figure, axis = plt.subplots(figsize=(9.0, 4.6), layout="constrained")
+    arms = dict(zip(_compared(studies), itertools.cycle(colours), strict=False))
+    sizes = dict(zip(sorted({study.parameters for study in studies}), itertools.cycle("osD^v<>ph"), strict=False))
+    for arm, colour in arms.items():
+        for size, marker in sizes.items():
             of_size = sorted(
                 (study for study in studies if study.parameters == size and study.rows.get(arm, {}).get("difference") is not None),
                 key=lambda study: study.steps,
@@ -128,14 +135,13 @@ def plot_comparison(path: Path, studies: Sequence[StudySummary], colours: Sequen
                     markersize=5,
                     linewidth=1.4,
                     capsize=3,
-                    label=f"{arm}, {format_count(size)} parameters",
                 )
     axis.axhline(0.0, color="#33373d", linewidth=1.2)
     axis.set_xscale("log")
     # As far apart as their labels are wide.
     shown: list[int] = []
     for place in sorted(study.steps for study in studies):
-        if not shown or place > 1.15 * shown[-1]:
+        if not shown or place > 1.25 * shown[-1]:
             shown.append(place)
     axis.set_xticks(shown, [f"{place:,}" for place in shown])
     axis.set_xticks([], minor=True)
@@ -143,7 +149,12 @@ def plot_comparison(path: Path, studies: Sequence[StudySummary], colours: Sequen
     axis.set_ylabel("held-out loss above its baseline's (nats)")
     axis.grid(alpha=0.25, linewidth=0.6)
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False, fontsize=8.5, loc="upper right")
+    handles = [Line2D([], [], color=colour, linewidth=2.0, label=arm) for arm, colour in arms.items()]
+    handles += [
+        Line2D([], [], color="#33373d", marker=marker, markersize=5, linestyle="", label=f"{format_count(size)} parameters")
+        for size, marker in sizes.items()
+    ]
+    figure.legend(handles=handles, frameon=False, fontsize=8.5, loc="outside right center")
     figure.suptitle("Patches against token level at equal cost: below the line they win", fontsize=11)
     figure.savefig(path, dpi=130)
     plt.close(figure)
