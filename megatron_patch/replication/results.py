@@ -232,7 +232,17 @@ def write_json(
 
 
 COLOURS = ("#33373d", "#8b8f96", "#2563b8", "#16875f", "#d2512f", "#8b53c4", "#b9850b", "#0d8a9e", "#c03e79")
-_MAIN = ("token", "token-wsd", "patch-k4", "patch-k2", "superposition-k2", "superposition-k3", "stairs-4-2-1", "token-full")
+_MAIN = (
+    "token",
+    "token-wsd",
+    "patch-k4",
+    "patch-k2",
+    "superposition-k2",
+    "superposition-k2-long",
+    "superposition-k3",
+    "stairs-4-2-1",
+    "token-full",
+)
 
 
 def plot_study(path: Path, arms: Sequence[Arm], outcomes: Sequence[Outcome], budget: int, title: str) -> None:
