@@ -200,6 +200,11 @@ class StagePlan:
                 )
 
     @property
+    def finest(self) -> Stage:
+        """The first stage with the smallest patches: in most plans its token level."""
+        return min(self.stages, key=lambda stage: stage.patch_size)
+
+    @property
     def lookahead_tokens(self) -> int:
         """How far past the last block labels may be looked for; the same for all usual plans, so that they cut a corpus alike."""
         return max(LOOKAHEAD_TOKENS, *(stage.patch_size for stage in self.stages))

@@ -121,10 +121,11 @@ def run_all(home: Path, commands: Sequence[str]) -> None:
 @pytest.mark.timeout(900)
 def test_every_command_of_a_tool_runs_as_it_is_written(reader):
     prepare(reader)
-    studies = [line for line in lines() if "examples/replicate/" in line and "plan.py" not in line]
-    others = [line for line in lines() if line not in studies]
+    commands = lines()
+    studies = [line for line in commands if "examples/replicate/" in line and "plan.py" not in line]
+    others = [line for line in commands if line not in studies]
     with ThreadPoolExecutor(2) as pool:
-        for lane in [pool.submit(run_all, reader, commands) for commands in (studies, others)]:
+        for lane in [pool.submit(run_all, reader, part) for part in (studies, others)]:
             lane.result()
     assert (reader / "report.html").is_file() and (reader / "sensitivity.png").is_file()
     assert (reader / "exported" / "config.json").is_file() and (reader / "web_text_document.bin").is_file()

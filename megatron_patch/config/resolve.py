@@ -218,8 +218,10 @@ def resolve(parsed: Parsed, ranks: int) -> RunConfig:
     vocab_size = _vocab_size(options, info, notes)
     if needs_patch_size(options.stages):
         shape = build_shape(options.model, vocab_size, options.stages.seq_length, options.engine.tensor_model_parallel_size)
-        options = replace(options, stages=replace(options.stages, patch_size=default_patch_size(shape)))
-        notes.append(f"--patch-size {options.stages.patch_size} by default for {format_count(parameter_count(shape).total)} parameters")
+        parameters = parameter_count(shape).total
+        patch_size = default_patch_size(parameters)
+        options = replace(options, stages=replace(options.stages, patch_size=patch_size))
+        notes.append(f"--patch-size {patch_size} by default for {format_count(parameters)} parameters")
     plan = build_plan(options.stages, options.schedule, data_parallel_size)
     notes.extend(_batch_notes(options, plan, data_parallel_size))
     shape = build_shape(
@@ -229,7 +231,7 @@ def resolve(parsed: Parsed, ranks: int) -> RunConfig:
         options.engine.tensor_model_parallel_size,
     )
     check_plan(options, plan)
-    notes.extend(scale_notes(options, plan, shape))
+    notes.extend(scale_notes(options, plan, parameter_count(shape).total))
     run = RunConfig(options, parsed.origins, shape, plan, blend, valid_blend, info, data_parallel_size, tuple(notes))
     check_documents(options.data, run.eod_id, shape.vocab_size)
     _ = run.pipeline_boundaries, run.epoch_limits  # more stages than layers, and limits of what is not read, are refused here
@@ -249,7 +251,7 @@ def _batch_notes(options: Options, plan: StagePlan, data_parallel_size: int) -> 
     asked = options.stages.global_batch_tokens
     if asked is not None:
         largest = max(plan.stages, key=lambda stage: stage.micro_batch_size * stage.sample_tokens)
-        finest = min(plan.stages, key=lambda stage: stage.patch_size)
+        finest = plan.finest
         # Patches alone may hold the tokens of a step or its positions; at K = 1 both are the same.
         taken = min((finest.tokens_per_step, finest.positions_per_step), key=lambda count: abs(count - asked))
         # Other rates fit a step much larger or smaller.

@@ -1,14 +1,12 @@
 """What a run's size decides: the patch size where none is given, and whether patches are expected to pay at all.
 
-In: options, a plan, a model. Out: a default, and notes for people. What it rests on is in docs/replication.md.
+In: options, a plan, the number of a model's parameters. Out: a default, and notes for people. What it rests on is in docs/replication.md.
 """
 
 from __future__ import annotations
 
 from megatron_patch.config.options import Options, StageOptions
 from megatron_patch.config.stage_request import recipe_of
-from megatron_patch.model.flops import parameter_count
-from megatron_patch.model.shape import ModelShape
 from megatron_patch.stages import StagePlan
 
 SMALL_MODEL, SHORT_RUN_STEPS = 100_000_000, 5_000
@@ -19,18 +17,16 @@ def needs_patch_size(options: StageOptions) -> bool:
     return options.patch_size is None and recipe_of(options) in ("patch-train", "token-superposition")
 
 
-def default_patch_size(shape: ModelShape) -> int:
+def default_patch_size(parameters: int) -> int:
     """K of a recipe for a model: 2 for small ones, at whose scale it ended before larger K (docs/replication.md), else the papers' 4."""
-    return 2 if parameter_count(shape).total < SMALL_MODEL else 4
+    return 2 if parameters < SMALL_MODEL else 4
 
 
-def scale_notes(options: Options, plan: StagePlan, shape: ModelShape) -> list[str]:
+def scale_notes(options: Options, plan: StagePlan, parameters: int) -> list[str]:
     """Says where patches are not expected to pay: short runs of small models ended behind token level wherever both were run."""
     patches = any(stage.patch_size > 1 for stage in plan.stages)
-    finest = min(plan.stages, key=lambda stage: stage.patch_size)
-    steps = plan.cost() * plan.tokens / finest.tokens_per_step
-    small = parameter_count(shape).total < SMALL_MODEL
-    if not patches or options.checkpoint.finetune or not small or steps >= SHORT_RUN_STEPS:
+    steps = plan.cost() * plan.tokens / plan.finest.tokens_per_step
+    if not patches or options.checkpoint.finetune or parameters >= SMALL_MODEL or steps >= SHORT_RUN_STEPS:
         return []
     return [
         f"compute for {steps:,.0f} steps at token level: with fewer than {SHORT_RUN_STEPS:,}, small models ended behind token level at "

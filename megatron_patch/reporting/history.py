@@ -14,25 +14,10 @@ from typing import Any
 
 from megatron_patch.checkpoint_files import STATE, checkpoints
 from megatron_patch.errors import DataError
+from megatron_patch.training.callbacks.base import MEASURES
 from megatron_patch.training.callbacks.metrics import read_metrics
 
-STEP_COLUMNS = (
-    "step",
-    "stage_index",
-    "patch_size",
-    "tokens",
-    "cost_tokens",
-    "loss",
-    "lr",
-    "grad_norm",
-    "tokens_per_second",
-    "positions_per_second",
-    "tflops",
-    "mfu",
-    "memory_gib",
-    "data_seconds",
-    "step_seconds",
-)
+STEP_COLUMNS = ("step", "stage_index", "patch_size", "tokens", "cost_tokens", "loss", *MEASURES)
 EVALUATION_COLUMNS = ("step", "stage_index", "patch_size", "tokens", "cost_tokens", "token_loss", "patch_loss", "eval_tokens")
 MOST_POINTS = 5_000
 """Steps of a run that a report shows; of a longer run it shows every n-th."""

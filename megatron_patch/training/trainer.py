@@ -36,6 +36,7 @@ from megatron_patch.training.callbacks.base import EvaluationRecord, Event, RunE
 from megatron_patch.training.consistency import check_batches, check_programs, check_weights, replay
 from megatron_patch.training.corpus import open_data, sample_tokenizer
 from megatron_patch.training.data_wait import DataWait
+from megatron_patch.training.device import device_name, memory_gib
 from megatron_patch.training.dry_run import print_plan
 from megatron_patch.training.held_out import Stopped, held_out_losses
 from megatron_patch.training.lr_schedule import schedule_of
@@ -398,17 +399,3 @@ class Trainer:
     def _tell(self, text: str) -> None:
         for callback in self.callbacks:
             callback.on_message(text)
-
-
-def device_name(device: torch.device) -> str:
-    """What the device is called: the GPU's name, or "cpu"."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-
-
-def memory_gib(device: torch.device) -> float:
-    """Highest memory of this rank so far: the allocator's on a GPU, the process' resident set on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

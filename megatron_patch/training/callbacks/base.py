@@ -44,6 +44,20 @@ class RunStart:
     whole_cost: float
 
 
+MEASURES = (
+    "lr",
+    "grad_norm",
+    "tokens_per_second",
+    "positions_per_second",
+    "tflops",
+    "mfu",
+    "memory_gib",
+    "data_seconds",
+    "step_seconds",
+)
+"""What a step record says of its step beside losses, tokens and cost: the names that files, charts and reports share."""
+
+
 @dataclass(frozen=True)
 class StepRecord:
     """One optimizer step.

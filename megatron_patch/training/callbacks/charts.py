@@ -11,23 +11,10 @@ from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from megatron_patch.errors import ConfigError
-from megatron_patch.training.callbacks.base import Callback, EvaluationRecord, RunStart, StepRecord
+from megatron_patch.training.callbacks.base import MEASURES, Callback, EvaluationRecord, RunStart, StepRecord
 from megatron_patch.training.endings import say
 
-STEP_VALUES = (
-    "lr",
-    "grad_norm",
-    "tokens_per_second",
-    "positions_per_second",
-    "tflops",
-    "mfu",
-    "memory_gib",
-    "data_seconds",
-    "step_seconds",
-    "cost",
-    "cost_tokens",
-    "patch_size",
-)
+_STEP_VALUES = (*MEASURES, "cost", "cost_tokens", "patch_size")
 _FIRST_PAUSE = 60.0
 
 
@@ -41,7 +28,7 @@ def named_values(record: StepRecord | EvaluationRecord) -> dict[str, float]:
         if record.patch_size > 1:
             values["eval/patch_loss"] = record.patch_loss
         return values
-    pairs = ((name, getattr(record, name)) for name in STEP_VALUES)
+    pairs = ((name, getattr(record, name)) for name in _STEP_VALUES)
     loss = "train/token_loss" if record.patch_size == 1 else "train/patch_loss"
     return {loss: record.loss, **{f"train/{name}": float(value) for name, value in pairs if value is not None}}
 
