@@ -79,7 +79,7 @@ class Study:
                 "see examples/replicate/study_cpu.yaml",
             )
         self.budget = parse_count(args.budget or values["train-tokens"])
-        scale = float(values["lr"]), parse_count(values["global-batch-tokens"]), self.budget
+        scale = float(values["lr"]), parse_count(values["global-batch-tokens"])
         self.arms, self.all_arms = select_arms(args.arms, *scale), select_arms([], *scale)
         self.seeds = list(range(1, args.seeds + 1))
         self.settings: dict[str, Any] = {

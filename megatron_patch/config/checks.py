@@ -105,8 +105,14 @@ def check_options(options: Options) -> None:
 
 
 def _check_optimizer(options: Options) -> None:
+    schedule = options.schedule
+    if schedule.lr_wsd_decay_fraction is not None:
+        if not 0.0 < schedule.lr_wsd_decay_fraction <= 1.0:
+            raise ConfigError(_given("lr_wsd_decay_fraction", schedule.lr_wsd_decay_fraction), "a share above 0 and up to 1")
+        if schedule.lr_wsd_decay_tokens:
+            raise ConfigError("--lr-wsd-decay-tokens and --lr-wsd-decay-fraction", "one of them", "remove one")
     for name in ("adam_beta1", "adam_beta2"):
-        value = getattr(options.schedule, name)
+        value = getattr(schedule, name)
         if not 0.0 <= value < 1.0:
             raise ConfigError(_given(name, value), "numbers from 0 to below 1", "give another, or leave it out")
 

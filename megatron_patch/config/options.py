@@ -169,7 +169,9 @@ class ScheduleOptions:
     lr_decay_tokens: OptionalCount = None
     """Tokens after which --min-lr is reached; by default the schedule's end."""
     lr_wsd_decay_tokens: OptionalCount = None
-    """Tokens of the final decay of WSD; by default a tenth of the last stage's share of steps."""
+    """Tokens of the final decay of WSD."""
+    lr_wsd_decay_fraction: float | None = None
+    """The same as a share of the schedule's steps; by default 0.1, for models below 100M parameters 0.5 (docs/replication.md)."""
     lr_wsd_decay_style: WsdDecayStyle = "linear"
     """Form of that decay."""
     optimizer: Literal["adamw"] = "adamw"

@@ -13,7 +13,7 @@ from typing import Any
 from megatron_patch.config.checks import check_documents, check_numbers, check_options, check_parallel, check_plan
 from megatron_patch.config.options import ModelOptions, Options
 from megatron_patch.config.parsing import Parsed, option_values, parse
-from megatron_patch.config.scale import default_patch_size, needs_patch_size, scale_notes
+from megatron_patch.config.scale import default_decay_fraction, default_patch_size, needs_patch_size, scale_notes
 from megatron_patch.config.stage_plan import build_plan
 from megatron_patch.config.stage_request import parse_blend, parse_epoch_limits
 from megatron_patch.data.prefixes import expand_prefixes
@@ -216,22 +216,23 @@ def resolve(parsed: Parsed, ranks: int) -> RunConfig:
         raise ConfigError("no data", "--data-path PREFIX", "make a dataset with tools/preprocess_data.py")
     info = read_info(expand_prefixes(blend[0][0])[0]) if blend else None
     vocab_size = _vocab_size(options, info, notes)
+    # No stage has longer samples than evaluation, which reads single tokens.
+    shape = build_shape(options.model, vocab_size, options.stages.seq_length, options.engine.tensor_model_parallel_size)
+    parameters = parameter_count(shape).total
+    by_scale = []
     if needs_patch_size(options.stages):
-        shape = build_shape(options.model, vocab_size, options.stages.seq_length, options.engine.tensor_model_parallel_size)
-        parameters = parameter_count(shape).total
-        patch_size = default_patch_size(parameters)
-        options = replace(options, stages=replace(options.stages, patch_size=patch_size))
-        notes.append(f"--patch-size {patch_size} by default for {format_count(parameters)} parameters")
-    plan = build_plan(options.stages, options.schedule, data_parallel_size)
+        options = replace(options, stages=replace(options.stages, patch_size=default_patch_size(parameters)))
+        by_scale.append(f"--patch-size {options.stages.patch_size}")
+    decay_fraction = default_decay_fraction(parameters)
+    plan = build_plan(options.stages, options.schedule, data_parallel_size, decay_fraction)
+    schedule = options.schedule
+    if any(stage.lr.style == "WSD" for stage in plan.stages) and not (schedule.lr_wsd_decay_tokens or schedule.lr_wsd_decay_fraction):
+        by_scale.append(f"--lr-wsd-decay-fraction {decay_fraction}")
+    if by_scale:
+        notes.append(f"{' and '.join(by_scale)} by default for {format_count(parameters)} parameters")
     notes.extend(_batch_notes(options, plan, data_parallel_size))
-    shape = build_shape(
-        options.model,
-        vocab_size,
-        max(stage.positions for stage in plan.stages),
-        options.engine.tensor_model_parallel_size,
-    )
     check_plan(options, plan)
-    notes.extend(scale_notes(options, plan, parameter_count(shape).total))
+    notes.extend(scale_notes(options, plan, parameters))
     run = RunConfig(options, parsed.origins, shape, plan, blend, valid_blend, info, data_parallel_size, tuple(notes))
     check_documents(options.data, run.eod_id, shape.vocab_size)
     _ = run.pipeline_boundaries, run.epoch_limits  # more stages than layers, and limits of what is not read, are refused here

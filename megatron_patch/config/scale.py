@@ -1,11 +1,12 @@
-"""What a run's size decides: the patch size where none is given, and whether patches are expected to pay at all.
+"""What a run's size decides: patch size and final decay where none is given, and whether patches are expected to pay at all.
 
-In: options, a plan, the number of a model's parameters. Out: a default, and notes for people. What it rests on is in docs/replication.md.
+In: options, a plan, the number of a model's parameters. Out: defaults, and notes for people. What it rests on is in docs/replication.md.
 """
 
 from __future__ import annotations
 
 from megatron_patch.config.options import Options, StageOptions
+from megatron_patch.config.stage_plan import PUBLISHED_DECAY_FRACTION
 from megatron_patch.config.stage_request import recipe_of
 from megatron_patch.stages import StagePlan
 
@@ -20,6 +21,11 @@ def needs_patch_size(options: StageOptions) -> bool:
 def default_patch_size(parameters: int) -> int:
     """K of a recipe for a model: 2 for small ones, at whose scale it ended before larger K (docs/replication.md), else the papers' 4."""
     return 2 if parameters < SMALL_MODEL else 4
+
+
+def default_decay_fraction(parameters: int) -> float:
+    """Share of the steps over which WSD decays: half for small models, which ended lower so (docs/replication.md), else a tenth."""
+    return 0.5 if parameters < SMALL_MODEL else PUBLISHED_DECAY_FRACTION
 
 
 def scale_notes(options: Options, plan: StagePlan, parameters: int) -> list[str]:

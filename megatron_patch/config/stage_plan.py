@@ -18,6 +18,9 @@ from megatron_patch.errors import ConfigError
 from megatron_patch.stages import LrPolicy, LrShape, Stage, StagePlan, position_weights
 from megatron_patch.units import format_count
 
+PUBLISHED_DECAY_FRACTION = 0.1
+"""Share of the steps over which WSD decays in arXiv 2605.06546."""
+
 
 @dataclass(frozen=True)
 class _Geometry:
@@ -174,13 +177,16 @@ def _amounts(geometries: Sequence[_Geometry], batches: Sequence[int], options: S
     return result
 
 
-def build_plan(options: StageOptions, schedule: ScheduleOptions, data_parallel_size: int) -> StagePlan:
+def build_plan(
+    options: StageOptions, schedule: ScheduleOptions, data_parallel_size: int, decay_fraction: float = PUBLISHED_DECAY_FRACTION
+) -> StagePlan:
     """Resolves stage options to a plan.
 
     Args:
         options: what to read.
         schedule: learning rates, where a stage does not give its own.
         data_parallel_size: ranks that share a global batch.
+        decay_fraction: share of a schedule's steps over which WSD decays where neither a share nor tokens are given.
 
     Raises:
         ConfigError: anything that cannot be planned; the message names the flag or the stage.
@@ -208,7 +214,7 @@ def build_plan(options: StageOptions, schedule: ScheduleOptions, data_parallel_s
     names = [stage.name for stage in stages]
     if len(set(names)) < len(names):
         stages = [dataclasses.replace(stage, name=f"{number}-{stage.name}") for number, stage in enumerate(stages, start=1)]
-    return StagePlan(_with_schedules(stages, options, schedule, recipe), block)
+    return StagePlan(_with_schedules(stages, schedule, recipe, decay_fraction), block)
 
 
 def _stage(geometry: _Geometry, batch: int, steps: int, options: StageOptions, schedule: ScheduleOptions, first: bool) -> Stage:
@@ -270,7 +276,7 @@ def _lr_shape(request: StageRequest, schedule: ScheduleOptions) -> LrShape:
     )
 
 
-def _with_schedules(stages: Sequence[Stage], options: StageOptions, schedule: ScheduleOptions, recipe: str) -> tuple[Stage, ...]:
+def _with_schedules(stages: Sequence[Stage], schedule: ScheduleOptions, recipe: str, decay_fraction: float) -> tuple[Stage, ...]:
     """Fills in what depends on the length of a schedule: the style of the recipe, warm-up by share, the length of WSD's decay."""
     result = []
     for index, stage in enumerate(stages):
@@ -287,10 +293,8 @@ def _with_schedules(stages: Sequence[Stage], options: StageOptions, schedule: Sc
                     raise ConfigError(f"--lr-warmup-fraction {schedule.lr_warmup_fraction}", "a share from 0 to below 1")
                 shape = dataclasses.replace(shape, warmup_tokens=round(tokens * schedule.lr_warmup_fraction))
             if shape.style == "WSD" and shape.wsd_decay_tokens == 0:
-                # The published schedule decays over the last tenth of the steps, all of them in the last stage.
-                last = covered[-1]
-                decay = min(last.tokens, math.ceil(sum(other.steps for other in covered) / 10) * last.tokens_per_step)
-                shape = dataclasses.replace(shape, wsd_decay_tokens=decay)
+                share = decay_fraction if schedule.lr_wsd_decay_fraction is None else schedule.lr_wsd_decay_fraction
+                shape = dataclasses.replace(shape, wsd_decay_tokens=_tokens_of_last_steps(covered, share))
             _check_lr(stage, shape, tokens)
         rewarm = stage.rewarm_tokens
         if stage.lr_policy == "rewarm" and rewarm == 0:
@@ -303,6 +307,17 @@ def _with_schedules(stages: Sequence[Stage], options: StageOptions, schedule: Sc
                 )
         result.append(dataclasses.replace(stage, lr=shape, rewarm_tokens=rewarm))
     return tuple(result)
+
+
+def _tokens_of_last_steps(stages: Sequence[Stage], share: float) -> int:
+    """Tokens of the last share of the steps of stages that follow each other."""
+    # The share as it is written, as 0.1 of 30 steps in floating point would be more than three.
+    left, tokens = math.ceil(sum(stage.steps for stage in stages) * Fraction(str(share))), 0
+    for stage in reversed(stages):
+        taken = min(left, stage.steps)
+        tokens += taken * stage.tokens_per_step
+        left -= taken
+    return tokens
 
 
 def _check_lr(stage: Stage, shape: LrShape, tokens: int) -> None:

@@ -50,13 +50,18 @@ def tokens_for_compute(parts: Sequence[tuple[int, Fraction]]) -> Fraction:
     return sum((share * patch_size for patch_size, share in parts), Fraction(0)) + 1 - sum(share for _, share in parts)
 
 
+TOKEN_LEVEL, WSD = ("--recipe", "token-level"), ("--lr-decay-style", "WSD")
+TENTH, HALF = ("--lr-wsd-decay-fraction", "0.1"), ("--lr-wsd-decay-fraction", "0.5")
+"""How long the final decay of warm-up–stable–decay is: as the papers have it, and long."""
+
+
 def _stages(*stages: dict[str, Any]) -> tuple[str, str]:
     return "--stages", json.dumps(stages, separators=(",", ":"))
 
 
 def _token_level(name: str, what: str, *flags: str) -> Arm:
     """Token level with a knob turned, to see that the baseline is not a weak one."""
-    return Arm(name, what, 1.0, ("--recipe", "token-level", *flags), baseline="token")
+    return Arm(name, what, 1.0, (*TOKEN_LEVEL, *flags), baseline="token")
 
 
 def _patch_train(name: str, what: str, patch_size: int, share: Fraction, **token_stage: Any) -> Arm:
@@ -71,9 +76,12 @@ def _patch_train(name: str, what: str, patch_size: int, share: Fraction, **token
     )
 
 
-def _superposition(name: str, what: str, patch_size: int, share: Fraction, *more: str, baseline: str = "token-wsd") -> Arm:
+def _superposition(
+    name: str, what: str, patch_size: int, share: Fraction, *more: str, decay: tuple[str, ...] = TENTH, baseline: str = "token-wsd"
+) -> Arm:
     """Token superposition's recipe."""
-    flags = ("--recipe", "token-superposition", "--patch-size", str(patch_size), "--patch-compute-share", str(float(share)), *more)
+    sizes = ("--patch-size", str(patch_size), "--patch-compute-share", str(float(share)))
+    flags = ("--recipe", "token-superposition", *sizes, *decay, *more)
     return Arm(name, what, float(tokens_for_compute([(patch_size, share)])), flags, baseline)
 
 
@@ -89,22 +97,20 @@ def _one_schedule(name: str, what: str, parts: Sequence[tuple[int, Fraction]], *
     stages[0]["lr_policy"] = "restart"
     stages.append({"name": "token", "patch_size": 1, "lr_policy": "continue", **token_stage})
     words = _stages(*({**stage, "batch": "constant-positions"} for stage in stages))
-    return Arm(name, what, float(tokens_for_compute(parts)), (*words, "--lr-decay-style", "WSD"), baseline="token-wsd")
+    return Arm(name, what, float(tokens_for_compute(parts)), (*words, *WSD, *TENTH), baseline="token-wsd")
 
 
-def all_arms(lr: float, batch_tokens: int, budget: int) -> tuple[Arm, ...]:
+def all_arms(lr: float, batch_tokens: int) -> tuple[Arm, ...]:
     """Every arm, the main ones first.
 
     Args:
         lr: the study's highest learning rate, of which some arms take a multiple.
         batch_tokens: of a step at token level, of which an arm takes half.
-        budget: cost tokens, over half of which some arms let the learning rate decay.
     """
     two_thirds, three_tenths = Fraction(2, 3), Fraction(3, 10)
-    long_decay = "--lr-wsd-decay-tokens", str(budget // 2)
     return (
-        Arm("token", "token level, all of the budget; cosine", 1.0, ("--recipe", "token-level"), None),
-        Arm("token-wsd", "the same on a warm-up–stable–decay schedule", 1.0, ("--recipe", "token-level", "--lr-decay-style", "WSD"), None),
+        Arm("token", "token level, all of the budget; cosine", 1.0, TOKEN_LEVEL, None),
+        Arm("token-wsd", "the same on a warm-up–stable–decay schedule", 1.0, (*TOKEN_LEVEL, *WSD, *TENTH), None),
         _patch_train("patch-k4", "patch-train: patches of 4 over 2/3 of the tokens, then tokens; lr and optimizer afresh", 4, two_thirds),
         _patch_train("patch-k2", "the same with patches of 2", 2, two_thirds),
         _superposition("superposition-k3", "token superposition: patches of 3 for 0.3 of the compute; optimizer kept", 3, three_tenths),
@@ -113,19 +119,24 @@ def all_arms(lr: float, batch_tokens: int, budget: int) -> tuple[Arm, ...]:
             "patches of 4, then of 2 (0.15 of the compute each), then tokens; one schedule, optimizer kept",
             [(4, Fraction(15, 100)), (2, Fraction(15, 100))],
         ),
-        Arm("token-full", "token level at twice the budget: what full cost reaches", 1.0, ("--recipe", "token-level"), None, cost=2.0),
+        Arm("token-full", "token level at twice the budget: what full cost reaches", 1.0, TOKEN_LEVEL, None, cost=2.0),
         _token_level("token-lr-half", "token, half the learning rate", "--lr", str(lr / 2)),
         _token_level("token-lr-double", "token, twice the learning rate", "--lr", str(lr * 2)),
         _token_level("token-batch-half", "token, steps of half the tokens, twice as many", "--global-batch-tokens", str(batch_tokens // 2)),
         _superposition("superposition-k2", "token superposition with patches of 2", 2, three_tenths),
         _superposition(
-            "superposition-k2-cosine", "superposition-k2 on one cosine", 2, three_tenths, "--lr-decay-style", "cosine", baseline="token"
+            "superposition-k2-cosine",
+            "superposition-k2 on one cosine",
+            2,
+            three_tenths,
+            decay=("--lr-decay-style", "cosine"),
+            baseline="token",
         ),
         Arm(
             "token-wsd-long",
             "token-wsd, its decay over half of the budget",
             1.0,
-            ("--recipe", "token-level", "--lr-decay-style", "WSD", *long_decay),
+            (*TOKEN_LEVEL, *WSD, *HALF),
             baseline="token-wsd",
         ),
         _superposition(
@@ -133,7 +144,7 @@ def all_arms(lr: float, batch_tokens: int, budget: int) -> tuple[Arm, ...]:
             "superposition-k2, its decay over half of the budget",
             2,
             three_tenths,
-            *long_decay,
+            decay=HALF,
             baseline="token-wsd-long",
         ),
         _superposition("superposition-k2-r10", "superposition-k2 with patches for 0.1 of the compute", 2, Fraction(1, 10)),
@@ -169,19 +180,18 @@ def all_arms(lr: float, batch_tokens: int, budget: int) -> tuple[Arm, ...]:
     )
 
 
-def select_arms(names: Sequence[str], lr: float, batch_tokens: int, budget: int) -> tuple[Arm, ...]:
+def select_arms(names: Sequence[str], lr: float, batch_tokens: int) -> tuple[Arm, ...]:
     """Arms by their names, with the baselines that they need, in the study's order.
 
     Args:
         names: none of them stands for all arms.
         lr: as `all_arms`.
         batch_tokens: as `all_arms`.
-        budget: as `all_arms`.
 
     Raises:
         ConfigError: a name that is none.
     """
-    arms = {arm.name: arm for arm in all_arms(lr, batch_tokens, budget)}
+    arms = {arm.name: arm for arm in all_arms(lr, batch_tokens)}
     unknown = [name for name in names if name not in arms]
     if unknown:
         raise ConfigError(f"--arms {' '.join(unknown)}", ", ".join(arms), "take names from this list")

@@ -138,10 +138,39 @@ def test_a_recipe_without_a_patch_size_takes_one_for_the_model(recipe):
     large = resolve(*PAPER[:at], *PAPER[at + 2 :], "--recipe", recipe, "--dry-run")
     small = resolve(*RUN, "--recipe", recipe)
     assert [run.plan.stages[0].patch_size for run in (large, small)] == [run.options.stages.patch_size for run in (large, small)] == [4, 2]
-    assert any("--patch-size 4 by default for 369M parameters" in note for note in large.notes)
+    assert any(note.startswith("--patch-size 4") and note.endswith("by default for 369M parameters") for note in large.notes)
     given = resolve(*RUN, "--recipe", recipe, "--patch-size", "4")
-    assert given.plan.stages[0].patch_size == 4 and not any("by default" in note for note in given.notes)
+    assert given.plan.stages[0].patch_size == 4 and not any("--patch-size" in note for note in given.notes)
     assert [stage.patch_size for stage in resolve(*RUN).plan.stages] == [1]
+
+
+@pytest.mark.parametrize(
+    "words", [["--recipe", "token-superposition", "--patch-size", "4"], ["--recipe", "token-level", "--lr-decay-style", "WSD"]]
+)
+def test_small_models_decay_longer_where_nothing_else_is_said(words):
+    at = PAPER.index("--patch-size")
+    assert PAPER[at + 2] == "--patch-fraction"
+    paper = [*PAPER[:at], *PAPER[at + 4 :], "--dry-run"]
+
+    def share(run):
+        assert run.plan.stages[0].lr.style == "WSD"
+        return run.plan.stages[0].lr.wsd_decay_tokens / run.plan.finest.tokens_per_step / run.plan.steps
+
+    large, small = resolve(*paper, *words), resolve(*RUN, *words)
+    assert share(large) == pytest.approx(0.1, abs=1e-3) and share(small) == pytest.approx(0.5, abs=0.02)
+    assert any("--lr-wsd-decay-fraction 0.1 by default for 369M parameters" in note for note in large.notes)
+    for given in (
+        ["--lr-wsd-decay-fraction", "0.25"],
+        ["--lr-wsd-decay-tokens", str(small.plan.steps // 4 * small.plan.finest.tokens_per_step)],
+    ):
+        run = resolve(*RUN, *words, *given)
+        assert share(run) == pytest.approx(0.25, abs=0.05) and not any("by default" in note for note in run.notes)
+    assert not any("by default" in note for note in resolve(*RUN).notes)
+
+
+def test_positions_are_there_for_evaluation_where_no_stage_is_as_long():
+    run = resolve(*RUN, "--model-family", "gpt2", "--stages", "[{patch_size: 4, sample: constant-tokens}]")
+    assert run.plan.stages[0].positions == 4 and run.shape.max_positions == run.options.stages.seq_length == 16
 
 
 @pytest.mark.parametrize(
@@ -155,6 +184,9 @@ def test_a_recipe_without_a_patch_size_takes_one_for_the_model(recipe):
         ("--pipeline-model-parallel-size 2", "--pipeline-model-parallel-size 2"),
         ("--sequence-parallel", "--sequence-parallel"),
         ("--bf16 --fp16", "one of them"),
+        ("--lr-wsd-decay-fraction 0", "--lr-wsd-decay-fraction 0"),
+        ("--lr-wsd-decay-fraction 1.5", "up to 1"),
+        ("--lr-wsd-decay-fraction 0.2 --lr-wsd-decay-tokens 100", "one of them"),
         ("--save-interval 5", "--save FOLDER"),
         ("--save x --save-interval 5 --save-interval-tokens 100", "one of them"),
         ("--eval-interval 0", "--eval-interval 0"),

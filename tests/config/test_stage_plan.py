@@ -46,6 +46,22 @@ def test_token_superposition_by_share_of_compute():
     assert patch.lr.wsd_decay_tokens == pytest.approx(result.steps / 10 * token.tokens_per_step, rel=2e-3)
 
 
+def test_a_decay_by_share_is_one_of_steps_and_may_begin_among_patches():
+    def decay(share):
+        result = plan(
+            recipe="token-superposition",
+            patch_size=4,
+            patch_compute_share=0.3,
+            global_batch_size=1,
+            train_tokens=(300 * 4 + 700) * 16,
+            schedule=ScheduleOptions(lr_wsd_decay_fraction=share),
+        )
+        assert [stage.steps for stage in result.stages] == [300, 700]
+        return result.stages[0].lr.wsd_decay_tokens / 16
+
+    assert [decay(share) for share in (0.1, 0.7, 0.8, 1.0)] == [100, 700, 700 + 4 * 100, 700 + 4 * 300]
+
+
 def test_a_batch_in_tokens_is_rounded_to_whole_micro_batches_of_all_ranks():
     result = plan(ranks=8, seq_length=2048, micro_batch_size=4, global_batch_tokens=2_000_000, patch_size=4, train_tokens=10**9)
     for stage in result.stages:

@@ -21,7 +21,7 @@ from megatron_patch.replication.switches import Switch, compare_switch, read_swi
 ROOT = Path(__file__).parent.parent.parent
 FOLDER = ROOT / "examples" / "replicate"
 SIZES = {"270m": 270e6, "370m": 370e6, "600m": 600e6, "780m": 780e6, "1.3b": 1.3e9, "2.7b": 2.7e9, "3b": 3e9}
-ARMS = all_arms(1e-3, 256, 100_000)
+ARMS = all_arms(1e-3, 256)
 MODEL = ["--num-layers", "2", "--hidden-size", "32", "--num-attention-heads", "4", "--vocab-size", "64", "--seq-length", "16", "--dry-run"]
 
 
@@ -56,13 +56,18 @@ def test_every_arm_costs_the_budget(arm):
     run = load_config(words, 1)
     cost = Cost(run.shape, run.plan, 16)
     assert cost.whole * run.plan.tokens / budget == pytest.approx(arm.cost, rel=2e-3)
+    # The study's own schedules, which must not follow the defaults for its size.
+    decay, style = run.plan.stages[0].lr.wsd_decay_tokens, run.plan.stages[0].lr.style
+    assert style == "WSD" if arm.baseline not in (None, "token") else arm.name == "token-wsd" or style == "cosine"
+    if style == "WSD":
+        assert decay / budget == pytest.approx(0.5 if arm.name.endswith("-long") else 0.1, rel=2e-3)
 
 
 def test_arms_bring_their_baselines_and_unknown_ones_are_named():
-    assert [arm.name for arm in select_arms(["superposition-k3"], 1e-3, 256, 100_000)] == ["token-wsd", "superposition-k3"]
-    assert select_arms([], 1e-3, 256, 100_000) == ARMS
+    assert [arm.name for arm in select_arms(["superposition-k3"], 1e-3, 256)] == ["token-wsd", "superposition-k3"]
+    assert select_arms([], 1e-3, 256) == ARMS
     with pytest.raises(ConfigError, match=r"patch-k5\n.*Allowed: token, .*\n.*What to do"):
-        select_arms(["patch-k5"], 1e-3, 256, 100_000)
+        select_arms(["patch-k5"], 1e-3, 256)
     lrs = {arm.name: json.loads(arm.flags[1])[1].get("lr") for arm in ARMS if arm.name.startswith("patch-k4")}
     assert lrs["patch-k4-lr-half"] == 5e-4 and lrs["patch-k4-lr-double"] == 2e-3 and lrs["patch-k4"] is None
 
@@ -80,7 +85,7 @@ def outcome(arm, seed, loss):
 
 
 def test_differences_are_taken_seed_by_seed():
-    arms = select_arms(["patch-k4"], 1e-3, 256, 100_000)
+    arms = select_arms(["patch-k4"], 1e-3, 256)
     # Seeds differ by much more than the arms do; taken seed by seed the difference is plain.
     runs = [outcome("token", seed, 4.0 + seed) for seed in (1, 2, 3)]
     runs += [outcome("patch-k4", seed, 4.0 + seed + shift) for seed, shift in ((1, -0.09), (2, -0.10), (3, -0.11))]
@@ -129,7 +134,7 @@ def test_a_switch_is_told_by_its_jump_and_by_when_it_is_level_again():
 
 
 def test_studies_stand_side_by_side_by_their_steps(tmp_path, capsys):
-    arms, settings = select_arms(["patch-k4"], 1e-3, 256, 100_000), {"config": {"global-batch-tokens": "1k"}}
+    arms, settings = select_arms(["patch-k4"], 1e-3, 256), {"config": {"global-batch-tokens": "1k"}}
     for name, budget, gap in (("long", 80_000, -0.05), ("short", 10_000, 0.2)):
         runs = [outcome("token", seed, 4.0 + seed) for seed in (1, 2)] + [outcome("patch-k4", seed, 4.0 + seed + gap) for seed in (1, 2)]
         (tmp_path / name).mkdir()
