@@ -2,11 +2,13 @@
 PYTHON ?= python3
 # Where torch comes from, if not from where pip looks by itself: for example the address of PyTorch's wheels for CPUs.
 TORCH_INDEX_URL ?=
-# More for pytest: `make test PYTEST_ARGS="-n 2 -k stages"`.
+# More for pytest: `make test PYTEST_ARGS="-n 0 -k stages"`.
 PYTEST_ARGS ?=
 
 VENV := .venv
 RUN := $(VENV)/bin/python
+# Two files at a time, and at the end those whose tests are several processes by themselves (tests/conftest.py).
+PYTEST := $(RUN) -m pytest -n 2 --dist loadgroup --no-loadscope-reorder --durations=10
 PIP := $(RUN) -m pip --disable-pip-version-check install -q
 STAMP := $(VENV)/.installed
 # False also for what an interrupted run left.
@@ -58,10 +60,10 @@ lint: venv  ## style and types
 	$(RUN) -m mypy
 
 test: lint  ## lint and all tests but the slow ones and those that need a GPU
-	$(RUN) -m pytest -m "not slow and not gpu" --durations=10 $(PYTEST_ARGS)
+	$(PYTEST) -m "not slow and not gpu" $(PYTEST_ARGS)
 
 slow: venv  ## the long tests
-	$(RUN) -m pytest -m "slow and not gpu" --durations=10 $(PYTEST_ARGS)
+	$(PYTEST) -m "slow and not gpu" $(PYTEST_ARGS)
 
 quickstart: venv  ## text in, a model out: patches first, then tokens, in some minutes
 	$(RUN) examples/quickstart/run.py

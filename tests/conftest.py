@@ -21,9 +21,21 @@ settings.register_profile(
 settings.load_profile("project")
 
 
+SEVERAL_PROCESSES = ("tests/distributed/", "tests/engine/", "tests/faults/", "tests/slurm/", "tests/test_docs_run.py")
+"""Tests that keep all cores busy themselves: they come last, one after another."""
+
+
+# First, as pytest-xdist reads the groups in its own.
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """GPU tests are skipped where there is none; the server that ranks are forked from is started before any other use of it."""
+    """Files go to workers as a whole, those of several processes after all others; GPU tests are skipped where there is none; the server
+    that ranks are forked from is started before any other use of it."""
     import torch
+
+    for item in items:
+        path = item.nodeid.partition("::")[0]
+        item.add_marker(pytest.mark.xdist_group("several processes" if path.startswith(SEVERAL_PROCESSES) else path))
+    items.sort(key=lambda item: item.nodeid.startswith(SEVERAL_PROCESSES))
 
     if not torch.cuda.is_available():
         for item in items:
