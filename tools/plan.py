@@ -59,6 +59,10 @@ def main(argv: list[str]) -> None:
     parsed = parse([*rest, "--dry-run"], "tools/plan.py")
     device = hardware(args.gpu, args.ceilings)
     console = make_console()
+    if args.search and (args.simulate or args.plot is not None):
+        raise ConfigError(
+            f"--search with {'--simulate' if args.simulate else '--plot'}", "one of them", "search first, then plan one of its layouts"
+        )
     if args.search:
         found, tried = search(parsed, args.world_size, device)
         if args.json:

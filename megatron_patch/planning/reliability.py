@@ -46,6 +46,8 @@ def expected_goodput(interval: float, save_seconds: float, restart_seconds: floa
         mtbf_seconds: M.
     """
     m = mtbf_seconds
+    if (interval + save_seconds + restart_seconds) / m > 700:
+        return 0.0  # below what a float holds
     return interval / (m * math.exp(restart_seconds / m) * math.expm1((interval + save_seconds) / m))
 
 
@@ -71,12 +73,17 @@ class Interruptions:
         for name in ("device_hours", "save_seconds", "restart_seconds", "preemption_seconds"):
             if not getattr(self, name) > 0 or not math.isfinite(getattr(self, name)):
                 raise ConfigError(f"{name} = {getattr(self, name)}", "numbers above zero")
-        if not self.preemptions_per_day >= 0:
-            raise ConfigError(f"preemptions_per_day = {self.preemptions_per_day}", "numbers from 0")
+        if not 0 <= self.preemptions_per_day < math.inf:
+            raise ConfigError(f"preemptions_per_day = {self.preemptions_per_day}", "finite numbers from 0")
 
     def mtbf_seconds(self, devices: int) -> float:
         """Mean time between unexpected failures of a job of so many devices."""
         return self.device_hours * 3600 / devices
+
+    @property
+    def preemption_gap_seconds(self) -> float:
+        """Mean time between preemptions; infinite where there are none."""
+        return 86400 / self.preemptions_per_day if self.preemptions_per_day else math.inf
 
 
 @dataclass(frozen=True)
@@ -144,14 +151,23 @@ def simulate(stages: Sequence[StageWork], devices: int, interruptions: Interrupt
         seed: of the draws; the same seed gives the same run.
 
     Raises:
-        ConfigError: no work, or an interval that is not above zero.
+        ConfigError: no work, an interval that is not above zero, or interruptions that leave less than a hundredth of the time.
     """
     if not stages or interval <= 0 or any(stage.steps < 1 or not stage.step_seconds > 0 for stage in stages):
         raise ConfigError(f"stages {[s.name for s in stages]} and an interval of {interval} s", "steps, seconds and an interval above zero")
+    mtbf, gap = interruptions.mtbf_seconds(devices), interruptions.preemption_gap_seconds
+    useful_share = expected_goodput(interval, interruptions.save_seconds, interruptions.restart_seconds, mtbf)
+    if gap < math.inf:
+        useful_share *= gap / (gap + interruptions.save_seconds + interruptions.preemption_seconds)
+    if useful_share < 0.01:
+        raise ConfigError(
+            f"{devices:,} devices of which one fails every {interruptions.device_hours:g} hours, {interruptions.preemptions_per_day:g} "
+            f"preemptions a day, {interruptions.restart_seconds:g} s to restart: the run would stand still",
+            "interruptions that leave at least a hundredth of the time",
+            "take rarer ones, fewer devices, or quicker saves and restarts",
+        )
     draw = random.Random(seed)
-    mtbf = interruptions.mtbf_seconds(devices)
     pending: list[tuple[float, str]] = [(draw.expovariate(1 / mtbf), "failure")]
-    gap = 86400 / interruptions.preemptions_per_day if interruptions.preemptions_per_day else math.inf
     if gap < math.inf:
         pending.append((draw.expovariate(1 / gap), "preemption"))
     heapq.heapify(pending)
@@ -172,7 +188,7 @@ def simulate(stages: Sequence[StageWork], devices: int, interruptions: Interrupt
             renew(kind)
             if kind == "failure":
                 counts[kind] += 1
-                end = at + interruptions.restart_seconds
+                end = max(at, clock) + interruptions.restart_seconds
         down += end - clock
         clock = end
 
