@@ -78,7 +78,7 @@ class ModelOptions:
     make_vocab_size_divisible_by: Count = 128
     """The embedding's rows are padded to a multiple of this times the tensor-parallel size; padding is never predicted."""
     max_position_embeddings: OptionalCount = None
-    """Longest sequence of positions; by default the longest of the stages."""
+    """Longest sequence of positions; by default --seq-length, which no stage and no evaluation exceeds."""
     normalization: Literal["RMSNorm", "LayerNorm"] | None = None
     """Kind of normalisation."""
     norm_epsilon: float | None = None
