@@ -8,7 +8,7 @@ PYTEST_ARGS ?=
 VENV := .venv
 RUN := $(VENV)/bin/python
 # Two files at a time, and at the end those whose tests are several processes by themselves (tests/conftest.py).
-PYTEST := $(RUN) -m pytest -n 2 --dist loadgroup --no-loadscope-reorder --durations=10
+PYTEST := $(RUN) -m pytest -n 2 --durations=10
 PIP := $(RUN) -m pip --disable-pip-version-check install -q
 STAMP := $(VENV)/.installed
 # False also for what an interrupted run left.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -25,16 +26,24 @@ SEVERAL_PROCESSES = ("tests/distributed/", "tests/engine/", "tests/faults/", "te
 """Tests that keep all cores busy themselves: they come last, one after another."""
 
 
-# First, as pytest-xdist reads the groups in its own.
-@pytest.hookimpl(tryfirst=True)
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With `-n`: a worker takes a whole file, and one of them, at the end, all that are several processes."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Files(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "several processes" if nodeid.startswith(SEVERAL_PROCESSES) else nodeid.partition("::")[0]
+
+    config.option.loadscopereorder = False
+    return Files(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files go to workers as a whole, those of several processes after all others; GPU tests are skipped where there is none; the server
-    that ranks are forked from is started before any other use of it."""
+    """Tests of several processes come last; GPU tests are skipped where there is none; the server that ranks are forked from is started
+    before any other use of it."""
     import torch
 
-    for item in items:
-        path = item.nodeid.partition("::")[0]
-        item.add_marker(pytest.mark.xdist_group("several processes" if path.startswith(SEVERAL_PROCESSES) else path))
     items.sort(key=lambda item: item.nodeid.startswith(SEVERAL_PROCESSES))
 
     if not torch.cuda.is_available():
