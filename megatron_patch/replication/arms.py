@@ -110,9 +110,9 @@ def all_arms(lr: float, batch_tokens: int) -> tuple[Arm, ...]:
     two_thirds, three_tenths = Fraction(2, 3), Fraction(3, 10)
     return (
         Arm("token", "token level, all of the budget; cosine", 1.0, TOKEN_LEVEL, None),
-        Arm("token-wsd", "the same on a warm-up–stable–decay schedule", 1.0, (*TOKEN_LEVEL, *WSD, *TENTH), None),
+        Arm("token-wsd", "token on a warm-up–stable–decay schedule", 1.0, (*TOKEN_LEVEL, *WSD, *TENTH), None),
         _patch_train("patch-k4", "patch-train: patches of 4 over 2/3 of the tokens, then tokens; lr and optimizer afresh", 4, two_thirds),
-        _patch_train("patch-k2", "the same with patches of 2", 2, two_thirds),
+        _patch_train("patch-k2", "patch-k4 with patches of 2", 2, two_thirds),
         _superposition("superposition-k3", "token superposition: patches of 3 for 0.3 of the compute; optimizer kept", 3, three_tenths),
         _one_schedule(
             "stairs-4-2-1",
@@ -149,7 +149,7 @@ def all_arms(lr: float, batch_tokens: int) -> tuple[Arm, ...]:
         ),
         _superposition("superposition-k2-r10", "superposition-k2 with patches for 0.1 of the compute", 2, Fraction(1, 10)),
         _superposition("superposition-k8", "token superposition with patches of 8", 8, three_tenths),
-        _superposition("superposition-k8-power", "the same, labels weighted 1/(k+1)", 8, three_tenths, "--position-weights", "power"),
+        _superposition("superposition-k8-power", "superposition-k8, labels weighted 1/(k+1)", 8, three_tenths, "--position-weights", "power"),
         _superposition("superposition-k3-r10", "superposition-k3 with patches for 0.1 of the compute", 3, Fraction(1, 10)),
         _superposition("superposition-k3-r20", "superposition-k3 with patches for 0.2 of the compute", 3, Fraction(1, 5)),
         _superposition("superposition-k8-r10", "superposition-k8 with patches for 0.1 of the compute", 8, Fraction(1, 10)),
