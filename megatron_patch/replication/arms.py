@@ -149,7 +149,9 @@ def all_arms(lr: float, batch_tokens: int) -> tuple[Arm, ...]:
         ),
         _superposition("superposition-k2-r10", "superposition-k2 with patches for 0.1 of the compute", 2, Fraction(1, 10)),
         _superposition("superposition-k8", "token superposition with patches of 8", 8, three_tenths),
-        _superposition("superposition-k8-power", "superposition-k8, labels weighted 1/(k+1)", 8, three_tenths, "--position-weights", "power"),
+        _superposition(
+            "superposition-k8-power", "superposition-k8, labels weighted 1/(k+1)", 8, three_tenths, "--position-weights", "power"
+        ),
         _superposition("superposition-k3-r10", "superposition-k3 with patches for 0.1 of the compute", 3, Fraction(1, 10)),
         _superposition("superposition-k3-r20", "superposition-k3 with patches for 0.2 of the compute", 3, Fraction(1, 5)),
         _superposition("superposition-k8-r10", "superposition-k8 with patches for 0.1 of the compute", 8, Fraction(1, 10)),

@@ -231,15 +231,17 @@ def write_json(
     path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
-COLOURS = ("#33373d", "#8b8f96", "#2563b8", "#16875f", "#d2512f", "#8b53c4", "#b9850b", "#0d8a9e", "#c03e79")
+COLOURS = ("#33373d", "#8b8f96", "#2563b8", "#16875f", "#d2512f", "#8b53c4", "#b9850b", "#0d8a9e", "#c03e79", "#7b4a2b", "#6f8f1a")
 _MAIN = (
     "token",
     "token-wsd",
+    "token-wsd-long",
     "patch-k4",
     "patch-k2",
     "superposition-k2",
     "superposition-k2-long",
     "superposition-k3",
+    "superposition-k8-power",
     "stairs-4-2-1",
     "token-full",
 )
