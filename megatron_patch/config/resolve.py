@@ -13,7 +13,7 @@ from typing import Any
 from megatron_patch.config.checks import check_documents, check_numbers, check_options, check_parallel, check_plan
 from megatron_patch.config.options import ModelOptions, Options
 from megatron_patch.config.parsing import Parsed, option_values, parse
-from megatron_patch.config.scale import default_decay_fraction, default_patch_size, needs_patch_size, scale_notes
+from megatron_patch.config.scale import default_decay_fraction, default_patch_size, needs_decay_fraction, needs_patch_size, scale_notes
 from megatron_patch.config.stage_plan import build_plan
 from megatron_patch.config.stage_request import parse_blend, parse_epoch_limits
 from megatron_patch.data.prefixes import expand_prefixes
@@ -225,8 +225,7 @@ def resolve(parsed: Parsed, ranks: int) -> RunConfig:
         by_scale.append(f"--patch-size {options.stages.patch_size}")
     decay_fraction = default_decay_fraction(parameters)
     plan = build_plan(options.stages, options.schedule, data_parallel_size, decay_fraction)
-    schedule = options.schedule
-    if any(stage.lr.style == "WSD" for stage in plan.stages) and not (schedule.lr_wsd_decay_tokens or schedule.lr_wsd_decay_fraction):
+    if needs_decay_fraction(options, plan):
         by_scale.append(f"--lr-wsd-decay-fraction {decay_fraction}")
     if by_scale:
         notes.append(f"{' and '.join(by_scale)} by default for {format_count(parameters)} parameters")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from megatron_patch.config.options import Options, StageOptions
 from megatron_patch.config.stage_plan import PUBLISHED_DECAY_FRACTION
-from megatron_patch.config.stage_request import recipe_of
+from megatron_patch.config.stage_request import recipe_of, requested_stages
 from megatron_patch.stages import StagePlan
 
 SMALL_MODEL, SHORT_RUN_STEPS = 100_000_000, 5_000
@@ -21,6 +21,17 @@ def needs_patch_size(options: StageOptions) -> bool:
 def default_patch_size(parameters: int) -> int:
     """K of a recipe for a model: 2 for small ones, at whose scale it ended before larger K (docs/replication.md), else the papers' 4."""
     return 2 if parameters < SMALL_MODEL else 4
+
+
+def needs_decay_fraction(options: Options, plan: StagePlan) -> bool:
+    """Whether a schedule of the plan is warm-up–stable–decay, and neither the run nor its first stage says how long the decay is."""
+    if options.schedule.lr_wsd_decay_tokens or options.schedule.lr_wsd_decay_fraction:
+        return False
+    requests = requested_stages(options.stages)
+    return any(
+        stage.lr_policy == "restart" and stage.lr.style == "WSD" and not request.lr_wsd_decay_tokens
+        for request, stage in zip(requests, plan.stages, strict=True)
+    )
 
 
 def default_decay_fraction(parameters: int) -> float:

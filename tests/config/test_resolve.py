@@ -166,6 +166,8 @@ def test_small_models_decay_longer_where_nothing_else_is_said(words):
         run = resolve(*RUN, *words, *given)
         assert share(run) == pytest.approx(0.25, abs=0.05) and not any("by default" in note for note in run.notes)
     assert not any("by default" in note for note in resolve(*RUN).notes)
+    own = "[{lr_decay_style: WSD, lr_wsd_decay_tokens: 128}]"
+    assert not any("by default" in note for note in resolve(*RUN, "--stages", own).notes)
 
 
 def test_positions_are_there_for_evaluation_where_no_stage_is_as_long():

@@ -58,7 +58,7 @@ def test_every_arm_costs_the_budget(arm):
     assert cost.whole * run.plan.tokens / budget == pytest.approx(arm.cost, rel=2e-3)
     # The study's own schedules, which must not follow the defaults for its size.
     decay, style = run.plan.stages[0].lr.wsd_decay_tokens, run.plan.stages[0].lr.style
-    assert style == "WSD" if arm.baseline not in (None, "token") else arm.name == "token-wsd" or style == "cosine"
+    assert style == ("WSD" if arm.name == "token-wsd" or arm.baseline not in (None, "token") else "cosine")
     if style == "WSD":
         assert decay / budget == pytest.approx(0.5 if arm.name.endswith("-long") else 0.1, rel=2e-3)
 
