@@ -16,6 +16,7 @@
 #include <cuda_runtime.h>
 
 #define MP_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) kernel<<<grid, block, shared_bytes, stream>>>(__VA_ARGS__)
+#define MP_LAUNCH_CLUSTER(...) megatron_patch::cuda::launch_cluster(__VA_ARGS__)
 #define MP_DYNAMIC_SHARED(bytes) extern __shared__ __align__(16) unsigned char bytes[]
 #define MP_TRAP(...)       \
   do {                     \
@@ -29,7 +30,6 @@
 namespace megatron_patch::cuda {
 
 constexpr int kWarp = 32;
-constexpr int kMostWarps = 32;
 
 // What sums over numbers of a type are taken in.
 template <typename T>
@@ -38,7 +38,8 @@ using Number = std::conditional_t<std::is_same_v<T, double>, double, float>;
 // Device code may use a constant, and not the function that it comes from.
 template <typename A>
 constexpr A kMinusInfinity = -std::numeric_limits<A>::infinity();
-constexpr int64_t kNoId = std::numeric_limits<int64_t>::min();
+template <typename A>
+constexpr A kLowest = std::numeric_limits<A>::lowest();
 
 __device__ __forceinline__ float widen(float value) { return value; }
 __device__ __forceinline__ double widen(double value) { return value; }
@@ -52,8 +53,68 @@ __device__ __forceinline__ T narrow(Number<T> value) {
   else return value;
 }
 
+// Two 16-bit numbers in one register, and what the hardware does to both in one instruction.
+template <typename T>
+struct Pair;
+template <>
+struct Pair<__nv_bfloat16> {
+  using type = __nv_bfloat162;
+  // The upper half of a float, each; the compiler takes two instructions for the second.
+  static __device__ __forceinline__ float2 widen(type pair) {
+    uint32_t bits;
+    memcpy(&bits, &pair, sizeof(bits));
+    const uint32_t halves[2] = {bits << 16, bits & 0xffff0000u};
+    float2 both;
+    memcpy(&both, halves, sizeof(both));
+    return both;
+  }
+  static __device__ __forceinline__ type narrow(float2 pair) { return __float22bfloat162_rn(pair); }
+};
+template <>
+struct Pair<__half> {
+  using type = __half2;
+  static __device__ __forceinline__ float2 widen(type pair) { return __half22float2(pair); }
+  static __device__ __forceinline__ type narrow(float2 pair) { return __float22half2_rn(pair); }
+};
+
+__device__ __forceinline__ float larger(float one, float other) { return fmaxf(one, other); }
+__device__ __forceinline__ double larger(double one, double other) { return fmax(one, other); }
+
+// threadIdx.x, read anew: the compiler keeps neither it nor what follows from it in registers through a loop.
+__device__ __forceinline__ int thread_anew() {
+#ifdef MEGATRON_PATCH_CUDA_ON_CPU
+  return static_cast<int>(threadIdx.x);
+#else
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+#endif
+}
+
+// A barrier of the block's first `kThreads` threads, whole warps, alone.
+template <int kThreads>
+__device__ __forceinline__ void sync_first() {
+#ifdef MEGATRON_PATCH_CUDA_ON_CPU
+  cuda_on_cpu::barrier_of_first(kThreads);
+#else
+  asm volatile("bar.sync 1, %0;" ::"n"(kThreads) : "memory");
+#endif
+}
+
+// 2^x, by one instruction on a GPU; what comes to less than 2^-126 is 0.
+#ifdef MEGATRON_PATCH_CUDA_ON_CPU
+inline float power_of_two(float x) { return exp2f(x); }
+#else
+__device__ __forceinline__ float power_of_two(float x) {
+  float power;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
+  return power;
+}
+#endif
+
 // exp(value - shift). In float what the difference loses to rounding is put back (Knuth's exact difference): at -20 it would cost eight units
-// in the last place. Where the result is rounded to 16 bits anyway, the hardware's approximation will do.
+// in the last place. Where the result is rounded to 16 bits anyway, the hardware's approximation will do. The difference is taken before the
+// multiplication: near the largest logit, where most of the sum comes from, it is exact.
 template <typename T>
 __device__ __forceinline__ Number<T> exponential(Number<T> value, Number<T> shift) {
   const Number<T> difference = value - shift;
@@ -65,7 +126,8 @@ __device__ __forceinline__ Number<T> exponential(Number<T> value, Number<T> shif
     const float result = expf(difference);
     return result == 0.0f ? result : result + result * lost;
   } else {
-    return __expf(difference);
+    constexpr float log2_of_e = 1.44269504f;
+    return power_of_two(difference * log2_of_e);
   }
 }
 
@@ -83,16 +145,50 @@ constexpr int kVectorWidth = 16 / static_cast<int>(sizeof(T));
 template <typename T>
 using Wide = Vector<T, kVectorWidth<T>>;
 
+// All numbers of a vector in the type that sums are taken in, and back.
+template <typename T>
+__device__ __forceinline__ void widen_vector(const Wide<T>& vector, Number<T>* numbers) {
+  if constexpr (sizeof(T) == 2) {
+#pragma unroll
+    for (int j = 0; j < kVectorWidth<T>; j += 2) {
+      typename Pair<T>::type pair;
+      memcpy(static_cast<void*>(&pair), vector.values + j, sizeof(pair));
+      const float2 both = Pair<T>::widen(pair);
+      numbers[j] = both.x;
+      numbers[j + 1] = both.y;
+    }
+  } else {
+#pragma unroll
+    for (int j = 0; j < kVectorWidth<T>; ++j) numbers[j] = vector.values[j];
+  }
+}
+
+template <typename T>
+__device__ __forceinline__ Wide<T> narrow_vector(const Number<T>* numbers) {
+  Wide<T> vector;
+  if constexpr (sizeof(T) == 2) {
+#pragma unroll
+    for (int j = 0; j < kVectorWidth<T>; j += 2) {
+      const auto pair = Pair<T>::narrow(float2{numbers[j], numbers[j + 1]});
+      memcpy(static_cast<void*>(vector.values + j), &pair, sizeof(pair));
+    }
+  } else {
+#pragma unroll
+    for (int j = 0; j < kVectorWidth<T>; ++j) vector.values[j] = numbers[j];
+  }
+  return vector;
+}
+
 // How a row is cut so that its vectors are aligned: [0, head) and [head + vectors * width, count) element by element.
 struct RowCut {
-  int64_t head;
-  int64_t vectors;
+  int head;
+  int vectors;
 };
 
 template <typename T>
-__device__ __forceinline__ RowCut cut_row(const T* row, int64_t count) {
-  const auto offset = static_cast<int64_t>(reinterpret_cast<uintptr_t>(row) % 16);
-  int64_t head = offset == 0 ? 0 : (16 - offset) / static_cast<int64_t>(sizeof(T));
+__device__ __forceinline__ RowCut cut_row(const T* row, int count) {
+  const auto offset = static_cast<int>(reinterpret_cast<uintptr_t>(row) % 16);
+  int head = offset == 0 ? 0 : (16 - offset) / static_cast<int>(sizeof(T));
   if (head > count) head = count;
   return {head, (count - head) / kVectorWidth<T>};
 }
@@ -151,28 +247,54 @@ __device__ __forceinline__ void add_sums(A* sums, const A* source) {
   }
 }
 
-// Sum over a block, in an order that the block's size alone decides; every thread gets it. `scratch` holds kMostWarps numbers and is free
-// again at the return.
-template <typename A>
-__device__ __forceinline__ A block_sum(A value, A* scratch) {
-  for (int offset = kWarp / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(0xffffffffu, value, offset);
-  const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp;
-  const int warps = static_cast<int>(blockDim.x) / kWarp;
-  if (lane == 0) scratch[warp] = value;
-  __syncthreads();
-  A total = 0;
-  for (int other = 0; other < warps; ++other) total += scratch[other];
-  __syncthreads();
-  return total;
+// Blocks of a cluster (from sm_90 on): a barrier in two halves, and another block's copy of what this one has in shared memory.
+#if defined(MEGATRON_PATCH_CUDA_ON_CPU) || !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+#define MP_CLUSTERS
+#endif
+
+__device__ __forceinline__ void cluster_arrive() {
+#ifdef MP_CLUSTERS
+  __cluster_barrier_arrive();
+#else
+  __trap();
+#endif
 }
 
-// The device's limit of shared memory a block may ask for.
-inline cudaError_t shared_memory_limit(int* bytes) {
-  int device = 0;
-  const cudaError_t error = cudaGetDevice(&device);
-  if (error != cudaSuccess) return error;
-  return cudaDeviceGetAttribute(bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+__device__ __forceinline__ void cluster_wait() {
+#ifdef MP_CLUSTERS
+  __cluster_barrier_wait();
+#else
+  __trap();
+#endif
 }
+
+template <typename X>
+__device__ __forceinline__ const X* of_block(const X* mine, int rank) {
+#ifdef MP_CLUSTERS
+  return static_cast<const X*>(__cluster_map_shared_rank(mine, static_cast<unsigned>(rank)));
+#else
+  return mine + rank;
+#endif
+}
+
+#ifndef MEGATRON_PATCH_CUDA_ON_CPU
+// Launches a kernel whose blocks form clusters of `parts`; 1 is an ordinary launch.
+template <typename... Parameters, typename... Arguments>
+cudaError_t launch_cluster(
+    void (*kernel)(Parameters...), int parts, dim3 grid, dim3 block, int shared_bytes, cudaStream_t stream, Arguments... arguments) {
+  cudaLaunchAttribute cluster;
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim = {static_cast<unsigned>(parts), 1, 1};
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+  config.stream = stream;
+  config.attrs = &cluster;
+  config.numAttrs = parts > 1 ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
+}
+#endif
 
 // Whether a grid can have so many blocks: more would be cut to 32 bits, and most of the work left undone.
 inline bool fits_grid(int64_t blocks) { return blocks <= std::numeric_limits<int32_t>::max(); }

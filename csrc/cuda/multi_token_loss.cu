@@ -1,111 +1,264 @@
-// Multi-token loss: a block owns a row of logits. One pass finds the largest logit and the sum of exponentials together; the part of the row
-// that fits stays in shared memory, so that loss and gradient in one go read most of the logits once and write them once.
+// Multi-token loss: a block owns a row of logits. One pass finds the largest logit and the sum of exponentials together; the part of the
+// row that fits stays in shared memory, so that loss and gradient in one go read most of the logits once and write them once. Where rows are
+// too long for that, and the GPU has clusters, the blocks of a cluster share a row.
+#include <atomic>
+
 #include "common.cuh"
+
+// What benchmarks/loss_harness.cu compares on a GPU; the values here are those that serve.
+#ifndef MP_LOSS_AHEAD
+#define MP_LOSS_AHEAD 2  // 16-byte loads that a thread has in flight
+#endif
+#ifndef MP_LOSS_THREADS
+#define MP_LOSS_THREADS 1024  // the most threads of a block
+#endif
+#ifndef MP_LOSS_RESIDENCE
+#define MP_LOSS_RESIDENCE kBySize  // where a row stays between its two passes
+#endif
 
 namespace megatron_patch::cuda {
 namespace {
 
+constexpr int kMostThreads = MP_LOSS_THREADS;
+constexpr int kFewestThreads = 128;
+// The warps that merge what a block's threads found: one for each scheduler of a processor, and no more than the smallest block has.
+constexpr int kMergingWarps = 4;
+constexpr int kMergingThreads = kMergingWarps * kWarp;
+static_assert(kMergingThreads <= kFewestThreads, "every block has the merging warps");
+// Two blocks share a processor, so that one reads while the other writes; double has too many registers for that.
+template <typename T>
+constexpr int kBlocksAProcessor = sizeof(T) == 8 ? 1 : 2;
+// 16-byte vectors that a thread loads before it uses the first; exp() of double leaves registers for one alone.
+template <typename T>
+constexpr int kAhead = sizeof(T) == 8 ? 1 : MP_LOSS_AHEAD;
+// The most blocks that every GPU with clusters lets share a row.
+constexpr int kMostParts = 8;
+// Columns are counted in 32 bits, with room for one more turn of every loop.
+constexpr int64_t kMostColumns = std::numeric_limits<int32_t>::max() - 16 * kMostThreads;
+
+// Largest logit and the sum of exponentials relative to it; through memory in one instruction.
 template <typename A>
-struct Running {
+struct alignas(2 * sizeof(A)) Running {
   A largest;
   A sum;
 };
 
-// What a shifted exponential is shifted by: nothing while only -inf was seen, since -inf - -inf is no number.
+template <typename A>
+__device__ __forceinline__ Running<A> nothing() {
+  return {kMinusInfinity<A>, A(0)};
+}
+
+// What a shifted exponential is shifted by: a finite number while only -inf was seen, since -inf - -inf is no number.
 template <typename A>
 __device__ __forceinline__ A shift_of(A largest) {
-  return largest == kMinusInfinity<A> ? A(0) : largest;
+  return larger(largest, kLowest<A>);
 }
 
-template <typename T>
-__device__ __forceinline__ Running<Number<T>> merge(Running<Number<T>> one, Running<Number<T>> other) {
-  using A = Number<T>;
-  const A largest = one.largest > other.largest ? one.largest : other.largest, shift = shift_of(largest);
-  return {largest, one.sum * exponential<T>(one.largest, shift) + other.sum * exponential<T>(other.largest, shift)};
-}
-
-// Takes `count` more logits in.
+// Takes `kCount` more logits in.
 template <typename T, int kCount>
-__device__ __forceinline__ void take(Running<Number<T>>& running, const T* values) {
+__device__ __forceinline__ void take(Running<Number<T>>& running, const Number<T>* numbers) {
   using A = Number<T>;
   A largest = running.largest;
 #pragma unroll
-  for (int j = 0; j < kCount; ++j) {
-    const A value = widen(values[j]);
-    largest = value > largest ? value : largest;
-  }
+  for (int j = 0; j < kCount; ++j) largest = larger(largest, numbers[j]);
   const A shift = shift_of(largest);
   A sum = running.sum * exponential<T>(running.largest, shift);
 #pragma unroll
-  for (int j = 0; j < kCount; ++j) sum += exponential<T>(widen(values[j]), shift);
+  for (int j = 0; j < kCount; ++j) sum += exponential<T>(numbers[j], shift);
   running = {largest, sum};
 }
 
-// The whole block's largest logit and sum, in a fixed order. `scratch` holds kMostWarps and serves once.
-template <typename T>
-__device__ __forceinline__ Running<Number<T>> block_running(Running<Number<T>> mine, Running<Number<T>>* scratch) {
-  using A = Number<T>;
-  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
-    const Running<A> other = {__shfl_xor_sync(0xffffffffu, mine.largest, offset), __shfl_xor_sync(0xffffffffu, mine.sum, offset)};
-    // The lower lane's part first, so that all lanes get the same bits.
-    const bool lower = (static_cast<int>(threadIdx.x) & offset) == 0;
-    mine = lower ? merge<T>(mine, other) : merge<T>(other, mine);
-  }
-  const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp;
-  const int warps = static_cast<int>(blockDim.x) / kWarp;
-  if (lane == 0) scratch[warp] = mine;
-  __syncthreads();
-  Running<A> total = scratch[0];
-  for (int other = 1; other < warps; ++other) total = merge<T>(total, scratch[other]);
-  return total;
+template <typename A>
+__device__ __forceinline__ A warp_sum(A value) {
+#pragma unroll
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(0xffffffffu, value, offset);
+  return value;
 }
 
-// Reads a row once; the first `kept` vectors behind its head also go to shared memory.
-template <typename T>
-__device__ __forceinline__ Running<Number<T>> read_row(const T* row, int64_t vocab, RowCut cut, Wide<T>* cache, int64_t kept) {
+// Merges `kCount` results: first the largest of all, then the sum of the sums, each relative to it.
+template <typename T, int kCount>
+__device__ __forceinline__ Running<Number<T>> merge(const Running<Number<T>> (&results)[kCount]) {
   using A = Number<T>;
-  Running<A> running = {kMinusInfinity<A>, A(0)};
-  const int64_t threads = blockDim.x, thread = threadIdx.x;
-  for (int64_t v = thread; v < cut.head; v += threads) take<T, 1>(running, row + v);
-  for (int64_t i = thread; i < cut.vectors; i += threads) {
-    const Wide<T> vector = load_vector<kVectorWidth<T>>(row + cut.head + i * kVectorWidth<T>);
-    if (i < kept) cache[i] = vector;
-    take<T, kVectorWidth<T>>(running, vector.values);
+  A tree[kCount];
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) tree[i] = results[i].largest;
+#pragma unroll
+  for (int half = kCount / 2; half > 0; half /= 2) {
+#pragma unroll
+    for (int i = 0; i < half; ++i) tree[i] = larger(tree[i], tree[i + half]);
   }
-  for (int64_t v = cut.head + cut.vectors * kVectorWidth<T> + thread; v < vocab; v += threads) take<T, 1>(running, row + v);
+  const A shift = shift_of(tree[0]);
+  A sum = 0;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) sum += results[i].sum * exponential<T>(results[i].largest, shift);
+  return {tree[0], sum};
+}
+
+// Merges the results of a warp's lanes in the same way. Every lane gets the same bits.
+template <typename T>
+__device__ __forceinline__ Running<Number<T>> merge_lanes(Running<Number<T>> mine) {
+  using A = Number<T>;
+  A largest = mine.largest;
+#pragma unroll
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) largest = larger(largest, __shfl_xor_sync(0xffffffffu, largest, offset));
+  return {largest, warp_sum(mine.sum * exponential<T>(mine.largest, shift_of(largest)))};
+}
+
+// The results of a block's threads, and what each of the merging warps makes of its share of them.
+template <typename A>
+struct alignas(16) Results {
+  Running<A> threads[kMostThreads];
+  Running<A> warps[kMergingWarps];
+};
+
+// A merging thread's share of the block's results. In a full block it loads all before it uses the first: of every 2 * kMergingThreads of
+// them two neighbours, 16 bytes. Smaller blocks, and double, which has no registers for that, take one at a time.
+template <typename T>
+__device__ __forceinline__ Running<Number<T>> merge_share(const Running<Number<T>>* results, unsigned thread) {
+  using A = Number<T>;
+  if constexpr (sizeof(T) < 8 && kMostThreads >= 2 * kMergingThreads) {
+    if (blockDim.x == kMostThreads) {
+      constexpr int share = kMostThreads / kMergingThreads;
+      Running<A> mine[share];
+#pragma unroll
+      for (int i = 0; i < share; ++i) mine[i] = results[i / 2 * (2 * kMergingThreads) + 2 * thread + i % 2];
+      return merge<T, share>(mine);
+    }
+  }
+  Running<A> mine = results[thread];
+#pragma unroll 1
+  for (unsigned i = kMergingThreads; i < blockDim.x; i += kMergingThreads) {
+    const Running<A> both[2] = {mine, results[i + thread]};
+    mine = merge<T, 2>(both);
+  }
+  return mine;
+}
+
+// Calls `use`, in the first warp alone, with the block's largest logit and sum, once every thread has stored its own: they are merged in an
+// order that the block's size alone decides. A few warps do that, one for each scheduler: were all of them to shuffle, it would take more
+// than twice as many instructions. What a warp stores or loads is contiguous, so that each 128 bytes that go through at once meet every
+// bank of shared memory once.
+template <typename T, typename Use>
+__device__ __forceinline__ void merge_block(Results<Number<T>>& results, const Use& use) {
+  const unsigned thread = threadIdx.x;
+  __syncthreads();
+  if (thread < kMergingThreads) {
+    const auto mine = merge_lanes<T>(merge_share<T>(results.threads, thread));
+    if (thread % kWarp == 0) results.warps[thread / kWarp] = mine;
+    sync_first<kMergingThreads>();
+    if (thread < kWarp) {
+      Running<Number<T>> all[kMergingWarps];
+#pragma unroll
+      for (int i = 0; i < kMergingWarps; ++i) all[i] = results.warps[i];
+      use(merge<T, kMergingWarps>(all));
+    }
+  }
+}
+
+// Reads `kVectors` vectors, `step` apart, all of them before the first is used; with kKeep they go to shared memory, too.
+template <typename T, int kVectors, bool kKeep>
+__device__ __forceinline__ void read_vectors(Running<Number<T>>& running, const T* source, int i, int step, Wide<T>* cache) {
+  constexpr int width = kVectorWidth<T>;
+  Wide<T> vectors[kVectors];
+#pragma unroll
+  for (int a = 0; a < kVectors; ++a) vectors[a] = load_vector<width>(source + static_cast<int64_t>(i + a * step) * width);
+  Number<T> numbers[kVectors * width];
+#pragma unroll
+  for (int a = 0; a < kVectors; ++a) {
+    if constexpr (kKeep) cache[i + a * step] = vectors[a];
+    widen_vector<T>(vectors[a], numbers + a * width);
+  }
+  take<T, kVectors * width>(running, numbers);
+}
+
+// Reads the vectors from `first` on, up to `last`.
+template <typename T, bool kKeep>
+__device__ __forceinline__ void read_range(Running<Number<T>>& running, const T* source, int first, int last, Wide<T>* cache) {
+  const int step = static_cast<int>(blockDim.x);
+  int i = first + static_cast<int>(threadIdx.x);
+#pragma unroll 1
+  for (; i + (kAhead<T> - 1) * step < last; i += kAhead<T> * step) read_vectors<T, kAhead<T>, kKeep>(running, source, i, step, cache);
+#pragma unroll 1
+  for (; i < last; i += step) read_vectors<T, 1, kKeep>(running, source, i, step, cache);
+}
+
+// Calls `use` with the columns of a row that are in none of its vectors: those before them and those after.
+template <typename T, typename Use>
+__device__ __forceinline__ void for_loose_columns(RowCut cut, int columns, const Use& use) {
+  const int in_vectors = cut.vectors * kVectorWidth<T>, loose = columns - in_vectors;
+#pragma unroll 1
+  for (int i = static_cast<int>(threadIdx.x); i < loose; i += static_cast<int>(blockDim.x)) use(i < cut.head ? i : i + in_vectors);
+}
+
+// Reads a row, or a block's part of it, once; the first `kept` vectors also go to shared memory.
+template <typename T>
+__device__ __forceinline__ Running<Number<T>> read_row(const T* row, int columns, RowCut cut, Wide<T>* cache, int kept) {
+  using A = Number<T>;
+  Running<A> running = nothing<A>();
+  for_loose_columns<T>(cut, columns, [&](int v) {
+    const A number = widen(row[v]);
+    take<T, 1>(running, &number);
+  });
+  read_range<T, true>(running, row + cut.head, 0, kept, cache);
+  read_range<T, false>(running, row + cut.head, kept, cut.vectors, nullptr);
   return running;
+}
+
+template <typename T, int kVectors, bool kKept>
+__device__ __forceinline__ void write_vectors(
+    const T* source, T* out, int i, int step, const Wide<T>* cache, Number<T> largest, Number<T> factor) {
+  constexpr int width = kVectorWidth<T>;
+  Wide<T> vectors[kVectors];
+#pragma unroll
+  for (int a = 0; a < kVectors; ++a) {
+    vectors[a] = kKept ? cache[i + a * step] : load_vector<width>(source + static_cast<int64_t>(i + a * step) * width);
+  }
+#pragma unroll
+  for (int a = 0; a < kVectors; ++a) {
+    Number<T> numbers[width];
+    widen_vector<T>(vectors[a], numbers);
+#pragma unroll
+    for (int j = 0; j < width; ++j) numbers[j] = exponential<T>(numbers[j], largest) * factor;
+    store_vector<width>(out + static_cast<int64_t>(i + a * step) * width, narrow_vector<T>(numbers));
+  }
+}
+
+template <typename T, bool kKept>
+__device__ __forceinline__ void write_range(
+    const T* source, T* out, int first, int last, const Wide<T>* cache, Number<T> largest, Number<T> factor) {
+  const int step = static_cast<int>(blockDim.x);
+  int i = first + static_cast<int>(threadIdx.x);
+#pragma unroll 1
+  for (; i + (kAhead<T> - 1) * step < last; i += kAhead<T> * step) {
+    write_vectors<T, kAhead<T>, kKept>(source, out, i, step, cache, largest, factor);
+  }
+#pragma unroll 1
+  for (; i < last; i += step) write_vectors<T, 1, kKept>(source, out, i, step, cache, largest, factor);
 }
 
 // out = exp(row - largest) * factor.
 template <typename T>
 __device__ __forceinline__ void write_gradient(
-    const T* row, T* out, int64_t vocab, RowCut cut, const Wide<T>* cache, int64_t kept, Number<T> largest, Number<T> factor) {
-  const int64_t threads = blockDim.x, thread = threadIdx.x;
-  const auto gradient = [&](T value) { return narrow<T>(exponential<T>(widen(value), largest) * factor); };
-  for (int64_t v = thread; v < cut.head; v += threads) out[v] = gradient(row[v]);
-  for (int64_t i = thread; i < cut.vectors; i += threads) {
-    const int64_t v = cut.head + i * kVectorWidth<T>;
-    Wide<T> vector = i < kept ? cache[i] : load_vector<kVectorWidth<T>>(row + v);
-#pragma unroll
-    for (int j = 0; j < kVectorWidth<T>; ++j) vector.values[j] = gradient(vector.values[j]);
-    store_vector<kVectorWidth<T>>(out + v, vector);
-  }
-  for (int64_t v = cut.head + cut.vectors * kVectorWidth<T> + thread; v < vocab; v += threads) out[v] = gradient(row[v]);
+    const T* row, T* out, int columns, RowCut cut, const Wide<T>* cache, int kept, Number<T> largest, Number<T> factor) {
+  for_loose_columns<T>(cut, columns, [&](int v) { out[v] = narrow<T>(exponential<T>(widen(row[v]), largest) * factor); });
+  write_range<T, true>(row + cut.head, out + cut.head, 0, kept, cache, largest, factor);
+  write_range<T, false>(row + cut.head, out + cut.head, kept, cut.vectors, nullptr, largest, factor);
 }
 
 // A row's label: its column here, or -1 where it is ignored or of another shard.
 struct Label {
-  int64_t column;
+  int column;
   bool scored;
 };
 
-__device__ __forceinline__ Label label_at(const int64_t* labels, int64_t k, int64_t vocab_start, int64_t vocab) {
+__device__ __forceinline__ Label label_at(const int64_t* labels, int k, int64_t vocab_start, int vocab) {
   const int64_t label = labels[k];
   const bool scored = label != kIgnoreIndex;
-  return {scored && label >= vocab_start && label - vocab_start < vocab ? label - vocab_start : -1, scored};
+  const bool here = scored && label >= vocab_start && label - vocab_start < vocab;
+  return {here ? static_cast<int>(label - vocab_start) : -1, scored};
 }
 
-__device__ __forceinline__ void check_label(const int64_t* labels, int64_t k, Label label, int64_t row, int64_t vocab) {
+__device__ __forceinline__ void check_label(const int64_t* labels, int k, Label label, int64_t row, int vocab) {
   if (label.scored && label.column < 0) {
     MP_TRAP(
         "megatron_patch: labels hold %lld in row %lld; allowed: 0 to %lld, and -100 for those that are not scored\n",
@@ -113,118 +266,268 @@ __device__ __forceinline__ void check_label(const int64_t* labels, int64_t k, La
   }
 }
 
-// What the labels in column `column` take from it together; nothing unless k is the first of them.
+// What shared memory keeps for a label, so that no register does while the row is gone through: its column (-1: none here), its logit and
+// later its gradient, and the column that gets the gradient: none where an earlier label has the same.
+template <typename A>
+struct AtLabel {
+  A value;
+  int column;
+  int corrected;
+};
+
+// What the labels in k's column take from it together; nothing unless k is the first of them.
 template <typename A, typename Weight>
-__device__ __forceinline__ A taken_from(
-    const int64_t* labels, int64_t k, int64_t num_labels, int64_t vocab_start, int64_t vocab, int64_t column, const Weight& weight, bool* first) {
+__device__ __forceinline__ A taken_from(const AtLabel<A>* at_labels, int k, int num_labels, const Weight& weight, bool* first) {
+  const int column = at_labels[k].column;
   A taken = 0;
-  *first = true;
-  for (int64_t other = 0; other < num_labels; ++other) {
-    if (label_at(labels, other, vocab_start, vocab).column != column) continue;
+  *first = column >= 0;
+#pragma unroll 1
+  for (int other = 0; other < num_labels; ++other) {
+    if (at_labels[other].column != column) continue;
     if (other < k) *first = false;
     taken += weight(other);
   }
   return taken;
 }
 
+// Each label's gradient, exp(logit - largest) * factor less what the labels of its column take from it, for a column within [begin, end).
+template <typename T, typename Weight>
+__device__ __forceinline__ void find_corrections(
+    AtLabel<Number<T>>* at_labels, int num_labels, const Weight& weight, Number<T> largest, Number<T> factor, int begin, int end) {
+  const int k = thread_anew();
+  if (k >= num_labels || at_labels[k].column < 0) return;
+  bool first;
+  const Number<T> taken = taken_from(at_labels, k, num_labels, weight, &first);
+  const int column = at_labels[k].column;
+  at_labels[k].value = exponential<T>(at_labels[k].value, largest) * factor - taken;
+  at_labels[k].corrected = first && column >= begin && column < end ? column : -1;
+}
+
+// Writes the gradients of columns that have labels.
 template <typename T>
-__global__ void __launch_bounds__(1024) statistics_kernel(
-    const T* __restrict__ logits, int64_t stride, const int64_t* __restrict__ labels, int64_t num_labels, int64_t vocab_start,
-    int64_t vocab, bool check, Number<T>* __restrict__ out) {
+__device__ __forceinline__ void correct(T* row, int num_labels, const AtLabel<Number<T>>* at_labels) {
+  const int k = thread_anew();
+  if (k < num_labels && at_labels[k].corrected >= 0) row[at_labels[k].corrected] = narrow<T>(at_labels[k].value);
+}
+
+// What a block's threads say to each other, at the start of its shared memory. What is kept for each
+// label follows it, and then the row.
+template <typename A>
+struct Scratch {
+  Results<A> results;
+  Running<A> part;
+  A largest;
+  A factor;
+};
+
+template <typename A>
+constexpr __host__ __device__ int scratch_bytes(int num_labels) {
+  return (static_cast<int>(sizeof(Scratch<A>)) + num_labels * static_cast<int>(sizeof(AtLabel<A>)) + 15) / 16 * 16;
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kMostThreads, kBlocksAProcessor<T>) statistics_kernel(
+    const T* __restrict__ logits, int64_t stride, const int64_t* __restrict__ labels, int num_labels, int64_t vocab_start, int vocab,
+    bool check, Number<T>* __restrict__ out) {
   using A = Number<T>;
-  __shared__ Running<A> scratch[kMostWarps];
+  __shared__ Results<A> results;
   const int64_t row = blockIdx.x;
   const T* source = logits + row * stride;
   const RowCut cut = cut_row(source, vocab);
-  const Running<A> whole = block_running<T>(read_row<T>(source, vocab, cut, nullptr, 0), scratch);
+  results.threads[threadIdx.x] = read_row<T>(source, vocab, cut, nullptr, 0);
   A* target = out + row * (2 + num_labels);
-  if (threadIdx.x == 0) {
+  const int64_t* mine = labels + row * num_labels;
+  merge_block<T>(results, [&](Running<A> whole) {
+    if (threadIdx.x != 0) return;
     target[0] = whole.largest;
     target[1] = whole.sum;
-  }
-  for (int64_t k = threadIdx.x; k < num_labels; k += blockDim.x) {
-    const Label label = label_at(labels + row * num_labels, k, vocab_start, vocab);
-    if (check) check_label(labels + row * num_labels, k, label, row, vocab);
+  });
+  for (int k = static_cast<int>(threadIdx.x); k < num_labels; k += static_cast<int>(blockDim.x)) {
+    const Label label = label_at(mine, k, vocab_start, vocab);
+    if (check) check_label(mine, k, label, row, vocab);
     target[2 + k] = label.column < 0 ? A(0) : widen(source[label.column]);
   }
 }
 
 template <typename T>
-__global__ void __launch_bounds__(1024) gradient_kernel(
-    const T* logits, int64_t stride, const int64_t* __restrict__ labels, int64_t num_labels, int64_t vocab_start, int64_t vocab,
+__global__ void __launch_bounds__(kMostThreads, kBlocksAProcessor<T>) gradient_kernel(
+    const T* logits, int64_t stride, const int64_t* __restrict__ labels, int num_labels, int64_t vocab_start, int vocab,
     const Number<T>* __restrict__ normalizer, const Number<T>* __restrict__ grad_nll, const Number<T>* __restrict__ grad_lse, T* out,
     int64_t out_stride) {
   using A = Number<T>;
-  __shared__ A scratch[kMostWarps];
+  __shared__ A shared_factor;
+  __shared__ AtLabel<A> at_labels[kMostLabels];
   const int64_t row = blockIdx.x;
   const T* source = logits + row * stride;
   T* target = out + row * out_stride;
   const int64_t* mine = labels + row * num_labels;
   const A* weights = grad_nll + row * num_labels;
   const A largest = normalizer[2 * row];
-  const auto k = static_cast<int64_t>(threadIdx.x);
-  const Label label = k < num_labels ? label_at(mine, k, vocab_start, vocab) : Label{-1, false};
-  const A factor = (block_sum<A>(label.scored ? weights[k] : A(0), scratch) + grad_lse[row]) / normalizer[2 * row + 1];
-  A at_label = 0;
-  bool first = false;
-  if (label.column >= 0) {
-    const A taken = taken_from<A>(mine, k, num_labels, vocab_start, vocab, label.column, [&](int64_t other) { return weights[other]; }, &first);
-    at_label = exponential<T>(widen(source[label.column]), largest) * factor - taken;
+  const int k = static_cast<int>(threadIdx.x);
+  if (k < kWarp) {
+    A total = 0;
+#pragma unroll 1
+    for (int other = k; other < num_labels; other += kWarp) total += label_at(mine, other, vocab_start, vocab).scored ? weights[other] : A(0);
+    total = warp_sum(total);
+    if (k == 0) shared_factor = (total + grad_lse[row]) / normalizer[2 * row + 1];
+  }
+  if (k < num_labels) {
+    const int column = label_at(mine, k, vocab_start, vocab).column;
+    at_labels[k] = {column < 0 ? A(0) : widen(source[column]), column, -1};
   }
   __syncthreads();  // labels' logits are read before anything is overwritten
+  const A factor = shared_factor;
+  find_corrections<T>(at_labels, num_labels, [&](int other) { return weights[other]; }, largest, factor, 0, vocab);
   RowCut cut = cut_row(source, vocab);
   // Vectors need the same alignment on both sides.
   if ((reinterpret_cast<uintptr_t>(source) - reinterpret_cast<uintptr_t>(target)) % 16 != 0) cut = {vocab, 0};
   write_gradient<T>(source, target, vocab, cut, nullptr, 0, largest, factor);
   __syncthreads();
-  if (first) target[label.column] = narrow<T>(at_label);
+  correct(target, num_labels, at_labels);
 }
 
-template <typename T>
-__global__ void __launch_bounds__(1024) loss_and_gradient_kernel(
-    T* logits, int64_t stride, const int64_t* __restrict__ labels, int64_t num_labels, int64_t vocab, const Number<T>* __restrict__ weights,
-    Number<T> z_loss, int64_t cache_vectors, Number<T>* __restrict__ loss) {
+// With kCluster, `parts` blocks, a cluster, share a row: each keeps `columns` of it, and knows of the others their largest logit and sum.
+template <typename T, bool kCluster>
+__global__ void __launch_bounds__(kMostThreads, kBlocksAProcessor<T>) loss_and_gradient_kernel(
+    T* logits, int64_t stride, const int64_t* __restrict__ labels, int num_labels, int vocab, const Number<T>* __restrict__ weights,
+    Number<T> z_loss, int parts, int columns, int cache_vectors, Number<T>* __restrict__ loss) {
   using A = Number<T>;
-  MP_DYNAMIC_SHARED(cache_bytes);
-  __shared__ Running<A> running_scratch[kMostWarps];
-  __shared__ A scratch[kMostWarps];
-  auto* cache = reinterpret_cast<Wide<T>*>(cache_bytes);
-  const int64_t row = blockIdx.x;
-  T* target = logits + row * stride;
-  const int64_t* mine = labels + row * num_labels;
-  const RowCut cut = cut_row(target, vocab);
-  const int64_t kept = cache_vectors < cut.vectors ? cache_vectors : cut.vectors;
-  const Running<A> whole = block_running<T>(read_row<T>(target, vocab, cut, cache, kept), running_scratch);
-
-  const auto weight = [&](int64_t k) { return weights == nullptr ? A(1) : weights[k]; };
-  const auto k = static_cast<int64_t>(threadIdx.x);
-  const Label label = k < num_labels ? label_at(mine, k, 0, vocab) : Label{-1, false};
-  if (k < num_labels) check_label(mine, k, label, row, vocab);
-  const bool scored = label.column >= 0;
-  const A logit = scored ? widen(target[label.column]) : A(0);
-  const A total_weight = block_sum<A>(scored ? weight(k) : A(0), scratch);
-  const A below = block_sum<A>(scored ? weight(k) * (whole.largest - logit) : A(0), scratch);
-  const A log_sum = logarithm(whole.sum), lse = whole.largest + log_sum;
-  const A factor = total_weight == A(0) ? A(0) : total_weight * (A(1) + A(2) * z_loss * lse) / whole.sum;
-  if (threadIdx.x == 0) loss[row] = total_weight == A(0) ? A(0) : below + total_weight * (log_sum + z_loss * lse * lse);
-  A at_label = 0;
-  bool first = false;
-  if (scored) {
-    const A taken = taken_from<A>(mine, k, num_labels, 0, vocab, label.column, weight, &first);
-    at_label = exponential<T>(logit, whole.largest) * factor - taken;
+  MP_DYNAMIC_SHARED(bytes);
+  auto& scratch = *reinterpret_cast<Scratch<A>*>(bytes);
+  auto* at_labels = reinterpret_cast<AtLabel<A>*>(bytes + sizeof(Scratch<A>));
+  auto* cache = reinterpret_cast<Wide<T>*>(bytes + scratch_bytes<A>(num_labels));
+  const int64_t row = kCluster ? blockIdx.x / static_cast<unsigned>(parts) : blockIdx.x;
+  const int rank = kCluster ? static_cast<int>(blockIdx.x % static_cast<unsigned>(parts)) : 0;
+  T* const target = logits + row * stride;
+  const int64_t* const mine = labels + row * num_labels;
+  int begin = 0, width = vocab;
+  if constexpr (kCluster) {
+    begin = rank * columns < vocab ? rank * columns : vocab;
+    width = vocab - begin < columns ? vocab - begin : columns;
   }
-  // Nothing to wait for: every label's logit was read before the sums above.
-  write_gradient<T>(target, target, vocab, cut, cache, kept, whole.largest, factor);
+  const RowCut cut = cut_row(target + begin, width);
+  // Whole turns of the loops, or all: what is added to what does not depend on how much is kept.
+  const int turn = kAhead<T> * static_cast<int>(blockDim.x);
+  const int kept = cache_vectors < cut.vectors ? cache_vectors / turn * turn : cut.vectors;
+  scratch.results.threads[threadIdx.x] = read_row<T>(target + begin, width, cut, cache, kept);
+
+  const auto weight = [&](int k) { return weights == nullptr ? A(1) : weights[k]; };
+  const int k = static_cast<int>(threadIdx.x);
+  if (k < num_labels) {
+    const Label label = label_at(mine, k, 0, vocab);
+    check_label(mine, k, label, row, vocab);
+    at_labels[k] = {label.column < 0 ? A(0) : widen(target[label.column]), label.column, -1};
+  }
+  const auto find_factor = [&](Running<A> whole) {
+    A total_weight = 0, below = 0;
+#pragma unroll 1
+    for (int other = k; other < num_labels; other += kWarp) {
+      if (at_labels[other].column < 0) continue;
+      total_weight += weight(other);
+      below += weight(other) * (whole.largest - at_labels[other].value);
+    }
+    total_weight = warp_sum(total_weight);
+    below = warp_sum(below);
+    const A log_sum = logarithm(whole.sum), lse = whole.largest + log_sum;
+    if (k == 0) {
+      scratch.largest = whole.largest;
+      scratch.factor = total_weight == A(0) ? A(0) : total_weight * (A(1) + A(2) * z_loss * lse) / whole.sum;
+      if (rank == 0) loss[row] = total_weight == A(0) ? A(0) : below + total_weight * (log_sum + z_loss * lse * lse);
+    }
+  };
+  if constexpr (kCluster) {
+    merge_block<T>(scratch.results, [&](Running<A> part) {
+      if (k == 0) scratch.part = part;
+    });
+    cluster_arrive();
+    cluster_wait();  // every label's logit was read before any block of the row overwrites it
+    if (k < kWarp) find_factor(merge_lanes<T>(k < parts ? *of_block(&scratch.part, k) : nothing<A>()));
+  } else {
+    merge_block<T>(scratch.results, find_factor);
+  }
   __syncthreads();
-  if (first) target[label.column] = narrow<T>(at_label);
+  if constexpr (kCluster) cluster_arrive();  // what this block reads of the others is read
+  const A largest = scratch.largest, factor = scratch.factor;
+  find_corrections<T>(at_labels, num_labels, weight, largest, factor, begin, begin + width);
+  write_gradient<T>(target + begin, target + begin, width, cut, cache, kept, largest, factor);
+  __syncthreads();
+  correct(target, num_labels, at_labels);
+  if constexpr (kCluster) cluster_wait();  // nobody leaves while others may still read its shared memory
 }
 
-// Threads for a row: enough that each has some vectors, and one for each label.
-int threads_for(int64_t vocab, int64_t num_labels, int width) {
-  const int64_t wanted = vocab / (4 * static_cast<int64_t>(width)) > num_labels ? vocab / (4 * static_cast<int64_t>(width)) : num_labels;
-  int threads = 128;
-  while (threads < 1024 && threads < wanted) threads *= 2;
+// Threads for a row, or a part of it: enough that each has some vectors, and one for each label.
+int threads_for(int64_t columns, int64_t num_labels, int width) {
+  const int64_t wanted = columns / (4 * width) > num_labels ? columns / (4 * width) : num_labels;
+  int threads = kFewestThreads;
+  while (threads < kMostThreads && threads < wanted) threads *= 2;
   return threads;
+}
+
+// Whether a row can be counted in 32 bits, a grid can have so many blocks, and each label a thread.
+cudaError_t check_sizes(int64_t blocks, int64_t num_labels, int64_t vocab) {
+  if (!fits_grid(blocks)) return cudaErrorInvalidConfiguration;
+  return vocab > kMostColumns || num_labels > kMostThreads ? cudaErrorInvalidValue : cudaSuccess;
+}
+
+// Where a row stays between its two passes: 2, 4 or 8 blocks share the row, or one of these.
+enum Residence : int {
+  kBySize = 0,  // as divide() says
+  kHalf = -1,   // what fits half of a processor's shared memory, so that two blocks share a processor
+  kWhole = -2,  // what fits all of it
+};
+
+// How a row is divided among blocks, and how much of it each keeps.
+struct Division {
+  int parts;
+  int columns;
+  int cache_vectors;
+  int shared_bytes;
+};
+
+// Rows that fit half of a processor's shared memory (`limit` bytes) have a block each. Longer ones are shared by a cluster where there are
+// clusters, and otherwise have a processor for themselves.
+Division divide(int residence, int64_t vocab, int width, int scratch, int limit, bool clusters) {
+  // A block has a kilobyte of its own on top.
+  const int64_t half = limit / 2 - 1024, whole = limit;
+  const auto per_part = [&](int parts) { return ((vocab + width - 1) / width + parts - 1) / parts; };
+  const auto bytes = [&](int parts) { return scratch + 16 * per_part(parts); };
+  int parts = residence > 1 ? residence : 1;
+  if (residence == kBySize && clusters) {
+    while (parts < kMostParts && bytes(parts) > half) parts *= 2;
+  }
+  const int64_t room = bytes(parts) <= half || residence == kHalf ? half : whole;
+  const int64_t vectors = bytes(parts) <= room ? per_part(parts) : (room > scratch ? (room - scratch) / 16 : 0);
+  return {parts, static_cast<int>(per_part(parts) * width), static_cast<int>(vectors), static_cast<int>(scratch + 16 * vectors)};
+}
+
+// Whether the blocks of a cluster can share a row: the GPU must have clusters, and the code that it runs be compiled for them, which is asked
+// once for each device.
+bool has_clusters(int device) {
+  int launches = 0;
+  if (cudaDeviceGetAttribute(&launches, cudaDevAttrClusterLaunch, device) != cudaSuccess || launches == 0) return false;
+  static std::atomic<uint64_t> compiled{0};
+  const uint64_t bit = device < 64 ? uint64_t{1} << device : 0;
+  if ((compiled.load() & bit) != 0) return true;
+  cudaFuncAttributes code;
+  const auto kernel = loss_and_gradient_kernel<float, true>;
+  if (cudaFuncGetAttributes(&code, kernel) != cudaSuccess || code.ptxVersion < 90 || code.binaryVersion < 90) return false;
+  compiled.fetch_or(bit);
+  return true;
+}
+
+// What a kernel may ask for is set once for each device; twice by two threads does no harm.
+template <typename T, bool kCluster>
+cudaError_t allow_shared_memory(int device, int limit) {
+  static std::atomic<uint64_t> allowed{0};
+  const uint64_t bit = device < 64 ? uint64_t{1} << device : 0;
+  if ((allowed.load() & bit) != 0) return cudaSuccess;
+  const auto kernel = loss_and_gradient_kernel<T, kCluster>;
+  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, limit);
+  if (error != cudaSuccess) return error;
+  error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+  if (error != cudaSuccess) return error;
+  allowed.fetch_or(bit);
+  return cudaSuccess;
 }
 
 }  // namespace
@@ -233,13 +536,15 @@ cudaError_t mp_loss_statistics(
     NumberType type, const void* logits, int64_t stride, const int64_t* labels, int64_t num_rows, int64_t num_labels, int64_t vocab_start,
     int64_t vocab, bool check, void* out, cudaStream_t stream) {
   if (num_rows == 0) return cudaSuccess;
-  if (!fits_grid(num_rows)) return cudaErrorInvalidConfiguration;
+  const cudaError_t wrong = check_sizes(num_rows, num_labels, vocab);
+  if (wrong != cudaSuccess) return wrong;
   return dispatch(type, [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
     const auto kernel = statistics_kernel<T>;
     MP_LAUNCH(
         kernel, dim3(static_cast<unsigned>(num_rows)), dim3(threads_for(vocab, num_labels, kVectorWidth<T>)), 0, stream,
-        static_cast<const T*>(logits), stride, labels, num_labels, vocab_start, vocab, check, static_cast<Number<T>*>(out));
+        static_cast<const T*>(logits), stride, labels, static_cast<int>(num_labels), vocab_start, static_cast<int>(vocab), check,
+        static_cast<Number<T>*>(out));
     return cudaGetLastError();
   });
 }
@@ -248,15 +553,16 @@ cudaError_t mp_loss_gradient(
     NumberType type, const void* logits, int64_t stride, const int64_t* labels, int64_t num_rows, int64_t num_labels, int64_t vocab_start,
     int64_t vocab, const void* normalizer, const void* grad_nll, const void* grad_lse, void* out, int64_t out_stride, cudaStream_t stream) {
   if (num_rows == 0) return cudaSuccess;
-  if (!fits_grid(num_rows)) return cudaErrorInvalidConfiguration;
+  const cudaError_t wrong = check_sizes(num_rows, num_labels, vocab);
+  if (wrong != cudaSuccess) return wrong;
   return dispatch(type, [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
     using A = Number<T>;
     const auto kernel = gradient_kernel<T>;
     MP_LAUNCH(
         kernel, dim3(static_cast<unsigned>(num_rows)), dim3(threads_for(vocab, num_labels, kVectorWidth<T>)), 0, stream,
-        static_cast<const T*>(logits), stride, labels, num_labels, vocab_start, vocab, static_cast<const A*>(normalizer),
-        static_cast<const A*>(grad_nll), static_cast<const A*>(grad_lse), static_cast<T*>(out), out_stride);
+        static_cast<const T*>(logits), stride, labels, static_cast<int>(num_labels), vocab_start, static_cast<int>(vocab),
+        static_cast<const A*>(normalizer), static_cast<const A*>(grad_nll), static_cast<const A*>(grad_lse), static_cast<T*>(out), out_stride);
     return cudaGetLastError();
   });
 }
@@ -265,25 +571,32 @@ cudaError_t mp_loss_and_gradient(
     NumberType type, void* logits, int64_t stride, const int64_t* labels, int64_t num_rows, int64_t num_labels, int64_t vocab,
     const void* weights, double z_loss, void* loss, cudaStream_t stream) {
   if (num_rows == 0) return cudaSuccess;
-  if (!fits_grid(num_rows)) return cudaErrorInvalidConfiguration;
-  int limit = 0;
-  const cudaError_t error = shared_memory_limit(&limit);
+  const cudaError_t wrong = check_sizes(num_rows, num_labels, vocab);
+  if (wrong != cudaSuccess) return wrong;
+  int device = 0, limit = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   if (error != cudaSuccess) return error;
   return dispatch(type, [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
     using A = Number<T>;
-    const auto kernel = loss_and_gradient_kernel<T>;
-    // Half of what there is, so that two blocks share a processor: one reads while the other writes. 1 kB is for the reductions.
-    const int64_t room = (limit / 2 - 1024) / 16;
-    const int64_t vectors = vocab / kVectorWidth<T> < room ? vocab / kVectorWidth<T> : room;
-    const auto bytes = static_cast<int>(vectors * 16);
-    const cudaError_t refused = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-    if (refused != cudaSuccess) return refused;
-    MP_LAUNCH(
-        kernel, dim3(static_cast<unsigned>(num_rows)), dim3(threads_for(vocab, num_labels, kVectorWidth<T>)), bytes, stream,
-        static_cast<T*>(logits), stride, labels, num_labels, vocab, static_cast<const A*>(weights), static_cast<A>(z_loss), vectors,
-        static_cast<A*>(loss));
-    return cudaGetLastError();
+    const Division division =
+        divide(MP_LOSS_RESIDENCE, vocab, kVectorWidth<T>, scratch_bytes<A>(static_cast<int>(num_labels)), limit, has_clusters(device));
+    if (!fits_grid(num_rows * division.parts)) return cudaErrorInvalidConfiguration;
+    const dim3 grid(static_cast<unsigned>(num_rows * division.parts));
+    const dim3 block(threads_for(division.columns, num_labels, kVectorWidth<T>));
+    const auto launch = [&](auto cluster) {
+      constexpr bool is_cluster = decltype(cluster)::value;
+      const cudaError_t refused = allow_shared_memory<T, is_cluster>(device, limit);
+      if (refused != cudaSuccess) return refused;
+      const auto kernel = loss_and_gradient_kernel<T, is_cluster>;
+      MP_LAUNCH_CLUSTER(
+          kernel, division.parts, grid, block, division.shared_bytes, stream, static_cast<T*>(logits), stride, labels,
+          static_cast<int>(num_labels), static_cast<int>(vocab), static_cast<const A*>(weights), static_cast<A>(z_loss), division.parts,
+          division.columns, division.cache_vectors, static_cast<A*>(loss));
+      return cudaGetLastError();
+    };
+    return division.parts > 1 ? launch(std::true_type{}) : launch(std::false_type{});
   });
 }
 

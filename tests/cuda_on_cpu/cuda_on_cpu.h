@@ -2,8 +2,10 @@
 //
 // Each thread of a block is a fiber with its own stack. A fiber runs until it meets a barrier or a shuffle; then the next one runs, in an
 // order that the test chooses: forward, backward, shuffled anew at every turn, or a warp at a time as far as it gets. What is wrong without
-// a barrier shows up as a wrong number under one of the orders. Blocks run in the same order of orders. Shared memory is filled with NaN patterns before each block where it is
-// dynamic. A vector read or written off its alignment, which this processor would let pass, ends the kernel.
+// a barrier shows up as a wrong number under one of the orders. Blocks run in the same order of orders; those of a cluster run together,
+// each with its own dynamic shared memory (static shared memory they would share: a kernel for clusters has none). Dynamic shared memory is
+// filled with NaN patterns before each block, and again when its block has ended; a block that wrote past what it asked for ends the kernel.
+// So does a vector read or written off its alignment, which this processor would let pass.
 //
 // It shows: indexing, tails, alignment of vectors, barriers, reductions, the arithmetic in float. It cannot show: speed, registers and
 // occupancy, races between blocks or finer than a barrier, the hardware's own exp, warps that diverge around a shuffle.
@@ -17,9 +19,12 @@
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <memory>
 #include <numeric>
+#include <type_traits>
 #include <vector>
 
 #include <cuda_bf16.h>
@@ -44,6 +49,7 @@ namespace cuda_on_cpu {
 constexpr size_t kStackBytes = 96 * 1024;
 constexpr int kWarp = 32;
 constexpr size_t kDynamicSharedBytes = 256 * 1024;
+constexpr int kMostParts = 8;
 
 enum class Order { kForward, kBackward, kShuffled, kWarps };
 
@@ -51,31 +57,44 @@ struct Fiber {
   ucontext_t start;
   jmp_buf place;
   bool started, done;
-  bool waits_for_block, waits_for_warp;
+  bool waits_for_block, waits_for_warp, waits_for_cluster, waits_for_first, arrived;
 };
 
 struct Machine {
   std::vector<Fiber> fibers;
-  std::vector<char> stacks;
+  std::unique_ptr<char[]> stacks;
   std::vector<std::array<unsigned char, 16>> exchanged;
   std::function<void()> kernel;
   jmp_buf scheduler;
   int current = 0;
+  int threads = 0, parts = 1;
+  int first = 0;  // how many threads the barrier of a block's first ones is for
+  size_t shared_bytes = 0;
+  std::array<bool, kMostParts> ended;
   dim3 block, grid;
-  uint3 block_index;
+  unsigned first_block = 0;
   Order order = Order::kForward;
   uint32_t seed = 1;
   int shared_limit = 64 * 1024;
+  bool clusters = false;
   bool trapped = false;
   char message[512] = "";
-  alignas(16) unsigned char shared[kDynamicSharedBytes];
+  alignas(16) unsigned char shared[kMostParts][kDynamicSharedBytes];
 };
 
 inline Machine machine;
 
+inline int rank() { return machine.current / machine.threads; }
+
 inline uint3 thread_index() {
-  const auto i = static_cast<unsigned>(machine.current);
+  const auto i = static_cast<unsigned>(machine.current % machine.threads);
   return {i % machine.block.x, i / machine.block.x % machine.block.y, i / (machine.block.x * machine.block.y)};
+}
+
+inline uint3 block_index() {
+  const unsigned n = machine.first_block + static_cast<unsigned>(rank());
+  const dim3& grid = machine.grid;
+  return {n % grid.x, n / grid.x % grid.y, n / (grid.x * grid.y)};
 }
 
 inline void leave() { _longjmp(machine.scheduler, 1); }
@@ -98,6 +117,25 @@ inline void block_barrier() {
 inline void warp_barrier() {
   machine.fibers[machine.current].waits_for_warp = true;
   wait();
+}
+
+// A barrier of a block's first threads alone.
+inline void barrier_of_first(int threads) {
+  machine.first = threads;
+  machine.fibers[machine.current].waits_for_first = true;
+  wait();
+}
+
+inline void cluster_arrive() { machine.fibers[machine.current].arrived = true; }
+
+inline void cluster_wait() {
+  machine.fibers[machine.current].waits_for_cluster = true;
+  wait();
+}
+
+// Where another block of the cluster has what `mine` points to.
+inline const void* of_block(const void* mine, unsigned other) {
+  return static_cast<const unsigned char*>(mine) + (static_cast<ptrdiff_t>(other) - rank()) * static_cast<ptrdiff_t>(kDynamicSharedBytes);
 }
 
 [[noreturn]] inline void trap() {
@@ -134,6 +172,27 @@ inline bool open_if_all_wait(int first, int last, bool Fiber::*waiting) {
   return any;
 }
 
+// The barriers of a block: of all its threads, and of its first ones.
+inline bool open_block(int begin, int end) {
+  const bool opened = open_if_all_wait(begin, std::min(begin + machine.first, end), &Fiber::waits_for_first);
+  return open_if_all_wait(begin, end, &Fiber::waits_for_block) || opened;
+}
+
+// The cluster's barrier opens when every thread has arrived; each that comes to wait then goes on, those of other blocks perhaps much later.
+inline bool open_cluster(int all) {
+  bool any = false;
+  for (int i = 0; i < all; ++i) {
+    const Fiber& fiber = machine.fibers[i];
+    if (!fiber.done && !fiber.arrived) return false;
+    any = any || fiber.waits_for_cluster;
+  }
+  bool everyone = true;
+  for (int i = 0; i < all; ++i) everyone = everyone && (machine.fibers[i].done || machine.fibers[i].waits_for_cluster);
+  if (!any || !everyone) return false;
+  for (int i = 0; i < all; ++i) machine.fibers[i].waits_for_cluster = machine.fibers[i].arrived = false;
+  return true;
+}
+
 // Lets a thread run until it waits or is through.
 inline void resume(int thread) {
   Fiber& fiber = machine.fibers[thread];
@@ -149,7 +208,7 @@ inline bool resume_each(const std::vector<int>& threads) {
   bool moved = false;
   for (const int thread : threads) {
     const Fiber& fiber = machine.fibers[thread];
-    if (fiber.done || fiber.waits_for_block || fiber.waits_for_warp) continue;
+    if (fiber.done || fiber.waits_for_block || fiber.waits_for_warp || fiber.waits_for_cluster || fiber.waits_for_first) continue;
     resume(thread);
     if (machine.trapped) return true;
     moved = true;
@@ -157,11 +216,11 @@ inline bool resume_each(const std::vector<int>& threads) {
   return moved;
 }
 
-// Lets one warp after the other run up to its next barrier of the block; whether any did.
-inline bool resume_warps(int threads) {
+// Lets one warp of a block after the other run up to its next barrier of the block; whether any did.
+inline bool resume_warps(int begin, int end) {
   bool moved = false;
-  for (int first = 0; first < threads; first += kWarp) {
-    const int last = std::min(first + kWarp, threads);
+  for (int first = begin; first < end; first += kWarp) {
+    const int last = std::min(first + kWarp, end);
     std::vector<int> warp(last - first);
     std::iota(warp.begin(), warp.end(), first);
     while (resume_each(warp) || open_if_all_wait(first, last, &Fiber::waits_for_warp)) {
@@ -172,25 +231,60 @@ inline bool resume_warps(int threads) {
   return moved;
 }
 
-inline void run_block(int threads) {
-  for (int i = 0; i < threads; ++i) {
+// The shared memory of a block that has ended is gone: others may read it no more. What it did not ask for it may not have written.
+inline void end_if_through(int part) {
+  const auto begin = machine.fibers.begin() + part * machine.threads;
+  if (machine.ended[part] || !std::all_of(begin, begin + machine.threads, [](const Fiber& fiber) { return fiber.done; })) return;
+  machine.ended[part] = true;
+  unsigned char* shared = machine.shared[part];
+  if (std::any_of(shared + machine.shared_bytes, shared + kDynamicSharedBytes, [](unsigned char byte) { return byte != 0xff; })) {
+    machine.trapped = true;
+    std::snprintf(machine.message, sizeof(machine.message), "more than %zu bytes of shared memory were written", machine.shared_bytes);
+  }
+  std::memset(shared, 0xff, machine.shared_bytes);
+}
+
+// Lets one block of a cluster after the other run as far as it gets without the others; whether any did.
+inline bool resume_blocks() {
+  bool moved = false;
+  for (int part = 0; part < machine.parts; ++part) {
+    const int begin = part * machine.threads, end = begin + machine.threads;
+    while (resume_warps(begin, end) || open_block(begin, end)) {
+      if (machine.trapped) return true;
+      moved = true;
+    }
+    end_if_through(part);
+  }
+  return moved;
+}
+
+// Runs one block, or the blocks of one cluster.
+inline void run_cluster() {
+  const int threads = machine.threads, all = threads * machine.parts;
+  for (int i = 0; i < all; ++i) {
     Fiber& fiber = machine.fibers[i];
-    fiber.started = fiber.done = fiber.waits_for_block = fiber.waits_for_warp = false;
+    fiber.started = fiber.done = fiber.arrived = false;
+    fiber.waits_for_block = fiber.waits_for_warp = fiber.waits_for_cluster = fiber.waits_for_first = false;
     getcontext(&fiber.start);
-    fiber.start.uc_stack.ss_sp = machine.stacks.data() + static_cast<size_t>(i) * kStackBytes;
+    fiber.start.uc_stack.ss_sp = machine.stacks.get() + static_cast<size_t>(i) * kStackBytes;
     fiber.start.uc_stack.ss_size = kStackBytes;
     fiber.start.uc_link = nullptr;
     makecontext(&fiber.start, entry, 0);
   }
-  std::memset(machine.shared, 0xff, sizeof(machine.shared));
-  const auto through = [](const Fiber& fiber) { return fiber.done; };
-  while (!std::all_of(machine.fibers.begin(), machine.fibers.begin() + threads, through)) {
-    bool moved = machine.order == Order::kWarps ? resume_warps(threads) : resume_each(turns(threads));
+  for (int part = 0; part < machine.parts; ++part) std::memset(machine.shared[part], 0xff, kDynamicSharedBytes);
+  machine.ended = {};
+  while (!std::all_of(machine.fibers.begin(), machine.fibers.begin() + all, [](const Fiber& fiber) { return fiber.done; })) {
+    bool moved = machine.order == Order::kWarps ? resume_blocks() : resume_each(turns(all));
     if (machine.trapped) return;
-    for (int first = 0; first < threads; first += kWarp) {
-      moved |= open_if_all_wait(first, std::min(first + kWarp, threads), &Fiber::waits_for_warp);
+    for (int first = 0; first < all; first += threads) {
+      for (int warp = first; warp < first + threads; warp += kWarp) {
+        moved |= open_if_all_wait(warp, std::min(warp + kWarp, first + threads), &Fiber::waits_for_warp);
+      }
+      moved |= open_block(first, first + threads);
     }
-    moved |= open_if_all_wait(0, threads, &Fiber::waits_for_block);
+    for (int part = 0; part < machine.parts; ++part) end_if_through(part);
+    if (machine.trapped) return;
+    moved |= open_cluster(all);
     if (!moved) {
       machine.trapped = true;
       std::snprintf(machine.message, sizeof(machine.message), "threads wait for each other at different barriers");
@@ -199,27 +293,49 @@ inline void run_block(int threads) {
   }
 }
 
-inline void launch(dim3 grid, dim3 block, size_t shared_bytes, std::function<void()> kernel) {
+inline void launch(int parts, dim3 grid, dim3 block, size_t shared_bytes, std::function<void()> kernel) {
   const int threads = static_cast<int>(block.x * block.y * block.z);
-  if (static_cast<int>(shared_bytes) > machine.shared_limit || threads > 1024) {
+  const int blocks = static_cast<int>(grid.x * grid.y * grid.z);
+  // A warp may not reach into another block.
+  const bool whole_warps = parts == 1 || threads % kWarp == 0;
+  const bool whole_clusters = parts <= kMostParts && blocks % parts == 0;
+  if (static_cast<int>(shared_bytes) > machine.shared_limit || threads > 1024 || !whole_clusters || !whole_warps) {
     machine.trapped = true;
-    std::snprintf(machine.message, sizeof(machine.message), "%d threads and %zu bytes of shared memory", threads, shared_bytes);
+    std::snprintf(
+        machine.message, sizeof(machine.message), "%d threads and %zu bytes of shared memory, %d blocks in clusters of %d", threads,
+        shared_bytes, blocks, parts);
     return;
   }
+  machine.threads = threads;
+  machine.parts = parts;
+  machine.shared_bytes = shared_bytes;
   machine.block = block;
   machine.grid = grid;
   machine.kernel = std::move(kernel);
-  if (machine.fibers.size() < static_cast<size_t>(threads)) {
-    machine.fibers.resize(threads);
-    machine.exchanged.resize(threads);
-    machine.stacks.resize(threads * kStackBytes);
+  const auto all = static_cast<size_t>(threads) * parts;
+  if (machine.fibers.size() < all) {
+    machine.fibers.resize(all);
+    machine.exchanged.resize(all);
+    machine.stacks.reset(new char[all * kStackBytes]);  // untouched, and so without memory, where nothing runs
   }
-  for (const int number : turns(static_cast<int>(grid.x * grid.y * grid.z))) {
-    const auto n = static_cast<unsigned>(number);
-    machine.block_index = {n % grid.x, n / grid.x % grid.y, n / (grid.x * grid.y)};
-    run_block(threads);
+  for (const int number : turns(blocks / parts)) {
+    machine.first_block = static_cast<unsigned>(number * parts);
+    run_cluster();
     if (machine.trapped) return;
   }
+}
+
+inline cudaError_t describe(cudaDeviceProp* properties) {
+  *properties = {};
+  std::strcpy(properties->name, "this processor");
+  properties->multiProcessorCount = 1;
+  properties->sharedMemPerBlockOptin = static_cast<size_t>(machine.shared_limit);
+  return cudaSuccess;
+}
+
+inline cudaError_t attribute(int* value, cudaDeviceAttr wanted) {
+  *value = wanted == cudaDevAttrClusterLaunch ? machine.clusters : machine.shared_limit;
+  return cudaSuccess;
 }
 
 template <typename T>
@@ -236,27 +352,42 @@ T from_lane(T value, int lane) {
 }  // namespace cuda_on_cpu
 
 #define threadIdx cuda_on_cpu::thread_index()
-#define blockIdx cuda_on_cpu::machine.block_index
+#define blockIdx cuda_on_cpu::block_index()
 #define blockDim cuda_on_cpu::machine.block
 #define gridDim cuda_on_cpu::machine.grid
 #define __syncthreads() cuda_on_cpu::block_barrier()
 #define __shfl_xor_sync(mask, value, distance) \
   cuda_on_cpu::from_lane((value), cuda_on_cpu::machine.current % cuda_on_cpu::kWarp ^ (distance))
-#define __expf(x) expf(x)
+#define __cluster_barrier_arrive() cuda_on_cpu::cluster_arrive()
+#define __cluster_barrier_wait() cuda_on_cpu::cluster_wait()
+#define __cluster_map_shared_rank(mine, other) cuda_on_cpu::of_block((mine), (other))
 #define __stwb(target, word) (*(target) = (word))
 
 #define MP_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
-  ((void)(stream), cuda_on_cpu::launch((grid), (block), (shared_bytes), [=] { kernel(__VA_ARGS__); }))
-#define MP_DYNAMIC_SHARED(bytes) unsigned char* bytes = cuda_on_cpu::machine.shared
+  ((void)(stream), cuda_on_cpu::launch(1, (grid), (block), (shared_bytes), [=] { kernel(__VA_ARGS__); }))
+#define MP_LAUNCH_CLUSTER(kernel, parts, grid, block, shared_bytes, stream, ...) \
+  ((void)(stream), cuda_on_cpu::launch((parts), (grid), (block), (shared_bytes), [=] { kernel(__VA_ARGS__); }))
+#define MP_DYNAMIC_SHARED(bytes) unsigned char* bytes = cuda_on_cpu::machine.shared[cuda_on_cpu::rank()]
 #define MP_TRAP(...)                                                                                          \
   do {                                                                                                        \
     std::snprintf(cuda_on_cpu::machine.message, sizeof(cuda_on_cpu::machine.message), __VA_ARGS__);           \
     cuda_on_cpu::trap();                                                                                      \
   } while (false)
 
+// What benchmarks/loss_harness.cu needs for its checks.
+#define cudaMalloc(pointer, bytes) \
+  ((*(pointer)) = static_cast<std::remove_reference_t<decltype(*(pointer))>>(std::malloc(bytes)), cudaSuccess)
+#define cudaFree(pointer) std::free(pointer)
+#define cudaMemset(pointer, byte, bytes) (std::memset(static_cast<void*>(pointer), (byte), (bytes)), cudaSuccess)
+#define cudaMemcpy(target, source, bytes, kind) (std::memcpy(static_cast<void*>(target), (source), (bytes)), cudaSuccess)
+#define cudaDeviceSynchronize() cudaGetLastError()
+#define cudaGetErrorString(error) ((void)(error), cuda_on_cpu::machine.message)
+#define cudaGetDeviceCount(count) (*(count) = 1, cudaSuccess)
+#define cudaGetDeviceProperties(properties, device) cuda_on_cpu::describe((properties))
 #define cudaGetLastError() (cuda_on_cpu::machine.trapped ? cudaErrorLaunchFailure : cudaSuccess)
 #define cudaGetDevice(device) (*(device) = 0, cudaSuccess)
-#define cudaDeviceGetAttribute(value, attribute, device) ((void)(device), *(value) = cuda_on_cpu::machine.shared_limit, cudaSuccess)
+#define cudaDeviceGetAttribute(value, wanted, device) ((void)(device), cuda_on_cpu::attribute((value), (wanted)))
+#define cudaFuncGetAttributes(code, kernel) ((void)(kernel), (code)->ptxVersion = (code)->binaryVersion = 90, cudaSuccess)
 #define cudaFuncSetAttribute(kernel, attribute, value) ((void)(kernel), (void)(value), cudaSuccess)
 
 // What a test sets before a launch and asks behind it.
@@ -266,11 +397,12 @@ inline __attribute__((used, visibility("default"))) void __ubsan_handle_type_mis
   std::snprintf(cuda_on_cpu::machine.message, sizeof(cuda_on_cpu::machine.message), "misaligned address %p", address);
   cuda_on_cpu::trap();
 }
-inline __attribute__((used, visibility("default"))) void cuda_on_cpu_prepare(int order, unsigned seed, int shared_limit) {
+inline __attribute__((used, visibility("default"))) void cuda_on_cpu_prepare(int order, unsigned seed, int shared_limit, int clusters) {
   auto& machine = cuda_on_cpu::machine;
   machine.order = static_cast<cuda_on_cpu::Order>(order);
   machine.seed = seed;
   machine.shared_limit = shared_limit;
+  machine.clusters = clusters != 0;
   machine.trapped = false;
   machine.message[0] = 0;
 }

@@ -23,6 +23,10 @@ SOURCES = HERE.parent.parent / "csrc" / "cuda"
 TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 ORDERS = {"forward": 0, "backward": 1, "shuffled": 2, "warps": 3}
 TILE = 64
+OPTIONS = (
+    *("-O1", "-std=c++20", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-clobbered"),
+    *("-U_FORTIFY_SOURCE", "-ffp-contract=off", "-fsanitize=alignment", "-DMEGATRON_PATCH_CUDA_ON_CPU"),
+)
 _GUARD = 64
 
 
@@ -37,18 +41,53 @@ def cuda_include() -> Path | None:
     return folder.resolve() if (folder / "cuda_bf16.h").is_file() else None
 
 
+def _compile(*command: str | Path) -> None:
+    done = subprocess.run(["g++", "-fPIC", *OPTIONS, *command], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def compile_kernels(sources: Path, library: Path, *options: str) -> None:
     """Compiles a folder of .cu files with the C++ compiler."""
-    command = [
-        *("g++", "-shared", "-fPIC", "-O1", "-std=c++20", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-clobbered"),
-        *options,
-        *("-U_FORTIFY_SOURCE", "-ffp-contract=off", "-fsanitize=alignment", "-DMEGATRON_PATCH_CUDA_ON_CPU"),
-        *("-I", str(HERE), "-I", str(sources), "-isystem", str(cuda_include())),
-        *("-x", "c++", *(str(path) for path in sorted(sources.glob("*.cu")))),
-        *("-o", str(library)),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    _compile(
+        *("-shared", "-Werror", *options, "-I", HERE, "-I", sources, "-isystem", str(cuda_include())),
+        *("-x", "c++", *sorted(sources.glob("*.cu")), "-o", library),
+    )
+
+
+def precompile_header(folder: Path) -> None:
+    """Puts cuda_on_cpu.h into a folder, with what the compiler makes of it, for `compile_mutant`."""
+    shutil.copy(HERE / "cuda_on_cpu.h", folder)
+    _compile("-w", "-isystem", str(cuda_include()), "-x", "c++-header", folder / "cuda_on_cpu.h", "-o", folder / "cuda_on_cpu.h.gch")
+
+
+def compile_mutant(header: Path, file: str, text: str, replacement: str, folder: Path) -> Path:
+    """Compiles one .cu file with a text of it, or of common.cuh, replaced.
+
+    Args:
+        header: a folder that `precompile_header` filled.
+        file: the file that holds the text; a mutant of common.cuh is one of the loss' kernels.
+        text: what is replaced wherever the file has it.
+        replacement: what stands there then.
+        folder: for the mutant; new.
+
+    Returns:
+        The library, for float32 and bfloat16 alone.
+    """
+    shutil.copytree(SOURCES, folder)
+    source = (folder / file).read_text()
+    assert source.count(text) >= 1, "the mutant's place is gone: name it anew"
+    (folder / file).write_text(source.replace(text, replacement))
+    common = (folder / "common.cuh").read_text()
+    fewer = re.sub(r"    case NumberType::k(Double|Half): .*\n", "", common)
+    assert len(fewer) < len(common)
+    (folder / "common.cuh").write_text(fewer)
+    kernels = folder / ("multi_token_loss.cu" if file == "common.cuh" else file)
+    library = folder / "mutant.so"
+    _compile(
+        *("-shared", "-w", "-include", "cuda_on_cpu.h", "-I", header, "-I", folder, "-isystem", str(cuda_include())),
+        *("-x", "c++", kernels, "-o", library),
+    )
+    return library
 
 
 class Trapped(Exception):
@@ -91,6 +130,7 @@ class CudaOnCpu:
         shared_limit: bytes of shared memory that a block may ask for.
         shift: elements that inputs and results lie off the alignment of vectors.
         gap: elements, NaN, between the rows of logits that are only read.
+        clusters: whether blocks may share a row, as from sm_90 on.
     """
 
     library: ctypes.CDLL
@@ -99,6 +139,7 @@ class CudaOnCpu:
     shared_limit: int = 64 * 1024
     shift: int = 0
     gap: int = 0
+    clusters: bool = False
 
     def _call(self, name: str, *arguments: object) -> None:
         values = []
@@ -113,7 +154,7 @@ class CudaOnCpu:
                 values.append(ctypes.c_int(TYPES[argument]))
             else:
                 values.append(ctypes.c_void_p(None) if argument is None else ctypes.c_int64(argument))
-        self.library.cuda_on_cpu_prepare(ORDERS[self.order], self.seed, self.shared_limit)
+        self.library.cuda_on_cpu_prepare(ORDERS[self.order], self.seed, self.shared_limit, self.clusters)
         error = self.library[name](*values, ctypes.c_void_p(None))
         self.library.cuda_on_cpu_message.restype = ctypes.c_char_p
         if error:
@@ -142,16 +183,27 @@ class CudaOnCpu:
         )
         return out.checked()
 
-    def patch_embedding_backward(self, grad: torch.Tensor, ids: torch.Tensor, rows: int, vocab_start: int | None = None) -> torch.Tensor:
-        """[P, H] gradients to [rows, H]; with the sort that the GPU's operator has in front."""
-        sorted_ids, order = ids.flatten().sort(stable=True)
+    def patch_embedding_backward(
+        self,
+        grad: torch.Tensor,
+        ids: torch.Tensor,
+        rows: int,
+        vocab_start: int | None = None,
+        accumulator: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """[P, H] gradients to [rows, H], or to what they and an accumulator sum to; with the sort that the GPU's operator has in front."""
         count, hidden = ids.numel(), grad.shape[1]
+        row_of_id = guarded((count,), torch.int32, 0)
+        self._call("mp_patch_embedding_rows", ids, count, vocab_start or 0, rows, row_of_id.value)
+        sorted_rows, order = row_of_id.checked().sort(stable=True)
         partial = guarded((-(-count // TILE), 2, hidden), accumulation_dtype(grad.dtype))
-        out = guarded((rows, hidden), grad.dtype, 0.0, self.shift)
+        out = guarded((rows, hidden), grad.dtype if accumulator is None else accumulator.dtype, 0.0, self.shift)
+        if accumulator is not None:
+            out.value.copy_(accumulator)
         self._call(
             "mp_patch_embedding_backward",
-            *(grad.dtype, self._shifted(grad), sorted_ids, order, count, ids.shape[1], hidden, vocab_start or 0, rows),
-            *(partial.value, out.value),
+            *(grad.dtype, self._shifted(grad), sorted_rows, order, count, ids.shape[1], hidden, rows),
+            *(partial.value, out.value, accumulator is not None),
         )
         partial.checked()
         return out.checked()

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is n
 # Kernel, its template's arguments, and whether it writes vectors: statistics are 2 + K numbers a row.
 KERNELS = [
     ("multi_token_loss.cu", r"statistics_kernelI{}E", False),
-    ("multi_token_loss.cu", r"loss_and_gradient_kernelI{}E", True),
+    ("multi_token_loss.cu", r"loss_and_gradient_kernelI{}Lb0E", True),
     ("multi_token_loss.cu", r"\dgradient_kernelI{}E", True),
     ("patch_embedding.cu", r"forward_kernelI{}Li{}E", True),
     ("patch_embedding.cu", r"tile_kernelI{}Li{}E", True),

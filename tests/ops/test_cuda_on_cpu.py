@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import os
 import shutil
-import subprocess
-import sys
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
@@ -25,13 +25,16 @@ from tests.ops.cases import LOSS_CASES, NARROW, LossCase, assert_within, loss_ca
 from tests.ops.test_fused_embedding import gradient_of_rows, mean_of_rows
 
 pytestmark = pytest.mark.skipif(cuda_include() is None or shutil.which("g++") is None, reason="CUDA's headers (nvcc) and g++ are needed")
+# Bytes of shared memory: of a long row nothing stays there, a part of it in bfloat16, in float32, or all.
+LIMITS = [12_288, 14_336, 20_480, 28_672, 73_728]
 WAYS = st.builds(
-    lambda order, seed, limit, shift, gap: (order, seed, limit, shift, gap),
+    lambda order, seed, limit, shift, gap, clusters: (order, seed, limit, shift, gap, clusters),
     st.sampled_from(list(ORDERS)),
     st.integers(1, 99),
-    st.sampled_from([4096, 65536]),
+    st.sampled_from(LIMITS),
     st.integers(0, 1),
     st.sampled_from([0, 3]),
+    st.booleans(),
 )
 
 
@@ -136,7 +139,21 @@ def test_one_id_may_fill_many_tiles(library, order):
 @pytest.mark.parametrize("vocab", [32_000, 50_257])
 def test_whole_vocabularies(library, dtype, vocab):
     for order in ORDERS:
-        check_loss(CudaOnCpu(library, order, shared_limit=100_000), loss_case(5, 2, 4, vocab, dtype, weighted=True, z_loss=1e-3))
+        for clusters in (False, True):
+            machine = CudaOnCpu(library, order, shared_limit=100_000, clusters=clusters)
+            check_loss(machine, loss_case(5, 2, 4, vocab, dtype, weighted=True, z_loss=1e-3))
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("labels", [1, 129, 300, 600])
+def test_blocks_of_every_size(library, labels, order):
+    """128, 256, 512 and 1,024 threads."""
+    for dtype in NARROW:
+        check_loss(CudaOnCpu(library, order, shared_limit=LIMITS[-1]), loss_case(2, 2, labels, 3000, dtype, spread=30.0))
+    case = loss_case(2, 2, labels, 1500, torch.float64)
+    losses, gradient = CudaOnCpu(library, order, shared_limit=LIMITS[-1]).loss_and_gradient(case.logits, case.labels, None, 0.0)
+    assert_within(losses, case.exact_row_losses(), (1 + case.exact_row_losses().abs()) * case.weights.sum(dim=1), torch.float64)
+    assert_within(gradient, *case.exact_gradient(), torch.float64)
 
 
 def test_every_order_gives_the_same_bits(library):
@@ -145,20 +162,25 @@ def test_every_order_gives_the_same_bits(library):
     grad = torch.randn(90, 40, generator=torch.Generator().manual_seed(1))
     results = []
     for order in ORDERS:
-        for limit in (4096, 65536):
+        for limit in LIMITS:
             machine = CudaOnCpu(library, order, 7, limit)
             losses, gradient = machine.loss_and_gradient(case.logits, case.labels, None, 0.0)
             results.append((losses, gradient, machine.patch_embedding_backward(grad, ids, 9)))
     for each in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(each, results[0], strict=True))
+    for limit in LIMITS:
+        clusters = [CudaOnCpu(library, order, 7, limit, clusters=True) for order in ORDERS]
+        shared = [machine.loss_and_gradient(case.logits, case.labels, None, 0.0) for machine in clusters]
+        assert all(torch.equal(a, b) for each in shared[1:] for a, b in zip(each, shared[0], strict=True))
 
 
-def test_extreme_logits_have_the_results_that_torch_gives(library):
+@pytest.mark.parametrize("dtype", NARROW)
+def test_extreme_logits_have_the_results_that_torch_gives(library, dtype):
     inf = float("inf")
-    rows = torch.zeros(6, 300)
+    rows = torch.zeros(6, 300, dtype=dtype)
     rows[0, :280] = -inf
     rows[1, 5] = float("nan")
-    rows[2, :2] = 3e38
+    rows[2, :2] = torch.finfo(dtype).max
     rows[3, 0] = -200.0
     rows[4] = -inf
     rows[5, 7] = inf
@@ -168,7 +190,8 @@ def test_extreme_logits_have_the_results_that_torch_gives(library):
     expected.sum().backward()
     losses, gradient = CudaOnCpu(library).loss_and_gradient(rows, labels, None, 0.0)
     torch.testing.assert_close(losses.double(), expected, rtol=1e-6, atol=0, equal_nan=True)
-    torch.testing.assert_close(gradient.double(), theirs.grad, rtol=1e-6, atol=1e-37, equal_nan=True)
+    near = {"rtol": max(1e-6, torch.finfo(dtype).eps), "atol": max(1e-37, torch.finfo(dtype).smallest_normal)}
+    torch.testing.assert_close(gradient.double(), theirs.grad, equal_nan=True, **near)
 
 
 @pytest.mark.parametrize("bad", [-1, 24, -101, 2**40])
@@ -190,7 +213,7 @@ def test_what_is_out_of_range_ends_the_kernel_with_its_name(library, bad):
 @pytest.mark.parametrize("count", [2**31, 2**32 + 1])
 def test_more_rows_than_a_grid_holds_are_refused(library, count):
     """Cut to 32 bits, the last would launch one block and leave all other rows as they were."""
-    library.cuda_on_cpu_prepare(0, 1, 65536)
+    library.cuda_on_cpu_prepare(0, 1, 65536, 0)
     none, number, size = ctypes.c_void_p(None), ctypes.c_int(TYPES[torch.float32]), ctypes.c_int64
     no, zero = ctypes.c_bool(False), size(0)
     assert library.mp_loss_statistics(number, none, size(8), none, size(count), size(1), zero, size(8), no, none, none) != 0
@@ -206,22 +229,54 @@ def test_more_rows_than_a_grid_holds_are_refused(library, count):
     assert library.mp_patch_embedding_backward(number, none, none, none, tiles, size(1), size(8), zero, size(8), none, none, none) != 0
 
 
+@pytest.mark.parametrize(("labels", "vocab"), [(1, 2**31), (1025, 8)])
+def test_longer_rows_and_more_labels_than_are_counted_are_refused(library, labels, vocab):
+    library.cuda_on_cpu_prepare(0, 1, 65536, 0)
+    none, number, size = ctypes.c_void_p(None), ctypes.c_int(TYPES[torch.float32]), ctypes.c_int64
+    no, zero, one, k, v = ctypes.c_bool(False), size(0), size(1), size(labels), size(vocab)
+    assert library.mp_loss_statistics(number, none, v, none, one, k, zero, v, no, none, none) != 0
+    assert library.mp_loss_gradient(number, none, v, none, one, k, zero, v, none, none, none, none, v, none) != 0
+    assert library.mp_loss_and_gradient(number, none, v, none, one, k, v, none, ctypes.c_double(0), none, none) != 0
+
+
 # (file, text, its replacement): one barrier, stride, tail, tile or alignment at a time.
 MUTANTS = {
-    "no barrier before the block's parts are added": (
-        "common.cuh",
-        "if (lane == 0) scratch[warp] = value;\n  __syncthreads();",
-        "if (lane == 0) scratch[warp] = value;",
-    ),
-    "no barrier before the block's scratch serves again": (
-        "common.cuh",
-        "total += scratch[other];\n  __syncthreads();",
-        "total += scratch[other];",
-    ),
-    "no barrier before the block's maxima are merged": (
+    "no barrier before the threads' results are merged": (
         "multi_token_loss.cu",
-        "if (lane == 0) scratch[warp] = mine;\n  __syncthreads();",
-        "if (lane == 0) scratch[warp] = mine;",
+        "  const unsigned thread = threadIdx.x;\n  __syncthreads();",
+        "  const unsigned thread = threadIdx.x;",
+    ),
+    "no barrier before the merging warps' results are merged": ("multi_token_loss.cu", "    sync_first<kMergingThreads>();\n", ""),
+    "the merging warps' barrier is of the first warp alone": ("multi_token_loss.cu", "sync_first<kMergingThreads>", "sync_first<kWarp>"),
+    "a wrong stride of results in a full block": ("multi_token_loss.cu", "i / 2 * (2 * kMergingThreads)", "i / 2 * kMergingThreads"),
+    "a wrong distance of neighbours' results": ("multi_token_loss.cu", "+ 2 * thread + i % 2]", "+ thread + i % 2]"),
+    "every other result is skipped": ("multi_token_loss.cu", "+ 2 * thread + i % 2]", "+ 2 * thread]"),
+    "a result too few in a full block": (
+        "multi_token_loss.cu",
+        "return merge<T, share>(mine);",
+        "mine[share - 1] = nothing<A>();\nreturn merge<T, share>(mine);",
+    ),
+    "a wrong stride of results in a smaller block": (
+        "multi_token_loss.cu",
+        "i < blockDim.x; i += kMergingThreads) {",
+        "i < blockDim.x; i += 2 * kMergingThreads) {",
+    ),
+    "the last result of a smaller block is skipped": (
+        "multi_token_loss.cu",
+        "i < blockDim.x; i += kMergingThreads) {",
+        "i + kMergingThreads < blockDim.x; i += kMergingThreads) {",
+    ),
+    "a smaller block's results are read as a full one's": ("multi_token_loss.cu", "if (blockDim.x == kMostThreads) {", "{"),
+    "a merging warp's result is skipped": (
+        "multi_token_loss.cu",
+        "use(merge<T, kMergingWarps>(all));",
+        "all[1] = nothing<Number<T>>();\nuse(merge<T, kMergingWarps>(all));",
+    ),
+    "a result too few when the largest is found": ("multi_token_loss.cu", "half = kCount / 2; half > 0;", "half = kCount / 2; half > 1;"),
+    "no barrier before a row's factor is read": (
+        "multi_token_loss.cu",
+        "  __syncthreads();\n  if constexpr (kCluster) cluster_arrive();",
+        "  if constexpr (kCluster) cluster_arrive();",
     ),
     "no barrier before logits are overwritten": (
         "multi_token_loss.cu",
@@ -230,29 +285,93 @@ MUTANTS = {
     ),
     "no barrier before labels are corrected": (
         "multi_token_loss.cu",
-        "cache, kept, whole.largest, factor);\n  __syncthreads();",
-        "cache, kept, whole.largest, factor);",
+        "cache, kept, largest, factor);\n  __syncthreads();\n  correct",
+        "cache, kept, largest, factor);\n  correct",
     ),
     "no barrier before labels are corrected, where losses are label by label": (
         "multi_token_loss.cu",
         "nullptr, 0, largest, factor);\n  __syncthreads();",
         "nullptr, 0, largest, factor);",
     ),
+    "no barrier before other blocks' sums are read": (
+        "multi_token_loss.cu",
+        "    cluster_arrive();\n    cluster_wait();  // every label",
+        "    // every label",
+    ),
+    "a block leaves while others read its sum": (
+        "multi_token_loss.cu",
+        "  if constexpr (kCluster) cluster_wait();  // nobody",
+        "  // nobody",
+    ),
+    "a block knows its own sum alone": ("multi_token_loss.cu", "*of_block(&scratch.part, k)", "*of_block(&scratch.part, rank)"),
+    "a block's part ends after its row": (
+        "multi_token_loss.cu",
+        "width = vocab - begin < columns ? vocab - begin : columns;",
+        "width = columns;",
+    ),
+    "labels of other blocks' columns": (
+        "multi_token_loss.cu",
+        "first && column >= begin && column < end ?",
+        "first && column < end - begin ?",
+    ),
     "no barrier behind the tile's ids": (
         "patch_embedding.cu",
         "sorted_ids[begin - 1] == sorted_ids[begin];\n  __syncthreads();",
         "sorted_ids[begin - 1] == sorted_ids[begin];",
     ),
-    "a wrong stride of rows": ("multi_token_loss.cu", "T* target = logits + row * stride;", "T* target = logits + row * (stride - 1);"),
-    "a wrong stride of rows that lie apart": ("multi_token_loss.cu", "source = logits + row * stride;", "source = logits + row * vocab;"),
+    "a wrong stride of rows": (
+        "multi_token_loss.cu",
+        "const target = logits + row * stride;",
+        "const target = logits + row * (stride - 1);",
+    ),
+    "a wrong stride of rows that lie apart": (
+        "multi_token_loss.cu",
+        "T* source = logits + row * stride;",
+        "T* source = logits + row * vocab;",
+    ),
     "a wrong stride of threads": (
         "multi_token_loss.cu",
-        "for (int64_t i = thread; i < cut.vectors; i += threads) {\n    const Wide<T> vector",
-        "for (int64_t i = thread; i < cut.vectors; i += threads + 1) {\n    const Wide<T> vector",
+        "i += kAhead<T> * step) read_vectors",
+        "i += kAhead<T> * step + 1) read_vectors",
     ),
-    "no tail when reading": ("multi_token_loss.cu", "v < vocab; v += threads) take<T, 1>", "v < 0; v += threads) take<T, 1>"),
-    "no tail when writing": ("multi_token_loss.cu", "v < vocab; v += threads) out[v]", "v < 0; v += threads) out[v]"),
-    "no head when reading": ("multi_token_loss.cu", "v < cut.head; v += threads) take<T, 1>", "v < 0; v += threads) take<T, 1>"),
+    "a wrong distance of vectors in flight": (
+        "multi_token_loss.cu",
+        "vectors[a] = load_vector<width>(source + static_cast<int64_t>(i + a * step) * width);\n  Number",
+        "vectors[a] = load_vector<width>(source + static_cast<int64_t>(i + a) * width);\n  Number",
+    ),
+    "vectors in flight past the end": (
+        "multi_token_loss.cu",
+        "i + (kAhead<T> - 1) * step < last; i += kAhead<T> * step) read",
+        "i < last; i += kAhead<T> * step) read",
+    ),
+    "vectors in flight past the end when writing": (
+        "multi_token_loss.cu",
+        "i + (kAhead<T> - 1) * step < last; i += kAhead<T> * step) {\n    write",
+        "i < last; i += kAhead<T> * step) {\n    write",
+    ),
+    "no last vectors when reading": (
+        "multi_token_loss.cu",
+        "i < last; i += step) read_vectors<T, 1",
+        "i < 0; i += step) read_vectors<T, 1",
+    ),
+    "no last vectors when writing": (
+        "multi_token_loss.cu",
+        "i < last; i += step) write_vectors<T, 1",
+        "i < 0; i += step) write_vectors<T, 1",
+    ),
+    "what is not kept is not read": (
+        "multi_token_loss.cu",
+        "0, kept, cache);\n  read_range<T, false>",
+        "0, kept, cache);\n  if (kept == 0) read_range<T, false>",
+    ),
+    "what is kept is written from the wrong place": ("multi_token_loss.cu", "kKept ? cache[i + a * step]", "kKept ? cache[i]"),
+    "more is kept than there is room for": (
+        "multi_token_loss.cu",
+        "cache_vectors / turn * turn : cut.vectors",
+        "cut.vectors : cut.vectors",
+    ),
+    "no tail": ("multi_token_loss.cu", "loose = columns - in_vectors;", "loose = cut.head;"),
+    "no head": ("multi_token_loss.cu", "use(i < cut.head ? i : i + in_vectors)", "use(i < cut.head ? cut.head : i + in_vectors)"),
     "vectors off their alignment, in rows of logits": ("common.cuh", "offset == 0 ? 0 : (16 - offset)", "offset == 0 ? 0 : (0 * offset)"),
     "vectors off their alignment, in a result": ("multi_token_loss.cu", "% 16 != 0) cut = {vocab, 0};", "% 16 > 16) cut = {vocab, 0};"),
     "vectors off their alignment, in a table": (
@@ -261,7 +380,7 @@ MUTANTS = {
         "hidden % width == 0 && (true || aligned(first) || aligned(second));",
     ),
     "vectors past the end of a row of the table": ("patch_embedding.cu", "return hidden % width == 0 &&", "return hidden > width &&"),
-    "repeated labels count once": ("multi_token_loss.cu", "taken += weight(other);", "if (other == k) taken += weight(other);"),
+    "repeated labels count once": ("multi_token_loss.cu", "taken += weight(other);", "taken += other == k ? weight(other) : 0;"),
     "every occurrence is a run of its own": (
         "patch_embedding.cu",
         "const bool ends = ids[entry + 1] != ids[entry];",
@@ -272,37 +391,77 @@ MUTANTS = {
         "if (last >= count || sorted_ids[last] != id) break;",
         "if (last >= 0) break;",
     ),
-    "a lane too few": ("common.cuh", "for (int offset = kWarp / 2; offset > 0;", "for (int offset = kWarp / 2; offset > 1;"),
+    "a lane too few": (
+        "multi_token_loss.cu",
+        "for (int offset = kWarp / 2; offset > 0; offset /= 2) value",
+        "for (int offset = kWarp / 2; offset > 1; offset /= 2) value",
+    ),
+    "a lane too few for the largest": (
+        "multi_token_loss.cu",
+        "for (int offset = kWarp / 2; offset > 0; offset /= 2) largest",
+        "for (int offset = kWarp / 2; offset > 1; offset /= 2) largest",
+    ),
 }
 
 
-def checks(library: ctypes.CDLL) -> None:
-    """What every mutant must fail at: a few of the cases above, under every order."""
+def loss_checks(library: ctypes.CDLL) -> None:
+    """What every mutant of the loss must fail at: a few of the cases above, under every order, in blocks of 128 to 1,024 threads."""
     for order in ORDERS:
         for shift in (0, 1):
-            machine = CudaOnCpu(library, order, 3, 4096, shift, gap=3 * shift)
-            for dtype in (torch.float32, torch.bfloat16):
-                check_loss(machine, loss_case(1, 3, 6, 4100, dtype, weighted=True, z_loss=0.01))
-            check_embedding(machine, 1, 100, 4, 11, 24, torch.float32, 70)
-            check_embedding(dataclasses.replace(machine, shift=0), 1, 30, 3, 7, 600, torch.float32, 0)
-            check_embedding(dataclasses.replace(machine, shift=0), 1, 9, 3, 7, 257, torch.bfloat16, 0)
+            for dtype, limit in ((torch.float32, 20_480), (torch.bfloat16, 14_336)):
+                for clusters in (False, True):
+                    machine = CudaOnCpu(library, order, 3, limit + 8192 * clusters, shift, gap=3 * shift, clusters=clusters)
+                    check_loss(machine, loss_case(1, 3, 6, 4100, dtype, weighted=True, z_loss=0.01))
+            for labels in (300, 600):
+                check_loss(CudaOnCpu(library, order, 3, LIMITS[-1], shift), loss_case(1, 1, labels, 4100, torch.float32))
 
 
-def test_the_checks_that_mutants_must_fail_pass_without_them(library):
-    checks(library)
+def embedding_checks(library: ctypes.CDLL) -> None:
+    """What every mutant of the embedding must fail at."""
+    for order in ORDERS:
+        for shift in (0, 1):
+            machine = CudaOnCpu(library, order, 3, LIMITS[0])
+            check_embedding(dataclasses.replace(machine, shift=shift), 1, 100, 4, 11, 24, torch.float32, 70)
+            check_embedding(machine, 1, 30, 3, 7, 600, torch.float32, 0)
+            check_embedding(machine, 1, 9, 3, 7, 257, torch.bfloat16, 0)
+
+
+def in_a_process_of_its_own(check: Callable[[ctypes.CDLL], None], library: Path) -> tuple[int, str]:
+    """Runs a check in a copy of this process, as a mutant may write anywhere: (exit code, negative for a signal; what was raised)."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            check(ctypes.CDLL(str(library)))
+            os._exit(0)
+        except BaseException as error:
+            os.write(writer, f"{type(error).__name__}: {error}".encode()[:4096])
+        finally:
+            os._exit(1)
+    os.close(writer)
+    with os.fdopen(reader) as pipe:
+        said = pipe.read()
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), said
+
+
+@pytest.fixture(scope="module")
+def header(tmp_path_factory) -> Path:
+    """A folder with cuda_on_cpu.h compiled once for all mutants."""
+    folder = tmp_path_factory.mktemp("header")
+    kernels.precompile_header(folder)
+    return folder
+
+
+@pytest.mark.parametrize(("file", "check"), [("multi_token_loss.cu", loss_checks), ("patch_embedding.cu", embedding_checks)])
+def test_what_is_no_mutant_passes_the_checks_that_mutants_must_fail(tmp_path, header, file, check):
+    library = kernels.compile_mutant(header, file, "namespace", "namespace", tmp_path / "cuda")
+    assert in_a_process_of_its_own(check, library) == (0, "")
 
 
 @pytest.mark.parametrize("name", MUTANTS)
-def test_a_mutant_is_noticed(tmp_path, name):
+def test_a_mutant_is_noticed(tmp_path, header, name):
     file, text, replacement = MUTANTS[name]
-    folder = tmp_path / "cuda"
-    shutil.copytree(kernels.SOURCES, folder)
-    source = (folder / file).read_text()
-    assert source.count(text) >= 1, "the mutant's place is gone: name it anew"
-    (folder / file).write_text(source.replace(text, replacement))
-    compile_kernels(folder, tmp_path / "mutant.so", "-Wno-error")
-    # In a process of its own, as a mutant may write anywhere.
-    script = f"import ctypes; from tests.ops.test_cuda_on_cpu import checks; checks(ctypes.CDLL({str(tmp_path / 'mutant.so')!r}))"
-    done = subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parent.parent.parent, capture_output=True, text=True)
-    assert done.returncode != 0, "nothing was noticed"
-    assert done.returncode < 0 or any(word in done.stderr for word in ("AssertionError", "Trapped")), done.stderr
+    library = kernels.compile_mutant(header, file, text, replacement, tmp_path / "cuda")
+    code, said = in_a_process_of_its_own(embedding_checks if file == "patch_embedding.cu" else loss_checks, library)
+    assert code != 0, "nothing was noticed"
+    assert code < 0 or said.startswith(("AssertionError", "Trapped")), said
