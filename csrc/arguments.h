@@ -66,6 +66,15 @@ inline Tensor dense_numbers(const Tensor& tensor, const char* name, ScalarType t
   return torch::stable::contiguous(tensor);
 }
 
+// A table [V, H] of the accumulator's type, to whose rows a kernel adds.
+inline void check_accumulator(const Tensor& table, const Tensor& grad) {
+  const ScalarType type = accumulator(grad);
+  require(table.scalar_type() == type, "accumulator is ", toString(table.scalar_type()), "; allowed: ", toString(type));
+  require(
+      table.dim() == 2 && grad.dim() >= 1 && table.size(1) == grad.size(grad.dim() - 1) && table.is_contiguous(),
+      "accumulator must be [V, H], contiguous, with the H of grad");
+}
+
 // Logits [N, V] and labels [N, K] that belong together; the labels as `dense_integers`.
 inline Tensor check_logits(const Tensor& logits, const Tensor& labels) {
   require(logits.dim() == 2, "logits must be [N, V], not of ", logits.dim(), " dimensions");

@@ -5,6 +5,7 @@
 STABLE_TORCH_LIBRARY(megatron_patch, m) {
   m.def("patch_embedding(Tensor weight, Tensor token_ids, int? vocab_start=None) -> Tensor");
   m.def("patch_embedding_backward(Tensor grad, Tensor token_ids, int num_rows, int? vocab_start=None) -> Tensor");
+  m.def("patch_embedding_backward_add_(Tensor(a!) accumulator, Tensor grad, Tensor token_ids, int? vocab_start=None) -> ()");
   m.def("multi_token_loss_statistics(Tensor logits, Tensor labels, int? vocab_start=None) -> Tensor");
   m.def(
       "multi_token_loss_gradient(Tensor logits, Tensor labels, Tensor normalizer, Tensor grad_nll, Tensor grad_lse, int? vocab_start=None) "

@@ -64,14 +64,21 @@ Tensor patch_embedding(Tensor weight, Tensor token_ids, std::optional<int64_t> v
   return out;
 }
 
+// The patches of a gradient, [..., H] for ids [..., K].
+PatchIds patches_of_gradient(const Tensor& grad, const Tensor& token_ids, std::optional<int64_t> vocab_start, int64_t num_rows) {
+  const auto patches = patch_ids(token_ids, vocab_start, num_rows);
+  require(grad.dim() == token_ids.dim(), "grad must be [..., H] where token_ids is [..., K]");
+  require(
+      grad.numel() == patches.num_patches * grad.size(grad.dim() - 1), "grad must have one row of H numbers for each patch of token_ids");
+  return patches;
+}
+
 Tensor patch_embedding_backward(Tensor grad, Tensor token_ids, int64_t num_rows, std::optional<int64_t> vocab_start) {
   grad = torch::stable::contiguous(grad);
   token_ids = dense_integers(token_ids, "token_ids");
   require(num_rows >= 0, "num_rows is ", num_rows, "; allowed: 0 and more");
-  const auto patches = patch_ids(token_ids, vocab_start, num_rows);
-  require(grad.dim() == token_ids.dim(), "grad must be [..., H] where token_ids is [..., K]");
+  const auto patches = patches_of_gradient(grad, token_ids, vocab_start, num_rows);
   const int64_t hidden = grad.size(grad.dim() - 1);
-  require(grad.numel() == patches.num_patches * hidden, "grad must have one row of H numbers for each patch of token_ids");
   Tensor out = torch::stable::new_empty(grad, {num_rows, hidden});
   prefer_huge_pages(out);
   const auto occurrences = find_occurrences(patches);
@@ -84,6 +91,22 @@ Tensor patch_embedding_backward(Tensor grad, Tensor token_ids, int64_t num_rows,
     });
   });
   return out;
+}
+
+void patch_embedding_backward_add_(Tensor accumulator, Tensor grad, Tensor token_ids, std::optional<int64_t> vocab_start) {
+  check_accumulator(accumulator, grad);
+  grad = torch::stable::contiguous(grad);
+  token_ids = dense_integers(token_ids, "token_ids");
+  const auto patches = patches_of_gradient(grad, token_ids, vocab_start, accumulator.size(0));
+  const auto occurrences = find_occurrences(patches);
+  dispatch(grad, "grad", [&](auto* tag) {
+    using T = std::remove_pointer_t<decltype(tag)>;
+    const T* source = static_cast<const T*>(grad.data_ptr());
+    auto* target = static_cast<Accumulator<T>*>(accumulator.data_ptr());
+    torch::stable::parallel_for(0, occurrences.work(), kRowsPerThread, [&](int64_t begin, int64_t end) {
+      patch_embedding_backward_add_rows<T>(source, occurrences, patches.patch_size, accumulator.size(1), target, begin, end);
+    });
+  });
 }
 
 LabelTable label_table(const Tensor& logits, const Tensor& labels, std::optional<int64_t> vocab_start) {
@@ -179,6 +202,7 @@ STABLE_TORCH_LIBRARY_IMPL(megatron_patch, CPU, m) {
   using namespace megatron_patch;
   m.impl("patch_embedding", TORCH_BOX(&patch_embedding));
   m.impl("patch_embedding_backward", TORCH_BOX(&patch_embedding_backward));
+  m.impl("patch_embedding_backward_add_", TORCH_BOX(&patch_embedding_backward_add_));
   m.impl("multi_token_loss_statistics", TORCH_BOX(&multi_token_loss_statistics));
   m.impl("multi_token_loss_gradient", TORCH_BOX(&multi_token_loss_gradient));
   m.impl("multi_token_loss_gradient_", TORCH_BOX(&multi_token_loss_gradient_));

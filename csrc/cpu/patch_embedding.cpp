@@ -2,16 +2,12 @@
 
 #include <algorithm>
 #include <cstring>
-#include <type_traits>
 
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
 namespace megatron_patch {
 namespace {
-
-template <typename T>
-using Accumulator = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 // Starts or continues a sum of rows; one sum lives in the first-level cache while the rows stream past it.
 template <typename T>
@@ -28,6 +24,36 @@ template <typename T>
 void write_mean(const Accumulator<T>* __restrict sum, int64_t patch_size, int64_t hidden, T* __restrict target) {
   const auto divisor = static_cast<Accumulator<T>>(patch_size);
   for (int64_t h = 0; h < hidden; ++h) target[h] = static_cast<T>(sum[h] / divisor);
+}
+
+// Calls `take(row, sum)` for the rows whose work starts in [begin, end): the sum of a row's occurrences, in order, or nullptr without any.
+template <typename T, typename Take>
+void sum_rows(const T* grad_out, const RowOccurrences& occurrences, int64_t hidden, int64_t begin, int64_t end, const Take& take) {
+  const auto& offsets = occurrences.offsets;
+  const auto num_rows = static_cast<int64_t>(offsets.size()) - 1;
+  // The first row whose work starts at or after `work`: row + offsets[row] grows with row.
+  const auto row_at = [&](int64_t work) {
+    int64_t low = 0, high = num_rows;
+    while (low < high) {
+      const int64_t middle = low + (high - low) / 2;
+      if (middle + offsets[middle] < work) low = middle + 1;
+      else high = middle;
+    }
+    return low;
+  };
+  std::vector<Accumulator<T>> sum(hidden);
+  for (int64_t row = row_at(begin), last = row_at(end); row < last; ++row) {
+    if (offsets[row] == offsets[row + 1]) {
+      take(row, static_cast<const Accumulator<T>*>(nullptr));
+      continue;
+    }
+    // From zero, as torch's dense gradient does: -0 becomes +0 in both.
+    std::fill(sum.begin(), sum.end(), Accumulator<T>(0));
+    for (int64_t i = offsets[row]; i < offsets[row + 1]; ++i) {
+      add_row(grad_out + occurrences.patches[i] * hidden, hidden, false, sum.data());
+    }
+    take(row, static_cast<const Accumulator<T>*>(sum.data()));
+  }
 }
 
 }  // namespace
@@ -73,37 +99,30 @@ RowOccurrences find_occurrences(const PatchIds& patches) {
 template <typename T>
 void patch_embedding_backward_rows(
     const T* grad_out, const RowOccurrences& occurrences, int64_t patch_size, int64_t hidden, T* grad_weight, int64_t begin, int64_t end) {
-  const auto& offsets = occurrences.offsets;
-  const auto num_rows = static_cast<int64_t>(offsets.size()) - 1;
-  // The first row whose work starts at or after `work`: row + offsets[row] grows with row.
-  const auto row_at = [&](int64_t work) {
-    int64_t low = 0, high = num_rows;
-    while (low < high) {
-      const int64_t middle = low + (high - low) / 2;
-      if (middle + offsets[middle] < work) low = middle + 1;
-      else high = middle;
-    }
-    return low;
-  };
-  std::vector<Accumulator<T>> sum(hidden);
-  for (int64_t row = row_at(begin), last = row_at(end); row < last; ++row) {
+  sum_rows(grad_out, occurrences, hidden, begin, end, [&](int64_t row, const Accumulator<T>* sum) {
     T* target = grad_weight + row * hidden;
-    if (offsets[row] == offsets[row + 1]) {
-      std::memset(static_cast<void*>(target), 0, hidden * sizeof(T));
-      continue;
-    }
-    // From zero, as torch's dense gradient does: -0 becomes +0 in both.
-    std::fill(sum.begin(), sum.end(), Accumulator<T>(0));
-    for (int64_t i = offsets[row]; i < offsets[row + 1]; ++i) {
-      add_row(grad_out + occurrences.patches[i] * hidden, hidden, false, sum.data());
-    }
-    write_mean(sum.data(), patch_size, hidden, target);
-  }
+    if (sum == nullptr) std::memset(static_cast<void*>(target), 0, hidden * sizeof(T));
+    else write_mean(sum, patch_size, hidden, target);
+  });
 }
 
-#define INSTANTIATE(T)                                                                                \
-  template void patch_embedding_forward<T>(const T*, const PatchIds&, int64_t, T*, int64_t, int64_t); \
-  template void patch_embedding_backward_rows<T>(const T*, const RowOccurrences&, int64_t, int64_t, T*, int64_t, int64_t);
+template <typename T>
+void patch_embedding_backward_add_rows(
+    const T* grad_out, const RowOccurrences& occurrences, int64_t patch_size, int64_t hidden, Accumulator<T>* accumulator, int64_t begin,
+    int64_t end) {
+  const auto divisor = static_cast<Accumulator<T>>(patch_size);
+  sum_rows(grad_out, occurrences, hidden, begin, end, [&](int64_t row, const Accumulator<T>* sum) {
+    if (sum == nullptr) return;
+    Accumulator<T>* target = accumulator + row * hidden;
+    for (int64_t h = 0; h < hidden; ++h) target[h] += sum[h] / divisor;
+  });
+}
+
+#define INSTANTIATE(T)                                                                                                              \
+  template void patch_embedding_forward<T>(const T*, const PatchIds&, int64_t, T*, int64_t, int64_t);                               \
+  template void patch_embedding_backward_rows<T>(const T*, const RowOccurrences&, int64_t, int64_t, T*, int64_t, int64_t);          \
+  template void patch_embedding_backward_add_rows<T>(                                                                               \
+      const T*, const RowOccurrences&, int64_t, int64_t, Accumulator<T>*, int64_t, int64_t);
 INSTANTIATE(float)
 INSTANTIATE(double)
 INSTANTIATE(c10::BFloat16)

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -44,5 +45,15 @@ RowOccurrences find_occurrences(const PatchIds& patches);
 template <typename T>
 void patch_embedding_backward_rows(
     const T* grad_out, const RowOccurrences& occurrences, int64_t patch_size, int64_t hidden, T* grad_weight, int64_t begin, int64_t end);
+
+// What sums over numbers of a type are taken in.
+template <typename T>
+using Accumulator = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+// As patch_embedding_backward_rows, and added to the accumulator's rows; those without an occurrence are neither read nor written.
+template <typename T>
+void patch_embedding_backward_add_rows(
+    const T* grad_out, const RowOccurrences& occurrences, int64_t patch_size, int64_t hidden, Accumulator<T>* accumulator, int64_t begin,
+    int64_t end);
 
 }  // namespace megatron_patch

@@ -81,31 +81,56 @@ Tensor patch_embedding(Tensor weight, Tensor token_ids, std::optional<int64_t> v
   return out;
 }
 
-// The backward pass behind its sort, which is torch's.
-Tensor patch_embedding_sorted_backward(
-    Tensor grad, Tensor sorted_ids, Tensor order, int64_t patch_size, int64_t num_rows, std::optional<int64_t> vocab_start) {
+// The keys of the backward pass' sort, which is torch's: int32, so that it takes half the passes over its keys.
+Tensor patch_embedding_rows(Tensor token_ids, int64_t num_rows, std::optional<int64_t> vocab_start) {
+  const OnDeviceOf here(token_ids, "token_ids");
+  token_ids = dense_integers(token_ids, "token_ids");
+  require(num_rows >= 0 && num_rows <= cuda::kMostRows, "num_rows is ", num_rows, "; allowed: 0 to ", cuda::kMostRows);
+  const int64_t count = token_ids.numel();
+  Tensor out = torch::stable::new_empty(token_ids, {count}, ScalarType::Int);
+  check_launch(
+      cuda::mp_patch_embedding_rows(
+          static_cast<const int64_t*>(token_ids.data_ptr()), count, vocab_start.value_or(0), num_rows,
+          static_cast<int32_t*>(out.data_ptr()), here.stream()),
+      "patch_embedding_rows");
+  return out;
+}
+
+// What follows the sort: a new table of the gradient's type, or sums in one that is there.
+void sorted_backward(Tensor grad, Tensor sorted_rows, Tensor order, int64_t patch_size, bool accumulate, Tensor& target) {
   require(grad.dim() == 2, "grad must be [patches, H]");
-  require(num_rows >= 0, "num_rows is ", num_rows, "; allowed: 0 and more");
-  require_same_device(sorted_ids, "sorted_ids", grad);
+  require_same_device(sorted_rows, "sorted_rows", grad);
   require_same_device(order, "order", grad);
-  const int64_t count = sorted_ids.numel(), hidden = grad.size(1);
+  require_same_device(target, "accumulator", grad);
+  const int64_t count = sorted_rows.numel(), hidden = grad.size(1);
   require(
-      sorted_ids.scalar_type() == ScalarType::Long && order.scalar_type() == ScalarType::Long && order.numel() == count &&
+      sorted_rows.scalar_type() == ScalarType::Int && order.scalar_type() == ScalarType::Long && order.numel() == count &&
           count == grad.size(0) * patch_size,
-      "sorted_ids and order must be int64 of patches * patch_size numbers");
+      "sorted_rows and order must be int32 and int64, of patches * patch_size numbers");
   const OnDeviceOf here(grad, "grad");
   const NumberType type = number_type(grad, "grad");
   grad = torch::stable::contiguous(grad);
-  sorted_ids = torch::stable::contiguous(sorted_ids);
+  sorted_rows = torch::stable::contiguous(sorted_rows);
   order = torch::stable::contiguous(order);
-  Tensor out = torch::stable::new_zeros(grad, {num_rows, hidden});
   Tensor partial = torch::stable::new_empty(grad, {(count + cuda::kTile - 1) / cuda::kTile, 2, hidden}, accumulator(grad));
   check_launch(
       cuda::mp_patch_embedding_backward(
-          type, grad.data_ptr(), static_cast<const int64_t*>(sorted_ids.data_ptr()), static_cast<const int64_t*>(order.data_ptr()), count,
-          patch_size, hidden, vocab_start.value_or(0), num_rows, partial.data_ptr(), out.data_ptr(), here.stream()),
+          type, grad.data_ptr(), static_cast<const int32_t*>(sorted_rows.data_ptr()), static_cast<const int64_t*>(order.data_ptr()), count,
+          patch_size, hidden, target.size(0), partial.data_ptr(), target.data_ptr(), accumulate, here.stream()),
       "patch_embedding_backward");
+}
+
+Tensor patch_embedding_sorted_backward(Tensor grad, Tensor sorted_rows, Tensor order, int64_t patch_size, int64_t num_rows) {
+  require(grad.dim() == 2, "grad must be [patches, H]");
+  require(num_rows >= 0 && num_rows <= cuda::kMostRows, "num_rows is ", num_rows, "; allowed: 0 to ", cuda::kMostRows);
+  Tensor out = torch::stable::new_zeros(grad, {num_rows, grad.size(1)});
+  sorted_backward(grad, sorted_rows, order, patch_size, false, out);
   return out;
+}
+
+void patch_embedding_sorted_backward_add_(Tensor table, Tensor grad, Tensor sorted_rows, Tensor order, int64_t patch_size) {
+  check_accumulator(table, grad);
+  sorted_backward(grad, sorted_rows, order, patch_size, true, table);
 }
 
 // Logits whose rows lie apart by `stride` are taken as they are; others are copied.
@@ -191,15 +216,18 @@ Tensor multi_token_loss_and_gradient_(Tensor logits, Tensor labels, std::optiona
 }  // namespace megatron_patch
 
 STABLE_TORCH_LIBRARY_FRAGMENT(megatron_patch, m) {
+  m.def("patch_embedding_rows(Tensor token_ids, int num_rows, int? vocab_start=None) -> Tensor");
+  m.def("patch_embedding_sorted_backward(Tensor grad, Tensor sorted_rows, Tensor order, int patch_size, int num_rows) -> Tensor");
   m.def(
-      "patch_embedding_sorted_backward(Tensor grad, Tensor sorted_ids, Tensor order, int patch_size, int num_rows, int? vocab_start=None) "
-      "-> Tensor");
+      "patch_embedding_sorted_backward_add_(Tensor(a!) accumulator, Tensor grad, Tensor sorted_rows, Tensor order, int patch_size) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(megatron_patch, CUDA, m) {
   using namespace megatron_patch;
   m.impl("patch_embedding", TORCH_BOX(&patch_embedding));
+  m.impl("patch_embedding_rows", TORCH_BOX(&patch_embedding_rows));
   m.impl("patch_embedding_sorted_backward", TORCH_BOX(&patch_embedding_sorted_backward));
+  m.impl("patch_embedding_sorted_backward_add_", TORCH_BOX(&patch_embedding_sorted_backward_add_));
   m.impl("multi_token_loss_statistics", TORCH_BOX(&multi_token_loss_statistics));
   m.impl("multi_token_loss_gradient", TORCH_BOX(&multi_token_loss_gradient));
   m.impl("multi_token_loss_gradient_", TORCH_BOX(&multi_token_loss_gradient_));

@@ -15,6 +15,8 @@ constexpr int64_t kIgnoreIndex = -100;
 constexpr int64_t kMostLabels = 1024;
 // Sorted occurrences that one block sums in order; longer runs of one id are put together from tiles.
 constexpr int64_t kTile = 64;
+// Rows of an embedding's table (or shard) on a GPU: the backward pass sorts them as int32.
+constexpr int64_t kMostRows = 2147483647;
 
 extern "C" {
 
@@ -24,11 +26,18 @@ cudaError_t mp_patch_embedding_forward(
     NumberType type, const void* weight, const int64_t* ids, int64_t num_patches, int64_t patch_size, int64_t hidden, int64_t first_row,
     int64_t num_rows, bool check, void* out, cudaStream_t stream);
 
-// grad_weight[row, :] = 1/K sum, in order, of grad[order[i] / K, :] over the i with sorted_ids[i] - first_row == row. Rows without any are
-// left as they are. `partial` is room for [tiles, 2, hidden] sums, tiles = ceil(count / kTile).
+// rows[i] = ids[i] - first_row where that is one of num_rows; -1 where the id is smaller than those, num_rows where it is larger. At most
+// kMostRows.
+cudaError_t mp_patch_embedding_rows(
+    const int64_t* ids, int64_t count, int64_t first_row, int64_t num_rows, int32_t* rows, cudaStream_t stream);
+
+// target[row, :] = 1/K sum, in order, of grad[order[i] / K, :] over the i with sorted_rows[i] == row, where `accumulate` is false and the
+// target is of the gradient's type; with `accumulate` that is added to target[row, :], of the accumulator's type. Rows without any are
+// neither read nor written. `sorted_rows` are those of mp_patch_embedding_rows, sorted, and `order` where each came from. `partial` is room
+// for [tiles, 2, hidden] sums, tiles = ceil(count / kTile).
 cudaError_t mp_patch_embedding_backward(
-    NumberType type, const void* grad, const int64_t* sorted_ids, const int64_t* order, int64_t count, int64_t patch_size, int64_t hidden,
-    int64_t first_row, int64_t num_rows, void* partial, void* grad_weight, cudaStream_t stream);
+    NumberType type, const void* grad, const int32_t* sorted_rows, const int64_t* order, int64_t count, int64_t patch_size, int64_t hidden,
+    int64_t num_rows, void* partial, void* target, bool accumulate, cudaStream_t stream);
 
 // The three of csrc/cpu/multi_token_loss.h, over all rows; statistics, normalizers, losses and weights are float (double for kDouble).
 // `stride` is the distance of rows of logits in elements; what is written is contiguous, or in place.

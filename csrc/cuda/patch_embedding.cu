@@ -1,5 +1,5 @@
 // Patch embedding: a thread owns some neighbouring columns of a patch (forward) or of a tile of sorted occurrences (backward).
-// The backward pass sums each id's occurrences in their order, without atomics: the same bits on every run.
+// The backward pass sums each row's occurrences in their order, without atomics: the same bits on every run.
 #include "common.cuh"
 
 namespace megatron_patch::cuda {
@@ -8,99 +8,200 @@ namespace {
 constexpr int kThreads = 128;
 // Rows whose loads are under way together.
 constexpr int kFlight = 4;
+constexpr int32_t kNoRow = std::numeric_limits<int32_t>::min();
+
+// How a sum becomes a mean. The reciprocal is 0 where its product might differ from the quotient in a bit: K is no power of two.
+template <typename A>
+struct Mean {
+  A patch_size;
+  A reciprocal;
+
+  explicit Mean(int64_t size) : patch_size(static_cast<A>(size)), reciprocal((size & (size - 1)) == 0 ? A(1) / patch_size : A(0)) {}
+
+  template <int kWidth>
+  __device__ __forceinline__ void of(A* sums) const {
+    if (reciprocal != A(0)) {
+#pragma unroll
+      for (int j = 0; j < kWidth; ++j) sums[j] *= reciprocal;
+    } else {
+#pragma unroll
+      for (int j = 0; j < kWidth; ++j) sums[j] /= patch_size;
+    }
+  }
+};
+
+// A vector as it comes from memory. Its numbers are taken out where they are added: taken out at the load, they would make each load wait
+// for the one before it.
+template <typename T, int kWidth>
+using Packed = typename Word<static_cast<int>(sizeof(T)) * kWidth>::type;
+
+template <typename T, int kWidth>
+__device__ __forceinline__ Packed<T, kWidth> load_packed(const T* source) {
+  return *reinterpret_cast<const Packed<T, kWidth>*>(source);
+}
+
+template <typename T, int kWidth>
+__device__ __forceinline__ void add_packed(Number<T>* sums, const Packed<T, kWidth>& word) {
+  if constexpr (std::is_same_v<T, __nv_bfloat16> && kWidth % 2 == 0) {
+    // A bfloat16 is a float's upper half: one instruction makes it one.
+    uint32_t pairs[kWidth / 2];
+    memcpy(pairs, &word, sizeof(word));
+#pragma unroll
+    for (int j = 0; j < kWidth / 2; ++j) {
+      const uint32_t bits[2] = {pairs[j] << 16, pairs[j] & 0xffff0000u};
+      float both[2];
+      memcpy(both, bits, sizeof(bits));
+      sums[2 * j] += both[0];
+      sums[2 * j + 1] += both[1];
+    }
+  } else {
+    Vector<T, kWidth> vector;
+    memcpy(&vector, &word, sizeof(word));
+#pragma unroll
+    for (int j = 0; j < kWidth; ++j) sums[j] += widen(vector.values[j]);
+  }
+}
+
+// Prints a patch's first id that is not in the table, and ends the kernel.
+__device__ inline void refuse_patch(const int64_t* ids, int64_t patch_size, int64_t patch, int64_t num_rows) {
+#pragma unroll 1
+  for (int64_t k = 0; k < patch_size; ++k) {
+    const int64_t id = ids[patch * patch_size + k];
+    if (id >= 0 && id < num_rows) continue;
+    MP_TRAP(
+        "megatron_patch: token_ids hold %lld in patch %lld; allowed: 0 to %lld\n", static_cast<long long>(id),
+        static_cast<long long>(patch), static_cast<long long>(num_rows - 1));
+  }
+}
+
+template <typename T, int kWidth>
+__device__ __forceinline__ void store_narrow(T* target, const Number<T>* sums) {
+  Vector<T, kWidth> vector;
+#pragma unroll
+  for (int j = 0; j < kWidth; ++j) vector.values[j] = narrow<T>(sums[j]);
+  store_vector<kWidth>(target, vector);
+}
 
 template <typename T, int kWidth>
 __global__ void __launch_bounds__(kThreads) forward_kernel(
-    const T* __restrict__ weight, const int64_t* __restrict__ ids, int64_t patch_size, int64_t hidden, int64_t first_row, int64_t num_rows,
-    bool check, T* __restrict__ out) {
+    const T* __restrict__ weight, const int64_t* __restrict__ ids, int64_t patch_size, Mean<Number<T>> mean, int64_t hidden,
+    int64_t first_row, int64_t num_rows, bool check, T* __restrict__ out) {
   using A = Number<T>;
   const int64_t patch = blockIdx.x;
   const int64_t column = (static_cast<int64_t>(blockIdx.y) * kThreads + threadIdx.x) * kWidth;
   if (column >= hidden) return;
-  A sum[kWidth] = {};
-  bool first = true;
+  // Added to any number, -0 gives that number; 0 would make +0 of -0.
+  A sum[kWidth];
+#pragma unroll
+  for (int j = 0; j < kWidth; ++j) sum[j] = A(-0.0);
+  bool empty = true, outside = false;
+  const int64_t* patch_ids = ids + patch * patch_size;
+  const T* table = weight + column;
   for (int64_t start = 0; start < patch_size; start += kFlight) {
-    Vector<T, kWidth> rows[kFlight];
+    int64_t rows[kFlight];
     bool here[kFlight];
 #pragma unroll
     for (int i = 0; i < kFlight; ++i) {
-      here[i] = false;
-      if (start + i < patch_size) {
-        const int64_t id = ids[patch * patch_size + start + i];
-        here[i] = id >= first_row && id - first_row < num_rows;
-        if (here[i]) rows[i] = load_vector<kWidth>(weight + (id - first_row) * hidden + column);
-        else if (check && column == 0) {
-          MP_TRAP(
-              "megatron_patch: token_ids hold %lld in patch %lld; allowed: 0 to %lld\n", static_cast<long long>(id),
-              static_cast<long long>(patch), static_cast<long long>(num_rows - 1));
-        }
-      }
+      const bool given = start + i < patch_size;
+      rows[i] = (given ? patch_ids[start + i] : 0) - first_row;
+      const bool inside = static_cast<uint64_t>(rows[i]) < static_cast<uint64_t>(num_rows);
+      here[i] = given && inside;
+      outside |= given && !inside;
+    }
+    Packed<T, kWidth> words[kFlight];
+#pragma unroll
+    for (int i = 0; i < kFlight; ++i) {
+      if (here[i]) words[i] = load_packed<T, kWidth>(table + rows[i] * hidden);
     }
 #pragma unroll
     for (int i = 0; i < kFlight; ++i) {
       if (!here[i]) continue;
-#pragma unroll
-      for (int j = 0; j < kWidth; ++j) sum[j] = first ? widen(rows[i].values[j]) : sum[j] + widen(rows[i].values[j]);
-      first = false;
+      add_packed<T, kWidth>(sum, words[i]);
+      empty = false;
     }
   }
-  Vector<T, kWidth> mean;
+  if (check && outside && column == 0) refuse_patch(ids, patch_size, patch, num_rows);
+  mean.template of<kWidth>(sum);
+  if (empty) {
 #pragma unroll
-  for (int j = 0; j < kWidth; ++j) mean.values[j] = narrow<T>(sum[j] / static_cast<A>(patch_size));
-  store_vector<kWidth>(out + patch * hidden + column, mean);
+    for (int j = 0; j < kWidth; ++j) sum[j] = 0;
+  }
+  store_narrow<T, kWidth>(out + patch * hidden + column, sum);
 }
 
+// The keys of the backward pass' sort: an id's row here; -1 for ids below this shard's, num_rows for those above. Ids keep their places in
+// the sorted order whatever the shard, and so do the tiles, by which sums are cut.
+__global__ void __launch_bounds__(kThreads) rows_kernel(
+    const int64_t* __restrict__ ids, int64_t count, int64_t first_row, int64_t num_rows, int32_t* __restrict__ rows) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (i >= count) return;
+  const int64_t id = ids[i];
+  rows[i] = static_cast<int32_t>(id < first_row ? -1 : id - first_row < num_rows ? id - first_row : num_rows);
+}
+
+// Where a row's gradient goes: into a table of T, whose row it replaces; or to a row of a table of the accumulator's type, as a summand.
 template <typename T, int kWidth>
-__device__ __forceinline__ void write_row(const Number<T>* sum, int64_t patch_size, T* target) {
-  Vector<T, kWidth> mean;
-#pragma unroll
-  for (int j = 0; j < kWidth; ++j) mean.values[j] = narrow<T>(sum[j] / static_cast<Number<T>>(patch_size));
-  store_vector<kWidth>(target, mean);
-}
+struct Target {
+  T* table;
+  Number<T>* accumulator;
+  int64_t hidden;
 
-// Sums the runs of equal ids inside one tile. A run that is whole goes to its row; of one that began in an earlier tile the sum goes to
+  __device__ __forceinline__ void take(int64_t row, int64_t column, Number<T>* sum, const Mean<Number<T>>& mean) const {
+    const int64_t place = row * hidden + column;
+    mean.template of<kWidth>(sum);
+    if (accumulator == nullptr) {
+      store_narrow<T, kWidth>(table + place, sum);
+    } else {
+      add_sums<kWidth>(sum, accumulator + place);
+      store_sums<kWidth>(accumulator + place, sum);
+    }
+  }
+};
+
+// Sums the runs of equal rows inside one tile. A run that is whole goes to the target; of one that began in an earlier tile the sum goes to
 // partial[tile, 0], of one that begins here and goes on to partial[tile, 1].
 template <typename T, int kWidth>
 __global__ void __launch_bounds__(kThreads) tile_kernel(
-    const T* __restrict__ grad, const int64_t* __restrict__ sorted_ids, const int64_t* __restrict__ order, int64_t count,
-    int64_t patch_size, int64_t hidden, int64_t first_row, int64_t num_rows, Number<T>* __restrict__ partial, T* __restrict__ grad_weight) {
+    const T* __restrict__ grad, const int32_t* __restrict__ sorted_ids, const int64_t* __restrict__ order, int64_t count,
+    int64_t patch_size, Mean<Number<T>> mean, int32_t num_rows, Number<T>* __restrict__ partial, Target<T, kWidth> target) {
   using A = Number<T>;
-  __shared__ int64_t ids[kTile + 1];
-  __shared__ int64_t patches[kTile];
-  const int64_t tile = blockIdx.x, begin = tile * kTile;
-  const int size = static_cast<int>(count - begin < kTile ? count - begin : kTile);
-  for (int i = static_cast<int>(threadIdx.x); i < size; i += kThreads) {
-    ids[i] = sorted_ids[begin + i];
-    patches[i] = order[begin + i] / patch_size;
+  __shared__ int32_t ids[kTile + 1];
+  __shared__ int64_t places[kTile];
+  const int64_t tile = blockIdx.x, begin = tile * kTile, hidden = target.hidden;
+  int size = static_cast<int>(count - begin < kTile ? count - begin : kTile);
+  static_assert(kTile <= kThreads, "a thread fetches one occurrence");
+  const int thread = static_cast<int>(threadIdx.x);
+  if (thread < size) {
+    ids[thread] = sorted_ids[begin + thread];
+    places[thread] = order[begin + thread] / patch_size * hidden;
   }
-  // The id behind the tile; one that is no id behind the last tile.
-  if (threadIdx.x == 0) ids[size] = begin + size < count ? sorted_ids[begin + size] : kNoId;
+  // The row that follows the tile; one that is no row after the last tile.
+  if (thread == 0) ids[size] = begin + size < count ? sorted_ids[begin + size] : kNoRow;
   const bool began_before = begin > 0 && sorted_ids[begin - 1] == sorted_ids[begin];
   __syncthreads();
   const int64_t column = (static_cast<int64_t>(blockIdx.y) * kThreads + threadIdx.x) * kWidth;
-  if (column >= hidden) return;
+  // What belongs to other shards stands before and after this shard's rows: most of its tiles hold nothing else.
+  if (column >= hidden || ids[size - 1] < 0 || ids[0] >= num_rows) return;
+  int first = 0;
+  while (ids[first] < 0) ++first;
+  while (ids[size - 1] >= num_rows) --size;
   A sum[kWidth] = {};
-  bool carried = began_before;
-  for (int start = 0; start < size; start += kFlight) {
-    Vector<T, kWidth> rows[kFlight];
+  bool carried = began_before && first == 0;
+  for (int start = first; start < size; start += kFlight) {
+    Packed<T, kWidth> words[kFlight];
 #pragma unroll
     for (int i = 0; i < kFlight; ++i) {
-      if (start + i < size) rows[i] = load_vector<kWidth>(grad + patches[start + i] * hidden + column);
+      if (start + i < size) words[i] = load_packed<T, kWidth>(grad + places[start + i] + column);
     }
 #pragma unroll
     for (int i = 0; i < kFlight; ++i) {
       const int entry = start + i;
       if (entry >= size) break;
-#pragma unroll
-      for (int j = 0; j < kWidth; ++j) sum[j] += widen(rows[i].values[j]);
+      add_packed<T, kWidth>(sum, words[i]);
       const bool ends = ids[entry + 1] != ids[entry];
       if (!ends && entry + 1 < size) continue;
-      const int64_t row = ids[entry] - first_row;
-      if (carried || !ends) {
-        store_sums<kWidth>(partial + (tile * 2 + (carried ? 0 : 1)) * hidden + column, sum);
-      } else if (row >= 0 && row < num_rows) {
-        write_row<T, kWidth>(sum, patch_size, grad_weight + row * hidden + column);
-      }
+      if (carried || !ends) store_sums<kWidth>(partial + (tile * 2 + (carried ? 0 : 1)) * hidden + column, sum);
+      else target.take(ids[entry], column, sum, mean);
 #pragma unroll
       for (int j = 0; j < kWidth; ++j) sum[j] = 0;
       carried = false;
@@ -111,16 +212,16 @@ __global__ void __launch_bounds__(kThreads) tile_kernel(
 // Puts runs that cross tiles together, in order; the block of the tile in which a run begins does it.
 template <typename T, int kWidth>
 __global__ void __launch_bounds__(kThreads) join_kernel(
-    const int64_t* __restrict__ sorted_ids, int64_t count, int64_t patch_size, int64_t hidden, int64_t first_row, int64_t num_rows,
-    const Number<T>* __restrict__ partial, T* __restrict__ grad_weight) {
+    const int32_t* __restrict__ sorted_ids, int64_t count, Mean<Number<T>> mean, int32_t num_rows, const Number<T>* __restrict__ partial,
+    Target<T, kWidth> target) {
   using A = Number<T>;
-  const int64_t tile = blockIdx.x, begin = tile * kTile, end = begin + kTile;
+  const int64_t tile = blockIdx.x, begin = tile * kTile, end = begin + kTile, hidden = target.hidden;
   if (end >= count) return;
-  const int64_t id = sorted_ids[end - 1], row = id - first_row;
+  const int32_t id = sorted_ids[end - 1];
   const bool goes_on = sorted_ids[end] == id;
   const bool began_before = begin > 0 && sorted_ids[begin - 1] == id;
   const int64_t column = (static_cast<int64_t>(blockIdx.y) * kThreads + threadIdx.x) * kWidth;
-  if (!goes_on || began_before || row < 0 || row >= num_rows || column >= hidden) return;
+  if (!goes_on || began_before || id < 0 || id >= num_rows || column >= hidden) return;
   A sum[kWidth] = {};
   add_sums<kWidth>(sum, partial + (tile * 2 + 1) * hidden + column);
   for (int64_t next = tile + 1;; ++next) {
@@ -128,7 +229,7 @@ __global__ void __launch_bounds__(kThreads) join_kernel(
     const int64_t last = (next + 1) * kTile;
     if (last >= count || sorted_ids[last] != id) break;
   }
-  write_row<T, kWidth>(sum, patch_size, grad_weight + row * hidden + column);
+  target.take(id, column, sum, mean);
 }
 
 dim3 grid_of(int64_t rows, int64_t hidden, int width) {
@@ -154,32 +255,48 @@ cudaError_t mp_patch_embedding_forward(
     const dim3 grid = grid_of(num_patches, hidden, wide ? kVectorWidth<T> : 1);
     const auto kernel = wide ? forward_kernel<T, kVectorWidth<T>> : forward_kernel<T, 1>;
     MP_LAUNCH(
-        kernel, grid, dim3(kThreads), 0, stream, static_cast<const T*>(weight), ids, patch_size, hidden, first_row, num_rows, check,
-        static_cast<T*>(out));
+        kernel, grid, dim3(kThreads), 0, stream, static_cast<const T*>(weight), ids, patch_size, Mean<Number<T>>(patch_size), hidden,
+        first_row, num_rows, check, static_cast<T*>(out));
     return cudaGetLastError();
   });
 }
 
+cudaError_t mp_patch_embedding_rows(
+    const int64_t* ids, int64_t count, int64_t first_row, int64_t num_rows, int32_t* rows, cudaStream_t stream) {
+  if (count == 0) return cudaSuccess;
+  const int64_t blocks = (count + kThreads - 1) / kThreads;
+  if (!fits_grid(blocks) || num_rows > kMostRows) return cudaErrorInvalidConfiguration;
+  MP_LAUNCH(rows_kernel, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), 0, stream, ids, count, first_row, num_rows, rows);
+  return cudaGetLastError();
+}
+
 cudaError_t mp_patch_embedding_backward(
-    NumberType type, const void* grad, const int64_t* sorted_ids, const int64_t* order, int64_t count, int64_t patch_size, int64_t hidden,
-    int64_t first_row, int64_t num_rows, void* partial, void* grad_weight, cudaStream_t stream) {
+    NumberType type, const void* grad, const int32_t* sorted_rows, const int64_t* order, int64_t count, int64_t patch_size, int64_t hidden,
+    int64_t num_rows, void* partial, void* target, bool accumulate, cudaStream_t stream) {
   if (count == 0 || hidden == 0) return cudaSuccess;
   const int64_t num_tiles = (count + kTile - 1) / kTile;
-  if (!fits_grid(num_tiles)) return cudaErrorInvalidConfiguration;
+  if (!fits_grid(num_tiles) || num_rows > kMostRows) return cudaErrorInvalidConfiguration;
+  const auto rows = static_cast<int32_t>(num_rows);
   return dispatch(type, [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
-    const bool wide = fits_vectors(hidden, kVectorWidth<T>, sizeof(T), grad, grad_weight);
+    using A = Number<T>;
+    const bool wide = fits_vectors(hidden, kVectorWidth<T>, sizeof(T), grad, target);
     const dim3 grid = grid_of(num_tiles, hidden, wide ? kVectorWidth<T> : 1);
-    auto* sums = static_cast<Number<T>*>(partial);
-    const auto tiles = wide ? tile_kernel<T, kVectorWidth<T>> : tile_kernel<T, 1>;
-    MP_LAUNCH(
-        tiles, grid, dim3(kThreads), 0, stream, static_cast<const T*>(grad), sorted_ids, order, count, patch_size, hidden, first_row,
-        num_rows, sums, static_cast<T*>(grad_weight));
-    const auto join = wide ? join_kernel<T, kVectorWidth<T>> : join_kernel<T, 1>;
-    MP_LAUNCH(
-        join, grid, dim3(kThreads), 0, stream, sorted_ids, count, patch_size, hidden, first_row, num_rows,
-        static_cast<const Number<T>*>(sums), static_cast<T*>(grad_weight));
-    return cudaGetLastError();
+    const auto run = [&](auto width) {
+      constexpr int kWidth = decltype(width)::value;
+      const Mean<A> mean(patch_size);
+      auto* sums = static_cast<A*>(partial);
+      const Target<T, kWidth> place{
+          accumulate ? nullptr : static_cast<T*>(target), accumulate ? static_cast<A*>(target) : nullptr, hidden};
+      const auto tiles = tile_kernel<T, kWidth>;
+      MP_LAUNCH(
+          tiles, grid, dim3(kThreads), 0, stream, static_cast<const T*>(grad), sorted_rows, order, count, patch_size, mean, rows, sums,
+          place);
+      const auto join = join_kernel<T, kWidth>;
+      MP_LAUNCH(join, grid, dim3(kThreads), 0, stream, sorted_rows, count, mean, rows, static_cast<const A*>(sums), place);
+      return cudaGetLastError();
+    };
+    return wide ? run(std::integral_constant<int, kVectorWidth<T>>()) : run(std::integral_constant<int, 1>());
   });
 }
 

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_patch.ops import fused_embedding, fused_linear_loss, native, plain
+from megatron_patch.ops.accumulation import check_unit_gradient, redirected
 from megatron_patch.ops.plain import IGNORE_INDEX
 
 __all__ = ["IGNORE_INDEX", "Operators", "VocabularyShard", "linear_multi_token_loss", "patch_embedding"]
@@ -31,12 +32,20 @@ class VocabularyShard:
 
 
 def patch_embedding(
-    weight: torch.Tensor, token_ids: torch.Tensor, operators: Operators = "fused", vocab_start: int | None = None
+    weight: torch.Tensor,
+    token_ids: torch.Tensor,
+    operators: Operators = "fused",
+    vocab_start: int | None = None,
+    weight_grad_accumulator: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The mean of the K token embeddings of each patch; see `plain.patch_embedding`."""
+    """The mean of the K token embeddings of each patch; see `plain.patch_embedding`.
+
+    With an accumulator (float32, contiguous, of the weight's shape, with memory of its own) the backward pass adds the weight's gradient to
+    it, and the weight gets none: the kernels add it unrounded, the plain formulas rounded to the weight's dtype. See `ops.accumulation`.
+    """
     if operators == "fused" and native.supports(weight):
-        return fused_embedding.patch_embedding(weight, token_ids, vocab_start)
-    return plain.patch_embedding(weight, token_ids, vocab_start)
+        return fused_embedding.patch_embedding(weight, token_ids, vocab_start, weight_grad_accumulator)
+    return plain.patch_embedding(redirected(weight, weight_grad_accumulator), token_ids, vocab_start)
 
 
 def linear_multi_token_loss(
@@ -46,9 +55,25 @@ def linear_multi_token_loss(
     label_weights: torch.Tensor | None = None,
     operators: Operators = "fused",
     shard: VocabularyShard | None = None,
+    weight_grad_accumulator: torch.Tensor | None = None,
+    unit_gradient: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The head's logits scored against K labels a row; see `plain.linear_multi_token_loss`."""
+    """The head's logits scored against K labels a row; see `plain.linear_multi_token_loss`.
+
+    With an accumulator (float32, contiguous, of the weight's shape, with memory of its own) the weight's gradient is added to it, and the
+    weight gets none: the kernels add it unrounded, the plain formulas rounded to the weight's dtype. Where the backward pass is known to
+    start from this loss, `unit_gradient` lets the kernels' products be added in the forward pass, without a table in between; the plain
+    formulas ignore it and add in the backward pass. See `fused_linear_loss.linear_multi_token_loss` and `ops.accumulation`.
+    """
     start, group = (None, None) if shard is None else (shard.start, shard.group)
     if operators == "fused" and native.supports(weight):
-        return fused_linear_loss.linear_multi_token_loss(hidden, weight, labels, label_weights, vocab_start=start, group=group)
+        return fused_linear_loss.linear_multi_token_loss(
+            *(hidden, weight, labels, label_weights),
+            vocab_start=start,
+            group=group,
+            weight_grad_accumulator=weight_grad_accumulator,
+            unit_gradient=unit_gradient,
+        )
+    check_unit_gradient(unit_gradient, weight_grad_accumulator)
+    weight = redirected(weight, weight_grad_accumulator)
     return plain.linear_multi_token_loss(hidden, weight, labels, label_weights, vocab_start=start, group=group)

@@ -8,9 +8,12 @@ from typing import Any
 import torch
 
 from megatron_patch.ops import native
+from megatron_patch.ops.accumulation import check_accumulator
 
 
-def patch_embedding(weight: torch.Tensor, token_ids: torch.Tensor, vocab_start: int | None = None) -> torch.Tensor:
+def patch_embedding(
+    weight: torch.Tensor, token_ids: torch.Tensor, vocab_start: int | None = None, weight_grad_accumulator: torch.Tensor | None = None
+) -> torch.Tensor:
     """As `plain.patch_embedding`, in one kernel and without the [..., T·K, H] in between.
 
     Args:
@@ -18,15 +21,27 @@ def patch_embedding(weight: torch.Tensor, token_ids: torch.Tensor, vocab_start: 
         token_ids: int64 [..., T, K].
         vocab_start: the first id of the shard; ids of other shards add nothing, and the divisor stays K, so that the results of all
             shards sum to the whole. None: all of the vocabulary is here.
+        weight_grad_accumulator: contiguous [V or a shard of it, H], float32 (float64 for a float64 weight). The backward pass adds the
+            weight's gradient to it, unrounded, reads and writes the rows of `token_ids` alone, and gives the weight no gradient: its
+            `.grad` stays as it is, and its hooks run with None. None: the weight gets a gradient of its dtype.
 
     Returns:
         [..., T, H] in the weight's dtype; averaged in float32 (float64 stays float64). The gradient is a sum in a fixed order: the same
         bits on every run.
 
     Raises:
-        ValueError: `token_ids` out of range (only where all of the vocabulary is here), or an argument of another shape or dtype. On a GPU,
-            where looking would mean waiting, ids out of range end the process's CUDA work with a printed line that names them.
+        ValueError: `token_ids` out of range (only where all of the vocabulary is here), an argument of another shape or dtype, or an
+            accumulator that shares memory with the weight. On a GPU, where looking would mean waiting, ids out of range end the process's
+            CUDA work with a printed line that names them.
+        TypeError: an accumulator that is no tensor.
     """
+    if weight_grad_accumulator is None:
+        return torch.ops.megatron_patch.patch_embedding(weight, token_ids, vocab_start)
+    check_accumulator(weight_grad_accumulator, weight)
+    return torch.ops.megatron_patch.patch_embedding_accumulating(weight, token_ids, weight_grad_accumulator, vocab_start)
+
+
+def _accumulating(weight: torch.Tensor, token_ids: torch.Tensor, accumulator: torch.Tensor, vocab_start: int | None = None) -> torch.Tensor:
     return torch.ops.megatron_patch.patch_embedding(weight, token_ids, vocab_start)
 
 
@@ -60,18 +75,59 @@ def _register() -> None:
 
     torch.library.register_autograd("megatron_patch::patch_embedding", forward_derivative, setup_context=remember_forward)
     torch.library.register_autograd("megatron_patch::patch_embedding_backward", backward_derivative, setup_context=remember_backward)
+    _register_accumulating()
+
+
+def _register_accumulating() -> None:
+    """The same forward pass, with a derivative that is added to an accumulator."""
+    library = "megatron_patch::patch_embedding_accumulating"
+    torch.library.define(library, "(Tensor weight, Tensor token_ids, Tensor accumulator, int? vocab_start=None) -> Tensor")
+    torch.library.impl(library, ("CPU", "CUDA"))(_accumulating)
+
+    @torch.library.register_fake(library)
+    def _(weight: torch.Tensor, token_ids: torch.Tensor, accumulator: torch.Tensor, vocab_start: int | None = None) -> torch.Tensor:
+        return weight.new_empty((*token_ids.shape[:-1], weight.shape[1]))
+
+    @torch.library.register_fake("megatron_patch::patch_embedding_backward_add_")
+    def _(accumulator: torch.Tensor, grad: torch.Tensor, token_ids: torch.Tensor, vocab_start: int | None = None) -> None:
+        return None
+
+    def remember(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        # Not a saved tensor: other gradients may be added to it before this one.
+        _, token_ids, ctx.accumulator, ctx.vocab_start = inputs
+        ctx.save_for_backward(token_ids)
+
+    def derivative(ctx: Any, grad: torch.Tensor) -> tuple[None, None, None, None]:
+        (token_ids,) = ctx.saved_tensors
+        if ctx.needs_input_grad[0]:
+            torch.ops.megatron_patch.patch_embedding_backward_add_(ctx.accumulator, grad, token_ids, ctx.vocab_start)
+        return None, None, None, None
+
+    torch.library.register_autograd(library, derivative, setup_context=remember)
+
+
+def _sorted_occurrences(
+    grad: torch.Tensor, token_ids: torch.Tensor, num_rows: int, vocab_start: int | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
+    """What the kernels take: gradients [patches, H]; the table's row of each id, sorted, int32; where each came from, int64; and K."""
+    rows, order = torch.ops.megatron_patch.patch_embedding_rows(token_ids, num_rows, vocab_start).sort(stable=True)
+    # Not -1, which no number of patches is where H is 0.
+    return grad.reshape(math.prod(grad.shape[:-1]), grad.shape[-1]), rows, order, token_ids.shape[-1]
 
 
 def _backward_on_cuda(grad: torch.Tensor, token_ids: torch.Tensor, num_rows: int, vocab_start: int | None = None) -> torch.Tensor:
-    """Sorts the occurrences of each id, in order, by torch; the kernel sums them."""
-    sorted_ids, order = token_ids.reshape(-1).long().sort(stable=True)
-    # Not -1, which no number of rows is where H is 0.
-    rows = grad.reshape(math.prod(grad.shape[:-1]), grad.shape[-1])
-    sums = torch.ops.megatron_patch.patch_embedding_sorted_backward
-    return sums(rows, sorted_ids, order, token_ids.shape[-1], num_rows, vocab_start)
+    """Sorts the occurrences of each row, in order, by torch; the kernel sums them."""
+    occurrences = _sorted_occurrences(grad, token_ids, num_rows, vocab_start)
+    return torch.ops.megatron_patch.patch_embedding_sorted_backward(*occurrences, num_rows)
+
+
+def _backward_add_on_cuda(accumulator: torch.Tensor, grad: torch.Tensor, token_ids: torch.Tensor, vocab_start: int | None = None) -> None:
+    occurrences = _sorted_occurrences(grad, token_ids, accumulator.shape[0], vocab_start)
+    torch.ops.megatron_patch.patch_embedding_sorted_backward_add_(accumulator, *occurrences)
 
 
 if native.load_error() is None:
     _register()
 if native.load_error("cuda") is None:
     torch.library.impl("megatron_patch::patch_embedding_backward", "CUDA")(_backward_on_cuda)
+    torch.library.impl("megatron_patch::patch_embedding_backward_add_", "CUDA")(_backward_add_on_cuda)

@@ -2,7 +2,8 @@
 
 In: hidden states, the head's weight (or a vocabulary shard of it) and K labels a row. Out: the summed loss; both gradients are made in the
 forward pass, while a chunk's logits are at hand, and are scaled in the backward pass. The products are the vendor's (cuBLAS, the CPU's
-BLAS), the rest is `fused_loss`' kernels. The weight's gradient is summed in float32 whatever the dtype.
+BLAS), the rest is `fused_loss`' kernels. The weight's gradient is summed in float32 whatever the dtype; into an accumulator of the caller's
+it goes in the backward pass, or, where the loss' gradient is known to be 1, product by product without a table in between.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch.distributed as dist
 from torch.utils.flop_counter import register_flop_formula
 
 from megatron_patch.ops import native
+from megatron_patch.ops.accumulation import check_accumulator, check_unit_gradient
 from megatron_patch.ops.fused_loss import normalize
 from megatron_patch.ops.plain import IGNORE_INDEX, accumulation_dtype, weight_of_labels
 
@@ -31,6 +33,8 @@ def linear_multi_token_loss(
     vocab_start: int | None = None,
     group: dist.ProcessGroup | None = None,
     chunk_rows: int = CHUNK_ROWS,
+    weight_grad_accumulator: torch.Tensor | None = None,
+    unit_gradient: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `plain.linear_multi_token_loss`, with the logits of at most `chunk_rows` rows in memory.
 
@@ -44,13 +48,23 @@ def linear_multi_token_loss(
         group: the ranks that hold the shards; they exchange [rows, 2 + K] floats once a chunk. The gradient for `hidden` is this shard's
             part; the parts of all shards sum to the whole.
         chunk_rows: rows at a time, from 1; chunks are of one size but for rounding.
+        weight_grad_accumulator: contiguous [V or a shard of it, H], float32 (float64 for a float64 weight). The backward pass adds the
+            weight's gradient to it, unrounded, and gives the weight no gradient: its `.grad` stays as it is, and its hooks run with
+            None. `torch.autograd.grad(loss, hidden)` adds, too. None: the weight gets a gradient of its dtype.
+        unit_gradient: with an accumulator: the caller starts the backward pass from this very loss, all factors being in `label_weights`.
+            Then the forward pass adds the weight's gradient already, and no other table of its size is ever made; a backward pass,
+            the first or another, adds nothing to it. One that brings a gradient other than 1 makes the one of `hidden` NaN (where
+            `hidden` needs none, nothing shows it), and what was added stays as for 1. Not for a region whose forward pass is run again
+            (activation checkpointing): it would be added twice.
 
     Returns:
         (sum of weighted losses, sum of weights of scored labels), float32 (float64 stays float64).
 
     Raises:
-        ValueError: `labels` out of range (only where all of the vocabulary is here; on a GPU as `multi_token_loss` says), or an argument of
-            another shape or dtype.
+        ValueError: `labels` out of range (only where all of the vocabulary is here; on a GPU as `multi_token_loss` says), an argument of
+            another shape or dtype, an accumulator that shares memory with the weight, or `unit_gradient` without an accumulator. With
+            `unit_gradient` the chunks before the one that raises have been added.
+        TypeError: an accumulator that is no tensor.
     """
     if chunk_rows < 1:
         raise ValueError(f"chunk_rows is {chunk_rows}; allowed: 1 and more")
@@ -58,9 +72,17 @@ def linear_multi_token_loss(
     if label_weights is not None:
         label_weights = label_weights.to(dtype)
     differentiable = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    check_unit_gradient(unit_gradient, weight_grad_accumulator)
+    if weight_grad_accumulator is not None:
+        check_accumulator(weight_grad_accumulator, weight)
     name = None if group is None else group.group_name
-    operator = torch.ops.megatron_patch.linear_multi_token_loss
-    loss, _, _ = operator(hidden, weight, labels, label_weights, z_loss, vocab_start, name, chunk_rows, differentiable)
+    operators = torch.ops.megatron_patch
+    arguments = (labels, label_weights, z_loss, vocab_start, name, chunk_rows)
+    if unit_gradient and torch.is_grad_enabled() and weight.requires_grad:
+        total, by_hidden = operators.linear_multi_token_loss_add_(weight_grad_accumulator, hidden.detach(), weight.detach(), *arguments)
+        loss = operators.with_gradient(hidden, weight, total, by_hidden)
+    else:
+        loss, _, _ = operators.linear_multi_token_loss(hidden, weight, *arguments, differentiable, weight_grad_accumulator)
     return loss, weight_of_labels(labels, label_weights, dtype)
 
 
@@ -110,14 +132,56 @@ def _linear_loss(
     group: str | None,
     chunk_rows: int,
     differentiable: bool,
+    weight_grad_accumulator: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The accumulator is the backward pass' business."""
+    grad_hidden, grad_weight = _gradients(hidden, weight, differentiable)
+    arguments = (labels, label_weights, z_loss, vocab_start, group, chunk_rows)
+    loss = _sum_of_chunks(hidden, weight, *arguments, (grad_hidden, grad_weight) if differentiable else None, first_beta=0.0)
+    return loss, grad_hidden, grad_weight
+
+
+def _linear_loss_add(
+    accumulator: torch.Tensor,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    label_weights: torch.Tensor | None,
+    z_loss: float,
+    vocab_start: int | None,
+    group: str | None,
+    chunk_rows: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(loss, gradient of hidden); the weight's gradient is added to the accumulator."""
+    by_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format)
+    arguments = (labels, label_weights, z_loss, vocab_start, group, chunk_rows)
+    return _sum_of_chunks(hidden, weight, *arguments, (by_hidden, accumulator), first_beta=1.0), by_hidden
+
+
+def _sum_of_chunks(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    label_weights: torch.Tensor | None,
+    z_loss: float,
+    vocab_start: int | None,
+    group: str | None,
+    chunk_rows: int,
+    gradients: tuple[torch.Tensor, torch.Tensor] | None,
+    first_beta: float,
+) -> torch.Tensor:
+    """The loss; its gradients by hidden states and weight are written into what is given for them.
+
+    Args:
+        gradients: [N, H] in the dtype of hidden, and [V, H] in the dtype that sums are taken in; or None.
+        first_beta: what the second one's content is multiplied with before the first chunk's product is added; 0: it is not read.
+    """
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1] or hidden.dtype != weight.dtype:
         raise ValueError(
             f"hidden is {hidden.dtype} {list(hidden.shape)}, weight {weight.dtype} {list(weight.shape)}; "
             "allowed: [N, H] and [V, H] of one dtype"
         )
     rows, dtype = hidden.shape[0], accumulation_dtype(hidden.dtype)
-    grad_hidden, grad_weight = _gradients(hidden, weight, differentiable)
     size = math.ceil(rows / max(1, math.ceil(rows / chunk_rows)))
     buffer = hidden.new_empty((size, weight.shape[0]))
     losses = hidden.new_empty(rows, dtype=dtype)
@@ -125,11 +189,11 @@ def _linear_loss(
         part = hidden[start : start + size]
         chunk = slice(start, start + len(part))
         logits = torch.mm(part, weight.t(), out=buffer[: len(part)])
-        losses[chunk] = _chunk_loss(logits, labels[chunk], label_weights, z_loss, vocab_start, group, differentiable)
-        if differentiable:
-            torch.mm(logits, weight, out=grad_hidden[chunk])
-            _add_product(grad_weight, logits, part, beta=0.0 if start == 0 else 1.0)
-    return losses.sum(dtype=torch.float64).to(dtype), grad_hidden, grad_weight
+        losses[chunk] = _chunk_loss(logits, labels[chunk], label_weights, z_loss, vocab_start, group, gradients is not None)
+        if gradients is not None:
+            torch.mm(logits, weight, out=gradients[0][chunk])
+            _add_product(gradients[1], logits, part, beta=first_beta if start == 0 else 1.0)
+    return losses.sum(dtype=torch.float64).to(dtype)
 
 
 def _scaled(gradient: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -152,7 +216,7 @@ def _register() -> None:
     torch.library.define(
         library,
         "(Tensor hidden, Tensor weight, Tensor labels, Tensor? label_weights, float z_loss, int? vocab_start, str? group, int chunk_rows, "
-        "bool differentiable) -> (Tensor, Tensor, Tensor)",
+        "bool differentiable, Tensor? weight_grad_accumulator=None) -> (Tensor, Tensor, Tensor)",
     )
     torch.library.impl(library, ("CPU", "CUDA"))(_linear_loss)
 
@@ -167,30 +231,81 @@ def _register() -> None:
         group: str | None,
         chunk_rows: int,
         differentiable: bool,
+        weight_grad_accumulator: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         return hidden.new_empty((), dtype=accumulation_dtype(hidden.dtype)), *_gradients(hidden, weight, differentiable)
 
     def remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
         _, grad_hidden, grad_weight = output
         ctx.dtype = inputs[1].dtype
+        # Not a saved tensor: other gradients may be added to it before this one.
+        ctx.accumulator = inputs[9]
         ctx.mark_non_differentiable(grad_hidden, grad_weight)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(grad_hidden, grad_weight)
 
     def derivative(ctx: Any, grad: torch.Tensor | None, *_: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         if grad is None:
-            return (None,) * 9
+            return (None,) * 10
         grad_hidden, grad_weight = ctx.saved_tensors
         by_hidden = _scaled(grad_hidden, grad, ctx.dtype) if ctx.needs_input_grad[0] else None
-        by_weight = _scaled(grad_weight, grad, ctx.dtype) if ctx.needs_input_grad[1] else None
-        return by_hidden, by_weight, None, None, None, None, None, None, None
+        by_weight = None
+        if ctx.needs_input_grad[1] and ctx.accumulator is not None:
+            ctx.accumulator.addcmul_(grad_weight, grad.reshape(1, 1))
+        elif ctx.needs_input_grad[1]:
+            by_weight = _scaled(grad_weight, grad, ctx.dtype)
+        return by_hidden, by_weight, *(None,) * 8
 
     torch.library.register_autograd(library, derivative, setup_context=remember)
 
     @register_flop_formula(torch.ops.megatron_patch.linear_multi_token_loss)  # type: ignore[untyped-decorator]
     def _(hidden: list[int], weight: list[int], *others: Any, **shapes: Any) -> int:
         """The logits' product, and one for each gradient."""
-        return (3 if others[-1] else 1) * 2 * hidden[0] * hidden[1] * weight[0]
+        return (3 if others[6] else 1) * 2 * hidden[0] * hidden[1] * weight[0]
+
+    _register_addition()
+
+
+def _register_addition() -> None:
+    """The operator that adds in its forward pass, and the one that hands its gradient on."""
+    library = "megatron_patch::linear_multi_token_loss_add_"
+    torch.library.define(
+        library,
+        "(Tensor(a!) accumulator, Tensor hidden, Tensor weight, Tensor labels, Tensor? label_weights, float z_loss, int? vocab_start, "
+        "str? group, int chunk_rows) -> (Tensor, Tensor)",
+    )
+    torch.library.impl(library, ("CPU", "CUDA"))(_linear_loss_add)
+
+    @torch.library.register_fake(library)
+    def _(accumulator: torch.Tensor, hidden: torch.Tensor, *others: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        loss = hidden.new_empty((), dtype=accumulation_dtype(hidden.dtype))
+        return loss, torch.empty_like(hidden, memory_format=torch.contiguous_format)
+
+    @register_flop_formula(torch.ops.megatron_patch.linear_multi_token_loss_add_)  # type: ignore[untyped-decorator]
+    def _(accumulator: list[int], hidden: list[int], weight: list[int], *others: Any, **shapes: Any) -> int:
+        return 6 * hidden[0] * hidden[1] * weight[0]
+
+    glue = "megatron_patch::with_gradient"
+    torch.library.define(glue, "(Tensor hidden, Tensor weight, Tensor loss, Tensor by_hidden) -> Tensor")
+
+    @torch.library.impl(glue, ("CPU", "CUDA"))
+    def _(hidden: torch.Tensor, weight: torch.Tensor, loss: torch.Tensor, by_hidden: torch.Tensor) -> torch.Tensor:
+        return loss.clone()
+
+    @torch.library.register_fake(glue)
+    def _(hidden: torch.Tensor, weight: torch.Tensor, loss: torch.Tensor, by_hidden: torch.Tensor) -> torch.Tensor:
+        return torch.empty_like(loss)
+
+    def remember(ctx: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        ctx.save_for_backward(inputs[3])
+
+    def derivative(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None]:
+        (by_hidden,) = ctx.saved_tensors
+        # The weight's gradient was added for a factor of 1; finding another would mean waiting for the GPU.
+        factor = grad.masked_fill(grad != 1, float("nan"))
+        return (_scaled(by_hidden, factor, by_hidden.dtype) if ctx.needs_input_grad[0] else None), None, None, None
+
+    torch.library.register_autograd(glue, derivative, setup_context=remember)
 
 
 if native.load_error() is None:

@@ -8,6 +8,7 @@ the plain formulas serve, with one warning. What asks later is a comparison, whi
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -16,10 +17,22 @@ FOLDER = Path(__file__).parent.parent
 LIBRARY = FOLDER / "_C.so"
 CUDA_LIBRARY = FOLDER / "_C_cuda.so"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+OPERATORS = (
+    "patch_embedding",
+    "patch_embedding_backward",
+    "patch_embedding_backward_add_",
+    "multi_token_loss_statistics",
+    "multi_token_loss_gradient",
+    "multi_token_loss_gradient_",
+    "multi_token_loss_and_gradient_",
+)
+"""What `_C.so` of these sources defines (csrc/schemas.cpp)."""
+CUDA_OPERATORS = ("patch_embedding_rows", "patch_embedding_sorted_backward", "patch_embedding_sorted_backward_add_")
+"""What `_C_cuda.so` defines besides (csrc/cuda/bindings.cpp)."""
 _warned: set[str] = set()
 
 
-def _load(library: Path, needs: str | None = None) -> str | None:
+def _load(library: Path, operators: Sequence[str], needs: str | None = None) -> str | None:
     if needs is not None:
         return needs
     if not library.is_file():
@@ -28,18 +41,19 @@ def _load(library: Path, needs: str | None = None) -> str | None:
         torch.ops.load_library(str(library))
     except OSError as error:
         return f"{library.name} does not load: {error}"
-    return None
+    lacking = [name for name in operators if not hasattr(torch.ops.megatron_patch, name)]
+    return f"{library.name} was built from other sources: it lacks {', '.join(lacking)}" if lacking else None
 
 
-_cpu_error = _load(LIBRARY)
+_cpu_error = _load(LIBRARY, OPERATORS)
 _errors = {
     "cpu": _cpu_error,
-    "cuda": _load(CUDA_LIBRARY, _cpu_error or (None if torch.version.cuda else "this torch is a build without CUDA")),
+    "cuda": _load(CUDA_LIBRARY, CUDA_OPERATORS, _cpu_error or (None if torch.version.cuda else "this torch is a build without CUDA")),
 }
 
 
 def load_error(device: str = "cpu") -> str | None:
-    """Why the compiled operators are not to be had on a kind of device, or None where they are."""
+    """Why the compiled operators are not available on a kind of device, or None where they are."""
     return _errors.get(device, f"there are none for {device}")
 
 

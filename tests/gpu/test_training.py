@@ -1,4 +1,4 @@
-"""A whole run on a GPU: both stages in float32, bf16 and fp16, beside the same run on the CPU."""
+"""A whole run on a GPU: both stages in float32, bf16 and fp16, compared with the same run on the CPU. Several may run at a time."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from megatron_patch.engine.environment import free_port
 from tests.distributed.runs import DATA, MODEL, ROOT, Run, command, make_corpus
 
 pytestmark = pytest.mark.gpu
@@ -16,7 +17,7 @@ PLAN = "--seq-length 16 --micro-batch-size 4 --global-batch-tokens 256 --patch-s
 
 def train(folder, corpus, *more, device="cuda"):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
-    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29517"}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     if device == "cpu":
         environment |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
     words = command(MODEL, DATA, PLAN, *more, "--data-path", corpus, "--save", str(folder))

@@ -68,22 +68,30 @@ class LossCase:
 
 
 def loss_case(
-    seed: int, rows: int, k: int, vocab: int, dtype: torch.dtype, weighted: bool = False, z_loss: float = 0.0, spread: float = 3.0
+    seed: int,
+    rows: int,
+    k: int,
+    vocab: int,
+    dtype: torch.dtype,
+    weighted: bool = False,
+    z_loss: float = 0.0,
+    spread: float = 3.0,
+    device: str = "cpu",
 ) -> LossCase:
-    """A case with about a fifth of the labels ignored and a fifth repeated."""
-    generator = torch.Generator().manual_seed(seed)
-    logits = (spread * torch.randn(rows, vocab, generator=generator)).to(dtype)
-    labels = torch.randint(0, vocab, (rows, k), generator=generator)
-    labels = torch.where(torch.rand(rows, k, generator=generator) < 0.2, labels[:, :1], labels)
-    labels = labels.masked_fill(torch.rand(rows, k, generator=generator) < 0.2, IGNORE_INDEX)
+    """A case with about a fifth of the labels ignored and a fifth repeated; drawn on the device, as is what the formula gives."""
+    draw = {"generator": torch.Generator(device).manual_seed(seed), "device": device}
+    logits = (spread * torch.randn(rows, vocab, **draw)).to(dtype)
+    labels = torch.randint(0, vocab, (rows, k), **draw)
+    labels = torch.where(torch.rand(rows, k, **draw) < 0.2, labels[:, :1], labels)
+    labels = labels.masked_fill(torch.rand(rows, k, **draw) < 0.2, IGNORE_INDEX)
     number = torch.float64 if dtype == torch.float64 else torch.float32
-    weights = 1.0 / torch.arange(1, k + 1, dtype=number) if weighted else None
+    weights = 1.0 / torch.arange(1, k + 1, dtype=number, device=device) if weighted else None
     return LossCase(logits, labels, weights, z_loss)
 
 
 def assert_within(value: torch.Tensor, exact: torch.Tensor, magnitude: torch.Tensor, dtype: torch.dtype) -> None:
     """Within 1e-6 of the sum of the terms' magnitudes (1e-13 in float64), and half a unit in the last place of the dtype."""
-    value = value.detach().cpu().double()
+    value = value.detach().to(exact.device).double()
     allowed = (
         RELATIVE[dtype] * magnitude
         + ROUNDING[dtype] * exact.abs() * (1 + 1e-6)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import dataclasses
+import itertools
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -15,6 +19,7 @@ from hypothesis import strategies as st
 
 from megatron_patch import ops
 from megatron_patch.ops import fused_embedding, native
+from tests.cuda_on_cpu import kernels as kernels_on_cpu
 
 compiled = pytest.mark.skipif(native.load_error() is not None, reason=f"compiled operators: {native.load_error()}")
 PACKAGE = Path(native.__file__).parent.parent
@@ -41,7 +46,7 @@ def gradient_of_rows(vocab, ids, grad):
     """Its derivative, term by term in float64; and the sum of the terms' magnitudes, by which a sum's error is measured."""
     k = ids.shape[-1]
     terms = (grad.double() / k).unsqueeze(-2).expand(*ids.shape, grad.shape[-1]).reshape(ids.numel(), grad.shape[-1])
-    total = torch.zeros(vocab, grad.shape[-1], dtype=torch.float64)
+    total = torch.zeros(vocab, grad.shape[-1], dtype=torch.float64, device=grad.device)
     return total.index_add(0, ids.reshape(-1), terms), total.index_add(0, ids.reshape(-1), terms.abs())
 
 
@@ -219,19 +224,174 @@ def test_views_and_narrow_ids_give_what_copies_give():
 @compiled
 @pytest.mark.parametrize(("patches", "k", "hidden"), [((2, 5), 3, 8), ((), 4, 8), ((0,), 2, 8), ((4,), 2, 0), ((0, 3), 1, 0)])
 @pytest.mark.parametrize("number", [torch.int64, torch.int32])
-def test_what_stands_before_the_gpu_s_kernel_hands_it_every_shape_sorted(monkeypatch, patches, k, hidden, number):
-    """The kernel itself is a sum over sorted ids, here the formula's."""
+@pytest.mark.parametrize("vocab_start", [None, 2])
+def test_what_stands_before_the_gpu_s_kernel_hands_it_every_shape_sorted(monkeypatch, patches, k, hidden, number, vocab_start):
+    """The kernels themselves are a row for each id and a sum over sorted rows, here the formulas'."""
+    kernels, num_rows = torch.ops.megatron_patch, 3
 
-    def sums(grad, sorted_ids, order, patch_size, num_rows, vocab_start):
-        assert grad.dim() == 2 and patch_size == k and sorted_ids.dtype == order.dtype == torch.int64
-        assert bool((sorted_ids.diff() >= 0).all()) and bool((order.diff()[sorted_ids.diff() == 0] > 0).all())
-        ids = torch.empty_like(sorted_ids).scatter_(0, order, sorted_ids).reshape(len(grad), k)
-        return torch.ops.megatron_patch.patch_embedding_backward(grad, ids, num_rows, vocab_start)
+    def rows_of(ids, rows, start):
+        return (ids.flatten().long() - (start or 0)).clamp(-1, rows).int()
 
-    monkeypatch.setattr(torch.ops.megatron_patch, "patch_embedding_sorted_backward", sums, raising=False)
+    def ids_of(grad, sorted_rows, order, patch_size):
+        assert grad.dim() == 2 and patch_size == k and sorted_rows.dtype == torch.int32 and order.dtype == torch.int64
+        assert bool((sorted_rows.diff() >= 0).all()) and bool((order.diff()[sorted_rows.diff() == 0] > 0).all())
+        return torch.empty_like(order).scatter_(0, order, sorted_rows.long()).reshape(len(grad), k)
+
+    def sums(grad, sorted_rows, order, patch_size, rows):
+        return kernels.patch_embedding_backward(grad, ids_of(grad, sorted_rows, order, patch_size), rows, 0)
+
+    def add_sums(accumulator, grad, sorted_rows, order, patch_size):
+        kernels.patch_embedding_backward_add_(accumulator, grad, ids_of(grad, sorted_rows, order, patch_size), 0)
+
+    monkeypatch.setattr(kernels, "patch_embedding_rows", rows_of, raising=False)
+    monkeypatch.setattr(kernels, "patch_embedding_sorted_backward", sums, raising=False)
+    monkeypatch.setattr(kernels, "patch_embedding_sorted_backward_add_", add_sums, raising=False)
     _, ids, grad = case(7, patches, k, 6, hidden, torch.float32)
-    expected = torch.ops.megatron_patch.patch_embedding_backward(grad, ids, 6)
-    assert torch.equal(fused_embedding._backward_on_cuda(grad, ids.to(number), 6), expected)
+    expected = kernels.patch_embedding_backward(grad, ids, num_rows, vocab_start or 0)
+    assert torch.equal(fused_embedding._backward_on_cuda(grad, ids.to(number), num_rows, vocab_start), expected)
+    accumulator = torch.ones(num_rows, hidden)
+    fused_embedding._backward_add_on_cuda(accumulator, grad, ids.to(number), vocab_start)
+    assert torch.equal(accumulator, expected + 1)
+
+
+@pytest.fixture(scope="module")
+def gpu_code(tmp_path_factory):
+    """The GPU's kernels, on the CPU."""
+    if kernels_on_cpu.cuda_include() is None or shutil.which("g++") is None:
+        pytest.skip("CUDA's headers (nvcc) and g++ are needed")
+    folder = tmp_path_factory.mktemp("embedding")
+    for name in ("patch_embedding.cu", "common.cuh", "launch.h"):
+        shutil.copy(kernels_on_cpu.SOURCES / name, folder)
+    kernels_on_cpu.compile_kernels(folder, folder / "kernels.so")
+    return kernels_on_cpu.CudaOnCpu(ctypes.CDLL(str(folder / "kernels.so")))
+
+
+@compiled
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("k", [1, 2, 3, 4, 6, 7, 8])
+def test_the_gpu_s_kernels_give_the_cpu_s_bits(gpu_code, dtype, k):
+    """Whether the mean is a product or a quotient, in one tile; with numbers too small to be normal, infinite ones and zeros of both signs."""
+    weight, ids, grad = case(k, (8,), k, 12, 16, dtype)
+    for table in (weight.data, grad):
+        table[1] *= torch.finfo(dtype).tiny
+        table[2] = -0.0
+        table[3, ::2] = float("inf")
+    kernels = torch.ops.megatron_patch
+    for start, rows in ((None, 12), (0, 5), (5, 7)):
+        shard = weight.data[start or 0 :][:rows].contiguous()
+        ours, theirs = kernels.patch_embedding(shard, ids, start), gpu_code.patch_embedding(shard, ids, start)
+        assert torch.equal(bits(ours), bits(theirs))
+        ours, theirs = kernels.patch_embedding_backward(grad, ids, rows, start), gpu_code.patch_embedding_backward(grad, ids, rows, start)
+        assert torch.equal(bits(ours), bits(theirs))
+        accumulator = torch.randn(rows, 16, generator=torch.Generator().manual_seed(k)).to(ops.plain.accumulation_dtype(dtype))
+        theirs = gpu_code.patch_embedding_backward(grad, ids, rows, start, accumulator)
+        kernels.patch_embedding_backward_add_(accumulator, grad, ids, start)
+        assert torch.equal(bits(accumulator), bits(theirs))
+
+
+def bits(tensor):
+    """The numbers' bits; all that are not a number are one."""
+    numbers = tensor.detach().clone()
+    numbers[numbers.isnan()] = float("nan")
+    return numbers.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gpu_s_kernels_add_runs_of_many_tiles_to_an_accumulator_and_leave_the_other_rows(gpu_code, dtype):
+    _, ids, grad = case(3, (200,), 4, 30, 24, dtype)
+    ids[20:150] = 17
+    touched = torch.zeros(40, dtype=torch.bool)
+    touched[ids.flatten()] = True
+    exact, magnitude = gradient_of_rows(40, ids, grad)
+    for order, shift in itertools.product(kernels_on_cpu.ORDERS, (0, 1)):
+        machine = dataclasses.replace(gpu_code, order=order, shift=shift)
+        whole = machine.patch_embedding_backward(grad, ids, 40, None, torch.where(touched, 3.0, float("nan"))[:, None].repeat(1, 24))
+        assert bool(whole[~touched].isnan().all())
+        assert_within(whole[touched], (exact + 3)[touched], (magnitude + 3)[touched], torch.float32)
+        parts = [machine.patch_embedding_backward(grad, ids, 20, start, torch.full((20, 24), 3.0)) for start in (0, 20)]
+        assert torch.equal(torch.cat(parts)[touched], whole[touched]), "an id's sum does not depend on the shard"
+
+
+@compiled
+@settings(max_examples=60)
+@given(
+    st.integers(0, 10**6),
+    st.lists(st.integers(0, 7), min_size=0, max_size=3),
+    st.integers(1, 9),
+    st.integers(1, 40),
+    st.integers(1, 33),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]),
+    st.booleans(),
+)
+def test_an_accumulator_takes_the_gradient_unrounded_and_the_weight_gets_none(seed, patches, k, vocab, hidden, dtype, fused):
+    weight, ids, grad = case(seed, patches, k, vocab, hidden, dtype)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    start = torch.randn(vocab, hidden, generator=torch.Generator().manual_seed(seed)).to(wide)
+    accumulator = start.clone()
+    out = ops.patch_embedding(weight, ids, "fused" if fused else "plain", weight_grad_accumulator=accumulator)
+    assert torch.equal(out, ops.patch_embedding(weight, ids, "fused" if fused else "plain"))
+    out.backward(grad)
+    exact, magnitude = gradient_of_rows(vocab, ids, grad)
+    # The plain formula's gradient is rounded to the weight's dtype at each occurrence.
+    error = 1e-6 if fused else 1e-6 + 9 * torch.finfo(dtype).eps
+    assert weight.grad is None
+    assert bool(((accumulator.double() - start - exact).abs() <= error * (magnitude + start.abs())).all())
+
+
+@compiled
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_an_accumulator_of_zeros_holds_what_the_gradient_is_rounded_from(dtype):
+    weight, ids, grad = case(2, (300,), 3, 50, 24, dtype)
+    accumulator = torch.zeros(50, 24, dtype=ops.plain.accumulation_dtype(dtype))
+    fused_embedding.patch_embedding(weight, ids, None, accumulator).backward(grad)
+    (gradient,) = torch.autograd.grad(fused_embedding.patch_embedding(weight, ids), weight, grad)
+    assert torch.equal(accumulator.to(dtype), gradient)
+    parts = [torch.zeros(rows, 24, dtype=accumulator.dtype) for rows in (20, 30)]
+    for start, part in ((0, parts[0]), (20, parts[1])):
+        shard = weight.detach()[start:][: len(part)].clone().requires_grad_()
+        fused_embedding.patch_embedding(shard, ids, start, part).backward(grad)
+    assert torch.equal(torch.cat(parts), accumulator)
+
+
+@compiled
+def test_an_accumulator_sums_several_backward_passes_and_its_other_rows_are_not_touched():
+    weight, ids, grad = case(2, (30,), 4, 5000, 16, torch.bfloat16)
+    touched = torch.zeros(5000, dtype=torch.bool)
+    touched[ids.flatten()] = True
+    accumulator = torch.where(touched, 0.0, float("nan"))[:, None].repeat(1, 16)
+    first, second = (fused_embedding.patch_embedding(weight, each, None, accumulator) for each in (ids, ids.flip(0)))
+    first.backward(grad)
+    second.backward(grad.flip(0))
+    exact, magnitude = gradient_of_rows(5000, ids, grad)
+    assert bool(accumulator[~touched].isnan().all())
+    assert_within(accumulator[touched], 2 * exact[touched], 2 * magnitude[touched], torch.float32)
+    frozen = fused_embedding.patch_embedding(weight.detach(), ids, None, accumulator)
+    assert not frozen.requires_grad
+
+
+@pytest.mark.parametrize("operators", [pytest.param("fused", marks=compiled), "plain"])
+def test_an_accumulator_that_does_not_fit_is_named(operators):
+    weight, ids, grad = case(4, (3,), 2, 24, 8, torch.bfloat16)
+    for accumulator in (
+        torch.zeros(24, 9),
+        torch.zeros(23, 8),
+        torch.zeros(24, 8, dtype=torch.bfloat16),
+        torch.zeros(8, 24).t(),
+        torch.zeros(24, 8, device="meta"),
+        torch.zeros(24, 8, requires_grad=True),
+    ):
+        with pytest.raises(ValueError, match=r"weight_grad_accumulator is .*; allowed: contiguous torch.float32 \[24, 8\] on cpu"):
+            ops.patch_embedding(weight, ids, operators, weight_grad_accumulator=accumulator)
+    if operators == "fused":
+        add = torch.ops.megatron_patch.patch_embedding_backward_add_
+        for arguments, words in (
+            ((torch.zeros(24, 9), grad, ids), "accumulator must be .*H of grad"),
+            ((torch.zeros(24, 8, dtype=torch.bfloat16), grad, ids), "accumulator is BFloat16; allowed: Float"),
+            ((torch.zeros(24, 8), grad[:2], ids), "grad must have one row"),
+            ((torch.zeros(24, 8), grad, ids.float()), "token_ids are Float"),
+        ):
+            with pytest.raises(ValueError, match=words):
+                add(*arguments)
 
 
 @compiled
@@ -239,6 +399,9 @@ def test_passes_the_operator_checks_of_torch():
     for vocab_start in (None, 0, 5):
         weight, ids, grad = case(4, (3, 6), 4, 24, 8, torch.float32)
         torch.library.opcheck(torch.ops.megatron_patch.patch_embedding.default, (weight, ids, vocab_start))
+        torch.library.opcheck(
+            torch.ops.megatron_patch.patch_embedding_backward_add_.default, (torch.zeros(24, 8), grad.clone(), ids, vocab_start)
+        )
         torch.library.opcheck(torch.ops.megatron_patch.patch_embedding_backward.default, (grad.requires_grad_(), ids, 24, vocab_start))
 
 
@@ -251,6 +414,19 @@ def test_traces_without_a_graph_break(dynamic):
         (gradient,) = torch.autograd.grad(traced(weight, ids), weight, grad)
         (expected,) = torch.autograd.grad(ops.patch_embedding(weight, ids) * 2, weight, grad)
         assert torch.equal(gradient, expected)
+
+
+@compiled
+def test_traces_with_an_accumulator():
+    traced = torch.compile(fused_embedding.patch_embedding, fullgraph=True, backend="aot_eager")
+    sums = []
+    for function in (traced, fused_embedding.patch_embedding):
+        weight, ids, grad = case(5, (3, 6), 4, 24, 8, torch.float32)
+        sums.append(torch.ones(24, 8))
+        for _ in range(2):
+            function(weight, ids, None, sums[-1]).backward(grad)
+        assert weight.grad is None
+    assert torch.equal(*sums) and not torch.equal(sums[0], torch.ones(24, 8))
 
 
 @compiled
