@@ -25,6 +25,7 @@ from megatron_patch.config.options import ScheduleOptions
 from megatron_patch.data.patch_dataset import PatchBatch
 from megatron_patch.engine.deepspeed_config import EngineConfig, batch_settings
 from megatron_patch.engine.distributed import barrier, gather_objects
+from megatron_patch.engine.environment import threads_of_rank
 from megatron_patch.engine.fragments import Fragment, HostCopies, fragments
 from megatron_patch.engine.interface import EvaluationResult, Judge, Snapshot, StepResult
 from megatron_patch.engine.optimizer import base_optimizer, make_optimizer, set_step_count, step_count, zero_moments
@@ -134,7 +135,7 @@ class DeepSpeedEngine(abc.ABC):
         self._grad_norm: torch.Tensor | None = None
         self._put_judge_before_the_optimizer()
         if seed is not None:
-            initial, shapes = InitialWeights(model.shape, seed), self._whole_shapes()
+            initial, shapes = InitialWeights(model.shape, seed, threads_of_rank()), self._whole_shapes()
             # Master weights start from the float32 initial weights, not from their rounded copies.
             self._fill(lambda kind, name, *span: initial.read(name, shapes[name], self._shards.get(name), *span), ("weight",))
         self.start_stage(stage)
@@ -368,14 +369,21 @@ class DeepSpeedEngine(abc.ABC):
 
     def _fill(self, read: Any, kinds: Sequence[str]) -> None:
         """Sets this rank's fragments, and the weights that the model computes with, from `read(kind, name, start, numel)`."""
+        masters: dict[str, Fragment] = {}
         with self._on_nvme(written=True) as groups:
             for fragment in fragments(self._engine, self._names, self._shards, None, groups):
+                masters[fragment.name] = fragment
                 for kind in kinds:
                     fragment.tensors[kind].copy_(read(kind, fragment.name, fragment.start, fragment.numel))
         if self.config.zero_stage == 0:
             return
         with torch.no_grad():
             for parameter, name in self._names.items():
+                master = masters.get(name)
+                if master is not None and not hasattr(parameter, "ds_id") and master.numel == parameter.numel():
+                    # Without other data-parallel ranks all of it is here, and need not be read again.
+                    parameter.data.copy_(master.tensors["weight"].view(parameter.shape))
+                    continue
                 self._set_computed(parameter, lambda start, numel, name=name: read("weight", name, start, numel))
 
     def _set_computed(self, parameter: Any, read: Any) -> None:

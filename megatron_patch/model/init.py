@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import nn
@@ -24,7 +25,13 @@ def parameter_seed(seed: int, name: str) -> int:
 
 
 def initial_span(
-    name: str, parameter_shape: tuple[int, ...], shape: ModelShape, seed: int, start: int = 0, numel: int | None = None
+    name: str,
+    parameter_shape: tuple[int, ...],
+    shape: ModelShape,
+    seed: int,
+    start: int = 0,
+    numel: int | None = None,
+    threads: int = 1,
 ) -> torch.Tensor:
     """A span of one flattened parameter's initial value.
 
@@ -38,6 +45,7 @@ def initial_span(
         seed: of the run.
         start: first element.
         numel: elements; None: to the end.
+        threads: that draw at a time.
 
     Returns:
         float32 [numel], on the CPU.
@@ -47,12 +55,17 @@ def initial_span(
     if len(parameter_shape) < 2:
         return torch.zeros(end - start) if name.endswith(".bias") else torch.ones(end - start)
     std = shape.init_std / (math.sqrt(2 * shape.num_layers) if name.endswith(_RESIDUAL_OUTPUTS) else 1.0)
-    first = start // _BLOCK
-    parts = []
-    for block in range(first, -(-end // _BLOCK)):
+    first, last = start // _BLOCK, -(-end // _BLOCK)
+    values = torch.empty(min(last * _BLOCK, total) - first * _BLOCK)
+
+    def draw(block: int) -> None:
         generator = torch.Generator().manual_seed(parameter_seed(seed, f"{name}/{block}" if block else name))
-        parts.append(torch.empty(min(_BLOCK, total - block * _BLOCK)).normal_(0.0, std, generator=generator))
-    return torch.cat(parts)[start - first * _BLOCK : end - first * _BLOCK]
+        values[(block - first) * _BLOCK :][:_BLOCK].normal_(0.0, std, generator=generator)
+
+    # A draw keeps one core busy, outside of Python's lock.
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(draw, range(first, last)))
+    return values[start - first * _BLOCK : end - first * _BLOCK]
 
 
 class InitialWeights:
@@ -61,10 +74,11 @@ class InitialWeights:
     Args:
         shape: the model's shape.
         seed: of the run.
+        threads: that draw at a time.
     """
 
-    def __init__(self, shape: ModelShape, seed: int) -> None:
-        self._shape, self._seed = shape, seed
+    def __init__(self, shape: ModelShape, seed: int, threads: int = 1) -> None:
+        self._shape, self._seed, self._threads = shape, seed, threads
         self._last: tuple[str, torch.Tensor] = ("", torch.empty(0))
 
     def read(self, name: str, whole: tuple[int, ...], shard: Shard | None, start: int, numel: int) -> torch.Tensor:
@@ -82,9 +96,9 @@ class InitialWeights:
         """
         if shard is None or shard.dim == 0:
             begin = 0 if shard is None else shard.index * (math.prod(whole) // shard.count)
-            return initial_span(name, whole, self._shape, self._seed, begin + start, numel)
+            return initial_span(name, whole, self._shape, self._seed, begin + start, numel, self._threads)
         if self._last[0] != name:  # Parts along an inner dimension are strewn over the whole; it is kept until another is asked for.
-            value = initial_span(name, whole, self._shape, self._seed).view(whole)
+            value = initial_span(name, whole, self._shape, self._seed, threads=self._threads).view(whole)
             self._last = (name, value.chunk(shard.count, dim=shard.dim)[shard.index].flatten())
         return self._last[1][start : start + numel]
 
