@@ -1,20 +1,22 @@
 """What the benchmarks share: peers timed in turn, peak memory, ceilings of the machine, tables, and results as JSON.
 
 Peers take turns within each round, so that a busy neighbour slows all of them; the figure is the median of the rounds. On a GPU every run
-is timed by events behind a write that empties its cache and a wait long enough for the host to have launched everything: what is measured
-is the GPU's work, as in a training step whose host runs ahead.
+is timed by events, between synchronisations, after a write that empties its cache and a wait in which the host launches everything: what
+is measured is the GPU's work, as in a training step whose host runs ahead. Only work that waits for the GPU itself is timed with its gaps.
 """
 
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
+import math
 import os
 import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -26,8 +28,9 @@ from torch.profiler import ProfilerActivity, profile
 
 Work = Callable[[], object]
 _FLUSH_BYTES = 256 << 20
-# About a millisecond of a GPU that does nothing.
-_AHEAD_CYCLES = 2_000_000
+_CALIBRATION_CYCLES = 2_000_000
+# How long the GPU waits for the host: this many times what launching took, within these seconds.
+_AHEAD, _LEAST_AHEAD, _MOST_AHEAD = 1.5, 1e-3, 1e-2
 
 
 def processor() -> str:
@@ -56,19 +59,19 @@ class Timer:
     Args:
         device: where it runs.
         rounds: how often each peer runs.
+        seconds: no further round begins after so many seconds of all peers together; None: there is no such limit.
+        fewest: rounds that run whatever they take.
     """
 
-    def __init__(self, device: torch.device, rounds: int) -> None:
-        self.device, self.rounds = device, rounds
-        self._flush = torch.empty(_FLUSH_BYTES // 4, device=device) if device.type == "cuda" else None
+    def __init__(self, device: torch.device, rounds: int, seconds: float | None = None, fewest: int = 5) -> None:
+        self.device, self.rounds, self.seconds, self.fewest = device, rounds, seconds, fewest
+        self._flush: torch.Tensor | None = None
+        if device.type == "cuda":
+            self._flush = torch.empty(_FLUSH_BYTES // 4, device=device)
+            torch.cuda._sleep(_CALIBRATION_CYCLES)
+            self._cycles_a_second = _CALIBRATION_CYCLES / self._between_events(lambda: torch.cuda._sleep(_CALIBRATION_CYCLES))
 
-    def _once(self, work: Work) -> float:
-        if self._flush is None:
-            began = time.perf_counter()
-            work()
-            return time.perf_counter() - began
-        self._flush.zero_()
-        torch.cuda._sleep(_AHEAD_CYCLES)
+    def _between_events(self, work: Work) -> float:
         first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         first.record()
         work()
@@ -76,15 +79,42 @@ class Timer:
         torch.cuda.synchronize(self.device)
         return first.elapsed_time(last) / 1000
 
+    def _ahead_of(self, work: Work) -> float:
+        """Seconds that the GPU waits before the work: enough for the host to launch all of it."""
+        if self._flush is None:
+            return 0.0
+        torch.cuda.synchronize(self.device)
+        began = time.perf_counter()
+        work()
+        host = time.perf_counter() - began
+        torch.cuda.synchronize(self.device)
+        return min(max(_AHEAD * host, _LEAST_AHEAD), _MOST_AHEAD)
+
+    def _once(self, work: Work, ahead: float) -> float:
+        if self._flush is None:
+            began = time.perf_counter()
+            work()
+            return time.perf_counter() - began
+        torch.cuda.synchronize(self.device)
+        self._flush.zero_()
+        torch.cuda._sleep(int(ahead * self._cycles_a_second))
+        return self._between_events(work)
+
     def medians(self, peers: Mapping[str, Work]) -> dict[str, float]:
         """Seconds of each peer: the median over rounds in which they take turns."""
-        for work in peers.values():
+        ahead = {}
+        for name, work in peers.items():
             for _ in range(2):
                 work()
+            ahead[name] = self._ahead_of(work)
         times: dict[str, list[float]] = {name: [] for name in peers}
-        for _ in range(self.rounds):
-            for name, work in peers.items():
-                times[name].append(self._once(work))
+        began = time.perf_counter()
+        with _no_collection():
+            for done in range(self.rounds):
+                if self.seconds is not None and done >= self.fewest and time.perf_counter() - began > self.seconds:
+                    break
+                for name, work in peers.items():
+                    times[name].append(self._once(work, ahead[name]))
         return {name: statistics.median(values) for name, values in times.items()}
 
     def peak_bytes(self, work: Work) -> int:
@@ -108,6 +138,19 @@ class Timer:
 
 
 @contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """Without Python's garbage collection, whose pauses are no part of the work."""
+    was = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
+
+
+@contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Without what the profiler's own library prints at every start."""
     kept = os.dup(2)
@@ -120,13 +163,19 @@ def _quiet() -> Iterator[None]:
         os.close(kept)
 
 
-def ceilings(timer: Timer, dtype: torch.dtype) -> dict[str, float]:
-    """The machine's own limits, measured: copying (GB/s, read and written) and the product of large matrices (TFLOP/s)."""
+def ceilings(timer: Timer, dtype: torch.dtype, tiny: bool = False) -> dict[str, float]:
+    """The machine's own limits, measured: copying (GB/s, read and written) and the product of large matrices (TFLOP/s).
+
+    Args:
+        timer: of the device.
+        dtype: of the product.
+        tiny: of small tensors, which show that it runs and no more.
+    """
     cuda = timer.device.type == "cuda"
-    source = torch.empty((1 << 30) // 4 if cuda else (1 << 28) // 4, device=timer.device)
+    source = torch.empty(1 << 18 if tiny else (1 << 30) // 4 if cuda else (1 << 28) // 4, device=timer.device)
     target = torch.empty_like(source)
     source.zero_()
-    size = 8192 if cuda else 3072
+    size = 64 if tiny else 8192 if cuda else 3072
     first = torch.randn(size, size, device=timer.device, dtype=dtype)
     second = torch.randn(size, size, device=timer.device, dtype=dtype)
     times = timer.medians({"copy": lambda: target.copy_(source), "product": lambda: first @ second})
@@ -134,6 +183,13 @@ def ceilings(timer: Timer, dtype: torch.dtype) -> dict[str, float]:
         "copy_gb_per_second": 2 * source.numel() * 4 / times["copy"] / 1e9,
         "product_tflop_per_second": 2 * size**3 / times["product"] / 1e12,
     }
+
+
+def in_place_ceiling(timer: Timer, dtype: torch.dtype, numel: int) -> dict[str, float]:
+    """GB/s, read and written, of adding 1 to so many numbers in place: what a loss that overwrites its logits can reach."""
+    logits = torch.zeros(numel, device=timer.device, dtype=dtype)
+    seconds = timer.medians({"in place": lambda: logits.add_(1)})["in place"]
+    return {"in_place_gb_per_second": 2 * logits.numel() * logits.element_size() / seconds / 1e9}
 
 
 def attention_ceiling(timer: Timer, dtype: torch.dtype, samples: int, heads: int, positions: int, size: int) -> float:
@@ -167,13 +223,77 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
     Console(width=150).print(table)
 
 
-def write_results(name: str, device: torch.device, results: Mapping[str, Any], tell: bool = True) -> Path:
-    """Writes benchmarks/results/NAME-DEVICE-DATE.json, with the command and the machine; tells where."""
+def not_finite(value: Any, name: str = "") -> list[str]:
+    """Names of the numbers in a figure that are NaN or infinite, nested ones with a dot."""
+    if isinstance(value, float):
+        return [] if math.isfinite(value) else [name]
+    if isinstance(value, Mapping):
+        items: Iterable[tuple[Any, Any]] = value.items()
+    elif isinstance(value, list | tuple):
+        items = enumerate(value)
+    else:
+        return []
+    return [found for key, part in items for found in not_finite(part, f"{name}.{key}".strip("."))]
+
+
+def record(kind: str, **figure: Any) -> dict[str, Any]:
+    """Appends one figure, as one JSON line, to the file that FIGURES names, and writes it out at once.
+
+    A process that is killed a moment later has lost nothing. Without FIGURES nothing is written.
+
+    Args:
+        kind: what the figure is of, such as "kernel" or "training".
+        figure: its fields. Numbers that are NaN or infinite are written as null and named in `not_finite`, which fails the step
+            (benchmarks/on_gpu.py).
+
+    Returns:
+        The figure as it was written.
+    """
+    bad = not_finite(figure)
+    line: dict[str, Any] = {"kind": kind, "step": os.environ.get("STEP"), **_finite(figure)}
+    if bad:
+        line["not_finite"] = bad
+        print(f"not finite in a figure of {kind}: {', '.join(bad)}", file=sys.stderr, flush=True)
+    if path := os.environ.get("FIGURES"):
+        # One write of one line: processes beside each other append to the same file.
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+    return line
+
+
+def _finite(value: Any) -> Any:
+    """The value as JSON can say it: null for a number that is NaN or infinite."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return value if isinstance(value, str | int | bool | None) else str(value)
+
+
+def write_results(
+    name: str, device: torch.device, results: Mapping[str, Any], tell: bool = True, described: Mapping[str, Any] | None = None
+) -> Path:
+    """Writes NAME-DEVICE-DATE.json, with the command and the machine, to the folder that RESULTS names, or to benchmarks/results.
+
+    Args:
+        name: of the benchmark.
+        device: the results are of.
+        results: what is written.
+        tell: prints where.
+        described: the machine, by a process that had the device; None: `machine` is asked.
+    """
     today = date.today().isoformat()
-    output = Path(__file__).parent / "results" / f"{name}-{device.type}-{today}.json"
-    output.parent.mkdir(exist_ok=True)
+    folder = Path(os.environ.get("RESULTS") or Path(__file__).parent / "results")
+    output = folder / f"{name}-{device.type}-{today}.json"
+    folder.mkdir(parents=True, exist_ok=True)
     command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
-    output.write_text(json.dumps({"date": today, "command": command, "machine": machine(device), **results}, indent=1) + "\n")
+    described = machine(device) if described is None else described
+    # Renamed into place: a process that is killed leaves the earlier file or this one.
+    draft = output.with_suffix(".part")
+    draft.write_text(json.dumps({"date": today, "command": command, "machine": described, **results}, indent=1) + "\n")
+    draft.replace(output)
     if tell:
         print(f"wrote {os.path.relpath(output)}")
     return output

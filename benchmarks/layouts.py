@@ -6,7 +6,7 @@
     python benchmarks/layouts.py --ranks 1 --layouts DP1 "DP1 compiled"    blocks as they are, and compiled
     python benchmarks/layouts.py --profile                                 one rank under torch's profiler: where a step's time goes
 
-Each layout is one run of pretrain_gpt_patch.py by the deepspeed launcher over random tokens, data loading included: a patch stage and a
+Each layout is one run by the deepspeed launcher over random tokens, data loading included, without checkpoints: a patch stage and a
 token stage of the same positions. TFLOP/s and MFU are those of one rank. Figures are medians of each stage's steps behind its first
 three; a token of the token stage is a position. "of K" is the patch stage's tokens/s over the token stage's, divided by K: 1 where patches
 cost nothing but their positions.
@@ -20,28 +20,23 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import os
 import re
 import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from _measure import Timer, attention_ceiling, ceilings, print_table, write_results
-from training import ROOT, SKIPPED, Row, write_corpus
+from _measure import Timer, print_table, write_results
+from _training import ROOT, measured_hardware, planned_seconds, resolved, stage_flags, train
+from training import SKIPPED, Row
 
-from megatron_patch.config.resolve import RunConfig, load_config
-from megatron_patch.engine.deepspeed_config import EngineConfig, engine_config
 from megatron_patch.engine.environment import free_port
 from megatron_patch.model.flops import peak_flops
-from megatron_patch.model.precision import DTYPES
-from megatron_patch.planning.hardware import TABLE, Hardware
-from megatron_patch.planning.layout import layout_of
-from megatron_patch.planning.timing import step_time
+from megatron_patch.planning.hardware import Hardware
+from megatron_patch.training.callbacks.base import Callback, StepRecord
 from megatron_patch.training.callbacks.metrics import read_metrics
 
 LAYOUTS = ["DP2 ZeRO0", "DP2 ZeRO1", "DP2 ZeRO3", "TP2", "TP2 SP", "PP2"]
@@ -89,60 +84,17 @@ def layout_flags(layout: str) -> list[str]:
 
 def plan_flags(args: argparse.Namespace, data_parallel: int, folder: Path) -> list[str]:
     """Model, stages and data as flags; both stages have the same positions a step."""
-    sample = args.seq_length
     samples = args.micro_batch_size * args.micro_batches * data_parallel
-    sizes = (args.patch_size, 1)
-    stages = [{"name": "patch" if k > 1 else "token", "patch_size": k, "steps": args.steps, "batch": "constant-positions"} for k in sizes]
-    write_corpus(folder / "x", args.vocab_size, samples * sample * (args.patch_size + 1) * (args.steps + 1))
-    words = ["--config", args.config] if args.config else args.model.split()
-    words += ["--vocab-size", str(args.vocab_size), "--seq-length", str(sample), "--micro-batch-size", str(args.micro_batch_size)]
-    words += [
-        "--stages",
-        json.dumps(stages),
-        "--global-batch-size",
-        str(samples),
-        "--lr",
-        "1e-4",
-        "--split",
-        "1,0,0",
-        "--data-path",
-        str(folder / "x"),
-    ]
-    return [*words, "--save", str(folder / "run"), "--log-interval", "1000", *args.flags.split()]
+    model = ["--config", args.config] if args.config else args.model.split()
+    stages = stage_flags(folder / "x", args.vocab_size, (args.patch_size, 1), args.steps, samples, args.seq_length)
+    return [*model, *stages, "--micro-batch-size", str(args.micro_batch_size), *args.flags.split()]
 
 
-def resolved(words: Sequence[str], ranks: int) -> tuple[RunConfig, EngineConfig]:
-    """A run's plan, and what its engine is told."""
-    run = load_config(list(words), ranks)
-    return run, engine_config(run.options.engine, run.options.schedule, run.origins, run.plan, ranks)
-
-
-def measured_hardware(args: argparse.Namespace) -> Hardware:
+def this_machine(args: argparse.Namespace) -> Hardware:
     """This machine's device, with the plan's table for what is between devices."""
-    cuda = torch.cuda.is_available()
-    timer = Timer(torch.device("cuda" if cuda else "cpu"), 7)
+    timer = Timer(torch.device("cuda" if torch.cuda.is_available() else "cpu"), 7)
     with tempfile.TemporaryDirectory() as folder:
-        run, engine = resolved(plan_flags(args, 1, Path(folder)), 1)
-    dtype = DTYPES[engine.precision]
-    limits, shape = ceilings(timer, dtype), run.shape
-    attention = attention_ceiling(timer, dtype, args.micro_batch_size, shape.num_attention_heads, args.seq_length, shape.head_size)
-    known = next((entry for name, entry in TABLE.items() if cuda and name in torch.cuda.get_device_name()), TABLE["H100"])
-    return dataclasses.replace(
-        known,
-        name="this machine's",
-        peak_tflops=limits["product_tflop_per_second"],
-        memory_gb_per_second=limits["copy_gb_per_second"],
-        matmul_efficiency=1.0,
-        attention_efficiency=attention / limits["product_tflop_per_second"],
-        fp32_slowdown=1.0,
-    )
-
-
-def planned_seconds(words: Sequence[str], ranks: int, device: Hardware) -> dict[str, float]:
-    """What the plan says a step of each stage takes."""
-    run, engine = resolved(words, ranks)
-    layout = layout_of(run, engine)
-    return {stage.name: step_time(run.shape, layout, stage, device).total for stage in run.plan.stages}
+        return measured_hardware(timer, *resolved(plan_flags(args, 1, Path(folder))))[0]
 
 
 def measure(args: argparse.Namespace, layout: str, ranks: int, device: Hardware) -> Row:
@@ -156,12 +108,13 @@ def measure(args: argparse.Namespace, layout: str, ranks: int, device: Hardware)
         folder = Path(name)
         launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks), "--master_port", str(free_port())]
         words = [*plan_flags(args, data_parallel, folder), *words]
-        command = [*launcher, str(ROOT / "pretrain_gpt_patch.py"), *words]
-        planned = planned_seconds(words, ranks, device) if ranks == 1 or torch.cuda.is_available() else {}
+        command = [*launcher, str(ROOT / "benchmarks" / "_metrics_run.py"), *words]
+        environment["METRICS"] = str(folder / "metrics.jsonl")
+        planned = planned_seconds(*resolved(words, ranks), device) if ranks == 1 or torch.cuda.is_available() else {}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if done.returncode:
             raise SystemExit(f"{' '.join(command)}\n{done.stdout[-2000:]}{done.stderr[-3000:]}")
-        records = list(read_metrics(folder / "run" / "metrics.jsonl"))
+        records = list(read_metrics(folder / "metrics.jsonl"))
     row: Row = {"layout": layout or "one rank", "ranks": ranks, "bubble": (pipeline - 1) / (args.micro_batches + pipeline - 1)}
     for stage in ("patch", "token"):
         steps = [record for record in records if record["type"] == "step" and record["stage"] == stage][SKIPPED:]
@@ -187,12 +140,6 @@ def profile(args: argparse.Namespace) -> None:
     """Steps of both stages under torch's profiler."""
     from torch.profiler import ProfilerActivity
 
-    from megatron_patch.engine.distributed import join, leave
-    from megatron_patch.training.callbacks.base import Callback, StepRecord
-    from megatron_patch.training.pretrain import watchdog_of
-    from megatron_patch.training.stop_requests import StopRequests
-    from megatron_patch.training.trainer import Trainer
-
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
 
     class Window(Callback):
@@ -217,13 +164,7 @@ def profile(args: argparse.Namespace) -> None:
                 print(f"for https://ui.perfetto.dev: {trace}")
 
     with tempfile.TemporaryDirectory() as folder:
-        run, settings = resolved(plan_flags(args, 1, Path(folder)), 1)
-        device = join()
-        stops = StopRequests(run.options.safety)
-        with watchdog_of(run) as watchdog, Trainer(run, settings, device, stops, watchdog) as trainer:
-            trainer.callbacks = [*trainer.callbacks, Window()]
-            trainer.train()
-        leave()
+        train(*resolved(plan_flags(args, 1, Path(folder))), lambda trainer: [Window()])
 
 
 def main() -> None:
@@ -232,7 +173,7 @@ def main() -> None:
     if args.profile:
         profile(args)
         return
-    here = measured_hardware(args)
+    here = this_machine(args)
     rows = [] if args.layouts else [measure(args, "", 1, here)]
     rows += [
         measure(args, layout, args.ranks, here) for layout in args.layouts or (LAYOUTS if args.ranks == 2 else [f"DP{args.ranks} ZeRO1"])

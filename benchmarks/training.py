@@ -4,7 +4,7 @@
     python benchmarks/training.py                one device, at the size that docs/performance.md quotes for it
     python benchmarks/training.py --hidden 2048 --layers 24 --seq-length 2048 --micro-batch-size 2
 
-Each variant is a run of pretrain_gpt_patch.py in a process of its own, over random tokens; its figures are the medians of its metrics
+Each variant is a run in a process of its own, over random tokens and without checkpoints; its figures are the medians of its metrics
 behind the first steps. benchmarks/layouts.py measures both stages of a run for a given configuration and layout.
 "tokens / bare loop" is what a user sees: tokens of text a second beside the loop that everybody writes first.
 """
@@ -12,6 +12,7 @@ behind the first steps. benchmarks/layouts.py measures both stages of a run for 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import resource
@@ -20,19 +21,20 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from _measure import print_table, write_results
+from _training import ROOT, write_corpus
 
-from megatron_patch.data.indexed_dataset import IndexedDatasetWriter
+from megatron_patch.engine.environment import free_port
 from megatron_patch.model.flops import peak_flops
 from megatron_patch.training.callbacks.metrics import read_metrics
 
-ROOT = Path(__file__).parent.parent
 SKIPPED = 3
+BARE = "bare loop, Hugging Face"
 Row = dict[str, Any]
 
 
@@ -54,15 +56,6 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def write_corpus(prefix: Path, vocab: int, tokens: int) -> None:
-    """Random ids in documents of about 1,000 tokens."""
-    draw = np.random.default_rng(0)
-    with IndexedDatasetWriter(str(prefix), np.dtype(np.uint16)) as writer:
-        for _ in range(-(-tokens // 1000)):
-            writer.append(draw.integers(0, vocab, 1000).astype(np.uint16), np.array([1000]))
-        writer.finish()
-
-
 def model_flags(args: argparse.Namespace) -> list[str]:
     """The model as flags."""
     values = {"num-layers": args.layers, "hidden-size": args.hidden, "num-attention-heads": args.heads, "ffn-hidden-size": args.ffn}
@@ -77,7 +70,7 @@ def run_ours(args: argparse.Namespace, patch_size: int, *more: str) -> Row:
         write_corpus(Path(folder) / "x", args.vocab, sample * (args.steps + 2))
         command = [
             sys.executable,
-            str(ROOT / "pretrain_gpt_patch.py"),
+            str(ROOT / "benchmarks" / "_metrics_run.py"),
             *model_flags(args),
             "--data-path",
             f"{folder}/x",
@@ -85,12 +78,13 @@ def run_ours(args: argparse.Namespace, patch_size: int, *more: str) -> Row:
             "1,0,0",
         ]
         command += ["--stages", json.dumps([{"patch_size": patch_size}]), "--global-batch-tokens", str(sample)]
-        command += ["--train-tokens", str(sample * args.steps), "--lr", "1e-4", "--save", f"{folder}/run", "--log-interval", "1000"]
+        command += ["--train-tokens", str(sample * args.steps), "--lr", "1e-4", "--log-interval", "1000"]
         command += ["--bf16"] if args.device == "cuda" else []
-        done = subprocess.run([*command, *more], env=environment(args), capture_output=True, text=True, check=False)
+        settings = {**environment(args), "METRICS": f"{folder}/metrics.jsonl"}
+        done = subprocess.run([*command, *more], env=settings, capture_output=True, text=True, check=False)
         if done.returncode:
-            raise SystemExit(f"{' '.join(command)}\n{done.stdout[-3000:]}{done.stderr[-3000:]}")
-        records = list(read_metrics(Path(folder) / "run" / "metrics.jsonl"))
+            raise RuntimeError(f"{' '.join(command)}\n{done.stdout[-3000:]}{done.stderr[-3000:]}")
+        records = list(read_metrics(Path(folder) / "metrics.jsonl"))
     steps = [record for record in records if record["type"] == "step"][SKIPPED:]
     seconds = statistics.median(record["step_seconds"] for record in steps)
     return {
@@ -110,7 +104,7 @@ def environment(args: argparse.Namespace) -> dict[str, str]:
         "WORLD_SIZE": "1",
         "LOCAL_RANK": "0",
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": "29519",
+        "MASTER_PORT": str(free_port()),
         **({"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"} if args.device == "cpu" else {}),
     }
 
@@ -155,30 +149,34 @@ def run_bare_loop(args: argparse.Namespace) -> Row:
         [sys.executable, __file__, *sys.argv[1:], "--bare-loop"], env=environment(args), capture_output=True, text=True, check=False
     )
     if done.returncode:
-        raise SystemExit(done.stdout[-2000:] + done.stderr[-3000:])
+        raise RuntimeError(done.stdout[-2000:] + done.stderr[-3000:])
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
-def main() -> None:
-    """Measures and prints."""
+def main() -> int:
+    """Measures and prints, and returns 1 where a variant failed."""
     args = parse()
     if args.bare_loop:
         bare_loop(args)
-        return
-    variants: dict[str, Row] = {"bare loop, Hugging Face": run_bare_loop(args)}
-    variants["tokens, plain operators"] = run_ours(args, 1, "--operators", "plain")
-    variants["tokens"] = run_ours(args, 1)
-    variants["tokens, compiled"] = run_ours(args, 1, "--compile")
-    for patch_size in args.patch_sizes:
-        variants[f"patches of {patch_size}, plain operators"] = run_ours(args, patch_size, "--operators", "plain")
-        variants[f"patches of {patch_size}"] = run_ours(args, patch_size)
-        variants[f"patches of {patch_size}, compiled"] = run_ours(args, patch_size, "--compile")
+        return 0
+    wanted: dict[str, Callable[[], Row]] = {BARE: lambda: run_bare_loop(args)}
+    for patch_size in (1, *args.patch_sizes):
+        kind = "tokens" if patch_size == 1 else f"patches of {patch_size}"
+        for more, words in ((", plain operators", ("--operators", "plain")), ("", ()), (", compiled", ("--compile",))):
+            wanted[kind + more] = functools.partial(run_ours, args, patch_size, *words)
+    variants: dict[str, Row] = {}
+    for name, work in wanted.items():
+        try:
+            variants[name] = work()
+        except RuntimeError as error:
+            print(f"{name} failed: {error}", file=sys.stderr, flush=True)
     peak = peak_flops(torch.cuda.get_device_name()) if args.device == "cuda" else None
-    bare = variants["bare loop, Hugging Face"]["tokens_per_second"]
+    bare = variants[BARE]["tokens_per_second"] if BARE in variants else None
     lines = []
     for name, row in variants.items():
-        row["tokens_over_bare_loop"] = row["tokens_per_second"] / bare
-        rates = [f"{row['tokens_per_second']:,.0f}", f"{row['positions_per_second']:,.0f}", f"{row['tokens_over_bare_loop']:.2f}"]
+        row["tokens_over_bare_loop"] = row["tokens_per_second"] / bare if bare else None
+        rates = [f"{row['tokens_per_second']:,.0f}", f"{row['positions_per_second']:,.0f}"]
+        rates.append(f"{row['tokens_over_bare_loop']:.2f}" if bare else "-")
         if "tflops" in row:
             row["mfu"] = row["tflops"] * 1e12 / peak if peak else None
         mfu = f"{row['mfu']:.1%}" if row.get("mfu") else "-"
@@ -188,7 +186,8 @@ def main() -> None:
     rows = [{"variant": name, **row} for name, row in variants.items()]
     settings = {name: value for name, value in vars(args).items() if name != "bare_loop"}
     write_results("training", torch.device(args.device), {"settings": settings, "rows": rows})
+    return 0 if len(variants) == len(wanted) else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

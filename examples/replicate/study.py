@@ -5,16 +5,24 @@ python examples/replicate/study.py --text 'books/*.txt' --output runs/study --co
 
 Seeds are the outer loop: after the first, every arm can be compared. After each run OUTPUT/study.md, study.json and loss.png are written
 again from the metrics of all runs that are done. `--status` only does that; `--plan` prints what would run, and what it reads.
+With --seconds the study ends in time: runs under way save and stop, and the same command goes on with them; so it does where the study is
+told to stop (Ctrl-C, SIGTERM), with exit code 75. On GPUs --parallel above
+their number has several runs share one, which small models do not fill:
+
+python examples/replicate/study.py --text 'books/*.txt' --output runs/study --config examples/replicate/study_gpu_minutes.yaml \
+    --vocab-size 8192 --arms patch-k2 patch-k4 superposition-k2-long --seeds 1 --parallel 4 --seconds 120 --keep-going
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import json
 import os
 import queue
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -22,6 +30,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from datetime import date
 from pathlib import Path
+from types import FrameType
 from typing import Any, cast
 
 from rich.console import Console
@@ -31,6 +40,7 @@ from megatron_patch.command_line import ArgumentParser, run_tool
 from megatron_patch.config.parsing import read_yaml
 from megatron_patch.config.resolve import load_config
 from megatron_patch.errors import ConfigError, DataError
+from megatron_patch.exit_codes import ExitCode
 from megatron_patch.files import write_durably
 from megatron_patch.model.flops import parameter_count
 from megatron_patch.replication.arms import Arm, select_arms
@@ -68,6 +78,8 @@ class Study:
 
     def __init__(self, args: argparse.Namespace, console: Console) -> None:
         self.console, self.home, self.args = console, args.output.resolve(), args
+        self.under_way: set[subprocess.Popen[bytes]] = set()
+        self.told = 0
         values = read_yaml(args.config)
         values = {name.replace("_", "-"): value for name, value in values.items()}
         needed = ("train-tokens", "lr", "global-batch-tokens")
@@ -123,7 +135,7 @@ class Study:
             *("--config", str(self.args.config), *arm.flags, "--train-tokens", str(tokens), "--seed", str(seed)),
             *("--data-path", str(self.dataset), "--split", "95,5,0", "--eval-interval-tokens", str(max(1, tokens // EVALUATIONS))),
             *("--eval-tokens", str(min(400_000, max(16_384, self.budget // 32))), "--log-interval", "50"),
-            *("--save-interval-tokens", str(max(1, tokens // 4)), "--keep-last", "1", "--save", str(self.folder(arm, seed))),
+            *("--save-interval-tokens", str(max(1, tokens // self.args.saves)), "--keep-last", "1", "--save", str(self.folder(arm, seed))),
         ]
 
     def prepare(self) -> None:
@@ -137,15 +149,19 @@ class Study:
             )
         if not self.dataset.with_suffix(".json").is_file():
             kind = ("--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(tokenizer), "--append-eod", "--overwrite")
-            self.run(["tools/preprocess_data.py", "--input", *text, "--output-prefix", str(self.home / "data" / "text"), *kind])
+            workers = ("--workers", str(min(16, len(os.sched_getaffinity(0)))))
+            self.run(["tools/preprocess_data.py", "--input", *text, "--output-prefix", str(self.home / "data" / "text"), *kind, *workers])
 
-    def run(self, words: Sequence[str], log: Path | None = None, share: Mapping[str, str] | None = None) -> None:
+    def run(self, words: Sequence[str], log: Path | None = None, share: Mapping[str, str] | None = None) -> bool:
         """One command of the program; its output goes to the screen, or to a log.
 
         Args:
             words: behind `python`.
             log: appended to.
             share: environment variables, from `share`.
+
+        Returns:
+            Whether it came to its end; else it was stopped, in time or as the study was told to, with all saved.
 
         Raises:
             DataError: it failed.
@@ -158,16 +174,21 @@ class Study:
         }
         if not _gpus():
             environment.setdefault("DS_ACCELERATOR", "cpu")
-        if log is None:
-            code = subprocess.run([sys.executable, *words], cwd=ROOT, env=environment, check=False).returncode
-        else:
+        if log is not None:
             log.parent.mkdir(parents=True, exist_ok=True)
-            with log.open("ab") as file:
-                code = subprocess.run([sys.executable, *words], cwd=ROOT, env=environment, stdout=file, stderr=file, check=False).returncode
-        if code:
+        with contextlib.nullcontext() if log is None else log.open("ab") as file:
+            process = subprocess.Popen([sys.executable, *words], cwd=ROOT, env=environment, stdout=file, stderr=file)
+            self.under_way.add(process)
+            if self.told:
+                # It was not among the others when they were told.
+                process.terminate()
+            code = process.wait()
+            self.under_way.discard(process)
+        if code and code != ExitCode.PREEMPTED and not self.told:
             raise DataError(
                 f"{words[0]} ended with code {code}", "0", f"read {log or 'the lines above'}; the same command goes on from here"
             )
+        return code == 0
 
     def outcomes(self) -> list[Outcome]:
         """Of all runs that are done, also those of seeds beyond --seeds."""
@@ -263,33 +284,73 @@ class Study:
         """Every run that is not done, `--parallel` at a time, and the results after each.
 
         Raises:
-            DataError: a run failed; those that had begun are waited for, no other begins.
+            DataError: a run failed; those that had begun are waited for, and no other begins unless --keep-going says so.
+            SystemExit: a signal told the study to stop, and all that was under way has ended.
         """
-        self.prepare()
+        before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            self._go()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        """Tells all runs to save and stop; another Ctrl-C goes to them as such, and they stop at once."""
+        again = number == signal.SIGINT and self.told
+        self.told = number
+        for process in list(self.under_way):
+            process.send_signal(signal.SIGINT if again else signal.SIGTERM)
+
+    def _go(self) -> None:
         began, whole = time.monotonic(), len(self.arms) * len(self.seeds)
+        self.prepare()
         left = [(arm, seed) for seed in self.seeds for arm in self.arms if read_outcome(self.folder(arm, seed), arm.name, seed) is None]
         places: queue.SimpleQueue[int] = queue.SimpleQueue()
         for place in range(self.args.parallel):
             places.put(place)
 
-        def train(number: int, arm: Arm, seed: int) -> None:
+        def train(number: int, arm: Arm, seed: int) -> bool:
             place = places.get()
             try:
+                words = self.words(arm, seed)
+                if self.told:
+                    return False
+                if self.args.seconds is not None:
+                    seconds = int(began + self.args.seconds - time.monotonic())
+                    if seconds < 1:
+                        return False
+                    words += ["--exit-duration", f"{seconds}s"]
                 self.console.print(f"\n[bold]{number} of {whole}: {arm.name}, seed {seed}[/bold]")
-                self.run(self.words(arm, seed), self.home / "logs" / f"{arm.name}-seed{seed}.log", self.share(place))
+                return self.run(words, self.home / "logs" / f"{arm.name}-seed{seed}.log", self.share(place))
             finally:
                 places.put(place)
 
+        failures: list[BaseException] = []
+        stopped = 0
         with ThreadPoolExecutor(self.args.parallel) as pool:
             runs = [pool.submit(train, number, *run) for number, run in enumerate(left, 1 + whole - len(left))]
             for made, run in enumerate(as_completed(runs), 1):
-                if run.exception() is not None:
-                    pool.shutdown(cancel_futures=True)
-                    raise cast("BaseException", run.exception())
+                if (error := run.exception()) is not None:
+                    if not (self.args.keep_going and isinstance(error, DataError)):
+                        pool.shutdown(cancel_futures=True)
+                        raise error
+                    failures.append(error)
+                    self.console.print(str(error), style="red", markup=False)
+                    continue
+                if not run.result():
+                    stopped += 1
+                    continue
                 self.write()
                 self.console.print(f"about {format_duration((time.monotonic() - began) / made * (len(left) - made))} to go")
         if not left:
             self.write()
+        if stopped:
+            why = f", as {signal.Signals(self.told).name} said to stop" if self.told else " in time"
+            self.console.print(f"{stopped} run{'s' if stopped > 1 else ''} not done{why}; the same command goes on")
+        if self.told:
+            raise SystemExit(ExitCode.PREEMPTED)
+        if failures:
+            raise failures[0]
 
     def share(self, place: int) -> dict[str, str]:
         """The environment that gives a run its part of the machine where several run at a time: a GPU, or cores."""
@@ -327,7 +388,15 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--budget", help="cost tokens of an arm; by default the configuration's train-tokens")
     parser.add_argument("--arms", nargs="+", default=[], help="some arms alone, and the baselines that they need; --plan lists all")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each arm")
-    parser.add_argument("--parallel", type=int, default=1, help="runs at a time, each with its part of the cores or a GPU of its own")
+    parser.add_argument(
+        "--parallel",
+        type=int,
+        default=1,
+        help="runs at a time, each with its part of the cores, or with a GPU, which several share where there are fewer",
+    )
+    parser.add_argument("--seconds", type=float, help="for the whole study: runs that are not done by then save and stop")
+    parser.add_argument("--keep-going", action="store_true", help="begin the other runs although one has failed")
+    parser.add_argument("--saves", type=int, default=4, help="checkpoints of a run; 1 for runs of a minute")
     parser.add_argument("--vocab-size", default=VOCAB_SIZE, help="of the tokenizer that is trained on the text")
     parser.add_argument(
         "--docs",
@@ -338,8 +407,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--plan", action="store_true", help="print what would run")
     parser.add_argument("--status", action="store_true", help="write table and plot of what is done, and run nothing")
     args = parser.parse_args(argv)
-    if args.seeds < 1 or args.parallel < 1:
-        raise ConfigError(f"--seeds {args.seeds}, --parallel {args.parallel}", "whole numbers from 1")
+    if args.seeds < 1 or args.parallel < 1 or args.saves < 1:
+        raise ConfigError(f"--seeds {args.seeds}, --parallel {args.parallel}, --saves {args.saves}", "whole numbers from 1")
     console = Console(highlight=False)
     if not console.is_terminal:
         console = Console(highlight=False, width=150)

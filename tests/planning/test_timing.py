@@ -124,6 +124,6 @@ def test_recorded_steps_took_about_as_long_as_planned(path, tmp_path, monkeypatc
     flags = layouts.plan_flags(argparse.Namespace(**recorded["settings"]), 1, tmp_path)
     for row in alone:
         words = [*flags, *layouts.layout_flags("" if row["layout"] == "one rank" else row["layout"])]
-        planned = layouts.planned_seconds(words, 1, Hardware(**recorded["hardware"]))
+        planned = layouts.planned_seconds(*layouts.resolved(words, 1), Hardware(**recorded["hardware"]))
         for stage, seconds in planned.items():
             assert 0.7 < seconds / row[stage]["step_seconds"] < 1.3, (stage, row)

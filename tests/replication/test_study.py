@@ -5,6 +5,11 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import os
+import signal
+import textwrap
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -72,11 +77,17 @@ def test_arms_bring_their_baselines_and_unknown_ones_are_named():
     assert lrs["patch-k4-lr-half"] == 5e-4 and lrs["patch-k4-lr-double"] == 2e-3 and lrs["patch-k4"] is None
 
 
-def script(name):
-    """A command of the folder, in this process."""
+def load(name):
+    """A script of the folder as a module."""
     spec = importlib.util.spec_from_file_location(f"replication_{name}", FOLDER / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+def script(name):
+    """A command of the folder, in this process."""
+    module = load(name)
     return lambda *words: module.main([str(word) for word in words])
 
 
@@ -193,6 +204,9 @@ def test_a_study_runs_and_goes_on_without_doing_anything_twice(tmp_path, study, 
     docs = tmp_path / "replication.md"
     docs.write_text("before\n<!-- tiny -->\nold\n<!-- end of tiny -->\nafter\n")
     common = ["--output", tmp_path / "study", "--config", config, "--vocab-size", "300", "--docs", docs]
+    study("--text", text, *common, "--arms", "superposition-k2", "--seeds", "1", "--seconds", "0.1")
+    none = capsys.readouterr().out
+    assert "tools/preprocess_data.py" in none and "2 runs not done in time; the same command goes on" in none and ", seed" not in none
     study("--text", text, *common, "--arms", "superposition-k2", "--seeds", "1", "--parallel", "2")
     first = capsys.readouterr().out
     assert "1 of 2: token-wsd, seed 1" in first and "2 of 2: superposition-k2, seed 1" in first
@@ -214,3 +228,50 @@ def test_a_study_runs_and_goes_on_without_doing_anything_twice(tmp_path, study, 
     assert (tmp_path / "tiny.png").is_file() and (tmp_path / "tiny_switch.png").is_file()
     with pytest.raises(ConfigError, match="holds a study with another budget"):
         study(*common, "--budget", "4k", "--status")
+    # A file where a run's folder should be: that run fails, and with --keep-going the one after it is trained all the same.
+    (tmp_path / "study" / "runs" / "token-wsd-seed2").write_text("")
+    with pytest.raises(DataError, match=r"pretrain_gpt_patch\.py ended with code 4"):
+        study(*common, "--arms", "superposition-k2", "--seeds", "2", "--keep-going")
+    document = json.loads((tmp_path / "study" / "study.json").read_text())
+    assert {(run["arm"], run["seed"]) for run in document["runs"]} == {("token-wsd", 1), ("superposition-k2", 1), ("superposition-k2", 2)}
+
+
+RUN = """
+    import signal, sys, time
+    from pathlib import Path
+
+    def stop(number, frame):
+        time.sleep(0.3)
+        Path("saved").touch()
+        sys.exit(75)
+
+    signal.signal(signal.SIGTERM, stop)
+    Path("ready").touch()
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+def test_a_study_that_is_told_to_stop_waits_for_its_runs_and_begins_no_other(tmp_path, monkeypatch, capsys, number):
+    module = load("study")
+    (tmp_path / "run.py").write_text(textwrap.dedent(RUN))
+    monkeypatch.setattr(module, "ROOT", tmp_path)
+    monkeypatch.setattr(module.Study, "prepare", lambda study: None)
+    monkeypatch.setattr(module.Study, "words", lambda study, arm, seed: ["run.py"])
+
+    def send():
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "ready").exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        os.kill(os.getpid(), number)
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    words = ["--text", "a.txt", "--output", tmp_path / "study", "--config", FOLDER / "study_cpu.yaml", "--arms", "token", "--seeds", "3"]
+    before = signal.getsignal(number)
+    with pytest.raises(SystemExit) as end:
+        module.main([str(word) for word in words])
+    sender.join()
+    shown = capsys.readouterr().out
+    assert end.value.code == 75 and (tmp_path / "saved").exists() and signal.getsignal(number) is before
+    assert shown.count("$ python run.py") == 1 and f"3 runs not done, as {number.name} said to stop; the same command goes on" in shown

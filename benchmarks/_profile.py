@@ -1,0 +1,106 @@
+"""Where the time of some steps goes: kernels by name, the share of the time in which the GPU works, a trace small enough to be sent."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity
+
+LARGEST_TRACE = 4_000_000
+# The profiler's own library would print its starts and stops.
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+_LAUNCHES = {"cuda_runtime", "cuda_driver", "ac2g"}
+
+
+def union(spans: Iterable[tuple[int, int]]) -> int:
+    """Length of what spans (start, end) cover together, overlaps once."""
+    covered, reached = 0, None
+    for start, end in sorted(spans):
+        begin = start if reached is None else max(start, reached)
+        covered += max(0, end - begin)
+        reached = end if reached is None else max(reached, end)
+    return covered
+
+
+class Profile:
+    """torch's profiler between `start` and `stop`: of a GPU its kernels alone, as events of the host would slow what is measured."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._profiler = torch.profiler.profile(activities=[ProfilerActivity.CUDA if self._cuda else ProfilerActivity.CPU])
+
+    def _synchronize(self) -> None:
+        if self._cuda:
+            torch.cuda.synchronize()
+
+    def start(self) -> None:
+        """Begins, when earlier work is done."""
+        self._synchronize()
+        self._profiler.start()
+        self._began = time.perf_counter()
+
+    def stop(self) -> None:
+        """Ends, when all work is done."""
+        self._synchronize()
+        self.seconds = time.perf_counter() - self._began
+        self._profiler.stop()
+
+    def _events(self) -> list[Any]:
+        wanted = torch.autograd.DeviceType.CUDA if self._cuda else torch.autograd.DeviceType.CPU
+        events = self._profiler.profiler.kineto_results.events()
+        return [event for event in events if event.device_type() == wanted and not event.is_user_annotation()]
+
+    def figures(self, top: int = 30) -> dict[str, Any]:
+        """Kernels (on a CPU operators, with what they call) by time.
+
+        Returns:
+            `wall_ms`, `busy_share` (time in which any kernel runs over wall time), `kernel_ms` (summed), and `rows`, each with `name`,
+            `cuda_ms`, `share` (of `kernel_ms`) and `calls`.
+        """
+        events = self._events()
+        times: dict[str, list[int]] = defaultdict(list)
+        for event in events:
+            times[event.name()].append(event.duration_ns())
+        total = sum(map(sum, times.values()))
+        order = sorted(times, key=lambda name: -sum(times[name]))[:top]
+        rows = [
+            {"name": name[:200], "cuda_ms": sum(times[name]) / 1e6, "share": sum(times[name]) / total, "calls": len(times[name])}
+            for name in order
+        ]
+        busy = union((event.start_ns(), event.end_ns()) for event in events)
+        return {"wall_ms": self.seconds * 1e3, "kernel_ms": total / 1e6, "busy_share": busy / (self.seconds * 1e9), "rows": rows}
+
+    def write_trace(self, path: Path, limit: int = LARGEST_TRACE) -> Path | None:
+        """Writes a compressed trace for https://ui.perfetto.dev; where it is too large, launches go first, then the later half, twice.
+
+        Args:
+            path: ending in .json.gz.
+            limit: bytes.
+
+        Returns:
+            The path, or None where even a quarter is too large.
+        """
+        # The profiler gives its events away once.
+        with tempfile.TemporaryDirectory() as folder:
+            self._profiler.export_chrome_trace(f"{folder}/trace.json")
+            trace = json.loads(Path(f"{folder}/trace.json").read_bytes())
+        for attempt in range(4):
+            if attempt == 1:
+                trace["traceEvents"] = [event for event in trace["traceEvents"] if event.get("cat") not in _LAUNCHES]
+            elif attempt:
+                ordered = sorted(trace["traceEvents"], key=lambda event: float(event.get("ts", 0)))
+                trace["traceEvents"] = ordered[: len(ordered) // 2]
+            packed = gzip.compress(json.dumps(trace).encode(), 6)
+            if len(packed) <= limit:
+                path.write_bytes(packed)
+                return path
+        return None

@@ -1,0 +1,332 @@
+"""Runs a list of steps within a budget of seconds, and leaves their results packed after every step.
+
+In: steps in the order of their value. Out: a folder with a log of each step, the figures that steps recorded (benchmarks/_measure.py) and
+the files they wrote; the same folder packed, renewed as each step ends; a table of what passed, failed and was not reached.
+
+Whatever becomes of a step, the next one runs. A step's processes are ended together when its time is over.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import tarfile
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+LARGEST_FILE = 8 << 20
+"""Bytes of a file that is packed. Larger ones stay where they are, and are named."""
+
+GPU = Literal["alone", "shared", "none"]
+Status = Literal["passed", "failed", "timed out", "stopped", "not reached", "skipped"]
+_POLL_SECONDS = 0.1
+
+
+@dataclass(frozen=True)
+class Step:
+    """A command with a time limit.
+
+    Args:
+        name: of the step, and of its log.
+        command: for bash, run in the repository's root. Its environment has STEP (the name), STEP_SECONDS (whole seconds until it is
+            killed: the limit, or what is left of the budget), FIGURES (a file for lines of JSON) and RESULTS (a folder).
+        limit: seconds after which all of the step's processes are killed.
+        gpu: "alone" for what is timed: no other step uses the GPU meanwhile. "shared" for what may run side by side. "none" for work of
+            CPUs, which starts as soon as it can. Steps that use the GPU start in their order.
+        needs: names of steps that must have ended, whatever became of them.
+        least: seconds below which starting it makes no sense: with less left of the budget it is not reached.
+        tiny: the command on a machine without a GPU, with tiny shapes; None: skipped there.
+    """
+
+    name: str
+    command: str
+    limit: float
+    gpu: GPU = "shared"
+    needs: tuple[str, ...] = ()
+    least: float = 5
+    tiny: str | None = None
+
+
+@dataclass
+class Outcome:
+    """What became of a step."""
+
+    name: str
+    status: Status
+    seconds: float = 0.0
+    code: int | None = None
+    last_lines: list[str] = field(default_factory=list)
+
+
+class Schedule:
+    """Steps that run within a budget, side by side where they may.
+
+    Args:
+        steps: in the order of their value.
+        folder: where results go; made anew.
+        budget: seconds for all of them.
+        packed: the archive to renew after each step, or None.
+        console: for people.
+        clock_start: when the budget began, of `time.monotonic`; now by default.
+    """
+
+    def __init__(
+        self,
+        steps: Sequence[Step],
+        folder: Path,
+        budget: float,
+        packed: Path | None,
+        console: Console,
+        clock_start: float | None = None,
+    ) -> None:
+        self.steps, self.folder, self.budget, self.packed, self.console = steps, folder, budget, packed, console
+        self.began = time.monotonic() if clock_start is None else clock_start
+        self.outcomes: dict[str, Outcome] = {}
+        self._changed = threading.Condition()
+        self._running: dict[str, Step] = {}
+        self._packing = threading.Lock()
+        self._stop_signal = 0
+        shutil.rmtree(folder, ignore_errors=True)
+        (folder / "logs").mkdir(parents=True)
+
+    def left(self) -> float:
+        """Seconds left of the budget."""
+        return self.budget - (time.monotonic() - self.began)
+
+    def stop(self, number: int) -> None:
+        """Ends what runs and reaches nothing more; a signal handler may call it.
+
+        Args:
+            number: of the signal that is the reason.
+        """
+        self._stop_signal = number
+
+    def run(self) -> list[Outcome]:
+        """Runs everything; returns the outcomes in the order of the steps."""
+        threads = []
+        waiting = list(self.steps)
+        with self._changed:
+            while waiting:
+                if self._stop_signal:
+                    for step in waiting:
+                        self._end(Outcome(step.name, "not reached"))
+                    break
+                step = self._next(waiting)
+                if step is None:
+                    if not self._running and not any(self._may_start(other, waiting) for other in waiting):
+                        raise ValueError(f"steps that wait for each other: {', '.join(other.name for other in waiting)}")
+                    self._changed.wait(timeout=1)
+                    continue
+                waiting.remove(step)
+                if self.left() < step.least:
+                    self._end(Outcome(step.name, "not reached"))
+                    continue
+                self._running[step.name] = step
+                thread = threading.Thread(target=self._run, args=(step,))
+                threads.append(thread)
+                thread.start()
+        for thread in threads:
+            thread.join()
+        return [self.outcomes[step.name] for step in self.steps]
+
+    def _next(self, waiting: Sequence[Step]) -> Step | None:
+        return next((step for step in waiting if self._may_start(step, waiting)), None)
+
+    def _may_start(self, step: Step, waiting: Sequence[Step]) -> bool:
+        """Whether nothing that runs, or comes earlier, is in the step's way."""
+        known = {other.name for other in self.steps}
+        if any(name in known and name not in self.outcomes for name in step.needs):
+            return False
+        if step.gpu == "none":
+            return True
+        earlier = waiting[: list(waiting).index(step)]
+        if any(other.gpu != "none" for other in earlier):
+            return False
+        busy = [other for other in self._running.values() if other.gpu != "none"]
+        return not busy if step.gpu == "alone" else all(other.gpu == "shared" for other in busy)
+
+    def _run(self, step: Step) -> None:
+        outcome = Outcome(step.name, "failed", last_lines=["the step did not start"])
+        began = time.monotonic()
+        try:
+            outcome = self._execute(step, min(step.limit, max(1.0, self.left())))
+        except OSError as error:
+            outcome.last_lines = [str(error)]
+        outcome.seconds = time.monotonic() - began
+        with self._changed:
+            del self._running[step.name]
+            self._end(outcome)
+            self._changed.notify_all()
+        self.pack()
+
+    def _execute(self, step: Step, limit: float) -> Outcome:
+        log = self.folder / "logs" / f"{step.name}.log"
+        files = self.folder / "files" / step.name
+        files.mkdir(parents=True, exist_ok=True)
+        figures = self.folder / "figures.jsonl"
+        before = _not_finite(figures, step.name)
+        environment = {**os.environ, "STEP": step.name, "FIGURES": str(figures), "RESULTS": str(files), "PYTHONUNBUFFERED": "1"}
+        environment["STEP_SECONDS"] = str(int(limit))
+        with log.open("wb") as out:
+            out.write(f"$ {step.command}\n".encode())
+            out.flush()
+            process = subprocess.Popen(
+                ["bash", "-c", step.command],
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                start_new_session=True,
+            )
+            deadline = time.monotonic() + limit
+            code = process.poll()
+            while code is None and time.monotonic() < deadline and not self._stop_signal:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    code = process.wait(timeout=_POLL_SECONDS)
+            # Also what a step left running: the next one may need the GPU for itself.
+            _kill_group(process)
+        lines = last_lines(log)
+        if code is None and self._stop_signal:
+            return Outcome(step.name, "stopped", last_lines=[*lines, f"stopped by {signal.Signals(self._stop_signal).name}"])
+        if code is None:
+            return Outcome(step.name, "timed out", last_lines=[*lines, f"killed at its limit of {limit:.0f} s"])
+        if code == 0 and _not_finite(figures, step.name) > before:
+            return Outcome(step.name, "failed", code=0, last_lines=["a figure is NaN or infinite", *lines])
+        if code == 0 and lines and re.search(r"\b\d+ skipped", lines[-1]) and "passed" not in lines[-1]:
+            # What pytest says where it ran no test.
+            return Outcome(step.name, "skipped", code=0, last_lines=lines)
+        return Outcome(step.name, "passed" if code == 0 else "failed", code=code, last_lines=lines)
+
+    def _end(self, outcome: Outcome) -> None:
+        self.outcomes[outcome.name] = outcome
+        at = time.monotonic() - self.began
+        self.console.print(f"{at:6.1f} s  {outcome.name}: {outcome.status} ({outcome.seconds:.1f} s)", highlight=False)
+
+    def pack(self) -> None:
+        """Writes steps.json and renews the archive: what it held before is there until the new one is whole."""
+        with self._packing:
+            with self._changed:
+                steps = [vars(self.outcomes[step.name]) for step in self.steps if step.name in self.outcomes]
+            (self.folder / "steps.json").write_text(json.dumps(steps, indent=1) + "\n", encoding="utf-8")
+            if self.packed is None:
+                return
+            try:
+                self.packed.parent.mkdir(parents=True, exist_ok=True)
+                left_out = pack(self.folder, self.packed)
+            except OSError as error:
+                self.console.print(f"not packed: {error}", highlight=False)
+                return
+            for name in left_out:
+                self.console.print(f"not packed, over {LARGEST_FILE >> 20} MiB: {name}", highlight=False)
+
+    def print_table(self) -> None:
+        """What became of each step; the last lines of those that failed."""
+        table = Table(title_justify="left")
+        for column in ("step", "result", "s", "last line"):
+            table.add_column(column, justify="right" if column == "s" else "left", no_wrap=column != "last line")
+        colours = {"passed": "green", "failed": "red", "timed out": "red", "stopped": "red", "not reached": "yellow", "skipped": "dim"}
+        for step in self.steps:
+            outcome = self.outcomes[step.name]
+            colour = colours[outcome.status]
+            last = outcome.last_lines[-1] if outcome.last_lines and outcome.status != "not reached" else ""
+            last = last if len(last) <= 80 else f"{last[:79]}…"
+            table.add_row(step.name, f"[{colour}]{outcome.status}[/{colour}]", f"{outcome.seconds:.0f}", escape(last))
+        for step in self.steps:
+            outcome = self.outcomes[step.name]
+            if outcome.status in ("failed", "timed out"):
+                self.console.rule(f"{step.name}: {outcome.status}{_how_it_ended(outcome.code)}", align="left")
+                for line in outcome.last_lines[-12:]:
+                    self.console.print(line[:300], markup=False, highlight=False)
+        self.console.print(table)
+
+
+def _how_it_ended(code: int | None) -> str:
+    """An exit code in words; nothing where a step had none."""
+    if code is None:
+        return ""
+    return f", died of {signal.Signals(-code).name}" if code < 0 else f", exit code {code}"
+
+
+def pack(folder: Path, archive: Path) -> list[str]:
+    """Packs a folder into a .tar.gz, which takes the place of the old one when it is whole.
+
+    Returns:
+        Names of the files that were left out for their size.
+    """
+    left_out: list[str] = []
+
+    def small(member: tarfile.TarInfo) -> tarfile.TarInfo | None:
+        if member.isfile() and member.size > LARGEST_FILE:
+            left_out.append(member.name)
+            return None
+        return member
+
+    handle, name = tempfile.mkstemp(dir=archive.parent, prefix=".packing-")
+    os.close(handle)
+    with tarfile.open(name, "w:gz", compresslevel=3) as out:
+        out.add(folder, arcname=folder.name, filter=small)
+    os.chmod(name, 0o644)
+    os.replace(name, archive)
+    return left_out
+
+
+def last_lines(log: Path, count: int = 20) -> list[str]:
+    """The last lines of a log that say something, without its first line, which is the command."""
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - 20_000))
+        text = file.read().decode("utf-8", "replace")
+    lines = [line.rstrip() for line in text.replace("\r", "\n").splitlines()]
+    return [line for line in lines if line.strip() and not line.startswith("$ ")][-count:]
+
+
+def _kill_group(process: subprocess.Popen[bytes]) -> None:
+    """Ends a step's processes, also those that it left behind."""
+    for number, wait in ((signal.SIGTERM, 2.0), (signal.SIGKILL, 0.0)):
+        try:
+            os.killpg(process.pid, number)
+        except ProcessLookupError:
+            break
+        deadline = time.monotonic() + wait
+        while time.monotonic() < deadline and _group_lives(process.pid):
+            process.poll()
+            time.sleep(0.05)
+    process.wait()
+
+
+def _group_lives(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def _not_finite(figures: Path, step: str) -> int:
+    """How many of a step's figures hold numbers that are not finite."""
+    return sum(1 for figure in read_figures(figures) if figure.get("step") == step and "not_finite" in figure)
+
+
+def read_figures(path: Path) -> list[dict[str, Any]]:
+    """The figures of a file, one JSON object a line; a line that a killed process left unfinished is passed over."""
+    figures = []
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                figures.append(json.loads(line))
+            except json.JSONDecodeError:
+                continue
+    return [figure for figure in figures if isinstance(figure, dict) and "kind" in figure]

@@ -1,0 +1,130 @@
+"""What the training benchmarks share: random data, the flags of a run of two stages, a run in this process, the plan's expectations.
+
+Runs here write no checkpoint: whoever measures listens to the run (`Callback`), or reads the metrics file of `_metrics_run.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from _measure import Timer, attention_ceiling, ceilings
+
+from megatron_patch.config.resolve import RunConfig, load_config
+from megatron_patch.data.indexed_dataset import IndexedDatasetWriter
+from megatron_patch.engine.deepspeed_config import EngineConfig, engine_config
+from megatron_patch.engine.distributed import barrier, join, leave
+from megatron_patch.model.precision import DTYPES
+from megatron_patch.planning.hardware import TABLE, Hardware
+from megatron_patch.planning.layout import Layout, layout_of
+from megatron_patch.planning.memory import Memory, rank_memory
+from megatron_patch.planning.timing import step_time
+from megatron_patch.training.callbacks.base import Callback
+from megatron_patch.training.pretrain import watchdog_of
+from megatron_patch.training.stop_requests import StopRequests
+from megatron_patch.training.trainer import Trainer
+
+ROOT = Path(__file__).parent.parent
+DOCUMENT = 1000
+
+
+def write_corpus(prefix: Path, vocab: int, tokens: int) -> None:
+    """Writes a dataset of at least so many random ids, in documents of 1,000 tokens."""
+    documents = -(-tokens // DOCUMENT)
+    ids = np.random.default_rng(0).integers(0, vocab, documents * DOCUMENT, dtype=np.uint16)
+    with IndexedDatasetWriter(str(prefix), np.dtype(np.uint16)) as writer:
+        writer.append(ids, np.full(documents, DOCUMENT))
+        writer.finish()
+
+
+def stage_flags(prefix: Path, vocab: int, patch_sizes: Sequence[int], steps: int, samples: int, positions: int) -> list[str]:
+    """Flags of a run over random tokens, with the same positions a step in all stages; writes its data.
+
+    Args:
+        prefix: of the dataset to be written.
+        vocab: ids are below it.
+        patch_sizes: of the stages in turn; one of 1 is called "token", others "patch".
+        steps: of each stage.
+        samples: of a step, all ranks together.
+        positions: of a sample.
+    """
+    write_corpus(prefix, vocab, samples * positions * sum(patch_sizes) * (steps + 1))
+    stages = [
+        {"name": "patch" if size > 1 else "token", "patch_size": size, "steps": steps, "batch": "constant-positions"}
+        for size in patch_sizes
+    ]
+    return [
+        *("--vocab-size", str(vocab), "--seq-length", str(positions), "--stages", json.dumps(stages)),
+        *("--global-batch-size", str(samples), "--lr", "1e-4", "--split", "1,0,0", "--data-path", str(prefix), "--log-interval", "1000"),
+    ]
+
+
+def resolved(words: Sequence[str], ranks: int = 1) -> tuple[RunConfig, EngineConfig]:
+    """A run's plan, and its engine's configuration."""
+    run = load_config(list(words), ranks)
+    return run, engine_config(run.options.engine, run.options.schedule, run.origins, run.plan, ranks)
+
+
+def train(run: RunConfig, settings: EngineConfig, listeners: Callable[[Trainer], list[Callback]]) -> None:
+    """Trains in this process, as pretrain_gpt_patch.py does, with more listeners.
+
+    Args:
+        run: the run.
+        settings: its engine's configuration.
+        listeners: makes them of the trainer, once its model is built.
+    """
+    stops = StopRequests(run.options.safety)
+    with watchdog_of(run) as watchdog:
+        device = join()
+        with Trainer(run, settings, device, stops, watchdog) as trainer:
+            trainer.callbacks = [*trainer.callbacks, *listeners(trainer)]
+            trainer.train()
+        barrier()
+        leave()
+
+
+def measured_hardware(timer: Timer, run: RunConfig, engine: EngineConfig) -> tuple[Hardware, dict[str, float]]:
+    """This machine's device as the plan describes one, from measured ceilings; what is between devices comes from the plan's table.
+
+    Args:
+        timer: of the device.
+        run: whose precision, samples and heads count.
+        engine: its engine's configuration.
+
+    Returns:
+        The hardware, and the ceilings: `copy_gb_per_second`, `product_tflop_per_second`, `attention_tflop_per_second`.
+    """
+    dtype, shape, stage = DTYPES[engine.precision], run.shape, run.plan.stages[-1]
+    limits = ceilings(timer, dtype)
+    attention = attention_ceiling(timer, dtype, stage.micro_batch_size, shape.num_attention_heads, stage.positions, shape.head_size)
+    cuda = timer.device.type == "cuda"
+    known = next((entry for name, entry in TABLE.items() if cuda and name in torch.cuda.get_device_name()), TABLE["H100"])
+    hardware = dataclasses.replace(
+        known,
+        name="this machine's",
+        peak_tflops=limits["product_tflop_per_second"],
+        memory_gb_per_second=limits["copy_gb_per_second"],
+        matmul_efficiency=1.0,
+        attention_efficiency=attention / limits["product_tflop_per_second"],
+        fp32_slowdown=1.0,
+    )
+    return hardware, {**limits, "attention_tflop_per_second": attention}
+
+
+def planned_seconds(run: RunConfig, engine: EngineConfig, device: Hardware) -> dict[str, float]:
+    """Seconds that the plan expects of a step, by stage."""
+    layout = layout_of(run, engine)
+    return {stage.name: step_time(run.shape, layout, stage, device).total for stage in run.plan.stages}
+
+
+def planned_memory(run: RunConfig, engine: EngineConfig, device: torch.device) -> dict[str, Memory]:
+    """Memory that the plan expects of the first rank, by stage."""
+    layout: Layout = layout_of(run, engine)
+    layers = layout.parts(run.shape)[0]
+    kind: Any = device.type
+    return {stage.name: rank_memory(run.shape, layout, layers, 0, stage, kind) for stage in run.plan.stages}
