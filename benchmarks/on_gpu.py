@@ -142,7 +142,7 @@ FIRST = [
     ),
     Step(
         "text",
-        f"{TEXT_RUN} --parallel 2 --seconds $((STEP_SECONDS - 15))",
+        f"{TEXT_RUN} --parallel 2 --seconds $((STEP_SECONDS - 25))",
         limit=100,
         gpu="alone",
         needs=("text-data",),
@@ -156,7 +156,7 @@ SECOND = [
     BUILD,
     Step(
         "study",
-        f"{PY} benchmarks/study_run.py {TEXT} --parallel 4 --seconds $((STEP_SECONDS - 15))",
+        f"{PY} benchmarks/study_run.py {TEXT} --parallel 4 --seconds $((STEP_SECONDS - 25))",
         limit=140,
         gpu="alone",
         needs=("build",),
