@@ -19,7 +19,7 @@ import tarfile
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -198,7 +198,7 @@ class Schedule:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     code = process.wait(timeout=_POLL_SECONDS)
             # Also what a step left running: the next one may need the GPU for itself.
-            _kill_group(process)
+            end_group(process, grace=2.0, after_kill=0.0)
         lines = last_lines(log)
         if code is None and self._stop_signal:
             return Outcome(step.name, "stopped", last_lines=[*lines, f"stopped by {signal.Signals(self._stop_signal).name}"])
@@ -293,26 +293,26 @@ def last_lines(log: Path, count: int = 20) -> list[str]:
     return [line for line in lines if line.strip() and not line.startswith("$ ")][-count:]
 
 
-def _kill_group(process: subprocess.Popen[bytes]) -> None:
-    """Ends a step's processes, also those that it left behind."""
-    for number, wait in ((signal.SIGTERM, 2.0), (signal.SIGKILL, 0.0)):
+def end_group(leader: subprocess.Popen[bytes], grace: float, at_once: Callable[[], bool] = lambda: False, after_kill: float = 5.0) -> None:
+    """Ends a process and all others of its group: they are sent SIGTERM, and SIGKILL where they have not ended in time.
+
+    Args:
+        leader: of the group.
+        grace: seconds between the two signals, in which runs may save.
+        at_once: whether to wait no longer for that.
+        after_kill: seconds to wait for the killed ones.
+    """
+    for number, seconds in ((signal.SIGTERM, grace), (signal.SIGKILL, after_kill)):
+        deadline = time.monotonic() + seconds
         try:
-            os.killpg(process.pid, number)
+            os.killpg(leader.pid, number)
+            while time.monotonic() < deadline and not (number == signal.SIGTERM and at_once()):
+                leader.poll()
+                os.killpg(leader.pid, 0)
+                time.sleep(0.05)
         except ProcessLookupError:
             break
-        deadline = time.monotonic() + wait
-        while time.monotonic() < deadline and _group_lives(process.pid):
-            process.poll()
-            time.sleep(0.05)
-    process.wait()
-
-
-def _group_lives(group: int) -> bool:
-    try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
-        return False
-    return True
+    leader.wait()
 
 
 def _not_finite(figures: Path, step: str) -> int:

@@ -22,6 +22,7 @@ archive's folder.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
 import os
@@ -286,7 +287,7 @@ def chosen_steps(args: argparse.Namespace, console: Console) -> tuple[str, list[
 
 def tiny_steps(steps: list[Step]) -> tuple[list[Step], dict[str, Outcome]]:
     """The steps with their tiny commands; those without one are skipped."""
-    kept = [Step(step.name, step.tiny, 4 * step.limit, step.gpu, step.needs, step.least) for step in steps if step.tiny is not None]
+    kept = [dataclasses.replace(step, command=step.tiny, limit=4 * step.limit) for step in steps if step.tiny is not None]
     return kept, {step.name: Outcome(step.name, "skipped", last_lines=["needs a GPU"]) for step in steps if step.tiny is None}
 
 

@@ -15,17 +15,16 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import text_run
 import torch
 from _measure import record
+from _schedule import end_group
 
 from megatron_patch.command_line import count_from_one
 
@@ -63,27 +62,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def guard_of(leader: subprocess.Popen[bytes]) -> subprocess.Popen[bytes]:
     """A process that kills a group where this one is killed: it waits at a pipe, which closes then."""
     return subprocess.Popen(["bash", "-c", f"read -r; kill -9 -- -{leader.pid}"], stdin=subprocess.PIPE, start_new_session=True)
-
-
-def end_group(leader: subprocess.Popen[bytes], grace: float, at_once: Callable[[], bool]) -> None:
-    """Ends a process and all others of its group: they are told to, and killed where they have not ended in time.
-
-    Args:
-        leader: of the group.
-        grace: seconds in which runs may save.
-        at_once: whether to wait no longer.
-    """
-    for number, seconds in ((signal.SIGTERM, grace), (signal.SIGKILL, 5.0)):
-        deadline = time.monotonic() + seconds
-        try:
-            os.killpg(leader.pid, number)
-            while time.monotonic() < deadline and not (number == signal.SIGTERM and at_once()):
-                leader.poll()
-                os.killpg(leader.pid, 0)
-                time.sleep(0.05)
-        except ProcessLookupError:
-            break
-    leader.wait()
 
 
 def main(argv: list[str] | None = None) -> int:
