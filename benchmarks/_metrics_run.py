@@ -9,9 +9,9 @@ import os
 import sys
 from pathlib import Path
 
-from megatron_patch.engine.environment import let_segments_grow, ranks_of_environment
+from megatron_patch.engine.environment import ranks_from_environment, use_expandable_segments
 
-let_segments_grow()
+use_expandable_segments()
 
 from _training import resolved, train  # noqa: E402
 
@@ -26,4 +26,4 @@ def listeners(trainer: Trainer) -> list[Callback]:
 
 
 if __name__ == "__main__":
-    train(*resolved(sys.argv[1:], ranks_of_environment()[1]), listeners)
+    train(*resolved(sys.argv[1:], ranks_from_environment()[1]), listeners)

@@ -18,15 +18,15 @@ from _measure import Timer, attention_ceiling, ceilings
 from megatron_patch.config.resolve import RunConfig, load_config
 from megatron_patch.data.indexed_dataset import IndexedDatasetWriter
 from megatron_patch.engine.deepspeed_config import EngineConfig, engine_config
-from megatron_patch.engine.distributed import barrier, join, leave
+from megatron_patch.engine.distributed import barrier, destroy_distributed, init_distributed
 from megatron_patch.model.precision import DTYPES
 from megatron_patch.planning.hardware import TABLE, Hardware
 from megatron_patch.planning.layout import Layout, layout_of
 from megatron_patch.planning.memory import Memory, rank_memory
 from megatron_patch.planning.timing import step_time
 from megatron_patch.training.callbacks.base import Callback
-from megatron_patch.training.pretrain import watchdog_of
-from megatron_patch.training.stop_requests import StopRequests
+from megatron_patch.training.faults.stop_requests import StopRequests
+from megatron_patch.training.pretrain import make_watchdog
 from megatron_patch.training.trainer import Trainer
 
 ROOT = Path(__file__).parent.parent
@@ -79,13 +79,13 @@ def train(run: RunConfig, settings: EngineConfig, listeners: Callable[[Trainer],
         listeners: makes them of the trainer, once its model is built.
     """
     stops = StopRequests(run.options.safety)
-    with watchdog_of(run) as watchdog:
-        device = join()
+    with make_watchdog(run) as watchdog:
+        device = init_distributed()
         with Trainer(run, settings, device, stops, watchdog) as trainer:
             trainer.callbacks = [*trainer.callbacks, *listeners(trainer)]
             trainer.train()
         barrier()
-        leave()
+        destroy_distributed()
 
 
 def measured_hardware(timer: Timer, run: RunConfig, engine: EngineConfig) -> tuple[Hardware, dict[str, float]]:

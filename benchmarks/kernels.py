@@ -331,7 +331,7 @@ def environment() -> dict[str, str]:
     return {"TORCHINDUCTOR_COMPILE_THREADS": "1", **os.environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
 
 
-class Ending:
+class ExitReport:
     """What a signal does: it ends the run, whose children end with it, and what they have told is printed.
 
     While torch is imported it waits: an exception in the midst of that may crash the process.
@@ -372,7 +372,7 @@ def main() -> None:
     began = time.monotonic()
     args = parse()
     jobs, known = plan(args)
-    ending = Ending()
+    ending = ExitReport()
     with tempfile.TemporaryDirectory() as folder:
         logs = Path(os.environ.get("RESULTS") or folder) / "kernels-logs"
         logs.mkdir(parents=True, exist_ok=True)

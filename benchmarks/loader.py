@@ -22,10 +22,10 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from megatron_patch.data.collate import DocumentMasking
 from megatron_patch.data.corpus import TokenCorpus
 from megatron_patch.data.indexed_dataset import IndexedDatasetWriter
 from megatron_patch.data.loader import PatchLoader
-from megatron_patch.data.patch_dataset import DocumentMasking
 from megatron_patch.data.token_stream import TrainStream
 from megatron_patch.stages import Stage, StagePlan
 

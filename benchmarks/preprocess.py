@@ -77,7 +77,7 @@ def train_sentencepiece(corpus: Path, model: Path) -> None:
 
 def train_byte_level(corpus: Path, folder: Path) -> None:
     """A byte-level BPE of 50,000 pieces."""
-    from megatron_patch.data.preprocess.train_tokenizer import train_tokenizer
+    from megatron_patch.preprocess.train_tokenizer import train_tokenizer
 
     train_tokenizer([str(corpus)], str(folder), 50_000, max_bytes=12_000_000)
 
@@ -147,7 +147,7 @@ def contenders(args: argparse.Namespace, kind: str, model: str, eod: int, vocab:
 
 def measure(args: argparse.Namespace, kind: str, model: str, folder: Path) -> list[dict[str, Any]]:
     """One row for each contender and number of workers."""
-    from megatron_patch.tokenizer import load_tokenizer
+    from megatron_patch.tokenizers.base import load_tokenizer
 
     tokenizer = load_tokenizer(kind, model)
     assert tokenizer.eod_id is not None
@@ -184,10 +184,10 @@ def measure(args: argparse.Namespace, kind: str, model: str, folder: Path) -> li
 def shares(corpus: Path, kind: str, model: str, folder: Path) -> dict[str, float]:
     """CPU seconds of each part of the work, in one process, batch by batch."""
     from megatron_patch.data.indexed_dataset import IndexedDatasetWriter, optimal_dtype
-    from megatron_patch.data.preprocess.documents import documents
-    from megatron_patch.data.preprocess.encode import Encoder, EncodeSettings, checked_tokenizer
-    from megatron_patch.data.preprocess.inputs import Span
-    from megatron_patch.data.preprocess.readers import batches
+    from megatron_patch.preprocess.encode import Encoder, EncodeSettings, checked_tokenizer
+    from megatron_patch.raw_text.inputs import Span
+    from megatron_patch.raw_text.parse_documents import documents
+    from megatron_patch.raw_text.readers import batches
 
     settings = EncodeSettings(kind, model, append_eod=True)
     tokenizer = checked_tokenizer(settings)

@@ -30,6 +30,8 @@ from typing import Any
 
 from _schedule import read_figures
 
+from megatron_patch.utils.markdown import replace_between
+
 Figure = dict[str, Any]
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -360,18 +362,6 @@ def readme_text(calls: Sequence[Path]) -> str:
     return f"Measured on one {figures['machine'][-1]['gpu']}, {dates_of(figures)}{text} ({link}).\n"
 
 
-def put_between(document: Path, text: str) -> str:
-    """The document with what is between its markers replaced.
-
-    Raises:
-        SystemExit: it has no such markers.
-    """
-    before = document.read_text(encoding="utf-8")
-    if before.count(BEGIN) != 1 or before.count(END) != 1:
-        raise SystemExit(f"{document} needs the lines {BEGIN} and {END}, once each")
-    return before[: before.index(BEGIN)] + f"{BEGIN}\n\n{text}\n{END}" + before[before.index(END) + len(END) :]
-
-
 def main(argv: list[str] | None = None) -> int:
     """Records and writes; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -391,7 +381,7 @@ def main(argv: list[str] | None = None) -> int:
     stale = []
     for name, text in (("docs/performance.md", results_text(calls)), ("README.md", readme_text(calls))):
         document = ROOT / name
-        after = put_between(document, text)
+        after = replace_between(document, BEGIN, END, text)
         if after == document.read_text(encoding="utf-8"):
             continue
         stale.append(name)

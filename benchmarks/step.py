@@ -28,19 +28,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_patch.engine.environment import let_segments_grow
+from megatron_patch.engine.environment import use_expandable_segments
 
-let_segments_grow()
+use_expandable_segments()
 
 import torch  # noqa: E402
 from _measure import Timer, print_table, record, write_results  # noqa: E402
 from _profile import Profile  # noqa: E402
 from _training import ROOT, measured_hardware, planned_memory, planned_seconds, resolved, stage_flags, train  # noqa: E402
 
-from megatron_patch.command_line import count_from_one  # noqa: E402
+from megatron_patch.cli.command_line import count_from_one  # noqa: E402
 from megatron_patch.model.flops import parameter_count, peak_flops  # noqa: E402
 from megatron_patch.training.callbacks.base import Callback, RunStart, StepRecord, SwitchRecord  # noqa: E402
-from megatron_patch.training.device import memory_gib  # noqa: E402
+from megatron_patch.training.throughput import memory_gib  # noqa: E402
 from megatron_patch.training.trainer import Trainer  # noqa: E402
 
 PROFILED = 2

@@ -54,9 +54,9 @@ def _resident_megabytes() -> float:
 def start(word: str, rank: int, ranks: int, step: int) -> dict[str, float]:
     """One rank's start in this process: seconds, CPU seconds and megabytes up to its first micro-batch."""
     began = time.perf_counter()
+    from megatron_patch.data.collate import DocumentMasking
     from megatron_patch.data.corpus import check_vocabulary, open_corpus
     from megatron_patch.data.loader import PatchLoader
-    from megatron_patch.data.patch_dataset import DocumentMasking
     from megatron_patch.data.token_stream import TrainStream
     from megatron_patch.stages import Stage, StagePlan
 

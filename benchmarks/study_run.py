@@ -26,7 +26,7 @@ import torch
 from _measure import record
 from _schedule import end_group
 
-from megatron_patch.command_line import count_from_one
+from megatron_patch.cli.command_line import count_from_one
 
 ROOT = Path(__file__).parent.parent
 FILES = ("study.md", "study.json", "loss.png", "switch.png")

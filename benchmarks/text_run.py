@@ -35,15 +35,14 @@ from typing import Any
 import torch
 from _measure import print_table, record
 
-from megatron_patch.command_line import count_from_one
+from megatron_patch.cli.command_line import count_from_one
 from megatron_patch.config.resolve import load_config
 from megatron_patch.errors import MegatronPatchError
 from megatron_patch.exit_codes import ExitCode
 from megatron_patch.model.flops import parameter_count
-from megatron_patch.replication.arms import tokens_for_share
+from megatron_patch.reporting.plotting import plot_runs
 from megatron_patch.training.callbacks.metrics import read_metrics
-from megatron_patch.training.plotting import plot_runs
-from megatron_patch.units import format_count, parse_count
+from megatron_patch.utils.units import format_count, parse_count
 
 ROOT = Path(__file__).parent.parent
 GRACE = 20.0
@@ -155,7 +154,7 @@ def arms(args: argparse.Namespace) -> dict[str, tuple[int, list[str]]]:
     runs = {}
     for size in args.patch_sizes:
         recipe = ["--recipe", "patch-train", "--patch-size", str(size), "--patch-fraction", str(float(share))]
-        runs[f"patches of {size}, then tokens"] = round(args.budget * tokens_for_share(size, share)), recipe
+        runs[f"patches of {size}, then tokens"] = round(args.budget / (share / size + 1 - share)), recipe
     return {**runs, "token level": (args.budget, ["--recipe", "token-level"])}
 
 

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 from megatron_patch.errors import ConfigError
-from megatron_patch.records import record_from_json, whole_number
+from megatron_patch.utils.records import record_from_json, whole_number
 
 Side = Literal["both", "input", "output"]
 LrPolicy = Literal["restart", "continue", "rewarm"]
@@ -158,7 +158,7 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Place:
+class Progress:
     """Where a run stands: `stage_step` steps of stage `stage_index` are done."""
 
     stage_index: int
@@ -235,7 +235,7 @@ class StagePlan:
         """Blocks dealt when the stage has ended (its last block may be left unfinished in the last stage alone)."""
         return -(-self.first_token(stage_index + 1) // self.block_tokens)
 
-    def place(self, step: int) -> Place:
+    def progress(self, step: int) -> Progress:
         """The place after `step` steps; at a boundary the place is the beginning of the next stage.
 
         Raises:
@@ -245,22 +245,22 @@ class StagePlan:
             raise ConfigError(f"step {step} is outside the plan", f"0 to {self.steps}")
         for index, stage in enumerate(self.stages):
             if step < stage.steps:
-                return Place(index, step)
+                return Progress(index, step)
             step -= stage.steps
-        return Place(len(self.stages) - 1, self.stages[-1].steps)
+        return Progress(len(self.stages) - 1, self.stages[-1].steps)
 
-    def step(self, place: Place) -> int:
+    def step(self, progress: Progress) -> int:
         """Steps taken at a place."""
-        return self.first_step(place.stage_index) + place.stage_step
+        return self.first_step(progress.stage_index) + progress.stage_step
 
-    def consumed_tokens(self, place: Place) -> int:
+    def consumed_tokens(self, progress: Progress) -> int:
         """Input tokens read at a place."""
-        return self.first_token(place.stage_index) + place.stage_step * self.stages[place.stage_index].tokens_per_step
+        return self.first_token(progress.stage_index) + progress.stage_step * self.stages[progress.stage_index].tokens_per_step
 
-    def consumed(self, place: Place, price: Callable[[Stage], float]) -> float:
+    def consumed(self, progress: Progress, price: Callable[[Stage], float]) -> float:
         """Sum of `price(stage)` over all steps up to a place: compute so far, positions so far, whatever a step costs."""
-        done = sum(stage.steps * price(stage) for stage in self.stages[: place.stage_index])
-        return done + place.stage_step * price(self.stages[place.stage_index])
+        done = sum(stage.steps * price(stage) for stage in self.stages[: progress.stage_index])
+        return done + progress.stage_step * price(self.stages[progress.stage_index])
 
     def cost(self) -> float:
         """Positions computed per token read: the paper's c = sum over stages of share/K (λ/K + 1 - λ for two stages)."""

@@ -204,7 +204,7 @@ def test_a_command_that_cannot_be_measured_is_refused_at_once(words, error, modu
 def test_a_signal_waits_until_torch_has_been_imported(module, monkeypatch, capsys):
     kernels = module("kernels")
     monkeypatch.setattr(kernels.signal, "signal", lambda *_: None)
-    ending = kernels.Ending()
+    ending = kernels.ExitReport()
 
     def imported(name):
         ending._on_signal(signal.SIGTERM, None)
@@ -216,7 +216,7 @@ def test_a_signal_waits_until_torch_has_been_imported(module, monkeypatch, capsy
     said = capsys.readouterr()
     assert end.value.code == 143 and said.out == "imported\n" and "ended by SIGTERM" in said.err
     with pytest.raises(SystemExit) as end:
-        kernels.Ending()._on_signal(signal.SIGINT, None)
+        kernels.ExitReport()._on_signal(signal.SIGINT, None)
     assert end.value.code == 130
 
 

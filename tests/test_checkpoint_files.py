@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
-from megatron_patch import checkpoint_files as files
-from megatron_patch.checkpoints.retention import Retention, prune
+from megatron_patch.checkpoint import commit as files
+from megatron_patch.checkpoint.retention import Retention, prune
 from megatron_patch.errors import CheckpointError
-from megatron_patch.files import checksum
+from megatron_patch.utils.files import checksum
 
 ROOT = Path(__file__).parent.parent
 STATE = files.TrainerState(3, 0, 3, "patch", 30, 3, {"a": 1}, {"options": {}}, {"seed": 1}, {"step_count": 3}, {"num_layers": 1})
@@ -29,16 +29,16 @@ def save(folder: Path, step: int, ranks: int = 2, size: int = 1000, extra: dict[
     for rank in range(ranks):
         (target / f"part-{rank}.bin").write_bytes(random.Random(f"{step}/{rank}").randbytes(size + rank))
     files.write_state(target, files.TrainerState(**{**vars(STATE), "step": step, "extra": extra or {}}))
-    files.write_manifest(target, {path.name: files.Entry(path.stat().st_size, checksum(path)) for path in target.iterdir()})
+    files.write_manifest(target, {path.name: files.ManifestEntry(path.stat().st_size, checksum(path)) for path in target.iterdir()})
     return files.publish(target)
 
 
 def test_a_whole_checkpoint_is_found(tmp_path):
     target = save(tmp_path, 3)
-    found = files.find_newest_sound(tmp_path)
+    found = files.find_newest_valid(tmp_path)
     assert found is not None and found.folder == target and found.state == STATE and found.skipped == ()
     assert files.verify(target) == [] and (tmp_path / "latest").read_text().strip() == target.name
-    assert files.find_newest_sound(target).folder == target, "a checkpoint's own folder will do"
+    assert files.find_newest_valid(target).folder == target, "a checkpoint's own folder will do"
 
 
 def test_only_what_is_wanted_is_looked_at(tmp_path):
@@ -46,9 +46,9 @@ def test_only_what_is_wanted_is_looked_at(tmp_path):
         save(tmp_path, step, extra={"begun_from": mark})
     flip(tmp_path / "step-00000006" / "part-0.bin")
     (tmp_path / "step-00000009" / files.STATE).write_text("torn")
-    found = files.find_newest_sound(tmp_path, lambda state: state.extra["begun_from"] == "a")
+    found = files.find_newest_valid(tmp_path, lambda state: state.extra["begun_from"] == "a")
     assert found is not None and found.state.step == 3 and [Path(folder).name for folder, _ in found.skipped] == ["step-00000006"]
-    assert files.find_newest_sound(tmp_path, lambda state: False) is None
+    assert files.find_newest_valid(tmp_path, lambda state: False) is None
 
 
 def test_ranks_share_the_checksums_without_gap_or_overlap(tmp_path):
@@ -82,32 +82,32 @@ DAMAGE = {
 def test_a_damaged_one_is_skipped_and_the_one_before_taken(tmp_path, damage):
     older, newer = save(tmp_path, 3), save(tmp_path, 6)
     DAMAGE[damage](newer)
-    found = files.find_newest_sound(tmp_path)
+    found = files.find_newest_valid(tmp_path)
     assert found.folder == older and found.skipped[0][0] == str(newer) and found.skipped[0][1]
     DAMAGE[damage](older)
     with pytest.raises(CheckpointError, match="no sound checkpoint"):
-        files.find_newest_sound(tmp_path)
+        files.find_newest_valid(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["", "step-", "nowhere\n", "step-00000099\n", "../../etc\n"])
 def test_a_torn_latest_is_survived(tmp_path, text):
     target = save(tmp_path, 3)
     (tmp_path / "latest").write_text(text)
-    assert files.find_newest_sound(tmp_path).folder == target
+    assert files.find_newest_valid(tmp_path).folder == target
     (tmp_path / "latest").unlink()
-    assert files.find_newest_sound(tmp_path).folder == target
+    assert files.find_newest_valid(tmp_path).folder == target
 
 
 def test_nothing_yet_is_no_error(tmp_path):
-    assert files.find_newest_sound(tmp_path / "new") is None
+    assert files.find_newest_valid(tmp_path / "new") is None
     files.prepare(tmp_path, 5)
-    assert files.find_newest_sound(tmp_path) is None, "an attempt that was killed before its manifest"
+    assert files.find_newest_valid(tmp_path) is None, "an attempt that was killed before its manifest"
 
 
 @pytest.mark.parametrize("name", ["../outside", "/etc/passwd", "a/../../b"])
 def test_paths_cannot_leave_the_folder(tmp_path, name):
     target = save(tmp_path, 3)
-    files.write_manifest(target, {**files.read_manifest(target), name: files.Entry(1, "0")})
+    files.write_manifest(target, {**files.read_manifest(target), name: files.ManifestEntry(1, "0")})
     with pytest.raises(CheckpointError, match="inside"):
         files.read_manifest(target)
     assert files.verify(target)
@@ -154,7 +154,7 @@ def test_a_killed_writer_never_leaves_a_broken_newest(tmp_path):
         time.sleep(0.05 + draw.random() * 0.15)
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
-        found = files.find_newest_sound(tmp_path)
+        found = files.find_newest_valid(tmp_path)
         assert found is not None and files.verify(found.folder) == []
         assert found.state.step >= newest
         newest = found.state.step

@@ -54,7 +54,7 @@ def put_tasks(folder: Path) -> None:
     """The two tasks' data sets with a question each, as they lie on the hub."""
     story = {"ind": 1, "activity_label": "Cats", "ctx_a": "The cat sat.", "ctx_b": "it", "ctx": "The cat sat. it"}
     story.update(
-        endings=["slept.", "is a log.", "was the mat.", "once upon."], label="0", source_id="x", split="val", split_type="indomain"
+        exit_protocol=["slept.", "is a log.", "was the mat.", "once upon."], label="0", source_id="x", split="val", split_type="indomain"
     )
     question = {"id": "1", "question": "Who sat?", "choices": {"text": ["the cat", "the mat"], "label": ["A", "B"]}, "answerKey": "A"}
     for name, row in (("Rowan/hellaswag", story), ("allenai/ai2_arc/ARC-Easy", question)):

@@ -19,6 +19,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from megatron_patch.errors import ConfigError
+from megatron_patch.utils.markdown import replace_between
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -323,11 +326,11 @@ def test_a_call_is_recorded_and_rendered(modules, tmp_path, monkeypatch):
     assert "1.25 ms" in sentence and "50% MFU" in sentence and "36.0" in sentence
     document = tmp_path / "page.md"
     document.write_text(f"before\n{render.BEGIN}\nold\n{render.END}\nafter\n")
-    after = render.put_between(document, "new\n")
+    after = replace_between(document, render.BEGIN, render.END, "new\n")
     assert "old" not in after and after.startswith("before\n") and after.endswith("\nafter\n") and "new" in after
     document.write_text("no markers")
-    with pytest.raises(SystemExit, match="needs the lines"):
-        render.put_between(document, "new")
+    with pytest.raises(ConfigError, match="needs the lines"):
+        replace_between(document, render.BEGIN, render.END, "new")
     results = tmp_path / "results"
     whole = packed.read_bytes()
     for damaged in (b"no archive", whole[:20], whole[: len(whole) // 2], whole[:-6], whole[:60] + bytes(8) + whole[68:]):

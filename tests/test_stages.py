@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_patch.errors import ConfigError
-from megatron_patch.stages import LrShape, Place, Stage, StagePlan, position_weights
+from megatron_patch.stages import LrShape, Progress, Stage, StagePlan, position_weights
 
 
 def make_stage(name="s", patch_size=4, positions=8, micro=1, batch=2, steps=3, **more):
@@ -37,17 +37,17 @@ def test_the_side_decides_what_is_patched(side, inputs, labels, sample):
 
 @given(st.integers(0, 8))
 def test_places_and_steps_are_inverse_and_tokens_add_up(step):
-    place = PLAN.place(step)
-    assert PLAN.step(place) == step
+    progress = PLAN.progress(step)
+    assert PLAN.step(progress) == step
     counted = sum(PLAN.stages[0 if s < 3 else 1].tokens_per_step for s in range(step))
-    assert PLAN.consumed_tokens(place) == counted
-    assert PLAN.consumed(place, lambda stage: stage.tokens_per_step) == counted
+    assert PLAN.consumed_tokens(progress) == counted
+    assert PLAN.consumed(progress, lambda stage: stage.tokens_per_step) == counted
 
 
 def test_the_end_of_a_stage_and_the_start_of_the_next_are_the_same_step():
-    assert PLAN.place(3) == Place(1, 0)
-    assert PLAN.step(Place(0, 3)) == PLAN.step(Place(1, 0)) == 3
-    assert PLAN.consumed_tokens(Place(0, 3)) == PLAN.consumed_tokens(Place(1, 0))
+    assert PLAN.progress(3) == Progress(1, 0)
+    assert PLAN.step(Progress(0, 3)) == PLAN.step(Progress(1, 0)) == 3
+    assert PLAN.consumed_tokens(Progress(0, 3)) == PLAN.consumed_tokens(Progress(1, 0))
 
 
 def test_blocks_are_dealt_without_gap():

@@ -10,12 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_patch.data.preprocess.encode import EncodeSettings, make_tokenizer
-from megatron_patch.data.preprocess.fast_backend import byte_letters, fast_backend, fuzz_strings, unreachable_pieces
-from megatron_patch.data.preprocess.train_tokenizer import train_tokenizer
 from megatron_patch.errors import DataError
-from megatron_patch.tiktoken_files import PATTERNS
-from megatron_patch.tokenizer import encode, load_tokenizer
+from megatron_patch.preprocess.encode import EncodeSettings, make_tokenizer
+from megatron_patch.preprocess.fast_tokenizer import fast_backend, fuzz_strings, unreachable_pieces
+from megatron_patch.preprocess.train_tokenizer import train_tokenizer
+from megatron_patch.tokenizers.base import encode, load_tokenizer
+from megatron_patch.tokenizers.byte_level import byte_letters
+from megatron_patch.tokenizers.tiktoken import PATTERNS
 
 
 @pytest.fixture(scope="module")

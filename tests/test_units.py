@@ -11,7 +11,7 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from megatron_patch.errors import ConfigError
-from megatron_patch.units import format_count, format_duration, parse_count
+from megatron_patch.utils.units import format_count, format_duration, parse_count
 
 UNITS = {"": 1, "k": 10**3, "M": 10**6, "B": 10**9, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import package_check  # noqa: F401 - before the package itself
 
-from megatron_patch.command_line import ArgumentParser, run_tool
+from megatron_patch.cli.command_line import ArgumentParser, run_tool
 from megatron_patch.convert.checkpoint_io import open_checkpoint
 from megatron_patch.convert.flags import flags_of
 from megatron_patch.convert.from_hugging_face import Import, from_hugging_face
@@ -26,7 +26,7 @@ from megatron_patch.convert.tokenizer_files import tokenizer_of
 from megatron_patch.convert.verify import differing_texts, positions_to_verify, tokens_to_verify, verify_export
 from megatron_patch.errors import ConfigError
 from megatron_patch.model.precision import DTYPES
-from megatron_patch.units import parse_count
+from megatron_patch.utils.units import parse_count
 
 
 def _parser() -> ArgumentParser:
@@ -69,7 +69,7 @@ def _export(args: argparse.Namespace) -> None:
         print("no tokenizer files: none is known, or it is not on this machine; give --tokenizer-model, or copy them", file=sys.stderr)
     if ids is not None:
         result["verified"] = asdict(verify_export(checkpoint, done.folder, ids, DTYPES[dtype]))
-        tokenizer = tokenizer_of(checkpoint.data_info)
+        tokenizer = tokenizer_of(checkpoint.data_metadata)
         if tokenizer is not None:
             result["tokenizer_differs_on"] = differing_texts(done.folder, tokenizer)
             for text in result["tokenizer_differs_on"]:

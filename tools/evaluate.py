@@ -19,19 +19,19 @@ from typing import Any
 import package_check  # noqa: F401 - before the package itself
 import torch
 
-from megatron_patch.command_line import ArgumentParser, add_layout, count, count_from_one, run_tool
+from megatron_patch.cli.command_line import ArgumentParser, add_layout, count, count_from_one, run_tool
+from megatron_patch.data.collate import DocumentMasking
 from megatron_patch.data.corpus import check_vocabulary, open_corpus
 from megatron_patch.data.evaluation_data import evaluation_batches, held_out_starts
-from megatron_patch.data.patch_dataset import DocumentMasking
-from megatron_patch.engine.environment import ranks_of_environment
-from megatron_patch.engine.inference import LoadedModel, reading
+from megatron_patch.engine.environment import ranks_from_environment
+from megatron_patch.engine.inference import LoadedModel, open_model
 from megatron_patch.errors import ConfigError, DataError
 from megatron_patch.evaluation.harness import run_tasks
 from megatron_patch.evaluation.text import read_documents, score_text
 from megatron_patch.evaluation.wikitext import detokenize
-from megatron_patch.model.reader import Reader
-from megatron_patch.tokenizer import Tokenizer, tokenizer_of_checkpoint
-from megatron_patch.units import parse_count
+from megatron_patch.model.inference_model import InferenceModel
+from megatron_patch.tokenizers.base import Tokenizer, tokenizer_of_checkpoint
+from megatron_patch.utils.units import parse_count
 
 
 def _parser() -> ArgumentParser:
@@ -73,13 +73,13 @@ def main(argv: list[str]) -> None:
     if args.tasks is not None and args.patch_size != 1:
         raise ConfigError(f"--tasks with --patch-size {args.patch_size}", "1: tasks are asked token by token", "remove --patch-size")
     dtype = torch.bfloat16 if args.bf16 else torch.float32
-    with reading(args.load, dtype, args.tensor_model_parallel_size, args.pipeline_model_parallel_size) as loaded:
+    with open_model(args.load, dtype, args.tensor_model_parallel_size, args.pipeline_model_parallel_size) as loaded:
         result = _evaluate(args, loaded)
-    if ranks_of_environment()[0] == 0:
+    if ranks_from_environment()[0] == 0:
         print(json.dumps(result))
 
 
-def _evaluate(args: argparse.Namespace, loaded: LoadedModel[Reader]) -> dict[str, Any]:
+def _evaluate(args: argparse.Namespace, loaded: LoadedModel[InferenceModel]) -> dict[str, Any]:
     shape = loaded.model.shape
     positions = args.seq_length or int(loaded.options["seq_length"])
     if shape.position_embedding == "learned" and positions > shape.max_positions:
@@ -90,15 +90,15 @@ def _evaluate(args: argparse.Namespace, loaded: LoadedModel[Reader]) -> dict[str
     return result | (_text(args, loaded, positions) if args.text is not None else _tokens(args, loaded, positions))
 
 
-def _tokenizer(args: argparse.Namespace, loaded: LoadedModel[Reader]) -> Tokenizer:
-    return tokenizer_of_checkpoint(loaded.data_info or {}, args.tokenizer_type, args.tokenizer_model, loaded.model.shape.vocab_size)
+def _tokenizer(args: argparse.Namespace, loaded: LoadedModel[InferenceModel]) -> Tokenizer:
+    return tokenizer_of_checkpoint(loaded.data_metadata or {}, args.tokenizer_type, args.tokenizer_model, loaded.model.shape.vocab_size)
 
 
 def _loss_name(patch_size: int) -> str:
     return "token_loss" if patch_size == 1 else "patch_loss"
 
 
-def _tasks(args: argparse.Namespace, loaded: LoadedModel[Reader], positions: int) -> dict[str, Any]:
+def _tasks(args: argparse.Namespace, loaded: LoadedModel[InferenceModel], positions: int) -> dict[str, Any]:
     names = [name.strip() for name in args.tasks.split(",") if name.strip()]
     results = run_tasks(
         loaded.model,
@@ -110,18 +110,18 @@ def _tasks(args: argparse.Namespace, loaded: LoadedModel[Reader], positions: int
         args.task_path,
         args.num_fewshot,
         args.limit,
-        loaded.copies,
+        loaded.replicas,
     )
     return {"tasks": results}
 
 
-def _text(args: argparse.Namespace, loaded: LoadedModel[Reader], positions: int) -> dict[str, Any]:
+def _text(args: argparse.Namespace, loaded: LoadedModel[InferenceModel], positions: int) -> dict[str, Any]:
     if not 0 <= args.overlap < positions:
         raise ConfigError(f"--overlap {args.overlap} with windows of {positions} positions", f"0 to {positions - 1}")
     documents = read_documents(args.text, args.json_key)
     rewrite = detokenize if args.detokenize == "wikitext" else str
     settings = (positions, args.patch_size, args.overlap, args.micro_batch_size)
-    score = score_text(loaded.model, _tokenizer(args, loaded), documents, *settings, loaded.copies, rewrite)
+    score = score_text(loaded.model, _tokenizer(args, loaded), documents, *settings, loaded.replicas, rewrite)
     words = args.words or score.words
     return {
         "text": args.text,
@@ -143,8 +143,8 @@ def _text(args: argparse.Namespace, loaded: LoadedModel[Reader], positions: int)
     }
 
 
-def _tokens(args: argparse.Namespace, loaded: LoadedModel[Reader], positions: int) -> dict[str, Any]:
-    model, copies = loaded.model, loaded.copies
+def _tokens(args: argparse.Namespace, loaded: LoadedModel[InferenceModel], positions: int) -> dict[str, Any]:
+    model, replicas = loaded.model, loaded.replicas
     corpus = open_corpus(args.data_path)
     check_vocabulary(corpus, model.shape.vocab_size)
     unit = positions * args.patch_size
@@ -157,12 +157,12 @@ def _tokens(args: argparse.Namespace, loaded: LoadedModel[Reader], positions: in
             "lower --seq-length or --patch-size",
         )
     totals = torch.zeros(2, dtype=torch.float64, device=model.device)
-    settings = (positions, args.patch_size, args.micro_batch_size, copies.rank, copies.size, DocumentMasking(), model.shape.vocab_size)
+    settings = (positions, args.patch_size, args.micro_batch_size, replicas.rank, replicas.size, DocumentMasking(), model.shape.vocab_size)
     with torch.no_grad():
         for batch in evaluation_batches(corpus, starts, unit, *settings):
             sums = model(batch.input_ids.to(model.device), batch.labels.to(model.device))
             totals += torch.stack([part.double() for part in sums])
-    loss_sum, labels = copies.sum(totals).tolist()
+    loss_sum, labels = replicas.sum(totals).tolist()
     loss = loss_sum / labels
     return {
         "data_path": args.data_path,

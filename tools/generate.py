@@ -15,14 +15,14 @@ from collections.abc import Sequence
 import package_check  # noqa: F401 - before the package itself
 import torch
 
-from megatron_patch.command_line import ArgumentParser, add_layout, count, count_from_one, run_tool
+from megatron_patch.cli.command_line import ArgumentParser, add_layout, count, count_from_one, run_tool
 from megatron_patch.engine.distributed import broadcast_object
-from megatron_patch.engine.environment import ranks_of_environment
-from megatron_patch.engine.inference import LoadedModel, reading
+from megatron_patch.engine.environment import ranks_from_environment
+from megatron_patch.engine.inference import LoadedModel, open_model
 from megatron_patch.errors import ConfigError
 from megatron_patch.model.generate import Sampling, generate
-from megatron_patch.model.reader import Reader
-from megatron_patch.tokenizer import Tokenizer, encode, tokenizer_of_checkpoint
+from megatron_patch.model.inference_model import InferenceModel
+from megatron_patch.tokenizers.base import Tokenizer, encode, tokenizer_of_checkpoint
 
 
 def main(argv: list[str]) -> None:
@@ -49,15 +49,15 @@ def main(argv: list[str]) -> None:
         raise ConfigError("--interactive and --prompt", "one of them", "remove one")
     _check_ranks(args)
     dtype = torch.bfloat16 if args.bf16 else torch.float32
-    with reading(args.load, dtype, args.tensor_model_parallel_size, args.pipeline_model_parallel_size) as loaded:
+    with open_model(args.load, dtype, args.tensor_model_parallel_size, args.pipeline_model_parallel_size) as loaded:
         vocab_size = loaded.model.shape.vocab_size
-        tokenizer = tokenizer_of_checkpoint(loaded.data_info or {}, args.tokenizer_type, args.tokenizer_model, vocab_size)
+        tokenizer = tokenizer_of_checkpoint(loaded.data_metadata or {}, args.tokenizer_type, args.tokenizer_model, vocab_size)
         (_converse if args.interactive else _continue)(loaded, tokenizer, sampling, args)
 
 
 def _check_ranks(args: argparse.Namespace) -> None:
     """One copy of the model: there is nothing to share out."""
-    _, size, _ = ranks_of_environment()
+    _, size, _ = ranks_from_environment()
     needed = args.tensor_model_parallel_size * args.pipeline_model_parallel_size
     if size != needed:
         raise ConfigError(
@@ -69,10 +69,10 @@ def _check_ranks(args: argparse.Namespace) -> None:
 
 
 def _is_first() -> bool:
-    return ranks_of_environment()[0] == 0
+    return ranks_from_environment()[0] == 0
 
 
-def _continue(loaded: LoadedModel[Reader], tokenizer: Tokenizer, sampling: Sampling, args: argparse.Namespace) -> None:
+def _continue(loaded: LoadedModel[InferenceModel], tokenizer: Tokenizer, sampling: Sampling, args: argparse.Namespace) -> None:
     """Prints a continuation of each prompt."""
     prompts = args.prompt or [""]
     for start in range(0, len(prompts), args.micro_batch_size):
@@ -93,7 +93,7 @@ def _text_ids(tokenizer: Tokenizer, ids: Sequence[int]) -> Sequence[int]:
     return ids[:-1] if ids and ids[-1] == tokenizer.eod_id else ids
 
 
-def _converse(loaded: LoadedModel[Reader], tokenizer: Tokenizer, sampling: Sampling, args: argparse.Namespace) -> None:
+def _converse(loaded: LoadedModel[InferenceModel], tokenizer: Tokenizer, sampling: Sampling, args: argparse.Namespace) -> None:
     """Answers each line of the input, token by token as they come."""
     while True:
         if _is_first() and sys.stdin.isatty():
@@ -105,7 +105,7 @@ def _converse(loaded: LoadedModel[Reader], tokenizer: Tokenizer, sampling: Sampl
         _answer(loaded, tokenizer, sampling, args.max_new_tokens, line.rstrip("\n"))
 
 
-def _answer(loaded: LoadedModel[Reader], tokenizer: Tokenizer, sampling: Sampling, new_tokens: int, prompt: str) -> None:
+def _answer(loaded: LoadedModel[InferenceModel], tokenizer: Tokenizer, sampling: Sampling, new_tokens: int, prompt: str) -> None:
     """Prints one continuation while it grows."""
     new: list[int] = []
     shown = ""

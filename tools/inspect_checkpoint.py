@@ -16,10 +16,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from megatron_patch.checkpoints.report import describe, explain, flat, folders_of
-from megatron_patch.command_line import ArgumentParser, run_tool
+from megatron_patch.checkpoint.report import describe, explain, flat, folders_of
+from megatron_patch.cli.command_line import ArgumentParser, run_tool
 from megatron_patch.errors import CheckpointError
-from megatron_patch.units import format_count
+from megatron_patch.utils.units import format_count
 
 
 def main(argv: list[str]) -> None:

@@ -15,15 +15,15 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from megatron_patch.command_line import ArgumentParser, count, count_from_one, run_tool
-from megatron_patch.data.compare import compare
+from megatron_patch.cli.command_line import ArgumentParser, count, count_from_one, run_tool
+from megatron_patch.data.compare_datasets import compare
 from megatron_patch.data.corpus import TokenCorpus
-from megatron_patch.data.division import divide_stages
+from megatron_patch.data.dataset_metadata import read_metadata
 from megatron_patch.data.indexed_dataset import IndexedDataset
 from megatron_patch.data.inspect import describe, integrity_problems, patch_statistics
-from megatron_patch.data.side_file import read_info
+from megatron_patch.data.split import divide_stages
 from megatron_patch.errors import DataError
-from megatron_patch.tokenizer import Tokenizer, tokenizer_to_show
+from megatron_patch.tokenizers.base import Tokenizer, tokenizer_to_show
 
 
 def show_patches(dataset: IndexedDataset, patch_size: int, tokenizer: Tokenizer | None, samples: int, console: Console) -> None:
@@ -71,7 +71,7 @@ def main(argv: list[str]) -> None:
     console = Console(stderr=True, highlight=False, width=140)
     result: dict[str, Any] = describe(dataset)
     try:
-        info = read_info(args.prefix)
+        info = read_metadata(args.prefix)
     except DataError:
         if not args.check:
             raise

@@ -14,9 +14,9 @@ from dataclasses import asdict
 
 import package_check  # noqa: F401 - before the package itself
 
-from megatron_patch.command_line import ArgumentParser, run_tool
-from megatron_patch.data.merge import merge_datasets
-from megatron_patch.data.prefixes import check_all_shards, expand_prefixes
+from megatron_patch.cli.command_line import ArgumentParser, run_tool
+from megatron_patch.data.dataset_paths import check_all_shards, expand_prefixes
+from megatron_patch.preprocess.merge import merge_datasets
 
 
 def main(argv: list[str]) -> None:

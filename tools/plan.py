@@ -17,10 +17,9 @@ from typing import Any
 
 import package_check  # noqa: F401 - before the package itself
 
-from megatron_patch.command_line import ArgumentParser, run_tool
+from megatron_patch.cli.command_line import ArgumentParser, run_tool
 from megatron_patch.config.parsing import parse
 from megatron_patch.config.resolve import resolve
-from megatron_patch.console import make_console
 from megatron_patch.errors import ConfigError
 from megatron_patch.planning.hardware import TABLE, hardware
 from megatron_patch.planning.layout import layout_of
@@ -30,7 +29,8 @@ from megatron_patch.planning.search import search
 from megatron_patch.planning.sensitivity import plot_sensitivity
 from megatron_patch.planning.tables import print_search, print_simulation, print_tables
 from megatron_patch.training.pretrain import engine_settings
-from megatron_patch.training.stream import readings_json, readings_table, stream_if_here
+from megatron_patch.training.stream import corpus_usage_json, corpus_usage_table, open_stream_if_present
+from megatron_patch.utils.console import make_console
 
 
 def arguments() -> ArgumentParser:
@@ -78,10 +78,10 @@ def main(argv: list[str]) -> None:
     )
     run = resolve(parsed, args.world_size)
     plan = make_plan(run.shape, run.plan, layout_of(run, engine_settings(run)), device, run.options.stages.seq_length, interruptions)
-    stream, notes = stream_if_here(run)
+    stream, notes = open_stream_if_present(run)
     result: dict[str, Any] = plan.to_json()
     if stream is not None:
-        result["data"] = readings_json(stream)
+        result["data"] = corpus_usage_json(stream)
     simulation = None
     if args.simulate:
         simulation = simulate(plan.work(), args.world_size, interruptions, plan.checkpoints.daly_seconds, args.simulation_seed)
@@ -93,7 +93,7 @@ def main(argv: list[str]) -> None:
         return
     print_tables(plan, console)
     if stream is not None:
-        console.print(readings_table(stream))
+        console.print(corpus_usage_table(stream))
     for note in notes:
         console.print(f"[yellow]Note[/yellow] {note}", highlight=False)
     if simulation is not None:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import package_check  # noqa: F401 - before the package itself
 
-from megatron_patch.command_line import ArgumentParser, run_tool
-from megatron_patch.training.plotting import plot_runs
+from megatron_patch.cli.command_line import ArgumentParser, run_tool
+from megatron_patch.reporting.plotting import plot_runs
 
 
 def main(argv: list[str]) -> None:

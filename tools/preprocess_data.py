@@ -18,16 +18,16 @@ import package_check  # noqa: F401 - before the package itself
 from rich.console import Console
 from rich.table import Table
 
-from megatron_patch.command_line import ArgumentParser, count, count_from_one, run_tool
-from megatron_patch.data.prefixes import shard_prefix
-from megatron_patch.data.preprocess.encode import EncodeSettings
-from megatron_patch.data.preprocess.inputs import parse_shard
-from megatron_patch.data.preprocess.pipeline import Progress, preprocess
-from megatron_patch.data.preprocess.summary import Summary
+from megatron_patch.cli.command_line import ArgumentParser, count, count_from_one, run_tool
+from megatron_patch.data.dataset_paths import shard_prefix
 from megatron_patch.errors import DataError
-from megatron_patch.tiktoken_files import PATTERNS
-from megatron_patch.tokenizer import TYPES
-from megatron_patch.units import format_count, format_duration
+from megatron_patch.preprocess.encode import EncodeSettings
+from megatron_patch.preprocess.pipeline import Progress, preprocess
+from megatron_patch.preprocess.summary import Summary
+from megatron_patch.raw_text.inputs import parse_shard
+from megatron_patch.tokenizers.base import TYPES
+from megatron_patch.tokenizers.tiktoken import PATTERNS
+from megatron_patch.utils.units import format_count, format_duration
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import package_check  # noqa: F401 - before the package itself
 
-from megatron_patch.command_line import ArgumentParser, run_tool
+from megatron_patch.cli.command_line import ArgumentParser, run_tool
 from megatron_patch.reporting.page import write_report
 
 

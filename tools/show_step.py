@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import package_check  # noqa: F401 - before the package itself
 
-from megatron_patch.command_line import ArgumentParser, count, run_tool
-from megatron_patch.console import make_console
+from megatron_patch.cli.command_line import ArgumentParser, count, run_tool
 from megatron_patch.data.corpus import open_corpus
-from megatron_patch.data.side_file import read_info
+from megatron_patch.data.dataset_metadata import read_metadata
 from megatron_patch.errors import DataError
-from megatron_patch.tokenizer import tokenizer_to_show
+from megatron_patch.tokenizers.base import tokenizer_to_show
 from megatron_patch.training.callbacks.metrics import read_metrics
+from megatron_patch.utils.console import make_console
 
 
 def main(argv: list[str]) -> None:
@@ -42,7 +42,7 @@ def main(argv: list[str]) -> None:
     for prefix, start, length in event["spans"][: args.samples]:
         ids = np.empty(length, dtype=np.int64)
         open_corpus(prefix).read_into(ids, start)
-        info = read_info(prefix)
+        info = read_metadata(prefix)
         told = (info.tokenizer_type, info.tokenizer_model) if info else None
         tokenizer = tokenizer_to_show(told, args.tokenizer_type, args.tokenizer_model)
         text = tokenizer.decode(ids.tolist()) if tokenizer else " ".join(map(str, ids.tolist()))

@@ -7,9 +7,9 @@ import sys
 
 import package_check  # noqa: F401 - before the package itself
 
-from megatron_patch.command_line import ArgumentParser, run_tool
-from megatron_patch.data.preprocess.train_tokenizer import train_tokenizer
-from megatron_patch.units import parse_count
+from megatron_patch.cli.command_line import ArgumentParser, run_tool
+from megatron_patch.preprocess.train_tokenizer import train_tokenizer
+from megatron_patch.utils.units import parse_count
 
 
 def main(argv: list[str]) -> None:

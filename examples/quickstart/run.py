@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_patch.training.callbacks.metrics import read_metrics
-from megatron_patch.units import format_count, format_duration
+from megatron_patch.utils.units import format_count, format_duration
 
 ROOT = Path(__file__).parent.parent.parent
 CONFIG = "examples/configs/quickstart.yaml"

@@ -10,11 +10,12 @@ import argparse
 import sys
 from pathlib import Path
 
-from megatron_patch.command_line import ArgumentParser, run_tool
-from megatron_patch.files import write_durably
-from megatron_patch.replication.comparison import comparison_markdown, plot_comparison, read_study
-from megatron_patch.replication.documents import put_into
-from megatron_patch.replication.results import COLOURS
+from comparison import comparison_markdown, plot_comparison, read_study
+from publish import publish
+from results import COLOURS
+
+from megatron_patch.cli.command_line import ArgumentParser, run_tool
+from megatron_patch.utils.files import write_durably
 
 
 def main(argv: list[str]) -> None:
@@ -30,7 +31,7 @@ def main(argv: list[str]) -> None:
     text = comparison_markdown(studies, "comparison.png")
     write_durably(args.output / "comparison.md", text)
     if args.docs:
-        put_into(args.docs, "comparison", text, {"comparison.png": args.output / "comparison.png"})
+        publish(args.docs, "comparison", text, {"comparison.png": args.output / "comparison.png"})
     print(text)
 
 

@@ -33,19 +33,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, cast
 
-from rich.console import Console
-from rich.table import Table
-
-from megatron_patch.command_line import ArgumentParser, run_tool
-from megatron_patch.config.parsing import read_yaml
-from megatron_patch.config.resolve import load_config
-from megatron_patch.errors import ConfigError, DataError
-from megatron_patch.exit_codes import ExitCode
-from megatron_patch.files import write_durably
-from megatron_patch.model.flops import parameter_count
-from megatron_patch.replication.arms import Arm, select_arms
-from megatron_patch.replication.documents import put_into
-from megatron_patch.replication.results import (
+from arms import Arm, select_arms
+from publish import publish
+from results import (
     COLOURS,
     Outcome,
     Row,
@@ -57,8 +47,18 @@ from megatron_patch.replication.results import (
     verdict,
     write_json,
 )
-from megatron_patch.replication.switches import SwitchRow, plot_switches, switch_markdown
-from megatron_patch.units import format_count, format_duration, parse_count
+from rich.console import Console
+from rich.table import Table
+from switches import SwitchRow, plot_switches, switch_markdown
+
+from megatron_patch.cli.command_line import ArgumentParser, run_tool
+from megatron_patch.config.parsing import read_yaml
+from megatron_patch.config.resolve import load_config
+from megatron_patch.errors import ConfigError, DataError
+from megatron_patch.exit_codes import ExitCode
+from megatron_patch.model.flops import parameter_count
+from megatron_patch.utils.files import write_durably
+from megatron_patch.utils.units import format_count, format_duration, parse_count
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 EVALUATIONS = 16
@@ -218,7 +218,7 @@ class Study:
             name = self.args.docs_name or self.args.config.stem
             names = f"{name}.png", f"{name}_switch.png"
             pictures = dict(zip(names, (self.home / "loss.png", self.home / "switch.png"), strict=True))
-            put_into(self.args.docs, name, self.text(rows, switches, *names), pictures)
+            publish(self.args.docs, name, self.text(rows, switches, *names), pictures)
         table = Table(title=f"{len(outcomes)} run{'s' if len(outcomes) > 1 else ''} done", title_justify="left", header_style="bold")
         for name in ("arm", "seeds", "tokens", "cost", "steps", "held-out token loss", "against its baseline", ""):
             table.add_column(name, justify="left" if name in ("arm", "") else "right")

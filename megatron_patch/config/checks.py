@@ -14,7 +14,7 @@ from megatron_patch.config.options import DataOptions, EngineOptions, Options
 from megatron_patch.data.corpus import split_ranges
 from megatron_patch.errors import ConfigError
 from megatron_patch.stages import StagePlan
-from megatron_patch.units import format_duration
+from megatron_patch.utils.units import format_duration
 
 _FROM_ONE = {
     *("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "kv_channels", "ffn_hidden_size", "vocab_size"),

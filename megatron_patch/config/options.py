@@ -14,7 +14,7 @@ from tyro.constructors import PrimitiveConstructorSpec
 
 from megatron_patch.errors import ConfigError
 from megatron_patch.stages import LrStyle, WsdDecayStyle
-from megatron_patch.units import parse_count, parse_duration
+from megatron_patch.utils.units import parse_count, parse_duration
 
 Value = TypeVar("Value")
 

@@ -13,18 +13,18 @@ from typing import Any
 from megatron_patch.config.checks import check_documents, check_numbers, check_options, check_parallel, check_plan
 from megatron_patch.config.options import ModelOptions, Options
 from megatron_patch.config.parsing import Parsed, option_values, parse
+from megatron_patch.config.plan_builder import build_plan
 from megatron_patch.config.scale import default_decay_fraction, default_patch_size, needs_decay_fraction, needs_patch_size, scale_notes
-from megatron_patch.config.stage_plan import build_plan
-from megatron_patch.config.stage_request import parse_blend, parse_epoch_limits
-from megatron_patch.data.prefixes import expand_prefixes
-from megatron_patch.data.side_file import DatasetInfo, read_info
+from megatron_patch.config.stage_spec import parse_blend, parse_epoch_limits
+from megatron_patch.data.dataset_metadata import DatasetMetadata, read_metadata
+from megatron_patch.data.dataset_paths import expand_prefixes
 from megatron_patch.errors import ConfigError
 from megatron_patch.model.flops import parameter_count
+from megatron_patch.model.pipeline_partition import pipeline_partition
 from megatron_patch.model.shape import ModelShape, check_shape
-from megatron_patch.parallel.partition import pipeline_partition
-from megatron_patch.parallel.sharding import check_sharding
+from megatron_patch.model.sharding import check_sharding
 from megatron_patch.stages import StagePlan
-from megatron_patch.units import format_count
+from megatron_patch.utils.units import format_count
 
 ASSUMED_VOCAB_SIZE = 32_000
 
@@ -51,7 +51,7 @@ class RunConfig:
     plan: StagePlan
     blend: tuple[tuple[str, float], ...]
     valid_blend: tuple[tuple[str, float], ...]
-    data_info: DatasetInfo | None
+    data_metadata: DatasetMetadata | None
     data_parallel_size: int
     notes: tuple[str, ...] = ()
 
@@ -60,7 +60,7 @@ class RunConfig:
         """Id of the end-of-document token, where it is known."""
         if self.options.data.eod_token_id is not None:
             return self.options.data.eod_token_id
-        return self.data_info.eod_id if self.data_info else None
+        return self.data_metadata.eod_id if self.data_metadata else None
 
     @property
     def corpus_names(self) -> tuple[str, ...]:
@@ -172,7 +172,7 @@ def build_shape(options: ModelOptions, vocab_size: int, longest: int, tensor_par
     return shape
 
 
-def _vocab_size(options: Options, info: DatasetInfo | None, notes: list[str]) -> int:
+def _vocab_size(options: Options, info: DatasetMetadata | None, notes: list[str]) -> int:
     given = options.model.vocab_size
     if info is not None:
         if given is not None and given < info.vocab_size:
@@ -214,7 +214,7 @@ def resolve(parsed: Parsed, ranks: int) -> RunConfig:
     valid_blend = parse_blend(options.data.valid_data_path, "--valid-data-path")
     if not blend and not options.logging.dry_run:
         raise ConfigError("no data", "--data-path PREFIX", "make a dataset with tools/preprocess_data.py")
-    info = read_info(expand_prefixes(blend[0][0])[0]) if blend else None
+    info = read_metadata(expand_prefixes(blend[0][0])[0]) if blend else None
     vocab_size = _vocab_size(options, info, notes)
     # No stage has longer samples than evaluation, which reads single tokens.
     shape = build_shape(options.model, vocab_size, options.stages.seq_length, options.engine.tensor_model_parallel_size)

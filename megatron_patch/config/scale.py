@@ -6,8 +6,8 @@ In: options, a plan, the number of a model's parameters. Out: defaults, and note
 from __future__ import annotations
 
 from megatron_patch.config.options import Options, StageOptions
-from megatron_patch.config.stage_plan import PUBLISHED_DECAY_FRACTION
-from megatron_patch.config.stage_request import recipe_of, requested_stages
+from megatron_patch.config.plan_builder import PUBLISHED_DECAY_FRACTION
+from megatron_patch.config.stage_spec import recipe_of, stage_specs
 from megatron_patch.stages import StagePlan
 
 SMALL_MODEL, SHORT_RUN_STEPS = 100_000_000, 5_000
@@ -27,7 +27,7 @@ def needs_decay_fraction(options: Options, plan: StagePlan) -> bool:
     """Whether a schedule of the plan is warm-up–stable–decay, and neither the run nor its first stage says how long the decay is."""
     if options.schedule.lr_wsd_decay_tokens or options.schedule.lr_wsd_decay_fraction:
         return False
-    requests = requested_stages(options.stages)
+    requests = stage_specs(options.stages)
     return any(
         stage.lr_policy == "restart" and stage.lr.style == "WSD" and not request.lr_wsd_decay_tokens
         for request, stage in zip(requests, plan.stages, strict=True)

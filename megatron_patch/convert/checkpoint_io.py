@@ -14,16 +14,16 @@ from typing import Any
 
 import torch
 
-from megatron_patch import checkpoint_files
-from megatron_patch.checkpoint_files import Entry, Found, TrainerState
+from megatron_patch.checkpoint import commit as commit
+from megatron_patch.checkpoint.commit import FoundCheckpoint, ManifestEntry, TrainerState
+from megatron_patch.checkpoint.safetensors_io import write_safetensors
 from megatron_patch.convert.tensor_names import parameter_shapes
 from megatron_patch.engine.inference import find_checkpoint, shape_of_state
 from megatron_patch.engine.state_files import FORMAT, StateFiles, state_file_name
 from megatron_patch.errors import CheckpointError
 from megatron_patch.model.shape import ModelShape
-from megatron_patch.safetensors_files import write_safetensors
 
-UNFINISHED = (checkpoint_files.PARTIAL, checkpoint_files.TRASH, "tokenizer")
+UNFINISHED = (commit.PARTIAL, commit.TRASH, "tokenizer")
 """How the names begin of what an import that was interrupted leaves in its folder."""
 
 
@@ -38,13 +38,13 @@ class CheckpointWeights:
         tokenizer: "tokenizer_type" and "tokenizer_model", where they are not those of the training data's side file.
     """
 
-    found: Found
+    found: FoundCheckpoint
     shape: ModelShape
     parameter: Callable[[str], torch.Tensor]
     tokenizer: Mapping[str, Any] = field(default_factory=dict)
 
     @property
-    def data_info(self) -> Mapping[str, Any]:
+    def data_metadata(self) -> Mapping[str, Any]:
         """The side file of the data it was trained on, as far as it is known."""
         return {**(self.found.state.extra.get("data_info") or {}), **self.tokenizer}
 
@@ -118,9 +118,9 @@ def write_weights(
     """
     shapes = parameter_shapes(shape)
     assert sorted(name for part in parts for name in part) == sorted(shapes)
-    folder = checkpoint_files.prepare(output, 0)
+    folder = commit.prepare(output, 0)
     stream = iter(parameters)
-    entries: dict[str, Entry] = {}
+    entries: dict[str, ManifestEntry] = {}
     for number, names in enumerate(parts):
         index = [{"name": name, "shape": list(shapes[name]), "start": 0, "numel": int(torch.Size(shapes[name]).numel())} for name in names]
         file = folder / state_file_name(number, len(parts))
@@ -145,9 +145,9 @@ def write_weights(
         model=asdict(shape),
         extra={"weights_only": True, **extra},
     )
-    entries |= checkpoint_files.write_state(folder, state)
-    checkpoint_files.write_manifest(folder, entries)
-    return checkpoint_files.publish(folder)
+    entries |= commit.write_state(folder, state)
+    commit.write_manifest(folder, entries)
+    return commit.publish(folder)
 
 
 def _flat(

@@ -183,7 +183,7 @@ def _write(
     sizes = [sum(int(torch.Size(size).numel()) for _, size in tensor.parameters) * 4 for _, tensor in plan]
     parts = [[name for number in group for name, _ in plan[number][1].parameters] for group in groups_by_size(sizes, FILE_BYTES)]
     tokenizer = _copy_tokenizer(source, output) / main_file(kind) if kind else None
-    data_info = {"tokenizer_type": kind, "tokenizer_model": str(tokenizer.resolve())} if tokenizer else None
+    data_metadata = {"tokenizer_type": kind, "tokenizer_model": str(tokenizer.resolve())} if tokenizer else None
     folder = write_weights(
         output,
         shape,
@@ -191,7 +191,7 @@ def _write(
         _parameters(weights, plan),
         precision_of(weights.dtype),
         {"seq_length": min(shape.max_positions, 2048)},
-        {"imported_from": str(source), "data_info": data_info, **extra},
+        {"imported_from": str(source), "data_info": data_metadata, **extra},
     )
     return Import(folder, shape, len(plan), tokenizer, kind)
 

@@ -10,8 +10,8 @@ import itertools
 import re
 from typing import Any
 
-from megatron_patch.data.preprocess.fast_backend import byte_letters
-from megatron_patch.tiktoken_files import TikTokenizer
+from megatron_patch.tokenizers.byte_level import byte_letters
+from megatron_patch.tokenizers.tiktoken import TikTokenizer
 
 _END = re.compile(r"(?<!\\)\$(?![^\[]*\])")
 """The end of the text in a pattern, outside of a set of characters."""

@@ -18,16 +18,16 @@ from typing import Any
 import torch
 import xxhash
 
-from megatron_patch.checkpoint_files import MANIFEST, Entry
+from megatron_patch.checkpoint.commit import MANIFEST, ManifestEntry
+from megatron_patch.checkpoint.safetensors_io import write_safetensors
 from megatron_patch.convert.architectures import Ids, config_of
 from megatron_patch.convert.checkpoint_io import CheckpointWeights, check_output, groups_by_size
 from megatron_patch.convert.tensor_names import Mapped, mapped_tensors
 from megatron_patch.convert.tokenizer_files import copy_tokenizer, tokenizer_of
 from megatron_patch.errors import CheckpointError, ConfigError
-from megatron_patch.files import checksum, checksum_on_disk, fsync_folder, write_durably
 from megatron_patch.model.precision import DTYPES
-from megatron_patch.safetensors_files import write_safetensors
-from megatron_patch.tokenizer import Tokenizer
+from megatron_patch.tokenizers.base import Tokenizer
+from megatron_patch.utils.files import checksum, checksum_on_disk, fsync_folder, write_durably
 
 _TORCH_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 _PROGRESS = "progress.json"
@@ -84,7 +84,7 @@ def to_hugging_face(
     check_output(output)
     dtype = dtype or default_dtype(checkpoint)
     tensors = mapped_tensors(checkpoint.shape)
-    tokenizer = tokenizer_of(checkpoint.data_info)
+    tokenizer = tokenizer_of(checkpoint.data_metadata)
     if tokenizer is not None and tokenizer.vocab_size > checkpoint.shape.vocab_size:
         raise ConfigError(
             f"{tokenizer.name} has {tokenizer.vocab_size} ids, the model {checkpoint.shape.vocab_size}",
@@ -115,7 +115,7 @@ def to_hugging_face(
         write_durably(partial / "config.json", json.dumps(config, indent=2) + "\n")
         generation = {key: config[key] for key in ("bos_token_id", "eos_token_id") if config[key] is not None}
         write_durably(partial / "generation_config.json", json.dumps(generation, indent=2) + "\n")
-        tokenizer_names = tuple(copy_tokenizer(checkpoint.data_info, partial))
+        tokenizer_names = tuple(copy_tokenizer(checkpoint.data_metadata, partial))
         (partial / _PROGRESS).unlink()
         fsync_folder(partial)
         os.replace(partial, output)
@@ -132,7 +132,7 @@ def _ends(checkpoint: CheckpointWeights, tokenizer: Tokenizer | None) -> tuple[I
     imported = checkpoint.found.state.extra.get("special_ids")
     if isinstance(imported, Mapping) and not checkpoint.tokenizer:
         return imported.get("bos_token_id"), imported.get("eos_token_id")
-    return (tokenizer.bos_id, tokenizer.eod_id) if tokenizer else (None, checkpoint.data_info.get("eod_id"))
+    return (tokenizer.bos_id, tokenizer.eod_id) if tokenizer else (None, checkpoint.data_metadata.get("eod_id"))
 
 
 def _identity(checkpoint: CheckpointWeights) -> str:
@@ -140,7 +140,7 @@ def _identity(checkpoint: CheckpointWeights) -> str:
     return xxhash.xxh64((checkpoint.found.folder / MANIFEST).read_bytes()).hexdigest()
 
 
-def _write_shard(path: Path, tensors: list[Mapped], checkpoint: CheckpointWeights, dtype: torch.dtype) -> Entry:
+def _write_shard(path: Path, tensors: list[Mapped], checkpoint: CheckpointWeights, dtype: torch.dtype) -> ManifestEntry:
     names = [(tensor.name, tensor.shape) for tensor in tensors]
     entry = write_safetensors(path, names, dtype, (_rounded(tensor, checkpoint, dtype) for tensor in tensors), {"format": "pt"})
     if checksum_on_disk(path) != entry.xxh64:
@@ -158,18 +158,18 @@ def _rounded(mapped: Mapped, checkpoint: CheckpointWeights, dtype: torch.dtype) 
     return result
 
 
-def _write_progress(partial: Path, source: Mapping[str, Any], done: Mapping[str, Entry]) -> None:
+def _write_progress(partial: Path, source: Mapping[str, Any], done: Mapping[str, ManifestEntry]) -> None:
     text = json.dumps({"source": source, "done": {name: asdict(entry) for name, entry in done.items()}})
     write_durably(partial / _PROGRESS, text + "\n")
 
 
-def _resume(partial: Path, source: Mapping[str, Any]) -> dict[str, Entry]:
+def _resume(partial: Path, source: Mapping[str, Any]) -> dict[str, ManifestEntry]:
     """The shards that an interrupted export of the same checkpoint left whole; everything else there is removed."""
-    done: dict[str, Entry] = {}
+    done: dict[str, ManifestEntry] = {}
     try:
         progress = json.loads((partial / _PROGRESS).read_text(encoding="utf-8"))
         if progress["source"] == source:
-            done = {str(name): Entry(**entry) for name, entry in progress["done"].items()}
+            done = {str(name): ManifestEntry(**entry) for name, entry in progress["done"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         done = {}
     if partial.exists() and not (partial / _PROGRESS).is_file() and any(partial.iterdir()):
@@ -185,5 +185,5 @@ def _resume(partial: Path, source: Mapping[str, Any]) -> dict[str, Entry]:
     return whole
 
 
-def _is_whole(path: Path, entry: Entry) -> bool:
+def _is_whole(path: Path, entry: ManifestEntry) -> bool:
     return path.is_file() and path.stat().st_size == entry.size and checksum(path) == entry.xxh64

@@ -10,8 +10,8 @@ from typing import Any
 
 from megatron_patch.convert.tiktoken_json import tokenizer_json
 from megatron_patch.errors import CheckpointError, DataError
-from megatron_patch.tiktoken_files import TikTokenizer
-from megatron_patch.tokenizer import HuggingFaceTokenizer, Tokenizer, load_tokenizer, load_told
+from megatron_patch.tokenizers.base import HuggingFaceTokenizer, Tokenizer, load_from_metadata, load_tokenizer
+from megatron_patch.tokenizers.tiktoken import TikTokenizer
 
 FILES = (
     "tokenizer.json",
@@ -64,20 +64,20 @@ def tokenizer_type_of(folder: Path, vocab_size: int) -> str | None:
     return kind
 
 
-def tokenizer_of(data_info: Mapping[str, Any]) -> Tokenizer | None:
+def tokenizer_of(data_metadata: Mapping[str, Any]) -> Tokenizer | None:
     """The tokenizer that a side file names, or None where there is none of text, or its files are not on this machine.
 
     Raises:
         DataError: its files are broken.
         ConfigError: the side file does not tell how it splits text.
     """
-    kind, model = data_info.get("tokenizer_type"), data_info.get("tokenizer_model")
+    kind, model = data_metadata.get("tokenizer_type"), data_metadata.get("tokenizer_model")
     if not kind or not model or kind == "NullTokenizer" or not Path(str(model)).exists():
         return None
-    return load_told(data_info)
+    return load_from_metadata(data_metadata)
 
 
-def copy_tokenizer(data_info: Mapping[str, Any], target: Path) -> list[str]:
+def copy_tokenizer(data_metadata: Mapping[str, Any], target: Path) -> list[str]:
     """Puts a tokenizer's files into a folder of Hugging Face's layout.
 
     Args:
@@ -90,10 +90,10 @@ def copy_tokenizer(data_info: Mapping[str, Any], target: Path) -> list[str]:
     Raises:
         DataError: its files are broken.
     """
-    tokenizer = tokenizer_of(data_info)
+    tokenizer = tokenizer_of(data_metadata)
     if tokenizer is None:
         return []
-    source = Path(str(data_info["tokenizer_model"]))
+    source = Path(str(data_metadata["tokenizer_model"]))
     if isinstance(tokenizer, HuggingFaceTokenizer):
         folder = source if source.is_dir() else source.parent
         for name in FILES:

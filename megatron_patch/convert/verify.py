@@ -19,7 +19,7 @@ from megatron_patch.data.corpus import TokenCorpus
 from megatron_patch.errors import CheckpointError, ConfigError, DataError
 from megatron_patch.model.gpt import GPTModel
 from megatron_patch.model.shape import ModelShape
-from megatron_patch.tokenizer import Tokenizer, encode
+from megatron_patch.tokenizers.base import Tokenizer, encode
 
 TOLERANCE = 1e-5
 _TEXT = (
@@ -73,7 +73,7 @@ def tokens_to_verify(checkpoint: CheckpointWeights, data_path: str | None, count
         corpus = TokenCorpus([prefix])
         ids = torch.from_numpy(corpus.read(0, min(count, corpus.num_tokens)))
     else:
-        tokenizer = tokenizer_of(checkpoint.data_info)
+        tokenizer = tokenizer_of(checkpoint.data_metadata)
         if tokenizer is None:
             raise ConfigError(
                 "--verify without tokens: the run's data is not here", "--verify-data PREFIX", "give it, or leave --verify out"

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from megatron_patch.checkpoint.safetensors_io import DTYPES, TensorInfo, dtype_name, read_header
 from megatron_patch.errors import CheckpointError
-from megatron_patch.safetensors_files import DTYPES, TensorInfo, dtype_name, read_header
 
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 

@@ -12,11 +12,11 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
+from megatron_patch.data.dataset_metadata import DatasetMetadata, check_compatible, read_metadata
+from megatron_patch.data.dataset_paths import expand_prefixes
 from megatron_patch.data.indexed_dataset import IndexedDataset
-from megatron_patch.data.prefixes import expand_prefixes
-from megatron_patch.data.side_file import DatasetInfo, check_alike, read_info
 from megatron_patch.errors import ConfigError, DataError
-from megatron_patch.files import allow_open_files
+from megatron_patch.utils.files import allow_open_files
 
 _SAMPLED_SPANS = 64
 _MOST_SPANS = 1024
@@ -52,13 +52,13 @@ class TokenCorpus:
         return self.prefixes[0] + (f" and {len(self.prefixes) - 1} more" if len(self.prefixes) > 1 else "")
 
     @cached_property
-    def infos(self) -> tuple[DatasetInfo | None, ...]:
+    def infos(self) -> tuple[DatasetMetadata | None, ...]:
         """Each shard's side file, where it has one.
 
         Raises:
             DataError: a damaged side file.
         """
-        return tuple(read_info(prefix) for prefix in self.prefixes)
+        return tuple(read_metadata(prefix) for prefix in self.prefixes)
 
     @property
     def patch_align(self) -> int:
@@ -202,7 +202,7 @@ def check_vocabulary(corpus: TokenCorpus, vocab_size: int) -> None:
                 )
 
 
-def check_side_files(corpora: Sequence[TokenCorpus], eod_id: int | None = None) -> list[DatasetInfo]:
+def check_metadata(corpora: Sequence[TokenCorpus], eod_id: int | None = None) -> list[DatasetMetadata]:
     """All that a run reads must have the same end-of-document token, as far as side files tell.
 
     Args:
@@ -217,7 +217,7 @@ def check_side_files(corpora: Sequence[TokenCorpus], eod_id: int | None = None) 
     """
     found = _found_infos(corpora)
     for prefix, info in found:
-        check_alike(found[0][1], info, found[0][0], prefix, ["eod_id"])
+        check_compatible(found[0][1], info, found[0][0], prefix, ["eod_id"])
         if eod_id not in (None, info.eod_id) and (info.append_eod or info.patch_align > 1):
             raise DataError(
                 f"--eod-token-id {eod_id}, but the documents of {prefix} end with {info.eod_id}",
@@ -241,7 +241,7 @@ def tokenizer_notes(corpora: Sequence[TokenCorpus]) -> list[str]:
     ]
 
 
-def _found_infos(corpora: Sequence[TokenCorpus]) -> list[tuple[str, DatasetInfo]]:
+def _found_infos(corpora: Sequence[TokenCorpus]) -> list[tuple[str, DatasetMetadata]]:
     return [(prefix, info) for corpus in corpora for prefix, info in zip(corpus.prefixes, corpus.infos, strict=True) if info is not None]
 
 

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from megatron_patch.data.collate import DocumentMasking, PatchBatch, make_batch
 from megatron_patch.data.corpus import TokenCorpus, check_ids
-from megatron_patch.data.patch_dataset import DocumentMasking, PatchBatch, make_batch
 
 
 def held_out_starts(token_range: tuple[int, int], unit_tokens: int, lookahead_tokens: int, tokens: int) -> np.ndarray:

@@ -21,7 +21,7 @@ import xxhash
 
 from megatron_patch.data.storage import StoredArray, exists, open_stored
 from megatron_patch.errors import DataError
-from megatron_patch.files import fsync_folder
+from megatron_patch.utils.files import fsync_folder
 
 MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")

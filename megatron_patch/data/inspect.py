@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from megatron_patch.data.dataset_metadata import DatasetMetadata, read_metadata
 from megatron_patch.data.indexed_dataset import IndexedDataset
-from megatron_patch.data.side_file import DatasetInfo, read_info
 from megatron_patch.data.storage import stored_checksum
 from megatron_patch.errors import DataError
 
@@ -86,9 +86,9 @@ def integrity_problems(dataset: IndexedDataset, vocab_size: int | None = None) -
     return problems
 
 
-def _info(prefix: str, problems: list[str]) -> DatasetInfo | None:
+def _info(prefix: str, problems: list[str]) -> DatasetMetadata | None:
     try:
-        return read_info(prefix)
+        return read_metadata(prefix)
     except DataError as error:
         problems.append(error.what)
         return None

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from megatron_patch.data.collate import DocumentMasking, PatchBatch, make_batch
 from megatron_patch.data.corpus import check_ids
-from megatron_patch.data.patch_dataset import DocumentMasking, PatchBatch, make_batch
 from megatron_patch.data.storage import is_address
 from megatron_patch.data.token_stream import Span, TrainStream
 

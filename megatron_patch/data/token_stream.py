@@ -26,7 +26,7 @@ from megatron_patch.data.corpus import TokenCorpus, tokenizer_notes
 from megatron_patch.data.permutation import Permutation, derive_key
 from megatron_patch.errors import DataError
 from megatron_patch.stages import StagePlan
-from megatron_patch.units import format_count
+from megatron_patch.utils.units import format_count
 
 Weights = Sequence[tuple[str, float]]
 
@@ -47,7 +47,7 @@ class Span:
 
 
 @dataclass(frozen=True)
-class Reading:
+class CorpusUsage:
     """What a stage reads of one corpus.
 
     Args:
@@ -212,13 +212,13 @@ class TrainStream:
         corpora, starts = self.locate(stage_index, samples)
         return tuple(Span(int(corpus), int(start), length) for corpus, start in zip(corpora, starts, strict=True))
 
-    def readings(self, stage_index: int) -> tuple[Reading, ...]:
+    def corpus_usage(self, stage_index: int) -> tuple[CorpusUsage, ...]:
         """How much a stage reads of each of its corpora."""
         deal = self._deals[stage_index]
         blocks = self.plan.last_block(stage_index) - self.plan.first_block(stage_index)
         before, after = deal.blend.consumed(deal.phase), deal.blend.consumed(deal.phase + blocks)
         return tuple(
-            Reading(
+            CorpusUsage(
                 corpus=self.names[corpus],
                 tokens=int(end - begin) * self.plan.block_tokens,
                 epochs=float(end - begin) / self.blocks[corpus],
@@ -237,7 +237,7 @@ class TrainStream:
             DataError: naming the first stage in which one is, and what the limit allows.
         """
         for index, stage in enumerate(self.plan.stages):
-            for reading in self.readings(index):
+            for reading in self.corpus_usage(index):
                 limit = limits.get(reading.corpus, math.inf)
                 if reading.epochs_by_end > limit:
                     size = self.blocks[self.names.index(reading.corpus)] * self.plan.block_tokens
@@ -252,13 +252,13 @@ class TrainStream:
         aligned = [
             f"documents of {reading.corpus} are aligned to {align} tokens: patches of {stage.patch_size} in stage {stage.name} may span two"
             for index, stage in enumerate(self.plan.stages)
-            for reading in self.readings(index)
+            for reading in self.corpus_usage(index)
             if (align := self.corpora[self.names.index(reading.corpus)].patch_align) > 1 and align % stage.patch_size
         ]
         return [*tokenizer_notes(self.corpora), *aligned] + [
             f"by the end of stage {stage.name} the training part of {reading.corpus} is read {reading.epochs_by_end:.2f} times"
             for index, stage in enumerate(self.plan.stages)
-            for reading in self.readings(index)
+            for reading in self.corpus_usage(index)
             if reading.epochs_by_end > 1
         ]
 

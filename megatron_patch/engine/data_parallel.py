@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from megatron_patch.data.patch_dataset import PatchBatch
+from megatron_patch.data.collate import PatchBatch
 from megatron_patch.engine.deepspeed_config import batch_settings
 from megatron_patch.engine.deepspeed_engine import DeepSpeedEngine
-from megatron_patch.engine.interface import Judge, StepResult
+from megatron_patch.engine.interface import StepGate, StepResult
 from megatron_patch.engine.stopwatch import Stopwatch
 from megatron_patch.parallel.groups import ModelParallelUnit
 from megatron_patch.stages import Stage
@@ -31,7 +31,7 @@ class DataParallelEngine(DeepSpeedEngine):
     def _initialize(self, model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any]) -> Any:
         import deepspeed
 
-        mpu = ModelParallelUnit(self._ranks) if self._ranks.tensor is not None else None
+        mpu = ModelParallelUnit(self._groups) if self._groups.tensor is not None else None
         return deepspeed.initialize(model=model, optimizer=optimizer, config=settings, mpu=mpu)[0]
 
     def start_stage(self, stage: Stage) -> None:
@@ -48,12 +48,12 @@ class DataParallelEngine(DeepSpeedEngine):
         return self._engine(inputs, labels, weights, position_ids, document_ids)
 
     def train_step(
-        self, micro_batches: Sequence[PatchBatch], label_weights: Sequence[float], lr: float, judge: Judge | None = None
+        self, micro_batches: Sequence[PatchBatch], label_weights: Sequence[float], lr: float, gate: StepGate | None = None
     ) -> StepResult:
         """One optimizer step; see `Engine`."""
         engine = self._engine
         self._set_lr(lr)
-        self._judge = judge
+        self._gate = gate
         weights = self._weights(label_weights)
         self._total = self._total_weight(micro_batches, label_weights)
         scale = (self.grid.data_parallel_size / self._total).to(torch.float32)
@@ -75,7 +75,7 @@ class DataParallelEngine(DeepSpeedEngine):
         self._sum_over_data(self._loss_sum)
         return float(self._loss_sum / self._total)
 
-    def _own_sums(self, batches: Iterable[PatchBatch]) -> torch.Tensor:
+    def _local_sums(self, batches: Iterable[PatchBatch]) -> torch.Tensor:
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         self._engine.eval()
         try:

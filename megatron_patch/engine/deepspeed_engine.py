@@ -20,14 +20,14 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from megatron_patch.checkpoint_files import Entry
+from megatron_patch.checkpoint.commit import ManifestEntry
 from megatron_patch.config.options import ScheduleOptions
-from megatron_patch.data.patch_dataset import PatchBatch
+from megatron_patch.data.collate import PatchBatch
 from megatron_patch.engine.deepspeed_config import EngineConfig, batch_settings
 from megatron_patch.engine.distributed import barrier, gather_objects
-from megatron_patch.engine.environment import threads_of_rank
+from megatron_patch.engine.environment import threads_per_rank
 from megatron_patch.engine.fragments import Fragment, HostCopies, fragments
-from megatron_patch.engine.interface import EvaluationResult, Judge, Snapshot, StepResult
+from megatron_patch.engine.interface import EvaluationResult, Snapshot, StepGate, StepResult
 from megatron_patch.engine.optimizer import base_optimizer, make_optimizer, set_step_count, step_count, zero_moments
 from megatron_patch.engine.state_files import StateFiles, write_fragments
 from megatron_patch.engine.swapping import SubGroups
@@ -35,9 +35,9 @@ from megatron_patch.errors import CheckpointError
 from megatron_patch.model.gpt import GPTModel
 from megatron_patch.model.init import InitialWeights, parameter_groups
 from megatron_patch.model.precision import DTYPES
+from megatron_patch.model.sharding import VOCABULARY_PARAMETERS, shard_of
 from megatron_patch.ops import IGNORE_INDEX
 from megatron_patch.parallel.groups import Groups, ModelParallelUnit
-from megatron_patch.parallel.sharding import VOCABULARY_PARAMETERS, shard_of
 from megatron_patch.stages import Stage
 
 _DIGEST_CHUNK = 1 << 22
@@ -88,7 +88,7 @@ class DeepSpeedEngine(abc.ABC):
         config: precision, ZeRO stage, DeepSpeed's JSON.
         schedule: the optimizer's settings.
         stage: the first stage.
-        ranks: this rank's place and process groups.
+        groups: this rank's place and process groups.
         device: this rank's device.
     """
 
@@ -99,11 +99,11 @@ class DeepSpeedEngine(abc.ABC):
         config: EngineConfig,
         schedule: ScheduleOptions,
         stage: Stage,
-        ranks: Groups,
+        groups: Groups,
         device: torch.device,
     ) -> None:
         self.config, self.device = config, device
-        self.grid, self._ranks = ranks.grid, ranks
+        self.grid, self._groups = groups.grid, groups
         settings = {**config.deepspeed, **batch_settings(stage, self.grid.data_parallel_size)}
         self._host = HostCopies(pin_memory=device.type == "cuda")
         dtype = DTYPES[config.precision]
@@ -122,20 +122,20 @@ class DeepSpeedEngine(abc.ABC):
             settings["gradient_clipping"] = 0.0
             wrapped = MixedPrecision(model, dtype) if dtype != torch.float32 else model
         decayed, undecayed = parameter_groups(model)
-        groups = [{"params": decayed, "weight_decay": schedule.weight_decay}, {"params": undecayed, "weight_decay": 0.0}]
-        optimizer = make_optimizer([group for group in groups if group["params"]], schedule, config.offloads_optimizer)
+        param_groups = [{"params": decayed, "weight_decay": schedule.weight_decay}, {"params": undecayed, "weight_decay": 0.0}]
+        optimizer = make_optimizer([group for group in param_groups if group["params"]], schedule, config.offloads_optimizer)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             self._engine = self._initialize(wrapped, optimizer, settings)
         self._base = base_optimizer(self._engine.optimizer)
-        self._judge: Judge | None = None
-        self._refused: str | None = None
+        self._gate: StepGate | None = None
+        self._rejection: str | None = None
         self._norm_judged = False
         self._loss = 0.0
         self._grad_norm: torch.Tensor | None = None
         self._put_judge_before_the_optimizer()
         if seed is not None:
-            initial, shapes = InitialWeights(model.shape, seed, threads_of_rank()), self._whole_shapes()
+            initial, shapes = InitialWeights(model.shape, seed, threads_per_rank()), self._whole_shapes()
             # Master weights start from the float32 initial weights, not from their rounded copies.
             self._fill(lambda kind, name, *span: initial.read(name, shapes[name], self._shards.get(name), *span), ("weight",))
         self.start_stage(stage)
@@ -145,9 +145,9 @@ class DeepSpeedEngine(abc.ABC):
         if self.config.zero_stage == 3:
             import deepspeed
 
-            mpu = ModelParallelUnit(self._ranks) if self._ranks.tensor is not None else None
+            mpu = ModelParallelUnit(self._groups) if self._groups.tensor is not None else None
             # Without a dtype, which it would take for bfloat16 on CPUs that do not compute in float16: the settings say which.
-            with deepspeed.zero.Init(data_parallel_group=self._ranks.data, config_dict_or_path=settings, mpu=mpu):
+            with deepspeed.zero.Init(data_parallel_group=self._groups.data, config_dict_or_path=settings, mpu=mpu):
                 model = build()
             assert all(parameter.dtype == dtype for parameter in model.parameters())
             return model
@@ -170,25 +170,25 @@ class DeepSpeedEngine(abc.ABC):
         self.start_stage(stage)
         if stage.optimizer == "keep":
             return
-        with self._on_nvme(written=True) as groups:
-            zero_moments(self._base.state.values() if groups is None else groups)
+        with self._on_nvme(written=True) as sub_groups:
+            zero_moments(self._base.state.values() if sub_groups is None else sub_groups)
         if stage.optimizer == "reset":
             set_step_count(self._base, 0)
 
     @abc.abstractmethod
-    def _own_sums(self, batches: Iterable[PatchBatch]) -> torch.Tensor:
+    def _local_sums(self, batches: Iterable[PatchBatch]) -> torch.Tensor:
         """float64 [sum of losses, labels] of held-out batches over the ranks that share this one's model."""
 
     def evaluate(self, batches: Iterable[PatchBatch]) -> EvaluationResult:
         """Mean held-out loss; see `Engine`."""
-        sums = self._own_sums(batches)
+        sums = self._local_sums(batches)
         self._sum_over_data(sums)
         loss_sum, labels_scored = sums.tolist()
         return EvaluationResult(loss_sum / labels_scored if labels_scored else float("nan"), int(labels_scored))
 
-    def own_loss(self, batch: PatchBatch) -> float:
+    def local_loss(self, batch: PatchBatch) -> float:
         """Sum of the losses of this rank's batch alone; see `Engine`."""
-        return float(self._own_sums([batch])[0])
+        return float(self._local_sums([batch])[0])
 
     @abc.abstractmethod
     def _global_loss(self) -> float:
@@ -200,7 +200,7 @@ class DeepSpeedEngine(abc.ABC):
 
         def judged_model_step(*args: Any, **kwargs: Any) -> Any:
             self._loss = self._global_loss()
-            self._refused = self._judge.judge_loss(self._loss) if self._judge is not None else None
+            self._rejection = self._gate.check_loss(self._loss) if self._gate is not None else None
             self._norm_judged = False
             return take_model_step(*args, **kwargs)
 
@@ -209,9 +209,9 @@ class DeepSpeedEngine(abc.ABC):
                 self._norm_judged = True
                 if self.config.zero_stage == 0:
                     self._grad_norm = self._clip_gradients()
-                if self._judge is not None and self._refused is None:
-                    self._refused = self._judge.judge_grad_norm(self._found_norm())
-            return optimizer_step(*args, **kwargs) if self._refused is None else None
+                if self._gate is not None and self._rejection is None:
+                    self._rejection = self._gate.check_grad_norm(self._found_norm())
+            return optimizer_step(*args, **kwargs) if self._rejection is None else None
 
         self._engine._take_model_step = judged_model_step
         self._base.step = judged_optimizer_step  # type: ignore[method-assign]
@@ -224,12 +224,12 @@ class DeepSpeedEngine(abc.ABC):
     def _result(self, skipped_before: int, forward_seconds: float) -> StepResult:
         """What became of the step that was taken last."""
         overflow = self._engine.skipped_steps > skipped_before
-        norm, refused = self._found_norm(), self._refused
-        if overflow and refused is None and self.config.precision != "fp16":
-            refused = f"the gradient's norm is {norm}"
-        return StepResult(self._loss, norm, overflow or refused is not None, refused, self._loss_scale(), forward_seconds)
+        norm, rejection = self._found_norm(), self._rejection
+        if overflow and rejection is None and self.config.precision != "fp16":
+            rejection = f"the gradient's norm is {norm}"
+        return StepResult(self._loss, norm, overflow or rejection is not None, rejection, self._loss_scale(), forward_seconds)
 
-    def disagreements(self) -> list[str]:
+    def replica_mismatches(self) -> list[str]:
         """Parameters whose copies differ; see `Engine`."""
         if self.config.zero_stage == 3:
             return []
@@ -280,7 +280,7 @@ class DeepSpeedEngine(abc.ABC):
     def _sum_over_data(self, tensor: torch.Tensor) -> None:
         """Sums over the ranks that see other samples."""
         if self.grid.data_parallel_size > 1:
-            torch.distributed.all_reduce(tensor, group=self._ranks.data)
+            torch.distributed.all_reduce(tensor, group=self._groups.data)
 
     def _loss_scale(self) -> float | None:
         return float(self._engine.optimizer.loss_scale) if self.config.precision == "fp16" else None
@@ -293,11 +293,11 @@ class DeepSpeedEngine(abc.ABC):
         norm = shared
         if self._shards or self.grid.pipeline_parallel_size > 1:
             square = own.to(self.device)
-            if self._ranks.tensor is not None:
-                torch.distributed.all_reduce(square, group=self._ranks.tensor)
+            if self._groups.tensor is not None:
+                torch.distributed.all_reduce(square, group=self._groups.tensor)
             square += shared.to(self.device).double().square()
-            if self._ranks.pipeline is not None:
-                torch.distributed.all_reduce(square, group=self._ranks.pipeline)
+            if self._groups.pipeline is not None:
+                torch.distributed.all_reduce(square, group=self._groups.pipeline)
             norm = square.sqrt().to(shared.dtype)
         torch.nn.utils.clip_grads_with_norm_(list(self._names), self.config.clip_grad or float("inf"), norm)
         return norm
@@ -306,7 +306,7 @@ class DeepSpeedEngine(abc.ABC):
         """This rank's part of a checkpoint; see `Engine`."""
         copies: list[Fragment] | None = None
         if to_host:
-            with self._own_fragments() as mine:
+            with self._local_fragments() as mine:
                 copies = self._host.copies(mine)
         scaler = getattr(self._engine.optimizer, "loss_scaler", None)
         scaler_state = {
@@ -322,8 +322,8 @@ class DeepSpeedEngine(abc.ABC):
             "pipeline_parallel_size": self.grid.pipeline_parallel_size,
         }
 
-        def write(folder: Path) -> dict[str, Entry]:
-            with self._own_fragments() if copies is None else nullcontext(copies) as mine:
+        def write(folder: Path) -> dict[str, ManifestEntry]:
+            with self._local_fragments() if copies is None else nullcontext(copies) as mine:
                 return write_fragments(folder, self.grid.rank, self.grid.world_size, mine)
 
         return Snapshot(state, write)
@@ -333,13 +333,13 @@ class DeepSpeedEngine(abc.ABC):
         return SubGroups(self._engine.optimizer, self._base, written) if self.config.offloads_to_nvme else nullcontext()
 
     @contextmanager
-    def _own_fragments(self) -> Iterator[list[Fragment]]:
+    def _local_fragments(self) -> Iterator[list[Fragment]]:
         """What of a checkpoint this rank writes."""
         share = (self.grid.data_parallel_rank, self.grid.data_parallel_size)
         # What all ranks of a layer hold is written by the first of them.
         first = self.grid.tensor_parallel_rank == 0
-        with self._on_nvme(written=False) as groups:
-            found = fragments(self._engine, self._names, self._shards, share, groups)
+        with self._on_nvme(written=False) as sub_groups:
+            found = fragments(self._engine, self._names, self._shards, share, sub_groups)
             yield [f for f in found if (first or f.shard is not None) and f.name not in self._copies]
 
     def load(self, folder: Path, state: Mapping[str, Any] | None) -> None:
@@ -370,8 +370,8 @@ class DeepSpeedEngine(abc.ABC):
     def _fill(self, read: Any, kinds: Sequence[str]) -> None:
         """Sets this rank's fragments, and the weights that the model computes with, from `read(kind, name, start, numel)`."""
         masters: dict[str, Fragment] = {}
-        with self._on_nvme(written=True) as groups:
-            for fragment in fragments(self._engine, self._names, self._shards, None, groups):
+        with self._on_nvme(written=True) as sub_groups:
+            for fragment in fragments(self._engine, self._names, self._shards, None, sub_groups):
                 masters[fragment.name] = fragment
                 for kind in kinds:
                     fragment.tensors[kind].copy_(read(kind, fragment.name, fragment.start, fragment.numel))

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 import torch.distributed
 
-from megatron_patch.engine.environment import device_index, local_ranks, meeting_point, ranks_of_environment, threads_of_rank
+from megatron_patch.engine.environment import device_index, local_world_size, ranks_from_environment, rendezvous_address, threads_per_rank
 
 
-def join(timeout_minutes: int = 30) -> torch.device:
+def init_distributed(timeout_minutes: int = 30) -> torch.device:
     """Joins the job and returns this rank's device (its GPU, or the CPU).
 
     On CPUs the cores are shared out among the local ranks, unless OMP_NUM_THREADS says otherwise.
@@ -28,8 +28,8 @@ def join(timeout_minutes: int = 30) -> torch.device:
     Raises:
         MegatronPatchError: the environment does not say which rank this is, or this node has no GPU for it.
     """
-    (rank, size, local), beside, threads = ranks_of_environment(), local_ranks(), threads_of_rank()
-    address, port = meeting_point()
+    (rank, size, local), beside, threads = ranks_from_environment(), local_world_size(), threads_per_rank()
+    address, port = rendezvous_address()
     # Said in one way from here on, for torch and DeepSpeed.
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(local), MASTER_ADDR=address, MASTER_PORT=str(port))
     if beside is not None:
@@ -60,7 +60,7 @@ def join(timeout_minutes: int = 30) -> torch.device:
     return device
 
 
-def leave() -> None:
+def destroy_distributed() -> None:
     """Leaves the job; without it ZeRO 3 may end with an error while the interpreter shuts down."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
@@ -90,7 +90,7 @@ def barrier() -> None:
         torch.distributed.barrier()
 
 
-def first_word(name: str, word: str, seconds: float = 5.0) -> str | None:
+def set_once(name: str, word: str, seconds: float = 5.0) -> str | None:
     """What the first rank that came here said; ranks need not come together, and some may hang or be dead.
 
     Args:
@@ -117,8 +117,8 @@ def first_word(name: str, word: str, seconds: float = 5.0) -> str | None:
     return said[0] if said else None
 
 
-def listener(name: str) -> Callable[[], str | None]:
-    """Asks what `first_word` has heard, whenever it is called, on a connection of its own, which no other thread waits for.
+def set_once_reader(name: str) -> Callable[[], str | None]:
+    """Asks what `set_once` has heard, whenever it is called, on a connection of its own, which no other thread waits for.
 
     Returns:
         What the first rank said; None where nobody has said anything. Where the keeper has gone it raises `ConnectionError`.

@@ -16,7 +16,7 @@ from megatron_patch.engine.slurm import SlurmTask, slurm_task
 from megatron_patch.errors import ConfigError, MegatronPatchError
 
 
-def ranks_of_environment() -> tuple[int, int, int]:
+def ranks_from_environment() -> tuple[int, int, int]:
     """(rank, world size, local rank) that the launcher or srun gave this process; without either (0, 1, 0).
 
     Raises:
@@ -41,14 +41,14 @@ def ranks_of_environment() -> tuple[int, int, int]:
     return rank, size, local
 
 
-def meeting_point() -> tuple[str, int]:
+def rendezvous_address() -> tuple[str, int]:
     """(address, port) of rank 0: MASTER_ADDR and MASTER_PORT, else what follows from a Slurm step, else a free port of this machine.
 
     Raises:
         ConfigError: nothing says where the ranks of a job are to meet.
     """
     task = _task()
-    _, size, _ = ranks_of_environment()
+    _, size, _ = ranks_from_environment()
     address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
     if size == 1:
         return address or "127.0.0.1", int(port or free_port())
@@ -72,7 +72,7 @@ def free_port() -> int:
             return port
 
 
-def local_ranks() -> int | None:
+def local_world_size() -> int | None:
     """Ranks on this node; None where the launcher does not say."""
     task = _task()
     if task is not None:
@@ -81,14 +81,14 @@ def local_ranks() -> int | None:
     return int(stated) if stated else None
 
 
-def threads_of_rank() -> int:
+def threads_per_rank() -> int:
     """Cores for this rank's own threads: what Slurm gave its task, else this process' cores shared out among the node's ranks."""
     cores = len(os.sched_getaffinity(0))
     own = os.environ.get("SLURM_CPUS_PER_TASK")
     if _task() is not None and own:
         return max(1, min(cores, int(own)))
-    _, size, _ = ranks_of_environment()
-    return max(1, cores // (local_ranks() or size))
+    _, size, _ = ranks_from_environment()
+    return max(1, cores // (local_world_size() or size))
 
 
 def device_index(local_rank: int, visible: int) -> int:
@@ -97,7 +97,7 @@ def device_index(local_rank: int, visible: int) -> int:
     Raises:
         MegatronPatchError: there are fewer GPUs than ranks on this node: told by each of its ranks, as other nodes may be well.
     """
-    beside = local_ranks() or local_rank + 1
+    beside = local_world_size() or local_rank + 1
     if beside <= visible:
         return local_rank
     if visible == 1 and int(os.environ.get("SLURM_GPUS_ON_NODE", "0")) >= beside:
@@ -110,7 +110,7 @@ def device_index(local_rank: int, visible: int) -> int:
     )
 
 
-def let_segments_grow(environment: MutableMapping[str, str] = os.environ) -> None:
+def use_expandable_segments(environment: MutableMapping[str, str] = os.environ) -> None:
     """Tells torch's allocator for GPUs, before torch is imported, to map memory by the page, unless it has been told something already.
 
     Where a switch of stages changes all activations' sizes, freed memory of the old sizes then serves for the new ones.

@@ -16,7 +16,7 @@ import torch
 
 from megatron_patch.engine.optimizer import MOMENTS, base_optimizer, ensure_moments
 from megatron_patch.engine.swapping import SubGroups
-from megatron_patch.parallel.sharding import Shard
+from megatron_patch.model.sharding import Shard
 
 
 @dataclass(frozen=True)

@@ -15,19 +15,19 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
-from megatron_patch.checkpoint_files import Found, TrainerState, find_newest_sound
-from megatron_patch.engine.environment import ranks_of_environment
+from megatron_patch.checkpoint.commit import FoundCheckpoint, TrainerState, find_newest_valid
+from megatron_patch.engine.environment import ranks_from_environment
 from megatron_patch.engine.shared_model import SharedModel
 from megatron_patch.engine.state_files import StateFiles
 from megatron_patch.errors import CheckpointError, ConfigError
 from megatron_patch.model.gpt import GPTModel
-from megatron_patch.model.reader import Reader
+from megatron_patch.model.inference_model import InferenceModel
+from megatron_patch.model.pipeline_partition import pipeline_partition
 from megatron_patch.model.shape import ModelShape, check_shape
+from megatron_patch.model.sharding import shard_of
 from megatron_patch.parallel.grid import Grid
-from megatron_patch.parallel.groups import ALONE, Copies, Groups, make_groups
-from megatron_patch.parallel.partition import pipeline_partition
-from megatron_patch.parallel.sharding import shard_of
-from megatron_patch.records import record_from_json
+from megatron_patch.parallel.groups import SINGLE_REPLICA, Groups, Replicas, make_groups
+from megatron_patch.utils.records import record_from_json
 
 _MOST_LAYERS = 100_000
 Model = TypeVar("Model", covariant=True)
@@ -45,9 +45,9 @@ class LoadedModel(Generic[Model]):
     """
 
     model: Model
-    found: Found
-    data_info: Mapping[str, Any] | None
-    copies: Copies = ALONE
+    found: FoundCheckpoint
+    data_metadata: Mapping[str, Any] | None
+    replicas: Replicas = SINGLE_REPLICA
 
     @property
     def options(self) -> Mapping[str, Any]:
@@ -74,13 +74,13 @@ def shape_of_state(state: TrainerState, where: str) -> ModelShape:
     return shape
 
 
-def find_checkpoint(load: str) -> Found:
+def find_checkpoint(load: str) -> FoundCheckpoint:
     """The newest sound checkpoint of a run, or the one named.
 
     Raises:
         CheckpointError: there is none, or it is damaged.
     """
-    found = find_newest_sound(Path(load))
+    found = find_newest_valid(Path(load))
     if found is None:
         raise CheckpointError(f"--load {load} holds no checkpoint", "a run's folder, or one of its step-N folders", "check the path")
     return found
@@ -102,12 +102,12 @@ def load_model(load: str, device: torch.device | None = None, dtype: torch.dtype
     return LoadedModel(model.to(device or default_device()).eval(), found, found.state.extra.get("data_info"))
 
 
-def load_shared_model(load: str, ranks: Groups, device: torch.device, dtype: torch.dtype = torch.float32) -> LoadedModel[SharedModel]:
+def load_shared_model(load: str, groups: Groups, device: torch.device, dtype: torch.dtype = torch.float32) -> LoadedModel[SharedModel]:
     """Loads this rank's part of a checkpoint; every rank must call it.
 
     Args:
         load: as in `load_model`.
-        ranks: this rank's place and process groups.
+        groups: this rank's place and process groups.
         device: this rank's device.
         dtype: of the weights.
 
@@ -115,7 +115,7 @@ def load_shared_model(load: str, ranks: Groups, device: torch.device, dtype: tor
         CheckpointError: as `load_model`.
         ConfigError: the model does not divide by these ranks.
     """
-    found, grid = find_checkpoint(load), ranks.grid
+    found, grid = find_checkpoint(load), groups.grid
     stored = shape_of_state(found.state, str(found.folder))
     files = StateFiles(found.folder)
     # The vocabulary's padding belongs to the layout.
@@ -125,21 +125,21 @@ def load_shared_model(load: str, ranks: Groups, device: torch.device, dtype: tor
     layers = range(boundaries[grid.pipeline_parallel_rank], boundaries[grid.pipeline_parallel_rank + 1])
     with torch.device("meta"):
         whole = GPTModel(shape)
-        part = GPTModel(shape, parallel=ranks.tensor_parallel(sequence=False), layers=layers)
+        part = GPTModel(shape, parallel=groups.tensor_parallel(sequence=False), layers=layers)
     files.check({name: tuple(parameter.shape) for name, parameter in whole.named_parameters()}, shape.vocab_size)
     weights = {}
     for name, parameter in part.named_parameters():
         shard = shard_of(name, shape, grid.tensor_parallel_rank, grid.tensor_parallel_size)
         weights[name] = files.read_shard("weight", name, shard, 0, parameter.numel()).view(parameter.shape).to(device, dtype)
     part.load_state_dict(weights, strict=True, assign=True)
-    copies = Copies(grid.data_parallel_rank, grid.data_parallel_size, ranks.data)
-    return LoadedModel(SharedModel(part.eval(), ranks), found, found.state.extra.get("data_info"), copies)
+    replicas = Replicas(grid.data_parallel_rank, grid.data_parallel_size, groups.data)
+    return LoadedModel(SharedModel(part.eval(), groups), found, found.state.extra.get("data_info"), replicas)
 
 
 @contextlib.contextmanager
-def reading(
+def open_model(
     load: str, dtype: torch.dtype = torch.float32, tensor_parallel_size: int = 1, pipeline_parallel_size: int = 1
-) -> Iterator[LoadedModel[Reader]]:
+) -> Iterator[LoadedModel[InferenceModel]]:
     """A checkpoint's model, in this process, or shared by the ranks of the job that a launcher has started.
 
     Args:
@@ -152,18 +152,18 @@ def reading(
         CheckpointError: as `load_model`.
         ConfigError: the ranks, or the model, do not divide by these sizes.
     """
-    rank, size, _ = ranks_of_environment()
+    rank, size, _ = ranks_from_environment()
     grid = Grid(rank, size, tensor_parallel_size, pipeline_parallel_size)
     if size == 1:
         yield load_model(load, default_device(), dtype)
         return
     # DeepSpeed takes seconds to import.
-    from megatron_patch.engine.distributed import join, leave
+    from megatron_patch.engine.distributed import destroy_distributed, init_distributed
 
-    device = join()
+    device = init_distributed()
     yield load_shared_model(load, make_groups(grid), device, dtype)
     # Not after an error: peers may be inside a collective, and leaving would wait for them.
-    leave()
+    destroy_distributed()
 
 
 def default_device() -> torch.device:

@@ -9,8 +9,8 @@ from typing import Any, Protocol
 
 import torch
 
-from megatron_patch.checkpoint_files import Entry
-from megatron_patch.data.patch_dataset import PatchBatch
+from megatron_patch.checkpoint.commit import ManifestEntry
+from megatron_patch.data.collate import PatchBatch
 from megatron_patch.stages import Stage
 
 
@@ -30,19 +30,19 @@ class StepResult:
     loss: float
     grad_norm: float
     skipped: bool = False
-    refused: str | None = None
+    rejection: str | None = None
     loss_scale: float | None = None
     forward_seconds: float = 0.0
 
 
-class Judge(Protocol):
+class StepGate(Protocol):
     """Decides whether a step is taken, from numbers that every rank has alike."""
 
-    def judge_loss(self, loss: float) -> str | None:
+    def check_loss(self, loss: float) -> str | None:
         """Why not, by the loss."""
         ...
 
-    def judge_grad_norm(self, norm: float) -> str | None:
+    def check_grad_norm(self, norm: float) -> str | None:
         """Why not, by the gradient's norm."""
         ...
 
@@ -70,14 +70,14 @@ class Snapshot:
     """
 
     state: Mapping[str, Any]
-    write: Callable[[Path], dict[str, Entry]]
+    write: Callable[[Path], dict[str, ManifestEntry]]
 
 
 class Engine(Protocol):
     """Trains, evaluates, switches stages, saves and loads."""
 
     def train_step(
-        self, micro_batches: Sequence[PatchBatch], label_weights: Sequence[float], lr: float, judge: Judge | None = None
+        self, micro_batches: Sequence[PatchBatch], label_weights: Sequence[float], lr: float, gate: StepGate | None = None
     ) -> StepResult:
         """One optimizer step over this rank's micro-batches of a global batch, unless the judge has something against it."""
         ...
@@ -90,7 +90,7 @@ class Engine(Protocol):
         """The mean loss over batches; every rank brings the same number of them."""
         ...
 
-    def own_loss(self, batch: PatchBatch) -> float:
+    def local_loss(self, batch: PatchBatch) -> float:
         """The sum of the losses of one batch over the ranks that share a model, each of which must call it; of no others."""
         ...
 
@@ -102,7 +102,7 @@ class Engine(Protocol):
         """Takes on a stage's batch and shapes and leaves the optimizer alone: at the start and when resuming inside a stage."""
         ...
 
-    def disagreements(self) -> list[str]:
+    def replica_mismatches(self) -> list[str]:
         """Parameters whose copies on ranks that must hold the same differ, with the ranks; every rank must call it."""
         ...
 

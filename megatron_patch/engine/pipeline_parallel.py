@@ -25,10 +25,10 @@ from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import nn
 
 from megatron_patch.config.options import ScheduleOptions
-from megatron_patch.data.patch_dataset import PatchBatch
+from megatron_patch.data.collate import PatchBatch
 from megatron_patch.engine.deepspeed_config import EngineConfig, batch_settings
 from megatron_patch.engine.deepspeed_engine import DeepSpeedEngine, MixedPrecision
-from megatron_patch.engine.interface import Judge, StepResult
+from megatron_patch.engine.interface import StepGate, StepResult
 from megatron_patch.engine.stopwatch import Stopwatch
 from megatron_patch.model.gpt import GPTModel
 from megatron_patch.parallel.groups import Groups
@@ -144,12 +144,12 @@ class PipelineParallelEngine(DeepSpeedEngine):
         config: EngineConfig,
         schedule: ScheduleOptions,
         stage: Stage,
-        ranks: Groups,
+        groups: Groups,
         device: torch.device,
     ) -> None:
         self._boundaries = boundaries
         self._shape: tuple[int, ...] | None = None
-        super().__init__(build, seed, config, schedule, stage, ranks, device)
+        super().__init__(build, seed, config, schedule, stage, groups, device)
 
     def _initialize(self, model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any]) -> Any:
         grid, part = self.grid, model.module if isinstance(model, MixedPrecision) else model
@@ -157,8 +157,8 @@ class PipelineParallelEngine(DeepSpeedEngine):
         self._model = part
         topology = PipeModelDataParallelTopology(grid.pipeline_parallel_size, grid.tensor_parallel_size, grid.data_parallel_size)
         tied = None
-        if self._model.shape.tie_embeddings and self._model.embedding is not None and self._ranks.ends is not None:
-            tied = (self._model.embedding.word.weight, self._ranks.ends)
+        if self._model.shape.tie_embeddings and self._model.embedding is not None and self._groups.ends is not None:
+            tied = (self._model.embedding.word.weight, self._groups.ends)
         self._module = _StageModule(model, self._boundaries, topology, tied)
         for parameter, name in self._names.items():
             # DeepSpeed counts a parameter with this mark in another stage.
@@ -198,16 +198,16 @@ class PipelineParallelEngine(DeepSpeedEngine):
     def _summed(self) -> torch.Tensor:
         """[sum of losses, sum of weights] over this replica's samples since the last `_feed`."""
         sums = self._module.sums.clone()
-        torch.distributed.all_reduce(sums, group=self._ranks.pipeline)
+        torch.distributed.all_reduce(sums, group=self._groups.pipeline)
         return sums
 
     def train_step(
-        self, micro_batches: Sequence[PatchBatch], label_weights: Sequence[float], lr: float, judge: Judge | None = None
+        self, micro_batches: Sequence[PatchBatch], label_weights: Sequence[float], lr: float, gate: StepGate | None = None
     ) -> StepResult:
         """One optimizer step; see `Engine`."""
         engine = self._engine
         self._set_lr(lr)
-        self._judge = judge
+        self._gate = gate
         self._total = self._total_weight(micro_batches, label_weights)
         # DeepSpeed divides by the ranks and by the micro-batches.
         scale = (self.grid.data_parallel_size * len(micro_batches) / self._total).to(torch.float32)
@@ -224,7 +224,7 @@ class PipelineParallelEngine(DeepSpeedEngine):
         self._sum_over_data(sums)
         return float(sums[0] / self._total)
 
-    def _own_sums(self, batches: Iterable[PatchBatch]) -> torch.Tensor:
+    def _local_sums(self, batches: Iterable[PatchBatch]) -> torch.Tensor:
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         for _, group in itertools.groupby(batches, key=lambda batch: batch.input_ids.shape[:2]):
             alike = list(group)
@@ -250,5 +250,5 @@ class PipelineParallelEngine(DeepSpeedEngine):
             result = torch.empty(*padded.shape, self._model_shape.vocab_size, device=self.device)
         else:
             result = found.float().contiguous()
-        torch.distributed.broadcast(result, group=self._ranks.pipeline, group_src=self.grid.pipeline_parallel_size - 1)
+        torch.distributed.broadcast(result, group=self._groups.pipeline, group_src=self.grid.pipeline_parallel_size - 1)
         return result[:, :length]

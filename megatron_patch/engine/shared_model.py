@@ -17,15 +17,15 @@ from megatron_patch.parallel.groups import Groups
 
 
 class SharedModel:
-    """The whole model, as `megatron_patch.model.reader.Reader`.
+    """The whole model, as `megatron_patch.model.inference_model.InferenceModel`.
 
     Args:
         part: this rank's layers, in evaluation mode, on its device.
-        ranks: its place and process groups.
+        groups: its place and process groups.
     """
 
-    def __init__(self, part: GPTModel, ranks: Groups) -> None:
-        self._part, self._ranks = part, ranks
+    def __init__(self, part: GPTModel, groups: Groups) -> None:
+        self._part, self._groups = part, groups
         self.shape: ModelShape = part.shape
         self._dtype = next(part.parameters()).dtype
 
@@ -35,7 +35,7 @@ class SharedModel:
         return self._part.device
 
     def __call__(self, inputs: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `Reader`."""
+        """See `InferenceModel`."""
         result = self._part(self._received(inputs), labels)
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         if self._part.is_last:
@@ -46,9 +46,9 @@ class SharedModel:
         return loss_sum, weight_sum
 
     def logits(self, input_ids: torch.Tensor, *, cache: ModelCache | None = None, last_only: bool = False) -> torch.Tensor:
-        """See `Reader`; float32 with several pipeline stages."""
+        """See `InferenceModel`; float32 with several pipeline stages."""
         result = self._part.logits(self._received(input_ids), cache=cache, last_only=last_only)
-        if self._ranks.pipeline is None:
+        if self._groups.pipeline is None:
             return result
         if not self._part.is_last:
             self._send(result)
@@ -61,13 +61,13 @@ class SharedModel:
         if self._part.is_first:
             return inputs
         hidden = torch.empty(*inputs.shape[:2], self.shape.hidden_size, dtype=self._dtype, device=self.device)
-        dist.recv(hidden, group=self._ranks.pipeline, group_src=self._ranks.grid.pipeline_parallel_rank - 1)
+        dist.recv(hidden, group=self._groups.pipeline, group_src=self._groups.grid.pipeline_parallel_rank - 1)
         return hidden
 
     def _send(self, hidden: torch.Tensor) -> None:
-        dist.send(hidden.contiguous(), group=self._ranks.pipeline, group_dst=self._ranks.grid.pipeline_parallel_rank + 1)
+        dist.send(hidden.contiguous(), group=self._groups.pipeline, group_dst=self._groups.grid.pipeline_parallel_rank + 1)
 
     def _from_last(self, tensor: torch.Tensor) -> torch.Tensor:
-        if self._ranks.pipeline is not None:
-            dist.broadcast(tensor, group=self._ranks.pipeline, group_src=self._ranks.grid.pipeline_parallel_size - 1)
+        if self._groups.pipeline is not None:
+            dist.broadcast(tensor, group=self._groups.pipeline, group_src=self._groups.grid.pipeline_parallel_size - 1)
         return tensor

@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from megatron_patch.checkpoint_files import Entry
+from megatron_patch.checkpoint.commit import ManifestEntry
+from megatron_patch.checkpoint.safetensors_io import write_safetensors
 from megatron_patch.engine.fragments import Fragment
 from megatron_patch.errors import CheckpointError
-from megatron_patch.files import checksum_on_disk
-from megatron_patch.parallel.sharding import VOCABULARY_PARAMETERS, Shard
-from megatron_patch.records import record_from_json
-from megatron_patch.safetensors_files import write_safetensors
+from megatron_patch.model.sharding import VOCABULARY_PARAMETERS, Shard
+from megatron_patch.utils.files import checksum_on_disk
+from megatron_patch.utils.records import record_from_json
 
 FORMAT = "megatron_patch/state-1"
 
@@ -33,7 +33,7 @@ def state_file_name(rank: int, ranks: int) -> str:
     return f"state-{rank:05d}-of-{ranks:05d}.safetensors"
 
 
-def write_fragments(folder: Path, rank: int, ranks: int, fragments: Sequence[Fragment]) -> dict[str, Entry]:
+def write_fragments(folder: Path, rank: int, ranks: int, fragments: Sequence[Fragment]) -> dict[str, ManifestEntry]:
     """Writes this rank's fragments, forces them to disk and reads them back.
 
     Args:

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_patch.errors import ConfigError, DataError
-from megatron_patch.model.reader import Reader
-from megatron_patch.parallel.groups import ALONE, Copies
-from megatron_patch.tokenizer import Tokenizer
+from megatron_patch.model.inference_model import InferenceModel
+from megatron_patch.parallel.groups import SINGLE_REPLICA, Replicas
+from megatron_patch.tokenizers.base import Tokenizer
 
 
 def local_data(folder: Path | None, path: str, name: str | None) -> tuple[str, str | None] | None:
@@ -66,7 +66,7 @@ def _data_from(folder: Path | None) -> Iterator[None]:
 
 
 def run_tasks(
-    model: Reader,
+    model: InferenceModel,
     tokenizer: Tokenizer,
     tasks: Sequence[str],
     max_length: int,
@@ -75,7 +75,7 @@ def run_tasks(
     task_path: Path | None = None,
     shots: int | None = None,
     limit: int | None = None,
-    copies: Copies = ALONE,
+    replicas: Replicas = SINGLE_REPLICA,
 ) -> dict[str, Any]:
     """Runs tasks.
 
@@ -118,7 +118,7 @@ def run_tasks(
         )
     with _data_from(data):
         result = simple_evaluate(
-            HarnessModel(model, tokenizer, max_length, batch, copies),
+            HarnessModel(model, tokenizer, max_length, batch, replicas),
             tasks=list(tasks),
             num_fewshot=shots,
             limit=limit,

@@ -14,9 +14,9 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from megatron_patch.model.generate import Sampling, generate
-from megatron_patch.model.reader import Reader
-from megatron_patch.parallel.groups import ALONE, Copies
-from megatron_patch.tokenizer import Tokenizer, encode
+from megatron_patch.model.inference_model import InferenceModel
+from megatron_patch.parallel.groups import SINGLE_REPLICA, Replicas
+from megatron_patch.tokenizers.base import Tokenizer, encode
 
 _NEW_TOKENS = 256
 Request = TypeVar("Request")
@@ -34,10 +34,12 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         copies: ranks that share out the requests; all have all answers.
     """
 
-    def __init__(self, model: Reader, tokenizer: Tokenizer, max_length: int, batch: int, copies: Copies = ALONE) -> None:
+    def __init__(
+        self, model: InferenceModel, tokenizer: Tokenizer, max_length: int, batch: int, replicas: Replicas = SINGLE_REPLICA
+    ) -> None:
         super().__init__()
         assert tokenizer.eod_id is not None
-        self._model, self._tokenizer, self.max_length, self._batch, self._copies = model, tokenizer, max_length, batch, copies
+        self._model, self._tokenizer, self.max_length, self._batch, self._replicas = model, tokenizer, max_length, batch, replicas
         self._eod = tokenizer.eod_id
         self._device = model.device
 
@@ -73,9 +75,9 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         """Answers by their requests' numbers; each copy of the model answers some batches."""
         mine: dict[int, Answer] = {}
         for place, numbers in enumerate(batches):
-            if self._copies.mine(place):
+            if self._replicas.mine(place):
                 mine.update(zip(numbers, answer([requests[number] for number in numbers]), strict=True))
-        return {number: value for part in self._copies.gather(mine) for number, value in cast("dict[int, Answer]", part).items()}
+        return {number: value for part in self._replicas.gather(mine) for number, value in cast("dict[int, Answer]", part).items()}
 
     def _score(self, requests: Sequence[tuple[Any, list[int], list[int]]]) -> list[tuple[float, bool]]:
         """One forward pass."""

@@ -17,15 +17,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from megatron_patch.data.preprocess.documents import documents
-from megatron_patch.data.preprocess.inputs import Span, expand
-from megatron_patch.data.preprocess.long_texts import whole
-from megatron_patch.data.preprocess.readers import batches
 from megatron_patch.errors import DataError
-from megatron_patch.model.reader import Reader
+from megatron_patch.model.inference_model import InferenceModel
 from megatron_patch.ops import IGNORE_INDEX
-from megatron_patch.parallel.groups import ALONE, Copies
-from megatron_patch.tokenizer import Tokenizer, encode
+from megatron_patch.parallel.groups import SINGLE_REPLICA, Replicas
+from megatron_patch.raw_text.inputs import Span, expand
+from megatron_patch.raw_text.large_documents import whole
+from megatron_patch.raw_text.parse_documents import documents
+from megatron_patch.raw_text.readers import batches
+from megatron_patch.tokenizers.base import Tokenizer, encode
 
 Array = npt.NDArray[np.int64]
 
@@ -136,14 +136,14 @@ def _stack(rows: list[tuple[Array, Array]]) -> tuple[torch.Tensor, torch.Tensor]
 
 @torch.no_grad()
 def score_text(
-    model: Reader,
+    model: InferenceModel,
     tokenizer: Tokenizer,
     documents: Iterable[str],
     positions: int,
     patch_size: int = 1,
     overlap: int = 0,
     batch: int = 8,
-    copies: Copies = ALONE,
+    replicas: Replicas = SINGLE_REPLICA,
     rewrite: Callable[[str], str] = lambda text: text,
 ) -> TextScore:
     """Scores documents.
@@ -175,9 +175,9 @@ def score_text(
     device = model.device
     totals = torch.zeros(2, dtype=torch.float64, device=device)
     for number, (ids, labels) in enumerate(_batches(windows(), batch)):
-        if copies.mine(number):
+        if replicas.mine(number):
             totals += torch.stack([part.double() for part in model(ids.to(device), labels.to(device))])
-    loss_sum, tokens = copies.sum(totals).tolist()
+    loss_sum, tokens = replicas.sum(totals).tolist()
     if not tokens:
         raise DataError(f"{count['documents']} documents without a token that can be scored", "text of more than one token")
     return TextScore(loss_sum, int(tokens), **count)

@@ -12,8 +12,8 @@ from torch.utils.checkpoint import checkpoint
 from megatron_patch.model.norm import RMSNorm
 from megatron_patch.model.rotary import rotate
 from megatron_patch.model.shape import ModelShape
-from megatron_patch.parallel.sharding import shards_keys
-from megatron_patch.parallel.tensor import WHOLE, RowParallelLinear, TensorParallel, enter, sum_gradient
+from megatron_patch.model.sharding import shards_key_value
+from megatron_patch.parallel.tensor import UNSHARDED, RowParallelLinear, TensorParallel, all_reduce_gradient, copy_to_tensor_parallel
 
 _LONGEST_FLASH_HEAD = 256
 
@@ -81,7 +81,7 @@ class KeyLinear(nn.Linear):
         super().__init__(inputs, outputs, bias=shape.qkv_bias)
         self.parallel = parallel
         self.rows: slice | None = None
-        if not shards_keys(shape, parallel.size):
+        if not shards_key_value(shape, parallel.size):
             group = parallel.rank * shape.num_query_groups // parallel.size
             self.rows = slice(group * shape.head_size, (group + 1) * shape.head_size)
 
@@ -89,8 +89,8 @@ class KeyLinear(nn.Linear):
         """[B, T, H] to [B, T, own groups·head_size]."""
         if self.rows is None:
             return super().forward(input)
-        weight = sum_gradient(self.weight, self.parallel)[self.rows]
-        bias = None if self.bias is None else sum_gradient(self.bias, self.parallel)[self.rows]
+        weight = all_reduce_gradient(self.weight, self.parallel)[self.rows]
+        bias = None if self.bias is None else all_reduce_gradient(self.bias, self.parallel)[self.rows]
         return F.linear(input, weight, bias)
 
 
@@ -103,11 +103,11 @@ class Attention(nn.Module):
         parallel: the ranks that share the heads.
     """
 
-    def __init__(self, shape: ModelShape, recompute: bool = False, parallel: TensorParallel = WHOLE) -> None:
+    def __init__(self, shape: ModelShape, recompute: bool = False, parallel: TensorParallel = UNSHARDED) -> None:
         super().__init__()
         self.head_size, self.recompute, self.parallel = shape.head_size, recompute, parallel
         queries, keys = shape.num_attention_heads * shape.head_size, shape.num_query_groups * shape.head_size
-        own_keys = parallel.part(keys) if shards_keys(shape, parallel.size) else keys
+        own_keys = parallel.part(keys) if shards_key_value(shape, parallel.size) else keys
         self.query = nn.Linear(shape.hidden_size, parallel.part(queries), bias=shape.qkv_bias)
         self.key = KeyLinear(shape.hidden_size, own_keys, shape, parallel)
         self.value = KeyLinear(shape.hidden_size, own_keys, shape, parallel)
@@ -131,7 +131,7 @@ class Attention(nn.Module):
         Returns:
             [B, T, H].
         """
-        hidden = enter(hidden, self.parallel)
+        hidden = copy_to_tensor_parallel(hidden, self.parallel)
         queries, keys = self._heads(self.query(hidden)), self._heads(self.key(hidden))
         if self.query_norm is not None and self.key_norm is not None:
             queries, keys = self.query_norm(queries), self.key_norm(keys)

@@ -9,13 +9,13 @@ from megatron_patch.model.attention import Attention, AttentionContext, KeyValue
 from megatron_patch.model.feed_forward import FeedForward
 from megatron_patch.model.norm import make_norm
 from megatron_patch.model.shape import ModelShape
-from megatron_patch.parallel.tensor import WHOLE, TensorParallel
+from megatron_patch.parallel.tensor import UNSHARDED, TensorParallel
 
 
 class Block(nn.Module):
     """x + attention(norm(x)), then x + feed_forward(norm(x))."""
 
-    def __init__(self, shape: ModelShape, recompute_attention: bool = False, parallel: TensorParallel = WHOLE) -> None:
+    def __init__(self, shape: ModelShape, recompute_attention: bool = False, parallel: TensorParallel = UNSHARDED) -> None:
         super().__init__()
         self.attention_norm = make_norm(shape, parallel)
         self.attention = Attention(shape, recompute_attention, parallel)

@@ -10,7 +10,7 @@ from megatron_patch import ops
 from megatron_patch.errors import ConfigError
 from megatron_patch.model.shape import ModelShape
 from megatron_patch.ops import Operators
-from megatron_patch.parallel.tensor import WHOLE, TensorParallel, leave, own_positions, sum_gradient
+from megatron_patch.parallel.tensor import UNSHARDED, TensorParallel, all_reduce_gradient, local_positions, reduce_from_tensor_parallel
 
 
 class Embedding(nn.Module):
@@ -23,7 +23,9 @@ class Embedding(nn.Module):
         positions: False: only the word embedding, for a head that is tied to it and has no embedding beside it.
     """
 
-    def __init__(self, shape: ModelShape, operators: Operators = "fused", parallel: TensorParallel = WHOLE, positions: bool = True) -> None:
+    def __init__(
+        self, shape: ModelShape, operators: Operators = "fused", parallel: TensorParallel = UNSHARDED, positions: bool = True
+    ) -> None:
         super().__init__()
         self.operators: Operators = operators
         self.parallel = parallel
@@ -47,7 +49,9 @@ class Embedding(nn.Module):
             ConfigError: more positions than the model has learned.
         """
         # The average comes first, then the sum over the ranks' rows: K times fewer bytes than token embeddings would be.
-        hidden = leave(ops.patch_embedding(self.word.weight, input_ids, self.operators, self.vocab_start), self.parallel)
+        hidden = reduce_from_tensor_parallel(
+            ops.patch_embedding(self.word.weight, input_ids, self.operators, self.vocab_start), self.parallel
+        )
         if self.position is None:
             return hidden
         if input_ids.shape[1] > self.position.num_embeddings:
@@ -58,5 +62,5 @@ class Embedding(nn.Module):
             )
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
-        weight = sum_gradient(self.position.weight, self.parallel) if self.parallel.sequence else self.position.weight
-        return hidden + F.embedding(own_positions(position_ids, self.parallel), weight)
+        weight = all_reduce_gradient(self.position.weight, self.parallel) if self.parallel.sequence else self.position.weight
+        return hidden + F.embedding(local_positions(position_ids, self.parallel), weight)

@@ -7,13 +7,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from megatron_patch.model.shape import ModelShape
-from megatron_patch.parallel.tensor import WHOLE, RowParallelLinear, TensorParallel, enter
+from megatron_patch.parallel.tensor import UNSHARDED, RowParallelLinear, TensorParallel, copy_to_tensor_parallel
 
 
 class FeedForward(nn.Module):
     """down(silu(gate(x)) · up(x)) (SwiGLU, arXiv 2002.05202), or down(gelu(up(x))) with the tanh form of GELU."""
 
-    def __init__(self, shape: ModelShape, parallel: TensorParallel = WHOLE) -> None:
+    def __init__(self, shape: ModelShape, parallel: TensorParallel = UNSHARDED) -> None:
         super().__init__()
         self.parallel = parallel
         hidden, inner, bias = shape.hidden_size, shape.ffn_hidden_size, shape.mlp_bias
@@ -23,7 +23,7 @@ class FeedForward(nn.Module):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """[B, T, H] to [B, T, H]; with sequence parallelism this rank's positions on both sides."""
-        hidden = enter(hidden, self.parallel)
+        hidden = copy_to_tensor_parallel(hidden, self.parallel)
         if self.gate is None:
             return self.down(F.gelu(self.up(hidden), approximate="tanh"))
         return self.down(F.silu(self.gate(hidden)) * self.up(hidden))

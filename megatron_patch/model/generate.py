@@ -13,7 +13,7 @@ import torch
 
 from megatron_patch.errors import ConfigError
 from megatron_patch.model.attention import ModelCache
-from megatron_patch.model.reader import Reader
+from megatron_patch.model.inference_model import InferenceModel
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def check_prompts(prompts: Sequence[Sequence[int]], new_tokens: int, learned_pos
 
 @torch.no_grad()
 def generate(
-    model: Reader,
+    model: InferenceModel,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     sampling: Sampling = Sampling(),

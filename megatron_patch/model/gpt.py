@@ -20,9 +20,9 @@ from megatron_patch.model.head import Head
 from megatron_patch.model.norm import make_norm
 from megatron_patch.model.rotary import rotary_tables
 from megatron_patch.model.shape import ModelShape, check_shape
+from megatron_patch.model.sharding import check_sharding
 from megatron_patch.ops import Operators
-from megatron_patch.parallel.sharding import check_sharding
-from megatron_patch.parallel.tensor import WHOLE, TensorParallel
+from megatron_patch.parallel.tensor import UNSHARDED, TensorParallel
 
 Recompute = Literal["none", "selective", "full"]
 
@@ -47,7 +47,7 @@ class GPTModel(nn.Module):
         shape: ModelShape,
         recompute: Recompute = "none",
         operators: Operators = "fused",
-        parallel: TensorParallel = WHOLE,
+        parallel: TensorParallel = UNSHARDED,
         layers: range | None = None,
     ) -> None:
         super().__init__()

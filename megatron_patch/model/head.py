@@ -9,13 +9,13 @@ from torch import nn
 from megatron_patch import ops
 from megatron_patch.model.shape import ModelShape
 from megatron_patch.ops import Operators
-from megatron_patch.parallel.tensor import WHOLE, TensorParallel, enter, gather_last
+from megatron_patch.parallel.tensor import UNSHARDED, TensorParallel, copy_to_tensor_parallel, gather_last_dim
 
 
 class Head(nn.Module):
     """A matrix of its own, or the embedding's."""
 
-    def __init__(self, shape: ModelShape, operators: Operators = "fused", parallel: TensorParallel = WHOLE) -> None:
+    def __init__(self, shape: ModelShape, operators: Operators = "fused", parallel: TensorParallel = UNSHARDED) -> None:
         super().__init__()
         self.operators: Operators = operators
         self.parallel = parallel
@@ -35,7 +35,9 @@ class Head(nn.Module):
         if self.parallel.size == 1:
             return F.linear(hidden, self._rows(embedding))
         # Padding too, so that all ranks' parts are of one size.
-        return gather_last(F.linear(enter(hidden, self.parallel), self._matrix(embedding)), self.parallel)[..., : self.vocab_size]
+        return gather_last_dim(F.linear(copy_to_tensor_parallel(hidden, self.parallel), self._matrix(embedding)), self.parallel)[
+            ..., : self.vocab_size
+        ]
 
     def forward(
         self, hidden: torch.Tensor, embedding: torch.Tensor | None, labels: torch.Tensor, label_weights: torch.Tensor | None
@@ -51,7 +53,7 @@ class Head(nn.Module):
         Returns:
             (sum of weighted losses, sum of weights of scored labels), float32.
         """
-        hidden = enter(hidden, self.parallel)
+        hidden = copy_to_tensor_parallel(hidden, self.parallel)
         shard = None if self.parallel.size == 1 else ops.VocabularyShard(self.first_row, self.parallel.group)
         return ops.linear_multi_token_loss(
             hidden.flatten(0, 1), self._rows(embedding), labels.flatten(0, 1), label_weights, self.operators, shard

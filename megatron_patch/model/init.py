@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from megatron_patch.model.shape import ModelShape
-from megatron_patch.parallel.sharding import Shard, shard_of
+from megatron_patch.model.sharding import Shard, shard_of
 
 _BLOCK = 1 << 20
 _RESIDUAL_OUTPUTS = ("attention.output.weight", "feed_forward.down.weight")

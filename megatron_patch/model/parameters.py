@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 
 from megatron_patch.model.shape import ModelShape
-from megatron_patch.parallel.sharding import shard_of
+from megatron_patch.model.sharding import shard_of
 
 Sizes = dict[str, tuple[int, ...]]
 """Name -> shape."""

@@ -68,7 +68,7 @@ def make_groups(grid: Grid) -> Groups:
 
 
 @dataclass(frozen=True)
-class Copies:
+class Replicas:
     """Ranks that hold the same part of a model and share out what is to be read.
 
     Args:
@@ -100,7 +100,7 @@ class Copies:
         return values
 
 
-ALONE = Copies()
+SINGLE_REPLICA = Replicas()
 """A model without copies."""
 
 

@@ -1,9 +1,10 @@
-"""Tensor and sequence parallelism: what a layer does where its ranks meet (Megatron-LM, arXiv 1909.08053; sequence parallel 2205.05198).
+"""Tensor and sequence parallelism: the collectives at the edges of a sharded layer (Megatron-LM, arXiv 1909.08053; 2205.05198).
 
-In: activations. Out: the same activations, summed, gathered or scattered over the ranks that share each layer, with the gradient that
-belongs to it. A layer's first half is sharded by columns and needs whole inputs (`enter`), its second half by rows and gives partial
-sums (`leave`). With sequence parallelism the residual stream between layers is sharded along positions: `enter` gathers them and `leave`
-scatters the sums, which moves the same bytes as the all-reduce that they replace.
+In: activations. Out: the same activations, reduced, gathered or scattered over the tensor-parallel ranks, with the matching gradient.
+The first half of a layer is column-parallel and needs whole inputs (`copy_to_tensor_parallel`); the second half is row-parallel and
+gives partial sums (`reduce_from_tensor_parallel`). With sequence parallelism the residual stream between layers is sharded along
+positions: the first function gathers positions and the second reduce-scatters them, which moves the same bytes as the all-reduce that
+they replace.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class TensorParallel:
         return size // self.size
 
 
-WHOLE = TensorParallel()
+UNSHARDED = TensorParallel()
 """A model that is not shared."""
 
 
@@ -65,7 +66,7 @@ def _gather(tensor: torch.Tensor, parallel: TensorParallel, dim: int) -> torch.T
     return parts.movedim(0, dim).flatten(dim, dim + 1)
 
 
-def _scatter_sum(tensor: torch.Tensor, parallel: TensorParallel) -> torch.Tensor:
+def _reduce_scatter(tensor: torch.Tensor, parallel: TensorParallel) -> torch.Tensor:
     """The sum over ranks, of which each keeps its positions."""
     parts = tensor.unflatten(_POSITIONS, (parallel.size, -1)).movedim(_POSITIONS, 0).contiguous()
     own = _collectives.reduce_scatter_tensor(parts.flatten(0, 1), "sum", parallel.size, _name(parallel))
@@ -73,7 +74,7 @@ def _scatter_sum(tensor: torch.Tensor, parallel: TensorParallel) -> torch.Tensor
     return result
 
 
-class _Enter(torch.autograd.Function):
+class _CopyTo(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, parallel: TensorParallel) -> torch.Tensor:
         ctx.parallel = parallel
@@ -82,14 +83,14 @@ class _Enter(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
         parallel = ctx.parallel
-        return (_scatter_sum(grad, parallel) if parallel.sequence else _all_reduce(grad, parallel)), None
+        return (_reduce_scatter(grad, parallel) if parallel.sequence else _all_reduce(grad, parallel)), None
 
 
-class _Leave(torch.autograd.Function):
+class _ReduceFrom(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, partial: torch.Tensor, parallel: TensorParallel) -> torch.Tensor:
         ctx.parallel = parallel
-        return _scatter_sum(partial, parallel) if parallel.sequence else _all_reduce(partial, parallel)
+        return _reduce_scatter(partial, parallel) if parallel.sequence else _all_reduce(partial, parallel)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
@@ -107,7 +108,7 @@ class _SumGradient(torch.autograd.Function):
         return _all_reduce(grad, ctx.parallel), None
 
 
-def enter(hidden: torch.Tensor, parallel: TensorParallel) -> torch.Tensor:
+def copy_to_tensor_parallel(hidden: torch.Tensor, parallel: TensorParallel) -> torch.Tensor:
     """Into a layer that is sharded by columns: whole positions forward; backward the sum of what the ranks' columns ask for.
 
     Args:
@@ -117,10 +118,10 @@ def enter(hidden: torch.Tensor, parallel: TensorParallel) -> torch.Tensor:
     Returns:
         [B, T, H].
     """
-    return hidden if parallel.size == 1 else _Enter.apply(hidden, parallel)
+    return hidden if parallel.size == 1 else _CopyTo.apply(hidden, parallel)
 
 
-def leave(partial: torch.Tensor, parallel: TensorParallel) -> torch.Tensor:
+def reduce_from_tensor_parallel(partial: torch.Tensor, parallel: TensorParallel) -> torch.Tensor:
     """Out of a layer that is sharded by rows: the sum of the ranks' parts, with sequence parallelism for this rank's positions alone.
 
     Args:
@@ -130,20 +131,20 @@ def leave(partial: torch.Tensor, parallel: TensorParallel) -> torch.Tensor:
     Returns:
         [B, T, H], or [B, T / size, H].
     """
-    return partial if parallel.size == 1 else _Leave.apply(partial, parallel)
+    return partial if parallel.size == 1 else _ReduceFrom.apply(partial, parallel)
 
 
-def sum_gradient(tensor: torch.Tensor, parallel: TensorParallel) -> torch.Tensor:
+def all_reduce_gradient(tensor: torch.Tensor, parallel: TensorParallel) -> torch.Tensor:
     """A parameter that all ranks hold, where each sees a part of the positions or heads: its gradients are summed over the ranks."""
     return tensor if parallel.size == 1 else _SumGradient.apply(tensor, parallel)
 
 
-def gather_last(tensor: torch.Tensor, parallel: TensorParallel) -> torch.Tensor:
+def gather_last_dim(tensor: torch.Tensor, parallel: TensorParallel) -> torch.Tensor:
     """[..., n] of each rank to [..., size·n] on all; without a gradient."""
     return tensor if parallel.size == 1 else _gather(tensor.detach(), parallel, -1)
 
 
-def own_positions(tensor: torch.Tensor, parallel: TensorParallel) -> torch.Tensor:
+def local_positions(tensor: torch.Tensor, parallel: TensorParallel) -> torch.Tensor:
     """[B or 1, T] to this rank's positions of it, where positions are sharded."""
     return tensor.chunk(parallel.size, dim=_POSITIONS)[parallel.rank] if parallel.sequence else tensor
 
@@ -166,7 +167,7 @@ class RowParallelLinear(nn.Linear):
         """[B, T, inputs / size] to [B, T, outputs], or with sequence parallelism to this rank's positions of it."""
         if self.parallel.size == 1:
             return super().forward(input)
-        total = leave(nn.functional.linear(input, self.weight), self.parallel)
+        total = reduce_from_tensor_parallel(nn.functional.linear(input, self.weight), self.parallel)
         if self.bias is None:
             return total
-        return total + (sum_gradient(self.bias, self.parallel) if self.parallel.sequence else self.bias)
+        return total + (all_reduce_gradient(self.bias, self.parallel) if self.parallel.sequence else self.bias)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from megatron_patch.model.flops import training_flops_per_position
 from megatron_patch.model.shape import ModelShape
-from megatron_patch.stages import Place, Stage, StagePlan
+from megatron_patch.stages import Progress, Stage, StagePlan
 
 
 @dataclass(frozen=True)
@@ -37,20 +37,20 @@ class Cost:
         """FLOPs of one token at token level."""
         return training_flops_per_position(self.shape, self.token_positions)
 
-    def flops(self, place: Place) -> float:
+    def flops(self, progress: Progress) -> float:
         """FLOPs of the run up to a place."""
-        return self.plan.consumed(place, self.step_flops)
+        return self.plan.consumed(progress, self.step_flops)
 
-    def cost_tokens(self, place: Place) -> float:
+    def cost_tokens(self, progress: Progress) -> float:
         """Tokens that token-level training would have read for the FLOPs so far."""
-        return self.flops(place) / self.token_flops
+        return self.flops(progress) / self.token_flops
 
-    def share(self, place: Place) -> float:
+    def share(self, progress: Progress) -> float:
         """FLOPs so far over those of token-level training on the tokens so far."""
-        tokens = self.plan.consumed_tokens(place)
-        return self.cost_tokens(place) / tokens if tokens else 0.0
+        tokens = self.plan.consumed_tokens(progress)
+        return self.cost_tokens(progress) / tokens if tokens else 0.0
 
     @property
     def whole(self) -> float:
         """The run's cost: its FLOPs over those of token-level training on the same tokens."""
-        return self.share(Place(len(self.plan.stages) - 1, self.plan.stages[-1].steps))
+        return self.share(Progress(len(self.plan.stages) - 1, self.plan.stages[-1].steps))

@@ -8,8 +8,8 @@ from typing import Literal
 
 from megatron_patch.config.resolve import RunConfig
 from megatron_patch.engine.deepspeed_config import EngineConfig, Precision
+from megatron_patch.model.pipeline_partition import Balance, pipeline_partition
 from megatron_patch.model.shape import ModelShape
-from megatron_patch.parallel.partition import Balance, pipeline_partition
 
 Recompute = Literal["none", "selective", "full"]
 

@@ -15,7 +15,7 @@ from typing import Literal
 
 from megatron_patch.model.parameters import parameters_of_layers, shard_numel
 from megatron_patch.model.shape import ModelShape
-from megatron_patch.parallel.sharding import shards_keys
+from megatron_patch.model.sharding import shards_key_value
 from megatron_patch.planning.layout import Layout
 from megatron_patch.stages import Stage
 
@@ -92,8 +92,8 @@ def saved_by_block(shape: ModelShape, layout: Layout, samples: int, positions: i
     own = whole // t if layout.sequence_parallel else whole
     hidden = shape.hidden_size
     queries = shape.num_attention_heads * shape.head_size // t
-    keys = shape.num_query_groups * shape.head_size // (t if shards_keys(shape, t) else 1)
-    used_keys = keys if shards_keys(shape, t) else shape.head_size
+    keys = shape.num_query_groups * shape.head_size // (t if shards_key_value(shape, t) else 1)
+    used_keys = keys if shards_key_value(shape, t) else shape.head_size
     if shape.normalization == "RMSNorm":
         # In float32 the normalised input is not copied; in 16 bits a float32 copy of the input is saved instead of the input.
         norms = 2 * own * ((4 + e) * hidden + 4)

@@ -12,7 +12,7 @@ from megatron_patch.planning.memory import COUNTED
 from megatron_patch.planning.plan import Budget, PipelinePart, Plan
 from megatron_patch.planning.reliability import Simulation
 from megatron_patch.planning.search import Candidate
-from megatron_patch.units import format_count, format_duration
+from megatron_patch.utils.units import format_count, format_duration
 
 GIB = 2**30
 _PARTS = ("weights", "gradients", "optimizer", "activations", "loss", "buffers", "fragmentation")

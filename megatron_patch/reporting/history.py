@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_patch.checkpoint_files import STATE, checkpoints
+from megatron_patch.checkpoint.commit import STATE, checkpoints
 from megatron_patch.errors import DataError
-from megatron_patch.training.callbacks.base import MEASURES
+from megatron_patch.training.callbacks.base import STEP_METRICS
 from megatron_patch.training.callbacks.metrics import read_metrics
 
-STEP_COLUMNS = ("step", "stage_index", "patch_size", "tokens", "cost_tokens", "loss", *MEASURES)
+STEP_COLUMNS = ("step", "stage_index", "patch_size", "tokens", "cost_tokens", "loss", *STEP_METRICS)
 EVALUATION_COLUMNS = ("step", "stage_index", "patch_size", "tokens", "cost_tokens", "token_loss", "patch_loss", "eval_tokens")
 MOST_POINTS = 5_000
 """Steps of a run that a report shows; of a longer run it shows every n-th."""

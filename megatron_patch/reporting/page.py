@@ -15,8 +15,8 @@ from pathlib import Path
 
 from megatron_patch import __version__
 from megatron_patch.errors import DataError
-from megatron_patch.files import write_durably
 from megatron_patch.reporting.history import History, read_history, unlike_options
+from megatron_patch.utils.files import write_durably
 
 
 def render(histories: Sequence[History], title: str) -> str:

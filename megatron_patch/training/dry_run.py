@@ -20,8 +20,8 @@ from megatron_patch.planning.layout import layout_of
 from megatron_patch.planning.plan import pipeline_parts
 from megatron_patch.planning.tables import rank_table
 from megatron_patch.stages import Stage
-from megatron_patch.training.stream import readings_table
-from megatron_patch.units import format_count
+from megatron_patch.training.stream import corpus_usage_table
+from megatron_patch.utils.units import format_count
 
 
 def stage_table(run: RunConfig, cost: Cost) -> Table:
@@ -103,7 +103,7 @@ def print_plan(run: RunConfig, engine: EngineConfig, console: Console, origins: 
         highlight=False,
     )
     if stream is not None:
-        console.print(readings_table(stream))
+        console.print(corpus_usage_table(stream))
     console.print(
         f"[bold]Ranks[/bold] {layout.ranks:,}: {layout.name()}; the fullest needs about {fullest / 2**30:.1f} GiB", highlight=False
     )

@@ -90,7 +90,7 @@ class LrSchedule:
         return learning_rate(self.segments[-1], self.segments[-1].last_tokens)
 
 
-def schedule_of(plan: StagePlan) -> LrSchedule:
+def build_lr_schedule(plan: StagePlan) -> LrSchedule:
     """The schedules of a plan: a stage that restarts begins one, the others go on with it."""
     segments: list[Segment] = []
     for index, stage in enumerate(plan.stages):

@@ -10,16 +10,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_patch.config.resolve import RunConfig, load_config
-from megatron_patch.console import make_console, settle_output
 from megatron_patch.engine.deepspeed_config import EngineConfig, engine_config
-from megatron_patch.engine.environment import let_segments_grow, ranks_of_environment
+from megatron_patch.engine.environment import ranks_from_environment, use_expandable_segments
 from megatron_patch.errors import ConfigError
 from megatron_patch.exit_codes import ExitCode
 from megatron_patch.training.dry_run import print_plan
-from megatron_patch.training.endings import advise, end_with
-from megatron_patch.training.stop_requests import StopRequests
-from megatron_patch.training.stream import stream_if_here
-from megatron_patch.training.watchdog import Watchdog
+from megatron_patch.training.faults.exit_protocol import print_advice, report_error
+from megatron_patch.training.faults.stop_requests import StopRequests
+from megatron_patch.training.faults.watchdog import Watchdog
+from megatron_patch.training.stream import open_stream_if_present
+from megatron_patch.utils.console import flush_output, make_console
 
 
 def pretrain(run: RunConfig) -> ExitCode:
@@ -34,21 +34,21 @@ def pretrain(run: RunConfig) -> ExitCode:
     settings = engine_settings(run)
     if run.options.logging.dry_run:
         console = make_console()
-        stream, notes = stream_if_here(run)
+        stream, notes = open_stream_if_present(run)
         print_plan(run, settings, console, stream=stream)
         for note in notes:
             console.print(f"[yellow]Note[/yellow] {note}", highlight=False)
         return ExitCode.DONE
     # Never given back: a signal that comes while the process leaves is no reason for another exit code.
     stops = StopRequests(run.options.safety)
-    let_segments_grow()
+    use_expandable_segments()
     # Torch and DeepSpeed take seconds to import, which wrong flags and dry runs need not wait for.
-    from megatron_patch.engine.distributed import barrier, join, leave
+    from megatron_patch.engine.distributed import barrier, destroy_distributed, init_distributed
     from megatron_patch.engine.swapping import require_async_io
     from megatron_patch.training.trainer import Trainer
 
-    with watchdog_of(run) as watchdog:
-        device = join(run.options.engine.distributed_timeout_minutes)
+    with make_watchdog(run) as watchdog:
+        device = init_distributed(run.options.engine.distributed_timeout_minutes)
         watchdog.listen()
         if settings.precision == "fp16" and device.type == "cpu":
             raise ConfigError("--fp16 on CPUs", "--bf16 or float32 there", "use --bf16, or a GPU")
@@ -60,11 +60,11 @@ def pretrain(run: RunConfig) -> ExitCode:
                 code = trainer.train()
         else:
             code = ExitCode.PREEMPTED
-        watchdog.beat("the job is left")
+        watchdog.heartbeat("the job is left")
         # Together: a launcher gives the others little time when the first rank has left, and some close more than others.
         barrier()
         # Not after an error: peers may be inside a collective, and leaving would wait for them.
-        leave()
+        destroy_distributed()
     return code
 
 
@@ -73,9 +73,9 @@ def save_folder(run: RunConfig) -> Path | None:
     return Path(run.options.checkpoint.save) if run.options.checkpoint.save else None
 
 
-def watchdog_of(run: RunConfig) -> Watchdog:
+def make_watchdog(run: RunConfig) -> Watchdog:
     """This rank's watchdog."""
-    return Watchdog(run.options.safety.hang_timeout, save_folder(run), ranks_of_environment()[0])
+    return Watchdog(run.options.safety.hang_timeout, save_folder(run), ranks_from_environment()[0])
 
 
 def engine_settings(run: RunConfig) -> EngineConfig:
@@ -99,14 +99,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     rank, local_rank, save = 0, 0, None
     try:
-        rank, ranks, local_rank = ranks_of_environment()
+        rank, ranks, local_rank = ranks_from_environment()
         run = load_config(arguments, ranks)
         save = None if run.options.logging.dry_run else save_folder(run)
         code = pretrain(run)
     except (Exception, KeyboardInterrupt) as error:
-        code = end_with(error, rank, local_rank, save)
+        code = report_error(error, rank, local_rank, save)
     else:
         if code != ExitCode.DONE and rank == 0:
-            advise(code)
-    settle_output()
+            print_advice(code)
+    flush_output()
     return int(code)

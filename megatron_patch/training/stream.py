@@ -11,12 +11,12 @@ from rich.table import Table
 
 from megatron_patch.config.resolve import RunConfig
 from megatron_patch.data.corpus import check_vocabulary, open_corpus
-from megatron_patch.data.prefixes import expand_prefixes
+from megatron_patch.data.dataset_paths import expand_prefixes
 from megatron_patch.data.storage import exists
 from megatron_patch.data.token_stream import TrainStream
 from megatron_patch.errors import DataError
 from megatron_patch.stages import StagePlan
-from megatron_patch.units import format_count
+from megatron_patch.utils.units import format_count
 
 
 def open_stream(run: RunConfig, plan: StagePlan) -> TrainStream:
@@ -42,7 +42,7 @@ def open_stream(run: RunConfig, plan: StagePlan) -> TrainStream:
     return stream
 
 
-def stream_if_here(run: RunConfig) -> tuple[TrainStream | None, list[str]]:
+def open_stream_if_present(run: RunConfig) -> tuple[TrainStream | None, list[str]]:
     """The stream of a run whose data may not be on this machine.
 
     Returns:
@@ -67,22 +67,22 @@ def _missing_data(run: RunConfig) -> str | None:
     return next((f"{file} does not exist" for file in files if not exists(file)), None)
 
 
-def readings_json(stream: TrainStream) -> list[dict[str, str | float]]:
-    """The same as `readings_table` shows, as plain values: one for each corpus of each stage."""
+def corpus_usage_json(stream: TrainStream) -> list[dict[str, str | float]]:
+    """The same as `corpus_usage_table` shows, as plain values: one for each corpus of each stage."""
     return [
-        {"stage": stage.name, **asdict(reading)} for index, stage in enumerate(stream.plan.stages) for reading in stream.readings(index)
+        {"stage": stage.name, **asdict(reading)} for index, stage in enumerate(stream.plan.stages) for reading in stream.corpus_usage(index)
     ]
 
 
-def readings_table(stream: TrainStream) -> Table:
+def corpus_usage_table(stream: TrainStream) -> Table:
     """How much of each corpus each stage reads, and how often its training part has been read then."""
     table = Table(title="Data", title_justify="left", header_style="bold")
     for name in ("stage", "corpus", "tokens", "of the stage", "times read", "in all"):
         table.add_column(name, justify="left" if name in ("stage", "corpus") else "right", overflow="fold")
     for index, stage in enumerate(stream.plan.stages):
-        readings = stream.readings(index)
-        whole = sum(reading.tokens for reading in readings)
-        for number, reading in enumerate(readings):
+        corpus_usage = stream.corpus_usage(index)
+        whole = sum(reading.tokens for reading in corpus_usage)
+        for number, reading in enumerate(corpus_usage):
             table.add_row(
                 stage.name if number == 0 else "",
                 reading.corpus,

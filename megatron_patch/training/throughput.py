@@ -1,10 +1,17 @@
-"""How fast a run is: rates over the last steps. In: times and amounts of each step. Out: tokens/s, positions/s, TFLOP/s, MFU."""
+"""How fast a run is, and whether it waits for its data.
+
+In: times and amounts of each step. Out: tokens/s, positions/s, TFLOP/s, MFU, memory, and a warning where loading data slows training down.
+"""
 
 from __future__ import annotations
 
+import resource
 from collections import deque
 from dataclasses import dataclass
 
+import torch
+
+from megatron_patch.data.loader import LoadingTimes
 from megatron_patch.model.flops import peak_flops
 
 
@@ -60,3 +67,44 @@ class Throughput:
             mfu=None if self._peak is None else per_device / self._peak,
             data_share=waited / time,
         )
+
+
+LARGEST_SHARE = 0.02
+
+
+class DataWaitMonitor:
+    """Watches one stage; its first step, for which nothing could be prepared, does not count.
+
+    Args:
+        loading: of the stage's loader.
+        window: steps that are looked at together.
+    """
+
+    def __init__(self, loading: LoadingTimes, window: int = 20) -> None:
+        self._loading = loading
+        self._steps: deque[tuple[float, float]] = deque(maxlen=window)
+        self._first, self._told = True, False
+
+    def update(self, seconds: float, data_seconds: float) -> str | None:
+        """Adds a step: its seconds, and those of it that were spent waiting for data. Returns what to tell, if anything."""
+        if self._first or self._told:
+            self._first = False
+            return None
+        self._steps.append((seconds, data_seconds))
+        whole, waited = (sum(column) for column in zip(*self._steps, strict=True))
+        if len(self._steps) < (self._steps.maxlen or 0) or waited <= LARGEST_SHARE * whole:
+            return None
+        self._told = True
+        return f"waiting for data takes {waited / whole:.1%} of the time (more than {LARGEST_SHARE:.0%}): {self._loading.cause()}"
+
+
+def device_name(device: torch.device) -> str:
+    """What the device is called: the GPU's name, or "cpu"."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def memory_gib(device: torch.device) -> float:
+    """Highest memory of this rank so far: the allocator's on a GPU, the process' resident set on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

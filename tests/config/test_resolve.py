@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from megatron_patch.config.resolve import load_config
+from megatron_patch.data.dataset_metadata import DatasetMetadata, write_metadata
 from megatron_patch.data.indexed_dataset import IndexedDatasetWriter
-from megatron_patch.data.side_file import DatasetInfo, write_info
 from megatron_patch.engine.deepspeed_config import batch_settings, engine_config
 from megatron_patch.errors import ConfigError, DataError
 
@@ -95,7 +95,7 @@ def test_the_side_file_tells_the_vocabulary(tmp_path):
     with IndexedDatasetWriter(str(tmp_path / "d"), np.dtype("uint16")) as writer:
         writer.append(np.arange(10, dtype=np.uint16), np.array([10]))
         writer.finish()
-    write_info(str(tmp_path / "d"), DatasetInfo("NullTokenizer", "77", 77, 76, 1, 10, "uint16", True, False, 1, 20, 62, "", ""))
+    write_metadata(str(tmp_path / "d"), DatasetMetadata("NullTokenizer", "77", 77, 76, 1, 10, "uint16", True, False, 1, 20, 62, "", ""))
     run = resolve(*BASE, "--data-path", str(tmp_path / "d"), "--eod-mask-loss")
     assert run.shape.vocab_size == 77 and run.eod_id == 76
     with pytest.raises(ConfigError, match="vocabulary of 77"):

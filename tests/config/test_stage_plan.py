@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_patch.config.options import ScheduleOptions, StageOptions
-from megatron_patch.config.stage_plan import build_plan
-from megatron_patch.config.stage_request import parse_blend
+from megatron_patch.config.plan_builder import build_plan
+from megatron_patch.config.stage_spec import parse_blend
 from megatron_patch.errors import ConfigError
 
 

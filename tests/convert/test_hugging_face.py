@@ -172,14 +172,14 @@ def test_the_tokenizer_comes_along_both_ways(tmp_path):
     shape = dataclasses.replace(LLAMA, vocab_size=280, padded_vocab_size=384)
     tokenizer = make_tokenizer(tmp_path / "tokenizer", 280)
     info = {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": str(tokenizer), "eod_id": 0}
-    checkpoint = open_checkpoint(str(make_checkpoint(tmp_path / "ckpt", shape, data_info=info)))
+    checkpoint = open_checkpoint(str(make_checkpoint(tmp_path / "ckpt", shape, data_metadata=info)))
     done = to_hugging_face(checkpoint, tmp_path / "hf")
     assert done.tokenizer == ("tokenizer.json", "tokenizer_config.json")
     theirs = transformers.AutoTokenizer.from_pretrained(str(tmp_path / "hf"))
     assert theirs.decode(theirs("the cat sat")["input_ids"]) == "the cat sat" and theirs.eos_token_id == 0
     assert json.loads((tmp_path / "hf" / "generation_config.json").read_text()) == {"eos_token_id": 0}
     back = from_hugging_face(tmp_path / "hf", tmp_path / "back")
-    assert open_checkpoint(str(back.folder)).data_info["tokenizer_model"] == str(tmp_path / "back" / "tokenizer")
+    assert open_checkpoint(str(back.folder)).data_metadata["tokenizer_model"] == str(tmp_path / "back" / "tokenizer")
 
 
 def test_verify_compares_the_tokenizers_too(tmp_path):
@@ -196,7 +196,9 @@ def test_verify_compares_the_tokenizers_too(tmp_path):
         minloglevel=2,
     )
     shape = dataclasses.replace(LLAMA, vocab_size=285, padded_vocab_size=384)
-    path = make_checkpoint(tmp_path / "ckpt", shape, data_info={"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": "moved/away"})
+    path = make_checkpoint(
+        tmp_path / "ckpt", shape, data_metadata={"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": "moved/away"}
+    )
     words = ("to-hf", "--load", path, "--verify", "--output")
     assert "the run's data is not here" in tool("convert_checkpoint", *words, tmp_path / "x", code=2) and not (tmp_path / "x").exists()
     json_folder = make_tokenizer(tmp_path / "json", 280)
@@ -213,7 +215,7 @@ def test_verify_compares_the_tokenizers_too(tmp_path):
 
 def test_an_export_without_its_tokenizer_is_whole_but_for_it(tmp_path):
     info = {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": str(tmp_path / "moved"), "eod_id": 7}
-    checkpoint = open_checkpoint(str(make_checkpoint(tmp_path / "ckpt", LLAMA, data_info=info)))
+    checkpoint = open_checkpoint(str(make_checkpoint(tmp_path / "ckpt", LLAMA, data_metadata=info)))
     assert to_hugging_face(checkpoint, tmp_path / "hf").tokenizer == ()
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["eos_token_id"] == 7
 
@@ -402,7 +404,7 @@ def test_the_two_lines_of_the_documentation_serve_an_export(tmp_path, capsys):
     tokenizer = make_tokenizer(tmp_path / "tokenizer", 280)
     (tokenizer / "tokenizer_config.json").unlink()
     info = {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": str(tokenizer / "tokenizer.json")}
-    checkpoint = open_checkpoint(str(make_checkpoint(tmp_path / "ckpt", shape, data_info=info)))
+    checkpoint = open_checkpoint(str(make_checkpoint(tmp_path / "ckpt", shape, data_metadata=info)))
     to_hugging_face(checkpoint, tmp_path / "hf")
     text = (ROOT / "docs" / "operations.md").read_text()
     lines = text.split("In transformers:\n\n```\n")[1].split("```")[0]

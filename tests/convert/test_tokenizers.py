@@ -15,12 +15,12 @@ from megatron_patch.convert.tiktoken_json import tokenizer_json
 from megatron_patch.convert.to_hugging_face import to_hugging_face
 from megatron_patch.convert.tokenizer_files import tokenizer_of
 from megatron_patch.convert.verify import differing_texts
+from megatron_patch.data.dataset_metadata import read_metadata
 from megatron_patch.data.indexed_dataset import IndexedDataset
-from megatron_patch.data.preprocess.fast_backend import fuzz_strings
-from megatron_patch.data.side_file import read_info
 from megatron_patch.errors import CheckpointError, ConfigError
-from megatron_patch.tiktoken_files import PATTERNS
-from megatron_patch.tokenizer import encode, load_tokenizer, load_told
+from megatron_patch.preprocess.fast_tokenizer import fuzz_strings
+from megatron_patch.tokenizers.base import encode, load_from_metadata, load_tokenizer
+from megatron_patch.tokenizers.tiktoken import PATTERNS
 from tests.convert.models import make_checkpoint, make_tokenizer
 from tests.model.shapes import LLAMA
 from tests.tools.test_tools import tool
@@ -62,11 +62,11 @@ KINDS = {
 def test_texts_have_the_same_ids_in_the_data_behind_the_checkpoint_and_in_its_export(kind, files, tmp_path):
     words = [files / word if (files / word).exists() else word for word in KINDS[kind]]
     tool("preprocess_data", "--input", files / "t.jsonl", "--output-prefix", tmp_path / "d", "--append-eod", "--tokenizer-type", *words)
-    info = read_info(str(tmp_path / "d_text_document"))
+    info = read_metadata(str(tmp_path / "d_text_document"))
     *ids, end = IndexedDataset(str(tmp_path / "d_text_document"))[0].tolist()
     assert end == info.eod_id
-    checkpoint = open_checkpoint(str(make_checkpoint(tmp_path / "ckpt", SHAPE, data_info=dataclasses.asdict(info))))
-    tokenizer = tokenizer_of(checkpoint.data_info)
+    checkpoint = open_checkpoint(str(make_checkpoint(tmp_path / "ckpt", SHAPE, data_metadata=dataclasses.asdict(info))))
+    tokenizer = tokenizer_of(checkpoint.data_metadata)
     assert encode(tokenizer, TEXT) == ids and tokenizer.eod_id == end
     to_hugging_face(checkpoint, tmp_path / "hf")
     theirs = transformers.AutoTokenizer.from_pretrained(str(tmp_path / "hf"))
@@ -75,7 +75,7 @@ def test_texts_have_the_same_ids_in_the_data_behind_the_checkpoint_and_in_its_ex
         assert theirs(TEXT, add_special_tokens=False)["input_ids"] == ids
         assert differing_texts(tmp_path / "hf", tokenizer) == []
     back = open_checkpoint(str(from_hugging_face(tmp_path / "hf", tmp_path / "back").folder))
-    again = tokenizer_of(back.data_info)
+    again = tokenizer_of(back.data_metadata)
     assert encode(again, TEXT) == ids and again.eod_id == end
 
 
@@ -93,17 +93,17 @@ def test_files_that_have_moved_are_found_by_what_the_data_tells(files, tmp_path)
     for name in ("gpt2-vocab.json", "gpt2-merges.txt"):
         shutil.copyfile(files / name, tmp_path / name)
     told = {"tokenizer_type": "GPT2BPETokenizer", "tokenizer_model": "gone/vocab.json", "merge_file": "gone/merges.txt", "eod_id": 0}
-    assert encode(load_told(told, None, str(tmp_path / "gpt2-vocab.json")), TEXT) == encode(
+    assert encode(load_from_metadata(told, None, str(tmp_path / "gpt2-vocab.json")), TEXT) == encode(
         load_tokenizer("HuggingFaceTokenizer", str(files / "json")), TEXT
     )
     told = {"tokenizer_type": "TikTokenizer", "tokenizer_model": str(files / "ranks"), "eod_id": 265}
     with pytest.raises(ConfigError, match="without its pattern"):
-        load_told(told)
+        load_from_metadata(told)
 
 
 def test_a_tokenizer_with_more_ids_than_the_model_is_refused_both_ways(files, tmp_path):
     info = {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": str(files / "json")}
-    small = open_checkpoint(str(make_checkpoint(tmp_path / "small", LLAMA, data_info=info)))
+    small = open_checkpoint(str(make_checkpoint(tmp_path / "small", LLAMA, data_metadata=info)))
     with pytest.raises(ConfigError, match=r"has \d+ ids, the model 53"):
         to_hugging_face(small, tmp_path / "hf")
     to_hugging_face(dataclasses.replace(small, tokenizer={"tokenizer_model": "none"}), tmp_path / "hf")

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 
 from megatron_patch.data.indexed_dataset import IndexedDatasetWriter
-from megatron_patch.data.preprocess import encoder_here
-from megatron_patch.data.preprocess.ahead import Ahead
-from megatron_patch.data.preprocess.encode import Encoder, EncodeSettings, checked_tokenizer
-from megatron_patch.data.preprocess.readers import BATCH_BYTES, Batch
+from megatron_patch.preprocess import workers as workers
+from megatron_patch.preprocess.encode import Encoder, EncodeSettings, checked_tokenizer
+from megatron_patch.preprocess.prefetch import Prefetcher
+from megatron_patch.raw_text.readers import BATCH_BYTES, Batch
 
 ROOT = Path(__file__).parent.parent.parent
 PATIENCE = 60  # seconds, for what comes at once unless it never does
@@ -29,10 +29,10 @@ def no_thread_is_left() -> bool:
 
 
 def test_all_items_come_in_order():
-    with Ahead(iter(range(1000))) as numbers:
+    with Prefetcher(iter(range(1000))) as numbers:
         assert list(numbers) == list(range(1000))
     assert no_thread_is_left()
-    with Ahead(iter(())) as nothing:
+    with Prefetcher(iter(())) as nothing:
         assert list(nothing) == []
 
 
@@ -46,7 +46,7 @@ def test_exactly_one_item_is_made_ahead():
                 second.set()
             yield number
 
-    with Ahead(items()) as numbers:
+    with Prefetcher(items()) as numbers:
         assert next(iter(numbers)) == 0
         assert second.wait(PATIENCE)
     assert made == [0, 1] and no_thread_is_left()
@@ -58,7 +58,7 @@ def test_an_error_comes_behind_the_items_before_it():
         raise KeyError("c")
 
     got = []
-    with pytest.raises(KeyError, match="c"), Ahead(items()) as letters:
+    with pytest.raises(KeyError, match="c"), Prefetcher(items()) as letters:
         for letter in letters:
             got.append(letter)
     assert got == ["a", "b"] and no_thread_is_left()
@@ -78,7 +78,7 @@ def test_an_error_lets_go_of_what_was_open():
 
     gc.disable()  # what only it would find may stay open for long
     try:
-        with contextlib.suppress(KeyError), Ahead(items()) as numbers:
+        with contextlib.suppress(KeyError), Prefetcher(items()) as numbers:
             for _ in numbers:
                 pass
         del numbers
@@ -94,7 +94,7 @@ def test_one_worker_reads_and_writes_while_it_encodes(tmp_path, monkeypatch):
     read, encoded = ([threading.Event() for _ in range(count + 1)] for _ in range(2))
     read[count].set()
     encoded[count].set()
-    plain_read, plain_encode = encoder_here.read_texts, Encoder.encode
+    plain_read, plain_encode = workers.read_texts, Encoder.encode
 
     def read_texts(batch, keys):
         read[batch.upto].set()
@@ -110,11 +110,11 @@ def test_one_worker_reads_and_writes_while_it_encodes(tmp_path, monkeypatch):
             assert encoded[int(tokens[0]) + 1].wait(PATIENCE)
             super().append(tokens, lengths)
 
-    monkeypatch.setattr(encoder_here, "read_texts", read_texts)
+    monkeypatch.setattr(workers, "read_texts", read_texts)
     monkeypatch.setattr(Encoder, "encode", encode)
     with (
         Writer(str(tmp_path / "x"), np.dtype(SETTINGS.dtype)) as writer,
-        encoder_here.EncoderHere(work, SETTINGS, checked_tokenizer(SETTINGS), [writer]) as encoder,
+        workers.InProcessEncoder(work, SETTINGS, checked_tokenizer(SETTINGS), [writer]) as encoder,
     ):
         assert [batch.upto for batch in encoder] == list(range(count))
         writer.finish()

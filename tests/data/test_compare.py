@@ -8,10 +8,10 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_patch.data import compare as module
-from megatron_patch.data.compare import compare
+from megatron_patch.data import compare_datasets as module
+from megatron_patch.data.compare_datasets import compare
+from megatron_patch.data.dataset_metadata import DatasetMetadata, write_metadata
 from megatron_patch.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter
-from megatron_patch.data.side_file import DatasetInfo, write_info
 
 documents = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=4), max_size=12)
 
@@ -46,10 +46,10 @@ def test_differences_are_those_of_the_lists(tmp_path_factory, one, other, same):
 def test_types_and_side_files_count(tmp_path):
     one, other = write(tmp_path / "a", [[1, 2]]), write(tmp_path / "b", [[1, 2]], np.int32)
     assert compare(one, other)["differences"] == ["dtype: uint16 and int32"]
-    info = DatasetInfo("NullTokenizer", "9", 9, 8, 1, 2, "uint16", True, False, 1, 4, 62, "", "")
+    info = DatasetMetadata("NullTokenizer", "9", 9, 8, 1, 2, "uint16", True, False, 1, 4, 62, "", "")
     third = write(tmp_path / "c", [[1, 2]])
-    write_info(str(tmp_path / "a"), info)
-    write_info(str(tmp_path / "c"), replace(info, tokenizer_model="elsewhere", run_xxh64="1"))
+    write_metadata(str(tmp_path / "a"), info)
+    write_metadata(str(tmp_path / "c"), replace(info, tokenizer_model="elsewhere", run_xxh64="1"))
     assert compare(one, third)["equal"]
-    write_info(str(tmp_path / "c"), replace(info, append_eod=False))
+    write_metadata(str(tmp_path / "c"), replace(info, append_eod=False))
     assert compare(one, third)["differences"] == ["append_eod: True and False"]

@@ -11,16 +11,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_patch.data.preprocess import documents, long_texts, readers
-from megatron_patch.data.preprocess.encode import EncodeSettings
-from megatron_patch.data.preprocess.fast_backend import byte_letters, fuzz_strings
-from megatron_patch.data.preprocess.inputs import Span
-from megatron_patch.data.preprocess.long_texts import cutter_of, documents_in_file, long_strings, segments, whole
-from megatron_patch.data.preprocess.pipeline import preprocess
-from megatron_patch.data.preprocess.train_tokenizer import train_tokenizer
 from megatron_patch.errors import DataError
-from megatron_patch.tiktoken_files import PATTERNS
-from megatron_patch.tokenizer import encode, load_tokenizer
+from megatron_patch.preprocess.encode import EncodeSettings
+from megatron_patch.preprocess.fast_tokenizer import fuzz_strings
+from megatron_patch.preprocess.pipeline import preprocess
+from megatron_patch.preprocess.segments import cutter_of, segments
+from megatron_patch.preprocess.train_tokenizer import train_tokenizer
+from megatron_patch.raw_text import large_documents as large_documents
+from megatron_patch.raw_text import parse_documents as documents
+from megatron_patch.raw_text import readers
+from megatron_patch.raw_text.inputs import Span
+from megatron_patch.raw_text.large_documents import documents_in_file, long_strings, whole
+from megatron_patch.tokenizers.base import encode, load_tokenizer
+from megatron_patch.tokenizers.byte_level import byte_letters
+from megatron_patch.tokenizers.tiktoken import PATTERNS
 from tests.data.test_preprocess_resume import everything
 
 WORDS = [
@@ -114,8 +118,8 @@ def test_documents_in_a_file_are_those_of_its_bytes(tmp_path_factory, parts, sep
     path.write_bytes(b"before" + b"\n".join(parts))
     data = b"\n".join(parts)
     with pytest.MonkeyPatch.context() as patch, path.open("rb") as file:
-        patch.setattr(long_texts, "_PIECE_BYTES", piece)
-        patch.setattr(long_texts, "LONG_BYTES", long)
+        patch.setattr(large_documents, "_PIECE_BYTES", piece)
+        patch.setattr(large_documents, "LARGE_BYTES", long)
         found = list(documents_in_file(file, 6, 6 + len(data), separator))
         read = [(place, path.read_bytes()[slice(*part)] if isinstance(part, tuple) else bytes(part)) for place, part in found]
     assert [(place - 6, part) for place, part in read] == [(place, bytes(part)) for place, part in documents._pieces(data, separator)]
@@ -129,8 +133,8 @@ def test_long_strings_come_out_of_json_as_they_went_in(tmp_path_factory, value, 
     path = tmp_path_factory.mktemp("line") / "x"
     path.write_bytes(json.dumps(value, ensure_ascii=ascii_only).encode("utf-8", "surrogatepass"))
     with pytest.MonkeyPatch.context() as patch, path.open("rb") as file:
-        patch.setattr(long_texts, "_PIECE_BYTES", 7)
-        patch.setattr(long_texts, "LONG_BYTES", 40)
+        patch.setattr(large_documents, "_PIECE_BYTES", 7)
+        patch.setattr(large_documents, "LARGE_BYTES", 40)
         line, strings = long_strings(file, 0, path.stat().st_size)
         marks = {mark: whole(text) for mark, text in strings.items()}
     assert all(len(json.dumps(text)) > 11 for text in marks.values())
@@ -148,10 +152,10 @@ def test_long_strings_come_out_of_json_as_they_went_in(tmp_path_factory, value, 
 @pytest.fixture
 def small(monkeypatch):
     """Long from 5,000 bytes on."""
-    for module in (long_texts, readers):
-        monkeypatch.setattr(module, "LONG_BYTES", 5000)
+    for module in (large_documents, readers):
+        monkeypatch.setattr(module, "LARGE_BYTES", 5000)
     monkeypatch.setattr(readers, "BATCH_BYTES", 2000)
-    monkeypatch.setattr(long_texts, "_PIECE_BYTES", 600)
+    monkeypatch.setattr(large_documents, "_PIECE_BYTES", 600)
 
 
 @pytest.fixture

@@ -18,17 +18,17 @@ from hypothesis import strategies as st
 
 from megatron_patch.config.parsing import parse
 from megatron_patch.config.resolve import resolve
-from megatron_patch.data import merge
 from megatron_patch.data.corpus import TokenCorpus
+from megatron_patch.data.dataset_metadata import DatasetMetadata, read_metadata, write_metadata
+from megatron_patch.data.dataset_paths import check_all_shards, expand_prefixes, shard_prefix
 from megatron_patch.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter
 from megatron_patch.data.inspect import integrity_problems
-from megatron_patch.data.merge import merge_datasets
-from megatron_patch.data.prefixes import check_all_shards, expand_prefixes, shard_prefix
-from megatron_patch.data.side_file import DatasetInfo, read_info, write_info
 from megatron_patch.errors import DataError
-from megatron_patch.files import checksum
 from megatron_patch.parallel.grid import Grid
-from megatron_patch.training.corpus import open_data
+from megatron_patch.preprocess import merge
+from megatron_patch.preprocess.merge import merge_datasets
+from megatron_patch.training.data import open_data
+from megatron_patch.utils.files import checksum
 
 ROOT = Path(__file__).parent.parent.parent
 GOLDEN = Path(__file__).parent / "golden"
@@ -45,7 +45,9 @@ def write(prefix, documents, dtype="uint16", **said):
         sizes = {"bin_bytes": tokens.stat().st_size, "idx_bytes": index.stat().st_size}
         sums = {"bin_xxh64": checksum(tokens), "idx_xxh64": checksum(index)}
         counts = {"documents": len(documents), "tokens": sum(map(len, documents)), "dtype": dtype}
-        write_info(str(prefix), DatasetInfo(**{"tokenizer_type": "HuggingFaceTokenizer", **more, **counts, **sizes, **sums, **said}))
+        write_metadata(
+            str(prefix), DatasetMetadata(**{"tokenizer_type": "HuggingFaceTokenizer", **more, **counts, **sizes, **sums, **said})
+        )
     return str(prefix)
 
 
@@ -63,7 +65,7 @@ def test_a_merge_is_one_run_over_everything(tmp_path_factory, shards, sides):
     whole = write(folder / "whole", [document for shard in shards for document in shard], info=sides)
     merged = merge_datasets(prefixes, str(folder / "all"))
     assert files(merged.output) == files(whole)
-    assert read_info(merged.output) == read_info(whole)
+    assert read_metadata(merged.output) == read_metadata(whole)
     assert merged.tokens == IndexedDataset(whole).num_tokens and merged.side_file == sides
     assert not integrity_problems(IndexedDataset(merged.output))
     assert sorted(path.suffix for path in folder.glob("all*")) == [".bin", ".idx", *([".json"] if sides else [])]
@@ -119,8 +121,8 @@ def damage(path, offset, data):
 def test_shards_that_do_not_go_together_are_refused(tmp_path, said, words):
     prefixes = [write(tmp_path / "a", [[1, 2]]), write(tmp_path / "b", [[3, 4, 5, 6]], **said)]
     if "tokens" in said:
-        info = read_info(prefixes[1])
-        write_info(prefixes[1], DatasetInfo(**{**info.__dict__, **said}))
+        info = read_metadata(prefixes[1])
+        write_metadata(prefixes[1], DatasetMetadata(**{**info.__dict__, **said}))
     before = sorted(tmp_path.iterdir())
     with pytest.raises(DataError, match=words):
         merge_datasets(prefixes, str(tmp_path / "all"))
@@ -155,7 +157,7 @@ def test_a_copy_that_goes_wrong_is_found(tmp_path, monkeypatch):
 def test_alignment_is_what_all_shards_keep(tmp_path):
     prefixes = [write(tmp_path / "a", [[1] * 12], patch_align=4), write(tmp_path / "b", [[2] * 6], patch_align=6)]
     merge_datasets(prefixes, str(tmp_path / "all"))
-    assert read_info(str(tmp_path / "all")).patch_align == 2
+    assert read_metadata(str(tmp_path / "all")).patch_align == 2
 
 
 def test_outputs_are_kept_unless_told_otherwise(tmp_path):

@@ -8,9 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_patch.data.collate import DocumentMasking, make_batch
 from megatron_patch.data.corpus import TokenCorpus
 from megatron_patch.data.evaluation_data import evaluation_batches, held_out_starts
-from megatron_patch.data.patch_dataset import DocumentMasking, make_batch
 from megatron_patch.ops import IGNORE_INDEX
 from tests.data.streams import write_numbers
 

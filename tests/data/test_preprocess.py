@@ -19,21 +19,22 @@ import numpy as np
 import pytest
 import zstandard
 
+from megatron_patch.data.dataset_metadata import read_metadata
 from megatron_patch.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter
 from megatron_patch.data.inspect import integrity_problems
-from megatron_patch.data.preprocess import encode as encode_module
-from megatron_patch.data.preprocess import readers, workers
-from megatron_patch.data.preprocess.documents import read_texts
-from megatron_patch.data.preprocess.encode import Encoder, EncodeSettings, checked_tokenizer
-from megatron_patch.data.preprocess.fast_backend import fast_backend, fuzz_strings
-from megatron_patch.data.preprocess.inputs import Span
-from megatron_patch.data.preprocess.pipeline import preprocess
-from megatron_patch.data.preprocess.readers import batches
-from megatron_patch.data.preprocess.train_tokenizer import train_tokenizer
-from megatron_patch.data.preprocess.word_memory import WordMemory
-from megatron_patch.data.side_file import read_info
 from megatron_patch.errors import DataError
-from megatron_patch.tokenizer import encode, load_tokenizer
+from megatron_patch.preprocess import encode as encode_module
+from megatron_patch.preprocess import workers
+from megatron_patch.preprocess.encode import Encoder, EncodeSettings, checked_tokenizer
+from megatron_patch.preprocess.fast_tokenizer import fast_backend, fuzz_strings
+from megatron_patch.preprocess.pipeline import preprocess
+from megatron_patch.preprocess.train_tokenizer import train_tokenizer
+from megatron_patch.preprocess.word_cache import WordCache
+from megatron_patch.raw_text import readers
+from megatron_patch.raw_text.inputs import Span
+from megatron_patch.raw_text.parse_documents import read_texts
+from megatron_patch.raw_text.readers import batches
+from megatron_patch.tokenizers.base import encode, load_tokenizer
 
 ROOT = Path(__file__).parent.parent.parent
 TEXTS = [f"document {i}: " + " ".join(f"word{j * i % 17}" for j in range(i % 40 + 1)) + "é\n日本" * (i % 3) for i in range(400)]
@@ -69,7 +70,7 @@ def test_documents_are_the_reference_s_ids_in_order(folder, tmp_path):
     eod = reference.token_to_id("<|endoftext|>")
     assert [dataset[i].tolist() for i in range(len(dataset))] == [[*reference.encode(text).ids, eod] for text in TEXTS]
     assert summary.documents == len(TEXTS) and summary.tokens == dataset.num_tokens
-    info = read_info(str(tmp_path / "x_text_document"))
+    info = read_metadata(str(tmp_path / "x_text_document"))
     assert info.vocab_size == reference.get_vocab_size() and info.eod_id == eod and info.tokens == dataset.num_tokens
     assert not integrity_problems(dataset)
 
@@ -118,8 +119,8 @@ def test_beginnings_ends_and_alignment_only_where_asked_for(folder, tmp_path):
     run(folder, tmp_path / "both", prepend_bos=True)
     run(folder, tmp_path / "aligned", patch_align=4)
     bare, both, aligned = (IndexedDataset(str(tmp_path / f"{name}_text_document")) for name in ("bare", "both", "aligned"))
-    eod = read_info(aligned.prefix).eod_id
-    assert read_info(aligned.prefix).patch_align == 4
+    eod = read_metadata(aligned.prefix).eod_id
+    assert read_metadata(aligned.prefix).patch_align == 4
     for i in range(len(bare)):
         ids = bare[i].tolist()
         assert eod not in ids
@@ -144,7 +145,7 @@ def test_fast_and_reference_encoders_agree(folder, tmp_path):
 def test_a_fast_backend_that_errs_while_running_is_replaced(folder, tmp_path, monkeypatch):
     """A backend that drops the last id of one document is found by the running check, and everything is encoded again."""
     pytest.importorskip("fastokens")
-    from megatron_patch.data.preprocess import fast_backend as encode
+    from megatron_patch.preprocess import fast_tokenizer as encode
 
     right = encode.FastBackend.encode_flat
 
@@ -163,7 +164,7 @@ def test_a_fast_backend_that_errs_while_running_is_replaced(folder, tmp_path, mo
 @pytest.mark.parametrize("where", ["in the last of the first documents", "late in a long document"])
 def test_the_beginning_of_the_input_is_compared_at_many_places(folder, tmp_path, monkeypatch, where):
     """A backend that errs at one place only, which is not in the middle of a batch."""
-    right = WordMemory.encode_flat
+    right = WordCache.encode_flat
 
     def wrong(self, texts):
         ids, lengths = right(self, texts)
@@ -173,7 +174,7 @@ def test_the_beginning_of_the_input_is_compared_at_many_places(folder, tmp_path,
 
     many = ["plain text"] * 30 + ["odd"] if "first" in where else ["plain text " * 1000 + " odd" + " odd" * 2000] * 8
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in many))
-    monkeypatch.setattr(WordMemory, "encode_flat", wrong)
+    monkeypatch.setattr(WordCache, "encode_flat", wrong)
     assert run(folder, tmp_path / "x", [str(tmp_path / "a.jsonl")], backend="words").backend == "reference"
     tokenizer = load_tokenizer("HuggingFaceTokenizer", str(folder / "tokenizer"))
     assert [dataset_ids[:-1].tolist() for dataset_ids in IndexedDataset(str(tmp_path / "x_text_document"))] == [

@@ -13,16 +13,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_patch.data.dataset_metadata import read_metadata
+from megatron_patch.data.dataset_paths import expand_prefixes, shard_prefix
 from megatron_patch.data.indexed_dataset import IndexedDataset
-from megatron_patch.data.merge import merge_datasets
-from megatron_patch.data.prefixes import expand_prefixes, shard_prefix
-from megatron_patch.data.preprocess import readers
-from megatron_patch.data.preprocess.encode import EncodeSettings
-from megatron_patch.data.preprocess.inputs import Span, divide, parse_shard
-from megatron_patch.data.preprocess.pipeline import preprocess
-from megatron_patch.data.preprocess.readers import batches
-from megatron_patch.data.side_file import read_info
 from megatron_patch.errors import DataError
+from megatron_patch.preprocess.encode import EncodeSettings
+from megatron_patch.preprocess.merge import merge_datasets
+from megatron_patch.preprocess.pipeline import preprocess
+from megatron_patch.raw_text import readers
+from megatron_patch.raw_text.inputs import Span, divide, parse_shard
+from megatron_patch.raw_text.readers import batches
 
 ROOT = Path(__file__).parent.parent.parent
 # Text that is ids already: what is tested here is not the tokenizer.
@@ -93,7 +93,7 @@ def test_a_shard_may_be_empty_and_standard_input_has_none(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(lines(["1 2 3"]))
     sizes = [run(tmp_path / f"s{n}", [tmp_path / "a.jsonl"], shard=(n, 4)).documents for n in range(4)]
     assert sorted(sizes) == [0, 0, 0, 1]
-    assert read_info(str(tmp_path / "s1_text_document")) is not None
+    assert read_metadata(str(tmp_path / "s1_text_document")) is not None
     with pytest.raises(DataError, match="standard input"):
         divide(["-"], 0, 2)
 

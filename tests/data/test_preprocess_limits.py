@@ -12,12 +12,13 @@ from pathlib import Path
 import pytest
 
 from benchmarks.preprocess_memory import CORPORA, measure, ordinary, write_corpus
-from megatron_patch.data.preprocess import long_texts, readers
-from megatron_patch.data.preprocess.encode import EncodeSettings
-from megatron_patch.data.preprocess.journal import journal_path, last_record
-from megatron_patch.data.preprocess.pipeline import preprocess
-from megatron_patch.data.preprocess.train_tokenizer import train_tokenizer
 from megatron_patch.errors import DataError
+from megatron_patch.preprocess.encode import EncodeSettings
+from megatron_patch.preprocess.journal import journal_path, last_record
+from megatron_patch.preprocess.pipeline import preprocess
+from megatron_patch.preprocess.train_tokenizer import train_tokenizer
+from megatron_patch.raw_text import large_documents as large_documents
+from megatron_patch.raw_text import readers
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -78,8 +79,8 @@ def test_on_a_full_disk_what_is_finished_is_kept_and_gone_on_from(tokenizer, sma
 
 @pytest.mark.parametrize("packed", [True, False])
 def test_no_space_for_a_long_document_is_told_as_such(tokenizer, small_disk, tmp_path, monkeypatch, packed):
-    for module in (long_texts, readers):
-        monkeypatch.setattr(module, "LONG_BYTES", 1 << 20)
+    for module in (large_documents, readers):
+        monkeypatch.setattr(module, "LARGE_BYTES", 1 << 20)
     line = json.dumps({"text": "the model reads patches 3/4 " * 600_000}).encode() + b"\n"
     path = tmp_path / ("a.jsonl.gz" if packed else "a.jsonl")
     path.write_bytes(gzip.compress(line, 1) if packed else line)

@@ -15,13 +15,13 @@ import pytest
 import zstandard
 
 from megatron_patch.data.indexed_dataset import IndexedDataset
-from megatron_patch.data.preprocess import pipeline, readers
-from megatron_patch.data.preprocess.encode import EncodeSettings
-from megatron_patch.data.preprocess.encoder_here import EncoderHere
-from megatron_patch.data.preprocess.journal import Record, journal_path, last_record
-from megatron_patch.data.preprocess.pipeline import preprocess
-from megatron_patch.data.preprocess.workers import Workers
 from megatron_patch.errors import DataError
+from megatron_patch.preprocess import pipeline
+from megatron_patch.preprocess.encode import EncodeSettings
+from megatron_patch.preprocess.journal import Record, journal_path, last_record
+from megatron_patch.preprocess.pipeline import preprocess
+from megatron_patch.preprocess.workers import InProcessEncoder, Workers
+from megatron_patch.raw_text import readers
 
 ROOT = Path(__file__).parent.parent.parent
 TEXTS = [" ".join(str((i * 7 + j) % 900) for j in range(i % 23 + 1)) if i % 31 else "bad" for i in range(300)]
@@ -60,7 +60,7 @@ CRASH_POINTS = """
 import os, sys, json
 from pathlib import Path
 sys.path.insert(0, {root!r})
-from megatron_patch.data.preprocess import readers
+from megatron_patch.raw_text import readers
 from tests.data.test_preprocess_resume import preprocess, settings
 readers.BATCH_BYTES = 2500
 inputs, folder = sys.argv[1:2], sys.argv[2]
@@ -272,9 +272,9 @@ def test_a_backend_that_erred_is_not_trusted_again_after_a_kill(tmp_path, inputs
 
     def encoder(work, settings, *rest, **more):
         used.append(settings.backend)
-        return EncoderHere(work, settings, *rest, **more)
+        return InProcessEncoder(work, settings, *rest, **more)
 
-    monkeypatch.setattr(pipeline, "EncoderHere", encoder)
+    monkeypatch.setattr(pipeline, "InProcessEncoder", encoder)
     preprocess(inputs, str(tmp_path / "x"), settings(), resume=True)
     preprocess(inputs, str(tmp_path / "whole"), settings())
     assert used == ["reference", "auto"]

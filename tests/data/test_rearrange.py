@@ -11,12 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_patch.data import rearrange as module
 from megatron_patch.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter
 from megatron_patch.data.inspect import integrity_problems
-from megatron_patch.data.merge import merge_datasets
-from megatron_patch.data.rearrange import rearrange
 from megatron_patch.errors import DataError
+from megatron_patch.preprocess import dedup_shuffle as module
+from megatron_patch.preprocess.dedup_shuffle import rearrange
+from megatron_patch.preprocess.merge import merge_datasets
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -14,14 +14,14 @@ import numpy as np
 import pytest
 
 from megatron_patch.data import storage
+from megatron_patch.data.collate import DocumentMasking
 from megatron_patch.data.corpus import TokenCorpus, check_vocabulary, open_corpus
 from megatron_patch.data.indexed_dataset import IndexedDataset
 from megatron_patch.data.inspect import integrity_problems
 from megatron_patch.data.loader import PatchLoader
-from megatron_patch.data.merge import merge_datasets
-from megatron_patch.data.patch_dataset import DocumentMasking
 from megatron_patch.data.token_stream import TrainStream
 from megatron_patch.errors import DataError
+from megatron_patch.preprocess.merge import merge_datasets
 from tests.data.streams import corpus_of, plan_of, write_numbers
 
 TOKENS = 20_000

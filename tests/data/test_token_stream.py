@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.stream_start import pretend, start_alone
+from megatron_patch.data.collate import DocumentMasking
 from megatron_patch.data.corpus import TokenCorpus, check_vocabulary, split_ranges
+from megatron_patch.data.dataset_metadata import DatasetMetadata, write_metadata
 from megatron_patch.data.loader import PatchLoader
-from megatron_patch.data.patch_dataset import DocumentMasking
-from megatron_patch.data.side_file import DatasetInfo, write_info
 from megatron_patch.data.token_stream import TrainStream
 from megatron_patch.errors import ConfigError, DataError
 from megatron_patch.ops.plain import IGNORE_INDEX
@@ -79,7 +79,7 @@ def test_blends_and_stages_with_their_own_blend_go_on_in_each_corpus(corpora, se
         if blocks <= stream.blocks[index] * plan.block_tokens:
             assert counts.max(initial=0) <= 1, f"{name}: a token twice before the epoch's end"
     for stage_index in range(3):
-        for reading in stream.readings(stage_index):
+        for reading in stream.corpus_usage(stage_index):
             index = stream.names.index(reading.corpus)
             read = [
                 sum(span.length for span in stream.spans(i, np.arange(plan.stages[i].samples)) if span.corpus == index)
@@ -88,7 +88,7 @@ def test_blends_and_stages_with_their_own_blend_go_on_in_each_corpus(corpora, se
             assert reading.tokens == read[-1]
             assert reading.epochs == pytest.approx(read[-1] / plan.block_tokens / stream.blocks[index])
             assert reading.epochs_by_end == pytest.approx(sum(read) / plan.block_tokens / stream.blocks[index])
-            stream.check_epochs({reading.corpus: stream.readings(2)[0].epochs_by_end + 9})
+            stream.check_epochs({reading.corpus: stream.corpus_usage(2)[0].epochs_by_end + 9})
 
 
 @given(ENTRIES, st.integers(1, 5), st.integers(1, 4), st.integers(0, 2), st.data())
@@ -149,11 +149,11 @@ def test_broken_off_anywhere_and_gone_on_with_on_other_ranks_every_token_is_read
         # Opened anew, as a process that is started again does.
         again = TrainStream(plan, {name: TokenCorpus(corpus.prefixes) for name, corpus in corpora.items()}, blend, split, seed, window)
         for step in range(begin, end):
-            place = plan.place(step)
-            stage = plan.stages[place.stage_index]
-            if step == begin or place.stage_step == 0:
+            progress = plan.progress(step)
+            stage = plan.stages[progress.stage_index]
+            if step == begin or progress.stage_step == 0:
                 loaders = [
-                    PatchLoader(again, place.stage_index, rank, ranks, DocumentMasking(), place.stage_step, prefetch)
+                    PatchLoader(again, progress.stage_index, rank, ranks, DocumentMasking(), progress.stage_step, prefetch)
                     for rank in range(ranks)
                 ]
             for loader in loaders:
@@ -161,7 +161,7 @@ def test_broken_off_anywhere_and_gone_on_with_on_other_ranks_every_token_is_read
                     assert int((batch.labels[:, 0, 0] != IGNORE_INDEX).sum()) == len(batch.spans)
                     for row, span in zip(batch.input_ids.reshape(len(batch.input_ids), -1).numpy(), batch.spans, strict=False):
                         np.add.at(counts[span.corpus], row, 1)
-            if step + 1 == end or place.stage_step + 1 == stage.steps:
+            if step + 1 == end or progress.stage_step + 1 == stage.steps:
                 for loader in loaders:
                     loader.close()
     due = [np.zeros(corpus.num_tokens, dtype=int) for corpus in corpora.values()]  # if the last block were read to its end
@@ -174,9 +174,13 @@ def test_broken_off_anywhere_and_gone_on_with_on_other_ranks_every_token_is_read
         assert due[index].sum() == due[index][inside].sum(), "held-out tokens, or tokens that fill no block, are read"
         assert due[index][inside].max() - due[index][inside].min() <= 1, "a token is read again before all have been read"
         assert (counts[index] <= due[index]).all()
-        readings = [r for stage_index in range(len(plan.stages)) for r in stream.readings(stage_index) if r.corpus == stream.names[index]]
-        assert due[index].sum() == sum(reading.tokens for reading in readings)
-        assert not readings or readings[-1].epochs_by_end == pytest.approx(due[index].sum() / plan.block_tokens / stream.blocks[index])
+        corpus_usage = [
+            r for stage_index in range(len(plan.stages)) for r in stream.corpus_usage(stage_index) if r.corpus == stream.names[index]
+        ]
+        assert due[index].sum() == sum(reading.tokens for reading in corpus_usage)
+        assert not corpus_usage or corpus_usage[-1].epochs_by_end == pytest.approx(
+            due[index].sum() / plan.block_tokens / stream.blocks[index]
+        )
     assert sum(count.sum() for count in counts) == plan.tokens
     missing = sum((full - count).sum() for full, count in zip(due, counts, strict=True))
     assert missing == -plan.tokens % plan.block_tokens
@@ -258,7 +262,7 @@ def test_too_little_data_is_told(tmp_path):
 
 
 def info(prefix, vocab_size, tokens, size):
-    write_info(prefix, DatasetInfo("NullTokenizer", "9", vocab_size, None, 1, tokens, "int32", False, False, 1, size, 1, "", ""))
+    write_metadata(prefix, DatasetMetadata("NullTokenizer", "9", vocab_size, None, 1, tokens, "int32", False, False, 1, size, 1, "", ""))
 
 
 def test_a_vocabulary_larger_than_the_model_s_is_refused(tmp_path):

@@ -10,11 +10,11 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from megatron_patch.data.preprocess import word_memory
-from megatron_patch.data.preprocess.fast_backend import FastBackend, fast_backend, fuzz_strings
-from megatron_patch.data.preprocess.train_tokenizer import train_tokenizer
-from megatron_patch.data.preprocess.word_memory import Cuts, Warming, WordMemory, cuts_of, is_built
-from megatron_patch.tokenizer import load_tokenizer
+from megatron_patch.preprocess import word_cache as word_cache
+from megatron_patch.preprocess.fast_tokenizer import FastBackend, fast_backend, fuzz_strings
+from megatron_patch.preprocess.train_tokenizer import train_tokenizer
+from megatron_patch.preprocess.word_cache import Cuts, Warming, WordCache, cuts_of, is_built
+from megatron_patch.tokenizers.base import load_tokenizer
 from tests.data.test_preprocess import run
 from tests.test_tokenizer import train_sentencepiece
 
@@ -63,7 +63,7 @@ def equal(mine, reference):
 def test_ids_are_the_reference_s(tokenizer_of, kind):
     tokenizer = tokenizer_of(kind)
     assert cuts_of(tokenizer) == KINDS[kind][0]
-    memory = WordMemory(tokenizer, tokenizer, cuts_of(tokenizer))
+    memory = WordCache(tokenizer, tokenizer, cuts_of(tokenizer))
     text = st.lists(st.sampled_from(PARTS) | st.text(max_size=3), max_size=12).map("".join)
 
     @settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -80,7 +80,7 @@ def test_ids_are_the_reference_s(tokenizer_of, kind):
 @pytest.mark.parametrize(("kind", "wrong"), [("sentencepiece", Cuts.BEHIND_ASCII), ("byte-level", Cuts.BETWEEN_ASCII)])
 def test_cuts_at_other_places_would_be_noticed(tokenizer_of, kind, wrong):
     tokenizer, texts = tokenizer_of(kind), fuzz_strings()
-    assert not equal(WordMemory(tokenizer, tokenizer, wrong).encode_flat(texts), tokenizer.encode_flat(texts))
+    assert not equal(WordCache(tokenizer, tokenizer, wrong).encode_flat(texts), tokenizer.encode_flat(texts))
 
 
 class Counting:
@@ -97,7 +97,7 @@ class Counting:
 def test_each_word_is_encoded_once(tokenizer_of):
     tokenizer = tokenizer_of("unknown letters")
     encoder = Counting(tokenizer)
-    memory = WordMemory(tokenizer, encoder, Cuts.BETWEEN_ASCII)
+    memory = WordCache(tokenizer, encoder, Cuts.BETWEEN_ASCII)
     memory.encode_flat(["to be or not to be", "be not"])
     memory.encode_flat(["to  be", "not or"])
     assert encoder.asked == ["to", "be", "or", "not", "to  be"]
@@ -108,10 +108,10 @@ def test_a_small_memory_begins_anew_and_a_large_one_grows(tokenizer_of):
     words = [f"word{number:06}" + "x" * (number % 40) for number in range(50_000)]
     texts = [" ".join(words[start : start + 1000]) for start in range(0, len(words), 1000)]
     right = encoder.tokenizer.encode_flat(texts)
-    assert equal(WordMemory(encoder.tokenizer, encoder, Cuts.BEHIND_ASCII).encode_flat(texts), right)
+    assert equal(WordCache(encoder.tokenizer, encoder, Cuts.BEHIND_ASCII).encode_flat(texts), right)
     assert len(encoder.asked) == len(words) + len(texts) - 50, "a text's first word has no space in front"
     encoder.asked.clear()
-    small = WordMemory(encoder.tokenizer, encoder, Cuts.BEHIND_ASCII, most_bytes=1 << 16)
+    small = WordCache(encoder.tokenizer, encoder, Cuts.BEHIND_ASCII, most_bytes=1 << 16)
     for _ in range(2):
         for text in texts[:3]:
             assert equal(small.encode_flat([text]), encoder.tokenizer.encode_flat([text]))
@@ -130,7 +130,7 @@ def test_an_encoder_s_error_leaves_no_words_without_ids(tokenizer_of):
             return tokenizer.encode_flat(texts)
 
     encoder = Failing()
-    memory = WordMemory(tokenizer, encoder, Cuts.BETWEEN_STRANGERS)
+    memory = WordCache(tokenizer, encoder, Cuts.BETWEEN_STRANGERS)
     memory.encode_flat(["a b"])
     encoder.fails = True
     with pytest.raises(ValueError, match="no"):
@@ -151,14 +151,14 @@ def test_where_it_serves(tokenizer_of, monkeypatch):
     assert fast_backend(model)[0].name == fast_backend(model, "words")[0].name == fast_backend(byte_level, "words")[0].name == "words"
     assert isinstance(fast_backend(byte_level)[0], FastBackend), "which has a memory of its own"
     assert fast_backend(model, "reference")[0] is None
-    monkeypatch.setattr(word_memory, "_library", lambda: None)
+    monkeypatch.setattr(word_cache, "_library", lambda: None)
     assert fast_backend(model)[0].name == "fastokens" and fast_backend(model, "words")[0] is None
 
 
 def test_many_new_words_bring_something_faster(tokenizer_of):
     tokenizer = tokenizer_of("nfkc")
     first, then = Counting(tokenizer), Counting(tokenizer)
-    memory = WordMemory(tokenizer, Warming(first, lambda: then, 15_000), cuts_of(tokenizer))
+    memory = WordCache(tokenizer, Warming(first, lambda: then, 15_000), cuts_of(tokenizer))
     texts = [" ".join(f"word{part}of{number}" for number in range(1000)) for part in range(4)]
     for text in texts:
         assert equal(memory.encode_flat([text]), tokenizer.encode_flat([text]))

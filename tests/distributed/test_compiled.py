@@ -21,7 +21,7 @@ def _graphs(argv):
     torch._dynamo.config.disable = False
     from torch._dynamo.utils import counters
 
-    from megatron_patch.training import build
+    from megatron_patch.training import build_engine as build
     from megatron_patch.training.pretrain import main
 
     interruptible = build.interruptible

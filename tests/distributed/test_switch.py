@@ -127,8 +127,8 @@ def test_reset_means_new_moments_and_a_new_count(tmp_path):
 def test_aligned_documents_train_and_their_padding_is_not_scored(tmp_path):
     """Text through the preprocessor with --patch-align 4; the labels that count are those that are no repeated end of document."""
     from megatron_patch.data.corpus import TokenCorpus
-    from megatron_patch.data.preprocess.encode import EncodeSettings
-    from megatron_patch.data.preprocess.pipeline import preprocess
+    from megatron_patch.preprocess.encode import EncodeSettings
+    from megatron_patch.preprocess.pipeline import preprocess
 
     lines = [json.dumps({"text": " ".join(str((i * j) % 60) for j in range(3 + i % 9))}) for i in range(600)]
     (tmp_path / "a.jsonl").write_text("\n".join(lines))

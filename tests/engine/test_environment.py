@@ -8,11 +8,11 @@ import pytest
 
 from megatron_patch.engine.environment import (
     device_index,
-    let_segments_grow,
-    local_ranks,
-    meeting_point,
-    ranks_of_environment,
-    threads_of_rank,
+    local_world_size,
+    ranks_from_environment,
+    rendezvous_address,
+    threads_per_rank,
+    use_expandable_segments,
 )
 from megatron_patch.engine.slurm import SlurmTask, first_host, slurm_task
 from megatron_patch.errors import ConfigError, MegatronPatchError
@@ -56,16 +56,16 @@ def environment(monkeypatch):
 
 def test_no_launcher_is_a_job_of_one(environment):
     environment()
-    assert ranks_of_environment() == (0, 1, 0)
-    assert meeting_point()[0] == "127.0.0.1"
+    assert ranks_from_environment() == (0, 1, 0)
+    assert rendezvous_address()[0] == "127.0.0.1"
 
 
 def test_a_task_of_a_step_is_a_rank(environment):
     environment(STEP)
-    assert ranks_of_environment() == (5, 6, 1)
-    address, port = meeting_point()
+    assert ranks_from_environment() == (5, 6, 1)
+    address, port = rendezvous_address()
     assert address == "n07" and 20_000 <= port < 30_000
-    assert local_ranks() == 2
+    assert local_world_size() == 2
 
 
 def test_steps_beside_each_other_meet_on_different_ports(environment):
@@ -80,29 +80,29 @@ def test_steps_beside_each_other_meet_on_different_ports(environment):
 
 def test_a_batch_script_is_one_process(environment):
     environment(BATCH)
-    assert ranks_of_environment() == (0, 1, 0)
+    assert ranks_from_environment() == (0, 1, 0)
 
 
 def test_a_launcher_inside_a_step_comes_first(environment):
     environment(STEP, RANK="1", WORLD_SIZE="2", LOCAL_RANK="1", MASTER_ADDR="10.0.0.1", MASTER_PORT="29500")
-    assert ranks_of_environment() == (1, 2, 1)
-    assert meeting_point() == ("10.0.0.1", 29500)
+    assert ranks_from_environment() == (1, 2, 1)
+    assert rendezvous_address() == ("10.0.0.1", 29500)
 
 
 def test_the_batch_script_may_say_where_ranks_meet(environment):
     environment(STEP, MASTER_ADDR="10.0.0.1", MASTER_PORT="4321")
-    assert ranks_of_environment() == (5, 6, 1)
-    assert meeting_point() == ("10.0.0.1", 4321)
+    assert ranks_from_environment() == (5, 6, 1)
+    assert rendezvous_address() == ("10.0.0.1", 4321)
 
 
 def test_a_task_uses_the_cores_that_slurm_gave_it(environment, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(24)))
     environment(STEP, SLURM_CPUS_PER_TASK="8")
-    assert threads_of_rank() == 8
+    assert threads_per_rank() == 8
     monkeypatch.delenv("SLURM_CPUS_PER_TASK")
-    assert threads_of_rank() == 12
+    assert threads_per_rank() == 12
     environment(RANK="0", WORLD_SIZE="8", LOCAL_WORLD_SIZE="4")
-    assert threads_of_rank() == 6
+    assert threads_per_rank() == 6
 
 
 def test_each_rank_has_its_gpu(environment):
@@ -125,7 +125,7 @@ def test_every_rank_of_a_node_with_too_few_gpus_tells(environment, local):
 
 def test_a_launcher_that_does_not_count_a_node_s_ranks(environment):
     environment(RANK="9", WORLD_SIZE="16", LOCAL_RANK="1")
-    assert local_ranks() is None
+    assert local_world_size() is None
     assert device_index(1, 8) == 1
     with pytest.raises(MegatronPatchError, match="1 GPUs"):
         device_index(1, 1)
@@ -144,7 +144,7 @@ def test_a_launcher_that_does_not_count_a_node_s_ranks(environment):
 def test_contradictions_are_told(environment, change, message):
     environment(STEP, change)
     with pytest.raises(ConfigError, match=message) as error:
-        ranks_of_environment()
+        ranks_from_environment()
     assert "Allowed: " in str(error.value) and "What to do: " in str(error.value)
 
 
@@ -152,13 +152,13 @@ def test_a_variable_that_is_missing_is_named(environment, monkeypatch):
     environment(STEP)
     monkeypatch.delenv("SLURM_LOCALID")
     with pytest.raises(ConfigError, match="SLURM_LOCALID"):
-        ranks_of_environment()
+        ranks_from_environment()
 
 
 def test_ranks_that_know_no_meeting_point_are_told(environment):
     environment(RANK="1", WORLD_SIZE="2")
     with pytest.raises(ConfigError, match="WORLD_SIZE=2 without MASTER_ADDR"):
-        meeting_point()
+        rendezvous_address()
 
 
 @pytest.mark.parametrize("text", ["", ",n1", "[", "n1[", "]"])
@@ -172,5 +172,5 @@ def test_what_is_no_list_of_nodes_is_refused(text):
 )
 def test_the_allocator_does_what_the_user_says_before_what_we_say(given):
     environment = dict(given)
-    let_segments_grow(environment)
+    use_expandable_segments(environment)
     assert environment == (given or {"PYTORCH_ALLOC_CONF": "expandable_segments:True"})

@@ -35,11 +35,11 @@ def test_deepspeed_takes_the_gpu_that_the_rank_has(tmp_path, visible, expected):
 
 
 def _times():
-    from megatron_patch.engine.distributed import join
+    from megatron_patch.engine.distributed import init_distributed
     from megatron_patch.parallel.grid import Grid
     from megatron_patch.parallel.groups import make_groups
 
-    join(timeout_minutes=7)
+    init_distributed(timeout_minutes=7)
     groups = make_groups(Grid(torch.distributed.get_rank(), 2, tensor_parallel_size=2))
     import deepspeed
 

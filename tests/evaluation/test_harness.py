@@ -14,7 +14,7 @@ from megatron_patch.convert.to_hugging_face import to_hugging_face
 from megatron_patch.engine.inference import load_model
 from megatron_patch.errors import ConfigError, DataError
 from megatron_patch.evaluation.harness import local_data, run_tasks
-from megatron_patch.tokenizer import load_tokenizer
+from megatron_patch.tokenizers.base import load_tokenizer
 from tests.convert.models import make_checkpoint, make_tokenizer
 from tests.distributed.ranks import run_ranks
 from tests.model.shapes import LLAMA3
@@ -52,7 +52,7 @@ def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("harness")
     tokenizer = make_tokenizer(folder / "tokenizer", 280)
     info = {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": str(tokenizer)}
-    path = make_checkpoint(folder / "ckpt", dataclasses.replace(LLAMA3, vocab_size=280, padded_vocab_size=384), data_info=info)
+    path = make_checkpoint(folder / "ckpt", dataclasses.replace(LLAMA3, vocab_size=280, padded_vocab_size=384), data_metadata=info)
     to_hugging_face(open_checkpoint(str(path)), folder / "hf")
     (folder / "tasks").mkdir()
     for name, task in TASKS.items():
@@ -131,13 +131,13 @@ def _answers(path, tokenizer):
     import torch
     from lm_eval.api.instance import Instance
 
-    from megatron_patch.engine.distributed import join
+    from megatron_patch.engine.distributed import init_distributed
     from megatron_patch.engine.inference import load_shared_model
     from megatron_patch.evaluation.harness_model import HarnessModel
     from megatron_patch.parallel.grid import Grid
     from megatron_patch.parallel.groups import make_groups
 
-    device, found = join(), []
+    device, found = init_distributed(), []
     for sizes in ((1, 1), (2, 1), (1, 2)):
         loaded = load_shared_model(path, make_groups(Grid(torch.distributed.get_rank(), 2, *sizes)), device)
         found.append(_ask(HarnessModel(loaded.model, tokenizer, 32, 2, loaded.copies), Instance))

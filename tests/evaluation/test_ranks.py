@@ -46,7 +46,7 @@ def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     info = {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": str(make_tokenizer(folder / "tokenizer", 280))}
     checkpoints = {
-        name: make_checkpoint(folder / name, dataclasses.replace(SHAPES[name], vocab_size=280, padded_vocab_size=281), data_info=info)
+        name: make_checkpoint(folder / name, dataclasses.replace(SHAPES[name], vocab_size=280, padded_vocab_size=281), data_metadata=info)
         for _, _, name in LAYOUTS.values()
     }
     with (folder / "t.jsonl").open("w") as file:

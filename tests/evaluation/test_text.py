@@ -19,7 +19,7 @@ from megatron_patch.engine.inference import load_model
 from megatron_patch.errors import DataError
 from megatron_patch.evaluation.text import TextScore, document_windows, read_documents, score_text
 from megatron_patch.ops import IGNORE_INDEX
-from megatron_patch.tokenizer import encode, load_tokenizer
+from megatron_patch.tokenizers.base import encode, load_tokenizer
 from tests.convert.models import make_checkpoint, make_tokenizer
 from tests.model.shapes import LLAMA
 from tests.tools.test_tools import tool
@@ -36,7 +36,7 @@ def checkpoint(tmp_path_factory):
     tokenizer = make_tokenizer(folder / "tokenizer", 280)
     shape = dataclasses.replace(LLAMA, vocab_size=280, padded_vocab_size=384)
     info = {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": str(tokenizer)}
-    path = make_checkpoint(folder / "ckpt", shape, data_info=info)
+    path = make_checkpoint(folder / "ckpt", shape, data_metadata=info)
     to_hugging_face(open_checkpoint(str(path)), folder / "hf")
     return path, load_tokenizer("HuggingFaceTokenizer", str(tokenizer)), folder / "hf"
 

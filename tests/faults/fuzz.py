@@ -30,26 +30,26 @@ import yaml
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
-from megatron_patch import checkpoint_files
-from megatron_patch.checkpoints.report import describe, explain, flat
+from megatron_patch.checkpoint import commit as commit
+from megatron_patch.checkpoint.report import describe, explain, flat
+from megatron_patch.checkpoint.safetensors_io import read_header
 from megatron_patch.config.parsing import parse, read_yaml, to_flags
 from megatron_patch.config.resolve import resolve
-from megatron_patch.config.stage_request import read_stages
+from megatron_patch.config.stage_spec import parse_stages
 from megatron_patch.convert.tensor_names import parameter_shapes
 from megatron_patch.convert.weight_files import open_weights
+from megatron_patch.data.dataset_metadata import DatasetMetadata, read_metadata, write_metadata
 from megatron_patch.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter
 from megatron_patch.data.inspect import describe as describe_data
 from megatron_patch.data.inspect import integrity_problems
-from megatron_patch.data.preprocess.documents import documents
-from megatron_patch.data.preprocess.readers import Batch
-from megatron_patch.data.side_file import DatasetInfo, read_info, write_info
 from megatron_patch.engine.deepspeed_config import engine_config
 from megatron_patch.engine.fragments import Fragment
 from megatron_patch.engine.inference import shape_of_state
 from megatron_patch.engine.state_files import StateFiles, state_file_name, write_fragments
 from megatron_patch.errors import MegatronPatchError
-from megatron_patch.parallel.sharding import Shard
-from megatron_patch.safetensors_files import read_header
+from megatron_patch.model.sharding import Shard
+from megatron_patch.raw_text.parse_documents import documents
+from megatron_patch.raw_text.readers import Batch
 from megatron_patch.stages import StagePlan
 from megatron_patch.training.callbacks.metrics import read_metrics
 
@@ -97,8 +97,8 @@ def _dataset(folder: Path) -> None:
     with IndexedDatasetWriter(str(folder / "d"), np.dtype(np.uint16)) as writer:
         writer.append(np.arange(40, dtype=np.uint16), np.array([7, 20, 13]))
         writer.finish()
-    info = DatasetInfo("NullTokenizer", "", 64, 63, 3, 40, "uint16", True, False, 1, 80, 0, "0" * 16, "0" * 16)
-    write_info(str(folder / "d"), info)
+    info = DatasetMetadata("NullTokenizer", "", 64, 63, 3, 40, "uint16", True, False, 1, 80, 0, "0" * 16, "0" * 16)
+    write_metadata(str(folder / "d"), info)
 
 
 def _read_dataset(folder: Path) -> None:
@@ -123,37 +123,37 @@ def _checkpoint(folder: Path) -> None:
     finally:
         os.unlink(config)
     model = {name: getattr(run.shape, name) for name in run.shape.__dataclass_fields__}
-    state = checkpoint_files.TrainerState(
+    state = commit.TrainerState(
         4, 0, 4, "patch", 400, 4, run.plan.to_json(), run.to_json(), {"seed": 1}, {"step_count": 4, "loss_scaler": {}}, model
     )
-    entries = checkpoint_files.write_state(folder, state)
+    entries = commit.write_state(folder, state)
     kinds = {"weight": torch.ones(8), "exp_avg": torch.ones(8), "exp_avg_sq": torch.ones(8)}
     found = [Fragment("a", (4, 2), None, 0, 8, kinds), Fragment("b", (2, 8), Shard(1, 0, 2), 0, 8, kinds)]
     entries |= write_fragments(folder, 0, 2, found)
     entries |= write_fragments(folder, 1, 2, [Fragment("b", (2, 8), Shard(1, 1, 2), 0, 8, kinds)])
-    checkpoint_files.write_manifest(folder, entries)
+    commit.write_manifest(folder, entries)
 
 
 def _read_manifest(folder: Path) -> None:
-    checkpoint_files.verify(folder)
+    commit.verify(folder)
     describe(folder, full=True)
     # A forger knows how to compute the manifest's own checksum.
-    path = folder / checkpoint_files.MANIFEST
+    path = folder / commit.MANIFEST
     with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
         data = json.loads(path.read_bytes())
         data["xxh64"] = xxhash.xxh64(json.dumps(data["files"]).encode()).hexdigest()
         path.write_text(json.dumps(data))
-    checkpoint_files.verify(folder)
-    checkpoint_files.read_manifest(folder)
+    commit.verify(folder)
+    commit.read_manifest(folder)
 
 
 def _read_state(folder: Path) -> None:
-    state = checkpoint_files.read_state(folder)
+    state = commit.read_state(folder)
     flat(explain(folder))
     with contextlib.suppress(MegatronPatchError):
         parameter_shapes(shape_of_state(state, "it"))
     plan = StagePlan.from_json(state.plan)
-    plan.consumed_tokens(plan.place(min(state.step, plan.steps)))
+    plan.consumed_tokens(plan.progress(min(state.step, plan.steps)))
 
 
 def _read_state_files(folder: Path) -> None:
@@ -170,7 +170,7 @@ def _read_config(folder: Path) -> None:
     to_flags(values, "c.yaml")
     stages = values.get("stages")
     if stages is not None:
-        read_stages(stages if isinstance(stages, str) else json.dumps(stages))
+        parse_stages(stages if isinstance(stages, str) else json.dumps(stages))
 
 
 def _read_run(folder: Path) -> None:
@@ -208,9 +208,9 @@ def _read_weights(folder: Path) -> None:
 TARGETS = {
     "idx": Target(_dataset, "d.idx", _read_dataset),
     "bin": Target(_dataset, "d.bin", _read_dataset),
-    "side_file": Target(_dataset, "d.json", lambda folder: read_info(str(folder / "d")), text=True),
-    "manifest": Target(_checkpoint, checkpoint_files.MANIFEST, _read_manifest, text=True),
-    "trainer_state": Target(_checkpoint, checkpoint_files.STATE, _read_state, text=True),
+    "side_file": Target(_dataset, "d.json", lambda folder: read_metadata(str(folder / "d")), text=True),
+    "manifest": Target(_checkpoint, commit.MANIFEST, _read_manifest, text=True),
+    "trainer_state": Target(_checkpoint, commit.STATE, _read_state, text=True),
     "state_file": Target(_checkpoint, state_file_name(0, 2), _read_state_files),
     "weights": Target(_weights, "model.safetensors", _read_weights),
     "json_lines": Target(_lines, "x.jsonl", _read_lines),

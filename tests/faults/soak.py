@@ -22,7 +22,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron_patch import checkpoint_files
+from megatron_patch.checkpoint import commit as commit
 from tests.distributed.ranks import run_ranks, start_ranks
 from tests.distributed.runs import DATA, MODEL, Run, command, make_corpus, start_program
 
@@ -65,7 +65,7 @@ def damage(save: Path, draw: random.Random) -> str | None:
 
     At least one sound checkpoint is left: losing all of them is nothing that a program can survive.
     """
-    sound = [folder for folder in checkpoint_files.checkpoints(save) if not checkpoint_files.verify(folder)]
+    sound = [folder for folder in commit.checkpoints(save) if not commit.verify(folder)]
     latest = save / "latest"
     kinds = (["flip", "cut", "remove", "manifest"] * 2 if len(sound) > 1 else []) + (["latest"] if latest.exists() else [])
     if not kinds:
@@ -77,7 +77,7 @@ def damage(save: Path, draw: random.Random) -> str | None:
     files = [path for path in sound[0].rglob("*") if path.is_file()]
     file = draw.choice(files)
     if kind == "manifest":
-        (sound[0] / checkpoint_files.MANIFEST).unlink()
+        (sound[0] / commit.MANIFEST).unlink()
         return "manifest removed"
     {"flip": lambda: flip(file, draw), "cut": lambda: cut(file, draw), "remove": file.unlink}[kind]()
     return {"flip": "bit flipped", "cut": "file cut", "remove": "file removed"}[kind]
@@ -101,7 +101,7 @@ def live(argv: list[str], ranks: int, save: Path, logs: Path, draw: random.Rando
         if end is None and metrics.exists() and metrics.stat().st_size > size + 4000:
             if not saving:
                 end = time.monotonic() + draw.random() * 1.5
-            elif list(save.glob(f"{checkpoint_files.PARTIAL}*")):
+            elif list(save.glob(f"{commit.PARTIAL}*")):
                 end = time.monotonic() + draw.random() * 0.05
     ended = len(codes) == ranks
     victims = list(processes)
@@ -124,7 +124,7 @@ def live(argv: list[str], ranks: int, save: Path, logs: Path, draw: random.Rando
 
 def states(save: Path) -> dict[str, bytes]:
     """The files of weights and moments in a run's newest checkpoint."""
-    return {path.name: path.read_bytes() for path in checkpoint_files.checkpoints(save)[0].glob("state-*")}
+    return {path.name: path.read_bytes() for path in commit.checkpoints(save)[0].glob("state-*")}
 
 
 def soak(
@@ -161,12 +161,12 @@ def soak(
             if ended:
                 break
             tally.faults["kill -9"] += 1
-            found = checkpoint_files.find_newest_sound(save) if save.exists() else None
+            found = commit.find_newest_valid(save) if save.exists() else None
             step = found.state.step if found else 0
             assert step >= newest, f"step {newest} was committed, and {step} is all that is left\n{text}"
             while draw.random() < 0.6 and (done := damage(save, draw)):
                 tally.faults[done] += 1
-            found = checkpoint_files.find_newest_sound(save) if save.exists() else None
+            found = commit.find_newest_valid(save) if save.exists() else None
             newest = found.state.step if found else 0
         losses = Run(save).losses
         if resize:
@@ -175,7 +175,7 @@ def soak(
         else:
             assert losses == whole, "losses differ from those of the undisturbed run"
             assert states(save) == states(folder / "whole"), "weights or moments differ from those of the undisturbed run"
-        assert not checkpoint_files.verify(checkpoint_files.checkpoints(save)[0]), "the last checkpoint is not sound"
+        assert not commit.verify(commit.checkpoints(save)[0]), "the last checkpoint is not sound"
         tally.runs += 1
         shutil.rmtree(save)
     return tally

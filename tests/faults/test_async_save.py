@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from megatron_patch import checkpoint_files as files
+from megatron_patch.checkpoint import commit as files
 from tests.distributed.ranks import run_ranks
 from tests.distributed.runs import DATA, MODEL, Run, command, printed, train
 from tests.faults.conftest import PLAN
@@ -67,10 +67,10 @@ def _failing_on_rank_1(argv: list[str]) -> int:
 def test_an_error_of_one_rank_comes_out_on_all_at_the_same_step(tmp_path, corpus, undisturbed):
     folder = tmp_path / "run"
     train(folder, 2, PLAN, "--async-save --exit-interval 4 --data-path", corpus)
-    before = files.find_newest_sound(folder)
+    before = files.find_newest_valid(folder)
     argv = command(MODEL, DATA, PLAN, "--async-save --data-path", [corpus], ["--save", str(folder)])
     assert run_ranks(_failing_on_rank_1, 2, tmp_path / "run-logs", argv) == [4, 4]
     text = printed(folder)
     assert text.count("CheckpointError: cannot write") == 1 and "File too large" in text and "Traceback" not in text
-    assert files.find_newest_sound(folder).folder == before.folder and not list(folder.glob(".partial*"))
+    assert files.find_newest_valid(folder).folder == before.folder and not list(folder.glob(".partial*"))
     assert train(folder, 2, PLAN, "--async-save --data-path", corpus).losses == undisturbed.losses

@@ -69,7 +69,7 @@ def test_what_copies_disagree_about_is_not_saved(tmp_path, corpus):
 
 
 def _different(argv, kind):
-    from megatron_patch.training import consistency
+    from megatron_patch.training.faults import consistency
     from megatron_patch.training.pretrain import main
 
     if os.environ["RANK"] == "1":

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from megatron_patch import checkpoint_files as files
+from megatron_patch.checkpoint import commit as files
 from tests.distributed.runs import ROOT, Run, printed, start_process, train
 from tests.faults.conftest import PLAN
 
@@ -21,7 +21,7 @@ ATTEMPTS = """
 import json, os, shutil, sys
 from pathlib import Path
 import torch
-from megatron_patch import checkpoint_files as files
+from megatron_patch.checkpoint import commit as files
 from megatron_patch.engine.fragments import Fragment
 from megatron_patch.engine.state_files import StateFiles, write_fragments
 from megatron_patch.errors import CheckpointError
@@ -76,7 +76,7 @@ def test_a_disk_that_refuses_a_write_leaves_what_was_there(tmp_path, bad_disk, c
     results = attempts(bad_disk, *(("save", fault, path, folder) for (fault, path), folder in zip(cases, folders, strict=True)))
     for (fault, path), folder, told in zip(cases, folders, results, strict=True):
         assert told.startswith("refused") and ("Input/output" in told or "No space" in told), (fault, path, told)
-        newest = files.find_newest_sound(folder).folder.name
+        newest = files.find_newest_valid(folder).folder.name
         assert newest == ("step-00000006" if path == "/latest" else "step-00000003"), (fault, path)
 
 
@@ -99,14 +99,14 @@ def test_a_full_disk_ends_the_run_and_keeps_its_checkpoints(undisturbed, corpus,
     """The disk has room for a dozen checkpoints; it is filled until a save fails, on both ranks, then emptied."""
     folder = small_disk / "run"
     train(folder, 2, PLAN, flags, "--exit-interval 5 --data-path", corpus)
-    newest = files.find_newest_sound(folder)
+    newest = files.find_newest_valid(folder)
     assert newest is not None
     space = os.statvfs(small_disk)
     (small_disk / "filler").write_bytes(bytes(space.f_bavail * space.f_frsize - 150_000))
     with pytest.raises(AssertionError, match=r"exit codes \[4, 4\]") as ended:
         train(folder, 2, PLAN, flags, "--data-path", corpus)
     assert "free space" in str(ended.value) and "Traceback" not in printed(folder)
-    assert files.find_newest_sound(folder).folder == newest.folder
+    assert files.find_newest_valid(folder).folder == newest.folder
     (small_disk / "filler").unlink()
     assert train(folder, 2, PLAN, flags, "--data-path", corpus).losses == undisturbed.losses
     assert Run(folder).records("save")[-1]["step"] == len(undisturbed.losses)
@@ -129,4 +129,4 @@ def test_metrics_and_events_on_a_full_disk_wait_for_space(undisturbed, corpus, t
     assert process.wait(120) == 0, log.read_text()
     text = log.read_text()
     assert text.count("No space left on device; its lines wait") == 2 and "lines are lost" in text
-    assert files.find_newest_sound(tmp_path / "run").state.step == len(undisturbed.losses)
+    assert files.find_newest_valid(tmp_path / "run").state.step == len(undisturbed.losses)

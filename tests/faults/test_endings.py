@@ -14,8 +14,8 @@ import torch
 
 from megatron_patch.errors import ConfigError
 from megatron_patch.exit_codes import ExitCode
-from megatron_patch.files import append_line
-from megatron_patch.training import endings
+from megatron_patch.training.faults import exit_protocol as exit_protocol
+from megatron_patch.utils.files import append_line
 from tests.distributed.ranks import run_ranks, start_ranks
 from tests.distributed.runs import DATA, MODEL, ROOT, command, printed, start_process, start_program
 from tests.faults.test_stops import PLAN, finish, wait_for_steps
@@ -76,7 +76,7 @@ def _failing_beside_one_that_waits(argv, failing):
 
     from megatron_patch.data.loader import PatchLoader
     from megatron_patch.errors import DataError
-    from megatron_patch.training import watchdog
+    from megatron_patch.training.faults import watchdog
 
     watchdog._LISTEN, watchdog._NOTICE = 0.3, 0.5
     next_step = PatchLoader.next_step
@@ -164,6 +164,6 @@ def test_charts_that_one_rank_cannot_write_end_a_new_run_with_one_message(tmp_pa
     ],
 )
 def test_a_wrong_flag_is_told_whole_by_rank_0_and_in_a_line_by_other_nodes(capsys, rank, local_rank, said):
-    assert endings.end_with(ConfigError("no such file", "one"), rank, local_rank, None) == ExitCode.CONFIG
+    assert exit_protocol.report_error(ConfigError("no such file", "one"), rank, local_rank, None) == ExitCode.CONFIG
     text = capsys.readouterr().err
     assert text.startswith(said) and text.count("\n") == (3 if rank == 0 else said.count("\n"))

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from megatron_patch import checkpoint_files as files
+from megatron_patch.checkpoint import commit as files
 from tests.test_checkpoint_files import flip
 from tests.tools.test_tools import tool
 

@@ -10,12 +10,12 @@ import time
 
 import pytest
 
-from megatron_patch.checkpoints import lock as locks
-from megatron_patch.checkpoints.lock import LOCK, SaveLock
+from megatron_patch.checkpoint import lock as locks
+from megatron_patch.checkpoint.lock import LOCK, SaveLock
 from megatron_patch.errors import CheckpointError
 from tests.distributed.runs import ROOT
 
-HOLD = "import sys; from pathlib import Path; from megatron_patch.checkpoints.lock import SaveLock; {}; print('held', flush=True); sys.stdin.read()"
+HOLD = "import sys; from pathlib import Path; from megatron_patch.checkpoint.lock import SaveLock; {}; print('held', flush=True); sys.stdin.read()"
 
 
 def holder(folder, release: bool = False) -> subprocess.Popen:
@@ -88,8 +88,8 @@ def test_elsewhere_the_heartbeat_tells(tmp_path, text, monkeypatch):
     for skew in (0, 3600):
         (tmp_path / LOCK).write_text(text)
         os.utime(tmp_path / LOCK, (time.time() - skew, time.time() - skew))
-        beat = time.time() - skew + 7
-        monkeypatch.setattr(locks.time, "sleep", lambda seconds, beat=beat: os.utime(tmp_path / LOCK, (beat, beat)))
+        heartbeat = time.time() - skew + 7
+        monkeypatch.setattr(locks.time, "sleep", lambda seconds, heartbeat=heartbeat: os.utime(tmp_path / LOCK, (heartbeat, heartbeat)))
         with pytest.raises(CheckpointError, match="another job writes"):
             SaveLock(tmp_path, patience=50)
 

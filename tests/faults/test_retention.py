@@ -7,8 +7,8 @@ import shutil
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_patch import checkpoint_files as files
-from megatron_patch.checkpoints.retention import Retention, first_of_each, prune
+from megatron_patch.checkpoint import commit as files
+from megatron_patch.checkpoint.retention import Retention, first_of_each, prune
 from tests.test_checkpoint_files import flip, save
 
 
@@ -70,9 +70,9 @@ def test_a_kill_between_manifest_and_name_loses_nothing(tmp_path):
     attempt = tmp_path / ".partial-step-00000006-0a0b0c0d"
     shutil.copytree(whole, attempt)
     flip(whole / "part-0.bin")
-    assert files.find_newest_sound(tmp_path).folder == attempt
+    assert files.find_newest_valid(tmp_path).folder == attempt
     files.prepare(tmp_path, 9)
-    assert files.find_newest_sound(tmp_path).folder == whole and files.verify(whole) == []
+    assert files.find_newest_valid(tmp_path).folder == whole and files.verify(whole) == []
     shutil.move(whole, attempt)
-    assert files.find_newest_sound(tmp_path).folder == attempt
-    assert files.find_newest_sound(tmp_path).skipped == ()
+    assert files.find_newest_valid(tmp_path).folder == attempt
+    assert files.find_newest_valid(tmp_path).skipped == ()

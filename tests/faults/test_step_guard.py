@@ -10,7 +10,7 @@ import pytest
 
 from megatron_patch.config.options import SafetyOptions
 from megatron_patch.errors import SickTrainingError
-from megatron_patch.training.step_guard import StepGuard
+from megatron_patch.training.faults.step_guard import StepGuard
 
 OPTIONS = SafetyOptions(spike_window=32)
 
@@ -19,8 +19,8 @@ def trained(options=OPTIONS, steps=32, loss=3.0, noise=0.02):
     guard, draw = StepGuard(options), random.Random(0)
     for _ in range(steps):
         value = loss + draw.gauss(0, noise)
-        assert guard.judge_loss(value) is None
-        guard.took(value, 1.0)
+        assert guard.check_loss(value) is None
+        guard.record_taken(value, 1.0)
     return guard
 
 
@@ -28,47 +28,47 @@ def trained(options=OPTIONS, steps=32, loss=3.0, noise=0.02):
 @pytest.mark.parametrize("on_spike", ["skip", "rewind", "stop", "ignore"])
 def test_what_is_not_finite_is_never_taken(value, on_spike):
     guard = StepGuard(dataclasses.replace(OPTIONS, on_spike=on_spike))
-    assert guard.judge_loss(value) and guard.judge_grad_norm(value)
+    assert guard.check_loss(value) and guard.check_grad_norm(value)
 
 
 def test_a_spike_is_far_above_the_noise():
     guard = trained()
-    assert guard.judge_loss(3.1) is None and guard.judge_loss(0.0) is None
-    assert "the loss spikes: 4.0000" in guard.judge_loss(4.0)
-    assert trained(noise=0.3).judge_loss(4.0) is None, "noise decides"
-    assert trained(noise=0.0).judge_loss(3.19) is None, "a flat loss leaves 20 x 0.01 nats"
-    assert StepGuard(OPTIONS).judge_loss(1e9) is None, "nothing to compare with"
-    assert trained(dataclasses.replace(OPTIONS, on_spike="ignore")).judge_loss(1e9) is None
+    assert guard.check_loss(3.1) is None and guard.check_loss(0.0) is None
+    assert "the loss spikes: 4.0000" in guard.check_loss(4.0)
+    assert trained(noise=0.3).check_loss(4.0) is None, "noise decides"
+    assert trained(noise=0.0).check_loss(3.19) is None, "a flat loss leaves 20 x 0.01 nats"
+    assert StepGuard(OPTIONS).check_loss(1e9) is None, "nothing to compare with"
+    assert trained(dataclasses.replace(OPTIONS, on_spike="ignore")).check_loss(1e9) is None
 
 
 def test_a_switch_is_no_spike():
     guard = trained()
     guard.begin_stage()
-    assert guard.judge_loss(7.0) is None
+    assert guard.check_loss(7.0) is None
 
 
 def test_a_gradient_explodes_by_a_factor():
     guard = trained(dataclasses.replace(OPTIONS, spike_grad_norm=10.0))
-    assert guard.judge_grad_norm(9.9) is None and "explodes" in guard.judge_grad_norm(10.1)
-    assert trained().judge_grad_norm(1e9) is None
+    assert guard.check_grad_norm(9.9) is None and "explodes" in guard.check_grad_norm(10.1)
+    assert trained().check_grad_norm(1e9) is None
 
 
 def test_too_many_sick_steps_end_the_run():
     guard = StepGuard(dataclasses.replace(OPTIONS, max_sick_steps=3))
-    guard.refused("x")
-    guard.refused("x")
-    guard.took(1.0, 1.0)
-    guard.refused("x")
-    guard.refused("x")
+    guard.record_rejected("x")
+    guard.record_rejected("x")
+    guard.record_taken(1.0, 1.0)
+    guard.record_rejected("x")
+    guard.record_rejected("x")
     with pytest.raises(SickTrainingError, match="3 sick steps in a row") as error:
-        guard.refused("x")
+        guard.record_rejected("x")
     assert error.value.exit_code == 5
     with pytest.raises(SickTrainingError):
-        StepGuard(dataclasses.replace(OPTIONS, on_spike="stop")).refused("x")
+        StepGuard(dataclasses.replace(OPTIONS, on_spike="stop")).record_rejected("x")
 
 
 def test_a_resumed_guard_decides_as_before():
     guard, again = trained(), StepGuard(OPTIONS)
     again.load_state(guard.state())
     for value in (3.05, 3.4, 4.0, math.nan):
-        assert str(again.judge_loss(value)) == str(guard.judge_loss(value))
+        assert str(again.check_loss(value)) == str(guard.check_loss(value))

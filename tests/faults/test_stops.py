@@ -15,12 +15,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_patch import checkpoint_files as files
+from megatron_patch.checkpoint import commit as files
 from megatron_patch.config.options import SafetyOptions
 from megatron_patch.engine import deepspeed_engine
 from megatron_patch.errors import ConfigError
-from megatron_patch.training.stop_requests import StopRequests, _stop_time
-from megatron_patch.units import format_duration, parse_duration
+from megatron_patch.training.faults.stop_requests import StopRequests, _stop_time
+from megatron_patch.utils.units import format_duration, parse_duration
 from tests.distributed.ranks import start_ranks
 from tests.distributed.runs import DATA, MODEL, Run, command, start_process, start_program, train
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models
 
-from megatron_patch import checkpoint_files as files
+from megatron_patch.checkpoint import commit as files
 from megatron_patch.config.parsing import parse
 from megatron_patch.config.resolve import resolve
 from megatron_patch.convert.tokenizer_files import copy_tokenizer
@@ -22,7 +22,7 @@ from megatron_patch.convert.weight_files import open_weights
 from megatron_patch.engine.fragments import Fragment
 from megatron_patch.engine.state_files import StateFiles, state_file_name, write_fragments
 from megatron_patch.errors import CheckpointError, ConfigError
-from megatron_patch.tokenizer import encode, load_tokenizer
+from megatron_patch.tokenizers.base import encode, load_tokenizer
 from tests.distributed.runs import DATA, MODEL, ROOT, command, make_corpus
 from tests.faults.conftest import PLAN
 from tests.test_checkpoint_files import STATE, save
@@ -76,11 +76,11 @@ def test_a_checkpoint_holds_nothing_but_safetensors_and_json(undisturbed):
 def test_a_manifest_cannot_name_what_is_outside(tmp_path, name):
     (tmp_path / "secret").write_text("x")
     target = save(tmp_path, 3)
-    files.write_manifest(target, {**files.read_manifest(target), name: files.Entry(1, "0")})
+    files.write_manifest(target, {**files.read_manifest(target), name: files.ManifestEntry(1, "0")})
     with pytest.raises(CheckpointError, match="inside"):
         files.read_manifest(target)
     with pytest.raises(CheckpointError, match="no sound checkpoint"):
-        files.find_newest_sound(tmp_path)
+        files.find_newest_valid(tmp_path)
 
 
 def test_a_link_inside_a_checkpoint_cannot_lead_outside(tmp_path):
@@ -172,7 +172,7 @@ def test_secrets_of_the_environment_are_written_nowhere_and_no_value_reaches_a_s
         [sys.executable, str(ROOT / "pretrain_gpt_patch.py"), *words], env=environment, cwd=tmp_path, capture_output=True, check=False
     )
     assert done.returncode == 0, done.stderr.decode()
-    assert files.find_newest_sound(folder) is not None
+    assert files.find_newest_valid(folder) is not None
     assert not list(tmp_path.rglob("ran-*"))
     contents = [done.stdout, done.stderr, *(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())]
     assert len(contents) > 10

@@ -19,8 +19,8 @@ from megatron_patch.model.gpt import GPTModel
 from megatron_patch.model.init import InitialWeights, initial_span, initialize, parameter_groups
 from megatron_patch.model.rotary import rotary_tables
 from megatron_patch.model.shape import check_shape
+from megatron_patch.model.sharding import Shard
 from megatron_patch.ops import IGNORE_INDEX, native, plain
-from megatron_patch.parallel.sharding import Shard
 from tests.model.shapes import FAMILIES, GPT2, LLAMA, QWEN3
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from megatron_patch.errors import ConfigError
 from megatron_patch.model.flops import forward_flops_per_position, layer_flops, layer_parameters, parameter_count
-from megatron_patch.parallel.partition import partition_layers, pipeline_partition
+from megatron_patch.model.pipeline_partition import partition_layers, pipeline_partition
 from tests.model.shapes import FAMILIES, LLAMA
 
 

@@ -10,7 +10,7 @@ import torch
 from megatron_patch.model.gpt import GPTModel
 from megatron_patch.model.parameters import parameters_of_layers
 from megatron_patch.ops.fused_linear_loss import CHUNK_ROWS
-from megatron_patch.parallel.tensor import WHOLE, TensorParallel
+from megatron_patch.parallel.tensor import UNSHARDED, TensorParallel
 from megatron_patch.planning.layout import Layout
 from megatron_patch.planning.memory import LOSS_CHUNK_ROWS, rank_parameters, saved_by_layers
 from megatron_patch.stages import Stage
@@ -19,7 +19,7 @@ from tests.model.shapes import FAMILIES
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def part(shape, parallel=WHOLE, layers=None, recompute="none"):
+def part(shape, parallel=UNSHARDED, layers=None, recompute="none"):
     with torch.device("meta"):
         return GPTModel(shape, recompute, parallel=parallel, layers=layers)
 

@@ -14,14 +14,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from arms import all_arms, select_arms
+from results import Outcome, markdown, plot_study, read_outcome, summarise, verdict, write_json
+from switches import Switch, compare_switch, read_switch, switch_markdown, training_curve
 
 from megatron_patch.config.resolve import load_config
 from megatron_patch.errors import ConfigError, DataError
 from megatron_patch.model.flops import parameter_count
 from megatron_patch.planning.cost import Cost
-from megatron_patch.replication.arms import all_arms, select_arms
-from megatron_patch.replication.results import Outcome, markdown, plot_study, read_outcome, summarise, verdict, write_json
-from megatron_patch.replication.switches import Switch, compare_switch, read_switch, switch_markdown, training_curve
 
 ROOT = Path(__file__).parent.parent.parent
 FOLDER = ROOT / "examples" / "replicate"
@@ -161,7 +161,7 @@ def test_studies_stand_side_by_side_by_their_steps(tmp_path, capsys):
     assert (tmp_path / "comparison.png").stat().st_size > 5_000
     with pytest.raises(DataError, match=r"holds no study\.json"):
         compare(tmp_path, "--output", tmp_path / "out")
-    with pytest.raises(ConfigError, match="lacks <!-- comparison -->"):
+    with pytest.raises(ConfigError, match="needs the lines <!-- comparison -->"):
         compare(tmp_path / "long", "--output", tmp_path / "out", "--docs", tmp_path / "out" / "comparison.md")
 
 

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from megatron_patch.checkpoint_files import find_newest_sound
+from megatron_patch.checkpoint.commit import find_newest_valid
 from tests.distributed.runs import Run, command
 from tests.slurm.jobs import Job, submit, write_config
 
@@ -135,7 +135,7 @@ def test_cancelled_ends_everywhere_and_the_same_command_goes_on(cluster, tmp_pat
     cluster.command("scancel", job.number)
     assert job.wait(60)["JobState"] == "CANCELLED"
     job.wait_for(lambda: not job.processes(), "the end of all its processes", 30)
-    found = find_newest_sound(folder)
+    found = find_newest_valid(folder)
     assert found is not None and found.state.step >= 100 and not found.skipped
     again = submit(cluster, "many_nodes", folder, *TWO_NODES, config=config, corpus=corpus, TENSOR="1")
     again.completes()

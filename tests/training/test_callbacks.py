@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console as RichConsole
 
 from megatron_patch.errors import CheckpointError, ConfigError
-from megatron_patch.training.callbacks import lines
+from megatron_patch.training.callbacks import jsonl_writer as lines
 from megatron_patch.training.callbacks.base import EvaluationRecord, RunEnd, RunStart, SaveRecord, StepRecord, SwitchRecord
 from megatron_patch.training.callbacks.charts import Charts, named_values
 from megatron_patch.training.callbacks.console import Console

@@ -6,16 +6,16 @@ import time
 
 import pytest
 
+from megatron_patch.data.collate import DocumentMasking
 from megatron_patch.data.corpus import TokenCorpus
 from megatron_patch.data.loader import LoadingTimes, PatchLoader
-from megatron_patch.data.patch_dataset import DocumentMasking
 from megatron_patch.data.token_stream import TrainStream
-from megatron_patch.training.data_wait import DataWait
+from megatron_patch.training.throughput import DataWaitMonitor
 from tests.data.streams import plan_of, write_numbers
 
 
 def told(steps, **times):
-    wait = DataWait(LoadingTimes(**times), window=4)
+    wait = DataWaitMonitor(LoadingTimes(**times), window=4)
     return [note for seconds, waited in steps if (note := wait.update(seconds, waited)) is not None]
 
 

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_patch.config.options import ScheduleOptions, StageOptions
-from megatron_patch.config.stage_plan import build_plan
+from megatron_patch.config.plan_builder import build_plan
 from megatron_patch.stages import LrShape
-from megatron_patch.training.lr_schedule import LrSchedule, Segment, learning_rate, schedule_of
+from megatron_patch.training.lr_schedule import LrSchedule, Segment, build_lr_schedule, learning_rate
 
 STYLES = ["constant", "linear", "cosine", "inverse-square-root", "WSD"]
 
@@ -67,16 +67,16 @@ def plan(*stages):
 
 
 def test_restart_begins_anew_and_continue_goes_on():
-    restart = schedule_of(plan({"patch_size": 2, "steps": 10, "batch": "constant-positions"}, {"steps": 20}))
+    restart = build_lr_schedule(plan({"patch_size": 2, "steps": 10, "batch": "constant-positions"}, {"steps": 20}))
     assert restart.at(100) == pytest.approx(0.5) and restart.at(200) == pytest.approx(0.0)
     assert restart.at(210) == pytest.approx(0.95)
-    going = schedule_of(plan({"patch_size": 2, "steps": 10, "batch": "constant-positions"}, {"steps": 20, "lr_policy": "continue"}))
+    going = build_lr_schedule(plan({"patch_size": 2, "steps": 10, "batch": "constant-positions"}, {"steps": 20, "lr_policy": "continue"}))
     assert [going.at(tokens) for tokens in (100, 200, 210, 400)] == pytest.approx([0.75, 0.5, 0.475, 0.0])
 
 
 def test_rewarm_multiplies_the_running_schedule_by_a_ramp():
     stages = ({"patch_size": 2, "steps": 10, "batch": "constant-positions"}, {"steps": 20, "lr_policy": "rewarm", "lr_warmup_tokens": 100})
-    schedule = schedule_of(plan(*stages))
+    schedule = build_lr_schedule(plan(*stages))
     assert schedule.at(200) == pytest.approx(0.5)
     assert schedule.at(250) == pytest.approx(0.375 * 0.5)
     assert schedule.at(300) == pytest.approx(0.25)

@@ -9,10 +9,10 @@ from dataclasses import replace
 import pytest
 
 from megatron_patch.config.resolve import load_config
-from megatron_patch.data.side_file import DatasetInfo, read_info, write_info
+from megatron_patch.data.dataset_metadata import DatasetMetadata, read_metadata, write_metadata
 from megatron_patch.errors import ConfigError, DataError
 from megatron_patch.parallel.grid import Grid
-from megatron_patch.training.corpus import open_data
+from megatron_patch.training.data import open_data
 from megatron_patch.training.pretrain import main
 from megatron_patch.training.stream import open_stream
 from tests.data.streams import write_numbers
@@ -48,7 +48,9 @@ def words(corpora, *more):
 
 
 def side_file(prefix, tokens, eod=5, align=1):
-    write_info(prefix, DatasetInfo("NullTokenizer", "9", 20_000, eod, 1, tokens, "int32", True, False, align, 4 * tokens, 1, "", ""))
+    write_metadata(
+        prefix, DatasetMetadata("NullTokenizer", "9", 20_000, eod, 1, tokens, "int32", True, False, align, 4 * tokens, 1, "", "")
+    )
 
 
 def test_a_dry_run_shows_how_often_each_corpus_is_read(corpora, capsys):
@@ -100,7 +102,7 @@ def test_limits_of_epochs_are_kept(corpora, limits, refused):
         with pytest.raises(DataError, match=r"stage token the training part of .*code is read 1\.60 times"):
             open_stream(run, run.plan)
     else:
-        assert open_stream(run, run.plan).readings(1)[1].epochs_by_end == pytest.approx(1.6)
+        assert open_stream(run, run.plan).corpus_usage(1)[1].epochs_by_end == pytest.approx(1.6)
 
 
 @pytest.mark.parametrize("limits", [["0"], ["two"], ["1", "2"], ["other=1"], ["nan"]])
@@ -147,10 +149,10 @@ def test_the_end_of_documents_is_known_from_any_side_file(corpora):
 def test_corpora_of_other_tokenizers_are_told(corpora):
     for prefix, tokens, digest in ((corpora[0], 16_064, "a"), (corpora[1], 4_064, "b")):
         side_file(prefix, tokens)
-        write_info(prefix, replace(read_info(prefix), tokenizer_model=f"{digest}.json", tokenizer_xxh64=digest))
+        write_metadata(prefix, replace(read_metadata(prefix), tokenizer_model=f"{digest}.json", tokenizer_xxh64=digest))
     run = load_config(words(corpora), 1)
     assert [note for note in open_stream(run, run.plan).notes() if "was tokenized with a.json" in note and "with b.json" in note]
-    write_info(corpora[1], replace(read_info(corpora[1]), tokenizer_xxh64="a"))
+    write_metadata(corpora[1], replace(read_metadata(corpora[1]), tokenizer_xxh64="a"))
     assert not [note for note in open_stream(run, run.plan).notes() if "tokenized" in note]
 
 

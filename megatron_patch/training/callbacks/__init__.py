@@ -8,10 +8,9 @@ from pathlib import Path
 import torch
 
 from megatron_patch.config.resolve import RunConfig
-from megatron_patch.console import make_console
 from megatron_patch.model.generate import Sampling
 from megatron_patch.parallel.grid import Grid
-from megatron_patch.tokenizer import Tokenizer
+from megatron_patch.tokenizers.base import Tokenizer
 from megatron_patch.training.callbacks.base import Callback
 from megatron_patch.training.callbacks.charts import Charts
 from megatron_patch.training.callbacks.console import Console
@@ -21,6 +20,7 @@ from megatron_patch.training.callbacks.samples import SampleRequest, Samples
 from megatron_patch.training.callbacks.spans import SpanLog
 from megatron_patch.training.callbacks.tensorboard import TensorBoard
 from megatron_patch.training.callbacks.wandb import WeightsAndBiases
+from megatron_patch.utils.console import make_console
 
 
 def make_callbacks(

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_patch.data.patch_dataset import PatchBatch
+from megatron_patch.data.collate import PatchBatch
 from megatron_patch.stages import Stage
 
 
@@ -44,7 +44,7 @@ class RunStart:
     whole_cost: float
 
 
-MEASURES = (
+STEP_METRICS = (
     "lr",
     "grad_norm",
     "tokens_per_second",

@@ -11,10 +11,10 @@ from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from megatron_patch.errors import ConfigError
-from megatron_patch.training.callbacks.base import MEASURES, Callback, EvaluationRecord, RunStart, StepRecord
-from megatron_patch.training.endings import say
+from megatron_patch.training.callbacks.base import STEP_METRICS, Callback, EvaluationRecord, RunStart, StepRecord
+from megatron_patch.training.faults.exit_protocol import print_stderr
 
-_STEP_VALUES = (*MEASURES, "cost", "cost_tokens", "patch_size")
+_STEP_VALUES = (*STEP_METRICS, "cost", "cost_tokens", "patch_size")
 _FIRST_PAUSE = 60.0
 
 
@@ -95,7 +95,7 @@ class Charts(Callback):
             self._fail(record.tokens, error)
             return
         if missed_from is not None:
-            say(
+            print_stderr(
                 f"{self._writer.name} can be written again; from {missed_from:,} to {record.tokens:,} tokens metrics.jsonl alone has values"
             )
             self._missed_from = None
@@ -103,7 +103,9 @@ class Charts(Callback):
     def _fail(self, tokens: int, error: Exception) -> None:
         if self._missed_from is None:
             self._missed_from, self._pause = tokens, _FIRST_PAUSE
-            say(f"{self._writer.name} cannot be written: {error}; training goes on, metrics.jsonl has all values, and it is tried again")
+            print_stderr(
+                f"{self._writer.name} cannot be written: {error}; training goes on, metrics.jsonl has all values, and it is tried again"
+            )
         self._again = self._clock() + self._pause
         self._pause *= 2
         self._close(quietly=True)
@@ -113,7 +115,7 @@ class Charts(Callback):
             self._writer.close()
         except Exception as error:
             if not quietly:
-                say(f"{self._writer.name} cannot be written: {error}; metrics.jsonl has all values")
+                print_stderr(f"{self._writer.name} cannot be written: {error}; metrics.jsonl has all values")
 
     def close(self) -> None:
         """Ends the chart."""

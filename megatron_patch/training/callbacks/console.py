@@ -6,10 +6,10 @@ from rich.console import Console as RichConsole
 from rich.live import Live
 from rich.markup import escape
 
-from megatron_patch.console import make_console
 from megatron_patch.training.callbacks.base import Callback, EvaluationRecord, Event, RunEnd, RunStart, SaveRecord, StepRecord, SwitchRecord
 from megatron_patch.training.callbacks.progress import LossTrend, live_view, outlook
-from megatron_patch.units import format_count, format_duration
+from megatron_patch.utils.console import make_console
+from megatron_patch.utils.units import format_count, format_duration
 
 
 class Console(Callback):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_patch.training.callbacks.base import Callback, Event, RunEnd, RunStart, SaveRecord, SwitchRecord
-from megatron_patch.training.callbacks.lines import Lines
+from megatron_patch.training.callbacks.jsonl_writer import JsonlWriter
 from megatron_patch.training.callbacks.metrics import to_json
 
 
@@ -21,7 +21,7 @@ class Events(Callback):
     """
 
     def __init__(self, path: Path) -> None:
-        self._lines = Lines(path)
+        self._lines = JsonlWriter(path)
 
     def on_start(self, record: RunStart) -> None:
         """A run begins or goes on."""

@@ -17,7 +17,7 @@ from typing import Any
 
 from megatron_patch.errors import CheckpointError
 from megatron_patch.training.callbacks.base import Callback, EvaluationRecord, RunEnd, RunStart, SaveRecord, StepRecord, SwitchRecord
-from megatron_patch.training.callbacks.lines import Lines
+from megatron_patch.training.callbacks.jsonl_writer import JsonlWriter
 
 
 def to_json(kind: str, record: Any) -> dict[str, Any]:
@@ -75,7 +75,7 @@ class Metrics(Callback):
     """
 
     def __init__(self, path: Path) -> None:
-        self._path, self._lines = path, Lines(path)
+        self._path, self._lines = path, JsonlWriter(path)
 
     def on_start(self, record: RunStart) -> None:
         """Goes on behind the step that the run goes on from."""

@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from megatron_patch.training.callbacks.base import EvaluationRecord, RunStart, StepRecord
-from megatron_patch.units import format_count, format_duration
+from megatron_patch.utils.units import format_count, format_duration
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _BAR = 44

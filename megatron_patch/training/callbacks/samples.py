@@ -16,9 +16,9 @@ from rich.console import Console as RichConsole
 from rich.markup import escape
 
 from megatron_patch.model.generate import Sampling, check_prompts, generate_by_rereading
-from megatron_patch.tokenizer import Tokenizer, encode
+from megatron_patch.tokenizers.base import Tokenizer, encode
 from megatron_patch.training.callbacks.base import Callback, EvaluationRecord, RunStart
-from megatron_patch.training.callbacks.lines import Lines
+from megatron_patch.training.callbacks.jsonl_writer import JsonlWriter
 from megatron_patch.training.callbacks.metrics import truncate
 
 _SHOWN = 400
@@ -67,7 +67,7 @@ class Samples(Callback):
     ) -> None:
         self._logits, self._tokenizer, self._request, self._device = logits, tokenizer, request, device
         self._path, self._console = path, console
-        self._lines = Lines(path) if path is not None else None
+        self._lines = JsonlWriter(path) if path is not None else None
         eod = [] if tokenizer.eod_id is None else [tokenizer.eod_id]
         self._ids = [encode(tokenizer, prompt) or eod for prompt in request.prompts]
         check_prompts(self._ids, request.new_tokens, request.learned_positions)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_patch.data.patch_dataset import PatchBatch
+from megatron_patch.data.collate import PatchBatch
 from megatron_patch.stages import Stage
 from megatron_patch.training.callbacks.base import Callback, RunStart
-from megatron_patch.training.callbacks.lines import Lines
+from megatron_patch.training.callbacks.jsonl_writer import JsonlWriter
 from megatron_patch.training.callbacks.metrics import truncate
 
 
@@ -22,7 +22,7 @@ class SpanLog(Callback):
 
     def __init__(self, folder: Path, rank: int) -> None:
         self._path = folder / f"rank-{rank:05d}.jsonl"
-        self._lines = Lines(self._path)
+        self._lines = JsonlWriter(self._path)
 
     def on_start(self, record: RunStart) -> None:
         """Goes on behind the step that the run goes on from."""

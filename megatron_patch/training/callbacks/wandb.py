@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_patch.errors import ConfigError
-from megatron_patch.training.endings import say
+from megatron_patch.training.faults.exit_protocol import print_stderr
 
 
 class WeightsAndBiases:
@@ -60,7 +60,7 @@ class WeightsAndBiases:
             self._run = self._wandb.init(id=run_id, mode="offline", **self._settings)
             reason = str(error).splitlines()[0].rstrip(".")
             folder = Path(self._run.dir).parent
-            say(f"{self.name} is not to be had: {reason}; the run is written to a folder: wandb sync {folder} sends it")
+            print_stderr(f"{self.name} is not to be had: {reason}; the run is written to a folder: wandb sync {folder} sends it")
         self._run.define_metric("tokens")
         self._run.define_metric("*", step_metric="tokens")
 

@@ -1,0 +1,27 @@
+"""Results of a study, published in a document. In: a Markdown file with a pair of markers, text, plots. Out: the file, rewritten."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from megatron_patch.utils.files import write_durably
+from megatron_patch.utils.markdown import replace_between
+
+
+def publish(document: Path, name: str, text: str, plots: Mapping[str, Path]) -> None:
+    """Writes text between `<!-- name -->` and `<!-- end of name -->`, and copies plots to the document's folder.
+
+    Args:
+        document: a Markdown file.
+        name: of the markers.
+        text: the new text between them.
+        plots: file names next to the document, and the files to copy there; missing files are skipped.
+
+    Raises:
+        ConfigError: the document cannot be read or lacks the markers.
+    """
+    write_durably(document, replace_between(document, f"<!-- {name} -->", f"<!-- end of {name} -->", text))
+    for target, source in plots.items():
+        if source.is_file():
+            document.with_name(target).write_bytes(source.read_bytes())

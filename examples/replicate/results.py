@@ -1,0 +1,320 @@
+"""A study's runs as one table and one plot. In: metrics files of arms and seeds, as many as are done. Out: JSON, Markdown, a PNG.
+
+A spread is the standard deviation over seeds; a difference is taken seed by seed against the arm's baseline, so that what a seed does to
+both cancels, and has the standard error of its mean. One seed has no spread, and none is made up.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from arms import Arm
+from switches import Switch, SwitchRow, compare_switch, read_switch, training_curve
+
+from megatron_patch.training.callbacks.metrics import read_metrics
+from megatron_patch.utils.units import format_count
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One finished run.
+
+    Args:
+        arm: its name.
+        seed: of weights and data order.
+        tokens: read.
+        cost_tokens: tokens that token-level training reads for the same FLOPs.
+        steps: taken.
+        loss: held-out token loss at the end, nats.
+        seconds: of all steps, without evaluations and checkpoints.
+        curve: (cost_tokens, held-out token loss) of each evaluation.
+        switch: its last switch to single tokens.
+        training: from `training_curve`.
+    """
+
+    arm: str
+    seed: int
+    tokens: int
+    cost_tokens: float
+    steps: int
+    loss: float
+    seconds: float
+    curve: tuple[tuple[float, float], ...]
+    switch: Switch | None = None
+    training: tuple[tuple[int, float], ...] = ()
+
+
+def read_outcome(save: Path, arm: str, seed: int) -> Outcome | None:
+    """A run's outcome, or None where it has not come to its end."""
+    path = save / "metrics.jsonl"
+    if not path.is_file():
+        return None
+    records = list(read_metrics(path))
+    steps = [record for record in records if record.get("type") == "step"]
+    curve = [
+        (record["cost_tokens"], record["token_loss"])
+        for record in records
+        if record.get("type") == "evaluation" and record["token_loss"] is not None
+    ]
+    if not curve or not any(record.get("type") == "end" and record.get("reason") == "done" for record in records):
+        return None
+    end = steps[-1]
+    seconds = sum(record["step_seconds"] for record in steps)
+    return Outcome(
+        arm,
+        seed,
+        end["tokens"],
+        end["cost_tokens"],
+        len(steps),
+        curve[-1][1],
+        seconds,
+        tuple(curve),
+        read_switch(records),
+        training_curve(records),
+    )
+
+
+@dataclass(frozen=True)
+class Row:
+    """An arm over its seeds.
+
+    Args:
+        arm: its name.
+        what: what it does.
+        seeds: finished runs.
+        tokens: read by each.
+        cost: of token-level training on twice the budget.
+        steps: taken by each.
+        loss: mean held-out token loss at the end, nats.
+        spread: standard deviation over seeds, None with one.
+        difference: mean difference to the baseline over the seeds that both have, None for a baseline.
+        error: standard error of that mean, None with one seed.
+        pairs: seeds in the difference.
+        seconds: mean time of a run's steps.
+    """
+
+    arm: str
+    what: str
+    seeds: int
+    tokens: int
+    cost: float
+    steps: int
+    loss: float
+    spread: float | None
+    difference: float | None
+    error: float | None
+    pairs: int
+    seconds: float
+
+
+def summarise(arms: Sequence[Arm], outcomes: Sequence[Outcome], budget: int) -> list[Row]:
+    """One row an arm that has a finished run."""
+    by_arm: dict[str, dict[int, Outcome]] = {}
+    for outcome in outcomes:
+        by_arm.setdefault(outcome.arm, {})[outcome.seed] = outcome
+    rows = []
+    for arm in arms:
+        mine = by_arm.get(arm.name)
+        if not mine:
+            continue
+        losses = [outcome.loss for outcome in mine.values()]
+        theirs: Mapping[int, Outcome] = by_arm.get(arm.baseline, {}) if arm.baseline else {}
+        differences = [outcome.loss - theirs[seed].loss for seed, outcome in mine.items() if seed in theirs]
+        first = next(iter(mine.values()))
+        rows.append(
+            Row(
+                arm=arm.name,
+                what=arm.what,
+                seeds=len(mine),
+                tokens=first.tokens,
+                cost=first.cost_tokens / (2 * budget),
+                steps=first.steps,
+                loss=statistics.fmean(losses),
+                spread=statistics.stdev(losses) if len(losses) > 1 else None,
+                difference=statistics.fmean(differences) if differences else None,
+                error=statistics.stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else None,
+                pairs=len(differences),
+                seconds=statistics.fmean(outcome.seconds for outcome in mine.values()),
+            )
+        )
+    return rows
+
+
+def summarise_switches(arms: Sequence[Arm], outcomes: Sequence[Outcome], budget: int) -> list[SwitchRow]:
+    """One row an arm that switches and has a seed in common with its baseline."""
+    rows = []
+    for arm in arms:
+        mine = {outcome.seed: outcome for outcome in outcomes if outcome.arm == arm.name}
+        switches = {seed: outcome.switch for seed, outcome in mine.items() if outcome.switch is not None}
+        theirs = {outcome.seed: outcome.training for outcome in outcomes if outcome.arm == arm.baseline}
+        if switches and arm.baseline:
+            curves = {seed: outcome.training for seed, outcome in mine.items()}
+            rows.append(compare_switch(arm.name, arm.baseline, switches, curves, theirs, budget))
+    return [row for row in rows if row is not None]
+
+
+def verdict(row: Row) -> str:
+    """What a difference shows: nothing where it is within two standard errors, or has none."""
+    if row.difference is None:
+        return ""
+    if row.error is None:
+        return "one seed"
+    if abs(row.difference) <= 2 * row.error:
+        return "not separated"
+    return "better" if row.difference < 0 else "worse"
+
+
+def markdown(rows: Sequence[Row], arms: Sequence[Arm], about: str, command: str, plot: str) -> str:
+    """The study as Markdown.
+
+    Args:
+        rows: from `summarise`.
+        arms: for the baselines' names.
+        about: model, data, budget, machine and date: a paragraph.
+        command: that made it.
+        plot: the picture's path as the document sees it.
+    """
+    baselines = {arm.name: arm.baseline for arm in arms}
+    lines = [
+        about,
+        "",
+        "```",
+        command,
+        "```",
+        "",
+        f"![held-out token loss against cost, mean and range over seeds]({plot})",
+        "",
+        "| arm | seeds | tokens | cost | steps | held-out token loss | against its baseline | | time |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        spread = "" if row.spread is None else f" ± {row.spread:.3f}"
+        difference = ""
+        if row.difference is not None:
+            difference = f"{row.difference:+.3f}" + ("" if row.error is None else f" ± {row.error:.3f}") + f" (`{baselines[row.arm]}`)"
+        lines.append(
+            f"| `{row.arm}` | {row.seeds} | {format_count(row.tokens)} | {row.cost:.3f} | {row.steps:,} | {row.loss:.3f}{spread} | "
+            f"{difference} | {verdict(row)} | {row.seconds / 60:.1f} min |"
+        )
+    lines += [
+        "",
+        "Losses are nats a token at K = 1 on held-out text, mean ± standard deviation over seeds; differences are taken seed by seed, mean",
+        "± standard error, and count as better or worse beyond two of them. Cost is that of token-level training on twice the budget.",
+        "",
+        *(f"- `{row.arm}`: {row.what}" for row in rows),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def write_json(
+    path: Path,
+    rows: Sequence[Row],
+    switches: Sequence[SwitchRow],
+    outcomes: Sequence[Outcome],
+    settings: Mapping[str, Any],
+    parameters: int,
+) -> None:
+    """Everything that tables and plots are made of."""
+    document = {
+        "settings": settings,
+        "parameters": parameters,
+        "rows": [asdict(row) for row in rows],
+        "switches": [asdict(row) for row in switches],
+        "runs": [asdict(outcome) for outcome in outcomes],
+    }
+    path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+
+
+COLOURS = ("#33373d", "#8b8f96", "#2563b8", "#16875f", "#d2512f", "#8b53c4", "#b9850b", "#0d8a9e", "#c03e79", "#7b4a2b", "#6f8f1a")
+_MAIN = (
+    "token",
+    "token-wsd",
+    "token-wsd-long",
+    "patch-k4",
+    "patch-k2",
+    "superposition-k2",
+    "superposition-k2-long",
+    "superposition-k3",
+    "superposition-k8-power",
+    "stairs-4-2-1",
+    "token-full",
+)
+
+
+def plot_study(path: Path, arms: Sequence[Arm], outcomes: Sequence[Outcome], budget: int, title: str) -> None:
+    """Left held-out token loss against cost, the main arms, bands over the seeds' range; right where every arm ends, a dot a seed.
+
+    Args:
+        path: the PNG.
+        arms: in the order of the table, the main ones first.
+        outcomes: finished runs.
+        budget: cost tokens of an arm.
+        title: above both.
+    """
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    done = [arm for arm in arms if any(outcome.arm == arm.name for outcome in outcomes)]
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(13.5, max(5.2, 0.3 * len(done) + 1.4)), gridspec_kw={"width_ratios": (1.3, 1.0)}, layout="constrained"
+    )
+    main = [arm for arm in done if arm.name in _MAIN] or done[: len(_MAIN)]
+    colours = {arm.name: COLOURS[number % len(COLOURS)] for number, arm in enumerate(main)}
+    for arm in main:
+        _draw(left, [outcome for outcome in outcomes if outcome.arm == arm.name], budget, colours[arm.name], arm)
+    baselines = {arm.name for arm in arms if arm.baseline is None}
+    # Patches at K = 1 begin far above all that is to be compared; the picture begins where token level is after a tenth of its cost.
+    shown = [loss for outcome in outcomes if outcome.arm in baselines for cost, loss in outcome.curve if cost >= 0.1 * budget]
+    ends = [outcome.loss for outcome in outcomes]
+    top, bottom = max(shown or ends), min(ends)
+    left.set_ylim(bottom - 0.05 * (top - bottom) - 0.01, top + 0.05 * (top - bottom) + 0.01)
+    left.set_xlim(left=0)
+    left.set_xlabel("cost, of token-level training on twice the budget")
+    left.set_ylabel("held-out token loss (nats, K = 1)")
+    left.legend(frameon=False, fontsize=8.5, loc="upper right")
+    _draw_ends(right, done, outcomes, colours)
+    for axis in (left, right):
+        axis.grid(alpha=0.25, linewidth=0.6)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title, fontsize=11)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def _draw_ends(axis: Any, arms: Sequence[Arm], outcomes: Sequence[Outcome], colours: Mapping[str, str]) -> None:
+    """Where arms end: a row each, a dot a seed, a bar at the mean, and a line down from each baseline."""
+    for row, arm in enumerate(arms):
+        losses = [outcome.loss for outcome in outcomes if outcome.arm == arm.name]
+        colour, mean = colours.get(arm.name, "#6b7078"), statistics.fmean(losses)
+        axis.plot(losses, [row] * len(losses), "o", color=colour, alpha=0.45, markersize=5, markeredgewidth=0)
+        axis.plot([mean], [row], "|", color=colour, markersize=15, markeredgewidth=2.4)
+        if arm.baseline is None and arm.cost == 1.0:
+            axis.axvline(mean, color=colour, linewidth=1.0, linestyle="-" if arm.name == "token" else "--", alpha=0.6)
+    axis.set_yticks(range(len(arms)), [arm.name for arm in arms], fontsize=8.5)
+    axis.set_ylim(len(arms) - 0.4, -0.6)
+    axis.set_xlabel("held-out token loss at the end (nats, K = 1)")
+
+
+def _draw(axis: Any, runs: Sequence[Outcome], budget: int, colour: str, arm: Arm) -> None:
+    """An arm: the mean of its seeds as a line, their range as a band. All seeds are evaluated at the same places."""
+    length = min(len(run.curve) for run in runs)
+    xs = [cost / (2 * budget) for cost, _ in runs[0].curve[:length]]
+    columns = [[run.curve[index][1] for run in runs] for index in range(length)]
+    means = [statistics.fmean(column) for column in columns]
+    style = "-" if arm.baseline is None else "--" if arm.baseline == "token-wsd" else "-"
+    width = 2.2 if arm.baseline is None else 1.5
+    axis.plot(xs, means, style, color=colour, linewidth=width, label=f"{arm.name}: {means[-1]:.3f}" + (f" (n = {len(runs)})"))
+    if len(runs) > 1:
+        axis.fill_between(
+            xs, [min(column) for column in columns], [max(column) for column in columns], color=colour, alpha=0.16, linewidth=0
+        )
+    axis.plot([xs[-1]], [means[-1]], "o", color=colour, markersize=4)

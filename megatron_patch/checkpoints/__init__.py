@@ -1,1 +1,0 @@
-"""What surrounds the commit protocol of `checkpoint_files`: who may write a run's folder, what is kept, what is in a checkpoint."""

@@ -1,0 +1,244 @@
+"""Which stages are asked for: a recipe, or the entries of `stages:` as they are written.
+
+In: stage options. Out: `StageSpec`s, checked one by one; `stage_plan` turns them into a plan. A recipe is nothing but a short way to
+write a list:
+
+- patch-train (arXiv 2407.12665): patches for λ = 2/3 of the tokens, then tokens; every step holds the same tokens; learning rate
+  and optimizer start afresh at the switch.
+- token-superposition (arXiv 2605.06546): patches for r = 0.3 of the compute, then tokens; every step holds the same positions; one
+  warm-up-stable-decay schedule over the run; the optimizer is kept.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, cast, get_args
+
+from megatron_patch.config.options import StageOptions
+from megatron_patch.config.yaml_files import load_yaml
+from megatron_patch.errors import ConfigError
+from megatron_patch.stages import LrPolicy, LrStyle, OptimizerPolicy, Side, WsdDecayStyle
+from megatron_patch.utils.units import parse_count
+
+AmountKind = Literal["tokens", "token_share", "compute_share", "step_share", "steps"]
+AMOUNTS = get_args(AmountKind)
+
+
+@dataclass(frozen=True)
+class StageSpec:
+    """One entry of `stages:`, as written; None means "as the run says".
+
+    Exactly one amount may be given: `tokens`, `token_share` (of --train-tokens), `compute_share` (of the run's positions),
+    `step_share` or `steps`; one stage without an amount takes the rest.
+    """
+
+    name: str | None = None
+    patch_size: int = 1
+    tokens: int | None = None
+    token_share: float | None = None
+    compute_share: float | None = None
+    step_share: float | None = None
+    steps: int | None = None
+    sample: Literal["constant-positions", "constant-tokens"] | None = None
+    batch: Literal["constant-tokens", "constant-positions"] | None = None
+    micro_batch_size: int | None = None
+    side: Side = "both"
+    position_weights: str | tuple[float, ...] | None = None
+    anneal_share: float | None = None
+    lr_policy: LrPolicy | None = None
+    lr: float | None = None
+    min_lr: float | None = None
+    lr_warmup_tokens: int | None = None
+    lr_decay_style: LrStyle | None = None
+    lr_decay_tokens: int | None = None
+    lr_wsd_decay_tokens: int | None = None
+    lr_wsd_decay_style: WsdDecayStyle | None = None
+    optimizer: OptimizerPolicy | None = None
+    data_path: tuple[str, ...] | None = None
+
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "sample": ("constant-positions", "constant-tokens"),
+    "batch": ("constant-tokens", "constant-positions"),
+    "side": get_args(Side),
+    "lr_policy": get_args(LrPolicy),
+    "lr_decay_style": get_args(LrStyle),
+    "lr_wsd_decay_style": get_args(WsdDecayStyle),
+    "optimizer": get_args(OptimizerPolicy),
+}
+_COUNTS = {"patch_size", "tokens", "steps", "micro_batch_size", "lr_warmup_tokens", "lr_decay_tokens", "lr_wsd_decay_tokens"}
+SCHEDULE_KEYS = (
+    "lr",
+    "min_lr",
+    "lr_warmup_tokens",
+    "lr_decay_style",
+    "lr_decay_tokens",
+    "lr_wsd_decay_tokens",
+    "lr_wsd_decay_style",
+)
+_NUMBERS = {"token_share", "compute_share", "step_share", "anneal_share", "lr", "min_lr"}
+
+
+def parse_blend(words: Sequence[str], flag: str = "--data-path") -> tuple[tuple[str, float], ...]:
+    """Reads prefixes, or weights and prefixes in turn, as (prefix, weight) with weights that sum to 1.
+
+    Raises:
+        ConfigError: weights without prefixes, or weights that are not above zero.
+    """
+
+    def number(word: str) -> float | None:
+        try:
+            return float(word)
+        except ValueError:
+            return None
+
+    if not words:
+        return ()
+    if number(words[0]) is None:
+        pairs = [(word, 1.0) for word in words]
+        if any(number(word) is not None for word in words):
+            raise ConfigError(f"{flag} {' '.join(words)}", "prefixes alone, or a weight before every prefix: 0.7 web 0.3 code")
+    else:
+        weights = [number(word) for word in words[::2]]
+        if len(words) % 2 or None in weights:
+            raise ConfigError(f"{flag} {' '.join(words)}", "prefixes alone, or a weight before every prefix: 0.7 web 0.3 code")
+        pairs = list(zip(words[1::2], cast("list[float]", weights), strict=True))
+    total = sum(weight for _, weight in pairs)
+    if not all(weight > 0 and math.isfinite(weight) for _, weight in pairs):
+        raise ConfigError(f"{flag} {' '.join(words)}", "weights above zero", "leave a corpus out instead of giving it no weight")
+    if len({prefix for prefix, _ in pairs}) < len(pairs):
+        raise ConfigError(f"{flag} names a dataset twice", "each prefix once", "add the weights of the repeated ones")
+    return tuple((prefix, weight / total) for prefix, weight in pairs)
+
+
+def parse_epoch_limits(words: Sequence[str], corpora: Sequence[str]) -> dict[str, float]:
+    """Reads --max-epochs: a number for all corpora, PREFIX=NUMBER for one, which goes before.
+
+    Args:
+        words: what was given.
+        corpora: all that the run reads.
+
+    Returns:
+        The limit of each corpus that has one.
+
+    Raises:
+        ConfigError: no number above zero, several for all, or a corpus that the run does not read.
+    """
+    limits: dict[str, float] = {}
+    for word in sorted(words, key=lambda word: "=" in word):
+        name, _, number = word.rpartition("=")
+        try:
+            limit = float(number)
+        except ValueError:
+            limit = 0.0
+        if not limit > 0 or (not name and limits):
+            raise ConfigError(f"--max-epochs {' '.join(words)}", "one number above zero for all, PREFIX=NUMBER for one corpus")
+        if name and name not in corpora:
+            raise ConfigError(f"--max-epochs {word}: the run does not read {name}", f"its corpora: {', '.join(corpora) or 'none'}")
+        limits |= {name: limit} if name else dict.fromkeys(corpora, limit)
+    return limits
+
+
+def parse_stages(text: str) -> tuple[StageSpec, ...]:
+    """Reads the `stages:` list from YAML or JSON text.
+
+    Raises:
+        ConfigError: no list of mappings, an unknown key, a value of the wrong kind.
+    """
+    try:
+        entries = load_yaml(text)
+    except ValueError as error:
+        raise ConfigError(f"stages: not valid YAML: {error}", "a list of mappings") from error
+    if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
+        raise ConfigError("stages: is no list of mappings", "- {patch_size: 4, token_share: 0.667}\\n- {patch_size: 1}")
+    return tuple(_read_entry(entry, number) for number, entry in enumerate(entries, start=1))
+
+
+def _read_entry(entry: Mapping[str, Any], number: int) -> StageSpec:
+    known = [f.name for f in dataclasses.fields(StageSpec)]
+    values: dict[str, Any] = {}
+    for key, value in entry.items():
+        name = str(key).replace("-", "_")
+        where = f"stages: entry {number}: {name}"
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            raise ConfigError(f"{where} is unknown", ", ".join(known), f"did you mean {close[0]}?" if close else "remove it")
+        if value is None:
+            continue
+        if name in _COUNTS:
+            try:
+                value = parse_count(value)
+            except ConfigError as error:
+                raise ConfigError(f"{where}: {error.what}", error.allowed, error.do) from error
+        elif name in _NUMBERS:
+            value = _number(value, where)
+        elif name in _CHOICES and value not in _CHOICES[name]:
+            raise ConfigError(f"{where} is {value!r}", ", ".join(_CHOICES[name]))
+        elif name == "position_weights" and isinstance(value, list):
+            value = tuple(_number(weight, where) for weight in value)
+        elif name in ("name", "position_weights") and not isinstance(value, str):
+            raise ConfigError(f"{where} is {value!r}"[:300], "a text" if name == "name" else "a word, or a list of numbers")
+        elif name == "data_path":
+            words = value if isinstance(value, list) else str(value).split()
+            if isinstance(value, dict) or not words or any(isinstance(word, (list, dict)) for word in words):
+                raise ConfigError(f"{where} is {value!r}"[:300], "a prefix, or a list of weights and prefixes: [0.7, web, 0.3, code]")
+            value = tuple(str(word) for word in words)
+        values[name] = value
+    return StageSpec(**values)
+
+
+def _number(value: Any, where: str) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if isinstance(value, bool) or not math.isfinite(number):
+        raise ConfigError(f"{where} is {value!r}"[:300], "a number")
+    return number
+
+
+def recipe_of(options: StageOptions) -> str:
+    """The recipe by name: the one given, else patch-train for patches and token-level without them."""
+    if options.stages is not None:
+        return "stages"
+    return options.recipe or ("patch-train" if (options.patch_size or 1) > 1 else "token-level")
+
+
+def stage_specs(options: StageOptions) -> tuple[StageSpec, ...]:
+    """The list of stages that the options ask for."""
+    recipe = recipe_of(options)
+    shares = {"patch_fraction": options.patch_fraction, "patch_compute_share": options.patch_compute_share}
+    given = {name: value for name, value in shares.items() if value is not None}
+    if recipe == "stages":
+        if options.recipe or options.patch_size not in (None, 1) or given:
+            raise ConfigError(
+                "stages: beside --recipe, --patch-size or a patch share",
+                "a recipe or a list of stages",
+                "write the patch sizes and amounts into the list",
+            )
+        assert options.stages is not None
+        return parse_stages(options.stages)
+    if recipe == "token-level":
+        if options.patch_size not in (None, 1) or given:
+            raise ConfigError("--recipe token-level with a patch size or share", "--patch-size 1 and no share", "remove one")
+        return (StageSpec(name="token"),)
+    if options.patch_size is None or options.patch_size < 2:
+        raise ConfigError(f"--recipe {recipe} with --patch-size {options.patch_size or 1}", "a patch size from 2", "--patch-size 4")
+    if len(given) > 1:
+        raise ConfigError("--patch-fraction and --patch-compute-share", "one of them", "remove one")
+    for name, share in given.items():
+        if not 0.0 < share < 1.0:
+            raise ConfigError(f"--{name.replace('_', '-')} {share}", "a share between 0 and 1", "0.667, for example")
+    policy: dict[str, Any] = {"lr_policy": "restart", "optimizer": "reset"}
+    amount: dict[str, Any] = {"token_share": options.patch_fraction if options.patch_fraction is not None else 2 / 3}
+    if recipe == "token-superposition":
+        policy = {"lr_policy": "continue", "optimizer": "keep"}
+        amount = {"token_share": options.patch_fraction} if options.patch_fraction is not None else {"compute_share": 0.3}
+    if options.patch_compute_share is not None:
+        amount = {"compute_share": options.patch_compute_share}
+    patch = StageSpec(name="patch", patch_size=options.patch_size, anneal_share=options.anneal_share, **amount)
+    return (patch, StageSpec(name="token", **policy))

@@ -1,0 +1,250 @@
+"""Documents of a dataset left out where they repeat earlier ones, and put into a random order, in bounded memory.
+
+In: a dataset with one sequence a document. Out: another. Both steps go through files in a scratch folder:
+
+- Equal documents are found by a 128-bit hash of their tokens. The hashes are dealt to files by their value, so that equal ones meet in one
+  file, and each file is sorted by itself; of equal documents the first stays.
+- For a random order each document is dealt to a bucket drawn for it, and each bucket is permuted: a uniform permutation of all documents,
+  which depends on the seed and on the documents, not on the machine.
+
+At 1e9 documents a file of hashes takes about 64 MB of memory, and the scratch folder 24 bytes a document, or, for the order, a copy of
+the data.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from megatron_patch.data.dataset_metadata import metadata_path
+from megatron_patch.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter, bin_path, idx_path
+from megatron_patch.errors import DataError
+from megatron_patch.utils.files import allow_open_files
+
+_DOCUMENTS = 1 << 16  # dealt with at a time
+_MASK = 1 << 24  # of which it is known at a time whether they stay
+_PART_BYTES = 1 << 26
+_MOST_PARTS = 512
+_HASH = np.dtype([("high", "<u8"), ("low", "<u8"), ("number", "<i8")])
+
+
+def unordered_prefix(prefix: str) -> str:
+    """Where a dataset is until it is rearranged."""
+    return f"{prefix}.unordered"
+
+
+def remove_dataset(prefix: str) -> None:
+    """Removes a dataset, its index first: what is left by a crash in between is no dataset."""
+    for path in (idx_path(prefix), bin_path(prefix), metadata_path(prefix)):
+        path.unlink(missing_ok=True)
+
+
+def rearrange(source: str, output: str, dedup: bool, shuffle_seed: int | None, scratch: Path) -> int:
+    """Writes a dataset without repetitions, in a random order, or both.
+
+    Args:
+        source: prefix to read.
+        output: prefix to write.
+        dedup: leave documents out whose tokens are those of an earlier one.
+        shuffle_seed: of the order; None: as they are.
+        scratch: folder for files on the way; it is removed.
+
+    Returns:
+        How many documents were left out.
+
+    Raises:
+        DataError: documents of several sequences, no space left.
+    """
+    dataset = IndexedDataset(source)
+    if dataset.num_sequences != dataset.num_documents:
+        raise DataError(
+            f"{source} has {dataset.num_sequences} sequences in {dataset.num_documents} documents",
+            "one sequence a document",
+            "leave out --dedup and --shuffle-documents",
+        )
+    shutil.rmtree(scratch, ignore_errors=True)
+    try:
+        scratch.mkdir(parents=True)
+        allow_open_files(2 * _MOST_PARTS + 256)
+        dropped = _find_repetitions(dataset, scratch) if dedup else _Dropped(None)
+        with IndexedDatasetWriter(output, dataset.dtype) as writer:
+            if shuffle_seed is None:
+                for tokens, lengths, kept, _ in _kept_documents(dataset, dropped):
+                    whole = np.repeat(kept, lengths)
+                    writer.append(tokens if kept.all() else tokens[whole], lengths[kept])
+            else:
+                _shuffle(dataset, dropped, shuffle_seed, scratch, writer)
+            metadata_path(output).unlink(missing_ok=True)
+            writer.finish()
+    except OSError as error:
+        raise DataError(f"cannot write {scratch}: {error.strerror or error}", "a writable folder with free space", "free space") from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return dataset.num_documents - writer.num_documents
+
+
+def _pieces(dataset: IndexedDataset) -> Iterator[tuple[int, npt.NDArray[np.generic], npt.NDArray[np.int64]]]:
+    """(number of the first, tokens, lengths) of some documents at a time: so many, or so many bytes."""
+    offset = 0
+    limit = _PART_BYTES // dataset.dtype.itemsize
+    for start in range(0, len(dataset), _DOCUMENTS):
+        lengths = np.array(dataset.sequence_lengths[start : start + _DOCUMENTS], dtype=np.int64)
+        ends = np.cumsum(lengths)
+        first = 0
+        while first < lengths.size:
+            before = int(ends[first - 1]) if first else 0
+            last = max(first + 1, int(np.searchsorted(ends, before + limit, side="right")))
+            count = int(ends[last - 1]) - before
+            yield start + first, dataset.tokens(offset + before, count), lengths[first:last]
+            first = last
+        offset += int(ends[-1])
+
+
+class _Dropped:
+    """Numbers of documents that are left out, in files by range.
+
+    Args:
+        folder: of the files; None: none is left out.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self._folder = folder
+        self._range = -1
+        self._mask: npt.NDArray[np.bool_] = np.zeros(0, bool)
+
+    def add(self, numbers: npt.NDArray[np.int64]) -> None:
+        """Leaves documents out."""
+        assert self._folder is not None
+        ranges = numbers // _MASK
+        for which in np.unique(ranges).tolist():
+            with (self._folder / f"dropped-{which}").open("ab") as file:
+                file.write((numbers[ranges == which]).astype("<i8").data)
+
+    def kept(self, first: int, count: int) -> npt.NDArray[np.bool_]:
+        """Which of the documents `[first, first + count)` stay; asked in order."""
+        if self._folder is None:
+            return np.ones(count, bool)
+        parts = []
+        while count:
+            if first // _MASK != self._range:
+                self._range = first // _MASK
+                self._mask = np.ones(_MASK, bool)
+                path = self._folder / f"dropped-{self._range}"
+                if path.exists():
+                    self._mask[np.fromfile(path, "<i8") - self._range * _MASK] = False
+            begin = first - self._range * _MASK
+            taken = self._mask[begin : begin + count]
+            parts.append(taken)
+            first, count = first + taken.size, count - taken.size
+        return np.concatenate(parts)
+
+
+def _kept_documents(
+    dataset: IndexedDataset, dropped: _Dropped
+) -> Iterator[tuple[npt.NDArray[np.generic], npt.NDArray[np.int64], npt.NDArray[np.bool_], int]]:
+    for first, tokens, lengths in _pieces(dataset):
+        yield tokens, lengths, dropped.kept(first, lengths.size), first
+
+
+def _parts(total_bytes: int) -> int:
+    return max(1, min(_MOST_PARTS, math.ceil(total_bytes / _PART_BYTES)))
+
+
+def _open_all(stack: contextlib.ExitStack, folder: Path, name: str, count: int) -> list[BinaryIO]:
+    return [stack.enter_context((folder / f"{name}-{number}").open("wb", buffering=1 << 16)) for number in range(count)]
+
+
+def _find_repetitions(dataset: IndexedDataset, folder: Path) -> _Dropped:
+    count = _parts(len(dataset) * _HASH.itemsize)
+    with contextlib.ExitStack() as stack:
+        files = _open_all(stack, folder, "hashes", count)
+        for first, tokens, lengths in _pieces(dataset):
+            _deal(_hashes(tokens, lengths, first), files)
+    dropped = _Dropped(folder)
+    for number in range(count):
+        path = folder / f"hashes-{number}"
+        found = np.fromfile(path, _HASH)
+        path.unlink()
+        found = found[np.lexsort((found["number"], found["low"], found["high"]))]
+        again = (found["high"][1:] == found["high"][:-1]) & (found["low"][1:] == found["low"][:-1])
+        dropped.add(found["number"][1:][again])
+    return dropped
+
+
+def _hashes(tokens: npt.NDArray[np.generic], lengths: npt.NDArray[np.int64], first: int) -> npt.NDArray[np.void]:
+    result = np.empty(lengths.size, _HASH)
+    data = tokens.view(np.uint8).data
+    ends = (np.cumsum(lengths) * tokens.itemsize).tolist()
+    starts = [0, *ends[:-1]]
+    digests = b"".join(xxhash.xxh3_128_digest(data[start:end]) for start, end in zip(starts, ends, strict=True))
+    halves = np.frombuffer(digests, "<u8").reshape(-1, 2)
+    result["high"], result["low"], result["number"] = halves[:, 0], halves[:, 1], np.arange(first, first + lengths.size)
+    return result
+
+
+def _deal(hashes: npt.NDArray[np.void], files: Sequence[BinaryIO]) -> None:
+    part = (hashes["high"] % np.uint64(len(files))).astype(np.int64)
+    order = np.argsort(part, kind="stable")
+    edges = np.searchsorted(part[order], np.arange(len(files) + 1))
+    for number, file in enumerate(files):
+        file.write(np.ascontiguousarray(hashes[order[edges[number] : edges[number + 1]]]).data)
+
+
+def _shuffle(dataset: IndexedDataset, dropped: _Dropped, seed: int, folder: Path, writer: IndexedDatasetWriter) -> None:
+    count = _parts(dataset.bin_bytes)
+    with contextlib.ExitStack() as stack:
+        files, sizes = _open_all(stack, folder, "bucket", count), _open_all(stack, folder, "sizes", count)
+        drawn: npt.NDArray[np.int64] = np.zeros(0, np.int64)
+        for tokens, lengths, kept, first in _kept_documents(dataset, dropped):
+            # Drawn for whole chunks, so that the order does not depend on how these were divided for memory's sake.
+            if first % _DOCUMENTS == 0:
+                drawn = np.random.default_rng((seed, 0, first // _DOCUMENTS)).integers(0, count, _DOCUMENTS)
+            begin = first % _DOCUMENTS
+            _fill(files, sizes, tokens, lengths, np.where(kept, drawn[begin : begin + lengths.size], -1))
+    for number in range(count):
+        _empty(folder, number, np.random.default_rng((seed, 1, number)), dataset.dtype, writer)
+
+
+def _fill(
+    files: Sequence[BinaryIO],
+    sizes: Sequence[BinaryIO],
+    tokens: npt.NDArray[np.generic],
+    lengths: npt.NDArray[np.int64],
+    buckets: npt.NDArray[np.int64],
+) -> None:
+    data = tokens.view(np.uint8).data
+    ends = (np.cumsum(lengths) * tokens.itemsize).tolist()
+    start = 0
+    for end, bucket in zip(ends, buckets.tolist(), strict=True):
+        if bucket >= 0:
+            files[bucket].write(data[start:end])
+        start = end
+    for bucket in np.unique(buckets[buckets >= 0]).tolist():
+        sizes[bucket].write(lengths[buckets == bucket].astype("<i4").data)
+
+
+def _empty(folder: Path, number: int, draw: np.random.Generator, dtype: np.dtype[np.generic], writer: IndexedDatasetWriter) -> None:
+    """Writes the documents of a bucket in a random order, some at a time."""
+    lengths = np.fromfile(folder / f"sizes-{number}", "<i4").astype(np.int64)
+    starts = np.cumsum(lengths) - lengths
+    order = draw.permutation(lengths.size)
+    path = folder / f"bucket-{number}"
+    with path.open("rb") as file:
+        pieces: list[bytes] = []
+        held, begun = 0, 0
+        for place, document in enumerate(order.tolist(), start=1):
+            file.seek(int(starts[document]) * dtype.itemsize)
+            pieces.append(file.read(int(lengths[document]) * dtype.itemsize))
+            held += len(pieces[-1])
+            if held >= _PART_BYTES // 4 or place == lengths.size:
+                writer.append(np.frombuffer(b"".join(pieces), dtype), lengths[order[begun:place]])
+                pieces, held, begun = [], 0, place
+    path.unlink()
