@@ -17,78 +17,22 @@ import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
+from megatron_patch.checkpoint.trainer_state import STATE, TrainerState
 from megatron_patch.errors import CheckpointError
 from megatron_patch.utils.files import checksum, fsync_folder, make_folder, read_json, write_durably
 
-VERSION = 1
+MANIFEST_VERSION = 1
 MANIFEST = "manifest.json"
-STATE = "trainer_state.json"
 PARTIAL = ".partial-"
 TRASH = ".trash-"
 _NAME = re.compile(rf"(?P<partial>{re.escape(PARTIAL)})?step-(?P<step>[0-9]{{1,18}})(?(partial)-[0-9a-f]+)")
 _WEIGHTS = "state-*.safetensors"
-
-
-@dataclass(frozen=True)
-class TrainerState:
-    """Where a run stands, and what it must agree with to go on.
-
-    Args:
-        step: optimizer steps of the whole run.
-        stage_index: the stage it is in.
-        stage_step: steps of that stage.
-        stage_name: its name.
-        consumed_tokens: input tokens of the whole run.
-        consumed_samples: samples of the stage.
-        plan: the stage plan.
-        config: all options and their origins.
-        data_fingerprint: of the corpora and their order.
-        engine: what the engine needs to load itself.
-        model: the model's shape.
-        extra: anything else.
-        version: of this record.
-    """
-
-    step: int
-    stage_index: int
-    stage_step: int
-    stage_name: str
-    consumed_tokens: int
-    consumed_samples: int
-    plan: Mapping[str, Any]
-    config: Mapping[str, Any]
-    data_fingerprint: Mapping[str, Any]
-    engine: Mapping[str, Any]
-    model: Mapping[str, Any]
-    extra: Mapping[str, Any] = field(default_factory=dict)
-    version: int = VERSION
-
-    @staticmethod
-    def from_json(data: Any, where: str) -> TrainerState:
-        """Reads a record.
-
-        Raises:
-            CheckpointError: a field is missing or of another kind, or the version is unknown.
-        """
-        if not isinstance(data, dict) or data.get("version") != VERSION:
-            raise CheckpointError(f"{where} is no trainer state of version {VERSION}", "a checkpoint of this program")
-        values: dict[str, Any] = {}
-        for f in fields(TrainerState):
-            if f.name not in data:
-                raise CheckpointError(f"{where} lacks {f.name!r}", "a whole trainer state")
-            value = data[f.name]
-            number = f.type == "int"
-            kind: type = int if number else str if f.type == "str" else dict
-            if not isinstance(value, kind) or isinstance(value, bool) or (isinstance(value, int) and not 0 <= value < 1 << 62):
-                raise CheckpointError(f"{where}: {f.name} is {value!r}", f"a {kind.__name__}")
-            values[f.name] = value
-        return TrainerState(**values)
 
 
 @dataclass(frozen=True)
@@ -198,7 +142,7 @@ def write_manifest(folder: Path, entries: Mapping[str, ManifestEntry]) -> None:
     fsync_folder(folder)
     body = {name: asdict(entry) for name, entry in sorted(entries.items())}
     digest = xxhash.xxh64(json.dumps(body).encode()).hexdigest()
-    write_durably(folder / MANIFEST, json.dumps({"version": VERSION, "files": body, "xxh64": digest}, indent=1) + "\n")
+    write_durably(folder / MANIFEST, json.dumps({"version": MANIFEST_VERSION, "files": body, "xxh64": digest}, indent=1) + "\n")
 
 
 def publish(folder: Path) -> Path:
@@ -232,7 +176,7 @@ def read_manifest(folder: Path) -> dict[str, ManifestEntry]:
     try:
         data = read_json(path)
         body = data["files"]
-        if data["version"] != VERSION or xxhash.xxh64(json.dumps(body).encode()).hexdigest() != data["xxh64"]:
+        if data["version"] != MANIFEST_VERSION or xxhash.xxh64(json.dumps(body).encode()).hexdigest() != data["xxh64"]:
             raise ValueError("its own checksum does not fit")
         entries = {name: _entry(entry) for name, entry in body.items()}
     except FileNotFoundError as error:

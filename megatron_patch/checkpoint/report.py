@@ -83,7 +83,7 @@ def explain(folder: Path) -> dict[str, Any]:
         "stage_step": state.stage_step,
         "data": dict(state.data_fingerprint),
         "given_options": {name: options.get(name) for name in sorted(given) if name in options} if isinstance(options, dict) else {},
-        "weights_alone": bool(state.extra.get("weights_only")),
+        "weights_alone": state.weights_only,
     }
 
 

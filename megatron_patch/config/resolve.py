@@ -40,7 +40,7 @@ class RunConfig:
         plan: the stages.
         blend: the run's training corpora as (prefix, weight).
         valid_blend: its held-out corpora; empty: a part of the training corpora.
-        data_info: the side file of the first corpus, where there is one.
+        data_metadata: the side file of the first corpus, where there is one.
         data_parallel_size: ranks that share a global batch.
         notes: what was decided for the user and may surprise.
     """

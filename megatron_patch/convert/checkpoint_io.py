@@ -15,8 +15,9 @@ from typing import Any
 import torch
 
 from megatron_patch.checkpoint import commit as commit
-from megatron_patch.checkpoint.commit import FoundCheckpoint, ManifestEntry, TrainerState
+from megatron_patch.checkpoint.commit import FoundCheckpoint, ManifestEntry
 from megatron_patch.checkpoint.safetensors_io import write_safetensors
+from megatron_patch.checkpoint.trainer_state import TrainerState
 from megatron_patch.convert.tensor_names import parameter_shapes
 from megatron_patch.engine.inference import find_checkpoint, shape_of_state
 from megatron_patch.engine.state_files import FORMAT, StateFiles, state_file_name
@@ -46,7 +47,7 @@ class CheckpointWeights:
     @property
     def data_metadata(self) -> Mapping[str, Any]:
         """The side file of the data it was trained on, as far as it is known."""
-        return {**(self.found.state.extra.get("data_info") or {}), **self.tokenizer}
+        return {**(self.found.state.data_metadata or {}), **self.tokenizer}
 
 
 def open_checkpoint(load: str) -> CheckpointWeights:
@@ -97,7 +98,10 @@ def write_weights(
     parameters: Iterable[tuple[str, torch.Tensor]],
     precision: str,
     options: Mapping[str, Any],
-    extra: Mapping[str, Any],
+    *,
+    imported_from: str | None = None,
+    data_metadata: Mapping[str, Any] | None = None,
+    special_ids: Mapping[str, Any] | None = None,
 ) -> Path:
     """Writes a checkpoint of weights alone, from which a new run can begin.
 
@@ -108,7 +112,9 @@ def write_weights(
         parameters: (name, tensor), one after another.
         precision: "fp32", "bf16" or "fp16", in which the weights came.
         options: what evaluation and generation ask for (seq_length).
-        extra: where the weights come from.
+        imported_from: path that the weights came from.
+        data_metadata: type and path of their tokenizer, or None.
+        special_ids: their `bos_token_id` and `eos_token_id`, or None.
 
     Returns:
         The checkpoint's folder; it is invisible until it is whole.
@@ -143,7 +149,10 @@ def write_weights(
         data_fingerprint={},
         engine={"precision": precision},
         model=asdict(shape),
-        extra={"weights_only": True, **extra},
+        weights_only=True,
+        imported_from=imported_from,
+        data_metadata=data_metadata,
+        special_ids=special_ids,
     )
     entries |= commit.write_state(folder, state)
     commit.write_manifest(folder, entries)

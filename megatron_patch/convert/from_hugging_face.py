@@ -93,7 +93,7 @@ def from_hugging_face(
     own_names = any(_own_name(name) == "embedding.word.weight" for name in weights.infos)
     plan = _own_plan(weights, shape) if own_names else _plan(weights, shape)
     kind = tokenizer_type_of(source, shape.vocab_size)
-    return _write(source, output, shape, weights, plan, kind, {"special_ids": ids} if ids else {})
+    return _write(source, output, shape, weights, plan, kind, ids or None)
 
 
 def _own_name(name: str) -> str:
@@ -178,7 +178,7 @@ def _write(
     weights: Weights,
     plan: list[tuple[str, Mapped]],
     kind: str | None,
-    extra: Mapping[str, Any],
+    special_ids: Mapping[str, Any] | None,
 ) -> Import:
     sizes = [sum(int(torch.Size(size).numel()) for _, size in tensor.parameters) * 4 for _, tensor in plan]
     parts = [[name for number in group for name, _ in plan[number][1].parameters] for group in groups_by_size(sizes, FILE_BYTES)]
@@ -191,7 +191,9 @@ def _write(
         _parameters(weights, plan),
         precision_of(weights.dtype),
         {"seq_length": min(shape.max_positions, 2048)},
-        {"imported_from": str(source), "data_info": data_metadata, **extra},
+        imported_from=str(source),
+        data_metadata=data_metadata,
+        special_ids=special_ids,
     )
     return Import(folder, shape, len(plan), tokenizer, kind)
 

@@ -270,7 +270,7 @@ def from_megatron(source: Path, output: Path) -> Import:
         ((name, read(name)) for name in names),
         precision,
         {"seq_length": min(shape.max_positions, 2048)},
-        {"imported_from": str(source)},
+        imported_from=str(source),
     )
     return Import(folder, shape, len(found), None)
 

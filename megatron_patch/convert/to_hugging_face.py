@@ -129,8 +129,8 @@ def to_hugging_face(
 
 def _ends(checkpoint: CheckpointWeights, tokenizer: Tokenizer | None) -> tuple[Ids, Ids]:
     """Ids that begin and end a text: those that imported weights came with, else the tokenizer's."""
-    imported = checkpoint.found.state.extra.get("special_ids")
-    if isinstance(imported, Mapping) and not checkpoint.tokenizer:
+    imported = checkpoint.found.state.special_ids
+    if imported is not None and not checkpoint.tokenizer:
         return imported.get("bos_token_id"), imported.get("eos_token_id")
     return (tokenizer.bos_id, tokenizer.eod_id) if tokenizer else (None, checkpoint.data_metadata.get("eod_id"))
 

@@ -81,7 +81,7 @@ def copy_tokenizer(data_metadata: Mapping[str, Any], target: Path) -> list[str]:
     """Puts a tokenizer's files into a folder of Hugging Face's layout.
 
     Args:
-        data_info: a side file's contents.
+        data_metadata: a side file's contents.
         target: an existing folder.
 
     Returns:

@@ -15,7 +15,8 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
-from megatron_patch.checkpoint.commit import FoundCheckpoint, TrainerState, find_newest_valid
+from megatron_patch.checkpoint.commit import FoundCheckpoint, find_newest_valid
+from megatron_patch.checkpoint.trainer_state import TrainerState
 from megatron_patch.engine.environment import ranks_from_environment
 from megatron_patch.engine.shared_model import SharedModel
 from megatron_patch.engine.state_files import StateFiles
@@ -40,7 +41,7 @@ class LoadedModel(Generic[Model]):
     Args:
         model: in evaluation mode, on the device.
         found: the checkpoint it comes from.
-        data_info: the side file of its training data, or None.
+        data_metadata: metadata of its training data, or None.
         copies: the ranks that read other samples with the same weights.
     """
 
@@ -99,7 +100,7 @@ def load_model(load: str, device: torch.device | None = None, dtype: torch.dtype
         model = GPTModel(shape)
     files.check({name: tuple(parameter.shape) for name, parameter in model.named_parameters()})
     model.load_state_dict({name: files.weight(name).to(dtype) for name, _ in model.named_parameters()}, strict=True, assign=True)
-    return LoadedModel(model.to(device or default_device()).eval(), found, found.state.extra.get("data_info"))
+    return LoadedModel(model.to(device or default_device()).eval(), found, found.state.data_metadata)
 
 
 def load_shared_model(load: str, groups: Groups, device: torch.device, dtype: torch.dtype = torch.float32) -> LoadedModel[SharedModel]:
@@ -133,7 +134,7 @@ def load_shared_model(load: str, groups: Groups, device: torch.device, dtype: to
         weights[name] = files.read_shard("weight", name, shard, 0, parameter.numel()).view(parameter.shape).to(device, dtype)
     part.load_state_dict(weights, strict=True, assign=True)
     replicas = Replicas(grid.data_parallel_rank, grid.data_parallel_size, groups.data)
-    return LoadedModel(SharedModel(part.eval(), groups), found, found.state.extra.get("data_info"), replicas)
+    return LoadedModel(SharedModel(part.eval(), groups), found, found.state.data_metadata, replicas)
 
 
 @contextlib.contextmanager

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_patch.checkpoint.commit import STATE, checkpoints
+from megatron_patch.checkpoint.commit import checkpoints
+from megatron_patch.checkpoint.trainer_state import STATE
 from megatron_patch.errors import DataError
 from megatron_patch.training.callbacks.base import STEP_METRICS
 from megatron_patch.training.callbacks.metrics import read_metrics

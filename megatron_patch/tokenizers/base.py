@@ -329,7 +329,7 @@ def tokenizer_of_checkpoint(
     """The tokenizer for a checkpoint's texts: the one given, else the one that its training data was made with.
 
     Args:
-        data_info: what the checkpoint knows of its data; may be empty.
+        data_metadata: what the checkpoint knows of its data; may be empty.
         tokenizer_type: as the user gives it, or None.
         tokenizer_model: as the user gives it, or None.
         vocab_size: of the model.

@@ -18,9 +18,10 @@ from typing import Any
 import torch
 
 from megatron_patch.checkpoint import commit as commit
-from megatron_patch.checkpoint.commit import ManifestEntry, TrainerState
+from megatron_patch.checkpoint.commit import ManifestEntry
 from megatron_patch.checkpoint.lock import SaveLock
 from megatron_patch.checkpoint.retention import Retention, prune
+from megatron_patch.checkpoint.trainer_state import TrainerState
 from megatron_patch.config.resolve import RunConfig
 from megatron_patch.engine.distributed import broadcast_object, gather_objects
 from megatron_patch.engine.interface import Engine

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_patch.checkpoint.commit import FoundCheckpoint, TrainerState, checkpoints, find_newest_valid, share_of_rank, step_of, verify
+from megatron_patch.checkpoint.commit import FoundCheckpoint, checkpoints, find_newest_valid, share_of_rank, step_of, verify
+from megatron_patch.checkpoint.trainer_state import TrainerState
 from megatron_patch.config.options import CheckpointOptions
 from megatron_patch.config.parsing import option_values
 from megatron_patch.config.resolve import RunConfig
@@ -50,10 +51,10 @@ def find_start_point(options: CheckpointOptions, grid: Grid) -> StartPoint:
     load = Path(options.load) if options.load is not None and options.load != options.save else None
     if load is None:
         found = newest_valid(save, grid) if save is not None else None
-        return StartPoint(found, found is not None, found.state.extra.get("begun_from") if found is not None else None)
+        return StartPoint(found, found is not None, found.state.begun_from if found is not None else None)
     begun_from = os.path.abspath(load)
     if save is not None:
-        own = None if options.finetune else lambda state: state.extra.get("begun_from") == begun_from
+        own = None if options.finetune else lambda state: state.begun_from == begun_from
         found = newest_valid(save, grid, own)
         if found is not None:
             return StartPoint(found, True, begun_from)
@@ -152,7 +153,7 @@ def check_model(state: TrainerState, run: RunConfig, weights_only: bool = False)
     Raises:
         CheckpointError: naming the first difference, or that there is no run to go on with.
     """
-    if not weights_only and state.extra.get("weights_only"):
+    if not weights_only and state.weights_only:
         raise CheckpointError(
             "the checkpoint holds weights alone, without a run to go on with",
             "a checkpoint of a run, or --finetune",

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from megatron_patch.checkpoint import commit as checkpointing
 from megatron_patch.checkpoint.lock import SaveLock
+from megatron_patch.checkpoint.trainer_state import TrainerState
 from megatron_patch.config.resolve import RunConfig
 from megatron_patch.data.collate import PatchBatch
 from megatron_patch.engine.deepspeed_config import EngineConfig
@@ -91,7 +91,7 @@ class Trainer:
         safety = run.options.safety
         self.guard = StepGuard(safety)
         if found is not None and resuming:
-            self.guard.load_state(found.state.extra.get("guard", {}))
+            self.guard.load_state(found.state.guard or {})
         self.stragglers = StragglerDetector(safety.straggler_interval, self.grid)
         if self.save_folder is not None:
             self.checkpointer = Checkpointer(
@@ -342,7 +342,7 @@ class Trainer:
             # Corruption must not become what the run goes on from.
             check_weights(self.engine)
         state = functools.partial(
-            checkpointing.TrainerState,
+            TrainerState,
             step=self.step,
             stage_index=self.progress.stage_index,
             stage_step=self.progress.stage_step,
@@ -353,12 +353,10 @@ class Trainer:
             config=self.run.to_json(),
             data_fingerprint=self.fingerprint,
             model=dataclasses.asdict(self.run.shape),
-            extra={
-                "stage_end": stage_end,
-                "guard": self.guard.state(),
-                "begun_from": self.start.begun_from,
-                "data_info": dataclasses.asdict(self.run.data_metadata) if self.run.data_metadata else None,
-            },
+            stage_end=stage_end,
+            guard=self.guard.state(),
+            begun_from=self.start.begun_from,
+            data_metadata=dataclasses.asdict(self.run.data_metadata) if self.run.data_metadata else None,
         )
         records = self.checkpointer.save(self.step, self.engine, lambda engine: state(engine=dict(engine)))
         self.throughput.reset()

@@ -140,7 +140,7 @@ def _answers(path, tokenizer):
     device, found = init_distributed(), []
     for sizes in ((1, 1), (2, 1), (1, 2)):
         loaded = load_shared_model(path, make_groups(Grid(torch.distributed.get_rank(), 2, *sizes)), device)
-        found.append(_ask(HarnessModel(loaded.model, tokenizer, 32, 2, loaded.copies), Instance))
+        found.append(_ask(HarnessModel(loaded.model, tokenizer, 32, 2, loaded.replicas), Instance))
     return found
 
 

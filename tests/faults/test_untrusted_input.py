@@ -23,9 +23,9 @@ from megatron_patch.engine.fragments import Fragment
 from megatron_patch.engine.state_files import StateFiles, state_file_name, write_fragments
 from megatron_patch.errors import CheckpointError, ConfigError
 from megatron_patch.tokenizers.base import encode, load_tokenizer
+from tests.checkpoint.test_commit import STATE, save
 from tests.distributed.runs import DATA, MODEL, ROOT, command, make_corpus
 from tests.faults.conftest import PLAN
-from tests.test_checkpoint_files import STATE, save
 
 SOURCES = sorted([*(ROOT / "megatron_patch").rglob("*.py"), *(ROOT / "tools").glob("*.py"), ROOT / "pretrain_gpt_patch.py"])
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import ClassVar
 
 import pytest
 import torch
@@ -85,7 +84,7 @@ def test_flags_reach_the_shape_and_checkpoints_without_them_stay_readable():
     }
 
     class State:
-        extra: ClassVar = {}
+        weights_only = False
         model = old
 
     check_model(State, plain)
@@ -97,7 +96,7 @@ def test_a_new_run_from_weights_may_have_a_longer_context_but_no_other_model():
     run = resolve(*MODEL.split())
 
     class State:
-        extra: ClassVar = {}
+        weights_only = False
         model = dataclasses.asdict(dataclasses.replace(run.shape, max_positions=999, init_std=1.0))
 
     check_model(State, run, weights_only=True)

@@ -15,7 +15,7 @@ from megatron_patch.preprocess.fast_tokenizer import FastBackend, fast_backend, 
 from megatron_patch.preprocess.train_tokenizer import train_tokenizer
 from megatron_patch.preprocess.word_cache import Cuts, Warming, WordCache, cuts_of, is_built
 from megatron_patch.tokenizers.base import load_tokenizer
-from tests.data.test_preprocess import run
+from tests.preprocess.test_preprocess import run
 from tests.test_tokenizer import train_sentencepiece
 
 pytestmark = pytest.mark.skipif(not is_built(), reason="there is no C++ compiler here")

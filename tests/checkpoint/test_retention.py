@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from megatron_patch.checkpoint import commit as files
 from megatron_patch.checkpoint.retention import Retention, first_of_each, prune
-from tests.test_checkpoint_files import flip, save
+from tests.checkpoint.test_commit import flip, save
 
 
 def steps(folder) -> list[int]:

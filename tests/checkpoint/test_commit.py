@@ -19,16 +19,16 @@ from megatron_patch.checkpoint.retention import Retention, prune
 from megatron_patch.errors import CheckpointError
 from megatron_patch.utils.files import checksum
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 STATE = files.TrainerState(3, 0, 3, "patch", 30, 3, {"a": 1}, {"options": {}}, {"seed": 1}, {"step_count": 3}, {"num_layers": 1})
 
 
-def save(folder: Path, step: int, ranks: int = 2, size: int = 1000, extra: dict[str, Any] | None = None) -> Path:
+def save(folder: Path, step: int, ranks: int = 2, size: int = 1000, **fields: Any) -> Path:
     """A checkpoint as ranks write it."""
     target = files.prepare(folder, step)
     for rank in range(ranks):
         (target / f"part-{rank}.bin").write_bytes(random.Random(f"{step}/{rank}").randbytes(size + rank))
-    files.write_state(target, files.TrainerState(**{**vars(STATE), "step": step, "extra": extra or {}}))
+    files.write_state(target, files.TrainerState(**{**vars(STATE), "step": step, **fields}))
     files.write_manifest(target, {path.name: files.ManifestEntry(path.stat().st_size, checksum(path)) for path in target.iterdir()})
     return files.publish(target)
 
@@ -43,10 +43,10 @@ def test_a_whole_checkpoint_is_found(tmp_path):
 
 def test_only_what_is_wanted_is_looked_at(tmp_path):
     for step, mark in ((3, "a"), (6, "a"), (9, "b")):
-        save(tmp_path, step, extra={"begun_from": mark})
+        save(tmp_path, step, begun_from=mark)
     flip(tmp_path / "step-00000006" / "part-0.bin")
     (tmp_path / "step-00000009" / files.STATE).write_text("torn")
-    found = files.find_newest_valid(tmp_path, lambda state: state.extra["begun_from"] == "a")
+    found = files.find_newest_valid(tmp_path, lambda state: state.begun_from == "a")
     assert found is not None and found.state.step == 3 and [Path(folder).name for folder, _ in found.skipped] == ["step-00000006"]
     assert files.find_newest_valid(tmp_path, lambda state: False) is None
 
@@ -142,7 +142,7 @@ def test_a_killed_writer_never_leaves_a_broken_newest(tmp_path):
     # The pipe holds thousands of lines: nobody has to read them.
     code = (
         "import sys; sys.path.insert(0, sys.argv[2])\n"
-        "from pathlib import Path\nfrom tests.test_checkpoint_files import *\n"
+        "from pathlib import Path\nfrom tests.checkpoint.test_commit import *\n"
         "folder = Path(sys.argv[1]); step = max([files.step_of(p) for p in files.checkpoints(folder)] or [0])\n"
         "while True:\n    step += 1; save(folder, step, size=20000); prune(folder, step, Retention(2)); print('go', flush=True)\n"
     )

@@ -61,7 +61,7 @@ import os, sys, json
 from pathlib import Path
 sys.path.insert(0, {root!r})
 from megatron_patch.raw_text import readers
-from tests.data.test_preprocess_resume import preprocess, settings
+from tests.preprocess.test_resume import preprocess, settings
 readers.BATCH_BYTES = 2500
 inputs, folder = sys.argv[1:2], sys.argv[2]
 

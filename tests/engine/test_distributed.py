@@ -24,7 +24,7 @@ def _join_as_on_a_gpu(visible, local):
     os.environ.update(LOCAL_RANK=str(local), LOCAL_WORLD_SIZE="4", SLURM_GPUS_ON_NODE="4", DS_ACCELERATOR="cuda")
     torch.cuda.is_available, torch.cuda.device_count, torch.cuda.set_device = lambda: True, lambda: visible, lambda device: None
     deepspeed.init_distributed = lambda **settings: None
-    device = distributed.join()
+    device = distributed.init_distributed()
     return device.index, os.environ["LOCAL_RANK"]
 
 

@@ -25,7 +25,7 @@ from megatron_patch.raw_text.large_documents import documents_in_file, long_stri
 from megatron_patch.tokenizers.base import encode, load_tokenizer
 from megatron_patch.tokenizers.byte_level import byte_letters
 from megatron_patch.tokenizers.tiktoken import PATTERNS
-from tests.data.test_preprocess_resume import everything
+from tests.preprocess.test_resume import everything
 
 WORDS = [
     *fuzz_strings(count=0),

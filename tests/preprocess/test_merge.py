@@ -31,7 +31,7 @@ from megatron_patch.training.data import open_data
 from megatron_patch.utils.files import checksum
 
 ROOT = Path(__file__).parent.parent.parent
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parent.parent / "data" / "golden"
 
 
 def write(prefix, documents, dtype="uint16", **said):

@@ -8,7 +8,7 @@ import shutil
 import pytest
 
 from megatron_patch.checkpoint import commit as files
-from tests.test_checkpoint_files import flip
+from tests.checkpoint.test_commit import flip
 from tests.tools.test_tools import tool
 
 

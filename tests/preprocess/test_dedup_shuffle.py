@@ -18,7 +18,7 @@ from megatron_patch.preprocess import dedup_shuffle as module
 from megatron_patch.preprocess.dedup_shuffle import rearrange
 from megatron_patch.preprocess.merge import merge_datasets
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parent.parent / "data" / "golden"
 
 
 def write(prefix, documents):

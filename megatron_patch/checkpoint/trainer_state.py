@@ -1,0 +1,108 @@
+"""What a checkpoint records of the training run: where it stands, and what it must agree with to resume.
+
+In: the trainer's progress, plan, options and data. Out: `trainer_state.json`, and the same record back with every field checked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, fields
+from typing import Any
+
+from megatron_patch.errors import CheckpointError
+
+STATE = "trainer_state.json"
+STATE_VERSION = 2
+_LARGEST = 1 << 62
+_KINDS: dict[str, type] = {"int": int, "str": str, "bool": bool, "Mapping[str, Any]": dict}
+
+
+@dataclass(frozen=True)
+class TrainerState:
+    """Where a run stands, and what it must agree with to resume.
+
+    Args:
+        step: optimizer steps taken since the start of the run.
+        stage_index: number of the current stage, from 0.
+        stage_step: optimizer steps taken in that stage.
+        stage_name: name of that stage.
+        consumed_tokens: input tokens read since the start of the run.
+        consumed_samples: samples read in that stage.
+        plan: the stage plan, as `StagePlan.to_json` gives it.
+        config: all options, and the origin of each one that was given.
+        data_fingerprint: of the corpora and of the order in which they are read.
+        engine: what the engine needs to load its own state (see `Snapshot.state`).
+        model: the fields of the model's `ModelShape`.
+        stage_end: whether the stage ends at this step.
+        guard: the state of the step guard (`StepGuard.state`); None for weights without a run.
+        begun_from: absolute path of the --load folder that the run began with, or None.
+        data_metadata: metadata of the first training corpus, whose tokenizer evaluation and export use; None if unknown.
+        weights_only: whether there are weights, but no run to resume.
+        imported_from: path that converted weights came from, or None.
+        special_ids: `bos_token_id` and `eos_token_id` of converted weights, or None.
+        version: version of this record's format.
+    """
+
+    step: int
+    stage_index: int
+    stage_step: int
+    stage_name: str
+    consumed_tokens: int
+    consumed_samples: int
+    plan: Mapping[str, Any]
+    config: Mapping[str, Any]
+    data_fingerprint: Mapping[str, Any]
+    engine: Mapping[str, Any]
+    model: Mapping[str, Any]
+    stage_end: bool = False
+    guard: Mapping[str, Any] | None = None
+    begun_from: str | None = None
+    data_metadata: Mapping[str, Any] | None = None
+    weights_only: bool = False
+    imported_from: str | None = None
+    special_ids: Mapping[str, Any] | None = None
+    version: int = STATE_VERSION
+
+    @staticmethod
+    def from_json(data: Any, where: str) -> TrainerState:
+        """Returns the record that the JSON values describe.
+
+        Args:
+            data: the parsed file, of this version or of version 1.
+            where: its path, for messages.
+
+        Raises:
+            CheckpointError: the version is unknown, or a field is missing or has the wrong type.
+        """
+        version = data.get("version") if isinstance(data, dict) else None
+        if version not in (1, STATE_VERSION) or isinstance(version, bool):
+            raise CheckpointError(f"{where} is not a trainer state of version 1 or {STATE_VERSION}", "a checkpoint of this program")
+        if version == 1:
+            data = _from_version_1(data, where)
+        values: dict[str, Any] = {}
+        for f in fields(TrainerState):
+            if f.name not in data:
+                raise CheckpointError(f"{where} lacks {f.name!r}", "a whole trainer state")
+            values[f.name] = _checked(data[f.name], str(f.type), f"{where}: {f.name}")
+        return TrainerState(**values)
+
+
+def _checked(value: Any, declared: str, where: str) -> Any:
+    """Returns the value if it has the declared type; numbers must be whole, from 0 on."""
+    name, _, optional = declared.partition(" | ")
+    kind = _KINDS[name]
+    if value is None and optional:
+        return None
+    if type(value) is not kind or (isinstance(value, int) and not 0 <= value < _LARGEST):
+        raise CheckpointError(f"{where} is {value!r}"[:300], f"a {kind.__name__}")
+    return value
+
+
+def _from_version_1(data: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Version 1 kept the fields with defaults in a mapping named "extra", and the data's metadata under the name "data_info"."""
+    extra = data.get("extra")
+    if not isinstance(extra, dict):
+        raise CheckpointError(f"{where}: extra is {extra!r}"[:300], "a dict")
+    added = {f.name: f.default for f in fields(TrainerState) if f.default is not MISSING}
+    found = {name: extra.get(name, default) for name, default in added.items()}
+    return {**data, **found, "data_metadata": extra.get("data_info"), "version": STATE_VERSION}
