@@ -79,3 +79,14 @@ def format_duration(seconds: float) -> str:
     if total < 86400:
         return f"{total // 3600} h {total % 3600 // 60:02d} min"
     return f"{total // 86400} d {total % 86400 // 3600:02d} h"
+
+
+def plural(count: int, noun: str, nouns: str | None = None) -> str:
+    """Returns a count with its noun: "1 step", "2 steps", "1,200 steps".
+
+    Args:
+        count: how many.
+        noun: the singular.
+        nouns: the plural; None: the singular with an "s".
+    """
+    return f"{count:,} {noun if count == 1 else nouns or noun + 's'}"

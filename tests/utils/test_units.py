@@ -11,7 +11,7 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from megatron_patch.errors import ConfigError
-from megatron_patch.utils.units import format_count, format_duration, parse_count
+from megatron_patch.utils.units import format_count, format_duration, parse_count, plural
 
 UNITS = {"": 1, "k": 10**3, "M": 10**6, "B": 10**9, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 
@@ -184,3 +184,11 @@ def test_a_written_duration_is_within_its_smallest_unit(seconds):
     words = format_duration(seconds).split()
     written = sum(int(number) * scale[unit] for number, unit in zip(words[::2], words[1::2], strict=True))
     assert -0.5 <= seconds - written + 0.5 <= scale[words[-1]] + 0.5
+
+
+@pytest.mark.parametrize(
+    ("count", "words", "text"),
+    [(1, ("step",), "1 step"), (0, ("step",), "0 steps"), (1200, ("step",), "1,200 steps"), (2, ("loss", "losses"), "2 losses")],
+)
+def test_counts_have_the_right_noun(count, words, text):
+    assert plural(count, *words) == text
