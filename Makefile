@@ -1,17 +1,17 @@
-# `make quickstart` and `make test` are all that a fresh machine needs: python3 and make. Everything lives in .venv.
+# On a fresh machine with python3 and make, start with `make quickstart` or `make test`. Both install everything into .venv first.
 PYTHON ?= python3
-# Where torch comes from, if not from where pip looks by itself: for example the address of PyTorch's wheels for CPUs.
+# An index for torch in place of pip's default, for example the address of PyTorch's CPU wheels.
 TORCH_INDEX_URL ?=
-# More for pytest: `make test PYTEST_ARGS="-n 0 -k stages"`.
+# Further arguments of pytest: `make test PYTEST_ARGS="-n 0 -k stages"`.
 PYTEST_ARGS ?=
 
 VENV := .venv
 RUN := $(VENV)/bin/python
-# Two files at a time, and at the end those whose tests are several processes by themselves (tests/conftest.py).
+# Two test files at a time; files whose tests start several processes run last, one after another (tests/conftest.py).
 PYTEST := $(RUN) -m pytest -n 2 --durations=10
 PIP := $(RUN) -m pip --disable-pip-version-check install -q
 STAMP := $(VENV)/.installed
-# False also for what an interrupted run left.
+# Also false for an incomplete .venv that an interrupted run left.
 has_venv := $(RUN) -m pip --version >/dev/null 2>&1
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 BENCHMARKS := $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py))
@@ -21,15 +21,15 @@ export TOKENIZERS_PARALLELISM := false
 .DEFAULT_GOAL := help
 .PHONY: help venv lint test slow quickstart compare bench clean distclean
 
-help:  ## this list
+help:  ## prints this list
 	@sed -nE 's/^([a-z]+):[^#]*## (.*)/\1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 14
 
-venv: $(STAMP)  ## .venv with everything in it, csrc built
+venv: $(STAMP)  ## creates .venv, installs everything into it and builds csrc
 
-# Installed again when what is installed, or csrc, has changed.
+# Installs again after a change of the requirements or of csrc.
 $(STAMP): pyproject.toml constraints.txt setup.py $(shell find csrc -type f)
 	@$(has_venv) || $(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 10) <= v < (3, 13) else \
-	  "Python %d.%d is not supported; name one of 3.10 to 3.12: make venv PYTHON=python3.11" % v)'
+	  "Python %d.%d is not supported; use one of 3.10 to 3.12: make venv PYTHON=python3.11" % v)'
 	@$(has_venv) || $(PYTHON) -m venv $(VENV)
 	$(PIP) --upgrade -c constraints.txt pip setuptools wheel
 	@$(install_torch)
@@ -38,7 +38,8 @@ $(STAMP): pyproject.toml constraints.txt setup.py $(shell find csrc -type f)
 	@$(RUN) -m megatron_patch.ops
 	@touch $@
 
-# torch before everything that asks for it, so that nothing brings a newer one; without a GPU its build for CPUs, which is ten times smaller.
+# torch is installed before the packages that require it, so that none of them installs a newer one.
+# Without a GPU the CPU build is installed, which is ten times smaller.
 define install_torch
 if [ "$$($(RUN) -c 'import importlib.metadata as m; print(m.version("torch").partition("+")[0])' 2>/dev/null)" = "$(TORCH)" ]; then :; \
 elif [ -n "$(TORCH_INDEX_URL)" ]; then \
@@ -46,35 +47,35 @@ elif [ -n "$(TORCH_INDEX_URL)" ]; then \
 elif nvidia-smi -L 2>/dev/null | grep -q GPU; then \
   echo "torch $(TORCH), for the GPUs of this machine"; $(PIP) -c constraints.txt "torch==$(TORCH)"; \
 elif $(PIP) "torch==$(TORCH)+cpu" 2>/dev/null; then \
-  echo "torch $(TORCH), the build for CPUs"; \
+  echo "torch $(TORCH), the CPU build"; \
 else \
-  echo "torch $(TORCH): pip finds no build for CPUs alone and takes the default one, several GB;"; \
-  echo "TORCH_INDEX_URL=... (see PyTorch's installation page for the address of its CPU wheels) avoids that."; \
+  echo "torch $(TORCH): pip finds no CPU build and installs the default one (several GB)."; \
+  echo "To avoid that, set TORCH_INDEX_URL to the address of the CPU wheels (see PyTorch's installation page)."; \
   $(PIP) -c constraints.txt "torch==$(TORCH)"; \
 fi
 endef
 
-lint: venv  ## style and types
+lint: venv  ## checks style (ruff) and types (mypy)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
-test: lint  ## lint and all tests but the slow ones and those that need a GPU
+test: lint  ## lint, then all tests except slow ones and those that need a GPU
 	$(PYTEST) -m "not slow and not gpu" $(PYTEST_ARGS)
 
-slow: venv  ## the long tests
+slow: venv  ## only the slow tests, which take minutes each
 	$(PYTEST) -m "slow and not gpu" $(PYTEST_ARGS)
 
-quickstart: venv  ## text in, a model out: patches first, then tokens, in some minutes
+quickstart: venv  ## trains a small model in a few minutes: patches, then tokens
 	$(RUN) examples/quickstart/run.py
 
-compare: venv  ## the quick start beside token-level training at equal cost
+compare: venv  ## the quick start, then token-level training at equal cost
 	$(RUN) examples/quickstart/run.py --compare
 
-bench: venv  ## every benchmark
-	@$(if $(BENCHMARKS),set -e; for file in $(BENCHMARKS); do echo "== $$file"; $(RUN) $$file; done,echo "no benchmarks here")
+bench: venv  ## runs every benchmark
+	@$(if $(BENCHMARKS),set -e; for file in $(BENCHMARKS); do echo "== $$file"; $(RUN) $$file; done,echo "benchmarks/ has no programs")
 
-clean:  ## removes build products and caches; runs/ stays
+clean:  ## removes build products and caches; keeps .venv and runs/
 	rm -rf build dist *.egg-info megatron_patch/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis $(STAMP)
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 

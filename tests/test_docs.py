@@ -1,4 +1,4 @@
-"""The documents' commands: each is resolved, parsed or looked up by the program that it calls; tables name flags that exist."""
+"""Holds the documents to the program: commands are resolved, parsed or looked up; flags, files, modules and links exist."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 OTHERS = {
     "CONFIG=",
+    "source",
     "vllm",
     "curl",
     "from",
@@ -34,7 +35,7 @@ OTHERS = {
     "squeue",
     "scancel",
 }
-"""What blocks hold beside this project's commands; the first line is run elsewhere or by a person."""
+"""First words of lines in blocks that are not commands of this project."""
 
 
 def commands():
@@ -65,7 +66,7 @@ def without(words, flag):
 def test_training_commands_resolve(name, line):
     words = shlex.split(line.partition("pretrain_gpt_patch.py")[2])
     if "…" in words or "run.yaml" in words:
-        # A command that goes on from one written above, or the reader's own configuration; its own flags are looked up.
+        # A command that shortens one written above, or uses the reader's own configuration: only its flags are looked up.
         assert {word[2:].replace("-", "_") for word in words if word.startswith("--")} <= {*OPTION_TYPES, "config"}
         return
     for flag in ("--data-path", "--dry-run", "--world-size", "--load", "--config"):
@@ -130,7 +131,30 @@ def test_migrating_names_flags_that_exist():
             assert flag.replace("-", "_") in OPTION_TYPES, row
 
 
+def anchors(path):
+    """The anchors that GitHub makes of a document's headings."""
+    headings = re.findall(r"^#+ (.+)$", path.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 def test_links_lead_somewhere():
     for path in DOCUMENTS:
-        for target in re.findall(r"\]\(([^)#:]+)\)", path.read_text()):
-            assert (path.parent / target).exists(), f"{path.name}: {target}"
+        for target, anchor in re.findall(r"\]\(([^)#:]*)(?:#([^)]+))?\)", path.read_text()):
+            document = path.parent / target if target else path
+            assert document.exists(), f"{path.name}: {target}"
+            assert not anchor or anchor in anchors(document), f"{path.name}: {target}#{anchor}"
+
+
+def test_files_and_modules_that_documents_name_exist():
+    for path in DOCUMENTS:
+        text = path.read_text()
+        for name in re.findall(r"(?<![\w/.-])(?:megatron_patch|tests|csrc|tools|benchmarks|examples)/[\w./-]*\w", text):
+            assert (ROOT / name).exists() or list(ROOT.glob(f"{name}*")), f"{path.name}: {name}"
+        for name in re.findall(r"python3? -m ((?:tests|megatron_patch)[\w.]*)", text):
+            module = ROOT / name.replace(".", "/")
+            assert module.with_suffix(".py").is_file() or (module / "__main__.py").is_file(), f"{path.name}: {name}"
+
+
+def test_the_list_of_make_targets_fits_a_terminal():
+    texts = re.findall(r"^([a-z]+):[^#\n]*## (.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert texts and all(14 + len(text) <= 80 for _, text in texts), texts

@@ -1,4 +1,4 @@
-"""The documents' commands for tools, run as they are written, in a folder that holds what a reader of them would have."""
+"""Runs the documents' commands for tools as they are written, in a folder with the files that a reader would have."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ global-batch-tokens: 512
 lr: 5e-3
 """
 """In place of configurations whose studies take minutes to hours."""
-PLACES = {"PREFIX": "my_text_document", "K": "2", "FOLDER": "task_data", "DIR": "exported", "CKPT": "imported"}
-"""What stands for the reader's own."""
+NAMES = {"PREFIX": "my_text_document", "K": "2", "FOLDER": "task_data", "DIR": "exported", "CKPT": "imported"}
+"""Values for the names that stand for the reader's own files and numbers."""
 
 
 def lines() -> list[str]:
-    """In the order of the documents, each once; options in brackets are taken, names that stand for the reader's are filled in.
+    """Returns each command once, in the order of the documents, with optional flags and with values for names such as PREFIX.
 
-    Studies are compared when all are done.
+    Commands that compare studies come last, since they read what the studies wrote.
     """
     found = []
     for _, line in TOOLS:
         line = line.replace("[", "").replace("]", "")
-        found.append(re.sub(r"\b(" + "|".join(PLACES) + r")\b", lambda match: PLACES[match.group(1)], line))
+        found.append(re.sub(r"\b(" + "|".join(NAMES) + r")\b", lambda match: NAMES[match.group(1)], line))
     return sorted(dict.fromkeys(found), key=lambda line: "compare_studies" in line)
 
 
@@ -51,10 +51,10 @@ def documents(count: int, start: int = 0) -> str:
 
 
 def put_tasks(folder: Path) -> None:
-    """The two tasks' data sets with a question each, as they lie on the hub."""
+    """Writes the data sets of two tasks, one question each, in the folders that the hub uses."""
     story = {"ind": 1, "activity_label": "Cats", "ctx_a": "The cat sat.", "ctx_b": "it", "ctx": "The cat sat. it"}
     story.update(
-        exit_protocol=["slept.", "is a log.", "was the mat.", "once upon."], label="0", source_id="x", split="val", split_type="indomain"
+        endings=["slept.", "is a log.", "was the mat.", "once upon."], label="0", source_id="x", split="val", split_type="indomain"
     )
     question = {"id": "1", "question": "Who sat?", "choices": {"text": ["the cat", "the mat"], "label": ["A", "B"]}, "answerKey": "A"}
     for name, row in (("Rowan/hellaswag", story), ("allenai/ai2_arc/ARC-Easy", question)):
@@ -65,7 +65,7 @@ def put_tasks(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def reader(tmp_path_factory) -> Path:
-    """The reader's folder: programs, configurations, text."""
+    """Returns the reader's folder with programs, configurations and text."""
     home = tmp_path_factory.mktemp("reader")
     for name in ("tools", "examples", "docs"):
         shutil.copytree(ROOT / name, home / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -90,7 +90,7 @@ def run(home: Path, line: str, *more: str) -> subprocess.CompletedProcess[str]:
 
 
 def prepare(home: Path) -> None:
-    """What the documents' later commands find: a tokenizer before all, then a second dataset, its shards, and a run of two stages."""
+    """Makes what later commands read: a tokenizer, then two datasets, shards of one, and runs of two stages."""
     trained = run(home, "python tools/train_tokenizer.py --input a.jsonl 'shards/*.jsonl.gz' --vocab-size 300 --output .")
     assert trained.returncode == 0, trained.stderr
     encode = "--tokenizer-type HuggingFaceTokenizer --tokenizer-model tokenizer.json --append-eod"
@@ -106,11 +106,11 @@ def prepare(home: Path) -> None:
 
 
 def run_all(home: Path, commands: Sequence[str]) -> None:
-    """In order: a later command may read what an earlier one wrote."""
+    """Runs commands in order, since a later one may read what an earlier one wrote."""
     for line in commands:
         more: list[str] = []
         if "preprocess_data" in line:
-            more = ["--overwrite"]  # of what `prepare` wrote
+            more = ["--overwrite"]  # `prepare` wrote the same files
         elif "study.py --text" in line:
             # All arms and seeds would be dozens of runs.
             more = ["--arms", "token", *(["--seeds", "1"] if "--arms" in line else []), *(["--budget", "4k"] if "--budget" in line else [])]

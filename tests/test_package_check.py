@@ -1,13 +1,17 @@
-"""Programs beside another project's package of the same name."""
+"""Programs that find another project's package of the same name, or a Python without the requirements."""
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tools.package_check import REQUIREMENTS, missing_requirements
 
 ROOT = Path(__file__).parent.parent
 PROGRAMS = [*sorted(path.name for path in (ROOT / "tools").glob("*.py") if path.name != "package_check.py")]
@@ -55,3 +59,29 @@ def test_a_missing_package_says_how_to_install_it():
     check = "import importlib.util, runpy; runpy.run_path('tools/package_check.py')"
     result = subprocess.run([sys.executable, "-I", "-S", "-c", check], cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 2 and "is not installed" in result.stderr and "pip install -e" in result.stderr
+
+
+def test_a_python_without_the_requirements_gets_one_sentence():
+    """`-S` leaves out site-packages, as a Python outside of the virtual environment does."""
+    command = [sys.executable, "-S", "pretrain_gpt_patch.py", "--help"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 2 and len(result.stderr.splitlines()) == 1
+    assert sys.executable in result.stderr and "tyro" in result.stderr and "source .venv/bin/activate" in result.stderr
+
+
+def test_the_sentence_names_what_is_missing_and_what_to_run(tmp_path):
+    assert missing_requirements(tmp_path) is None
+    said = missing_requirements(tmp_path, ("sys", "no_such_module"))
+    assert "(no_such_module)" in said and "run `make venv`, then `source" in said
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    (tmp_path / ".venv" / "bin" / "python").touch()
+    assert "run `source .venv/bin/activate`" in missing_requirements(tmp_path, ("no_such_module",))
+
+
+def test_the_modules_are_those_of_the_packages_that_the_project_requires():
+    listed = (ROOT / "pyproject.toml").read_text().split("\ndependencies = [")[1].split("\n]")[0]
+    packages = re.findall(r'^  "([\w-]+)', listed, re.MULTILINE)
+    providers = importlib.metadata.packages_distributions()
+    assert {name.lower() for module in REQUIREMENTS for name in providers[module]} >= {name.lower() for name in packages}
+    assert len(REQUIREMENTS) == len(packages)

@@ -1,20 +1,38 @@
-"""Imported first by every program here: refuses to go on with another project's package of the same name.
+"""Imported first by every program: stops with one clear message when the wrong package or the wrong Python would be used.
 
-Alibaba's Pai-Megatron-Patch also has a Python package called megatron_patch. Whichever comes first on the path is imported, and the other's
-failure would be an ImportError from somewhere inside. The package is found and not imported, so that no foreign code runs.
+Alibaba's Pai-Megatron-Patch also has a Python package called megatron_patch, and whichever comes first on the path is imported. A shell
+without the virtual environment has a Python that lacks the requirements. Both would end in a traceback from deep inside an import. This file
+looks modules up without importing them, so no foreign code runs.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 _OURS = ("stages.py", "training/pretrain.py", "ops/plain.py")
+REQUIREMENTS = (
+    "torch",
+    "deepspeed",
+    "numpy",
+    "tyro",
+    "rich",
+    "yaml",
+    "orjson",
+    "tokenizers",
+    "sentencepiece",
+    "zstandard",
+    "xxhash",
+    "safetensors",
+    "matplotlib",
+)
+"""Modules of the packages that pyproject.toml requires."""
 
 
-def complaint(home: Path) -> str | None:
-    """What is wrong with the package that `import megatron_patch` would take, in three parts; None if it is ours.
+def wrong_package(home: Path) -> str | None:
+    """Returns an error in three parts if `import megatron_patch` would not import this project's package, otherwise None.
 
     Args:
         home: the checkout that this program belongs to.
@@ -31,7 +49,23 @@ def complaint(home: Path) -> str | None:
     )
 
 
-_complaint = complaint(Path(__file__).resolve().parent.parent)
-if _complaint is not None:
-    print(_complaint, file=sys.stderr)
+def missing_requirements(home: Path, modules: Sequence[str] = REQUIREMENTS) -> str | None:
+    """Returns one sentence that names this Python, the modules that it lacks and the command to run; None if it has all of them.
+
+    Args:
+        home: the checkout that this program belongs to.
+        modules: names of top-level modules.
+    """
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    if not missing:
+        return None
+    activate = "`source .venv/bin/activate`"
+    do = activate if (home / ".venv" / "bin" / "python").exists() else f"`make venv`, then {activate}"
+    return f"ConfigError: {sys.executable} lacks required packages ({', '.join(missing)}): in {home}, run {do}"
+
+
+_home = Path(__file__).resolve().parent.parent
+_error = wrong_package(_home) or missing_requirements(_home)
+if _error is not None:
+    print(_error, file=sys.stderr)
     sys.exit(2)
