@@ -29,6 +29,8 @@ OTHERS = {
     "salloc",
     "scontrol",
     "pip",
+    "apt-get",
+    "LDFLAGS=",
     "tensorboard",
     "#",
     "lm_eval",
@@ -49,7 +51,11 @@ def commands():
 
 
 COMMANDS = commands()
-TRAINING = [(name, line) for name, line in COMMANDS if "pretrain_gpt_patch.py" in line and not line.startswith("CONFIG=")]
+TRAINING = [
+    (name, line)
+    for name, line in COMMANDS
+    if "pretrain_gpt_patch.py" in line and not line.startswith("CONFIG=") and not line.endswith("--help")
+]
 TOOLS = [(name, line) for name, line in COMMANDS if re.match(r"python (tools|examples/replicate)/\w+\.py", line)]
 
 

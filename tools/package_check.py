@@ -1,8 +1,8 @@
 """Imported first by every program: stops with one clear message when the wrong package or the wrong Python would be used.
 
-Alibaba's Pai-Megatron-Patch also has a Python package called megatron_patch, and whichever comes first on the path is imported. A shell
-without the virtual environment has a Python that lacks the requirements. Both would end in a traceback from deep inside an import. This file
-looks modules up without importing them, so no foreign code runs.
+Alibaba's Pai-Megatron-Patch also has a Python package called megatron_patch, and Python imports whichever comes first on the path. The
+Python of a new shell lacks the requirements until the virtual environment is activated. Both would end in a traceback from an inner import.
+This file looks modules up without importing them, so no foreign code runs.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""docs/parallelism.md says of every combination whether it runs, and the program agrees."""
+"""The table of combinations in docs/parallelism.md agrees with the program."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ ROWS = {
 
 
 def table() -> dict[str, list[str]]:
-    section = DOCS.read_text().split("\n## What goes with what\n")[1].split("\n## ")[0]
+    section = DOCS.read_text().split("\n## Supported combinations\n")[1].split("\n## ")[0]
     rows = [line.strip("|").split("|") for line in section.splitlines() if line.startswith("| ")]
     named = {cells[0].strip(): [cell.strip() for cell in cells[1:]] for cells in rows}
     return {name: cells for name, cells in named.items() if set(cells) <= {"yes", "no"}}
