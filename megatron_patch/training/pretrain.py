@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_patch.config.resolve import RunConfig, load_config
 from megatron_patch.engine.deepspeed_config import EngineConfig, engine_config
@@ -21,9 +22,16 @@ from megatron_patch.training.faults.watchdog import Watchdog
 from megatron_patch.training.stream import open_stream_if_present
 from megatron_patch.utils.console import flush_output, make_console
 
+if TYPE_CHECKING:
+    from megatron_patch.training.callbacks.base import CallbackFactory
 
-def pretrain(run: RunConfig) -> ExitCode:
+
+def pretrain(run: RunConfig, callbacks: Sequence[CallbackFactory] = ()) -> ExitCode:
     """Trains as a run says, or prints its plan in a dry run.
+
+    Args:
+        run: the resolved run.
+        callbacks: factories of further callbacks, called on every rank once the model is built.
 
     Returns:
         Done, or stopped on request.
@@ -56,7 +64,7 @@ def pretrain(run: RunConfig) -> ExitCode:
             require_async_io()
         asked = stops.agreed(device)
         if asked is None:
-            with Trainer(run, settings, device, stops, watchdog) as trainer:
+            with Trainer(run, settings, device, stops, watchdog, callbacks) as trainer:
                 code = trainer.train()
         else:
             code = ExitCode.PREEMPTED
@@ -94,15 +102,23 @@ def engine_settings(run: RunConfig) -> EngineConfig:
     return settings
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line: prints errors in their three parts and returns the exit code."""
+def main(argv: Sequence[str] | None = None, callbacks: Sequence[CallbackFactory] = ()) -> int:
+    """Runs the command line, prints an error in its three parts, and returns the exit code.
+
+    A launcher script of a user registers extensions and calls this function.
+
+    Args:
+        argv: the flags; None: those of this process.
+        callbacks: factories of further callbacks (`Callable[[CallbackContext], Callback]`), called on every rank once the model is built.
+            A dry run does not call them.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     rank, local_rank, save = 0, 0, None
     try:
         rank, ranks, local_rank = ranks_from_environment()
         run = load_config(arguments, ranks)
         save = None if run.options.logging.dry_run else save_folder(run)
-        code = pretrain(run)
+        code = pretrain(run, callbacks)
     except (Exception, KeyboardInterrupt) as error:
         code = report_error(error, rank, local_rank, save)
     else:

@@ -31,7 +31,17 @@ from megatron_patch.planning.cost import Cost
 from megatron_patch.stages import Progress, Stage, StagePlan
 from megatron_patch.training.build_engine import build_engine
 from megatron_patch.training.callbacks import make_callbacks
-from megatron_patch.training.callbacks.base import EvaluationRecord, Event, RunEnd, RunStart, SaveRecord, StepRecord, SwitchRecord
+from megatron_patch.training.callbacks.base import (
+    CallbackContext,
+    CallbackFactory,
+    EvaluationRecord,
+    Event,
+    RunEnd,
+    RunStart,
+    SaveRecord,
+    StepRecord,
+    SwitchRecord,
+)
 from megatron_patch.training.checkpointer import Checkpointer, make_retention, on_first_rank
 from megatron_patch.training.data import open_data, sample_tokenizer
 from megatron_patch.training.dry_run import print_plan
@@ -56,9 +66,18 @@ class Trainer:
         device: this rank's device.
         stops: who may ask for a stop.
         watchdog: who is told what is begun.
+        callbacks: factories of further callbacks.
     """
 
-    def __init__(self, run: RunConfig, settings: EngineConfig, device: torch.device, stops: StopRequests, watchdog: Watchdog) -> None:
+    def __init__(
+        self,
+        run: RunConfig,
+        settings: EngineConfig,
+        device: torch.device,
+        stops: StopRequests,
+        watchdog: Watchdog,
+        callbacks: Sequence[CallbackFactory] = (),
+    ) -> None:
         self.run, self.device, self.stops, self.watchdog = run, device, stops, watchdog
         world = torch.distributed.get_world_size()
         engine_options = run.options.engine
@@ -98,7 +117,8 @@ class Trainer:
                 self.save_folder, lock, self.grid.rank, world, device, make_retention(run, self.plan), run.options.checkpoint.async_save
             )
         self.throughput = Throughput(world, device_name(device), run.options.logging.peak_tflops)
-        self.callbacks = make_callbacks(run, self.save_folder, self.grid, self.engine.logits, tokenizer, device)
+        context = CallbackContext(run, self.save_folder, self.grid, self.engine.logits, tokenizer, device)
+        self.callbacks = make_callbacks(context, callbacks)
         if self.grid.rank == 0:
             shown = dataclasses.replace(run, plan=self.plan)
             print_plan(shown, settings, make_console(), origins=False, stream=self.data.stream)

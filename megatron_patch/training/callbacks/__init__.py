@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Sequence
 
-import torch
-
-from megatron_patch.config.resolve import RunConfig
 from megatron_patch.model.generate import Sampling
-from megatron_patch.parallel.grid import Grid
-from megatron_patch.tokenizers.base import Tokenizer
-from megatron_patch.training.callbacks.base import Callback
+from megatron_patch.training.callbacks.base import Callback, CallbackContext, CallbackFactory
 from megatron_patch.training.callbacks.charts import Charts
 from megatron_patch.training.callbacks.console import Console
 from megatron_patch.training.callbacks.events import Events
@@ -23,24 +17,16 @@ from megatron_patch.training.callbacks.wandb import WeightsAndBiases
 from megatron_patch.utils.console import make_console
 
 
-def make_callbacks(
-    run: RunConfig,
-    save: Path | None,
-    grid: Grid,
-    logits: Callable[[torch.Tensor], torch.Tensor],
-    tokenizer: Tokenizer | None,
-    device: torch.device,
-) -> list[Callback]:
-    """The listeners that a run asks for; all but samples and the span log live on rank 0.
+def make_callbacks(context: CallbackContext, factories: Sequence[CallbackFactory] = ()) -> list[Callback]:
+    """Returns this rank's callbacks: those that the run's options ask for, then those that the factories make.
+
+    Of the former, only `Samples` and `SpanLog` exist on ranks other than 0.
 
     Args:
-        run: the run.
-        save: its folder.
-        grid: this rank's place.
-        logits: the engine's, for samples.
-        tokenizer: for samples, where they are asked for.
-        device: of this rank.
+        context: the run and this rank.
+        factories: makers of further callbacks, called on every rank in this order.
     """
+    run, save, grid, tokenizer = context.run, context.save, context.grid, context.tokenizer
     logging = run.options.logging
     callbacks: list[Callback] = []
     first = grid.rank == 0
@@ -58,8 +44,8 @@ def make_callbacks(
         learned = run.shape.max_positions if run.shape.position_embedding == "learned" else None
         request = SampleRequest(logging.sample_prompts, logging.sample_tokens, sampling, learned)
         path = save / "samples.jsonl" if save is not None else None
-        callbacks.append(Samples(logits, tokenizer, request, device, path, make_console() if first else None))
+        callbacks.append(Samples(context.logits, tokenizer, request, context.device, path, make_console() if first else None))
     reads_first = grid.tensor_parallel_rank == grid.pipeline_parallel_rank == 0
     if logging.log_token_spans and save is not None and reads_first:
         callbacks.append(SpanLog(save / "spans", grid.rank))
-    return callbacks
+    return callbacks + [make_callback(context) for make_callback in factories]

@@ -7,12 +7,18 @@ is no token loss, and the two are never called the same.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import torch
+
+from megatron_patch.config.resolve import RunConfig
 from megatron_patch.data.collate import PatchBatch
+from megatron_patch.parallel.grid import Grid
 from megatron_patch.stages import Stage
+from megatron_patch.tokenizers.base import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -227,3 +233,28 @@ class Callback:
 
     def close(self) -> None:
         """Always last, also after an error."""
+
+
+@dataclass(frozen=True)
+class CallbackContext:
+    """What a factory of callbacks may use.
+
+    Args:
+        run: the options and the plan of the run.
+        save: the run's folder (--save), or None.
+        grid: coordinates of this rank.
+        logits: int64 token ids [B, T], the same on every rank, to logits [B, T, V] at K = 1; every rank must call it equally often.
+        tokenizer: the tokenizer of the training data, or None without --sample-prompts.
+        device: the device of this rank.
+    """
+
+    run: RunConfig
+    save: Path | None
+    grid: Grid
+    logits: Callable[[torch.Tensor], torch.Tensor]
+    tokenizer: Tokenizer | None
+    device: torch.device
+
+
+CallbackFactory = Callable[[CallbackContext], Callback]
+"""Makes a callback of this rank once the model is built. Every rank calls every factory, in the same order."""
