@@ -96,7 +96,7 @@ def test_other_samples_on_a_rank_that_shares_the_model_are_found(tmp_path, corpu
 
 def test_a_device_that_computes_differently_is_found(tmp_path, corpus):
     assert run(tmp_path / "run", corpus, "device", "--zero-stage 1 --replay-interval 5") == [6, 6]
-    assert "computed again" in printed(tmp_path / "run") and "burn-in test) at rank 1 on " in printed(tmp_path / "run")
+    assert "computed again" in printed(tmp_path / "run") and "burn-in test) of rank 1 on " in printed(tmp_path / "run")
 
 
 def test_sound_ranks_pass(tmp_path, corpus):

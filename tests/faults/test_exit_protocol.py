@@ -52,7 +52,7 @@ def test_an_error_on_one_rank_is_the_end_of_all_with_its_code(tmp_path, corpus, 
     assert end["reason"] == {"data": "DataError", "bug": "ZeroDivisionError"}[error]
     text = printed(folder)
     assert text.count("exit code") == 1 and ExitCode(code).advice in text
-    assert text.count(f"ends with rank {victim}: ") == 2
+    assert text.count(f"exits after rank {victim}: ") == 2
     assert ("Traceback" in text) == (error == "bug") and "broken" in text if error == "bug" else "a hole in the file" in text
 
 
@@ -78,7 +78,7 @@ def _failing_beside_one_that_waits(argv, failing):
     from megatron_patch.errors import DataError
     from megatron_patch.training.faults import watchdog
 
-    watchdog._LISTEN, watchdog._NOTICE = 0.3, 0.5
+    watchdog._POLL_SECONDS, watchdog._NOTICE_SECONDS = 0.3, 0.5
     next_step = PatchLoader.next_step
 
     def broken(self):
@@ -101,7 +101,7 @@ def test_a_rank_that_waits_for_one_that_has_ended_ends_with_its_code(tmp_path, c
     waiting = processes[1 - failing]
     waiting.join(timeout=90)
     assert waiting.exitcode == ExitCode.DATA, printed(folder)
-    assert f"rank {1 - failing} ends with rank {failing}: it was left waiting" in printed(folder)
+    assert f"rank {1 - failing} exits after rank {failing}: it waited for that rank while" in printed(folder)
     assert "in broken" in (folder / "stacks" / f"rank-{1 - failing:05d}.txt").read_text()
     (end,) = ends(folder)
     assert (end["rank"], end["code"]) == (failing, ExitCode.DATA)
@@ -113,7 +113,7 @@ def test_configuration_and_missing_data_end_before_anything_is_made(tmp_path, co
     (tmp_path / "stop").touch()
     words = ["--save", str(folder), "--kill-switch", str(tmp_path / "stop")]
     assert start_process(PLAN, "--data-path", corpus, words, log=log).wait(60) == ExitCode.CONFIG
-    assert "is there already" in log.read_text() and log.read_text().splitlines()[-1].startswith("exit code 2: ")
+    assert "the file exists already" in log.read_text() and log.read_text().splitlines()[-1].startswith("exit code 2: ")
     assert not folder.exists(), "a job that is put back into the queue does not start for ever"
     assert start_process(PLAN, "--data-path", str(tmp_path / "nothing"), words[:2], log=log).wait(60) == ExitCode.DATA
     assert log.read_text().splitlines()[-1].startswith("exit code 3: ")

@@ -60,7 +60,7 @@ def test_too_many_sick_steps_end_the_run():
     guard.record_taken(1.0, 1.0)
     guard.record_rejected("x")
     guard.record_rejected("x")
-    with pytest.raises(SickTrainingError, match="3 sick steps in a row") as error:
+    with pytest.raises(SickTrainingError, match="3 rejected steps in a row") as error:
         guard.record_rejected("x")
     assert error.value.exit_code == 5
     with pytest.raises(SickTrainingError):

@@ -214,7 +214,7 @@ def test_a_second_interrupt_does_not_wait():
     stops = StopRequests(SafetyOptions())
     try:
         os.kill(os.getpid(), signal.SIGINT)
-        assert stops.own() == "SIGINT"
+        assert stops.local_request() == "SIGINT"
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     finally:

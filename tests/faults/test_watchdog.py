@@ -77,7 +77,7 @@ def test_ranks_that_cannot_notice_another_one_s_end_follow_it(tmp_path, corpus, 
         processes[number].join(timeout=120)
         assert processes[number].exitcode == code, "the code of the rank that was first"
     text = printed(tmp_path / "run")
-    assert text.count(said) == 1 and "it was left waiting" in text
+    assert text.count(said) == 1 and "it waited for that rank while" in text
     assert [json.loads(line)["code"] for line in (tmp_path / "run/events.jsonl").read_text().splitlines() if '"end"' in line] == [code]
 
 

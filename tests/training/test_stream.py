@@ -81,9 +81,9 @@ def test_a_plan_says_the_same(corpora, tmp_path, capsys):
     assert [row["corpus"] for row in rows] == [*corpora, *corpora] and sum(row["tokens"] for row in rows) == 12_800
     plan.main(words(corpora))
     shown = re.sub(r"\s+", " ", capsys.readouterr().out)
-    assert "times read" in shown and "is read 1.60 times" in shown
+    assert "epochs so far" in shown and "is read 1.60 times" in shown
     plan.main([*MODEL, *PATCHES, "--data-path", str(tmp_path / "none")])
-    assert "how often data is read is not shown" in re.sub(r"\s+", " ", capsys.readouterr().out)
+    assert "epochs per corpus are unknown" in re.sub(r"\s+", " ", capsys.readouterr().out)
     with pytest.raises(DataError, match=r"read 1\.60 times"):
         plan.main(words(corpora, "--max-epochs", "1.5"))
 

@@ -1,4 +1,4 @@
-"""Listeners of a run, one file each: charts (TensorBoard, Weights & Biases), console, metrics, samples, spans."""
+"""Callbacks of a run, one file each: console, metrics, events, charts (TensorBoard, Weights & Biases), samples, spans."""
 
 from __future__ import annotations
 
@@ -37,15 +37,15 @@ def make_callbacks(context: CallbackContext, factories: Sequence[CallbackFactory
         if logging.tensorboard_dir is not None:
             callbacks.append(Charts(TensorBoard(logging.tensorboard_dir)))
         if logging.wandb_project is not None:
-            shown = run.to_json()["options"]
-            callbacks.append(Charts(WeightsAndBiases(logging.wandb_project, logging.wandb_exp_name, save, shown)))
+            options = run.to_json()["options"]
+            callbacks.append(Charts(WeightsAndBiases(logging.wandb_project, logging.wandb_exp_name, save, options)))
     if tokenizer is not None:
         sampling = Sampling(logging.sample_temperature, logging.sample_top_p, seed=run.options.engine.seed)
-        learned = run.shape.max_positions if run.shape.position_embedding == "learned" else None
-        request = SampleRequest(logging.sample_prompts, logging.sample_tokens, sampling, learned)
+        learned_positions = run.shape.max_positions if run.shape.position_embedding == "learned" else None
+        request = SampleRequest(logging.sample_prompts, logging.sample_tokens, sampling, learned_positions)
         path = save / "samples.jsonl" if save is not None else None
         callbacks.append(Samples(context.logits, tokenizer, request, context.device, path, make_console() if first else None))
-    reads_first = grid.tensor_parallel_rank == grid.pipeline_parallel_rank == 0
-    if logging.log_token_spans and save is not None and reads_first:
+    first_of_replica = grid.tensor_parallel_rank == grid.pipeline_parallel_rank == 0
+    if logging.log_token_spans and save is not None and first_of_replica:
         callbacks.append(SpanLog(save / "spans", grid.rank))
     return callbacks + [make_callback(context) for make_callback in factories]
