@@ -121,14 +121,16 @@ def print_plan(run: RunConfig, engine: EngineConfig, console: Console, origins: 
         highlight=False,
     )
     console.print(
-        f"[bold]Data[/bold] blocks of {run.plan.block_tokens:,} tokens; "
-        + (", ".join(f"{prefix} ({weight:.1%})" for prefix, weight in run.blend) or "none (no --data-path)"),
+        "[bold]Data[/bold] "
+        + (", ".join(f"{prefix} ({weight:.1%})" for prefix, weight in run.blend) or "none (no --data-path)")
+        + f"; read in blocks of {run.plan.block_tokens:,} tokens",
         highlight=False,
     )
     if stream is not None:
         console.print(corpus_usage_table(stream))
     console.print(
-        f"[bold]Ranks[/bold] {layout.ranks:,}: {layout.name()}; at most about {fullest / 2**30:.1f} GiB on a rank", highlight=False
+        f"[bold]Ranks[/bold] {layout.ranks:,}: {layout.name()}; about {fullest / 2**30:.1f} GiB of memory on the fullest rank",
+        highlight=False,
     )
     if origins:
         console.print(rank_table(parts, run.shape))

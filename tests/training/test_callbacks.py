@@ -51,7 +51,7 @@ def test_a_resumed_run_has_each_step_once(tmp_path):
     assert [r["step"] for r in read_metrics(path) if r["type"] == "evaluation"] == list(range(1, 10))
 
 
-def test_lines_are_valid_json_even_where_losses_are_not_numbers(tmp_path):
+def test_lines_are_valid_json_even_if_losses_are_not_finite(tmp_path):
     metrics = Metrics(tmp_path / "m.jsonl")
     metrics.on_start(START)
     metrics.on_step(replace(STEP, loss=float("nan"), grad_norm=float("inf")))
@@ -61,7 +61,7 @@ def test_lines_are_valid_json_even_where_losses_are_not_numbers(tmp_path):
 
 
 @pytest.mark.parametrize("terminal", [False, True])
-def test_the_console_names_what_it_shows(terminal):
+def test_the_console_names_both_losses(terminal):
     out = io.StringIO()
     console = Console(2, RichConsole(file=out, force_terminal=terminal, width=180, highlight=False))
     console.on_start(START)
@@ -99,7 +99,7 @@ def test_tensorboard_has_the_same_names_over_tokens(tmp_path):
     assert [scalar.step for scalar in events.Scalars("train/lr")] == [100, 200]
 
 
-def test_names_of_charts_are_those_of_the_records():
+def test_charts_use_the_field_names_of_the_records():
     names = {name.partition("/")[2] for name in named_values(STEP)} - {"patch_loss"}
     assert names <= set(asdict(STEP)) and {name.partition("/")[2] for name in named_values(EVALUATION)} <= set(asdict(EVALUATION))
     assert "eval/patch_loss" not in named_values(replace(EVALUATION, patch_size=1))

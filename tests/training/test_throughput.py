@@ -41,7 +41,7 @@ def test_the_cause_is_named(times, words):
 
 
 class SlowCorpus(TokenCorpus):
-    """A disk that takes its time."""
+    """A slow disk."""
 
     def read_into(self, out, start):
         time.sleep(0.01)
