@@ -127,7 +127,7 @@ class Console(Callback):
         self._console.print(f"{event.step:>8,} [bold]{event.kind}[/bold]: {escape(event.message)}")
 
     def on_message(self, text: str) -> None:
-        """Prints the sentence below the column of stages."""
+        """Prints the sentence."""
         self._console.print(f"{'':>8} {escape(text)}")
 
     def on_end(self, record: RunEnd) -> None:

@@ -31,7 +31,7 @@ class StepGuard(StepGate):
         self._options = options
         self._losses: deque[float] = deque(maxlen=options.spike_window)
         self._norms: deque[float] = deque(maxlen=options.spike_window)
-        self._sick = 0
+        self._rejected = 0
 
     def begin_stage(self) -> None:
         """Empties the window, because another stage has other losses."""
@@ -71,7 +71,7 @@ class StepGuard(StepGate):
 
     def record_taken(self, loss: float, norm: float) -> None:
         """Adds a step that was taken to the window."""
-        self._sick = 0
+        self._rejected = 0
         self._losses.append(loss)
         self._norms.append(norm)
 
@@ -84,17 +84,17 @@ class StepGuard(StepGate):
         Raises:
             SickTrainingError: training must stop, because of --on-spike stop or too many rejected steps in a row.
         """
-        self._sick += 1
-        if self._options.on_spike == "stop" or self._sick >= self._options.max_sick_steps:
+        self._rejected += 1
+        if self._options.on_spike == "stop" or self._rejected >= self._options.max_sick_steps:
             raise SickTrainingError(
-                f"{reason}; {plural(self._sick, 'rejected step')} in a row",
+                f"{reason}; {plural(self._rejected, 'rejected step')} in a row",
                 f"fewer than {self._options.max_sick_steps} in a row (--max-sick-steps), with --on-spike skip or rewind",
                 "check the data of these steps (their spans are in SAVE/events.jsonl), or lower --lr; the newest checkpoint is unaffected",
             )
 
     def state(self) -> dict[str, Any]:
         """Returns what a checkpoint must keep, so that a resumed run decides as an uninterrupted one."""
-        return {"losses": list(self._losses), "norms": list(self._norms), "sick": self._sick}
+        return {"losses": list(self._losses), "norms": list(self._norms), "sick": self._rejected}
 
     def load_state(self, state: Any) -> None:
         """Restores what `state` returned.
@@ -106,7 +106,7 @@ class StepGuard(StepGate):
         try:
             self._losses.extend(float(value) for value in state.get("losses", ()))
             self._norms.extend(float(value) for value in state.get("norms", ()))
-            self._sick = int(state.get("sick", 0))
+            self._rejected = int(state.get("sick", 0))
         except (AttributeError, TypeError, ValueError) as error:
             raise CheckpointError(
                 f"the state of the step guard in the checkpoint cannot be read: {error}",
