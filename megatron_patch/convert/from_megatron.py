@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 
-from megatron_patch.convert.checkpoint_io import UNFINISHED, check_output, groups_by_size, write_weights
-from megatron_patch.convert.from_hugging_face import FILE_BYTES, Import
+from megatron_patch.convert.checkpoint_io import UNFINISHED, check_output, groups_by_size, imported_options, write_weights
+from megatron_patch.convert.from_hugging_face import FILE_BYTES, ImportResult
 from megatron_patch.convert.tensor_names import parameter_shapes
 from megatron_patch.convert.weight_files import load_torch_file
 from megatron_patch.errors import CheckpointError, ConfigError
+from megatron_patch.model.families import family_of_shape
 from megatron_patch.model.precision import precision_of
 from megatron_patch.model.shape import ModelShape, check_shape
 
@@ -235,7 +236,7 @@ def _part(name: str, stored: torch.Tensor, shape: ModelShape) -> torch.Tensor:
     return stored
 
 
-def from_megatron(source: Path, output: Path) -> Import:
+def from_megatron(source: Path, output: Path) -> ImportResult:
     """Imports a classic Megatron checkpoint of one model-parallel rank.
 
     Args:
@@ -257,6 +258,7 @@ def from_megatron(source: Path, output: Path) -> Import:
     shape = shape_of_arguments(vars(arguments), str(file))
     found = {_usual_name(name): tensor for name, tensor in _flatten(state["model"])}
     del state
+    family = family_of_shape(shape)
     parameters = parameter_shapes(shape)
     _check(str(file), shape, parameters, found)
     groups = groups_by_size([int(torch.Size(size).numel()) * 4 for size in parameters.values()], FILE_BYTES)
@@ -269,10 +271,10 @@ def from_megatron(source: Path, output: Path) -> Import:
         [[names[number] for number in group] for group in groups],
         ((name, read(name)) for name in names),
         precision,
-        {"seq_length": min(shape.max_positions, 2048)},
+        imported_options(shape, family),
         imported_from=str(source),
     )
-    return Import(folder, shape, len(found), None)
+    return ImportResult(folder, shape, family, len(found), None)
 
 
 def _check(where: str, shape: ModelShape, parameters: Mapping[str, tuple[int, ...]], found: Mapping[str, torch.Tensor]) -> None:

@@ -42,10 +42,10 @@ def random_parameters(shape: ModelShape, seed: int = 0) -> dict[str, torch.Tenso
     return result
 
 
-def make_checkpoint(folder: Path, shape: ModelShape, parameters=None, precision="fp32", **extra) -> Path:
+def make_checkpoint(folder: Path, shape: ModelShape, parameters=None, precision="fp32", options=None, **extra) -> Path:
     """A checkpoint of weights alone."""
     parameters = parameters or random_parameters(shape)
-    return write_weights(folder, shape, [list(parameters)], parameters.items(), precision, {"seq_length": 16}, **extra)
+    return write_weights(folder, shape, [list(parameters)], parameters.items(), precision, options or {"seq_length": 16}, **extra)
 
 
 def make_tokenizer(folder: Path, vocab_size: int) -> Path:

@@ -15,12 +15,13 @@ from safetensors.torch import load_file, save_file
 from megatron_patch.convert import from_hugging_face as from_hugging_face_module
 from megatron_patch.convert.architectures import architecture_of, config_of, shape_of
 from megatron_patch.convert.checkpoint_io import open_checkpoint
-from megatron_patch.convert.flags import flags_of
+from megatron_patch.convert.flags import training_flags
 from megatron_patch.convert.from_hugging_face import from_hugging_face
 from megatron_patch.convert.to_hugging_face import to_hugging_face
 from megatron_patch.convert.verify import our_model, verify_export
 from megatron_patch.engine.inference import load_model
 from megatron_patch.errors import CheckpointError, ConfigError
+from megatron_patch.model.families import family_of_shape
 from tests.config.test_resolve import ROOT, resolve
 from tests.convert.models import SHAPES, make_checkpoint, make_tokenizer, random_parameters
 from tests.model.shapes import GPT2, LLAMA, QWEN3
@@ -65,7 +66,7 @@ def test_a_round_trip_keeps_every_bit(name, dtype, tmp_path):
 @pytest.mark.parametrize("name", SHAPES)
 def test_what_transformers_saves_comes_in_and_goes_out_bit_for_bit(name, tmp_path):
     """The model is made by transformers, in its own newest form of config.json."""
-    config = config_of(SHAPES[name], "float32", None, 0)
+    config = config_of(architecture_of(SHAPES[name]), SHAPES[name], "float32", None, 0)
     kind = getattr(transformers, architecture_of(SHAPES[name]).name)
     torch.manual_seed(0)
     model = kind(kind.config_class.from_dict(config)).eval()
@@ -163,7 +164,7 @@ def test_nothing_is_written_over(tmp_path):
         to_hugging_face(checkpoint, tmp_path / "hf")
     (tmp_path / "other.partial").mkdir()
     (tmp_path / "other.partial" / "mine.txt").write_text("mine")
-    with pytest.raises(CheckpointError, match="no unfinished export"):
+    with pytest.raises(CheckpointError, match="not an unfinished export"):
         to_hugging_face(checkpoint, tmp_path / "other")
     assert (tmp_path / "other.partial" / "mine.txt").read_text() == "mine"
 
@@ -246,20 +247,23 @@ def test_values_that_float16_cannot_hold_are_refused_by_name(tmp_path):
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_the_flags_that_an_import_prints_make_the_shape(name):
-    flags = flags_of(SHAPES[name])
+    flags = training_flags(SHAPES[name], family_of_shape(SHAPES[name]))
     words = ["--seq-length", "16", "--global-batch-size", "4", "--train-tokens", "1024", "--dry-run", "--init-method-std", "0.2"]
     made = resolve(*flags, *words).shape
     assert dataclasses.replace(made, max_positions=32) == SHAPES[name]
-    assert flags_of(dataclasses.replace(LLAMA, attention_bias=True, qkv_bias=True)) is None
+    assert training_flags(dataclasses.replace(LLAMA, attention_bias=True, qkv_bias=True), "llama") is None
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"activation": "gelu"}, "activation: gelu"),
-        ({"normalization": "LayerNorm"}, "activation: swiglu"),
-        ({"attention_bias": True}, "bias of the attention's output: True"),
-        ({"qk_norm": True, "mlp_bias": True}, "biases of the feed-forward layer: True; Qwen3ForCausalLM"),
+        ({"activation": "gelu"}, "LlamaForCausalLM comes nearest and needs activation swiglu, not gelu"),
+        ({"normalization": "LayerNorm"}, "LlamaForCausalLM comes nearest and needs normalization RMSNorm, not LayerNorm"),
+        ({"attention_bias": True}, "LlamaForCausalLM comes nearest and needs attention_bias False, not True"),
+        (
+            {"qk_norm": True, "qkv_bias": True, "attention_bias": True, "mlp_bias": True},
+            "LlamaForCausalLM comes nearest and needs qk_norm False",
+        ),
     ],
 )
 def test_shapes_that_nobody_else_has_are_refused_before_anything_is_written(change, words, tmp_path):
