@@ -54,7 +54,7 @@ LIBRARIES = (
     Library(
         "_C_cuda",
         ("csrc/cuda/bindings.cpp", "csrc/cuda/patch_embedding.cu", "csrc/cuda/multi_token_loss.cu"),
-        ("csrc/arguments.h", "csrc/cuda/launch.h", "csrc/cuda/common.cuh"),
+        ("csrc/arguments.h", "csrc/cuda/launch.h", "csrc/cuda/common.cuh", "csrc/cuda/running_softmax.cuh"),
     ),
 )
 

@@ -85,7 +85,7 @@ Tensor patch_embedding(Tensor weight, Tensor token_ids, std::optional<int64_t> v
 Tensor patch_embedding_rows(Tensor token_ids, int64_t num_rows, std::optional<int64_t> vocab_start) {
   const OnDeviceOf here(token_ids, "token_ids");
   token_ids = dense_integers(token_ids, "token_ids");
-  require(num_rows >= 0 && num_rows <= cuda::kMostRows, "num_rows is ", num_rows, "; allowed: 0 to ", cuda::kMostRows);
+  require(num_rows >= 0 && num_rows <= cuda::kMaxRows, "num_rows is ", num_rows, "; allowed: 0 to ", cuda::kMaxRows);
   const int64_t count = token_ids.numel();
   Tensor out = torch::stable::new_empty(token_ids, {count}, ScalarType::Int);
   check_launch(
@@ -122,7 +122,7 @@ void sorted_backward(Tensor grad, Tensor sorted_rows, Tensor order, int64_t patc
 
 Tensor patch_embedding_sorted_backward(Tensor grad, Tensor sorted_rows, Tensor order, int64_t patch_size, int64_t num_rows) {
   require(grad.dim() == 2, "grad must be [patches, H]");
-  require(num_rows >= 0 && num_rows <= cuda::kMostRows, "num_rows is ", num_rows, "; allowed: 0 to ", cuda::kMostRows);
+  require(num_rows >= 0 && num_rows <= cuda::kMaxRows, "num_rows is ", num_rows, "; allowed: 0 to ", cuda::kMaxRows);
   Tensor out = torch::stable::new_zeros(grad, {num_rows, grad.size(1)});
   sorted_backward(grad, sorted_rows, order, patch_size, false, out);
   return out;
@@ -141,7 +141,7 @@ Tensor dense_rows(const Tensor& logits) {
 Tensor checked_labels(const Tensor& logits, const Tensor& labels) {
   require_same_device(labels, "labels", logits);
   Tensor dense = check_logits(logits, labels);
-  require(dense.size(1) <= cuda::kMostLabels, "labels must be [N, K] with K <= ", cuda::kMostLabels, " on a GPU, not K = ", dense.size(1));
+  require(dense.size(1) <= cuda::kMaxLabels, "labels must be [N, K] with K <= ", cuda::kMaxLabels, " on a GPU, not K = ", dense.size(1));
   return dense;
 }
 

@@ -81,7 +81,7 @@ __device__ __forceinline__ float larger(float one, float other) { return fmaxf(o
 __device__ __forceinline__ double larger(double one, double other) { return fmax(one, other); }
 
 // threadIdx.x, read anew: the compiler keeps neither it nor what follows from it in registers through a loop.
-__device__ __forceinline__ int thread_anew() {
+__device__ __forceinline__ int reread_thread_index() {
 #ifdef MEGATRON_PATCH_CUDA_ON_CPU
   return static_cast<int>(threadIdx.x);
 #else

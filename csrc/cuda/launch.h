@@ -12,11 +12,11 @@ enum class NumberType : int { kFloat = 0, kDouble = 1, kBFloat16 = 2, kHalf = 3 
 
 constexpr int64_t kIgnoreIndex = -100;
 // More labels a row than this are refused: each has a thread of its own.
-constexpr int64_t kMostLabels = 1024;
+constexpr int64_t kMaxLabels = 1024;
 // Sorted occurrences that one block sums in order; longer runs of one id are put together from tiles.
 constexpr int64_t kTile = 64;
 // Rows of an embedding's table (or shard) on a GPU: the backward pass sorts them as int32.
-constexpr int64_t kMostRows = 2147483647;
+constexpr int64_t kMaxRows = 2147483647;
 
 extern "C" {
 
@@ -27,7 +27,7 @@ cudaError_t mp_patch_embedding_forward(
     int64_t num_rows, bool check, void* out, cudaStream_t stream);
 
 // rows[i] = ids[i] - first_row where that is one of num_rows; -1 where the id is smaller than those, num_rows where it is larger. At most
-// kMostRows.
+// kMaxRows.
 cudaError_t mp_patch_embedding_rows(
     const int64_t* ids, int64_t count, int64_t first_row, int64_t num_rows, int32_t* rows, cudaStream_t stream);
 

@@ -265,7 +265,7 @@ cudaError_t mp_patch_embedding_rows(
     const int64_t* ids, int64_t count, int64_t first_row, int64_t num_rows, int32_t* rows, cudaStream_t stream) {
   if (count == 0) return cudaSuccess;
   const int64_t blocks = (count + kThreads - 1) / kThreads;
-  if (!fits_grid(blocks) || num_rows > kMostRows) return cudaErrorInvalidConfiguration;
+  if (!fits_grid(blocks) || num_rows > kMaxRows) return cudaErrorInvalidConfiguration;
   MP_LAUNCH(rows_kernel, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), 0, stream, ids, count, first_row, num_rows, rows);
   return cudaGetLastError();
 }
@@ -275,7 +275,7 @@ cudaError_t mp_patch_embedding_backward(
     int64_t num_rows, void* partial, void* target, bool accumulate, cudaStream_t stream) {
   if (count == 0 || hidden == 0) return cudaSuccess;
   const int64_t num_tiles = (count + kTile - 1) / kTile;
-  if (!fits_grid(num_tiles) || num_rows > kMostRows) return cudaErrorInvalidConfiguration;
+  if (!fits_grid(num_tiles) || num_rows > kMaxRows) return cudaErrorInvalidConfiguration;
   const auto rows = static_cast<int32_t>(num_rows);
   return dispatch(type, [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;

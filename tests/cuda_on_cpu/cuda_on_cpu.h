@@ -49,7 +49,7 @@ namespace cuda_on_cpu {
 constexpr size_t kStackBytes = 96 * 1024;
 constexpr int kWarp = 32;
 constexpr size_t kDynamicSharedBytes = 256 * 1024;
-constexpr int kMostParts = 8;
+constexpr int kMaxParts = 8;
 
 enum class Order { kForward, kBackward, kShuffled, kWarps };
 
@@ -70,7 +70,7 @@ struct Machine {
   int threads = 0, parts = 1;
   int first = 0;  // how many threads the barrier of a block's first ones is for
   size_t shared_bytes = 0;
-  std::array<bool, kMostParts> ended;
+  std::array<bool, kMaxParts> ended;
   dim3 block, grid;
   unsigned first_block = 0;
   Order order = Order::kForward;
@@ -79,7 +79,7 @@ struct Machine {
   bool clusters = false;
   bool trapped = false;
   char message[512] = "";
-  alignas(16) unsigned char shared[kMostParts][kDynamicSharedBytes];
+  alignas(16) unsigned char shared[kMaxParts][kDynamicSharedBytes];
 };
 
 inline Machine machine;
@@ -298,7 +298,7 @@ inline void launch(int parts, dim3 grid, dim3 block, size_t shared_bytes, std::f
   const int blocks = static_cast<int>(grid.x * grid.y * grid.z);
   // A warp may not reach into another block.
   const bool whole_warps = parts == 1 || threads % kWarp == 0;
-  const bool whole_clusters = parts <= kMostParts && blocks % parts == 0;
+  const bool whole_clusters = parts <= kMaxParts && blocks % parts == 0;
   if (static_cast<int>(shared_bytes) > machine.shared_limit || threads > 1024 || !whole_clusters || !whole_warps) {
     machine.trapped = true;
     std::snprintf(

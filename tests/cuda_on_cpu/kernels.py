@@ -61,27 +61,27 @@ def precompile_header(folder: Path) -> None:
 
 
 def compile_mutant(header: Path, file: str, text: str, replacement: str, folder: Path) -> Path:
-    """Compiles one .cu file with a text of it, or of common.cuh, replaced.
+    """Compiles one .cu file in which a text of it, or of a header, is replaced.
 
     Args:
         header: a folder that `precompile_header` filled.
-        file: the file that holds the text; a mutant of common.cuh is one of the loss' kernels.
-        text: what is replaced wherever the file has it.
-        replacement: what stands there then.
-        folder: for the mutant; new.
+        file: the file that holds the text; a mutant of a header is compiled with the loss kernels.
+        text: the text to replace, wherever the file has it.
+        replacement: the new text.
+        folder: a new folder for the mutant.
 
     Returns:
-        The library, for float32 and bfloat16 alone.
+        The library, for float32 and bfloat16 only.
     """
     shutil.copytree(SOURCES, folder)
     source = (folder / file).read_text()
-    assert source.count(text) >= 1, "the mutant's place is gone: name it anew"
+    assert source.count(text) >= 1, f"{file} no longer contains the text of this mutant; update the mutant"
     (folder / file).write_text(source.replace(text, replacement))
     common = (folder / "common.cuh").read_text()
     fewer = re.sub(r"    case NumberType::k(Double|Half): .*\n", "", common)
     assert len(fewer) < len(common)
     (folder / "common.cuh").write_text(fewer)
-    kernels = folder / ("multi_token_loss.cu" if file == "common.cuh" else file)
+    kernels = folder / ("multi_token_loss.cu" if file.endswith(".cuh") else file)
     library = folder / "mutant.so"
     _compile(
         *("-shared", "-w", "-include", "cuda_on_cpu.h", "-I", header, "-I", folder, "-isystem", str(cuda_include())),

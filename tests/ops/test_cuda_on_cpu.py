@@ -242,37 +242,37 @@ def test_longer_rows_and_more_labels_than_are_counted_are_refused(library, label
 # (file, text, its replacement): one barrier, stride, tail, tile or alignment at a time.
 MUTANTS = {
     "no barrier before the threads' results are merged": (
-        "multi_token_loss.cu",
+        "running_softmax.cuh",
         "  const unsigned thread = threadIdx.x;\n  __syncthreads();",
         "  const unsigned thread = threadIdx.x;",
     ),
-    "no barrier before the merging warps' results are merged": ("multi_token_loss.cu", "    sync_first<kMergingThreads>();\n", ""),
-    "the merging warps' barrier is of the first warp alone": ("multi_token_loss.cu", "sync_first<kMergingThreads>", "sync_first<kWarp>"),
-    "a wrong stride of results in a full block": ("multi_token_loss.cu", "i / 2 * (2 * kMergingThreads)", "i / 2 * kMergingThreads"),
-    "a wrong distance of neighbours' results": ("multi_token_loss.cu", "+ 2 * thread + i % 2]", "+ thread + i % 2]"),
-    "every other result is skipped": ("multi_token_loss.cu", "+ 2 * thread + i % 2]", "+ 2 * thread]"),
+    "no barrier before the merging warps' results are merged": ("running_softmax.cuh", "    sync_first<kMergingThreads>();\n", ""),
+    "the merging warps' barrier is of the first warp alone": ("running_softmax.cuh", "sync_first<kMergingThreads>", "sync_first<kWarp>"),
+    "a wrong stride of results in a full block": ("running_softmax.cuh", "i / 2 * (2 * kMergingThreads)", "i / 2 * kMergingThreads"),
+    "a wrong distance of neighbours' results": ("running_softmax.cuh", "+ 2 * thread + i % 2]", "+ thread + i % 2]"),
+    "every other result is skipped": ("running_softmax.cuh", "+ 2 * thread + i % 2]", "+ 2 * thread]"),
     "a result too few in a full block": (
-        "multi_token_loss.cu",
+        "running_softmax.cuh",
         "return merge<T, share>(mine);",
-        "mine[share - 1] = nothing<A>();\nreturn merge<T, share>(mine);",
+        "mine[share - 1] = no_logits<A>();\nreturn merge<T, share>(mine);",
     ),
     "a wrong stride of results in a smaller block": (
-        "multi_token_loss.cu",
+        "running_softmax.cuh",
         "i < blockDim.x; i += kMergingThreads) {",
         "i < blockDim.x; i += 2 * kMergingThreads) {",
     ),
     "the last result of a smaller block is skipped": (
-        "multi_token_loss.cu",
+        "running_softmax.cuh",
         "i < blockDim.x; i += kMergingThreads) {",
         "i + kMergingThreads < blockDim.x; i += kMergingThreads) {",
     ),
-    "a smaller block's results are read as a full one's": ("multi_token_loss.cu", "if (blockDim.x == kMostThreads) {", "{"),
+    "a smaller block's results are read as a full one's": ("running_softmax.cuh", "if (blockDim.x == kMaxThreads) {", "{"),
     "a merging warp's result is skipped": (
-        "multi_token_loss.cu",
+        "running_softmax.cuh",
         "use(merge<T, kMergingWarps>(all));",
-        "all[1] = nothing<Number<T>>();\nuse(merge<T, kMergingWarps>(all));",
+        "all[1] = no_logits<Number<T>>();\nuse(merge<T, kMergingWarps>(all));",
     ),
-    "a result too few when the largest is found": ("multi_token_loss.cu", "half = kCount / 2; half > 0;", "half = kCount / 2; half > 1;"),
+    "a result too few when the largest is found": ("running_softmax.cuh", "half = kCount / 2; half > 0;", "half = kCount / 2; half > 1;"),
     "no barrier before a row's factor is read": (
         "multi_token_loss.cu",
         "  __syncthreads();\n  if constexpr (kCluster) cluster_arrive();",
@@ -280,7 +280,7 @@ MUTANTS = {
     ),
     "no barrier before logits are overwritten": (
         "multi_token_loss.cu",
-        "  __syncthreads();  // labels' logits are read before anything is overwritten\n",
+        "  __syncthreads();  // the labels' logits must be read before any logit is overwritten\n",
         "",
     ),
     "no barrier before labels are corrected": (
@@ -300,8 +300,8 @@ MUTANTS = {
     ),
     "a block leaves while others read its sum": (
         "multi_token_loss.cu",
-        "  if constexpr (kCluster) cluster_wait();  // nobody",
-        "  // nobody",
+        "  if constexpr (kCluster) cluster_wait();  // no block",
+        "  // no block",
     ),
     "a block knows its own sum alone": ("multi_token_loss.cu", "*of_block(&scratch.part, k)", "*of_block(&scratch.part, rank)"),
     "a block's part ends after its row": (
@@ -392,12 +392,12 @@ MUTANTS = {
         "if (last >= 0) break;",
     ),
     "a lane too few": (
-        "multi_token_loss.cu",
+        "running_softmax.cuh",
         "for (int offset = kWarp / 2; offset > 0; offset /= 2) value",
         "for (int offset = kWarp / 2; offset > 1; offset /= 2) value",
     ),
     "a lane too few for the largest": (
-        "multi_token_loss.cu",
+        "running_softmax.cuh",
         "for (int offset = kWarp / 2; offset > 0; offset /= 2) largest",
         "for (int offset = kWarp / 2; offset > 1; offset /= 2) largest",
     ),
