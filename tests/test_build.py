@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 needs_compiler = pytest.mark.skipif(
     not any(shutil.which(name) for name in ("g++", "c++", "clang++")), reason="there is no C++ compiler to build with"
 )
-NOTE = "The plain formulas serve"
+NOTE = "The plain formulas are used instead"
 
 
 @pytest.fixture
@@ -76,7 +76,7 @@ def test_without_a_compiler_the_note_says_so_and_nothing_stale_is_left(checkout)
 
 def test_without_any_compiler_on_the_path_it_says_what_to_install(checkout, tmp_path_factory):
     note = build_in_place(checkout, PATH=str(tmp_path_factory.mktemp("empty")))
-    assert "there is no C++ compiler" in note and "$CXX" in note and NOTE in note
+    assert "no C++ compiler was found" in note and "$CXX" in note and NOTE in note
 
 
 @needs_compiler
@@ -95,7 +95,7 @@ def test_a_torch_that_is_too_old_is_named(checkout, tmp_path_factory):
     (old / "torch-2.9.1.dist-info").mkdir()
     (old / "torch-2.9.1.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 2.9.1\n")
     note = build_in_place(checkout, PYTHONPATH=str(old))
-    assert "torch 2.9.1 is too old; torch 2.11 and later" in note and NOTE in note
+    assert "torch 2.9.1 is too old; install torch 2.11 or later" in note and NOTE in note
 
 
 def cuda_torch(folder: Path, cuda: str | None = None) -> str:
@@ -121,14 +121,14 @@ def test_the_cuda_library_compiles_without_a_warning_for_each_architecture(check
     out = python(checkout, "-m", "megatron_patch.ops", PYTHONPATH=str(checkout)).stdout
     assert "compiled for CUDA (sm_80 sm_90 sm_100)" in out
     if torch.version.cuda is None:
-        assert "none: this torch is a build without CUDA; the plain formulas serve" in out
+        assert "none: this build of torch has no CUDA; the plain formulas are used" in out
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc to build with")
 def test_architectures_are_chosen_and_unknown_ones_named(checkout):
     with pytest.raises(subprocess.CalledProcessError) as failure:
         build_in_place(checkout, MEGATRON_PATCH_CUDA="1", MEGATRON_PATCH_CUDA_ARCHS="12;13")
-    assert "knows none of the GPU architectures 12 13; it knows" in failure.value.stderr
+    assert "nvcc supports none of the GPU architectures 12 13; it supports" in failure.value.stderr
 
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="torch is a CUDA build")
@@ -143,12 +143,12 @@ def test_a_cuda_torch_without_nvcc_is_told_what_to_install(checkout, tmp_path_fa
     folder = cuda_torch(tmp_path_factory.mktemp("cuda"))
     empty = str(tmp_path_factory.mktemp("empty"))
     note = build_in_place(checkout, PYTHONPATH=folder, PATH=empty)
-    assert "_C_cuda is not built: there is no nvcc; install the CUDA toolkit" in note and NOTE in note
+    assert "_C_cuda is not built: nvcc was not found; install the CUDA toolkit" in note and NOTE in note
     silent = build_in_place(checkout, PYTHONPATH=folder, PATH=empty, MEGATRON_PATCH_CUDA="0")
     assert "_C_cuda" not in silent
     with pytest.raises(subprocess.CalledProcessError) as failure:
         build_in_place(checkout, PYTHONPATH=folder, PATH=empty, MEGATRON_PATCH_CUDA="1")
-    assert "there is no nvcc" in failure.value.stderr
+    assert "nvcc was not found" in failure.value.stderr
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc to build with")

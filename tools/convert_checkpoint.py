@@ -8,7 +8,7 @@ import sys
 import package_check  # noqa: F401 - before the package itself
 
 from megatron_patch.cli.command_line import run_tool
-from megatron_patch.convert.command_line import main
+from megatron_patch.cli.convert_checkpoint import main
 
 if __name__ == "__main__":
     sys.exit(run_tool(main))

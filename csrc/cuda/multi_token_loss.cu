@@ -163,7 +163,7 @@ __device__ __forceinline__ A taken_from(const AtLabel<A>* at_labels, int k, int 
   return taken;
 }
 
-// Computes the gradient of each label's column, exp(logit - largest) * factor minus the weights of its labels, for columns in [begin, end).
+// Computes the gradient of each label's column in [begin, end): exp(logit - largest) * factor minus the weights of its labels.
 template <typename T, typename Weight>
 __device__ __forceinline__ void find_corrections(
     AtLabel<Number<T>>* at_labels, int num_labels, const Weight& weight, Number<T> largest, Number<T> factor, int begin, int end) {

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_patch.cli.convert_checkpoint import main
 from megatron_patch.convert.architectures import ARCHITECTURES
 from megatron_patch.convert.checkpoint_io import open_checkpoint
-from megatron_patch.convert.command_line import main
 from megatron_patch.data.indexed_dataset import IndexedDatasetWriter
 from megatron_patch.engine.inference import load_model
 from megatron_patch.errors import CheckpointError

@@ -131,13 +131,13 @@ def test_rereading_gives_what_the_cache_gives(shape, sampling):
 @pytest.mark.parametrize(
     ("prompts", "sampling", "words"),
     [
-        ([[1], []], Sampling(), "empty prompt"),
-        ([], Sampling(), "empty prompt"),
+        ([[1], []], Sampling(), "a prompt is empty"),
+        ([], Sampling(), "a prompt is empty"),
         ([[1]], Sampling(-1.0), "temperature -1.0"),
         ([[1]], Sampling(float("nan")), "temperature nan"),
         ([[1]], Sampling(1.0, 0.0), "top_p 0.0"),
         ([[1]], Sampling(1.0, 1.0, -1), "top_k -1"),
-        ([[1] * 30, [1]], Sampling(), "33 tokens for a model with 32 learned positions"),
+        ([[1] * 30, [1]], Sampling(), "have 33 tokens, but the model has 32 learned positions"),
     ],
 )
 def test_impossible_requests_are_refused(prompts, sampling, words):

@@ -314,7 +314,7 @@ def test_impossible_shapes_are_refused(change, words):
 def test_more_positions_than_were_learned_are_refused():
     model = make(GPT2)
     inputs, labels = batch(1, t=GPT2.max_positions + 1)
-    with pytest.raises(ConfigError, match="33 positions for a model with 32"):
+    with pytest.raises(ConfigError, match="33 positions, but the model has 32"):
         model(inputs, labels)
     assert torch.isfinite(make(LLAMA)(inputs, labels)[0])
 

@@ -235,7 +235,7 @@ def test_labels_outside_the_vocabulary_are_named(bad):
 def test_wrong_arguments_are_value_errors_that_name_them():
     case = loss_case(4, 3, 2, 24, torch.float32)
     for arguments, words in (
-        ((case.logits, case.labels.float()), "labels are Float; allowed: int64"),
+        ((case.logits, case.labels.float()), "labels has dtype Float; allowed: int64"),
         ((case.logits, case.labels[:2]), "labels must be .* the N of logits, 3"),
         ((case.logits, case.labels[:, 0]), "labels must be"),
         ((case.logits, case.labels[:, :0]), "labels must be .* not K = 0"),
