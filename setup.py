@@ -1,8 +1,8 @@
 """Builds csrc at install, with direct calls of the C++ compiler and nvcc. Where one is missing, the package works without its libraries.
 
 There are three libraries. `_words` (preprocessing's word cache) and `_C` (the operators' schemas and CPU kernels) need a C++ compiler;
-`_C_cuda` (CUDA kernels) needs a CUDA build of torch and nvcc. MEGATRON_PATCH_CUDA=0 omits `_C_cuda`; MEGATRON_PATCH_CUDA=1 requires it, even
-with a CPU build of torch, for use on another machine. MEGATRON_PATCH_CUDA_ARCHS lists its GPU architectures. The operators use torch's
+`_C_cuda` (CUDA kernels) needs a CUDA build of torch and nvcc. MEGATRON_PATCH_CUDA=0 omits `_C_cuda`; MEGATRON_PATCH_CUDA=1 requires it,
+even with a CPU build of torch, for use on another machine. MEGATRON_PATCH_CUDA_ARCHS lists its GPU architectures. The operators use torch's
 stable ABI. `torch.utils.cpp_extension` is not used, because it rejects CUDA sources with a CPU build of torch and guesses the toolkit.
 """
 

@@ -28,7 +28,7 @@ class Architecture:
         name: the class with the language model head, as config.json has it under `architectures`.
         model_type: its `model_type` in config.json.
         family: the preset of `--model-family` for models of this architecture. Where several architectures compute the same shape, a
-            checkpoint is exported as the one of its own family.
+            checkpoint is exported as the architecture of its family.
         required: shape -> the fields of `ModelShape` that decide whether the architecture computes this shape, each with the value that it
             must have; a value may depend on the shape's other fields.
         read_config: config.json -> fields of `ModelShape`, without vocab_size, padded_vocab_size and init_std.
@@ -46,7 +46,7 @@ class Architecture:
 
 
 LLAMA_LAYERS: Mapping[str, Any] = {"normalization": "RMSNorm", "activation": "swiglu", "position_embedding": "rope", "qk_norm": False}
-"""The kinds of layers of Llama, and of the many architectures that follow it."""
+"""The kinds of layers of Llama and of the architectures that follow it: fields of `ModelShape` and their values."""
 
 LLAMA = Architecture(
     "LlamaForCausalLM",
@@ -178,7 +178,7 @@ def architecture_named(config: Mapping[str, Any], where: str) -> Architecture:
         raise CheckpointError(
             f"{where}: the architecture {names or config.get('model_type')!r} is not registered",
             ", ".join(ARCHITECTURES),
-            "convert a model of one of these architectures, or register its own in megatron_patch.convert.architectures.ARCHITECTURES",
+            "convert a model of one of these, or register its architecture in megatron_patch.convert.architectures.ARCHITECTURES",
         )
     return found
 

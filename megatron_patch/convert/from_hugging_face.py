@@ -65,7 +65,7 @@ def read_config(path: Path) -> dict[str, Any]:
             "for weights without a config.json, give --config with that of a model of the same shape, or --like with a checkpoint",
         ) from error
     if not isinstance(config, dict):
-        raise CheckpointError(f"{path} holds a JSON {type(config).__name__}", "a JSON object", "use the model's original config.json")
+        raise CheckpointError(f"{path} contains a JSON {type(config).__name__}", "a JSON object", "use the model's original config.json")
     return config
 
 

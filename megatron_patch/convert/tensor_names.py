@@ -1,7 +1,7 @@
-"""Which tensors of a Hugging Face model are made of which parameters of ours.
+"""The mapping between our parameters and the tensors of a Hugging Face model.
 
-In: a shape, and the names that its architecture uses. Out: a list of `MappedTensor`, each one tensor of the Hugging Face model with the
-parameters of ours that it stacks. Architectures with Llama's names have one parameter for each tensor; GPT-2 stacks queries, keys and
+In: a shape, and the names of its architecture's tensors. Out: a list of `MappedTensor`: one Hugging Face tensor each, with the parameters
+that it stacks. Architectures with Llama's names have one parameter for each tensor; GPT-2 stacks queries, keys and
 values, and stores the matrices of its blocks transposed.
 """
 
@@ -23,9 +23,9 @@ class TensorNames:
     """The names of an architecture's tensors.
 
     Args:
-        modules: module of ours outside of the blocks -> module of theirs.
-        block: prefix of a block's names, with {} for the block's number from 0.
-        block_modules: module of ours in a block -> module of theirs; modules with the same name there are stacked, in our order.
+        modules: our module outside of the blocks -> Hugging Face module.
+        block: prefix of the names in a block, with {} for the block's number from 0.
+        block_modules: our module in a block -> Hugging Face module; modules with the same target are stacked, in our order.
         transposed: whether the matrices of the blocks are stored as [inputs, outputs].
     """
 
@@ -35,7 +35,7 @@ class TensorNames:
     transposed: bool = False
 
     def name_of(self, parameter: str) -> str:
-        """Returns the name of the tensor that holds one of our parameters."""
+        """Returns the name of the Hugging Face tensor that contains one of our parameters."""
         module, _, kind = parameter.rpartition(".")
         if not module.startswith("blocks."):
             return f"{self.modules[module]}.{kind}"
@@ -87,10 +87,10 @@ class MappedTensor:
     """One tensor of a Hugging Face model.
 
     Args:
-        name: its name there.
-        shape: its shape there.
-        parameters: (name, shape) of the parameters here, stacked along the first dimension.
-        rows: number of rows stored there, which leaves the vocabulary's padding out.
+        name: its name.
+        shape: its shape.
+        parameters: (name, shape) of our parameters, which it stacks along the first dimension.
+        rows: its number of rows before transposition; it does not include the padding of the vocabulary.
         transposed: whether it is stored as [inputs, outputs].
     """
 
@@ -101,14 +101,14 @@ class MappedTensor:
     transposed: bool = False
 
     def join(self, read: Callable[[str], torch.Tensor]) -> torch.Tensor:
-        """Returns the tensor there, from the parameters here that `read` returns by name."""
+        """Returns the Hugging Face tensor, from our parameters, which `read` returns by name."""
         parts = [read(name) for name, _ in self.parameters]
         tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
         tensor = tensor[: self.rows]
         return tensor.t() if self.transposed else tensor
 
     def split(self, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yields (name, parameter) here, from the tensor there; padding rows of the vocabulary become zeros."""
+        """Yields (name, parameter) of our parameters, from the Hugging Face tensor; padding rows of the vocabulary are zeros."""
         tensor = tensor.t() if self.transposed else tensor
         start = 0
         for name, shape in self.parameters:
@@ -131,16 +131,16 @@ def mapped_tensors(shape: ModelShape, names: TensorNames) -> list[MappedTensor]:
     parts: dict[str, list[tuple[str, Sizes]]] = {}
     for name, size in parameter_shapes(shape).items():
         parts.setdefault(names.name_of(name), []).append((name, size))
-    return [_mapped(there, tuple(parameters), shape, names.transposed) for there, parameters in parts.items()]
+    return [_mapped(name, tuple(parameters), shape, names.transposed) for name, parameters in parts.items()]
 
 
-def _mapped(there: str, parameters: tuple[tuple[str, Sizes], ...], shape: ModelShape, transposed: bool) -> MappedTensor:
+def _mapped(name: str, parameters: tuple[tuple[str, Sizes], ...], shape: ModelShape, transposed: bool) -> MappedTensor:
     first, size = parameters[0]
     vocabulary = first in ("embedding.word.weight", "head.weight")
     rows = shape.vocab_size if vocabulary else sum(part[0] for _, part in parameters)
     stored = (rows, *size[1:])
     transposed = transposed and len(size) == 2 and first.startswith("blocks.")
-    return MappedTensor(there, stored[::-1] if transposed else stored, parameters, rows, transposed)
+    return MappedTensor(name, stored[::-1] if transposed else stored, parameters, rows, transposed)
 
 
 _BUFFERS = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")

@@ -27,7 +27,7 @@ def check_accumulator(accumulator: torch.Tensor, weight: torch.Tensor) -> None:
     dtype = accumulation_dtype(weight.dtype)
     if not isinstance(accumulator, torch.Tensor):
         raise TypeError(
-            f"weight_grad_accumulator is the {type(accumulator).__name__} {accumulator!r}; allowed: a contiguous {dtype} tensor "
+            f"weight_grad_accumulator is {type(accumulator).__name__} {accumulator!r}; allowed: a contiguous {dtype} tensor "
             f"{list(weight.shape)} on {weight.device}, or None"
         )
     same = accumulator.shape == weight.shape and accumulator.dtype == dtype and accumulator.device == weight.device

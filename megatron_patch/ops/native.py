@@ -65,7 +65,7 @@ def available(device: str = "cpu") -> bool:
         compiler = "nvcc and a C++ compiler" if device == "cuda" and _cpu_error is None else "a C++ compiler"
         warnings.warn(
             f"megatron_patch uses its plain formulas (the same results, slower), because its compiled operators are missing: {error}. "
-            f"To build them, install {compiler} and run: pip install --no-build-isolation -e .",
+            f"To build them, install {compiler} and reinstall the package: pip install --no-build-isolation -e .",
             stacklevel=4,
         )
     return error is None

@@ -1,4 +1,4 @@
-"""A public model goes through patch and token stages, and the trained one goes out again: the whole journey by the command line."""
+"""A public model is imported, trained in a patch and a token stage, and exported again, all by the command line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model family and its Hugging Face architecture, added by a script of the user's own: trained, exported, verified and imported."""
+"""A model family and its Hugging Face architecture, registered by a user's script: imported, trained, exported and verified."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ IDS = torch.randint(0, 53, (2, 32), generator=torch.Generator().manual_seed(3))
 
 @pytest.fixture
 def mistral(monkeypatch):
-    """The registries with Mistral, for one test."""
+    """Registers Mistral for one test."""
     with monkeypatch.context() as patch:
         patch.setitem(FAMILIES, "mistral", None)
         patch.setitem(ARCHITECTURES, "MistralForCausalLM", None)
@@ -38,7 +38,7 @@ def mistral(monkeypatch):
 
 
 def published(folder, **values):
-    """A Mistral model as transformers makes and saves it."""
+    """Writes a Mistral model with transformers, and returns it."""
     torch.manual_seed(0)
     config = transformers.MistralConfig(
         vocab_size=53, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=6,
@@ -92,7 +92,7 @@ def test_the_family_trains_by_its_name(mistral):
 
 
 def test_the_script_of_the_documentation_verifies_its_export(tmp_path):
-    """As a user runs it: a script that registers both and calls the program's own main."""
+    """Runs the script as a user does: it registers the family and calls the program's main."""
     published(tmp_path / "published")
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
 

@@ -1,4 +1,4 @@
-"""Attention against its formula by loops, grouped heads repeated or not, and what recomputation keeps."""
+"""Attention: compared with its formula in loops, with and without repeated heads; what recomputation keeps in memory."""
 
 from __future__ import annotations
 

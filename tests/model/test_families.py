@@ -1,4 +1,4 @@
-"""Model families: a registered one is a preset of `--model-family` like the built-in ones, and a wrong name is refused with the nearest."""
+"""Model families: a registered family is a preset of `--model-family`, and an error for a wrong name suggests the nearest one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Generation: transformers' greedy output token for token, batches of unequal prompts, the sets that are drawn from, seeds."""
+"""Generation: the same greedy tokens as transformers, batches of prompts of different lengths, sampling sets, seeds."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def make(shape, dtype=torch.float32):
 
 @pytest.mark.parametrize("name", ["llama", "one-group", "linear", "llama3-tied", "qwen2", "qwen3", "gpt2", "gpt2-untied"])
 def test_greedy_output_is_that_of_transformers_on_the_export(name, tmp_path):
-    """Four prompts of unequal lengths in one batch here; one after another, without any padding, there."""
+    """Four prompts of different lengths in one batch, compared with transformers on each prompt without padding."""
     transformers = pytest.importorskip("transformers")
     checkpoint = make_checkpoint(tmp_path / "ckpt", SHAPES[name])
     to_hugging_face(open_checkpoint(str(checkpoint)), tmp_path / "hf")

@@ -1,4 +1,4 @@
-"""The head's gradient added to an accumulator: in the backward pass, or product by product in the forward pass; beside the default."""
+"""Gradients added to an accumulator, in the backward pass or, product by product, in the forward pass, compared with the default."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ def test_an_accumulator_that_shares_memory_with_the_weight_is_refused(operators)
             ops.linear_multi_token_loss(hidden, weight, labels, label_weights, operators, weight_grad_accumulator=bad)
         with pytest.raises(ValueError, match="weight_grad_accumulator shares memory with the weight"):
             ops.patch_embedding(weight, labels.clamp(min=0), operators, weight_grad_accumulator=bad)
-    # Beside it in one buffer is memory of its own.
+    # An adjacent span of the same buffer does not share memory.
     accumulator = flat.detach()[80:160].view(20, 4)
     start = accumulator.clone()
     ops.linear_multi_token_loss(hidden, weight, labels, label_weights, operators, weight_grad_accumulator=accumulator)[0].backward()

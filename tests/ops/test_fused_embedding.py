@@ -1,4 +1,4 @@
-"""The compiled patch embedding against the formula in float64, its bits, its errors, torch's own operator checks, and life without it."""
+"""The compiled patch embedding: against the formula in float64, reproducible bits, errors, torch's operator checks, and the fallback."""
 
 from __future__ import annotations
 

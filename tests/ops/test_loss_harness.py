@@ -1,4 +1,4 @@
-"""benchmarks/loss_harness.cu: its checks, run on the CPU with the kernels themselves, pass, and see what is wrong; without a GPU it says so."""
+"""benchmarks/loss_harness.cu: its checks, run on the CPU, pass and find errors in the kernels; without a GPU it reports that."""
 
 from __future__ import annotations
 
