@@ -258,6 +258,21 @@ def test_the_flags_that_an_import_prints_make_the_shape(name):
 
 
 @pytest.mark.parametrize(
+    "shape",
+    [
+        dataclasses.replace(GPT2, position_embedding="rope"),
+        dataclasses.replace(GPT2, attention_bias=False, qkv_bias=False, mlp_bias=False),
+        dataclasses.replace(LLAMA, activation="gelu", qk_norm=True),
+    ],
+)
+def test_the_flags_of_a_shape_that_no_family_has_name_the_differences(shape):
+    """Megatron-LM can train such a model, which an import then brings here."""
+    words = ["--seq-length", "16", "--global-batch-size", "4", "--train-tokens", "1024", "--dry-run", "--init-method-std", "0.2"]
+    made = resolve(*training_flags(shape, family_of_shape(shape)), *words).shape
+    assert dataclasses.replace(made, max_positions=32) == shape
+
+
+@pytest.mark.parametrize(
     ("change", "words"),
     [
         ({"activation": "gelu"}, "LlamaForCausalLM comes nearest and needs activation swiglu, not gelu"),

@@ -169,7 +169,9 @@ def test_shards_of_the_vocabulary_give_what_the_whole_gives(case, shards, copied
     stacked = torch.stack([kernels.multi_token_loss_statistics(part, labels, first) for first, part in parts])
     largest = stacked[..., 0].amax(dim=0)
     sums = (stacked[..., 1] * (stacked[..., 0] - largest).exp()).sum(dim=0)
-    normalizer, nll, lse = fused_loss.losses_from_statistics(torch.cat((largest[:, None], sums[:, None], stacked[..., 2:].sum(0)), dim=1), labels, None)
+    normalizer, nll, lse = fused_loss.losses_from_statistics(
+        torch.cat((largest[:, None], sums[:, None], stacked[..., 2:].sum(0)), dim=1), labels, None
+    )
     exact_nll, _ = case.exact()
     assert_within(nll, exact_nll, exact_nll.abs() + 0.1, torch.float32)
     ones = torch.ones_like(nll)
