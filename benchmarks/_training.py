@@ -20,7 +20,7 @@ from megatron_patch.data.indexed_dataset import IndexedDatasetWriter
 from megatron_patch.engine.deepspeed_config import EngineConfig, engine_config
 from megatron_patch.engine.distributed import barrier, destroy_distributed, init_distributed
 from megatron_patch.model.precision import DTYPES
-from megatron_patch.planning.hardware import TABLE, Hardware
+from megatron_patch.planning.hardware import DEVICES, Hardware
 from megatron_patch.planning.layout import Layout, layout_of
 from megatron_patch.planning.memory import Memory, rank_memory
 from megatron_patch.planning.timing import step_time
@@ -103,7 +103,7 @@ def measured_hardware(timer: Timer, run: RunConfig, engine: EngineConfig) -> tup
     limits = ceilings(timer, dtype)
     attention = attention_ceiling(timer, dtype, stage.micro_batch_size, shape.num_attention_heads, stage.positions, shape.head_size)
     cuda = timer.device.type == "cuda"
-    known = next((entry for name, entry in TABLE.items() if cuda and name in torch.cuda.get_device_name()), TABLE["H100"])
+    known = next((entry for name, entry in DEVICES.items() if cuda and name in torch.cuda.get_device_name()), DEVICES["H100"])
     hardware = dataclasses.replace(
         known,
         name="this machine's",
@@ -125,6 +125,6 @@ def planned_seconds(run: RunConfig, engine: EngineConfig, device: Hardware) -> d
 def planned_memory(run: RunConfig, engine: EngineConfig, device: torch.device) -> dict[str, Memory]:
     """Memory that the plan expects of the first rank, by stage."""
     layout: Layout = layout_of(run, engine)
-    layers = layout.parts(run.shape)[0]
+    layers = layout.layers_by_pipeline_rank(run.shape)[0]
     kind: Any = device.type
     return {stage.name: rank_memory(run.shape, layout, layers, 0, stage, kind) for stage in run.plan.stages}

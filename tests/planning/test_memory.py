@@ -32,7 +32,7 @@ def test_each_rank_holds_as_many_parameters_as_torch_counts(name, tensor, pipeli
     if tensor > shape.num_query_groups and tensor % shape.num_query_groups:
         pytest.skip("does not divide")
     layout = Layout(ranks=tensor * pipeline, tensor=tensor, pipeline=pipeline)
-    for layers in layout.parts(shape):
+    for layers in layout.layers_by_pipeline_rank(shape):
         model = part(shape, TensorParallel(0, tensor), layers)
         assert rank_parameters(shape, layout, layers) == sum(p.numel() for p in model.parameters())
         whole = {n: p.shape for n, p in part(shape, layers=layers).named_parameters()}

@@ -12,7 +12,7 @@ import pytest
 from megatron_patch.config.parsing import parse
 from megatron_patch.config.resolve import load_config
 from megatron_patch.model.flops import parameter_count
-from megatron_patch.planning.hardware import TABLE
+from megatron_patch.planning.hardware import DEVICES
 from megatron_patch.planning.layout import layout_of
 from megatron_patch.planning.plan import make_plan
 from megatron_patch.planning.search import search
@@ -26,7 +26,7 @@ SMALL += " --train-tokens 100M --patch-size 4 --patch-fraction 0.5 --bf16"
 
 def plan(*words, ranks=8, device="H100"):
     run = load_config([*words, "--dry-run", "--world-size", str(ranks)], 1)
-    return make_plan(run.shape, run.plan, layout_of(run, engine_settings(run)), TABLE[device], run.options.stages.seq_length)
+    return make_plan(run.shape, run.plan, layout_of(run, engine_settings(run)), DEVICES[device], run.options.stages.seq_length)
 
 
 @pytest.mark.parametrize(("name", "billions", "layers"), [("llama_70b", 70.55, 80), ("llama_405b", 405.85, 126)])
@@ -53,7 +53,7 @@ def test_the_run_costs_what_its_stages_cost():
     assert found.run.flops / found.token_level.flops == pytest.approx(1 / 8 + 1 / 2, rel=0.01)
     assert found.equal_cost.tokens == pytest.approx(found.run.tokens * (1 / 8 + 1 / 2), rel=0.01)
     assert found.run.device_hours == pytest.approx(8 * sum(stage.seconds for stage in found.stages) / 3600)
-    assert found.run.dollars == found.run.device_hours * TABLE["H100"].dollars_per_hour
+    assert found.run.dollars == found.run.device_hours * DEVICES["H100"].dollars_per_hour
     assert found.equal_cost.device_hours == pytest.approx(found.run.device_hours, rel=0.1)
 
 
@@ -66,7 +66,7 @@ def test_sensitivity_is_the_papers_formula():
 
 def test_search_finds_what_fits_quickest_first():
     parsed = parse(["--config", "examples/configs/llama_70b.yaml", "--dry-run"])
-    found, tried = search(parsed, 64, TABLE["H200"])
+    found, tried = search(parsed, 64, DEVICES["H200"])
     assert 0 < len(found) < tried and all(one.plan.fits for one in found)
     assert [one.seconds_per_token for one in found] == sorted(one.seconds_per_token for one in found)
     first = found[0]

@@ -77,7 +77,7 @@ def test_what_cannot_be_simulated_is_refused():
 def test_a_run_that_would_stand_still_is_told_and_not_simulated(rates):
     interruptions = Interruptions(**rates)
     interval = daly_interval(interruptions.save_seconds, interruptions.mtbf_seconds(4096))
-    with pytest.raises(ConfigError, match="the run would stand still"):
+    with pytest.raises(ConfigError, match="of the time for training"):
         simulate([StageWork("token", 1000, 1.0)], 4096, interruptions, interval)
     assert expected_goodput(interval, 60.0, 600.0, 1e-3) == 0.0
 
