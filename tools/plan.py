@@ -1,14 +1,17 @@
 #!/usr/bin/env python
-"""Predicts memory, time and cost of a run: python tools/plan.py --config CONFIG.yaml --gpu H100 --world-size 64
+"""Predicts memory, time and cost of a run.
 
-Accepts every flag of pretrain_gpt_patch.py, which overrides the file. Prints the memory of each rank, the time of a step, the cost
-relative to token-level training and the best checkpoint interval; if the dataset exists, also how often each stage reads each corpus.
---json prints the same as JSON. --search ranks the layouts of --world-size devices that fit. --plot draws cost and time over K and λ.
---simulate simulates the run with failures and preemptions.
+python tools/plan.py --config CONFIG.yaml --gpu H100 --world-size 64
+
+Accepts every flag of pretrain_gpt_patch.py; a flag overrides the file. Prints
+the memory of each rank, the time of a step, the cost relative to token-level
+training and the best checkpoint interval. If the dataset exists, it also
+prints how often each stage reads each corpus.
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import sys
@@ -35,7 +38,7 @@ from megatron_patch.utils.console import make_console
 
 def arguments() -> ArgumentParser:
     """Returns the parser of the tool's own flags; all other flags belong to the run."""
-    parser = ArgumentParser(description=__doc__)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpu", default="H100", help=f"{', '.join(DEVICES)}, or any name with --ceilings (default: H100)")
     parser.add_argument("--ceilings", type=Path, help="JSON file of your own measurements: matmul_efficiency, dollars_per_hour, …")
     parser.add_argument("--world-size", type=int, default=8, help="number of devices (default: 8)")

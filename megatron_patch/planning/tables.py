@@ -79,7 +79,7 @@ def traffic_table(plan: Plan) -> Table:
 def resource_table(plan: Plan) -> Table:
     """Returns the resources of the run next to those of token-level training."""
     columns = ("", "tokens", "FLOPs", "~device hours", "~dollars", "~time")
-    table = _table(f"Budget at ${plan.hardware.dollars_per_hour:g} per hour and {plan.hardware.name}", *columns, left=("",))
+    table = _table(f"Budget at ${plan.hardware.dollars_per_hour:g} per {plan.hardware.name} hour", *columns, left=("",))
     rows: list[tuple[str, Resources]] = [
         ("this plan", plan.run),
         ("token level, same tokens", plan.token_level),

@@ -13,7 +13,7 @@ from megatron_patch.convert.checkpoint_io import open_checkpoint
 from megatron_patch.convert.to_hugging_face import to_hugging_face
 from megatron_patch.engine.inference import load_model
 from megatron_patch.errors import ConfigError, DataError
-from megatron_patch.evaluation.harness import local_data, run_tasks
+from megatron_patch.evaluation.harness import find_local_dataset, run_tasks
 from megatron_patch.tokenizers.base import load_tokenizer
 from tests.convert.models import make_checkpoint, make_tokenizer
 from tests.distributed.ranks import run_ranks
@@ -82,11 +82,11 @@ def test_every_task_gives_what_the_harness_finds_on_the_export(world):
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    from megatron_patch.evaluation.harness import _data_from, _numbers
+    from megatron_patch.evaluation.harness import _local_datasets_first, _numbers
 
     _, model, tokenizer, data, tasks, export = world
     found = run_tasks(model, tokenizer, list(TASKS), 32, 3, data, tasks)
-    with _data_from(data):
+    with _local_datasets_first(data):
         theirs = HFLM(pretrained=str(export), device="cpu", dtype="float32", batch_size=2, max_length=32)
         reference = simple_evaluate(
             theirs, tasks=list(TASKS), task_manager=TaskManager(include_path=str(tasks)), log_samples=False, bootstrap_iters=0
@@ -175,21 +175,21 @@ def test_the_tool_runs_tasks_and_says_what_is_missing(world, tmp_path):
         task: pytest.approx(values)
         for task, values in run_tasks(model, tokenizer, ["choices", "last_word"], 32, 8, data, tasks, limit=5).items()
     }
-    with pytest.raises(DataError, match=r"Someone/choices cannot be read .*nor reached on the hub"):
+    with pytest.raises(DataError, match=r"cannot read task data Someone/choices from .*or from the hub"):
         run_tasks(model, tokenizer, ["choices"], 32, 8, tmp_path, tasks)
-    with pytest.raises(ConfigError, match="unknown tasks: nonsense"):
+    with pytest.raises(ConfigError, match="--tasks nonsense: unknown to lm-eval"):
         run_tasks(model, tokenizer, ["nonsense"], 32, 8, data, tasks)
-    with pytest.raises(ConfigError, match="--task-data nowhere is no folder"):
+    with pytest.raises(ConfigError, match="--task-data nowhere is not a folder"):
         run_tasks(model, tokenizer, ["choices"], 32, 8, Path("nowhere"), tasks)
 
 
-def test_where_local_data_is_looked_for(tmp_path):
-    assert local_data(None, "a/b", None) is None and local_data(tmp_path, "a/b", None) is None
+def test_local_datasets_are_found_by_path_and_configuration(tmp_path):
+    assert find_local_dataset(None, "a/b", None) is None and find_local_dataset(tmp_path, "a/b", None) is None
     (tmp_path / "a" / "b" / "de").mkdir(parents=True)
-    assert local_data(tmp_path, "a/b", "de") == (str(tmp_path / "a/b/de"), None)
-    assert local_data(tmp_path, "a/b", "en") == (str(tmp_path / "a/b"), None)
+    assert find_local_dataset(tmp_path, "a/b", "de") == (str(tmp_path / "a/b/de"), None)
+    assert find_local_dataset(tmp_path, "a/b", "en") == (str(tmp_path / "a/b"), None)
     (tmp_path / "a" / "b" / "README.md").write_text("---\nconfigs: []\n---\n")
-    assert local_data(tmp_path, "a/b", "en") == (str(tmp_path / "a/b"), "en")
+    assert find_local_dataset(tmp_path, "a/b", "en") == (str(tmp_path / "a/b"), "en")
 
 
 def test_without_the_harness_the_extra_is_named(monkeypatch):

@@ -96,7 +96,7 @@ def test_wrong_words_get_three_parts():
         ([*SMALL.split(), "--world-sice", "8"], "did you mean world-size"),
         (["--world-size", "0"], "--world-size 0"),
         ([*SMALL.split(), "--search", "--plot", "x.png"], "--search with --plot"),
-        ([*SMALL.split(), "--simulate", "--device-hours-per-failure", "0.01"], "would stand still"),
+        ([*SMALL.split(), "--simulate", "--device-hours-per-failure", "0.01"], "of the time for training"),
     ):
         error = tool(*words, code=2)
         assert what in error and "Allowed: " in error and "Traceback" not in error

@@ -1,4 +1,4 @@
-"""The report: its numbers are the metrics' numbers, losses keep their kinds, and a run in any state can be shown."""
+"""The report: its numbers are those of the metrics, losses keep their kinds, and a run in any state can be shown."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from megatron_patch.errors import DataError
-from megatron_patch.reporting.history import read_history, unlike_options
+from megatron_patch.reporting.history import differing_options, read_history
 from megatron_patch.reporting.page import render, write_report
 from megatron_patch.training.callbacks.base import EvaluationRecord, Event, RunEnd, RunStart, SaveRecord, StepRecord, SwitchRecord
 from megatron_patch.training.callbacks.events import Events
@@ -97,7 +97,7 @@ class Page(HTMLParser):
             self._data += data
 
 
-def test_the_page_holds_the_very_numbers_of_the_metrics(tmp_path):
+def test_the_page_contains_the_numbers_of_the_metrics(tmp_path):
     save = write_run(tmp_path / "run", options={"lr": 1e-3, "data_path": ["0.75", "data/web", "0.25", "data/code"]})
     write_report([save], tmp_path / "r.html")
     (run,) = Page((tmp_path / "r.html").read_text()).data["runs"]
@@ -124,18 +124,18 @@ def test_the_page_fetches_nothing_and_markup_in_titles_is_text(tmp_path):
     assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)|@import|url\((?!#)|innerHTML", text)
 
 
-def test_a_torn_last_line_and_missing_files_cost_only_what_was_in_them(tmp_path):
+def test_an_incomplete_line_and_missing_files_lose_only_their_content(tmp_path):
     save = write_run(tmp_path / "run", done=False)
     with (save / "metrics.jsonl").open("a") as file:
         file.write('{"type": "step", "step": 13, "lo')
     history = read_history(save)
     assert history.steps["step"] == list(range(1, 13)) and history.state == "unfinished"
-    assert history.notes == ["1 torn line of metrics.jsonl left out", "no checkpoint tells the configuration"]
+    assert history.notes == ["skipped 1 incomplete line of metrics.jsonl", "the configuration is unknown: no checkpoint could be read"]
     assert history.events == [] and history.options == {}
     with pytest.raises(DataError, match="does not exist\n.*Allowed.*\n.*What to do"):
         read_history(tmp_path)
     (tmp_path / "metrics.jsonl").write_text('{"type": "start", "step": 0}\n')
-    with pytest.raises(DataError, match="holds no steps"):
+    with pytest.raises(DataError, match="contains no steps"):
         read_history(tmp_path)
 
 
@@ -202,8 +202,8 @@ def test_only_options_that_differ_are_listed(tmp_path):
         read_history(write_run(tmp_path / name, options=options))
         for name, options in (("a", base), ("b", {**base, "save": "b", "patch_size": 1}), ("c", None))
     ]
-    assert unlike_options(runs) == [("patch_size", [4, 1, None])]
-    assert [name for name, _ in unlike_options(runs[:1])] == ["lr", "seed", "patch_size"]
+    assert differing_options(runs) == [("patch_size", [4, 1, None])]
+    assert [name for name, _ in differing_options(runs[:1])] == ["lr", "seed", "patch_size"]
 
 
 def test_the_tool_writes_a_file_and_explains_what_it_cannot_read(tmp_path):
@@ -211,10 +211,10 @@ def test_the_tool_writes_a_file_and_explains_what_it_cannot_read(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     words = [sys.executable, "tools/report.py", str(save), "--output", str(tmp_path / "r.html"), "--title", "A <run>"]
     done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
-    assert "no checkpoint tells" in done.stdout and "1 run)" in done.stdout
+    assert "no checkpoint could be read" in done.stdout and "1 run)" in done.stdout
     assert "<title>A &lt;run&gt;</title>" in (tmp_path / "r.html").read_text()
     failed = subprocess.run([*words, "--labels", "a", "b"], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert failed.returncode == 3 and "2 labels for 1 runs" in failed.stderr and "What to do" in failed.stderr
+    assert failed.returncode == 3 and "2 labels for 1 run" in failed.stderr and "What to do" in failed.stderr
 
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -235,5 +235,5 @@ def test_a_browser_draws_every_chart(tmp_path):
     dom = subprocess.run(
         [CHROMIUM, *words, f"file://{tmp_path / 'r.html'}"], capture_output=True, text=True, check=True, timeout=120
     ).stdout
-    assert dom.count('<svg role="img"') == 9 and "made 20" in dom
+    assert dom.count('<svg role="img"') == 9 and "created 20" in dom
     assert dom.count('class="curve') >= 2 * 8 and dom.count('class="ring"') == 2 and "NaN" not in dom.split('<script id="data"')[0]

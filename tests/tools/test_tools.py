@@ -104,7 +104,7 @@ def test_plot_draws_runs(run, tmp_path):
     assert "2 runs" in tool("plot", trained.folder, trained.folder, "--labels", "one", code=3)
     assert "metrics.jsonl" in tool("plot", tmp_path, code=3)
     (tmp_path / "metrics.jsonl").write_text('{"loss": 1.0}\n')
-    assert "holds no evaluations" in tool("plot", tmp_path, code=3)
+    assert "contains no evaluation" in tool("plot", tmp_path, code=3)
 
 
 def test_inspect_shows_and_checks(run, tmp_path):
