@@ -167,7 +167,7 @@ def _tokens(args: argparse.Namespace, loaded: LoadedModel[InferenceModel], posit
     starts = held_out_starts((0, corpus.num_tokens), unit, args.patch_size, tokens)
     if len(starts) == 0:
         raise DataError(
-            f"{args.data_path} has {plural(corpus.num_tokens, 'token')}, but one sample needs {unit + args.patch_size}",
+            f"{args.data_path} has {plural(corpus.num_tokens, 'token')}, but one sample needs {unit + args.patch_size:,}",
             "at least one sample",
             "lower --seq-length or --patch-size",
         )
