@@ -235,7 +235,7 @@ def not_finite(value: Any, name: str = "") -> list[str]:
         items = enumerate(value)
     else:
         return []
-    return [found for key, part in items for found in not_finite(part, f"{name}.{key}".strip("."))]
+    return [bad for key, part in items for bad in not_finite(part, f"{name}.{key}".strip("."))]
 
 
 def record(kind: str, **figure: Any) -> dict[str, Any]:

@@ -65,8 +65,8 @@ class Loss:
     def works(self, variant: Variant) -> tuple[Work | None, Work]:
         """Returns its forward pass, if it has a separate one, and forward and backward together."""
         # A copy that the gradient overwrites; its values do not affect the time.
-        inputs = self.logits.detach().clone().requires_grad_() if variant.overwrites or variant.whole else self.logits
-        if variant.whole:
+        inputs = self.logits.detach().clone().requires_grad_() if variant.overwrites or variant.combined else self.logits
+        if variant.combined:
             buffer = inputs.detach()
             return None, lambda: variant.function(buffer, self.labels)
         return (lambda: variant.function(inputs, self.labels)), lambda: torch.autograd.grad(variant.function(inputs, self.labels), inputs)
@@ -74,7 +74,7 @@ class Loss:
     def error(self, variant: Variant) -> float:
         """Returns the relative error of the gradient of the logits, computed chunk by chunk."""
         fresh = self.logits.detach().clone().requires_grad_()
-        if variant.whole:
+        if variant.combined:
             gradient, divisor = fresh.detach(), self.labels.shape[1]
             variant.function(gradient, self.labels)
         else:
@@ -135,7 +135,7 @@ class Linear:
 
     def works(self, variant: Variant) -> tuple[Work | None, Work]:
         """Returns its forward pass without gradients, if it has a separate one, and forward and backward together."""
-        if variant.whole:
+        if variant.combined:
             states, weight = self.states.detach(), self.weight.detach()
             gradient = torch.randn(len(states), len(weight), device=states.device, dtype=states.dtype)
             return None, lambda: variant.function(states, weight, gradient)
@@ -148,11 +148,11 @@ class Linear:
 
     def error(self, variant: Variant) -> float | None:
         """Returns the larger relative error of both gradients; None for the products alone."""
-        if variant.whole:
+        if variant.combined:
             return None
         loss = variant.function(self.states, self.weight, self.labels)
-        found = torch.autograd.grad(loss, (self.states, self.weight), scaled(loss, len(self.states)))
-        return worse(*(relative_error(value, exact) for value, exact in zip(found, self.exact(), strict=True)))
+        gradients = torch.autograd.grad(loss, (self.states, self.weight), scaled(loss, len(self.states)))
+        return worse(*(relative_error(value, exact) for value, exact in zip(gradients, self.exact(), strict=True)))
 
     def exact(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns both float64 gradients of the summed loss, which are computed once."""

@@ -33,14 +33,14 @@ class Variant:
         name: name in the tables.
         function: function with the signature of the operator, as listed above.
         overwrites: whether the function overwrites the logits.
-        whole: whether the function computes forward and backward at once and replaces the logits with the gradient of the sum over the
+        combined: whether the function computes forward and backward at once and replaces the logits with the gradient of the sum over the
             labels of a row. For the linear operator: whether it computes the products alone, without a gradient to check.
     """
 
     name: str
     function: Function
     overwrites: bool = False
-    whole: bool = False
+    combined: bool = False
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def _our_losses(device: str) -> list[Variant]:
         Variant("ours, losses label by label", lambda z, y: fused_loss.multi_token_loss(z, y)[0].mean()),
         Variant("ours, the same in place", lambda z, y: fused_loss.multi_token_loss(z, y, in_place=True)[0].mean(), overwrites=True),
         # The variant that the head uses: weights known in advance, the gradient in place of the logits.
-        Variant("ours, loss and gradient in one go", torch.ops.megatron_patch.multi_token_loss_and_gradient_, whole=True),
+        Variant("ours, loss and gradient in one go", torch.ops.megatron_patch.multi_token_loss_and_gradient_, combined=True),
     ]
 
 
@@ -223,7 +223,7 @@ def _products(device: str) -> list[Variant]:
         gradient @ weight
         gradient.t() @ hidden
 
-    return [Variant("the three products alone", products, whole=True)]
+    return [Variant("the three products alone", products, combined=True)]
 
 
 def _papers_linear(device: str) -> list[Variant]:

@@ -256,8 +256,8 @@ class Collector:
         ours = {_size(figure): figure["forward_backward_ms"] for figure in self.figures if figure["peer"] == OURS[figure["operator"]]}
         rows = []
         for figure in self.figures:
-            reference, own = ours.get(_size(figure)), figure["forward_backward_ms"]
-            rows.append({**figure, "times_ours": own / reference if reference and own else None})
+            reference, time_of_peer = ours.get(_size(figure)), figure["forward_backward_ms"]
+            rows.append({**figure, "times_ours": time_of_peer / reference if reference and time_of_peer else None})
         return rows
 
     def write(self, verbose: bool) -> None:

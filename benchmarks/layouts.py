@@ -83,13 +83,13 @@ def layout_flags(layout: str) -> list[str]:
     Raises:
         SystemExit: a part of the layout is unknown.
     """
-    words = []
+    flags = []
     for part in layout.split():
         name, number = re.fullmatch(r"([A-Za-z]+?)(\d*)", part).groups()  # type: ignore[union-attr]
         if name not in FLAGS:
             raise SystemExit(f"--layouts {layout!r}: {part} is unknown; allowed: {', '.join(FLAGS)}, TP, PP, ZeRO and DP with a number")
-        words += FLAGS[name].format(number).split()
-    return words
+        flags += FLAGS[name].format(number).split()
+    return flags
 
 
 def plan_flags(args: argparse.Namespace, data_parallel: int, folder: Path) -> list[str]:
@@ -109,7 +109,7 @@ def this_machine(args: argparse.Namespace) -> Hardware:
 
 def measure(args: argparse.Namespace, layout: str, ranks: int, device: Hardware) -> Row:
     """Runs one layout and returns its results by stage."""
-    words = layout_flags(layout)
+    flags = layout_flags(layout)
     sizes = dict(re.findall(r"(TP|PP)(\d+)", layout))
     pipeline = int(sizes.get("PP", 1))
     data_parallel = ranks // (int(sizes.get("TP", 1)) * pipeline)
@@ -117,10 +117,10 @@ def measure(args: argparse.Namespace, layout: str, ranks: int, device: Hardware)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks), "--master_port", str(free_port())]
-        words = [*plan_flags(args, data_parallel, folder), *words]
-        command = [*launcher, str(ROOT / "benchmarks" / "_metrics_run.py"), *words]
+        flags = [*plan_flags(args, data_parallel, folder), *flags]
+        command = [*launcher, str(ROOT / "benchmarks" / "_metrics_run.py"), *flags]
         environment["METRICS"] = str(folder / "metrics.jsonl")
-        planned = planned_seconds(*resolved(words, ranks), device) if ranks == 1 or torch.cuda.is_available() else {}
+        planned = planned_seconds(*resolved(flags, ranks), device) if ranks == 1 or torch.cuda.is_available() else {}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if done.returncode:
             raise SystemExit(f"{' '.join(command)}\n{done.stdout[-2000:]}{done.stderr[-3000:]}")

@@ -128,8 +128,8 @@ def main() -> int:
                 print(f"cannot build {each.name}: {program}", file=sys.stderr, flush=True)
                 failed = True
                 continue
-            code, found = run(each, program)
-            figures += found
+            code, results = run(each, program)
+            figures += results
             if code == 2:
                 return 2
             if code != 0:

@@ -228,8 +228,8 @@ def not_passed(path: Path) -> list[str]:
 def latest_call(output: Path) -> Path | None:
     """Returns the steps.json of the last known call of `first`: that in the results folder, else a recorded one; None without any."""
     recorded = sorted((ROOT / "benchmarks" / "results").glob("gpu-*-first*/steps.json"), key=lambda path: path.parent.name)
-    found = [path for path in (output / "first" / "steps.json", *reversed(recorded)) if path.is_file()]
-    return found[0] if found else None
+    candidates = [path for path in (output / "first" / "steps.json", *reversed(recorded)) if path.is_file()]
+    return candidates[0] if candidates else None
 
 
 def seconds(text: str) -> float:

@@ -71,11 +71,11 @@ def record_call(archive: Path, results: Path = RESULTS) -> Path:
                 packed.extractall(name, filter="data")
         except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
             raise SystemExit(f"{archive}: {error}; {needed}") from None
-        found = sorted(Path(name).glob("*/call.json"))
-        if not found or not found[0].with_name("steps.json").is_file():
+        call_files = sorted(Path(name).glob("*/call.json"))
+        if not call_files or not call_files[0].with_name("steps.json").is_file():
             raise SystemExit(f"{archive} contains no call.json and steps.json; {needed}")
-        source = found[0].parent
-        call = json.loads(found[0].read_text(encoding="utf-8"))
+        source = call_files[0].parent
+        call = json.loads(call_files[0].read_text(encoding="utf-8"))
         if call["tiny"]:
             raise SystemExit(f"{archive} is from a call with tiny shapes, which is not a measurement; {needed} without --tiny")
         gpus = [figure["gpu"] for figure in read_figures(source / "figures.jsonl") if figure["kind"] == "machine" and figure.get("gpu")]
@@ -103,14 +103,14 @@ def newest_calls(results: Path = RESULTS) -> list[Path]:
 
 def latest(figures: Iterable[Figure]) -> dict[str, list[Figure]]:
     """Returns figures by kind; of several with the same key, the last one recorded."""
-    found: dict[str, dict[tuple[Any, ...], Figure]] = {}
+    by_kind: dict[str, dict[tuple[Any, ...], Figure]] = {}
     for figure in figures:
         kind = figure["kind"]
         names = KEYS.get(kind)
-        of_kind = found.setdefault(kind, {})
+        of_kind = by_kind.setdefault(kind, {})
         key = (len(of_kind),) if names is None else tuple(str(figure.get(name)) for name in names)
         of_kind[key] = figure
-    return {kind: list(of_kind.values()) for kind, of_kind in found.items()}
+    return {kind: list(of_kind.values()) for kind, of_kind in by_kind.items()}
 
 
 def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

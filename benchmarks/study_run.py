@@ -91,10 +91,10 @@ def run(args: argparse.Namespace, home: Path) -> int:
         data.append("--tiny")
     text_run.main([*data, *(["--text", *args.text] if args.text else [])])
     text = [str(Path(name).resolve()) for name in args.text] or [str(home / "data" / "train.jsonl")]
-    words = ["--text", *text, "--output", str(home), "--config", args.config, "--vocab-size", str(args.vocab)]
-    words += ["--arms", *args.arms, "--seeds", str(args.seeds), "--parallel", str(args.parallel), "--saves", "1", "--keep-going"]
-    words += ["--seconds", f"{max(1.0, args.seconds - (time.monotonic() - began)):.0f}"]
-    words += ["--budget", args.budget] if args.budget else []
+    flags = ["--text", *text, "--output", str(home), "--config", args.config, "--vocab-size", str(args.vocab)]
+    flags += ["--arms", *args.arms, "--seeds", str(args.seeds), "--parallel", str(args.parallel), "--saves", "1", "--keep-going"]
+    flags += ["--seconds", f"{max(1.0, args.seconds - (time.monotonic() - began)):.0f}"]
+    flags += ["--budget", args.budget] if args.budget else []
     environment = text_run.environment(text_run.parse(["--parallel", str(args.parallel)]))
     environment.pop("OMP_NUM_THREADS", None)
     if torch.cuda.is_available():
@@ -122,10 +122,10 @@ def run(args: argparse.Namespace, home: Path) -> int:
             if results != home and source.is_file() and (not target.is_file() or target.stat().st_mtime < source.stat().st_mtime):
                 shutil.copy(source, target)
 
-    # After a signal it still records the results so far, and leaves no run behind.
+    # After a signal it still records the results so far, and ends all runs.
     signals: list[int] = []
     text_run.on_signals(lambda number, frame: signals.append(number))
-    command = [sys.executable, "-u", "examples/replicate/study.py", *words]
+    command = [sys.executable, "-u", "examples/replicate/study.py", *flags]
     study = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True)
     guard = start_guard(study)
     try:

@@ -132,17 +132,17 @@ def environment(args: argparse.Namespace) -> dict[str, str]:
     return kept
 
 
-def run_tool(args: argparse.Namespace, *words: str) -> None:
+def run_tool(args: argparse.Namespace, *command: str) -> None:
     """Runs one of the tools.
 
     Raises:
         SystemExit: the tool failed.
     """
     began = time.perf_counter()
-    done = subprocess.run([sys.executable, *words], cwd=ROOT, env=environment(args), capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment(args), capture_output=True, text=True, check=False)
     if done.returncode:
-        raise SystemExit(f"{words[0]} failed with exit code {done.returncode}\n{done.stdout[-2000:]}{done.stderr[-3000:]}")
-    print(f"{words[0]}: {time.perf_counter() - began:.1f} s", flush=True)
+        raise SystemExit(f"{command[0]} failed with exit code {done.returncode}\n{done.stdout[-2000:]}{done.stderr[-3000:]}")
+    print(f"{command[0]}: {time.perf_counter() - began:.1f} s", flush=True)
 
 
 def prepare(args: argparse.Namespace, home: Path) -> Path:
@@ -155,8 +155,8 @@ def prepare(args: argparse.Namespace, home: Path) -> Path:
         text = [str(corpus)]
     tokenizer, prefix = home / "tokenizer", home / "data" / "text"
     if not (tokenizer / "tokenizer.json").is_file():
-        words = ("--vocab-size", str(args.vocab), "--output", str(tokenizer), "--max-bytes", args.max_text)
-        run_tool(args, "tools/train_tokenizer.py", "--input", *text, *words)
+        options = ("--vocab-size", str(args.vocab), "--output", str(tokenizer), "--max-bytes", args.max_text)
+        run_tool(args, "tools/train_tokenizer.py", "--input", *text, *options)
     dataset = Path(f"{prefix}_text_document")
     if not Path(f"{dataset}.json").is_file():
         kind = ("--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(tokenizer), "--append-eod", "--overwrite")
@@ -229,15 +229,15 @@ def draw(runs: dict[str, Path], output: Path) -> None:
         print(f"cannot draw the plot: {error}", file=sys.stderr)
 
 
-def run_arm(args: argparse.Namespace, words: list[str], log: Path, seconds: float | None) -> int | None:
+def run_arm(args: argparse.Namespace, arguments: list[str], log: Path, seconds: float | None) -> int | None:
     """Runs the program; returns its exit code, -9 if it had to be killed, or None if it did not start because of a signal."""
     if STOP_SIGNALS:
         return None
     if seconds is not None:
-        words = [*words, "--exit-duration", f"{max(1, int(seconds))}s"]
+        arguments = [*arguments, "--exit-duration", f"{max(1, int(seconds))}s"]
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as file:
-        command = [sys.executable, "-u", "pretrain_gpt_patch.py", *words]
+        command = [sys.executable, "-u", "pretrain_gpt_patch.py", *arguments]
         process = subprocess.Popen(command, cwd=ROOT, env=environment(args), stdout=file, stderr=subprocess.STDOUT)
         RUNNING.append(process)
         began = time.monotonic()

@@ -174,8 +174,8 @@ def main() -> int:
     wanted: dict[str, Callable[[], Row]] = {BARE: lambda: run_bare_loop(args)}
     for patch_size in (1, *args.patch_sizes):
         kind = "tokens" if patch_size == 1 else f"patches of {patch_size}"
-        for more, words in ((", plain operators", ("--operators", "plain")), ("", ()), (", compiled", ("--compile",))):
-            wanted[kind + more] = functools.partial(run_ours, args, patch_size, *words)
+        for more, flags in ((", plain operators", ("--operators", "plain")), ("", ()), (", compiled", ("--compile",))):
+            wanted[kind + more] = functools.partial(run_ours, args, patch_size, *flags)
     variants: dict[str, Row] = {}
     for name, work in wanted.items():
         try:

@@ -78,11 +78,11 @@ def main(argv: list[str]) -> None:
             "run --search first, then plan one of its layouts",
         )
     if args.search:
-        found, tried = search(parsed, args.world_size, device)
+        candidates, tried = search(parsed, args.world_size, device)
         if args.json:
-            print(json.dumps([{"flags": one.choice.flags(), **one.plan.to_json()} for one in found]))
+            print(json.dumps([{"flags": one.choice.flags(), **one.plan.to_json()} for one in candidates]))
         else:
-            print_search(found, tried, args.world_size, console)
+            print_search(candidates, tried, args.world_size, console)
         return
     interruptions = Interruptions(
         device_hours=args.device_hours_per_failure,

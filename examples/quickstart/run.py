@@ -59,13 +59,13 @@ class Steps:
     def __init__(self, console: Console) -> None:
         self.console = console
 
-    def run(self, title: str, *words: str | Path, capture: bool = False) -> str:
+    def run(self, title: str, *arguments: str | Path, capture: bool = False) -> str:
         """Runs one command and returns its output if `capture` is set.
 
         Raises:
             SystemExit: the command failed.
         """
-        command = [str(word) for word in words]
+        command = [str(word) for word in arguments]
         self.console.print(f"\n[bold]{title}[/bold]\n$ {shlex.join(_short(word) for word in command)}", soft_wrap=True)
         result = subprocess.run(command, cwd=ROOT, env=_environment(), stdout=subprocess.PIPE if capture else None, text=True, check=False)
         if result.returncode:

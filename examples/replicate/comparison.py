@@ -58,8 +58,8 @@ def read_study(folder: Path) -> StudySummary:
 
 def _compared(studies: Sequence[StudySummary]) -> list[str]:
     """Returns the patch arms that have a difference in two studies or more (in one, if there is only one study), in order of appearance."""
-    found = [arm for study in studies for arm, row in study.rows.items() if row["difference"] is not None and _reads_patches(study, row)]
-    return [arm for arm in dict.fromkeys(found) if found.count(arm) >= min(2, len(studies))]
+    names = [arm for study in studies for arm, row in study.rows.items() if row["difference"] is not None and _reads_patches(study, row)]
+    return [arm for arm in dict.fromkeys(names) if names.count(arm) >= min(2, len(studies))]
 
 
 def _reads_patches(study: StudySummary, row: Mapping[str, Any]) -> bool:

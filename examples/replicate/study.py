@@ -214,13 +214,13 @@ class Study:
 
     def outcomes(self) -> list[Outcome]:
         """Returns the outcome of every finished run, including seeds beyond --seeds."""
-        found = []
+        outcomes = []
         for arm in self.all_arms:
             for folder in sorted((self.output / "runs").glob(f"{arm.name}-seed*")):
                 seed = folder.name.removeprefix(f"{arm.name}-seed")
                 if seed.isdigit() and (outcome := read_outcome(folder, arm.name, int(seed))) is not None:
-                    found.append(outcome)
-        return found
+                    outcomes.append(outcome)
+        return outcomes
 
     def write(self) -> None:
         """Writes the report, the plots and study.json from all finished runs, and prints the table."""

@@ -50,11 +50,11 @@ def _local_datasets_first(folder: Path | None) -> Iterator[None]:
     original = datasets.load_dataset
 
     def load(path: str, name: str | None = None, **options: Any) -> Any:
-        found = find_local_dataset(folder, path, name)
+        local = find_local_dataset(folder, path, name)
         try:
-            return original(*found, **options) if found else original(path, name, **options)
+            return original(*local, **options) if local else original(path, name, **options)
         except Exception as error:
-            source = found[0] if found else f"{folder / path} or from the hub" if folder else "the hub"
+            source = local[0] if local else f"{folder / path} or from the hub" if folder else "the hub"
             raise DataError(
                 f"cannot read task data {path}{f' ({name})' if name else ''} from {source}: {type(error).__name__}: {str(error)[:200]}",
                 f"--task-data FOLDER with FOLDER/{path}: a copy of the dataset's repository, or one file per split, named after it",

@@ -67,8 +67,8 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
     def _loglikelihood_tokens(self, requests: Sequence[tuple[Any, list[int], list[int]]], **options: Any) -> list[tuple[float, bool]]:
         """Returns (log-likelihood of the continuation, whether greedy decoding yields it) for each (text, context, continuation)."""
         order = sorted(range(len(requests)), key=lambda index: -len(requests[index][1]) - len(requests[index][2]))
-        found = self._divide([order[start : start + self._batch] for start in range(0, len(order), self._batch)], requests, self._score)
-        return [found[number] for number in range(len(requests))]
+        answers = self._divide([order[start : start + self._batch] for start in range(0, len(order), self._batch)], requests, self._score)
+        return [answers[number] for number in range(len(requests))]
 
     def _divide(
         self, batches: Sequence[Sequence[int]], requests: Sequence[Request], answer: Callable[[list[Request]], list[Answer]]
@@ -110,12 +110,12 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         groups: dict[str, list[int]] = {}
         for number, request in enumerate(requests):
             groups.setdefault(repr(sorted(request.args[1].items(), key=lambda item: str(item[0]))), []).append(number)
-        found: dict[int, str] = {}
+        answers: dict[int, str] = {}
         for numbers in groups.values():
             settings = dict(requests[numbers[0]].args[1])
             batches = [numbers[start : start + self._batch] for start in range(0, len(numbers), self._batch)]
-            found |= self._divide(batches, requests, functools.partial(self._continue, settings=settings))
-        return [found[number] for number in range(len(requests))]
+            answers |= self._divide(batches, requests, functools.partial(self._continue, settings=settings))
+        return [answers[number] for number in range(len(requests))]
 
     def _continue(self, requests: Sequence[Any], settings: dict[str, Any]) -> list[str]:
         contexts = [request.args[0] for request in requests]

@@ -29,7 +29,7 @@ def detokenize(text: str) -> str:
     for mark in ":;.!?,":
         text = text.replace(f" {mark} ", f"{mark} ")
     for pattern in _ENCLOSED:
-        text = pattern.sub(lambda found: found[0][0] + found[1] + found[0][-1], text)
+        text = pattern.sub(lambda match: match[0][0] + match[1] + match[0][-1], text)
     for old, new in _AFTER:
         text = text.replace(old, new)
     return text

@@ -63,11 +63,11 @@ class Layout:
 
     def name(self) -> str:
         """Returns the layout in short form, such as "TP8 SP PP4 DP32 ZeRO 1 bf16"."""
-        words = [f"TP{self.tensor}"] if self.tensor > 1 else []
-        words += ["SP"] if self.sequence_parallel else []
-        words += [f"PP{self.pipeline}"] if self.pipeline > 1 else []
-        words += [f"DP{self.data}", f"ZeRO {self.zero_level}", self.precision]
-        return " ".join(words + ([f"recompute {self.recompute}"] if self.recompute != "none" else []))
+        parts = [f"TP{self.tensor}"] if self.tensor > 1 else []
+        parts += ["SP"] if self.sequence_parallel else []
+        parts += [f"PP{self.pipeline}"] if self.pipeline > 1 else []
+        parts += [f"DP{self.data}", f"ZeRO {self.zero_level}", self.precision]
+        return " ".join(parts + ([f"recompute {self.recompute}"] if self.recompute != "none" else []))
 
 
 def layout_of(run: RunConfig, engine: EngineConfig) -> Layout:

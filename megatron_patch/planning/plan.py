@@ -45,10 +45,10 @@ class PipelinePart:
     def describe(self, num_layers: int) -> str:
         """Returns the layers as text, such as "embedding, blocks 0-11"."""
         blocks = [layer - 1 for layer in self.layers if 1 <= layer <= num_layers]
-        words = ["embedding"] if 0 in self.layers else []
+        pieces = ["embedding"] if 0 in self.layers else []
         if blocks:
-            words.append(f"block {blocks[0]}" if len(blocks) == 1 else f"blocks {blocks[0]}-{blocks[-1]}")
-        return ", ".join(words + (["norm and head"] if num_layers + 1 in self.layers else []))
+            pieces.append(f"block {blocks[0]}" if len(blocks) == 1 else f"blocks {blocks[0]}-{blocks[-1]}")
+        return ", ".join(pieces + (["norm and head"] if num_layers + 1 in self.layers else []))
 
 
 def pipeline_parts(shape: ModelShape, plan: StagePlan, layout: Layout, device: Literal["cuda", "cpu"] = "cuda") -> list[PipelinePart]:

@@ -34,10 +34,10 @@ class LayoutChoice:
 
     def flags(self) -> str:
         """Returns the flags that select this layout."""
-        words = [f"--tensor-model-parallel-size {self.tensor}", "--sequence-parallel"] if self.tensor > 1 else []
-        words += [f"--pipeline-model-parallel-size {self.pipeline}"] if self.pipeline > 1 else []
-        words += [f"--zero-stage {self.zero_level}", f"--micro-batch-size {self.micro_batch_size}"]
-        return " ".join(words + ([f"--recompute-granularity {self.recompute}"] if self.recompute != "none" else []))
+        flags = [f"--tensor-model-parallel-size {self.tensor}", "--sequence-parallel"] if self.tensor > 1 else []
+        flags += [f"--pipeline-model-parallel-size {self.pipeline}"] if self.pipeline > 1 else []
+        flags += [f"--zero-stage {self.zero_level}", f"--micro-batch-size {self.micro_batch_size}"]
+        return " ".join(flags + ([f"--recompute-granularity {self.recompute}"] if self.recompute != "none" else []))
 
     def apply(self, options: Options) -> Options:
         """Returns a run's options with this layout."""

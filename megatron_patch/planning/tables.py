@@ -125,11 +125,13 @@ def print_tables(plan: Plan, console: Console) -> None:
     )
 
 
-def print_search(found: Sequence[Candidate], tried: int, ranks: int, console: Console, rows: int = 12) -> None:
+def print_search(candidates: Sequence[Candidate], tried: int, ranks: int, console: Console, rows: int = 12) -> None:
     """Prints the fastest layouts."""
     columns = ("", "layout", "micro-batch", "~GiB", "~MFU", "~device hours", "flags")
-    table = _table(f"{len(found)} of {tried} layouts fit on {plural(ranks, 'device')}; the fastest", *columns, left=("layout", "flags"))
-    for number, candidate in enumerate(found[:rows], start=1):
+    table = _table(
+        f"{len(candidates)} of {tried} layouts fit on {plural(ranks, 'device')}; the fastest", *columns, left=("layout", "flags")
+    )
+    for number, candidate in enumerate(candidates[:rows], start=1):
         plan = candidate.plan
         mfu = " / ".join(f"{estimate.time.mfu:.0%}" for estimate in plan.stages)
         table.add_row(

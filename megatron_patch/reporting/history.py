@@ -162,12 +162,12 @@ class _Locator:
     def locate(self, record: Mapping[str, Any]) -> dict[str, Any]:
         """Returns step, tokens, cost tokens and elapsed time of a record by its step; all are 0 before the first step."""
         step = record.get("step") or 0
-        found = self._by_step.get(step, {})
+        step_record = self._by_step.get(step, {})
         return {
             "step": step,
-            "tokens": found.get("tokens", record.get("tokens", 0)),
-            "cost_tokens": found.get("cost_tokens", 0.0),
-            "seconds_so_far": record.get("seconds_so_far", found.get("seconds", 0.0)),
+            "tokens": step_record.get("tokens", record.get("tokens", 0)),
+            "cost_tokens": step_record.get("cost_tokens", 0.0),
+            "seconds_so_far": record.get("seconds_so_far", step_record.get("seconds", 0.0)),
         }
 
 
@@ -197,13 +197,13 @@ def _state(records: Sequence[Mapping[str, Any]]) -> str:
 def _stages(steps: Sequence[Mapping[str, Any]], plan: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Returns the stages that have begun, each with tokens, cost and time at its start."""
     planned = plan.get("stages", [])
-    found: list[dict[str, Any]] = []
+    stages: list[dict[str, Any]] = []
     before: Mapping[str, Any] = {"step": 0, "tokens": 0, "cost_tokens": 0.0, "seconds": 0.0}
     for record in steps:
         index = record["stage_index"]
-        if not found or found[-1]["index"] != index:
+        if not stages or stages[-1]["index"] != index:
             blend = planned[index].get("blend") if index < len(planned) else None
-            found.append(
+            stages.append(
                 {
                     "index": index,
                     "name": record["stage"],
@@ -216,7 +216,7 @@ def _stages(steps: Sequence[Mapping[str, Any]], plan: Mapping[str, Any]) -> list
                 }
             )
         before = record
-    return found
+    return stages
 
 
 def _configuration(save: Path, notes: list[str]) -> tuple[dict[str, Any], list[str], Mapping[str, Any]]:
@@ -233,12 +233,12 @@ def _configuration(save: Path, notes: list[str]) -> tuple[dict[str, Any], list[s
 
 def _blend(options: Mapping[str, Any]) -> list[tuple[str, float]]:
     """Returns (corpus, share) pairs of --data-path, which lists prefixes or alternates weights and prefixes."""
-    words = [str(word) for word in options.get("data_path") or ()]
+    values = [str(word) for word in options.get("data_path") or ()]
     try:
-        pairs = [(words[index + 1], float(words[index])) for index in range(0, len(words) - 1, 2)] if len(words) > 1 else []
+        pairs = [(values[index + 1], float(values[index])) for index in range(0, len(values) - 1, 2)] if len(values) > 1 else []
     except ValueError:
         pairs = []
-    return _named(pairs or [(word, 1.0) for word in words])
+    return _named(pairs or [(word, 1.0) for word in values])
 
 
 def _named(pairs: Iterable[Sequence[Any]]) -> list[tuple[str, float]]:

@@ -1,4 +1,4 @@
-"""The harness' own Hugging Face model on the export is the oracle: every kind of request, every metric, data from local files."""
+"""Every kind of request and metric against the harness' Hugging Face model on the exported checkpoint, with local data."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ TEXTS = ["the cat sat on the mat", "the dog sat on the log and the cat sat on th
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """(checkpoint, model, tokenizer, folder of data, folder of tasks, export)."""
+    """Makes (checkpoint, model, tokenizer, folder of data, folder of tasks, exported checkpoint)."""
     pytest.importorskip("lm_eval")
     folder = tmp_path_factory.mktemp("harness")
     tokenizer = make_tokenizer(folder / "tokenizer", 280)
@@ -70,13 +70,13 @@ def world(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def _only_our_tasks(monkeypatch):
-    """Reading the thousands of the harness' own tasks takes longer than all tests here."""
+    """Loads only the tasks of this test, because the harness needs long to read all of its own."""
     tasks = pytest.importorskip("lm_eval.tasks")
     monkeypatch.setattr(tasks, "TaskManager", functools.partial(tasks.TaskManager, include_defaults=False))
 
 
-def test_every_task_gives_what_the_harness_finds_on_the_export(world):
-    """Multiple choice, log-likelihoods, rolling ones longer than the model's positions, and generation with stop texts."""
+def test_every_task_gives_the_metrics_of_the_exported_model(world):
+    """Multiple choice, log-likelihoods (also of texts longer than the model's positions), and generation with stop texts."""
     pytest.importorskip("accelerate")
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
@@ -99,7 +99,7 @@ def test_every_task_gives_what_the_harness_finds_on_the_export(world):
 
 
 def test_answers_to_single_requests_are_those_of_the_harness_model(world):
-    """Log-likelihoods and texts themselves, where metrics could hide a difference; also a context that is too long."""
+    """Compares log-likelihoods and texts, as metrics could hide a difference; includes a context that is too long."""
     pytest.importorskip("accelerate")
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
@@ -127,7 +127,7 @@ def test_answers_to_single_requests_are_those_of_the_harness_model(world):
 
 
 def _answers(path, tokenizer):
-    """In a rank of two: what the whole model's copies answer together, and what the halves of one model do."""
+    """Runs in each of two ranks: answers of two replicas, and of one model that both ranks share."""
     import torch
     from lm_eval.api.instance import Instance
 
@@ -151,8 +151,8 @@ def _ask(model, instance):
     return {kind: getattr(model, kind)([instance(kind, {}, pair, 0) for pair in found]) for kind, found in pairs.items()}
 
 
-def test_ranks_answer_together_what_one_process_answers(world, tmp_path):
-    """Requests shared out among copies, and asked of a model that ranks share: every rank has every answer."""
+def test_two_ranks_give_the_answers_of_one_process(world, tmp_path):
+    """Two replicas divide the requests, or two ranks share a model; every rank has every answer."""
     from lm_eval.api.instance import Instance
 
     from megatron_patch.evaluation.harness_model import HarnessModel
@@ -167,7 +167,7 @@ def test_ranks_answer_together_what_one_process_answers(world, tmp_path):
             assert [score for score, _ in answers["loglikelihood"]] == pytest.approx([s for s, _ in expected["loglikelihood"]], rel=1e-5)
 
 
-def test_the_tool_runs_tasks_and_says_what_is_missing(world, tmp_path):
+def test_the_tool_runs_tasks_and_reports_what_is_missing(world, tmp_path):
     path, model, tokenizer, data, tasks, _ = world
     words = ("--load", path, "--task-path", tasks, "--seq-length", "32")
     result = json.loads(tool("evaluate", *words, "--task-data", data, "--tasks", "choices,last_word", "--limit", "5").splitlines()[-1])

@@ -32,7 +32,7 @@ MODEL = ["--num-layers", "2", "--hidden-size", "32", "--num-attention-heads", "4
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*_*[mb].yaml")), ids=lambda path: path.stem)
-def test_ready_configurations_can_be_planned_and_have_the_size_they_say(path):
+def test_ready_configurations_can_be_planned_and_have_the_stated_size(path):
     run = load_config(["--config", str(path), "--dry-run", "--world-size", "8"], 8)
     wanted = next(size for name, size in sorted(SIZES.items(), key=lambda item: -len(item[0])) if path.stem.endswith(f"_{name}"))
     assert parameter_count(run.shape).total == pytest.approx(wanted, rel=0.08)
@@ -62,14 +62,14 @@ def test_every_arm_costs_the_budget(arm):
     run = load_config(words, 1)
     cost = Cost(run.shape, run.plan, 16)
     assert cost.whole * run.plan.tokens / budget == pytest.approx(arm.cost, rel=2e-3)
-    # The study's own schedules, which must not follow the defaults for its size.
+    # The arms set their schedules, which must not follow the defaults for this size.
     decay, style = run.plan.stages[0].lr.wsd_decay_tokens, run.plan.stages[0].lr.style
     assert style == ("WSD" if arm.name == "token-wsd" or arm.baseline not in (None, "token") else "cosine")
     if style == "WSD":
         assert decay / budget == pytest.approx(0.5 if arm.name.endswith("-long") else 0.1, rel=2e-3)
 
 
-def test_arms_bring_their_baselines_and_unknown_ones_are_named():
+def test_arms_include_their_baselines_and_unknown_arms_are_reported():
     assert [arm.name for arm in select_arms(["superposition-k3"], ARMS)] == ["token-wsd", "superposition-k3"]
     assert select_arms([], ARMS) == ARMS
     with pytest.raises(ConfigError, match=r"--arms patch-k5: no such arm\n.*Allowed: token, .*\n.*What to do: choose names"):
@@ -79,7 +79,7 @@ def test_arms_bring_their_baselines_and_unknown_ones_are_named():
 
 
 def load(name):
-    """A script of the folder as a module."""
+    """Imports a script of the folder as a module."""
     spec = importlib.util.spec_from_file_location(f"replication_{name}", FOLDER / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -87,7 +87,7 @@ def load(name):
 
 
 def script(name):
-    """A command of the folder, in this process."""
+    """Returns a script of the folder as a function of its arguments, run in this process."""
     module = load(name)
     return lambda *words: module.main([str(word) for word in words])
 
@@ -98,7 +98,7 @@ def outcome(arm, seed, loss):
 
 def test_differences_are_taken_seed_by_seed():
     arms = select_arms(["patch-k4"], ARMS)
-    # Seeds differ by much more than the arms do; taken seed by seed the difference is plain.
+    # Seeds differ by much more than the arms do, so only the difference seed by seed shows the effect.
     runs = [outcome("token", seed, 4.0 + seed) for seed in (1, 2, 3)]
     runs += [outcome("patch-k4", seed, 4.0 + seed + shift) for seed, shift in ((1, -0.09), (2, -0.10), (3, -0.11))]
     token, patch = summarize(arms, runs, 100)
@@ -116,7 +116,7 @@ def test_differences_are_taken_seed_by_seed():
 
 
 def run_of(losses, budget=1000.0):
-    """A run of steps of equal cost, (patch size, loss) each, with a switch record where K becomes 1."""
+    """Returns the records of a run with steps of equal cost, (patch size, loss) each, and its switches."""
     records, each = [], budget / len(losses)
     for step, (patch_size, loss) in enumerate(losses, 1):
         if step > 1 and losses[step - 2][0] != patch_size:
@@ -236,7 +236,7 @@ def test_a_study_resumes_without_repeating_a_run(tmp_path, study, capsys):
     assert (tmp_path / "tiny.png").is_file() and (tmp_path / "tiny_switch.png").is_file()
     with pytest.raises(ConfigError, match="holds a study with another budget"):
         study(*common, "--budget", "4k", "--status")
-    # A file where a run's folder should be: that run fails, and with --keep-going the one after it is trained all the same.
+    # A file in place of a run's folder makes that run fail; with --keep-going the next one is still trained.
     (tmp_path / "study" / "runs" / "token-wsd-seed2").write_text("")
     with pytest.raises(DataError, match=r"pretrain_gpt_patch\.py failed with exit code 4"):
         study(*common, "--arms", "superposition-k2", "--seeds", "2", "--keep-going")

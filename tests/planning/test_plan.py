@@ -1,4 +1,4 @@
-"""Plans as users ask for them: configurations over pretended ranks, the search, the tool."""
+"""Plans of ready configurations over simulated ranks, the search, and the tool."""
 
 from __future__ import annotations
 
@@ -30,25 +30,25 @@ def plan(*words, ranks=8, device="H100"):
 
 
 @pytest.mark.parametrize(("name", "billions", "layers"), [("llama_70b", 70.55, 80), ("llama_405b", 405.85, 126)])
-def test_large_models_resolve_over_a_thousand_pretended_ranks(name, billions, layers):
+def test_large_models_resolve_over_a_thousand_simulated_ranks(name, billions, layers):
     found = plan("--config", f"examples/configs/{name}.yaml", ranks=1024)
     assert parameter_count(found.shape).total / 1e9 == pytest.approx(billions, abs=0.01)
     assert found.fits and sum(part.ranks for part in found.parts) == 1024
     held = [layer for part in found.parts for layer in part.layers]
     assert held == list(range(layers + 2))
     whole = sum(part.parameters for part in found.parts) * found.layout.tensor
-    # Norms are held by each of the ranks that share a layer.
+    # Norms are replicated on the tensor parallel ranks.
     assert parameter_count(found.shape).total < whole < 1.001 * parameter_count(found.shape).total
 
 
-def test_a_dry_run_prints_what_each_rank_holds(capsys):
+def test_a_dry_run_prints_parameters_and_memory_of_each_rank(capsys):
     assert main(["--config", "examples/configs/llama_70b.yaml", "--dry-run", "--world-size", "1024"]) == 0
     text = capsys.readouterr().out
     assert "TP8 SP PP8 DP16 ZeRO 1" in text and "embedding, blocks 0-10" in text and "norm and head" in text
     assert f"{plan('--config', 'examples/configs/llama_70b.yaml', ranks=1024).parts[0].parameters:,}" in text
 
 
-def test_the_run_costs_what_its_stages_cost():
+def test_the_cost_of_the_run_is_that_of_its_stages():
     found = plan(*SMALL.split())
     assert found.run.flops / found.token_level.flops == pytest.approx(1 / 8 + 1 / 2, rel=0.01)
     assert found.equal_cost.tokens == pytest.approx(found.run.tokens * (1 / 8 + 1 / 2), rel=0.01)
@@ -64,7 +64,7 @@ def test_sensitivity_is_the_papers_formula():
     assert rows[0].hours > rows[1].hours
 
 
-def test_search_finds_what_fits_quickest_first():
+def test_search_lists_the_layouts_that_fit_fastest_first():
     parsed = parse(["--config", "examples/configs/llama_70b.yaml", "--dry-run"])
     found, tried = search(parsed, 64, DEVICES["H200"])
     assert 0 < len(found) < tried and all(one.plan.fits for one in found)
@@ -90,7 +90,7 @@ def test_the_tool_prints_json_and_draws(tmp_path):
     assert (tmp_path / "s.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_wrong_words_get_three_parts():
+def test_errors_have_three_parts():
     for words, what in (
         ([*SMALL.split(), "--gpu", "K80"], "--gpu K80"),
         ([*SMALL.split(), "--world-sice", "8"], "did you mean world-size"),

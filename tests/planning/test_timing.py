@@ -1,4 +1,4 @@
-"""Counts against torch and by hand: executed FLOPs, traffic, bubble; step times that follow the hardware."""
+"""Executed FLOPs, traffic and bubble against torch and by hand; step times that scale with the hardware."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_executed_products_are_those_that_torch_counts(name, recompute):
     shape = FAMILIES[name]
     model = GPTModel(shape, recompute)
     ids = torch.randint(0, shape.vocab_size, (2, 8, 4))
-    # The fused kernel of a CPU is not in torch's counter, which so counts the other products alone.
+    # torch's counter omits the fused attention kernel of a CPU and counts only the other products.
     with FlopCounterMode(display=False) as counter:
         model(ids, ids)[0].backward()
     products, _ = executed_flops(shape, Layout(1, recompute=recompute), range(shape.num_layers + 2), 8)
@@ -45,13 +45,13 @@ def test_attention_is_executed_once_more_where_it_is_recomputed(recompute):
     shape, ids = LLAMA, torch.randint(0, LLAMA.vocab_size, (2, 8, 1))
     counts = {}
     for kind in ("none", recompute):
-        # As plain products, which torch counts with all T positions where the formula takes the (T + 1) / 2 of a causal mask.
+        # With plain products, which torch counts over all T positions; the formula counts the (T + 1) / 2 of a causal mask.
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             GPTModel(shape, kind)(ids, ids)[0].backward()
         counts[kind] = counter.get_total_flops()
     layers = range(shape.num_layers + 2)
     once, again = (executed_flops(shape, Layout(1, recompute=kind), layers, 8) for kind in ("none", recompute))
-    # Of plain products torch recomputes the scores alone where nothing behind them is needed; a fused kernel has no such half.
+    # With plain products torch recomputes only the scores if nothing after them is needed; a fused kernel recomputes everything.
     share = 0.5 if recompute == "selective" else 1.0
     assert counts[recompute] - counts["none"] == 2 * 8 * (again[0] - once[0] + share * (again[1] - once[1]) * 8 / 4.5)
 
@@ -86,7 +86,7 @@ def test_the_bubble_is_that_of_the_schedule():
     assert time.bubble == pytest.approx(3 / 16 * (time.compute + time.tensor + time.pipeline))
 
 
-def test_a_device_twice_as_fast_halves_the_computing():
+def test_a_device_twice_as_fast_halves_the_compute_time():
     slow = DEVICES["A100"]
     fast = dataclasses.replace(slow, peak_tflops=2 * slow.peak_tflops, memory_gb_per_second=2 * slow.memory_gb_per_second)
     one, two = (step_time(LLAMA, Layout(8), STAGE, device) for device in (slow, fast))
@@ -114,7 +114,7 @@ def test_measured_ceilings_replace_the_table(tmp_path):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "benchmarks" / "results").glob("layouts-*.json")), ids=lambda path: path.stem)
 def test_recorded_steps_took_about_as_long_as_planned(path, tmp_path, monkeypatch):
-    """From what products, attention and copies reached on that machine; without links between ranks, which nobody measured."""
+    """Plans from the measured speed of products, attention and copies; links between ranks were not measured."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import layouts
 

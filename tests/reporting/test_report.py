@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent.parent
 
 
 def write_run(save, steps=12, seed=0.0, options=None, done=True):
-    """A run of half its steps at K = 4 (400 tokens each), the rest at K = 1 (100 tokens each), in the program's own files."""
+    """Writes the files of a run with half of its steps at K = 4 (400 tokens each) and the rest at K = 1 (100 tokens each)."""
     metrics = Metrics(save / "metrics.jsonl")
     half = steps // 2
     metrics.on_start(RunStart(0, steps, half * 500, ((half * 400, "token"),), 0, "cpu", 2, str(save), 1e6, 0.4))
@@ -75,7 +75,7 @@ def write_run(save, steps=12, seed=0.0, options=None, done=True):
 
 
 class Page(HTMLParser):
-    """The embedded data, and what the page would fetch or run beside its own script."""
+    """Collects the embedded data of a page, and everything that it would fetch or run in addition to its script."""
 
     def __init__(self, text):
         super().__init__()
@@ -139,13 +139,13 @@ def test_an_incomplete_line_and_missing_files_lose_only_their_content(tmp_path):
         read_history(tmp_path)
 
 
-def test_losses_that_are_no_numbers_are_gaps(tmp_path):
+def test_losses_that_are_not_numbers_are_gaps(tmp_path):
     save = write_run(tmp_path / "run", seed=float("nan"))
     page = Page(render([read_history(save)], "t"))
     assert set(page.data["runs"][0]["steps"]["loss"]) == {None}
 
 
-def test_pauses_between_restarts_are_no_training_time(tmp_path):
+def test_pauses_before_restarts_are_not_training_time(tmp_path):
     save = write_run(tmp_path / "run", done=False)
     records = list(read_metrics(save / "metrics.jsonl"))
     first = records[:8]
@@ -159,7 +159,7 @@ def test_pauses_between_restarts_are_no_training_time(tmp_path):
     assert len(history.starts) == 2 and history.starts[1]["seconds_so_far"] == 7.0
 
 
-def test_events_find_their_place_and_metrics_are_not_told_twice(tmp_path):
+def test_events_are_located_by_step_and_not_listed_twice(tmp_path):
     save = write_run(tmp_path / "run")
     lines = [
         {"type": "start", "time": 1.0, "step": 0},
@@ -173,7 +173,7 @@ def test_events_find_their_place_and_metrics_are_not_told_twice(tmp_path):
     assert (second["text"], second["tokens"]) == ("rank 3, behind 1.5", 2500)
 
 
-def test_the_program_s_own_events_are_told(tmp_path):
+def test_events_of_the_program_are_listed(tmp_path):
     save = write_run(tmp_path / "run")
     events = Events(save / "events.jsonl")
     events.on_start(RunStart(0, 12, 3000, ((2400, "token"),), 0, "cpu", 2, str(save), 1e6, 0.4))
@@ -183,14 +183,14 @@ def test_the_program_s_own_events_are_told(tmp_path):
     assert told == [("rewind", "back to step 6, 1 step left out", 2500), ("end", "SIGTERM", 2700)]
 
 
-def test_lines_that_lack_what_a_step_has_are_no_steps(tmp_path):
+def test_records_without_the_fields_of_a_step_are_ignored(tmp_path):
     save = write_run(tmp_path / "run")
     with (save / "metrics.jsonl").open("a") as file:
         file.write('{"type": "step", "step": 13}\n{"type": "save"}\n{"type": 5}\n')
     assert read_history(save).steps["step"][-1] == 12
 
 
-def test_long_runs_are_thinned_but_keep_the_edges_of_stages_and_say_so(tmp_path):
+def test_long_runs_are_thinned_but_keep_the_edges_of_stages(tmp_path):
     history = read_history(write_run(tmp_path / "run", steps=100), most_points=10)
     assert history.thinned == 10 and len(history.steps["step"]) <= 14
     assert {1, 50, 51, 100} <= set(history.steps["step"]) and len(history.evaluations["step"]) == 33
@@ -206,7 +206,7 @@ def test_only_options_that_differ_are_listed(tmp_path):
     assert [name for name, _ in differing_options(runs[:1])] == ["lr", "seed", "patch_size"]
 
 
-def test_the_tool_writes_a_file_and_explains_what_it_cannot_read(tmp_path):
+def test_the_tool_writes_a_file_and_reports_what_it_cannot_read(tmp_path):
     save = write_run(tmp_path / "run")
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     words = [sys.executable, "tools/report.py", str(save), "--output", str(tmp_path / "r.html"), "--title", "A <run>"]
