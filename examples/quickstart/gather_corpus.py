@@ -67,7 +67,7 @@ def gather(root: Path, output: Path) -> dict[str, int]:
 
 
 def main() -> int:
-    """Runs the tool."""
+    """Gathers the corpus and prints its size; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder to write to")
     args = parser.parse_args()

@@ -71,7 +71,9 @@ from megatron_patch.utils.units import format_count, format_duration, parse_coun
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 EVALUATIONS = 16
+"""Evaluations per run."""
 VOCAB_SIZE = "1024"
+"""Default of --vocab-size."""
 
 
 class Study:
