@@ -28,7 +28,7 @@ from megatron_patch.engine.deepspeed_config import EngineConfig, batch_settings
 from megatron_patch.engine.distributed import barrier, gather_objects
 from megatron_patch.engine.environment import threads_per_rank
 from megatron_patch.engine.fragments import Fragment, HostCopies, fragments
-from megatron_patch.engine.interface import EvaluationResult, Snapshot, StepGate, StepResult
+from megatron_patch.engine.interface import EvaluationResult, ReplicaMismatch, Snapshot, StepGate, StepResult
 from megatron_patch.engine.optimizer import base_optimizer, make_optimizer, set_step_count, step_count, zero_moments
 from megatron_patch.engine.state_files import StateFiles, write_fragments
 from megatron_patch.engine.swapping import SubGroups
@@ -41,7 +41,7 @@ from megatron_patch.ops import IGNORE_INDEX
 from megatron_patch.parallel.groups import Groups, ModelParallelUnit
 from megatron_patch.stages import Stage
 
-_DIGEST_CHUNK = 1 << 22
+_CHECKSUM_CHUNK = 1 << 22
 
 
 _LOSS_SCALER = {"cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis"}
@@ -86,11 +86,11 @@ class StepOutcome:
     overflow: bool = False
 
 
-def digest(tensor: torch.Tensor) -> tuple[int, int]:
-    """Two sums over the bits of a tensor, one of them weighted by position: equal tensors have equal ones."""
+def checksum_of_bits(tensor: torch.Tensor) -> tuple[int, int]:
+    """Returns two sums over the bits of a tensor, one of them weighted by position; equal tensors have equal sums."""
     bits = tensor.detach().contiguous().view(-1).view(torch.int32 if tensor.element_size() == 4 else torch.int16)
     plain = weighted = 0
-    for number, part in enumerate(bits.split(_DIGEST_CHUNK)):
+    for number, part in enumerate(bits.split(_CHECKSUM_CHUNK)):
         wide = part.long()
         plain += int(wide.sum())
         weighted += (number + 1) * int((wide * torch.arange(1, wide.numel() + 1, device=wide.device)).sum())
@@ -263,28 +263,26 @@ class DeepSpeedEngine(abc.ABC):
         skipped = outcome.overflow or outcome.rejection is not None
         return StepResult(outcome.loss, outcome.grad_norm, skipped, outcome.rejection, self._loss_scale(), forward_seconds)
 
-    def replica_mismatches(self) -> list[str]:
-        """Parameters whose copies differ; see `Engine`."""
+    def replica_mismatches(self) -> list[ReplicaMismatch]:
+        """Returns the copies of parameters that differ between ranks; see `Engine`. Under ZeRO 3 there are no copies to compare."""
         if self.config.zero_stage == 3:
             return []
-        own = {name: digest(parameter.data) for parameter, name in self._names.items()}
         grid = self.grid
-        mine = (grid.pipeline_parallel_rank, grid.tensor_parallel_rank, own)
-        found: dict[tuple[int, str, int], dict[int, tuple[int, int]]] = {}
-        for rank, part in enumerate(gather_objects(mine)):
-            stage, tensor_rank, digests = cast("tuple[int, int, dict[str, tuple[int, int]]]", part)
-            for name, value in digests.items():
-                copy = (
-                    0 if name in VOCABULARY_PARAMETERS else stage,
-                    name,
-                    tensor_rank if shard_of(name, self._model_shape, 0, grid.tensor_parallel_size) else 0,
-                )
-                found.setdefault(copy, {})[rank] = value
+        local = {name: checksum_of_bits(parameter.data) for parameter, name in self._names.items()}
+        # The ranks that hold a copy of the same tensor: (pipeline rank, parameter, tensor-parallel rank) -> rank -> checksum.
+        holders: dict[tuple[int, str, int], dict[int, tuple[int, int]]] = {}
+        for rank, gathered in enumerate(gather_objects((grid.pipeline_parallel_rank, grid.tensor_parallel_rank, local))):
+            pipeline_rank, tensor_rank, checksums = cast("tuple[int, int, dict[str, tuple[int, int]]]", gathered)
+            for name, checksum in checksums.items():
+                # Tied embeddings are on the first and on the last pipeline rank.
+                pipeline_key = 0 if name in VOCABULARY_PARAMETERS else pipeline_rank
+                tensor_key = tensor_rank if shard_of(name, self._model_shape, 0, grid.tensor_parallel_size) else 0
+                holders.setdefault((pipeline_key, name, tensor_key), {})[rank] = checksum
         return [
-            f"{name}: rank {rank} differs from rank {min(copies)}"
-            for (_, name, _), copies in sorted(found.items())
-            for rank, value in copies.items()
-            if value != copies[min(copies)]
+            ReplicaMismatch(name, rank, min(copies))
+            for (_, name, _), copies in sorted(holders.items())
+            for rank, checksum in copies.items()
+            if checksum != copies[min(copies)]
         ]
 
     def _set_lr(self, lr: float) -> None:
