@@ -106,9 +106,16 @@ def test_sound_ranks_pass(tmp_path, corpus):
 
 def test_a_checksum_sees_values_and_positions():
     tensor = torch.randn(1000)
-    assert checksum_of_bits(tensor) == checksum_of_bits(tensor.clone().view(10, 100)) == checksum_of_bits(tensor.view(10, 100).t().contiguous().t())
+    assert (
+        checksum_of_bits(tensor)
+        == checksum_of_bits(tensor.clone().view(10, 100))
+        == checksum_of_bits(tensor.view(10, 100).t().contiguous().t())
+    )
     swapped = tensor.clone()
     swapped[[3, 4]] = swapped[[4, 3]]
     flipped = tensor.clone()
     flipped.view(torch.int32)[17] ^= 1
-    assert len({checksum_of_bits(tensor), checksum_of_bits(swapped), checksum_of_bits(flipped), checksum_of_bits(tensor.to(torch.bfloat16))}) == 4
+    assert (
+        len({checksum_of_bits(tensor), checksum_of_bits(swapped), checksum_of_bits(flipped), checksum_of_bits(tensor.to(torch.bfloat16))})
+        == 4
+    )
