@@ -157,8 +157,8 @@ class PipelineParallelEngine(DeepSpeedEngine):
         self._model = part
         topology = PipeModelDataParallelTopology(grid.pipeline_parallel_size, grid.tensor_parallel_size, grid.data_parallel_size)
         tied = None
-        if self._model.shape.tie_embeddings and self._model.embedding is not None and self._groups.ends is not None:
-            tied = (self._model.embedding.word.weight, self._groups.ends)
+        if self._model.shape.tie_embeddings and self._model.embedding is not None and self._groups.embedding is not None:
+            tied = (self._model.embedding.word.weight, self._groups.embedding)
         self._module = _StageModule(model, self._boundaries, topology, tied)
         for parameter, name in self._names.items():
             # DeepSpeed counts a parameter with this mark in another stage.

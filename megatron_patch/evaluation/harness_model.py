@@ -75,7 +75,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         """Answers by their requests' numbers; each copy of the model answers some batches."""
         mine: dict[int, Answer] = {}
         for place, numbers in enumerate(batches):
-            if self._replicas.mine(place):
+            if self._replicas.owns(place):
                 mine.update(zip(numbers, answer([requests[number] for number in numbers]), strict=True))
         return {number: value for part in self._replicas.gather(mine) for number, value in cast("dict[int, Answer]", part).items()}
 
