@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_patch.checkpoint.commit import FoundCheckpoint, checkpoints, find_newest_valid, share_of_rank, step_of, verify
+from megatron_patch.checkpoint.commit import FoundCheckpoint, find_newest_valid, list_checkpoints, share_of_rank, step_of, verify
 from megatron_patch.checkpoint.trainer_state import TrainerState
 from megatron_patch.config.options import CheckpointOptions
 from megatron_patch.config.parsing import option_values
@@ -128,7 +128,7 @@ def _newer_of_before(save: Path, start: StartPoint) -> list[str]:
     """Names of the run's checkpoints behind the one that --load has it go back to."""
     if start.found is None or not start.resuming or start.begun_from is None:
         return []
-    return [folder.name for folder in checkpoints(save) if (step_of(folder) or 0) > start.found.state.step]
+    return [folder.name for folder in list_checkpoints(save) if (step_of(folder) or 0) > start.found.state.step]
 
 
 _GEOMETRY = ("patch_size", "positions", "global_batch_size", "steps", "side", "position_weights", "anneal_share", "blend")

@@ -65,7 +65,7 @@ def damage(save: Path, draw: random.Random) -> str | None:
 
     At least one sound checkpoint is left: losing all of them is nothing that a program can survive.
     """
-    sound = [folder for folder in commit.checkpoints(save) if not commit.verify(folder)]
+    sound = [folder for folder in commit.list_checkpoints(save) if not commit.verify(folder)]
     latest = save / "latest"
     kinds = (["flip", "cut", "remove", "manifest"] * 2 if len(sound) > 1 else []) + (["latest"] if latest.exists() else [])
     if not kinds:
@@ -124,7 +124,7 @@ def live(argv: list[str], ranks: int, save: Path, logs: Path, draw: random.Rando
 
 def states(save: Path) -> dict[str, bytes]:
     """The files of weights and moments in a run's newest checkpoint."""
-    return {path.name: path.read_bytes() for path in commit.checkpoints(save)[0].glob("state-*")}
+    return {path.name: path.read_bytes() for path in commit.list_checkpoints(save)[0].glob("state-*")}
 
 
 def soak(
@@ -175,7 +175,7 @@ def soak(
         else:
             assert losses == whole, "losses differ from those of the undisturbed run"
             assert states(save) == states(folder / "whole"), "weights or moments differ from those of the undisturbed run"
-        assert not commit.verify(commit.checkpoints(save)[0]), "the last checkpoint is not sound"
+        assert not commit.verify(commit.list_checkpoints(save)[0]), "the last checkpoint is not sound"
         tally.runs += 1
         shutil.rmtree(save)
     return tally

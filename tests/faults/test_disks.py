@@ -33,7 +33,7 @@ def save(folder):
     files.write_manifest(folder, entries | files.write_state(folder, STATE))
     files.publish(folder)
 def find(folder):
-    found = files.find_newest_sound(folder)
+    found = files.find_newest_valid(folder)
     StateFiles(found.folder).read("weight", "a")
     return found.folder.name, found.skipped
 for action, fault, path, folder in json.loads(sys.argv[1]):
@@ -90,7 +90,7 @@ def test_a_file_that_cannot_be_read_is_skipped_and_told(tmp_path, bad_disk, comm
     )
     for name, skipped in results:
         assert name == "step-00000006" and "step-00000009" in skipped[0][0] and "Input/output error" in skipped[0][1]
-    assert nothing.startswith("refused no sound checkpoint")
+    assert nothing.startswith("refused no valid checkpoint")
     assert len(list(save.glob("step-*"))) == 2, "nothing was removed for it"
 
 

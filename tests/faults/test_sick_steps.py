@@ -166,5 +166,5 @@ def test_the_data_of_a_step_that_was_not_taken_can_be_read(tmp_path, corpus, cap
     ids = np.empty(64, dtype=np.int64)
     open_corpus(corpus).read_into(ids, event["spans"][0][1])
     assert " ".join(map(str, ids[:20].tolist())) in shown.replace("\n", " ")
-    with pytest.raises(DataError, match="no step 3"):
+    with pytest.raises(DataError, match="does not record the data of step 3"):
         show_step.main([str(run.folder), "--step", "3"])
