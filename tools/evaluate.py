@@ -84,7 +84,7 @@ def _evaluate(args: argparse.Namespace, loaded: LoadedModel[InferenceModel]) -> 
     positions = args.seq_length or int(loaded.options["seq_length"])
     if shape.position_embedding == "learned" and positions > shape.max_positions:
         raise ConfigError(f"--seq-length {positions}", f"1 to {shape.max_positions}, the model's learned positions")
-    result = {"checkpoint": str(loaded.found.folder), "step": loaded.found.state.step, "seq_length": positions}
+    result = {"checkpoint": str(loaded.checkpoint.folder), "step": loaded.checkpoint.state.step, "seq_length": positions}
     if args.tasks is not None:
         return result | _tasks(args, loaded, positions)
     return result | (_text(args, loaded, positions) if args.text is not None else _tokens(args, loaded, positions))
