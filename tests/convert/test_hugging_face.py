@@ -317,7 +317,7 @@ BROKEN = {
     "vocabulary": (lambda f: edit_config(f, vocab_size=54), ["model.embed_tokens.weight has shape (53, 24)", "(54, 24)"]),
     "heads": (lambda f: edit_config(f, num_key_value_heads=4), ["k_proj.weight has shape (12, 24)", "(24, 24)"]),
     "truncated": (truncate, ["is truncated: tensor", "ends at byte"]),
-    "bytes": (shrink, [f"tensor {K} (24, 24) of F32 has 1,152 bytes", "2,304"]),
+    "bytes": (shrink, [f"tensor {K} of shape (24, 24) and dtype F32 has 1,152 bytes", "2,304"]),
     "header": (lambda f: (f / "model.safetensors").write_bytes(struct.pack("<Q", 999999) + b"{}"), ["ends inside of its header"]),
     "no json": (lambda f: (f / "model.safetensors").write_bytes(struct.pack("<Q", 2) + b"xy"), ["is not a safetensors file"]),
     "dtype": (lambda f: edit_weights(f, to_float8), ["lm_head.weight has dtype F8_E4M3"]),
