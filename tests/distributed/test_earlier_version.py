@@ -1,6 +1,6 @@
-"""A checkpoint written by version 0.1 (commit d175b01) resumes as that version resumed it, through the switch to tokens.
+"""A checkpoint written by version 0.1 (commit d175b01) resumes as in that version, through the switch to tokens.
 
-The folder written_by_0_1 holds the checkpoint of step 5, the corpus, and what version 0.1 printed for the whole run on one process.
+The folder written_by_0_1 contains the checkpoint of step 5, the corpus, and the metrics of version 0.1 for the full run on one process.
 """
 
 from __future__ import annotations
