@@ -238,7 +238,7 @@ def verify(folder: Path, share: Callable[[Mapping[str, ManifestEntry]], Iterable
         try:
             size = path.stat().st_size
             if size != entry.size:
-                problems.append(f"{name} has {size:,} bytes, its manifest says {entry.size:,}")
+                problems.append(f"{name} has {size:,} bytes instead of {entry.size:,}")
             elif full and checksum(path) != entry.xxh64:
                 problems.append(f"{name} does not match its checksum in the manifest")
         except OSError as error:

@@ -43,6 +43,7 @@ from megatron_patch.stages import Stage
 
 _CHECKSUM_CHUNK = 1 << 22
 _LOSS_SCALER = {"cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis"}
+"""The fields of DeepSpeed's loss scaler that a checkpoint keeps."""
 
 
 class MixedPrecision(nn.Module):
@@ -313,6 +314,7 @@ class DeepSpeedEngine(abc.ABC):
             torch.distributed.all_reduce(tensor, group=self._groups.data)
 
     def _loss_scale(self) -> float | None:
+        """Returns the loss scale in float16, else None."""
         return float(self._engine.optimizer.loss_scale) if self.config.precision == "fp16" else None
 
     def _clip_gradients(self) -> torch.Tensor:

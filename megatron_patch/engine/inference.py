@@ -93,10 +93,10 @@ def require_checkpoint(load: str) -> FoundCheckpoint:
     Raises:
         CheckpointError: there is no checkpoint, or none is valid.
     """
-    found = find_newest_valid(Path(load))
-    if found is None:
+    checkpoint = find_newest_valid(Path(load))
+    if checkpoint is None:
         raise CheckpointError(f"--load {load} contains no checkpoint", "a run's folder, or one of its step-N folders", "check the path")
-    return found
+    return checkpoint
 
 
 def load_model(load: str, device: torch.device | None = None, dtype: torch.dtype = torch.float32) -> LoadedModel[GPTModel]:
@@ -110,14 +110,14 @@ def load_model(load: str, device: torch.device | None = None, dtype: torch.dtype
     Raises:
         CheckpointError: there is no valid checkpoint, or its weights do not fit its model shape.
     """
-    found = require_checkpoint(load)
-    shape = shape_of_state(found.state, str(found.folder))
-    files = StateFiles(found.folder)
+    checkpoint = require_checkpoint(load)
+    shape = shape_of_state(checkpoint.state, str(checkpoint.folder))
+    files = StateFiles(checkpoint.folder)
     with torch.device("meta"):
         model = GPTModel(shape)
     files.check({name: tuple(parameter.shape) for name, parameter in model.named_parameters()})
     model.load_state_dict({name: files.weight(name).to(dtype) for name, _ in model.named_parameters()}, strict=True, assign=True)
-    return LoadedModel(model.to(device or default_device()).eval(), found, found.state.data_metadata)
+    return LoadedModel(model.to(device or default_device()).eval(), checkpoint, checkpoint.state.data_metadata)
 
 
 def load_distributed_model(
@@ -135,9 +135,9 @@ def load_distributed_model(
         CheckpointError: as `load_model`.
         ConfigError: the model cannot be divided among these ranks.
     """
-    found, grid = require_checkpoint(load), groups.grid
-    stored = shape_of_state(found.state, str(found.folder))
-    files = StateFiles(found.folder)
+    checkpoint, grid = require_checkpoint(load), groups.grid
+    stored = shape_of_state(checkpoint.state, str(checkpoint.folder))
+    files = StateFiles(checkpoint.folder)
     # The padding of the vocabulary depends on the layout, not on the checkpoint.
     rows = -(-stored.padded_vocab_size // grid.tensor_parallel_size) * grid.tensor_parallel_size
     shape = dataclasses.replace(stored, padded_vocab_size=rows)
@@ -153,7 +153,7 @@ def load_distributed_model(
         weights[name] = files.read_shard("weight", name, shard, 0, parameter.numel()).view(parameter.shape).to(device, dtype)
     part.load_state_dict(weights, strict=True, assign=True)
     replicas = Replicas(grid.data_parallel_rank, grid.data_parallel_size, groups.data)
-    return LoadedModel(DistributedModel(part.eval(), groups), found, found.state.data_metadata, replicas)
+    return LoadedModel(DistributedModel(part.eval(), groups), checkpoint, checkpoint.state.data_metadata, replicas)
 
 
 @contextlib.contextmanager

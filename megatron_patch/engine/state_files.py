@@ -128,7 +128,7 @@ def _read_span(span: _Span, name: str, start: int, end: int) -> torch.Tensor:
         with safe_open(str(span.path), framework="pt") as file:
             stored = file.get_slice(name)
             if stored.get_shape() != [span.numel] or stored.get_dtype() != "F32":
-                raise ValueError(f"{stored.get_dtype()} {stored.get_shape()} where its index says F32 [{span.numel}]")
+                raise ValueError(f"it is {stored.get_dtype()} {stored.get_shape()} instead of F32 [{span.numel}]")
             tensor: torch.Tensor = stored[start:end]
             return tensor
     except (OSError, SafetensorError, ValueError) as error:
