@@ -389,7 +389,7 @@ LENGTHS = f"{TENSOR} --sequence-parallel --patch-size 8"
         (f"{TENSOR} --ffn-hidden-size 90", r"--ffn-hidden-size 90 does not divide into 4 tensor-parallel ranks"),
         (
             "--tensor-model-parallel-size 6 --num-attention-heads 12 --num-query-groups 4 --hidden-size 48 --ffn-hidden-size 96",
-            "groups 4 over 6",
+            "groups 4 does not divide into 6",
         ),
         (f"{LENGTHS} --sample constant-tokens", r"over 4 ranks with 2 positions in stage 'patch'"),
         (f"{LENGTHS} --seq-length 18", r"over 4 ranks with 18 positions in stage 'patch'"),
