@@ -34,7 +34,7 @@ from megatron_patch.engine.state_files import StateFiles, write_fragments
 from megatron_patch.engine.swapping import SubGroups
 from megatron_patch.errors import CheckpointError
 from megatron_patch.model.gpt import GPTModel
-from megatron_patch.model.init import InitialWeights, parameter_groups
+from megatron_patch.model.init import InitialWeights, split_by_weight_decay
 from megatron_patch.model.precision import DTYPES
 from megatron_patch.model.sharding import VOCABULARY_PARAMETERS, shard_of
 from megatron_patch.ops import IGNORE_INDEX
@@ -126,7 +126,7 @@ class DeepSpeedEngine(abc.ABC):
         dtype = DTYPES[config.precision]
         model = self._build(build, dtype, settings)
         self._names = {parameter: name for name, parameter in model.named_parameters()}
-        self._tied_copies, self._model_shape = model.copied_parameters, model.shape
+        self._tied_copies, self._model_shape = model.tied_copies, model.shape
         parallel = model.parallel
         shards = {name: shard_of(name, model.shape, parallel.rank, parallel.size) for name in self._names.values()}
         self._shards = {name: shard for name, shard in shards.items() if shard is not None}
@@ -138,7 +138,7 @@ class DeepSpeedEngine(abc.ABC):
             # DeepSpeed's clipping at ZeRO 0 does not return the norm, so gradients are clipped here (`_clip_gradients`).
             settings["gradient_clipping"] = 0.0
             wrapped = MixedPrecision(model, dtype) if dtype != torch.float32 else model
-        decayed, undecayed = parameter_groups(model)
+        decayed, undecayed = split_by_weight_decay(model)
         param_groups = [{"params": decayed, "weight_decay": schedule.weight_decay}, {"params": undecayed, "weight_decay": 0.0}]
         optimizer = make_optimizer([group for group in param_groups if group["params"]], schedule, config.offloads_optimizer)
         with warnings.catch_warnings():
@@ -401,7 +401,7 @@ class DeepSpeedEngine(abc.ABC):
     def _full_shapes(self) -> dict[str, tuple[int, ...]]:
         """Returns the full shape of each parameter of which this rank holds a part, by name."""
         local = {name: tuple(getattr(parameter, "ds_shape", parameter.shape)) for parameter, name in self._names.items()}
-        return {name: self._shards[name].whole_shape(shape) if name in self._shards else shape for name, shape in local.items()}
+        return {name: self._shards[name].full_shape(shape) if name in self._shards else shape for name, shape in local.items()}
 
     def _set_tensors(self, read: Any, kinds: Sequence[str]) -> None:
         """Sets this rank's master weights and moments, and the weights of the forward pass.

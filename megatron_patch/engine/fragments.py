@@ -75,7 +75,7 @@ def fragments(
             tensors = on_nvme.views(on_nvme.of(parameter), offset, numel)
         shard = shards.get(name)
         shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
-        result.append(Fragment(name, shape if shard is None else shard.whole_shape(shape), shard, start, numel, tensors))
+        result.append(Fragment(name, shape if shard is None else shard.full_shape(shape), shard, start, numel, tensors))
     return result
 
 

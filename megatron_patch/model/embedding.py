@@ -10,7 +10,7 @@ from megatron_patch import ops
 from megatron_patch.errors import ConfigError
 from megatron_patch.model.shape import ModelShape
 from megatron_patch.ops import Operators
-from megatron_patch.parallel.tensor import UNSHARDED, TensorParallel, all_reduce_gradient, local_positions, reduce_from_tensor_parallel
+from megatron_patch.parallel.tensor import UNSHARDED, TensorParallel, all_reduce_gradient, reduce_from_tensor_parallel, shard_positions
 
 
 class Embedding(nn.Module):
@@ -63,4 +63,4 @@ class Embedding(nn.Module):
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
         weight = all_reduce_gradient(self.position.weight, self.parallel) if self.parallel.sequence else self.position.weight
-        return hidden + F.embedding(local_positions(position_ids, self.parallel), weight)
+        return hidden + F.embedding(shard_positions(position_ids, self.parallel), weight)

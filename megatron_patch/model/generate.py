@@ -1,6 +1,6 @@
 """Generates tokens one at a time, at K = 1.
 
-`generate` keeps the keys and values of earlier positions. `generate_by_rereading` computes the logits of all positions again for each
+`generate` keeps the keys and values of earlier positions. `generate_without_cache` computes the logits of all positions again for each
 token; it works with any function of a fixed input shape, such as an engine whose weights are sharded over ranks. Both choose tokens the
 same way.
 """
@@ -150,7 +150,7 @@ def generate(
 
 
 @torch.no_grad()
-def generate_by_rereading(
+def generate_without_cache(
     logits: Callable[[torch.Tensor], torch.Tensor],
     prompts: Sequence[Sequence[int]],
     new_tokens: int,

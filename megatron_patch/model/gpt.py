@@ -69,7 +69,7 @@ class GPTModel(nn.Module):
         return next(self.parameters()).device
 
     @property
-    def copied_parameters(self) -> frozenset[str]:
+    def tied_copies(self) -> frozenset[str]:
         """Names of the parameters that copy those of another pipeline rank: the embedding's weight of a tied head."""
         return frozenset(["embedding.word.weight"]) if self.embedding is not None and not self.is_first else frozenset()
 

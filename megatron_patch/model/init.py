@@ -120,11 +120,11 @@ def initialize(model: nn.Module, shape: ModelShape, seed: int, rank: int = 0, si
     for name, parameter in model.named_parameters():
         shard = shard_of(name, shape, rank, size)
         local = tuple(parameter.shape)
-        whole = local if shard is None else shard.whole_shape(local)
+        whole = local if shard is None else shard.full_shape(local)
         parameter.copy_(initial.read(name, whole, shard, 0, parameter.numel()).view(local))
 
 
-def parameter_groups(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+def split_by_weight_decay(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """Returns (matrices, to which weight decay applies; weights of norms and biases, to which it does not)."""
     matrices: list[nn.Parameter] = []
     vectors: list[nn.Parameter] = []

@@ -39,7 +39,7 @@ class Shard:
     index: int
     count: int
 
-    def whole_shape(self, local: tuple[int, ...]) -> tuple[int, ...]:
+    def full_shape(self, local: tuple[int, ...]) -> tuple[int, ...]:
         """Returns the shape of the full parameter, from that of a part."""
         return tuple(size * self.count if dim == self.dim else size for dim, size in enumerate(local))
 

@@ -147,7 +147,7 @@ def gather_last_dim(tensor: torch.Tensor, parallel: TensorParallel) -> torch.Ten
     return tensor if parallel.size == 1 else _gather(tensor.detach(), parallel, -1)
 
 
-def local_positions(tensor: torch.Tensor, parallel: TensorParallel) -> torch.Tensor:
+def shard_positions(tensor: torch.Tensor, parallel: TensorParallel) -> torch.Tensor:
     """Returns this rank's positions of [B or 1, T]: all of them unless positions are sharded."""
     return tensor.chunk(parallel.size, dim=_POSITIONS)[parallel.rank] if parallel.sequence else tensor
 

@@ -12,7 +12,7 @@ from megatron_patch.convert.to_hugging_face import to_hugging_face
 from megatron_patch.engine.inference import load_model
 from megatron_patch.errors import ConfigError
 from megatron_patch.model.attention import ModelCache
-from megatron_patch.model.generate import Sampling, _Chooser, generate, generate_by_rereading
+from megatron_patch.model.generate import Sampling, _Chooser, generate, generate_without_cache
 from megatron_patch.model.gpt import GPTModel
 from megatron_patch.model.init import initialize
 from tests.convert.models import SHAPES, make_checkpoint
@@ -124,7 +124,7 @@ def test_rereading_gives_what_the_cache_gives(shape, sampling):
         return model(ids[..., None], None)
 
     expected = generate(model, PROMPTS, 10, sampling, eod_id=4)
-    assert generate_by_rereading(logits, PROMPTS, 10, sampling, 4, torch.device("cpu")) == expected
+    assert generate_without_cache(logits, PROMPTS, 10, sampling, 4, torch.device("cpu")) == expected
     assert sizes == {(4, 17)}
 
 

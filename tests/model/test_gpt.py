@@ -16,7 +16,7 @@ from megatron_patch.model.attention import AttentionContext, ModelCache
 from megatron_patch.model.flops import forward_flops_per_position, parameter_count, peak_flops, training_flops_per_position
 from megatron_patch.model.generate import generate
 from megatron_patch.model.gpt import GPTModel
-from megatron_patch.model.init import InitialWeights, initial_span, initialize, parameter_groups
+from megatron_patch.model.init import InitialWeights, initial_span, initialize, split_by_weight_decay
 from megatron_patch.model.rotary import rotary_tables
 from megatron_patch.model.shape import check_shape
 from megatron_patch.model.sharding import Shard
@@ -232,7 +232,7 @@ def test_initial_weights_depend_on_seed_and_name_alone():
 
 def test_weight_decay_leaves_norms_and_biases_alone():
     model = make(GPT2)
-    decayed, undecayed = parameter_groups(model)
+    decayed, undecayed = split_by_weight_decay(model)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     assert all("norm" in names[id(p)] or names[id(p)].endswith("bias") for p in undecayed)
     assert all(names[id(p)].endswith("weight") and "norm" not in names[id(p)] for p in decayed)
@@ -333,16 +333,16 @@ def test_peaks_are_found_by_the_names_that_drivers_give():
 
 def test_initial_values_of_a_part_are_those_of_the_whole():
     """For every kind of part: spans across the blocks of a draw, rows, columns."""
-    whole_shape = (3000, 1100)
-    whole = initial_span("x.weight", whole_shape, LLAMA, 3)
+    full_shape = (3000, 1100)
+    whole = initial_span("x.weight", full_shape, LLAMA, 3)
     assert whole.numel() == 3_300_000 and abs(whole.std() / LLAMA.init_std - 1) < 0.01
     blocks = whole[: 3 << 20].view(3, -1)
     assert (torch.corrcoef(blocks).fill_diagonal_(0).abs() < 0.01).all(), "no block repeats another"
     for start, numel in ((0, 10), ((1 << 20) - 5, 10), (2_000_000, 1_300_000), (5, 0)):
         assert torch.equal(
-            initial_span("x.weight", whole_shape, LLAMA, 3, start, numel, threads=1 + start % 3), whole[start : start + numel]
+            initial_span("x.weight", full_shape, LLAMA, 3, start, numel, threads=1 + start % 3), whole[start : start + numel]
         )
     read = InitialWeights(LLAMA, 3).read
     for shard in (Shard(0, 1, 3), Shard(1, 1, 2)):
-        part = whole.view(whole_shape).chunk(shard.count, dim=shard.dim)[shard.index].flatten()
-        assert torch.equal(read("x.weight", whole_shape, shard, 999_999, 77), part[999_999:][:77])
+        part = whole.view(full_shape).chunk(shard.count, dim=shard.dim)[shard.index].flatten()
+        assert torch.equal(read("x.weight", full_shape, shard, 999_999, 77), part[999_999:][:77])

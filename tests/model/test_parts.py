@@ -39,6 +39,6 @@ def test_parts_one_after_another_are_the_model(family, boundaries):
     assert set(gradients) == {name for name, _ in whole.named_parameters()}
     for name, parameter in whole.named_parameters():
         torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-6, atol=1e-7)
-    copies = [part.copied_parameters for part in parts]
+    copies = [part.tied_copies for part in parts]
     assert copies[-1] == ({"embedding.word.weight"} if shape.tie_embeddings else frozenset())
     assert not any(copies[:-1])

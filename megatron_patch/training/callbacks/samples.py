@@ -15,7 +15,7 @@ import torch
 from rich.console import Console as RichConsole
 from rich.markup import escape
 
-from megatron_patch.model.generate import Sampling, check_prompts, generate_by_rereading
+from megatron_patch.model.generate import Sampling, check_prompts, generate_without_cache
 from megatron_patch.tokenizers.base import Tokenizer, encode
 from megatron_patch.training.callbacks.base import Callback, EvaluationRecord, RunStart
 from megatron_patch.training.callbacks.jsonl_writer import JsonlWriter
@@ -81,7 +81,7 @@ class Samples(Callback):
         """Continues every prompt; rank 0 prints and writes the texts."""
         request, eod = self._request, self._tokenizer.eod_id
         began = time.perf_counter()
-        rows = generate_by_rereading(
+        rows = generate_without_cache(
             self._logits, self._ids, request.new_tokens, request.sampling, eod, self._device, request.learned_positions
         )
         if self._console is None:
