@@ -1,4 +1,7 @@
-"""From a run to its engine: this rank's part of the model with its initial weights, in the engine that its layout asks for."""
+"""Builds the engine of a run: this rank's layers, inside the engine that the parallel layout needs, with their first weights.
+
+In: a run and where it starts. Out: an `Engine` whose weights are initialized or loaded from the checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -12,30 +15,45 @@ from megatron_patch.engine.deepspeed_config import EngineConfig
 from megatron_patch.engine.interface import Engine
 from megatron_patch.model.gpt import GPTModel
 from megatron_patch.parallel.groups import Groups
-from megatron_patch.stages import Stage
 from megatron_patch.training.faults.interruptible_compile import interruptible
+from megatron_patch.training.resume import StartPoint
 
 
 def build_engine(
     run: RunConfig,
     settings: EngineConfig,
-    stage: Stage,
+    start: StartPoint,
     groups: Groups,
     device: torch.device,
-    loading: bool,
-    stopping: Callable[[], bool] = lambda: False,
+    stop_signalled: Callable[[], bool] = lambda: False,
 ) -> Engine:
-    """Builds this rank's layers and the engine around them.
+    """Returns the engine that the run starts with.
 
     Args:
         run: the model, the layout and the optimizer.
         settings: DeepSpeed's part of the run.
-        stage: the stage to begin with.
-        groups: this rank's place and process groups.
-        device: this rank's device.
-        loading: weights come from a checkpoint, and need no initial values.
-        stopping: whether this rank has been sent a signal to stop.
+        start: the stage to start in and the checkpoint to load, if any.
+        groups: this rank's coordinates and process groups.
+        device: the device of this rank.
+        stop_signalled: whether this rank has received a signal to stop; compilers may fail then.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be loaded.
     """
+    engine = _make_engine(run, settings, start, groups, device, stop_signalled)
+    if start.checkpoint is not None:
+        engine.load(start.checkpoint.folder, start.resumed.engine if start.resumed is not None else None)
+    return engine
+
+
+def _make_engine(
+    run: RunConfig,
+    settings: EngineConfig,
+    start: StartPoint,
+    groups: Groups,
+    device: torch.device,
+    stop_signalled: Callable[[], bool],
+) -> Engine:
     options, grid = run.options.engine, groups.grid
     boundaries = run.pipeline_boundaries
     layers = range(boundaries[grid.pipeline_parallel_rank], boundaries[grid.pipeline_parallel_rank + 1])
@@ -44,13 +62,14 @@ def build_engine(
         parallel = groups.tensor_parallel(options.sequence_parallel)
         model = GPTModel(run.shape, options.recompute_granularity, options.operators, parallel, layers)
         if options.compile:
-            model.compile_blocks(interruptible(stopping))
+            model.compile_blocks(interruptible(stop_signalled))
         return model
 
-    seed = None if loading else options.seed
+    # Without a seed weights are not initialized: a checkpoint is loaded into them.
+    seed = options.seed if start.checkpoint is None else None
     if grid.pipeline_parallel_size == 1:
-        return DataParallelEngine(build, seed, settings, run.options.schedule, stage, groups, device)
-    # DeepSpeed takes seconds to import, and looks for an accelerator when it is.
+        return DataParallelEngine(build, seed, settings, run.options.schedule, start.stage, groups, device)
+    # DeepSpeed's pipeline module takes seconds to import and probes for an accelerator.
     from megatron_patch.engine.pipeline_parallel import PipelineParallelEngine
 
-    return PipelineParallelEngine(boundaries, build, seed, settings, run.options.schedule, stage, groups, device)
+    return PipelineParallelEngine(boundaries, build, seed, settings, run.options.schedule, start.stage, groups, device)

@@ -1,9 +1,10 @@
-"""Committing a checkpoint over all ranks, beside training or not.
+"""Commits checkpoints over all ranks, while training waits or in the background.
 
-In: every rank's snapshot. Out: a checkpoint in the run's folder, published by rank 0 once the files of all ranks are on disk and read
-back. With `asynchronous` the snapshot is a copy in the host's memory and a thread writes it while training goes on: the ranks agree on
-how far they are by one small reduction a step, begun at a step's end and looked at behind the next, so that nobody waits for it. An error
-of any rank comes out on all of them, at the same step. Files are the same in both ways.
+In: every rank's snapshot. Out: a checkpoint in the run's folder, published by rank 0 once the files of all ranks are on disk and verified.
+
+With --async-save the snapshot is a copy in host memory, and a thread writes it while training continues. The ranks agree on their progress
+by one small all-reduce for each step, which is started at the end of a step and read after the next, so that no rank waits for it. An error
+on any rank is raised on all ranks, at the same step. Both ways write the same files.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 
 import torch
 
-from megatron_patch.checkpoint import commit as commit
+from megatron_patch.checkpoint import commit
 from megatron_patch.checkpoint.commit import ManifestEntry
 from megatron_patch.checkpoint.lock import SaveLock
 from megatron_patch.checkpoint.retention import Retention, prune
@@ -26,6 +27,7 @@ from megatron_patch.config.resolve import RunConfig
 from megatron_patch.engine.distributed import broadcast_object, gather_objects
 from megatron_patch.engine.interface import Engine
 from megatron_patch.errors import CheckpointError, MegatronPatchError
+from megatron_patch.parallel.grid import Grid
 from megatron_patch.stages import StagePlan
 from megatron_patch.training.callbacks.base import SaveRecord
 
@@ -34,7 +36,7 @@ _FAILED, _BUSY, _WRITTEN, _PUBLISHED = range(-1, 3)
 
 @dataclass
 class _Attempt:
-    """A checkpoint under way, as this rank sees it."""
+    """A checkpoint that is not published yet, as this rank sees it."""
 
     step: int
     folder: Path
@@ -44,20 +46,20 @@ class _Attempt:
     entries: dict[str, ManifestEntry] = field(default_factory=dict)
     failure: str | None = None
     thread: threading.Thread | None = None
-    vote: tuple[torch.Tensor, Any] | None = None
+    reduction: tuple[torch.Tensor, Any] | None = None
 
 
 class Checkpointer:
-    """Saves for one run; every rank has one and calls the same methods at the same steps.
+    """Saves the checkpoints of one run; every rank has one and calls the same methods at the same steps.
 
     Args:
         save: the run's folder.
-        lock: rank 0's right to write it, None elsewhere.
+        lock: the lock of that folder on rank 0, None on other ranks.
         rank: this rank.
-        ranks: how many there are.
-        device: where votes are counted.
-        retention: which checkpoints stay.
-        asynchronous: whether training goes on while files are written.
+        ranks: number of ranks.
+        device: device of the tensors that ranks reduce.
+        retention: which checkpoints are kept.
+        asynchronous: whether training continues while files are written.
     """
 
     def __init__(
@@ -68,22 +70,23 @@ class Checkpointer:
         self._attempt: _Attempt | None = None
 
     def save(self, step: int, engine: Engine, state: Callable[[Mapping[str, Any]], TrainerState]) -> list[SaveRecord]:
-        """Begins a checkpoint, after the one before is committed.
+        """Starts a checkpoint once the previous one is committed.
 
         Args:
-            step: of the run.
-            engine: whose weights and optimizer.
-            state: makes the trainer's state of the engine's.
+            step: steps taken so far.
+            engine: the engine whose weights and optimizer state are saved.
+            state: makes the trainer state from the engine's state (`Snapshot.state`).
 
         Returns:
-            What was committed meanwhile: the checkpoint before, and this one unless it is written beside training.
+            The checkpoints committed by this call: the previous one if it was still being written, and this one unless it is written in
+            the background.
 
         Raises:
-            CheckpointError: on every rank, where any could not write; earlier checkpoints are untouched.
+            CheckpointError: on every rank, if any rank could not write; earlier checkpoints are untouched.
         """
         began = time.perf_counter()
         records = self.wait()
-        folder = self._save / str(self._first_rank(lambda: commit.prepare(self._save, step).name))
+        folder = self._save / str(on_first_rank(self._rank, self._save, lambda: commit.prepare(self._save, step).name))
         attempt = self._attempt = _Attempt(step, folder, began)
         snapshot = engine.snapshot(to_host=self._asynchronous)
 
@@ -99,7 +102,7 @@ class Checkpointer:
         return records
 
     def _run(self, attempt: _Attempt, action: Callable[[], None], then: int) -> None:
-        """Does something here or in a thread, and notes how it ended."""
+        """Runs an action here or in a thread, and sets the attempt's progress to `then` or to _FAILED."""
 
         def run() -> None:
             try:
@@ -118,54 +121,58 @@ class Checkpointer:
             run()
 
     def poll(self) -> list[SaveRecord]:
-        """At the end of a step: what has been committed since; waits for nobody.
+        """Returns what has been committed since the last call, without waiting; called at the end of each step.
 
         Raises:
-            CheckpointError: on every rank, where any could not write.
+            CheckpointError: on every rank, if any rank could not write.
         """
         attempt = self._attempt
         if attempt is None:
             return []
-        agreed = self._count(attempt)
+        agreed = self._finish_reduction(attempt)
         records = [] if agreed is None else self._advance(attempt, agreed)
         if self._attempt is not None:
-            self._vote(attempt)
+            self._start_reduction(attempt)
         return records
 
     def wait(self) -> list[SaveRecord]:
-        """As `poll`, after the checkpoint under way is committed; without one nothing happens."""
+        """Waits until the checkpoint that is being written, if any, is committed; returns what has been committed since the last call.
+
+        Raises:
+            CheckpointError: on every rank, if any rank could not write.
+        """
         records: list[SaveRecord] = []
         while self._attempt is not None:
             attempt = self._attempt
-            agreed = self._count(attempt)
+            agreed = self._finish_reduction(attempt)
             if agreed is None or agreed == _BUSY:
                 if attempt.thread is not None:
                     attempt.thread.join()
-                self._vote(attempt)
-                agreed = self._count(attempt)
+                self._start_reduction(attempt)
+                agreed = self._finish_reduction(attempt)
                 assert agreed is not None
             records += self._advance(attempt, agreed)
         return records
 
-    def _vote(self, attempt: _Attempt) -> None:
-        """Begins to ask all ranks how far the last of them is."""
-        vote = torch.tensor(attempt.progress, device=self._device)
-        work = torch.distributed.all_reduce(vote, torch.distributed.ReduceOp.MIN, async_op=True) if self._ranks > 1 else None
-        attempt.vote = vote, work
+    def _start_reduction(self, attempt: _Attempt) -> None:
+        """Starts the all-reduce of the lowest progress over all ranks."""
+        lowest = torch.tensor(attempt.progress, device=self._device)
+        work = torch.distributed.all_reduce(lowest, torch.distributed.ReduceOp.MIN, async_op=True) if self._ranks > 1 else None
+        attempt.reduction = lowest, work
 
-    def _count(self, attempt: _Attempt) -> int | None:
-        """The answer, or None where nothing was asked."""
-        if attempt.vote is None:
+    def _finish_reduction(self, attempt: _Attempt) -> int | None:
+        """Returns the lowest progress over all ranks, or None if no all-reduce was started."""
+        if attempt.reduction is None:
             return None
-        (vote, work), attempt.vote = attempt.vote, None
+        (lowest, work), attempt.reduction = attempt.reduction, None
         if work is not None:
             work.wait()
-        return int(vote)
+        return int(lowest)
 
     def _advance(self, attempt: _Attempt, agreed: int) -> list[SaveRecord]:
-        """What all ranks do next, as all of them are at least so far."""
+        """Takes the step that follows from the progress that all ranks have reached; returns the checkpoint if that commits it."""
         if agreed == _FAILED:
-            self._give_up(attempt)
+            self._fail(attempt)
         if agreed == _WRITTEN:
             parts = gather_objects(attempt.entries)
             attempt.entries = {name: entry for part in parts for name, entry in part.items()}  # type: ignore[attr-defined]
@@ -189,30 +196,63 @@ class Checkpointer:
         commit.publish(attempt.folder)
         prune(self._save, attempt.step, self._retention)
 
-    def _give_up(self, attempt: _Attempt) -> None:
+    def _fail(self, attempt: _Attempt) -> None:
+        """Discards the attempt and raises the first error of any rank on all ranks."""
         self._attempt = None
         failures = [str(text) for text in gather_objects(attempt.failure) if text]
         if self._rank == 0 and not (attempt.folder / commit.MANIFEST).exists():
             commit.discard(attempt.folder)
         raise CheckpointError(
             failures[0],
-            "a folder with space for 12 bytes a parameter",
-            "free space or change --save; the earlier checkpoints are untouched",
+            "a folder with free space for 12 bytes per parameter",
+            "free space, or change --save; earlier checkpoints are untouched",
         )
 
-    def _first_rank(self, action: Callable[[], object]) -> object:
-        return on_first_rank(self._rank, self._save, action)
-
     def close(self) -> None:
-        """At the end, whatever it was: lets this rank's thread finish its file, and gives the folder back."""
+        """Waits for this rank's thread and releases the lock of the folder; called however the run ends."""
         if self._attempt is not None and self._attempt.thread is not None:
             self._attempt.thread.join()
         if self._lock is not None:
             self._lock.release()
 
 
-def make_retention(run: RunConfig, plan: StagePlan) -> Retention:
-    """Which checkpoints a run keeps: what its flags say, and the ends of its stages."""
+def lock_folder(save: Path | None, rank: int) -> SaveLock | None:
+    """Locks the run's folder on rank 0, so that no other job writes it; every rank must call it.
+
+    Args:
+        save: the run's folder, or None.
+        rank: this rank.
+
+    Returns:
+        The lock on rank 0, None on other ranks or without a folder.
+
+    Raises:
+        CheckpointError: on every rank, if another job holds the lock or the folder cannot be written.
+    """
+    locks: list[SaveLock] = []
+    if save is not None:
+        on_first_rank(rank, save, lambda: locks.append(SaveLock(save)))
+    return locks[0] if locks else None
+
+
+def make_checkpointer(run: RunConfig, plan: StagePlan, grid: Grid, device: torch.device, lock: SaveLock | None) -> Checkpointer | None:
+    """Returns the checkpointer that the run's options describe, or None without --save.
+
+    Args:
+        run: the run.
+        plan: the plan that it follows.
+        grid: coordinates of this rank.
+        device: the device of this rank.
+        lock: what `lock_folder` returned.
+    """
+    options = run.options.checkpoint
+    if not options.save:
+        return None
+    return Checkpointer(Path(options.save), lock, grid.rank, grid.world_size, device, _retention(run, plan), options.async_save)
+
+
+def _retention(run: RunConfig, plan: StagePlan) -> Retention:
+    """Returns which checkpoints a run keeps: those that its options ask for, and the ends of its stages."""
     options = run.options.checkpoint
     ends = frozenset(plan.first_step(index + 1) for index in range(len(plan.stages)))
     return Retention(
@@ -225,7 +265,12 @@ def make_retention(run: RunConfig, plan: StagePlan) -> Retention:
 
 
 def on_first_rank(rank: int, save: Path, action: Callable[[], object]) -> object:
-    """Does something on rank 0 and gives its result to all; where it fails, every rank raises its error.
+    """Runs an action on rank 0 and returns its result on every rank; if it fails, every rank raises its error.
+
+    Args:
+        rank: this rank.
+        save: the folder that the action writes, for the error message.
+        action: what rank 0 runs.
 
     Raises:
         CheckpointError: the folder cannot be written.

@@ -1,6 +1,7 @@
-"""The data of a run: corpora opened and checked, the training stream, the held-out ranges, the masking.
+"""Opens the data of a run: the training stream, the held-out ranges and how documents are masked.
 
-In: a run and its plan. Out: `RunData`, which makes loaders for stages and batches for evaluations.
+In: a run and its plan. Out: `RunData`, which makes loaders for stages and batches for evaluations. The part that needs no torch is in
+`stream.py`.
 """
 
 from __future__ import annotations
@@ -24,17 +25,17 @@ from megatron_patch.training.stream import open_stream
 
 @dataclass(frozen=True)
 class RunData:
-    """What a run reads.
+    """The data that a run reads.
 
     Args:
         stream: the training stream over all stages.
-        held_out: (corpus, (first token, last token)) of each held-out range.
+        held_out: (corpus, (first token, end)) of each held-out range; the end is exclusive.
         masking: how documents are kept apart.
-        grid: this rank's coordinates.
-        prefetch: steps prepared ahead.
-        vocab_size: every id must be below it.
-        evaluation_unit: held-out data is read in units of so many tokens, a multiple of every stage's sample.
-        pin_memory: page-locked batches, for GPUs.
+        grid: coordinates of this rank.
+        prefetch: number of steps prepared in advance.
+        vocab_size: every token id must be below it.
+        evaluation_unit: number of tokens in which held-out data is read, a multiple of every stage's sample.
+        pin_memory: whether batches are in page-locked memory, for GPUs.
     """
 
     stream: TrainStream
@@ -47,16 +48,21 @@ class RunData:
     pin_memory: bool
 
     def notes(self) -> list[str]:
-        """What people are told of the data at the start."""
+        """Returns sentences for the user about the data."""
         notes = list(self.stream.notes())
         if not self.held_out:
             notes.append(
-                "no evaluation: the held-out part of the data is shorter than a sample (give --valid-data-path or another --split)"
+                "no evaluation: the held-out part of the data is shorter than one sample (use --valid-data-path or another --split)"
             )
         return notes
 
     def loader(self, stage_index: int, stage_step: int) -> PatchLoader:
-        """This rank's micro-batches of a stage, from a step on."""
+        """Returns a loader of this rank's micro-batches of a stage.
+
+        Args:
+            stage_index: the stage.
+            stage_step: steps of the stage that are already taken.
+        """
         return PatchLoader(
             self.stream,
             stage_index,
@@ -70,7 +76,14 @@ class RunData:
         )
 
     def evaluation(self, stage: Stage, positions: int, patch_size: int, tokens: int) -> Iterator[PatchBatch]:
-        """This rank's held-out batches at a patch size; the same tokens for every patch size."""
+        """Yields this rank's held-out batches; every patch size reads the same tokens.
+
+        Args:
+            stage: the stage whose micro-batch size is used.
+            positions: positions of a sample.
+            patch_size: K.
+            tokens: number of tokens to read at most, over all ranks.
+        """
         unit = math.lcm(self.evaluation_unit, positions * patch_size)
         for corpus, token_range in self.held_out:
             yield from evaluation_batches(
@@ -88,10 +101,16 @@ class RunData:
 
 
 def open_data(run: RunConfig, plan: StagePlan, grid: Grid, pin_memory: bool = False) -> RunData:
-    """Opens and checks the corpora of a run.
+    """Opens and checks the data of a run.
+
+    Args:
+        run: the run.
+        plan: the plan that it follows.
+        grid: coordinates of this rank.
+        pin_memory: whether batches are in page-locked memory, for GPUs.
 
     Raises:
-        DataError: a file that is missing, broken, of another vocabulary, or too small for the plan; corpora that do not go together.
+        DataError: a file is missing, damaged, has another vocabulary or is too small for the plan, or corpora do not fit together.
     """
     options = run.options.data
     stream = open_stream(run, plan)
@@ -117,11 +136,11 @@ def open_data(run: RunConfig, plan: StagePlan, grid: Grid, pin_memory: bool = Fa
 
 
 def sample_tokenizer(run: RunConfig) -> Tokenizer | None:
-    """The tokenizer for samples, where the run asks for any.
+    """Returns the tokenizer of the training data, or None without --sample-prompts.
 
     Raises:
-        ConfigError: it is not known, or has more ids than the model.
-        DataError: its files are missing or broken.
+        ConfigError: the tokenizer is unknown, or has more ids than the model.
+        DataError: a file of the tokenizer is missing or damaged.
     """
     if not run.options.logging.sample_prompts:
         return None

@@ -1,6 +1,6 @@
-"""The resolved plan, printed: what `--dry-run` shows, and what every run shows at its start.
+"""Prints the resolved plan, with --dry-run and at the start of every run.
 
-In: a run and its engine configuration. Out: tables for people. Needs neither data nor GPUs.
+In: a run and the configuration of its engine. Out: tables on a console. Needs neither data nor GPUs, and imports no torch.
 """
 
 from __future__ import annotations
@@ -23,58 +23,80 @@ from megatron_patch.stages import Stage
 from megatron_patch.training.stream import corpus_usage_table
 from megatron_patch.utils.units import format_count
 
+_LEFT = ("stage", "optimizer", "lr")
 
-def stage_table(run: RunConfig, cost: Cost) -> Table:
-    """One row a stage and one for the run."""
+
+def stage_table(run: RunConfig, cost: Cost, width: int) -> Table:
+    """Returns a table with one row for each stage and one for the run.
+
+    Args:
+        run: the run.
+        cost: FLOPs of its steps.
+        width: characters of a line; if the table is wider, stages are its columns, so that no value is truncated.
+    """
+    columns = _stage_columns(run, cost)
+    needed = sum(max(map(len, [name, *cells])) + 3 for name, cells in columns.items()) + 1
+    transposed = needed > width
     table = Table(title="Stages", title_justify="left", header_style="bold")
-    for name in (
-        "stage",
-        "K",
-        "T",
-        "samples/step",
-        "micro-batches",
-        "tokens/step",
-        "steps",
-        "tokens",
-        "of tokens",
-        "of FLOPs",
-        "optimizer",
-        "lr",
-    ):
-        table.add_column(name, justify="left" if name in ("stage", "optimizer", "lr") else "right")
-    total_flops = sum(stage.steps * cost.step_flops(stage) for stage in run.plan.stages)
-    for index, stage in enumerate(run.plan.stages):
-        table.add_row(
-            stage.name + ("" if stage.side == "both" else f" ({stage.side} side)"),
-            str(stage.patch_size),
-            f"{stage.positions:,}",
-            f"{stage.global_batch_size:,}",
-            f"{stage.gradient_accumulation(run.data_parallel_size)} x {stage.micro_batch_size} x {run.data_parallel_size}",
-            f"{stage.tokens_per_step:,}",
-            f"{stage.steps:,}",
-            format_count(stage.tokens),
-            f"{stage.tokens / run.plan.tokens:.1%}",
-            f"{stage.steps * cost.step_flops(stage) / total_flops:.1%}",
-            "new" if index == 0 else stage.optimizer,
-            _lr_text(stage),
-        )
+    if transposed:
+        names, *others = columns.items()
+        for name in (names[0], *names[1]):
+            table.add_column(name, justify="left" if name == "stage" else "right")
+        for name, cells in others:
+            table.add_row(name, *cells)
+        return table
+    for name in columns:
+        table.add_column(name, justify="left" if name in _LEFT else "right")
+    *stages, total = zip(*columns.values(), strict=True)
+    for row in stages:
+        table.add_row(*row)
     table.add_section()
-    table.add_row("run", "", "", "", "", "", f"{run.plan.steps:,}", format_count(run.plan.tokens), "100%", "100%", "", "")
+    table.add_row(*total)
     return table
+
+
+def _stage_columns(run: RunConfig, cost: Cost) -> dict[str, list[str]]:
+    """Returns the columns of the stage table: a cell for each stage and one for the run."""
+    plan, ranks = run.plan, run.data_parallel_size
+    flops = [stage.steps * cost.step_flops(stage) for stage in plan.stages]
+    names = [stage.name + ("" if stage.side == "both" else f" ({stage.side} side)") for stage in plan.stages]
+    micro_batches = [f"{stage.gradient_accumulation(ranks)} x {stage.micro_batch_size} x {ranks}" for stage in plan.stages]
+    return {
+        "stage": [*names, "run"],
+        "K": [*(str(stage.patch_size) for stage in plan.stages), ""],
+        "T": [*(f"{stage.positions:,}" for stage in plan.stages), ""],
+        "samples/step": [*(f"{stage.global_batch_size:,}" for stage in plan.stages), ""],
+        "micro-batches": [*micro_batches, ""],
+        "tokens/step": [*(f"{stage.tokens_per_step:,}" for stage in plan.stages), ""],
+        "steps": [*(f"{stage.steps:,}" for stage in plan.stages), f"{plan.steps:,}"],
+        "tokens": [*(format_count(stage.tokens) for stage in plan.stages), format_count(plan.tokens)],
+        "of tokens": [*(f"{stage.tokens / plan.tokens:.1%}" for stage in plan.stages), "100%"],
+        "of FLOPs": [*(f"{part / sum(flops):.1%}" for part in flops), "100%"],
+        "optimizer": ["new", *(stage.optimizer for stage in plan.stages[1:]), ""],
+        "lr": [*(_lr_text(stage) for stage in plan.stages), ""],
+    }
 
 
 def _lr_text(stage: Stage) -> str:
     if stage.lr_policy == "continue":
-        return "goes on"
+        return "continued"
     if stage.lr_policy == "rewarm":
-        return f"goes on, rewarmed over {format_count(stage.rewarm_tokens)}"
+        return f"continued, rewarm over {format_count(stage.rewarm_tokens)}"
     warm = f", {format_count(stage.lr.warmup_tokens)} warm-up" if stage.lr.warmup_tokens else ""
-    decay = f", last {format_count(stage.lr.wsd_decay_tokens)} decay" if stage.lr.style == "WSD" else ""
+    decay = f", decay over the last {format_count(stage.lr.wsd_decay_tokens)}" if stage.lr.style == "WSD" else ""
     return f"{stage.lr.lr:g} {stage.lr.style}{warm}{decay}"
 
 
 def print_plan(run: RunConfig, engine: EngineConfig, console: Console, origins: bool = True, stream: TrainStream | None = None) -> None:
-    """Prints options with their origins, stages, model, cost, what is read of the data where it is here, and DeepSpeed's JSON."""
+    """Prints the stages, the model, the cost, the data and the memory of a run.
+
+    Args:
+        run: the run.
+        engine: the configuration of DeepSpeed.
+        console: where to print.
+        origins: whether to print also the options with their origins, the memory of each rank and DeepSpeed's JSON.
+        stream: the training stream, whose corpus usage is printed; None: the data does not exist on this machine.
+    """
     cost = Cost(run.shape, run.plan, run.options.stages.seq_length)
     layout = layout_of(run, engine)
     parts = pipeline_parts(run.shape, run.plan, layout)
@@ -82,8 +104,9 @@ def print_plan(run: RunConfig, engine: EngineConfig, console: Console, origins: 
     if origins:
         values = option_values(run.options)
         given = ", ".join(f"{name.replace('_', '-')} = {values[name]} ({origin})" for name, origin in sorted(run.origins.items()))
-        console.print(f"[bold]Options[/bold] {given or 'all by default'}; the others by default.", highlight=False, soft_wrap=True)
-    console.print(stage_table(run, cost))
+        options = f"{given}; the other options have their defaults" if given else "all options have their defaults"
+        console.print(f"[bold]Options[/bold] {options}", highlight=False, soft_wrap=True)
+    console.print(stage_table(run, cost, console.width))
     count = parameter_count(run.shape)
     console.print(
         f"[bold]Model[/bold] {format_count(count.total)} parameters ({count.total:,}): embedding {format_count(count.embedding)}, "
@@ -94,18 +117,20 @@ def print_plan(run: RunConfig, engine: EngineConfig, console: Console, origins: 
     flops = sum(stage.steps * cost.step_flops(stage) for stage in run.plan.stages)
     console.print(
         f"[bold]Cost[/bold] {flops:.3g} FLOPs: {cost.whole:.3f} of token-level training on the same {format_count(run.plan.tokens)} tokens "
-        f"({run.plan.cost():.3f} by positions: λ/K + 1 - λ)",
+        f"({run.plan.cost():.3f} counted in positions: λ/K + 1 - λ)",
         highlight=False,
     )
     console.print(
-        f"[bold]Data[/bold] blocks of {run.plan.block_tokens:,} tokens; "
-        + (", ".join(f"{prefix} ({weight:.1%})" for prefix, weight in run.blend) or "none given"),
+        "[bold]Data[/bold] "
+        + (", ".join(f"{prefix} ({weight:.1%})" for prefix, weight in run.blend) or "none (no --data-path)")
+        + f"; read in blocks of {run.plan.block_tokens:,} tokens",
         highlight=False,
     )
     if stream is not None:
         console.print(corpus_usage_table(stream))
     console.print(
-        f"[bold]Ranks[/bold] {layout.ranks:,}: {layout.name()}; the fullest needs about {fullest / 2**30:.1f} GiB", highlight=False
+        f"[bold]Ranks[/bold] {layout.ranks:,}: {layout.name()}; about {fullest / 2**30:.1f} GiB of memory on the fullest rank",
+        highlight=False,
     )
     if origins:
         console.print(rank_table(parts, run.shape))

@@ -1,6 +1,6 @@
-"""Held-out loss at K = 1 and, in a patch stage, at the stage's own K: two numbers that are never mixed.
+"""Computes the held-out loss at K = 1 and, in a patch stage, at the stage's K: two numbers that are never mixed.
 
-In: the engine's weights as they are, and the held-out part of the data. Out: two mean losses over the same tokens.
+In: the engine with its present weights, and the held-out data. Out: two mean losses over the same tokens.
 """
 
 from __future__ import annotations
@@ -17,36 +17,44 @@ _CHUNK = 32
 
 
 class EvaluationStopped(Exception):
-    """Somebody asked the run to stop meanwhile; the message says who."""
+    """The run was asked to stop during the evaluation.
+
+    Args:
+        reason: the reason to stop.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
 
 
 def held_out_losses(
-    engine: Engine, data: RunData, stage: Stage, seq_length: int, tokens: int, stop_asked: Callable[[], str | None]
+    engine: Engine, data: RunData, stage: Stage, seq_length: int, tokens: int, stop_reason: Callable[[], str | None]
 ) -> tuple[EvaluationResult, EvaluationResult]:
-    """The loss at K = 1 in samples of `seq_length`, and the loss at the stage's K, which in a token stage is the same one.
+    """Returns the loss at K = 1 in samples of `seq_length`, and the loss at the stage's K, which is the same in a token stage.
 
     Args:
-        engine: whose weights.
-        data: with a held-out part.
-        stage: the run is in.
+        engine: the engine whose weights are evaluated.
+        data: the data of the run.
+        stage: the stage that the run is in.
         seq_length: positions of a sample at K = 1.
-        tokens: to score at most, with each K.
-        stop_asked: who wants the run to stop, if anybody; asked between batches, by all ranks alike.
+        tokens: number of tokens to score at most, at each K.
+        stop_reason: returns the reason to stop, or None; called between batches, by all ranks equally often.
 
     Raises:
-        Stopped: `stop_asked` named somebody.
+        EvaluationStopped: `stop_reason` returned a reason.
     """
-    token_level = _mean_loss(engine, data.evaluation(stage, seq_length, 1, tokens), stop_asked)
+    token_level = _mean_loss(engine, data.evaluation(stage, seq_length, 1, tokens), stop_reason)
     if stage.patch_size == 1:
         return token_level, token_level
-    return token_level, _mean_loss(engine, data.evaluation(stage, stage.positions, stage.patch_size, tokens), stop_asked)
+    return token_level, _mean_loss(engine, data.evaluation(stage, stage.positions, stage.patch_size, tokens), stop_reason)
 
 
-def _mean_loss(engine: Engine, batches: Iterator[PatchBatch], stop_asked: Callable[[], str | None]) -> EvaluationResult:
+def _mean_loss(engine: Engine, batches: Iterator[PatchBatch], stop_reason: Callable[[], str | None]) -> EvaluationResult:
     labels, loss_sum = 0, 0.0
     while chunk := list(itertools.islice(batches, _CHUNK)):
         part = engine.evaluate(chunk)
         labels, loss_sum = labels + part.labels, loss_sum + (part.loss * part.labels if part.labels else 0.0)
-        if (asked := stop_asked()) is not None:
-            raise EvaluationStopped(asked)
+        if (reason := stop_reason()) is not None:
+            raise EvaluationStopped(reason)
     return EvaluationResult(loss_sum / labels if labels else float("nan"), labels)

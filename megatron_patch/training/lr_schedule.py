@@ -1,7 +1,7 @@
-"""The learning rate as a function of tokens, over one stage or across several.
+"""Computes the learning rate as a function of tokens, over one stage or several.
 
-In: a plan, whose stages restart, continue or rewarm the schedule. Out: the learning rate of each step. A step learns at the rate of the
-tokens read **with** it, so the first step is not wasted at 0 and the last reaches the minimum.
+In: a plan, whose stages restart, continue or rewarm the schedule. Out: the learning rate of each step. The tokens of a step count for
+its own rate, so that the first step is not wasted at a rate of 0 and the last step reaches the minimum.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from megatron_patch.stages import LrShape, StagePlan
 
 @dataclass(frozen=True)
 class Segment:
-    """One schedule: the stages from one restart to the next.
+    """One schedule over the stages from one restart to the next.
 
     Args:
         first_tokens: tokens read when it begins.
         last_tokens: tokens read when it ends.
-        shape: its form.
-        rewarms: (tokens at which a rewarm begins, its length in tokens).
+        shape: warm-up, decay and learning rates.
+        rewarms: (tokens read when a rewarm begins, its length in tokens).
     """
 
     first_tokens: int
@@ -31,7 +31,7 @@ class Segment:
 
 
 def _decay(shape: LrShape, done: float, length: float) -> float:
-    """The rate after `done` of the `length` tokens behind the warm-up."""
+    """Returns the rate after `done` of the `length` tokens that follow the warm-up."""
     span, share = shape.lr - shape.min_lr, min(1.0, done / length) if length > 0 else 1.0
     if shape.style == "constant":
         return shape.lr
@@ -57,11 +57,11 @@ def _decay(shape: LrShape, done: float, length: float) -> float:
 
 
 def learning_rate(segment: Segment, tokens: int) -> float:
-    """The rate after `tokens` tokens of the run: linear warm-up from 0, then the decay of the shape's style.
+    """Returns the learning rate of a step: linear warm-up from 0, then the decay of the shape's style.
 
     Args:
-        segment: the schedule that holds there.
-        tokens: of the run, with those of the step.
+        segment: the schedule at that step.
+        tokens: tokens that the run has read, including those of the step.
     """
     shape = segment.shape
     done = tokens - segment.first_tokens
@@ -78,12 +78,16 @@ def learning_rate(segment: Segment, tokens: int) -> float:
 
 @dataclass(frozen=True)
 class LrSchedule:
-    """The schedules of a run, one after another."""
+    """The schedules of a run, one after another.
+
+    Args:
+        segments: the schedules, in order.
+    """
 
     segments: Sequence[Segment]
 
     def at(self, tokens: int) -> float:
-        """The rate of the step that ends at `tokens` tokens of the run."""
+        """Returns the learning rate of the step after which the run has read `tokens` tokens."""
         for segment in self.segments:
             if tokens <= segment.last_tokens:
                 return learning_rate(segment, tokens)
@@ -91,7 +95,7 @@ class LrSchedule:
 
 
 def build_lr_schedule(plan: StagePlan) -> LrSchedule:
-    """The schedules of a plan: a stage that restarts begins one, the others go on with it."""
+    """Returns the schedules of a plan: a stage that restarts begins a new one, other stages continue the current one."""
     segments: list[Segment] = []
     for index, stage in enumerate(plan.stages):
         first, last = plan.first_token(index), plan.first_token(index + 1)

@@ -1,4 +1,4 @@
-"""Pretraining, from the command line to the last checkpoint; read `Trainer.train` from top to bottom.
+"""Runs a pretraining job from the command line to the last checkpoint; the loop itself is `Trainer.train`.
 
 In: flags. Out: checkpoints, metrics, and an exit code (`ExitCode`).
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_patch.config.resolve import RunConfig, load_config
 from megatron_patch.engine.deepspeed_config import EngineConfig, engine_config
@@ -21,15 +22,22 @@ from megatron_patch.training.faults.watchdog import Watchdog
 from megatron_patch.training.stream import open_stream_if_present
 from megatron_patch.utils.console import flush_output, make_console
 
+if TYPE_CHECKING:
+    from megatron_patch.training.callbacks.base import CallbackFactory
 
-def pretrain(run: RunConfig) -> ExitCode:
-    """Trains as a run says, or prints its plan in a dry run.
+
+def pretrain(run: RunConfig, callbacks: Sequence[CallbackFactory] = ()) -> ExitCode:
+    """Trains a run, or prints its plan with --dry-run.
+
+    Args:
+        run: the resolved run.
+        callbacks: factories of further callbacks, called on every rank once the model is built.
 
     Returns:
-        Done, or stopped on request.
+        `ExitCode.DONE`, or `ExitCode.PREEMPTED` if the run was asked to stop.
 
     Raises:
-        MegatronPatchError: what the user has to change.
+        MegatronPatchError: the run cannot start or continue; the message says what to change.
     """
     settings = engine_settings(run)
     if run.options.logging.dry_run:
@@ -39,70 +47,77 @@ def pretrain(run: RunConfig) -> ExitCode:
         for note in notes:
             console.print(f"[yellow]Note[/yellow] {note}", highlight=False)
         return ExitCode.DONE
-    # Never given back: a signal that comes while the process leaves is no reason for another exit code.
+    # Never closed: a signal that arrives while the process exits must not change the exit code.
     stops = StopRequests(run.options.safety)
     use_expandable_segments()
-    # Torch and DeepSpeed take seconds to import, which wrong flags and dry runs need not wait for.
+    # Torch and DeepSpeed take seconds to import, for which wrong flags and dry runs should not wait.
     from megatron_patch.engine.distributed import barrier, destroy_distributed, init_distributed
     from megatron_patch.engine.swapping import require_async_io
     from megatron_patch.training.trainer import Trainer
 
     with make_watchdog(run) as watchdog:
         device = init_distributed(run.options.engine.distributed_timeout_minutes)
-        watchdog.listen()
+        watchdog.follow_peers()
         if settings.precision == "fp16" and device.type == "cpu":
-            raise ConfigError("--fp16 on CPUs", "--bf16 or float32 there", "use --bf16, or a GPU")
+            raise ConfigError("--fp16 is given, but the ranks run on CPUs", "--bf16 or float32 on CPUs", "use --bf16, or run on GPUs")
         if settings.offloads_to_nvme:
             require_async_io()
-        asked = stops.agreed(device)
-        if asked is None:
-            with Trainer(run, settings, device, stops, watchdog) as trainer:
+        if stops.agreed_request(device) is None:
+            with Trainer(run, settings, device, stops, watchdog, callbacks) as trainer:
                 code = trainer.train()
         else:
             code = ExitCode.PREEMPTED
-        watchdog.heartbeat("the job is left")
-        # Together: a launcher gives the others little time when the first rank has left, and some close more than others.
+        watchdog.heartbeat("the ranks leave the job")
+        # All ranks exit at the same time, because launchers kill the remaining ranks soon after the first exit.
         barrier()
-        # Not after an error: peers may be inside a collective, and leaving would wait for them.
+        # Only without an error: otherwise peers may be inside a collective, for which this call would wait.
         destroy_distributed()
     return code
 
 
 def save_folder(run: RunConfig) -> Path | None:
-    """The run's folder, if it has one."""
+    """Returns the run's folder (--save), or None."""
     return Path(run.options.checkpoint.save) if run.options.checkpoint.save else None
 
 
 def make_watchdog(run: RunConfig) -> Watchdog:
-    """This rank's watchdog."""
+    """Returns this rank's watchdog; it is watching already."""
     return Watchdog(run.options.safety.hang_timeout, save_folder(run), ranks_from_environment()[0])
 
 
 def engine_settings(run: RunConfig) -> EngineConfig:
-    """DeepSpeed's part of a run.
+    """Returns the configuration of DeepSpeed for a run.
 
     Raises:
-        ConfigError: what does not go together.
+        ConfigError: options exclude each other.
     """
     settings = engine_config(run.options.engine, run.options.schedule, run.origins, run.plan, run.data_parallel_size)
     if settings.precision == "bf16" and settings.zero_stage == 0 and run.options.engine.recompute_granularity != "none":
         raise ConfigError(
-            "--bf16 with --zero-stage 0 and recomputation",
-            "--zero-stage 1 to 3, or no recomputation",
-            "use --zero-stage 1: it needs less memory",
+            "--bf16 is combined with --zero-stage 0 and recomputation",
+            "--zero-stage 1 to 3 with recomputation, or --recompute-granularity none",
+            "use --zero-stage 1, which also needs less memory",
         )
     return settings
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line: prints errors in their three parts and returns the exit code."""
+def main(argv: Sequence[str] | None = None, callbacks: Sequence[CallbackFactory] = ()) -> int:
+    """Runs the command line, prints an error in its three parts, and returns the exit code.
+
+    A launcher script of a user registers extensions and calls this function.
+
+    Args:
+        argv: the flags; None: those of this process.
+        callbacks: factories of further callbacks (`Callable[[CallbackContext], Callback]`), called on every rank once the model is built.
+            A dry run does not call them.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     rank, local_rank, save = 0, 0, None
     try:
         rank, ranks, local_rank = ranks_from_environment()
         run = load_config(arguments, ranks)
         save = None if run.options.logging.dry_run else save_folder(run)
-        code = pretrain(run)
+        code = pretrain(run, callbacks)
     except (Exception, KeyboardInterrupt) as error:
         code = report_error(error, rank, local_rank, save)
     else:

@@ -1,8 +1,8 @@
-"""Where a run starts, and whether it may: a new run, a run from another's weights, or a resumed run.
+"""Where a run starts and whether it may: a new run, a new run from another run's weights, or a resumed run.
 
-In: the flags, on every rank. Out: the newest valid checkpoint, the same on every rank; whether the run resumes it; and the plan to go on
-with, or the reason why that is refused. All ranks verify checkpoints together, each a share of the files: one rank alone would need an
-hour for those of a large model.
+In: the options, on every rank. Out: `StartPoint`, the same on every rank, or an error that names the first difference between the
+checkpoint and the options. All ranks verify checkpoints together, each a share of the files: one rank alone would need an hour for those
+of a large model.
 """
 
 from __future__ import annotations
@@ -25,56 +25,87 @@ from megatron_patch.model.shape import ModelShape
 from megatron_patch.parallel.grid import Grid
 from megatron_patch.stages import Progress, Stage, StagePlan
 
+_START_NEW = "start a new run from the weights with --finetune --load … --save ELSEWHERE"
+
 
 @dataclass(frozen=True)
 class StartPoint:
-    """What a run begins with.
+    """Where a run starts.
 
     Args:
-        found: the checkpoint, or None.
-        resuming: whether to go on with its run, and not to take its weights alone.
-        begun_from: the --load that the run in --save began with, or None. Started again with the same --load, it goes on with its own.
+        plan: the plan to follow.
+        progress: the progress to start at.
+        checkpoint: the checkpoint to load weights from; None: initial weights.
+        resuming: whether the checkpoint's run is resumed; False: at most its weights are taken.
+        begun_from: absolute path of the --load folder that the run first started from, or None. A later start with the same --load
+            resumes the run's own checkpoints in --save.
     """
 
-    found: FoundCheckpoint | None = None
+    plan: StagePlan
+    progress: Progress
+    checkpoint: FoundCheckpoint | None = None
     resuming: bool = False
     begun_from: str | None = None
 
+    @property
+    def stage(self) -> Stage:
+        """The stage to start in."""
+        return self.plan.stages[self.progress.stage_index]
 
-def find_start_point(options: CheckpointOptions, grid: Grid) -> StartPoint:
-    """What the flags ask for; every rank must call it.
+    @property
+    def resumed(self) -> TrainerState | None:
+        """The trainer state to resume; None for a new run."""
+        return self.checkpoint.state if self.checkpoint is not None and self.resuming else None
+
+
+def find_start_point(run: RunConfig, grid: Grid) -> StartPoint:
+    """Returns where the options --save, --load and --finetune start the run; every rank must call it.
 
     Raises:
-        CheckpointError: there is no sound checkpoint where there should be one.
+        CheckpointError: no checkpoint is valid although there are some, or the checkpoint has another model or plan than the run.
     """
+    found, resuming, begun_from = _find_checkpoint(run.options.checkpoint, grid)
+    if found is not None:
+        check_model(found.state, run, weights_only=not resuming)
+    if found is None or not resuming:
+        return StartPoint(run.plan, Progress(0, 0), found, False, begun_from)
+    progress = Progress(found.state.stage_index, found.state.stage_step)
+    return StartPoint(plan_to_resume(found.state, run), progress, found, True, begun_from)
+
+
+def _find_checkpoint(options: CheckpointOptions, grid: Grid) -> tuple[FoundCheckpoint | None, bool, str | None]:
+    """Returns the checkpoint to start from, whether its run is resumed, and the --load folder that the run first started from."""
     save = Path(options.save) if options.save is not None else None
     load = Path(options.load) if options.load is not None and options.load != options.save else None
     if load is None:
         found = newest_valid(save, grid) if save is not None else None
-        return StartPoint(found, found is not None, found.state.begun_from if found is not None else None)
+        return found, found is not None, found.state.begun_from if found is not None else None
     begun_from = os.path.abspath(load)
     if save is not None:
-        own = None if options.finetune else lambda state: state.begun_from == begun_from
-        found = newest_valid(save, grid, own)
+        started_from_load = None if options.finetune else lambda state: state.begun_from == begun_from
+        found = newest_valid(save, grid, started_from_load)
         if found is not None:
-            return StartPoint(found, True, begun_from)
+            return found, True, begun_from
     found = newest_valid(load, grid)
     if found is None and options.finetune:
         raise CheckpointError(f"--load {load} holds no checkpoint", "a folder with step-N checkpoints", "check the path")
-    return StartPoint(found, found is not None and not options.finetune, begun_from)
+    return found, found is not None and not options.finetune, begun_from
 
 
 def newest_valid(folder: Path, grid: Grid, wanted: Callable[[TrainerState], bool] | None = None) -> FoundCheckpoint | None:
-    """As `find_newest_valid`, by all ranks together.
+    """Returns what `find_newest_valid` finds on rank 0, verified by all ranks together; every rank must call it.
 
     Args:
-        folder: of a run, or of one checkpoint.
-        grid: this rank.
-        wanted: looks at no others; rank 0's counts.
+        folder: the folder of a run or of one checkpoint.
+        grid: coordinates of this rank.
+        wanted: whether a checkpoint with this state may be returned; only rank 0's is called.
+
+    Raises:
+        CheckpointError: there are checkpoints, but none is valid.
     """
     if grid.rank > 0:
-        while (asked := broadcast_object(None)) is not None:
-            gather_objects(_verify_share(Path(str(asked)), grid))
+        while (candidate := broadcast_object(None)) is not None:
+            gather_objects(_verify_share(Path(str(candidate)), grid))
         result = broadcast_object(None)
     else:
 
@@ -98,37 +129,35 @@ def _verify_share(folder: Path, grid: Grid) -> list[str]:
     return verify(folder, lambda entries: share_of_rank({name: entry.size for name, entry in entries.items()}, grid.rank, grid.world_size))
 
 
-def start_notes(start: StartPoint, save: Path | None, plan: StagePlan, progress: Progress) -> list[str]:
-    """What people are told of where the run starts.
+def start_notes(start: StartPoint, save: Path | None) -> list[str]:
+    """Returns sentences for the user about where the run starts.
 
     Args:
-        start: what was found.
-        save: the run's folder, or None.
-        plan: of the run.
-        place: where in it the run stands.
+        start: the start point.
+        save: the run's folder (--save), or None.
     """
-    found, notes = start.found, []
+    found, notes = start.checkpoint, []
     if found is None:
         notes.append("new run")
     else:
         notes += [f"skipped the checkpoint {folder}: {reason}" for folder, reason in found.skipped]
-        notes.append(_resumed(found, plan, progress) if start.resuming else f"new run from the weights of {found.folder}")
-    if save is not None and (newer := _newer_of_before(save, start)):
-        notes.append(f"without --load the run would go on from {newer[0]} in {save}: move newer checkpoints away")
+        notes.append(_resumed_note(start, found) if start.resuming else f"new run from the weights of {found.folder}")
+    if save is not None and (newer := _newer_than_start(save, start)):
+        notes.append(f"without --load the run would resume from {newer[0]} in {save}; move newer checkpoints away to prevent this")
     return notes
 
 
-def _resumed(found: FoundCheckpoint, plan: StagePlan, progress: Progress) -> str:
-    step, stage = plan.step(progress), plan.stages[progress.stage_index]
-    done = " (nothing left to do)" if step == plan.steps else ""
-    return f"resumed from {found.folder}: stage {stage.name}, step {step:,} of {plan.steps:,}{done}"
+def _resumed_note(start: StartPoint, found: FoundCheckpoint) -> str:
+    step, total = start.plan.step(start.progress), start.plan.steps
+    done = " (nothing left to do)" if step == total else ""
+    return f"resumed from {found.folder}: stage {start.stage.name}, step {step:,} of {total:,}{done}"
 
 
-def _newer_of_before(save: Path, start: StartPoint) -> list[str]:
-    """Names of the run's checkpoints behind the one that --load has it go back to."""
-    if start.found is None or not start.resuming or start.begun_from is None:
+def _newer_than_start(save: Path, start: StartPoint) -> list[str]:
+    """Returns the names of checkpoints in --save that are newer than the one that --load made the run return to."""
+    if start.resumed is None or start.begun_from is None:
         return []
-    return [folder.name for folder in checkpoints(save) if (step_of(folder) or 0) > start.found.state.step]
+    return [folder.name for folder in checkpoints(save) if (step_of(folder) or 0) > start.resumed.step]
 
 
 _GEOMETRY = ("patch_size", "positions", "global_batch_size", "steps", "side", "position_weights", "anneal_share", "blend")
@@ -143,54 +172,59 @@ def _first_difference(saved: Mapping[str, Any], given: Mapping[str, Any]) -> str
 
 
 def check_model(state: TrainerState, run: RunConfig, weights_only: bool = False) -> None:
-    """The checkpoint's model must be this run's.
+    """Checks that the checkpoint's model is this run's.
 
     Args:
-        state: of the checkpoint.
+        state: the checkpoint's trainer state.
         run: this run.
-        weights_only: a new run begins from the weights, for which initial weights and the longest rotary context mean nothing.
+        weights_only: whether a new run takes only the weights; the scale of initial weights may then differ, and with rotary position
+            embeddings the context length, too.
 
     Raises:
-        CheckpointError: naming the first difference, or that there is no run to go on with.
+        CheckpointError: the models differ (the first difference is named), or the checkpoint holds only weights and cannot be resumed.
     """
     if not weights_only and state.weights_only:
         raise CheckpointError(
-            "the checkpoint holds weights alone, without a run to go on with",
+            "the checkpoint holds weights alone, without a run to resume",
             "a checkpoint of a run, or --finetune",
-            "start a new run from the weights with --finetune --load … --save ELSEWHERE",
+            _START_NEW,
         )
     defaults = {f.name: f.default for f in dataclasses.fields(ModelShape) if f.default is not dataclasses.MISSING}
     saved, given = {**defaults, **state.model}, dataclasses.asdict(run.shape)
-    free = {"padded_vocab_size"}  # which belongs to the layout
+    free = {"padded_vocab_size"}  # depends on the layout
     if weights_only:
         free |= {"init_std"} | ({"max_positions"} if run.shape.position_embedding == "rope" else set())
     saved, given = ({name: value for name, value in values.items() if name not in free} for values in (saved, given))
     difference = _first_difference(saved, given)
     if difference:
         raise CheckpointError(
-            f"the checkpoint is of another model: {difference}",
-            "the model's flags that the checkpoint was made with",
+            f"the checkpoint has another model: {difference}",
+            "the model flags that the checkpoint was written with",
             "change the flags or --load",
         )
 
 
 def check_data(state: TrainerState, fingerprint: Mapping[str, Any]) -> None:
-    """The data must not have changed since the checkpoint.
+    """Checks that the data is the same as when the checkpoint was written.
+
+    Args:
+        state: the checkpoint's trainer state.
+        fingerprint: of this run's training stream.
 
     Raises:
-        CheckpointError: naming what changed.
+        CheckpointError: the data differs; the first difference is named.
     """
     difference = _first_difference(state.data_fingerprint, fingerprint)
     if difference:
         raise CheckpointError(
             f"the data has changed since the checkpoint: {difference}",
-            "the very files that the run began with, in the same blend and split",
-            "restore them, or start a new run from the weights with --finetune --load … --save ELSEWHERE",
+            "the files that the run began with, in the same blend and split",
+            f"restore them, or {_START_NEW}",
         )
 
 
 def _same_request(state: TrainerState, run: RunConfig) -> bool:
-    """Whether the options that make the plan are those of the checkpoint, so that plans differ by rounding to ranks alone."""
+    """Returns whether the options that make the plan are the checkpoint's, so that plans can differ only by rounding to ranks."""
     names = [f.name for f in dataclasses.fields(run.options.stages) if f.name not in _FREE_OPTIONS]
     now = option_values(run.options)
     saved = state.config.get("options", {})
@@ -198,12 +232,12 @@ def _same_request(state: TrainerState, run: RunConfig) -> bool:
 
 
 def plan_to_resume(state: TrainerState, run: RunConfig) -> StagePlan:
-    """The plan to go on with: the checkpoint's batches and steps, this run's learning rates and micro-batches.
+    """Returns the plan to resume with: batches and steps from the checkpoint, learning rates and micro-batches from this run.
 
-    A global batch given in tokens was rounded to the ranks of the first start; it stays what it was on any number of ranks.
+    A global batch given in tokens was rounded to the ranks of the first start; it keeps that size on any number of ranks.
 
     Raises:
-        CheckpointError: the flags ask for another plan.
+        CheckpointError: the flags describe another plan.
     """
     try:
         saved = StagePlan.from_json(state.plan)
@@ -222,12 +256,52 @@ def plan_to_resume(state: TrainerState, run: RunConfig) -> StagePlan:
     difference = _first_difference(geometry(saved), geometry(given))
     if difference and not _same_request(state, run):
         raise CheckpointError(
-            f"the checkpoint is of another plan: {difference}",
+            f"the checkpoint has another plan: {difference}",
             "the flags for stages, batch and tokens that the run began with (micro-batch, learning rate and layout may change)",
-            "restore them, or start a new run from the weights with --finetune --load … --save ELSEWHERE",
+            f"restore them, or {_START_NEW}",
         )
 
     def merge(old: Stage, new: Stage) -> Stage:
         return dataclasses.replace(new, **{name: getattr(old, name) for name in ("steps", "global_batch_size")})
 
     return StagePlan(tuple(merge(old, new) for old, new in zip(saved.stages, given.stages, strict=True)), saved.block_tokens)
+
+
+def make_trainer_state(
+    run: RunConfig,
+    start: StartPoint,
+    progress: Progress,
+    fingerprint: Mapping[str, Any],
+    guard: Mapping[str, Any],
+    stage_end: bool,
+    engine: Mapping[str, Any],
+) -> TrainerState:
+    """Returns what a checkpoint records, the counterpart of `find_start_point`.
+
+    Args:
+        run: the run.
+        start: where this start of it began.
+        progress: the progress to save.
+        fingerprint: of the training stream.
+        guard: the step guard's state (`StepGuard.state`).
+        stage_end: whether this is the checkpoint that ends the stage.
+        engine: the engine's state (`Snapshot.state`).
+    """
+    plan, stage = start.plan, start.plan.stages[progress.stage_index]
+    return TrainerState(
+        step=plan.step(progress),
+        stage_index=progress.stage_index,
+        stage_step=progress.stage_step,
+        stage_name=stage.name,
+        consumed_tokens=plan.consumed_tokens(progress),
+        consumed_samples=progress.stage_step * stage.global_batch_size,
+        plan=plan.to_json(),
+        config=run.to_json(),
+        data_fingerprint=fingerprint,
+        engine=dict(engine),
+        model=dataclasses.asdict(run.shape),
+        stage_end=stage_end,
+        guard=guard,
+        begun_from=start.begun_from,
+        data_metadata=dataclasses.asdict(run.data_metadata) if run.data_metadata else None,
+    )

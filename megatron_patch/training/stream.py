@@ -1,6 +1,9 @@
-"""The training stream of a run, opened and checked, and a table of what its stages read. Needs no torch: dry runs and plans show it too.
+"""Opens the training stream of a run, and shows how much of each corpus every stage reads.
 
-In: a run and its plan. Out: `TrainStream`, and how often each corpus will be seen in each stage.
+This file is separate from `data.py` because it must not import torch: a dry run and tools/plan.py show the same numbers, and torch takes
+seconds to import.
+
+In: a run and its plan. Out: `TrainStream`, and the corpus usage (tokens and epochs of each corpus) as a table or as JSON values.
 """
 
 from __future__ import annotations
@@ -22,8 +25,13 @@ from megatron_patch.utils.units import format_count
 def open_stream(run: RunConfig, plan: StagePlan) -> TrainStream:
     """Opens and checks the training corpora of a run.
 
+    Args:
+        run: the run.
+        plan: the plan that it follows.
+
     Raises:
-        DataError: a file that is missing, broken, of another vocabulary, or too small for the plan; more epochs than are allowed.
+        DataError: a file is missing, damaged, has another vocabulary or is too small for the plan, or a corpus is read more often than
+            --max-epochs allows.
     """
     options = run.options.data
     corpora = {name: open_corpus(name) for name in run.corpus_names}
@@ -43,23 +51,24 @@ def open_stream(run: RunConfig, plan: StagePlan) -> TrainStream:
 
 
 def open_stream_if_present(run: RunConfig) -> tuple[TrainStream | None, list[str]]:
-    """The stream of a run whose data may not be on this machine.
+    """Opens the training stream of a run whose data may not exist on this machine.
 
     Returns:
-        The stream, or None where a corpus is missing; and what should be noted about it, in sentences.
+        The stream, or None if a corpus is missing; and sentences for the user about it.
 
     Raises:
-        DataError: as `open_stream`, of data that is here.
+        DataError: the data exists, and `open_stream` refuses it.
     """
-    missing = _missing_data(run) if run.blend else "no --data-path"
-    if missing is not None:
-        return None, [f"how often data is read is not shown: {missing}"]
+    if not run.blend:
+        return None, ["epochs per corpus are unknown without --data-path"]
+    if (missing := _missing_data(run)) is not None:
+        return None, [f"epochs per corpus are unknown: {missing}"]
     stream = open_stream(run, run.plan)
     return stream, stream.notes()
 
 
 def _missing_data(run: RunConfig) -> str | None:
-    """The first of a run's corpora that is not here, in words; None: all are."""
+    """Returns a sentence about the first corpus of the run that does not exist, or None if all exist."""
     try:
         files = [f"{prefix}.bin" for name in run.corpus_names for prefix in expand_prefixes(name)]
     except DataError as error:
@@ -68,27 +77,27 @@ def _missing_data(run: RunConfig) -> str | None:
 
 
 def corpus_usage_json(stream: TrainStream) -> list[dict[str, str | float]]:
-    """The same as `corpus_usage_table` shows, as plain values: one for each corpus of each stage."""
+    """Returns the rows of `corpus_usage_table` as plain values, one for each corpus of each stage."""
     return [
-        {"stage": stage.name, **asdict(reading)} for index, stage in enumerate(stream.plan.stages) for reading in stream.corpus_usage(index)
+        {"stage": stage.name, **asdict(usage)} for index, stage in enumerate(stream.plan.stages) for usage in stream.corpus_usage(index)
     ]
 
 
 def corpus_usage_table(stream: TrainStream) -> Table:
-    """How much of each corpus each stage reads, and how often its training part has been read then."""
+    """Returns a table of the tokens and epochs that each stage reads of each corpus."""
     table = Table(title="Data", title_justify="left", header_style="bold")
-    for name in ("stage", "corpus", "tokens", "of the stage", "times read", "in all"):
+    for name in ("stage", "corpus", "tokens", "of stage", "epochs", "epochs so far"):
         table.add_column(name, justify="left" if name in ("stage", "corpus") else "right", overflow="fold")
     for index, stage in enumerate(stream.plan.stages):
-        corpus_usage = stream.corpus_usage(index)
-        whole = sum(reading.tokens for reading in corpus_usage)
-        for number, reading in enumerate(corpus_usage):
+        usages = stream.corpus_usage(index)
+        total = sum(usage.tokens for usage in usages)
+        for number, usage in enumerate(usages):
             table.add_row(
                 stage.name if number == 0 else "",
-                reading.corpus,
-                format_count(reading.tokens),
-                f"{reading.tokens / max(1, whole):.1%}",
-                f"{reading.epochs:.3f}",
-                f"{reading.epochs_by_end:.3f}",
+                usage.corpus,
+                format_count(usage.tokens),
+                f"{usage.tokens / max(1, total):.1%}",
+                f"{usage.epochs:.3f}",
+                f"{usage.epochs_by_end:.3f}",
             )
     return table

@@ -1,6 +1,6 @@
-"""How fast a run is, and whether it waits for its data.
+"""Measures the throughput of a run, and warns if training waits for data.
 
-In: times and amounts of each step. Out: tokens/s, positions/s, TFLOP/s, MFU, memory, and a warning where loading data slows training down.
+In: times and sizes of each step. Out: tokens/s, positions/s, TFLOP/s, MFU, memory, and a warning if loading data slows training down.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ class Rates:
     """Rates over a window of steps.
 
     Args:
-        tokens_per_second: of all ranks.
-        positions_per_second: of all ranks.
+        tokens_per_second: input tokens/s of all ranks together.
+        positions_per_second: positions/s of all ranks together.
         tflops: model TFLOP/s of one device.
-        mfu: model FLOPs over the device's peak, or None where the peak is not known.
+        mfu: model FLOP/s over the device's peak, or None if the peak is unknown.
         data_share: share of the time spent waiting for data.
     """
 
@@ -35,13 +35,13 @@ class Rates:
 
 
 class Throughput:
-    """A meter over a window of steps.
+    """Computes rates over a window of steps.
 
     Args:
-        devices: how many share the work.
-        device_name: decides the peak.
-        peak_tflops: the peak of one device, where the table does not know it or should not decide.
-        window: steps to look back.
+        devices: number of devices of the run.
+        device_name: name of the devices, from which their peak is known.
+        peak_tflops: peak TFLOP/s of one device; None: from the table of known devices.
+        window: number of steps in the window.
     """
 
     def __init__(self, devices: int, device_name: str, peak_tflops: float | None = None, window: int = 20) -> None:
@@ -51,11 +51,19 @@ class Throughput:
         self._steps: deque[tuple[float, float, int, int, float]] = deque(maxlen=window)
 
     def reset(self) -> None:
-        """Forgets the window: after a switch, other steps are measured."""
+        """Empties the window."""
         self._steps.clear()
 
     def update(self, seconds: float, data_seconds: float, tokens: int, positions: int, flops: float) -> Rates:
-        """Adds a step and returns the rates of the window."""
+        """Adds a step and returns the rates of the window.
+
+        Args:
+            seconds: duration of the step.
+            data_seconds: the part of it spent waiting for data.
+            tokens: input tokens of the step over all ranks.
+            positions: positions of the step over all ranks.
+            flops: model FLOPs of the step over all ranks.
+        """
         self._steps.append((seconds, data_seconds, tokens, positions, flops))
         time, waited, all_tokens, all_positions, all_flops = (sum(column) for column in zip(*self._steps, strict=True))
         time = max(time, 1e-9)
@@ -70,41 +78,49 @@ class Throughput:
 
 
 LARGEST_SHARE = 0.02
+"""Share of the time that training may wait for data without a warning."""
 
 
 class DataWaitMonitor:
-    """Watches one stage; its first step, for which nothing could be prepared, does not count.
+    """Warns once if training waits for data for more than `LARGEST_SHARE` of the time.
+
+    The first step of a stage is ignored, because its data cannot be prepared in advance.
 
     Args:
-        loading: of the stage's loader.
-        window: steps that are looked at together.
+        loading: times of the stage's loader.
+        window: number of steps that are averaged.
     """
 
     def __init__(self, loading: LoadingTimes, window: int = 20) -> None:
         self._loading = loading
         self._steps: deque[tuple[float, float]] = deque(maxlen=window)
-        self._first, self._told = True, False
+        self._is_first, self._has_warned = True, False
 
     def update(self, seconds: float, data_seconds: float) -> str | None:
-        """Adds a step: its seconds, and those of it that were spent waiting for data. Returns what to tell, if anything."""
-        if self._first or self._told:
-            self._first = False
+        """Adds a step and returns a warning with the likely cause, or None.
+
+        Args:
+            seconds: duration of the step.
+            data_seconds: the part of it spent waiting for data.
+        """
+        if self._is_first or self._has_warned:
+            self._is_first = False
             return None
         self._steps.append((seconds, data_seconds))
-        whole, waited = (sum(column) for column in zip(*self._steps, strict=True))
-        if len(self._steps) < (self._steps.maxlen or 0) or waited <= LARGEST_SHARE * whole:
+        total, waited = (sum(column) for column in zip(*self._steps, strict=True))
+        if len(self._steps) < (self._steps.maxlen or 0) or waited <= LARGEST_SHARE * total:
             return None
-        self._told = True
-        return f"waiting for data takes {waited / whole:.1%} of the time (more than {LARGEST_SHARE:.0%}): {self._loading.cause()}"
+        self._has_warned = True
+        return f"training waits for data {waited / total:.1%} of the time (more than {LARGEST_SHARE:.0%}): {self._loading.cause()}"
 
 
 def device_name(device: torch.device) -> str:
-    """What the device is called: the GPU's name, or "cpu"."""
+    """Returns the name of the GPU, or "cpu"."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
 def memory_gib(device: torch.device) -> float:
-    """Highest memory of this rank so far: the allocator's on a GPU, the process' resident set on a CPU."""
+    """Returns the peak memory of this rank so far, in GiB: of torch's allocator on a GPU, of the resident set on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

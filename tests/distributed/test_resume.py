@@ -147,7 +147,7 @@ def test_a_run_that_began_from_another_folder_goes_on_with_its_own(tmp_path, cor
     # Back to an earlier one of its own, on purpose: newer ones are left aside, and then it goes on from what it has done since.
     back = f"--zero-stage 1 --load {second / 'step-00000006'} --data-path"
     train(second, 2, PLAN, "--exit-interval 8", back, corpus)
-    assert "without --load the run would go on from" in printed(second)
+    assert "without --load the run would resume from" in printed(second)
     run = train(second, 2, PLAN, back, corpus)
     assert starts(run)[2:] == [6, 8]
     assert [record["loss"] for record in run.records("step")] == unbroken.losses[4:]

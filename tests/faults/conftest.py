@@ -1,4 +1,4 @@
-"""What the tests of this folder share: a corpus, a library that makes disks fail, and a small disk that fills."""
+"""Fixtures of this folder: a corpus, an undisturbed run, a library that makes disks fail, and a small disk."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, corpus: str) -> Run:
-    """A run of PLAN on two ranks that nothing happens to."""
+    """A run of PLAN on two ranks without faults."""
     return train(tmp_path_factory.mktemp("undisturbed") / "run", 2, PLAN, "--data-path", corpus)
 
 

@@ -1,8 +1,8 @@
-"""Fuzzing of every reader of bytes from outside: whatever is in a file, only the program's own errors may come out, soon, in little memory.
+"""Fuzzes every reader of untrusted bytes: whatever a file holds, a reader may raise only the program's own errors, in bounded time and memory.
 
     python -m tests.faults.fuzz --examples 100000 [--only idx,manifest] [--seed 1]
 
-Files are random bytes, sound files with bytes changed, cut or put in, or sound JSON and YAML with other values in some places.
+Files are random bytes, valid files with bytes changed, removed or inserted, or valid JSON and YAML with other values in some fields.
 """
 
 from __future__ import annotations
@@ -79,14 +79,14 @@ class Target:
     """A reader.
 
     Args:
-        sound: makes sound files in a folder.
-        file: the one that is changed, in that folder.
+        write_valid: writes valid files into a folder.
+        file: name of the file in that folder that is changed.
         read: reads from the folder.
-        text: the file is JSON or YAML, whose values can be changed.
-        cost: how many examples of the cheapest target one of this costs, roughly.
+        text: whether the file is JSON or YAML, whose values can be changed.
+        cost: time of one example over the time of an example of the cheapest target, roughly.
     """
 
-    sound: Callable[[Path], None]
+    write_valid: Callable[[Path], None]
     file: str
     read: Callable[[Path], Any]
     text: bool = False
@@ -137,7 +137,7 @@ def _checkpoint(folder: Path) -> None:
 def _read_manifest(folder: Path) -> None:
     commit.verify(folder)
     describe(folder, full=True)
-    # A forger knows how to compute the manifest's own checksum.
+    # An attacker can compute the manifest's own checksum.
     path = folder / commit.MANIFEST
     with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
         data = json.loads(path.read_bytes())
@@ -208,7 +208,7 @@ def _read_weights(folder: Path) -> None:
 TARGETS = {
     "idx": Target(_dataset, "d.idx", _read_dataset),
     "bin": Target(_dataset, "d.bin", _read_dataset),
-    "side_file": Target(_dataset, "d.json", lambda folder: read_metadata(str(folder / "d")), text=True),
+    "metadata": Target(_dataset, "d.json", lambda folder: read_metadata(str(folder / "d")), text=True),
     "manifest": Target(_checkpoint, commit.MANIFEST, _read_manifest, text=True),
     "trainer_state": Target(_checkpoint, commit.STATE, _read_state, text=True),
     "state_file": Target(_checkpoint, state_file_name(0, 2), _read_state_files),
@@ -223,9 +223,9 @@ _PACKED = [struct.pack("<Q", number) for number in _NUMBERS] + [struct.pack("<I"
 
 
 @st.composite
-def _changed(draw: Any, sound: bytes) -> bytes:
-    """A sound file with some bytes changed, cut out, put in, or moved; or cut off."""
-    data = bytearray(sound)
+def _changed(draw: Any, valid: bytes) -> bytes:
+    """A valid file with some bytes changed, removed or inserted, or truncated."""
+    data = bytearray(valid)
     for _ in range(draw(st.integers(1, 4))):
         place = draw(st.integers(0, len(data)))
         length = draw(st.integers(0, min(16, len(data) - place)))
@@ -255,22 +255,22 @@ _VALUES = st.recursive(
 )
 
 
-def _places(value: Any) -> Iterator[tuple[Any, Any]]:
-    """(container, key) of every value inside."""
+def _entries(value: Any) -> Iterator[tuple[Any, Any]]:
+    """Yields (container, key) of every value inside."""
     for key in list(value) if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
         yield value, key
-        yield from _places(value[key])
+        yield from _entries(value[key])
 
 
 @st.composite
-def _other_values(draw: Any, sound: Any, dump: Callable[[Any], str]) -> bytes:
-    """Sound JSON with other values in some places, or without them."""
-    value = copy.deepcopy(sound)
+def _other_values(draw: Any, valid: Any, dump: Callable[[Any], str]) -> bytes:
+    """Valid JSON in which some values are replaced or removed."""
+    value = copy.deepcopy(valid)
     for _ in range(draw(st.integers(1, 3))):
-        places = list(_places(value))
-        if not places:
+        entries = list(_entries(value))
+        if not entries:
             break
-        container, key = places[draw(st.integers(0, len(places) - 1))]
+        container, key = entries[draw(st.integers(0, len(entries) - 1))]
         kind = draw(st.sampled_from(["set", "set", "remove", "again", "deep"]))
         if kind == "set":
             container[key] = draw(_VALUES)
@@ -293,19 +293,19 @@ def _dump_yaml(value: Any) -> str:
 _NESTED = [opening * depth for opening in (b"[", b'{"a":', b"- ", b"[{") for depth in (50, 2000, 100_000)]
 
 
-def contents(target: Target, sound: bytes) -> st.SearchStrategy[bytes]:
-    """What a file may hold instead."""
-    choices = [st.binary(max_size=200), _changed(sound), _changed(sound)]
+def contents(target: Target, valid: bytes) -> st.SearchStrategy[bytes]:
+    """Returns a strategy of contents to put in place of a valid file."""
+    choices = [st.binary(max_size=200), _changed(valid), _changed(valid)]
     if target.text:
-        value = yaml.safe_load(sound) if target.file.endswith("yaml") else json.loads(sound)
+        value = yaml.safe_load(valid) if target.file.endswith("yaml") else json.loads(valid)
         dump = _dump_yaml if target.file.endswith("yaml") else json.dumps
         choices += [_other_values(value, dump)] * 3 + [st.sampled_from(_NESTED)]
     if target.file.endswith(".safetensors"):
-        size = struct.unpack("<Q", sound[:8])[0]
-        header = json.loads(sound[8 : 8 + size])
+        size = struct.unpack("<Q", valid[:8])[0]
+        header = json.loads(valid[8 : 8 + size])
 
         def packed(text: bytes) -> bytes:
-            return struct.pack("<Q", len(text)) + text + sound[8 + size :]
+            return struct.pack("<Q", len(text)) + text + valid[8 + size :]
 
         choices += [_other_values(header, json.dumps).map(packed)] * 2
         index = json.loads(header["__metadata__"]["fragments"])
@@ -320,7 +320,7 @@ def contents(target: Target, sound: bytes) -> st.SearchStrategy[bytes]:
 
 @contextlib.contextmanager
 def bounded() -> Iterator[None]:
-    """Little memory beyond what is there, and an alarm clock that counts this process' own time: a busy machine is no slow reader."""
+    """Limits further memory, and the processor time of this process, so that a busy machine does not look like a slow reader."""
 
     def rang(*_: object) -> None:
         raise AssertionError(f"a reader took more than {LONGEST_SECONDS} seconds")
@@ -338,15 +338,21 @@ def bounded() -> Iterator[None]:
 
 
 def fuzz(name: str, folder: Path, examples: int, number: int = 0) -> dict[str, int]:
-    """Gives a reader so many files; counts how many it read and how many it refused.
+    """Gives files to a reader; returns how many it read and how many it refused.
+
+    Args:
+        name: name of the target.
+        folder: where to write the files.
+        examples: number of files.
+        number: seed.
 
     Raises:
-        BaseException: what else a reader raised, with the smallest such file that was found.
+        BaseException: the reader raised something else; the smallest such file that was found is printed.
     """
     target = TARGETS[name]
     folder.mkdir(parents=True, exist_ok=True)
-    target.sound(folder)
-    sound = (folder / target.file).read_bytes()
+    target.write_valid(folder)
+    valid = (folder / target.file).read_bytes()
     target.read(folder)
     count = {"read": 0, "refused": 0}
 
@@ -358,7 +364,7 @@ def fuzz(name: str, folder: Path, examples: int, number: int = 0) -> dict[str, i
         phases=(Phase.generate, Phase.shrink),
         suppress_health_check=list(HealthCheck),
     )
-    @given(contents(target, sound))
+    @given(contents(target, valid))
     def one(data: bytes) -> None:
         (folder / target.file).write_bytes(data)
         signal.setitimer(signal.ITIMER_PROF, LONGEST_SECONDS)
@@ -376,7 +382,7 @@ def fuzz(name: str, folder: Path, examples: int, number: int = 0) -> dict[str, i
 
 
 def main() -> int:
-    """The command line; prints a line of JSON for each reader."""
+    """Runs the command line and prints a line of JSON for each reader."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--examples", type=int, default=1000)
     parser.add_argument("--only", default=",".join(TARGETS))

@@ -1,9 +1,9 @@
-"""A long run of a tiny model: memory, open files, threads and the time of a step must not grow.
+"""Load test: in a long run of a tiny model, memory, open files, threads and step times must not grow.
 
     python -m tests.faults.load --steps 10000
 
-Trains with checkpoints beside training, evaluations and metrics, while another process looks at it, and compares the last quarter of the
-run with the second one.
+Trains with asynchronous checkpoints, evaluations and metrics, samples the process once a second, and compares the last quarter of the run
+with the second.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from tests.distributed.runs import DATA, MODEL, Run, command, make_corpus, start
 TOKENS_PER_STEP = 2 * 16
 
 
-def look(pid: int) -> dict[str, Any]:
-    """Resident memory in MiB, open files and threads of a process."""
+def sample(pid: int) -> dict[str, Any]:
+    """Returns the resident memory in MiB, the open files and the threads of a process."""
     status = Path(f"/proc/{pid}/status").read_text()
     values = dict(line.split(":", 1) for line in status.splitlines() if ":" in line)
     files = len(os.listdir(f"/proc/{pid}/fd"))
@@ -34,7 +34,11 @@ def look(pid: int) -> dict[str, Any]:
 
 
 def load(folder: Path, steps: int) -> dict[str, Any]:
-    """Runs, and tells the medians of the second and of the last quarter.
+    """Trains, and returns the medians of the second and of the last quarter of the run.
+
+    Args:
+        folder: where to write.
+        steps: number of steps.
 
     Raises:
         AssertionError: the run failed, or something grew.
@@ -57,7 +61,7 @@ def load(folder: Path, steps: int) -> dict[str, Any]:
         while not over.wait(1.0):
             lines = (save / "metrics.jsonl").read_bytes().count(b"\n") if (save / "metrics.jsonl").exists() else 0
             try:
-                seen.append({"step": lines, **look(process.pid)})
+                seen.append({"step": lines, **sample(process.pid)})
             except (OSError, KeyError):
                 return
 
@@ -73,7 +77,7 @@ def load(folder: Path, steps: int) -> dict[str, Any]:
     result: dict[str, Any] = {"steps": len(taken), "saves": len(Run(save).records("save"))}
     for name, (first, last) in quarters.items():
         part = [item for item in seen if first <= item["step"] / len(taken) <= last + 0.1]
-        assert part, "the run was too short to be watched"
+        assert part, "the run was too short to be sampled"
         result[name] = {key: round(statistics.median(item[key] for item in part), 2) for key in ("mib", "files", "threads")}
         result[name]["step_ms"] = round(1000 * statistics.median(taken[int(first * len(taken)) : int(last * len(taken))]), 3)
     before, after = result["second"], result["last"]
@@ -83,7 +87,7 @@ def load(folder: Path, steps: int) -> dict[str, Any]:
 
 
 def main() -> int:
-    """The command line; prints a line of JSON."""
+    """Runs the command line and prints a line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=10_000)
     args = parser.parse_args()

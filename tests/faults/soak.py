@@ -1,11 +1,11 @@
-"""A randomised soak: a tiny run is killed, resized, and its newest checkpoint damaged, over and over, and must end as if nothing had happened.
+"""Soak test: a tiny run is killed, resized, and its newest checkpoint damaged again and again; it must end like an undisturbed run.
 
     python -m tests.faults.soak --minutes 10 --seed 1 [--faults 200] [--resize] [--async-save]
 
-Every life of the run is ended by kill -9 of one rank, and then of the others, at a random moment: while starting, training, or saving. In
-between files are corrupted, cut or removed, and `latest` is torn. On one layout the losses of the whole run, and its last weights and moments,
-are then bit for bit those of an undisturbed one; with --resize (1 and 2 ranks in turn) they agree within rounding. A run that ends begins anew, in a new folder, until
-the time is over.
+Every start of the run is ended by kill -9 of one rank, and then of the others, at a random moment: while starting, training or saving.
+Between starts, files are corrupted, truncated or removed, also `latest`. On one layout the losses of the full run, and its last weights and
+moments, must be bit for bit those of an undisturbed run; with --resize (1 or 2 ranks) they must agree within rounding. When a run is done,
+another one begins in a new folder, until the time is over.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ _ROUNDING = 1e-4
 
 @dataclass
 class Tally:
-    """What has been done to runs."""
+    """Counts of faults, starts, finished runs and skipped checkpoints."""
 
     faults: Counter[str] = field(default_factory=Counter)
-    lives: int = 0
+    starts: int = 0
     runs: int = 0
     skipped: int = 0
 
     @property
     def total(self) -> int:
-        """Faults of all kinds."""
+        """Number of faults of all kinds."""
         return sum(self.faults.values())
 
 
@@ -55,38 +55,38 @@ def flip(path: Path, draw: random.Random) -> None:
     path.write_bytes(data)
 
 
-def cut(path: Path, draw: random.Random) -> None:
-    """Cuts a file at a random byte."""
+def truncate(path: Path, draw: random.Random) -> None:
+    """Truncates a file at a random byte."""
     path.write_bytes(path.read_bytes()[: draw.randrange(path.stat().st_size)])
 
 
 def damage(save: Path, draw: random.Random) -> str | None:
-    """Damages the newest checkpoint in one of the ways that disks and people have; what it did, or None where nothing is there.
+    """Damages the newest valid checkpoint in one of the ways of disks and users; returns what it did, or None without a checkpoint.
 
-    At least one sound checkpoint is left: losing all of them is nothing that a program can survive.
+    At least one valid checkpoint is left, because no program can survive the loss of all.
     """
-    sound = [folder for folder in commit.checkpoints(save) if not commit.verify(folder)]
+    valid = [folder for folder in commit.checkpoints(save) if not commit.verify(folder)]
     latest = save / "latest"
-    kinds = (["flip", "cut", "remove", "manifest"] * 2 if len(sound) > 1 else []) + (["latest"] if latest.exists() else [])
+    kinds = (["flip", "truncate", "remove", "manifest"] * 2 if len(valid) > 1 else []) + (["latest"] if latest.exists() else [])
     if not kinds:
         return None
     kind = draw.choice(kinds)
     if kind == "latest":
         draw.choice([latest.unlink, lambda: latest.write_text("step-"), lambda: latest.write_bytes(b"\xff\x00")])()
-        return "latest torn"
-    files = [path for path in sound[0].rglob("*") if path.is_file()]
+        return "latest damaged"
+    files = [path for path in valid[0].rglob("*") if path.is_file()]
     file = draw.choice(files)
     if kind == "manifest":
-        (sound[0] / commit.MANIFEST).unlink()
+        (valid[0] / commit.MANIFEST).unlink()
         return "manifest removed"
-    {"flip": lambda: flip(file, draw), "cut": lambda: cut(file, draw), "remove": file.unlink}[kind]()
-    return {"flip": "bit flipped", "cut": "file cut", "remove": "file removed"}[kind]
+    {"flip": lambda: flip(file, draw), "truncate": lambda: truncate(file, draw), "remove": file.unlink}[kind]()
+    return {"flip": "bit flipped", "truncate": "file truncated", "remove": "file removed"}[kind]
 
 
-def live(argv: list[str], ranks: int, save: Path, logs: Path, draw: random.Random, kill: bool) -> tuple[bool, str]:
-    """One life of the run, killed at a random moment unless it ends before; (whether it ended by itself, what it printed).
+def start_once(argv: list[str], ranks: int, save: Path, logs: Path, draw: random.Random, kill: bool) -> tuple[bool, str]:
+    """Starts the run, which is killed at a random moment unless it ends before; returns whether it ended by itself, and what it printed.
 
-    One in six is killed while it starts, half of the others in the middle of saving.
+    One start in six is killed early, half of the others in the middle of saving.
     """
     processes, results = start_ranks(start_program, ranks, logs, argv)
     starting, saving = draw.random() < 1 / 6, draw.random() < 0.5
@@ -111,29 +111,38 @@ def live(argv: list[str], ranks: int, save: Path, logs: Path, draw: random.Rando
             process.join(20)
         if process.is_alive():
             process.kill()
-            # The others live on for a moment, as they do until a launcher notices.
+            # The others run on for a moment, as they do until a launcher notices.
             time.sleep(draw.random() * 0.2 if number == 0 else 0)
     for process in processes:
         process.join()
     text = "\n".join(path.read_text(errors="replace") for path in sorted(logs.glob("*.log")))
-    # A rank whose peer was killed may end with an error of its own connection; one that ends by itself must end well.
+    # A rank whose peer was killed may exit with a connection error; if all ranks exit by themselves, none may fail.
     if ended and any(code != 0 for code in codes.values()):
         raise AssertionError(f"exit codes {codes}\n{text}")
     return ended, text
 
 
 def states(save: Path) -> dict[str, bytes]:
-    """The files of weights and moments in a run's newest checkpoint."""
+    """Returns the files of weights and moments in a run's newest checkpoint."""
     return {path.name: path.read_bytes() for path in commit.checkpoints(save)[0].glob("state-*")}
 
 
 def soak(
     folder: Path, minutes: float, seed: int, faults: int = 0, resize: bool = False, asynchronous: bool = False, tokens: int = 30_000
 ) -> Tally:
-    """Soaks runs until the time is over, or so many faults are reached; the last run is always brought to its end.
+    """Disturbs runs until the time is over or the number of faults is reached; the last run is always completed.
+
+    Args:
+        folder: where to write.
+        minutes: how long.
+        seed: seed of all random choices.
+        faults: number of faults to stop at; 0: only the time counts.
+        resize: whether starts use 1 or 2 ranks at random.
+        asynchronous: whether runs save with --async-save.
+        tokens: tokens of a run.
 
     Raises:
-        AssertionError: a run ended otherwise than the undisturbed one.
+        AssertionError: a run ended differently from the undisturbed one.
     """
     draw = random.Random(seed)
     folder.mkdir(parents=True, exist_ok=True)
@@ -153,17 +162,17 @@ def soak(
         argv = command(MODEL, DATA, plan, ["--async-save"] if asynchronous else [], ["--save", str(save)])
         newest = 0
         while True:
-            # When the time is over, and in the end, it is the layout that the run began with.
+            # When the time is over, the run ends on the layout that it began with.
             ranks = draw.choice([1, 2]) if resize and not over() else 2
-            tally.lives += 1
-            ended, text = live(argv, ranks, save, folder / "logs", draw, kill=not over())
+            tally.starts += 1
+            ended, text = start_once(argv, ranks, save, folder / "logs", draw, kill=not over())
             tally.skipped += text.count("skipped the checkpoint")
             if ended:
                 break
             tally.faults["kill -9"] += 1
             found = commit.find_newest_valid(save) if save.exists() else None
             step = found.state.step if found else 0
-            assert step >= newest, f"step {newest} was committed, and {step} is all that is left\n{text}"
+            assert step >= newest, f"step {newest} was committed, but the newest valid checkpoint is of step {step}\n{text}"
             while draw.random() < 0.6 and (done := damage(save, draw)):
                 tally.faults[done] += 1
             found = commit.find_newest_valid(save) if save.exists() else None
@@ -175,19 +184,19 @@ def soak(
         else:
             assert losses == whole, "losses differ from those of the undisturbed run"
             assert states(save) == states(folder / "whole"), "weights or moments differ from those of the undisturbed run"
-        assert not commit.verify(commit.checkpoints(save)[0]), "the last checkpoint is not sound"
+        assert not commit.verify(commit.checkpoints(save)[0]), "the last checkpoint is not valid"
         tally.runs += 1
         shutil.rmtree(save)
     return tally
 
 
 def main() -> int:
-    """The command line; prints one line of JSON."""
+    """Runs the command line and prints one line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--faults", type=int, default=0, help="stop at so many faults, too")
-    parser.add_argument("--resize", action="store_true", help="1 and 2 ranks in turn")
+    parser.add_argument("--faults", type=int, default=0, help="stop after this number of faults")
+    parser.add_argument("--resize", action="store_true", help="start on 1 or 2 ranks at random")
     parser.add_argument("--async-save", action="store_true")
     parser.add_argument("--tokens", type=int, default=30_000)
     args = parser.parse_args()

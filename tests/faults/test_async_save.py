@@ -1,4 +1,4 @@
-"""Checkpoints beside training: the same files, the same order of events, and every rank hears of an error."""
+"""Checkpoints written in the background: the same files, the same order of events, and errors on every rank."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.faults.conftest import PLAN
 
 
 def _with_slow_disk(argv: list[str]) -> int:
-    """Rank 1's files take so long that training goes on for many steps meanwhile."""
+    """Rank 1's files take so long that training continues for many steps meanwhile."""
     import os
     import time
 
@@ -29,7 +29,7 @@ def _with_slow_disk(argv: list[str]) -> int:
 
 
 def test_files_are_those_of_the_synchronous_run(tmp_path, corpus, undisturbed):
-    """On a slow disk, where weights have moved on long before they are written."""
+    """On a slow disk, where the weights have changed long before they are written."""
     argv = command(MODEL, DATA, PLAN, "--async-save --save-interval 4 --data-path", [corpus], ["--save", str(tmp_path / "run")])
     assert run_ranks(_with_slow_disk, 2, tmp_path / "run-logs", argv) == [0, 0]
     run = Run(tmp_path / "run")
@@ -44,7 +44,7 @@ def test_files_are_those_of_the_synchronous_run(tmp_path, corpus, undisturbed):
     records = run.records("save")
     assert [record["step"] for record in records] == sorted(files.step_of(folder) for folder in found)
     assert all(0 < record["stall_seconds"] <= record["seconds"] and record["seconds"] >= 0.5 for record in records)
-    # Some were committed behind later steps, in the order of the metrics file.
+    # The metrics file shows that some were committed after later steps.
     order = [(r["type"], r["step"]) for r in map(json.loads, (run.folder / "metrics.jsonl").read_text().splitlines())]
     assert any(kind == "save" and ("step", step + 1) in order[:at] for at, (kind, step) in enumerate(order))
 
@@ -64,7 +64,7 @@ def _failing_on_rank_1(argv: list[str]) -> int:
     return main(argv)
 
 
-def test_an_error_of_one_rank_comes_out_on_all_at_the_same_step(tmp_path, corpus, undisturbed):
+def test_an_error_on_one_rank_is_raised_on_all_at_the_same_step(tmp_path, corpus, undisturbed):
     folder = tmp_path / "run"
     train(folder, 2, PLAN, "--async-save --exit-interval 4 --data-path", corpus)
     before = files.find_newest_valid(folder)

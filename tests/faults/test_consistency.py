@@ -1,4 +1,4 @@
-"""Silent corruption, made for real: a bit of a weight on one rank, other samples on one rank, a device that computes differently."""
+"""Silent corruption on real ranks: a flipped bit in a weight, other samples on one rank, a device that computes differently."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ from tests.distributed.runs import DATA, MODEL, command, printed
 PLAN = "--seq-length 16 --micro-batch-size 2 --global-batch-size 12 --patch-size 4 --train-tokens 4608 --lr 3e-3 --save-interval 4"
 
 
-def _sick(argv, kind):
+def _corrupted(argv, kind):
     from megatron_patch.data.loader import PatchLoader
     from megatron_patch.model.gpt import GPTModel
     from megatron_patch.training import trainer
 
-    begin, forward, next_step = trainer.Trainer._check_consistency, GPTModel.forward, PatchLoader.next_step
-    last = torch.distributed.get_rank
+    check, forward, next_step = trainer.Trainer._check_consistency, GPTModel.forward, PatchLoader.next_step
+    rank = torch.distributed.get_rank
 
     def flip(self, micro_batches):
-        if kind == "weight" and self.step == 9 and last() == 1:
+        if kind == "weight" and self.step == 9 and rank() == 1:
             parameter = dict(self.engine._names.items())
             (weight,) = [p for p, name in parameter.items() if name == "blocks.1.attention_norm.weight"]
             weight.data.view(-1)[3:4].view(torch.int32).bitwise_xor_(1)
-        return begin(self, micro_batches)
+        return check(self, micro_batches)
 
     def other(self):
         batches = next_step(self)
-        if kind == "samples" and last() == 1 and self.step == 6:
+        if kind == "samples" and rank() == 1 and self.step == 6:
             batches[0].input_ids[0, 0, 0] ^= 1
         return batches
 
     def wrong(self, *arguments):
         result = forward(self, *arguments)
-        if kind == "device" and last() == 1 and not self.training:
+        if kind == "device" and rank() == 1 and not self.training:
             wrong.count += 1
             return result[0] + 1e-3 * (wrong.count % 2), result[1]
         return result
@@ -52,18 +52,18 @@ def _sick(argv, kind):
 
 def run(folder, corpus, kind, *words):
     argv = command(MODEL, DATA, PLAN, *words, "--data-path", corpus, ["--save", str(folder)])
-    return run_ranks(functools.partial(_sick, kind=kind), 2, folder.parent / f"{folder.name}-logs", argv)
+    return run_ranks(functools.partial(_corrupted, kind=kind), 2, folder.parent / f"{folder.name}-logs", argv)
 
 
 @pytest.mark.parametrize("layout", ["--zero-stage 0", "--zero-stage 2", "--tensor-model-parallel-size 2"])
 def test_a_flipped_bit_of_a_weight_is_found_and_named(tmp_path, corpus, layout):
     assert run(tmp_path / "run", corpus, "weight", layout, "--check-replicas-interval 3") == [6, 6]
     assert "blocks.1.attention_norm.weight: rank 1 differs from rank 0" in printed(tmp_path / "run")
-    assert (tmp_path / "run" / "latest").read_text().strip() == "step-00000008", "the checkpoint before is kept"
+    assert (tmp_path / "run" / "latest").read_text().strip() == "step-00000008", "the previous checkpoint is kept"
 
 
-def test_what_copies_disagree_about_is_not_saved(tmp_path, corpus):
-    """The bit flips between two checks: the checkpoint of step 12 is not made, however long the interval."""
+def test_weights_that_differ_between_replicas_are_not_saved(tmp_path, corpus):
+    """The bit flips between two checks: the checkpoint of step 12 is not written, however long the interval."""
     assert run(tmp_path / "run", corpus, "weight", "--zero-stage 0 --check-replicas-interval 1000") == [6, 6]
     assert (tmp_path / "run" / "latest").read_text().strip() == "step-00000008" and not list((tmp_path / "run").glob("step-*12"))
 
@@ -89,22 +89,22 @@ def test_nodes_with_different_programs_do_not_train_together(tmp_path, corpus, k
 
 
 @pytest.mark.parametrize("layout", ["--tensor-model-parallel-size 2", "--pipeline-model-parallel-size 2"])
-def test_other_samples_on_a_rank_that_shares_the_model_are_found(tmp_path, corpus, layout):
+def test_other_samples_on_a_rank_of_a_replica_are_found(tmp_path, corpus, layout):
     assert run(tmp_path / "run", corpus, "samples", layout, "--check-replicas-interval 5") == [6, 6]
     assert "rank 1 reads other samples than rank 0" in printed(tmp_path / "run")
 
 
 def test_a_device_that_computes_differently_is_found(tmp_path, corpus):
     assert run(tmp_path / "run", corpus, "device", "--zero-stage 1 --replay-interval 5") == [6, 6]
-    assert "computed again" in printed(tmp_path / "run") and "burn-in test) at rank 1 on " in printed(tmp_path / "run")
+    assert "computed again" in printed(tmp_path / "run") and "burn-in test) of rank 1 on " in printed(tmp_path / "run")
 
 
-def test_sound_ranks_pass(tmp_path, corpus):
+def test_ranks_that_agree_pass(tmp_path, corpus):
     words = "--no-untie-embeddings-and-output-weights --pipeline-model-parallel-size 2 --check-replicas-interval 2 --replay-interval 3"
     assert run(tmp_path / "run", corpus, "none", words) == [0, 0]
 
 
-def test_a_digest_sees_values_and_places():
+def test_a_digest_depends_on_values_and_their_order():
     tensor = torch.randn(1000)
     assert digest(tensor) == digest(tensor.clone().view(10, 100)) == digest(tensor.view(10, 100).t().contiguous().t())
     swapped = tensor.clone()

@@ -1,4 +1,4 @@
-"""Disks that fill, fail and lie: what was committed stays, and the message says what to do."""
+"""Disks that fill up, fail and lie: committed checkpoints stay, and the message says what to do."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from megatron_patch.checkpoint import commit as files
 from tests.distributed.runs import ROOT, Run, printed, start_process, train
 from tests.faults.conftest import PLAN
 
-# What a process does on the bad disk: attempt after attempt, each with a fault of its own, in a copy of the folder of its own.
+# A process on the bad disk makes several attempts, each with its own fault and in its own copy of the folder.
 ATTEMPTS = """
 import json, os, shutil, sys
 from pathlib import Path
@@ -33,21 +33,21 @@ def save(folder):
     files.write_manifest(folder, entries | files.write_state(folder, STATE))
     files.publish(folder)
 def find(folder):
-    found = files.find_newest_sound(folder)
+    found = files.find_newest_valid(folder)
     StateFiles(found.folder).read("weight", "a")
     return found.folder.name, found.skipped
 for action, fault, path, folder in json.loads(sys.argv[1]):
     os.environ.update(FAULT=fault, FAULT_PATH=path)
     try:
-        told = {"save": save, "find": find}[action](Path(folder)) or "done"
+        outcome = {"save": save, "find": find}[action](Path(folder)) or "done"
     except (CheckpointError, OSError) as error:
-        told = "refused " + str(error)
-    print(json.dumps(told))
+        outcome = "refused " + str(error)
+    print(json.dumps(outcome))
 """
 
 
 def attempts(library: Path, *wanted: tuple[str, str, str, Path]) -> list[Any]:
-    """(what to do, fault, part of the paths that it meets, folder) -> what came of each."""
+    """Returns the outcome of each (action, fault, part of the paths that it hits, folder)."""
     environment = {**os.environ, "LD_PRELOAD": str(library), "PYTHONPATH": str(ROOT)}
     words = [sys.executable, "-c", ATTEMPTS, json.dumps([[*parts, str(folder)] for *parts, folder in wanted])]
     done = subprocess.run(words, capture_output=True, text=True, env=environment, check=False)
@@ -63,7 +63,7 @@ def committed(tmp_path_factory, bad_disk) -> Path:
     return save
 
 
-def test_a_disk_that_refuses_a_write_leaves_what_was_there(tmp_path, bad_disk, committed):
+def test_a_disk_that_refuses_a_write_leaves_earlier_checkpoints_valid(tmp_path, bad_disk, committed):
     cases = [
         (fault, path)
         for fault in ("eio_write", "eio_fsync", "enospc")
@@ -74,13 +74,13 @@ def test_a_disk_that_refuses_a_write_leaves_what_was_there(tmp_path, bad_disk, c
         shutil.copytree(committed / "step-00000006", tmp_path / str(number) / "step-00000003")
         folders.append(tmp_path / str(number))
     results = attempts(bad_disk, *(("save", fault, path, folder) for (fault, path), folder in zip(cases, folders, strict=True)))
-    for (fault, path), folder, told in zip(cases, folders, results, strict=True):
-        assert told.startswith("refused") and ("Input/output" in told or "No space" in told), (fault, path, told)
+    for (fault, path), folder, outcome in zip(cases, folders, results, strict=True):
+        assert outcome.startswith("refused") and ("Input/output" in outcome or "No space" in outcome), (fault, path, outcome)
         newest = files.find_newest_valid(folder).folder.name
         assert newest == ("step-00000006" if path == "/latest" else "step-00000003"), (fault, path)
 
 
-def test_a_file_that_cannot_be_read_is_skipped_and_told(tmp_path, bad_disk, committed):
+def test_a_checkpoint_with_an_unreadable_file_is_skipped_with_its_reason(tmp_path, bad_disk, committed):
     save = tmp_path / "save"
     shutil.copytree(committed, save)
     shutil.copytree(committed / "step-00000006", save / "step-00000009")
@@ -91,7 +91,7 @@ def test_a_file_that_cannot_be_read_is_skipped_and_told(tmp_path, bad_disk, comm
     for name, skipped in results:
         assert name == "step-00000006" and "step-00000009" in skipped[0][0] and "Input/output error" in skipped[0][1]
     assert nothing.startswith("refused no sound checkpoint")
-    assert len(list(save.glob("step-*"))) == 2, "nothing was removed for it"
+    assert len(list(save.glob("step-*"))) == 2, "nothing was removed"
 
 
 @pytest.mark.parametrize("flags", ["", "--async-save"])
@@ -112,8 +112,8 @@ def test_a_full_disk_ends_the_run_and_keeps_its_checkpoints(undisturbed, corpus,
     assert Run(folder).records("save")[-1]["step"] == len(undisturbed.losses)
 
 
-def test_a_log_on_a_full_disk_is_no_reason_to_end(tmp_path, corpus):
-    """Standard output and errors go to a device that is always full; the run ends well, and a wrong flag with its own code."""
+def test_a_log_on_a_full_disk_does_not_end_the_run(tmp_path, corpus):
+    """Standard output and error go to a device that is always full; a run ends with code 0, and a wrong flag with its own code."""
     words = (PLAN, "--data-path", corpus, ["--save", str(tmp_path / "run")])
     assert start_process(*words, log=Path("/dev/full")).wait(120) == 0
     assert len(Run(tmp_path / "run").losses) > 10
@@ -121,12 +121,12 @@ def test_a_log_on_a_full_disk_is_no_reason_to_end(tmp_path, corpus):
 
 
 def test_metrics_and_events_on_a_full_disk_wait_for_space(undisturbed, corpus, tmp_path, bad_disk, monkeypatch):
-    """Lines, unlike checkpoints, can wait: on a disk that refuses them the run goes on to its end."""
+    """Lines, unlike checkpoints, can wait: on a disk that refuses them the run continues to its end."""
     for name, value in {"LD_PRELOAD": str(bad_disk), "FAULT": "enospc", "FAULT_PATH": ".jsonl"}.items():
         monkeypatch.setenv(name, value)
     log = tmp_path / "log"
     process = start_process(PLAN, "--data-path", corpus, ["--save", str(tmp_path / "run")], log=log)
     assert process.wait(120) == 0, log.read_text()
     text = log.read_text()
-    assert text.count("No space left on device; its lines wait") == 2 and "lines are lost" in text
+    assert text.count("No space left on device; its lines wait") == 2 and " lost" in text
     assert files.find_newest_valid(tmp_path / "run").state.step == len(undisturbed.losses)

@@ -1,4 +1,4 @@
-"""Every end tells: the code, what to do, a line in events.jsonl, whichever rank it was and however many follow it."""
+"""Every failed run reports once: exit code, advice and a line in events.jsonl, whichever rank fails and however many follow."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 
 from megatron_patch.errors import ConfigError
 from megatron_patch.exit_codes import ExitCode
-from megatron_patch.training.faults import exit_protocol as exit_protocol
+from megatron_patch.training.faults import exit_protocol
 from megatron_patch.utils.files import append_line
 from tests.distributed.ranks import run_ranks, start_ranks
 from tests.distributed.runs import DATA, MODEL, ROOT, command, printed, start_process, start_program
@@ -27,7 +27,7 @@ def ends(folder):
 
 
 def _failing(argv, victim, error):
-    """The program; one rank alone meets an error when it asks for the data of step 5."""
+    """The program, in which one rank gets an error when it reads the data of step 5."""
     from megatron_patch.data.loader import PatchLoader
     from megatron_patch.errors import DataError
 
@@ -43,7 +43,7 @@ def _failing(argv, victim, error):
 
 
 @pytest.mark.parametrize(("victim", "error", "code"), [(1, "data", 3), (0, "data", 3), (2, "bug", 1)])
-def test_an_error_on_one_rank_is_the_end_of_all_with_its_code(tmp_path, corpus, victim, error, code):
+def test_an_error_on_one_rank_ends_all_ranks_with_its_code(tmp_path, corpus, victim, error, code):
     folder = tmp_path / "run"
     argv = command(MODEL, DATA, PLAN, "--save-interval 3 --data-path", corpus, ["--save", str(folder)])
     assert run_ranks(functools.partial(_failing, victim=victim, error=error), 3, tmp_path / "run-logs", argv) == [code] * 3
@@ -52,13 +52,13 @@ def test_an_error_on_one_rank_is_the_end_of_all_with_its_code(tmp_path, corpus, 
     assert end["reason"] == {"data": "DataError", "bug": "ZeroDivisionError"}[error]
     text = printed(folder)
     assert text.count("exit code") == 1 and ExitCode(code).advice in text
-    assert text.count(f"ends with rank {victim}: ") == 2
+    assert text.count(f"exits after rank {victim}: ") == 2
     assert ("Traceback" in text) == (error == "bug") and "broken" in text if error == "bug" else "a hole in the file" in text
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_killed_rank_is_told_by_one_of_the_others(tmp_path, corpus, victim):
-    """kill -9 leaves no word; whoever notices first speaks for all."""
+def test_a_killed_rank_is_reported_by_one_of_the_others(tmp_path, corpus, victim):
+    """kill -9 leaves no report; the rank that notices first reports for all."""
     folder = tmp_path / "run"
     argv = command(MODEL, DATA, PLAN, "--train-tokens 3M --data-path", corpus, ["--save", str(folder)])
     processes, results = start_ranks(start_program, 3, tmp_path / "run-logs", argv)
@@ -70,15 +70,15 @@ def test_a_killed_rank_is_told_by_one_of_the_others(tmp_path, corpus, victim):
     assert end["code"] == 1 and end["rank"] in left and printed(folder).count("exit code 1") == 1
 
 
-def _failing_beside_one_that_waits(argv, failing):
-    """One rank meets an error; the other stands in what does not notice, as a collective on GPUs does."""
+def _failing_while_a_peer_waits(argv, failing):
+    """One rank gets an error; the other waits in something that does not notice, like a collective on GPUs."""
     import time
 
     from megatron_patch.data.loader import PatchLoader
     from megatron_patch.errors import DataError
     from megatron_patch.training.faults import watchdog
 
-    watchdog._LISTEN, watchdog._NOTICE = 0.3, 0.5
+    watchdog._POLL_SECONDS, watchdog._NOTICE_SECONDS = 0.3, 0.5
     next_step = PatchLoader.next_step
 
     def broken(self):
@@ -93,34 +93,34 @@ def _failing_beside_one_that_waits(argv, failing):
 
 
 @pytest.mark.parametrize("failing", [0, 1])
-def test_a_rank_that_waits_for_one_that_has_ended_ends_with_its_code(tmp_path, corpus, failing):
-    """Long before --hang-timeout, so that no launcher has to kill it, whose code would hide the error's."""
+def test_a_rank_that_waits_for_a_failed_peer_exits_with_the_peer_s_code(tmp_path, corpus, failing):
+    """It exits long before --hang-timeout, so that no launcher has to kill it, whose code would hide the error's."""
     folder = tmp_path / "run"
     argv = command(MODEL, DATA, PLAN, "--data-path", corpus, ["--save", str(folder)])
-    processes, _ = start_ranks(functools.partial(_failing_beside_one_that_waits, failing=failing), 2, tmp_path / "run-logs", argv)
+    processes, _ = start_ranks(functools.partial(_failing_while_a_peer_waits, failing=failing), 2, tmp_path / "run-logs", argv)
     waiting = processes[1 - failing]
     waiting.join(timeout=90)
     assert waiting.exitcode == ExitCode.DATA, printed(folder)
-    assert f"rank {1 - failing} ends with rank {failing}: it was left waiting" in printed(folder)
+    assert f"rank {1 - failing} exits after rank {failing}: it waited for that rank while" in printed(folder)
     assert "in broken" in (folder / "stacks" / f"rank-{1 - failing:05d}.txt").read_text()
     (end,) = ends(folder)
     assert (end["rank"], end["code"]) == (failing, ExitCode.DATA)
     processes[failing].join(timeout=30)
 
 
-def test_configuration_and_missing_data_end_before_anything_is_made(tmp_path, corpus):
+def test_configuration_errors_and_missing_data_leave_no_run_behind(tmp_path, corpus):
     log, folder = tmp_path / "log", tmp_path / "run"
     (tmp_path / "stop").touch()
     words = ["--save", str(folder), "--kill-switch", str(tmp_path / "stop")]
     assert start_process(PLAN, "--data-path", corpus, words, log=log).wait(60) == ExitCode.CONFIG
-    assert "is there already" in log.read_text() and log.read_text().splitlines()[-1].startswith("exit code 2: ")
-    assert not folder.exists(), "a job that is put back into the queue does not start for ever"
+    assert "the file exists already" in log.read_text() and log.read_text().splitlines()[-1].startswith("exit code 2: ")
+    assert not folder.exists(), "a requeued job does not start forever"
     assert start_process(PLAN, "--data-path", str(tmp_path / "nothing"), words[:2], log=log).wait(60) == ExitCode.DATA
     assert log.read_text().splitlines()[-1].startswith("exit code 3: ")
     assert [(end["code"], end["reason"]) for end in ends(folder)] == [(3, "DataError")]
 
 
-def test_a_second_interrupt_ends_at_once_with_a_code_of_its_own(tmp_path, corpus):
+def test_a_second_interrupt_ends_at_once_with_its_own_code(tmp_path, corpus):
     folder, log = tmp_path / "run", tmp_path / "log"
     words = "--split 50,50,0 --eval-tokens 100M --eval-interval 3 --micro-batch-size 1"
     process = start_process(PLAN, words, "--hang-timeout 0 --data-path", corpus, ["--save", str(folder)], log=log)
@@ -131,14 +131,14 @@ def test_a_second_interrupt_ends_at_once_with_a_code_of_its_own(tmp_path, corpus
     assert ends(folder)[-1]["code"] == process.returncode and "exit code" in log.read_text().splitlines()[-1]
 
 
-def test_the_documented_codes_are_the_program_s():
-    """docs/operations.md has each code once, with the program's words."""
+def test_the_documented_exit_codes_are_those_of_the_program():
+    """docs/operations.md lists each code once, with the program's advice."""
     text = (ROOT / "docs" / "operations.md").read_text()
     table = dict(re.findall(r"^\| (\d+) \| (.+) \|$", text.split("## Exit codes")[1].split("\n## ")[0], flags=re.MULTILINE))
     assert table == {str(code.value): code.advice for code in ExitCode}
 
 
-def test_a_line_is_whole_behind_a_torn_one(tmp_path):
+def test_a_line_after_an_incomplete_one_is_complete(tmp_path):
     path = tmp_path / "new" / "lines"
     append_line(path, "1")
     with path.open("a") as file:
@@ -148,7 +148,7 @@ def test_a_line_is_whole_behind_a_torn_one(tmp_path):
     assert path.read_text() == '1\n{"torn\n2\n3\n'
 
 
-def test_charts_that_one_rank_cannot_write_end_a_new_run_with_one_message(tmp_path, corpus):
+def test_a_chart_folder_that_cannot_be_written_ends_a_new_run_with_one_message(tmp_path, corpus):
     argv = command(MODEL, DATA, PLAN, ["--data-path", corpus, "--save", str(tmp_path / "run"), "--tensorboard-dir", "/dev/null/x"])
     assert run_ranks(start_program, 2, tmp_path / "run-logs", argv) == [2, 2]
     text = printed(tmp_path / "run")
@@ -156,14 +156,14 @@ def test_charts_that_one_rank_cannot_write_end_a_new_run_with_one_message(tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("rank", "local_rank", "said"),
+    ("rank", "local_rank", "printed_text"),
     [
         (0, 0, "ConfigError: no such file\n  Allowed: one"),
         (1, 1, ""),
         (8, 0, f"rank 8 on {socket.gethostname()}: ConfigError: no such file\n"),
     ],
 )
-def test_a_wrong_flag_is_told_whole_by_rank_0_and_in_a_line_by_other_nodes(capsys, rank, local_rank, said):
+def test_a_wrong_flag_is_printed_in_full_by_rank_0_and_in_one_line_by_other_nodes(capsys, rank, local_rank, printed_text):
     assert exit_protocol.report_error(ConfigError("no such file", "one"), rank, local_rank, None) == ExitCode.CONFIG
     text = capsys.readouterr().err
-    assert text.startswith(said) and text.count("\n") == (3 if rank == 0 else said.count("\n"))
+    assert text.startswith(printed_text) and text.count("\n") == (3 if rank == 0 else printed_text.count("\n"))

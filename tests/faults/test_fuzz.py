@@ -1,4 +1,4 @@
-"""Each reader of bytes from outside, briefly; `python -m tests.faults.fuzz --examples 100000` does it at length."""
+"""A short fuzzing of each reader of untrusted bytes; `python -m tests.faults.fuzz --examples 100000` takes longer."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ from tests.faults.fuzz import TARGETS, fuzz
 
 
 @pytest.mark.parametrize("name", TARGETS)
-def test_only_the_program_s_own_errors_come_out(tmp_path, name):
+def test_readers_raise_only_the_program_s_own_errors(tmp_path, name):
     count = fuzz(name, tmp_path / name, examples=100)
     assert count["refused"] + count["read"] >= 100 // TARGETS[name].cost

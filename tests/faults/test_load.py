@@ -1,4 +1,4 @@
-"""Ten thousand steps without growth."""
+"""Ten thousand steps, in which neither memory nor handles nor step times grow."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""tools/inspect_checkpoint.py on a real run: what is there, whether it is sound, what it was made by."""
+"""tools/inspect_checkpoint.py on a real run: which checkpoints exist, whether they are valid, and what made them."""
 
 from __future__ import annotations
 
@@ -28,22 +28,22 @@ def test_all_checkpoints_are_listed_and_the_newest_explained(copy, undisturbed):
     assert lines[0]["stage"] == "token" and lines[-1]["stage"] == "patch" and lines[-1]["patch_size"] == 3
     for line, folder in zip(lines, files.checkpoints(copy), strict=True):
         assert line["bytes"] == sum(path.stat().st_size for path in folder.iterdir() if path.name != files.MANIFEST)
-    told = result["explanation"]
-    assert told["folder"] == lines[0]["folder"] and told["model"]["hidden_size"] == 32
-    assert told["written_under"] == {
+    explained = result["explanation"]
+    assert explained["folder"] == lines[0]["folder"] and explained["model"]["hidden_size"] == 32
+    assert explained["written_under"] == {
         "world_size": 2,
         "tensor_parallel_size": 1,
         "pipeline_parallel_size": 1,
         "zero_stage": 1,
         "precision": "fp32",
     }
-    assert [stage["patch_size"] for stage in told["stages"]] == [3, 1] and told["data"]["seed"] == 7
-    assert told["given_options"]["save_interval"] == 2
+    assert [stage["patch_size"] for stage in explained["stages"]] == [3, 1] and explained["data"]["seed"] == 7
+    assert explained["given_options"]["save_interval"] == 2
     table = tool("inspect_checkpoint", copy, "--explain")
     assert "step-00000002" in table and "model.hidden_size" in table
 
 
-def test_damage_is_found_by_checksums_and_told_by_the_exit_code(copy):
+def test_damage_is_found_by_checksums_and_shown_by_the_exit_code(copy):
     newest = files.checkpoints(copy)[0]
     flip(next(newest.glob("state-00001-*")))
     (files.checkpoints(copy)[1] / files.MANIFEST).unlink()

@@ -1,4 +1,4 @@
-"""Steps with sick numbers, for real: a gradient without numbers on one rank, a loss that spikes, under every layout."""
+"""Rejected steps on real ranks: a gradient of NaN on one rank and a loss that spikes, under every layout."""
 
 from __future__ import annotations
 
@@ -32,28 +32,28 @@ LAYOUTS = {
 
 
 def _poisoned(argv, kind, steps=(STEP,)):
-    """The program, with sick steps: a `gradient` without numbers on the last rank alone, or a `loss` a thousand times too large."""
+    """The program with poisoned steps: a `gradient` of NaN on the last rank only, or a `loss` a thousand times too large."""
     from megatron_patch.model.gpt import GPTModel
     from megatron_patch.training import trainer
 
-    forward, train_step = GPTModel.forward, {}
+    forward, current = GPTModel.forward, {}
     rank, size = torch.distributed.get_rank, torch.distributed.get_world_size
 
-    def sick(self, inputs, labels, *more):
+    def poisoned_forward(self, inputs, labels, *more):
         result = forward(self, inputs, labels, *more)
-        if train_step.get("now") not in steps or not self.training or labels is None:
+        if current.get("step") not in steps or not self.training or labels is None:
             return result
         if kind == "gradient" and rank() == size() - 1:
             result[0].register_hook(lambda grad: grad * float("nan"))
         return (result[0] * 1000, result[1]) if kind == "loss" else result
 
-    begin = trainer.Trainer._check_consistency
+    check = trainer.Trainer._check_consistency
 
     def note(self, micro_batches):
-        train_step["now"] = self.step + 1
-        return begin(self, micro_batches)
+        current["step"] = self.step + 1
+        return check(self, micro_batches)
 
-    GPTModel.forward, trainer.Trainer._check_consistency = sick, note
+    GPTModel.forward, trainer.Trainer._check_consistency = poisoned_forward, note
     from megatron_patch.training.pretrain import main
 
     return main(argv)
@@ -83,7 +83,7 @@ def check(run):
 
 @pytest.fixture(scope="module")
 def skipped(tmp_path_factory, corpus):
-    """The losses of one process that leaves the step out, by the kind of poison."""
+    """The losses of one process that rejects the step, by the kind of poison."""
     return {
         kind: poisoned(tmp_path_factory.mktemp("single") / kind, 1, kind, "--zero-stage 0 --data-path", corpus).values("loss")
         for kind in ("gradient", "loss")
@@ -91,7 +91,7 @@ def skipped(tmp_path_factory, corpus):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_gradient_without_numbers_on_one_rank_touches_no_weight(tmp_path, corpus, skipped, layout):
+def test_a_gradient_of_nan_on_one_rank_changes_no_weight(tmp_path, corpus, skipped, layout):
     ranks, words = LAYOUTS[layout]
     run = poisoned(tmp_path / "run", ranks, "gradient", words, "--data-path", corpus)
     assert "norm" in check(run)["reason"]
@@ -100,7 +100,7 @@ def test_a_gradient_without_numbers_on_one_rank_touches_no_weight(tmp_path, corp
 
 
 @pytest.mark.parametrize("layout", ["ZeRO 0", "ZeRO 1", "ZeRO 3", "ZeRO 1 bf16", "PP2"])
-def test_a_spike_is_left_out(tmp_path, corpus, skipped, layout):
+def test_a_step_with_a_loss_spike_is_rejected(tmp_path, corpus, skipped, layout):
     ranks, words = LAYOUTS[layout]
     run = poisoned(tmp_path / "run", ranks, "loss", words, "--data-path", corpus)
     assert "the loss spikes" in check(run)["reason"]
@@ -108,32 +108,32 @@ def test_a_spike_is_left_out(tmp_path, corpus, skipped, layout):
     assert losses == pytest.approx(expected, rel=1e-2 if "bf16" in layout else 1e-5)
 
 
-def test_one_left_out_step_is_all_that_differs(tmp_path, corpus, skipped):
+def test_only_the_rejected_step_makes_a_difference(tmp_path, corpus, skipped):
     whole = train(tmp_path / "whole", 1, PLAN, "--zero-stage 0 --data-path", corpus)
     for losses in skipped.values():
         assert losses[: STEP - 1] == whole.losses[: STEP - 1]
         assert losses[STEP:] != whole.losses[STEP:]
     assert skipped["gradient"][STEP - 1] == whole.losses[STEP - 1]
-    assert skipped["loss"][STEP:] == skipped["gradient"][STEP:], "whatever the poison, the step before and the step behind are the same"
+    assert skipped["loss"][STEP:] == skipped["gradient"][STEP:], "whatever the poison, the same update is skipped"
 
 
-def test_rewinding_takes_the_weights_of_the_newest_checkpoint_and_resumes_alike(tmp_path, corpus):
+def test_a_rewind_loads_the_newest_checkpoint_and_can_be_resumed(tmp_path, corpus):
     words = ("--on-spike rewind --save-interval 5 --keep-last 0 --zero-stage 1 --data-path", corpus)
     run = poisoned(tmp_path / "run", 2, "loss", *words)
     (event,) = events(run, "rewind")
     assert event["step"] == STEP and event["to_step"] == 10 and event["left_out"] == 4
     assert "back to the weights of step 10" in printed(run.folder)
-    # Stopped behind the rewind and resumed, it goes on from there.
+    # Stopped after the rewind and resumed, the run continues from there.
     poisoned(tmp_path / "again", 2, "loss", "--exit-interval 16", *words)
     again = poisoned(tmp_path / "again", 2, "loss", *words)
     assert again.losses == run.losses
 
 
-def test_rewinding_behind_a_switch_takes_the_switch_again(tmp_path, corpus):
-    """The newest checkpoint is the patch stage's end: gone back to in the token stage's third step, it is as if the two before had been
-    left out, and the optimizer is new, as the switch has made it."""
+def test_a_rewind_across_a_switch_repeats_the_switch(tmp_path, corpus):
+    """The newest checkpoint is the end of the patch stage. A rewind to it in the third step of the token stage has the effect of skipping
+    the two steps before, and the optimizer is new, as after the switch."""
     words = ("--zero-stage 1 --data-path", corpus)
-    first = 28  # step of the token stage
+    first = 28  # first step of the token stage
     run = poisoned(tmp_path / "run", 2, "gradient", "--on-spike rewind", *words, steps=(first + 2,))
     (event,) = events(run, "rewind")
     assert (event["to_step"], event["left_out"]) == (first - 1, 3)
@@ -142,19 +142,19 @@ def test_rewinding_behind_a_switch_takes_the_switch_again(tmp_path, corpus):
     assert run.values("grad_norm")[first + 2 :] == skipped.values("grad_norm")[first + 2 :]
 
 
-def test_stopping_says_why_by_its_code(tmp_path, corpus):
+def test_on_spike_stop_ends_with_its_own_exit_code(tmp_path, corpus):
     run = poisoned(tmp_path / "run", 2, "loss", "--on-spike stop --zero-stage 1 --data-path", corpus, expect=5)
     assert "the loss spikes" in printed(run.folder) and "exit code 5" in printed(run.folder)
 
 
-def test_a_resumed_run_refuses_what_an_unbroken_one_refuses(tmp_path, corpus, skipped):
+def test_a_resumed_run_rejects_what_an_uninterrupted_one_rejects(tmp_path, corpus, skipped):
     poisoned(tmp_path / "run", 2, "loss", f"--zero-stage 1 --exit-interval {STEP - 2} --data-path", corpus)
     run = poisoned(tmp_path / "run", 2, "loss", "--zero-stage 1 --data-path", corpus)
     assert run.losses == pytest.approx(skipped["loss"], rel=1e-5)
     check(run)
 
 
-def test_the_data_of_a_step_that_was_not_taken_can_be_read(tmp_path, corpus, capsys):
+def test_the_data_of_a_rejected_step_can_be_shown(tmp_path, corpus, capsys):
     run = poisoned(tmp_path / "run", 1, "loss", "--zero-stage 0 --log-token-spans --data-path", corpus)
     assert show_step.main([str(run.folder), "--samples", "2"]) is None
     shown = capsys.readouterr().out

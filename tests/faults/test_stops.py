@@ -1,4 +1,4 @@
-"""Requests to stop, by real signals to real processes: the run saves, says so by its exit code, and goes on bit for bit."""
+"""Requests to stop, by real signals to real processes: the run saves, exits with code 75, and resumes bit for bit."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def wait_for_steps(folder, steps):
 
 
 def test_a_signal_to_any_rank_stops_all_and_nothing_is_lost(tmp_path, corpus, unbroken):
-    """One life after another, each ended by another signal at another rank and moment; together they are one run."""
+    """One start after another, each stopped by another signal at another rank and moment; together they are one run."""
     folder, draw, done = tmp_path / "run", random.Random(1), 0
     for victim, sent in [(1, signal.SIGTERM), (0, signal.SIGUSR1), (1, signal.SIGUSR2), (0, signal.SIGINT)]:
         processes, results = start(folder, corpus)
@@ -86,7 +86,7 @@ def test_a_signal_to_any_rank_stops_all_and_nothing_is_lost(tmp_path, corpus, un
     assert resumed.losses == unbroken.losses
 
 
-def test_a_signal_before_the_first_step_ends_at_once_and_loses_nothing(tmp_path, corpus):
+def test_a_signal_before_the_first_step_stops_at_once(tmp_path, corpus):
     log = tmp_path / "log"
     process = start_process(PLAN, "--data-path", corpus, ["--save", str(tmp_path / "run")], log=log)
     while b"SigCgt" not in (status := Path(f"/proc/{process.pid}/status").read_bytes()) or not (
@@ -99,8 +99,8 @@ def test_a_signal_before_the_first_step_ends_at_once_and_loses_nothing(tmp_path,
     assert not (tmp_path / "run" / "metrics.jsonl").exists() or len(Run(tmp_path / "run").losses) <= 1
 
 
-def test_during_an_evaluation_the_stop_does_not_wait_for_its_end(tmp_path, corpus):
-    """An evaluation of minutes is left out; the checkpoint is of the step before it."""
+def test_a_stop_does_not_wait_for_an_evaluation_to_end(tmp_path, corpus):
+    """A long evaluation is abandoned; the checkpoint holds the step before it."""
     folder, log = tmp_path / "run", tmp_path / "log"
     words = "--split 50,50,0 --eval-tokens 100M --eval-interval 3 --micro-batch-size 1"
     process = start_process(PLAN, words, "--data-path", corpus, ["--save", str(folder)], log=log)
@@ -112,7 +112,7 @@ def test_during_an_evaluation_the_stop_does_not_wait_for_its_end(tmp_path, corpu
 
 
 def _on_a_slow_disk(argv):
-    """Checkpoints take so long that a signal comes in the middle."""
+    """Checkpoints take so long that a signal arrives in the middle."""
     write = deepspeed_engine.write_fragments
 
     def slow(*args):
@@ -124,8 +124,8 @@ def _on_a_slow_disk(argv):
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-def test_during_an_asynchronous_save_both_checkpoints_are_made(tmp_path, corpus, unbroken, victim):
-    """The one under way when the signal comes is finished, and then the one of the last step is written."""
+def test_a_stop_during_an_asynchronous_save_commits_both_checkpoints(tmp_path, corpus, unbroken, victim):
+    """The checkpoint that is being written when the signal arrives is committed, and then the one of the last step."""
     folder = tmp_path / "run"
     processes, results = start(folder, corpus, "--async-save --save-interval 5", main=_on_a_slow_disk)
     deadline = time.monotonic() + 120
@@ -144,14 +144,14 @@ def test_during_an_asynchronous_save_both_checkpoints_are_made(tmp_path, corpus,
 
 
 def _compiling(argv, caches):
-    """With the compiler, which other tests do without, and nothing in its cache."""
+    """The program with the compiler, which other tests disable, and an empty cache."""
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(caches / os.environ["RANK"])
     os.environ.pop("TORCHDYNAMO_DISABLE")
     return start_program(argv)
 
 
 def descendants(pid):
-    """All processes below one."""
+    """Returns the ids of all descendants of a process."""
     children = []
     for path in Path(f"/proc/{pid}/task").glob("*/children"):
         with contextlib.suppress(OSError):
@@ -160,8 +160,8 @@ def descendants(pid):
 
 
 @pytest.mark.parametrize("to_all", [pytest.param(False, marks=pytest.mark.slow, id="to the rank"), pytest.param(True, id="to all")])
-def test_while_models_compile(tmp_path, corpus, to_all):
-    """A signal in the middle of compilation; Slurm sends it to the compilers, too, which end at once."""
+def test_a_stop_during_compilation(tmp_path, corpus, to_all):
+    """A signal in the middle of compilation; Slurm sends it also to the compilers, which end at once."""
     folder, caches = tmp_path / "run", tmp_path / "caches"
     processes, results = start(folder, corpus, "--compile", main=functools.partial(_compiling, caches=caches))
     deadline = time.monotonic() + 120
@@ -179,7 +179,7 @@ def test_while_models_compile(tmp_path, corpus, to_all):
 
 
 @pytest.mark.parametrize("kind", ["duration", "file", "slurm"])
-def test_time_and_files_stop_too(tmp_path, corpus, kind):
+def test_durations_and_files_stop_a_run(tmp_path, corpus, kind):
     folder = tmp_path / "run"
     words = {"duration": ["--exit-duration", "2s"], "file": ["--kill-switch", str(tmp_path / "stop")], "slurm": ["--exit-margin", "100s"]}
     main = functools.partial(_in_a_job, seconds=104) if kind == "slurm" else start_program
@@ -193,7 +193,7 @@ def test_time_and_files_stop_too(tmp_path, corpus, kind):
     assert (folder / "latest").read_text().strip() == f"step-{len(Run(folder).losses):08d}"
 
 
-def test_events_tell_the_story(unbroken):
+def test_events_are_in_order(unbroken):
     kinds = [json.loads(line)["type"] for line in (unbroken.folder / "events.jsonl").read_text().splitlines()]
     assert kinds[0] == "start" and kinds[-1] == "end" and "switch" in kinds and "save" in kinds
 
@@ -202,19 +202,19 @@ def test_events_tell_the_story(unbroken):
     ("minutes", "margin", "left"), [(60, 300, 300), (8, 300, 240), (2, 300, 60)], ids=["long", "short", "shorter than the margin"]
 )
 def test_a_short_job_trains_for_half_of_its_time(minutes, margin, left):
-    """Stopped at once at each of its starts, it would go back into the queue for ever."""
+    """Stopped at once at each start, it would be requeued forever."""
     begin = 1_000_000
     environment = {"SLURM_JOB_START_TIME": str(begin), "SLURM_JOB_END_TIME": str(begin + 60 * minutes)}
     assert _stop_time(margin, environment) == begin + 60 * minutes - left
     assert _stop_time(margin, {"SLURM_JOB_END_TIME": "1000"}) == 1000 - margin and _stop_time(margin, {}) is None
 
 
-def test_a_second_interrupt_does_not_wait():
+def test_a_second_interrupt_raises_at_once():
     before = signal.getsignal(signal.SIGINT)
     stops = StopRequests(SafetyOptions())
     try:
         os.kill(os.getpid(), signal.SIGINT)
-        assert stops.own() == "SIGINT"
+        assert stops.local_request() == "SIGINT"
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     finally:

@@ -31,12 +31,12 @@ SOURCES = sorted([*(ROOT / "megatron_patch").rglob("*.py"), *(ROOT / "tools").gl
 
 
 def calls(source: Path) -> list[tuple[str, set[str]]]:
-    """(what is called, the names of its keywords) of each call in a file."""
+    """Returns (what is called, the names of its keywords) of each call in a file."""
     found = [node for node in ast.walk(ast.parse(source.read_text())) if isinstance(node, ast.Call)]
     return [(ast.unparse(call.func), {keyword.arg or "**" for keyword in call.keywords}) for call in found]
 
 
-def test_no_code_of_ours_could_run_what_it_reads():
+def test_the_program_cannot_run_code_that_it_reads():
     """Nothing starts a shell, evaluates text or unpickles objects; PyTorch files are opened with weights_only, YAML by the safe loader."""
     forbidden = {"eval", "exec", "os.system", "os.popen", "pickle.load", "pickle.loads", "yaml.load", "yaml.unsafe_load", "yaml.full_load"}
     for source in SOURCES:
@@ -48,7 +48,7 @@ def test_no_code_of_ours_could_run_what_it_reads():
 
 
 class Bomb:
-    """What runs a command when it is unpickled."""
+    """Runs a command when it is unpickled."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark
@@ -73,7 +73,7 @@ def test_a_checkpoint_holds_nothing_but_safetensors_and_json(undisturbed):
 
 
 @pytest.mark.parametrize("name", ["../secret", "/etc/hostname", "a/../../secret", "inner/../../secret", "", "a\0b"])
-def test_a_manifest_cannot_name_what_is_outside(tmp_path, name):
+def test_a_manifest_cannot_name_files_outside_of_its_folder(tmp_path, name):
     (tmp_path / "secret").write_text("x")
     target = save(tmp_path, 3)
     files.write_manifest(target, {**files.read_manifest(target), name: files.ManifestEntry(1, "0")})
@@ -98,7 +98,7 @@ def _with_weights(folder: Path) -> Path:
     return files.publish(target)
 
 
-def test_weights_that_no_manifest_vouches_for_are_not_read(tmp_path):
+def test_weights_that_are_not_in_the_manifest_are_not_read(tmp_path):
     target = _with_weights(tmp_path)
     assert files.verify(target) == []
     shutil.copy(target / state_file_name(0, 1), target / state_file_name(1, 2))
@@ -142,8 +142,8 @@ def test_a_configuration_file_cannot_run_code_nor_fill_the_memory(tmp_path, text
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_tokenizer_s_folder_cannot_run_code(tmp_path):
-    """Code and the settings by which transformers would run it lie in the folder: it is not run, nor copied."""
+def test_a_tokenizer_folder_cannot_run_code(tmp_path):
+    """The folder has code and the settings with which transformers would run it: it is neither run nor copied."""
     folder, target = tmp_path / "tokenizer", tmp_path / "export"
     folder.mkdir()
     target.mkdir()
@@ -160,7 +160,7 @@ def test_a_tokenizer_s_folder_cannot_run_code(tmp_path):
 SECRETS = {"WANDB_API_KEY": "wandb-7f3a9c5511d2", "HF_TOKEN": "hf_9b1d77aa02e4"}
 
 
-def test_secrets_of_the_environment_are_written_nowhere_and_no_value_reaches_a_shell(tmp_path):
+def test_secrets_in_the_environment_are_not_written_and_no_value_reaches_a_shell(tmp_path):
     """A run with tokens in its environment and commands in its flags: neither files nor output hold the tokens, nothing was run."""
     corpus = make_corpus(tmp_path / "walks $(touch ran-1) ; touch ran-2")
     folder = tmp_path / "run `touch ran-3`"

@@ -1,4 +1,4 @@
-"""A rank that stands still ends the job: the others notice, write their stacks and leave with a code of their own."""
+"""A rank that hangs ends the job: the others notice, write their stacks and exit with code 76."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.faults.test_stops import PLAN, wait_for_steps
 
 
 @pytest.mark.parametrize(("ranks", "layout"), [(3, "--zero-stage 1"), (2, "--pipeline-model-parallel-size 2")])
-def test_a_rank_that_stands_still_ends_the_job(tmp_path, corpus, ranks, layout):
+def test_a_stopped_rank_ends_the_job(tmp_path, corpus, ranks, layout):
     folder = tmp_path / "run"
     argv = command(MODEL, DATA, PLAN, layout, "--train-tokens 3M --save-interval 5 --data-path", corpus, ["--hang-timeout", "4s"])
     processes, results = start_ranks(start_program, ranks, tmp_path / "run-logs", [*argv, "--save", str(folder)])
@@ -31,21 +31,21 @@ def test_a_rank_that_stands_still_ends_the_job(tmp_path, corpus, ranks, layout):
         if processes[number].exitcode == 76:
             hanging += 1
             assert "no progress" in stacks and "Thread" in stacks
-        else:  # a slow one finds the connection of the first broken before its own time is up
+        else:  # a slow rank finds the connection of the first broken before its own timeout
             assert processes[number].exitcode == 0 and results.get(timeout=10) == (number, True, 76)
-    assert hanging, "the first ends by itself"
-    assert printed(folder).count("exit code 76") == 1, "one rank tells it for all"
+    assert hanging, "the first exits by itself"
+    assert printed(folder).count("exit code 76") == 1, "one rank reports for all"
     events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
     assert [(event["reason"], event["code"]) for event in events if event["type"] == "end"] == [("hang", 76)]
-    # Woken, the other one has waited too long as well, or finds its peer gone.
+    # The stopped rank, once continued, has also waited too long or finds its peer gone.
     os.kill(processes[1].pid, signal.SIGCONT)
     processes[1].join(timeout=60)
     assert processes[1].exitcode is not None
     assert Run(folder).losses and (folder / "latest").exists()
 
 
-def _one_ends_and_the_others_do_not_notice(argv, first):
-    """In step 5 a rank meets an error, or is killed, while the others wait outside of Python, as in a collective of GPUs."""
+def _one_fails_and_the_others_do_not_notice(argv, first):
+    """In step 5 a rank gets an error or is killed, while the others wait outside of Python, as in a collective on GPUs."""
     import ctypes
 
     from megatron_patch.engine.data_parallel import DataParallelEngine
@@ -59,7 +59,7 @@ def _one_ends_and_the_others_do_not_notice(argv, first):
             if self.grid.rank == 0 and first == 0:
                 os.kill(os.getpid(), signal.SIGKILL)
             if self.grid.rank == 1 and first == 1:
-                raise DataError("rank 1 cannot read", "a sound disk", "change it")
+                raise DataError("rank 1 cannot read", "a working disk", "replace it")
             ctypes.CDLL(None).poll(None, 0, 600_000)
         return train_step(self, *arguments)
 
@@ -68,16 +68,16 @@ def _one_ends_and_the_others_do_not_notice(argv, first):
 
 
 @pytest.mark.parametrize(
-    ("first", "code", "said"), [(1, ExitCode.DATA, "rank 1 cannot read"), (0, ExitCode.INTERNAL, "rank 0, which keeps")]
+    ("first", "code", "message"), [(1, ExitCode.DATA, "rank 1 cannot read"), (0, ExitCode.INTERNAL, "rank 0, which keeps")]
 )
-def test_ranks_that_cannot_notice_another_one_s_end_follow_it(tmp_path, corpus, first, code, said):
+def test_ranks_that_cannot_notice_a_peer_s_exit_follow_it(tmp_path, corpus, first, code, message):
     argv = command(MODEL, DATA, PLAN, "--train-tokens 3M --data-path", corpus, ["--save", str(tmp_path / "run")])
-    processes, _ = start_ranks(_one_ends_and_the_others_do_not_notice, 3, tmp_path / "run-logs", argv, first)
+    processes, _ = start_ranks(_one_fails_and_the_others_do_not_notice, 3, tmp_path / "run-logs", argv, first)
     for number in {0, 1, 2} - {first}:
         processes[number].join(timeout=120)
-        assert processes[number].exitcode == code, "the code of the rank that was first"
+        assert processes[number].exitcode == code, "the code of the rank that failed first"
     text = printed(tmp_path / "run")
-    assert text.count(said) == 1 and "it was left waiting" in text
+    assert text.count(message) == 1 and "it waited for that rank while" in text
     assert [json.loads(line)["code"] for line in (tmp_path / "run/events.jsonl").read_text().splitlines() if '"end"' in line] == [code]
 
 
@@ -91,7 +91,7 @@ def _stuck_while_starting(argv):
     return start_program(argv)
 
 
-def test_a_hang_while_the_data_are_opened_ends_too(tmp_path, corpus):
+def test_a_hang_while_data_is_opened_ends_the_run(tmp_path, corpus):
     argv = command(MODEL, DATA, PLAN, "--hang-timeout 3s --data-path", corpus, ["--save", str(tmp_path / "run")])
     (process,), _ = start_ranks(_stuck_while_starting, 1, tmp_path / "run-logs", argv)
     process.join(timeout=60)
@@ -99,7 +99,7 @@ def test_a_hang_while_the_data_are_opened_ends_too(tmp_path, corpus):
     assert "while the run starts" in printed(tmp_path / "run") and "in never" in (tmp_path / "run/stacks/rank-00000.txt").read_text()
 
 
-def test_nothing_ends_what_moves(tmp_path, corpus):
+def test_a_run_that_makes_progress_is_not_ended(tmp_path, corpus):
     run = train(tmp_path / "run", 1, PLAN, "--hang-timeout 3s --data-path", corpus)
     assert len(run.losses) == 80
 

@@ -1,4 +1,4 @@
-"""What listeners write: metrics with each step once, consoles that name both losses, ledgers, TensorBoard."""
+"""What callbacks write: metrics with each step once, consoles that name both losses, TensorBoard, Weights & Biases."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console as RichConsole
 
 from megatron_patch.errors import CheckpointError, ConfigError
-from megatron_patch.training.callbacks import jsonl_writer as lines
+from megatron_patch.training.callbacks import jsonl_writer
 from megatron_patch.training.callbacks.base import EvaluationRecord, RunEnd, RunStart, SaveRecord, StepRecord, SwitchRecord
 from megatron_patch.training.callbacks.charts import Charts, named_values
 from megatron_patch.training.callbacks.console import Console
@@ -45,13 +45,13 @@ def test_a_resumed_run_has_each_step_once(tmp_path):
     path = tmp_path / "run" / "metrics.jsonl"
     write(path, 1, 7, start=0)
     with path.open("a") as file:
-        file.write('{"type": "step", "step": 8, "lo')  # torn by a kill
+        file.write('{"type": "step", "step": 8, "lo')  # left incomplete by a kill
     write(path, 6, 9, start=5)
     assert steps(path) == list(range(1, 10))
     assert [r["step"] for r in read_metrics(path) if r["type"] == "evaluation"] == list(range(1, 10))
 
 
-def test_lines_are_valid_json_even_where_losses_are_not_numbers(tmp_path):
+def test_lines_are_valid_json_even_if_losses_are_not_finite(tmp_path):
     metrics = Metrics(tmp_path / "m.jsonl")
     metrics.on_start(START)
     metrics.on_step(replace(STEP, loss=float("nan"), grad_norm=float("inf")))
@@ -61,7 +61,7 @@ def test_lines_are_valid_json_even_where_losses_are_not_numbers(tmp_path):
 
 
 @pytest.mark.parametrize("terminal", [False, True])
-def test_the_console_names_what_it_shows(terminal):
+def test_the_console_names_both_losses(terminal):
     out = io.StringIO()
     console = Console(2, RichConsole(file=out, force_terminal=terminal, width=180, highlight=False))
     console.on_start(START)
@@ -99,7 +99,7 @@ def test_tensorboard_has_the_same_names_over_tokens(tmp_path):
     assert [scalar.step for scalar in events.Scalars("train/lr")] == [100, 200]
 
 
-def test_names_of_charts_are_those_of_the_records():
+def test_charts_use_the_field_names_of_the_records():
     names = {name.partition("/")[2] for name in named_values(STEP)} - {"patch_loss"}
     assert names <= set(asdict(STEP)) and {name.partition("/")[2] for name in named_values(EVALUATION)} <= set(asdict(EVALUATION))
     assert "eval/patch_loss" not in named_values(replace(EVALUATION, patch_size=1))
@@ -118,7 +118,7 @@ def test_rates_are_those_of_the_window():
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_charts_that_cannot_be_written_are_tried_again_later(tmp_path, capsys):
-    """TensorBoard's folder is gone for a while: its thread fails, training does not."""
+    """TensorBoard's folder is missing for a while: its thread fails, training does not."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     now, folder, away = 0.0, tmp_path / "events", tmp_path / "away"
@@ -140,7 +140,7 @@ def test_charts_that_cannot_be_written_are_tried_again_later(tmp_path, capsys):
     assert f"--tensorboard-dir {folder} cannot be written: [Errno " in error
     for seconds in (59.0, 61.0, 150.0):
         step_at(seconds, 300_000)
-    assert "cannot be written" not in capsys.readouterr().err, "said once"
+    assert "cannot be written" not in capsys.readouterr().err, "printed once"
     folder.unlink()
     away.rename(folder)
     for seconds, tokens in ((179.0, 400_000), (200.0, 500_000), (201.0, 600_000)):
@@ -153,14 +153,14 @@ def test_charts_that_cannot_be_written_are_tried_again_later(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("tokens", [0, 100])
-def test_a_folder_of_charts_that_is_none_ends_a_new_run_alone(tmp_path, capsys, tokens):
+def test_a_chart_folder_that_cannot_be_written_ends_only_a_new_run(tmp_path, capsys, tokens):
     (tmp_path / "events").write_text("a file")
     board = Charts(TensorBoard(str(tmp_path / "events")))
     if tokens:
         board.on_start(replace(START, tokens=tokens))
         board.on_step(STEP)
         board.close()
-        assert capsys.readouterr().err.count("training goes on") == 1
+        assert capsys.readouterr().err.count("training continues") == 1
     else:
         with pytest.raises(ConfigError, match="--tensorboard-dir .*events cannot be written"):
             board.on_start(START)
@@ -168,13 +168,13 @@ def test_a_folder_of_charts_that_is_none_ends_a_new_run_alone(tmp_path, capsys, 
 
 @pytest.fixture
 def weights_and_biases(tmp_path, monkeypatch, capsys):
-    """Tells a run and its resumption to the package, which has no login here; returns what people were told, and its two files."""
+    """Logs a run and its resumption to wandb, which has no login here; returns what was printed, and the two files."""
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.setenv("HOME", str(tmp_path))
     for name in ("WANDB_API_KEY", "WANDB_DIR", "WANDB_MODE"):
         monkeypatch.delenv(name, raising=False)
 
-    def tell_a_run_and_its_resumption():
+    def log_a_run_and_its_resumption():
         import wandb
 
         for _ in range(2):
@@ -183,19 +183,19 @@ def weights_and_biases(tmp_path, monkeypatch, capsys):
             board.on_step(STEP)
             board.on_evaluation(EVALUATION)
             board.close()
-            wandb.teardown()  # its process ends, which has read the environment and writes the files
+            wandb.teardown()  # ends its process, which has read the environment and writes the files
         run_id = (tmp_path / "run" / "wandb_run_id").read_text().strip()
         return capsys.readouterr().err, sorted((tmp_path / "run" / "wandb").glob(f"offline-run-*/run-{run_id}.wandb"))
 
-    return tell_a_run_and_its_resumption
+    return log_a_run_and_its_resumption
 
 
 @pytest.mark.parametrize("login", ["offline", "missing"])
-def test_weights_and_biases_is_told_the_records_over_tokens_of_one_run(weights_and_biases, monkeypatch, login):
-    """Without a login training goes on, and people are told of the folder."""
+def test_weights_and_biases_gets_the_records_over_tokens_in_one_run(weights_and_biases, monkeypatch, login):
+    """Without a login training continues, and the folder is printed."""
     if login == "offline":
         monkeypatch.setenv("WANDB_MODE", "offline")
-    told, files = weights_and_biases()
+    printed, files = weights_and_biases()
     assert len(files) == 2, "a resumed run is the same one"
     for path in files:
         records = list(logged_records(path))
@@ -211,17 +211,17 @@ def test_weights_and_biases_is_told_the_records_over_tokens_of_one_run(weights_a
         assert values == [{"tokens": 100, **named_values(STEP)}, {"tokens": 100, **named_values(EVALUATION)}]
         assert {record.metric.step_metric for record in records} - {""} == {"tokens"}
     folders = {str(path.parent) for path in files}
-    assert set(re.findall("wandb sync (.*) sends it", told)) == (folders if login == "missing" else set())
+    assert set(re.findall("wandb sync (.*)", printed)) == (folders if login == "missing" else set())
 
 
-def test_weights_and_biases_is_missed(monkeypatch):
+def test_a_missing_wandb_is_an_error_that_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ConfigError, match=r"megatron_patch\[wandb\]"):
         WeightsAndBiases("project", None, None, {})
 
 
 def logged_records(path):
-    """What W&B would send: a log of protobuf records in blocks of 32 KiB."""
+    """What W&B would upload: a log of protobuf records in blocks of 32 KiB."""
     from wandb.proto import wandb_internal_pb2
 
     data, at, payload = path.read_bytes(), 7, b""
@@ -232,7 +232,7 @@ def logged_records(path):
         length, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
         payload += data[at + 7 : at + 7 + length]
         at += 7 + length
-        if kind in (1, 4):  # whole, or the last part of one
+        if kind in (1, 4):  # a full record, or the last part of one
             record = wandb_internal_pb2.Record()
             record.ParseFromString(payload)
             payload = b""
@@ -240,7 +240,7 @@ def logged_records(path):
 
 
 def test_lines_that_a_full_disk_refuses_wait_for_space(tmp_path, monkeypatch, capsys):
-    """A write that fails, and one that stops in the middle of a line: neither ends the run, and no line is lost or torn."""
+    """A write that fails, and one that ends in the middle of a line: neither ends the run, and no line is lost or damaged."""
     write_all, room = os.write, 10_000
 
     def write(file, data):
@@ -251,13 +251,13 @@ def test_lines_that_a_full_disk_refuses_wait_for_space(tmp_path, monkeypatch, ca
         room -= count
         return count
 
-    monkeypatch.setattr(lines.os, "write", write)
+    monkeypatch.setattr(jsonl_writer.os, "write", write)
     metrics = Metrics(tmp_path / "m.jsonl")
     metrics.on_start(START)
     room = 700
     for step in range(1, 6):
         metrics.on_step(replace(STEP, step=step))
-    assert (tmp_path / "m.jsonl").stat().st_size < 10_000 and steps(tmp_path / "m.jsonl") == [1], "the second is torn"
+    assert (tmp_path / "m.jsonl").stat().st_size < 10_000 and steps(tmp_path / "m.jsonl") == [1], "the second line is incomplete"
     assert capsys.readouterr().err.count("No space left on device; its lines wait") == 1
     room = 1_000_000
     metrics.on_step(replace(STEP, step=6))
@@ -265,8 +265,8 @@ def test_lines_that_a_full_disk_refuses_wait_for_space(tmp_path, monkeypatch, ca
     room = 0
     metrics.on_step(replace(STEP, step=7))
     metrics.close()
-    assert "1 lines are lost" in capsys.readouterr().err
-    monkeypatch.setattr(lines, "_LONGEST", 100)
+    assert "1 line lost" in capsys.readouterr().err
+    monkeypatch.setattr(jsonl_writer, "_LARGEST_BACKLOG", 100)
     metrics = Metrics(tmp_path / "m.jsonl")
     with pytest.raises(CheckpointError, match="No space left on device"):
         metrics.on_step(replace(STEP, step=8))

@@ -37,7 +37,7 @@ def test_formulas_by_hand():
     assert at(1000, style="WSD", wsd_decay_tokens=100, wsd_decay_style="exponential", min_lr=0.1) == pytest.approx(0.1)
 
 
-def test_cosine_equals_that_of_torch():
+def test_cosine_equals_torch_s():
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=40, eta_min=0.05)
     for step in range(1, 41):
@@ -47,7 +47,7 @@ def test_cosine_equals_that_of_torch():
 
 
 @given(st.sampled_from(STYLES), st.integers(0, 400), st.integers(1, 500), st.floats(0.0, 1.0), st.integers(1, 1000))
-def test_never_outside_and_down_to_the_minimum(style, warmup, decay, min_lr, tokens):
+def test_rates_stay_between_the_minimum_and_the_maximum_and_reach_the_minimum(style, warmup, decay, min_lr, tokens):
     shape = {"style": style, "warmup_tokens": warmup, "wsd_decay_tokens": decay, "min_lr": min_lr}
     rate = at(tokens, **shape)
     assert 0.0 < rate <= 1.0 or (rate == 0.0 == min_lr)
@@ -66,12 +66,14 @@ def plan(*stages):
     return build_plan(options, ScheduleOptions(lr=1.0, lr_decay_style="linear"), 1)
 
 
-def test_restart_begins_anew_and_continue_goes_on():
+def test_restart_begins_a_schedule_and_continue_keeps_it():
     restart = build_lr_schedule(plan({"patch_size": 2, "steps": 10, "batch": "constant-positions"}, {"steps": 20}))
     assert restart.at(100) == pytest.approx(0.5) and restart.at(200) == pytest.approx(0.0)
     assert restart.at(210) == pytest.approx(0.95)
-    going = build_lr_schedule(plan({"patch_size": 2, "steps": 10, "batch": "constant-positions"}, {"steps": 20, "lr_policy": "continue"}))
-    assert [going.at(tokens) for tokens in (100, 200, 210, 400)] == pytest.approx([0.75, 0.5, 0.475, 0.0])
+    continued = build_lr_schedule(
+        plan({"patch_size": 2, "steps": 10, "batch": "constant-positions"}, {"steps": 20, "lr_policy": "continue"})
+    )
+    assert [continued.at(tokens) for tokens in (100, 200, 210, 400)] == pytest.approx([0.75, 0.5, 0.475, 0.0])
 
 
 def test_rewarm_multiplies_the_running_schedule_by_a_ramp():
@@ -82,5 +84,5 @@ def test_rewarm_multiplies_the_running_schedule_by_a_ramp():
     assert schedule.at(300) == pytest.approx(0.25)
 
 
-def test_behind_the_end_the_last_rate_stays():
+def test_after_the_end_the_last_rate_stays():
     assert LrSchedule((Segment(0, 100, LrShape(1.0, 0.3, style="linear")),)).at(500) == pytest.approx(0.3)

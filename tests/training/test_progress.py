@@ -1,4 +1,4 @@
-"""What the live view says: shares, times to go, the trend of losses."""
+"""The live view: shares, remaining times, the trend of losses."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megatron_patch.training.callbacks.base import RunStart, StepRecord
 from megatron_patch.training.callbacks.progress import LossTrend, bar, live_view, outlook
 from tests.training.test_callbacks import EVALUATION, STEP
 
-# 4,000 tokens, the first 2,000 in patches of 4: 2,500 tokens' worth of compute, of 1e9 FLOPs a token.
+# 4,000 tokens, the first 2,000 in patches of 4: the cost of 2,500 tokens at token level, of 1e9 FLOPs each.
 START = RunStart(0, 100, 4000, ((2000, "token"),), 0, "cpu", 2, None, 1e9, 0.625)
 
 
@@ -20,7 +20,7 @@ def at(tokens: int, cost: float, tflops: float, rate: float) -> StepRecord:
     return replace(STEP, tokens=tokens, cost_tokens=cost, tflops=tflops, tokens_per_second=rate)
 
 
-def test_the_end_is_told_by_compute_and_the_switch_by_tokens():
+def test_the_time_to_the_end_follows_from_flops_and_to_the_switch_from_tokens():
     # Two ranks of 5e-3 TFLOP/s compute 10 token-level tokens a second, which are 40 tokens a second in patches of 4.
     ahead = outlook(START, at(1000, 250.0, 5e-3, 40.0))
     assert ahead.tokens == 0.25 and ahead.compute == 0.1
@@ -40,7 +40,7 @@ def test_the_arrow_needs_more_than_noise(slope, arrow):
     assert trend.arrow() == arrow and len(trend.curve()) <= 24
     trend.add(1, 4.0)
     trend.add(1, math.nan)
-    assert trend.curve() == "" and trend.arrow() == "", "a switch begins anew"
+    assert trend.curve() == "" and trend.arrow() == "", "a switch empties the trend"
 
 
 def test_the_bar_marks_its_switches():
@@ -48,7 +48,7 @@ def test_the_bar_marks_its_switches():
     assert text == "━━┿━━━━━"
 
 
-def test_the_live_view_says_what_a_person_asks():
+def test_the_live_view_shows_progress_loss_speed_and_remaining_time():
     console = RichConsole(width=110, force_terminal=True, color_system=None)
     with console.capture() as captured:
         console.print(live_view(START, at(1000, 250.0, 5e-3, 40.0), LossTrend(), EVALUATION))
@@ -57,11 +57,11 @@ def test_the_live_view_says_what_a_person_asks():
         "patches of 4",
         "1k of 4k tokens",
         "5.5000",
-        "held out 6.5000",
+        "held-out token loss 6.5000",
         "40 tokens/s",
         "1.5 GiB",
-        "token in 25 s",
-        "10.0% of the compute",
+        "stage token in 25 s",
+        "10.0% of FLOPs spent",
     ):
         assert words in text
     assert max(len(line) for line in text.splitlines()) <= 110

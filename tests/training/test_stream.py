@@ -1,4 +1,4 @@
-"""What a run reads, opened and shown: how often each corpus is seen in each stage, limits of it, and data that does not go together."""
+"""The data of a run: epochs of each corpus in each stage, their limits, and corpora that do not fit together."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ PATCHES = ["--patch-size", "4", "--patch-fraction", "0.5", "--train-tokens", "12
 
 @pytest.fixture
 def corpora(tmp_path):
-    """16,000 tokens to train on in one corpus, 4,000 in another, and 64 that are kept for labels."""
+    """16,000 training tokens in one corpus, 4,000 in another, and 64 in each that are kept for labels."""
     return write_numbers(tmp_path / "web", 16_000 + 64), write_numbers(tmp_path / "code", 4_000 + 64)
 
 
@@ -47,13 +47,13 @@ def words(corpora, *more):
     return [*MODEL, *PATCHES, "--data-path", "0.5", corpora[0], "0.5", corpora[1], *more]
 
 
-def side_file(prefix, tokens, eod=5, align=1):
+def metadata_file(prefix, tokens, eod=5, align=1):
     write_metadata(
         prefix, DatasetMetadata("NullTokenizer", "9", 20_000, eod, 1, tokens, "int32", True, False, align, 4 * tokens, 1, "", "")
     )
 
 
-def test_a_dry_run_shows_how_often_each_corpus_is_read(corpora, capsys):
+def test_a_dry_run_shows_the_epochs_of_each_corpus(corpora, capsys):
     assert main(words(corpora, "--dry-run")) == 0
     shown = capsys.readouterr().out
     table = [
@@ -69,7 +69,7 @@ def test_a_dry_run_shows_how_often_each_corpus_is_read(corpora, capsys):
     assert re.search(r"Note by the end of stage token the training part of \S+code\s+is\s+read\s+1\.60\s+times", shown)
 
 
-def test_a_plan_says_the_same(corpora, tmp_path, capsys):
+def test_a_plan_shows_the_same(corpora, tmp_path, capsys):
     plan.main([*words(corpora), "--json"])
     rows = json.loads(capsys.readouterr().out)["data"]
     assert [(row["stage"], row["epochs"], row["epochs_by_end"]) for row in rows] == [
@@ -81,9 +81,9 @@ def test_a_plan_says_the_same(corpora, tmp_path, capsys):
     assert [row["corpus"] for row in rows] == [*corpora, *corpora] and sum(row["tokens"] for row in rows) == 12_800
     plan.main(words(corpora))
     shown = re.sub(r"\s+", " ", capsys.readouterr().out)
-    assert "times read" in shown and "is read 1.60 times" in shown
+    assert "epochs so far" in shown and "is read 1.60 times" in shown
     plan.main([*MODEL, *PATCHES, "--data-path", str(tmp_path / "none")])
-    assert "how often data is read is not shown" in re.sub(r"\s+", " ", capsys.readouterr().out)
+    assert "epochs per corpus are unknown" in re.sub(r"\s+", " ", capsys.readouterr().out)
     with pytest.raises(DataError, match=r"read 1\.60 times"):
         plan.main(words(corpora, "--max-epochs", "1.5"))
 
@@ -96,7 +96,7 @@ def test_a_dry_run_needs_no_data(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("limits", "refused"), [(["2"], False), (["1"], True), (["1", "{code}=1.6"], False), (["{code}=1.5"], True)])
-def test_limits_of_epochs_are_kept(corpora, limits, refused):
+def test_epoch_limits_are_checked(corpora, limits, refused):
     run = load_config(words(corpora, "--max-epochs", *(limit.format(code=corpora[1]) for limit in limits)), 1)
     if refused:
         with pytest.raises(DataError, match=r"stage token the training part of .*code is read 1\.60 times"):
@@ -106,29 +106,29 @@ def test_limits_of_epochs_are_kept(corpora, limits, refused):
 
 
 @pytest.mark.parametrize("limits", [["0"], ["two"], ["1", "2"], ["other=1"], ["nan"]])
-def test_limits_that_are_none_are_refused(corpora, limits):
+def test_invalid_epoch_limits_are_refused(corpora, limits):
     with pytest.raises(ConfigError, match="--max-epochs"):
         load_config(words(corpora, "--max-epochs", *limits), 1)
 
 
-def test_corpora_with_other_ends_of_documents_are_refused(corpora):
-    side_file(corpora[0], 16_064, eod=5)
-    side_file(corpora[1], 4_064, eod=6)
+def test_corpora_with_different_end_of_document_tokens_are_refused(corpora):
+    metadata_file(corpora[0], 16_064, eod=5)
+    metadata_file(corpora[1], 4_064, eod=6)
     run = load_config(words(corpora), 1)
     with pytest.raises(DataError, match="differ in eod_id: 5 and 6"):
         open_data(run, run.plan, Grid(0, 1, 1, 1))
 
 
-def test_held_out_data_must_have_the_same_end_of_documents(corpora):
-    side_file(corpora[0], 16_064, eod=5)
-    side_file(corpora[1], 4_064, eod=6)
+def test_held_out_data_must_have_the_same_end_of_document_token(corpora):
+    metadata_file(corpora[0], 16_064, eod=5)
+    metadata_file(corpora[1], 4_064, eod=6)
     run = load_config([*MODEL, *PATCHES, "--data-path", corpora[0], "--valid-data-path", corpora[1]], 1)
     with pytest.raises(DataError, match="differ in eod_id: 5 and 6"):
         open_data(run, run.plan, Grid(0, 1, 1, 1))
 
 
-def test_another_end_of_documents_than_the_side_file_s_is_refused(corpora):
-    side_file(corpora[0], 16_064, eod=5)
+def test_another_end_of_document_token_than_the_metadata_file_s_is_refused(corpora):
+    metadata_file(corpora[0], 16_064, eod=5)
     for given, refused in ((5, False), (6, True)):
         run = load_config([*MODEL, *PATCHES, "--data-path", corpora[0], "--eod-token-id", str(given)], 1)
         if refused:
@@ -138,17 +138,17 @@ def test_another_end_of_documents_than_the_side_file_s_is_refused(corpora):
             assert open_data(run, run.plan, Grid(0, 1, 1, 1)).masking.eod_id == 5
 
 
-def test_the_end_of_documents_is_known_from_any_side_file(corpora):
-    """The first corpus has none, and the second is padded with it."""
-    side_file(corpora[1], 4_064, eod=6, align=4)
+def test_the_end_of_document_token_is_known_from_any_metadata_file(corpora):
+    """The first corpus has no metadata file, and the second is padded with the token."""
+    metadata_file(corpora[1], 4_064, eod=6, align=4)
     run = load_config(words(corpora), 1)
     masking = open_data(run, run.plan, Grid(0, 1, 1, 1)).masking
     assert (masking.eod_id, masking.ignore_repeated_eod) == (6, True)
 
 
-def test_corpora_of_other_tokenizers_are_told(corpora):
+def test_corpora_of_different_tokenizers_are_noted(corpora):
     for prefix, tokens, digest in ((corpora[0], 16_064, "a"), (corpora[1], 4_064, "b")):
-        side_file(prefix, tokens)
+        metadata_file(prefix, tokens)
         write_metadata(prefix, replace(read_metadata(prefix), tokenizer_model=f"{digest}.json", tokenizer_xxh64=digest))
     run = load_config(words(corpora), 1)
     assert [note for note in open_stream(run, run.plan).notes() if "was tokenized with a.json" in note and "with b.json" in note]
@@ -156,13 +156,13 @@ def test_corpora_of_other_tokenizers_are_told(corpora):
     assert not [note for note in open_stream(run, run.plan).notes() if "tokenized" in note]
 
 
-@pytest.mark.parametrize(("align", "told"), [(4, False), (8, False), (6, True)])
-def test_patches_that_do_not_fit_the_alignment_are_told(corpora, align, told):
-    side_file(corpora[0], 16_064, align=align)
-    side_file(corpora[1], 4_064)
+@pytest.mark.parametrize(("align", "noted"), [(4, False), (8, False), (6, True)])
+def test_patches_that_do_not_fit_the_alignment_are_noted(corpora, align, noted):
+    metadata_file(corpora[0], 16_064, align=align)
+    metadata_file(corpora[1], 4_064)
     run = load_config(words(corpora), 1)
     stream = open_stream(run, run.plan)
     assert [note for note in stream.notes() if "aligned" in note] == (
-        [f"documents of {corpora[0]} are aligned to 6 tokens: patches of 4 in stage patch may span two"] if told else []
+        [f"documents of {corpora[0]} are aligned to 6 tokens: patches of 4 in stage patch may span two"] if noted else []
     )
     assert open_data(run, run.plan, Grid(0, 1, 1, 1)).masking.ignore_repeated_eod

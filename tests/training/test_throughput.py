@@ -1,4 +1,4 @@
-"""Waiting for data is told once, when it matters, with the cause that the loader's own times show."""
+"""The warning about waiting for data: printed once, above the threshold, with the cause that the loader's times show."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from megatron_patch.training.throughput import DataWaitMonitor
 from tests.data.streams import plan_of, write_numbers
 
 
-def told(steps, **times):
+def warnings(steps, **times):
     wait = DataWaitMonitor(LoadingTimes(**times), window=4)
-    return [note for seconds, waited in steps if (note := wait.update(seconds, waited)) is not None]
+    return [warning for seconds, waited in steps if (warning := wait.update(seconds, waited)) is not None]
 
 
-def test_it_is_told_once_and_only_above_two_percent():
-    assert told([(1.0, 1.0)] + [(1.0, 0.02)] * 20, preparing=1.0) == []
-    notes = told([(1.0, 1.0)] + [(1.0, 0.05)] * 20, preparing=1.0, processor=1.0)
-    assert len(notes) == 1 and notes[0].startswith("waiting for data takes 5.0% of the time (more than 2%): ")
+def test_the_warning_comes_once_and_only_above_two_percent():
+    assert warnings([(1.0, 1.0)] + [(1.0, 0.02)] * 20, preparing=1.0) == []
+    found = warnings([(1.0, 1.0)] + [(1.0, 0.05)] * 20, preparing=1.0, processor=1.0)
+    assert len(found) == 1 and found[0].startswith("training waits for data 5.0% of the time (more than 2%): ")
 
 
 @pytest.mark.parametrize(
@@ -36,12 +36,12 @@ def test_it_is_told_once_and_only_above_two_percent():
     ],
 )
 def test_the_cause_is_named(times, words):
-    (note,) = told([(1.0, 1.0)] + [(1.0, 0.5)] * 4, **times)
-    assert words in note
+    (warning,) = warnings([(1.0, 1.0)] + [(1.0, 0.5)] * 4, **times)
+    assert words in warning
 
 
 class SlowCorpus(TokenCorpus):
-    """A disk that takes its time."""
+    """A slow disk."""
 
     def read_into(self, out, start):
         time.sleep(0.01)

@@ -1,17 +1,11 @@
-"""Listeners of a run, one file each: charts (TensorBoard, Weights & Biases), console, metrics, samples, spans."""
+"""Callbacks of a run, one file each: console, metrics, events, charts (TensorBoard, Weights & Biases), samples, spans."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Sequence
 
-import torch
-
-from megatron_patch.config.resolve import RunConfig
 from megatron_patch.model.generate import Sampling
-from megatron_patch.parallel.grid import Grid
-from megatron_patch.tokenizers.base import Tokenizer
-from megatron_patch.training.callbacks.base import Callback
+from megatron_patch.training.callbacks.base import Callback, CallbackContext, CallbackFactory
 from megatron_patch.training.callbacks.charts import Charts
 from megatron_patch.training.callbacks.console import Console
 from megatron_patch.training.callbacks.events import Events
@@ -23,24 +17,16 @@ from megatron_patch.training.callbacks.wandb import WeightsAndBiases
 from megatron_patch.utils.console import make_console
 
 
-def make_callbacks(
-    run: RunConfig,
-    save: Path | None,
-    grid: Grid,
-    logits: Callable[[torch.Tensor], torch.Tensor],
-    tokenizer: Tokenizer | None,
-    device: torch.device,
-) -> list[Callback]:
-    """The listeners that a run asks for; all but samples and the span log live on rank 0.
+def make_callbacks(context: CallbackContext, factories: Sequence[CallbackFactory] = ()) -> list[Callback]:
+    """Returns this rank's callbacks: those that the run's options ask for, then those that the factories make.
+
+    Of the former, only `Samples` and `SpanLog` exist on ranks other than 0.
 
     Args:
-        run: the run.
-        save: its folder.
-        grid: this rank's place.
-        logits: the engine's, for samples.
-        tokenizer: for samples, where they are asked for.
-        device: of this rank.
+        context: the run and this rank.
+        factories: makers of further callbacks, called on every rank in this order.
     """
+    run, save, grid, tokenizer = context.run, context.save, context.grid, context.tokenizer
     logging = run.options.logging
     callbacks: list[Callback] = []
     first = grid.rank == 0
@@ -51,15 +37,15 @@ def make_callbacks(
         if logging.tensorboard_dir is not None:
             callbacks.append(Charts(TensorBoard(logging.tensorboard_dir)))
         if logging.wandb_project is not None:
-            shown = run.to_json()["options"]
-            callbacks.append(Charts(WeightsAndBiases(logging.wandb_project, logging.wandb_exp_name, save, shown)))
+            options = run.to_json()["options"]
+            callbacks.append(Charts(WeightsAndBiases(logging.wandb_project, logging.wandb_exp_name, save, options)))
     if tokenizer is not None:
         sampling = Sampling(logging.sample_temperature, logging.sample_top_p, seed=run.options.engine.seed)
-        learned = run.shape.max_positions if run.shape.position_embedding == "learned" else None
-        request = SampleRequest(logging.sample_prompts, logging.sample_tokens, sampling, learned)
+        learned_positions = run.shape.max_positions if run.shape.position_embedding == "learned" else None
+        request = SampleRequest(logging.sample_prompts, logging.sample_tokens, sampling, learned_positions)
         path = save / "samples.jsonl" if save is not None else None
-        callbacks.append(Samples(logits, tokenizer, request, device, path, make_console() if first else None))
-    reads_first = grid.tensor_parallel_rank == grid.pipeline_parallel_rank == 0
-    if logging.log_token_spans and save is not None and reads_first:
+        callbacks.append(Samples(context.logits, tokenizer, request, context.device, path, make_console() if first else None))
+    first_of_replica = grid.tensor_parallel_rank == grid.pipeline_parallel_rank == 0
+    if logging.log_token_spans and save is not None and first_of_replica:
         callbacks.append(SpanLog(save / "spans", grid.rank))
-    return callbacks
+    return callbacks + [make_callback(context) for make_callback in factories]

@@ -1,35 +1,40 @@
-"""What happens in a run, as records, and who may listen.
+"""Defines the records of what happens in a run and the interface of callbacks, which receive them.
 
-In: nothing. Out: the records that the loop makes and the methods that a listener may have. The names of a record's fields are the names
-in metrics files, TensorBoard and Weights & Biases. `token_loss` is a loss at K = 1, `patch_loss` one at the stage's own K: a patch loss
-is no token loss, and the two are never called the same.
+A field of a record has the same name in metrics files, TensorBoard and Weights & Biases. A loss at K = 1 is a `token_loss`, a loss at the
+stage's K a `patch_loss`: the two cannot be compared and never share a name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import torch
+
+from megatron_patch.config.resolve import RunConfig
 from megatron_patch.data.collate import PatchBatch
+from megatron_patch.parallel.grid import Grid
 from megatron_patch.stages import Stage
+from megatron_patch.tokenizers.base import Tokenizer
 
 
 @dataclass(frozen=True)
 class RunStart:
-    """The run begins or goes on.
+    """The run starts or resumes.
 
     Args:
-        step: steps taken so far.
-        total_steps: of the whole run.
-        total_tokens: of the whole run.
-        switches: (tokens at which a stage begins, its name) for each stage but the first.
-        tokens: read so far.
+        step: optimizer steps taken so far.
+        total_steps: optimizer steps of the full plan.
+        total_tokens: tokens of the full plan.
+        switches: (tokens read when a stage begins, its name) for each stage but the first.
+        tokens: tokens read so far.
         device: name of the devices.
-        ranks: number of processes.
-        save: the run's folder.
-        token_flops: FLOPs of one token at token level.
-        whole_cost: FLOPs of the run over those of token-level training on the same tokens.
+        ranks: number of ranks.
+        save: the run's folder (--save), or None.
+        token_flops: FLOPs of one token in token-level training.
+        whole_cost: FLOPs of the full plan over those of token-level training on the same tokens.
     """
 
     step: int
@@ -55,7 +60,7 @@ STEP_METRICS = (
     "data_seconds",
     "step_seconds",
 )
-"""What a step record says of its step beside losses, tokens and cost: the names that files, charts and reports share."""
+"""Fields of `StepRecord` that metrics files, charts and reports show in addition to losses, tokens and cost."""
 
 
 @dataclass(frozen=True)
@@ -63,25 +68,25 @@ class StepRecord:
     """One optimizer step.
 
     Args:
-        step: its number, from 1.
+        step: number of the step in the run, from 1.
         stage: name of its stage.
-        stage_index: its number.
-        patch_size: K.
-        tokens: read so far.
-        cost_tokens: tokens that token-level training would have read for the FLOPs so far.
-        cost: FLOPs so far over those of token-level training on the tokens so far.
-        loss: nats a label, at the stage's K.
+        stage_index: number of its stage, from 0.
+        patch_size: K of its stage.
+        tokens: tokens read so far, including this step's.
+        cost_tokens: tokens that token-level training would have read for the FLOPs spent so far.
+        cost: FLOPs spent so far over those of token-level training on the tokens read so far.
+        loss: mean loss in nats per label, at the stage's K.
         lr: learning rate.
-        grad_norm: before clipping.
-        tokens_per_second: of all ranks.
-        positions_per_second: of all ranks.
-        tflops: model TFLOP/s of a device.
-        mfu: of a device's peak, or None.
-        memory_gib: highest of this rank so far.
-        data_seconds: spent waiting for data in this step.
-        step_seconds: of this step.
-        loss_scale: in float16.
-        skipped: whether the optimizer did not step (a sick step, or float16 overflow).
+        grad_norm: norm of the mean gradient before clipping.
+        tokens_per_second: input tokens/s of all ranks together, over a window of steps.
+        positions_per_second: positions/s of all ranks together, over a window of steps.
+        tflops: model TFLOP/s of one device, over a window of steps.
+        mfu: model FLOP/s over the device's peak, or None if the peak is unknown.
+        memory_gib: peak memory of this rank so far, in GiB.
+        data_seconds: seconds of this step spent waiting for data.
+        step_seconds: duration of this step in seconds.
+        loss_scale: loss scale in float16, otherwise None.
+        skipped: whether the optimizer did not step (a rejected step, or float16 overflow).
     """
 
     step: int
@@ -107,20 +112,20 @@ class StepRecord:
 
 @dataclass(frozen=True)
 class EvaluationRecord:
-    """A held-out evaluation.
+    """An evaluation on held-out data.
 
     Args:
-        step: steps taken.
+        step: optimizer steps taken so far.
         stage: name of the stage.
-        stage_index: its number.
+        stage_index: number of the stage, from 0.
         patch_size: K of the stage.
-        tokens: read so far.
-        cost_tokens: as in `StepRecord`.
-        split: which data.
-        token_loss: nats a token at K = 1.
-        patch_loss: nats a label at the stage's K.
-        eval_tokens: scored tokens.
-        seconds: it took.
+        tokens: tokens read so far.
+        cost_tokens: tokens that token-level training would have read for the FLOPs spent so far.
+        split: name of the evaluated split ("valid").
+        token_loss: mean loss in nats per token, at K = 1.
+        patch_loss: mean loss in nats per label, at the stage's K.
+        eval_tokens: number of scored tokens.
+        seconds: duration of the evaluation.
     """
 
     step: int
@@ -138,7 +143,16 @@ class EvaluationRecord:
 
 @dataclass(frozen=True)
 class SwitchRecord:
-    """One stage became the next."""
+    """A switch from one stage to the next.
+
+    Args:
+        step: optimizer steps taken so far.
+        tokens: tokens read so far.
+        from_stage: name of the stage that ended.
+        to_stage: name of the stage that begins.
+        from_patch_size: K of the stage that ended.
+        to_patch_size: K of the stage that begins.
+    """
 
     step: int
     tokens: int
@@ -153,11 +167,11 @@ class SaveRecord:
     """A checkpoint was committed.
 
     Args:
-        step: that it holds; with --async-save some steps ago.
-        folder: where it is.
-        seconds: from its beginning until it was published.
-        bytes: of its files.
-        stall_seconds: for which training waited, for the snapshot alone with --async-save.
+        step: the step that the checkpoint holds; with --async-save it is older than the last step.
+        folder: path of the checkpoint.
+        seconds: time from its start until it was published.
+        bytes: size of its files.
+        stall_seconds: time for which training waited; with --async-save only for the snapshot.
     """
 
     step: int
@@ -169,13 +183,13 @@ class SaveRecord:
 
 @dataclass(frozen=True)
 class Event:
-    """Something that does not happen in every run.
+    """Something out of the ordinary.
 
     Args:
-        kind: "skip", "rewind", "straggler", …
-        step: steps taken.
+        kind: "skip" (a rejected step), "rewind" or "straggler".
+        step: optimizer steps taken so far.
         message: a sentence for the user.
-        details: for scripts, plain JSON values.
+        details: plain JSON values for scripts.
     """
 
     kind: str
@@ -186,7 +200,15 @@ class Event:
 
 @dataclass(frozen=True)
 class RunEnd:
-    """The run stops. `reason` is "done", "exit interval", or who asked for it; `code` is the exit code."""
+    """The run ends without an error.
+
+    Args:
+        reason: "done", "exit interval", or the request to stop ("SIGTERM", "--exit-duration", …).
+        step: optimizer steps taken so far.
+        tokens: tokens read so far.
+        seconds: duration since this start of the run.
+        code: exit code (`ExitCode`).
+    """
 
     reason: str
     step: int
@@ -196,34 +218,62 @@ class RunEnd:
 
 
 class Callback:
-    """A listener; every method does nothing unless it is replaced."""
+    """Base class of callbacks: every method does nothing unless a subclass overrides it.
+
+    The trainer calls the methods on every rank that has the callback, in the order in which things happen.
+    """
 
     def on_start(self, record: RunStart) -> None:
-        """Before the first step."""
+        """Called once before the first step."""
 
     def on_batches(self, step: int, stage: Stage, batches: Sequence[PatchBatch]) -> None:
-        """After a step, with what this rank read in it."""
+        """Called after each step, before `on_step`, with the micro-batches that this rank read."""
 
     def on_step(self, record: StepRecord) -> None:
-        """After each step."""
+        """Called after each step."""
 
     def on_evaluation(self, record: EvaluationRecord) -> None:
-        """After an evaluation."""
+        """Called after each evaluation."""
 
     def on_switch(self, record: SwitchRecord) -> None:
-        """After a switch of stages."""
+        """Called after each switch of stages."""
 
     def on_save(self, record: SaveRecord) -> None:
-        """After a checkpoint is committed."""
+        """Called after each checkpoint is committed."""
 
     def on_event(self, event: Event) -> None:
-        """Something out of the ordinary."""
+        """Called after something out of the ordinary (see `Event`)."""
 
     def on_message(self, text: str) -> None:
-        """A sentence for the user."""
+        """Called with a sentence for the user."""
 
     def on_end(self, record: RunEnd) -> None:
-        """When the run stops by itself."""
+        """Called at the end of a run that no error ended."""
 
     def close(self) -> None:
-        """Always last, also after an error."""
+        """Called last, also after an error."""
+
+
+@dataclass(frozen=True)
+class CallbackContext:
+    """What a factory of callbacks may use.
+
+    Args:
+        run: the options and the plan of the run.
+        save: the run's folder (--save), or None.
+        grid: coordinates of this rank.
+        logits: int64 token ids [B, T], the same on every rank, to logits [B, T, V] at K = 1; every rank must call it equally often.
+        tokenizer: the tokenizer of the training data, or None without --sample-prompts.
+        device: the device of this rank.
+    """
+
+    run: RunConfig
+    save: Path | None
+    grid: Grid
+    logits: Callable[[torch.Tensor], torch.Tensor]
+    tokenizer: Tokenizer | None
+    device: torch.device
+
+
+CallbackFactory = Callable[[CallbackContext], Callback]
+"""Makes a callback of this rank once the model is built. Every rank calls every factory, in the same order."""

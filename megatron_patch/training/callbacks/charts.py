@@ -1,7 +1,7 @@
-"""Numbers of a run for a service that draws them, over tokens, under the same names in every service.
+"""Sends the numbers of a run to a chart service (TensorBoard, Weights & Biases), over tokens and under the same names everywhere.
 
-In: records. Out: values, handed to TensorBoard or Weights & Biases. A chart that cannot be drawn is no reason to end a run of a thousand
-GPUs: it is said once, and tried again later; SAVE/metrics.jsonl has what the chart misses.
+In: records. Out: named values. A service that fails must not end a run on a thousand GPUs: the failure is printed once, the service is
+tried again later, and SAVE/metrics.jsonl has the values that the chart lacks.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ from megatron_patch.training.callbacks.base import STEP_METRICS, Callback, Evalu
 from megatron_patch.training.faults.exit_protocol import print_stderr
 
 _STEP_VALUES = (*STEP_METRICS, "cost", "cost_tokens", "patch_size")
-_FIRST_PAUSE = 60.0
+_FIRST_PAUSE = 60.0  # seconds before a service that failed is tried again; doubled with each further failure
 
 
 def named_values(record: StepRecord | EvaluationRecord) -> dict[str, float]:
-    """A record's numbers under the names that all services show.
+    """Returns the numbers of a record by the names that all services show.
 
-    They are the records' own, behind "train/" or "eval/"; a training loss is called by its kind, so that no chart joins the two.
+    These are the field names with the prefix "train/" or "eval/"; a training loss is named `token_loss` or `patch_loss`, so that no chart
+    joins the two.
     """
     if isinstance(record, EvaluationRecord):
         values = {"eval/token_loss": record.token_loss}
@@ -34,58 +35,65 @@ def named_values(record: StepRecord | EvaluationRecord) -> dict[str, float]:
 
 
 class ChartWriter(Protocol):
-    """A service; any method may fail."""
+    """A chart service; any method may raise any exception."""
 
     name: str
 
     def open(self, resumed_at: int) -> None:
-        """Begins to write, behind so many tokens of the run: later values are of an earlier life; 0: none are."""
+        """Opens the service.
+
+        Args:
+            resumed_at: tokens read when the run was resumed, after which values of the previous start are dropped; 0: nothing is dropped.
+        """
 
     def add(self, tokens: int, values: Mapping[str, float]) -> None:
-        """Values at a number of tokens."""
+        """Adds values at a number of tokens."""
 
     def close(self) -> None:
-        """Writes what is left, where the service is open."""
+        """Writes the remaining values and closes the service; does nothing if it is not open."""
 
 
 class Charts(Callback):
-    """Tells a service of steps and evaluations.
+    """Sends steps and evaluations to a chart service.
 
     Args:
         writer: the service.
-        clock: seconds.
+        clock: returns seconds.
     """
 
     def __init__(self, writer: ChartWriter, clock: Callable[[], float] = time.monotonic) -> None:
         self._writer, self._clock = writer, clock
         self._missed_from: int | None = None
-        self._pause, self._again = _FIRST_PAUSE, 0.0
+        self._pause, self._retry_at = _FIRST_PAUSE, 0.0
 
     def on_start(self, record: RunStart) -> None:
         """Opens the service.
 
         Raises:
-            ConfigError: it cannot be opened, and the run is a new one.
+            ConfigError: the service cannot be opened at the start of a new run.
         """
         try:
             self._writer.open(record.tokens)
         except Exception as error:
             if record.tokens == 0:
-                allowed = "what can be written to, at least at a run's first start"
-                raise ConfigError(f"{self._writer.name} cannot be written: {error}", allowed, "change its flag, or leave it out") from error
+                raise ConfigError(
+                    f"{self._writer.name} cannot be written: {error}",
+                    "a chart service that a new run can write to",
+                    "change or omit its flag",
+                ) from error
             self._fail(record.tokens, error)
 
     def on_step(self, record: StepRecord) -> None:
-        """Each step."""
+        """Sends a step."""
         self._add(record)
 
     def on_evaluation(self, record: EvaluationRecord) -> None:
-        """Each evaluation."""
+        """Sends an evaluation."""
         self._add(record)
 
     def _add(self, record: StepRecord | EvaluationRecord) -> None:
         missed_from = self._missed_from
-        if missed_from is not None and self._clock() < self._again:
+        if missed_from is not None and self._clock() < self._retry_at:
             return
         try:
             if missed_from is not None:
@@ -96,7 +104,7 @@ class Charts(Callback):
             return
         if missed_from is not None:
             print_stderr(
-                f"{self._writer.name} can be written again; from {missed_from:,} to {record.tokens:,} tokens metrics.jsonl alone has values"
+                f"{self._writer.name} can be written again; from {missed_from:,} to {record.tokens:,} tokens only metrics.jsonl has values"
             )
             self._missed_from = None
 
@@ -104,9 +112,9 @@ class Charts(Callback):
         if self._missed_from is None:
             self._missed_from, self._pause = tokens, _FIRST_PAUSE
             print_stderr(
-                f"{self._writer.name} cannot be written: {error}; training goes on, metrics.jsonl has all values, and it is tried again"
+                f"{self._writer.name} cannot be written: {error}; training continues, metrics.jsonl has all values, and a retry follows"
             )
-        self._again = self._clock() + self._pause
+        self._retry_at = self._clock() + self._pause
         self._pause *= 2
         self._close(quietly=True)
 
@@ -118,5 +126,5 @@ class Charts(Callback):
                 print_stderr(f"{self._writer.name} cannot be written: {error}; metrics.jsonl has all values")
 
     def close(self) -> None:
-        """Ends the chart."""
+        """Closes the service."""
         self._close(quietly=self._missed_from is not None)

@@ -1,4 +1,4 @@
-"""The run on the screen: a live view where there is a terminal, plain aligned lines elsewhere."""
+"""Prints the run: a live view on a terminal, and aligned lines everywhere."""
 
 from __future__ import annotations
 
@@ -11,13 +11,36 @@ from megatron_patch.training.callbacks.progress import LossTrend, live_view, out
 from megatron_patch.utils.console import make_console
 from megatron_patch.utils.units import format_count, format_duration
 
+_HEAD_EVERY = 40  # lines
+_WIDE, _NARROW = 160, 110
+_WIDTHS = {
+    "step": 8,
+    "stage": -10,
+    "K": 2,
+    "tokens": 8,
+    "loss": 8,
+    "lr": 9,
+    "grad": 7,
+    "tok/s": 7,
+    "pos/s": 7,
+    "TFLOP/s": 7,
+    "MFU": 6,
+    "GiB": 5,
+    "wait": 5,
+    "FLOPs": 6,
+}
+"""Widths of the columns of a step's line; a negative one is aligned left. "wait" is the share of time spent waiting for data, "FLOPs" the
+share of the run's FLOPs spent so far."""
+_LIVE_VIEW_ONLY = ("pos/s", "TFLOP/s", "MFU", "GiB", "wait")
+"""Columns that a narrow terminal has no room for; the live view shows them."""
+
 
 class Console(Callback):
-    """Tells a person how the run goes.
+    """Prints the progress of the run.
 
     Args:
-        log_interval: steps between lines.
-        console: where to; by default standard output.
+        log_interval: number of steps between two lines.
+        console: where to print; None: standard output.
     """
 
     def __init__(self, log_interval: int, console: RichConsole | None = None) -> None:
@@ -28,8 +51,10 @@ class Console(Callback):
         self._trend = LossTrend()
         self._evaluation: EvaluationRecord | None = None
         self._lines = 0
-        # The live view tells it too; a narrow terminal would break the lines.
-        self._tells_to_go = not self._console.is_terminal or self._console.width >= 160
+        width = self._console.width if self._console.is_terminal else _WIDE
+        self._narrow = width < _NARROW
+        self._columns = [name for name in _WIDTHS if not (self._narrow and name in _LIVE_VIEW_ONLY)]
+        self._shows_to_go = width >= _WIDE
 
     def on_start(self, record: RunStart) -> None:
         """Opens the live view."""
@@ -39,68 +64,80 @@ class Console(Callback):
             self._live.start()
 
     def on_step(self, record: StepRecord) -> None:
-        """Draws the live view anew; prints a line every so many steps."""
+        """Updates the live view; prints a line if the interval is due or the plan is done."""
         assert self._start is not None
         self._trend.add(record.stage_index, record.loss)
         if self._live is not None:
             self._live.update(live_view(self._start, record, self._trend, self._evaluation))
         if record.step % self._interval and record.step != self._start.total_steps:
             return
-        if self._lines % 40 == 0:
-            self._console.print(
-                f"{'step':>8} {'stage':<10} {'K':>2} {'tokens':>8} {'loss':>8} {'lr':>9} {'grad':>7} {'tok/s':>7} {'pos/s':>7} "
-                f"{'TFLOP/s':>7} {'MFU':>6} {'GiB':>5} {'data':>5} {'spent':>6}" + ("  to go" if self._tells_to_go else "")
-            )
+        if self._lines % _HEAD_EVERY == 0:
+            self._console.print(self._line({name: name for name in self._columns}) + ("  to go" if self._shows_to_go else ""))
         self._lines += 1
         ahead = outlook(self._start, record)
-        waited = record.data_seconds / max(record.step_seconds, 1e-9)
-        loss = "skipped" if record.skipped else f"{record.loss:8.4f}"
-        mfu = "-" if record.mfu is None else f"{record.mfu:.1%}"
-        self._console.print(
-            f"{record.step:>8,} {record.stage:<10.10} {record.patch_size:>2} {format_count(record.tokens):>8} {loss:>8} {record.lr:>9.3g} "
-            f"{record.grad_norm:>7.3f} {format_count(record.tokens_per_second):>7} {format_count(record.positions_per_second):>7} "
-            f"{record.tflops:>7.3g} {mfu:>6} {record.memory_gib:>5.1f} {waited:>5.1%} {ahead.compute:>6.1%}"
-            + (f"  {ahead.to_go()}" if self._tells_to_go else "")
+        cells = {
+            "step": f"{record.step:,}",
+            "stage": record.stage[:10],
+            "K": str(record.patch_size),
+            "tokens": format_count(record.tokens),
+            "loss": "skipped" if record.skipped else f"{record.loss:.4f}",
+            "lr": f"{record.lr:.3g}",
+            "grad": f"{record.grad_norm:.3f}",
+            "tok/s": format_count(record.tokens_per_second),
+            "pos/s": format_count(record.positions_per_second),
+            "TFLOP/s": f"{record.tflops:.3g}",
+            "MFU": "-" if record.mfu is None else f"{record.mfu:.1%}",
+            "GiB": f"{record.memory_gib:.1f}",
+            "wait": f"{record.data_seconds / max(record.step_seconds, 1e-9):.1%}",
+            "FLOPs": f"{ahead.compute:.1%}",
+        }
+        self._console.print(escape(self._line(cells)) + (f"  {ahead.to_go()}" if self._shows_to_go else ""))
+
+    def _line(self, cells: dict[str, str]) -> str:
+        return " ".join(
+            cells[name].rjust(_WIDTHS[name]) if _WIDTHS[name] > 0 else cells[name].ljust(-_WIDTHS[name]) for name in self._columns
         )
 
     def on_evaluation(self, record: EvaluationRecord) -> None:
-        """Both losses, each by its name."""
+        """Prints the token loss and, in a patch stage, the patch loss."""
         self._evaluation = record
-        patch = "" if record.patch_size == 1 else f" · patch loss {record.patch_loss:.4f} (K = {record.patch_size})"
+        patch = "" if record.patch_size == 1 else f", patch loss {record.patch_loss:.4f} (K = {record.patch_size})"
+        amount = f" on {format_count(record.eval_tokens)} held-out tokens in {format_duration(record.seconds)}"
         self._console.print(
-            f"{record.step:>8,} [bold]held out[/bold]: token loss {record.token_loss:.4f} (K = 1){patch} on "
-            f"{format_count(record.eval_tokens)} tokens in {format_duration(record.seconds)}"
+            f"{record.step:>8,} [bold]evaluation[/bold]: token loss {record.token_loss:.4f} (K = 1){patch}"
+            + ("" if self._narrow else amount)
         )
 
     def on_switch(self, record: SwitchRecord) -> None:
-        """Says that patches change."""
+        """Prints both stages."""
         self._console.print(
-            f"{record.step:>8,} [bold]switch[/bold]: {record.from_stage} (K = {record.from_patch_size}) -> {record.to_stage} "
-            f"(K = {record.to_patch_size}) after {format_count(record.tokens)} tokens"
+            f"{record.step:>8,} [bold]switch[/bold]: stage {escape(record.from_stage)} (K = {record.from_patch_size}) -> "
+            f"{escape(record.to_stage)} (K = {record.to_patch_size}) after {format_count(record.tokens)} tokens"
         )
 
     def on_save(self, record: SaveRecord) -> None:
-        """Says where."""
+        """Prints the checkpoint's path, size and time."""
+        mebibytes = record.bytes / 2**20
+        size = f"{mebibytes:,.0f} MiB" if mebibytes >= 10 else f"{mebibytes:.1f} MiB"
         stall = f", training waited {record.stall_seconds:.1f} s" if record.stall_seconds < record.seconds else ""
-        self._console.print(f"{record.step:>8,} saved {record.folder} ({record.bytes / 2**20:,.0f} MiB in {record.seconds:.1f} s{stall})")
+        self._console.print(f"{record.step:>8,} saved {escape(record.folder)} ({size} in {record.seconds:.1f} s{stall})")
 
     def on_event(self, event: Event) -> None:
-        """Says it."""
+        """Prints the kind of the event and its message."""
         self._console.print(f"{event.step:>8,} [bold]{event.kind}[/bold]: {escape(event.message)}")
 
     def on_message(self, text: str) -> None:
-        """Prints it."""
-        self._console.print(f"{'':>8} {text}")
+        """Prints the sentence."""
+        self._console.print(f"{'':>8} {escape(text)}")
 
     def on_end(self, record: RunEnd) -> None:
-        """Says why."""
-        self._console.print(
-            f"{record.step:>8,} [bold]{record.reason}[/bold]: {format_count(record.tokens)} tokens, "
-            f"{format_duration(record.seconds)} this time"
-        )
+        """Prints why and after what the run ends."""
+        head = "[bold]done[/bold]" if record.reason == "done" else f"[bold]stopped[/bold] ({record.reason})"
+        duration = format_duration(record.seconds)
+        self._console.print(f"{record.step:>8,} {head}: {format_count(record.tokens)} tokens read, {duration} since this start")
 
     def close(self) -> None:
-        """Leaves the screen in order."""
+        """Closes the live view."""
         if self._live is not None:
             self._live.stop()
             self._live = None

@@ -1,7 +1,7 @@
-"""SAVE/events.jsonl: what happened to a run, for people, reports and scripts: starts, switches, saves, sick steps, stragglers, ends.
+"""Writes SAVE/events.jsonl: starts, switches, saves, rejected steps, rewinds, stragglers and ends of a run.
 
-In: records. Out: lines with a "type", a "time" and a "step". Unlike metrics, nothing is dropped when a run is resumed: a step that is taken
-again happened twice.
+In: records. Out: lines with a "type", a "time" and a "step". Unlike metrics, events are never dropped: if a resumed run repeats a step, its
+events are in the file twice.
 """
 
 from __future__ import annotations
@@ -14,35 +14,35 @@ from megatron_patch.training.callbacks.metrics import to_json
 
 
 class Events(Callback):
-    """Writes the file, a line at a time, so that a kill tears the last one at most.
+    """Writes the events file line by line, so that a kill damages at most the last line.
 
     Args:
-        path: of the file.
+        path: path of the file.
     """
 
     def __init__(self, path: Path) -> None:
         self._lines = JsonlWriter(path)
 
     def on_start(self, record: RunStart) -> None:
-        """A run begins or goes on."""
+        """Writes a "start" line."""
         self._lines.add(to_json("start", record))
 
     def on_switch(self, record: SwitchRecord) -> None:
-        """The next stage."""
+        """Writes a "switch" line."""
         self._lines.add(to_json("switch", record))
 
     def on_save(self, record: SaveRecord) -> None:
-        """A checkpoint."""
+        """Writes a "save" line."""
         self._lines.add(to_json("save", record))
 
     def on_event(self, event: Event) -> None:
-        """Anything else."""
+        """Writes a line with the type and the details of the event."""
         values = to_json(event.kind, event)
         del values["kind"], values["details"]
         self._lines.add(values | event.details)
 
     def on_end(self, record: RunEnd) -> None:
-        """The end, on purpose; endings.py writes the others."""
+        """Writes an "end" line; after an error `exit_protocol` writes it."""
         self._lines.add(to_json("end", record))
 
     def close(self) -> None:

@@ -1,6 +1,6 @@
-"""A file of JSON lines that a run adds to. In: plain values. Out: lines; those that a full disk refuses wait for the next ones.
+"""Appends JSON lines to a file; lines that a full disk refuses are kept in memory and written later.
 
-A line that cannot be written is no reason to end a run of a thousand GPUs: whether there is space for what counts, its checkpoint tells.
+In: plain values. Out: lines. A refused line must not end a run on a thousand GPUs; a full disk surfaces at the next checkpoint.
 """
 
 from __future__ import annotations
@@ -12,15 +12,16 @@ from typing import Any
 
 from megatron_patch.errors import CheckpointError
 from megatron_patch.training.faults.exit_protocol import print_stderr
+from megatron_patch.utils.units import plural
 
-_LONGEST = 1 << 26
+_LARGEST_BACKLOG = 1 << 26
 
 
 class JsonlWriter:
-    """The file; it is opened, and made with its folder, when the first line comes.
+    """Appends to one file, which is created with its folder when the first line is added.
 
     Args:
-        path: of the file.
+        path: path of the file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -30,10 +31,13 @@ class JsonlWriter:
         self._refused = False
 
     def add(self, values: Any) -> None:
-        """One line.
+        """Appends a line.
+
+        Args:
+            values: plain JSON values.
 
         Raises:
-            CheckpointError: 64 MiB of lines wait for space.
+            CheckpointError: the disk refuses lines, and more than 64 MiB of them are waiting.
         """
         self._waiting += json.dumps(values).encode() + b"\n"
         error = self._write()
@@ -41,18 +45,20 @@ class JsonlWriter:
             if self._refused:
                 print_stderr(f"{self._path} can be written again; no line was lost")
             self._refused = False
-        elif len(self._waiting) > _LONGEST:
-            raise CheckpointError(f"cannot write {self._path}: {error}", "a folder with free space", "free space and start again")
+        elif len(self._waiting) > _LARGEST_BACKLOG:
+            raise CheckpointError(f"cannot write {self._path}: {error}", "a folder with free space", "free space, then restart the run")
         elif not self._refused:
             self._refused = True
-            print_stderr(f"cannot write {self._path}: {error}; its lines wait, and training goes on: free space before the next checkpoint")
+            print_stderr(
+                f"cannot write {self._path}: {error}; its lines wait in memory, training continues; free space before the next checkpoint"
+            )
 
     def _write(self) -> str | None:
-        """Writes what waits, as far as that is possible; why not all of it."""
+        """Writes as many waiting lines as possible; returns the error that stopped it, or None."""
         try:
             if self._file is None:
                 self._file = self._open()
-            # A write may stop in the middle of a line, behind which the next one goes on.
+            # A write may end in the middle of a line; the next one continues there.
             while self._waiting:
                 self._waiting = self._waiting[os.write(self._file, self._waiting) :]
         except OSError as error:
@@ -64,14 +70,14 @@ class JsonlWriter:
         file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         size = os.fstat(file).st_size
         if size and os.pread(file, 1, size - 1) != b"\n":
-            self._waiting = b"\n" + self._waiting  # behind what a kill has left of a line
+            self._waiting = b"\n" + self._waiting  # ends the incomplete line that a kill left
         return file
 
     def close(self) -> None:
-        """Closes the file, after another try."""
+        """Tries once more to write the waiting lines, and closes the file."""
         if self._waiting and (error := self._write()) is not None:
             lost = self._waiting.count(b"\n")
-            print_stderr(f"cannot write {self._path}: {error}; {lost} lines are lost")
+            print_stderr(f"cannot write {self._path}: {error}; {plural(lost, 'line')} lost")
         self._waiting = b""
         if self._file is not None:
             os.close(self._file)

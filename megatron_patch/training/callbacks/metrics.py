@@ -1,7 +1,7 @@
-"""SAVE/metrics.jsonl: one JSON object a record, and a resumed run has each step once.
+"""Writes SAVE/metrics.jsonl: one JSON object for each record; a resumed run has each step once.
 
-In: records. Out: lines with a "type": start, step, evaluation, switch, save, end. Numbers that JSON cannot say (a loss that is not
-finite) are written as null, with their text under the name plus "_text".
+In: records. Out: lines with a "type": start, step, evaluation, switch, save, end. Numbers that JSON cannot express (a loss that is not
+finite) are written as null, and as text under the field's name plus "_text".
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from megatron_patch.training.callbacks.jsonl_writer import JsonlWriter
 
 
 def to_json(kind: str, record: Any) -> dict[str, Any]:
-    """A record as plain JSON values."""
+    """Returns a record as plain JSON values, with its type and the time."""
     values: dict[str, Any] = {"type": kind, "time": round(time.time(), 3)}
     for name, value in asdict(record).items():
         if isinstance(value, float) and not math.isfinite(value):
@@ -32,7 +32,7 @@ def to_json(kind: str, record: Any) -> dict[str, Any]:
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
-    """The records of a metrics file; lines that a crash has torn are left out."""
+    """Yields the records of a metrics file; lines that a crash left incomplete are skipped."""
     with path.open(encoding="utf-8", errors="replace") as file:
         for line in file:
             try:
@@ -44,10 +44,14 @@ def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def truncate(path: Path, step: int) -> None:
-    """Drops the records behind a step, which will be made again, in one atomic rewrite.
+    """Drops the records after a step, because a resumed run writes them again; the file is replaced atomically.
+
+    Args:
+        path: path of the file; nothing happens if it does not exist.
+        step: last step whose records are kept.
 
     Raises:
-        CheckpointError: the disk is full, or cannot be read.
+        CheckpointError: the file cannot be read, or its replacement cannot be written.
     """
     if not path.exists():
         return
@@ -63,43 +67,43 @@ def truncate(path: Path, step: int) -> None:
         os.replace(temporary, path)
     except OSError as error:
         raise CheckpointError(
-            f"cannot write {temporary}: {error.strerror}", "a folder with free space", "free space and start again"
+            f"cannot write {temporary}: {error.strerror}", "a folder with free space", "free space, then restart the run"
         ) from error
 
 
 class Metrics(Callback):
-    """Writes the file.
+    """Writes the metrics file.
 
     Args:
-        path: of the file.
+        path: path of the file.
     """
 
     def __init__(self, path: Path) -> None:
         self._path, self._lines = path, JsonlWriter(path)
 
     def on_start(self, record: RunStart) -> None:
-        """Goes on behind the step that the run goes on from."""
+        """Drops the records after the step that the run resumes from, and writes a "start" line."""
         truncate(self._path, record.step)
         self._lines.add(to_json("start", record))
 
     def on_step(self, record: StepRecord) -> None:
-        """A line a step."""
+        """Writes a "step" line."""
         self._lines.add(to_json("step", record))
 
     def on_evaluation(self, record: EvaluationRecord) -> None:
-        """A line an evaluation."""
+        """Writes an "evaluation" line."""
         self._lines.add(to_json("evaluation", record))
 
     def on_switch(self, record: SwitchRecord) -> None:
-        """A line a switch."""
+        """Writes a "switch" line."""
         self._lines.add(to_json("switch", record))
 
     def on_save(self, record: SaveRecord) -> None:
-        """A line a checkpoint."""
+        """Writes a "save" line."""
         self._lines.add(to_json("save", record))
 
     def on_end(self, record: RunEnd) -> None:
-        """The last line."""
+        """Writes an "end" line."""
         self._lines.add(to_json("end", record))
 
     def close(self) -> None:

@@ -1,7 +1,7 @@
-"""How far a run is and how long it still takes, as numbers and as a few calm lines of a terminal.
+"""Estimates how far a run is and how long it still takes, and draws this as a few lines on a terminal.
 
-In: `RunStart` and each `StepRecord`. Out: `Outlook` (fractions and times to go), and `live_view`, which draws it. Time to the next switch
-goes by tokens, which that stage reads at the present speed; time to the end goes by FLOPs, as a later stage reads fewer tokens a second
+In: `RunStart` and each `StepRecord`. Out: `Outlook` (shares and remaining times), and `live_view`, which draws it. The time to the next
+switch follows from the stage's tokens/s. The time to the end follows from the FLOP/s, because a later stage reads fewer tokens per second
 but computes as fast.
 """
 
@@ -20,20 +20,20 @@ from megatron_patch.training.callbacks.base import EvaluationRecord, RunStart, S
 from megatron_patch.utils.units import format_count, format_duration
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
-_BAR = 44
-_CURVE = 24
+_BAR = 44  # characters
+_CURVE = 24  # characters
 
 
 @dataclass(frozen=True)
 class Outlook:
-    """Where a run stands.
+    """The progress of a run and its remaining time.
 
     Args:
-        tokens: share of the run's tokens read.
-        compute: share of the run's FLOPs spent.
-        switch_seconds: to the next switch; None behind the last.
-        switch_to: the stage that begins there.
-        end_seconds: to the end, infinite where the speed is not known yet.
+        tokens: share of the run's tokens that is read.
+        compute: share of the run's FLOPs that is spent.
+        switch_seconds: seconds to the next switch; None in the last stage.
+        switch_to: name of the stage that begins there, or None.
+        end_seconds: seconds to the end; infinite if the speed is unknown.
     """
 
     tokens: float
@@ -43,21 +43,26 @@ class Outlook:
     end_seconds: float
 
     def to_go(self) -> str:
-        """The times in words."""
+        """Returns the remaining times in words."""
         end = f"end in {format_duration(self.end_seconds)}"
         return end if self.switch_seconds is None else f"switch in {format_duration(self.switch_seconds)}, {end}"
 
 
 def outlook(start: RunStart, record: StepRecord) -> Outlook:
-    """What is left of a run after a step."""
+    """Returns the outlook after a step.
+
+    Args:
+        start: the record of the run's start.
+        record: the record of the step.
+    """
     ahead = [(tokens, name) for tokens, name in start.switches if tokens > record.tokens]
-    whole = start.whole_cost * start.total_tokens
-    # cost_tokens are FLOPs in units of a token at token level.
+    # Costs in tokens: FLOPs over the FLOPs of one token in token-level training.
+    total = start.whole_cost * start.total_tokens
     rate = record.tflops * 1e12 * start.ranks / start.token_flops if start.token_flops else 0.0
-    left = max(0.0, whole - record.cost_tokens)
+    left = max(0.0, total - record.cost_tokens)
     return Outlook(
         tokens=record.tokens / start.total_tokens,
-        compute=min(1.0, record.cost_tokens / whole) if whole else 0.0,
+        compute=min(1.0, record.cost_tokens / total) if total else 0.0,
         switch_seconds=(ahead[0][0] - record.tokens) / max(record.tokens_per_second, 1e-9) if ahead else None,
         switch_to=ahead[0][1] if ahead else None,
         end_seconds=left / rate if rate > 0 else math.inf if left else 0.0,
@@ -65,9 +70,9 @@ def outlook(start: RunStart, record: StepRecord) -> Outlook:
 
 
 class LossTrend:
-    """The losses of one stage: a curve of a few characters, and whether they fall.
+    """Draws the last losses of one stage as a curve of a few characters, and tests whether they fall.
 
-    A stage's loss cannot be compared with another's, so a switch begins anew.
+    A switch of stages empties it, because losses of different stages cannot be compared.
     """
 
     def __init__(self) -> None:
@@ -75,7 +80,7 @@ class LossTrend:
         self._losses: deque[float] = deque(maxlen=_CURVE * 16)
 
     def add(self, stage_index: int, loss: float) -> None:
-        """Takes a step's loss; one that is not finite is left out."""
+        """Adds the loss of a step; a loss that is not finite is ignored."""
         if stage_index != self._stage:
             self._stage = stage_index
             self._losses.clear()
@@ -87,7 +92,7 @@ class LossTrend:
         return [sum(part) / len(part) for part in (values[i : i + size] for i in range(0, len(values), size))]
 
     def curve(self) -> str:
-        """Means of the last losses as blocks, the lowest at the bottom."""
+        """Returns means of the last losses as block characters, the lowest at the bottom."""
         means = self._means()
         if len(means) < 2:
             return ""
@@ -95,7 +100,7 @@ class LossTrend:
         return "".join(_BLOCKS[round((mean - low) / ((high - low) or 1.0) * (len(_BLOCKS) - 1))] for mean in means)
 
     def arrow(self) -> str:
-        """↘ where the later half is lower than the earlier by more than its noise, ↗ where higher, → between."""
+        """Returns ↘ if the later half of the losses is lower than the earlier half by more than its noise, ↗ if higher, else →."""
         values = list(self._losses)
         if len(values) < 8:
             return ""
@@ -107,23 +112,29 @@ class LossTrend:
 
 
 def bar(share: float, marks: Sequence[float], width: int = _BAR) -> Text:
-    """A line that fills, with a mark where each switch is."""
+    """Returns a progress bar with a mark at each switch.
+
+    Args:
+        share: share of the bar that is filled.
+        marks: shares at which the switches are.
+        width: characters of the bar.
+    """
     text = Text()
-    places = {min(width - 1, round(mark * width)) for mark in marks}
+    marked = {min(width - 1, round(mark * width)) for mark in marks}
     filled = min(width, int(share * width))
-    for place in range(width):
-        text.append("┿" if place in places else "━", style=("bold cyan" if place < filled else "grey37"))
+    for column in range(width):
+        text.append("┿" if column in marked else "━", style=("bold cyan" if column < filled else "grey37"))
     return text
 
 
 def live_view(start: RunStart, record: StepRecord, trend: LossTrend, evaluation: EvaluationRecord | None) -> RenderableType:
-    """The run in four lines: progress, loss, speed, what is left.
+    """Returns the live view: progress bar, stage, loss, speed and remaining time.
 
     Args:
-        start: the run.
-        record: its last step.
+        start: the record of the run's start.
+        record: the record of the last step.
         trend: losses of this stage.
-        evaluation: the last one, where there was one.
+        evaluation: the last evaluation, or None.
     """
     ahead = outlook(start, record)
     marks = [tokens / start.total_tokens for tokens, _ in start.switches]
@@ -133,14 +144,13 @@ def live_view(start: RunStart, record: StepRecord, trend: LossTrend, evaluation:
     loss = "skipped" if record.skipped else f"{record.loss:.4f}"
     losses = Text.assemble((loss, "bold"), " ", (trend.curve(), "cyan"), f" {trend.arrow()}")
     if evaluation is not None:
-        losses.append(f"   held out {evaluation.token_loss:.4f}", style="green")
-        losses.append(" at K = 1", style="dim")
+        losses.append(f"   held-out token loss {evaluation.token_loss:.4f}", style="green")
     waits = record.data_seconds / max(record.step_seconds, 1e-9)
     speed = [f"{format_count(record.tokens_per_second)} tokens/s"]
     speed += [f"MFU {record.mfu:.1%}" if record.mfu is not None else f"{record.tflops:.3g} TFLOP/s", f"{record.memory_gib:.1f} GiB"]
     speed += [f"{waits:.0%} waiting for data"] if waits > 0.02 else []
     grid = Table.grid(padding=(0, 2))
-    grid.add_column(style="dim", no_wrap=True)
+    grid.add_column(style="dim", no_wrap=True, min_width=5)
     grid.add_column(no_wrap=True, overflow="ellipsis")
     stage = Text.assemble((record.stage, "bold"), ("  " + patches, "dim"))
     grid.add_row("stage", Text.assemble(stage, (f"  {format_count(record.tokens)} of {format_count(start.total_tokens)} tokens", "")))
@@ -148,8 +158,8 @@ def live_view(start: RunStart, record: StepRecord, trend: LossTrend, evaluation:
     grid.add_row("speed", " · ".join(speed))
     to_go = Text()
     if ahead.switch_seconds is not None:
-        to_go.append(f"{ahead.switch_to} in {format_duration(ahead.switch_seconds)} · ")
+        to_go.append(f"stage {ahead.switch_to} in {format_duration(ahead.switch_seconds)} · ")
     to_go.append(f"end in {format_duration(ahead.end_seconds)}")
-    to_go.append(f"   {ahead.compute:.1%} of the compute spent, {start.whole_cost:.2f} of token level's in all", style="dim")
+    to_go.append(f" · {ahead.compute:.1%} of FLOPs spent · cost {start.whole_cost:.2f}", style="dim")
     grid.add_row("to go", to_go)
     return Group(Text(""), head, grid)

@@ -1,7 +1,7 @@
-"""Texts that the model writes while it trains: SAVE/samples.jsonl and the screen, with every evaluation.
+"""Generates text from prompts at every evaluation, for the console and SAVE/samples.jsonl.
 
-In: prompts, and the engine's logits at K = 1, for which all ranks are needed; so this listener lives on all of them. Out: one line a prompt
-and evaluation, from rank 0. The seed is the same each time: what changes between two evaluations is the model.
+In: prompts, and the engine's logits at K = 1. Out: one line for each prompt and evaluation, written by rank 0. Every rank has this
+callback, because all ranks compute the logits. The seed is the same at each evaluation, so that only the weights change the text.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from megatron_patch.training.callbacks.base import Callback, EvaluationRecord, R
 from megatron_patch.training.callbacks.jsonl_writer import JsonlWriter
 from megatron_patch.training.callbacks.metrics import truncate
 
-_SHOWN = 400
+_SHOWN = 400  # characters on the console
 
 
 @dataclass(frozen=True)
 class SampleRequest:
-    """What to write.
+    """What to generate.
 
     Args:
-        prompts: beginnings; an empty one is the start of a document.
-        new_tokens: length of each continuation.
+        prompts: texts to continue; an empty one starts a document.
+        new_tokens: number of tokens to generate for each prompt.
         sampling: how tokens are chosen.
-        learned_positions: how many positions the model has; None: any number.
+        learned_positions: number of positions of a model with learned position embeddings; None: no limit.
     """
 
     prompts: tuple[str, ...]
@@ -42,18 +42,18 @@ class SampleRequest:
 
 
 class Samples(Callback):
-    """Writes samples.
+    """Generates samples at each evaluation.
 
     Args:
-        logits: int64 [B, T] to [B, T, V], called by all ranks equally often.
-        tokenizer: of the data.
-        request: what to write.
-        device: of the ids.
-        path: of the file, or None.
-        console: where to, on rank 0; None elsewhere.
+        logits: int64 token ids [B, T] to logits [B, T, V]; every rank must call it equally often.
+        tokenizer: tokenizer of the training data.
+        request: what to generate.
+        device: device of the token ids.
+        path: path of samples.jsonl, or None.
+        console: where rank 0 prints; None on other ranks.
 
     Raises:
-        ConfigError: an empty prompt for a tokenizer without end of document, or more tokens than the model has positions.
+        ConfigError: a prompt is empty and the tokenizer has no end-of-document token, or the model has too few positions.
     """
 
     def __init__(
@@ -73,12 +73,12 @@ class Samples(Callback):
         check_prompts(self._ids, request.new_tokens, request.learned_positions)
 
     def on_start(self, record: RunStart) -> None:
-        """Drops what will be written again."""
+        """Drops the samples after the step that the run resumes from."""
         if self._console is not None and self._path is not None:
             truncate(self._path, record.step)
 
     def on_evaluation(self, record: EvaluationRecord) -> None:
-        """Continues every prompt."""
+        """Continues every prompt; rank 0 prints and writes the texts."""
         request, eod = self._request, self._tokenizer.eod_id
         began = time.perf_counter()
         rows = generate_by_rereading(

@@ -1,4 +1,7 @@
-"""SAVE/spans/rank-R.jsonl: every span of tokens that a rank reads, the ledger of an audit. In: micro-batches. Out: one line a step."""
+"""Writes SAVE/spans/rank-R.jsonl: every span of tokens that a rank reads, so that a run can be audited.
+
+In: micro-batches. Out: one line for each step.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +16,10 @@ from megatron_patch.training.callbacks.metrics import truncate
 
 
 class SpanLog(Callback):
-    """Writes one rank's ledger.
+    """Writes the span log of one rank.
 
     Args:
-        folder: of the ledgers.
+        folder: folder of the span logs.
         rank: this rank.
     """
 
@@ -25,14 +28,14 @@ class SpanLog(Callback):
         self._lines = JsonlWriter(self._path)
 
     def on_start(self, record: RunStart) -> None:
-        """Goes on behind the step that the run goes on from."""
+        """Drops the lines after the step that the run resumes from."""
         truncate(self._path, record.step)
 
     def on_batches(self, step: int, stage: Stage, batches: Sequence[PatchBatch]) -> None:
-        """One line: [corpus, first token, tokens] of every sample, micro-batch by micro-batch."""
+        """Writes a line: for each micro-batch the [corpus, first token, number of tokens] of its samples."""
         spans = [[[span.corpus, span.start, span.length] for span in batch.spans] for batch in batches]
         self._lines.add({"step": step, "stage": stage.name, "spans": spans})
 
     def close(self) -> None:
-        """Closes the ledger."""
+        """Closes the file."""
         self._lines.close()

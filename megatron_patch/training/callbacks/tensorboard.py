@@ -1,4 +1,4 @@
-"""TensorBoard events. In: values over tokens. Out: a folder that TensorBoard draws."""
+"""Writes TensorBoard events. In: values over tokens. Out: a folder for `tensorboard --logdir`."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from megatron_patch.errors import ConfigError
 
 
 class TensorBoard:
-    """A folder of events, as a `ChartWriter`.
+    """A `ChartWriter` that writes a folder of TensorBoard events.
 
     Args:
-        folder: where to.
+        folder: path of the folder.
 
     Raises:
         ConfigError: TensorBoard is not installed.
@@ -22,23 +22,27 @@ class TensorBoard:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
-            raise ConfigError("--tensorboard-dir without TensorBoard", "pip install 'megatron_patch[tensorboard]'", "install it") from error
+            raise ConfigError(
+                "--tensorboard-dir needs TensorBoard, which is not installed",
+                "an environment with the package tensorboard",
+                "pip install 'megatron_patch[tensorboard]'",
+            ) from error
         self.name = f"--tensorboard-dir {folder}"
         self._folder = folder
         self._make: Any = SummaryWriter
         self._writer: Any = None
 
     def open(self, resumed_at: int) -> None:
-        """Opens a file in the folder; events behind the point of resuming are hidden."""
+        """Opens a file in the folder; TensorBoard hides older events after `resumed_at` tokens."""
         self._writer = self._make(self._folder, purge_step=resumed_at + 1 if resumed_at else None)
 
     def add(self, tokens: int, values: Mapping[str, float]) -> None:
-        """Values; a thread writes them."""
+        """Adds values, which a thread of TensorBoard writes."""
         for name, value in values.items():
             self._writer.add_scalar(name, value, tokens)
 
     def close(self) -> None:
-        """Writes what is left."""
+        """Writes the remaining events and closes the file."""
         writer, self._writer = self._writer, None
         if writer is not None:
             writer.close()

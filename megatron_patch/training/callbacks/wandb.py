@@ -1,6 +1,7 @@
-"""Weights & Biases; a resumed run goes on in the same chart. In: values over tokens. Out: a run there.
+"""Sends values to Weights & Biases; a resumed run continues in the same chart.
 
-Where the service is not to be had at a start (no login, no network), the run is written to a folder that can be sent later.
+In: values over tokens. Out: a run of a W&B project. If W&B cannot be reached at the start (no login, no network), the run is written to a
+folder that `wandb sync` uploads later.
 """
 
 from __future__ import annotations
@@ -16,24 +17,28 @@ from megatron_patch.training.faults.exit_protocol import print_stderr
 
 
 class WeightsAndBiases:
-    """A run of a project, as a `ChartWriter`.
+    """A `ChartWriter` that logs to a run of a W&B project.
 
     Args:
-        project: its name.
-        name: of the run, or None.
-        save: the run's folder, which keeps the run's id and, unless WANDB_DIR says otherwise, the service's files; None: every start is a
-            new run.
-        config: shown with the run.
+        project: name of the project.
+        name: name of the run, or None.
+        save: the run's folder (--save), which keeps the W&B run id and, unless WANDB_DIR is set, W&B's files; None: every start is a new
+            W&B run.
+        config: values shown with the run.
 
     Raises:
-        ConfigError: the package is not installed.
+        ConfigError: the package wandb is not installed.
     """
 
     def __init__(self, project: str, name: str | None, save: Path | None, config: Mapping[str, Any]) -> None:
         try:
             import wandb
         except ImportError as error:
-            raise ConfigError("--wandb-project without wandb", "pip install 'megatron_patch[wandb]'", "install it") from error
+            raise ConfigError(
+                "--wandb-project needs the package wandb, which is not installed",
+                "an environment with the package wandb",
+                "pip install 'megatron_patch[wandb]'",
+            ) from error
         self.name = "Weights & Biases"
         self._wandb: Any = wandb
         self._settings: dict[str, Any] = {"project": project, "name": name, "config": dict(config)}
@@ -52,7 +57,7 @@ class WeightsAndBiases:
         return path.read_text().strip()
 
     def open(self, resumed_at: int) -> None:
-        """Opens or resumes the run."""
+        """Opens the run, or resumes it if the run's folder has its id; offline if W&B cannot be reached."""
         run_id = self._run_id()
         try:
             self._run = self._wandb.init(id=run_id, resume="allow", **self._settings)
@@ -60,16 +65,16 @@ class WeightsAndBiases:
             self._run = self._wandb.init(id=run_id, mode="offline", **self._settings)
             reason = str(error).splitlines()[0].rstrip(".")
             folder = Path(self._run.dir).parent
-            print_stderr(f"{self.name} is not to be had: {reason}; the run is written to a folder: wandb sync {folder} sends it")
+            print_stderr(f"{self.name} cannot be reached: {reason}; the run is logged to a folder, which this uploads: wandb sync {folder}")
         self._run.define_metric("tokens")
         self._run.define_metric("*", step_metric="tokens")
 
     def add(self, tokens: int, values: Mapping[str, float]) -> None:
-        """Values; a process of the package sends them, and tries again where the network fails."""
+        """Logs values; a process of wandb uploads them and retries if the network fails."""
         self._run.log({"tokens": tokens, **values})
 
     def close(self) -> None:
-        """Ends the run."""
+        """Finishes the run."""
         run, self._run = self._run, None
         if run is not None:
             run.finish()

@@ -1,6 +1,6 @@
-"""Do ranks that must agree agree? Their programs, copies of weights, the samples of a step, a micro-batch's loss computed twice.
+"""Checks that ranks agree where they must: on program and options, weights of replicas, samples, and a loss that is computed twice.
 
-In: an engine and a step's micro-batches. Out: nothing, or a `CorruptionError` on every rank that names what differs and where.
+In: an engine and a step's micro-batches. Out: nothing, or a `CorruptionError` on every rank that names what differs and on which node.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from megatron_patch.errors import CorruptionError
 from megatron_patch.parallel.grid import Grid
 
 _SHOWN = 5
-_OWN = "local_rank"  # the launcher gives each rank another one
+_PER_RANK = "local_rank"  # the launcher gives each rank another value
 
 
 def _hosts(ranks: Sequence[int]) -> str:
@@ -48,10 +48,14 @@ def check_weights(engine: Engine) -> None:
 
 
 def check_batches(grid: Grid, batches: Sequence[PatchBatch]) -> None:
-    """Ranks that share a model see the same samples.
+    """Checks that the ranks of a replica (one copy of the model) read the same samples; every rank must call it.
+
+    Args:
+        grid: coordinates of this rank.
+        batches: this rank's micro-batches of one step.
 
     Raises:
-        CorruptionError: they do not.
+        CorruptionError: two ranks of a replica read different samples.
     """
     state = xxhash.xxh3_64()
     for batch in batches:
@@ -63,56 +67,66 @@ def check_batches(grid: Grid, batches: Sequence[PatchBatch]) -> None:
         earlier, expected = first.setdefault(replica, (rank, value))
         if value != expected:
             raise CorruptionError(
-                f"rank {rank} reads other samples than rank {earlier}, with which it shares a model",
-                "the same files on all nodes",
-                "compare the datasets on their nodes (tools/inspect_dataset.py --diff)",
+                f"rank {rank} reads other samples than rank {earlier} of the same replica",
+                "the same dataset files on all nodes",
+                "compare the datasets on both nodes (tools/inspect_dataset.py --diff)",
             )
 
 
 def replay(engine: Engine, batch: PatchBatch) -> None:
-    """The same micro-batch gives the same loss twice, on every replica of the model.
+    """Checks that the loss of a micro-batch is the same when it is computed twice; every rank must call it.
+
+    Args:
+        engine: the engine with its present weights.
+        batch: this rank's micro-batch.
 
     Raises:
-        CorruptionError: it does not; with the ranks of the replicas where.
+        CorruptionError: a replica computed two different losses; its ranks and nodes are named.
     """
     pairs = [cast("tuple[float, float]", pair) for pair in gather_objects((engine.local_loss(batch), engine.local_loss(batch)))]
-    sick = [rank for rank, (first, again) in enumerate(pairs) if first != again and not (first != first and again != again)]
-    if sick:
-        hosts, (first, again) = _hosts(sick), pairs[sick[0]]
+    differing = [rank for rank, (first, again) in enumerate(pairs) if first != again and not (first != first and again != again)]
+    if differing:
+        hosts, (first, again) = _hosts(differing), pairs[differing[0]]
         raise CorruptionError(
-            f"a micro-batch's loss is {first!r} and, computed again, {again!r}",
+            f"the loss of a micro-batch is {first!r} and, computed again, {again!r}",
             "the same number",
-            f"look for a sick device (its error counters, a burn-in test) at {hosts}; the same command goes on from the newest checkpoint",
+            f"check the devices (error counters, burn-in test) of {hosts}; the same command resumes from the newest checkpoint",
         )
 
 
 def check_programs(run: RunConfig) -> None:
-    """All ranks run the same code, on the same versions of what it stands on, with the same options: nodes may have copies of their own.
+    """Checks that all ranks run the same code and libraries with the same options, as each node may have its own installation.
+
+    Every rank must call it.
+
+    Args:
+        run: this rank's run.
 
     Raises:
-        CorruptionError: they do not; it names what differs, and where.
+        CorruptionError: the programs differ; what differs and on which nodes is named.
     """
-    mine = _program(run)
-    digests = gather_objects(xxhash.xxh3_64(repr(mine).encode()).hexdigest())
+    local = _program(run)
+    digests = gather_objects(xxhash.xxh3_64(repr(local).encode()).hexdigest())
     others = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
     if others:
-        parts = [cast("dict[str, str]", part) for part in gather_objects(mine)]
+        parts = [cast("dict[str, str]", part) for part in gather_objects(local)]
         hosts, other = _hosts([0, *others[:_SHOWN]]), parts[others[0]]
         names = [name for name in parts[0] if parts[0][name] != other.get(name)]
         shown = ", ".join(f"{name} is {parts[0][name]} and {other.get(name)}" for name in names[:_SHOWN])
         raise CorruptionError(
             f"ranks run different programs: {shown}",
-            "one version of the program, of its libraries and of its options on all nodes",
+            "the same program, libraries and options on all nodes",
             f"compare {hosts}" + (f" and {len(others) - _SHOWN} more" if len(others) > _SHOWN else ""),
         )
 
 
 def _program(run: RunConfig) -> dict[str, str]:
+    """Returns what must be the same on all ranks: a digest of the code, versions of libraries, and the options."""
     package = Path(__file__).parent.parent.parent
     digest = xxhash.xxh3_64()
     for path in sorted(package.rglob("*.py")):
         digest.update(str(path.relative_to(package)).encode() + b"\0" + path.read_bytes())
     code = {"the code of megatron_patch": digest.hexdigest()}
     versions = {name: str(sys.modules[name].__version__) for name in ("torch", "deepspeed", "numpy")}
-    options = {name: repr(value) for name, value in option_values(run.options).items() if name != _OWN}
+    options = {name: repr(value) for name, value in option_values(run.options).items() if name != _PER_RANK}
     return {**code, **versions, **{f"option {name}": value for name, value in options.items()}}

@@ -1,9 +1,11 @@
-"""How a run ends that does not end as it should: one rank tells it for all, on the screen and in SAVE/events.jsonl.
+"""Ends a run that fails: one rank reports the error for all, on standard error and in SAVE/events.jsonl.
 
-In: an error on this rank. Out: an exit code, the same on every rank that can still ask. An error on one rank breaks the connections of the
-others, whose own errors then say little; so the first rank that ends leaves its word in the job's store before it goes, and those that
-come after end with its code. Rank 0 keeps the store: where it has gone, the word is what events.jsonl ends with. Before the ranks have met,
-a flag is most likely wrong on all of them: rank 0 tells it.
+In: an error on this rank. Out: an exit code, the same on every rank that can still reach the others.
+
+An error on one rank breaks the connections of its peers, whose own errors then explain little. Therefore the first rank that fails puts
+its report into the job's store before it exits, and ranks that fail later exit with the code of that report. Rank 0 keeps the store: if its
+process has exited, later ranks read the report from the end of events.jsonl. An error of the configuration before the ranks have joined the
+job is most likely the same on all ranks, so that rank 0 reports it.
 """
 
 from __future__ import annotations
@@ -26,20 +28,20 @@ from megatron_patch.utils.files import append_line
 
 EVENTS = "events.jsonl"
 STORE_KEY = "ending"
-"""What the first rank that ends leaves in the job's store: its `ExitReport` as JSON."""
-_STARTED = time.time()
+"""Key in the job's store under which the first rank that fails puts its `ExitReport` as JSON."""
+_PROCESS_STARTED = time.time()
 
 
 @dataclass(frozen=True)
 class ExitReport:
-    """What one rank says of the job's end.
+    """A rank's report of why the job ends.
 
     Args:
-        reason: kind of the error.
-        message: for people.
-        code: that the job ends with.
-        rank: who says it.
-        host: its node.
+        reason: name of the error's class, "hang" or "lost".
+        message: the message for the user.
+        code: exit code of the job.
+        rank: the rank that reports.
+        host: the name of its node.
         time: seconds since 1970.
     """
 
@@ -52,36 +54,37 @@ class ExitReport:
 
 
 def report_error(error: BaseException, rank: int, local_rank: int, save: Path | None) -> ExitCode:
-    """Tells an error, unless another rank was first.
+    """Reports the error that ended this rank, unless a peer failed first.
 
     Args:
-        error: what ended this rank.
+        error: the error.
         rank: this rank.
         local_rank: its number on its node.
-        save: the run's folder, if it has one.
+        save: the run's folder, or None.
 
     Returns:
-        The code to exit with: the first rank's.
+        The exit code of the rank that failed first.
     """
     if isinstance(error, ConfigError) and not _joined():
-        return _end_before_joining(error, rank, local_rank)
+        return _report_before_joining(error, rank, local_rank)
     if isinstance(error, MegatronPatchError):
         code, message = error.exit_code, str(error)
     elif isinstance(error, KeyboardInterrupt):
-        code, message = ExitCode.INTERRUPTED, "a second interrupt"
+        code, message = ExitCode.INTERRUPTED, "interrupted a second time"
     else:
         code, message = ExitCode.INTERNAL, "".join(traceback.format_exception(error)).rstrip()
-    ending = _tell(_own(type(error).__name__, message, code, rank), save)
-    if ending.rank != rank:
-        if ending.message != message:
+    report = _report_once(_local_report(type(error).__name__, message, code, rank), save)
+    if report.rank != rank:
+        if report.message != message:
             last = str(error).strip().splitlines()
-            print_stderr(f"rank {rank} ends with rank {ending.rank}: {type(error).__name__}: {last[0] if last else ''}")
-        if ending.code == ExitCode.HANG and save is not None:
+            print_stderr(f"rank {rank} exits after rank {report.rank}: {type(error).__name__}: {last[0] if last else ''}")
+        if report.code == ExitCode.HANG and save is not None:
             write_stacks(save, rank, message)
-    return ExitCode(ending.code)
+    return ExitCode(report.code)
 
 
 def _joined() -> bool:
+    """Returns whether this rank has joined the job."""
     if "torch" not in sys.modules:
         return False
     import torch
@@ -89,8 +92,8 @@ def _joined() -> bool:
     return torch.distributed.is_initialized()
 
 
-def _end_before_joining(error: ConfigError, rank: int, local_rank: int) -> ExitCode:
-    """Rank 0 tells it; every other node has a line, as it alone may lack a file or a package."""
+def _report_before_joining(error: ConfigError, rank: int, local_rank: int) -> ExitCode:
+    """Prints the full error on rank 0, and one line on every other node, which alone may lack a file or a package."""
     if rank == 0:
         print_stderr(f"ConfigError: {error}")
         print_advice(error.exit_code)
@@ -100,47 +103,52 @@ def _end_before_joining(error: ConfigError, rank: int, local_rank: int) -> ExitC
 
 
 def report_hang(message: str, rank: int, save: Path | None) -> ExitCode:
-    """Tells a hang, unless another rank was first; to be called from another thread than the one that hangs.
+    """Reports a hang, unless a peer failed first; called from another thread than the one that hangs.
 
     Args:
-        message: what hangs, and for how long.
+        message: which activity hangs, and for how long.
         rank: this rank.
-        save: the run's folder, if it has one.
+        save: the run's folder, or None.
 
     Returns:
-        The code to exit with.
+        The exit code of the rank that failed first.
     """
-    return ExitCode(_tell(_own("hang", message, ExitCode.HANG, rank), save).code)
+    return ExitCode(_report_once(_local_report("hang", message, ExitCode.HANG, rank), save).code)
 
 
-def report_of_peer(word: str | None, rank: int) -> ExitReport | None:
-    """What another rank than this one has ended the job with, from its word to all."""
-    ending = ExitReport(**json.loads(word)) if word is not None else None
-    return ending if ending is not None and ending.rank != rank else None
-
-
-def follow_peer_exit(ending: ExitReport | None, waiting: str, rank: int, save: Path | None) -> ExitCode:
-    """Tells that this rank, which stands still, ends as another one has ended; to be called from another thread than the one that does.
+def report_of_peer(text: str | None, rank: int) -> ExitReport | None:
+    """Returns the report in the job's store if a peer put it there, otherwise None.
 
     Args:
-        ending: of the rank that ended first; None: rank 0 has gone, with all words.
-        waiting: what this rank was doing.
+        text: the report as JSON, or None if the store has none.
         rank: this rank.
-        save: the run's folder, if it has one.
+    """
+    report = ExitReport(**json.loads(text)) if text is not None else None
+    return report if report is not None and report.rank != rank else None
+
+
+def follow_peer_exit(report: ExitReport | None, activity: str, rank: int, save: Path | None) -> ExitCode:
+    """Reports that this rank exits because a peer has; called from another thread than the one that waits for the peer.
+
+    Args:
+        report: the report of the peer that failed first; None: rank 0 has exited, and the store with it.
+        activity: what this rank was doing, as in "while step 5 is being computed".
+        rank: this rank.
+        save: the run's folder, or None.
 
     Returns:
-        The code to exit with.
+        The exit code of the rank that failed first.
     """
-    if ending is None:
-        lost = "rank 0, which keeps all ranks' connections, has gone without a word"
-        ending = _tell(_own("lost", lost, ExitCode.INTERNAL, rank), save)
-    if ending.rank != rank:
-        print_stderr(f"rank {rank} ends with rank {ending.rank}: it was left waiting {waiting}")
-    return ExitCode(ending.code)
+    if report is None:
+        lost = "rank 0, which keeps all connections of the job, has exited without a report"
+        report = _report_once(_local_report("lost", lost, ExitCode.INTERNAL, rank), save)
+    if report.rank != rank:
+        print_stderr(f"rank {rank} exits after rank {report.rank}: it waited for that rank {activity}")
+    return ExitCode(report.code)
 
 
 def write_stacks(save: Path, rank: int, text: str) -> Path:
-    """Writes what a rank was doing to SAVE/stacks."""
+    """Writes what a rank was doing to SAVE/stacks and returns the path of the file."""
     path = save / "stacks" / f"rank-{rank:05d}.txt"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text + "\n", encoding="utf-8")
@@ -148,54 +156,55 @@ def write_stacks(save: Path, rank: int, text: str) -> Path:
 
 
 def print_stderr(text: str) -> None:
-    """A line on standard error, which may be on the very disk that is full: no reason to end otherwise."""
+    """Prints a line to standard error; a full disk below it is ignored, so that the exit code stays the same."""
     with contextlib.suppress(OSError):
         print(text, file=sys.stderr, flush=True)
 
 
 def print_advice(code: ExitCode) -> None:
-    """The last line of a run that is not done."""
+    """Prints the last line of a run that is not done: its exit code and what to do."""
     print_stderr(f"exit code {code.value}: {code.advice}")
 
 
-def _own(reason: str, message: str, code: ExitCode, rank: int) -> ExitReport:
+def _local_report(reason: str, message: str, code: ExitCode, rank: int) -> ExitReport:
     return ExitReport(reason, message, code, rank, socket.gethostname(), round(time.time(), 3))
 
 
-def _tell(mine: ExitReport, save: Path | None) -> ExitReport:
-    """Says it, and returns what counts; where nobody knows who was first, each rank says its own.
+def _report_once(local: ExitReport, save: Path | None) -> ExitReport:
+    """Publishes this rank's report unless a peer published one before, and returns the report that counts.
 
-    Before torch is imported no rank has met another: each says what it found, as files may be missing on its node alone.
+    If the store cannot be reached and events.jsonl has no report either, each rank publishes its own. The same holds before torch is
+    imported, when ranks do not know each other and a file may be missing on one node alone.
     """
-    joined = "torch" in sys.modules
-    word: str | None = json.dumps(asdict(mine))
-    if joined:
+    torch_imported = "torch" in sys.modules
+    text: str | None = json.dumps(asdict(local))
+    if torch_imported:
         from megatron_patch.engine.distributed import set_once
 
-        word = set_once(STORE_KEY, json.dumps(asdict(mine)))
+        text = set_once(STORE_KEY, json.dumps(asdict(local)))
     with contextlib.ExitStack() as stack:
-        if word is not None:
-            ending = ExitReport(**json.loads(word))
+        if text is not None:
+            report = ExitReport(**json.loads(text))
         else:
             if save is not None:
-                stack.enter_context(_alone(save))
-            ending = _told(save) or mine
-        if ending == mine and save is not None and (joined or mine.rank == 0):
+                stack.enter_context(_events_locked(save))
+            report = _last_report(save) or local
+        if report == local and save is not None and (torch_imported or local.rank == 0):
             try:
-                append_line(save / EVENTS, json.dumps({"type": "end", **asdict(mine)}))
+                append_line(save / EVENTS, json.dumps({"type": "end", **asdict(local)}))
             except OSError as error:
-                print_stderr(f"{save / EVENTS}: {error}")
-    if ending == mine:
-        where = f"rank {mine.rank} on {mine.host}: " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
-        kind = "" if mine.code in (ExitCode.INTERNAL, ExitCode.HANG) else f"{mine.reason}: "
-        print_stderr(f"{where}{kind}{mine.message}")
-        print_advice(ExitCode(mine.code))
-    return ending
+                print_stderr(f"cannot write {save / EVENTS}: {error}")
+    if report == local:
+        where = f"rank {local.rank} on {local.host}: " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+        kind = "" if local.code in (ExitCode.INTERNAL, ExitCode.HANG) else f"{local.reason}: "
+        print_stderr(f"{where}{kind}{local.message}")
+        print_advice(ExitCode(local.code))
+    return report
 
 
 @contextlib.contextmanager
-def _alone(save: Path) -> Iterator[None]:
-    """One rank after another, where the file system has locks."""
+def _events_locked(save: Path) -> Iterator[None]:
+    """Lets one rank at a time read and write events.jsonl, if the file system supports locks."""
     try:
         file = (save / EVENTS).open("ab")
     except OSError:
@@ -207,8 +216,8 @@ def _alone(save: Path) -> Iterator[None]:
         yield
 
 
-def _told(save: Path | None) -> ExitReport | None:
-    """What another rank of this job has said: the events' last end, if no start is behind it and it is younger than this process."""
+def _last_report(save: Path | None) -> ExitReport | None:
+    """Returns the report of a peer in events.jsonl: its last "end" if no "start" follows it and it is newer than this process."""
     if save is None:
         return None
     try:
@@ -221,8 +230,8 @@ def _told(save: Path | None) -> ExitReport | None:
             if event["type"] == "start":
                 return None
             if event["type"] == "end":
-                ending = ExitReport(**{field.name: event[field.name] for field in fields(ExitReport)})
-                return ending if ending.time >= _STARTED else None
+                report = ExitReport(**{field.name: event[field.name] for field in fields(ExitReport)})
+                return report if report.time >= _PROCESS_STARTED else None
         except (ValueError, KeyError, TypeError):
             continue
     return None

@@ -1,7 +1,7 @@
-"""Compilation that a request to stop may interrupt.
+"""Lets training continue uncompiled if a request to stop ends the compilers of --compile.
 
-Slurm sends a signal to every process of a job, so that compilers end by the very signal that a rank takes for a request to save and stop.
-What they leave uncompiled then runs uncompiled, for the rest of that step.
+Slurm sends a signal to every process of a job: ranks take it as a request to save and stop, but compiler processes end. Graphs that are not
+compiled by then run uncompiled until the run has saved.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from typing import Any
 
 import torch
 
-_SIGNAL_SECONDS = 1.0  # for the signal that ended a compiler to come here
+_SIGNAL_SECONDS = 1.0  # by which the signal may reach this rank after it ended a compiler
 
 
-def interruptible(stopping: Callable[[], bool], backend: str = "inductor") -> Callable[..., Any]:
-    """A backend for torch.compile: another one, whose failures count only where no stop has been asked for.
+def interruptible(stop_signalled: Callable[[], bool], backend: str = "inductor") -> Callable[..., Any]:
+    """Returns a backend for torch.compile that runs a graph uncompiled if compilation fails after a signal to stop.
 
     Args:
-        stopping: whether this rank has been sent a signal to stop.
-        backend: what compiles.
+        stop_signalled: whether this rank has received a signal to stop.
+        backend: name of the backend that compiles.
     """
     compile_graph = torch._dynamo.lookup_backend(backend)
 
@@ -30,11 +30,11 @@ def interruptible(stopping: Callable[[], bool], backend: str = "inductor") -> Ca
             return compile_graph(graph, inputs, **options)
         except Exception:
             deadline = time.monotonic() + _SIGNAL_SECONDS
-            while not stopping():
+            while not stop_signalled():
                 if time.monotonic() >= deadline:
                     raise
                 time.sleep(0.01)
-        print("a compiler has ended while a stop is asked for: what it left uncompiled runs uncompiled", file=sys.stderr)
+        print("a signal to stop ended a compiler; its graph runs uncompiled until the run has saved", file=sys.stderr)
         return graph.forward
 
     return compile_or_not

@@ -1,6 +1,6 @@
-"""Requests to save and stop: signals, a time span, a file, Slurm's time limit.
+"""Requests to save and stop: signals, a duration, a file, Slurm's time limit.
 
-In: what this rank alone sees. Out: a reason that all ranks agree on between two steps, whichever of them was asked.
+In: the requests that this rank receives. Out: one reason to stop that all ranks agree on between two steps, whichever rank received it.
 """
 
 from __future__ import annotations
@@ -20,11 +20,14 @@ if TYPE_CHECKING:
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 _REASONS = (*(number.name for number in _SIGNALS), "--exit-duration", "the end of the Slurm job is near", "the kill switch")
-_FILE_SECONDS = 1.0
+_FILE_CHECK_SECONDS = 1.0
 
 
 def _stop_time(margin: float, environment: Mapping[str, str]) -> float | None:
-    """When to stop for the end of the Slurm job; in a job that is shorter than twice the margin half of its time is for training."""
+    """Returns the Unix time to stop at because the Slurm job ends, or None outside of a job with a time limit.
+
+    A job shorter than twice the margin trains for half of its time; stopped at once, it would be requeued forever.
+    """
     begin, end = environment.get("SLURM_JOB_START_TIME", ""), environment.get("SLURM_JOB_END_TIME", "")
     if not end.isdigit():
         return None
@@ -32,14 +35,14 @@ def _stop_time(margin: float, environment: Mapping[str, str]) -> float | None:
 
 
 class StopRequests:
-    """Listens from its making on, which is before torch is imported.
+    """Receives requests to stop from its construction on, which is before torch is imported.
 
     Args:
-        options: time spans and the file.
-        environment: where Slurm says when the job ends.
+        options: the duration, the margin and the file.
+        environment: environment variables, in which Slurm gives the end of the job.
 
     Raises:
-        ConfigError: the kill switch is there already; a job that is put back into the queue would start for ever.
+        ConfigError: the file of --kill-switch exists already; a requeued job would stop at every start.
     """
 
     def __init__(self, options: SafetyOptions, environment: Mapping[str, str] = os.environ) -> None:
@@ -48,9 +51,11 @@ class StopRequests:
         self._kill_switch = options.kill_switch
         if self._kill_switch is not None and os.path.exists(self._kill_switch):
             raise ConfigError(
-                f"--kill-switch {self._kill_switch}: the file is there already", "a file that does not exist yet", f"rm {self._kill_switch}"
+                f"--kill-switch {self._kill_switch}: the file exists already",
+                "a path where no file exists until the run should stop",
+                f"rm {self._kill_switch}",
             )
-        self._looked = 0.0
+        self._file_checked = 0.0
         self._signal: int | None = None
         self._handlers = {number: signal.signal(number, self._on_signal) for number in _SIGNALS}
 
@@ -60,36 +65,40 @@ class StopRequests:
         self._signal = number
 
     def close(self) -> None:
-        """Gives the signals back."""
+        """Restores the signal handlers that were set before."""
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
     @property
     def signalled(self) -> bool:
-        """Whether this rank has been sent a signal."""
+        """Whether this rank has received a signal."""
         return self._signal is not None
 
-    def own(self) -> str | None:
-        """What this rank has been asked."""
+    def local_request(self) -> str | None:
+        """Returns the reason to stop that this rank has received, or None."""
         if self._signal is not None:
             return signal.Signals(self._signal).name
         if self._deadline is not None and time.monotonic() >= self._deadline:
             return "--exit-duration"
         if self._job_end is not None and time.time() >= self._job_end:
             return "the end of the Slurm job is near"
-        if self._kill_switch is not None and time.monotonic() >= self._looked + _FILE_SECONDS:
-            self._looked = time.monotonic()
+        if self._kill_switch is not None and time.monotonic() >= self._file_checked + _FILE_CHECK_SECONDS:
+            self._file_checked = time.monotonic()
             if os.path.exists(self._kill_switch):
                 self._kill_switch, self._deadline = None, None
                 return "the kill switch"
         return None
 
-    def agreed(self, device: torch.device) -> str | None:
-        """What any rank has been asked; every rank must call it."""
+    def agreed_request(self, device: torch.device) -> str | None:
+        """Returns a reason to stop that any rank has received, the same on every rank, or None; every rank must call it.
+
+        Args:
+            device: the device of this rank.
+        """
         import torch
 
-        own = self.own()
-        code = torch.tensor(_REASONS.index(own) + 1 if own else 0, dtype=torch.int32, device=device)
+        local = self.local_request()
+        code = torch.tensor(_REASONS.index(local) + 1 if local else 0, dtype=torch.int32, device=device)
         if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
             torch.distributed.all_reduce(code, op=torch.distributed.ReduceOp.MAX)
         value = int(code)

@@ -1,4 +1,4 @@
-"""Which ranks compute slower than the others, by what no rank waits in: its first forward pass of each step."""
+"""Finds ranks that compute slower than others, by the time of their first forward pass in each step, in which no rank waits for another."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import cast
 from megatron_patch.engine.distributed import gather_objects
 from megatron_patch.parallel.grid import Grid
 
-_SLOW = 1.5
+_SLOW = 1.5  # times the median of the peers
 
 
 class StragglerDetector:
-    """Watches over an interval.
+    """Compares the ranks once in each interval of steps.
 
     Args:
-        interval: steps between two looks; 0: none.
-        grid: only ranks of the same pipeline stage do the same work.
+        interval: number of steps between two comparisons; 0: never.
+        grid: coordinates of this rank; only ranks with the same pipeline rank do the same work.
     """
 
     def __init__(self, interval: int, grid: Grid) -> None:
@@ -25,28 +25,28 @@ class StragglerDetector:
         self._seconds: list[float] = []
 
     def add(self, seconds: float) -> list[str]:
-        """After each step, on every rank.
+        """Adds a step; every rank must call it after each step.
 
         Args:
-            seconds: of this rank's first forward pass.
+            seconds: duration of this rank's first forward pass.
 
         Returns:
-            At the end of an interval, whoever is slow, in words.
+            At the end of an interval a sentence about each slow rank, otherwise nothing.
         """
         if not self._interval or self._grid.world_size == 1:
             return []
         self._seconds.append(seconds)
         if len(self._seconds) < self._interval:
             return []
-        mine = (self._grid.pipeline_parallel_rank, statistics.median(self._seconds), socket.gethostname())
+        local = (self._grid.pipeline_parallel_rank, statistics.median(self._seconds), socket.gethostname())
         self._seconds = []
-        parts = [cast("tuple[int, float, str]", part) for part in gather_objects(mine)]
+        gathered = [cast("tuple[int, float, str]", part) for part in gather_objects(local)]
         slow = []
-        for rank, (stage, median, host) in enumerate(parts):
-            others = [other for number, (place, other, _) in enumerate(parts) if place == stage and number != rank]
-            if not others:
+        for rank, (pipeline_rank, median, host) in enumerate(gathered):
+            peers = [other for other_rank, (row, other, _) in enumerate(gathered) if row == pipeline_rank and other_rank != rank]
+            if not peers:
                 continue
-            usual = statistics.median(others)
+            usual = statistics.median(peers)
             if median > _SLOW * usual:
-                slow.append(f"rank {rank} on {host}: {median:.3g} s for a forward pass, the others {usual:.3g} s")
+                slow.append(f"rank {rank} on {host} is slow: a forward pass takes {median:.3g} s, on its peers {usual:.3g} s")
         return slow

@@ -1,7 +1,8 @@
-"""Ends a job that hangs: when nothing has moved for too long, every rank writes the stacks of its threads and leaves.
+"""Ends a job that hangs: if an activity takes too long, the rank writes the stacks of its threads and exits.
 
-In: a beat for each thing that is begun. Out: nothing, or SAVE/stacks/rank-RRRRR.txt and exit code 76. A rank that is left waiting for one
-that has ended, as in a collective on GPUs, which does not notice, does not wait so long: it ends with that one's code.
+In: a heartbeat for each activity that begins. Out: nothing, or SAVE/stacks/rank-RRRRR.txt and exit code 76. A rank that waits for a peer
+that has exited, as in a collective on GPUs, which does not notice, exits earlier: it polls the job's store for the peer's report and exits
+with the peer's code.
 """
 
 from __future__ import annotations
@@ -25,24 +26,24 @@ from megatron_patch.training.faults.exit_protocol import (
 )
 from megatron_patch.utils.units import format_duration
 
-_SECOND_CHANCE = 60.0  # seconds after which a thread without Python's lock ends what Python cannot
-_LISTEN = 5.0  # seconds between questions whether another rank has ended the job
-_NOTICE = 15.0  # seconds in which this one may notice by itself; less than srun waits for ranks that are left behind
-_GRACE = 5.0  # seconds for the other ranks to notice by themselves, whom the end of this one would tear out of where they hang
+_BACKUP_SECONDS = 60.0  # later than the watchdog: faulthandler exits even if a thread never releases the interpreter's lock
+_POLL_SECONDS = 5.0  # between two checks whether a peer has exited
+_NOTICE_SECONDS = 15.0  # in which this rank may notice a peer's exit by itself; srun waits longer for the remaining ranks
+_GRACE_SECONDS = 5.0  # in which peers notice the hang by themselves and write their stacks, before this rank's exit ends them
 
 
 class Watchdog:
-    """Watches this rank.
+    """Watches the heartbeats of one rank from a thread.
 
     Args:
-        seconds: without a beat; 0: for ever.
-        save: the run's folder, for the stacks; None: standard error alone.
+        seconds: how long an activity may take; 0: as long as it needs.
+        save: the run's folder, for the stacks; None: they go to standard error.
         rank: this rank.
     """
 
     def __init__(self, seconds: float, save: Path | None, rank: int) -> None:
         self._seconds, self._save, self._rank = seconds, save, rank
-        self._stopped, self._deaf = threading.Event(), threading.Event()
+        self._stopped, self._follows_nobody = threading.Event(), threading.Event()
         self.heartbeat("the run starts")
         if seconds > 0:
             threading.Thread(target=self._watch, daemon=True, name="watchdog").start()
@@ -53,62 +54,68 @@ class Watchdog:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         self.close()
 
-    def heartbeat(self, what: str) -> None:
-        """Something is begun; it has its own time."""
-        self._what, self._since = what, time.monotonic()
+    def heartbeat(self, activity: str) -> None:
+        """Starts the time of an activity.
+
+        Args:
+            activity: what begins, as a clause ("step 5 waits for data"), for messages.
+        """
+        self._activity, self._since = activity, time.monotonic()
         if self._seconds > 0:
-            faulthandler.dump_traceback_later(self._seconds + _SECOND_CHANCE, exit=True)
+            faulthandler.dump_traceback_later(self._seconds + _BACKUP_SECONDS, exit=True)
 
     def close(self) -> None:
-        """Stops watching."""
+        """Stops watching and following."""
         self._stopped.set()
-        self._deaf.set()
+        self._follows_nobody.set()
         faulthandler.cancel_dump_traceback_later()
 
     def _watch(self) -> None:
         while not self._stopped.wait(min(1.0, self._seconds / 4)):
             waited = time.monotonic() - self._since
             if waited > self._seconds:
-                self._end(waited)
+                self._exit_hanging(waited)
 
-    def listen(self) -> None:
-        """Ranks have met: from now on this one follows one that ends."""
+    def follow_peers(self) -> None:
+        """Lets this rank exit when a peer does; called once all ranks have joined the job."""
         from megatron_patch.engine.distributed import set_once_reader
 
-        # Not the watching thread: a question may have to wait.
-        threading.Thread(target=self._listen, args=[set_once_reader(STORE_KEY)], daemon=True, name="listener").start()
+        # Not in the watching thread, because the store may answer late.
+        threading.Thread(target=self._follow, args=[set_once_reader(STORE_KEY)], daemon=True, name="exit follower").start()
 
-    def stop_listening(self) -> None:
-        """The run has come to its end: other ranks leave, and that is no reason to follow them."""
-        self._deaf.set()
+    def stop_following(self) -> None:
+        """Ignores exits of peers from now on, because the run has ended normally."""
+        self._follows_nobody.set()
 
-    def _listen(self, last_word: Callable[[], str | None]) -> None:
-        """Ends this rank behind another one.
+    def _follow(self, read_report: Callable[[], str | None]) -> None:
+        """Exits after a peer has.
 
-        A broken connection tells it on CPUs; who waits for a GPU that waits for that rank's is told nothing, and hears no signals.
+        On CPUs a broken connection raises an error in the main thread. A rank that waits for a GPU gets no error and handles no signal, so
+        that only this thread can end it.
         """
-        while not self._deaf.wait(_LISTEN):
+        while not self._follows_nobody.wait(_POLL_SECONDS):
             try:
-                ending = report_of_peer(last_word(), self._rank)
-                ended = ending is not None
+                report = report_of_peer(read_report(), self._rank)
+                peer_exited = report is not None
             except ConnectionError:
-                ending, ended = None, True
-            if ended and not self._deaf.wait(_NOTICE):
-                what = f"while {self._what}"
-                os._exit(follow_peer_exit(ending, f"{what}; stacks {self._write_stacks(f'left waiting {what}')}", self._rank, self._save))
+                report, peer_exited = None, True
+            if peer_exited and not self._follows_nobody.wait(_NOTICE_SECONDS):
+                activity = f"while {self._activity}"
+                stacks = self._write_stacks(f"waited for a peer that has exited, {activity}")
+                os._exit(follow_peer_exit(report, f"{activity}; stacks: {stacks}", self._rank, self._save))
 
-    def _end(self, waited: float) -> None:
-        said = f"no progress for {format_duration(waited)} while {self._what}"
-        code = report_hang(f"{said}; stacks {self._write_stacks(said)}", self._rank, self._save)
-        time.sleep(_GRACE)
+    def _exit_hanging(self, waited: float) -> None:
+        message = f"no progress for {format_duration(waited)} while {self._activity}"
+        code = report_hang(f"{message}; stacks: {self._write_stacks(message)}", self._rank, self._save)
+        time.sleep(_GRACE_SECONDS)
         os._exit(code)
 
-    def _write_stacks(self, why: str) -> str:
-        """Where they are."""
+    def _write_stacks(self, reason: str) -> str:
+        """Writes the stacks of this rank's threads and returns where they are, for a message."""
         stacks, where = _stacks(), "above"
         if self._save is not None:
             try:
-                return str(write_stacks(self._save, self._rank, f"rank {self._rank}: {why}\n\n{stacks}").parent)
+                return str(write_stacks(self._save, self._rank, f"rank {self._rank}: {reason}\n\n{stacks}").parent)
             except OSError as error:
                 where += f" ({error})"
         print_stderr(stacks)
@@ -116,7 +123,7 @@ class Watchdog:
 
 
 def _stacks() -> str:
-    """Of all threads of this process."""
+    """Returns the stacks of all threads of this process."""
     with tempfile.TemporaryFile("w+", encoding="utf-8") as file:
         faulthandler.dump_traceback(file, all_threads=True)
         file.seek(0)
