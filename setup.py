@@ -1,9 +1,9 @@
-"""Builds csrc at install: the C++ compiler and nvcc are called directly on torch's stable ABI; without them the package works without csrc.
+"""Builds csrc at install, with direct calls of the C++ compiler and nvcc. Where one is missing, the package works without its libraries.
 
-Three libraries: `_words` (preprocessing's memory for words) and `_C` (the operators' schemas and the CPU's kernels) wherever there is a C++
-compiler, `_C_cuda` where torch is a CUDA build and nvcc is found. MEGATRON_PATCH_CUDA=0 leaves the second out, =1 demands it (with a CPU
-build of torch, too: it loads where CUDA is); MEGATRON_PATCH_CUDA_ARCHS lists its GPU architectures. `torch.utils.cpp_extension` is not
-used: it refuses CUDA sources beside a CPU build of torch, and guesses at toolkits. Nothing is ever compiled while the program runs.
+There are three libraries. `_words` (preprocessing's word cache) and `_C` (the operators' schemas and CPU kernels) need a C++ compiler;
+`_C_cuda` (CUDA kernels) needs a CUDA build of torch and nvcc. MEGATRON_PATCH_CUDA=0 omits `_C_cuda`; MEGATRON_PATCH_CUDA=1 requires it,
+even with a CPU build of torch, for use on another machine. MEGATRON_PATCH_CUDA_ARCHS lists its GPU architectures. The operators use torch's
+stable ABI. `torch.utils.cpp_extension` is not used, because it rejects CUDA sources with a CPU build of torch and guesses the toolkit.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-# Only what torch 2.11 had is used, so that the library loads in that and every later version.
+# The libraries use only what torch 2.11 has, so that they load in it and in every later version.
 TORCH_TARGET = "0x020b000000000000"
 OLDEST_TORCH = (2, 11)
 
@@ -36,16 +36,23 @@ STABLE_ABI = f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"
 
 @dataclass(frozen=True)
 class Library:
-    """A shared library beside the package's modules: what it is made of (paths as setuptools wants them), what serves without."""
+    """A shared library in the package's folder.
+
+    Args:
+        name: its name without .so.
+        sources: files to compile, relative to this file's folder, as setuptools requires.
+        headers: further files whose changes require a new build.
+        otherwise: what a user should know where it is not built.
+    """
 
     name: str
     sources: tuple[str, ...]
     headers: tuple[str, ...]
-    otherwise: str = "The plain formulas serve: the same results, slower."
+    otherwise: str = "The plain formulas are used instead: the same results, slower."
 
 
 LIBRARIES = (
-    Library("_words", ("csrc/cpu/word_memory.cpp",), (), "Preprocessing remembers no words: the same tokens, more slowly."),
+    Library("_words", ("csrc/cpu/word_memory.cpp",), (), "Preprocessing works without its word cache: the same tokens, slower."),
     Library(
         "_C",
         ("csrc/schemas.cpp", "csrc/cpu/bindings.cpp", "csrc/cpu/patch_embedding.cpp", "csrc/cpu/multi_token_loss.cpp"),
@@ -54,52 +61,52 @@ LIBRARIES = (
     Library(
         "_C_cuda",
         ("csrc/cuda/bindings.cpp", "csrc/cuda/patch_embedding.cu", "csrc/cuda/multi_token_loss.cu"),
-        ("csrc/arguments.h", "csrc/cuda/launch.h", "csrc/cuda/common.cuh"),
+        ("csrc/arguments.h", "csrc/cuda/launch.h", "csrc/cuda/common.cuh", "csrc/cuda/running_softmax.cuh"),
     ),
 )
 
 
 class NotWanted(Exception):
-    """Why a library has no business here: nothing to warn of."""
+    """The reason why a library is not wanted here, which needs no warning."""
 
 
 class CannotBuild(Exception):
-    """Why a library is not built here; the package works without."""
+    """The reason why a library cannot be built here; the package works without it."""
 
 
 def compiler() -> list[str]:
-    """The C++ compiler: $CXX (which may hold several words, as `ccache g++`), g++, c++ or clang++."""
+    """Returns the command of the C++ compiler: $CXX (which can have several words, as `ccache g++`), g++, c++ or clang++."""
     if os.environ.get("CXX"):
         words = shlex.split(os.environ["CXX"])
         if shutil.which(words[0]) is None:
-            raise CannotBuild(f"$CXX names {words[0]!r}, which is not found")
+            raise CannotBuild(f"$CXX names {words[0]!r}, which is not on PATH")
         return words
     found = next((name for name in ("g++", "c++", "clang++") if shutil.which(name)), None)
     if found is None:
-        raise CannotBuild("there is no C++ compiler (g++, c++, clang++); install one, or name it in $CXX")
+        raise CannotBuild("no C++ compiler was found (g++, c++, clang++); install one, or set $CXX")
     return [found]
 
 
 def torch_folder() -> Path:
-    """Where torch is installed, found without importing it."""
+    """Returns the folder where torch is installed, without importing it."""
     found = importlib.util.find_spec("torch")
     if found is None or found.origin is None:
-        raise CannotBuild("torch is not installed where this is built; install it first, then use pip's --no-build-isolation")
+        raise CannotBuild("torch is not installed in the build environment; install it first, then use pip's --no-build-isolation")
     version = importlib.metadata.version("torch")
     if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TORCH:
-        raise CannotBuild(f"torch {version} is too old; torch {'.'.join(map(str, OLDEST_TORCH))} and later can be built against")
+        raise CannotBuild(f"torch {version} is too old; install torch {'.'.join(map(str, OLDEST_TORCH))} or later")
     return Path(found.origin).parent
 
 
 def torch_cuda() -> str | None:
-    """The CUDA version that torch was built with, or None."""
+    """Returns the CUDA version that torch was built with, or None."""
     text = (torch_folder() / "version.py").read_text(encoding="utf-8")
     found = re.search(r"^cuda\b[^=]*=\s*['\"]([\d.]+)['\"]", text, re.MULTILINE)
     return found[1] if found else None
 
 
 def call(*command: str) -> str:
-    """Runs a compiler; its messages go to the build's log."""
+    """Runs a compiler and returns its output; its messages go to the build's log."""
     print(shlex.join(command))
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode:
@@ -109,18 +116,18 @@ def call(*command: str) -> str:
 
 
 def torch_headers() -> tuple[str, ...]:
-    """Options for torch's headers, whose warnings are not ours."""
+    """Returns the options to find torch's headers, as system headers, so that they cause no warnings."""
     include = torch_folder() / "include"
     return ("-isystem", str(include), "-isystem", str(include / "torch/csrc/api/include"))
 
 
 def torch_libraries() -> tuple[str, ...]:
-    """Options to link with torch."""
+    """Returns the options to link with torch."""
     return (f"-L{torch_folder() / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10")
 
 
 def build_cpu(library: Library, output: Path, _: Path) -> None:
-    """One call of the C++ compiler."""
+    """Builds `_C` with one call of the C++ compiler."""
     call(
         *compiler(),
         *("-shared", "-fPIC", "-O3", "-std=c++20", "-Wall", "-Wextra", "-fvisibility=hidden"),
@@ -134,18 +141,18 @@ def build_cpu(library: Library, output: Path, _: Path) -> None:
 
 
 def build_words(library: Library, output: Path, _: Path) -> None:
-    """One call of the C++ compiler, without torch."""
+    """Builds `_words` with one call of the C++ compiler, without torch."""
     call(
         *compiler(), "-shared", "-fPIC", "-O3", "-std=c++20", "-Wall", "-Wextra", "-fvisibility=hidden", *library.sources, "-o", str(output)
     )
 
 
 def check_cuda_wanted() -> None:
-    """Whether `_C_cuda` belongs here.
+    """Checks that `_C_cuda` is to be built, and can be.
 
     Raises:
         NotWanted: MEGATRON_PATCH_CUDA=0, or a CPU build of torch.
-        CannotBuild: it is wanted and there is no nvcc, or one whose CUDA is not torch's.
+        CannotBuild: there is no nvcc, or its CUDA version is not torch's.
     """
     wish = os.environ.get("MEGATRON_PATCH_CUDA")
     if wish not in (None, "", "0", "1"):
@@ -155,28 +162,30 @@ def check_cuda_wanted() -> None:
     if wish != "1" and torch_cuda() is None:
         raise NotWanted("torch is a CPU build")
     if shutil.which("nvcc") is None:
-        raise CannotBuild("there is no nvcc; install the CUDA toolkit, and put its bin folder on PATH")
-    # Each major version has a runtime library of its own; only that of torch is sure to be there when the library is loaded.
+        raise CannotBuild("nvcc was not found; install the CUDA toolkit, and add its bin folder to PATH")
+    # Each major version has its own runtime library, and only that of torch's version is certain to exist when the library is loaded.
     found, theirs = re.search(r"release (\d+)", call("nvcc", "--version")), torch_cuda()
     if found and theirs and theirs.split(".")[0] != found[1]:
-        raise CannotBuild(f"nvcc is of CUDA {found[1]} and torch of CUDA {theirs}; put an nvcc of torch's major version first on PATH")
+        raise CannotBuild(
+            f"nvcc has CUDA {found[1]}, but torch was built with CUDA {theirs}; put an nvcc of torch's major version first on PATH"
+        )
 
 
 def architectures() -> list[str]:
-    """The GPU architectures to build for: those asked for that this nvcc knows."""
+    """Returns the GPU architectures to build for: the requested ones that this nvcc supports."""
     wanted = [name for name in re.split(r"[;,\s]+", os.environ.get("MEGATRON_PATCH_CUDA_ARCHS", ARCHITECTURES)) if name]
     known = re.findall(r"compute_(\d+\w?)", call("nvcc", "--list-gpu-arch"))
     found = [name for name in wanted if name in known]
     if not found:
-        raise CannotBuild(f"nvcc knows none of the GPU architectures {' '.join(wanted)}; it knows {' '.join(known)}")
+        raise CannotBuild(f"nvcc supports none of the GPU architectures {' '.join(wanted)}; it supports {' '.join(known)}")
     return found
 
 
 def build_cuda(library: Library, output: Path, work: Path) -> None:
-    """Each source by nvcc, side by side, then one link. The kernels know nothing of torch, so that they compile in seconds."""
+    """Builds `_C_cuda`: compiles each source with nvcc, in parallel, then links them. Only the bindings include torch's headers."""
     check_cuda_wanted()
     names = architectures()
-    # Machine code for each, and what newer GPUs can translate when the library is loaded.
+    # Machine code for each architecture, and PTX, which newer GPUs compile when the library is loaded.
     targets = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in names]
     targets.append(f"-gencode=arch=compute_{names[0]},code=compute_{names[0]}")
     common = ("nvcc", "-c", "-O3", "-Xcompiler", "-fPIC,-Wall,-Wextra,-fvisibility=hidden")
@@ -191,7 +200,7 @@ def build_cuda(library: Library, output: Path, work: Path) -> None:
         commands.append((*common, *strict, *own, source, "-o", objects[-1]))
     with ThreadPoolExecutor() as pool:
         list(pool.map(lambda command: call(*command), commands))
-    # torch's libraries are named as needed although the linker sees no symbol of some: without them it loads nowhere.
+    # Some of torch's libraries provide no symbol that the linker sees, but the library does not load without them.
     call(
         *("nvcc", "-shared", "-cudart", "shared", "-Xlinker", "--no-as-needed"),
         *objects,
@@ -204,7 +213,7 @@ BUILDERS = {"_words": build_words, "_C": build_cpu, "_C_cuda": build_cuda}
 
 
 def build(library: Library, output: Path) -> None:
-    """Makes a library under a temporary name until it is whole."""
+    """Builds a library under a temporary name, and renames it when it is complete."""
     unfinished = output.with_suffix(".tmp")
     try:
         with tempfile.TemporaryDirectory() as work:
@@ -215,16 +224,16 @@ def build(library: Library, output: Path) -> None:
 
 
 class BuildLibraries(build_ext):
-    """Builds each library where setuptools wants it; a failure is told, not raised."""
+    """Builds each library where setuptools expects it; a failure is a warning, not an error."""
 
-    beside_modules = False
+    in_package = False
 
     def run(self) -> None:
-        self.beside_modules = bool(self.inplace or self.editable_mode)  # setuptools forgets this while it builds
+        self.in_package = bool(self.inplace or self.editable_mode)  # setuptools resets this while it builds
         super().run()
 
     def get_ext_filename(self, fullname: str) -> str:
-        """No Python version in the name: the libraries do not use Python's ABI."""
+        """Returns a file name without a Python version, because the libraries do not use Python's ABI."""
         return str(Path(*fullname.split("."))) + ".so"
 
     def build_extension(self, extension: Extension) -> None:
@@ -234,16 +243,16 @@ class BuildLibraries(build_ext):
         try:
             build(library, output)
         except (CannotBuild, NotWanted) as reason:
-            # What an earlier build left must not pass for this one's.
+            # The library of an earlier build must not be mistaken for a new one.
             output.unlink(missing_ok=True)
-            if self.beside_modules:
+            if self.in_package:
                 Path("megatron_patch", output.name).unlink(missing_ok=True)
             if isinstance(reason, NotWanted):
                 print(f"{library.name} is not built: {reason}")
                 return
             if library.name == "_C_cuda" and os.environ.get("MEGATRON_PATCH_CUDA") == "1":
                 raise
-            # pip shows a build's warnings, and hides what it prints.
+            # pip shows the warnings of a build, but hides what it prints.
             warnings.warn(f"megatron_patch: {library.name} is not built: {reason}\n{library.otherwise}", stacklevel=1)
 
     def get_outputs(self) -> list[str]:

@@ -1,4 +1,4 @@
-// What both devices' bindings ask of their arguments. Bad ones are std::invalid_argument, which torch hands to Python as ValueError.
+// Checks of arguments that the bindings of both devices share. A wrong one throws std::invalid_argument, in Python a ValueError.
 #pragma once
 
 #include <cstdint>
@@ -27,7 +27,7 @@ void require(bool holds, const Parts&... parts) {
   throw std::invalid_argument(message.str());
 }
 
-// Calls `run` with a null pointer of the tensor's number type.
+// Calls `run` with a null pointer of the tensor's number type, which selects the template.
 template <typename Run>
 void dispatch(const Tensor& tensor, const char* name, const Run& run) {
   switch (tensor.scalar_type()) {
@@ -39,21 +39,21 @@ void dispatch(const Tensor& tensor, const char* name, const Run& run) {
   }
 }
 
-// Integers as the kernels read them: int64, [..., K] with K >= 1, contiguous.
+// Returns integers [..., K], K >= 1, as the kernels read them: int64 and contiguous.
 inline Tensor dense_integers(const Tensor& tensor, const char* name) {
   const ScalarType type = tensor.scalar_type();
-  require(type == ScalarType::Long || type == ScalarType::Int, name, " are ", toString(type), "; allowed: int64, int32");
+  require(type == ScalarType::Long || type == ScalarType::Int, name, " has dtype ", toString(type), "; allowed: int64, int32");
   require(tensor.dim() >= 1, name, " must be [..., K], not a single number");
   require(tensor.size(tensor.dim() - 1) >= 1, name, " must be [..., K] with K >= 1, not K = 0");
   return torch::stable::contiguous(type == ScalarType::Long ? tensor : torch::stable::to(tensor, ScalarType::Long));
 }
 
-// What sums over numbers of this type are taken in.
+// The dtype in which numbers of this tensor are summed.
 inline ScalarType accumulator(const Tensor& tensor) {
   return tensor.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-// Numbers of the accumulator's type, contiguous and of the named shape.
+// Returns a contiguous tensor, after checking that it has the dtype of sums and the given shape.
 inline Tensor dense_numbers(const Tensor& tensor, const char* name, ScalarType type, const std::vector<int64_t>& shape) {
   require(tensor.scalar_type() == type, name, " is ", toString(tensor.scalar_type()), "; allowed: ", toString(type));
   bool same = tensor.dim() == static_cast<int64_t>(shape.size());
@@ -66,7 +66,7 @@ inline Tensor dense_numbers(const Tensor& tensor, const char* name, ScalarType t
   return torch::stable::contiguous(tensor);
 }
 
-// A table [V, H] of the accumulator's type, to whose rows a kernel adds.
+// Checks an accumulator: a table [V, H] of the dtype of sums, to whose rows a kernel adds.
 inline void check_accumulator(const Tensor& table, const Tensor& grad) {
   const ScalarType type = accumulator(grad);
   require(table.scalar_type() == type, "accumulator is ", toString(table.scalar_type()), "; allowed: ", toString(type));
@@ -75,7 +75,7 @@ inline void check_accumulator(const Tensor& table, const Tensor& grad) {
       "accumulator must be [V, H], contiguous, with the H of grad");
 }
 
-// Logits [N, V] and labels [N, K] that belong together; the labels as `dense_integers`.
+// Checks that logits are [N, V] and labels [N, K]. Returns the labels as `dense_integers` does.
 inline Tensor check_logits(const Tensor& logits, const Tensor& labels) {
   require(logits.dim() == 2, "logits must be [N, V], not of ", logits.dim(), " dimensions");
   require(logits.size(1) >= 1, "logits must be [N, V] with V >= 1");
@@ -83,7 +83,7 @@ inline Tensor check_logits(const Tensor& logits, const Tensor& labels) {
   return dense_integers(labels, "labels");
 }
 
-// Logits that a kernel overwrites.
+// Checks that a kernel can overwrite logits.
 inline void check_in_place(const Tensor& logits) { require(logits.is_contiguous(), "logits must be contiguous to be overwritten"); }
 
 }  // namespace megatron_patch

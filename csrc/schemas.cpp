@@ -1,5 +1,7 @@
-// The operators' schemas. Implementations: cpu/bindings.cpp, cuda/bindings.cpp; autograd, shapes for tracing and what is composed of other
-// operators: megatron_patch/ops/native.py. Everything is on torch's stable ABI: one build serves torch 2.11 and later.
+// The schemas of the compiled operators. Their implementations are in cpu/bindings.cpp and cuda/bindings.cpp. Their autograd formulas,
+// their shapes for tracing, and the operators composed of them are in fused_embedding.py, fused_loss.py and fused_linear_loss.py of
+// megatron_patch/ops.
+// Everything uses torch's stable ABI: one build works with torch 2.11 and later.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(megatron_patch, m) {

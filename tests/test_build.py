@@ -1,4 +1,4 @@
-"""What an installation makes: the library where it can be compiled, a clear note where it cannot, the right files, pins that fit."""
+"""Installation: the libraries are built where possible, with a clear note where not; the right files; consistent pins."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ ROOT = Path(__file__).parent.parent
 needs_compiler = pytest.mark.skipif(
     not any(shutil.which(name) for name in ("g++", "c++", "clang++")), reason="there is no C++ compiler to build with"
 )
-NOTE = "The plain formulas serve"
+NOTE = "The plain formulas are used instead"
 
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """What a build reads, without what earlier builds left."""
+    """Copies the files that a build reads, without the results of earlier builds."""
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "csrc"):
         source = ROOT / name
         shutil.copytree(source, tmp_path / name) if source.is_dir() else shutil.copy(source, tmp_path / name)
@@ -48,7 +48,7 @@ def build_in_place(folder: Path, **environment: str) -> str:
 
 
 def hook(folder: Path, name: str, **environment: str) -> Path:
-    """Calls the build backend as pip does; the file it made."""
+    """Calls the build backend as pip does, and returns the file it made."""
     call = f"from setuptools import build_meta; print(build_meta.{name}('made'))"
     return folder / "made" / python(folder, "-c", call, **environment).stdout.split()[-1]
 
@@ -70,13 +70,13 @@ def test_without_a_compiler_the_note_says_so_and_nothing_stale_is_left(checkout)
     library = checkout / "megatron_patch" / "_C.so"
     library.write_bytes(b"from an earlier build")
     note = build_in_place(checkout, CXX="no-such-compiler")
-    assert "_C is not built" in note and "'no-such-compiler', which is not found" in note and NOTE in note
+    assert "_C is not built" in note and "'no-such-compiler', which is not on PATH" in note and NOTE in note
     assert not list(checkout.rglob("*.so"))
 
 
 def test_without_any_compiler_on_the_path_it_says_what_to_install(checkout, tmp_path_factory):
     note = build_in_place(checkout, PATH=str(tmp_path_factory.mktemp("empty")))
-    assert "there is no C++ compiler" in note and "$CXX" in note and NOTE in note
+    assert "no C++ compiler was found" in note and "$CXX" in note and NOTE in note
 
 
 @needs_compiler
@@ -95,11 +95,11 @@ def test_a_torch_that_is_too_old_is_named(checkout, tmp_path_factory):
     (old / "torch-2.9.1.dist-info").mkdir()
     (old / "torch-2.9.1.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 2.9.1\n")
     note = build_in_place(checkout, PYTHONPATH=str(old))
-    assert "torch 2.9.1 is too old; torch 2.11 and later" in note and NOTE in note
+    assert "torch 2.9.1 is too old; install torch 2.11 or later" in note and NOTE in note
 
 
 def cuda_torch(folder: Path, cuda: str | None = None) -> str:
-    """A folder in which a build finds a torch built with CUDA, by default nvcc's: this torch's headers and libraries, under another name."""
+    """Makes a folder in which a build finds a torch built with CUDA, by default nvcc's version: this torch under another name."""
     if cuda is None:
         said = subprocess.run(["nvcc", "--version"], capture_output=True, text=True).stdout if shutil.which("nvcc") else "release 13.0"
         cuda = re.search(r"release ([\d.]+)", said)[1]
@@ -115,20 +115,20 @@ def cuda_torch(folder: Path, cuda: str | None = None) -> str:
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc to build with")
 def test_the_cuda_library_compiles_without_a_warning_for_each_architecture(checkout, tmp_path_factory):
-    """Beside a CUDA build of torch without a word; with this one, if it is none, it lies there and does not load."""
+    """With a CUDA build of torch it is built silently; with a CPU build it is built on request, and does not load."""
     note = build_in_place(checkout, MEGATRON_PATCH_STRICT="1", PYTHONPATH=cuda_torch(tmp_path_factory.mktemp("cuda")))
     assert (checkout / "megatron_patch" / "_C_cuda.so").is_file(), note
     out = python(checkout, "-m", "megatron_patch.ops", PYTHONPATH=str(checkout)).stdout
     assert "compiled for CUDA (sm_80 sm_90 sm_100)" in out
     if torch.version.cuda is None:
-        assert "none: this torch is a build without CUDA; the plain formulas serve" in out
+        assert "none: this build of torch has no CUDA; the plain formulas are used" in out
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc to build with")
 def test_architectures_are_chosen_and_unknown_ones_named(checkout):
     with pytest.raises(subprocess.CalledProcessError) as failure:
         build_in_place(checkout, MEGATRON_PATCH_CUDA="1", MEGATRON_PATCH_CUDA_ARCHS="12;13")
-    assert "knows none of the GPU architectures 12 13; it knows" in failure.value.stderr
+    assert "nvcc supports none of the GPU architectures 12 13; it supports" in failure.value.stderr
 
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="torch is a CUDA build")
@@ -143,19 +143,21 @@ def test_a_cuda_torch_without_nvcc_is_told_what_to_install(checkout, tmp_path_fa
     folder = cuda_torch(tmp_path_factory.mktemp("cuda"))
     empty = str(tmp_path_factory.mktemp("empty"))
     note = build_in_place(checkout, PYTHONPATH=folder, PATH=empty)
-    assert "_C_cuda is not built: there is no nvcc; install the CUDA toolkit" in note and NOTE in note
+    assert "_C_cuda is not built: nvcc was not found; install the CUDA toolkit" in note and NOTE in note
     silent = build_in_place(checkout, PYTHONPATH=folder, PATH=empty, MEGATRON_PATCH_CUDA="0")
     assert "_C_cuda" not in silent
     with pytest.raises(subprocess.CalledProcessError) as failure:
         build_in_place(checkout, PYTHONPATH=folder, PATH=empty, MEGATRON_PATCH_CUDA="1")
-    assert "there is no nvcc" in failure.value.stderr
+    assert "nvcc was not found" in failure.value.stderr
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc to build with")
 def test_an_nvcc_of_another_cuda_than_torch_s_is_told_apart(checkout, tmp_path_factory):
-    """What it links would look for a runtime library that torch does not bring."""
+    """The library would need a CUDA runtime that torch does not install."""
     note = build_in_place(checkout, CXX="no-such-compiler", PYTHONPATH=cuda_torch(tmp_path_factory.mktemp("old"), cuda="9.2"))
-    assert re.search(r"_C_cuda is not built: nvcc is of CUDA \d+ and torch of CUDA 9.2; put an nvcc of torch's major version", note)
+    assert re.search(
+        r"_C_cuda is not built: nvcc has CUDA \d+, but torch was built with CUDA 9.2; put an nvcc of torch's major version", note
+    )
     assert not list(checkout.rglob("_C_cuda*"))
 
 
@@ -206,7 +208,7 @@ def pins(python_version: str) -> dict[str, str]:
 
 
 def requirements() -> list[Requirement]:
-    """Every dependency of the package and of its extras, out of what the installation recorded, but for the package itself."""
+    """Returns every dependency of the package and of its extras, as the installation recorded them, without the package itself."""
     from importlib.metadata import requires
 
     return [Requirement(line) for line in requires("megatron_patch") or [] if Requirement(line).name != "megatron_patch"]

@@ -1,4 +1,4 @@
-// The operators on the CPU: arguments checked, work shared among torch's threads, kernels over raw pointers.
+// The operators on the CPU: they check their arguments and share the work of the kernels, which take raw pointers, among torch's threads.
 #include <algorithm>
 #include <optional>
 #include <type_traits>
@@ -17,19 +17,19 @@
 namespace megatron_patch {
 namespace {
 
-// Below this much work a second thread costs more than it saves.
+// With less work than this for each thread, more threads cost more than they save.
 constexpr int64_t kPatchesPerThread = 32;
 constexpr int64_t kRowsPerThread = 256;
 constexpr int64_t kLogitsPerThread = 16384;
 
-// Asks for huge pages under a large fresh tensor: a dense gradient over a vocabulary costs most at its first touch.
+// Requests huge pages for a large new tensor, because page faults are the main cost of a dense gradient over a vocabulary.
 void prefer_huge_pages(const Tensor& tensor) {
 #ifdef MADV_HUGEPAGE
   constexpr uintptr_t huge = uintptr_t{1} << 21;
   const auto start = reinterpret_cast<uintptr_t>(tensor.data_ptr());
   const uintptr_t first = (start + huge - 1) / huge * huge;
   const uintptr_t last = (start + tensor.numel() * tensor.element_size()) / huge * huge;
-  if (first + huge < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // advice only: failing is harmless
+  if (first + huge < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // only advice: a failure is harmless
 #endif
 }
 
@@ -64,7 +64,7 @@ Tensor patch_embedding(Tensor weight, Tensor token_ids, std::optional<int64_t> v
   return out;
 }
 
-// The patches of a gradient, [..., H] for ids [..., K].
+// Returns the patches of token_ids [..., K], after checking that a gradient [..., H] belongs to them.
 PatchIds patches_of_gradient(const Tensor& grad, const Tensor& token_ids, std::optional<int64_t> vocab_start, int64_t num_rows) {
   const auto patches = patch_ids(token_ids, vocab_start, num_rows);
   require(grad.dim() == token_ids.dim(), "grad must be [..., H] where token_ids is [..., K]");
@@ -76,7 +76,7 @@ PatchIds patches_of_gradient(const Tensor& grad, const Tensor& token_ids, std::o
 Tensor patch_embedding_backward(Tensor grad, Tensor token_ids, int64_t num_rows, std::optional<int64_t> vocab_start) {
   grad = torch::stable::contiguous(grad);
   token_ids = dense_integers(token_ids, "token_ids");
-  require(num_rows >= 0, "num_rows is ", num_rows, "; allowed: 0 and more");
+  require(num_rows >= 0, "num_rows is ", num_rows, "; allowed: 0 or more");
   const auto patches = patches_of_gradient(grad, token_ids, vocab_start, num_rows);
   const int64_t hidden = grad.size(grad.dim() - 1);
   Tensor out = torch::stable::new_empty(grad, {num_rows, hidden});
@@ -116,7 +116,7 @@ LabelTable label_table(const Tensor& logits, const Tensor& labels, std::optional
     const auto [lowest, highest] = label_range(table);
     require(
         lowest >= 0 && highest < table.vocab, "labels range from ", lowest, " to ", highest, "; allowed: 0 to ", table.vocab - 1,
-        ", the columns of logits, and ", kIgnoreIndex, " for those that are not scored");
+        " (the columns of logits), and ", kIgnoreIndex, " for labels that are not scored");
   }
   return table;
 }

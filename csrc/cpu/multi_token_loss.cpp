@@ -9,8 +9,8 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
-// The best of what the processor has, chosen when the library is loaded; every version gives the same bits (no fused multiply-add, lanes of
-// fixed number).
+// Compiles a function for several instruction sets; the best one that the processor has is chosen when the library is loaded. All versions
+// give the same bits, because they use no fused multiply-add and a fixed number of lanes.
 #if defined(__x86_64__) && defined(__GNUC__) && defined(__linux__)
 #define MP_EACH_PROCESSOR __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
@@ -22,17 +22,17 @@ namespace megatron_patch {
 namespace {
 
 constexpr int kLanes = 32;
-// Lanes hand over to a double after so many rounds: a float sum of a whole vocabulary would lose digits.
+// Columns after which the float lanes are added to a double: a float sum over a full vocabulary would lose digits.
 constexpr int64_t kBlock = kLanes * 64;
 
 // exp(value - largest), value <= largest, to about one unit in the last place: 2^n times a polynomial in the rest, |rest| <= ln 2 / 2
-// (Cephes' coefficients). What the difference loses to rounding goes into the rest: at -20 it would cost eight units.
-// Branch-free, so that it becomes vector code; NaN stays NaN, and results below the smallest normal number are 0.
+// (Cephes' coefficients). The rounding error of the difference is added to the rest: at -20 it would cost eight units.
+// Without branches, so that the compiler can vectorize it. NaN stays NaN, and results below the smallest normal number are 0.
 MP_INLINE float exponential(float value, float largest) {
   const float x = value - largest;
   const float taken = x - value;
   const float lost = (value - (x - taken)) - (largest + taken);  // Knuth's exact difference
-  constexpr float shift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number, which its low bits then hold
+  constexpr float shift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number, which is then in the low bits
   const float rounded = x * 1.44269504088896341f + shift;
   const float n = rounded - shift;
   const float rest = ((x - n * 0.693359375f) - n * -2.12194440e-4f) + lost;
@@ -65,7 +65,7 @@ MP_INLINE LossNumber<T> largest_of(const T* __restrict row, int64_t count) {
   return *std::max_element(lanes, lanes + kLanes);
 }
 
-// The sum of exp(row - largest); each term is also written where `terms` is given.
+// The sum of exp(row - largest); the terms are written to `terms` unless it is null.
 template <bool kKeep, typename T>
 MP_INLINE LossNumber<T> sum_of_exponentials(const T* __restrict row, int64_t count, LossNumber<T> largest, LossNumber<T>* __restrict terms) {
   using A = LossNumber<T>;
@@ -96,7 +96,7 @@ MP_INLINE void scaled(const LossNumber<T>* __restrict terms, int64_t count, Loss
   for (int64_t v = 0; v < count; ++v) out[v] = static_cast<T>(terms[v] * factor);
 }
 
-// `out` may be `row`: a block of lanes is read before it is written, so that both loops become vector code.
+// `out` can be `row`. A block of lanes is read completely before it is written, so that the compiler can vectorize both loops.
 template <typename T>
 MP_INLINE void scaled_exponentials(const T* row, int64_t count, LossNumber<T> largest, LossNumber<T> factor, T* out) {
   using A = LossNumber<T>;
@@ -109,7 +109,7 @@ MP_INLINE void scaled_exponentials(const T* row, int64_t count, LossNumber<T> la
   for (; v < count; ++v) out[v] = static_cast<T>(exponential(static_cast<A>(row[v]), largest) * factor);
 }
 
-// One function a number type, since those that are compiled for each processor cannot be templates.
+// One function for each number type, because functions with several instruction sets cannot be templates.
 #define FOR_TYPE(T, NAME)                                                                                                              \
   MP_EACH_PROCESSOR LossNumber<T> largest_##NAME(const T* row, int64_t count) { return largest_of<T>(row, count); }                    \
   MP_EACH_PROCESSOR LossNumber<T> sum_##NAME(const T* row, int64_t count, LossNumber<T> largest) {                                     \
@@ -138,7 +138,7 @@ FOR_TYPE(c10::BFloat16, bfloat16)
 FOR_TYPE(c10::Half, half)
 #undef FOR_TYPE
 
-// What a row's labels take from the columns they stand in. Each column once: repeated labels are summed by the first of them.
+// Calls back once for each column that has labels, with the sum of the weights of these labels.
 template <typename A, typename Weight>
 void for_each_label_column(const LabelTable& table, int64_t row, const Weight& weight, auto&& use) {
   for (int64_t k = 0; k < table.num_labels; ++k) {
@@ -200,7 +200,7 @@ void loss_gradient(
       if (table.labels[row * table.num_labels + k] != kIgnoreIndex) factor += weights[k];
     }
     factor /= sum;
-    at_labels.clear();  // computed before the row is overwritten, so that each is rounded once
+    at_labels.clear();  // computed before the row is overwritten, so that each value is rounded once
     for_each_label_column<A>(table, row, [&](int64_t k) { return weights[k]; }, [&](int64_t column, A taken) {
       at_labels.emplace_back(column, static_cast<T>(exponential(static_cast<A>(source[column]), largest) * factor - taken));
     });

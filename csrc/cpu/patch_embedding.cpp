@@ -9,7 +9,7 @@
 namespace megatron_patch {
 namespace {
 
-// Starts or continues a sum of rows; one sum lives in the first-level cache while the rows stream past it.
+// Starts or continues a sum of rows. One sum fits the first-level cache while the rows are streamed.
 template <typename T>
 void add_row(const T* __restrict source, int64_t hidden, bool first, Accumulator<T>* __restrict sum) {
   if (first) {
@@ -19,19 +19,19 @@ void add_row(const T* __restrict source, int64_t hidden, bool first, Accumulator
   }
 }
 
-// Divides rather than multiplies by 1/K: rounded once, and K equal rows average to that row.
+// Divides by K instead of multiplying with 1/K: so the mean is rounded once, and the mean of K equal rows is that row.
 template <typename T>
 void write_mean(const Accumulator<T>* __restrict sum, int64_t patch_size, int64_t hidden, T* __restrict target) {
   const auto divisor = static_cast<Accumulator<T>>(patch_size);
   for (int64_t h = 0; h < hidden; ++h) target[h] = static_cast<T>(sum[h] / divisor);
 }
 
-// Calls `take(row, sum)` for the rows whose work starts in [begin, end): the sum of a row's occurrences, in order, or nullptr without any.
-template <typename T, typename Take>
-void sum_rows(const T* grad_out, const RowOccurrences& occurrences, int64_t hidden, int64_t begin, int64_t end, const Take& take) {
+// Calls `write(row, sum)` for the rows whose work starts in [begin, end). `sum` adds a row's occurrences in order; nullptr: there are none.
+template <typename T, typename Write>
+void sum_rows(const T* grad_out, const RowOccurrences& occurrences, int64_t hidden, int64_t begin, int64_t end, const Write& write) {
   const auto& offsets = occurrences.offsets;
   const auto num_rows = static_cast<int64_t>(offsets.size()) - 1;
-  // The first row whose work starts at or after `work`: row + offsets[row] grows with row.
+  // The first row whose work starts at or after `work`, by bisection, since row + offsets[row] grows with row.
   const auto row_at = [&](int64_t work) {
     int64_t low = 0, high = num_rows;
     while (low < high) {
@@ -44,15 +44,15 @@ void sum_rows(const T* grad_out, const RowOccurrences& occurrences, int64_t hidd
   std::vector<Accumulator<T>> sum(hidden);
   for (int64_t row = row_at(begin), last = row_at(end); row < last; ++row) {
     if (offsets[row] == offsets[row + 1]) {
-      take(row, static_cast<const Accumulator<T>*>(nullptr));
+      write(row, static_cast<const Accumulator<T>*>(nullptr));
       continue;
     }
-    // From zero, as torch's dense gradient does: -0 becomes +0 in both.
+    // Starts from zero as torch's dense gradient does, so that -0 becomes +0 in both.
     std::fill(sum.begin(), sum.end(), Accumulator<T>(0));
     for (int64_t i = offsets[row]; i < offsets[row + 1]; ++i) {
       add_row(grad_out + occurrences.patches[i] * hidden, hidden, false, sum.data());
     }
-    take(row, static_cast<const Accumulator<T>*>(sum.data()));
+    write(row, static_cast<const Accumulator<T>*>(sum.data()));
   }
 }
 

@@ -1,5 +1,5 @@
-// The operators on CUDA: arguments checked, kernels launched on torch's current stream. Nothing here waits for the GPU: ids and labels out
-// of range are found by the kernels, which print them and end the process's CUDA work.
+// The operators on CUDA: they check their arguments and launch kernels on torch's current stream. They never wait for the GPU: the kernels
+// themselves find ids and labels out of range, print them and trap, which ends the process's CUDA work.
 #include <optional>
 #include <vector>
 
@@ -9,10 +9,10 @@
 #include "../arguments.h"
 #include "launch.h"
 
-// Of torch's stable C interface; its header declares this one only where torch itself was built with CUDA.
+// Part of torch's stable C interface, whose header declares this function only where torch itself was built with CUDA.
 extern "C" int32_t aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
 
-// Found in the library's bytes by `python -m megatron_patch.ops`, which also reports what does not load here.
+// `python -m megatron_patch.ops` finds this text in the library's bytes, even where the library does not load.
 extern "C" __attribute__((used, visibility("default"))) const char megatron_patch_architectures[] =
     "megatron_patch architectures: " MEGATRON_PATCH_ARCHITECTURES;
 
@@ -32,18 +32,20 @@ NumberType number_type(const Tensor& tensor, const char* name) {
   return NumberType::kFloat;
 }
 
-// The index of a tensor's GPU. One on the CPU gets here where another argument is on a GPU.
+// The index of a tensor's GPU. The tensor can be on the CPU where another argument, on a GPU, selected this operator.
 int32_t gpu_of(const Tensor& tensor, const char* name) {
-  require(tensor.is_cuda(), name, " must be on the same GPU as the rest");
+  require(tensor.is_cuda(), name, " must be on the same GPU as the other arguments");
   return tensor.get_device_index();
 }
 
-// The tensor's device is the current one while this lives; kernels go to its current stream.
+// Makes the tensor's device the current one during the object's lifetime; kernels run on its current stream.
 class OnDeviceOf {
  public:
   OnDeviceOf(const Tensor& tensor, const char* name) : guard_(gpu_of(tensor, name)) {
     void* stream = nullptr;
-    if (aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream) != 0) throw std::runtime_error("no CUDA stream");
+    if (aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream) != 0) {
+      throw std::runtime_error("torch has no current CUDA stream for this device");
+    }
     stream_ = static_cast<cudaStream_t>(stream);
   }
   cudaStream_t stream() const { return stream_; }
@@ -59,7 +61,7 @@ void check_launch(cudaError_t error, const char* name) {
 }
 
 void require_same_device(const Tensor& tensor, const char* name, const Tensor& other) {
-  require(tensor.is_cuda() && tensor.get_device_index() == other.get_device_index(), name, " must be on the same GPU as the rest");
+  require(tensor.is_cuda() && tensor.get_device_index() == other.get_device_index(), name, " must be on the same GPU as the other arguments");
 }
 
 Tensor patch_embedding(Tensor weight, Tensor token_ids, std::optional<int64_t> vocab_start) {
@@ -81,11 +83,11 @@ Tensor patch_embedding(Tensor weight, Tensor token_ids, std::optional<int64_t> v
   return out;
 }
 
-// The keys of the backward pass' sort, which is torch's: int32, so that it takes half the passes over its keys.
+// The keys by which torch sorts in the backward pass. They are int32, so that the sort needs half as many passes as with int64.
 Tensor patch_embedding_rows(Tensor token_ids, int64_t num_rows, std::optional<int64_t> vocab_start) {
   const OnDeviceOf here(token_ids, "token_ids");
   token_ids = dense_integers(token_ids, "token_ids");
-  require(num_rows >= 0 && num_rows <= cuda::kMostRows, "num_rows is ", num_rows, "; allowed: 0 to ", cuda::kMostRows);
+  require(num_rows >= 0 && num_rows <= cuda::kMaxRows, "num_rows is ", num_rows, "; allowed: 0 to ", cuda::kMaxRows);
   const int64_t count = token_ids.numel();
   Tensor out = torch::stable::new_empty(token_ids, {count}, ScalarType::Int);
   check_launch(
@@ -96,7 +98,7 @@ Tensor patch_embedding_rows(Tensor token_ids, int64_t num_rows, std::optional<in
   return out;
 }
 
-// What follows the sort: a new table of the gradient's type, or sums in one that is there.
+// The backward pass after the sort: writes a new table of the gradient's type, or adds to the accumulator.
 void sorted_backward(Tensor grad, Tensor sorted_rows, Tensor order, int64_t patch_size, bool accumulate, Tensor& target) {
   require(grad.dim() == 2, "grad must be [patches, H]");
   require_same_device(sorted_rows, "sorted_rows", grad);
@@ -106,7 +108,7 @@ void sorted_backward(Tensor grad, Tensor sorted_rows, Tensor order, int64_t patc
   require(
       sorted_rows.scalar_type() == ScalarType::Int && order.scalar_type() == ScalarType::Long && order.numel() == count &&
           count == grad.size(0) * patch_size,
-      "sorted_rows and order must be int32 and int64, of patches * patch_size numbers");
+      "sorted_rows must be int32 and order int64, each of patches * patch_size numbers");
   const OnDeviceOf here(grad, "grad");
   const NumberType type = number_type(grad, "grad");
   grad = torch::stable::contiguous(grad);
@@ -122,7 +124,7 @@ void sorted_backward(Tensor grad, Tensor sorted_rows, Tensor order, int64_t patc
 
 Tensor patch_embedding_sorted_backward(Tensor grad, Tensor sorted_rows, Tensor order, int64_t patch_size, int64_t num_rows) {
   require(grad.dim() == 2, "grad must be [patches, H]");
-  require(num_rows >= 0 && num_rows <= cuda::kMostRows, "num_rows is ", num_rows, "; allowed: 0 to ", cuda::kMostRows);
+  require(num_rows >= 0 && num_rows <= cuda::kMaxRows, "num_rows is ", num_rows, "; allowed: 0 to ", cuda::kMaxRows);
   Tensor out = torch::stable::new_zeros(grad, {num_rows, grad.size(1)});
   sorted_backward(grad, sorted_rows, order, patch_size, false, out);
   return out;
@@ -133,7 +135,7 @@ void patch_embedding_sorted_backward_add_(Tensor table, Tensor grad, Tensor sort
   sorted_backward(grad, sorted_rows, order, patch_size, true, table);
 }
 
-// Logits whose rows lie apart by `stride` are taken as they are; others are copied.
+// Returns logits whose rows are contiguous, at any distance from each other; others are copied.
 Tensor dense_rows(const Tensor& logits) {
   return logits.stride(1) == 1 && logits.stride(0) >= logits.size(1) ? logits : torch::stable::contiguous(logits);
 }
@@ -141,7 +143,7 @@ Tensor dense_rows(const Tensor& logits) {
 Tensor checked_labels(const Tensor& logits, const Tensor& labels) {
   require_same_device(labels, "labels", logits);
   Tensor dense = check_logits(logits, labels);
-  require(dense.size(1) <= cuda::kMostLabels, "labels must be [N, K] with K <= ", cuda::kMostLabels, " on a GPU, not K = ", dense.size(1));
+  require(dense.size(1) <= cuda::kMaxLabels, "labels must be [N, K] with K <= ", cuda::kMaxLabels, " on a GPU, not K = ", dense.size(1));
   return dense;
 }
 

@@ -1,4 +1,4 @@
-// What all kernels share: number types, 16-byte vectors over rows of any alignment, reductions in a fixed order, the launch itself.
+// Shared by all kernels: number types, 16-byte vectors over rows of any alignment, sums in a fixed order, launches.
 #pragma once
 
 #include <cstdint>
@@ -31,11 +31,11 @@ namespace megatron_patch::cuda {
 
 constexpr int kWarp = 32;
 
-// What sums over numbers of a type are taken in.
+// The type in which numbers of type T are summed.
 template <typename T>
 using Number = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
-// Device code may use a constant, and not the function that it comes from.
+// Constants, because device code cannot call the functions of std::numeric_limits.
 template <typename A>
 constexpr A kMinusInfinity = -std::numeric_limits<A>::infinity();
 template <typename A>
@@ -53,13 +53,13 @@ __device__ __forceinline__ T narrow(Number<T> value) {
   else return value;
 }
 
-// Two 16-bit numbers in one register, and what the hardware does to both in one instruction.
+// Two 16-bit numbers in one register, which the hardware converts in one instruction.
 template <typename T>
 struct Pair;
 template <>
 struct Pair<__nv_bfloat16> {
   using type = __nv_bfloat162;
-  // The upper half of a float, each; the compiler takes two instructions for the second.
+  // Each is the upper half of a float. The intrinsic would need two instructions for the second number.
   static __device__ __forceinline__ float2 widen(type pair) {
     uint32_t bits;
     memcpy(&bits, &pair, sizeof(bits));
@@ -80,8 +80,8 @@ struct Pair<__half> {
 __device__ __forceinline__ float larger(float one, float other) { return fmaxf(one, other); }
 __device__ __forceinline__ double larger(double one, double other) { return fmax(one, other); }
 
-// threadIdx.x, read anew: the compiler keeps neither it nor what follows from it in registers through a loop.
-__device__ __forceinline__ int thread_anew() {
+// Reads threadIdx.x again, so that the compiler need not keep it, or values derived from it, in registers through a loop.
+__device__ __forceinline__ int reread_thread_index() {
 #ifdef MEGATRON_PATCH_CUDA_ON_CPU
   return static_cast<int>(threadIdx.x);
 #else
@@ -91,7 +91,7 @@ __device__ __forceinline__ int thread_anew() {
 #endif
 }
 
-// A barrier of the block's first `kThreads` threads, whole warps, alone.
+// A barrier of the block's first `kThreads` threads only; kThreads is a multiple of the warp size.
 template <int kThreads>
 __device__ __forceinline__ void sync_first() {
 #ifdef MEGATRON_PATCH_CUDA_ON_CPU
@@ -101,7 +101,7 @@ __device__ __forceinline__ void sync_first() {
 #endif
 }
 
-// 2^x, by one instruction on a GPU; what comes to less than 2^-126 is 0.
+// 2^x, by one instruction on a GPU; results below 2^-126 are 0.
 #ifdef MEGATRON_PATCH_CUDA_ON_CPU
 inline float power_of_two(float x) { return exp2f(x); }
 #else
@@ -112,9 +112,9 @@ __device__ __forceinline__ float power_of_two(float x) {
 }
 #endif
 
-// exp(value - shift). In float what the difference loses to rounding is put back (Knuth's exact difference): at -20 it would cost eight units
-// in the last place. Where the result is rounded to 16 bits anyway, the hardware's approximation will do. The difference is taken before the
-// multiplication: near the largest logit, where most of the sum comes from, it is exact.
+// exp(value - shift). For float, the rounding error of the difference is added back (Knuth's exact difference): at -20 it would cost eight
+// units in the last place. For 16-bit types, whose results are rounded anyway, the hardware's approximation is enough. The difference is
+// computed before the multiplication, because it is exact near the largest logit, where most of the sum comes from.
 template <typename T>
 __device__ __forceinline__ Number<T> exponential(Number<T> value, Number<T> shift) {
   const Number<T> difference = value - shift;
@@ -145,7 +145,7 @@ constexpr int kVectorWidth = 16 / static_cast<int>(sizeof(T));
 template <typename T>
 using Wide = Vector<T, kVectorWidth<T>>;
 
-// All numbers of a vector in the type that sums are taken in, and back.
+// Converts all numbers of a vector to the type of sums, and back.
 template <typename T>
 __device__ __forceinline__ void widen_vector(const Wide<T>& vector, Number<T>* numbers) {
   if constexpr (sizeof(T) == 2) {
@@ -179,7 +179,7 @@ __device__ __forceinline__ Wide<T> narrow_vector(const Number<T>* numbers) {
   return vector;
 }
 
-// How a row is cut so that its vectors are aligned: [0, head) and [head + vectors * width, count) element by element.
+// How a row is split so that its vectors are aligned: columns [0, head) and [head + vectors * width, count) are processed one by one.
 struct RowCut {
   int head;
   int vectors;
@@ -193,7 +193,7 @@ __device__ __forceinline__ RowCut cut_row(const T* row, int count) {
   return {head, (count - head) / kVectorWidth<T>};
 }
 
-// What goes through memory in one instruction. An assignment the compiler may cut into numbers again, 2 bytes a store; __stwb it may not.
+// A word that one instruction loads or stores. The compiler may split an assignment into stores of 2 bytes; __stwb it cannot split.
 template <int kBytes>
 struct Word;
 template <>
@@ -220,7 +220,7 @@ __device__ __forceinline__ void store_vector(T* target, const Vector<T, kWidth>&
   __stwb(reinterpret_cast<decltype(word)*>(target), word);
 }
 
-// Sums beside each other, as many as a thread owns: in pieces of at most 16 bytes.
+// Loads and stores the adjacent sums of one thread, in pieces of at most 16 bytes.
 template <typename A, int kWidth>
 constexpr int kPiece = kWidth < kVectorWidth<A> ? kWidth : kVectorWidth<A>;
 
@@ -247,7 +247,7 @@ __device__ __forceinline__ void add_sums(A* sums, const A* source) {
   }
 }
 
-// Blocks of a cluster (from sm_90 on): a barrier in two halves, and another block's copy of what this one has in shared memory.
+// Clusters of blocks (sm_90 and later): a barrier in two halves, and access to another block's shared memory.
 #if defined(MEGATRON_PATCH_CUDA_ON_CPU) || !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 #define MP_CLUSTERS
 #endif
@@ -278,7 +278,7 @@ __device__ __forceinline__ const X* of_block(const X* mine, int rank) {
 }
 
 #ifndef MEGATRON_PATCH_CUDA_ON_CPU
-// Launches a kernel whose blocks form clusters of `parts`; 1 is an ordinary launch.
+// Launches a kernel whose blocks form clusters of `parts` blocks; 1 is an ordinary launch.
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch_cluster(
     void (*kernel)(Parameters...), int parts, dim3 grid, dim3 block, int shared_bytes, cudaStream_t stream, Arguments... arguments) {
@@ -296,10 +296,10 @@ cudaError_t launch_cluster(
 }
 #endif
 
-// Whether a grid can have so many blocks: more would be cut to 32 bits, and most of the work left undone.
+// Whether a grid can have this many blocks. The launch would truncate a larger number to 32 bits and leave most of the work undone.
 inline bool fits_grid(int64_t blocks) { return blocks <= std::numeric_limits<int32_t>::max(); }
 
-// Calls `run` with a null pointer of the number type.
+// Calls `run` with a null pointer of the number type, which selects the template.
 template <typename Run>
 cudaError_t dispatch(NumberType type, const Run& run) {
   switch (type) {

@@ -1,16 +1,14 @@
-// Multi-token loss: a block owns a row of logits. One pass finds the largest logit and the sum of exponentials together; the part of the
-// row that fits stays in shared memory, so that loss and gradient in one go read most of the logits once and write them once. Where rows are
-// too long for that, and the GPU has clusters, the blocks of a cluster share a row.
+// Multi-token loss. Each block processes one row of logits. A single pass finds the largest logit and the sum of exponentials (online
+// softmax, running_softmax.cuh). The part of the row that fits stays in shared memory, so that the kernel for loss and gradient reads most
+// logits once and writes them once. Where a row is too long for that and the GPU has clusters, the blocks of a cluster share the row.
 #include <atomic>
 
 #include "common.cuh"
+#include "running_softmax.cuh"
 
-// What benchmarks/loss_harness.cu compares on a GPU; the values here are those that serve.
+// benchmarks/loss_harness.cu compares other values on a GPU; these are the ones in use.
 #ifndef MP_LOSS_AHEAD
 #define MP_LOSS_AHEAD 2  // 16-byte loads that a thread has in flight
-#endif
-#ifndef MP_LOSS_THREADS
-#define MP_LOSS_THREADS 1024  // the most threads of a block
 #endif
 #ifndef MP_LOSS_RESIDENCE
 #define MP_LOSS_RESIDENCE kBySize  // where a row stays between its two passes
@@ -19,143 +17,18 @@
 namespace megatron_patch::cuda {
 namespace {
 
-constexpr int kMostThreads = MP_LOSS_THREADS;
-constexpr int kFewestThreads = 128;
-// The warps that merge what a block's threads found: one for each scheduler of a processor, and no more than the smallest block has.
-constexpr int kMergingWarps = 4;
-constexpr int kMergingThreads = kMergingWarps * kWarp;
-static_assert(kMergingThreads <= kFewestThreads, "every block has the merging warps");
-// Two blocks share a processor, so that one reads while the other writes; double has too many registers for that.
+// Two blocks share a multiprocessor, so that one reads while the other writes; double needs too many registers for that.
 template <typename T>
 constexpr int kBlocksAProcessor = sizeof(T) == 8 ? 1 : 2;
-// 16-byte vectors that a thread loads before it uses the first; exp() of double leaves registers for one alone.
+// 16-byte vectors that a thread loads before it uses the first; exp() of double leaves registers for only one.
 template <typename T>
 constexpr int kAhead = sizeof(T) == 8 ? 1 : MP_LOSS_AHEAD;
-// The most blocks that every GPU with clusters lets share a row.
-constexpr int kMostParts = 8;
-// Columns are counted in 32 bits, with room for one more turn of every loop.
-constexpr int64_t kMostColumns = std::numeric_limits<int32_t>::max() - 16 * kMostThreads;
+// The largest cluster that every GPU with clusters supports.
+constexpr int kMaxParts = 8;
+// Columns are counted in 32 bits, with room for one more iteration of every loop.
+constexpr int64_t kMaxColumns = std::numeric_limits<int32_t>::max() - 16 * kMaxThreads;
 
-// Largest logit and the sum of exponentials relative to it; through memory in one instruction.
-template <typename A>
-struct alignas(2 * sizeof(A)) Running {
-  A largest;
-  A sum;
-};
-
-template <typename A>
-__device__ __forceinline__ Running<A> nothing() {
-  return {kMinusInfinity<A>, A(0)};
-}
-
-// What a shifted exponential is shifted by: a finite number while only -inf was seen, since -inf - -inf is no number.
-template <typename A>
-__device__ __forceinline__ A shift_of(A largest) {
-  return larger(largest, kLowest<A>);
-}
-
-// Takes `kCount` more logits in.
-template <typename T, int kCount>
-__device__ __forceinline__ void take(Running<Number<T>>& running, const Number<T>* numbers) {
-  using A = Number<T>;
-  A largest = running.largest;
-#pragma unroll
-  for (int j = 0; j < kCount; ++j) largest = larger(largest, numbers[j]);
-  const A shift = shift_of(largest);
-  A sum = running.sum * exponential<T>(running.largest, shift);
-#pragma unroll
-  for (int j = 0; j < kCount; ++j) sum += exponential<T>(numbers[j], shift);
-  running = {largest, sum};
-}
-
-template <typename A>
-__device__ __forceinline__ A warp_sum(A value) {
-#pragma unroll
-  for (int offset = kWarp / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(0xffffffffu, value, offset);
-  return value;
-}
-
-// Merges `kCount` results: first the largest of all, then the sum of the sums, each relative to it.
-template <typename T, int kCount>
-__device__ __forceinline__ Running<Number<T>> merge(const Running<Number<T>> (&results)[kCount]) {
-  using A = Number<T>;
-  A tree[kCount];
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) tree[i] = results[i].largest;
-#pragma unroll
-  for (int half = kCount / 2; half > 0; half /= 2) {
-#pragma unroll
-    for (int i = 0; i < half; ++i) tree[i] = larger(tree[i], tree[i + half]);
-  }
-  const A shift = shift_of(tree[0]);
-  A sum = 0;
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) sum += results[i].sum * exponential<T>(results[i].largest, shift);
-  return {tree[0], sum};
-}
-
-// Merges the results of a warp's lanes in the same way. Every lane gets the same bits.
-template <typename T>
-__device__ __forceinline__ Running<Number<T>> merge_lanes(Running<Number<T>> mine) {
-  using A = Number<T>;
-  A largest = mine.largest;
-#pragma unroll
-  for (int offset = kWarp / 2; offset > 0; offset /= 2) largest = larger(largest, __shfl_xor_sync(0xffffffffu, largest, offset));
-  return {largest, warp_sum(mine.sum * exponential<T>(mine.largest, shift_of(largest)))};
-}
-
-// The results of a block's threads, and what each of the merging warps makes of its share of them.
-template <typename A>
-struct alignas(16) Results {
-  Running<A> threads[kMostThreads];
-  Running<A> warps[kMergingWarps];
-};
-
-// A merging thread's share of the block's results. In a full block it loads all before it uses the first: of every 2 * kMergingThreads of
-// them two neighbours, 16 bytes. Smaller blocks, and double, which has no registers for that, take one at a time.
-template <typename T>
-__device__ __forceinline__ Running<Number<T>> merge_share(const Running<Number<T>>* results, unsigned thread) {
-  using A = Number<T>;
-  if constexpr (sizeof(T) < 8 && kMostThreads >= 2 * kMergingThreads) {
-    if (blockDim.x == kMostThreads) {
-      constexpr int share = kMostThreads / kMergingThreads;
-      Running<A> mine[share];
-#pragma unroll
-      for (int i = 0; i < share; ++i) mine[i] = results[i / 2 * (2 * kMergingThreads) + 2 * thread + i % 2];
-      return merge<T, share>(mine);
-    }
-  }
-  Running<A> mine = results[thread];
-#pragma unroll 1
-  for (unsigned i = kMergingThreads; i < blockDim.x; i += kMergingThreads) {
-    const Running<A> both[2] = {mine, results[i + thread]};
-    mine = merge<T, 2>(both);
-  }
-  return mine;
-}
-
-// Calls `use`, in the first warp alone, with the block's largest logit and sum, once every thread has stored its own: they are merged in an
-// order that the block's size alone decides. A few warps do that, one for each scheduler: were all of them to shuffle, it would take more
-// than twice as many instructions. What a warp stores or loads is contiguous, so that each 128 bytes that go through at once meet every
-// bank of shared memory once.
-template <typename T, typename Use>
-__device__ __forceinline__ void merge_block(Results<Number<T>>& results, const Use& use) {
-  const unsigned thread = threadIdx.x;
-  __syncthreads();
-  if (thread < kMergingThreads) {
-    const auto mine = merge_lanes<T>(merge_share<T>(results.threads, thread));
-    if (thread % kWarp == 0) results.warps[thread / kWarp] = mine;
-    sync_first<kMergingThreads>();
-    if (thread < kWarp) {
-      Running<Number<T>> all[kMergingWarps];
-#pragma unroll
-      for (int i = 0; i < kMergingWarps; ++i) all[i] = results.warps[i];
-      use(merge<T, kMergingWarps>(all));
-    }
-  }
-}
-
-// Reads `kVectors` vectors, `step` apart, all of them before the first is used; with kKeep they go to shared memory, too.
+// Reads `kVectors` vectors at distances of `step`, all of them before the first is used. With kKeep they are also copied to shared memory.
 template <typename T, int kVectors, bool kKeep>
 __device__ __forceinline__ void read_vectors(Running<Number<T>>& running, const T* source, int i, int step, Wide<T>* cache) {
   constexpr int width = kVectorWidth<T>;
@@ -168,10 +41,10 @@ __device__ __forceinline__ void read_vectors(Running<Number<T>>& running, const 
     if constexpr (kKeep) cache[i + a * step] = vectors[a];
     widen_vector<T>(vectors[a], numbers + a * width);
   }
-  take<T, kVectors * width>(running, numbers);
+  add_logits<T, kVectors * width>(running, numbers);
 }
 
-// Reads the vectors from `first` on, up to `last`.
+// Reads the vectors [first, last).
 template <typename T, bool kKeep>
 __device__ __forceinline__ void read_range(Running<Number<T>>& running, const T* source, int first, int last, Wide<T>* cache) {
   const int step = static_cast<int>(blockDim.x);
@@ -182,7 +55,7 @@ __device__ __forceinline__ void read_range(Running<Number<T>>& running, const T*
   for (; i < last; i += step) read_vectors<T, 1, kKeep>(running, source, i, step, cache);
 }
 
-// Calls `use` with the columns of a row that are in none of its vectors: those before them and those after.
+// Calls `use` with each column of a row that is outside of its aligned vectors: the columns before them and after them.
 template <typename T, typename Use>
 __device__ __forceinline__ void for_loose_columns(RowCut cut, int columns, const Use& use) {
   const int in_vectors = cut.vectors * kVectorWidth<T>, loose = columns - in_vectors;
@@ -190,14 +63,14 @@ __device__ __forceinline__ void for_loose_columns(RowCut cut, int columns, const
   for (int i = static_cast<int>(threadIdx.x); i < loose; i += static_cast<int>(blockDim.x)) use(i < cut.head ? i : i + in_vectors);
 }
 
-// Reads a row, or a block's part of it, once; the first `kept` vectors also go to shared memory.
+// Reads a row, or this block's part of it, once; the first `kept` vectors are also copied to shared memory.
 template <typename T>
 __device__ __forceinline__ Running<Number<T>> read_row(const T* row, int columns, RowCut cut, Wide<T>* cache, int kept) {
   using A = Number<T>;
-  Running<A> running = nothing<A>();
+  Running<A> running = no_logits<A>();
   for_loose_columns<T>(cut, columns, [&](int v) {
     const A number = widen(row[v]);
-    take<T, 1>(running, &number);
+    add_logits<T, 1>(running, &number);
   });
   read_range<T, true>(running, row + cut.head, 0, kept, cache);
   read_range<T, false>(running, row + cut.head, kept, cut.vectors, nullptr);
@@ -245,7 +118,7 @@ __device__ __forceinline__ void write_gradient(
   write_range<T, false>(row + cut.head, out + cut.head, kept, cut.vectors, nullptr, largest, factor);
 }
 
-// A row's label: its column here, or -1 where it is ignored or of another shard.
+// A label of a row: its column in this shard, or -1 where it is ignored or belongs to another shard.
 struct Label {
   int column;
   bool scored;
@@ -266,8 +139,8 @@ __device__ __forceinline__ void check_label(const int64_t* labels, int k, Label 
   }
 }
 
-// What shared memory keeps for a label, so that no register does while the row is gone through: its column (-1: none here), its logit and
-// later its gradient, and the column that gets the gradient: none where an earlier label has the same.
+// Shared memory of a label, which needs no register while the row is read: its column (-1: not in this shard), its logit and later its
+// gradient, and the column that gets this gradient (-1 where an earlier label has the same column).
 template <typename A>
 struct AtLabel {
   A value;
@@ -275,7 +148,7 @@ struct AtLabel {
   int corrected;
 };
 
-// What the labels in k's column take from it together; nothing unless k is the first of them.
+// The sum of the weights of all labels in k's column. Sets `first` to whether k is the first of them.
 template <typename A, typename Weight>
 __device__ __forceinline__ A taken_from(const AtLabel<A>* at_labels, int k, int num_labels, const Weight& weight, bool* first) {
   const int column = at_labels[k].column;
@@ -290,11 +163,11 @@ __device__ __forceinline__ A taken_from(const AtLabel<A>* at_labels, int k, int 
   return taken;
 }
 
-// Each label's gradient, exp(logit - largest) * factor less what the labels of its column take from it, for a column within [begin, end).
+// Computes the gradient of each label's column in [begin, end): exp(logit - largest) * factor minus the weights of its labels.
 template <typename T, typename Weight>
 __device__ __forceinline__ void find_corrections(
     AtLabel<Number<T>>* at_labels, int num_labels, const Weight& weight, Number<T> largest, Number<T> factor, int begin, int end) {
-  const int k = thread_anew();
+  const int k = reread_thread_index();
   if (k >= num_labels || at_labels[k].column < 0) return;
   bool first;
   const Number<T> taken = taken_from(at_labels, k, num_labels, weight, &first);
@@ -303,15 +176,14 @@ __device__ __forceinline__ void find_corrections(
   at_labels[k].corrected = first && column >= begin && column < end ? column : -1;
 }
 
-// Writes the gradients of columns that have labels.
+// Writes the gradients of the columns that have labels.
 template <typename T>
 __device__ __forceinline__ void correct(T* row, int num_labels, const AtLabel<Number<T>>* at_labels) {
-  const int k = thread_anew();
+  const int k = reread_thread_index();
   if (k < num_labels && at_labels[k].corrected >= 0) row[at_labels[k].corrected] = narrow<T>(at_labels[k].value);
 }
 
-// What a block's threads say to each other, at the start of its shared memory. What is kept for each
-// label follows it, and then the row.
+// The start of a block's dynamic shared memory, through which its threads communicate. The labels follow it, and then the row.
 template <typename A>
 struct Scratch {
   Results<A> results;
@@ -326,7 +198,7 @@ constexpr __host__ __device__ int scratch_bytes(int num_labels) {
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kMostThreads, kBlocksAProcessor<T>) statistics_kernel(
+__global__ void __launch_bounds__(kMaxThreads, kBlocksAProcessor<T>) statistics_kernel(
     const T* __restrict__ logits, int64_t stride, const int64_t* __restrict__ labels, int num_labels, int64_t vocab_start, int vocab,
     bool check, Number<T>* __restrict__ out) {
   using A = Number<T>;
@@ -350,13 +222,13 @@ __global__ void __launch_bounds__(kMostThreads, kBlocksAProcessor<T>) statistics
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kMostThreads, kBlocksAProcessor<T>) gradient_kernel(
+__global__ void __launch_bounds__(kMaxThreads, kBlocksAProcessor<T>) gradient_kernel(
     const T* logits, int64_t stride, const int64_t* __restrict__ labels, int num_labels, int64_t vocab_start, int vocab,
     const Number<T>* __restrict__ normalizer, const Number<T>* __restrict__ grad_nll, const Number<T>* __restrict__ grad_lse, T* out,
     int64_t out_stride) {
   using A = Number<T>;
   __shared__ A shared_factor;
-  __shared__ AtLabel<A> at_labels[kMostLabels];
+  __shared__ AtLabel<A> at_labels[kMaxLabels];
   const int64_t row = blockIdx.x;
   const T* source = logits + row * stride;
   T* target = out + row * out_stride;
@@ -375,20 +247,21 @@ __global__ void __launch_bounds__(kMostThreads, kBlocksAProcessor<T>) gradient_k
     const int column = label_at(mine, k, vocab_start, vocab).column;
     at_labels[k] = {column < 0 ? A(0) : widen(source[column]), column, -1};
   }
-  __syncthreads();  // labels' logits are read before anything is overwritten
+  __syncthreads();  // the labels' logits must be read before any logit is overwritten
   const A factor = shared_factor;
   find_corrections<T>(at_labels, num_labels, [&](int other) { return weights[other]; }, largest, factor, 0, vocab);
   RowCut cut = cut_row(source, vocab);
-  // Vectors need the same alignment on both sides.
+  // Vectors need the same alignment in source and target.
   if ((reinterpret_cast<uintptr_t>(source) - reinterpret_cast<uintptr_t>(target)) % 16 != 0) cut = {vocab, 0};
   write_gradient<T>(source, target, vocab, cut, nullptr, 0, largest, factor);
   __syncthreads();
   correct(target, num_labels, at_labels);
 }
 
-// With kCluster, `parts` blocks, a cluster, share a row: each keeps `columns` of it, and knows of the others their largest logit and sum.
+// With kCluster, the `parts` blocks of a cluster share a row: each processes `columns` of it, and reads the other blocks' largest logit and
+// sum through distributed shared memory.
 template <typename T, bool kCluster>
-__global__ void __launch_bounds__(kMostThreads, kBlocksAProcessor<T>) loss_and_gradient_kernel(
+__global__ void __launch_bounds__(kMaxThreads, kBlocksAProcessor<T>) loss_and_gradient_kernel(
     T* logits, int64_t stride, const int64_t* __restrict__ labels, int num_labels, int vocab, const Number<T>* __restrict__ weights,
     Number<T> z_loss, int parts, int columns, int cache_vectors, Number<T>* __restrict__ loss) {
   using A = Number<T>;
@@ -406,7 +279,7 @@ __global__ void __launch_bounds__(kMostThreads, kBlocksAProcessor<T>) loss_and_g
     width = vocab - begin < columns ? vocab - begin : columns;
   }
   const RowCut cut = cut_row(target + begin, width);
-  // Whole turns of the loops, or all: what is added to what does not depend on how much is kept.
+  // A multiple of a loop iteration, or everything: so the order of additions does not depend on the size of the cache.
   const int turn = kAhead<T> * static_cast<int>(blockDim.x);
   const int kept = cache_vectors < cut.vectors ? cache_vectors / turn * turn : cut.vectors;
   scratch.results.threads[threadIdx.x] = read_row<T>(target + begin, width, cut, cache, kept);
@@ -440,43 +313,43 @@ __global__ void __launch_bounds__(kMostThreads, kBlocksAProcessor<T>) loss_and_g
       if (k == 0) scratch.part = part;
     });
     cluster_arrive();
-    cluster_wait();  // every label's logit was read before any block of the row overwrites it
-    if (k < kWarp) find_factor(merge_lanes<T>(k < parts ? *of_block(&scratch.part, k) : nothing<A>()));
+    cluster_wait();  // every label's logit must be read before any block of the row overwrites it
+    if (k < kWarp) find_factor(merge_lanes<T>(k < parts ? *of_block(&scratch.part, k) : no_logits<A>()));
   } else {
     merge_block<T>(scratch.results, find_factor);
   }
   __syncthreads();
-  if constexpr (kCluster) cluster_arrive();  // what this block reads of the others is read
+  if constexpr (kCluster) cluster_arrive();  // this block no longer reads the others' shared memory
   const A largest = scratch.largest, factor = scratch.factor;
   find_corrections<T>(at_labels, num_labels, weight, largest, factor, begin, begin + width);
   write_gradient<T>(target + begin, target + begin, width, cut, cache, kept, largest, factor);
   __syncthreads();
   correct(target, num_labels, at_labels);
-  if constexpr (kCluster) cluster_wait();  // nobody leaves while others may still read its shared memory
+  if constexpr (kCluster) cluster_wait();  // no block may exit while others can still read its shared memory
 }
 
-// Threads for a row, or a part of it: enough that each has some vectors, and one for each label.
+// Threads of a block: about 4 vectors for each thread, at least one thread for each label, and a power of two.
 int threads_for(int64_t columns, int64_t num_labels, int width) {
   const int64_t wanted = columns / (4 * width) > num_labels ? columns / (4 * width) : num_labels;
-  int threads = kFewestThreads;
-  while (threads < kMostThreads && threads < wanted) threads *= 2;
+  int threads = kMinThreads;
+  while (threads < kMaxThreads && threads < wanted) threads *= 2;
   return threads;
 }
 
-// Whether a row can be counted in 32 bits, a grid can have so many blocks, and each label a thread.
+// Checks that a row can be counted in 32 bits, that the grid is not too large, and that each label has a thread.
 cudaError_t check_sizes(int64_t blocks, int64_t num_labels, int64_t vocab) {
   if (!fits_grid(blocks)) return cudaErrorInvalidConfiguration;
-  return vocab > kMostColumns || num_labels > kMostThreads ? cudaErrorInvalidValue : cudaSuccess;
+  return vocab > kMaxColumns || num_labels > kMaxThreads ? cudaErrorInvalidValue : cudaSuccess;
 }
 
-// Where a row stays between its two passes: 2, 4 or 8 blocks share the row, or one of these.
+// How a row is kept in shared memory between its two passes: by a cluster of 2, 4 or 8 blocks, or by one of these rules.
 enum Residence : int {
-  kBySize = 0,  // as divide() says
-  kHalf = -1,   // what fits half of a processor's shared memory, so that two blocks share a processor
-  kWhole = -2,  // what fits all of it
+  kBySize = 0,  // by divide()'s rule
+  kHalf = -1,   // as much as fits half of a multiprocessor's shared memory, so that two blocks share a multiprocessor
+  kWhole = -2,  // as much as fits all of a multiprocessor's shared memory
 };
 
-// How a row is divided among blocks, and how much of it each keeps.
+// How a row is divided among blocks, and how much of it each block keeps in shared memory.
 struct Division {
   int parts;
   int columns;
@@ -484,24 +357,24 @@ struct Division {
   int shared_bytes;
 };
 
-// Rows that fit half of a processor's shared memory (`limit` bytes) have a block each. Longer ones are shared by a cluster where there are
-// clusters, and otherwise have a processor for themselves.
+// A row that fits half of a multiprocessor's shared memory (`limit` bytes) gets one block. A longer row is shared by a cluster where there
+// are clusters, and otherwise gets a multiprocessor for itself.
 Division divide(int residence, int64_t vocab, int width, int scratch, int limit, bool clusters) {
-  // A block has a kilobyte of its own on top.
+  // CUDA reserves one kilobyte for each block.
   const int64_t half = limit / 2 - 1024, whole = limit;
   const auto per_part = [&](int parts) { return ((vocab + width - 1) / width + parts - 1) / parts; };
   const auto bytes = [&](int parts) { return scratch + 16 * per_part(parts); };
   int parts = residence > 1 ? residence : 1;
   if (residence == kBySize && clusters) {
-    while (parts < kMostParts && bytes(parts) > half) parts *= 2;
+    while (parts < kMaxParts && bytes(parts) > half) parts *= 2;
   }
   const int64_t room = bytes(parts) <= half || residence == kHalf ? half : whole;
   const int64_t vectors = bytes(parts) <= room ? per_part(parts) : (room > scratch ? (room - scratch) / 16 : 0);
   return {parts, static_cast<int>(per_part(parts) * width), static_cast<int>(vectors), static_cast<int>(scratch + 16 * vectors)};
 }
 
-// Whether the blocks of a cluster can share a row: the GPU must have clusters, and the code that it runs be compiled for them, which is asked
-// once for each device.
+// Whether the blocks of a cluster can share a row: the GPU must have clusters, and its code must be compiled for them. Cached for each
+// device.
 bool has_clusters(int device) {
   int launches = 0;
   if (cudaDeviceGetAttribute(&launches, cudaDevAttrClusterLaunch, device) != cudaSuccess || launches == 0) return false;
@@ -515,7 +388,7 @@ bool has_clusters(int device) {
   return true;
 }
 
-// What a kernel may ask for is set once for each device; twice by two threads does no harm.
+// Raises a kernel's limit of dynamic shared memory, once for each device; two threads that do so at the same time do no harm.
 template <typename T, bool kCluster>
 cudaError_t allow_shared_memory(int device, int limit) {
   static std::atomic<uint64_t> allowed{0};

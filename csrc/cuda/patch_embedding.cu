@@ -1,16 +1,16 @@
-// Patch embedding: a thread owns some neighbouring columns of a patch (forward) or of a tile of sorted occurrences (backward).
-// The backward pass sums each row's occurrences in their order, without atomics: the same bits on every run.
+// Patch embedding. Each thread processes some adjacent columns of a patch (forward) or of a tile of sorted occurrences (backward).
+// The backward pass sums the occurrences of each row in their order, without atomics, so that every run gives the same bits.
 #include "common.cuh"
 
 namespace megatron_patch::cuda {
 namespace {
 
 constexpr int kThreads = 128;
-// Rows whose loads are under way together.
+// Rows that a thread loads before it uses the first.
 constexpr int kFlight = 4;
 constexpr int32_t kNoRow = std::numeric_limits<int32_t>::min();
 
-// How a sum becomes a mean. The reciprocal is 0 where its product might differ from the quotient in a bit: K is no power of two.
+// Turns a sum into a mean. The reciprocal is 0 unless K is a power of two, because otherwise its product can differ from the quotient.
 template <typename A>
 struct Mean {
   A patch_size;
@@ -30,8 +30,8 @@ struct Mean {
   }
 };
 
-// A vector as it comes from memory. Its numbers are taken out where they are added: taken out at the load, they would make each load wait
-// for the one before it.
+// A vector as it is loaded. Its numbers are unpacked where they are added; if they were unpacked at the load, each load would wait for the
+// one before it.
 template <typename T, int kWidth>
 using Packed = typename Word<static_cast<int>(sizeof(T)) * kWidth>::type;
 
@@ -43,7 +43,7 @@ __device__ __forceinline__ Packed<T, kWidth> load_packed(const T* source) {
 template <typename T, int kWidth>
 __device__ __forceinline__ void add_packed(Number<T>* sums, const Packed<T, kWidth>& word) {
   if constexpr (std::is_same_v<T, __nv_bfloat16> && kWidth % 2 == 0) {
-    // A bfloat16 is a float's upper half: one instruction makes it one.
+    // A bfloat16 is the upper half of a float, so one instruction converts it.
     uint32_t pairs[kWidth / 2];
     memcpy(pairs, &word, sizeof(word));
 #pragma unroll
@@ -62,7 +62,7 @@ __device__ __forceinline__ void add_packed(Number<T>* sums, const Packed<T, kWid
   }
 }
 
-// Prints a patch's first id that is not in the table, and ends the kernel.
+// Prints the first id of a patch that is outside of the table, and traps.
 __device__ inline void refuse_patch(const int64_t* ids, int64_t patch_size, int64_t patch, int64_t num_rows) {
 #pragma unroll 1
   for (int64_t k = 0; k < patch_size; ++k) {
@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(
   const int64_t patch = blockIdx.x;
   const int64_t column = (static_cast<int64_t>(blockIdx.y) * kThreads + threadIdx.x) * kWidth;
   if (column >= hidden) return;
-  // Added to any number, -0 gives that number; 0 would make +0 of -0.
+  // -0 is the neutral element of addition: +0 would turn a sum of -0 into +0.
   A sum[kWidth];
 #pragma unroll
   for (int j = 0; j < kWidth; ++j) sum[j] = A(-0.0);
@@ -129,8 +129,8 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(
   store_narrow<T, kWidth>(out + patch * hidden + column, sum);
 }
 
-// The keys of the backward pass' sort: an id's row here; -1 for ids below this shard's, num_rows for those above. Ids keep their places in
-// the sorted order whatever the shard, and so do the tiles, by which sums are cut.
+// The keys by which the backward pass sorts: an id's row in this shard; -1 for ids below the shard, num_rows for ids above it. So all
+// shards sort ids into the same order and the same tiles, by which sums are split.
 __global__ void __launch_bounds__(kThreads) rows_kernel(
     const int64_t* __restrict__ ids, int64_t count, int64_t first_row, int64_t num_rows, int32_t* __restrict__ rows) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
@@ -139,14 +139,14 @@ __global__ void __launch_bounds__(kThreads) rows_kernel(
   rows[i] = static_cast<int32_t>(id < first_row ? -1 : id - first_row < num_rows ? id - first_row : num_rows);
 }
 
-// Where a row's gradient goes: into a table of T, whose row it replaces; or to a row of a table of the accumulator's type, as a summand.
+// The destination of a row's gradient: a table of T, whose row it replaces, or an accumulator, to whose row it is added.
 template <typename T, int kWidth>
 struct Target {
   T* table;
   Number<T>* accumulator;
   int64_t hidden;
 
-  __device__ __forceinline__ void take(int64_t row, int64_t column, Number<T>* sum, const Mean<Number<T>>& mean) const {
+  __device__ __forceinline__ void write(int64_t row, int64_t column, Number<T>* sum, const Mean<Number<T>>& mean) const {
     const int64_t place = row * hidden + column;
     mean.template of<kWidth>(sum);
     if (accumulator == nullptr) {
@@ -158,8 +158,8 @@ struct Target {
   }
 };
 
-// Sums the runs of equal rows inside one tile. A run that is whole goes to the target; of one that began in an earlier tile the sum goes to
-// partial[tile, 0], of one that begins here and goes on to partial[tile, 1].
+// Sums the runs of equal rows inside one tile. The sum of a run that lies in this tile goes to the target; that of a run that began in an
+// earlier tile goes to partial[tile, 0]; that of a run that begins here and continues in the next tile goes to partial[tile, 1].
 template <typename T, int kWidth>
 __global__ void __launch_bounds__(kThreads) tile_kernel(
     const T* __restrict__ grad, const int32_t* __restrict__ sorted_ids, const int64_t* __restrict__ order, int64_t count,
@@ -175,12 +175,12 @@ __global__ void __launch_bounds__(kThreads) tile_kernel(
     ids[thread] = sorted_ids[begin + thread];
     places[thread] = order[begin + thread] / patch_size * hidden;
   }
-  // The row that follows the tile; one that is no row after the last tile.
+  // The row after the tile; after the last tile a value that is not a row.
   if (thread == 0) ids[size] = begin + size < count ? sorted_ids[begin + size] : kNoRow;
   const bool began_before = begin > 0 && sorted_ids[begin - 1] == sorted_ids[begin];
   __syncthreads();
   const int64_t column = (static_cast<int64_t>(blockIdx.y) * kThreads + threadIdx.x) * kWidth;
-  // What belongs to other shards stands before and after this shard's rows: most of its tiles hold nothing else.
+  // Ids of other shards are sorted before and after this shard's rows; most of their tiles hold nothing else.
   if (column >= hidden || ids[size - 1] < 0 || ids[0] >= num_rows) return;
   int first = 0;
   while (ids[first] < 0) ++first;
@@ -201,7 +201,7 @@ __global__ void __launch_bounds__(kThreads) tile_kernel(
       const bool ends = ids[entry + 1] != ids[entry];
       if (!ends && entry + 1 < size) continue;
       if (carried || !ends) store_sums<kWidth>(partial + (tile * 2 + (carried ? 0 : 1)) * hidden + column, sum);
-      else target.take(ids[entry], column, sum, mean);
+      else target.write(ids[entry], column, sum, mean);
 #pragma unroll
       for (int j = 0; j < kWidth; ++j) sum[j] = 0;
       carried = false;
@@ -209,7 +209,7 @@ __global__ void __launch_bounds__(kThreads) tile_kernel(
   }
 }
 
-// Puts runs that cross tiles together, in order; the block of the tile in which a run begins does it.
+// Sums the parts of each run that crosses tiles, in order. The block of the tile in which the run begins does this.
 template <typename T, int kWidth>
 __global__ void __launch_bounds__(kThreads) join_kernel(
     const int32_t* __restrict__ sorted_ids, int64_t count, Mean<Number<T>> mean, int32_t num_rows, const Number<T>* __restrict__ partial,
@@ -218,10 +218,10 @@ __global__ void __launch_bounds__(kThreads) join_kernel(
   const int64_t tile = blockIdx.x, begin = tile * kTile, end = begin + kTile, hidden = target.hidden;
   if (end >= count) return;
   const int32_t id = sorted_ids[end - 1];
-  const bool goes_on = sorted_ids[end] == id;
+  const bool continues = sorted_ids[end] == id;
   const bool began_before = begin > 0 && sorted_ids[begin - 1] == id;
   const int64_t column = (static_cast<int64_t>(blockIdx.y) * kThreads + threadIdx.x) * kWidth;
-  if (!goes_on || began_before || id < 0 || id >= num_rows || column >= hidden) return;
+  if (!continues || began_before || id < 0 || id >= num_rows || column >= hidden) return;
   A sum[kWidth] = {};
   add_sums<kWidth>(sum, partial + (tile * 2 + 1) * hidden + column);
   for (int64_t next = tile + 1;; ++next) {
@@ -229,7 +229,7 @@ __global__ void __launch_bounds__(kThreads) join_kernel(
     const int64_t last = (next + 1) * kTile;
     if (last >= count || sorted_ids[last] != id) break;
   }
-  target.take(id, column, sum, mean);
+  target.write(id, column, sum, mean);
 }
 
 dim3 grid_of(int64_t rows, int64_t hidden, int width) {
@@ -265,7 +265,7 @@ cudaError_t mp_patch_embedding_rows(
     const int64_t* ids, int64_t count, int64_t first_row, int64_t num_rows, int32_t* rows, cudaStream_t stream) {
   if (count == 0) return cudaSuccess;
   const int64_t blocks = (count + kThreads - 1) / kThreads;
-  if (!fits_grid(blocks) || num_rows > kMostRows) return cudaErrorInvalidConfiguration;
+  if (!fits_grid(blocks) || num_rows > kMaxRows) return cudaErrorInvalidConfiguration;
   MP_LAUNCH(rows_kernel, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), 0, stream, ids, count, first_row, num_rows, rows);
   return cudaGetLastError();
 }
@@ -275,7 +275,7 @@ cudaError_t mp_patch_embedding_backward(
     int64_t num_rows, void* partial, void* target, bool accumulate, cudaStream_t stream) {
   if (count == 0 || hidden == 0) return cudaSuccess;
   const int64_t num_tiles = (count + kTile - 1) / kTile;
-  if (!fits_grid(num_tiles) || num_rows > kMostRows) return cudaErrorInvalidConfiguration;
+  if (!fits_grid(num_tiles) || num_rows > kMaxRows) return cudaErrorInvalidConfiguration;
   const auto rows = static_cast<int32_t>(num_rows);
   return dispatch(type, [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;

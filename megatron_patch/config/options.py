@@ -64,9 +64,9 @@ class ModelOptions:
     """Width of the residual stream."""
     num_attention_heads: Count
     """Query heads."""
-    model_family: Literal["llama", "qwen3", "gpt2"] = "llama"
-    """Sets the defaults of the options below: llama (RMSNorm, SwiGLU, rotary, no biases, untied head), qwen3 (the same with
-    normalised queries and keys), gpt2 (LayerNorm, GELU, learned positions, biases, tied head)."""
+    model_family: str = "llama"
+    """Sets the defaults of the options below. Built in: llama (RMSNorm, SwiGLU, rotary positions, no biases, untied head), qwen3 (the
+    same with normalized queries and keys), gpt2 (LayerNorm, GELU, learned positions, biases, tied head)."""
     num_query_groups: OptionalCount = None
     """Key-value heads of grouped-query attention; by default one for each query head."""
     kv_channels: OptionalCount = None

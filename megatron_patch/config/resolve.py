@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from megatron_patch.config.checks import check_documents, check_numbers, check_options, check_parallel, check_plan
 from megatron_patch.config.options import ModelOptions, Options
@@ -19,6 +19,7 @@ from megatron_patch.config.stage_spec import parse_blend, parse_epoch_limits
 from megatron_patch.data.dataset_metadata import DatasetMetadata, read_metadata
 from megatron_patch.data.dataset_paths import expand_prefixes
 from megatron_patch.errors import ConfigError
+from megatron_patch.model.families import family_by_name
 from megatron_patch.model.flops import parameter_count
 from megatron_patch.model.pipeline_partition import pipeline_partition
 from megatron_patch.model.shape import ModelShape, check_shape
@@ -27,6 +28,7 @@ from megatron_patch.stages import StagePlan
 from megatron_patch.utils.units import format_count
 
 ASSUMED_VOCAB_SIZE = 32_000
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -89,23 +91,12 @@ class RunConfig:
         return {"options": option_values(self.options), "origins": dict(self.origins)}
 
 
-_FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": {"norm": "RMSNorm", "eps": 1e-5, "swiglu": True, "position": "rope", "qk": False, "bias": False, "tied": False},
-    "qwen3": {"norm": "RMSNorm", "eps": 1e-6, "swiglu": True, "position": "rope", "qk": True, "bias": False, "tied": False},
-    "gpt2": {
-        "norm": "LayerNorm",
-        "eps": 1e-5,
-        "swiglu": False,
-        "position": "learned_absolute",
-        "qk": False,
-        "bias": True,
-        "tied": True,
-    },
-}
+def _given(value: Value | None, default: Value) -> Value:
+    return default if value is None else value
 
 
 def build_shape(options: ModelOptions, vocab_size: int, longest: int, tensor_parallel_size: int) -> ModelShape:
-    """The model's shape: what was given, else what its family does.
+    """Returns the model's shape: each option as given, or else by the default of its family.
 
     Args:
         options: the model's options.
@@ -114,13 +105,9 @@ def build_shape(options: ModelOptions, vocab_size: int, longest: int, tensor_par
         tensor_parallel_size: ranks that share the vocabulary.
 
     Raises:
-        ConfigError: a shape that cannot be built.
+        ConfigError: an unknown family, or a shape that cannot be built.
     """
-    family = _FAMILIES[options.model_family]
-
-    def pick(value: Any, name: str) -> Any:
-        return family[name] if value is None else value
-
+    family = family_by_name(options.model_family)
     heads, hidden = options.num_attention_heads, options.hidden_size
     if options.kv_channels is None and hidden % heads:
         raise ConfigError(
@@ -128,8 +115,8 @@ def build_shape(options: ModelOptions, vocab_size: int, longest: int, tensor_par
             "a hidden size that is a multiple of --num-attention-heads",
             "change one of them or give --kv-channels",
         )
-    swiglu = pick(options.swiglu, "swiglu")
-    bias = family["bias"] if options.disable_bias_linear is None else not options.disable_bias_linear
+    swiglu = _given(options.swiglu, family.swiglu)
+    bias = not _given(options.disable_bias_linear, not family.linear_bias)
     positions = options.max_position_embeddings or longest
     if positions < longest:
         raise ConfigError(
@@ -139,7 +126,6 @@ def build_shape(options: ModelOptions, vocab_size: int, longest: int, tensor_par
         )
     # The same for all layouts that divide it, so that a checkpoint goes from one to another.
     multiple = math.lcm(options.make_vocab_size_divisible_by, tensor_parallel_size)
-    untied = options.untie_embeddings_and_output_weights
     shape = ModelShape(
         num_layers=options.num_layers,
         hidden_size=hidden,
@@ -150,21 +136,21 @@ def build_shape(options: ModelOptions, vocab_size: int, longest: int, tensor_par
         vocab_size=vocab_size,
         padded_vocab_size=-(-vocab_size // multiple) * multiple,
         max_positions=positions,
-        normalization=pick(options.normalization, "norm"),
-        norm_epsilon=pick(options.norm_epsilon, "eps"),
+        normalization=_given(options.normalization, family.normalization),
+        norm_epsilon=_given(options.norm_epsilon, family.norm_epsilon),
         activation="swiglu" if swiglu else "gelu",
-        position_embedding="rope" if pick(options.position_embedding_type, "position") == "rope" else "learned",
+        position_embedding="rope" if _given(options.position_embedding_type, family.position_embedding) == "rope" else "learned",
         rotary_base=options.rotary_base,
         rotary_scaling=options.rope_scaling,
         rotary_factor=options.rope_scaling_factor,
         rotary_low_frequency_factor=options.rope_low_freq_factor,
         rotary_high_frequency_factor=options.rope_high_freq_factor,
         rotary_original_positions=options.rope_original_positions,
-        qk_norm=pick(options.qk_layernorm, "qk"),
+        qk_norm=_given(options.qk_layernorm, family.qk_norm),
         attention_bias=bias,
-        qkv_bias=bool(options.add_qkv_bias) or bias,
+        qkv_bias=_given(options.add_qkv_bias, family.qkv_bias) or bias,
         mlp_bias=bias,
-        tie_embeddings=family["tied"] if untied is None else not untied,
+        tie_embeddings=not _given(options.untie_embeddings_and_output_weights, not family.tie_embeddings),
         init_std=options.init_method_std,
     )
     check_shape(shape)

@@ -1,1 +1,1 @@
-"""Checkpoints of others in, checkpoints for others out: Hugging Face folders, DeepSpeed's merged weights, Megatron's classic layout."""
+"""Conversion of checkpoints: from and to Hugging Face, from DeepSpeed's merged weights, from Megatron-LM's classic layout."""

@@ -1,104 +1,142 @@
-"""Hugging Face's config.json and our `ModelShape`: which architecture a shape has there, and the way back.
+"""Hugging Face architectures: which of them computes a `ModelShape`, and the conversion of config.json in both directions.
 
-In: a shape, or a configuration as a dict. Out: the other. What one side cannot say is refused with the key's name.
+In: a shape, or a configuration as a dict. Out: the other. A value that one side does not support is refused with its key.
+
+A further architecture is registered by its class name: `ARCHITECTURES["MistralForCausalLM"] = Architecture(...)`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_patch.convert.config_json import ConfigReader, read_gpt2, read_llama, write_gpt2, write_llama
+from megatron_patch.convert.tensor_names import GPT2_NAMES, LLAMA_NAMES, TensorNames
 from megatron_patch.errors import CheckpointError, ConfigError
 from megatron_patch.model.shape import ModelShape, check_shape
+
+SpecialIds = int | list[int] | None
+"""A special token: one id, several ids that all serve as it, or none."""
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """A kind of model that transformers knows.
+    """A class of models in transformers.
 
     Args:
-        name: of its class with a head.
-        model_type: its short name.
-        norm_epsilon: where a configuration does not say.
-        positions: where a configuration does not say.
+        name: the class with the language model head, as config.json has it under `architectures`.
+        model_type: its `model_type` in config.json.
+        family: the preset of `--model-family` for models of this architecture. Where several architectures compute the same shape, a
+            checkpoint is exported as the architecture of its family.
+        required: shape -> the fields of `ModelShape` that decide whether the architecture computes this shape, each with the value that it
+            must have; a value may depend on the shape's other fields.
+        read_config: config.json -> fields of `ModelShape`, without vocab_size, padded_vocab_size and init_std.
+        write_config: shape -> keys of config.json, in addition to those that all architectures have.
+        tensors: the names of its tensors.
     """
 
     name: str
     model_type: str
-    norm_epsilon: float
-    positions: int
+    family: str
+    required: Callable[[ModelShape], Mapping[str, Any]]
+    read_config: Callable[[ConfigReader], Mapping[str, Any]]
+    write_config: Callable[[ModelShape], Mapping[str, Any]]
+    tensors: TensorNames = LLAMA_NAMES
 
 
-LLAMA = Architecture("LlamaForCausalLM", "llama", 1e-6, 2048)
-QWEN2 = Architecture("Qwen2ForCausalLM", "qwen2", 1e-6, 32768)
-QWEN3 = Architecture("Qwen3ForCausalLM", "qwen3", 1e-6, 32768)
-GPT2 = Architecture("GPT2LMHeadModel", "gpt2", 1e-5, 1024)
-ARCHITECTURES = {architecture.name: architecture for architecture in (LLAMA, QWEN2, QWEN3, GPT2)}
-Ids = int | list[int] | None
-"""A special token: one id, several of which each counts, or none."""
-_GELU = ("gelu_new", "gelu_pytorch_tanh")
+LLAMA_LAYERS: Mapping[str, Any] = {"normalization": "RMSNorm", "activation": "swiglu", "position_embedding": "rope", "qk_norm": False}
+"""The kinds of layers of Llama and of the architectures that follow it: fields of `ModelShape` and their values."""
+
+LLAMA = Architecture(
+    "LlamaForCausalLM",
+    "llama",
+    "llama",
+    required=lambda shape: {**LLAMA_LAYERS, "attention_bias": shape.qkv_bias},
+    read_config=lambda values: {**read_llama(values), "mlp_bias": bool(values.get("mlp_bias", False))},
+    write_config=lambda shape: {**write_llama(shape), "attention_bias": shape.qkv_bias, "mlp_bias": shape.mlp_bias},
+)
+QWEN2 = Architecture(
+    "Qwen2ForCausalLM",
+    "qwen2",
+    "llama",
+    required=lambda shape: {**LLAMA_LAYERS, "qkv_bias": True, "attention_bias": False, "mlp_bias": False},
+    read_config=lambda values: {**read_llama(values, positions=32768), "qkv_bias": True, "attention_bias": False},
+    write_config=lambda shape: {**write_llama(shape), "use_sliding_window": False},
+)
+QWEN3 = Architecture(
+    "Qwen3ForCausalLM",
+    "qwen3",
+    "qwen3",
+    required=lambda shape: {**LLAMA_LAYERS, "qk_norm": True, "attention_bias": shape.qkv_bias, "mlp_bias": False},
+    read_config=lambda values: {**read_llama(values, positions=32768, head_size=128), "qk_norm": True},
+    write_config=lambda shape: {**write_llama(shape), "attention_bias": shape.qkv_bias, "use_sliding_window": False},
+)
+GPT2 = Architecture(
+    "GPT2LMHeadModel",
+    "gpt2",
+    "gpt2",
+    required=lambda shape: {
+        "normalization": "LayerNorm",
+        "activation": "gelu",
+        "position_embedding": "learned",
+        "qk_norm": False,
+        "qkv_bias": True,
+        "attention_bias": True,
+        "mlp_bias": True,
+        "num_query_groups": shape.num_attention_heads,
+        "hidden_size": shape.num_attention_heads * shape.head_size,
+    },
+    read_config=read_gpt2,
+    write_config=write_gpt2,
+    tensors=GPT2_NAMES,
+)
+ARCHITECTURES: dict[str, Architecture] = {architecture.name: architecture for architecture in (LLAMA, QWEN2, QWEN3, GPT2)}
+"""Class name -> architecture. Open to further entries."""
 
 
-def architecture_of(shape: ModelShape) -> Architecture:
-    """The architecture that computes what a shape computes.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    if shape.normalization == "LayerNorm":
-        found: dict[str, Any] = {
-            "activation": (shape.activation, "gelu"),
-            "positions": (shape.position_embedding, "learned"),
-            "biases of queries, keys and values": (shape.qkv_bias, True),
-            "bias of the attention's output": (shape.attention_bias, True),
-            "biases of the feed-forward layer": (shape.mlp_bias, True),
-            "query groups": (shape.num_query_groups, shape.num_attention_heads),
-            "size of all heads": (shape.num_attention_heads * shape.head_size, shape.hidden_size),
-            "norm of queries and keys": (shape.qk_norm, False),
-        }
-        _require(GPT2, found)
-        return GPT2
-    if shape.qk_norm:
-        architecture, attention_bias, mlp_bias = QWEN3, shape.qkv_bias, False
-    elif shape.qkv_bias and not shape.attention_bias:
-        architecture, attention_bias, mlp_bias = QWEN2, False, False
-    else:
-        architecture, attention_bias, mlp_bias = LLAMA, shape.qkv_bias, shape.mlp_bias
-    found = {
-        "activation": (shape.activation, "swiglu"),
-        "positions": (shape.position_embedding, "rope"),
-        "bias of the attention's output": (shape.attention_bias, attention_bias),
-        "biases of the feed-forward layer": (shape.mlp_bias, mlp_bias),
-    }
-    _require(architecture, found)
-    return architecture
-
-
-def _require(architecture: Architecture, found: Mapping[str, tuple[Any, Any]]) -> None:
-    for what, (value, needed) in found.items():
-        if value != needed:
-            raise ConfigError(
-                f"a model with {what}: {value}; {architecture.name}, the nearest architecture, has {needed}",
-                "the shapes of " + ", ".join(ARCHITECTURES),
-                "no export is possible for this model",
-            )
-
-
-def config_of(shape: ModelShape, dtype: str, bos_id: Ids, eos_id: Ids) -> dict[str, Any]:
-    """The config.json of a shape, with the keys that both old and new versions of transformers read.
+def architecture_of(shape: ModelShape, family: str | None = None) -> Architecture:
+    """Returns the registered architecture that computes what a shape computes.
 
     Args:
         shape: the model's shape.
-        dtype: torch's name of the weights' dtype.
-        bos_id: id that begins a text, where there is one.
-        eos_id: id that ends a text, where there is one.
+        family: the model's family, which decides where several architectures compute the shape; None: the first of them.
 
     Raises:
-        ConfigError: no architecture has this shape.
+        ConfigError: no architecture does; the error names the nearest one and the fields that differ.
     """
-    architecture = architecture_of(shape)
-    config: dict[str, Any] = {
+    differences = {name: _differences(architecture, shape) for name, architecture in ARCHITECTURES.items()}
+    fitting = [ARCHITECTURES[name] for name, different in differences.items() if not different]
+    if fitting:
+        return next((architecture for architecture in fitting if architecture.family == family), fitting[0])
+    nearest = min(differences, key=lambda name: len(differences[name]))
+    raise ConfigError(
+        f"no registered Hugging Face architecture computes this model; {nearest} comes nearest and needs {', '.join(differences[nearest])}",
+        "the shapes of " + ", ".join(ARCHITECTURES),
+        "register an architecture in megatron_patch.convert.architectures.ARCHITECTURES, or evaluate and generate without an export",
+    )
+
+
+def _differences(architecture: Architecture, shape: ModelShape) -> list[str]:
+    """The fields in which a shape differs from what an architecture requires."""
+    return [
+        f"{name} {needed}, not {getattr(shape, name)}"
+        for name, needed in architecture.required(shape).items()
+        if getattr(shape, name) != needed
+    ]
+
+
+def config_of(architecture: Architecture, shape: ModelShape, dtype: str, bos_id: SpecialIds, eos_id: SpecialIds) -> dict[str, Any]:
+    """Returns the config.json of a shape, with the keys that both old and new versions of transformers read.
+
+    Args:
+        architecture: the architecture, as `architecture_of` returns it.
+        shape: the model's shape.
+        dtype: torch's name of the weights' dtype.
+        bos_id: id of the token that begins a text, if there is one.
+        eos_id: id of the token that ends a text, if there is one.
+    """
+    return {
         "architectures": [architecture.name],
         "model_type": architecture.model_type,
         "vocab_size": shape.vocab_size,
@@ -108,56 +146,12 @@ def config_of(shape: ModelShape, dtype: str, bos_id: Ids, eos_id: Ids) -> dict[s
         "eos_token_id": eos_id,
         "torch_dtype": dtype,
         "use_cache": True,
+        **architecture.write_config(shape),
     }
-    if architecture is GPT2:
-        return config | {
-            "n_positions": shape.max_positions,
-            "n_embd": shape.hidden_size,
-            "n_layer": shape.num_layers,
-            "n_head": shape.num_attention_heads,
-            "n_inner": shape.ffn_hidden_size,
-            "activation_function": "gelu_new",
-            "layer_norm_epsilon": shape.norm_epsilon,
-            "resid_pdrop": 0.0,
-            "embd_pdrop": 0.0,
-            "attn_pdrop": 0.0,
-        }
-    config |= {
-        "hidden_size": shape.hidden_size,
-        "intermediate_size": shape.ffn_hidden_size,
-        "num_hidden_layers": shape.num_layers,
-        "num_attention_heads": shape.num_attention_heads,
-        "num_key_value_heads": shape.num_query_groups,
-        "head_dim": shape.head_size,
-        "hidden_act": "silu",
-        "max_position_embeddings": shape.max_positions,
-        "rms_norm_eps": shape.norm_epsilon,
-        "rope_theta": shape.rotary_base,
-        "rope_scaling": _rope_scaling(shape),
-        "attention_dropout": 0.0,
-    }
-    if architecture is QWEN3:
-        return config | {"attention_bias": shape.qkv_bias, "use_sliding_window": False}
-    if architecture is QWEN2:
-        return config | {"use_sliding_window": False}
-    return config | {"attention_bias": shape.qkv_bias, "mlp_bias": shape.mlp_bias}
 
 
-def _rope_scaling(shape: ModelShape) -> dict[str, Any] | None:
-    if shape.rotary_scaling == "none":
-        return None
-    scaling: dict[str, Any] = {"rope_type": shape.rotary_scaling, "factor": shape.rotary_factor}
-    if shape.rotary_scaling == "llama3":
-        scaling |= {
-            "low_freq_factor": shape.rotary_low_frequency_factor,
-            "high_freq_factor": shape.rotary_high_frequency_factor,
-            "original_max_position_embeddings": shape.rotary_original_positions,
-        }
-    return scaling
-
-
-def special_ids(config: Mapping[str, Any], vocab_size: int) -> dict[str, Ids]:
-    """What a configuration says begins and ends a text, as far as these are ids of the model."""
+def special_ids(config: Mapping[str, Any], vocab_size: int) -> dict[str, SpecialIds]:
+    """Returns `bos_token_id` and `eos_token_id` of a configuration, without those that are not token ids of the model."""
 
     def is_id(value: Any) -> bool:
         return type(value) is int and 0 <= value < vocab_size
@@ -166,142 +160,54 @@ def special_ids(config: Mapping[str, Any], vocab_size: int) -> dict[str, Ids]:
     return {key: ids for key, ids in found.items() if is_id(ids) or (isinstance(ids, list) and ids and all(map(is_id, ids)))}
 
 
-class _Config:
-    """A configuration whose missing and impossible keys are told by name."""
+def architecture_named(config: Mapping[str, Any], where: str) -> Architecture:
+    """Returns the architecture that a config.json names, by its class or else by its `model_type`.
 
-    def __init__(self, values: Mapping[str, Any], where: str) -> None:
-        self._values, self._where = values, where
+    Args:
+        config: the config.json.
+        where: the file, for messages.
 
-    def number(self, key: str, default: int | None = None) -> int:
-        value = self._values.get(key)
-        value = default if value is None else value
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise CheckpointError(f"{self._where}: {key} is {value!r}", "a whole number from 1", "take the model's own config.json")
-        return value
-
-    def real(self, key: str, default: float) -> float:
-        value = self._values.get(key, default)
-        if not isinstance(value, int | float) or isinstance(value, bool):
-            raise CheckpointError(f"{self._where}: {key} is {value!r}", "a number", "take the model's own config.json")
-        return float(value)
-
-    def get(self, key: str, default: Any = None) -> Any:
-        return self._values.get(key, default)
-
-    def require(self, key: str, default: Any, allowed: tuple[Any, ...]) -> None:
-        value = self._values.get(key, default)
-        if value not in allowed:
-            raise CheckpointError(
-                f"{self._where}: {key} is {value!r}",
-                " or ".join(repr(option) for option in allowed),
-                "this model computes something that the program does not",
-            )
+    Raises:
+        CheckpointError: it is not registered.
+    """
+    names = config.get("architectures") or []
+    found = ARCHITECTURES.get(names[0]) if isinstance(names, list) and len(names) == 1 else None
+    if found is None and not names:
+        found = next((known for known in ARCHITECTURES.values() if known.model_type == config.get("model_type")), None)
+    if found is None:
+        raise CheckpointError(
+            f"{where}: the architecture {names or config.get('model_type')!r} is not registered",
+            ", ".join(ARCHITECTURES),
+            "convert a model of one of these, or register its architecture in megatron_patch.convert.architectures.ARCHITECTURES",
+        )
+    return found
 
 
 def shape_of(config: Mapping[str, Any], where: str, divisible_by: int = 128) -> ModelShape:
-    """The shape of a Hugging Face model.
+    """Returns the shape of a Hugging Face model.
 
     Args:
         config: its config.json.
         where: the file, for messages.
-        divisible_by: the embedding's rows here are a multiple of this.
+        divisible_by: the embedding's rows are padded to a multiple of this.
 
     Raises:
-        CheckpointError: an unknown architecture, a missing key, a value that our model does not compute.
+        CheckpointError: an unknown architecture, a missing key, or a value that the model does not support.
     """
-    names = config.get("architectures") or []
-    architecture = ARCHITECTURES.get(names[0]) if isinstance(names, list) and len(names) == 1 else None
-    if architecture is None and not names:
-        architecture = next((known for known in ARCHITECTURES.values() if known.model_type == config.get("model_type")), None)
-    if architecture is None:
-        raise CheckpointError(
-            f"{where}: architecture {names or config.get('model_type')!r}",
-            ", ".join(ARCHITECTURES),
-            "convert a model of one of these kinds",
-        )
+    architecture = architecture_named(config, where)
     if config.get("quantization_config"):
-        raise CheckpointError(f"{where}: the model is quantized", "weights in float32, bfloat16 or float16", "take the original weights")
-    values = _Config(config, where)
+        raise CheckpointError(f"{where}: the model is quantized", "weights in float32, bfloat16 or float16", "convert the original weights")
+    values = ConfigReader(config, where)
     vocab = values.number("vocab_size")
-    common: dict[str, Any] = {"vocab_size": vocab, "padded_vocab_size": -(-vocab // divisible_by) * divisible_by}
     init_std = values.real("initializer_range", 0.02)
-    common["init_std"] = init_std if init_std > 0 else 0.02
-    shape = _gpt2_shape(values, common) if architecture is GPT2 else _llama_shape(values, common, architecture)
+    shape = ModelShape(
+        vocab_size=vocab,
+        padded_vocab_size=-(-vocab // divisible_by) * divisible_by,
+        init_std=init_std if init_std > 0 else 0.02,
+        **architecture.read_config(values),
+    )
     try:
         check_shape(shape)
     except ConfigError as error:
         raise CheckpointError(f"{where}: {error.what}", error.allowed) from error
     return shape
-
-
-def _gpt2_shape(values: _Config, common: dict[str, Any]) -> ModelShape:
-    values.require("activation_function", "gelu_new", _GELU)
-    values.require("scale_attn_weights", True, (True,))
-    values.require("scale_attn_by_inverse_layer_idx", False, (False,))
-    values.require("add_cross_attention", False, (False,))
-    hidden, heads = values.number("n_embd"), values.number("n_head")
-    return ModelShape(
-        num_layers=values.number("n_layer"),
-        hidden_size=hidden,
-        num_attention_heads=heads,
-        num_query_groups=heads,
-        head_size=hidden // heads,
-        ffn_hidden_size=values.number("n_inner", 4 * hidden),
-        max_positions=values.number("n_positions", GPT2.positions),
-        normalization="LayerNorm",
-        norm_epsilon=values.real("layer_norm_epsilon", GPT2.norm_epsilon),
-        activation="gelu",
-        position_embedding="learned",
-        attention_bias=True,
-        qkv_bias=True,
-        mlp_bias=True,
-        tie_embeddings=bool(values.get("tie_word_embeddings", True)),
-        **common,
-    )
-
-
-def _llama_shape(values: _Config, common: dict[str, Any], architecture: Architecture) -> ModelShape:
-    values.require("hidden_act", "silu", ("silu", "swish"))
-    values.require("use_sliding_window", False, (False, None))
-    values.require("partial_rotary_factor", 1.0, (1.0, None))
-    hidden, heads = values.number("hidden_size"), values.number("num_attention_heads")
-    bias = bool(values.get("attention_bias", False))
-    return ModelShape(
-        num_layers=values.number("num_hidden_layers"),
-        hidden_size=hidden,
-        num_attention_heads=heads,
-        num_query_groups=values.number("num_key_value_heads", heads),
-        head_size=values.number("head_dim", 128 if architecture is QWEN3 else hidden // heads),
-        ffn_hidden_size=values.number("intermediate_size"),
-        max_positions=values.number("max_position_embeddings", architecture.positions),
-        norm_epsilon=values.real("rms_norm_eps", architecture.norm_epsilon),
-        qk_norm=architecture is QWEN3,
-        attention_bias=bias and architecture is not QWEN2,
-        qkv_bias=bias or architecture is QWEN2,
-        mlp_bias=architecture is LLAMA and bool(values.get("mlp_bias", False)),
-        tie_embeddings=bool(values.get("tie_word_embeddings", False)),
-        **_rotary(values),
-        **common,
-    )
-
-
-def _rotary(values: _Config) -> dict[str, Any]:
-    """Base and scaling, from `rope_parameters` or the older `rope_theta` and `rope_scaling`."""
-    given = values.get("rope_parameters") or values.get("rope_scaling") or {}
-    if not isinstance(given, dict):
-        given = {"rope_type": given}
-    rope = _Config({"rope_type": given.get("type", "default"), "rope_theta": values.get("rope_theta", 10000.0), **given}, "rope_parameters")
-    rope.require("rope_type", "default", ("default", "linear", "llama3"))
-    rope.require("partial_rotary_factor", 1.0, (1.0, None))
-    result: dict[str, Any] = {"rotary_base": rope.real("rope_theta", 10000.0)}
-    kind = rope.get("rope_type")
-    if kind == "default":
-        return result
-    result |= {"rotary_scaling": kind, "rotary_factor": rope.real("factor", 0.0)}
-    if kind == "llama3":
-        result |= {
-            "rotary_low_frequency_factor": rope.real("low_freq_factor", 0.0),
-            "rotary_high_frequency_factor": rope.real("high_freq_factor", 0.0),
-            "rotary_original_positions": rope.number("original_max_position_embeddings"),
-        }
-    return result

@@ -1,7 +1,7 @@
-"""Our checkpoints as conversion sees them: whole parameters by name, whoever wrote them; and a new one made of weights alone.
+"""Checkpoints of megatron_patch as the conversions read and write them: unsharded parameters by name.
 
-In: a run's folder, or one of its step-N folders. Out: `CheckpointWeights`. The other way: parameters, one after another, become
-OUTPUT/step-00000000, which a run begins from with `--load OUTPUT --finetune`.
+Reading. In: a run's folder, or one of its step-N folders. Out: `CheckpointWeights`. Writing. In: parameters, one after another. Out:
+OUTPUT/step-00000000, a checkpoint of weights alone, from which a new run starts with `--load OUTPUT --finetune`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from megatron_patch.checkpoint import commit as commit
+from megatron_patch.checkpoint import commit
 from megatron_patch.checkpoint.commit import FoundCheckpoint, ManifestEntry
 from megatron_patch.checkpoint.safetensors_io import write_safetensors
 from megatron_patch.checkpoint.trainer_state import TrainerState
@@ -25,18 +25,18 @@ from megatron_patch.errors import CheckpointError
 from megatron_patch.model.shape import ModelShape
 
 UNFINISHED = (commit.PARTIAL, commit.TRASH, "tokenizer")
-"""How the names begin of what an import that was interrupted leaves in its folder."""
+"""Prefixes of the names that an interrupted import leaves in its output folder."""
 
 
 @dataclass(frozen=True)
 class CheckpointWeights:
-    """One of our checkpoints.
+    """The weights of a checkpoint.
 
     Args:
-        found: the folder and its state.
+        found: the checkpoint's folder and its state.
         shape: the model's shape.
-        parameter: name -> the whole parameter, float32, on the CPU.
-        tokenizer: "tokenizer_type" and "tokenizer_model", where they are not those of the training data's side file.
+        parameter: name -> the unsharded parameter, float32, on the CPU.
+        tokenizer: "tokenizer_type" and "tokenizer_model" that replace those of the training data's metadata file; empty: none do.
     """
 
     found: FoundCheckpoint
@@ -46,15 +46,24 @@ class CheckpointWeights:
 
     @property
     def data_metadata(self) -> Mapping[str, Any]:
-        """The side file of the data it was trained on, as far as it is known."""
+        """The metadata file of the training data; empty where it is unknown."""
         return {**(self.found.state.data_metadata or {}), **self.tokenizer}
+
+    @property
+    def family(self) -> str | None:
+        """The model family that the run was started with, or None in a checkpoint that does not record it."""
+        family = self.found.state.config.get("options", {}).get("model_family")
+        return str(family) if family else None
 
 
 def open_checkpoint(load: str) -> CheckpointWeights:
-    """Finds the newest sound checkpoint, or the one named, and checks that it has every parameter of its shape.
+    """Opens the newest valid checkpoint of a run, or the given one, and checks that it has every parameter of its shape.
+
+    Args:
+        load: a run's folder, or one of its step-N folders.
 
     Raises:
-        CheckpointError: there is none, it is damaged, or a parameter is missing, unknown or of another shape.
+        CheckpointError: there is none, it is damaged, or a parameter is missing, unexpected or of another shape.
     """
     found = find_checkpoint(load)
     shape = shape_of_state(found.state, str(found.folder))
@@ -64,7 +73,7 @@ def open_checkpoint(load: str) -> CheckpointWeights:
 
 
 def groups_by_size(sizes: Sequence[int], limit: int) -> list[list[int]]:
-    """Numbers of items in order, cut into groups of at most `limit` in sum; an item above the limit is alone."""
+    """Returns the indices of items, in order, in groups whose sizes sum to at most `limit`; a larger item is a group of its own."""
     groups: list[list[int]] = []
     total = 0
     for number, size in enumerate(sizes):
@@ -77,18 +86,25 @@ def groups_by_size(sizes: Sequence[int], limit: int) -> list[list[int]]:
 
 
 def check_output(output: Path, unfinished: Collection[str] = ()) -> None:
-    """Refuses a folder that has something in it.
+    """Checks that an output folder is new or empty.
 
     Args:
         output: the folder.
-        unfinished: beginnings of names that an interrupted attempt may have left there.
+        unfinished: prefixes of names that an interrupted attempt may have left there; they are accepted.
 
     Raises:
-        CheckpointError: it has.
+        CheckpointError: the folder holds something else, or is a file.
     """
     found = [path.name for path in output.iterdir()] if output.is_dir() else []
     if output.exists() and (not output.is_dir() or not all(name.startswith(tuple(unfinished)) for name in found)):
-        raise CheckpointError(f"--output {output} exists", "a new or empty folder", "choose another, or remove it")
+        raise CheckpointError(
+            f"--output {output} exists and is not empty", "a new or empty folder", "choose another folder, or remove this one"
+        )
+
+
+def imported_options(shape: ModelShape, family: str) -> dict[str, Any]:
+    """Returns the run options that an imported checkpoint records: what evaluation, generation and export read from them."""
+    return {"seq_length": min(shape.max_positions, 2048), "model_family": family}
 
 
 def write_weights(
@@ -103,21 +119,21 @@ def write_weights(
     data_metadata: Mapping[str, Any] | None = None,
     special_ids: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Writes a checkpoint of weights alone, from which a new run can begin.
+    """Writes a checkpoint of weights alone, from which a new run can start.
 
     Args:
         output: the run's folder.
         shape: the model's shape.
-        parts: names of parameters by file, in the order of `parameters`.
+        parts: the names of the parameters of each file, in the order of `parameters`.
         parameters: (name, tensor), one after another.
-        precision: "fp32", "bf16" or "fp16", in which the weights came.
-        options: what evaluation and generation ask for (seq_length).
-        imported_from: path that the weights came from.
-        data_metadata: type and path of their tokenizer, or None.
-        special_ids: their `bos_token_id` and `eos_token_id`, or None.
+        precision: "fp32", "bf16" or "fp16": the precision of the source's weights.
+        options: the options that evaluation, generation and export read from a checkpoint ("seq_length", "model_family").
+        imported_from: path of the source.
+        data_metadata: type and path of the source's tokenizer, or None.
+        special_ids: `bos_token_id` and `eos_token_id` of the source, or None.
 
     Returns:
-        The checkpoint's folder; it is invisible until it is whole.
+        The checkpoint's folder, which appears under its name when it is complete.
 
     Raises:
         CheckpointError: it cannot be written.

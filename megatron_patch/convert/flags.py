@@ -1,15 +1,25 @@
-"""The flags of the program that make a given shape: what a run must say to train on from an imported model."""
+"""The command line for training on from an imported model."""
 
 from __future__ import annotations
 
+from megatron_patch.model.families import FAMILIES, family_of_shape
 from megatron_patch.model.shape import ModelShape
 
 
-def flags_of(shape: ModelShape) -> list[str] | None:
-    """The model's flags, as words of a command line; None where no flags make this shape (biases in the attention layers alone)."""
+def training_flags(shape: ModelShape, family: str) -> list[str] | None:
+    """Returns the model flags that make a shape, as words of a command line.
+
+    Args:
+        shape: the shape.
+        family: the value of --model-family; where it is not registered, the registered one with the shape's kinds of layers is used.
+
+    Returns:
+        The words, or None where no flags make this shape (biases in the attention layers alone).
+    """
     if shape.attention_bias != shape.mlp_bias:
         return None
-    family = "gpt2" if shape.normalization == "LayerNorm" else "qwen3" if shape.qk_norm else "llama"
+    family = family if family in FAMILIES else family_of_shape(shape)
+    preset = FAMILIES[family]
     values: dict[str, object] = {
         "model-family": family,
         "num-layers": shape.num_layers,
@@ -24,6 +34,14 @@ def flags_of(shape: ModelShape) -> list[str] | None:
     }
     if shape.padded_vocab_size % 128 or shape.padded_vocab_size - shape.vocab_size >= 128:
         values["make-vocab-size-divisible-by"] = shape.padded_vocab_size
+    if shape.normalization != preset.normalization:
+        values["normalization"] = shape.normalization
+    if (shape.activation == "swiglu") != preset.swiglu:
+        values["swiglu"] = shape.activation == "swiglu"
+    if shape.position_embedding != preset.position_embedding:
+        values["position-embedding-type"] = "rope" if shape.position_embedding == "rope" else "learned_absolute"
+    if shape.qk_norm != preset.qk_norm:
+        values["qk-layernorm"] = shape.qk_norm
     if shape.position_embedding == "learned":
         values["max-position-embeddings"] = shape.max_positions
     else:
@@ -36,8 +54,8 @@ def flags_of(shape: ModelShape) -> list[str] | None:
             "rope-high-freq-factor": shape.rotary_high_frequency_factor,
             "rope-original-positions": shape.rotary_original_positions,
         }
-    if family != "gpt2":
+    if shape.mlp_bias != preset.linear_bias or not preset.linear_bias:
         values["disable-bias-linear"] = not shape.mlp_bias
-        if shape.qkv_bias and not shape.mlp_bias:
-            values["add-qkv-bias"] = True
+    if not shape.mlp_bias and (shape.qkv_bias or preset.qkv_bias):
+        values["add-qkv-bias"] = shape.qkv_bias
     return [word for name, value in values.items() for word in (f"--{name}", str(value))]

@@ -1,8 +1,8 @@
-"""Import: a Hugging Face folder, or DeepSpeed's merged weights, becomes a checkpoint that a new run begins from.
+"""Imports a Hugging Face folder, or weights that DeepSpeed's zero_to_fp32.py merged, as a checkpoint from which a new run starts.
 
-In: config.json and weights (safetensors, or PyTorch files of tensors alone), with Hugging Face's names or with ours, as DeepSpeed's
-zero_to_fp32.py writes those of a run. Out: OUTPUT/step-00000000 and OUTPUT/tokenizer. All names and shapes are compared before anything is
-written; then one tensor at a time is.
+In: config.json and weights (safetensors, or PyTorch files that hold tensors alone), with Hugging Face's names or with ours. Out:
+OUTPUT/step-00000000 and OUTPUT/tokenizer. All names and shapes are checked before the first byte is written; one tensor is in memory at a
+time.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from typing import Any
 
 import torch
 
-from megatron_patch.convert.architectures import shape_of, special_ids
-from megatron_patch.convert.checkpoint_io import UNFINISHED, check_output, groups_by_size, write_weights
-from megatron_patch.convert.tensor_names import Mapped, is_buffer, mapped_tensors, match_prefix, parameter_shapes
+from megatron_patch.convert.architectures import architecture_named, architecture_of, shape_of, special_ids
+from megatron_patch.convert.checkpoint_io import UNFINISHED, check_output, groups_by_size, imported_options, write_weights
+from megatron_patch.convert.tensor_names import MappedTensor, TensorNames, is_buffer, mapped_tensors, match_prefix, parameter_shapes
 from megatron_patch.convert.tokenizer_files import FILES, main_file, tokenizer_type_of
 from megatron_patch.convert.weight_files import Weights, open_weights
 from megatron_patch.errors import CheckpointError
+from megatron_patch.model.families import family_of_shape
 from megatron_patch.model.precision import precision_of
 from megatron_patch.model.shape import ModelShape
 
@@ -29,29 +30,31 @@ FILE_BYTES = 5_000_000_000
 
 
 @dataclass(frozen=True)
-class Import:
+class ImportResult:
     """What an import wrote.
 
     Args:
         folder: the checkpoint.
         shape: the model's shape.
-        tensors: how many were read.
-        tokenizer: its folder or file, or None.
-        tokenizer_type: as `--tokenizer-type` takes it, or None.
+        family: the model's family, a name that `--model-family` takes.
+        tensors: number of tensors read.
+        tokenizer: the tokenizer's folder or file, or None.
+        tokenizer_type: its type, a name that `--tokenizer-type` takes, or None.
     """
 
     folder: Path
     shape: ModelShape
+    family: str
     tensors: int
     tokenizer: Path | None
     tokenizer_type: str | None = None
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """A config.json.
+    """Returns the contents of a config.json.
 
     Raises:
-        CheckpointError: it is missing or no JSON object.
+        CheckpointError: it is missing, or not a JSON object.
     """
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -59,57 +62,70 @@ def read_config(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path} cannot be read: {error}",
             "a model's config.json",
-            "for weights without one, give --config with the config.json of a model of the same shape, or --like with a checkpoint",
+            "for weights without a config.json, give --config with that of a model of the same shape, or --like with a checkpoint",
         ) from error
     if not isinstance(config, dict):
-        raise CheckpointError(f"{path} holds a {type(config).__name__}", "a JSON object")
+        raise CheckpointError(f"{path} contains a JSON {type(config).__name__}", "a JSON object", "use the model's original config.json")
     return config
 
 
 def from_hugging_face(
-    source: Path, output: Path, config: Path | None = None, shape: ModelShape | None = None, divisible_by: int = 128
-) -> Import:
+    source: Path,
+    output: Path,
+    config: Path | None = None,
+    shape: ModelShape | None = None,
+    divisible_by: int = 128,
+    family: str | None = None,
+) -> ImportResult:
     """Imports a model.
 
     Args:
         source: a folder, or one file of weights.
         output: a new or empty folder.
-        config: the config.json; by default the one in `source`.
-        shape: of the model, instead of a configuration.
+        config: the config.json; None: the one in `source`.
+        shape: the model's shape; None: that of the configuration.
         divisible_by: the embedding's rows are padded to a multiple of this.
+        family: with `shape`, the model's family; None: the one with the shape's kinds of layers.
 
     Raises:
-        CheckpointError: an unknown architecture; a tensor that is missing, unexpected, of another shape or cut off; a tokenizer with more
-            ids than the model; the output exists.
+        CheckpointError: an unknown architecture; a tensor that is missing, unexpected, truncated or of another shape; a tokenizer with more
+            ids than the model; an output folder that is not empty.
+        ConfigError: no architecture computes `shape`.
     """
     ids: Mapping[str, Any] | None = None
+    names: TensorNames | None = None
     if shape is None:
         config = config or source / "config.json"
         values = read_config(config)
+        architecture = architecture_named(values, str(config))
+        names, family = architecture.tensors, architecture.family
         shape = shape_of(values, str(config), divisible_by)
         ids = special_ids(values, shape.vocab_size)
+    family = family or family_of_shape(shape)
     check_output(output, UNFINISHED)
     weights = open_weights(source)
-    own_names = any(_own_name(name) == "embedding.word.weight" for name in weights.infos)
-    plan = _own_plan(weights, shape) if own_names else _plan(weights, shape)
+    if any(_own_name(name) == "embedding.word.weight" for name in weights.infos):
+        plan = _own_plan(weights, shape)
+    else:
+        plan = _plan(weights, shape, names or architecture_of(shape, family).tensors)
     kind = tokenizer_type_of(source, shape.vocab_size)
-    return _write(source, output, shape, weights, plan, kind, ids or None)
+    return _write(source, output, shape, family, weights, plan, kind, ids or None)
 
 
 def _own_name(name: str) -> str:
     return name.removeprefix("module.").removeprefix("module.").removeprefix("_orig_mod.")
 
 
-def _own_plan(weights: Weights, shape: ModelShape) -> list[tuple[str, Mapped]]:
-    """Weights under our own names; the embedding's padding may be there."""
+def _own_plan(weights: Weights, shape: ModelShape) -> list[tuple[str, MappedTensor]]:
+    """(name in the files, tensor) for weights with our own names, with or without the padding rows of the vocabulary."""
     mapped = []
     for name, size in parameter_shapes(shape).items():
         rows = shape.vocab_size if name in ("embedding.word.weight", "head.weight") else size[0]
-        mapped.append(Mapped(name, (rows, *size[1:]), ((name, size),), rows))
+        mapped.append(MappedTensor(name, (rows, *size[1:]), ((name, size),), rows))
     names = {name: _own_name(name) for name in weights.infos}
     padded = {t.name: t.parameters[0][1] for t in mapped}
     stored = [
-        Mapped(t.name, padded[t.name], t.parameters, padded[t.name][0])
+        MappedTensor(t.name, padded[t.name], t.parameters, padded[t.name][0])
         if any(names[name] == t.name and info.shape == padded[t.name] for name, info in weights.infos.items())
         else t
         for t in mapped
@@ -117,8 +133,8 @@ def _own_plan(weights: Weights, shape: ModelShape) -> list[tuple[str, Mapped]]:
     return _checked(weights, stored, names)
 
 
-def _plan(weights: Weights, shape: ModelShape) -> list[tuple[str, Mapped]]:
-    mapped = mapped_tensors(shape)
+def _plan(weights: Weights, shape: ModelShape, tensor_names: TensorNames) -> list[tuple[str, MappedTensor]]:
+    mapped = mapped_tensors(shape, tensor_names)
     names = match_prefix(weights.infos, mapped)
     if shape.tie_embeddings:
         _check_tied(weights, names, mapped[0].name)
@@ -127,21 +143,21 @@ def _plan(weights: Weights, shape: ModelShape) -> list[tuple[str, Mapped]]:
 
 
 def _check_tied(weights: Weights, names: Mapping[str, str], embedding: str) -> None:
-    """A tied model may carry its head a second time, but not another head."""
+    """Checks that a second copy of a tied head equals the embedding."""
     found = {full: name for name, full in names.items()}
     head, word = found.get("lm_head.weight"), found.get(embedding)
     if head is None or word is None:
         return
     if not torch.equal(weights.read(head), weights.read(word)):
         raise CheckpointError(
-            f"{weights.where}: tensor lm_head.weight differs from {embedding}, but config.json says that they are tied",
+            f"{weights.where}: tensor lm_head.weight differs from {embedding}, but config.json ties them",
             "equal tensors, or tie_word_embeddings: false",
-            "correct config.json",
+            "correct tie_word_embeddings in config.json",
         )
 
 
-def _checked(weights: Weights, mapped: list[Mapped], names: Mapping[str, str]) -> list[tuple[str, Mapped]]:
-    """(name in the files, tensor) for every tensor of the model, all there and of the right shape, and nothing else."""
+def _checked(weights: Weights, mapped: list[MappedTensor], names: Mapping[str, str]) -> list[tuple[str, MappedTensor]]:
+    """(name in the files, tensor) for every tensor of the model, after checking that all exist with the right shape, and no others do."""
     found: dict[str, str] = {}
     expected = {tensor.name: tensor for tensor in mapped}
     for name, full in names.items():
@@ -151,10 +167,10 @@ def _checked(weights: Weights, mapped: list[Mapped], names: Mapping[str, str]) -
             raise CheckpointError(
                 f"{weights.where}: unexpected tensor {name} {weights.infos[name].shape}",
                 "the tensors of the architecture that config.json names",
-                "take the config.json that belongs to these weights",
+                "use the config.json that belongs to these weights",
             )
         if full in found:
-            raise CheckpointError(f"{weights.where}: {name} and {found[full]} are both {full}", "each tensor once")
+            raise CheckpointError(f"{weights.where}: {name} and {found[full]} are both {full}", "each tensor once", "remove one of them")
         found[full] = name
     for tensor in mapped:
         if tensor.name not in found:
@@ -165,8 +181,8 @@ def _checked(weights: Weights, mapped: list[Mapped], names: Mapping[str, str]) -
         if shape != tensor.shape:
             raise CheckpointError(
                 f"{weights.where}: tensor {tensor.name} has shape {shape}",
-                f"{tensor.shape}, as the configuration says",
-                "take the configuration that belongs to these weights",
+                f"{tensor.shape}, by the configuration",
+                "use the configuration that belongs to these weights",
             )
     return [(found[tensor.name], tensor) for tensor in mapped]
 
@@ -175,11 +191,12 @@ def _write(
     source: Path,
     output: Path,
     shape: ModelShape,
+    family: str,
     weights: Weights,
-    plan: list[tuple[str, Mapped]],
+    plan: list[tuple[str, MappedTensor]],
     kind: str | None,
     special_ids: Mapping[str, Any] | None,
-) -> Import:
+) -> ImportResult:
     sizes = [sum(int(torch.Size(size).numel()) for _, size in tensor.parameters) * 4 for _, tensor in plan]
     parts = [[name for number in group for name, _ in plan[number][1].parameters] for group in groups_by_size(sizes, FILE_BYTES)]
     tokenizer = _copy_tokenizer(source, output) / main_file(kind) if kind else None
@@ -190,21 +207,21 @@ def _write(
         parts,
         _parameters(weights, plan),
         precision_of(weights.dtype),
-        {"seq_length": min(shape.max_positions, 2048)},
+        imported_options(shape, family),
         imported_from=str(source),
         data_metadata=data_metadata,
         special_ids=special_ids,
     )
-    return Import(folder, shape, len(plan), tokenizer, kind)
+    return ImportResult(folder, shape, family, len(plan), tokenizer, kind)
 
 
-def _parameters(weights: Weights, plan: list[tuple[str, Mapped]]) -> Iterator[tuple[str, torch.Tensor]]:
+def _parameters(weights: Weights, plan: list[tuple[str, MappedTensor]]) -> Iterator[tuple[str, torch.Tensor]]:
     for name, tensor in plan:
         yield from tensor.split(weights.read(name))
 
 
 def _copy_tokenizer(source: Path, output: Path) -> Path:
-    """The tokenizer's files of the source, in OUTPUT/tokenizer."""
+    """Copies the source's tokenizer files to OUTPUT/tokenizer and returns that folder."""
     target = output / "tokenizer"
     try:
         target.mkdir(parents=True, exist_ok=True)
@@ -212,5 +229,7 @@ def _copy_tokenizer(source: Path, output: Path) -> Path:
             if (source / name).is_file():
                 shutil.copyfile(source / name, target / name)
     except OSError as error:
-        raise CheckpointError(f"cannot write {target}: {error.strerror}", "a writable folder with free space") from error
+        raise CheckpointError(
+            f"cannot write {target}: {error.strerror}", "a writable folder with free space", "free space, or choose another --output"
+        ) from error
     return target

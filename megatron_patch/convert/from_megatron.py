@@ -1,8 +1,8 @@
-"""Import of Megatron-LM's classic layout: iter_N/mp_rank_00/model_optim_rng.pt, of Megatron-Core's or the older names of modules.
+"""Imports a checkpoint in Megatron-LM's classic layout, iter_N/mp_rank_00/model_optim_rng.pt, with the module names of any version.
 
-In: a checkpoint's folder, of one tensor- and pipeline-parallel rank. Out: a checkpoint of weights alone. The file is opened with
-`weights_only`; the few classes that such files name beside tensors (arguments, an enumeration, random states) are replaced by inert
-stand-ins, and any other ends the import.
+In: the folder of a checkpoint of one tensor- and pipeline-parallel rank. Out: a checkpoint of weights alone. The file is opened with
+`weights_only`. The few classes that such files contain in addition to tensors (arguments, enumerations, random states) are replaced by
+inert stand-ins; any other class ends the import.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 
-from megatron_patch.convert.checkpoint_io import UNFINISHED, check_output, groups_by_size, write_weights
-from megatron_patch.convert.from_hugging_face import FILE_BYTES, Import
+from megatron_patch.convert.checkpoint_io import UNFINISHED, check_output, groups_by_size, imported_options, write_weights
+from megatron_patch.convert.from_hugging_face import FILE_BYTES, ImportResult
 from megatron_patch.convert.tensor_names import parameter_shapes
 from megatron_patch.convert.weight_files import load_torch_file
 from megatron_patch.errors import CheckpointError, ConfigError
+from megatron_patch.model.families import family_of_shape
 from megatron_patch.model.precision import precision_of
 from megatron_patch.model.shape import ModelShape, check_shape
 
@@ -27,7 +28,7 @@ FILE = "model_optim_rng.pt"
 
 
 class _Inert:
-    """Stands for an object that is not needed; takes any state and does nothing."""
+    """A stand-in for objects that the import does not need; it accepts any state and ignores it."""
 
     def __init__(self, *args: object, **options: object) -> None:
         pass
@@ -65,12 +66,12 @@ _RENAMES = (
     (r"\.input_norm\.", ".input_layernorm."),
     (r"\.post_attention_(layernorm|norm)\.", ".pre_mlp_layernorm."),
     (r"^decoder\.final_norm\.", "decoder.final_layernorm."),
-    # Transformer Engine keeps a norm in the projection behind it.
+    # Transformer Engine fuses a norm with the projection after it.
     (r"\.self_attention\.linear_qkv\.layer_norm_(weight|bias)$", r".input_layernorm.\1"),
     (r"\.mlp\.linear_fc1\.layer_norm_(weight|bias)$", r".pre_mlp_layernorm.\1"),
 )
 _IGNORED = ("._extra_state", "rotary_pos_emb.inv_freq")
-_PLACES = {
+_BLOCK_MODULES = {
     "attention_norm": "input_layernorm",
     "attention.query": "self_attention.linear_qkv",
     "attention.key": "self_attention.linear_qkv",
@@ -83,7 +84,7 @@ _PLACES = {
     "feed_forward.up": "mlp.linear_fc1",
     "feed_forward.down": "mlp.linear_fc2",
 }
-_ENDS = {
+_OUTER_NAMES = {
     "embedding.word.weight": "embedding.word_embeddings.weight",
     "embedding.position.weight": "embedding.position_embeddings.weight",
     "head.weight": "output_layer.weight",
@@ -93,10 +94,13 @@ _ENDS = {
 
 
 def find_file(source: Path) -> Path:
-    """The one file of a classic checkpoint: the folder may be the run's, an iteration's or the rank's.
+    """Returns the file of a classic checkpoint.
+
+    Args:
+        source: the folder of a run, of an iteration, or of the rank.
 
     Raises:
-        CheckpointError: there is none, or there are several ranks.
+        CheckpointError: there is no such file, or there are several ranks.
     """
     tracker = source / "latest_checkpointed_iteration.txt"
     if tracker.is_file():
@@ -108,32 +112,36 @@ def find_file(source: Path) -> Path:
     if len(ranks) > 1:
         raise CheckpointError(
             f"{source} has {len(ranks)} model-parallel ranks ({ranks[0]} to {ranks[-1]})",
-            "mp_rank_00 alone: tensor and pipeline parallel size 1",
-            "merge it first with Megatron's own tools/checkpoint/convert.py to one rank",
+            "only mp_rank_00: tensor- and pipeline-parallel size 1",
+            "merge the ranks with Megatron-LM's tools/checkpoint/convert.py first",
         )
     if ranks == ["mp_rank_00"] and (source / ranks[0] / FILE).is_file():
         return source / ranks[0] / FILE
     what = f"{source} is a distributed checkpoint" if list(source.glob("*.distcp")) else f"{source} has no mp_rank_00/{FILE}"
-    raise CheckpointError(what, "the classic layout (--ckpt-format torch)", "convert it with Megatron's own tools first")
+    raise CheckpointError(what, "the classic layout (--ckpt-format torch)", "convert the checkpoint with Megatron-LM's tools first")
 
 
 def shape_of_arguments(arguments: Mapping[str, Any], where: str) -> ModelShape:
-    """The model's shape, by the arguments that Megatron keeps in a checkpoint.
+    """Returns the model's shape, from the arguments that Megatron-LM stores in a checkpoint.
+
+    Args:
+        arguments: the arguments by name.
+        where: the file, for messages.
 
     Raises:
-        CheckpointError: an argument is missing, or asks for something that our model does not compute.
+        CheckpointError: an argument is missing, or has a value that the model does not support.
     """
 
     def need(name: str) -> Any:
         if arguments.get(name) is None:
-            raise CheckpointError(f"{where}: the arguments lack {name}", "a checkpoint that Megatron-LM saved")
+            raise CheckpointError(f"{where}: the argument {name} is missing", "a checkpoint that Megatron-LM saved", "check the path")
         return arguments[name]
 
     def allow(name: str, *values: Any) -> None:
         value = arguments.get(name, values[0])
         if value not in values:
             allowed = " or ".join(map(repr, values))
-            raise CheckpointError(f"{where}: {name} is {value!r}", allowed, "this model computes something that the program does not")
+            raise CheckpointError(f"{where}: {name} is {value!r}, which megatron_patch does not implement", allowed, "import another model")
 
     swiglu, norm = bool(arguments.get("swiglu")), arguments.get("normalization", "LayerNorm")
     learned = need("position_embedding_type") == "learned_absolute"
@@ -147,9 +155,11 @@ def shape_of_arguments(arguments: Mapping[str, Any], where: str) -> ModelShape:
     allow("rotary_percent", 1.0)
     allow("window_size", None)
     heads, bias = need("num_attention_heads"), bool(arguments.get("add_bias_linear", True))
-    # Fused with its bias, or asked for by name, Megatron's GELU is the tanh form; else the exact one.
+    # Megatron computes the tanh form of GELU where it is fused with its bias or with --openai-gelu, and the exact form otherwise.
     if not swiglu and not arguments.get("openai_gelu") and not (arguments.get("bias_gelu_fusion") and bias):
-        raise CheckpointError(f"{where}: the exact GELU (bias_gelu_fusion is off)", "GELU in its tanh form, or SwiGLU")
+        raise CheckpointError(
+            f"{where}: the model uses the exact GELU (bias_gelu_fusion is off)", "the tanh form of GELU, or SwiGLU", "import another model"
+        )
     epsilon = arguments.get("norm_epsilon")
     padded = need("padded_vocab_size")
     vocab = arguments.get("vocab_size")
@@ -176,7 +186,9 @@ def shape_of_arguments(arguments: Mapping[str, Any], where: str) -> ModelShape:
         **({} if learned else _scaling(arguments)),
     )
     if shape.qk_norm and norm != "RMSNorm":
-        raise CheckpointError(f"{where}: qk_layernorm with LayerNorm", "RMSNorm", "this model computes something that the program does not")
+        raise CheckpointError(
+            f"{where}: qk_layernorm with LayerNorm, which megatron_patch does not implement", "RMSNorm", "import another model"
+        )
     try:
         check_shape(shape)
     except ConfigError as error:
@@ -200,19 +212,19 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, t
             yield name, value
 
 
-def _usual_name(name: str) -> str:
+def _core_name(name: str) -> str:
     for pattern, replacement in _RENAMES:
         name = re.sub(pattern, replacement, name)
     return name
 
 
-def _place(name: str) -> str:
-    """Where Megatron keeps one of our parameters."""
-    if name in _ENDS:
-        return _ENDS[name]
+def _megatron_name(name: str) -> str:
+    """Returns the name of Megatron's tensor that contains one of our parameters."""
+    if name in _OUTER_NAMES:
+        return _OUTER_NAMES[name]
     _, layer, part = name.split(".", 2)
     module, _, kind = part.rpartition(".")
-    return f"decoder.layers.{layer}.{_PLACES[module]}.{kind}"
+    return f"decoder.layers.{layer}.{_BLOCK_MODULES[module]}.{kind}"
 
 
 def _stored_shape(name: str, size: tuple[int, ...], shape: ModelShape) -> tuple[int, ...]:
@@ -223,8 +235,8 @@ def _stored_shape(name: str, size: tuple[int, ...], shape: ModelShape) -> tuple[
     return size
 
 
-def _part(name: str, stored: torch.Tensor, shape: ModelShape) -> torch.Tensor:
-    """One parameter out of Megatron's: queries, keys and values lie group by group, gate and up one after the other."""
+def _parameter_from(name: str, stored: torch.Tensor, shape: ModelShape) -> torch.Tensor:
+    """Returns one of our parameters from Megatron's tensor, which interleaves queries, keys and values by group, and stacks gate and up."""
     kind = name.rsplit(".", 2)[-2]
     if ".attention." in name and kind in ("query", "key", "value"):
         groups = stored.unflatten(0, (shape.num_query_groups, -1, shape.head_size))
@@ -235,55 +247,67 @@ def _part(name: str, stored: torch.Tensor, shape: ModelShape) -> torch.Tensor:
     return stored
 
 
-def from_megatron(source: Path, output: Path) -> Import:
-    """Imports a classic Megatron checkpoint of one model-parallel rank.
+def from_megatron(source: Path, output: Path) -> ImportResult:
+    """Imports a classic Megatron-LM checkpoint of one model-parallel rank.
 
     Args:
         source: the run's folder, or one of its iterations.
         output: a new or empty folder.
 
     Raises:
-        CheckpointError: another layout, a model that ours does not compute, a tensor that is missing, unexpected or of another shape.
+        CheckpointError: another layout; a model that megatron_patch does not implement; a tensor that is missing, unexpected or of another
+            shape; an output folder that is not empty.
     """
     check_output(output, UNFINISHED)
     file = find_file(source)
     state = load_torch_file(file, _STAND_INS)
     arguments = state.get("args") if isinstance(state, dict) else None
     if not isinstance(arguments, argparse.Namespace) or not isinstance(state.get("model"), Mapping):
-        raise CheckpointError(f"{file} has no args and model", "a checkpoint that Megatron-LM saved", "check the path")
+        raise CheckpointError(f"{file} does not contain args and model", "a checkpoint that Megatron-LM saved", "check the path")
     version = state.get("checkpoint_version", 0)
     if not isinstance(version, int | float) or version < 3:
-        raise CheckpointError(f"{file}: checkpoint_version is {version!r}", "3.0", "save it again with a newer Megatron-LM")
+        raise CheckpointError(f"{file}: checkpoint_version is {version!r}", "at least 3.0", "load and save it with a newer Megatron-LM")
     shape = shape_of_arguments(vars(arguments), str(file))
-    found = {_usual_name(name): tensor for name, tensor in _flatten(state["model"])}
+    found = {_core_name(name): tensor for name, tensor in _flatten(state["model"])}
     del state
+    family = family_of_shape(shape)
     parameters = parameter_shapes(shape)
     _check(str(file), shape, parameters, found)
     groups = groups_by_size([int(torch.Size(size).numel()) * 4 for size in parameters.values()], FILE_BYTES)
     names = list(parameters)
-    precision = precision_of(found[_ENDS["embedding.word.weight"]].dtype)
-    read: Callable[[str], torch.Tensor] = lambda name: _part(name, found[_place(name)], shape)  # noqa: E731
+    precision = precision_of(found[_OUTER_NAMES["embedding.word.weight"]].dtype)
+    read: Callable[[str], torch.Tensor] = lambda name: _parameter_from(name, found[_megatron_name(name)], shape)  # noqa: E731
     folder = write_weights(
         output,
         shape,
         [[names[number] for number in group] for group in groups],
         ((name, read(name)) for name in names),
         precision,
-        {"seq_length": min(shape.max_positions, 2048)},
+        imported_options(shape, family),
         imported_from=str(source),
     )
-    return Import(folder, shape, len(found), None)
+    return ImportResult(folder, shape, family, len(found), None)
 
 
 def _check(where: str, shape: ModelShape, parameters: Mapping[str, tuple[int, ...]], found: Mapping[str, torch.Tensor]) -> None:
-    expected = {_place(name): _stored_shape(name, size, shape) for name, size in parameters.items()}
+    expected = {_megatron_name(name): _stored_shape(name, size, shape) for name, size in parameters.items()}
     for name, size in expected.items():
         if name not in found:
-            raise CheckpointError(f"{where}: tensor {name} {size} is missing", "all tensors of the model that its arguments describe")
+            raise CheckpointError(
+                f"{where}: tensor {name} {size} is missing",
+                "all tensors of the model that its arguments describe",
+                "copy the checkpoint again",
+            )
         if tuple(found[name].shape) != size:
-            raise CheckpointError(f"{where}: tensor {name} has shape {tuple(found[name].shape)}", f"{size}, as its arguments say")
+            raise CheckpointError(
+                f"{where}: tensor {name} has shape {tuple(found[name].shape)}",
+                f"{size}, by its arguments",
+                "use arguments and weights of one checkpoint",
+            )
     for name, tensor in found.items():
         if name not in expected:
             raise CheckpointError(
-                f"{where}: unexpected tensor {name} {tuple(tensor.shape)}", "the tensors of the model that its arguments describe"
+                f"{where}: unexpected tensor {name} {tuple(tensor.shape)}",
+                "the tensors of the model that its arguments describe",
+                "import a plain GPT model",
             )

@@ -1,7 +1,8 @@
-"""Which tensor of a Hugging Face model is made of which of our parameters.
+"""The mapping between our parameters and the tensors of a Hugging Face model.
 
-In: a shape. Out: a list of `Mapped`, each one tensor there and the parameters here whose rows it stacks. Llama, Qwen2 and Qwen3 have one
-parameter a tensor; GPT-2 stacks queries, keys and values and keeps its matrices transposed.
+In: a shape, and the names of its architecture's tensors. Out: a list of `MappedTensor`: one Hugging Face tensor each, with the parameters
+that it stacks. Architectures with Llama's names have one parameter for each tensor; GPT-2 stacks queries, keys and
+values, and stores the matrices of its blocks transposed.
 """
 
 from __future__ import annotations
@@ -11,38 +12,103 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_patch.convert.architectures import architecture_of
 from megatron_patch.model.gpt import GPTModel
 from megatron_patch.model.shape import ModelShape
 
+Sizes = tuple[int, ...]
+
 
 @dataclass(frozen=True)
-class Mapped:
+class TensorNames:
+    """The names of an architecture's tensors.
+
+    Args:
+        modules: our module outside of the blocks -> Hugging Face module.
+        block: prefix of the names in a block, with {} for the block's number from 0.
+        block_modules: our module in a block -> Hugging Face module; modules with the same target are stacked, in our order.
+        transposed: whether the matrices of the blocks are stored as [inputs, outputs].
+    """
+
+    modules: Mapping[str, str]
+    block: str
+    block_modules: Mapping[str, str]
+    transposed: bool = False
+
+    def name_of(self, parameter: str) -> str:
+        """Returns the name of the Hugging Face tensor that contains one of our parameters."""
+        module, _, kind = parameter.rpartition(".")
+        if not module.startswith("blocks."):
+            return f"{self.modules[module]}.{kind}"
+        _, number, part = module.split(".", 2)
+        return f"{self.block.format(number)}.{self.block_modules[part]}.{kind}"
+
+
+LLAMA_NAMES = TensorNames(
+    {"embedding.word": "model.embed_tokens", "final_norm": "model.norm", "head": "lm_head"},
+    "model.layers.{}",
+    {
+        "attention_norm": "input_layernorm",
+        "attention.query": "self_attn.q_proj",
+        "attention.key": "self_attn.k_proj",
+        "attention.value": "self_attn.v_proj",
+        "attention.output": "self_attn.o_proj",
+        "attention.query_norm": "self_attn.q_norm",
+        "attention.key_norm": "self_attn.k_norm",
+        "feed_forward_norm": "post_attention_layernorm",
+        "feed_forward.gate": "mlp.gate_proj",
+        "feed_forward.up": "mlp.up_proj",
+        "feed_forward.down": "mlp.down_proj",
+    },
+)
+GPT2_NAMES = TensorNames(
+    {
+        "embedding.word": "transformer.wte",
+        "embedding.position": "transformer.wpe",
+        "final_norm": "transformer.ln_f",
+        "head": "lm_head",
+    },
+    "transformer.h.{}",
+    {
+        "attention_norm": "ln_1",
+        "attention.query": "attn.c_attn",
+        "attention.key": "attn.c_attn",
+        "attention.value": "attn.c_attn",
+        "attention.output": "attn.c_proj",
+        "feed_forward_norm": "ln_2",
+        "feed_forward.up": "mlp.c_fc",
+        "feed_forward.down": "mlp.c_proj",
+    },
+    transposed=True,
+)
+
+
+@dataclass(frozen=True)
+class MappedTensor:
     """One tensor of a Hugging Face model.
 
     Args:
-        name: there.
-        shape: there.
-        parameters: (name, shape) here, stacked along the first dimension.
-        rows: how many rows are stored there: the vocabulary's padding is left out.
-        transposed: whether it is stored as [in, out].
+        name: its name.
+        shape: its shape.
+        parameters: (name, shape) of our parameters, which it stacks along the first dimension.
+        rows: its number of rows before transposition; it does not include the padding of the vocabulary.
+        transposed: whether it is stored as [inputs, outputs].
     """
 
     name: str
-    shape: tuple[int, ...]
-    parameters: tuple[tuple[str, tuple[int, ...]], ...]
+    shape: Sizes
+    parameters: tuple[tuple[str, Sizes], ...]
     rows: int
     transposed: bool = False
 
     def join(self, read: Callable[[str], torch.Tensor]) -> torch.Tensor:
-        """The tensor there, from the parameters here."""
+        """Returns the Hugging Face tensor, from our parameters, which `read` returns by name."""
         parts = [read(name) for name, _ in self.parameters]
         tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
         tensor = tensor[: self.rows]
         return tensor.t() if self.transposed else tensor
 
     def split(self, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-        """The parameters here, from the tensor there; the vocabulary's padding becomes zeros."""
+        """Yields (name, parameter) of our parameters, from the Hugging Face tensor; padding rows of the vocabulary are zeros."""
         tensor = tensor.t() if self.transposed else tensor
         start = 0
         for name, shape in self.parameters:
@@ -53,88 +119,44 @@ class Mapped:
             yield name, part
 
 
-def parameter_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
-    """Our parameters and their shapes, in the model's order, without memory for them."""
+def parameter_shapes(shape: ModelShape) -> dict[str, Sizes]:
+    """Returns name -> shape of our parameters, in the model's order, without allocating them."""
     with torch.device("meta"):
         model = GPTModel(shape)
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
-_LLAMA_PARTS = {
-    "attention_norm": "input_layernorm",
-    "attention.query": "self_attn.q_proj",
-    "attention.key": "self_attn.k_proj",
-    "attention.value": "self_attn.v_proj",
-    "attention.output": "self_attn.o_proj",
-    "attention.query_norm": "self_attn.q_norm",
-    "attention.key_norm": "self_attn.k_norm",
-    "feed_forward_norm": "post_attention_layernorm",
-    "feed_forward.gate": "mlp.gate_proj",
-    "feed_forward.up": "mlp.up_proj",
-    "feed_forward.down": "mlp.down_proj",
-}
-_GPT2_PARTS = {
-    "attention_norm": "ln_1",
-    "attention.query": "attn.c_attn",
-    "attention.key": "attn.c_attn",
-    "attention.value": "attn.c_attn",
-    "attention.output": "attn.c_proj",
-    "feed_forward_norm": "ln_2",
-    "feed_forward.up": "mlp.c_fc",
-    "feed_forward.down": "mlp.c_proj",
-}
-_LLAMA_ENDS = {"embedding.word": "model.embed_tokens", "final_norm": "model.norm", "head": "lm_head"}
-_GPT2_ENDS = {
-    "embedding.word": "transformer.wte",
-    "embedding.position": "transformer.wpe",
-    "final_norm": "transformer.ln_f",
-    "head": "lm_head",
-}
-
-
-def _name_there(name: str, gpt2: bool) -> str:
-    module, _, kind = name.rpartition(".")
-    if not module.startswith("blocks."):
-        return f"{(_GPT2_ENDS if gpt2 else _LLAMA_ENDS)[module]}.{kind}"
-    _, layer, part = module.split(".", 2)
-    return f"transformer.h.{layer}.{_GPT2_PARTS[part]}.{kind}" if gpt2 else f"model.layers.{layer}.{_LLAMA_PARTS[part]}.{kind}"
-
-
-def mapped_tensors(shape: ModelShape) -> list[Mapped]:
-    """All tensors of a shape's Hugging Face model, in the order of our parameters.
-
-    Raises:
-        ConfigError: no Hugging Face architecture has this shape.
-    """
-    gpt2 = architecture_of(shape).model_type == "gpt2"
-    parts: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
+def mapped_tensors(shape: ModelShape, names: TensorNames) -> list[MappedTensor]:
+    """Returns all tensors of a shape's Hugging Face model, in the order of our parameters."""
+    parts: dict[str, list[tuple[str, Sizes]]] = {}
     for name, size in parameter_shapes(shape).items():
-        parts.setdefault(_name_there(name, gpt2), []).append((name, size))
-    return [_mapped(there, tuple(parameters), shape, gpt2) for there, parameters in parts.items()]
+        parts.setdefault(names.name_of(name), []).append((name, size))
+    return [_mapped(name, tuple(parameters), shape, names.transposed) for name, parameters in parts.items()]
 
 
-def _mapped(there: str, parameters: tuple[tuple[str, tuple[int, ...]], ...], shape: ModelShape, gpt2: bool) -> Mapped:
+def _mapped(name: str, parameters: tuple[tuple[str, Sizes], ...], shape: ModelShape, transposed: bool) -> MappedTensor:
     first, size = parameters[0]
     vocabulary = first in ("embedding.word.weight", "head.weight")
     rows = shape.vocab_size if vocabulary else sum(part[0] for _, part in parameters)
     stored = (rows, *size[1:])
-    transposed = gpt2 and len(size) == 2 and first.startswith("blocks.")
-    return Mapped(there, stored[::-1] if transposed else stored, parameters, rows, transposed)
+    transposed = transposed and len(size) == 2 and first.startswith("blocks.")
+    return MappedTensor(name, stored[::-1] if transposed else stored, parameters, rows, transposed)
 
 
 _BUFFERS = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
 
 
 def is_buffer(name: str) -> bool:
-    """Whether a tensor is a constant that old files carry and no weight."""
+    """Whether a tensor is a constant that files of older versions contain, not a weight."""
     return name.endswith(_BUFFERS)
 
 
-def match_prefix(found: Mapping[str, object], mapped: list[Mapped]) -> dict[str, str]:
-    """Name that a file uses -> the usual name: files of a bare model lack "model." or "transformer.", wrapped ones add "module."."""
+def match_prefix(found: Mapping[str, object], mapped: list[MappedTensor]) -> dict[str, str]:
+    """Returns name in a file -> usual name: files of a bare model lack its prefix ("model."), those of a wrapped one add "module."."""
     usual = {tensor.name for tensor in mapped}
+    prefixes = sorted({name.partition(".")[0] for name in usual})
     names = {}
     for name in found:
         plain = name.removeprefix("module.").removeprefix("_orig_mod.")
-        names[name] = next((full for full in (plain, f"model.{plain}", f"transformer.{plain}") if full in usual), plain)
+        names[name] = next((full for full in (plain, *(f"{prefix}.{plain}" for prefix in prefixes)) if full in usual), plain)
     return names

@@ -1,8 +1,8 @@
-"""Export: a checkpoint becomes a folder that transformers, vLLM and the rest load.
+"""Exports a checkpoint as a folder that transformers, vLLM and other programs load.
 
-In: a checkpoint of any layout. Out: sharded safetensors with their index, config.json, generation_config.json, the tokenizer's files. One
-tensor is in memory at a time. The folder appears under its name when it is whole; until then OUTPUT.partial keeps what is finished, and an
-interrupted export, started again, verifies those shards and goes on behind them.
+In: a checkpoint of any parallel layout. Out: safetensors files with their index, config.json, generation_config.json and the tokenizer's
+files. One tensor is in memory at a time. The folder appears under its name when it is complete; until then OUTPUT.partial holds the
+finished files, and an interrupted export that is started again verifies these and continues with the next one.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ import xxhash
 
 from megatron_patch.checkpoint.commit import MANIFEST, ManifestEntry
 from megatron_patch.checkpoint.safetensors_io import write_safetensors
-from megatron_patch.convert.architectures import Ids, config_of
+from megatron_patch.convert.architectures import SpecialIds, architecture_of, config_of
 from megatron_patch.convert.checkpoint_io import CheckpointWeights, check_output, groups_by_size
-from megatron_patch.convert.tensor_names import Mapped, mapped_tensors
+from megatron_patch.convert.tensor_names import MappedTensor, mapped_tensors
 from megatron_patch.convert.tokenizer_files import copy_tokenizer, tokenizer_of
 from megatron_patch.errors import CheckpointError, ConfigError
 from megatron_patch.model.precision import DTYPES
@@ -34,14 +34,14 @@ _PROGRESS = "progress.json"
 
 
 @dataclass(frozen=True)
-class Export:
+class ExportResult:
     """What an export wrote.
 
     Args:
-        folder: where it is.
-        files: its files of weights.
-        kept: those that an earlier, interrupted export had finished.
-        bytes: of all weights.
+        folder: the export.
+        files: names of the files of weights.
+        kept: those of them that an earlier, interrupted export had finished.
+        bytes: size of all weights.
         dtype: "fp32", "bf16" or "fp16".
         tokenizer: names of the tokenizer's files.
     """
@@ -55,7 +55,7 @@ class Export:
 
 
 def default_dtype(checkpoint: CheckpointWeights) -> str:
-    """The precision that the run computed in, or that imported weights came in."""
+    """Returns the precision that the run computed in, or that imported weights were stored in."""
     precision = checkpoint.found.state.engine.get("precision")
     return str(precision) if precision in DTYPES else "fp32"
 
@@ -65,33 +65,34 @@ def to_hugging_face(
     output: Path,
     max_shard_size: int = 5_000_000_000,
     dtype: str | None = None,
-    tell: Callable[[str], None] = lambda text: None,
-) -> Export:
+    on_file: Callable[[str], None] = lambda text: None,
+) -> ExportResult:
     """Exports a checkpoint.
 
     Args:
-        checkpoint: what to export.
+        checkpoint: the checkpoint to export.
         output: a new or empty folder.
-        max_shard_size: bytes of a file; a larger tensor has a file of its own.
+        max_shard_size: largest size of a file in bytes; a larger tensor has a file of its own.
         dtype: "fp32", "bf16" or "fp16"; None: `default_dtype`.
-        tell: is called with a sentence for each file.
+        on_file: called with one line of text for each file.
 
     Raises:
-        ConfigError: no architecture of Hugging Face has this shape; a tokenizer with more ids than the model.
-        CheckpointError: the output exists, or cannot be written.
+        ConfigError: no architecture computes the model's shape, or the tokenizer has more ids than the model.
+        CheckpointError: the output folder is not empty, or cannot be written.
         DataError: the tokenizer that the checkpoint names cannot be read.
     """
     check_output(output)
     dtype = dtype or default_dtype(checkpoint)
-    tensors = mapped_tensors(checkpoint.shape)
+    architecture = architecture_of(checkpoint.shape, checkpoint.family)
+    tensors = mapped_tensors(checkpoint.shape, architecture.tensors)
     tokenizer = tokenizer_of(checkpoint.data_metadata)
     if tokenizer is not None and tokenizer.vocab_size > checkpoint.shape.vocab_size:
         raise ConfigError(
-            f"{tokenizer.name} has {tokenizer.vocab_size} ids, the model {checkpoint.shape.vocab_size}",
+            f"the tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids, but the model has {checkpoint.shape.vocab_size}",
             "the tokenizer of the training data",
             "give --tokenizer-type and --tokenizer-model",
         )
-    config = config_of(checkpoint.shape, _TORCH_NAMES[dtype], *_ends(checkpoint, tokenizer))
+    config = config_of(architecture, checkpoint.shape, _TORCH_NAMES[dtype], *_special_ids(checkpoint, tokenizer))
     partial = output.with_name(output.name + ".partial")
     sizes = [int(torch.Size(tensor.shape).numel()) * DTYPES[dtype].itemsize for tensor in tensors]
     shards = groups_by_size(sizes, max_shard_size)
@@ -104,11 +105,11 @@ def to_hugging_face(
         kept = tuple(done)
         for name, shard in zip(names, shards, strict=True):
             if name in done:
-                tell(f"{name}: kept, its checksum is right")
+                on_file(f"{name}: kept from the interrupted export; its checksum matches")
                 continue
             done[name] = _write_shard(partial / name, [tensors[number] for number in shard], checkpoint, DTYPES[dtype])
             _write_progress(partial, source, done)
-            tell(f"{name}: {done[name].size:,} bytes")
+            on_file(f"{name}: {done[name].size:,} bytes")
         weight_map = {tensors[number].name: name for name, shard in zip(names, shards, strict=True) for number in shard}
         index = {"metadata": {"total_size": sum(sizes)}, "weight_map": dict(sorted(weight_map.items()))}
         write_durably(partial / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
@@ -122,13 +123,13 @@ def to_hugging_face(
         fsync_folder(output.parent)
     except OSError as error:
         raise CheckpointError(
-            f"cannot write {partial}: {error.strerror}", "a folder with free space", "free space and start again"
+            f"cannot write {partial}: {error.strerror}", "a folder with free space", "free space and run the same command again"
         ) from error
-    return Export(output, tuple(names), kept, sum(sizes), dtype, tokenizer_names)
+    return ExportResult(output, tuple(names), kept, sum(sizes), dtype, tokenizer_names)
 
 
-def _ends(checkpoint: CheckpointWeights, tokenizer: Tokenizer | None) -> tuple[Ids, Ids]:
-    """Ids that begin and end a text: those that imported weights came with, else the tokenizer's."""
+def _special_ids(checkpoint: CheckpointWeights, tokenizer: Tokenizer | None) -> tuple[SpecialIds, SpecialIds]:
+    """(bos, eos) ids of the text: those of the imported config.json, or else the tokenizer's."""
     imported = checkpoint.found.state.special_ids
     if imported is not None and not checkpoint.tokenizer:
         return imported.get("bos_token_id"), imported.get("eos_token_id")
@@ -136,24 +137,26 @@ def _ends(checkpoint: CheckpointWeights, tokenizer: Tokenizer | None) -> tuple[I
 
 
 def _identity(checkpoint: CheckpointWeights) -> str:
-    """Changes with anything in the checkpoint: the checksum of its manifest, which holds those of its files."""
+    """The checksum of the checkpoint's manifest, which holds the checksums of all its files."""
     return xxhash.xxh64((checkpoint.found.folder / MANIFEST).read_bytes()).hexdigest()
 
 
-def _write_shard(path: Path, tensors: list[Mapped], checkpoint: CheckpointWeights, dtype: torch.dtype) -> ManifestEntry:
+def _write_shard(path: Path, tensors: list[MappedTensor], checkpoint: CheckpointWeights, dtype: torch.dtype) -> ManifestEntry:
     names = [(tensor.name, tensor.shape) for tensor in tensors]
     entry = write_safetensors(path, names, dtype, (_rounded(tensor, checkpoint, dtype) for tensor in tensors), {"format": "pt"})
     if checksum_on_disk(path) != entry.xxh64:
-        raise CheckpointError(f"{path} reads back as something else than was written", "a sound disk", "change --output")
+        raise CheckpointError(f"{path} does not read back as it was written", "a disk without faults", "choose an --output on another disk")
     return entry
 
 
-def _rounded(mapped: Mapped, checkpoint: CheckpointWeights, dtype: torch.dtype) -> torch.Tensor:
+def _rounded(mapped: MappedTensor, checkpoint: CheckpointWeights, dtype: torch.dtype) -> torch.Tensor:
     tensor = mapped.join(checkpoint.parameter)
     result = tensor.to(dtype)
     if dtype == torch.float16 and not bool(torch.isfinite(result).all()) and bool(torch.isfinite(tensor).all()):
         raise CheckpointError(
-            f"tensor {mapped.name} has values up to {float(tensor.abs().max()):.3g}", "65504, float16's largest", "use --dtype bf16 or fp32"
+            f"tensor {mapped.name} has values up to {float(tensor.abs().max()):.3g}, which float16 cannot represent",
+            "values up to 65504",
+            "use --dtype bf16 or fp32",
         )
     return result
 
@@ -164,7 +167,7 @@ def _write_progress(partial: Path, source: Mapping[str, Any], done: Mapping[str,
 
 
 def _resume(partial: Path, source: Mapping[str, Any]) -> dict[str, ManifestEntry]:
-    """The shards that an interrupted export of the same checkpoint left whole; everything else there is removed."""
+    """Returns the valid files that an interrupted export of the same checkpoint left; removes everything else from its folder."""
     done: dict[str, ManifestEntry] = {}
     try:
         progress = json.loads((partial / _PROGRESS).read_text(encoding="utf-8"))
@@ -173,17 +176,21 @@ def _resume(partial: Path, source: Mapping[str, Any]) -> dict[str, ManifestEntry
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         done = {}
     if partial.exists() and not (partial / _PROGRESS).is_file() and any(partial.iterdir()):
-        raise CheckpointError(f"{partial} exists and is no unfinished export", "a name that is free", "choose another --output")
+        raise CheckpointError(
+            f"{partial} exists and is not an unfinished export",
+            "an --output whose OUTPUT.partial does not exist",
+            "choose another --output",
+        )
     partial.mkdir(parents=True, exist_ok=True)
-    whole = {name: entry for name, entry in done.items() if _is_whole(partial / name, entry)}
+    valid = {name: entry for name, entry in done.items() if _is_valid(partial / name, entry)}
     for path in partial.iterdir():
         if path.is_dir():
             shutil.rmtree(path)
-        elif path.name not in whole and path.name != _PROGRESS:
+        elif path.name not in valid and path.name != _PROGRESS:
             path.unlink()
-    _write_progress(partial, source, whole)
-    return whole
+    _write_progress(partial, source, valid)
+    return valid
 
 
-def _is_whole(path: Path, entry: ManifestEntry) -> bool:
+def _is_valid(path: Path, entry: ManifestEntry) -> bool:
     return path.is_file() and path.stat().st_size == entry.size and checksum(path) == entry.xxh64

@@ -1,4 +1,4 @@
-"""The tokenizer's files beside a model's weights: copied from where the tokenizer is, completed by what transformers needs to load them."""
+"""The tokenizer's files in a Hugging Face folder: copied from the tokenizer, plus the configuration that transformers needs."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ _NEEDED = {
 
 
 def main_file(kind: str) -> str:
-    """What `--tokenizer-model` names in a folder of files; "": the folder itself."""
+    """Returns the file of a folder that `--tokenizer-model` takes for a type of tokenizer; "": the folder itself."""
     return _MAIN_FILES[kind]
 
 
 def tokenizer_type_of(folder: Path, vocab_size: int) -> str | None:
-    """The kind of tokenizer that a folder holds; None where it holds none, or one that only code of its own reads.
+    """Returns the type of the tokenizer in a folder; None where there is none, or one that needs custom code.
 
     Args:
-        folder: with a model of Hugging Face's.
-        vocab_size: of the model.
+        folder: a Hugging Face model's folder.
+        vocab_size: vocabulary size of the model.
 
     Raises:
         CheckpointError: the tokenizer has more ids than the model.
@@ -57,19 +57,19 @@ def tokenizer_type_of(folder: Path, vocab_size: int) -> str | None:
         return None
     if tokenizer.vocab_size > vocab_size:
         raise CheckpointError(
-            f"{tokenizer.name} has {tokenizer.vocab_size} ids, config.json says vocab_size {vocab_size}",
-            "a tokenizer with as many ids at most",
-            "take the one that belongs to the model, or remove it from the folder to import the weights alone",
+            f"the tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids, but vocab_size in config.json is {vocab_size}",
+            f"at most {vocab_size} ids",
+            "use the model's own tokenizer, or remove the tokenizer from the folder to import only the weights",
         )
     return kind
 
 
 def tokenizer_of(data_metadata: Mapping[str, Any]) -> Tokenizer | None:
-    """The tokenizer that a side file names, or None where there is none of text, or its files are not on this machine.
+    """Returns the tokenizer that a metadata file names, or None if it names none, or its files are not on this machine.
 
     Raises:
-        DataError: its files are broken.
-        ConfigError: the side file does not tell how it splits text.
+        DataError: its files are damaged.
+        ConfigError: the metadata file does not define how the tokenizer splits text.
     """
     kind, model = data_metadata.get("tokenizer_type"), data_metadata.get("tokenizer_model")
     if not kind or not model or kind == "NullTokenizer" or not Path(str(model)).exists():
@@ -78,17 +78,17 @@ def tokenizer_of(data_metadata: Mapping[str, Any]) -> Tokenizer | None:
 
 
 def copy_tokenizer(data_metadata: Mapping[str, Any], target: Path) -> list[str]:
-    """Puts a tokenizer's files into a folder of Hugging Face's layout.
+    """Writes a tokenizer's files to a Hugging Face folder.
 
     Args:
-        data_metadata: a side file's contents.
+        data_metadata: contents of the training data's metadata file.
         target: an existing folder.
 
     Returns:
-        Names of the files, none where the tokenizer is not known or not here.
+        The names of the files; none if the tokenizer is unknown or its files are not on this machine.
 
     Raises:
-        DataError: its files are broken.
+        DataError: its files are damaged.
     """
     tokenizer = tokenizer_of(data_metadata)
     if tokenizer is None:
@@ -116,7 +116,7 @@ def _config(tokenizer: Tokenizer) -> dict[str, Any]:
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast" if fast else "LlamaTokenizer",
         "clean_up_tokenization_spaces": False,
-        # Older versions of transformers would hand token_type_ids to a model that takes none.
+        # Otherwise older versions of transformers pass token_type_ids to a model that does not accept them.
         "model_input_names": ["input_ids", "attention_mask"],
     }
     for key, token in (("eos_token", tokenizer.eod_id), ("bos_token", tokenizer.bos_id)):

@@ -1,7 +1,7 @@
-"""The check of an export: transformers loads the folder, we load the checkpoint, and both read the same tokens.
+"""Verifies an export: compares the logits of transformers on the export with those of the checkpoint, on the same tokens.
 
-In: a checkpoint, the folder that was made of it, token ids. Out: how far the logits are apart, in float32. Where the export is in a
-16-bit format, our weights are rounded to it first, so that the comparison is as strict as for float32.
+In: a checkpoint, its export, token ids. Out: the difference of the logits, in float32. For an export with 16-bit weights, the checkpoint's
+weights are rounded to the same dtype first, so that the comparison is as strict as for float32.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from megatron_patch.errors import CheckpointError, ConfigError, DataError
 from megatron_patch.model.gpt import GPTModel
 from megatron_patch.model.shape import ModelShape
 from megatron_patch.tokenizers.base import Tokenizer, encode
+from megatron_patch.utils.units import plural
 
 TOLERANCE = 1e-5
 _TEXT = (
@@ -38,12 +39,12 @@ _TEXTS = (
 
 @dataclass(frozen=True)
 class Verification:
-    """The result.
+    """The result of a verification.
 
     Args:
-        difference: largest absolute difference of logits, over the larger of 1 and the largest logit.
-        tokens: how many positions were compared.
-        same_choice: share of positions where both find the same token likeliest.
+        difference: largest absolute difference of logits, divided by the larger of 1 and the largest absolute logit.
+        tokens: number of positions compared.
+        same_choice: fraction of positions where both models have the same most likely token.
     """
 
     difference: float
@@ -52,19 +53,19 @@ class Verification:
 
 
 def tokens_to_verify(checkpoint: CheckpointWeights, data_path: str | None, count: int) -> torch.Tensor:
-    """Real tokens: of a dataset, by default the one that the run read, or a paragraph by the checkpoint's tokenizer.
+    """Returns tokens of real text: of a dataset, or else a paragraph encoded with the checkpoint's tokenizer.
 
     Args:
-        checkpoint: whose options name the data.
-        data_path: a dataset prefix, or None.
-        count: how many at most.
+        checkpoint: the checkpoint.
+        data_path: a dataset prefix; None: the run's training data, if it is on this machine.
+        count: largest number of tokens.
 
     Returns:
         int64 [1, T].
 
     Raises:
-        ConfigError: neither data nor a tokenizer is known.
-        DataError: the data or the tokenizer cannot be read, or does not fit the model.
+        ConfigError: neither the data nor the tokenizer is on this machine.
+        DataError: the data or the tokenizer cannot be read, or has ids outside of the model's vocabulary.
     """
     options: Any = checkpoint.found.state.config.get("options", {})
     known = [part for part in options.get("data_path") or () if Path(f"{part}.bin").is_file()]
@@ -76,16 +77,23 @@ def tokens_to_verify(checkpoint: CheckpointWeights, data_path: str | None, count
         tokenizer = tokenizer_of(checkpoint.data_metadata)
         if tokenizer is None:
             raise ConfigError(
-                "--verify without tokens: the run's data is not here", "--verify-data PREFIX", "give it, or leave --verify out"
+                "--verify has no tokens: neither the run's data nor its tokenizer is on this machine",
+                "a dataset as --verify-data PREFIX",
+                "give --verify-data, or remove --verify",
             )
         ids = torch.tensor(encode(tokenizer, _TEXT)[:count])
     if ids.numel() < 2 or int(ids.max()) >= checkpoint.shape.vocab_size:
-        raise DataError(f"{ids.numel()} tokens, ids up to {int(ids.max())}", f"tokens below {checkpoint.shape.vocab_size}")
+        found = f"{plural(ids.numel(), 'token')} with ids up to {int(ids.max())}" if ids.numel() else "no tokens"
+        raise DataError(
+            f"--verify found {found}",
+            f"at least 2 tokens with ids below {checkpoint.shape.vocab_size}",
+            "give other data with --verify-data",
+        )
     return ids.long()[None]
 
 
-def our_model(checkpoint: CheckpointWeights, dtype: torch.dtype) -> GPTModel:
-    """The checkpoint's model in float32 on the CPU, its weights rounded to `dtype`."""
+def float32_model(checkpoint: CheckpointWeights, dtype: torch.dtype) -> GPTModel:
+    """Returns the checkpoint's model in float32 on the CPU, with weights rounded to `dtype`."""
     with torch.device("meta"):
         model = GPTModel(checkpoint.shape)
     state = {name: checkpoint.parameter(name).to(dtype).float() for name in parameter_shapes(checkpoint.shape)}
@@ -94,60 +102,64 @@ def our_model(checkpoint: CheckpointWeights, dtype: torch.dtype) -> GPTModel:
 
 
 def positions_to_verify(shape: ModelShape) -> int:
-    """How many tokens are compared at most: enough to reach scaled rotary frequencies, no more than the model has learned."""
+    """Returns the number of tokens to compare: enough to test scaled rotary frequencies, and at most the model's positions."""
     return min(shape.max_positions, 1024)
 
 
 @torch.no_grad()
 def verify_export(checkpoint: CheckpointWeights, folder: Path, ids: torch.Tensor, dtype: torch.dtype) -> Verification:
-    """Compares logits.
+    """Compares the logits of an export with those of its checkpoint.
 
     Args:
-        checkpoint: the source.
+        checkpoint: the checkpoint.
         folder: the export.
         ids: int64 [B, T].
-        dtype: of the export.
+        dtype: dtype of the export's weights.
 
     Raises:
         ConfigError: transformers is not installed.
-        CheckpointError: transformers cannot load the export, or the logits are too far apart.
+        CheckpointError: transformers cannot load the export, or the logits differ by more than the tolerance.
     """
     try:
         from transformers import AutoModelForCausalLM
     except ImportError as error:
-        raise ConfigError("--verify without transformers", "the extra [hf]", "pip install 'megatron_patch[hf]'") from error
+        raise ConfigError("--verify needs transformers, which is missing", "the extra [hf]", "pip install 'megatron_patch[hf]'") from error
     try:
         theirs = AutoModelForCausalLM.from_pretrained(
             str(folder), dtype=torch.float32, local_files_only=True, trust_remote_code=False
         ).eval()
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise CheckpointError(f"transformers cannot load {folder}: {error}", "a folder that it loads") from error
-    other = theirs(ids).logits.double()
+        raise CheckpointError(
+            f"transformers cannot load {folder}: {error}", "a folder that it loads", "update transformers, or report this"
+        ) from error
+    expected = theirs(ids).logits.double()
     del theirs
-    mine = our_model(checkpoint, dtype).logits(ids[..., None]).double()
-    scale = max(1.0, float(other.abs().max()))
+    found = float32_model(checkpoint, dtype).logits(ids[..., None]).double()
+    scale = max(1.0, float(expected.abs().max()))
     result = Verification(
-        float((mine - other).abs().max()) / scale, ids.numel(), float((mine.argmax(-1) == other.argmax(-1)).double().mean())
+        float((found - expected).abs().max()) / scale, ids.numel(), float((found.argmax(-1) == expected.argmax(-1)).double().mean())
     )
     if not result.difference <= TOLERANCE:
         raise CheckpointError(
-            f"{folder}: logits differ by {result.difference:.3g} (relative to the largest) on {result.tokens} tokens",
-            f"at most {TOLERANCE}",
+            f"{folder}: logits differ by {result.difference:.3g} (relative to the largest) on {plural(result.tokens, 'token')}",
+            f"a difference of at most {TOLERANCE}",
             "do not use this export, and report it",
         )
     return result
 
 
 def differing_texts(folder: Path, tokenizer: Tokenizer) -> list[str]:
-    """Texts of which the export's tokenizer, as transformers loads it, makes other ids than ours; special tokens are left aside.
+    """Returns the test texts for which the export's tokenizer in transformers gives other ids than `tokenizer`, without special tokens.
 
     Raises:
-        CheckpointError: transformers cannot load it.
+        CheckpointError: transformers cannot load the export's tokenizer.
     """
     from transformers import AutoTokenizer
 
     try:
         theirs = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise CheckpointError(f"transformers cannot load the tokenizer of {folder}: {error}", "a tokenizer that it loads") from error
+        raise CheckpointError(
+            f"transformers cannot load the tokenizer of {folder}: {error}", "a tokenizer that transformers loads"
+        ) from error
     return [text for text in _TEXTS if theirs(text, add_special_tokens=False)["input_ids"] != encode(tokenizer, text)]

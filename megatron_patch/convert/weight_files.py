@@ -1,7 +1,7 @@
-"""The tensors of a folder or file of weights, by name, read one at a time: safetensors, or PyTorch files that hold nothing but tensors.
+"""Reads the tensors of a folder or file of weights one at a time: safetensors, or PyTorch files that hold tensors alone.
 
-In: a path. Out: `Weights`: names, shapes and dtypes known before any data is read, and a function that reads one tensor. Nothing in a file
-is ever run: PyTorch files are opened with `weights_only`.
+In: a path. Out: `Weights`: names, shapes and dtypes, known before any data is read, and a function that reads one tensor. No code in a file
+ever runs, because PyTorch files are opened with `weights_only`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 
 @dataclass(frozen=True)
 class Weights:
-    """Tensors that can be read.
+    """The tensors of a folder or file.
 
     Args:
         where: the folder or file, for messages.
@@ -40,7 +40,7 @@ class Weights:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The one dtype of all tensors, or float32, which can say all the others."""
+        """The common dtype of all tensors; float32, which represents all others, if they differ."""
         dtypes = {DTYPES[info.dtype] for info in self.infos.values()}
         return dtypes.pop() if len(dtypes) == 1 else torch.float32
 
@@ -49,8 +49,8 @@ def open_weights(path: Path) -> Weights:
     """Opens a folder of weights, or one file.
 
     Raises:
-        CheckpointError: nothing to read, a truncated or unreadable file, a file that an index names and that is missing, a tensor that is
-            in two files, or a dtype that is no float.
+        CheckpointError: there are no weights; a file is truncated or unreadable, or named by the index but missing; a tensor is in two
+            files, or its dtype is not a supported floating-point dtype.
     """
     files, index = _files(path)
     safetensors = files[0].suffix == ".safetensors"
@@ -60,22 +60,24 @@ def open_weights(path: Path) -> Weights:
         found = read_header(file) if safetensors else _torch_header(file, loaded)
         for name, info in found.items():
             if name in infos:
-                raise CheckpointError(f"{path}: tensor {name} is in {infos[name].path.name} and {file.name}", "each tensor once")
+                raise CheckpointError(
+                    f"{path}: tensor {name} is in both {infos[name].path.name} and {file.name}", "each tensor once", "remove one file"
+                )
             if info.dtype not in DTYPES:
                 raise CheckpointError(
-                    f"{file}: tensor {name} has dtype {info.dtype}", ", ".join(DTYPES), "take the weights before they were quantized"
+                    f"{file}: tensor {name} has dtype {info.dtype}", ", ".join(DTYPES), "use the weights before quantization"
                 )
             infos[name] = info
     for name in index:
         if name not in infos:
-            raise CheckpointError(f"{path}: the index names a tensor {name}, which no file has", "whole weights", "copy the folder again")
+            raise CheckpointError(f"{path}: the index names tensor {name}, but no file has it", "complete weights", "copy the folder again")
     if not infos:
-        raise CheckpointError(f"{path} holds no tensors", "a model's weights")
+        raise CheckpointError(f"{path} contains no tensors", "a model's weights", "check the path")
     return Weights(str(path), infos, (lambda name: _read_safetensors(infos[name], name)) if safetensors else loaded.__getitem__)
 
 
 def _files(path: Path) -> tuple[list[Path], list[str]]:
-    """The files of a folder's weights, and the names of tensors that its index promises."""
+    """Returns the files of a folder's weights, and the names of tensors in its index."""
     if path.is_file():
         return [path], []
     for name in _INDEXES:
@@ -88,15 +90,17 @@ def _files(path: Path) -> tuple[list[Path], list[str]]:
                 raise CheckpointError(f"{index} cannot be read: {error}", "an index with a weight_map", "copy it again") from error
             for file in files:
                 if file.parent != path or not file.is_file():
-                    raise CheckpointError(f"{index} names {file.name}, which is not in the folder", "all files of the index", "copy them")
+                    raise CheckpointError(
+                        f"{index} names {file.name}, which is not in the folder", "all files of the index", "copy the missing file"
+                    )
             return files, list(weight_map)
-    # Public folders hold copies in other layouts beside the usual one (consolidated.safetensors).
+    # Some public folders also contain the weights in another layout (consolidated.safetensors).
     for pattern in ("model.safetensors", "model-*.safetensors", "*.safetensors", "pytorch_model*.bin"):
         if found := sorted(path.glob(pattern)):
             return found, []
     raise CheckpointError(
-        f"{path} holds no weights" if path.exists() else f"{path} does not exist",
-        "model.safetensors, pytorch_model.bin, or several with an index",
+        f"{path} contains no weights" if path.exists() else f"{path} does not exist",
+        "a folder with model.safetensors or pytorch_model.bin, or with several files and their index",
         "check the path",
     )
 
@@ -107,12 +111,12 @@ def _read_safetensors(info: TensorInfo, name: str) -> torch.Tensor:
             tensor: torch.Tensor = file.get_tensor(name)
             return tensor
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{info.path}: tensor {name}: {error}", "a whole safetensors file", "copy it again") from error
+        raise CheckpointError(f"{info.path}: tensor {name}: {error}", "a complete safetensors file", "copy it again") from error
 
 
 @contextlib.contextmanager
 def _only(allowed: Sequence[Any]) -> Iterator[None]:
-    """Exactly these classes may be in a file: what other libraries have allowed in this process does not count meanwhile."""
+    """Allows exactly these classes in a PyTorch file, whatever other libraries in this process have allowed."""
     before = torch.serialization.get_safe_globals()
     torch.serialization.clear_safe_globals()
     try:
@@ -124,14 +128,14 @@ def _only(allowed: Sequence[Any]) -> Iterator[None]:
 
 
 def load_torch_file(path: Path, allowed: Sequence[Any] = ()) -> Any:
-    """A PyTorch file's contents, mapped where the format allows it.
+    """Returns the contents of a PyTorch file, memory-mapped if its format permits.
 
     Args:
-        path: of the file.
-        allowed: classes beside tensors and plain values, or (stand-in, full name) for those of others.
+        path: the file.
+        allowed: classes that the file may contain in addition to tensors and plain values; (stand-in, full name) replaces a class.
 
     Raises:
-        CheckpointError: it cannot be read, or holds anything that would have to be run.
+        CheckpointError: the file cannot be read, or contains an object that needs code to be loaded.
     """
     try:
         with _only(allowed):
@@ -145,12 +149,12 @@ def load_torch_file(path: Path, allowed: Sequence[Any] = ()) -> Any:
         match = re.search(r"GLOBAL \S+", str(error))
         reason = match.group(0) if match else str(error).strip().split("\n")[0]
         raise CheckpointError(
-            f"{path} holds more than tensors and plain values: {reason[:300]}",
-            "a file of tensors, which cannot run code when it is read",
-            "save its weights alone, best as safetensors, where you trust the file",
+            f"{path} contains more than tensors and plain values: {reason[:300]}",
+            "a file of tensors, which cannot run code when it is loaded",
+            "if you trust the file, load it elsewhere and save its weights as safetensors",
         ) from error
     except (OSError, RuntimeError, EOFError, ValueError) as error:
-        raise CheckpointError(f"cannot read {path}: {str(error)[:300]}", "a whole PyTorch file", "copy it again") from error
+        raise CheckpointError(f"cannot read {path}: {str(error)[:300]}", "a complete PyTorch file", "copy it again") from error
 
 
 def _torch_header(path: Path, loaded: dict[str, torch.Tensor]) -> dict[str, TensorInfo]:
@@ -158,7 +162,9 @@ def _torch_header(path: Path, loaded: dict[str, torch.Tensor]) -> dict[str, Tens
     if isinstance(state, dict) and isinstance(state.get("module"), dict):
         state = state["module"]
     if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
-        raise CheckpointError(f"{path} is no mapping of names to tensors", "a state dict, as zero_to_fp32.py writes it")
+        raise CheckpointError(
+            f"{path} is not a mapping of names to tensors", "a state dict, as zero_to_fp32.py writes it", "save the model's state_dict()"
+        )
     infos = {}
     for name, tensor in state.items():
         kind = dtype_name(tensor.dtype) if tensor.dtype in DTYPES.values() else str(tensor.dtype)

@@ -1,1 +1,1 @@
-"""The model: a list of layers from token patches to loss sums. Nothing here knows about stages, only about the K of its input."""
+"""The language model, from token patches to loss sums. It knows nothing of training stages; it takes K from the shape of its input."""

@@ -1,4 +1,4 @@
-"""Causal self-attention with grouped queries over positions, whether a position is a token or a patch."""
+"""Causal self-attention with grouped queries. A position can be a token or a patch."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _LONGEST_FLASH_HEAD = 256
 
 @dataclass(frozen=True)
 class AttentionContext:
-    """What all blocks share in one forward pass.
+    """The inputs of attention that all blocks of a forward pass share.
 
     Args:
-        rotary: (cos, sin), each [B or 1, 1, T, head_size], or None for learned positions.
-        mask: bool [B, 1, T, T], True where a position may look, or None for the plain causal mask.
+        rotary: (cos, sin), each [B or 1, 1, T, head_size], or None with learned positions.
+        mask: bool [B or 1, 1, T, T], True where a position attends to another, or None for the causal mask.
     """
 
     rotary: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -33,22 +33,28 @@ class AttentionContext:
 
 @dataclass
 class KeyValueCache:
-    """Keys and values of one block for the positions read so far, in [B, groups, room, head_size] with room to grow; for generation."""
+    """Keys and values of one block for the positions read so far, for generation.
+
+    Args:
+        length: number of positions.
+        keys: [B, groups, capacity, head_size], of which the first `length` positions are used.
+        values: like `keys`.
+    """
 
     length: int = 0
     keys: torch.Tensor | None = None
     values: torch.Tensor | None = None
 
     def extend(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Appends new positions and returns all, [B, groups, T, head_size]."""
+        """Appends keys and values of new positions, and returns those of all positions, [B, groups, T, head_size]."""
         start, end = self.length, self.length + keys.shape[2]
-        self.keys, self.values = (_with_room(old, new, start, end) for old, new in ((self.keys, keys), (self.values, values)))
+        self.keys, self.values = (_append(old, new, start, end) for old, new in ((self.keys, keys), (self.values, values)))
         self.length = end
         return self.keys[:, :, :end], self.values[:, :, :end]
 
 
-def _with_room(old: torch.Tensor | None, new: torch.Tensor, start: int, end: int) -> torch.Tensor:
-    """Storage that holds `old`'s first `start` positions and `new` behind them; where it is full, twice as much is taken."""
+def _append(old: torch.Tensor | None, new: torch.Tensor, start: int, end: int) -> torch.Tensor:
+    """Returns storage with the first `start` positions of `old`, then `new`; the capacity doubles when it is full."""
     if old is None or old.shape[2] < end:
         larger = new.new_empty(*new.shape[:2], end if old is None else 2 * end, new.shape[3])
         if old is not None:
@@ -60,19 +66,28 @@ def _with_room(old: torch.Tensor | None, new: torch.Tensor, start: int, end: int
 
 @dataclass
 class ModelCache:
-    """One `KeyValueCache` a block, how many positions they hold, and how many at the start of each row hold nothing (int64 [B])."""
+    """The state of generation.
+
+    Args:
+        blocks: one cache for each block.
+        length: number of positions that they hold.
+        padding: int64 [B], number of padding positions at the start of each row, or None without padding.
+    """
 
     blocks: list[KeyValueCache] = field(default_factory=list)
     length: int = 0
     padding: torch.Tensor | None = None
 
 
-class KeyLinear(nn.Linear):
-    """The projection to keys or to values. With fewer groups than ranks every rank holds all of it and computes the group of its heads.
+class KeyValueLinear(nn.Linear):
+    """The projection to keys or to values.
+
+    It is column-parallel where the ranks divide the query groups. With fewer groups than ranks, every rank holds the full weight and
+    computes only the group of its own heads.
 
     Args:
         inputs: H.
-        outputs: what this rank holds.
+        outputs: number of outputs that this rank holds.
         shape: the model's shape.
         parallel: the ranks that share the heads.
     """
@@ -86,7 +101,7 @@ class KeyLinear(nn.Linear):
             self.rows = slice(group * shape.head_size, (group + 1) * shape.head_size)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """[B, T, H] to [B, T, own groups·head_size]."""
+        """Maps [B, T, H] to [B, T, groups of this rank · head_size]."""
         if self.rows is None:
             return super().forward(input)
         weight = all_reduce_gradient(self.weight, self.parallel)[self.rows]
@@ -95,11 +110,11 @@ class KeyLinear(nn.Linear):
 
 
 class Attention(nn.Module):
-    """Projections to heads, rotation, scaled dot products, projection back.
+    """Self-attention: query, key and value projections, rotary embedding, scaled dot products, output projection.
 
     Args:
         shape: the model's shape.
-        recompute: recompute the attention product in the backward pass instead of keeping what it needs.
+        recompute: whether the backward pass recomputes the scaled dot products instead of keeping their activations.
         parallel: the ranks that share the heads.
     """
 
@@ -107,29 +122,29 @@ class Attention(nn.Module):
         super().__init__()
         self.head_size, self.recompute, self.parallel = shape.head_size, recompute, parallel
         queries, keys = shape.num_attention_heads * shape.head_size, shape.num_query_groups * shape.head_size
-        own_keys = parallel.part(keys) if shards_key_value(shape, parallel.size) else keys
+        local_keys = parallel.part(keys) if shards_key_value(shape, parallel.size) else keys
         self.query = nn.Linear(shape.hidden_size, parallel.part(queries), bias=shape.qkv_bias)
-        self.key = KeyLinear(shape.hidden_size, own_keys, shape, parallel)
-        self.value = KeyLinear(shape.hidden_size, own_keys, shape, parallel)
+        self.key = KeyValueLinear(shape.hidden_size, local_keys, shape, parallel)
+        self.value = KeyValueLinear(shape.hidden_size, local_keys, shape, parallel)
         self.output = RowParallelLinear(queries, shape.hidden_size, shape.attention_bias, parallel)
-        # Each rank sees some heads alone.
+        # Each rank normalizes only its own heads, so the gradients of these weights are summed over the ranks.
         self.query_norm = RMSNorm(shape.head_size, shape.norm_epsilon, parallel) if shape.qk_norm else None
         self.key_norm = RMSNorm(shape.head_size, shape.norm_epsilon, parallel) if shape.qk_norm else None
 
     def _heads(self, projected: torch.Tensor) -> torch.Tensor:
-        """[B, T, heads·head_size] to [B, T, heads, head_size]."""
+        """Splits [B, T, heads·head_size] into [B, T, heads, head_size]."""
         return projected.unflatten(-1, (-1, self.head_size))
 
     def forward(self, hidden: torch.Tensor, context: AttentionContext, cache: KeyValueCache | None = None) -> torch.Tensor:
-        """Mixes positions.
+        """Returns the attention output.
 
         Args:
-            hidden: [B, T, H], normalised.
+            hidden: [B, T, H], normalized; with sequence parallelism this rank's positions.
             context: rotary tables and mask.
-            cache: earlier positions, which all new ones may look at.
+            cache: earlier positions, to which all new positions attend; the new ones are appended.
 
         Returns:
-            [B, T, H].
+            Like `hidden`.
         """
         hidden = copy_to_tensor_parallel(hidden, self.parallel)
         queries, keys = self._heads(self.query(hidden)), self._heads(self.key(hidden))
@@ -142,30 +157,30 @@ class Attention(nn.Module):
         if cache is not None:
             keys, values = cache.extend(keys, values)
         if self.recompute and self.training and torch.is_grad_enabled():
-            mixed = checkpoint(self._mix, queries, keys, values, context.mask, use_reentrant=False, preserve_rng_state=False)
+            attended = checkpoint(self._attend, queries, keys, values, context.mask, use_reentrant=False, preserve_rng_state=False)
         else:
-            mixed = self._mix(queries, keys, values, context.mask)
-        return self.output(mixed.transpose(1, 2).flatten(2))
+            attended = self._attend(queries, keys, values, context.mask)
+        return self.output(attended.transpose(1, 2).flatten(2))
 
-    def _mix(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    def _attend(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         causal = mask is None and queries.shape[2] == keys.shape[2]
         fewer = keys.shape[1] != queries.shape[1]
-        grouped = fewer and takes_groups(queries.device.type, queries.dtype, self.head_size, masked=mask is not None)
+        grouped = fewer and supports_grouped_queries(queries.device.type, queries.dtype, self.head_size, masked=mask is not None)
         if fewer and not grouped:
             keys, values = (repeat_groups(tensor, queries.shape[1]) for tensor in (keys, values))
         return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
 
 
-def takes_groups(device_type: str, dtype: torch.dtype, head_size: int, masked: bool) -> bool:
-    """Whether a fast kernel takes fewer key-value heads than query heads as they are.
+def supports_grouped_queries(device_type: str, dtype: torch.dtype, head_size: int, masked: bool) -> bool:
+    """Whether a memory-efficient kernel of torch accepts fewer key-value heads than query heads.
 
-    On CUDA the flash kernel does, for 16-bit floats without a mask. The memory-efficient one, which the other cases need, does not up to
-    torch 2.13, and what no fast kernel takes is computed with all [B, heads, T, T] scores in memory. The CPU's kernel always does.
+    On CUDA, the flash kernel does, for 16-bit floats without a mask. All other cases need torch's memory-efficient kernel, which does not
+    (up to torch 2.13); without either, torch would materialize all [B, heads, T, T] scores. The CPU's kernel always does.
     """
     return device_type != "cuda" or (not masked and dtype in (torch.float16, torch.bfloat16) and head_size <= _LONGEST_FLASH_HEAD)
 
 
 def repeat_groups(tensor: torch.Tensor, heads: int) -> torch.Tensor:
-    """[B, groups, T, head_size] to [B, heads, T, head_size], each group beside its copies."""
+    """Repeats key-value heads: [B, groups, T, head_size] to [B, heads, T, head_size], copies of a group next to each other."""
     groups = tensor.shape[1]
     return tensor[:, :, None].expand(-1, -1, heads // groups, -1, -1).flatten(1, 2)

@@ -1,4 +1,4 @@
-"""One transformer block: each half reads a normalised copy of the residual stream and adds to it."""
+"""A pre-norm transformer block: attention and feed-forward layer each add to the residual stream."""
 
 from __future__ import annotations
 
@@ -13,7 +13,13 @@ from megatron_patch.parallel.tensor import UNSHARDED, TensorParallel
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + feed_forward(norm(x))."""
+    """Computes h = x + attention(norm(x)), then h + feed_forward(norm(h)).
+
+    Args:
+        shape: the model's shape.
+        recompute_attention: whether the backward pass recomputes the scaled dot products.
+        parallel: the ranks that share the layer.
+    """
 
     def __init__(self, shape: ModelShape, recompute_attention: bool = False, parallel: TensorParallel = UNSHARDED) -> None:
         super().__init__()
@@ -23,6 +29,6 @@ class Block(nn.Module):
         self.feed_forward = FeedForward(shape, parallel)
 
     def forward(self, hidden: torch.Tensor, context: AttentionContext, cache: KeyValueCache | None = None) -> torch.Tensor:
-        """[B, T, H] to [B, T, H]; with sequence parallelism this rank's positions on both sides."""
+        """Maps [B, T, H] to [B, T, H]; with sequence parallelism both hold this rank's positions only."""
         hidden = hidden + self.attention(self.attention_norm(hidden), context, cache)
         return hidden + self.feed_forward(self.feed_forward_norm(hidden))

@@ -1,4 +1,4 @@
-"""From token patches to the residual stream: the mean of K token embeddings, and learned positions where the family has them."""
+"""The input of the residual stream: the mean of the K token embeddings of each patch, plus learned positions where the family has them."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from megatron_patch.parallel.tensor import UNSHARDED, TensorParallel, all_reduce
 
 
 class Embedding(nn.Module):
-    """Token patches [B, T, K] to hidden states [B, T, H].
+    """Embeds token patches [B, T, K] as hidden states [B, T, H].
 
     Args:
         shape: the model's shape.
-        operators: which implementation averages.
+        operators: the implementation of the patch embedding.
         parallel: the ranks that share the vocabulary.
-        positions: False: only the word embedding, for a head that is tied to it and has no embedding beside it.
+        positions: whether learned positions belong to this layer; False on a pipeline rank that holds only the weight of a tied head.
     """
 
     def __init__(
@@ -36,19 +36,19 @@ class Embedding(nn.Module):
         self.position = nn.Embedding(shape.max_positions, shape.hidden_size) if learned else None
 
     def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor | None = None) -> torch.Tensor:
-        """Averages each patch.
+        """Returns the embedding of each patch.
 
         Args:
             input_ids: int64 [B, T, K].
-            position_ids: int64 [B, T]; None: 0..T-1.
+            position_ids: int64 [B, T]; None: 0 to T - 1.
 
         Returns:
-            [B, T, H], or with sequence parallelism this rank's positions of it.
+            [B, T, H]; with sequence parallelism this rank's positions.
 
         Raises:
-            ConfigError: more positions than the model has learned.
+            ConfigError: more positions than the model has learned positions.
         """
-        # The average comes first, then the sum over the ranks' rows: K times fewer bytes than token embeddings would be.
+        # Each rank averages first and the ranks sum the averages, which moves K times fewer bytes than summing token embeddings.
         hidden = reduce_from_tensor_parallel(
             ops.patch_embedding(self.word.weight, input_ids, self.operators, self.vocab_start), self.parallel
         )
@@ -56,9 +56,9 @@ class Embedding(nn.Module):
             return hidden
         if input_ids.shape[1] > self.position.num_embeddings:
             raise ConfigError(
-                f"{input_ids.shape[1]} positions for a model with {self.position.num_embeddings} learned positions",
-                "as many positions as --max-position-embeddings",
-                "use shorter samples, or rotary positions",
+                f"a sample of {input_ids.shape[1]} positions, but the model has {self.position.num_embeddings} learned positions",
+                "at most --max-position-embeddings positions",
+                "shorten the samples, or train with rotary positions",
             )
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]

@@ -1,4 +1,4 @@
-"""The feed-forward layer of a block, applied to each position alone."""
+"""The feed-forward layer of a block, applied to each position independently."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megatron_patch.parallel.tensor import UNSHARDED, RowParallelLinear, TensorP
 
 
 class FeedForward(nn.Module):
-    """down(silu(gate(x)) · up(x)) (SwiGLU, arXiv 2002.05202), or down(gelu(up(x))) with the tanh form of GELU."""
+    """Computes down(silu(gate(x)) · up(x)) (SwiGLU, arXiv 2002.05202), or down(gelu(up(x))) with the tanh form of GELU."""
 
     def __init__(self, shape: ModelShape, parallel: TensorParallel = UNSHARDED) -> None:
         super().__init__()
@@ -22,7 +22,7 @@ class FeedForward(nn.Module):
         self.down = RowParallelLinear(inner, hidden, bias, parallel)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[B, T, H] to [B, T, H]; with sequence parallelism this rank's positions on both sides."""
+        """Maps [B, T, H] to [B, T, H]; with sequence parallelism both hold this rank's positions only."""
         hidden = copy_to_tensor_parallel(hidden, self.parallel)
         if self.gate is None:
             return self.down(F.gelu(self.up(hidden), approximate="tanh"))

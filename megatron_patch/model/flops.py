@@ -1,7 +1,7 @@
-"""Parameters and FLOPs by formula (no torch): what the plan, the metrics and MFU count with.
+"""Numbers of parameters and FLOPs by formula (no torch), for the plan, the metrics and MFU.
 
-A multiplication and an addition are two FLOPs; only matrix products count, as everywhere in the field. Compute belongs to positions, not
-to tokens: averaging K embeddings and gathering K labels are no matrix products, so a position costs the same at every K.
+A multiplication and an addition are two FLOPs, and only matrix products are counted, as is usual. The cost depends on positions, not on
+tokens: averaging K embeddings and gathering K labels are not matrix products, so a position costs the same at every K.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from megatron_patch.model.shape import ModelShape
 
 @dataclass(frozen=True)
 class ParameterCount:
-    """Parameters by part, without the padding rows of the vocabulary."""
+    """Numbers of parameters by part of the model, without the padding rows of the vocabulary."""
 
     embedding: int
     blocks: int
@@ -25,35 +25,35 @@ class ParameterCount:
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """The number of all parameters."""
         return self.embedding + self.blocks + self.final_norm + self.head
 
 
 def block_matrices(shape: ModelShape) -> int:
-    """Elements of the matrices that each position is multiplied with in one block."""
+    """Returns the number of elements of all matrices of one block."""
     return sum(math.prod(size) for size in block_parameters(shape).values() if len(size) > 1)
 
 
 def parameter_count(shape: ModelShape) -> ParameterCount:
-    """Counts a model's parameters."""
-    whole = parameters_of_layers(shape, vocabulary_rows=shape.vocab_size)
+    """Returns the numbers of parameters of a model."""
+    sizes = parameters_of_layers(shape, vocabulary_rows=shape.vocab_size)
 
     def sum_of(part: str) -> int:
-        return sum(math.prod(size) for name, size in whole.items() if name.startswith(part))
+        return sum(math.prod(size) for name, size in sizes.items() if name.startswith(part))
 
     return ParameterCount(sum_of("embedding."), sum_of("blocks."), sum_of("final_norm."), sum_of("head."))
 
 
 def forward_flops_per_position(shape: ModelShape, positions: int, causal: bool = True) -> float:
-    """FLOPs of the forward pass for one position of a sample, averaged over its positions.
+    """Returns the FLOPs of the forward pass for one position, averaged over the positions of a sample.
 
-    2·(matrices of all blocks + head) + attention's two products of scores and values, 4·heads·head_size·(positions attended to). A
-    causal position attends to (T + 1) / 2 positions on average; with `causal` False to all T, as implementations without masks compute.
+    They are 2 · (elements of all matrices of the blocks and the head), plus the two products of attention in each block,
+    4 · heads · head_size · (positions attended to). With the causal mask, a position attends to (T + 1) / 2 positions on average.
 
     Args:
-        shape: the model.
-        positions: T of the sample.
-        causal: count only what the causal mask leaves.
+        shape: the model's shape.
+        positions: T, positions of a sample.
+        causal: True: count only the scores that the causal mask keeps; False: count all T for each position.
     """
     attended = (positions + 1) / 2 if causal else positions
     attention = 4 * shape.num_attention_heads * shape.head_size * attended
@@ -61,9 +61,9 @@ def forward_flops_per_position(shape: ModelShape, positions: int, causal: bool =
 
 
 def layer_parameters(shape: ModelShape) -> list[int]:
-    """Parameters of each layer in a pipeline: embedding, blocks, final norm with head.
+    """Returns the number of parameters of each pipeline layer: embedding, blocks, final norm with head.
 
-    A tied head counts: the last stage holds a copy of the embedding.
+    A tied head is counted, because the last pipeline rank holds a copy of the embedding.
     """
     count = parameter_count(shape)
     head = count.final_norm + shape.vocab_size * shape.hidden_size
@@ -71,14 +71,14 @@ def layer_parameters(shape: ModelShape) -> list[int]:
 
 
 def layer_flops(shape: ModelShape, positions: int) -> list[int]:
-    """FLOPs of each of these layers for one position of the forward pass, causal; see `forward_flops_per_position`."""
+    """Returns the FLOPs of each of these layers for one position of the causal forward pass; see `forward_flops_per_position`."""
     attention = 2 * shape.num_attention_heads * shape.head_size * (positions + 1)
     block = 2 * block_matrices(shape) + attention
     return [0, *([block] * shape.num_layers), 2 * shape.hidden_size * shape.vocab_size]
 
 
 def training_flops_per_position(shape: ModelShape, positions: int) -> float:
-    """FLOPs of forward and backward for one position: three times the forward pass; recomputation is not counted."""
+    """Returns the FLOPs of forward and backward pass for one position: three times the forward pass, without recomputation."""
     return 3 * forward_flops_per_position(shape, positions)
 
 
@@ -105,13 +105,13 @@ _PEAK_TFLOPS = {
     "RTX 4090": 165.2,
     "RTX 3090": 71.0,
 }
-"""Dense bfloat16 (V100: float16) tensor-core peaks with float32 accumulation, of the makers' data sheets, TFLOP/s."""
+"""Dense bfloat16 (V100: float16) tensor-core peaks in TFLOP/s, with float32 accumulation, from the vendors' data sheets."""
 
 
 def peak_flops(device_name: str) -> float | None:
-    """Peak FLOP/s of a device by its name, or None where it is not in the table.
+    """Returns the peak FLOP/s of a device by its name, or None if it is not in the table.
 
-    Whole words of the name are compared (an RTX A4000 is no A40); the longest entry that fits decides.
+    Names are compared by full words (an RTX A4000 is not an A40); the longest matching entry wins.
     """
     words = set(re.findall(r"[0-9A-Za-z]+", device_name))
     fitting = [name for name in _PEAK_TFLOPS if words.issuperset(name.split())]

@@ -1,7 +1,8 @@
-"""Text out of a model, one token at a time at K = 1.
+"""Generates tokens one at a time, at K = 1.
 
-Two ways: with the keys and values of earlier positions kept, for a model of one's own; and by reading everything again, for whoever can
-only ask for logits of a fixed shape, like an engine whose weights are sharded over ranks. Both choose tokens in the same way.
+`generate` keeps the keys and values of earlier positions. `generate_by_rereading` computes the logits of all positions again for each
+token; it works with any function of a fixed input shape, such as an engine whose weights are sharded over ranks. Both choose tokens the
+same way.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ from megatron_patch.model.inference_model import InferenceModel
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is chosen.
+    """How tokens are chosen.
 
     Args:
-        temperature: 0 takes the likeliest token; else logits are divided by it.
-        top_p: draw from the smallest set of tokens with this mass.
-        top_k: draw from so many likeliest tokens; 0: from all.
-        seed: of the draws, None for others each time. Row i of a batch draws with seed + i, whatever is beside it.
+        temperature: divisor of the logits; 0 chooses the most likely token.
+        top_p: sample from the smallest set of tokens with this probability mass.
+        top_k: sample from this number of most likely tokens; 0: from all.
+        seed: seed of the sampling; row i of a batch samples with seed + i, independently of the other rows. None: a new seed each time.
     """
 
     temperature: float = 0.0
@@ -33,15 +34,16 @@ class Sampling:
     seed: int | None = None
 
     def check(self) -> None:
-        """Refuses settings out of range.
+        """Checks that the settings are in range.
 
         Raises:
-            ConfigError: naming all three.
+            ConfigError: one is not.
         """
         if not self.temperature >= 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
             raise ConfigError(
                 f"temperature {self.temperature}, top_p {self.top_p}, top_k {self.top_k}",
-                "a temperature from 0, top_p above 0 and up to 1, top_k from 0",
+                "a temperature of at least 0, a top_p above 0 and at most 1, a top_k of at least 0",
+                "change the setting that is out of range",
             )
 
 
@@ -55,14 +57,14 @@ class _Chooser:
         self._generators = [torch.Generator(device).manual_seed(seed) for seed in seeds] if sampling.temperature > 0 else []
 
     def __call__(self, logits: torch.Tensor) -> torch.Tensor:
-        """[B, V] to one id a row."""
+        """Returns one token id for each row of logits [B, V]."""
         sampling = self._sampling
         if sampling.temperature == 0.0:
             return logits.argmax(dim=-1)
         ordered, ids = logits.float().sort(dim=-1, descending=True, stable=True)
         if sampling.top_k:
             ordered, ids = ordered[:, : sampling.top_k], ids[:, : sampling.top_k]
-        # Shifted before the division: the smallest temperatures would make infinities of the likeliest tokens too.
+        # Subtracts the maximum before the division, because a tiny temperature would turn the largest logits into infinities.
         probabilities = torch.softmax((ordered - ordered[:, :1]) / sampling.temperature, dim=-1)
         outside = probabilities.cumsum(dim=-1) - probabilities >= sampling.top_p
         probabilities = probabilities.masked_fill(outside, 0.0)
@@ -71,24 +73,28 @@ class _Chooser:
 
 
 def check_prompts(prompts: Sequence[Sequence[int]], new_tokens: int, learned_positions: int | None) -> int:
-    """Whether prompts can be continued.
+    """Checks that prompts can be continued.
 
     Args:
-        prompts: ids.
-        new_tokens: how many will be added.
-        learned_positions: how many positions the model has; None: any number.
+        prompts: token ids of each prompt.
+        new_tokens: number of tokens to add.
+        learned_positions: number of learned positions of the model; None: rotary positions, without a limit.
 
     Returns:
-        The longest prompt's length.
+        The length of the longest prompt.
 
     Raises:
-        ConfigError: an empty prompt, or more tokens than positions.
+        ConfigError: there is no prompt, a prompt is empty, or there are more tokens than learned positions.
     """
     if not prompts or min(len(prompt) for prompt in prompts) == 0:
-        raise ConfigError("an empty prompt", "at least one token", "start with the end-of-document token")
+        raise ConfigError("a prompt is empty", "prompts of at least 1 token", "start with the end-of-document token")
     longest = max(len(prompt) for prompt in prompts)
     if learned_positions is not None and longest + new_tokens > learned_positions:
-        raise ConfigError(f"{longest + new_tokens} tokens for a model with {learned_positions} learned positions", "fewer tokens")
+        raise ConfigError(
+            f"prompt and continuation have {longest + new_tokens} tokens, but the model has {learned_positions} learned positions",
+            f"at most {learned_positions} tokens",
+            "shorten the prompt, or generate fewer tokens",
+        )
     return longest
 
 
@@ -102,22 +108,22 @@ def generate(
     on_token: Callable[[list[int]], None] | None = None,
     ends: Callable[[list[int]], bool] | None = None,
 ) -> list[list[int]]:
-    """Continues prompts, which may have different lengths; each as if it were alone.
+    """Continues prompts, which can have different lengths; the other prompts of the batch do not influence a continuation.
 
     Args:
-        model: any stage's weights; they are read at K = 1.
-        prompts: ids.
-        max_new_tokens: how many to add at most.
+        model: the model, which generates at K = 1 whatever stage it was trained in.
+        prompts: token ids of each prompt.
+        max_new_tokens: largest number of tokens to add.
         sampling: how tokens are chosen.
-        eod_id: ends a row; generation stops when every row has ended.
-        on_token: is called with each step's ids, one a row.
-        ends: whether a row's new ids are at an end.
+        eod_id: id of the end-of-document token, which ends a row; generation stops when all rows have ended.
+        on_token: called after each step with the new ids, one for each row.
+        ends: called with the new ids of a row; returns whether the row has ended.
 
     Returns:
-        The new ids of each prompt, up to its end, which is included.
+        The new ids of each prompt, including the token that ended it.
 
     Raises:
-        ConfigError: an empty prompt, more positions than the model has learned, or settings out of range.
+        ConfigError: an empty prompt, more tokens than learned positions, or settings out of range.
     """
     learned = model.shape.max_positions if model.shape.position_embedding == "learned" else None
     longest = check_prompts(prompts, max_new_tokens, learned)
@@ -153,24 +159,25 @@ def generate_by_rereading(
     device: torch.device,
     learned_positions: int | None = None,
 ) -> list[list[int]]:
-    """Continues prompts by asking for all logits again for each token, always `new_tokens` times and always of one shape.
+    """Continues prompts by computing the logits of all positions for each new token.
 
-    So ranks that must all take part ask equally often whatever they draw, and a compiled model is compiled once.
+    `logits` is called exactly `new_tokens` times with inputs of one shape, so that all ranks make the same number of calls whatever they
+    sample, and a compiled model is compiled once.
 
     Args:
-        logits: int64 [B, T] to [B, T, V].
-        prompts: ids.
-        new_tokens: how many to add.
+        logits: maps int64 [B, T] to logits [B, T, V].
+        prompts: token ids of each prompt.
+        new_tokens: number of tokens to add.
         sampling: how tokens are chosen.
-        eod_id: ends a row.
-        device: of the ids.
-        learned_positions: how many positions the model has; None: any number.
+        eod_id: id of the end-of-document token, which ends a row.
+        device: device of the ids.
+        learned_positions: number of learned positions of the model; None: rotary positions, without a limit.
 
     Returns:
-        As `generate`.
+        The new ids of each prompt, including the token that ended it.
 
     Raises:
-        ConfigError: as `generate`.
+        ConfigError: an empty prompt, more tokens than learned positions, or settings out of range.
     """
     longest = check_prompts(prompts, new_tokens, learned_positions)
     choose = _Chooser(sampling, len(prompts), device)
@@ -180,7 +187,7 @@ def generate_by_rereading(
         ids[row, : len(prompt)] = torch.tensor(prompt, device=device)
     rows = torch.arange(len(prompts), device=device)
     for step in range(new_tokens):
-        # What stands behind a row's last token has no influence on it.
+        # Attention is causal: the positions after a row's last token do not influence its logits.
         last = lengths + step - 1
         ids[rows, last + 1] = choose(logits(ids)[rows, last])
     result = []

@@ -1,7 +1,7 @@
-"""The language model: embedding, blocks, final norm, head; all of it, or the layers of one pipeline stage.
+"""The language model: embedding, blocks, final norm and head; all layers, or those of one pipeline rank.
 
-In: token patches and labels. Out: the sum of losses and of weights, so that whoever calls normalises over what it knows (the global
-batch, not the micro-batch). One path serves every K; K = 1 is the ordinary language model, with the plain operators to the last bit.
+In: token patches and labels. Out: the sum of losses and the sum of weights, so that the caller can normalize over the global batch instead
+of the micro-batch. The same code computes every K; at K = 1 it is an ordinary language model, with the plain operators bit by bit.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ class GPTModel(nn.Module):
 
     Args:
         shape: the model's shape.
-        recompute: what the backward pass computes again: nothing, the attention product, or whole blocks.
+        recompute: activations that the backward pass recomputes: none, those of the attention product, or those of full blocks.
         operators: compiled kernels for embedding and loss where they are built, or their plain formulas.
         parallel: the ranks that share each layer.
-        layers: the layers to hold, of 0 (embedding), 1 to L (blocks) and L + 1 (final norm and head); None: all. Parameters are called
-            the same in every part of a model. A part with a head that is tied to the embedding holds a copy of it.
+        layers: the layers of this pipeline rank, of 0 (embedding), 1 to L (blocks) and L + 1 (final norm and head); None: all. A parameter
+            has the same name on every pipeline rank. The rank of a head that is tied to the embedding holds a copy of its weight.
 
     Raises:
         ConfigError: a shape that cannot be built.
@@ -65,19 +65,22 @@ class GPTModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """The device of the model's parameters."""
         return next(self.parameters()).device
 
     @property
     def copied_parameters(self) -> frozenset[str]:
-        """Names of the parameters that are copies of another part's."""
+        """Names of the parameters that copy those of another pipeline rank: the embedding's weight of a tied head."""
         return frozenset(["embedding.word.weight"]) if self.embedding is not None and not self.is_first else frozenset()
 
     def compile_blocks(self, backend: str | Callable[..., Any] = "inductor") -> None:
         """Compiles each block with torch.compile; blocks of one shape share the compiled code.
 
-        Each length of samples is compiled once for training and once for evaluation. Plans with many lengths pass the 8 after which
-        torch would go on uncompiled, so that its limit is raised.
+        Each sample length is compiled once for training and once for evaluation. A plan with many lengths exceeds torch's limit of 8
+        compilations, after which it would run uncompiled, so the limit is raised.
+
+        Args:
+            backend: a backend of torch.compile.
         """
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
         for block in self.blocks.values():
@@ -91,18 +94,18 @@ class GPTModel(nn.Module):
         position_ids: torch.Tensor | None = None,
         document_ids: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor] | torch.Tensor:
-        """The loss of a micro-batch, or what the layers here make of it.
+        """Returns the loss of a micro-batch, or the output of this pipeline rank's layers.
 
         Args:
-            inputs: int64 [B, T, K], or, without the first layer, hidden states [B, T, H] (with sequence parallelism this rank's positions).
-            labels: int64 [B, T, K']; IGNORE_INDEX is not scored. None: the logits are wanted.
+            inputs: int64 [B, T, K]; without the first layer hidden states [B, T, H], with sequence parallelism this rank's positions.
+            labels: int64 [B, T, K']; IGNORE_INDEX is not scored. None: the logits are returned.
             label_weights: [K'], or None for 1.
-            position_ids: int64 [B, T]; None: 0..T-1.
-            document_ids: int64 [B, T]: a position looks only at positions of its own document; None: at all before it.
+            position_ids: int64 [B, T]; None: 0 to T - 1.
+            document_ids: int64 [B, T]; a position attends only to positions of its own document. None: to all earlier positions.
 
         Returns:
-            (sum of weighted losses in nats, sum of weights of scored labels), float32; without labels the logits, [B, T, V]; without the
-            last layer hidden states.
+            (sum of weighted losses in nats, sum of the weights of scored labels), float32; without labels the logits [B, T, V]; without
+            the last layer hidden states, like `inputs`.
         """
         hidden = self._hidden(inputs, position_ids, document_ids)
         if self.head is None:
@@ -120,17 +123,17 @@ class GPTModel(nn.Module):
         cache: ModelCache | None = None,
         last_only: bool = False,
     ) -> torch.Tensor:
-        """One distribution a position.
+        """Returns the logits of each position.
 
         Args:
-            input_ids: int64 [B, T, K], or, without the first layer, hidden states [B, T, H].
-            position_ids: as in `forward`.
-            document_ids: as in `forward`.
-            cache: earlier positions; the new ones are appended. Not together with `document_ids`.
-            last_only: of the last position alone.
+            input_ids: int64 [B, T, K]; without the first layer hidden states [B, T, H].
+            position_ids: int64 [B, T]; None: the positions after those in the cache, from 0.
+            document_ids: int64 [B, T]; a position attends only to positions of its own document. Not together with `cache`.
+            cache: earlier positions; the new ones are appended.
+            last_only: return the logits of the last position only.
 
         Returns:
-            [B, T, V], or [B, 1, V]; without the last layer hidden states of all positions.
+            [B, T, V], or [B, 1, V]; without the last layer the hidden states of all positions.
         """
         hidden = self._hidden(input_ids, position_ids, document_ids, cache)
         if self.head is None:
@@ -193,10 +196,10 @@ class GPTModel(nn.Module):
         elif padding is not None or (earlier and length > 1):
             mask = torch.ones(1, 1, length, earlier + length, dtype=torch.bool, device=hidden.device).tril(diagonal=earlier)
         if padding is not None and mask is not None:
-            places = torch.arange(earlier + length, device=hidden.device)
-            # Padding sees itself: a row without anything to see would be no numbers.
-            itself = places[None, :] == places[earlier:, None]
-            mask = mask & ((places >= padding[:, None, None, None]) | itself)
+            indices = torch.arange(earlier + length, device=hidden.device)
+            # Padding attends to itself: softmax over no positions would be NaN.
+            itself = indices[None, :] == indices[earlier:, None]
+            mask = mask & ((indices >= padding[:, None, None, None]) | itself)
         return AttentionContext(rotary, mask)
 
 

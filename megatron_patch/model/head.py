@@ -1,4 +1,4 @@
-"""The output head: from hidden states to one distribution a position, and to the loss over its labels."""
+"""The output head: logits of each position, and the loss over its labels."""
 
 from __future__ import annotations
 
@@ -13,7 +13,13 @@ from megatron_patch.parallel.tensor import UNSHARDED, TensorParallel, copy_to_te
 
 
 class Head(nn.Module):
-    """A matrix of its own, or the embedding's."""
+    """A linear layer from hidden states to the vocabulary, with its own weight or, if tied, the embedding's.
+
+    Args:
+        shape: the model's shape.
+        operators: the implementation of the loss.
+        parallel: the ranks that share the vocabulary.
+    """
 
     def __init__(self, shape: ModelShape, operators: Operators = "fused", parallel: TensorParallel = UNSHARDED) -> None:
         super().__init__()
@@ -22,19 +28,19 @@ class Head(nn.Module):
         self.vocab_size = shape.vocab_size
         rows = parallel.part(shape.padded_vocab_size)
         self.first_row = parallel.rank * rows
-        self.own_rows = min(rows, max(0, shape.vocab_size - self.first_row))
+        self.unpadded_rows = min(rows, max(0, shape.vocab_size - self.first_row))
         self.weight = None if shape.tie_embeddings else nn.Parameter(torch.empty(rows, shape.hidden_size))
 
     def logits(self, hidden: torch.Tensor, embedding: torch.Tensor | None) -> torch.Tensor:
-        """[..., H] to [..., V]; the vocabulary's padding rows are cut off.
+        """Returns the logits [..., V] of hidden states [..., H], without the padding of the vocabulary.
 
         Args:
-            hidden: normalised hidden states.
-            embedding: the embedding's weight, where the head is tied to it.
+            hidden: [..., H], after the final norm.
+            embedding: the embedding's weight, if the head is tied to it.
         """
         if self.parallel.size == 1:
             return F.linear(hidden, self._rows(embedding))
-        # Padding too, so that all ranks' parts are of one size.
+        # Includes the padding, so that all vocabulary shards have the same size.
         return gather_last_dim(F.linear(copy_to_tensor_parallel(hidden, self.parallel), self._matrix(embedding)), self.parallel)[
             ..., : self.vocab_size
         ]
@@ -42,16 +48,16 @@ class Head(nn.Module):
     def forward(
         self, hidden: torch.Tensor, embedding: torch.Tensor | None, labels: torch.Tensor, label_weights: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scores every position against its labels.
+        """Returns the loss of every position over its labels.
 
         Args:
-            hidden: [B, T, H], normalised.
-            embedding: the embedding's weight, where the head is tied to it.
+            hidden: [B, T, H], after the final norm.
+            embedding: the embedding's weight, if the head is tied to it.
             labels: int64 [B, T, K].
             label_weights: [K], or None for 1.
 
         Returns:
-            (sum of weighted losses, sum of weights of scored labels), float32.
+            (sum of weighted losses in nats, sum of the weights of scored labels), float32.
         """
         hidden = copy_to_tensor_parallel(hidden, self.parallel)
         shard = None if self.parallel.size == 1 else ops.VocabularyShard(self.first_row, self.parallel.group)
@@ -65,5 +71,5 @@ class Head(nn.Module):
         return matrix
 
     def _rows(self, embedding: torch.Tensor | None) -> torch.Tensor:
-        """This rank's rows of the vocabulary, without those of its padding."""
-        return self._matrix(embedding)[: self.own_rows]
+        """This rank's vocabulary shard, without padding rows."""
+        return self._matrix(embedding)[: self.unpadded_rows]

@@ -1,4 +1,4 @@
-"""What evaluation and generation ask of a model, whether one process holds it or many ranks do."""
+"""The interface through which evaluation and generation use a model, on one process or on many ranks."""
 
 from __future__ import annotations
 
@@ -11,20 +11,29 @@ from megatron_patch.model.shape import ModelShape
 
 
 class InferenceModel(Protocol):
-    """A model in evaluation mode. Where ranks hold it together, all of them must ask alike, and get the same."""
+    """A model in evaluation mode. Where it is sharded over ranks, all of them must make the same calls, and all get the same results."""
 
     shape: ModelShape
 
     @property
     def device(self) -> torch.device:
-        """Where ids are to be."""
+        """The device of the ids that the model takes."""
         ...
 
     @property
     def __call__(self) -> Any:
-        """(int64 [B, T, K], labels int64 [B, T, K]) to (sum of losses in nats, number of scored labels)."""
+        """The forward pass: (ids int64 [B, T, K], labels int64 [B, T, K]) to (sum of losses in nats, number of scored labels)."""
         ...
 
     def logits(self, input_ids: torch.Tensor, *, cache: ModelCache | None = None, last_only: bool = False) -> torch.Tensor:
-        """int64 [B, T, K] to [B, T, V], or of the last position alone [B, 1, V]; a cache holds earlier positions."""
+        """Returns logits.
+
+        Args:
+            input_ids: int64 [B, T, K].
+            cache: earlier positions; the new ones are appended.
+            last_only: return the logits of the last position only.
+
+        Returns:
+            [B, T, V], or [B, 1, V].
+        """
         ...

@@ -1,6 +1,7 @@
-"""Initial weights, each a function of (seed, parameter name) alone, and the parameters that weight decay leaves out.
+"""Initial weights, and the parameters that weight decay applies to.
 
-Because no parameter's draw depends on another's, every parallel layout starts from the same model.
+The initial value of a parameter depends only on the seed and the parameter's name, so that every parallel layout starts from the same
+model.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ _RESIDUAL_OUTPUTS = ("attention.output.weight", "feed_forward.down.weight")
 
 
 def parameter_seed(seed: int, name: str) -> int:
-    """The seed of one parameter's generator."""
+    """Returns the seed of one parameter's generator."""
     return int.from_bytes(hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest(), "little") >> 1
 
 
@@ -33,19 +34,19 @@ def initial_span(
     numel: int | None = None,
     threads: int = 1,
 ) -> torch.Tensor:
-    """A span of one flattened parameter's initial value.
+    """Returns a span of the initial value of one parameter, flattened.
 
-    Matrices are N(0, init_std²); those that write into the residual stream are scaled by 1/sqrt(2·layers) (GPT-2). Norms' weights are
-    1, biases 0. Each block of 2^20 elements has a generator of its own, so that a rank draws little more than what it holds.
+    Matrices are drawn from N(0, init_std²); those whose output is added to the residual stream are scaled by 1/sqrt(2·layers) (GPT-2).
+    Weights of norms are 1, biases 0. Each block of 2^20 elements has its own generator, so that a rank draws little more than its part.
 
     Args:
         name: the parameter's name in the model.
-        parameter_shape: its whole shape.
+        parameter_shape: shape of the full parameter.
         shape: the model's shape.
-        seed: of the run.
-        start: first element.
-        numel: elements; None: to the end.
-        threads: that draw at a time.
+        seed: seed of the run.
+        start: index of the first element.
+        numel: number of elements; None: up to the end.
+        threads: number of threads that draw at the same time.
 
     Returns:
         float32 [numel], on the CPU.
@@ -62,19 +63,19 @@ def initial_span(
         generator = torch.Generator().manual_seed(parameter_seed(seed, f"{name}/{block}" if block else name))
         values[(block - first) * _BLOCK :][:_BLOCK].normal_(0.0, std, generator=generator)
 
-    # A draw keeps one core busy, outside of Python's lock.
+    # Drawing releases Python's lock and uses one core.
     with ThreadPoolExecutor(threads) as pool:
         list(pool.map(draw, range(first, last)))
     return values[start - first * _BLOCK : end - first * _BLOCK]
 
 
 class InitialWeights:
-    """Initial values as a rank asks for them: spans of the part of a parameter that it holds.
+    """Reads spans of a rank's parts of the initial parameters.
 
     Args:
         shape: the model's shape.
-        seed: of the run.
-        threads: that draw at a time.
+        seed: seed of the run.
+        threads: number of threads that draw at the same time.
     """
 
     def __init__(self, shape: ModelShape, seed: int, threads: int = 1) -> None:
@@ -82,14 +83,14 @@ class InitialWeights:
         self._last: tuple[str, torch.Tensor] = ("", torch.empty(0))
 
     def read(self, name: str, whole: tuple[int, ...], shard: Shard | None, start: int, numel: int) -> torch.Tensor:
-        """A span of the flattened part.
+        """Returns a span of a rank's part of a parameter, flattened.
 
         Args:
-            name: the parameter.
-            whole: its whole shape.
-            shard: which part of it; None: all.
-            start: first element.
-            numel: elements.
+            name: the parameter's name in the model.
+            whole: shape of the full parameter.
+            shard: this rank's part; None: the full parameter.
+            start: index of the first element.
+            numel: number of elements.
 
         Returns:
             float32 [numel], on the CPU.
@@ -97,7 +98,8 @@ class InitialWeights:
         if shard is None or shard.dim == 0:
             begin = 0 if shard is None else shard.index * (math.prod(whole) // shard.count)
             return initial_span(name, whole, self._shape, self._seed, begin + start, numel, self._threads)
-        if self._last[0] != name:  # Parts along an inner dimension are strewn over the whole; it is kept until another is asked for.
+        # A part along an inner dimension is not contiguous in the parameter, so the full parameter is drawn once and its part kept.
+        if self._last[0] != name:
             value = initial_span(name, whole, self._shape, self._seed, threads=self._threads).view(whole)
             self._last = (name, value.chunk(shard.count, dim=shard.dim)[shard.index].flatten())
         return self._last[1][start : start + numel]
@@ -105,7 +107,15 @@ class InitialWeights:
 
 @torch.no_grad()
 def initialize(model: nn.Module, shape: ModelShape, seed: int, rank: int = 0, size: int = 1) -> None:
-    """Sets all parameters to their initial values; of `size` tensor-parallel ranks each keeps its part."""
+    """Sets all parameters to their initial values.
+
+    Args:
+        model: the model, of which this rank holds its part.
+        shape: the model's shape.
+        seed: seed of the run.
+        rank: the tensor-parallel rank.
+        size: number of tensor-parallel ranks.
+    """
     initial = InitialWeights(shape, seed)
     for name, parameter in model.named_parameters():
         shard = shard_of(name, shape, rank, size)
@@ -115,11 +125,11 @@ def initialize(model: nn.Module, shape: ModelShape, seed: int, rank: int = 0, si
 
 
 def parameter_groups(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """(matrices, which weight decay pulls to zero; norms and biases, which it leaves alone)."""
+    """Returns (matrices, to which weight decay applies; weights of norms and biases, to which it does not)."""
     matrices: list[nn.Parameter] = []
     vectors: list[nn.Parameter] = []
     for parameter in model.parameters():
-        # Under ZeRO 3 a parameter is empty while nobody computes with it.
+        # With ZeRO 3, a parameter is empty while no layer uses it; `ds_shape` is its full shape.
         dimensions = len(getattr(parameter, "ds_shape", parameter.shape))
         (matrices if dimensions >= 2 else vectors).append(parameter)
     return matrices, vectors

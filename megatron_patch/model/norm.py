@@ -1,4 +1,4 @@
-"""Normalisation over the last dimension, computed in float32 (float64 stays float64)."""
+"""Normalization over the last dimension, computed in float32 (float64 stays float64)."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from megatron_patch.parallel.tensor import UNSHARDED, TensorParallel, all_reduce
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x²) + ε) · weight (Zhang & Sennrich, arXiv 1910.07467).
+    """Computes x / sqrt(mean(x²) + ε) · weight (Zhang & Sennrich, arXiv 1910.07467).
 
     Args:
-        size: of the last dimension.
+        size: size of the last dimension.
         epsilon: added to the mean square.
-        parallel: ranks that each see a part of what is normalised, so that the weight's gradients are summed over them.
+        parallel: ranks that each normalize a part of the activations; the weight's gradient is summed over them.
     """
 
     def __init__(self, size: int, epsilon: float, parallel: TensorParallel = UNSHARDED) -> None:
@@ -25,28 +25,34 @@ class RMSNorm(nn.Module):
         self.epsilon, self.parallel = epsilon, parallel
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Normalises [..., size]."""
+        """Normalizes [..., size]."""
         wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
         wide = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self.epsilon)
         return all_reduce_gradient(self.weight, self.parallel) * wide.to(hidden.dtype)
 
 
 class LayerNorm(nn.LayerNorm):
-    """(x - mean) / sqrt(variance + ε) · weight + bias (arXiv 1607.06450); `parallel` as in `RMSNorm`."""
+    """Computes (x - mean) / sqrt(variance + ε) · weight + bias (arXiv 1607.06450).
+
+    Args:
+        size: size of the last dimension.
+        epsilon: added to the variance.
+        parallel: ranks that each normalize a part of the activations; the gradients of weight and bias are summed over them.
+    """
 
     def __init__(self, size: int, epsilon: float, parallel: TensorParallel = UNSHARDED) -> None:
         super().__init__(size, eps=epsilon)
         self.parallel = parallel
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """Normalises [..., size]."""
+        """Normalizes [..., size]."""
         weight, bias = all_reduce_gradient(self.weight, self.parallel), all_reduce_gradient(self.bias, self.parallel)
         return F.layer_norm(input, self.normalized_shape, weight, bias, self.eps)
 
 
 def make_norm(shape: ModelShape, parallel: TensorParallel = UNSHARDED) -> nn.Module:
-    """The norm of the residual stream that the shape asks for; with sequence parallelism each rank normalises its positions."""
-    seen_in_parts = parallel if parallel.sequence else UNSHARDED
+    """Returns a norm of the residual stream, of the shape's kind; with sequence parallelism each rank normalizes its positions."""
+    sharded = parallel if parallel.sequence else UNSHARDED
     if shape.normalization == "LayerNorm":
-        return LayerNorm(shape.hidden_size, shape.norm_epsilon, seen_in_parts)
-    return RMSNorm(shape.hidden_size, shape.norm_epsilon, seen_in_parts)
+        return LayerNorm(shape.hidden_size, shape.norm_epsilon, sharded)
+    return RMSNorm(shape.hidden_size, shape.norm_epsilon, sharded)

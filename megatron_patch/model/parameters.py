@@ -1,6 +1,6 @@
-"""Every parameter of the model by name and shape (no torch): what counts, plans and checks of torch's model go by.
+"""The names and shapes of all parameters of the model (no torch), for plans and parameter counts.
 
-In: the model's shape, how many ranks share each layer. Out: names with shapes, layer by layer, as `GPTModel` holds them.
+In: the model's shape. Out: names with shapes, layer by layer, as `GPTModel` has them.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from megatron_patch.model.shape import ModelShape
 from megatron_patch.model.sharding import shard_of
 
 Sizes = dict[str, tuple[int, ...]]
-"""Name -> shape."""
+"""Parameter name -> shape."""
 
 
 def _norm(name: str, shape: ModelShape) -> Sizes:
@@ -25,7 +25,7 @@ def _linear(name: str, inputs: int, outputs: int, bias: bool) -> Sizes:
 
 
 def block_parameters(shape: ModelShape) -> Sizes:
-    """Name (inside the block) -> shape of one block's parameters."""
+    """Returns name (within the block) -> shape of the parameters of one block."""
     hidden, inner = shape.hidden_size, shape.ffn_hidden_size
     queries, keys = shape.num_attention_heads * shape.head_size, shape.num_query_groups * shape.head_size
     found = _norm("attention_norm", shape)
@@ -41,13 +41,13 @@ def block_parameters(shape: ModelShape) -> Sizes:
 
 
 def parameters_of_layers(shape: ModelShape, layers: range | None = None, vocabulary_rows: int | None = None) -> Sizes:
-    """Name -> shape of the parameters that a part of the model holds.
+    """Returns name -> shape of the parameters of some layers.
 
     Args:
-        shape: the model.
-        layers: of 0 (embedding), 1 to L (blocks) and L + 1 (final norm and head); None: all. A part with a tied head but without the
-            embedding holds a copy of its weight.
-        vocabulary_rows: rows of embedding and head; None: with their padding.
+        shape: the model's shape.
+        layers: the layers, of 0 (embedding), 1 to L (blocks) and L + 1 (final norm and head); None: all. Layers with a tied head but
+            without the embedding include a copy of its weight.
+        vocabulary_rows: number of rows of embedding and head; None: that of the padded vocabulary.
     """
     layers = range(shape.num_layers + 2) if layers is None else layers
     first, last = 0 in layers, shape.num_layers + 1 in layers
@@ -69,6 +69,6 @@ def parameters_of_layers(shape: ModelShape, layers: range | None = None, vocabul
 
 
 def shard_numel(name: str, size: tuple[int, ...], shape: ModelShape, tensor_parallel_size: int) -> int:
-    """Elements of a parameter that each of the ranks that share a layer holds."""
+    """Returns the number of elements of a parameter on each of the tensor-parallel ranks."""
     shard = shard_of(name, shape, 0, tensor_parallel_size)
     return math.prod(size) // (shard.count if shard is not None else 1)

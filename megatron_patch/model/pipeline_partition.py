@@ -1,6 +1,6 @@
-"""Which layers a pipeline stage holds. No torch: plans ask too.
+"""The layers of each pipeline rank (no torch).
 
-In: the model's list of layers with a weight each (parameters, floating-point operations, or 1 for each block). Out: contiguous parts.
+In: the model's list of layers with a weight each (parameters, FLOPs, or 1 for each block). Out: contiguous parts of this list.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ Balance = Literal["parameters", "flops", "blocks"]
 
 
 def pipeline_partition(shape: ModelShape, parts: int, balance: Balance, positions: int) -> list[int]:
-    """Which layers (0: embedding, 1 to L: blocks, L + 1: final norm and head) each pipeline stage holds.
+    """Returns the layers (0: embedding, 1 to L: blocks, L + 1: final norm and head) of each pipeline rank.
 
-    The first block stays with the embedding: DeepSpeed's gradient norm waits forever where one stage has no norms' weights to add.
+    The first block stays with the embedding, because DeepSpeed's gradient norm deadlocks if a pipeline rank has no norm weights.
 
     Args:
-        shape: the model.
-        parts: pipeline stages.
-        balance: what is to be even: parameters (memory), FLOPs (time), or the number of blocks.
-        positions: of a sample, for the FLOPs.
+        shape: the model's shape.
+        parts: number of pipeline ranks.
+        balance: the quantity to balance: parameters (memory), FLOPs (time), or the number of blocks.
+        positions: positions of a sample, for the FLOPs.
 
     Returns:
-        Boundaries, as `partition_layers`.
+        Boundaries, as `partition_layers` returns them.
 
     Raises:
-        ConfigError: more stages than layers.
+        ConfigError: more pipeline ranks than layers.
     """
     weights = {
         "parameters": lambda: layer_parameters(shape),
@@ -42,34 +42,34 @@ def pipeline_partition(shape: ModelShape, parts: int, balance: Balance, position
         raise ConfigError(
             f"--pipeline-model-parallel-size {parts} for {shape.num_layers} blocks and the head",
             f"1 to {shape.num_layers + 1}",
-            "use fewer pipeline stages",
+            "reduce --pipeline-model-parallel-size",
         )
     first, *inner = partition_layers([weights[0] + weights[1], *weights[2:]], parts)
     return [first, *(boundary + 1 for boundary in inner)]
 
 
 def partition_layers(weights: Sequence[int], parts: int) -> list[int]:
-    """Cuts a list of layers into contiguous parts, none empty, so that the heaviest part is as light as can be.
+    """Splits a list of layers into contiguous, non-empty parts, so that the heaviest part is as light as possible.
 
-    Of all such cuts the most even one is taken (the least sum of squares), and of these the one whose later parts are lighter: a pipeline's
-    first stages wait least.
+    Of all such partitions it returns the most even one (the least sum of squares), and of these the one whose later parts are lighter,
+    because the first pipeline ranks wait least.
 
     Args:
-        weights: of each layer, from 0.
-        parts: how many.
+        weights: weight of each layer.
+        parts: number of parts.
 
     Returns:
-        Boundaries, parts + 1 numbers from 0 to len(weights): part i holds the layers from boundaries[i] to boundaries[i + 1] - 1.
+        parts + 1 boundaries from 0 to len(weights): part i has the layers boundaries[i] to boundaries[i + 1] - 1.
 
     Raises:
         ConfigError: more parts than layers.
     """
     count = len(weights)
     if not 1 <= parts <= count:
-        raise ConfigError(f"{parts} parts of {count} layers", f"1 to {count} parts")
+        raise ConfigError(f"{parts} parts of {count} layers", f"1 to {count} parts", "change the number of parts")
     sums = list(itertools.accumulate(weights, initial=0))
     limit = _lightest_limit(weights, sums, parts)
-    # best[i]: the least sum of squares of cutting the layers from i on into the parts that are left, and where the first of these ends.
+    # best[i]: the least sum of squares of splitting the layers from i on into the remaining parts, and the end of the first of these.
     best: list[tuple[int, int] | None] = [None] * count + [(0, count)]
     tables = []
     for left in range(1, parts + 1):
@@ -93,7 +93,7 @@ def partition_layers(weights: Sequence[int], parts: int) -> list[int]:
 
 
 def _lightest_limit(weights: Sequence[int], sums: Sequence[int], parts: int) -> int:
-    """The least weight that the heaviest of so many parts can have."""
+    """Returns the least weight that the heaviest part can have."""
     low, high = max(max(weights), -(-sums[-1] // parts)), sums[-1]
     while low < high:
         middle = (low + high) // 2

@@ -1,4 +1,4 @@
-"""What flags and checkpoints call the types of weights."""
+"""The dtypes of weights by the names that flags and checkpoints use."""
 
 import torch
 
@@ -7,5 +7,5 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def precision_of(dtype: torch.dtype) -> str:
-    """The precision to train weights of a type with: its own, or fp32 where there is none for it."""
+    """Returns the name of a dtype, or "fp32" for a dtype that has none."""
     return _NAMES.get(dtype, "fp32")

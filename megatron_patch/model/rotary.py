@@ -10,16 +10,16 @@ from megatron_patch.model.shape import ModelShape
 
 
 def rotary_frequencies(shape: ModelShape, dtype: torch.dtype, device: torch.device | None = None) -> torch.Tensor:
-    """Angles per position: base^(-2i/head_size), i < head_size / 2, lowered where the shape asks for it.
+    """Returns the angle per position, base^(-2i/head_size) for i < head_size / 2, after the shape's scaling.
 
-    "linear" divides all of them by the factor (Chen et al., arXiv 2306.15595). "llama3" divides those whose wave is longer than
-    original positions / low factor, leaves those alone whose wave is shorter than original positions / high factor, and blends between
-    (Llama 3.1, arXiv 2407.21783).
+    "linear" divides all of them by the factor (Chen et al., arXiv 2306.15595). "llama3" divides frequencies of wavelengths longer than
+    original positions / low factor, keeps those of wavelengths shorter than original positions / high factor, and interpolates between
+    them (Llama 3.1, arXiv 2407.21783).
 
     Args:
-        shape: head size, base and scaling.
-        dtype: float32 or float64, of the computation and the result.
-        device: of the result.
+        shape: the model's shape.
+        dtype: dtype of the computation and the result, float32 or float64.
+        device: device of the result.
 
     Returns:
         [head_size / 2].
@@ -38,12 +38,12 @@ def rotary_frequencies(shape: ModelShape, dtype: torch.dtype, device: torch.devi
 
 
 def rotary_tables(positions: torch.Tensor, shape: ModelShape, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines of position · frequency, each twice.
+    """Returns the cosines and sines of position · frequency, repeated for both halves of a head.
 
     Args:
         positions: int64 [..., T].
-        shape: head size, base and scaling.
-        dtype: of the result; computed in float32 (float64 for float64).
+        shape: the model's shape.
+        dtype: dtype of the result; the computation is in float32 (float64 for float64).
 
     Returns:
         cos and sin, [..., T, head_size].
@@ -55,6 +55,15 @@ def rotary_tables(positions: torch.Tensor, shape: ModelShape, dtype: torch.dtype
 
 
 def rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotates each pair (x_i, x_{i + head_size/2}) of [B, heads, T, head_size] by its position's angle."""
+    """Rotates each pair (x_i, x_{i + head_size/2}) by the angle of its position.
+
+    Args:
+        heads: [B, heads, T, head_size].
+        cos: [B or 1, 1, T, head_size].
+        sin: like `cos`.
+
+    Returns:
+        Like `heads`.
+    """
     first, second = heads.chunk(2, dim=-1)
     return heads * cos + torch.cat((-second, first), dim=-1) * sin

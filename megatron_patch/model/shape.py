@@ -1,4 +1,4 @@
-"""The model's shape as plain numbers (no torch), and the checks that it can be built."""
+"""The model's shape as plain numbers (no torch), and the check that it can be built."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from megatron_patch.errors import ConfigError
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Everything that decides which parameters a model has and how they are used.
+    """The architecture of a model: everything that determines its parameters and their use.
 
     Args:
         num_layers: transformer blocks.
@@ -19,24 +19,24 @@ class ModelShape:
         num_query_groups: key-value heads.
         head_size: width of a head.
         ffn_hidden_size: width of the feed-forward layer.
-        vocab_size: V, token ids are below it.
-        padded_vocab_size: rows of the embedding; those from V on are never read nor predicted.
-        max_positions: longest sequence of positions.
-        normalization: kind of normalisation.
+        vocab_size: V, number of token ids.
+        padded_vocab_size: rows of the embedding and the head; those from V on are padding, which is never read or predicted.
+        max_positions: largest number of positions of a sample.
+        normalization: kind of norm.
         norm_epsilon: added to the mean square or variance.
         activation: "swiglu" (gated) or "gelu" (tanh form).
-        position_embedding: rotary or learned.
+        position_embedding: rotary or learned absolute positions.
         rotary_base: base of the rotary frequencies.
-        rotary_scaling: how the frequencies are lowered for longer contexts: not at all, all by one factor, or the slow ones (Llama 3).
-        rotary_factor: by how much.
-        rotary_low_frequency_factor: Llama 3: waves longer than `rotary_original_positions` over this are scaled whole.
-        rotary_high_frequency_factor: Llama 3: waves shorter than `rotary_original_positions` over this are left alone.
-        rotary_original_positions: Llama 3: the context that the frequencies were made for.
+        rotary_scaling: how the frequencies are divided for longer contexts: none, "linear" (all frequencies), "llama3" (the low ones).
+        rotary_factor: the divisor.
+        rotary_low_frequency_factor: llama3: wavelengths longer than `rotary_original_positions` / this are scaled by the full factor.
+        rotary_high_frequency_factor: llama3: wavelengths shorter than `rotary_original_positions` / this are not scaled.
+        rotary_original_positions: llama3: the context length before scaling.
         qk_norm: RMSNorm of each head's queries and keys before the rotation (Qwen3).
         attention_bias: bias of the attention's output projection.
         qkv_bias: biases of the query, key and value projections.
         mlp_bias: biases of the feed-forward layer.
-        tie_embeddings: the head is the embedding's transpose.
+        tie_embeddings: whether the head uses the embedding's weight.
         init_std: standard deviation of initial weights.
     """
 
@@ -68,10 +68,10 @@ class ModelShape:
 
 
 def check_shape(shape: ModelShape) -> None:
-    """Refuses shapes that cannot be built.
+    """Checks that a model of this shape can be built.
 
     Raises:
-        ConfigError: naming the flags.
+        ConfigError: it cannot; the error names the flags.
     """
     for name in (
         "num_layers",
@@ -84,19 +84,27 @@ def check_shape(shape: ModelShape) -> None:
         "max_positions",
     ):
         if getattr(shape, name) < 1:
-            raise ConfigError(f"{name} = {getattr(shape, name)}", "whole numbers from 1")
+            raise ConfigError(f"{name} is {getattr(shape, name)}", "whole numbers from 1", "give another value")
     if shape.num_attention_heads % shape.num_query_groups:
         raise ConfigError(
-            f"{shape.num_attention_heads} attention heads in {shape.num_query_groups} query groups",
-            "a number of heads that --num-query-groups divides",
+            f"--num-attention-heads {shape.num_attention_heads} is not a multiple of --num-query-groups {shape.num_query_groups}",
+            "query groups that divide the number of heads",
             "change --num-query-groups",
         )
     if shape.position_embedding == "rope" and shape.head_size % 2:
-        raise ConfigError(f"heads of {shape.head_size} with rotary positions", "an even head size", "change --kv-channels or --hidden-size")
+        raise ConfigError(
+            f"a head size of {shape.head_size} with rotary positions", "even head sizes", "change --kv-channels or --hidden-size"
+        )
     if shape.padded_vocab_size < shape.vocab_size:
-        raise ConfigError(f"{shape.padded_vocab_size} embedding rows for {shape.vocab_size} ids", "at least as many rows as ids")
+        raise ConfigError(
+            f"{shape.padded_vocab_size} embedding rows for {shape.vocab_size} token ids", "at least 1 row for each id", "add padding rows"
+        )
     if shape.norm_epsilon <= 0 or shape.init_std <= 0 or shape.rotary_base <= 0:
-        raise ConfigError("--norm-epsilon, --init-method-std or --rotary-base is not above zero", "numbers above zero")
+        raise ConfigError(
+            f"--norm-epsilon {shape.norm_epsilon}, --init-method-std {shape.init_std}, --rotary-base {shape.rotary_base}",
+            "numbers above 0",
+            "change the one that is not",
+        )
     _check_rotary_scaling(shape)
 
 
@@ -108,12 +116,13 @@ def _check_rotary_scaling(shape: ModelShape) -> None:
             )
         return
     if shape.position_embedding != "rope":
-        raise ConfigError(f"--rope-scaling {shape.rotary_scaling} with learned positions", "rotary positions", "remove the flag")
+        raise ConfigError(f"--rope-scaling {shape.rotary_scaling} with learned positions", "rotary positions", "remove --rope-scaling")
     if shape.rotary_factor < 1.0:
-        raise ConfigError(f"--rope-scaling-factor {shape.rotary_factor}", "numbers from 1")
+        raise ConfigError(f"--rope-scaling-factor {shape.rotary_factor}", "numbers from 1", "give a larger factor")
     low, high = shape.rotary_low_frequency_factor, shape.rotary_high_frequency_factor
     if shape.rotary_scaling == "llama3" and (not 0 < low < high or shape.rotary_original_positions < 1):
         raise ConfigError(
             f"--rope-low-freq-factor {low}, --rope-high-freq-factor {high}, --rope-original-positions {shape.rotary_original_positions}",
-            "a low factor above 0 and below the high one, positions from 1",
+            "a low factor above 0 and below the high factor, and at least 1 original position",
+            "use the values of the model's config.json",
         )

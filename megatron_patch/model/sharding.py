@@ -1,7 +1,9 @@
-"""Which part of each parameter a tensor-parallel rank holds, by the parameter's name. No torch: plans and conversions ask too.
+"""The part of each parameter that a tensor-parallel rank holds, by the parameter's name (no torch).
 
-In: a parameter's name, the model's shape, how many ranks share each layer. Out: the dimension that is cut, or None for a parameter that
-every rank holds whole.
+In: a parameter's name, the model's shape, the tensor-parallel size. Out: the dimension along which the parameter is sharded, or None for a
+parameter that every rank holds in full. The terms are Megatron-LM's (arXiv 1909.08053). In a linear layer y = x Wᵀ, W [outputs, inputs],
+"column-parallel" means that each rank computes some of the outputs (rows of W), and "row-parallel" that each rank reads some of the inputs
+(columns of W).
 """
 
 from __future__ import annotations
@@ -11,11 +13,15 @@ from dataclasses import dataclass
 from megatron_patch.errors import ConfigError
 from megatron_patch.model.shape import ModelShape
 
-COLUMN_PARALLEL: tuple[str, ...] = ("attention.query.weight", "attention.query.bias", "feed_forward.gate.weight", "feed_forward.gate.bias")
-VOCABULARY_PARAMETERS = ("embedding.word.weight", "head.weight")
-"""A row for each id, and padding."""
-COLUMN_PARALLEL += ("feed_forward.up.weight", "feed_forward.up.bias", *VOCABULARY_PARAMETERS)
+COLUMN_PARALLEL = (
+    *("attention.query.weight", "attention.query.bias"),
+    *("feed_forward.gate.weight", "feed_forward.gate.bias", "feed_forward.up.weight", "feed_forward.up.bias"),
+)
+"""Ends of the names of column-parallel parameters; the projections to keys and values are too, if `shards_key_value`."""
 ROW_PARALLEL = ("attention.output.weight", "feed_forward.down.weight")
+"""Ends of the names of row-parallel parameters; every rank holds the full bias of a row-parallel layer."""
+VOCABULARY_PARAMETERS = ("embedding.word.weight", "head.weight")
+"""Names of the parameters with one row for each token id; a rank holds a vocabulary shard of them."""
 _KEY_VALUE = ("attention.key.weight", "attention.key.bias", "attention.value.weight", "attention.value.bias")
 
 
@@ -24,9 +30,9 @@ class Shard:
     """A rank's part of a parameter.
 
     Args:
-        dim: the dimension that is cut into equal parts.
-        index: which part.
-        count: of how many.
+        dim: the dimension along which the parameter is split into equal parts.
+        index: index of this rank's part.
+        count: number of parts.
     """
 
     dim: int
@@ -34,41 +40,50 @@ class Shard:
     count: int
 
     def whole_shape(self, local: tuple[int, ...]) -> tuple[int, ...]:
-        """The whole parameter's shape."""
+        """Returns the shape of the full parameter, from that of a part."""
         return tuple(size * self.count if dim == self.dim else size for dim, size in enumerate(local))
 
 
 def shards_key_value(shape: ModelShape, size: int) -> bool:
-    """Whether keys and values are cut; with fewer groups than ranks every rank holds all, and uses its own."""
+    """Whether the projections to keys and values are sharded; with fewer query groups than ranks, every rank holds them in full."""
     return shape.num_query_groups % size == 0
 
 
 def shard_of(name: str, shape: ModelShape, rank: int, size: int) -> Shard | None:
-    """The part of a parameter that a rank holds; None for all of it."""
+    """Returns the part of a parameter that a tensor-parallel rank holds, or None for the full parameter.
+
+    Args:
+        name: the parameter's name in the model.
+        shape: the model's shape.
+        rank: the tensor-parallel rank.
+        size: number of tensor-parallel ranks.
+    """
     if size == 1:
         return None
-    if name.endswith(COLUMN_PARALLEL) or (name.endswith(_KEY_VALUE) and shards_key_value(shape, size)):
+    if name.endswith(COLUMN_PARALLEL + VOCABULARY_PARAMETERS) or (name.endswith(_KEY_VALUE) and shards_key_value(shape, size)):
         return Shard(0, rank, size)
     return Shard(1, rank, size) if name.endswith(ROW_PARALLEL) else None
 
 
 def check_sharding(shape: ModelShape, size: int) -> None:
-    """Refuses models that do not divide.
+    """Checks that tensor-parallel ranks divide a model.
 
     Raises:
-        ConfigError: naming the flag.
+        ConfigError: they do not; the error names the flag.
     """
     for flag, value in (
         ("--num-attention-heads", shape.num_attention_heads),
         ("--ffn-hidden-size", shape.ffn_hidden_size),
-        ("the padded vocabulary", shape.padded_vocab_size),
+        ("the padded vocabulary size", shape.padded_vocab_size),
     ):
         if value % size:
-            raise ConfigError(f"{flag} {value} over {size} tensor-parallel ranks", f"multiples of {size}", "change one of them")
+            raise ConfigError(
+                f"{flag} {value} does not divide into {size} tensor-parallel ranks", f"multiples of {size}", "change one of the two"
+            )
     groups = shape.num_query_groups
     if groups % size and size % groups:
         raise ConfigError(
-            f"--num-query-groups {groups} over {size} tensor-parallel ranks",
-            "groups that divide by the ranks, or ranks that divide by the groups",
-            "change one of them",
+            f"--num-query-groups {groups} does not divide into {size} tensor-parallel ranks",
+            "a multiple or a divisor of the number of ranks",
+            "change one of the two",
         )

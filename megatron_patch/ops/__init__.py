@@ -1,4 +1,4 @@
-"""The operators of the method, fastest form first: compiled kernels where they are built, plain formulas elsewhere or where asked for."""
+"""The operators of the method: compiled kernels where they are built, plain formulas elsewhere or on request."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import torch
 import torch.distributed as dist
 
 from megatron_patch.ops import fused_embedding, fused_linear_loss, native, plain
-from megatron_patch.ops.accumulation import check_unit_gradient, redirected
+from megatron_patch.ops.accumulation import check_unit_gradient, redirect_gradient
 from megatron_patch.ops.plain import IGNORE_INDEX
 
 __all__ = ["IGNORE_INDEX", "Operators", "VocabularyShard", "linear_multi_token_loss", "patch_embedding"]
 
 Operators = Literal["fused", "plain"]
-"""The compiled kernels where they are built; or the plain formulas everywhere, bit by bit an ordinary language model's at K = 1."""
+"""fused: compiled kernels where they are built. plain: the formulas everywhere, at K = 1 with the bits of an ordinary language model."""
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,8 @@ class VocabularyShard:
     """This rank's part of the vocabulary.
 
     Args:
-        start: the id of its first row.
-        group: the ranks that hold the others.
+        start: the token id of its first row.
+        group: the ranks that hold the shards of the vocabulary.
     """
 
     start: int
@@ -38,14 +38,22 @@ def patch_embedding(
     vocab_start: int | None = None,
     weight_grad_accumulator: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The mean of the K token embeddings of each patch; see `plain.patch_embedding`.
+    """Returns the mean of the K token embeddings of each patch; see `plain.patch_embedding`.
 
-    With an accumulator (float32, contiguous, of the weight's shape, with memory of its own) the backward pass adds the weight's gradient to
-    it, and the weight gets none: the kernels add it unrounded, the plain formulas rounded to the weight's dtype. See `ops.accumulation`.
+    Args:
+        weight: [V or a shard of it, H].
+        token_ids: int64 [..., T, K].
+        operators: "fused" or "plain".
+        vocab_start: the token id of the shard's first row; None: the weight has the full vocabulary.
+        weight_grad_accumulator: float32 [V or a shard of it, H], to which the backward pass adds the weight's gradient, while the weight
+            itself gets none; the kernels add it unrounded, the plain formulas rounded to the weight's dtype. See `ops.accumulation`.
+
+    Returns:
+        [..., T, H] in the weight's dtype.
     """
     if operators == "fused" and native.supports(weight):
         return fused_embedding.patch_embedding(weight, token_ids, vocab_start, weight_grad_accumulator)
-    return plain.patch_embedding(redirected(weight, weight_grad_accumulator), token_ids, vocab_start)
+    return plain.patch_embedding(redirect_gradient(weight, weight_grad_accumulator), token_ids, vocab_start)
 
 
 def linear_multi_token_loss(
@@ -58,12 +66,22 @@ def linear_multi_token_loss(
     weight_grad_accumulator: torch.Tensor | None = None,
     unit_gradient: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The head's logits scored against K labels a row; see `plain.linear_multi_token_loss`.
+    """Returns the loss of the head's logits over K labels for each row; see `plain.linear_multi_token_loss`.
 
-    With an accumulator (float32, contiguous, of the weight's shape, with memory of its own) the weight's gradient is added to it, and the
-    weight gets none: the kernels add it unrounded, the plain formulas rounded to the weight's dtype. Where the backward pass is known to
-    start from this loss, `unit_gradient` lets the kernels' products be added in the forward pass, without a table in between; the plain
-    formulas ignore it and add in the backward pass. See `fused_linear_loss.linear_multi_token_loss` and `ops.accumulation`.
+    Args:
+        hidden: [N, H].
+        weight: [V or a shard of it, H].
+        labels: int64 [N, K]; IGNORE_INDEX is not scored.
+        label_weights: [K], or None for 1.
+        operators: "fused" or "plain".
+        shard: this rank's vocabulary shard; None: the weight has the full vocabulary.
+        weight_grad_accumulator: float32 [V or a shard of it, H], to which the weight's gradient is added, while the weight itself gets
+            none; the kernels add it unrounded, the plain formulas rounded to the weight's dtype. See `ops.accumulation`.
+        unit_gradient: with an accumulator, if the caller starts the backward pass from this loss: the kernels add the gradient in the
+            forward pass, without a temporary table. The plain formulas ignore it. See `fused_linear_loss.linear_multi_token_loss`.
+
+    Returns:
+        (sum of weighted losses in nats, sum of the weights of scored labels), float32 (float64 stays float64).
     """
     start, group = (None, None) if shard is None else (shard.start, shard.group)
     if operators == "fused" and native.supports(weight):
@@ -75,5 +93,5 @@ def linear_multi_token_loss(
             unit_gradient=unit_gradient,
         )
     check_unit_gradient(unit_gradient, weight_grad_accumulator)
-    weight = redirected(weight, weight_grad_accumulator)
+    weight = redirect_gradient(weight, weight_grad_accumulator)
     return plain.linear_multi_token_loss(hidden, weight, labels, label_weights, vocab_start=start, group=group)

@@ -1,10 +1,10 @@
-"""Gradients of weights that are added to an accumulator the caller holds, instead of becoming tensors of their own.
+"""Gradient accumulators: tensors of the caller to which the operators add the weight's gradient, instead of setting its `.grad`.
 
-An accumulator is a contiguous [V, H] tensor of the weight's shape and device, float32 (float64 for float64 weights), with memory of its
-own: a master gradient that sums micro-batches. The fused operators add unrounded sums; the plain formulas add gradients that were rounded
-to the weight's dtype. Each backward pass adds; the fused head's does so for `torch.autograd.grad(loss, hidden)`, too. With `unit_gradient`
-the fused head adds in its forward pass instead, chunk by chunk: a call that raises may have added the chunks before. The weight's own
-`.grad` stays as it is (None where it was None), and hooks on the weight run with None.
+An accumulator is a contiguous [V, H] tensor with the weight's shape and device, float32 (float64 for float64 weights), which shares no
+memory with the weight: a master gradient that sums micro-batches. The fused operators add unrounded sums; the plain formulas add gradients
+rounded to the weight's dtype. Each backward pass adds; that of the fused head also for `torch.autograd.grad(loss, hidden)`. With
+`unit_gradient`, the fused head adds in its forward pass instead, chunk by chunk; a call that raises may have added the chunks before. The
+weight's `.grad` does not change, and hooks on the weight receive None.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from megatron_patch.ops.plain import accumulation_dtype
 
 
 def check_accumulator(accumulator: torch.Tensor, weight: torch.Tensor) -> None:
-    """Whether gradients of a weight can be added to an accumulator.
+    """Checks that gradients of a weight can be added to an accumulator.
 
     Raises:
-        TypeError: it is no tensor.
-        ValueError: it has another shape, dtype, device or layout than this module's first lines say, shares memory with the weight (which
-            is not looked at where shapes alone are traced), or asks for a gradient itself.
+        TypeError: it is not a tensor.
+        ValueError: it has the wrong shape, dtype, device or layout, requires a gradient, or shares memory with the weight (not checked
+            while torch.compile traces).
     """
     dtype = accumulation_dtype(weight.dtype)
     if not isinstance(accumulator, torch.Tensor):
@@ -36,17 +36,17 @@ def check_accumulator(accumulator: torch.Tensor, weight: torch.Tensor) -> None:
         found += ", which requires a gradient" if accumulator.requires_grad else ""
         raise ValueError(
             f"weight_grad_accumulator is {accumulator.dtype} {list(accumulator.shape)} on {accumulator.device}{found}; allowed: contiguous "
-            f"{dtype} {list(weight.shape)} on {weight.device}, which requires no gradient"
+            f"{dtype} {list(weight.shape)} on {weight.device}, which does not require a gradient"
         )
     if not torch.compiler.is_compiling() and _overlap(accumulator, weight):
-        raise ValueError("weight_grad_accumulator shares memory with the weight; allowed: memory of its own")
+        raise ValueError("weight_grad_accumulator shares memory with the weight; allowed: a tensor with separate memory")
 
 
 def _overlap(accumulator: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether tensors lie on top of each other, from the first to the last element; tensors that have no memory do not."""
+    """Whether the memory spans of two tensors, from the first to the last element, overlap; tensors without memory do not."""
     spans = []
     for tensor in (accumulator, weight):
-        # Others, as those that are traced, may have no address.
+        # Subclasses, such as traced tensors, may have no address.
         if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.numel() == 0 or tensor.is_meta:
             return False
         last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
@@ -56,17 +56,17 @@ def _overlap(accumulator: torch.Tensor, weight: torch.Tensor) -> bool:
 
 
 def check_unit_gradient(unit_gradient: bool, accumulator: torch.Tensor | None) -> None:
-    """Whether a loss' gradient may be taken to be 1.
+    """Checks that `unit_gradient` is given together with an accumulator.
 
     Raises:
         ValueError: there is no accumulator.
     """
     if unit_gradient and accumulator is None:
-        raise ValueError("unit_gradient is True without a weight_grad_accumulator; allowed: with one")
+        raise ValueError("unit_gradient is True without weight_grad_accumulator; allowed: both, or neither")
 
 
-class _AddTo(torch.autograd.Function):
-    """The weight itself; its gradient is added to the accumulator and goes no further."""
+class _AccumulateGradient(torch.autograd.Function):
+    """Returns the weight; the backward pass adds its gradient to the accumulator and gives the weight none."""
 
     @staticmethod
     def forward(ctx: Any, weight: torch.Tensor, accumulator: torch.Tensor) -> torch.Tensor:
@@ -79,9 +79,9 @@ class _AddTo(torch.autograd.Function):
         return None, None
 
 
-def redirected(weight: torch.Tensor, accumulator: torch.Tensor | None) -> torch.Tensor:
-    """The weight for a plain formula, with its gradient added to the accumulator; without one, the weight as it is."""
+def redirect_gradient(weight: torch.Tensor, accumulator: torch.Tensor | None) -> torch.Tensor:
+    """Returns the weight, such that the gradient of what uses it is added to the accumulator; without an accumulator, the weight itself."""
     if accumulator is None:
         return weight
     check_accumulator(accumulator, weight)
-    return _AddTo.apply(weight, accumulator)
+    return _AccumulateGradient.apply(weight, accumulator)

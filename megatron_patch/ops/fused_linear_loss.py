@@ -1,9 +1,9 @@
-"""The output head and its loss in one operator, in chunks of rows: the logits of a whole batch never stand in memory.
+"""The output head and its loss in one operator, in chunks of rows, so that the logits of a full batch are never in memory.
 
-In: hidden states, the head's weight (or a vocabulary shard of it) and K labels a row. Out: the summed loss; both gradients are made in the
-forward pass, while a chunk's logits are at hand, and are scaled in the backward pass. The products are the vendor's (cuBLAS, the CPU's
-BLAS), the rest is `fused_loss`' kernels. The weight's gradient is summed in float32 whatever the dtype; into an accumulator of the caller's
-it goes in the backward pass, or, where the loss' gradient is known to be 1, product by product without a table in between.
+In: hidden states, the head's weight (or a vocabulary shard of it) and K labels for each row. Out: the summed loss. The forward pass
+computes both gradients while it has a chunk's logits; the backward pass scales them. Matrix products use cuBLAS or the CPU's BLAS, the rest
+the kernels of `fused_loss`. The weight's gradient is summed in float32 for every dtype. With an accumulator, the backward pass adds it
+there; where the loss' gradient is known to be 1, the forward pass adds each product directly, without a temporary table.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from torch.utils.flop_counter import register_flop_formula
 
 from megatron_patch.ops import native
 from megatron_patch.ops.accumulation import check_accumulator, check_unit_gradient
-from megatron_patch.ops.fused_loss import normalize
+from megatron_patch.ops.fused_loss import losses_from_statistics
 from megatron_patch.ops.plain import IGNORE_INDEX, accumulation_dtype, weight_of_labels
 
-# Smaller chunks pay for reading and writing the weight's gradient once a chunk: about 333/C of the products' time for C rows.
+# Each chunk reads and writes the weight's gradient once: with C rows, this takes about 333/C of the time of the matrix products.
 CHUNK_ROWS = 4096
 
 
@@ -36,38 +36,38 @@ def linear_multi_token_loss(
     weight_grad_accumulator: torch.Tensor | None = None,
     unit_gradient: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `plain.linear_multi_token_loss`, with the logits of at most `chunk_rows` rows in memory.
+    """Computes `plain.linear_multi_token_loss` with the logits of at most `chunk_rows` rows in memory.
 
     Args:
         hidden: [N, H].
         weight: [V or a shard of it, H].
         labels: int64 [N, K]; IGNORE_INDEX is not scored.
         label_weights: [K], or None for 1.
-        z_loss: each scored label's loss grows by z_loss · lse² (arXiv 2204.02311, section 5).
-        vocab_start: the id of the shard's first row; None: all of the vocabulary is here.
-        group: the ranks that hold the shards; they exchange [rows, 2 + K] floats once a chunk. The gradient for `hidden` is this shard's
-            part; the parts of all shards sum to the whole.
-        chunk_rows: rows at a time, from 1; chunks are of one size but for rounding.
+        z_loss: z_loss · lse² is added to each scored label's loss (arXiv 2204.02311, section 5).
+        vocab_start: the token id of the shard's first row; None: the weight has the full vocabulary.
+        group: the ranks that hold the shards; they exchange [rows, 2 + K] floats once for each chunk. The gradient of `hidden` is this
+            shard's part; the parts of all shards sum to the full gradient.
+        chunk_rows: the most rows of a chunk, at least 1; chunks have the same size up to rounding.
         weight_grad_accumulator: contiguous [V or a shard of it, H], float32 (float64 for a float64 weight). The backward pass adds the
-            weight's gradient to it, unrounded, and gives the weight no gradient: its `.grad` stays as it is, and its hooks run with
-            None. `torch.autograd.grad(loss, hidden)` adds, too. None: the weight gets a gradient of its dtype.
-        unit_gradient: with an accumulator: the caller starts the backward pass from this very loss, all factors being in `label_weights`.
-            Then the forward pass adds the weight's gradient already, and no other table of its size is ever made; a backward pass,
-            the first or another, adds nothing to it. One that brings a gradient other than 1 makes the one of `hidden` NaN (where
-            `hidden` needs none, nothing shows it), and what was added stays as for 1. Not for a region whose forward pass is run again
-            (activation checkpointing): it would be added twice.
+            weight's gradient to it, unrounded, and gives the weight no gradient: its `.grad` does not change, and its hooks receive
+            None. `torch.autograd.grad(loss, hidden)` also adds to it. None: the weight gets a gradient of its dtype.
+        unit_gradient: with an accumulator, True promises that the backward pass starts from this loss, with all factors in
+            `label_weights`. Then the forward pass adds the weight's gradient, without a temporary table of its size, and backward passes
+            add nothing to it. A backward pass with a gradient other than 1 makes the gradient of `hidden` NaN (if `hidden` requires
+            none, the error goes unnoticed). Do not use it where the forward pass runs again (activation checkpointing), which would
+            add twice.
 
     Returns:
-        (sum of weighted losses, sum of weights of scored labels), float32 (float64 stays float64).
+        (sum of weighted losses in nats, sum of the weights of scored labels), float32 (float64 stays float64).
 
     Raises:
-        ValueError: `labels` out of range (only where all of the vocabulary is here; on a GPU as `multi_token_loss` says), an argument of
-            another shape or dtype, an accumulator that shares memory with the weight, or `unit_gradient` without an accumulator. With
-            `unit_gradient` the chunks before the one that raises have been added.
-        TypeError: an accumulator that is no tensor.
+        ValueError: `labels` out of range (checked only without `vocab_start`; on a GPU see `multi_token_loss`), an argument of the wrong
+            shape or dtype, an accumulator that shares memory with the weight, or `unit_gradient` without an accumulator. With
+            `unit_gradient`, the chunks before the one that raises have been added.
+        TypeError: an accumulator that is not a tensor.
     """
     if chunk_rows < 1:
-        raise ValueError(f"chunk_rows is {chunk_rows}; allowed: 1 and more")
+        raise ValueError(f"chunk_rows is {chunk_rows}; allowed: 1 or more")
     dtype = accumulation_dtype(hidden.dtype)
     if label_weights is not None:
         label_weights = label_weights.to(dtype)
@@ -87,7 +87,7 @@ def linear_multi_token_loss(
 
 
 def _add_product(total: torch.Tensor, first: torch.Tensor, second: torch.Tensor, beta: float) -> None:
-    """Makes total = beta · total + firstᵀ @ second, in the dtype of total; with a beta of 0 what total held does not matter."""
+    """Sets total = beta · total + firstᵀ @ second, in the dtype of total; with beta 0, total may be uninitialized."""
     if first.dtype != total.dtype and total.is_cuda:
         torch.ops.aten.addmm.dtype_out(total, first.t(), second, total.dtype, beta=beta, out=total)
     else:
@@ -103,20 +103,20 @@ def _chunk_loss(
     group: str | None,
     differentiable: bool,
 ) -> torch.Tensor:
-    """The loss of each row; where asked for, its gradient replaces the logits."""
+    """Returns the loss of each row; if `differentiable`, overwrites the logits with its gradient."""
     if differentiable and group is None and vocab_start is None:
         return torch.ops.megatron_patch.multi_token_loss_and_gradient_(logits, labels, label_weights, z_loss)
-    padding_alone = logits.shape[1] == 0
-    if padding_alone:
+    only_padding = logits.shape[1] == 0
+    if only_padding:
         statistics = logits.new_zeros((labels.shape[0], 2 + labels.shape[1]), dtype=accumulation_dtype(logits.dtype))
         statistics[:, 0] = float("-inf")
     else:
         statistics = torch.ops.megatron_patch.multi_token_loss_statistics(logits, labels, vocab_start)
-    normalizer, nll, lse = normalize(statistics, labels, group)
+    normalizer, nll, lse = losses_from_statistics(statistics, labels, group)
     scored = (labels != IGNORE_INDEX).to(nll.dtype)
     weights = scored if label_weights is None else scored * label_weights
     totals = weights.sum(dim=1)
-    if differentiable and not padding_alone:
+    if differentiable and not only_padding:
         grad_lse = (2 * z_loss) * lse * totals
         torch.ops.megatron_patch.multi_token_loss_gradient_(logits, labels, normalizer, weights, grad_lse, vocab_start)
     return (nll * weights).sum(dim=1) + z_loss * lse.square() * totals
@@ -134,7 +134,7 @@ def _linear_loss(
     differentiable: bool,
     weight_grad_accumulator: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The accumulator is the backward pass' business."""
+    """Returns (loss, gradient of hidden, gradient of weight); only the backward pass uses the accumulator."""
     grad_hidden, grad_weight = _gradients(hidden, weight, differentiable)
     arguments = (labels, label_weights, z_loss, vocab_start, group, chunk_rows)
     loss = _sum_of_chunks(hidden, weight, *arguments, (grad_hidden, grad_weight) if differentiable else None, first_beta=0.0)
@@ -152,7 +152,7 @@ def _linear_loss_add(
     group: str | None,
     chunk_rows: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(loss, gradient of hidden); the weight's gradient is added to the accumulator."""
+    """Returns (loss, gradient of hidden), and adds the weight's gradient to the accumulator."""
     by_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format)
     arguments = (labels, label_weights, z_loss, vocab_start, group, chunk_rows)
     return _sum_of_chunks(hidden, weight, *arguments, (by_hidden, accumulator), first_beta=1.0), by_hidden
@@ -170,11 +170,11 @@ def _sum_of_chunks(
     gradients: tuple[torch.Tensor, torch.Tensor] | None,
     first_beta: float,
 ) -> torch.Tensor:
-    """The loss; its gradients by hidden states and weight are written into what is given for them.
+    """Returns the loss, and writes the gradients of hidden and weight into the given tensors.
 
     Args:
-        gradients: [N, H] in the dtype of hidden, and [V, H] in the dtype that sums are taken in; or None.
-        first_beta: what the second one's content is multiplied with before the first chunk's product is added; 0: it is not read.
+        gradients: [N, H] in the dtype of hidden, and [V, H] in `accumulation_dtype`; or None.
+        first_beta: factor of the second one's previous content: 1 adds to it, 0 overwrites it, so that it may be uninitialized.
     """
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1] or hidden.dtype != weight.dtype:
         raise ValueError(
@@ -197,16 +197,16 @@ def _sum_of_chunks(
 
 
 def _scaled(gradient: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The product, rounded once; the factor keeps its own dtype, and a GPU writes the result without a wider copy in between."""
+    """Returns gradient · factor, rounded once; the factor keeps its dtype, and a GPU needs no wider temporary copy."""
     return torch.mul(gradient, factor.reshape(1, 1), out=gradient.new_empty(gradient.shape, dtype=dtype))
 
 
 def _gradients(hidden: torch.Tensor, weight: torch.Tensor, differentiable: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Room for both gradients; none where they are not asked for."""
+    """Returns uninitialized tensors for both gradients; empty ones if not `differentiable`."""
     dtype = accumulation_dtype(weight.dtype)
     if not differentiable:
         return hidden.new_empty(0), weight.new_empty(0, dtype=dtype)
-    # Without rows nothing will be written into the weight's.
+    # Without rows, nothing would be written to the weight's gradient.
     make = torch.empty if hidden.shape[0] else torch.zeros
     return torch.empty_like(hidden, memory_format=torch.contiguous_format), make(weight.shape, dtype=dtype, device=weight.device)
 
@@ -235,16 +235,16 @@ def _register() -> None:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         return hidden.new_empty((), dtype=accumulation_dtype(hidden.dtype)), *_gradients(hidden, weight, differentiable)
 
-    def remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
         _, grad_hidden, grad_weight = output
         ctx.dtype = inputs[1].dtype
-        # Not a saved tensor: other gradients may be added to it before this one.
+        # Not a saved tensor, because other backward passes may add to it before this one.
         ctx.accumulator = inputs[9]
         ctx.mark_non_differentiable(grad_hidden, grad_weight)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(grad_hidden, grad_weight)
 
-    def derivative(ctx: Any, grad: torch.Tensor | None, *_: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, grad: torch.Tensor | None, *_: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         if grad is None:
             return (None,) * 10
         grad_hidden, grad_weight = ctx.saved_tensors
@@ -256,18 +256,18 @@ def _register() -> None:
             by_weight = _scaled(grad_weight, grad, ctx.dtype)
         return by_hidden, by_weight, *(None,) * 8
 
-    torch.library.register_autograd(library, derivative, setup_context=remember)
+    torch.library.register_autograd(library, backward, setup_context=setup_context)
 
     @register_flop_formula(torch.ops.megatron_patch.linear_multi_token_loss)  # type: ignore[untyped-decorator]
     def _(hidden: list[int], weight: list[int], *others: Any, **shapes: Any) -> int:
-        """The logits' product, and one for each gradient."""
+        """The FLOPs of the logits' product, and of one product for each gradient."""
         return (3 if others[6] else 1) * 2 * hidden[0] * hidden[1] * weight[0]
 
     _register_addition()
 
 
 def _register_addition() -> None:
-    """The operator that adds in its forward pass, and the one that hands its gradient on."""
+    """Registers the operator that adds in its forward pass, and the one that connects its gradient to autograd."""
     library = "megatron_patch::linear_multi_token_loss_add_"
     torch.library.define(
         library,
@@ -296,16 +296,16 @@ def _register_addition() -> None:
     def _(hidden: torch.Tensor, weight: torch.Tensor, loss: torch.Tensor, by_hidden: torch.Tensor) -> torch.Tensor:
         return torch.empty_like(loss)
 
-    def remember(ctx: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
         ctx.save_for_backward(inputs[3])
 
-    def derivative(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None]:
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None]:
         (by_hidden,) = ctx.saved_tensors
-        # The weight's gradient was added for a factor of 1; finding another would mean waiting for the GPU.
+        # The forward pass added the weight's gradient for a factor of 1. NaN reports another factor without waiting for the GPU.
         factor = grad.masked_fill(grad != 1, float("nan"))
         return (_scaled(by_hidden, factor, by_hidden.dtype) if ctx.needs_input_grad[0] else None), None, None, None
 
-    torch.library.register_autograd(glue, derivative, setup_context=remember)
+    torch.library.register_autograd(glue, backward, setup_context=setup_context)
 
 
 if native.load_error() is None:

@@ -1,8 +1,8 @@
-"""Multi-token loss in one pass over the logits: its derivative, its shapes for tracing, and its vocabulary-parallel form.
+"""Multi-token loss in one pass over the logits: the operator, its autograd formula, shapes for tracing, and its vocabulary-parallel form.
 
-In: logits (or a vocabulary shard of them) and K labels a row. Out: a loss for each label, and each row's log-sum-exp, so that callers
-weigh, mask and normalise as they like. The kernels give 2 + K floats a row (largest logit, sum of exponentials, label logits); shards
-exchange nothing else, once.
+In: logits (or a vocabulary shard of them) and K labels for each row. Out: a loss for each label and the log-sum-exp of each row, so that
+the caller can weight, mask and normalize. The kernels compute 2 + K floats for each row (largest logit, sum of exponentials, label logits);
+vocabulary shards exchange only these, once.
 """
 
 from __future__ import annotations
@@ -23,22 +23,23 @@ def multi_token_loss(
     group: dist.ProcessGroup | None = None,
     in_place: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Each row's distribution scored against its K labels (arXiv 2407.12665, equation 3), label by label; as `plain.multi_token_loss`.
+    """Returns the loss of each of a row's K labels (arXiv 2407.12665, equation 3), as `plain.multi_token_loss` does.
 
     Args:
         logits: [N, V or a shard of it].
         labels: int64 [N, K]; IGNORE_INDEX is not scored.
-        vocab_start: the id of the shard's first column; None: all of the vocabulary is here.
-        group: the ranks that hold the shards; they exchange [N, 2 + K] floats once. None: this shard is all there is.
-        in_place: the backward pass writes the gradient over the logits (contiguous, and not needed any more) instead of beside them;
-            torch.compile knows no such thing, and leaves it out.
+        vocab_start: the token id of the shard's first column; None: the logits have the full vocabulary.
+        group: the ranks that hold the shards; they exchange [N, 2 + K] floats once. None: there are no other shards.
+        in_place: whether the backward pass overwrites the logits with their gradient; they must be contiguous and no longer needed.
+            Ignored under torch.compile, which does not support it.
 
     Returns:
-        (negative log-likelihoods [N, K], 0 where a label is not scored; log-sum-exp of each row [N]), float32 (float64 stays float64).
+        (negative log-likelihoods in nats [N, K], 0 for labels that are not scored; log-sum-exp of each row [N]), float32 (float64 stays
+        float64).
 
     Raises:
-        ValueError: `labels` out of range (only where all of the vocabulary is here), or an argument of another shape or dtype. On a GPU,
-            where looking would mean waiting, labels out of range end the process's CUDA work with a printed line that names them.
+        ValueError: `labels` out of range (checked only without `vocab_start`), or an argument of the wrong shape or dtype. On a GPU,
+            where the check would have to wait, the kernel prints labels out of range and ends the process's CUDA work.
     """
     name = None if group is None else group.group_name
     nll, lse, _ = torch.ops.megatron_patch.multi_token_loss(
@@ -47,11 +48,13 @@ def multi_token_loss(
     return nll, lse
 
 
-def normalize(statistics: torch.Tensor, labels: torch.Tensor, group: str | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """From the kernel's statistics of a shard to what all shards together say.
+def losses_from_statistics(
+    statistics: torch.Tensor, labels: torch.Tensor, group: str | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Combines the statistics of all shards into losses.
 
     Args:
-        statistics: [N, 2 + K] of this shard: largest logit, sum of exponentials, label logits (0 where the label is elsewhere).
+        statistics: [N, 2 + K] of this shard: largest logit, sum of exponentials, label logits (0 for labels of other shards).
         labels: int64 [N, K].
         group: name of the process group that holds the shards, or None.
 
@@ -69,7 +72,7 @@ def normalize(statistics: torch.Tensor, labels: torch.Tensor, group: str | None)
     else:
         largest, sums, label_logits = statistics[:, 0], statistics[:, 1], statistics[:, 2:]
     log_sums = sums.log()
-    # The largest logit goes first: added to the logarithm it would cost the digits of a small loss.
+    # Subtracts the logits first: the logarithm, added to the largest logit, would lose the digits of a small loss.
     nll = (largest[:, None] - label_logits) + log_sums[:, None]
     return torch.stack((largest, sums), dim=1), torch.where(labels == IGNORE_INDEX, 0.0, nll), largest + log_sums
 
@@ -80,7 +83,7 @@ def _loss(
     if in_place and not logits.is_contiguous():
         raise ValueError("logits must be contiguous to be overwritten")
     statistics = torch.ops.megatron_patch.multi_token_loss_statistics(logits, labels, vocab_start)
-    normalizer, nll, lse = normalize(statistics, labels, group)
+    normalizer, nll, lse = losses_from_statistics(statistics, labels, group)
     return nll, lse, normalizer
 
 
@@ -117,11 +120,11 @@ def _register() -> None:
     def _(logits: torch.Tensor, labels: torch.Tensor, label_weights: torch.Tensor | None = None, z_loss: float = 0.0) -> torch.Tensor:
         return logits.new_empty(labels.shape[:1], dtype=accumulation_dtype(logits.dtype))
 
-    def remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
         logits, labels, ctx.vocab_start, _, ctx.in_place = inputs
         ctx.save_for_backward(logits, labels, output[2])
 
-    def derivative(ctx: Any, grad_nll: torch.Tensor, grad_lse: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, grad_nll: torch.Tensor, grad_lse: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         logits, labels, normalizer = ctx.saved_tensors
         arguments = (labels, normalizer, grad_nll, grad_lse, ctx.vocab_start)
         if ctx.in_place:
@@ -131,7 +134,7 @@ def _register() -> None:
             gradient = torch.ops.megatron_patch.multi_token_loss_gradient(logits, *arguments)
         return gradient, None, None, None, None
 
-    torch.library.register_autograd(library, derivative, setup_context=remember)
+    torch.library.register_autograd(library, backward, setup_context=setup_context)
 
 
 if native.load_error() is None:

@@ -1,8 +1,8 @@
-"""The compiled libraries: loading what was built at install, once, when this module is imported.
+"""Loads the compiled libraries, once, when this module is imported.
 
-In: `_C.so` (the operators' schemas and the CPU's kernels) and `_C_cuda.so` (CUDA's kernels) beside this package, where they were built.
-Out: `torch.ops.megatron_patch.*`, and which devices and dtypes they serve. Where nothing was built, or it does not load into this torch,
-the plain formulas serve, with one warning. What asks later is a comparison, which `torch.compile` traces through.
+In: `_C.so` (the operators' schemas and CPU kernels) and `_C_cuda.so` (CUDA kernels) in the package's folder, if they were built at install.
+Out: `torch.ops.megatron_patch.*`, and the devices and dtypes that they support. Where a library is missing or does not load into this
+torch, the plain formulas are used, after one warning. `supports` only compares, so that `torch.compile` can trace it.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ OPERATORS = (
     "multi_token_loss_gradient_",
     "multi_token_loss_and_gradient_",
 )
-"""What `_C.so` of these sources defines (csrc/schemas.cpp)."""
+"""The operators that `_C.so` must define (csrc/schemas.cpp)."""
 CUDA_OPERATORS = ("patch_embedding_rows", "patch_embedding_sorted_backward", "patch_embedding_sorted_backward_add_")
-"""What `_C_cuda.so` defines besides (csrc/cuda/bindings.cpp)."""
+"""The further operators that `_C_cuda.so` must define (csrc/cuda/bindings.cpp)."""
 _warned: set[str] = set()
 
 
@@ -41,36 +41,36 @@ def _load(library: Path, operators: Sequence[str], needs: str | None = None) -> 
         torch.ops.load_library(str(library))
     except OSError as error:
         return f"{library.name} does not load: {error}"
-    lacking = [name for name in operators if not hasattr(torch.ops.megatron_patch, name)]
-    return f"{library.name} was built from other sources: it lacks {', '.join(lacking)}" if lacking else None
+    missing = [name for name in operators if not hasattr(torch.ops.megatron_patch, name)]
+    return f"{library.name} was built from other sources: it lacks {', '.join(missing)}" if missing else None
 
 
 _cpu_error = _load(LIBRARY, OPERATORS)
 _errors = {
     "cpu": _cpu_error,
-    "cuda": _load(CUDA_LIBRARY, CUDA_OPERATORS, _cpu_error or (None if torch.version.cuda else "this torch is a build without CUDA")),
+    "cuda": _load(CUDA_LIBRARY, CUDA_OPERATORS, _cpu_error or (None if torch.version.cuda else "this build of torch has no CUDA")),
 }
 
 
 def load_error(device: str = "cpu") -> str | None:
-    """Why the compiled operators are not available on a kind of device, or None where they are."""
-    return _errors.get(device, f"there are none for {device}")
+    """Returns the reason why the compiled operators are not available on a type of device, or None if they are."""
+    return _errors.get(device, f"there are no kernels for {device}")
 
 
 def available(device: str = "cpu") -> bool:
-    """Whether the compiled operators can be used; the first time they cannot, a warning says why."""
+    """Whether the compiled operators can be used on a type of device; warns the first time that they cannot."""
     error = load_error(device)
     if error is not None and device in _errors and device not in _warned:
         _warned.add(device)
         compiler = "nvcc and a C++ compiler" if device == "cuda" and _cpu_error is None else "a C++ compiler"
         warnings.warn(
-            f"megatron_patch runs on its plain formulas (the same results, slower), as its compiled operators are missing: {error}. "
-            f"To have them, reinstall where there is {compiler}: pip install --no-build-isolation -e .",
+            f"megatron_patch uses its plain formulas (the same results, slower), because its compiled operators are missing: {error}. "
+            f"To build them, install {compiler} and reinstall the package: pip install --no-build-isolation -e .",
             stacklevel=4,
         )
     return error is None
 
 
 def supports(tensor: torch.Tensor) -> bool:
-    """Whether compiled kernels serve this tensor's device and dtype."""
+    """Whether compiled kernels support a tensor's device and dtype."""
     return tensor.dtype in DTYPES and available(tensor.device.type)

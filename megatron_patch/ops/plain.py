@@ -1,7 +1,7 @@
-"""The operators as plain formulas: what the fused kernels must equal, and what serves where those are not built.
+"""The operators as plain formulas: the reference of the fused kernels, and the fallback where these are not built.
 
-In: weights, ids, logits, labels. Out: patch embeddings and loss sums. K = 1 takes the same path and gives the bits of an ordinary
-language model (`F.embedding`, `F.cross_entropy`).
+In: weights, ids, logits, labels. Out: patch embeddings and loss sums. K = 1 uses the same code and gives the bits of an ordinary language
+model (`F.embedding`, `F.cross_entropy`).
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ IGNORE_INDEX = -100
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What sums over numbers of a dtype are taken in."""
+    """Returns the dtype in which numbers of a dtype are summed: float32, or float64 for float64."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def patch_embedding(weight: torch.Tensor, token_ids: torch.Tensor, vocab_start: int | None = None) -> torch.Tensor:
-    """The mean of the K token embeddings of each patch (arXiv 2407.12665, section 2).
+    """Returns the mean of the K token embeddings of each patch (arXiv 2407.12665, section 2).
 
     Args:
         weight: [V or a shard of it, H].
         token_ids: int64 [..., T, K].
-        vocab_start: the first id of the shard; ids of other shards add nothing. None: all of the vocabulary is here.
+        vocab_start: the token id of the shard's first row; ids of other shards add nothing. None: the weight has the full vocabulary.
 
     Returns:
         [..., T, H] in the weight's dtype; averaged in float32 (float64 stays float64).
@@ -42,14 +42,15 @@ def patch_embedding(weight: torch.Tensor, token_ids: torch.Tensor, vocab_start: 
 
 
 def multi_token_loss(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Each position's distribution scored against all K labels of the next patch (arXiv 2407.12665, equation 3), label by label.
+    """Returns the loss of each position for each of the K labels of the next patch (arXiv 2407.12665, equation 3).
 
     Args:
         logits: [N, V].
         labels: int64 [N, K]; IGNORE_INDEX is not scored.
 
     Returns:
-        (negative log-likelihoods [N, K], 0 where a label is not scored; log-sum-exp of each row [N]), float32 (float64 stays float64).
+        (negative log-likelihoods in nats [N, K], 0 for labels that are not scored; log-sum-exp of each row [N]), float32 (float64 stays
+        float64).
     """
     return _losses(logits, labels), torch.logsumexp(logits.to(accumulation_dtype(logits.dtype)), dim=-1)
 
@@ -63,7 +64,7 @@ def linear_multi_token_loss(
     vocab_start: int | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The head's logits scored against all K labels of the next patch (arXiv 2407.12665, equation 3), summed.
+    """Returns the summed loss of the head's logits over all K labels of the next patch (arXiv 2407.12665, equation 3).
 
     loss = sum over n, k with labels[n, k] != IGNORE_INDEX of w_k * (-log softmax(z[n])[labels[n, k]] + z_loss * lse[n]²)
     with z = hidden @ weightᵀ
@@ -73,12 +74,12 @@ def linear_multi_token_loss(
         weight: [V or a shard of it, H].
         labels: int64 [N, K]; IGNORE_INDEX is not scored.
         label_weights: [K], or None for 1.
-        z_loss: holds the log-sum-exp near 0 (arXiv 2204.02311, section 5).
-        vocab_start: the id of the shard's first row; None: all of the vocabulary is here.
-        group: the ranks that hold the shards; the gradient for `hidden` is this shard's part.
+        z_loss: factor of the term that keeps the log-sum-exp near 0 (arXiv 2204.02311, section 5).
+        vocab_start: the token id of the shard's first row; None: the weight has the full vocabulary.
+        group: the ranks that hold the shards; the gradient of `hidden` is this shard's part.
 
     Returns:
-        (sum of weighted losses, sum of the weights of scored labels), float32 (float64 stays float64).
+        (sum of weighted losses in nats, sum of the weights of scored labels), float32 (float64 stays float64).
     """
     logits = F.linear(hidden, weight)
     lse = None
@@ -95,7 +96,7 @@ def linear_multi_token_loss(
 
 
 def weight_of_labels(labels: torch.Tensor, label_weights: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-    """The sum of the weights of all scored labels: what a sum of losses is divided by to be a mean."""
+    """Returns the sum of the weights of all scored labels, by which a sum of losses is divided to get the mean."""
     scored = (labels != IGNORE_INDEX).to(dtype)
     return (scored if label_weights is None else scored * label_weights.to(dtype)).sum()
 
@@ -107,7 +108,7 @@ def _losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 class _SumOverRanks(torch.autograd.Function):
-    """The sum of all ranks' tensors; each rank's gradient is that of the sum."""
+    """Returns the sum of a tensor over ranks; the gradient of each rank's tensor is that of the sum."""
 
     @staticmethod
     def forward(ctx: Any, tensor: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
@@ -124,9 +125,9 @@ class _SumOverRanks(torch.autograd.Function):
 def _sharded_losses(
     logits: torch.Tensor, labels: torch.Tensor, vocab_start: int, group: dist.ProcessGroup | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(losses [N, K], log-sum-exp [N]) over all shards, from this rank's columns of the logits."""
+    """Returns (losses [N, K], log-sum-exp [N]) over all shards, from this rank's columns of the logits."""
     rows, columns = logits.shape
-    # A column that counts nothing, as a shard may hold padding alone.
+    # A neutral column, because a shard can consist of padding only.
     wide = F.pad(logits.to(accumulation_dtype(logits.dtype)), (0, 1), value=float("-inf"))
     largest = wide.detach().amax(dim=1) if rows else wide.new_zeros(0)
     if group is not None:

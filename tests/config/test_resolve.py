@@ -385,8 +385,8 @@ LENGTHS = f"{TENSOR} --sequence-parallel --patch-size 8"
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
-        (f"{TENSOR} --num-attention-heads 2", r"--num-attention-heads 2 over 4 tensor-parallel ranks"),
-        (f"{TENSOR} --ffn-hidden-size 90", r"--ffn-hidden-size 90 over 4 tensor-parallel ranks"),
+        (f"{TENSOR} --num-attention-heads 2", r"--num-attention-heads 2 does not divide into 4 tensor-parallel ranks"),
+        (f"{TENSOR} --ffn-hidden-size 90", r"--ffn-hidden-size 90 does not divide into 4 tensor-parallel ranks"),
         (
             "--tensor-model-parallel-size 6 --num-attention-heads 12 --num-query-groups 4 --hidden-size 48 --ffn-hidden-size 96",
             "groups 4 over 6",

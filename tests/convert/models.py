@@ -1,4 +1,4 @@
-"""Tiny models for conversion: checkpoints of a given shape with weights that no initialisation gives, and a tokenizer."""
+"""Tiny checkpoints of a given shape with random weights, and a tiny tokenizer."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SHAPES = {
 
 
 def random_parameters(shape: ModelShape, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Every parameter random, also norms and biases, so that one that is lost or swapped shows."""
+    """Returns random values of every parameter, also of norms and biases, so that a lost or swapped one is noticed."""
     generator = torch.Generator().manual_seed(seed)
     result = {}
     for name, size in parameter_shapes(shape).items():
@@ -42,14 +42,14 @@ def random_parameters(shape: ModelShape, seed: int = 0) -> dict[str, torch.Tenso
     return result
 
 
-def make_checkpoint(folder: Path, shape: ModelShape, parameters=None, precision="fp32", **extra) -> Path:
-    """A checkpoint of weights alone."""
+def make_checkpoint(folder: Path, shape: ModelShape, parameters=None, precision="fp32", options=None, **extra) -> Path:
+    """Writes a checkpoint of weights alone."""
     parameters = parameters or random_parameters(shape)
-    return write_weights(folder, shape, [list(parameters)], parameters.items(), precision, {"seq_length": 16}, **extra)
+    return write_weights(folder, shape, [list(parameters)], parameters.items(), precision, options or {"seq_length": 16}, **extra)
 
 
 def make_tokenizer(folder: Path, vocab_size: int) -> Path:
-    """A byte-level tokenizer.json with an end-of-document token."""
+    """Writes a byte-level tokenizer.json with an end-of-document token."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()

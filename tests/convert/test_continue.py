@@ -1,4 +1,4 @@
-"""A public model goes through patch and token stages, and the trained one goes out again: the whole journey by the command line."""
+"""A public model is imported, trained in a patch and a token stage, and exported again, all by the command line."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from megatron_patch.convert.architectures import shape_of
-from megatron_patch.convert.flags import flags_of
+from megatron_patch.convert.flags import training_flags
 from megatron_patch.engine.inference import load_model
 from tests.config.test_resolve import ROOT, resolve
 from tests.distributed.ranks import run_ranks
@@ -155,5 +155,5 @@ def test_the_example_has_the_shape_of_the_model_it_names():
     assert yaml.safe_load(path.read_text())["finetune"] is True
     example = resolve("--config", str(path), "--dry-run", "--save", "run", ranks=8)
     words = ["--seq-length", "4096", "--global-batch-size", "8", "--train-tokens", "1M", "--dry-run"]
-    assert resolve(*flags_of(shape_of(config, "x")), *words).shape == example.shape
+    assert resolve(*training_flags(shape_of(config, "x"), "llama"), *words).shape == example.shape
     assert Path(example.options.checkpoint.load).name == "llama-3.2-1b"

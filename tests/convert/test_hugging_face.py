@@ -1,4 +1,4 @@
-"""Out to Hugging Face and back: transformers' logits on the export, every family; round trips to the last bit; every refusal by name."""
+"""Export to Hugging Face and import: the logits of transformers for every family, bit-identical round trips, and every error."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from safetensors.torch import load_file, save_file
 from megatron_patch.convert import from_hugging_face as from_hugging_face_module
 from megatron_patch.convert.architectures import architecture_of, config_of, shape_of
 from megatron_patch.convert.checkpoint_io import open_checkpoint
-from megatron_patch.convert.flags import flags_of
+from megatron_patch.convert.flags import training_flags
 from megatron_patch.convert.from_hugging_face import from_hugging_face
 from megatron_patch.convert.to_hugging_face import to_hugging_face
-from megatron_patch.convert.verify import our_model, verify_export
+from megatron_patch.convert.verify import float32_model, verify_export
 from megatron_patch.engine.inference import load_model
 from megatron_patch.errors import CheckpointError, ConfigError
+from megatron_patch.model.families import family_of_shape
 from tests.config.test_resolve import ROOT, resolve
 from tests.convert.models import SHAPES, make_checkpoint, make_tokenizer, random_parameters
 from tests.model.shapes import GPT2, LLAMA, QWEN3
@@ -38,7 +39,7 @@ def export(tmp_path, shape, name="hf", **options):
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_transformers_computes_the_same_logits(name, tmp_path):
-    """Within 1e-5 in float32; and every parameter counts: the reference is random in all of them."""
+    """Within 1e-5 in float32. All parameters are random, so that each one matters."""
     checkpoint, folder = export(tmp_path, SHAPES[name])
     theirs = transformers.AutoModelForCausalLM.from_pretrained(str(folder)).eval()
     assert theirs.dtype == torch.float32 and type(theirs).__name__ == architecture_of(SHAPES[name]).name
@@ -64,8 +65,8 @@ def test_a_round_trip_keeps_every_bit(name, dtype, tmp_path):
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_what_transformers_saves_comes_in_and_goes_out_bit_for_bit(name, tmp_path):
-    """The model is made by transformers, in its own newest form of config.json."""
-    config = config_of(SHAPES[name], "float32", None, 0)
+    """The model is made by transformers, with its newest form of config.json."""
+    config = config_of(architecture_of(SHAPES[name]), SHAPES[name], "float32", None, 0)
     kind = getattr(transformers, architecture_of(SHAPES[name]).name)
     torch.manual_seed(0)
     model = kind(kind.config_class.from_dict(config)).eval()
@@ -85,7 +86,7 @@ def test_what_transformers_saves_comes_in_and_goes_out_bit_for_bit(name, tmp_pat
 
 
 def test_shards_are_cut_by_size_and_resumed_by_checksum(tmp_path):
-    """Interrupted after two files, damaged in one of them: the other is kept, the rest is written, and the result is the unbroken one."""
+    """An export is interrupted after two files, and one is damaged: the other is kept, and the result equals an uninterrupted export."""
     checkpoint, whole = export(tmp_path, LLAMA)
     opened = open_checkpoint(str(checkpoint))
     reads = []
@@ -125,7 +126,7 @@ def test_shards_are_cut_by_size_and_resumed_by_checksum(tmp_path):
 
 
 def test_one_tensor_is_in_memory_at_a_time(tmp_path):
-    """Besides the parameters that one tensor is stacked of: GPT-2's queries, keys and values."""
+    """Or all parameters that one tensor stacks: GPT-2's queries, keys and values."""
     checkpoint = open_checkpoint(str(make_checkpoint(tmp_path / "ckpt", GPT2)))
     alive, most = weakref.WeakSet(), 0
 
@@ -163,7 +164,7 @@ def test_nothing_is_written_over(tmp_path):
         to_hugging_face(checkpoint, tmp_path / "hf")
     (tmp_path / "other.partial").mkdir()
     (tmp_path / "other.partial" / "mine.txt").write_text("mine")
-    with pytest.raises(CheckpointError, match="no unfinished export"):
+    with pytest.raises(CheckpointError, match="not an unfinished export"):
         to_hugging_face(checkpoint, tmp_path / "other")
     assert (tmp_path / "other.partial" / "mine.txt").read_text() == "mine"
 
@@ -200,7 +201,10 @@ def test_verify_compares_the_tokenizers_too(tmp_path):
         tmp_path / "ckpt", shape, data_metadata={"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": "moved/away"}
     )
     words = ("to-hf", "--load", path, "--verify", "--output")
-    assert "the run's data is not here" in tool("convert_checkpoint", *words, tmp_path / "x", code=2) and not (tmp_path / "x").exists()
+    assert (
+        "neither the run's data nor its tokenizer is on this machine" in tool("convert_checkpoint", *words, tmp_path / "x", code=2)
+        and not (tmp_path / "x").exists()
+    )
     json_folder = make_tokenizer(tmp_path / "json", 280)
     for name, kind, model, differs in (
         ("one", "HuggingFaceTokenizer", json_folder, False),
@@ -246,20 +250,38 @@ def test_values_that_float16_cannot_hold_are_refused_by_name(tmp_path):
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_the_flags_that_an_import_prints_make_the_shape(name):
-    flags = flags_of(SHAPES[name])
+    flags = training_flags(SHAPES[name], family_of_shape(SHAPES[name]))
     words = ["--seq-length", "16", "--global-batch-size", "4", "--train-tokens", "1024", "--dry-run", "--init-method-std", "0.2"]
     made = resolve(*flags, *words).shape
     assert dataclasses.replace(made, max_positions=32) == SHAPES[name]
-    assert flags_of(dataclasses.replace(LLAMA, attention_bias=True, qkv_bias=True)) is None
+    assert training_flags(dataclasses.replace(LLAMA, attention_bias=True, qkv_bias=True), "llama") is None
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        dataclasses.replace(GPT2, position_embedding="rope"),
+        dataclasses.replace(GPT2, attention_bias=False, qkv_bias=False, mlp_bias=False),
+        dataclasses.replace(LLAMA, activation="gelu", qk_norm=True),
+    ],
+)
+def test_the_flags_of_a_shape_that_no_family_has_name_the_differences(shape):
+    """Megatron-LM can train such a model, which an import then brings here."""
+    words = ["--seq-length", "16", "--global-batch-size", "4", "--train-tokens", "1024", "--dry-run", "--init-method-std", "0.2"]
+    made = resolve(*training_flags(shape, family_of_shape(shape)), *words).shape
+    assert dataclasses.replace(made, max_positions=32) == shape
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"activation": "gelu"}, "activation: gelu"),
-        ({"normalization": "LayerNorm"}, "activation: swiglu"),
-        ({"attention_bias": True}, "bias of the attention's output: True"),
-        ({"qk_norm": True, "mlp_bias": True}, "biases of the feed-forward layer: True; Qwen3ForCausalLM"),
+        ({"activation": "gelu"}, "LlamaForCausalLM comes nearest and needs activation swiglu, not gelu"),
+        ({"normalization": "LayerNorm"}, "LlamaForCausalLM comes nearest and needs normalization RMSNorm, not LayerNorm"),
+        ({"attention_bias": True}, "LlamaForCausalLM comes nearest and needs attention_bias False, not True"),
+        (
+            {"qk_norm": True, "qkv_bias": True, "attention_bias": True, "mlp_bias": True},
+            "LlamaForCausalLM comes nearest and needs qk_norm False",
+        ),
     ],
 )
 def test_shapes_that_nobody_else_has_are_refused_before_anything_is_written(change, words, tmp_path):
@@ -371,7 +393,7 @@ def test_verify_finds_a_single_wrong_weight(tmp_path):
     opened = open_checkpoint(str(checkpoint))
     result = verify_export(opened, folder, IDS[:1], torch.bfloat16)
     assert result.difference <= 1e-5 and result.same_choice == 1.0 and result.tokens == 32
-    assert not torch.equal(our_model(opened, torch.bfloat16).head.weight, our_model(opened, torch.float32).head.weight)
+    assert not torch.equal(float32_model(opened, torch.bfloat16).head.weight, float32_model(opened, torch.float32).head.weight)
     tensors = load_file(str(folder / "model.safetensors"))
     tensors["model.layers.1.self_attn.q_norm.weight"][2] += 0.5
     save_file(tensors, str(folder / "model.safetensors"), metadata={"format": "pt"})
@@ -380,7 +402,7 @@ def test_verify_finds_a_single_wrong_weight(tmp_path):
 
 
 def test_configurations_of_public_models():
-    """config.json of three public models, as their makers publish them (keys that shapes depend on)."""
+    """config.json of three public models as published (the keys that a shape depends on)."""
     llama = shape_of(
         {"architectures": ["LlamaForCausalLM"], "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
          "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "hidden_act": "silu", "rms_norm_eps": 1e-05, "rope_theta": 500000.0,
@@ -399,7 +421,7 @@ def test_configurations_of_public_models():
 
 
 def test_the_two_lines_of_the_documentation_serve_an_export(tmp_path, capsys):
-    """Run as they stand there, on an export whose tokenizer was a single tokenizer.json."""
+    """Runs the documented lines on an export whose tokenizer was a single tokenizer.json."""
     shape = dataclasses.replace(LLAMA, vocab_size=280, padded_vocab_size=384, max_positions=128)
     tokenizer = make_tokenizer(tmp_path / "tokenizer", 280)
     (tokenizer / "tokenizer_config.json").unlink()

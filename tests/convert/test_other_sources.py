@@ -1,4 +1,4 @@
-"""Weights from elsewhere: Megatron-Core's own model and checkpoint as oracle, the older names, DeepSpeed's merged file, and refusals."""
+"""Imports from other sources: Megatron-Core's model as the reference, older names, DeepSpeed's merged weights, and errors."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from tests.tools.test_tools import tool
 
 @pytest.fixture(scope="module")
 def megatron(tmp_path_factory):
-    """Classic checkpoints that Megatron-Core's models are saved in, and those models' logits."""
+    """Writes classic checkpoints of Megatron-Core's models, and their logits."""
     pytest.importorskip("megatron.core")
     folder = tmp_path_factory.mktemp("megatron")
     words = [sys.executable, str(Path(__file__).parent / "megatron_oracle.py"), str(folder), str(free_port())]
@@ -88,7 +88,7 @@ def older_names(state):
 
 
 def engine_names(state):
-    """Transformer Engine's: norms inside the projections behind them."""
+    """The names of Transformer Engine, whose norms are fused with the projections after them."""
     names = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_", "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
     for name in list(state["model"]):
         for old, new in names.items():
@@ -129,11 +129,11 @@ REFUSED = {
     "shape": (lambda s: s["model"].update({QKV: torch.ones(72, 24)}), [f"{QKV} has shape (72, 24)", "(48, 24)"]),
     "experts": (lambda s: setattr(s["args"], "num_experts", 8), ["num_experts is 8"]),
     "tensor parallel": (lambda s: setattr(s["args"], "tensor_model_parallel_size", 2), ["tensor_model_parallel_size is 2"]),
-    "no arguments": (lambda s: s.pop("args"), ["has no args and model"]),
-    "missing argument": (lambda s: delattr(s["args"], "kv_channels"), ["lack kv_channels"]),
+    "no arguments": (lambda s: s.pop("args"), ["does not contain args and model"]),
+    "missing argument": (lambda s: delattr(s["args"], "kv_channels"), ["the argument kv_channels is missing"]),
     "version": (lambda s: s.update(checkpoint_version=1.0), ["checkpoint_version is 1.0"]),
     "interleaved": (lambda s: setattr(s["args"], "rotary_interleaved", True), ["rotary_interleaved is True"]),
-    "code": (lambda s: s.update(extra=Evil()), ["holds more than tensors", "system"]),
+    "code": (lambda s: s.update(extra=Evil()), ["contains more than tensors", "system"]),
 }
 
 
@@ -166,7 +166,7 @@ def test_layouts_of_several_ranks_are_refused(tmp_path):
 @pytest.mark.parametrize("shape", [LLAMA, GPT2, QWEN3], ids=["llama", "gpt2", "qwen3"])
 @pytest.mark.parametrize("padded", [True, False])
 def test_merged_weights_under_our_own_names_come_in(shape, padded, tmp_path):
-    """As zero_to_fp32.py writes a run's: one mapping of our names, here also behind the wrapper's prefix, and without the padding."""
+    """Weights as zero_to_fp32.py writes them: one mapping with our names, here also with the wrapper's prefix, and without padding."""
     parameters = random_parameters(shape)
     model = GPTModel(shape)
     assert sorted(model.state_dict()) == sorted(parameters)
@@ -210,13 +210,13 @@ def test_a_file_that_would_run_code_is_not_opened(tmp_path):
     (tmp_path / "in").mkdir()
     with (tmp_path / "in" / "pytorch_model.bin").open("wb") as file:
         pickle.dump({"embedding.word.weight": Evil()}, file)
-    with pytest.raises(CheckpointError, match="holds more than tensors"):
+    with pytest.raises(CheckpointError, match="contains more than tensors"):
         from_hugging_face(tmp_path / "in", tmp_path / "ckpt", shape=LLAMA)
     assert not RAN.exists()
     torch.save({"embedding.word.weight": torch.ones(2), "args": argparse.Namespace()}, tmp_path / "in" / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match="holds more than tensors"):
+    with pytest.raises(CheckpointError, match="contains more than tensors"):
         from_hugging_face(tmp_path / "in", tmp_path / "ckpt", shape=LLAMA)
     (tmp_path / "in" / "pytorch_model.bin").write_bytes(b"PK\x03\x04 not whole")
-    with pytest.raises(CheckpointError, match=r"cannot read|holds more"):
+    with pytest.raises(CheckpointError, match=r"cannot read|contains more"):
         from_hugging_face(tmp_path / "in", tmp_path / "ckpt", shape=LLAMA)
     assert not (tmp_path / "ckpt").exists()

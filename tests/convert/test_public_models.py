@@ -1,4 +1,4 @@
-"""Folders as public models are published: every key of their config.json, tiny sizes, 16-bit weights made by transformers."""
+"""Folders like those of public models: every key of their config.json, tiny sizes, 16-bit weights made by transformers."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_a_public_model_comes_in_and_goes_out_as_it_was(name, form, tmp_path):
         tied = made.tie_word_embeddings
         tensors = {key: value.to(dtype).clone() for key, value in model.state_dict().items() if not (tied and key == "lm_head.weight")}
         save_file(tensors, str(source / "model.safetensors"), metadata={"format": "pt"})
-        # Another layout of the same weights, as makers leave it beside the usual one.
+        # Another layout of the same weights, as some publishers add it to the usual one.
         save_file({"layers.0.wq": torch.ones(2)}, str(source / "consolidated.safetensors"))
     else:
         model.save_pretrained(str(source))

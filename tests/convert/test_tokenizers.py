@@ -1,4 +1,4 @@
-"""A tokenizer's way: data that was made with it, a checkpoint that knows it, an export that transformers reads, and back."""
+"""Tokenizers: from the training data to a checkpoint, to an export that transformers loads, and back."""
 
 from __future__ import annotations
 
@@ -104,10 +104,10 @@ def test_files_that_have_moved_are_found_by_what_the_data_tells(files, tmp_path)
 def test_a_tokenizer_with_more_ids_than_the_model_is_refused_both_ways(files, tmp_path):
     info = {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": str(files / "json")}
     small = open_checkpoint(str(make_checkpoint(tmp_path / "small", LLAMA, data_metadata=info)))
-    with pytest.raises(ConfigError, match=r"has \d+ ids, the model 53"):
+    with pytest.raises(ConfigError, match=r"has \d+ ids, but the model has 53"):
         to_hugging_face(small, tmp_path / "hf")
     to_hugging_face(dataclasses.replace(small, tokenizer={"tokenizer_model": "none"}), tmp_path / "hf")
     shutil.copyfile(files / "json" / "tokenizer.json", tmp_path / "hf" / "tokenizer.json")
-    with pytest.raises(CheckpointError, match=r"tokenizer.json has \d+ ids, config.json says vocab_size 53"):
+    with pytest.raises(CheckpointError, match=r"tokenizer.json has \d+ ids, but vocab_size in config.json is 53"):
         from_hugging_face(tmp_path / "hf", tmp_path / "back")
     assert not (tmp_path / "back").exists() and not (tmp_path / "hf.partial").exists()

@@ -1,14 +1,14 @@
-// Runs CUDA kernels on a CPU, one block at a time, so that the very files that nvcc compiles are executed where there is no GPU.
+// Runs CUDA kernels on a CPU, one block at a time, so that tests execute the same files that nvcc compiles on machines without a GPU.
 //
-// Each thread of a block is a fiber with its own stack. A fiber runs until it meets a barrier or a shuffle; then the next one runs, in an
-// order that the test chooses: forward, backward, shuffled anew at every turn, or a warp at a time as far as it gets. What is wrong without
-// a barrier shows up as a wrong number under one of the orders. Blocks run in the same order of orders; those of a cluster run together,
-// each with its own dynamic shared memory (static shared memory they would share: a kernel for clusters has none). Dynamic shared memory is
-// filled with NaN patterns before each block, and again when its block has ended; a block that wrote past what it asked for ends the kernel.
-// So does a vector read or written off its alignment, which this processor would let pass.
+// Each thread of a block is a fiber with its own stack. A fiber runs until it reaches a barrier or a shuffle; then the next one runs, in an
+// order that the test chooses: forward, backward, shuffled before every round, or one warp at a time until it waits for others. A missing
+// barrier shows as a wrong number under one of the orders. Blocks run in an order of the same kind. The blocks of a cluster run together,
+// each with its own dynamic shared memory (they would share static shared memory, so a kernel for clusters must not use any). Dynamic
+// shared memory is filled with NaN patterns before and after each block. A block that writes past its shared memory ends the kernel; so
+// does an unaligned access to a vector, which this processor would permit.
 //
-// It shows: indexing, tails, alignment of vectors, barriers, reductions, the arithmetic in float. It cannot show: speed, registers and
-// occupancy, races between blocks or finer than a barrier, the hardware's own exp, warps that diverge around a shuffle.
+// This checks indexing, tails, alignment of vectors, barriers, reductions and the arithmetic in float. It cannot check speed, registers and
+// occupancy, races between blocks or between two barriers, the hardware's own exp, or warps that diverge around a shuffle.
 #pragma once
 
 #include <setjmp.h>
@@ -49,7 +49,7 @@ namespace cuda_on_cpu {
 constexpr size_t kStackBytes = 96 * 1024;
 constexpr int kWarp = 32;
 constexpr size_t kDynamicSharedBytes = 256 * 1024;
-constexpr int kMostParts = 8;
+constexpr int kMaxParts = 8;
 
 enum class Order { kForward, kBackward, kShuffled, kWarps };
 
@@ -68,9 +68,9 @@ struct Machine {
   jmp_buf scheduler;
   int current = 0;
   int threads = 0, parts = 1;
-  int first = 0;  // how many threads the barrier of a block's first ones is for
+  int first = 0;  // number of threads of the barrier for a block's first threads
   size_t shared_bytes = 0;
-  std::array<bool, kMostParts> ended;
+  std::array<bool, kMaxParts> ended;
   dim3 block, grid;
   unsigned first_block = 0;
   Order order = Order::kForward;
@@ -79,7 +79,7 @@ struct Machine {
   bool clusters = false;
   bool trapped = false;
   char message[512] = "";
-  alignas(16) unsigned char shared[kMostParts][kDynamicSharedBytes];
+  alignas(16) unsigned char shared[kMaxParts][kDynamicSharedBytes];
 };
 
 inline Machine machine;
@@ -119,7 +119,7 @@ inline void warp_barrier() {
   wait();
 }
 
-// A barrier of a block's first threads alone.
+// A barrier of a block's first threads only.
 inline void barrier_of_first(int threads) {
   machine.first = threads;
   machine.fibers[machine.current].waits_for_first = true;
@@ -133,7 +133,7 @@ inline void cluster_wait() {
   wait();
 }
 
-// Where another block of the cluster has what `mine` points to.
+// The address in another block of the cluster that corresponds to `mine`.
 inline const void* of_block(const void* mine, unsigned other) {
   return static_cast<const unsigned char*>(mine) + (static_cast<ptrdiff_t>(other) - rank()) * static_cast<ptrdiff_t>(kDynamicSharedBytes);
 }
@@ -159,7 +159,7 @@ inline std::vector<int> turns(int count) {
   return numbers;
 }
 
-// Threads that are through count as arrived, as on a GPU.
+// Opens a barrier if all threads wait at it. Threads that have ended count as arrived, as on a GPU.
 inline bool open_if_all_wait(int first, int last, bool Fiber::*waiting) {
   bool any = false;
   for (int i = first; i < last; ++i) {
@@ -172,13 +172,13 @@ inline bool open_if_all_wait(int first, int last, bool Fiber::*waiting) {
   return any;
 }
 
-// The barriers of a block: of all its threads, and of its first ones.
+// Opens the barriers of a block: that of all its threads, and that of its first threads.
 inline bool open_block(int begin, int end) {
   const bool opened = open_if_all_wait(begin, std::min(begin + machine.first, end), &Fiber::waits_for_first);
   return open_if_all_wait(begin, end, &Fiber::waits_for_block) || opened;
 }
 
-// The cluster's barrier opens when every thread has arrived; each that comes to wait then goes on, those of other blocks perhaps much later.
+// Opens the cluster's barrier when every thread has arrived. Waiting threads then continue, those of other blocks perhaps much later.
 inline bool open_cluster(int all) {
   bool any = false;
   for (int i = 0; i < all; ++i) {
@@ -193,7 +193,7 @@ inline bool open_cluster(int all) {
   return true;
 }
 
-// Lets a thread run until it waits or is through.
+// Runs a thread until it waits or ends.
 inline void resume(int thread) {
   Fiber& fiber = machine.fibers[thread];
   machine.current = thread;
@@ -203,7 +203,7 @@ inline void resume(int thread) {
   setcontext(&fiber.start);
 }
 
-// Lets those of the listed threads run that do not wait; whether any did.
+// Runs each listed thread that does not wait. Returns whether any ran.
 inline bool resume_each(const std::vector<int>& threads) {
   bool moved = false;
   for (const int thread : threads) {
@@ -216,7 +216,7 @@ inline bool resume_each(const std::vector<int>& threads) {
   return moved;
 }
 
-// Lets one warp of a block after the other run up to its next barrier of the block; whether any did.
+// Runs the warps of a block one after another up to their next barrier of the block. Returns whether any ran.
 inline bool resume_warps(int begin, int end) {
   bool moved = false;
   for (int first = begin; first < end; first += kWarp) {
@@ -231,7 +231,7 @@ inline bool resume_warps(int begin, int end) {
   return moved;
 }
 
-// The shared memory of a block that has ended is gone: others may read it no more. What it did not ask for it may not have written.
+// Checks that a block that has ended wrote only its own shared memory, and clears it, because no other block may read it any more.
 inline void end_if_through(int part) {
   const auto begin = machine.fibers.begin() + part * machine.threads;
   if (machine.ended[part] || !std::all_of(begin, begin + machine.threads, [](const Fiber& fiber) { return fiber.done; })) return;
@@ -239,12 +239,12 @@ inline void end_if_through(int part) {
   unsigned char* shared = machine.shared[part];
   if (std::any_of(shared + machine.shared_bytes, shared + kDynamicSharedBytes, [](unsigned char byte) { return byte != 0xff; })) {
     machine.trapped = true;
-    std::snprintf(machine.message, sizeof(machine.message), "more than %zu bytes of shared memory were written", machine.shared_bytes);
+    std::snprintf(machine.message, sizeof(machine.message), "the kernel wrote past its %zu bytes of shared memory", machine.shared_bytes);
   }
   std::memset(shared, 0xff, machine.shared_bytes);
 }
 
-// Lets one block of a cluster after the other run as far as it gets without the others; whether any did.
+// Runs the blocks of a cluster one after another until they wait for each other. Returns whether any ran.
 inline bool resume_blocks() {
   bool moved = false;
   for (int part = 0; part < machine.parts; ++part) {
@@ -296,9 +296,9 @@ inline void run_cluster() {
 inline void launch(int parts, dim3 grid, dim3 block, size_t shared_bytes, std::function<void()> kernel) {
   const int threads = static_cast<int>(block.x * block.y * block.z);
   const int blocks = static_cast<int>(grid.x * grid.y * grid.z);
-  // A warp may not reach into another block.
+  // A warp must not span two blocks.
   const bool whole_warps = parts == 1 || threads % kWarp == 0;
-  const bool whole_clusters = parts <= kMostParts && blocks % parts == 0;
+  const bool whole_clusters = parts <= kMaxParts && blocks % parts == 0;
   if (static_cast<int>(shared_bytes) > machine.shared_limit || threads > 1024 || !whole_clusters || !whole_warps) {
     machine.trapped = true;
     std::snprintf(
@@ -316,7 +316,7 @@ inline void launch(int parts, dim3 grid, dim3 block, size_t shared_bytes, std::f
   if (machine.fibers.size() < all) {
     machine.fibers.resize(all);
     machine.exchanged.resize(all);
-    machine.stacks.reset(new char[all * kStackBytes]);  // untouched, and so without memory, where nothing runs
+    machine.stacks.reset(new char[all * kStackBytes]);  // pages that no thread touches take no memory
   }
   for (const int number : turns(blocks / parts)) {
     machine.first_block = static_cast<unsigned>(number * parts);
@@ -374,7 +374,7 @@ T from_lane(T value, int lane) {
     cuda_on_cpu::trap();                                                                                      \
   } while (false)
 
-// What benchmarks/loss_harness.cu needs for its checks.
+// The parts of CUDA's runtime that benchmarks/loss_harness.cu calls for its checks.
 #define cudaMalloc(pointer, bytes) \
   ((*(pointer)) = static_cast<std::remove_reference_t<decltype(*(pointer))>>(std::malloc(bytes)), cudaSuccess)
 #define cudaFree(pointer) std::free(pointer)
@@ -390,9 +390,9 @@ T from_lane(T value, int lane) {
 #define cudaFuncGetAttributes(code, kernel) ((void)(kernel), (code)->ptxVersion = (code)->binaryVersion = 90, cudaSuccess)
 #define cudaFuncSetAttribute(kernel, attribute, value) ((void)(kernel), (void)(value), cudaSuccess)
 
-// What a test sets before a launch and asks behind it.
+// A test calls these before and after a launch.
 extern "C" {
-// The compiler calls it, with -fsanitize=alignment, in place of an access that is off its alignment.
+// With -fsanitize=alignment, the compiler calls this in place of an unaligned access.
 inline __attribute__((used, visibility("default"))) void __ubsan_handle_type_mismatch_v1(void*, void* address) {
   std::snprintf(cuda_on_cpu::machine.message, sizeof(cuda_on_cpu::machine.message), "misaligned address %p", address);
   cuda_on_cpu::trap();

@@ -1,6 +1,6 @@
-"""The CUDA kernels compiled for the CPU (see cuda_on_cpu.h), with the faces of the operators, over torch tensors.
+"""The CUDA kernels compiled for the CPU (see cuda_on_cpu.h), called with torch tensors like the operators.
 
-Outputs stand between guards: what a kernel writes outside of its result is noticed.
+Outputs are between guards, so that a kernel that writes outside of its result is noticed.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _GUARD = 64
 
 @cache
 def cuda_include() -> Path | None:
-    """Where CUDA's headers are, as nvcc says; None without nvcc."""
+    """Returns the folder of CUDA's headers, from nvcc; None without nvcc."""
     if shutil.which("nvcc") is None:
         return None
     said = subprocess.run(["nvcc", "--dryrun", "-x", "cu", "-c", "/dev/null", "-o", "/dev/null"], capture_output=True, text=True).stderr
@@ -55,33 +55,33 @@ def compile_kernels(sources: Path, library: Path, *options: str) -> None:
 
 
 def precompile_header(folder: Path) -> None:
-    """Puts cuda_on_cpu.h into a folder, with what the compiler makes of it, for `compile_mutant`."""
+    """Copies cuda_on_cpu.h to a folder and precompiles it, for `compile_mutant`."""
     shutil.copy(HERE / "cuda_on_cpu.h", folder)
     _compile("-w", "-isystem", str(cuda_include()), "-x", "c++-header", folder / "cuda_on_cpu.h", "-o", folder / "cuda_on_cpu.h.gch")
 
 
 def compile_mutant(header: Path, file: str, text: str, replacement: str, folder: Path) -> Path:
-    """Compiles one .cu file with a text of it, or of common.cuh, replaced.
+    """Compiles one .cu file in which a text of it, or of a header, is replaced.
 
     Args:
         header: a folder that `precompile_header` filled.
-        file: the file that holds the text; a mutant of common.cuh is one of the loss' kernels.
-        text: what is replaced wherever the file has it.
-        replacement: what stands there then.
-        folder: for the mutant; new.
+        file: the file that holds the text; a mutant of a header is compiled with the loss kernels.
+        text: the text to replace, wherever the file has it.
+        replacement: the new text.
+        folder: a new folder for the mutant.
 
     Returns:
-        The library, for float32 and bfloat16 alone.
+        The library, for float32 and bfloat16 only.
     """
     shutil.copytree(SOURCES, folder)
     source = (folder / file).read_text()
-    assert source.count(text) >= 1, "the mutant's place is gone: name it anew"
+    assert source.count(text) >= 1, f"{file} no longer contains the text of this mutant; update the mutant"
     (folder / file).write_text(source.replace(text, replacement))
     common = (folder / "common.cuh").read_text()
     fewer = re.sub(r"    case NumberType::k(Double|Half): .*\n", "", common)
     assert len(fewer) < len(common)
     (folder / "common.cuh").write_text(fewer)
-    kernels = folder / ("multi_token_loss.cu" if file == "common.cuh" else file)
+    kernels = folder / ("multi_token_loss.cu" if file.endswith(".cuh") else file)
     library = folder / "mutant.so"
     _compile(
         *("-shared", "-w", "-include", "cuda_on_cpu.h", "-I", header, "-I", folder, "-isystem", str(cuda_include())),
@@ -91,25 +91,25 @@ def compile_mutant(header: Path, file: str, text: str, replacement: str, folder:
 
 
 class Trapped(Exception):
-    """A kernel ended itself, with what it printed."""
+    """A kernel trapped; the message is the text that it printed."""
 
 
 @dataclass(frozen=True)
 class Guarded:
-    """A tensor between guards that nobody may touch."""
+    """A tensor between guards that a kernel must not change."""
 
     whole: torch.Tensor
     value: torch.Tensor
 
     def checked(self) -> torch.Tensor:
-        """The tensor, if its guards are whole."""
+        """Returns a copy of the tensor, after checking that its guards are unchanged."""
         before, after = self.whole[:_GUARD], self.whole[_GUARD + self.value.numel() :]
         assert bool((before == 77).all()) and bool((after == 77).all()), "a kernel wrote outside of its result"
         return self.value.clone()
 
 
 def guarded(shape: tuple[int, ...], dtype: torch.dtype, fill: float = float("nan"), shift: int = 0) -> Guarded:
-    """Room for a result, `shift` elements off the alignment of vectors."""
+    """Allocates a result between guards, `shift` elements off the alignment of vectors."""
     count = 1
     for size in shape:
         count *= size
@@ -121,7 +121,7 @@ def guarded(shape: tuple[int, ...], dtype: torch.dtype, fill: float = float("nan
 
 @dataclass(frozen=True)
 class CudaOnCpu:
-    """The kernels, and how their threads take turns.
+    """The kernels, and the order in which their threads run.
 
     Args:
         library: compiled by `compile_kernels`.
@@ -161,20 +161,20 @@ class CudaOnCpu:
             raise Trapped(self.library.cuda_on_cpu_message().decode())
 
     def _shifted(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A copy, off the alignment of vectors where that is asked for."""
+        """Returns a copy, `shift` elements off the alignment of vectors."""
         room = guarded(tuple(tensor.shape), tensor.dtype, 0.0, self.shift)
         room.value.copy_(tensor)
         return room.value
 
     def _apart(self, logits: torch.Tensor) -> torch.Tensor:
-        """A copy with gaps between its rows, off the alignment of vectors where that is asked for."""
+        """Returns a copy with gaps between its rows, `shift` elements off the alignment of vectors."""
         rows, vocab = logits.shape
         room = guarded((rows, vocab + self.gap), logits.dtype, shift=self.shift)
         room.value[:, :vocab] = logits
         return room.value[:, :vocab]
 
     def patch_embedding(self, weight: torch.Tensor, ids: torch.Tensor, vocab_start: int | None = None) -> torch.Tensor:
-        """[P, K] ids to [P, H]."""
+        """Returns the embeddings [P, H] of patches [P, K]."""
         out = guarded((len(ids), weight.shape[1]), weight.dtype, shift=self.shift)
         self._call(
             "mp_patch_embedding_forward",
@@ -191,7 +191,7 @@ class CudaOnCpu:
         vocab_start: int | None = None,
         accumulator: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """[P, H] gradients to [rows, H], or to what they and an accumulator sum to; with the sort that the GPU's operator has in front."""
+        """Returns the gradient [rows, H], or the sum of it and an accumulator; sorts first, as the operator on a GPU does."""
         count, hidden = ids.numel(), grad.shape[1]
         row_of_id = guarded((count,), torch.int32, 0)
         self._call("mp_patch_embedding_rows", ids, count, vocab_start or 0, rows, row_of_id.value)
@@ -209,7 +209,7 @@ class CudaOnCpu:
         return out.checked()
 
     def statistics(self, logits: torch.Tensor, labels: torch.Tensor, vocab_start: int | None = None) -> torch.Tensor:
-        """[N, 2 + K]."""
+        """Returns the statistics [N, 2 + K]."""
         out = guarded((len(logits), 2 + labels.shape[1]), accumulation_dtype(logits.dtype))
         source = self._apart(logits)
         self._call(
@@ -229,7 +229,7 @@ class CudaOnCpu:
         vocab_start: int | None = None,
         in_place: bool = False,
     ) -> torch.Tensor:
-        """[N, V]; in place, or into a result that may have another alignment."""
+        """Returns the gradient [N, V], computed in place, or in a tensor that may have another alignment."""
         rows, vocab = logits.shape
         out = guarded((rows, vocab), logits.dtype, shift=self.shift)
         if in_place:
@@ -245,7 +245,7 @@ class CudaOnCpu:
     def loss_and_gradient(
         self, logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor | None, z_loss: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(losses [N], gradient [N, V])."""
+        """Returns (losses [N], gradient [N, V])."""
         rows, vocab = logits.shape
         target = guarded((rows, vocab), logits.dtype, shift=self.shift)
         target.value.copy_(logits)

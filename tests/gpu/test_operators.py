@@ -1,4 +1,4 @@
-"""The CUDA operators on a GPU: the CPU's cases against float64, bits, memory, tracing, streams, and errors without waiting.
+"""The CUDA operators on a GPU: the cases of the CPU against float64, reproducible bits, memory, tracing, streams, and errors.
 
 Large cases are drawn and judged on the GPU, by torch's own float64; what ends a process' CUDA work runs in processes that start first.
 """
@@ -162,14 +162,16 @@ def test_the_same_bits_on_every_run_and_as_the_cpu_s_embedding(dtype, k):
 @settings(max_examples=30)
 @given(LOSS_CASES, st.integers(1, 4), st.booleans())
 def test_shards_of_the_vocabulary_give_what_the_whole_gives(case, shards, copied):
-    """As the CPU's test of this name: the exchange by hand. Columns of the whole are rows that lie apart."""
+    """Combines the shards by hand, like the CPU's test of this name. A slice of columns has rows with gaps."""
     vocab, logits, labels = case.logits.shape[1], case.logits.cuda(), case.labels.cuda()
     edges = sorted({*(vocab * i // shards for i in range(shards)), vocab})
     parts = [(first, logits[:, first:last].clone() if copied else logits[:, first:last]) for first, last in pairwise(edges)]
     stacked = torch.stack([kernels.multi_token_loss_statistics(part, labels, first) for first, part in parts])
     largest = stacked[..., 0].amax(dim=0)
     sums = (stacked[..., 1] * (stacked[..., 0] - largest).exp()).sum(dim=0)
-    normalizer, nll, lse = fused_loss.normalize(torch.cat((largest[:, None], sums[:, None], stacked[..., 2:].sum(0)), dim=1), labels, None)
+    normalizer, nll, lse = fused_loss.losses_from_statistics(
+        torch.cat((largest[:, None], sums[:, None], stacked[..., 2:].sum(0)), dim=1), labels, None
+    )
     exact_nll, _ = case.exact()
     assert_within(nll, exact_nll, exact_nll.abs() + 0.1, torch.float32)
     ones = torch.ones_like(nll)
@@ -296,7 +298,7 @@ def test_gradcheck_opcheck_and_tracing():
 
 
 def test_nothing_waits_for_the_gpu():
-    """Under torch's synchronisation check every hidden wait is an error."""
+    """Under torch's synchronization check, every hidden wait is an error."""
     weight = torch.randn(100, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     ids = torch.randint(0, 100, (50, 4), device="cuda")
     weights = torch.ones(4, device="cuda")

@@ -1,4 +1,4 @@
-"""A whole run on a GPU: both stages in float32, bf16 and fp16, compared with the same run on the CPU. Several may run at a time."""
+"""A complete run on a GPU: both stages in float32, bf16 and fp16, compared with the same run on the CPU. Several can run at a time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tiny shapes of every family for tests."""
+"""Tiny model shapes of every family."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LLAMA = ModelShape(
 TIED = dataclasses.replace(LLAMA, tie_embeddings=True)
 QWEN3 = dataclasses.replace(LLAMA, qk_norm=True, norm_epsilon=1e-6)
 BIASED = dataclasses.replace(LLAMA, num_query_groups=1, head_size=8, rotary_base=500.0, attention_bias=True, qkv_bias=True, mlp_bias=True)
-"""All biases, one key-value head, heads whose sizes do not sum to the hidden size."""
+"""All biases, one key-value head, and heads that together are wider than the hidden size."""
 GPT2 = dataclasses.replace(
     LLAMA,
     num_query_groups=4,
@@ -39,4 +39,4 @@ LINEAR = dataclasses.replace(LLAMA, rotary_scaling="linear", rotary_factor=4.0)
 LLAMA3 = dataclasses.replace(
     LLAMA, num_attention_heads=2, num_query_groups=1, head_size=16, rotary_scaling="llama3", rotary_factor=8.0, rotary_original_positions=64
 )
-"""Frequencies of every kind: left alone, blended and scaled whole."""
+"""Has rotary frequencies of every kind: unscaled, interpolated and fully scaled."""

@@ -1,4 +1,4 @@
-"""Attention against its formula by loops, grouped heads repeated or not, and what recomputation keeps."""
+"""Attention: compared with its formula in loops, with and without repeated heads; what recomputation keeps in memory."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_patch.model import attention as attention_module
-from megatron_patch.model.attention import Attention, AttentionContext, repeat_groups, takes_groups
+from megatron_patch.model.attention import Attention, AttentionContext, repeat_groups, supports_grouped_queries
 from megatron_patch.model.rotary import rotary_tables, rotate
 from tests.model.shapes import LLAMA
 
@@ -44,7 +44,7 @@ def by_loops(layer, hidden, sees):
 @pytest.mark.parametrize("repeated", [False, True])
 def test_the_formula_with_grouped_heads(repeated, monkeypatch):
     if repeated:
-        monkeypatch.setattr(attention_module, "takes_groups", lambda *args, **kwargs: False)
+        monkeypatch.setattr(attention_module, "supports_grouped_queries", lambda *args, **kwargs: False)
     layer, hidden = make(), hidden_states()
     with torch.no_grad():
         torch.testing.assert_close(layer(hidden, AttentionContext()), by_loops(layer, hidden, lambda t, s: True), rtol=1e-12, atol=1e-12)
@@ -58,7 +58,7 @@ def test_repeating_groups_changes_no_gradient(monkeypatch):
     gradients = []
     for repeated in (False, True):
         if repeated:
-            monkeypatch.setattr(attention_module, "takes_groups", lambda *args, **kwargs: False)
+            monkeypatch.setattr(attention_module, "supports_grouped_queries", lambda *args, **kwargs: False)
         layer = make()
         layer(hidden_states(), AttentionContext()).square().sum().backward()
         gradients.append([parameter.grad for parameter in layer.parameters()])
@@ -71,11 +71,11 @@ def test_groups_are_repeated_side_by_side():
 
 
 def test_grouped_heads_stay_grouped_only_where_a_fast_kernel_takes_them():
-    assert takes_groups("cpu", torch.float32, 64, masked=True)
-    assert takes_groups("cuda", torch.bfloat16, 128, masked=False)
-    assert not takes_groups("cuda", torch.bfloat16, 128, masked=True)
-    assert not takes_groups("cuda", torch.float32, 128, masked=False)
-    assert not takes_groups("cuda", torch.bfloat16, 512, masked=False)
+    assert supports_grouped_queries("cpu", torch.float32, 64, masked=True)
+    assert supports_grouped_queries("cuda", torch.bfloat16, 128, masked=False)
+    assert not supports_grouped_queries("cuda", torch.bfloat16, 128, masked=True)
+    assert not supports_grouped_queries("cuda", torch.float32, 128, masked=False)
+    assert not supports_grouped_queries("cuda", torch.bfloat16, 512, masked=False)
 
 
 @pytest.mark.gpu

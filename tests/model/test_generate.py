@@ -1,4 +1,4 @@
-"""Generation: transformers' greedy output token for token, batches of unequal prompts, the sets that are drawn from, seeds."""
+"""Generation: the same greedy tokens as transformers, batches of prompts of different lengths, sampling sets, seeds."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def make(shape, dtype=torch.float32):
 
 @pytest.mark.parametrize("name", ["llama", "one-group", "linear", "llama3-tied", "qwen2", "qwen3", "gpt2", "gpt2-untied"])
 def test_greedy_output_is_that_of_transformers_on_the_export(name, tmp_path):
-    """Four prompts of unequal lengths in one batch here; one after another, without any padding, there."""
+    """Four prompts of different lengths in one batch, compared with transformers on each prompt without padding."""
     transformers = pytest.importorskip("transformers")
     checkpoint = make_checkpoint(tmp_path / "ckpt", SHAPES[name])
     to_hugging_face(open_checkpoint(str(checkpoint)), tmp_path / "hf")
@@ -131,13 +131,13 @@ def test_rereading_gives_what_the_cache_gives(shape, sampling):
 @pytest.mark.parametrize(
     ("prompts", "sampling", "words"),
     [
-        ([[1], []], Sampling(), "empty prompt"),
-        ([], Sampling(), "empty prompt"),
+        ([[1], []], Sampling(), "a prompt is empty"),
+        ([], Sampling(), "a prompt is empty"),
         ([[1]], Sampling(-1.0), "temperature -1.0"),
         ([[1]], Sampling(float("nan")), "temperature nan"),
         ([[1]], Sampling(1.0, 0.0), "top_p 0.0"),
         ([[1]], Sampling(1.0, 1.0, -1), "top_k -1"),
-        ([[1] * 30, [1]], Sampling(), "33 tokens for a model with 32 learned positions"),
+        ([[1] * 30, [1]], Sampling(), "have 33 tokens, but the model has 32 learned positions"),
     ],
 )
 def test_impossible_requests_are_refused(prompts, sampling, words):

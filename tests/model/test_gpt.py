@@ -1,4 +1,4 @@
-"""The model: K = 1 to the last bit, averages in float32, documents, recomputation, compiling, initial weights, counts."""
+"""The model: bit-identical at K = 1, averages in float32, documents, recomputation, compilation, initial weights, parameter counts."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.model.shapes import FAMILIES, GPT2, LLAMA, QWEN3
 
 @pytest.fixture(autouse=True)
 def _nothing_traced_before():
-    """torch.compile gives up on a function after some traces; the tests must not share that count."""
+    """torch.compile gives up on a function after a number of traces, which the tests must not share."""
     torch._dynamo.reset()
     counters.clear()
 
@@ -66,7 +66,7 @@ def ordinary_loss(model, word, tokens, labels):
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_one_token_a_patch_is_the_ordinary_language_model_to_the_last_bit(name, dtype):
-    """With the plain operators, loss and every gradient, with tokens that come again and again."""
+    """With the plain operators: the loss and every gradient, for samples with repeated tokens."""
     model, other = make(FAMILIES[name], dtype, operators="plain"), make(FAMILIES[name], dtype)
     inputs, labels = batch(1, t=16, vocab=5)
     total, count = model(inputs, labels)
@@ -314,7 +314,7 @@ def test_impossible_shapes_are_refused(change, words):
 def test_more_positions_than_were_learned_are_refused():
     model = make(GPT2)
     inputs, labels = batch(1, t=GPT2.max_positions + 1)
-    with pytest.raises(ConfigError, match="33 positions for a model with 32"):
+    with pytest.raises(ConfigError, match="33 positions, but the model has 32"):
         model(inputs, labels)
     assert torch.isfinite(make(LLAMA)(inputs, labels)[0])
 
@@ -332,7 +332,7 @@ def test_peaks_are_found_by_the_names_that_drivers_give():
 
 
 def test_initial_values_of_a_part_are_those_of_the_whole():
-    """Whatever a rank holds: spans across blocks of the draw, rows, columns."""
+    """For every kind of part: spans across the blocks of a draw, rows, columns."""
     whole_shape = (3000, 1100)
     whole = initial_span("x.weight", whole_shape, LLAMA, 3)
     assert whole.numel() == 3_300_000 and abs(whole.std() / LLAMA.init_std - 1) < 0.01

@@ -1,4 +1,4 @@
-"""A model in parts, one for each pipeline stage, is the model: the same loss and the same gradients."""
+"""A model split into pipeline ranks has the same loss and the same gradients as the full model."""
 
 from __future__ import annotations
 

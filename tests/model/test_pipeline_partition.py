@@ -1,4 +1,4 @@
-"""Layers are cut into contiguous parts as evenly as can be: against all cuts that there are."""
+"""Layers are split into contiguous parts as evenly as possible: compared with all possible partitions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The published loss, built out of Hugging Face's models on the same weights: loss and every gradient must agree.
+"""The published loss, computed with Hugging Face's models on the same weights: the loss and every gradient must agree.
 
 The oracle reads only the formula: average K embeddings (`inputs_embeds`), run the stock model, and add up -log p of each of the K tokens of
 the next patch, with loops over k. Hugging Face computes norms and rotary tables in float32 even in a float64 model; for the comparison in

@@ -1,4 +1,4 @@
-"""Scaled rotary frequencies, against transformers' and against the sentence that defines them."""
+"""Scaled rotary frequencies, compared with transformers and with their definition."""
 
 from __future__ import annotations
 

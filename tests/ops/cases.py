@@ -1,4 +1,4 @@
-"""Inputs for the loss' kernels on every device, what the formula gives in float64, and how far a kernel may be from it."""
+"""Inputs for the loss kernels on every device, the results of the formula in float64, and the tolerance of the kernels."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def loss_case(
     spread: float = 3.0,
     device: str = "cpu",
 ) -> LossCase:
-    """A case with about a fifth of the labels ignored and a fifth repeated; drawn on the device, as is what the formula gives."""
+    """Returns a random case on a device; about a fifth of the labels is ignored, and a fifth repeated."""
     draw = {"generator": torch.Generator(device).manual_seed(seed), "device": device}
     logits = (spread * torch.randn(rows, vocab, **draw)).to(dtype)
     labels = torch.randint(0, vocab, (rows, k), **draw)

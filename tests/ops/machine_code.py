@@ -1,6 +1,6 @@
-"""Reads what nvcc and ptxas make of the CUDA kernels: registers, spilled bytes, and the instructions of the inner loops.
+"""Reads the machine code of the CUDA kernels: registers, spilled bytes, and the instructions of the inner loops.
 
-`nvidia-cuda-cuobjdump` and `nvidia-cuda-nvdisasm` from PyPI do the reading; the toolkit's own serve as well. As a program it prints the tables of
+It needs `nvidia-cuda-cuobjdump` and `nvidia-cuda-nvdisasm` from PyPI, or those of the toolkit. As a program it prints the tables of
 docs/performance.md:
 
     python -m tests.ops.machine_code [--baseline FOLDER]     FOLDER holds the .cu files to compare with
@@ -27,7 +27,7 @@ TYPES = {"f": ("float32", 4), "13__nv_bfloat16": ("bfloat16", 8), "6__half": ("f
 
 @dataclass(frozen=True)
 class Loop:
-    """An innermost loop that goes through 16-byte vectors.
+    """An innermost loop over 16-byte vectors.
 
     Attributes:
         instructions: of one turn, by their full names (such as "LDG.E.128"), in order.
@@ -36,28 +36,28 @@ class Loop:
     instructions: tuple[str, ...]
 
     def count(self, pattern: str) -> int:
-        """How many instructions begin with the pattern."""
+        """Returns the number of instructions whose names start with a pattern."""
         return sum(re.match(pattern, name) is not None for name in self.instructions)
 
     @property
     def vectors(self) -> int:
-        """The 16-byte vectors of one turn: each is stored once, or, where nothing is written, loaded once."""
+        """The number of 16-byte vectors of one iteration: each is stored once, or, in a loop that only reads, loaded once."""
         return self.count(r"STG\S*\.128") or self.count(r"LDG\S*\.128")
 
     @property
     def writes(self) -> bool:
-        """Whether it writes to global memory."""
+        """Whether the loop writes to global memory."""
         return self.count("STG") > 0
 
     @property
     def from_shared(self) -> bool:
-        """Whether its vectors come from shared memory, or go there."""
+        """Whether the loop loads vectors from shared memory or stores them there."""
         return self.count("LDS") + self.count("STS") > 0
 
 
 @dataclass(frozen=True)
 class Merge:
-    """How the results of a block's threads become one: instructions of a warp, barriers included.
+    """The merge of the results of a block's threads: numbers of instructions of a warp, barriers included.
 
     Attributes:
         each: of every warp: it stores its threads' results, comes to the barrier and goes on where it belongs.
@@ -72,7 +72,7 @@ class Merge:
     merging_warps: int
 
     def instructions(self, threads: int) -> int:
-        """Warp-instructions of a row in a block of so many threads."""
+        """Returns the number of warp-instructions for one row, in a block of this number of threads."""
         return self.each * (threads // 32) + self.merging * self.merging_warps + self.first
 
 
@@ -93,13 +93,13 @@ class Kernel:
     merge: Merge | None
 
     def main_loop(self, writes: bool, from_shared: bool | None = None) -> Loop:
-        """The loop with the most vectors in a turn that reads alone, or writes too; of those that use shared memory or do not."""
+        """Returns the loop with the most vectors in an iteration, among those that write or do not, and that use shared memory or do not."""
         found = [x for x in self.loops if x.writes == writes and from_shared in (None, x.from_shared)]
         return max(found, key=lambda loop: loop.vectors)
 
 
 def tool(name: str) -> str:
-    """Path of cuobjdump or nvdisasm.
+    """Returns the path of cuobjdump or nvdisasm.
 
     Raises:
         FileNotFoundError: neither the package nor the toolkit has it.
@@ -117,7 +117,7 @@ def tool(name: str) -> str:
 
 
 def parse(text: str) -> tuple[list[str], dict[str, int]]:
-    """One function's disassembly: its instructions, and label -> the place of the instruction that follows it."""
+    """Parses the disassembly of one function: its instructions, and label -> index of the instruction after it."""
     lines = re.findall(r"^(\.L_x_\d+):|^\s*/\*([0-9a-f]+)\*/\s+(.*?);", text, re.MULTILINE)
     places: dict[str, int] = {}
     code: list[str] = []
@@ -130,8 +130,8 @@ def parse(text: str) -> tuple[list[str], dict[str, int]]:
 
 
 def longest_path(code: list[str], places: dict[str, int], start: int, end: int) -> int:
-    """The most instructions from one place to another, both included, that a warp executes which goes through no loop twice and whose lanes
-    stay together (so that BRA.DIV is not taken)."""
+    """Returns the length of the longest path from one instruction to another, both included, without repeating a loop, for a warp whose
+    lanes do not diverge (BRA.DIV is not taken)."""
     most = {end: 1}
     for place in range(end - 1, start - 1, -1):
         instruction = code[place]
@@ -145,12 +145,12 @@ def longest_path(code: list[str], places: dict[str, int], start: int, end: int) 
 
 
 def block_merge(text: str) -> Merge | None:
-    """What merging the results of a block's threads takes in one function's disassembly, if it does that in a full block of 16-bit numbers.
+    """Returns the cost of the merge in one function's disassembly, if the function merges in a full block of 16-bit numbers.
 
-    Counted are the store of a thread's result with what its address takes (not the thread's index, which the whole kernel uses), the barrier
-    with all that stands between the nearest labels or branches around it, the longest way from there through the merging warps' barrier,
-    and all up to the last sum of the first warp. What the compiler mixed in of other work counts, too. The barrier at which every thread
-    waits for what follows from the result is not among them: the kernel needs it whatever the merge.
+    It counts the store of a thread's result and the computation of its address (without the thread's index, which all of the kernel uses),
+    the instructions between the nearest labels or branches around the first barrier, the longest path from there through the barrier of
+    the merging warps, and everything up to the last sum of the first warp, including unrelated instructions that the compiler interleaves.
+    It does not count the barrier at which every thread waits for the result, which the kernel needs with any merge.
     """
     code, places = parse(text)
     barriers = [place for place, x in enumerate(code) if re.match(r"BAR\.SYNC\S* (0x0|R\d+, R\d+)$", x)]
@@ -180,7 +180,7 @@ def block_merge(text: str) -> Merge | None:
 
 
 def inner_loops(text: str) -> tuple[Loop, ...]:
-    """The innermost loops over vectors in one function's disassembly."""
+    """Returns the innermost loops over vectors in one function's disassembly."""
     code, places = parse(text)
     loops = []
     for end, instruction in enumerate(code):
@@ -193,7 +193,7 @@ def inner_loops(text: str) -> tuple[Loop, ...]:
 
 
 def compile_for(source: Path, architecture: str, folder: Path, *options: str) -> dict[str, Kernel]:
-    """Compiles a .cu file for one architecture: kernel's mangled name -> its machine code."""
+    """Compiles a .cu file for one architecture and returns mangled name of a kernel -> its machine code."""
     cubin = folder / f"{source.stem}_{architecture}.cubin"
     command = ["nvcc", "-cubin", "-O3", "-std=c++17", f"-arch={architecture}", "-Xptxas", "-v", *options, source, "-o", cubin]
     said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
@@ -211,7 +211,7 @@ def compile_for(source: Path, architecture: str, folder: Path, *options: str) ->
 
 
 def compile_all(source: Path, *options: str) -> dict[str, dict[str, Kernel]]:
-    """Architecture -> kernel's mangled name -> its machine code."""
+    """Compiles a .cu file and returns architecture -> mangled name of a kernel -> its machine code."""
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
         found = pool.map(lambda name: compile_for(source, name, Path(folder), *options), ARCHITECTURES)
         return dict(zip(ARCHITECTURES, found, strict=True))
@@ -226,8 +226,8 @@ KERNELS = {
 
 
 def costs(kernel: Kernel, width: int) -> str:
-    """Registers; instructions a logit where a row is read, and where its gradient is written; warp-instructions of a full block's merge, where
-    they stand apart from others."""
+    """Returns table cells: registers; instructions for each logit to read a row and to write its gradient; warp-instructions of the merge in
+    a full block, where they can be separated."""
     turns = []
     for writes in (False, True):
         found = [loop for loop in kernel.loops if loop.writes == writes]
@@ -240,7 +240,7 @@ def costs(kernel: Kernel, width: int) -> str:
 
 
 def main() -> None:
-    """Prints registers, instructions a logit and those of a full block's merge of every loss kernel, for every architecture, in Markdown."""
+    """Prints a Markdown table of registers, instructions for each logit and of the merge, for every loss kernel and architecture."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--baseline", type=Path, help="a folder of .cu files to compare with")
     args = parser.parse_args()

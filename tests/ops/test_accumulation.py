@@ -1,4 +1,4 @@
-"""The head's gradient added to an accumulator: in the backward pass, or product by product in the forward pass; beside the default."""
+"""Gradients added to an accumulator, in the backward pass or, product by product, in the forward pass, compared with the default."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def test_an_accumulator_that_does_not_fit_is_named(operators):
             TypeError, match=rf"weight_grad_accumulator is (list|float) .*{bad}.*; allowed: a contiguous .* tensor \[20, 4\]"
         ):
             ops.linear_multi_token_loss(hidden, weight, labels, label_weights, operators, weight_grad_accumulator=bad)
-    with pytest.raises(ValueError, match="unit_gradient is True without a weight_grad_accumulator"):
+    with pytest.raises(ValueError, match="unit_gradient is True without weight_grad_accumulator"):
         ops.linear_multi_token_loss(hidden, weight, labels, label_weights, operators, unit_gradient=True)
 
 
@@ -150,11 +150,13 @@ def test_an_accumulator_that_shares_memory_with_the_weight_is_refused(operators)
     flat = torch.randn(240)
     weight = flat[:80].view(20, 4).requires_grad_()
     for bad in (weight.detach(), flat.detach()[76:156].view(20, 4), torch.from_numpy(flat.detach().numpy())[:80].view(20, 4)):
-        with pytest.raises(ValueError, match="weight_grad_accumulator shares memory with the weight; allowed: memory of its own"):
+        with pytest.raises(
+            ValueError, match="weight_grad_accumulator shares memory with the weight; allowed: a tensor with separate memory"
+        ):
             ops.linear_multi_token_loss(hidden, weight, labels, label_weights, operators, weight_grad_accumulator=bad)
         with pytest.raises(ValueError, match="weight_grad_accumulator shares memory with the weight"):
             ops.patch_embedding(weight, labels.clamp(min=0), operators, weight_grad_accumulator=bad)
-    # Beside it in one buffer is memory of its own.
+    # An adjacent span of the same buffer does not share memory.
     accumulator = flat.detach()[80:160].view(20, 4)
     start = accumulator.clone()
     ops.linear_multi_token_loss(hidden, weight, labels, label_weights, operators, weight_grad_accumulator=accumulator)[0].backward()

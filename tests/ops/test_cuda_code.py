@@ -1,4 +1,4 @@
-"""What nvcc makes of the CUDA kernels: vectors go through memory whole. A GPU would show it as lost bandwidth alone, the CPU not at all."""
+"""The PTX of the CUDA kernels: each vector is loaded and stored by one instruction. A failure costs only bandwidth, which the CPU cannot show."""
 
 from __future__ import annotations
 

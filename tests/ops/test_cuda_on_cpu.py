@@ -1,6 +1,6 @@
-"""The CUDA kernels' own source, run on the CPU (tests/cuda_on_cpu), over the cases of the CPU's kernels and under several thread orders.
+"""The source of the CUDA kernels, run on the CPU (tests/cuda_on_cpu) on the cases of the CPU kernels, under several orders of threads.
 
-Mutants show that the comparison sees what it should: a barrier that is missing, a wrong stride, a tail that is skipped.
+Mutants check that the tests notice errors: a missing barrier, a wrong stride, a skipped tail.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tests.ops.cases import LOSS_CASES, NARROW, LossCase, assert_within, loss_ca
 from tests.ops.test_fused_embedding import gradient_of_rows, mean_of_rows
 
 pytestmark = pytest.mark.skipif(cuda_include() is None or shutil.which("g++") is None, reason="CUDA's headers (nvcc) and g++ are needed")
-# Bytes of shared memory: of a long row nothing stays there, a part of it in bfloat16, in float32, or all.
+# Bytes of shared memory, which hold nothing of a long row, a part of it in bfloat16, a part in float32, or all of it.
 LIMITS = [12_288, 14_336, 20_480, 28_672, 73_728]
 WAYS = st.builds(
     lambda order, seed, limit, shift, gap, clusters: (order, seed, limit, shift, gap, clusters),
@@ -46,7 +46,7 @@ def library(tmp_path_factory) -> ctypes.CDLL:
 
 
 def check_loss(machine: CudaOnCpu, case: LossCase) -> None:
-    """Both ways to the loss and its gradient, whole and in shards, against float64."""
+    """Checks both operators for the loss and its gradient, unsharded and in shards, against float64."""
     dtype, rows = case.logits.dtype, len(case.logits)
     losses, gradient = machine.loss_and_gradient(case.logits, case.labels, case.label_weights, case.z_loss)
     exact = case.exact_row_losses()
@@ -87,7 +87,7 @@ def check_loss(machine: CudaOnCpu, case: LossCase) -> None:
 
 
 def check_embedding(machine: CudaOnCpu, seed: int, patches: int, k: int, vocab: int, hidden: int, dtype: torch.dtype, common: int) -> None:
-    """Forward and backward, whole and in shards, against float64; `common` of the patches hold one id alone."""
+    """Checks forward and backward pass, unsharded and in shards, against float64; `common` patches repeat one id."""
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(vocab, hidden, generator=generator).to(dtype)
     ids = torch.randint(0, vocab, (patches, k), generator=generator)
@@ -212,7 +212,7 @@ def test_what_is_out_of_range_ends_the_kernel_with_its_name(library, bad):
 
 @pytest.mark.parametrize("count", [2**31, 2**32 + 1])
 def test_more_rows_than_a_grid_holds_are_refused(library, count):
-    """Cut to 32 bits, the last would launch one block and leave all other rows as they were."""
+    """Truncated to 32 bits, the last number would launch one block and leave all other rows unchanged."""
     library.cuda_on_cpu_prepare(0, 1, 65536, 0)
     none, number, size = ctypes.c_void_p(None), ctypes.c_int(TYPES[torch.float32]), ctypes.c_int64
     no, zero = ctypes.c_bool(False), size(0)
@@ -242,37 +242,37 @@ def test_longer_rows_and_more_labels_than_are_counted_are_refused(library, label
 # (file, text, its replacement): one barrier, stride, tail, tile or alignment at a time.
 MUTANTS = {
     "no barrier before the threads' results are merged": (
-        "multi_token_loss.cu",
+        "running_softmax.cuh",
         "  const unsigned thread = threadIdx.x;\n  __syncthreads();",
         "  const unsigned thread = threadIdx.x;",
     ),
-    "no barrier before the merging warps' results are merged": ("multi_token_loss.cu", "    sync_first<kMergingThreads>();\n", ""),
-    "the merging warps' barrier is of the first warp alone": ("multi_token_loss.cu", "sync_first<kMergingThreads>", "sync_first<kWarp>"),
-    "a wrong stride of results in a full block": ("multi_token_loss.cu", "i / 2 * (2 * kMergingThreads)", "i / 2 * kMergingThreads"),
-    "a wrong distance of neighbours' results": ("multi_token_loss.cu", "+ 2 * thread + i % 2]", "+ thread + i % 2]"),
-    "every other result is skipped": ("multi_token_loss.cu", "+ 2 * thread + i % 2]", "+ 2 * thread]"),
+    "no barrier before the merging warps' results are merged": ("running_softmax.cuh", "    sync_first<kMergingThreads>();\n", ""),
+    "the merging warps' barrier is of the first warp alone": ("running_softmax.cuh", "sync_first<kMergingThreads>", "sync_first<kWarp>"),
+    "a wrong stride of results in a full block": ("running_softmax.cuh", "i / 2 * (2 * kMergingThreads)", "i / 2 * kMergingThreads"),
+    "a wrong distance of neighbours' results": ("running_softmax.cuh", "+ 2 * thread + i % 2]", "+ thread + i % 2]"),
+    "every other result is skipped": ("running_softmax.cuh", "+ 2 * thread + i % 2]", "+ 2 * thread]"),
     "a result too few in a full block": (
-        "multi_token_loss.cu",
+        "running_softmax.cuh",
         "return merge<T, share>(mine);",
-        "mine[share - 1] = nothing<A>();\nreturn merge<T, share>(mine);",
+        "mine[share - 1] = no_logits<A>();\nreturn merge<T, share>(mine);",
     ),
     "a wrong stride of results in a smaller block": (
-        "multi_token_loss.cu",
+        "running_softmax.cuh",
         "i < blockDim.x; i += kMergingThreads) {",
         "i < blockDim.x; i += 2 * kMergingThreads) {",
     ),
     "the last result of a smaller block is skipped": (
-        "multi_token_loss.cu",
+        "running_softmax.cuh",
         "i < blockDim.x; i += kMergingThreads) {",
         "i + kMergingThreads < blockDim.x; i += kMergingThreads) {",
     ),
-    "a smaller block's results are read as a full one's": ("multi_token_loss.cu", "if (blockDim.x == kMostThreads) {", "{"),
+    "a smaller block's results are read as a full one's": ("running_softmax.cuh", "if (blockDim.x == kMaxThreads) {", "{"),
     "a merging warp's result is skipped": (
-        "multi_token_loss.cu",
+        "running_softmax.cuh",
         "use(merge<T, kMergingWarps>(all));",
-        "all[1] = nothing<Number<T>>();\nuse(merge<T, kMergingWarps>(all));",
+        "all[1] = no_logits<Number<T>>();\nuse(merge<T, kMergingWarps>(all));",
     ),
-    "a result too few when the largest is found": ("multi_token_loss.cu", "half = kCount / 2; half > 0;", "half = kCount / 2; half > 1;"),
+    "a result too few when the largest is found": ("running_softmax.cuh", "half = kCount / 2; half > 0;", "half = kCount / 2; half > 1;"),
     "no barrier before a row's factor is read": (
         "multi_token_loss.cu",
         "  __syncthreads();\n  if constexpr (kCluster) cluster_arrive();",
@@ -280,7 +280,7 @@ MUTANTS = {
     ),
     "no barrier before logits are overwritten": (
         "multi_token_loss.cu",
-        "  __syncthreads();  // labels' logits are read before anything is overwritten\n",
+        "  __syncthreads();  // the labels' logits must be read before any logit is overwritten\n",
         "",
     ),
     "no barrier before labels are corrected": (
@@ -300,8 +300,8 @@ MUTANTS = {
     ),
     "a block leaves while others read its sum": (
         "multi_token_loss.cu",
-        "  if constexpr (kCluster) cluster_wait();  // nobody",
-        "  // nobody",
+        "  if constexpr (kCluster) cluster_wait();  // no block",
+        "  // no block",
     ),
     "a block knows its own sum alone": ("multi_token_loss.cu", "*of_block(&scratch.part, k)", "*of_block(&scratch.part, rank)"),
     "a block's part ends after its row": (
@@ -392,12 +392,12 @@ MUTANTS = {
         "if (last >= 0) break;",
     ),
     "a lane too few": (
-        "multi_token_loss.cu",
+        "running_softmax.cuh",
         "for (int offset = kWarp / 2; offset > 0; offset /= 2) value",
         "for (int offset = kWarp / 2; offset > 1; offset /= 2) value",
     ),
     "a lane too few for the largest": (
-        "multi_token_loss.cu",
+        "running_softmax.cuh",
         "for (int offset = kWarp / 2; offset > 0; offset /= 2) largest",
         "for (int offset = kWarp / 2; offset > 1; offset /= 2) largest",
     ),
@@ -405,7 +405,7 @@ MUTANTS = {
 
 
 def loss_checks(library: ctypes.CDLL) -> None:
-    """What every mutant of the loss must fail at: a few of the cases above, under every order, in blocks of 128 to 1,024 threads."""
+    """The checks that every mutant of the loss must fail: some of the cases above, under every order, in blocks of 128 to 1,024 threads."""
     for order in ORDERS:
         for shift in (0, 1):
             for dtype, limit in ((torch.float32, 20_480), (torch.bfloat16, 14_336)):
@@ -417,7 +417,7 @@ def loss_checks(library: ctypes.CDLL) -> None:
 
 
 def embedding_checks(library: ctypes.CDLL) -> None:
-    """What every mutant of the embedding must fail at."""
+    """The checks that every mutant of the embedding must fail."""
     for order in ORDERS:
         for shift in (0, 1):
             machine = CudaOnCpu(library, order, 3, LIMITS[0])
@@ -427,7 +427,7 @@ def embedding_checks(library: ctypes.CDLL) -> None:
 
 
 def in_a_process_of_its_own(check: Callable[[ctypes.CDLL], None], library: Path) -> tuple[int, str]:
-    """Runs a check in a copy of this process, as a mutant may write anywhere: (exit code, negative for a signal; what was raised)."""
+    """Runs a check in a forked process, because a mutant can write anywhere. Returns (exit code, negative for a signal; the exception)."""
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:

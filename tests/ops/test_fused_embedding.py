@@ -1,4 +1,4 @@
-"""The compiled patch embedding against the formula in float64, its bits, its errors, torch's own operator checks, and life without it."""
+"""The compiled patch embedding: against the formula in float64, reproducible bits, errors, torch's operator checks, and the fallback."""
 
 from __future__ import annotations
 
@@ -194,7 +194,7 @@ def test_ids_outside_the_vocabulary_are_named(bad, traced):
 def test_wrong_arguments_are_value_errors_that_name_them():
     weight, ids, _ = case(4, (3,), 2, 24, 8, torch.float32)
     for arguments, words in (
-        ((weight, ids.float()), "token_ids are Float; allowed: int64"),
+        ((weight, ids.float()), "token_ids has dtype Float; allowed: int64"),
         ((weight, torch.tensor(3)), "token_ids must be"),
         ((weight, ids[:, :0]), "token_ids must be .* not K = 0"),
         ((weight[0], ids), "weight must be"),
@@ -388,7 +388,7 @@ def test_an_accumulator_that_does_not_fit_is_named(operators):
             ((torch.zeros(24, 9), grad, ids), "accumulator must be .*H of grad"),
             ((torch.zeros(24, 8, dtype=torch.bfloat16), grad, ids), "accumulator is BFloat16; allowed: Float"),
             ((torch.zeros(24, 8), grad[:2], ids), "grad must have one row"),
-            ((torch.zeros(24, 8), grad, ids.float()), "token_ids are Float"),
+            ((torch.zeros(24, 8), grad, ids.float()), "token_ids has dtype Float"),
         ):
             with pytest.raises(ValueError, match=words):
                 add(*arguments)

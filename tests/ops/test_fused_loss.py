@@ -135,7 +135,7 @@ def test_narrow_gradients_are_scaled_in_float32_and_rounded_once(dtype, factor):
 @settings(max_examples=40)
 @given(LOSS_CASES, st.integers(1, 4))
 def test_shards_of_the_vocabulary_give_what_the_whole_gives(case, shards):
-    """The exchange by hand: what each shard's kernel says, put together as `normalize` does after its gather."""
+    """Combines the statistics of all shards by hand, as `losses_from_statistics` does after its gather."""
     rows, vocab = case.logits.shape
     edges = [vocab * i // shards for i in range(shards + 1)]
     edges = sorted({*edges, vocab})
@@ -147,7 +147,7 @@ def test_shards_of_the_vocabulary_give_what_the_whole_gives(case, shards):
     whole = torch.cat(
         (largest[:, None], (stacked[..., 1] * (stacked[..., 0] - largest).exp()).sum(0)[:, None], stacked[..., 2:].sum(0)), dim=1
     )
-    normalizer, nll, lse = fused_loss.normalize(whole, case.labels, None)
+    normalizer, nll, lse = fused_loss.losses_from_statistics(whole, case.labels, None)
     exact_nll, exact_lse = case.exact()
     assert_within(nll, exact_nll, exact_nll.abs() + 0.1, torch.float32)
     grad_nll = torch.ones_like(nll)
@@ -235,7 +235,7 @@ def test_labels_outside_the_vocabulary_are_named(bad):
 def test_wrong_arguments_are_value_errors_that_name_them():
     case = loss_case(4, 3, 2, 24, torch.float32)
     for arguments, words in (
-        ((case.logits, case.labels.float()), "labels are Float; allowed: int64"),
+        ((case.logits, case.labels.float()), "labels has dtype Float; allowed: int64"),
         ((case.logits, case.labels[:2]), "labels must be .* the N of logits, 3"),
         ((case.logits, case.labels[:, 0]), "labels must be"),
         ((case.logits, case.labels[:, :0]), "labels must be .* not K = 0"),

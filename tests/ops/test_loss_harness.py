@@ -1,4 +1,4 @@
-"""benchmarks/loss_harness.cu: its checks, run on the CPU with the kernels themselves, pass, and see what is wrong; without a GPU it says so."""
+"""benchmarks/loss_harness.cu: its checks, run on the CPU, pass and find errors in the kernels; without a GPU it reports that."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_its_checks_see_what_is_wrong(tmp_path, text, replacement, noticed):
     folder = tmp_path / "cuda"
     shutil.copytree(kernels.SOURCES, folder)
     source = folder / "multi_token_loss.cu"
-    assert text in source.read_text(), "the mutant's place is gone: name it anew"
+    assert text in source.read_text(), "multi_token_loss.cu no longer contains the text of this mutant; update the mutant"
     source.write_text(source.read_text().replace(text, replacement))
     done = run_checks(folder, tmp_path)
     assert done.returncode == 1 and f"WRONG: {noticed}" in done.stderr, done.stderr

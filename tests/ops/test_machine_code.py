@@ -1,4 +1,4 @@
-"""What ptxas makes of the loss kernels, for every architecture that is built: instructions a logit, registers, nothing spilled, wide accesses.
+"""The machine code of the loss kernels on every architecture: instructions for each logit, registers, no spills, wide loads and stores.
 
 The kernels are bound by instructions before they are bound by memory: these numbers are their speed, as far as it can be known without a GPU.
 Where there is nvcc, cuobjdump and nvdisasm must be there, too (PyPI has both): their absence fails.
@@ -87,5 +87,5 @@ def test_merging_the_results_of_1024_threads_takes_few_instructions(code):
         if "loss" in name and dtype != "float32":
             assert kernel.merge is not None
             assert kernel.merge.merging_warps == 4
-            # On sm_100 every warp works out anew where shared memory begins.
+            # On sm_100 every warp computes the start of shared memory again.
             assert kernel.merge.instructions(1024) <= (700 if architecture == "sm_100" else 600), (architecture, name, dtype, kernel.merge)

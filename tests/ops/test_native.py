@@ -1,4 +1,4 @@
-"""Loading the compiled libraries."""
+"""How the compiled libraries are loaded."""
 
 from __future__ import annotations
 

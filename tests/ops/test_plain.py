@@ -1,4 +1,4 @@
-"""The plain formulas against loops in float64, against torch's own functions at K = 1, and against derivatives worked out by hand."""
+"""The plain formulas, compared with loops in float64, with torch's functions at K = 1, and with derivatives computed by hand."""
 
 from __future__ import annotations
 

@@ -1,0 +1,81 @@
+"""Model families: the presets that `--model-family` chooses from (no torch).
+
+A family gives the model options their defaults; each option can still be given by its own flag. A further family is registered by name,
+before the command line is read: `FAMILIES["mistral"] = Family(norm_epsilon=1e-5)`. Its conversion from and to Hugging Face is an
+`Architecture` of `megatron_patch.convert.architectures`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_patch.errors import ConfigError
+from megatron_patch.model.shape import ModelShape
+
+
+@dataclass(frozen=True)
+class Family:
+    """Defaults of the model options; the fields are those of `ModelShape`.
+
+    Args:
+        normalization: default of --normalization.
+        norm_epsilon: default of --norm-epsilon.
+        swiglu: default of --swiglu: a gated feed-forward layer with SiLU, or else GELU in its tanh form.
+        position_embedding: default of --position-embedding-type: rotary, or learned absolute positions.
+        qk_norm: default of --qk-layernorm.
+        linear_bias: biases in all linear layers of a block; the opposite of the default of --disable-bias-linear.
+        qkv_bias: default of --add-qkv-bias: biases in the query, key and value projections, even without `linear_bias`.
+        tie_embeddings: the output head is the embedding's transpose; the opposite of --untie-embeddings-and-output-weights.
+    """
+
+    normalization: Literal["RMSNorm", "LayerNorm"] = "RMSNorm"
+    norm_epsilon: float = 1e-5
+    swiglu: bool = True
+    position_embedding: Literal["rope", "learned"] = "rope"
+    qk_norm: bool = False
+    linear_bias: bool = False
+    qkv_bias: bool = False
+    tie_embeddings: bool = False
+
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family(),
+    "qwen3": Family(norm_epsilon=1e-6, qk_norm=True),
+    "gpt2": Family(normalization="LayerNorm", swiglu=False, position_embedding="learned", linear_bias=True, tie_embeddings=True),
+}
+"""Name, as `--model-family` takes it -> the family. Open to further entries."""
+
+
+def family_by_name(name: str) -> Family:
+    """Returns a registered family.
+
+    Raises:
+        ConfigError: no family has this name; the error lists the registered names and suggests the nearest one.
+    """
+    if name not in FAMILIES:
+        nearest = difflib.get_close_matches(name, FAMILIES, n=1)
+        raise ConfigError(
+            f"--model-family {name} is not a registered model family",
+            ", ".join(FAMILIES),
+            f"did you mean {nearest[0]}?"
+            if nearest
+            else "choose one of these, or register the family in megatron_patch.model.families.FAMILIES",
+        )
+    return FAMILIES[name]
+
+
+def family_of_shape(shape: ModelShape) -> str:
+    """Returns the name of the first registered family with a shape's kinds of norm, activation and positions, or of the nearest one."""
+
+    def differences(name: str) -> int:
+        family = FAMILIES[name]
+        return (
+            (family.normalization != shape.normalization)
+            + (family.swiglu != (shape.activation == "swiglu"))
+            + (family.position_embedding != shape.position_embedding)
+            + (family.qk_norm != shape.qk_norm)
+        )
+
+    return min(FAMILIES, key=differences)

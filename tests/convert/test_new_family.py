@@ -1,0 +1,111 @@
+"""A model family and its Hugging Face architecture, registered by a user's script: imported, trained, exported and verified."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_patch.cli.convert_checkpoint import main
+from megatron_patch.convert.architectures import ARCHITECTURES
+from megatron_patch.convert.checkpoint_io import open_checkpoint
+from megatron_patch.data.indexed_dataset import IndexedDatasetWriter
+from megatron_patch.engine.inference import load_model
+from megatron_patch.errors import CheckpointError
+from megatron_patch.model.families import FAMILIES
+from tests.config.test_resolve import ROOT, RUN, resolve
+from tests.convert.mistral import register_mistral
+from tests.convert.models import make_checkpoint
+from tests.model.shapes import LLAMA
+
+transformers = pytest.importorskip("transformers")
+IDS = torch.randint(0, 53, (2, 32), generator=torch.Generator().manual_seed(3))
+
+
+@pytest.fixture
+def mistral(monkeypatch):
+    """Registers Mistral for one test."""
+    with monkeypatch.context() as patch:
+        patch.setitem(FAMILIES, "mistral", None)
+        patch.setitem(ARCHITECTURES, "MistralForCausalLM", None)
+        register_mistral()
+        yield
+
+
+def published(folder, **values):
+    """Writes a Mistral model with transformers, and returns it."""
+    torch.manual_seed(0)
+    config = transformers.MistralConfig(
+        vocab_size=53, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=6,
+        max_position_embeddings=32, rms_norm_eps=1e-5, **{"sliding_window": None, "initializer_range": 0.2, **values},
+    )  # fmt: skip
+    model = transformers.MistralForCausalLM(config).eval()
+    model.save_pretrained(str(folder))
+    return model
+
+
+def test_a_model_of_transformers_comes_in_trains_with_the_printed_flags_and_goes_out_as_itself(mistral, tmp_path, capsys):
+    model = published(tmp_path / "published")
+    main(["from-hf", "--input", str(tmp_path / "published"), "--output", str(tmp_path / "ckpt")])
+    flags = json.loads(capsys.readouterr().out.splitlines()[-1])["flags"]
+    assert flags[:2] == ["--model-family", "mistral"]
+    shape = resolve(*flags, "--seq-length", "32", "--global-batch-size", "4", "--train-tokens", "1024", "--dry-run").shape
+    loaded = load_model(str(tmp_path / "ckpt")).model
+    assert (shape.num_query_groups, shape.norm_epsilon) == (2, 1e-5) and shape.padded_vocab_size == loaded.shape.padded_vocab_size
+    with torch.no_grad():
+        expected = model(IDS).logits
+        torch.testing.assert_close(loaded.logits(IDS[..., None]), expected, rtol=0.0, atol=1e-5)
+    assert float(expected.std()) > 0.05
+
+    main(["to-hf", "--load", str(tmp_path / "ckpt"), "--output", str(tmp_path / "again")])
+    again = transformers.AutoModelForCausalLM.from_pretrained(str(tmp_path / "again")).eval()
+    assert type(again).__name__ == "MistralForCausalLM" and again.config.sliding_window is None
+    with torch.no_grad():
+        assert torch.equal(again(IDS).logits, expected)
+
+
+def test_the_family_decides_between_architectures_that_compute_the_same(mistral, tmp_path):
+    kinds = {}
+    for family in ("llama", "mistral"):
+        make_checkpoint(tmp_path / family, LLAMA, options={"seq_length": 16, "model_family": family})
+        main(["to-hf", "--load", str(tmp_path / family), "--output", str(tmp_path / f"{family}-hf")])
+        kinds[family] = json.loads((tmp_path / f"{family}-hf" / "config.json").read_text())["architectures"]
+    assert kinds == {"llama": ["LlamaForCausalLM"], "mistral": ["MistralForCausalLM"]}
+    assert open_checkpoint(str(tmp_path / "mistral")).family == "mistral"
+
+
+def test_a_sliding_window_is_refused(mistral, tmp_path):
+    for window in (4096, 16):
+        published(tmp_path / str(window), sliding_window=window)
+        with pytest.raises(CheckpointError, match=f"sliding_window is {window}"):
+            main(["from-hf", "--input", str(tmp_path / str(window)), "--output", str(tmp_path / "ckpt")])
+
+
+def test_the_family_trains_by_its_name(mistral):
+    shape = resolve(*RUN, "--model-family", "mistral", "--num-query-groups", "2").shape
+    assert (shape.normalization, shape.activation, shape.position_embedding, shape.tie_embeddings) == ("RMSNorm", "swiglu", "rope", False)
+
+
+def test_the_script_of_the_documentation_verifies_its_export(tmp_path):
+    """Runs the script as a user does: it registers the family and calls the program's main."""
+    published(tmp_path / "published")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+
+    def script(*words):
+        command = [sys.executable, "-m", "tests.convert.mistral", *map(str, words)]
+        result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
+        assert result.returncode == 0, result.stderr
+        return json.loads(result.stdout.splitlines()[-1])
+
+    script("from-hf", "--input", tmp_path / "published", "--output", tmp_path / "ckpt")
+    with IndexedDatasetWriter(str(tmp_path / "ids"), np.dtype(np.uint16)) as writer:
+        writer.append(IDS[0].numpy().astype(np.uint16), np.array([32]))
+        writer.finish()
+    words = ("--load", tmp_path / "ckpt", "--output", tmp_path / "hf", "--verify", "--verify-data", tmp_path / "ids")
+    result = script("to-hf", *words)
+    assert result["verified"]["difference"] <= 1e-5 and result["verified"]["same_choice"] == 1.0

@@ -1,0 +1,36 @@
+"""Model families: a registered family is a preset of `--model-family`, and an error for a wrong name suggests the nearest one."""
+
+from __future__ import annotations
+
+import pytest
+
+from megatron_patch.errors import ConfigError
+from megatron_patch.model.families import FAMILIES, Family, family_of_shape
+from tests.config.test_resolve import RUN, resolve
+from tests.model.shapes import BIASED, GPT2, LLAMA, QWEN3
+
+
+def test_a_registered_family_sets_the_defaults_and_flags_win(monkeypatch):
+    monkeypatch.setitem(FAMILIES, "qwen2", Family(norm_epsilon=1e-6, qkv_bias=True, tie_embeddings=True))
+    shape = resolve(*RUN, "--model-family", "qwen2").shape
+    assert (shape.norm_epsilon, shape.qkv_bias, shape.attention_bias, shape.mlp_bias, shape.tie_embeddings) == (
+        1e-6,
+        True,
+        False,
+        False,
+        True,
+    )
+    shape = resolve(*RUN, "--model-family", "qwen2", "--norm-epsilon", "1e-3", "--untie-embeddings-and-output-weights").shape
+    assert (shape.norm_epsilon, shape.qkv_bias, shape.tie_embeddings) == (1e-3, True, False)
+
+
+def test_an_unknown_family_is_refused_with_the_registered_names_and_the_nearest():
+    with pytest.raises(ConfigError) as caught:
+        resolve(*RUN, "--model-family", "lama")
+    assert caught.value.what == "--model-family lama is not a registered model family"
+    assert (caught.value.allowed, caught.value.do) == ("llama, qwen3, gpt2", "did you mean llama?")
+
+
+@pytest.mark.parametrize(("shape", "name"), [(LLAMA, "llama"), (BIASED, "llama"), (QWEN3, "qwen3"), (GPT2, "gpt2")])
+def test_the_family_of_a_shape_is_the_one_with_its_kinds_of_layers(shape, name):
+    assert family_of_shape(shape) == name
