@@ -1,4 +1,4 @@
-"""Whether there is a GPU, asked of the driver: without torch, whose import takes seconds."""
+"""Detects a GPU through the driver, without importing torch, which takes seconds."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import ctypes
 
 
 def has_gpu() -> bool:
-    """Whether the driver is installed and has a GPU for this process."""
+    """Returns whether the driver is installed and offers a GPU to this process."""
     try:
         driver, count = ctypes.CDLL("libcuda.so.1"), ctypes.c_int()
     except OSError:

@@ -1,8 +1,8 @@
-"""What the benchmarks share: peers timed in turn, peak memory, ceilings of the machine, tables, and results as JSON.
+"""Measurements shared by the benchmarks: times of peers, peak memory, ceilings of the machine, tables, and results as JSON.
 
-Peers take turns within each round, so that a busy neighbour slows all of them; the figure is the median of the rounds. On a GPU every run
-is timed by events, between synchronisations, after a write that empties its cache and a wait in which the host launches everything: what
-is measured is the GPU's work, as in a training step whose host runs ahead. Only work that waits for the GPU itself is timed with its gaps.
+All peers run once per round, so that other load on the machine slows all of them; a result is the median over rounds. On a GPU each run is
+timed with events between synchronizations, after a write that flushes the cache and a delay in which the host launches all kernels. The
+result is the time of the GPU's work, as in a training step whose host runs ahead. Gaps count only if the work itself waits for the GPU.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from torch.profiler import ProfilerActivity, profile
 Work = Callable[[], object]
 _FLUSH_BYTES = 256 << 20
 _CALIBRATION_CYCLES = 2_000_000
-# How long the GPU waits for the host: this many times what launching took, within these seconds.
-_AHEAD, _LEAST_AHEAD, _MOST_AHEAD = 1.5, 1e-3, 1e-2
+# The GPU waits for the host this many times the launch time, between these limits in seconds.
+_DELAY_FACTOR, _MIN_DELAY, _MAX_DELAY = 1.5, 1e-3, 1e-2
 
 
 def processor() -> str:
-    """The processor's name."""
+    """Returns the name of the processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -44,23 +44,23 @@ def processor() -> str:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What the numbers were measured on."""
-    described = {"processor": processor(), "cores": os.cpu_count(), "python": platform.python_version(), "torch": torch.__version__}
+    """Returns processor, GPU and software versions, which results record."""
+    info = {"processor": processor(), "cores": os.cpu_count(), "python": platform.python_version(), "torch": torch.__version__}
     if device.type == "cuda":
-        described |= {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
+        info |= {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
     else:
-        described["threads"] = torch.get_num_threads()
-    return described
+        info["threads"] = torch.get_num_threads()
+    return info
 
 
 class Timer:
     """Times work on a device.
 
     Args:
-        device: where it runs.
-        rounds: how often each peer runs.
-        seconds: no further round begins after so many seconds of all peers together; None: there is no such limit.
-        fewest: rounds that run whatever they take.
+        device: device of the work.
+        rounds: largest number of timed runs of each peer.
+        seconds: no further round starts after this time for all peers together; None sets no limit.
+        fewest: smallest number of rounds, which `seconds` does not reduce.
     """
 
     def __init__(self, device: torch.device, rounds: int, seconds: float | None = None, fewest: int = 5) -> None:
@@ -69,7 +69,7 @@ class Timer:
         if device.type == "cuda":
             self._flush = torch.empty(_FLUSH_BYTES // 4, device=device)
             torch.cuda._sleep(_CALIBRATION_CYCLES)
-            self._cycles_a_second = _CALIBRATION_CYCLES / self._between_events(lambda: torch.cuda._sleep(_CALIBRATION_CYCLES))
+            self._cycles_per_second = _CALIBRATION_CYCLES / self._between_events(lambda: torch.cuda._sleep(_CALIBRATION_CYCLES))
 
     def _between_events(self, work: Work) -> float:
         first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -79,8 +79,8 @@ class Timer:
         torch.cuda.synchronize(self.device)
         return first.elapsed_time(last) / 1000
 
-    def _ahead_of(self, work: Work) -> float:
-        """Seconds that the GPU waits before the work: enough for the host to launch all of it."""
+    def _launch_delay(self, work: Work) -> float:
+        """Returns the seconds that the GPU must wait so that the host can launch all of the work."""
         if self._flush is None:
             return 0.0
         torch.cuda.synchronize(self.device)
@@ -88,25 +88,25 @@ class Timer:
         work()
         host = time.perf_counter() - began
         torch.cuda.synchronize(self.device)
-        return min(max(_AHEAD * host, _LEAST_AHEAD), _MOST_AHEAD)
+        return min(max(_DELAY_FACTOR * host, _MIN_DELAY), _MAX_DELAY)
 
-    def _once(self, work: Work, ahead: float) -> float:
+    def _time(self, work: Work, delay: float) -> float:
         if self._flush is None:
             began = time.perf_counter()
             work()
             return time.perf_counter() - began
         torch.cuda.synchronize(self.device)
         self._flush.zero_()
-        torch.cuda._sleep(int(ahead * self._cycles_a_second))
+        torch.cuda._sleep(int(delay * self._cycles_per_second))
         return self._between_events(work)
 
     def medians(self, peers: Mapping[str, Work]) -> dict[str, float]:
-        """Seconds of each peer: the median over rounds in which they take turns."""
-        ahead = {}
+        """Returns the median seconds of each peer over rounds in which all of them run."""
+        delays = {}
         for name, work in peers.items():
             for _ in range(2):
                 work()
-            ahead[name] = self._ahead_of(work)
+            delays[name] = self._launch_delay(work)
         times: dict[str, list[float]] = {name: [] for name in peers}
         began = time.perf_counter()
         with _no_collection():
@@ -114,11 +114,11 @@ class Timer:
                 if self.seconds is not None and done >= self.fewest and time.perf_counter() - began > self.seconds:
                     break
                 for name, work in peers.items():
-                    times[name].append(self._once(work, ahead[name]))
+                    times[name].append(self._time(work, delays[name]))
         return {name: statistics.median(values) for name, values in times.items()}
 
     def peak_bytes(self, work: Work) -> int:
-        """The most memory that work holds above what was held before."""
+        """Returns the peak of the memory that the work allocates in addition to what was allocated before."""
         work()
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
@@ -139,7 +139,7 @@ class Timer:
 
 @contextlib.contextmanager
 def _no_collection() -> Iterator[None]:
-    """Without Python's garbage collection, whose pauses are no part of the work."""
+    """Disables Python's garbage collection, whose pauses are not part of the work."""
     was = gc.isenabled()
     gc.collect()
     gc.disable()
@@ -152,7 +152,7 @@ def _no_collection() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what the profiler's own library prints at every start."""
+    """Suppresses the messages that the profiler's library prints at every start."""
     kept = os.dup(2)
     with open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), 2)
@@ -164,12 +164,12 @@ def _quiet() -> Iterator[None]:
 
 
 def ceilings(timer: Timer, dtype: torch.dtype, tiny: bool = False) -> dict[str, float]:
-    """The machine's own limits, measured: copying (GB/s, read and written) and the product of large matrices (TFLOP/s).
+    """Measures the limits of the machine: copying (GB/s read plus written) and the product of large matrices (TFLOP/s).
 
     Args:
-        timer: of the device.
-        dtype: of the product.
-        tiny: of small tensors, which show that it runs and no more.
+        timer: timer of the device.
+        dtype: dtype of the matrices.
+        tiny: use small tensors, which only test that the measurement runs.
     """
     cuda = timer.device.type == "cuda"
     source = torch.empty(1 << 18 if tiny else (1 << 30) // 4 if cuda else (1 << 28) // 4, device=timer.device)
@@ -186,22 +186,24 @@ def ceilings(timer: Timer, dtype: torch.dtype, tiny: bool = False) -> dict[str, 
 
 
 def in_place_ceiling(timer: Timer, dtype: torch.dtype, numel: int) -> dict[str, float]:
-    """GB/s, read and written, of adding 1 to so many numbers in place: what a loss that overwrites its logits can reach."""
+    """Measures adding 1 to `numel` numbers in place (GB/s read plus written), the limit of a loss that overwrites its logits."""
     logits = torch.zeros(numel, device=timer.device, dtype=dtype)
     seconds = timer.medians({"in place": lambda: logits.add_(1)})["in place"]
     return {"in_place_gb_per_second": 2 * logits.numel() * logits.element_size() / seconds / 1e9}
 
 
 def attention_ceiling(timer: Timer, dtype: torch.dtype, samples: int, heads: int, positions: int, size: int) -> float:
-    """TFLOP/s of torch's causal attention, forward and backward: 7 products (arXiv 2205.14135) over half of the positions' pairs.
+    """Measures torch's causal attention, forward and backward, in TFLOP/s.
+
+    FLOPs are those of 7 products (arXiv 2205.14135) over half of the pairs of positions.
 
     Args:
-        timer: of the device.
-        dtype: of queries, keys and values.
+        timer: timer of the device.
+        dtype: dtype of queries, keys and values.
         samples: B.
-        heads: of the queries.
+        heads: number of heads.
         positions: T.
-        size: of a head.
+        size: size of a head.
     """
     shape = (samples, heads, positions, size)
     queries, keys, values = (torch.randn(shape, device=timer.device, dtype=dtype, requires_grad=True) for _ in range(3))
@@ -214,7 +216,7 @@ def attention_ceiling(timer: Timer, dtype: torch.dtype, samples: int, heads: int
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table on the terminal."""
+    """Prints a table on the terminal; the first column is left-aligned."""
     table = Table(title=title, title_justify="left")
     for column in columns:
         table.add_column(column, justify="left" if column == columns[0] else "right")
@@ -224,7 +226,7 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
 
 
 def not_finite(value: Any, name: str = "") -> list[str]:
-    """Names of the numbers in a figure that are NaN or infinite, nested ones with a dot."""
+    """Returns the names of the numbers in a figure that are NaN or infinite; names of nested numbers contain dots."""
     if isinstance(value, float):
         return [] if math.isfinite(value) else [name]
     if isinstance(value, Mapping):
@@ -233,36 +235,36 @@ def not_finite(value: Any, name: str = "") -> list[str]:
         items = enumerate(value)
     else:
         return []
-    return [found for key, part in items for found in not_finite(part, f"{name}.{key}".strip("."))]
+    return [bad for key, part in items for bad in not_finite(part, f"{name}.{key}".strip("."))]
 
 
 def record(kind: str, **figure: Any) -> dict[str, Any]:
-    """Appends one figure, as one JSON line, to the file that FIGURES names, and writes it out at once.
+    """Appends one figure as a line of JSON to the file named by the environment variable FIGURES.
 
-    A process that is killed a moment later has lost nothing. Without FIGURES nothing is written.
+    The line is written at once, so a process that is killed afterwards loses nothing. Without FIGURES nothing is written.
 
     Args:
-        kind: what the figure is of, such as "kernel" or "training".
+        kind: kind of the figure, such as "kernel" or "training".
         figure: its fields. Numbers that are NaN or infinite are written as null and named in `not_finite`, which fails the step
             (benchmarks/on_gpu.py).
 
     Returns:
-        The figure as it was written.
+        The figure as written.
     """
     bad = not_finite(figure)
     line: dict[str, Any] = {"kind": kind, "step": os.environ.get("STEP"), **_finite(figure)}
     if bad:
         line["not_finite"] = bad
-        print(f"not finite in a figure of {kind}: {', '.join(bad)}", file=sys.stderr, flush=True)
+        print(f"NaN or infinite in a figure of kind {kind}: {', '.join(bad)}", file=sys.stderr, flush=True)
     if path := os.environ.get("FIGURES"):
-        # One write of one line: processes beside each other append to the same file.
+        # One write per line, because several processes append to the same file.
         with open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
     return line
 
 
 def _finite(value: Any) -> Any:
-    """The value as JSON can say it: null for a number that is NaN or infinite."""
+    """Returns the value with None in place of every number that JSON cannot represent."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
@@ -273,27 +275,32 @@ def _finite(value: Any) -> Any:
 
 
 def write_results(
-    name: str, device: torch.device, results: Mapping[str, Any], tell: bool = True, described: Mapping[str, Any] | None = None
+    name: str, device: torch.device, results: Mapping[str, Any], verbose: bool = True, info: Mapping[str, Any] | None = None
 ) -> Path:
-    """Writes NAME-DEVICE-DATE.json, with the command and the machine, to the folder that RESULTS names, or to benchmarks/results.
+    """Writes results with command and machine to NAME-DEVICE-DATE.json.
+
+    The folder is that of the environment variable RESULTS, else benchmarks/results.
 
     Args:
-        name: of the benchmark.
-        device: the results are of.
-        results: what is written.
-        tell: prints where.
-        described: the machine, by a process that had the device; None: `machine` is asked.
+        name: name of the benchmark.
+        device: device of the measurements.
+        results: results to write.
+        verbose: whether to print the path.
+        info: result of `machine` from a process that had the device; None calls `machine` here.
+
+    Returns:
+        The path of the file.
     """
     today = date.today().isoformat()
     folder = Path(os.environ.get("RESULTS") or Path(__file__).parent / "results")
     output = folder / f"{name}-{device.type}-{today}.json"
     folder.mkdir(parents=True, exist_ok=True)
     command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
-    described = machine(device) if described is None else described
-    # Renamed into place: a process that is killed leaves the earlier file or this one.
+    info = machine(device) if info is None else info
+    # Renamed when complete, so a killed process leaves the earlier file or the new one.
     draft = output.with_suffix(".part")
-    draft.write_text(json.dumps({"date": today, "command": command, "machine": described, **results}, indent=1) + "\n")
+    draft.write_text(json.dumps({"date": today, "command": command, "machine": info, **results}, indent=1) + "\n")
     draft.replace(output)
-    if tell:
+    if verbose:
         print(f"wrote {os.path.relpath(output)}")
     return output

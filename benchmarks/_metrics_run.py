@@ -1,6 +1,6 @@
-"""A run of pretrain_gpt_patch.py that writes its metrics alone, and no checkpoint: a launcher's ranks start this file in its place.
+"""Runs pretrain_gpt_patch.py without checkpoints; a launcher starts this file in its place.
 
-METRICS names the file; rank 0 writes it.
+Rank 0 writes the metrics to the file named by the environment variable METRICS.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from megatron_patch.training.callbacks.metrics import Metrics  # noqa: E402
 from megatron_patch.training.trainer import Trainer  # noqa: E402
 
 
-def listeners(trainer: Trainer) -> list[Callback]:
-    """The metrics file, on rank 0."""
+def metrics_callback(trainer: Trainer) -> list[Callback]:
+    """Returns the callback that writes the metrics, on rank 0."""
     return [Metrics(Path(os.environ["METRICS"]))] if trainer.grid.rank == 0 else []
 
 
 if __name__ == "__main__":
-    train(*resolved(sys.argv[1:], ranks_from_environment()[1]), listeners)
+    train(*resolved(sys.argv[1:], ranks_from_environment()[1]), metrics_callback)

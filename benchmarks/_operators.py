@@ -1,7 +1,7 @@
-"""The child process of `benchmarks/kernels.py`: one peer of one operator at all sizes, or the machine's ceilings.
+"""The child process of `benchmarks/kernels.py`: measures one peer of one operator at all sizes, or the ceilings of the machine.
 
-In: a description of the work as JSON, and the pipes of `_turns.Turns`. Out: figures, each recorded and told to the parent as soon as it is
-measured. Whatever touches the GPU happens in a turn: starting CUDA and compiling in a shared one, all else alone.
+In: a description of the work as JSON, and the pipes of `_device_access.DeviceAccess`. Out: figures, each recorded and sent to the parent as
+soon as it is measured. A child starts CUDA and compiles with shared access to the GPU, and measures with exclusive access.
 """
 
 from __future__ import annotations
@@ -15,39 +15,39 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch._inductor.compile_fx  # torch's first use of it would otherwise spend seconds of a turn
+import torch._inductor.compile_fx  # its first import takes seconds, which would otherwise fall into the time on the device
 import torch.nn.functional as F
+from _device_access import DeviceAccess, Message
 from _measure import Timer, Work, ceilings, in_place_ceiling, machine, record
-from _peers import OPERATORS, PEERS, Peer, Variant, given, what_of
-from _turns import Message, Turns
+from _peers import OPERATORS, PEERS, Peer, Variant, error_line, parse_peer
 
 TOLERANCES = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 3e-3}
-"""How far our gradients may be from float64's, as the norm of the difference over the norm. Rounding each number once costs up to 4e-3 in
-bfloat16 and 5e-4 in float16; the linear operator rounds logits, their gradient, and the products."""
+"""Largest relative error of our gradients against float64, as a ratio of norms. Rounding each number once adds up to 4e-3 in bfloat16 and
+5e-4 in float16; the linear operator rounds the logits, their gradient and the products."""
 _FEWEST_ROUNDS = 5
 _SECONDS_A_FIGURE = 0.3
 
 
 def relative_error(value: torch.Tensor, exact: torch.Tensor) -> float:
-    """Of a gradient: the norm of the difference over the norm."""
+    """Returns the norm of the difference over the norm of the exact value."""
     return float((value.double() - exact).norm() / exact.norm())
 
 
 def exact_gradient(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Of the loss summed over rows, each the mean over its labels: softmax - the labels' shares, in float64."""
+    """Returns the float64 gradient of the loss summed over rows, where a row has the mean loss of its labels: softmax - label shares."""
     gradient = torch.softmax(logits.double(), dim=1)
     share = torch.full(labels.shape, -1.0 / labels.shape[1], dtype=torch.float64, device=logits.device)
     return gradient.scatter_add_(1, labels, share)
 
 
 def chunks(rows: int, vocab: int) -> list[slice]:
-    """Rows whose logits are 1 GB in float64."""
+    """Returns slices of rows whose float64 logits take 1 GB."""
     size = max(1, (1 << 27) // vocab)
     return [slice(start, start + size) for start in range(0, rows, size)]
 
 
 def scaled(loss: torch.Tensor, rows: int) -> torch.Tensor:
-    """What a mean loss is differentiated from, so that the gradient is the sum's: a mean's is too small a number for float16."""
+    """Returns the output gradient of a mean loss that yields the gradient of the sum, because that of the mean underflows in float16."""
     return torch.full_like(loss, float(rows))
 
 
@@ -59,22 +59,22 @@ class Loss:
         generator = torch.Generator(device).manual_seed(0)
         self.logits = torch.randn(rows, vocab, device=device, dtype=dtype, generator=generator).requires_grad_()
         self.labels = torch.randint(0, vocab, (rows, k), device=device, generator=generator)
-        # One read and one write of the logits is the least.
+        # At least one read and one write of the logits is necessary.
         self.bytes, self.flops = 2 * rows * vocab * self.logits.element_size(), 0.0
 
     def works(self, variant: Variant) -> tuple[Work | None, Work]:
-        """Its forward pass, where there is one, and forward and backward together."""
-        # What gradients overwrite: its values do not change the speed.
-        given = self.logits.detach().clone().requires_grad_() if variant.overwrites or variant.whole else self.logits
-        if variant.whole:
-            buffer = given.detach()
+        """Returns its forward pass, if it has a separate one, and forward and backward together."""
+        # A copy that the gradient overwrites; its values do not affect the time.
+        inputs = self.logits.detach().clone().requires_grad_() if variant.overwrites or variant.combined else self.logits
+        if variant.combined:
+            buffer = inputs.detach()
             return None, lambda: variant.function(buffer, self.labels)
-        return (lambda: variant.function(given, self.labels)), lambda: torch.autograd.grad(variant.function(given, self.labels), given)
+        return (lambda: variant.function(inputs, self.labels)), lambda: torch.autograd.grad(variant.function(inputs, self.labels), inputs)
 
     def error(self, variant: Variant) -> float:
-        """Of the gradient for the logits, chunk by chunk."""
+        """Returns the relative error of the gradient of the logits, computed chunk by chunk."""
         fresh = self.logits.detach().clone().requires_grad_()
-        if variant.whole:
+        if variant.combined:
             gradient, divisor = fresh.detach(), self.labels.shape[1]
             variant.function(gradient, self.labels)
         else:
@@ -89,13 +89,13 @@ class Loss:
 
 
 class Embedding:
-    """The mean of K embeddings, and the table's dense gradient."""
+    """The mean of K embeddings, and the dense gradient of the table."""
 
     def __init__(self, size: Message, dtype: torch.dtype, device: torch.device) -> None:
         rows, vocab, hidden, k = size["rows"], size["vocab"], size["hidden"], size["patch_size"]
         generator = torch.Generator(device).manual_seed(0)
         self.weight = torch.randn(vocab, hidden, device=device, dtype=dtype, generator=generator).requires_grad_()
-        # Ids as frequent as words are: a few very often.
+        # Ids with frequencies like those of words: a few occur very often.
         draws = torch.rand(rows, k, device=device, generator=generator)
         self.ids = (vocab ** draws.double()).long().clamp(max=vocab) - 1
         self.grad = torch.randn(rows, hidden, device=device, dtype=dtype, generator=generator)
@@ -103,7 +103,7 @@ class Embedding:
         self.bytes, self.flops = self.weight.element_size() * hidden * (self.ids.numel() + rows + rows + vocab), 0.0
 
     def works(self, variant: Variant) -> tuple[Work | None, Work]:
-        """Its forward pass, and forward and backward together."""
+        """Returns its forward pass, and forward and backward together."""
 
         def forward() -> torch.Tensor:
             return variant.function(self.weight, self.ids)
@@ -111,7 +111,7 @@ class Embedding:
         return forward, lambda: torch.autograd.grad(forward(), self.weight, self.grad)
 
     def error(self, variant: Variant) -> float:
-        """The larger one of the means' and the gradient's."""
+        """Returns the larger relative error of the means and of the gradient."""
         wide = self.weight.detach().double().requires_grad_()
         exact = F.embedding(self.ids, wide).mean(dim=-2)
         means = variant.function(self.weight, self.ids)
@@ -122,7 +122,7 @@ class Embedding:
 
 
 class Linear:
-    """The head and its loss, with both gradients."""
+    """The head and its loss, with the gradients of hidden states and weight."""
 
     def __init__(self, size: Message, dtype: torch.dtype, device: torch.device) -> None:
         rows, vocab, hidden, k = size["rows"], size["vocab"], size["hidden"], size["patch_size"]
@@ -134,8 +134,8 @@ class Linear:
         self._exact: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def works(self, variant: Variant) -> tuple[Work | None, Work]:
-        """Its forward pass as in an evaluation, where there is one, and forward and backward together."""
-        if variant.whole:
+        """Returns its forward pass without gradients, if it has a separate one, and forward and backward together."""
+        if variant.combined:
             states, weight = self.states.detach(), self.weight.detach()
             gradient = torch.randn(len(states), len(weight), device=states.device, dtype=states.dtype)
             return None, lambda: variant.function(states, weight, gradient)
@@ -147,15 +147,15 @@ class Linear:
         return evaluation, lambda: torch.autograd.grad(variant.function(self.states, self.weight, self.labels), (self.states, self.weight))
 
     def error(self, variant: Variant) -> float | None:
-        """The larger one of both gradients'; None for the products alone."""
-        if variant.whole:
+        """Returns the larger relative error of both gradients; None for the products alone."""
+        if variant.combined:
             return None
         loss = variant.function(self.states, self.weight, self.labels)
-        found = torch.autograd.grad(loss, (self.states, self.weight), scaled(loss, len(self.states)))
-        return worse(*(relative_error(value, exact) for value, exact in zip(found, self.exact(), strict=True)))
+        gradients = torch.autograd.grad(loss, (self.states, self.weight), scaled(loss, len(self.states)))
+        return worse(*(relative_error(value, exact) for value, exact in zip(gradients, self.exact(), strict=True)))
 
     def exact(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Both gradients of the summed loss in float64, made once."""
+        """Returns both float64 gradients of the summed loss, which are computed once."""
         if self._exact is None:
             wide = self.weight.detach().double()
             of_states, of_weight = torch.zeros_like(self.states, dtype=torch.float64), torch.zeros_like(wide)
@@ -169,7 +169,7 @@ class Linear:
 
 
 def worse(*errors: float) -> float:
-    """The largest one; NaN where one is."""
+    """Returns the largest error, or NaN if one is NaN."""
     return max(errors, key=lambda error: float("inf") if error != error else error)
 
 
@@ -177,55 +177,55 @@ CASES: dict[str, Callable[..., Any]] = {"loss": Loss, "embedding": Embedding, "l
 
 
 class Child:
-    """One peer at all of its sizes.
+    """Measures one peer at all of its sizes.
 
     Args:
-        work: operator, peer, given (NAME=MODULE:FUNCTION or None), device, rounds, sizes, and whether there are shared turns.
-        turns: of the device.
+        work: operator, peer, custom (NAME=MODULE:FUNCTION or None), device, rounds, sizes, and whether access can be shared.
+        access: access to the device.
     """
 
-    def __init__(self, work: Message, turns: Turns) -> None:
-        self.work, self.turns = work, turns
+    def __init__(self, work: Message, access: DeviceAccess) -> None:
+        self.work, self.access = work, access
         self.operator: str = work["operator"]
         self.device = torch.device(work["device"])
         self.peer: Peer = (
-            given(work["given"]) if work["given"] else next(peer for peer in PEERS[self.operator] if peer.name == work["peer"])
+            parse_peer(work["custom"]) if work["custom"] else next(peer for peer in PEERS[self.operator] if peer.name == work["peer"])
         )
         self.failed: set[tuple[int, str]] = set()
 
-    def fail(self, reason: str, name: str, size: Message | None = None) -> None:
-        """Records and tells a failure."""
-        self.turns.tell(figure=record("kernel_failed", operator=OPERATORS[self.operator], **(size or {}), peer=name, error=reason))
+    def record_failure(self, reason: str, name: str, size: Message | None = None) -> None:
+        """Records a failure and sends it to the parent."""
+        self.access.send(figure=record("kernel_failed", operator=OPERATORS[self.operator], **(size or {}), peer=name, error=reason))
 
     def case(self, size: Message) -> Any:
-        """The inputs of a size."""
+        """Returns the inputs of a size."""
         return CASES[self.operator](size, getattr(torch, size["dtype"]), self.device)
 
-    def guarded(self, place: int, name: str, work: Callable[[], None]) -> None:
-        """Runs it; an error costs this size alone, unless the device is lost."""
+    def catch_errors(self, index: int, name: str, work: Callable[[], None]) -> None:
+        """Runs the work; an error affects only this size, unless the device is lost."""
         try:
             work()
-        except Exception as error:  # of any kind: another library's compiler, its limits, memory
+        except Exception as error:  # of any kind: another library's compiler, its limits, or memory
             traceback.print_exc()
-            self.fail(what_of(error), name, self.work["sizes"][place])
-            self.failed.add((place, name))
-            # Raises where an error has ended all CUDA work of this process.
+            self.record_failure(error_line(error), name, self.work["sizes"][index])
+            self.failed.add((index, name))
+            # Raises if the error has made CUDA unusable in this process.
             self.synchronize()
         self.release()
 
     def synchronize(self) -> None:
-        """Waits for the device."""
+        """Waits until the device has finished its work."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
     def release(self) -> None:
-        """Gives memory back, which others need next."""
+        """Releases cached memory, which the next peers need."""
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
     def prepare(self, variants: list[Variant]) -> None:
-        """Compiles: each size once, with its real shapes."""
-        for place, size in enumerate(self.work["sizes"]):
+        """Compiles each size with its real shapes."""
+        for index, size in enumerate(self.work["sizes"]):
             for variant in variants:
 
                 def once(size: Message = size, variant: Variant = variant) -> None:
@@ -235,13 +235,13 @@ class Child:
                         forward()
                     self.synchronize()
 
-                self.guarded(place, variant.name, once)
+                self.catch_errors(index, variant.name, once)
 
     def measure(self, timer: Timer, case: Any, variant: Variant, size: Message, limits: Message) -> None:
-        """Error, times and memory of one variant at one size: one figure."""
+        """Measures error, times and memory of one variant at one size, and records them as one figure."""
         error = case.error(variant)
         if error is not None and error != error:
-            self.fail("its gradient holds NaN", variant.name, size)
+            self.record_failure("its gradient contains NaN", variant.name, size)
             return
         forward, both = case.works(variant)
         times = timer.medians({"both": both} if forward is None else {"forward": forward, "both": both})
@@ -260,12 +260,12 @@ class Child:
             peak_mb=peak / 1e6,
             error=error,
         )
-        self.turns.tell(figure=figure)
+        self.access.send(figure=figure)
         if self.peer.ours and error is not None and not error <= TOLERANCES[size["dtype"]]:
-            self.fail(f"wrong: its error of {error:.1e} is above {TOLERANCES[size['dtype']]:.0e}", variant.name, size)
+            self.record_failure(f"wrong result: its error {error:.1e} exceeds {TOLERANCES[size['dtype']]:.0e}", variant.name, size)
 
     def run(self) -> None:
-        """All sizes, in their order."""
+        """Measures all sizes in their order."""
         if self.peer.ours:
             from megatron_patch.ops import native
 
@@ -273,72 +273,72 @@ class Child:
                 raise RuntimeError(f"the compiled operators are not available: {missing}")
         variants = self.peer.make(self.device.type)
         if self.work["shared"] and not self.peer.ours:
-            self.turns.ask("shared")
+            self.access.acquire("shared")
             torch.ones(1, device=self.device).add_(1)
             self.synchronize()
             if self.peer.compiles:
                 self.prepare(variants)
-        limits = self.turns.ask("alone")["ceilings"]
+        limits = self.access.acquire("exclusive")["ceilings"]
         cuda = self.device.type == "cuda"
         timer = Timer(self.device, self.work["rounds"], _SECONDS_A_FIGURE if cuda else None, _FEWEST_ROUNDS)
-        for place, size in enumerate(self.work["sizes"]):
+        for index, size in enumerate(self.work["sizes"]):
             case: Any = None
 
             def make(size: Message = size) -> None:
                 nonlocal case
                 case = self.case(size)
 
-            self.guarded(place, self.peer.name, make)
+            self.catch_errors(index, self.peer.name, make)
             for variant in variants if case is not None else []:
-                if (place, variant.name) not in self.failed:
+                if (index, variant.name) not in self.failed:
 
                     def measure(size: Message = size, variant: Variant = variant, case: Any = case) -> None:
                         self.measure(timer, case, variant, size, limits)
 
-                    self.guarded(place, variant.name, measure)
+                    self.catch_errors(index, variant.name, measure)
 
 
-def measure_ceilings(work: Message, turns: Turns) -> None:
-    """Copying, adding in place to the largest logits, and a product: before the others and after them."""
+def measure_ceilings(work: Message, access: DeviceAccess) -> None:
+    """Measures copying, adding in place to the largest logits, and a matrix product, before all peers and after them."""
     device, dtype = torch.device(work["device"]), getattr(torch, work["dtype"])
-    for when, how in (("before", "alone"), ("after", "last")):
-        turns.ask(how)
+    for when, mode in (("before", "exclusive"), ("after", "last")):
+        access.acquire(mode)
         timer = Timer(device, work["rounds"], _SECONDS_A_FIGURE if device.type == "cuda" else None, _FEWEST_ROUNDS)
-        found = ceilings(timer, dtype, work["tiny"])
+        measured = ceilings(timer, dtype, work["tiny"])
         if work["logits"] is not None:
-            found |= in_place_ceiling(timer, dtype, work["logits"])
-        for name, value in found.items():
+            measured |= in_place_ceiling(timer, dtype, work["logits"])
+        for name, value in measured.items():
             unit = "TFLOP/s" if "tflop" in name else "GB/s"
-            turns.tell(figure=record("ceiling", name=name, value=value, unit=unit, when=when))
+            access.send(figure=record("ceiling", name=name, value=value, unit=unit, when=when))
         if when == "before":
-            turns.tell(ceilings=found, machine=machine(device))
+            access.send(ceilings=measured, machine=machine(device))
         del timer
         if device.type == "cuda":
             torch.cuda.empty_cache()
 
 
 def main() -> None:
-    """Reads what to do from the command line."""
+    """Reads the work from the command line and does it."""
     work = json.loads(sys.argv[1])
-    turns = Turns(int(sys.argv[2]), int(sys.argv[3]))
-    # Each size is compiled for itself: the best code there is, as in a training run, whose sizes stay.
+    access = DeviceAccess(int(sys.argv[2]), int(sys.argv[3]))
+    # Each size is compiled separately, as in a training run, whose sizes are constant.
     torch._dynamo.config.automatic_dynamic_shapes = False
     torch._dynamo.config.recompile_limit = 64
     if work["threads"]:
         torch.set_num_threads(work["threads"])
     try:
         if work["operator"] is None:
-            measure_ceilings(work, turns)
+            measure_ceilings(work, access)
         else:
-            Child(work, turns).run()
-    except Exception as error:  # the parent says so: this process ends
+            Child(work, access).run()
+    except Exception as error:  # the parent reports it
         traceback.print_exc()
-        print(what_of(error), file=sys.stderr, flush=True)
+        print(error_line(error), file=sys.stderr, flush=True)
         os._exit(1)
-    turns.tell(done=True)
+    access.send(done=True)
     with contextlib.suppress(OSError):
         sys.stdout.flush()
-    # The next turn is given once this process has ended, so it ends at once.
+    # The parent grants the next access when this process has ended, so end it at once.
     os._exit(0)
 
 

@@ -1,7 +1,7 @@
-"""What `benchmarks/kernels.py` measures, operator by operator: our operators, torch's formulas, other libraries' losses.
+"""The implementations that `benchmarks/kernels.py` compares: our operators, torch's formulas, losses of other libraries.
 
-A peer is made in a child process of its own, which imports what it needs: a library that is missing, or was built for another torch, costs
-its own line. Only the standard library is imported at the top, so that the parent can read the lists at once.
+Each peer is made in its own child process, which imports the library, so that a missing or incompatible library affects only its own
+peers. This module imports only the standard library at the top, so that the parent can read the lists quickly.
 
 Signatures, with logits [N, V], hidden [N, H], weight [V, H], labels [N, K], ids [N, K]:
 loss: (logits, labels) → mean loss; embedding: (weight, ids) → means [N, H]; linear: (hidden, weight, labels) → mean loss.
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 Function = Callable[..., Any]
 OPERATORS = {"loss": "multi_token_loss", "embedding": "patch_embedding", "linear": "linear_multi_token_loss"}
-"""What figures call an operator."""
+"""Names of the operators in figures."""
 
 
 @dataclass(frozen=True)
@@ -30,30 +30,30 @@ class Variant:
     """One way to call a peer.
 
     Args:
-        name: as the tables have it.
-        function: see above.
-        overwrites: it writes over the logits, which nobody else may need then.
-        whole: it is forward and backward in one, and leaves the gradient (of the sum over the labels of a row) in place of the logits; of
-            the linear operator: the products alone, with no gradient to look at.
+        name: name in the tables.
+        function: function with the signature of the operator, as listed above.
+        overwrites: whether the function overwrites the logits.
+        combined: whether the function computes forward and backward at once and replaces the logits with the gradient of the sum over the
+            labels of a row. For the linear operator: whether it computes the products alone, without a gradient to check.
     """
 
     name: str
     function: Function
     overwrites: bool = False
-    whole: bool = False
+    combined: bool = False
 
 
 @dataclass(frozen=True)
 class Peer:
-    """What one child process measures.
+    """An implementation that one child process measures.
 
     Args:
-        name: as `--peers` takes it.
-        make: from a device's type ("cuda" or "cpu") to its variants.
-        patch_sizes: the K that it takes; none: any.
-        compiles: it compiles at its first call, for seconds: it is called once at each size before its turn alone.
-        gpu: it is left out on a CPU unless asked for.
-        ours: its failure is ours.
+        name: name for `--peers`.
+        make: function from a device type ("cuda" or "cpu") to its variants.
+        patch_sizes: values of K that it supports; an empty tuple means any.
+        compiles: whether its first call compiles for seconds; it is then called once at each size before it is measured.
+        gpu: whether it is skipped on a CPU unless `--peers` names it.
+        ours: whether it is an operator of this project, whose failure fails the benchmark.
     """
 
     name: str
@@ -69,7 +69,7 @@ def _single(name: str, function: Function, overwrites: bool = False) -> list[Var
 
 
 def patch_train_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """As the papers' code computes it: a float32 copy, one log-softmax, one `nll_loss` for each of the K labels."""
+    """Returns the loss as the papers' code computes it: a float32 copy, one log-softmax, one `nll_loss` for each of the K labels."""
     import torch
     import torch.nn.functional as F
 
@@ -79,7 +79,7 @@ def patch_train_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor
 
 
 def _short_loss() -> Function:
-    """The least that the formula needs, for torch.compile."""
+    """Returns the shortest form of the loss, for torch.compile."""
     import torch
 
     def short_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -97,8 +97,8 @@ def _our_losses(device: str) -> list[Variant]:
     return [
         Variant("ours, losses label by label", lambda z, y: fused_loss.multi_token_loss(z, y)[0].mean()),
         Variant("ours, the same in place", lambda z, y: fused_loss.multi_token_loss(z, y, in_place=True)[0].mean(), overwrites=True),
-        # What the head uses: weights known up front, the gradient in place of the logits.
-        Variant("ours, loss and gradient in one go", torch.ops.megatron_patch.multi_token_loss_and_gradient_, whole=True),
+        # The variant that the head uses: weights known in advance, the gradient in place of the logits.
+        Variant("ours, loss and gradient in one go", torch.ops.megatron_patch.multi_token_loss_and_gradient_, combined=True),
     ]
 
 
@@ -119,10 +119,10 @@ def _compiled_loss(device: str) -> list[Variant]:
 
 
 def _group(device: str) -> dist.ProcessGroup:
-    """A process group of this process alone, for losses over shards of the vocabulary."""
+    """Returns a process group with only this process, for losses over vocabulary shards."""
     import torch.distributed as dist
 
-    # Its start looks for a network otherwise, and a machine may have none.
+    # Without these it looks for a network, which the machine may not have.
     os.environ |= {"NCCL_SOCKET_IFNAME": "lo", "GLOO_SOCKET_IFNAME": "lo"}
     if not dist.is_initialized():
         store = dist.FileStore(os.path.join(tempfile.mkdtemp(), "store"), 1)
@@ -141,7 +141,7 @@ def _liger(device: str) -> list[Variant]:
 def _liger_times(device: str) -> list[Variant]:
     from liger_kernel.transformers.functional import liger_cross_entropy
 
-    # It overwrites what it is given: each label needs the logits anew.
+    # It overwrites its input, so each label needs a copy of the logits.
     return _single("Liger, K times", lambda z, y: sum(liger_cross_entropy(z.clone(), column) for column in y.t().contiguous()) / y.shape[1])
 
 
@@ -223,7 +223,7 @@ def _products(device: str) -> list[Variant]:
         gradient @ weight
         gradient.t() @ hidden
 
-    return [Variant("the three products alone", products, whole=True)]
+    return [Variant("the three products alone", products, combined=True)]
 
 
 def _papers_linear(device: str) -> list[Variant]:
@@ -289,23 +289,23 @@ PEERS: dict[str, list[Peer]] = {
         Peer("quack", _quack_linear, (1,), compiles=True, gpu=True),
     ],
 }
-"""In the order of their turns: ours, then torch's, then other libraries'. quack-kernels is measured where it is installed."""
+"""Peers by operator, in the order in which they run: ours, torch's, other libraries'. Libraries are optional."""
 
 
-def given(text: str) -> Peer:
-    """A peer from the command line: NAME=MODULE:FUNCTION, of the operator's signature above.
+def parse_peer(text: str) -> Peer:
+    """Returns the peer of the command line's NAME=MODULE:FUNCTION; the function needs the operator's signature above.
 
     Raises:
-        ValueError: the text is not of this form.
+        ValueError: the text does not have this form.
     """
-    name, equals, where = text.partition("=")
-    module, colon, function = where.partition(":")
+    name, equals, target = text.partition("=")
+    module, colon, function = target.partition(":")
     if not (name and equals and module and colon and function):
         raise ValueError(f"{text!r} is not a peer; allowed: NAME=MODULE:FUNCTION")
     return Peer(name, lambda device: _single(name, getattr(importlib.import_module(module), function)), compiles=True)
 
 
-def what_of(error: BaseException) -> str:
-    """An error in one line."""
+def error_line(error: BaseException) -> str:
+    """Returns the type and the first line of an error."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:160] if lines else 'no message'}"

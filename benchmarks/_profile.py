@@ -1,4 +1,4 @@
-"""Where the time of some steps goes: kernels by name, the share of the time in which the GPU works, a trace small enough to be sent."""
+"""Profiles steps: time by kernel, the share of the time in which the GPU works, and a trace of limited size."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ import torch
 from torch.profiler import ProfilerActivity
 
 LARGEST_TRACE = 4_000_000
-# The profiler's own library would print its starts and stops.
+# Suppresses the messages of the profiler's library.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 _LAUNCHES = {"cuda_runtime", "cuda_driver", "ac2g"}
 
 
-def union(spans: Iterable[tuple[int, int]]) -> int:
-    """Length of what spans (start, end) cover together, overlaps once."""
+def union(intervals: Iterable[tuple[int, int]]) -> int:
+    """Returns the total length of (start, end) intervals; overlaps count once."""
     covered, reached = 0, None
-    for start, end in sorted(spans):
+    for start, end in sorted(intervals):
         begin = start if reached is None else max(start, reached)
         covered += max(0, end - begin)
         reached = end if reached is None else max(reached, end)
@@ -32,7 +32,7 @@ def union(spans: Iterable[tuple[int, int]]) -> int:
 
 
 class Profile:
-    """torch's profiler between `start` and `stop`: of a GPU its kernels alone, as events of the host would slow what is measured."""
+    """torch's profiler between `start` and `stop`. On a GPU it records kernels only, because recording host events slows the steps."""
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
@@ -43,13 +43,13 @@ class Profile:
             torch.cuda.synchronize()
 
     def start(self) -> None:
-        """Begins, when earlier work is done."""
+        """Starts the profiler after earlier work has finished."""
         self._synchronize()
         self._profiler.start()
         self._began = time.perf_counter()
 
     def stop(self) -> None:
-        """Ends, when all work is done."""
+        """Stops the profiler after all work has finished."""
         self._synchronize()
         self.seconds = time.perf_counter() - self._began
         self._profiler.stop()
@@ -60,7 +60,7 @@ class Profile:
         return [event for event in events if event.device_type() == wanted and not event.is_user_annotation()]
 
     def figures(self, top: int = 30) -> dict[str, Any]:
-        """Kernels (on a CPU operators, with what they call) by time.
+        """Returns kernels by time; on a CPU, operators including the operators that they call.
 
         Returns:
             `wall_ms`, `busy_share` (time in which any kernel runs over wall time), `kernel_ms` (summed), and `rows`, each with `name`,
@@ -80,16 +80,18 @@ class Profile:
         return {"wall_ms": self.seconds * 1e3, "kernel_ms": total / 1e6, "busy_share": busy / (self.seconds * 1e9), "rows": rows}
 
     def write_trace(self, path: Path, limit: int = LARGEST_TRACE) -> Path | None:
-        """Writes a compressed trace for https://ui.perfetto.dev; where it is too large, launches go first, then the later half, twice.
+        """Writes a compressed trace for https://ui.perfetto.dev.
+
+        If it is too large, kernel launches are removed, and then the later half of the events, at most twice.
 
         Args:
-            path: ending in .json.gz.
-            limit: bytes.
+            path: file to write, with the suffix .json.gz.
+            limit: largest size in bytes.
 
         Returns:
-            The path, or None where even a quarter is too large.
+            The path, or None if a quarter of the trace is still too large.
         """
-        # The profiler gives its events away once.
+        # The profiler can export its events only once.
         with tempfile.TemporaryDirectory() as folder:
             self._profiler.export_chrome_trace(f"{folder}/trace.json")
             trace = json.loads(Path(f"{folder}/trace.json").read_bytes())

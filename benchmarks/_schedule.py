@@ -1,9 +1,9 @@
-"""Runs a list of steps within a budget of seconds, and leaves their results packed after every step.
+"""Runs a list of steps within a time budget, and packs the results after every step.
 
-In: steps in the order of their value. Out: a folder with a log of each step, the figures that steps recorded (benchmarks/_measure.py) and
-the files they wrote; the same folder packed, renewed as each step ends; a table of what passed, failed and was not reached.
+In: steps, the most valuable ones first. Out: a folder with the log of each step, the figures that steps recorded (benchmarks/_measure.py)
+and the files that they wrote; an archive of this folder, rewritten after each step; a table of the steps' results.
 
-Whatever becomes of a step, the next one runs. A step's processes are ended together when its time is over.
+A step that fails does not stop the next one. When a step reaches its time limit, all of its processes are killed.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-LARGEST_FILE = 8 << 20
-"""Bytes of a file that is packed. Larger ones stay where they are, and are named."""
+MAX_FILE_BYTES = 8 << 20
+"""Largest file to pack. Larger files remain in the folder, and their names are printed."""
 
-GPU = Literal["alone", "shared", "none"]
+GPU = Literal["exclusive", "shared", "none"]
 Status = Literal["passed", "failed", "timed out", "stopped", "not reached", "skipped"]
 _POLL_SECONDS = 0.1
 
@@ -41,15 +41,15 @@ class Step:
     """A command with a time limit.
 
     Args:
-        name: of the step, and of its log.
-        command: for bash, run in the repository's root. Its environment has STEP (the name), STEP_SECONDS (whole seconds until it is
-            killed: the limit, or what is left of the budget), FIGURES (a file for lines of JSON) and RESULTS (a folder).
+        name: name of the step and of its log.
+        command: bash command, run in the repository's root. Its environment has STEP (the name), STEP_SECONDS (seconds until it is
+            killed: the limit or the rest of the budget, whichever is less), FIGURES (a file for lines of JSON) and RESULTS (a folder).
         limit: seconds after which all of the step's processes are killed.
-        gpu: "alone" for what is timed: no other step uses the GPU meanwhile. "shared" for what may run side by side. "none" for work of
-            CPUs, which starts as soon as it can. Steps that use the GPU start in their order.
-        needs: names of steps that must have ended, whatever became of them.
-        least: seconds below which starting it makes no sense: with less left of the budget it is not reached.
-        tiny: the command on a machine without a GPU, with tiny shapes; None: skipped there.
+        gpu: "exclusive" for measurements: no other step uses the GPU at the same time. "shared" for steps that may run together. "none" for
+            work on CPUs, which starts as soon as possible. Steps that use the GPU start in their order.
+        needs: names of steps that must have ended before, with any result.
+        least: smallest useful time in seconds; with less left of the budget the step is not reached.
+        tiny: command for a machine without a GPU, with tiny shapes; None skips the step there.
     """
 
     name: str
@@ -63,7 +63,15 @@ class Step:
 
 @dataclass
 class Outcome:
-    """What became of a step."""
+    """Result of a step.
+
+    Args:
+        name: name of the step.
+        status: its result.
+        seconds: time that it took.
+        code: exit code; None if the step was killed or did not run.
+        last_lines: last lines of its log.
+    """
 
     name: str
     status: Status
@@ -73,15 +81,15 @@ class Outcome:
 
 
 class Schedule:
-    """Steps that run within a budget, side by side where they may.
+    """Runs steps within a time budget, in parallel where they allow it.
 
     Args:
-        steps: in the order of their value.
-        folder: where results go; made anew.
-        budget: seconds for all of them.
-        packed: the archive to renew after each step, or None.
-        console: for people.
-        clock_start: when the budget began, of `time.monotonic`; now by default.
+        steps: the steps, the most valuable ones first.
+        folder: folder for the results; its old content is deleted.
+        budget: seconds for all steps.
+        packed: archive to rewrite after each step, or None.
+        console: where progress is printed.
+        clock_start: start of the budget by `time.monotonic`; None means now.
     """
 
     def __init__(
@@ -104,19 +112,19 @@ class Schedule:
         (folder / "logs").mkdir(parents=True)
 
     def left(self) -> float:
-        """Seconds left of the budget."""
+        """Returns the seconds left of the budget."""
         return self.budget - (time.monotonic() - self.began)
 
     def stop(self, number: int) -> None:
-        """Ends what runs and reaches nothing more; a signal handler may call it.
+        """Stops running steps and starts no others; a signal handler may call it.
 
         Args:
-            number: of the signal that is the reason.
+            number: number of the signal.
         """
         self._stop_signal = number
 
     def run(self) -> list[Outcome]:
-        """Runs everything; returns the outcomes in the order of the steps."""
+        """Runs all steps and returns their results in the order of the steps."""
         threads = []
         waiting = list(self.steps)
         with self._changed:
@@ -128,7 +136,7 @@ class Schedule:
                 step = self._next(waiting)
                 if step is None:
                     if not self._running and not any(self._may_start(other, waiting) for other in waiting):
-                        raise ValueError(f"steps that wait for each other: {', '.join(other.name for other in waiting)}")
+                        raise ValueError(f"steps need each other: {', '.join(other.name for other in waiting)}")
                     self._changed.wait(timeout=1)
                     continue
                 waiting.remove(step)
@@ -147,7 +155,7 @@ class Schedule:
         return next((step for step in waiting if self._may_start(step, waiting)), None)
 
     def _may_start(self, step: Step, waiting: Sequence[Step]) -> bool:
-        """Whether nothing that runs, or comes earlier, is in the step's way."""
+        """Returns whether the running steps and the earlier waiting ones allow this step to start."""
         known = {other.name for other in self.steps}
         if any(name in known and name not in self.outcomes for name in step.needs):
             return False
@@ -157,7 +165,7 @@ class Schedule:
         if any(other.gpu != "none" for other in earlier):
             return False
         busy = [other for other in self._running.values() if other.gpu != "none"]
-        return not busy if step.gpu == "alone" else all(other.gpu == "shared" for other in busy)
+        return not busy if step.gpu == "exclusive" else all(other.gpu == "shared" for other in busy)
 
     def _run(self, step: Step) -> None:
         outcome = Outcome(step.name, "failed", last_lines=["the step did not start"])
@@ -197,7 +205,7 @@ class Schedule:
             while code is None and time.monotonic() < deadline and not self._stop_signal:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     code = process.wait(timeout=_POLL_SECONDS)
-            # Also what a step left running: the next one may need the GPU for itself.
+            # Also kills processes that the step left running, because the next step may need exclusive use of the GPU.
             end_group(process, grace=2.0, after_kill=0.0)
         lines = last_lines(log)
         if code is None and self._stop_signal:
@@ -207,7 +215,7 @@ class Schedule:
         if code == 0 and _not_finite(figures, step.name) > before:
             return Outcome(step.name, "failed", code=0, last_lines=["a figure is NaN or infinite", *lines])
         if code == 0 and lines and re.search(r"\b\d+ skipped", lines[-1]) and "passed" not in lines[-1]:
-            # What pytest says where it ran no test.
+            # pytest ran no test.
             return Outcome(step.name, "skipped", code=0, last_lines=lines)
         return Outcome(step.name, "passed" if code == 0 else "failed", code=code, last_lines=lines)
 
@@ -217,7 +225,7 @@ class Schedule:
         self.console.print(f"{at:6.1f} s  {outcome.name}: {outcome.status} ({outcome.seconds:.1f} s)", highlight=False)
 
     def pack(self) -> None:
-        """Writes steps.json and renews the archive: what it held before is there until the new one is whole."""
+        """Writes steps.json and rewrites the archive; the old archive remains until the new one is complete."""
         with self._packing:
             with self._changed:
                 steps = [vars(self.outcomes[step.name]) for step in self.steps if step.name in self.outcomes]
@@ -226,52 +234,52 @@ class Schedule:
                 return
             try:
                 self.packed.parent.mkdir(parents=True, exist_ok=True)
-                left_out = pack(self.folder, self.packed)
+                skipped = pack(self.folder, self.packed)
             except OSError as error:
-                self.console.print(f"not packed: {error}", highlight=False)
+                self.console.print(f"cannot pack the results: {error}", highlight=False)
                 return
-            for name in left_out:
-                self.console.print(f"not packed, over {LARGEST_FILE >> 20} MiB: {name}", highlight=False)
+            for name in skipped:
+                self.console.print(f"not packed, larger than {MAX_FILE_BYTES >> 20} MiB: {name}", highlight=False)
 
     def print_table(self) -> None:
-        """What became of each step; the last lines of those that failed."""
+        """Prints the result of each step, and the last lines of those that failed."""
         table = Table(title_justify="left")
         for column in ("step", "result", "s", "last line"):
             table.add_column(column, justify="right" if column == "s" else "left", no_wrap=column != "last line")
-        colours = {"passed": "green", "failed": "red", "timed out": "red", "stopped": "red", "not reached": "yellow", "skipped": "dim"}
+        colors = {"passed": "green", "failed": "red", "timed out": "red", "stopped": "red", "not reached": "yellow", "skipped": "dim"}
         for step in self.steps:
             outcome = self.outcomes[step.name]
-            colour = colours[outcome.status]
+            color = colors[outcome.status]
             last = outcome.last_lines[-1] if outcome.last_lines and outcome.status != "not reached" else ""
             last = last if len(last) <= 80 else f"{last[:79]}…"
-            table.add_row(step.name, f"[{colour}]{outcome.status}[/{colour}]", f"{outcome.seconds:.0f}", escape(last))
+            table.add_row(step.name, f"[{color}]{outcome.status}[/{color}]", f"{outcome.seconds:.0f}", escape(last))
         for step in self.steps:
             outcome = self.outcomes[step.name]
             if outcome.status in ("failed", "timed out"):
-                self.console.rule(f"{step.name}: {outcome.status}{_how_it_ended(outcome.code)}", align="left")
+                self.console.rule(f"{step.name}: {outcome.status}{_describe_exit(outcome.code)}", align="left")
                 for line in outcome.last_lines[-12:]:
                     self.console.print(line[:300], markup=False, highlight=False)
         self.console.print(table)
 
 
-def _how_it_ended(code: int | None) -> str:
-    """An exit code in words; nothing where a step had none."""
+def _describe_exit(code: int | None) -> str:
+    """Returns a description of an exit code; empty for None."""
     if code is None:
         return ""
-    return f", died of {signal.Signals(-code).name}" if code < 0 else f", exit code {code}"
+    return f", killed by {signal.Signals(-code).name}" if code < 0 else f", exit code {code}"
 
 
 def pack(folder: Path, archive: Path) -> list[str]:
-    """Packs a folder into a .tar.gz, which takes the place of the old one when it is whole.
+    """Packs a folder into a .tar.gz, which replaces the old archive when it is complete.
 
     Returns:
-        Names of the files that were left out for their size.
+        Names of the files that were skipped because of their size.
     """
-    left_out: list[str] = []
+    skipped: list[str] = []
 
     def small(member: tarfile.TarInfo) -> tarfile.TarInfo | None:
-        if member.isfile() and member.size > LARGEST_FILE:
-            left_out.append(member.name)
+        if member.isfile() and member.size > MAX_FILE_BYTES:
+            skipped.append(member.name)
             return None
         return member
 
@@ -281,11 +289,11 @@ def pack(folder: Path, archive: Path) -> list[str]:
         out.add(folder, arcname=folder.name, filter=small)
     os.chmod(name, 0o644)
     os.replace(name, archive)
-    return left_out
+    return skipped
 
 
 def last_lines(log: Path, count: int = 20) -> list[str]:
-    """The last lines of a log that say something, without its first line, which is the command."""
+    """Returns the last non-empty lines of a log, without its first line, which is the command."""
     with log.open("rb") as file:
         file.seek(max(0, log.stat().st_size - 20_000))
         text = file.read().decode("utf-8", "replace")
@@ -294,13 +302,13 @@ def last_lines(log: Path, count: int = 20) -> list[str]:
 
 
 def end_group(leader: subprocess.Popen[bytes], grace: float, at_once: Callable[[], bool] = lambda: False, after_kill: float = 5.0) -> None:
-    """Ends a process and all others of its group: they are sent SIGTERM, and SIGKILL where they have not ended in time.
+    """Ends all processes of a group with SIGTERM, and with SIGKILL if they have not ended in time.
 
     Args:
-        leader: of the group.
-        grace: seconds between the two signals, in which runs may save.
-        at_once: whether to wait no longer for that.
-        after_kill: seconds to wait for the killed ones.
+        leader: leader of the group.
+        grace: seconds between the two signals, in which runs can save.
+        at_once: returns True to send SIGKILL without waiting longer.
+        after_kill: seconds to wait after SIGKILL.
     """
     for number, seconds in ((signal.SIGTERM, grace), (signal.SIGKILL, after_kill)):
         deadline = time.monotonic() + seconds
@@ -316,12 +324,12 @@ def end_group(leader: subprocess.Popen[bytes], grace: float, at_once: Callable[[
 
 
 def _not_finite(figures: Path, step: str) -> int:
-    """How many of a step's figures hold numbers that are not finite."""
+    """Returns the number of a step's figures that contain NaN or infinity."""
     return sum(1 for figure in read_figures(figures) if figure.get("step") == step and "not_finite" in figure)
 
 
 def read_figures(path: Path) -> list[dict[str, Any]]:
-    """The figures of a file, one JSON object a line; a line that a killed process left unfinished is passed over."""
+    """Reads figures, one JSON object per line; skips incomplete lines of killed processes."""
     figures = []
     if path.is_file():
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():

@@ -1,5 +1,6 @@
-"""Text to a dataset as Megatron's tool does it: processes encode with the tokenizer's own library and hand lists of ids back to one writer,
-which writes each document as an array and keeps its length. A program, so that it can be timed from its start to its end.
+"""Converts text to a dataset in the way of Megatron's tool, as a program that can be timed from start to end.
+
+Worker processes encode with the tokenizer's library and return lists of ids to one writer, which writes each document as an array.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ _eod = 0
 
 
 def _set_up(kind: str, model: str, eod: int) -> None:
-    """In a worker: the tokenizer as two functions."""
+    """Sets up a worker: loads the tokenizer as two functions."""
     global _encode, _encode_many, _eod
     _eod = eod
     if kind == "SentencePieceTokenizer":
@@ -57,14 +58,14 @@ def _chunks(lines: Iterator[str], size: int) -> Iterator[list[str]]:
         yield chunk
 
 
-def main(words: Sequence[str]) -> None:
+def main(argv: Sequence[str]) -> None:
     """Writes a dataset.
 
     Args:
-        words: "each" or "batches" (of documents in one call of the library), corpus, output, kind and model of the tokenizer, id behind a
-            document, vocabulary size, processes.
+        argv: "each" or "batches" (documents per call of the library), corpus, output, type and model of the tokenizer, end-of-document id,
+            vocabulary size, number of processes.
     """
-    style, corpus, output, kind, model, eod, vocab, workers = words
+    style, corpus, output, kind, model, eod, vocab, workers = argv
     dtype = np.uint16 if int(vocab) < 65500 else np.int32
     lengths: list[int] = []
     with (

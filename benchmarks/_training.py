@@ -1,6 +1,6 @@
-"""What the training benchmarks share: random data, the flags of a run of two stages, a run in this process, the plan's expectations.
+"""Functions shared by the training benchmarks: random data, flags of a run with two stages, a run in this process, planned times.
 
-Runs here write no checkpoint: whoever measures listens to the run (`Callback`), or reads the metrics file of `_metrics_run.py`.
+These runs write no checkpoints. A benchmark measures with a `Callback`, or reads the metrics file of `_metrics_run.py`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from megatron_patch.data.indexed_dataset import IndexedDatasetWriter
 from megatron_patch.engine.deepspeed_config import EngineConfig, engine_config
 from megatron_patch.engine.distributed import barrier, destroy_distributed, init_distributed
 from megatron_patch.model.precision import DTYPES
-from megatron_patch.planning.hardware import TABLE, Hardware
+from megatron_patch.planning.hardware import DEVICES, Hardware
 from megatron_patch.planning.layout import Layout, layout_of
 from megatron_patch.planning.memory import Memory, rank_memory
 from megatron_patch.planning.timing import step_time
@@ -34,7 +34,7 @@ DOCUMENT = 1000
 
 
 def write_corpus(prefix: Path, vocab: int, tokens: int) -> None:
-    """Writes a dataset of at least so many random ids, in documents of 1,000 tokens."""
+    """Writes a dataset of at least `tokens` random ids, in documents of 1,000 tokens."""
     documents = -(-tokens // DOCUMENT)
     ids = np.random.default_rng(0).integers(0, vocab, documents * DOCUMENT, dtype=np.uint16)
     with IndexedDatasetWriter(str(prefix), np.dtype(np.uint16)) as writer:
@@ -43,15 +43,15 @@ def write_corpus(prefix: Path, vocab: int, tokens: int) -> None:
 
 
 def stage_flags(prefix: Path, vocab: int, patch_sizes: Sequence[int], steps: int, samples: int, positions: int) -> list[str]:
-    """Flags of a run over random tokens, with the same positions a step in all stages; writes its data.
+    """Writes random data and returns the flags of a run over it, with the same positions per step in all stages.
 
     Args:
-        prefix: of the dataset to be written.
-        vocab: ids are below it.
-        patch_sizes: of the stages in turn; one of 1 is called "token", others "patch".
-        steps: of each stage.
-        samples: of a step, all ranks together.
-        positions: of a sample.
+        prefix: prefix of the dataset to write.
+        vocab: vocabulary size; ids are below it.
+        patch_sizes: K of each stage; the stage is named "token" for K = 1, else "patch".
+        steps: steps of each stage.
+        samples: samples per step, over all ranks.
+        positions: positions per sample.
     """
     write_corpus(prefix, vocab, samples * positions * sum(patch_sizes) * (steps + 1))
     stages = [
@@ -64,37 +64,37 @@ def stage_flags(prefix: Path, vocab: int, patch_sizes: Sequence[int], steps: int
     ]
 
 
-def resolved(words: Sequence[str], ranks: int = 1) -> tuple[RunConfig, EngineConfig]:
-    """A run's plan, and its engine's configuration."""
-    run = load_config(list(words), ranks)
+def resolved(flags: Sequence[str], ranks: int = 1) -> tuple[RunConfig, EngineConfig]:
+    """Returns the configuration of a run and of its engine."""
+    run = load_config(list(flags), ranks)
     return run, engine_config(run.options.engine, run.options.schedule, run.origins, run.plan, ranks)
 
 
-def train(run: RunConfig, settings: EngineConfig, listeners: Callable[[Trainer], list[Callback]]) -> None:
-    """Trains in this process, as pretrain_gpt_patch.py does, with more listeners.
+def train(run: RunConfig, settings: EngineConfig, make_callbacks: Callable[[Trainer], list[Callback]]) -> None:
+    """Trains in this process, as pretrain_gpt_patch.py does, with further callbacks.
 
     Args:
-        run: the run.
-        settings: its engine's configuration.
-        listeners: makes them of the trainer, once its model is built.
+        run: configuration of the run.
+        settings: configuration of its engine.
+        make_callbacks: returns the callbacks for a trainer whose model is built.
     """
     stops = StopRequests(run.options.safety)
     with make_watchdog(run) as watchdog:
         device = init_distributed()
         with Trainer(run, settings, device, stops, watchdog) as trainer:
-            trainer.callbacks = [*trainer.callbacks, *listeners(trainer)]
+            trainer.callbacks = [*trainer.callbacks, *make_callbacks(trainer)]
             trainer.train()
         barrier()
         destroy_distributed()
 
 
 def measured_hardware(timer: Timer, run: RunConfig, engine: EngineConfig) -> tuple[Hardware, dict[str, float]]:
-    """This machine's device as the plan describes one, from measured ceilings; what is between devices comes from the plan's table.
+    """Measures the device and returns it in the form that the plan uses; links come from the plan's table.
 
     Args:
-        timer: of the device.
-        run: whose precision, samples and heads count.
-        engine: its engine's configuration.
+        timer: timer of the device.
+        run: run whose precision, samples and heads the measurement uses.
+        engine: configuration of its engine.
 
     Returns:
         The hardware, and the ceilings: `copy_gb_per_second`, `product_tflop_per_second`, `attention_tflop_per_second`.
@@ -103,7 +103,7 @@ def measured_hardware(timer: Timer, run: RunConfig, engine: EngineConfig) -> tup
     limits = ceilings(timer, dtype)
     attention = attention_ceiling(timer, dtype, stage.micro_batch_size, shape.num_attention_heads, stage.positions, shape.head_size)
     cuda = timer.device.type == "cuda"
-    known = next((entry for name, entry in TABLE.items() if cuda and name in torch.cuda.get_device_name()), TABLE["H100"])
+    known = next((entry for name, entry in DEVICES.items() if cuda and name in torch.cuda.get_device_name()), DEVICES["H100"])
     hardware = dataclasses.replace(
         known,
         name="this machine's",
@@ -117,14 +117,14 @@ def measured_hardware(timer: Timer, run: RunConfig, engine: EngineConfig) -> tup
 
 
 def planned_seconds(run: RunConfig, engine: EngineConfig, device: Hardware) -> dict[str, float]:
-    """Seconds that the plan expects of a step, by stage."""
+    """Returns the planned seconds of a step, by stage."""
     layout = layout_of(run, engine)
     return {stage.name: step_time(run.shape, layout, stage, device).total for stage in run.plan.stages}
 
 
 def planned_memory(run: RunConfig, engine: EngineConfig, device: torch.device) -> dict[str, Memory]:
-    """Memory that the plan expects of the first rank, by stage."""
+    """Returns the planned memory of the first rank, by stage."""
     layout: Layout = layout_of(run, engine)
-    layers = layout.parts(run.shape)[0]
+    layers = layout.layers_by_pipeline_rank(run.shape)[0]
     kind: Any = device.type
     return {stage.name: rank_memory(run.shape, layout, layers, 0, stage, kind) for stage in run.plan.stages}

@@ -1,11 +1,13 @@
 #!/usr/bin/env python
-"""Causal attention by backend, forward and backward, and which backend torch picks by itself; with the machine's ceilings.
+"""Measures causal attention by backend, forward and backward.
 
-    python benchmarks/attention.py              B = 8, 16 heads of 128, T = 2048, bfloat16: a micro-batch of the 1.3B shape
-    python benchmarks/attention.py --tiny       a tiny shape, on any machine
+    python benchmarks/attention.py          a micro-batch of the 1.3B shape:
+                                            B = 8, 16 heads of 128, T = 2048
+    python benchmarks/attention.py --tiny   a tiny shape, on any machine
 
-FLOPs are those of 7 matrix products (2 forward, 5 backward) over half of the pairs of positions. The backend that torch picks is the one
-whose kernels it runs.
+FLOPs are those of 7 matrix products (2 forward, 5 backward) over half of the
+pairs of positions. The result names the backend that torch chooses, which is
+recognized by its kernels, and the ceilings of the machine.
 """
 
 from __future__ import annotations
@@ -31,13 +33,13 @@ BACKENDS = {
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--samples", type=int, default=8, help="B")
-    parser.add_argument("--heads", type=int, default=16, help="of queries, keys and values")
-    parser.add_argument("--seq-length", type=int, default=2048, help="T, positions of a sample")
-    parser.add_argument("--head-size", type=int, default=128, help="width of a head")
-    parser.add_argument("--rounds", type=int, default=7, help="how often each backend is timed")
-    parser.add_argument("--when", default="after", help="said with the ceilings: before or after other measurements")
-    parser.add_argument("--tiny", action="store_true", help="a tiny shape in place of all sizes above")
+    parser.add_argument("--samples", type=int, default=8, help="B, samples (default: 8)")
+    parser.add_argument("--heads", type=int, default=16, help="number of heads (default: 16)")
+    parser.add_argument("--seq-length", type=int, default=2048, help="T, positions per sample (default: 2048)")
+    parser.add_argument("--head-size", type=int, default=128, help="size of a head (default: 128)")
+    parser.add_argument("--rounds", type=int, default=7, help="timed runs of each backend (default: 7)")
+    parser.add_argument("--when", default="after", help="label of the ceilings: before or after other measurements")
+    parser.add_argument("--tiny", action="store_true", help="use a tiny shape in place of all sizes above")
     args = parser.parse_args(argv)
     if args.tiny:
         args.samples, args.heads, args.seq_length, args.head_size, args.rounds = 2, 2, 64, 16, 3
@@ -45,7 +47,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def kernels(device: torch.device, work: Callable[[], None]) -> set[str]:
-    """Names of the kernels that work runs."""
+    """Returns the names of the kernels that the work runs."""
     work()
     profile = Profile(device)
     profile.start()
@@ -55,11 +57,11 @@ def kernels(device: torch.device, work: Callable[[], None]) -> set[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measures each backend; returns 1 where none works."""
+    """Measures each backend; returns 1 if none works."""
     args = parse(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu" and not args.tiny:
-        print("no GPU: on a CPU give --tiny", file=sys.stderr)
+        print("no GPU found; give --tiny to run on a CPU", file=sys.stderr)
         return 2
     timer = Timer(device, args.rounds)
     dtype, shape = torch.bfloat16, (args.samples, args.heads, args.seq_length, args.head_size)
@@ -90,9 +92,9 @@ def main(argv: list[str] | None = None) -> int:
         worked += 1
         rate = flops / seconds / 1e12
         record("attention", **figure, forward_backward_ms=seconds * 1e3, tflop_per_second=rate, chosen=is_chosen)
-        lines.append([name, f"{seconds * 1e3:.3f}", f"{rate:.4g}", "torch's own choice" if is_chosen else ""])
+        lines.append([name, f"{seconds * 1e3:.3f}", f"{rate:.4g}", "chosen by torch" if is_chosen else ""])
     print_table(f"Causal attention, forward and backward, {shape}, bfloat16", ["backend", "ms", "TFLOP/s", ""], lines)
-    print("torch by itself: " + "; ".join(sorted(chosen))[:600])
+    print("kernels that torch chooses: " + "; ".join(sorted(chosen))[:600])
     limits = ceilings(timer, dtype)
     for name, value in limits.items():
         record("ceiling", name=name, value=value, unit="GB/s" if "gb" in name else "TFLOP/s", when=args.when)

@@ -1,7 +1,9 @@
 #!/usr/bin/env python
-"""Which machine this is, recorded as a figure: the first step of a call (benchmarks/on_gpu.py), which fails at once where there is no GPU.
+"""Records the machine as a figure; fails at once without a GPU.
 
 python benchmarks/device_facts.py
+
+This is the first step of benchmarks/on_gpu.py.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ LIBRARIES = ("deepspeed", "triton", "transformers", "liger-kernel", "cut-cross-e
 
 
 def version_of(name: str) -> str | None:
-    """The installed version of a library, or None."""
+    """Returns the installed version of a library, or None."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -26,7 +28,7 @@ def version_of(name: str) -> str | None:
 
 
 def first_line_of(*command: str) -> str | None:
-    """The first line that a command prints, or None where it fails."""
+    """Returns the first line that a command prints, or None if it fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError:
@@ -35,13 +37,17 @@ def first_line_of(*command: str) -> str | None:
 
 
 def main() -> None:
-    """Records the machine; without a GPU it ends with an error."""
+    """Records and prints the machine.
+
+    Raises:
+        SystemExit: there is no GPU, and --allow-cpu is not given.
+    """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--allow-cpu", action="store_true", help="describe a machine without a GPU, too")
+    parser.add_argument("--allow-cpu", action="store_true", help="also record a machine without a GPU")
     args = parser.parse_args()
     cuda = torch.cuda.is_available()
     if not cuda and not args.allow_cpu:
-        raise SystemExit("no GPU: torch.cuda.is_available() is False; see nvidia-smi")
+        raise SystemExit("no GPU found: torch.cuda.is_available() is False; check nvidia-smi, or give --allow-cpu")
     facts = machine(torch.device("cuda" if cuda else "cpu"))
     facts["libraries"] = {name: version for name in LIBRARIES if (version := version_of(name))}
     if cuda:
@@ -54,7 +60,7 @@ def main() -> None:
             "shared_memory_kib": properties.shared_memory_per_block_optin / 2**10,
             "gpus": torch.cuda.device_count(),
         }
-        # The device works at all.
+        # Fails early if the device does not work.
         ones = torch.ones(1 << 20, device="cuda")
         assert float((ones + ones).sum()) == 2 << 20
     record("machine", date=date.today().isoformat(), **facts)

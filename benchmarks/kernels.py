@@ -1,24 +1,33 @@
 #!/usr/bin/env python
-"""The fused operators and their peers: time, traffic, share of the machine's ceiling, peak memory, error against float64.
+"""Compares the fused operators with their peers: time, bandwidth, memory, error.
 
-    python benchmarks/kernels.py                        on this machine, GPU or CPU, at the sizes that docs/performance.md quotes
+    python benchmarks/kernels.py                        on this machine, at the
+                                                        sizes of docs/performance.md
     python benchmarks/kernels.py --operators loss --rows 2048 --vocab 32000 --patch-sizes 1 4
     python benchmarks/kernels.py --device cuda --operators linear --budget 35 --peer-seconds 20
-    python benchmarks/kernels.py --tiny --device cpu    a few rows of everything, in seconds: what a rehearsal needs
+    python benchmarks/kernels.py --tiny --device cpu    a few rows of everything,
+                                                        in seconds
 
-Peers: the formula as the papers' code writes it, our plain formula, torch.compile of the shortest formula, torch's own fused modules, and
-Liger, Megatron core, cut-cross-entropy and quack where they are installed (they take one label a row); `--peer NAME=module:function` adds
-one. Each runs in a process of its own, which handles all of its sizes and records each figure as soon as it is measured (FIGURES names the
-file). A peer that is missing, raises, dies or hangs costs its own line. RESULTS names a folder for the results and for what the processes
-print.
+Peers are the formula of the papers' code, our plain formula, torch.compile of
+the shortest formula, torch's fused modules and, if they are installed, Liger,
+Megatron core, cut-cross-entropy and quack, which take one label per row.
+--peer NAME=MODULE:FUNCTION adds one. Errors are against float64.
 
-The processes take turns on the device. The ceilings come first, then our operators, each alone. Then all others start CUDA and compile at
-the same time, in shared turns in which nothing is timed, and are checked and timed one after another, alone. Imports need no turn. A turn
-ends with its process, so that nothing of an earlier peer is left on the GPU. The ceilings are measured again at the end. On a CPU one
-process runs at a time, unless --jobs says otherwise. All operators in one run share their starts and compilations, which are most of it.
+Each peer runs in its own process. It measures all of its sizes and records
+each figure at once in the file named by FIGURES. A peer that is missing, raises,
+dies or hangs affects only its own rows. Results and logs go to the folder named
+by RESULTS.
 
-The exit code is 1 where one of our operators failed, was wrong or was not reached, or a figure was not finite; 2 for a command line that
-cannot be measured here; 143 or 130 where a signal has ended it; 0 otherwise.
+The processes use the device in turn: first the ceilings, then our operators,
+each with exclusive access. All others then start CUDA and compile at the same
+time with shared access, and are checked and timed one after another with
+exclusive access. The ceilings are measured again at the end. On a CPU one
+process runs at a time unless --jobs is given. Run all operators in one command:
+they share starts and compilation, which take most of the time.
+
+The exit code is 1 if one of our operators failed, was wrong or was not reached,
+or a figure was not finite; 2 for a command line that this machine cannot run;
+143 or 130 after a signal; else 0.
 """
 
 from __future__ import annotations
@@ -37,8 +46,8 @@ from types import FrameType
 from typing import Any
 
 from _device import has_gpu
-from _peers import OPERATORS, PEERS, Peer, given
-from _turns import NOT_REACHED, STOPPED, Job, Message, run
+from _device_access import NOT_REACHED, STOPPED, Job, Message, run
+from _peers import OPERATORS, PEERS, Peer, parse_peer
 
 HERE = Path(__file__).parent
 OURS = {
@@ -46,26 +55,26 @@ OURS = {
     "patch_embedding": "ours",
     "linear_multi_token_loss": "ours, chunks of 4096",
 }
-"""What ratios are to."""
+"""The variant that `times_ours` compares with, by operator."""
 SIZE = ("operator", "rows", "vocab", "hidden", "patch_size", "dtype")
 
 
-def from_one(word: str) -> int:
-    """A whole number from 1, as the type of an argument.
+def positive_int(word: str) -> int:
+    """Reads a whole number from 1, as the type of an argument.
 
     Raises:
-        argparse.ArgumentTypeError: it is none.
+        argparse.ArgumentTypeError: it is not such a number.
     """
     if not word.isdecimal() or int(word) < 1:
         raise argparse.ArgumentTypeError(f"{word!r} (allowed: whole numbers from 1)")
     return int(word)
 
 
-def above_zero(word: str) -> float:
-    """Seconds, as the type of an argument.
+def positive_seconds(word: str) -> float:
+    """Reads a number of seconds above 0, as the type of an argument.
 
     Raises:
-        argparse.ArgumentTypeError: it is no number above 0.
+        argparse.ArgumentTypeError: it is not such a number.
     """
     try:
         number = float(word)
@@ -79,26 +88,41 @@ def above_zero(word: str) -> float:
 def parse() -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cuda", "cpu"), help="(default: cuda where there is one; naming it saves seconds)")
-    parser.add_argument("--operators", nargs="+", choices=tuple(PEERS), default=list(PEERS), help="(default: all)")
-    parser.add_argument("--rows", type=from_one, nargs="+", help="positions N (default: 8192 on a GPU, 1024 on a CPU)")
-    parser.add_argument("--hidden", type=from_one, nargs="+", help="H (default: 1024; on a GPU 4096, and for the embedding 1024 too)")
-    parser.add_argument("--vocab", type=from_one, nargs="+", help="V (default: 32000, on a GPU 128256 too, for linear alone)")
-    parser.add_argument("--patch-sizes", type=from_one, nargs="+", help="K (default: 1 4; on a GPU loss 4 1 8, linear 4 1, embedding 4)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="(default: bfloat16 on a GPU, float32 on a CPU)")
-    parser.add_argument("--tiny", action="store_true", help="a few rows of everything, ours in all dtypes: shows that it runs, no more")
-    parser.add_argument("--peers", nargs="+", metavar="WORD", help="only peers whose names contain one of these words; see _peers.py")
+    parser.add_argument("--device", choices=("cuda", "cpu"), help="device (default: cuda if there is a GPU; naming it saves seconds)")
+    parser.add_argument("--operators", nargs="+", choices=tuple(PEERS), default=list(PEERS), help="operators to measure (default: all)")
+    parser.add_argument("--rows", type=positive_int, nargs="+", help="N, number of positions (default: 8192 on a GPU, 1024 on a CPU)")
     parser.add_argument(
-        "--peer", nargs="+", default=[], metavar="NAME=MODULE:FUNCTION", help="further ones, with the signatures that _peers.py describes"
+        "--hidden", type=positive_int, nargs="+", help="H, hidden size (default: 1024; on a GPU 4096, for the embedding also 1024)"
     )
-    parser.add_argument("--rounds", type=from_one, help="of timing (default: 20 on a GPU, fewer where they are slow; 7 on a CPU)")
-    parser.add_argument("--threads", type=from_one, help="of a CPU (default: one a core)")
-    parser.add_argument("--jobs", type=from_one, help="processes at a time (default: one a core, at most 16; 1 on a CPU)")
-    parser.add_argument("--peer-seconds", type=above_zero, help="no turn takes longer (default: 30 on a GPU, 600 on a CPU)")
-    parser.add_argument("--budget", type=above_zero, help="seconds for everything; what does not fit is listed (default: no limit)")
+    parser.add_argument(
+        "--vocab", type=positive_int, nargs="+", help="V, vocabulary (default: 32000; on a GPU also 128256, for linear only that)"
+    )
+    parser.add_argument(
+        "--patch-sizes",
+        type=positive_int,
+        nargs="+",
+        help="K, labels per position (default: 1 4; on a GPU loss 4 1 8, linear 4 1, embedding 4)",
+    )
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="dtype (default: bfloat16 on a GPU, float32 on a CPU)")
+    parser.add_argument("--tiny", action="store_true", help="test with a few rows of everything, ours in all dtypes")
+    parser.add_argument(
+        "--peers", nargs="+", metavar="WORD", help="measure only peers whose names contain one of these words; see _peers.py"
+    )
+    parser.add_argument(
+        "--peer", nargs="+", default=[], metavar="NAME=MODULE:FUNCTION", help="further peers, with the signatures that _peers.py lists"
+    )
+    parser.add_argument("--rounds", type=positive_int, help="timed runs (default: at most 20 on a GPU, 7 on a CPU)")
+    parser.add_argument("--threads", type=positive_int, help="CPU threads (default: one per core)")
+    parser.add_argument("--jobs", type=positive_int, help="processes at a time (default: one per core, at most 16; 1 on a CPU)")
+    parser.add_argument(
+        "--peer-seconds", type=positive_seconds, help="longest use of the device by one process (default: 30 on a GPU, 600 on a CPU)"
+    )
+    parser.add_argument(
+        "--budget", type=positive_seconds, help="time limit for everything; peers that were not reached are listed (default: none)"
+    )
     args = parser.parse_args()
     try:
-        args.peer = [(text, given(text)) for text in args.peer]
+        args.peer = [(text, parse_peer(text)) for text in args.peer]
     except ValueError as error:
         parser.error(str(error))
     names = dict.fromkeys(peer.name for operator in args.operators for peer in PEERS[operator])
@@ -111,7 +135,7 @@ def parse() -> argparse.Namespace:
 
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     elif args.device == "cuda" and not has_gpu():
-        print("no GPU: give --device cpu, or leave --device out", file=sys.stderr)
+        print("no GPU found; give --device cpu, or omit --device", file=sys.stderr)
         raise SystemExit(2)
     cuda = args.device == "cuda"
     args.dtype = args.dtype or ("bfloat16" if cuda else "float32")
@@ -122,7 +146,7 @@ def parse() -> argparse.Namespace:
 
 
 def sizes_of(operator: str, args: argparse.Namespace) -> list[Message]:
-    """The sizes of an operator, most telling first."""
+    """Returns the sizes of an operator, the most important ones first."""
     cuda = args.device == "cuda"
     if args.tiny:
         rows, hiddens, vocabs, patch_sizes = [24], [32], [160], [1, 4]
@@ -144,18 +168,18 @@ def sizes_of(operator: str, args: argparse.Namespace) -> list[Message]:
     ]
 
 
-def in_other_dtypes(operator: str, args: argparse.Namespace) -> list[Message]:
-    """Of ours alone, at one size: the other dtypes. On a GPU or with --tiny, where no sizes were asked for."""
-    asked = args.rows or args.hidden or args.vocab or args.patch_sizes
-    if asked or not (args.tiny or args.device == "cuda"):
+def sizes_in_other_dtypes(operator: str, args: argparse.Namespace) -> list[Message]:
+    """Returns one size in the other dtypes, for our operators: on a GPU or with --tiny, unless sizes were given."""
+    given = args.rows or args.hidden or args.vocab or args.patch_sizes
+    if given or not (args.tiny or args.device == "cuda"):
         return []
     size = sizes_of(operator, args)[0] if args.tiny else {"rows": 8192, "vocab": 32_000, "hidden": 1024, "patch_size": 4}
     size["hidden"] = None if operator == "loss" else size["hidden"]
     return [{**size, "dtype": dtype} for dtype in ("bfloat16", "float16", "float32") if dtype != args.dtype]
 
 
-def chosen(operator: str, args: argparse.Namespace) -> list[tuple[Peer, str | None]]:
-    """The peers of an operator, and what those from the command line were given as."""
+def selected_peers(operator: str, args: argparse.Namespace) -> list[tuple[Peer, str | None]]:
+    """Returns the selected peers of an operator, each with its --peer argument or None."""
     peers: list[tuple[Peer, str | None]] = [(peer, None) for peer in PEERS[operator]]
     if args.peers is not None:
         words = [word.lower() for word in args.peers]
@@ -166,12 +190,12 @@ def chosen(operator: str, args: argparse.Namespace) -> list[tuple[Peer, str | No
 
 
 class Collector:
-    """What the children have told.
+    """Collects the results of the children.
 
     Args:
-        args: the command line.
-        jobs: job's name -> (operator, peer); ceilings are not among them.
-        logs: the folder of what the children print.
+        args: the parsed command line.
+        jobs: operator and peer by name of the job; the ceilings are not included.
+        logs: folder with the output of the children.
     """
 
     def __init__(self, args: argparse.Namespace, jobs: dict[str, tuple[str, Peer]], logs: Path) -> None:
@@ -179,14 +203,14 @@ class Collector:
         self.figures: list[Message] = []
         self.failures: list[Message] = []
         self.ceilings: list[Message] = []
-        self.answer: Message = {"ceilings": {}}
+        self.grant: Message = {"ceilings": {}}
         self.machine: Message | None = None
         self.ours_failed = self.ours_not_reached = self.not_finite = False
 
-    def heard(self, job: Job, message: Message) -> None:
-        """Takes a child's message."""
+    def on_message(self, job: Job, message: Message) -> None:
+        """Handles a message of a child."""
         if "ceilings" in message:
-            self.answer["ceilings"], self.machine = message["ceilings"], message["machine"]
+            self.grant["ceilings"], self.machine = message["ceilings"], message["machine"]
             return
         figure = message["figure"]
         self.not_finite |= "not_finite" in figure
@@ -200,17 +224,17 @@ class Collector:
             print(f"{_title(figure)}: {figure['peer']}: {_number(figure['forward_backward_ms'], '.3f')} ms", flush=True)
 
     def failed(self, job: Job, figure: Message) -> None:
-        """Notes a failure, which is fatal where it is ours."""
+        """Records a failure; a failure of our operators fails the benchmark."""
         self.failures.append(figure)
         ours = job.name in self.jobs and self.jobs[job.name][1].ours
         if ours and not_reached(figure["error"]):
             self.ours_not_reached = True
         elif ours:
             self.ours_failed = True
-        print(f"{'FAILED' if ours else 'left out'}: {_title(figure)}: {figure['peer']}: {figure['error']}", flush=True)
+        print(f"{'FAILED' if ours else 'skipped'}: {_title(figure)}: {figure['peer']}: {figure['error']}", flush=True)
 
-    def ended(self, job: Job, reason: str | None) -> None:
-        """Notes a child's end, and writes what there is."""
+    def on_end(self, job: Job, reason: str | None) -> None:
+        """Handles the end of a child and writes the results so far."""
         ours = job.name in self.jobs and self.jobs[job.name][1].ours
         if ours and (log := self.logs / f"{job.name}.log").exists() and (lines := log.read_text(errors="replace").splitlines()):
             print("\n".join(lines[-20:]), flush=True)
@@ -219,38 +243,38 @@ class Collector:
 
             operator, name = (None, "ceilings") if job.name not in self.jobs else (self.jobs[job.name][0], self.jobs[job.name][1].name)
             self.failed(job, record("kernel_failed", operator=OPERATORS.get(operator or ""), peer=name, error=reason))
-        self.write(tell=False)
+        self.write(verbose=False)
 
-    def what_is_wrong(self) -> str | None:
-        """Why the run has failed, or None where it has not."""
+    def failure_reason(self) -> str | None:
+        """Returns why the benchmark has failed, or None."""
         reasons = {"one of our operators failed": self.ours_failed, "one of our operators was not reached in time": self.ours_not_reached}
         reasons["a figure is not finite"] = self.not_finite
         return "; ".join(reason for reason, holds in reasons.items() if holds) or None
 
     def rows(self) -> list[Message]:
-        """The figures, with their ratios to ours."""
+        """Returns the figures with the ratio of their time to ours."""
         ours = {_size(figure): figure["forward_backward_ms"] for figure in self.figures if figure["peer"] == OURS[figure["operator"]]}
         rows = []
         for figure in self.figures:
-            reference, own = ours.get(_size(figure)), figure["forward_backward_ms"]
-            rows.append({**figure, "times_ours": own / reference if reference and own else None})
+            reference, time_of_peer = ours.get(_size(figure)), figure["forward_backward_ms"]
+            rows.append({**figure, "times_ours": time_of_peer / reference if reference and time_of_peer else None})
         return rows
 
-    def write(self, tell: bool) -> None:
-        """The results so far as JSON. A rehearsal's are written where RESULTS asks for them, not among those that are kept."""
+    def write(self, verbose: bool) -> None:
+        """Writes the results so far as JSON; with --tiny only if RESULTS names a folder, as they are no measurements."""
         if self.args.tiny and not os.environ.get("RESULTS"):
             return
         import torch
         from _measure import machine, write_results
 
         name = "kernels" if len(set(self.args.operators)) == len(PEERS) else "-".join(["kernels", *self.args.operators])
-        results = {"dtype": f"torch.{self.args.dtype}", "rounds": self.args.rounds, "ceilings": self.answer["ceilings"]}
+        results = {"dtype": f"torch.{self.args.dtype}", "rounds": self.args.rounds, "ceilings": self.grant["ceilings"]}
         results |= {"measured_ceilings": self.ceilings, "rows": self.rows(), "failed": self.failures}
-        described = self.machine or machine(torch.device("cpu"))
-        write_results("kernels-tiny" if self.args.tiny else name, torch.device(self.args.device), results, tell, described)
+        info = self.machine or machine(torch.device("cpu"))
+        write_results("kernels-tiny" if self.args.tiny else name, torch.device(self.args.device), results, verbose, info)
 
     def print_tables(self) -> None:
-        """One table for each size, and what is missing."""
+        """Prints one table for each size, and the failures."""
         from _measure import print_table
 
         rows = self.rows()
@@ -259,16 +283,16 @@ class Collector:
             unit = "TFLOP/s" if "tflop_per_second" in of_size[0] else "GB/s"
             print_table(
                 _title(of_size[0]),
-                ["peer", "forward ms", "forward + backward ms", "x ours", unit, "of ceiling", "peak MB", "error"],
+                ["peer", "forward ms", "forward + backward ms", "time / ours", unit, "share of ceiling", "peak MB", "error"],
                 [_line(row) for row in of_size],
             )
         if self.failures:
             lines = [[_title(failure), str(failure["peer"]), str(failure["error"])] for failure in self.failures]
-            print_table("failed, left out or not reached", ["operator", "peer", "reason"], lines)
+            print_table("failed, skipped or not reached", ["operator", "peer", "reason"], lines)
 
 
 def not_reached(reason: str) -> bool:
-    """Whether a child ended for the budget alone."""
+    """Returns whether a child ended only because of the budget."""
     return reason.startswith((NOT_REACHED, STOPPED))
 
 
@@ -302,23 +326,23 @@ def _line(row: Message) -> list[str]:
 
 
 def plan(args: argparse.Namespace) -> tuple[list[Job], dict[str, tuple[str, Peer]]]:
-    """The children in the order of their turns, and which operator and peer each one is."""
+    """Returns the jobs in the order of their access, and operator and peer by name of the job."""
     common = {"device": args.device, "rounds": args.rounds, "threads": args.threads, "tiny": args.tiny, "shared": args.jobs > 1}
     command = (sys.executable, str(HERE / "_operators.py"))
     largest = max((size["rows"] * size["vocab"] for size in sizes_of("loss", args)), default=0) if "loss" in args.operators else None
     ceilings = {**common, "operator": None, "dtype": args.dtype, "logits": largest}
     jobs = [Job("ceilings", (*command, json.dumps(ceilings)), urgent=True)]
     known: dict[str, tuple[str, Peer]] = {}
-    everyone = [(operator, peer, text) for operator in dict.fromkeys(args.operators) for peer, text in chosen(operator, args)]
-    for operator, peer, text in sorted(everyone, key=lambda item: not item[1].ours):
+    selected = [(operator, peer, text) for operator in dict.fromkeys(args.operators) for peer, text in selected_peers(operator, args)]
+    for operator, peer, text in sorted(selected, key=lambda item: not item[1].ours):
         sizes = [size for size in sizes_of(operator, args) if not peer.patch_sizes or size["patch_size"] in peer.patch_sizes]
-        sizes += in_other_dtypes(operator, args) if peer.ours else []
-        # Compiling takes longer than measuring, and cores are many: a process for each patch size.
-        apart = peer.compiles and args.device == "cuda"
-        groups = dict.fromkeys(size["patch_size"] if apart else None for size in sizes)
+        sizes += sizes_in_other_dtypes(operator, args) if peer.ours else []
+        # Compilation takes longer than measurement, so each patch size is compiled in its own process.
+        separate = peer.compiles and args.device == "cuda"
+        groups = dict.fromkeys(size["patch_size"] if separate else None for size in sizes)
         for group in groups:
             part = [size for size in sizes if group in (None, size["patch_size"])]
-            work = {**common, "operator": operator, "peer": peer.name, "given": text, "sizes": part}
+            work = {**common, "operator": operator, "peer": peer.name, "custom": text, "sizes": part}
             name = f"{len(jobs):02}-{operator}"
             jobs.append(Job(name, (*command, json.dumps(work)), peer.ours))
             known[name] = (operator, peer)
@@ -326,15 +350,18 @@ def plan(args: argparse.Namespace) -> tuple[list[Job], dict[str, tuple[str, Peer
 
 
 def environment() -> dict[str, str]:
-    """Of the children: they find the package and what `--peer` names, and compile a few kernels each, which needs no pool of processes."""
+    """Returns the environment of the children, with the package and the modules of `--peer` on the path.
+
+    Each child compiles few kernels, so one compilation thread is enough.
+    """
     paths = [str(HERE.parent), os.getcwd(), os.environ.get("PYTHONPATH", "")]
     return {"TORCHINDUCTOR_COMPILE_THREADS": "1", **os.environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
 
 
-class ExitReport:
-    """What a signal does: it ends the run, whose children end with it, and what they have told is printed.
+class SignalHandler:
+    """Ends the benchmark on a signal; its children end too, and the results so far are printed.
 
-    While torch is imported it waits: an exception in the midst of that may crash the process.
+    During the import of torch the signal waits, because an exception there can crash the process.
     """
 
     def __init__(self) -> None:
@@ -347,10 +374,10 @@ class ExitReport:
             return
         self.number = number
         if not self.importing:
-            self.leave()
+            self.exit()
 
-    def leave(self) -> None:
-        """Ends.
+    def exit(self) -> None:
+        """Ends the benchmark.
 
         Raises:
             SystemExit: always.
@@ -359,20 +386,24 @@ class ExitReport:
         raise SystemExit(128 + self.number)
 
     def import_torch(self) -> None:
-        """Imports what takes seconds, in which no turn would be given later."""
+        """Imports torch, which takes seconds, before the first access to the device is granted."""
         self.importing = True
         importlib.import_module("_measure")
         self.importing = False
         if self.number:
-            self.leave()
+            self.exit()
 
 
 def main() -> None:
-    """Measures and prints."""
+    """Measures and prints.
+
+    Raises:
+        SystemExit: one of our operators failed, or the command line or a signal ended the benchmark.
+    """
     began = time.monotonic()
     args = parse()
     jobs, known = plan(args)
-    ending = ExitReport()
+    signals = SignalHandler()
     with tempfile.TemporaryDirectory() as folder:
         logs = Path(os.environ.get("RESULTS") or folder) / "kernels-logs"
         logs.mkdir(parents=True, exist_ok=True)
@@ -385,18 +416,18 @@ def main() -> None:
                 args.jobs,
                 args.peer_seconds,
                 args.budget,
-                collector.heard,
-                collector.ended,
-                collector.answer,
+                collector.on_message,
+                collector.on_end,
+                collector.grant,
                 began,
-                meanwhile=ending.import_torch,
+                while_starting=signals.import_torch,
             )
         finally:
             collector.print_tables()
-            collector.write(tell=True)
-    print(f"{len(collector.figures)} figures, {len(collector.failures)} failures, {time.monotonic() - began:.1f} s", flush=True)
-    if (wrong := collector.what_is_wrong()) is not None:
-        raise SystemExit(wrong)
+            collector.write(verbose=True)
+    print(f"figures: {len(collector.figures)}, failures: {len(collector.failures)}, {time.monotonic() - began:.1f} s", flush=True)
+    if (reason := collector.failure_reason()) is not None:
+        raise SystemExit(reason)
 
 
 if __name__ == "__main__":

@@ -1,19 +1,25 @@
 #!/usr/bin/env python
-"""Both stages of a run under parallel layouts: tokens a second, TFLOP/s, MFU, and what a patch stage gains over the token stage.
+"""Measures both stages of a run under parallel layouts: tokens/s, TFLOP/s, MFU.
 
-    python benchmarks/layouts.py                                           one rank, and every layout of two
+    python benchmarks/layouts.py                                           one rank, and layouts of two
     python benchmarks/layouts.py --ranks 8 --layouts "TP8 SP" "TP4 SP PP2" "DP8 ZeRO3" --config my.yaml
-    python benchmarks/layouts.py --ranks 1 --layouts DP1 "DP1 compiled"    blocks as they are, and compiled
-    python benchmarks/layouts.py --profile                                 one rank under torch's profiler: where a step's time goes
+    python benchmarks/layouts.py --ranks 1 --layouts DP1 "DP1 compiled"    eager and compiled blocks
+    python benchmarks/layouts.py --profile                                 one rank under torch's profiler
 
-Each layout is one run by the deepspeed launcher over random tokens, data loading included, without checkpoints: a patch stage and a
-token stage of the same positions. TFLOP/s and MFU are those of one rank. Figures are medians of each stage's steps behind its first
-three; a token of the token stage is a position. "of K" is the patch stage's tokens/s over the token stage's, divided by K: 1 where patches
-cost nothing but their positions.
-"bubble" is (stages - 1) / (micro-batches + stages - 1), the share of a step in which a pipeline of DeepSpeed's schedule idles at best;
-"switch, s" is what the token stage's first step takes beyond its other ones. "planned" is how long the plan (tools/plan.py) says a step of
-the patch stage and of the token stage takes, over what it took: from what products, attention and copies reach here, measured beforehand,
-and on GPUs the plan's table for links. No plan knows the links between ranks on a CPU.
+Each layout is one run by the deepspeed launcher over random tokens, with data
+loading and without checkpoints: a patch stage and a token stage with the same
+positions per step. TFLOP/s and MFU are per rank. Results are medians over the
+steps of a stage after its first three.
+
+"gain / K": tokens/s of the patch stage over those of the token stage, divided
+  by K; 1 means that a patch costs no more than a token.
+"bubble": (p - 1) / (m + p - 1) for p pipeline ranks and m micro-batches, the
+  smallest idle share of the pipeline.
+"switch, s": excess time of the token stage's first step.
+"planned": time of a patch step and of a token step by tools/plan.py, relative
+  to the measured time. The plan uses the speed of products, attention and
+  copies measured here, and its own table for links between GPUs. It has no
+  figures for links between CPU ranks.
 """
 
 from __future__ import annotations
@@ -31,7 +37,7 @@ from pathlib import Path
 import torch
 from _measure import Timer, print_table, write_results
 from _training import ROOT, measured_hardware, planned_seconds, resolved, stage_flags, train
-from training import SKIPPED, Row
+from training import SKIPPED_STEPS, Row
 
 from megatron_patch.engine.environment import free_port
 from megatron_patch.model.flops import peak_flops
@@ -54,36 +60,40 @@ def parse() -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cuda = torch.cuda.is_available()
-    parser.add_argument("--ranks", type=int, default=torch.cuda.device_count() if cuda else 2)
-    parser.add_argument("--layouts", nargs="+", default=None, help='such as "TP4 SP PP2 ZeRO1"; DP is what is left of the ranks')
-    parser.add_argument("--config", default=None, help="YAML of a model, in place of --model")
+    parser.add_argument("--ranks", type=int, default=torch.cuda.device_count() if cuda else 2, help="ranks (default: GPUs, else 2)")
+    parser.add_argument("--layouts", nargs="+", default=None, help='layouts such as "TP4 SP PP2 ZeRO1"; DP takes the remaining ranks')
+    parser.add_argument("--config", default=None, help="YAML file of the model, in place of --model")
     small = "--num-layers 6 --hidden-size 256 --num-attention-heads 4 --ffn-hidden-size 1024"
     large = "--num-layers 24 --hidden-size 2048 --num-attention-heads 16 --ffn-hidden-size 5504 --bf16"
-    parser.add_argument("--model", default=large if cuda else small, help="flags of a model; by default one whose blocks dominate")
-    parser.add_argument("--seq-length", type=int, default=2048 if cuda else 128)
-    parser.add_argument("--micro-batch-size", type=int, default=4)
-    parser.add_argument("--micro-batches", type=int, default=8, help="of a rank, in the token stage's step and the patch stage's")
-    parser.add_argument("--patch-size", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=12, help="of each stage")
-    parser.add_argument("--vocab-size", type=int, default=32_000 if cuda else 1024)
-    parser.add_argument("--flags", default="", help="more flags of pretrain_gpt_patch.py, for every layout")
-    parser.add_argument("--profile", action="store_true", help="one rank, a table of operators for each stage and a trace for Perfetto")
+    parser.add_argument("--model", default=large if cuda else small, help="flags of the model (default: one whose blocks dominate)")
+    parser.add_argument("--seq-length", type=int, default=2048 if cuda else 128, help="positions per sample")
+    parser.add_argument("--micro-batch-size", type=int, default=4, help="samples per micro-batch (default: 4)")
+    parser.add_argument("--micro-batches", type=int, default=8, help="micro-batches per step and rank (default: 8)")
+    parser.add_argument("--patch-size", type=int, default=4, help="K (default: 4)")
+    parser.add_argument("--steps", type=int, default=12, help="steps of each stage (default: 12)")
+    parser.add_argument("--vocab-size", type=int, default=32_000 if cuda else 1024, help="vocabulary")
+    parser.add_argument("--flags", default="", help="further flags of pretrain_gpt_patch.py, for every layout")
+    parser.add_argument("--profile", action="store_true", help="profile one rank: print operators by time and write a trace for each stage")
     return parser.parse_args()
 
 
 def layout_flags(layout: str) -> list[str]:
-    """Flags of a layout such as "TP2 SP PP2 ZeRO1"."""
-    words = []
+    """Returns the flags of a layout such as "TP2 SP PP2 ZeRO1".
+
+    Raises:
+        SystemExit: a part of the layout is unknown.
+    """
+    flags = []
     for part in layout.split():
         name, number = re.fullmatch(r"([A-Za-z]+?)(\d*)", part).groups()  # type: ignore[union-attr]
         if name not in FLAGS:
-            raise SystemExit(f"--layouts {layout!r}: {part}; allowed: {', '.join(FLAGS)} with a number")
-        words += FLAGS[name].format(number).split()
-    return words
+            raise SystemExit(f"--layouts {layout!r}: {part} is unknown; allowed: {', '.join(FLAGS)}, TP, PP, ZeRO and DP with a number")
+        flags += FLAGS[name].format(number).split()
+    return flags
 
 
 def plan_flags(args: argparse.Namespace, data_parallel: int, folder: Path) -> list[str]:
-    """Model, stages and data as flags; both stages have the same positions a step."""
+    """Writes random data and returns the flags of the run; both stages have the same positions per step."""
     samples = args.micro_batch_size * args.micro_batches * data_parallel
     model = ["--config", args.config] if args.config else args.model.split()
     stages = stage_flags(folder / "x", args.vocab_size, (args.patch_size, 1), args.steps, samples, args.seq_length)
@@ -91,15 +101,15 @@ def plan_flags(args: argparse.Namespace, data_parallel: int, folder: Path) -> li
 
 
 def this_machine(args: argparse.Namespace) -> Hardware:
-    """This machine's device, with the plan's table for what is between devices."""
+    """Measures this machine's device; links come from the plan's table."""
     timer = Timer(torch.device("cuda" if torch.cuda.is_available() else "cpu"), 7)
     with tempfile.TemporaryDirectory() as folder:
         return measured_hardware(timer, *resolved(plan_flags(args, 1, Path(folder))))[0]
 
 
 def measure(args: argparse.Namespace, layout: str, ranks: int, device: Hardware) -> Row:
-    """One run; its figures by stage."""
-    words = layout_flags(layout)
+    """Runs one layout and returns its results by stage."""
+    flags = layout_flags(layout)
     sizes = dict(re.findall(r"(TP|PP)(\d+)", layout))
     pipeline = int(sizes.get("PP", 1))
     data_parallel = ranks // (int(sizes.get("TP", 1)) * pipeline)
@@ -107,17 +117,17 @@ def measure(args: argparse.Namespace, layout: str, ranks: int, device: Hardware)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks), "--master_port", str(free_port())]
-        words = [*plan_flags(args, data_parallel, folder), *words]
-        command = [*launcher, str(ROOT / "benchmarks" / "_metrics_run.py"), *words]
+        flags = [*plan_flags(args, data_parallel, folder), *flags]
+        command = [*launcher, str(ROOT / "benchmarks" / "_metrics_run.py"), *flags]
         environment["METRICS"] = str(folder / "metrics.jsonl")
-        planned = planned_seconds(*resolved(words, ranks), device) if ranks == 1 or torch.cuda.is_available() else {}
+        planned = planned_seconds(*resolved(flags, ranks), device) if ranks == 1 or torch.cuda.is_available() else {}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if done.returncode:
             raise SystemExit(f"{' '.join(command)}\n{done.stdout[-2000:]}{done.stderr[-3000:]}")
         records = list(read_metrics(folder / "metrics.jsonl"))
     row: Row = {"layout": layout or "one rank", "ranks": ranks, "bubble": (pipeline - 1) / (args.micro_batches + pipeline - 1)}
     for stage in ("patch", "token"):
-        steps = [record for record in records if record["type"] == "step" and record["stage"] == stage][SKIPPED:]
+        steps = [record for record in records if record["type"] == "step" and record["stage"] == stage][SKIPPED_STEPS:]
         seconds = statistics.median(record["step_seconds"] for record in steps)
         tokens = (steps[-1]["tokens"] - steps[0]["tokens"]) / (len(steps) - 1)
         positions = tokens / steps[-1]["patch_size"]
@@ -137,31 +147,31 @@ def measure(args: argparse.Namespace, layout: str, ranks: int, device: Hardware)
 
 
 def profile(args: argparse.Namespace) -> None:
-    """Steps of both stages under torch's profiler."""
+    """Profiles two steps of each stage."""
     from torch.profiler import ProfilerActivity
 
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
 
     class Window(Callback):
-        """Opens behind the first steps of a stage, and closes two steps later."""
+        """Starts the profiler after the first steps of a stage and stops it two steps later."""
 
         def __init__(self) -> None:
             self.seen: dict[str, int] = {}
             self.profiler: torch.profiler.profile | None = None
 
         def on_step(self, record: StepRecord) -> None:
-            """Counts the stage's steps."""
+            """Counts the steps of the stage."""
             count = self.seen[record.stage] = self.seen.get(record.stage, 0) + 1
-            if count == SKIPPED:
+            if count == SKIPPED_STEPS:
                 self.profiler = torch.profiler.profile(activities=activities)
                 self.profiler.start()
-            if count == SKIPPED + 2 and self.profiler is not None:
+            if count == SKIPPED_STEPS + 2 and self.profiler is not None:
                 self.profiler.stop()
                 order = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
                 print(f"\n{record.stage}, two steps\n{self.profiler.key_averages().table(sort_by=order, row_limit=25)}")
                 trace = f"trace-{record.stage}.json"
                 self.profiler.export_chrome_trace(trace)
-                print(f"for https://ui.perfetto.dev: {trace}")
+                print(f"wrote {trace}; open it in https://ui.perfetto.dev")
 
     with tempfile.TemporaryDirectory() as folder:
         train(*resolved(plan_flags(args, 1, Path(folder))), lambda trainer: [Window()])
@@ -209,7 +219,7 @@ def main() -> None:
         "patch tokens/s",
         "positions/s",
         "token tokens/s",
-        "of K",
+        "gain / K",
         "patch TFLOP/s",
         "token TFLOP/s",
         "patch MFU",

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
-"""How fast one core turns a dataset into micro-batches, beside the least that any loader must do: copying the same spans to int64.
+"""Measures how fast one core turns a dataset into micro-batches, relative to copying the same tokens to int64.
 
-python benchmarks/loader.py prints a table and writes benchmarks/results/loader-*.json. Times are best of several; the ratio is the figure
-to quote, as machines differ and are busy.
+python benchmarks/loader.py prints a table and writes benchmarks/results/loader-*.json. Times are the best of several rounds. Quote the
+ratio, which depends least on the machine and its load.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ MASKS = DocumentMasking(EOD, reset_attention_mask=True, reset_position_ids=True,
 
 
 def write_corpus(prefix: Path) -> TokenCorpus:
-    """Random ids in documents of about 1,000 tokens."""
-    draw = np.random.default_rng(0)
+    """Writes random ids in documents of about 1,000 tokens."""
+    generator = np.random.default_rng(0)
     with IndexedDatasetWriter(str(prefix), np.dtype(np.uint16)) as writer:
-        tokens = draw.integers(0, 32000, TOKENS).astype(np.uint16)
+        tokens = generator.integers(0, 32000, TOKENS).astype(np.uint16)
         tokens[::1000] = EOD
         writer.append(tokens, np.full(TOKENS // 1000, 1000))
         writer.finish()
@@ -47,7 +47,7 @@ def write_corpus(prefix: Path) -> TokenCorpus:
 
 
 def best_seconds(work: Callable[[], None], rounds: int = 5) -> float:
-    """The fastest of some rounds."""
+    """Returns the seconds of the fastest round."""
     times = []
     for _ in range(rounds):
         began = time.perf_counter()
@@ -57,7 +57,7 @@ def best_seconds(work: Callable[[], None], rounds: int = 5) -> float:
 
 
 def measure(corpus: TokenCorpus, patch_size: int, masking: DocumentMasking) -> dict[str, float]:
-    """Tokens a second of the loader and of bare copying, for micro-batches of 4 samples of about 8,192 tokens."""
+    """Returns tokens per second of the loader and of copying, for micro-batches of 4 samples of about 8,192 tokens."""
     stage = Stage("s", patch_size, 8192 // patch_size, 4, 16, STEPS)
     stream = TrainStream(StagePlan((stage,), stage.sample_tokens), {"x": corpus}, (("x", 1.0),), "1,0,0", 1)
 
@@ -79,7 +79,7 @@ def measure(corpus: TokenCorpus, patch_size: int, masking: DocumentMasking) -> d
 def main() -> None:
     """Measures and prints."""
     table = Table(title="Loader, one core, micro-batches of 4 x 8,192 tokens", title_justify="left")
-    for column in ("K", "documents", "M tokens/s", "bare copy", "share of it"):
+    for column in ("K", "documents", "M tokens/s", "copy", "share of copy"):
         table.add_column(column, justify="right")
     rows = []
     with tempfile.TemporaryDirectory() as folder:

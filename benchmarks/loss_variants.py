@@ -1,11 +1,14 @@
-"""Builds benchmarks/loss_harness.cu in several variants, side by side, and runs them on the GPU one after another.
+"""Builds benchmarks/loss_harness.cu in several variants and runs them on a GPU.
 
-    python benchmarks/loss_variants.py [--baseline FOLDER] [--arch sm_90] [--only default ...]
+    python benchmarks/loss_variants.py [--baseline FOLDER] [--arch sm_90]
+        [--only default ...]
 
-A variant is a number of 16-byte loads that a thread has in flight and a number of threads in a block; each of them also times where a row
-may stay between its two passes. The variant that serves is checked against float64 first, at full size; the others on short rows. FOLDER
-holds older kernels (a csrc/cuda of another commit) to compare with. Nothing but nvcc and Python is needed. Figures go to the file that
-FIGURES names; the last table compares milliseconds with a copy of as many bytes.
+A variant sets the number of 16-byte loads that a thread has in flight and the
+number of threads in a block. Each variant also times the places where a row
+can stay between its two passes. The default variant is first checked against
+float64 at full size, the others with short rows. Only nvcc and Python are
+needed. Figures go to the file named by FIGURES; the last table compares times
+with a copy of the same number of bytes.
 """
 
 from __future__ import annotations
@@ -32,10 +35,10 @@ class Variant:
     """A way to build the harness.
 
     Attributes:
-        name: what its figures are called.
-        macros: of csrc/cuda/multi_token_loss.cu.
-        options: of the harness.
-        sources: where the kernels are.
+        name: name in the figures.
+        macros: macros of csrc/cuda/multi_token_loss.cu.
+        options: command-line options of the harness.
+        sources: folder of the kernels.
     """
 
     name: str
@@ -45,7 +48,7 @@ class Variant:
 
 
 def variant(loads: int, threads: int) -> Variant:
-    """Loads in flight and threads of a block."""
+    """Returns the variant with these loads in flight and threads in a block."""
     return Variant(f"{loads} loads, {threads} threads", {"MP_LOSS_AHEAD": loads, "MP_LOSS_THREADS": threads}, ("--small", "--brief"))
 
 
@@ -56,19 +59,19 @@ VARIANTS = [
 
 
 def build(each: Variant, folder: Path, arch: str) -> Path | str:
-    """The program, or what nvcc said."""
+    """Returns the compiled program, or the error message of nvcc."""
     program = folder / each.name.replace(", ", "_").replace(" ", "")
     macros = [f"-D{name}={value}" for name, value in each.macros.items()]
     command = ["nvcc", "-O3", "-std=c++17", f"-arch={arch}", *macros, "-I", each.sources, HERE / "loss_harness.cu", "-o", program]
     try:
         done = subprocess.run(command, capture_output=True, text=True)
     except FileNotFoundError:
-        return "there is no nvcc"
+        return "nvcc not found"
     return program if done.returncode == 0 else (done.stdout + done.stderr)[-1500:]
 
 
 def run(each: Variant, program: Path) -> tuple[int, list[dict[str, Any]]]:
-    """Exit code and figures; its lines are printed as they come."""
+    """Runs a program and prints its lines as they come; returns its exit code and figures."""
     figures = []
     command = ["timeout", "-k", "5", str(SECONDS), str(program), "--variant", each.name, *each.options]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
@@ -82,7 +85,7 @@ def run(each: Variant, program: Path) -> tuple[int, list[dict[str, Any]]]:
 
 
 def table(figures: list[dict[str, Any]]) -> str:
-    """A line for each figure: milliseconds, GB/s, share of the copy's GB/s at the same shape."""
+    """Returns a table of the figures: milliseconds, GB/s, and the share of a copy's GB/s at the same shape."""
     copies: dict[tuple[Any, Any], float] = {}
     for x in figures:
         if x["operator"] == "copy" and x["gb_per_second"]:
@@ -101,12 +104,12 @@ def table(figures: list[dict[str, Any]]) -> str:
 
 
 def main() -> int:
-    """Builds, checks, times, compares; 0 if every variant was right."""
+    """Builds, checks and times the variants; returns 0 if all were correct."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--baseline", type=Path, help="a folder of older kernels to compare with")
-    parser.add_argument("--arch", default="sm_90", help="what nvcc builds for")
-    parser.add_argument("--only", nargs="*", help="names of the variants to build")
-    parser.add_argument("--check-only", action="store_true", help="no times")
+    parser.add_argument("--baseline", type=Path, help="folder with other kernels to compare with, such as csrc/cuda of another commit")
+    parser.add_argument("--arch", default="sm_90", help="architecture for nvcc (default: sm_90)")
+    parser.add_argument("--only", nargs="*", help="names of the variants to build (default: all)")
+    parser.add_argument("--check-only", action="store_true", help="check the results without timing")
     args = parser.parse_args()
     variants = [x for x in VARIANTS if not args.only or x.name in args.only]
     if args.check_only:
@@ -114,19 +117,19 @@ def main() -> int:
     if args.baseline is not None:
         variants.insert(1, Variant("before", {}, ("--small", "--brief", "--by-size"), args.baseline.resolve()))
     if not has_gpu():
-        # One is enough to say so.
+        # One variant is enough to report the missing GPU.
         variants = variants[:1]
     failed, figures = False, []
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(len(variants)) as pool:
-        # The first runs while the others are still being built.
+        # The first variant runs while the others are being built.
         for each, building in [(x, pool.submit(build, x, Path(folder), args.arch)) for x in variants]:
             program = building.result()
             if isinstance(program, str):
-                print(f"{each.name} was not built: {program}", file=sys.stderr, flush=True)
+                print(f"cannot build {each.name}: {program}", file=sys.stderr, flush=True)
                 failed = True
                 continue
-            code, found = run(each, program)
-            figures += found
+            code, results = run(each, program)
+            figures += results
             if code == 2:
                 return 2
             if code != 0:

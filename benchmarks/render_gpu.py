@@ -1,13 +1,18 @@
 #!/usr/bin/env python
-"""Records what a GPU showed, and writes it into the documents.
+"""Records the results of benchmarks/on_gpu.py and writes them into the documents.
 
-    python benchmarks/render_gpu.py runs/on_gpu-first.tar.gz     unpacks into benchmarks/results/gpu-…, then writes the documents
-    python benchmarks/render_gpu.py                              writes the documents again from what is recorded
-    python benchmarks/render_gpu.py --check                      exit code 1 where the documents are not what the records say
+    python benchmarks/render_gpu.py runs/on_gpu-first.tar.gz
+        unpacks the archive into benchmarks/results/gpu-…, then writes the documents
+    python benchmarks/render_gpu.py
+        writes the documents again from the recorded results
+    python benchmarks/render_gpu.py --check
+        exits with code 1 if the documents differ from the records
 
-Figures, outcomes and plots of a call (benchmarks/on_gpu.py) become a folder of benchmarks/results, named by device, date, time and call.
-The tables in docs/performance.md and the sentence in README.md, each between two markers, are made from all calls on the device of the
-newest one; where two measured the same, the later one counts. Calls without a GPU, and those with tiny shapes, are not recorded.
+Figures, results and plots of a call become a folder in benchmarks/results, named
+by device, date, time and call. The tables in docs/performance.md and the
+sentence in README.md, each between two markers, contain all calls on the device
+of the newest call; of two measurements of the same thing the later one counts.
+Calls without a GPU or with tiny shapes are not recorded.
 """
 
 from __future__ import annotations
@@ -38,7 +43,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- gpu results: written by benchmarks/render_gpu.py -->", "<!-- end of gpu results -->"
 _CALL = re.compile(r"gpu-(.+)-(\d{4}-\d\d-\d\d-\d{6})-\w+$")
 KEPT = (".png",)
-"""Files beside figures and outcomes that are worth keeping in the repository; traces and logs are not."""
+"""Suffixes of further files that are kept in the repository; traces and logs are not kept."""
 KEYS = {
     "ceiling": ("name", "when"),
     "harness": ("variant", "operator", "rows", "vocab", "patch_size", "dtype"),
@@ -49,33 +54,33 @@ KEYS = {
     "run": ("step", "name", "seed"),
     "machine": ("date",),
 }
-"""What tells a figure from others of its kind."""
+"""Fields that identify a figure among others of its kind."""
 
 
 def record_call(archive: Path, results: Path = RESULTS) -> Path:
-    """Unpacks a call's archive into a folder of its own among the results; returns that folder.
+    """Unpacks the archive of a call into a new folder of the results, and returns that folder.
 
     Raises:
-        SystemExit: the archive is damaged, or not of a call that measured a GPU.
+        SystemExit: the archive is damaged, or its call did not measure a GPU.
     """
-    needed = "needed: an archive made by benchmarks/on_gpu.py"
+    needed = "needed: an archive written by benchmarks/on_gpu.py"
     with tempfile.TemporaryDirectory() as name:
         try:
-            # All of it first, which checks its sum: a damaged archive may still unpack.
+            # Decompresses everything first, which verifies the checksum: a damaged archive may still unpack.
             with tarfile.open(fileobj=io.BytesIO(gzip.decompress(archive.read_bytes()))) as packed:
                 packed.extractall(name, filter="data")
         except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
             raise SystemExit(f"{archive}: {error}; {needed}") from None
-        found = sorted(Path(name).glob("*/call.json"))
-        if not found or not found[0].with_name("steps.json").is_file():
-            raise SystemExit(f"{archive} holds no call.json and steps.json; {needed}")
-        source = found[0].parent
-        call = json.loads(found[0].read_text(encoding="utf-8"))
+        call_files = sorted(Path(name).glob("*/call.json"))
+        if not call_files or not call_files[0].with_name("steps.json").is_file():
+            raise SystemExit(f"{archive} contains no call.json and steps.json; {needed}")
+        source = call_files[0].parent
+        call = json.loads(call_files[0].read_text(encoding="utf-8"))
         if call["tiny"]:
-            raise SystemExit(f"{archive} is of a call with tiny shapes, which measures nothing; {needed} without --tiny")
+            raise SystemExit(f"{archive} is from a call with tiny shapes, which is not a measurement; {needed} without --tiny")
         gpus = [figure["gpu"] for figure in read_figures(source / "figures.jsonl") if figure["kind"] == "machine" and figure.get("gpu")]
         if not gpus:
-            raise SystemExit(f"{archive} does not say on which GPU it was made: its step `device` did not pass")
+            raise SystemExit(f"{archive} does not record on which GPU it was made: its step `device` did not pass; repeat the call")
         device = re.sub(r"[^a-z0-9]+", "-", gpus[-1].lower()).strip("-")
         began = datetime.fromisoformat(call["began"])
         target = results / f"gpu-{device}-{began:%Y-%m-%d-%H%M%S}-{call['name'].partition('-')[0]}"
@@ -90,47 +95,47 @@ def record_call(archive: Path, results: Path = RESULTS) -> Path:
 
 
 def newest_calls(results: Path = RESULTS) -> list[Path]:
-    """All recorded calls on the device of the newest one, in the order in which they were made."""
+    """Returns all recorded calls on the device of the newest one, oldest first."""
     calls = [(match[2], match[1], path) for path in results.glob("gpu-*") if (match := _CALL.match(path.name))]
     device = max(calls, default=("", "", Path()))[1]
     return [path for _, its_device, path in sorted(calls) if its_device == device]
 
 
 def latest(figures: Iterable[Figure]) -> dict[str, list[Figure]]:
-    """Kind -> its figures, each the last that was recorded of what it measures."""
-    found: dict[str, dict[tuple[Any, ...], Figure]] = {}
+    """Returns figures by kind; of several with the same key, the last one recorded."""
+    by_kind: dict[str, dict[tuple[Any, ...], Figure]] = {}
     for figure in figures:
         kind = figure["kind"]
         names = KEYS.get(kind)
-        of_kind = found.setdefault(kind, {})
+        of_kind = by_kind.setdefault(kind, {})
         key = (len(of_kind),) if names is None else tuple(str(figure.get(name)) for name in names)
         of_kind[key] = figure
-    return {kind: list(of_kind.values()) for kind, of_kind in found.items()}
+    return {kind: list(of_kind.values()) for kind, of_kind in by_kind.items()}
 
 
 def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table in Markdown."""
+    """Returns a table in Markdown."""
     lines = [f"| {' | '.join(columns)} |", f"|{' --- |' * len(columns)}"]
     return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)]) + "\n"
 
 
 def number(value: Any, form: str = ".3g") -> str:
-    """A number, or a dash where there is none."""
+    """Returns a formatted number, or a dash for None."""
     return "-" if value is None else format(value, form)
 
 
 def percent(value: Any) -> str:
-    """A share as percent."""
+    """Returns a share in percent, or a dash for None."""
     return "-" if value is None else f"{value:.0%}"
 
 
 def ratio(value: Any, other: Any) -> float | None:
-    """The first over the second, or None where one is missing."""
+    """Returns the first value over the second, or None if one is missing."""
     return value / other if value and other else None
 
 
 def machine_line(figures: dict[str, list[Figure]]) -> str:
-    """Machine, software and dates in one sentence."""
+    """Returns machine, software and dates in one sentence."""
     facts = figures["machine"][-1]
     parts = [f"one {facts['gpu']}", *([f"driver {facts['driver']}"] if facts.get("driver") else [])]
     parts += [f"torch {facts['torch']}", f"Python {facts['python']}", *(f"{k} {v}" for k, v in facts.get("libraries", {}).items())]
@@ -138,25 +143,25 @@ def machine_line(figures: dict[str, list[Figure]]) -> str:
 
 
 def dates_of(figures: dict[str, list[Figure]]) -> str:
-    """The date of the calls, or the first and the last one."""
+    """Returns the date of the calls, or the first and the last one."""
     dates = sorted(figure["date"] for figure in figures["machine"])
     return dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
 
 
 def outcome_text(steps: Sequence[dict[str, Any]]) -> str:
-    """What the steps of all calls came to."""
+    """Returns the table of the steps of all calls."""
     rows = [(entry["call"], f"`{entry['name']}`", entry["status"], f"{entry['seconds']:.0f}") for entry in steps]
     return markdown_table(["call", "step", "result", "s"], rows)
 
 
 def ceiling_text(figures: Sequence[Figure]) -> str:
-    """The machine's limits."""
+    """Returns the table of the machine's ceilings."""
     rows = [(figure["name"], number(figure["value"], ",.0f"), str(figure.get("when") or figure.get("step") or "")) for figure in figures]
     return markdown_table(["ceiling", "measured", "when"], rows)
 
 
 def kernel_text(figures: Sequence[Figure]) -> str:
-    """One table for each operator: milliseconds of each peer, over ours at the same size."""
+    """Returns one table per operator: milliseconds of each peer, and their ratio to ours at the same size."""
     parts = []
     for operator in dict.fromkeys(figure["operator"] for figure in figures):
         mine = [figure for figure in figures if figure["operator"] == operator]
@@ -184,13 +189,13 @@ def kernel_text(figures: Sequence[Figure]) -> str:
                 )
             )
         unit = "TFLOP/s" if any("tflop_per_second" in figure for figure in mine) else "GB/s"
-        columns = ["V", "H", "K", "dtype", "peer", "forward + backward, ms", "× ours", unit, "of ceiling", "peak MB", "error"]
+        columns = ["V", "H", "K", "dtype", "peer", "forward + backward, ms", "time / ours", unit, "share of ceiling", "peak MB", "error"]
         parts.append(f"`{operator}`, N = {mine[0]['rows']:,}:\n\n{markdown_table(columns, rows)}")
     return "\n".join(parts)
 
 
 def harness_text(figures: Sequence[Figure]) -> str:
-    """Variants of the kernels, without torch."""
+    """Returns the table of the kernel variants, which run without torch."""
     rows = [
         (
             figure["variant"],
@@ -207,14 +212,14 @@ def harness_text(figures: Sequence[Figure]) -> str:
 
 
 def within_text(ratios: Sequence[float | None], what: str, allowed: float) -> str:
-    """How many of some ratios of planned to measured are as near to 1 as they are meant to be."""
+    """Returns how many ratios of planned to measured values are within the allowed distance of 1."""
     known = [value for value in ratios if value is not None]
     near = sum(1 - allowed <= value <= 1 + allowed for value in known)
     return f"{near} of {len(known)} {what} within {allowed:.0%}"
 
 
 def training_text(figures: Sequence[Figure]) -> str:
-    """Steps of training, measured and planned."""
+    """Returns the table of training steps, measured and planned."""
     rows = [
         (
             figure["variant"],
@@ -238,12 +243,12 @@ def training_text(figures: Sequence[Figure]) -> str:
     peaks = [ratio(figure.get("planned_memory_gib"), figure["memory_gib"]) for figure in figures]
     within = f"{within_text(times, 'step times', 0.3)}; {within_text(peaks, 'peaks of memory', 0.1)}."
     size = number(first.get("parameters"), ",.0f")
-    head = f"{size} parameters, T = {first['seq_length']:,}, {first['micro_batches']} micro-batches a step:\n\n"
-    return f"{head}{markdown_table([*columns, 'peak GiB', 'planned / peak'], rows)}\nAgainst the plan: {within}\n"
+    head = f"{size} parameters, T = {first['seq_length']:,}, {first['micro_batches']} micro-batches per step:\n\n"
+    return f"{head}{markdown_table([*columns, 'peak GiB', 'planned / peak'], rows)}\nCompared with the plan: {within}\n"
 
 
 def profile_text(figures: Sequence[Figure]) -> str:
-    """The kernels that take the most time."""
+    """Returns tables of the kernels that take the most time."""
     parts = []
     for figure in figures:
         rows = [
@@ -258,7 +263,7 @@ def profile_text(figures: Sequence[Figure]) -> str:
 
 
 def attention_text(figures: Sequence[Figure]) -> str:
-    """Attention by backend."""
+    """Returns the table of attention backends."""
     rows = [
         (
             figure["backend"],
@@ -268,11 +273,11 @@ def attention_text(figures: Sequence[Figure]) -> str:
         )
         for figure in figures
     ]
-    return markdown_table(["backend", "forward + backward, ms", "TFLOP/s", "what torch picks"], rows)
+    return markdown_table(["backend", "forward + backward, ms", "TFLOP/s", "chosen by torch"], rows)
 
 
 def run_text(figures: Sequence[Figure]) -> str:
-    """Runs on text; those that differ in their seed alone are one row, with the mean and the spread of their losses."""
+    """Returns tables of runs on text; runs that differ only in their seed are one row with mean and spread of their losses."""
     parts = []
     for step in dict.fromkeys(figure.get("step") for figure in figures):
         mine = [figure for figure in figures if figure.get("step") == step]
@@ -296,24 +301,24 @@ def run_text(figures: Sequence[Figure]) -> str:
             )
         data = mine[0].get("data") or {}
         text = f" on {data['tokens'] / 1e6:.1f}M tokens of {', '.join(data['text'])}" if data else ""
-        columns = ["run", "K", "seeds", "tokens, M", "cost, M tokens of token level", "steps", "held-out loss at K = 1", "s", "ended"]
+        columns = ["run", "K", "seeds", "tokens, M", "cost, M tokens at token level", "steps", "held-out loss at K = 1", "s", "ended"]
         parts.append(f"{number(mine[0].get('parameters'), ',.0f')} parameters{text}:\n\n{markdown_table(columns, rows)}")
     return "\n".join(parts)
 
 
 SECTIONS: tuple[tuple[str, str, Callable[[Sequence[Figure]], str]], ...] = (
-    ("ceiling", "The machine's limits", ceiling_text),
-    ("kernel", "Operators against their peers", kernel_text),
+    ("ceiling", "Ceilings of the machine", ceiling_text),
+    ("kernel", "Operators and their peers", kernel_text),
     ("harness", "Variants of the loss kernel, without torch", harness_text),
-    ("training", "Steps of training", training_text),
-    ("profile", "Where a step's time goes", profile_text),
+    ("training", "Training steps", training_text),
+    ("profile", "Time of a step by kernel", profile_text),
     ("attention", "Attention by backend", attention_text),
     ("run", "Real text, at equal cost", run_text),
 )
 
 
 def load(calls: Sequence[Path]) -> tuple[dict[str, list[Figure]], list[dict[str, Any]]]:
-    """Figures by kind, and the outcomes of all steps, of some calls."""
+    """Returns the figures by kind and the results of all steps of some calls."""
     figures = latest(figure for call in calls for figure in read_figures(call / "figures.jsonl"))
     steps = [
         {**entry, "call": " ".join(call.name.split("-")[-2:][::-1])}
@@ -324,9 +329,9 @@ def load(calls: Sequence[Path]) -> tuple[dict[str, list[Figure]], list[dict[str,
 
 
 def results_text(calls: Sequence[Path]) -> str:
-    """All tables, for docs/performance.md."""
+    """Returns all tables, for docs/performance.md."""
     if not calls:
-        return "No call on a GPU is recorded yet; no figure of one is quoted.\n"
+        return "No results from a GPU are recorded yet.\n"
     figures, steps = load(calls)
     records = ", ".join(f"`{call.relative_to(ROOT)}`" for call in calls if call.is_relative_to(ROOT))
     parts = [f"Measured on {machine_line(figures)} Records: {records}.\n"]
@@ -337,11 +342,11 @@ def results_text(calls: Sequence[Path]) -> str:
 
 
 def readme_text(calls: Sequence[Path]) -> str:
-    """One sentence for the README."""
+    """Returns one sentence for the README."""
     if not calls:
-        return "No figure from a GPU is recorded yet; one call measures all of them ([performance](docs/performance.md#on-a-gpu)).\n"
+        return "No results from a GPU are recorded yet; one command measures them ([performance](docs/performance.md#on-a-gpu)).\n"
     figures, _ = load(calls)
-    said = []
+    sentences = []
     for figure in figures.get("kernel", []):
         ours = figure["operator"] == "multi_token_loss" and figure["peer"].startswith("ours, loss and gradient")
         if ours and figure["patch_size"] == 4 and figure["vocab"] > 100_000:
@@ -351,29 +356,29 @@ def readme_text(calls: Sequence[Path]) -> str:
             ]
             against = f", the papers' code {papers[-1]['forward_backward_ms']:.1f}" if papers else ""
             shape = f"N = {figure['rows']:,}, V = {figure['vocab']:,}"
-            said.append(f"loss and gradient of four labels take {figure['forward_backward_ms']:.2f} ms{against} ({shape})")
+            sentences.append(f"loss and gradient of four labels take {figure['forward_backward_ms']:.2f} ms{against} ({shape})")
     steps = [figure for figure in figures.get("training", []) if figure.get("mfu")]
     if steps:
         best = max(steps, key=lambda figure: figure["mfu"])
         size = f"{best['parameters'] / 1e9:.1f}B"
-        said.append(f"a model of {size} parameters trains at {best['mfu']:.0%} MFU ({best['variant']}, {best['stage']} stage)")
-    text = f": {'; '.join(said)}" if said else ""
+        sentences.append(f"a model of {size} parameters trains at {best['mfu']:.0%} MFU ({best['variant']}, {best['stage']} stage)")
+    text = f": {'; '.join(sentences)}" if sentences else ""
     link = "[performance](docs/performance.md#on-a-gpu)"
     return f"Measured on one {figures['machine'][-1]['gpu']}, {dates_of(figures)}{text} ({link}).\n"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Records and writes; returns the exit code."""
+    """Records archives and writes the documents; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("archives", nargs="*", type=Path, help="made by benchmarks/on_gpu.py")
-    parser.add_argument("--check", action="store_true", help="write nothing; fail where the documents differ from the records")
+    parser.add_argument("archives", nargs="*", type=Path, help="archives written by benchmarks/on_gpu.py")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if the documents differ from the records")
     args = parser.parse_args(argv)
     if args.check and args.archives:
-        parser.error("--check writes nothing; record archives without it")
+        parser.error("--check records nothing; give archives without --check")
     failed = False
     for archive in args.archives:
         try:
-            print(f"recorded: {record_call(archive).relative_to(ROOT)}")
+            print(f"recorded {record_call(archive).relative_to(ROOT)}")
         except SystemExit as error:
             print(error, file=sys.stderr)
             failed = True
@@ -387,9 +392,9 @@ def main(argv: list[str] | None = None) -> int:
         stale.append(name)
         if not args.check:
             document.write_text(after, encoding="utf-8")
-            print(f"written: {name}")
+            print(f"wrote {name}")
     if args.check and stale:
-        print(f"not what the records say: {', '.join(stale)}; run python benchmarks/render_gpu.py", file=sys.stderr)
+        print(f"differs from the records: {', '.join(stale)}; run python benchmarks/render_gpu.py", file=sys.stderr)
         return 1
     return int(failed)
 

@@ -1,8 +1,10 @@
 #!/usr/bin/env python
-"""How long training waits for a checkpoint, written in its way and beside it: python benchmarks/saving.py [--hidden 512] [--steps 16]
+"""Measures how long training waits for synchronous and asynchronous checkpoints.
 
-Trains a model of some 50 million parameters for some steps in each way, in turn, saving every so many, and reads the records that the
-runs left: the stall, the whole duration, and what a step took while a file was being written.
+python benchmarks/saving.py [--hidden 512] [--steps 16]
+
+Trains a model of about 50 million parameters in both modes and reads the
+metrics of the runs: the stall, the duration of a save, and the time of a step.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def make_corpus(prefix: Path) -> str:
-    """Random tokens, enough for any run here."""
+    """Writes random tokens, enough for any run here, and returns the prefix."""
     with IndexedDatasetWriter(str(prefix), np.dtype(np.uint16)) as writer:
         tokens = np.random.default_rng(0).integers(0, 32000, 2_000_000).astype(np.uint16)
         writer.append(tokens, np.full(2000, 1000))
@@ -36,13 +38,17 @@ def make_corpus(prefix: Path) -> str:
 
 
 def run(folder: Path, corpus: str, args: argparse.Namespace, flags: list[str]) -> list[dict[str, Any]]:
-    """Trains, and returns the records."""
+    """Trains one run and returns its metrics records.
+
+    Raises:
+        SystemExit: the run failed.
+    """
     hidden = args.hidden
     tokens = args.steps * 2 * 32
-    words = f"""--num-layers {args.layers} --hidden-size {hidden} --num-attention-heads 8 --ffn-hidden-size {hidden * 8 // 3 // 64 * 64}
+    model = f"""--num-layers {args.layers} --hidden-size {hidden} --num-attention-heads 8 --ffn-hidden-size {hidden * 8 // 3 // 64 * 64}
         --vocab-size 32000 --seq-length 32 --micro-batch-size 2 --global-batch-size 2 --train-tokens {tokens} --split 100,0,0 --lr 1e-4
         --save-interval {args.interval} --keep-last 1 --log-interval 1000 --zero-stage 1""".split()
-    command = [sys.executable, str(ROOT / "pretrain_gpt_patch.py"), *words, "--data-path", corpus, "--save", str(folder), *flags]
+    command = [sys.executable, str(ROOT / "pretrain_gpt_patch.py"), *model, "--data-path", corpus, "--save", str(folder), *flags]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -53,26 +59,26 @@ def run(folder: Path, corpus: str, args: argparse.Namespace, flags: list[str]) -
 def main() -> None:
     """Measures and prints a line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hidden", type=int, default=512)
-    parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--steps", type=int, default=16)
-    parser.add_argument("--interval", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--hidden", type=int, default=512, help="hidden size (default: 512)")
+    parser.add_argument("--layers", type=int, default=6, help="blocks (default: 6)")
+    parser.add_argument("--steps", type=int, default=16, help="steps per run (default: 16)")
+    parser.add_argument("--interval", type=int, default=8, help="steps between checkpoints (default: 8)")
+    parser.add_argument("--rounds", type=int, default=2, help="runs per mode (default: 2)")
     args = parser.parse_args()
-    ways: dict[str, list[str]] = {"synchronous": [], "asynchronous": ["--async-save"]}
-    found: dict[str, list[dict[str, Any]]] = {way: [] for way in ways}
+    modes: dict[str, list[str]] = {"synchronous": [], "asynchronous": ["--async-save"]}
+    records_by_mode: dict[str, list[dict[str, Any]]] = {mode: [] for mode in modes}
     with tempfile.TemporaryDirectory() as temporary:
         corpus = make_corpus(Path(temporary) / "corpus")
         for number in range(args.rounds):
-            for way, flags in ways.items():
-                found[way] += run(Path(temporary) / f"{way}-{number}", corpus, args, flags)
+            for mode, flags in modes.items():
+                records_by_mode[mode] += run(Path(temporary) / f"{mode}-{number}", corpus, args, flags)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     result: dict[str, Any] = {**measure.machine(device), "options": vars(args)}
-    for way, records in found.items():
-        # The last save has no step behind it that could hide it.
+    for mode, records in records_by_mode.items():
+        # No step overlaps the last save.
         saves = [record for record in records if record["type"] == "save" and record["step"] < args.steps]
         steps = [record["step_seconds"] for record in records if record["type"] == "step" and record["step"] > 2]
-        result[way] = {
+        result[mode] = {
             "mib": round(saves[0]["bytes"] / 2**20),
             "stall_seconds": round(statistics.median(record["stall_seconds"] for record in saves), 3),
             "whole_seconds": round(statistics.median(record["seconds"] for record in saves), 3),

@@ -1,18 +1,25 @@
 #!/usr/bin/env python
-"""A step of training at 1.3B parameters, patches and tokens: MFU, peak memory and time against the plan, and where the time goes.
+"""Measures training steps at 1.3B parameters: MFU, memory, time, profile.
 
-    python benchmarks/step.py --variant compiled            24 x 2048, T = 2048, bfloat16, ZeRO 1, one rank; by default K = 4, then 1
+    python benchmarks/step.py --variant compiled
+        24 x 2048, T = 2048, bfloat16, ZeRO 1, one rank; K = 4, then K = 1
     python benchmarks/step.py --variant eager --steps 4 --no-profile
-    python benchmarks/step.py --tiny                        the same course with a tiny model, on any machine
+    python benchmarks/step.py --tiny
+        a tiny model, on any machine
 
-The run is in this process and writes no checkpoint. Both stages have the same positions a step; their first steps, in which code is
-compiled and memory is found, do not count; a step's time is from one moment at which the GPU has done all its work to the next. Figures
-are recorded when a stage has them. "planned" is what the plan (tools/plan.py) expects, from copies, products and attention measured here
-beforehand, and for memory without and with the allocator's allowance beside what is allocated and reserved. After the measured steps of a
-stage two more run under torch's profiler; its traces go to the folder that RESULTS names, or to runs/.
+The run is in this process and writes no checkpoint. Both stages have the same
+positions per step. The first steps of a stage, which compile code and allocate
+memory, do not count. The time of a step is that between two moments at which
+the GPU has finished all work. Figures are recorded at the end of each stage.
+"planned" is the prediction of tools/plan.py from the speed of copies, products
+and attention measured before; planned memory without and with the allocator's
+allowance corresponds to allocated and reserved memory. After the measured steps
+of a stage, two more run under torch's profiler; the traces go to the folder
+named by RESULTS, or to runs/.
 
-The exit code is 1 where a stage was not measured, as in a run that was told to stop, or a loss is not finite; 2 where the model is too
-large for a machine without a GPU.
+The exit code is 1 if a stage was not measured (for example because the run was
+stopped) or a loss is not finite; 2 if the model is too large for a machine
+without a GPU.
 """
 
 from __future__ import annotations
@@ -51,23 +58,29 @@ TINY |= {"steps": 3, "warm_up": 1}
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--variant", choices=("eager", "compiled"), default="eager", help="blocks as they are, or compiled")
-    parser.add_argument("--layers", type=count_from_one, default=24, help="blocks of the model")
-    parser.add_argument("--hidden", type=count_from_one, default=2048, help="width of the model")
-    parser.add_argument("--heads", type=count_from_one, default=16, help="attention heads of a block")
-    parser.add_argument("--ffn", type=count_from_one, default=5504, help="width inside the feed-forward layers")
-    parser.add_argument("--vocab", type=count_from_one, default=32_000, help="ids of the vocabulary")
-    parser.add_argument("--seq-length", type=count_from_one, default=2048, help="positions of a sample, patches or tokens")
-    parser.add_argument("--micro-batch-size", type=count_from_one, default=8, help="samples of a micro-batch")
-    parser.add_argument("--micro-batches", type=count_from_one, default=4, help="micro-batches of a step")
-    parser.add_argument("--steps", type=count_from_one, default=8, help="steps of each stage that count")
-    parser.add_argument("--warm-up", type=int, default=3, help="steps of each stage that do not count")
-    parser.add_argument("--patch-size", type=count_from_one, default=4, help="K, tokens of a patch")
-    parser.add_argument("--stages", nargs="+", choices=("patch", "token"), default=["patch", "token"], help="what runs, in this order")
-    parser.add_argument("--no-profile", action="store_true", help="leave the profiled steps out")
-    parser.add_argument("--flags", default="", help="more flags of pretrain_gpt_patch.py, such as --flags='--operators plain'")
-    parser.add_argument("--name", default=None, help="called so in the figures; by default the variant")
-    parser.add_argument("--tiny", action="store_true", help="a tiny model in place of all sizes above")
+    parser.add_argument("--variant", choices=("eager", "compiled"), default="eager", help="eager or compiled blocks (default: eager)")
+    parser.add_argument("--layers", type=count_from_one, default=24, help="blocks of the model (default: 24)")
+    parser.add_argument("--hidden", type=count_from_one, default=2048, help="hidden size (default: 2048)")
+    parser.add_argument("--heads", type=count_from_one, default=16, help="attention heads (default: 16)")
+    parser.add_argument("--ffn", type=count_from_one, default=5504, help="width of the feed-forward layers (default: 5504)")
+    parser.add_argument("--vocab", type=count_from_one, default=32_000, help="vocabulary (default: 32000)")
+    parser.add_argument("--seq-length", type=count_from_one, default=2048, help="positions per sample (default: 2048)")
+    parser.add_argument("--micro-batch-size", type=count_from_one, default=8, help="samples per micro-batch (default: 8)")
+    parser.add_argument("--micro-batches", type=count_from_one, default=4, help="micro-batches per step (default: 4)")
+    parser.add_argument("--steps", type=count_from_one, default=8, help="measured steps of each stage (default: 8)")
+    parser.add_argument("--warm-up", type=int, default=3, help="steps of each stage before the measured ones (default: 3)")
+    parser.add_argument("--patch-size", type=count_from_one, default=4, help="K of the patch stage (default: 4)")
+    parser.add_argument(
+        "--stages",
+        nargs="+",
+        choices=("patch", "token"),
+        default=["patch", "token"],
+        help="stages to run, in this order (default: patch token)",
+    )
+    parser.add_argument("--no-profile", action="store_true", help="do not profile")
+    parser.add_argument("--flags", default="", help="further flags of pretrain_gpt_patch.py, such as --flags='--operators plain'")
+    parser.add_argument("--name", default=None, help="name in the figures (default: the variant)")
+    parser.add_argument("--tiny", action="store_true", help="use a tiny model in place of all sizes above")
     args = parser.parse_args(argv)
     if args.tiny:
         vars(args).update(TINY)
@@ -75,7 +88,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def flags(args: argparse.Namespace, folder: Path) -> list[str]:
-    """The run as flags of pretrain_gpt_patch.py; writes its data."""
+    """Writes random data and returns the flags of the run."""
     sizes = [args.patch_size if stage == "patch" else 1 for stage in args.stages]
     steps = args.warm_up + args.steps + (0 if args.no_profile else PROFILED)
     model = {"num-layers": args.layers, "hidden-size": args.hidden, "num-attention-heads": args.heads, "ffn-hidden-size": args.ffn}
@@ -89,13 +102,13 @@ def flags(args: argparse.Namespace, folder: Path) -> list[str]:
 
 
 class Meter(Callback):
-    """Measures each stage of a run and records it at once.
+    """Callback that measures each stage of a run and records it at its end.
 
     Args:
-        args: of the command line.
-        trainer: of the run.
-        seconds: that the plan expects of a step, by stage.
-        memory: (without, with the allocator's allowance) in GiB that the plan expects, by stage.
+        args: the parsed command line.
+        trainer: trainer of the run.
+        seconds: planned seconds of a step, by stage.
+        memory: planned memory in GiB (without, with the allocator's allowance), by stage.
     """
 
     def __init__(
@@ -114,24 +127,24 @@ class Meter(Callback):
 
     def _begin_stage(self) -> None:
         self._times, self._losses = [], []
-        self._forget_peak()
+        self._reset_peak()
         self._last = time.perf_counter()
 
-    def _forget_peak(self) -> None:
+    def _reset_peak(self) -> None:
         if self._device.type == "cuda":
             self._synchronize()
             torch.cuda.reset_peak_memory_stats(self._device)
 
     def on_start(self, record: RunStart) -> None:
-        """The first stage begins."""
+        """Begins the first stage."""
         self._begin_stage()
 
     def on_switch(self, record: SwitchRecord) -> None:
-        """The next one does."""
+        """Begins the next stage."""
         self._begin_stage()
 
     def on_step(self, record: StepRecord) -> None:
-        """Counts a step, and records what the stage has reached."""
+        """Times a step, and records the stage after its last measured step."""
         self._synchronize()
         now = time.perf_counter()
         self._times.append(now - self._last)
@@ -139,8 +152,8 @@ class Meter(Callback):
         print(f"{record.stage} step {len(self._times)}: {self._times[-1]:.3f} s, loss {record.loss:.4f}", flush=True)
         measured = self._args.warm_up + self._args.steps
         if len(self._times) == self._args.warm_up:
-            # What compilation tries out takes memory, too.
-            self._forget_peak()
+            # Compilation allocates memory for its trials, which does not count.
+            self._reset_peak()
         if len(self._times) == measured:
             self._record_stage(record)
             if not self._args.no_profile:
@@ -197,7 +210,7 @@ class Meter(Callback):
         variant = self._args.name or self._args.variant
         figures = profile.figures()
         record("profile", variant=variant, stage=stage, steps=PROFILED, **figures)
-        print(f"{stage}, {PROFILED} steps: {figures['wall_ms']:.1f} ms, {figures['busy_share']:.1%} of them with a kernel running")
+        print(f"{stage}, {PROFILED} steps: {figures['wall_ms']:.1f} ms, a kernel running {figures['busy_share']:.1%} of the time")
         rows = [[row["name"][:100], f"{row['cuda_ms']:.2f}", f"{row['share']:.1%}", f"{row['calls']:,}"] for row in figures["rows"]]
         print_table(f"{variant}, {stage}: kernels", ["name", "ms", "share", "calls"], rows)
         folder = Path(os.environ.get("RESULTS") or ROOT / "runs")
@@ -206,7 +219,7 @@ class Meter(Callback):
 
 
 def show(rows: list[dict[str, Any]]) -> None:
-    """Prints figures of stages."""
+    """Prints the results of stages."""
     lines = []
     for row in rows:
         mfu = f"{row['mfu']:.1%}" if row["mfu"] else "-"
@@ -215,31 +228,31 @@ def show(rows: list[dict[str, Any]]) -> None:
         cells = [f"{row['step_seconds']:.3f}", f"{row['planned_seconds']:.3f}", ratio, f"{row['tokens_per_second']:,.0f}"]
         cells += [f"{row['tflops']:.4g}", mfu, f"{row['memory_gib']:.1f}", f"{row['planned_memory_gib']:.1f}", " to ".join(losses)]
         lines.append([f"{row['variant']}, {row['stage']}, K = {row['patch_size']}", *cells])
-    heads = ["stage", "step, s", "planned", "over it", "tokens/s", "TFLOP/s", "MFU", "GiB", "planned", "loss"]
-    print_table("Steps of training", heads, lines)
+    heads = ["stage", "step, s", "planned", "step / planned", "tokens/s", "TFLOP/s", "MFU", "GiB", "planned", "loss"]
+    print_table("Training steps", heads, lines)
     sys.stdout.flush()
 
 
-def what_is_missing(stages: Sequence[str], rows: Sequence[dict[str, Any]]) -> str | None:
-    """Why a run has not measured what it was asked to, or None where it has.
+def incomplete_reason(stages: Sequence[str], rows: Sequence[dict[str, Any]]) -> str | None:
+    """Returns why a run has not measured all stages, or None if it has.
 
     Args:
-        stages: that were asked for, in their order.
-        rows: figures of those that were measured.
+        stages: stages to measure, in their order.
+        rows: results of the stages that were measured.
     """
     if not rows:
-        return "no stage was measured: the run ended before that"
+        return "no stage was measured: the run ended too early"
     if missing := stages[len(rows) :]:
-        return f"not measured, as the run ended before that: {', '.join(missing)}"
+        return f"not measured because the run ended too early: {', '.join(missing)}"
     sick = [row["stage"] for row in rows if not all(loss is not None and math.isfinite(loss) for loss in row["losses"])]
     return f"a loss is not finite: {', '.join(sick)}" if sick else None
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measures, and returns 1 where a stage was not measured or a loss is not finite."""
+    """Measures; returns 1 if a stage was not measured or a loss is not finite."""
     args = parse(argv)
     if not torch.cuda.is_available() and not args.tiny and args.hidden * args.layers > 4096:
-        print("no GPU: on a CPU give --tiny, or a smaller model (--layers, --hidden)", file=sys.stderr)
+        print("no GPU found; give --tiny, or a smaller model with --layers and --hidden", file=sys.stderr)
         return 2
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
@@ -251,7 +264,7 @@ def main(argv: list[str] | None = None) -> int:
         for name, value in limits.items():
             record("ceiling", name=name, value=value, unit="GB/s" if "gb" in name else "TFLOP/s", when="before")
         print(
-            f"ceilings after {time.perf_counter() - began:.1f} s: { ({name: round(value, 1) for name, value in limits.items()}) }",
+            f"ceilings measured after {time.perf_counter() - began:.1f} s: { ({name: round(value, 1) for name, value in limits.items()}) }",
             flush=True,
         )
         if device.type == "cuda":
@@ -263,20 +276,20 @@ def main(argv: list[str] | None = None) -> int:
         seconds = planned_seconds(run, settings, hardware)
         meters: list[Meter] = []
 
-        def listeners(trainer: Trainer) -> list[Callback]:
+        def make_callbacks(trainer: Trainer) -> list[Callback]:
             print(f"the trainer is ready after {time.perf_counter() - began:.1f} s", flush=True)
             meters.append(Meter(args, trainer, seconds, memory))
             return list(meters)
 
-        train(run, settings, listeners)
+        train(run, settings, make_callbacks)
     rows = meters[0].rows if meters else []
     if rows:
         show(rows)
-    print(f"{time.perf_counter() - began:.1f} s in all")
+    print(f"total time {time.perf_counter() - began:.1f} s")
     if rows and not args.tiny:
         write_results(f"step-{args.name or args.variant}", device, {"settings": vars(args), "ceilings": limits, "rows": rows})
-    if (missing := what_is_missing(args.stages, rows)) is not None:
-        print(missing, file=sys.stderr)
+    if (reason := incomplete_reason(args.stages, rows)) is not None:
+        print(reason, file=sys.stderr)
         return 1
     return 0
 

@@ -1,10 +1,12 @@
 #!/usr/bin/env python
-"""How long a rank takes from opening a corpus to its first micro-batch, and how much memory, on corpora that are only pretended.
+"""Measures time and memory from opening a corpus to the first micro-batch.
 
-python benchmarks/stream_start.py prints a table and writes benchmarks/results/stream_start-*.json. The corpora are sparse files, whose
-sizes and ends are real and whose tokens are all 0. Each start is a process of its own, which does what a training run does: open, check
-the vocabulary, cut the stages, take the fingerprint, make the first micro-batch of a patch stage. Importing Python's packages comes
-before and is told by itself.
+python benchmarks/stream_start.py prints a table and writes
+benchmarks/results/stream_start-*.json. The corpora are sparse files of real
+size whose tokens are all 0. Each start is a separate process that does what a
+training run does: open the corpus, check the vocabulary, divide it among the
+stages, compute the fingerprint, make the first micro-batch of a patch stage.
+The import of Python packages is measured separately.
 """
 
 from __future__ import annotations
@@ -23,13 +25,13 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 
 
-def pretend(prefix: Path, tokens: int, documents: int) -> str:
-    """Writes a dataset of uint16 tokens that holds nothing but its size: the files are as sparse as the file system can make them.
+def write_sparse_dataset(prefix: Path, tokens: int, documents: int) -> str:
+    """Writes a dataset of uint16 tokens as sparse files, and returns its prefix.
 
     Args:
         prefix: path without .bin and .idx.
-        tokens: all 0.
-        documents: of equal length, but for the last; only the index' ends are written.
+        tokens: number of tokens, all 0.
+        documents: number of documents of equal length except the last; only the ends of the index arrays are written.
     """
     length = tokens // documents
     last = tokens - length * (documents - 1)
@@ -52,7 +54,7 @@ def _resident_megabytes() -> float:
 
 
 def start(word: str, rank: int, ranks: int, step: int) -> dict[str, float]:
-    """One rank's start in this process: seconds, CPU seconds and megabytes up to its first micro-batch."""
+    """Starts one rank in this process; returns seconds, CPU seconds and megabytes up to its first micro-batch."""
     began = time.perf_counter()
     from megatron_patch.data.collate import DocumentMasking
     from megatron_patch.data.corpus import check_vocabulary, open_corpus
@@ -79,17 +81,19 @@ def start(word: str, rank: int, ranks: int, step: int) -> dict[str, float]:
 
 
 def start_alone(word: str, rank: int, ranks: int, step: int = 0) -> dict[str, float]:
-    """The same in a process of its own."""
+    """Runs `start` in a separate process."""
     command = [sys.executable, str(Path(__file__).resolve()), "--start", word, str(rank), str(ranks), str(step)]
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
-    found: dict[str, float] = json.loads(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
-    return found
+    measured: dict[str, float] = json.loads(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
+    return measured
 
 
 def main(argv: Sequence[str]) -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", help="for the pretended corpora; on a file system with sparse files of 2 TB")
+    parser.add_argument(
+        "--folder", help="folder for the corpora, on a file system that allows sparse files of 2 TB (default: a temporary one)"
+    )
     args = parser.parse_args(argv)
     sys.path.insert(0, str(ROOT))
     import torch
@@ -100,10 +104,10 @@ def main(argv: Sequence[str]) -> None:
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         for tokens, documents, shards in ((10**9, 10**6, 1), (10**12, 10**9, 1), (10**12, 10**9, 1000)):
             for shard in range(shards):
-                pretend(Path(folder) / f"{tokens}-{shards}-{shard:04d}", tokens // shards, documents // shards)
+                write_sparse_dataset(Path(folder) / f"{tokens}-{shards}-{shard:04d}", tokens // shards, documents // shards)
             for rank, step in ((0, 0), (1023, 9_999)):
-                found = start_alone(f"{folder}/{tokens}-{shards}-*", rank, 1024, step)
-                rows.append({"tokens": tokens, "documents": documents, "shards": shards, "rank": rank, "step": step, **found})
+                measured = start_alone(f"{folder}/{tokens}-{shards}-*", rank, 1024, step)
+                rows.append({"tokens": tokens, "documents": documents, "shards": shards, "rank": rank, "step": step, **measured})
     names = ("tokens", "documents", "shards", "rank", "step", "seconds", "cpu_seconds", "megabytes", "import_seconds", "import_megabytes")
     shown = [[f"{row[name]:.3g}" if isinstance(row[name], float) else f"{row[name]:,}" for name in names] for row in rows]
     print_table("From opening to the first micro-batch", [name.replace("_", " ") for name in names], shown)

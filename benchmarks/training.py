@@ -1,12 +1,14 @@
 #!/usr/bin/env python
-"""How fast whole training steps are: patches beside tokens, fused beside plain operators, and a bare loop over Hugging Face's Llama.
+"""Measures training steps: patches and tokens, plain, fused and compiled.
 
-    python benchmarks/training.py                one device, at the size that docs/performance.md quotes for it
+    python benchmarks/training.py                one device, at the size of docs/performance.md
     python benchmarks/training.py --hidden 2048 --layers 24 --seq-length 2048 --micro-batch-size 2
 
-Each variant is a run in a process of its own, over random tokens and without checkpoints; its figures are the medians of its metrics
-behind the first steps. benchmarks/layouts.py measures both stages of a run for a given configuration and layout.
-"tokens / bare loop" is what a user sees: tokens of text a second beside the loop that everybody writes first.
+Each variant is a separate run over random tokens without checkpoints. Results
+are medians over the steps after the first three. The baseline is a minimal
+token-level training loop over Hugging Face's Llama; "tokens / bare loop" is the
+throughput in tokens/s relative to it. benchmarks/layouts.py measures both
+stages of a run for a configuration and a layout.
 """
 
 from __future__ import annotations
@@ -33,38 +35,44 @@ from megatron_patch.engine.environment import free_port
 from megatron_patch.model.flops import peak_flops
 from megatron_patch.training.callbacks.metrics import read_metrics
 
-SKIPPED = 3
+SKIPPED_STEPS = 3
 BARE = "bare loop, Hugging Face"
 Row = dict[str, Any]
 
 
 def parse() -> argparse.Namespace:
-    """Reads the command line; sizes by default are those of a GPU or of a CPU."""
+    """Reads the command line; the default sizes depend on whether there is a GPU."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cuda = torch.cuda.is_available()
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if cuda else "cpu")
-    parser.add_argument("--layers", type=int, default=24 if cuda else 4)
-    parser.add_argument("--hidden", type=int, default=1024 if cuda else 256)
-    parser.add_argument("--heads", type=int, default=16 if cuda else 4)
-    parser.add_argument("--ffn", type=int, default=2752 if cuda else 688)
-    parser.add_argument("--vocab", type=int, default=32_000 if cuda else 8192)
-    parser.add_argument("--seq-length", type=int, default=2048 if cuda else 256)
-    parser.add_argument("--micro-batch-size", type=int, default=8 if cuda else 4)
-    parser.add_argument("--steps", type=int, default=20 if cuda else 10)
-    parser.add_argument("--patch-sizes", type=int, nargs="+", default=[4])
+    parser.add_argument(
+        "--device", choices=("cuda", "cpu"), default="cuda" if cuda else "cpu", help="device (default: cuda if there is a GPU)"
+    )
+    parser.add_argument("--layers", type=int, default=24 if cuda else 4, help="blocks")
+    parser.add_argument("--hidden", type=int, default=1024 if cuda else 256, help="hidden size")
+    parser.add_argument("--heads", type=int, default=16 if cuda else 4, help="attention heads")
+    parser.add_argument("--ffn", type=int, default=2752 if cuda else 688, help="width of the feed-forward layers")
+    parser.add_argument("--vocab", type=int, default=32_000 if cuda else 8192, help="vocabulary")
+    parser.add_argument("--seq-length", type=int, default=2048 if cuda else 256, help="positions per sample")
+    parser.add_argument("--micro-batch-size", type=int, default=8 if cuda else 4, help="samples per micro-batch")
+    parser.add_argument("--steps", type=int, default=20 if cuda else 10, help="steps of each variant")
+    parser.add_argument("--patch-sizes", type=int, nargs="+", default=[4], help="K of the patch variants (default: 4)")
     parser.add_argument("--bare-loop", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def model_flags(args: argparse.Namespace) -> list[str]:
-    """The model as flags."""
+    """Returns the flags of the model."""
     values = {"num-layers": args.layers, "hidden-size": args.hidden, "num-attention-heads": args.heads, "ffn-hidden-size": args.ffn}
     values |= {"vocab-size": args.vocab, "seq-length": args.seq_length, "micro-batch-size": args.micro_batch_size}
     return [word for name, value in values.items() for word in (f"--{name}", str(value))]
 
 
 def run_ours(args: argparse.Namespace, patch_size: int, *more: str) -> Row:
-    """A run of the program at one patch size: one micro-batch a step, so that batches differ as micro-batches do."""
+    """Runs the program at one patch size, with one micro-batch per step, and returns its results.
+
+    Raises:
+        RuntimeError: the run failed.
+    """
     sample = args.micro_batch_size * args.seq_length * patch_size
     with tempfile.TemporaryDirectory() as folder:
         write_corpus(Path(folder) / "x", args.vocab, sample * (args.steps + 2))
@@ -85,7 +93,7 @@ def run_ours(args: argparse.Namespace, patch_size: int, *more: str) -> Row:
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)}\n{done.stdout[-3000:]}{done.stderr[-3000:]}")
         records = list(read_metrics(Path(folder) / "metrics.jsonl"))
-    steps = [record for record in records if record["type"] == "step"][SKIPPED:]
+    steps = [record for record in records if record["type"] == "step"][SKIPPED_STEPS:]
     seconds = statistics.median(record["step_seconds"] for record in steps)
     return {
         "tokens_per_second": sample / seconds,
@@ -96,7 +104,7 @@ def run_ours(args: argparse.Namespace, patch_size: int, *more: str) -> Row:
 
 
 def environment(args: argparse.Namespace) -> dict[str, str]:
-    """One rank, as a launcher would set it."""
+    """Returns the environment of a single rank, as a launcher sets it."""
     return {
         **os.environ,
         "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}",
@@ -110,7 +118,7 @@ def environment(args: argparse.Namespace) -> dict[str, str]:
 
 
 def bare_loop(args: argparse.Namespace) -> None:
-    """Token-level training as everybody writes it first: Hugging Face's Llama, its own loss, AdamW; prints a JSON line."""
+    """Runs a minimal token-level training loop (Hugging Face's Llama, its loss, AdamW) and prints its results as JSON."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     device = torch.device(args.device)
@@ -137,14 +145,18 @@ def bare_loop(args: argparse.Namespace) -> None:
         if device.type == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - began)
-    rate = args.micro_batch_size * args.seq_length / statistics.median(times[SKIPPED:])
+    rate = args.micro_batch_size * args.seq_length / statistics.median(times[SKIPPED_STEPS:])
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     memory = (torch.cuda.max_memory_allocated() if device.type == "cuda" else resident) / 2**30
     print(json.dumps({"tokens_per_second": rate, "positions_per_second": rate, "memory_gib": memory}))
 
 
 def run_bare_loop(args: argparse.Namespace) -> Row:
-    """The bare loop in a process of its own."""
+    """Runs the bare loop in a separate process and returns its results.
+
+    Raises:
+        RuntimeError: the process failed.
+    """
     done = subprocess.run(
         [sys.executable, __file__, *sys.argv[1:], "--bare-loop"], env=environment(args), capture_output=True, text=True, check=False
     )
@@ -154,7 +166,7 @@ def run_bare_loop(args: argparse.Namespace) -> Row:
 
 
 def main() -> int:
-    """Measures and prints, and returns 1 where a variant failed."""
+    """Measures and prints; returns 1 if a variant failed."""
     args = parse()
     if args.bare_loop:
         bare_loop(args)
@@ -162,8 +174,8 @@ def main() -> int:
     wanted: dict[str, Callable[[], Row]] = {BARE: lambda: run_bare_loop(args)}
     for patch_size in (1, *args.patch_sizes):
         kind = "tokens" if patch_size == 1 else f"patches of {patch_size}"
-        for more, words in ((", plain operators", ("--operators", "plain")), ("", ()), (", compiled", ("--compile",))):
-            wanted[kind + more] = functools.partial(run_ours, args, patch_size, *words)
+        for more, flags in ((", plain operators", ("--operators", "plain")), ("", ()), (", compiled", ("--compile",))):
+            wanted[kind + more] = functools.partial(run_ours, args, patch_size, *flags)
     variants: dict[str, Row] = {}
     for name, work in wanted.items():
         try:

@@ -1,7 +1,4 @@
-"""Every benchmark's command that is written down somewhere is one that its program takes, and a peer that fails costs its own line.
-
-Those for a GPU run where nobody watches.
-"""
+"""Every documented command of a benchmark is accepted by its program, and a peer that fails affects only its own rows."""
 
 from __future__ import annotations
 
@@ -23,11 +20,11 @@ import torch
 ROOT = Path(__file__).parent.parent
 SOURCES = [*sorted((ROOT / "benchmarks").glob("*.*")), *sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md"]
 PROGRAMS = "kernels|layouts|training"
-"""Those with flags."""
+"""Programs with flags."""
 
 
 def commands() -> list[str]:
-    """What follows "python" on a line of its own in a docstring or between backticks in a document; and the steps of the GPU's schedule."""
+    """Commands on lines of docstrings, between backticks in documents, and in the steps of the GPU schedule."""
     found = set()
     for path in SOURCES:
         if path.suffix in (".py", ".sh", ".md"):
@@ -37,7 +34,7 @@ def commands() -> list[str]:
 
 
 def scheduled() -> set[str]:
-    """The commands of these programs in the schedule for a GPU."""
+    """Commands of these programs in the GPU schedule."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(ROOT / "benchmarks"))
         steps = importlib.import_module("on_gpu")
@@ -51,11 +48,11 @@ def test_commands_are_found():
 
 
 @pytest.mark.parametrize("line", commands())
-def test_a_written_command_is_taken(line, monkeypatch, capsys):
+def test_a_documented_command_is_accepted(line, monkeypatch, capsys):
     script, *words = shlex.split(line)
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     module = importlib.import_module(Path(script).stem)
-    # Help comes when all words before it have been understood.
+    # Help is printed after all flags before it have been parsed.
     monkeypatch.setattr(sys, "argv", [script, *words, "--help"])
     with pytest.raises(SystemExit) as end:
         module.main()
@@ -110,7 +107,7 @@ def lines(tmp_path, kind):
     return [line for line in found if line["kind"] == kind]
 
 
-def test_a_peer_that_raises_dies_or_hangs_costs_its_own_line(tmp_path):
+def test_a_peer_that_raises_dies_or_hangs_affects_only_its_own_rows(tmp_path):
     names = ["hangs", "dies", "raises", "good"]
     given = [f"{name}=some_peers:{name}" for name in names]
     process = start(tmp_path, "--jobs", "4", "--peer-seconds", "5", "--peer", *given)
@@ -122,14 +119,14 @@ def test_a_peer_that_raises_dies_or_hangs_costs_its_own_line(tmp_path):
     failed = {line["peer"]: line["error"] for line in lines(tmp_path, "kernel_failed")}
     assert set(failed) == set(names[:-1])
     assert failed["raises"] == "RuntimeError: no such shape" and "SIGSEGV" in failed["dies"]
-    assert failed["hangs"] == "killed: its turn took more than 5 s"
-    assert all(name in printed.split("failed, left out")[1] for name in failed)
+    assert failed["hangs"] == "killed: its use of the device took more than 5 s"
+    assert all(name in printed.split("failed, skipped")[1] for name in failed)
     assert [line["when"] for line in lines(tmp_path, "ceiling")] == ["before"] * 3 + ["after"] * 3
     (results,) = (tmp_path / "results").glob("*.json")
     assert [row["peer"] for row in json.loads(results.read_text())["rows"]] == [line["peer"] for line in figures]
 
 
-def test_figures_remain_and_no_child_does_where_the_parent_is_killed(tmp_path):
+def test_a_killed_parent_leaves_its_figures_and_no_child(tmp_path):
     process = start(tmp_path, "--jobs", "3", "--peer", "hangs=some_peers:hangs")
     deadline = time.monotonic() + 200
     while not (tmp_path / "hanging").exists() or not (tmp_path / "hanging").read_text():
@@ -152,26 +149,26 @@ def test_our_own_failure_fails_the_run(tmp_path):
     assert any(line["peer"].startswith("ours") for line in lines(tmp_path, "kernel_failed"))
 
 
-def test_what_the_budget_did_not_reach_is_called_so(tmp_path):
+def test_peers_beyond_the_budget_are_not_reached(tmp_path):
     process = start(tmp_path, "--budget", "0.2")
     printed = process.communicate(timeout=200)[0]
     assert process.returncode == 1 and printed.endswith("\none of our operators was not reached in time\n"), printed
 
 
-def test_the_last_line_says_which_of_three_reasons_holds(module, tmp_path):
-    kernels, turns = module("kernels"), module("_turns")
+def test_the_last_line_names_the_reason_of_the_failure(module, tmp_path):
+    kernels, access = module("kernels"), module("_device_access")
     peers = module("_peers")
     jobs = {"ours": ("loss", peers.Peer("ours", list, ours=True)), "theirs": ("loss", peers.Peer("theirs", list))}
 
     def wrong(*failures, **figure):
         collector = kernels.Collector(None, jobs, tmp_path)
         for name, reason in failures:
-            collector.failed(turns.Job(name, ()), {"kind": "kernel_failed", "peer": name, "error": reason})
+            collector.failed(access.Job(name, ()), {"kind": "kernel_failed", "peer": name, "error": reason})
         if figure:
-            collector.heard(turns.Job("theirs", ()), {"figure": {"kind": "kernel_failed", "peer": "theirs", "error": "x", **figure}})
-        return collector.what_is_wrong()
+            collector.on_message(access.Job("theirs", ()), {"figure": {"kind": "kernel_failed", "peer": "theirs", "error": "x", **figure}})
+        return collector.failure_reason()
 
-    late, failure = f"{turns.NOT_REACHED} the budget of 3 s", "RuntimeError: no"
+    late, failure = f"{access.NOT_REACHED} the budget of 3 s", "RuntimeError: no"
     assert wrong() is None and wrong(("theirs", failure), ("ceilings", late)) is None
     assert wrong(("ours", late)) == "one of our operators was not reached in time"
     assert wrong(("ours", failure), ("ours", late)).startswith("one of our operators failed; ")
@@ -189,7 +186,7 @@ def test_the_last_line_says_which_of_three_reasons_holds(module, tmp_path):
         ("--budget=-3", "--budget: '-3' (allowed: numbers above 0)"),
         ("--budget nan", "--budget: 'nan' (allowed: numbers above 0)"),
         ("--peer-seconds 0", "--peer-seconds: '0' (allowed: numbers above 0)"),
-        ("--device cuda", "no GPU: give --device cpu"),
+        ("--device cuda", "no GPU found; give --device cpu"),
     ],
 )
 def test_a_command_that_cannot_be_measured_is_refused_at_once(words, error, module, monkeypatch, capsys):
@@ -204,90 +201,101 @@ def test_a_command_that_cannot_be_measured_is_refused_at_once(words, error, modu
 def test_a_signal_waits_until_torch_has_been_imported(module, monkeypatch, capsys):
     kernels = module("kernels")
     monkeypatch.setattr(kernels.signal, "signal", lambda *_: None)
-    ending = kernels.ExitReport()
+    handler = kernels.SignalHandler()
 
     def imported(name):
-        ending._on_signal(signal.SIGTERM, None)
+        handler._on_signal(signal.SIGTERM, None)
         print("imported")
 
     monkeypatch.setattr(kernels.importlib, "import_module", imported)
     with pytest.raises(SystemExit) as end:
-        ending.import_torch()
-    said = capsys.readouterr()
-    assert end.value.code == 143 and said.out == "imported\n" and "ended by SIGTERM" in said.err
+        handler.import_torch()
+    printed = capsys.readouterr()
+    assert end.value.code == 143 and printed.out == "imported\n" and "ended by SIGTERM" in printed.err
     with pytest.raises(SystemExit) as end:
-        kernels.ExitReport()._on_signal(signal.SIGINT, None)
+        kernels.SignalHandler()._on_signal(signal.SIGINT, None)
     assert end.value.code == 130
 
 
 CHILD = """
     import json, sys, time
     from pathlib import Path
-    from _turns import Turns
+    from _device_access import DeviceAccess
 
     name, log, plan = sys.argv[1], sys.argv[2], sys.argv[3].split()
-    turns = Turns(int(sys.argv[4]), int(sys.argv[5]))
+    access = DeviceAccess(int(sys.argv[4]), int(sys.argv[5]))
     for how in plan:
-        if how in ("shared", "alone", "last"):
-            answer = turns.ask(how)
+        if how in ("shared", "exclusive", "last"):
+            grant = access.acquire(how)
             with open(log, "a") as file:
                 file.write(name + " " + how + chr(10))
         elif how == "meet":
-            # Goes on when another is in its turn at the same time.
+            # Continues when another child has access at the same time.
             Path(f"{log}-{name}").touch()
-            while len(list(Path(log).parent.glob("turns-*"))) < 2:
+            while len(list(Path(log).parent.glob("grants-*"))) < 2:
                 time.sleep(0.01)
         elif how == "sleep":
             time.sleep(1000)
         elif how == "leave":
-            print("why it leaves")
+            print("its last line")
             sys.exit(0)
-        elif how == "answer":
-            turns.tell(answer=answer)
-    turns.tell(done=True)
+        elif how == "report":
+            access.send(grant=grant)
+    access.send(done=True)
 """
 
 
-def take_turns(tmp_path, module, plans, urgent=(), limit=60.0, budget=None):
-    """What children with such plans did: their turns in order, how each ended, what they told."""
-    turns = module("_turns")
+def run_children(tmp_path, module, plans, urgent=(), limit=60.0, budget=None):
+    """Runs children with these plans; returns their accesses in order, how each ended, and their messages."""
+    access = module("_device_access")
     script = tmp_path / "child.py"
     script.write_text(textwrap.dedent(CHILD))
-    log = tmp_path / "turns"
-    jobs = [turns.Job(name, (sys.executable, str(script), name, str(log), plan), name in urgent) for name, plan in plans.items()]
-    ends, heard = {}, {}
+    log = tmp_path / "grants"
+    jobs = [access.Job(name, (sys.executable, str(script), name, str(log), plan), name in urgent) for name, plan in plans.items()]
+    ends, messages = {}, {}
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "benchmarks")}
-    turns.run(
+    access.run(
         jobs,
         tmp_path,
         environment,
         at_once=4,
         limit=limit,
         budget=budget,
-        heard=lambda job, message: heard.setdefault(job.name, message),
-        ended=lambda job, reason: ends.setdefault(job.name, reason),
-        answer={"limits": 3},
+        on_message=lambda job, message: messages.setdefault(job.name, message),
+        on_end=lambda job, reason: ends.setdefault(job.name, reason),
+        grant={"limits": 3},
         began=time.monotonic(),
     )
-    return log.read_text().split("\n")[:-1] if log.exists() else [], ends, heard
+    return log.read_text().split("\n")[:-1] if log.exists() else [], ends, messages
 
 
-def test_urgent_turns_come_first_shared_ones_together_and_the_last_one_last(tmp_path, module):
-    plans = {"first": "alone answer last", "ours": "alone", "a": "shared meet alone", "b": "shared meet alone", "c": "alone"}
-    turns, ends, heard = take_turns(tmp_path, module, plans, urgent=("first", "ours"))
-    assert turns[:2] == ["first alone", "ours alone"] and turns[-1] == "first last"
-    assert sorted(turns[2:-1]) == ["a alone", "a shared", "b alone", "b shared", "c alone"]
-    assert ends == dict.fromkeys(plans) and heard == {"first": {"answer": {"limits": 3}}}
+def test_urgent_access_comes_first_shared_access_together_and_the_last_one_last(tmp_path, module):
+    plans = {
+        "first": "exclusive report last",
+        "ours": "exclusive",
+        "a": "shared meet exclusive",
+        "b": "shared meet exclusive",
+        "c": "exclusive",
+    }
+    grants, ends, messages = run_children(tmp_path, module, plans, urgent=("first", "ours"))
+    assert grants[:2] == ["first exclusive", "ours exclusive"] and grants[-1] == "first last"
+    assert sorted(grants[2:-1]) == ["a exclusive", "a shared", "b exclusive", "b shared", "c exclusive"]
+    assert ends == dict.fromkeys(plans) and messages == {"first": {"grant": {"limits": 3}}}
 
 
-def test_a_turn_that_takes_too_long_ends_and_so_does_all_but_the_last_one_with_the_budget(tmp_path, module):
-    plans = {"hangs": "alone sleep", "leaves": "alone leave", "next": "alone"}
-    turns, ends, _ = take_turns(tmp_path, module, plans, urgent=tuple(plans), limit=2.0)
-    early = "ended early, with exit code 0: why it leaves"
-    assert ends == {"hangs": "killed: its turn took more than 2 s", "leaves": early, "next": None}
-    assert turns == ["hangs alone", "leaves alone", "next alone"]
-    plans = {"first": "alone last", "hangs": "alone sleep", "waits": "alone", **{f"more-{number}": "alone" for number in range(3)}}
-    _, ends, _ = take_turns(tmp_path, module, plans, urgent=("first", "hangs"), budget=4.0)
+def test_the_limit_ends_a_long_access_and_the_budget_ends_all_but_the_last_one(tmp_path, module):
+    plans = {"hangs": "exclusive sleep", "leaves": "exclusive leave", "next": "exclusive"}
+    grants, ends, _ = run_children(tmp_path, module, plans, urgent=tuple(plans), limit=2.0)
+    early = "ended early with exit code 0: its last line"
+    assert ends == {"hangs": "killed: its use of the device took more than 2 s", "leaves": early, "next": None}
+    assert grants == ["hangs exclusive", "leaves exclusive", "next exclusive"]
+    plans = {
+        "first": "exclusive last",
+        "hangs": "exclusive sleep",
+        "waits": "exclusive",
+        **{f"more-{number}": "exclusive" for number in range(3)},
+    }
+    _, ends, _ = run_children(tmp_path, module, plans, urgent=("first", "hangs"), budget=4.0)
     assert ends["first"] is None and ends["hangs"] == "stopped at the end of the budget of 4 s"
     assert {ends[name] for name in plans if name not in ("first", "hangs")} == {"not reached in the budget of 4 s"}
 

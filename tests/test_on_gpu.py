@@ -1,4 +1,4 @@
-"""The schedule for a GPU: steps that hang, die or end early, a budget, what is packed, and what the documents say of it."""
+"""The GPU schedule: steps that hang, die or end early, the budget, the archive, and the tables in the documents."""
 
 from __future__ import annotations
 
@@ -47,14 +47,19 @@ def run(modules, folder, steps, budget=60.0):
     return outcomes, names, text.getvalue(), packed
 
 
-def test_a_step_that_hangs_dies_or_fails_costs_itself_alone(modules, tmp_path):
+def test_a_step_that_hangs_dies_or_fails_affects_no_other(modules, tmp_path):
     left = tmp_path / "left"
     steps = [
         {"name": "hangs", "command": f"trap '' TERM; echo begun; (sleep 600; touch {left}) & sleep 600", "limit": 1},
         {"name": "dies", "command": "echo last words; kill -9 $$", "limit": 20},
         {"name": "fails", "command": "echo why >&2; exit 3", "limit": 20, "needs": ("dies", "no such step")},
         {"name": "leaves", "command": "sleep 601 & echo done", "limit": 20},
-        {"name": "works", "command": 'echo 1 >"$RESULTS/one.png"; echo "{\\"kind\\": \\"x\\"}" >>"$FIGURES"', "limit": 20, "gpu": "alone"},
+        {
+            "name": "works",
+            "command": 'echo 1 >"$RESULTS/one.png"; echo "{\\"kind\\": \\"x\\"}" >>"$FIGURES"',
+            "limit": 20,
+            "gpu": "exclusive",
+        },
     ]
     began = time.monotonic()
     outcomes, names, text, packed = run(modules, tmp_path, steps)
@@ -73,12 +78,12 @@ def test_a_step_that_hangs_dies_or_fails_costs_itself_alone(modules, tmp_path):
     # Nothing of what they left is alive: their processes hold these numbers as arguments.
     commands = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()]
     assert not any(command in (b"sleep\x00600\x00", b"sleep\x00601\x00") for command in commands)
-    for word in ("timed out", "failed, died of SIGKILL", "failed, exit code 3", "passed", "last words", "why"):
+    for word in ("timed out", "failed, killed by SIGKILL", "failed, exit code 3", "passed", "last words", "why"):
         assert word in text
     assert all(len(line) <= 80 for line in text.splitlines())
 
 
-def test_what_the_budget_leaves_no_time_for_is_not_reached(modules, tmp_path):
+def test_steps_beyond_the_budget_are_not_reached(modules, tmp_path):
     steps = [
         {"name": "long", "command": "echo $STEP_SECONDS seconds; sleep 60", "limit": 60, "least": 1},
         {"name": "too late", "command": "true", "limit": 60, "least": 5},
@@ -92,12 +97,12 @@ def test_what_the_budget_leaves_no_time_for_is_not_reached(modules, tmp_path):
     assert outcomes["long"]["last_lines"][0] == "2 seconds", "what is left of the budget"
 
 
-def test_what_is_timed_has_the_gpu_for_itself_and_cpus_work_alongside(modules, tmp_path):
+def test_a_measurement_has_exclusive_use_of_the_gpu_while_cpu_work_runs(modules, tmp_path):
     span = "date +%s.%N >>$RESULTS/span; sleep 1; date +%s.%N >>$RESULTS/span"
     steps = [
         {"name": "test-1", "command": span, "limit": 20},
         {"name": "test-2", "command": span, "limit": 20},
-        {"name": "timed", "command": span, "limit": 20, "gpu": "alone"},
+        {"name": "timed", "command": span, "limit": 20, "gpu": "exclusive"},
         {"name": "test-3", "command": span, "limit": 20},
         {"name": "processors", "command": span, "limit": 20, "gpu": "none"},
     ]
@@ -132,7 +137,7 @@ def test_tests_that_were_all_skipped_have_not_passed(modules, tmp_path):
     assert [outcome["status"] for outcome in outcomes.values()] == ["skipped", "passed"]
 
 
-def test_large_files_are_left_out_and_named(modules, tmp_path):
+def test_large_files_are_skipped_and_reported(modules, tmp_path):
     steps = [{"name": "writes", "command": "head -c 9000000 /dev/zero >$RESULTS/trace.json; echo 1 >$RESULTS/small", "limit": 20}]
     _, names, text, _ = run(modules, tmp_path, steps)
     assert "call/files/writes/small" in names and "call/files/writes/trace.json" not in names
@@ -148,8 +153,8 @@ def tiny_call(tmp_path_factory):
         for name, value in {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OUT": str(folder), "PYTHONPATH": str(ROOT)}.items():
             patch.setenv(name, value)
         module, schedule = importlib.import_module("on_gpu"), importlib.import_module("_schedule")
-        hangs = schedule.Step("hangs", "true", limit=0.5, gpu="alone", tiny="echo begun; sleep 600")
-        dies = schedule.Step("dies", "true", limit=9, gpu="alone", tiny="echo last words; kill -9 $$")
+        hangs = schedule.Step("hangs", "true", limit=0.5, gpu="exclusive", tiny="echo begun; sleep 600")
+        dies = schedule.Step("dies", "true", limit=9, gpu="exclusive", tiny="echo last words; kill -9 $$")
         steps = [hangs, *module.FIRST[:-2], dies, *module.FIRST[-2:]]
         patch.setattr(module, "FIRST", steps)
         code = module.main(["first", "study", "--tiny", "--output", str(folder / "runs")])
@@ -204,7 +209,7 @@ def test_a_step_is_measured_in_both_stages_without_a_checkpoint(tiny_call):
     assert not list(call.rglob("*.safetensors")) and not list(call.rglob("step-*/"))
 
 
-def test_attention_says_which_backend_torch_takes_and_goes_on_where_one_is_missing(tiny_call):
+def test_attention_names_the_backend_that_torch_chooses_and_continues_without_a_missing_one(tiny_call):
     _, call = tiny_call
     found = {figure["backend"]: figure for figure in figures_of(call, "attention")}
     assert list(found) == ["flash", "cudnn", "efficient", "math"]
@@ -369,25 +374,25 @@ def test_calls_that_measured_no_gpu_are_not_recorded(modules, tmp_path, monkeypa
     assert not (tmp_path / "results").exists()
 
 
-def test_the_documents_say_what_is_recorded(modules):
+def test_the_documents_match_the_records(modules):
     assert modules("render_gpu").main(["--check"]) == 0
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["lossy"], "lossy: no such step; allowed: first, second, "),
-        (["second", "--after", "nowhere.json"], "there is no such file"),
-        (["first", "--after", "nowhere.json"], "name second"),
+        (["second", "--after", "nowhere.json"], "no such file"),
+        (["first", "--after", "nowhere.json"], "add second"),
         (["--budget", "0"], "seconds above 0"),
         (["--budget", "nan"], "seconds above 0"),
-        (["--output", __file__], "this is a file"),
+        (["--output", __file__], "is a file"),
     ],
 )
-def test_wrong_words_are_named(modules, capsys, words, said):
+def test_wrong_arguments_are_reported(modules, capsys, words, message):
     with pytest.raises(SystemExit):
         modules("on_gpu").main(words)
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_the_second_call_repeats_what_did_not_pass_and_what_that_needs(modules, tmp_path):
@@ -406,7 +411,7 @@ def test_the_second_call_repeats_what_did_not_pass_and_what_that_needs(modules, 
     assert module.not_passed(tmp_path / "call.tar.gz") == ["text"]
     for wrong in ('{"a": 1}', "not json", "[1]"):
         after.write_text(wrong)
-        with pytest.raises(SystemExit, match="allowed: an earlier call's archive"):
+        with pytest.raises(SystemExit, match="allowed: the archive of an earlier call"):
             module.not_passed(after)
     runs = tmp_path / "runs"
     assert module.latest_call(runs) != runs / "first" / "steps.json"
@@ -416,10 +421,10 @@ def test_the_second_call_repeats_what_did_not_pass_and_what_that_needs(modules, 
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_what_runs_and_the_table_still_comes(tmp_path, number):
+def test_a_signal_ends_the_running_steps_and_the_table_is_printed(tmp_path, number):
     script = (
         "import sys, on_gpu; from _schedule import Step; "
-        "on_gpu.FIRST = [Step('sleeps', 'echo begun >$RESULTS/begun; sleep 602', 60), Step('never', 'true', 60, 'alone')]; "
+        "on_gpu.FIRST = [Step('sleeps', 'echo begun >$RESULTS/begun; sleep 602', 60), Step('never', 'true', 60, 'exclusive')]; "
         "sys.exit(on_gpu.main(['first']))"
     )
     environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'benchmarks'}:{ROOT}", "OUT": str(tmp_path)}
@@ -438,9 +443,9 @@ def test_a_signal_ends_what_runs_and_the_table_still_comes(tmp_path, number):
         assert "first/steps.json" in archive.getnames()
 
 
-def test_where_results_cannot_be_written_is_said_at_the_start(modules, tmp_path, monkeypatch, capsys):
+def test_unwritable_results_are_reported_at_the_start(modules, tmp_path, monkeypatch, capsys):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("OUT", str(tmp_path / "file" / "below"))
     monkeypatch.chdir(tmp_path)
     assert modules("on_gpu").main(["device", "--output", str(tmp_path / "runs")]) == 2
-    assert "the results cannot be written" in capsys.readouterr().err
+    assert "cannot write the results" in capsys.readouterr().err

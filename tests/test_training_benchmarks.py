@@ -1,4 +1,4 @@
-"""The training benchmarks run without a GPU, record what they measure at once, and a run that stops or fails costs itself alone."""
+"""The training benchmarks run without a GPU and record results at once; a run that stops or fails affects no other."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def run(tmp_path, script, *words):
     return done.returncode, figures, done.stdout + done.stderr
 
 
-def test_a_large_trace_is_cut_until_it_can_be_sent(tmp_path, module):
+def test_a_large_trace_is_shortened_to_the_limit(tmp_path, module):
     def profiled():
         profile = module("_profile").Profile(torch.device("cpu"))
         profile.start()
@@ -64,13 +64,13 @@ def test_overlaps_are_busy_once(module):
     assert module("_profile").union([]) == 0
 
 
-def test_a_run_on_text_that_fails_costs_itself_alone(tmp_path):
+def test_a_failed_run_on_text_affects_no_other(tmp_path):
     runs = tmp_path / "text" / "runs"
     runs.mkdir(parents=True)
     (runs / "patches-of-2-then-tokens").write_text("a file in the place of this run's folder")
     words = ("--tiny", "--output", tmp_path / "text", "--parallel", "3", "--patch-sizes", "4", "2")
     code, figures, output = run(tmp_path, "text_run.py", *words)
-    assert code == 1 and "patches of 2, then tokens ended with code 4" in output, output
+    assert code == 1 and "patches of 2, then tokens failed with exit code 4" in output, output
     runs = {figure["name"]: figure for figure in figures if figure["kind"] == "run"}
     patch, token = runs["patches of 4, then tokens"], runs["token level"]
     assert len(runs) == 2 and (patch["patch_sizes"], token["patch_sizes"]) == ([4, 1], [1])
@@ -81,7 +81,7 @@ def test_a_run_on_text_that_fails_costs_itself_alone(tmp_path):
 
 
 def test_a_stage_that_was_not_measured_is_named(module):
-    missing = module("step").what_is_missing
+    missing = module("step").incomplete_reason
     patch, token = {"stage": "patch", "losses": [2.0, 1.0]}, {"stage": "token", "losses": [2.0, None]}
     assert missing(["patch", "token"], []).startswith("no stage was measured")
     assert missing(["patch", "token"], [patch]).endswith(": token")
@@ -90,7 +90,7 @@ def test_a_stage_that_was_not_measured_is_named(module):
 
 
 @pytest.mark.parametrize("script", ["text_run", "study_run"])
-def test_a_text_that_is_not_there_is_named_at_once(script, module, capsys):
+def test_a_missing_text_is_reported_at_once(script, module, capsys):
     with pytest.raises(SystemExit) as end:
         module(script).parse(["--text", "nowhere.txt"])
     assert end.value.code == 2 and "argument --text: 'nowhere.txt': no such file" in capsys.readouterr().err
@@ -104,7 +104,7 @@ def test_counts_begin_at_one(script, flag, module, capsys):
 
 
 @pytest.mark.parametrize("script", ["step", "study_run", "text_run", "attention", "kernels"])
-def test_every_option_says_what_it_is(script, module, monkeypatch):
+def test_every_option_has_a_help_text(script, module, monkeypatch):
     added = []
     add = module("argparse").ArgumentParser.add_argument
 
@@ -142,17 +142,17 @@ def wait_for(path):
 
 
 @pytest.mark.parametrize("words, code", [([], 75), (["--deaf"], -9)], ids=["saves", "deaf"])
-def test_runs_on_text_that_are_told_to_stop_are_waited_for_and_no_other_begins(tmp_path, module, monkeypatch, words, code):
+def test_a_signal_waits_for_runs_on_text_and_starts_no_other(tmp_path, module, monkeypatch, words, code):
     text_run = module("text_run")
     (tmp_path / "pretrain_gpt_patch.py").write_text(textwrap.dedent(RUN))
-    for name, value in {"ROOT": tmp_path, "GRACE": 0.6, "TOLD": [], "UNDER_WAY": []}.items():
+    for name, value in {"ROOT": tmp_path, "GRACE_SECONDS": 0.6, "STOP_SIGNALS": [], "RUNNING": []}.items():
         monkeypatch.setattr(text_run, name, value)
     args = text_run.parse([])
     codes = []
     thread = threading.Thread(target=lambda: codes.append(text_run.run_arm(args, words, tmp_path / "log", None)))
     thread.start()
     wait_for(tmp_path / "ready")
-    text_run.tell_runs(signal.SIGTERM, None)
+    text_run.stop_runs(signal.SIGTERM, None)
     thread.join(timeout=30)
     assert codes == [code] and (tmp_path / "saved").exists() == (code == 75)
     assert text_run.run_arm(args, words, tmp_path / "another", None) is None and not (tmp_path / "another").exists()
@@ -199,7 +199,7 @@ def is_alive(process):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=lambda number: number.name)
-def test_a_study_that_is_ended_leaves_no_run_behind_and_says_what_they_have_reached_where_it_can(tmp_path, number):
+def test_a_stopped_study_leaves_no_run_behind_and_records_results_if_it_can(tmp_path, number):
     (tmp_path / "examples" / "replicate").mkdir(parents=True)
     # It ends at once, unlike its run.
     (tmp_path / "examples" / "replicate" / "study.py").write_text(textwrap.dedent(STUDY))

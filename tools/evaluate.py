@@ -1,10 +1,14 @@
 #!/usr/bin/env python
-"""Evaluates a checkpoint.
+"""Evaluates a checkpoint and prints the results as one line of JSON.
 
-python tools/evaluate.py --load CKPT --data-path PREFIX [--patch-size K]      held-out tokens
-python tools/evaluate.py --load CKPT --text FILE … [--patch-size K]           raw text: per token, byte and word
-python tools/evaluate.py --load CKPT --tasks hellaswag,arc_easy               lm-evaluation-harness
-deepspeed tools/evaluate.py --tensor-model-parallel-size 8 …                 on several GPUs, whatever layout wrote the checkpoint
+On a tokenized dataset:
+  python tools/evaluate.py --load CKPT --data-path PREFIX [--patch-size K]
+On raw text, per token, byte and word:
+  python tools/evaluate.py --load CKPT --text FILE … [--patch-size K]
+On tasks of lm-evaluation-harness:
+  python tools/evaluate.py --load CKPT --tasks hellaswag,arc_easy
+On several GPUs, independent of the layout that wrote the checkpoint:
+  deepspeed tools/evaluate.py --tensor-model-parallel-size 8 …
 """
 
 from __future__ import annotations
@@ -31,47 +35,56 @@ from megatron_patch.evaluation.text import read_documents, score_text
 from megatron_patch.evaluation.wikitext import detokenize
 from megatron_patch.model.inference_model import InferenceModel
 from megatron_patch.tokenizers.base import Tokenizer, tokenizer_of_checkpoint
-from megatron_patch.utils.units import parse_count
+from megatron_patch.utils.units import parse_count, plural
 
 
 def _parser() -> ArgumentParser:
     parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--load", required=True, help="a run's folder, or one of its step-N folders")
-    what = parser.add_argument_group("what (one of)").add_mutually_exclusive_group(required=True)
-    what.add_argument("--data-path", help="a dataset prefix")
-    what.add_argument("--text", nargs="+", help=".txt (one document) or .jsonl files, also compressed")
-    what.add_argument("--tasks", help="names with commas")
-    parser.add_argument("--patch-size", type=count_from_one, default=1, help="K; 1 is the token-level loss")
-    parser.add_argument("--seq-length", type=count_from_one, help="positions; by default the run's")
-    parser.add_argument("--micro-batch-size", type=count_from_one, default=8)
+    parser.add_argument("--load", required=True, help="folder of a run, or one of its step-N folders")
+    source = parser.add_argument_group("data (one of)").add_mutually_exclusive_group(required=True)
+    source.add_argument("--data-path", help="prefix of a tokenized dataset")
+    source.add_argument("--text", nargs="+", help="text files: .txt (one document), .jsonl or .parquet, also compressed")
+    source.add_argument("--tasks", help="names of tasks, separated by commas")
+    parser.add_argument("--patch-size", type=count_from_one, default=1, help="K; 1 measures the token loss (default: 1)")
+    parser.add_argument("--seq-length", type=count_from_one, help="positions per sample or window (default: that of the run)")
+    parser.add_argument("--micro-batch-size", type=count_from_one, default=8, help="samples per forward pass (default: 8)")
     parser.add_argument("--bf16", action="store_true", help="evaluate in bfloat16")
-    parser.add_argument("--tokenizer-type", help="by default what the training data's side file said")
-    parser.add_argument("--tokenizer-model")
+    parser.add_argument("--tokenizer-type", help="type of the tokenizer (default: that of the training data)")
+    parser.add_argument("--tokenizer-model", help="file or folder of the tokenizer (default: that of the training data)")
     add_layout(parser)
     tokens = parser.add_argument_group("tokens")
-    tokens.add_argument("--eval-tokens", default="all", help="how many tokens to read")
+    tokens.add_argument("--eval-tokens", default="all", help="number of tokens to read (default: all)")
     text = parser.add_argument_group("text")
-    text.add_argument("--json-key", default="text", help="key of the text in .jsonl files")
-    text.add_argument("--overlap", type=count, default=0, help="positions of context that a window shares with the one before")
-    text.add_argument("--detokenize", choices=["wikitext"], help="what the model reads: the text without WikiText's spaces between marks")
+    text.add_argument("--json-key", default="text", help="key of the text in .jsonl files (default: text)")
+    text.add_argument(
+        "--overlap", type=count, default=0, help="positions that a window shares with the previous one as context (default: 0)"
+    )
+    text.add_argument("--detokenize", choices=["wikitext"], help="remove WikiText's extra spaces before the model reads the text")
     text.add_argument(
         "--words",
         type=count_from_one,
-        help="words of the original, where the text has been detokenized; by default those between whitespace",
+        help="number of words of the original text, if the given text has been detokenized (default: words separated by whitespace)",
     )
     tasks = parser.add_argument_group("tasks")
-    tasks.add_argument("--task-data", type=Path, help="folder with the tasks' data sets, named as the hub names them")
-    tasks.add_argument("--task-path", type=Path, help="folder with more tasks as YAML files")
-    tasks.add_argument("--num-fewshot", type=count, help="by default each task's own number")
-    tasks.add_argument("--limit", type=count, help="documents of each task")
+    tasks.add_argument("--task-data", type=Path, help="folder with the datasets of the tasks, named as on the hub")
+    tasks.add_argument("--task-path", type=Path, help="folder with further tasks as YAML files")
+    tasks.add_argument("--num-fewshot", type=count, help="examples before each question (default: that of the task)")
+    tasks.add_argument("--limit", type=count, help="documents per task (default: all)")
     return parser
 
 
 def main(argv: list[str]) -> None:
-    """Runs the tool."""
+    """Runs the tool.
+
+    Raises:
+        ConfigError: a flag is wrong, or flags contradict each other.
+        DataError: the data or the tokenizer cannot be read.
+    """
     args = _parser().parse_args(argv)
     if args.tasks is not None and args.patch_size != 1:
-        raise ConfigError(f"--tasks with --patch-size {args.patch_size}", "1: tasks are asked token by token", "remove --patch-size")
+        raise ConfigError(
+            f"--tasks with --patch-size {args.patch_size}", "1, because tasks are scored token by token", "remove --patch-size"
+        )
     dtype = torch.bfloat16 if args.bf16 else torch.float32
     with open_model(args.load, dtype, args.tensor_model_parallel_size, args.pipeline_model_parallel_size) as loaded:
         result = _evaluate(args, loaded)
@@ -83,7 +96,9 @@ def _evaluate(args: argparse.Namespace, loaded: LoadedModel[InferenceModel]) -> 
     shape = loaded.model.shape
     positions = args.seq_length or int(loaded.options["seq_length"])
     if shape.position_embedding == "learned" and positions > shape.max_positions:
-        raise ConfigError(f"--seq-length {positions}", f"1 to {shape.max_positions}, the model's learned positions")
+        raise ConfigError(
+            f"--seq-length {positions}", f"1 to {shape.max_positions}, the learned positions of the model", "lower --seq-length"
+        )
     result = {"checkpoint": str(loaded.found.folder), "step": loaded.found.state.step, "seq_length": positions}
     if args.tasks is not None:
         return result | _tasks(args, loaded, positions)
@@ -117,7 +132,7 @@ def _tasks(args: argparse.Namespace, loaded: LoadedModel[InferenceModel], positi
 
 def _text(args: argparse.Namespace, loaded: LoadedModel[InferenceModel], positions: int) -> dict[str, Any]:
     if not 0 <= args.overlap < positions:
-        raise ConfigError(f"--overlap {args.overlap} with windows of {positions} positions", f"0 to {positions - 1}")
+        raise ConfigError(f"--overlap {args.overlap} with windows of {positions} positions", f"0 to {positions - 1}", "lower --overlap")
     documents = read_documents(args.text, args.json_key)
     rewrite = detokenize if args.detokenize == "wikitext" else str
     settings = (positions, args.patch_size, args.overlap, args.micro_batch_size)
@@ -152,7 +167,7 @@ def _tokens(args: argparse.Namespace, loaded: LoadedModel[InferenceModel], posit
     starts = held_out_starts((0, corpus.num_tokens), unit, args.patch_size, tokens)
     if len(starts) == 0:
         raise DataError(
-            f"{args.data_path} has {corpus.num_tokens} tokens, less than one sample of {unit} and {args.patch_size} more",
+            f"{args.data_path} has {plural(corpus.num_tokens, 'token')}, but one sample needs {unit + args.patch_size:,}",
             "at least one sample",
             "lower --seq-length or --patch-size",
         )

@@ -1,14 +1,17 @@
 #!/usr/bin/env python
-"""Plans a run before it is paid for: python tools/plan.py --config CONFIG.yaml --gpu H100 --world-size 64
+"""Predicts memory, time and cost of a run.
 
-Every flag of pretrain_gpt_patch.py may be given too, and wins over the file. Prints what each rank holds, what a step takes, what the run
-costs beside token-level training, how often to save, and, where the data is here, how often each stage reads each corpus. --json prints
-the same for scripts; --search ranks the layouts of --world-size devices that fit; --plot draws what K and λ do; --simulate runs the plan
-through failures and preemptions.
+python tools/plan.py --config CONFIG.yaml --gpu H100 --world-size 64
+
+Accepts every flag of pretrain_gpt_patch.py; a flag overrides the file. Prints
+the memory of each rank, the time of a step, the cost relative to token-level
+training and the best checkpoint interval. If the dataset exists, it also
+prints how often each stage reads each corpus.
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import sys
@@ -21,7 +24,7 @@ from megatron_patch.cli.command_line import ArgumentParser, run_tool
 from megatron_patch.config.parsing import parse
 from megatron_patch.config.resolve import resolve
 from megatron_patch.errors import ConfigError
-from megatron_patch.planning.hardware import TABLE, hardware
+from megatron_patch.planning.hardware import DEVICES, load_hardware
 from megatron_patch.planning.layout import layout_of
 from megatron_patch.planning.plan import make_plan
 from megatron_patch.planning.reliability import LLAMA3_DEVICE_HOURS, Interruptions, simulate
@@ -34,41 +37,52 @@ from megatron_patch.utils.console import make_console
 
 
 def arguments() -> ArgumentParser:
-    """The tool's own flags; the others are the run's."""
-    parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--gpu", default="H100", help=f"{', '.join(TABLE)}, or another with --ceilings")
-    parser.add_argument("--ceilings", type=Path, help="JSON of your own measured figures: matmul_efficiency, dollars_per_hour, …")
-    parser.add_argument("--world-size", type=int, default=8, help="devices")
-    parser.add_argument("--json", action="store_true", help="one JSON line instead of tables")
-    parser.add_argument("--search", action="store_true", help="rank the layouts that fit")
-    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw cost and device hours over K and λ")
-    parser.add_argument("--simulate", action="store_true", help="run through failures and preemptions")
-    parser.add_argument("--device-hours-per-failure", type=float, default=LLAMA3_DEVICE_HOURS, help="default: arXiv 2407.21783, table 5")
-    parser.add_argument("--preemptions-per-day", type=float, default=0.0)
-    parser.add_argument("--save-seconds", type=float, default=60.0, help="taken from training by a checkpoint")
-    parser.add_argument("--restart-seconds", type=float, default=600.0, help="from a failure to the first step after it")
-    parser.add_argument("--simulation-seed", type=int, default=0)
+    """Returns the parser of the tool's own flags; all other flags belong to the run."""
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gpu", default="H100", help=f"{', '.join(DEVICES)}, or any name with --ceilings (default: H100)")
+    parser.add_argument("--ceilings", type=Path, help="JSON file of your own measurements: matmul_efficiency, dollars_per_hour, …")
+    parser.add_argument("--world-size", type=int, default=8, help="number of devices (default: 8)")
+    parser.add_argument("--json", action="store_true", help="print one line of JSON instead of tables")
+    parser.add_argument("--search", action="store_true", help="rank the layouts that fit, fastest first")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="write a plot of cost and device hours over K and λ")
+    parser.add_argument("--simulate", action="store_true", help="simulate the run with failures and preemptions")
+    parser.add_argument(
+        "--device-hours-per-failure",
+        type=float,
+        default=LLAMA3_DEVICE_HOURS,
+        help=f"mean hours between failures of one device (default: {LLAMA3_DEVICE_HOURS:,.0f}, from arXiv 2407.21783, table 5)",
+    )
+    parser.add_argument("--preemptions-per-day", type=float, default=0.0, help="mean preemptions of the job per day (default: 0)")
+    parser.add_argument("--save-seconds", type=float, default=60.0, help="seconds that a checkpoint pauses training (default: 60)")
+    parser.add_argument("--restart-seconds", type=float, default=600.0, help="seconds from a failure to the next step (default: 600)")
+    parser.add_argument("--simulation-seed", type=int, default=0, help="seed of the simulated interruptions (default: 0)")
     return parser
 
 
 def main(argv: list[str]) -> None:
-    """Runs the tool."""
+    """Runs the tool.
+
+    Raises:
+        ConfigError: a flag is wrong, or the run cannot be planned.
+    """
     args, rest = arguments().parse_known_args(argv)
     if args.world_size < 1:
-        raise ConfigError(f"--world-size {args.world_size}", "whole numbers from 1")
+        raise ConfigError(f"--world-size {args.world_size}", "whole numbers from 1", "give the number of devices")
     parsed = parse([*rest, "--dry-run"], "tools/plan.py")
-    device = hardware(args.gpu, args.ceilings)
+    device = load_hardware(args.gpu, args.ceilings)
     console = make_console()
     if args.search and (args.simulate or args.plot is not None):
         raise ConfigError(
-            f"--search with {'--simulate' if args.simulate else '--plot'}", "one of them", "search first, then plan one of its layouts"
+            f"--search with {'--simulate' if args.simulate else '--plot'}",
+            "one of these flags at a time",
+            "run --search first, then plan one of its layouts",
         )
     if args.search:
-        found, tried = search(parsed, args.world_size, device)
+        candidates, tried = search(parsed, args.world_size, device)
         if args.json:
-            print(json.dumps([{"flags": one.choice.flags(), **one.plan.to_json()} for one in found]))
+            print(json.dumps([{"flags": one.choice.flags(), **one.plan.to_json()} for one in candidates]))
         else:
-            print_search(found, tried, args.world_size, console)
+            print_search(candidates, tried, args.world_size, console)
         return
     interruptions = Interruptions(
         device_hours=args.device_hours_per_failure,

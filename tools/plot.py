@@ -1,8 +1,12 @@
 #!/usr/bin/env python
-"""Plots held-out loss against tokens and against cost: python tools/plot.py RUN [RUN …] --output loss.png"""
+"""Plots the held-out token loss of runs against tokens and against cost.
+
+python tools/plot.py RUN [RUN …] --output loss.png
+"""
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -13,12 +17,16 @@ from megatron_patch.reporting.plotting import plot_runs
 
 
 def main(argv: list[str]) -> None:
-    """Runs the tool."""
-    parser = ArgumentParser(description=__doc__)
-    parser.add_argument("runs", nargs="+", type=Path, help="folders of runs")
-    parser.add_argument("--output", type=Path, default=Path("loss.png"))
-    parser.add_argument("--labels", nargs="+", help="one for each run; by default the folders' names")
-    parser.add_argument("--title")
+    """Runs the tool.
+
+    Raises:
+        DataError: a run cannot be read, or the plot cannot be written.
+    """
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, help="folders that --save named, or their metrics.jsonl files")
+    parser.add_argument("--output", type=Path, default=Path("loss.png"), help="PNG file to write (default: loss.png)")
+    parser.add_argument("--labels", nargs="+", help="one label per run (default: names of the folders)")
+    parser.add_argument("--title", help="title of the plot")
     args = parser.parse_args(argv)
     plot_runs(args.runs, args.output, args.labels, args.title)
     print(f"wrote {args.output}")

@@ -1,8 +1,11 @@
 #!/usr/bin/env python
-"""Gathers a corpus that every machine has: the source of Python's own standard library, one JSON line a document.
+"""Gathers a corpus that every machine has: the source of Python's library.
 
-python examples/quickstart/gather_corpus.py --output FOLDER writes FOLDER/train.jsonl and FOLDER/held_out.jsonl. Whole files are held
-out, so no part of one is on both sides; long files are cut into documents before definitions at the top level.
+python examples/quickstart/gather_corpus.py --output FOLDER
+
+Writes FOLDER/train.jsonl and FOLDER/held_out.jsonl, one document per line.
+Complete files are held out, so no file is in both. Long files are split into
+documents before top-level definitions.
 """
 
 from __future__ import annotations
@@ -17,16 +20,16 @@ from pathlib import Path
 
 SEED = 2407
 HELD_OUT = 0.05
-LONGEST = 24_000
-LEFT_OUT = {"site-packages", "__pycache__", "lib2to3", "idlelib", "turtledemo"}
+MAX_CHARACTERS = 24_000
+SKIPPED_FOLDERS = {"site-packages", "__pycache__", "lib2to3", "idlelib", "turtledemo"}
 
 
 def documents(text: str) -> list[str]:
-    """A file's text in pieces of at most about `LONGEST` characters, cut before top-level definitions."""
+    """Splits the text of a file before top-level definitions into documents of about `MAX_CHARACTERS` characters at most."""
     pieces: list[list[str]] = [[]]
     size = 0
     for line in text.splitlines(keepends=True):
-        if (size > LONGEST // 2 and line.startswith(("def ", "class ", "@", "async def "))) or size > LONGEST:
+        if (size > MAX_CHARACTERS // 2 and line.startswith(("def ", "class ", "@", "async def "))) or size > MAX_CHARACTERS:
             pieces.append([])
             size = 0
         pieces[-1].append(line)
@@ -35,10 +38,10 @@ def documents(text: str) -> list[str]:
 
 
 def gather(root: Path, output: Path) -> dict[str, int]:
-    """Writes both files and returns their documents and bytes."""
+    """Writes both files and returns their numbers of documents and bytes."""
     files = []
     for path in sorted(root.rglob("*.py")):
-        if LEFT_OUT.intersection(path.relative_to(root).parts):
+        if SKIPPED_FOLDERS.intersection(path.relative_to(root).parts):
             continue
         try:
             text = path.read_text(encoding="utf-8")
@@ -51,12 +54,12 @@ def gather(root: Path, output: Path) -> dict[str, int]:
     output.mkdir(parents=True, exist_ok=True)
     counts: dict[str, int] = {}
     for name, part in (("held_out", files[:held_out]), ("train", files[held_out:])):
-        rows = [(path, text) for path, whole in part for text in documents(whole)]
+        rows = [(path, text) for path, content in part for text in documents(content)]
         random.Random(SEED).shuffle(rows)
         with (output / f"{name}.jsonl.partial").open("w", encoding="utf-8") as file:
             for source, text in rows:
                 file.write(json.dumps({"text": text, "path": source}, ensure_ascii=False) + "\n")
-        # A file under its own name is whole, so that an interrupted start is not taken for a corpus.
+        # Renamed when it is complete, so that an interrupted start leaves no incomplete corpus.
         os.replace(output / f"{name}.jsonl.partial", output / f"{name}.jsonl")
         counts[f"{name}_documents"] = len(rows)
         counts[f"{name}_bytes"] = sum(len(text.encode()) for _, text in rows)
@@ -64,13 +67,13 @@ def gather(root: Path, output: Path) -> dict[str, int]:
 
 
 def main() -> int:
-    """Runs the tool."""
+    """Gathers the corpus and prints its size; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--output", type=Path, required=True, help="folder to write to")
     args = parser.parse_args()
     root = Path(sysconfig.get_path("stdlib"))
     if not (root / "argparse.py").is_file():
-        print(f"the standard library's source is not in {root}; use a Python with its .py files", file=sys.stderr)
+        print(f"{root} does not contain the source of the standard library; use a Python that has its .py files", file=sys.stderr)
         return 3
     print(json.dumps(gather(root, args.output)))
     return 0

@@ -1,9 +1,11 @@
 #!/usr/bin/env python
-"""The quick start: text in, a model out, patches first and tokens last; then a report.
+"""The quick start: from text to a pretrained model and a report.
 
-`make quickstart` calls this. It gathers a corpus from Python's own standard library, trains a tokenizer on it, preprocesses it, pretrains
-through both stages with the `deepspeed` launcher, evaluates, generates and plots. Each step is one command, printed before it runs, and a
-step that is done is not done again: a run that was stopped resumes. `--compare` adds token-level training at equal cost.
+`make quickstart` calls this script. It gathers a corpus from Python's
+standard library, trains a tokenizer, preprocesses the corpus, pretrains both
+stages with the `deepspeed` launcher, evaluates, generates and plots. It
+prints each command before it runs. Finished steps are skipped, and a stopped
+run resumes.
 """
 
 from __future__ import annotations
@@ -33,52 +35,52 @@ PROMPT = "def main(args):\n"
 
 @dataclass(frozen=True)
 class Folders:
-    """Where the quick start keeps its things."""
+    """Paths of the quick start, below one folder."""
 
     home: Path
 
     @property
     def tokenizer(self) -> Path:
-        """The tokenizer."""
+        """Folder of the tokenizer."""
         return self.home / "tokenizer"
 
     def text(self, part: str) -> Path:
-        """Documents of a part of the corpus."""
+        """Returns the file with the documents of a part of the corpus, "train" or "held_out"."""
         return self.home / "data" / f"{part}.jsonl"
 
     def dataset(self, part: str) -> str:
-        """Prefix of its dataset."""
+        """Returns the dataset prefix of a part of the corpus."""
         return str(self.home / "data" / f"{part}_text_document")
 
 
 class Steps:
-    """Runs commands, printing each, and stops at the first that fails."""
+    """Runs commands, prints each of them, and stops at the first that fails."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
 
-    def run(self, title: str, *words: str | Path, capture: bool = False) -> str:
-        """One command.
+    def run(self, title: str, *arguments: str | Path, capture: bool = False) -> str:
+        """Runs one command and returns its output if `capture` is set.
 
         Raises:
-            SystemExit: it failed.
+            SystemExit: the command failed.
         """
-        command = [str(word) for word in words]
+        command = [str(word) for word in arguments]
         self.console.print(f"\n[bold]{title}[/bold]\n$ {shlex.join(_short(word) for word in command)}", soft_wrap=True)
         result = subprocess.run(command, cwd=ROOT, env=_environment(), stdout=subprocess.PIPE if capture else None, text=True, check=False)
         if result.returncode:
-            self.console.print(f"[red]{title}: the command ended with code {result.returncode}[/red]; its last lines say why")
+            self.console.print(f"[red]{title}: the command failed with exit code {result.returncode}[/red]; see its last lines above")
             raise SystemExit(result.returncode)
         return result.stdout or ""
 
 
 def _short(word: str) -> str:
-    """A path inside the project as a user would type it."""
+    """Returns a path inside the repository relative to its root."""
     return os.path.relpath(word, ROOT) if word.startswith(str(ROOT)) else word
 
 
 def _environment() -> dict[str, str]:
-    """The virtual environment's commands first, and DeepSpeed without looking for accelerators that are not there."""
+    """Returns the environment of the commands: the virtual environment's programs first, and DeepSpeed on the CPU without a GPU."""
     bin_folder = str(Path(sys.executable).parent)
     environment = {**os.environ, "PATH": f"{bin_folder}:{os.environ['PATH']}", "TOKENIZERS_PARALLELISM": "true"}
     if devices() == 0:
@@ -87,7 +89,7 @@ def _environment() -> dict[str, str]:
 
 
 def devices() -> int:
-    """GPUs of this machine."""
+    """Returns the number of GPUs of this machine."""
     try:
         listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
     except OSError:
@@ -96,11 +98,11 @@ def devices() -> int:
 
 
 def prepare(steps: Steps, folders: Folders) -> None:
-    """Corpus, tokenizer, datasets."""
+    """Makes the corpus, the tokenizer and the datasets that do not exist yet."""
     python = sys.executable
     if not folders.text("train").is_file():
         steps.run(
-            "1. Corpus: the standard library's own source",
+            "1. Gather a corpus: the source of the standard library",
             python,
             "examples/quickstart/gather_corpus.py",
             "--output",
@@ -108,7 +110,7 @@ def prepare(steps: Steps, folders: Folders) -> None:
         )
     if not (folders.tokenizer / "tokenizer.json").is_file():
         steps.run(
-            "2. Tokenizer",
+            "2. Train a tokenizer",
             python,
             "tools/train_tokenizer.py",
             "--input",
@@ -121,7 +123,7 @@ def prepare(steps: Steps, folders: Folders) -> None:
     for part in ("train", "held_out"):
         if not Path(folders.dataset(part) + ".json").is_file():
             steps.run(
-                f"3. Preprocess {part}",
+                f"3. Preprocess the {part} documents",
                 *(python, "tools/preprocess_data.py", "--input", folders.text(part), "--output-prefix", folders.home / "data" / part),
                 *("--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", folders.tokenizer, "--append-eod"),
                 *("--workers", "2", "--overwrite"),
@@ -129,7 +131,7 @@ def prepare(steps: Steps, folders: Folders) -> None:
 
 
 def pretrain(steps: Steps, folders: Folders, name: str, title: str, *flags: str) -> Path:
-    """One run by the launcher; it resumes by itself."""
+    """Trains or resumes a run with the deepspeed launcher, and returns its folder."""
     save = folders.home / name
     ranks = devices() or min(2, len(os.sched_getaffinity(0)))
     data = ("--data-path", folders.dataset("train"), "--valid-data-path", folders.dataset("held_out"), "--save", str(save))
@@ -138,19 +140,19 @@ def pretrain(steps: Steps, folders: Folders, name: str, title: str, *flags: str)
 
 
 def records(save: Path, kind: str) -> list[dict[str, Any]]:
-    """A run's metrics of one type."""
+    """Returns the metrics records of one type of a run."""
     path = save / "metrics.jsonl"
     return [record for record in read_metrics(path) if record["type"] == kind] if path.is_file() else []
 
 
 def finished(save: Path) -> bool:
-    """Whether a run has come to its end."""
+    """Returns whether a run has trained to its end."""
     ends = records(save, "end")
     return bool(ends) and ends[-1]["reason"] == "done"
 
 
 def stage_rows(save: Path) -> list[tuple[str, ...]]:
-    """One row a stage: stage, K, tokens, steps, losses, tokens/s, positions/s, its share of the cost of token-level training."""
+    """Returns the cells of `COLUMNS` for each stage, and for the run in the last row."""
     rows: list[tuple[str, ...]] = []
     steps_seen = records(save, "step")
     evaluations = records(save, "evaluation")
@@ -178,7 +180,7 @@ def stage_rows(save: Path) -> list[tuple[str, ...]]:
     total = sum(record["step_seconds"] for record in steps_seen)
     rows.append(
         (
-            "whole run",
+            "total",
             "",
             format_count(last["tokens"]),
             f"{len(steps_seen):,}",
@@ -192,11 +194,11 @@ def stage_rows(save: Path) -> list[tuple[str, ...]]:
     return rows
 
 
-COLUMNS = ("stage", "K", "tokens", "steps", "training loss at K", "held-out loss at K = 1", "tokens/s", "cost / token level", "time")
+COLUMNS = ("stage", "K", "tokens", "steps", "training loss at K", "held-out loss at K = 1", "tokens/s", "cost", "time")
 
 
 def report(console: Console, runs: Sequence[tuple[str, Path]], evaluation: dict[str, Any], sample: str, plot: Path) -> None:
-    """Ends with what was measured and what to do next."""
+    """Prints the results and what to do next."""
     console.print("\n[bold]Report[/bold]")
     for label, save in runs:
         table = Table(title=label, title_justify="left", header_style="bold")
@@ -209,42 +211,44 @@ def report(console: Console, runs: Sequence[tuple[str, Path]], evaluation: dict[
         table.add_row(*rows[-1])
         console.print(table)
     console.print(
-        f"held-out documents, token level: loss {evaluation['loss']:.4f} nats, perplexity {evaluation['perplexity']:.2f}, "
+        f"held-out token loss {evaluation['loss']:.4f} nats per token, perplexity {evaluation['perplexity']:.2f}, "
         f"on {evaluation['tokens']:,} tokens"
     )
     if len(runs) > 1:
-        console.print(verdict(runs))
+        console.print(compare(runs))
     console.print(f"\n[bold]Sample[/bold] after {PROMPT!r}:")
     console.print(sample.rstrip("\n"), markup=False)
     save = runs[0][1]
     console.print(
         f"\nplot        {_short(str(plot))}\ncheckpoint  {_short(str(save))}/{(save / 'latest').read_text().strip()}\n"
         f"metrics     {_short(str(save / 'metrics.jsonl'))}\n\n[bold]Next[/bold]\n"
-        "  make compare                                  token-level training at equal cost, on the same plot\n"
+        "  make compare                                  train at token level for equal cost, on the same plot\n"
         f"  python tools/generate.py --load {_short(str(save))} --prompt 'import os'\n"
-        "  python pretrain_gpt_patch.py --help           every flag; --dry-run prints a plan without data or GPUs\n"
-        "  README.md, docs/method.md                     your own data, and what patches do\n"
+        "  python pretrain_gpt_patch.py --help           list every flag; --dry-run prints a plan without data or GPUs\n"
+        "  README.md, docs/method.md                     use your own data; what patches do\n"
     )
 
 
-def verdict(runs: Sequence[tuple[str, Path]]) -> str:
-    """One sentence on the two last losses, whichever is lower."""
+def compare(runs: Sequence[tuple[str, Path]]) -> str:
+    """Returns a sentence that compares the final losses of the two runs."""
     patch, token = (records(save, "evaluation")[-1] for _, save in runs[:2])
     difference = patch["token_loss"] - token["token_loss"]
-    words = "lower" if difference < 0 else "higher"
+    direction = "lower" if difference < 0 else "higher"
     compute = format_count(token["cost_tokens"])
     return (
-        f"At equal cost (the compute of {compute} tokens at token level) patches then tokens end {abs(difference):.3f} nats {words} than "
-        f"token level alone ({patch['token_loss']:.3f} against {token['token_loss']:.3f}), one seed each. Small models and corpora are "
-        "where the method is weakest: see docs/method.md."
+        f"At equal cost (the compute of {compute} tokens at token level), patches then tokens ends {abs(difference):.3f} nats {direction} "
+        f"than token-level training ({patch['token_loss']:.3f} against {token['token_loss']:.3f}), with one seed each. The method gains "
+        "least with small models and corpora; see docs/method.md."
     )
 
 
 def main() -> int:
-    """Runs the quick start."""
+    """Runs the quick start; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--compare", action="store_true", help="also train at token level for the same compute")
-    parser.add_argument("--output", type=Path, default=ROOT / "runs" / "quickstart", help="where everything goes")
+    parser.add_argument("--compare", action="store_true", help="also train at token level for equal cost")
+    parser.add_argument(
+        "--output", type=Path, default=ROOT / "runs" / "quickstart", help="folder for data, runs and plot (default: runs/quickstart)"
+    )
     args = parser.parse_args()
     console = Console(highlight=False)
     if not console.is_terminal:
@@ -254,7 +258,7 @@ def main() -> int:
     prepare(steps, folders)
     patch = folders.home / "patch"
     if finished(patch):
-        console.print(f"\n{_short(str(patch))} is done; remove the folder to train again")
+        console.print(f"\n{_short(str(patch))} is finished; remove the folder to train again")
     else:
         pretrain(steps, folders, "patch", "4. Pretrain: patches of 4, then tokens")
     runs = [("patches, then tokens", patch)]
@@ -266,7 +270,7 @@ def main() -> int:
                 steps,
                 folders,
                 "token_level",
-                "5. The baseline: token level, at equal cost",
+                "5. Pretrain the baseline: token level at equal cost",
                 *("--recipe", "token-level", "--patch-size", "1", "--patch-fraction", "None", "--train-tokens", str(round(spent))),
             )
         runs.append(("token level, equal cost", token))
@@ -280,7 +284,7 @@ def main() -> int:
     labels = [label for label, _ in runs]
     steps.run("Plot", sys.executable, "tools/plot.py", *(save for _, save in runs), "--labels", *labels, "--output", plot)
     report(console, runs, json.loads(evaluated.strip().splitlines()[-1]), sample, plot)
-    console.print(f"{format_duration(time.monotonic() - started)} this time")
+    console.print(f"finished in {format_duration(time.monotonic() - started)}")
     return 0
 
 

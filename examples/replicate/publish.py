@@ -1,4 +1,4 @@
-"""Results of a study, published in a document. In: a Markdown file with a pair of markers, text, plots. Out: the file, rewritten."""
+"""Inserts the results of a study into a document. In: a Markdown file with a pair of markers, text, plots. Out: the updated file."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from megatron_patch.utils.markdown import replace_between
 
 
 def publish(document: Path, name: str, text: str, plots: Mapping[str, Path]) -> None:
-    """Writes text between `<!-- name -->` and `<!-- end of name -->`, and copies plots to the document's folder.
+    """Replaces the text between `<!-- name -->` and `<!-- end of name -->`, and copies plots to the document's folder.
 
     Args:
-        document: a Markdown file.
-        name: of the markers.
-        text: the new text between them.
-        plots: file names next to the document, and the files to copy there; missing files are skipped.
+        document: Markdown file to update.
+        name: name in the markers.
+        text: new text between the markers.
+        plots: files to copy, by their new name next to the document; missing files are skipped.
 
     Raises:
         ConfigError: the document cannot be read or lacks the markers.

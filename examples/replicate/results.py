@@ -1,7 +1,7 @@
-"""A study's runs as one table and one plot. In: metrics files of arms and seeds, as many as are done. Out: JSON, Markdown, a PNG.
+"""One table and one plot of a study's runs. In: the metrics files of all finished runs. Out: JSON, Markdown, a PNG.
 
-A spread is the standard deviation over seeds; a difference is taken seed by seed against the arm's baseline, so that what a seed does to
-both cancels, and has the standard error of its mean. One seed has no spread, and none is made up.
+A spread is the standard deviation over seeds. A difference is taken seed by seed against the arm's baseline, so that the effect of a seed
+on both cancels; its error is the standard error of the mean. One seed has neither spread nor error.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from megatron_patch.utils.units import format_count
 
 @dataclass(frozen=True)
 class Outcome:
-    """One finished run.
+    """Results of one finished run.
 
     Args:
-        arm: its name.
+        arm: name of the arm.
         seed: of weights and data order.
-        tokens: read.
+        tokens: tokens read.
         cost_tokens: tokens that token-level training reads for the same FLOPs.
-        steps: taken.
-        loss: held-out token loss at the end, nats.
-        seconds: of all steps, without evaluations and checkpoints.
+        steps: number of steps.
+        loss: held-out token loss at the end, in nats.
+        seconds: time of all steps, without evaluations and checkpoints.
         curve: (cost_tokens, held-out token loss) of each evaluation.
-        switch: its last switch to single tokens.
-        training: from `training_curve`.
+        switch: the last switch to single tokens; None for an arm without one.
+        training: training loss against cost, from `training_curve`.
     """
 
     arm: str
@@ -51,7 +51,7 @@ class Outcome:
 
 
 def read_outcome(save: Path, arm: str, seed: int) -> Outcome | None:
-    """A run's outcome, or None where it has not come to its end."""
+    """Returns the outcome of a run, or None when it has not finished."""
     path = save / "metrics.jsonl"
     if not path.is_file():
         return None
@@ -82,21 +82,21 @@ def read_outcome(save: Path, arm: str, seed: int) -> Outcome | None:
 
 @dataclass(frozen=True)
 class Row:
-    """An arm over its seeds.
+    """Results of one arm over its seeds.
 
     Args:
-        arm: its name.
-        what: what it does.
-        seeds: finished runs.
-        tokens: read by each.
-        cost: of token-level training on twice the budget.
-        steps: taken by each.
-        loss: mean held-out token loss at the end, nats.
-        spread: standard deviation over seeds, None with one.
-        difference: mean difference to the baseline over the seeds that both have, None for a baseline.
-        error: standard error of that mean, None with one seed.
-        pairs: seeds in the difference.
-        seconds: mean time of a run's steps.
+        arm: name of the arm.
+        what: description of the arm.
+        seeds: number of finished runs.
+        tokens: tokens that each run reads.
+        cost: cost of a run relative to token-level training on twice the budget.
+        steps: steps of each run.
+        loss: mean held-out token loss at the end, in nats.
+        spread: standard deviation of the loss over seeds; None with one seed.
+        difference: mean difference to the baseline over the seeds that both have, in nats; None for a baseline.
+        error: standard error of that mean; None with one seed.
+        pairs: number of seeds in the difference.
+        seconds: mean time of all steps of a run.
     """
 
     arm: str
@@ -113,8 +113,8 @@ class Row:
     seconds: float
 
 
-def summarise(arms: Sequence[Arm], outcomes: Sequence[Outcome], budget: int) -> list[Row]:
-    """One row an arm that has a finished run."""
+def summarize(arms: Sequence[Arm], outcomes: Sequence[Outcome], budget: int) -> list[Row]:
+    """Returns one row per arm that has a finished run."""
     by_arm: dict[str, dict[int, Outcome]] = {}
     for outcome in outcomes:
         by_arm.setdefault(outcome.arm, {})[outcome.seed] = outcome
@@ -130,7 +130,7 @@ def summarise(arms: Sequence[Arm], outcomes: Sequence[Outcome], budget: int) -> 
         rows.append(
             Row(
                 arm=arm.name,
-                what=arm.what,
+                what=arm.description,
                 seeds=len(mine),
                 tokens=first.tokens,
                 cost=first.cost_tokens / (2 * budget),
@@ -146,8 +146,8 @@ def summarise(arms: Sequence[Arm], outcomes: Sequence[Outcome], budget: int) -> 
     return rows
 
 
-def summarise_switches(arms: Sequence[Arm], outcomes: Sequence[Outcome], budget: int) -> list[SwitchRow]:
-    """One row an arm that switches and has a seed in common with its baseline."""
+def summarize_switches(arms: Sequence[Arm], outcomes: Sequence[Outcome], budget: int) -> list[SwitchRow]:
+    """Returns one row per arm that switches to single tokens and shares a seed with its baseline."""
     rows = []
     for arm in arms:
         mine = {outcome.seed: outcome for outcome in outcomes if outcome.arm == arm.name}
@@ -159,8 +159,11 @@ def summarise_switches(arms: Sequence[Arm], outcomes: Sequence[Outcome], budget:
     return [row for row in rows if row is not None]
 
 
-def verdict(row: Row) -> str:
-    """What a difference shows: nothing where it is within two standard errors, or has none."""
+def significance(row: Row) -> str:
+    """Returns "better" or "worse" for a difference of more than two standard errors, "not separated" for a smaller one.
+
+    Without a difference the result is empty; with one seed, which has no standard error, it is "one seed".
+    """
     if row.difference is None:
         return ""
     if row.error is None:
@@ -171,14 +174,14 @@ def verdict(row: Row) -> str:
 
 
 def markdown(rows: Sequence[Row], arms: Sequence[Arm], about: str, command: str, plot: str) -> str:
-    """The study as Markdown.
+    """Returns the study as Markdown.
 
     Args:
-        rows: from `summarise`.
-        arms: for the baselines' names.
-        about: model, data, budget, machine and date: a paragraph.
-        command: that made it.
-        plot: the picture's path as the document sees it.
+        rows: from `summarize`.
+        arms: all arms, for the names of the baselines.
+        about: one paragraph with model, data, budget, machine and date.
+        command: the command that reproduces the study.
+        plot: path of the plot, relative to the document.
     """
     baselines = {arm.name: arm.baseline for arm in arms}
     lines = [
@@ -190,7 +193,7 @@ def markdown(rows: Sequence[Row], arms: Sequence[Arm], about: str, command: str,
         "",
         f"![held-out token loss against cost, mean and range over seeds]({plot})",
         "",
-        "| arm | seeds | tokens | cost | steps | held-out token loss | against its baseline | | time |",
+        "| arm | seeds | tokens | cost | steps | held-out token loss | difference to its baseline | | time |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in rows:
@@ -200,12 +203,13 @@ def markdown(rows: Sequence[Row], arms: Sequence[Arm], about: str, command: str,
             difference = f"{row.difference:+.3f}" + ("" if row.error is None else f" ± {row.error:.3f}") + f" (`{baselines[row.arm]}`)"
         lines.append(
             f"| `{row.arm}` | {row.seeds} | {format_count(row.tokens)} | {row.cost:.3f} | {row.steps:,} | {row.loss:.3f}{spread} | "
-            f"{difference} | {verdict(row)} | {row.seconds / 60:.1f} min |"
+            f"{difference} | {significance(row)} | {row.seconds / 60:.1f} min |"
         )
     lines += [
         "",
-        "Losses are nats a token at K = 1 on held-out text, mean ± standard deviation over seeds; differences are taken seed by seed, mean",
-        "± standard error, and count as better or worse beyond two of them. Cost is that of token-level training on twice the budget.",
+        "Losses are in nats per token at K = 1 on held-out text: mean ± standard deviation over seeds. Differences are taken seed by seed:",
+        "mean ± standard error; better or worse means more than two standard errors. Cost is relative to token-level training on twice the",
+        "budget.",
         "",
         *(f"- `{row.arm}`: {row.what}" for row in rows),
         "",
@@ -221,7 +225,7 @@ def write_json(
     settings: Mapping[str, Any],
     parameters: int,
 ) -> None:
-    """Everything that tables and plots are made of."""
+    """Writes study.json: settings, number of parameters, and every number of the tables and plots."""
     document = {
         "settings": settings,
         "parameters": parameters,
@@ -232,8 +236,8 @@ def write_json(
     path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
-COLOURS = ("#33373d", "#8b8f96", "#2563b8", "#16875f", "#d2512f", "#8b53c4", "#b9850b", "#0d8a9e", "#c03e79", "#7b4a2b", "#6f8f1a")
-_MAIN = (
+COLORS = ("#33373d", "#8b8f96", "#2563b8", "#16875f", "#d2512f", "#8b53c4", "#b9850b", "#0d8a9e", "#c03e79", "#7b4a2b", "#6f8f1a")
+MAIN_ARMS = (
     "token",
     "token-wsd",
     "token-wsd-long",
@@ -246,17 +250,21 @@ _MAIN = (
     "stairs-4-2-1",
     "token-full",
 )
+"""The arms whose loss curves are drawn; the other arms appear with their final losses."""
 
 
-def plot_study(path: Path, arms: Sequence[Arm], outcomes: Sequence[Outcome], budget: int, title: str) -> None:
-    """Left held-out token loss against cost, the main arms, bands over the seeds' range; right where every arm ends, a dot a seed.
+def plot_study(
+    path: Path, arms: Sequence[Arm], outcomes: Sequence[Outcome], budget: int, title: str, main_arms: Sequence[str] = MAIN_ARMS
+) -> None:
+    """Draws held-out token loss against cost for the main arms (left), and the final loss of every arm (right, one dot per seed).
 
     Args:
-        path: the PNG.
-        arms: in the order of the table, the main ones first.
+        path: PNG file to write.
+        arms: in the order of the table.
         outcomes: finished runs.
-        budget: cost tokens of an arm.
-        title: above both.
+        budget: cost tokens per arm.
+        title: title of the figure.
+        main_arms: names of the arms whose curves are drawn.
     """
     import matplotlib as mpl
 
@@ -267,21 +275,21 @@ def plot_study(path: Path, arms: Sequence[Arm], outcomes: Sequence[Outcome], bud
     figure, (left, right) = plt.subplots(
         1, 2, figsize=(13.5, max(5.2, 0.3 * len(done) + 1.4)), gridspec_kw={"width_ratios": (1.3, 1.0)}, layout="constrained"
     )
-    main = [arm for arm in done if arm.name in _MAIN] or done[: len(_MAIN)]
-    colours = {arm.name: COLOURS[number % len(COLOURS)] for number, arm in enumerate(main)}
+    main = [arm for arm in done if arm.name in main_arms] or done[: len(MAIN_ARMS)]
+    colors = {arm.name: COLORS[number % len(COLORS)] for number, arm in enumerate(main)}
     for arm in main:
-        _draw(left, [outcome for outcome in outcomes if outcome.arm == arm.name], budget, colours[arm.name], arm)
+        _draw(left, [outcome for outcome in outcomes if outcome.arm == arm.name], budget, colors[arm.name], arm)
     baselines = {arm.name for arm in arms if arm.baseline is None}
-    # Patches at K = 1 begin far above all that is to be compared; the picture begins where token level is after a tenth of its cost.
+    # Early losses of patch models at K = 1 would compress the plot; its top is the baselines' loss after a tenth of the budget.
     shown = [loss for outcome in outcomes if outcome.arm in baselines for cost, loss in outcome.curve if cost >= 0.1 * budget]
     ends = [outcome.loss for outcome in outcomes]
     top, bottom = max(shown or ends), min(ends)
     left.set_ylim(bottom - 0.05 * (top - bottom) - 0.01, top + 0.05 * (top - bottom) + 0.01)
     left.set_xlim(left=0)
-    left.set_xlabel("cost, of token-level training on twice the budget")
+    left.set_xlabel("cost relative to token-level training on twice the budget")
     left.set_ylabel("held-out token loss (nats, K = 1)")
     left.legend(frameon=False, fontsize=8.5, loc="upper right")
-    _draw_ends(right, done, outcomes, colours)
+    _draw_ends(right, done, outcomes, colors)
     for axis in (left, right):
         axis.grid(alpha=0.25, linewidth=0.6)
         axis.spines[["top", "right"]].set_visible(False)
@@ -290,31 +298,31 @@ def plot_study(path: Path, arms: Sequence[Arm], outcomes: Sequence[Outcome], bud
     plt.close(figure)
 
 
-def _draw_ends(axis: Any, arms: Sequence[Arm], outcomes: Sequence[Outcome], colours: Mapping[str, str]) -> None:
-    """Where arms end: a row each, a dot a seed, a bar at the mean, and a line down from each baseline."""
+def _draw_ends(axis: Any, arms: Sequence[Arm], outcomes: Sequence[Outcome], colors: Mapping[str, str]) -> None:
+    """Draws the final losses: one row per arm, one dot per seed, a bar at the mean, and a vertical line at each baseline."""
     for row, arm in enumerate(arms):
         losses = [outcome.loss for outcome in outcomes if outcome.arm == arm.name]
-        colour, mean = colours.get(arm.name, "#6b7078"), statistics.fmean(losses)
-        axis.plot(losses, [row] * len(losses), "o", color=colour, alpha=0.45, markersize=5, markeredgewidth=0)
-        axis.plot([mean], [row], "|", color=colour, markersize=15, markeredgewidth=2.4)
+        color, mean = colors.get(arm.name, "#6b7078"), statistics.fmean(losses)
+        axis.plot(losses, [row] * len(losses), "o", color=color, alpha=0.45, markersize=5, markeredgewidth=0)
+        axis.plot([mean], [row], "|", color=color, markersize=15, markeredgewidth=2.4)
         if arm.baseline is None and arm.cost == 1.0:
-            axis.axvline(mean, color=colour, linewidth=1.0, linestyle="-" if arm.name == "token" else "--", alpha=0.6)
+            axis.axvline(mean, color=color, linewidth=1.0, linestyle="-" if arm.name == "token" else "--", alpha=0.6)
     axis.set_yticks(range(len(arms)), [arm.name for arm in arms], fontsize=8.5)
     axis.set_ylim(len(arms) - 0.4, -0.6)
     axis.set_xlabel("held-out token loss at the end (nats, K = 1)")
 
 
-def _draw(axis: Any, runs: Sequence[Outcome], budget: int, colour: str, arm: Arm) -> None:
-    """An arm: the mean of its seeds as a line, their range as a band. All seeds are evaluated at the same places."""
+def _draw(axis: Any, runs: Sequence[Outcome], budget: int, color: str, arm: Arm) -> None:
+    """Draws one arm: the mean over seeds as a line, their range as a band. All seeds are evaluated at the same steps."""
     length = min(len(run.curve) for run in runs)
     xs = [cost / (2 * budget) for cost, _ in runs[0].curve[:length]]
     columns = [[run.curve[index][1] for run in runs] for index in range(length)]
     means = [statistics.fmean(column) for column in columns]
     style = "-" if arm.baseline is None else "--" if arm.baseline == "token-wsd" else "-"
     width = 2.2 if arm.baseline is None else 1.5
-    axis.plot(xs, means, style, color=colour, linewidth=width, label=f"{arm.name}: {means[-1]:.3f}" + (f" (n = {len(runs)})"))
+    axis.plot(xs, means, style, color=color, linewidth=width, label=f"{arm.name}: {means[-1]:.3f} (n = {len(runs)})")
     if len(runs) > 1:
         axis.fill_between(
-            xs, [min(column) for column in columns], [max(column) for column in columns], color=colour, alpha=0.16, linewidth=0
+            xs, [min(column) for column in columns], [max(column) for column in columns], color=color, alpha=0.16, linewidth=0
         )
-    axis.plot([xs[-1]], [means[-1]], "o", color=colour, markersize=4)
+    axis.plot([xs[-1]], [means[-1]], "o", color=color, markersize=4)

@@ -1,16 +1,24 @@
 #!/usr/bin/env python
-"""A study of the method on any text: arms of equal cost times seeds, one table, one plot. Stopped at any moment, the same command goes on.
+"""Trains every arm with every seed at equal cost, and writes a table and a plot.
 
-python examples/replicate/study.py --text 'books/*.txt' --output runs/study --config examples/replicate/study_cpu.yaml --seeds 3
+python examples/replicate/study.py --text 'books/*.txt' \\
+    --output runs/study --config examples/replicate/study_cpu.yaml --seeds 3
 
-Seeds are the outer loop: after the first, every arm can be compared. After each run OUTPUT/study.md, study.json and loss.png are written
-again from the metrics of all runs that are done. `--status` only does that; `--plan` prints what would run, and what it reads.
-With --seconds the study ends in time: runs under way save and stop, and the same command goes on with them; so it does where the study is
-told to stop (Ctrl-C, SIGTERM), with exit code 75. On GPUs --parallel above
-their number has several runs share one, which small models do not fill:
+All arms run with the first seed, then with the next one, so arms can be
+compared early. After each run the study rewrites OUTPUT/study.md, study.json
+and loss.png from the metrics of all finished runs. --status only does that;
+--plan only prints what would run.
 
-python examples/replicate/study.py --text 'books/*.txt' --output runs/study --config examples/replicate/study_gpu_minutes.yaml \
-    --vocab-size 8192 --arms patch-k2 patch-k4 superposition-k2-long --seeds 1 --parallel 4 --seconds 120 --keep-going
+Run the same command again to resume a study that has stopped: by Ctrl-C or
+SIGTERM (its runs save first; exit code 75), or by --seconds. On a GPU,
+--parallel lets several small models share one device:
+
+python examples/replicate/study.py --text 'books/*.txt' --output runs/study \\
+    --config examples/replicate/study_gpu_minutes.yaml --vocab-size 8192 \\
+    --arms patch-k2 patch-k4 superposition-k2-long --seeds 1 --parallel 4 \\
+    --seconds 120 --keep-going
+
+To add an arm, write a script that calls main(argv, more_arms=[Arm(...)]).
 """
 
 from __future__ import annotations
@@ -33,18 +41,19 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, cast
 
-from arms import Arm, select_arms
+from arms import Arm, all_arms, select_arms
 from publish import publish
 from results import (
-    COLOURS,
+    COLORS,
+    MAIN_ARMS,
     Outcome,
     Row,
     markdown,
     plot_study,
     read_outcome,
-    summarise,
-    summarise_switches,
-    verdict,
+    significance,
+    summarize,
+    summarize_switches,
     write_json,
 )
 from rich.console import Console
@@ -58,41 +67,45 @@ from megatron_patch.errors import ConfigError, DataError
 from megatron_patch.exit_codes import ExitCode
 from megatron_patch.model.flops import parameter_count
 from megatron_patch.utils.files import write_durably
-from megatron_patch.utils.units import format_count, format_duration, parse_count
+from megatron_patch.utils.units import format_count, format_duration, parse_count, plural
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 EVALUATIONS = 16
+"""Evaluations per run."""
 VOCAB_SIZE = "1024"
+"""Default of --vocab-size."""
 
 
 class Study:
-    """A study in its folder.
+    """A study and its folder.
 
     Args:
-        args: of the command line.
-        console: for people.
+        args: the parsed command line.
+        console: where progress is printed.
+        more_arms: arms in addition to those of arms.py.
 
     Raises:
-        ConfigError: wrong flags, or a folder that holds another study.
+        ConfigError: a flag is wrong, or the folder holds another study.
     """
 
-    def __init__(self, args: argparse.Namespace, console: Console) -> None:
-        self.console, self.home, self.args = console, args.output.resolve(), args
-        self.under_way: set[subprocess.Popen[bytes]] = set()
-        self.told = 0
+    def __init__(self, args: argparse.Namespace, console: Console, more_arms: Sequence[Arm] = ()) -> None:
+        self.console, self.output, self.args = console, args.output.resolve(), args
+        self.running: set[subprocess.Popen[bytes]] = set()
+        self.stop_signal = 0
         values = read_yaml(args.config)
         values = {name.replace("_", "-"): value for name, value in values.items()}
         needed = ("train-tokens", "lr", "global-batch-tokens")
         missing = [name for name in needed if name not in values]
         if missing:
             raise ConfigError(
-                f"{args.config} gives no {' and no '.join(missing)}",
-                f"a file with {', '.join(needed)}",
-                "see examples/replicate/study_cpu.yaml",
+                f"{args.config} does not set {' and '.join(missing)}",
+                f"a file that sets {', '.join(needed)}",
+                "add them, as in examples/replicate/study_cpu.yaml",
             )
         self.budget = parse_count(args.budget or values["train-tokens"])
-        scale = float(values["lr"]), parse_count(values["global-batch-tokens"])
-        self.arms, self.all_arms = select_arms(args.arms, *scale), select_arms([], *scale)
+        self.more_arms = more_arms
+        self.all_arms = all_arms(float(values["lr"]), parse_count(values["global-batch-tokens"]), more_arms)
+        self.arms = select_arms(args.arms, self.all_arms)
         self.seeds = list(range(1, args.seeds + 1))
         self.settings: dict[str, Any] = {
             "config": values,
@@ -103,46 +116,55 @@ class Study:
         self._check_folder()
 
     def _check_folder(self) -> None:
-        path = self.home / "settings.json"
+        path = self.output / "settings.json"
         if path.is_file():
             before = json.loads(path.read_text(encoding="utf-8"))
             if not self.args.text:
                 self.settings["text"] = before["text"]
-            unlike = [name for name, value in self.settings.items() if json.loads(json.dumps(value, default=str)) != before.get(name)]
-            if unlike:
+            changed = [name for name, value in self.settings.items() if json.loads(json.dumps(value, default=str)) != before.get(name)]
+            if changed:
                 raise ConfigError(
-                    f"{self.home} holds a study with another {' and '.join(unlike)}",
-                    "the settings it began with; arms and seeds may be added",
-                    "repeat them, or give another --output",
+                    f"{self.output} holds a study with another {' and '.join(changed)}",
+                    "the settings that the study began with; only arms and seeds may be added",
+                    "repeat those settings, or choose another --output",
                 )
         elif not self.args.text:
-            raise ConfigError("no --text", "files of text: .txt, .jsonl, also compressed, or globs in quotes", "name them")
+            raise ConfigError(
+                "--text is missing", "text files (.txt or .jsonl, also compressed) or quoted globs", "name the files to train on"
+            )
 
     @property
     def dataset(self) -> Path:
         """Prefix of the tokenized text."""
-        return self.home / "data" / "text_text_document"
+        return self.output / "data" / "text_text_document"
 
-    def folder(self, arm: Arm, seed: int) -> Path:
-        """A run's."""
-        return self.home / "runs" / f"{arm.name}-seed{seed}"
+    def run_folder(self, arm: Arm, seed: int) -> Path:
+        """Returns the folder of a run."""
+        return self.output / "runs" / f"{arm.name}-seed{seed}"
 
-    def words(self, arm: Arm, seed: int) -> list[str]:
-        """A run's command line, behind `python`."""
+    def run_command(self, arm: Arm, seed: int) -> list[str]:
+        """Returns the command line of a run, without `python`."""
         tokens = arm.train_tokens(self.budget)
         return [
-            "pretrain_gpt_patch.py",
+            arm.program,
             *("--config", str(self.args.config), *arm.flags, "--train-tokens", str(tokens), "--seed", str(seed)),
             *("--data-path", str(self.dataset), "--split", "95,5,0", "--eval-interval-tokens", str(max(1, tokens // EVALUATIONS))),
             *("--eval-tokens", str(min(400_000, max(16_384, self.budget // 32))), "--log-interval", "50"),
-            *("--save-interval-tokens", str(max(1, tokens // self.args.saves)), "--keep-last", "1", "--save", str(self.folder(arm, seed))),
+            *(
+                "--save-interval-tokens",
+                str(max(1, tokens // self.args.saves)),
+                "--keep-last",
+                "1",
+                "--save",
+                str(self.run_folder(arm, seed)),
+            ),
         ]
 
     def prepare(self) -> None:
-        """Tokenizer and dataset, once."""
-        self.home.mkdir(parents=True, exist_ok=True)
-        write_durably(self.home / "settings.json", json.dumps(self.settings, indent=1, default=str) + "\n")
-        text, tokenizer = [str(path) for path in self.settings["text"]], self.home / "tokenizer"
+        """Trains the tokenizer and tokenizes the text, unless both exist."""
+        self.output.mkdir(parents=True, exist_ok=True)
+        write_durably(self.output / "settings.json", json.dumps(self.settings, indent=1, default=str) + "\n")
+        text, tokenizer = [str(path) for path in self.settings["text"]], self.output / "tokenizer"
         if not (tokenizer / "tokenizer.json").is_file():
             self.run(
                 ["tools/train_tokenizer.py", "--input", *text, "--vocab-size", str(self.settings["vocab_size"]), "--output", str(tokenizer)]
@@ -150,186 +172,191 @@ class Study:
         if not self.dataset.with_suffix(".json").is_file():
             kind = ("--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(tokenizer), "--append-eod", "--overwrite")
             workers = ("--workers", str(min(16, len(os.sched_getaffinity(0)))))
-            self.run(["tools/preprocess_data.py", "--input", *text, "--output-prefix", str(self.home / "data" / "text"), *kind, *workers])
+            self.run(["tools/preprocess_data.py", "--input", *text, "--output-prefix", str(self.output / "data" / "text"), *kind, *workers])
 
-    def run(self, words: Sequence[str], log: Path | None = None, share: Mapping[str, str] | None = None) -> bool:
-        """One command of the program; its output goes to the screen, or to a log.
+    def run(self, command: Sequence[str], log: Path | None = None, variables: Mapping[str, str] | None = None) -> bool:
+        """Runs one command and waits for it.
 
         Args:
-            words: behind `python`.
-            log: appended to.
-            share: environment variables, from `share`.
+            command: its words after `python`.
+            log: file that its output is appended to; None prints the output.
+            variables: environment variables, from `device_variables`.
 
         Returns:
-            Whether it came to its end; else it was stopped, in time or as the study was told to, with all saved.
+            True when the command finished; False when it saved and stopped early, by --seconds or by a signal to the study.
 
         Raises:
-            DataError: it failed.
+            DataError: the command failed.
         """
-        self.console.print(f"$ python {shlex.join(words)}", soft_wrap=True, markup=False)
+        self.console.print(f"$ python {shlex.join(command)}", soft_wrap=True, markup=False)
         environment = {
             **os.environ,
             "PYTHONPATH": os.pathsep.join([str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]).rstrip(":"),
-            **(share or {}),
+            **(variables or {}),
         }
         if not _gpus():
             environment.setdefault("DS_ACCELERATOR", "cpu")
         if log is not None:
             log.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.nullcontext() if log is None else log.open("ab") as file:
-            process = subprocess.Popen([sys.executable, *words], cwd=ROOT, env=environment, stdout=file, stderr=file)
-            self.under_way.add(process)
-            if self.told:
-                # It was not among the others when they were told.
+            process = subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment, stdout=file, stderr=file)
+            self.running.add(process)
+            if self.stop_signal:
+                # The signal came before this process was in `running`.
                 process.terminate()
             code = process.wait()
-            self.under_way.discard(process)
-        if code and code != ExitCode.PREEMPTED and not self.told:
+            self.running.discard(process)
+        if code and code != ExitCode.PREEMPTED and not self.stop_signal:
             raise DataError(
-                f"{words[0]} ended with code {code}", "0", f"read {log or 'the lines above'}; the same command goes on from here"
+                f"{command[0]} failed with exit code {code}",
+                "exit code 0",
+                f"read {log or 'the output above'}, fix the problem and run the same command again to resume",
             )
         return code == 0
 
     def outcomes(self) -> list[Outcome]:
-        """Of all runs that are done, also those of seeds beyond --seeds."""
-        found = []
+        """Returns the outcome of every finished run, including seeds beyond --seeds."""
+        outcomes = []
         for arm in self.all_arms:
-            for folder in sorted((self.home / "runs").glob(f"{arm.name}-seed*")):
+            for folder in sorted((self.output / "runs").glob(f"{arm.name}-seed*")):
                 seed = folder.name.removeprefix(f"{arm.name}-seed")
                 if seed.isdigit() and (outcome := read_outcome(folder, arm.name, int(seed))) is not None:
-                    found.append(outcome)
-        return found
+                    outcomes.append(outcome)
+        return outcomes
 
     def write(self) -> None:
-        """Table, plot and numbers of what is done."""
+        """Writes the report, the plots and study.json from all finished runs, and prints the table."""
         outcomes, arms = self.outcomes(), self.all_arms
         if not outcomes:
-            self.console.print("no run is done yet")
+            self.console.print("no run has finished yet")
             return
-        rows = summarise(arms, outcomes, self.budget)
-        switches = summarise_switches(arms, outcomes, self.budget)
+        rows = summarize(arms, outcomes, self.budget)
+        switches = summarize_switches(arms, outcomes, self.budget)
         settings = json.loads(json.dumps(self.settings, default=str))
-        write_json(self.home / "study.json", rows, switches, outcomes, settings, self.parameters())
-        plot_study(self.home / "loss.png", arms, outcomes, self.budget, self.title())
+        write_json(self.output / "study.json", rows, switches, outcomes, settings, self.parameters())
+        main_arms = (*MAIN_ARMS, *(arm.name for arm in self.more_arms))
+        plot_study(self.output / "loss.png", arms, outcomes, self.budget, self.title(), main_arms)
         if switches:
-            plot_switches(self.home / "switch.png", switches, COLOURS, "After the switch: above the baseline at equal cost")
-        write_durably(self.home / "study.md", self.text(rows, switches, "loss.png", "switch.png"))
+            plot_switches(self.output / "switch.png", switches, COLORS, "Loss gap to the baseline at equal cost, after the switch")
+        write_durably(self.output / "study.md", self.report(rows, switches, "loss.png", "switch.png"))
         if self.args.docs:
             name = self.args.docs_name or self.args.config.stem
             names = f"{name}.png", f"{name}_switch.png"
-            pictures = dict(zip(names, (self.home / "loss.png", self.home / "switch.png"), strict=True))
-            publish(self.args.docs, name, self.text(rows, switches, *names), pictures)
-        table = Table(title=f"{len(outcomes)} run{'s' if len(outcomes) > 1 else ''} done", title_justify="left", header_style="bold")
-        for name in ("arm", "seeds", "tokens", "cost", "steps", "held-out token loss", "against its baseline", ""):
+            plots = dict(zip(names, (self.output / "loss.png", self.output / "switch.png"), strict=True))
+            publish(self.args.docs, name, self.report(rows, switches, *names), plots)
+        table = Table(title=f"{plural(len(outcomes), 'run')} finished", title_justify="left", header_style="bold")
+        for name in ("arm", "seeds", "tokens", "cost", "steps", "held-out token loss", "difference to its baseline", ""):
             table.add_column(name, justify="left" if name in ("arm", "") else "right")
         for row in rows:
             spread = "" if row.spread is None else f" ± {row.spread:.3f}"
             error = "" if row.error is None else f" ± {row.error:.3f}"
             difference = "" if row.difference is None else f"{row.difference:+.3f}{error}"
             cells = (row.arm, str(row.seeds), format_count(row.tokens), f"{row.cost:.3f}", f"{row.steps:,}", f"{row.loss:.3f}{spread}")
-            table.add_row(*cells, difference, verdict(row))
+            table.add_row(*cells, difference, significance(row))
         self.console.print(table)
 
-    def text(self, rows: Sequence[Row], switches: Sequence[SwitchRow], plot: str, switch_plot: str) -> str:
-        """The study as Markdown, with pictures at these paths."""
-        text = markdown(rows, self.all_arms, self.about(), self.command(), plot)
+    def report(self, rows: Sequence[Row], switches: Sequence[SwitchRow], plot: str, switch_plot: str) -> str:
+        """Returns the study as Markdown that shows the plots at these paths."""
+        text = markdown(rows, self.all_arms, self.description(), self.command(), plot)
         return f"{text}\n{switch_markdown(switches, switch_plot)}" if switches else text
 
     def title(self) -> str:
-        """Of the plot."""
-        return f"Equal cost: every arm but token-full spends what token level spends on {format_count(self.budget)} tokens"
+        """Returns the title of the plot."""
+        return f"Equal cost: every arm but token-full costs as much as token-level training on {format_count(self.budget)} tokens"
 
     @functools.cached_property
-    def side(self) -> dict[str, Any]:
-        """The dataset's side file."""
+    def dataset_metadata(self) -> dict[str, Any]:
+        """The content of the dataset's metadata file."""
         return cast("dict[str, Any]", json.loads(self.dataset.with_suffix(".json").read_text(encoding="utf-8")))
 
     def parameters(self) -> int:
-        """Of the model."""
-        words = ["--config", str(self.args.config), "--vocab-size", str(self.side["vocab_size"]), "--dry-run"]
-        return parameter_count(load_config(words, 1).shape).total
+        """Returns the number of parameters of the model."""
+        flags = ["--config", str(self.args.config), "--vocab-size", str(self.dataset_metadata["vocab_size"]), "--dry-run"]
+        return parameter_count(load_config(flags, 1).shape).total
 
-    def about(self) -> str:
-        """Model, data, machine and date: what a number needs beside it."""
-        config, side, parameters = self.settings["config"], self.side, self.parameters()
+    def description(self) -> str:
+        """Returns model, data, budget, machine and date in one paragraph, to be read with the numbers."""
+        config, metadata, parameters = self.settings["config"], self.dataset_metadata, self.parameters()
         return (
-            f"{format_count(parameters)} parameters, {format_count(self.budget / parameters)} tokens each at token level: "
-            f"{config['num-layers']} layers x {config['hidden-size']}, vocabulary {side['vocab_size']:,}, {config['seq-length']} positions "
-            f"a sample, on {format_count(side['tokens'])} tokens of text, 5 % held out; budget: what token level spends on "
-            f"{format_count(self.budget)} tokens. {machine()}, {date.today().isoformat()}."
+            f"{format_count(parameters)} parameters, {format_count(self.budget / parameters)} tokens per parameter at token level: "
+            f"{config['num-layers']} layers x {config['hidden-size']}, vocabulary {metadata['vocab_size']:,}, {config['seq-length']} "
+            f"positions per sample, on {format_count(metadata['tokens'])} tokens of text, 5 % held out; budget: the cost of token-level "
+            f"training on {format_count(self.budget)} tokens. {machine()}, {date.today().isoformat()}."
         )
 
     def command(self) -> str:
-        """The command that makes these numbers, with the text's place left to the reader."""
+        """Returns the command that reproduces these numbers; the reader inserts the location of the text."""
         path = self.args.config.resolve()
         config = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path.name
         extra = f" --budget {self.args.budget}" if self.args.budget else ""
         extra += f" --vocab-size {self.args.vocab_size}" if self.args.vocab_size != VOCAB_SIZE else ""
         arms = f" --arms {' '.join(self.args.arms)}" if self.args.arms else ""
         seeds = max((outcome.seed for outcome in self.outcomes()), default=self.args.seeds)
-        output = f"--text 'books/*.txt' --output runs/{self.home.name}"
-        return f"python examples/replicate/study.py {output} --config {config}{extra}{arms} --seeds {seeds}"
+        script = Path(sys.argv[0]).name if self.more_arms else "examples/replicate/study.py"
+        output = f"--text 'books/*.txt' --output runs/{self.output.name}"
+        return f"python {script} {output} --config {config}{extra}{arms} --seeds {seeds}"
 
     def print_plan(self) -> None:
-        """What would run."""
-        table = Table(title=f"Budget: {format_count(self.budget)} cost tokens an arm", title_justify="left", header_style="bold")
-        for name in ("arm", "tokens", "cost", "what"):
+        """Prints the arms and the number of runs."""
+        table = Table(title=f"Budget: {format_count(self.budget)} cost tokens per arm", title_justify="left", header_style="bold")
+        for name in ("arm", "tokens", "cost", "description"):
             table.add_column(name, justify="right" if name in ("tokens", "cost") else "left")
         for arm in self.arms:
-            table.add_row(arm.name, format_count(arm.train_tokens(self.budget)), f"{arm.cost / 2:g}", arm.what)
+            table.add_row(arm.name, format_count(arm.train_tokens(self.budget)), f"{arm.cost / 2:g}", arm.description)
         self.console.print(table)
-        self.console.print(f"{len(self.arms)} arms x {len(self.seeds)} seeds = {len(self.arms) * len(self.seeds)} runs")
+        arms, seeds, runs = (len(self.arms), len(self.seeds), len(self.arms) * len(self.seeds))
+        self.console.print(f"{plural(arms, 'arm')} x {plural(seeds, 'seed')} = {plural(runs, 'run')}")
 
-    def go(self) -> None:
-        """Every run that is not done, `--parallel` at a time, and the results after each.
+    def train_all(self) -> None:
+        """Trains every unfinished run, `--parallel` at a time, and writes the results after each.
 
         Raises:
-            DataError: a run failed; those that had begun are waited for, and no other begins unless --keep-going says so.
-            SystemExit: a signal told the study to stop, and all that was under way has ended.
+            DataError: a run failed. Without --keep-going no other run starts; those under way finish first.
+            SystemExit: a signal stopped the study, after every process that was under way has ended.
         """
         before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
-            self._go()
+            self._train_all()
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        """Tells all runs to save and stop; another Ctrl-C goes to them as such, and they stop at once."""
-        again = number == signal.SIGINT and self.told
-        self.told = number
-        for process in list(self.under_way):
+        """Makes all runs save and stop; a second Ctrl-C is passed to them as SIGINT and stops them at once."""
+        again = number == signal.SIGINT and self.stop_signal
+        self.stop_signal = number
+        for process in list(self.running):
             process.send_signal(signal.SIGINT if again else signal.SIGTERM)
 
-    def _go(self) -> None:
-        began, whole = time.monotonic(), len(self.arms) * len(self.seeds)
+    def _train_all(self) -> None:
+        start, total = time.monotonic(), len(self.arms) * len(self.seeds)
         self.prepare()
-        left = [(arm, seed) for seed in self.seeds for arm in self.arms if read_outcome(self.folder(arm, seed), arm.name, seed) is None]
-        places: queue.SimpleQueue[int] = queue.SimpleQueue()
-        for place in range(self.args.parallel):
-            places.put(place)
+        todo = [(arm, seed) for seed in self.seeds for arm in self.arms if read_outcome(self.run_folder(arm, seed), arm.name, seed) is None]
+        slots: queue.SimpleQueue[int] = queue.SimpleQueue()
+        for slot in range(self.args.parallel):
+            slots.put(slot)
 
         def train(number: int, arm: Arm, seed: int) -> bool:
-            place = places.get()
+            slot = slots.get()
             try:
-                words = self.words(arm, seed)
-                if self.told:
+                command = self.run_command(arm, seed)
+                if self.stop_signal:
                     return False
                 if self.args.seconds is not None:
-                    seconds = int(began + self.args.seconds - time.monotonic())
+                    seconds = int(start + self.args.seconds - time.monotonic())
                     if seconds < 1:
                         return False
-                    words += ["--exit-duration", f"{seconds}s"]
-                self.console.print(f"\n[bold]{number} of {whole}: {arm.name}, seed {seed}[/bold]")
-                return self.run(words, self.home / "logs" / f"{arm.name}-seed{seed}.log", self.share(place))
+                    command += ["--exit-duration", f"{seconds}s"]
+                self.console.print(f"\n[bold]run {number} of {total}: {arm.name}, seed {seed}[/bold]")
+                return self.run(command, self.output / "logs" / f"{arm.name}-seed{seed}.log", self.device_variables(slot))
             finally:
-                places.put(place)
+                slots.put(slot)
 
         failures: list[BaseException] = []
         stopped = 0
         with ThreadPoolExecutor(self.args.parallel) as pool:
-            runs = [pool.submit(train, number, *run) for number, run in enumerate(left, 1 + whole - len(left))]
-            for made, run in enumerate(as_completed(runs), 1):
+            runs = [pool.submit(train, number, *run) for number, run in enumerate(todo, 1 + total - len(todo))]
+            for ended, run in enumerate(as_completed(runs), 1):
                 if (error := run.exception()) is not None:
                     if not (self.args.keep_going and isinstance(error, DataError)):
                         pool.shutdown(cancel_futures=True)
@@ -341,28 +368,29 @@ class Study:
                     stopped += 1
                     continue
                 self.write()
-                self.console.print(f"about {format_duration((time.monotonic() - began) / made * (len(left) - made))} to go")
-        if not left:
+                remaining = (time.monotonic() - start) / ended * (len(todo) - ended)
+                self.console.print(f"about {format_duration(remaining)} remaining")
+        if not todo:
             self.write()
         if stopped:
-            why = f", as {signal.Signals(self.told).name} said to stop" if self.told else " in time"
-            self.console.print(f"{stopped} run{'s' if stopped > 1 else ''} not done{why}; the same command goes on")
-        if self.told:
+            reason = f"stopped by {signal.Signals(self.stop_signal).name}" if self.stop_signal else "--seconds has passed"
+            self.console.print(f"{plural(stopped, 'run')} not finished ({reason}); run the same command again to resume")
+        if self.stop_signal:
             raise SystemExit(ExitCode.PREEMPTED)
         if failures:
             raise failures[0]
 
-    def share(self, place: int) -> dict[str, str]:
-        """The environment that gives a run its part of the machine where several run at a time: a GPU, or cores."""
+    def device_variables(self, slot: int) -> dict[str, str]:
+        """Returns the environment variables that give one of `--parallel` runs its GPU or its number of CPU threads."""
         if self.args.parallel == 1:
             return {}
         if gpus := _gpus():
-            return {"CUDA_VISIBLE_DEVICES": str(place % len(gpus))}
+            return {"CUDA_VISIBLE_DEVICES": str(slot % len(gpus))}
         return {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // self.args.parallel))}
 
 
 def machine() -> str:
-    """The devices, in words."""
+    """Returns the number and the kind of the devices, for the report."""
     if gpus := _gpus():
         return f"{len(gpus)} x {gpus[0]}"
     return f"{len(os.sched_getaffinity(0))} CPU cores"
@@ -370,57 +398,79 @@ def machine() -> str:
 
 @functools.cache
 def _gpus() -> tuple[str, ...]:
-    """Names of the GPUs that the driver lists."""
-    words = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    """Returns the names of the GPUs that the driver lists."""
+    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
     try:
-        listed = subprocess.run(words, capture_output=True, text=True, check=False)
+        listed = subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError:
         return ()
     return () if listed.returncode else tuple(listed.stdout.strip().splitlines())
 
 
-def main(argv: list[str]) -> None:
-    """Runs the study."""
+def main(argv: list[str], more_arms: Sequence[Arm] = ()) -> None:
+    """Runs the study.
+
+    Args:
+        argv: the command line, without the program's name.
+        more_arms: arms in addition to those of arms.py; --arms, --plan and the tables include them.
+
+    Raises:
+        ConfigError: a flag or an arm is wrong, or the folder holds another study.
+        DataError: a run failed.
+    """
     parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--text", nargs="+", default=[], help="text to train on: .txt, .jsonl, also compressed, or globs in quotes")
-    parser.add_argument("--output", type=Path, default=ROOT / "runs" / "study", help="where everything goes")
-    parser.add_argument("--config", type=Path, default=ROOT / "examples" / "replicate" / "study_cpu.yaml", help="model, batch and lr")
-    parser.add_argument("--budget", help="cost tokens of an arm; by default the configuration's train-tokens")
-    parser.add_argument("--arms", nargs="+", default=[], help="some arms alone, and the baselines that they need; --plan lists all")
-    parser.add_argument("--seeds", type=int, default=3, help="runs of each arm")
+    parser.add_argument("--text", nargs="+", default=[], help="text to train on: .txt or .jsonl files, also compressed, or quoted globs")
+    parser.add_argument(
+        "--output", type=Path, default=ROOT / "runs" / "study", help="folder for dataset, runs and results (default: runs/study)"
+    )
+    parser.add_argument(
+        "--config",
+        type=Path,
+        default=ROOT / "examples" / "replicate" / "study_cpu.yaml",
+        help="YAML file with model, batch and learning rate (default: examples/replicate/study_cpu.yaml)",
+    )
+    parser.add_argument("--budget", help="cost tokens per arm (default: train-tokens of the configuration)")
+    parser.add_argument(
+        "--arms", nargs="+", default=[], help="run these arms and their baselines only (default: all arms, which --plan lists)"
+    )
+    parser.add_argument("--seeds", type=int, default=3, help="runs per arm (default: 3)")
     parser.add_argument(
         "--parallel",
         type=int,
         default=1,
-        help="runs at a time, each with its part of the cores, or with a GPU, which several share where there are fewer",
+        help="number of runs at a time; they divide the CPU cores or share the GPUs (default: 1)",
     )
-    parser.add_argument("--seconds", type=float, help="for the whole study: runs that are not done by then save and stop")
-    parser.add_argument("--keep-going", action="store_true", help="begin the other runs although one has failed")
-    parser.add_argument("--saves", type=int, default=4, help="checkpoints of a run; 1 for runs of a minute")
-    parser.add_argument("--vocab-size", default=VOCAB_SIZE, help="of the tokenizer that is trained on the text")
+    parser.add_argument("--seconds", type=float, help="time limit of the study: unfinished runs then save and stop")
+    parser.add_argument("--keep-going", action="store_true", help="start the remaining runs although one has failed")
+    parser.add_argument("--saves", type=int, default=4, help="checkpoints per run; 1 suits runs of a minute (default: 4)")
+    parser.add_argument("--vocab-size", default=VOCAB_SIZE, help="vocabulary of the tokenizer that is trained on the text (default: 1024)")
     parser.add_argument(
         "--docs",
         type=Path,
-        help="a Markdown file to put the tables into, between <!-- NAME --> and <!-- end of NAME -->",
+        help="Markdown file that receives the tables between <!-- NAME --> and <!-- end of NAME -->",
     )
-    parser.add_argument("--docs-name", help="NAME there, and of the pictures; by default the configuration's")
-    parser.add_argument("--plan", action="store_true", help="print what would run")
-    parser.add_argument("--status", action="store_true", help="write table and plot of what is done, and run nothing")
+    parser.add_argument("--docs-name", help="NAME of these markers and of the plots (default: name of the configuration)")
+    parser.add_argument("--plan", action="store_true", help="print what would run, and stop")
+    parser.add_argument("--status", action="store_true", help="write the results of the finished runs, and stop")
     args = parser.parse_args(argv)
     if args.seeds < 1 or args.parallel < 1 or args.saves < 1:
-        raise ConfigError(f"--seeds {args.seeds}, --parallel {args.parallel}, --saves {args.saves}", "whole numbers from 1")
+        raise ConfigError(
+            f"--seeds {args.seeds}, --parallel {args.parallel}, --saves {args.saves}",
+            "whole numbers from 1",
+            "raise the value that is below 1",
+        )
     console = Console(highlight=False)
     if not console.is_terminal:
         console = Console(highlight=False, width=150)
     if args.plan and not args.text:
         args.text = ["-"]
-    study = Study(args, console)
+    study = Study(args, console, more_arms)
     if args.plan:
         study.print_plan()
     elif args.status:
         study.write()
     else:
-        study.go()
+        study.train_all()
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""How good a model is: on raw text, and on the tasks of the field's harness."""
+"""Evaluation of models: perplexity on raw text, and the tasks of lm-evaluation-harness."""

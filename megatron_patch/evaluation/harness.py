@@ -1,6 +1,7 @@
-"""Tasks of EleutherAI's lm-evaluation-harness on our model, with task data from a local folder where there is no network.
+"""Runs tasks of EleutherAI's lm-evaluation-harness, with task data from a local folder or from the Hugging Face hub.
 
-In: names of tasks, and a folder with one sub-folder a data set, named as the hub names it (Rowan/hellaswag). Out: the harness' results.
+In: names of tasks, and optionally a folder with one subfolder per dataset, named as on the hub (Rowan/hellaswag). Out: the results of the
+harness.
 """
 
 from __future__ import annotations
@@ -16,46 +17,48 @@ from megatron_patch.parallel.groups import SINGLE_REPLICA, Replicas
 from megatron_patch.tokenizers.base import Tokenizer
 
 
-def local_data(folder: Path | None, path: str, name: str | None) -> tuple[str, str | None] | None:
-    """Where a hub data set is on this machine.
+def find_local_dataset(folder: Path | None, path: str, name: str | None) -> tuple[str, str | None] | None:
+    """Returns the arguments of `load_dataset` for a local copy of a hub dataset, or None without one.
+
+    FOLDER/PATH/NAME is used if it exists, else FOLDER/PATH, which is a copy of the hub's repository or contains one file per split
+    (test.jsonl, validation.parquet).
 
     Args:
-        folder: with the data sets, or None.
-        path: as the hub names it.
-        name: of its configuration.
+        folder: folder with local datasets, or None.
+        path: name of the dataset on the hub.
+        name: name of its configuration, or None.
 
     Returns:
-        (folder, configuration) for `load_dataset`, or None where it is not there: FOLDER/PATH/NAME if there is one, else FOLDER/PATH, which
-        is a copy of the hub's repository, or holds files named by split (test.jsonl, validation.parquet).
+        (folder, configuration) for `load_dataset`, or None.
     """
     if folder is None:
         return None
-    whole = folder / path
-    if name is not None and (whole / name).is_dir():
-        return str(whole / name), None
-    if not whole.is_dir():
+    dataset = folder / path
+    if name is not None and (dataset / name).is_dir():
+        return str(dataset / name), None
+    if not dataset.is_dir():
         return None
-    has_configurations = (whole / "README.md").is_file()
-    return str(whole), name if has_configurations else None
+    has_configurations = (dataset / "README.md").is_file()
+    return str(dataset), name if has_configurations else None
 
 
 @contextlib.contextmanager
-def _data_from(folder: Path | None) -> Iterator[None]:
-    """All task data goes through `datasets.load_dataset`: it looks into the folder first, and tells what is missing."""
+def _local_datasets_first(folder: Path | None) -> Iterator[None]:
+    """Makes `datasets.load_dataset`, which loads all task data, look into the folder first and name what is missing."""
     import datasets
 
     original = datasets.load_dataset
 
     def load(path: str, name: str | None = None, **options: Any) -> Any:
-        found = local_data(folder, path, name)
+        local = find_local_dataset(folder, path, name)
         try:
-            return original(*found, **options) if found else original(path, name, **options)
+            return original(*local, **options) if local else original(path, name, **options)
         except Exception as error:
-            where = f"in {found[0]}" if found else f"{folder / path if folder else 'a local folder'}, nor reached on the hub"
+            source = local[0] if local else f"{folder / path} or from the hub" if folder else "the hub"
             raise DataError(
-                f"task data {path}{f' ({name})' if name else ''} cannot be read {where}: {type(error).__name__}: {str(error)[:200]}",
-                f"--task-data FOLDER with FOLDER/{path}: a copy of the data set's repository, or a file a split, named by it",
-                f"fetch it where there is a network: hf download {path} --repo-type dataset --local-dir FOLDER/{path}",
+                f"cannot read task data {path}{f' ({name})' if name else ''} from {source}: {type(error).__name__}: {str(error)[:200]}",
+                f"--task-data FOLDER with FOLDER/{path}: a copy of the dataset's repository, or one file per split, named after it",
+                f"download it on a machine with a network: hf download {path} --repo-type dataset --local-dir FOLDER/{path}",
             ) from error
 
     datasets.load_dataset = load
@@ -77,26 +80,26 @@ def run_tasks(
     limit: int | None = None,
     replicas: Replicas = SINGLE_REPLICA,
 ) -> dict[str, Any]:
-    """Runs tasks.
+    """Runs tasks of the harness.
 
     Args:
-        model: in evaluation mode.
-        tokenizer: of the model.
-        tasks: names.
-        max_length: positions of a request.
-        batch: requests of one forward pass.
-        data: folder with data sets; see `local_data`.
-        task_path: folder with more tasks as YAML files.
-        shots: examples before each question; None: the task's own number.
-        limit: documents of each task; None: all.
-        copies: ranks that share out the requests.
+        model: the model, in evaluation mode.
+        tokenizer: tokenizer of the model.
+        tasks: names of the tasks.
+        max_length: longest request, in positions.
+        batch: requests per forward pass.
+        data: folder with local datasets, as `find_local_dataset` reads it.
+        task_path: folder with further tasks as YAML files.
+        shots: examples before each question; None uses the number of the task.
+        limit: documents per task; None uses all.
+        replicas: replicas of the model that divide the requests.
 
     Returns:
-        Task -> metric -> value.
+        Values by task and metric.
 
     Raises:
-        ConfigError: the harness is not installed, or a task is unknown.
-        DataError: a task's data is not here, or a tokenizer without an end of document.
+        ConfigError: the harness is not installed, a folder does not exist, or a task is unknown.
+        DataError: the data of a task cannot be read, or the tokenizer has no end-of-document token.
     """
     try:
         from lm_eval import simple_evaluate
@@ -104,19 +107,27 @@ def run_tasks(
 
         from megatron_patch.evaluation.harness_model import HarnessModel
     except ImportError as error:
-        raise ConfigError("--tasks without lm-eval", "the extra [eval]", "pip install 'megatron_patch[eval]'") from error
+        raise ConfigError(
+            "--tasks needs lm-eval, which is not installed", "the extra [eval]", "run pip install 'megatron_patch[eval]'"
+        ) from error
     if tokenizer.eod_id is None:
-        raise DataError(f"tokenizer {tokenizer.name} has no end of document", "a tokenizer with one", "give --tokenizer-model")
+        raise DataError(
+            f"tokenizer {tokenizer.name} has no end-of-document token",
+            "a tokenizer with such a token",
+            "choose another one with --tokenizer-model",
+        )
     for folder, flag in ((data, "--task-data"), (task_path, "--task-path")):
         if folder is not None and not folder.is_dir():
-            raise ConfigError(f"{flag} {folder} is no folder", "a folder", "check the path")
+            raise ConfigError(f"{flag} {folder} is not a folder", "an existing folder", "check the path")
     manager = TaskManager(include_path=str(task_path) if task_path else None)
     unknown = [name for name in tasks if not manager.match_tasks([name])]
     if unknown:
         raise ConfigError(
-            f"unknown tasks: {', '.join(unknown)}", "tasks of lm-eval (lm-eval ls tasks)", "check their names, or give --task-path"
+            f"--tasks {','.join(unknown)}: unknown to lm-eval",
+            "names that `lm-eval ls tasks` lists",
+            "check the names, or give --task-path",
         )
-    with _data_from(data):
+    with _local_datasets_first(data):
         result = simple_evaluate(
             HarnessModel(model, tokenizer, max_length, batch, replicas),
             tasks=list(tasks),
@@ -131,7 +142,7 @@ def run_tasks(
 
 
 def _numbers(values: dict[str, Any]) -> dict[str, float]:
-    """The harness' metrics without its filters' names where there is no filter, and without what is no number."""
+    """Returns the numeric metrics of a task without standard errors, and without the filter's name if it is "none"."""
     return {
         name.removesuffix(",none"): float(value)
         for name, value in values.items()

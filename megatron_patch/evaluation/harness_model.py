@@ -1,6 +1,7 @@
-"""Our model as EleutherAI's lm-evaluation-harness sees one: texts in, log-likelihoods and continuations out, at K = 1.
+"""Adapter from `InferenceModel` to the model interface of EleutherAI's lm-evaluation-harness, at K = 1.
 
-In: the harness' requests. Out: what its own Hugging Face model answers on the export. Imported only where the harness is installed.
+In: requests of the harness. Out: log-likelihoods and continuations, equal to those of the harness' Hugging Face model on the exported
+checkpoint. This module needs the harness, so it is imported only when tasks run.
 """
 
 from __future__ import annotations
@@ -24,14 +25,14 @@ Answer = TypeVar("Answer")
 
 
 class HarnessModel(TemplateLM):  # type: ignore[misc]
-    """An adapter.
+    """A model that answers the requests of the harness.
 
     Args:
-        model: in evaluation mode, on its device.
-        tokenizer: of the model, with an end-of-document token.
-        max_length: positions of a request; longer contexts lose their beginning.
-        batch: requests of one forward pass.
-        copies: ranks that share out the requests; all have all answers.
+        model: the model, in evaluation mode and on its device.
+        tokenizer: tokenizer of the model, with an end-of-document token.
+        max_length: longest request, in positions; longer contexts lose their beginning.
+        batch: requests per forward pass.
+        replicas: replicas of the model that divide the requests; every rank gets all answers.
     """
 
     def __init__(
@@ -45,42 +46,42 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
 
     @property
     def eot_token_id(self) -> int:
-        """Id of the end of a document."""
+        """Id of the end-of-document token."""
         return self._eod
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text: its beginning, where the vocabulary has a token for it, else the end of the document before."""
+        """Id of the token before a text: the beginning-of-text token if the vocabulary has one, else the end-of-document token."""
         return self._eod if self._tokenizer.bos_id is None else self._tokenizer.bos_id
 
     @property
     def tokenizer_name(self) -> str:
-        """For the harness' caches."""
+        """Name of the tokenizer, as the harness uses it in its caches."""
         return self._tokenizer.name.replace("/", "__")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **options: Any) -> list[int]:
-        """Ids of a text; no tokens are added."""
+        """Returns the token ids of a text; no special tokens are added."""
         return encode(self._tokenizer, string)
 
     @torch.no_grad()
     def _loglikelihood_tokens(self, requests: Sequence[tuple[Any, list[int], list[int]]], **options: Any) -> list[tuple[float, bool]]:
-        """(log-likelihood of the continuation, whether it is the greedy one) of (text, context, continuation)s."""
+        """Returns (log-likelihood of the continuation, whether greedy decoding yields it) for each (text, context, continuation)."""
         order = sorted(range(len(requests)), key=lambda index: -len(requests[index][1]) - len(requests[index][2]))
-        found = self._shared_out([order[start : start + self._batch] for start in range(0, len(order), self._batch)], requests, self._score)
-        return [found[number] for number in range(len(requests))]
+        answers = self._divide([order[start : start + self._batch] for start in range(0, len(order), self._batch)], requests, self._score)
+        return [answers[number] for number in range(len(requests))]
 
-    def _shared_out(
+    def _divide(
         self, batches: Sequence[Sequence[int]], requests: Sequence[Request], answer: Callable[[list[Request]], list[Answer]]
     ) -> dict[int, Answer]:
-        """Answers by their requests' numbers; each copy of the model answers some batches."""
+        """Returns the answers by index of their request; each replica of the model answers some of the batches."""
         mine: dict[int, Answer] = {}
-        for place, numbers in enumerate(batches):
-            if self._replicas.mine(place):
+        for index, numbers in enumerate(batches):
+            if self._replicas.mine(index):
                 mine.update(zip(numbers, answer([requests[number] for number in numbers]), strict=True))
         return {number: value for part in self._replicas.gather(mine) for number, value in cast("dict[int, Answer]", part).items()}
 
     def _score(self, requests: Sequence[tuple[Any, list[int], list[int]]]) -> list[tuple[float, bool]]:
-        """One forward pass."""
+        """Returns log-likelihoods and greediness of requests, computed in one forward pass."""
         rows = [(context + continuation)[-(self.max_length + 1) :] for _, context, continuation in requests]
         ids = torch.zeros(len(rows), max(len(row) for row in rows) - 1, dtype=torch.int64)
         for line, row in zip(ids, rows, strict=True):
@@ -96,7 +97,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         return results
 
     def loglikelihood_rolling(self, requests: Iterable[Any], disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihood of whole texts, each token scored once with as much context as there is."""
+        """Returns the log-likelihood of complete texts; each token is scored once with the longest possible context."""
         results = []
         for (text,) in (request.args for request in requests):
             windows = get_rolling_token_windows(self.tok_encode(text), self.prefix_token_id, self.max_length, context_len=1)
@@ -105,16 +106,16 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         return results
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Continuations up to a stop text; requests with the same settings are continued together."""
+        """Returns continuations up to a stop text; requests with the same settings share batches."""
         groups: dict[str, list[int]] = {}
         for number, request in enumerate(requests):
             groups.setdefault(repr(sorted(request.args[1].items(), key=lambda item: str(item[0]))), []).append(number)
-        found: dict[int, str] = {}
+        answers: dict[int, str] = {}
         for numbers in groups.values():
             settings = dict(requests[numbers[0]].args[1])
             batches = [numbers[start : start + self._batch] for start in range(0, len(numbers), self._batch)]
-            found |= self._shared_out(batches, requests, functools.partial(self._continue, settings=settings))
-        return [found[number] for number in range(len(requests))]
+            answers |= self._divide(batches, requests, functools.partial(self._continue, settings=settings))
+        return [answers[number] for number in range(len(requests))]
 
     def _continue(self, requests: Sequence[Any], settings: dict[str, Any]) -> list[str]:
         contexts = [request.args[0] for request in requests]
@@ -125,7 +126,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         sampling = Sampling(temperature, float(settings.get("top_p", 1.0)), int(settings.get("top_k", 0)), seed=1234)
         prompts = [(self.tok_encode(context) or [self.prefix_token_id])[-(self.max_length - new_tokens) :] for context in contexts]
         rows = generate(self._model, prompts, new_tokens, sampling, self._eod, ends=self._ends(stops))
-        return [_cut(self._tokenizer.decode([token for token in row if token != self._eod]), stops) for row in rows]
+        return [_until_stop(self._tokenizer.decode([token for token in row if token != self._eod]), stops) for row in rows]
 
     def _ends(self, stops: list[str]) -> Callable[[list[int]], bool]:
         longest = max((len(encode(self._tokenizer, stop)) for stop in stops), default=0)
@@ -137,8 +138,8 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         return ends
 
 
-def _cut(text: str, stops: Sequence[str]) -> str:
-    """A text up to its first stop."""
+def _until_stop(text: str, stops: Sequence[str]) -> str:
+    """Returns the part of a text before the first stop text."""
     for stop in stops:
         if stop:
             text = text.split(stop)[0]

@@ -1,10 +1,10 @@
-"""Perplexity on raw text: per token, per byte, per word, at any K.
+"""Perplexity on raw text per token, per byte and per word, at any K.
 
-In: documents, a tokenizer, a model. Out: `TextScore`. Every token of a document is scored once: the document is cut into patches behind K
-end-of-document tokens, and its positions are read in windows, of which the first `overlap` positions are context that an earlier window
-has scored. Bytes and words are those of the text as it was given, whatever the tokenizer makes of it, so that scores of models with
-different tokenizers can be compared. A word is what whitespace parts; WikiText-103's vocabulary (Merity et al., arXiv 1609.07843) has the
-end of each line as one more, and perplexities that are published on it are by that number.
+In: documents, a tokenizer, a model. Out: `TextScore`. Every token of a document is scored once: K end-of-document tokens are put before the
+document, it is split into patches, and its positions are read in windows. The first `overlap` positions of a window are context that an
+earlier window has scored. Bytes and words are counted in the given text, independent of the tokenizer, so scores of models with different
+tokenizers are comparable. Words are separated by whitespace; WikiText-103 (Merity et al., arXiv 1609.07843) also counts the end of each
+line as a word, and published perplexities use that number.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from megatron_patch.raw_text.large_documents import whole
 from megatron_patch.raw_text.parse_documents import documents
 from megatron_patch.raw_text.readers import batches
 from megatron_patch.tokenizers.base import Tokenizer, encode
+from megatron_patch.utils.units import plural
 
 Array = npt.NDArray[np.int64]
 
@@ -35,12 +36,12 @@ class TextScore:
     """Sums over documents.
 
     Args:
-        loss_sum: nats over all scored tokens.
-        tokens: scored tokens.
-        bytes: of the text in UTF-8.
-        words: parts of the text between whitespace.
-        documents: how many.
-        lines: ends of lines.
+        loss_sum: loss of all scored tokens, in nats.
+        tokens: number of scored tokens.
+        bytes: bytes of the text in UTF-8.
+        words: number of words, separated by whitespace.
+        documents: number of documents.
+        lines: number of line ends.
     """
 
     loss_sum: float = 0.0
@@ -51,34 +52,38 @@ class TextScore:
     lines: int = 0
 
     def loss(self) -> float:
-        """Nats a token."""
+        """Returns the mean loss in nats per token."""
         return self.loss_sum / max(1, self.tokens)
 
     def perplexity(self, units: int) -> float:
-        """Per unit: e^(nats of the whole text / units); infinite where no float can say it."""
+        """Returns the perplexity per unit, e^(loss_sum / units); infinite above the range of a float."""
         return math.exp(self.loss_sum / max(1, units)) if self.loss_sum / max(1, units) < 700 else math.inf
 
     def bits_per_byte(self) -> float:
-        """Bits that the model needs for a byte of the text."""
+        """Returns the loss in bits per byte of the text."""
         return self.loss_sum / math.log(2) / max(1, self.bytes)
 
 
 def read_documents(inputs: Sequence[str], key: str = "text") -> Iterator[str]:
-    """Documents of text files: each .txt one, each line of a .jsonl and row of a .parquet one; compressed files too.
+    """Yields the documents of text files, which may be compressed.
+
+    A .txt file is one document; in .jsonl and .parquet files each line or row is one.
 
     Args:
         inputs: paths and globs.
-        key: of the text in a JSON object, with dots for nested ones; column of a table.
+        key: key of the text in a JSON object, with dots for nested keys, or the column of a table.
 
     Raises:
-        DataError: a file that is missing or broken, text that is no UTF-8, a line that is no JSON object with the key.
+        DataError: a file is missing or damaged, a text is not UTF-8, or a line is not a JSON object with the key.
     """
     for batch in batches([Span(file) for file in expand(inputs)], (key,)):
         for document in documents(batch, (key,), []):
             if document.texts is None:
-                where = f"{batch.source}, line {document.number}" + (f" behind byte {batch.start}" if batch.start else "")
+                line = f"{batch.source}, line {document.number}" + (f" after byte {batch.start}" if batch.start else "")
                 raise DataError(
-                    f"{where}: {document.reason}", f"UTF-8 text, or JSON objects with a text under {key!r}", "repair it, or give --json-key"
+                    f"{line}: {document.reason}",
+                    f"UTF-8 text, or JSON objects with a text under {key!r}",
+                    "repair the file, or name another key with --json-key",
                 )
             yield whole(document.texts[0])
 
@@ -86,17 +91,17 @@ def read_documents(inputs: Sequence[str], key: str = "text") -> Iterator[str]:
 def document_windows(
     ids: Sequence[int], prefix: int | None, positions: int, patch_size: int, overlap: int
 ) -> Iterator[tuple[Array, Array]]:
-    """Inputs and labels of one document.
+    """Yields the windows of one document.
 
     Args:
-        ids: of the document.
-        prefix: read before the document, K times; None: nothing, and the first K tokens are not scored.
-        positions: longest window.
+        ids: token ids of the document.
+        prefix: token id that is put before the document K times; with None, the first K tokens are not scored.
+        positions: longest window, in positions.
         patch_size: K.
-        overlap: positions at the start of every window but the first that are not scored again.
+        overlap: positions that a window shares with the previous one, where they have been scored.
 
     Yields:
-        (input ids, labels), int64 [T, K], T up to `positions`; each scored token is a label in one window.
+        (input ids, labels), int64 [T, K] with T up to `positions`; each scored token is a label in exactly one window.
     """
     stream = ([] if prefix is None else [prefix] * patch_size) + list(ids)
     patches = -(-len(stream) // patch_size)
@@ -114,7 +119,7 @@ def document_windows(
 
 
 def _batches(windows: Iterable[tuple[Array, Array]], size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Windows side by side, shorter ones filled up behind their end, where no label is scored."""
+    """Yields batches of windows; shorter windows are padded at their end, where no label is scored."""
     rows: list[tuple[Array, Array]] = []
     for window in windows:
         rows.append(window)
@@ -146,38 +151,40 @@ def score_text(
     replicas: Replicas = SINGLE_REPLICA,
     rewrite: Callable[[str], str] = lambda text: text,
 ) -> TextScore:
-    """Scores documents.
+    """Returns the score of a model on documents.
 
     Args:
-        model: in evaluation mode.
-        tokenizer: of the model; its end-of-document token stands before each document.
-        documents: texts.
-        positions: longest window.
+        model: the model, in evaluation mode.
+        tokenizer: tokenizer of the model; its end-of-document token is put before each document.
+        documents: the texts.
+        positions: longest window, in positions.
         patch_size: K.
-        overlap: see `document_windows`.
-        batch: windows of one forward pass.
-        copies: ranks that share out the batches; all read all documents.
-        rewrite: from a document as it is given, whose bytes and words count, to what the model reads.
+        overlap: positions that windows share, as in `document_windows`.
+        batch: windows per forward pass.
+        replicas: replicas of the model that divide the batches; every rank reads all documents.
+        rewrite: maps a document to the text that the model reads; bytes and words are counted before it.
 
     Raises:
-        DataError: no text, or nothing of it that can be scored.
+        DataError: the documents contain no token that can be scored.
     """
-    count = {"bytes": 0, "words": 0, "documents": 0, "lines": 0}
+    counts = {"bytes": 0, "words": 0, "documents": 0, "lines": 0}
 
-    def windows() -> Iterator[tuple[Array, Array]]:
+    def scored_windows() -> Iterator[tuple[Array, Array]]:
         for text in documents:
-            count["bytes"] += len(text.encode("utf-8"))
-            count["words"] += len(text.split())
-            count["documents"] += 1
-            count["lines"] += text.count("\n")
+            counts["bytes"] += len(text.encode("utf-8"))
+            counts["words"] += len(text.split())
+            counts["documents"] += 1
+            counts["lines"] += text.count("\n")
             yield from document_windows(encode(tokenizer, rewrite(text)), tokenizer.eod_id, positions, patch_size, overlap)
 
     device = model.device
     totals = torch.zeros(2, dtype=torch.float64, device=device)
-    for number, (ids, labels) in enumerate(_batches(windows(), batch)):
+    for number, (ids, labels) in enumerate(_batches(scored_windows(), batch)):
         if replicas.mine(number):
             totals += torch.stack([part.double() for part in model(ids.to(device), labels.to(device))])
     loss_sum, tokens = replicas.sum(totals).tolist()
     if not tokens:
-        raise DataError(f"{count['documents']} documents without a token that can be scored", "text of more than one token")
-    return TextScore(loss_sum, int(tokens), **count)
+        raise DataError(
+            f"{plural(counts['documents'], 'document')} without a token that can be scored", "text of more than one token", "check --text"
+        )
+    return TextScore(loss_sum, int(tokens), **counts)

@@ -1,5 +1,6 @@
-"""WikiText's own writing and back: its files are cut into words, so that a model which learnt from plain text would meet spaces it has
-never seen. In: a document as WikiText has it. Out: plain text, by the rules that Megatron-LM and lm-evaluation-harness score it under.
+"""Detokenization of WikiText, whose files are split into words with spaces that plain text does not have.
+
+In: a document in WikiText's format. Out: plain text, by the rules that Megatron-LM and lm-evaluation-harness use.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ _AFTER = (
 
 
 def detokenize(text: str) -> str:
-    """Joins what WikiText parts: numbers, punctuation, brackets, quotation marks, headings."""
+    """Returns the text without WikiText's extra spaces in numbers, punctuation, brackets, quotation marks and headings."""
     text = text.replace("s '", "s'")
     for mark in "-,.":
         text = text.replace(f" @{mark}@ ", mark)
     for mark in ":;.!?,":
         text = text.replace(f" {mark} ", f"{mark} ")
     for pattern in _ENCLOSED:
-        text = pattern.sub(lambda found: found[0][0] + found[1] + found[0][-1], text)
+        text = pattern.sub(lambda match: match[0][0] + match[1] + match[0][-1], text)
     for old, new in _AFTER:
         text = text.replace(old, new)
     return text

@@ -1,1 +1,1 @@
-"""What a run will need before it runs: parameters and memory of each rank, FLOPs, traffic, time, money. No torch, no process group."""
+"""Predicts what a run needs: parameters and memory of each rank, FLOPs, traffic, time and money. Needs no process group."""

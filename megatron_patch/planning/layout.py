@@ -1,4 +1,4 @@
-"""How a run is laid out over ranks, as plain numbers. In: a resolved run and its engine configuration. Out: `Layout`."""
+"""The layout of a run over ranks, as plain numbers. In: a resolved run and its engine configuration. Out: `Layout`."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ Recompute = Literal["none", "selective", "full"]
 
 @dataclass(frozen=True)
 class Layout:
-    """Ranks and what each of them keeps.
+    """The layout of a run: its ranks, and how the model's states are divided among them.
 
     Args:
-        ranks: all of them.
-        tensor: ranks that share each layer.
-        pipeline: ranks that share the list of layers.
-        sequence_parallel: norms and residual stream are cut along positions.
-        zero_stage: what ZeRO shards over data-parallel ranks.
+        ranks: total number of ranks.
+        tensor: tensor parallel size.
+        pipeline: pipeline parallel size.
+        sequence_parallel: whether norms and the residual stream are sharded along positions.
+        zero_level: ZeRO level, 0 to 3.
         precision: of weights and activations.
-        recompute: what the backward pass computes again.
-        balance: what pipeline stages are made even in.
-        balance_positions: positions of a sample, for balancing FLOPs.
-        bucket_elements: of the buffers in which ZeRO 1 to 3 collect gradients.
-        offload_optimizer: optimizer states live in host memory.
-        offload_weights: so do weights.
+        recompute: which activations the backward pass recomputes.
+        balance: quantity that is divided evenly among pipeline ranks.
+        balance_positions: positions per sample, used when FLOPs are balanced.
+        bucket_elements: size of the buffers in which ZeRO 1 to 3 collect gradients.
+        offload_optimizer: whether optimizer states are in host memory.
+        offload_weights: whether weights are in host memory.
     """
 
     ranks: int
     tensor: int = 1
     pipeline: int = 1
     sequence_parallel: bool = False
-    zero_stage: int = 1
+    zero_level: int = 1
     precision: Precision = "bf16"
     recompute: Recompute = "none"
     balance: Balance = "parameters"
@@ -48,30 +48,30 @@ class Layout:
 
     @property
     def data(self) -> int:
-        """Ranks that hold the same part of the model and read other samples."""
+        """Data parallel size: ranks that hold the same part of the model and read different samples."""
         return self.ranks // (self.tensor * self.pipeline)
 
     @property
     def element_bytes(self) -> int:
-        """Of a weight or an activation in the forward pass."""
+        """Bytes of a weight or an activation in the forward pass."""
         return 4 if self.precision == "fp32" else 2
 
-    def parts(self, shape: ModelShape) -> list[range]:
-        """The layers (0: embedding, 1 to L: blocks, L + 1: final norm and head) of each pipeline stage."""
+    def layers_by_pipeline_rank(self, shape: ModelShape) -> list[range]:
+        """Returns the layers of each pipeline rank: 0 is the embedding, 1 to L are blocks, L + 1 is the final norm and head."""
         bounds = pipeline_partition(shape, self.pipeline, self.balance, self.balance_positions)
         return [range(start, end) for start, end in itertools.pairwise(bounds)]
 
     def name(self) -> str:
-        """The layout in short: TP8 SP PP4 DP32 ZeRO 1."""
-        words = [f"TP{self.tensor}"] if self.tensor > 1 else []
-        words += ["SP"] if self.sequence_parallel else []
-        words += [f"PP{self.pipeline}"] if self.pipeline > 1 else []
-        words += [f"DP{self.data}", f"ZeRO {self.zero_stage}", self.precision]
-        return " ".join(words + ([f"recompute {self.recompute}"] if self.recompute != "none" else []))
+        """Returns the layout in short form, such as "TP8 SP PP4 DP32 ZeRO 1 bf16"."""
+        parts = [f"TP{self.tensor}"] if self.tensor > 1 else []
+        parts += ["SP"] if self.sequence_parallel else []
+        parts += [f"PP{self.pipeline}"] if self.pipeline > 1 else []
+        parts += [f"DP{self.data}", f"ZeRO {self.zero_level}", self.precision]
+        return " ".join(parts + ([f"recompute {self.recompute}"] if self.recompute != "none" else []))
 
 
 def layout_of(run: RunConfig, engine: EngineConfig) -> Layout:
-    """The layout that a run asks for."""
+    """Returns the layout that a run's options set."""
     options, zero = run.options.engine, engine.deepspeed["zero_optimization"]
 
     def offloaded(part: str) -> bool:
@@ -82,7 +82,7 @@ def layout_of(run: RunConfig, engine: EngineConfig) -> Layout:
         tensor=options.tensor_model_parallel_size,
         pipeline=options.pipeline_model_parallel_size,
         sequence_parallel=options.sequence_parallel,
-        zero_stage=engine.zero_stage,
+        zero_level=engine.zero_stage,
         precision=engine.precision,
         recompute=options.recompute_granularity,
         balance=options.pipeline_balance,

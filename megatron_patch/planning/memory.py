@@ -1,11 +1,11 @@
-"""Memory of a rank by part, in bytes, at the fullest moment of a step.
+"""Peak memory of a rank during a step, in bytes, by part.
 
-In: model, layout, stage, pipeline stage. Out: `Memory`. Weights, optimizer states and saved activations are **counted**: they are what
-DeepSpeed's engines keep and what torch's autograd saves for this model's operators, tensor by tensor (tests compare them with torch).
-Gradients in flight, the loss, buffers and fragmentation are **estimated**: their sizes are known, their coincidence is not.
+In: model, layout, stage, pipeline rank. Out: `Memory`. Weights, optimizer states and saved activations are **counted**, tensor by tensor:
+what DeepSpeed's engines keep and what torch's autograd saves for this model's operators (tests compare them with torch). Gradients in
+flight, the loss, buffers and fragmentation are **estimated**: their sizes are known, but not whether they coincide.
 
-Two moments can be the fullest: the start of the backward pass of a step's last micro-batch, when all activations are alive beside the
-gradients of those before it; and the optimizer's step, when gradients are reduced through flat copies.
+The peak is at one of two moments: at the start of the backward pass of a step's last micro-batch, when all activations and the accumulated
+gradients are in memory; or in the optimizer step, when gradients are reduced through flat copies.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from megatron_patch.planning.layout import Layout
 from megatron_patch.stages import Stage
 
 LOSS_CHUNK_ROWS = 4096
-"""Rows whose logits are in memory at once; the operator's own number (a test holds the two together)."""
+"""Rows whose logits are in memory at once. The loss operator uses the same number, which a test checks."""
 FRAGMENTATION = 0.05
-"""Allowance for the allocator's rounding and holes, as a share of everything else: an estimate, not a measurement."""
+"""Allowance for the allocator's rounding and gaps, as a share of all other parts: an estimate, not a measurement."""
 REDUCE_ELEMENTS = 500_000_000
-"""Elements that DeepSpeed reduces in one flat copy where no bucket is configured."""
+"""Elements that DeepSpeed reduces in one flat copy without a configured bucket size."""
 ZERO3_LIVE_ELEMENTS = 100_000_000
-"""Weights that ZeRO 3 holds gathered beside those in use (its prefetch bucket and the small parameters that it never cuts)."""
+"""Weights that ZeRO 3 keeps gathered in addition to its shards: its prefetch bucket and the small parameters that it never shards."""
 
 
 @dataclass(frozen=True)
@@ -34,13 +34,13 @@ class Memory:
     """Bytes of one rank by part.
 
     Args:
-        weights: as the forward pass reads them.
-        gradients: that outlive a micro-batch.
-        optimizer: float32 master weights and both moments.
-        activations: what autograd saves for the micro-batches in flight.
-        loss: the head's gradient, and the logits of one chunk.
-        buffers: flat copies for communication and the step.
-        fragmentation: an allowance; see `FRAGMENTATION`.
+        weights: weights as the forward pass reads them.
+        gradients: gradients that outlive a micro-batch.
+        optimizer: float32 master weights and both Adam moments.
+        activations: tensors that autograd saves for the micro-batches in flight.
+        loss: gradient of the head, and the logits of one chunk.
+        buffers: flat copies for communication and for the optimizer step.
+        fragmentation: the allowance `FRAGMENTATION`.
     """
 
     weights: float
@@ -53,33 +53,33 @@ class Memory:
 
     @property
     def total(self) -> float:
-        """All of it."""
+        """Sum of all parts."""
         return sum(getattr(self, f.name) for f in fields(self))
 
     def to_json(self) -> dict[str, float]:
-        """Bytes by part, and the total."""
+        """Returns the bytes by part, and their total."""
         return {f.name: getattr(self, f.name) for f in fields(self)} | {"total": self.total}
 
 
-COUNTED = frozenset({"weights", "optimizer", "activations"})
-"""The parts that are counts; the others are estimates."""
+COUNTED_PARTS = frozenset({"weights", "optimizer", "activations"})
+"""Parts of `Memory` that are counted exactly; the others are estimates."""
 
 
 def rank_parameters(shape: ModelShape, layout: Layout, layers: range) -> int:
-    """Parameters of each rank that holds these layers, with its share of the vocabulary's padding; exact.
+    """Returns the exact number of parameters of each rank that holds these layers, including its share of the vocabulary's padding.
 
-    All ranks that share a layer hold the same number: matrices are cut evenly, norms and undivided keys are held by all.
+    All tensor parallel ranks of a layer hold the same number: matrices are sharded evenly; norms and unsharded keys are replicated.
     """
-    found = parameters_of_layers(shape, layers)
-    return sum(shard_numel(name, size, shape, layout.tensor) for name, size in found.items())
+    sizes = parameters_of_layers(shape, layers)
+    return sum(shard_numel(name, size, shape, layout.tensor) for name, size in sizes.items())
 
 
 def saved_by_block(shape: ModelShape, layout: Layout, samples: int, positions: int) -> int:
-    """Bytes that autograd saves in one block for one micro-batch, without full recomputation; exact for fused attention.
+    """Returns the bytes that autograd saves in one block for one micro-batch, without full recomputation; exact for fused attention.
 
-    Per position: each norm saves its input and the normalised input (float32, then the activation's dtype) and a factor; each group of
-    projections its input; attention its queries, keys, values, output and one float32 a head; the feed-forward layer its products.
-    With sequence parallelism norms see a share of the positions; what enters a projection is whole again.
+    Per position, each norm saves its input and the normalized input (float32, then the activation's dtype) and a factor; each group of
+    projections saves its input; attention saves its queries, keys, values, output and one float32 per head; the feed-forward layer saves
+    its products. With sequence parallelism, norms see a share of the positions and projections see all of them.
 
     Args:
         shape: the model.
@@ -88,36 +88,39 @@ def saved_by_block(shape: ModelShape, layout: Layout, samples: int, positions: i
         positions: T.
     """
     e, t = layout.element_bytes, layout.tensor
-    whole = samples * positions
-    own = whole // t if layout.sequence_parallel else whole
+    rows = samples * positions
+    norm_rows = rows // t if layout.sequence_parallel else rows
     hidden = shape.hidden_size
     queries = shape.num_attention_heads * shape.head_size // t
     keys = shape.num_query_groups * shape.head_size // (t if shards_key_value(shape, t) else 1)
     used_keys = keys if shards_key_value(shape, t) else shape.head_size
     if shape.normalization == "RMSNorm":
-        # In float32 the normalised input is not copied; in 16 bits a float32 copy of the input is saved instead of the input.
-        norms = 2 * own * ((4 + e) * hidden + 4)
+        # In float32 the normalized input is not copied; in 16 bits a float32 copy of the input is saved instead of the input.
+        norms = 2 * norm_rows * ((4 + e) * hidden + 4)
     else:
-        norms = 2 * own * (e * hidden + 8)
-    inputs = 2 * whole * e * hidden
-    attention = whole * e * (2 * queries + 2 * used_keys)
+        norms = 2 * norm_rows * (e * hidden + 8)
+    inputs = 2 * rows * e * hidden
+    attention = rows * e * (2 * queries + 2 * used_keys)
     if layout.recompute != "selective":
-        attention += whole * 4 * (shape.num_attention_heads // t)
+        attention += rows * 4 * (shape.num_attention_heads // t)
     if shape.qk_norm:
         heads = (queries + used_keys) // shape.head_size
-        attention += whole * heads * ((4 + e) * shape.head_size + 4)
-    inner = whole * e * shape.ffn_hidden_size // t * (4 if shape.activation == "swiglu" else 2)
+        attention += rows * heads * ((4 + e) * shape.head_size + 4)
+    inner = rows * e * shape.ffn_hidden_size // t * (4 if shape.activation == "swiglu" else 2)
     return norms + inputs + attention + inner
 
 
 def _residual(shape: ModelShape, layout: Layout, samples: int, positions: int) -> int:
-    """Bytes of the hidden states between two layers."""
+    """Returns the bytes of the hidden states between two layers."""
     share = layout.tensor if layout.sequence_parallel else 1
     return layout.element_bytes * samples * positions * shape.hidden_size // share
 
 
 def saved_by_layers(shape: ModelShape, layout: Layout, layers: range, stage: Stage) -> int:
-    """Bytes that autograd saves in these layers for one micro-batch of a stage; exact but for full recomputation's one open block."""
+    """Returns the bytes that autograd saves in these layers for one micro-batch of a stage.
+
+    The number is exact, but with full recomputation it omits the block that the backward pass recomputes at the moment.
+    """
     samples, positions = stage.micro_batch_size, stage.positions
     blocks = len([layer for layer in layers if 1 <= layer <= shape.num_layers])
     each = saved_by_block(shape, layout, samples, positions)
@@ -128,18 +131,18 @@ def saved_by_layers(shape: ModelShape, layout: Layout, layers: range, stage: Sta
         total += 8 * samples * positions * stage.input_patch_size
         total += 8 * positions if shape.position_embedding == "learned" else 0
     if shape.num_layers + 1 in layers:
-        own = samples * positions // (layout.tensor if layout.sequence_parallel else 1)
+        norm_rows = samples * positions // (layout.tensor if layout.sequence_parallel else 1)
         e = layout.element_bytes
         rms = shape.normalization == "RMSNorm"
-        total += own * ((4 + e) * shape.hidden_size + 4) if rms else own * (e * shape.hidden_size + 8)
+        total += norm_rows * ((4 + e) * shape.hidden_size + 4) if rms else norm_rows * (e * shape.hidden_size + 8)
         total += e * samples * positions * shape.hidden_size
     return total
 
 
 def loss_bytes(shape: ModelShape, layout: Layout, stage: Stage, device: Literal["cuda", "cpu"] = "cuda") -> int:
-    """Bytes of the head's gradient (float32, and its scaled copy) and of the logits of one chunk, whichever moment is the larger.
+    """Returns the bytes of the head's float32 gradient plus the larger of one chunk's logits and the gradient's scaled copy.
 
-    On a CPU 16-bit operands of that gradient are copied to float32.
+    On a CPU, 16-bit operands of that gradient are copied to float32.
     """
     rows = min(LOSS_CHUNK_ROWS, stage.micro_batch_size * stage.positions)
     vocabulary = shape.vocab_size if layout.tensor == 1 else shape.padded_vocab_size // layout.tensor
@@ -150,22 +153,25 @@ def loss_bytes(shape: ModelShape, layout: Layout, stage: Stage, device: Literal[
 
 
 def micro_batches_in_flight(layout: Layout, stage: Stage, pipeline_rank: int) -> int:
-    """Micro-batches whose activations a pipeline stage holds at once under 1F1B: as many as there are stages from it on."""
+    """Returns the number of micro-batches whose activations a pipeline rank holds at once under 1F1B.
+
+    It is the number of pipeline ranks from this one to the last, at most the micro-batches of a step.
+    """
     return min(layout.pipeline - pipeline_rank, stage.gradient_accumulation(layout.data))
 
 
 def _states(shape: ModelShape, layout: Layout, parameters: int) -> tuple[float, float, float]:
-    """(weights, gradients that outlive a micro-batch, optimizer) in bytes."""
+    """Returns the bytes of (weights, gradients that outlive a micro-batch, optimizer)."""
     p, d, e = parameters, layout.data, layout.element_bytes
-    if layout.zero_stage == 0:
+    if layout.zero_level == 0:
         return (4 + (2 if e == 2 else 0)) * p, 4 * p, 8 * p
     optimizer = 12 * p / d
-    if layout.zero_stage == 1 and layout.precision == "bf16":
+    if layout.zero_level == 1 and layout.precision == "bf16":
         return e * p, (4 + e) * p, optimizer
-    if layout.zero_stage == 1:
+    if layout.zero_level == 1:
         return e * p, e * p + 4 * p / d, optimizer
-    # Seen in DeepSpeed 0.19.8: the sum so far, and a micro-batch's part twice; ZeRO 3 keeps one more.
-    if layout.zero_stage == 2:
+    # Measured with DeepSpeed 0.19.8: the accumulated gradients, and a micro-batch's shard twice; ZeRO 3 keeps one more copy.
+    if layout.zero_level == 2:
         return e * p, (4 + 2 * e) * p / d, optimizer
     return e * (p / d + min(p, ZERO3_LIVE_ELEMENTS)), (8 + 2 * e) * p / d, optimizer
 
@@ -173,41 +179,41 @@ def _states(shape: ModelShape, layout: Layout, parameters: int) -> tuple[float, 
 def rank_memory(
     shape: ModelShape, layout: Layout, layers: range, pipeline_rank: int, stage: Stage, device: Literal["cuda", "cpu"] = "cuda"
 ) -> Memory:
-    """Memory of each rank of a pipeline stage while it trains in a stage of the run.
+    """Returns the peak memory of each rank with this pipeline rank while it trains in a stage.
 
     Args:
-        shape: the model.
-        layout: the ranks.
-        layers: that the rank holds.
-        pipeline_rank: which pipeline stage it is.
-        stage: of the run.
-        device: where it runs; see `loss_bytes`.
+        shape: shape of the model.
+        layout: layout of the run.
+        layers: layers that the rank holds.
+        pipeline_rank: index of the rank in its pipeline.
+        stage: training stage.
+        device: kind of device, which changes `loss_bytes` and the allowance for fragmentation.
     """
     parameters = rank_parameters(shape, layout, layers)
     weights, gradients, optimizer = _states(shape, layout, parameters)
-    alive = micro_batches_in_flight(layout, stage, pipeline_rank)
-    activations = float(alive * saved_by_layers(shape, layout, layers, stage))
+    in_flight = micro_batches_in_flight(layout, stage, pipeline_rank)
+    activations = float(in_flight * saved_by_layers(shape, layout, layers, stage))
     residual = _residual(shape, layout, stage.micro_batch_size, stage.positions)
     if layout.recompute == "full":
-        # The block that the backward pass has open.
+        # The backward pass recomputes one block at a time.
         activations += saved_by_block(shape, layout, stage.micro_batch_size, stage.positions)
     loss = float(loss_bytes(shape, layout, stage, device)) if shape.num_layers + 1 in layers else 0.0
-    # A pipeline keeps what came in and what goes out for each micro-batch in flight.
-    buffers = float(2 * max(2, alive) * residual) if layout.pipeline > 1 else 2.0 * residual
+    # A pipeline keeps the received input and the output of each micro-batch in flight.
+    buffers = float(2 * max(2, in_flight) * residual) if layout.pipeline > 1 else 2.0 * residual
     reduced = min(parameters, REDUCE_ELEMENTS)
-    if layout.zero_stage > 1 or (layout.zero_stage == 1 and layout.precision != "bf16"):
-        # Allocated whole, however small the model is.
+    if layout.zero_level > 1 or (layout.zero_level == 1 and layout.precision != "bf16"):
+        # DeepSpeed allocates the full bucket even for a small model.
         buffers += layout.element_bytes * layout.bucket_elements
     step = 0.0
-    if layout.zero_stage == 1 and layout.precision == "bf16":
+    if layout.zero_level == 1 and layout.precision == "bf16":
         step = 6.0 * reduced
-    elif layout.zero_stage > 0:
+    elif layout.zero_level > 0:
         step = 4.0 * parameters / layout.data
-    # The step comes when activations are gone: only what it needs beyond them counts.
+    # Activations are freed before the optimizer step, so only the excess over them adds to the peak.
     buffers += max(0.0, step - activations - loss - buffers)
     if layout.offload_optimizer:
         optimizer = 0.0
     if layout.offload_weights:
         weights = layout.element_bytes * min(parameters, ZERO3_LIVE_ELEMENTS)
-    plain = Memory(weights, gradients, optimizer, activations, loss, buffers)
-    return Memory(weights, gradients, optimizer, activations, loss, buffers, FRAGMENTATION * plain.total if device == "cuda" else 0.0)
+    parts = Memory(weights, gradients, optimizer, activations, loss, buffers)
+    return Memory(weights, gradients, optimizer, activations, loss, buffers, FRAGMENTATION * parts.total if device == "cuda" else 0.0)

@@ -1,6 +1,6 @@
-"""The whole plan of a run: what each rank holds, what a step takes, what the run costs beside token-level training, how often to save.
+"""The plan of a run: memory of each rank, time of a step, cost against token-level training, and checkpoint interval.
 
-In: model, stages, layout, hardware. Out: `Plan`, with a JSON form that says of each number whether it is counted or estimated.
+In: model, stages, layout, hardware. Out: `Plan`, whose JSON form separates counted numbers from estimated ones.
 """
 
 from __future__ import annotations
@@ -14,24 +14,25 @@ from megatron_patch.model.shape import ModelShape
 from megatron_patch.planning.cost import Cost
 from megatron_patch.planning.hardware import Hardware
 from megatron_patch.planning.layout import Layout
-from megatron_patch.planning.memory import COUNTED, Memory, rank_memory, rank_parameters
+from megatron_patch.planning.memory import COUNTED_PARTS, Memory, rank_memory, rank_parameters
 from megatron_patch.planning.reliability import Interruptions, StageWork, daly_interval, expected_goodput, young_interval
 from megatron_patch.planning.timing import StepTime, bubble_share, step_time
 from megatron_patch.planning.traffic import Traffic, traffic
 from megatron_patch.stages import Stage, StagePlan
+from megatron_patch.utils.units import plural
 
 
 @dataclass(frozen=True)
 class PipelinePart:
-    """What each rank of one pipeline stage holds; all ranks of it are alike.
+    """The part of the model that ranks with the same pipeline rank hold; it is the same on all of them.
 
     Args:
-        pipeline_rank: which.
-        ranks: how many.
-        layers: 0 is the embedding, L + 1 the final norm and head.
-        parameters: of each rank; exact.
-        memory: in the stage of the run that needs most.
-        fullest: name of that stage.
+        pipeline_rank: index in the pipeline.
+        ranks: number of ranks with this pipeline rank.
+        layers: their layers; 0 is the embedding, L + 1 the final norm and head.
+        parameters: exact number of parameters of each rank.
+        memory: memory of each rank in the training stage that needs most.
+        fullest: name of that training stage.
     """
 
     pipeline_rank: int
@@ -42,18 +43,18 @@ class PipelinePart:
     fullest: str
 
     def describe(self, num_layers: int) -> str:
-        """The layers in words."""
+        """Returns the layers as text, such as "embedding, blocks 0-11"."""
         blocks = [layer - 1 for layer in self.layers if 1 <= layer <= num_layers]
-        words = ["embedding"] if 0 in self.layers else []
+        pieces = ["embedding"] if 0 in self.layers else []
         if blocks:
-            words.append(f"block {blocks[0]}" if len(blocks) == 1 else f"blocks {blocks[0]}-{blocks[-1]}")
-        return ", ".join(words + (["norm and head"] if num_layers + 1 in self.layers else []))
+            pieces.append(f"block {blocks[0]}" if len(blocks) == 1 else f"blocks {blocks[0]}-{blocks[-1]}")
+        return ", ".join(pieces + (["norm and head"] if num_layers + 1 in self.layers else []))
 
 
 def pipeline_parts(shape: ModelShape, plan: StagePlan, layout: Layout, device: Literal["cuda", "cpu"] = "cuda") -> list[PipelinePart]:
-    """One entry for each pipeline stage."""
+    """Returns the part of the model and the memory of each pipeline rank."""
     parts = []
-    for rank, layers in enumerate(layout.parts(shape)):
+    for rank, layers in enumerate(layout.layers_by_pipeline_rank(shape)):
         needs = [(rank_memory(shape, layout, layers, rank, stage, device), stage.name) for stage in plan.stages]
         memory, fullest = max(needs, key=lambda need: need[0].total)
         parts.append(PipelinePart(rank, layout.ranks // layout.pipeline, layers, rank_parameters(shape, layout, layers), memory, fullest))
@@ -62,14 +63,14 @@ def pipeline_parts(shape: ModelShape, plan: StagePlan, layout: Layout, device: L
 
 @dataclass(frozen=True)
 class StageEstimate:
-    """A stage of the run on this hardware.
+    """A training stage on the planned hardware.
 
     Args:
-        stage: of the run.
-        flops: of the whole stage; exact.
-        time: of a step.
-        bubble: share of a step in which a pipeline idles at best.
-        traffic: of a rank of the busiest pipeline stage in a step.
+        stage: the training stage.
+        flops: exact FLOPs of all its steps.
+        time: estimated time of one step.
+        bubble: smallest possible share of a step in which the pipeline is idle.
+        traffic: bytes sent per step by each rank of the pipeline rank that sends most.
     """
 
     stage: Stage
@@ -80,20 +81,20 @@ class StageEstimate:
 
     @property
     def seconds(self) -> float:
-        """Of all its steps."""
+        """Estimated seconds of all its steps."""
         return self.stage.steps * self.time.total
 
 
 @dataclass(frozen=True)
-class Budget:
-    """What a run takes.
+class Resources:
+    """The resources that a run needs.
 
     Args:
-        tokens: it reads.
-        flops: it computes.
-        seconds: it lasts, without evaluations, checkpoints and failures.
-        device_hours: on all devices.
-        dollars: for them.
+        tokens: tokens read.
+        flops: FLOPs of all steps.
+        seconds: time of all steps, without evaluations, checkpoints and failures.
+        device_hours: hours summed over all devices.
+        dollars: price of these device hours.
     """
 
     tokens: float
@@ -104,17 +105,17 @@ class Budget:
 
 
 @dataclass(frozen=True)
-class Checkpoints:
-    """How often to save.
+class CheckpointSchedule:
+    """The recommended interval between checkpoints.
 
     Args:
-        bytes: of a checkpoint, float32 weights and both moments.
+        bytes: size of a checkpoint with float32 weights and both Adam moments.
         mtbf_seconds: mean time between failures of the job.
-        save_seconds: taken from training by each checkpoint.
-        young_seconds: the classic interval.
-        daly_seconds: the higher-order one.
-        steps: the latter in steps of the longest stage.
-        goodput: useful time over wall time with it.
+        save_seconds: time that training pauses for each checkpoint.
+        young_seconds: interval by Young's formula.
+        daly_seconds: interval by Daly's higher-order formula.
+        steps: Daly's interval in steps of the longest stage.
+        goodput: useful time over wall time with Daly's interval.
     """
 
     bytes: int
@@ -128,19 +129,19 @@ class Checkpoints:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that can be said before a run.
+    """Everything that is predicted about a run.
 
     Args:
-        shape: the model.
-        plan: the stages.
-        layout: the ranks.
-        hardware: the devices.
-        parts: what ranks hold, by pipeline stage.
-        stages: what each stage takes.
-        run: the whole run.
-        token_level: the same tokens at token level.
-        equal_cost: token level for the run's own FLOPs.
-        checkpoints: how often to save.
+        shape: shape of the model.
+        plan: the training stages.
+        layout: layout of the ranks.
+        hardware: devices and links.
+        parts: part of the model and memory by pipeline rank.
+        stages: time and traffic of each training stage.
+        run: resources of the run.
+        token_level: resources of token-level training on the same tokens.
+        equal_cost: resources of token-level training with the same FLOPs.
+        checkpoints: the recommended checkpoint interval.
     """
 
     shape: ModelShape
@@ -149,29 +150,30 @@ class Plan:
     hardware: Hardware
     parts: tuple[PipelinePart, ...]
     stages: tuple[StageEstimate, ...]
-    run: Budget
-    token_level: Budget
-    equal_cost: Budget
-    checkpoints: Checkpoints
+    run: Resources
+    token_level: Resources
+    equal_cost: Resources
+    checkpoints: CheckpointSchedule
 
     @property
     def fullest(self) -> PipelinePart:
-        """The ranks that need most memory."""
+        """The pipeline rank that needs most memory."""
         return max(self.parts, key=lambda part: part.memory.total)
 
     @property
     def fits(self) -> bool:
-        """Whether that is in a device's memory."""
+        """Whether the memory of every rank fits into a device."""
         return self.fullest.memory.total <= self.hardware.memory_gib * 2**30
 
     def work(self) -> list[StageWork]:
-        """The stages for a simulation."""
+        """Returns the stages as input for `simulate`."""
         return [StageWork(estimate.stage.name, estimate.stage.steps, estimate.time.total) for estimate in self.stages]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values; under "counted" what is exact, under "estimated" what is not."""
+        """Returns JSON values: exact numbers under "counted", all others under "estimated"."""
+        layout = {"zero_stage" if key == "zero_level" else key: value for key, value in dataclasses.asdict(self.layout).items()}
         return {
-            "layout": {"name": self.layout.name(), **dataclasses.asdict(self.layout), "data": self.layout.data},
+            "layout": {"name": self.layout.name(), **layout, "data": self.layout.data},
             "hardware": dataclasses.asdict(self.hardware),
             "counted": {
                 "tokens": self.run.tokens,
@@ -184,7 +186,7 @@ class Plan:
                         "ranks": part.ranks,
                         "layers": [part.layers.start, part.layers.stop - 1],
                         "parameters": part.parameters,
-                        **{f"{name}_bytes": value for name, value in part.memory.to_json().items() if name in COUNTED},
+                        **{f"{name}_bytes": value for name, value in part.memory.to_json().items() if name in COUNTED_PARTS},
                     }
                     for part in self.parts
                 ],
@@ -207,7 +209,7 @@ class Plan:
                     {
                         "pipeline_rank": part.pipeline_rank,
                         "fullest_stage": part.fullest,
-                        **{f"{name}_bytes": value for name, value in part.memory.to_json().items() if name not in COUNTED},
+                        **{f"{name}_bytes": value for name, value in part.memory.to_json().items() if name not in COUNTED_PARTS},
                     }
                     for part in self.parts
                 ],
@@ -231,7 +233,10 @@ class Plan:
 
 
 def token_stage(plan: StagePlan, layout: Layout, token_positions: int) -> Stage:
-    """A stage at K = 1 with the samples and positions of token-level training: the plan's own last one, or a patch stage's, unpatched."""
+    """Returns the stage of token-level training to compare with: the plan's last stage, or its equivalent at K = 1.
+
+    The equivalent has about the same tokens per step, in samples of `token_positions` positions.
+    """
     last = plan.stages[-1]
     if last.patch_size == 1:
         return last
@@ -242,22 +247,24 @@ def token_stage(plan: StagePlan, layout: Layout, token_positions: int) -> Stage:
 def make_plan(
     shape: ModelShape, plan: StagePlan, layout: Layout, hardware: Hardware, token_positions: int, interruptions: Interruptions | None = None
 ) -> Plan:
-    """Plans a run.
+    """Returns the plan of a run.
 
     Args:
-        shape: the model.
-        plan: the stages.
-        layout: the ranks.
+        shape: shape of the model.
+        plan: the training stages.
+        layout: layout of the ranks.
         hardware: devices and links.
-        token_positions: of a token-level sample, the yardstick.
-        interruptions: for the checkpoint interval; None: the published rate.
+        token_positions: positions per sample of the token-level training that the run is compared with.
+        interruptions: rates for the checkpoint interval; None uses the published failure rate.
 
     Raises:
-        ConfigError: ranks that do not fill the grid.
+        ConfigError: the number of ranks is not a multiple of tensor times pipeline parallel size.
     """
     if layout.ranks % (layout.tensor * layout.pipeline) or not layout.data:
         raise ConfigError(
-            f"{layout.ranks} ranks for {layout.name()}", f"multiples of {layout.tensor * layout.pipeline}", "change --world-size"
+            f"{plural(layout.ranks, 'rank')} cannot form TP{layout.tensor} x PP{layout.pipeline}",
+            f"multiples of {layout.tensor * layout.pipeline} ranks",
+            "change --world-size or the parallel sizes",
         )
     cost = Cost(shape, plan, token_positions)
     parts = tuple(pipeline_parts(shape, plan, layout))
@@ -273,9 +280,9 @@ def make_plan(
     token = token_stage(plan, layout, token_positions)
     per_token = step_time(shape, layout, token, hardware).total / token.tokens_per_step
 
-    def budget(tokens: float, flops: float, seconds: float) -> Budget:
+    def resources(tokens: float, flops: float, seconds: float) -> Resources:
         hours = seconds * layout.ranks / 3600
-        return Budget(tokens, flops, seconds, hours, hours * hardware.dollars_per_hour)
+        return Resources(tokens, flops, seconds, hours, hours * hardware.dollars_per_hour)
 
     equal = flops / cost.token_flops
     longest = max(stages, key=lambda estimate: estimate.seconds)
@@ -286,19 +293,19 @@ def make_plan(
         hardware,
         parts,
         tuple(stages),
-        budget(plan.tokens, flops, seconds),
-        budget(plan.tokens, plan.tokens * cost.token_flops, plan.tokens * per_token),
-        budget(equal, flops, equal * per_token),
+        resources(plan.tokens, flops, seconds),
+        resources(plan.tokens, plan.tokens * cost.token_flops, plan.tokens * per_token),
+        resources(equal, flops, equal * per_token),
         _checkpoints(shape, layout, interruptions or Interruptions(), longest.time.total),
     )
 
 
-def _checkpoints(shape: ModelShape, layout: Layout, interruptions: Interruptions, step_seconds: float) -> Checkpoints:
-    whole = rank_parameters(shape, Layout(ranks=1), range(shape.num_layers + 2))
+def _checkpoints(shape: ModelShape, layout: Layout, interruptions: Interruptions, step_seconds: float) -> CheckpointSchedule:
+    parameters = rank_parameters(shape, Layout(ranks=1), range(shape.num_layers + 2))
     mtbf = interruptions.mtbf_seconds(layout.ranks)
     daly = daly_interval(interruptions.save_seconds, mtbf)
-    return Checkpoints(
-        bytes=12 * whole,
+    return CheckpointSchedule(
+        bytes=12 * parameters,
         mtbf_seconds=mtbf,
         save_seconds=interruptions.save_seconds,
         young_seconds=young_interval(interruptions.save_seconds, mtbf),

@@ -1,8 +1,8 @@
-"""Failures and what they cost: how often to save, and a simulated run through both stages with interruptions.
+"""Failures: the best checkpoint interval, and a simulated run with interruptions.
 
-In: mean time between interruptions, seconds of a checkpoint, of a restart, of the work. Out: intervals, wall time, goodput.
+In: mean time between interruptions; seconds of a checkpoint, of a restart and of the work. Out: intervals, wall time, goodput.
 
-Published rates: 419 unexpected interruptions in 54 days on 16,384 H100 (Llama 3, arXiv 2407.21783, section 3.3.4, table 5), which is one
+Published rate: 419 unexpected interruptions in 54 days on 16,384 H100 (Llama 3, arXiv 2407.21783, section 3.3.4, table 5), which is one
 in 3.1 hours, or one in 50,700 device hours.
 """
 
@@ -15,20 +15,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_patch.errors import ConfigError
+from megatron_patch.utils.units import plural
 
 LLAMA3_DEVICE_HOURS = 16_384 * 54 * 24 / 419
 """Device hours between unexpected interruptions (arXiv 2407.21783, section 3.3.4)."""
 
 
 def young_interval(save_seconds: float, mtbf_seconds: float) -> float:
-    """Seconds of work between checkpoints: √(2·δ·M) (Young, Communications of the ACM 17(9), 1974)."""
+    """Returns the seconds of work between checkpoints √(2·δ·M) (Young, Communications of the ACM 17(9), 1974)."""
     return math.sqrt(2 * save_seconds * mtbf_seconds)
 
 
 def daly_interval(save_seconds: float, mtbf_seconds: float) -> float:
-    """Seconds of work between checkpoints, higher order (Daly, Future Generation Computer Systems 22(3), 2006, equation 37).
+    """Returns the seconds of work between checkpoints by the higher-order formula of Daly.
 
-    √(2δM)·(1 + √(δ/2M)/3 + (δ/2M)/9) - δ for δ < 2M, else M.
+    Future Generation Computer Systems 22(3), 2006, equation 37: √(2δM)·(1 + √(δ/2M)/3 + (δ/2M)/9) - δ for δ < 2M, else M.
     """
     if save_seconds >= 2 * mtbf_seconds:
         return mtbf_seconds
@@ -37,30 +38,33 @@ def daly_interval(save_seconds: float, mtbf_seconds: float) -> float:
 
 
 def expected_goodput(interval: float, save_seconds: float, restart_seconds: float, mtbf_seconds: float) -> float:
-    """Useful time over wall time with exponential failures: τ / (M·e^(R/M)·(e^((τ + δ)/M) - 1)) (Daly 2006, equation 20).
+    """Returns useful time over wall time under exponential failures: τ / (M·e^(R/M)·(e^((τ + δ)/M) - 1)) (Daly 2006, equation 20).
 
     Args:
         interval: τ, seconds of work between checkpoints.
-        save_seconds: δ.
-        restart_seconds: R, from a failure to the first step after it; failures during it count.
-        mtbf_seconds: M.
+        save_seconds: δ, seconds of a checkpoint.
+        restart_seconds: R, seconds from a failure to the first step after it; another failure may occur in this time.
+        mtbf_seconds: M, mean time between failures.
     """
     m = mtbf_seconds
     if (interval + save_seconds + restart_seconds) / m > 700:
-        return 0.0  # below what a float holds
+        return 0.0  # the exponential overflows a float
     return interval / (m * math.exp(restart_seconds / m) * math.expm1((interval + save_seconds) / m))
 
 
 @dataclass(frozen=True)
 class Interruptions:
-    """What stops a job, and what that takes.
+    """Rates of interruptions, and the time that each of them takes.
 
     Args:
-        device_hours: between unexpected failures of one device, on average; the job of N devices fails N times as often.
-        preemptions_per_day: of the whole job, on average; announced, so that the job saves before it stops.
-        save_seconds: a checkpoint, in which nothing is trained.
-        restart_seconds: from a failure to the first step after it.
-        preemption_seconds: from a preemption's save to the first step after it.
+        device_hours: mean hours between unexpected failures of one device; a job of N devices fails N times as often.
+        preemptions_per_day: mean number of preemptions of the job, which saves before it stops.
+        save_seconds: time of a checkpoint, during which training pauses.
+        restart_seconds: time from a failure to the first step after it.
+        preemption_seconds: time from the save of a preemption to the first step after it.
+
+    Raises:
+        ConfigError: a value is negative, zero where it must be positive, or not finite.
     """
 
     device_hours: float = LLAMA3_DEVICE_HOURS
@@ -72,23 +76,23 @@ class Interruptions:
     def __post_init__(self) -> None:
         for name in ("device_hours", "save_seconds", "restart_seconds", "preemption_seconds"):
             if not getattr(self, name) > 0 or not math.isfinite(getattr(self, name)):
-                raise ConfigError(f"{name} = {getattr(self, name)}", "numbers above zero")
+                raise ConfigError(f"{name} = {getattr(self, name)}", "finite numbers above zero", "correct the value")
         if not 0 <= self.preemptions_per_day < math.inf:
-            raise ConfigError(f"preemptions_per_day = {self.preemptions_per_day}", "finite numbers from 0")
+            raise ConfigError(f"preemptions_per_day = {self.preemptions_per_day}", "finite numbers from 0", "correct the value")
 
     def mtbf_seconds(self, devices: int) -> float:
-        """Mean time between unexpected failures of a job of so many devices."""
+        """Returns the mean time between unexpected failures of a job with this number of devices."""
         return self.device_hours * 3600 / devices
 
     @property
     def preemption_gap_seconds(self) -> float:
-        """Mean time between preemptions; infinite where there are none."""
+        """Mean time between preemptions; infinite without preemptions."""
         return 86400 / self.preemptions_per_day if self.preemptions_per_day else math.inf
 
 
 @dataclass(frozen=True)
 class StageWork:
-    """A stage as work: its steps and the seconds of each."""
+    """A training stage for the simulation: its number of steps and the seconds of one step."""
 
     name: str
     steps: int
@@ -97,7 +101,14 @@ class StageWork:
 
 @dataclass(frozen=True)
 class Event:
-    """Something that happened in a simulated run, `at` seconds of wall time, `work` seconds of useful work behind it."""
+    """A failure, preemption or switch of a simulated run.
+
+    Args:
+        at: wall time, in seconds.
+        work: seconds of useful work done before it.
+        kind: "failure", "preemption" or "switch".
+        text: name of the stage, or of both stages of a switch.
+    """
 
     at: float
     work: float
@@ -107,16 +118,16 @@ class Event:
 
 @dataclass(frozen=True)
 class Simulation:
-    """A simulated run.
+    """Result of a simulated run.
 
     Args:
-        wall_seconds: from its start to its end.
-        useful_seconds: of steps that counted.
-        lost_seconds: of steps that were done again.
-        save_seconds: of checkpoints.
-        down_seconds: of restarts.
-        failures: unexpected ones.
-        preemptions: announced ones.
+        wall_seconds: time from start to end.
+        useful_seconds: time of steps that were kept.
+        lost_seconds: time of steps that had to be repeated.
+        save_seconds: time of checkpoints.
+        down_seconds: time of restarts.
+        failures: number of unexpected failures.
+        preemptions: number of preemptions.
         stage_seconds: wall time of each stage, by name.
         events: failures, preemptions and switches in order.
     """
@@ -138,54 +149,58 @@ class Simulation:
 
 
 def simulate(stages: Sequence[StageWork], devices: int, interruptions: Interruptions, interval: float, seed: int = 0) -> Simulation:
-    """Runs stages step by step through failures and preemptions.
+    """Simulates a run with failures and preemptions.
 
-    A checkpoint is taken every `interval` seconds of work, rounded to whole steps, and at each stage's end. A failure throws the run back
-    to the last one, at whatever it was (a step, a save or a restart); a preemption saves first and loses nothing but time.
+    The run saves every `interval` seconds of work, rounded to whole steps, and at the end of each stage. A failure during a step, a save or
+    a restart sets the run back to its last checkpoint. A preemption saves first and costs only time.
 
     Args:
-        stages: in order.
-        devices: of the job.
+        stages: stages in order.
+        devices: number of devices of the job.
         interruptions: rates and durations.
         interval: seconds of work between checkpoints.
-        seed: of the draws; the same seed gives the same run.
+        seed: seed of the random draws.
 
     Raises:
-        ConfigError: no work, an interval that is not above zero, or interruptions that leave less than a hundredth of the time.
+        ConfigError: there is no work, the interval is not positive, or less than 1 % of the time would be useful.
     """
     if not stages or interval <= 0 or any(stage.steps < 1 or not stage.step_seconds > 0 for stage in stages):
-        raise ConfigError(f"stages {[s.name for s in stages]} and an interval of {interval} s", "steps, seconds and an interval above zero")
+        raise ConfigError(
+            f"stages {[s.name for s in stages]} and an interval of {interval} s",
+            "steps, seconds and an interval above zero",
+            "correct the plan",
+        )
     mtbf, gap = interruptions.mtbf_seconds(devices), interruptions.preemption_gap_seconds
     useful_share = expected_goodput(interval, interruptions.save_seconds, interruptions.restart_seconds, mtbf)
     if gap < math.inf:
         useful_share *= gap / (gap + interruptions.save_seconds + interruptions.preemption_seconds)
     if useful_share < 0.01:
         raise ConfigError(
-            f"{devices:,} devices of which one fails every {interruptions.device_hours:g} hours, {interruptions.preemptions_per_day:g} "
-            f"preemptions a day, {interruptions.restart_seconds:g} s to restart: the run would stand still",
-            "interruptions that leave at least a hundredth of the time",
-            "take rarer ones, fewer devices, or quicker saves and restarts",
+            f"{plural(devices, 'device')}, {interruptions.device_hours:g} device hours per failure, {interruptions.preemptions_per_day:g} "
+            f"preemptions per day and {interruptions.restart_seconds:g} s per restart leave {useful_share:.2%} of the time for training",
+            "at least 1 %",
+            "assume fewer interruptions or devices, or faster saves and restarts",
         )
-    draw = random.Random(seed)
-    pending: list[tuple[float, str]] = [(draw.expovariate(1 / mtbf), "failure")]
+    generator = random.Random(seed)
+    pending: list[tuple[float, str]] = [(generator.expovariate(1 / mtbf), "failure")]
     if gap < math.inf:
-        pending.append((draw.expovariate(1 / gap), "preemption"))
+        pending.append((generator.expovariate(1 / gap), "preemption"))
     heapq.heapify(pending)
     clock = useful = lost = saving = down = 0.0
     counts = {"failure": 0, "preemption": 0}
     events: list[Event] = []
     stage_seconds: dict[str, float] = {}
 
-    def renew(kind: str) -> None:
-        heapq.heapreplace(pending, (pending[0][0] + draw.expovariate(1 / (mtbf if kind == "failure" else gap)), kind))
+    def schedule_next(kind: str) -> None:
+        heapq.heapreplace(pending, (pending[0][0] + generator.expovariate(1 / (mtbf if kind == "failure" else gap)), kind))
 
     def restart(seconds: float) -> None:
-        """Down time; a failure in it begins it anew, a preemption in it changes nothing."""
+        """Adds down time. A failure during it starts it again; a preemption during it has no effect."""
         nonlocal clock, down
         end = clock + seconds
         while pending[0][0] < end:
             at, kind = pending[0]
-            renew(kind)
+            schedule_next(kind)
             if kind == "failure":
                 counts[kind] += 1
                 end = max(at, clock) + interruptions.restart_seconds
@@ -204,22 +219,22 @@ def simulate(stages: Sequence[StageWork], devices: int, interruptions: Interrupt
                 clock, done = end, done + segment
                 useful, saving = useful + work, saving + interruptions.save_seconds
                 continue
-            renew(kind)
+            schedule_next(kind)
             counts[kind] += 1
-            behind = useful
+            work_before = useful
             if kind == "failure":
                 lost += min(at - clock, work)
                 saving += max(0.0, at - clock - work)
                 clock = at
                 restart(interruptions.restart_seconds)
             else:
-                # The step that runs is finished, then saved; what comes in that time is met by the next turn.
+                # The current step finishes and is saved; the next iteration handles events that occur meanwhile.
                 steps = min(segment, math.ceil((at - clock) / stage.step_seconds))
                 useful, saving = useful + steps * stage.step_seconds, saving + interruptions.save_seconds
                 done += steps
                 clock += steps * stage.step_seconds + interruptions.save_seconds
                 restart(interruptions.preemption_seconds)
-            events.append(Event(at, behind, kind, stage.name))
+            events.append(Event(at, work_before, kind, stage.name))
         stage_seconds[stage.name] = clock - began
         if index + 1 < len(stages):
             events.append(Event(clock, useful, "switch", f"{stage.name} to {stages[index + 1].name}"))

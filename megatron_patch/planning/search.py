@@ -1,7 +1,7 @@
-"""Which layouts of N devices can run a model, the quickest first.
+"""Search for the layouts of N devices that can run a model, fastest first.
 
-In: a run's options, devices. Out: plans, ranked by the estimated time of the whole run. Each candidate goes through the same checks as a
-run that asks for it, so that what is listed can be started.
+In: a run's options, devices. Out: plans, ranked by the estimated time of the run. Each candidate passes the same checks as a run with its
+flags, so every listed layout can be started.
 """
 
 from __future__ import annotations
@@ -23,30 +23,30 @@ from megatron_patch.planning.plan import Plan, make_plan
 
 
 @dataclass(frozen=True)
-class Choice:
-    """What a search varies."""
+class LayoutChoice:
+    """The settings that a search varies."""
 
     tensor: int
     pipeline: int
-    zero_stage: Literal[1, 2, 3]
+    zero_level: Literal[1, 2, 3]
     micro_batch_size: int
     recompute: Recompute
 
     def flags(self) -> str:
-        """As a user writes it."""
-        words = [f"--tensor-model-parallel-size {self.tensor}", "--sequence-parallel"] if self.tensor > 1 else []
-        words += [f"--pipeline-model-parallel-size {self.pipeline}"] if self.pipeline > 1 else []
-        words += [f"--zero-stage {self.zero_stage}", f"--micro-batch-size {self.micro_batch_size}"]
-        return " ".join(words + ([f"--recompute-granularity {self.recompute}"] if self.recompute != "none" else []))
+        """Returns the flags that select this layout."""
+        flags = [f"--tensor-model-parallel-size {self.tensor}", "--sequence-parallel"] if self.tensor > 1 else []
+        flags += [f"--pipeline-model-parallel-size {self.pipeline}"] if self.pipeline > 1 else []
+        flags += [f"--zero-stage {self.zero_level}", f"--micro-batch-size {self.micro_batch_size}"]
+        return " ".join(flags + ([f"--recompute-granularity {self.recompute}"] if self.recompute != "none" else []))
 
-    def of(self, options: Options) -> Options:
-        """A run's options with this layout."""
+    def apply(self, options: Options) -> Options:
+        """Returns a run's options with this layout."""
         engine = dataclasses.replace(
             options.engine,
             tensor_model_parallel_size=self.tensor,
             pipeline_model_parallel_size=self.pipeline,
             sequence_parallel=self.tensor > 1,
-            zero_stage=self.zero_stage,
+            zero_stage=self.zero_level,
             recompute_granularity=self.recompute,
         )
         stages = dataclasses.replace(options.stages, micro_batch_size=self.micro_batch_size)
@@ -55,19 +55,19 @@ class Choice:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A layout that fits.
+    """A layout whose memory fits.
 
     Args:
-        choice: that asks for it.
-        plan: what it takes.
+        choice: its settings.
+        plan: the plan of the run with it.
     """
 
-    choice: Choice
+    choice: LayoutChoice
     plan: Plan
 
     @property
     def seconds_per_token(self) -> float:
-        """Of the whole run: batches are rounded to the layout, so that runs differ a little in length."""
+        """Seconds per token of the run, for ranking: batches are rounded to the layout, so runs differ slightly in length."""
         return self.plan.run.seconds / self.plan.run.tokens
 
 
@@ -75,45 +75,47 @@ def _powers(limit: int) -> list[int]:
     return [1 << exponent for exponent in range(limit.bit_length()) if 1 << exponent <= limit]
 
 
-def choices(ranks: int, hardware: Hardware) -> Iterator[Choice]:
-    """Every layout worth a look: tensor parallelism inside a node (positions sharded with it), pipelines by powers of two, ZeRO 1 to 3
-    where it goes, four micro-batches, with and without recomputation.
+def layout_choices(ranks: int, hardware: Hardware) -> Iterator[LayoutChoice]:
+    """Yields the layouts to try.
+
+    Tensor parallel sizes are powers of two up to a node, with sequence parallelism; pipeline sizes are powers of two; ZeRO is 1 to 3
+    without a pipeline, else 1; micro-batches are 1, 2, 4 and 8; each with full recomputation and without.
     """
     for tensor, pipeline in itertools.product(_powers(hardware.node_devices), _powers(min(64, ranks))):
         if ranks % (tensor * pipeline) == 0:
-            stages: tuple[Literal[1, 2, 3], ...] = (1, 2, 3) if pipeline == 1 else (1,)
-            for zero, micro in itertools.product(stages, (1, 2, 4, 8)):
-                yield Choice(tensor, pipeline, zero, micro, "none")
-                yield Choice(tensor, pipeline, zero, micro, "full")
+            zero_levels: tuple[Literal[1, 2, 3], ...] = (1, 2, 3) if pipeline == 1 else (1,)
+            for zero, micro in itertools.product(zero_levels, (1, 2, 4, 8)):
+                yield LayoutChoice(tensor, pipeline, zero, micro, "none")
+                yield LayoutChoice(tensor, pipeline, zero, micro, "full")
 
 
 def search(parsed: Parsed, ranks: int, hardware: Hardware) -> tuple[list[Candidate], int]:
-    """Tries layouts of a run.
+    """Plans a run in every layout of `layout_choices`.
 
     Args:
         parsed: the run's options; those of the layout are replaced.
-        ranks: devices.
-        hardware: what they are.
+        ranks: number of devices.
+        hardware: devices and links.
 
     Returns:
-        (what fits, the quickest first, one micro-batch of each layout; how many were tried).
+        (layouts that fit, fastest first and each with its fastest micro-batch; number of layouts tried).
 
     Raises:
-        ConfigError: no layout passes the run's own checks.
+        ConfigError: no layout passes the checks of a run.
     """
     best: dict[tuple[int, int, int, str], Candidate] = {}
     tried = 0
     failure: ConfigError | None = None
-    for choice in choices(ranks, hardware):
+    for choice in layout_choices(ranks, hardware):
         tried += 1
         try:
-            run = resolve(Parsed(choice.of(parsed.options), parsed.origins), ranks)
+            run = resolve(Parsed(choice.apply(parsed.options), parsed.origins), ranks)
             layout = layout_of(run, engine_config(run.options.engine, run.options.schedule, run.origins, run.plan, run.data_parallel_size))
         except ConfigError as error:
             failure = error
             continue
         plan = make_plan(run.shape, run.plan, layout, hardware, run.options.stages.seq_length)
-        key = (choice.tensor, choice.pipeline, choice.zero_stage, choice.recompute)
+        key = (choice.tensor, choice.pipeline, choice.zero_level, choice.recompute)
         candidate = Candidate(choice, plan)
         if plan.fits and (key not in best or candidate.seconds_per_token < best[key].seconds_per_token):
             best[key] = candidate

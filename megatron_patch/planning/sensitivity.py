@@ -1,4 +1,4 @@
-"""What K and λ do to a run's cost and time: a table, and a picture of it. In: a plan. Out: rows, a PNG."""
+"""The effect of K and λ on the cost and time of a run. In: a plan. Out: rows, a PNG."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ FRACTIONS = (*(step / 20 for step in range(20)), 0.99)
 
 
 @dataclass(frozen=True)
-class Point:
-    """One setting.
+class SensitivityPoint:
+    """Cost and time for one K and λ.
 
     Args:
         patch_size: K.
-        fraction: λ, share of tokens read as patches.
-        cost: c = λ/K + 1 - λ, FLOPs over token-level training on the same tokens (arXiv 2407.12665, section 2.3); exact.
+        fraction: λ, the share of tokens read as patches.
+        cost: c = λ/K + 1 - λ, FLOPs relative to token-level training on the same tokens (arXiv 2407.12665, section 2.3); exact.
         hours: device hours for the plan's tokens; estimated.
     """
 
@@ -32,9 +32,11 @@ class Point:
     hours: float
 
 
-def sensitivity(plan: Plan, patch_sizes: Sequence[int] = PATCH_SIZES, fractions: Sequence[float] = FRACTIONS) -> list[Point]:
-    """Cost and device hours of two-stage runs over the plan's tokens: patches of K for λ of them, then tokens, samples of T positions and
-    steps of the same tokens in both.
+def sensitivity(plan: Plan, patch_sizes: Sequence[int] = PATCH_SIZES, fractions: Sequence[float] = FRACTIONS) -> list[SensitivityPoint]:
+    """Returns cost and device hours of two-stage runs over the plan's tokens, for every K and λ.
+
+    Such a run reads a share λ of the tokens in patches of K, then single tokens. Both stages have samples of T positions and the same
+    tokens per step.
     """
     token = token_stage(plan.plan, plan.layout, plan.plan.stages[-1].positions)
     token_rate = step_time(plan.shape, plan.layout, token, plan.hardware).total / token.tokens_per_step
@@ -45,15 +47,15 @@ def sensitivity(plan: Plan, patch_sizes: Sequence[int] = PATCH_SIZES, fractions:
         patch_rate = step_time(plan.shape, plan.layout, stage, plan.hardware).total / stage.tokens_per_step
         for share in fractions:
             seconds = plan.plan.tokens * (share * patch_rate + (1 - share) * token_rate)
-            points.append(Point(k, share, share / k + 1 - share, seconds * plan.layout.ranks / 3600))
+            points.append(SensitivityPoint(k, share, share / k + 1 - share, seconds * plan.layout.ranks / 3600))
     return points
 
 
 def plot_sensitivity(plan: Plan, output: Path) -> None:
-    """Draws device hours against λ, one curve for each K, with the plan's own stages marked.
+    """Draws cost and device hours against λ, one curve per K, and marks the plan.
 
     Raises:
-        ConfigError: the picture cannot be written.
+        ConfigError: the file cannot be written.
     """
     import matplotlib as mpl
 
@@ -65,13 +67,13 @@ def plot_sensitivity(plan: Plan, output: Path) -> None:
     patches = sum(stage.tokens for stage in plan.plan.stages if stage.patch_size > 1) / plan.plan.tokens
     for number, k in enumerate(PATCH_SIZES):
         mine = [point for point in points if point.patch_size == k]
-        colour = plt.get_cmap("viridis")(number / len(PATCH_SIZES))
+        color = plt.get_cmap("viridis")(number / len(PATCH_SIZES))
         for axis, values in ((left, [point.cost for point in mine]), (right, [point.hours for point in mine])):
-            axis.plot([point.fraction for point in mine], values, color=colour, linewidth=1.8, label=f"K = {k}")
+            axis.plot([point.fraction for point in mine], values, color=color, linewidth=1.8, label=f"K = {k}")
     left.plot([patches], [plan.run.flops / plan.token_level.flops], "o", color="#d1495b", markersize=8, label="this plan")
     right.plot([patches], [plan.run.device_hours], "o", color="#d1495b", markersize=8)
-    left.set_ylabel("FLOPs beside token level (counted)")
-    right.set_ylabel(f"{plan.hardware.name} hours (estimated)")
+    left.set_ylabel("cost: FLOPs relative to token level (counted)")
+    right.set_ylabel(f"{plan.hardware.name} device hours (estimated)")
     for axis in (left, right):
         axis.set_xlabel("λ: share of tokens read as patches")
         axis.set_ylim(bottom=0)
@@ -84,6 +86,6 @@ def plot_sensitivity(plan: Plan, output: Path) -> None:
         output.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(output, dpi=130)
     except OSError as error:
-        raise ConfigError(f"cannot write {output}: {error.strerror}", "a writable file") from error
+        raise ConfigError(f"cannot write {output}: {error.strerror}", "a writable file", "change --plot") from error
     finally:
         plt.close(figure)

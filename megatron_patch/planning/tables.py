@@ -1,4 +1,4 @@
-"""A plan for people. In: plans, candidates, simulations. Out: tables on a console; estimates are marked with ~."""
+"""Tables of plans, searches and simulations on a console. Estimates are marked with ~."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_patch.model.shape import ModelShape
-from megatron_patch.planning.memory import COUNTED
-from megatron_patch.planning.plan import Budget, PipelinePart, Plan
+from megatron_patch.planning.memory import COUNTED_PARTS
+from megatron_patch.planning.plan import PipelinePart, Plan, Resources
 from megatron_patch.planning.reliability import Simulation
 from megatron_patch.planning.search import Candidate
-from megatron_patch.utils.units import format_count, format_duration
+from megatron_patch.utils.units import format_count, format_duration, plural
 
 GIB = 2**30
 _PARTS = ("weights", "gradients", "optimizer", "activations", "loss", "buffers", "fragmentation")
@@ -26,10 +26,10 @@ def _table(title: str, *columns: str, left: Sequence[str] = ()) -> Table:
 
 
 def rank_table(parts: Sequence[PipelinePart], shape: ModelShape) -> Table:
-    """What each rank holds: one row for ranks that are alike, one for each pipeline stage that is not like the one before it."""
-    marks = [name if name in COUNTED else f"~{name}" for name in _PARTS]
-    title = "Ranks: parameters (exact) and GiB of each rank; ~ is estimated"
-    table = _table(title, "pipeline", "ranks", "layers", "parameters", *marks, "~GiB", left=("layers",))
+    """Returns layers, parameters and memory of each rank, with one row per pipeline rank."""
+    marks = [name if name in COUNTED_PARTS else f"~{name}" for name in _PARTS]
+    title = "Per rank: parameters (exact) and memory in GiB (~ is estimated)"
+    table = _table(title, "pipeline rank", "ranks", "layers", "parameters", *marks, "~total", left=("layers",))
     for part in parts:
         memory = part.memory.to_json()
         table.add_row(
@@ -44,7 +44,7 @@ def rank_table(parts: Sequence[PipelinePart], shape: ModelShape) -> Table:
 
 
 def stage_table(plan: Plan) -> Table:
-    """What a step of each stage takes."""
+    """Returns time, throughput and FLOPs of each stage."""
     columns = ("stage", "K", "steps", "FLOPs", "~step", "~MFU", "~tokens/s", "bubble", "~tensor", "~data", "~time")
     table = _table("Stages on this hardware", *columns, left=("stage",))
     for estimate in plan.stages:
@@ -66,8 +66,8 @@ def stage_table(plan: Plan) -> Table:
 
 
 def traffic_table(plan: Plan) -> Table:
-    """What a rank sends in a step."""
-    table = _table("Sent by a rank in one step (counted)", "stage", "axis", "link", "GB", left=("stage", "axis", "link"))
+    """Returns the bytes that a rank sends per step."""
+    table = _table("Bytes sent by one rank per step (counted)", "stage", "parallelism", "link", "GB", left=("stage", "parallelism", "link"))
     for estimate in plan.stages:
         for row in estimate.traffic:
             table.add_row(
@@ -76,56 +76,62 @@ def traffic_table(plan: Plan) -> Table:
     return table
 
 
-def budget_table(plan: Plan) -> Table:
-    """What the run costs, beside token-level training."""
+def resource_table(plan: Plan) -> Table:
+    """Returns the resources of the run next to those of token-level training."""
     columns = ("", "tokens", "FLOPs", "~device hours", "~dollars", "~time")
-    table = _table(f"Budget at ${plan.hardware.dollars_per_hour:g} an hour of one {plan.hardware.name}", *columns, left=("",))
-    rows: list[tuple[str, Budget]] = [
+    table = _table(f"Budget at ${plan.hardware.dollars_per_hour:g} per {plan.hardware.name} hour", *columns, left=("",))
+    rows: list[tuple[str, Resources]] = [
         ("this plan", plan.run),
         ("token level, same tokens", plan.token_level),
         ("token level, same cost", plan.equal_cost),
     ]
-    for name, budget in rows:
+    for name, resources in rows:
         table.add_row(
             name,
-            format_count(budget.tokens),
-            f"{budget.flops:.3g}",
-            f"{budget.device_hours:,.0f}",
-            f"${budget.dollars:,.0f}",
-            format_duration(budget.seconds),
+            format_count(resources.tokens),
+            f"{resources.flops:.3g}",
+            f"{resources.device_hours:,.0f}",
+            f"${resources.dollars:,.0f}",
+            format_duration(resources.seconds),
         )
     return table
 
 
 def print_tables(plan: Plan, console: Console) -> None:
-    """All of a plan."""
+    """Prints every table of a plan."""
     console.print(f"[bold]{plan.layout.ranks:,} x {plan.hardware.name}[/bold]: {plan.layout.name()}")
     console.print(rank_table(plan.parts, plan.shape))
     console.print(stage_table(plan))
     if any(estimate.traffic for estimate in plan.stages):
         console.print(traffic_table(plan))
-    console.print(budget_table(plan))
+    console.print(resource_table(plan))
     saved = plan.checkpoints
     console.print(
-        f"[bold]Checkpoints[/bold] {saved.bytes / GIB:,.1f} GiB; a failure every ~{format_duration(saved.mtbf_seconds)} on "
-        f"{plan.layout.ranks:,} devices; at {saved.save_seconds:g} s each save every ~{format_duration(saved.daly_seconds)} "
-        f"(~{saved.steps:,} steps; Young: {format_duration(saved.young_seconds)}): ~{saved.goodput:.1%} of the time is useful"
+        f"[bold]Checkpoints[/bold] {saved.bytes / GIB:,.1f} GiB each. With a failure every ~{format_duration(saved.mtbf_seconds)} on "
+        f"{plural(plan.layout.ranks, 'device')} and {saved.save_seconds:g} s per save, save every ~{format_duration(saved.daly_seconds)} "
+        f"(~{plural(saved.steps, 'step')}; Young's formula: {format_duration(saved.young_seconds)}): ~{saved.goodput:.1%} of the time "
+        "trains"
     )
-    need, room = plan.fullest.memory.total / GIB, plan.hardware.memory_gib
+    need, available = plan.fullest.memory.total / GIB, plan.hardware.memory_gib
     if plan.fits:
-        console.print(f"[bold]Memory[/bold] ~{need:.1f} of {room:.1f} GiB on the fullest ranks ({plan.fullest.fullest} stage)")
+        console.print(f"[bold]Memory[/bold] ~{need:.1f} of {available:.1f} GiB on the fullest rank, in stage {plan.fullest.fullest}")
     else:
         console.print(
-            f"[bold red]Memory[/bold red] ~{need:.1f} GiB on the fullest ranks, a device has {room:.1f}: --search shows what fits"
+            f"[bold red]Memory[/bold red] ~{need:.1f} GiB on the fullest rank, but a device has {available:.1f} GiB; --search lists the "
+            "layouts that fit"
         )
-    console.print("[dim]Counted: parameters, FLOPs, weights, optimizer, activations, bytes sent, bubble. Estimated (~): all else.[/dim]")
+    console.print(
+        "[dim]Counted: parameters, FLOPs, weights, optimizer, activations, bytes sent, bubble. Estimated (~): everything else.[/dim]"
+    )
 
 
-def print_search(found: Sequence[Candidate], tried: int, ranks: int, console: Console, rows: int = 12) -> None:
-    """The quickest layouts."""
+def print_search(candidates: Sequence[Candidate], tried: int, ranks: int, console: Console, rows: int = 12) -> None:
+    """Prints the fastest layouts."""
     columns = ("", "layout", "micro-batch", "~GiB", "~MFU", "~device hours", "flags")
-    table = _table(f"{len(found)} of {tried} layouts of {ranks:,} devices fit; the quickest", *columns, left=("layout", "flags"))
-    for number, candidate in enumerate(found[:rows], start=1):
+    table = _table(
+        f"{len(candidates)} of {tried} layouts fit on {plural(ranks, 'device')}; the fastest", *columns, left=("layout", "flags")
+    )
+    for number, candidate in enumerate(candidates[:rows], start=1):
         plan = candidate.plan
         mfu = " / ".join(f"{estimate.time.mfu:.0%}" for estimate in plan.stages)
         table.add_row(
@@ -141,11 +147,13 @@ def print_search(found: Sequence[Candidate], tried: int, ranks: int, console: Co
 
 
 def print_simulation(simulation: Simulation, devices: int, interval: float, console: Console) -> None:
-    """How the time of a simulated run divides."""
-    table = _table(f"Simulated run on {devices:,} devices, a checkpoint every {format_duration(interval)}", "", "time", "share", left=("",))
+    """Prints how the wall time of a simulated run is spent."""
+    table = _table(
+        f"Simulated run on {plural(devices, 'device')}, one checkpoint per {format_duration(interval)}", "", "time", "share", left=("",)
+    )
     for name, seconds in (
         ("useful steps", simulation.useful_seconds),
-        ("steps done again", simulation.lost_seconds),
+        ("repeated steps", simulation.lost_seconds),
         ("checkpoints", simulation.save_seconds),
         ("restarts", simulation.down_seconds),
     ):
@@ -155,5 +163,6 @@ def print_simulation(simulation: Simulation, devices: int, interval: float, cons
     console.print(table)
     stages = ", ".join(f"{name} {format_duration(seconds)}" for name, seconds in simulation.stage_seconds.items())
     console.print(
-        f"[bold]Goodput {simulation.goodput:.1%}[/bold]; {simulation.failures:,} failures, {simulation.preemptions:,} preemptions; {stages}"
+        f"[bold]Goodput {simulation.goodput:.1%}[/bold]; {plural(simulation.failures, 'failure')}, "
+        f"{plural(simulation.preemptions, 'preemption')}; {stages}"
     )

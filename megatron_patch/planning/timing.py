@@ -1,9 +1,9 @@
-"""How long a step takes: **estimates** from counted FLOPs and traffic and from what the hardware reaches.
+"""The time of a step, **estimated** from counted FLOPs and traffic and from the efficiencies of the hardware.
 
-In: model, layout, stage, hardware. Out: `StepTime`. A pipeline stage computes its layers for each micro-batch, sums over its tensor
-ranks without overlap, and hands on; the slowest pipeline stage sets the pace, (p - 1) further turns of it fill and drain the pipeline
-(Narayanan et al., arXiv 2104.04473, section 2.2); gradients travel partly behind the backward pass; the optimizer's step reads and writes
-its states once.
+In: model, layout, stage, hardware. Out: `StepTime`. For each micro-batch a pipeline rank computes its layers, reduces over its tensor
+parallel ranks without overlap, and sends the result. The slowest pipeline rank sets the pace; (p - 1) more micro-batches of it fill and
+drain the pipeline (Narayanan et al., arXiv 2104.04473, section 2.2). Gradient communication partly overlaps the backward pass. The
+optimizer step reads and writes its states once.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from megatron_patch.planning.traffic import traffic
 from megatron_patch.stages import Stage
 
 MEMORY_PASSES = 4
-"""How often norms, rotations, activations and residual sums read or write what autograd saves, forward and backward: an estimate."""
+"""Times that norms, rotations, activations and residual sums read or write the saved activations, forward and backward: an estimate."""
 
 
 @dataclass(frozen=True)
 class StepTime:
-    """One optimizer step, in seconds.
+    """Seconds of one optimizer step, by part.
 
     Args:
-        compute: of the slowest pipeline stage, over its micro-batches.
-        tensor: its sums over tensor ranks.
-        pipeline: its sends.
-        bubble: filling and draining.
-        data: gradients and weights over data-parallel ranks, as far as they do not hide.
-        optimizer: the update.
-        mfu: model FLOPs of the step over what all devices could do in its time.
+        compute: computation of the slowest pipeline rank, over its micro-batches.
+        tensor: its communication with tensor parallel ranks.
+        pipeline: its sends to other pipeline ranks.
+        bubble: filling and draining of the pipeline.
+        data: communication of gradients and weights between data parallel ranks that the backward pass does not overlap.
+        optimizer: the update of the weights.
+        mfu: model FLOPs of the step over the peak FLOPs of all devices in that time.
     """
 
     compute: float
@@ -47,26 +47,26 @@ class StepTime:
 
     @property
     def total(self) -> float:
-        """The whole step."""
+        """Seconds of the step."""
         return self.compute + self.tensor + self.pipeline + self.bubble + self.data + self.optimizer
 
 
 def bubble_share(layout: Layout, stage: Stage) -> float:
-    """Share of a step in which a pipeline idles at best: (p - 1) / (m + p - 1) for p stages and m micro-batches; exact for 1F1B."""
+    """Returns the smallest idle share of a pipeline: (p - 1) / (m + p - 1) for p pipeline ranks and m micro-batches; exact for 1F1B."""
     return (layout.pipeline - 1) / (stage.gradient_accumulation(layout.data) + layout.pipeline - 1)
 
 
 def executed_flops(shape: ModelShape, layout: Layout, layers: range, positions: int) -> tuple[float, float]:
-    """FLOPs that a pipeline stage's layers execute for one position of a training step, all tensor ranks together; exact.
+    """Returns the exact FLOPs that layers execute per position of a training step, summed over tensor parallel ranks.
 
-    Model FLOPs are three times the forward pass; attention kernels compute their scores again in the backward pass (5 products after 2,
-    arXiv 2205.14135), and full recomputation repeats each block's forward pass but for its last product, whose result nobody needs.
+    Model FLOPs are three times the forward pass. In addition, attention kernels recompute their scores in the backward pass (5 products
+    after 2, arXiv 2205.14135), and full recomputation repeats each block's forward pass except its last product, whose result is unused.
 
     Args:
-        shape: the model.
-        layout: for what is recomputed.
-        layers: of the pipeline stage.
-        positions: T; attention is counted causal.
+        shape: shape of the model.
+        layout: layout of the run, for its recomputation.
+        layers: layers of a pipeline rank.
+        positions: T; attention is counted as causal.
 
     Returns:
         (matrix products, attention).
@@ -74,21 +74,21 @@ def executed_flops(shape: ModelShape, layout: Layout, layers: range, positions: 
     flops = layer_flops(shape, positions)
     matrices = 2.0 * block_matrices(shape)
     attention = flops[1] - matrices
-    again = layout.recompute == "full"
+    recompute = layout.recompute == "full"
     down = 2.0 * shape.hidden_size * shape.ffn_hidden_size
     blocks = len([layer for layer in layers if 1 <= layer <= shape.num_layers])
     head = flops[-1] if shape.num_layers + 1 in layers else 0
-    products = blocks * (3 * matrices + (matrices - down if again else 0)) + 3 * head
+    products = blocks * (3 * matrices + (matrices - down if recompute else 0)) + 3 * head
     return products, blocks * attention * (3.5 + (layout.recompute != "none"))
 
 
 def step_time(shape: ModelShape, layout: Layout, stage: Stage, hardware: Hardware) -> StepTime:
-    """The time of one optimizer step of a stage.
+    """Returns the estimated time of one optimizer step of a stage.
 
     Args:
-        shape: the model.
-        layout: the ranks.
-        stage: of the run.
+        shape: shape of the model.
+        layout: layout of the run.
+        stage: training stage.
         hardware: devices and links.
     """
     micro_batches = stage.gradient_accumulation(layout.data)
@@ -98,20 +98,20 @@ def step_time(shape: ModelShape, layout: Layout, stage: Stage, hardware: Hardwar
     rates = {"node": hardware.node_gb_per_second, "network": hardware.network_gb_per_second}
     slowest = (0.0, 0.0, 0.0)
     data = update = 0.0
-    for layers in layout.parts(shape):
+    for layers in layout.layers_by_pipeline_rank(shape):
         products, attention = executed_flops(shape, layout, layers, stage.positions)
         seconds = products / hardware.matmul_efficiency + attention / hardware.attention_efficiency
         seconds *= positions / layout.tensor / usable
-        # Operators that are no matrix products go by the memory's bandwidth.
+        # The memory bandwidth limits all operators that are not matrix products.
         moved = micro_batches * saved_by_layers(shape, dataclasses.replace(layout, recompute="none"), layers, stage)
         seconds += MEMORY_PASSES * moved / (hardware.memory_gb_per_second * 1e9)
         sent = {"tensor": 0.0, "pipeline": 0.0, "data": 0.0}
         for row in traffic(shape, layout, layers, stage, hardware):
             sent[row.kind] = row.bytes / (rates[row.link] * 1e9 * hardware.link_efficiency)
         slowest = max(slowest, (seconds, sent["tensor"], sent["pipeline"]), key=sum)
-        # ZeRO's traffic hides behind the backward pass, two thirds of the computing, as far as there is such time.
+        # ZeRO's communication overlaps the backward pass, which is two thirds of the computation.
         data = max(data, sent["data"] - min(hardware.overlap * sent["data"], 2 / 3 * seconds))
-        owned = rank_parameters(shape, layout, layers) / (layout.data if layout.zero_stage else 1)
+        owned = rank_parameters(shape, layout, layers) / (layout.data if layout.zero_level else 1)
         update = max(update, 32.0 * owned / (hardware.memory_gb_per_second * 1e9))
     bubble = sum(slowest) * (layout.pipeline - 1) / micro_batches
     total = sum(slowest) + bubble + data + update

@@ -1,8 +1,8 @@
-"""What ranks send each other in one optimizer step, by kind and by link; volumes are **counted**, per rank, one direction.
+"""The bytes that ranks send in one optimizer step, by parallelism and by link; **counted** per rank in one direction.
 
-In: model, layout, stage. Out: `Traffic` rows. Collectives are counted as rings send them: an all-reduce of n bytes over r ranks sends
-2·(r - 1)/r·n from each, a gather or scatter half of that. Ranks are numbered tensor innermost, then data, then pipeline, so a group stays
-inside a node exactly when its last rank's number differs from its first's by less than the node's devices.
+In: model, layout, stage. Out: `Traffic` rows. Collectives are counted as ring algorithms: in an all-reduce of n bytes over r ranks each
+rank sends 2·(r - 1)/r·n, in a gather or scatter half of that. Ranks are numbered with tensor innermost, then data, then pipeline, so a
+group stays inside a node exactly when the numbers of its first and last rank differ by less than the node's devices.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ Kind = Literal["tensor", "pipeline", "data"]
 
 @dataclass(frozen=True)
 class Traffic:
-    """One kind of traffic of a rank in a step.
+    """Bytes that a rank sends in a step for one kind of parallelism.
 
     Args:
-        kind: the axis of the grid that talks.
+        kind: kind of parallelism.
         link: "node" inside a node, "network" between nodes.
-        bytes: that a rank sends in one optimizer step.
+        bytes: bytes that a rank sends in one optimizer step.
     """
 
     kind: Kind
@@ -39,14 +39,14 @@ def _link(stride: int, size: int, hardware: Hardware) -> Literal["node", "networ
 
 
 def traffic(shape: ModelShape, layout: Layout, layers: range, stage: Stage, hardware: Hardware) -> list[Traffic]:
-    """What each rank of a pipeline stage sends in one optimizer step.
+    """Returns the bytes that each rank with these layers sends in one optimizer step.
 
     Args:
-        shape: the model.
-        layout: the ranks.
-        layers: of the pipeline stage.
-        stage: of the run.
-        hardware: how many devices a node has.
+        shape: shape of the model.
+        layout: layout of the run.
+        layers: layers of a pipeline rank.
+        stage: training stage.
+        hardware: for its number of devices per node.
     """
     micro_batches = stage.gradient_accumulation(layout.data)
     hidden = layout.element_bytes * stage.micro_batch_size * stage.positions * shape.hidden_size
@@ -54,7 +54,8 @@ def traffic(shape: ModelShape, layout: Layout, layers: range, stage: Stage, hard
     t, p, d = layout.tensor, layout.pipeline, layout.data
     if t > 1:
         blocks = len([layer for layer in layers if 1 <= layer <= shape.num_layers])
-        # Forward and backward, each half of a block sums the hidden states once; full recomputation repeats all but the last of a block.
+        # Each half of a block reduces the hidden states once in the forward and once in the backward pass. Full recomputation repeats the
+        # forward reductions except the last of a block.
         sums = blocks * (4 + (1 if layout.recompute == "full" else 0))
         sums += (0 in layers) + (shape.num_layers + 1 in layers)
         loss = 4 * (2 + stage.labels_per_position) * stage.micro_batch_size * stage.positions if shape.num_layers + 1 in layers else 0
@@ -65,11 +66,11 @@ def traffic(shape: ModelShape, layout: Layout, layers: range, stage: Stage, hard
     if d > 1:
         parameters = rank_parameters(shape, layout, layers)
         e = layout.element_bytes
-        # ZeRO 0 and 1 sum gradients (float32 where those of 16 bits accumulate in it), 1 and 2 gather the new weights; 3 gathers weights in
-        # each forward and backward pass instead.
+        # ZeRO 0 reduces float32 gradients. ZeRO 1 and 2 reduce gradients and gather the new weights. ZeRO 3 gathers the weights in each
+        # forward and backward pass instead.
         share = (d - 1) / d * parameters
         volume = {0: 2 * 4 * share, 1: 2 * e * share + e * share, 2: micro_batches * e * share + e * share}.get(
-            layout.zero_stage, micro_batches * 3 * e * share
+            layout.zero_level, micro_batches * 3 * e * share
         )
         rows.append(Traffic("data", _link(t, d, hardware), volume))
     return rows

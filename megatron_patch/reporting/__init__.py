@@ -1,1 +1,1 @@
-"""A run's face: what a run has left in its folder, read into one record (`history`), and that record as one HTML file (`page`)."""
+"""Reports about runs: reads the folder of a run into one record (`history`), and writes records as one HTML file (`page`) or a plot."""

@@ -1,7 +1,7 @@
-"""What a run left behind, in one record that needs no other file.
+"""The history of a run as one record.
 
-In: SAVE, with `metrics.jsonl`, and where they exist `events.jsonl` and the newest checkpoint's `trainer_state.json`. Out: `History`. A
-missing file or a torn last line costs what was in it and a sentence in `notes`, never the rest.
+In: the folder of --save with `metrics.jsonl` and, if they exist, `events.jsonl` and the newest checkpoint's `trainer_state.json`. Out:
+`History`. Without an optional file, or with an incomplete line, the record omits only that part; `notes` then names what is missing.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from megatron_patch.checkpoint.trainer_state import STATE
 from megatron_patch.errors import DataError
 from megatron_patch.training.callbacks.base import STEP_METRICS
 from megatron_patch.training.callbacks.metrics import read_metrics
+from megatron_patch.utils.units import plural
 
 STEP_COLUMNS = ("step", "stage_index", "patch_size", "tokens", "cost_tokens", "loss", *STEP_METRICS)
 EVALUATION_COLUMNS = ("step", "stage_index", "patch_size", "tokens", "cost_tokens", "token_loss", "patch_loss", "eval_tokens")
 MOST_POINTS = 5_000
-"""Steps of a run that a report shows; of a longer run it shows every n-th."""
+"""Largest number of steps that a report shows; of a longer run it shows every n-th step."""
 
 Columns = dict[str, list[Any]]
 _NEEDED = {"step", "stage", "stage_index", "patch_size", "tokens", "cost_tokens"}
@@ -29,29 +30,29 @@ _NEEDED = {"step", "stage", "stage_index", "patch_size", "tokens", "cost_tokens"
 
 @dataclass(frozen=True)
 class History:
-    """A run.
+    """The history of one run.
 
     Args:
-        label: what the report calls it.
-        folder: SAVE.
-        state: "done", "stopped" (it ended before its last step) or "unfinished" (it still runs, or was killed).
-        total_tokens: that the whole run reads.
-        total_steps: of the whole run.
-        token_flops: FLOPs of one token at token level.
-        whole_cost: planned FLOPs over those of token-level training on the same tokens.
+        label: name of the run in the report.
+        folder: the folder of --save.
+        state: "done", "stopped" (it ended before its last step) or "unfinished" (it is running, or was killed).
+        total_tokens: tokens that the complete run reads.
+        total_steps: steps of the complete run.
+        token_flops: FLOPs of one token in token-level training.
+        whole_cost: planned FLOPs relative to token-level training on the same tokens.
         device: name of the devices.
-        ranks: number of processes.
-        stages: name, patch_size, tokens and cost_tokens at which it begins, for each stage that has begun; blend where it has its own.
-        steps: a list for each of `STEP_COLUMNS` and "seconds": time that the run has taken so far, without the pauses between restarts.
-        evaluations: the same for `EVALUATION_COLUMNS`.
-        checkpoints: step, tokens, cost_tokens, seconds, bytes, folder of each.
-        starts: the same places, for each time that the run was started or resumed.
-        events: what `events.jsonl` tells: step and place, name, text.
-        options: every option by its name, empty where no checkpoint tells it.
+        ranks: number of ranks.
+        stages: one dict per stage that has begun: name, patch size, step, tokens, cost tokens and seconds at its start, and its blend.
+        steps: columns `STEP_COLUMNS` and "seconds", the elapsed time without the pauses before restarts.
+        evaluations: columns `EVALUATION_COLUMNS` and "seconds".
+        checkpoints: step, tokens, cost tokens, duration, bytes and folder of each checkpoint.
+        starts: step, tokens, cost tokens and elapsed time of each start and resume.
+        events: step, tokens, time, name and text of each record of `events.jsonl`.
+        options: every option by name; empty if no checkpoint could be read.
         given: names of the options that were given.
-        blend: (corpus, weight) of the run.
-        thinned: steps between two that are shown; 1: all are.
-        notes: what could not be read.
+        blend: (corpus, share of the tokens) of the run.
+        thinned: interval between the steps shown; 1 shows every step.
+        notes: sentences that name what could not be read.
     """
 
     label: str
@@ -77,31 +78,31 @@ class History:
 
 
 def read_history(save: Path, label: str | None = None, most_points: int = MOST_POINTS) -> History:
-    """Reads a run's folder.
+    """Reads the folder of a run.
 
     Args:
-        save: the folder.
-        label: by default the folder's name.
-        most_points: steps to keep; all evaluations are kept.
+        save: the folder that --save named.
+        label: name of the run in the report; None uses the name of the folder.
+        most_points: largest number of steps to keep; all evaluations are kept.
 
     Raises:
-        DataError: no metrics, or not one step in them.
+        DataError: the folder has no metrics, or the metrics contain no step.
     """
     path = save / "metrics.jsonl"
     if not path.is_file():
-        raise DataError(f"{path} does not exist", "a run's folder, which holds metrics.jsonl", "give the folder that --save named")
+        raise DataError(f"{path} does not exist", "the folder of a run, which contains metrics.jsonl", "give the folder that --save named")
     notes: list[str] = []
-    records = _clocked(read_metrics(path))
+    records = _with_elapsed_time(read_metrics(path))
     broken = sum(1 for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()) - len(records)
     if broken:
-        notes.append(f"{broken} torn line{'s' if broken > 1 else ''} of metrics.jsonl left out")
+        notes.append(f"skipped {plural(broken, 'incomplete line')} of metrics.jsonl")
     by_type: dict[str, list[dict[str, Any]]] = {}
     for record in records:
         by_type.setdefault(str(record.get("type")), []).append(record)
     steps = [record for record in by_type.get("step", []) if record.keys() >= _NEEDED]
     if not steps:
-        raise DataError(f"{path} holds no steps", "a run that has taken at least one", "wait for its first step")
-    places = _Places(steps)
+        raise DataError(f"{path} contains no steps", "a run with at least one step", "wait for its first step")
+    locator = _Locator(steps)
     options, given, plan = _configuration(save, notes)
     start = by_type.get("start", [{}])[-1]
     thinned = -(-len(steps) // max(1, most_points))
@@ -119,11 +120,11 @@ def read_history(save: Path, label: str | None = None, most_points: int = MOST_P
         steps=_columns(_thin(steps, thinned), (*STEP_COLUMNS, "seconds")),
         evaluations=_columns(by_type.get("evaluation", []), (*EVALUATION_COLUMNS, "seconds_so_far")),
         checkpoints=[
-            {**places.of(r), "seconds": r.get("seconds"), "bytes": r.get("bytes"), "folder": Path(str(r.get("folder"))).name}
+            {**locator.locate(r), "seconds": r.get("seconds"), "bytes": r.get("bytes"), "folder": Path(str(r.get("folder"))).name}
             for r in by_type.get("save", [])
         ],
-        starts=[places.of(record) for record in by_type.get("start", [])],
-        events=_events(save / "events.jsonl", places),
+        starts=[locator.locate(record) for record in by_type.get("start", [])],
+        events=_events(save / "events.jsonl", locator),
         options=options,
         given=given,
         blend=_blend(options),
@@ -132,9 +133,9 @@ def read_history(save: Path, label: str | None = None, most_points: int = MOST_P
     )
 
 
-def _clocked(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The records, each with the time the run has taken so far; the pause before a restart does not count."""
-    clocked: list[dict[str, Any]] = []
+def _with_elapsed_time(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns the records with the elapsed time of the run added; pauses before restarts are excluded."""
+    timed: list[dict[str, Any]] = []
     elapsed, before = 0.0, None
     for record in records:
         now = record.get("time")
@@ -142,14 +143,14 @@ def _clocked(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
             if before is not None and record.get("type") != "start":
                 elapsed += max(0.0, now - before)
             before = now
-        # An evaluation has a "seconds" of its own: what it took.
+        # "seconds" of other records, such as evaluations, is already their duration.
         name = "seconds" if record.get("type") == "step" else "seconds_so_far"
-        clocked.append({**record, name: round(elapsed, 3)})
-    return clocked
+        timed.append({**record, name: round(elapsed, 3)})
+    return timed
 
 
-class _Places:
-    """Where in tokens, cost and time a step lies.
+class _Locator:
+    """Looks up the tokens, cost and elapsed time of a step.
 
     Args:
         steps: the run's step records.
@@ -158,25 +159,25 @@ class _Places:
     def __init__(self, steps: Sequence[Mapping[str, Any]]) -> None:
         self._by_step = {record["step"]: record for record in steps}
 
-    def of(self, record: Mapping[str, Any]) -> dict[str, Any]:
-        """The place of a record that names its step; before the first step everything is 0."""
+    def locate(self, record: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns step, tokens, cost tokens and elapsed time of a record by its step; all are 0 before the first step."""
         step = record.get("step") or 0
-        at = self._by_step.get(step, {})
+        step_record = self._by_step.get(step, {})
         return {
             "step": step,
-            "tokens": at.get("tokens", record.get("tokens", 0)),
-            "cost_tokens": at.get("cost_tokens", 0.0),
-            "seconds_so_far": record.get("seconds_so_far", at.get("seconds", 0.0)),
+            "tokens": step_record.get("tokens", record.get("tokens", 0)),
+            "cost_tokens": step_record.get("cost_tokens", 0.0),
+            "seconds_so_far": record.get("seconds_so_far", step_record.get("seconds", 0.0)),
         }
 
 
 def _columns(records: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Columns:
-    """Records as lists, one a name; what a record lacks is None."""
+    """Returns one list per name; a value that a record lacks is None."""
     return {"seconds" if name == "seconds_so_far" else name: [record.get(name) for record in records] for name in names}
 
 
 def _thin(records: Sequence[dict[str, Any]], every: int) -> list[dict[str, Any]]:
-    """Every n-th record, and the first and the last of every stage."""
+    """Returns every n-th record, and the first and the last of every stage."""
     if every == 1:
         return list(records)
     edges = {0, len(records) - 1}
@@ -194,15 +195,15 @@ def _state(records: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _stages(steps: Sequence[Mapping[str, Any]], plan: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The stages that have begun, each with the place of the step before its first."""
+    """Returns the stages that have begun, each with tokens, cost and time at its start."""
     planned = plan.get("stages", [])
-    found: list[dict[str, Any]] = []
+    stages: list[dict[str, Any]] = []
     before: Mapping[str, Any] = {"step": 0, "tokens": 0, "cost_tokens": 0.0, "seconds": 0.0}
     for record in steps:
         index = record["stage_index"]
-        if not found or found[-1]["index"] != index:
+        if not stages or stages[-1]["index"] != index:
             blend = planned[index].get("blend") if index < len(planned) else None
-            found.append(
+            stages.append(
                 {
                     "index": index,
                     "name": record["stage"],
@@ -215,51 +216,51 @@ def _stages(steps: Sequence[Mapping[str, Any]], plan: Mapping[str, Any]) -> list
                 }
             )
         before = record
-    return found
+    return stages
 
 
 def _configuration(save: Path, notes: list[str]) -> tuple[dict[str, Any], list[str], Mapping[str, Any]]:
-    """(options, names of those given, plan) by the newest checkpoint whose trainer state can be read."""
+    """Returns (options, names of the given ones, plan) from the newest checkpoint with a readable trainer state."""
     for folder in checkpoints(save):
         try:
             state = json.loads((folder / STATE).read_text(encoding="utf-8"))
             return dict(state["config"]["options"]), sorted(state["config"]["origins"]), state["plan"]
         except (OSError, ValueError, KeyError, TypeError):
             continue
-    notes.append("no checkpoint tells the configuration")
+    notes.append("the configuration is unknown: no checkpoint could be read")
     return {}, [], {}
 
 
 def _blend(options: Mapping[str, Any]) -> list[tuple[str, float]]:
-    """(corpus, share) of --data-path: prefixes alone, or weights and prefixes in turn."""
-    words = [str(word) for word in options.get("data_path") or ()]
+    """Returns (corpus, share) pairs of --data-path, which lists prefixes or alternates weights and prefixes."""
+    values = [str(word) for word in options.get("data_path") or ()]
     try:
-        pairs = [(words[index + 1], float(words[index])) for index in range(0, len(words) - 1, 2)] if len(words) > 1 else []
+        pairs = [(values[index + 1], float(values[index])) for index in range(0, len(values) - 1, 2)] if len(values) > 1 else []
     except ValueError:
         pairs = []
-    return _named(pairs or [(word, 1.0) for word in words])
+    return _named(pairs or [(word, 1.0) for word in values])
 
 
 def _named(pairs: Iterable[Sequence[Any]]) -> list[tuple[str, float]]:
-    """Corpora by the last part of their prefix, weights as shares of the whole."""
+    """Returns each corpus under the last part of its prefix, with its weight as a share of the sum."""
     rows = [(Path(str(prefix)).name, float(weight)) for prefix, weight in pairs]
-    whole = sum(weight for _, weight in rows) or 1.0
-    return [(name, weight / whole) for name, weight in rows]
+    total = sum(weight for _, weight in rows) or 1.0
+    return [(name, weight / total) for name, weight in rows]
 
 
-def _events(path: Path, places: _Places) -> list[dict[str, Any]]:
-    """What happened beside the steps: one line an event, with its type, perhaps its step, and what else it tells."""
+def _events(path: Path, locator: _Locator) -> list[dict[str, Any]]:
+    """Returns the events of a run, without those that metrics.jsonl also records."""
     if not path.is_file():
         return []
     events = []
     for record in read_metrics(path):
         if record.get("type") in ("start", "switch", "save") or record.get("reason") == "done":
-            continue  # metrics.jsonl has told these
+            continue  # metrics.jsonl records these, too
         rest = {name: value for name, value in record.items() if name not in ("type", "time", "step")}
         text = record.get("message") or record.get("reason") or ", ".join(f"{name} {value}" for name, value in rest.items())
         events.append(
             {
-                **places.of(record),
+                **locator.locate(record),
                 "time": record.get("time"),
                 "name": str(record.get("type") or "event"),
                 "text": str(text),
@@ -268,10 +269,10 @@ def _events(path: Path, places: _Places) -> list[dict[str, Any]]:
     return events
 
 
-def unlike_options(histories: Sequence[History]) -> list[tuple[str, list[Any]]]:
-    """(name, its value in each run) of the options that are not the same in all; with one run, of those that were given.
+def differing_options(histories: Sequence[History]) -> list[tuple[str, list[Any]]]:
+    """Returns (name, value in each run) of every option that differs between runs; for one run, of every option that was given.
 
-    Runs whose configuration is not known have None. Where a run saves and whom it tells is no difference between runs.
+    The value is None in a run whose configuration is unknown. Options that name folders or experiments are excluded.
     """
     known = [history for history in histories if history.options]
     names = dict.fromkeys(name for history in known for name in history.options)
@@ -280,7 +281,7 @@ def unlike_options(histories: Sequence[History]) -> list[tuple[str, list[Any]]]:
         if name in ("save", "load", "local_rank", "wandb_exp_name", "tensorboard_dir"):
             continue
         values = [history.options.get(name) for history in histories]
-        written = {json.dumps(history.options.get(name), sort_keys=True) for history in known}
-        if len(written) > 1 or (len(histories) == 1 and name in histories[0].given):
+        distinct = {json.dumps(history.options.get(name), sort_keys=True) for history in known}
+        if len(distinct) > 1 or (len(histories) == 1 and name in histories[0].given):
             rows.append((name, values))
     return rows

@@ -1,6 +1,6 @@
-"""Histories as one HTML file that needs nothing else: styles, script and data are inside, and it asks no network.
+"""A report about runs as one HTML file that contains its styles, script and data and needs no network.
 
-In: `History` records. Out: the text of a page. The charts are drawn by `report.js` from the very numbers of the metrics files.
+In: `History` records. Out: the text of the page. `report.js` draws the charts from the numbers of the metrics files.
 """
 
 from __future__ import annotations
@@ -15,20 +15,21 @@ from pathlib import Path
 
 from megatron_patch import __version__
 from megatron_patch.errors import DataError
-from megatron_patch.reporting.history import History, read_history, unlike_options
+from megatron_patch.reporting.history import History, differing_options, read_history
 from megatron_patch.utils.files import write_durably
+from megatron_patch.utils.units import plural
 
 
 def render(histories: Sequence[History], title: str) -> str:
-    """The page.
+    """Returns the HTML text of a report.
 
     Args:
-        histories: the runs, in the order of their colours.
-        title: the page's heading, any text.
+        histories: the runs, in the order of their colors.
+        title: heading of the page; any text, which is escaped.
     """
     data = {
         "runs": [asdict(history) for history in histories],
-        "options": unlike_options(histories),
+        "options": differing_options(histories),
         "version": __version__,
         "made": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     }
@@ -36,7 +37,7 @@ def render(histories: Sequence[History], title: str) -> str:
         "title": html.escape(title),
         "style": _asset("report.css"),
         "script": _asset("report.js"),
-        # Inside a script element only "</" and "<!--" could end the data: no "<" is left in it.
+        # "</" or "<!--" in the data would end the script element, so every "<" is escaped.
         "data": json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c"),
     }
     page = _asset("report.html")
@@ -52,25 +53,29 @@ def _asset(name: str) -> str:
 
 
 def write_report(saves: Sequence[Path], output: Path, labels: Sequence[str] | None = None, title: str | None = None) -> list[History]:
-    """Reads runs and writes their report.
+    """Reads runs and writes a report about them.
 
     Args:
         saves: folders of runs.
-        output: the HTML file.
-        labels: one for each run; by default the folders' names.
-        title: by default the labels.
+        output: HTML file to write.
+        labels: one label per run; None uses the names of the folders.
+        title: heading of the page; None uses the labels.
 
     Returns:
-        What was read.
+        The histories of the runs.
 
     Raises:
-        DataError: a run without metrics, labels that do not match, or a file that cannot be written.
+        DataError: a run has no metrics, the number of labels is wrong, or the file cannot be written.
     """
     if labels is not None and len(labels) != len(saves):
-        raise DataError(f"{len(labels)} labels for {len(saves)} runs", "one label a run", "give as many labels as folders")
+        raise DataError(
+            f"--labels gives {plural(len(labels), 'label')} for {plural(len(saves), 'run')}",
+            "one label per run",
+            "give as many labels as folders",
+        )
     histories = [read_history(save, labels[index] if labels else None) for index, save in enumerate(saves)]
     try:
         write_durably(output, render(histories, title or " · ".join(history.label for history in histories)))
     except OSError as error:
-        raise DataError(f"cannot write {output}: {error}", "a file in a folder that exists", "change --output") from error
+        raise DataError(f"cannot write {output}: {error}", "a writable file in an existing folder", "change --output") from error
     return histories

@@ -1,4 +1,4 @@
-"""Loss against tokens and against cost, several runs on one picture. In: folders of runs. Out: a PNG."""
+"""Plots the held-out token loss of runs against tokens and against cost. In: folders of runs. Out: a PNG."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from typing import Any
 
 from megatron_patch.errors import DataError
 from megatron_patch.training.callbacks.metrics import read_metrics
-from megatron_patch.utils.units import format_count
+from megatron_patch.utils.units import format_count, plural
 
-_COLOURS = ("#1f5fa8", "#d1495b", "#2e8b57", "#8a5fbf", "#c98a1b", "#3aa6a6", "#7a5548", "#5b6570")
+_COLORS = ("#1f5fa8", "#d1495b", "#2e8b57", "#8a5fbf", "#c98a1b", "#3aa6a6", "#7a5548", "#5b6570")
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Held-out token-level loss of one run.
+    """Held-out token loss of one run.
 
     Args:
-        label: how the legend calls it.
-        tokens: read at each evaluation.
-        cost_tokens: tokens that token-level training would have read for the same FLOPs.
-        losses: at K = 1.
+        label: name in the legend.
+        tokens: tokens read at each evaluation.
+        cost_tokens: tokens that token-level training reads for the same FLOPs, at each evaluation.
+        losses: loss at K = 1 of each evaluation, in nats per token.
         switches: (tokens, cost_tokens) of each switch.
         patch_sizes: K at each evaluation.
     """
@@ -36,18 +36,24 @@ class Curve:
 
 
 def read_curve(run: Path, label: str | None = None) -> Curve:
-    """Reads a run's evaluations.
+    """Reads the evaluations of a run.
+
+    Args:
+        run: folder of the run, or its metrics file.
+        label: name in the legend; None uses the name of the folder.
 
     Raises:
-        DataError: no metrics, or no evaluations in them.
+        DataError: the run has no metrics, or the metrics contain no evaluation.
     """
     path = run / "metrics.jsonl" if run.is_dir() else run
     if not path.is_file():
-        raise DataError(f"{path} does not exist", "a run's folder with metrics.jsonl", "check the path")
+        raise DataError(f"{path} does not exist", "the folder of a run, which contains metrics.jsonl", "give the folder that --save named")
     records = list(read_metrics(path))
     evaluations = [record for record in records if record.get("type") == "evaluation" and record.get("token_loss") is not None]
     if not evaluations:
-        raise DataError(f"{path} holds no evaluations", "a run with held-out data", "set --eval-interval")
+        raise DataError(
+            f"{path} contains no evaluation", "a run that evaluates held-out data", "train with --eval-interval and a held-out --split"
+        )
     costs = {record["step"]: record["cost_tokens"] for record in records if record.get("type") in ("step", "evaluation")}
     switches = [(record["tokens"], costs[record["step"]]) for record in records if record.get("type") == "switch"]
     return Curve(
@@ -61,19 +67,23 @@ def read_curve(run: Path, label: str | None = None) -> Curve:
 
 
 def plot_runs(runs: Sequence[Path], output: Path, labels: Sequence[str] | None = None, title: str | None = None) -> None:
-    """Draws held-out token-level loss of runs, left against tokens, right against cost.
+    """Draws the held-out token loss of runs, against tokens on the left and against cost on the right.
 
     Args:
         runs: folders of runs, or their metrics files.
-        output: the PNG.
-        labels: one for each run.
-        title: above both panels.
+        output: PNG file to write.
+        labels: one label per run; None uses the names of the folders.
+        title: title above both panels.
 
     Raises:
-        DataError: a run that cannot be read, or a picture that cannot be written.
+        DataError: a run cannot be read, the number of labels is wrong, or the file cannot be written.
     """
     if labels is not None and len(labels) != len(runs):
-        raise DataError(f"{len(labels)} labels for {len(runs)} runs", "one label a run")
+        raise DataError(
+            f"--labels gives {plural(len(labels), 'label')} for {plural(len(runs), 'run')}",
+            "one label per run",
+            "give as many labels as folders",
+        )
     curves = [read_curve(run, labels[index] if labels else None) for index, run in enumerate(runs)]
     import matplotlib as mpl
 
@@ -84,47 +94,47 @@ def plot_runs(runs: Sequence[Path], output: Path, labels: Sequence[str] | None =
     panels = (("tokens", "tokens read"), ("cost_tokens", "cost: tokens that token-level training reads for the same FLOPs"))
     for axis, (name, caption) in zip(axes, panels, strict=True):
         for number, curve in enumerate(curves):
-            _draw(axis, curve, name, _COLOURS[number % len(_COLOURS)])
+            _draw(axis, curve, name, _COLORS[number % len(_COLORS)])
         axis.set_xlabel(caption)
         axis.xaxis.set_major_formatter(lambda value, _: format_count(value))
         axis.grid(alpha=0.25, linewidth=0.6)
         axis.spines[["top", "right"]].set_visible(False)
         axis.set_xlim(left=0)
     _zoom(axes[0], curves)
-    axes[0].set_ylabel("held-out loss at K = 1 (nats a token)")
+    axes[0].set_ylabel("held-out token loss (nats per token, K = 1)")
     axes[1].legend(frameon=False, loc="upper right")
-    figure.suptitle(title or "Held-out token-level loss (dashed while patches are read; a ring marks the switch)", fontsize=11)
+    figure.suptitle(title or "Held-out token loss (dashed in patch stages; a ring marks the switch)", fontsize=11)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(output, dpi=130)
     except OSError as error:
-        raise DataError(f"cannot write {output}: {error.strerror}", "a writable file") from error
+        raise DataError(f"cannot write {output}: {error.strerror}", "a writable file", "change --output") from error
     finally:
         plt.close(figure)
 
 
-def _draw(axis: Any, curve: Curve, name: str, colour: str) -> None:
-    """One run: dashed where patches are read, solid where tokens are."""
+def _draw(axis: Any, curve: Curve, name: str, color: str) -> None:
+    """Draws one run: dashed in patch stages, solid in the token stage."""
     xs = getattr(curve, name)
     start = 0
     for end in range(1, len(xs) + 1):
         if end == len(xs) or (curve.patch_sizes[end] > 1) != (curve.patch_sizes[start] > 1):
-            # The last point of a stage is the first of the next: the model is the same on both sides of the switch.
+            # The last point of a stage also starts the next: the model is the same on both sides of the switch.
             first = max(0, start - 1)
             dashed = curve.patch_sizes[start] > 1
             axis.plot(
-                xs[first:end], curve.losses[first:end], "--" if dashed else "-", color=colour, linewidth=1.7, alpha=0.75 if dashed else 1.0
+                xs[first:end], curve.losses[first:end], "--" if dashed else "-", color=color, linewidth=1.7, alpha=0.75 if dashed else 1.0
             )
             start = end
     for tokens, cost_tokens in curve.switches:
-        where = tokens if name == "tokens" else cost_tokens
-        nearest = min(range(len(xs)), key=lambda index: abs(xs[index] - where))
-        axis.plot([where], [curve.losses[nearest]], "o", markerfacecolor="white", markeredgecolor=colour, markersize=6)
-    axis.plot([xs[-1]], [curve.losses[-1]], "o", color=colour, markersize=4.5, label=f"{curve.label}: {curve.losses[-1]:.3f}")
+        position = tokens if name == "tokens" else cost_tokens
+        nearest = min(range(len(xs)), key=lambda index: abs(xs[index] - position))
+        axis.plot([position], [curve.losses[nearest]], "o", markerfacecolor="white", markeredgecolor=color, markersize=6)
+    axis.plot([xs[-1]], [curve.losses[-1]], "o", color=color, markersize=4.5, label=f"{curve.label}: {curve.losses[-1]:.3f}")
 
 
 def _zoom(axis: Any, curves: Sequence[Curve]) -> None:
-    """Leaves out the first fall of the losses, which would flatten everything else."""
+    """Excludes the initial fall of the losses, which would compress the rest of the plot."""
     ends = [curve.losses[-1] for curve in curves]
     starts = [curve.losses[min(len(curve.losses) - 1, max(1, len(curve.losses) // 8))] for curve in curves]
     low, high = min(min(curve.losses) for curve in curves), max(*starts, *ends)

@@ -1,12 +1,12 @@
 "use strict";
-// Draws the report from the JSON in #data. Words: a run has columns (steps, evaluations); a chart has series; a series is one run's numbers.
+// Draws the report from the JSON in #data. A run has columns (steps, evaluations), a chart has series, a series holds one run's values.
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
   const byId = (id) => document.getElementById(id);
   const last = (list) => list[list.length - 1];
   const finite = (value) => typeof value === "number" && Number.isFinite(value);
 
-  // ---- Elements, always through textContent: labels and options are text of users, never markup.
+  // ---- Elements. Labels and options come from users, so they are set through textContent, never as markup.
   function node(tag, attributes = {}, ...children) {
     const element = document.createElement(tag);
     for (const [name, value] of Object.entries(attributes)) {
@@ -23,7 +23,7 @@
     return element;
   }
 
-  // ---- Numbers for people.
+  // ---- Formatting of numbers.
   function count(value) {
     for (const [size, unit] of [[1e12, "T"], [1e9, "B"], [1e6, "M"], [1e3, "k"]]) {
       if (Math.abs(value) >= size * 0.9995) return `${Number((value / size).toPrecision(3))}${unit}`;
@@ -43,18 +43,18 @@
   const gib = (value) => `${Number(value.toPrecision(3))} GiB`;
 
   // ---- Runs and the three horizontal axes.
-  const wholeTokens = Math.max(...data.runs.map((run) => run.total_tokens * run.token_flops));
-  const yardstick = data.runs.find((run) => run.total_tokens * run.token_flops === wholeTokens);
+  const referenceFlops = Math.max(...data.runs.map((run) => run.total_tokens * run.token_flops));
+  const reference = data.runs.find((run) => run.total_tokens * run.token_flops === referenceFlops);
   const axes = {
-    tokens: { name: "tokens", caption: "tokens read", format: count, of: (run, place) => place.tokens },
+    tokens: { name: "tokens", caption: "tokens read", format: count, of: (run, point) => point.tokens },
     cost: {
-      name: "cost", caption: `cost, as a fraction of token-level training on ${count(yardstick.total_tokens)} tokens`, format: (v) => `${Number(v.toPrecision(3))}`,
-      of: (run, place) => (place.cost_tokens * run.token_flops) / wholeTokens,
+      name: "cost", caption: `cost relative to token-level training on ${count(reference.total_tokens)} tokens`, format: (v) => `${Number(v.toPrecision(3))}`,
+      of: (run, point) => (point.cost_tokens * run.token_flops) / referenceFlops,
     },
-    time: { name: "time", caption: "time, without the pauses between restarts", format: duration, of: (run, place) => place.seconds_so_far ?? place.seconds },
+    time: { name: "time", caption: "time without the pauses before restarts", format: duration, of: (run, point) => point.seconds_so_far ?? point.seconds },
   };
   const runs = data.runs.map((run, index) => {
-    const made = { ...run, index, colour: `var(--c${index % 8})`, shown: true };
+    const made = { ...run, index, color: `var(--c${index % 8})`, shown: true };
     for (const columns of [made.steps, made.evaluations]) {
       columns.x = {};
       for (const [name, axis] of Object.entries(axes)) {
@@ -99,7 +99,7 @@
     return inside.length > wanted * 1.6 && decades.length > 2 ? decades : inside;
   }
 
-  // ---- Smoothing: an exponential average that starts unbiased and begins anew at each stage.
+  // ---- Smoothing: an exponential average with bias correction that restarts at each stage.
   const windowOf = (points) => (state.smoothing === 0 ? 1 : 1 + (state.smoothing / 100) ** 2 * (points / 8));
   function smooth(values, stages) {
     const keep = 1 - 1 / windowOf(values.length);
@@ -113,7 +113,7 @@
     });
   }
 
-  // ---- Series. A part is a stretch that is drawn without a gap.
+  // ---- Series. A part is an interval that is drawn without a gap.
   const stepSeries = (name, wanted = () => true) => () => visible().map((run) => {
     const values = run.steps[name].map((value, i) => (wanted(run.steps.patch_size[i]) ? value : null));
     return { run, columns: run.steps, values, drawn: smooth(values, run.steps.stage_index), faint: state.smoothing > 0, cut: true };
@@ -129,7 +129,7 @@
     values.forEach((value, i) => {
       if (!finite(value)) { part = null; return; }
       if (part && (series.cut ? stage[i] !== stage[i - 1] : k[i] > 1 !== k[i - 1] > 1)) {
-        // A held-out loss is of one model on both sides of a switch: the curve goes on. A training loss is not of one kind.
+        // The held-out loss belongs to one model on both sides of a switch, so its curve continues. The training loss changes its meaning there.
         const before = last(part.points);
         part = { patches: k[i] > 1, points: series.cut ? [] : [before] };
         parts.push(part);
@@ -164,7 +164,7 @@
     draw() {
       const { spec, svg } = this;
       const parent = this.card.parentElement.classList;
-      // On paper every chart is drawn for its column and scaled with it.
+      // For printing, each chart is drawn at a fixed width and scaled to its column.
       const paper = spec.wide || !parent.contains("grid") ? 880 : parent.contains("two") ? 430 : 285;
       const width = state.printing ? paper : Math.max(240, this.svg.clientWidth || this.card.clientWidth - 36);
       this.series = spec.series();
@@ -177,7 +177,7 @@
       svg.style.height = `${height}px`;
       const empty = this.series.length === 0;
       this.card.style.display = empty && spec.optional ? "none" : "";
-      if (empty) { shape(svg, "text", { x: 0, y: 24, class: "caption" }, spec.empty ?? "nothing measured yet"); this.box = null; return; }
+      if (empty) { shape(svg, "text", { x: 0, y: 24, class: "caption" }, spec.empty ?? "no measurements yet"); this.box = null; return; }
       const domain = state.zoom ?? [0, Math.max(...visible().map(endOf), 1e-9)];
       const [low, high] = this.range(domain);
       const useLog = state.log && low > 0;
@@ -219,7 +219,7 @@
     }
 
     range(domain) {
-      // The first fall of a loss would flatten all that matters: outside a zoom it may leave the picture at the top.
+      // The initial fall of a loss would compress the rest, so without zoom it may extend beyond the top of the chart.
       let low = Infinity, high = -Infinity;
       for (const { columns, drawn, values, faint } of this.series) {
         const xs = columns.x[state.axis], inside = drawn.map((value, i) => (finite(value) && xs[i] >= domain[0] && xs[i] <= domain[1] ? value : null)).filter(finite);
@@ -244,8 +244,8 @@
       run.stages.forEach((stage, index) => {
         const from = Math.max(box.left, x(axes[state.axis].of(run, stage))), to = Math.min(box.right, x(stageEnd(run, index)));
         if (to <= from) return;
-        if (stage.patch_size > 1) shape(svg, "rect", { x: from, y: box.top - 4, width: to - from, height: box.bottom - box.top + 4, fill: run.colour, opacity: 0.07 });
-        if (index > 0 && from > box.left) shape(svg, "line", { class: "switch", x1: from, x2: from, y1: box.top - 4, y2: box.bottom, stroke: run.colour });
+        if (stage.patch_size > 1) shape(svg, "rect", { x: from, y: box.top - 4, width: to - from, height: box.bottom - box.top + 4, fill: run.color, opacity: 0.07 });
+        if (index > 0 && from > box.left) shape(svg, "line", { class: "switch", x1: from, x2: from, y1: box.top - 4, y2: box.bottom, stroke: run.color });
         if (to - from > 44) shape(svg, "text", { class: "caption", x: from, y: box.top - 9 }, `K = ${stage.patch_size}`);
       });
     }
@@ -254,7 +254,7 @@
       for (const run of visible()) {
         for (const stage of run.stages.slice(1)) {
           const at = this.x(axes[state.axis].of(run, stage));
-          shape(plot, "line", { class: "switch", x1: at, x2: at, y1: this.box.top, y2: this.box.bottom, stroke: run.colour });
+          shape(plot, "line", { class: "switch", x1: at, x2: at, y1: this.box.top, y2: this.box.bottom, stroke: run.color });
         }
       }
     }
@@ -265,14 +265,14 @@
     }
 
     curve(plot, series) {
-      const colour = series.run.colour;
-      if (series.faint) for (const part of partsOf(series, series.values)) shape(plot, "path", { class: "raw", d: this.path(series, series.values, part.points), stroke: colour });
+      const color = series.run.color;
+      if (series.faint) for (const part of partsOf(series, series.values)) shape(plot, "path", { class: "raw", d: this.path(series, series.values, part.points), stroke: color });
       for (const part of partsOf(series, series.drawn)) {
         const dashed = part.patches && this.spec.dashes;
         if (series.dots || part.points.length === 1) {
-          for (const i of part.points) shape(plot, "circle", { cx: this.x(series.columns.x[state.axis][i]), cy: this.y(series.drawn[i]), r: 2.6, fill: colour });
+          for (const i of part.points) shape(plot, "circle", { cx: this.x(series.columns.x[state.axis][i]), cy: this.y(series.drawn[i]), r: 2.6, fill: color });
         }
-        if (!series.dots) shape(plot, "path", { class: `curve${dashed ? " patches" : ""}`, d: this.path(series, series.drawn, part.points), stroke: colour });
+        if (!series.dots) shape(plot, "path", { class: `curve${dashed ? " patches" : ""}`, d: this.path(series, series.drawn, part.points), stroke: color });
       }
     }
 
@@ -283,7 +283,7 @@
           if (i < 0 || !finite(values[i])) continue;
           const at = this.x(columns.x[state.axis][i]), level = this.y(values[i]);
           if (at < this.box.left || at > this.box.right || level < this.box.top - 4 || level > this.box.bottom) continue;
-          shape(svg, "circle", { class: "ring", cx: at, cy: level, r: 4.2, stroke: run.colour });
+          shape(svg, "circle", { class: "ring", cx: at, cy: level, r: 4.2, stroke: run.color });
         }
       }
     }
@@ -295,8 +295,8 @@
         while (i >= 0 && !finite(values[i])) i -= 1;
         const at = this.x(columns.x[state.axis][i]), level = this.y(values[i]);
         if (at > this.box.right + 1 || at < this.box.left || level < this.box.top - 6 || level > this.box.bottom + 6) continue;
-        shape(svg, "circle", { cx: at, cy: level, r: 3.4, fill: run.colour });
-        labels.push({ at, level, text: loss(values[i]), colour: run.colour });
+        shape(svg, "circle", { cx: at, cy: level, r: 3.4, fill: run.color });
+        labels.push({ at, level, text: loss(values[i]), color: run.color });
       }
       labels.sort((a, b) => a.level - b.level);
       for (let i = 1; i < labels.length; i += 1) {
@@ -304,34 +304,34 @@
         for (const other of above) labels[i].level = Math.max(labels[i].level, other.level + 14);
       }
       const over = labels.length ? Math.max(0, last(labels).level - this.box.bottom + 2) : 0;
-      for (const label of labels) shape(svg, "text", { class: "end", x: Math.min(label.at + 8, width - 36), y: label.level - over + 4, style: `fill:${label.colour}` }, label.text);
+      for (const label of labels) shape(svg, "text", { class: "end", x: Math.min(label.at + 8, width - 36), y: label.level - over + 4, style: `fill:${label.color}` }, label.text);
     }
 
     lane(svg, run, top, clip) {
-      const { box, x } = this, place = (what) => x(axes[state.axis].of(run, what));
+      const { box, x } = this, xOf = (point) => x(axes[state.axis].of(run, point));
       const inside = (at) => at >= box.left - 1 && at <= box.right + 1;
       run.stages.forEach((stage, index) => {
-        const from = Math.max(box.left, place(stage)), to = Math.min(box.right, x(stageEnd(run, index)));
+        const from = Math.max(box.left, xOf(stage)), to = Math.min(box.right, x(stageEnd(run, index)));
         if (to <= from) return;
         const patches = stage.patch_size > 1;
-        const band = shape(svg, "rect", { x: from, y: top, width: Math.max(1, to - from - 1.5), height: 15, rx: 4, fill: run.colour, opacity: patches ? 0.92 : 0.3 });
-        tell(band, run, `${stage.name}, K = ${stage.patch_size}`, `from ${count(stage.tokens)} tokens on, step ${stage.step.toLocaleString("en")}`);
+        const band = shape(svg, "rect", { x: from, y: top, width: Math.max(1, to - from - 1.5), height: 15, rx: 4, fill: run.color, opacity: patches ? 0.92 : 0.3 });
+        addTooltip(band, run, `${stage.name}, K = ${stage.patch_size}`, `starts at ${count(stage.tokens)} tokens, step ${stage.step.toLocaleString("en")}`);
         const text = to - from > 120 ? `${stage.name} · K = ${stage.patch_size}` : `K = ${stage.patch_size}`;
-        if (to - from > text.length * 6.4 + 10) shape(svg, "text", { class: "inband", x: from + 7, y: top + 11.3, ...(patches ? {} : { style: `fill:${run.colour}` }) }, text);
+        if (to - from > text.length * 6.4 + 10) shape(svg, "text", { class: "inband", x: from + 7, y: top + 11.3, ...(patches ? {} : { style: `fill:${run.color}` }) }, text);
       });
       for (const save of run.checkpoints) {
-        const at = place(save);
+        const at = xOf(save);
         if (!inside(at)) continue;
         const mark = shape(svg, "path", { class: "lane", d: `M${at} ${top + 16.5}l3 3.5l-3 3.5l-3 -3.5z`, fill: "currentColor", opacity: 0.55 });
-        tell(mark, run, `checkpoint ${save.folder}`, `${(save.bytes / 2 ** 20).toFixed(0)} MiB in ${save.seconds.toFixed(1)} s`);
+        addTooltip(mark, run, `checkpoint ${save.folder}`, `${(save.bytes / 2 ** 20).toFixed(0)} MiB in ${save.seconds.toFixed(1)} s`);
       }
       for (const start of run.starts.slice(1)) {
-        const at = place(start);
-        if (inside(at)) tell(shape(svg, "path", { d: `M${at} ${top - 1}v17`, stroke: "var(--ink)", "stroke-width": 2 }), run, "resumed", `at step ${start.step.toLocaleString("en")}`);
+        const at = xOf(start);
+        if (inside(at)) addTooltip(shape(svg, "path", { d: `M${at} ${top - 1}v17`, stroke: "var(--ink)", "stroke-width": 2 }), run, "resumed", `at step ${start.step.toLocaleString("en")}`);
       }
       for (const event of run.events) {
-        const at = place(event);
-        if (inside(at)) tell(shape(svg, "circle", { cx: at, cy: top + 7.5, r: 4.5, fill: "var(--alarm)", stroke: "var(--card)", "stroke-width": 1.5 }), run, event.name, event.text);
+        const at = xOf(event);
+        if (inside(at)) addTooltip(shape(svg, "circle", { cx: at, cy: top + 7.5, r: 4.5, fill: "var(--alarm)", stroke: "var(--card)", "stroke-width": 1.5 }), run, event.name, event.text);
       }
     }
 
@@ -343,7 +343,7 @@
 
     point(event) {
       const value = this.value(event);
-      if (value === null || (tip.dataset.pinned && event.target.dataset && event.target.dataset.told)) return;
+      if (value === null || (tip.dataset.pinned && event.target.dataset && event.target.dataset.tooltip)) return;
       if (value < this.domain[0] || value > this.domain[1] * 1.01) { leave(); return; }
       for (const chart of charts) chart.showCross(value);
       if (this.from != null) this.showBrush(this.from, value);
@@ -361,7 +361,7 @@
         if (i < 0) continue;
         const level = this.y(series.drawn[i]);
         if (level >= this.box.top - 4 && level <= this.box.bottom + 1) {
-          shape(this.cross, "circle", { cx: this.x(series.columns.x[state.axis][i]), cy: level, r: 3.4, fill: series.run.colour, stroke: "var(--card)", "stroke-width": 1.5 });
+          shape(this.cross, "circle", { cx: this.x(series.columns.x[state.axis][i]), cy: level, r: 3.4, fill: series.run.color, stroke: "var(--card)", "stroke-width": 1.5 });
         }
       }
     }
@@ -380,7 +380,7 @@
         const { run, columns } = series;
         const kind = series.name ? ` ${series.name}` : "";
         const where = [`K = ${columns.patch_size[i]}`, `step ${columns.step[i].toLocaleString("en")}`, `${count(columns.tokens[i])} tokens`, `cost ${columns.x.cost[i].toFixed(3)}`, duration(columns.seconds[i])];
-        tip.append(node("div", { class: "row" }, node("span", { class: "swatch", style: `background:${run.colour}` }), node("span", {}, run.label + kind), node("b", {}, this.spec.format(series.drawn[i])), node("small", {}, where.join(" · "))));
+        tip.append(node("div", { class: "row" }, node("span", { class: "swatch", style: `background:${run.color}` }), node("span", {}, run.label + kind), node("b", {}, this.spec.format(series.drawn[i])), node("small", {}, where.join(" · "))));
       }
       placeTip(event);
     }
@@ -393,7 +393,7 @@
     }
   }
 
-  /** The point of a series that lies nearest to a place on the axis; -1 where the series has none within a twelfth of the picture. */
+  /** Returns the index of the point of a series that is nearest to a value on the axis, or -1 without a point within a twelfth of the width. */
   function nearest(series, value) {
     const xs = series.columns.x[state.axis];
     let low = 0, high = xs.length - 1;
@@ -416,8 +416,8 @@
     tip.hidden = true;
     for (const chart of charts) if (chart.cross) chart.cross.replaceChildren();
   }
-  function tell(element, run, title, text) {
-    element.dataset.told = "1";
+  function addTooltip(element, run, title, text) {
+    element.dataset.tooltip = "1";
     element.addEventListener("pointermove", (event) => {
       event.stopPropagation();
       tip.replaceChildren(node("div", { class: "where" }, run.label), node("b", {}, title), node("div", {}, text));
@@ -425,7 +425,7 @@
     });
   }
 
-  // ---- The page around the charts.
+  // ---- Tables.
   function lastHeldOut(run) {
     const values = run.evaluations.token_loss.filter(finite);
     return values.length ? last(values) : null;
@@ -436,7 +436,7 @@
     return time ? sum / time : null;
   }
   function rateOf(run, stage) {
-    // Tokens over seconds of the steps themselves: evaluations and checkpoints are not in it.
+    // Tokens per second of the steps; evaluations and checkpoints are excluded.
     const mean = meanOf(run, "tokens_per_second", stage);
     return mean === null ? "" : count(mean);
   }
@@ -447,7 +447,7 @@
     const rows = runs.map((run) => {
       const held = lastHeldOut(run), mfu = meanOf(run, "mfu"), columns = run.steps;
       const cells = [
-        node("td", {}, node("span", { class: "run" }, node("span", { class: "swatch", style: `background:${run.colour}` }), run.label)),
+        node("td", {}, node("span", { class: "run" }, node("span", { class: "swatch", style: `background:${run.color}` }), run.label)),
         node("td", { class: "left" }, node("span", { class: `state ${run.state}` }, run.state)),
         node("td", {}, sizes(run)),
         node("td", { class: held !== null && held === best && several ? "best" : "" }, held === null ? "none" : held.toFixed(4)),
@@ -462,14 +462,14 @@
       return node("tr", {}, ...cells);
     });
     byId("summary").append(node("article", { class: "card" }, node("div", { class: "scroll", style: "margin-top:-4px" }, node("table", {}, node("thead", {}, node("tr", {}, ...head.map((name, i) => node("th", i === 1 || i === 0 ? { class: "left" } : {}, name)))), node("tbody", {}, ...rows))),
-      node("p", { class: "about" }, `cost: FLOPs so far, as a fraction of token-level training on ${count(yardstick.total_tokens)} tokens; tokens/s: in each stage, evaluations and checkpoints left out`)));
-    const notes = runs.flatMap((run) => [...run.notes, ...(run.thinned > 1 ? [`every ${run.thinned}th step is shown`] : [])].map((note) => `${run.label}: ${note}`));
+      node("p", { class: "about" }, `cost: FLOPs so far, relative to token-level training on ${count(reference.total_tokens)} tokens; tokens/s: per stage, without evaluations and checkpoints`)));
+    const notes = runs.flatMap((run) => [...run.notes, ...(run.thinned > 1 ? [`shows one of every ${run.thinned} steps`] : [])].map((note) => `${run.label}: ${note}`));
     byId("notes").hidden = notes.length === 0;
     byId("notes").append(...notes.map((note) => node("div", {}, note)));
   }
   function mixes() {
     const named = runs.filter((run) => run.blend.length);
-    const card = node("article", { class: "card mixes" }, node("h2", {}, "Data mix"), node("p", { class: "about" }, "shares of tokens, by corpus; a stage with a blend of its own is listed"));
+    const card = node("article", { class: "card mixes" }, node("h2", {}, "Data mix"), node("p", { class: "about" }, "share of tokens per corpus; a stage is listed if it has its own blend"));
     const names = [...new Set(named.flatMap((run) => [...run.blend, ...run.stages.flatMap((stage) => stage.blend ?? [])].map(([name]) => name)))];
     const bar = (blend) => [
       node("div", { class: "mix" }, ...blend.map(([name, share]) => node("i", { style: `width:${100 * share}%;background:var(--c${names.indexOf(name) % 8});opacity:.8`, title: `${name}: ${percent(share)}` }))),
@@ -480,13 +480,13 @@
       rows.push({ key: JSON.stringify(run.blend), title: run.label, blend: run.blend });
       for (const stage of run.stages) if (stage.blend) rows.push({ key: `${run.label} ${stage.name}`, title: `${run.label}, ${stage.name}`, blend: stage.blend });
     }
-    const alike = new Map();
-    for (const row of rows) alike.set(row.key, alike.has(row.key) ? { ...row, title: `${alike.get(row.key).title}, ${row.title}` } : row);
-    for (const row of alike.values()) card.append(node("h3", {}, alike.size === 1 && several ? "all runs" : row.title), ...bar(row.blend));
-    if (!named.length) card.append(node("p", { class: "empty" }, "not known: no checkpoint tells the configuration"));
+    const byBlend = new Map();
+    for (const row of rows) byBlend.set(row.key, byBlend.has(row.key) ? { ...row, title: `${byBlend.get(row.key).title}, ${row.title}` } : row);
+    for (const row of byBlend.values()) card.append(node("h3", {}, byBlend.size === 1 && several ? "all runs" : row.title), ...bar(row.blend));
+    if (!named.length) card.append(node("p", { class: "empty" }, "unknown: no checkpoint could be read"));
     return card;
   }
-  function course() {
+  function timeline() {
     const rows = runs.flatMap((run) => [
       ...run.starts.map((start, i) => ({ run, at: start, what: i ? "resumed" : "started", more: i ? "" : `${run.ranks} rank${run.ranks > 1 ? "s" : ""}${run.device ? ` on ${run.device}` : ""}` })),
       ...run.stages.slice(1).map((stage, i) => ({ run, at: { ...stage, seconds_so_far: stage.seconds }, what: "switch", more: `${run.stages[i].name} (K = ${run.stages[i].patch_size}) → ${stage.name} (K = ${stage.patch_size})` })),
@@ -495,21 +495,21 @@
     ]);
     rows.sort((a, b) => a.run.index - b.run.index || a.at.step - b.at.step || a.at.seconds_so_far - b.at.seconds_so_far);
     const body = rows.map(({ run, at, what, more, alarm }) => node("tr", {},
-      node("td", {}, node("span", { class: "run" }, node("span", { class: "swatch", style: `background:${run.colour}` }), at.step.toLocaleString("en"))),
+      node("td", {}, node("span", { class: "run" }, node("span", { class: "swatch", style: `background:${run.color}` }), at.step.toLocaleString("en"))),
       node("td", { class: "left", ...(alarm ? { style: "color:var(--alarm)" } : {}) }, what), node("td", { class: "left wrap" }, more), node("td", { class: "faint" }, count(at.tokens)), node("td", { class: "faint" }, duration(at.seconds_so_far))));
-    const head = ["step", "what", "", "tokens", "time"].map((name, i) => node("th", i < 3 ? { class: "left" } : {}, name));
-    return node("article", { class: "card" }, node("h2", {}, "Course of the runs"), node("p", { class: "about" }, "starts, switches, checkpoints and events"),
+    const head = ["step", "event", "", "tokens", "time"].map((name, i) => node("th", i < 3 ? { class: "left" } : {}, name));
+    return node("article", { class: "card" }, node("h2", {}, "Timeline"), node("p", { class: "about" }, "starts, switches, checkpoints and other events"),
       node("div", { class: "scroll course" }, node("table", {}, node("thead", {}, node("tr", {}, ...head)), node("tbody", {}, ...body))));
   }
   function differences() {
-    const text = (value) => (value === null || value === undefined ? "by default" : Array.isArray(value) ? value.join(" ") : String(value));
+    const text = (value) => (value === null || value === undefined ? "default" : Array.isArray(value) ? value.join(" ") : String(value));
     const rows = data.options.map(([name, values]) => node("tr", {}, node("td", {}, node("code", {}, name.replaceAll("_", "-"))),
-      ...values.map((value, i) => node("td", { class: `left wrap${i && runs[i].options && JSON.stringify(value) !== JSON.stringify(values[0]) ? " other" : ""}` }, node("code", {}, Object.keys(runs[i].options).length ? text(value) : "not known")))));
-    const head = [node("th", { class: "left" }, "option"), ...runs.map((run) => node("th", { class: "left" }, node("span", { class: "swatch", style: `background:${run.colour};margin-right:7px` }), several ? run.label : "value"))];
-    const title = several ? "What differs between the runs" : "What was given";
-    const about = several ? "every option that is not the same in all; marked where it differs from the first run" : "options that the command line or the configuration file set";
+      ...values.map((value, i) => node("td", { class: `left wrap${i && runs[i].options && JSON.stringify(value) !== JSON.stringify(values[0]) ? " other" : ""}` }, node("code", {}, Object.keys(runs[i].options).length ? text(value) : "unknown")))));
+    const head = [node("th", { class: "left" }, "option"), ...runs.map((run) => node("th", { class: "left" }, node("span", { class: "swatch", style: `background:${run.color};margin-right:7px` }), several ? run.label : "value"))];
+    const title = several ? "Differences between the runs" : "Given options";
+    const about = several ? "options that differ between the runs; values that differ from the first run are marked" : "options set by the command line or a configuration file";
     byId("differences").append(node("article", { class: "card" }, node("h2", {}, title), node("p", { class: "about" }, about),
-      rows.length ? node("div", { class: "scroll" }, node("table", {}, node("thead", {}, node("tr", {}, ...head)), node("tbody", {}, ...rows))) : node("p", { class: "empty" }, several ? "nothing, as far as checkpoints tell" : "not known")));
+      rows.length ? node("div", { class: "scroll" }, node("table", {}, node("thead", {}, node("tr", {}, ...head)), node("tbody", {}, ...rows))) : node("p", { class: "empty" }, several ? "no differences found" : "unknown")));
   }
 
   // ---- Controls.
@@ -537,7 +537,7 @@
   slider.addEventListener("input", () => { showSmoothing(); drawAll(); });
   byId("reset").addEventListener("click", () => zoomTo(null));
   byId("legend").append(...runs.map((run) => {
-    const button = node("button", { type: "button", "aria-pressed": "true", title: `${run.folder}: show or hide` }, node("span", { class: "swatch", style: `background:${run.colour}` }), node("span", { class: "name" }, run.label));
+    const button = node("button", { type: "button", "aria-pressed": "true", title: `${run.folder}: show or hide` }, node("span", { class: "swatch", style: `background:${run.color}` }), node("span", { class: "name" }, run.label));
     button.addEventListener("click", () => {
       if (run.shown && visible().length === 1) return;
       run.shown = !run.shown;
@@ -552,33 +552,33 @@
   dark.addEventListener("change", () => { root.dataset.theme = dark.matches ? "dark" : "light"; });
   byId("theme").addEventListener("click", () => { root.dataset.theme = root.dataset.theme === "dark" ? "light" : "dark"; });
 
-  // ---- Put together. Token losses and patch losses never share a chart.
+  // ---- The page. Token losses and patch losses never share a chart.
   const patches = runs.some((run) => run.stages.some((stage) => stage.patch_size > 1));
   summary();
   new Chart(byId("hero"), {
-    title: "Held-out token loss", about: `nats a token, always at K = 1${patches ? "; dashed while patches are read, a ring marks the switch" : ""}`, format: (v) => v.toFixed(4), tick: short,
+    title: "Held-out token loss", about: `nats per token, always at K = 1${patches ? "; dashed in patch stages, a ring marks the switch" : ""}`, format: (v) => v.toFixed(4), tick: short,
     height: 400, right: 58, series: heldOut("token_loss", () => true), falls: true, dashes: true, rings: true, ends: true, lanes: true, empty: "no evaluation yet",
   });
   const losses = byId("losses");
-  new Chart(losses, { title: "Training loss, tokens", about: "nats a token, in stages at K = 1", format: (v) => v.toFixed(4), tick: short, height: 230, series: stepSeries("loss", (k) => k === 1), falls: true, empty: "no stage at K = 1 has begun", wide: !patches });
+  new Chart(losses, { title: "Training token loss", about: "nats per token, in stages with K = 1", format: (v) => v.toFixed(4), tick: short, height: 230, series: stepSeries("loss", (k) => k === 1), falls: true, empty: "no stage with K = 1 has begun", wide: !patches });
   if (patches) {
     const trained = stepSeries("loss", (k) => k > 1), held = heldOut("patch_loss", (k) => k > 1, { dots: true, name: "held out" });
-    new Chart(losses, { title: "Patch loss", about: "nats a label at the stage's own K, which is no token loss; dots: held out", format: (v) => v.toFixed(4), tick: short, height: 230, series: () => [...trained(), ...held()], falls: true });
+    new Chart(losses, { title: "Patch loss", about: "nats per label at the stage's K, not comparable with a token loss; dots: held-out data", format: (v) => v.toFixed(4), tick: short, height: 230, series: () => [...trained(), ...held()], falls: true });
   }
   const rates = byId("rates");
-  new Chart(rates, { title: "Learning rate", about: "of each step", format: short, series: () => stepSeries("lr")().map((series) => ({ ...series, drawn: series.values, faint: false })), fromZero: true });
+  new Chart(rates, { title: "Learning rate", about: "at each step", format: short, series: () => stepSeries("lr")().map((series) => ({ ...series, drawn: series.values, faint: false })), fromZero: true });
   new Chart(rates, { title: "Gradient norm", about: "before clipping", format: short, series: stepSeries("grad_norm"), fromZero: true });
-  new Chart(rates, { title: "Throughput", about: "tokens a second, all ranks", format: count, series: stepSeries("tokens_per_second"), fromZero: true });
-  if (runs.some((run) => run.steps.mfu.some(finite))) new Chart(rates, { title: "MFU", about: "model FLOPs over the device's peak", format: percent, series: stepSeries("mfu"), fromZero: true });
-  else new Chart(rates, { title: "Model FLOPs", about: "TFLOP/s of one device; its peak is not known, so no MFU", format: short, series: stepSeries("tflops"), fromZero: true });
-  new Chart(rates, { title: "Memory", about: "highest so far, of the first rank", format: gib, tick: short, series: () => stepSeries("memory_gib")().map((series) => ({ ...series, drawn: series.values, faint: false })), fromZero: true });
-  new Chart(rates, { title: "Waiting for data", about: "share of each step", format: percent, series: () => {
+  new Chart(rates, { title: "Throughput", about: "tokens per second, all ranks", format: count, series: stepSeries("tokens_per_second"), fromZero: true });
+  if (runs.some((run) => run.steps.mfu.some(finite))) new Chart(rates, { title: "MFU", about: "model FLOPs relative to the peak of the device", format: percent, series: stepSeries("mfu"), fromZero: true });
+  else new Chart(rates, { title: "Model FLOPs", about: "TFLOP/s per device; MFU is unknown because the peak of the device is", format: short, series: stepSeries("tflops"), fromZero: true });
+  new Chart(rates, { title: "Memory", about: "peak so far on the first rank", format: gib, tick: short, series: () => stepSeries("memory_gib")().map((series) => ({ ...series, drawn: series.values, faint: false })), fromZero: true });
+  new Chart(rates, { title: "Waiting for data", about: "share of the step time", format: percent, series: () => {
     for (const run of runs) run.steps.waited = run.steps.waited ?? run.steps.data_seconds.map((value, i) => value / Math.max(run.steps.step_seconds[i], 1e-9));
     return stepSeries("waited")();
   }, fromZero: true });
-  byId("details").append(course(), mixes());
+  byId("details").append(timeline(), mixes());
   differences();
-  byId("footer").textContent = `megatron_patch ${data.version} · made ${data.made} · drag across a chart to zoom, double-click for the whole run`;
+  byId("footer").textContent = `megatron_patch ${data.version} · created ${data.made} · drag across a chart to zoom, double-click to reset the zoom`;
   showSmoothing();
   drawAll();
   let drawnAt = document.body.clientWidth;

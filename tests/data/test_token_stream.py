@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.stream_start import pretend, start_alone
+from benchmarks.stream_start import start_alone, write_sparse_dataset
 from megatron_patch.data.collate import DocumentMasking
 from megatron_patch.data.corpus import TokenCorpus, check_vocabulary, split_ranges
 from megatron_patch.data.dataset_metadata import DatasetMetadata, write_metadata
@@ -233,8 +233,8 @@ def test_each_epoch_has_an_order_of_its_own(corpora):
 
 
 def test_start_up_does_not_depend_on_the_size_of_the_corpus(tmp_path):
-    """10^12 tokens in 10^9 documents, pretended: the last rank has its first micro-batch at once, and writes nothing."""
-    prefix = pretend(tmp_path / "sparse", 10**12, 10**9)
+    """10^12 tokens in 10^9 documents in sparse files: the last rank has its first micro-batch at once, and writes nothing."""
+    prefix = write_sparse_dataset(tmp_path / "sparse", 10**12, 10**9)
     found = start_alone(prefix, 1023, 1024, 9_999)
     assert found["cpu_seconds"] < 2 and found["megabytes"] < 200
     assert {path.name for path in tmp_path.iterdir()} == {"sparse.bin", "sparse.idx"}

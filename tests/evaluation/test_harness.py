@@ -1,4 +1,4 @@
-"""The harness' own Hugging Face model on the export is the oracle: every kind of request, every metric, data from local files."""
+"""Every kind of request and metric against the harness' Hugging Face model on the exported checkpoint, with local data."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megatron_patch.convert.checkpoint_io import open_checkpoint
 from megatron_patch.convert.to_hugging_face import to_hugging_face
 from megatron_patch.engine.inference import load_model
 from megatron_patch.errors import ConfigError, DataError
-from megatron_patch.evaluation.harness import local_data, run_tasks
+from megatron_patch.evaluation.harness import find_local_dataset, run_tasks
 from megatron_patch.tokenizers.base import load_tokenizer
 from tests.convert.models import make_checkpoint, make_tokenizer
 from tests.distributed.ranks import run_ranks
@@ -47,7 +47,7 @@ TEXTS = ["the cat sat on the mat", "the dog sat on the log and the cat sat on th
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """(checkpoint, model, tokenizer, folder of data, folder of tasks, export)."""
+    """Makes (checkpoint, model, tokenizer, folder of data, folder of tasks, exported checkpoint)."""
     pytest.importorskip("lm_eval")
     folder = tmp_path_factory.mktemp("harness")
     tokenizer = make_tokenizer(folder / "tokenizer", 280)
@@ -70,23 +70,23 @@ def world(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def _only_our_tasks(monkeypatch):
-    """Reading the thousands of the harness' own tasks takes longer than all tests here."""
+    """Loads only the tasks of this test, because the harness needs long to read all of its own."""
     tasks = pytest.importorskip("lm_eval.tasks")
     monkeypatch.setattr(tasks, "TaskManager", functools.partial(tasks.TaskManager, include_defaults=False))
 
 
-def test_every_task_gives_what_the_harness_finds_on_the_export(world):
-    """Multiple choice, log-likelihoods, rolling ones longer than the model's positions, and generation with stop texts."""
+def test_every_task_gives_the_metrics_of_the_exported_model(world):
+    """Multiple choice, log-likelihoods (also of texts longer than the model's positions), and generation with stop texts."""
     pytest.importorskip("accelerate")
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    from megatron_patch.evaluation.harness import _data_from, _numbers
+    from megatron_patch.evaluation.harness import _local_datasets_first, _numbers
 
     _, model, tokenizer, data, tasks, export = world
     found = run_tasks(model, tokenizer, list(TASKS), 32, 3, data, tasks)
-    with _data_from(data):
+    with _local_datasets_first(data):
         theirs = HFLM(pretrained=str(export), device="cpu", dtype="float32", batch_size=2, max_length=32)
         reference = simple_evaluate(
             theirs, tasks=list(TASKS), task_manager=TaskManager(include_path=str(tasks)), log_samples=False, bootstrap_iters=0
@@ -99,7 +99,7 @@ def test_every_task_gives_what_the_harness_finds_on_the_export(world):
 
 
 def test_answers_to_single_requests_are_those_of_the_harness_model(world):
-    """Log-likelihoods and texts themselves, where metrics could hide a difference; also a context that is too long."""
+    """Compares log-likelihoods and texts, as metrics could hide a difference; includes a context that is too long."""
     pytest.importorskip("accelerate")
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
@@ -127,7 +127,7 @@ def test_answers_to_single_requests_are_those_of_the_harness_model(world):
 
 
 def _answers(path, tokenizer):
-    """In a rank of two: what the whole model's copies answer together, and what the halves of one model do."""
+    """Runs in each of two ranks: answers of two replicas, and of one model that both ranks share."""
     import torch
     from lm_eval.api.instance import Instance
 
@@ -151,8 +151,8 @@ def _ask(model, instance):
     return {kind: getattr(model, kind)([instance(kind, {}, pair, 0) for pair in found]) for kind, found in pairs.items()}
 
 
-def test_ranks_answer_together_what_one_process_answers(world, tmp_path):
-    """Requests shared out among copies, and asked of a model that ranks share: every rank has every answer."""
+def test_two_ranks_give_the_answers_of_one_process(world, tmp_path):
+    """Two replicas divide the requests, or two ranks share a model; every rank has every answer."""
     from lm_eval.api.instance import Instance
 
     from megatron_patch.evaluation.harness_model import HarnessModel
@@ -167,7 +167,7 @@ def test_ranks_answer_together_what_one_process_answers(world, tmp_path):
             assert [score for score, _ in answers["loglikelihood"]] == pytest.approx([s for s, _ in expected["loglikelihood"]], rel=1e-5)
 
 
-def test_the_tool_runs_tasks_and_says_what_is_missing(world, tmp_path):
+def test_the_tool_runs_tasks_and_reports_what_is_missing(world, tmp_path):
     path, model, tokenizer, data, tasks, _ = world
     words = ("--load", path, "--task-path", tasks, "--seq-length", "32")
     result = json.loads(tool("evaluate", *words, "--task-data", data, "--tasks", "choices,last_word", "--limit", "5").splitlines()[-1])
@@ -175,21 +175,21 @@ def test_the_tool_runs_tasks_and_says_what_is_missing(world, tmp_path):
         task: pytest.approx(values)
         for task, values in run_tasks(model, tokenizer, ["choices", "last_word"], 32, 8, data, tasks, limit=5).items()
     }
-    with pytest.raises(DataError, match=r"Someone/choices cannot be read .*nor reached on the hub"):
+    with pytest.raises(DataError, match=r"cannot read task data Someone/choices from .*or from the hub"):
         run_tasks(model, tokenizer, ["choices"], 32, 8, tmp_path, tasks)
-    with pytest.raises(ConfigError, match="unknown tasks: nonsense"):
+    with pytest.raises(ConfigError, match="--tasks nonsense: unknown to lm-eval"):
         run_tasks(model, tokenizer, ["nonsense"], 32, 8, data, tasks)
-    with pytest.raises(ConfigError, match="--task-data nowhere is no folder"):
+    with pytest.raises(ConfigError, match="--task-data nowhere is not a folder"):
         run_tasks(model, tokenizer, ["choices"], 32, 8, Path("nowhere"), tasks)
 
 
-def test_where_local_data_is_looked_for(tmp_path):
-    assert local_data(None, "a/b", None) is None and local_data(tmp_path, "a/b", None) is None
+def test_local_datasets_are_found_by_path_and_configuration(tmp_path):
+    assert find_local_dataset(None, "a/b", None) is None and find_local_dataset(tmp_path, "a/b", None) is None
     (tmp_path / "a" / "b" / "de").mkdir(parents=True)
-    assert local_data(tmp_path, "a/b", "de") == (str(tmp_path / "a/b/de"), None)
-    assert local_data(tmp_path, "a/b", "en") == (str(tmp_path / "a/b"), None)
+    assert find_local_dataset(tmp_path, "a/b", "de") == (str(tmp_path / "a/b/de"), None)
+    assert find_local_dataset(tmp_path, "a/b", "en") == (str(tmp_path / "a/b"), None)
     (tmp_path / "a" / "b" / "README.md").write_text("---\nconfigs: []\n---\n")
-    assert local_data(tmp_path, "a/b", "en") == (str(tmp_path / "a/b"), "en")
+    assert find_local_dataset(tmp_path, "a/b", "en") == (str(tmp_path / "a/b"), "en")
 
 
 def test_without_the_harness_the_extra_is_named(monkeypatch):

@@ -1,4 +1,4 @@
-"""A checkpoint that several ranks read together: the numbers and the text of one process, whatever layout they share it in."""
+"""Evaluation and generation on several ranks give the numbers and the text of one process, in every layout."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ LAYOUTS = {
 
 
 def _tool(name, argv):
-    """In a rank: a tool's main, whose output goes to the rank's log."""
+    """Runs a tool in a rank; its output goes to the log of the rank."""
     sys.path.insert(0, str(ROOT / "tools"))
     importlib.import_module(name).main([str(word) for word in argv])
 
 
 def ask(name, ranks, logs, *argv):
-    """Lines that rank 0 printed; the others printed nothing."""
+    """Returns the lines that rank 0 printed; the others must have printed nothing."""
     run_ranks(_tool, ranks, logs, name, argv)
     printed = [(logs / f"rank-{rank}.log").read_text() for rank in range(ranks)]
     lines = [[line for line in text.splitlines() if line.startswith("{")] for text in printed]
@@ -42,7 +42,7 @@ def ask(name, ranks, logs, *argv):
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """(family -> checkpoint, tokens, text); the vocabulary's rows do not divide by two."""
+    """Makes (checkpoint by family, tokens, text); the vocabulary size is not a multiple of two."""
     folder = tmp_path_factory.mktemp("ranks")
     info = {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": str(make_tokenizer(folder / "tokenizer", 280))}
     checkpoints = {
@@ -55,7 +55,7 @@ def world(tmp_path_factory):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_layout_finds_what_one_process_finds(layout, world, tmp_path):
+def test_every_layout_gives_the_numbers_of_one_process(layout, world, tmp_path):
     ranks, words, name = LAYOUTS[layout]
     checkpoints, corpus, text = world
     load = ("--load", checkpoints[name], "--seq-length", 8, "--micro-batch-size", 2)
@@ -68,7 +68,7 @@ def test_every_layout_finds_what_one_process_finds(layout, world, tmp_path):
 
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if "DP" not in name])
 @pytest.mark.parametrize("temperature", [0, 1])
-def test_every_layout_writes_what_one_process_writes(layout, temperature, world, tmp_path):
+def test_every_layout_generates_the_text_of_one_process(layout, temperature, world, tmp_path):
     ranks, words, name = LAYOUTS[layout]
     prompts = [word for prompt in ("the cat", "on", "the dog sat on the") for word in ("--prompt", prompt)]
     argv = ("--load", world[0][name], "--max-new-tokens", 9, "--temperature", temperature, "--json", *prompts)

@@ -1,4 +1,4 @@
-"""Perplexity on raw text against transformers and against loops; every token once; bytes and words of the text as it is given."""
+"""Perplexity on raw text against transformers and against loops; each token is scored once; bytes and words of the given text."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ DOCUMENTS = [" = A Title = \n\n the cat sat on the “mat” and the dog , it 's
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """(checkpoint, tokenizer, folder of the export)."""
+    """Makes (checkpoint, tokenizer, folder of the exported checkpoint)."""
     import dataclasses
 
     folder = tmp_path_factory.mktemp("text")
@@ -42,7 +42,7 @@ def checkpoint(tmp_path_factory):
 
 
 def test_token_byte_and_word_perplexity_are_those_of_transformers(checkpoint):
-    """Windows of 16 positions without overlap, cut here by hand, scored one by one by the exported model."""
+    """The exported model scores windows of 16 positions without overlap one by one."""
     transformers = pytest.importorskip("transformers")
     path, tokenizer, export = checkpoint
     theirs = transformers.AutoModelForCausalLM.from_pretrained(str(export)).eval()
@@ -67,7 +67,7 @@ def test_token_byte_and_word_perplexity_are_those_of_transformers(checkpoint):
 
 @pytest.mark.parametrize(("k", "overlap"), [(1, 0), (1, 5), (3, 0), (3, 2)])
 def test_every_k_and_overlap_by_loops(k, overlap, checkpoint):
-    """Each patch's log-probabilities with the context that its window gives it, one window after another."""
+    """Computes the log-probabilities of each patch in the context of its window, one window after another."""
     path, tokenizer, _ = checkpoint
     model = load_model(str(path)).model.double()
     nats = tokens = 0
@@ -89,7 +89,7 @@ def test_every_k_and_overlap_by_loops(k, overlap, checkpoint):
 
 
 @given(st.integers(0, 70), st.integers(1, 9), st.integers(1, 5), st.booleans(), st.data())
-def test_every_token_is_scored_once_with_what_is_before_it(length, positions, k, prefix, data):
+def test_every_token_is_scored_once_with_its_context(length, positions, k, prefix, data):
     overlap = data.draw(st.integers(0, positions - 1))
     ids = list(range(1000, 1000 + length))
     stream = ([7] * k if prefix else []) + ids
@@ -108,7 +108,7 @@ def test_every_token_is_scored_once_with_what_is_before_it(length, positions, k,
     assert scored == (ids if prefix else ids[k:])
 
 
-def test_documents_are_read_from_text_json_and_archives(tmp_path):
+def test_documents_are_read_from_text_json_and_compressed_files(tmp_path):
     (tmp_path / "a.txt").write_text("one\n\ntwo\n", encoding="utf-8")
     (tmp_path / "b.jsonl").write_text('{"body": "drei\\u2028 vier"}\n\n{"body": "5"}\n', encoding="utf-8")
     (tmp_path / "c.jsonl.bz2").write_bytes(bz2.compress(b'{"body": "six"}\n'))

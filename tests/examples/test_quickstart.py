@@ -1,4 +1,4 @@
-"""The quick start without its long parts: what is gathered, which commands run, what a second start does, what the report says."""
+"""The quick start without its long parts: the corpus, the commands, a second start, and the report."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def trained(tmp_path_factory):
 
 @pytest.fixture
 def commands(monkeypatch):
-    """The commands that the quick start runs, which are written down instead."""
+    """Records the commands of the quick start instead of running them."""
     ran: list[tuple[str, list[str]]] = []
 
     def note(self, title, *words, capture=False):
@@ -38,7 +38,7 @@ def commands(monkeypatch):
 
 
 def start(monkeypatch, home, *flags):
-    """One start of the quick start; what it prints."""
+    """Starts the quick start and returns its output."""
     out = io.StringIO()
     monkeypatch.setattr(sys, "argv", ["run.py", "--output", str(home), *flags])
     monkeypatch.setattr(run, "Console", lambda **_: Console(file=out, width=200, highlight=False))
@@ -46,7 +46,7 @@ def start(monkeypatch, home, *flags):
     return out.getvalue()
 
 
-def test_whole_files_are_held_out_and_long_ones_are_cut(tmp_path):
+def test_complete_files_are_held_out_and_long_ones_are_split(tmp_path):
     root = tmp_path / "lib"
     (root / "site-packages").mkdir(parents=True)
     for number in range(40):
@@ -59,7 +59,7 @@ def test_whole_files_are_held_out_and_long_ones_are_cut(tmp_path):
     files = {name: {row["path"] for row in rows} for name, rows in parts.items()}
     assert not files["train"] & files["held_out"] and len(files["train"] | files["held_out"]) == 40 and len(files["held_out"]) == 2
     assert counts["train_documents"] == len(parts["train"]) > 38, "the long file is several documents"
-    assert all(len(row["text"]) < 2 * gather_corpus.LONGEST for rows in parts.values() for row in rows)
+    assert all(len(row["text"]) < 2 * gather_corpus.MAX_CHARACTERS for rows in parts.values() for row in rows)
     assert sorted(path.name for path in (tmp_path / "data").iterdir()) == ["held_out.jsonl", "train.jsonl"]
 
 
@@ -93,19 +93,19 @@ def test_the_first_start_prepares_trains_evaluates_and_plots(trained, tmp_path, 
     assert "At equal cost" in text and "nats" in text
 
 
-def test_a_second_start_says_that_it_is_done_and_reports_what_was_measured(trained, monkeypatch, commands):
+def test_a_second_start_skips_finished_steps_and_reports_the_results(trained, monkeypatch, commands):
     home = trained.folder.parent
     text = start(monkeypatch, home)
-    assert "is done" in text and not [words for _, words in commands if words[0] == "deepspeed"]
+    assert "is finished" in text and not [words for _, words in commands if words[0] == "deepspeed"]
     rows = run.stage_rows(trained.folder)
     steps = [record for record in read_metrics(trained.folder / "metrics.jsonl") if record["type"] == "step"]
-    assert [row[0] for row in rows] == ["patch", "token", "whole run"] and [row[1] for row in rows] == ["3", "1", ""]
+    assert [row[0] for row in rows] == ["patch", "token", "total"] and [row[1] for row in rows] == ["3", "1", ""]
     assert sum(int(row[3]) for row in rows[:2]) == int(rows[2][3]) == len(steps)
     assert [row[7] for row in rows[:2]] == ["0.333", "1.000"] and rows[2][7] == f"{steps[-1]['cost']:.3f}"
     for row in rows:
         assert all(cell in text for cell in row)
     for words in (
-        "loss 4.2000 nats, perplexity 66.70",
+        "loss 4.2000 nats per token, perplexity 66.70",
         "def main(args):",
         "loss.png",
         (trained.folder / "latest").read_text(),

@@ -1,4 +1,4 @@
-"""Replication: the ready configurations are what they say, arms cost the same, tables follow from metrics, and a study resumes."""
+"""Replication: configurations have the stated sizes, arms cost the same, tables follow from metrics, and a study resumes."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ import textwrap
 import threading
 import time
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
-from arms import all_arms, select_arms
-from results import Outcome, markdown, plot_study, read_outcome, summarise, verdict, write_json
+from arms import Arm, all_arms, patch_train, select_arms
+from results import Outcome, markdown, plot_study, read_outcome, significance, summarize, write_json
 from switches import Switch, compare_switch, read_switch, switch_markdown, training_curve
 
 from megatron_patch.config.resolve import load_config
@@ -31,7 +32,7 @@ MODEL = ["--num-layers", "2", "--hidden-size", "32", "--num-attention-heads", "4
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*_*[mb].yaml")), ids=lambda path: path.stem)
-def test_ready_configurations_can_be_planned_and_have_the_size_they_say(path):
+def test_ready_configurations_can_be_planned_and_have_the_stated_size(path):
     run = load_config(["--config", str(path), "--dry-run", "--world-size", "8"], 8)
     wanted = next(size for name, size in sorted(SIZES.items(), key=lambda item: -len(item[0])) if path.stem.endswith(f"_{name}"))
     assert parameter_count(run.shape).total == pytest.approx(wanted, rel=0.08)
@@ -61,24 +62,24 @@ def test_every_arm_costs_the_budget(arm):
     run = load_config(words, 1)
     cost = Cost(run.shape, run.plan, 16)
     assert cost.whole * run.plan.tokens / budget == pytest.approx(arm.cost, rel=2e-3)
-    # The study's own schedules, which must not follow the defaults for its size.
+    # The arms set their schedules, which must not follow the defaults for this size.
     decay, style = run.plan.stages[0].lr.wsd_decay_tokens, run.plan.stages[0].lr.style
     assert style == ("WSD" if arm.name == "token-wsd" or arm.baseline not in (None, "token") else "cosine")
     if style == "WSD":
         assert decay / budget == pytest.approx(0.5 if arm.name.endswith("-long") else 0.1, rel=2e-3)
 
 
-def test_arms_bring_their_baselines_and_unknown_ones_are_named():
-    assert [arm.name for arm in select_arms(["superposition-k3"], 1e-3, 256)] == ["token-wsd", "superposition-k3"]
-    assert select_arms([], 1e-3, 256) == ARMS
-    with pytest.raises(ConfigError, match=r"patch-k5\n.*Allowed: token, .*\n.*What to do"):
-        select_arms(["patch-k5"], 1e-3, 256)
+def test_arms_include_their_baselines_and_unknown_arms_are_reported():
+    assert [arm.name for arm in select_arms(["superposition-k3"], ARMS)] == ["token-wsd", "superposition-k3"]
+    assert select_arms([], ARMS) == ARMS
+    with pytest.raises(ConfigError, match=r"--arms patch-k5: no such arm\n.*Allowed: token, .*\n.*What to do: choose names"):
+        select_arms(["patch-k5"], ARMS)
     lrs = {arm.name: json.loads(arm.flags[1])[1].get("lr") for arm in ARMS if arm.name.startswith("patch-k4")}
     assert lrs["patch-k4-lr-half"] == 5e-4 and lrs["patch-k4-lr-double"] == 2e-3 and lrs["patch-k4"] is None
 
 
 def load(name):
-    """A script of the folder as a module."""
+    """Imports a script of the folder as a module."""
     spec = importlib.util.spec_from_file_location(f"replication_{name}", FOLDER / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -86,7 +87,7 @@ def load(name):
 
 
 def script(name):
-    """A command of the folder, in this process."""
+    """Returns a script of the folder as a function of its arguments, run in this process."""
     module = load(name)
     return lambda *words: module.main([str(word) for word in words])
 
@@ -96,26 +97,26 @@ def outcome(arm, seed, loss):
 
 
 def test_differences_are_taken_seed_by_seed():
-    arms = select_arms(["patch-k4"], 1e-3, 256)
-    # Seeds differ by much more than the arms do; taken seed by seed the difference is plain.
+    arms = select_arms(["patch-k4"], ARMS)
+    # Seeds differ by much more than the arms do, so only the difference seed by seed shows the effect.
     runs = [outcome("token", seed, 4.0 + seed) for seed in (1, 2, 3)]
     runs += [outcome("patch-k4", seed, 4.0 + seed + shift) for seed, shift in ((1, -0.09), (2, -0.10), (3, -0.11))]
-    token, patch = summarise(arms, runs, 100)
+    token, patch = summarize(arms, runs, 100)
     assert token.loss == 6.0 and token.spread == 1.0 and token.difference is None and token.cost == 0.5
     assert patch.difference == pytest.approx(-0.10) and patch.error == pytest.approx(0.01 / math.sqrt(3)) and patch.pairs == 3
     assert (
-        verdict(patch) == "better"
-        and verdict(replace(patch, error=0.06)) == "not separated"
-        and verdict(replace(patch, difference=0.1)) == "worse"
+        significance(patch) == "better"
+        and significance(replace(patch, error=0.06)) == "not separated"
+        and significance(replace(patch, difference=0.1)) == "worse"
     )
-    single = summarise(arms, [run for run in runs if run.seed == 1], 100)[1]
-    assert single.spread is None and single.error is None and verdict(single) == "one seed"
+    single = summarize(arms, [run for run in runs if run.seed == 1], 100)[1]
+    assert single.spread is None and single.error is None and significance(single) == "one seed"
     text = markdown([token, patch], arms, "about", "command", "x.png")
     assert "| `patch-k4` | 3 | 200 | 0.500 | 10 | 5.900 ± 0.990 | -0.100 ± 0.006 (`token`) | better | 1.0 min |" in text
 
 
 def run_of(losses, budget=1000.0):
-    """A run of steps of equal cost, (patch size, loss) each, with a switch record where K becomes 1."""
+    """Returns the records of a run with steps of equal cost, (patch size, loss) each, and its switches."""
     records, each = [], budget / len(losses)
     for step, (patch_size, loss) in enumerate(losses, 1):
         if step > 1 and losses[step - 2][0] != patch_size:
@@ -127,16 +128,16 @@ def run_of(losses, budget=1000.0):
     return records
 
 
-def test_a_switch_is_told_by_its_jump_and_by_when_it_is_level_again():
+def test_a_switch_is_described_by_its_jump_and_by_when_the_gap_closes():
     # 400 steps, the last switch after 100; the gap falls by 0.001 a step from 0.15, so it is gone 150 steps later.
     baseline = run_of([(1, 4.0)] * 400)
     arm = run_of([(4, 5.5)] * 50 + [(2, 5.2)] * 50 + [(1, 4.15 - 0.001 * step) for step in range(300)])
     switch, curve = read_switch(arm), training_curve(arm)
     assert switch == Switch(250.0, 5.0, pytest.approx(4.1455), 4.15)
-    assert [place for place, _ in curve] == list(range(50, 200)) and curve[10][1] == pytest.approx(4.15 - 0.001 * 20, abs=2e-3)
+    assert [number for number, _ in curve] == list(range(50, 200)) and curve[10][1] == pytest.approx(4.15 - 0.001 * 20, abs=2e-3)
     row = compare_switch("arm", "token", {1: switch, 2: switch}, {1: curve, 2: curve}, {1: training_curve(baseline)}, 1000)
     assert (row.seeds, row.at, row.before) == (1, 0.25, 5.0)
-    assert dict(row.behind) == {look: pytest.approx(0.15 - 0.4 * look, abs=4e-3) for look in (0.02, 0.05, 0.2)}
+    assert dict(row.behind) == {share: pytest.approx(0.15 - 0.4 * share, abs=4e-3) for share in (0.02, 0.05, 0.2)}
     assert row.level == pytest.approx(150 / 400, abs=0.01)
     never = compare_switch("arm", "token", {1: switch}, {1: curve}, {1: training_curve(run_of([(1, 3.0)] * 400))}, 1000)
     assert never.level is None and "| never |" in switch_markdown([row, never], "x.png")
@@ -144,12 +145,12 @@ def test_a_switch_is_told_by_its_jump_and_by_when_it_is_level_again():
     assert read_switch(baseline) is None and read_switch(arm[:101]) is None
 
 
-def test_studies_stand_side_by_side_by_their_steps(tmp_path, capsys):
-    arms, settings = select_arms(["patch-k4"], 1e-3, 256), {"config": {"global-batch-tokens": "1k"}}
+def test_studies_are_compared_by_their_steps(tmp_path, capsys):
+    arms, settings = select_arms(["patch-k4"], ARMS), {"config": {"global-batch-tokens": "1k"}}
     for name, budget, gap in (("long", 80_000, -0.05), ("short", 10_000, 0.2)):
         runs = [outcome("token", seed, 4.0 + seed) for seed in (1, 2)] + [outcome("patch-k4", seed, 4.0 + seed + gap) for seed in (1, 2)]
         (tmp_path / name).mkdir()
-        write_json(tmp_path / name / "study.json", summarise(arms, runs, budget), [], runs, settings | {"budget": budget}, 1000)
+        write_json(tmp_path / name / "study.json", summarize(arms, runs, budget), [], runs, settings | {"budget": budget}, 1000)
     docs = tmp_path / "docs.md"
     docs.write_text("a\n<!-- comparison -->\n<!-- end of comparison -->\nb\n")
     compare = script("compare_studies")
@@ -157,7 +158,10 @@ def test_studies_stand_side_by_side_by_their_steps(tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "| `patch-k4` | +0.200 ± 0.000 (n = 2) | -0.050 ± 0.000 (n = 2) |" in shown
     assert "lowest held-out loss of all arms** | `token`, 5.500 ± 0.707 (n = 2) | `patch-k4`, 5.450 ± 0.707 (n = 2) |" in shown
-    assert "1k parameters, 10k tokens (10 each), 10 steps | 1k parameters, 80k tokens (80 each), 80 steps |" in docs.read_text()
+    assert (
+        "1k parameters, 10k tokens (10 per parameter), 10 steps | 1k parameters, 80k tokens (80 per parameter), 80 steps |"
+        in docs.read_text()
+    )
     assert (tmp_path / "comparison.png").stat().st_size > 5_000
     with pytest.raises(DataError, match=r"holds no study\.json"):
         compare(tmp_path, "--output", tmp_path / "out")
@@ -188,11 +192,11 @@ def test_the_plot_takes_any_number_of_arms_and_seeds(tmp_path):
 
 @pytest.fixture(scope="module")
 def study():
-    """The command, in this process; what it starts are real processes."""
+    """The command in this process; it starts real processes."""
     return script("study")
 
 
-def test_a_study_runs_and_goes_on_without_doing_anything_twice(tmp_path, study, capsys):
+def test_a_study_resumes_without_repeating_a_run(tmp_path, study, capsys):
     text = tmp_path / "text.jsonl"
     words = [f"the {name} of the {thing} went to the {place}" for name in "abcdefgh" for thing in "klmnop" for place in "qrstuvw"]
     text.write_text("".join(json.dumps({"text": ". ".join(words[start:] + words[:start])}) + "\n" for start in range(0, 300, 12)))
@@ -206,13 +210,17 @@ def test_a_study_runs_and_goes_on_without_doing_anything_twice(tmp_path, study, 
     common = ["--output", tmp_path / "study", "--config", config, "--vocab-size", "300", "--docs", docs]
     study("--text", text, *common, "--arms", "superposition-k2", "--seeds", "1", "--seconds", "0.1")
     none = capsys.readouterr().out
-    assert "tools/preprocess_data.py" in none and "2 runs not done in time; the same command goes on" in none and ", seed" not in none
+    assert (
+        "tools/preprocess_data.py" in none
+        and "2 runs not finished (--seconds has passed); run the same command again to resume" in none
+        and ", seed" not in none
+    )
     study("--text", text, *common, "--arms", "superposition-k2", "--seeds", "1", "--parallel", "2")
     first = capsys.readouterr().out
-    assert "1 of 2: token-wsd, seed 1" in first and "2 of 2: superposition-k2, seed 1" in first
+    assert "run 1 of 2: token-wsd, seed 1" in first and "run 2 of 2: superposition-k2, seed 1" in first
     study(*common, "--arms", "superposition-k2", "--seeds", "1")
     second = capsys.readouterr().out
-    assert ", seed" not in second and "$ python" not in second and "2 runs done" in second
+    assert ", seed" not in second and "$ python" not in second and "2 runs finished" in second
     document = json.loads((tmp_path / "study" / "study.json").read_text())
     assert [row["arm"] for row in document["rows"]] == ["token-wsd", "superposition-k2"]
     final = [json.loads(line) for line in (tmp_path / "study" / "runs" / "token-wsd-seed1" / "metrics.jsonl").read_text().splitlines()]
@@ -228,12 +236,46 @@ def test_a_study_runs_and_goes_on_without_doing_anything_twice(tmp_path, study, 
     assert (tmp_path / "tiny.png").is_file() and (tmp_path / "tiny_switch.png").is_file()
     with pytest.raises(ConfigError, match="holds a study with another budget"):
         study(*common, "--budget", "4k", "--status")
-    # A file where a run's folder should be: that run fails, and with --keep-going the one after it is trained all the same.
+    # A file in place of a run's folder makes that run fail; with --keep-going the next one is still trained.
     (tmp_path / "study" / "runs" / "token-wsd-seed2").write_text("")
-    with pytest.raises(DataError, match=r"pretrain_gpt_patch\.py ended with code 4"):
+    with pytest.raises(DataError, match=r"pretrain_gpt_patch\.py failed with exit code 4"):
         study(*common, "--arms", "superposition-k2", "--seeds", "2", "--keep-going")
     document = json.loads((tmp_path / "study" / "study.json").read_text())
     assert {(run["arm"], run["seed"]) for run in document["runs"]} == {("token-wsd", 1), ("superposition-k2", 1), ("superposition-k2", 2)}
+
+
+def test_a_script_adds_an_arm(tmp_path, capsys):
+    arm = patch_train("patch-k3", "patches of 3 for half of the tokens", 3, Fraction(1, 2))
+    module = load("study")
+    flags = ["--text", "a.txt", "--output", str(tmp_path / "study"), "--config", str(FOLDER / "study_cpu.yaml"), "--seeds", "1"]
+    module.main([*flags, "--arms", "patch-k3", "--plan"], more_arms=[arm])
+    shown = capsys.readouterr().out
+    assert "patches of 3 for half of the tokens" in shown and "30M" in shown and "2 arms x 1 seed = 2 runs" in shown
+    with pytest.raises(ConfigError, match="--arms patch-k3: no such arm"):
+        module.main([*flags, "--arms", "patch-k3", "--plan"])
+    with pytest.raises(ConfigError, match="two arms are named 'patch-k4'"):
+        module.main([*flags, "--plan"], more_arms=[replace(arm, name="patch-k4")])
+    with pytest.raises(ConfigError, match="arm 'patch-k3' has the unknown baseline 'tokens'"):
+        module.main([*flags, "--plan"], more_arms=[replace(arm, baseline="tokens")])
+
+
+def test_an_added_arm_is_trained_by_its_program_and_drawn_with_the_main_arms(tmp_path, monkeypatch, capsys):
+    module = load("study")
+    arm = Arm("mine", "my launcher", 1.0, ("--optimizer", "mine"), baseline="token", program="mine.py")
+    (tmp_path / "mine.py").write_text("import sys; print(sys.argv)")
+    flags = ["--text", "a.txt", "--output", str(tmp_path / "study"), "--config", str(FOLDER / "study_cpu.yaml"), "--seeds", "1"]
+    monkeypatch.setattr(module, "ROOT", tmp_path)
+    monkeypatch.setattr(module.Study, "prepare", lambda study: None)
+    monkeypatch.setattr(module.Study, "parameters", lambda study: 1000)
+    monkeypatch.setattr(module.Study, "report", lambda study, *_: "")
+    runs = [outcome(name, 1, 4.0) for name in ("token", "mine")]
+    monkeypatch.setattr(module, "read_outcome", lambda folder, name, seed: next((run for run in runs if run.arm == name == "token"), None))
+    monkeypatch.setattr(module.Study, "outcomes", lambda study: runs)
+    drawn = []
+    monkeypatch.setattr(module, "plot_study", lambda *args: drawn.extend(args[-1]))
+    module.main([*flags, "--arms", "mine"], more_arms=[arm])
+    assert "$ python mine.py --config" in capsys.readouterr().out and drawn[-1] == "mine"
+    assert "'--optimizer', 'mine', '--train-tokens', '20000000'" in (tmp_path / "study" / "logs" / "mine-seed1.log").read_text()
 
 
 RUN = """
@@ -252,12 +294,12 @@ RUN = """
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
-def test_a_study_that_is_told_to_stop_waits_for_its_runs_and_begins_no_other(tmp_path, monkeypatch, capsys, number):
+def test_a_signal_makes_a_study_wait_for_its_runs_and_start_no_other(tmp_path, monkeypatch, capsys, number):
     module = load("study")
     (tmp_path / "run.py").write_text(textwrap.dedent(RUN))
     monkeypatch.setattr(module, "ROOT", tmp_path)
     monkeypatch.setattr(module.Study, "prepare", lambda study: None)
-    monkeypatch.setattr(module.Study, "words", lambda study, arm, seed: ["run.py"])
+    monkeypatch.setattr(module.Study, "run_command", lambda study, arm, seed: ["run.py"])
 
     def send():
         deadline = time.monotonic() + 60
@@ -274,4 +316,7 @@ def test_a_study_that_is_told_to_stop_waits_for_its_runs_and_begins_no_other(tmp
     sender.join()
     shown = capsys.readouterr().out
     assert end.value.code == 75 and (tmp_path / "saved").exists() and signal.getsignal(number) is before
-    assert shown.count("$ python run.py") == 1 and f"3 runs not done, as {number.name} said to stop; the same command goes on" in shown
+    assert (
+        shown.count("$ python run.py") == 1
+        and f"3 runs not finished (stopped by {number.name}); run the same command again to resume" in shown
+    )

@@ -1,4 +1,4 @@
-"""Memory by formula against what torch holds: saved tensors to the byte, parameters to the element, whole ranks within a tenth."""
+"""Planned memory against torch: saved tensors to the byte, parameters to the element."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ def part(shape, parallel=UNSHARDED, layers=None, recompute="none"):
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("tensor", [1, 2])
 @pytest.mark.parametrize("pipeline", [1, 2, 3])
-def test_each_rank_holds_as_many_parameters_as_torch_counts(name, tensor, pipeline):
+def test_parameters_of_each_rank_equal_those_that_torch_counts(name, tensor, pipeline):
     shape = FAMILIES[name]
     if tensor > shape.num_query_groups and tensor % shape.num_query_groups:
         pytest.skip("does not divide")
     layout = Layout(ranks=tensor * pipeline, tensor=tensor, pipeline=pipeline)
-    for layers in layout.parts(shape):
+    for layers in layout.layers_by_pipeline_rank(shape):
         model = part(shape, TensorParallel(0, tensor), layers)
         assert rank_parameters(shape, layout, layers) == sum(p.numel() for p in model.parameters())
         whole = {n: p.shape for n, p in part(shape, layers=layers).named_parameters()}
@@ -40,7 +40,7 @@ def test_each_rank_holds_as_many_parameters_as_torch_counts(name, tensor, pipeli
 
 
 def saved_bytes(model, inputs, labels):
-    """Bytes of all storages that autograd saves, without parameters."""
+    """Returns the bytes of all storages that autograd saves, without parameters."""
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
     found = {}
 
@@ -67,13 +67,13 @@ def test_activations_are_what_autograd_saves_to_the_byte(name, precision, recomp
     model = GPTModel(shape, recompute).to(DTYPES[precision])
     ids = torch.randint(0, shape.vocab_size, (2, 8, k))
     layers = range(shape.num_layers + 2)
-    # The loss saves its gradient for the head's weight, in float32; `loss_bytes` counts it.
+    # The loss saves the float32 gradient of the head's weight, which `loss_bytes` counts.
     loss = 4 * shape.vocab_size * shape.hidden_size
-    # On a CPU LayerNorm saves its two statistics of a position in 16 bits, on a GPU in 32.
+    # LayerNorm saves two statistics per position, with 16 bits on a CPU and 32 on a GPU.
     narrower = (2 * shape.num_layers + 1) * 16 * 4 if (shape.normalization, precision) == ("LayerNorm", "bf16") else 0
     assert saved_bytes(model, ids, ids) == saved_by_layers(shape, layout, layers, stage) + loss - narrower
 
 
-def test_the_chunk_of_logits_is_the_operators():
+def test_the_chunk_of_logits_is_that_of_the_operator():
     assert LOSS_CHUNK_ROWS == CHUNK_ROWS
     assert dataclasses.replace(Layout(ranks=8, tensor=2, pipeline=2)).data == 2

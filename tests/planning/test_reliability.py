@@ -64,7 +64,7 @@ def test_without_interruptions_only_checkpoints_cost():
     assert run.wall_seconds == 70 + 250 + 4 * 10 and run.failures == 0
 
 
-def test_what_cannot_be_simulated_is_refused():
+def test_invalid_simulations_are_refused():
     with pytest.raises(ConfigError, match="interval above zero"):
         simulate([StageWork("token", 1, 1.0)], 1, Interruptions(), 0.0)
     with pytest.raises(ConfigError, match="save_seconds = 0"):
@@ -74,16 +74,16 @@ def test_what_cannot_be_simulated_is_refused():
 
 
 @pytest.mark.parametrize("rates", [{"device_hours": 1.0}, {"device_hours": 1e-3}, {"preemptions_per_day": 1e7}])
-def test_a_run_that_would_stand_still_is_told_and_not_simulated(rates):
+def test_a_run_without_progress_is_reported_and_not_simulated(rates):
     interruptions = Interruptions(**rates)
     interval = daly_interval(interruptions.save_seconds, interruptions.mtbf_seconds(4096))
-    with pytest.raises(ConfigError, match="the run would stand still"):
+    with pytest.raises(ConfigError, match="of the time for training"):
         simulate([StageWork("token", 1000, 1.0)], 4096, interruptions, interval)
     assert expected_goodput(interval, 60.0, 600.0, 1e-3) == 0.0
 
 
-def test_a_restart_is_whole_where_a_failure_came_during_a_long_save():
-    """Saves of an hour, restarts of a minute: what fails while a preemption saves must not make time run backwards."""
+def test_a_failure_during_a_long_save_costs_a_full_restart():
+    """Saves take an hour and restarts a minute: a failure during a preemption's save must not make time run backwards."""
     rates = Interruptions(device_hours=20_000, preemptions_per_day=30.0, save_seconds=3600.0, restart_seconds=60.0, preemption_seconds=60.0)
     for seed in range(20):
         run = simulate([StageWork("token", 2000, 60.0)], 4096, rates, 12_000.0, seed)

@@ -1,4 +1,4 @@
-"""Counts against torch and by hand: executed FLOPs, traffic, bubble; step times that follow the hardware."""
+"""Executed FLOPs, traffic and bubble against torch and by hand; step times that scale with the hardware."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from megatron_patch.errors import ConfigError
 from megatron_patch.model.flops import layer_flops, training_flops_per_position
 from megatron_patch.model.gpt import GPTModel
-from megatron_patch.planning.hardware import TABLE, Hardware, hardware
+from megatron_patch.planning.hardware import DEVICES, Hardware, load_hardware
 from megatron_patch.planning.layout import Layout
 from megatron_patch.planning.memory import rank_parameters
 from megatron_patch.planning.timing import bubble_share, executed_flops, step_time
@@ -33,7 +33,7 @@ def test_executed_products_are_those_that_torch_counts(name, recompute):
     shape = FAMILIES[name]
     model = GPTModel(shape, recompute)
     ids = torch.randint(0, shape.vocab_size, (2, 8, 4))
-    # The fused kernel of a CPU is not in torch's counter, which so counts the other products alone.
+    # torch's counter omits the fused attention kernel of a CPU and counts only the other products.
     with FlopCounterMode(display=False) as counter:
         model(ids, ids)[0].backward()
     products, _ = executed_flops(shape, Layout(1, recompute=recompute), range(shape.num_layers + 2), 8)
@@ -45,13 +45,13 @@ def test_attention_is_executed_once_more_where_it_is_recomputed(recompute):
     shape, ids = LLAMA, torch.randint(0, LLAMA.vocab_size, (2, 8, 1))
     counts = {}
     for kind in ("none", recompute):
-        # As plain products, which torch counts with all T positions where the formula takes the (T + 1) / 2 of a causal mask.
+        # With plain products, which torch counts over all T positions; the formula counts the (T + 1) / 2 of a causal mask.
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             GPTModel(shape, kind)(ids, ids)[0].backward()
         counts[kind] = counter.get_total_flops()
     layers = range(shape.num_layers + 2)
     once, again = (executed_flops(shape, Layout(1, recompute=kind), layers, 8) for kind in ("none", recompute))
-    # Of plain products torch recomputes the scores alone where nothing behind them is needed; a fused kernel has no such half.
+    # With plain products torch recomputes only the scores if nothing after them is needed; a fused kernel recomputes everything.
     share = 0.5 if recompute == "selective" else 1.0
     assert counts[recompute] - counts["none"] == 2 * 8 * (again[0] - once[0] + share * (again[1] - once[1]) * 8 / 4.5)
 
@@ -60,34 +60,34 @@ def test_layers_sum_to_the_model():
     assert 3 * sum(layer_flops(LLAMA, 8)) == training_flops_per_position(LLAMA, 8)
     layout = Layout(4, pipeline=3)
     whole = executed_flops(LLAMA, layout, range(4), 8)
-    parts = [executed_flops(LLAMA, layout, layers, 8) for layers in layout.parts(LLAMA)]
+    parts = [executed_flops(LLAMA, layout, layers, 8) for layers in layout.layers_by_pipeline_rank(LLAMA)]
     assert tuple(map(sum, zip(*parts, strict=True))) == whole
 
 
 def test_traffic_by_hand():
     layout = Layout(32, tensor=2, pipeline=2, sequence_parallel=True, precision="bf16")
     shape = dataclasses.replace(LLAMA, num_layers=6)
-    first, last = layout.parts(shape)
-    rows = {row.kind: row for row in traffic(shape, layout, first, STAGE, TABLE["H100"])}
+    first, last = layout.layers_by_pipeline_rank(shape)
+    rows = {row.kind: row for row in traffic(shape, layout, first, STAGE, DEVICES["H100"])}
     hidden, micro_batches = 2 * 2 * 64 * 24, 2
     blocks = len(first) - 1
     assert rows["tensor"].bytes == micro_batches * (4 * blocks + 1) * hidden and rows["tensor"].link == "node"
     assert rows["pipeline"].bytes == micro_batches * hidden / 2 and rows["pipeline"].link == "network"
     assert rows["data"].bytes == pytest.approx(3 * 2 * 7 / 8 * rank_parameters(shape, layout, first)) and rows["data"].link == "network"
     # The loss: 2 + K float32 numbers a position.
-    ends = {row.kind: row for row in traffic(shape, layout, last, STAGE, TABLE["H100"])}
+    ends = {row.kind: row for row in traffic(shape, layout, last, STAGE, DEVICES["H100"])}
     assert ends["tensor"].bytes == micro_batches * ((4 * (len(last) - 1) + 1) * hidden + 4 * 6 * 2 * 64)
-    assert traffic(shape, Layout(1), range(8), STAGE, TABLE["H100"]) == []
+    assert traffic(shape, Layout(1), range(8), STAGE, DEVICES["H100"]) == []
 
 
 def test_the_bubble_is_that_of_the_schedule():
     assert bubble_share(Layout(4, pipeline=4), STAGE) == 3 / (16 + 3)
-    time = step_time(dataclasses.replace(LLAMA, num_layers=7), Layout(4, pipeline=4), STAGE, TABLE["H100"])
+    time = step_time(dataclasses.replace(LLAMA, num_layers=7), Layout(4, pipeline=4), STAGE, DEVICES["H100"])
     assert time.bubble == pytest.approx(3 / 16 * (time.compute + time.tensor + time.pipeline))
 
 
-def test_a_device_twice_as_fast_halves_the_computing():
-    slow = TABLE["A100"]
+def test_a_device_twice_as_fast_halves_the_compute_time():
+    slow = DEVICES["A100"]
     fast = dataclasses.replace(slow, peak_tflops=2 * slow.peak_tflops, memory_gb_per_second=2 * slow.memory_gb_per_second)
     one, two = (step_time(LLAMA, Layout(8), STAGE, device) for device in (slow, fast))
     assert two.compute == pytest.approx(one.compute / 2) and two.data <= one.data * 2
@@ -97,7 +97,7 @@ def test_a_device_twice_as_fast_halves_the_computing():
 def test_measured_ceilings_replace_the_table(tmp_path):
     path = tmp_path / "mine.json"
     path.write_text(json.dumps({"matmul_efficiency": 0.71, "dollars_per_hour": 1.9}))
-    mine = hardware("h100", path)
+    mine = load_hardware("h100", path)
     assert (mine.matmul_efficiency, mine.dollars_per_hour, mine.peak_tflops) == (0.71, 1.9, 989.4)
     for text, words in (
         ('{"matmul": 1}', "unknown key 'matmul'"),
@@ -107,14 +107,14 @@ def test_measured_ceilings_replace_the_table(tmp_path):
     ):
         path.write_text(text)
         with pytest.raises(ConfigError, match=words):
-            hardware("H100", path)
+            load_hardware("H100", path)
     with pytest.raises(ConfigError, match="A100, H100, H200, B200"):
-        hardware("abacus")
+        load_hardware("abacus")
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "benchmarks" / "results").glob("layouts-*.json")), ids=lambda path: path.stem)
 def test_recorded_steps_took_about_as_long_as_planned(path, tmp_path, monkeypatch):
-    """From what products, attention and copies reached on that machine; without links between ranks, which nobody measured."""
+    """Plans from the measured speed of products, attention and copies; links between ranks were not measured."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import layouts
 

@@ -1,4 +1,4 @@
-"""The report: its numbers are the metrics' numbers, losses keep their kinds, and a run in any state can be shown."""
+"""The report: its numbers are those of the metrics, losses keep their kinds, and a run in any state can be shown."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from megatron_patch.errors import DataError
-from megatron_patch.reporting.history import read_history, unlike_options
+from megatron_patch.reporting.history import differing_options, read_history
 from megatron_patch.reporting.page import render, write_report
 from megatron_patch.training.callbacks.base import EvaluationRecord, Event, RunEnd, RunStart, SaveRecord, StepRecord, SwitchRecord
 from megatron_patch.training.callbacks.events import Events
@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent.parent
 
 
 def write_run(save, steps=12, seed=0.0, options=None, done=True):
-    """A run of half its steps at K = 4 (400 tokens each), the rest at K = 1 (100 tokens each), in the program's own files."""
+    """Writes the files of a run with half of its steps at K = 4 (400 tokens each) and the rest at K = 1 (100 tokens each)."""
     metrics = Metrics(save / "metrics.jsonl")
     half = steps // 2
     metrics.on_start(RunStart(0, steps, half * 500, ((half * 400, "token"),), 0, "cpu", 2, str(save), 1e6, 0.4))
@@ -75,7 +75,7 @@ def write_run(save, steps=12, seed=0.0, options=None, done=True):
 
 
 class Page(HTMLParser):
-    """The embedded data, and what the page would fetch or run beside its own script."""
+    """Collects the embedded data of a page, and everything that it would fetch or run in addition to its script."""
 
     def __init__(self, text):
         super().__init__()
@@ -97,7 +97,7 @@ class Page(HTMLParser):
             self._data += data
 
 
-def test_the_page_holds_the_very_numbers_of_the_metrics(tmp_path):
+def test_the_page_contains_the_numbers_of_the_metrics(tmp_path):
     save = write_run(tmp_path / "run", options={"lr": 1e-3, "data_path": ["0.75", "data/web", "0.25", "data/code"]})
     write_report([save], tmp_path / "r.html")
     (run,) = Page((tmp_path / "r.html").read_text()).data["runs"]
@@ -124,28 +124,28 @@ def test_the_page_fetches_nothing_and_markup_in_titles_is_text(tmp_path):
     assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)|@import|url\((?!#)|innerHTML", text)
 
 
-def test_a_torn_last_line_and_missing_files_cost_only_what_was_in_them(tmp_path):
+def test_an_incomplete_line_and_missing_files_lose_only_their_content(tmp_path):
     save = write_run(tmp_path / "run", done=False)
     with (save / "metrics.jsonl").open("a") as file:
         file.write('{"type": "step", "step": 13, "lo')
     history = read_history(save)
     assert history.steps["step"] == list(range(1, 13)) and history.state == "unfinished"
-    assert history.notes == ["1 torn line of metrics.jsonl left out", "no checkpoint tells the configuration"]
+    assert history.notes == ["skipped 1 incomplete line of metrics.jsonl", "the configuration is unknown: no checkpoint could be read"]
     assert history.events == [] and history.options == {}
     with pytest.raises(DataError, match="does not exist\n.*Allowed.*\n.*What to do"):
         read_history(tmp_path)
     (tmp_path / "metrics.jsonl").write_text('{"type": "start", "step": 0}\n')
-    with pytest.raises(DataError, match="holds no steps"):
+    with pytest.raises(DataError, match="contains no steps"):
         read_history(tmp_path)
 
 
-def test_losses_that_are_no_numbers_are_gaps(tmp_path):
+def test_losses_that_are_not_numbers_are_gaps(tmp_path):
     save = write_run(tmp_path / "run", seed=float("nan"))
     page = Page(render([read_history(save)], "t"))
     assert set(page.data["runs"][0]["steps"]["loss"]) == {None}
 
 
-def test_pauses_between_restarts_are_no_training_time(tmp_path):
+def test_pauses_before_restarts_are_not_training_time(tmp_path):
     save = write_run(tmp_path / "run", done=False)
     records = list(read_metrics(save / "metrics.jsonl"))
     first = records[:8]
@@ -159,7 +159,7 @@ def test_pauses_between_restarts_are_no_training_time(tmp_path):
     assert len(history.starts) == 2 and history.starts[1]["seconds_so_far"] == 7.0
 
 
-def test_events_find_their_place_and_metrics_are_not_told_twice(tmp_path):
+def test_events_are_located_by_step_and_not_listed_twice(tmp_path):
     save = write_run(tmp_path / "run")
     lines = [
         {"type": "start", "time": 1.0, "step": 0},
@@ -173,7 +173,7 @@ def test_events_find_their_place_and_metrics_are_not_told_twice(tmp_path):
     assert (second["text"], second["tokens"]) == ("rank 3, behind 1.5", 2500)
 
 
-def test_the_program_s_own_events_are_told(tmp_path):
+def test_events_of_the_program_are_listed(tmp_path):
     save = write_run(tmp_path / "run")
     events = Events(save / "events.jsonl")
     events.on_start(RunStart(0, 12, 3000, ((2400, "token"),), 0, "cpu", 2, str(save), 1e6, 0.4))
@@ -183,14 +183,14 @@ def test_the_program_s_own_events_are_told(tmp_path):
     assert told == [("rewind", "back to step 6, 1 step left out", 2500), ("end", "SIGTERM", 2700)]
 
 
-def test_lines_that_lack_what_a_step_has_are_no_steps(tmp_path):
+def test_records_without_the_fields_of_a_step_are_ignored(tmp_path):
     save = write_run(tmp_path / "run")
     with (save / "metrics.jsonl").open("a") as file:
         file.write('{"type": "step", "step": 13}\n{"type": "save"}\n{"type": 5}\n')
     assert read_history(save).steps["step"][-1] == 12
 
 
-def test_long_runs_are_thinned_but_keep_the_edges_of_stages_and_say_so(tmp_path):
+def test_long_runs_are_thinned_but_keep_the_edges_of_stages(tmp_path):
     history = read_history(write_run(tmp_path / "run", steps=100), most_points=10)
     assert history.thinned == 10 and len(history.steps["step"]) <= 14
     assert {1, 50, 51, 100} <= set(history.steps["step"]) and len(history.evaluations["step"]) == 33
@@ -202,19 +202,19 @@ def test_only_options_that_differ_are_listed(tmp_path):
         read_history(write_run(tmp_path / name, options=options))
         for name, options in (("a", base), ("b", {**base, "save": "b", "patch_size": 1}), ("c", None))
     ]
-    assert unlike_options(runs) == [("patch_size", [4, 1, None])]
-    assert [name for name, _ in unlike_options(runs[:1])] == ["lr", "seed", "patch_size"]
+    assert differing_options(runs) == [("patch_size", [4, 1, None])]
+    assert [name for name, _ in differing_options(runs[:1])] == ["lr", "seed", "patch_size"]
 
 
-def test_the_tool_writes_a_file_and_explains_what_it_cannot_read(tmp_path):
+def test_the_tool_writes_a_file_and_reports_what_it_cannot_read(tmp_path):
     save = write_run(tmp_path / "run")
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     words = [sys.executable, "tools/report.py", str(save), "--output", str(tmp_path / "r.html"), "--title", "A <run>"]
     done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
-    assert "no checkpoint tells" in done.stdout and "1 run)" in done.stdout
+    assert "no checkpoint could be read" in done.stdout and "1 run)" in done.stdout
     assert "<title>A &lt;run&gt;</title>" in (tmp_path / "r.html").read_text()
     failed = subprocess.run([*words, "--labels", "a", "b"], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert failed.returncode == 3 and "2 labels for 1 runs" in failed.stderr and "What to do" in failed.stderr
+    assert failed.returncode == 3 and "2 labels for 1 run" in failed.stderr and "What to do" in failed.stderr
 
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -235,5 +235,5 @@ def test_a_browser_draws_every_chart(tmp_path):
     dom = subprocess.run(
         [CHROMIUM, *words, f"file://{tmp_path / 'r.html'}"], capture_output=True, text=True, check=True, timeout=120
     ).stdout
-    assert dom.count('<svg role="img"') == 9 and "made 20" in dom
+    assert dom.count('<svg role="img"') == 9 and "created 20" in dom
     assert dom.count('class="curve') >= 2 * 8 and dom.count('class="ring"') == 2 and "NaN" not in dom.split('<script id="data"')[0]

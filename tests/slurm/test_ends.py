@@ -78,8 +78,8 @@ def test_done_is_what_the_run_says_not_its_launcher(tmp_path, before):
     if before:
         (tmp_path / "events.jsonl").write_text(before + "\n")
     status, text = end(tmp_path, "exit 0")
-    assert status == 0 and "requeue" not in text and text.rstrip().endswith("done")
+    assert status == 0 and "requeue" not in text and text.rstrip().endswith("the run is finished")
     status, text = end(tmp_path, f"echo '{STARTED}' >>$SAVE/events.jsonl; exit 0")
     assert status == 0 and "code 1, a rank crashed or hung" in text and "requeue 7" in text
     status, text = end(tmp_path, f"echo '{STARTED}' >>$SAVE/events.jsonl; echo '{DONE}' >>$SAVE/events.jsonl; exit 0")
-    assert status == 0 and "requeue" not in text and text.rstrip().endswith("done")
+    assert status == 0 and "requeue" not in text and text.rstrip().endswith("the run is finished")

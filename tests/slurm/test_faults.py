@@ -61,7 +61,7 @@ def test_a_killed_rank_ends_the_job_everywhere_and_it_goes_on(cluster, tmp_path,
     job.signal_rank(1, signal.SIGKILL)
     job.wait_for(lambda: cluster.state(job.number) != "RUNNING", "the job's end within a minute on all nodes", 60)
     assert job.completes()["Restarts"] == "1"
-    assert "code 137, a rank crashed or hung: back into the queue" in job.text
+    assert "code 137, a rank crashed or hung: requeued" in job.text
     assert resumed_at(job)[1] >= SWITCH
     is_the_same(job.run, unbroken)
 
@@ -157,7 +157,7 @@ def test_a_signal_to_all_ranks_as_before_a_time_limit(cluster, tmp_path, config,
     job = submit(cluster, "many_nodes", tmp_path / "run", *TWO_NODES, config=config, corpus=corpus, TENSOR="1", LAUNCHER=launcher)
     job.reaches(120)
     cluster.command("scancel", "--signal=USR1", job.number)
-    job.wait_for(lambda: "preempted, all is saved: back into the queue" in job.text, "the job back in the queue", 60)
+    job.wait_for(lambda: "preempted, the run is saved: requeued" in job.text, "the job back in the queue", 60)
     stopped_at = job.run.values("step")[-1]
     assert job.completes()["Restarts"] == "1"
     assert resumed_at(job) == [0, stopped_at], "no step is taken twice"

@@ -41,7 +41,7 @@ def test_a_wrong_flag_stops_the_job_with_the_program_s_code(cluster, tmp_path, c
 def test_a_job_without_its_settings_says_which(cluster, tmp_path, config):
     job = submit(cluster, "many_nodes", tmp_path / "run", "--nodes=1", "--ntasks-per-node=1", config=config, corpus="")
     assert job.wait(60)["JobState"] == "FAILED"
-    assert "DATA: is what --data-path takes" in job.text
+    assert "DATA: is the value of --data-path" in job.text
 
 
 def test_two_nodes_train_what_one_process_trains(cluster, tmp_path, config, corpus, one_process):

@@ -61,8 +61,8 @@ def test_evaluate_is_the_mean_over_all_tokens(run, k):
     assert ("token_loss" in result) == (k == 1) and ("patch_loss" in result) == (k > 1)
 
 
-def test_evaluate_reads_no_label_behind_the_data(run):
-    """Patches longer than what training leaves behind its last block: the last sample that fits with its labels is the last one."""
+def test_evaluate_reads_no_label_after_the_data(run):
+    """With patches longer than the rest after the last block, the last sample is the last one that fits with its labels."""
     trained, corpus = run
     tokens = TokenCorpus([corpus]).num_tokens
     k = next(k for k in range(65, 400) if (tokens - 64) // k * k + k > tokens)
@@ -90,7 +90,7 @@ def test_generate_continues_a_prompt(run):
     assert "--interactive and --prompt" in tool("generate", *words, "--interactive", code=2)
 
 
-def test_interactive_answers_each_line_as_a_prompt_alone(run):
+def test_interactive_mode_treats_each_line_as_a_separate_prompt(run):
     trained, _ = run
     words = ("--load", trained.folder, "--tokenizer-type", "NullTokenizer", "--tokenizer-model", "64", "--temperature", "0")
     lines = [json.loads(tool("generate", *words, "--prompt", p, "--max-new-tokens", "6", "--json"))["text"] for p in ("1 2 3", "40 41")]
@@ -104,7 +104,7 @@ def test_plot_draws_runs(run, tmp_path):
     assert "2 runs" in tool("plot", trained.folder, trained.folder, "--labels", "one", code=3)
     assert "metrics.jsonl" in tool("plot", tmp_path, code=3)
     (tmp_path / "metrics.jsonl").write_text('{"loss": 1.0}\n')
-    assert "holds no evaluations" in tool("plot", tmp_path, code=3)
+    assert "contains no evaluation" in tool("plot", tmp_path, code=3)
 
 
 def test_inspect_shows_and_checks(run, tmp_path):
@@ -155,7 +155,7 @@ def test_inspect_shows_how_stages_divide(run, tmp_path):
     [
         ("evaluate", ["--load", "{run}", "--data-path", "nowhere"], 3, "does not exist"),
         ("evaluate", ["--load", "nowhere", "--data-path", "{corpus}"], 4, "holds no checkpoint"),
-        ("evaluate", ["--load", "{run}", "--data-path", "{corpus}", "--seq-length", "100000"], 3, "less than one sample"),
+        ("evaluate", ["--load", "{run}", "--data-path", "{corpus}", "--seq-length", "100000"], 3, "one sample needs 100,001"),
         ("evaluate", ["--load", "{run}", "--data-path", "{corpus}", "--patchsize", "2"], 2, "--patch-size"),
         ("evaluate", ["--load", "{run}", "--data-path", "{corpus}", "--seq-length", "0"], 2, "whole numbers from 1"),
         ("evaluate", ["--load", "{run}", "--data-path", "{corpus}", "--micro-batch-size", "2X"], 2, "'2X' is not a count"),
@@ -163,6 +163,6 @@ def test_inspect_shows_how_stages_divide(run, tmp_path):
         ("inspect_dataset", ["nowhere"], 3, "does not exist"),
     ],
 )
-def test_wrong_words_end_with_what_to_do(run, name, words, code, text):
+def test_wrong_arguments_end_with_what_to_do(run, name, words, code, text):
     trained, corpus = run
     assert text in tool(name, *(word.format(run=trained.folder, corpus=corpus) for word in words), code=code)
