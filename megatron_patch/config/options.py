@@ -174,8 +174,8 @@ class ScheduleOptions:
     """The same as a share of the schedule's steps; by default 0.1, for models below 100M parameters 0.5 (docs/replication.md)."""
     lr_wsd_decay_style: WsdDecayStyle = "linear"
     """Form of that decay."""
-    optimizer: Literal["adamw"] = "adamw"
-    """AdamW: NVIDIA Apex' fused one where it is installed, else torch's fused one."""
+    optimizer: str = "adamw"
+    """Name of the optimizer: adamw (NVIDIA Apex's fused AdamW if installed, else torch's), or one that a launcher script registers."""
     weight_decay: float = 0.1
     """Decoupled weight decay of matrices; norms and biases have none."""
     adam_beta1: float = 0.9

@@ -53,27 +53,30 @@ class DataParallelEngine(DeepSpeedEngine):
         """One optimizer step; see `Engine`."""
         engine = self._engine
         self._set_lr(lr)
-        self._gate = gate
         weights = self._weights(label_weights)
-        self._total = self._total_weight(micro_batches, label_weights)
-        scale = (self.grid.data_parallel_size / self._total).to(torch.float32)
-        self._loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
-        skipped_before = engine.skipped_steps
+        total_weight = self._total_weight(micro_batches, label_weights)
+        scale = (self.grid.data_parallel_size / total_weight).to(torch.float32)
+        loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         stopwatch = Stopwatch(self.device)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             for index, batch in enumerate(micro_batches):
-                engine.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
+                last = index == len(micro_batches) - 1
+                engine.set_gradient_accumulation_boundary(last)
                 with stopwatch if index == 0 else contextlib.nullcontext():
                     micro_sum, _ = self._run(batch, weights)
-                self._loss_sum += micro_sum.detach()
+                loss_sum += micro_sum.detach()
                 engine.backward(micro_sum * scale, scale_wrt_gas=False)
-                engine.step()
-        return self._result(skipped_before, stopwatch.seconds())
+                if not last:
+                    engine.step()  # counts the micro-batch
+            with self._gated(gate, lambda: self._mean_over_data(loss_sum, total_weight)) as outcome:
+                engine.step()  # updates the weights, unless the gate rejects the step
+        return self._step_result(outcome, stopwatch.seconds())
 
-    def _global_loss(self) -> float:
-        self._sum_over_data(self._loss_sum)
-        return float(self._loss_sum / self._total)
+    def _mean_over_data(self, loss_sum: torch.Tensor, total_weight: torch.Tensor) -> float:
+        """Returns the mean loss over the global batch from this rank's sum, which is overwritten; every rank must call it."""
+        self._sum_over_data(loss_sum)
+        return float(loss_sum / total_weight)
 
     def _local_sums(self, batches: Iterable[PatchBatch]) -> torch.Tensor:
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_patch.config.options import EngineOptions, ScheduleOptions
+from megatron_patch.engine.optimizer import check_optimizer_name
 from megatron_patch.errors import ConfigError
 from megatron_patch.stages import Stage, StagePlan
 
@@ -173,6 +174,7 @@ def engine_config(
     Raises:
         ConfigError: unreadable JSON, a contradiction, or a combination that DeepSpeed cannot run.
     """
+    check_optimizer_name(schedule.optimizer)
     user = _read(options.deepspeed_config)
     _check_names(user)
     settle = _Agreement(origins).settle

@@ -14,6 +14,7 @@ import abc
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,7 +28,7 @@ from megatron_patch.engine.deepspeed_config import EngineConfig, batch_settings
 from megatron_patch.engine.distributed import barrier, gather_objects
 from megatron_patch.engine.environment import threads_per_rank
 from megatron_patch.engine.fragments import Fragment, HostCopies, fragments
-from megatron_patch.engine.interface import EvaluationResult, Snapshot, StepGate, StepResult
+from megatron_patch.engine.interface import EvaluationResult, ReplicaMismatch, Snapshot, StepGate, StepResult
 from megatron_patch.engine.optimizer import base_optimizer, make_optimizer, set_step_count, step_count, zero_moments
 from megatron_patch.engine.state_files import StateFiles, write_fragments
 from megatron_patch.engine.swapping import SubGroups
@@ -40,7 +41,7 @@ from megatron_patch.ops import IGNORE_INDEX
 from megatron_patch.parallel.groups import Groups, ModelParallelUnit
 from megatron_patch.stages import Stage
 
-_DIGEST_CHUNK = 1 << 22
+_CHECKSUM_CHUNK = 1 << 22
 
 
 _LOSS_SCALER = {"cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis"}
@@ -68,11 +69,28 @@ class MixedPrecision(nn.Module):
         return torch.func.functional_call(self.module, rounded, args, kwargs, tie_weights=True)
 
 
-def digest(tensor: torch.Tensor) -> tuple[int, int]:
-    """Two sums over the bits of a tensor, one of them weighted by position: equal tensors have equal ones."""
+@dataclass
+class StepOutcome:
+    """What one step computed and whether it changed the weights; filled while the step runs.
+
+    Args:
+        loss: mean over all scored labels of the global batch, in nats.
+        grad_norm: norm of the mean gradient before clipping.
+        rejection: the gate's reason to reject the step, or None.
+        overflow: whether DeepSpeed skipped the step because a gradient was not finite.
+    """
+
+    loss: float = float("nan")
+    grad_norm: float = float("nan")
+    rejection: str | None = None
+    overflow: bool = False
+
+
+def checksum_of_bits(tensor: torch.Tensor) -> tuple[int, int]:
+    """Returns two sums over the bits of a tensor, one of them weighted by position; equal tensors have equal sums."""
     bits = tensor.detach().contiguous().view(-1).view(torch.int32 if tensor.element_size() == 4 else torch.int16)
     plain = weighted = 0
-    for number, part in enumerate(bits.split(_DIGEST_CHUNK)):
+    for number, part in enumerate(bits.split(_CHECKSUM_CHUNK)):
         wide = part.long()
         plain += int(wide.sum())
         weighted += (number + 1) * int((wide * torch.arange(1, wide.numel() + 1, device=wide.device)).sum())
@@ -128,12 +146,6 @@ class DeepSpeedEngine(abc.ABC):
             warnings.simplefilter("ignore", FutureWarning)
             self._engine = self._initialize(wrapped, optimizer, settings)
         self._base = base_optimizer(self._engine.optimizer)
-        self._gate: StepGate | None = None
-        self._rejection: str | None = None
-        self._norm_judged = False
-        self._loss = 0.0
-        self._grad_norm: torch.Tensor | None = None
-        self._put_judge_before_the_optimizer()
         if seed is not None:
             initial, shapes = InitialWeights(model.shape, seed, threads_per_rank()), self._whole_shapes()
             # Master weights start from the float32 initial weights, not from their rounded copies.
@@ -190,67 +202,87 @@ class DeepSpeedEngine(abc.ABC):
         """Sum of the losses of this rank's batch alone; see `Engine`."""
         return float(self._local_sums([batch])[0])
 
-    @abc.abstractmethod
-    def _global_loss(self) -> float:
-        """Mean loss of the step's global batch; every rank must call it."""
+    @contextmanager
+    def _gated(self, gate: StepGate | None, global_loss: Callable[[], float]) -> Iterator[StepOutcome]:
+        """Lets the gate decide, during the block, whether DeepSpeed's step updates the weights.
 
-    def _put_judge_before_the_optimizer(self) -> None:
-        """The loss is judged when all gradients are there, the gradient's norm when DeepSpeed has it; then the optimizer steps, or not."""
-        take_model_step, optimizer_step = self._engine._take_model_step, self._base.step
+        DeepSpeed reduces the gradients, computes their norm, clips them and calls the inner optimizer, all inside of one method. The gate
+        needs the norm, which is known only there, before any weight changes. Hence a hook: for the duration of the block the inner
+        optimizer's `step` is replaced by one that first calls the gate, and then steps unless the gate rejects the step. ZeRO calls
+        it once for each part of the weights; the decision of the first call holds for all of them.
 
-        def judged_model_step(*args: Any, **kwargs: Any) -> Any:
-            self._loss = self._global_loss()
-            self._rejection = self._gate.check_loss(self._loss) if self._gate is not None else None
-            self._norm_judged = False
-            return take_model_step(*args, **kwargs)
+        If the gradients overflow, DeepSpeed returns before it calls the optimizer, and the gate sees the loss alone.
 
-        def judged_optimizer_step(*args: Any, **kwargs: Any) -> Any:
-            if not self._norm_judged:
-                self._norm_judged = True
-                if self.config.zero_stage == 0:
-                    self._grad_norm = self._clip_gradients()
-                if self._gate is not None and self._rejection is None:
-                    self._rejection = self._gate.check_grad_norm(self._found_norm())
-            return optimizer_step(*args, **kwargs) if self._rejection is None else None
+        Args:
+            gate: decides by loss and norm; None: every step is taken.
+            global_loss: returns the mean loss over the global batch; every rank must call it.
 
-        self._engine._take_model_step = judged_model_step
-        self._base.step = judged_optimizer_step  # type: ignore[method-assign]
+        Yields:
+            What became of the step, complete at the end of the block.
+        """
+        engine, optimizer, update = self._engine, self._base, self._base.step
+        outcome, decided, skipped_before = StepOutcome(), False, self._engine.skipped_steps
 
-    def _found_norm(self) -> float:
-        """Norm of the step's whole gradient before clipping."""
-        norm = self._grad_norm if self.config.zero_stage == 0 else self._engine.optimizer._global_grad_norm
+        def check_loss() -> None:
+            outcome.loss = global_loss()
+            outcome.rejection = None if gate is None else gate.check_loss(outcome.loss)
+
+        def check_grad_norm() -> None:
+            # Under ZeRO 0 DeepSpeed neither clips nor returns the norm.
+            outcome.grad_norm = float(self._clip_gradients()) if self.config.zero_stage == 0 else self._zero_grad_norm()
+            if gate is not None and outcome.rejection is None:
+                outcome.rejection = gate.check_grad_norm(outcome.grad_norm)
+
+        def gated_update(*args: Any, **kwargs: Any) -> Any:
+            nonlocal decided
+            if not decided:
+                decided = True
+                check_loss()
+                check_grad_norm()
+            return update(*args, **kwargs) if outcome.rejection is None else None
+
+        optimizer.step = gated_update  # type: ignore[method-assign]
+        try:
+            yield outcome
+        finally:
+            del optimizer.step
+        if not decided:
+            check_loss()
+            outcome.grad_norm = self._zero_grad_norm()
+        outcome.overflow = engine.skipped_steps > skipped_before
+        if outcome.overflow and outcome.rejection is None and self.config.precision != "fp16":
+            outcome.rejection = f"the gradient norm is {outcome.grad_norm}"
+
+    def _zero_grad_norm(self) -> float:
+        """Returns the norm of the full gradient before clipping, as DeepSpeed's ZeRO optimizer computed it last."""
+        norm = getattr(self._engine.optimizer, "_global_grad_norm", None)
         return float("nan") if norm is None else float(norm)
 
-    def _result(self, skipped_before: int, forward_seconds: float) -> StepResult:
-        """What became of the step that was taken last."""
-        overflow = self._engine.skipped_steps > skipped_before
-        norm, rejection = self._found_norm(), self._rejection
-        if overflow and rejection is None and self.config.precision != "fp16":
-            rejection = f"the gradient's norm is {norm}"
-        return StepResult(self._loss, norm, overflow or rejection is not None, rejection, self._loss_scale(), forward_seconds)
+    def _step_result(self, outcome: StepOutcome, forward_seconds: float) -> StepResult:
+        """Returns what the training loop needs to know of a step."""
+        skipped = outcome.overflow or outcome.rejection is not None
+        return StepResult(outcome.loss, outcome.grad_norm, skipped, outcome.rejection, self._loss_scale(), forward_seconds)
 
-    def replica_mismatches(self) -> list[str]:
-        """Parameters whose copies differ; see `Engine`."""
+    def replica_mismatches(self) -> list[ReplicaMismatch]:
+        """Returns the copies of parameters that differ between ranks; see `Engine`. Under ZeRO 3 there are no copies to compare."""
         if self.config.zero_stage == 3:
             return []
-        own = {name: digest(parameter.data) for parameter, name in self._names.items()}
         grid = self.grid
-        mine = (grid.pipeline_parallel_rank, grid.tensor_parallel_rank, own)
-        found: dict[tuple[int, str, int], dict[int, tuple[int, int]]] = {}
-        for rank, part in enumerate(gather_objects(mine)):
-            stage, tensor_rank, digests = cast("tuple[int, int, dict[str, tuple[int, int]]]", part)
-            for name, value in digests.items():
-                copy = (
-                    0 if name in VOCABULARY_PARAMETERS else stage,
-                    name,
-                    tensor_rank if shard_of(name, self._model_shape, 0, grid.tensor_parallel_size) else 0,
-                )
-                found.setdefault(copy, {})[rank] = value
+        local = {name: checksum_of_bits(parameter.data) for parameter, name in self._names.items()}
+        # The ranks that hold a copy of the same tensor: (pipeline rank, parameter, tensor-parallel rank) -> rank -> checksum.
+        holders: dict[tuple[int, str, int], dict[int, tuple[int, int]]] = {}
+        for rank, gathered in enumerate(gather_objects((grid.pipeline_parallel_rank, grid.tensor_parallel_rank, local))):
+            pipeline_rank, tensor_rank, checksums = cast("tuple[int, int, dict[str, tuple[int, int]]]", gathered)
+            for name, checksum in checksums.items():
+                # Tied embeddings are on the first and on the last pipeline rank.
+                pipeline_key = 0 if name in VOCABULARY_PARAMETERS else pipeline_rank
+                tensor_key = tensor_rank if shard_of(name, self._model_shape, 0, grid.tensor_parallel_size) else 0
+                holders.setdefault((pipeline_key, name, tensor_key), {})[rank] = checksum
         return [
-            f"{name}: rank {rank} differs from rank {min(copies)}"
-            for (_, name, _), copies in sorted(found.items())
-            for rank, value in copies.items()
-            if value != copies[min(copies)]
+            ReplicaMismatch(name, rank, min(copies))
+            for (_, name, _), copies in sorted(holders.items())
+            for rank, checksum in copies.items()
+            if checksum != copies[min(copies)]
         ]
 
     def _set_lr(self, lr: float) -> None:

@@ -61,6 +61,21 @@ class EvaluationResult:
 
 
 @dataclass(frozen=True)
+class ReplicaMismatch:
+    """A rank whose copy of a parameter differs from the copy of another rank.
+
+    Args:
+        parameter: name of the parameter.
+        rank: the rank whose copy differs.
+        reference_rank: the lowest rank that holds the parameter, which it was compared with.
+    """
+
+    parameter: str
+    rank: int
+    reference_rank: int
+
+
+@dataclass(frozen=True)
 class Snapshot:
     """What one rank puts into a checkpoint.
 
@@ -102,8 +117,8 @@ class Engine(Protocol):
         """Takes on a stage's batch and shapes and leaves the optimizer alone: at the start and when resuming inside a stage."""
         ...
 
-    def replica_mismatches(self) -> list[str]:
-        """Parameters whose copies on ranks that must hold the same differ, with the ranks; every rank must call it."""
+    def replica_mismatches(self) -> list[ReplicaMismatch]:
+        """Returns the copies of parameters that differ between ranks that must hold the same bits; every rank must call it."""
         ...
 
     def snapshot(self, to_host: bool) -> Snapshot:

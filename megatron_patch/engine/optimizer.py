@@ -1,28 +1,36 @@
-"""The optimizer: which AdamW, how its steps are counted, and what a switch of stages does to it.
+"""The optimizer of a run: which one it is, the state that it keeps for each parameter, and what a switch does to that state.
 
-In: parameter groups. Out: an optimizer whose state is `exp_avg` and `exp_avg_sq` for each tensor and one count of steps.
+In: parameter groups and the schedule's options. Out: an optimizer that keeps two moments for each parameter, `exp_avg` and `exp_avg_sq`,
+and one number of steps. Checkpoints, ZeRO and the switch rely on these two names, so every optimizer in `OPTIMIZERS` must use them.
+
+A launcher script adds an optimizer before it calls `megatron_patch.training.pretrain.main`:
+
+    from megatron_patch.engine.optimizer import OPTIMIZERS
+
+    OPTIMIZERS["adam"] = lambda groups, options, offloaded: torch.optim.Adam(groups, lr=options.lr)
+
+Torch is imported inside of functions: a dry run checks the name of the optimizer and does not need torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any
-
-import torch
+import difflib
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 from megatron_patch.config.options import ScheduleOptions
+from megatron_patch.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def make_optimizer(groups: Sequence[dict[str, Any]], options: ScheduleOptions, offloaded: bool = False) -> torch.optim.Optimizer:
-    """NVIDIA Apex' fused AdamW where it is installed and steps on a GPU, else torch's fused one; neither compiles anything.
+def _adamw(groups: Sequence[dict[str, Any]], options: ScheduleOptions, offloaded: bool) -> torch.optim.Optimizer:
+    """Returns NVIDIA Apex's fused AdamW if it is installed and the optimizer steps on a GPU, else the fused AdamW of torch."""
+    import torch
 
-    Args:
-        groups: of parameters.
-        options: the optimizer's settings.
-        offloaded: it steps in the host's memory, which Apex' kernels cannot reach.
-    """
     settings: dict[str, Any] = {
         "lr": options.lr,
         "betas": (options.adam_beta1, options.adam_beta2),
@@ -31,7 +39,7 @@ def make_optimizer(groups: Sequence[dict[str, Any]], options: ScheduleOptions, o
     }
     if torch.cuda.is_available() and not offloaded:
         try:
-            # The package named apex on PyPI is another one: only the class tells.
+            # The package named apex on PyPI is a different one, which lacks this class.
             from apex.optimizers import FusedAdam
         except (ImportError, AttributeError):
             pass
@@ -40,49 +48,113 @@ def make_optimizer(groups: Sequence[dict[str, Any]], options: ScheduleOptions, o
     return torch.optim.AdamW(groups, fused=True, **settings)
 
 
+OPTIMIZERS: dict[str, Callable[[Sequence[dict[str, Any]], ScheduleOptions, bool], torch.optim.Optimizer]] = {"adamw": _adamw}
+"""What `--optimizer NAME` accepts: name -> function of (parameter groups, schedule options, whether the optimizer steps in host memory)."""
+
+
+def check_optimizer_name(name: str) -> None:
+    """Checks that an optimizer of this name is registered.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if name in OPTIMIZERS:
+        return
+    close = difflib.get_close_matches(name, OPTIMIZERS, n=1)
+    raise ConfigError(
+        f"--optimizer {name} is not a registered optimizer",
+        ", ".join(sorted(OPTIMIZERS)),
+        f"did you mean {close[0]}?" if close else "choose one of them, or add yours to megatron_patch.engine.optimizer.OPTIMIZERS",
+    )
+
+
+def make_optimizer(groups: Sequence[dict[str, Any]], options: ScheduleOptions, offloaded: bool = False) -> torch.optim.Optimizer:
+    """Returns the optimizer that `--optimizer` names.
+
+    Args:
+        groups: parameter groups, each with its own `weight_decay`.
+        options: the optimizer's name and settings.
+        offloaded: whether the optimizer steps in host memory, where the kernels of Apex cannot run.
+
+    Raises:
+        ConfigError: no optimizer of that name is registered.
+    """
+    check_optimizer_name(options.optimizer)
+    return OPTIMIZERS[options.optimizer](groups, options, offloaded)
+
+
 def base_optimizer(wrapped: Any) -> torch.optim.Optimizer:
-    """The optimizer inside DeepSpeed's wrappers."""
+    """Returns the optimizer inside of DeepSpeed's wrappers."""
     while hasattr(wrapped, "optimizer"):
         wrapped = wrapped.optimizer
     return wrapped
 
 
 def ensure_moments(optimizer: torch.optim.Optimizer, tensor: torch.Tensor) -> dict[str, Any]:
-    """The state of a tensor, made (zero moments, no steps) where the optimizer has not stepped yet."""
+    """Returns the state of a tensor. If the optimizer has not stepped yet, the state is made: zero moments, zero steps.
+
+    Raises:
+        ConfigError: the optimizer keeps other state than the two moments and the number of steps.
+    """
     state = optimizer.state[tensor]
     if MOMENTS[0] not in state:
-        if isinstance(optimizer, torch.optim.AdamW):
-            state["step"] = torch.zeros((), dtype=torch.float32, device=tensor.device)
-        for name in MOMENTS:
-            state[name] = torch.zeros_like(tensor)
+        state.update(_new_state(optimizer, tensor))
     return state
 
 
-def _counts_in_groups(optimizer: torch.optim.Optimizer) -> bool:
-    return not isinstance(optimizer, torch.optim.AdamW)
+def _new_state(optimizer: torch.optim.Optimizer, tensor: torch.Tensor) -> dict[str, Any]:
+    """Returns a fresh state for a tensor, in the form that the optimizer gives its own: found by one step on a probe of two zeros."""
+    import torch
+
+    probe = torch.zeros(2, dtype=tensor.dtype, device=tensor.device)
+    probe.grad = torch.zeros_like(probe)
+    groups = optimizer.param_groups
+    # A copy of a group, so that an optimizer that counts steps in its groups does not count this one.
+    optimizer.param_groups = [{**groups[0], "params": [probe]}]
+    try:
+        optimizer.step()
+    finally:
+        optimizer.param_groups = groups
+    state: dict[str, Any] = optimizer.state.pop(probe, {})
+    moments = {name for name, value in state.items() if torch.is_tensor(value) and (value.shape, value.dtype) == (probe.shape, probe.dtype)}
+    others = state.keys() - moments - {"step"}
+    if moments != set(MOMENTS) or others:
+        raise ConfigError(
+            f"the optimizer {type(optimizer).__name__} keeps this state for each parameter: {', '.join(sorted(state)) or 'none'}",
+            "exp_avg and exp_avg_sq, each with the parameter's shape and dtype, and optionally the number of steps as step",
+            "choose another --optimizer, or register one that keeps its state under these names",
+        )
+    step = {} if "step" not in state else {"step": state["step"].zero_() if torch.is_tensor(state["step"]) else 0}
+    return {**step, **{name: torch.zeros_like(tensor) for name in MOMENTS}}
+
+
+def _counts_in_state(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the optimizer counts steps for each parameter, as torch's do, and not in its groups, as those of Apex do."""
+    return any("step" in state for state in optimizer.state.values())
 
 
 def step_count(optimizer: torch.optim.Optimizer) -> int:
-    """Optimizer steps since its state was made or reset (they decide the bias correction)."""
-    if _counts_in_groups(optimizer):
-        return int(max((group.get("step", 0) for group in optimizer.param_groups), default=0))
-    return int(max((state["step"] for state in optimizer.state.values() if "step" in state), default=0))
+    """Returns the number of steps since the optimizer's state was made or reset; the bias correction depends on it."""
+    holders = optimizer.state.values() if _counts_in_state(optimizer) else optimizer.param_groups
+    return int(max((holder["step"] for holder in holders if "step" in holder), default=0))
 
 
 def set_step_count(optimizer: torch.optim.Optimizer, count: int) -> None:
-    """Sets that number."""
-    if _counts_in_groups(optimizer):
+    """Sets the number of steps since the optimizer's state was made or reset."""
+    if not _counts_in_state(optimizer):
         for group in optimizer.param_groups:
             group["step"] = count
     for state in optimizer.state.values():
-        if isinstance(state.get("step"), torch.Tensor):
-            state["step"].fill_(count)
-        elif "step" in state:
+        if "step" not in state:
+            continue
+        if isinstance(state["step"], (int, float)):
             state["step"] = count
+        else:
+            state["step"].fill_(count)
 
 
 def zero_moments(states: Iterable[dict[str, Any]]) -> None:
-    """Zeroes both moments of each state."""
+    """Sets both moments of each state to zero."""
     for state in states:
         for name in MOMENTS:
             if name in state:

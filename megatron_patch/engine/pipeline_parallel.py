@@ -205,24 +205,24 @@ class PipelineParallelEngine(DeepSpeedEngine):
         self, micro_batches: Sequence[PatchBatch], label_weights: Sequence[float], lr: float, gate: StepGate | None = None
     ) -> StepResult:
         """One optimizer step; see `Engine`."""
-        engine = self._engine
         self._set_lr(lr)
-        self._gate = gate
-        self._total = self._total_weight(micro_batches, label_weights)
+        total_weight = self._total_weight(micro_batches, label_weights)
         # DeepSpeed divides by the ranks and by the micro-batches.
-        scale = (self.grid.data_parallel_size * len(micro_batches) / self._total).to(torch.float32)
-        skipped_before = engine.skipped_steps
+        scale = (self.grid.data_parallel_size * len(micro_batches) / total_weight).to(torch.float32)
         self._module.stopwatch = Stopwatch(self.device)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             inputs = [batch.input_ids for batch in micro_batches]
-            engine.train_batch(self._feed(inputs, self._passages(micro_batches), self._weights(label_weights), scale))
-        return self._result(skipped_before, self._module.stopwatch.seconds())
+            data = self._feed(inputs, self._passages(micro_batches), self._weights(label_weights), scale)
+            with self._gated(gate, lambda: self._global_loss(total_weight)) as outcome:
+                self._engine.train_batch(data)  # forward, backward, and the update unless the gate rejects the step
+        return self._step_result(outcome, self._module.stopwatch.seconds())
 
-    def _global_loss(self) -> float:
+    def _global_loss(self, total_weight: torch.Tensor) -> float:
+        """Returns the mean loss over the global batch; every rank must call it."""
         sums = self._summed()
         self._sum_over_data(sums)
-        return float(sums[0] / self._total)
+        return float(sums[0] / total_weight)
 
     def _local_sums(self, batches: Iterable[PatchBatch]) -> torch.Tensor:
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)

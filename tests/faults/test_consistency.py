@@ -8,7 +8,7 @@ import os
 import pytest
 import torch
 
-from megatron_patch.engine.deepspeed_engine import digest
+from megatron_patch.engine.deepspeed_engine import checksum_of_bits
 from tests.distributed.ranks import run_ranks
 from tests.distributed.runs import DATA, MODEL, command, printed
 
@@ -104,11 +104,18 @@ def test_ranks_that_agree_pass(tmp_path, corpus):
     assert run(tmp_path / "run", corpus, "none", words) == [0, 0]
 
 
-def test_a_digest_depends_on_values_and_their_order():
+def test_a_checksum_sees_values_and_positions():
     tensor = torch.randn(1000)
-    assert digest(tensor) == digest(tensor.clone().view(10, 100)) == digest(tensor.view(10, 100).t().contiguous().t())
+    assert (
+        checksum_of_bits(tensor)
+        == checksum_of_bits(tensor.clone().view(10, 100))
+        == checksum_of_bits(tensor.view(10, 100).t().contiguous().t())
+    )
     swapped = tensor.clone()
     swapped[[3, 4]] = swapped[[4, 3]]
     flipped = tensor.clone()
     flipped.view(torch.int32)[17] ^= 1
-    assert len({digest(tensor), digest(swapped), digest(flipped), digest(tensor.to(torch.bfloat16))}) == 4
+    assert (
+        len({checksum_of_bits(tensor), checksum_of_bits(swapped), checksum_of_bits(flipped), checksum_of_bits(tensor.to(torch.bfloat16))})
+        == 4
+    )

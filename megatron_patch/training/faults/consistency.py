@@ -31,20 +31,21 @@ def _hosts(ranks: Sequence[int]) -> str:
 
 
 def check_weights(engine: Engine) -> None:
-    """Ranks that hold the same parameters hold the same bits.
+    """Checks that ranks which hold the same parameters hold the same bits; every rank must call it.
 
     Raises:
-        CorruptionError: they do not.
+        CorruptionError: they do not; the error names the parameters, the ranks and their hosts.
     """
-    found = engine.replica_mismatches()
-    if found:
-        shown = "; ".join(found[:_SHOWN]) + (f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else "")
-        ranks = sorted({int(text.split(": rank ")[1].split()[0]) for text in found})
-        raise CorruptionError(
-            f"copies of weights differ: {shown}",
-            "the same bits on all of them",
-            f"test or leave out {_hosts(ranks)}; the same command goes on from the newest checkpoint",
-        )
+    mismatches = engine.replica_mismatches()
+    if not mismatches:
+        return
+    shown = "; ".join(f"{m.parameter}: rank {m.rank} differs from rank {m.reference_rank}" for m in mismatches[:_SHOWN])
+    more = f" and {len(mismatches) - _SHOWN} more" if len(mismatches) > _SHOWN else ""
+    raise CorruptionError(
+        f"copies of weights differ between ranks: {shown}{more}",
+        "the same bits on all ranks that hold a parameter",
+        f"test or exclude {_hosts(sorted({m.rank for m in mismatches}))}, then run the same command: it resumes from the newest checkpoint",
+    )
 
 
 def check_batches(grid: Grid, batches: Sequence[PatchBatch]) -> None:
