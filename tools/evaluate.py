@@ -99,7 +99,7 @@ def _evaluate(args: argparse.Namespace, loaded: LoadedModel[InferenceModel]) -> 
         raise ConfigError(
             f"--seq-length {positions}", f"1 to {shape.max_positions}, the learned positions of the model", "lower --seq-length"
         )
-    result = {"checkpoint": str(loaded.found.folder), "step": loaded.found.state.step, "seq_length": positions}
+    result = {"checkpoint": str(loaded.checkpoint.folder), "step": loaded.checkpoint.state.step, "seq_length": positions}
     if args.tasks is not None:
         return result | _tasks(args, loaded, positions)
     return result | (_text(args, loaded, positions) if args.text is not None else _tokens(args, loaded, positions))

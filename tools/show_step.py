@@ -1,5 +1,8 @@
 #!/usr/bin/env python
-"""Shows the text that a step read: python tools/show_step.py SAVE [--step 1234], for the steps that SAVE/events.jsonl tells the data of."""
+"""Shows the text that a step read: python tools/show_step.py SAVE [--step 1234]
+
+SAVE/events.jsonl records the data of rejected steps; only these steps can be shown.
+"""
 
 from __future__ import annotations
 
@@ -17,34 +20,37 @@ from megatron_patch.errors import DataError
 from megatron_patch.tokenizers.base import tokenizer_to_show
 from megatron_patch.training.callbacks.metrics import read_metrics
 from megatron_patch.utils.console import make_console
+from megatron_patch.utils.units import plural
 
 
 def main(argv: list[str]) -> None:
     """Runs the tool."""
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument("save", help="folder of a run")
-    parser.add_argument("--step", type=int, help="which step; by default the last one that was not taken")
-    parser.add_argument("--samples", type=count, default=8, help="samples to show")
-    parser.add_argument("--characters", type=count, default=600, help="of each sample")
-    parser.add_argument("--tokenizer-type", help="by default what the side file says")
-    parser.add_argument("--tokenizer-model")
+    parser.add_argument("save", help="a run's folder")
+    parser.add_argument("--step", type=int, help="which step; default: the last rejected one")
+    parser.add_argument("--samples", type=count, default=8, help="number of samples to show")
+    parser.add_argument("--characters", type=count, default=600, help="number of characters to show of each sample")
+    parser.add_argument("--tokenizer-type", help="default: the tokenizer in the dataset's metadata file")
+    parser.add_argument("--tokenizer-model", help="file or folder of the tokenizer; default: the one in the dataset's metadata file")
     args = parser.parse_args(argv)
     path = Path(args.save) / "events.jsonl"
     if not path.exists():
-        raise DataError(f"{path} does not exist", "the folder of a run that has begun", "check the path")
+        raise DataError(f"{path} does not exist", "the folder of a run that has started", "check the path")
     events = [event for event in read_metrics(path) if event.get("spans")]
     chosen = [event for event in events if args.step in (None, event["step"])]
     if not chosen:
         steps = ", ".join(sorted({str(event["step"]) for event in events})) or "none"
-        raise DataError(f"{path} tells the data of no step {args.step or ''}".rstrip(), f"steps {steps}", "choose one of them")
+        step = "any step" if args.step is None else f"step {args.step}"
+        raise DataError(f"{path} does not record the data of {step}", f"recorded steps: {steps}", "choose a recorded step")
     event, console = chosen[-1], make_console()
-    console.print(f"step {event['step']:,}, stage {event['stage']}: {event['reason']}; {len(event['spans']):,} samples", highlight=False)
+    samples = plural(len(event["spans"]), "sample")
+    console.print(f"step {event['step']:,}, stage {event['stage']}: {event['reason']}; {samples}", highlight=False)
     for prefix, start, length in event["spans"][: args.samples]:
         ids = np.empty(length, dtype=np.int64)
         open_corpus(prefix).read_into(ids, start)
-        info = read_metadata(prefix)
-        told = (info.tokenizer_type, info.tokenizer_model) if info else None
-        tokenizer = tokenizer_to_show(told, args.tokenizer_type, args.tokenizer_model)
+        metadata = read_metadata(prefix)
+        recorded = (metadata.tokenizer_type, metadata.tokenizer_model) if metadata else None
+        tokenizer = tokenizer_to_show(recorded, args.tokenizer_type, args.tokenizer_model)
         text = tokenizer.decode(ids.tolist()) if tokenizer else " ".join(map(str, ids.tolist()))
         console.print(f"\n{prefix}, tokens {start:,} to {start + length - 1:,}", style="bold", highlight=False)
         console.print(text[: args.characters], markup=False, highlight=False)

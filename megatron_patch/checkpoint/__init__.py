@@ -1,1 +1,1 @@
-"""What surrounds the commit protocol of `commit`: who may write a run's folder, what is kept, what is in a checkpoint."""
+"""Checkpoints on disk: the commit protocol, the lock on a run's folder, retention, and reports on what is in a checkpoint."""

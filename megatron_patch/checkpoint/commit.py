@@ -1,10 +1,11 @@
-"""The commit protocol of checkpoints: whole and verified, or invisible.
+"""The commit protocol of checkpoints: a checkpoint is complete and verified, or it does not appear under its name.
 
-In: a folder SAVE/.partial-step-N-… that ranks have written their files into, each forced to disk and read back. Out: a manifest of sizes
-and checksums, written last; the folder under its own name SAVE/step-N; SAVE/latest, replaced in one step; on the way back, the newest
-checkpoint whose files are what its manifest says. A kill at any moment leaves either the checkpoint before or the new one; `latest` is a
-hint for people and scripts, never trusted. Every attempt has a folder of its own, so that a rank that outlives its job writes into nothing
-that a later attempt made.
+Writing: the ranks write their files into a folder SAVE/.partial-step-N-…, force each file to disk and read it back. Then a manifest of
+sizes and checksums is written, the folder is renamed to SAVE/step-N, and SAVE/latest is replaced atomically. A kill at any moment leaves
+either the previous checkpoint or the new one. Each attempt has its own folder, so that a rank that outlives its job cannot write into the
+folder of a later attempt.
+
+Reading: the newest checkpoint whose files match its manifest. `latest` is a hint for people and scripts; this program does not trust it.
 """
 
 from __future__ import annotations
@@ -37,7 +38,12 @@ _WEIGHTS = "state-*.safetensors"
 
 @dataclass(frozen=True)
 class ManifestEntry:
-    """A file in the manifest."""
+    """Size and checksum of a file, as the manifest records them.
+
+    Args:
+        size: in bytes.
+        xxh64: checksum of the content, in hexadecimal digits.
+    """
 
     size: int
     xxh64: str
@@ -45,12 +51,12 @@ class ManifestEntry:
 
 @dataclass(frozen=True)
 class FoundCheckpoint:
-    """A sound checkpoint.
+    """A valid checkpoint.
 
     Args:
-        folder: where it is.
+        folder: its folder.
         state: its trainer state.
-        skipped: (folder, reason) of newer ones that are not sound.
+        skipped: (folder, reason) of each newer checkpoint that is not valid.
     """
 
     folder: Path
@@ -59,12 +65,12 @@ class FoundCheckpoint:
 
 
 def folder_name(step: int) -> str:
-    """step-00001234."""
+    """Returns the name of a checkpoint's folder: 1234 -> "step-00001234"."""
     return f"step-{step:08d}"
 
 
 def step_of(folder: Path) -> int | None:
-    """The step in a checkpoint folder's name, or None where it is no such name."""
+    """Returns the step in the name of a checkpoint's folder, complete or partial; None for any other name."""
     match = _NAME.fullmatch(folder.name)
     return int(match["step"]) if match else None
 
@@ -74,9 +80,10 @@ def _is_partial(folder: Path) -> bool:
 
 
 def prepare(save: Path, step: int) -> Path:
-    """Makes an empty folder for an attempt at a checkpoint; what killed attempts left is removed, what they finished gets its name.
+    """Creates an empty folder for a new checkpoint and cleans up after killed attempts.
 
-    Only the owner of `save` may call it (see `checkpoints.lock`), and only while no other attempt is under way.
+    A killed attempt that is complete is renamed to its checkpoint's name; an incomplete one is removed. Only the job that holds the
+    `SaveLock` of `save` may call this function, and only while it writes no other checkpoint.
     """
     make_folder(save)
     for attempt in [path for path in save.iterdir() if _is_partial(path) and step_of(path) is not None]:
@@ -89,7 +96,7 @@ def prepare(save: Path, step: int) -> Path:
 
 
 def _settle(attempt: Path) -> None:
-    """A killed attempt that was finished gets its name, unless a sound checkpoint has it; any other is removed."""
+    """Renames a killed attempt to its checkpoint's name if it is complete and no valid checkpoint has that name; else removes it."""
     target = attempt.with_name(folder_name(step_of(attempt) or 0))
     if verify(attempt) or (target.exists() and not verify(target)):
         _discard(attempt)
@@ -98,61 +105,61 @@ def _settle(attempt: Path) -> None:
 
 
 def _rename(attempt: Path, target: Path) -> None:
-    """Gives an attempt its name. What has that name already goes only when the new one is there."""
-    before = _set_aside(target) if target.exists() else None
+    """Renames an attempt to `target`. An existing folder of that name is removed after the rename, not before."""
+    previous = _set_aside(target) if target.exists() else None
     os.replace(attempt, target)
     fsync_folder(target.parent)
-    if before is not None:
-        _remove(before)
+    if previous is not None:
+        _remove(previous)
 
 
 def write_state(folder: Path, state: TrainerState) -> dict[str, ManifestEntry]:
-    """Writes the trainer state into a checkpoint and describes its file."""
+    """Writes the trainer state into a checkpoint's folder and returns the manifest entry of its file."""
     text = json.dumps(asdict(state), indent=1) + "\n"
     write_durably(folder / STATE, text)
     return {STATE: manifest_entry(text)}
 
 
 def share_of_rank(sizes: Mapping[str, int], rank: int, ranks: int) -> list[str]:
-    """This rank's share of a checkpoint's files, balanced by size, so that all ranks together read each file once.
+    """Returns the files of a checkpoint that this rank reads; the ranks together read each file once, with balanced sizes.
 
     Args:
-        sizes: of all files, by name.
+        sizes: name -> size in bytes of each file.
         rank: this rank.
-        ranks: how many share.
+        ranks: number of ranks that share the files.
     """
     loads = [(0, other) for other in range(ranks)]
-    mine = []
+    selected = []
     for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
         load, least = heapq.heappop(loads)
         heapq.heappush(loads, (load + sizes[name] + 1, least))
         if least == rank:
-            mine.append(name)
-    return mine
+            selected.append(name)
+    return selected
 
 
 def manifest_entry(text: str) -> ManifestEntry:
-    """What the manifest says of a file with this text."""
+    """Returns the manifest entry of a file with this content."""
     data = text.encode()
     return ManifestEntry(len(data), xxhash.xxh64(data).hexdigest())
 
 
 def write_manifest(folder: Path, entries: Mapping[str, ManifestEntry]) -> None:
-    """Makes a checkpoint whole: its manifest, last of all."""
+    """Writes the manifest, which completes a checkpoint: it must be written after all other files."""
     fsync_folder(folder)
     body = {name: asdict(entry) for name, entry in sorted(entries.items())}
-    digest = xxhash.xxh64(json.dumps(body).encode()).hexdigest()
-    write_durably(folder / MANIFEST, json.dumps({"version": MANIFEST_VERSION, "files": body, "xxh64": digest}, indent=1) + "\n")
+    own_checksum = xxhash.xxh64(json.dumps(body).encode()).hexdigest()
+    write_durably(folder / MANIFEST, json.dumps({"version": MANIFEST_VERSION, "files": body, "xxh64": own_checksum}, indent=1) + "\n")
 
 
 def publish(folder: Path) -> Path:
-    """Gives a whole checkpoint its name and points `latest` at it.
+    """Renames a complete checkpoint to its final name and writes that name to `latest`.
 
-    One of the same step that is there already (it was skipped as unsound, or is of another run) goes only now; a kill in between leaves
-    the new one under its partial name, where it is found.
+    A checkpoint of the same step that exists already (a damaged one, or one of another branch) is removed only now. A kill in between
+    leaves the new one under its partial name, where `list_checkpoints` finds it.
 
     Args:
-        folder: as `prepare` named it, with its manifest.
+        folder: the folder that `prepare` returned, with its manifest.
 
     Returns:
         The checkpoint's folder.
@@ -167,39 +174,41 @@ def publish(folder: Path) -> Path:
 
 
 def read_manifest(folder: Path) -> dict[str, ManifestEntry]:
-    """The manifest of a checkpoint.
+    """Returns the manifest of a checkpoint: file name -> entry.
 
     Raises:
-        CheckpointError: there is none, it is torn, or it names a path outside the folder.
+        CheckpointError: the manifest is missing or damaged, or names a path outside of the folder.
     """
     path = folder / MANIFEST
     try:
         data = read_json(path)
         body = data["files"]
         if data["version"] != MANIFEST_VERSION or xxhash.xxh64(json.dumps(body).encode()).hexdigest() != data["xxh64"]:
-            raise ValueError("its own checksum does not fit")
+            raise ValueError("its version is unknown, or its content does not match its own checksum")
         entries = {name: _entry(entry) for name, entry in body.items()}
     except FileNotFoundError as error:
         raise CheckpointError(
-            f"{folder} has no manifest: it was not finished, or has lost it", "a finished checkpoint", "resume from another checkpoint"
+            f"{folder} has no {MANIFEST}: the checkpoint is incomplete", "a complete checkpoint", "resume from another checkpoint"
         ) from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}", "a whole manifest", "resume from another checkpoint") from error
+        raise CheckpointError(f"cannot read {path}: {error}", "a complete manifest", "resume from another checkpoint") from error
     for name in entries:
         if not _inside(folder, name):
-            raise CheckpointError(f"{path} names {name!r}", "files inside the checkpoint's folder", "do not use this checkpoint")
+            raise CheckpointError(
+                f"{path} names the file {name!r}", "files inside of the checkpoint's folder", "do not use this checkpoint"
+            )
     return entries
 
 
 def _entry(value: Any) -> ManifestEntry:
-    size, digest = value["size"], value["xxh64"]
-    if type(size) is not int or size < 0 or not isinstance(digest, str):
-        raise ValueError("a size is no whole number, or a checksum no text")
-    return ManifestEntry(size, digest)
+    size, xxh64 = value["size"], value["xxh64"]
+    if type(size) is not int or size < 0 or not isinstance(xxh64, str):
+        raise ValueError("a size is not a whole number, or a checksum is not a string")
+    return ManifestEntry(size, xxh64)
 
 
 def _inside(folder: Path, name: str) -> bool:
-    """Whether a name is that of a file in the folder, neither written nor linked to one elsewhere."""
+    """Returns whether a name stays inside of the folder, also after symbolic links are followed."""
     if not name or "\0" in name or os.path.isabs(name) or ".." in Path(name).parts:
         return False
     try:
@@ -209,74 +218,75 @@ def _inside(folder: Path, name: str) -> bool:
 
 
 def verify(folder: Path, share: Callable[[Mapping[str, ManifestEntry]], Iterable[str]] = list, full: bool = True) -> list[str]:
-    """What is wrong with a checkpoint; an empty list where it is sound.
+    """Returns the problems of a checkpoint; an empty list means that it is valid.
 
     Args:
         folder: the checkpoint.
-        share: the files to look at, of those in the manifest, so that ranks can share the work.
-        full: compare checksums, not sizes alone.
+        share: selects the files to check from those in the manifest, so that ranks can share the work.
+        full: compare checksums, which reads all data; else only sizes.
     """
     try:
         entries = read_manifest(folder)
     except CheckpointError as error:
         return [error.what]
-    # A reader takes all files of weights that it finds; none may be there that nothing vouches for.
+    # Loading reads every file of weights in the folder, so none may lack a checksum in the manifest.
     problems = [f"{path.name} is not in the manifest" for path in sorted(folder.glob(_WEIGHTS)) if path.name not in entries]
     if STATE not in entries:
-        problems.append(f"the manifest lacks {STATE}")
+        problems.append(f"{STATE} is not in the manifest")
     for name in share(entries):
         path, entry = folder / name, entries[name]
         try:
             size = path.stat().st_size
             if size != entry.size:
-                problems.append(f"{name} has {size} bytes of {entry.size}")
+                problems.append(f"{name} has {size:,} bytes instead of {entry.size:,}")
             elif full and checksum(path) != entry.xxh64:
-                problems.append(f"{name} has another checksum than its manifest says")
+                problems.append(f"{name} does not match its checksum in the manifest")
         except OSError as error:
             problems.append(f"{name}: {error.strerror or error}")
     return problems
 
 
 def read_state(folder: Path) -> TrainerState:
-    """The trainer state of a checkpoint.
+    """Returns the trainer state of a checkpoint.
 
     Raises:
-        CheckpointError: it is missing or damaged.
+        CheckpointError: the state is missing or damaged.
     """
     path = folder / STATE
     try:
         data = read_json(path)
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}", "a whole checkpoint", "resume from another checkpoint") from error
+        raise CheckpointError(f"cannot read {path}: {error}", "a complete checkpoint", "resume from another checkpoint") from error
     return TrainerState.from_json(data, str(path))
 
 
-def checkpoints(save: Path) -> list[Path]:
-    """All folders of checkpoints, newest first, sound or not; those that a kill kept from their name are among them once they are whole."""
+def list_checkpoints(save: Path) -> list[Path]:
+    """Returns all folders of checkpoints, newest first, valid or not.
+
+    They include complete checkpoints that still have their partial name because a kill prevented the rename.
+    """
     if not save.is_dir():
         return []
     steps = {path: step for path in save.iterdir() if (step := step_of(path)) is not None and path.is_dir()}
-    found = [path for path in steps if not _is_partial(path) or (path / MANIFEST).is_file()]
-    return sorted(found, key=lambda path: (steps[path], not _is_partial(path), path.name), reverse=True)
+    complete = [path for path in steps if not _is_partial(path) or (path / MANIFEST).is_file()]
+    return sorted(complete, key=lambda path: (steps[path], not _is_partial(path), path.name), reverse=True)
 
 
 def find_newest_valid(
     save: Path, wanted: Callable[[TrainerState], bool] | None = None, check: Callable[[Path], list[str]] = verify
 ) -> FoundCheckpoint | None:
-    """The newest checkpoint that verifies, or None where there are no checkpoints.
-
-    `save` may also be one checkpoint's own folder.
+    """Returns the newest valid checkpoint, or None if there are no checkpoints.
 
     Args:
-        save: of the run.
-        wanted: looks at no others; one whose state cannot be read is none of them. None: at all.
-        check: tells what is wrong with one, as `verify` does.
+        save: a run's folder, or the folder of one checkpoint.
+        wanted: selects checkpoints by their trainer state; others, and those whose state cannot be read, are ignored. None: all.
+        check: returns the problems of a checkpoint, as `verify` does.
 
     Raises:
-        CheckpointError: there are checkpoints, but none is sound, or the folder cannot be read.
+        CheckpointError: there are checkpoints but none is valid, or the folder cannot be read.
     """
     try:
-        candidates = [save] if (save / MANIFEST).is_file() else checkpoints(save)
+        candidates = [save] if (save / MANIFEST).is_file() else list_checkpoints(save)
     except OSError as error:
         raise CheckpointError(f"cannot read {save}: {error.strerror}", "a folder that this user can read", "check the path") from error
     skipped: list[tuple[str, str]] = []
@@ -286,7 +296,7 @@ def find_newest_valid(
                 continue
         except CheckpointError:
             continue
-        # Sizes first: what is missing or cut is known without reading the rest.
+        # Sizes first: missing and truncated files are found without reading any data.
         problems = verify(folder, full=False) or check(folder)
         if not problems:
             try:
@@ -296,15 +306,15 @@ def find_newest_valid(
         skipped.append((str(folder), "; ".join(problems)))
     if skipped:
         raise CheckpointError(
-            "no sound checkpoint: " + "; ".join(f"{folder}: {reason}" for folder, reason in skipped),
-            "at least one whole checkpoint",
-            "restore one from a copy, or start again with another --save",
+            "no valid checkpoint: " + "; ".join(f"{folder}: {reason}" for folder, reason in skipped),
+            "at least one valid checkpoint",
+            "restore one from a copy, or start a new run with another --save",
         )
     return None
 
 
 def _set_aside(folder: Path) -> Path:
-    """Renames a checkpoint, so that a kill never leaves half of one under its name."""
+    """Renames a checkpoint before it is removed, so that a kill never leaves an incomplete one under its name."""
     trash = folder.with_name(f"{TRASH}{folder.name}-{secrets.token_hex(4)}")
     os.replace(folder, trash)
     return trash
@@ -319,7 +329,7 @@ def _discard(folder: Path) -> None:
 
 
 def discard(folder: Path) -> bool:
-    """Removes a checkpoint, or an attempt at one; whether that succeeded."""
+    """Removes a checkpoint's folder, complete or partial, and returns whether that succeeded."""
     with contextlib.suppress(OSError):
         _discard(folder)
         return True

@@ -1,9 +1,9 @@
-"""One job at a time writes a run's folder: SAVE/lock says which, and what a dead job left is recognised.
+"""The lock on a run's folder, SAVE/lock: one job at a time writes the folder, and the lock of a dead job is recognized.
 
-In: the folder. Out: a lock that is held until it is released or its process dies. On the same machine the owner's process tells whether
-the lock is stale. On others its heartbeat does: the owner touches the file every few seconds, and a lock that is not touched for
-`PATIENCE` seconds, by the clock of the file system, is nobody's. As that clock may be each node's own, which may be wrong, nothing is taken
-that was not also watched for some heartbeats.
+In: the folder. Out: a lock that is held until it is released or its process dies. On the same machine, a lock is stale if the owner's
+process no longer exists. From another machine the owner's heartbeat decides: the owner touches the file every few seconds, and a lock
+that was not touched for `PATIENCE` seconds, by the clock of the file system, is stale. That clock may be another node's and wrong, so a
+lock is taken over only after it was also watched for some heartbeats.
 """
 
 from __future__ import annotations
@@ -30,7 +30,10 @@ _LONGEST = 4096
 
 
 def _started(pid: int) -> str:
-    """When a process of this machine began, in clock ticks: another one with the same number began at another time. "" if there is none."""
+    """Returns the start time of a process of this machine in clock ticks, or "" if there is none.
+
+    It distinguishes the process from a later one with the same number.
+    """
     try:
         text = Path(f"/proc/{pid}/stat").read_text()
     except (OSError, ValueError):
@@ -40,7 +43,7 @@ def _started(pid: int) -> str:
 
 
 def _machine() -> str:
-    """Where process numbers mean the same: this boot of this machine, and this container of it."""
+    """Returns an identifier of the scope of process numbers: this machine, its current boot and this container."""
     parts = []
     with contextlib.suppress(OSError):
         parts = [Path("/proc/sys/kernel/random/boot_id").read_text().strip(), os.readlink("/proc/self/ns/pid")]
@@ -48,7 +51,7 @@ def _machine() -> str:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """What a lock says; nothing where it is torn."""
+    """Returns the content of a lock file; an empty dictionary if it is damaged."""
     try:
         with path.open("rb") as file:
             data = json.loads(file.read(_LONGEST))
@@ -58,20 +61,20 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _is_dead(owner: dict[str, Any]) -> bool | None:
-    """Whether the owner has died; None where it cannot be told from here."""
+    """Returns whether the owner has died; None if that cannot be decided on this machine."""
     if owner.get("machine") != _machine() or type(owner.get("pid")) is not int:
         return None
     return _started(owner["pid"]) != owner.get("started")
 
 
 def _touched(path: Path) -> int:
-    """When the lock was touched last, in nanoseconds. Opened for it: a network file system may tell from memory else."""
+    """Returns when the lock was touched last, in nanoseconds. Opens the file, as a network file system may otherwise use cached values."""
     with path.open("rb") as file:
         return os.fstat(file.fileno()).st_mtime_ns
 
 
 def _age(path: Path) -> float:
-    """Seconds since the lock was touched, by the file system's own clock."""
+    """Returns the seconds since the lock was touched, by the clock of the file system."""
     probe = path.with_name(f".{path.name}-{secrets.token_hex(4)}")
     probe.touch()
     try:
@@ -81,20 +84,20 @@ def _age(path: Path) -> float:
 
 
 class SaveLock:
-    """The right to write a run's folder.
+    """The exclusive right to write a run's folder; creating the object takes the lock.
 
     Args:
-        save: the folder; it is made where it does not exist.
-        patience: seconds without a heartbeat after which another machine's lock is stale.
+        save: the run's folder; it is created if it does not exist.
+        patience: seconds without a heartbeat after which the lock of a job on another machine is stale.
 
     Raises:
-        CheckpointError: another job holds it, or the folder cannot be written.
+        CheckpointError: another job holds the lock, or the folder cannot be written.
     """
 
     def __init__(self, save: Path, patience: float = PATIENCE) -> None:
         self.path = save / LOCK
         self.took_over: str | None = None
-        """Whose stale lock this one replaces, as a sentence, or None."""
+        """The job whose stale lock was replaced, as "process P on HOST", or None."""
         self._token = secrets.token_hex(8)
         self._stop = threading.Event()
         try:
@@ -105,7 +108,7 @@ class SaveLock:
             raise CheckpointError(
                 f"cannot write to {save}: {error.strerror or error}", "a folder with free space", "free space, or change --save"
             ) from error
-        # A run may end before anybody is there to release it.
+        # A run may end on a path that does not release the lock.
         atexit.register(self.release)
         threading.Thread(target=self._beat, name="lock heartbeat", daemon=True).start()
 
@@ -121,10 +124,10 @@ class SaveLock:
         return True
 
     def _remove_if_stale(self, patience: float) -> None:
-        """Removes a dead job's lock; waits where a heartbeat has to tell.
+        """Removes the lock of a dead job; if the job ran on another machine, waits for its heartbeat first.
 
         Raises:
-            CheckpointError: its owner lives.
+            CheckpointError: the owner is alive.
         """
         try:
             owner = _read(self.path)
@@ -136,14 +139,14 @@ class SaveLock:
                     dead = False
         except FileNotFoundError:
             return
-        who = f"process {owner.get('pid', '?')} on {owner.get('host', 'an unknown host')}"
+        owner_name = f"process {owner.get('pid', '?')} on {owner.get('host', 'an unknown host')}"
         if dead is False:
             raise CheckpointError(
-                f"another job writes {self.path.parent}: {who}",
+                f"another job is writing to {self.path.parent}: {owner_name}",
                 "one job at a time with the same --save",
-                f"stop that job, or change --save ({self.path} is removed by itself once the job is dead)",
+                f"stop that job, or change --save (do not remove {self.path}: once that job has ended, the next one takes the lock over)",
             )
-        # Two jobs may find the same stale lock: what was taken away must be what was looked at, or it is another's new one.
+        # Two jobs may find the same stale lock. If the file changed since it was read, it is the other job's new lock and is put back.
         taken = self.path.with_name(f".{LOCK}-{self._token}")
         try:
             os.replace(self.path, taken)
@@ -153,7 +156,7 @@ class SaveLock:
             with contextlib.suppress(FileExistsError):
                 os.link(taken, self.path)
         else:
-            self.took_over = who
+            self.took_over = owner_name
         taken.unlink(missing_ok=True)
 
     def _beat(self) -> None:
@@ -162,10 +165,10 @@ class SaveLock:
                 os.utime(self.path)
 
     def check(self) -> None:
-        """Before something is published.
+        """Checks that this job still holds the lock; must be called before a checkpoint is published.
 
         Raises:
-            CheckpointError: the lock is another's by now, because this job seemed dead (it was stopped for long, or cut off).
+            CheckpointError: another job has taken the lock over, because this job seemed dead (suspended or disconnected for long).
         """
         try:
             owner = _read(self.path)
@@ -173,13 +176,13 @@ class SaveLock:
             owner = {}
         if owner.get("token") != self._token:
             raise CheckpointError(
-                f"{self.path} is no longer this job's: {'process ' + str(owner['pid']) if 'pid' in owner else 'nobody'} has it",
+                f"this job no longer holds {self.path}: {'process ' + str(owner['pid']) if 'pid' in owner else 'no process'} does",
                 "one job at a time with the same --save",
                 "stop one of the jobs",
             )
 
     def release(self) -> None:
-        """Gives the folder back."""
+        """Releases the lock."""
         self._stop.set()
         atexit.unregister(self.release)
         with contextlib.suppress(OSError):

@@ -1,6 +1,6 @@
-"""What is in a run's checkpoints, and whether it is sound: plain values for a table and a JSON line.
+"""Reports what is in a run's checkpoints and whether they are valid, as plain values for a table or a JSON line.
 
-In: a run's folder, or one of its step-N folders. Out: a dictionary a checkpoint; nothing is changed and no lock is asked for.
+In: a run's folder, or one of its step-N folders. Out: one dictionary per checkpoint. Nothing is changed and no lock is taken.
 """
 
 from __future__ import annotations
@@ -10,34 +10,35 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_patch.checkpoint.commit import MANIFEST, checkpoints, read_manifest, read_state, step_of, verify
+from megatron_patch.checkpoint.commit import MANIFEST, list_checkpoints, read_manifest, read_state, step_of, verify
 from megatron_patch.errors import CheckpointError
 
 
-def folders_of(path: Path) -> list[Path]:
-    """The checkpoints of a run's folder, newest first, or the one that the path is itself.
+def checkpoint_folders(path: Path) -> list[Path]:
+    """Returns the checkpoints of a run's folder, newest first; for the folder of a checkpoint, that folder alone.
 
     Raises:
-        CheckpointError: there are none.
+        CheckpointError: there is no checkpoint, or the folder cannot be read.
     """
     try:
-        found = [path] if (path / MANIFEST).is_file() or step_of(path) is not None else checkpoints(path)
+        folders = [path] if (path / MANIFEST).is_file() or step_of(path) is not None else list_checkpoints(path)
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}", "a folder that this user can read", "check the path") from error
-    if not found or not path.is_dir():
-        raise CheckpointError(f"{path} holds no checkpoint", "a run's folder, or one of its step-N folders", "check the path")
-    return found
+    if not folders or not path.is_dir():
+        raise CheckpointError(f"{path} contains no checkpoint", "a run's folder, or one of its step-N folders", "check the path")
+    return folders
 
 
 def describe(folder: Path, full: bool = False) -> dict[str, Any]:
-    """One checkpoint in a line.
+    """Returns one checkpoint's summary.
 
     Args:
-        folder: of the checkpoint.
-        full: compare checksums, which reads everything; else sizes.
+        folder: the folder of the checkpoint.
+        full: compare checksums, which reads all data; else only sizes.
 
     Returns:
-        folder, step, stage, patch_size, tokens, bytes, files, sound (whether nothing is wrong), problems; what cannot be read is None.
+        folder, step, stage, patch_size, tokens, bytes, files, checked ("checksums" or "sizes"), valid (true if there are no problems) and
+        problems. Values that cannot be read are None.
     """
     problems = verify(folder, full=full)
     line: dict[str, Any] = {"folder": str(folder), "step": step_of(folder), "stage": None, "patch_size": None, "tokens": None}
@@ -53,7 +54,7 @@ def describe(folder: Path, full: bool = False) -> dict[str, Any]:
         line["patch_size"] = _stage(state.plan, state.stage_index).get("patch_size")
     except CheckpointError as error:
         problems = problems or [error.what]
-    return {**line, "checked": "checksums" if full else "sizes", "sound": not problems, "problems": problems}
+    return {**line, "checked": "checksums" if full else "sizes", "valid": not problems, "problems": problems}
 
 
 def _stage(plan: Mapping[str, Any], index: int) -> Mapping[str, Any]:
@@ -63,10 +64,10 @@ def _stage(plan: Mapping[str, Any], index: int) -> Mapping[str, Any]:
 
 
 def explain(folder: Path) -> dict[str, Any]:
-    """What a checkpoint was made by and for: model, layout, precision, stages, data, and the options that were given.
+    """Returns the settings of the run that wrote a checkpoint: model, layout, precision, stages, data, and the options that were given.
 
     Raises:
-        CheckpointError: its state cannot be read.
+        CheckpointError: the trainer state cannot be read.
     """
     state = read_state(folder)
     layout = ("world_size", "tensor_parallel_size", "pipeline_parallel_size", "zero_stage", "precision")
@@ -83,16 +84,16 @@ def explain(folder: Path) -> dict[str, Any]:
         "stage_step": state.stage_step,
         "data": dict(state.data_fingerprint),
         "given_options": {name: options.get(name) for name in sorted(given) if name in options} if isinstance(options, dict) else {},
-        "weights_alone": state.weights_only,
+        "weights_only": state.weights_only,
     }
 
 
-def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Nested values as dotted names and short texts, for a table."""
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Returns nested values as dotted names with short texts, for a table."""
     lines: dict[str, str] = {}
     for name, value in values.items():
         if isinstance(value, dict) and value:
-            lines |= flat(value, f"{prefix}{name}.")
+            lines |= flatten(value, f"{prefix}{name}.")
         elif isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
             for number, item in enumerate(value):
                 lines[f"{prefix}{name}.{number}"] = " ".join(f"{key}={item[key]}" for key in item)

@@ -1,7 +1,7 @@
-"""Which checkpoints stay: the last ones, those at stage ends, and one in every so many steps or tokens.
+"""Retention of checkpoints: keep the newest ones, those at stage ends, and one per so many steps or tokens.
 
-In: a run's folder in which a checkpoint has just been committed, read back from disk. Out: the folders that were removed. What lies
-behind that checkpoint is another life's and is neither counted nor removed.
+In: a run's folder in which a checkpoint has just been committed and verified. Out: the folders that were removed. Checkpoints of later
+steps belong to a branch that --load went back from; they are neither counted nor removed.
 """
 
 from __future__ import annotations
@@ -10,19 +10,19 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_patch.checkpoint.commit import checkpoints, discard, step_of, verify
+from megatron_patch.checkpoint.commit import discard, list_checkpoints, step_of, verify
 
 
 @dataclass(frozen=True)
 class Retention:
-    """What to keep.
+    """Which checkpoints to keep.
 
     Args:
-        keep_last: how many of the newest; 0: all.
-        steps: steps to keep whatever their age, as the ends of stages.
-        every: keep the first checkpoint at or behind each multiple of so many steps; 0: none for this reason.
+        keep_last: number of newest checkpoints to keep; 0 keeps all.
+        steps: steps whose checkpoints are kept forever, such as the ends of stages.
+        every: keep forever the first checkpoint at or after each multiple of this many steps; 0: no such rule.
         every_tokens: the same in tokens.
-        tokens_of: tokens read at a step.
+        tokens_of: returns the number of tokens read up to a step.
     """
 
     keep_last: int
@@ -32,7 +32,7 @@ class Retention:
     tokens_of: Callable[[int], int] = int
 
     def kept_forever(self, steps: Iterable[int]) -> set[int]:
-        """Those of these steps that stay whatever their age."""
+        """Returns those of the given steps whose checkpoints are kept forever."""
         steps = sorted(steps)
         kept = set(self.steps & set(steps))
         if self.every:
@@ -43,7 +43,7 @@ class Retention:
 
 
 def first_of_each(steps: Sequence[int], windows: Sequence[int]) -> set[int]:
-    """The first step of each window but window 0; removing other steps does not change the answer."""
+    """Returns the first step of each window except window 0; the result stays the same when other steps are removed."""
     first: dict[int, int] = {}
     for step, window in zip(steps, windows, strict=True):
         first.setdefault(window, step)
@@ -53,26 +53,26 @@ def first_of_each(steps: Sequence[int], windows: Sequence[int]) -> set[int]:
 def prune(save: Path, committed: int, retention: Retention) -> list[Path]:
     """Removes old checkpoints.
 
-    Only checkpoints whose files have their sizes count towards `keep_last`, so that damaged ones push no sound one out.
+    Only checkpoints whose files have the right sizes count towards `keep_last`, so that damaged checkpoints do not displace valid ones.
 
     Args:
         save: the run's folder.
-        committed: the step of the checkpoint that was just committed and verified.
-        retention: what to keep.
+        committed: step of the checkpoint that was just committed and verified.
+        retention: which checkpoints to keep.
 
     Returns:
         The folders that were removed.
     """
-    known = {folder: step for folder in checkpoints(save) if (step := step_of(folder)) is not None and step <= committed}
+    known = {folder: step for folder in list_checkpoints(save) if (step := step_of(folder)) is not None and step <= committed}
     newest = next(iter(known), None)
     if retention.keep_last <= 0 or newest is None or known[newest] != committed or verify(newest, full=False):
         return []
     forever = retention.kept_forever(known.values())
-    sound, removed = 0, []
+    valid, removed = 0, []
     for folder, step in known.items():
-        if sound >= retention.keep_last:
+        if valid >= retention.keep_last:
             if step not in forever and discard(folder):
                 removed.append(folder)
         elif not verify(folder, full=False):
-            sound += 1
+            valid += 1
     return removed

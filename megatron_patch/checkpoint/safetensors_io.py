@@ -1,7 +1,7 @@
-"""Safetensors files, tensor by tensor: headers read and checked before any data, files written as a stream.
+"""Safetensors files: reads and checks headers before any data, and writes files tensor by tensor.
 
-The format (https://github.com/huggingface/safetensors): eight bytes with the length N of the header, N bytes of JSON that name each
-tensor's dtype, shape and place, then the data. Writing needs the memory of one tensor, not of a file.
+The format (https://github.com/huggingface/safetensors): eight bytes with the length N of the header, N bytes of JSON with each tensor's
+dtype, shape and data offsets, then the data. Writing needs the memory of one tensor, not of the file.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ _PIECE = 1 << 24
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a header says of one tensor.
+    """One tensor in a file's header.
 
     Args:
-        shape: its shape.
+        shape: the tensor's shape.
         dtype: the format's name of its dtype ("BF16").
-        path: the file that holds it.
+        path: the file that contains the tensor.
     """
 
     shape: tuple[int, ...]
@@ -43,15 +43,15 @@ class TensorInfo:
 
     @property
     def numel(self) -> int:
-        """Elements."""
+        """Number of elements."""
         return int(torch.Size(self.shape).numel())
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
-    """The tensors of a file, whose data is known to be whole.
+    """Returns the tensors of a file by name, after checking that the file contains all of their data.
 
     Raises:
-        CheckpointError: no such file, no safetensors file, or one that ends before its data does; with the first tensor it cuts.
+        CheckpointError: the file does not exist, is not a safetensors file, or is truncated; the error names the first truncated tensor.
     """
     try:
         size = path.stat().st_size
@@ -59,7 +59,9 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             start = file.read(8)
             length = struct.unpack("<Q", start)[0] if len(start) == 8 else _LONGEST_HEADER + 1
             if length > min(size, _LONGEST_HEADER):
-                raise CheckpointError(f"{path} ends inside its header ({size:,} bytes)", "a whole safetensors file", "copy it again")
+                raise CheckpointError(
+                    f"{path} ends inside of its header ({size:,} bytes)", "a complete safetensors file", "copy the file again"
+                )
             header = json.loads(file.read(length))
         tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
         infos = {name: TensorInfo(_sizes(entry["shape"]), str(entry["dtype"]), path) for name, entry in tensors.items()}
@@ -68,34 +70,34 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}", "a readable safetensors file", "check the path") from error
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
-        raise CheckpointError(f"{path} is no safetensors file: {error}", "a safetensors file", "copy it again") from error
+        raise CheckpointError(f"{path} is not a safetensors file: {error}", "a safetensors file", "copy the file again") from error
     for name, (begin, end) in spans.items():
         dtype = DTYPES.get(infos[name].dtype)
         if dtype is not None and end - begin != infos[name].numel * dtype.itemsize:
             raise CheckpointError(
-                f"{path}: tensor {name} {infos[name].shape} of {infos[name].dtype} has {end - begin:,} bytes",
-                f"{infos[name].numel * dtype.itemsize:,}",
-                "copy it again",
+                f"{path}: tensor {name} of shape {infos[name].shape} and dtype {infos[name].dtype} has {end - begin:,} bytes",
+                f"{infos[name].numel * dtype.itemsize:,} bytes",
+                "copy the file again",
             )
     for end, name in ends:
         if 8 + length + end > size:
             raise CheckpointError(
-                f"{path} is truncated: tensor {name} ends at byte {8 + length + end:,}, the file at {size:,}",
-                "a whole safetensors file",
-                "copy it again",
+                f"{path} is truncated: tensor {name} ends at byte {8 + length + end:,}, but the file has {size:,} bytes",
+                "a complete safetensors file",
+                "copy the file again",
             )
     return infos
 
 
 def _sizes(values: Any) -> tuple[int, ...]:
-    """Whole numbers from 0 whose product no 64-bit number is too small for."""
+    """Returns a list of sizes as a tuple, after checking that they are whole numbers from 0 whose product fits into 64 bits."""
     if not isinstance(values, list) or not all(type(value) is int and value >= 0 for value in values) or math.prod(values) >= 1 << 62:
-        raise ValueError(f"{values!r} are no sizes"[:300])
+        raise ValueError(f"{values!r} is not a list of sizes"[:300])
     return tuple(values)
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """The format's name of a dtype."""
+    """Returns the format's name of a dtype: torch.bfloat16 -> "BF16"."""
     return _NAMES[dtype]
 
 
@@ -106,20 +108,20 @@ def write_safetensors(
     tensors: Iterable[torch.Tensor],
     metadata: Mapping[str, str],
 ) -> ManifestEntry:
-    """Writes a file as its tensors come, and forces it to disk.
+    """Writes a file tensor by tensor and forces it to disk.
 
     Args:
-        path: of the file.
-        names: (name, shape) in the order of `tensors`.
-        dtype: of the file; tensors are converted.
-        tensors: the data.
-        metadata: strings for the header.
+        path: the file to write.
+        names: (name, shape) of each tensor, in the order of `tensors`.
+        dtype: dtype in the file; tensors are converted to it.
+        tensors: the data, on the CPU.
+        metadata: strings for the header's `__metadata__`.
 
     Returns:
-        Size and checksum of what was written.
+        Size and checksum of the written file.
 
     Raises:
-        CheckpointError: the file cannot be written, or a tensor is not of its announced shape.
+        CheckpointError: the file cannot be written, or a tensor does not have the shape in `names`.
     """
     header: dict[str, object] = {"__metadata__": dict(metadata)}
     end = 0
@@ -127,25 +129,25 @@ def write_safetensors(
         begin, end = end, end + int(torch.Size(shape).numel()) * dtype.itemsize
         header[name] = {"dtype": dtype_name(dtype), "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
-    # The data begins at a multiple of 8 bytes, as the format's own writer has it.
+    # The data begins at a multiple of 8 bytes, as in files of the safetensors library.
     text += b" " * (-len(text) % 8)
-    digest = xxhash.xxh64()
+    checksum = xxhash.xxh64()
     try:
         with path.open("wb") as file:
             for start in (struct.pack("<Q", len(text)), text):
                 file.write(start)
-                digest.update(start)
+                checksum.update(start)
             for (name, shape), tensor in zip(names, tensors, strict=True):
                 if tuple(tensor.shape) != tuple(shape):
                     raise CheckpointError(f"tensor {name} has shape {tuple(tensor.shape)}", f"{tuple(shape)}")
                 data = memoryview(tensor.to(dtype).contiguous().reshape(-1).view(torch.uint8).numpy().data)
                 for offset in range(0, len(data), _PIECE):
                     file.write(data[offset : offset + _PIECE])
-                    digest.update(data[offset : offset + _PIECE])
+                    checksum.update(data[offset : offset + _PIECE])
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
         raise CheckpointError(
             f"cannot write {path}: {error.strerror}", "a folder with free space", "free space, or choose another folder"
         ) from error
-    return ManifestEntry(8 + len(text) + end, digest.hexdigest())
+    return ManifestEntry(8 + len(text) + end, checksum.hexdigest())

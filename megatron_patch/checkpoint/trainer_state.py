@@ -82,7 +82,7 @@ class TrainerState:
         values: dict[str, Any] = {}
         for f in fields(TrainerState):
             if f.name not in data:
-                raise CheckpointError(f"{where} lacks {f.name!r}", "a whole trainer state")
+                raise CheckpointError(f"{where} lacks {f.name!r}", "a complete trainer state")
             values[f.name] = _checked(data[f.name], str(f.type), f"{where}: {f.name}")
         return TrainerState(**values)
 
@@ -104,5 +104,5 @@ def _from_version_1(data: Mapping[str, Any], where: str) -> dict[str, Any]:
     if not isinstance(extra, dict):
         raise CheckpointError(f"{where}: extra is {extra!r}"[:300], "a dict")
     added = {f.name: f.default for f in fields(TrainerState) if f.default is not MISSING}
-    found = {name: extra.get(name, default) for name, default in added.items()}
-    return {**data, **found, "data_metadata": extra.get("data_info"), "version": STATE_VERSION}
+    values = {name: extra.get(name, default) for name, default in added.items()}
+    return {**data, **values, "data_metadata": extra.get("data_info"), "version": STATE_VERSION}

@@ -19,7 +19,7 @@ from megatron_patch.checkpoint.commit import FoundCheckpoint, ManifestEntry
 from megatron_patch.checkpoint.safetensors_io import write_safetensors
 from megatron_patch.checkpoint.trainer_state import TrainerState
 from megatron_patch.convert.tensor_names import parameter_shapes
-from megatron_patch.engine.inference import find_checkpoint, shape_of_state
+from megatron_patch.engine.inference import require_checkpoint, shape_of_state
 from megatron_patch.engine.state_files import FORMAT, StateFiles, state_file_name
 from megatron_patch.errors import CheckpointError
 from megatron_patch.model.shape import ModelShape
@@ -65,7 +65,7 @@ def open_checkpoint(load: str) -> CheckpointWeights:
     Raises:
         CheckpointError: there is none, it is damaged, or a parameter is missing, unexpected or of another shape.
     """
-    found = find_checkpoint(load)
+    found = require_checkpoint(load)
     shape = shape_of_state(found.state, str(found.folder))
     files = StateFiles(found.folder)
     files.check(parameter_shapes(shape))

@@ -1,1 +1,1 @@
-"""Everything that touches DeepSpeed: its JSON, initialisation, the optimizer, and engines behind one small interface."""
+"""Everything that touches DeepSpeed: its configuration, the process groups, the optimizer, and the engines that train."""

@@ -1,9 +1,9 @@
-"""Data parallelism with ZeRO 0 to 3, over layers that ranks may share: the engine without a pipeline, on `deepspeed.initialize`.
+"""The engine without a pipeline: data parallelism with ZeRO 0 to 3, and tensor parallelism.
 
 In: a model whose forward returns (sum of weighted losses, sum of weights), micro-batches, stages. Out: steps and evaluations.
 
-Accumulation boundaries are set explicitly, as DeepSpeed's own counter runs on from the start of the job and would cut the first step after
-a switch short.
+The boundaries of gradient accumulation are set explicitly: DeepSpeed's own counter runs from the start of the job, so that after a switch
+the first step would end too early.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from megatron_patch.stages import Stage
 
 
 class DataParallelEngine(DeepSpeedEngine):
-    """One rank of a job in which every rank runs all layers, or its part of each."""
+    """The engine of a rank that runs all layers, or its tensor-parallel shard of each; see `DeepSpeedEngine` for the arguments."""
 
     def _initialize(self, model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any]) -> Any:
         import deepspeed
@@ -35,25 +35,25 @@ class DataParallelEngine(DeepSpeedEngine):
         return deepspeed.initialize(model=model, optimizer=optimizer, config=settings, mpu=mpu)[0]
 
     def start_stage(self, stage: Stage) -> None:
-        """Takes on the stage's micro-batch and accumulation; see `Engine`."""
+        """Applies the stage's micro-batch size and gradient accumulation; see `Engine`."""
         settings = batch_settings(stage, self.grid.data_parallel_size)
         self._engine.set_train_micro_batch_size(settings["train_micro_batch_size_per_gpu"])
         self._engine.set_train_batch_size(settings["train_batch_size"])
 
-    def _run(self, batch: PatchBatch, weights: torch.Tensor | None) -> Any:
-        """(sum of weighted losses, sum of weights) of a micro-batch."""
+    def _forward(self, batch: PatchBatch, weights: torch.Tensor | None) -> Any:
+        """Runs the forward pass of a micro-batch and returns (sum of weighted losses, sum of weights)."""
         inputs, labels, position_ids, document_ids = map(
-            self._moved, (batch.input_ids, batch.labels, batch.position_ids, batch.document_ids)
+            self._to_device, (batch.input_ids, batch.labels, batch.position_ids, batch.document_ids)
         )
         return self._engine(inputs, labels, weights, position_ids, document_ids)
 
     def train_step(
         self, micro_batches: Sequence[PatchBatch], label_weights: Sequence[float], lr: float, gate: StepGate | None = None
     ) -> StepResult:
-        """One optimizer step; see `Engine`."""
+        """Runs one optimizer step, unless the gate rejects it; see `Engine`."""
         engine = self._engine
         self._set_lr(lr)
-        weights = self._weights(label_weights)
+        weights = self._label_weights(label_weights)
         total_weight = self._total_weight(micro_batches, label_weights)
         scale = (self.grid.data_parallel_size / total_weight).to(torch.float32)
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -64,7 +64,7 @@ class DataParallelEngine(DeepSpeedEngine):
                 last = index == len(micro_batches) - 1
                 engine.set_gradient_accumulation_boundary(last)
                 with stopwatch if index == 0 else contextlib.nullcontext():
-                    micro_sum, _ = self._run(batch, weights)
+                    micro_sum, _ = self._forward(batch, weights)
                 loss_sum += micro_sum.detach()
                 engine.backward(micro_sum * scale, scale_wrt_gas=False)
                 if not last:
@@ -78,24 +78,24 @@ class DataParallelEngine(DeepSpeedEngine):
         self._sum_over_data(loss_sum)
         return float(loss_sum / total_weight)
 
-    def _local_sums(self, batches: Iterable[PatchBatch]) -> torch.Tensor:
+    def _evaluation_sums(self, batches: Iterable[PatchBatch]) -> torch.Tensor:
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         self._engine.eval()
         try:
             with torch.no_grad():
                 for batch in batches:
-                    loss_sum, weight_sum = self._run(batch, None)
+                    loss_sum, weight_sum = self._forward(batch, None)
                     sums += torch.stack([loss_sum.double(), weight_sum.double()])
         finally:
             self._engine.train()
         return sums
 
     def logits(self, ids: torch.Tensor) -> torch.Tensor:
-        """Distributions at K = 1; see `Engine`."""
+        """Returns the logits at K = 1; see `Engine`."""
         self._engine.eval()
         try:
             with torch.no_grad():
-                # With sequence parallelism positions are shared out evenly; what is behind a position does not change it.
+                # Sequence parallelism needs a multiple of the ranks; attention is causal, so padding at the end changes nothing before it.
                 length = ids.shape[1]
                 padded = torch.nn.functional.pad(ids, (0, -length % self.grid.tensor_parallel_size))
                 result: torch.Tensor = self._engine(padded[..., None], None)

@@ -1,8 +1,8 @@
-"""DeepSpeed's JSON: what the flags say, joined with the user's own file.
+"""Merges the flags and the user's DeepSpeed JSON into one configuration.
 
-In: engine and schedule options, where they came from, and the path of a user's JSON. Out: `EngineConfig`, whose `deepspeed` part is
-handed to `deepspeed.initialize`. Keys that the program does not set pass through; what both set must agree, or the run ends with both
-values. No torch here, so a dry run can print it.
+In: engine and schedule options, the origin of each option, and the path of a user's JSON. Out: `EngineConfig`, whose `deepspeed` field
+goes to `deepspeed.initialize`. Keys that the program does not set pass through unchanged. A value that both set must be the same in both;
+else the error shows both values. This file imports no torch, so that a dry run starts fast.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ _DECISIVE = ("zero_optimization", "gradient_clipping", "bf16", "fp16", "data_typ
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """What the engine needs to know beside model and plan.
+    """Settings of the engine that depend on neither the model nor the stage.
 
     Args:
-        precision: of weights and activations; gradients accumulate in float32 and master weights are float32 in all of them.
-        zero_stage: what ZeRO shards.
-        clip_grad: largest gradient norm; 0: no clipping.
-        deepspeed: DeepSpeed's JSON without the batch sizes, which belong to the stage.
+        precision: of weights and activations; gradients accumulate in float32, and master weights are float32, in every precision.
+        zero_stage: the ZeRO level (0 to 3) that `--zero-stage` or the JSON sets.
+        clip_grad: largest gradient norm; 0 turns clipping off.
+        deepspeed: DeepSpeed's JSON without the batch sizes, which each training stage sets.
     """
 
     precision: Precision
@@ -44,17 +44,17 @@ class EngineConfig:
 
     @property
     def offloads_optimizer(self) -> bool:
-        """Whether the optimizer steps in host memory."""
+        """Whether the optimizer's state is in host memory or on NVMe, and the optimizer steps on the CPU."""
         return _device(self.deepspeed["zero_optimization"], "offload_optimizer") != "none"
 
     @property
     def offloads_to_nvme(self) -> bool:
-        """Whether weights or optimizer are on NVMe between steps."""
+        """Whether weights or the optimizer's state are on NVMe between steps."""
         return any(_device(self.deepspeed["zero_optimization"], part) == "nvme" for part in _OFFLOADS)
 
 
 def batch_settings(stage: Stage, data_parallel_size: int) -> dict[str, int]:
-    """DeepSpeed's three batch sizes for a stage."""
+    """Returns DeepSpeed's three batch sizes for a stage."""
     accumulation = stage.gradient_accumulation(data_parallel_size)
     return {
         "train_micro_batch_size_per_gpu": stage.micro_batch_size,
@@ -71,172 +71,183 @@ def _read(path: str | None) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"--deepspeed_config {path}: {error.strerror}", "a readable JSON file", "check the path") from error
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"--deepspeed_config {path} is not valid JSON: {error}", "a JSON object") from error
+        raise ConfigError(f"--deepspeed_config {path} is not valid JSON: {error}", "a JSON object", "correct the file") from error
     if not isinstance(data, dict):
-        raise ConfigError(f"--deepspeed_config {path} holds a {type(data).__name__}", "a JSON object")
+        raise ConfigError(f"--deepspeed_config {path} contains a {type(data).__name__}", "a JSON object", "correct the file")
     return data
 
 
 def _section(data: Mapping[str, Any], name: str) -> dict[str, Any]:
     section = data.get(name, {})
     if not isinstance(section, dict):
-        raise ConfigError(f"--deepspeed_config: {name} is {section!r}", "a JSON object")
+        raise ConfigError(f"--deepspeed_config: {name} is {section!r}", "a JSON object", f"correct {name}")
     if "enabled" in section and section["enabled"] not in (True, False, "auto"):
-        raise ConfigError(f"--deepspeed_config: {name}.enabled is {section['enabled']!r}", 'true, false or "auto"')
+        raise ConfigError(f"--deepspeed_config: {name}.enabled is {section['enabled']!r}", 'true, false or "auto"', "use one of them")
     return dict(section)
 
 
 def _device(zero: Mapping[str, Any], part: str) -> str:
-    """Where a part of the training's state is offloaded to."""
+    """Returns the device that `offload_optimizer` or `offload_param` names: "none", "cpu" or "nvme"."""
     section = {} if zero.get(part) is None else _section(zero, part)
     device = section.get("device", "none")
     if device not in ("none", "cpu", "nvme"):
-        raise ConfigError(f"--deepspeed_config: zero_optimization.{part}.device is {device!r}", "none, cpu or nvme", "use cpu")
+        raise ConfigError(f"--deepspeed_config: zero_optimization.{part}.device is {device!r}", "none, cpu or nvme", "use one of them")
     return str(device)
 
 
-def _check_nvme(zero: Mapping[str, Any], stage: int) -> None:
-    """DeepSpeed takes nvme for cpu under ZeRO 1 and 2, and looks at the path by bare assertions."""
+def _check_nvme(zero: Mapping[str, Any], zero_level: int) -> None:
+    """Checks settings of NVMe: under ZeRO 1 and 2 DeepSpeed silently uses the CPU, and it checks the path by bare assertions."""
     for part in _OFFLOADS:
         if _device(zero, part) != "nvme":
             continue
-        if stage != 3:
+        if zero_level != 3:
             raise ConfigError(
-                f"--deepspeed_config: zero_optimization.{part}.device is nvme with ZeRO stage {stage}",
-                "nvme with ZeRO 3; cpu with ZeRO 1 and 2, for the optimizer",
+                f"--deepspeed_config: zero_optimization.{part}.device is nvme with ZeRO {zero_level}",
+                "nvme with ZeRO 3; with ZeRO 1 and 2 device cpu, for offload_optimizer only",
                 "use --zero-stage 3, or device cpu",
             )
         path = zero[part].get("nvme_path")
         if not isinstance(path, str) or not path:
             raise ConfigError(
-                f"--deepspeed_config: zero_optimization.{part}.device is nvme, and its nvme_path is {path!r}",
-                "a folder on a local NVMe disk, which no other job uses",
-                'set "nvme_path"',
+                f"--deepspeed_config: zero_optimization.{part}.device is nvme, but nvme_path is {path!r}",
+                "a folder on a local NVMe disk that no other job uses",
+                f"set zero_optimization.{part}.nvme_path",
             )
     if _device(zero, "offload_param") == "nvme" and zero.get(_PREFETCH, 0) != 0:
         raise ConfigError(
             f"--deepspeed_config: zero_optimization.{_PREFETCH} is {zero[_PREFETCH]!r} with offload_param on nvme: DeepSpeed's prefetch "
-            "stops at weights that it needs twice in a row, forward and backward",
+            "fails on weights that the forward and the backward pass use one right after the other",
             "0",
             f"remove {_PREFETCH}",
         )
 
 
 def _check_names(user: Mapping[str, Any]) -> None:
-    """DeepSpeed passes over what it does not know: a slip in a name that decides something must not pass."""
+    """Refuses misspelled names of important keys, because DeepSpeed ignores keys that it does not know."""
     for key in user:
         close = difflib.get_close_matches(key, _DECISIVE, n=1, cutoff=0.8)
         if key not in _DECISIVE and (close or key == "bfloat16"):
             name = close[0] if close else "bf16"
-            raise ConfigError(f"--deepspeed_config: unknown key {key!r}", f"{name}, as DeepSpeed spells it", f"write {name}")
+            raise ConfigError(
+                f"--deepspeed_config: unknown key {key!r}", f"DeepSpeed's own name of the key, {name}", f"rename it to {name}"
+            )
 
 
-class _Agreement:
-    """Settles one value between a flag and the user's JSON."""
+class _Merger:
+    """Decides between a flag and the user's JSON.
+
+    Args:
+        origins: which options the user gave.
+    """
 
     def __init__(self, origins: Mapping[str, str]) -> None:
         self._origins = origins
 
-    def settle(self, option: str, value: Any, key: str, theirs: Any) -> Any:
-        """The flag's value where the flag was given or the JSON is silent ("auto" is silence), else the JSON's."""
-        if theirs is None or theirs == "auto":
+    def merge(self, option: str, value: Any, key: str, json_value: Any) -> Any:
+        """Returns the JSON's value if it has one ("auto" counts as none), else the option's.
+
+        Raises:
+            ConfigError: the user gave the option and the JSON sets another value.
+        """
+        if json_value is None or json_value == "auto":
             return value
-        if option in self._origins and value != theirs:
+        if option in self._origins and value != json_value:
             raise ConfigError(
-                f"--{option.replace('_', '-')} says {value!r} and --deepspeed_config says {key} = {theirs!r}",
-                "one value, or the same in both",
+                f"--{option.replace('_', '-')} is {value!r}, but --deepspeed_config sets {key} = {json_value!r}",
+                "a value in one of the two, or the same value in both",
                 "remove one of them",
             )
-        return theirs
+        return json_value
 
 
 def _precision(options: EngineOptions, origins: Mapping[str, str], user: Mapping[str, Any]) -> Precision:
-    settle = _Agreement(origins).settle
-    bf16 = settle("bf16", options.bf16, "bf16.enabled", _section(user, "bf16").get("enabled"))
-    fp16 = settle("fp16", options.fp16, "fp16.enabled", _section(user, "fp16").get("enabled"))
+    merge = _Merger(origins).merge
+    bf16 = merge("bf16", options.bf16, "bf16.enabled", _section(user, "bf16").get("enabled"))
+    fp16 = merge("fp16", options.fp16, "fp16.enabled", _section(user, "fp16").get("enabled"))
     if bf16 and fp16:
-        raise ConfigError("bf16 and fp16 are both switched on by flags and --deepspeed_config", "one of them", "remove one")
+        raise ConfigError("the flags and --deepspeed_config together turn on both bf16 and fp16", "one of them", "remove one")
     return "bf16" if bf16 else "fp16" if fp16 else "fp32"
 
 
 def engine_config(
     options: EngineOptions, schedule: ScheduleOptions, origins: Mapping[str, str], plan: StagePlan, data_parallel_size: int
 ) -> EngineConfig:
-    """Joins flags and the user's JSON.
+    """Merges the flags and the user's JSON.
 
     Args:
-        options: engine flags.
-        schedule: optimizer flags.
-        origins: which options were given, and where.
-        plan: for the batch sizes, which the JSON may repeat but not contradict.
-        data_parallel_size: ranks that share a global batch.
+        options: engine options.
+        schedule: learning rate and optimizer options.
+        origins: name of each option that the user gave -> where.
+        plan: the stage plan, for the batch sizes, which the JSON may repeat but not contradict.
+        data_parallel_size: number of ranks that share a global batch.
 
     Raises:
-        ConfigError: unreadable JSON, a contradiction, or a combination that DeepSpeed cannot run.
+        ConfigError: the optimizer is not registered, the JSON cannot be read, a flag and the JSON contradict each other, or DeepSpeed
+            cannot run the combination.
     """
     check_optimizer_name(schedule.optimizer)
     user = _read(options.deepspeed_config)
     _check_names(user)
-    settle = _Agreement(origins).settle
+    merge = _Merger(origins).merge
     for key in ("optimizer", "scheduler"):
         if key in user:
             raise ConfigError(
                 f"--deepspeed_config sets {key!r}",
-                "the program's own flags for it",
-                "use --lr, --lr-decay-style, --weight-decay, --adam-beta1 …",
+                "the program's own flags for optimizer and learning rate",
+                f"remove {key}; use --optimizer, --lr, --lr-decay-style, --weight-decay, --adam-beta1 …",
             )
     for key, value in batch_settings(plan.stages[0], data_parallel_size).items():
         if user.get(key, "auto") not in ("auto", value):
             raise ConfigError(
-                f"--deepspeed_config says {key} = {user[key]!r}, the first stage of the plan {value}",
-                "no batch sizes there, as each stage has its own",
+                f"--deepspeed_config sets {key} = {user[key]!r}, but the first stage of the plan has {value}",
+                "no batch sizes in the JSON: each stage has its own",
                 f"remove {key}",
             )
     precision = _precision(options, origins, user)
     zero = _section(user, "zero_optimization")
-    stage = settle("zero_stage", options.zero_stage, "zero_optimization.stage", zero.get("stage"))
-    stage = 1 if stage is None else stage
-    if stage not in (0, 1, 2, 3) or isinstance(stage, bool):
-        raise ConfigError(f"zero_optimization.stage = {stage!r}", "0, 1, 2 or 3")
-    clip_grad = settle("clip_grad", schedule.clip_grad, "gradient_clipping", user.get("gradient_clipping"))
+    zero_level = merge("zero_stage", options.zero_stage, "zero_optimization.stage", zero.get("stage"))
+    zero_level = 1 if zero_level is None else zero_level
+    if zero_level not in (0, 1, 2, 3) or isinstance(zero_level, bool):
+        raise ConfigError(f"--deepspeed_config: zero_optimization.stage is {zero_level!r}", "0, 1, 2 or 3", "use one of them")
+    clip_grad = merge("clip_grad", schedule.clip_grad, "gradient_clipping", user.get("gradient_clipping"))
     if isinstance(clip_grad, bool) or not isinstance(clip_grad, (int, float)) or not 0 <= clip_grad < float("inf"):
-        raise ConfigError(f"--deepspeed_config: gradient_clipping is {clip_grad!r}", "numbers from 0")
-    if precision == "fp16" and stage == 0:
+        raise ConfigError(f"--deepspeed_config: gradient_clipping is {clip_grad!r}", "numbers from 0", "use 0 to turn clipping off")
+    if precision == "fp16" and zero_level == 0:
         raise ConfigError(
-            "--fp16 with --zero-stage 0: there are no sharded master weights to scale the loss for",
-            "--zero-stage 1, 2 or 3, or --bf16",
-            "use --zero-stage 1; on one rank it is the same",
+            "--fp16 with --zero-stage 0: float16 needs the float32 master weights that ZeRO 1 to 3 keep",
+            "--fp16 with --zero-stage 1, 2 or 3; --bf16 with any",
+            "use --zero-stage 1; on a single rank it shards nothing",
         )
-    if stage > 1 and options.pipeline_model_parallel_size > 1:
+    if zero_level > 1 and options.pipeline_model_parallel_size > 1:
         raise ConfigError(
-            f"--zero-stage {stage} with --pipeline-model-parallel-size {options.pipeline_model_parallel_size}: DeepSpeed's pipelines keep "
-            "whole gradients and weights of their layers",
+            f"--zero-stage {zero_level} with --pipeline-model-parallel-size {options.pipeline_model_parallel_size}: with a pipeline, "
+            "DeepSpeed does not shard gradients or weights",
             "ZeRO 0 or 1 with a pipeline; ZeRO 2 or 3 without one, with tensor parallelism too",
             "use --zero-stage 1, or --pipeline-model-parallel-size 1",
         )
-    if stage == 3 and options.compile:
+    if zero_level == 3 and options.compile:
         raise ConfigError(
-            "--compile with --zero-stage 3: DeepSpeed gathers weights inside the blocks, where they would be compiled again and again",
-            "--compile with ZeRO 0 to 2, with tensor parallelism too; ZeRO 3 without it",
-            "leave --compile out, or use --zero-stage 2",
+            "--compile with --zero-stage 3: DeepSpeed gathers weights inside of the blocks, so that torch would compile them over and over",
+            "--compile with ZeRO 0 to 2, with tensor parallelism too; ZeRO 3 without --compile",
+            "remove --compile, or use --zero-stage 2",
         )
     offloads = [part for part in _OFFLOADS if _device(zero, part) != "none"]
-    if offloads and (stage == 0 or ("offload_param" in offloads and stage < 3)):
+    if offloads and (zero_level == 0 or ("offload_param" in offloads and zero_level < 3)):
         raise ConfigError(
-            f"--deepspeed_config offloads {' and '.join(offloads)} with ZeRO stage {stage}",
+            f"--deepspeed_config uses {' and '.join(offloads)} with ZeRO {zero_level}",
             "offload_optimizer with ZeRO 1 to 3, offload_param with ZeRO 3",
-            "raise --zero-stage",
+            "use a higher --zero-stage, or remove the offload",
         )
-    _check_nvme(zero, stage)
+    _check_nvme(zero, zero_level)
     merged: dict[str, Any] = {key: value for key, value in user.items() if key not in ("bf16", "fp16")}
     merged.update(
         zero_allow_untested_optimizer=True,
         zero_force_ds_cpu_optimizer=False,
         gradient_clipping=float(clip_grad),
         steps_per_print=merged.get("steps_per_print", 2**62),
-        zero_optimization={**zero, "stage": stage, **({_PREFETCH: 0} if _device(zero, "offload_param") == "nvme" else {})},
+        zero_optimization={**zero, "stage": zero_level, **({_PREFETCH: 0} if _device(zero, "offload_param") == "nvme" else {})},
     )
-    if precision == "bf16" and stage > 0:
+    if precision == "bf16" and zero_level > 0:
         merged["bf16"] = {**_section(user, "bf16"), "enabled": True}
     if precision == "fp16":
         merged["fp16"] = {
@@ -245,11 +256,15 @@ def engine_config(
             **_section(user, "fp16"),
             "enabled": True,
         }
-    # DeepSpeed's meter of samples a second would wait for the GPU before and behind every micro-batch.
+    # DeepSpeed's throughput timer would synchronize with the GPU before and after every micro-batch.
     timers = _section(user, "timers")
     merged["timers"] = {**timers, "throughput": {"enabled": False, **_section(timers, "throughput")}}
     types = _section(user, "data_types")
     if types.get("grad_accum_dtype") not in (None, "auto", "fp32"):
-        raise ConfigError(f"--deepspeed_config says data_types.grad_accum_dtype = {types['grad_accum_dtype']!r}", "fp32", "remove it")
+        raise ConfigError(
+            f"--deepspeed_config: data_types.grad_accum_dtype is {types['grad_accum_dtype']!r}",
+            "fp32",
+            "remove data_types.grad_accum_dtype",
+        )
     merged["data_types"] = {**types, "grad_accum_dtype": "fp32"}
-    return EngineConfig(precision, stage, float(clip_grad), merged)
+    return EngineConfig(precision, zero_level, float(clip_grad), merged)

@@ -1,7 +1,6 @@
-"""Joining and leaving the job: from the launcher's environment variables to a process group, and back.
+"""Starts and ends torch.distributed for this rank, and wraps the few collectives and the key-value store that other modules use.
 
-In: what `deepspeed`, `torchrun` or `srun` set (environment.py); nothing of it means a job of one process.
-Out: the rank's device and coordinates.
+In: the variables that `deepspeed`, `torchrun` or `srun` set (environment.py); without them a job of one process. Out: this rank's device.
 """
 
 from __future__ import annotations
@@ -21,19 +20,22 @@ from megatron_patch.engine.environment import device_index, local_world_size, ra
 
 
 def init_distributed(timeout_minutes: int = 30) -> torch.device:
-    """Joins the job and returns this rank's device (its GPU, or the CPU).
+    """Initializes torch.distributed and returns this rank's device (its GPU, or the CPU).
 
-    On CPUs the cores are shared out among the local ranks, unless OMP_NUM_THREADS says otherwise.
+    On CPUs the local ranks share the cores equally, unless OMP_NUM_THREADS is set.
+
+    Args:
+        timeout_minutes: how long a collective waits for other ranks, in all process groups.
 
     Raises:
-        MegatronPatchError: the environment does not say which rank this is, or this node has no GPU for it.
+        MegatronPatchError: the environment does not determine this rank, or this node has no GPU for it.
     """
-    (rank, size, local), beside, threads = ranks_from_environment(), local_world_size(), threads_per_rank()
+    (rank, size, local_rank), local_size, threads = ranks_from_environment(), local_world_size(), threads_per_rank()
     address, port = rendezvous_address()
-    # Said in one way from here on, for torch and DeepSpeed.
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(local), MASTER_ADDR=address, MASTER_PORT=str(port))
-    if beside is not None:
-        os.environ["LOCAL_WORLD_SIZE"] = str(beside)
+    # From here on the variables of a launcher are set, also under srun: torch and DeepSpeed read them.
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(local_rank), MASTER_ADDR=address, MASTER_PORT=str(port))
+    if local_size is not None:
+        os.environ["LOCAL_WORLD_SIZE"] = str(local_size)
     cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
     if not cuda:
         os.environ["DS_ACCELERATOR"] = "cpu"
@@ -44,15 +46,15 @@ def init_distributed(timeout_minutes: int = 30) -> torch.device:
     from deepspeed.utils import logger
 
     logger.setLevel(logging.WARNING)
-    # DeepSpeed would try its compilers here and build shared-memory collectives at every start; an empty table of operators prevents both.
+    # An empty table of operators keeps DeepSpeed from probing compilers and from building shared-memory collectives at every start.
     deepspeed.ops.__compatible_ops__ = {}
-    device = torch.device("cuda", device_index(local, torch.cuda.device_count())) if cuda else torch.device("cpu")
+    device = torch.device("cuda", device_index(local_rank, torch.cuda.device_count())) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-        # DeepSpeed takes it for the number of this rank's GPU, also where the rank sees no other (Slurm's --gpus-per-task).
+        # DeepSpeed uses LOCAL_RANK as the index of this rank's GPU, which is 0 if the rank sees only its own (Slurm's --gpus-per-task).
         os.environ["LOCAL_RANK"] = str(device.index)
     timeout = timedelta(minutes=timeout_minutes)
-    # Groups of some ranks, ours and DeepSpeed's, do not take over the job's time-out: on GPUs torch gives each of them 10 minutes.
+    # Process groups of some ranks do not inherit the timeout of the default group: with NCCL, torch gives each of them 10 minutes.
     torch.distributed.distributed_c10d.default_pg_timeout = timeout
     torch.distributed.distributed_c10d.default_pg_nccl_timeout = timeout
     if not torch.distributed.is_initialized():
@@ -61,13 +63,13 @@ def init_distributed(timeout_minutes: int = 30) -> torch.device:
 
 
 def destroy_distributed() -> None:
-    """Leaves the job; without it ZeRO 3 may end with an error while the interpreter shuts down."""
+    """Destroys the process groups; without it, ZeRO 3 may end with an error while the interpreter shuts down."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
 def broadcast_object(value: object, source: int = 0) -> object:
-    """Gives every rank the source's value (None elsewhere)."""
+    """Returns the value of rank `source` on every rank; the other ranks may pass None."""
     if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
         return value
     holder = [value]
@@ -76,7 +78,7 @@ def broadcast_object(value: object, source: int = 0) -> object:
 
 
 def gather_objects(value: object) -> list[object]:
-    """Every rank's value, in order of ranks, on every rank."""
+    """Returns the values of all ranks, in the order of ranks, on every rank."""
     if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
         return [value]
     values: list[object] = [None] * torch.distributed.get_world_size()
@@ -85,61 +87,62 @@ def gather_objects(value: object) -> list[object]:
 
 
 def barrier() -> None:
-    """Waits until every rank is here."""
+    """Waits until every rank has called this function."""
     if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
         torch.distributed.barrier()
 
 
-def set_once(name: str, word: str, seconds: float = 5.0) -> str | None:
-    """What the first rank that came here said; ranks need not come together, and some may hang or be dead.
+def set_once(key: str, value: str, seconds: float = 5.0) -> str | None:
+    """Sets a key of the job's store unless another rank has set it before, and returns the value that holds.
+
+    Works while other ranks hang or are dead: it is not a collective.
 
     Args:
-        name: of what is decided.
-        word: what this rank says; it counts where no other rank was first.
-        seconds: to wait for the keeper of such words, rank 0's process.
+        key: name of the decision.
+        value: this rank's proposal; it holds if no other rank was first.
+        seconds: how long to wait for the store, which rank 0's process serves.
 
     Returns:
-        The first rank's word, this one's if that is this rank; None where the keeper does not answer.
+        The value of the first rank that set the key, maybe this one; None if the store does not answer.
     """
     if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
-        return word
+        return value
     store = torch.distributed.distributed_c10d._get_default_store()
-    said: list[str] = []
+    answers: list[str] = []
 
-    def say() -> None:
+    def propose() -> None:
         with contextlib.suppress(RuntimeError):
-            said.append(store.compare_set(_key(name), "", word).decode())
+            answers.append(store.compare_set(_key(key), "", value).decode())
 
-    # The store's own time-out is that of collectives, and cannot be changed for one call.
-    asking = threading.Thread(target=say, daemon=True, name="first word")
-    asking.start()
-    asking.join(seconds)
-    return said[0] if said else None
+    # The store's own timeout is that of collectives, and cannot be changed for a single call.
+    thread = threading.Thread(target=propose, daemon=True, name="set once")
+    thread.start()
+    thread.join(seconds)
+    return answers[0] if answers else None
 
 
-def set_once_reader(name: str) -> Callable[[], str | None]:
-    """Asks what `set_once` has heard, whenever it is called, on a connection of its own, which no other thread waits for.
+def set_once_reader(key: str) -> Callable[[], str | None]:
+    """Returns a function that reads the value that `set_once` has set, on a connection of its own, so that no other thread waits for it.
 
-    Returns:
-        What the first rank said; None where nobody has said anything. Where the keeper has gone it raises `ConnectionError`.
+    The function returns None while the key is not set. It raises `ConnectionError` if the process that serves the store has ended.
     """
     if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
         return lambda: None
     store: Any = torch.distributed.distributed_c10d._get_default_store()
-    # Now, while the keeper is there for certain: later one might wait long for it.
+    # Connects now, while the store is certainly served: a later attempt might wait long.
     store = store.clone()
 
-    def ask() -> str | None:
+    def read() -> str | None:
         try:
-            word: str | None = store.get(_key(name)).decode() if store.check([_key(name)]) else None
+            value: str | None = store.get(_key(key)).decode() if store.check([_key(key)]) else None
         except torch.distributed.DistNetworkError as error:
             raise ConnectionError(str(error)) from error
-        except RuntimeError:  # no answer in time: asked again later
+        except RuntimeError:  # no answer in time: the next call tries again
             return None
-        return word
+        return value
 
-    return ask
+    return read
 
 
-def _key(name: str) -> str:
-    return f"megatron_patch/{name}"
+def _key(key: str) -> str:
+    return f"megatron_patch/{key}"

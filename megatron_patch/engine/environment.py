@@ -1,7 +1,7 @@
-"""Which of how many ranks this process is, and where rank 0 is to be met: as launchers and srun set it. No torch here.
+"""This process's rank, the world size and the address of rank 0, from the variables of a launcher or of srun. No torch here.
 
-In: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT of a launcher, or what srun sets; neither means a job of one process.
-Launchers come first, as they may be started by srun themselves.
+In: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT of a launcher (torchrun, deepspeed), or the variables of srun. Neither means
+a job of one process. The launcher's variables take precedence, because srun may have started the launcher.
 """
 
 from __future__ import annotations
@@ -14,38 +14,47 @@ from collections.abc import MutableMapping
 
 from megatron_patch.engine.slurm import SlurmTask, slurm_task
 from megatron_patch.errors import ConfigError, MegatronPatchError
+from megatron_patch.utils.units import plural
 
 
 def ranks_from_environment() -> tuple[int, int, int]:
-    """(rank, world size, local rank) that the launcher or srun gave this process; without either (0, 1, 0).
+    """Returns (rank, world size, local rank) of this process as the launcher or srun set them; without either (0, 1, 0).
 
     Raises:
-        ConfigError: variables that are no numbers or contradict each other.
+        ConfigError: a variable is not a number, or two variables contradict each other.
     """
     task = _task()
     if task is not None:
         if os.environ.get("WORLD_SIZE", str(task.size)) != str(task.size):
             raise ConfigError(
-                f"WORLD_SIZE={os.environ['WORLD_SIZE']} without RANK, in a Slurm step of {task.size} tasks",
-                "the step's number of tasks, or no WORLD_SIZE",
-                "unset WORLD_SIZE: srun's own variables say which rank is which",
+                f"WORLD_SIZE={os.environ['WORLD_SIZE']} is set without RANK, in a Slurm step of {plural(task.size, 'task')}",
+                "no WORLD_SIZE, or the number of tasks of the step",
+                "unset WORLD_SIZE: srun's own variables give each rank its number",
             )
         return task.rank, task.size, task.local_rank
     names = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
     try:
         rank, size, local = (int(os.environ.get(name, default)) for name, default in names)
     except ValueError as error:
-        raise ConfigError(f"RANK, WORLD_SIZE or LOCAL_RANK is no number: {error}", "what a launcher sets") from error
+        raise ConfigError(
+            f"RANK, WORLD_SIZE or LOCAL_RANK is not a number: {error}",
+            "whole numbers, as a launcher sets them",
+            "unset these variables, or start the job with deepspeed, torchrun or srun",
+        ) from error
     if not 0 <= rank < size:
-        raise ConfigError(f"RANK={rank} with WORLD_SIZE={size}", "ranks below the world size", "start the job with a launcher")
+        raise ConfigError(
+            f"RANK={rank} with WORLD_SIZE={size}",
+            "ranks from 0 to below the world size",
+            "start the job with deepspeed, torchrun or srun, which set both",
+        )
     return rank, size, local
 
 
 def rendezvous_address() -> tuple[str, int]:
-    """(address, port) of rank 0: MASTER_ADDR and MASTER_PORT, else what follows from a Slurm step, else a free port of this machine.
+    """Returns (address, port) of rank 0: MASTER_ADDR and MASTER_PORT, else those of the Slurm step, else a free port of this machine.
 
     Raises:
-        ConfigError: nothing says where the ranks of a job are to meet.
+        ConfigError: a job of several ranks has no address or port of rank 0.
     """
     task = _task()
     _, size, _ = ranks_from_environment()
@@ -57,14 +66,17 @@ def rendezvous_address() -> tuple[str, int]:
     if not address or not port:
         raise ConfigError(
             f"WORLD_SIZE={size} without {'MASTER_PORT' if address else 'MASTER_ADDR'}",
-            "the address and a free port of rank 0's node, the same in all ranks",
+            "the address of rank 0's node and a free port there, the same on all ranks",
             "start the job with deepspeed, torchrun or srun, or set MASTER_ADDR and MASTER_PORT",
         )
     return address, int(port)
 
 
 def free_port() -> int:
-    """A port of this machine that nobody listens on, below those that Linux gives to outgoing connections, one of which could take it."""
+    """Returns an unused port of this machine.
+
+    The port is below 32,768: from there on Linux assigns ports to outgoing connections, one of which could take it.
+    """
     while True:
         port = random.SystemRandom().randrange(12_000, 32_000)
         with socket.socket() as sock, contextlib.suppress(OSError):
@@ -73,7 +85,7 @@ def free_port() -> int:
 
 
 def local_world_size() -> int | None:
-    """Ranks on this node; None where the launcher does not say."""
+    """Returns the number of ranks on this node, or None if the launcher does not set it."""
     task = _task()
     if task is not None:
         return task.local_size
@@ -82,38 +94,40 @@ def local_world_size() -> int | None:
 
 
 def threads_per_rank() -> int:
-    """Cores for this rank's own threads: what Slurm gave its task, else this process' cores shared out among the node's ranks."""
+    """Returns the number of cores for this rank: those of its Slurm task, else an equal share of this process's cores per local rank."""
     cores = len(os.sched_getaffinity(0))
-    own = os.environ.get("SLURM_CPUS_PER_TASK")
-    if _task() is not None and own:
-        return max(1, min(cores, int(own)))
+    cpus_per_task = os.environ.get("SLURM_CPUS_PER_TASK")
+    if _task() is not None and cpus_per_task:
+        return max(1, min(cores, int(cpus_per_task)))
     _, size, _ = ranks_from_environment()
     return max(1, cores // (local_world_size() or size))
 
 
 def device_index(local_rank: int, visible: int) -> int:
-    """Which of the GPUs that this process sees is its own; the only one where Slurm shows each task its own alone (--gpus-per-task).
+    """Returns the index of this rank's GPU among the GPUs that are visible to this process.
+
+    The index is the local rank; it is 0 where Slurm shows each task only the task's own GPU (--gpus-per-task).
 
     Raises:
-        MegatronPatchError: there are fewer GPUs than ranks on this node: told by each of its ranks, as other nodes may be well.
+        MegatronPatchError: this node has fewer GPUs than ranks. Every rank of the node raises it: other nodes may be healthy.
     """
-    beside = local_world_size() or local_rank + 1
-    if beside <= visible:
+    local_size = local_world_size() or local_rank + 1
+    if local_size <= visible:
         return local_rank
-    if visible == 1 and int(os.environ.get("SLURM_GPUS_ON_NODE", "0")) >= beside:
+    if visible == 1 and int(os.environ.get("SLURM_GPUS_ON_NODE", "0")) >= local_size:
         return 0
     raise MegatronPatchError(
-        f"{visible} GPUs are to be seen on {socket.gethostname()}, which has {beside} ranks",
-        "a GPU for each rank",
-        "start as many ranks on a node as it has GPUs (deepspeed --num_gpus, srun --ntasks-per-node), or leave out a node that lost one: "
-        "nvidia-smi -L tells, sbatch --exclude leaves it out",
+        f"{plural(visible, 'GPU')} visible on {socket.gethostname()}, which runs {plural(local_size, 'rank')}",
+        "one GPU for each rank",
+        "start as many ranks on a node as it has GPUs (deepspeed --num_gpus, srun --ntasks-per-node); if the node lost a GPU "
+        "(check with nvidia-smi -L), exclude the node (sbatch --exclude)",
     )
 
 
 def use_expandable_segments(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Tells torch's allocator for GPUs, before torch is imported, to map memory by the page, unless it has been told something already.
+    """Makes torch's CUDA allocator use expandable segments, unless the user has configured it; must run before torch is imported.
 
-    Where a switch of stages changes all activations' sizes, freed memory of the old sizes then serves for the new ones.
+    A switch changes the sizes of all activations. With expandable segments, freed memory of the old sizes is reused for the new ones.
     """
     if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & environment.keys():
         environment["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"

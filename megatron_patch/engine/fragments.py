@@ -1,9 +1,9 @@
-"""Where this rank's float32 weights and moments live, whatever ZeRO stage holds them, as flat views named by parameter.
+"""Flat views of the float32 weights and moments that this rank holds, whatever the ZeRO level, named by parameter.
 
-In: a DeepSpeed engine. Out: `Fragment`s, each a span `[start, start + numel)` of one flattened parameter (or of the part of it that a
-tensor-parallel rank holds) with live views of its master weight and its two moments. Checkpoints, the switch of stages and replica checks
-all work on fragments, so none of them needs to know how a ZeRO stage lays its memory out; and as fragments are named by parameter, part and
-span, a checkpoint of fragments can be read back into any other layout.
+In: a DeepSpeed engine. Out: `Fragment`s. Each is a span `[start, start + numel)` of one flattened parameter (or of this rank's
+tensor-parallel shard of it), with views of its master weight and its two moments. Checkpoints and initial weights work on fragments, so
+they need not know how ZeRO lays out its memory. Fragments are named by parameter, shard and span, so that a checkpoint of fragments can
+be loaded into any other layout.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from megatron_patch.model.sharding import Shard
 
 @dataclass(frozen=True)
 class Fragment:
-    """A span of one parameter that this rank owns.
+    """A span of one parameter that this rank holds.
 
     Args:
         name: the parameter's name.
-        shape: the whole parameter's shape.
-        shard: the tensor-parallel part that the span is of, or None where the parameter is not cut.
-        start: first element of the span in the flattened part.
-        numel: elements of the span.
-        tensors: "weight", "exp_avg", "exp_avg_sq" -> float32 [numel], live views; of what is on NVMe, valid until those of another fragment
-            are looked up.
+        shape: shape of the full parameter.
+        shard: the tensor-parallel shard that contains the span; None if the parameter is not sharded.
+        start: first element of the span in the flattened shard.
+        numel: number of elements of the span.
+        tensors: "weight", "exp_avg", "exp_avg_sq" -> float32 [numel], views that show and set the current values. With NVMe offload they
+            are valid until the tensors of another fragment are looked up.
     """
 
     name: str
@@ -48,15 +48,14 @@ def fragments(
     share: tuple[int, int] | None,
     on_nvme: SubGroups | None = None,
 ) -> list[Fragment]:
-    """This rank's fragments in the order of the parameters, or of the sub-groups that are on NVMe.
+    """Returns this rank's fragments, in the order of the parameters; with NVMe offload, in the order of the sub-groups.
 
     Args:
-        engine: what `deepspeed.initialize` returned.
-        names: each parameter's name.
-        shards: which part of it this rank holds, where it is cut.
-        share: (rank, ranks): where all ranks hold everything (ZeRO 0) the fragments are this rank's equal share of it;
-            None: all of it.
-        on_nvme: open for as long as the fragments are used, where weights or moments are on NVMe.
+        engine: the engine that `deepspeed.initialize` returned.
+        names: parameter -> its name.
+        shards: name -> this rank's tensor-parallel shard, for the sharded parameters.
+        share: (rank, ranks): under ZeRO 0, where each rank holds all weights, return this rank's equal share of them; None: return all.
+        on_nvme: the sub-groups on NVMe, to be kept open while the fragments are used; None without NVMe offload.
     """
     optimizer = base_optimizer(engine.optimizer)
     result = []
@@ -70,8 +69,8 @@ def fragments(
         tensors: Mapping[str, torch.Tensor]
         if on_nvme is None:
             state = ensure_moments(optimizer, flat)
-            whole = {"weight": flat.detach(), **{key: state[key] for key in MOMENTS}}
-            tensors = {key: tensor.view(-1).narrow(0, offset, numel) for key, tensor in whole.items()}
+            full = {"weight": flat.detach(), **{key: state[key] for key in MOMENTS}}
+            tensors = {key: tensor.view(-1).narrow(0, offset, numel) for key, tensor in full.items()}
         else:
             tensors = on_nvme.views(on_nvme.of(parameter), offset, numel)
         shard = shards.get(name)
@@ -80,29 +79,29 @@ def fragments(
     return result
 
 
-class HostCopies:
-    """Copies of fragments in the host's memory, which a file is written from while training goes on; the memory is kept for the next.
+class HostBuffers:
+    """Host memory for a snapshot, which is written to disk while training continues; the memory is reused by the next snapshot.
 
     Args:
-        pin_memory: page-locked, as copies from a GPU are several times faster into.
+        pin_memory: use page-locked memory, into which copies from a GPU are several times faster.
     """
 
     def __init__(self, pin_memory: bool) -> None:
         self._pin = pin_memory
-        self._kept: dict[tuple[str, str, int], torch.Tensor] = {}
+        self._buffers: dict[tuple[str, str, int], torch.Tensor] = {}
 
-    def copies(self, found: Sequence[Fragment]) -> list[Fragment]:
-        """The same fragments with tensors that training does not touch; those of the call before are overwritten."""
-        before, self._kept = self._kept, {}
+    def copy(self, local: Sequence[Fragment]) -> list[Fragment]:
+        """Returns copies of the fragments in host memory; the copies of the previous call are overwritten."""
+        previous, self._buffers = self._buffers, {}
         result = []
-        for fragment in found:
+        for fragment in local:
             tensors = {}
             for kind, tensor in fragment.tensors.items():
                 key = (kind, fragment.name, fragment.start)
-                kept = before.get(key)
-                if kept is None or kept.shape != tensor.shape:
-                    kept = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=self._pin)
-                self._kept[key] = tensors[kind] = kept.copy_(tensor, non_blocking=self._pin)
+                buffer = previous.get(key)
+                if buffer is None or buffer.shape != tensor.shape:
+                    buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=self._pin)
+                self._buffers[key] = tensors[kind] = buffer.copy_(tensor, non_blocking=self._pin)
             result.append(replace(fragment, tensors=tensors))
         if self._pin:
             torch.cuda.synchronize()
@@ -112,7 +111,10 @@ class HostCopies:
 def _locate(
     engine: Any, optimizer: torch.optim.Optimizer, parameter: Any, share: tuple[int, int] | None
 ) -> tuple[torch.Tensor, int, int, int] | None:
-    """(tensor of the optimizer, offset in it, offset in the flattened parameter, elements), or None where nothing is here."""
+    """Returns where this rank holds a parameter: (tensor of the optimizer, offset in it, offset in the flattened parameter, elements).
+
+    None if this rank holds nothing of it.
+    """
     zero = engine.optimizer
     if hasattr(parameter, "ds_id"):  # ZeRO 3: equal spans, the last padded
         group, offset, padded = zero.grad_position[zero.get_param_id(parameter)]

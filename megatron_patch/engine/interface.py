@@ -1,4 +1,7 @@
-"""What the training loop asks of an engine, whichever parallel layout is behind it."""
+"""The interface between the training loop and an engine, the same for every parallel layout.
+
+In: micro-batches, stages, checkpoint folders. Out: `StepResult`, `EvaluationResult`, `Snapshot` and `ReplicaMismatch`, plain records.
+"""
 
 from __future__ import annotations
 
@@ -16,15 +19,15 @@ from megatron_patch.stages import Stage
 
 @dataclass(frozen=True)
 class StepResult:
-    """One optimizer step.
+    """The result of one optimizer step.
 
     Args:
         loss: mean over all scored labels of the global batch, in nats.
         grad_norm: norm of the mean gradient before clipping.
-        skipped: whether the optimizer did not step.
-        refused: why not, where that was no float16 overflow.
+        skipped: whether the weights were left unchanged.
+        rejection: reason why the step was rejected; None if it was taken, or skipped only because of an overflow in float16.
         loss_scale: the loss scale in float16, else None.
-        forward_seconds: this rank's first forward pass.
+        forward_seconds: duration of this rank's first forward pass.
     """
 
     loss: float
@@ -36,24 +39,24 @@ class StepResult:
 
 
 class StepGate(Protocol):
-    """Decides whether a step is taken, from numbers that every rank has alike."""
+    """Decides whether a step may change the weights, from numbers that are the same on every rank."""
 
     def check_loss(self, loss: float) -> str | None:
-        """Why not, by the loss."""
+        """Returns the reason to reject the step by its mean loss, or None."""
         ...
 
     def check_grad_norm(self, norm: float) -> str | None:
-        """Why not, by the gradient's norm."""
+        """Returns the reason to reject the step by its gradient norm (before clipping), or None."""
         ...
 
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """A mean over held-out labels.
+    """The result of an evaluation on held-out data.
 
     Args:
-        loss: in nats a label.
-        labels: scored labels over all ranks.
+        loss: mean over the scored labels, in nats.
+        labels: number of scored labels over all ranks.
     """
 
     loss: float
@@ -77,11 +80,11 @@ class ReplicaMismatch:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What one rank puts into a checkpoint.
+    """One rank's part of a checkpoint.
 
     Args:
-        state: what the trainer's state must keep for `Engine.load`.
-        write: writes this rank's files into a folder, durably, and tells what the manifest says of them.
+        state: the engine's state, which the trainer state must keep for `Engine.load`.
+        write: writes this rank's files into a folder, durably, and returns their manifest entries by file name.
     """
 
     state: Mapping[str, Any]
@@ -89,32 +92,49 @@ class Snapshot:
 
 
 class Engine(Protocol):
-    """Trains, evaluates, switches stages, saves and loads."""
+    """One rank's engine: it trains, evaluates, switches stages, saves and loads.
+
+    All methods except `local_loss` are collective: every rank must call them, in the same order.
+    """
 
     def train_step(
         self, micro_batches: Sequence[PatchBatch], label_weights: Sequence[float], lr: float, gate: StepGate | None = None
     ) -> StepResult:
-        """One optimizer step over this rank's micro-batches of a global batch, unless the judge has something against it."""
+        """Runs forward and backward over a global batch and steps the optimizer, unless the gate rejects the step.
+
+        Args:
+            micro_batches: this rank's micro-batches of the global batch.
+            label_weights: weight of each of the K labels of a position.
+            lr: learning rate of the step.
+            gate: may reject the step by its loss or gradient norm; None: every step is taken.
+        """
         ...
 
     def logits(self, ids: torch.Tensor) -> torch.Tensor:
-        """int64 [B, T], the same on every rank, to one distribution a position, [B, T, V]; every rank must call it."""
+        """Returns the logits of the next token at each position, at K = 1.
+
+        Args:
+            ids: token ids, int64 [B, T], the same on every rank.
+
+        Returns:
+            [B, T, V], the same on every rank.
+        """
         ...
 
     def evaluate(self, batches: Iterable[PatchBatch]) -> EvaluationResult:
-        """The mean loss over batches; every rank brings the same number of them."""
+        """Returns the mean loss over held-out batches; every rank must pass the same number of batches."""
         ...
 
     def local_loss(self, batch: PatchBatch) -> float:
-        """The sum of the losses of one batch over the ranks that share a model, each of which must call it; of no others."""
+        """Returns the loss sum of one batch on this replica alone; all ranks of the replica must call it with the same batch."""
         ...
 
     def switch_stage(self, stage: Stage) -> None:
-        """Takes on the stage's micro-batch, accumulation and shapes, and treats the optimizer as the stage asks."""
+        """Switches to a stage: as `start_stage`, and keeps or resets the optimizer's state according to `Stage.optimizer`."""
         ...
 
     def start_stage(self, stage: Stage) -> None:
-        """Takes on a stage's batch and shapes and leaves the optimizer alone: at the start and when resuming inside a stage."""
+        """Applies a stage's batch sizes and shapes without changing the optimizer: at the start of a run and on resume."""
         ...
 
     def replica_mismatches(self) -> list[ReplicaMismatch]:
@@ -122,9 +142,22 @@ class Engine(Protocol):
         ...
 
     def snapshot(self, to_host: bool) -> Snapshot:
-        """This rank's part of a checkpoint; with `to_host` a copy that later steps leave alone, valid until the next call."""
+        """Returns this rank's part of a checkpoint.
+
+        Args:
+            to_host: copy all tensors to host memory, so that training can continue while the snapshot is written; the copy is valid
+                until the next call.
+        """
         ...
 
     def load(self, folder: Path, state: Mapping[str, Any] | None) -> None:
-        """Reads weights, and with `state` (a snapshot's) the optimizer too, written under any layout."""
+        """Loads a checkpoint, which may have been written under any parallel layout.
+
+        Args:
+            folder: the checkpoint's folder.
+            state: `Snapshot.state` of the checkpoint; None: load only the weights and keep a fresh optimizer.
+
+        Raises:
+            CheckpointError: a file is damaged, or the checkpoint belongs to another model.
+        """
         ...

@@ -103,7 +103,7 @@ def ensure_moments(optimizer: torch.optim.Optimizer, tensor: torch.Tensor) -> di
 
 
 def _new_state(optimizer: torch.optim.Optimizer, tensor: torch.Tensor) -> dict[str, Any]:
-    """Returns a fresh state for a tensor, in the form that the optimizer gives its own: found by one step on a probe of two zeros."""
+    """Returns a fresh state for a tensor; its form (what counts the steps) is taken from a step of the optimizer on a probe of zeros."""
     import torch
 
     probe = torch.zeros(2, dtype=tensor.dtype, device=tensor.device)

@@ -1,11 +1,11 @@
-"""Pipeline parallelism on DeepSpeed's `PipelineModule`: each rank holds some layers, micro-batches follow each other through the stages.
+"""The engine with a pipeline, on DeepSpeed's `PipelineModule`: each pipeline rank holds some of the layers.
 
-In: this rank's part of the model, micro-batches, stages. Out: steps and evaluations, as without a pipeline.
+In: this rank's part of the model, micro-batches, stages. Out: steps and evaluations, with the results of the engine without a pipeline.
 
-DeepSpeed's schedule (1F1B) carries one float tensor between stages, the hidden states. Everything else that layers need to know (positions,
-documents, labels) each rank takes from its own copy of the micro-batches, in the order in which they pass. Whenever the shape of the hidden
-states changes (at a switch between stages whose samples are of constant tokens, or for an evaluation), all ranks drop the buffers of the
-old one before the first batch.
+DeepSpeed's schedule (1F1B) sends one float tensor between pipeline ranks: the hidden states. Everything else that the layers need
+(positions, documents, labels) each rank takes from its own copy of the micro-batches, in the order in which they pass. When the shape of
+the hidden states changes (at a switch between stages whose samples have a constant number of tokens, or for an evaluation), all ranks drop
+the buffers of the old shape before the first micro-batch.
 """
 
 from __future__ import annotations
@@ -36,8 +36,14 @@ from megatron_patch.stages import Stage
 
 
 @dataclass(frozen=True)
-class _Passage:
-    """What this rank's layers need of one micro-batch beside the hidden states."""
+class _ExtraInputs:
+    """What this rank's layers need of one micro-batch in addition to the hidden states.
+
+    Args:
+        position_ids: see `PatchBatch`.
+        document_ids: see `PatchBatch`.
+        labels: see `PatchBatch`; None on pipeline ranks before the last, and when logits are computed.
+    """
 
     position_ids: torch.Tensor | None
     document_ids: torch.Tensor | None
@@ -45,14 +51,18 @@ class _Passage:
 
 
 class _TiedGradient:
-    """A tied weight as DeepSpeed asks for its gradient before it sums it over the stages, wherever that gradient accumulates."""
+    """A tied weight with the interface through which DeepSpeed sums its gradient over the pipeline ranks.
+
+    Args:
+        weight: the parameter, whose gradient may accumulate in one of several attributes.
+    """
 
     def __init__(self, weight: Any) -> None:
         self._weight = weight
 
     @property
     def grad(self) -> torch.Tensor | None:
-        """The float32 sum beside a float16 weight, else the weight's own gradient."""
+        """The float32 accumulator of a weight of lower precision if there is one, else the weight's own gradient."""
         accumulated = getattr(self._weight, "grad_accum", None)
         gradient: torch.Tensor | None = self._weight.grad if accumulated is None else accumulated
         return gradient
@@ -63,14 +73,14 @@ class _TiedGradient:
         return gradient
 
 
-class _StageModule(PipelineModule):  # type: ignore[misc]
-    """This rank's part of a model, in the form that DeepSpeed's pipeline engine drives.
+class _PipelineRankModule(PipelineModule):  # type: ignore[misc]
+    """This pipeline rank's part of a model, in the form that DeepSpeed's pipeline engine runs.
 
     Args:
-        part: the layers.
-        boundaries: of all stages in the list of layers.
+        part: this rank's layers.
+        boundaries: first layer of each pipeline rank, and the number of layers.
         topology: DeepSpeed's view of the grid.
-        tied: a weight that the first and the last stage both hold, and their ranks; None elsewhere.
+        tied: the embedding that the first and the last pipeline rank both hold, with their process group; None on other ranks.
     """
 
     def __init__(
@@ -80,11 +90,12 @@ class _StageModule(PipelineModule):  # type: ignore[misc]
         topology: Any,
         tied: tuple[torch.Tensor, torch.distributed.ProcessGroup] | None,
     ) -> None:
-        self._given, self._boundaries, self._tied = [part], list(boundaries), tied
-        with contextlib.redirect_stdout(io.StringIO()):  # It prints what the plan has told already.
+        # In a list, so that torch does not register the module before `_build`.
+        self._unbuilt, self._boundaries, self._tied = [part], list(boundaries), tied
+        with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints the partition, which the plan has shown already.
             super().__init__([LayerSpec(nn.Identity)] * boundaries[-1], topology=topology)
         self.is_last = self.stage_id == self.num_stages - 1
-        self.passages: Iterator[_Passage] = iter(())
+        self.extra_inputs: Iterator[_ExtraInputs] = iter(())
         self.logits: torch.Tensor | None = None
         self.label_weights: torch.Tensor | None = None
         self.scale: torch.Tensor | float = 1.0
@@ -92,24 +103,33 @@ class _StageModule(PipelineModule):  # type: ignore[misc]
         self.stopwatch = self._timed = Stopwatch(self.sums.device)
 
     def _partition_layers(self, method: str = "") -> None:
+        """Replaces DeepSpeed's partition by the given boundaries."""
         self.parts = self._boundaries
         self._set_bounds(self.parts[self.stage_id], self.parts[self.stage_id + 1])
 
     def _build(self) -> None:
-        (self.part,) = self._given
+        """Registers the given layers, where DeepSpeed would build its own."""
+        (self.part,) = self._unbuilt
         for parameter in self.part.parameters():
             parameter.ds_pipe_replicated = False  # type: ignore[attr-defined]
 
     def get_tied_weights_and_groups(self) -> list[tuple[_TiedGradient, Any]]:
-        """What DeepSpeed sums over the stages before a step."""
+        """Returns the weights whose gradients DeepSpeed sums over pipeline ranks before a step, each with its process group."""
         return [] if self._tied is None else [(_TiedGradient(self._tied[0]), self._tied[1])]
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        """The next micro-batch through the layers: hidden states; in the last stage the scaled loss, or `logits` where no labels are."""
-        passage = next(self.passages)
+        """Runs the next micro-batch through this rank's layers.
+
+        Args:
+            inputs: token ids on the first pipeline rank, else hidden states.
+
+        Returns:
+            Hidden states; on the last pipeline rank the scaled loss, or without labels a zero, and the logits are put into `logits`.
+        """
+        extra = next(self.extra_inputs)
         first, self._timed = self._timed is not self.stopwatch, self.stopwatch
         with self.stopwatch if first else contextlib.nullcontext():
-            result = self.part(inputs, passage.labels, self.label_weights, passage.position_ids, passage.document_ids)
+            result = self.part(inputs, extra.labels, self.label_weights, extra.position_ids, extra.document_ids)
         if not self.is_last:
             hidden: torch.Tensor = result
             return hidden
@@ -123,17 +143,17 @@ class _StageModule(PipelineModule):  # type: ignore[misc]
 
 
 class PipelineParallelEngine(DeepSpeedEngine):
-    """One rank of a job whose layers are spread over pipeline stages.
+    """The engine of a rank that holds some of the layers, over a pipeline of ranks.
 
     Args:
-        boundaries: of all stages in the list of layers.
-        build: as in `DeepSpeedEngine`, with the layers of this rank's stage.
-        seed: as there.
-        config: as there; ZeRO 0 or 1.
-        schedule: as there.
-        stage: as there.
-        ranks: as there.
-        device: as there.
+        boundaries: first layer of each pipeline rank, and the number of layers.
+        build: builds the layers of this pipeline rank; see `DeepSpeedEngine`.
+        seed: see `DeepSpeedEngine`.
+        config: see `DeepSpeedEngine`; ZeRO 0 or 1.
+        schedule: see `DeepSpeedEngine`.
+        stage: see `DeepSpeedEngine`.
+        groups: see `DeepSpeedEngine`.
+        device: see `DeepSpeedEngine`.
     """
 
     def __init__(
@@ -157,19 +177,19 @@ class PipelineParallelEngine(DeepSpeedEngine):
         self._model = part
         topology = PipeModelDataParallelTopology(grid.pipeline_parallel_size, grid.tensor_parallel_size, grid.data_parallel_size)
         tied = None
-        if self._model.shape.tie_embeddings and self._model.embedding is not None and self._groups.ends is not None:
-            tied = (self._model.embedding.word.weight, self._groups.ends)
-        self._module = _StageModule(model, self._boundaries, topology, tied)
+        if self._model.shape.tie_embeddings and self._model.embedding is not None and self._groups.embedding is not None:
+            tied = (self._model.embedding.word.weight, self._groups.embedding)
+        self._module = _PipelineRankModule(model, self._boundaries, topology, tied)
         for parameter, name in self._names.items():
-            # DeepSpeed counts a parameter with this mark in another stage.
-            parameter.ds_pipe_replicated = name in self._copies  # type: ignore[attr-defined]
-        # With sequence parallelism each rank's hidden states are its own; else the ranks of a layer share the sending.
+            # In the gradient norm, DeepSpeed counts a parameter with this mark on another pipeline rank only.
+            parameter.ds_pipe_replicated = name in self._tied_copies  # type: ignore[attr-defined]
+        # Without sequence parallelism all tensor-parallel ranks hold the same hidden states, and each sends a part of them.
         partitioned = not self._model.parallel.sequence
         pipeline = {**settings.get("pipeline", {}), "pipe_partitioned": partitioned, "grad_partitioned": partitioned}
         return deepspeed.initialize(model=self._module, optimizer=optimizer, config={**settings, "pipeline": pipeline})[0]
 
     def start_stage(self, stage: Stage) -> None:
-        """Takes on the stage's micro-batch, accumulation and shapes; see `Engine`."""
+        """Applies the stage's micro-batch size, gradient accumulation and shapes; see `Engine`."""
         engine, settings = self._engine, batch_settings(stage, self.grid.data_parallel_size)
         engine.set_train_micro_batch_size(settings["train_micro_batch_size_per_gpu"])
         engine.micro_batch_size = settings["train_micro_batch_size_per_gpu"]
@@ -177,26 +197,37 @@ class PipelineParallelEngine(DeepSpeedEngine):
         self._shape = None
 
     def _feed(
-        self, inputs: Sequence[torch.Tensor], passages: Iterable[_Passage], weights: torch.Tensor | None = None, scale: Any = 1.0
+        self, inputs: Sequence[torch.Tensor], extra_inputs: Iterable[_ExtraInputs], weights: torch.Tensor | None = None, scale: Any = 1.0
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Makes the part ready for micro-batches of one shape, [B, T, K], and returns what DeepSpeed reads in the first stage."""
+        """Prepares this rank's layers for micro-batches of one shape and returns the iterator from which DeepSpeed reads them.
+
+        Args:
+            inputs: token ids of each micro-batch, [B, T, K].
+            extra_inputs: the other tensors of each micro-batch.
+            weights: label weights [K]; None: all 1.
+            scale: factor of the loss.
+
+        Returns:
+            Yields (token ids, empty tensor) for each micro-batch; ranks other than the first pipeline rank need no token ids.
+        """
         shape = tuple(inputs[0].shape[:2])
         if shape != self._shape:
             self._engine.reset_activation_shape()
             self._shape = shape
         module = self._module
         module.sums.zero_()
-        module.passages, module.label_weights, module.scale = iter(passages), weights, scale
-        # Copied here beside the work before it; DeepSpeed's own copy, by way of other memory, would wait for that.
-        first, nothing = self._model.is_first, torch.empty(0, device=self.device)
-        return ((ids.to(self.device, non_blocking=True) if first else nothing, nothing) for ids in inputs)
+        module.extra_inputs, module.label_weights, module.scale = iter(extra_inputs), weights, scale
+        # Copied here, while the device still computes; DeepSpeed would copy through a buffer and wait for the device.
+        first, empty = self._model.is_first, torch.empty(0, device=self.device)
+        return ((ids.to(self.device, non_blocking=True) if first else empty, empty) for ids in inputs)
 
-    def _passages(self, batches: Iterable[PatchBatch]) -> Iterator[_Passage]:
-        moved, last = self._moved, self._model.is_last
-        return (_Passage(moved(b.position_ids), moved(b.document_ids), moved(b.labels) if last else None) for b in batches)
+    def _extra_inputs(self, batches: Iterable[PatchBatch]) -> Iterator[_ExtraInputs]:
+        """Yields what this rank's layers need of each micro-batch, on the device."""
+        to_device, last = self._to_device, self._model.is_last
+        return (_ExtraInputs(to_device(b.position_ids), to_device(b.document_ids), to_device(b.labels) if last else None) for b in batches)
 
-    def _summed(self) -> torch.Tensor:
-        """[sum of losses, sum of weights] over this replica's samples since the last `_feed`."""
+    def _replica_sums(self) -> torch.Tensor:
+        """Returns float64 [sum of losses, sum of weights] over this replica's samples since the last `_feed`."""
         sums = self._module.sums.clone()
         torch.distributed.all_reduce(sums, group=self._groups.pipeline)
         return sums
@@ -204,51 +235,51 @@ class PipelineParallelEngine(DeepSpeedEngine):
     def train_step(
         self, micro_batches: Sequence[PatchBatch], label_weights: Sequence[float], lr: float, gate: StepGate | None = None
     ) -> StepResult:
-        """One optimizer step; see `Engine`."""
+        """Runs one optimizer step, unless the gate rejects it; see `Engine`."""
         self._set_lr(lr)
         total_weight = self._total_weight(micro_batches, label_weights)
-        # DeepSpeed divides by the ranks and by the micro-batches.
+        # The factor undoes DeepSpeed's division by the number of data-parallel ranks and of micro-batches.
         scale = (self.grid.data_parallel_size * len(micro_batches) / total_weight).to(torch.float32)
         self._module.stopwatch = Stopwatch(self.device)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             inputs = [batch.input_ids for batch in micro_batches]
-            data = self._feed(inputs, self._passages(micro_batches), self._weights(label_weights), scale)
+            data = self._feed(inputs, self._extra_inputs(micro_batches), self._label_weights(label_weights), scale)
             with self._gated(gate, lambda: self._global_loss(total_weight)) as outcome:
                 self._engine.train_batch(data)  # forward, backward, and the update unless the gate rejects the step
         return self._step_result(outcome, self._module.stopwatch.seconds())
 
     def _global_loss(self, total_weight: torch.Tensor) -> float:
         """Returns the mean loss over the global batch; every rank must call it."""
-        sums = self._summed()
+        sums = self._replica_sums()
         self._sum_over_data(sums)
         return float(sums[0] / total_weight)
 
-    def _local_sums(self, batches: Iterable[PatchBatch]) -> torch.Tensor:
+    def _evaluation_sums(self, batches: Iterable[PatchBatch]) -> torch.Tensor:
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         for _, group in itertools.groupby(batches, key=lambda batch: batch.input_ids.shape[:2]):
-            alike = list(group)
-            self._forward([batch.input_ids for batch in alike], self._passages(alike))
-            sums += self._summed()
+            same_shape = list(group)
+            self._forward([batch.input_ids for batch in same_shape], self._extra_inputs(same_shape))
+            sums += self._replica_sums()
         return sums
 
-    def _forward(self, inputs: Sequence[torch.Tensor], passages: Iterable[_Passage]) -> None:
-        """Forward passes alone."""
-        data = self._feed(inputs, passages)
+    def _forward(self, inputs: Sequence[torch.Tensor], extra_inputs: Iterable[_ExtraInputs]) -> None:
+        """Runs the forward passes of micro-batches of one shape, without gradients."""
+        data = self._feed(inputs, extra_inputs)
         try:
             self._engine.eval_batch(data, reduce_output=None, bcast_loss=False, num_micro_batches=len(inputs))
         finally:
             self._engine.module.train()
 
     def logits(self, ids: torch.Tensor) -> torch.Tensor:
-        """Distributions at K = 1; see `Engine`."""
+        """Returns the logits at K = 1; see `Engine`."""
         length = ids.shape[1]
         padded = torch.nn.functional.pad(ids, (0, -length % self.grid.tensor_parallel_size))
-        self._forward([padded[..., None]], [_Passage(None, None, None)])
-        found, self._module.logits = self._module.logits, None
-        if found is None:
+        self._forward([padded[..., None]], [_ExtraInputs(None, None, None)])
+        logits, self._module.logits = self._module.logits, None  # None except on the last pipeline rank
+        if logits is None:
             result = torch.empty(*padded.shape, self._model_shape.vocab_size, device=self.device)
         else:
-            result = found.float().contiguous()
+            result = logits.float().contiguous()
         torch.distributed.broadcast(result, group=self._groups.pipeline, group_src=self.grid.pipeline_parallel_size - 1)
         return result[:, :length]

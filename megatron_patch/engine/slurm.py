@@ -1,7 +1,7 @@
-"""A task of a Slurm step as a rank: what `srun` tells each process, in the words of other launchers.
+"""Reads a Slurm task as a rank: `srun` sets other variables than launchers do, and this file translates them.
 
-In: the variables that srun sets. Out: rank, sizes, and where rank 0 is to be met. Only a step's own variables are asked
-(SLURM_STEP_...): a batch script and an interactive shell carry SLURM_PROCID and SLURM_NTASKS too, and are one process all the same.
+In: the variables that srun sets. Out: the rank, the sizes, and the address and port of rank 0. Only variables of a job step are read
+(SLURM_STEP_...): a batch script and an interactive shell also carry SLURM_PROCID and SLURM_NTASKS, although each is a single process.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ from dataclasses import dataclass
 from megatron_patch.errors import ConfigError
 
 _FIRST_PORT, _PORTS = 20_000, 10_000
-"""Below the ports that systems hand out by themselves (32768 and up)."""
+"""Below the ports that Linux assigns to outgoing connections (32768 and up)."""
 
 
 @dataclass(frozen=True)
 class SlurmTask:
-    """One task of a step.
+    """One task of a Slurm job step.
 
     Args:
-        rank: among all tasks of the step.
-        size: tasks of the step.
-        local_rank: among the tasks of this node.
-        local_size: tasks of this node.
+        rank: number of the task among all tasks of the step.
+        size: number of tasks of the step.
+        local_rank: number of the task among the tasks of its node.
+        local_size: number of tasks of its node.
         master_address: the step's first node, where rank 0 runs.
-        master_port: the same in all tasks of a step, another one in other steps and, most likely, in other jobs.
+        master_port: the same for all tasks of a step; different in other steps and, most likely, in other jobs.
     """
 
     rank: int
@@ -38,10 +38,10 @@ class SlurmTask:
 
 
 def slurm_task(environment: Mapping[str, str]) -> SlurmTask | None:
-    """The task that srun started this process as; None where it did not.
+    """Returns the task that srun started this process as, or None if srun did not start it.
 
     Raises:
-        ConfigError: variables that are missing or that Slurm would not set.
+        ConfigError: a variable is missing or has a value that Slurm does not set.
     """
     if "SLURM_STEP_NUM_TASKS" not in environment:
         return None
@@ -57,7 +57,7 @@ def slurm_task(environment: Mapping[str, str]) -> SlurmTask | None:
         )
     except (KeyError, ValueError, IndexError) as error:
         raise ConfigError(
-            f"the variables of this Slurm step cannot be read: {type(error).__name__} {error}",
+            f"cannot read the variables of this Slurm step: {type(error).__name__} {error}",
             "SLURM_PROCID, SLURM_LOCALID, SLURM_NODEID, SLURM_JOB_ID, SLURM_STEP_ID, SLURM_STEP_NUM_TASKS, SLURM_STEP_TASKS_PER_NODE "
             "and SLURM_STEP_NODELIST as srun sets them",
             "start the ranks with srun as examples/slurm/ does, or set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT",
@@ -65,23 +65,23 @@ def slurm_task(environment: Mapping[str, str]) -> SlurmTask | None:
 
 
 def first_host(node_list: str) -> str:
-    """The first name in Slurm's short form of a list of nodes: "gpu[007-009,12],login" begins with gpu007.
+    """Returns the first host of a node list in Slurm's short form: "gpu[007-009,12],login" -> "gpu007".
 
     Raises:
-        ValueError: this is no such list.
+        ValueError: the text is not a node list.
     """
     match = re.match(r"(?:[^][,\s]|\[[^][\s]+\])+(?=,|$)", node_list)
     if match is None:
-        raise ValueError(f"a list of nodes {node_list!r}")
+        raise ValueError(f"{node_list!r} is not a node list")
     return re.sub(r"\[([^],-]+)[^]]*\]", r"\1", match.group())
 
 
 def _tasks_of_nodes(counts: str) -> list[int]:
-    """Tasks of each node of Slurm's short form: "2(x3),1" is 2, 2, 2, 1."""
+    """Returns the number of tasks of each node from Slurm's short form: "2(x3),1" -> [2, 2, 2, 1]."""
     tasks: list[int] = []
     for part in counts.split(","):
         match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
         if match is None:
-            raise ValueError(f"tasks per node {counts!r}")
+            raise ValueError(f"{counts!r} is not a list of tasks per node")
         tasks += [int(match[1])] * int(match[2] or 1)
     return tasks

@@ -1,4 +1,4 @@
-"""How long work took on the device, without making the host wait for it."""
+"""Measures how long work takes on the device, without making the host wait for it."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import torch
 
 
 class Stopwatch:
-    """Times what happens inside of `with`.
+    """Measures the duration of a `with` block on the device.
 
     Args:
-        device: where the work is done.
+        device: the device that does the work.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -30,5 +30,5 @@ class Stopwatch:
             self._events[1].record()
 
     def seconds(self) -> float:
-        """The time between; on a GPU to be asked for when the device has come past it."""
+        """Returns the duration of the last block in seconds; on a GPU, call it only after the device has finished the block."""
         return self._events[0].elapsed_time(self._events[1]) / 1000 if self._events else self._seconds

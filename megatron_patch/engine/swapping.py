@@ -1,7 +1,7 @@
-"""Master weights and moments that ZeRO 3 keeps on NVMe: brought into memory one sub-group at a time, and sent back.
+"""Access to master weights and moments that ZeRO 3 keeps on NVMe: one sub-group at a time is swapped in, and swapped out again.
 
-DeepSpeed steps over sub-groups of the parameters. Between steps the tensors of a sub-group on NVMe are there by name but empty, so whoever
-reads or sets them (checkpoints, initial weights, the switch of stages) does it through `SubGroups`, in the order of the sub-groups.
+DeepSpeed steps over sub-groups of the parameters. Between steps the tensors of a sub-group on NVMe exist but are empty. Code that reads
+or sets them (checkpoints, initial weights, the switch) uses `SubGroups` and goes through the sub-groups in their order.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from megatron_patch.errors import ConfigError
 
 
 def require_async_io() -> None:
-    """Loads DeepSpeed's operator for NVMe where that compiles nothing.
+    """Loads DeepSpeed's operator for NVMe, provided that it is built already.
 
     Raises:
-        ConfigError: it was not built with DeepSpeed, nor at an earlier time, or does not load.
+        ConfigError: the operator is not built, or cannot be loaded.
     """
     from deepspeed.accelerator import get_accelerator
     from deepspeed.git_version_info import accelerator_name, installed_ops
@@ -34,70 +34,70 @@ def require_async_io() -> None:
 
         return os.path.exists(os.path.join(_get_build_directory(name, verbose=False), f"{name}.so"))
 
-    problem = "is not built, and would be compiled while training starts"
+    problem = "is not built; DeepSpeed would compile it while training starts"
     if is_built(AsyncIOBuilder.NAME) and is_built(PinMemoryBuilder.NAME):
         try:
             AsyncIOBuilder().load()
             return
         except (ImportError, OSError, RuntimeError) as error:
-            problem = f"does not load: {error}"
+            problem = f"cannot be loaded: {error}"
     raise ConfigError(
-        f"--deepspeed_config offloads to nvme, and DeepSpeed's operator async_io {problem}",
-        "offload to nvme where DeepSpeed was installed with that operator; offload to the cpu anywhere",
+        f"--deepspeed_config offloads to nvme, but DeepSpeed's operator async_io {problem}",
+        "offload to nvme if DeepSpeed is installed with this operator; offload to cpu always",
         "apt-get install libaio-dev && LDFLAGS='-Wl,--no-as-needed -laio' DS_BUILD_AIO=1 DS_BUILD_PIN_MEMORY=1 pip install "
         "--no-build-isolation --force-reinstall --no-deps --no-cache-dir deepspeed==0.19.8, or use device cpu",
     )
 
 
 class SubGroups:
-    """A ZeRO 3 optimizer's sub-groups, of which at most one is in memory; closing it sends the last one back.
+    """The sub-groups of a ZeRO 3 optimizer, of which at most one is in memory; at the end of the `with` block it is swapped out.
 
     Args:
-        zero: DeepSpeed's optimizer of ZeRO 3.
-        optimizer: the one inside.
-        written: tensors are changed, and what is on NVMe has to change with them.
+        zero: DeepSpeed's ZeRO 3 optimizer.
+        optimizer: the inner optimizer.
+        written: whether the caller changes the tensors, so that they must be written back to NVMe.
     """
 
     def __init__(self, zero: Any, optimizer: torch.optim.Optimizer, written: bool) -> None:
         self._zero, self._optimizer, self._written = zero, optimizer, written
-        self._inside: int | None = None
+        self._current: int | None = None
 
     def __enter__(self) -> SubGroups:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._send_back()
+        self._swap_out()
 
     def of(self, parameter: Any) -> int:
-        """The sub-group of a parameter."""
+        """Returns the number of the sub-group that contains a parameter."""
         return int(self._zero.grad_position[self._zero.get_param_id(parameter)][0])
 
     def tensors(self, group: int) -> dict[str, torch.Tensor]:
-        """Weights and moments of a sub-group, flat, float32; live until another one is asked for."""
-        if group != self._inside:
-            self._send_back()
+        """Returns weight and moments of a sub-group, flat, float32; valid until the tensors of another sub-group are requested."""
+        if group != self._current:
+            self._swap_out()
             if self._zero._swappable_optimizer_subgroup(group):
                 self._zero._optimizer_states_and_gradient_swap_in(group)
-            self._inside = group
+            self._current = group
         flat = self._zero.fp32_partitioned_groups_flat[group]
         state = ensure_moments(self._optimizer, flat)
         return {"weight": flat.detach(), **{name: state[name] for name in MOMENTS}}
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        """The tensors of each sub-group in turn."""
+        """Yields the tensors of each sub-group in turn."""
         return map(self.tensors, range(len(self._zero.fp32_partitioned_groups_flat)))
 
     def views(self, group: int, offset: int, numel: int) -> Mapping[str, torch.Tensor]:
-        """Spans of a sub-group's tensors, made when they are looked up."""
+        """Returns a mapping from kind to a span of a sub-group's tensors, which are swapped in when they are looked up."""
         return _Views(self, group, offset, numel)
 
-    def _send_back(self) -> None:
-        group, self._inside = self._inside, None
+    def _swap_out(self) -> None:
+        group, self._current = self._current, None
         if group is None:
             return
         zero = self._zero
         if self._written and zero.fp16_partitioned_groups_flat[group] is None:
-            # The weights that the model computes with are on NVMe, too.
+            # The weights of the forward pass are on NVMe, too.
             zero._partitioned_params_swap_out(group)
         if zero._swappable_optimizer_subgroup(group):
             if self._written:
@@ -108,10 +108,10 @@ class SubGroups:
 
 class _Views(Mapping[str, torch.Tensor]):
     def __init__(self, groups: SubGroups, group: int, offset: int, numel: int) -> None:
-        self._groups, self._place = groups, (group, offset, numel)
+        self._groups, self._span = groups, (group, offset, numel)
 
     def __getitem__(self, kind: str) -> torch.Tensor:
-        group, offset, numel = self._place
+        group, offset, numel = self._span
         return self._groups.tensors(group)[kind].view(-1).narrow(0, offset, numel)
 
     def __iter__(self) -> Iterator[str]:

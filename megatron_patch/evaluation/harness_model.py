@@ -76,7 +76,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         """Returns the answers by index of their request; each replica of the model answers some of the batches."""
         mine: dict[int, Answer] = {}
         for index, numbers in enumerate(batches):
-            if self._replicas.mine(index):
+            if self._replicas.owns(index):
                 mine.update(zip(numbers, answer([requests[number] for number in numbers]), strict=True))
         return {number: value for part in self._replicas.gather(mine) for number, value in cast("dict[int, Answer]", part).items()}
 

@@ -180,7 +180,7 @@ def score_text(
     device = model.device
     totals = torch.zeros(2, dtype=torch.float64, device=device)
     for number, (ids, labels) in enumerate(_batches(scored_windows(), batch)):
-        if replicas.mine(number):
+        if replicas.owns(number):
             totals += torch.stack([part.double() for part in model(ids.to(device), labels.to(device))])
     loss_sum, tokens = replicas.sum(totals).tolist()
     if not tokens:

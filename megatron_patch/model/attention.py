@@ -122,8 +122,8 @@ class Attention(nn.Module):
         super().__init__()
         self.head_size, self.recompute, self.parallel = shape.head_size, recompute, parallel
         queries, keys = shape.num_attention_heads * shape.head_size, shape.num_query_groups * shape.head_size
-        local_keys = parallel.part(keys) if shards_key_value(shape, parallel.size) else keys
-        self.query = nn.Linear(shape.hidden_size, parallel.part(queries), bias=shape.qkv_bias)
+        local_keys = parallel.shard_size(keys) if shards_key_value(shape, parallel.size) else keys
+        self.query = nn.Linear(shape.hidden_size, parallel.shard_size(queries), bias=shape.qkv_bias)
         self.key = KeyValueLinear(shape.hidden_size, local_keys, shape, parallel)
         self.value = KeyValueLinear(shape.hidden_size, local_keys, shape, parallel)
         self.output = RowParallelLinear(queries, shape.hidden_size, shape.attention_bias, parallel)

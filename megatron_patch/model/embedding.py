@@ -29,7 +29,7 @@ class Embedding(nn.Module):
         super().__init__()
         self.operators: Operators = operators
         self.parallel = parallel
-        rows = parallel.part(shape.padded_vocab_size)
+        rows = parallel.shard_size(shape.padded_vocab_size)
         self.vocab_start = None if parallel.size == 1 else parallel.rank * rows
         self.word = nn.Embedding(rows, shape.hidden_size)
         learned = positions and shape.position_embedding == "learned"

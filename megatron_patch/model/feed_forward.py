@@ -17,8 +17,8 @@ class FeedForward(nn.Module):
         super().__init__()
         self.parallel = parallel
         hidden, inner, bias = shape.hidden_size, shape.ffn_hidden_size, shape.mlp_bias
-        self.gate = nn.Linear(hidden, parallel.part(inner), bias=bias) if shape.activation == "swiglu" else None
-        self.up = nn.Linear(hidden, parallel.part(inner), bias=bias)
+        self.gate = nn.Linear(hidden, parallel.shard_size(inner), bias=bias) if shape.activation == "swiglu" else None
+        self.up = nn.Linear(hidden, parallel.shard_size(inner), bias=bias)
         self.down = RowParallelLinear(inner, hidden, bias, parallel)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:

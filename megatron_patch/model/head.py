@@ -26,7 +26,7 @@ class Head(nn.Module):
         self.operators: Operators = operators
         self.parallel = parallel
         self.vocab_size = shape.vocab_size
-        rows = parallel.part(shape.padded_vocab_size)
+        rows = parallel.shard_size(shape.padded_vocab_size)
         self.first_row = parallel.rank * rows
         self.unpadded_rows = min(rows, max(0, shape.vocab_size - self.first_row))
         self.weight = None if shape.tie_embeddings else nn.Parameter(torch.empty(rows, shape.hidden_size))

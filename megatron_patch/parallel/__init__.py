@@ -1,1 +1,1 @@
-"""How ranks share a run: the grid of ranks, and what is computed across it."""
+"""How ranks divide a run among them: the grid of ranks, their process groups, and the collectives of tensor parallelism."""

@@ -1,7 +1,7 @@
-"""The grid of ranks: tensor x pipeline x data, as one object that is passed to whoever asks "which part is mine".
+"""The grid of ranks: tensor x pipeline x data parallel.
 
-In: this process' rank and the sizes of the axes. Out: its coordinates. Ranks are laid out with the tensor axis innermost, then data,
-then pipeline, so that ranks that talk most are neighbours.
+In: this process's rank and the sizes of the axes. Out: its coordinates. The tensor axis is innermost, then data, then pipeline, so that
+the ranks that communicate most are neighbors.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_patch.errors import ConfigError
+from megatron_patch.utils.units import plural
 
 
 @dataclass(frozen=True)
@@ -16,13 +17,13 @@ class Grid:
     """Coordinates of one rank.
 
     Args:
-        rank: this process among all.
-        world_size: all processes.
-        tensor_parallel_size: ranks that share each layer.
-        pipeline_parallel_size: ranks that share the list of layers.
+        rank: number of this process, from 0.
+        world_size: number of processes of the job.
+        tensor_parallel_size: number of ranks that share each layer.
+        pipeline_parallel_size: number of pipeline ranks, which share the list of layers.
 
     Raises:
-        ConfigError: the axes do not multiply to the number of ranks.
+        ConfigError: the world size is not a multiple of tensor_parallel_size x pipeline_parallel_size.
     """
 
     rank: int
@@ -34,27 +35,28 @@ class Grid:
         model = self.tensor_parallel_size * self.pipeline_parallel_size
         if self.world_size % model:
             raise ConfigError(
-                f"{self.world_size} ranks for {self.tensor_parallel_size} x {self.pipeline_parallel_size} model-parallel ranks",
-                f"multiples of {model}",
+                f"{plural(self.world_size, 'rank')} with tensor-parallel size {self.tensor_parallel_size} and pipeline-parallel size "
+                f"{self.pipeline_parallel_size}",
+                f"a number of ranks that is a multiple of {model}",
                 "change the number of ranks or the parallel sizes",
             )
 
     @property
     def data_parallel_size(self) -> int:
-        """Ranks that share a global batch."""
+        """Number of model replicas, which share each global batch."""
         return self.world_size // (self.tensor_parallel_size * self.pipeline_parallel_size)
 
     @property
     def tensor_parallel_rank(self) -> int:
-        """Which part of each layer is mine."""
+        """Which shard of each layer this rank holds."""
         return self.rank % self.tensor_parallel_size
 
     @property
     def data_parallel_rank(self) -> int:
-        """Which samples are mine."""
+        """Which samples of a global batch this rank reads."""
         return self.rank // self.tensor_parallel_size % self.data_parallel_size
 
     @property
     def pipeline_parallel_rank(self) -> int:
-        """Which layers are mine."""
+        """Which part of the list of layers this rank holds."""
         return self.rank // (self.tensor_parallel_size * self.data_parallel_size)

@@ -1,6 +1,7 @@
-"""The process groups of a grid: who shares a layer with me, and who holds the same part of the model over other samples.
+"""The process groups of a grid of ranks.
 
-In: the grid. Out: `Groups`, and the object that DeepSpeed asks about model parallelism. Every rank makes every group, in the same order.
+In: the grid. Out: `Groups`, this rank's process groups, and `ModelParallelUnit`, which shows them to DeepSpeed. Every rank creates every
+group in the same order, as torch.distributed requires.
 """
 
 from __future__ import annotations
@@ -18,81 +19,84 @@ from megatron_patch.parallel.tensor import TensorParallel
 
 @dataclass(frozen=True)
 class Groups:
-    """This rank's process groups; None stands for all ranks of a job that shares no layers.
+    """This rank's process groups; in `tensor` and `data`, None without model parallelism stands for the default group.
 
     Args:
-        grid: the ranks' coordinates.
-        tensor: ranks that share each of my layers.
-        data: ranks that hold the same part of the model.
-        pipeline: ranks that my samples pass through; None without a pipeline.
-        ends: the first and the last of them, for what both hold; None in between.
+        grid: this rank's coordinates.
+        tensor: ranks that share each of this rank's layers; None if no other rank does.
+        data: ranks that hold the same part of the model as this rank; they read different samples.
+        pipeline: ranks that the hidden states of this rank's samples pass through; None without a pipeline.
+        embedding: the first and the last pipeline rank of `pipeline`, which both hold a tied embedding; None on other ranks.
     """
 
     grid: Grid
     tensor: dist.ProcessGroup | None
     data: dist.ProcessGroup | None
     pipeline: dist.ProcessGroup | None = None
-    ends: dist.ProcessGroup | None = None
+    embedding: dist.ProcessGroup | None = None
 
     def tensor_parallel(self, sequence: bool) -> TensorParallel:
-        """How my layers are shared."""
+        """Returns how this rank's layers are sharded; with `sequence`, positions are sharded too if several ranks share a layer."""
         grid = self.grid
         return TensorParallel(grid.tensor_parallel_rank, grid.tensor_parallel_size, self.tensor, sequence and grid.tensor_parallel_size > 1)
 
 
 def make_groups(grid: Grid) -> Groups:
-    """Makes all groups and returns this rank's."""
+    """Creates all process groups of the grid and returns this rank's; every rank must call it."""
     if grid.tensor_parallel_size * grid.pipeline_parallel_size == 1:
         return Groups(grid, None, None)
-    places = [dataclasses.replace(grid, rank=rank) for rank in range(grid.world_size)]
+    coordinates = [dataclasses.replace(grid, rank=rank) for rank in range(grid.world_size)]
 
-    def mine(key: Callable[[Grid], tuple[int, ...]], chosen: Callable[[Grid], bool] = lambda place: True) -> dist.ProcessGroup | None:
-        found = None
-        for value in sorted({key(place) for place in places}):
-            ranks = [place.rank for place in places if key(place) == value and chosen(place)]
+    def make_group(
+        key: Callable[[Grid], tuple[int, ...]], is_member: Callable[[Grid], bool] = lambda other: True
+    ) -> dist.ProcessGroup | None:
+        """Creates a group for each value of `key` and returns the group of this rank, or None if it is in none."""
+        local_group = None
+        for value in sorted({key(other) for other in coordinates}):
+            ranks = [other.rank for other in coordinates if key(other) == value and is_member(other)]
             group = dist.new_group(ranks)
             if grid.rank in ranks:
-                found = group
-        return found
+                local_group = group
+        return local_group
 
-    def at_an_end(place: Grid) -> bool:
-        return place.pipeline_parallel_rank in (0, grid.pipeline_parallel_size - 1)
+    def holds_embedding(other: Grid) -> bool:
+        return other.pipeline_parallel_rank in (0, grid.pipeline_parallel_size - 1)
 
-    tensor = mine(lambda place: (place.pipeline_parallel_rank, place.data_parallel_rank))
-    data = mine(lambda place: (place.pipeline_parallel_rank, place.tensor_parallel_rank))
+    tensor = make_group(lambda other: (other.pipeline_parallel_rank, other.data_parallel_rank))
+    data = make_group(lambda other: (other.pipeline_parallel_rank, other.tensor_parallel_rank))
     if grid.pipeline_parallel_size == 1:
         return Groups(grid, tensor, data)
-    column = mine(lambda place: (place.data_parallel_rank, place.tensor_parallel_rank))
-    ends = mine(lambda place: (place.data_parallel_rank, place.tensor_parallel_rank), at_an_end)
-    return Groups(grid, tensor if grid.tensor_parallel_size > 1 else None, data, column, ends)
+    pipeline = make_group(lambda other: (other.data_parallel_rank, other.tensor_parallel_rank))
+    embedding = make_group(lambda other: (other.data_parallel_rank, other.tensor_parallel_rank), holds_embedding)
+    return Groups(grid, tensor if grid.tensor_parallel_size > 1 else None, data, pipeline, embedding)
 
 
 @dataclass(frozen=True)
 class Replicas:
-    """Ranks that hold the same part of a model and share out what is to be read.
+    """The ranks that hold the same part of a model and divide the data of an evaluation among them.
 
     Args:
-        rank: which of them this is.
-        size: how many they are.
-        group: they; None: all ranks of the job.
+        rank: number of this rank among them.
+        size: number of these ranks.
+        group: their process group; None: the default group.
     """
 
     rank: int = 0
     size: int = 1
     group: dist.ProcessGroup | None = None
 
-    def mine(self, number: int) -> bool:
-        """Whether the piece of this number is this rank's."""
-        return number % self.size == self.rank
+    def owns(self, index: int) -> bool:
+        """Returns whether this rank processes the item of this index."""
+        return index % self.size == self.rank
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The sum over them, in place; every rank must call it."""
+        """Sums the tensor over the replicas, in place, and returns it; every rank must call it."""
         if self.size > 1:
             dist.all_reduce(tensor, group=self.group)
         return tensor
 
     def gather(self, value: object) -> list[object]:
-        """What each of them has, in order, on all; every rank must call it."""
+        """Returns the values of all replicas, in order, on every rank; every rank must call it."""
         if self.size == 1:
             return [value]
         values: list[object] = [None] * self.size
@@ -101,39 +105,39 @@ class Replicas:
 
 
 SINGLE_REPLICA = Replicas()
-"""A model without copies."""
+"""The replicas of a model that exists once."""
 
 
 class ModelParallelUnit:
-    """What DeepSpeed asks about the ranks that share a model ("mpu").
+    """The interface ("mpu") through which DeepSpeed learns which ranks share a model.
 
     Args:
-        groups: of a grid with tensor parallelism.
+        groups: process groups of a grid with tensor parallelism.
     """
 
     def __init__(self, groups: Groups) -> None:
         self._groups = groups
 
     def get_model_parallel_rank(self) -> int:
-        """Which part of each layer is mine."""
+        """Returns which shard of each layer this rank holds."""
         return self._groups.grid.tensor_parallel_rank
 
     def get_model_parallel_world_size(self) -> int:
-        """Ranks that share each layer."""
+        """Returns the number of ranks that share each layer."""
         return self._groups.grid.tensor_parallel_size
 
     def get_model_parallel_group(self) -> dist.ProcessGroup | None:
-        """They."""
+        """Returns the process group of the ranks that share each layer."""
         return self._groups.tensor
 
     def get_data_parallel_rank(self) -> int:
-        """Which samples are mine."""
+        """Returns which samples of a global batch this rank reads."""
         return self._groups.grid.data_parallel_rank
 
     def get_data_parallel_world_size(self) -> int:
-        """Ranks that hold the same part of the model."""
+        """Returns the number of ranks that hold the same part of the model."""
         return self._groups.grid.data_parallel_size
 
     def get_data_parallel_group(self) -> dist.ProcessGroup | None:
-        """They."""
+        """Returns the process group of the ranks that hold the same part of the model."""
         return self._groups.data

@@ -1,10 +1,10 @@
-"""Tensor and sequence parallelism: the collectives at the edges of a sharded layer (Megatron-LM, arXiv 1909.08053; 2205.05198).
+"""Tensor and sequence parallelism: the collectives around a sharded layer (Megatron-LM, arXiv 1909.08053; 2205.05198).
 
 In: activations. Out: the same activations, reduced, gathered or scattered over the tensor-parallel ranks, with the matching gradient.
-The first half of a layer is column-parallel and needs whole inputs (`copy_to_tensor_parallel`); the second half is row-parallel and
-gives partial sums (`reduce_from_tensor_parallel`). With sequence parallelism the residual stream between layers is sharded along
-positions: the first function gathers positions and the second reduce-scatters them, which moves the same bytes as the all-reduce that
-they replace.
+The first half of a layer is column-parallel and needs all of the input (`copy_to_tensor_parallel`); the second half is row-parallel and
+computes a partial sum on each rank (`reduce_from_tensor_parallel`). With sequence parallelism the residual stream between layers is
+sharded along positions: the first function gathers the positions and the second reduce-scatters them. Together they send as many bytes
+as the all-reduce that they replace.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ _POSITIONS = 1
 
 @dataclass(frozen=True)
 class TensorParallel:
-    """How each layer is shared.
+    """How each layer is sharded.
 
     Args:
-        rank: which part is mine.
-        size: how many parts there are.
-        group: the ranks; None for one part, or where nothing is computed (meta tensors).
-        sequence: between layers, positions are sharded too.
+        rank: number of this rank's shard.
+        size: number of shards.
+        group: process group of the ranks; None for a single shard, or for a model that computes nothing (meta tensors).
+        sequence: whether positions are sharded between the layers (sequence parallelism).
     """
 
     rank: int = 0
@@ -35,42 +35,42 @@ class TensorParallel:
     group: dist.ProcessGroup | None = None
     sequence: bool = False
 
-    def part(self, size: int) -> int:
-        """My share of something that divides."""
+    def shard_size(self, size: int) -> int:
+        """Returns this rank's share of a dimension whose size is a multiple of the number of shards."""
         return size // self.size
 
 
 UNSHARDED = TensorParallel()
-"""A model that is not shared."""
+"""Layers that are not sharded."""
 
 
-# Collectives as operators of the dispatcher: torch.compile keeps them in its graph, and NCCL reduces and gathers without copies.
+# Functional collectives: torch.compile keeps them in its graph, and NCCL reduces and gathers without extra copies.
 _collectives = torch.ops._c10d_functional
 
 
-def _name(parallel: TensorParallel) -> str:
+def _group_name(parallel: TensorParallel) -> str:
     assert parallel.group is not None
     return parallel.group.group_name
 
 
 def _all_reduce(tensor: torch.Tensor, parallel: TensorParallel) -> torch.Tensor:
-    total: torch.Tensor = _collectives.wait_tensor(_collectives.all_reduce(tensor.contiguous(), "sum", _name(parallel)))
+    total: torch.Tensor = _collectives.wait_tensor(_collectives.all_reduce(tensor.contiguous(), "sum", _group_name(parallel)))
     return total
 
 
 def _gather(tensor: torch.Tensor, parallel: TensorParallel, dim: int) -> torch.Tensor:
-    """[..., n, ...] of each rank to [..., size·n, ...] on all."""
-    gathered = _collectives.all_gather_into_tensor(tensor.contiguous(), parallel.size, _name(parallel))
+    """Concatenates [..., n, ...] of each rank along `dim` to [..., size·n, ...] on all ranks."""
+    gathered = _collectives.all_gather_into_tensor(tensor.contiguous(), parallel.size, _group_name(parallel))
     parts = _collectives.wait_tensor(gathered).view(parallel.size, *tensor.shape)
     dim %= tensor.ndim
     return parts.movedim(0, dim).flatten(dim, dim + 1)
 
 
 def _reduce_scatter(tensor: torch.Tensor, parallel: TensorParallel) -> torch.Tensor:
-    """The sum over ranks, of which each keeps its positions."""
+    """Sums [B, T, H] over the ranks and returns this rank's positions of the sum, [B, T / size, H]."""
     parts = tensor.unflatten(_POSITIONS, (parallel.size, -1)).movedim(_POSITIONS, 0).contiguous()
-    own = _collectives.reduce_scatter_tensor(parts.flatten(0, 1), "sum", parallel.size, _name(parallel))
-    result: torch.Tensor = _collectives.wait_tensor(own)
+    scattered = _collectives.reduce_scatter_tensor(parts.flatten(0, 1), "sum", parallel.size, _group_name(parallel))
+    result: torch.Tensor = _collectives.wait_tensor(scattered)
     return result
 
 
@@ -109,11 +109,11 @@ class _SumGradient(torch.autograd.Function):
 
 
 def copy_to_tensor_parallel(hidden: torch.Tensor, parallel: TensorParallel) -> torch.Tensor:
-    """Into a layer that is sharded by columns: whole positions forward; backward the sum of what the ranks' columns ask for.
+    """Prepares the input of a column-parallel layer: forward, all positions on each rank; backward, the gradient summed over the ranks.
 
     Args:
         hidden: [B, T, H], or with sequence parallelism this rank's positions, [B, T / size, H].
-        parallel: the ranks that share the layer.
+        parallel: how the layer is sharded.
 
     Returns:
         [B, T, H].
@@ -122,49 +122,52 @@ def copy_to_tensor_parallel(hidden: torch.Tensor, parallel: TensorParallel) -> t
 
 
 def reduce_from_tensor_parallel(partial: torch.Tensor, parallel: TensorParallel) -> torch.Tensor:
-    """Out of a layer that is sharded by rows: the sum of the ranks' parts, with sequence parallelism for this rank's positions alone.
+    """Completes the output of a row-parallel layer: forward, the sum over the ranks; backward, the gradient on each rank.
 
     Args:
-        partial: [B, T, H], this rank's part of a sum.
-        parallel: the ranks that share the layer.
+        partial: [B, T, H], this rank's partial sum.
+        parallel: how the layer is sharded.
 
     Returns:
-        [B, T, H], or [B, T / size, H].
+        [B, T, H], or with sequence parallelism this rank's positions, [B, T / size, H].
     """
     return partial if parallel.size == 1 else _ReduceFrom.apply(partial, parallel)
 
 
 def all_reduce_gradient(tensor: torch.Tensor, parallel: TensorParallel) -> torch.Tensor:
-    """A parameter that all ranks hold, where each sees a part of the positions or heads: its gradients are summed over the ranks."""
+    """Returns a parameter that every rank holds in full, such that its gradient is summed over the ranks.
+
+    Needed where each rank applies the parameter to only some of the positions or heads.
+    """
     return tensor if parallel.size == 1 else _SumGradient.apply(tensor, parallel)
 
 
 def gather_last_dim(tensor: torch.Tensor, parallel: TensorParallel) -> torch.Tensor:
-    """[..., n] of each rank to [..., size·n] on all; without a gradient."""
+    """Concatenates [..., n] of each rank to [..., size·n] on all ranks; no gradient flows back."""
     return tensor if parallel.size == 1 else _gather(tensor.detach(), parallel, -1)
 
 
 def local_positions(tensor: torch.Tensor, parallel: TensorParallel) -> torch.Tensor:
-    """[B or 1, T] to this rank's positions of it, where positions are sharded."""
+    """Returns this rank's positions of [B or 1, T]: all of them unless positions are sharded."""
     return tensor.chunk(parallel.size, dim=_POSITIONS)[parallel.rank] if parallel.sequence else tensor
 
 
 class RowParallelLinear(nn.Linear):
-    """y = x Wᵀ + b where this rank holds some columns of W, and its part of x.
+    """The row-parallel layer y = x Wᵀ + b: this rank holds a shard of the inputs, that is of x and of the columns of W.
 
     Args:
-        inputs: of the whole layer, a multiple of the ranks.
-        outputs: of the layer.
-        bias: added once, behind the sum.
-        parallel: the ranks that share it.
+        inputs: input features of the full layer, a multiple of the number of shards.
+        outputs: output features.
+        bias: whether there is a bias; it is added once, after the sum over the ranks.
+        parallel: how the layer is sharded.
     """
 
     def __init__(self, inputs: int, outputs: int, bias: bool, parallel: TensorParallel) -> None:
-        super().__init__(parallel.part(inputs), outputs, bias=bias)
+        super().__init__(parallel.shard_size(inputs), outputs, bias=bias)
         self.parallel = parallel
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """[B, T, inputs / size] to [B, T, outputs], or with sequence parallelism to this rank's positions of it."""
+        """Maps [B, T, inputs / size] to [B, T, outputs], or with sequence parallelism to this rank's positions, [B, T / size, outputs]."""
         if self.parallel.size == 1:
             return super().forward(input)
         total = reduce_from_tensor_parallel(nn.functional.linear(input, self.weight), self.parallel)

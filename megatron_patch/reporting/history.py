@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_patch.checkpoint.commit import checkpoints
+from megatron_patch.checkpoint.commit import list_checkpoints
 from megatron_patch.checkpoint.trainer_state import STATE
 from megatron_patch.errors import DataError
 from megatron_patch.training.callbacks.base import STEP_METRICS
@@ -221,7 +221,7 @@ def _stages(steps: Sequence[Mapping[str, Any]], plan: Mapping[str, Any]) -> list
 
 def _configuration(save: Path, notes: list[str]) -> tuple[dict[str, Any], list[str], Mapping[str, Any]]:
     """Returns (options, names of the given ones, plan) from the newest checkpoint with a readable trainer state."""
-    for folder in checkpoints(save):
+    for folder in list_checkpoints(save):
         try:
             state = json.loads((folder / STATE).read_text(encoding="utf-8"))
             return dict(state["config"]["options"]), sorted(state["config"]["origins"]), state["plan"]

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_patch.checkpoint.commit import FoundCheckpoint, checkpoints, find_newest_valid, share_of_rank, step_of, verify
+from megatron_patch.checkpoint.commit import FoundCheckpoint, find_newest_valid, list_checkpoints, share_of_rank, step_of, verify
 from megatron_patch.checkpoint.trainer_state import TrainerState
 from megatron_patch.config.options import CheckpointOptions
 from megatron_patch.config.parsing import option_values
@@ -157,7 +157,7 @@ def _newer_than_start(save: Path, start: StartPoint) -> list[str]:
     """Returns the names of checkpoints in --save that are newer than the one that --load made the run return to."""
     if start.resumed is None or start.begun_from is None:
         return []
-    return [folder.name for folder in checkpoints(save) if (step_of(folder) or 0) > start.resumed.step]
+    return [folder.name for folder in list_checkpoints(save) if (step_of(folder) or 0) > start.resumed.step]
 
 
 _GEOMETRY = ("patch_size", "positions", "global_batch_size", "steps", "side", "position_weights", "anneal_share", "blend")

@@ -1,4 +1,4 @@
-"""The commit protocol: whole and verified, or invisible, whatever happens to the files."""
+"""The commit protocol: a checkpoint is complete and verified, or it does not appear, whatever happens to its files."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ STATE = files.TrainerState(3, 0, 3, "patch", 30, 3, {"a": 1}, {"options": {}}, {
 
 
 def save(folder: Path, step: int, ranks: int = 2, size: int = 1000, **fields: Any) -> Path:
-    """A checkpoint as ranks write it."""
+    """Writes a checkpoint as ranks do and returns its folder."""
     target = files.prepare(folder, step)
     for rank in range(ranks):
         (target / f"part-{rank}.bin").write_bytes(random.Random(f"{step}/{rank}").randbytes(size + rank))
@@ -33,15 +33,15 @@ def save(folder: Path, step: int, ranks: int = 2, size: int = 1000, **fields: An
     return files.publish(target)
 
 
-def test_a_whole_checkpoint_is_found(tmp_path):
+def test_a_complete_checkpoint_is_found(tmp_path):
     target = save(tmp_path, 3)
     found = files.find_newest_valid(tmp_path)
     assert found is not None and found.folder == target and found.state == STATE and found.skipped == ()
     assert files.verify(target) == [] and (tmp_path / "latest").read_text().strip() == target.name
-    assert files.find_newest_valid(target).folder == target, "a checkpoint's own folder will do"
+    assert files.find_newest_valid(target).folder == target, "the folder of a checkpoint is accepted too"
 
 
-def test_only_what_is_wanted_is_looked_at(tmp_path):
+def test_checkpoints_that_are_not_wanted_are_ignored(tmp_path):
     for step, mark in ((3, "a"), (6, "a"), (9, "b")):
         save(tmp_path, step, begun_from=mark)
     flip(tmp_path / "step-00000006" / "part-0.bin")
@@ -79,18 +79,18 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_one_is_skipped_and_the_one_before_taken(tmp_path, damage):
+def test_a_damaged_checkpoint_is_skipped_and_the_previous_one_taken(tmp_path, damage):
     older, newer = save(tmp_path, 3), save(tmp_path, 6)
     DAMAGE[damage](newer)
     found = files.find_newest_valid(tmp_path)
     assert found.folder == older and found.skipped[0][0] == str(newer) and found.skipped[0][1]
     DAMAGE[damage](older)
-    with pytest.raises(CheckpointError, match="no sound checkpoint"):
+    with pytest.raises(CheckpointError, match="no valid checkpoint"):
         files.find_newest_valid(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["", "step-", "nowhere\n", "step-00000099\n", "../../etc\n"])
-def test_a_torn_latest_is_survived(tmp_path, text):
+def test_a_damaged_latest_is_harmless(tmp_path, text):
     target = save(tmp_path, 3)
     (tmp_path / "latest").write_text(text)
     assert files.find_newest_valid(tmp_path).folder == target
@@ -98,7 +98,7 @@ def test_a_torn_latest_is_survived(tmp_path, text):
     assert files.find_newest_valid(tmp_path).folder == target
 
 
-def test_nothing_yet_is_no_error(tmp_path):
+def test_a_run_without_checkpoints_is_no_error(tmp_path):
     assert files.find_newest_valid(tmp_path / "new") is None
     files.prepare(tmp_path, 5)
     assert files.find_newest_valid(tmp_path) is None, "an attempt that was killed before its manifest"
@@ -125,25 +125,25 @@ def test_trainer_states_are_checked(tmp_path, change):
             files.TrainerState.from_json({key: value for key, value in data.items() if key != name}, "x")
 
 
-def test_old_ones_go_only_when_the_newest_is_whole(tmp_path):
+def test_old_checkpoints_are_removed_only_if_the_newest_is_valid(tmp_path):
     for step in range(1, 7):
         save(tmp_path, step)
     removed = prune(tmp_path, 6, Retention(2, steps=frozenset({2})))
     assert sorted(path.name for path in removed) == [files.folder_name(step) for step in (1, 3, 4)]
-    assert [path.name for path in files.checkpoints(tmp_path)] == [files.folder_name(step) for step in (6, 5, 2)]
-    (files.checkpoints(tmp_path)[0] / "part-0.bin").unlink()
+    assert [path.name for path in files.list_checkpoints(tmp_path)] == [files.folder_name(step) for step in (6, 5, 2)]
+    (files.list_checkpoints(tmp_path)[0] / "part-0.bin").unlink()
     assert prune(tmp_path, 6, Retention(1)) == []
     assert prune(tmp_path, 6, Retention(0)) == []
     assert not list(tmp_path.glob(".trash*"))
 
 
 def test_a_killed_writer_never_leaves_a_broken_newest(tmp_path):
-    """A process that commits checkpoints without pause is killed at random moments; the newest sound one always verifies."""
-    # The pipe holds thousands of lines: nobody has to read them.
+    """A process that commits checkpoints without pause is killed at random moments; the newest valid one always verifies."""
+    # The pipe buffers thousands of lines, so the process never waits for a reader.
     code = (
         "import sys; sys.path.insert(0, sys.argv[2])\n"
         "from pathlib import Path\nfrom tests.checkpoint.test_commit import *\n"
-        "folder = Path(sys.argv[1]); step = max([files.step_of(p) for p in files.checkpoints(folder)] or [0])\n"
+        "folder = Path(sys.argv[1]); step = max([files.step_of(p) for p in files.list_checkpoints(folder)] or [0])\n"
         "while True:\n    step += 1; save(folder, step, size=20000); prune(folder, step, Retention(2)); print('go', flush=True)\n"
     )
     draw = random.Random(1)

@@ -1,4 +1,4 @@
-"""One job at a time writes a folder; a dead job's lock is recognised, here and from elsewhere."""
+"""One job at a time writes a folder; the lock of a dead job is recognized, on the same machine and from another one."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ def holder(folder, release: bool = False) -> subprocess.Popen:
     return process
 
 
-def test_a_second_job_is_told_who_writes(tmp_path):
+def test_a_second_job_is_refused_with_the_name_of_the_owner(tmp_path):
     process = holder(tmp_path)
     with pytest.raises(CheckpointError, match=f"process {process.pid} on ") as refused:
         SaveLock(tmp_path)
     assert refused.value.allowed and refused.value.do
     process.stdin.close()
     process.wait()
-    assert not (tmp_path / LOCK).exists(), "a process that ends gives it back"
+    assert not (tmp_path / LOCK).exists(), "a process that ends releases the lock"
     SaveLock(tmp_path).release()
 
 
-def test_a_killed_job_s_lock_is_taken_over_and_told(tmp_path):
+def test_the_lock_of_a_killed_job_is_taken_over(tmp_path):
     process = holder(tmp_path)
     process.kill()
     process.wait()
@@ -64,7 +64,7 @@ def test_another_process_of_the_same_number_is_not_the_owner(tmp_path):
 
 
 class WaitedSeconds:
-    """A sleep that takes no time but on the clock."""
+    """Replaces `time.sleep`: it only advances the mocked clock."""
 
     def __init__(self, monkeypatch, began):
         self.seconds, self._set, self._began = 0.0, monkeypatch.setattr, began
@@ -75,7 +75,7 @@ class WaitedSeconds:
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"pid": "x"}', json.dumps({"pid": 1, "machine": "another", "host": "far"})])
-def test_elsewhere_the_heartbeat_tells(tmp_path, text, monkeypatch):
+def test_on_another_machine_the_heartbeat_decides(tmp_path, text, monkeypatch):
     (tmp_path / LOCK).write_text(text)
     os.utime(tmp_path / LOCK, (time.time() - 100, time.time() - 100))
     now = time.monotonic()
@@ -83,21 +83,21 @@ def test_elsewhere_the_heartbeat_tells(tmp_path, text, monkeypatch):
     monkeypatch.setattr(locks.time, "sleep", waited := WaitedSeconds(monkeypatch, now))
     lock = SaveLock(tmp_path, patience=50)
     lock.release()
-    assert 3 * locks.HEARTBEAT <= waited.seconds < 50, "however old it seems, some heartbeats are waited for"
-    # An owner that lives touches the file while we look, also where its clock is an hour behind.
+    assert 3 * locks.HEARTBEAT <= waited.seconds < 50, "the lock is watched for some heartbeats, however old it seems"
+    # A live owner touches the file during the wait, even if its clock is an hour slow.
     for skew in (0, 3600):
         (tmp_path / LOCK).write_text(text)
         os.utime(tmp_path / LOCK, (time.time() - skew, time.time() - skew))
         heartbeat = time.time() - skew + 7
         monkeypatch.setattr(locks.time, "sleep", lambda seconds, heartbeat=heartbeat: os.utime(tmp_path / LOCK, (heartbeat, heartbeat)))
-        with pytest.raises(CheckpointError, match="another job writes"):
+        with pytest.raises(CheckpointError, match="another job is writing"):
             SaveLock(tmp_path, patience=50)
 
 
 def test_a_job_that_lost_its_lock_publishes_nothing_more(tmp_path):
     lock = SaveLock(tmp_path)
     (tmp_path / LOCK).write_text(json.dumps({"token": "another's", "pid": 5}))
-    with pytest.raises(CheckpointError, match="no longer this job's: process 5"):
+    with pytest.raises(CheckpointError, match="no longer holds .*: process 5 does"):
         lock.check()
     lock.release()
-    assert (tmp_path / LOCK).exists(), "nor does it remove the other's"
+    assert (tmp_path / LOCK).exists(), "the other job's lock is not removed"

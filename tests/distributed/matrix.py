@@ -1,7 +1,8 @@
-"""Every parallel layout of up to four ranks against one process, across the switch: `python -m tests.distributed.matrix` prints the table.
+"""Compares every parallel layout of up to four ranks with one process, across the switch.
 
-Each combination trains 24 steps through a patch stage and a token stage on real ranks, with evaluations before, at and behind the switch,
-and is compared step by step: losses, evaluations and gradient norms within 1e-5 (bfloat16: losses within 1e-2 of float32).
+`python -m tests.distributed.matrix` prints the table. Each combination trains 24 steps through a patch stage and a token stage on real
+ranks, with evaluations before, at and after the switch. Each step is compared: losses, evaluations and gradient norms must agree within
+1e-5 (bfloat16: losses within 1e-2 of float32).
 """
 
 from __future__ import annotations
@@ -29,15 +30,15 @@ LENGTHS = {
     "positions": "",
     "tokens": "--sample constant-tokens --reset-position-ids --reset-attention-mask --eod-token-id 63 --eval-interval 1",
 }
-"""What stays constant at the switch. With constant tokens documents are kept apart too, so that every stage needs positions and masks, and
-every step is followed by an evaluation: those directly before and behind the switch are of other lengths than the steps around them."""
+"""What stays constant at the switch. With constant tokens, documents are also separated, so that every stage needs positions and masks, and
+an evaluation follows every step, so that the evaluations around the switch have other lengths than the steps next to them."""
 SHAPES = [(1, 1, 1), (1, 1, 2), (2, 1, 1), (2, 1, 2), (4, 1, 1), (1, 2, 1), (1, 2, 2), (1, 3, 1), (1, 4, 1), (2, 2, 1)]
 """(tensor, pipeline, data)."""
 
 
 @dataclass(frozen=True)
 class Combination:
-    """A layout and a model to try it with."""
+    """A layout and the model to train with it."""
 
     tensor: int = 1
     pipeline: int = 1
@@ -50,12 +51,12 @@ class Combination:
 
     @property
     def ranks(self) -> int:
-        """Processes."""
+        """Number of processes."""
         return self.tensor * self.pipeline * self.data
 
     @property
     def reference(self) -> str:
-        """What one process must be told to compute the same."""
+        """The flags with which one process computes the same."""
         return f"{MODELS[self.model]} {LENGTHS[self.length]}"
 
     @property
@@ -72,14 +73,14 @@ class Combination:
 
 @dataclass
 class References:
-    """One process' runs, made when they are asked for."""
+    """Runs of a single process, each trained when it is first used."""
 
     folder: Path
     corpus: str
     runs: dict[str, Run] = field(default_factory=dict)
 
     def __call__(self, words: str) -> Run:
-        """The run with these flags."""
+        """Returns the run with these flags."""
         if words not in self.runs:
             folder = self.folder / f"single-{len(self.runs)}"
             self.runs[words] = train(folder, 1, PLAN, words, "--zero-stage 0 --data-path", self.corpus)
@@ -88,7 +89,7 @@ class References:
 
 @dataclass(frozen=True)
 class Difference:
-    """Largest relative differences from one process over all steps."""
+    """Largest relative differences from a single process over all steps."""
 
     steps: int
     loss: float
@@ -96,38 +97,38 @@ class Difference:
     evaluation: float
 
     def within(self, combination: Combination) -> bool:
-        """Whether that is rounding."""
+        """Returns whether the differences are small enough to be rounding errors."""
         if "--bf16" in combination.extra:
             return max(self.loss, self.evaluation) < 1e-2 and self.loss > 1e-6
         return max(self.loss, self.evaluation, self.grad_norm) < 1e-5
 
 
 def compare(combination: Combination, folder: Path, references: References) -> Difference:
-    """Trains a combination and compares it with one process."""
+    """Trains a combination and compares it with a single process."""
     run = train(folder, combination.ranks, PLAN, combination.reference, combination.words, "--data-path", references.corpus)
     single = references(combination.reference)
 
     def largest(pairs: Iterator[tuple[float, float]]) -> float:
-        return max(abs(mine - theirs) / abs(theirs) for mine, theirs in pairs)
+        return max(abs(value - expected) / abs(expected) for value, expected in pairs)
 
     evaluations = list(zip(run.records("evaluation"), single.records("evaluation"), strict=True))
-    assert len(evaluations) >= 5 and all(mine["eval_tokens"] == theirs["eval_tokens"] for mine, theirs in evaluations)
+    assert len(evaluations) >= 5 and all(ours["eval_tokens"] == expected["eval_tokens"] for ours, expected in evaluations)
     assert len({record["patch_size"] for record in run.records("step")}) == 2
     return Difference(
         len(run.losses),
         largest(zip(run.losses, single.losses, strict=True)),
         largest(zip(run.values("grad_norm"), single.values("grad_norm"), strict=True)),
-        largest((mine[key], theirs[key]) for mine, theirs in evaluations for key in ("token_loss", "patch_loss")),
+        largest((ours[key], expected[key]) for ours, expected in evaluations for key in ("token_loss", "patch_loss")),
     )
 
 
 def layouts() -> list[Combination]:
-    """Every grid of up to four ranks, with positions sharded and not."""
+    """Returns every grid of up to four ranks, with and without sequence parallelism."""
     return [Combination(t, p, d, sequence) for t, p, d in SHAPES for sequence in ((False, True) if t > 1 else (False,))]
 
 
 def combinations() -> list[Combination]:
-    """All that are tried: every layout under every ZeRO stage and both lengths; every layout with every model, recomputation, bfloat16."""
+    """Returns every layout at every ZeRO level and with both lengths, and every layout with every model, recomputation and bfloat16."""
     found = []
     for layout, length in itertools.product(layouts(), LENGTHS):
         for zero in range(4 if layout.pipeline == 1 else 2):
@@ -147,7 +148,7 @@ def combinations() -> list[Combination]:
 
 
 def main() -> int:
-    """Prints a line for each combination; returns how many differ."""
+    """Prints a line for each combination and returns how many of them differ."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="", help="combinations whose description contains this")
     arguments = parser.parse_args()

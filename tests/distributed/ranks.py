@@ -1,4 +1,4 @@
-"""Real ranks for tests: processes forked from one server that has torch and DeepSpeed imported already, in a job of their own port."""
+"""Real ranks for tests: processes forked from one server that has already imported torch and DeepSpeed; each job has its own port."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ _SERVER_ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TORCHDY
 
 
 def start_server() -> Any:
-    """The context of the server, started with its own environment, which the tests' process does not keep.
+    """Starts the fork server, with environment variables that this process does not keep, and returns its multiprocessing context.
 
-    A process has one such server; whoever starts it decides what it has imported. So tests/conftest.py calls this first of all.
+    A process has only one fork server, and the first start decides what the server has imported. So tests/conftest.py calls this first.
     """
     before = {name: os.environ.get(name) for name in _SERVER_ENVIRONMENT}
     os.environ.update(_SERVER_ENVIRONMENT)
@@ -49,7 +49,7 @@ def start_server() -> Any:
 
 @atexit.register
 def _end_what_is_left() -> None:
-    """Ranks that a failed test left behind; Python would wait for their end."""
+    """Kills ranks that a failed test left running, because Python would wait for them at exit."""
     for process in multiprocessing.active_children():
         process.kill()
 
@@ -96,7 +96,7 @@ def run_ranks(function: Callable[..., Any], size: int, logs: Path, *args: Any, t
     """Runs `function(*args)` on `size` ranks and returns their results in order.
 
     Raises:
-        RuntimeError: a rank failed, died or took too long; with its traceback and what it printed.
+        RuntimeError: a rank failed, died or took too long; the message has its traceback and its output.
     """
     processes, results = start_ranks(function, size, logs, *args)
     values: dict[int, Any] = {}

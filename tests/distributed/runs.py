@@ -1,4 +1,4 @@
-"""Whole tiny training runs for tests: a corpus, a command line, and what the run left behind."""
+"""Tiny but complete training runs for tests: a corpus, a command line, and the run's folder afterwards."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def command(*parts: str | Sequence[str]) -> list[str]:
 
 
 def start_program(argv: list[str]) -> int:
-    """What a rank does."""
+    """Runs the program on one rank."""
     from megatron_patch.training.pretrain import main
 
     return main(argv)
@@ -67,17 +67,17 @@ def start_program(argv: list[str]) -> int:
 
 @dataclass(frozen=True)
 class Run:
-    """What a run left in its folder."""
+    """A finished run's folder."""
 
     folder: Path
 
     def records(self, kind: str) -> list[dict[str, Any]]:
-        """Its metrics of one type."""
+        """Returns the run's metrics records of one type."""
         lines = (self.folder / "metrics.jsonl").read_text().splitlines()
         return [record for record in map(json.loads, lines) if record["type"] == kind]
 
     def values(self, name: str) -> list[float]:
-        """One value of each step, in order; each step must be there once."""
+        """Returns one value of each step, in order; each step must be recorded exactly once."""
         steps = self.records("step")
         assert [record["step"] for record in steps] == list(range(1, len(steps) + 1))
         return [record[name] for record in steps]
@@ -98,12 +98,12 @@ def train(folder: Path, ranks: int, *parts: str | Sequence[str], expect: int = 0
 
 
 def printed(folder: Path) -> str:
-    """What the ranks of `train` printed."""
+    """Returns what the ranks of `train` printed."""
     return "\n".join(path.read_text() for path in sorted((folder.parent / f"{folder.name}-logs").glob("*.log")))
 
 
 def ledger(run: Run, corpus: str) -> np.ndarray:
-    """How often each token of the corpus was an input, by the span logs of all ranks."""
+    """Returns how often each token of the corpus was an input, from the span logs of all ranks."""
     counts = np.zeros(TokenCorpus([corpus]).num_tokens, dtype=int)
     steps: dict[int, int] = {}
     for path in sorted((run.folder / "spans").glob("rank-*.jsonl")):
@@ -118,7 +118,7 @@ def ledger(run: Run, corpus: str) -> np.ndarray:
 
 
 def start_process(*parts: str | Sequence[str], log: Path) -> subprocess.Popen[bytes]:
-    """Starts the program as a process of its own, as a user would on one rank."""
+    """Starts the program as a separate process, as a user would on one rank."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TORCHDYNAMO_DISABLE": "1"}
     with log.open("ab") as file:
         return subprocess.Popen(
@@ -127,6 +127,6 @@ def start_process(*parts: str | Sequence[str], log: Path) -> subprocess.Popen[by
 
 
 def kill(process: subprocess.Popen[bytes]) -> None:
-    """kill -9, and waits."""
+    """Kills the process with SIGKILL and waits for its end."""
     process.send_signal(signal.SIGKILL)
     process.wait()

@@ -1,4 +1,4 @@
-"""Compiled blocks compute what others do, also where ranks share layers or stages, and a switch of lengths compiles each length once."""
+"""Compiled blocks give the results of eager ones under tensor and pipeline parallelism; at a switch each length is compiled once."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PLAN += " --sample constant-tokens --eval-interval 2"
 
 
 def _graphs(argv):
-    """Trains with the part of the compiler that traces, which other tests do without; returns how many graphs it made, and where it broke."""
+    """Trains with the tracing part of the compiler, which other tests disable; returns the number of graphs and the graph breaks."""
     os.environ.pop("TORCHDYNAMO_DISABLE")
     import torch
 
@@ -39,9 +39,9 @@ def _graphs(argv):
         pytest.param("--bf16 --zero-stage 0 --recompute-granularity selective", marks=pytest.mark.slow),
     ],
 )
-def test_compiled_blocks_of_shared_layers(tmp_path, corpus, layout):
+def test_compiled_blocks_of_sharded_layers(tmp_path, corpus, layout):
     plain = train(tmp_path / "plain", 2, PLAN, layout, "--data-path", corpus)
     argv = command(MODEL, DATA, PLAN, layout, "--compile --data-path", corpus, ["--save", str(tmp_path / "run")])
     found = run_ranks(_graphs, 2, tmp_path / "run-logs", argv)
     assert Run(tmp_path / "run").losses == pytest.approx(plain.losses, rel=1e-6 if "bf16" not in layout else 1e-3)
-    assert found == [(4, {})] * 2, "two lengths, each for training and for evaluation, whole"
+    assert found == [(4, {})] * 2, "one unbroken graph for each of two lengths, in training and in evaluation"

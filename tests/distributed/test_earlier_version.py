@@ -1,6 +1,6 @@
-"""A checkpoint written by version 0.1 (commit d175b01) resumes as that version resumed it, through the switch to tokens.
+"""A checkpoint written by version 0.1 (commit d175b01) resumes as in that version, through the switch to tokens.
 
-The folder written_by_0_1 holds the checkpoint of step 5, the corpus, and what version 0.1 printed for the whole run on one process.
+The folder written_by_0_1 contains the checkpoint of step 5, the corpus, and the metrics of version 0.1 for the full run on one process.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def test_a_checkpoint_of_version_0_1_resumes_through_the_switch(tmp_path, monkey
     """The same losses, learning rates and gradient norms as version 0.1 had after its step 5, and the same evaluations."""
     shutil.copytree(FOLDER, tmp_path / "x")
     monkeypatch.chdir(tmp_path / "x")  # --data-path is part of what a run must keep
-    assert load_model("run").found.state.step == 5
+    assert load_model("run").checkpoint.state.step == 5
     process = start_process(FLAGS, "--data-path corpus --save run", log=tmp_path / "log")
     assert process.wait() == 0, (tmp_path / "log").read_text()
     run, expected = Run(tmp_path / "x" / "run"), json.loads((FOLDER / "expected.json").read_text())

@@ -1,4 +1,4 @@
-"""What goes wrong while a run is under way ends with a sentence and loses nothing."""
+"""Failures during a run end with a clear message and lose no data."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_no_space_left_keeps_the_checkpoints_before(tmp_path, corpus):
     assert train(folder, 2, PLAN, "--data-path", corpus).losses == whole.losses
 
 
-def test_a_damaged_newest_checkpoint_is_skipped_and_told(tmp_path, corpus):
+def test_a_damaged_newest_checkpoint_is_skipped_and_reported(tmp_path, corpus):
     whole = train(tmp_path / "whole", 2, PLAN, "--data-path", corpus)
     folder = tmp_path / "run"
     train(folder, 2, PLAN, "--exit-interval 9 --data-path", corpus)
@@ -56,35 +56,35 @@ def test_a_damaged_newest_checkpoint_is_skipped_and_told(tmp_path, corpus):
     data[-20] ^= 1
     state.write_bytes(data)
     resumed = train(folder, 2, PLAN, "--data-path", corpus)
-    assert f"skipped the checkpoint {newest}" in printed(folder) and "another checksum" in printed(folder)
+    assert f"skipped the checkpoint {newest}" in printed(folder) and "does not match its checksum" in printed(folder)
     assert resumed.losses == whole.losses
 
 
-def test_data_too_small_for_a_block_is_told(tmp_path):
+def test_data_too_small_for_a_block_is_refused(tmp_path):
     tiny = make_corpus(tmp_path / "tiny", documents=1)
     log = tmp_path / "log"
     code = start_process(PLAN, "--seq-length 512 --data-path", tiny, "--save", str(tmp_path / "run"), log=log).wait()
     assert code == 3 and "less than a block" in log.read_text() and "Traceback" not in log.read_text()
 
 
-def test_data_read_more_than_once_is_told(tmp_path):
+def test_data_read_more_than_once_is_reported(tmp_path):
     small = make_corpus(tmp_path / "small", documents=20)
     train(tmp_path / "run", 1, PLAN, "--data-path", small)
     assert "is read" in printed(tmp_path / "run") and "times" in printed(tmp_path / "run")
 
 
 LAUNCHER = Path(sys.executable).parent / "deepspeed"
-needs_launcher = pytest.mark.skipif(not LAUNCHER.exists(), reason="the deepspeed launcher is not beside this Python")
+needs_launcher = pytest.mark.skipif(not LAUNCHER.exists(), reason="the deepspeed launcher is not installed next to this Python")
 
 
 def launch(ranks: int, *parts: str | Sequence[str]) -> list[str]:
-    """The command line that a user would type."""
+    """Returns the command line that a user would type."""
     words = [sys.executable, str(LAUNCHER), "--num_gpus", str(ranks), "--master_port", str(free_port())]
     return [*words, str(ROOT / "pretrain_gpt_patch.py"), *command(MODEL, DATA, *parts)]
 
 
 def children(process: int) -> list[int]:
-    """Ids of a process' descendants."""
+    """Returns the ids of all descendants of a process."""
     found = []
     for task in Path(f"/proc/{process}/task").glob("*/children"):
         for child in map(int, task.read_text().split()):
@@ -97,7 +97,7 @@ ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": st
 
 @contextlib.contextmanager
 def started(words: list[str], folder: Path) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
-    """A job that has saved its first checkpoint into folder/run, and its log; it is ended afterwards."""
+    """Yields a job that has saved its first checkpoint into folder/run, and its log; the job is terminated afterwards."""
     log = folder / "log"
     with log.open("wb") as file:
         job = subprocess.Popen(words, env={**os.environ, **ENVIRONMENT}, stdout=file, stderr=file, cwd=folder)
@@ -115,7 +115,7 @@ def started(words: list[str], folder: Path) -> Iterator[tuple[subprocess.Popen[b
 @needs_launcher
 @pytest.mark.parametrize("layout", ["--pipeline-model-parallel-size 2", "--tensor-model-parallel-size 2 --sequence-parallel"])
 def test_a_rank_that_dies_ends_the_job(tmp_path, corpus, layout):
-    """kill -9 on one rank in the middle of training: no rank is left a minute later, and the launcher says so by its exit code."""
+    """kill -9 on one rank during training: a minute later no rank is left, and the launcher's exit code is not 0."""
     words = launch(2, PLAN, layout, "--train-tokens 3M --data-path", corpus, ["--save", str(tmp_path / "run")])
     with started(words, tmp_path) as (job, log):
         ranks = [child for child in children(job.pid) if "--local_rank=1" in Path(f"/proc/{child}/cmdline").read_text()]
@@ -128,7 +128,7 @@ def test_a_rank_that_dies_ends_the_job(tmp_path, corpus, layout):
 @needs_launcher
 @pytest.mark.parametrize(("ranks", "layout"), [(2, "--zero-stage 3"), (4, "--pipeline-model-parallel-size 2")])
 def test_an_error_on_one_rank_ends_the_job_with_its_message(tmp_path, ranks, layout):
-    """An id outside the vocabulary gets into the file: the rank whose sample has it says where it is, and all ranks end."""
+    """An id outside of the vocabulary is written into the file: the rank that reads it reports its position, and all ranks end."""
     prefix = make_corpus(tmp_path / "walks")
     words = launch(ranks, PLAN, layout, "--train-tokens 3M --data-path", prefix, ["--save", str(tmp_path / "run")])
     with started(words, tmp_path) as (job, log):
@@ -136,15 +136,15 @@ def test_an_error_on_one_rank_ends_the_job_with_its_message(tmp_path, ranks, lay
         with open(f"{prefix}.bin", "r+b", buffering=0) as file:
             file.seek(18_000)
             file.write(np.full(3, 65, np.uint16).tobytes())
-        os.utime(f"{prefix}.bin", ns=(before.st_atime_ns, before.st_mtime_ns))  # else all ranks would see that the file has changed
+        os.utime(f"{prefix}.bin", ns=(before.st_atime_ns, before.st_mtime_ns))  # otherwise all ranks would notice that the file has changed
         assert job.wait(timeout=60) != 0
-        said = log.read_text()
-        # A rank that reads in the moment before the time is put back says so.
-        assert "DataError" in said and ("token id 65" in said or "has changed since the run opened it" in said), said
+        text = log.read_text()
+        # A rank that reads just before the modification time is restored reports the change instead.
+        assert "DataError" in text and ("token id 65" in text or "has changed since the run opened it" in text), text
 
 
 @needs_launcher
-def test_the_launcher_s_two_ranks_give_what_forked_ranks_give(tmp_path, corpus):
+def test_two_ranks_of_the_launcher_train_as_forked_ranks_do(tmp_path, corpus):
     forked = train(tmp_path / "forked", 2, PLAN, "--data-path", corpus)
     words = launch(2, PLAN, "--data-path", corpus, ["--save", str(tmp_path / "launched")])
     environment = {**os.environ, **ENVIRONMENT}

@@ -1,4 +1,4 @@
-"""Layers shared by ranks and spread over pipeline stages compute what one process computes, across the switch."""
+"""Tensor and pipeline parallelism give the results of one process, across the switch."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_every_layout_equals_one_process(tmp_path, references, combination):
     [(3, "--pipeline-model-parallel-size 3"), (4, "--pipeline-model-parallel-size 2 --tensor-model-parallel-size 2")],
 )
 def test_a_pipeline_whose_micro_batches_change_at_the_switch(tmp_path, corpus, ranks, layout):
-    """From 3 micro-batches of 1 sample to 2 of 6, fewer than there are pipeline stages, with evaluations between all steps."""
+    """From micro-batches of 1 sample to micro-batches of 6, fewer than pipeline ranks, with an evaluation after every step."""
     stages = [{"patch_size": 4, "steps": 4, "micro_batch_size": 1}, {"patch_size": 1, "steps": 4, "micro_batch_size": 6}]
     plan = command("--seq-length 16 --global-batch-size 12 --lr 3e-3 --num-layers 3 --eval-interval 1 --stages", [json.dumps(stages)])
     single = train(tmp_path / "single", 1, plan, "--zero-stage 0 --data-path", corpus)

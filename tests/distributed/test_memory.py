@@ -1,4 +1,4 @@
-"""The plan's memory of a rank against what torch allocates while that rank trains: within a tenth."""
+"""The planned memory of a rank is within 10% of what torch allocates while that rank trains."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ RUN += " --micro-batch-size 4 --global-batch-size 16 --patch-size 2 --train-toke
 
 
 def peak(argv: list[str]) -> int:
-    """Trains, and returns the most bytes that torch's allocator had given out at once.
+    """Trains and returns the peak of the bytes that torch's allocator had allocated.
 
-    What a thread of gloo's happens to give back is no event, so that this may be too much, never too little.
+    The profiler does not see what threads of gloo free, so the result may be too large, never too small.
     """
     from torch.profiler import ProfilerActivity, profile
 
@@ -52,8 +52,8 @@ def peak(argv: list[str]) -> int:
         pytest.param("--zero-stage 1 --bf16 --pipeline-model-parallel-size 2", marks=pytest.mark.slow),
     ],
 )
-def test_a_rank_needs_what_the_plan_says(tmp_path, layout):
-    # DeepSpeed's buckets are of a fixed size, which would be all that a small model's ranks hold.
+def test_a_rank_needs_the_planned_memory(tmp_path, layout):
+    # With their default size, DeepSpeed's buckets would dominate the memory of so small a model.
     settings = tmp_path / "deepspeed.json"
     settings.write_text(json.dumps({"zero_optimization": {"reduce_bucket_size": 100_000, "allgather_bucket_size": 100_000}}))
     words = [*RUN.split(), *layout.split(), "--deepspeed_config", str(settings)]

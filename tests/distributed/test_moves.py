@@ -1,4 +1,4 @@
-"""From one layout to another: a checkpoint written under any is read under any, with the same data and the same next losses."""
+"""A checkpoint written under any layout resumes under any other, with the same data and the same losses."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def unbroken(tmp_path_factory, corpus) -> Run:
     return run
 
 
-def go_on(folder, corpus, layout, stop=None):
+def resume(folder, corpus, layout, stop=None):
     ranks, words = LAYOUTS[layout]
     return train(folder, ranks, PLAN, words, f"--exit-interval {stop}" if stop else "", "--data-path", corpus)
 
@@ -46,18 +46,18 @@ def check(run, unbroken):
 
 
 def test_from_layout_to_layout_through_the_switch(tmp_path, corpus, unbroken):
-    """One run that moves before, directly at and directly behind the switch, through all of them."""
+    """One run that changes its layout before, directly at and directly after the switch, through all layouts."""
     corpus = [corpus, "--log-token-spans"]
     for stop, layout in ((4, "PP2"), (SWITCH - 1, "TP2"), (SWITCH, "TP2 PP2"), (SWITCH + 1, "ZeRO-3"), (SWITCH + 4, "PP2")):
-        go_on(tmp_path / "run", corpus, layout, stop)
-    run = go_on(tmp_path / "run", corpus, "DP2 ZeRO-1")
+        resume(tmp_path / "run", corpus, layout, stop)
+    run = resume(tmp_path / "run", corpus, "DP2 ZeRO-1")
     check(run, unbroken)
-    assert np.array_equal(ledger(run, corpus[0]), ledger(unbroken, corpus[0])), "every token as often as without a move"
+    assert np.array_equal(ledger(run, corpus[0]), ledger(unbroken, corpus[0])), "each token is read as often as without a change of layout"
 
 
-def test_a_checkpoint_of_shared_layers_and_stages_is_one_model(tmp_path, corpus, unbroken):
-    """As evaluation, generation and export read it."""
-    run = go_on(tmp_path / "run", corpus, "TP2 PP2")
+def test_a_checkpoint_of_tensor_and_pipeline_ranks_is_one_model(tmp_path, corpus, unbroken):
+    """Evaluation, generation and export load the checkpoint as one full model."""
+    run = resume(tmp_path / "run", corpus, "TP2 PP2")
     expected = load_model(str(unbroken.folder)).model.state_dict()
     found = load_model(str(run.folder)).model.state_dict()
     assert found.keys() == expected.keys()
@@ -78,15 +78,15 @@ def test_a_pipeline_resumed_on_the_same_layout_is_bit_identical(tmp_path, corpus
 @pytest.mark.parametrize("stop", [SWITCH - 1, SWITCH, SWITCH + 1])
 def test_every_layout_to_every_layout(tmp_path, corpus, unbroken, stop):
     for layout in LAYOUTS:
-        go_on(tmp_path / layout, corpus, layout, stop)
+        resume(tmp_path / layout, corpus, layout, stop)
     for before, after in itertools.product(LAYOUTS, LAYOUTS):
         folder = tmp_path / f"{before} to {after}"
         shutil.copytree(tmp_path / before, folder)
-        check(go_on(folder, corpus, after), unbroken)
+        check(resume(folder, corpus, after), unbroken)
 
 
 def test_another_padding_of_the_vocabulary(tmp_path, corpus, unbroken):
-    """Three ranks that share the vocabulary pad it to another size: rows of padding come and go."""
+    """Three tensor-parallel ranks pad the vocabulary to another size: rows of padding are added and removed."""
     words = "--tensor-model-parallel-size 3 --num-attention-heads 3 --num-query-groups 3 --hidden-size 24 --ffn-hidden-size 48"
     words += " --make-vocab-size-divisible-by 5"
     whole = train(tmp_path / "whole", 1, PLAN, words, "--tensor-model-parallel-size 1 --zero-stage 0 --data-path", corpus)

@@ -1,6 +1,6 @@
-"""What ZeRO 3 keeps on NVMe is trained, switched, saved and resumed as what is in memory.
+"""With ZeRO 3 and NVMe offload, training, the switch, saving and resuming give the results of training in memory.
 
-Skipped where DeepSpeed was installed without its operator async_io; docs/parallelism.md tells how it is built.
+Skipped if DeepSpeed is installed without its operator async_io; docs/parallelism.md shows how to build it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from megatron_patch.engine.swapping import require_async_io
 from megatron_patch.errors import ConfigError
 from tests.distributed.runs import Run, train
 
-# DeepSpeed keeps in memory what is smaller than 1 MiB: half a feed-forward matrix is as large as that, a norm's weight is not.
+# DeepSpeed keeps tensors below 1 MiB in memory: half of a feed-forward matrix is larger, the weight of a norm is smaller.
 MODEL = "--hidden-size 256 --ffn-hidden-size 2048 --seq-length 16 --micro-batch-size 2 --global-batch-size 12 --lr 1e-3"
 BUFFERS = {"offload_optimizer": {"buffer_count": 8}, "offload_param": {"buffer_size": 600_000, "buffer_count": 8, "max_in_cpu": 0}}
 STEPS_BEFORE, STEPS = 5, 12
@@ -29,13 +29,13 @@ def operator() -> None:
 
 
 def plan(optimizer: str) -> list[str]:
-    """A switch after step 6 that keeps or resets the optimizer."""
+    """Returns a plan whose switch after step 6 keeps or resets the optimizer."""
     stages = [{"patch_size": 3, "steps": 6}, {"patch_size": 1, "steps": 6, "lr_policy": "continue", "optimizer": optimizer}]
     return [*MODEL.split(), "--eval-interval", "5", "--stages", json.dumps(stages), "--data-path"]
 
 
 def offload(folder: Path, devices: dict[str, str], **more: object) -> list[str]:
-    """DeepSpeed's JSON with three sub-groups of weights large enough for NVMe, and one of norms that is not."""
+    """Writes a DeepSpeed JSON that makes three sub-groups of weights that go to NVMe and one of norms that is too small, and returns the flag."""
     parts = {part: {"device": device} for part, device in devices.items()}
     for part, device in devices.items():
         if device == "nvme":
@@ -70,8 +70,8 @@ def test_what_is_on_nvme_computes_the_same_and_resumes(tmp_path, corpus, single,
     assert len(run.losses) == STEPS
     assert run.losses == pytest.approx(single[optimizer].losses, rel=1e-5)
     assert run.values("grad_norm") == pytest.approx(single[optimizer].values("grad_norm"), rel=1e-4)
-    for mine, theirs in zip(run.records("evaluation"), single[optimizer].records("evaluation"), strict=True):
-        assert mine["token_loss"] == pytest.approx(theirs["token_loss"], rel=1e-5)
+    for ours, expected in zip(run.records("evaluation"), single[optimizer].records("evaluation"), strict=True):
+        assert ours["token_loss"] == pytest.approx(expected["token_loss"], rel=1e-5)
 
 
 def test_a_checkpoint_moves_onto_nvme_and_off_it_again(tmp_path, corpus, single):

@@ -1,4 +1,4 @@
-"""Stopped, killed, moved to another layout: a resumed run goes on as if nothing had happened."""
+"""A run that was stopped, killed or moved to another layout resumes with the results of an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -41,21 +41,21 @@ def test_resuming_anywhere_is_bit_identical(tmp_path, corpus, unbroken, stop):
 
 
 @pytest.mark.parametrize(
-    ("ranks", "stage", "then_ranks", "then_stage"),
+    ("ranks", "zero", "then_ranks", "then_zero"),
     [(2, 1, 1, 0), (1, 0, 2, 2), (2, 3, 3, 1), (2, 2, 2, 3), (2, 0, 2, 3)],
 )
-def test_another_layout_goes_on_with_the_same_batches(tmp_path, corpus, unbroken, ranks, stage, then_ranks, then_stage):
+def test_another_layout_resumes_with_the_same_batches(tmp_path, corpus, unbroken, ranks, zero, then_ranks, then_zero):
     folder = tmp_path / "run"
-    train(folder, ranks, PLAN, f"--zero-stage {stage} --exit-interval {SWITCH + 2} --data-path", corpus)
-    resumed = train(folder, then_ranks, PLAN, f"--zero-stage {then_stage} --data-path", corpus)
+    train(folder, ranks, PLAN, f"--zero-stage {zero} --exit-interval {SWITCH + 2} --data-path", corpus)
+    resumed = train(folder, then_ranks, PLAN, f"--zero-stage {then_zero} --data-path", corpus)
     assert resumed.losses == pytest.approx(unbroken.losses, rel=1e-5)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 3])
-def test_bfloat16_resumes_bit_for_bit(tmp_path, corpus, stage):
-    whole = train(tmp_path / "whole", 2, PLAN, f"--bf16 --zero-stage {stage} --data-path", corpus)
-    train(tmp_path / "run", 2, PLAN, f"--bf16 --zero-stage {stage} --exit-interval {SWITCH + 1} --data-path", corpus)
-    assert train(tmp_path / "run", 2, PLAN, f"--bf16 --zero-stage {stage} --data-path", corpus).losses == whole.losses
+@pytest.mark.parametrize("zero", [0, 1, 3])
+def test_bfloat16_resumes_bit_for_bit(tmp_path, corpus, zero):
+    whole = train(tmp_path / "whole", 2, PLAN, f"--bf16 --zero-stage {zero} --data-path", corpus)
+    train(tmp_path / "run", 2, PLAN, f"--bf16 --zero-stage {zero} --exit-interval {SWITCH + 1} --data-path", corpus)
+    assert train(tmp_path / "run", 2, PLAN, f"--bf16 --zero-stage {zero} --data-path", corpus).losses == whole.losses
 
 
 def test_bfloat16_moves_between_layouts_without_losing_its_master_weights(tmp_path, corpus):
@@ -69,7 +69,7 @@ def test_bfloat16_moves_between_layouts_without_losing_its_master_weights(tmp_pa
 
 
 def _killed(argv: list[str], step: int, inside_the_switch: bool) -> int:
-    """A rank that ends by kill -9: when a step has been taken and nothing of it is saved, or in the switch, behind the stage's checkpoint."""
+    """Runs a rank that kills itself: after a step that is not saved, or in the switch, after the checkpoint at the stage's end."""
     from megatron_patch.training.pretrain import main
     from megatron_patch.training.trainer import Trainer
 
@@ -86,24 +86,24 @@ def _killed(argv: list[str], step: int, inside_the_switch: bool) -> int:
 
 
 @pytest.mark.parametrize(
-    ("step", "inside_the_switch", "goes_on_from"),
+    ("step", "inside_the_switch", "resumes_from"),
     [(SWITCH - 1, False, SWITCH - 3), (SWITCH, False, SWITCH - 3), (SWITCH, True, SWITCH), (SWITCH + 1, False, SWITCH)],
 )
-def test_the_ledger_of_a_killed_run_has_no_span_twice_and_none_missing(tmp_path, corpus, unbroken, step, inside_the_switch, goes_on_from):
+def test_the_ledger_of_a_killed_run_has_no_span_twice_and_none_missing(tmp_path, corpus, unbroken, step, inside_the_switch, resumes_from):
     folder = tmp_path / "run"
     argv = command(MODEL, DATA, PLAN, "--zero-stage 1 --data-path", corpus, ["--save", str(folder)])
     with pytest.raises(RuntimeError, match="died with exit code -9"):
         run_ranks(_killed, 2, tmp_path / "killed-logs", argv, step, inside_the_switch)
     assert max(json.loads(line)["step"] for line in (folder / "spans" / "rank-00000.jsonl").read_text().splitlines()) == step
     resumed = train(folder, 3, PLAN, "--zero-stage 1 --data-path", corpus)
-    assert f"step-{goes_on_from:08d}: stage" in printed(folder)
+    assert f"step-{resumes_from:08d}: stage" in printed(folder)
     assert resumed.losses == pytest.approx(unbroken.losses, rel=1e-5)
     counts = ledger(resumed, corpus)
     assert counts.max() == 1, "a token was read twice within an epoch"
-    assert counts.sum() == resumed.values("tokens")[-1], "all of the plan's tokens"
+    assert counts.sum() == resumed.values("tokens")[-1], "the plan's number of tokens"
     assert np.array_equal(counts, ledger(unbroken, corpus))
     first, last = split_ranges(len(counts), "90,10,0")[0]
-    assert counts[last:].sum() == 0 and counts[:first].sum() == 0, "held-out data was touched"
+    assert counts[last:].sum() == 0 and counts[:first].sum() == 0, "held-out data was read"
 
 
 def test_killed_at_any_moment_and_resumed_is_bit_identical(tmp_path, corpus):
@@ -116,7 +116,7 @@ def test_killed_at_any_moment_and_resumed_is_bit_identical(tmp_path, corpus):
     for _ in range(12):
         process = start_process(arguments, str(folder), log=tmp_path / "killed.log")
         seen = len(list(folder.glob("step-*"))) if folder.exists() else 0
-        # Killed while it trains or saves: some moments after the next checkpoint folder appears.
+        # Killed during training or saving: shortly after the next checkpoint folder appears.
         while process.poll() is None and (len(list(folder.glob("step-*"))) if folder.exists() else 0) <= seen + draw.randint(1, 3):
             time.sleep(0.005)
         time.sleep(draw.random() * 0.05)
@@ -131,12 +131,12 @@ def test_killed_at_any_moment_and_resumed_is_bit_identical(tmp_path, corpus):
 
 
 def starts(run: Run) -> list[int]:
-    """The steps at which the starts of a run went on."""
+    """Returns the step from which each start of a run continued."""
     return [record["step"] for record in run.records("start")]
 
 
-def test_a_run_that_began_from_another_folder_goes_on_with_its_own(tmp_path, corpus, unbroken):
-    """Put back into the queue, the same command must not begin from --load for ever."""
+def test_a_run_that_began_from_another_folder_resumes_from_its_own(tmp_path, corpus, unbroken):
+    """When a job is requeued, the same command must not start from --load again."""
     first, second = tmp_path / "first", tmp_path / "second"
     train(first, 2, PLAN, "--zero-stage 1 --exit-interval 4 --data-path", corpus)
     words = f"--zero-stage 1 --load {first} --data-path"
@@ -144,7 +144,7 @@ def test_a_run_that_began_from_another_folder_goes_on_with_its_own(tmp_path, cor
     run = train(second, 2, PLAN, words, corpus)
     assert starts(run) == [4, 9]
     assert [record["loss"] for record in run.records("step")] == unbroken.losses[4:]
-    # Back to an earlier one of its own, on purpose: newer ones are left aside, and then it goes on from what it has done since.
+    # Back to an earlier checkpoint of its own on purpose: newer ones are ignored, and the next start resumes from the new branch.
     back = f"--zero-stage 1 --load {second / 'step-00000006'} --data-path"
     train(second, 2, PLAN, "--exit-interval 8", back, corpus)
     assert "without --load the run would resume from" in printed(second)
@@ -160,7 +160,7 @@ def test_a_folder_to_load_from_that_is_empty_begins_once(tmp_path, corpus, unbro
     assert starts(run) == [0, 4] and run.losses == unbroken.losses
 
 
-def test_a_finished_run_says_so_and_changes_nothing(unbroken, corpus):
+def test_a_finished_run_reports_it_and_changes_nothing(unbroken, corpus):
     before = (unbroken.folder / "latest").read_text()
     again = train(unbroken.folder, 2, PLAN, "--zero-stage 1 --data-path", corpus)
     assert "nothing left to do" in printed(unbroken.folder)

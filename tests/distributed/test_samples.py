@@ -1,4 +1,4 @@
-"""Samples during training: what the checkpoint of the same step writes, on every layout, and training none the worse for it."""
+"""Samples during training equal those of the checkpoint of the same step, on every layout, and do not change training."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def corpus(tmp_path_factory):
         "--tensor-model-parallel-size 2 --sequence-parallel",
     ],
 )
-def test_samples_are_the_checkpoint_s_greedy_text_and_leave_training_alone(layout, corpus, tmp_path):
+def test_samples_are_the_checkpoint_s_greedy_text_and_do_not_change_training(layout, corpus, tmp_path):
     plain = train(tmp_path / "plain", 2, PLAN, layout, "--data-path", corpus)
     run = train(tmp_path / "run", 2, PLAN, layout, SAMPLES, "--data-path", corpus)
     assert run.losses == plain.losses

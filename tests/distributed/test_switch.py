@@ -1,4 +1,4 @@
-"""One run equals two: what the switch does is exactly what stopping, and starting another run from the weights, would do."""
+"""A switch has exactly the effect of stopping a run and starting another one from its weights."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_a_reset_switch_equals_a_new_run_from_the_weights(tmp_path, corpus):
     assert whole.values("lr")[12:] == pytest.approx(token.values("lr"))
 
 
-def test_a_kept_optimizer_and_schedule_equal_an_engine_that_never_stopped(tmp_path, corpus):
+def test_a_switch_that_keeps_optimizer_and_schedule_changes_nothing(tmp_path, corpus):
     once = train(tmp_path / "once", 2, COMMON, stages({"patch_size": 1, "steps": 20}), "--data-path", corpus)
     keep = {"patch_size": 1, "steps": 11, "optimizer": "keep", "lr_policy": "continue"}
     twice = train(tmp_path / "twice", 2, COMMON, stages({"patch_size": 1, "steps": 9}, keep), "--data-path", corpus)
@@ -43,8 +43,8 @@ def test_a_kept_optimizer_and_schedule_equal_an_engine_that_never_stopped(tmp_pa
     assert twice.values("lr") == once.values("lr")
 
 
-def test_a_switch_to_another_accumulation_cuts_no_step_short(tmp_path, corpus):
-    """Stage one has 6 micro-batches of 2 a step, stage two 4 of 3 after 9 steps: 54 micro-batches are no multiple of 4."""
+def test_a_switch_to_another_accumulation_keeps_steps_complete(tmp_path, corpus):
+    """Stage one has 9 steps of 6 micro-batches, stage two 4 micro-batches per step: 54 micro-batches are not a multiple of 4."""
     once = train(tmp_path / "once", 1, COMMON, stages({"patch_size": 1, "steps": 16}), "--data-path", corpus)
     other = {"patch_size": 1, "steps": 7, "micro_batch_size": 3, "optimizer": "keep", "lr_policy": "continue"}
     twice = train(tmp_path / "twice", 1, COMMON, stages({"patch_size": 1, "steps": 9}, other), "--data-path", corpus)
@@ -78,7 +78,7 @@ def test_policies_differ_and_eight_four_two_one_runs(tmp_path, corpus):
     }
     assert all(len(values) == 20 for values in losses.values())
     assert len({tuple(values) for values in losses.values()}) == 4, "each policy must have an effect"
-    assert len({tuple(values[:5]) for values in losses.values()}) == 1, "and none before the first switch's step has been taken"
+    assert len({tuple(values[:5]) for values in losses.values()}) == 1, "no policy may have an effect before the first step after a switch"
 
 
 def test_constant_tokens_lengthen_the_sequence_at_the_switch(tmp_path, corpus):
@@ -98,12 +98,12 @@ def test_recomputation_and_documents_change_nothing_between_layouts(tmp_path, co
     full = train(tmp_path / "full", 2, plan, "--zero-stage 3 --recompute-granularity full --data-path", corpus)
     selective = train(tmp_path / "selective", 3, plan, "--zero-stage 1 --recompute-granularity selective --data-path", corpus)
     assert full.losses == pytest.approx(single.losses, rel=1e-5)
-    assert selective.losses == pytest.approx(single.losses, rel=1e-5), "masked labels must be normalised over the global batch"
+    assert selective.losses == pytest.approx(single.losses, rel=1e-5), "masked labels must be normalized over the global batch"
     plain = train(tmp_path / "plain", 1, plan[:-5], "--zero-stage 0 --data-path", corpus)
     assert plain.losses != pytest.approx(single.losses, rel=1e-3)
 
 
-def test_reset_means_new_moments_and_a_new_count(tmp_path):
+def test_a_reset_zeroes_moments_and_step_count(tmp_path):
     from megatron_patch.engine.optimizer import ensure_moments, set_step_count, step_count, zero_moments
 
     weight = torch.nn.Parameter(torch.ones(3))
@@ -125,7 +125,7 @@ def test_reset_means_new_moments_and_a_new_count(tmp_path):
 
 
 def test_aligned_documents_train_and_their_padding_is_not_scored(tmp_path):
-    """Text through the preprocessor with --patch-align 4; the labels that count are those that are no repeated end of document."""
+    """Text is preprocessed with --patch-align 4; repeated end-of-document tokens are not scored."""
     from megatron_patch.data.corpus import TokenCorpus
     from megatron_patch.preprocess.encode import EncodeSettings
     from megatron_patch.preprocess.pipeline import preprocess
@@ -140,4 +140,4 @@ def test_aligned_documents_train_and_their_padding_is_not_scored(tmp_path):
     run = train(tmp_path / "run", 1, plan, "--reset-attention-mask --eod-mask-loss --log-token-spans --data-path", prefix)
     assert run.losses[-1] < run.losses[0]
     tokens = TokenCorpus([prefix]).read(0, TokenCorpus([prefix]).num_tokens)
-    assert len(tokens) % 4 == 0 and (tokens.reshape(-1, 4)[:, -1] == 63).sum() == 600, "each document ends with its patch"
+    assert len(tokens) % 4 == 0 and (tokens.reshape(-1, 4)[:, -1] == 63).sum() == 600, "each document ends at the end of a patch"

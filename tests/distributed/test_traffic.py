@@ -1,6 +1,7 @@
-"""What goes over the wire in one step of layers that two ranks share: counted collective by collective.
+"""The traffic of tensor parallelism in one step of two ranks, counted for each collective.
 
-A ring moves n·(p-1)/p numbers a rank for a gather or a reduce-scatter of n numbers in all, and twice as many for an all-reduce.
+In a ring of p ranks, each rank sends n·(p-1)/p numbers for a gather or a reduce-scatter of n numbers in total, and twice as many for an
+all-reduce.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ BATCH, RANKS = 2, 2
 HIDDEN = SHAPE.hidden_size
 
 
-def moved(function):
-    """Numbers that this rank's links carry while the function runs: [(collective, numbers)]."""
+def count_traffic(function):
+    """Returns what this rank sends while the function runs: [(collective, number of values)]."""
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
         function()
     share = (RANKS - 1) / RANKS
@@ -46,16 +47,16 @@ def on_a_rank(patch_size, positions, sequence):
     model = GPTModel(SHAPE, parallel=parallel)
     initialize(model, SHAPE, seed=1, rank=parallel.rank, size=RANKS)
     ids = torch.arange(BATCH * positions * patch_size).remainder(64).view(BATCH, positions, patch_size)
-    embedding = moved(lambda: model.embedding(ids))
+    embedding = count_traffic(lambda: model.embedding(ids))
     hidden = torch.randn(BATCH, positions // RANKS if sequence else positions, HIDDEN)
-    head = moved(lambda: model.head(hidden, None, ids, None))
-    step = moved(lambda: model(ids, ids)[0].backward())
+    head = count_traffic(lambda: model.head(hidden, None, ids, None))
+    step = count_traffic(lambda: model(ids, ids)[0].backward())
     return {"embedding": embedding, "head": head, "step": step}
 
 
 @pytest.fixture(scope="module")
 def traffic(tmp_path_factory):
-    """By (K, positions, sequence parallelism): the same 64 tokens as 64 positions or as 16 patches of 4, and 64 patches of 4."""
+    """Traffic by (K, positions, sequence parallelism): 64 tokens as 64 positions or as 16 patches of 4, and 64 patches of 4."""
     found = {}
     for key in [(1, 64, False), (4, 16, False), (4, 64, False), (1, 64, True), (4, 16, True), (4, 64, True)]:
         first, second = run_ranks(on_a_rank, RANKS, tmp_path_factory.mktemp("logs"), *key)
@@ -68,32 +69,32 @@ def total(calls):
     return sum(numbers for _, numbers in calls)
 
 
-def test_patches_divide_the_embedding_s_traffic_for_each_token_by_k(traffic):
+def test_patches_divide_the_embedding_s_traffic_per_token_by_k(traffic):
     for sequence in (False, True):
         token, patch = traffic[1, 64, sequence]["embedding"], traffic[4, 16, sequence]["embedding"]
-        assert len(token) == len(patch) == 1, "one collective, behind the average"
+        assert len(token) == len(patch) == 1, "one collective, after the mean over the patch"
         assert total(token) == 4 * total(patch) > 0
-        # The papers' way: as many positions, K times the tokens, for the same traffic.
+        # With constant positions, as in the papers, a step reads K times as many tokens for the same traffic.
         assert total(traffic[4, 64, sequence]["embedding"]) == total(token)
 
 
-def test_the_loss_exchanges_two_and_k_numbers_a_patch(traffic):
+def test_the_loss_exchanges_two_plus_k_numbers_per_patch(traffic):
     for patch_size, positions in ((1, 64), (4, 16), (4, 64)):
         calls = traffic[patch_size, positions, False]["head"]
         assert calls == [("all_gather_into_tensor", (2 + patch_size) * BATCH * positions * (RANKS - 1))]
 
 
-def test_sharded_positions_move_no_more_than_whole_ones(traffic):
+def test_sequence_parallelism_does_not_increase_the_traffic(traffic):
     for patch_size, positions in ((1, 64), (4, 16)):
         plain, sharded = (traffic[patch_size, positions, sequence]["step"] for sequence in (False, True))
-        # Weights that every rank holds (norms) see a part of the positions each: their gradients are summed, H numbers a norm.
+        # Each rank applies the weights of the norms to some positions only, so their gradients are summed: H numbers per norm.
         norms = 2 * HIDDEN * (2 * SHAPE.num_layers + 1) * (RANKS - 1) / RANKS
         assert total(sharded) - norms <= total(plain)
         assert all(kind != "all_reduce" or numbers <= 2 * HIDDEN for kind, numbers in sharded), "positions are gathered and scattered"
 
 
-def test_a_step_moves_what_the_formula_says(traffic):
-    """Each half of a block sums its output forward and its input's gradient backward, the embedding forward, the head backward."""
+def test_the_traffic_of_a_step_matches_the_formula(traffic):
+    """All-reduces: each half of a block once forward and once backward, the embedding once forward, the head once backward."""
     for patch_size, positions in ((1, 64), (4, 16), (4, 64)):
         activations = BATCH * positions * HIDDEN
         loss = (2 + patch_size) * BATCH * positions * (RANKS - 1)

@@ -1,4 +1,4 @@
-"""Vocabulary shards on real ranks: embedding, loss and chunked head equal the unsplit ones, with one exchange of 2 + K floats a row."""
+"""Vocabulary shards on real ranks: embedding, loss and chunked head equal the unsharded ones, with one exchange of 2 + K floats per row."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def inputs():
 
 
 def operators(first, last, group, chunk_rows=5):
-    """All three on rows [first, last) of the vocabulary; their results and gradients."""
+    """Returns results and gradients of embedding, loss and chunked head on rows [first, last) of the vocabulary."""
     case, ids, hidden, weight = inputs()
     start = None if group is None else first
     shard = weight[first:last].clone().requires_grad_()
@@ -47,7 +47,7 @@ def whole():
 
 
 def on_a_rank():
-    """This rank's results, and what it sent: (collective, numbers)."""
+    """Returns this rank's results, and what it sent: [(collective, shape)]."""
     dist.init_process_group("gloo")
     size, rank = dist.get_world_size(), dist.get_rank()
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
@@ -57,7 +57,7 @@ def on_a_rank():
 
 
 def traced_on_a_rank():
-    """Whether all three, in one traced graph, have the gradients that they have without tracing."""
+    """Returns whether the three operators have the same gradients in one traced graph as without tracing."""
     dist.init_process_group("gloo")
     size, rank = dist.get_world_size(), dist.get_rank()
     first, last = VOCAB * rank // size, VOCAB * (rank + 1) // size
@@ -95,6 +95,6 @@ def test_shards_on_ranks_equal_the_whole_with_one_exchange(tmp_path, ranks):
         else:
             value = torch.cat(arrays, dim=axis)
         torch.testing.assert_close(value, torch.from_numpy(expected[index]), rtol=2e-6, atol=2e-6)
-    # One for the loss of 13 rows, one for each chunk of the head: nothing else goes over the wire.
+    # One exchange for the loss of 13 rows and one for each chunk of the head, and no other.
     for _, sent in outcomes:
         assert sent == [("gloo:all_gather", [rows, 2 + K]) for rows in (ROWS, 5, 5, 3)]

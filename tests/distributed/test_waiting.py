@@ -1,4 +1,4 @@
-"""The host runs ahead of a GPU through all micro-batches of a step: nothing in between asks for a number that the GPU has not computed."""
+"""The host does not wait for the GPU between the micro-batches of a step: no operation needs a value from the device."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PLAN = (
 
 
 def _waits(argv):
-    """Trains; returns (micro-batches, waits for the device) of each step."""
+    """Trains and returns (micro-batches, reads of device values, synchronizations) of each step."""
     from deepspeed.accelerator import get_accelerator
     from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -32,7 +32,7 @@ def _waits(argv):
             return func(*args, **(kwargs or {}))
 
     def synchronize(device=None):
-        waits["synchronisations"] += 1
+        waits["synchronizations"] += 1
 
     get_accelerator().synchronize = synchronize
     steps = []
@@ -42,7 +42,7 @@ def _waits(argv):
             waits.clear()
             with Counting():
                 result = step(self, batches, *arguments)
-            steps.append((len(batches), waits["numbers"], waits["synchronisations"]))
+            steps.append((len(batches), waits["numbers"], waits["synchronizations"]))
             return result
 
         engine.train_step = counted
@@ -60,12 +60,14 @@ def _waits(argv):
         (2, "--bf16 --pipeline-model-parallel-size 2"),
     ],
 )
-def test_micro_batches_wait_for_nothing(tmp_path, corpus, ranks, layout):
+def test_micro_batches_do_not_wait_for_the_device(tmp_path, corpus, ranks, layout):
     argv = command(MODEL, DATA, PLAN, layout, "--data-path", corpus, ["--save", str(tmp_path / "run")])
     for steps in run_ranks(_waits, ranks, tmp_path / "logs", argv):
         few, many = ([step for step in steps if step[0] == count] for count in (4, 16))
         assert len(few) > 3 and len(many) > 3
-        # Behind each stage's first steps, in which pipelines tell each other their shapes.
-        assert {step[1] for step in few[2:]} == {step[1] for step in many[2:]}, "as many for 4 micro-batches as for 16"
-        assert max(step[1] for step in few[2:]) <= 8, "loss, norm and overflow: of the whole step"
+        # Without each stage's first steps, in which pipeline ranks exchange the shapes.
+        assert {step[1] for step in few[2:]} == {step[1] for step in many[2:]}, (
+            "the number of waits does not depend on the number of micro-batches"
+        )
+        assert max(step[1] for step in few[2:]) <= 8, "loss, norm and overflow are read once per step"
         assert all(step[2] == 0 for step in steps)

@@ -1,4 +1,4 @@
-"""ZeRO 0, 1, 2 and 3 on two ranks compute what one process computes, across the switch, in float32 and in bfloat16."""
+"""ZeRO 0, 1, 2 and 3 on two ranks give the results of one process, across the switch, in float32 and in bfloat16."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 from tests.distributed.runs import Run, start_program, train
 
-# Three patch steps of 2 micro-batches, then token steps of 8: the numbers do not divide each other over the ranks and stages.
+# On two ranks a step has 1 micro-batch per rank in the patch stage and 3 in the token stage.
 PLAN = "--seq-length 16 --micro-batch-size 2 --global-batch-size 12 --patch-size 3 --train-tokens 4200 --lr 3e-3 --lr-warmup-fraction 0.2"
 
 
@@ -23,15 +23,15 @@ def test_the_reference_crosses_the_switch_and_learns(single):
     assert single.losses[-1] < single.losses[0] - 0.3
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_two_ranks_equal_one_process(tmp_path, corpus, single, stage):
-    run = train(tmp_path / "run", 2, PLAN, f"--zero-stage {stage} --eval-interval 5 --data-path", corpus)
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_two_ranks_equal_one_process(tmp_path, corpus, single, zero):
+    run = train(tmp_path / "run", 2, PLAN, f"--zero-stage {zero} --eval-interval 5 --data-path", corpus)
     assert run.losses == pytest.approx(single.losses, rel=1e-5)
     assert run.values("grad_norm") == pytest.approx(single.values("grad_norm"), rel=1e-4)
-    for mine, theirs in zip(run.records("evaluation"), single.records("evaluation"), strict=True):
-        assert mine["token_loss"] == pytest.approx(theirs["token_loss"], rel=1e-5)
-        assert mine["patch_loss"] == pytest.approx(theirs["patch_loss"], rel=1e-5)
-        assert mine["eval_tokens"] == theirs["eval_tokens"]
+    for ours, expected in zip(run.records("evaluation"), single.records("evaluation"), strict=True):
+        assert ours["token_loss"] == pytest.approx(expected["token_loss"], rel=1e-5)
+        assert ours["patch_loss"] == pytest.approx(expected["patch_loss"], rel=1e-5)
+        assert ours["eval_tokens"] == expected["eval_tokens"]
 
 
 def _on_a_processor_without_float16(argv: list[str]) -> int:
@@ -41,15 +41,15 @@ def _on_a_processor_without_float16(argv: list[str]) -> int:
     return start_program(argv)
 
 
-def test_sharded_weights_have_the_precision_that_was_asked_for_on_any_processor(tmp_path, corpus, single):
+def test_sharded_weights_have_the_requested_precision_on_any_processor(tmp_path, corpus, single):
     words = "--zero-stage 3 --eval-interval 5 --exit-interval 4 --data-path"
     run = train(tmp_path / "run", 2, PLAN, words, corpus, main=_on_a_processor_without_float16)
     assert run.losses == pytest.approx(single.losses[:4], rel=1e-6)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_bfloat16_follows_its_float32_twin(tmp_path, corpus, single, stage):
-    run = train(tmp_path / "run", 2, PLAN, f"--zero-stage {stage} --bf16 --eval-interval 5 --data-path", corpus)
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_bfloat16_stays_close_to_float32(tmp_path, corpus, single, zero):
+    run = train(tmp_path / "run", 2, PLAN, f"--zero-stage {zero} --bf16 --eval-interval 5 --data-path", corpus)
     assert run.losses == pytest.approx(single.losses, rel=1e-2)
     assert run.losses != pytest.approx(single.losses, rel=1e-6), "bfloat16 must have been used"
 
@@ -60,12 +60,12 @@ def test_three_ranks_fill_up_the_last_micro_batch(tmp_path, corpus, single):
 
 
 @pytest.mark.parametrize(
-    ("stage", "parts"),
+    ("zero", "parts"),
     [(1, ["offload_optimizer"]), (2, ["offload_optimizer"]), (3, ["offload_optimizer"]), (3, ["offload_param", "offload_optimizer"])],
 )
-def test_what_is_offloaded_computes_the_same_and_resumes(tmp_path, corpus, single, stage, parts):
+def test_offloaded_training_gives_the_same_losses_and_resumes(tmp_path, corpus, single, zero, parts):
     path = tmp_path / "ds.json"
-    path.write_text(json.dumps({"zero_optimization": {"stage": stage, **{part: {"device": "cpu"} for part in parts}}}))
+    path.write_text(json.dumps({"zero_optimization": {"stage": zero, **{part: {"device": "cpu"} for part in parts}}}))
     words = f"--eval-interval 5 --deepspeed_config {path}"
     train(tmp_path / "run", 2, PLAN, words, "--exit-interval 17 --data-path", corpus)
     run = train(tmp_path / "run", 2, PLAN, words, "--data-path", corpus)

@@ -1,4 +1,4 @@
-"""Which rank a process is: by a launcher's variables, by a Slurm step's, by none."""
+"""The rank of a process: from a launcher's variables, from those of a Slurm step, or without either."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ STEP = {
     "SLURM_LOCALID": "1",
     "SLURM_NODEID": "2",
 }
-# What a batch script and an interactive shell see: the job's variables, and the first task's place.
+# What a batch script and an interactive shell see: the variables of the job and of its first task.
 BATCH = {
     "SLURM_JOB_ID": "7",
     "SLURM_NTASKS": "6",
@@ -41,7 +41,7 @@ BATCH = {
 
 @pytest.fixture
 def environment(monkeypatch):
-    """Sets the variables given, with nothing of a launcher's or Slurm's around them."""
+    """Sets the given variables after all variables of launchers and of Slurm are removed."""
     for name in list(os.environ):
         if name.startswith(("SLURM", "RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "CUDA_VISIBLE")):
             monkeypatch.delenv(name)
@@ -68,7 +68,7 @@ def test_a_task_of_a_step_is_a_rank(environment):
     assert local_world_size() == 2
 
 
-def test_steps_beside_each_other_meet_on_different_ports(environment):
+def test_concurrent_steps_use_different_ports(environment):
     ports = set()
     for job in range(50):
         for step in range(3):
@@ -89,7 +89,7 @@ def test_a_launcher_inside_a_step_comes_first(environment):
     assert rendezvous_address() == ("10.0.0.1", 29500)
 
 
-def test_the_batch_script_may_say_where_ranks_meet(environment):
+def test_the_batch_script_may_set_the_address_of_rank_0(environment):
     environment(STEP, MASTER_ADDR="10.0.0.1", MASTER_PORT="4321")
     assert ranks_from_environment() == (5, 6, 1)
     assert rendezvous_address() == ("10.0.0.1", 4321)
@@ -109,39 +109,39 @@ def test_each_rank_has_its_gpu(environment):
     environment(STEP, SLURM_GPUS_ON_NODE="2")
     assert [device_index(local, 2) for local in range(2)] == [0, 1]
     assert [device_index(local, 8) for local in range(2)] == [0, 1]
-    assert [device_index(local, 1) for local in range(2)] == [0, 0], "each task sees its own GPU alone"
+    assert [device_index(local, 1) for local in range(2)] == [0, 0], "each task sees only its own GPU"
 
 
 @pytest.mark.parametrize("local", [0, 1])
-def test_every_rank_of_a_node_with_too_few_gpus_tells(environment, local):
+def test_every_rank_of_a_node_with_too_few_gpus_raises(environment, local):
     environment(STEP, SLURM_GPUS_ON_NODE="1")
-    with pytest.raises(MegatronPatchError, match=r"1 GPUs are to be seen on .*, which has 2 ranks") as error:
+    with pytest.raises(MegatronPatchError, match=r"1 GPU visible on .*, which runs 2 ranks") as error:
         device_index(local, 1)
-    assert not isinstance(error.value, ConfigError), "of that error rank 0 alone would speak, and it may be on a node that is well"
+    assert not isinstance(error.value, ConfigError), "rank 0 alone reports a ConfigError, and it may be on a healthy node"
     environment(RANK=str(local), WORLD_SIZE="8", LOCAL_WORLD_SIZE="8")
-    with pytest.raises(MegatronPatchError, match="7 GPUs"):
+    with pytest.raises(MegatronPatchError, match="7 GPUs visible"):
         device_index(local, 7)
 
 
-def test_a_launcher_that_does_not_count_a_node_s_ranks(environment):
+def test_a_launcher_that_does_not_set_the_number_of_local_ranks(environment):
     environment(RANK="9", WORLD_SIZE="16", LOCAL_RANK="1")
     assert local_world_size() is None
     assert device_index(1, 8) == 1
-    with pytest.raises(MegatronPatchError, match="1 GPUs"):
+    with pytest.raises(MegatronPatchError, match="1 GPU visible"):
         device_index(1, 1)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"SLURM_PROCID": "x"}, "cannot be read: ValueError"),
-        ({"SLURM_STEP_NODELIST": ""}, "a list of nodes"),
+        ({"SLURM_PROCID": "x"}, "cannot read the variables of this Slurm step: ValueError"),
+        ({"SLURM_STEP_NODELIST": ""}, "not a node list"),
         ({"SLURM_STEP_TASKS_PER_NODE": "2"}, "IndexError"),
-        ({"SLURM_STEP_TASKS_PER_NODE": "2x3"}, "tasks per node '2x3'"),
-        ({"WORLD_SIZE": "4"}, "WORLD_SIZE=4 without RANK, in a Slurm step of 6 tasks"),
+        ({"SLURM_STEP_TASKS_PER_NODE": "2x3"}, "'2x3' is not a list of tasks per node"),
+        ({"WORLD_SIZE": "4"}, "WORLD_SIZE=4 is set without RANK, in a Slurm step of 6 tasks"),
     ],
 )
-def test_contradictions_are_told(environment, change, message):
+def test_contradictions_are_refused(environment, change, message):
     environment(STEP, change)
     with pytest.raises(ConfigError, match=message) as error:
         ranks_from_environment()
@@ -155,22 +155,22 @@ def test_a_variable_that_is_missing_is_named(environment, monkeypatch):
         ranks_from_environment()
 
 
-def test_ranks_that_know_no_meeting_point_are_told(environment):
+def test_ranks_without_the_address_of_rank_0_are_refused(environment):
     environment(RANK="1", WORLD_SIZE="2")
     with pytest.raises(ConfigError, match="WORLD_SIZE=2 without MASTER_ADDR"):
         rendezvous_address()
 
 
 @pytest.mark.parametrize("text", ["", ",n1", "[", "n1[", "]"])
-def test_what_is_no_list_of_nodes_is_refused(text):
-    with pytest.raises(ValueError, match="a list of nodes"):
+def test_other_texts_than_node_lists_are_refused(text):
+    with pytest.raises(ValueError, match="is not a node list"):
         first_host(text)
 
 
 @pytest.mark.parametrize(
     "given", [{}, {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}, {"PYTORCH_ALLOC_CONF": "backend:cudaMallocAsync"}]
 )
-def test_the_allocator_does_what_the_user_says_before_what_we_say(given):
+def test_the_user_s_allocator_settings_take_precedence(given):
     environment = dict(given)
     use_expandable_segments(environment)
     assert environment == (given or {"PYTORCH_ALLOC_CONF": "expandable_segments:True"})

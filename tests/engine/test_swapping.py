@@ -1,4 +1,4 @@
-"""Offload to NVMe is refused where its operator would have to be compiled."""
+"""Offload to NVMe is refused if its operator would have to be compiled."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_an_operator_that_is_not_built_is_not_compiled(nothing_built):
     assert "DS_BUILD_AIO=1" in str(error.value) and "cpu" in str(error.value)
 
 
-def test_one_that_was_built_earlier_but_does_not_load_is_told(nothing_built, monkeypatch):
+def test_an_operator_that_cannot_be_loaded_is_named(nothing_built, monkeypatch):
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
     for name in ("async_io", "pin_memory"):
@@ -35,5 +35,5 @@ def test_one_that_was_built_earlier_but_does_not_load_is_told(nothing_built, mon
         raise ImportError("undefined symbol: io_submit")
 
     monkeypatch.setattr(AsyncIOBuilder, "load", load)
-    with pytest.raises(ConfigError, match="does not load: undefined symbol: io_submit"):
+    with pytest.raises(ConfigError, match="cannot be loaded: undefined symbol: io_submit"):
         require_async_io()

@@ -132,14 +132,14 @@ def _answers(path, tokenizer):
     from lm_eval.api.instance import Instance
 
     from megatron_patch.engine.distributed import init_distributed
-    from megatron_patch.engine.inference import load_shared_model
+    from megatron_patch.engine.inference import load_distributed_model
     from megatron_patch.evaluation.harness_model import HarnessModel
     from megatron_patch.parallel.grid import Grid
     from megatron_patch.parallel.groups import make_groups
 
     device, found = init_distributed(), []
     for sizes in ((1, 1), (2, 1), (1, 2)):
-        loaded = load_shared_model(path, make_groups(Grid(torch.distributed.get_rank(), 2, *sizes)), device)
+        loaded = load_distributed_model(path, make_groups(Grid(torch.distributed.get_rank(), 2, *sizes)), device)
         found.append(_ask(HarnessModel(loaded.model, tokenizer, 32, 2, loaded.replicas), Instance))
     return found
 

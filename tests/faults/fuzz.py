@@ -31,7 +31,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 from megatron_patch.checkpoint import commit as commit
-from megatron_patch.checkpoint.report import describe, explain, flat
+from megatron_patch.checkpoint.report import describe, explain, flatten
 from megatron_patch.checkpoint.safetensors_io import read_header
 from megatron_patch.config.parsing import parse, read_yaml, to_flags
 from megatron_patch.config.resolve import resolve
@@ -149,7 +149,7 @@ def _read_manifest(folder: Path) -> None:
 
 def _read_state(folder: Path) -> None:
     state = commit.read_state(folder)
-    flat(explain(folder))
+    flatten(explain(folder))
     with contextlib.suppress(MegatronPatchError):
         parameter_shapes(shape_of_state(state, "it"))
     plan = StagePlan.from_json(state.plan)

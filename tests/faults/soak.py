@@ -65,7 +65,7 @@ def damage(save: Path, draw: random.Random) -> str | None:
 
     At least one valid checkpoint is left, because no program can survive the loss of all.
     """
-    valid = [folder for folder in commit.checkpoints(save) if not commit.verify(folder)]
+    valid = [folder for folder in commit.list_checkpoints(save) if not commit.verify(folder)]
     latest = save / "latest"
     kinds = (["flip", "truncate", "remove", "manifest"] * 2 if len(valid) > 1 else []) + (["latest"] if latest.exists() else [])
     if not kinds:
@@ -124,7 +124,7 @@ def start_once(argv: list[str], ranks: int, save: Path, logs: Path, draw: random
 
 def states(save: Path) -> dict[str, bytes]:
     """Returns the files of weights and moments in a run's newest checkpoint."""
-    return {path.name: path.read_bytes() for path in commit.checkpoints(save)[0].glob("state-*")}
+    return {path.name: path.read_bytes() for path in commit.list_checkpoints(save)[0].glob("state-*")}
 
 
 def soak(
@@ -184,7 +184,7 @@ def soak(
         else:
             assert losses == whole, "losses differ from those of the undisturbed run"
             assert states(save) == states(folder / "whole"), "weights or moments differ from those of the undisturbed run"
-        assert not commit.verify(commit.checkpoints(save)[0]), "the last checkpoint is not valid"
+        assert not commit.verify(commit.list_checkpoints(save)[0]), "the last checkpoint is not valid"
         tally.runs += 1
         shutil.rmtree(save)
     return tally

@@ -34,7 +34,7 @@ def test_files_are_those_of_the_synchronous_run(tmp_path, corpus, undisturbed):
     assert run_ranks(_with_slow_disk, 2, tmp_path / "run-logs", argv) == [0, 0]
     run = Run(tmp_path / "run")
     assert run.losses == undisturbed.losses
-    found = files.checkpoints(run.folder)
+    found = files.list_checkpoints(run.folder)
     assert len(found) >= 4 and not list(run.folder.glob(".partial*"))
     for folder in found:
         ours, theirs = files.read_manifest(folder), files.read_manifest(undisturbed.folder / folder.name)

@@ -104,7 +104,7 @@ def test_ranks_that_agree_pass(tmp_path, corpus):
     assert run(tmp_path / "run", corpus, "none", words) == [0, 0]
 
 
-def test_a_checksum_sees_values_and_positions():
+def test_a_digest_depends_on_values_and_their_order():
     tensor = torch.randn(1000)
     assert (
         checksum_of_bits(tensor)

@@ -166,5 +166,5 @@ def test_the_data_of_a_rejected_step_can_be_shown(tmp_path, corpus, capsys):
     ids = np.empty(64, dtype=np.int64)
     open_corpus(corpus).read_into(ids, event["spans"][0][1])
     assert " ".join(map(str, ids[:20].tolist())) in shown.replace("\n", " ")
-    with pytest.raises(DataError, match="no step 3"):
+    with pytest.raises(DataError, match="does not record the data of step 3"):
         show_step.main([str(run.folder), "--step", "3"])

@@ -137,7 +137,7 @@ def test_a_stop_during_an_asynchronous_save_commits_both_checkpoints(tmp_path, c
     assert set(finish(processes, results).values()) == {75}
     end = Run(folder).records("end")[-1]
     assert end["reason"] == "SIGTERM" and not list(folder.glob(".partial*"))
-    found = files.checkpoints(folder)
+    found = files.list_checkpoints(folder)
     assert [files.step_of(path) for path in found] == [end["step"], 5] and end["step"] > 5
     assert [files.verify(path) for path in found] == [[], []]
     assert train(folder, 2, PLAN, "--zero-stage 1 --data-path", corpus).losses == unbroken.losses

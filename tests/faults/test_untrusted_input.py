@@ -65,7 +65,7 @@ def test_a_pytorch_file_cannot_run_code(tmp_path):
 
 
 def test_a_checkpoint_holds_nothing_but_safetensors_and_json(undisturbed):
-    for folder in files.checkpoints(undisturbed.folder):
+    for folder in files.list_checkpoints(undisturbed.folder):
         names = sorted(path.name for path in folder.iterdir())
         assert all(name.endswith((".safetensors", ".json")) for name in names)
         for path in folder.glob("*.json"):
@@ -79,7 +79,7 @@ def test_a_manifest_cannot_name_files_outside_of_its_folder(tmp_path, name):
     files.write_manifest(target, {**files.read_manifest(target), name: files.ManifestEntry(1, "0")})
     with pytest.raises(CheckpointError, match="inside"):
         files.read_manifest(target)
-    with pytest.raises(CheckpointError, match="no sound checkpoint"):
+    with pytest.raises(CheckpointError, match="no valid checkpoint"):
         files.find_newest_valid(tmp_path)
 
 

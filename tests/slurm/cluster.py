@@ -1,13 +1,14 @@
-"""A real Slurm cluster of two nodes on this one machine: munge, a controller, and a daemon a node.
+"""A real Slurm cluster of two nodes on this machine: munge, a controller, and one daemon per node.
 
-How to use it, as root, where Debian's packages slurmctld, slurmd, slurm-client and munge are installed:
+Usage, as root, with Debian's packages slurmctld, slurmd, slurm-client and munge:
 
-    python -m tests.slurm.cluster up        starts it, prints what to export, and takes it down on Ctrl-C
+    python -m tests.slurm.cluster up        starts the cluster, prints the variable to export, and stops the cluster on Ctrl-C
 
 and, in another terminal, after the printed `export SLURM_CONF=...`: sinfo, sbatch, srun, squeue, scancel, scontrol as on any cluster.
 
-Nodes n0 and n1 claim to have 128 CPUs and 8 GPUs each, as the nodes that the templates are made for; a partition `urgent` preempts jobs of the default one. Everything is below one
-folder in /tmp, names are resolved by a hosts file of its own, and only processes that this cluster started are ended.
+Nodes n0 and n1 report 128 CPUs and 8 GPUs each, like the nodes that the templates are made for. Jobs of the partition `urgent` preempt
+those of the default partition. All files are in one folder in /tmp, a private hosts file resolves the names of the nodes, and only
+processes that this cluster started are ended.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ NODES = {"n0": "127.0.0.1", "n1": "127.0.0.2"}
 _PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scancel", "scontrol", "sinfo", "squeue", "setpriv", "unshare")
 _ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "BOOT_FAIL", "OUT_OF_MEMORY", "DEADLINE"}
 
-# cred_expire is also how long a requeued job waits before it may start again: 120 seconds where nothing is said, 5 at least.
+# cred_expire is also how long a requeued job waits before it may start again: 120 seconds by default, at least 5.
 _CONFIGURATION = """\
 ClusterName=patch
 FirstJobId={first_job}
@@ -67,14 +68,14 @@ PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10
 
 
 def missing() -> str | None:
-    """Why no cluster can be started here, or None."""
+    """Returns the reason why no cluster can be started on this machine, or None."""
     if os.geteuid() != 0:
-        return "a Slurm cluster is started by root"
+        return "only root can start a Slurm cluster"
     absent = [name for name in _PROGRAMS if not shutil.which(name)]
     if absent:
-        return f"Slurm is not installed (apt install slurmctld slurmd slurm-client munge): no {', '.join(absent)}"
+        return f"Slurm is not installed (apt install slurmctld slurmd slurm-client munge): {', '.join(absent)} missing"
     if subprocess.run(["unshare", "--mount", "true"], capture_output=True, check=False).returncode:
-        return "no mount namespaces in this container, which give the nodes their names"
+        return "this container does not allow mount namespaces, which the names of the nodes need"
     return None
 
 
@@ -87,10 +88,16 @@ def _free_ports(number: int) -> list[int]:
 
 
 def wait_until(condition: Callable[[], object], what: str, seconds: float = 60.0, explain: Callable[[], str] = str) -> None:
-    """Asks until a condition holds.
+    """Polls until a condition holds.
+
+    Args:
+        condition: the condition.
+        what: its name, for the error message.
+        seconds: how long to wait.
+        explain: returns details for the error message.
 
     Raises:
-        TimeoutError: it did not, within the time.
+        TimeoutError: the condition did not hold within the time.
     """
     end = time.monotonic() + seconds
     while not condition():
@@ -100,9 +107,10 @@ def wait_until(condition: Callable[[], object], what: str, seconds: float = 60.0
 
 
 class Cluster:
-    """A cluster, from `start` to `stop`.
+    """A cluster that runs from `start` to `stop`.
 
-    Its folder is short and open to all, because sockets live there: their paths have 107 characters at most, and munge refuses private folders.
+    Its folder has a short path and is readable by all, because it contains sockets: their paths may have at most 107 characters, and munge
+    refuses private folders.
     """
 
     def __init__(self) -> None:
@@ -122,7 +130,7 @@ class Cluster:
             f"NodeName={name} NodeHostname={host} NodeAddr={address} Port={port} CPUs=128 RealMemory=1000000 Gres=gpu:8 State=UNKNOWN"
             for (name, address), port in zip(NODES.items(), ports, strict=True)
         )
-        # Ranks meet on a port that follows from the job: clusters side by side on one machine number their jobs differently.
+        # The port of rank 0 depends on the job number, so concurrent clusters on one machine must number their jobs differently.
         first_job = random.SystemRandom().randrange(1, 1_000_000)
         self._write(
             "slurm.conf",
@@ -148,7 +156,7 @@ class Cluster:
         wait_until(lambda: self.idle_nodes() == list(NODES), "idle nodes", explain=self.logs)
 
     def stop(self) -> None:
-        """Cancels all jobs, ends the daemons and what they left, and removes the folder."""
+        """Cancels all jobs, ends the daemons and their remaining processes, and removes the folder."""
         with contextlib.suppress(RuntimeError, subprocess.SubprocessError):
             self.cancel_all()
         for name in reversed(list(self.daemons)):
@@ -168,7 +176,7 @@ class Cluster:
         """Ends all jobs at once."""
         jobs = self.command("squeue", "-h", "-o", "%i").split()
         if jobs:
-            # A job may end by itself before it is told to.
+            # A job may end before it receives the signal.
             with contextlib.suppress(RuntimeError):
                 self.command("scancel", "--full", "--signal=KILL", *jobs)
             self.command("scancel", *jobs)
@@ -178,13 +186,13 @@ class Cluster:
 
     @property
     def environment(self) -> dict[str, str]:
-        """What a process needs to talk with this cluster, and nothing of another job around it."""
+        """Environment variables for commands that use this cluster, without the variables of any other Slurm job."""
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "SBATCH", "SRUN"))}
         return {**inherited, "SLURM_CONF": str(self.folder / "slurm.conf")}
 
     def _spawn(self, name: str, words: Sequence[str], **more: str) -> None:
-        # A mount namespace of its own gives the daemon, and the jobs below it, a hosts file that knows the nodes. Daemons end with whoever
-        # started them, also where that was killed.
+        # In its own mount namespace, the daemon and its jobs use a hosts file with the names of the nodes. The daemon ends together with the
+        # process that started it, even if that process is killed.
         inside = f'mount --bind {self.folder}/hosts /etc/hosts && exec "$@"'
         with (self.folder / f"{name}.log").open("ab") as log:
             self.daemons[name] = subprocess.Popen(
@@ -198,30 +206,30 @@ class Cluster:
 
     def start_node(self, name: str) -> None:
         """Starts a node's daemon."""
-        # Tasks carry the name by themselves; the daemon passes it on to the processes that watch over them.
+        # Slurm sets this variable for tasks; the processes that supervise them inherit it from the daemon.
         self._spawn(name, ["slurmd", "-D", "-N", name], SLURMD_NODENAME=name)
 
     def kill_node(self, name: str) -> None:
-        """A node dies: its daemon, the jobs' steps there and their processes, without a word of one about the other."""
+        """Kills a node: its daemon and all processes of its job steps at once, so that none can report the end of another."""
         daemon = self.daemons.pop(name)
-        there = sorted(pid for pid, environment in self.processes() if environment.get("SLURMD_NODENAME") == name)
+        on_node = sorted(pid for pid, environment in self.processes() if environment.get("SLURMD_NODENAME") == name)
         for number in (signal.SIGSTOP, signal.SIGKILL):
-            for pid in (daemon.pid, *there):
+            for pid in (daemon.pid, *on_node):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, number)
         daemon.wait()
 
     def kill_daemon(self, name: str) -> None:
-        """A node's daemon dies alone."""
+        """Kills only the daemon of a node."""
         daemon = self.daemons.pop(name)
         daemon.kill()
         daemon.wait()
 
     def processes(self) -> Iterator[tuple[int, dict[str, str]]]:
-        """(process id, environment) of all processes that carry this cluster's configuration, but for the daemons and this one."""
-        own = {os.getpid(), *(daemon.pid for daemon in self.daemons.values())}
+        """Yields (process id, environment) of all processes that use this cluster, except the daemons and this process."""
+        excluded = {os.getpid(), *(daemon.pid for daemon in self.daemons.values())}
         for folder in Path("/proc").iterdir():
-            if not folder.name.isdigit() or int(folder.name) in own:
+            if not folder.name.isdigit() or int(folder.name) in excluded:
                 continue
             try:
                 words = (folder / "environ").read_bytes().decode(errors="replace").split("\0")
@@ -235,7 +243,7 @@ class Cluster:
         """Runs one of Slurm's commands and returns what it printed.
 
         Raises:
-            RuntimeError: it failed; with its message.
+            RuntimeError: the command failed; the message has its output.
         """
         result = subprocess.run(
             [str(word) for word in words],
@@ -251,7 +259,7 @@ class Cluster:
         return result.stdout
 
     def idle_nodes(self) -> list[str]:
-        """Names of the nodes that are up and without a job."""
+        """Returns the names of the nodes that are up and run no job."""
         try:
             lines = self.command("sinfo", "-h", "-N", "-p", "debug", "-o", "%N %T").splitlines()
         except RuntimeError:
@@ -259,40 +267,40 @@ class Cluster:
         return [name for name, state in (line.split() for line in lines) if state == "idle"]
 
     def job(self, job: str) -> dict[str, str]:
-        """A job's fields, as scontrol shows them."""
+        """Returns the fields of a job, as scontrol shows them."""
         text = self.command("scontrol", "show", "job", "-o", job)
         return dict(re.findall(r"(\S+?)=(\S*)", text))
 
     def state(self, job: str) -> str:
-        """A job's state: PENDING, RUNNING, COMPLETING, COMPLETED, …"""
+        """Returns the state of a job: PENDING, RUNNING, COMPLETING, COMPLETED, …"""
         return self.job(job)["JobState"]
 
     def ended(self, job: str) -> bool:
-        """Whether a job has come to its end, so that it will not run again by itself."""
+        """Returns whether a job has ended and will not be requeued."""
         return self.state(job) in _ENDED
 
     def logs(self) -> str:
-        """The last lines of all daemons."""
+        """Returns the last lines of the logs of all daemons."""
         texts = [(path.name, path.read_text(errors="replace").splitlines()[-15:]) for path in sorted(self.folder.glob("*.log"))]
         return "\n".join(f"[{name}]\n" + "\n".join(lines) for name, lines in texts)
 
 
 def main(argv: Sequence[str]) -> int:
-    """`up` keeps a cluster until it is interrupted; anything else prints how to use this."""
+    """Runs a cluster until Ctrl-C (`up`), or prints the usage."""
     if list(argv) != ["up"]:
         print(__doc__)
         return 0 if not argv else 2
     reason = missing()
     if reason:
-        print(f"no cluster here: {reason}", file=sys.stderr)
+        print(f"cannot start a cluster: {reason}", file=sys.stderr)
         return 1
     cluster = Cluster()
-    # An end by SIGTERM takes the same way down as one by Ctrl-C.
+    # SIGTERM stops the cluster like Ctrl-C.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         cluster.start()
         print(cluster.command("sinfo"), end="")
-        print(f"export SLURM_CONF={cluster.folder}/slurm.conf\nCtrl-C takes the cluster down", flush=True)
+        print(f"export SLURM_CONF={cluster.folder}/slurm.conf\nCtrl-C stops the cluster", flush=True)
         signal.pause()
     except KeyboardInterrupt:
         pass

@@ -1,4 +1,4 @@
-"""One cluster for all tests of this folder, and a corpus; both only where Slurm can run."""
+"""One Slurm cluster and one corpus for all tests of this folder; tests are skipped if Slurm cannot run."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def running_cluster() -> Iterator[Cluster]:
 
 @pytest.fixture
 def cluster(running_cluster: Cluster) -> Iterator[Cluster]:
-    """The cluster with both nodes idle; what a test leaves running is cancelled."""
+    """The cluster with both nodes idle; jobs that the test leaves running are canceled."""
     cluster = running_cluster
     wait_until(lambda: cluster.idle_nodes() == list(NODES), "idle nodes", explain=cluster.logs)
     yield cluster

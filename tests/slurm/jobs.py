@@ -1,4 +1,4 @@
-"""Jobs of the templates in examples/slurm/: submitted as a user would, followed by what they write."""
+"""Submits the templates in examples/slurm/ as a user would, and follows the jobs through the files that they write."""
 
 from __future__ import annotations
 
@@ -25,35 +25,35 @@ class Job:
 
     @property
     def run(self) -> Run:
-        """What it trained so far."""
+        """The run that the job has trained so far."""
         return Run(self.folder)
 
     @property
     def text(self) -> str:
-        """All that its starts have printed."""
+        """The output of all starts of the job."""
         return self.log.read_text() if self.log.exists() else ""
 
     def wait(self, seconds: float = 200.0) -> dict[str, str]:
-        """Waits for the end that no start follows, and returns Slurm's fields of the job."""
+        """Waits until the job has ended for good, and returns its fields in Slurm."""
         self.wait_for(lambda: self.cluster.ended(self.number), "the job's end", seconds)
         return self.cluster.job(self.number)
 
     def completes(self, seconds: float = 200.0) -> dict[str, str]:
-        """The same, and the job must have ended well."""
+        """Waits for the job's end, checks that it completed, and returns its fields in Slurm."""
         fields = self.wait(seconds)
         assert fields["JobState"] == "COMPLETED", self.text[-6000:]
         return fields
 
     def reaches(self, step: int, seconds: float = 90.0) -> None:
-        """Waits until the run has taken a step, in this start of the job."""
+        """Waits until the current start of the job has reached a step."""
         self.wait_for(lambda: self._step() >= step, f"step {step}", seconds)
 
     def wait_for(self, condition: object, what: str, seconds: float) -> None:
-        """Waits for something; where it does not happen, the job's log says why."""
+        """Waits for a condition; the error message contains the job's log."""
         wait_until(condition, what, seconds, lambda: f"{self.cluster.job(self.number)}\n{self.text[-6000:]}\n{self.cluster.logs()}")  # type: ignore[arg-type]
 
     def _step(self) -> int:
-        """The newest step; 0 as long as the newest start of the job has taken none."""
+        """Returns the newest step; 0 while the current start of the job has taken none."""
         if self.cluster.state(self.number) != "RUNNING" or not (self.folder / "metrics.jsonl").exists():
             return 0
         records = list(read_metrics(self.folder / "metrics.jsonl"))
@@ -63,11 +63,11 @@ class Job:
         return max((record["step"] for record in records if record["type"] == "step"), default=0)
 
     def processes(self) -> list[tuple[int, dict[str, str]]]:
-        """(process id, environment) of all that this job runs, on all nodes."""
+        """Returns (process id, environment) of all processes of the job, on all nodes."""
         return [(pid, environment) for pid, environment in self.cluster.processes() if environment.get("SLURM_JOB_ID") == self.number]
 
     def ranks(self, rank: int) -> list[int]:
-        """The process of a rank, if it is there."""
+        """Returns the process ids of a rank; at most one."""
         tasks = [
             pid
             for pid, environment in self.processes()
@@ -76,7 +76,7 @@ class Job:
         return [pid for pid in tasks if b"pretrain_gpt_patch.py" in _command_line(pid) and b"srun" not in _command_line(pid)]
 
     def signal_rank(self, rank: int, number: signal.Signals) -> None:
-        """Sends a signal to the process of one rank, past Slurm."""
+        """Sends a signal to the process of one rank directly, without Slurm."""
         (pid,) = self.ranks(rank)
         os.kill(pid, number)
 
@@ -89,7 +89,7 @@ def _command_line(pid: int) -> bytes:
 
 
 def write_config(path: Path, *parts: str | Sequence[str]) -> Path:
-    """A YAML file of flags and their values."""
+    """Writes flags and their values as a YAML file and returns its path."""
     lines: list[str] = []
     for word in command(MODEL, DATA, *parts):
         if word.startswith("--"):
@@ -103,17 +103,17 @@ def write_config(path: Path, *parts: str | Sequence[str]) -> Path:
 def submit(
     cluster: Cluster, template: str, folder: Path, *options: str, config: Path, corpus: str, flags: Sequence[str] = (), **settings: str
 ) -> Job:
-    """Submits a template from the repository's root, sized down by sbatch's own options.
+    """Submits a template from the repository's root; options of sbatch reduce its size.
 
     Args:
-        cluster: where.
-        template: its name in examples/slurm/.
-        folder: of the run.
-        options: of sbatch.
-        config: what is trained.
-        corpus: prefix of the data.
-        flags: more for the program.
-        settings: the template's variables.
+        cluster: the cluster.
+        template: the template's name in examples/slurm/.
+        folder: the run's folder.
+        options: options of sbatch.
+        config: YAML file of the run.
+        corpus: dataset prefix.
+        flags: further flags of the program.
+        settings: environment variables of the template.
     """
     environment = {
         "CONFIG": str(config),

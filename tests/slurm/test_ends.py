@@ -1,4 +1,4 @@
-"""What becomes of a job when its ranks have ended: examples/slurm/ranks.sh with Slurm's commands replaced, on any machine."""
+"""The end of a job: examples/slurm/ranks.sh requeues or stops it. Slurm's commands are replaced, so this runs on any machine."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ COMMANDS = {"srun": '[ "$1" != "--ntasks=1" ] || eval "$RANKS"', "scontrol": 'ec
 
 
 def end(save: Path, ranks: str, **settings: str) -> tuple[int, str]:
-    """(exit code, what is printed) of a job whose ranks do what a line of bash says."""
+    """Returns (exit code, output) of a job whose ranks run a line of bash."""
     commands = save / "commands"
     commands.mkdir(exist_ok=True)
     for name, line in COMMANDS.items():
@@ -49,20 +49,20 @@ def end(save: Path, ranks: str, **settings: str) -> tuple[int, str]:
 
 
 @pytest.mark.parametrize("code", [1, 75, 76, 134, 137, 139, 143, 253])
-def test_what_may_go_on_is_put_back_into_the_queue(tmp_path, code):
+def test_a_job_that_can_resume_is_requeued(tmp_path, code):
     assert end(tmp_path, f"exit {code}")[0] == 0
     assert "requeue 7" in end(tmp_path, f"exit {code}")[1]
 
 
 @pytest.mark.parametrize("code", [code for code in ExitCode if 2 <= code <= 6])
-def test_what_would_happen_again_stops_with_the_program_s_code(tmp_path, code):
+def test_a_job_that_would_fail_again_stops_with_the_program_s_code(tmp_path, code):
     status, text = end(tmp_path, f"exit {code}")
     assert status == code and "requeue" not in text and "submit it again" in text
 
 
 @pytest.mark.parametrize(("code", "limit", "words"), [(137, 3, "crashed 3 times"), (75, 10, "preempted 10 times")])
-def test_a_job_that_gets_nowhere_stops(tmp_path, code, limit, words):
-    """A checkpoint in between begins the count anew."""
+def test_a_job_without_progress_stops(tmp_path, code, limit, words):
+    """A new checkpoint resets the count of starts without progress."""
     for latest in ("step-00000001", "step-00000002"):
         (tmp_path / "latest").write_text(latest)
         for _ in range(limit - 1):
@@ -73,8 +73,8 @@ def test_a_job_that_gets_nowhere_stops(tmp_path, code, limit, words):
 
 
 @pytest.mark.parametrize("before", ["", STARTED, DONE])
-def test_done_is_what_the_run_says_not_its_launcher(tmp_path, before):
-    """DeepSpeed's launcher has code 0 where its srun was killed. A dry run tells nothing, and is done all the same."""
+def test_the_run_s_metrics_decide_that_it_is_done_not_its_launcher(tmp_path, before):
+    """DeepSpeed's launcher returns 0 when its srun was killed. A dry run writes no metrics, and is done all the same."""
     if before:
         (tmp_path / "events.jsonl").write_text(before + "\n")
     status, text = end(tmp_path, "exit 0")

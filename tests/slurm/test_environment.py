@@ -1,4 +1,4 @@
-"""What Slurm itself sets and says, against what is made of it."""
+"""The environment of ranks, compared with the variables and answers of a real Slurm."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from tests.distributed.runs import ROOT
 
 ASK = """\
 import json, os, sys
-from megatron_patch.engine.environment import local_ranks, meeting_point, ranks_of_environment
-print(json.dumps([*ranks_of_environment(), local_ranks(), *meeting_point(), os.environ["SLURMD_NODENAME"]]))
+from megatron_patch.engine.environment import local_world_size, ranks_from_environment, rendezvous_address
+print(json.dumps([*ranks_from_environment(), local_world_size(), *rendezvous_address(), os.environ["SLURMD_NODENAME"]]))
 """
 
 
@@ -35,8 +35,8 @@ def test_the_first_host_is_scontrol_s(cluster, nodes):
     assert first_host(nodes) == cluster.command("scontrol", "show", "hostnames", nodes).splitlines()[0]
 
 
-def test_tasks_of_a_step_learn_their_places(cluster):
-    """Three tasks on one node and one on the other, so that no two numbers are the same by chance."""
+def test_tasks_of_a_step_are_ranks(cluster):
+    """Three tasks on one node and one on the other, so that the numbers differ."""
     words = ["srun", "--nodes=2", "--ntasks=4", "--ntasks-per-node=3", "--distribution=plane=3", sys.executable, "-c", ASK]
     answers = [json.loads(line) for line in cluster.command(*words, cwd=ROOT).splitlines()]
     ports = {answer[5] for answer in answers}
@@ -49,7 +49,7 @@ def test_tasks_of_a_step_learn_their_places(cluster):
     ]
 
 
-def test_a_batch_script_s_own_process_is_alone(cluster, tmp_path):
+def test_a_batch_script_is_a_job_of_one_process(cluster, tmp_path):
     script = tmp_path / "job.sh"
     script.write_text(f"#!/bin/bash\n{sys.executable} - <<'END'\n{ASK}END\n")
     out = tmp_path / "out"

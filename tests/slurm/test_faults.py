@@ -1,4 +1,4 @@
-"""What happens to jobs on a cluster, made to happen: each ends, goes on by itself, and trains what it would have trained undisturbed."""
+"""Faults of jobs on a cluster, provoked: each job ends, resumes by itself, and trains as an undisturbed job does."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ def unbroken(running_cluster, tmp_path_factory, config, corpus) -> Run:
 
 
 def resumed_at(job: Job) -> list[int]:
-    """The steps at which the starts of a job went on."""
+    """Returns the step from which each start of a job continued."""
     return [record["step"] for record in job.run.records("start")]
 
 
 def is_the_same(run: Run, unbroken: Run) -> None:
-    """Bit for bit: losses, gradient norms and evaluations."""
+    """Checks that losses, gradient norms and evaluations are bit-identical."""
     assert run.losses == unbroken.losses
     assert run.values("grad_norm") == unbroken.values("grad_norm")
     assert [e["token_loss"] for e in run.records("evaluation")] == [e["token_loss"] for e in unbroken.records("evaluation")]
@@ -55,7 +55,7 @@ def test_requeued_by_an_administrator(cluster, tmp_path, config, corpus, unbroke
 
 
 @pytest.mark.parametrize("launcher", ["srun", "deepspeed"])
-def test_a_killed_rank_ends_the_job_everywhere_and_it_goes_on(cluster, tmp_path, config, corpus, unbroken, launcher):
+def test_a_killed_rank_ends_all_ranks_and_the_job_resumes(cluster, tmp_path, config, corpus, unbroken, launcher):
     job = submit(cluster, "many_nodes", tmp_path / "run", *TWO_NODES, config=config, corpus=corpus, TENSOR="1", LAUNCHER=launcher)
     job.reaches(SWITCH + 10)
     job.signal_rank(1, signal.SIGKILL)
@@ -66,8 +66,8 @@ def test_a_killed_rank_ends_the_job_everywhere_and_it_goes_on(cluster, tmp_path,
     is_the_same(job.run, unbroken)
 
 
-def test_a_rank_that_hangs_behind_a_dead_one_is_ended_too(cluster, tmp_path, config, corpus, unbroken):
-    """As where a collective on GPUs waits for a peer that is gone: rank 0 is stopped, so that it cannot notice."""
+def test_a_rank_that_hangs_after_another_died_is_ended_too(cluster, tmp_path, config, corpus, unbroken):
+    """Like a collective on GPUs that waits for a dead rank: rank 0 is suspended, so that it cannot notice."""
     job = submit(cluster, "many_nodes", tmp_path / "run", *TWO_NODES, config=config, corpus=corpus, TENSOR="1")
     job.reaches(120)
     job.signal_rank(0, signal.SIGSTOP)
@@ -77,7 +77,7 @@ def test_a_rank_that_hangs_behind_a_dead_one_is_ended_too(cluster, tmp_path, con
     is_the_same(job.run, unbroken)
 
 
-def test_a_job_that_crashes_without_getting_on_stops(cluster, tmp_path, config, corpus):
+def test_a_job_that_crashes_without_progress_stops(cluster, tmp_path, config, corpus):
     job = submit(cluster, "many_nodes", tmp_path / "run", *TWO_NODES, config=config, corpus=corpus, TENSOR="1", MAX_CRASHES="2")
     for start in range(2):
         job.wait_for(lambda start=start: job.text.count("2 ranks on n[0-1]") == start + 1, "a start", 150)
@@ -89,8 +89,8 @@ def test_a_job_that_crashes_without_getting_on_stops(cluster, tmp_path, config, 
 
 
 @pytest.mark.parametrize("victim", ["node", "daemon", "daemon and rank"])
-def test_a_dead_node_s_job_waits_for_a_node_and_goes_on(cluster, tmp_path, config, corpus, unbroken, victim):
-    """The whole node, or its daemon while the ranks run on, or a rank as well, so that the job ends before Slurm misses the daemon."""
+def test_the_job_of_a_dead_node_waits_for_a_node_and_resumes(cluster, tmp_path, config, corpus, unbroken, victim):
+    """Kills the whole node; or only its daemon; or its daemon and a rank, so that the job ends before Slurm misses the daemon."""
     job = submit(cluster, "many_nodes", tmp_path / "run", *TWO_NODES, config=config, corpus=corpus, TENSOR="1")
     job.reaches(120)
     if victim == "node":
@@ -98,7 +98,7 @@ def test_a_dead_node_s_job_waits_for_a_node_and_goes_on(cluster, tmp_path, confi
     else:
         cluster.kill_daemon("n1")
     if victim == "daemon":
-        job.signal_rank(0, signal.SIGSTOP)  # else a quick machine is done before Slurm misses the daemon
+        job.signal_rank(0, signal.SIGSTOP)  # otherwise a fast machine finishes before Slurm misses the daemon
     if victim == "daemon and rank":
         job.signal_rank(1, signal.SIGKILL)
     job.wait_for(lambda: cluster.state(job.number) == "PENDING", "the job back in the queue", 120)
@@ -108,7 +108,7 @@ def test_a_dead_node_s_job_waits_for_a_node_and_goes_on(cluster, tmp_path, confi
 
 
 @pytest.mark.parametrize("cause", ["a node died", "on purpose"])
-def test_it_goes_on_with_fewer_nodes(cluster, tmp_path, config, corpus, unbroken, cause):
+def test_it_resumes_on_fewer_nodes(cluster, tmp_path, config, corpus, unbroken, cause):
     job = submit(cluster, "many_nodes", tmp_path / "run", *TWO_NODES, config=config, corpus=corpus, TENSOR="1")
     job.reaches(120)
     if cause == "a node died":
@@ -128,7 +128,7 @@ def test_it_goes_on_with_fewer_nodes(cluster, tmp_path, config, corpus, unbroken
     assert job.run.losses == pytest.approx(unbroken.losses, rel=1e-4)
 
 
-def test_cancelled_ends_everywhere_and_the_same_command_goes_on(cluster, tmp_path, config, corpus, unbroken):
+def test_a_canceled_job_ends_all_ranks_and_the_same_command_resumes(cluster, tmp_path, config, corpus, unbroken):
     folder = tmp_path / "run"
     job = submit(cluster, "many_nodes", folder, *TWO_NODES, config=config, corpus=corpus, TENSOR="1")
     job.reaches(120)
@@ -169,8 +169,8 @@ def long_config(tmp_path_factory):
     return write_config(tmp_path_factory.mktemp("config") / "long.yaml", PLAN, "--train-tokens 400k")
 
 
-def test_the_time_limit_is_no_end(cluster, tmp_path, long_config, corpus):
-    """A limit of a minute for a run that takes longer: signals, saves, requeues, until it is done."""
+def test_a_job_continues_after_its_time_limit(cluster, tmp_path, long_config, corpus):
+    """A run longer than its limit of a minute is signaled, saves and is requeued until it is done."""
     whole = submit(cluster, "many_nodes", tmp_path / "whole", *TWO_NODES, config=long_config, corpus=corpus, TENSOR="1")
     began = time.monotonic()
     whole.completes(400)

@@ -1,4 +1,4 @@
-"""The templates on a real cluster of two nodes: both launchers, both nodes, and the losses of one process."""
+"""The templates on a real cluster of two nodes, with both launchers, give the losses of one process."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def one_process(tmp_path_factory, corpus) -> Run:
 
 
 @pytest.mark.parametrize("template", ["one_node", "many_nodes"])
-def test_headers_are_accepted_as_they_are(cluster, template):
-    """Slurm itself says whether it could run the job: eight ranks, GPUs and 96 cores a node."""
+def test_slurm_accepts_the_headers(cluster, template):
+    """Slurm tests whether it could run the job as written: eight ranks, eight GPUs and 96 cores per node."""
     nodes = [] if template == "one_node" else ["--nodes=2"]
     cluster.command("sbatch", "--test-only", *nodes, f"examples/slurm/{template}.sbatch", cwd=ROOT)
     with pytest.raises(RuntimeError, match="more processors than permitted|not available|Invalid generic resource"):
@@ -38,7 +38,7 @@ def test_a_wrong_flag_stops_the_job_with_the_program_s_code(cluster, tmp_path, c
     assert job.text.count("What to do") == 1 and "rank 1 on " in job.text and "submit it again" in job.text
 
 
-def test_a_job_without_its_settings_says_which(cluster, tmp_path, config):
+def test_a_job_without_its_settings_names_them(cluster, tmp_path, config):
     job = submit(cluster, "many_nodes", tmp_path / "run", "--nodes=1", "--ntasks-per-node=1", config=config, corpus="")
     assert job.wait(60)["JobState"] == "FAILED"
     assert "DATA: is the value of --data-path" in job.text

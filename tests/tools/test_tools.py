@@ -154,7 +154,7 @@ def test_inspect_shows_how_stages_divide(run, tmp_path):
     ("name", "words", "code", "text"),
     [
         ("evaluate", ["--load", "{run}", "--data-path", "nowhere"], 3, "does not exist"),
-        ("evaluate", ["--load", "nowhere", "--data-path", "{corpus}"], 4, "holds no checkpoint"),
+        ("evaluate", ["--load", "nowhere", "--data-path", "{corpus}"], 4, "contains no checkpoint"),
         ("evaluate", ["--load", "{run}", "--data-path", "{corpus}", "--seq-length", "100000"], 3, "one sample needs 100,001"),
         ("evaluate", ["--load", "{run}", "--data-path", "{corpus}", "--patchsize", "2"], 2, "--patch-size"),
         ("evaluate", ["--load", "{run}", "--data-path", "{corpus}", "--seq-length", "0"], 2, "whole numbers from 1"),
