@@ -19,7 +19,7 @@ export DS_BUILD_OPS := 0
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help venv lint test slow quickstart compare bench clean distclean
+.PHONY: help venv lint test slow docs quickstart compare bench clean distclean
 
 help:  ## prints this list
 	@sed -nE 's/^([a-z]+):[^#]*## (.*)/\1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 14
@@ -65,6 +65,10 @@ test: lint  ## lint, then all tests except slow ones and those that need a GPU
 
 slow: venv  ## only the slow tests, which take minutes each
 	$(PYTEST) -m "slow and not gpu" $(PYTEST_ARGS)
+
+docs: venv  ## builds the documentation as a site into build/docs
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
+	@echo "open build/docs/index.html"
 
 quickstart: venv  ## trains a small model in a few minutes: patches, then tokens
 	$(RUN) examples/quickstart/run.py

@@ -8,6 +8,12 @@ its start to its end. The corpus is Python source from this installation and the
 python benchmarks/preprocess.py --input web.jsonl --sentencepiece llama2.model --byte-level gpt-neox/tokenizer.json \
     --other 'megatron=python Megatron-LM/tools/preprocess_data.py --input {input} --output-prefix {output} --workers {workers} \
     --tokenizer-type {type} --tokenizer-model {model} --append-eod'
+
+With --encoders it compares only the encoders of the tokenizers named, on each corpus of --corpora, in alternating runs, and writes
+benchmarks/results/preprocess_encoders-*.json:
+
+python benchmarks/preprocess.py --encoders SentencePieceTokenizer=mistral.model HuggingFaceTokenizer=llama3/tokenizer.json \
+    --corpora novels.jsonl python.jsonl
 """
 
 from __future__ import annotations
@@ -302,6 +308,22 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
     Console(width=150).print(table)
 
 
+def compare_encoders(tokenizers: Sequence[str], corpora: Sequence[Path], repeat: int) -> None:
+    """Measures the encoders of some tokenizers, given as TYPE=MODEL, on some corpora; prints a table and writes a result file."""
+    import torch
+
+    from benchmarks._encoders import TABLE_COLUMNS, compare, table
+    from benchmarks._measure import print_table, write_results
+
+    rows: list[dict[str, Any]] = []
+    for word in tokenizers:
+        kind, _, model = word.partition("=")
+        for corpus in corpora:
+            rows += compare(kind, model, corpus, repeat)
+            print_table("Encoders, CPU seconds of one process", TABLE_COLUMNS, table(rows))
+    write_results("preprocess_encoders", torch.device("cpu"), {"rows": rows})
+
+
 def main() -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -317,8 +339,13 @@ def main() -> None:
     )
     parser.add_argument("--repeat", type=int, default=3, help="runs for that, of which the fastest counts")
     parser.add_argument("--folder", type=Path, help="for corpus, tokenizers and outputs; what is there is used again")
+    parser.add_argument("--encoders", nargs="+", metavar="TYPE=MODEL", help="compare only the encoders of these tokenizers")
+    parser.add_argument("--corpora", type=Path, nargs="+", default=[], help=".jsonl files for --encoders")
     args = parser.parse_args()
     sys.path.insert(0, str(ROOT))
+    if args.encoders:
+        compare_encoders(args.encoders, args.corpora, args.repeat)
+        return
     _adopt_orphans()
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.folder or Path(temporary)

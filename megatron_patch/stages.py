@@ -18,6 +18,8 @@ from typing import Any, Literal
 
 from megatron_patch.errors import ConfigError
 from megatron_patch.utils.records import record_from_json, whole_number
+from megatron_patch.utils.registry import lookup
+from megatron_patch.utils.units import plural
 
 Side = Literal["both", "input", "output"]
 LrPolicy = Literal["restart", "continue", "rewarm"]
@@ -30,6 +32,17 @@ LONGEST_PATCH = 1 << 16
 LOOKAHEAD_TOKENS = 64
 """Left behind the last block of a corpus for the labels of patches up to this size: a constant, and not the plan's own largest patch, so
 that a run in two parts reads the blocks that one run would have read."""
+
+
+POSITION_WEIGHTS: dict[str, Callable[[int], float]] = {
+    "uniform": lambda k: 1.0,
+    "power": lambda k: 1.0 / (k + 1),
+    "exponential": lambda k: 2.0**-k,
+    "first": lambda k: float(k == 0),
+}
+"""The formulas of --position-weights by name: from a label's index k within its patch (from 0) to its weight before scaling.
+
+A launcher script may add its own; `position_weights` scales the weights to sum to the number of labels."""
 
 
 @dataclass(frozen=True)
@@ -285,33 +298,26 @@ class StagePlan:
 
 
 def position_weights(kind: str | tuple[float, ...], labels: int) -> tuple[float, ...]:
-    """The weights w_k of a position's labels, scaled to sum to `labels` so that the loss stays an average per label.
+    """Returns the weights w_k of a position's labels, scaled to sum to `labels` so that the loss stays an average over labels.
 
     Args:
-        kind: "uniform" (1), "power" (1/(k+1)), "exponential" (2^-k), "first" (the first label alone), or the weights themselves.
-        labels: labels of a position.
+        kind: a name in `POSITION_WEIGHTS`, or the weights themselves.
+        labels: number of labels of a position.
 
     Raises:
-        ConfigError: an unknown kind, the wrong number of weights, a negative weight, or none above zero.
+        ConfigError: an unknown name, the wrong number of weights, a weight that is negative or not finite, or no weight above zero.
     """
     if labels > LONGEST_PATCH:
         raise ConfigError(f"patches of {labels} tokens", f"up to {LONGEST_PATCH}")
-    formulas: dict[str, Callable[[int], float]] = {
-        "uniform": lambda k: 1.0,
-        "power": lambda k: 1.0 / (k + 1),
-        "exponential": lambda k: 2.0**-k,
-        "first": lambda k: float(k == 0),
-    }
     if isinstance(kind, str):
-        if kind not in formulas:
-            raise ConfigError(f"position weights {kind!r}", f"{', '.join(formulas)}, or a list of {labels} numbers")
-        raw = [formulas[kind](k) for k in range(labels)]
+        formula = lookup(POSITION_WEIGHTS, kind, "--position-weights", also=f"{plural(labels, 'number')} with commas between them")
+        raw = [float(formula(k)) for k in range(labels)]
     else:
         raw = [float(weight) for weight in kind]
         if len(raw) != labels:
-            raise ConfigError(f"{len(raw)} position weights", f"{labels}, one for each label of a position")
-        if min(raw) < 0.0 or not sum(raw) > 0.0 or not all(math.isfinite(weight) for weight in raw):
-            raise ConfigError(f"position weights {raw}", "finite numbers from 0, at least one above it")
+            raise ConfigError(f"{plural(len(raw), 'position weight')} for {plural(labels, 'label')} of a position", "one for each label")
+    if min(raw) < 0.0 or not sum(raw) > 0.0 or not all(math.isfinite(weight) for weight in raw):
+        raise ConfigError(f"position weights {raw}"[:300], "finite numbers from 0, at least one of them above 0")
     if kind == "uniform":
         return (1.0,) * labels
     return tuple(weight * labels / sum(raw) for weight in raw)

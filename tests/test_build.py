@@ -230,7 +230,7 @@ def test_the_installed_torch_is_one_that_the_package_allows():
 def test_make_says_what_it_can_do():
     done = subprocess.run(["make", "--no-print-directory"], cwd=ROOT, capture_output=True, text=True, check=True)
     listed = [line.split()[0] for line in done.stdout.splitlines()]
-    assert listed == ["help", "venv", "lint", "test", "slow", "quickstart", "compare", "bench", "clean", "distclean"]
+    assert listed == ["help", "venv", "lint", "test", "slow", "docs", "quickstart", "compare", "bench", "clean", "distclean"]
 
 
 @pytest.mark.parametrize("name", ["Makefile", "setup.py", "pyproject.toml", "constraints.txt", ".ci/run"])

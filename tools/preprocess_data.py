@@ -25,8 +25,9 @@ from megatron_patch.preprocess.encode import EncodeSettings
 from megatron_patch.preprocess.pipeline import Progress, preprocess
 from megatron_patch.preprocess.summary import Summary
 from megatron_patch.raw_text.inputs import parse_shard
-from megatron_patch.tokenizers.base import TYPES
+from megatron_patch.tokenizers.base import TOKENIZERS
 from megatron_patch.tokenizers.tiktoken import PATTERNS
+from megatron_patch.utils.registry import lookup
 from megatron_patch.utils.units import format_count, format_duration
 
 
@@ -41,7 +42,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--output-prefix", required=True, help="writes PREFIX_KEY_document.bin, .idx and .json")
     parser.add_argument("--json-keys", nargs="+", default=["text"], help="keys of the text, one output each; dots for nested keys")
-    parser.add_argument("--tokenizer-type", required=True, choices=TYPES)
+    parser.add_argument("--tokenizer-type", required=True, help=f"one of {', '.join(TOKENIZERS)}")
     parser.add_argument("--tokenizer-model", help="its file or folder")
     parser.add_argument("--vocab-file", help="vocab.json of GPT2BPETokenizer")
     parser.add_argument("--merge-file", help="merges.txt of GPT2BPETokenizer")
@@ -78,7 +79,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--save-interval", type=float, default=30.0, help="seconds between the points from which a run can be resumed")
     parser.add_argument("--overwrite", action="store_true", help="replace outputs that exist, and what an unfinished run left")
     parser.add_argument("--log-interval", type=float, default=10.0, help="seconds between progress lines")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    lookup(TOKENIZERS, args.tokenizer_type, "--tokenizer-type")
+    return args
 
 
 def unescape(text: str) -> bytes:

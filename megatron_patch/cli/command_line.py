@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
 from megatron_patch.engine.environment import ranks_from_environment
 from megatron_patch.errors import ConfigError, MegatronPatchError
+from megatron_patch.utils.registry import suggestion
 from megatron_patch.utils.units import parse_count
 
 
@@ -53,8 +53,7 @@ class ArgumentParser(argparse.ArgumentParser):
         if message.startswith("unrecognized arguments:"):
             known = [flag for action in self._actions for flag in action.option_strings]
             unknown = next((word for word in message.split() if word.startswith("--")), "")
-            close = difflib.get_close_matches(unknown.partition("=")[0], known, n=1)
-            do = f"did you mean {close[0]}?" if close else do
+            do = suggestion(unknown.partition("=")[0], known) or do
         raise ConfigError(message, "the flags that --help lists", do)
 
 

@@ -14,6 +14,8 @@ from megatron_patch.config.options import DataOptions, EngineOptions, Options
 from megatron_patch.data.corpus import split_ranges
 from megatron_patch.errors import ConfigError
 from megatron_patch.stages import StagePlan
+from megatron_patch.tokenizers.base import TOKENIZERS
+from megatron_patch.utils.registry import lookup
 from megatron_patch.utils.units import format_duration
 
 _FROM_ONE = {
@@ -102,6 +104,8 @@ def check_options(options: Options) -> None:
     if not 0 < logging.sample_top_p <= 1:
         raise ConfigError(f"--sample-top-p {logging.sample_top_p}", "numbers above 0 and up to 1", "0.95, for example")
     split_ranges(1 << 40, options.data.split)
+    if options.data.tokenizer_type is not None:
+        lookup(TOKENIZERS, options.data.tokenizer_type, "--tokenizer-type")
 
 
 def _check_optimizer(options: Options) -> None:

@@ -115,7 +115,7 @@ class ModelOptions:
 class StageOptions:
     """How many tokens are read, in which patches, in which batches."""
 
-    recipe: Literal["patch-train", "token-superposition", "token-level"] | None = None
+    recipe: str | None = None
     """patch-train: patches, then tokens; constant tokens a step; learning rate and optimizer start afresh at the switch.
     token-superposition: constant positions a step; one learning-rate schedule over the run; optimizer kept.
     token-level: the ordinary baseline. Without it: patch-train where --patch-size is above 1, else token-level."""

@@ -7,7 +7,6 @@ read by one parser, with the same names, types and units; flags win. Unknown key
 from __future__ import annotations
 
 import contextlib
-import difflib
 import io
 import json
 import re
@@ -21,6 +20,7 @@ import tyro
 from megatron_patch.config.options import Options
 from megatron_patch.config.yaml_files import load_yaml
 from megatron_patch.errors import ConfigError
+from megatron_patch.utils.registry import suggestion
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,6 @@ _LISTS = {name for name, hint in OPTION_TYPES.items() if get_origin(hint) is tup
 _WITH_COMMAS = {"split", "position_weights"}
 
 
-def _suggest(name: str, known: Sequence[str]) -> str | None:
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
-    return f"did you mean {' or '.join(close)}?" if close else None
-
-
 def read_yaml(path: str) -> dict[str, Any]:
     """Reads a configuration file: one flat mapping of option names (with dashes or underscores), and `stages:` as a list.
 
@@ -81,7 +76,7 @@ def read_yaml(path: str) -> dict[str, Any]:
             raise ConfigError(
                 f"--config {path}: unknown key {key!r}",
                 "the names of the flags (pretrain_gpt_patch.py --help)",
-                _suggest(name, list(OPTION_TYPES)) or "remove it",
+                suggestion(name, OPTION_TYPES) or "remove it",
             )
         if name in result:
             raise ConfigError(f"--config {path}: {key!r} is given twice", "each option once", "remove one")
@@ -190,7 +185,7 @@ def parse(argv: Sequence[str], program: str = "pretrain_gpt_patch.py") -> Parsed
             raise ConfigError(
                 f"unknown flag --{name.replace('_', '-')}",
                 "the flags that --help lists",
-                (_suggest(name, list(OPTION_TYPES)) or "remove it").replace("_", "-"),
+                (suggestion(name, OPTION_TYPES) or "remove it").replace("_", "-"),
             )
         origins[name] = "flag"
     return Parsed(_run_tyro([*file_flags, *flags], program), origins)

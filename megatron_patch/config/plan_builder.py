@@ -13,9 +13,9 @@ from fractions import Fraction
 from typing import Any, cast
 
 from megatron_patch.config.options import ScheduleOptions, StageOptions
-from megatron_patch.config.stage_spec import AMOUNTS, SCHEDULE_KEYS, StageSpec, parse_blend, recipe_of, stage_specs
+from megatron_patch.config.stage_spec import AMOUNTS, SCHEDULE_KEYS, StageSpec, parse_blend, stage_specs
 from megatron_patch.errors import ConfigError
-from megatron_patch.stages import LrPolicy, LrShape, Stage, StagePlan, position_weights
+from megatron_patch.stages import POSITION_WEIGHTS, LrPolicy, LrShape, Stage, StagePlan, position_weights
 from megatron_patch.utils.units import format_count
 
 PUBLISHED_DECAY_FRACTION = 0.1
@@ -37,14 +37,13 @@ class _Geometry:
         return self.positions * self.input_patch_size
 
 
-def _geometry(request: StageSpec, options: StageOptions, recipe: str) -> _Geometry:
+def _geometry(request: StageSpec, options: StageOptions) -> _Geometry:
     name = request.name or f"K={request.patch_size}"
     if request.patch_size < 1:
         raise ConfigError(f"stage {name!r}: patch_size {request.patch_size}", "whole numbers from 1")
     if request.micro_batch_size is not None and request.micro_batch_size < 1:
         raise ConfigError(f"stage {name!r}: micro_batch_size {request.micro_batch_size}", "whole numbers from 1", "leave it out")
-    default_batch = "constant-positions" if recipe == "token-superposition" else "constant-tokens"
-    batch = request.batch or options.batch or default_batch
+    batch = request.batch or options.batch or "constant-tokens"
     input_patch_size = 1 if request.side == "output" else request.patch_size
     positions = options.seq_length
     if (request.sample or options.sample) == "constant-tokens":
@@ -191,8 +190,15 @@ def build_plan(
     Raises:
         ConfigError: anything that cannot be planned; the message names the flag or the stage.
     """
-    recipe = recipe_of(options)
-    geometries = [_geometry(request, options, recipe) for request in stage_specs(options)]
+    specs = stage_specs(options)
+    if options.stages is None:
+        # Flags win over what a recipe sets.
+        styles = [schedule.lr_decay_style or spec.lr_decay_style for spec in specs]
+        specs = tuple(
+            dataclasses.replace(spec, batch=options.batch or spec.batch, lr_decay_style=style)
+            for spec, style in zip(specs, styles, strict=True)
+        )
+    geometries = [_geometry(spec, options) for spec in specs]
     batches = _global_batches(geometries, options, data_parallel_size)
     amounts = _amounts(geometries, batches, options)
     block = math.lcm(*(geometry.sample_tokens for geometry in geometries))
@@ -205,19 +211,25 @@ def build_plan(
                 "leave --block-tokens out, or change --seq-length or the patch sizes",
             )
         block = options.block_tokens
-    stages = []
+    stages: list[Stage] = []
+    running: StageSpec | None = None
     for index, (geometry, batch, tokens) in enumerate(zip(geometries, batches, amounts, strict=True)):
         per_step = batch * geometry.sample_tokens
         unit = block // math.gcd(block, per_step) if index < len(geometries) - 1 else 1
         steps = max(1, round(tokens / (per_step * unit))) * unit
-        stages.append(_stage(geometry, batch, steps, options, schedule, first=index == 0))
+        if geometry.request.lr_policy in (None, "restart"):
+            running = geometry.request
+        stages.append(_stage(geometry, batch, steps, options, schedule, running))
     names = [stage.name for stage in stages]
     if len(set(names)) < len(names):
         stages = [dataclasses.replace(stage, name=f"{number}-{stage.name}") for number, stage in enumerate(stages, start=1)]
-    return StagePlan(_with_schedules(stages, schedule, recipe, decay_fraction), block)
+    return StagePlan(_with_schedules(stages, schedule, decay_fraction), block)
 
 
-def _stage(geometry: _Geometry, batch: int, steps: int, options: StageOptions, schedule: ScheduleOptions, first: bool) -> Stage:
+def _stage(
+    geometry: _Geometry, batch: int, steps: int, options: StageOptions, schedule: ScheduleOptions, running: StageSpec | None
+) -> Stage:
+    """Returns a stage of the plan; `running` began the learning-rate schedule that runs in it (None: no schedule runs yet)."""
     request = geometry.request
     labels = 1 if request.side == "input" else request.patch_size
     kind: str | tuple[float, ...] = request.position_weights or options.position_weights
@@ -225,17 +237,22 @@ def _stage(geometry: _Geometry, batch: int, steps: int, options: StageOptions, s
         try:
             kind = tuple(float(weight) for weight in kind.split(","))
         except ValueError:
-            raise ConfigError(f"--position-weights {kind}", "uniform, power, exponential, first, or numbers with commas") from None
+            raise ConfigError(f"--position-weights {kind}", f"{', '.join(POSITION_WEIGHTS)}, or numbers with commas between them") from None
     if labels == 1 and not isinstance(kind, str) and request.position_weights is None:
         kind = "uniform"
     anneal = request.anneal_share if request.anneal_share is not None else 0.0
     if not 0.0 <= anneal <= 1.0:
         raise ConfigError(f"anneal_share {anneal}", "a share from 0 to 1")
     policy: LrPolicy = request.lr_policy or "restart"
-    if first and policy != "restart":
+    if running is None:
         raise ConfigError(f"the first stage has lr_policy: {policy}", "restart, as no schedule is running yet", "remove it")
     if policy != "restart":
-        idle = [name for name in SCHEDULE_KEYS if getattr(request, name) is not None and (policy, name) != ("rewarm", "lr_warmup_tokens")]
+        # A stage may repeat what its running schedule has.
+        idle = [
+            name
+            for name in SCHEDULE_KEYS
+            if getattr(request, name) not in (None, getattr(running, name)) and (policy, name) != ("rewarm", "lr_warmup_tokens")
+        ]
         if idle:
             raise ConfigError(
                 f"a stage with lr_policy: {policy} gives {idle[0]}, which would have no effect",
@@ -276,13 +293,11 @@ def _lr_shape(request: StageSpec, schedule: ScheduleOptions) -> LrShape:
     )
 
 
-def _with_schedules(stages: Sequence[Stage], schedule: ScheduleOptions, recipe: str, decay_fraction: float) -> tuple[Stage, ...]:
-    """Fills in what depends on the length of a schedule: the style of the recipe, warm-up by share, the length of WSD's decay."""
+def _with_schedules(stages: Sequence[Stage], schedule: ScheduleOptions, decay_fraction: float) -> tuple[Stage, ...]:
+    """Returns the stages with what depends on the length of a schedule: the warm-up given as a share, the length of WSD's decay."""
     result = []
     for index, stage in enumerate(stages):
         shape = stage.lr
-        if recipe == "token-superposition" and schedule.lr_decay_style is None:
-            shape = dataclasses.replace(shape, style="WSD")
         if stage.lr_policy == "restart":
             following = [other.lr_policy != "restart" for other in stages[index + 1 :]]
             end = index + 1 + (following.index(False) if False in following else len(following))

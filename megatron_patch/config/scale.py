@@ -7,15 +7,15 @@ from __future__ import annotations
 
 from megatron_patch.config.options import Options, StageOptions
 from megatron_patch.config.plan_builder import PUBLISHED_DECAY_FRACTION
-from megatron_patch.config.stage_spec import recipe_of, stage_specs
+from megatron_patch.config.stage_spec import recipe_name, stage_specs
 from megatron_patch.stages import StagePlan
 
 SMALL_MODEL, SHORT_RUN_STEPS = 100_000_000, 5_000
 
 
 def needs_patch_size(options: StageOptions) -> bool:
-    """Whether a recipe of patches is asked for without their size."""
-    return options.patch_size is None and recipe_of(options) in ("patch-train", "token-superposition")
+    """Returns whether the run has a recipe of patches (any but token-level) and no --patch-size."""
+    return options.patch_size is None and recipe_name(options) not in (None, "token-level")
 
 
 def default_patch_size(parameters: int) -> int:

@@ -12,9 +12,8 @@ write a list:
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast, get_args
 
@@ -22,6 +21,7 @@ from megatron_patch.config.options import StageOptions
 from megatron_patch.config.yaml_files import load_yaml
 from megatron_patch.errors import ConfigError
 from megatron_patch.stages import LrPolicy, LrStyle, OptimizerPolicy, Side, WsdDecayStyle
+from megatron_patch.utils.registry import lookup, suggestion
 from megatron_patch.utils.units import parse_count
 
 AmountKind = Literal["tokens", "token_share", "compute_share", "step_share", "steps"]
@@ -59,6 +59,12 @@ class StageSpec:
     lr_wsd_decay_style: WsdDecayStyle | None = None
     optimizer: OptimizerPolicy | None = None
     data_path: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        for key, choices in _CHOICES.items():
+            value = getattr(self, key)
+            if value is not None and value not in choices:
+                raise ConfigError(f"stage {self.name!r}: {key} is {value!r}"[:300], ", ".join(choices), f"choose another {key}")
 
 
 _CHOICES: dict[str, tuple[str, ...]] = {
@@ -165,8 +171,7 @@ def _read_entry(entry: Mapping[str, Any], number: int) -> StageSpec:
         name = str(key).replace("-", "_")
         where = f"stages: entry {number}: {name}"
         if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            raise ConfigError(f"{where} is unknown", ", ".join(known), f"did you mean {close[0]}?" if close else "remove it")
+            raise ConfigError(f"{where} is not a known key", ", ".join(known), suggestion(name, known) or "remove it")
         if value is None:
             continue
         if name in _COUNTS:
@@ -201,44 +206,95 @@ def _number(value: Any, where: str) -> float:
     return number
 
 
-def recipe_of(options: StageOptions) -> str:
-    """The recipe by name: the one given, else patch-train for patches and token-level without them."""
+def recipe_name(options: StageOptions) -> str | None:
+    """Returns the name of the recipe: the one given, else patch-train for patches and token-level without them; None with `stages:`."""
     if options.stages is not None:
-        return "stages"
+        return None
     return options.recipe or ("patch-train" if (options.patch_size or 1) > 1 else "token-level")
 
 
 def stage_specs(options: StageOptions) -> tuple[StageSpec, ...]:
-    """The list of stages that the options ask for."""
-    recipe = recipe_of(options)
+    """Returns the stages that the options describe: the entries of `stages:`, or what the recipe makes of the other options.
+
+    Raises:
+        ConfigError: an unknown recipe, options that contradict the recipe or the list, or a bad list.
+    """
+    name = recipe_name(options)
+    if name is None:
+        return _listed_stages(options)
+    specs = lookup(RECIPES, name, "--recipe")(options)
+    if not specs:
+        raise ConfigError(f"--recipe {name} returns no stages", "at least one stage", "correct the recipe")
+    return specs
+
+
+def _listed_stages(options: StageOptions) -> tuple[StageSpec, ...]:
+    if options.recipe or options.patch_size not in (None, 1) or _given_shares(options):
+        raise ConfigError(
+            "stages: together with --recipe, --patch-size or a patch share",
+            "a recipe or a list of stages",
+            "write the patch sizes and amounts into the list",
+        )
+    assert options.stages is not None
+    return parse_stages(options.stages)
+
+
+def _given_shares(options: StageOptions) -> dict[str, float]:
+    """Returns the share of patches by the name of the option that gives it; empty where the recipe decides.
+
+    Raises:
+        ConfigError: both shares are given, or one is not between 0 and 1.
+    """
     shares = {"patch_fraction": options.patch_fraction, "patch_compute_share": options.patch_compute_share}
     given = {name: value for name, value in shares.items() if value is not None}
-    if recipe == "stages":
-        if options.recipe or options.patch_size not in (None, 1) or given:
-            raise ConfigError(
-                "stages: beside --recipe, --patch-size or a patch share",
-                "a recipe or a list of stages",
-                "write the patch sizes and amounts into the list",
-            )
-        assert options.stages is not None
-        return parse_stages(options.stages)
-    if recipe == "token-level":
-        if options.patch_size not in (None, 1) or given:
-            raise ConfigError("--recipe token-level with a patch size or share", "--patch-size 1 and no share", "remove one")
-        return (StageSpec(name="token"),)
-    if options.patch_size is None or options.patch_size < 2:
-        raise ConfigError(f"--recipe {recipe} with --patch-size {options.patch_size or 1}", "a patch size from 2", "--patch-size 4")
     if len(given) > 1:
-        raise ConfigError("--patch-fraction and --patch-compute-share", "one of them", "remove one")
+        raise ConfigError("--patch-fraction together with --patch-compute-share", "one of them", "remove one")
     for name, share in given.items():
         if not 0.0 < share < 1.0:
-            raise ConfigError(f"--{name.replace('_', '-')} {share}", "a share between 0 and 1", "0.667, for example")
-    policy: dict[str, Any] = {"lr_policy": "restart", "optimizer": "reset"}
-    amount: dict[str, Any] = {"token_share": options.patch_fraction if options.patch_fraction is not None else 2 / 3}
-    if recipe == "token-superposition":
-        policy = {"lr_policy": "continue", "optimizer": "keep"}
-        amount = {"token_share": options.patch_fraction} if options.patch_fraction is not None else {"compute_share": 0.3}
-    if options.patch_compute_share is not None:
-        amount = {"compute_share": options.patch_compute_share}
-    patch = StageSpec(name="patch", patch_size=options.patch_size, anneal_share=options.anneal_share, **amount)
-    return (patch, StageSpec(name="token", **policy))
+            raise ConfigError(f"--{name.replace('_', '-')} {share}", "a share between 0 and 1", "give 0.667, for example")
+    return given
+
+
+def _patch_stage(options: StageOptions, recipe: str, default_amount: Mapping[str, float]) -> StageSpec:
+    """Returns the first stage of a recipe of two: patches of --patch-size for the given share of the run, else the default."""
+    if options.patch_size is None or options.patch_size < 2:
+        raise ConfigError(
+            f"--recipe {recipe} with --patch-size {options.patch_size or 1}",
+            "a patch size of at least 2",
+            "give --patch-size 4, for example",
+        )
+    given = _given_shares(options)
+    amount: dict[str, Any] = dict(default_amount)
+    if "patch_fraction" in given:
+        amount = {"token_share": given["patch_fraction"]}
+    elif "patch_compute_share" in given:
+        amount = {"compute_share": given["patch_compute_share"]}
+    return StageSpec(name="patch", patch_size=options.patch_size, anneal_share=options.anneal_share, **amount)
+
+
+def _patch_train(options: StageOptions) -> tuple[StageSpec, ...]:
+    patch = _patch_stage(options, "patch-train", {"token_share": 2 / 3})
+    return patch, StageSpec(name="token", lr_policy="restart", optimizer="reset")
+
+
+def _token_superposition(options: StageOptions) -> tuple[StageSpec, ...]:
+    patch = _patch_stage(options, "token-superposition", {"compute_share": 0.3})
+    token = StageSpec(name="token", lr_policy="continue", optimizer="keep")
+    return tuple(dataclasses.replace(stage, batch="constant-positions", lr_decay_style="WSD") for stage in (patch, token))
+
+
+def _token_level(options: StageOptions) -> tuple[StageSpec, ...]:
+    if options.patch_size not in (None, 1) or _given_shares(options):
+        raise ConfigError("--recipe token-level with a patch size or a patch share", "--patch-size 1 and no share", "remove one of them")
+    return (StageSpec(name="token"),)
+
+
+RECIPES: dict[str, Callable[[StageOptions], tuple[StageSpec, ...]]] = {
+    "patch-train": _patch_train,
+    "token-superposition": _token_superposition,
+    "token-level": _token_level,
+}
+"""The recipes of --recipe by name: from the options of a run to its stages.
+
+A launcher script may add its own. --batch and --lr-decay-style, where given, win over what a recipe sets. Where --patch-size is not
+given, `resolve` chooses it by the model's size before it calls any recipe but token-level."""

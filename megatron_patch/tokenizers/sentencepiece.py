@@ -1,26 +1,83 @@
-"""A SentencePiece model as a tokenizer.json, for the fast backend (which is used only where it agrees with SentencePiece itself).
+"""Tokenizers of SentencePiece. In: a .model file. Out: a tokenizer, and the same one as a tokenizer.json for the fast backend.
 
-In: a loaded model. Out: the text of a tokenizer.json, or None where the model does something that this format cannot say: another
-normalization than spaces for ▁, pieces that are recognized before everything else, no BPE.
+The conversion is refused where a model does something that a tokenizer.json cannot express: a normalization other than spaces to ▁,
+pieces that are recognized before all others, a model other than BPE. The fast backend is used only where it agrees with SentencePiece.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+from megatron_patch.errors import DataError
+from megatron_patch.tokenizers.interface import Flat, TokenizerOptions, flatten
 
 _SPACE = "▁"
 _PROBES = ("a", "a b", " a", "a  b ", "\ta\n", "ﬁ½é e\u0301 Ａ", "\u3000x\u00a0y", "\r\n", "İ ß", "x\u200by\ufeff")
 
 
+@dataclass
+class SentencePieceTokenizer:
+    """A tokenizer of SentencePiece."""
+
+    name: str
+    backend: Any
+    vocab_size: int
+    eod_id: int | None
+    bos_id: int | None
+
+    def encode_flat(self, texts: Sequence[str]) -> Flat:
+        """Returns the token ids of several texts, without special tokens."""
+        return flatten(self.backend.encode(list(texts), add_bos=False, add_eos=False))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Returns the text of token ids."""
+        return str(self.backend.decode([int(token) for token in ids]))
+
+
+def load_sentencepiece(options: TokenizerOptions) -> SentencePieceTokenizer:
+    """Loads a SentencePiece model.
+
+    Raises:
+        DataError: the file is missing or damaged, or the end-of-document token is not in the vocabulary.
+    """
+    import sentencepiece
+
+    model, eod_token = options.model, options.eod_token
+    if model is None:
+        raise DataError("SentencePieceTokenizer without --tokenizer-model", "a SentencePiece .model file", "give --tokenizer-model")
+    if not Path(model).is_file():
+        raise DataError(f"--tokenizer-model {model} does not exist", "a SentencePiece .model file", "check the path")
+    backend = sentencepiece.SentencePieceProcessor()
+    try:
+        backend.load(model)
+    except (OSError, RuntimeError) as error:
+        raise DataError(
+            f"{model} is not a SentencePiece model: {error}", "a SentencePiece .model file", "give another --tokenizer-model"
+        ) from error
+    eod = backend.eos_id() if backend.eos_id() >= 0 else None
+    if eod_token is not None:
+        eod = backend.piece_to_id(eod_token)
+        if backend.id_to_piece(eod) != eod_token:
+            raise DataError(f"--eod-token {eod_token} is not in the vocabulary", "a piece of the vocabulary", "check its spelling")
+    bos = backend.bos_id() if backend.bos_id() >= 0 else None
+    return SentencePieceTokenizer(model, backend, backend.get_piece_size(), eod, bos)
+
+
 def replaces_spaces_alone(backend: Any) -> bool:
-    """Whether normalization makes ▁ of each space, perhaps puts one in front, and does nothing else."""
+    """Returns whether normalization turns each space into ▁, may put one ▁ before the text, and changes nothing else."""
     prefix = _SPACE if backend.normalize("a").startswith(_SPACE) else ""
     return all(backend.normalize(text) == prefix + text.replace(" ", _SPACE) for text in _PROBES)
 
 
 def sentencepiece_json(backend: Any) -> str | None:
-    """The same tokenizer in Hugging Face's format, without special tokens: in text they are text, as for SentencePiece."""
+    """Returns the tokenizer in Hugging Face's format, or None where that format cannot express it.
+
+    Special tokens are left out: in text their names are text, as for SentencePiece.
+    """
     prefix = bool(backend.normalize("a").startswith(_SPACE))
     if not replaces_spaces_alone(backend):
         return None
@@ -31,11 +88,11 @@ def sentencepiece_json(backend: Any) -> str | None:
         for number in range(count)
         if not (backend.is_control(number) or backend.is_unknown(number) or backend.is_byte(number) or backend.is_unused(number))
     }
-    # A BPE model numbers its merges: 0, -1, -2 and so on. Symbols that are recognized before everything else have the score 0, too.
+    # A BPE model numbers its merges: 0, -1, -2 and so on. User-defined symbols have the score 0, too.
     numbered = all(score == int(score) for score in plain.values())
     if not numbered or sum(score == 0.0 for score in plain.values()) > 1 or len(set(pieces)) < count:
         return None
-    # What text never spells: after normalization it holds no space.
+    # Names with a space never match a text: normalization leaves none.
     names = [piece if piece in plain or backend.is_byte(number) else f" {number}" for number, piece in enumerate(pieces)]
     merges = [
         [piece[:cut], piece[cut:]]

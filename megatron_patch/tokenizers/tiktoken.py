@@ -1,6 +1,6 @@
-r"""Tokenizers of tiktoken: a file of base64 tokens and ranks, a pattern that splits text, names of special tokens.
+r"""Tokenizers of tiktoken. In: a file of base64 tokens and ranks, a pattern that splits text, names of special tokens. Out: a tokenizer.
 
-In: the file. Out: the library's own encoder. Text that looks like a special token is text here, never one.
+The file holds neither the pattern nor the special tokens, so both are given. The name of a special token inside a text is encoded as text.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_patch.errors import DataError
+from megatron_patch.tokenizers.interface import TokenizerOptions
 
 _CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
@@ -30,7 +31,7 @@ PATTERNS = {
         rf"|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_TAIL}"
     ),
 }
-"""Patterns by name: of GPT-2, GPT-4, Llama-3, Qwen, GPT-4o."""
+"""The patterns by name: of GPT-2, GPT-4 (cl100k), Llama 3, Qwen and GPT-4o (o200k)."""
 _FOR_DECODING = "llama3"
 DEFAULT_SPECIAL = ("<|endoftext|>",)
 _BOS_NAMES = ("<|begin_of_text|>", "<s>", "<bos>", "<|startoftext|>")
@@ -39,7 +40,7 @@ _EOD_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
 
 @dataclass
 class TikTokenizer:
-    """A tokenizer of tiktoken."""
+    """A tokenizer of tiktoken, with the regular expression that it splits text by."""
 
     name: str
     backend: Any
@@ -49,13 +50,13 @@ class TikTokenizer:
     bos_id: int | None
 
     def encode_flat(self, texts: Sequence[str]) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
-        """See `Tokenizer`."""
+        """Returns the token ids of several texts, without special tokens."""
         rows = [self.backend.encode_to_numpy(text, disallowed_special=(), allowed_special=set()) for text in texts]
         lengths = np.array([len(row) for row in rows], np.int64)
         return np.concatenate([np.empty(0, np.uint32), *rows]).astype(np.uint32), lengths
 
     def decode(self, ids: Sequence[int]) -> str:
-        """See `Tokenizer`."""
+        """Returns the text of token ids; ids without a token become <ID>."""
         pieces = []
         for token in ids:
             try:
@@ -66,53 +67,65 @@ class TikTokenizer:
 
 
 def _read_ranks(path: Path) -> dict[bytes, int]:
+    """Returns the rank of each token of a tiktoken file; a rank is the token's id."""
     ranks: dict[bytes, int] = {}
     try:
         lines = path.read_bytes().splitlines()
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}", "a tiktoken file", "check its permissions") from error
+        raise DataError(f"{path} cannot be read: {error.strerror}", "a readable tiktoken file", "check its permissions") from error
     for number, line in enumerate(lines, start=1):
         try:
             token, rank = line.split() if line.strip() else (b"", b"")
             if token:
                 ranks[base64.b64decode(token, validate=True)] = int(rank)
         except (ValueError, binascii.Error) as error:
-            raise DataError(f"{path}, line {number} is no tiktoken file: {error}", "lines with a base64 token and its rank") from error
+            raise DataError(
+                f"{path} is not a tiktoken file: line {number}: {error}",
+                "lines of a base64 token and its rank",
+                "give another --tokenizer-model",
+            ) from error
     if len(set(ranks.values())) < len(ranks) or any(bytes([byte]) not in ranks for byte in range(256)):
-        raise DataError(f"{path} is no tiktoken file: ranks repeat, or single bytes are missing", "all 256 bytes and different ranks")
+        raise DataError(
+            f"{path} is not a tiktoken file: ranks repeat, or single bytes are missing",
+            "all 256 bytes, and a rank of its own for each token",
+            "give another --tokenizer-model",
+        )
     return ranks
 
 
-def load_tiktoken(
-    model: str, eod_token: str | None = None, pattern: str | None = None, special_tokens: Sequence[str] | None = None
-) -> TikTokenizer:
+def load_tiktoken(options: TokenizerOptions) -> TikTokenizer:
     """Loads a tiktoken file.
 
-    Args:
-        model: the file.
-        eod_token: the end-of-document token, where the usual names do not fit.
-        pattern: a name in `PATTERNS`, or a regular expression; None: text is only decoded, for which it does not matter.
-        special_tokens: NAME or NAME=ID; without an id the next one behind all before.
+    Without a pattern the tokenizer can only decode. A special token is NAME or NAME=ID; without an id it takes the next free one.
 
     Raises:
-        DataError: tiktoken is not installed, the file or the pattern is broken, a special token takes an id that is taken.
+        DataError: tiktoken is not installed, the file or the pattern is invalid, or a special token takes the id of another token.
     """
+    model, eod_token, pattern = options.model, options.eod_token, options.tiktoken_pattern
+    if model is None:
+        raise DataError("TikTokenizer without --tokenizer-model", "a tiktoken file of base64 tokens and ranks", "give --tokenizer-model")
     try:
         import tiktoken
     except ImportError as error:
         raise DataError(
-            "TikTokenizer needs tiktoken, which is not installed", "pip install 'megatron_patch[tiktoken]'", "install it"
+            "TikTokenizer needs the package tiktoken, which is not installed",
+            "an environment with tiktoken",
+            "pip install 'megatron_patch[tiktoken]'",
         ) from error
     path = Path(model)
     if not path.is_file():
         raise DataError(f"--tokenizer-model {model} does not exist", "a tiktoken file of base64 tokens and ranks", "check the path")
     ranks = _read_ranks(path)
-    special = _special_ids(special_tokens or DEFAULT_SPECIAL, ranks)
+    special = _special_ids(options.special_tokens or DEFAULT_SPECIAL, ranks)
     expression = PATTERNS.get(pattern or _FOR_DECODING, pattern or "")
     try:
         backend = tiktoken.Encoding(path.name, pat_str=expression, mergeable_ranks=ranks, special_tokens=special)
     except ValueError as error:
-        raise DataError(f"--tiktoken-pattern {pattern}: {error}", f"{', '.join(PATTERNS)}, or a regular expression") from error
+        raise DataError(
+            f"--tiktoken-pattern {pattern} is not valid: {error}",
+            f"{', '.join(PATTERNS)}, or a regular expression",
+            "give the pattern that the tokenizer was made with",
+        ) from error
     if eod_token is not None and eod_token not in special:
         raise DataError(f"--eod-token {eod_token} is not in the vocabulary", f"a special token: {', '.join(special)}", "check its spelling")
     names = (eod_token,) if eod_token is not None else _EOD_NAMES
@@ -122,6 +135,7 @@ def load_tiktoken(
 
 
 def _special_ids(names: Sequence[str], ranks: Mapping[bytes, int]) -> dict[str, int]:
+    """Returns the id of each special token, given as NAME or NAME=ID."""
     taken = set(ranks.values())
     found: dict[str, int] = {}
     for word in names:
@@ -129,7 +143,9 @@ def _special_ids(names: Sequence[str], ranks: Mapping[bytes, int]) -> dict[str, 
         if not equals or not number.isdigit():
             name, number = word, str(max(taken) + 1)
         if int(number) in taken or name in found:
-            raise DataError(f"the special token {word} takes an id or a name that is taken", "an id of its own", "choose another id")
+            raise DataError(
+                f"--special-tokens {word}: another token has this id or name", "an id and a name that are free", "choose another id or name"
+            )
         found[name] = int(number)
         taken.add(int(number))
     return found

@@ -141,7 +141,7 @@ def test_a_rewarm_has_a_length_or_is_refused():
     [
         ({"patch_size": 4, "patch_fraction": 0.5, "patch_compute_share": 0.5}, "one of them"),
         ({"patch_size": 4, "patch_fraction": 1.5}, "between 0 and 1"),
-        ({"recipe": "patch-train"}, "patch size from 2"),
+        ({"recipe": "patch-train"}, "patch size of at least 2"),
         ({"recipe": "token-level", "patch_size": 4}, "token-level"),
         ({"patch_size": 3, "sample": "constant-tokens"}, "patches of 3"),
         ({"patch_size": 4, "block_tokens": 100}, "do not divide"),

@@ -97,7 +97,7 @@ def test_files_that_have_moved_are_found_by_what_the_data_tells(files, tmp_path)
         load_tokenizer("HuggingFaceTokenizer", str(files / "json")), TEXT
     )
     told = {"tokenizer_type": "TikTokenizer", "tokenizer_model": str(files / "ranks"), "eod_id": 265}
-    with pytest.raises(ConfigError, match="without its pattern"):
+    with pytest.raises(ConfigError, match="pattern of the TikTokenizer is unknown"):
         load_from_metadata(told)
 
 

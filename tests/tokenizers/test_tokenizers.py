@@ -10,12 +10,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_patch.data.dataset_metadata import read_metadata
+from megatron_patch.data.indexed_dataset import IndexedDataset
 from megatron_patch.errors import DataError
 from megatron_patch.preprocess.encode import EncodeSettings, make_tokenizer
 from megatron_patch.preprocess.fast_tokenizer import fast_backend, fuzz_strings, unreachable_pieces
+from megatron_patch.preprocess.pipeline import preprocess
 from megatron_patch.preprocess.train_tokenizer import train_tokenizer
-from megatron_patch.tokenizers.base import encode, load_tokenizer
+from megatron_patch.tokenizers.base import TOKENIZERS, encode, load_from_metadata, load_tokenizer
 from megatron_patch.tokenizers.byte_level import byte_letters
+from megatron_patch.tokenizers.interface import flatten
 from megatron_patch.tokenizers.tiktoken import PATTERNS
 
 
@@ -85,6 +89,30 @@ def test_sentencepiece_equals_its_library(folder):
         assert tokenizer.decode(reference.encode("return x")) == "return x"
 
 
+class Words:
+    """A tokenizer of somebody else: one id for each letter of the alphabet, in lower case."""
+
+    name, vocab_size, eod_id, bos_id = "Words", 27, 26, None
+
+    def encode_flat(self, texts):
+        rows = [[ord(letter) - ord("a") for letter in text.lower() if letter.isascii() and letter.isalpha()] for text in texts]
+        return flatten(rows)
+
+    def decode(self, ids):
+        return "".join(chr(ord("a") + token) for token in ids)
+
+
+def test_a_registered_tokenizer_encodes_a_dataset(folder, tmp_path, monkeypatch):
+    monkeypatch.setitem(TOKENIZERS, "Words", lambda options: Words())
+    settings = EncodeSettings("Words", str(tmp_path / "any"), append_eod=True)
+    summary = preprocess([str(folder / "a.jsonl")], str(tmp_path / "d"), settings)
+    dataset = IndexedDataset(summary.outputs[0])
+    assert len(dataset) == 200 and Words().decode(dataset[3][:-1].tolist()) == "deffxreturnxgrer" and dataset[3][-1] == 26
+    metadata = read_metadata(summary.outputs[0])
+    assert metadata is not None and metadata.tokenizer_type == "Words"
+    assert isinstance(load_from_metadata({"tokenizer_type": "Words", "tokenizer_model": "any", "eod_id": 26}), Words)
+
+
 def test_null_tokenizer():
     tokenizer = load_tokenizer("NullTokenizer", vocab_size=10)
     assert encode(tokenizer, "3 1 8") == [3, 1, 8] and tokenizer.eod_id == 9 and tokenizer.decode([3, 1]) == "3 1"
@@ -99,9 +127,9 @@ def test_null_tokenizer():
         ("WordTokenizer", None, "HuggingFaceTokenizer"),
         ("HuggingFaceTokenizer", None, "without --tokenizer-model"),
         ("HuggingFaceTokenizer", "nowhere", "does not exist"),
-        ("HuggingFaceTokenizer", "{folder}/merges.txt", "no tokenizer"),
+        ("HuggingFaceTokenizer", "{folder}/merges.txt", "not a tokenizer"),
         ("SentencePieceTokenizer", "nowhere.model", "does not exist"),
-        ("SentencePieceTokenizer", "{folder}/vocab.json", "no SentencePiece model"),
+        ("SentencePieceTokenizer", "{folder}/vocab.json", "not a SentencePiece model"),
         ("GPT2BPETokenizer", None, "--vocab-file"),
         ("NullTokenizer", None, "--vocab-size"),
     ],
@@ -160,10 +188,10 @@ def test_patterns_split_as_the_published_ones(monkeypatch):
 @pytest.mark.parametrize(
     ("content", "more", "words"),
     [
-        (b"not base64 1\n", {}, "line 1 is no tiktoken file"),
+        (b"not base64 1\n", {}, "not a tiktoken file: line 1"),
         (b"YQ== 0\n", {}, "single bytes are missing"),
         (None, {"tiktoken_pattern": "("}, "--tiktoken-pattern"),
-        (None, {"special_tokens": ("<a>=3",)}, "that is taken"),
+        (None, {"special_tokens": ("<a>=3",)}, "another token has this id"),
         (None, {"eod_token": "<b>"}, "not in the vocabulary"),
     ],
 )
@@ -183,7 +211,7 @@ def test_a_pattern_must_be_given(tiktoken_file):
 
 def test_without_tiktoken_its_files_are_refused_with_a_sentence(tiktoken_file, monkeypatch):
     monkeypatch.setitem(sys.modules, "tiktoken", None)
-    with pytest.raises(DataError, match="needs tiktoken"):
+    with pytest.raises(DataError, match="needs the package tiktoken"):
         load_tokenizer("TikTokenizer", str(tiktoken_file[0]))
 
 
