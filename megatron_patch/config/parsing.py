@@ -13,11 +13,11 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_origin, get_type_hints
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import tyro
 
-from megatron_patch.config.options import Options
+from megatron_patch.config.options import OptionalSwitch, Options
 from megatron_patch.config.yaml_files import load_yaml
 from megatron_patch.errors import ConfigError
 from megatron_patch.utils.registry import suggestion
@@ -36,8 +36,12 @@ class Parsed:
     origins: Mapping[str, str]
 
 
+def _without_annotations(hint: Any) -> Any:
+    return get_args(hint)[0] if get_origin(hint) is Annotated else hint
+
+
 def _option_types() -> dict[str, Any]:
-    """Name of each option -> its annotated type, over all groups."""
+    """Returns the annotated type of each option by its name, over all groups."""
     types: dict[str, Any] = {}
     for group in get_type_hints(Options).values():
         hints = get_type_hints(group, include_extras=True)
@@ -47,8 +51,8 @@ def _option_types() -> dict[str, Any]:
 
 OPTION_TYPES = _option_types()
 _BOOLEANS = {name for name, hint in OPTION_TYPES.items() if hint is bool}
-_TRISTATES = {name for name, hint in OPTION_TYPES.items() if hint == (bool | None)}
-_LISTS = {name for name, hint in OPTION_TYPES.items() if get_origin(hint) is tuple}
+_TRISTATES = {name for name, hint in OPTION_TYPES.items() if hint == OptionalSwitch}
+_LISTS = {name for name, hint in OPTION_TYPES.items() if get_origin(_without_annotations(hint)) is tuple}
 _WITH_COMMAS = {"split", "position_weights"}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from megatron_patch.config.options import OptionalId
 from megatron_patch.config.parsing import OPTION_TYPES, parse
 from megatron_patch.errors import ConfigError
 
@@ -52,8 +53,8 @@ def test_numbers_with_commas_may_be_lists_in_yaml(tmp_path):
 
 
 def test_every_count_takes_units():
-    """All whole numbers but those that are no amounts: an id, a seed, the launcher's rank."""
-    plain = {name for name, hint in OPTION_TYPES.items() if hint in (int, int | None)}
+    """All whole numbers but those that are not amounts: an id, a seed, the launcher's rank."""
+    plain = {name for name, hint in OPTION_TYPES.items() if hint in (int, OptionalId)}
     assert plain == {"eod_token_id", "seed", "local_rank"}
     assert parse([*SHAPE, "--shuffle-window-blocks", "2Ki", "--log-interval", "1k"]).options.data.shuffle_window_blocks == 2048
 
