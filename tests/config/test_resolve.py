@@ -101,7 +101,7 @@ def test_the_metadata_file_gives_the_vocabulary(tmp_path):
     with pytest.raises(ConfigError, match="vocabulary of 77"):
         resolve(*BASE, "--data-path", str(tmp_path / "d"), "--vocab-size", "50")
     (tmp_path / "d.json").write_text("{}")
-    with pytest.raises(DataError, match="no side file"):
+    with pytest.raises(DataError, match="not a dataset.s metadata file"):
         resolve(*BASE, "--data-path", str(tmp_path / "d"))
 
 

@@ -81,7 +81,7 @@ def test_nothing_appears_before_it_is_finished(tmp_path):
 
 def test_ids_must_fit_and_documents_must_not_be_empty(tmp_path):
     with IndexedDatasetWriter(str(tmp_path / "d"), np.dtype("uint16")) as writer:
-        with pytest.raises(DataError, match="70000 in uint16"):
+        with pytest.raises(DataError, match="70000 do not fit uint16"):
             writer.append(np.array([70000]), np.array([1]))
         with pytest.raises(DataError, match="2 documents"):
             writer.append(np.array([1]), np.array([1, 0]))
@@ -114,12 +114,12 @@ def patch_bytes(path, offset, data):
     [
         (lambda p: Path(p + ".bin").unlink(), r"\.bin does not exist"),
         (lambda p: Path(p + ".idx").unlink(), r"\.idx does not exist"),
-        (lambda p: Path(p + ".bin").write_bytes(Path(p + ".bin").read_bytes()[:-2]), "its index ends at 28"),
-        (lambda p: Path(p + ".bin").write_bytes(Path(p + ".bin").read_bytes()[:-1]), "no multiple of 2"),
-        (lambda p: Path(p + ".idx").write_bytes(Path(p + ".idx").read_bytes()[:-5]), "its header says"),
-        (lambda p: Path(p + ".idx").write_bytes(b"MMID"), "no index"),
-        (lambda p: Path(p + ".idx").write_bytes(b""), "no index"),
-        (lambda p: patch_bytes(p + ".idx", 0, b"XXXX"), "no index"),
+        (lambda p: Path(p + ".bin").write_bytes(Path(p + ".bin").read_bytes()[:-2]), "its index ends at byte 28"),
+        (lambda p: Path(p + ".bin").write_bytes(Path(p + ".bin").read_bytes()[:-1]), "not a multiple of 2"),
+        (lambda p: Path(p + ".idx").write_bytes(Path(p + ".idx").read_bytes()[:-5]), "its header requires"),
+        (lambda p: Path(p + ".idx").write_bytes(b"MMID"), "not an index"),
+        (lambda p: Path(p + ".idx").write_bytes(b""), "not an index"),
+        (lambda p: patch_bytes(p + ".idx", 0, b"XXXX"), "not an index"),
         (lambda p: patch_bytes(p + ".idx", 9, struct.pack("<Q", 2)), "version 2"),
         (lambda p: patch_bytes(p + ".idx", 17, b"\x07"), "dtype code 7"),
         (lambda p: patch_bytes(p + ".idx", 17, b"\x63"), "dtype code 99"),

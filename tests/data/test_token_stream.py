@@ -257,7 +257,7 @@ def test_splits_cover_everything_once():
 
 def test_too_little_data_is_told(tmp_path):
     corpus = TokenCorpus([write_numbers(tmp_path / "tiny", 90)])
-    with pytest.raises(DataError, match="less than a block of 32"):
+    with pytest.raises(DataError, match="fewer than one block of 32"):
         TrainStream(plan_of([(8, 1, "both")]), {"tiny": corpus}, (("tiny", 1.0),), "1,0,0", 1)
 
 
@@ -271,10 +271,10 @@ def test_a_vocabulary_larger_than_the_model_s_is_refused(tmp_path):
         check_vocabulary(TokenCorpus([prefix]), 50)
     check_vocabulary(TokenCorpus([prefix]), 100)
     info(prefix, 120, 100, 400)
-    with pytest.raises(DataError, match="tokenized with 120 ids, the model has 100"):
+    with pytest.raises(DataError, match="tokenized with 120 ids, but the model has 100"):
         check_vocabulary(TokenCorpus([prefix]), 100)
     info(prefix, 100, 99, 396)
-    with pytest.raises(DataError, match="side file says 396"):
+    with pytest.raises(DataError, match="metadata file has 396"):
         check_vocabulary(TokenCorpus([prefix]), 100)
 
 
@@ -297,7 +297,7 @@ def test_an_id_outside_the_vocabulary_stops_the_loader_where_it_is(corpora):
 
 @pytest.mark.parametrize("blend", [(("a", 1.0), ("a", 1.0)), (("a", 1.0), ("z", 1.0))])
 def test_a_blend_names_each_corpus_once(corpora, blend):
-    with pytest.raises(DataError, match=r"(?s)a blend of .*Allowed: each once: a, b"):
+    with pytest.raises(DataError, match=r"(?s)a blend of .*Allowed: each of these corpora once: a, b"):
         TrainStream(plan_of([(1, 5, "both")]), {"a": corpora["a"], "b": corpora["b"]}, blend, "1,0,0", 1)
 
 
