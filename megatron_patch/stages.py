@@ -159,7 +159,7 @@ class Stage:
         return self.steps * self.global_batch_size
 
     def gradient_accumulation(self, data_parallel_size: int) -> int:
-        """Returns the micro-batches of each rank in one step; samples that do not count fill the last one up where it is not full."""
+        """Returns the micro-batches of each rank in one step; the last one is padded with samples that do not count."""
         return -(-self.global_batch_size // (self.micro_batch_size * data_parallel_size))
 
     def weights_at(self, stage_step: int) -> tuple[float, ...]:

@@ -1,7 +1,7 @@
-"""Imported first by every program here: refuses to go on with another project's package of the same name.
+"""Imported first by every program: stops if `import megatron_patch` would import another project's package of the same name.
 
-Alibaba's Pai-Megatron-Patch also has a Python package called megatron_patch. Whichever comes first on the path is imported, and the other's
-failure would be an ImportError from somewhere inside. The package is found and not imported, so that no foreign code runs.
+Alibaba's Pai-Megatron-Patch also has a Python package called megatron_patch. Python imports the one that comes first on its path, and the
+wrong one would fail later with an ImportError. The package is located and not imported, so that no code of the other project runs.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ _OURS = ("stages.py", "training/pretrain.py", "ops/plain.py")
 
 
 def complaint(home: Path) -> str | None:
-    """What is wrong with the package that `import megatron_patch` would take, in three parts; None if it is ours.
+    """Returns the error, in three parts, about the package that `import megatron_patch` would import; None if it is this project's.
 
     Args:
-        home: the checkout that this program belongs to.
+        home: the root of this project's checkout.
     """
     spec = importlib.util.find_spec("megatron_patch")
-    places = [Path(place) for place in (spec.submodule_search_locations or [])] if spec is not None else []
-    if any(all((place / name).is_file() for name in _OURS) for place in places):
+    folders = [Path(folder) for folder in (spec.submodule_search_locations or [])] if spec is not None else []
+    if any(all((folder / name).is_file() for name in _OURS) for folder in folders):
         return None
-    found = f"another project's: {places[0]}" if places else "not installed"
+    found = f"another project's: {folders[0]}" if folders else "not installed"
     return (
         f"ConfigError: the Python package megatron_patch is {found}\n"
         f"  Allowed: this project's, {home / 'megatron_patch'}\n"
-        f"  What to do: pip install -e {home}, or PYTHONPATH={home}; Pai-Megatron-Patch needs an environment of its own"
+        f"  What to do: run pip install -e {home}, or set PYTHONPATH={home}; install Pai-Megatron-Patch in another environment"
     )
 
 

@@ -99,7 +99,7 @@ def check_parallel(options: EngineOptions, ranks: int) -> None:
 
 
 def check_options(options: Options) -> None:
-    """Checks the options that need neither a plan nor data.
+    """Checks the options that can be checked without a plan and without data.
 
     Raises:
         ConfigError: an option is not valid, or two contradict each other.
@@ -143,7 +143,7 @@ def _check_safety(options: Options) -> None:
             "--zero-stage 0, 1 or 2",
             "remove --check-replicas-interval, or lower --zero-stage",
         )
-    # The watchdog must act before the collectives time out, which writes no stacks and has no exit code of its own.
+    # The watchdog must act before the collectives time out, because their timeout writes no stacks and has no exit code.
     hang, collective = safety.hang_timeout, 60 * engine.distributed_timeout_minutes
     if hang >= collective:
         raise ConfigError(

@@ -23,14 +23,14 @@ Value = TypeVar("Value")
 
 
 def _reader(parse: Callable[[str], Value], or_none: bool) -> Callable[[list[str]], Value | None]:
-    """Returns what reads one word of a command line: "None", where it is allowed, unsets a value; tyro expects a ValueError."""
+    """Returns the function that reads one word of a command line. "None", where it is allowed, removes a value."""
 
     def read(words: list[str]) -> Value | None:
         if or_none and words[0] == "None":
             return None
         try:
             return parse(words[0])
-        except ConfigError as error:
+        except ConfigError as error:  # tyro reports a ValueError
             raise ValueError(f"{error.what} (allowed: {error.allowed})") from error
 
     return read
@@ -58,7 +58,7 @@ def _write_duration(value: float) -> str:
 
 
 def _hint(default: str) -> str:
-    """Returns the note on an option's default; None is no help where the text says what decides instead."""
+    """Returns the note on an option's default. A default of None has no note, because the help text explains it."""
     return "" if default in ("None", "") else f"(default: {default})"
 
 
@@ -73,7 +73,7 @@ OptionalCount = Annotated[int | None, _COUNT, _OPTIONAL]
 Duration = Annotated[float, _number(parse_duration, _write_duration, "TIME")]
 """Seconds, written with units: 45min, 3h30m, 1.5d."""
 OptionalDuration = Annotated[float | None, _DURATION, _OPTIONAL]
-"""A time span that may be left out."""
+"""A duration that may be left out."""
 OptionalFloat = Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint=_hint)]
 """A number that may be left out."""
 OptionalId = Annotated[int | None, tyro.conf.arg(metavar="ID", help_behavior_hint=_hint)]
@@ -290,7 +290,7 @@ class EngineOptions:
     sequence_parallel: bool = False
     """Split normalization and residual stream along positions over the tensor-parallel ranks. Saves activation memory."""
     deepspeed_config: OptionalPath = None
-    """DeepSpeed's own JSON file, passed through to DeepSpeed, for example for offloading. Values that a flag also sets must agree."""
+    """JSON file that is passed through to DeepSpeed, for example for offloading. Values that a flag also sets must agree."""
     recompute_granularity: Literal["none", "selective", "full"] = "none"
     """Save memory by computing activations again in the backward pass: those of attention (selective), or of full blocks (full)."""
     compile: bool = False
@@ -399,7 +399,7 @@ class LoggingOptions:
     peak_tflops: OptionalFloat = None
     """Peak of one device in TFLOP/s, for the MFU. By default the peak of a known device."""
     dry_run: bool = False
-    """Print the plan and its cost, and stop. Needs neither data nor GPUs."""
+    """Print the plan and its cost, and stop. Needs no data and no GPUs."""
     world_size: OptionalCount = None
     """Number of ranks to plan for in a --dry-run. By default those that were started."""
 

@@ -49,9 +49,9 @@ def build_plan(
 
     Args:
         options: the stages, their tokens, samples and batches.
-        schedule: the learning rates of stages that set none of their own.
+        schedule: the learning rates, for stages that set none.
         data_parallel_size: number of ranks that share a global batch.
-        decay_fraction: share of a schedule's steps over which WSD decays where neither a share nor a number of tokens is given.
+        decay_fraction: share of a schedule's steps over which WSD decays where no other length is given.
 
     Raises:
         ConfigError: the options cannot be planned; the message names the flag or the stage.
@@ -213,7 +213,7 @@ def _fill_in(
 ) -> None:
     """Sets the amounts that are None: those of stages with a share of compute or of steps, and that of the stage that takes the rest.
 
-    A stage with share r_i takes r_i·C units, with C the units of the whole run: positions for compute, steps for steps. Let u_i be the
+    A stage with share r_i takes r_i·C units, with C the units of the run: positions for compute, steps for steps. Let u_i be the
     units per token (1/K_i, or 1/tokens per step), F the stages with a known number of tokens, and R the stage that takes the rest of N
     tokens. Then C = Σ_F u·tokens + Σ_i r_i·C + u_R·(N - Σ_F tokens - Σ_i r_i·C/u_i), which is solved for C.
 
@@ -268,7 +268,7 @@ def _stage(
         sized: its samples.
         batch: samples in a step.
         steps: optimizer steps.
-        options: the weights of labels, for stages that set none of their own.
+        options: the weights of labels, for stages that set none.
         schedule: the learning rates, likewise.
         running: the stage that began the learning-rate schedule which runs in this one; None where no schedule runs yet.
     """

@@ -1,6 +1,6 @@
 """From options to a run that can start: the model's shape, the stage plan, the data-parallel size, all checks that need no data.
 
-In: `ParsedOptions` and the number of ranks. Out: `RunConfig`, of which each part of the program takes what it needs.
+In: `ParsedOptions` and the number of ranks. Out: `RunConfig`, from which each part of the program takes what it needs.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ def default_patch_size(parameters: int) -> int:
 
 
 def needs_decay_fraction(options: Options, plan: StagePlan) -> bool:
-    """Returns whether a schedule of the plan is WSD and neither the run nor the stage that begins it gives the length of the decay."""
+    """Returns whether a schedule of the plan is WSD and has the default length of the decay: no flag and no stage sets it."""
     if options.schedule.lr_wsd_decay_tokens or options.schedule.lr_wsd_decay_fraction:
         return False
     specs = stage_specs(options.stages)

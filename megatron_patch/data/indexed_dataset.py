@@ -62,7 +62,7 @@ def idx_path(prefix: str) -> Path:
 
 
 class IndexedDataset:
-    """A dataset on this machine or at an address, of which only the requested parts are read.
+    """A dataset on this machine or at an address. Only the requested parts are read.
 
     Args:
         prefix: its path or address without .bin and .idx.

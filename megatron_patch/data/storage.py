@@ -134,7 +134,7 @@ def file_checksum(path: str) -> str:
 
 
 class StoredArray:
-    """A one-dimensional array in a file, of which only the requested parts are read.
+    """A one-dimensional array in a file. Only the requested parts are read.
 
     Args:
         file: the file.
@@ -251,7 +251,7 @@ class _RemoteFile:
         if info.get("size") is None:
             raise DataError(
                 f"{self.path}: the server does not report its size",
-                "files of known size, of which any range can be read",
+                "servers that report the size and support range requests",
                 "copy the file to this machine",
             )
         return {name: str(info[name]) for name in _VERSIONS if info.get(name) is not None}

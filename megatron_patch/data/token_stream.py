@@ -2,7 +2,7 @@
 
 In: the plan, corpora and weights, a seed. Out: spans of tokens. A sample number becomes a span in three steps:
 
-1. The run reads one sequence of blocks, of which a stage has the blocks `[first_block, last_block)`. Within windows of blocks a keyed
+1. The run reads one sequence of blocks; a stage has the blocks `[first_block, last_block)` in it. Within windows of blocks a keyed
    permutation shuffles the samples, so that a step does not have neighboring samples of one document.
 2. The table of the blend maps the block's number in the sequence to a corpus and a block number among the blocks of that corpus.
 3. That number, modulo the number of blocks in the corpus, is permuted with a key of (seed, corpus, epoch). The result is the block's
@@ -87,7 +87,7 @@ class TrainStream:
     Args:
         plan: the stages.
         corpora: the corpora by name; `TokenSpan.corpus` is the index in this order.
-        blend: (name, weight) of each corpus, for stages without a blend of their own.
+        blend: (name, weight) of each corpus, for stages that set no blend.
         split: relative sizes of the parts for training, validation and test.
         seed: random seed of the order.
         window_blocks: number of blocks whose samples are shuffled together.

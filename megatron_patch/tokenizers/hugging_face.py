@@ -108,11 +108,11 @@ def _merges_of(model: str, given: str | None) -> str | None:
     path = Path(model)
     if path.is_dir() or path.name == "tokenizer.json":
         return None
-    neighbours = [
+    candidates = [
         path.with_name(name)
         for name in ("merges.txt", f"{path.stem.replace('vocab', 'merges')}.txt", f"{path.stem.replace('vocab', 'merge')}.txt")
     ]
-    return next((str(file) for file in (*([Path(given)] if given else []), *neighbours) if file.is_file()), None)
+    return next((str(file) for file in (*([Path(given)] if given else []), *candidates) if file.is_file()), None)
 
 
 def _first_id(backend: Any, names: Sequence[str]) -> int | None:

@@ -255,7 +255,7 @@ def test_splits_cover_everything_once():
     assert split_ranges(10, "1") == ((0, 10), (10, 10), (10, 10))
 
 
-def test_too_little_data_is_told(tmp_path):
+def test_too_little_data_is_refused(tmp_path):
     corpus = TokenCorpus([write_numbers(tmp_path / "tiny", 90)])
     with pytest.raises(DataError, match="fewer than one block of 32"):
         TrainStream(plan_of([(8, 1, "both")]), {"tiny": corpus}, (("tiny", 1.0),), "1,0,0", 1)

@@ -233,5 +233,5 @@ def test_time_spans_as_people_write_them(days, hours, minutes, seconds):
 
 @pytest.mark.parametrize("text", ["", " ", "h", "3x", "-1s", "1h-3", "3 h 5 q"])
 def test_what_is_no_time_span(text):
-    with pytest.raises(ConfigError, match="not a time span"):
+    with pytest.raises(ConfigError, match="not a duration"):
         parse_duration(text)
