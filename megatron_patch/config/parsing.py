@@ -11,13 +11,13 @@ import io
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import tyro
 
-from megatron_patch.config.options import OptionalSwitch, Options
+from megatron_patch.config.options import ModelOptions, OptionalSwitch, Options
 from megatron_patch.config.yaml_files import load_yaml
 from megatron_patch.errors import ConfigError
 from megatron_patch.utils.registry import suggestion
@@ -53,6 +53,8 @@ OPTION_TYPES = _option_types()
 _BOOLEANS = {name for name, hint in OPTION_TYPES.items() if hint is bool}
 _TRISTATES = {name for name, hint in OPTION_TYPES.items() if hint == OptionalSwitch}
 _LISTS = {name for name, hint in OPTION_TYPES.items() if get_origin(_without_annotations(hint)) is tuple}
+_FLAGS = [f"--{name.replace('_', '-')}" for name in OPTION_TYPES]
+_REQUIRED = [f"--{f.name.replace('_', '-')}" for f in fields(ModelOptions) if f.default is MISSING]
 _WITH_COMMAS = {"split", "position_weights"}
 
 
@@ -203,7 +205,7 @@ def parse(argv: Sequence[str], program: str = "pretrain_gpt_patch.py") -> Parsed
             raise ConfigError(
                 f"unknown flag --{name.replace('_', '-')}",
                 "the flags that --help lists",
-                (suggestion(name, OPTION_TYPES) or "remove the flag").replace("_", "-"),
+                suggestion(f"--{name.replace('_', '-')}", _FLAGS) or "remove the flag",
             )
         origins[name] = "flag"
     return ParsedOptions(_run_tyro([*file_flags, *flags], program), origins)
@@ -220,9 +222,38 @@ def _run_tyro(flags: list[str], program: str) -> Options:
     except SystemExit as error:
         text = " ".join(re.sub(r"[│╭╮╰╯─]+|-{4,}", " ", line).strip() for line in output.getvalue().splitlines())
         text = re.sub(r"\s+", " ", text.partition("For full helptext")[0]).strip()
-        raise ConfigError(
-            text or "the command line cannot be read", "the flags that --help lists", "correct the command line or the file"
-        ) from error
+        raise _config_error(text) from error
+
+
+def _config_error(text: str) -> ConfigError:
+    """Returns the error in three parts for an error message of tyro in one line; unknown messages are kept as they are."""
+    if match := re.search(r"Error parsing (--\S+): (.*?) ?(?:Argument helptext:|$)", text):
+        flag, reason = match.groups()
+        if with_units := re.fullmatch(r"(.*) \(allowed: (.*)\)", reason):
+            return ConfigError(f"{flag}: {with_units[1]}", with_units[2], f"correct {flag}")
+        value = (re.findall(r"'[^']*'", reason) or [reason])[0]
+        if "float" in reason:
+            return ConfigError(f"{flag}: {value} is not a number", "a number, as 0.5 or 3e-4", f"correct {flag}")
+        if "int" in reason:
+            return ConfigError(f"{flag}: {value} is not a whole number", "a whole number, as 1234", f"correct {flag}")
+        return ConfigError(f"{flag}: {reason}", "the values that --help lists", f"correct {flag}")
+    if match := re.search(r"invalid choice '(.*)' for argument '(--\S+)'\. Expected one of \((.*?),?\)", text):
+        value, flag = match[1], match[2]
+        choices = sorted(set(re.findall(r"'([^']*)'", match[3])) - {"None"})
+        return ConfigError(f"{flag} {value}", ", ".join(choices), suggestion(value, choices) or "choose one of these values")
+    if text.startswith("Required options"):
+        missing = " and ".join(flag for flag in _REQUIRED if f"{flag} " in text)
+        return ConfigError(
+            f"{missing} missing", f"{', '.join(_REQUIRED)}, which have no defaults", "give them as flags or in a --config FILE"
+        )
+    if match := re.search(r"Missing value for argument '(--\S+)'", text):
+        return ConfigError(f"{match[1]} without a value", f"{match[1]} VALUE", f"give a value after {match[1]}")
+    if match := re.search(r"Unrecognized options: (.*)", text):
+        what = f"{match[1]!r} on the command line belongs to no flag"
+        return ConfigError(
+            what, "flags with their values; on-off flags such as --bf16 take no value", "remove it, or write the flag before it"
+        )
+    return ConfigError(text or "the command line cannot be read", "the flags that --help lists", "correct the command line or the file")
 
 
 def option_values(options: Any) -> dict[str, Any]:

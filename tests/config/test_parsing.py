@@ -97,6 +97,33 @@ def test_wrong_flags_end_with_what_is_allowed(arguments, words):
 
 
 @pytest.mark.parametrize(
+    ("arguments", "what", "allowed", "do"),
+    [
+        ("--lr fast", "--lr: 'fast' is not a number", "a number, as 0.5 or 3e-4", "correct --lr"),
+        ("--spike-grad-norm abc", "--spike-grad-norm: 'abc' is not a number", "a number, as 0.5 or 3e-4", "correct --spike-grad-norm"),
+        ("--seed 1.5", "--seed: '1.5' is not a whole number", "a whole number, as 1234", "correct --seed"),
+        ("--exit-duration 3x", "--exit-duration: '3x' is not a duration", "numbers with d, h, min or s", "correct --exit-duration"),
+        ("--zero-stage 5", "--zero-stage 5", "0, 1, 2, 3", "choose one of these values"),
+        ("--on-spike skp", "--on-spike skp", "ignore, rewind, skip, stop", "did you mean skip?"),
+        ("--save", "--save without a value", "--save VALUE", "give a value after --save"),
+        ("--bf16 true", "'true' on the command line belongs to no flag", "on-off flags", "remove it"),
+        ("--patchsize 4", "unknown flag --patchsize", "the flags that --help lists", "did you mean --patch-size"),
+    ],
+)
+def test_errors_of_the_command_line_have_three_parts(arguments, what, allowed, do):
+    with pytest.raises(ConfigError) as error:
+        parse([*SHAPE, *arguments.split()])
+    assert error.value.what == what
+    assert allowed in (error.value.allowed or "") and (error.value.do or "").startswith(do)
+
+
+def test_missing_required_flags_are_listed():
+    with pytest.raises(ConfigError) as error:
+        parse(SHAPE[:2])
+    assert error.value.what == "--hidden-size and --num-attention-heads missing"
+
+
+@pytest.mark.parametrize(
     ("text", "words"),
     [
         ("num_layer: 3\n", ["unknown key", "num_layers"]),

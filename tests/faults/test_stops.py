@@ -81,7 +81,7 @@ def test_a_signal_to_any_rank_stops_all_and_nothing_is_lost(tmp_path, corpus, un
         done = end["step"]
         assert (folder / "latest").read_text().strip() == f"step-{end['step']:08d}"
         log = "".join(path.read_text() for path in (tmp_path / "run-logs").glob("*.log"))
-        assert "exit code 75" in log and "the same command goes on" in log
+        assert "exit code 75" in log and "the same command resumes" in log
     resumed = train(folder, 2, PLAN, "--zero-stage 1 --data-path", corpus)
     assert resumed.losses == unbroken.losses
 
@@ -174,7 +174,7 @@ def test_while_models_compile(tmp_path, corpus, to_all):
             os.kill(pid, signal.SIGTERM)
     assert set(finish(processes, results).values()) == {75}
     log = "".join(path.read_text() for path in (tmp_path / "run-logs").glob("*.log"))
-    assert "exit code 75" in log and "the same command goes on" in log
+    assert "exit code 75" in log and "the same command resumes" in log
     assert len(Run(folder).losses) <= 2
 
 

@@ -86,7 +86,7 @@ def test_generate_continues_a_prompt(run):
     )
     result = json.loads(tool("generate", *words, "--max-new-tokens", "6", "--json"))
     assert result["tokens"] <= 6 and all(0 <= int(word) < 64 for word in result["text"].split())
-    assert "does not know its tokenizer" in tool("generate", "--load", trained.folder, code=2)
+    assert "names no tokenizer" in tool("generate", "--load", trained.folder, code=2)
     assert "--interactive and --prompt" in tool("generate", *words, "--interactive", code=2)
 
 
