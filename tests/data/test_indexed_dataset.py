@@ -1,6 +1,6 @@
 """Megatron's file format in both directions, and every way in which files can be broken.
 
-The golden files were written by megatron-core 0.16.1's own builder; where that package is installed it also reads what we write.
+The golden files were written by the builder of megatron-core 0.16.1; where that package is installed, it also reads what we write.
 """
 
 from __future__ import annotations
@@ -157,7 +157,7 @@ def test_descriptions_and_patches(tmp_path):
 
 @given(st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=7), min_size=1, max_size=9), st.integers(2, 5), st.sampled_from([None, 0]))
 def test_patches_are_counted_as_one_by_one(tmp_path_factory, documents, patch_size, eod_id):
-    """Whether or not documents end with a token of their own; in pieces of a few."""
+    """With and without end-of-document tokens, in pieces of a few documents."""
     dataset = IndexedDataset(write(tmp_path_factory.mktemp("p") / "d", documents))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(inspect, "_CHUNK", 3)
