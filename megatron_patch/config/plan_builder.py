@@ -10,10 +10,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, cast
+from typing import Any
 
+from megatron_patch.config.amounts import stage_tokens
 from megatron_patch.config.options import ScheduleOptions, StageOptions
-from megatron_patch.config.stage_spec import AMOUNTS, SCHEDULE_KEYS, StageSpec, parse_blend, stage_specs
+from megatron_patch.config.stage_spec import SCHEDULE_KEYS, StageSpec, parse_blend, stage_specs
 from megatron_patch.errors import ConfigError
 from megatron_patch.stages import POSITION_WEIGHTS, LrPolicy, LrShape, Stage, StagePlan, position_weights
 from megatron_patch.utils.units import format_count
@@ -58,12 +59,13 @@ def build_plan(
     """
     sized = [_sized(spec, options) for spec in _specs(options, schedule)]
     batches = _global_batches(sized, options, data_parallel_size)
-    amounts = _amounts(sized, batches, options)
+    step_tokens = [batch * stage.sample_tokens for batch, stage in zip(batches, sized, strict=True)]
+    amounts = stage_tokens([stage.spec for stage in sized], step_tokens, [stage.input_patch_size for stage in sized], options.train_tokens)
     block = _block_tokens(sized, options)
     stages: list[Stage] = []
     running: StageSpec | None = None
     for index, (stage, batch, tokens) in enumerate(zip(sized, batches, amounts, strict=True)):
-        tokens_per_step = batch * stage.sample_tokens
+        tokens_per_step = step_tokens[index]
         # All stages but the last end at the end of a block.
         unit = block // math.gcd(block, tokens_per_step) if index < len(sized) - 1 else 1
         steps = max(1, round(tokens / (tokens_per_step * unit))) * unit
@@ -88,6 +90,7 @@ def _specs(options: StageOptions, schedule: ScheduleOptions) -> tuple[StageSpec,
 
 
 def _sized(spec: StageSpec, options: StageOptions) -> _SizedStage:
+    """Returns a stage with the samples that its description and the options give it."""
     name = spec.name or f"K={spec.patch_size}"
     if spec.patch_size < 1:
         raise ConfigError(f"stage {name!r}: patch_size {spec.patch_size}", "whole numbers from 1", "give another patch_size")
@@ -137,111 +140,6 @@ def _global_batches(sized: Sequence[_SizedStage], options: StageOptions, ranks: 
                 "give --global-batch-tokens, which is rounded, or use batch: constant-positions",
             )
     return [int(batch) for batch in batches]
-
-
-def _amounts(sized: Sequence[_SizedStage], batches: Sequence[int], options: StageOptions) -> list[Fraction]:
-    """Returns the tokens of each stage, before they are rounded to steps."""
-    kinds = _amount_kinds(sized, options.train_tokens)
-    total = None if options.train_tokens is None else Fraction(options.train_tokens)
-    step_tokens = [batch * stage.sample_tokens for batch, stage in zip(batches, sized, strict=True)]
-    amounts: list[Fraction | None] = []
-    for stage, kind, tokens in zip(sized, kinds, step_tokens, strict=True):
-        if kind == "tokens":
-            amounts.append(Fraction(cast("int", stage.spec.tokens)))
-        elif kind == "steps":
-            amounts.append(Fraction(cast("int", stage.spec.steps) * tokens))
-        elif kind == "token_share":
-            amounts.append(Fraction(cast("float", stage.spec.token_share)) * cast("Fraction", total))
-        else:
-            amounts.append(None)
-    # A share of compute or of steps refers to this measure of a stage's tokens.
-    units = [
-        Fraction(1, tokens if "step_share" in kinds else stage.input_patch_size) for tokens, stage in zip(step_tokens, sized, strict=True)
-    ]
-    shares = {
-        index: Fraction(getattr(stage.spec, kind))
-        for index, (stage, kind) in enumerate(zip(sized, kinds, strict=True))
-        if kind in ("compute_share", "step_share")
-    }
-    if None in amounts:
-        _fill_in(amounts, shares, units, cast("Fraction", total), kinds.index(None) if None in kinds else None)
-    result = [cast("Fraction", amount) for amount in amounts]
-    if min(result) <= 0:
-        raise ConfigError(
-            f"the stages take {format_count(float(sum(a for a in result if a > 0)))} of {format_count(float(total or 0))} training tokens",
-            "amounts that leave tokens for every stage",
-            "raise --train-tokens, or lower the amounts of the stages",
-        )
-    run_units = sum((a * u for a, u in zip(result, units, strict=True)), Fraction(0))
-    for index, share in shares.items():
-        found = result[index] * units[index] / run_units
-        if abs(found - share) > 0.01:
-            raise ConfigError(
-                f"stages: entry {index + 1} has {kinds[index]} {float(share):g}, but the other amounts make it {float(found):.3g}",
-                "shares that sum to 1, or one stage without an amount, which takes the rest",
-                "remove the amount of one stage",
-            )
-    return result
-
-
-def _amount_kinds(sized: Sequence[_SizedStage], train_tokens: int | None) -> list[str | None]:
-    """Returns how each stage gives its amount (a name in `AMOUNTS`); None for the stage that takes the rest."""
-    kinds: list[str | None] = []
-    for number, stage in enumerate(sized, start=1):
-        given = [kind for kind in AMOUNTS if getattr(stage.spec, kind) is not None]
-        if len(given) > 1:
-            raise ConfigError(f"stages: entry {number} gives {' and '.join(given)}", f"one of {', '.join(AMOUNTS)}", "keep one of them")
-        kinds.append(given[0] if given else None)
-        value = getattr(stage.spec, given[0]) if given else 1
-        if not value > 0 or (given and given[0].endswith("share") and not value <= 1):
-            raise ConfigError(f"stages: entry {number}: {given[0]} is {value}", "amounts above 0, shares up to 1", f"correct {given[0]}")
-    if kinds.count(None) > 1:
-        raise ConfigError(
-            "stages: more than one stage without an amount", "one stage that takes the rest", "give the other stages an amount"
-        )
-    if train_tokens is None and any(kind not in ("tokens", "steps") for kind in kinds):
-        raise ConfigError(
-            "--train-tokens is missing", "a number of tokens, which shares and the rest refer to", "give --train-tokens 10B, for example"
-        )
-    if "compute_share" in kinds and "step_share" in kinds:
-        raise ConfigError("stages: compute_share together with step_share", "one of the two in a list", "use the same kind in all stages")
-    return kinds
-
-
-def _fill_in(
-    amounts: list[Fraction | None], shares: dict[int, Fraction], units: Sequence[Fraction], total: Fraction, rest: int | None
-) -> None:
-    """Sets the amounts that are None: those of stages with a share of compute or of steps, and that of the stage that takes the rest.
-
-    A stage with share r_i takes r_i·C units, with C the units of the run: positions for compute, steps for steps. Let u_i be the
-    units per token (1/K_i, or 1/tokens per step), F the stages with a known number of tokens, and R the stage that takes the rest of N
-    tokens. Then C = Σ_F u·tokens + Σ_i r_i·C + u_R·(N - Σ_F tokens - Σ_i r_i·C/u_i), which is solved for C.
-
-    Args:
-        amounts: the tokens of each stage, or None; changed in place.
-        shares: stage index -> share.
-        units: units per token of each stage.
-        total: tokens of the run.
-        rest: index of the stage that takes the rest, or None.
-    """
-    share_sum = sum(shares.values(), Fraction(0))
-    if rest is not None and share_sum >= 1:
-        raise ConfigError(
-            f"stages: shares that sum to {float(share_sum):g} leave nothing for entry {rest + 1}",
-            "shares that sum to less than 1, next to a stage without an amount",
-            "lower a share, or give every stage an amount",
-        )
-    fixed = sum((amount for amount in amounts if amount is not None), Fraction(0))
-    fixed_units = sum((a * u for a, u in zip(amounts, units, strict=True) if a is not None), Fraction(0))
-    tokens_per_unit = sum((share / units[index] for index, share in shares.items()), Fraction(0))
-    if rest is None:
-        run_units = (total - fixed) / tokens_per_unit
-    else:
-        run_units = (fixed_units + (total - fixed) * units[rest]) / (1 - share_sum + tokens_per_unit * units[rest])
-    for index, share in shares.items():
-        amounts[index] = share * run_units / units[index]
-    if rest is not None:
-        amounts[rest] = total - sum((amount for amount in amounts if amount is not None), Fraction(0))
 
 
 def _block_tokens(sized: Sequence[_SizedStage], options: StageOptions) -> int:

@@ -145,6 +145,7 @@ class PatchLoader:
             step += 1
 
     def _fill(self, steps: Iterator[list[PatchBatch]]) -> None:
+        """Puts steps into the queue until the stage ends (None), a step fails (its error), or the loader is closed."""
         assert self._queue is not None
         item: list[PatchBatch] | Exception | None
         while not self._stopping.is_set():
@@ -169,6 +170,7 @@ class PatchLoader:
         return batches
 
     def _micro_batches(self, step: int) -> list[PatchBatch]:
+        """Returns this rank's micro-batches of a step."""
         stage, m = self._stage, self._stage.micro_batch_size
         begin, end = step * stage.global_batch_size, (step + 1) * stage.global_batch_size
         count = stage.gradient_accumulation(self._ranks)
@@ -192,6 +194,7 @@ class PatchLoader:
         return batches
 
     def _micro_batch(self, spans: tuple[TokenSpan, ...], scored: int) -> PatchBatch:
+        """Reads the samples of one micro-batch, of which the first `scored` are real and the others padding."""
         stage = self._stage
         tokens = np.zeros((stage.micro_batch_size, stage.sample_tokens + stage.patch_size), dtype=np.int64)
         began = time.perf_counter()

@@ -82,6 +82,7 @@ def load_gpt2(options: TokenizerOptions) -> HuggingFaceTokenizer:
 
 
 def _from_merges(vocab_file: str | None, merge_file: str | None, eod_token: str | None) -> HuggingFaceTokenizer:
+    """Returns the byte-level BPE of GPT-2 with this vocabulary and these merges."""
     from tokenizers import Tokenizer as Backend
     from tokenizers import decoders, models, pre_tokenizers
 
