@@ -333,7 +333,7 @@ def position_weights(kind: str | tuple[float, ...], labels: int) -> tuple[float,
                 "correct the weights",
             )
     if min(raw) < 0.0 or not sum(raw) > 0.0 or not all(math.isfinite(weight) for weight in raw):
-        raise ConfigError(f"position weights {raw}"[:300], "finite numbers from 0, at least one of them above 0", "correct the weights")
+        raise ConfigError(f"position weights {raw}"[:300], "finite numbers from 0, at least one above 0", "correct the weights")
     if kind == "uniform":
         return (1.0,) * labels
     return tuple(weight * labels / sum(raw) for weight in raw)

@@ -272,7 +272,7 @@ def _given_shares(options: StageOptions) -> dict[str, float]:
     shares = {"patch_fraction": options.patch_fraction, "patch_compute_share": options.patch_compute_share}
     given = {name: value for name, value in shares.items() if value is not None}
     if len(given) > 1:
-        raise ConfigError("--patch-fraction together with --patch-compute-share", "one of them", "remove one")
+        raise ConfigError("--patch-fraction together with --patch-compute-share", "one of them", "remove one of the two")
     for name, share in given.items():
         if not 0.0 < share < 1.0:
             raise ConfigError(f"--{name.replace('_', '-')} {share}", "a share between 0 and 1", "give 0.667, for example")

@@ -26,9 +26,9 @@ def compare(one: IndexedDataset, other: IndexedDataset) -> dict[str, Any]:
     """
     differences = []
     for name in ("dtype", "num_documents", "num_sequences", "num_tokens"):
-        mine, theirs = getattr(one, name), getattr(other, name)
-        if mine != theirs:
-            differences.append(f"{name.replace('num_', '')}: {mine} and {theirs}")
+        left, right = getattr(one, name), getattr(other, name)
+        if left != right:
+            differences.append(f"{name.replace('num_', '')}: {left} and {right}")
     if one.num_documents == other.num_documents and one.num_sequences == other.num_sequences:
         for start in range(0, one.num_documents + 1, _DOCUMENTS):
             part = slice(start, start + _DOCUMENTS)
@@ -73,10 +73,10 @@ def _differing(tokens: list[npt.NDArray[np.generic]], lengths: list[npt.NDArray[
     """Returns (number, first token that differs) of each sequence that differs."""
     rows = [np.split(flat, np.cumsum(length)[:-1]) for flat, length in zip(tokens, lengths, strict=True)]
     found = []
-    for number, (mine, theirs) in enumerate(zip(*rows, strict=True)):
-        if not np.array_equal(mine, theirs):
-            shared = min(mine.size, theirs.size)
-            unequal = np.flatnonzero(mine[:shared] != theirs[:shared])
+    for number, (left, right) in enumerate(zip(*rows, strict=True)):
+        if not np.array_equal(left, right):
+            shared = min(left.size, right.size)
+            unequal = np.flatnonzero(left[:shared] != right[:shared])
             found.append((number, int(unequal[0]) if unequal.size else shared))
     return found
 
@@ -86,10 +86,10 @@ def _metadata_differences(one: IndexedDataset, other: IndexedDataset) -> list[st
     found = [read_metadata(dataset.prefix) for dataset in (one, other)]
     if found[0] is None or found[1] is None:
         return []
-    mine, theirs = (asdict(metadata) for metadata in found if metadata is not None)
+    left, right = (asdict(metadata) for metadata in found if metadata is not None)
     counted = {"documents", "tokens", "dtype", "bin_bytes", "idx_bytes"}
     return [
-        f"{name}: {mine[name]} and {theirs[name]}"
-        for name in mine
-        if name not in _INCIDENTAL and name not in counted and mine[name] != theirs[name]
+        f"{name}: {left[name]} and {right[name]}"
+        for name in left
+        if name not in _INCIDENTAL and name not in counted and left[name] != right[name]
     ]

@@ -125,10 +125,10 @@ def check_compatible(
         DataError: an entry differs; the message names the first one.
     """
     for name in names:
-        mine, theirs = getattr(one, name), getattr(other, name)
-        if mine != theirs and "" not in (mine, theirs):
+        left, right = getattr(one, name), getattr(other, name)
+        if left != right and "" not in (left, right):
             raise DataError(
-                f"{one_prefix} and {other_prefix} differ in {name}: {mine} and {theirs}",
+                f"{one_prefix} and {other_prefix} differ in {name}: {left} and {right}",
                 "data that was preprocessed in the same way",
                 "preprocess one of them again",
             )

@@ -64,10 +64,10 @@ def evaluation_batches(
     offsets = (starts[:, None] + np.arange(unit_tokens // sample, dtype=np.int64)[None, :] * sample).reshape(-1)
     per_round = micro_batch_size * size
     for begin in range(0, len(offsets), per_round):
-        mine = offsets[begin + rank * micro_batch_size : begin + (rank + 1) * micro_batch_size]
+        local = offsets[begin + rank * micro_batch_size : begin + (rank + 1) * micro_batch_size]
         tokens = np.zeros((micro_batch_size, sample + patch_size), dtype=np.int64)
-        for row, start in enumerate(mine):
+        for row, start in enumerate(local):
             corpus.read_into(tokens[row], int(start))
         if vocab_size is not None:
-            check_token_ids(tokens, vocab_size, [(corpus, int(start)) for start in mine])
-        yield make_batch(tokens, "both", positions, patch_size, masking, scored_rows=len(mine))
+            check_token_ids(tokens, vocab_size, [(corpus, int(start)) for start in local])
+        yield make_batch(tokens, "both", positions, patch_size, masking, scored_rows=len(local))
