@@ -53,7 +53,7 @@ OPTION_TYPES = _option_types()
 _BOOLEANS = {name for name, hint in OPTION_TYPES.items() if hint is bool}
 _TRISTATES = {name for name, hint in OPTION_TYPES.items() if hint == OptionalSwitch}
 _LISTS = {name for name, hint in OPTION_TYPES.items() if get_origin(_without_annotations(hint)) is tuple}
-_FLAGS = [f"--{name.replace('_', '-')}" for name in OPTION_TYPES]
+_FLAGS = [name.replace("_", "-") for name in OPTION_TYPES]
 _REQUIRED = [f"--{f.name.replace('_', '-')}" for f in fields(ModelOptions) if f.default is MISSING]
 _WITH_COMMAS = {"split", "position_weights"}
 
@@ -205,7 +205,7 @@ def parse(argv: Sequence[str], program: str = "pretrain_gpt_patch.py") -> Parsed
             raise ConfigError(
                 f"unknown flag --{name.replace('_', '-')}",
                 "the flags that --help lists",
-                suggestion(f"--{name.replace('_', '-')}", _FLAGS) or "remove the flag",
+                suggestion(name.replace("_", "-"), _FLAGS, prefix="--") or "remove the flag",
             )
         origins[name] = "flag"
     return ParsedOptions(_run_tyro([*file_flags, *flags], program), origins)
