@@ -266,7 +266,7 @@ class TrainStream:
         """Returns notes on what may surprise: corpora that are read more than once, have another tokenizer or another patch alignment."""
         aligned = [
             f"the documents of {usage.corpus} are aligned to {align} tokens, so patches of {stage.patch_size} in stage {stage.name} "
-            "may contain the end of one document and the start of the next"
+            "may contain tokens of two documents"
             for index, stage in enumerate(self.plan.stages)
             for usage in self.corpus_usage(index)
             if (align := self.corpora[self.names.index(usage.corpus)].patch_align) > 1 and align % stage.patch_size
