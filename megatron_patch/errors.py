@@ -1,4 +1,4 @@
-"""The errors that a user can cause, each with the three parts of a good message: what was found, what is allowed, what to do."""
+"""The errors that a user can cause. Each message has three parts: what was given and why it is wrong, what is allowed, what to do."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from megatron_patch.exit_codes import ExitCode
 
 
 class MegatronPatchError(Exception):
-    """Base of all errors that tell a user what to change.
+    """Base class of the errors that a user can resolve.
 
     Args:
-        what: what was given or found, with its value.
-        allowed: what would have been accepted.
-        do: what to change, as a sentence or a command.
+        what: what was given or found, with its value, and why it is wrong.
+        allowed: what would be accepted.
+        do: what to do, as an imperative or a command.
     """
 
     exit_code: ExitCode = ExitCode.INTERNAL
@@ -30,13 +30,13 @@ class MegatronPatchError(Exception):
 
 
 class ConfigError(MegatronPatchError):
-    """A flag, a key of a configuration file, or a combination of them cannot be run."""
+    """A flag, a key of a configuration file, or a combination of them is not possible."""
 
     exit_code = ExitCode.CONFIG
 
 
 class DataError(MegatronPatchError):
-    """A corpus, a dataset file or a tokenizer is missing, broken, too small or not the one expected."""
+    """A corpus, a dataset file or a tokenizer is missing, damaged, too small or not the one expected."""
 
     exit_code = ExitCode.DATA
 
@@ -48,12 +48,12 @@ class CheckpointError(MegatronPatchError):
 
 
 class SickTrainingError(MegatronPatchError):
-    """Losses or gradients that no step should be taken with, and that skipping did not cure."""
+    """Too many steps in a row were rejected because of their losses or gradients."""
 
     exit_code = ExitCode.SICK
 
 
 class CorruptionError(MegatronPatchError):
-    """Ranks that must hold or read the same do not."""
+    """Ranks that must hold the same weights or read the same samples differ."""
 
     exit_code = ExitCode.CORRUPTION

@@ -1,4 +1,4 @@
-"""How the program ends: one code for each way, and what to do then. Scripts look at the code, people at the last line."""
+"""How the program ends: one exit code for each way, for scripts, and a line of advice for each, which is printed last."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import enum
 
 
 class ExitCode(enum.IntEnum):
-    """Exit codes of every program here; other codes above 128 are a rank that a signal ended."""
+    """Exit codes of all programs in this repository. Any other code above 128 means that a signal ended a rank."""
 
     DONE = 0
     INTERNAL = 1
@@ -21,19 +21,19 @@ class ExitCode(enum.IntEnum):
 
     @property
     def advice(self) -> str:
-        """What happened, and what to do, in a line."""
+        """What happened and what to do, in one line."""
         return _ADVICE[self]
 
 
 _ADVICE = {
     ExitCode.DONE: "done",
-    ExitCode.INTERNAL: "an error of the program or the machine, see the traceback; the same command goes on from the newest checkpoint",
-    ExitCode.CONFIG: "flags or configuration: change what the message says",
-    ExitCode.DATA: "data: change what the message says; the same command then goes on from the newest checkpoint",
-    ExitCode.CHECKPOINT: "a checkpoint: change what the message says; tools/inspect_checkpoint.py tells what is sound",
-    ExitCode.SICK: "training is sick: look at SAVE/events.jsonl; lower --lr, or go on with --on-spike skip or rewind",
-    ExitCode.CORRUPTION: "ranks that must agree do not: leave out the node that is named; it goes on from the newest checkpoint",
-    ExitCode.PREEMPTED: "stopped on request, all is saved: the same command goes on",
-    ExitCode.HANG: "no progress: stacks of all ranks are in SAVE/stacks; the same command goes on from the newest checkpoint",
-    ExitCode.INTERRUPTED: "interrupted twice, so nothing more was saved: the same command goes on from the newest checkpoint",
+    ExitCode.INTERNAL: "an error of the program or the machine, see the traceback; the same command resumes from the newest checkpoint",
+    ExitCode.CONFIG: "flags or configuration: fix the problem named above",
+    ExitCode.DATA: "data: fix the problem named above; the same command then resumes from the newest checkpoint",
+    ExitCode.CHECKPOINT: "a checkpoint: fix the problem named above; tools/inspect_checkpoint.py shows which checkpoints are valid",
+    ExitCode.SICK: "steps were rejected: check SAVE/events.jsonl; lower --lr, or resume with --on-spike skip or rewind",
+    ExitCode.CORRUPTION: "ranks that must agree differ: replace the node named above; the same command resumes from the newest checkpoint",
+    ExitCode.PREEMPTED: "stopped on request, everything is saved: the same command resumes",
+    ExitCode.HANG: "no progress: the stacks of all ranks are in SAVE/stacks; the same command resumes from the newest checkpoint",
+    ExitCode.INTERRUPTED: "interrupted twice, so nothing was saved at the end: the same command resumes from the newest checkpoint",
 }

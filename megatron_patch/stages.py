@@ -1,12 +1,11 @@
-"""The stage plan: the ordered list of stages that a run is made of, and all arithmetic on it.
+"""The stage plan: the ordered stages of a run, and all arithmetic on them.
 
-In: nothing but numbers (no torch, no files). Out: answers to "which stage am I in", "how many tokens, samples and micro-batches
-does a step hold", "where does a stage begin and end", "what does this cost beside token-level training". Everything else in the
-program asks here; nothing else knows that there is more than one stage.
+In: numbers (no torch, no files). Out: which stage a step belongs to, how many tokens, samples and micro-batches a step has, where a stage
+begins and ends, what a run costs relative to token-level training. The rest of the program takes these answers from here.
 
-The words: a **patch** is K consecutive tokens read as one **position**; a **sample** has T positions, so `T * K` input tokens; a
-**step** is one optimizer step over a global batch of samples; a **block** is the unit in which the corpus is dealt to the stages.
-Tokens are the unit of account for budgets and learning rates, positions for compute.
+Terms: a **patch** is K consecutive tokens that the model reads as one **position**. A **sample** has T positions, so T·K input tokens. A
+**step** is one optimizer step over a global batch of samples. The corpus is divided among the stages in **blocks**. Budgets and learning
+rates are counted in tokens, compute in positions.
 """
 
 from __future__ import annotations
@@ -28,10 +27,10 @@ LrStyle = Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"]
 WsdDecayStyle = Literal["linear", "cosine", "exponential", "minus-sqrt"]
 
 LONGEST_PATCH = 1 << 16
-"""Beyond any use: what is above it is a slip, and would be a list of weights as long."""
+"""Largest patch size that is accepted. A larger one is a mistake, and would need a list of weights of that length."""
 LOOKAHEAD_TOKENS = 64
-"""Left behind the last block of a corpus for the labels of patches up to this size: a constant, and not the plan's own largest patch, so
-that a run in two parts reads the blocks that one run would have read."""
+"""Tokens that are reserved after the last block of a corpus, for the labels of patches up to this size. It is a constant rather than the
+largest patch of the plan, so that a run in two parts reads the same blocks as one run."""
 
 
 POSITION_WEIGHTS: dict[str, Callable[[int], float]] = {
@@ -47,16 +46,16 @@ A launcher script may add its own; `position_weights` scales the weights to sum 
 
 @dataclass(frozen=True)
 class LrShape:
-    """The shape of one learning-rate schedule, in tokens.
+    """One learning-rate schedule; lengths are in tokens.
 
     Args:
         lr: the highest learning rate.
-        min_lr: where the decay ends.
-        warmup_tokens: tokens of linear warm-up from 0.
-        style: the form of the decay.
-        decay_tokens: tokens after which `min_lr` is reached, counted from the schedule's start; None: its end.
-        wsd_decay_tokens: tokens of the final decay of warm-up-stable-decay.
-        wsd_decay_style: the form of that final decay.
+        min_lr: the learning rate at the end of the decay.
+        warmup_tokens: length of the linear warm-up from 0.
+        style: shape of the decay.
+        decay_tokens: tokens from the schedule's start to where `min_lr` is reached; None for the schedule's end.
+        wsd_decay_tokens: length of the final decay of WSD (warm-up, stable, decay).
+        wsd_decay_style: shape of that final decay.
     """
 
     lr: float
@@ -70,25 +69,28 @@ class LrShape:
 
 @dataclass(frozen=True)
 class Stage:
-    """One leg of a run: how tokens become positions, how many of them make a step, and for how many steps.
+    """One stage of a run: how tokens become positions, how many of them are in a step, and how many steps there are.
 
     Args:
-        name: how logs and metrics call the stage.
+        name: the stage's name in logs and metrics.
         patch_size: K, tokens in a patch; 1 is ordinary next-token training.
         positions: T, positions of a sample.
         micro_batch_size: samples of one rank in one forward pass.
         global_batch_size: samples of all ranks in one optimizer step.
         steps: optimizer steps.
-        side: which side of the model reads patches: its input, its output (labels), or both.
+        side: where the model has patches: in its input, in its output (the labels), or both.
         position_weights: one weight for each label of a position; they sum to `labels_per_position`.
-        anneal_share: the last part of the stage, as a share of its steps, over which the weights move to the first label alone.
-        lr: the learning-rate schedule that begins here, if `lr_policy` says so.
-        lr_policy: "restart" begins a schedule; "continue" goes on with the running one; "rewarm" goes on with it under a new
+        anneal_share: share of the stage's steps, at its end, over which the weights move to the first label alone.
+        lr: the learning-rate schedule that begins here, if `lr_policy` is "restart".
+        lr_policy: "restart" begins a schedule; "continue" continues the running one; "rewarm" continues it and multiplies it with a
             linear warm-up of `rewarm_tokens`.
         rewarm_tokens: length of that warm-up in tokens.
-        optimizer: what the switch into this stage does to the optimizer: "reset" makes it new, "reset_moments" zeroes both
-            moments but keeps the step count (so without new bias correction), "keep" leaves it.
-        blend: the stage's own data blend as (path prefix, weight); None: the run's.
+        optimizer: what the switch to this stage does to the optimizer's state: "reset" clears it, "reset_moments" sets both moments
+            to zero and keeps the step count (so there is no new bias correction), "keep" leaves it as it is.
+        blend: the stage's data blend as (dataset prefix, weight); None for the blend of the run.
+
+    Raises:
+        ConfigError: a number is out of range, or the number of weights is not the number of labels.
     """
 
     name: str
@@ -109,25 +111,26 @@ class Stage:
     def __post_init__(self) -> None:
         for name in ("patch_size", "positions", "micro_batch_size", "global_batch_size", "steps"):
             if getattr(self, name) < 1:
-                raise ConfigError(f"stage {self.name!r}: {name} is {getattr(self, name)}", "whole numbers from 1")
+                raise ConfigError(f"stage {self.name!r}: {name} is {getattr(self, name)}", "whole numbers from 1", f"raise {name}")
         if self.patch_size > LONGEST_PATCH:
-            raise ConfigError(f"stage {self.name!r}: patch_size is {self.patch_size}", f"up to {LONGEST_PATCH}")
+            raise ConfigError(f"stage {self.name!r}: patch_size is {self.patch_size}", f"up to {LONGEST_PATCH}", "lower patch_size")
         if not self.position_weights:
             object.__setattr__(self, "position_weights", (1.0,) * self.labels_per_position)
         if len(self.position_weights) != self.labels_per_position:
             raise ConfigError(
-                f"stage {self.name!r}: {len(self.position_weights)} position weights",
-                f"one for each of the {self.labels_per_position} labels of a position",
+                f"stage {self.name!r}: {plural(len(self.position_weights), 'position weight')}",
+                f"one for each of the {plural(self.labels_per_position, 'label')} of a position",
+                "correct the position weights",
             )
 
     @property
     def input_patch_size(self) -> int:
-        """Tokens averaged into one position."""
+        """Number of tokens that are averaged into one position."""
         return 1 if self.side == "output" else self.patch_size
 
     @property
     def labels_per_position(self) -> int:
-        """Labels that each position is scored against."""
+        """Number of labels that each position predicts."""
         return 1 if self.side == "input" else self.patch_size
 
     @property
@@ -147,20 +150,20 @@ class Stage:
 
     @property
     def tokens(self) -> int:
-        """Input tokens of the whole stage."""
+        """Input tokens of the stage."""
         return self.steps * self.tokens_per_step
 
     @property
     def samples(self) -> int:
-        """Samples of the whole stage."""
+        """Samples of the stage."""
         return self.steps * self.global_batch_size
 
     def gradient_accumulation(self, data_parallel_size: int) -> int:
-        """Micro-batches of each rank in one step; the last is filled up with unscored samples where the division leaves a rest."""
+        """Returns the micro-batches of each rank in one step; the last one is padded with samples that do not count."""
         return -(-self.global_batch_size // (self.micro_batch_size * data_parallel_size))
 
     def weights_at(self, stage_step: int) -> tuple[float, ...]:
-        """The label weights in step `stage_step` (from 0), after annealing: w·(1 - a) + a·(first label alone)."""
+        """Returns the label weights in step `stage_step` (from 0): w·(1 - a) + a·(first label alone), where a rises to 1 by annealing."""
         start = self.steps * (1.0 - self.anneal_share)
         if self.anneal_share <= 0.0 or stage_step < start:
             return self.position_weights
@@ -172,7 +175,12 @@ class Stage:
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands: `stage_step` steps of stage `stage_index` are done."""
+    """Where a run stands.
+
+    Args:
+        stage_index: the current stage, counted from 0.
+        stage_step: steps of this stage that are done.
+    """
 
     stage_index: int
     stage_step: int
@@ -183,12 +191,12 @@ class StagePlan:
     """The ordered stages of a run.
 
     Args:
-        stages: at least one.
-        block_tokens: B, the unit in which the corpus is dealt; a multiple of every stage's `sample_tokens`. Every stage but the last
-            takes whole blocks, so that the next one can go on where it ended, whatever its own sample length.
+        stages: one stage or more.
+        block_tokens: tokens of a block, a multiple of the `sample_tokens` of every stage. Every stage but the last reads full blocks, so
+            that the next one can continue where it ended, whatever its sample length is.
 
     Raises:
-        ConfigError: a stage's samples do not fill blocks, or a stage that is not the last ends inside one.
+        ConfigError: the samples of a stage do not fill blocks, or a stage that is not the last ends inside a block.
     """
 
     stages: tuple[Stage, ...]
@@ -196,66 +204,69 @@ class StagePlan:
 
     def __post_init__(self) -> None:
         if not self.stages:
-            raise ConfigError("the plan has no stages", "at least one stage")
+            raise ConfigError("the plan has no stages", "at least one stage", "give --recipe or --stages")
         for index, stage in enumerate(self.stages):
             if self.block_tokens % stage.sample_tokens:
                 raise ConfigError(
                     f"stage {stage.name!r}: a sample has {stage.sample_tokens} tokens "
-                    f"({stage.positions} positions of {stage.input_patch_size}), which does not divide the block of {self.block_tokens}",
-                    f"blocks that are a multiple of {math.lcm(*(other.sample_tokens for other in self.stages))} tokens",
-                    "change --block-tokens (or leave it out), --seq-length or the stage's patch_size",
+                    f"({stage.positions} positions of {plural(stage.input_patch_size, 'token')}), which does not divide "
+                    f"the block of {self.block_tokens}",
+                    f"blocks of a multiple of {math.lcm(*(other.sample_tokens for other in self.stages))} tokens",
+                    "change or remove --block-tokens, or change --seq-length or the stage's patch_size",
                 )
             if index < len(self.stages) - 1 and stage.tokens % self.block_tokens:
                 raise ConfigError(
-                    f"stage {stage.name!r} ends inside a block: {stage.tokens} tokens, blocks of {self.block_tokens}",
-                    "whole blocks in every stage but the last",
+                    f"stage {stage.name!r} ends inside a block: it has {stage.tokens} tokens, a block has {self.block_tokens}",
+                    "full blocks in every stage but the last",
                     "change the stage's number of steps",
                 )
 
     @property
-    def finest(self) -> Stage:
-        """The first stage with the smallest patches: in most plans its token level."""
+    def finest_stage(self) -> Stage:
+        """The first stage with the smallest patches; in most plans the stage at K = 1."""
         return min(self.stages, key=lambda stage: stage.patch_size)
 
     @property
     def lookahead_tokens(self) -> int:
-        """How far past the last block labels may be looked for; the same for all usual plans, so that they cut a corpus alike."""
+        """Tokens after the last block that labels may come from; the same for all usual plans, so that their blocks are the same."""
         return max(LOOKAHEAD_TOKENS, *(stage.patch_size for stage in self.stages))
 
     @property
     def tokens(self) -> int:
-        """Input tokens of the whole run."""
+        """Input tokens of the run."""
         return sum(stage.tokens for stage in self.stages)
 
     @property
     def steps(self) -> int:
-        """Optimizer steps of the whole run."""
+        """Optimizer steps of the run."""
         return sum(stage.steps for stage in self.stages)
 
     def first_token(self, stage_index: int) -> int:
-        """Tokens read before the stage begins."""
+        """Returns the tokens that are read before the stage begins."""
         return sum(stage.tokens for stage in self.stages[:stage_index])
 
     def first_step(self, stage_index: int) -> int:
-        """Steps taken before the stage begins."""
+        """Returns the steps before the stage begins."""
         return sum(stage.steps for stage in self.stages[:stage_index])
 
     def first_block(self, stage_index: int) -> int:
-        """Blocks dealt before the stage begins."""
+        """Returns the index of the stage's first block."""
         return self.first_token(stage_index) // self.block_tokens
 
     def last_block(self, stage_index: int) -> int:
-        """Blocks dealt when the stage has ended (its last block may be left unfinished in the last stage alone)."""
+        """Returns the index after the stage's last block; only the last stage may leave its last block unfinished."""
         return -(-self.first_token(stage_index + 1) // self.block_tokens)
 
     def progress(self, step: int) -> Progress:
-        """The place after `step` steps; at a boundary the place is the beginning of the next stage.
+        """Returns the progress after `step` steps; between two stages it is the start of the second one.
 
         Raises:
             ConfigError: the run has fewer steps.
         """
         if not 0 <= step <= self.steps:
-            raise ConfigError(f"step {step} is outside the plan", f"0 to {self.steps}")
+            raise ConfigError(
+                f"step {step} is outside the plan", f"steps from 0 to {self.steps}", "give another step, or raise --train-tokens"
+            )
         for index, stage in enumerate(self.stages):
             if step < stage.steps:
                 return Progress(index, step)
@@ -263,38 +274,39 @@ class StagePlan:
         return Progress(len(self.stages) - 1, self.stages[-1].steps)
 
     def step(self, progress: Progress) -> int:
-        """Steps taken at a place."""
+        """Returns the steps that are done."""
         return self.first_step(progress.stage_index) + progress.stage_step
 
     def consumed_tokens(self, progress: Progress) -> int:
-        """Input tokens read at a place."""
+        """Returns the input tokens that have been read."""
         return self.first_token(progress.stage_index) + progress.stage_step * self.stages[progress.stage_index].tokens_per_step
 
-    def consumed(self, progress: Progress, price: Callable[[Stage], float]) -> float:
-        """Sum of `price(stage)` over all steps up to a place: compute so far, positions so far, whatever a step costs."""
-        done = sum(stage.steps * price(stage) for stage in self.stages[: progress.stage_index])
-        return done + progress.stage_step * price(self.stages[progress.stage_index])
+    def consumed(self, progress: Progress, per_step: Callable[[Stage], float]) -> float:
+        """Returns the sum of `per_step(stage)` over all steps that are done, for example their compute or their positions."""
+        done = sum(stage.steps * per_step(stage) for stage in self.stages[: progress.stage_index])
+        return done + progress.stage_step * per_step(self.stages[progress.stage_index])
 
     def cost(self) -> float:
-        """Positions computed per token read: the paper's c = sum over stages of share/K (λ/K + 1 - λ for two stages)."""
+        """Returns the positions per token: c = sum over stages of share/K, which is λ/K + 1 - λ for two stages (arXiv 2407.12665)."""
         return sum(stage.steps * stage.positions_per_step for stage in self.stages) / self.tokens
 
     def to_json(self) -> dict[str, Any]:
-        """The plan as plain JSON values, for checkpoints."""
+        """Returns the plan as plain JSON values, for checkpoints."""
         return asdict(self)
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> StagePlan:
-        """Reads what `to_json` wrote.
+        """Returns the plan that `to_json` wrote.
 
         Raises:
-            ConfigError: a field is missing or unknown.
+            ConfigError: a field is missing, unknown or of the wrong type.
         """
         try:
             stages = tuple(record_from_json(Stage, raw) for raw in data["stages"])
             return StagePlan(stages, whole_number(data["block_tokens"], 1))
         except (KeyError, TypeError, ValueError) as error:
-            raise ConfigError(f"this is no stage plan: {error}", f"the fields {[f.name for f in fields(Stage)]}") from error
+            allowed = f"stages with the fields {', '.join(f.name for f in fields(Stage))}"
+            raise ConfigError(f"this is not a stage plan: {error}", allowed, "use a checkpoint that is not damaged") from error
 
 
 def position_weights(kind: str | tuple[float, ...], labels: int) -> tuple[float, ...]:
@@ -308,16 +320,20 @@ def position_weights(kind: str | tuple[float, ...], labels: int) -> tuple[float,
         ConfigError: an unknown name, the wrong number of weights, a weight that is negative or not finite, or no weight above zero.
     """
     if labels > LONGEST_PATCH:
-        raise ConfigError(f"patches of {labels} tokens", f"up to {LONGEST_PATCH}")
+        raise ConfigError(f"patches of {labels} tokens", f"up to {LONGEST_PATCH}", "lower the patch size")
     if isinstance(kind, str):
         formula = lookup(POSITION_WEIGHTS, kind, "--position-weights", also=f"{plural(labels, 'number')} with commas between them")
         raw = [float(formula(k)) for k in range(labels)]
     else:
         raw = [float(weight) for weight in kind]
         if len(raw) != labels:
-            raise ConfigError(f"{plural(len(raw), 'position weight')} for {plural(labels, 'label')} of a position", "one for each label")
+            raise ConfigError(
+                f"{plural(len(raw), 'position weight')} for {plural(labels, 'label')} of a position",
+                "one for each label",
+                "correct the weights",
+            )
     if min(raw) < 0.0 or not sum(raw) > 0.0 or not all(math.isfinite(weight) for weight in raw):
-        raise ConfigError(f"position weights {raw}"[:300], "finite numbers from 0, at least one of them above 0")
+        raise ConfigError(f"position weights {raw}"[:300], "finite numbers from 0, at least one above 0", "correct the weights")
     if kind == "uniform":
         return (1.0,) * labels
     return tuple(weight * labels / sum(raw) for weight in raw)

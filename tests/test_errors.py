@@ -1,4 +1,4 @@
-"""The errors a user meets: three parts in one message, an exit code each, and whole after a trip between processes."""
+"""The errors of users: three parts in one message, an exit code for each class, and nothing lost between processes."""
 
 from __future__ import annotations
 

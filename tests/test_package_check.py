@@ -32,7 +32,7 @@ def run(foreign, *words):
     return subprocess.run([sys.executable, *words], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 
-def test_every_tool_looks_before_it_imports():
+def test_every_tool_checks_before_it_imports():
     for name in PROGRAMS:
         lines = (ROOT / "tools" / name).read_text().splitlines()
         imports = [line.split()[1] for line in lines if line.startswith(("import ", "from "))]

@@ -36,7 +36,7 @@ def test_the_side_decides_what_is_patched(side, inputs, labels, sample):
 
 
 @given(st.integers(0, 8))
-def test_places_and_steps_are_inverse_and_tokens_add_up(step):
+def test_progress_and_steps_are_inverse_and_tokens_add_up(step):
     progress = PLAN.progress(step)
     assert PLAN.step(progress) == step
     counted = sum(PLAN.stages[0 if s < 3 else 1].tokens_per_step for s in range(step))
@@ -50,7 +50,7 @@ def test_the_end_of_a_stage_and_the_start_of_the_next_are_the_same_step():
     assert PLAN.consumed_tokens(Progress(0, 3)) == PLAN.consumed_tokens(Progress(1, 0))
 
 
-def test_blocks_are_dealt_without_gap():
+def test_stages_take_blocks_without_a_gap():
     assert PLAN.first_block(0) == 0
     assert PLAN.last_block(0) == PLAN.first_block(1) == 3 * 64 // 32
     assert PLAN.last_block(1) == PLAN.tokens // 32
@@ -65,7 +65,7 @@ def test_a_plan_survives_json():
 def test_a_damaged_plan_is_refused():
     data = PLAN.to_json()
     del data["stages"][0]["steps"]
-    with pytest.raises(ConfigError, match="no stage plan"):
+    with pytest.raises(ConfigError, match="not a stage plan"):
         StagePlan.from_json(data)
 
 

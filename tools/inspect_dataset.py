@@ -27,7 +27,7 @@ from megatron_patch.tokenizers.base import Tokenizer, tokenizer_to_show
 
 
 def show_patches(dataset: IndexedDataset, patch_size: int, tokenizer: Tokenizer | None, samples: int, console: Console) -> None:
-    """Prints the beginning of some sequences, patch by patch."""
+    """Prints the first patches of some sequences."""
     for number in range(samples):
         index = number * max(1, len(dataset) // max(1, samples))
         tokens = dataset[index][: 24 * patch_size]
@@ -37,7 +37,7 @@ def show_patches(dataset: IndexedDataset, patch_size: int, tokenizer: Tokenizer 
 
 
 def show_division(prefix: str, config: str, console: Console) -> dict[str, Any]:
-    """Prints how the stages of a configuration would divide a dataset, and returns it."""
+    """Prints how the stages of a configuration would divide a dataset, and returns the numbers."""
     from megatron_patch.config.parsing import parse
     from megatron_patch.config.resolve import resolve
 
@@ -54,32 +54,39 @@ def show_division(prefix: str, config: str, console: Console) -> dict[str, Any]:
 
 
 def main(argv: list[str]) -> None:
-    """Runs the tool."""
+    """Runs the tool with these arguments."""
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument("prefix", help="path without .bin and .idx")
-    parser.add_argument("--check", action="store_true", help="read everything and check offsets, lengths, ids, checksums")
-    parser.add_argument("--patch-size", type=count_from_one, default=1, help="show patches of so many tokens")
-    parser.add_argument("--samples", type=count, default=1, help="sequences to show")
-    parser.add_argument("--tokenizer-type", help="by default what the side file says")
-    parser.add_argument("--tokenizer-model")
-    parser.add_argument("--vocab-size", type=count_from_one, help="ids must be below it")
-    parser.add_argument("--eod-token-id", type=count, help="end of documents, which pads them; by default what the side file says")
-    parser.add_argument("--diff", metavar="OTHER", help="another prefix to compare with; exit code 3 where they differ")
-    parser.add_argument("--config", help="a training configuration: how its stages would divide this dataset")
+    parser.add_argument("prefix", help="dataset prefix: the path without .bin and .idx")
+    parser.add_argument("--check", action="store_true", help="read all data and check offsets, lengths, token ids and checksums")
+    parser.add_argument(
+        "--patch-size", type=count_from_one, default=1, help="show patches of this many tokens, and count how they overlap documents"
+    )
+    parser.add_argument("--samples", type=count, default=1, help="number of sequences to show")
+    parser.add_argument("--tokenizer-type", help="tokenizer for showing text; by default the one in the metadata file (PREFIX.json)")
+    parser.add_argument("--tokenizer-model", help="its file or folder")
+    parser.add_argument("--vocab-size", type=count_from_one, help="with --check: all token ids must be below this number")
+    parser.add_argument("--eod-token-id", type=count, help="id of the end-of-document token; by default the one in the metadata file")
+    parser.add_argument("--diff", metavar="OTHER", help="compare with the dataset of another prefix; exit code 3 if they differ")
+    parser.add_argument("--config", metavar="FILE", help="show how the stages of this training configuration would divide the dataset")
     args = parser.parse_args(argv)
     dataset = IndexedDataset(args.prefix)
     console = Console(stderr=True, highlight=False, width=140)
     result: dict[str, Any] = describe(dataset)
     try:
-        info = read_metadata(args.prefix)
+        metadata = read_metadata(args.prefix)
     except DataError:
         if not args.check:
             raise
-        info = None
-    if info is not None:
-        result.update(vocab_size=info.vocab_size, eod_id=info.eod_id, tokenizer=info.tokenizer_model, patch_align=info.patch_align)
+        metadata = None
+    if metadata is not None:
+        result.update(
+            vocab_size=metadata.vocab_size,
+            eod_id=metadata.eod_id,
+            tokenizer=metadata.tokenizer_model,
+            patch_align=metadata.patch_align,
+        )
     if args.patch_size > 1:
-        eod_id = args.eod_token_id if args.eod_token_id is not None else (info.eod_id if info else None)
+        eod_id = args.eod_token_id if args.eod_token_id is not None else (metadata.eod_id if metadata else None)
         result.update(patch_statistics(dataset, args.patch_size, eod_id))
     if args.diff is not None:
         result["diff"] = compare(dataset, IndexedDataset(args.diff))
@@ -91,11 +98,11 @@ def main(argv: list[str]) -> None:
         table.add_row(name.replace("_", " "), f"{value:,}" if isinstance(value, int) else str(value))
     console.print(table)
     if not result.get("problems"):
-        told = (info.tokenizer_type, info.tokenizer_model) if info else None
+        known = (metadata.tokenizer_type, metadata.tokenizer_model) if metadata else None
         show_patches(
             dataset,
             args.patch_size,
-            tokenizer_to_show(told, args.tokenizer_type, args.tokenizer_model),
+            tokenizer_to_show(known, args.tokenizer_type, args.tokenizer_model),
             min(args.samples, len(dataset)),
             console,
         )
@@ -103,9 +110,13 @@ def main(argv: list[str]) -> None:
         result["division"] = show_division(args.prefix, args.config, console)
     print(json.dumps(result))
     if result.get("problems"):
-        raise DataError(f"{args.prefix} is damaged: {result['problems'][0]}", "a sound dataset", "copy it again, or preprocess again")
+        raise DataError(
+            f"{args.prefix} is damaged: {result['problems'][0]}", "a valid dataset", "copy it again, or preprocess the data again"
+        )
     if args.diff is not None and not result["diff"]["equal"]:
-        raise DataError(f"{args.prefix} and {args.diff} differ: {result['diff']['differences'][0]}", "equal datasets")
+        raise DataError(
+            f"{args.prefix} and {args.diff} differ: {result['diff']['differences'][0]}", "equal datasets", "see the differences above"
+        )
 
 
 if __name__ == "__main__":

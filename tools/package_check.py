@@ -35,17 +35,17 @@ def wrong_package(home: Path) -> str | None:
     """Returns an error in three parts if `import megatron_patch` would not import this project's package, otherwise None.
 
     Args:
-        home: the checkout that this program belongs to.
+        home: the root of this project's checkout.
     """
     spec = importlib.util.find_spec("megatron_patch")
-    places = [Path(place) for place in (spec.submodule_search_locations or [])] if spec is not None else []
-    if any(all((place / name).is_file() for name in _OURS) for place in places):
+    folders = [Path(folder) for folder in (spec.submodule_search_locations or [])] if spec is not None else []
+    if any(all((folder / name).is_file() for name in _OURS) for folder in folders):
         return None
-    found = f"another project's: {places[0]}" if places else "not installed"
+    found = f"another project's: {folders[0]}" if folders else "not installed"
     return (
         f"ConfigError: the Python package megatron_patch is {found}\n"
         f"  Allowed: this project's, {home / 'megatron_patch'}\n"
-        f"  What to do: pip install -e {home}, or PYTHONPATH={home}; Pai-Megatron-Patch needs an environment of its own"
+        f"  What to do: run pip install -e {home}, or set PYTHONPATH={home}; install Pai-Megatron-Patch in another environment"
     )
 
 

@@ -1,4 +1,4 @@
-"""What the tools share: arguments whose unknown flags get a suggestion, and errors in three parts with an exit code."""
+"""What the tools share: a parser that suggests the nearest flag, types of arguments, and errors with an exit code."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from megatron_patch.utils.units import parse_count
 
 
 def count(word: str) -> int:
-    """A whole number with an optional unit, as the type of an argument: 4096, 10k, 2M.
+    """Returns the whole number of an argument such as 4096, 10k or 2M; for argparse's `type`.
 
     Raises:
-        argparse.ArgumentTypeError: it is none.
+        argparse.ArgumentTypeError: the word is not a whole number.
     """
     try:
         return parse_count(word)
@@ -26,10 +26,10 @@ def count(word: str) -> int:
 
 
 def count_from_one(word: str) -> int:
-    """The same from 1.
+    """Returns the same as `count` for numbers from 1.
 
     Raises:
-        argparse.ArgumentTypeError: it is 0, or no count.
+        argparse.ArgumentTypeError: the word is not a whole number from 1.
     """
     number = count(word)
     if number < 1:
@@ -38,13 +38,13 @@ def count_from_one(word: str) -> int:
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse that suggests the nearest flag and does not accept beginnings of flags."""
+    """An argparse parser that suggests the nearest flag and does not accept abbreviated flags."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
-        """Raises instead of exiting.
+        """Raises the error that argparse would print, so that all tools report errors in the same way.
 
         Raises:
             ConfigError: always.
@@ -58,17 +58,20 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def add_layout(parser: argparse.ArgumentParser) -> None:
-    """Flags of a tool that ranks of a job may run together: `deepspeed tools/NAME.py --tensor-model-parallel-size 8 …`."""
-    layout = parser.add_argument_group("ranks", "for a model that one GPU does not hold; started with deepspeed, torchrun or srun")
-    layout.add_argument("--tensor-model-parallel-size", type=int, default=1, help="ranks that share each layer")
-    layout.add_argument("--pipeline-model-parallel-size", type=int, default=1, help="ranks that share the list of layers")
+    """Adds the flags of a tool that several ranks run together: `deepspeed tools/NAME.py --tensor-model-parallel-size 8 …`."""
+    layout = parser.add_argument_group(
+        "ranks", "For a model that does not fit on one GPU. Start the tool with deepspeed, torchrun or srun."
+    )
+    layout.add_argument("--tensor-model-parallel-size", type=int, default=1, help="number of ranks that split each layer")
+    layout.add_argument("--pipeline-model-parallel-size", type=int, default=1, help="number of ranks that split the list of layers")
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
 
 
 def run_tool(main: Callable[[list[str]], None]) -> int:
-    """Runs a tool's main with the command line's arguments and turns its errors into a message and an exit code.
+    """Runs a tool's main with the arguments of the command line, prints its error, if any, and returns the exit code.
 
-    Every rank of a job meets an error in flags; of another one each says what it found, as files may be missing on its node alone.
+    An error in flags is the same on all ranks, so only rank 0 prints it. Every rank prints other errors, because a file may be missing on
+    its node alone.
     """
     rank = 0
     try:

@@ -1,7 +1,7 @@
-"""What cannot run, before anything is opened: numbers out of their range, and options that contradict each other.
+"""What cannot run, found before anything is opened: numbers out of range, and options that contradict each other.
 
-In: options, then the plan and the vocabulary that they led to. Out: nothing, or a ConfigError. What makes a stage, a schedule or a model's
-shape impossible is refused where these are built (`stage_plan`, `resolve`).
+In: options, then the plan and the vocabulary that follow from them. Out: nothing, or a ConfigError. A stage, a schedule or a model shape
+that is impossible is refused where it is built (`plan_builder`, `resolve`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from megatron_patch.errors import ConfigError
 from megatron_patch.stages import StagePlan
 from megatron_patch.tokenizers.base import TOKENIZERS
 from megatron_patch.utils.registry import lookup
-from megatron_patch.utils.units import format_duration
+from megatron_patch.utils.units import format_duration, plural
 
 _FROM_ONE = {
     *("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "kv_channels", "ffn_hidden_size", "vocab_size"),
@@ -36,10 +36,10 @@ _ABOVE_ZERO = {
 
 
 def check_numbers(options: Options) -> None:
-    """Every number must be finite and in its range.
+    """Checks that every number is finite and in its range.
 
     Raises:
-        ConfigError: one is not.
+        ConfigError: a number is not.
     """
     for group in dataclasses.fields(options):
         part = getattr(options, group.name)
@@ -57,42 +57,52 @@ def check_numbers(options: Options) -> None:
             elif field.name in _ABOVE_ZERO and value <= 0:
                 allowed = "numbers above 0"
             if allowed is not None:
-                needed = field.default is dataclasses.MISSING
-                raise ConfigError(_given(field.name, value), allowed, "give another" if needed else "give another, or leave it out")
+                required = field.default is dataclasses.MISSING
+                do = "give another value" if required else "give another value, or leave the flag out for the default"
+                raise ConfigError(_given(field.name, value), allowed, do)
 
 
 def _given(name: str, value: object) -> str:
     return f"--{name.replace('_', '-')} {value}"
 
 
+def _only_one(first: str, second: str) -> ConfigError:
+    """Returns the error for two flags that exclude each other."""
+    return ConfigError(f"{first} together with {second}", "one of them", f"remove {first} or {second}")
+
+
 def check_parallel(options: EngineOptions, ranks: int) -> None:
-    """The ranks must divide into the layout.
+    """Checks that the ranks divide into tensor, pipeline and data parallel groups.
 
     Raises:
-        ConfigError: they do not, or the layout contradicts itself.
+        ConfigError: they do not, or the options of the layout contradict each other.
     """
     sizes = {
         "--tensor-model-parallel-size": options.tensor_model_parallel_size,
         "--pipeline-model-parallel-size": options.pipeline_model_parallel_size,
     }
     if options.sequence_parallel and options.tensor_model_parallel_size == 1:
-        raise ConfigError("--sequence-parallel without tensor parallelism", "a tensor-parallel size above 1", "remove the flag")
+        raise ConfigError(
+            "--sequence-parallel without tensor parallelism",
+            "--tensor-model-parallel-size above 1",
+            "remove --sequence-parallel, or raise --tensor-model-parallel-size",
+        )
     if options.bf16 and options.fp16:
-        raise ConfigError("--bf16 and --fp16", "one of them", "remove one")
+        raise _only_one("--bf16", "--fp16")
     model = math.prod(sizes.values())
     if ranks % model:
         raise ConfigError(
-            f"{ranks} ranks with " + " and ".join(f"{flag} {size}" for flag, size in sizes.items() if size > 1),
-            f"ranks in multiples of {model}",
+            f"{plural(ranks, 'rank')} with " + " and ".join(f"{flag} {size}" for flag, size in sizes.items() if size > 1),
+            f"a number of ranks that is a multiple of {model}",
             "change the number of ranks or the parallel sizes",
         )
 
 
 def check_options(options: Options) -> None:
-    """Options beside each other.
+    """Checks the options that can be checked without a plan and without data.
 
     Raises:
-        ConfigError: naming those that do not go together.
+        ConfigError: an option is not valid, or two contradict each other.
     """
     _check_optimizer(options)
     _check_safety(options)
@@ -100,9 +110,9 @@ def check_options(options: Options) -> None:
     _check_packages(options)
     logging = options.logging
     if logging.eval_interval is not None and logging.eval_interval_tokens is not None:
-        raise ConfigError("--eval-interval and --eval-interval-tokens", "one of them", "remove one")
+        raise _only_one("--eval-interval", "--eval-interval-tokens")
     if not 0 < logging.sample_top_p <= 1:
-        raise ConfigError(f"--sample-top-p {logging.sample_top_p}", "numbers above 0 and up to 1", "0.95, for example")
+        raise ConfigError(f"--sample-top-p {logging.sample_top_p}", "numbers above 0 and up to 1", "give 0.95, for example")
     split_ranges(1 << 40, options.data.split)
     if options.data.tokenizer_type is not None:
         lookup(TOKENIZERS, options.data.tokenizer_type, "--tokenizer-type")
@@ -112,66 +122,71 @@ def _check_optimizer(options: Options) -> None:
     schedule = options.schedule
     if schedule.lr_wsd_decay_fraction is not None:
         if not 0.0 < schedule.lr_wsd_decay_fraction <= 1.0:
-            raise ConfigError(_given("lr_wsd_decay_fraction", schedule.lr_wsd_decay_fraction), "a share above 0 and up to 1")
+            raise ConfigError(
+                _given("lr_wsd_decay_fraction", schedule.lr_wsd_decay_fraction), "a share above 0 and up to 1", "give 0.1, for example"
+            )
         if schedule.lr_wsd_decay_tokens:
-            raise ConfigError("--lr-wsd-decay-tokens and --lr-wsd-decay-fraction", "one of them", "remove one")
+            raise _only_one("--lr-wsd-decay-tokens", "--lr-wsd-decay-fraction")
     for name in ("adam_beta1", "adam_beta2"):
         value = getattr(schedule, name)
         if not 0.0 <= value < 1.0:
-            raise ConfigError(_given(name, value), "numbers from 0 to below 1", "give another, or leave it out")
+            raise ConfigError(_given(name, value), "numbers from 0 to below 1", "give another value, or leave the flag out for the default")
 
 
 def _check_safety(options: Options) -> None:
     safety, engine = options.safety, options.engine
     if safety.spike_window < 2:
-        raise ConfigError(f"--spike-window {safety.spike_window}", "whole numbers from 2", "leave it out")
+        raise ConfigError(f"--spike-window {safety.spike_window}", "whole numbers from 2", "leave the flag out for the default")
     if safety.check_replicas_interval and engine.zero_stage == 3:
         raise ConfigError(
-            "--check-replicas-interval with --zero-stage 3: no rank holds what another holds", "ZeRO 0 to 2", "leave the flag out"
+            "--check-replicas-interval with --zero-stage 3, where no two ranks hold the same weights",
+            "--zero-stage 0, 1 or 2",
+            "remove --check-replicas-interval, or lower --zero-stage",
         )
-    # The watchdog comes before the collectives' own end, which writes no stacks and has no code of its own.
+    # The watchdog must act before the collectives time out, because their timeout writes no stacks and has no exit code.
     hang, collective = safety.hang_timeout, 60 * engine.distributed_timeout_minutes
     if hang >= collective:
         raise ConfigError(
             f"--hang-timeout of {format_duration(hang)} with --distributed-timeout-minutes {engine.distributed_timeout_minutes}",
-            "a shorter time for the first: it writes the stacks of all ranks before their collectives give up",
-            f"--distributed-timeout-minutes {math.ceil(hang / 60) + 10}, or a shorter --hang-timeout",
+            "a --hang-timeout that is shorter: it writes the stacks of all ranks before their collectives time out",
+            f"give --distributed-timeout-minutes {math.ceil(hang / 60) + 10}, or a shorter --hang-timeout",
         )
 
 
 def _check_checkpoints(options: Options) -> None:
     checkpoint, dry_run = options.checkpoint, options.logging.dry_run
     if checkpoint.save_interval is not None and checkpoint.save_interval_tokens is not None:
-        raise ConfigError("--save-interval and --save-interval-tokens", "one of them", "remove one")
+        raise _only_one("--save-interval", "--save-interval-tokens")
     if checkpoint.finetune and checkpoint.load is None:
-        raise ConfigError("--finetune without --load", "--load with the folder to take weights from", "give --load")
+        raise ConfigError("--finetune without --load", "--load with the folder to take the weights from", "give --load FOLDER")
     if checkpoint.finetune and checkpoint.load == checkpoint.save:
-        raise ConfigError("--finetune with the same --load and --save", "another folder to save to", "change --save")
+        raise ConfigError(f"--finetune with the same folder for --load and --save: {checkpoint.save}", "another folder", "change --save")
     if (checkpoint.save_interval or checkpoint.save_interval_tokens) and checkpoint.save is None and not dry_run:
-        raise ConfigError("a save interval without --save", "--save FOLDER", "give --save")
+        flag = "--save-interval" if checkpoint.save_interval else "--save-interval-tokens"
+        raise ConfigError(f"{flag} without --save", "--save FOLDER", f"give --save FOLDER, or remove {flag}")
     if options.logging.log_token_spans and checkpoint.save is None:
-        raise ConfigError("--log-token-spans without --save", "--save FOLDER", "give --save")
+        raise ConfigError("--log-token-spans without --save", "--save FOLDER", "give --save FOLDER, or remove --log-token-spans")
 
 
 def _check_packages(options: Options) -> None:
-    """What is logged to must be installed: rank 0 alone would find out, with the others waiting for it."""
+    """Checks that the packages for logging are installed: later only rank 0 would notice, while the others wait for it."""
     if options.logging.dry_run:
         return
     for name, package in (("tensorboard_dir", "tensorboard"), ("wandb_project", "wandb")):
         value = getattr(options.logging, name)
         if value is not None and importlib.util.find_spec(package) is None:
             raise ConfigError(
-                f"{_given(name, value)}: {package} is not installed",
-                f"pip install 'megatron_patch[{package}]'",
-                "install it, or leave it out",
+                f"{_given(name, value)}, but the package {package} is not installed",
+                f"an environment with {package}",
+                f"pip install 'megatron_patch[{package}]', or leave the flag out",
             )
 
 
 def check_plan(options: Options, plan: StagePlan) -> None:
-    """The plan must fit what else is asked for.
+    """Checks that the other options fit the plan.
 
     Raises:
-        ConfigError: positions that ranks cannot share, or a beginning inside a block.
+        ConfigError: tensor-parallel ranks cannot share the positions of a stage evenly, or --start-tokens ends inside a block.
     """
     size = options.engine.tensor_model_parallel_size
     lengths = {f"stage {stage.name!r}": stage.positions for stage in plan.stages} | {"evaluation": options.stages.seq_length}
@@ -179,30 +194,33 @@ def check_plan(options: Options, plan: StagePlan) -> None:
         if options.engine.sequence_parallel and positions % size:
             raise ConfigError(
                 f"--sequence-parallel over {size} ranks with {positions} positions in {where}",
-                f"positions that are multiples of {size} in every stage and in evaluation",
+                f"a number of positions that is a multiple of {size}, in every stage and in evaluation",
                 "change --seq-length, the patch sizes or --tensor-model-parallel-size",
             )
     if options.stages.start_tokens % plan.block_tokens:
         raise ConfigError(
-            f"--start-tokens {options.stages.start_tokens} is inside a block",
+            f"--start-tokens {options.stages.start_tokens} is inside a block of {plan.block_tokens} tokens",
             f"multiples of {plan.block_tokens}",
-            "give the tokens that the other run read",
+            "give the number of tokens that the earlier run read",
         )
 
 
 def check_documents(data: DataOptions, eod_id: int | None, vocab_size: int) -> None:
-    """Where documents are kept apart their end must be known, and be a token of the model.
+    """Checks that the end-of-document token is known where documents are separated, and that it is in the vocabulary.
 
     Raises:
         ConfigError: it is not.
     """
-    if eod_id is None and (data.reset_attention_mask or data.reset_position_ids or data.eod_mask_loss):
+    separating = [name for name in ("reset_attention_mask", "reset_position_ids", "eod_mask_loss") if getattr(data, name)]
+    if eod_id is None and separating:
         raise ConfigError(
-            "document masks without an end-of-document token",
-            "--eod-token-id N, or data whose side file names it",
-            "preprocess with --append-eod, or give --eod-token-id",
+            f"--{separating[0].replace('_', '-')} without an end-of-document token",
+            "--eod-token-id N, or a dataset whose metadata file (PREFIX.json) has the token",
+            "give --eod-token-id, or preprocess the data with --append-eod",
         )
     if eod_id is not None and eod_id >= vocab_size:
         raise ConfigError(
-            f"--eod-token-id {eod_id} with {vocab_size} ids", f"ids from 0 to {vocab_size - 1}", "give the tokenizer's, or leave it out"
+            f"--eod-token-id {eod_id} with a vocabulary of {vocab_size}",
+            f"ids from 0 to {vocab_size - 1}",
+            "give the id that the tokenizer uses, or leave the flag out",
         )

@@ -1,7 +1,9 @@
 """Every flag of the program, once: frozen dataclasses whose fields are the flags, the keys of a YAML file, and the help text.
 
-In: nothing. Out: the types that `parsing` fills from flags and files and that `resolve` turns into what the rooms need. Names are
+In: nothing. Out: the types that `parsing` fills from flags and files, and that `resolve` turns into the configuration of a run. Names are
 Megatron's where Megatron has one. A field whose default is None is decided by the model family, the recipe or the data.
+
+The help keeps the line breaks of a docstring, so each line of a docstring here is a complete sentence.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Literal, TypeVar
 
+import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
 from megatron_patch.errors import ConfigError
@@ -20,348 +23,406 @@ Value = TypeVar("Value")
 
 
 def _reader(parse: Callable[[str], Value], or_none: bool) -> Callable[[list[str]], Value | None]:
-    """Reads one word of a command line; tyro wants a ValueError. Where a value may be left out, None takes a file's back."""
+    """Returns the function that reads one word of a command line. "None", where it is allowed, removes a value."""
 
     def read(words: list[str]) -> Value | None:
         if or_none and words[0] == "None":
             return None
         try:
             return parse(words[0])
-        except ConfigError as error:
+        except ConfigError as error:  # tyro reports a ValueError
             raise ValueError(f"{error.what} (allowed: {error.allowed})") from error
 
     return read
 
 
-def _of_numbers(parse: Callable[[str], Value], metavar: str, or_none: bool = False) -> PrimitiveConstructorSpec[Value | None]:
-    """How tyro reads a number that is written with units."""
+def _number(
+    parse: Callable[[str], Value], write: Callable[[Value], str], metavar: str, or_none: bool = False
+) -> PrimitiveConstructorSpec[Value | None]:
+    """Returns how tyro reads a number that is written with units, and how it prints the default."""
     return PrimitiveConstructorSpec(
         nargs=1,
         metavar=metavar,
         instance_from_str=_reader(parse, or_none),
         is_instance=lambda value: value is None or (isinstance(value, (int, float)) and not isinstance(value, bool)),
-        str_from_instance=lambda value: [str(value)],
+        str_from_instance=lambda value: ["None" if value is None else write(value)],
     )
 
 
-Count = Annotated[int, _of_numbers(parse_count, "COUNT")]
+def _write_count(value: int) -> str:
+    return f"{value // 10**6}M" if value and value % 10**6 == 0 else str(value)
+
+
+def _write_duration(value: float) -> str:
+    return f"{value / 60:g}min" if value and value % 60 == 0 else f"{value:g}s"
+
+
+def _hint(default: str) -> str:
+    """Returns the note on an option's default. A default of None has no note, because the help text explains it."""
+    return "" if default in ("None", "") else f"(default: {default})"
+
+
+_COUNT = _number(parse_count, _write_count, "COUNT", or_none=True)
+_DURATION = _number(parse_duration, _write_duration, "TIME", or_none=True)
+_OPTIONAL = tyro.conf.arg(help_behavior_hint=_hint)
+
+Count = Annotated[int, _number(parse_count, _write_count, "COUNT")]
 """A whole number with an optional unit: 4096, 512k, 2M, 270B."""
-OptionalCount = Annotated[int | None, _of_numbers(parse_count, "COUNT", or_none=True)]
-"""A count that is decided elsewhere where it is not given."""
-Duration = Annotated[float, _of_numbers(parse_duration, "TIME")]
+OptionalCount = Annotated[int | None, _COUNT, _OPTIONAL]
+"""A count that may be left out."""
+Duration = Annotated[float, _number(parse_duration, _write_duration, "TIME")]
 """Seconds, written with units: 45min, 3h30m, 1.5d."""
-OptionalDuration = Annotated[float | None, _of_numbers(parse_duration, "TIME", or_none=True)]
-"""A time span that may be left out."""
+OptionalDuration = Annotated[float | None, _DURATION, _OPTIONAL]
+"""A duration that may be left out."""
+OptionalFloat = Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint=_hint)]
+"""A number that may be left out."""
+OptionalId = Annotated[int | None, tyro.conf.arg(metavar="ID", help_behavior_hint=_hint)]
+"""A token id that may be left out."""
+OptionalSwitch = Annotated[bool | None, _OPTIONAL]
+"""On, off, or decided by the model family: --name, --no-name, or neither."""
+OptionalName = Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint=_hint)]
+"""A name that may be left out."""
+OptionalPath = Annotated[str | None, tyro.conf.arg(metavar="PATH", help_behavior_hint=_hint)]
+"""A file or folder that may be left out."""
+OptionalList = Annotated[str | None, tyro.conf.arg(metavar="JSON", help_behavior_hint=_hint)]
+"""A list as JSON that may be left out."""
 
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """The model's shape."""
+    """The model's shape. The first three are required; --model-family sets the defaults of many others.
+
+    Flags marked {None,True,False} are given as --NAME or --no-NAME.
+    """
 
     num_layers: Count
-    """Transformer blocks."""
+    """Number of transformer blocks."""
     hidden_size: Count
-    """Width of the residual stream."""
+    """Width of the residual stream (H)."""
     num_attention_heads: Count
-    """Query heads."""
+    """Number of query heads in each block."""
     model_family: str = "llama"
     """Sets the defaults of the options below. Built in: llama (RMSNorm, SwiGLU, rotary positions, no biases, untied head), qwen3 (the
     same with normalized queries and keys), gpt2 (LayerNorm, GELU, learned positions, biases, tied head)."""
     num_query_groups: OptionalCount = None
-    """Key-value heads of grouped-query attention; by default one for each query head."""
+    """Number of key-value heads, for grouped-query attention. By default each query head has its own."""
     kv_channels: OptionalCount = None
-    """Size of a head; by default hidden size / heads."""
+    """Width of each attention head. By default --hidden-size / --num-attention-heads."""
     ffn_hidden_size: OptionalCount = None
-    """Width of the feed-forward layer; by default 8/3 of the hidden size, rounded up to 256 (SwiGLU), or 4 times (GELU)."""
+    """Width of the feed-forward layer. By default 8/3 of --hidden-size, rounded up to a multiple of 256 (SwiGLU), or 4 times it (GELU)."""
     vocab_size: OptionalCount = None
-    """Token ids are below this; by default what the dataset's side file says."""
+    """Size of the vocabulary: all token ids are below this number. By default the size in the dataset's metadata file (PREFIX.json)."""
     make_vocab_size_divisible_by: Count = 128
-    """The embedding's rows are padded to a multiple of this times the tensor-parallel size; padding is never predicted."""
+    """Pad the rows of the embedding to a multiple of this number and of the tensor-parallel size. Padding is never predicted."""
     max_position_embeddings: OptionalCount = None
-    """Longest sequence of positions; by default --seq-length, which no stage and no evaluation exceeds."""
-    normalization: Literal["RMSNorm", "LayerNorm"] | None = None
-    """Kind of normalisation."""
-    norm_epsilon: float | None = None
-    """Added to the variance."""
-    swiglu: bool | None = None
-    """Gated feed-forward layer instead of GELU."""
-    position_embedding_type: Literal["rope", "learned_absolute"] | None = None
-    """Rotary or learned positions."""
+    """Length of the longest sequence, in positions. By default --seq-length, which no stage and no evaluation exceeds."""
+    normalization: Annotated[Literal["RMSNorm", "LayerNorm"] | None, _OPTIONAL] = None
+    """Type of the normalization layers. By default the model family's."""
+    norm_epsilon: OptionalFloat = None
+    """Added to the variance in each normalization. By default the model family's (1e-5 or 1e-6)."""
+    swiglu: OptionalSwitch = None
+    """Use SwiGLU, a gated feed-forward layer, or with --no-swiglu GELU. By default the model family's."""
+    position_embedding_type: Annotated[Literal["rope", "learned_absolute"] | None, _OPTIONAL] = None
+    """Encode positions by rotation (rope) or by learned embeddings. By default the model family's."""
     rotary_base: float = 10000.0
-    """Base of the rotary frequencies."""
+    """Base of the rotary frequencies (rope theta)."""
     rope_scaling: Literal["none", "linear", "llama3"] = "none"
-    """Lower the rotary frequencies for longer contexts: all by --rope-scaling-factor, or the slow ones (Llama 3.1 and later)."""
+    """Lower the rotary frequencies so that the model reads longer contexts.
+    linear divides all of them by --rope-scaling-factor; llama3 (Llama 3.1 and later) divides the low ones alone."""
     rope_scaling_factor: float = 1.0
-    """By how much."""
+    """Factor by which --rope-scaling divides the rotary frequencies."""
     rope_low_freq_factor: float = 1.0
-    """llama3: waves longer than --rope-original-positions over this are scaled whole."""
+    """llama3 scaling: divide frequencies in full whose wavelength is above --rope-original-positions / this number."""
     rope_high_freq_factor: float = 4.0
-    """llama3: waves shorter than --rope-original-positions over this are left alone."""
+    """llama3 scaling: keep frequencies whose wavelength is below --rope-original-positions / this number."""
     rope_original_positions: Count = 8192
-    """llama3: the context that the frequencies were made for."""
-    qk_layernorm: bool | None = None
-    """Normalise queries and keys of each head before the rotation."""
-    add_qkv_bias: bool | None = None
-    """Biases in the query, key and value projections alone."""
-    disable_bias_linear: bool | None = None
-    """No biases in linear layers."""
-    untie_embeddings_and_output_weights: bool | None = None
-    """An output head of its own instead of the embedding's transpose."""
+    """llama3 scaling: context length, in positions, that the model was trained with before scaling."""
+    qk_layernorm: OptionalSwitch = None
+    """Normalize the queries and keys of each head before the rotation. By default the model family's choice."""
+    add_qkv_bias: OptionalSwitch = None
+    """Add biases to the query, key and value projections alone, as Qwen2 does."""
+    disable_bias_linear: OptionalSwitch = None
+    """Leave the biases of all linear layers out. By default the model family's choice."""
+    untie_embeddings_and_output_weights: OptionalSwitch = None
+    """Give the output layer its own weights; with --no-… it shares those of the embedding. By default the model family's choice."""
     init_method_std: float = 0.02
-    """Standard deviation of initial weights."""
+    """Standard deviation of the initial weights."""
 
 
 @dataclass(frozen=True)
 class StageOptions:
-    """How many tokens are read, in which patches, in which batches."""
+    """How many tokens the run reads, in which patches and in which batches. --recipe or --stages chooses the stages."""
 
-    recipe: str | None = None
-    """patch-train: patches, then tokens; constant tokens a step; learning rate and optimizer start afresh at the switch.
-    token-superposition: constant positions a step; one learning-rate schedule over the run; optimizer kept.
-    token-level: the ordinary baseline. Without it: patch-train where --patch-size is above 1, else token-level."""
+    recipe: OptionalName = None
+    """Name of the recipe that makes the stages. By default patch-train where --patch-size is above 1, else token-level.
+    - patch-train: patches, then single tokens, as many tokens in each step. Learning rate and optimizer restart at the switch.
+    - token-superposition: patches, then single tokens, as many positions in each step. One schedule; the optimizer is kept.
+    - token-level: single tokens throughout, the baseline."""
     patch_size: OptionalCount = None
-    """K: tokens averaged into one position, and labels scored at each, in the recipe's first stage; by default 2 for a model below 100M
-    parameters and 4 for a larger one where --recipe names patches, else 1."""
-    patch_fraction: float | None = None
-    """λ: share of the training tokens read as patches (default 2/3 for patch-train). Give this or --patch-compute-share."""
-    patch_compute_share: float | None = None
-    """r: share of the compute spent on patches (default 0.3 for token-superposition)."""
-    stages: str | None = None
-    """The stages themselves instead of a recipe; in a YAML file a list, on the command line the same as JSON."""
+    """K, the patch size of the recipe's first stage: tokens averaged into one position, and labels that each position predicts.
+    By default 1. Where --recipe names patches it is 2 for models below 100M parameters and 4 for larger ones."""
+    patch_fraction: OptionalFloat = None
+    """Share of the training tokens that is read as patches (lambda, between 0 and 1). By default 2/3 for patch-train.
+    Give this or --patch-compute-share."""
+    patch_compute_share: OptionalFloat = None
+    """Share of the run's compute that is spent on patches (r, between 0 and 1). By default 0.3 for token-superposition.
+    Give this or --patch-fraction."""
+    stages: OptionalList = None
+    """The list of stages, instead of a recipe: a YAML list in a file, JSON on the command line. docs/method.md explains its keys."""
     train_tokens: OptionalCount = None
-    """Tokens read in the whole run."""
+    """Number of tokens that the run reads over all its stages."""
     seq_length: Count = 2048
-    """Positions of a sample, in every stage (a patch stage's sample then has K times the tokens)."""
+    """Length of a sample in positions (T), in every stage. A sample of a patch stage has K times as many tokens."""
     sample: Literal["constant-positions", "constant-tokens"] = "constant-positions"
-    """Whether stages share a sample's positions (T) or its tokens (T/K positions in a patch stage)."""
-    batch: Literal["constant-tokens", "constant-positions"] | None = None
-    """Whether stages share a step's tokens or its positions; by default what the recipe says."""
+    """What the samples of all stages have in common: their positions (T), or their tokens (T/K positions in a patch stage)."""
+    batch: Annotated[Literal["constant-tokens", "constant-positions"] | None, _OPTIONAL] = None
+    """What the steps of all stages have in common: their tokens, or their positions. By default the recipe's choice."""
     micro_batch_size: Count = 1
-    """Samples of one rank in one forward pass."""
+    """Number of samples that one rank computes in one forward pass. Larger is faster as long as it fits into memory."""
     global_batch_size: OptionalCount = None
-    """Samples of --seq-length tokens in one step at token level. Give this or --global-batch-tokens."""
+    """Number of samples in one optimizer step at K = 1, over all ranks. Give this or --global-batch-tokens."""
     global_batch_tokens: OptionalCount = None
-    """Tokens in one step at token level, rounded to whole micro-batches on all ranks."""
-    position_weights: str = "uniform"
-    """Weights of a position's K labels: uniform, power (1/(k+1)), exponential (2^-k), first, or numbers with commas."""
+    """Number of tokens in one optimizer step at K = 1, over all ranks, rounded to full micro-batches of all ranks.
+    Give this or --global-batch-size."""
+    position_weights: Annotated[str, tyro.conf.arg(metavar="NAME|NUMBERS")] = "uniform"
+    """How much each of the K labels of a position counts in the patch loss; k numbers the labels from 0.
+    uniform (1), power (1/(k+1)), exponential (2^-k), first (the first label alone), or K numbers with commas between them."""
     anneal_share: float = 0.0
-    """Soft switch: the last part of the patch stage over which the weights move to the first label alone."""
+    """Soften the switch: over this last share of the patch stage's steps, move the weights to the first label of each position."""
     block_tokens: OptionalCount = None
-    """Unit in which the corpus is dealt to the stages; by default the least common multiple of their samples."""
+    """Size of the blocks, in tokens, in which the corpus is divided among the stages.
+    By default the least common multiple of the tokens in a sample of each stage, which is rarely worth changing."""
     start_tokens: Count = 0
-    """Tokens of the corpus order to leave out at the start, because another run has read them."""
+    """Skip this many tokens at the start of the corpus order, because an earlier run has read them."""
 
 
 @dataclass(frozen=True)
 class ScheduleOptions:
-    """Learning rate and optimizer."""
+    """Lengths are given in tokens, so that they hold for every batch size. --recipe or --stages decides what restarts at a switch."""
 
     lr: float = 3e-4
     """Highest learning rate."""
     min_lr: float = 0.0
     """Learning rate at the end of the decay."""
     lr_warmup_tokens: Count = 0
-    """Tokens of linear warm-up."""
-    lr_warmup_fraction: float | None = None
-    """The same as a share of the schedule's tokens."""
-    lr_decay_style: LrStyle | None = None
-    """Form of the decay; by default cosine (patch-train, token-level) or WSD (token-superposition)."""
+    """Length of the linear warm-up from 0, in tokens."""
+    lr_warmup_fraction: OptionalFloat = None
+    """Length of the warm-up as a share of the schedule's tokens, instead of --lr-warmup-tokens."""
+    lr_decay_style: Annotated[LrStyle | None, _OPTIONAL] = None
+    """Shape of the decay after the warm-up; WSD is warm-up, stable, decay.
+    By default cosine, or WSD for the recipe token-superposition."""
     lr_decay_tokens: OptionalCount = None
-    """Tokens after which --min-lr is reached; by default the schedule's end."""
+    """Number of tokens from the schedule's start after which --min-lr is reached. By default the length of the schedule."""
     lr_wsd_decay_tokens: OptionalCount = None
-    """Tokens of the final decay of WSD."""
-    lr_wsd_decay_fraction: float | None = None
-    """The same as a share of the schedule's steps; by default 0.1, for models below 100M parameters 0.5 (docs/replication.md)."""
+    """Length of WSD's final decay, in tokens."""
+    lr_wsd_decay_fraction: OptionalFloat = None
+    """Length of WSD's final decay as a share of the schedule's steps, instead of --lr-wsd-decay-tokens.
+    By default 0.1, or 0.5 for models below 100M parameters (docs/replication.md)."""
     lr_wsd_decay_style: WsdDecayStyle = "linear"
-    """Form of that decay."""
+    """Shape of WSD's final decay."""
     optimizer: str = "adamw"
     """Name of the optimizer: adamw (NVIDIA Apex's fused AdamW if installed, else torch's), or one that a launcher script registers."""
     weight_decay: float = 0.1
-    """Decoupled weight decay of matrices; norms and biases have none."""
+    """Decoupled weight decay of weight matrices. Biases and normalization weights are never decayed."""
     adam_beta1: float = 0.9
-    """Decay of the first moment."""
+    """Decay rate of Adam's first moment (beta 1)."""
     adam_beta2: float = 0.95
-    """Decay of the second moment."""
+    """Decay rate of Adam's second moment (beta 2)."""
     adam_eps: float = 1e-8
-    """Added to the root of the second moment."""
+    """Added to the square root of Adam's second moment (epsilon)."""
     clip_grad: float = 1.0
-    """Largest gradient norm; 0 turns clipping off."""
+    """Scale the gradient down to this norm where its norm is larger. 0 turns clipping off."""
 
 
 @dataclass(frozen=True)
 class DataOptions:
-    """Where tokens come from."""
+    """Training data, held-out data, and how documents are separated. tools/preprocess_data.py makes datasets from text."""
 
-    data_path: tuple[str, ...] = ()
-    """Dataset prefixes (without .bin and .idx), or weights and prefixes in turn for a blend: 0.7 web 0.3 code.
-
-    A glob in quotes ('shards/*_text_document') or @FILE, a list of prefixes, is one corpus of many shards."""
-    valid_data_path: tuple[str, ...] = ()
-    """Held-out datasets; without them a part of --data-path by --split."""
-    split: str = "969,30,1"
-    """Parts of --data-path for training, validation and test."""
-    tokenizer_type: str | None = None
-    """Tokenizer of the data, for samples; by default what the dataset's side file says."""
-    tokenizer_model: str | None = None
-    """Its file or folder."""
-    eod_token_id: int | None = None
-    """Id of the end-of-document token; by default what the dataset's side file says."""
+    data_path: Annotated[tuple[str, ...], tyro.conf.arg(metavar="PREFIX ...", help_behavior_hint=_hint)] = ()
+    """Training datasets, by their paths without .bin and .idx: one or more prefixes, or a weight before each: 0.7 web 0.3 code.
+    A quoted glob ('shards/*_text_document') or @FILE, a file that lists prefixes, is one corpus of many shards."""
+    valid_data_path: Annotated[tuple[str, ...], tyro.conf.arg(metavar="PREFIX ...", help_behavior_hint=_hint)] = ()
+    """Held-out datasets for evaluation, written like --data-path. By default the part of --data-path that --split reserves."""
+    split: Annotated[str, tyro.conf.arg(metavar="TRAIN,VALID,TEST")] = "969,30,1"
+    """Relative sizes of the parts of --data-path for training, validation and test. Ignored with --valid-data-path."""
+    tokenizer_type: OptionalName = None
+    """Type of the tokenizer that encoded the data; only --sample-prompts needs it. By default the one in the dataset's metadata file.
+    HuggingFaceTokenizer, SentencePieceTokenizer, Llama2Tokenizer, GPT2BPETokenizer, TikTokenizer or NullTokenizer."""
+    tokenizer_model: OptionalPath = None
+    """File or folder of that tokenizer. By default the one in the dataset's metadata file."""
+    eod_token_id: OptionalId = None
+    """Id of the end-of-document token. By default the one in the dataset's metadata file."""
     reset_attention_mask: bool = False
-    """No attention across documents."""
+    """Keep positions from attending to other documents of the same sample."""
     reset_position_ids: bool = False
-    """Positions start at 0 in each document."""
+    """Number the positions of each document from 0."""
     eod_mask_loss: bool = False
-    """Do not score labels of another document than that of the position that predicts them."""
-    max_epochs: tuple[str, ...] = ()
-    """How often a corpus may be read in the whole run: a number for all, PREFIX=NUMBER for one; a run that would read more is refused."""
+    """Leave labels out of the loss that belong to another document than the position that predicts them."""
+    max_epochs: Annotated[tuple[str, ...], tyro.conf.arg(metavar="LIMIT ...", help_behavior_hint=_hint)] = ()
+    """Refuse a run that would read a corpus more often than this: NUMBER limits all corpora, PREFIX=NUMBER one of them."""
     shuffle_window_blocks: Count = 1024
-    """Blocks whose samples are shuffled together."""
+    """Size of the shuffle window in blocks: samples are shuffled within it. A larger window mixes better and reads more at random."""
     num_workers: Count = 2
-    """Steps prepared ahead of training; 0 prepares each when asked for."""
+    """Number of steps whose batches are prepared ahead of training. 0 prepares each batch when it is needed."""
 
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """Precision, parallelism and memory."""
+    """How ranks share the model and in which precision they compute. docs/parallelism.md shows which combinations run."""
 
     bf16: bool = False
-    """bfloat16 weights and activations; gradients accumulate in float32."""
+    """Compute in bfloat16. Gradients are accumulated in float32."""
     fp16: bool = False
-    """float16 with loss scaling (GPU only)."""
-    loss_scale: float | None = None
-    """Constant loss scale for --fp16; by default it adapts."""
+    """Compute in float16 with loss scaling. Needs a GPU; prefer --bf16 where the GPU supports it."""
+    loss_scale: OptionalFloat = None
+    """Constant loss scale for --fp16. By default the scale adapts to overflows."""
     initial_loss_scale: float = 65536.0
-    """First loss scale where it adapts; a power of two."""
-    zero_stage: Literal[0, 1, 2, 3] | None = None
-    """What ZeRO shards over data-parallel ranks: 1 optimizer, 2 and gradients, 3 and weights; by default 1."""
+    """First loss scale for --fp16 where the scale adapts; a power of two."""
+    zero_stage: Annotated[Literal[0, 1, 2, 3] | None, _OPTIONAL] = None
+    """ZeRO level, that is what data-parallel ranks shard: 0 nothing, 1 the optimizer's state, 2 also gradients, 3 also weights.
+    By default 1, or the level in --deepspeed-config. A higher level saves memory and communicates more."""
     tensor_model_parallel_size: Count = 1
-    """Ranks that share each layer."""
+    """Number of ranks that split each layer (tensor parallel). Use it when a layer does not fit on one GPU; best within one node."""
     pipeline_model_parallel_size: Count = 1
-    """Ranks that share the list of layers."""
+    """Number of ranks that split the list of layers (pipeline parallel). Use it when the model does not fit on one node."""
     pipeline_balance: Literal["parameters", "flops", "blocks"] = "parameters"
-    """What pipeline stages get even shares of: parameters (memory), FLOPs (time), or the number of blocks."""
+    """What is divided evenly among pipeline ranks: parameters (memory), FLOPs (time), or the number of transformer blocks."""
     sequence_parallel: bool = False
-    """Shard norms and residuals along positions over the tensor-parallel ranks."""
-    deepspeed_config: str | None = None
-    """DeepSpeed's own JSON, passed through (offload, communication, …); what it and flags both set must agree."""
+    """Split normalization and residual stream along positions over the tensor-parallel ranks. Saves activation memory."""
+    deepspeed_config: OptionalPath = None
+    """JSON file that is passed through to DeepSpeed, for example for offloading. Values that a flag also sets must agree."""
     recompute_granularity: Literal["none", "selective", "full"] = "none"
-    """Recompute activations in the backward pass: the attention product, or whole blocks."""
+    """Save memory by computing activations again in the backward pass: those of attention (selective), or of full blocks (full)."""
     compile: bool = False
-    """Compile the model's blocks with torch.compile."""
+    """Compile the transformer blocks with torch.compile: a slower start, faster steps."""
     operators: Literal["fused", "plain"] = "fused"
-    """Embedding and loss: compiled kernels where they are built, or their plain formulas (at K = 1 bit by bit an ordinary model's)."""
+    """Code for the patch embedding and the loss: compiled kernels where they are built (fused), or the plain formulas in PyTorch (plain).
+    With plain and K = 1, results equal those of an ordinary language model bit by bit."""
     seed: int = 1234
-    """Of initial weights and of the data's order."""
+    """Random seed of the initial weights and of the data order."""
     local_rank: int = -1
-    """Given by the launcher."""
+    """Set by the launcher; do not give it."""
     distributed_timeout_minutes: Count = 40
-    """How long a rank waits for its peers in a collective before it ends with an error; longer than --hang-timeout."""
+    """Minutes that a rank waits for the others in a collective before it fails. Must be longer than --hang-timeout."""
 
 
 @dataclass(frozen=True)
 class CheckpointOptions:
-    """Saving and resuming."""
+    """Saving and resuming. The same command, started again, resumes from the newest valid checkpoint."""
 
-    save: str | None = None
-    """Folder of the run: checkpoints, metrics, plots."""
-    load: str | None = None
-    """Folder to resume from; a folder without a checkpoint starts a new run. By default --save."""
+    save: OptionalPath = None
+    """Folder of the run, for checkpoints, metrics and plots. Without it nothing is saved."""
+    load: OptionalPath = None
+    """Folder to resume from. By default --save. A folder without checkpoints starts a new run."""
     finetune: bool = False
-    """Take only the weights of --load: a new run with a fresh optimizer, schedule and data order. Where --save holds checkpoints of that
-    run already, it goes on with them."""
+    """Start a new run from the weights of --load: optimizer, schedule and data order start again.
+    Where --save already holds checkpoints of the new run, the new run resumes from them."""
     save_interval: OptionalCount = None
-    """Steps between checkpoints (stage ends are always saved)."""
+    """Number of steps between checkpoints. The end of each stage is always saved."""
     save_interval_tokens: OptionalCount = None
-    """The same in tokens."""
+    """Number of tokens between checkpoints, instead of --save-interval."""
     keep_last: Count = 3
-    """Checkpoints to keep; 0 keeps all. Those at stage ends are always kept."""
+    """Number of newest checkpoints to keep; older ones are deleted. 0 keeps all. Those at the end of a stage are always kept."""
     keep_every: OptionalCount = None
-    """Beside --keep-last, keep the first checkpoint at or behind each multiple of so many steps, for good."""
+    """Keep also the first checkpoint at or after each multiple of this many steps."""
     keep_every_tokens: OptionalCount = None
-    """The same in tokens."""
+    """Keep also the first checkpoint at or after each multiple of this many tokens."""
     async_save: bool = False
-    """Write checkpoints beside training, which waits only until its weights and moments are copied to the host's memory."""
+    """Write checkpoints in the background. Training waits only while weights and moments are copied to host memory."""
     exit_interval: OptionalCount = None
-    """Save and stop after this many steps of the whole run."""
+    """Save and stop after this many steps, counted from the start of the run."""
 
 
 @dataclass(frozen=True)
 class SafetyOptions:
-    """Faults: when to stop, what to do about sick steps, how long to wait."""
+    """When to stop, which steps to reject, and how long to wait. docs/operations.md explains what the program detects."""
 
     exit_duration: OptionalDuration = None
-    """Save and stop (exit code 75) after so long, as 3h30m; the same command then goes on."""
+    """Save and stop (exit code 75) after this time, for example 3h30m. The same command then resumes."""
     exit_margin: Duration = 300.0
-    """Stop so long before the end that Slurm has set for the job, after half of its time at the earliest."""
-    kill_switch: str | None = None
-    """Save and stop when this file exists."""
+    """Save and stop this long before the time limit of a Slurm job, but not before half of the job's time."""
+    kill_switch: OptionalPath = None
+    """Save and stop as soon as this file exists."""
     on_spike: Literal["skip", "rewind", "stop", "ignore"] = "skip"
-    """A step whose loss spikes or whose gradient explodes: leave its update out, go back to the weights of the newest checkpoint too and
-    leave the data since then out, stop (exit code 5), or take it. What is not finite is never taken."""
+    """What to do when the loss spikes or the gradient explodes. A step with a loss or gradient that is not finite is never taken.
+    - skip: leave out the update of this step.
+    - rewind: also go back to the weights of the newest checkpoint; data read since then is not read again.
+    - stop: end with exit code 5.
+    - ignore: take the step."""
     spike_threshold: float = 20.0
-    """A loss is a spike from so many robust deviations (1.4826 times the median deviation, at least 0.01 nats) above the median of the
-    stage's last steps."""
+    """The loss spikes when it is this many robust deviations above the median of the stage's last steps.
+    A robust deviation is 1.4826 times the median absolute deviation, and at least 0.01 nats."""
     spike_window: Count = 128
-    """Steps of a stage that the median is of; nothing is a spike before half of them."""
-    spike_grad_norm: float | None = None
-    """A gradient has exploded from so many times the median norm; by default that is left to clipping."""
+    """Number of last steps of a stage for that median. Nothing is a spike before half of them are done."""
+    spike_grad_norm: OptionalFloat = None
+    """The gradient explodes when its norm is this many times the median norm. By default only clipping limits gradients."""
     max_sick_steps: Count = 10
-    """Stop after so many sick steps in a row."""
+    """Stop (exit code 5) after this many rejected steps in a row."""
     hang_timeout: Duration = 1800.0
-    """End the job (exit code 76, with the stacks of all ranks) when nothing moves for so long; 0 never."""
+    """End the job (exit code 76) and write the stacks of all ranks when there is no progress for this time. 0 never does."""
     straggler_interval: Count = 100
-    """Steps between looks at which ranks compute slower than the others; 0 never."""
+    """Number of steps between checks for ranks that compute more slowly than the others. 0 never checks."""
     check_replicas_interval: OptionalCount = None
-    """Steps between checks that ranks that hold the same weights, or read the same samples, agree bit by bit."""
+    """Number of steps between checks that ranks with the same weights or the same samples agree bit by bit. By default never."""
     replay_interval: OptionalCount = None
-    """Steps between replays: a micro-batch's loss is computed twice and must be the same."""
+    """Number of steps between replays: the loss of a micro-batch is computed twice and must be the same. By default never."""
 
 
 @dataclass(frozen=True)
 class LoggingOptions:
-    """Evaluation, metrics and the console."""
+    """What is measured, sampled and printed during training."""
 
     log_interval: Count = 10
-    """Steps between console lines."""
+    """Number of steps between lines on the console."""
     eval_interval: OptionalCount = None
-    """Steps between evaluations; stage ends are always evaluated where there is held-out data."""
+    """Number of steps between evaluations. The end of each stage is always evaluated where there is held-out data."""
     eval_interval_tokens: OptionalCount = None
-    """The same in tokens."""
+    """Number of tokens between evaluations, instead of --eval-interval."""
     eval_tokens: Count = 1_000_000
-    """Held-out tokens of an evaluation."""
-    sample_prompts: tuple[str, ...] = ()
-    """Texts that the model continues with every evaluation; an empty one is the start of a document."""
+    """Number of held-out tokens in an evaluation."""
+    sample_prompts: Annotated[tuple[str, ...], tyro.conf.arg(metavar="TEXT ...", help_behavior_hint=_hint)] = ()
+    """Texts that the model continues at each evaluation. An empty text stands for the start of a document."""
     sample_tokens: Count = 64
-    """Length of a continuation."""
+    """Number of tokens in each continuation."""
     sample_temperature: float = 0.0
-    """0 takes the likeliest token."""
+    """Temperature of sampling. 0 always takes the most likely token."""
     sample_top_p: float = 0.95
-    """Draw from the smallest set of tokens with this mass."""
-    tensorboard_dir: str | None = None
-    """Write TensorBoard events here."""
-    wandb_project: str | None = None
-    """Log to this Weights & Biases project."""
-    wandb_exp_name: str | None = None
-    """Name of the run there."""
+    """Sample from the smallest set of tokens whose probabilities sum to this number."""
+    tensorboard_dir: OptionalPath = None
+    """Folder for TensorBoard event files."""
+    wandb_project: OptionalName = None
+    """Weights & Biases project to log to."""
+    wandb_exp_name: OptionalName = None
+    """Name of the run in Weights & Biases."""
     log_token_spans: bool = False
-    """Write every token span that each rank reads to SAVE/spans/, for audits."""
-    peak_tflops: float | None = None
-    """Peak of one device in TFLOP/s, for the MFU of devices that are not in the table."""
+    """Write which tokens each rank reads to SAVE/spans/, for audits of the data order."""
+    peak_tflops: OptionalFloat = None
+    """Peak of one device in TFLOP/s, for the MFU. By default the peak of a known device."""
     dry_run: bool = False
-    """Print the resolved plan and stop; needs neither data nor GPUs."""
+    """Print the plan and its cost, and stop. Needs no data and no GPUs."""
     world_size: OptionalCount = None
-    """Ranks to pretend in a dry run."""
+    """Number of ranks to plan for in a --dry-run. By default those that were started."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """Pretrain a language model on patches of tokens first and on single tokens last."""
+    """Pretrain a language model on patches of tokens first and on single tokens last.
+
+    First steps and units:
+      --dry-run           prints the plan and its cost, without data or GPUs
+      --config FILE.yaml  reads options from a file, one "name: value" on each line;
+                          the names are those below, without the leading dashes;
+                          flags on the command line win over the file, and the
+                          value None removes what the file sets
+      COUNT               a whole number: 4096, 512k, 2M, 270B
+      TIME                a duration: 90s, 45min, 3h30m, 1.5d
+    """
 
     model: ModelOptions
-    stages: StageOptions
-    schedule: ScheduleOptions
+    stages: Annotated[StageOptions, tyro.conf.arg(name="stage")]
+    schedule: Annotated[ScheduleOptions, tyro.conf.arg(name="learning rate and optimizer")]
     data: DataOptions
-    engine: EngineOptions
+    engine: Annotated[EngineOptions, tyro.conf.arg(name="precision, parallelism and memory")]
     checkpoint: CheckpointOptions
-    safety: SafetyOptions
-    logging: LoggingOptions
+    safety: Annotated[SafetyOptions, tyro.conf.arg(name="fault handling")]
+    logging: Annotated[LoggingOptions, tyro.conf.arg(name="evaluation and logging")]

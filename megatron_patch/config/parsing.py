@@ -1,7 +1,7 @@
 """From the command line and a YAML file to `Options`, with the origin of every value.
 
-In: the argument list. Out: `Parsed(options, origins)`. A file's keys become flags placed before the command line's, so that both are
-read by one parser, with the same names, types and units; flags win. Unknown keys and flags end with the nearest known name.
+In: the argument list. Out: `ParsedOptions`. The keys of a file become flags that precede those of the command line. One parser reads
+both, so names, types and units are the same, and the later ones, the command line's, win.
 """
 
 from __future__ import annotations
@@ -11,33 +11,37 @@ import io
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_origin, get_type_hints
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import tyro
 
-from megatron_patch.config.options import Options
+from megatron_patch.config.options import ModelOptions, OptionalSwitch, Options
 from megatron_patch.config.yaml_files import load_yaml
 from megatron_patch.errors import ConfigError
 from megatron_patch.utils.registry import suggestion
 
 
 @dataclass(frozen=True)
-class Parsed:
-    """Options and where each came from.
+class ParsedOptions:
+    """All options, and where the values came from.
 
     Args:
-        options: all values.
-        origins: option name -> "flag" or the file's name; what is absent has its default.
+        options: the values.
+        origins: option name -> "flag" or the path of the file; options that are missing here have their defaults.
     """
 
     options: Options
     origins: Mapping[str, str]
 
 
+def _without_annotations(hint: Any) -> Any:
+    return get_args(hint)[0] if get_origin(hint) is Annotated else hint
+
+
 def _option_types() -> dict[str, Any]:
-    """Name of each option -> its annotated type, over all groups."""
+    """Returns the annotated type of each option by its name, over all groups."""
     types: dict[str, Any] = {}
     for group in get_type_hints(Options).values():
         hints = get_type_hints(group, include_extras=True)
@@ -47,8 +51,10 @@ def _option_types() -> dict[str, Any]:
 
 OPTION_TYPES = _option_types()
 _BOOLEANS = {name for name, hint in OPTION_TYPES.items() if hint is bool}
-_TRISTATES = {name for name, hint in OPTION_TYPES.items() if hint == (bool | None)}
-_LISTS = {name for name, hint in OPTION_TYPES.items() if get_origin(hint) is tuple}
+_TRISTATES = {name for name, hint in OPTION_TYPES.items() if hint == OptionalSwitch}
+_LISTS = {name for name, hint in OPTION_TYPES.items() if get_origin(_without_annotations(hint)) is tuple}
+_FLAGS = [name.replace("_", "-") for name in OPTION_TYPES]
+_REQUIRED = [f"--{f.name.replace('_', '-')}" for f in fields(ModelOptions) if f.default is MISSING]
 _WITH_COMMAS = {"split", "position_weights"}
 
 
@@ -56,7 +62,7 @@ def read_yaml(path: str) -> dict[str, Any]:
     """Reads a configuration file: one flat mapping of option names (with dashes or underscores), and `stages:` as a list.
 
     Raises:
-        ConfigError: no such file, no valid YAML, no mapping, an unknown or repeated key.
+        ConfigError: the file cannot be read, is not valid YAML, is not a mapping, or has an unknown or repeated key.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -64,31 +70,41 @@ def read_yaml(path: str) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"--config {path}: {error.strerror}", "a readable YAML file", "check the path") from error
     except ValueError as error:
-        raise ConfigError(f"--config {path} is not valid YAML: {error}", "a mapping of option names to values") from error
+        raise ConfigError(
+            f"--config {path} is not valid YAML: {error}", "a mapping of option names to values", "correct the file"
+        ) from error
     if data is None:
         return {}
     if not isinstance(data, dict):
-        raise ConfigError(f"--config {path} holds a {type(data).__name__}", "a mapping of option names to values")
+        raise ConfigError(
+            f"--config {path} is a {type(data).__name__}, not a mapping",
+            "a mapping of option names to values",
+            'write one "name: value" on each line',
+        )
     result: dict[str, Any] = {}
     for key, value in data.items():
         name = str(key).replace("-", "_")
         if name not in OPTION_TYPES:
             raise ConfigError(
                 f"--config {path}: unknown key {key!r}",
-                "the names of the flags (pretrain_gpt_patch.py --help)",
-                suggestion(name, OPTION_TYPES) or "remove it",
+                "the names of the flags, without the leading dashes (pretrain_gpt_patch.py --help)",
+                suggestion(name, OPTION_TYPES) or "remove the line",
             )
         if name in result:
-            raise ConfigError(f"--config {path}: {key!r} is given twice", "each option once", "remove one")
+            raise ConfigError(f"--config {path}: {key!r} is given twice", "each option once", "remove one of the two lines")
         result[name] = value
     return result
 
 
 def to_flags(values: Mapping[str, Any], source: str) -> list[str]:
-    """Turns a file's values into flags.
+    """Returns the values of a file as flags.
+
+    Args:
+        values: option name -> value.
+        source: how errors call the file.
 
     Raises:
-        ConfigError: a value of a kind that no flag takes.
+        ConfigError: a value has a type that its flag does not take.
     """
     flags: list[str] = []
     for name, value in values.items():
@@ -97,10 +113,10 @@ def to_flags(values: Mapping[str, Any], source: str) -> list[str]:
             continue
         if name in _BOOLEANS:
             if not isinstance(value, bool):
-                raise ConfigError(f"{source}: {name} is {value!r}", "true or false")
+                raise ConfigError(f"{source}: {name} is {value!r}", "true or false", "write true or false")
             flags.append(flag if value else "--no-" + name.replace("_", "-"))
         elif name in _TRISTATES and not isinstance(value, bool):
-            raise ConfigError(f"{source}: {name} is {value!r}", "true or false", "leave it out for what the model's family does")
+            raise ConfigError(f"{source}: {name} is {value!r}", "true or false", "remove the line for the model family's default")
         elif name == "stages":
             flags += [flag, value if isinstance(value, str) else json.dumps(value)]
         elif isinstance(value, list) and name in _WITH_COMMAS:
@@ -108,9 +124,9 @@ def to_flags(values: Mapping[str, Any], source: str) -> list[str]:
         elif isinstance(value, list) and name in _LISTS:
             flags += [flag, *(str(item) for item in value)]
         elif isinstance(value, list):
-            raise ConfigError(f"{source}: {name} is a list", "one value", "write the option's value after its name")
+            raise ConfigError(f"{source}: {name} is a list", "one value", f"write one value after {name}:")
         elif isinstance(value, dict):
-            raise ConfigError(f"{source}: {name} is a mapping", "one value", "write the option's value after its name")
+            raise ConfigError(f"{source}: {name} is a mapping", "one value", f"write one value after {name}:")
         elif name == "data_path" or name == "valid_data_path":
             flags += [flag, *str(value).split()]
         else:
@@ -119,22 +135,22 @@ def to_flags(values: Mapping[str, Any], source: str) -> list[str]:
 
 
 def _take_config(argv: Sequence[str]) -> tuple[str | None, list[str]]:
-    """Takes `--config FILE` or `--config=FILE` out of the arguments."""
+    """Returns the file of `--config FILE` or `--config=FILE`, and the other arguments."""
     path, rest, arguments = None, [], iter(argv)
     for argument in arguments:
         if argument == "--config" or argument.startswith("--config="):
             if path is not None:
-                raise ConfigError("--config is given twice", "one configuration file", "merge the files")
+                raise ConfigError("--config is given twice", "one configuration file", "merge the two files")
             path = argument[len("--config=") :] if "=" in argument else next(arguments, None)
             if not path:
-                raise ConfigError("--config without a file", "--config FILE.yaml")
+                raise ConfigError("--config without a file", "--config FILE.yaml", "give the path of a YAML file")
         else:
             rest.append(argument)
     return path, rest
 
 
-def _normalise(argv: Sequence[str]) -> list[str]:
-    """Underscores in flag names become dashes; a bare three-state flag becomes `--name True`, its `--no-` form `--name False`."""
+def _normalize(argv: Sequence[str]) -> list[str]:
+    """Returns arguments as tyro reads them: flags with dashes; three-state flags as `--name True` or `--name False`."""
     result: list[str] = []
     for index, argument in enumerate(argv):
         if not argument.startswith("--"):
@@ -153,7 +169,7 @@ def _normalise(argv: Sequence[str]) -> list[str]:
 
 
 def _names(flags: Sequence[str]) -> list[str]:
-    """The option names among normalised flags."""
+    """Returns the names of the options that normalized arguments set."""
     names = []
     for flag in flags:
         if flag.startswith("--"):
@@ -166,32 +182,37 @@ def _flatten(hint: type) -> Any:
     return tyro.conf.configure(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)(hint)
 
 
-def parse(argv: Sequence[str], program: str = "pretrain_gpt_patch.py") -> Parsed:
-    """Reads flags and, where `--config` names one, a YAML file.
+def parse(argv: Sequence[str], program: str = "pretrain_gpt_patch.py") -> ParsedOptions:
+    """Reads a command line and the YAML file that its `--config` names, if any.
+
+    Args:
+        argv: the arguments, without the program's name.
+        program: the program's name in the help text.
 
     Raises:
-        ConfigError: unknown or malformed flags or keys, missing options.
-        SystemExit: after `--help`, with code 0.
+        ConfigError: a flag or key is unknown or malformed, or a required one is missing.
+        SystemExit: with code 0, after `--help` has been printed.
     """
     path, rest = _take_config(argv)
-    flags = _normalise(rest)
+    flags = _normalize(rest)
     origins: dict[str, str] = {}
     file_flags: list[str] = []
     if path is not None:
-        file_flags = _normalise(to_flags(read_yaml(path), f"--config {path}"))
+        file_flags = _normalize(to_flags(read_yaml(path), f"--config {path}"))
         origins.update(dict.fromkeys(_names(file_flags), path))
     for name in _names(flags):
         if name not in OPTION_TYPES and name != "help":
             raise ConfigError(
                 f"unknown flag --{name.replace('_', '-')}",
                 "the flags that --help lists",
-                (suggestion(name, OPTION_TYPES) or "remove it").replace("_", "-"),
+                suggestion(name.replace("_", "-"), _FLAGS, prefix="--") or "remove the flag",
             )
         origins[name] = "flag"
-    return Parsed(_run_tyro([*file_flags, *flags], program), origins)
+    return ParsedOptions(_run_tyro([*file_flags, *flags], program), origins)
 
 
 def _run_tyro(flags: list[str], program: str) -> Options:
+    """Returns the options that normalized flags set; an error of tyro becomes a ConfigError with its text in one line."""
     output = io.StringIO()
     if "--help" in flags or "-h" in flags:
         return tyro.cli(_flatten(Options), args=flags, prog=program)
@@ -201,11 +222,42 @@ def _run_tyro(flags: list[str], program: str) -> Options:
     except SystemExit as error:
         text = " ".join(re.sub(r"[│╭╮╰╯─]+|-{4,}", " ", line).strip() for line in output.getvalue().splitlines())
         text = re.sub(r"\s+", " ", text.partition("For full helptext")[0]).strip()
-        raise ConfigError(text or "the command line cannot be read", "the flags that --help lists") from error
+        raise _config_error(text) from error
+
+
+def _config_error(text: str) -> ConfigError:
+    """Returns the error in three parts for an error message of tyro in one line; unknown messages are kept as they are."""
+    if match := re.search(r"Error parsing (--\S+): (.*?) ?(?:Argument helptext:|$)", text):
+        flag, reason = match.groups()
+        if with_units := re.fullmatch(r"(.*) \(allowed: (.*)\)", reason):
+            return ConfigError(f"{flag}: {with_units[1]}", with_units[2], f"correct {flag}")
+        value = (re.findall(r"'[^']*'", reason) or [reason])[0]
+        if "float" in reason:
+            return ConfigError(f"{flag}: {value} is not a number", "a number, as 0.5 or 3e-4", f"correct {flag}")
+        if "int" in reason:
+            return ConfigError(f"{flag}: {value} is not a whole number", "a whole number, as 1234", f"correct {flag}")
+        return ConfigError(f"{flag}: {reason}", "the values that --help lists", f"correct {flag}")
+    if match := re.search(r"invalid choice '(.*)' for argument '(--\S+)'\. Expected one of \((.*?),?\)", text):
+        value, flag = match[1], match[2]
+        choices = sorted(set(re.findall(r"'([^']*)'", match[3])) - {"None"})
+        return ConfigError(f"{flag} {value}", ", ".join(choices), suggestion(value, choices) or "choose one of these values")
+    if text.startswith("Required options"):
+        missing = " and ".join(flag for flag in _REQUIRED if f"{flag} " in text)
+        return ConfigError(
+            f"{missing} missing", f"{', '.join(_REQUIRED)}, which have no defaults", "give them as flags or in a --config FILE"
+        )
+    if match := re.search(r"Missing value for argument '(--\S+)'", text):
+        return ConfigError(f"{match[1]} without a value", f"{match[1]} VALUE", f"give a value after {match[1]}")
+    if match := re.search(r"Unrecognized options: (.*)", text):
+        what = f"{match[1]!r} on the command line belongs to no flag"
+        return ConfigError(
+            what, "flags with their values; on-off flags such as --bf16 take no value", "remove it, or write the flag before it"
+        )
+    return ConfigError(text or "the command line cannot be read", "the flags that --help lists", "correct the command line or the file")
 
 
 def option_values(options: Any) -> dict[str, Any]:
-    """All options as one flat mapping of name to value."""
+    """Returns all options, of all groups, by name."""
     values: dict[str, Any] = {}
     for group in fields(options):
         part = getattr(options, group.name)

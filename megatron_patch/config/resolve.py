@@ -1,6 +1,6 @@
-"""From options to a run that can start: the model's shape, the stage plan, the grid of ranks, all checks that need no data.
+"""From options to a run that can start: the model's shape, the stage plan, the data-parallel size, all checks that need no data.
 
-In: `Parsed` options and the number of ranks. Out: `RunConfig`, whose parts are handed down to the rooms.
+In: `ParsedOptions` and the number of ranks. Out: `RunConfig`, from which each part of the program takes what it needs.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from megatron_patch.config.checks import check_documents, check_numbers, check_options, check_parallel, check_plan
 from megatron_patch.config.options import ModelOptions, Options
-from megatron_patch.config.parsing import Parsed, option_values, parse
+from megatron_patch.config.parsing import ParsedOptions, option_values, parse
 from megatron_patch.config.plan_builder import build_plan
 from megatron_patch.config.scale import default_decay_fraction, default_patch_size, needs_decay_fraction, needs_patch_size, scale_notes
 from megatron_patch.config.stage_spec import parse_blend, parse_epoch_limits
@@ -25,7 +25,7 @@ from megatron_patch.model.pipeline_partition import pipeline_partition
 from megatron_patch.model.shape import ModelShape, check_shape
 from megatron_patch.model.sharding import check_sharding
 from megatron_patch.stages import StagePlan
-from megatron_patch.utils.units import format_count
+from megatron_patch.utils.units import format_count, plural
 
 ASSUMED_VOCAB_SIZE = 32_000
 Value = TypeVar("Value")
@@ -33,18 +33,18 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True)
 class RunConfig:
-    """A resolved run.
+    """A run whose options are complete and checked.
 
     Args:
         options: all options, as given or by default.
-        origins: option name -> "flag" or a file's name, for those that were given.
+        origins: option name -> "flag" or the path of the file, for the options that were given.
         shape: the model's shape.
         plan: the stages.
-        blend: the run's training corpora as (prefix, weight).
-        valid_blend: its held-out corpora; empty: a part of the training corpora.
-        data_metadata: the side file of the first corpus, where there is one.
-        data_parallel_size: ranks that share a global batch.
-        notes: what was decided for the user and may surprise.
+        blend: the training corpora as (prefix, weight).
+        valid_blend: the held-out corpora; empty where a part of the training corpora is held out.
+        data_metadata: the metadata file of the first corpus, or None.
+        data_parallel_size: number of ranks that share a global batch.
+        notes: what the program decided and may surprise, for the console.
     """
 
     options: Options
@@ -59,35 +59,35 @@ class RunConfig:
 
     @property
     def eod_id(self) -> int | None:
-        """Id of the end-of-document token, where it is known."""
+        """Id of the end-of-document token, or None where it is not known."""
         if self.options.data.eod_token_id is not None:
             return self.options.data.eod_token_id
         return self.data_metadata.eod_id if self.data_metadata else None
 
     @property
     def corpus_names(self) -> tuple[str, ...]:
-        """All that is read for training, in any stage."""
-        own = (name for stage in self.plan.stages for name, _ in stage.blend or ())
-        return tuple(dict.fromkeys([*(name for name, _ in self.blend), *own]))
+        """Prefixes of all corpora that are read for training, in any stage."""
+        of_stages = (name for stage in self.plan.stages for name, _ in stage.blend or ())
+        return tuple(dict.fromkeys([*(name for name, _ in self.blend), *of_stages]))
 
     @property
     def training_split(self) -> str:
-        """--split, which divides the training corpora only where there is no held-out data beside them."""
+        """How the training corpora are split: by --split, or not at all where there are held-out corpora."""
         return "1,0,0" if self.valid_blend else self.options.data.split
 
     @property
     def epoch_limits(self) -> dict[str, float]:
-        """How often each corpus may be read, where that is limited."""
+        """Largest number of epochs of each corpus that --max-epochs limits."""
         return parse_epoch_limits(self.options.data.max_epochs, self.corpus_names)
 
     @property
     def pipeline_boundaries(self) -> list[int]:
-        """Which layers each pipeline stage holds; see `pipeline_partition`."""
+        """Boundaries of the layers that each pipeline rank holds, as `pipeline_partition` returns them."""
         engine = self.options.engine
         return pipeline_partition(self.shape, engine.pipeline_model_parallel_size, engine.pipeline_balance, self.options.stages.seq_length)
 
     def to_json(self) -> dict[str, Any]:
-        """All option values and where they came from, as plain JSON values."""
+        """Returns all option values and where they came from, as plain JSON values."""
         return {"options": option_values(self.options), "origins": dict(self.origins)}
 
 
@@ -158,37 +158,41 @@ def build_shape(options: ModelOptions, vocab_size: int, longest: int, tensor_par
     return shape
 
 
-def _vocab_size(options: Options, info: DatasetMetadata | None, notes: list[str]) -> int:
+def _vocab_size(options: Options, metadata: DatasetMetadata | None, notes: list[str]) -> int:
+    """Returns the size of the vocabulary: the one given, else that of the data. A dry run without both assumes one, and notes it."""
     given = options.model.vocab_size
-    if info is not None:
-        if given is not None and given < info.vocab_size:
+    if metadata is not None:
+        if given is not None and given < metadata.vocab_size:
             raise ConfigError(
-                f"--vocab-size {given}, but the data was tokenized with a vocabulary of {info.vocab_size}",
-                f"at least {info.vocab_size}",
-                "leave --vocab-size out",
+                f"--vocab-size {given}, but the data was tokenized with a vocabulary of {metadata.vocab_size}",
+                f"at least {metadata.vocab_size}",
+                "remove --vocab-size to use the size of the data",
             )
-        return given or info.vocab_size
+        return given or metadata.vocab_size
     if given is not None:
         return given
     if options.logging.dry_run:
-        notes.append(f"vocabulary assumed to be {ASSUMED_VOCAB_SIZE:,}: neither --vocab-size nor a dataset's side file was given")
+        notes.append(
+            f"vocabulary assumed to be {ASSUMED_VOCAB_SIZE:,}, because neither --vocab-size nor a dataset's metadata file is given"
+        )
         return ASSUMED_VOCAB_SIZE
     raise ConfigError(
-        "the size of the vocabulary is not known",
-        "--vocab-size N, or a dataset with its side file (PREFIX.json), as tools/preprocess_data.py writes it",
+        "the size of the vocabulary is unknown",
+        "--vocab-size N, or a dataset with its metadata file (PREFIX.json), as tools/preprocess_data.py writes it",
         "give --vocab-size",
     )
 
 
-def resolve(parsed: Parsed, ranks: int) -> RunConfig:
-    """Checks and completes options.
+def resolve(parsed: ParsedOptions, ranks: int) -> RunConfig:
+    """Completes and checks the options of a run, before any work on a GPU.
 
     Args:
-        parsed: options and their origins.
-        ranks: processes of the job.
+        parsed: the options and their origins.
+        ranks: number of processes of the job.
 
     Raises:
-        ConfigError: whatever cannot run, before any GPU work.
+        ConfigError: the run is not possible.
+        DataError: the metadata file of the first corpus is damaged.
     """
     options = parsed.options
     notes: list[str] = []
@@ -199,10 +203,10 @@ def resolve(parsed: Parsed, ranks: int) -> RunConfig:
     blend = parse_blend(options.data.data_path)
     valid_blend = parse_blend(options.data.valid_data_path, "--valid-data-path")
     if not blend and not options.logging.dry_run:
-        raise ConfigError("no data", "--data-path PREFIX", "make a dataset with tools/preprocess_data.py")
-    info = read_metadata(expand_prefixes(blend[0][0])[0]) if blend else None
-    vocab_size = _vocab_size(options, info, notes)
-    # No stage has longer samples than evaluation, which reads single tokens.
+        raise ConfigError("no data is given", "--data-path PREFIX", "give --data-path; tools/preprocess_data.py makes a dataset from text")
+    metadata = read_metadata(expand_prefixes(blend[0][0])[0]) if blend else None
+    vocab_size = _vocab_size(options, metadata, notes)
+    # Evaluation reads samples of --seq-length positions, and no stage has longer ones.
     shape = build_shape(options.model, vocab_size, options.stages.seq_length, options.engine.tensor_model_parallel_size)
     parameters = parameter_count(shape).total
     by_scale = []
@@ -214,57 +218,66 @@ def resolve(parsed: Parsed, ranks: int) -> RunConfig:
     if needs_decay_fraction(options, plan):
         by_scale.append(f"--lr-wsd-decay-fraction {decay_fraction}")
     if by_scale:
-        notes.append(f"{' and '.join(by_scale)} by default for {format_count(parameters)} parameters")
+        notes.append(f"{' and '.join(by_scale)} by default, for a model of {format_count(parameters)} parameters")
     notes.extend(_batch_notes(options, plan, data_parallel_size))
     check_plan(options, plan)
     notes.extend(scale_notes(options, plan, parameters))
-    run = RunConfig(options, parsed.origins, shape, plan, blend, valid_blend, info, data_parallel_size, tuple(notes))
+    run = RunConfig(options, parsed.origins, shape, plan, blend, valid_blend, metadata, data_parallel_size, tuple(notes))
     check_documents(options.data, run.eod_id, shape.vocab_size)
-    _ = run.pipeline_boundaries, run.epoch_limits  # more stages than layers, and limits of what is not read, are refused here
+    _ = run.pipeline_boundaries, run.epoch_limits  # both raise a ConfigError where they are impossible
     return run
 
 
 def _batch_notes(options: Options, plan: StagePlan, data_parallel_size: int) -> list[str]:
-    """Says where whole micro-batches, steps and blocks make the plan another one than was asked for."""
+    """Returns notes where the plan differs from the options, because micro-batches, steps and blocks are full ones."""
     notes = []
     for stage in plan.stages:
-        whole = stage.micro_batch_size * data_parallel_size
-        if stage.global_batch_size % whole:
+        samples = stage.micro_batch_size * data_parallel_size
+        if stage.global_batch_size % samples:
             notes.append(
-                f"stage {stage.name}: {stage.global_batch_size} samples a step are no multiple of {stage.micro_batch_size} x "
-                f"{data_parallel_size} ranks; the last micro-batch of a step is filled up with samples that count nothing"
+                f"stage {stage.name}: the {stage.global_batch_size} samples of a step are not a multiple of {stage.micro_batch_size} "
+                f"on each of {plural(data_parallel_size, 'rank')}; the last micro-batch of a step is padded with samples that do not count"
             )
-    asked = options.stages.global_batch_tokens
-    if asked is not None:
+    given = options.stages.global_batch_tokens
+    if given is not None:
         largest = max(plan.stages, key=lambda stage: stage.micro_batch_size * stage.sample_tokens)
-        finest = plan.finest
-        # Patches alone may hold the tokens of a step or its positions; at K = 1 both are the same.
-        taken = min((finest.tokens_per_step, finest.positions_per_step), key=lambda count: abs(count - asked))
-        # Other rates fit a step much larger or smaller.
-        if abs(taken - asked) > 0.1 * asked:
+        finest = plan.finest_stage
+        # A plan of patches alone holds either the tokens or the positions of a step constant; at K = 1 they are the same.
+        taken = min((finest.tokens_per_step, finest.positions_per_step), key=lambda count: abs(count - given))
+        # The learning rate was chosen for the given batch, and a much larger or smaller one needs another.
+        if abs(taken - given) > 0.1 * given:
             notes.append(
-                f"a step takes {taken:,} tokens at token level; --global-batch-tokens {asked:,} was asked for, and every stage's step is "
-                f"whole micro-batches of all ranks: {largest.micro_batch_size} samples of {largest.sample_tokens:,} tokens a rank in stage "
-                f"{largest.name}. A smaller --micro-batch-size keeps closer to it"
+                f"a step at K = 1 has {taken:,} tokens instead of --global-batch-tokens {given:,}, because micro-batches are full: "
+                f"in stage {largest.name}, {plural(largest.micro_batch_size, 'sample')} of {largest.sample_tokens:,} tokens on each rank. "
+                "A smaller --micro-batch-size comes closer"
             )
-    requested = options.stages.train_tokens
-    if requested is not None and abs(plan.tokens - requested) > 0.01 * requested:
-        notes.append(f"the stages read {plan.tokens:,} tokens; {requested:,} were asked for (rounded to whole steps and blocks)")
+    tokens = options.stages.train_tokens
+    if tokens is not None and abs(plan.tokens - tokens) > 0.01 * tokens:
+        notes.append(
+            f"the stages read {plan.tokens:,} tokens instead of --train-tokens {tokens:,}, because they have full steps and blocks"
+        )
     return notes
 
 
 def load_config(argv: Sequence[str], ranks: int) -> RunConfig:
-    """Reads the command line and resolves it; a dry run may pretend its number of ranks.
+    """Reads a command line and resolves it.
+
+    Args:
+        argv: the arguments, without the program's name.
+        ranks: number of processes of the job; --world-size replaces it in a dry run.
 
     Raises:
-        ConfigError: as `parse` and `resolve` say.
+        ConfigError: see `parse` and `resolve`.
+        DataError: see `resolve`.
     """
     parsed = parse(argv)
-    pretended = parsed.options.logging.world_size
-    if pretended is not None:
+    planned = parsed.options.logging.world_size
+    if planned is not None:
         if not parsed.options.logging.dry_run:
-            raise ConfigError(f"--world-size {pretended} without --dry-run", "--dry-run", "start as many ranks with the launcher")
-        if pretended < 1:
-            raise ConfigError(f"--world-size {pretended}", "whole numbers from 1")
-        ranks = pretended
+            raise ConfigError(
+                f"--world-size {planned} without --dry-run", "--world-size in a dry run", "remove it; the launcher sets the number of ranks"
+            )
+        if planned < 1:
+            raise ConfigError(f"--world-size {planned}", "whole numbers from 1", "give another number of ranks")
+        ranks = planned
     return resolve(parsed, ranks)

@@ -1,12 +1,11 @@
-"""Which stages are asked for: a recipe, or the entries of `stages:` as they are written.
+"""Which stages a run has: those of a recipe, or the entries of `stages:` as they are written.
 
-In: stage options. Out: `StageSpec`s, checked one by one; `stage_plan` turns them into a plan. A recipe is nothing but a short way to
-write a list:
+In: stage options. Out: `StageSpec`s, each of them checked; `plan_builder` turns them into a plan. A recipe is a short way to write a list:
 
-- patch-train (arXiv 2407.12665): patches for λ = 2/3 of the tokens, then tokens; every step holds the same tokens; learning rate
-  and optimizer start afresh at the switch.
-- token-superposition (arXiv 2605.06546): patches for r = 0.3 of the compute, then tokens; every step holds the same positions; one
-  warm-up-stable-decay schedule over the run; the optimizer is kept.
+- patch-train (arXiv 2407.12665): patches for λ = 2/3 of the tokens, then single tokens; each step has the same number of tokens;
+  learning rate and optimizer restart at the switch.
+- token-superposition (arXiv 2605.06546): patches for r = 0.3 of the compute, then single tokens; each step has the same number of
+  positions; one warm-up-stable-decay schedule over the run; the optimizer is kept.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from typing import Any, Literal, cast, get_args
 from megatron_patch.config.options import StageOptions
 from megatron_patch.config.yaml_files import load_yaml
 from megatron_patch.errors import ConfigError
-from megatron_patch.stages import LrPolicy, LrStyle, OptimizerPolicy, Side, WsdDecayStyle
+from megatron_patch.stages import POSITION_WEIGHTS, LrPolicy, LrStyle, OptimizerPolicy, Side, WsdDecayStyle
 from megatron_patch.utils.registry import lookup, suggestion
 from megatron_patch.utils.units import parse_count
 
@@ -30,10 +29,13 @@ AMOUNTS = get_args(AmountKind)
 
 @dataclass(frozen=True)
 class StageSpec:
-    """One entry of `stages:`, as written; None means "as the run says".
+    """A stage as described: an entry of `stages:`, or what a recipe returns. A value of None is taken from the run's options.
 
-    Exactly one amount may be given: `tokens`, `token_share` (of --train-tokens), `compute_share` (of the run's positions),
-    `step_share` or `steps`; one stage without an amount takes the rest.
+    At most one amount is given: `tokens`, `token_share` (of --train-tokens), `compute_share` (of the run's positions), `step_share`
+    (of the run's steps) or `steps`. One stage without an amount takes the rest.
+
+    Raises:
+        ConfigError: a word is not one of those allowed.
     """
 
     name: str | None = None
@@ -90,10 +92,14 @@ _NUMBERS = {"token_share", "compute_share", "step_share", "anneal_share", "lr", 
 
 
 def parse_blend(words: Sequence[str], flag: str = "--data-path") -> tuple[tuple[str, float], ...]:
-    """Reads prefixes, or weights and prefixes in turn, as (prefix, weight) with weights that sum to 1.
+    """Returns a blend as (prefix, weight), with weights that sum to 1.
+
+    Args:
+        words: prefixes alone, or a weight before each prefix.
+        flag: how errors call the option.
 
     Raises:
-        ConfigError: weights without prefixes, or weights that are not above zero.
+        ConfigError: a weight without a prefix, a weight that is not above zero, or a repeated prefix.
     """
 
     def number(word: str) -> float | None:
@@ -104,35 +110,40 @@ def parse_blend(words: Sequence[str], flag: str = "--data-path") -> tuple[tuple[
 
     if not words:
         return ()
+    mixed = ConfigError(
+        f"{flag} {' '.join(words)}: not every prefix has a weight",
+        "prefixes alone, or a weight before every prefix: 0.7 web 0.3 code",
+        "give every prefix a weight, or none",
+    )
     if number(words[0]) is None:
         pairs = [(word, 1.0) for word in words]
         if any(number(word) is not None for word in words):
-            raise ConfigError(f"{flag} {' '.join(words)}", "prefixes alone, or a weight before every prefix: 0.7 web 0.3 code")
+            raise mixed
     else:
         weights = [number(word) for word in words[::2]]
         if len(words) % 2 or None in weights:
-            raise ConfigError(f"{flag} {' '.join(words)}", "prefixes alone, or a weight before every prefix: 0.7 web 0.3 code")
+            raise mixed
         pairs = list(zip(words[1::2], cast("list[float]", weights), strict=True))
     total = sum(weight for _, weight in pairs)
     if not all(weight > 0 and math.isfinite(weight) for _, weight in pairs):
-        raise ConfigError(f"{flag} {' '.join(words)}", "weights above zero", "leave a corpus out instead of giving it no weight")
+        raise ConfigError(f"{flag} {' '.join(words)}", "weights above 0", "remove a corpus instead of giving it no weight")
     if len({prefix for prefix, _ in pairs}) < len(pairs):
-        raise ConfigError(f"{flag} names a dataset twice", "each prefix once", "add the weights of the repeated ones")
+        raise ConfigError(f"{flag} names a dataset twice", "each prefix once", "give it once, with the sum of its weights")
     return tuple((prefix, weight / total) for prefix, weight in pairs)
 
 
 def parse_epoch_limits(words: Sequence[str], corpora: Sequence[str]) -> dict[str, float]:
-    """Reads --max-epochs: a number for all corpora, PREFIX=NUMBER for one, which goes before.
+    """Reads --max-epochs: NUMBER limits all corpora, PREFIX=NUMBER limits one of them and wins over NUMBER.
 
     Args:
-        words: what was given.
-        corpora: all that the run reads.
+        words: the values of the flag.
+        corpora: the prefixes of all corpora that the run reads.
 
     Returns:
-        The limit of each corpus that has one.
+        The limit of each corpus that has one, in epochs.
 
     Raises:
-        ConfigError: no number above zero, several for all, or a corpus that the run does not read.
+        ConfigError: a limit is not a number above zero, all corpora are limited twice, or the run does not read a corpus.
     """
     limits: dict[str, float] = {}
     for word in sorted(words, key=lambda word: "=" in word):
@@ -142,29 +153,39 @@ def parse_epoch_limits(words: Sequence[str], corpora: Sequence[str]) -> dict[str
         except ValueError:
             limit = 0.0
         if not limit > 0 or (not name and limits):
-            raise ConfigError(f"--max-epochs {' '.join(words)}", "one number above zero for all, PREFIX=NUMBER for one corpus")
+            raise ConfigError(
+                f"--max-epochs {' '.join(words)}", "one number above 0 for all corpora, PREFIX=NUMBER for one", "correct --max-epochs"
+            )
         if name and name not in corpora:
-            raise ConfigError(f"--max-epochs {word}: the run does not read {name}", f"its corpora: {', '.join(corpora) or 'none'}")
+            raise ConfigError(
+                f"--max-epochs {word}: the run does not read {name}",
+                f"the run's corpora: {', '.join(corpora) or 'none'}",
+                suggestion(name, corpora) or "remove it",
+            )
         limits |= {name: limit} if name else dict.fromkeys(corpora, limit)
     return limits
+
+
+_EXAMPLE = "[{patch_size: 4, token_share: 0.667}, {patch_size: 1}]"
 
 
 def parse_stages(text: str) -> tuple[StageSpec, ...]:
     """Reads the `stages:` list from YAML or JSON text.
 
     Raises:
-        ConfigError: no list of mappings, an unknown key, a value of the wrong kind.
+        ConfigError: the text is not a list of mappings, a key is unknown, or a value has the wrong type.
     """
     try:
         entries = load_yaml(text)
     except ValueError as error:
-        raise ConfigError(f"stages: not valid YAML: {error}", "a list of mappings") from error
+        raise ConfigError(f"stages: not valid YAML: {error}", _EXAMPLE, "correct the list") from error
     if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
-        raise ConfigError("stages: is no list of mappings", "- {patch_size: 4, token_share: 0.667}\\n- {patch_size: 1}")
+        raise ConfigError("stages: is not a list of mappings", _EXAMPLE, "write one mapping for each stage")
     return tuple(_read_entry(entry, number) for number, entry in enumerate(entries, start=1))
 
 
 def _read_entry(entry: Mapping[str, Any], number: int) -> StageSpec:
+    """Returns the entry with this number (from 1) of `stages:`, with every value checked."""
     known = [f.name for f in dataclasses.fields(StageSpec)]
     values: dict[str, Any] = {}
     for key, value in entry.items():
@@ -182,15 +203,18 @@ def _read_entry(entry: Mapping[str, Any], number: int) -> StageSpec:
         elif name in _NUMBERS:
             value = _number(value, where)
         elif name in _CHOICES and value not in _CHOICES[name]:
-            raise ConfigError(f"{where} is {value!r}", ", ".join(_CHOICES[name]))
+            raise ConfigError(f"{where} is {value!r}"[:300], ", ".join(_CHOICES[name]), "choose one of these words")
         elif name == "position_weights" and isinstance(value, list):
             value = tuple(_number(weight, where) for weight in value)
         elif name in ("name", "position_weights") and not isinstance(value, str):
-            raise ConfigError(f"{where} is {value!r}"[:300], "a text" if name == "name" else "a word, or a list of numbers")
+            allowed = "a text" if name == "name" else f"{', '.join(POSITION_WEIGHTS)}, or a list of numbers"
+            raise ConfigError(f"{where} is {value!r}"[:300], allowed, f"correct {name}")
         elif name == "data_path":
             words = value if isinstance(value, list) else str(value).split()
             if isinstance(value, dict) or not words or any(isinstance(word, (list, dict)) for word in words):
-                raise ConfigError(f"{where} is {value!r}"[:300], "a prefix, or a list of weights and prefixes: [0.7, web, 0.3, code]")
+                raise ConfigError(
+                    f"{where} is {value!r}"[:300], "a prefix, or a list of weights and prefixes: [0.7, web, 0.3, code]", "correct data_path"
+                )
             value = tuple(str(word) for word in words)
         values[name] = value
     return StageSpec(**values)
@@ -202,7 +226,7 @@ def _number(value: Any, where: str) -> float:
     except (TypeError, ValueError, OverflowError):
         number = math.nan
     if isinstance(value, bool) or not math.isfinite(number):
-        raise ConfigError(f"{where} is {value!r}"[:300], "a number")
+        raise ConfigError(f"{where} is {value!r}"[:300], "a number", "write a number, as 0.5 or 1e-3")
     return number
 
 
@@ -248,7 +272,7 @@ def _given_shares(options: StageOptions) -> dict[str, float]:
     shares = {"patch_fraction": options.patch_fraction, "patch_compute_share": options.patch_compute_share}
     given = {name: value for name, value in shares.items() if value is not None}
     if len(given) > 1:
-        raise ConfigError("--patch-fraction together with --patch-compute-share", "one of them", "remove one")
+        raise ConfigError("--patch-fraction together with --patch-compute-share", "one of them", "remove one of the two")
     for name, share in given.items():
         if not 0.0 < share < 1.0:
             raise ConfigError(f"--{name.replace('_', '-')} {share}", "a share between 0 and 1", "give 0.667, for example")
@@ -296,5 +320,5 @@ RECIPES: dict[str, Callable[[StageOptions], tuple[StageSpec, ...]]] = {
 }
 """The recipes of --recipe by name: from the options of a run to its stages.
 
-A launcher script may add its own. --batch and --lr-decay-style, where given, win over what a recipe sets. Where --patch-size is not
-given, `resolve` chooses it by the model's size before it calls any recipe but token-level."""
+A launcher script may add its own. --batch and --lr-decay-style win over what a recipe sets. For every recipe but token-level,
+`resolve` sets --patch-size by the size of the model before the recipe is called, if it is not given."""

@@ -1,7 +1,6 @@
-"""YAML that somebody else may have written: plain values alone, and not many more of them than the text is long.
+"""YAML from files that are not trusted. In: text. Out: numbers, strings, lists and mappings.
 
-In: text. Out: numbers, texts, lists and mappings. Tags that would make other objects are refused, as are references that would unfold
-into millions of values.
+Tags that would create other objects are refused, and so are references that would expand to a very large number of values.
 """
 
 from __future__ import annotations
@@ -14,10 +13,10 @@ _MOST_VALUES = 100_000
 
 
 def load_yaml(text: str) -> Any:
-    """The value of a YAML or JSON text.
+    """Returns the value of a YAML or JSON text.
 
     Raises:
-        ValueError: it is neither, holds more than plain values, refers to itself, or unfolds into too many.
+        ValueError: the text is neither, has values other than plain ones, refers to itself, or expands to too many values.
     """
     try:
         value = yaml.safe_load(text)
@@ -29,7 +28,7 @@ def load_yaml(text: str) -> Any:
     while todo:
         count += 1
         if count > _MOST_VALUES:
-            raise ValueError(f"it unfolds into more than {_MOST_VALUES:,} values")
+            raise ValueError(f"it expands to more than {_MOST_VALUES:,} values")
         item = todo.pop()
         if isinstance(item, (list, tuple, set)):
             todo += list(item)

@@ -1,9 +1,8 @@
-"""Which corpus the next block comes from: weights turned into a periodic table in which every beginning keeps the proportions.
+"""Which corpus each block comes from: a periodic table, made from weights, that keeps the proportions at every point.
 
-In: weights. Out: block ordinal -> (corpus, ordinal in the corpus), in constant time. The table solves the chairman assignment problem of
-Tijdeman (1980): among k corpora none is ever more than 1 - 1/(2k - 2) blocks ahead of or behind its share. His theorem bounds for each
-turn of each corpus the places where it may stand; giving each place to the turn that must be placed first meets all bounds (unit jobs,
-earliest deadline first).
+In: weights. Out: block number -> (corpus, block number in the corpus), in constant time. The table solves the chairman assignment problem
+of Tijdeman (1980): of k corpora, none ever differs by more than 1 - 1/(2k - 2) blocks from its share. The theorem bounds the positions at
+which each turn of each corpus may stand. Scheduling unit jobs by earliest deadline first meets all bounds.
 """
 
 from __future__ import annotations
@@ -17,15 +16,15 @@ import numpy as np
 import numpy.typing as npt
 
 LARGEST_PERIOD = 1 << 18
-# Decimal weights of so many digits come back exactly from floats that were normalised; no other weights are that near a small fraction.
+# Decimal weights are recovered exactly from normalized floats within this distance; other weights are not that close to a small fraction.
 _SAME = 1e-14
 
 
 def _counts(weights: Sequence[float], largest: int) -> list[int]:
-    """Turns of each corpus in a period.
+    """Returns the turns of each corpus in a period.
 
-    The weights' own common denominator is the period where it is small enough, so that the proportions are exact; otherwise the largest
-    period, by largest remainders, with at least one turn for each.
+    The period is the common denominator of the weights where that is small enough, so that the proportions are exact. Otherwise it is the
+    largest one, divided by largest remainders, with at least one turn for each corpus.
     """
     total = sum(Fraction(weight) for weight in weights)
     shares = [Fraction(weight) / total for weight in weights]
@@ -36,7 +35,7 @@ def _counts(weights: Sequence[float], largest: int) -> list[int]:
         return [int(share * period) for share in simple]
     period = max(largest, 2 * len(weights))
     counts = [max(1, int(share * period)) for share in shares]
-    # Turns that rounding left over, or that corpora of tiny weight took from the others, go where counts and shares differ most.
+    # Rounding, and corpora of tiny weight, leave too few or too many turns: correct the counts that differ most from their shares.
     owed = [share * period - count for share, count in zip(shares, counts, strict=True)]
     while sum(counts) != period:
         up = sum(counts) < period
@@ -48,14 +47,14 @@ def _counts(weights: Sequence[float], largest: int) -> list[int]:
 
 
 class Blend:
-    """A periodic table of corpora.
+    """The periodic table of a blend.
 
     Args:
-        weights: one for each corpus, above zero; their sum does not matter.
-        largest_period: weights without a common denominator up to this are rounded to parts in it.
+        weights: one for each corpus, above zero, with any sum.
+        largest_period: weights whose common denominator is larger are rounded to fractions of this number.
 
     Raises:
-        ValueError: no weights, or one that is not a finite number above zero.
+        ValueError: there are no weights, or one is not a finite number above zero.
     """
 
     def __init__(self, weights: Sequence[float], largest_period: int = LARGEST_PERIOD) -> None:
@@ -64,17 +63,18 @@ class Blend:
         self.size = len(weights)
         self.counts = np.array(_counts(weights, largest_period), dtype=np.int64)
         self.period = int(self.counts.sum())
-        self.table = self._make()
+        self.table = self._make_table()
         self.ordinals = np.zeros(self.period, dtype=np.int64)
         for corpus in range(self.size):
             self.ordinals[self.table == corpus] = np.arange(self.counts[corpus])
 
-    def _make(self) -> npt.NDArray[np.int64]:
+    def _make_table(self) -> npt.NDArray[np.int64]:
+        """Returns the corpus of each block of a period."""
         if self.size == 1:
             return np.zeros(self.period, dtype=np.int64)
         corpora = np.repeat(np.arange(self.size), self.counts)
         turns = np.concatenate([np.arange(count) for count in self.counts])
-        # With n places filled, turns * period / counts is where a turn is due; Tijdeman's slack of 1/(2k - 2) of a turn on both sides.
+        # A turn is due at turns * period / counts; Tijdeman's theorem allows 1/(2k - 2) of a turn on both sides.
         scale = 2 * self.size - 2
         divisor = self.counts[corpora] * scale
         first = -(-self.period * (turns * scale + 1) // divisor) - 1
@@ -85,20 +85,20 @@ class Blend:
         waiting: list[int] = []
         table = np.empty(self.period, dtype=np.int64)
         arrived = 0
-        for place, until in enumerate(begins):
+        for entry, until in enumerate(begins):
             for number in range(arrived, until):
                 heapq.heappush(waiting, urgent[number])
             arrived = until
-            table[place] = heapq.heappop(waiting) % self.size
+            table[entry] = heapq.heappop(waiting) % self.size
         return table
 
     def locate(self, blocks: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """(corpus, ordinal in the corpus) of each block."""
-        periods, places = np.divmod(blocks, self.period)
-        corpora = self.table[places]
-        return corpora, periods * self.counts[corpora] + self.ordinals[places]
+        """Returns the corpus of each block, and the block's number among the blocks of this corpus, from 0."""
+        periods, entries = np.divmod(blocks, self.period)
+        corpora = self.table[entries]
+        return corpora, periods * self.counts[corpora] + self.ordinals[entries]
 
     def consumed(self, blocks: int) -> npt.NDArray[np.int64]:
-        """Blocks that each corpus gave among the first `blocks`."""
+        """Returns how many of the first `blocks` blocks come from each corpus."""
         periods, rest = divmod(blocks, self.period)
         return periods * self.counts + np.bincount(self.table[:rest], minlength=self.size).astype(np.int64)

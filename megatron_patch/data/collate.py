@@ -1,11 +1,11 @@
-"""From spans of tokens to what the model takes: patches, labels, and how documents are kept apart.
+"""From spans of tokens to the model's input: patches, labels, and the separation of documents.
 
-In: tokens [B, L] of samples (L = input tokens + lookahead) and their stage. Out: `PatchBatch`. What a document is inside patches:
+In: tokens [B, L] of samples (L = input tokens + lookahead) and their stage. Out: `PatchBatch`. Rules for documents inside patches:
 
-- A document begins at the first token after an end-of-document token that is not itself one; runs of them belong to what they end.
-- A patch belongs to the document of its **last** token, since that is the document that the next patch goes on with.
-- A label counts, where documents are kept apart, only if it belongs to the document of the patch that predicts it. At K = 1 this is
-  Megatron's rule: what an end-of-document token would have to predict is not scored.
+- A document begins at the first token after an end-of-document token; repeated end-of-document tokens belong to the document they end.
+- A patch belongs to the document of its **last** token, because that document continues in the next patch.
+- With `eod_mask_loss`, a label is scored only if it belongs to the document of the patch that predicts it. At K = 1 this is Megatron's
+  rule: the label of an end-of-document token is not scored.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from megatron_patch.data.token_stream import Span
+from megatron_patch.data.token_stream import TokenSpan
 from megatron_patch.ops.plain import IGNORE_INDEX
 from megatron_patch.stages import Side
 
@@ -26,14 +26,14 @@ Array = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class DocumentMasking:
-    """How documents are kept apart.
+    """How documents are separated.
 
     Args:
-        eod_id: the end-of-document token; needed by all of the following.
-        reset_attention_mask: no attention across documents.
-        reset_position_ids: positions start at 0 in each document.
+        eod_id: id of the end-of-document token, which all of the following need.
+        reset_attention_mask: positions do not attend to other documents.
+        reset_position_ids: positions are numbered from 0 in each document.
         eod_mask_loss: labels of other documents are not scored.
-        ignore_repeated_eod: an end-of-document label right after an end-of-document token is not scored (aligned data pads with them).
+        ignore_repeated_eod: an end-of-document label that follows an end-of-document token is not scored (it is padding of aligned data).
     """
 
     eod_id: int | None = None
@@ -44,7 +44,7 @@ class DocumentMasking:
 
     @property
     def needs_documents(self) -> bool:
-        """Whether documents have to be found."""
+        """Whether the documents inside a sample must be known."""
         return self.reset_attention_mask or self.reset_position_ids or self.eod_mask_loss
 
 
@@ -52,22 +52,22 @@ class PatchBatch(NamedTuple):
     """One micro-batch.
 
     Args:
-        input_ids: int64 [B, T, K].
-        labels: int64 [B, T, K'], IGNORE_INDEX where not scored.
-        position_ids: int64 [B, T], or None for 0..T-1.
-        document_ids: int64 [B, T], or None for one document.
-        spans: where the inputs come from; empty for held-out data.
+        input_ids: token ids, int64 [B, T, K].
+        labels: labels, int64 [B, T, K'], IGNORE_INDEX where they are not scored.
+        position_ids: positions, int64 [B, T], or None for 0..T-1.
+        document_ids: document of each position, int64 [B, T], or None where documents are not separated.
+        spans: where the samples come from; empty for held-out data.
     """
 
     input_ids: torch.Tensor
     labels: torch.Tensor
     position_ids: torch.Tensor | None
     document_ids: torch.Tensor | None
-    spans: tuple[Span, ...]
+    spans: tuple[TokenSpan, ...]
 
 
 def _patch_views(tokens: Array, side: Side, positions: int, patch_size: int) -> tuple[Array, Array]:
-    """Inputs [B, T, K_in] and labels [B, T, K_out] as views of tokens [B, L]."""
+    """Returns inputs [B, T, K_in] and labels [B, T, K_out] as views of tokens [B, L]."""
     rows = tokens.shape[0]
     if side == "output":
         windows = np.lib.stride_tricks.sliding_window_view(tokens[:, 1 : positions + patch_size], patch_size, axis=1)
@@ -83,22 +83,19 @@ def make_batch(
     positions: int,
     patch_size: int,
     masking: DocumentMasking,
-    spans: tuple[Span, ...] = (),
+    spans: tuple[TokenSpan, ...] = (),
     scored_rows: int | None = None,
 ) -> PatchBatch:
-    """Cuts samples into patches.
+    """Returns the micro-batch of some samples, divided into patches.
 
     Args:
-        tokens: [B, input tokens + patch_size].
-        side: which side reads patches.
+        tokens: token ids, int64 [B, input tokens + patch_size].
+        side: where the model has patches.
         positions: T.
         patch_size: K.
-        masking: how documents are kept apart.
+        masking: how documents are separated.
         spans: where the samples come from.
-        scored_rows: rows from this one on only fill the micro-batch up and are not scored.
-
-    Returns:
-        The micro-batch.
+        scored_rows: rows from this one on pad the micro-batch and are not scored; None: all rows are scored.
     """
     inputs, labels = _patch_views(tokens, side, positions, patch_size)
     labels = labels.copy()
@@ -126,8 +123,8 @@ def make_batch(
 
 
 def _restarting_positions(documents: Array) -> Array:
-    """0, 1, 2, … from each first patch of a document; [B, T] to [B, T]."""
-    places = np.broadcast_to(np.arange(documents.shape[1]), documents.shape)
+    """Returns positions that count from 0 at the first patch of each document; [B, T] to [B, T]."""
+    positions = np.broadcast_to(np.arange(documents.shape[1]), documents.shape)
     first = np.ones_like(documents, dtype=bool)
     first[:, 1:] = documents[:, 1:] != documents[:, :-1]
-    return places - np.maximum.accumulate(np.where(first, places, 0), axis=1)
+    return positions - np.maximum.accumulate(np.where(first, positions, 0), axis=1)

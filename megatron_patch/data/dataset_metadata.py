@@ -1,4 +1,7 @@
-"""PREFIX.json beside a dataset: how it was tokenized, what it holds, and its checksums. Optional to read, always written by our tools."""
+"""A dataset's metadata file PREFIX.json: how the data was tokenized, its sizes and its checksums.
+
+In: a dataset prefix. Out: `DatasetMetadata`. The tools of this repository always write the file; datasets of Megatron-LM have none.
+"""
 
 from __future__ import annotations
 
@@ -18,28 +21,28 @@ COMPATIBLE_FIELDS = ("tokenizer_type", "vocab_size", "eod_id", "append_eod", "pr
 
 @dataclass(frozen=True)
 class DatasetMetadata:
-    """What a side file says.
+    """The content of a metadata file.
 
     Args:
-        tokenizer_type: as `load_tokenizer` takes it.
+        tokenizer_type: a name in `tokenizers.base.TOKENIZERS`.
         tokenizer_model: its file or folder.
-        vocab_size: ids are below this.
+        vocab_size: all token ids are below this.
         eod_id: id of the end-of-document token, or None.
         documents: number of documents.
         tokens: number of tokens.
-        dtype: of the tokens.
+        dtype: type of the tokens.
         append_eod: whether each document ends with the end-of-document token.
-        prepend_bos: whether each begins with the beginning-of-sequence token.
-        patch_align: documents are padded with end-of-document tokens to multiples of this; 1: they are not.
+        prepend_bos: whether each document begins with the beginning-of-sequence token.
+        patch_align: documents are padded with end-of-document tokens to multiples of this; 1 for no padding.
         bin_bytes: size of PREFIX.bin.
         idx_bytes: size of PREFIX.idx.
-        bin_xxh64: checksum of PREFIX.bin.
-        idx_xxh64: checksum of PREFIX.idx.
-        tokenizer_xxh64: checksum of the tokenizer's files; "": unknown.
-        run_xxh64: checksum of what the run read and of its settings; "": unknown.
-        merge_file: of GPT2BPETokenizer, whose `tokenizer_model` is its vocabulary.
-        tiktoken_pattern: of TikTokenizer, as `load_tokenizer` takes it.
-        special_tokens: of TikTokenizer.
+        bin_xxh64: xxh64 checksum of PREFIX.bin.
+        idx_xxh64: xxh64 checksum of PREFIX.idx.
+        tokenizer_xxh64: checksum of the tokenizer's files; "" if unknown.
+        run_xxh64: checksum of the inputs and settings of the preprocessing run; "" if unknown.
+        merge_file: merges.txt of GPT2BPETokenizer, whose `tokenizer_model` is its vocab.json.
+        tiktoken_pattern: pattern of TikTokenizer, see `tokenizers.tiktoken`.
+        special_tokens: special tokens of TikTokenizer, see `tokenizers.tiktoken`.
     """
 
     tokenizer_type: str
@@ -64,15 +67,15 @@ class DatasetMetadata:
 
 
 def metadata_path(prefix: str) -> Path:
-    """The side file of a dataset."""
+    """Returns the path of a dataset's metadata file."""
     return Path(f"{prefix}.json")
 
 
 def read_metadata(prefix: str) -> DatasetMetadata | None:
-    """Reads a side file; None where there is none.
+    """Reads a dataset's metadata file; returns None if it does not exist.
 
     Raises:
-        DataError: it is no side file of this format.
+        DataError: the file is not a metadata file of this format.
     """
     path = f"{prefix}.json"
     if not exists(path):
@@ -81,49 +84,51 @@ def read_metadata(prefix: str) -> DatasetMetadata | None:
         data = json.loads(read_bytes(path))
         if data.pop("format", None) != FORMAT:
             raise ValueError(f"its format is not {FORMAT}")
-        info = record_from_json(DatasetMetadata, {f.name: data[f.name] for f in fields(DatasetMetadata) if f.name in data})
-        if info.vocab_size < 1 or info.patch_align < 1:
+        metadata = record_from_json(DatasetMetadata, {f.name: data[f.name] for f in fields(DatasetMetadata) if f.name in data})
+        if metadata.vocab_size < 1 or metadata.patch_align < 1:
             raise ValueError("vocab_size and patch_align must be whole numbers from 1")
-        return info
+        return metadata
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(
-            f"{path} is no side file: {error}", "what tools/preprocess_data.py writes", "remove it or preprocess again"
+            f"{path} is not a dataset's metadata file: {error}",
+            "a file that tools/preprocess_data.py wrote",
+            "remove the file, or preprocess the data again",
         ) from error
 
 
-def write_metadata(prefix: str, info: DatasetMetadata) -> None:
-    """Writes a side file in one step.
+def write_metadata(prefix: str, metadata: DatasetMetadata) -> None:
+    """Writes a dataset's metadata file atomically.
 
     Raises:
-        DataError: it cannot be written.
+        DataError: the file cannot be written.
     """
     path = metadata_path(prefix)
     try:
-        write_durably(path, json.dumps({"format": FORMAT, **asdict(info)}, indent=1) + "\n")
+        write_durably(path, json.dumps({"format": FORMAT, **asdict(metadata)}, indent=1) + "\n")
     except OSError as error:
-        raise DataError(f"cannot write {path}: {error.strerror or error}", "a writable folder with free space") from error
+        raise DataError(f"cannot write {path}: {error.strerror or error}", "a writable folder with free space", "free space") from error
 
 
 def check_compatible(
     one: DatasetMetadata, other: DatasetMetadata, one_prefix: str, other_prefix: str, names: Sequence[str] = COMPATIBLE_FIELDS
 ) -> None:
-    """Datasets that are joined, or read in one run, must have been tokenized alike.
+    """Checks that two datasets, which are merged or read in one run, were tokenized in the same way.
 
     Args:
-        one: a side file.
-        other: another.
-        one_prefix: of the first dataset, for messages.
-        other_prefix: of the other.
-        names: the entries that must be equal.
+        one: metadata of the first dataset.
+        other: metadata of the second dataset.
+        one_prefix: prefix of the first dataset, for messages.
+        other_prefix: prefix of the second dataset, for messages.
+        names: the entries that must be equal where both are known.
 
     Raises:
-        DataError: naming the first difference.
+        DataError: an entry differs; the message names the first one.
     """
     for name in names:
-        mine, theirs = getattr(one, name), getattr(other, name)
-        if mine != theirs and "" not in (mine, theirs):
+        left, right = getattr(one, name), getattr(other, name)
+        if left != right and "" not in (left, right):
             raise DataError(
-                f"{one_prefix} and {other_prefix} differ in {name}: {mine} and {theirs}",
-                "data that was preprocessed alike",
+                f"{one_prefix} and {other_prefix} differ in {name}: {left} and {right}",
+                "data that was preprocessed in the same way",
                 "preprocess one of them again",
             )

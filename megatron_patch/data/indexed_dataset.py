@@ -1,8 +1,8 @@
-"""Megatron's indexed dataset: PREFIX.bin holds the token ids of all documents one after another, PREFIX.idx where each begins.
+"""Megatron's indexed dataset: PREFIX.bin has the token ids of all documents one after another, PREFIX.idx where each document begins.
 
-In: a prefix. Out: any span of tokens and of the index, or, writing, the two files byte for byte as Megatron core writes them. The index is
-34 bytes of header (magic, version 1, dtype code, number of sequences S, number of document boundaries D), then S lengths in tokens
-(int32), S byte offsets (int64) and D boundaries in sequences (int64), all little endian, and possibly S modes (int8) of multimodal data.
+In: a prefix. Out: any range of tokens and of the index; the writer produces the same bytes as Megatron core. All numbers are little endian.
+The index is a header of 34 bytes (magic, version 1, dtype code, number of sequences S, number of document boundaries D), S lengths in
+tokens (int32), S byte offsets (int64), D boundaries counted in sequences (int64), and for multimodal data S modes (int8).
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from megatron_patch.data.storage import StoredArray, exists, open_stored
+from megatron_patch.data.storage import StoredArray, exists, open_file
 from megatron_patch.errors import DataError
 from megatron_patch.utils.files import fsync_folder
+from megatron_patch.utils.units import plural
 
 MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
@@ -41,33 +42,33 @@ _SPAN_BYTES = 4096
 
 
 def optimal_dtype(vocab_size: int) -> np.dtype[np.generic]:
-    """uint16 for vocabularies below 65,500 ids, as Megatron chooses, else int32."""
+    """Returns the type of token ids for a vocabulary, as Megatron chooses it: uint16 below 65,500 ids, else int32."""
     return np.dtype(np.uint16 if vocab_size < 65500 else np.int32)
 
 
 def pack_header(dtype: np.dtype[np.generic], sequences: int, boundaries: int) -> bytes:
-    """The first bytes of an index."""
+    """Returns the header of an index with these numbers of sequences and document boundaries."""
     return _HEADER.pack(MAGIC, 1, _CODES[np.dtype(dtype)], sequences, boundaries)
 
 
 def bin_path(prefix: str) -> Path:
-    """The file of tokens."""
+    """Returns the path of a dataset's tokens, PREFIX.bin."""
     return Path(f"{prefix}.bin")
 
 
 def idx_path(prefix: str) -> Path:
-    """The file of lengths and offsets."""
+    """Returns the path of a dataset's index, PREFIX.idx."""
     return Path(f"{prefix}.idx")
 
 
 class IndexedDataset:
-    """A dataset on disk or at an address, read where and when it is asked for.
+    """A dataset on this machine or at an address. Only the requested parts are read.
 
     Args:
-        prefix: path without .bin and .idx.
+        prefix: its path or address without .bin and .idx.
 
     Raises:
-        DataError: a file is missing, cannot be read, is no indexed dataset, or has not the size that its header says.
+        DataError: a file is missing, cannot be read, is not an indexed dataset, or does not have the size that its header gives.
     """
 
     def __init__(self, prefix: str) -> None:
@@ -76,12 +77,14 @@ class IndexedDataset:
         for path in (tokens, index):
             if not exists(path):
                 raise DataError(f"{path} does not exist", "a dataset prefix: PREFIX.bin and PREFIX.idx", f"check --data-path {prefix}")
-        self._index = open_stored(index)
+        self._index = open_file(index)
         header = bytearray(min(_HEADER.size, self._index.size))
         self._index.read_into(0, memoryview(header))
         if len(header) < _HEADER.size or header[:9] != MAGIC:
             raise DataError(
-                f"{index} is no index: it begins with {bytes(header[:9])!r}", f"the magic {MAGIC!r}", "preprocess the data again"
+                f"{index} is not an index: it begins with {bytes(header[:9])!r}",
+                f"a file that begins with {MAGIC!r}",
+                "check the path, or preprocess the data again",
             )
         _, version, code, self.num_sequences, boundaries = _HEADER.unpack(header)
         if version != 1:
@@ -92,21 +95,21 @@ class IndexedDataset:
         expected = _HEADER.size + 12 * self.num_sequences + 8 * boundaries
         if self._index.size not in (expected, expected + self.num_sequences):
             raise DataError(
-                f"{index} has {self._index.size} bytes; its header says {expected}",
-                "a whole index",
-                "copy or preprocess the data again",
+                f"{index} has {self._index.size} bytes, but its header requires {expected}",
+                "a complete index",
+                "copy the file again, or preprocess the data again",
             )
         self.has_modes = self._index.size > expected
         if boundaries < 1:
-            raise DataError(f"{index} has no document boundaries", "at least one", "preprocess the data again")
+            raise DataError(f"{index} has no document boundaries", "at least one boundary", "preprocess the data again")
         self.num_documents = boundaries - 1
-        self._bin = open_stored(tokens)
+        self._bin = open_file(tokens)
         self.bin_bytes = self._bin.size
         if self.bin_bytes % self.dtype.itemsize:
             raise DataError(
-                f"{tokens} has {self.bin_bytes} bytes, no multiple of {self.dtype.itemsize} ({self.dtype})",
-                "whole tokens",
-                "copy it again",
+                f"{tokens} has {self.bin_bytes} bytes, which is not a multiple of {self.dtype.itemsize} ({self.dtype})",
+                "a complete file",
+                "copy the file again, or preprocess the data again",
             )
         self.num_tokens = self.bin_bytes // self.dtype.itemsize
         self.sequence_lengths = StoredArray(self._index, np.int32, _HEADER.size, self.num_sequences)
@@ -117,14 +120,14 @@ class IndexedDataset:
         self._check_ends()
 
     def _check_ends(self) -> None:
-        """The checks that cost nothing whatever the size: where the last sequence and the last document end."""
+        """Checks in constant time that the last sequence and the last document end at the end of the data."""
         end = 0
         if self.num_sequences:
             end = int(self.sequence_pointers[-1]) + int(self.sequence_lengths[-1]) * self.dtype.itemsize
         if end != self.bin_bytes:
             raise DataError(
-                f"{self._bin.path} has {self.bin_bytes} bytes; its index ends at {end}",
-                "files of one dataset, written to their end",
+                f"{self._bin.path} has {self.bin_bytes} bytes, but its index ends at byte {end}",
+                "two complete files of the same dataset",
                 "copy both files again, or preprocess the data again",
             )
         first, last = int(self.document_boundaries[0]), int(self.document_boundaries[-1])
@@ -139,36 +142,36 @@ class IndexedDataset:
         return int(self.num_sequences)
 
     def __getitem__(self, index: int) -> npt.NDArray[np.generic]:
-        """Tokens of one sequence."""
+        """Returns the tokens of one sequence."""
         if not 0 <= index < self.num_sequences:
             raise IndexError(f"sequence {index} of {self.num_sequences}")
         start = int(self.sequence_pointers[index]) // self.dtype.itemsize
         return self.tokens(start, int(self.sequence_lengths[index]))
 
     def tokens(self, start: int, count: int) -> npt.NDArray[np.generic]:
-        """Tokens `[start, start + count)` of all documents laid end to end.
+        """Returns the tokens `[start, start + count)`, counted over all documents.
 
         Raises:
-            DataError: outside the file, or it cannot be read any more.
+            DataError: the range is outside the file, or the file can no longer be read.
         """
         if start < 0 or count < 0 or start + count > self.num_tokens:
-            raise DataError(f"tokens {start} to {start + count} of {self.prefix}", f"0 to {self.num_tokens}")
+            raise DataError(f"tokens {start} to {start + count} of {self.prefix}", f"0 to {self.num_tokens}", "read another range")
         return self._tokens.read(start, count)
 
     def fetch(self, starts: npt.NDArray[np.int64], count: int) -> None:
-        """Makes ready the tokens `[start, start + count)` of each start, where they have to come from elsewhere."""
+        """Loads the tokens `[start, start + count)` of each start into the cache, if the dataset is remote."""
         item = self.dtype.itemsize
         self._bin.fetch([(int(start) * item, count * item) for start in starts])
 
     def is_current(self) -> bool:
-        """Whether both files, as far as can be told at once, are still those that were opened."""
+        """Returns whether both paths still refer to the opened files, see `RandomAccessFile.is_current`."""
         return self._bin.is_current() and self._index.is_current()
 
     def fingerprint(self, spans: int = 64) -> dict[str, object]:
-        """What tells this data from other data, in constant time: sizes, dtype, checksums of spans of both files.
+        """Returns, in constant time, a fingerprint of the data: sizes, dtype, and a checksum of sampled spans of both files.
 
         Args:
-            spans: of 4 KiB, spread over each file from its first byte to its last, from 2.
+            spans: number of spans of 4 KiB, at least 2, spread over each file from its first byte to its last.
         """
         found: dict[str, object] = {"dtype": str(self.dtype), "documents": self.num_documents, "tokens": self.num_tokens}
         for name, file in ((".bin", self._bin), (".idx", self._index)):
@@ -184,21 +187,21 @@ class IndexedDataset:
 
 
 class IndexedDatasetWriter:
-    """Writes a dataset under temporary names; `finish` makes it appear under its own.
+    """Writes a dataset under temporary names; `finish` renames it to its own.
 
     Args:
         prefix: path without .bin and .idx.
-        dtype: of the tokens, as `optimal_dtype` says.
-        resume: (documents, tokens) of an unfinished writing that were forced to disk by `sync`; what came behind them is cut off.
+        dtype: type of the tokens, see `optimal_dtype`.
+        resume: (documents, tokens) that `sync` returned in an unfinished run; what was written after them is removed.
 
     Raises:
-        DataError: the folder cannot be written, there is no space left, or not so much was written before.
+        DataError: the folder cannot be written, the disk is full, or the unfinished run wrote less than `resume`.
     """
 
     def __init__(self, prefix: str, dtype: np.dtype[np.generic], resume: tuple[int, int] | None = None) -> None:
         self.prefix, self.dtype = prefix, np.dtype(dtype)
         if self.dtype not in _CODES:
-            raise DataError(f"tokens of {self.dtype}", f"{sorted(str(known) for known in _CODES)}")
+            raise DataError(f"tokens of {self.dtype}", ", ".join(sorted(str(known) for known in _CODES)), "choose another dtype")
         self.num_documents = 0
         self.num_tokens = 0
         self._temporary = [Path(f"{path}.partial") for path in (bin_path(prefix), idx_path(prefix), Path(f"{prefix}.lengths"))]
@@ -208,14 +211,14 @@ class IndexedDatasetWriter:
         try:
             bin_path(prefix).parent.mkdir(parents=True, exist_ok=True)
             if resume is not None:
-                self._take_back()
+                self._restore_name()
             self._bin = self._temporary[0].open(mode, buffering=_CHUNK)
             self._lengths = self._temporary[2].open(mode, buffering=_CHUNK)
             if resume is not None:
-                self._cut_to(*resume)
+                self._truncate(*resume)
         except FileNotFoundError as error:
             raise DataError(
-                f"{error.filename} does not exist", "what the unfinished run wrote", "start over without --resume, with --overwrite"
+                f"{error.filename} does not exist", "the files of the unfinished run", "start over with --overwrite and without --resume"
             ) from error
         except OSError as error:
             for path in self._temporary if not self._kept else ():
@@ -223,31 +226,31 @@ class IndexedDatasetWriter:
                     path.unlink(missing_ok=True)
             raise self.failure(error) from error
 
-    def _take_back(self) -> None:
-        """A run that ended between giving the two files their names: the tokens get their temporary name again."""
+    def _restore_name(self) -> None:
+        """Gives the tokens their temporary name again, after a run that ended between the renaming of the two files."""
         if not self._temporary[0].exists() and bin_path(self.prefix).exists() and not idx_path(self.prefix).exists():
             os.replace(bin_path(self.prefix), self._temporary[0])
 
-    def _cut_to(self, documents: int, tokens: int) -> None:
+    def _truncate(self, documents: int, tokens: int) -> None:
         for file, size in ((self._bin, tokens * self.dtype.itemsize), (self._lengths, 4 * documents)):
             if file.seek(0, os.SEEK_END) < size:
                 raise DataError(
                     f"{file.name} has less than the {size} bytes that were recorded",
-                    "what the unfinished run wrote",
-                    "start over without --resume, with --overwrite",
+                    "the files of the unfinished run",
+                    "start over with --overwrite and without --resume",
                 )
             file.truncate(size)
             file.seek(size)
         self.num_documents, self.num_tokens = documents, tokens
 
     def sync(self) -> tuple[int, int]:
-        """Forces to disk what was appended; from then on the temporary files stay, whatever happens, to go on from.
+        """Forces what was appended to disk. From then on the temporary files are kept, so that a later run can resume.
 
         Returns:
-            (documents, tokens), as `resume` takes them.
+            (documents, tokens), for `resume`.
 
         Raises:
-            DataError: no space left.
+            DataError: the disk is full.
         """
         try:
             for file in (self._bin, self._lengths):
@@ -259,7 +262,7 @@ class IndexedDatasetWriter:
         return self.num_documents, self.num_tokens
 
     def failure(self, error: OSError) -> DataError:
-        """What to tell where its files cannot be written."""
+        """Returns the error to raise where the files cannot be written."""
         return DataError(
             f"cannot write {self.prefix}: {error.strerror or error}",
             "a writable folder with free space",
@@ -270,18 +273,20 @@ class IndexedDatasetWriter:
         """Adds documents.
 
         Args:
-            tokens: all their tokens, one document after another; ids must fit the dtype.
-            lengths: tokens of each document, each at least 1 and below 2^31 (the index keeps them in 32 bits).
+            tokens: the tokens of all of them, one document after another; ids must fit the dtype.
+            lengths: number of tokens of each document, from 1 to below 2^31 (the index has 32 bits for it).
 
         Raises:
-            DataError: lengths that do not sum to the tokens, an empty or too long document, ids that do not fit, no space left.
+            DataError: the lengths do not sum to the tokens, a document is empty or too long, an id does not fit, or the disk is full.
         """
         self._check_lengths(lengths, tokens.size)
         if tokens.dtype != self.dtype:
             limits = np.iinfo(self.dtype.name)
             if tokens.size and (int(tokens.min()) < limits.min or int(tokens.max()) > limits.max):
                 raise DataError(
-                    f"token ids up to {int(tokens.max())} in {self.dtype}", f"ids up to {limits.max}", "give the right vocabulary size"
+                    f"token ids up to {int(tokens.max())} do not fit {self.dtype}",
+                    f"ids from {limits.min} to {limits.max}",
+                    "correct the size of the vocabulary",
                 )
             tokens = tokens.astype(self.dtype)
         try:
@@ -294,20 +299,20 @@ class IndexedDatasetWriter:
 
     @property
     def tokens_path(self) -> Path:
-        """The file that tokens go into until it has its own name, for whoever fills what was reserved."""
+        """The temporary file of the tokens, for processes that fill a reserved range."""
         return self._temporary[0]
 
     def reserve(self, lengths: npt.NDArray[np.generic]) -> int:
-        """Adds documents whose tokens, of the dataset's dtype, another process writes; it must have done so before `sync` and `finish`.
+        """Adds documents whose tokens another process writes, in the dataset's dtype and before `sync` or `finish` is called.
 
         Args:
             lengths: as in `append`.
 
         Returns:
-            The first byte of their place in `tokens_path`.
+            The first byte of the range that is reserved for them in `tokens_path`.
 
         Raises:
-            DataError: an empty or too long document, no space left.
+            DataError: a document is empty or too long, or the disk is full.
         """
         tokens = int(lengths.sum())
         self._check_lengths(lengths, tokens)
@@ -322,14 +327,14 @@ class IndexedDatasetWriter:
         return start
 
     def append_file(self, path: Path, lengths: npt.NDArray[np.generic]) -> None:
-        """Adds documents whose tokens, of the dataset's dtype, are in a file.
+        """Adds documents whose tokens are in a file, in the dataset's dtype.
 
         Args:
-            path: of the file.
+            path: path of the file.
             lengths: as in `append`.
 
         Raises:
-            DataError: lengths that do not sum to the tokens, an empty or too long document, no space left.
+            DataError: the lengths do not sum to the tokens, a document is empty or too long, or the disk is full.
         """
         try:
             size = path.stat().st_size // self.dtype.itemsize
@@ -346,13 +351,14 @@ class IndexedDatasetWriter:
         if lengths.size and int(lengths.max()) > _LONGEST:
             raise DataError(
                 f"a document of {int(lengths.max())} tokens",
-                f"up to {_LONGEST} tokens: the format has 32 bits for them",
+                f"up to {_LONGEST} tokens, because the format has 32 bits for the length",
                 "split the document",
             )
         if int(lengths.sum()) != tokens or (lengths.size and int(lengths.min()) < 1):
             raise DataError(
-                f"{lengths.size} documents of {int(lengths.sum())} tokens for {tokens} tokens",
-                "documents that are not empty and add up",
+                f"{plural(lengths.size, 'document')} of {plural(int(lengths.sum()), 'token')} in all, for {plural(tokens, 'token')}",
+                "documents of at least 1 token, whose lengths sum to the number of tokens",
+                "correct the lengths",
             )
 
     def _length_chunks(self) -> Iterator[npt.NDArray[np.int32]]:
@@ -361,10 +367,10 @@ class IndexedDatasetWriter:
             yield np.frombuffer(data, dtype="<i4")
 
     def finish(self) -> None:
-        """Writes the index, forces both files to disk and gives them their names.
+        """Writes the index, forces both files to disk and renames them to their final names.
 
         Raises:
-            DataError: no space left.
+            DataError: the disk is full.
         """
         try:
             self._lengths.flush()
@@ -385,7 +391,7 @@ class IndexedDatasetWriter:
             self._bin.flush()
             os.fsync(self._bin.fileno())
             self._bin.close()
-            # An older dataset's index goes first, so that a crash in between leaves no pair of files that do not belong together.
+            # The index of an older dataset is removed first, so that a crash in between leaves no pair of files that do not match.
             idx_path(self.prefix).unlink(missing_ok=True)
             os.replace(self._temporary[0], bin_path(self.prefix))
             os.replace(self._temporary[1], idx_path(self.prefix))
@@ -396,7 +402,7 @@ class IndexedDatasetWriter:
         self.close()
 
     def close(self) -> None:
-        """Removes the temporary files, unless `sync` was called: what was not finished is gone."""
+        """Closes the files, and removes the temporary ones unless `sync` was called."""
         for file in (self._bin, self._lengths):
             try:
                 file.close()

@@ -1,6 +1,6 @@
-"""What is in a dataset: counts, lengths, whether the files agree, and what patches look like.
+"""What is in a dataset: counts, lengths, whether the files match, and how patches and documents overlap.
 
-In: a prefix. Out: plain values for a table and a JSON line. The full check reads the whole index and all tokens, in pieces.
+In: a dataset. Out: plain values for a table and a JSON line. The full check reads all of the index and all tokens, in pieces.
 """
 
 from __future__ import annotations
@@ -12,16 +12,17 @@ import numpy as np
 
 from megatron_patch.data.dataset_metadata import DatasetMetadata, read_metadata
 from megatron_patch.data.indexed_dataset import IndexedDataset
-from megatron_patch.data.storage import stored_checksum
+from megatron_patch.data.storage import file_checksum
 from megatron_patch.errors import DataError
 
 _CHUNK = 1 << 22
 _SAMPLED_PIECES = 64
-_MOST_TOKENS = 1 << 26  # of which patches are counted
+_MOST_TOKENS = 1 << 26
+"""Number of tokens, from the start of a dataset, whose patches are counted."""
 
 
 def describe(dataset: IndexedDataset) -> dict[str, Any]:
-    """Counts and quantiles of document lengths."""
+    """Returns the counts of a dataset and the quantiles (5 %, 50 %, 95 %, 100 %) of its sequence lengths."""
     sample = np.concatenate([dataset.sequence_lengths[start : start + size] for start, size in _sampled(len(dataset))])
     quantiles = np.quantile(sample, [0.05, 0.5, 0.95, 1.0]).round().astype(int).tolist() if sample.size else []
     return {
@@ -36,7 +37,7 @@ def describe(dataset: IndexedDataset) -> dict[str, Any]:
 
 
 def _sampled(count: int) -> list[tuple[int, int]]:
-    """(first, number) of pieces spread over an array: all of it where it is short."""
+    """Returns (first element, number of elements) of pieces spread over an array; one piece for a short array."""
     if count <= _CHUNK:
         return [(0, count)]
     size = _CHUNK // _SAMPLED_PIECES
@@ -44,11 +45,11 @@ def _sampled(count: int) -> list[tuple[int, int]]:
 
 
 def integrity_problems(dataset: IndexedDataset, vocab_size: int | None = None) -> list[str]:
-    """Everything that is wrong with a dataset: offsets, lengths, boundaries, ids, checksums.
+    """Returns a sentence for each problem of a dataset: wrong offsets, lengths, boundaries, token ids or checksums.
 
     Args:
-        dataset: opened, so its sizes already agree.
-        vocab_size: ids must be below it; None: what the side file says, else unchecked.
+        dataset: the dataset; its sizes were checked when it was opened.
+        vocab_size: all ids must be below this; None for the size in the metadata file, without which ids are not checked.
     """
     problems = []
     item = dataset.dtype.itemsize
@@ -68,8 +69,8 @@ def integrity_problems(dataset: IndexedDataset, vocab_size: int | None = None) -
         part = np.asarray(boundaries[start : start + _CHUNK + 1])
         if (np.diff(part) < 0).any():
             problems.append(f"document {start + int(np.argmax(np.diff(part) < 0))} ends before it begins")
-    info = _info(dataset.prefix, problems)
-    limit = vocab_size or (info.vocab_size if info else None)
+    metadata = _metadata(dataset.prefix, problems)
+    limit = vocab_size or (metadata.vocab_size if metadata else None)
     if limit is not None:
         for start in range(0, dataset.num_tokens, _CHUNK):
             tokens = dataset.tokens(start, min(_CHUNK, dataset.num_tokens - start)).astype(np.int64)
@@ -77,16 +78,17 @@ def integrity_problems(dataset: IndexedDataset, vocab_size: int | None = None) -
                 wrong = int(np.argmax((tokens >= limit) | (tokens < 0)))
                 problems.append(f"token {start + wrong} is {int(tokens[wrong])}, outside 0 to {limit - 1}")
                 break
-    if info is not None:
-        if (info.tokens, info.documents) != (dataset.num_tokens, dataset.num_documents):
-            problems.append(f"the side file says {info.tokens} tokens in {info.documents} documents")
-        for path, digest in ((f"{dataset.prefix}.bin", info.bin_xxh64), (f"{dataset.prefix}.idx", info.idx_xxh64)):
-            if stored_checksum(path) != digest:
-                problems.append(f"{path} has another checksum than the side file says")
+    if metadata is not None:
+        if (metadata.tokens, metadata.documents) != (dataset.num_tokens, dataset.num_documents):
+            problems.append(f"the metadata file has {metadata.tokens} tokens in {metadata.documents} documents")
+        for path, digest in ((f"{dataset.prefix}.bin", metadata.bin_xxh64), (f"{dataset.prefix}.idx", metadata.idx_xxh64)):
+            if file_checksum(path) != digest:
+                problems.append(f"{path} does not have the checksum in the metadata file")
     return problems
 
 
-def _info(prefix: str, problems: list[str]) -> DatasetMetadata | None:
+def _metadata(prefix: str, problems: list[str]) -> DatasetMetadata | None:
+    """Returns the metadata file of a dataset; a damaged one is added to the problems."""
     try:
         return read_metadata(prefix)
     except DataError as error:
@@ -95,21 +97,21 @@ def _info(prefix: str, problems: list[str]) -> DatasetMetadata | None:
 
 
 def patch_statistics(dataset: IndexedDataset, patch_size: int, eod_id: int | None) -> Mapping[str, Any]:
-    """How patches of K tokens meet documents, over up to 64 million tokens from the start.
+    """Returns how patches and documents overlap, in up to 64 million tokens from the start of a dataset.
 
     Args:
-        dataset: whose tokens are cut into patches from the first on.
+        dataset: the dataset, whose tokens are divided into patches from the first one on.
         patch_size: K.
-        eod_id: what documents are padded with; None: it is not known, and padding is not counted.
+        eod_id: id of the token that pads documents; None if it is not known, so that padding is not counted.
 
     Returns:
-        patches; how many hold tokens of two documents, as the index divides them; how many repeat a token; tokens of padding (an end of
-        document right after another), or None.
+        patch_size; patches; spanning_documents: patches inside which a document begins; repeating_a_token: patches with the same token
+        twice; padding_tokens: end-of-document tokens that follow another one, or None.
     """
     count = min(dataset.num_tokens, _MOST_TOKENS) // patch_size * patch_size
     repeating = padding = 0
     step = max(1, _CHUNK // patch_size) * patch_size
-    ended = False  # the token before was an end of document
+    ended = False  # whether the previous token was an end of document
     for start in range(0, count, step):
         tokens = dataset.tokens(start, min(step, count - start)).astype(np.int64)
         ordered = np.sort(tokens.reshape(-1, patch_size), axis=1)
@@ -127,7 +129,7 @@ def patch_statistics(dataset: IndexedDataset, patch_size: int, eod_id: int | Non
 
 
 def _spanning(dataset: IndexedDataset, patch_size: int, count: int) -> int:
-    """Patches among the first `count` tokens inside which a document begins."""
+    """Returns the number of patches in the first `count` tokens inside which a document begins."""
     found, last = 0, -1
     for begin in range(0, dataset.num_documents, _CHUNK):
         sequences = dataset.document_boundaries[begin : min(begin + _CHUNK, dataset.num_documents)]

@@ -1,8 +1,9 @@
-"""The loader: this rank's micro-batches of each step, prepared ahead by a thread.
+"""The loader: this rank's micro-batches of each step, prepared in advance by a thread.
 
-In: the stream, a stage, this rank. Out: lists of micro-batches. In step n the global batch is samples `[n·G, (n + 1)·G)` of the stage;
-micro-batch i of rank r takes samples `n·G + i·m·R + r·m + [0, m)`. Where the ranks' micro-batches do not divide G, the missing samples
-are filled with unscored ones, so that every rank has the same number of micro-batches and every sample is read once on any layout.
+In: the stream, a stage, this rank. Out: lists of micro-batches. Let G be the global batch, R the data-parallel ranks and m the micro-batch
+size. Step n has the samples `[n·G, (n + 1)·G)` of the stage, and micro-batch i of rank r the samples `n·G + i·m·R + r·m + [0, m)`. Where
+m·R does not divide G, micro-batches are padded with samples that are not scored. So every rank has the same number of micro-batches, and
+every sample is read once on any number of ranks.
 """
 
 from __future__ import annotations
@@ -17,21 +18,21 @@ import numpy as np
 import torch
 
 from megatron_patch.data.collate import DocumentMasking, PatchBatch, make_batch
-from megatron_patch.data.corpus import check_ids
+from megatron_patch.data.corpus import check_token_ids
 from megatron_patch.data.storage import is_address
-from megatron_patch.data.token_stream import Span, TrainStream
+from megatron_patch.data.token_stream import TokenSpan, TrainStream
 
 
 @dataclass
 class LoadingTimes:
-    """Where the time of preparing steps goes, in seconds.
+    """How the time for preparing batches is spent, in seconds since the loader was made.
 
     Args:
-        preparing: in all.
-        processor: of it, on a processor in this thread.
-        reading: of it, reading files.
-        ahead: steps are prepared ahead of the training.
-        remote: files come from elsewhere.
+        preparing: all time for preparing.
+        processor: CPU time of the preparing thread, a part of it.
+        reading: time for reading files, a part of it.
+        ahead: whether batches are prepared in advance.
+        remote: whether data is read from an address.
     """
 
     preparing: float = 0.0
@@ -41,32 +42,34 @@ class LoadingTimes:
     remote: bool = False
 
     def cause(self) -> str:
-        """Why the training waits for data, and what to do, as a sentence."""
+        """Returns a sentence on why training waits for data and what to do."""
         waiting = max(0.0, self.preparing - self.processor)
         if waiting > self.preparing / 2 and self.reading > self.preparing / 2:
             if self.remote:
-                return "the data comes over the network, once: copy it here before, or share the folder MEGATRON_PATCH_CACHE"
-            return "the disk or the network file system is slow: put the data on a faster one"
+                return (
+                    "data is fetched over the network for the first time: copy it to this machine, or share a MEGATRON_PATCH_CACHE folder"
+                )
+            return "the disk or the network file system is slow: move the data to a faster one"
         if waiting > self.preparing / 2:
-            return "the loader waits for a processor, which others have: leave one free for each rank, or lower OMP_NUM_THREADS"
+            return "the loader waits for a free CPU core: leave one core free for each rank, or lower OMP_NUM_THREADS"
         if not self.ahead:
-            return "steps are prepared when they are asked for: use --num-workers 2"
-        return "cutting samples into patches takes longer than training on them: steps are tiny, or this processor is slow"
+            return "batches are not prepared in advance: use --num-workers 2"
+        return "preparing a batch takes longer than training on it: the steps are very short, or the CPU is slow"
 
 
 class PatchLoader:
-    """Micro-batches of one stage on one rank.
+    """The micro-batches of one stage on one rank.
 
     Args:
-        stream: where samples lie.
-        stage_index: which stage.
+        stream: which tokens each sample has.
+        stage_index: index of the stage.
         data_parallel_rank: this rank.
-        data_parallel_size: ranks that share a global batch.
-        masking: how documents are kept apart.
-        start_step: the stage's first step to load.
-        prefetch: steps prepared ahead; 0 prepares each when it is asked for.
-        vocab_size: ids from here on are an error; None: not checked.
-        pin_memory: page-locked tensors, for copies to a GPU that overlap with compute.
+        data_parallel_size: number of ranks that share a global batch.
+        masking: how documents are separated.
+        start_step: first step of the stage to load.
+        prefetch: number of steps that are prepared in advance; 0 prepares each step in `next_step`.
+        vocab_size: all token ids must be below this; None: they are not checked.
+        pin_memory: whether tensors are page-locked, so that copies to a GPU overlap with compute.
     """
 
     def __init__(
@@ -91,7 +94,7 @@ class PatchLoader:
         self._queue: queue.Queue[list[PatchBatch] | Exception | None] | None = None
         self._failure: Exception | None = None
         self._stopping = threading.Event()
-        # Page-locking happens in the thread, whose current device would be the first GPU, and not this rank's.
+        # The thread page-locks memory, and its current device would otherwise be the first GPU instead of this rank's.
         self._device = torch.cuda.current_device() if pin_memory else None
         if prefetch > 0:
             self._queue = queue.Queue(maxsize=prefetch)
@@ -99,15 +102,15 @@ class PatchLoader:
             self._thread.start()
 
     def next_step(self) -> list[PatchBatch]:
-        """The micro-batches of the next step.
+        """Returns this rank's micro-batches of the next step.
 
         Raises:
-            DataError: a token id outside the vocabulary, or tokens outside the file; every later call raises it again.
+            DataError: a token id is outside the vocabulary, or the data cannot be read; every later call raises it again.
             StopIteration: the stage has ended.
             RuntimeError: the loader is closed.
         """
         if self._stopping.is_set():
-            raise RuntimeError("next_step() of a loader that is closed")
+            raise RuntimeError("next_step() was called on a closed loader")
         if self._failure is not None:
             raise self._failure
         if self.step >= self._stage.steps:
@@ -125,7 +128,7 @@ class PatchLoader:
         return batches
 
     def close(self) -> None:
-        """Ends the thread."""
+        """Ends the thread that prepares batches."""
         self._stopping.set()
         if self._queue is not None:
             while self._thread.is_alive():
@@ -142,6 +145,7 @@ class PatchLoader:
             step += 1
 
     def _fill(self, steps: Iterator[list[PatchBatch]]) -> None:
+        """Puts steps into the queue until the stage ends (None), a step fails (its error), or the loader is closed."""
         assert self._queue is not None
         item: list[PatchBatch] | Exception | None
         while not self._stopping.is_set():
@@ -160,12 +164,13 @@ class PatchLoader:
 
     def _prepare(self, step: int) -> list[PatchBatch]:
         began, worked = time.perf_counter(), time.thread_time()
-        batches = self._make(step)
+        batches = self._micro_batches(step)
         self.times.preparing += time.perf_counter() - began
         self.times.processor += time.thread_time() - worked
         return batches
 
-    def _make(self, step: int) -> list[PatchBatch]:
+    def _micro_batches(self, step: int) -> list[PatchBatch]:
+        """Returns this rank's micro-batches of a step."""
         stage, m = self._stage, self._stage.micro_batch_size
         begin, end = step * stage.global_batch_size, (step + 1) * stage.global_batch_size
         count = stage.gradient_accumulation(self._ranks)
@@ -177,18 +182,19 @@ class PatchLoader:
             self._stream.corpora[corpus].fetch(starts[corpora == corpus], stage.sample_tokens + stage.patch_size)
         self.times.reading += time.perf_counter() - began
         batches = []
-        taken = 0
+        used = 0
         for row in range(count):
             scored = int(real[row].sum())
-            places = slice(taken, taken + scored)
-            taken += scored
+            part = slice(used, used + scored)
+            used += scored
             spans = tuple(
-                Span(int(corpus), int(start), stage.sample_tokens) for corpus, start in zip(corpora[places], starts[places], strict=True)
+                TokenSpan(int(corpus), int(start), stage.sample_tokens) for corpus, start in zip(corpora[part], starts[part], strict=True)
             )
             batches.append(self._micro_batch(spans, scored))
         return batches
 
-    def _micro_batch(self, spans: tuple[Span, ...], scored: int) -> PatchBatch:
+    def _micro_batch(self, spans: tuple[TokenSpan, ...], scored: int) -> PatchBatch:
+        """Reads the samples of one micro-batch, of which the first `scored` are real and the others padding."""
         stage = self._stage
         tokens = np.zeros((stage.micro_batch_size, stage.sample_tokens + stage.patch_size), dtype=np.int64)
         began = time.perf_counter()
@@ -196,7 +202,7 @@ class PatchLoader:
             self._stream.corpora[span.corpus].read_into(tokens[row], span.start)
         self.times.reading += time.perf_counter() - began
         if self._vocab_size is not None:
-            check_ids(tokens, self._vocab_size, [(self._stream.corpora[span.corpus], span.start) for span in spans])
+            check_token_ids(tokens, self._vocab_size, [(self._stream.corpora[span.corpus], span.start) for span in spans])
         batch = make_batch(
             tokens,
             stage.side,
@@ -210,7 +216,7 @@ class PatchLoader:
 
 
 def _pinned(batch: PatchBatch) -> PatchBatch:
-    """The same batch in page-locked memory."""
+    """Returns a copy of the batch in page-locked memory."""
 
     def pin(tensor: torch.Tensor | None) -> torch.Tensor | None:
         return None if tensor is None else tensor.pin_memory()

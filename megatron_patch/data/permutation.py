@@ -1,8 +1,7 @@
 """A keyed pseudo-random permutation of 0..n-1 in constant memory: the order of blocks without an index.
 
-In: n and a key. Out: the permuted number of any position, and back. A Feistel network of alternating halves permutes the next power of
-two; numbers that fall outside 0..n-1 are sent through again until they fall inside (cycle walking), which takes less than two rounds on
-average.
+In: n and a key. Out: the permuted number of any position, and the inverse. A Feistel network permutes the numbers below the next power of
+two. A result outside 0..n-1 is permuted again until it is inside (cycle walking), which takes less than two passes on average.
 """
 
 from __future__ import annotations
@@ -16,13 +15,13 @@ _ROUNDS = 8
 
 
 def derive_key(*parts: object) -> int:
-    """A 64-bit key from anything printable: the seed, an epoch, a name."""
+    """Returns a 64-bit key that depends on all parts, which may be anything printable: a seed, an epoch, a name."""
     text = "\x1f".join(str(part) for part in parts)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
 def _mix(values: npt.NDArray[np.uint64], key: np.uint64) -> npt.NDArray[np.uint64]:
-    """A bijective 64-bit mix of each value with a key (multiply, fold, twice)."""
+    """Returns a bijective 64-bit mix of each value with a key: two rounds of multiplying and folding."""
     mixed = (values ^ key) * np.uint64(0x9E3779B97F4A7C15)
     mixed ^= mixed >> np.uint64(32)
     mixed *= np.uint64(0xD6E8FEB86659FD93)
@@ -30,11 +29,14 @@ def _mix(values: npt.NDArray[np.uint64], key: np.uint64) -> npt.NDArray[np.uint6
 
 
 class Permutation:
-    """A bijection of 0..n-1.
+    """A permutation of 0..n-1.
 
     Args:
-        n: size, from 1 up to 2^62.
-        key: which of the permutations.
+        n: number of elements, from 1 to 2^62.
+        key: selects the permutation.
+
+    Raises:
+        ValueError: n is out of range.
     """
 
     def __init__(self, n: int, key: int) -> None:
@@ -70,13 +72,13 @@ class Permutation:
         return values.astype(np.int64)
 
     def many(self, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """The permuted numbers of an array of positions."""
+        """Returns the permuted numbers of positions, int64 [N] to int64 [N]."""
         return self._walk(np.asarray(positions, dtype=np.int64), inverse=False)
 
     def inverse(self, numbers: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """The positions of an array of permuted numbers."""
+        """Returns the positions of permuted numbers, int64 [N] to int64 [N]."""
         return self._walk(np.asarray(numbers, dtype=np.int64), inverse=True)
 
     def __call__(self, position: int) -> int:
-        """The permuted number of one position."""
+        """Returns the permuted number of one position."""
         return int(self.many(np.array([position]))[0])

@@ -1,6 +1,4 @@
-"""How the stages of a plan divide a corpus. In: a plan, a corpus, the split. Out: plain values for a table: parts, blocks, and each stage's
-share.
-"""
+"""How the stages of a plan divide a corpus. In: a plan, a corpus, the split. Out: plain values for a table."""
 
 from __future__ import annotations
 
@@ -13,17 +11,17 @@ from megatron_patch.stages import StagePlan
 
 
 def divide_stages(plan: StagePlan, corpus: TokenCorpus, split: str) -> dict[str, Any]:
-    """Divides a corpus as a run over it alone would.
+    """Returns how a run that reads only this corpus divides it.
 
     Args:
-        plan: of the run; blends of stages are left aside.
-        corpus: all its data.
-        split: for training, validation and test.
+        plan: the plan of the run; blends of its stages are ignored.
+        corpus: the data.
+        split: relative sizes of the parts for training, validation and test.
 
     Returns:
-        training, validation and test tokens; block_tokens; blocks; unread_tokens: the end of the training part that fills no block;
-        stages: for each its name, patch_size, positions, samples, blocks, tokens, share of the training part, and epochs: how often the
-        training part has been read when it ends.
+        training_tokens, validation_tokens, test_tokens; block_tokens; blocks; unread_tokens: the end of the training part, which does
+        not fill a block; stages: for each stage its name, patch_size, positions, samples, blocks, tokens, share of the training part,
+        and epochs: epochs of the training part from the start of the run to the end of the stage.
 
     Raises:
         DataError: the training part is shorter than a block.
@@ -31,7 +29,7 @@ def divide_stages(plan: StagePlan, corpus: TokenCorpus, split: str) -> dict[str,
     alone = StagePlan(tuple(replace(stage, blend=None) for stage in plan.stages), plan.block_tokens)
     stream = TrainStream(alone, {"x": corpus}, (("x", 1.0),), split, seed=0)
     parts = corpus.ranges(split)
-    whole = stream.blocks[0] * alone.block_tokens
+    in_blocks = stream.blocks[0] * alone.block_tokens
     stages = [
         {
             "stage": stage.name,
@@ -40,7 +38,7 @@ def divide_stages(plan: StagePlan, corpus: TokenCorpus, split: str) -> dict[str,
             "samples": stage.samples,
             "blocks": alone.last_block(index) - alone.first_block(index),
             "tokens": stage.tokens,
-            "share": round(stage.tokens / whole, 6),
+            "share": round(stage.tokens / in_blocks, 6),
             "epochs": round(stream.corpus_usage(index)[0].epochs_by_end, 6),
         }
         for index, stage in enumerate(alone.stages)
@@ -49,6 +47,6 @@ def divide_stages(plan: StagePlan, corpus: TokenCorpus, split: str) -> dict[str,
         **{f"{name}_tokens": last - first for name, (first, last) in zip(("training", "validation", "test"), parts, strict=True)},
         "block_tokens": alone.block_tokens,
         "blocks": stream.blocks[0],
-        "unread_tokens": parts[0][1] - parts[0][0] - whole,
+        "unread_tokens": parts[0][1] - parts[0][0] - in_blocks,
         "stages": stages,
     }

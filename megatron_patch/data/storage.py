@@ -1,9 +1,13 @@
-"""Files that are read at any place: on this machine's file systems, or at addresses such as s3://bucket/web.bin through `fsspec`.
+"""Random access to files: on this machine's file systems, or at addresses such as s3://bucket/web.bin through `fsspec`.
 
-In: a path or an address. Out: its size, and any range of its bytes. Nothing is mapped: a file that has become shorter, or a file system
-that fails, gives an error, and not a signal that kills the process. What comes from an address is kept on this machine in blocks, each
-fetched once, so that a corpus crosses the network once however many epochs, restarts and ranks read it. The cache is the folder that
-MEGATRON_PATCH_CACHE names, by default ~/.cache/megatron_patch; a block appears there whole or not at all, so ranks may share the folder.
+In: a path or an address. Out: the file's size, and any range of its bytes. Files are read, not memory-mapped: a file that has become
+shorter, or a file system that fails, raises an error; with a memory map it would kill the process with a signal.
+
+Blocks of remote files are kept on this machine, so that a corpus crosses the network once for all epochs, restarts and ranks. The cache
+is the folder in MEGATRON_PATCH_CACHE, by default ~/.cache/megatron_patch. A block is renamed into place, so processes may share the
+folder. fsspec's own block cache cannot be shared: it is a sparse memory map whose list of blocks is written when a file is closed, so
+other processes, and a restart after a crash, would fetch everything again; its file caches fetch complete files. fsspec provides the
+protocols here, and nothing else.
 """
 
 from __future__ import annotations
@@ -29,16 +33,16 @@ _PIECE_BYTES = 1 << 22
 _ATTEMPTS = 4
 _PAUSE_SECONDS = 0.5
 _FETCHERS = 32
-# What file systems call the properties that change with a file's content.
+# The names that file systems use for properties which change with a file's content.
 _VERSIONS = ("size", "ETag", "etag", "Content-MD5", "md5Hash", "Last-Modified", "LastModified", "last_modified", "mtime", "created")
 
 
-class StoredFile(Protocol):
+class RandomAccessFile(Protocol):
     """A file that is open for reading.
 
     Args:
-        path: where it is.
-        size: bytes.
+        path: its path or address.
+        size: its size in bytes.
     """
 
     path: str
@@ -48,79 +52,79 @@ class StoredFile(Protocol):
         """Fills a buffer with the bytes from `start` on.
 
         Raises:
-            DataError: the file is shorter, or cannot be read.
+            DataError: the file is too short, or cannot be read.
         """
         ...
 
     def fetch(self, ranges: Sequence[tuple[int, int]]) -> None:
-        """Makes ready what will be read: (first byte, bytes) of each range."""
+        """Loads the ranges that will be read next into the cache, each given as (first byte, number of bytes)."""
         ...
 
     def is_current(self) -> bool:
-        """Whether the file under its path is still the one that was opened, as far as its size, its time and its name tell."""
+        """Returns whether the path still refers to the opened file, judged by its size, modification time and number of links."""
         ...
 
 
 def is_address(path: str) -> bool:
-    """Whether a path is an address of another file system."""
+    """Returns whether a path is an address of a remote file system."""
     return "://" in path
 
 
-def open_stored(path: str) -> StoredFile:
-    """Opens a file.
+def open_file(path: str) -> RandomAccessFile:
+    """Opens a file for reading.
 
     Raises:
-        DataError: there is none, or it cannot be read; an address without fsspec.
+        DataError: the file does not exist or cannot be read, or its address needs a package that is not installed.
     """
-    return _FetchedFile(path) if is_address(path) else _LocalFile(path)
+    return _RemoteFile(path) if is_address(path) else _LocalFile(path)
 
 
 def exists(path: str) -> bool:
-    """Whether there is such a file.
+    """Returns whether a path or address is a file.
 
     Raises:
-        DataError: an address whose file system cannot be asked.
+        DataError: the remote file system cannot be reached.
     """
     if not is_address(path):
         return os.path.isfile(path)
     system, inner = _file_system(path)
     try:
-        return bool(_asked(path, lambda: system.info(inner))["type"] == "file")
+        return bool(_with_retries(path, lambda: system.info(inner))["type"] == "file")
     except FileNotFoundError:
         return False
 
 
-def matching(pattern: str) -> list[str]:
-    """The files that a glob matches, by name.
+def glob_files(pattern: str) -> list[str]:
+    """Returns the files that a glob matches, sorted by name.
 
     Raises:
-        DataError: an address whose file system cannot be asked.
+        DataError: the remote file system cannot be reached.
     """
     if not is_address(pattern):
         return sorted(glob.glob(pattern, recursive=True))
     system, inner = _file_system(pattern)
-    return sorted(str(system.unstrip_protocol(found)) for found in _asked(pattern, lambda: system.glob(inner)))
+    return sorted(str(system.unstrip_protocol(found)) for found in _with_retries(pattern, lambda: system.glob(inner)))
 
 
 def read_bytes(path: str) -> bytes:
-    """A whole, small file.
+    """Returns the content of a small file.
 
     Raises:
-        DataError: as `open_stored`.
+        DataError: see `open_file`.
     """
-    file = open_stored(path)
+    file = open_file(path)
     out = bytearray(file.size)
     file.read_into(0, memoryview(out))
     return bytes(out)
 
 
-def stored_checksum(path: str) -> str:
-    """xxh64 of a file, read in pieces.
+def file_checksum(path: str) -> str:
+    """Returns the xxh64 checksum of a file, as hexadecimal digits.
 
     Raises:
-        DataError: as `open_stored`.
+        DataError: see `open_file`.
     """
-    file, digest = open_stored(path), xxhash.xxh64()
+    file, digest = open_file(path), xxhash.xxh64()
     piece = bytearray(_PIECE_BYTES)
     for start in range(0, file.size, _PIECE_BYTES):
         part = memoryview(piece)[: file.size - start]
@@ -130,26 +134,26 @@ def stored_checksum(path: str) -> str:
 
 
 class StoredArray:
-    """Numbers in a file, read when they are asked for.
+    """A one-dimensional array in a file. Only the requested parts are read.
 
     Args:
-        file: that holds them.
-        dtype: of the numbers, little endian.
-        offset: first byte.
-        count: numbers.
+        file: the file.
+        dtype: type of the numbers, stored as little endian.
+        offset: first byte of the array.
+        count: number of numbers.
     """
 
-    def __init__(self, file: StoredFile, dtype: npt.DTypeLike, offset: int, count: int) -> None:
+    def __init__(self, file: RandomAccessFile, dtype: npt.DTypeLike, offset: int, count: int) -> None:
         self._file, self._dtype, self._offset, self._count = file, np.dtype(dtype).newbyteorder("<"), offset, count
 
     def __len__(self) -> int:
         return self._count
 
     def read(self, start: int, count: int) -> npt.NDArray[Any]:
-        """Numbers `[start, start + count)`.
+        """Returns the numbers `[start, start + count)`.
 
         Raises:
-            DataError: as `StoredFile.read_into`.
+            DataError: see `RandomAccessFile.read_into`.
         """
         out = np.empty(count, self._dtype)
         if count:
@@ -157,11 +161,11 @@ class StoredArray:
         return out
 
     def __getitem__(self, where: slice | int) -> Any:
-        """A number, or those of a slice without steps.
+        """Returns one number, or those of a slice with step 1.
 
         Raises:
-            IndexError: outside.
-            DataError: as `read`.
+            IndexError: an index is out of range, or the slice has another step.
+            DataError: see `read`.
         """
         if isinstance(where, slice):
             first, last, step = where.indices(self._count)
@@ -177,21 +181,22 @@ class StoredArray:
 
 
 class _LocalFile:
-    """A file of this machine, open as long as this object lives."""
+    """A file on this machine's file systems; it is closed with this object."""
 
     def __init__(self, path: str) -> None:
         self.path = path
         self._descriptor = -1
         try:
             self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            self._stamp = self._now()
+            self._stamp = self._current_stamp()
         except OSError as error:
             raise DataError(
-                f"cannot read {path}: {error.strerror}", "files that this user can read", "check the path and its permissions"
+                f"cannot read {path}: {error.strerror}", "a file that this user can read", "check the path and its permissions"
             ) from error
         self.size = self._stamp[0]
 
-    def _now(self) -> tuple[int, int, bool]:
+    def _current_stamp(self) -> tuple[int, int, bool]:
+        """Returns (size, modification time in ns, whether the file still has a name)."""
         found = os.fstat(self._descriptor)
         return found.st_size, found.st_mtime_ns, found.st_nlink > 0
 
@@ -200,55 +205,59 @@ class _LocalFile:
             os.close(self._descriptor)
 
     def read_into(self, start: int, out: memoryview) -> None:
-        """See `StoredFile`."""
+        """Fills a buffer with the bytes from `start` on, see `RandomAccessFile`."""
         done = 0
         while done < len(out):
             try:
                 count = os.preadv(self._descriptor, [out[done:]], start + done)
             except OSError as error:
                 raise DataError(
-                    f"cannot read {self.path}: {error.strerror}", "files on a sound disk", "check the disk or network"
+                    f"cannot read {self.path}: {error.strerror}", "a file system without errors", "check the disk or the network"
                 ) from error
             if count == 0:
                 raise _shorter(self.path, self.size)
             done += count
 
     def fetch(self, ranges: Sequence[tuple[int, int]]) -> None:
-        """See `StoredFile`: there is nothing to do."""
+        """Does nothing: the file is on this machine."""
 
     def is_current(self) -> bool:
-        """See `StoredFile`."""
+        """Returns whether the path still refers to the opened file, see `RandomAccessFile`."""
         try:
-            return self._now() == self._stamp
+            return self._current_stamp() == self._stamp
         except OSError:
             return False
 
 
-class _FetchedFile:
-    """A file at an address, whose blocks are fetched into the cache when they are first read."""
+class _RemoteFile:
+    """A file at an address. Its blocks are fetched into the cache when they are first read."""
 
     def __init__(self, path: str) -> None:
         self.path = path
         self._system, self._inner = _file_system(path)
-        self._version = self._ask()
+        self._version = self._current_version()
         self.size = int(self._version["size"])
         name = hashlib.blake2b(f"{path}\x1f{sorted(self._version.items())}".encode(), digest_size=16).hexdigest()
         self._folder = _cache_folder() / name
 
-    def _ask(self) -> dict[str, str]:
-        """The properties that tell this file from what may take its place.
+    def _current_version(self) -> dict[str, str]:
+        """Returns the properties that change when the file is replaced.
 
         Raises:
-            DataError: there is no such file, or it cannot be asked for.
+            DataError: the file does not exist, or its server cannot be reached or does not report the size.
         """
         self._system.invalidate_cache()
         info = self._from_system(lambda: self._system.info(self._inner))
         if info.get("size") is None:
-            raise DataError(f"{self.path}: its server does not tell its size", "files that can be read at any place", "copy it here")
+            raise DataError(
+                f"{self.path}: the server does not report its size",
+                "servers that report the size and support range requests",
+                "copy the file to this machine",
+            )
         return {name: str(info[name]) for name in _VERSIONS if info.get(name) is not None}
 
     def read_into(self, start: int, out: memoryview) -> None:
-        """See `StoredFile`."""
+        """Fills a buffer with the bytes from `start` on, see `RandomAccessFile`."""
         if start + len(out) > self.size:
             raise _shorter(self.path, self.size)
         done = 0
@@ -259,7 +268,7 @@ class _FetchedFile:
             done += count
 
     def fetch(self, ranges: Sequence[tuple[int, int]]) -> None:
-        """See `StoredFile`: many blocks are fetched at a time."""
+        """Fetches the missing blocks of some ranges, several at a time."""
         numbers = {n for start, count in ranges for n in range(start // _BLOCK_BYTES, (start + max(count, 1) - 1) // _BLOCK_BYTES + 1)}
         missing = [number for number in sorted(numbers) if not self._path(number).exists()]
         if len(missing) > 1:
@@ -267,7 +276,7 @@ class _FetchedFile:
                 list(pool.map(self._fetch, missing))
 
     def is_current(self) -> bool:
-        """See `StoredFile`. What has been fetched stays what it is, so this is asked again only with each block that is fetched."""
+        """Returns True: cached blocks never change, and each block that is fetched is checked against the version that was opened."""
         return True
 
     def _path(self, number: int) -> Path:
@@ -285,20 +294,20 @@ class _FetchedFile:
         out[:] = data[inside : inside + len(out)]
 
     def _fetch(self, number: int) -> bytes:
-        """Fetches a block and keeps it."""
+        """Fetches a block, writes it to the cache, and returns it."""
         start, length = number * _BLOCK_BYTES, self._length(number)
         data = self._from_system(lambda: self._system.cat_file(self._inner, start=start, end=start + length))
         if len(data) != length:
             raise DataError(
-                f"{self.path}: {len(data)} bytes came where {length} were asked for",
-                "servers that send the range that is asked for",
-                "use one that does, or copy the file here",
+                f"{self.path}: the server sent {len(data)} of {length} requested bytes",
+                "servers that support range requests",
+                "use another server, or copy the file to this machine",
             )
-        if self._ask() != self._version:
+        if self._current_version() != self._version:
             raise DataError(
                 f"{self.path} has changed since it was opened",
-                "files that stay as they are while they are read",
-                "restore it, and go on from the last checkpoint",
+                "files that do not change while they are read",
+                "restore the file, and resume from the newest checkpoint",
             )
         path = self._path(number)
         temporary = path.with_name(f"{path.name}.{os.getpid()}-{time.monotonic_ns()}.partial")
@@ -311,28 +320,28 @@ class _FetchedFile:
                 temporary.unlink(missing_ok=True)
             raise DataError(
                 f"cannot write {path}: {error.strerror}",
-                "a folder with space for the corpus",
-                "free space, or name another folder in MEGATRON_PATCH_CACHE",
+                "a folder with free space for the corpus",
+                "free space, or set MEGATRON_PATCH_CACHE to another folder",
             ) from error
         return data
 
     def _from_system(self, call: Callable[[], Any]) -> Any:
         try:
-            return _asked(self.path, call)
+            return _with_retries(self.path, call)
         except FileNotFoundError as error:
-            raise DataError(f"{self.path} does not exist", "files that stay while they are read", "check the address") from error
+            raise DataError(f"{self.path} does not exist", "the address of a file", "check the address") from error
 
 
 def _cache_folder() -> Path:
-    named = os.environ.get("MEGATRON_PATCH_CACHE")
-    return Path(named) if named else Path.home() / ".cache" / "megatron_patch"
+    folder = os.environ.get("MEGATRON_PATCH_CACHE")
+    return Path(folder) if folder else Path.home() / ".cache" / "megatron_patch"
 
 
 def _file_system(path: str) -> tuple[Any, str]:
-    """(the file system of an address, the path there).
+    """Returns the file system of an address, and the path on it.
 
     Raises:
-        DataError: fsspec, or its part for this kind of address, is not installed.
+        DataError: fsspec, or the package that it needs for this kind of address, is not installed.
     """
     kind = path.partition("://")[0]
     try:
@@ -343,25 +352,25 @@ def _file_system(path: str) -> tuple[Any, str]:
     except (ImportError, ValueError) as error:
         raise DataError(
             f"{path} cannot be read: {error}",
-            "paths of this machine, or addresses that fsspec knows and has its package for",
-            f"pip install fsspec and what it names for {kind}:// (s3fs, gcsfs, aiohttp, …), or copy the files here",
+            "paths on this machine, or addresses for which fsspec and its package are installed",
+            f"install fsspec and the package for {kind}:// (s3fs, gcsfs, aiohttp, …), or copy the files to this machine",
         ) from error
 
 
-def _asked(path: str, call: Callable[[], Any]) -> Any:
-    """What a call of a remote file system returns; it is repeated where it fails, as networks do now and then.
+def _with_retries(path: str, call: Callable[[], Any]) -> Any:
+    """Returns the result of a call to a remote file system; a call that fails is repeated after a pause.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        DataError: it failed every time.
+        FileNotFoundError: the file does not exist.
+        DataError: all attempts failed.
     """
     for attempt in range(_ATTEMPTS):
         if attempt:
             time.sleep(_PAUSE_SECONDS * 2 ** (attempt - 1))
         try:
             return call()
-        except Exception as error:  # what a remote file system may raise is not known
-            # HTTP's says so of any failure; the cause knows better.
+        except Exception as error:  # each file system raises errors of its own
+            # fsspec's HTTP file system raises FileNotFoundError for any failure; the status is in its cause.
             if isinstance(error, FileNotFoundError) and getattr(error.__cause__, "status", 404) in (404, 410):
                 raise
             failure = error
@@ -371,7 +380,7 @@ def _asked(path: str, call: Callable[[], Any]) -> Any:
 def _unreachable(path: str, error: Exception) -> DataError:
     return DataError(
         f"{path} cannot be read: {type(error).__name__}: {error}",
-        "an address that this machine can reach, with credentials where it needs some",
+        "an address that this machine can reach, with credentials if they are required",
         "check the address, the network and the credentials",
     )
 
@@ -379,6 +388,6 @@ def _unreachable(path: str, error: Exception) -> DataError:
 def _shorter(path: str, size: int) -> DataError:
     return DataError(
         f"{path} has become shorter than the {size} bytes that it had",
-        "files that stay as they are while they are read",
-        "restore it, and go on from the last checkpoint",
+        "files that do not change while they are read",
+        "restore the file, and resume from the newest checkpoint",
     )

@@ -1,15 +1,16 @@
-"""The stream that the stages share: which tokens are the n-th sample of a stage, by arithmetic alone.
+"""The token stream that all stages share: which tokens are the n-th sample of a stage, computed without an index.
 
-In: the plan, corpora and weights, a seed. Out: spans of tokens. The journey of a sample number:
+In: the plan, corpora and weights, a seed. Out: spans of tokens. A sample number becomes a span in three steps:
 
-1. Its stage holds the blocks `[first_block, last_block)` of the order in which the corpus is dealt; within windows of blocks the
-   samples are shuffled by a keyed permutation, so that a step does not hold neighbours of one document.
-2. The block's number in the dealt order says, by the blend's table, from which corpus it comes and as which of that corpus' blocks.
-3. That ordinal, modulo the corpus' number of blocks, is permuted with a key of (seed, corpus, epoch): the block in the file.
+1. The run reads one sequence of blocks; a stage has the blocks `[first_block, last_block)` in it. Within windows of blocks a keyed
+   permutation shuffles the samples, so that a step does not have neighboring samples of one document.
+2. The table of the blend maps the block's number in the sequence to a corpus and a block number among the blocks of that corpus.
+3. That number, modulo the number of blocks in the corpus, is permuted with a key of (seed, corpus, epoch). The result is the block's
+   number in the file.
 
-Nothing is built, stored or shared between ranks, whatever the size of the data, and the order depends on the seed, the data and the plan
-alone. Because stages take consecutive blocks of one dealt order, every token of every block is an input exactly once an epoch, over all
-stages together.
+Nothing is built, stored or shared between ranks, whatever the size of the data. The order depends only on the seed, the data and the plan.
+Because stages have consecutive blocks of one sequence, every token of every block is an input exactly once in an epoch, counted over all
+stages.
 """
 
 from __future__ import annotations
@@ -32,13 +33,13 @@ Weights = Sequence[tuple[str, float]]
 
 
 @dataclass(frozen=True)
-class Span:
+class TokenSpan:
     """The input tokens of one sample.
 
     Args:
         corpus: index of the corpus in `TrainStream.names`.
         start: first token in that corpus.
-        length: input tokens (labels lie up to the stage's patch size beyond).
+        length: number of input tokens; labels come from up to K tokens more.
     """
 
     corpus: int
@@ -51,10 +52,10 @@ class CorpusUsage:
     """What a stage reads of one corpus.
 
     Args:
-        corpus: its name.
-        tokens: read in the stage, in whole blocks.
-        epochs: how often its training part is read in the stage.
-        epochs_by_end: how often it has been read in all when the stage ends.
+        corpus: name of the corpus.
+        tokens: tokens that the stage reads, in full blocks.
+        epochs: epochs of the training part in the stage.
+        epochs_by_end: epochs of the training part from the start of the run to the end of the stage.
     """
 
     corpus: str
@@ -64,13 +65,20 @@ class CorpusUsage:
 
 
 @dataclass(frozen=True)
-class _Deal:
-    """How one stage draws blocks: its table, where in the table it begins, and what each corpus had given before the table began."""
+class _BlockDraw:
+    """How one stage draws its blocks.
+
+    Args:
+        blend: the table of the blend.
+        corpora: index of the corpus of each entry of the blend, int64.
+        offset: number of the stage's first block in the table.
+        drawn_before: blocks of each corpus that were read before the table begins, int64.
+    """
 
     blend: Blend
     corpora: npt.NDArray[np.int64]
-    phase: int
-    taken: npt.NDArray[np.int64]
+    offset: int
+    drawn_before: npt.NDArray[np.int64]
 
 
 class TrainStream:
@@ -78,15 +86,15 @@ class TrainStream:
 
     Args:
         plan: the stages.
-        corpora: by name; the order decides `Span.corpus`.
-        blend: (name, weight) for stages without a blend of their own.
-        split: which part of each corpus is for training.
-        seed: of the order.
-        window_blocks: blocks whose samples are shuffled together.
-        skip_blocks: blocks of the dealt order to leave out at the start.
+        corpora: the corpora by name; `TokenSpan.corpus` is the index in this order.
+        blend: (name, weight) of each corpus, for stages that set no blend.
+        split: relative sizes of the parts for training, validation and test.
+        seed: random seed of the order.
+        window_blocks: number of blocks whose samples are shuffled together.
+        skip_blocks: number of blocks to skip at the start of the sequence.
 
     Raises:
-        DataError: a corpus with less than one block for training; a blend that names a corpus twice, or one that is not there.
+        DataError: a corpus has less than one block for training, or a blend names a corpus twice or one that does not exist.
     """
 
     def __init__(
@@ -108,43 +116,47 @@ class TrainStream:
         for corpus, (first, last), blocks in zip(self.corpora, self.ranges, self.blocks, strict=True):
             if blocks < 1:
                 raise DataError(
-                    f"{corpus.name} has {format_count(last - first)} tokens for training, less than a block of "
-                    f"{plan.block_tokens:,} and {plan.lookahead_tokens} more",
-                    "corpora of at least one block",
+                    f"{corpus.name} has {format_count(last - first)} tokens for training, fewer than one block of "
+                    f"{plan.block_tokens:,} and {plan.lookahead_tokens} more for its last labels",
+                    "corpora with at least one block for training",
                     "add data, lower --seq-length or the patch sizes, or change --split",
                 )
         self._blend = tuple(blend)
-        self._deals = self._plan_deals(blend)
+        self._draws = self._plan_draws(blend)
         self._block_orders: dict[tuple[int, int], Permutation] = {}
 
-    def _plan_deals(self, blend: Weights) -> tuple[_Deal, ...]:
-        deals: list[_Deal] = []
-        taken = np.zeros(len(self.names), dtype=np.int64)
-        before: Weights | None = None
+    def _plan_draws(self, blend: Weights) -> tuple[_BlockDraw, ...]:
+        """Returns the draw of each stage; a stage with the blend of the one before it continues in the same table."""
+        draws: list[_BlockDraw] = []
+        drawn_before = np.zeros(len(self.names), dtype=np.int64)
+        previous: Weights | None = None
         blocks_before = 0
         for index, stage in enumerate(self.plan.stages):
             blocks = self.plan.last_block(index) - self.plan.first_block(index)
-            mine = self._checked(tuple(stage.blend or blend))
-            if deals and mine == before:
-                deal = _Deal(deals[-1].blend, deals[-1].corpora, deals[-1].phase + blocks_before, deals[-1].taken)
+            stage_blend = self._checked(tuple(stage.blend or blend))
+            if draws and stage_blend == previous:
+                draw = _BlockDraw(draws[-1].blend, draws[-1].corpora, draws[-1].offset + blocks_before, draws[-1].drawn_before)
             else:
-                members = np.array([self.names.index(name) for name, _ in mine], dtype=np.int64)
-                deal = _Deal(Blend([weight for _, weight in mine]), members, 0 if deals else self.skip_blocks, taken.copy())
-            deals.append(deal)
-            given = deal.blend.consumed(deal.phase + blocks)
-            taken = deal.taken.copy()
-            np.add.at(taken, deal.corpora, given)
-            before, blocks_before = mine, blocks
-        return tuple(deals)
+                members = np.array([self.names.index(name) for name, _ in stage_blend], dtype=np.int64)
+                draw = _BlockDraw(
+                    Blend([weight for _, weight in stage_blend]), members, 0 if draws else self.skip_blocks, drawn_before.copy()
+                )
+            draws.append(draw)
+            given = draw.blend.consumed(draw.offset + blocks)
+            drawn_before = draw.drawn_before.copy()
+            np.add.at(drawn_before, draw.corpora, given)
+            previous, blocks_before = stage_blend, blocks
+        return tuple(draws)
 
     def _checked(self, blend: Weights) -> Weights:
-        # Each entry counts its own blocks from where the corpus was: two entries of one corpus would read the same ones.
+        # Each entry numbers the blocks of its corpus by itself, so two entries of one corpus would read the same blocks.
         names = [name for name, _ in blend]
         if len(set(names)) < len(names) or not set(names) <= set(self.names):
-            raise DataError(f"a blend of {', '.join(names)}", f"each once: {', '.join(self.names)}", "correct --data-path")
+            raise DataError(f"a blend of {', '.join(names)}", f"each of these corpora once: {', '.join(self.names)}", "correct --data-path")
         return blend
 
     def _block_order(self, corpus: int, epoch: int) -> Permutation:
+        """Returns the order of a corpus' blocks in an epoch."""
         key = (corpus, epoch)
         if key not in self._block_orders:
             if len(self._block_orders) > 256:
@@ -153,14 +165,17 @@ class TrainStream:
         return self._block_orders[key]
 
     def locate(self, stage_index: int, samples: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Where samples of a stage lie.
+        """Returns where samples of a stage are.
 
         Args:
-            stage_index: which stage.
-            samples: their numbers in the stage's order, from 0.
+            stage_index: index of the stage.
+            samples: numbers of the samples in the stage's order, from 0, int64 [N].
 
         Returns:
-            (corpus of each, first token of each).
+            The index of the corpus and the first token of each sample, two int64 arrays [N].
+
+        Raises:
+            IndexError: the stage has fewer samples.
         """
         stage = self.plan.stages[stage_index]
         per_block = self.plan.block_tokens // stage.sample_tokens
@@ -174,96 +189,97 @@ class TrainStream:
             begin = int(window) * self.window_blocks
             size = min(self.window_blocks, last - first - begin)
             order = Permutation(size * per_block, derive_key(self.seed, "samples", self.skip_blocks + first + begin))
-            places = order.many(samples[inside] - begin * per_block)
-            blocks[inside] = begin + places // per_block
-            parts[inside] = places % per_block
-        deal = self._deals[stage_index]
-        members, ordinals = deal.blend.locate(deal.phase + blocks)
-        corpora = deal.corpora[members]
-        ordinals += deal.taken[corpora]
+            shuffled = order.many(samples[inside] - begin * per_block)
+            blocks[inside] = begin + shuffled // per_block
+            parts[inside] = shuffled % per_block
+        draw = self._draws[stage_index]
+        members, ordinals = draw.blend.locate(draw.offset + blocks)
+        corpora = draw.corpora[members]
+        ordinals += draw.drawn_before[corpora]
         starts = np.empty_like(samples)
         for corpus in np.unique(corpora):
             inside = corpora == corpus
-            epochs, places = np.divmod(ordinals[inside], self.blocks[corpus])
-            numbers = np.empty_like(places)
+            epochs, within_epoch = np.divmod(ordinals[inside], self.blocks[corpus])
+            numbers = np.empty_like(within_epoch)
             for epoch in np.unique(epochs):
                 now = epochs == epoch
-                numbers[now] = self._block_order(int(corpus), int(epoch)).many(places[now])
+                numbers[now] = self._block_order(int(corpus), int(epoch)).many(within_epoch[now])
             starts[inside] = self.ranges[corpus][0] + numbers * self.plan.block_tokens
         return corpora, starts + parts * stage.sample_tokens
 
     def spans_of_step(self, stage_index: int, step: int) -> list[tuple[str, int, int]]:
-        """What all ranks together read in one step of a stage.
+        """Returns what all ranks together read in one step of a stage.
 
         Args:
-            stage_index: which stage.
-            step: its step, from 0.
+            stage_index: index of the stage.
+            step: step of the stage, from 0.
 
         Returns:
-            (corpus, first token, tokens) of each sample.
+            (name of the corpus, first token, number of tokens) of each sample.
         """
         size = self.plan.stages[stage_index].global_batch_size
         spans = self.spans(stage_index, np.arange(step * size, (step + 1) * size, dtype=np.int64))
         return [(self.names[span.corpus], span.start, span.length) for span in spans]
 
-    def spans(self, stage_index: int, samples: npt.NDArray[np.int64]) -> tuple[Span, ...]:
-        """The same as spans."""
+    def spans(self, stage_index: int, samples: npt.NDArray[np.int64]) -> tuple[TokenSpan, ...]:
+        """Returns where samples of a stage are, as `locate` does, as one span for each."""
         length = self.plan.stages[stage_index].sample_tokens
         corpora, starts = self.locate(stage_index, samples)
-        return tuple(Span(int(corpus), int(start), length) for corpus, start in zip(corpora, starts, strict=True))
+        return tuple(TokenSpan(int(corpus), int(start), length) for corpus, start in zip(corpora, starts, strict=True))
 
     def corpus_usage(self, stage_index: int) -> tuple[CorpusUsage, ...]:
-        """How much a stage reads of each of its corpora."""
-        deal = self._deals[stage_index]
+        """Returns how much a stage reads of each of its corpora."""
+        draw = self._draws[stage_index]
         blocks = self.plan.last_block(stage_index) - self.plan.first_block(stage_index)
-        before, after = deal.blend.consumed(deal.phase), deal.blend.consumed(deal.phase + blocks)
+        before, after = draw.blend.consumed(draw.offset), draw.blend.consumed(draw.offset + blocks)
         return tuple(
             CorpusUsage(
                 corpus=self.names[corpus],
                 tokens=int(end - begin) * self.plan.block_tokens,
                 epochs=float(end - begin) / self.blocks[corpus],
-                epochs_by_end=float(end + deal.taken[corpus]) / self.blocks[corpus],
+                epochs_by_end=float(end + draw.drawn_before[corpus]) / self.blocks[corpus],
             )
-            for corpus, begin, end in zip(deal.corpora.tolist(), before, after, strict=True)
+            for corpus, begin, end in zip(draw.corpora.tolist(), before, after, strict=True)
         )
 
     def check_epochs(self, limits: Mapping[str, float]) -> None:
-        """No corpus may be read more often than its limit allows.
+        """Checks that the run reads no corpus more often than its limit.
 
         Args:
-            limits: how often the training part of a corpus may be read in the whole run, by the corpus' name.
+            limits: largest number of epochs of the training part of a corpus, over the run, by the corpus' name.
 
         Raises:
-            DataError: naming the first stage in which one is, and what the limit allows.
+            DataError: a limit is exceeded; the message names the first stage in which this happens.
         """
         for index, stage in enumerate(self.plan.stages):
-            for reading in self.corpus_usage(index):
-                limit = limits.get(reading.corpus, math.inf)
-                if reading.epochs_by_end > limit:
-                    size = self.blocks[self.names.index(reading.corpus)] * self.plan.block_tokens
+            for usage in self.corpus_usage(index):
+                limit = limits.get(usage.corpus, math.inf)
+                if usage.epochs_by_end > limit:
+                    size = self.blocks[self.names.index(usage.corpus)] * self.plan.block_tokens
                     raise DataError(
-                        f"by the end of stage {stage.name} the training part of {reading.corpus} is read {reading.epochs_by_end:.2f} times",
-                        f"{limit:g} times (--max-epochs): {format_count(limit * size)} tokens of it",
-                        "add data, lower its weight or --train-tokens, or raise --max-epochs",
+                        f"by the end of stage {stage.name} the training part of {usage.corpus} is read {usage.epochs_by_end:.2f} times",
+                        f"at most {limit:g} times (--max-epochs), which is {format_count(limit * size)} tokens",
+                        "add data, lower the weight of this corpus or --train-tokens, or raise --max-epochs",
                     )
 
     def notes(self) -> list[str]:
-        """What may surprise, in sentences: corpora read more than once, of other tokenizers, or aligned to other patches."""
+        """Returns notes on what may surprise: corpora that are read more than once, have another tokenizer or another patch alignment."""
         aligned = [
-            f"documents of {reading.corpus} are aligned to {align} tokens: patches of {stage.patch_size} in stage {stage.name} may span two"
+            f"the documents of {usage.corpus} are aligned to {align} tokens, so patches of {stage.patch_size} in stage {stage.name} "
+            "may contain tokens of two documents"
             for index, stage in enumerate(self.plan.stages)
-            for reading in self.corpus_usage(index)
-            if (align := self.corpora[self.names.index(reading.corpus)].patch_align) > 1 and align % stage.patch_size
+            for usage in self.corpus_usage(index)
+            if (align := self.corpora[self.names.index(usage.corpus)].patch_align) > 1 and align % stage.patch_size
         ]
         return [*tokenizer_notes(self.corpora), *aligned] + [
-            f"by the end of stage {stage.name} the training part of {reading.corpus} is read {reading.epochs_by_end:.2f} times"
+            f"by the end of stage {stage.name} the training part of {usage.corpus} is read {usage.epochs_by_end:.2f} times"
             for index, stage in enumerate(self.plan.stages)
-            for reading in self.corpus_usage(index)
-            if reading.epochs_by_end > 1
+            for usage in self.corpus_usage(index)
+            if usage.epochs_by_end > 1
         ]
 
     def fingerprint(self) -> dict[str, object]:
-        """What the order of the data depends on beside the plan, as JSON values; no paths, so that data may be moved."""
+        """Returns, as JSON values, what the order of the data depends on in addition to the plan. Paths are left out, so data may move."""
         blend = [[self.names.index(name), weight] for name, weight in self._blend]
         return {
             **({"blend": blend} if len(blend) > 1 else {}),

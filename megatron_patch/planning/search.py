@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_patch.config.options import Options
-from megatron_patch.config.parsing import Parsed
+from megatron_patch.config.parsing import ParsedOptions
 from megatron_patch.config.resolve import resolve
 from megatron_patch.engine.deepspeed_config import engine_config
 from megatron_patch.errors import ConfigError
@@ -89,7 +89,7 @@ def layout_choices(ranks: int, hardware: Hardware) -> Iterator[LayoutChoice]:
                 yield LayoutChoice(tensor, pipeline, zero, micro, "full")
 
 
-def search(parsed: Parsed, ranks: int, hardware: Hardware) -> tuple[list[Candidate], int]:
+def search(parsed: ParsedOptions, ranks: int, hardware: Hardware) -> tuple[list[Candidate], int]:
     """Plans a run in every layout of `layout_choices`.
 
     Args:
@@ -109,7 +109,7 @@ def search(parsed: Parsed, ranks: int, hardware: Hardware) -> tuple[list[Candida
     for choice in layout_choices(ranks, hardware):
         tried += 1
         try:
-            run = resolve(Parsed(choice.apply(parsed.options), parsed.origins), ranks)
+            run = resolve(ParsedOptions(choice.apply(parsed.options), parsed.origins), ranks)
             layout = layout_of(run, engine_config(run.options.engine, run.options.schedule, run.origins, run.plan, run.data_parallel_size))
         except ConfigError as error:
             failure = error

@@ -82,6 +82,7 @@ def load_gpt2(options: TokenizerOptions) -> HuggingFaceTokenizer:
 
 
 def _from_merges(vocab_file: str | None, merge_file: str | None, eod_token: str | None) -> HuggingFaceTokenizer:
+    """Returns the byte-level BPE of GPT-2 with this vocabulary and these merges."""
     from tokenizers import Tokenizer as Backend
     from tokenizers import decoders, models, pre_tokenizers
 
@@ -108,11 +109,11 @@ def _merges_of(model: str, given: str | None) -> str | None:
     path = Path(model)
     if path.is_dir() or path.name == "tokenizer.json":
         return None
-    neighbours = [
+    candidates = [
         path.with_name(name)
         for name in ("merges.txt", f"{path.stem.replace('vocab', 'merges')}.txt", f"{path.stem.replace('vocab', 'merge')}.txt")
     ]
-    return next((str(file) for file in (*([Path(given)] if given else []), *neighbours) if file.is_file()), None)
+    return next((str(file) for file in (*([Path(given)] if given else []), *candidates) if file.is_file()), None)
 
 
 def _first_id(backend: Any, names: Sequence[str]) -> int | None:

@@ -95,10 +95,10 @@ def sentencepiece_json(backend: Any) -> str | None:
     # Names with a space never match a text: normalization leaves none.
     names = [piece if piece in plain or backend.is_byte(number) else f" {number}" for number, piece in enumerate(pieces)]
     merges = [
-        [piece[:cut], piece[cut:]]
+        [piece[:split], piece[split:]]
         for piece, _ in sorted(plain.items(), key=lambda item: -item[1])
-        for cut in range(1, len(piece))
-        if piece[:cut] in plain and piece[cut:] in plain
+        for split in range(1, len(piece))
+        if piece[:split] in plain and piece[split:] in plain
     ]
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
     normalizers = [{"type": "Prepend", "prepend": _SPACE}, replace] if prefix else [replace]
@@ -114,7 +114,7 @@ def sentencepiece_json(backend: Any) -> str | None:
         "vocab": {name: number for number, name in enumerate(names)},
         "merges": merges,
     }
-    whole: dict[str, Any] = {
+    tokenizer: dict[str, Any] = {
         "version": "1.0",
         "truncation": None,
         "padding": None,
@@ -125,4 +125,4 @@ def sentencepiece_json(backend: Any) -> str | None:
         "decoder": None,
         "model": model,
     }
-    return json.dumps(whole)
+    return json.dumps(tokenizer)

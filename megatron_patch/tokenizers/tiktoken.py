@@ -1,6 +1,6 @@
 r"""Tokenizers of tiktoken. In: a file of base64 tokens and ranks, a pattern that splits text, names of special tokens. Out: a tokenizer.
 
-The file holds neither the pattern nor the special tokens, so both are given. The name of a special token inside a text is encoded as text.
+The file has no pattern and no special tokens, so both are given separately. The name of a special token inside a text is encoded as text.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def _read_ranks(path: Path) -> dict[bytes, int]:
     if len(set(ranks.values())) < len(ranks) or any(bytes([byte]) not in ranks for byte in range(256)):
         raise DataError(
             f"{path} is not a tiktoken file: ranks repeat, or single bytes are missing",
-            "all 256 bytes, and a rank of its own for each token",
+            "all 256 single bytes, and a different rank for each token",
             "give another --tokenizer-model",
         )
     return ranks

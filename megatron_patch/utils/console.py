@@ -1,6 +1,6 @@
-"""Where the program prints: standard output, and where that is no terminal, wide enough for every line to stay one line.
+"""The console: standard output; where that is not a terminal, it is wide enough to keep every line on one line.
 
-A log on a full disk is no reason to end a run: what it does not take is left out.
+A log on a full disk does not end a run: what cannot be written is dropped.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from typing import IO, Any, cast
 from rich.console import Console
 
 
-class _Forgiving:
-    """Standard output, whatever it is at the time, without its errors."""
+class _TolerantOutput:
+    """The current standard output, whose errors are ignored."""
 
     def write(self, text: str) -> int:
-        """Writes what can be written."""
+        """Writes the text, or drops what cannot be written, and returns its length."""
         with contextlib.suppress(OSError):
             sys.stdout.write(text)
         return len(text)
 
     def flush(self) -> None:
-        """The same."""
+        """Flushes standard output and ignores errors."""
         with contextlib.suppress(OSError):
             sys.stdout.flush()
 
@@ -32,14 +32,17 @@ class _Forgiving:
 
 
 def make_console() -> Console:
-    """A console for people."""
-    file = cast("IO[str]", _Forgiving())
+    """Returns a console on standard output."""
+    file = cast("IO[str]", _TolerantOutput())
     console = Console(file=file, highlight=False)
     return console if console.is_terminal else Console(file=file, highlight=False, width=180)
 
 
 def flush_output() -> None:
-    """Before the process ends: Python would try again to write what a full disk has refused, and change the exit code."""
+    """Flushes standard output and error before the process ends, and drops what a full disk refuses.
+
+    Otherwise Python would try to write it again at exit, fail, and change the exit code.
+    """
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()

@@ -1,4 +1,8 @@
-"""Files that survive a crash: checksums, and writes that are either whole or not there."""
+"""Files that survive a crash: atomic writes that are forced to disk, checksums, and fast copies.
+
+In: paths and open files. Out: files. The known package for atomic writes, atomicwrites, is no longer maintained. Nothing here locks files;
+`checkpoint.lock` has the lock of a run's folder.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +23,7 @@ _LONGEST_JSON = 1 << 28
 
 
 def checksum(path: Path) -> str:
-    """xxh64 of a file, read in pieces."""
+    """Returns the xxh64 checksum of a file, as hexadecimal digits."""
     digest = xxhash.xxh64()
     with path.open("rb") as file:
         while piece := file.read(1 << 22):
@@ -28,17 +32,17 @@ def checksum(path: Path) -> str:
 
 
 def copy_range(source: int, target: int, start: int, count: int) -> None:
-    """Copies bytes `[start, start + count)` of one open file behind the position of another, inside the kernel where it can.
+    """Copies bytes `[start, start + count)` of one open file to the current position of another, inside the kernel if possible.
 
     Args:
-        source: descriptor to read.
-        target: descriptor to write, at its position.
+        source: descriptor to read from.
+        target: descriptor to write to.
         start: first byte.
-        count: bytes.
+        count: number of bytes.
 
     Raises:
         OSError: reading or writing failed.
-        EOFError: the source is shorter.
+        EOFError: the source is too short.
     """
     copy = _copy_in_kernel
     end = start + count
@@ -51,7 +55,7 @@ def copy_range(source: int, target: int, start: int, count: int) -> None:
             copy = _copy_through_memory
             continue
         if done == 0:
-            raise EOFError(f"a file of {start} bytes where {end} were expected")
+            raise EOFError(f"the file has {start} bytes, but {end} were expected")
         start += done
 
 
@@ -64,9 +68,9 @@ def _copy_through_memory(source: int, target: int, count: int, start: int) -> in
 
 
 def begin_writing_back(file: int, start: int, count: int) -> None:
-    """Lets the system begin to bring bytes `[start, start + count)` of an open file to disk, so that a later fsync has less to wait for.
+    """Tells Linux to start writing bytes `[start, start + count)` of an open file to disk, so that a later fsync takes less time.
 
-    A hint, without a promise: only Linux has it.
+    Other systems ignore the request.
     """
     if (begin := _sync_file_range()) is not None:
         begin(file, start, count, 2)  # SYNC_FILE_RANGE_WRITE
@@ -83,28 +87,28 @@ def _sync_file_range() -> Callable[[int, int, int, int], int] | None:
 
 
 def allow_open_files(count: int) -> None:
-    """Raises this process' soft limit of open files towards `count`, as far as the hard limit goes."""
+    """Raises this process' soft limit of open files to `count`, or to the hard limit if that is lower."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = count if hard == resource.RLIM_INFINITY else min(count, hard)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
+    limit = count if hard == resource.RLIM_INFINITY else min(count, hard)
+    if soft != resource.RLIM_INFINITY and soft < limit:
         with contextlib.suppress(OSError, ValueError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
 
 
 def checksum_on_disk(path: Path) -> str:
-    """As `checksum`, of what the disk gives back: the system is asked to forget what it still holds of the file, which must be synced."""
+    """Returns the checksum of a file as it is on disk. The file must be synced; the system is requested to drop it from its cache first."""
     with path.open("rb") as file, contextlib.suppress(OSError):
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     return checksum(path)
 
 
 def read_json(path: Path) -> Any:
-    """A JSON file's value.
+    """Returns the value of a JSON file.
 
     Raises:
-        OSError: it cannot be read.
-        ValueError: it is no JSON, no UTF-8, or longer than any file that this program writes.
-        RecursionError: it is nested too deeply.
+        OSError: the file cannot be read.
+        ValueError: the file is not JSON in UTF-8, or longer than any file that this program writes.
+        RecursionError: the value is nested too deeply.
     """
     with path.open("rb") as file:
         data = file.read(_LONGEST_JSON + 1)
@@ -114,7 +118,7 @@ def read_json(path: Path) -> Any:
 
 
 def make_folder(folder: Path) -> None:
-    """Makes a folder and those above it, so that they survive a crash; one that is there already will do."""
+    """Creates a folder and its parents, if they do not exist, and forces them to disk."""
     if folder.is_dir():
         return
     make_folder(folder.parent)
@@ -123,7 +127,7 @@ def make_folder(folder: Path) -> None:
 
 
 def fsync_folder(folder: Path) -> None:
-    """Forces a folder's list of names to disk."""
+    """Forces the entries of a folder to disk, so that new names survive a crash."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
@@ -132,7 +136,7 @@ def fsync_folder(folder: Path) -> None:
 
 
 def write_durably(path: Path, text: str) -> None:
-    """Replaces a file by new text in one step that survives a crash."""
+    """Replaces the content of a file atomically, and forces it to disk."""
     temporary = path.with_name(path.name + ".partial")
     with temporary.open("w", encoding="utf-8") as file:
         file.write(text)
@@ -143,11 +147,13 @@ def write_durably(path: Path, text: str) -> None:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Adds a line in one write, behind what a kill has left of another; several processes may do so.
+    """Appends a line to a file in one write, which several processes may do at the same time.
+
+    If a killed process left an incomplete line, the new one begins on a line of its own.
 
     Args:
-        path: of a file, which is made where there is none, with its folder.
-        line: without its end.
+        path: path of the file, which is created with its folder if it does not exist.
+        line: the line, without a newline.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab+", buffering=0) as file:

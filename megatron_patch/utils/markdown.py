@@ -1,4 +1,4 @@
-"""Generated text inside of documents that people write. In: a Markdown file with a pair of marker lines. Out: its new text."""
+"""Generated text inside hand-written documents. In: a Markdown file with a pair of marker lines. Out: its new text."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from megatron_patch.errors import ConfigError
 
 
 def replace_between(document: Path, begin: str, end: str, text: str) -> str:
-    """Return the document's text with everything between two markers replaced; the file itself is left alone.
+    """Returns the document's text with everything between two markers replaced. The file is not changed.
 
     Args:
         document: a Markdown file.
@@ -17,12 +17,14 @@ def replace_between(document: Path, begin: str, end: str, text: str) -> str:
         text: the new text between them.
 
     Raises:
-        ConfigError: the document cannot be read, or does not have each marker exactly once, in this order.
+        ConfigError: the document cannot be read, or does not contain each marker once and in this order.
     """
     try:
         before = document.read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"cannot read {document}: {error.strerror}", "a Markdown file", "check the path") from None
     if before.count(begin) != 1 or before.count(end) != 1 or before.index(begin) > before.index(end):
-        raise ConfigError(f"{document} needs the lines {begin} and {end}, once each", do="write them where the generated text belongs")
+        raise ConfigError(
+            f"{document} needs the lines {begin} and {end}", "each line once, in this order", "add them where the generated text belongs"
+        )
     return before[: before.index(begin)] + f"{begin}\n\n{text}\n{end}" + before[before.index(end) + len(end) :]

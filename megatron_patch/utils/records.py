@@ -1,4 +1,4 @@
-"""Frozen dataclasses from JSON that somebody else may have written: every value of its field's kind, or an error; nothing is guessed."""
+"""Frozen dataclasses from JSON that is not trusted. In: a JSON object. Out: a record whose values all have the types of their fields."""
 
 from __future__ import annotations
 
@@ -13,39 +13,40 @@ _LARGEST = 1 << 62
 
 
 def record_from_json(kind: type[Record], data: Any) -> Record:
-    """Makes a record of a JSON object.
+    """Returns the record of a JSON object.
 
     Args:
-        kind: a dataclass of whole numbers (below 2^62 in size), finite floats, texts, truth values, literals, tuples, unions of them and
-            such dataclasses.
+        kind: a dataclass whose fields are whole numbers (below 2^62 in size), finite floats, strings, booleans, literals, tuples, unions
+            of these, or such dataclasses.
         data: the object.
 
     Raises:
-        ValueError: a field is missing, unknown, or of another kind.
+        ValueError: a field is missing or unknown, or a value does not have the type of its field.
     """
     if not isinstance(data, Mapping):
-        raise ValueError(f"a {kind.__name__} is a {type(data).__name__}")
+        raise ValueError(f"{kind.__name__}: expected a JSON object, found {type(data).__name__}")
     hints = get_type_hints(kind)
     known: tuple[Any, ...] = fields(kind)  # type: ignore[arg-type]
     missing = [f.name for f in known if f.name not in data and f.default is MISSING and f.default_factory is MISSING]
     unknown = [name for name in data if name not in hints]
     if missing or unknown:
-        raise ValueError(f"{kind.__name__}: missing {missing}, unknown {unknown}"[:300])
+        raise ValueError(f"{kind.__name__}: missing fields {missing}, unknown fields {unknown}"[:300])
     return kind(**{name: _value(hints[name], value, f"{kind.__name__}.{name}") for name, value in data.items()})
 
 
 def whole_number(value: Any, least: int) -> int:
-    """A whole number from `least` to below 2^62.
+    """Returns the value if it is a whole number from `least` to below 2^62.
 
     Raises:
-        ValueError: it is none.
+        ValueError: it is not.
     """
     if type(value) is not int or not least <= value < _LARGEST:
-        raise ValueError(f"{value!r} is no whole number from {least}"[:300])
+        raise ValueError(f"{value!r} is not a whole number from {least}"[:300])
     return value
 
 
 def _value(hint: Any, value: Any, where: str) -> Any:
+    """Returns a value as the type `hint` says, or raises a ValueError that names the field `where`."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
         for choice in arguments:
@@ -67,4 +68,4 @@ def _value(hint: Any, value: Any, where: str) -> Any:
             return value
     elif hint in (str, bool, NoneType) and type(value) is hint:
         return value
-    raise ValueError(f"{where} is {value!r}"[:300])
+    raise ValueError(f"{where} is {value!r}, which has the wrong type"[:300])

@@ -15,13 +15,19 @@ from megatron_patch.errors import ConfigError, MegatronPatchError
 Entry = TypeVar("Entry")
 
 
-def suggestion(name: str, known: Iterable[str]) -> str | None:
-    """Returns "did you mean NAME?" with the known names (at most three) that are spelled like `name`, or None if none is."""
+def suggestion(name: str, known: Iterable[str], prefix: str = "") -> str | None:
+    """Returns "did you mean NAME?" with the known names (at most three) that are spelled like `name`, or None if there are none.
+
+    Args:
+        name: as the user gave it, without the prefix.
+        known: the names that exist, without the prefix.
+        prefix: printed before each suggested name, as the dashes of a flag.
+    """
     known = list(known)
     # Case is the most frequent slip, and difflib counts each letter of it as an error.
     lower = {other.lower(): other for other in known}
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.6) or difflib.get_close_matches(name.lower(), lower, n=1, cutoff=0.6)
-    return f"did you mean {' or '.join(lower.get(match, match) for match in close)}?" if close else None
+    return f"did you mean {' or '.join(prefix + lower.get(match, match) for match in close)}?" if close else None
 
 
 def lookup(registry: Mapping[str, Entry], name: str, flag: str, *, also: str = "", error: type[MegatronPatchError] = ConfigError) -> Entry:

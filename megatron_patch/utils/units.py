@@ -1,4 +1,4 @@
-"""Numbers with units, as people write them: "2M" tokens, "270B" tokens, "1.5k" steps. In: text. Out: whole numbers, and back."""
+"""Numbers with units: "2M" tokens, "1.5k" steps, "3h30m". In: text. Out: numbers, and text from numbers."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from fractions import Fraction
 from megatron_patch.errors import ConfigError
 
 _FACTORS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
-# A comma only before three digits: 1,5M would otherwise be read as 15M where its writer meant 1.5M.
+# A comma is allowed only before three digits. Otherwise 1,5M, a decimal comma, would be read as 15M.
 _WHOLE = r"[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+(?:_[0-9]+)*"
 _PATTERN = re.compile(rf"^\s*((?:{_WHOLE})(?:\.[0-9]+)?|\.[0-9]+)(?:[eE]\+?([0-9]{{1,2}}))?\s*([A-Za-z]{{0,2}})\s*$")
 _LONGEST = 64
 
 
 def parse_count(text: str | int | float) -> int:
-    """Reads a count: digits (with `_` or `,` between them), an optional fraction or exponent, and an optional unit.
+    """Returns the whole number that a text gives: digits (with `_` or `,` between them), a fraction or an exponent, and a unit.
 
-    Units: k, M, B (or G), T for powers of 1,000; Ki, Mi, Gi, Ti for powers of 1,024; case does not matter.
+    Units are k, M, B (or G) and T for powers of 1,000, and Ki, Mi, Gi and Ti for powers of 1,024, in upper or lower case.
 
     Raises:
-        ConfigError: the text is no such number, is negative, or does not come out whole.
+        ConfigError: the text is not such a number, or the number is negative or not whole.
     """
     match = _PATTERN.match(str(text)) if len(str(text)) <= _LONGEST else None
     if isinstance(text, bool) or match is None or match.group(3).lower() not in _FACTORS:
@@ -32,13 +32,13 @@ def parse_count(text: str | int | float) -> int:
     value = Fraction(digits.replace("_", "").replace(",", "")) * 10 ** int(exponent or 0) * _FACTORS[unit.lower()]
     if value.denominator != 1:
         raise ConfigError(
-            f"{text!r} is not a whole number ({float(value):g})", "counts that come out whole", "use a larger unit or fewer decimals"
+            f"{text!r} is not a whole number ({float(value):g})", "whole numbers, as 1500 or 1.5k", "use fewer decimals or a larger unit"
         )
     return int(value)
 
 
 def format_count(value: int | float) -> str:
-    """Writes a count for people, with three significant digits: 2_000_000 -> "2M", 1_234_567 -> "1.23M"."""
+    """Returns a count with three significant digits and a unit: 2_000_000 -> "2M", 1_234_567 -> "1.23M"."""
     for factor, unit in ((10**12, "T"), (10**9, "B"), (10**6, "M"), (10**3, "k")):
         if abs(value) >= factor * 0.9995:
             return f"{value / factor:.3g}{unit}" if abs(value) < 999.5 * factor else f"{value / factor:,.0f}{unit}"
@@ -50,25 +50,22 @@ _SECONDS = {"d": 86400, "h": 3600, "min": 60, "m": 60, "s": 1, "": 1}
 
 
 def parse_duration(text: str | int | float) -> float:
-    """Reads a time span: "90" or "90 s", "45 min", "3h30m", "1.5 d".
-
-    Returns:
-        Seconds.
+    """Returns the seconds of a duration: "90" or "90 s", "45 min", "3h30m", "1.5 d".
 
     Raises:
-        ConfigError: the text is no time span.
+        ConfigError: the text is not a duration.
     """
     rest, seconds = str(text), 0.0
     while rest and (match := _DURATION.match(rest)):
         seconds += float(match.group(1)) * _SECONDS[match.group(2)]
         rest = rest[match.end() :]
     if rest or not str(text).strip() or isinstance(text, bool):
-        raise ConfigError(f"{text!r} is not a time span", "numbers with d, h, min or s: 45min, 3h30m, 1.5d", "write it like 3h30m")
+        raise ConfigError(f"{text!r} is not a duration", "numbers with d, h, min or s: 45min, 3h30m, 1.5d", "write it like 3h30m")
     return seconds
 
 
 def format_duration(seconds: float) -> str:
-    """Writes a time span for people: 42 s, 3 min 05 s, 2 h 07 min, 4 d 03 h; "?" where it is not known (infinite or not a number)."""
+    """Returns a duration as text: 42 s, 3 min 05 s, 2 h 07 min, 4 d 03 h; "?" if it is infinite or not a number."""
     if not math.isfinite(seconds):
         return "?"
     total = round(seconds)

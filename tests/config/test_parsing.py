@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from megatron_patch.config.options import OptionalId
 from megatron_patch.config.parsing import OPTION_TYPES, parse
 from megatron_patch.errors import ConfigError
 
@@ -52,8 +53,8 @@ def test_numbers_with_commas_may_be_lists_in_yaml(tmp_path):
 
 
 def test_every_count_takes_units():
-    """All whole numbers but those that are no amounts: an id, a seed, the launcher's rank."""
-    plain = {name for name, hint in OPTION_TYPES.items() if hint in (int, int | None)}
+    """All whole numbers but those that are not amounts: an id, a seed, the launcher's rank."""
+    plain = {name for name, hint in OPTION_TYPES.items() if hint in (int, OptionalId)}
     assert plain == {"eod_token_id", "seed", "local_rank"}
     assert parse([*SHAPE, "--shuffle-window-blocks", "2Ki", "--log-interval", "1k"]).options.data.shuffle_window_blocks == 2048
 
@@ -93,6 +94,33 @@ def test_wrong_flags_end_with_what_is_allowed(arguments, words):
         parse(arguments)
     assert all(word in str(error.value) for word in words), str(error.value)
     assert error.value.allowed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "what", "allowed", "do"),
+    [
+        ("--lr fast", "--lr: 'fast' is not a number", "a number, as 0.5 or 3e-4", "correct --lr"),
+        ("--spike-grad-norm abc", "--spike-grad-norm: 'abc' is not a number", "a number, as 0.5 or 3e-4", "correct --spike-grad-norm"),
+        ("--seed 1.5", "--seed: '1.5' is not a whole number", "a whole number, as 1234", "correct --seed"),
+        ("--exit-duration 3x", "--exit-duration: '3x' is not a duration", "numbers with d, h, min or s", "correct --exit-duration"),
+        ("--zero-stage 5", "--zero-stage 5", "0, 1, 2, 3", "choose one of these values"),
+        ("--on-spike skp", "--on-spike skp", "ignore, rewind, skip, stop", "did you mean skip?"),
+        ("--save", "--save without a value", "--save VALUE", "give a value after --save"),
+        ("--bf16 true", "'true' on the command line belongs to no flag", "on-off flags", "remove it"),
+        ("--patchsize 4", "unknown flag --patchsize", "the flags that --help lists", "did you mean --patch-size"),
+    ],
+)
+def test_errors_of_the_command_line_have_three_parts(arguments, what, allowed, do):
+    with pytest.raises(ConfigError) as error:
+        parse([*SHAPE, *arguments.split()])
+    assert error.value.what == what
+    assert allowed in (error.value.allowed or "") and (error.value.do or "").startswith(do)
+
+
+def test_missing_required_flags_are_listed():
+    with pytest.raises(ConfigError) as error:
+        parse(SHAPE[:2])
+    assert error.value.what == "--hidden-size and --num-attention-heads missing"
 
 
 @pytest.mark.parametrize(

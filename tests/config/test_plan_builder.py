@@ -132,7 +132,7 @@ def test_a_rewarm_has_a_length_or_is_refused():
     by_share = plan(stages=stages, train_tokens=None, schedule=ScheduleOptions(lr_warmup_fraction=0.05)).stages[1]
     assert by_share.rewarm_tokens == by_share.tokens // 20
     assert plan(stages=stages, train_tokens=None, schedule=ScheduleOptions(lr_warmup_tokens=700)).stages[1].rewarm_tokens == 700
-    with pytest.raises(ConfigError, match=r"stage 'token' has lr_policy: rewarm and no warm-up\n.*--lr-warmup-fraction"):
+    with pytest.raises(ConfigError, match=r"stage 'token' has lr_policy: rewarm but no warm-up\n.*--lr-warmup-fraction"):
         plan(stages=stages, train_tokens=None)
 
 
@@ -144,7 +144,7 @@ def test_a_rewarm_has_a_length_or_is_refused():
         ({"recipe": "patch-train"}, "patch size of at least 2"),
         ({"recipe": "token-level", "patch_size": 4}, "token-level"),
         ({"patch_size": 3, "sample": "constant-tokens"}, "patches of 3"),
-        ({"patch_size": 4, "block_tokens": 100}, "do not divide"),
+        ({"patch_size": 4, "block_tokens": 100}, "is not a multiple of the tokens in a sample"),
         ({"patch_size": 4, "train_tokens": None}, "--train-tokens"),
         ({"global_batch_size": 4, "global_batch_tokens": 64}, "given twice"),
         ({"patch_size": 4, "global_batch_size": 6}, "multiples of"),
@@ -158,7 +158,10 @@ def test_a_rewarm_has_a_length_or_is_refused():
         ({"stages": [{"patch_size": 4, "compute_share": 0.2}, {"patch_size": 2, "step_share": 0.2}, {}]}, "one of the two"),
         ({"stages": [{"patch_size": 4, "token_share": 0.7}, {"patch_size": 2, "token_share": 0.7}, {}]}, "training tokens"),
         ({"stages": [{"patch_size": 4, "compute_share": 0.6}, {"patch_size": 2, "compute_share": 0.4}, {}]}, "leave nothing for entry 3"),
-        ({"stages": [{"patch_size": 4, "compute_share": 0.3}, {"compute_share": 0.3}]}, "asks for compute_share 0.3, and would get 0.5"),
+        (
+            {"stages": [{"patch_size": 4, "compute_share": 0.3}, {"compute_share": 0.3}]},
+            "entry 1 has compute_share 0.3, but the other amounts make it 0.5",
+        ),
         ({"stages": [{"patch_size": 4, "micro_batch_size": 0}]}, "micro_batch_size 0"),
         ({"stages": [{"patch_size": 4, "data_path": {"a": 1}}]}, "weights and prefixes"),
         ({"stages": [{"patch_size": 4, "data_path": []}]}, "weights and prefixes"),

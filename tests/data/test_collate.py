@@ -18,7 +18,7 @@ EOD = 0
 
 
 def documents_by_hand(tokens):
-    """Number of each token's document: a new one begins at a token that is no EOD and follows one."""
+    """The document of each token: a new one begins at a token that is not an EOD and follows one."""
     numbers, current = [], 0
     for i, token in enumerate(tokens):
         if i and tokens[i - 1] == EOD and token != EOD:
@@ -35,13 +35,13 @@ def test_masks_follow_the_rules(tokens, k, side):
     x = tokens[: positions * width + k]
     batch = make_batch(np.array([x]), side, positions, k, masking)
     documents = documents_by_hand(x)
-    previous, place = None, 0
+    previous, position = None, 0
     for t in range(positions):
         mine = documents[t * width + width - 1]
-        place = 0 if mine != previous else place + 1
+        position = 0 if mine != previous else position + 1
         previous = mine
         assert batch.document_ids[0, t] == mine
-        assert batch.position_ids[0, t] == place
+        assert batch.position_ids[0, t] == position
         where = [t + 1 + j for j in range(k)] if side == "output" else [(t + 1) * k + j for j in range(k)]
         for j, i in enumerate(where[:1] if side == "input" else where):
             repeated = x[i] == EOD and x[i - 1] == EOD
@@ -50,7 +50,7 @@ def test_masks_follow_the_rules(tokens, k, side):
 
 
 def test_one_token_a_patch_is_megatron_s_rule():
-    """Megatron leaves out the loss where the input is the end of a document, and starts positions and attention anew behind it."""
+    """Megatron leaves the loss out where the input is the end of a document, and restarts positions and attention after it."""
     x = np.array([[5, 6, EOD, 7, EOD, 8, 9, 4]])
     batch = make_batch(x, "both", 7, 1, DocumentMasking(EOD, True, True, True))
     assert batch.labels[0, :, 0].tolist() == [6, EOD, IGNORE_INDEX, EOD, IGNORE_INDEX, 9, 4]

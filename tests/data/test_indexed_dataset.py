@@ -1,6 +1,6 @@
 """Megatron's file format in both directions, and every way in which files can be broken.
 
-The golden files were written by megatron-core 0.16.1's own builder; where that package is installed it also reads what we write.
+The golden files were written by the builder of megatron-core 0.16.1; where that package is installed, it also reads what we write.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def test_nothing_appears_before_it_is_finished(tmp_path):
 
 def test_ids_must_fit_and_documents_must_not_be_empty(tmp_path):
     with IndexedDatasetWriter(str(tmp_path / "d"), np.dtype("uint16")) as writer:
-        with pytest.raises(DataError, match="70000 in uint16"):
+        with pytest.raises(DataError, match="70000 do not fit uint16"):
             writer.append(np.array([70000]), np.array([1]))
         with pytest.raises(DataError, match="2 documents"):
             writer.append(np.array([1]), np.array([1, 0]))
@@ -114,12 +114,12 @@ def patch_bytes(path, offset, data):
     [
         (lambda p: Path(p + ".bin").unlink(), r"\.bin does not exist"),
         (lambda p: Path(p + ".idx").unlink(), r"\.idx does not exist"),
-        (lambda p: Path(p + ".bin").write_bytes(Path(p + ".bin").read_bytes()[:-2]), "its index ends at 28"),
-        (lambda p: Path(p + ".bin").write_bytes(Path(p + ".bin").read_bytes()[:-1]), "no multiple of 2"),
-        (lambda p: Path(p + ".idx").write_bytes(Path(p + ".idx").read_bytes()[:-5]), "its header says"),
-        (lambda p: Path(p + ".idx").write_bytes(b"MMID"), "no index"),
-        (lambda p: Path(p + ".idx").write_bytes(b""), "no index"),
-        (lambda p: patch_bytes(p + ".idx", 0, b"XXXX"), "no index"),
+        (lambda p: Path(p + ".bin").write_bytes(Path(p + ".bin").read_bytes()[:-2]), "its index ends at byte 28"),
+        (lambda p: Path(p + ".bin").write_bytes(Path(p + ".bin").read_bytes()[:-1]), "not a multiple of 2"),
+        (lambda p: Path(p + ".idx").write_bytes(Path(p + ".idx").read_bytes()[:-5]), "its header requires"),
+        (lambda p: Path(p + ".idx").write_bytes(b"MMID"), "not an index"),
+        (lambda p: Path(p + ".idx").write_bytes(b""), "not an index"),
+        (lambda p: patch_bytes(p + ".idx", 0, b"XXXX"), "not an index"),
         (lambda p: patch_bytes(p + ".idx", 9, struct.pack("<Q", 2)), "version 2"),
         (lambda p: patch_bytes(p + ".idx", 17, b"\x07"), "dtype code 7"),
         (lambda p: patch_bytes(p + ".idx", 17, b"\x63"), "dtype code 99"),
@@ -157,7 +157,7 @@ def test_descriptions_and_patches(tmp_path):
 
 @given(st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=7), min_size=1, max_size=9), st.integers(2, 5), st.sampled_from([None, 0]))
 def test_patches_are_counted_as_one_by_one(tmp_path_factory, documents, patch_size, eod_id):
-    """Whether or not documents end with a token of their own; in pieces of a few."""
+    """With and without end-of-document tokens, in pieces of a few documents."""
     dataset = IndexedDataset(write(tmp_path_factory.mktemp("p") / "d", documents))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(inspect, "_CHUNK", 3)

@@ -88,7 +88,7 @@ def test_harm_between_runs_is_told_by_the_fingerprint(prefix):
     assert TokenCorpus([prefix]).fingerprint() != before
 
 
-def test_an_index_that_shrinks_while_it_is_read_is_told(prefix):
+def test_an_index_that_shrinks_while_it_is_read_is_an_error(prefix):
     dataset = IndexedDataset(prefix)
     os.truncate(f"{prefix}.idx", 100)
     with pytest.raises(DataError, match="shorter"):
@@ -136,12 +136,12 @@ def test_what_was_fetched_is_read_from_the_cache(memory, cache):
     assert max(map(len, kept.values())) == 1000 and not any(name.suffix for name in kept)
     system.pipe("/corpus/0.bin", b"gone")
     assert corpus.read(700, 600).tolist() == list(range(700, 1300))
-    with pytest.raises(DataError, match="has changed since it was opened|bytes came where"):
+    with pytest.raises(DataError, match="has changed since it was opened|requested bytes"):
         corpus.read(2500, 400)
     for path in cache.rglob("000"):
         if path.is_file():
             path.write_bytes(b"torn")
-    with pytest.raises(DataError, match="has changed since it was opened|bytes came where"):
+    with pytest.raises(DataError, match="has changed since it was opened|requested bytes"):
         corpus.read(0, 10)
 
 
@@ -153,7 +153,7 @@ def test_what_was_fetched_is_read_from_the_cache(memory, cache):
         ("nowhere://x/y", "cannot be read.*nowhere"),
     ],
 )
-def test_wrong_addresses_are_told(memory, word, words):
+def test_wrong_addresses_are_refused(memory, word, words):
     with pytest.raises(DataError, match=words):
         open_corpus(word)
 
@@ -163,14 +163,14 @@ def test_merging_wants_files(memory, tmp_path):
         merge_datasets(["memory://corpus/0"], str(tmp_path / "out"))
 
 
-def test_a_cache_without_space_is_told(memory, cache):
+def test_a_cache_without_space_is_an_error(memory, cache):
     cache.write_text("a file where the folder should be")
     with pytest.raises(DataError, match="MEGATRON_PATCH_CACHE"):
         open_corpus("memory://corpus/0")
 
 
 class Handler(http.server.SimpleHTTPRequestHandler):
-    """Serves ranges, which Python's own handler does not; now and then it fails, as networks do."""
+    """Serves ranges, which Python's handler does not, and fails now and then, as networks do."""
 
     def do_GET(self):
         self.server.requests += 1
@@ -217,4 +217,4 @@ def test_a_corpus_on_a_web_server_is_fetched_once(prefix, server, monkeypatch):
     again = open_corpus(address)
     assert np.array_equal(again.read(77, 9000), local.read(77, 9000)) and server.requests == asked
     overwrite(Path(f"{prefix}.bin"))
-    assert not open_corpus(address).read(77, 9000).any(), "what the cache holds of the file before is no part of the one now"
+    assert not open_corpus(address).read(77, 9000).any(), "cached blocks of the earlier file are not used for the new one"

@@ -53,14 +53,14 @@ def test_each_token_is_an_input_once_an_epoch_over_all_stages(corpora, entries, 
     counts = np.zeros(corpora["a"].num_tokens, dtype=int)
     for span in all_spans(stream):
         counts[span.start : span.start + span.length] += 1
-    whole = stream.blocks[0] * plan.block_tokens
+    in_blocks = stream.blocks[0] * plan.block_tokens
     assert counts.sum() == plan.tokens
-    assert counts[first + whole :].sum() == 0, "held-out tokens, or tokens that fill no block, were read"
-    epochs_begun = -(-plan.tokens // whole) + (skip > 0)
-    assert counts[:whole].max() <= epochs_begun
-    # Dealing goes on where it was: after so many blocks, no token is more than one epoch ahead of another.
+    assert counts[first + in_blocks :].sum() == 0, "held-out tokens, or tokens that fill no block, were read"
+    epochs_begun = -(-plan.tokens // in_blocks) + (skip > 0)
+    assert counts[:in_blocks].max() <= epochs_begun
+    # The sequence of blocks continues: after any number of blocks, no token is more than one epoch ahead of another.
     if plan.last_block(len(plan.stages) - 1) * plan.block_tokens == plan.tokens and skip == 0:
-        assert counts[:whole].max() - counts[:whole].min() <= 1
+        assert counts[:in_blocks].max() - counts[:in_blocks].min() <= 1
 
 
 @given(st.integers(0, 99), st.floats(0.05, 0.95))
@@ -114,7 +114,7 @@ def test_the_order_is_the_same_for_any_ranks_micro_batches_and_resuming(corpora,
 
 @st.composite
 def runs(draw):
-    """A plan over several epochs of a blend, whose stages end anywhere, with a last block that is not whole; and where it is broken off."""
+    """A plan over several epochs of a blend, whose stages end anywhere and whose last block is not full, and the step where it stops."""
     entries = draw(
         st.lists(
             st.tuples(st.sampled_from([1, 2, 3, 4]), st.integers(1, 40), st.sampled_from(["both", "both", "output"])),
@@ -146,7 +146,7 @@ def test_broken_off_anywhere_and_gone_on_with_on_other_ranks_every_token_is_read
     stream = TrainStream(plan, corpora, blend, split, seed, window)
     counts = [np.zeros(corpus.num_tokens, dtype=int) for corpus in corpora.values()]
     for begin, end, ranks in legs:
-        # Opened anew, as a process that is started again does.
+        # Opened again, as a restarted process does.
         again = TrainStream(plan, {name: TokenCorpus(corpus.prefixes) for name, corpus in corpora.items()}, blend, split, seed, window)
         for step in range(begin, end):
             progress = plan.progress(step)
@@ -255,9 +255,9 @@ def test_splits_cover_everything_once():
     assert split_ranges(10, "1") == ((0, 10), (10, 10), (10, 10))
 
 
-def test_too_little_data_is_told(tmp_path):
+def test_too_little_data_is_refused(tmp_path):
     corpus = TokenCorpus([write_numbers(tmp_path / "tiny", 90)])
-    with pytest.raises(DataError, match="less than a block of 32"):
+    with pytest.raises(DataError, match="fewer than one block of 32"):
         TrainStream(plan_of([(8, 1, "both")]), {"tiny": corpus}, (("tiny", 1.0),), "1,0,0", 1)
 
 
@@ -271,10 +271,10 @@ def test_a_vocabulary_larger_than_the_model_s_is_refused(tmp_path):
         check_vocabulary(TokenCorpus([prefix]), 50)
     check_vocabulary(TokenCorpus([prefix]), 100)
     info(prefix, 120, 100, 400)
-    with pytest.raises(DataError, match="tokenized with 120 ids, the model has 100"):
+    with pytest.raises(DataError, match="tokenized with 120 ids, but the model has 100"):
         check_vocabulary(TokenCorpus([prefix]), 100)
     info(prefix, 100, 99, 396)
-    with pytest.raises(DataError, match="side file says 396"):
+    with pytest.raises(DataError, match="metadata file has 396"):
         check_vocabulary(TokenCorpus([prefix]), 100)
 
 
@@ -297,7 +297,7 @@ def test_an_id_outside_the_vocabulary_stops_the_loader_where_it_is(corpora):
 
 @pytest.mark.parametrize("blend", [(("a", 1.0), ("a", 1.0)), (("a", 1.0), ("z", 1.0))])
 def test_a_blend_names_each_corpus_once(corpora, blend):
-    with pytest.raises(DataError, match=r"(?s)a blend of .*Allowed: each once: a, b"):
+    with pytest.raises(DataError, match=r"(?s)a blend of .*Allowed: each of these corpora once: a, b"):
         TrainStream(plan_of([(1, 5, "both")]), {"a": corpora["a"], "b": corpora["b"]}, blend, "1,0,0", 1)
 
 

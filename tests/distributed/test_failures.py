@@ -64,7 +64,7 @@ def test_data_too_small_for_a_block_is_refused(tmp_path):
     tiny = make_corpus(tmp_path / "tiny", documents=1)
     log = tmp_path / "log"
     code = start_process(PLAN, "--seq-length 512 --data-path", tiny, "--save", str(tmp_path / "run"), log=log).wait()
-    assert code == 3 and "less than a block" in log.read_text() and "Traceback" not in log.read_text()
+    assert code == 3 and "fewer than one block" in log.read_text() and "Traceback" not in log.read_text()
 
 
 def test_data_read_more_than_once_is_reported(tmp_path):

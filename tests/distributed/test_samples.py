@@ -70,7 +70,7 @@ def test_a_resumed_run_has_each_sample_once(corpus, tmp_path):
 
 def test_samples_that_cannot_be_written_are_refused_before_the_first_step(corpus, tmp_path):
     train(tmp_path / "run", 1, PLAN, ["--sample-prompts", "a"], "--data-path", corpus, expect=2)
-    assert "does not know its tokenizer" in printed(tmp_path / "run")
+    assert "names no tokenizer" in printed(tmp_path / "run")
     train(
         tmp_path / "long", 1, PLAN, SAMPLES, "--model-family gpt2 --ffn-hidden-size 64 --num-query-groups 4 --data-path", corpus, expect=2
     )

@@ -81,7 +81,7 @@ def test_a_signal_to_any_rank_stops_all_and_nothing_is_lost(tmp_path, corpus, un
         done = end["step"]
         assert (folder / "latest").read_text().strip() == f"step-{end['step']:08d}"
         log = "".join(path.read_text() for path in (tmp_path / "run-logs").glob("*.log"))
-        assert "exit code 75" in log and "the same command goes on" in log
+        assert "exit code 75" in log and "the same command resumes" in log
     resumed = train(folder, 2, PLAN, "--zero-stage 1 --data-path", corpus)
     assert resumed.losses == unbroken.losses
 
@@ -174,7 +174,7 @@ def test_a_stop_during_compilation(tmp_path, corpus, to_all):
             os.kill(pid, signal.SIGTERM)
     assert set(finish(processes, results).values()) == {75}
     log = "".join(path.read_text() for path in (tmp_path / "run-logs").glob("*.log"))
-    assert "exit code 75" in log and "the same command goes on" in log
+    assert "exit code 75" in log and "the same command resumes" in log
     assert len(Run(folder).losses) <= 2
 
 
@@ -233,5 +233,5 @@ def test_time_spans_as_people_write_them(days, hours, minutes, seconds):
 
 @pytest.mark.parametrize("text", ["", " ", "h", "3x", "-1s", "1h-3", "3 h 5 q"])
 def test_what_is_no_time_span(text):
-    with pytest.raises(ConfigError, match="not a time span"):
+    with pytest.raises(ConfigError, match="not a duration"):
         parse_duration(text)

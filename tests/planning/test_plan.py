@@ -93,7 +93,7 @@ def test_the_tool_prints_json_and_draws(tmp_path):
 def test_errors_have_three_parts():
     for words, what in (
         ([*SMALL.split(), "--gpu", "K80"], "--gpu K80"),
-        ([*SMALL.split(), "--world-sice", "8"], "did you mean world-size"),
+        ([*SMALL.split(), "--world-sice", "8"], "did you mean --world-size"),
         (["--world-size", "0"], "--world-size 0"),
         ([*SMALL.split(), "--search", "--plot", "x.png"], "--search with --plot"),
         ([*SMALL.split(), "--simulate", "--device-hours-per-failure", "0.01"], "of the time for training"),

@@ -1,4 +1,4 @@
-"""Every tokenizer behind one face, against its own library."""
+"""Every tokenizer against the library that it uses, and tokenizers that are registered by others."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def test_null_tokenizer():
         ("NullTokenizer", None, "--vocab-size"),
     ],
 )
-def test_wrong_tokenizers_are_told(folder, kind, model, words):
+def test_wrong_tokenizers_are_refused(folder, kind, model, words):
     with pytest.raises(DataError, match=words):
         load_tokenizer(kind, model.format(folder=folder) if model else None)
 

@@ -86,7 +86,7 @@ def test_generate_continues_a_prompt(run):
     )
     result = json.loads(tool("generate", *words, "--max-new-tokens", "6", "--json"))
     assert result["tokens"] <= 6 and all(0 <= int(word) < 64 for word in result["text"].split())
-    assert "does not know its tokenizer" in tool("generate", "--load", trained.folder, code=2)
+    assert "names no tokenizer" in tool("generate", "--load", trained.folder, code=2)
     assert "--interactive and --prompt" in tool("generate", *words, "--interactive", code=2)
 
 
@@ -127,7 +127,7 @@ def test_inspect_shows_where_datasets_differ(run, tmp_path):
     tokens = np.fromfile(tmp_path / "d.bin", np.uint16)
     tokens[[3, 5000]] ^= 1
     tokens.tofile(tmp_path / "d.bin")
-    assert "2 of 300 sequences differ, the first is number 0 at its token 3" in tool(
+    assert "2 of 300 sequences differ; the first is number 0, from its token 3 on" in tool(
         "inspect_dataset", corpus, "--diff", tmp_path / "d", code=3
     )
 

@@ -163,6 +163,8 @@ def test_patches_that_do_not_fit_the_alignment_are_noted(corpora, align, noted):
     run = load_config(words(corpora), 1)
     stream = open_stream(run, run.plan)
     assert [note for note in stream.notes() if "aligned" in note] == (
-        [f"documents of {corpora[0]} are aligned to 6 tokens: patches of 4 in stage patch may span two"] if noted else []
+        [f"the documents of {corpora[0]} are aligned to 6 tokens, so patches of 4 in stage patch may contain tokens of two documents"]
+        if noted
+        else []
     )
     assert open_data(run, run.plan, Grid(0, 1, 1, 1)).masking.ignore_repeated_eod

@@ -30,8 +30,8 @@ def test_the_warning_comes_once_and_only_above_two_percent():
     [
         ({"preparing": 10.0, "processor": 1.0, "reading": 9.0}, "disk or the network file system is slow"),
         ({"preparing": 10.0, "processor": 1.0, "reading": 9.0, "remote": True}, "over the network"),
-        ({"preparing": 10.0, "processor": 1.0, "reading": 2.0}, "waits for a processor"),
-        ({"preparing": 10.0, "processor": 9.0, "reading": 1.0}, "cutting samples into patches"),
+        ({"preparing": 10.0, "processor": 1.0, "reading": 2.0}, "waits for a free CPU core"),
+        ({"preparing": 10.0, "processor": 9.0, "reading": 1.0}, "preparing a batch takes longer"),
         ({"preparing": 10.0, "processor": 9.0, "reading": 1.0, "ahead": False}, "--num-workers 2"),
     ],
 )
