@@ -21,8 +21,8 @@ from megatron_patch.errors import DataError
 from megatron_patch.model.inference_model import InferenceModel
 from megatron_patch.ops import IGNORE_INDEX
 from megatron_patch.parallel.groups import SINGLE_REPLICA, Replicas
-from megatron_patch.raw_text.inputs import Span, expand
-from megatron_patch.raw_text.large_documents import whole
+from megatron_patch.raw_text.inputs import FileRange, expand
+from megatron_patch.raw_text.large_documents import load_text
 from megatron_patch.raw_text.parse_documents import documents
 from megatron_patch.raw_text.readers import batches
 from megatron_patch.tokenizers.base import Tokenizer, encode
@@ -73,14 +73,14 @@ def read_documents(inputs: Sequence[str], key: str = "text") -> Iterator[str]:
     Raises:
         DataError: a file that is missing or broken, text that is no UTF-8, a line that is no JSON object with the key.
     """
-    for batch in batches([Span(file) for file in expand(inputs)], (key,)):
+    for batch in batches([FileRange(file) for file in expand(inputs)], (key,)):
         for document in documents(batch, (key,), []):
             if document.texts is None:
                 where = f"{batch.source}, line {document.number}" + (f" behind byte {batch.start}" if batch.start else "")
                 raise DataError(
                     f"{where}: {document.reason}", f"UTF-8 text, or JSON objects with a text under {key!r}", "repair it, or give --json-key"
                 )
-            yield whole(document.texts[0])
+            yield load_text(document.texts[0])
 
 
 def document_windows(
