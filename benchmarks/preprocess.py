@@ -118,7 +118,7 @@ def timed(command: Sequence[str], cores: int | None = None) -> dict[str, float]:
     return {"wall_seconds": round(wall, 2), "cpu_seconds": round(cpu, 2)}
 
 
-def adopt_orphans() -> None:
+def _adopt_orphans() -> None:
     """From now on processes whose parents have ended become this one's children, so that their CPU time is counted (Linux)."""
     ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)
 
@@ -346,7 +346,7 @@ def main() -> None:
     if args.encoders:
         compare_encoders(args.encoders, args.corpora, args.repeat)
         return
-    adopt_orphans()
+    _adopt_orphans()
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)

@@ -24,7 +24,7 @@ import orjson
 
 from megatron_patch.tokenizers.base import Flat, HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer
 from megatron_patch.tokenizers.byte_level import byte_letters
-from megatron_patch.tokenizers.sentencepiece import sentencepiece_json
+from megatron_patch.tokenizers.sentencepiece import replaces_spaces_alone, sentencepiece_json
 from megatron_patch.tokenizers.tiktoken import TikTokenizer
 
 Array = npt.NDArray[np.uint32]
@@ -110,13 +110,19 @@ class FastBackend:
 
         self._reference = tokenizer
         self._needs_reference = _contains_any([])
+        self._normalize: Callable[[list[str]], list[str]] | None = None
         if isinstance(tokenizer, HuggingFaceTokenizer):
             text = tokenizer.backend.to_str()
             self._native = fastokens.Tokenizer.from_json_str(text)
             self._needs_reference = _contains_any(pieces_without_merges(text))
         elif isinstance(tokenizer, TikTokenizer):
             self._native = fastokens.Tokenizer.from_tiktoken(tokenizer.name, pattern=tokenizer.pattern)
-        elif isinstance(tokenizer, SentencePieceTokenizer) and (text := sentencepiece_json(tokenizer.backend)) is not None:
+        elif isinstance(tokenizer, SentencePieceTokenizer):
+            if not replaces_spaces_alone(tokenizer.backend):
+                self._normalize = tokenizer.backend.normalize  # NFKC, for instance: SentencePiece does this part itself
+            text = sentencepiece_json(tokenizer.backend, normalized=self._normalize is not None)
+            if text is None:
+                raise TypeError(f"fastokens has no format for {tokenizer.name}")
             self._native = fastokens.Tokenizer.from_json_str(text)
             self._needs_reference = _contains_any(pieces_without_merges(text))
         else:
@@ -127,10 +133,12 @@ class FastBackend:
 
     def encode_flat(self, texts: Sequence[str]) -> Flat:
         """Encodes many texts; see `Tokenizer.encode_flat`."""
-        ids, offsets = self._native.encode_batch_flat(list(texts), add_special_tokens=False)
+        inputs = list(texts) if self._normalize is None else self._normalize(list(texts))
+        ids, offsets = self._native.encode_batch_flat(inputs, add_special_tokens=False)
         ends = np.frombuffer(offsets, dtype=np.uint64).astype(np.int64)
         flat, lengths = np.frombuffer(ids, dtype=np.uint32), ends[1:] - ends[:-1]
-        indices = [index for index, text in enumerate(texts) if self._needs_reference(text)]
+        # Normalization writes spaces as ▁.
+        indices = [index for index, text in enumerate(inputs) if self._needs_reference(text.replace("▁", " "))]
         return self._with_reference(texts, indices, flat, lengths) if indices else (flat, lengths)
 
     def _with_reference(self, texts: Sequence[str], indices: Sequence[int], flat: Array, lengths: npt.NDArray[np.int64]) -> Flat:

@@ -19,10 +19,15 @@ def replaces_spaces_alone(backend: Any) -> bool:
     return all(backend.normalize(text) == prefix + text.replace(" ", _SPACE) for text in _PROBES)
 
 
-def sentencepiece_json(backend: Any) -> str | None:
-    """The same tokenizer in Hugging Face's format, without special tokens: in text they are text, as for SentencePiece."""
+def sentencepiece_json(backend: Any, normalized: bool = False) -> str | None:
+    """The same tokenizer in Hugging Face's format, without special tokens: in text they are text, as for SentencePiece.
+
+    Args:
+        backend: the loaded model.
+        normalized: the tokenizer.json is for texts that the model has normalized already.
+    """
     prefix = bool(backend.normalize("a").startswith(_SPACE))
-    if not replaces_spaces_alone(backend):
+    if not normalized and not replaces_spaces_alone(backend):
         return None
     count = backend.get_piece_size()
     pieces = [backend.id_to_piece(number) for number in range(count)]
@@ -62,7 +67,7 @@ def sentencepiece_json(backend: Any) -> str | None:
         "truncation": None,
         "padding": None,
         "added_tokens": [],
-        "normalizer": {"type": "Sequence", "normalizers": normalizers},
+        "normalizer": None if normalized else {"type": "Sequence", "normalizers": normalizers},
         "pre_tokenizer": None,
         "post_processor": None,
         "decoder": None,
