@@ -1,9 +1,9 @@
 """Builds csrc at install: the C++ compiler and nvcc are called directly on torch's stable ABI; without them the package works without csrc.
 
-Two libraries: `_C` (the operators' schemas and the CPU's kernels) wherever there is a C++ compiler, and `_C_cuda` where torch is a CUDA
-build and nvcc is found. MEGATRON_PATCH_CUDA=0 leaves the second out, =1 demands it (with a CPU build of torch, too: it loads where CUDA
-is); MEGATRON_PATCH_CUDA_ARCHS lists its GPU architectures. `torch.utils.cpp_extension` is not used: it refuses CUDA sources beside a CPU
-build of torch, and guesses at toolkits. Nothing is ever compiled while the program runs.
+Three libraries: `_words` (the word cache of preprocessing) and `_C` (the operators' schemas and the CPU's kernels) wherever there is a C++
+compiler, and `_C_cuda` where torch is a CUDA build and nvcc is found. MEGATRON_PATCH_CUDA=0 leaves the last one out, =1 demands it (with a
+CPU build of torch, too: it loads where CUDA is); MEGATRON_PATCH_CUDA_ARCHS lists its GPU architectures. `torch.utils.cpp_extension` is not
+used: it refuses CUDA sources beside a CPU build of torch, and guesses at toolkits. Nothing is ever compiled while the program runs.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ class Library:
 
 
 LIBRARIES = (
+    Library("_words", ("csrc/cpu/word_cache.cpp",), (), "Preprocessing caches no words: the same tokens, more slowly for SentencePiece."),
     Library(
         "_C",
         ("csrc/schemas.cpp", "csrc/cpu/bindings.cpp", "csrc/cpu/patch_embedding.cpp", "csrc/cpu/multi_token_loss.cpp"),
@@ -132,6 +133,13 @@ def build_cpu(library: Library, output: Path, _: Path) -> None:
     )
 
 
+def build_words(library: Library, output: Path, _: Path) -> None:
+    """One call of the C++ compiler, without torch."""
+    call(
+        *compiler(), "-shared", "-fPIC", "-O3", "-std=c++20", "-Wall", "-Wextra", "-fvisibility=hidden", *library.sources, "-o", str(output)
+    )
+
+
 def check_cuda_wanted() -> None:
     """Whether `_C_cuda` belongs here.
 
@@ -192,7 +200,7 @@ def build_cuda(library: Library, output: Path, work: Path) -> None:
     )
 
 
-BUILDERS = {"_C": build_cpu, "_C_cuda": build_cuda}
+BUILDERS = {"_words": build_words, "_C": build_cpu, "_C_cuda": build_cuda}
 
 
 def build(library: Library, output: Path) -> None:

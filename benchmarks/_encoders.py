@@ -21,12 +21,18 @@ BATCH_CHARS = 1_000_000
 
 
 def _fastokens(tokenizer: Any) -> Any:
-    from megatron_patch.preprocess.fast_tokenizer import fast_backend
+    from megatron_patch.preprocess.fast_tokenizer import FastBackend
 
-    return fast_backend(tokenizer)[0]
+    return FastBackend(tokenizer)
 
 
-ENCODERS: dict[str, Callable[[Any], Any]] = {"fastokens": _fastokens, "plain": lambda tokenizer: tokenizer}
+def _words(tokenizer: Any) -> Any:
+    from megatron_patch.preprocess.word_cache import WordCache, supports
+
+    return WordCache(tokenizer) if supports(tokenizer) else None
+
+
+ENCODERS: dict[str, Callable[[Any], Any]] = {"fastokens": _fastokens, "words": _words, "plain": lambda tokenizer: tokenizer}
 
 
 def _cpu_seconds() -> float:

@@ -52,7 +52,7 @@ def split_point_of(tokenizer: Tokenizer) -> SplitPoint | None:
     if isinstance(tokenizer, (HuggingFaceTokenizer, TikTokenizer)):
         return _before_space if _splits_before_spaces(tokenizer) else None
     if isinstance(tokenizer, SentencePieceTokenizer):
-        return _at_space if _merges_stay_in_words(tokenizer.backend) else None
+        return _at_space if merges_stay_in_words(tokenizer.backend) else None
     return None
 
 
@@ -95,7 +95,7 @@ def _splits_before_spaces(tokenizer: HuggingFaceTokenizer | TikTokenizer) -> boo
     return len(steps) == 2 and not last.get("use_regex", True) and known and split["pattern"].get("Regex") in _KNOWN_PATTERNS
 
 
-def _merges_stay_in_words(backend: Any) -> bool:
+def merges_stay_in_words(backend: Any) -> bool:
     """Returns whether a SentencePiece model is a BPE that puts a ▁ before every text and whose merges never cross the start of a word."""
     if backend.normalize("a b") != "▁a▁b" or backend.normalize("a") != "▁a":
         return False
