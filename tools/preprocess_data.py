@@ -70,7 +70,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--backend",
         choices=("auto", "reference"),
         default="auto",
-        help="auto: fastokens, if it is installed and gives the same ids; reference: only the tokenizer's own library",
+        help="auto: a faster encoder (fastokens or the word cache), if it gives the same ids; reference: only the tokenizer's own library",
     )
     parser.add_argument(
         "--txt-separator", help=r"separator of the documents in a .txt, with escapes: '\n\n'; default: each file is one document"

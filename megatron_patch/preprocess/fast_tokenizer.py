@@ -1,8 +1,8 @@
 """The fast backend in place of the reference tokenizer: `fastokens` or, for SentencePiece, the word cache (word_cache.py).
 
 In: a reference tokenizer. Out: an encoder with the same results, or None and the reason. On web-sized documents `fastokens` takes a
-fraction of the CPU time of the reference libraries: Llama-3 1/57 to 1/91, Qwen3 1/85 to 1/95, a SentencePiece BPE 1/6 to 1/8
-(benchmarks/results/preprocess_encoders-cpu-2026-11-30.json).
+fraction of the CPU time of the reference libraries, once it is loaded: 1/100 for Llama-3, 1/120 or less for Qwen3, 1/6 for Mistral's
+SentencePiece BPE (benchmarks/results/preprocess_encoders-cpu-2026-11-30.json).
 
 Two things keep the ids right. The backend must agree with the reference on adversarial strings before it is used. Texts that contain a
 piece of the vocabulary that no merges produce (such as <0x0A>, the name of a byte, which fastokens would read as the byte) go to the

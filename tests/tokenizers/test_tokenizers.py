@@ -228,7 +228,7 @@ def test_pieces_that_no_merges_make_are_known(folder):
 )
 def test_sentencepiece_models_that_do_more_stay_with_their_library(folder, tmp_path, options):
     fast, note = fast_backend(train_sentencepiece(folder, tmp_path, **options))
-    assert fast is None and "the reference" in note
+    assert (fast is None or fast.name == "words") and "the reference" in note
 
 
 def train_sentencepiece(folder, tmp_path, **options):
