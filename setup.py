@@ -52,7 +52,7 @@ class Library:
 
 
 LIBRARIES = (
-    Library("_words", ("csrc/cpu/word_memory.cpp",), (), "Preprocessing works without its word cache: the same tokens, slower."),
+    Library("_words", ("csrc/cpu/word_cache.cpp",), (), "Without it, preprocessing yields the same tokens, slower for SentencePiece."),
     Library(
         "_C",
         ("csrc/schemas.cpp", "csrc/cpu/bindings.cpp", "csrc/cpu/patch_embedding.cpp", "csrc/cpu/multi_token_loss.cpp"),

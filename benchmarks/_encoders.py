@@ -20,17 +20,16 @@ ROOT = Path(__file__).parent.parent
 BATCH_CHARS = 1_000_000
 
 
-def _words(tokenizer: Any) -> Any:
-    from megatron_patch.preprocess.word_cache import WordCache, cuts_of
-
-    cuts = cuts_of(tokenizer)
-    return None if cuts is None else WordCache(tokenizer, tokenizer, cuts)
-
-
 def _fastokens(tokenizer: Any) -> Any:
-    from megatron_patch.preprocess.fast_tokenizer import _fastokens
+    from megatron_patch.preprocess.fast_tokenizer import FastBackend
 
-    return _fastokens(tokenizer)[0]
+    return FastBackend(tokenizer)
+
+
+def _words(tokenizer: Any) -> Any:
+    from megatron_patch.preprocess.word_cache import WordCache, supports
+
+    return WordCache(tokenizer) if supports(tokenizer) else None
 
 
 ENCODERS: dict[str, Callable[[Any], Any]] = {"fastokens": _fastokens, "words": _words, "plain": lambda tokenizer: tokenizer}

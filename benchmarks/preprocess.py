@@ -140,7 +140,7 @@ def contenders(args: argparse.Namespace, kind: str, model: str, eod: int, vocab:
     library = "sentencepiece" if kind == "SentencePieceTokenizer" else "tokenizers"
     found = {
         "ours": ours,
-        "ours without fastokens": [*ours, "--backend", "words"],
+        "ours without fastokens": [*ours, "--backend", "reference"],
         f"loop over {library}, each document": [*program, "each", *tail],
         f"loop over {library}, in batches": [*program, "batches", *tail],
     }
@@ -190,13 +190,13 @@ def measure(args: argparse.Namespace, kind: str, model: str, folder: Path) -> li
 def shares(corpus: Path, kind: str, model: str, folder: Path) -> dict[str, float]:
     """CPU seconds of each part of the work, in one process, batch by batch."""
     from megatron_patch.data.indexed_dataset import IndexedDatasetWriter, optimal_dtype
-    from megatron_patch.preprocess.encode import Encoder, EncodeSettings, checked_tokenizer
-    from megatron_patch.raw_text.inputs import Span
+    from megatron_patch.preprocess.encode import Encoder, EncodeSettings, load_checked_tokenizer
+    from megatron_patch.raw_text.inputs import FileRange
     from megatron_patch.raw_text.parse_documents import documents
     from megatron_patch.raw_text.readers import batches
 
     settings = EncodeSettings(kind, model, append_eod=True)
-    tokenizer = checked_tokenizer(settings)
+    tokenizer = load_checked_tokenizer(settings)
     encoder = Encoder(dataclasses.replace(settings, dtype=str(optimal_dtype(tokenizer.vocab_size))), tokenizer)
     seconds = dict.fromkeys(("read and parse", "encode", "frame", "write"), 0.0)
 
@@ -207,13 +207,13 @@ def shares(corpus: Path, kind: str, model: str, folder: Path) -> dict[str, float
         seconds[name] += time.process_time() - began
 
     with IndexedDatasetWriter(str(folder / "shares"), np.dtype(encoder.settings.dtype)) as writer:
-        for batch in batches([Span(str(corpus))]):
+        for batch in batches([FileRange(str(corpus))]):
             with counted("read and parse"):
                 texts = [str(document.texts[0]) for document in documents(batch, ("text",), []) if document.texts]
             with counted("encode"):
                 ids, lengths = encoder.fast.encode_flat(texts) if encoder.fast else tokenizer.encode_flat(texts)
             with counted("frame"):
-                part = encoder.frame(ids, lengths)
+                part = encoder.add_special_tokens(ids, lengths)
             with counted("write"):
                 writer.append(part.tokens, part.lengths)
     return {name: round(value, 3) for name, value in seconds.items()}

@@ -1,18 +1,24 @@
 #!/usr/bin/env python
-"""The most memory that preprocessing takes, all its processes together, on corpora that are hard for memory.
+"""Peak memory of preprocessing, summed over all its processes, on corpora that need much memory.
 
-python benchmarks/preprocess_memory.py prints a table and writes benchmarks/results/preprocess_memory-*.json. The corpora: one line of
-500 MB, plain and packed; millions of documents of a few words; gigabytes of ordinary text. Memory is the sum of the resident sets of all
-processes, looked at every few milliseconds: pages that processes share count once for each, so the true figure is lower.
+python benchmarks/preprocess_memory.py prints a table and writes benchmarks/results/preprocess_memory-*.json. The corpora: one text file of
+500 MB; millions of documents of a few words; gigabytes of ordinary text. Memory is the sum of the resident sets of all processes, sampled
+every few milliseconds: pages that processes share are counted once for each, so the true figure is lower.
+
+With --large-text it compares two ways to read a text file that is one document, piece by piece and as one string, in alternating runs of
+one worker, and writes benchmarks/results/preprocess_large-*.json:
+
+python benchmarks/preprocess_memory.py --large-text novels.txt --tokenizers HuggingFaceTokenizer=llama3/tokenizer.json
 """
 
 from __future__ import annotations
 
 import argparse
-import gzip
 import json
 import os
 import random
+import resource
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -50,21 +56,19 @@ _WORDS = [
 
 
 def text_of(characters: int, seed: int) -> str:
-    """Words in random order."""
+    """Returns words in random order."""
     draw = random.Random(seed)
     page = " ".join(draw.choices(_WORDS, k=20_000))
     return (page * (characters // len(page) + 1))[:characters]
 
 
-def long_line(megabytes: float) -> Iterator[bytes]:
-    """Ordinary documents, one of so many megabytes, and ordinary documents again."""
-    yield from (json.dumps({"text": text_of(3000, number)}).encode() + b"\n" for number in range(200))
-    yield json.dumps({"text": text_of(int(megabytes * 1e6), 1)}).encode() + b"\n"
-    yield from (json.dumps({"text": text_of(3000, number)}).encode() + b"\n" for number in range(200))
+def large_text(megabytes: float) -> Iterator[bytes]:
+    """One text of the given size."""
+    yield text_of(int(megabytes * 1e6), 1).encode()
 
 
 def short_documents(megabytes: float) -> Iterator[bytes]:
-    """Some words each."""
+    """Documents of a few words each."""
     lines = b"".join(json.dumps({"text": " ".join(_WORDS[i % 20 : i % 20 + 3])}).encode() + b"\n" for i in range(20_000))
     yield from (lines for _ in range(max(1, int(megabytes * 1e6 / len(lines)))))
 
@@ -76,21 +80,20 @@ def ordinary(megabytes: float) -> Iterator[bytes]:
 
 
 CORPORA: dict[str, tuple[str, Callable[[float], Iterator[bytes]], float]] = {
-    "a line of 500 MB": ("long.jsonl", long_line, 500),
-    "a line of 500 MB, packed": ("long.jsonl.gz", long_line, 500),
+    "a text file of 500 MB": ("large.txt", large_text, 500),
     "documents of three words": ("short.jsonl", short_documents, 500),
     "gigabytes of text": ("ordinary.jsonl", ordinary, 2000),
 }
 
 
 def write_corpus(path: Path, lines: Iterator[bytes]) -> None:
-    """Plain, or packed where the name says so."""
-    with gzip.open(path, "wb", compresslevel=1) if path.suffix == ".gz" else path.open("wb") as file:
+    """Writes the lines of a corpus to a file."""
+    with path.open("wb") as file:
         file.writelines(lines)
 
 
 def _family(pid: int) -> Iterator[int]:
-    """A process and all that descend from it."""
+    """Yields a process and all its descendants."""
     yield pid
     try:
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
@@ -108,7 +111,7 @@ def _resident(pid: int) -> int:
 
 
 def peak_megabytes(command: Sequence[str]) -> tuple[float, float]:
-    """(megabytes, seconds) of a command: the most that all its processes held at one time.
+    """Runs a command, and returns the peak memory of all its processes in megabytes, and its seconds.
 
     Raises:
         RuntimeError: the command failed.
@@ -130,7 +133,7 @@ def peak_megabytes(command: Sequence[str]) -> tuple[float, float]:
 def measure(
     name: str, tokenizer: Path, folder: Path, workers: int, megabytes: float | None = None, more: Sequence[str] = ()
 ) -> dict[str, object]:
-    """One corpus, made, preprocessed and removed."""
+    """Makes, preprocesses and removes one corpus."""
     file, lines, size = CORPORA[name]
     path = folder / file
     write_corpus(path, lines(megabytes or size))
@@ -144,11 +147,73 @@ def measure(
     return {**found, "seconds": round(seconds, 1), "peak_megabytes": round(peak)}
 
 
+READ_AS_ONE_STRING = """
+import sys
+sys.path.insert(0, "tools")
+from megatron_patch.raw_text import readers
+readers.LARGE_BYTES = sys.maxsize
+from megatron_patch.cli.command_line import run_tool
+import preprocess_data
+sys.exit(run_tool(preprocess_data.main))
+"""
+
+
+def cpu_seconds_of_children() -> float:
+    """Returns the user and system time of all child processes that have ended."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+def compare_large_text(text: Path, tokenizers: Sequence[str], repeat: int) -> list[dict[str, object]]:
+    """Preprocesses a text file that is one document, piece by piece and as one string.
+
+    Args:
+        text: the file.
+        tokenizers: TYPE=MODEL of each tokenizer.
+        repeat: alternating runs of both ways.
+
+    Returns:
+        One row for each tokenizer and way, with the medians of CPU seconds and of peak megabytes.
+    """
+    from megatron_patch.utils.files import checksum
+
+    ways = {"piece by piece": ["tools/preprocess_data.py"], "as one string": ["-c", READ_AS_ONE_STRING]}
+    rows: list[dict[str, object]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for word in tokenizers:
+            kind, _, model = word.partition("=")
+            flags = ["--input", str(text.resolve()), "--output-prefix", f"{folder}/out", "--append-eod", "--overwrite"]
+            flags += ["--tokenizer-type", kind, "--tokenizer-model", str(Path(model).resolve())]
+            found: dict[str, list[tuple[float, float, str]]] = {way: [] for way in ways}
+            for _ in range(repeat):
+                for way, program in ways.items():
+                    command = [sys.executable, *program, *flags]
+                    before = cpu_seconds_of_children()
+                    peak = peak_megabytes(command)[0]
+                    found[way].append((cpu_seconds_of_children() - before, peak, checksum(Path(folder) / "out_text_document.bin")))
+            for way, runs in found.items():
+                rows.append(
+                    {
+                        "tokenizer": "/".join(Path(model).parts[-2:]),
+                        "read": way,
+                        "megabytes": round(text.stat().st_size / 1e6),
+                        "runs": repeat,
+                        "cpu_seconds": round(statistics.median(run[0] for run in runs), 2),
+                        "peak_megabytes": round(statistics.median(run[1] for run in runs)),
+                        "identical": len({run[2] for way in ways for run in found[way]}) == 1,
+                    }
+                )
+    return rows
+
+
 def main() -> None:
-    """Measures and prints."""
+    """Measures, prints a table and writes a result file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--only", choices=CORPORA)
+    parser.add_argument("--large-text", type=Path, help="a text file that is one document: compare two ways to read it")
+    parser.add_argument("--tokenizers", nargs="+", default=[], metavar="TYPE=MODEL", help="for --large-text")
+    parser.add_argument("--repeat", type=int, default=3, help="runs for --large-text")
     args = parser.parse_args()
     sys.path.insert(0, str(ROOT))
     import torch
@@ -156,6 +221,11 @@ def main() -> None:
     from benchmarks._measure import print_table, write_results
     from benchmarks.preprocess import train_byte_level
 
+    if args.large_text:
+        rows = compare_large_text(args.large_text, args.tokenizers, args.repeat)
+        print_table("Reading a text file that is one document", list(rows[0]), [list(map(str, row.values())) for row in rows])
+        write_results("preprocess_large", torch.device("cpu"), {"rows": rows})
+        return
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         write_corpus(folder / "train.jsonl", ordinary(3))
@@ -166,7 +236,7 @@ def main() -> None:
             more = ("--dedup", "--shuffle-documents", "1")
             rows.append(measure("documents of three words", folder / "tokenizer", folder, args.workers, more=more))
     shown = [[f"{value:,}" if isinstance(value, int | float) else str(value) for value in row.values()] for row in rows]
-    print_table("The most memory of all processes", list(rows[0]), shown)
+    print_table("Peak memory of all processes", list(rows[0]), shown)
     write_results("preprocess_memory", torch.device("cpu"), {"rows": rows})
 
 

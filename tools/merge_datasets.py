@@ -1,8 +1,10 @@
 #!/usr/bin/env python
-"""Joins datasets end to end, in constant memory: python tools/merge_datasets.py --input 'my_shard-*_text_document' --output-prefix all
+"""Merges datasets, one after another, in constant memory.
 
-The shards are given in order: prefixes, globs in quotes (by name), or @FILE, a list. The result is byte for byte what one run over all the
-input would have written.
+python tools/merge_datasets.py --input 'my_shard-*' --output-prefix all
+
+Shards are merged in the order given; those of a glob by name. The result is
+byte for byte what a single run over all the input writes.
 """
 
 from __future__ import annotations
@@ -17,17 +19,18 @@ import package_check  # noqa: F401 - before the package itself
 from megatron_patch.cli.command_line import ArgumentParser, run_tool
 from megatron_patch.data.dataset_paths import check_all_shards, expand_prefixes
 from megatron_patch.preprocess.merge import merge_datasets
+from megatron_patch.utils.units import plural
 
 
 def main(argv: list[str]) -> None:
     """Runs the tool."""
     parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--input", nargs="+", required=True, help="prefixes, globs in quotes, or @FILE with one on each line")
+    parser.add_argument("--input", nargs="+", required=True, help="dataset prefixes, globs in quotes, or @FILE with one of them per line")
     parser.add_argument("--output-prefix", required=True, help="writes PREFIX.bin, .idx and .json")
-    parser.add_argument("--overwrite", action="store_true", help="replace an output that exists")
-    parser.add_argument("--allow-missing", action="store_true", help="merge also where shards of a sharded run are missing")
-    parser.add_argument("--dedup", action="store_true", help="leave documents out whose tokens are those of an earlier one")
-    parser.add_argument("--shuffle-documents", type=int, metavar="SEED", help="put documents into a random order")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
+    parser.add_argument("--allow-missing", action="store_true", help="merge even if shards of a sharded run are missing")
+    parser.add_argument("--dedup", action="store_true", help="leave out documents whose tokens equal those of an earlier one")
+    parser.add_argument("--shuffle-documents", type=int, metavar="SEED", help="write documents in a random order")
     args = parser.parse_args(argv)
     prefixes = [prefix for word in args.input for prefix in expand_prefixes(word)]
     if not args.allow_missing:
@@ -41,8 +44,9 @@ def main(argv: list[str]) -> None:
         notice=lambda text: print(text, file=sys.stderr),
     )
     print(
-        f"{merged.output}: {merged.documents:,} documents, {merged.tokens:,} tokens of {merged.shards:,} shards, read back and verified"
-        + (f"; {merged.duplicates:,} duplicates left out" if args.dedup else ""),
+        f"{merged.output}: {plural(merged.documents, 'document')} and {plural(merged.tokens, 'token')} "
+        f"from {plural(merged.shards, 'shard')}, read back and verified"
+        + (f"; {plural(merged.duplicates, 'duplicate')} left out" if args.dedup else ""),
         file=sys.stderr,
     )
     print(json.dumps(asdict(merged)))

@@ -1,7 +1,8 @@
 #!/usr/bin/env python
-"""Turns text into the indexed datasets that pretraining reads (Megatron's format).
+r"""Converts text to the indexed datasets that pretraining reads.
 
-python tools/preprocess_data.py --input a.jsonl 'shards/*.jsonl.gz' --output-prefix my --tokenizer-type HuggingFaceTokenizer \
+python tools/preprocess_data.py --input a.jsonl 'shards/*.jsonl.gz' \
+    --output-prefix my --tokenizer-type HuggingFaceTokenizer \
     --tokenizer-model tokenizer.json --append-eod --workers 8
 """
 
@@ -22,62 +23,71 @@ from megatron_patch.cli.command_line import ArgumentParser, count, count_from_on
 from megatron_patch.data.dataset_paths import shard_prefix
 from megatron_patch.errors import DataError
 from megatron_patch.preprocess.encode import EncodeSettings
-from megatron_patch.preprocess.pipeline import Progress, preprocess
+from megatron_patch.preprocess.pipeline import ReportProgress, preprocess
 from megatron_patch.preprocess.summary import Summary
 from megatron_patch.raw_text.inputs import parse_shard
 from megatron_patch.tokenizers.base import TOKENIZERS
 from megatron_patch.tokenizers.tiktoken import PATTERNS
 from megatron_patch.utils.registry import lookup
-from megatron_patch.utils.units import format_count, format_duration
+from megatron_patch.utils.units import format_count, format_duration, plural
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """Reads the command line."""
+    """Parses the command line."""
     parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--input",
         nargs="+",
         required=True,
-        help="files, globs in quotes, or - for standard input: .jsonl .json .txt, also .gz .bz2 .xz .zst; .parquet",
+        help="files, globs in quotes, or - for standard input; .jsonl, .json and .txt, also compressed (.gz, .bz2, .xz, .zst); .parquet",
     )
     parser.add_argument("--output-prefix", required=True, help="writes PREFIX_KEY_document.bin, .idx and .json")
-    parser.add_argument("--json-keys", nargs="+", default=["text"], help="keys of the text, one output each; dots for nested keys")
+    parser.add_argument(
+        "--json-keys", nargs="+", default=["text"], help="JSON keys of the text, with dots for nested keys; each key gets its own output"
+    )
     parser.add_argument("--tokenizer-type", required=True, help=f"one of {', '.join(TOKENIZERS)}")
-    parser.add_argument("--tokenizer-model", help="its file or folder")
+    parser.add_argument("--tokenizer-model", help="the tokenizer's file or folder")
     parser.add_argument("--vocab-file", help="vocab.json of GPT2BPETokenizer")
     parser.add_argument("--merge-file", help="merges.txt of GPT2BPETokenizer")
-    parser.add_argument("--vocab-size", type=count_from_one, help="of NullTokenizer")
-    parser.add_argument("--eod-token", help="the end-of-document token, where the usual names do not fit")
-    parser.add_argument("--tiktoken-pattern", help=f"of TikTokenizer: {', '.join(PATTERNS)}, or a regular expression")
-    parser.add_argument("--special-tokens", nargs="+", metavar="NAME[=ID]", help="of TikTokenizer; without ids the next behind all before")
+    parser.add_argument("--vocab-size", type=count_from_one, help="number of ids of NullTokenizer")
+    parser.add_argument("--eod-token", help="the end-of-document token, if it has none of the usual names")
+    parser.add_argument("--tiktoken-pattern", help=f"how TikTokenizer splits text: {', '.join(PATTERNS)}, or a regular expression")
+    parser.add_argument(
+        "--special-tokens", nargs="+", metavar="NAME[=ID]", help="special tokens of TikTokenizer; ids default to the next free ones"
+    )
     parser.add_argument("--append-eod", action="store_true", help="end each document with the end-of-document token")
-    parser.add_argument("--prepend-bos", action="store_true", help="begin each document with the beginning-of-sequence token")
+    parser.add_argument("--prepend-bos", action="store_true", help="start each document with the beginning-of-sequence token")
     parser.add_argument(
         "--patch-align",
         type=count_from_one,
         default=1,
-        help="pad each document with end-of-document tokens to whole patches of so many tokens",
+        help="pad each document with end-of-document tokens to a multiple of this many tokens",
     )
-    parser.add_argument("--workers", type=count_from_one, default=1, help="processes that encode")
+    parser.add_argument("--workers", type=count_from_one, default=1, help="number of processes that encode")
     parser.add_argument(
-        "--on-bad-line", choices=("skip", "fail"), default="skip", help="leave bad lines out and list them, or stop at the first"
+        "--on-bad-line", choices=("skip", "fail"), default="skip", help="skip bad lines and list them, or fail at the first one"
     )
     parser.add_argument(
         "--backend",
-        choices=("auto", "words", "reference"),
+        choices=("auto", "reference"),
         default="auto",
-        help="auto: fastokens and a memory for words, where they agree with the reference; words: without fastokens",
+        help="auto: a faster encoder (fastokens or the word cache), if it gives the same ids; reference: only the tokenizer's own library",
     )
-    parser.add_argument("--txt-separator", help=r"between the documents of a .txt, with escapes: '\n\n'; without: one document a file")
-    for name, unit in (("chars", "characters"), ("tokens", "tokens, without those that are added")):
-        parser.add_argument(f"--min-{name}", type=count, help=f"leave documents out that have fewer {unit}")
-        parser.add_argument(f"--max-{name}", type=count, help=f"leave documents out that have more {unit}")
-    parser.add_argument("--dedup", action="store_true", help="leave documents out whose tokens are those of an earlier one")
-    parser.add_argument("--shuffle-documents", type=int, metavar="SEED", help="put documents into a random order")
-    parser.add_argument("--shard", help="i/n: only part i of n, from 0; slurm/n: i is the task of the Slurm array; slurm: n is its size")
-    parser.add_argument("--resume", action="store_true", help="go on with an unfinished run, if there is one")
-    parser.add_argument("--save-interval", type=float, default=30.0, help="seconds between the points from which a run can be resumed")
-    parser.add_argument("--overwrite", action="store_true", help="replace outputs that exist, and what an unfinished run left")
+    parser.add_argument(
+        "--txt-separator", help=r"separator of the documents in a .txt, with escapes: '\n\n'; default: each file is one document"
+    )
+    for name, unit in (("chars", "characters"), ("tokens", "tokens (added tokens do not count)")):
+        parser.add_argument(f"--min-{name}", type=count, help=f"leave out documents with fewer {unit}")
+        parser.add_argument(f"--max-{name}", type=count, help=f"leave out documents with more {unit}")
+    parser.add_argument("--dedup", action="store_true", help="leave out documents whose tokens equal those of an earlier one")
+    parser.add_argument("--shuffle-documents", type=int, metavar="SEED", help="write documents in a random order")
+    parser.add_argument(
+        "--shard",
+        help="i/n: process only part i of n, from 0; slurm/n: i is the task id of the Slurm array; slurm: n is the array's size, too",
+    )
+    parser.add_argument("--resume", action="store_true", help="resume an unfinished run, if there is one")
+    parser.add_argument("--save-interval", type=float, default=30.0, help="seconds between two points from which a run can resume")
+    parser.add_argument("--overwrite", action="store_true", help="replace existing outputs and the files of an unfinished run")
     parser.add_argument("--log-interval", type=float, default=10.0, help="seconds between progress lines")
     args = parser.parse_args(argv)
     lookup(TOKENIZERS, args.tokenizer_type, "--tokenizer-type")
@@ -85,31 +95,31 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def unescape(text: str) -> bytes:
-    r"""What a shell can hardly write: \n, \t, \x1e in the words of a command line.
+    r"""Replaces escapes such as \n, \t or \x1e, which are hard to type in a shell, and returns bytes.
 
     Raises:
-        DataError: an escape that is none, or nothing at all.
+        DataError: an escape is not valid, or the text is empty.
     """
     try:
         found = codecs.escape_decode(text.encode("utf-8"))[0]
     except ValueError as error:
-        raise DataError(f"--txt-separator {text!r}: {error}", r"text with escapes: '\n\n'") from error
+        raise DataError(f"--txt-separator {text!r} is not valid: {error}", r"text with escapes, such as '\n\n'") from error
     if not found:
-        raise DataError("--txt-separator ''", r"text with escapes: '\n\n'", "leave it out for one document a file")
+        raise DataError("--txt-separator is empty", r"text with escapes, such as '\n\n'", "remove it if each file is one document")
     return bytes(found)
 
 
-def progress_lines(interval: float) -> Progress:
-    """Prints a line every so many seconds."""
+def progress_lines(interval: float) -> ReportProgress:
+    """Returns a function that prints a progress line at most every `interval` seconds."""
     last = [time.monotonic()]
 
-    def show(documents: int, tokens: int, read: int, seconds: float, share: float) -> None:
+    def show(documents: int, tokens: int, read: int, seconds: float, fraction: float) -> None:
         if time.monotonic() - last[0] >= interval:
             last[0] = time.monotonic()
             print(
                 f"{format_count(documents)} documents, {format_count(tokens)} tokens, {read / 1e6:,.0f} MB, "
                 f"{read / 1e6 / seconds:.1f} MB/s, {format_count(tokens / seconds)} tokens/s, {format_duration(seconds)}"
-                + (f", {share:.1%} done, {format_duration(seconds / share - seconds)} to go" if share else ""),
+                + (f", {fraction:.1%} done, {format_duration(seconds / fraction - seconds)} left" if fraction else ""),
                 file=sys.stderr,
             )
 
@@ -117,21 +127,23 @@ def progress_lines(interval: float) -> Progress:
 
 
 def show_summary(summary: Summary) -> None:
-    """Prints a table for people and a JSON line for scripts."""
-    table = Table(show_header=False, title="Preprocessed", title_justify="left")
+    """Prints the summary: a table to standard error, and a line of JSON to standard output."""
+    table = Table(show_header=False, title="Preprocessing finished", title_justify="left")
     low, middle, high, longest = summary.tokens_per_document
     rows = {
         "outputs": "\n".join(summary.outputs),
         "documents": f"{summary.documents:,}",
         "tokens": f"{summary.tokens:,} ({summary.dtype})",
-        "tokens a document": f"5 %: {low:,}   50 %: {middle:,}   95 %: {high:,}   longest: {longest:,}",
+        "tokens per document": f"5 %: {low:,}   50 %: {middle:,}   95 %: {high:,}   longest: {longest:,}",
         "read": f"{summary.bytes / 1e6:,.1f} MB in {format_duration(summary.seconds)}",
-        "left out": f"{summary.bad_lines:,} bad lines, {summary.empty:,} empty documents, {summary.filtered:,} too short or too long, "
-        + f"{summary.duplicates:,} duplicates"
-        + (f" (listed in {summary.bad_lines_file})" if summary.bad_lines_file else ""),
-        "vocabulary": f"{summary.vocab_size:,} ids, end of document {summary.eod_id}"
-        + (f"; the largest in the text is {summary.largest_id:,}" if summary.largest_id is not None else ""),
-        "encoded by": summary.backend + (f", {summary.checked:,} documents compared with the reference" if summary.checked else ""),
+        "left out": plural(summary.bad_lines, "bad line")
+        + (f" (listed in {summary.bad_lines_file})" if summary.bad_lines_file else "")
+        + f", {plural(summary.empty, 'empty document')}, {summary.filtered:,} too short or too long, "
+        + plural(summary.duplicates, "duplicate"),
+        "vocabulary": f"{summary.vocab_size:,} ids"
+        + (f", end-of-document id {summary.eod_id:,}" if summary.eod_id is not None else "")
+        + (f", largest id in the text {summary.largest_id:,}" if summary.largest_id is not None else ""),
+        "encoded by": summary.backend + (f", {plural(summary.checked, 'document')} compared with the reference" if summary.checked else ""),
         **({"resumed": f"after {summary.resumed_at / 1e6:,.1f} MB"} if summary.resumed_at else {}),
     }
     for name, value in rows.items():

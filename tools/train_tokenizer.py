@@ -1,8 +1,13 @@
 #!/usr/bin/env python
-"""Trains a byte-level BPE tokenizer on text: python tools/train_tokenizer.py --input corpus.jsonl --vocab-size 8192 --output tokenizer"""
+r"""Trains a byte-level BPE tokenizer on text.
+
+python tools/train_tokenizer.py --input corpus.jsonl --vocab-size 8192 \
+    --output tokenizer
+"""
 
 from __future__ import annotations
 
+import argparse
 import sys
 
 import package_check  # noqa: F401 - before the package itself
@@ -14,12 +19,12 @@ from megatron_patch.utils.units import parse_count
 
 def main(argv: list[str]) -> None:
     """Runs the tool."""
-    parser = ArgumentParser(description=__doc__)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input", nargs="+", required=True, help="files, globs in quotes, or - for standard input")
-    parser.add_argument("--vocab-size", required=True, help="ids, with 256 bytes and the end-of-document token")
-    parser.add_argument("--output", required=True, help="a folder")
-    parser.add_argument("--json-key", default="text", help="key of the text")
-    parser.add_argument("--max-bytes", default="200M", help="how much text to read")
+    parser.add_argument("--vocab-size", required=True, help="number of ids, including the 256 bytes and the end-of-document token")
+    parser.add_argument("--output", required=True, help="folder to write tokenizer.json and tokenizer_config.json to")
+    parser.add_argument("--json-key", default="text", help="JSON key of the text, with dots for nested keys")
+    parser.add_argument("--max-bytes", default="200M", help="bytes of text to read at most")
     args = parser.parse_args(argv)
     path = train_tokenizer(args.input, args.output, parse_count(args.vocab_size), args.json_key, parse_count(args.max_bytes))
     print(f"wrote {path}")

@@ -21,8 +21,8 @@ from megatron_patch.errors import DataError
 from megatron_patch.model.inference_model import InferenceModel
 from megatron_patch.ops import IGNORE_INDEX
 from megatron_patch.parallel.groups import SINGLE_REPLICA, Replicas
-from megatron_patch.raw_text.inputs import Span, expand
-from megatron_patch.raw_text.large_documents import whole
+from megatron_patch.raw_text.inputs import FileRange, expand
+from megatron_patch.raw_text.large_documents import load_text
 from megatron_patch.raw_text.parse_documents import documents
 from megatron_patch.raw_text.readers import batches
 from megatron_patch.tokenizers.base import Tokenizer, encode
@@ -76,7 +76,7 @@ def read_documents(inputs: Sequence[str], key: str = "text") -> Iterator[str]:
     Raises:
         DataError: a file is missing or damaged, a text is not UTF-8, or a line is not a JSON object with the key.
     """
-    for batch in batches([Span(file) for file in expand(inputs)], (key,)):
+    for batch in batches([FileRange(file) for file in expand(inputs)], (key,)):
         for document in documents(batch, (key,), []):
             if document.texts is None:
                 line = f"{batch.source}, line {document.number}" + (f" after byte {batch.start}" if batch.start else "")
@@ -85,7 +85,7 @@ def read_documents(inputs: Sequence[str], key: str = "text") -> Iterator[str]:
                     f"UTF-8 text, or JSON objects with a text under {key!r}",
                     "repair the file, or name another key with --json-key",
                 )
-            yield whole(document.texts[0])
+            yield load_text(document.texts[0])
 
 
 def document_windows(

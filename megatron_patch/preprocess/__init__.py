@@ -1,1 +1,1 @@
-"""From text to indexed datasets: readers, encoders in worker processes, one writer that keeps the order."""
+"""From text to indexed datasets: worker processes encode documents, and one process keeps them in the order of the input."""

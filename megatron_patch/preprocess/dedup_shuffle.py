@@ -1,14 +1,14 @@
-"""Documents of a dataset left out where they repeat earlier ones, and put into a random order, in bounded memory.
+"""Removes duplicate documents from a dataset, and shuffles its documents, in bounded memory.
 
-In: a dataset with one sequence a document. Out: another. Both steps go through files in a scratch folder:
+In: a dataset with one sequence per document. Out: another dataset. Both steps use files in a scratch folder:
 
-- Equal documents are found by a 128-bit hash of their tokens. The hashes are dealt to files by their value, so that equal ones meet in one
-  file, and each file is sorted by itself; of equal documents the first stays.
-- For a random order each document is dealt to a bucket drawn for it, and each bucket is permuted: a uniform permutation of all documents,
+- Duplicates are found by a 128-bit hash of a document's tokens. Hashes are distributed to files by value, so that equal ones are in the
+  same file, and each file is sorted separately. The first of equal documents is kept.
+- To shuffle, each document goes to a random bucket, and each bucket is permuted. The result is a uniform permutation of all documents,
   which depends on the seed and on the documents, not on the machine.
 
-At 1e9 documents a file of hashes takes about 64 MB of memory, and the scratch folder 24 bytes a document, or, for the order, a copy of
-the data.
+At 1e9 documents, a file of hashes takes about 64 MB of memory, and the scratch folder 24 bytes per document; to shuffle, a copy of the
+data.
 """
 
 from __future__ import annotations
@@ -28,71 +28,74 @@ from megatron_patch.data.dataset_metadata import metadata_path
 from megatron_patch.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter, bin_path, idx_path
 from megatron_patch.errors import DataError
 from megatron_patch.utils.files import allow_open_files
+from megatron_patch.utils.units import plural
 
-_DOCUMENTS = 1 << 16  # dealt with at a time
-_MASK = 1 << 24  # of which it is known at a time whether they stay
+_DOCUMENTS = 1 << 16  # processed at a time
+_MASK_DOCUMENTS = 1 << 24  # in one file of left-out documents
 _PART_BYTES = 1 << 26
-_MOST_PARTS = 512
+_MAX_PARTS = 512
 _HASH = np.dtype([("high", "<u8"), ("low", "<u8"), ("number", "<i8")])
 
 
 def unordered_prefix(prefix: str) -> str:
-    """Where a dataset is until it is rearranged."""
+    """Returns the prefix of a dataset before its duplicates are removed or its documents are shuffled."""
     return f"{prefix}.unordered"
 
 
 def remove_dataset(prefix: str) -> None:
-    """Removes a dataset, its index first: what is left by a crash in between is no dataset."""
+    """Removes a dataset. The index goes first, so that a crash in between leaves nothing that can be opened."""
     for path in (idx_path(prefix), bin_path(prefix), metadata_path(prefix)):
         path.unlink(missing_ok=True)
 
 
-def rearrange(source: str, output: str, dedup: bool, shuffle_seed: int | None, scratch: Path) -> int:
-    """Writes a dataset without repetitions, in a random order, or both.
+def dedup_and_shuffle(source: str, output: str, dedup: bool, shuffle_seed: int | None, scratch: Path) -> int:
+    """Writes a dataset without duplicates, in a random order, or both.
 
     Args:
-        source: prefix to read.
-        output: prefix to write.
-        dedup: leave documents out whose tokens are those of an earlier one.
-        shuffle_seed: of the order; None: as they are.
-        scratch: folder for files on the way; it is removed.
+        source: dataset prefix to read.
+        output: dataset prefix to write.
+        dedup: leave out documents whose tokens equal those of an earlier one.
+        shuffle_seed: of the random order; None: the order of the source.
+        scratch: folder for temporary files; it is removed.
 
     Returns:
-        How many documents were left out.
+        The number of documents left out.
 
     Raises:
-        DataError: documents of several sequences, no space left.
+        DataError: documents have several sequences, or a file cannot be written.
     """
     dataset = IndexedDataset(source)
     if dataset.num_sequences != dataset.num_documents:
         raise DataError(
-            f"{source} has {dataset.num_sequences} sequences in {dataset.num_documents} documents",
-            "one sequence a document",
-            "leave out --dedup and --shuffle-documents",
+            f"{source} has {plural(dataset.num_sequences, 'sequence')} in {plural(dataset.num_documents, 'document')}",
+            "one sequence per document",
+            "remove --dedup and --shuffle-documents",
         )
     shutil.rmtree(scratch, ignore_errors=True)
     try:
         scratch.mkdir(parents=True)
-        allow_open_files(2 * _MOST_PARTS + 256)
-        dropped = _find_repetitions(dataset, scratch) if dedup else _Dropped(None)
+        allow_open_files(2 * _MAX_PARTS + 256)
+        dropped = _find_duplicates(dataset, scratch) if dedup else _Dropped(None)
         with IndexedDatasetWriter(output, dataset.dtype) as writer:
             if shuffle_seed is None:
                 for tokens, lengths, kept, _ in _kept_documents(dataset, dropped):
-                    whole = np.repeat(kept, lengths)
-                    writer.append(tokens if kept.all() else tokens[whole], lengths[kept])
+                    kept_tokens = np.repeat(kept, lengths)
+                    writer.append(tokens if kept.all() else tokens[kept_tokens], lengths[kept])
             else:
                 _shuffle(dataset, dropped, shuffle_seed, scratch, writer)
             metadata_path(output).unlink(missing_ok=True)
             writer.finish()
     except OSError as error:
-        raise DataError(f"cannot write {scratch}: {error.strerror or error}", "a writable folder with free space", "free space") from error
+        raise DataError(
+            f"cannot write {scratch}: {error.strerror or error}", "a writable folder with free space", "free disk space"
+        ) from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return dataset.num_documents - writer.num_documents
 
 
 def _pieces(dataset: IndexedDataset) -> Iterator[tuple[int, npt.NDArray[np.generic], npt.NDArray[np.int64]]]:
-    """(number of the first, tokens, lengths) of some documents at a time: so many, or so many bytes."""
+    """Yields (index of the first, tokens, lengths) of groups of documents, limited in number and in bytes."""
     offset = 0
     limit = _PART_BYTES // dataset.dtype.itemsize
     for start in range(0, len(dataset), _DOCUMENTS):
@@ -109,10 +112,10 @@ def _pieces(dataset: IndexedDataset) -> Iterator[tuple[int, npt.NDArray[np.gener
 
 
 class _Dropped:
-    """Numbers of documents that are left out, in files by range.
+    """The indices of documents that are left out, in one file per range of indices.
 
     Args:
-        folder: of the files; None: none is left out.
+        folder: of the files; None: no document is left out.
     """
 
     def __init__(self, folder: Path | None) -> None:
@@ -121,26 +124,26 @@ class _Dropped:
         self._mask: npt.NDArray[np.bool_] = np.zeros(0, bool)
 
     def add(self, numbers: npt.NDArray[np.int64]) -> None:
-        """Leaves documents out."""
+        """Marks documents as left out."""
         assert self._folder is not None
-        ranges = numbers // _MASK
+        ranges = numbers // _MASK_DOCUMENTS
         for which in np.unique(ranges).tolist():
             with (self._folder / f"dropped-{which}").open("ab") as file:
                 file.write((numbers[ranges == which]).astype("<i8").data)
 
     def kept(self, first: int, count: int) -> npt.NDArray[np.bool_]:
-        """Which of the documents `[first, first + count)` stay; asked in order."""
+        """Returns which of the documents `[first, first + count)` are kept. Ranges must be queried in ascending order."""
         if self._folder is None:
             return np.ones(count, bool)
         parts = []
         while count:
-            if first // _MASK != self._range:
-                self._range = first // _MASK
-                self._mask = np.ones(_MASK, bool)
+            if first // _MASK_DOCUMENTS != self._range:
+                self._range = first // _MASK_DOCUMENTS
+                self._mask = np.ones(_MASK_DOCUMENTS, bool)
                 path = self._folder / f"dropped-{self._range}"
                 if path.exists():
-                    self._mask[np.fromfile(path, "<i8") - self._range * _MASK] = False
-            begin = first - self._range * _MASK
+                    self._mask[np.fromfile(path, "<i8") - self._range * _MASK_DOCUMENTS] = False
+            begin = first - self._range * _MASK_DOCUMENTS
             taken = self._mask[begin : begin + count]
             parts.append(taken)
             first, count = first + taken.size, count - taken.size
@@ -155,19 +158,19 @@ def _kept_documents(
 
 
 def _parts(total_bytes: int) -> int:
-    return max(1, min(_MOST_PARTS, math.ceil(total_bytes / _PART_BYTES)))
+    return max(1, min(_MAX_PARTS, math.ceil(total_bytes / _PART_BYTES)))
 
 
 def _open_all(stack: contextlib.ExitStack, folder: Path, name: str, count: int) -> list[BinaryIO]:
     return [stack.enter_context((folder / f"{name}-{number}").open("wb", buffering=1 << 16)) for number in range(count)]
 
 
-def _find_repetitions(dataset: IndexedDataset, folder: Path) -> _Dropped:
+def _find_duplicates(dataset: IndexedDataset, folder: Path) -> _Dropped:
     count = _parts(len(dataset) * _HASH.itemsize)
     with contextlib.ExitStack() as stack:
         files = _open_all(stack, folder, "hashes", count)
         for first, tokens, lengths in _pieces(dataset):
-            _deal(_hashes(tokens, lengths, first), files)
+            _distribute(_hashes(tokens, lengths, first), files)
     dropped = _Dropped(folder)
     for number in range(count):
         path = folder / f"hashes-{number}"
@@ -190,7 +193,7 @@ def _hashes(tokens: npt.NDArray[np.generic], lengths: npt.NDArray[np.int64], fir
     return result
 
 
-def _deal(hashes: npt.NDArray[np.void], files: Sequence[BinaryIO]) -> None:
+def _distribute(hashes: npt.NDArray[np.void], files: Sequence[BinaryIO]) -> None:
     part = (hashes["high"] % np.uint64(len(files))).astype(np.int64)
     order = np.argsort(part, kind="stable")
     edges = np.searchsorted(part[order], np.arange(len(files) + 1))
@@ -204,16 +207,16 @@ def _shuffle(dataset: IndexedDataset, dropped: _Dropped, seed: int, folder: Path
         files, sizes = _open_all(stack, folder, "bucket", count), _open_all(stack, folder, "sizes", count)
         drawn: npt.NDArray[np.int64] = np.zeros(0, np.int64)
         for tokens, lengths, kept, first in _kept_documents(dataset, dropped):
-            # Drawn for whole chunks, so that the order does not depend on how these were divided for memory's sake.
+            # Random numbers are drawn for fixed groups, so that the order does not depend on how memory limits split them.
             if first % _DOCUMENTS == 0:
                 drawn = np.random.default_rng((seed, 0, first // _DOCUMENTS)).integers(0, count, _DOCUMENTS)
             begin = first % _DOCUMENTS
-            _fill(files, sizes, tokens, lengths, np.where(kept, drawn[begin : begin + lengths.size], -1))
+            _write_to_buckets(files, sizes, tokens, lengths, np.where(kept, drawn[begin : begin + lengths.size], -1))
     for number in range(count):
-        _empty(folder, number, np.random.default_rng((seed, 1, number)), dataset.dtype, writer)
+        _write_permuted(folder, number, np.random.default_rng((seed, 1, number)), dataset.dtype, writer)
 
 
-def _fill(
+def _write_to_buckets(
     files: Sequence[BinaryIO],
     sizes: Sequence[BinaryIO],
     tokens: npt.NDArray[np.generic],
@@ -231,8 +234,10 @@ def _fill(
         sizes[bucket].write(lengths[buckets == bucket].astype("<i4").data)
 
 
-def _empty(folder: Path, number: int, draw: np.random.Generator, dtype: np.dtype[np.generic], writer: IndexedDatasetWriter) -> None:
-    """Writes the documents of a bucket in a random order, some at a time."""
+def _write_permuted(
+    folder: Path, number: int, draw: np.random.Generator, dtype: np.dtype[np.generic], writer: IndexedDatasetWriter
+) -> None:
+    """Writes the documents of a bucket in a random order, a limited number of bytes at a time."""
     lengths = np.fromfile(folder / f"sizes-{number}", "<i4").astype(np.int64)
     starts = np.cumsum(lengths) - lengths
     order = draw.permutation(lengths.size)
@@ -240,11 +245,11 @@ def _empty(folder: Path, number: int, draw: np.random.Generator, dtype: np.dtype
     with path.open("rb") as file:
         pieces: list[bytes] = []
         held, begun = 0, 0
-        for place, document in enumerate(order.tolist(), start=1):
+        for position, document in enumerate(order.tolist(), start=1):
             file.seek(int(starts[document]) * dtype.itemsize)
             pieces.append(file.read(int(lengths[document]) * dtype.itemsize))
             held += len(pieces[-1])
-            if held >= _PART_BYTES // 4 or place == lengths.size:
-                writer.append(np.frombuffer(b"".join(pieces), dtype), lengths[order[begun:place]])
-                pieces, held, begun = [], 0, place
+            if held >= _PART_BYTES // 4 or position == lengths.size:
+                writer.append(np.frombuffer(b"".join(pieces), dtype), lengths[order[begun:position]])
+                pieces, held, begun = [], 0, position
     path.unlink()

@@ -1,8 +1,12 @@
-"""The fast backend: `fastokens` over the tokenizer of the reference, where it is to be trusted.
+"""The fast backend in place of the reference tokenizer: `fastokens` or, for SentencePiece, the word cache (word_cache.py).
 
-In: a reference tokenizer. Out: an encoder with the same results, or None and the reason. It must load the tokenizer and agree with the
-reference on strings made to break tokenizers; texts that hold a piece of the vocabulary which no merges make (such as <0x0A>, the name of
-a byte, which fastokens would take for the byte) go to the reference one by one.
+In: a reference tokenizer. Out: an encoder with the same results, or None and the reason. On web-sized documents `fastokens` takes a
+fraction of the CPU time of the reference libraries, once it is loaded: 1/100 for Llama-3, 1/120 or less for Qwen3, 1/6 for Mistral's
+SentencePiece BPE (benchmarks/results/preprocess_encoders-cpu-2026-11-30.json).
+
+Two things keep the ids right. The backend must agree with the reference on adversarial strings before it is used. Texts that contain a
+piece of the vocabulary that no merges produce (such as <0x0A>, the name of a byte, which fastokens would read as the byte) go to the
+reference one by one.
 """
 
 from __future__ import annotations
@@ -18,19 +22,24 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 
-from megatron_patch.preprocess.word_cache import Warming, WordCache, cuts_of, is_built
+from megatron_patch.preprocess.word_cache import WordCache, is_built, supports
 from megatron_patch.tokenizers.base import Flat, HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer
 from megatron_patch.tokenizers.byte_level import byte_letters
-from megatron_patch.tokenizers.sentencepiece import sentencepiece_json
+from megatron_patch.tokenizers.sentencepiece import replaces_spaces_alone, sentencepiece_json
 from megatron_patch.tokenizers.tiktoken import TikTokenizer
 
 Array = npt.NDArray[np.uint32]
-_MOST_UNREACHABLE = 2000
-_WARM_BYTES = 4_000_000  # which a reference encodes in the time that fastokens takes to load
+_MAX_PIECES_WITHOUT_MERGES = 2000
 
 
-def fuzz_strings(seed: int = 0, count: int = 300) -> list[str]:
-    """Strings made to break tokenizers: mixed scripts, odd white space, long runs, special tokens, controls, combining marks."""
+def adversarial_strings(seed: int = 0, count: int = 300) -> list[str]:
+    """Returns strings that tend to break tokenizers: mixed scripts, odd white space, long runs, special tokens, control characters,
+    combining marks.
+
+    Args:
+        seed: of the random combinations.
+        count: number of random combinations, in addition to each part by itself.
+    """
     words = [
         "a",
         "Z",
@@ -85,13 +94,13 @@ def fuzz_strings(seed: int = 0, count: int = 300) -> list[str]:
 
 
 class FastBackend:
-    """fastokens over the same tokenizer.
+    """Encodes with fastokens; the ids are those of the reference tokenizer.
 
     Args:
         tokenizer: the reference.
 
     Raises:
-        TypeError: a tokenizer that fastokens has no form for.
+        TypeError: fastokens has no format for this tokenizer.
         Exception: whatever fastokens raises when it cannot load it.
     """
 
@@ -101,43 +110,51 @@ class FastBackend:
         import fastokens
 
         self._reference = tokenizer
-        self._unreachable = _finder([])
+        self._needs_reference = _contains_any([])
+        self._normalize: Callable[[list[str]], list[str]] | None = None
         if isinstance(tokenizer, HuggingFaceTokenizer):
             text = tokenizer.backend.to_str()
             self._native = fastokens.Tokenizer.from_json_str(text)
-            self._unreachable = _finder(unreachable_pieces(text))
+            self._needs_reference = _contains_any(pieces_without_merges(text))
         elif isinstance(tokenizer, TikTokenizer):
             self._native = fastokens.Tokenizer.from_tiktoken(tokenizer.name, pattern=tokenizer.pattern)
-        elif isinstance(tokenizer, SentencePieceTokenizer) and (text := sentencepiece_json(tokenizer.backend)) is not None:
+        elif isinstance(tokenizer, SentencePieceTokenizer):
+            if not replaces_spaces_alone(tokenizer.backend):
+                self._normalize = tokenizer.backend.normalize  # NFKC, for instance: SentencePiece does this part itself
+            text = sentencepiece_json(tokenizer.backend, normalized=self._normalize is not None)
+            if text is None:
+                raise TypeError(f"fastokens has no format for {tokenizer.name}")
             self._native = fastokens.Tokenizer.from_json_str(text)
-            self._unreachable = _finder(unreachable_pieces(text))
+            self._needs_reference = _contains_any(pieces_without_merges(text))
         else:
-            raise TypeError(f"no form of {tokenizer.name}")
-        # Here its threads are made, once for a process: as many as it may use processors.
-        with _one_processor():
+            raise TypeError(f"fastokens has no format for {tokenizer.name}")
+        # The first call starts fastokens' threads: as many as this process may use cores.
+        with _one_core():
             self._native.encode_batch_flat(["a", "b"], add_special_tokens=False)
 
     def encode_flat(self, texts: Sequence[str]) -> Flat:
-        """See `Tokenizer`."""
-        ids, offsets = self._native.encode_batch_flat(list(texts), add_special_tokens=False)
+        """Encodes many texts; see `Tokenizer.encode_flat`."""
+        inputs = list(texts) if self._normalize is None else self._normalize(list(texts))
+        ids, offsets = self._native.encode_batch_flat(inputs, add_special_tokens=False)
         ends = np.frombuffer(offsets, dtype=np.uint64).astype(np.int64)
         flat, lengths = np.frombuffer(ids, dtype=np.uint32), ends[1:] - ends[:-1]
-        odd = [number for number, text in enumerate(texts) if self._unreachable(text)]
-        return self._with_reference(texts, odd, flat, lengths) if odd else (flat, lengths)
+        # Normalization writes spaces as ▁.
+        indices = [index for index, text in enumerate(inputs) if self._needs_reference(text.replace("▁", " "))]
+        return self._with_reference(texts, indices, flat, lengths) if indices else (flat, lengths)
 
-    def _with_reference(self, texts: Sequence[str], odd: Sequence[int], flat: Array, lengths: npt.NDArray[np.int64]) -> Flat:
-        """The ids of some texts put in from the reference."""
+    def _with_reference(self, texts: Sequence[str], indices: Sequence[int], flat: Array, lengths: npt.NDArray[np.int64]) -> Flat:
+        """Replaces the ids of the texts at some indices by those of the reference."""
         rows = np.split(flat, np.cumsum(lengths)[:-1])
         lengths = lengths.copy()
-        for number in odd:
-            rows[number] = self._reference.encode_flat([texts[number]])[0]
-            lengths[number] = rows[number].size
+        for index in indices:
+            rows[index] = self._reference.encode_flat([texts[index]])[0]
+            lengths[index] = rows[index].size
         return np.concatenate(rows), lengths
 
 
 @contextlib.contextmanager
-def _one_processor() -> Iterator[None]:
-    """Lets this thread use a single processor: a worker encodes in one, with one memory for words, and --workers says how many."""
+def _one_core() -> Iterator[None]:
+    """Restricts this thread to one core. A worker encodes in a single thread: --workers decides how many cores are used."""
     if not hasattr(os, "sched_setaffinity"):
         yield
         return
@@ -149,86 +166,76 @@ def _one_processor() -> Iterator[None]:
         os.sched_setaffinity(0, allowed)
 
 
-def unreachable_pieces(text: str) -> list[str]:
-    """What text must hold for a piece of a tokenizer.json to be in it that is no special token and that no merge makes.
+def pieces_without_merges(tokenizer_json: str) -> list[str]:
+    """Returns the texts of all vocabulary pieces that are not special tokens and that no merge produces.
+
+    Args:
+        tokenizer_json: the text of a tokenizer.json.
 
     Raises:
-        TypeError: a model without merges.
+        TypeError: the model is not a BPE.
     """
-    whole = orjson.loads(text)
-    model = whole["model"]
+    content = orjson.loads(tokenizer_json)
+    model = content["model"]
     if model.get("type") != "BPE":
         raise TypeError(f"a {model.get('type')} model")
     if model.get("ignore_merges"):
         return []
-    made = {"".join(merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"]}
-    added = {token["content"] for token in whole["added_tokens"]}
-    pieces = [piece for piece in model["vocab"] if len(piece) > 1 and piece not in made and piece not in added and " " not in piece]
+    merged = {"".join(merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"]}
+    added = {token["content"] for token in content["added_tokens"]}
+    pieces = [piece for piece in model["vocab"] if len(piece) > 1 and piece not in merged and piece not in added and " " not in piece]
     letters = {letter: byte for byte, letter in enumerate(byte_letters())}
-    byte_level = '"ByteLevel"' in json.dumps(whole["pre_tokenizer"])
+    byte_level = '"ByteLevel"' in json.dumps(content["pre_tokenizer"])
     if byte_level:
         pieces = [bytes(letters.get(letter, 0) for letter in piece).decode("utf-8", "ignore") for piece in pieces]
     return [piece for piece in (piece.replace("▁", " ").strip() for piece in pieces) if piece]
 
 
-def _finder(pieces: Sequence[str]) -> Callable[[str], bool]:
-    """Whether a text holds one of some strings; quick where they begin alike and the text holds none.
+def _contains_any(pieces: Sequence[str]) -> Callable[[str], bool]:
+    """Returns a function that checks whether a text contains one of the pieces. It is fast for texts without their common prefix.
 
     Raises:
-        ValueError: too many to look for.
+        ValueError: too many pieces to search for.
     """
     if not pieces:
         return lambda text: False
-    if len(pieces) > _MOST_UNREACHABLE:
-        raise ValueError(f"{len(pieces)} pieces that no merges make")
-    first, last = min(pieces), max(pieces)  # what these begin with, all between them do
-    beginning = first[: next((place for place, letter in enumerate(first) if letter != last[place : place + 1]), len(first))]
+    if len(pieces) > _MAX_PIECES_WITHOUT_MERGES:
+        raise ValueError(f"{len(pieces)} pieces that no merges produce")
+    prefix = os.path.commonprefix(list(pieces))  # noqa: RUF071 - of characters, not of paths
     pattern = re.compile("|".join(map(re.escape, pieces)))
-    return lambda text: beginning in text and pattern.search(text) is not None
+    return lambda text: prefix in text and pattern.search(text) is not None
 
 
-def same(first: Flat, second: Flat) -> bool:
-    """Whether two encodings are equal."""
+def same_encoding(first: Flat, second: Flat) -> bool:
+    """Returns whether two encodings are equal."""
     return np.array_equal(first[0], second[0]) and np.array_equal(first[1], second[1])
 
 
 def fast_backend(tokenizer: Tokenizer, backend: str = "auto") -> tuple[FastBackend | WordCache | None, str]:
-    """(what encodes in the reference's place, or None; why). It must agree with the reference on every fuzz string.
-
-    For byte-level BPE that is fastokens, which remembers words itself. For SentencePiece, and where fastokens cannot serve, it is a memory
-    for words: before the reference, and before fastokens as soon as there are so many new words that loading it pays.
+    """Chooses what encodes in place of the reference tokenizer.
 
     Args:
         tokenizer: the reference.
-        backend: "auto"; "words": without fastokens; "reference".
+        backend: "auto": the word cache or fastokens, if it agrees with the reference on every adversarial string; "reference": nothing.
+
+    Returns:
+        The fast backend, or None if the reference encodes; and a note for the user: what encodes, and why.
     """
     if backend == "reference":
         return None, "the reference tokenizer"
-    later = backend == "auto" and isinstance(tokenizer, SentencePieceTokenizer)
-    fast, note = _fastokens(tokenizer) if backend == "auto" and not later else (None, "the reference tokenizer")
-    cuts = cuts_of(tokenizer) if fast is None and is_built() else None
-    if cuts is None:
-        return _fastokens(tokenizer) if later else (fast, note)
-    encoder = Warming(tokenizer, lambda: _fastokens(tokenizer)[0], _WARM_BYTES) if later else tokenizer
-    memory = WordCache(tokenizer, encoder, cuts, "words")
-    # The second time each word is one that it remembers.
-    texts = 2 * fuzz_strings()
-    if same(memory.encode_flat(texts), tokenizer.encode_flat(texts)):
-        return memory, f"remembered words of {note}, checked against it"
-    return _fastokens(tokenizer) if later else (fast, note)
-
-
-def _fastokens(tokenizer: Tokenizer) -> tuple[FastBackend | None, str]:
-    """The backend of fastokens, or None; and why."""
+    texts = adversarial_strings()
+    if isinstance(tokenizer, SentencePieceTokenizer) and is_built() and supports(tokenizer):
+        cache, twice = WordCache(tokenizer), 2 * texts  # the second time, every word is in the cache
+        if same_encoding(cache.encode_flat(twice), tokenizer.encode_flat(twice)):
+            return cache, "the word cache, checked against the reference"
     try:
-        backend = FastBackend(tokenizer)
-        texts = fuzz_strings()
-        if not same(backend.encode_flat(texts), tokenizer.encode_flat(texts)):
-            return None, "the reference tokenizer (fastokens disagrees on fuzz strings)"
+        fast = FastBackend(tokenizer)
+        if not same_encoding(fast.encode_flat(texts), tokenizer.encode_flat(texts)):
+            return None, "the reference tokenizer (fastokens gives other ids for adversarial strings)"
     except ImportError:
-        return None, "the reference tokenizer (fastokens is not installed)"
+        return None, "the reference tokenizer (fastokens is not installed; much faster: pip install 'megatron_patch[fast]')"
     except TypeError:
-        return None, "the reference tokenizer (no fast backend for its type)"
-    except Exception as error:  # whatever a young library may raise, the reference serves
+        return None, "the reference tokenizer (fastokens does not support this tokenizer)"
+    except Exception as error:  # whatever a young library may raise, the reference can encode
         return None, f"the reference tokenizer (fastokens cannot load it: {error})"
-    return backend, "fastokens, checked against the reference"
+    return fast, "fastokens, checked against the reference"

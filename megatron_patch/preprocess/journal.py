@@ -1,9 +1,9 @@
-"""What is finished: a journal beside the output, from which a run that was killed goes on.
+"""The journal of a run, from which a run that was killed resumes.
 
-In: from time to time, after the output so far was forced to disk, how far input and output are. Out: the last such record. The journal is
-PREFIX_progress.jsonl: a first line that says what is read and how, then a line for each record; a last line that a crash cut short is
-as if it had not been written. Resuming cuts the output back to the last record and reads on from there: whatever came behind it is
-written again, so that the result is that of an unbroken run.
+In: now and then, after the output so far was forced to disk, the progress of input and output. Out: the last such record. The journal is
+PREFIX_progress.jsonl: the first line describes the input and the settings, and each further line is a record; an incomplete last line, as
+after a crash, is ignored. Resuming truncates the output to the last record and continues reading from there, so that the result is that of
+an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -19,34 +19,35 @@ import xxhash
 
 from megatron_patch.errors import DataError
 from megatron_patch.preprocess.encode import EncodeSettings
-from megatron_patch.raw_text.inputs import STANDARD_INPUT, Span
+from megatron_patch.raw_text.inputs import STANDARD_INPUT, FileRange
 from megatron_patch.utils.files import checksum, fsync_folder, write_durably
+from megatron_patch.utils.units import plural
 
 FORMAT = "megatron_patch/progress-1"
-# What may change between a run and its continuation: both backends give the same ids, and the tokenizer is known by its checksum.
-_FREE = ("backend", "tokenizer_model", "vocab_file", "merge_file")
+# What may differ when a run resumes: both backends give the same ids, and the tokenizer is identified by its checksum.
+_MAY_CHANGE = ("backend", "tokenizer_model", "vocab_file", "merge_file")
 
 
 @dataclass(frozen=True)
 class Record:
-    """How far a run is.
+    """The progress of a run.
 
     Args:
-        file: number of the input that was being read.
-        upto: the unit of it to go on from.
-        line: lines of that input before it.
-        outputs: (documents, tokens) of each output, forced to disk.
-        read: bytes.
-        empty: texts without a token so far.
-        filtered: texts too short or too long so far.
-        checked: texts compared with the reference so far.
+        file: index of the input that was being read.
+        upto: the unit of it to continue from.
+        line: lines of that input before this unit.
+        outputs: (documents, tokens) of each output that are forced to disk.
+        read: bytes read so far.
+        empty: documents without a token so far.
+        filtered: documents that were too short or too long so far.
+        checked: documents compared with the reference so far.
         bad: bad lines so far.
-        bad_bytes: size of their list.
-        lengths: the histogram of lengths.
-        longest: of the lengths.
-        largest: of the texts' ids so far.
-        distrusted: a fast backend gave other ids than the reference before, so that it is not used again.
-        seconds: worked so far.
+        bad_bytes: size of the list of bad lines.
+        lengths: the histogram of document lengths.
+        longest: the length of the longest document.
+        largest: the largest id of the texts so far.
+        distrusted: the fast backend gave other ids than the reference, so it is not used again.
+        seconds: time spent so far.
         complete: all input has been read.
     """
 
@@ -69,12 +70,12 @@ class Record:
 
 
 def journal_path(output_prefix: str) -> Path:
-    """The journal of a run."""
+    """Returns the path of a run's journal."""
     return Path(f"{output_prefix}_progress.jsonl")
 
 
 def tokenizer_checksum(settings: EncodeSettings) -> str:
-    """xxh64 over the tokenizer's files, or over its size where it has none."""
+    """Returns the xxh64 of the tokenizer's files, or the vocabulary size of a tokenizer without files."""
     digest = xxhash.xxh64()
     for name in (settings.tokenizer_model, settings.vocab_file, settings.merge_file):
         if name is None:
@@ -85,35 +86,35 @@ def tokenizer_checksum(settings: EncodeSettings) -> str:
     return digest.hexdigest() if settings.tokenizer_model or settings.vocab_file else f"{settings.vocab_size}"
 
 
-def identity(spans: Sequence[Span], settings: EncodeSettings, **more: Any) -> dict[str, Any]:
-    """What a run reads and how: all that its result depends on, as plain values. A file is known by name, size and time of change.
+def identity(parts: Sequence[FileRange], settings: EncodeSettings, **more: Any) -> dict[str, Any]:
+    """Returns everything that the result of a run depends on, as plain values. A file is identified by name, size and time of change.
 
     Args:
-        spans: the input.
-        settings: of encoding.
+        parts: the input.
+        settings: how to encode.
         more: other settings, as plain values.
     """
     inputs = []
-    for span in spans:
-        known = Path(span.path).stat() if span.path != STANDARD_INPUT else None
+    for part in parts:
+        known = Path(part.path).stat() if part.path != STANDARD_INPUT else None
         stamp = [known.st_size, known.st_mtime_ns] if known else [0, 0]
-        inputs.append([os.path.abspath(span.path) if known else span.path, *stamp, span.start, span.end])
-    chosen = {name: value for name, value in asdict(settings).items() if name not in _FREE}
+        inputs.append([os.path.abspath(part.path) if known else part.path, *stamp, part.start, part.end])
+    chosen = {name: value for name, value in asdict(settings).items() if name not in _MAY_CHANGE}
     chosen = {name: list(value) if isinstance(value, tuple) else value for name, value in chosen.items()}
     chosen.update(more)
     return {"format": FORMAT, "inputs": inputs, "settings": chosen, "tokenizer": tokenizer_checksum(settings)}
 
 
 def identity_checksum(found: Mapping[str, Any]) -> str:
-    """One number for an identity."""
+    """Returns a checksum of an `identity`."""
     return xxhash.xxh64(json.dumps(found, sort_keys=True).encode()).hexdigest()
 
 
-def _same_run(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """A run may be continued only with the same settings.
+def _check_same_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Checks that a run is resumed with the settings that it was started with.
 
     Raises:
-        DataError: naming the differences.
+        DataError: they differ; the message names the differences.
     """
     difference = None
     if before.get("format") != now["format"]:
@@ -127,8 +128,8 @@ def _same_run(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         raise _refusal(difference)
 
 
-def _is_of_this_input(record: Record, before: Sequence[Any], now: Sequence[Any]) -> bool:
-    """Whether what a record has read, and the file to go on in, are what they were; files behind it may be repaired, added or left out."""
+def _input_matches(record: Record, before: Sequence[Any], now: Sequence[Any]) -> bool:
+    """Returns whether the files that a record has read, and the one to continue in, are unchanged. Later files may be changed or added."""
     if record.complete:
         return before == now
     return record.file < len(now) and before[: record.file + 1] == now[: record.file + 1]
@@ -137,14 +138,14 @@ def _is_of_this_input(record: Record, before: Sequence[Any], now: Sequence[Any])
 def _input_difference(before: Sequence[Any], now: Sequence[Any]) -> str:
     for one, other in zip(before, now, strict=False):
         if one != other:
-            return f"{one[0]} was input, now {other[0]}" if one[0] != other[0] else f"{one[0]} has changed"
-    return f"{len(before)} inputs before, {len(now)} now"
+            return f"the input was {one[0]}, now {other[0]}" if one[0] != other[0] else f"{one[0]} has changed"
+    return f"there were {plural(len(before), 'input')}, now {len(now)}"
 
 
 def _refusal(difference: str) -> DataError:
     return DataError(
         f"the unfinished run cannot be resumed: {difference}",
-        "the same settings, and the same input as far as it has been read",
+        "the same settings, and unchanged files up to the one that was being read",
         "restore them, or start over with --overwrite instead of --resume",
     )
 
@@ -154,8 +155,8 @@ class Journal:
 
     Args:
         path: its file.
-        identity: what the run reads and how.
-        begin: the record that the run goes on from; None: it begins anew.
+        identity: of the run, as `identity` returns it.
+        begin: the record that the run resumes from; None: it starts from the beginning.
 
     Raises:
         DataError: it cannot be written.
@@ -172,10 +173,10 @@ class Journal:
                 raise _unwritable(path, error) from error
 
     def add(self, record: Record) -> None:
-        """Writes a record, forced to disk.
+        """Writes a record and forces it to disk.
 
         Raises:
-            DataError: no space left.
+            DataError: it cannot be written.
         """
         try:
             if self._file is None:
@@ -200,7 +201,11 @@ class Journal:
 
 
 def _unwritable(path: Path, error: OSError) -> DataError:
-    return DataError(f"cannot write {path}: {error.strerror or error}", "a writable folder with free space", "free space, and use --resume")
+    return DataError(
+        f"cannot write {path}: {error.strerror or error}",
+        "a writable folder with free space",
+        "free disk space, and run again with --resume",
+    )
 
 
 def _line(record: Record) -> str:
@@ -208,10 +213,10 @@ def _line(record: Record) -> str:
 
 
 def _records(path: Path) -> tuple[dict[str, Any], list[Record]] | None:
-    """(identity, records) of a journal; None where nothing is recorded. A last line that is cut short does not count.
+    """Returns (identity, records) of a journal, without an incomplete last line; None if it does not exist or has no records.
 
     Raises:
-        DataError: the file is no journal.
+        DataError: the file is not a journal.
     """
     if not path.is_file():
         return None
@@ -227,36 +232,38 @@ def _records(path: Path) -> tuple[dict[str, Any], list[Record]] | None:
         return json.loads(lines[0]), records
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
-            f"{path} is no journal: {error}", "what tools/preprocess_data.py writes", "start over with --overwrite instead of --resume"
+            f"{path} is not a journal: {error}",
+            "a file that tools/preprocess_data.py wrote",
+            "start over with --overwrite instead of --resume",
         ) from error
 
 
 def last_record(path: Path) -> Record | None:
-    """How far an unfinished run has come; None: nothing is recorded.
+    """Returns the progress of an unfinished run; None if nothing is recorded.
 
     Raises:
-        DataError: the file is no journal.
+        DataError: the file is not a journal.
     """
     found = _records(path)
     return found[1][-1] if found is not None else None
 
 
 def record_to_resume(path: Path, now: Mapping[str, Any]) -> Record | None:
-    """The last record that a run can go on from: all that had been read then is what it was. None: nothing is recorded.
+    """Returns the last record whose input is unchanged, from which the run can resume; None if nothing is recorded.
 
     Args:
         path: the journal.
-        now: what the run reads and how, as `identity` says.
+        now: the `identity` of the run.
 
     Raises:
-        DataError: the file is no journal; other settings, or other input from the first record on.
+        DataError: the file is not a journal, the settings differ, or the input of every record has changed.
     """
     found = _records(path)
     if found is None:
         return None
     before, records = found
-    _same_run(before, now)
+    _check_same_settings(before, now)
     for record in reversed(records):
-        if _is_of_this_input(record, before["inputs"], now["inputs"]):
+        if _input_matches(record, before["inputs"], now["inputs"]):
             return record
     raise _refusal(_input_difference(before["inputs"], now["inputs"]))

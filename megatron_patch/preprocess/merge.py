@@ -1,8 +1,8 @@
-"""Many datasets joined to one, end to end, in constant memory.
+"""Merges datasets, one after another, in constant memory.
 
-In: prefixes in order. Out: one dataset, byte for byte what one run over all the input would have written (and what Megatron's builder
-gives for the same shards). Tokens are copied as ranges of bytes; the index is streamed, section by section, from the shards' own. Nothing
-appears under its name before it was read back and agrees with the shards' checksums.
+In: dataset prefixes in order. Out: one dataset, byte for byte what a single run over all the input writes, and what Megatron's builder
+writes for the same shards. Tokens are copied as byte ranges. The index is streamed, section by section, from the shards' indices. The
+result gets its final name after it has been read back and agrees with the shards' checksums.
 """
 
 from __future__ import annotations
@@ -23,25 +23,26 @@ from megatron_patch.data.dataset_metadata import DatasetMetadata, check_compatib
 from megatron_patch.data.indexed_dataset import IndexedDataset, bin_path, idx_path, pack_header
 from megatron_patch.data.storage import StoredArray, is_address
 from megatron_patch.errors import DataError
-from megatron_patch.preprocess.dedup_shuffle import rearrange
+from megatron_patch.preprocess.dedup_shuffle import dedup_and_shuffle
 from megatron_patch.utils.files import checksum, copy_range, fsync_folder
+from megatron_patch.utils.units import plural
 
 _CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
 class MergeResult:
-    """What was joined.
+    """The result of a merge.
 
     Args:
-        output: prefix of the result.
-        shards: how many.
-        sequences: of the result.
-        documents: of the result.
-        tokens: of the result.
-        duplicates: documents left out.
+        output: the dataset prefix of the result.
+        shards: number of shards.
+        sequences: in the result.
+        documents: in the result.
+        tokens: in the result.
+        duplicates: documents left out because an earlier one is equal.
         bytes: of the result's .bin and .idx.
-        side_file: whether the result has one: where every shard has.
+        side_file: whether the result has a metadata file: it does if every shard has one.
     """
 
     output: str
@@ -56,7 +57,7 @@ class MergeResult:
 
 @dataclass(frozen=True)
 class _Shard:
-    """What is kept of a shard between the passes: a few numbers, never a file or an array."""
+    """The facts about a shard that are held in memory: a few numbers, never an open file or an array."""
 
     prefix: str
     sequences: int
@@ -74,29 +75,29 @@ def merge_datasets(
     shuffle_seed: int | None = None,
     notice: Callable[[str], None] = lambda text: None,
 ) -> MergeResult:
-    """Joins datasets end to end.
+    """Merges datasets, one after another.
 
     Args:
-        prefixes: the shards, in order.
-        output: prefix of the result.
-        overwrite: replace a result that exists.
-        dedup: leave documents out whose tokens are those of an earlier one.
-        shuffle_seed: put documents into a random order; None: they keep theirs.
-        notice: told in words what the user should know.
+        prefixes: of the shards, in order.
+        output: the dataset prefix of the result.
+        overwrite: replace an existing result.
+        dedup: leave out documents whose tokens equal those of an earlier one.
+        shuffle_seed: write documents in a random order; None: in the order of the shards.
+        notice: receives messages for the user.
 
     Raises:
-        DataError: shards that are missing, damaged, or do not go together; an output that exists; no space left.
+        DataError: shards are missing, damaged or incompatible; the output exists; or it cannot be written.
     """
     if not prefixes:
-        raise DataError("nothing to merge", "at least one dataset prefix", "give --input")
+        raise DataError("there is nothing to merge", "at least 1 dataset prefix", "give --input")
     remote = next((prefix for prefix in (*prefixes, output) if is_address(prefix)), None)
     if remote is not None:
-        raise DataError(f"{remote} is an address", "files of this machine", "copy the shards here, or train on them as they are")
+        raise DataError(f"{remote} is a remote address", "local files", "copy the shards to this machine, or train on the shards directly")
     if os.path.realpath(output) in {os.path.realpath(prefix) for prefix in prefixes}:
-        raise DataError(f"{output} is also one of the shards", "an output of its own", "choose another --output-prefix")
-    taken = next((path for path in (bin_path(output), idx_path(output)) if path.exists()), None)
-    if taken is not None and not overwrite:
-        raise DataError(f"{taken} exists", "an --output-prefix that is free", "choose another, or use --overwrite")
+        raise DataError(f"{output} is also one of the shards", "an output that is not an input", "choose another --output-prefix")
+    existing = next((path for path in (bin_path(output), idx_path(output)) if path.exists()), None)
+    if existing is not None and not overwrite:
+        raise DataError(f"{existing} already exists", "an unused --output-prefix", "choose another, or add --overwrite")
     shards, dtype, modes, info = _survey(prefixes, notice)
     working = f"{output}.partial"
     try:
@@ -109,17 +110,19 @@ def merge_datasets(
             _write_index(shards, dtype, modes, idx_path(working))
             _verify_index(working, shards)
             if dedup or shuffle_seed is not None:
-                duplicates = rearrange(working, output, dedup, shuffle_seed, Path(f"{output}.scratch"))
+                duplicates = dedup_and_shuffle(working, output, dedup, shuffle_seed, Path(f"{output}.scratch"))
                 digest = checksum(bin_path(output))
             else:
                 duplicates = 0
-                _give_name(working, output)
+                _rename_result(working, output)
     except OSError as error:
         raise DataError(
-            f"cannot write {output}: {error.strerror or error}", "a writable folder with free space", "free space or change --output-prefix"
+            f"cannot write {output}: {error.strerror or error}",
+            "a writable folder with free space",
+            "free disk space or change --output-prefix",
         ) from error
     if info is not None:
-        write_metadata(output, _joined_info(info, output, digest))
+        write_metadata(output, _merged_metadata(info, output, digest))
     result = IndexedDataset(output)
     return MergeResult(
         output=output,
@@ -133,8 +136,8 @@ def merge_datasets(
     )
 
 
-def _give_name(working: str, output: str) -> None:
-    # An older index goes first, so that a crash in between leaves no pair of files that do not belong together.
+def _rename_result(working: str, output: str) -> None:
+    # An old index is removed first, so that a crash in between never leaves an index next to the tokens of another dataset.
     idx_path(output).unlink(missing_ok=True)
     metadata_path(output).unlink(missing_ok=True)
     os.replace(bin_path(working), bin_path(output))
@@ -145,10 +148,10 @@ def _give_name(working: str, output: str) -> None:
 def _survey(
     prefixes: Sequence[str], notice: Callable[[str], None]
 ) -> tuple[list[_Shard], np.dtype[np.generic], bool, DatasetMetadata | None]:
-    """Opens each shard once: do they go together?"""
+    """Opens each shard once, and checks that it is valid and compatible with the others."""
     shards: list[_Shard] = []
     first: IndexedDataset | None = None
-    joined: DatasetMetadata | None = None
+    merged: DatasetMetadata | None = None
     modes: set[bool] = set()
     without = 0
     for prefix in prefixes:
@@ -156,29 +159,35 @@ def _survey(
         first = dataset if first is None else first
         if dataset.dtype != first.dtype:
             raise DataError(
-                f"{first.prefix} has {first.dtype} tokens, {prefix} {dataset.dtype}",
+                f"{first.prefix} has {first.dtype} tokens, and {prefix} has {dataset.dtype} tokens",
                 "shards of one dtype",
-                "preprocess them with one tokenizer",
+                "preprocess all shards with one tokenizer",
             )
         if dataset.num_sequences:
             modes.add(dataset.has_modes)
         if len(modes) > 1:
-            raise DataError(f"{prefix}: shards with and without modes of sequences", "all of one kind", "merge each kind by itself")
+            raise DataError(
+                f"{prefix} differs from the shards before it: only some have sequence modes",
+                "shards of one kind",
+                "merge each kind separately",
+            )
         info = read_metadata(prefix)
         if info is None:
             without += 1
         else:
-            joined = info if joined is None else _together(joined, info, first.prefix, prefix)
+            merged = info if merged is None else _combined(merged, info, first.prefix, prefix)
             if (info.tokens, info.documents, info.bin_bytes) != (dataset.num_tokens, dataset.num_documents, dataset.bin_bytes):
                 raise DataError(
-                    f"{prefix} has {dataset.num_tokens} tokens in {dataset.num_documents} documents; its side file says {info.tokens} "
-                    f"in {info.documents}",
-                    "files of one dataset",
+                    f"{prefix} has {plural(dataset.num_tokens, 'token')} in {plural(dataset.num_documents, 'document')}, but its metadata "
+                    f"file lists {plural(info.tokens, 'token')} in {plural(info.documents, 'document')}",
+                    "a .bin, .idx and .json file of the same dataset",
                     "copy all three files again, or preprocess the shard again",
                 )
             if checksum(idx_path(prefix)) != info.idx_xxh64:
                 raise DataError(
-                    f"{idx_path(prefix)} has another checksum than its side file says", "a sound shard", "copy it or preprocess it again"
+                    f"the checksum of {idx_path(prefix)} differs from its metadata file",
+                    "an undamaged shard",
+                    "copy the shard again, or preprocess it again",
                 )
         shards.append(
             _Shard(
@@ -191,14 +200,14 @@ def _survey(
             )
         )
     if without:
-        notice(f"{without} of {len(shards)} shards have no side file: the result gets none")
+        notice(f"{without} of {plural(len(shards), 'shard')} have no metadata file, so the result has none")
     assert first is not None
-    return shards, first.dtype, modes == {True}, joined if not without else None
+    return shards, first.dtype, modes == {True}, merged if not without else None
 
 
-def _together(one: DatasetMetadata, other: DatasetMetadata, one_prefix: str, other_prefix: str) -> DatasetMetadata:
+def _combined(one: DatasetMetadata, other: DatasetMetadata, one_prefix: str, other_prefix: str) -> DatasetMetadata:
     check_compatible(one, other, one_prefix, other_prefix)
-    # A document padded to both is padded to what divides both.
+    # A length that is a multiple of one of two numbers is a multiple of their greatest common divisor.
     return replace(one, patch_align=math.gcd(one.patch_align, other.patch_align))
 
 
@@ -214,40 +223,40 @@ def _copy_tokens(shards: Sequence[_Shard], path: Path) -> None:
 
 
 def _verify_tokens(shards: Sequence[_Shard], path: Path) -> str:
-    """Reads the result back: each span must have its shard's checksum. Returns the checksum of the whole."""
-    whole = xxhash.xxh64()
+    """Reads the result back, compares the checksum of each shard's range, and returns the checksum of the file."""
+    total = xxhash.xxh64()
     with path.open("rb") as file:
         for shard in shards:
-            span = xxhash.xxh64()
+            part = xxhash.xxh64()
             left = shard.bin_bytes
             while left:
                 piece = file.read(min(left, 4 * _CHUNK))
                 if not piece:
                     raise _changed(path)
-                span.update(piece)
-                whole.update(piece)
+                part.update(piece)
+                total.update(piece)
                 left -= len(piece)
-            if span.hexdigest() != (shard.bin_xxh64 or checksum(bin_path(shard.prefix))):
+            if part.hexdigest() != (shard.bin_xxh64 or checksum(bin_path(shard.prefix))):
                 raise DataError(
-                    f"{bin_path(shard.prefix)} has another checksum than its side file says, or was copied wrongly",
-                    "sound shards and a sound disk",
+                    f"the checksum of {bin_path(shard.prefix)} differs from its metadata file, or the copy is damaged",
+                    "undamaged shards and a reliable disk",
                     "check the shard with tools/inspect_dataset.py --check; copy it or preprocess it again",
                 )
-    return whole.hexdigest()
+    return total.hexdigest()
 
 
 def _changed(path: Path) -> DataError:
-    return DataError(f"{path} changed while it was read", "files that stay as they are", "run again when nothing writes to them")
+    return DataError(f"{path} changed while it was read", "files that do not change", "run again when no process writes to them")
 
 
 def _chunks(array: StoredArray, first: int = 0) -> Iterator[npt.NDArray[Any]]:
-    """An array of a dataset's index in pieces."""
+    """Yields an array of a dataset's index in chunks."""
     for start in range(first, len(array), _CHUNK):
         yield array[start : start + _CHUNK]
 
 
 def _write_index(shards: Sequence[_Shard], dtype: np.dtype[np.generic], modes: bool, path: Path) -> None:
-    """Four passes over the shards, one for each section of the index; one shard is open at a time."""
+    """Writes the index in four passes over the shards, one for each section. One shard is open at a time."""
     sequences, documents = sum(shard.sequences for shard in shards), sum(shard.documents for shard in shards)
     with path.open("wb", buffering=_CHUNK) as index:
         index.write(pack_header(dtype, sequences, documents + 1))
@@ -282,9 +291,9 @@ def _write_offsets(shards: Sequence[_Shard], itemsize: int, index: BinaryIO) -> 
             offsets = np.concatenate(([end], ends[:-1]))
             if int(lengths.min()) < 0 or not np.array_equal(offsets, pointers):
                 raise DataError(
-                    f"{idx_path(shard.prefix)}: its offsets do not follow from its lengths",
-                    "a sound shard",
-                    "check it with tools/inspect_dataset.py --check",
+                    f"the offsets in {idx_path(shard.prefix)} do not match its lengths",
+                    "an undamaged shard",
+                    "check the shard with tools/inspect_dataset.py --check",
                 )
             index.write((base + offsets).astype("<i8").data)
             end = int(ends[-1])
@@ -299,9 +308,9 @@ def _write_boundaries(shards: Sequence[_Shard], index: BinaryIO) -> None:
         for boundaries in _chunks(dataset.document_boundaries, first=1):
             if int(boundaries[0]) < last or (np.diff(boundaries.astype(np.int64)) < 0).any():
                 raise DataError(
-                    f"{idx_path(shard.prefix)}: a document ends before it begins",
-                    "a sound shard",
-                    "check it with tools/inspect_dataset.py --check",
+                    f"a document in {idx_path(shard.prefix)} ends before it begins",
+                    "an undamaged shard",
+                    "check the shard with tools/inspect_dataset.py --check",
                 )
             last = int(boundaries[-1])
             index.write((base + boundaries.astype(np.int64)).astype("<i8").data)
@@ -312,10 +321,10 @@ def _verify_index(working: str, shards: Sequence[_Shard]) -> None:
     result = IndexedDataset(working)
     expected = (sum(shard.sequences for shard in shards), sum(shard.documents for shard in shards), sum(shard.tokens for shard in shards))
     if (int(result.num_sequences), result.num_documents, result.num_tokens) != expected:
-        raise DataError(f"{working} does not add up", "a sound disk", "run again")
+        raise DataError(f"{working} does not contain what its shards contain", "a reliable disk", "run again")
 
 
-def _joined_info(info: DatasetMetadata, output: str, digest: str) -> DatasetMetadata:
+def _merged_metadata(info: DatasetMetadata, output: str, digest: str) -> DatasetMetadata:
     result = IndexedDataset(output)
     return replace(
         info,

@@ -1,4 +1,4 @@
-"""A thread that works ahead. In: an iterator. Out: what it gives, in the same order, made while the caller was at what came before."""
+"""Prefetching in a thread. In: an iterator. Out: its items, in the same order; each is made while the caller processes the one before."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class _End:
-    """There is no more; because of an error, where there is one."""
+    """The end of the items; with the exception that ended them, if any."""
 
     error: BaseException | None = None
 
 
 class Prefetcher(Generic[Item]):
-    """Iterates in a thread of its own, one item ahead of the caller; a context manager, which ends the thread.
+    """Iterates in a thread, one item ahead of the caller. A context manager, which ends the thread.
 
     Args:
-        items: taken in the thread, which is at most in the middle of one when it is told to end.
+        items: iterated in the thread. When the context ends, an item that is being made is completed first.
     """
 
     def __init__(self, items: Iterable[Item]) -> None:
@@ -33,7 +33,7 @@ class Prefetcher(Generic[Item]):
         self._made: queue.SimpleQueue[Item | _End] = queue.SimpleQueue()
         self._room = threading.Semaphore(1)
         self._wanted = True
-        self._thread = threading.Thread(target=self._make, daemon=True, name="ahead")
+        self._thread = threading.Thread(target=self._make, daemon=True, name="prefetch")
 
     def __enter__(self) -> Prefetcher[Item]:
         self._thread.start()
@@ -51,14 +51,14 @@ class Prefetcher(Generic[Item]):
                 self._made.put(next(items))
         except StopIteration:
             self._made.put(_End())
-        except BaseException as error:  # the caller's, who asked for the item
+        except BaseException as error:  # raised again where the caller takes the item
             self._made.put(_End(error))
 
     def __iter__(self) -> Iterator[Item]:
-        """The items.
+        """Yields the items.
 
         Raises:
-            Exception: whatever making one raised, behind those before it.
+            Exception: whatever the iterator raised, after the items before it.
         """
         while True:
             item = self._made.get()
@@ -71,14 +71,14 @@ class Prefetcher(Generic[Item]):
                     raise item.error
                 return
             finally:
-                del item  # else the error would hold this frame, and the frame the error, and both what is open in the thread
+                del item  # breaks the cycle of error and frame, which would keep the thread's files open
 
 
 def prefetch_if(wanted: bool, items: Iterable[Item]) -> AbstractContextManager[Iterable[Item]]:
-    """Items that a thread makes ahead, or that are made when they are asked for."""
+    """Returns the items, prefetched in a thread or not, as a context manager."""
     return Prefetcher(items) if wanted else contextlib.nullcontext(items)
 
 
 def spare_cores(workers: int) -> bool:
-    """Whether this process may use more cores than workers, so that each can do two things at once."""
+    """Returns whether this process may use more cores than it has workers, so that each can prefetch in a second thread."""
     return len(os.sched_getaffinity(0)) > workers

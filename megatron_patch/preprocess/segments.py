@@ -1,11 +1,15 @@
-"""Where a long text may be cut, so that its parts, encoded one after another, give the ids of the whole:
+"""Splits a large text into segments whose ids, one after another, are the ids of the text.
 
-- Byte-level BPE: text is first split by a pattern, and merges happen inside of what it matches. In the patterns that are known here
-  nothing that ends in a letter or a digit goes on with a space, and what follows does not look back.
-- SentencePiece's BPE: no piece has a ▁ behind anything but ▁, so no merge reaches over the beginning of a word. The space in front of
-  the second part is left out, since every text gets one.
+It lets a .txt file of gigabytes be encoded without holding it in memory (see raw_text/large_documents.py for what that saves). Two kinds
+of tokenizers allow it:
 
-Tokenizers that are neither get long texts as a whole.
+- Byte-level BPE first splits text by a pattern, and merges within each match. In the patterns known here no match that ends in a letter or
+  a digit continues with a space, and the matches after it do not depend on the text before. NFC normalization, which Qwen uses, never
+  combines a space with the character before it (Unicode Standard Annex 15: a space is a starter and part of no composition).
+- SentencePiece's BPE: no piece has a ▁ after another character than ▁, so no merge crosses the start of a word. The space before the
+  second segment is left out, because SentencePiece puts one before every text.
+
+For any other tokenizer a large text is encoded as one string.
 """
 
 from __future__ import annotations
@@ -23,64 +27,64 @@ _HUGGING_FACE_LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _KNOWN_PATTERNS = {*PATTERNS.values(), _HUGGING_FACE_LLAMA3, _HUGGING_FACE_LLAMA3.replace("{1,3}", "")}
-_BEYOND_WORD = re.compile("[^▁]▁")
+_CROSSES_WORDS = re.compile("[^▁]▁")
 
-Cutter = Callable[[str], tuple[int, int] | None]
-"""Of a text: where its first part may end and where the second then begins, as far back as possible; None: nowhere."""
+SplitPoint = Callable[[str], tuple[int, int] | None]
+"""For a text: where its first segment may end and where the next one then starts, as late as possible; None: it cannot be split."""
 
 
-def segments(pieces: Iterable[str], cut: Cutter) -> Iterator[str]:
-    """Texts that, encoded one after another, give the ids of all pieces together."""
+def segments(pieces: Iterable[str], split_point: SplitPoint) -> Iterator[str]:
+    """Yields segments of a text, which is given in pieces: the ids of the segments, one after another, are the ids of the text."""
     rest = ""
     for piece in pieces:
         rest += piece
-        if (place := cut(rest)) is not None:
-            yield rest[: place[0]]
-            rest = rest[place[1] :]
+        if (found := split_point(rest)) is not None:
+            yield rest[: found[0]]
+            rest = rest[found[1] :]
     if rest:
         yield rest
 
 
-def cutter_of(tokenizer: Tokenizer) -> Cutter | None:
-    """Where this tokenizer's texts may be cut; None: nowhere, as far as is known."""
+def split_point_of(tokenizer: Tokenizer) -> SplitPoint | None:
+    """Returns the function that finds where texts may be split for a tokenizer; None: they may not, or it is not known."""
     if isinstance(tokenizer, NullTokenizer):
         return _before_space
     if isinstance(tokenizer, (HuggingFaceTokenizer, TikTokenizer)):
-        return _before_space if splits_before_spaces(tokenizer) else None
+        return _before_space if _splits_before_spaces(tokenizer) else None
     if isinstance(tokenizer, SentencePieceTokenizer):
-        return _at_space if words_are_apart(tokenizer.backend) else None
+        return _at_space if merges_stay_in_words(tokenizer.backend) else None
     return None
 
 
 def _before_space(text: str) -> tuple[int, int] | None:
-    place = text.rfind(" ")
-    while place > 0:
-        if text[place - 1].isalnum():
-            return place, place
-        place = text.rfind(" ", 0, place)
+    index = text.rfind(" ")
+    while index > 0:
+        if text[index - 1].isalnum():
+            return index, index
+        index = text.rfind(" ", 0, index)
     return None
 
 
 def _at_space(text: str) -> tuple[int, int] | None:
-    place = text.rfind(" ", 0, max(0, len(text) - 1))
-    while place > 0:
-        if all(letter.isascii() and letter.isalnum() for letter in (text[place - 1], text[place + 1])):
-            return place, place + 1
-        place = text.rfind(" ", 0, place)
+    index = text.rfind(" ", 0, max(0, len(text) - 1))
+    while index > 0:
+        if all(letter.isascii() and letter.isalnum() for letter in (text[index - 1], text[index + 1])):
+            return index, index + 1
+        index = text.rfind(" ", 0, index)
     return None
 
 
-def splits_before_spaces(tokenizer: HuggingFaceTokenizer | TikTokenizer) -> bool:
-    """Whether this is a byte-level BPE over a known pattern, without tokens that reach over spaces."""
+def _splits_before_spaces(tokenizer: HuggingFaceTokenizer | TikTokenizer) -> bool:
+    """Returns whether this is a byte-level BPE over a known pattern, without special tokens that match white space."""
     if isinstance(tokenizer, TikTokenizer):
         return tokenizer.pattern in _KNOWN_PATTERNS
-    whole: dict[str, Any] = orjson.loads(tokenizer.backend.to_str())
-    if whole["model"].get("type") != "BPE" or whole["normalizer"] is not None:
+    content: dict[str, Any] = orjson.loads(tokenizer.backend.to_str())
+    if content["model"].get("type") != "BPE" or content["normalizer"] not in (None, {"type": "NFC"}):
         return False
-    if any(token["lstrip"] or token["rstrip"] or re.search(r"\s", token["content"]) for token in whole["added_tokens"]):
+    if any(token["lstrip"] or token["rstrip"] or re.search(r"\s", token["content"]) for token in content["added_tokens"]):
         return False
-    before = whole["pre_tokenizer"] or {}
-    steps: Sequence[dict[str, Any]] = before.get("pretokenizers", [before])
+    pre_tokenizer = content["pre_tokenizer"] or {}
+    steps: Sequence[dict[str, Any]] = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
     last = steps[-1]
     if last.get("type") != "ByteLevel" or last.get("add_prefix_space"):
         return False
@@ -91,11 +95,11 @@ def splits_before_spaces(tokenizer: HuggingFaceTokenizer | TikTokenizer) -> bool
     return len(steps) == 2 and not last.get("use_regex", True) and known and split["pattern"].get("Regex") in _KNOWN_PATTERNS
 
 
-def words_are_apart(backend: Any) -> bool:
-    """Whether a SentencePiece model is a BPE that puts a ▁ in front of every text and merges nothing over the beginning of a word."""
+def merges_stay_in_words(backend: Any) -> bool:
+    """Returns whether a SentencePiece model is a BPE that puts a ▁ before every text and whose merges never cross the start of a word."""
     if backend.normalize("a b") != "▁a▁b" or backend.normalize("a") != "▁a":
         return False
     pieces = [backend.id_to_piece(number) for number in range(backend.get_piece_size())]
     scores = [backend.get_score(number) for number in range(backend.get_piece_size())]
-    # Merges of a BPE are numbered; a unigram model, which weighs a text as a whole, has logarithms of probabilities.
-    return not any(map(_BEYOND_WORD.search, pieces)) and all(score == int(score) for score in scores)
+    # The scores of a BPE number its merges; those of a unigram model, which optimizes over the full text, are log-probabilities.
+    return not any(map(_CROSSES_WORDS.search, pieces)) and all(score == int(score) for score in scores)

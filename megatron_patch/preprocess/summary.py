@@ -1,4 +1,4 @@
-"""What a run of the preprocessor did: the summary, the lengths of documents, and the list of lines that were left out."""
+"""The results of a preprocessing run: its summary, the distribution of document lengths, and the list of bad lines."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from megatron_patch.data.indexed_dataset import IndexedDataset
 from megatron_patch.errors import DataError
-from megatron_patch.preprocess.encode import Encoded
+from megatron_patch.preprocess.encode import EncodedBatch
 from megatron_patch.tokenizers.base import Tokenizer
 
 _LISTED_BAD_LINES = 100_000
@@ -24,27 +24,27 @@ _CHUNK = 1 << 20
 
 @dataclass(frozen=True)
 class Summary:
-    """What a run did.
+    """The results of a run.
 
     Args:
-        outputs: the prefixes written.
-        documents: of all outputs.
-        tokens: of all outputs.
-        bytes: read, unpacked.
-        bad_lines: left out.
-        empty: texts without a token, left out.
-        filtered: texts too short or too long, left out.
-        duplicates: documents equal to earlier ones, left out.
-        dtype: of the tokens.
+        outputs: the prefixes of the datasets that were written.
+        documents: in all outputs.
+        tokens: in all outputs.
+        bytes: of decompressed input.
+        bad_lines: lines left out because they hold no valid document.
+        empty: documents left out because they have no token.
+        filtered: documents left out because they are too short or too long.
+        duplicates: documents left out because an earlier one is equal.
+        dtype: of the token ids.
         vocab_size: of the tokenizer.
-        largest_id: of the text's tokens, each of which was checked to be in the vocabulary; None: nothing was encoded.
-        eod_id: its end-of-document token, or None.
-        tokens_per_document: quantiles of the first output: 5 %, 50 %, 95 %, longest.
+        largest_id: of the texts; all ids were checked to be in the vocabulary. None: nothing was encoded.
+        eod_id: the id of the end-of-document token, or None.
+        tokens_per_document: of the first output: 5 %, 50 % and 95 % quantiles, and the longest.
         backend: what encoded.
-        checked: texts of the fast backend that were compared with the reference, all with the same result.
-        seconds: it took, with what was done before it was resumed.
-        resumed_at: bytes that had been read when it was resumed; 0: it was not.
-        bad_lines_file: their list, or None.
+        checked: documents for which the fast backend was compared with the reference, all with the same result.
+        seconds: time spent, including the time before the run was resumed.
+        resumed_at: bytes that had been read when the run was resumed; 0: it was not resumed.
+        bad_lines_file: the path of the list of bad lines, or None.
     """
 
     outputs: tuple[str, ...]
@@ -67,7 +67,7 @@ class Summary:
     bad_lines_file: str | None
 
     def to_json(self) -> dict[str, Any]:
-        """As plain values, with rates."""
+        """Returns the summary as plain values, with megabytes and tokens per second added."""
         seconds = max(self.seconds, 1e-9)
         return {
             **asdict(self),
@@ -77,11 +77,11 @@ class Summary:
 
 
 class LengthSample:
-    """Document lengths for quantiles, in bounded memory: a histogram by eighths of powers of two.
+    """The distribution of document lengths in bounded memory: a histogram whose bins are eighths of powers of two.
 
     Args:
-        counts: of an earlier histogram, as `to_json` gave them.
-        longest: of it.
+        counts: of an earlier histogram, from `to_json`.
+        longest: the longest document of the earlier histogram.
     """
 
     def __init__(self, counts: Mapping[str, int] | None = None, longest: int = 0) -> None:
@@ -89,7 +89,7 @@ class LengthSample:
         self.longest = longest
 
     def add(self, lengths: npt.NDArray[np.generic]) -> None:
-        """Counts documents, each of at least one token."""
+        """Adds the lengths of documents, each of at least 1 token."""
         if lengths.size:
             bins, counts = np.unique(np.round(np.log2(lengths) * 8).astype(int), return_counts=True)
             self._counts.update(dict(zip(bins.tolist(), counts.tolist(), strict=True)))
@@ -97,15 +97,15 @@ class LengthSample:
 
     @classmethod
     def of(cls, dataset: IndexedDataset) -> LengthSample:
-        """Of all documents of a dataset."""
+        """Returns the distribution over all documents of a dataset."""
         found = cls()
         for start in range(0, len(dataset), _CHUNK):
             found.add(np.asarray(dataset.sequence_lengths[start : start + _CHUNK]))
         return found
 
-    def quantile(self, share: float) -> int:
-        """About the length that a share of the documents does not exceed."""
-        target, seen = share * sum(self._counts.values()), 0
+    def quantile(self, fraction: float) -> int:
+        """Returns approximately the length that a fraction of the documents does not exceed."""
+        target, seen = fraction * sum(self._counts.values()), 0
         for step in sorted(self._counts):
             seen += self._counts[step]
             if seen >= target:
@@ -113,16 +113,16 @@ class LengthSample:
         return 0
 
     def quantiles(self) -> tuple[int, ...]:
-        """5 %, 50 %, 95 %, longest."""
-        return (*(self.quantile(share) for share in (0.05, 0.5, 0.95)), self.longest)
+        """Returns the 5 %, 50 % and 95 % quantiles, and the longest length."""
+        return (*(self.quantile(fraction) for fraction in (0.05, 0.5, 0.95)), self.longest)
 
     def to_json(self) -> dict[str, int]:
-        """The histogram."""
+        """Returns the histogram with strings as keys."""
         return {str(step): count for step, count in self._counts.items()}
 
 
-def finished_summary(prefixes: Sequence[str], tokenizer: Tokenizer) -> Summary:
-    """Of a run that had been finished before."""
+def summary_of_finished_run(prefixes: Sequence[str], tokenizer: Tokenizer) -> Summary:
+    """Returns the summary of a run that was already finished: what its datasets contain; what was left out is not known any more."""
     datasets = [IndexedDataset(prefix) for prefix in prefixes]
     return Summary(
         outputs=tuple(prefixes),
@@ -138,7 +138,7 @@ def finished_summary(prefixes: Sequence[str], tokenizer: Tokenizer) -> Summary:
         largest_id=None,
         eod_id=tokenizer.eod_id,
         tokens_per_document=LengthSample.of(datasets[0]).quantiles(),
-        backend="nothing: finished before",
+        backend="nothing: already finished",
         checked=0,
         seconds=0.0,
         resumed_at=0,
@@ -147,15 +147,15 @@ def finished_summary(prefixes: Sequence[str], tokenizer: Tokenizer) -> Summary:
 
 
 class BadLines:
-    """The list of lines that were left out: file, line (counted from where this run, or its shard, began with the file), byte, reason.
+    """Writes the list of bad lines: file, line, byte and reason. Lines are counted from where this run, or its shard, started in the file.
 
     Args:
         path: of the list.
-        policy: list them, or stop at the first.
-        file: number of the input that is being read.
-        line: lines of it before.
-        count: bad lines listed before.
-        size: bytes of the list that count; the rest is cut off.
+        policy: "skip" lists bad lines; "fail" stops at the first one.
+        file: index of the input that is being read.
+        line: lines of this input that have been read.
+        count: bad lines so far.
+        size: valid bytes of an existing list; the rest is truncated.
     """
 
     def __init__(self, path: Path, policy: Literal["skip", "fail"], file: int = 0, line: int = 0, count: int = 0, size: int = 0) -> None:
@@ -167,11 +167,11 @@ class BadLines:
             self._file.truncate(size)
             self._file.seek(0, os.SEEK_END)
 
-    def add(self, encoded: Encoded) -> None:
-        """Takes a batch into account.
+    def add(self, encoded: EncodedBatch) -> None:
+        """Adds the bad lines of a batch.
 
         Raises:
-            DataError: a bad line, where none is allowed; no space left.
+            DataError: there is a bad line and the policy is "fail"; or the list cannot be written.
         """
         if encoded.file != self.input:
             self.input, self.line = encoded.file, 0
@@ -180,7 +180,7 @@ class BadLines:
                 raise DataError(
                     f"{encoded.source}, line {self.line + line}: {reason}",
                     "documents with text under every key",
-                    "repair it, or use --on-bad-line skip",
+                    "repair the line, or use --on-bad-line skip",
                 )
             entry: dict[str, Any] = {"file": encoded.source, "line": self.line + line}
             if encoded.start is not None:
@@ -202,14 +202,14 @@ class BadLines:
         return DataError(
             f"cannot write {self._path}: {error.strerror or error}",
             "a writable folder with free space",
-            "free space or change --output-prefix",
+            "free disk space or change --output-prefix",
         )
 
     def sync(self) -> int:
-        """Forces the list to disk. Returns its size.
+        """Forces the list to disk, and returns its size in bytes.
 
         Raises:
-            DataError: no space left.
+            DataError: it cannot be written.
         """
         if self._file is None:
             return 0
@@ -221,10 +221,10 @@ class BadLines:
         return int(os.fstat(self._file.fileno()).st_size)
 
     def close(self) -> str | None:
-        """Closes the list. Returns its path, or None where there is none.
+        """Closes the list, and returns its path, or None if there were no bad lines.
 
         Raises:
-            DataError: no space left.
+            DataError: it cannot be written.
         """
         if self._file is None:
             return None

@@ -1,70 +1,54 @@
-"""A tokenizer's memory for words: a text is cut where no token reaches over, and only parts that it has not met are encoded.
+"""Encodes each word once, for SentencePiece BPE: a text is split where no merge reaches across, and only new parts are encoded.
 
-In: an encoder, and where its texts may be cut (`Cuts`). Out: an encoder with the same ids. Text repeats its words, so that a look at a
-table takes the place of nearly all merging. The table is csrc/cpu/word_memory.cpp; without it there is no memory, and all else works.
+In: a SentencePiece tokenizer. Out: an encoder with the same ids. Text repeats its words, so that a lookup replaces nearly all merging. For
+Mistral's 32k model it takes 1/1.8 of the CPU time of fastokens on novels and 1/2.0 on Python source, and needs no extra package. For
+byte-level BPE, whose patterns split text into words anyway, fastokens is faster by far, and this is not used
+(benchmarks/results/preprocess_encoders-cpu-2026-11-30.json). The table is csrc/cpu/word_cache.cpp.
+Without a C++ compiler there is no cache, and fastokens encodes.
 """
 
 from __future__ import annotations
 
 import ctypes
-import enum
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from megatron_patch.preprocess.segments import splits_before_spaces, words_are_apart
-from megatron_patch.tokenizers.base import Flat, HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer
+from megatron_patch.preprocess.segments import merges_stay_in_words
+from megatron_patch.tokenizers.base import Flat, SentencePieceTokenizer, Tokenizer
 from megatron_patch.tokenizers.sentencepiece import replaces_spaces_alone
-from megatron_patch.tokenizers.tiktoken import TikTokenizer
 
 LIBRARY = Path(__file__).parent.parent / "_words.so"
-_MOST_BYTES = 1 << 26  # of a table, before it begins anew: English has some 10^5 words in daily use, each some 80 bytes here
+_MAX_BYTES = 1 << 26  # of the table, before it is cleared: English has about 10^5 words in daily use, of about 80 bytes here
 
-_BEHIND = bytes(8)  # is read along with a text's last bytes
+_PADDING = bytes(8)  # is read together with the last bytes of the texts
 _CLASSES = 129
-_STRANGER = "\x01"  # stands in no piece
+_SEPARATOR = "\ue000"  # of the private use area: no piece may contain it
 
 
-class Encoder(Protocol):
-    """What a memory is put before."""
+def supports(tokenizer: Tokenizer) -> bool:
+    """Returns whether texts of a tokenizer may be split into parts that are encoded separately.
 
-    def encode_flat(self, texts: Sequence[str]) -> Flat:
-        """See `Tokenizer`."""
-
-
-class Cuts(enum.IntEnum):
-    """Where a text may be cut; as in csrc/cpu/word_memory.cpp."""
-
-    BEHIND_ASCII = 0
-    """In front of a space behind an ASCII letter or digit: byte-level BPE over a known pattern (see long_texts.py)."""
-    BETWEEN_ASCII = 1
-    """At a space between ASCII letters or digits: a SentencePiece BPE without pieces that go on behind a word. The part behind gets its ▁
-    back in place of the space."""
-    BETWEEN_STRANGERS = 2
-    """Between characters that stand side by side in no piece, so that no merge reaches over: a SentencePiece BPE that makes ▁ of each
-    space, puts one in front and normalizes nothing else, and spells unknown characters in bytes."""
+    That holds for a SentencePiece BPE that writes ▁ for each space, puts one before each text, normalizes nothing else, and encodes unknown
+    characters as bytes (otherwise neighboring unknown characters would become one id).
+    """
+    if not isinstance(tokenizer, SentencePieceTokenizer) or not merges_stay_in_words(tokenizer.backend):
+        return False
+    backend = tokenizer.backend
+    ids = range(backend.get_piece_size())
+    in_bytes = any(map(backend.is_byte, ids)) and not any(_SEPARATOR in backend.id_to_piece(index) for index in ids)
+    return in_bytes and replaces_spaces_alone(backend)
 
 
-def cuts_of(tokenizer: Tokenizer) -> Cuts | None:
-    """Where texts may be cut for this tokenizer; None: nowhere, as far as is known."""
-    if isinstance(tokenizer, (HuggingFaceTokenizer, TikTokenizer)):
-        return Cuts.BEHIND_ASCII if splits_before_spaces(tokenizer) else None
-    if isinstance(tokenizer, SentencePieceTokenizer) and words_are_apart(tokenizer.backend):
-        backend = tokenizer.backend
-        # Unknown characters that are not spelled become one id with their neighbours.
-        numbers = range(backend.get_piece_size())
-        in_bytes = any(map(backend.is_byte, numbers)) and not any(_STRANGER in backend.id_to_piece(number) for number in numbers)
-        return Cuts.BETWEEN_STRANGERS if in_bytes and replaces_spaces_alone(backend) else Cuts.BETWEEN_ASCII
-    return None
-
-
-def neighbours(pieces: Iterable[str]) -> npt.NDArray[np.uint8]:
-    """[129, 129]: 1 where a character of one class stands in front of one of another in a piece; classes are ASCII and all else."""
+def adjacent_classes(pieces: Iterable[str]) -> npt.NDArray[np.uint8]:
+    """Returns uint8 [129, 129]: 1 if a character of one class is followed by one of another in a piece. Classes are the ASCII characters,
+    and one class of all others.
+    """
     table = np.zeros((_CLASSES, _CLASSES), np.uint8)
     for piece in pieces:
         classes = [min(ord(letter), _CLASSES - 1) for letter in piece.replace("▁", " ")]
@@ -75,14 +59,14 @@ def neighbours(pieces: Iterable[str]) -> npt.NDArray[np.uint8]:
 
 @functools.cache
 def _library() -> ctypes.CDLL | None:
-    """The compiled table; None where it was not built."""
+    """Loads the compiled table; None if it was not built."""
     try:
         library = ctypes.CDLL(str(LIBRARY))
     except OSError:
         return None
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     for name, result, arguments in (
-        ("new", pointer, (ctypes.c_int32, pointer, ctypes.c_uint64)),
+        ("new", pointer, (pointer, ctypes.c_uint64)),
         ("delete", None, (pointer,)),
         ("scan", number, (pointer, ctypes.c_char_p, pointer, number)),
         ("new_bytes", number, (pointer,)),
@@ -90,104 +74,74 @@ def _library() -> ctypes.CDLL | None:
         ("learn", None, (pointer, pointer, pointer)),
         ("lengths", number, (pointer, pointer)),
         ("write", None, (pointer, pointer)),
-        ("forget", None, (pointer,)),
+        ("clear", None, (pointer,)),
     ):
-        function = getattr(library, f"word_memory_{name}")
+        function = getattr(library, f"word_cache_{name}")
         function.restype, function.argtypes = result, arguments
     return library
 
 
 def is_built() -> bool:
-    """Whether there is a compiled table."""
+    """Returns whether the compiled table can be loaded."""
     return _library() is not None
 
 
 class WordCache:
-    """An encoder that encodes each word once.
+    """Encodes with a SentencePiece tokenizer, each part of a text once.
 
     Args:
-        tokenizer: whose ids it gives.
-        encoder: what encodes words; the tokenizer, or what gives its ids.
-        cuts: where parts begin.
-        name: of both, for summaries.
-        most_bytes: of the table, after which it begins anew; texts of one call may take it beyond.
+        tokenizer: a tokenizer that `supports` accepts.
+        max_bytes: of the table, after which it is cleared. The texts of one call may exceed it.
 
     Raises:
         OSError: the table was not compiled.
     """
 
-    def __init__(self, tokenizer: Tokenizer, encoder: Encoder, cuts: Cuts, name: str = "words", most_bytes: int = _MOST_BYTES) -> None:
+    name = "words"
+
+    def __init__(self, tokenizer: SentencePieceTokenizer, max_bytes: int = _MAX_BYTES) -> None:
         library = _library()
         if library is None:
-            raise OSError(f"{LIBRARY} does not load")
-        self.name = name
-        self._encoder, self._library = encoder, library
-        # Put in front of a text, which then is cut anywhere; and of a part, whose own ids follow those of this.
-        self._front, self._stranger, self._stranger_ids = b"", "", 0
-        table = None
-        if cuts == Cuts.BETWEEN_STRANGERS:
-            backend = cast("SentencePieceTokenizer", tokenizer).backend
-            pieces = [backend.id_to_piece(number) for number in range(backend.get_piece_size()) if not backend.is_byte(number)]
-            table = neighbours(pieces)
-            self._front, self._stranger = b" ", _STRANGER
-            self._stranger_ids = int(encoder.encode_flat([_STRANGER])[1][0])
-        self._memory = ctypes.c_void_p(library.word_memory_new(cuts, None if table is None else _address(table), most_bytes))
+            raise OSError(f"{LIBRARY} cannot be loaded")
+        self._tokenizer, self._library = tokenizer, library
+        backend = tokenizer.backend
+        ids = range(backend.get_piece_size())
+        table = adjacent_classes(backend.id_to_piece(index) for index in ids if not backend.is_byte(index))
+        # A new part is encoded after a separator, which takes the ▁ that SentencePiece puts before each text; its ids are removed.
+        self._separator_ids = int(tokenizer.encode_flat([_SEPARATOR])[1][0])
+        self._cache = ctypes.c_void_p(library.word_cache_new(_address(table), max_bytes))
 
     def __del__(self) -> None:
-        if getattr(self, "_memory", None):
-            self._library.word_memory_delete(self._memory)
+        if getattr(self, "_cache", None):
+            self._library.word_cache_delete(self._cache)
 
     def encode_flat(self, texts: Sequence[str]) -> Flat:
-        """See `Tokenizer`."""
-        library, memory, front = self._library, self._memory, self._front
-        encoded = [front + text.encode() if text else b"" for text in texts] if front else [text.encode() for text in texts]
+        """Encodes many texts; see `Tokenizer.encode_flat`."""
+        library, cache = self._library, self._cache
+        encoded = [b" " + text.encode() if text else b"" for text in texts]
         ends = np.cumsum([len(text) for text in encoded], dtype=np.int64)
-        count = library.word_memory_scan(memory, b"".join([*encoded, _BEHIND]), _address(ends), ends.size)
+        count = library.word_cache_scan(cache, b"".join([*encoded, _PADDING]), _address(ends), ends.size)
         if count:
             try:
                 self._learn(count)
             except BaseException:
-                library.word_memory_forget(memory)  # of words that it has no ids for
+                library.word_cache_clear(cache)  # it holds words without ids
                 raise
         lengths = np.empty(ends.size, np.int64)
-        ids = np.empty(library.word_memory_lengths(memory, _address(lengths)), np.uint32)
-        library.word_memory_write(memory, _address(ids))
+        ids = np.empty(library.word_cache_lengths(cache, _address(lengths)), np.uint32)
+        library.word_cache_write(cache, _address(ids))
         return ids, lengths
 
     def _learn(self, count: int) -> None:
-        """Encodes what is new."""
-        parts, ends = np.empty(self._library.word_memory_new_bytes(self._memory), np.uint8), np.empty(count, np.int64)
-        self._library.word_memory_new_parts(self._memory, _address(parts), _address(ends))
-        whole, starts = parts.tobytes(), [0, *ends.tolist()]
-        ids, lengths = self._encoder.encode_flat([self._stranger + whole[start:end].decode() for start, end in itertools.pairwise(starts)])
-        lengths = np.ascontiguousarray(lengths, np.int64)
-        if self._stranger_ids:
-            own = np.ones(ids.size, bool)
-            own[(np.cumsum(lengths) - lengths)[:, None] + np.arange(self._stranger_ids)] = False
-            ids, lengths = ids[own], lengths - self._stranger_ids
-        ids = np.ascontiguousarray(ids, np.uint32)
-        self._library.word_memory_learn(self._memory, _address(ids), _address(lengths))
-
-
-class Warming:
-    """The reference, until it has encoded so much that loading something faster pays.
-
-    Args:
-        reference: encodes at first.
-        make: gives what then encodes in its place, or None.
-        most_bytes: that the reference encodes.
-    """
-
-    def __init__(self, reference: Encoder, make: Callable[[], Encoder | None], most_bytes: int) -> None:
-        self._encoder, self._make, self._left = reference, make, most_bytes
-
-    def encode_flat(self, texts: Sequence[str]) -> Flat:
-        """See `Tokenizer`."""
-        if self._left > 0:
-            self._left -= sum(map(len, texts))
-            if self._left <= 0:
-                self._encoder = self._make() or self._encoder
-        return self._encoder.encode_flat(texts)
+        """Encodes the new parts, and stores their ids."""
+        parts, ends = np.empty(self._library.word_cache_new_bytes(self._cache), np.uint8), np.empty(count, np.int64)
+        self._library.word_cache_new_parts(self._cache, _address(parts), _address(ends))
+        data, bounds = parts.tobytes(), [0, *ends.tolist()]
+        ids, lengths = self._tokenizer.encode_flat([_SEPARATOR + data[start:end].decode() for start, end in itertools.pairwise(bounds)])
+        kept = np.ones(ids.size, bool)
+        kept[(np.cumsum(lengths) - lengths)[:, None] + np.arange(self._separator_ids)] = False
+        ids, lengths = np.ascontiguousarray(ids[kept], np.uint32), np.ascontiguousarray(lengths - self._separator_ids, np.int64)
+        self._library.word_cache_learn(self._cache, _address(ids), _address(lengths))
 
 
 def _address(array: npt.NDArray[Any]) -> int:

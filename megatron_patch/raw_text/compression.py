@@ -1,4 +1,4 @@
-"""Packed files as streams of bytes. In: a path. Out: what is inside; a file that is cut short is an error, never just its end."""
+"""Decompresses files. In: an open file. Out: a stream of the decompressed bytes. A truncated file raises an error; it never just ends."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from typing import Any, BinaryIO, cast
 
 
 def open_compressed(file: BinaryIO, path: str) -> BinaryIO:
-    """A stream of what is inside an open .gz, .bz2, .xz or .zst.
+    """Returns a stream of the decompressed bytes of an open .gz, .bz2, .xz or .zst file.
 
     Raises:
-        EOFError: the file is empty, which is what is left of an archive, and none.
+        EOFError: the file is empty, which no compressed file is.
     """
     if os.fstat(file.fileno()).st_size == 0:
-        raise EOFError("it is empty, and no archive")
+        raise EOFError("the file is empty, so it is not a compressed file")
     suffix = Path(path).suffix
     if suffix == ".gz":
         try:
@@ -34,15 +34,15 @@ def open_compressed(file: BinaryIO, path: str) -> BinaryIO:
     return cast("BinaryIO", _ZstdFile(file))
 
 
-def broken_archive() -> tuple[type[Exception], ...]:
-    """What reading a broken file may raise."""
+def read_errors() -> tuple[type[Exception], ...]:
+    """Returns the exceptions that reading a file may raise, damaged compressed files included."""
     import zstandard
 
     return (OSError, EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError)
 
 
 class _ZstdFile:
-    """Frames of zstd, one after another, unpacked; a last frame that is cut short is an error, where zstandard's own reader just ends."""
+    """Decompresses consecutive zstd frames. A truncated last frame raises an error; zstandard's own reader ends without one."""
 
     def __init__(self, file: BinaryIO) -> None:
         import zstandard
@@ -50,27 +50,27 @@ class _ZstdFile:
         self._file = file
         self._decompressor = zstandard.ZstdDecompressor()
         self._frame: Any = None
-        self._packed = b""
+        self._compressed = b""
 
     def read(self, size: int = -1) -> bytes:
-        """Unpacked bytes, about `size` of them; none at the end.
+        """Returns about `size` decompressed bytes, none at the end of the file.
 
         Raises:
             EOFError: the file ends inside a frame.
         """
         pieces, total = [], 0
         while size < 0 or total < size:
-            packed = self._packed or self._file.read(1 << 17)
-            if not packed:
+            compressed = self._compressed or self._file.read(1 << 17)
+            if not compressed:
                 if self._frame is not None:
-                    raise EOFError("the last zstd frame is cut short")
+                    raise EOFError("the last zstd frame is truncated")
                 break
             if self._frame is None:
                 self._frame = self._decompressor.decompressobj()
-            piece = self._frame.decompress(packed)
-            self._packed = b""
+            piece = self._frame.decompress(compressed)
+            self._compressed = b""
             if self._frame.eof:
-                self._packed, self._frame = self._frame.unused_data, None
+                self._compressed, self._frame = self._frame.unused_data, None
             pieces.append(piece)
             total += len(piece)
         return b"".join(pieces)

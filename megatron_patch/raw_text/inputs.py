@@ -1,7 +1,7 @@
-"""Which files are read, and which part of each: from what a user writes to spans, for one machine or for one of many.
+"""Which files are read, and which part of each, on one machine or on one of many.
 
-In: paths, globs, "-". Out: `Span`s in order. The spans of all shards of a run, one after another, are all of the input, so that outputs
-merged in the order of the shards are what one run over everything writes.
+In: the user's paths and globs, or "-". Out: `FileRange`s in order. The ranges of all shards of a run, in order, cover all of the input, so
+that the shards' outputs, merged in order, are what a single run writes.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ _PIECE = 1 << 16
 
 
 @dataclass(frozen=True)
-class Span:
-    """Part of one input.
+class FileRange:
+    """A part of one input file.
 
     Args:
         path: the file, or "-".
-        start: the first unit: bytes of plain files, unpacked bytes of archives, rows of tables.
-        end: the unit behind the last; None: all there is.
+        start: the first unit. Units are bytes of plain files, decompressed bytes of compressed files, rows of tables.
+        end: the unit after the last; None: the end of the file.
     """
 
     path: str
@@ -35,21 +35,21 @@ class Span:
 
 
 def is_compressed(path: str) -> bool:
-    """Whether a file has to be unpacked."""
+    """Returns whether a file has the suffix of a compressed file."""
     return Path(path).suffix in COMPRESSED_SUFFIXES
 
 
 def inner_suffix(path: str) -> str:
-    """What is inside: .jsonl, .json, .txt or .parquet."""
+    """Returns the suffix of the decompressed file: .jsonl, .json, .txt or .parquet."""
     inner = Path(path).with_suffix("") if is_compressed(path) else Path(path)
     return inner.suffix
 
 
 def expand(inputs: Sequence[str]) -> list[str]:
-    """Paths and globs as a list of files: in the order given, each glob's files by name.
+    """Expands paths and globs to a list of files: in the order given, the files of a glob by name.
 
     Raises:
-        DataError: a file that does not exist, a glob without a match, a suffix that is not known.
+        DataError: a file does not exist, a glob matches nothing, or a suffix is not supported.
     """
     files: list[str] = []
     for pattern in inputs:
@@ -62,64 +62,64 @@ def expand(inputs: Sequence[str]) -> list[str]:
             raise DataError(f"--input {pattern} matches no file", "files, globs in quotes, or - for standard input", "check the path")
         files += matches
     for file in files:
-        packed_table = is_compressed(file) and inner_suffix(file) == ".parquet"
-        if file != STANDARD_INPUT and (inner_suffix(file) not in (*LINE_SUFFIXES, ".txt", ".parquet") or packed_table):
+        compressed_table = is_compressed(file) and inner_suffix(file) == ".parquet"
+        if file != STANDARD_INPUT and (inner_suffix(file) not in (*LINE_SUFFIXES, ".txt", ".parquet") or compressed_table):
             raise DataError(
-                f"--input {file}: unknown kind of file",
-                ".jsonl, .json (one object a line) or .txt (one document a file, or separated), also as .gz, .bz2, .xz, .zst; .parquet",
-                "rename or convert it",
+                f"--input {file} has an unsupported suffix",
+                ".jsonl and .json (one object per line), .txt (one per file, or separated), also as .gz, .bz2, .xz, .zst; .parquet",
+                "rename or convert the file",
             )
     if not files:
-        raise DataError("no input", "--input FILE [FILE …]")
+        raise DataError("there is no input", "--input FILE [FILE …]")
     return files
 
 
-def divide(files: Sequence[str], number: int, count: int) -> list[Span]:
-    """The part of one shard of a run over many machines: contiguous, about equal in bytes, the same on every machine.
+def shard_inputs(files: Sequence[str], number: int, count: int) -> list[FileRange]:
+    """Returns the part of the input that belongs to one shard: contiguous, about equal in bytes, computed the same way on every machine.
 
-    Files of plain lines are cut at line ends: a line belongs to the shard in which its first byte lies. Any other file belongs as a whole
-    to the shard in which its middle lies.
+    Files of plain lines are split at line ends: a line belongs to the shard that contains its first byte. Any other file belongs to the
+    shard that contains its middle byte.
 
     Args:
         files: all inputs.
-        number: which shard, from 0.
-        count: how many.
+        number: of the shard, from 0.
+        count: the number of shards.
 
     Raises:
-        DataError: no such shard, or standard input, which cannot be divided.
+        DataError: the shard does not exist, or the input is standard input, which cannot be split.
     """
     _checked_shard(number, count)
     if count == 1:
-        return [Span(file) for file in files]
+        return [FileRange(file) for file in files]
     if STANDARD_INPUT in files:
-        raise DataError("--shard of standard input", "files", "name the files")
+        raise DataError("--shard cannot split standard input", "files", "give the files with --input")
     sizes = [Path(file).stat().st_size for file in files]
     total = sum(sizes)
     first, last = total * number // count, total * (number + 1) // count
-    spans, begin = [], 0
+    parts, begin = [], 0
     for file, size in zip(files, sizes, strict=True):
         if inner_suffix(file) in LINE_SUFFIXES and not is_compressed(file):
-            start, end = (line_start(file, min(max(edge - begin, 0), size)) for edge in (first, last))
+            start, end = (next_line_start(file, min(max(edge - begin, 0), size)) for edge in (first, last))
             if start < end:
-                spans.append(Span(file, start, end))
+                parts.append(FileRange(file, start, end))
         elif first <= begin + size // 2 < last:
-            spans.append(Span(file))
+            parts.append(FileRange(file))
         begin += size
-    return spans
+    return parts
 
 
 def parse_shard(text: str, environment: Mapping[str, str]) -> tuple[int, int]:
-    """Reads --shard: i/n, slurm/n (the task of a Slurm array is i), or slurm (the array's size is n).
+    """Parses --shard: i/n, slurm/n (i is the task of the Slurm array), or slurm (n is the size of the array, too).
 
     Args:
-        text: what was given.
-        environment: where Slurm's variables are.
+        text: the value of the flag.
+        environment: contains Slurm's variables.
 
     Returns:
         (i, n), i from 0.
 
     Raises:
-        DataError: none of these, or an array that is not 0 to n - 1.
+        DataError: the value has another form, or the tasks of the array are not 0 to n - 1.
     """
     word, _, count = text.partition("/")
     try:
@@ -130,26 +130,28 @@ def parse_shard(text: str, environment: Mapping[str, str]) -> tuple[int, int]:
             return _checked_shard(number, int(count))
         size, first, last = (int(environment[f"SLURM_ARRAY_TASK_{name}"]) for name in ("COUNT", "MIN", "MAX"))
     except KeyError as error:
-        raise DataError(f"--shard {text} without {error.args[0]}", "a task of a Slurm array", "use sbatch --array") from error
+        raise DataError(
+            f"--shard {text} needs the variable {error.args[0]}, which is not set", "a task of a Slurm array", "submit with sbatch --array"
+        ) from error
     except ValueError as error:
-        raise DataError(f"--shard {text}", "i/n, slurm/n or slurm", "for example --shard 0/8") from error
+        raise DataError(f"--shard {text} is not a shard", "i/n, slurm/n or slurm", "use, for example, --shard 0/8") from error
     if first != 0 or last != size - 1:
         raise DataError(
-            f"--shard slurm in an array of {size} tasks from {first} to {last}: which shards there are is not known",
-            "all tasks from 0 on: --array=0-63",
-            f"say how many shards there are in all: --shard slurm/{last + 1}",
+            f"--shard slurm in an array of {size} tasks from {first} to {last}: the number of shards is unknown",
+            "an array of all tasks from 0 on: --array=0-63",
+            f"give the number of shards: --shard slurm/{last + 1}",
         )
     return _checked_shard(number, size)
 
 
 def _checked_shard(number: int, count: int) -> tuple[int, int]:
     if not 0 <= number < count:
-        raise DataError(f"--shard {number}/{count}", "i/n with i from 0 to n - 1", "count shards from 0")
+        raise DataError(f"--shard {number}/{count} does not exist", "i/n with i from 0 to n - 1", "count shards from 0")
     return number, count
 
 
-def line_start(path: str, offset: int) -> int:
-    """Where the first line begins that begins at a byte or behind it, or the size of the file."""
+def next_line_start(path: str, offset: int) -> int:
+    """Returns the offset of the first line that starts at or after a byte, or the size of the file."""
     if offset == 0:
         return 0
     with open(path, "rb") as file:
@@ -160,10 +162,16 @@ def line_start(path: str, offset: int) -> int:
         return file.tell()
 
 
-def after(spans: Sequence[Span], file: int, position: int | None) -> list[tuple[int, Span]]:
-    """What is left of some spans, with their numbers, where number `file` has been read up to a unit (None: not at all)."""
+def remaining_ranges(parts: Sequence[FileRange], file: int, unit: int | None) -> list[tuple[int, FileRange]]:
+    """Returns the ranges that have not been read, with their indices.
+
+    Args:
+        parts: all ranges.
+        file: index of the range that was being read.
+        unit: it has been read up to this unit; None: none of it.
+    """
     return [
-        (number, replace(span, start=position) if number == file and position is not None else span)
-        for number, span in enumerate(spans)
-        if number >= file
+        (index, replace(part, start=unit) if index == file and unit is not None else part)
+        for index, part in enumerate(parts)
+        if index >= file
     ]

@@ -1,7 +1,7 @@
 """Parquet files as batches of rows.
 
-In: a path and keys. Out: the keys' columns, some rows at a time, as Arrow streams; and from such a stream each row's texts. A row group is
-never held as a whole, whatever its size. Needs `pyarrow`, which is an extra.
+In: a path and keys. Out: the columns of the keys, a few rows at a time, as Arrow streams; and the texts of the rows of such a stream. A row
+group is never held in memory completely. Needs `pyarrow`, which is an extra.
 """
 
 from __future__ import annotations
@@ -20,21 +20,27 @@ def _pyarrow() -> tuple[Any, Any]:
         import pyarrow.parquet
     except ImportError as error:
         raise DataError(
-            "reading .parquet needs pyarrow, which is not installed",
-            "pip install 'megatron_patch[parquet]'",
+            "reading .parquet files needs pyarrow, which is not installed",
+            "an installation with the extra: pip install 'megatron_patch[parquet]'",
             "install it, or convert the files to .jsonl",
         ) from error
     return pyarrow, pyarrow.parquet
 
 
 def row_batches(path: str, keys: Sequence[str], start: int, batch_bytes: int) -> Iterator[tuple[bytes, int, float]]:
-    """Rows from number `start` on.
+    """Yields the rows from index `start` on.
+
+    Args:
+        path: of the Parquet file.
+        keys: the columns to read, with dots for nested ones.
+        start: index of the first row.
+        batch_bytes: of text that a batch should have, approximately.
 
     Yields:
-        The rows as an Arrow stream, the number of the row behind them, the share of the file read.
+        The rows as an Arrow stream, the index of the row after them, the fraction of the file read so far.
 
     Raises:
-        DataError: pyarrow is not there, the file is broken, or has no text under a key.
+        DataError: pyarrow is not installed, the file is damaged, or a key is not a column of strings.
     """
     arrow, parquet = _pyarrow()
     try:
@@ -65,11 +71,13 @@ def row_batches(path: str, keys: Sequence[str], start: int, batch_bytes: int) ->
                     stream.write_batch(batch)
                 yield sink.getvalue().to_pybytes(), position, position / rows
     except (arrow.ArrowException, OSError) as error:
-        raise DataError(f"{path} cannot be read: {error}", "whole Parquet files", "repair or leave out the file, and run again") from error
+        raise DataError(
+            f"{path} cannot be read: {error}", "complete Parquet files", "repair the file or remove it from --input, and run again"
+        ) from error
 
 
 def _text_bytes(metadata: Any, keys: Sequence[str]) -> int:
-    """Unpacked size of the keys' columns."""
+    """Returns the uncompressed bytes of the keys' columns."""
     wanted = set(keys)
     total = 0
     for number in range(metadata.num_row_groups):
@@ -81,7 +89,7 @@ def _text_bytes(metadata: Any, keys: Sequence[str]) -> int:
 
 
 def _check_columns(arrow: Any, path: str, schema: Any, keys: Sequence[str]) -> None:
-    """A table says before the first row whether it has the keys."""
+    """Raises a DataError if the table lacks a key, before any row is read."""
     for key in keys:
         kind: Any = arrow.struct(list(schema))
         for name in key.split("."):
@@ -96,7 +104,7 @@ def _check_columns(arrow: Any, path: str, schema: Any, keys: Sequence[str]) -> N
 
 
 def texts_of_rows(data: bytes, keys: Sequence[str]) -> list[list[str | None]]:
-    """For each key its texts in a stream that `row_batches` gave; None where a row has none or it is no UTF-8."""
+    """Returns for each key the texts of an Arrow stream from `row_batches`; None where a row has no text, or one that is not UTF-8."""
     arrow, _ = _pyarrow()
     table = arrow.ipc.open_stream(data).read_all()
     columns = []
@@ -113,7 +121,7 @@ def texts_of_rows(data: bytes, keys: Sequence[str]) -> list[list[str | None]]:
 
 
 def _field(struct: Any, name: str) -> Any:
-    """A field of a struct array, null where the struct is."""
+    """Returns a field of a struct array; null where the struct is null."""
     import pyarrow.compute
 
     return pyarrow.compute.struct_field(struct, name)

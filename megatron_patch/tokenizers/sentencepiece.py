@@ -73,13 +73,17 @@ def replaces_spaces_alone(backend: Any) -> bool:
     return all(backend.normalize(text) == prefix + text.replace(" ", _SPACE) for text in _PROBES)
 
 
-def sentencepiece_json(backend: Any) -> str | None:
+def sentencepiece_json(backend: Any, normalized: bool = False) -> str | None:
     """Returns the tokenizer in Hugging Face's format, or None where that format cannot express it.
 
     Special tokens are left out: in text their names are text, as for SentencePiece.
+
+    Args:
+        backend: the loaded model.
+        normalized: whether the tokenizer is for texts that the model has normalized already.
     """
     prefix = bool(backend.normalize("a").startswith(_SPACE))
-    if not replaces_spaces_alone(backend):
+    if not normalized and not replaces_spaces_alone(backend):
         return None
     count = backend.get_piece_size()
     pieces = [backend.id_to_piece(number) for number in range(count)]
@@ -119,7 +123,7 @@ def sentencepiece_json(backend: Any) -> str | None:
         "truncation": None,
         "padding": None,
         "added_tokens": [],
-        "normalizer": {"type": "Sequence", "normalizers": normalizers},
+        "normalizer": None if normalized else {"type": "Sequence", "normalizers": normalizers},
         "pre_tokenizer": None,
         "post_processor": None,
         "decoder": None,

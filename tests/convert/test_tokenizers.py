@@ -18,7 +18,7 @@ from megatron_patch.convert.verify import differing_texts
 from megatron_patch.data.dataset_metadata import read_metadata
 from megatron_patch.data.indexed_dataset import IndexedDataset
 from megatron_patch.errors import CheckpointError, ConfigError
-from megatron_patch.preprocess.fast_tokenizer import fuzz_strings
+from megatron_patch.preprocess.fast_tokenizer import adversarial_strings
 from megatron_patch.tokenizers.base import encode, load_from_metadata, load_tokenizer
 from megatron_patch.tokenizers.tiktoken import PATTERNS
 from tests.convert.models import make_checkpoint, make_tokenizer
@@ -83,7 +83,7 @@ def test_texts_have_the_same_ids_in_the_data_behind_the_checkpoint_and_in_its_ex
 def test_a_tokenizer_of_tiktoken_becomes_the_same_tokenizer_json(pattern, files):
     tokenizer = load_tokenizer("TikTokenizer", str(files / "ranks"), tiktoken_pattern=pattern, special_tokens=("<|end|>=380",))
     theirs = tokenizer_json(tokenizer)
-    for text in [*fuzz_strings(seed=5, count=500), "a  \nb  \n\n c  ", "x \n", " \n \n", "the cat \r\n the"]:
+    for text in [*adversarial_strings(seed=5, count=500), "a  \nb  \n\n c  ", "x \n", " \n \n", "the cat \r\n the"]:
         assert theirs.encode(text, add_special_tokens=False).ids == encode(tokenizer, text), repr(text)
         assert theirs.decode(encode(tokenizer, text)) == text
     assert theirs.encode("the<|end|>", add_special_tokens=False).ids[-1] == 380

@@ -15,7 +15,7 @@ from megatron_patch.data.indexed_dataset import IndexedDataset, IndexedDatasetWr
 from megatron_patch.data.inspect import integrity_problems
 from megatron_patch.errors import DataError
 from megatron_patch.preprocess import dedup_shuffle as module
-from megatron_patch.preprocess.dedup_shuffle import rearrange
+from megatron_patch.preprocess.dedup_shuffle import dedup_and_shuffle
 from megatron_patch.preprocess.merge import merge_datasets
 
 GOLDEN = Path(__file__).parent.parent / "data" / "golden"
@@ -37,7 +37,7 @@ def read(prefix):
 
 @pytest.fixture(params=[(3, 5, 40), (1 << 16, 1 << 24, 1 << 26)], ids=["tiny", "usual"])
 def sizes(request, monkeypatch):
-    for name, value in zip(("_DOCUMENTS", "_MASK", "_PART_BYTES"), request.param, strict=True):
+    for name, value in zip(("_DOCUMENTS", "_MASK_DOCUMENTS", "_PART_BYTES"), request.param, strict=True):
         monkeypatch.setattr(module, name, value)
 
 
@@ -48,10 +48,10 @@ documents = st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=4).map(tup
 @settings(max_examples=60)
 def test_the_first_of_equal_documents_stays(tmp_path_factory, texts, chunk, mask, part):
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in (("_DOCUMENTS", chunk), ("_MASK", mask), ("_PART_BYTES", part)):
+        for name, value in (("_DOCUMENTS", chunk), ("_MASK_DOCUMENTS", mask), ("_PART_BYTES", part)):
             patch.setattr(module, name, value)
         folder = tmp_path_factory.mktemp("dedup")
-        left_out = rearrange(write(folder / "a", texts), str(folder / "b"), True, None, folder / "scratch")
+        left_out = dedup_and_shuffle(write(folder / "a", texts), str(folder / "b"), True, None, folder / "scratch")
     assert read(folder / "b") == list(dict.fromkeys(texts))
     assert left_out == len(texts) - len(set(texts)) and not (folder / "scratch").exists()
 
@@ -61,7 +61,7 @@ def test_a_shuffle_is_a_permutation_that_the_seed_decides(tmp_path, sizes):
     source = write(tmp_path / "a", texts)
 
     def shuffled(seed, dedup=False):
-        rearrange(source, str(tmp_path / "b"), dedup, seed, tmp_path / "scratch")
+        dedup_and_shuffle(source, str(tmp_path / "b"), dedup, seed, tmp_path / "scratch")
         return read(tmp_path / "b")
 
     one = shuffled(1)
@@ -76,7 +76,7 @@ def test_all_orders_come_equally_often(tmp_path, monkeypatch):
     source = write(tmp_path / "a", [(i,) for i in range(4)])
     counts = collections.Counter()
     for seed in range(480):
-        rearrange(source, str(tmp_path / "b"), False, seed, tmp_path / "scratch")
+        dedup_and_shuffle(source, str(tmp_path / "b"), False, seed, tmp_path / "scratch")
         counts[tuple(map(tuple, read(tmp_path / "b")))] += 1
     orders = list(itertools.permutations([(i,) for i in range(4)]))
     assert sum((counts[order] - 20) ** 2 / 20 for order in orders) < 49.7
@@ -98,5 +98,5 @@ def test_documents_of_several_sequences_are_refused(tmp_path):
     raw = bytearray(Path(prefix + ".idx").read_bytes())
     raw[26:34] = (2).to_bytes(8, "little")  # two boundaries: one document of two sequences
     Path(prefix + ".idx").write_bytes(raw[: 34 + 24] + (0).to_bytes(8, "little") + (2).to_bytes(8, "little"))
-    with pytest.raises(DataError, match="2 sequences in 1 documents"):
-        rearrange(prefix, str(tmp_path / "b"), True, None, tmp_path / "scratch")
+    with pytest.raises(DataError, match="2 sequences in 1 document"):
+        dedup_and_shuffle(prefix, str(tmp_path / "b"), True, None, tmp_path / "scratch")

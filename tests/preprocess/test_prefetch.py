@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from megatron_patch.data.indexed_dataset import IndexedDatasetWriter
-from megatron_patch.preprocess import workers as workers
-from megatron_patch.preprocess.encode import Encoder, EncodeSettings, checked_tokenizer
+from megatron_patch.preprocess import in_process
+from megatron_patch.preprocess.encode import Encoder, EncodeSettings, load_checked_tokenizer
 from megatron_patch.preprocess.prefetch import Prefetcher
 from megatron_patch.raw_text.readers import BATCH_BYTES, Batch
 
@@ -25,7 +25,7 @@ SETTINGS = EncodeSettings("NullTokenizer", None, vocab_size=1000, append_eod=Tru
 
 
 def no_thread_is_left() -> bool:
-    return not any(thread.name == "ahead" for thread in threading.enumerate())
+    return not any(thread.name == "prefetch" for thread in threading.enumerate())
 
 
 def test_all_items_come_in_order():
@@ -94,27 +94,27 @@ def test_one_worker_reads_and_writes_while_it_encodes(tmp_path, monkeypatch):
     read, encoded = ([threading.Event() for _ in range(count + 1)] for _ in range(2))
     read[count].set()
     encoded[count].set()
-    plain_read, plain_encode = workers.read_texts, Encoder.encode
+    plain_read, plain_encode = in_process.parse_batch, Encoder.encode
 
-    def read_texts(batch, keys):
+    def parse_batch(batch, keys):
         read[batch.upto].set()
         return plain_read(batch, keys)
 
-    def encode(self, texts):
-        assert read[texts.batch.upto + 1].wait(PATIENCE)
-        encoded[texts.batch.upto].set()
-        return plain_encode(self, texts)
+    def encode(self, parsed):
+        assert read[parsed.batch.upto + 1].wait(PATIENCE)
+        encoded[parsed.batch.upto].set()
+        return plain_encode(self, parsed)
 
     class Writer(IndexedDatasetWriter):
         def append(self, tokens, lengths):
             assert encoded[int(tokens[0]) + 1].wait(PATIENCE)
             super().append(tokens, lengths)
 
-    monkeypatch.setattr(workers, "read_texts", read_texts)
+    monkeypatch.setattr(in_process, "parse_batch", parse_batch)
     monkeypatch.setattr(Encoder, "encode", encode)
     with (
         Writer(str(tmp_path / "x"), np.dtype(SETTINGS.dtype)) as writer,
-        workers.InProcessEncoder(work, SETTINGS, checked_tokenizer(SETTINGS), [writer]) as encoder,
+        in_process.InProcessEncoder(work, SETTINGS, load_checked_tokenizer(SETTINGS), [writer]) as encoder,
     ):
         assert [batch.upto for batch in encoder] == list(range(count))
         writer.finish()
@@ -132,6 +132,6 @@ def test_an_error_ends_the_tool_though_standard_input_is_still_open(tmp_path):
             process.stdin.write(b"no JSON\n" + b'{"text": "1 2 3"}\n' * (BATCH_BYTES // 18 + 100))
             process.stdin.flush()
             assert process.wait(PATIENCE) == 3
-            assert b"no valid JSON" in process.stderr.read()
+            assert b"not valid JSON" in process.stderr.read()
         finally:
             process.kill()

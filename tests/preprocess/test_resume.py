@@ -18,9 +18,10 @@ from megatron_patch.data.indexed_dataset import IndexedDataset
 from megatron_patch.errors import DataError
 from megatron_patch.preprocess import pipeline
 from megatron_patch.preprocess.encode import EncodeSettings
+from megatron_patch.preprocess.in_process import InProcessEncoder
 from megatron_patch.preprocess.journal import Record, journal_path, last_record
 from megatron_patch.preprocess.pipeline import preprocess
-from megatron_patch.preprocess.workers import InProcessEncoder, Workers
+from megatron_patch.preprocess.workers import Workers
 from megatron_patch.raw_text import readers
 
 ROOT = Path(__file__).parent.parent.parent
@@ -149,10 +150,10 @@ def test_a_killed_tool_is_resumed_to_the_same_bytes(tmp_path, inputs, workers):
     assert seen
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     summary = json.loads(result.stdout.splitlines()[-1])
-    assert summary["resumed_at"] >= seen and "resuming:" in result.stderr
+    assert summary["resumed_at"] >= seen and "resuming after" in result.stderr
     assert everything(tmp_path / "x") == everything(tmp_path / "whole")
     again = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    assert "finished before" in again.stderr and json.loads(again.stdout)["tokens"] == summary["tokens"]
+    assert "already finished" in again.stderr and json.loads(again.stdout)["tokens"] == summary["tokens"]
 
 
 def test_what_is_recorded_has_been_written_by_then(tmp_path, inputs, monkeypatch):
@@ -167,7 +168,7 @@ def test_what_is_recorded_has_been_written_by_then(tmp_path, inputs, monkeypatch
             super().__init__(*args)
             made.append(self)
 
-    saved = pipeline._Accounts.save
+    saved = pipeline._Counters.save
 
     def save(self, journal, writers, complete=False):
         assert not any(worker.writing for worker in made[0]._workers)
@@ -178,7 +179,7 @@ def test_what_is_recorded_has_been_written_by_then(tmp_path, inputs, monkeypatch
         seen.append(complete)
 
     monkeypatch.setattr(pipeline, "Workers", Watched)
-    monkeypatch.setattr(pipeline._Accounts, "save", save)
+    monkeypatch.setattr(pipeline._Counters, "save", save)
     preprocess(inputs, str(tmp_path / "x"), settings(), workers=2, save_seconds=0.0)
     assert len(seen) > 10 and seen[-1]
 
@@ -186,7 +187,7 @@ def test_what_is_recorded_has_been_written_by_then(tmp_path, inputs, monkeypatch
 def broken_off(inputs, out, monkeypatch, after=3):
     """A run that fails after some batches, each of them saved."""
     monkeypatch.setattr(readers, "BATCH_BYTES", 900)
-    saved = pipeline._Accounts.save
+    saved = pipeline._Counters.save
     calls = []
 
     def save(self, *args, **kwargs):
@@ -196,7 +197,7 @@ def broken_off(inputs, out, monkeypatch, after=3):
             raise DataError("a full disk")
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline._Accounts, "save", save)
+        patch.setattr(pipeline._Counters, "save", save)
         with pytest.raises(DataError, match="a full disk"):
             preprocess(inputs, str(out), settings(), save_seconds=0.0)
 
@@ -225,8 +226,8 @@ def test_lines_are_numbered_by_file(tmp_path, inputs):
     ("change", "more", "words"),
     [
         (lambda folder: (folder / "0.jsonl").write_bytes(b"{}\n"), {}, r"0\.jsonl has changed"),
-        (lambda folder: (folder / "+.jsonl").write_bytes(b"{}\n"), {}, r"0\.jsonl was input, now .*\+\.jsonl"),
-        (lambda folder: (folder / "0.jsonl").rename(folder / "9.jsonl"), {}, r"0\.jsonl was input, now .*1\.jsonl\.gz"),
+        (lambda folder: (folder / "+.jsonl").write_bytes(b"{}\n"), {}, r"the input was .*0\.jsonl, now .*\+\.jsonl"),
+        (lambda folder: (folder / "0.jsonl").rename(folder / "9.jsonl"), {}, r"the input was .*0\.jsonl, now .*1\.jsonl\.gz"),
         (lambda folder: None, {"append_eod": False}, "append_eod was True, now False"),
         (lambda folder: None, {"patch_align": 4, "min_tokens": 2}, "patch_align was 1, now 4; min_tokens was None, now 2"),
     ],
@@ -251,7 +252,7 @@ def test_behind_a_broken_archive_a_run_goes_on(tmp_path, inputs, monkeypatch, re
     with pytest.raises(DataError, match=r"2\.jsonl\.zst cannot be read"):
         preprocess(inputs, str(tmp_path / "x"), settings(), save_seconds=0.0, notice=told.append)
     kept = last_record(journal_path(str(tmp_path / "x")))
-    assert kept is not None and kept.file == 2 and "finished and kept" in told[-1] and "--resume" in told[-1]
+    assert kept is not None and kept.file == 2 and "are saved" in told[-1] and "--resume" in told[-1]
     if remedy == "leave out":
         archive.unlink()
     else:
@@ -266,7 +267,7 @@ def test_behind_a_broken_archive_a_run_goes_on(tmp_path, inputs, monkeypatch, re
 
 def test_a_backend_that_erred_is_not_trusted_again_after_a_kill(tmp_path, inputs, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "_beginning", lambda *args: Record(distrusted=True))
+        patch.setattr(pipeline, "_starting_record", lambda *args: Record(distrusted=True))
         broken_off(inputs, tmp_path / "x", monkeypatch)
     used = []
 
@@ -332,7 +333,7 @@ def test_rearranged_runs_are_resumed_from_any_end(tmp_path, inputs, monkeypatch)
     whole = preprocess(inputs, str(tmp_path / "whole"), settings(), **options)
     # One output has 290 texts, each twice, the other one text 580 times.
     assert [len(IndexedDataset(prefix)) for prefix in whole.outputs] == [290, 1] and whole.duplicates == 290 + 579
-    for name in ("rearrange", "remove_dataset", "write_info"):
+    for name in ("dedup_and_shuffle", "remove_dataset", "write_metadata"):
         for call in (1, 2):
             for before in (True, False):
                 out = str(tmp_path / f"{name}{call}{before}")

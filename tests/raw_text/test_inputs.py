@@ -21,7 +21,7 @@ from megatron_patch.preprocess.encode import EncodeSettings
 from megatron_patch.preprocess.merge import merge_datasets
 from megatron_patch.preprocess.pipeline import preprocess
 from megatron_patch.raw_text import readers
-from megatron_patch.raw_text.inputs import Span, divide, parse_shard
+from megatron_patch.raw_text.inputs import FileRange, parse_shard, shard_inputs
 from megatron_patch.raw_text.readers import batches
 
 ROOT = Path(__file__).parent.parent.parent
@@ -61,7 +61,7 @@ def test_shards_are_all_lines_once_and_in_order(tmp_path_factory, shapes, count,
         everything += rows
     found = []
     for number in range(count):
-        for batch in batches(divide(paths, number, count)):
+        for batch in batches(shard_inputs(paths, number, count)):
             found += [line for line in bytes(batch.read()).split(b"\n") if line]
     assert found == everything
 
@@ -95,7 +95,7 @@ def test_a_shard_may_be_empty_and_standard_input_has_none(tmp_path):
     assert sorted(sizes) == [0, 0, 0, 1]
     assert read_metadata(str(tmp_path / "s1_text_document")) is not None
     with pytest.raises(DataError, match="standard input"):
-        divide(["-"], 0, 2)
+        shard_inputs(["-"], 0, 2)
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_a_shard_may_be_empty_and_standard_input_has_none(tmp_path):
         ("slurm", {"ID": 3, "COUNT": 4, "MIN": 0, "MAX": 3}, (3, 4)),
         ("slurm/64", {"ID": 7, "COUNT": 2, "MIN": 3, "MAX": 7}, (7, 64)),
         ("slurm", {"ID": 7, "COUNT": 2, "MIN": 3, "MAX": 7}, "an array of 2 tasks from 3 to 7"),
-        ("slurm", {}, "without SLURM_ARRAY_TASK_ID"),
+        ("slurm", {}, "needs the variable SLURM_ARRAY_TASK_ID"),
         ("8/8", {}, "i from 0 to n - 1"),
         ("slurm/4", {"ID": 4}, "i from 0 to n - 1"),
         ("half", {}, "i/n, slurm/n or slurm"),
@@ -137,7 +137,7 @@ def test_the_slurm_template_runs_the_tool(tmp_path):
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "SLURM_ARRAY_TASK_ID": str(task), "SLURM_CPUS_PER_TASK": "1"}
         result = subprocess.run(["bash", str(tmp_path / "job.sh")], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
         assert result.returncode == 0, result.stderr
-    assert "finished before" in result.stderr
+    assert "already finished" in result.stderr
     merge_datasets(expand_prefixes(f"{tmp_path}/web_shard-*_text_document"), str(tmp_path / "all"))
     run(tmp_path / "whole", [tmp_path / "a.jsonl"])
     assert files(tmp_path / "all") == files(tmp_path / "whole_text_document")
@@ -160,7 +160,7 @@ def test_tables_give_what_lines_give(tmp_path, table, monkeypatch, workers):
     two = run(tmp_path / "rows", [tmp_path / "a.parquet"], workers=workers, **keys)
     for ours, theirs in zip(two.outputs, one.outputs, strict=True):
         assert files(ours) == files(theirs)
-    cut = [batch.upto for batch in batches([Span(str(tmp_path / "a.parquet"))])]
+    cut = [batch.upto for batch in batches([FileRange(str(tmp_path / "a.parquet"))])]
     assert len(cut) > 5 and cut[-1] == 200
 
 

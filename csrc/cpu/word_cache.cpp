@@ -1,7 +1,7 @@
-// The ids of words that a tokenizer has already encoded: a text is cut where no token reaches over, and only parts that are new are encoded.
+// A cache of encoded words for SentencePiece BPE: a text is split where no merge reaches across, and only parts that are new are encoded.
 //
-// A plain C interface, called through ctypes, so that preprocessing needs neither torch nor a Python of one version. A call of `scan`
-// finds the parts of some texts and those among them that are new, `learn` takes the ids of these, `write` gives the ids of all.
+// A plain C interface, called through ctypes: preprocessing needs neither torch nor one particular version of Python. `scan` splits texts
+// into parts and finds those that are new, `learn` stores the ids of the new ones, and `write` returns the ids of all.
 
 #include <algorithm>
 #include <bit>
@@ -12,18 +12,9 @@
 namespace megatron_patch {
 namespace {
 
-// Where a text may be cut; data/preprocess/word_memory.py says for which tokenizers each holds.
-enum class Cuts : int32_t {
-  kBehindAscii = 0,       // in front of a space behind an ASCII letter or digit
-  kBetweenAscii = 1,      // at a space between ASCII letters or digits; the space is left out
-  kBetweenStrangers = 2,  // between characters that stand side by side in no piece of the vocabulary
-};
-
-bool is_ascii_word(uint8_t byte) { return (byte >= '0' && byte <= '9') || ((byte | 0x20) >= 'a' && (byte | 0x20) <= 'z'); }
-
 static_assert(std::endian::native == std::endian::little, "words are compared eight bytes at a time, the first in the lowest");
 
-// Classes of characters: ASCII, where ▁ (E2 96 81 in UTF-8) passes for a space, and all others.
+// Classes of characters: each ASCII character, where ▁ (E2 96 81 in UTF-8) counts as a space, and all others.
 constexpr int kOther = 128;
 constexpr int kClasses = kOther + 1;
 
@@ -34,7 +25,7 @@ int class_before(const uint8_t* begin, const uint8_t* at) {
   return at - begin >= 3 && is_mark(at - 3) ? ' ' : kOther;
 }
 
-int class_behind(const uint8_t* at, const uint8_t* end) {
+int class_after(const uint8_t* at, const uint8_t* end) {
   if (at[0] < kOther) return at[0];
   return end - at >= 3 && is_mark(at) ? ' ' : kOther;
 }
@@ -50,68 +41,53 @@ uint64_t first_bytes(uint64_t value, uint64_t count) {
   return count >= 8 ? value : value & ((uint64_t{1} << (8 * count)) - 1);
 }
 
-// The next space, or `end`; reads up to 8 bytes behind `end`.
-const uint8_t* next_space(const uint8_t* at, const uint8_t* end) {
-  constexpr uint64_t kOnes = 0x0101010101010101u;
-  for (; at < end; at += 8) {
-    const uint64_t zero_at_space = eight_bytes(at) ^ (kOnes * ' ');
-    const uint64_t found = (zero_at_space - kOnes) & ~zero_at_space & (kOnes << 7);
-    if (found) {
-      at += std::countr_zero(found) / 8;
-      break;
-    }
-  }
-  return at < end ? at : end;
-}
-
 uint64_t mixed(uint64_t hash, uint64_t eight) {
   hash = (hash ^ eight) * 0x9E3779B97F4A7C15u;
   return hash ^ (hash >> 32);
 }
 
-constexpr uint64_t kInside = 16;  // bytes of a key that stand in the word itself
+constexpr uint64_t kInside = 16;  // bytes of a key that are stored in the word itself
 constexpr uint64_t kIdsInside = 6;
 
-// A cache line: what most words need to be compared and written.
+// One cache line: everything that comparing and writing most words needs.
 struct alignas(64) Word {
   uint64_t first, second;  // the key's first bytes, and zeros
-  uint64_t key;            // where a longer key stands as a whole
+  uint64_t key;            // start of a longer key in keys_
   uint32_t length, count;  // of the key in bytes, and ids
   union {
     uint32_t ids[kIdsInside];
-    uint64_t place;  // of more ids than fit in here
+    uint64_t ids_start;  // in ids_, if there are more ids than fit in here
   };
 };
 
 struct Slot {
-  uint32_t hash, word;  // word: its number + 1; 0: free
+  uint32_t hash, word;  // word: index + 1; 0: free
 };
 
-class WordMemory {
+class WordCache {
  public:
-  // `neighbours`: for kBetweenStrangers, which classes of characters stand side by side in a piece, kClasses x kClasses.
-  WordMemory(Cuts cuts, const uint8_t* neighbours, uint64_t most_bytes) : cuts_(cuts), most_bytes_(most_bytes) {
-    if (neighbours != nullptr) neighbours_.assign(neighbours, neighbours + kClasses * kClasses);
-    forget();
+  // `adjacent`: kClasses x kClasses, 1 if characters of two classes are adjacent in a piece of the vocabulary.
+  WordCache(const uint8_t* adjacent, uint64_t max_bytes) : adjacent_(adjacent, adjacent + kClasses * kClasses), max_bytes_(max_bytes) {
+    clear();
   }
 
-  // Cuts texts, which stand one behind another and end at `ends`; 8 bytes behind the last must be readable. Returns the number of new parts.
+  // Splits texts, which follow one another and end at `ends`; 8 bytes after the last must be readable. Returns the number of new parts.
   int64_t scan(const uint8_t* bytes, const int64_t* ends, int64_t count) {
-    if (size() > most_bytes_) forget();
+    if (size() > max_bytes_) clear();
     parts_.clear();
-    parts_behind_.clear();
+    parts_before_end_.clear();
     new_.clear();
     const uint8_t* text = bytes;
     for (int64_t number = 0; number < count; ++number) {
       const uint8_t* end = bytes + ends[number];
-      cuts_ == Cuts::kBetweenStrangers ? cut_between_strangers(text, end) : cut_at_spaces(text, end);
-      parts_behind_.push_back(parts_.size());
+      split(text, end);
+      parts_before_end_.push_back(parts_.size());
       text = end;
     }
     return static_cast<int64_t>(new_.size());
   }
 
-  // The bytes of the new parts, one behind another, and where each ends.
+  // The bytes of the new parts, one after another, and the end of each.
   int64_t new_bytes() const {
     int64_t total = 0;
     for (const uint32_t word : new_) total += words_[word].length;
@@ -139,7 +115,7 @@ class WordMemory {
       if (word.count <= kIdsInside) {
         std::copy(ids, ids + word.count, word.ids);
       } else {
-        word.place = ids_.size();
+        word.ids_start = ids_.size();
         ids_.insert(ids_.end(), ids, ids + word.count);
       }
       ids += word.count;
@@ -147,13 +123,13 @@ class WordMemory {
     new_.clear();
   }
 
-  // Ids in each text. Returns those in all.
+  // Writes the number of ids of each text. Returns their sum.
   int64_t lengths(int64_t* lengths) const {
     int64_t total = 0;
     size_t part = 0;
-    for (size_t number = 0; number < parts_behind_.size(); ++number) {
+    for (size_t number = 0; number < parts_before_end_.size(); ++number) {
       int64_t length = 0;
-      for (; part < parts_behind_[number]; ++part) length += words_[parts_[part]].count;
+      for (; part < parts_before_end_[number]; ++part) length += words_[parts_[part]].count;
       lengths[number] = length;
       total += length;
     }
@@ -163,17 +139,17 @@ class WordMemory {
   void write(uint32_t* ids) const {
     for (const uint32_t part : parts_) {
       const Word& word = words_[part];
-      const uint32_t* source = word.count <= kIdsInside ? word.ids : ids_.data() + word.place;
+      const uint32_t* source = word.count <= kIdsInside ? word.ids : ids_.data() + word.ids_start;
       for (uint32_t id = 0; id < word.count; ++id) *ids++ = source[id];
     }
   }
 
-  void forget() {
+  void clear() {
     keys_.clear();
     ids_.clear();
     words_.clear();
     parts_.clear();
-    parts_behind_.clear();
+    parts_before_end_.clear();
     new_.clear();
     slots_.assign(1 << 16, Slot{0, 0});
   }
@@ -181,36 +157,21 @@ class WordMemory {
  private:
   uint64_t size() const { return keys_.size() + 4 * ids_.size() + sizeof(Word) * words_.size() + sizeof(Slot) * slots_.size(); }
 
-  void cut_between_strangers(const uint8_t* text, const uint8_t* end) {
+  void split(const uint8_t* text, const uint8_t* end) {
     const uint8_t* part = text;
     for (const uint8_t* at = text + 1; at < end; ++at) {
       if ((at[0] & 0xC0) == 0x80) continue;  // inside a character
       const bool ascii = (at[-1] | at[0]) < kOther;
       const int before = ascii ? at[-1] : class_before(text, at);
-      const int behind = ascii ? at[0] : class_behind(at, end);
-      if (neighbours_[before * kClasses + behind]) continue;
-      say(part, at);
+      const int after = ascii ? at[0] : class_after(at, end);
+      if (adjacent_[before * kClasses + after]) continue;
+      add_part(part, at);
       part = at;
     }
-    if (part < end) say(part, end);
+    if (part < end) add_part(part, end);
   }
 
-  void cut_at_spaces(const uint8_t* text, const uint8_t* end) {
-    const uint8_t* part = text;
-    for (const uint8_t* at = next_space(text, end); at < end; at = next_space(at + 1, end)) {
-      if (at == text || !is_cut(at, end)) continue;
-      say(part, at);
-      part = cuts_ == Cuts::kBehindAscii ? at : at + 1;
-    }
-    if (part < end) say(part, end);
-  }
-
-  bool is_cut(const uint8_t* space, const uint8_t* end) const {
-    if (!is_ascii_word(space[-1])) return false;
-    return cuts_ == Cuts::kBehindAscii || (space + 1 < end && is_ascii_word(space[1]));
-  }
-
-  void say(const uint8_t* begin, const uint8_t* end) {
+  void add_part(const uint8_t* begin, const uint8_t* end) {
     const auto length = static_cast<uint64_t>(end - begin);
     const uint64_t first = first_bytes(eight_bytes(begin), length);
     const uint64_t second = length > 8 ? first_bytes(eight_bytes(begin + 8), length - 8) : 0;
@@ -249,16 +210,15 @@ class WordMemory {
     slots_.swap(larger);
   }
 
-  Cuts cuts_;
-  std::vector<uint8_t> neighbours_;
-  uint64_t most_bytes_;
+  std::vector<uint8_t> adjacent_;
+  uint64_t max_bytes_;
   std::vector<uint8_t> keys_;
   std::vector<uint32_t> ids_;
   std::vector<Word> words_;
   std::vector<Slot> slots_;
-  std::vector<uint32_t> parts_;       // the words of the texts at hand
-  std::vector<size_t> parts_behind_;  // for each text, its last part + 1
-  std::vector<uint32_t> new_;
+  std::vector<uint32_t> parts_;       // indices into words_, in the order of the texts
+  std::vector<size_t> parts_before_end_;  // for each text, the number of parts up to its end
+  std::vector<uint32_t> new_;         // words whose ids are not known yet
 };
 
 }  // namespace
@@ -266,18 +226,18 @@ class WordMemory {
 
 #define EXPORTED extern "C" __attribute__((visibility("default")))
 
-using megatron_patch::WordMemory;
+using megatron_patch::WordCache;
 
-EXPORTED WordMemory* word_memory_new(int32_t cuts, const uint8_t* neighbours, uint64_t most_bytes) {
-  return new WordMemory(static_cast<megatron_patch::Cuts>(cuts), neighbours, most_bytes);
+EXPORTED WordCache* word_cache_new(const uint8_t* adjacent, uint64_t max_bytes) {
+  return new WordCache(adjacent, max_bytes);
 }
-EXPORTED void word_memory_delete(WordMemory* memory) { delete memory; }
-EXPORTED int64_t word_memory_scan(WordMemory* memory, const uint8_t* bytes, const int64_t* ends, int64_t count) {
-  return memory->scan(bytes, ends, count);
+EXPORTED void word_cache_delete(WordCache* cache) { delete cache; }
+EXPORTED int64_t word_cache_scan(WordCache* cache, const uint8_t* bytes, const int64_t* ends, int64_t count) {
+  return cache->scan(bytes, ends, count);
 }
-EXPORTED int64_t word_memory_new_bytes(const WordMemory* memory) { return memory->new_bytes(); }
-EXPORTED void word_memory_new_parts(const WordMemory* memory, uint8_t* bytes, int64_t* ends) { memory->new_parts(bytes, ends); }
-EXPORTED void word_memory_learn(WordMemory* memory, const uint32_t* ids, const int64_t* lengths) { memory->learn(ids, lengths); }
-EXPORTED int64_t word_memory_lengths(const WordMemory* memory, int64_t* lengths) { return memory->lengths(lengths); }
-EXPORTED void word_memory_write(const WordMemory* memory, uint32_t* ids) { memory->write(ids); }
-EXPORTED void word_memory_forget(WordMemory* memory) { memory->forget(); }
+EXPORTED int64_t word_cache_new_bytes(const WordCache* cache) { return cache->new_bytes(); }
+EXPORTED void word_cache_new_parts(const WordCache* cache, uint8_t* bytes, int64_t* ends) { cache->new_parts(bytes, ends); }
+EXPORTED void word_cache_learn(WordCache* cache, const uint32_t* ids, const int64_t* lengths) { cache->learn(ids, lengths); }
+EXPORTED int64_t word_cache_lengths(const WordCache* cache, int64_t* lengths) { return cache->lengths(lengths); }
+EXPORTED void word_cache_write(const WordCache* cache, uint32_t* ids) { cache->write(ids); }
+EXPORTED void word_cache_clear(WordCache* cache) { cache->clear(); }
