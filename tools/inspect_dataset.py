@@ -21,9 +21,9 @@ from megatron_patch.data.corpus import TokenCorpus
 from megatron_patch.data.dataset_metadata import read_metadata
 from megatron_patch.data.indexed_dataset import IndexedDataset
 from megatron_patch.data.inspect import describe, integrity_problems, patch_statistics
-from megatron_patch.data.split import divide_stages
+from megatron_patch.data.split import stage_division
 from megatron_patch.errors import DataError
-from megatron_patch.tokenizers.base import Tokenizer, tokenizer_to_show
+from megatron_patch.tokenizers.base import Tokenizer, load_tokenizer_for_display
 
 
 def show_patches(dataset: IndexedDataset, patch_size: int, tokenizer: Tokenizer | None, samples: int, console: Console) -> None:
@@ -42,7 +42,7 @@ def show_division(prefix: str, config: str, console: Console) -> dict[str, Any]:
     from megatron_patch.config.resolve import resolve
 
     run = resolve(parse(["--config", config, "--data-path", prefix, "--dry-run"]), 1)
-    found = divide_stages(run.plan, TokenCorpus([prefix]), run.options.data.split)
+    found = stage_division(run.plan, TokenCorpus([prefix]), run.options.data.split)
     table = Table(title=f"{found['blocks']:,} blocks of {found['block_tokens']:,} tokens for training", title_justify="left")
     for name in found["stages"][0]:
         table.add_column(name.replace("_", " "), justify="left" if name == "stage" else "right")
@@ -102,7 +102,7 @@ def main(argv: list[str]) -> None:
         show_patches(
             dataset,
             args.patch_size,
-            tokenizer_to_show(known, args.tokenizer_type, args.tokenizer_model),
+            load_tokenizer_for_display(known, args.tokenizer_type, args.tokenizer_model),
             min(args.samples, len(dataset)),
             console,
         )

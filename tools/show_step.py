@@ -17,7 +17,7 @@ from megatron_patch.cli.command_line import ArgumentParser, count, run_tool
 from megatron_patch.data.corpus import open_corpus
 from megatron_patch.data.dataset_metadata import read_metadata
 from megatron_patch.errors import DataError
-from megatron_patch.tokenizers.base import tokenizer_to_show
+from megatron_patch.tokenizers.base import load_tokenizer_for_display
 from megatron_patch.training.callbacks.metrics import read_metrics
 from megatron_patch.utils.console import make_console
 from megatron_patch.utils.units import plural
@@ -50,7 +50,7 @@ def main(argv: list[str]) -> None:
         open_corpus(prefix).read_into(ids, start)
         metadata = read_metadata(prefix)
         recorded = (metadata.tokenizer_type, metadata.tokenizer_model) if metadata else None
-        tokenizer = tokenizer_to_show(recorded, args.tokenizer_type, args.tokenizer_model)
+        tokenizer = load_tokenizer_for_display(recorded, args.tokenizer_type, args.tokenizer_model)
         text = tokenizer.decode(ids.tolist()) if tokenizer else " ".join(map(str, ids.tolist()))
         console.print(f"\n{prefix}, tokens {start:,} to {start + length - 1:,}", style="bold", highlight=False)
         console.print(text[: args.characters], markup=False, highlight=False)

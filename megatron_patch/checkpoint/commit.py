@@ -50,7 +50,7 @@ class ManifestEntry:
 
 
 @dataclass(frozen=True)
-class FoundCheckpoint:
+class ValidCheckpoint:
     """A valid checkpoint.
 
     Args:
@@ -274,7 +274,7 @@ def list_checkpoints(save: Path) -> list[Path]:
 
 def find_newest_valid(
     save: Path, wanted: Callable[[TrainerState], bool] | None = None, check: Callable[[Path], list[str]] = verify
-) -> FoundCheckpoint | None:
+) -> ValidCheckpoint | None:
     """Returns the newest valid checkpoint, or None if there are no checkpoints.
 
     Args:
@@ -300,7 +300,7 @@ def find_newest_valid(
         problems = verify(folder, full=False) or check(folder)
         if not problems:
             try:
-                return FoundCheckpoint(folder, read_state(folder), tuple(skipped))
+                return ValidCheckpoint(folder, read_state(folder), tuple(skipped))
             except CheckpointError as error:
                 problems = [error.what]
         skipped.append((str(folder), "; ".join(problems)))

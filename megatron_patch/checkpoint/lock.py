@@ -96,7 +96,7 @@ class SaveLock:
 
     def __init__(self, save: Path, patience: float = PATIENCE) -> None:
         self.path = save / LOCK
-        self.took_over: str | None = None
+        self.replaced_owner: str | None = None
         """The job whose stale lock was replaced, as "process P on HOST", or None."""
         self._token = secrets.token_hex(8)
         self._stop = threading.Event()
@@ -156,7 +156,7 @@ class SaveLock:
             with contextlib.suppress(FileExistsError):
                 os.link(taken, self.path)
         else:
-            self.took_over = owner_name
+            self.replaced_owner = owner_name
         taken.unlink(missing_ok=True)
 
     def _beat(self) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from megatron_patch.checkpoint import commit
-from megatron_patch.checkpoint.commit import FoundCheckpoint, ManifestEntry
+from megatron_patch.checkpoint.commit import ManifestEntry, ValidCheckpoint
 from megatron_patch.checkpoint.safetensors_io import write_safetensors
 from megatron_patch.checkpoint.trainer_state import TrainerState
 from megatron_patch.convert.tensor_names import parameter_shapes
@@ -39,7 +39,7 @@ class CheckpointWeights:
         tokenizer: "tokenizer_type" and "tokenizer_model" that replace those of the training data's metadata file; empty: none do.
     """
 
-    found: FoundCheckpoint
+    found: ValidCheckpoint
     shape: ModelShape
     parameter: Callable[[str], torch.Tensor]
     tokenizer: Mapping[str, Any] = field(default_factory=dict)

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from megatron_patch.data.storage import StoredArray, exists, open_file
+from megatron_patch.data.storage import FileArray, exists, open_file
 from megatron_patch.errors import DataError
 from megatron_patch.utils.files import fsync_folder
 from megatron_patch.utils.units import plural
@@ -112,11 +112,11 @@ class IndexedDataset:
                 "copy the file again, or preprocess the data again",
             )
         self.num_tokens = self.bin_bytes // self.dtype.itemsize
-        self.sequence_lengths = StoredArray(self._index, np.int32, _HEADER.size, self.num_sequences)
-        self.sequence_pointers = StoredArray(self._index, np.int64, _HEADER.size + 4 * self.num_sequences, self.num_sequences)
-        self.document_boundaries = StoredArray(self._index, np.int64, _HEADER.size + 12 * self.num_sequences, boundaries)
-        self.sequence_modes = StoredArray(self._index, np.int8, expected, self.num_sequences) if self.has_modes else None
-        self._tokens = StoredArray(self._bin, self.dtype, 0, self.num_tokens)
+        self.sequence_lengths = FileArray(self._index, np.int32, _HEADER.size, self.num_sequences)
+        self.sequence_pointers = FileArray(self._index, np.int64, _HEADER.size + 4 * self.num_sequences, self.num_sequences)
+        self.document_boundaries = FileArray(self._index, np.int64, _HEADER.size + 12 * self.num_sequences, boundaries)
+        self.sequence_modes = FileArray(self._index, np.int8, expected, self.num_sequences) if self.has_modes else None
+        self._tokens = FileArray(self._bin, self.dtype, 0, self.num_tokens)
         self._check_ends()
 
     def _check_ends(self) -> None:

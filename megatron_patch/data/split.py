@@ -10,7 +10,7 @@ from megatron_patch.data.token_stream import TrainStream
 from megatron_patch.stages import StagePlan
 
 
-def divide_stages(plan: StagePlan, corpus: TokenCorpus, split: str) -> dict[str, Any]:
+def stage_division(plan: StagePlan, corpus: TokenCorpus, split: str) -> dict[str, Any]:
     """Returns how a run that reads only this corpus divides it.
 
     Args:

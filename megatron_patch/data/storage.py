@@ -133,7 +133,7 @@ def file_checksum(path: str) -> str:
     return digest.hexdigest()
 
 
-class StoredArray:
+class FileArray:
     """A one-dimensional array in a file. Only the requested parts are read.
 
     Args:

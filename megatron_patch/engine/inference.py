@@ -15,7 +15,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
-from megatron_patch.checkpoint.commit import FoundCheckpoint, find_newest_valid
+from megatron_patch.checkpoint.commit import ValidCheckpoint, find_newest_valid
 from megatron_patch.checkpoint.trainer_state import TrainerState
 from megatron_patch.engine.distributed_model import DistributedModel
 from megatron_patch.engine.environment import ranks_from_environment
@@ -47,7 +47,7 @@ class LoadedModel(Generic[Model]):
     """
 
     model: Model
-    checkpoint: FoundCheckpoint
+    checkpoint: ValidCheckpoint
     data_metadata: Mapping[str, Any] | None
     replicas: Replicas = SINGLE_REPLICA
 
@@ -84,7 +84,7 @@ def shape_of_state(state: TrainerState, where: str) -> ModelShape:
     return shape
 
 
-def require_checkpoint(load: str) -> FoundCheckpoint:
+def require_checkpoint(load: str) -> ValidCheckpoint:
     """Returns the newest valid checkpoint of a run, or the one that `load` names.
 
     Args:

@@ -51,6 +51,6 @@ class Cost:
         return self.cost_tokens(progress) / tokens if tokens else 0.0
 
     @property
-    def whole(self) -> float:
+    def total(self) -> float:
         """The cost of the whole run: its FLOPs relative to token-level training on the same tokens."""
         return self.share(Progress(len(self.plan.stages) - 1, self.plan.stages[-1].steps))

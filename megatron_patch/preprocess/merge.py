@@ -21,7 +21,7 @@ import xxhash
 
 from megatron_patch.data.dataset_metadata import DatasetMetadata, check_compatible, metadata_path, read_metadata, write_metadata
 from megatron_patch.data.indexed_dataset import IndexedDataset, bin_path, idx_path, pack_header
-from megatron_patch.data.storage import StoredArray, is_address
+from megatron_patch.data.storage import FileArray, is_address
 from megatron_patch.errors import DataError
 from megatron_patch.preprocess.dedup_shuffle import dedup_and_shuffle
 from megatron_patch.utils.files import checksum, copy_range, fsync_folder
@@ -249,7 +249,7 @@ def _changed(path: Path) -> DataError:
     return DataError(f"{path} changed while it was read", "files that do not change", "run again when no process writes to them")
 
 
-def _chunks(array: StoredArray, first: int = 0) -> Iterator[npt.NDArray[Any]]:
+def _chunks(array: FileArray, first: int = 0) -> Iterator[npt.NDArray[Any]]:
     """Yields an array of a dataset's index in chunks."""
     for start in range(first, len(array), _CHUNK):
         yield array[start : start + _CHUNK]

@@ -29,8 +29,8 @@ __all__ = [
     "encode",
     "load_from_metadata",
     "load_tokenizer",
+    "load_tokenizer_for_display",
     "tokenizer_of_checkpoint",
-    "tokenizer_to_show",
 ]
 
 TOKENIZERS: dict[str, Callable[[TokenizerOptions], Tokenizer]] = {
@@ -111,7 +111,7 @@ def load_from_metadata(metadata: Mapping[str, Any], tokenizer_type: str | None =
     return tokenizer
 
 
-def tokenizer_to_show(known: tuple[str, str] | None, tokenizer_type: str | None, tokenizer_model: str | None) -> Tokenizer | None:
+def load_tokenizer_for_display(known: tuple[str, str] | None, tokenizer_type: str | None, tokenizer_model: str | None) -> Tokenizer | None:
     """Loads the tokenizer for printing a dataset's text: the one given, else the one that its metadata file names.
 
     Args:

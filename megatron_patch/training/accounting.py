@@ -54,7 +54,7 @@ class Accounting:
             ranks=self._ranks,
             save=str(save) if save else None,
             token_flops=self._cost.token_flops,
-            whole_cost=self._cost.whole,
+            whole_cost=self._cost.total,
         )
 
     def step(self, progress: Progress, result: StepResult, lr: float, seconds: float, data_seconds: float) -> StepRecord:

@@ -116,7 +116,7 @@ def print_plan(run: RunConfig, engine: EngineConfig, console: Console, origins: 
     )
     flops = sum(stage.steps * cost.step_flops(stage) for stage in run.plan.stages)
     console.print(
-        f"[bold]Cost[/bold] {flops:.3g} FLOPs: {cost.whole:.3f} of token-level training on the same {format_count(run.plan.tokens)} tokens "
+        f"[bold]Cost[/bold] {flops:.3g} FLOPs: {cost.total:.3f} of token-level training on the same {format_count(run.plan.tokens)} tokens "
         f"({run.plan.cost():.3f} counted in positions: λ/K + 1 - λ)",
         highlight=False,
     )

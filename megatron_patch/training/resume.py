@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_patch.checkpoint.commit import FoundCheckpoint, find_newest_valid, list_checkpoints, share_of_rank, step_of, verify
+from megatron_patch.checkpoint.commit import ValidCheckpoint, find_newest_valid, list_checkpoints, share_of_rank, step_of, verify
 from megatron_patch.checkpoint.trainer_state import TrainerState
 from megatron_patch.config.options import CheckpointOptions
 from megatron_patch.config.parsing import option_values
@@ -43,7 +43,7 @@ class StartPoint:
 
     plan: StagePlan
     progress: Progress
-    checkpoint: FoundCheckpoint | None = None
+    checkpoint: ValidCheckpoint | None = None
     resuming: bool = False
     begun_from: str | None = None
 
@@ -73,26 +73,26 @@ def find_start_point(run: RunConfig, grid: Grid) -> StartPoint:
     return StartPoint(plan_to_resume(found.state, run), progress, found, True, begun_from)
 
 
-def _find_checkpoint(options: CheckpointOptions, grid: Grid) -> tuple[FoundCheckpoint | None, bool, str | None]:
+def _find_checkpoint(options: CheckpointOptions, grid: Grid) -> tuple[ValidCheckpoint | None, bool, str | None]:
     """Returns the checkpoint to start from, whether its run is resumed, and the --load folder that the run first started from."""
     save = Path(options.save) if options.save is not None else None
     load = Path(options.load) if options.load is not None and options.load != options.save else None
     if load is None:
-        found = newest_valid(save, grid) if save is not None else None
+        found = find_newest_valid_together(save, grid) if save is not None else None
         return found, found is not None, found.state.begun_from if found is not None else None
     begun_from = os.path.abspath(load)
     if save is not None:
         started_from_load = None if options.finetune else lambda state: state.begun_from == begun_from
-        found = newest_valid(save, grid, started_from_load)
+        found = find_newest_valid_together(save, grid, started_from_load)
         if found is not None:
             return found, True, begun_from
-    found = newest_valid(load, grid)
+    found = find_newest_valid_together(load, grid)
     if found is None and options.finetune:
         raise CheckpointError(f"--load {load} holds no checkpoint", "a folder with step-N checkpoints", "check the path")
     return found, found is not None and not options.finetune, begun_from
 
 
-def newest_valid(folder: Path, grid: Grid, wanted: Callable[[TrainerState], bool] | None = None) -> FoundCheckpoint | None:
+def find_newest_valid_together(folder: Path, grid: Grid, wanted: Callable[[TrainerState], bool] | None = None) -> ValidCheckpoint | None:
     """Returns what `find_newest_valid` finds on rank 0, verified by all ranks together; every rank must call it.
 
     Args:
@@ -147,7 +147,7 @@ def start_notes(start: StartPoint, save: Path | None) -> list[str]:
     return notes
 
 
-def _resumed_note(start: StartPoint, found: FoundCheckpoint) -> str:
+def _resumed_note(start: StartPoint, found: ValidCheckpoint) -> str:
     step, total = start.plan.step(start.progress), start.plan.steps
     done = " (nothing left to do)" if step == total else ""
     return f"resumed from {found.folder}: stage {start.stage.name}, step {step:,} of {total:,}{done}"

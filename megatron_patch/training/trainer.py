@@ -42,7 +42,7 @@ from megatron_patch.training.faults.stop_requests import StopRequests
 from megatron_patch.training.faults.stragglers import StragglerDetector
 from megatron_patch.training.faults.watchdog import Watchdog
 from megatron_patch.training.lr_schedule import build_lr_schedule
-from megatron_patch.training.resume import check_data, find_start_point, make_trainer_state, newest_valid, start_notes
+from megatron_patch.training.resume import check_data, find_newest_valid_together, find_start_point, make_trainer_state, start_notes
 from megatron_patch.training.throughput import DataWaitMonitor
 from megatron_patch.utils.console import make_console
 from megatron_patch.utils.units import plural
@@ -103,7 +103,7 @@ class Trainer:
         context = CallbackContext(run, self.save_folder, self.grid, self.engine.logits, tokenizer, device)
         self.callbacks = make_callbacks(context, callbacks)
         if self.grid.rank == 0:
-            self._print_start(settings, lock.took_over if lock is not None else None)
+            self._print_start(settings, lock.replaced_owner if lock is not None else None)
 
     def __enter__(self) -> Trainer:
         return self
@@ -232,7 +232,9 @@ class Trainer:
         self._wait_for_save()
         here = self.step
         # Newer checkpoints belong to a branch that --load abandoned.
-        found = newest_valid(self.save_folder, self.grid, lambda state: state.step <= here) if self.save_folder is not None else None
+        found = None
+        if self.save_folder is not None:
+            found = find_newest_valid_together(self.save_folder, self.grid, lambda state: state.step <= here)
         if found is None:
             self._report_event("rewind", "there is no checkpoint to return to; only the update of this step is skipped")
             return

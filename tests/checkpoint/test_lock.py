@@ -47,7 +47,7 @@ def test_the_lock_of_a_killed_job_is_taken_over(tmp_path):
     process.kill()
     process.wait()
     lock = SaveLock(tmp_path)
-    assert lock.took_over.startswith(f"process {process.pid} on ")
+    assert lock.replaced_owner.startswith(f"process {process.pid} on ")
     lock.check()
     lock.release()
     assert os.listdir(tmp_path) == []
@@ -59,7 +59,7 @@ def test_another_process_of_the_same_number_is_not_the_owner(tmp_path):
     lock.release()
     (tmp_path / LOCK).write_text(json.dumps({**data, "started": "1"}))
     lock = SaveLock(tmp_path)
-    assert lock.took_over
+    assert lock.replaced_owner
     lock.release()
 
 

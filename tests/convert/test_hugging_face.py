@@ -349,14 +349,14 @@ BROKEN = {
 
 
 @pytest.fixture(scope="module")
-def sound(tmp_path_factory):
-    return export(tmp_path_factory.mktemp("sound"), LLAMA)[1]
+def valid_export(tmp_path_factory):
+    return export(tmp_path_factory.mktemp("valid"), LLAMA)[1]
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_broken_folders_end_with_the_tensor_or_key_before_anything_is_written(name, sound, tmp_path):
+def test_broken_folders_end_with_the_tensor_or_key_before_anything_is_written(name, valid_export, tmp_path):
     break_it, words = BROKEN[name]
-    shutil.copytree(sound, tmp_path / "hf")
+    shutil.copytree(valid_export, tmp_path / "hf")
     break_it(tmp_path / "hf")
     with pytest.raises(CheckpointError) as caught:
         from_hugging_face(tmp_path / "hf", tmp_path / "ckpt")

@@ -61,7 +61,7 @@ def test_every_arm_costs_the_budget(arm):
     ]
     run = load_config(words, 1)
     cost = Cost(run.shape, run.plan, 16)
-    assert cost.whole * run.plan.tokens / budget == pytest.approx(arm.cost, rel=2e-3)
+    assert cost.total * run.plan.tokens / budget == pytest.approx(arm.cost, rel=2e-3)
     # The arms set their schedules, which must not follow the defaults for this size.
     decay, style = run.plan.stages[0].lr.wsd_decay_tokens, run.plan.stages[0].lr.style
     assert style == ("WSD" if arm.name == "token-wsd" or arm.baseline not in (None, "token") else "cosine")

@@ -393,7 +393,7 @@ def alive(pid):
 
 
 def unfinished(work, results, *_):
-    """A worker that is killed in the middle of its answer, while its neighbour lives."""
+    """A worker that is killed in the middle of its answer, while another one is running."""
     work.recv()
     os.write(results.fileno(), (1 << 20).to_bytes(4, "big") + b"the beginning")
     os.kill(os.getpid(), signal.SIGKILL)

@@ -51,7 +51,7 @@ def inputs(tmp_path):
 
 
 def everything(prefix):
-    """All that a run leaves, by name; the side files without the time it took."""
+    """All that a run leaves, by name; the metadata files without the time it took."""
     found = {path.name.removeprefix(Path(prefix).name): path.read_bytes() for path in Path(prefix).parent.glob(f"{Path(prefix).name}_*")}
     assert not [name for name in found if "partial" in name or "progress" in name or "scratch" in name], sorted(found)
     return found
@@ -246,8 +246,8 @@ def test_behind_a_broken_archive_a_run_goes_on(tmp_path, inputs, monkeypatch, re
     archive = tmp_path / "in" / "2.jsonl.zst"
     text = zstandard.ZstdDecompressor().decompress(archive.read_bytes())
     half = text.index(b"\n", len(text) // 2) + 1
-    sound = zstandard.compress(text[:half]) + zstandard.compress(text[half:])
-    archive.write_bytes(sound[:-200])
+    complete = zstandard.compress(text[:half]) + zstandard.compress(text[half:])
+    archive.write_bytes(complete[:-200])
     told = []
     with pytest.raises(DataError, match=r"2\.jsonl\.zst cannot be read"):
         preprocess(inputs, str(tmp_path / "x"), settings(), save_seconds=0.0, notice=told.append)
@@ -256,7 +256,7 @@ def test_behind_a_broken_archive_a_run_goes_on(tmp_path, inputs, monkeypatch, re
     if remedy == "leave out":
         archive.unlink()
     else:
-        archive.write_bytes(sound)
+        archive.write_bytes(complete)
     if remedy == "add":
         (tmp_path / "in" / "4.jsonl").write_bytes(lines(TEXTS[:50]))
     resumed = preprocess(inputs, str(tmp_path / "x"), settings(), resume=True)
