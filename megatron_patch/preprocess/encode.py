@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_patch.errors import DataError
-from megatron_patch.preprocess.fast_tokenizer import fast_backend
+from megatron_patch.preprocess.fast_tokenizer import make_fast_tokenizer
 from megatron_patch.preprocess.segments import SplitPoint, segments, split_point_of
 from megatron_patch.raw_text.large_documents import LargeText, load_text
 from megatron_patch.raw_text.parse_documents import ParsedBatch
@@ -56,7 +56,7 @@ class EncodeSettings:
         prepend_bos: begins each document with the beginning-of-sequence token.
         patch_align: pads each document with end-of-document tokens to a multiple of this many tokens.
         dtype: of the token ids, by its NumPy name.
-        backend: "auto" or "reference", as for `fast_backend`.
+        backend: "auto" or "reference", as for `make_fast_tokenizer`.
         min_chars: documents with fewer characters are left out.
         max_chars: documents with more characters are left out.
         min_tokens: documents with fewer tokens are left out; added tokens do not count.
@@ -114,7 +114,7 @@ class EncodedBatch:
         checked: documents for which the fast backend was compared with the reference.
         largest: the largest id of the texts.
         backend: "reference", or the name of the fast backend.
-        backend_note: the note of `fast_backend`.
+        backend_note: the note of `make_fast_tokenizer`.
         bad: (line in the batch from 1, first byte in the batch, reason) of each line that is left out.
     """
 
@@ -192,7 +192,7 @@ class Encoder:
         self.settings = settings
         self._empty = self._filtered = self._checked = self._largest = self._checked_before = self._unchecked = 0
         self.tokenizer = tokenizer if tokenizer is not None else load_checked_tokenizer(settings)
-        self.fast, self.backend_note = fast_backend(self.tokenizer, settings.backend)
+        self.fast, self.backend_note = make_fast_tokenizer(self.tokenizer, settings.backend)
 
     def encode(self, parsed: ParsedBatch) -> EncodedBatch:
         """Encodes a batch.

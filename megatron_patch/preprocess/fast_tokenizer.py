@@ -211,7 +211,7 @@ def same_encoding(first: Flat, second: Flat) -> bool:
     return np.array_equal(first[0], second[0]) and np.array_equal(first[1], second[1])
 
 
-def fast_backend(tokenizer: Tokenizer, backend: str = "auto") -> tuple[FastBackend | WordCache | None, str]:
+def make_fast_tokenizer(tokenizer: Tokenizer, backend: str = "auto") -> tuple[FastBackend | WordCache | None, str]:
     """Chooses what encodes in place of the reference tokenizer.
 
     Args:

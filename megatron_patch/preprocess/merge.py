@@ -52,7 +52,7 @@ class MergeResult:
     tokens: int
     duplicates: int
     bytes: int
-    side_file: bool
+    has_metadata: bool
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def merge_datasets(
         tokens=result.num_tokens,
         duplicates=duplicates,
         bytes=bin_path(output).stat().st_size + idx_path(output).stat().st_size,
-        side_file=info is not None,
+        has_metadata=info is not None,
     )
 
 

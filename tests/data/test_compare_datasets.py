@@ -43,7 +43,7 @@ def test_differences_are_those_of_the_lists(tmp_path_factory, one, other, same):
         assert found["first_token"] == token
 
 
-def test_types_and_side_files_count(tmp_path):
+def test_types_and_metadata_count(tmp_path):
     one, other = write(tmp_path / "a", [[1, 2]]), write(tmp_path / "b", [[1, 2]], np.int32)
     assert compare(one, other)["differences"] == ["dtype: uint16 and int32"]
     info = DatasetMetadata("NullTokenizer", "9", 9, 8, 1, 2, "uint16", True, False, 1, 4, 62, "", "")

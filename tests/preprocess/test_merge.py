@@ -66,7 +66,7 @@ def test_a_merge_is_one_run_over_everything(tmp_path_factory, shards, sides):
     merged = merge_datasets(prefixes, str(folder / "all"))
     assert files(merged.output) == files(whole)
     assert read_metadata(merged.output) == read_metadata(whole)
-    assert merged.tokens == IndexedDataset(whole).num_tokens and merged.side_file == sides
+    assert merged.tokens == IndexedDataset(whole).num_tokens and merged.has_metadata == sides
     assert not integrity_problems(IndexedDataset(merged.output))
     assert sorted(path.suffix for path in folder.glob("all*")) == [".bin", ".idx", *([".json"] if sides else [])]
 

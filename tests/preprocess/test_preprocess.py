@@ -26,7 +26,7 @@ from megatron_patch.errors import DataError
 from megatron_patch.preprocess import encode as encode_module
 from megatron_patch.preprocess import worker_process, workers
 from megatron_patch.preprocess.encode import Encoder, EncodeSettings, load_checked_tokenizer
-from megatron_patch.preprocess.fast_tokenizer import FastBackend, adversarial_strings, fast_backend
+from megatron_patch.preprocess.fast_tokenizer import FastBackend, adversarial_strings, make_fast_tokenizer
 from megatron_patch.preprocess.pipeline import preprocess
 from megatron_patch.preprocess.train_tokenizer import train_tokenizer
 from megatron_patch.raw_text import readers
@@ -131,7 +131,7 @@ def test_beginnings_ends_and_alignment_only_where_asked_for(folder, tmp_path):
 def test_fast_and_reference_encoders_agree(folder, tmp_path):
     pytest.importorskip("fastokens")
     tokenizer = load_tokenizer("HuggingFaceTokenizer", str(folder / "tokenizer"))
-    fast, note = fast_backend(tokenizer)
+    fast, note = make_fast_tokenizer(tokenizer)
     assert fast is not None, note
     texts = adversarial_strings(seed=9, count=500)
     for mine, reference in zip(fast.encode_flat(texts), tokenizer.encode_flat(texts), strict=True):

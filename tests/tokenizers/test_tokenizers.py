@@ -14,7 +14,7 @@ from megatron_patch.data.dataset_metadata import read_metadata
 from megatron_patch.data.indexed_dataset import IndexedDataset
 from megatron_patch.errors import DataError
 from megatron_patch.preprocess.encode import EncodeSettings, make_tokenizer
-from megatron_patch.preprocess.fast_tokenizer import adversarial_strings, fast_backend, pieces_without_merges
+from megatron_patch.preprocess.fast_tokenizer import adversarial_strings, make_fast_tokenizer, pieces_without_merges
 from megatron_patch.preprocess.pipeline import preprocess
 from megatron_patch.preprocess.train_tokenizer import train_tokenizer
 from megatron_patch.tokenizers.base import TOKENIZERS, encode, load_from_metadata, load_tokenizer
@@ -168,7 +168,7 @@ def test_tiktoken_equals_its_library_and_the_fast_backend_agrees(tiktoken_file, 
     assert ids.tolist() == [token for row in expected for token in row] and lengths.tolist() == list(map(len, expected))
     assert tokenizer.decode(encode(tokenizer, "x — 日本")) == "x — 日本" and tokenizer.decode([501, 499]) == "<|endoftext|><499>"
     pytest.importorskip("fastokens")
-    fast, note = fast_backend(tokenizer)
+    fast, note = make_fast_tokenizer(tokenizer)
     assert fast is not None, note
 
 
@@ -230,7 +230,7 @@ def test_sentencepiece_models_go_fast_where_they_can(folder, tmp_path, options):
     """A BPE model, with normalization or without, goes through the fast backend; the results are SentencePiece's."""
     pytest.importorskip("fastokens")
     tokenizer = train_sentencepiece(folder, tmp_path, **options)
-    fast, note = fast_backend(tokenizer)
+    fast, note = make_fast_tokenizer(tokenizer)
     assert fast is not None, note
     texts = [*adversarial_strings(seed=11, count=300), "the byte <0x41> by its name", "<s> and </s> and <unk> are text", "＜0x41＞ ①"]
     for mine, reference in zip(fast.encode_flat(texts), tokenizer.encode_flat(texts), strict=True):
@@ -255,7 +255,7 @@ def test_pieces_that_no_merges_make_are_known(folder):
     ],
 )
 def test_sentencepiece_models_that_do_more_stay_with_their_library(folder, tmp_path, options):
-    fast, note = fast_backend(train_sentencepiece(folder, tmp_path, **options))
+    fast, note = make_fast_tokenizer(train_sentencepiece(folder, tmp_path, **options))
     assert (fast is None or fast.name == "words") and "the reference" in note
 
 
