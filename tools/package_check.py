@@ -22,6 +22,7 @@ REQUIREMENTS = (
     "yaml",
     "orjson",
     "tokenizers",
+    "fastokens",
     "sentencepiece",
     "zstandard",
     "xxhash",
