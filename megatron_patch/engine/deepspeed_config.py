@@ -32,13 +32,13 @@ class EngineConfig:
 
     Args:
         precision: of weights and activations; gradients accumulate in float32, and master weights are float32, in every precision.
-        zero_stage: the ZeRO level (0 to 3) that `--zero-stage` or the JSON sets.
+        zero_level: the ZeRO level (0 to 3) that `--zero-stage` or the JSON sets.
         clip_grad: largest gradient norm; 0 turns clipping off.
         deepspeed: DeepSpeed's JSON without the batch sizes, which each training stage sets.
     """
 
     precision: Precision
-    zero_stage: int
+    zero_level: int
     clip_grad: float
     deepspeed: Mapping[str, Any]
 

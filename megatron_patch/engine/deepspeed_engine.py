@@ -134,7 +134,7 @@ class DeepSpeedEngine(abc.ABC):
             # In the gradient norm, DeepSpeed counts a parameter without this mark on one of the ranks that share a layer only.
             parameter.tensor_model_parallel = name in self._shards  # type: ignore[attr-defined]
         wrapped: nn.Module = model
-        if config.zero_stage == 0:
+        if config.zero_level == 0:
             # DeepSpeed's clipping at ZeRO 0 does not return the norm, so gradients are clipped here (`_clip_gradients`).
             settings["gradient_clipping"] = 0.0
             wrapped = MixedPrecision(model, dtype) if dtype != torch.float32 else model
@@ -153,7 +153,7 @@ class DeepSpeedEngine(abc.ABC):
 
     def _build(self, build: Callable[[], GPTModel], dtype: torch.dtype, settings: dict[str, Any]) -> GPTModel:
         """Returns the model on this rank's device, with uninitialized parameters."""
-        if self.config.zero_stage == 3:
+        if self.config.zero_level == 3:
             import deepspeed
 
             mpu = ModelParallelUnit(self._groups) if self._groups.tensor is not None else None
@@ -164,7 +164,7 @@ class DeepSpeedEngine(abc.ABC):
             return model
         with torch.device("meta"):
             model = build()
-        if self.config.zero_stage > 0:
+        if self.config.zero_level > 0:
             model.to(dtype)
         return model.to_empty(device=self.device)
 
@@ -227,7 +227,7 @@ class DeepSpeedEngine(abc.ABC):
             outcome.rejection = None if gate is None else gate.check_loss(outcome.loss)
 
         def check_grad_norm() -> None:
-            outcome.grad_norm = float(self._clip_gradients()) if self.config.zero_stage == 0 else self._zero_grad_norm()
+            outcome.grad_norm = float(self._clip_gradients()) if self.config.zero_level == 0 else self._zero_grad_norm()
             if gate is not None and outcome.rejection is None:
                 outcome.rejection = gate.check_grad_norm(outcome.grad_norm)
 
@@ -263,7 +263,7 @@ class DeepSpeedEngine(abc.ABC):
 
     def replica_mismatches(self) -> list[ReplicaMismatch]:
         """Returns the copies of parameters that differ between ranks; see `Engine`. Under ZeRO 3 there are no copies to compare."""
-        if self.config.zero_stage == 3:
+        if self.config.zero_level == 3:
             return []
         grid = self.grid
         local = {name: checksum_of_bits(parameter.data) for parameter, name in self._names.items()}
@@ -348,7 +348,7 @@ class DeepSpeedEngine(abc.ABC):
             "step_count": step_count(self._optimizer),
             "loss_scaler": scaler_state,
             "precision": self.config.precision,
-            "zero_stage": self.config.zero_stage,
+            "zero_stage": self.config.zero_level,
             "world_size": self.grid.world_size,
             "tensor_parallel_size": self.grid.tensor_parallel_size,
             "pipeline_parallel_size": self.grid.pipeline_parallel_size,
@@ -416,7 +416,7 @@ class DeepSpeedEngine(abc.ABC):
                 masters[fragment.name] = fragment
                 for kind in kinds:
                     fragment.tensors[kind].copy_(read(kind, fragment.name, fragment.start, fragment.numel))
-        if self.config.zero_stage == 0:
+        if self.config.zero_level == 0:
             return
         with torch.no_grad():
             for parameter, name in self._names.items():

@@ -82,7 +82,7 @@ def layout_of(run: RunConfig, engine: EngineConfig) -> Layout:
         tensor=options.tensor_model_parallel_size,
         pipeline=options.pipeline_model_parallel_size,
         sequence_parallel=options.sequence_parallel,
-        zero_level=engine.zero_stage,
+        zero_level=engine.zero_level,
         precision=engine.precision,
         recompute=options.recompute_granularity,
         balance=options.pipeline_balance,

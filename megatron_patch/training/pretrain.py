@@ -92,7 +92,7 @@ def engine_settings(run: RunConfig) -> EngineConfig:
         ConfigError: options exclude each other.
     """
     settings = engine_config(run.options.engine, run.options.schedule, run.origins, run.plan, run.data_parallel_size)
-    if settings.precision == "bf16" and settings.zero_stage == 0 and run.options.engine.recompute_granularity != "none":
+    if settings.precision == "bf16" and settings.zero_level == 0 and run.options.engine.recompute_granularity != "none":
         raise ConfigError(
             "--bf16 is combined with --zero-stage 0 and recomputation",
             "--zero-stage 1 to 3 with recomputation, or --recompute-granularity none",

@@ -257,7 +257,7 @@ def test_deepspeed_s_file_is_passed_through(tmp_path):
         "comms_logger": {"enabled": True},
     }
     engine = settings(resolve(*RUN, *write_json(tmp_path, user)))
-    assert (engine.precision, engine.zero_stage, engine.clip_grad) == ("bf16", 2, 0.5)
+    assert (engine.precision, engine.zero_level, engine.clip_grad) == ("bf16", 2, 0.5)
     assert engine.deepspeed["zero_optimization"]["overlap_comm"] and engine.deepspeed["comms_logger"]["enabled"]
     assert engine.deepspeed["bf16"]["enabled"] and engine.deepspeed["data_types"]["grad_accum_dtype"] == "fp32"
     same = settings(resolve(*RUN, "--zero-stage", "2", "--bf16", *write_json(tmp_path, user)))
@@ -374,7 +374,7 @@ def test_missing_data_ends_with_code_3_and_no_traceback(tmp_path):
 def test_every_example_can_be_planned(path):
     run = resolve("--config", str(path), "--dry-run", ranks=1024 if "1,024 GPUs" in path.read_text() else 8)
     stages = 1 if path.stem.startswith("study_") else 2  # a study's arms add theirs
-    assert len(run.plan.stages) >= stages and settings(run).zero_stage == 1
+    assert len(run.plan.stages) >= stages and settings(run).zero_level == 1
     assert run.plan.tokens == pytest.approx(run.options.stages.train_tokens, rel=0.03)
 
 

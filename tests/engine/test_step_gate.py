@@ -30,7 +30,7 @@ def parts():
     """An engine without DeepSpeed around an optimizer of one weight, the weight, and a list of what happens."""
     weight, calls = torch.nn.Parameter(torch.zeros(1)), []
     engine = object.__new__(DataParallelEngine)
-    engine.config = SimpleNamespace(zero_stage=1, precision="fp32")
+    engine.config = SimpleNamespace(zero_level=1, precision="fp32")
     engine._optimizer = torch.optim.SGD([weight], lr=1.0)
     engine._engine = SimpleNamespace(skipped_steps=0, optimizer=SimpleNamespace(_global_grad_norm=torch.tensor(3.0)))
     weight.grad = torch.ones(1)
