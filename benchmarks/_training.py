@@ -17,7 +17,7 @@ from _measure import Timer, attention_ceiling, ceilings
 
 from megatron_patch.config.resolve import RunConfig, load_config
 from megatron_patch.data.indexed_dataset import IndexedDatasetWriter
-from megatron_patch.engine.deepspeed_config import EngineConfig, engine_config
+from megatron_patch.engine.deepspeed_config import EngineConfig, resolve_engine_config
 from megatron_patch.engine.distributed import barrier, destroy_distributed, init_distributed
 from megatron_patch.model.precision import DTYPES
 from megatron_patch.planning.hardware import DEVICES, Hardware
@@ -67,39 +67,39 @@ def stage_flags(prefix: Path, vocab: int, patch_sizes: Sequence[int], steps: int
 def resolved(flags: Sequence[str], ranks: int = 1) -> tuple[RunConfig, EngineConfig]:
     """Returns the configuration of a run and of its engine."""
     run = load_config(list(flags), ranks)
-    return run, engine_config(run.options.engine, run.options.schedule, run.origins, run.plan, ranks)
+    return run, resolve_engine_config(run.options.engine, run.options.schedule, run.origins, run.plan, ranks)
 
 
-def train(run: RunConfig, settings: EngineConfig, make_callbacks: Callable[[Trainer], list[Callback]]) -> None:
+def train(run: RunConfig, engine_config: EngineConfig, make_callbacks: Callable[[Trainer], list[Callback]]) -> None:
     """Trains in this process, as pretrain_gpt_patch.py does, with further callbacks.
 
     Args:
         run: configuration of the run.
-        settings: configuration of its engine.
+        engine_config: configuration of its engine.
         make_callbacks: returns the callbacks for a trainer whose model is built.
     """
     stops = StopRequests(run.options.safety)
     with make_watchdog(run) as watchdog:
         device = init_distributed()
-        with Trainer(run, settings, device, stops, watchdog) as trainer:
+        with Trainer(run, engine_config, device, stops, watchdog) as trainer:
             trainer.callbacks = [*trainer.callbacks, *make_callbacks(trainer)]
             trainer.train()
         barrier()
         destroy_distributed()
 
 
-def measured_hardware(timer: Timer, run: RunConfig, engine: EngineConfig) -> tuple[Hardware, dict[str, float]]:
+def measured_hardware(timer: Timer, run: RunConfig, engine_config: EngineConfig) -> tuple[Hardware, dict[str, float]]:
     """Measures the device and returns it in the form that the plan uses; links come from the plan's table.
 
     Args:
         timer: timer of the device.
         run: run whose precision, samples and heads the measurement uses.
-        engine: configuration of its engine.
+        engine_config: configuration of its engine.
 
     Returns:
         The hardware, and the ceilings: `copy_gb_per_second`, `product_tflop_per_second`, `attention_tflop_per_second`.
     """
-    dtype, shape, stage = DTYPES[engine.precision], run.shape, run.plan.stages[-1]
+    dtype, shape, stage = DTYPES[engine_config.precision], run.shape, run.plan.stages[-1]
     limits = ceilings(timer, dtype)
     attention = attention_ceiling(timer, dtype, stage.micro_batch_size, shape.num_attention_heads, stage.positions, shape.head_size)
     cuda = timer.device.type == "cuda"
@@ -116,15 +116,15 @@ def measured_hardware(timer: Timer, run: RunConfig, engine: EngineConfig) -> tup
     return hardware, {**limits, "attention_tflop_per_second": attention}
 
 
-def planned_seconds(run: RunConfig, engine: EngineConfig, device: Hardware) -> dict[str, float]:
+def planned_seconds(run: RunConfig, engine_config: EngineConfig, device: Hardware) -> dict[str, float]:
     """Returns the planned seconds of a step, by stage."""
-    layout = layout_of(run, engine)
+    layout = layout_of(run, engine_config)
     return {stage.name: step_time(run.shape, layout, stage, device).total for stage in run.plan.stages}
 
 
-def planned_memory(run: RunConfig, engine: EngineConfig, device: torch.device) -> dict[str, Memory]:
+def planned_memory(run: RunConfig, engine_config: EngineConfig, device: torch.device) -> dict[str, Memory]:
     """Returns the planned memory of the first rank, by stage."""
-    layout: Layout = layout_of(run, engine)
+    layout: Layout = layout_of(run, engine_config)
     layers = layout.layers_by_pipeline_rank(run.shape)[0]
     kind: Any = device.type
     return {stage.name: rank_memory(run.shape, layout, layers, 0, stage, kind) for stage in run.plan.stages}

@@ -256,10 +256,10 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        run, settings = resolved(flags(args, Path(folder)))
+        run, engine_config = resolved(flags(args, Path(folder)))
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         timer = Timer(device, 7)
-        hardware, limits = measured_hardware(timer, run, settings)
+        hardware, limits = measured_hardware(timer, run, engine_config)
         del timer
         for name, value in limits.items():
             record("ceiling", name=name, value=value, unit="GB/s" if "gb" in name else "TFLOP/s", when="before")
@@ -271,9 +271,9 @@ def main(argv: list[str] | None = None) -> int:
             torch.cuda.empty_cache()
         memory = {
             name: ((part.total - part.fragmentation) / 2**30, part.total / 2**30)
-            for name, part in planned_memory(run, settings, device).items()
+            for name, part in planned_memory(run, engine_config, device).items()
         }
-        seconds = planned_seconds(run, settings, hardware)
+        seconds = planned_seconds(run, engine_config, hardware)
         meters: list[Meter] = []
 
         def make_callbacks(trainer: Trainer) -> list[Callback]:
@@ -281,7 +281,7 @@ def main(argv: list[str] | None = None) -> int:
             meters.append(Meter(args, trainer, seconds, memory))
             return list(meters)
 
-        train(run, settings, make_callbacks)
+        train(run, engine_config, make_callbacks)
     rows = meters[0].rows if meters else []
     if rows:
         show(rows)

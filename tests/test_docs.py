@@ -12,7 +12,7 @@ import pytest
 
 from megatron_patch.config.parsing import OPTION_TYPES, parse
 from megatron_patch.config.resolve import resolve
-from megatron_patch.training.pretrain import engine_settings
+from megatron_patch.training.pretrain import make_engine_config
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -82,7 +82,7 @@ def test_training_commands_resolve(name, line):
             words = without(words, flag)
     ranks = int(words[words.index("--world-size") + 1]) if "--world-size" in words else 8
     run = resolve(parse([*words, "--dry-run"]), ranks)
-    engine_settings(run)
+    make_engine_config(run)
 
 
 def known_flags(tool):

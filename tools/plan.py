@@ -31,7 +31,7 @@ from megatron_patch.planning.reliability import LLAMA3_DEVICE_HOURS, Interruptio
 from megatron_patch.planning.search import search
 from megatron_patch.planning.sensitivity import plot_sensitivity
 from megatron_patch.planning.tables import print_search, print_simulation, print_tables
-from megatron_patch.training.pretrain import engine_settings
+from megatron_patch.training.pretrain import make_engine_config
 from megatron_patch.training.stream import corpus_usage_json, corpus_usage_table, open_stream_if_present
 from megatron_patch.utils.console import make_console
 
@@ -91,7 +91,7 @@ def main(argv: list[str]) -> None:
         restart_seconds=args.restart_seconds,
     )
     run = resolve(parsed, args.world_size)
-    plan = make_plan(run.shape, run.plan, layout_of(run, engine_settings(run)), device, run.options.stages.seq_length, interruptions)
+    plan = make_plan(run.shape, run.plan, layout_of(run, make_engine_config(run)), device, run.options.stages.seq_length, interruptions)
     stream, notes = open_stream_if_present(run)
     result: dict[str, Any] = plan.to_json()
     if stream is not None:

@@ -169,7 +169,7 @@ def _precision(options: EngineOptions, origins: Mapping[str, str], user: Mapping
     return "bf16" if bf16 else "fp16" if fp16 else "fp32"
 
 
-def engine_config(
+def resolve_engine_config(
     options: EngineOptions, schedule: ScheduleOptions, origins: Mapping[str, str], plan: StagePlan, data_parallel_size: int
 ) -> EngineConfig:
     """Merges the flags and the user's JSON.

@@ -70,9 +70,9 @@ class Layout:
         return " ".join(parts + ([f"recompute {self.recompute}"] if self.recompute != "none" else []))
 
 
-def layout_of(run: RunConfig, engine: EngineConfig) -> Layout:
+def layout_of(run: RunConfig, engine_config: EngineConfig) -> Layout:
     """Returns the layout that a run's options set."""
-    options, zero = run.options.engine, engine.deepspeed["zero_optimization"]
+    options, zero = run.options.engine, engine_config.deepspeed["zero_optimization"]
 
     def offloaded(part: str) -> bool:
         return bool((zero.get(part) or {}).get("device", "none") != "none")
@@ -82,8 +82,8 @@ def layout_of(run: RunConfig, engine: EngineConfig) -> Layout:
         tensor=options.tensor_model_parallel_size,
         pipeline=options.pipeline_model_parallel_size,
         sequence_parallel=options.sequence_parallel,
-        zero_level=engine.zero_level,
-        precision=engine.precision,
+        zero_level=engine_config.zero_level,
+        precision=engine_config.precision,
         recompute=options.recompute_granularity,
         balance=options.pipeline_balance,
         balance_positions=run.options.stages.seq_length,

@@ -15,7 +15,7 @@ from typing import Literal
 from megatron_patch.config.options import Options
 from megatron_patch.config.parsing import ParsedOptions
 from megatron_patch.config.resolve import resolve
-from megatron_patch.engine.deepspeed_config import engine_config
+from megatron_patch.engine.deepspeed_config import resolve_engine_config
 from megatron_patch.errors import ConfigError
 from megatron_patch.planning.hardware import Hardware
 from megatron_patch.planning.layout import Recompute, layout_of
@@ -110,7 +110,9 @@ def search(parsed: ParsedOptions, ranks: int, hardware: Hardware) -> tuple[list[
         tried += 1
         try:
             run = resolve(ParsedOptions(choice.apply(parsed.options), parsed.origins), ranks)
-            layout = layout_of(run, engine_config(run.options.engine, run.options.schedule, run.origins, run.plan, run.data_parallel_size))
+            layout = layout_of(
+                run, resolve_engine_config(run.options.engine, run.options.schedule, run.origins, run.plan, run.data_parallel_size)
+            )
         except ConfigError as error:
             failure = error
             continue

@@ -21,7 +21,7 @@ from megatron_patch.training.resume import StartPoint
 
 def build_engine(
     run: RunConfig,
-    settings: EngineConfig,
+    engine_config: EngineConfig,
     start: StartPoint,
     groups: Groups,
     device: torch.device,
@@ -31,7 +31,7 @@ def build_engine(
 
     Args:
         run: the model, the layout and the optimizer.
-        settings: DeepSpeed's part of the run.
+        engine_config: DeepSpeed's part of the run.
         start: the stage to start in and the checkpoint to load, if any.
         groups: this rank's coordinates and process groups.
         device: the device of this rank.
@@ -40,7 +40,7 @@ def build_engine(
     Raises:
         CheckpointError: the checkpoint cannot be loaded.
     """
-    engine = _make_engine(run, settings, start, groups, device, stop_signalled)
+    engine = _make_engine(run, engine_config, start, groups, device, stop_signalled)
     if start.checkpoint is not None:
         engine.load(start.checkpoint.folder, start.resumed.engine if start.resumed is not None else None)
     return engine
@@ -48,7 +48,7 @@ def build_engine(
 
 def _make_engine(
     run: RunConfig,
-    settings: EngineConfig,
+    engine_config: EngineConfig,
     start: StartPoint,
     groups: Groups,
     device: torch.device,
@@ -68,8 +68,8 @@ def _make_engine(
     # Without a seed weights are not initialized: a checkpoint is loaded into them.
     seed = options.seed if start.checkpoint is None else None
     if grid.pipeline_parallel_size == 1:
-        return DataParallelEngine(build, seed, settings, run.options.schedule, start.stage, groups, device)
+        return DataParallelEngine(build, seed, engine_config, run.options.schedule, start.stage, groups, device)
     # DeepSpeed's pipeline module takes seconds to import and probes for an accelerator.
     from megatron_patch.engine.pipeline_parallel import PipelineParallelEngine
 
-    return PipelineParallelEngine(boundaries, build, seed, settings, run.options.schedule, start.stage, groups, device)
+    return PipelineParallelEngine(boundaries, build, seed, engine_config, run.options.schedule, start.stage, groups, device)

@@ -87,18 +87,20 @@ def _lr_text(stage: Stage) -> str:
     return f"{stage.lr.lr:g} {stage.lr.style}{warm}{decay}"
 
 
-def print_plan(run: RunConfig, engine: EngineConfig, console: Console, origins: bool = True, stream: TrainStream | None = None) -> None:
+def print_plan(
+    run: RunConfig, engine_config: EngineConfig, console: Console, origins: bool = True, stream: TrainStream | None = None
+) -> None:
     """Prints the stages, the model, the cost, the data and the memory of a run.
 
     Args:
         run: the run.
-        engine: the configuration of DeepSpeed.
+        engine_config: the configuration of DeepSpeed.
         console: where to print.
         origins: whether to print also the options with their origins, the memory of each rank and DeepSpeed's JSON.
         stream: the training stream, whose corpus usage is printed; None: the data does not exist on this machine.
     """
     cost = Cost(run.shape, run.plan, run.options.stages.seq_length)
-    layout = layout_of(run, engine)
+    layout = layout_of(run, engine_config)
     parts = pipeline_parts(run.shape, run.plan, layout)
     fullest = max(part.memory.total for part in parts)
     if origins:
@@ -137,5 +139,5 @@ def print_plan(run: RunConfig, engine: EngineConfig, console: Console, origins: 
     for note in run.notes:
         console.print(f"[yellow]Note[/yellow] {note}", highlight=False)
     if origins:
-        settings = {**engine.deepspeed, **batch_settings(run.plan.stages[0], run.data_parallel_size)}
+        settings = {**engine_config.deepspeed, **batch_settings(run.plan.stages[0], run.data_parallel_size)}
         console.print(f"[bold]DeepSpeed[/bold] (first stage) {json.dumps(settings)}", highlight=False, soft_wrap=True)

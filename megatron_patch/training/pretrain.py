@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_patch.config.resolve import RunConfig, load_config
-from megatron_patch.engine.deepspeed_config import EngineConfig, engine_config
+from megatron_patch.engine.deepspeed_config import EngineConfig, resolve_engine_config
 from megatron_patch.engine.environment import ranks_from_environment, use_expandable_segments
 from megatron_patch.errors import ConfigError
 from megatron_patch.exit_codes import ExitCode
@@ -39,11 +39,11 @@ def pretrain(run: RunConfig, callbacks: Sequence[CallbackFactory] = ()) -> ExitC
     Raises:
         MegatronPatchError: the run cannot start or continue; the message says what to change.
     """
-    settings = engine_settings(run)
+    engine_config = make_engine_config(run)
     if run.options.logging.dry_run:
         console = make_console()
         stream, notes = open_stream_if_present(run)
-        print_plan(run, settings, console, stream=stream)
+        print_plan(run, engine_config, console, stream=stream)
         for note in notes:
             console.print(f"[yellow]Note[/yellow] {note}", highlight=False)
         return ExitCode.DONE
@@ -58,12 +58,12 @@ def pretrain(run: RunConfig, callbacks: Sequence[CallbackFactory] = ()) -> ExitC
     with make_watchdog(run) as watchdog:
         device = init_distributed(run.options.engine.distributed_timeout_minutes)
         watchdog.follow_peers()
-        if settings.precision == "fp16" and device.type == "cpu":
+        if engine_config.precision == "fp16" and device.type == "cpu":
             raise ConfigError("--fp16 is given, but the ranks run on CPUs", "--bf16 or float32 on CPUs", "use --bf16, or run on GPUs")
-        if settings.offloads_to_nvme:
+        if engine_config.offloads_to_nvme:
             require_async_io()
         if stops.agreed_request(device) is None:
-            with Trainer(run, settings, device, stops, watchdog, callbacks) as trainer:
+            with Trainer(run, engine_config, device, stops, watchdog, callbacks) as trainer:
                 code = trainer.train()
         else:
             code = ExitCode.PREEMPTED
@@ -85,20 +85,20 @@ def make_watchdog(run: RunConfig) -> Watchdog:
     return Watchdog(run.options.safety.hang_timeout, save_folder(run), ranks_from_environment()[0])
 
 
-def engine_settings(run: RunConfig) -> EngineConfig:
+def make_engine_config(run: RunConfig) -> EngineConfig:
     """Returns the configuration of DeepSpeed for a run.
 
     Raises:
         ConfigError: options exclude each other.
     """
-    settings = engine_config(run.options.engine, run.options.schedule, run.origins, run.plan, run.data_parallel_size)
-    if settings.precision == "bf16" and settings.zero_level == 0 and run.options.engine.recompute_granularity != "none":
+    engine_config = resolve_engine_config(run.options.engine, run.options.schedule, run.origins, run.plan, run.data_parallel_size)
+    if engine_config.precision == "bf16" and engine_config.zero_level == 0 and run.options.engine.recompute_granularity != "none":
         raise ConfigError(
             "--bf16 is combined with --zero-stage 0 and recomputation",
             "--zero-stage 1 to 3 with recomputation, or --recompute-granularity none",
             "use --zero-stage 1, which also needs less memory",
         )
-    return settings
+    return engine_config
 
 
 def main(argv: Sequence[str] | None = None, callbacks: Sequence[CallbackFactory] = ()) -> int:

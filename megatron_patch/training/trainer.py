@@ -53,7 +53,7 @@ class Trainer:
 
     Args:
         run: the resolved run.
-        settings: DeepSpeed's part of it.
+        engine_config: DeepSpeed's part of it.
         device: the device of this rank.
         stops: requests to stop.
         watchdog: receives a heartbeat for each activity that begins.
@@ -66,7 +66,7 @@ class Trainer:
     def __init__(
         self,
         run: RunConfig,
-        settings: EngineConfig,
+        engine_config: EngineConfig,
         device: torch.device,
         stops: StopRequests,
         watchdog: Watchdog,
@@ -91,7 +91,7 @@ class Trainer:
         if self.start.resumed is not None:
             check_data(self.start.resumed, self.fingerprint)
 
-        self.engine = build_engine(run, settings, self.start, groups, device, lambda: stops.signalled)
+        self.engine = build_engine(run, engine_config, self.start, groups, device, lambda: stops.signalled)
         self.guard = StepGuard(run.options.safety)
         if self.start.resumed is not None:
             self.guard.load_state(self.start.resumed.guard or {})
@@ -103,7 +103,7 @@ class Trainer:
         context = CallbackContext(run, self.save_folder, self.grid, self.engine.logits, tokenizer, device)
         self.callbacks = make_callbacks(context, callbacks)
         if self.grid.rank == 0:
-            self._print_start(settings, lock.replaced_owner if lock is not None else None)
+            self._print_start(engine_config, lock.replaced_owner if lock is not None else None)
 
     def __enter__(self) -> Trainer:
         return self
@@ -326,9 +326,9 @@ class Trainer:
         for callback in self.callbacks:
             callback.on_event(Event(kind, self.step, message, details))
 
-    def _print_start(self, settings: EngineConfig, stale_owner: str | None) -> None:
+    def _print_start(self, engine_config: EngineConfig, stale_owner: str | None) -> None:
         """Prints the plan that the run follows, where it starts, and what the user should know of it."""
-        print_plan(dataclasses.replace(self.run, plan=self.plan), settings, make_console(), origins=False, stream=self.data.stream)
+        print_plan(dataclasses.replace(self.run, plan=self.plan), engine_config, make_console(), origins=False, stream=self.data.stream)
         if stale_owner is not None:
             self._print(f"took over the lock of {self.save_folder}: its owner, {stale_owner}, no longer runs")
         for note in start_notes(self.start, self.save_folder) + self.data.notes():

@@ -9,7 +9,7 @@ import pytest
 
 from megatron_patch.config.resolve import load_config
 from megatron_patch.errors import ConfigError
-from megatron_patch.training.pretrain import engine_settings
+from megatron_patch.training.pretrain import make_engine_config
 
 DOCS = Path(__file__).parent.parent.parent / "docs" / "parallelism.md"
 RUN = "--num-layers 4 --hidden-size 32 --num-attention-heads 4 --vocab-size 64 --seq-length 16 --train-tokens 10k --lr 1e-3 --dry-run"
@@ -58,7 +58,7 @@ def test_the_table_is_true(tmp_path, name, zero):
         else:
             words.append(word)
     try:
-        engine_settings(load_config(words, 1))
+        make_engine_config(load_config(words, 1))
         runs, error = "yes", ""
     except ConfigError as refused:
         runs, error = "no", str(refused)

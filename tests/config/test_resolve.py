@@ -15,7 +15,7 @@ import pytest
 from megatron_patch.config.resolve import load_config
 from megatron_patch.data.dataset_metadata import DatasetMetadata, write_metadata
 from megatron_patch.data.indexed_dataset import IndexedDatasetWriter
-from megatron_patch.engine.deepspeed_config import batch_settings, engine_config
+from megatron_patch.engine.deepspeed_config import batch_settings, resolve_engine_config
 from megatron_patch.errors import ConfigError, DataError
 
 ROOT = Path(__file__).parent.parent.parent
@@ -77,7 +77,7 @@ def resolve(*words, ranks=1):
 
 
 def settings(run):
-    return engine_config(run.options.engine, run.options.schedule, run.origins, run.plan, run.data_parallel_size)
+    return resolve_engine_config(run.options.engine, run.options.schedule, run.origins, run.plan, run.data_parallel_size)
 
 
 def test_families_decide_what_is_not_given():

@@ -10,7 +10,7 @@ import pytest
 from megatron_patch.config.resolve import load_config
 from megatron_patch.planning.layout import layout_of
 from megatron_patch.planning.plan import pipeline_parts
-from megatron_patch.training.pretrain import engine_settings
+from megatron_patch.training.pretrain import make_engine_config
 from tests.distributed.ranks import run_ranks
 from tests.distributed.runs import make_corpus
 
@@ -58,7 +58,7 @@ def test_a_rank_needs_the_planned_memory(tmp_path, layout):
     settings.write_text(json.dumps({"zero_optimization": {"reduce_bucket_size": 100_000, "allgather_bucket_size": 100_000}}))
     words = [*RUN.split(), *layout.split(), "--deepspeed_config", str(settings)]
     run = load_config([*words, "--dry-run", "--world-size", "2"], 1)
-    parts = pipeline_parts(run.shape, run.plan, layout_of(run, engine_settings(run)), device="cpu")
+    parts = pipeline_parts(run.shape, run.plan, layout_of(run, make_engine_config(run)), device="cpu")
     expected = [part.memory.total for part in parts for _ in range(part.ranks)]
     corpus = make_corpus(tmp_path / "c", 1000)
     lowest = [math.inf, math.inf]

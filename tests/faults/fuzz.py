@@ -42,7 +42,7 @@ from megatron_patch.data.dataset_metadata import DatasetMetadata, read_metadata,
 from megatron_patch.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter
 from megatron_patch.data.inspect import describe as describe_data
 from megatron_patch.data.inspect import integrity_problems
-from megatron_patch.engine.deepspeed_config import engine_config
+from megatron_patch.engine.deepspeed_config import resolve_engine_config
 from megatron_patch.engine.fragments import Fragment
 from megatron_patch.engine.inference import shape_of_state
 from megatron_patch.engine.state_files import StateFiles, state_file_name, write_fragments
@@ -176,7 +176,7 @@ def _read_config(folder: Path) -> None:
 def _read_run(folder: Path) -> None:
     run = resolve(parse([f"--config={folder / 'c.yaml'}"]), 1)
     if run.options.engine.deepspeed_config is None:
-        engine_config(run.options.engine, run.options.schedule, run.origins, run.plan, run.data_parallel_size)
+        resolve_engine_config(run.options.engine, run.options.schedule, run.origins, run.plan, run.data_parallel_size)
 
 
 def _lines(folder: Path) -> None:

@@ -17,7 +17,7 @@ from megatron_patch.planning.layout import layout_of
 from megatron_patch.planning.plan import make_plan
 from megatron_patch.planning.search import search
 from megatron_patch.planning.sensitivity import sensitivity
-from megatron_patch.training.pretrain import engine_settings, main
+from megatron_patch.training.pretrain import make_engine_config, main
 
 ROOT = Path(__file__).parent.parent.parent
 SMALL = "--num-layers 4 --hidden-size 256 --num-attention-heads 4 --vocab-size 2048 --seq-length 512 --global-batch-tokens 64k --lr 1e-3"
@@ -26,7 +26,7 @@ SMALL += " --train-tokens 100M --patch-size 4 --patch-fraction 0.5 --bf16"
 
 def plan(*words, ranks=8, device="H100"):
     run = load_config([*words, "--dry-run", "--world-size", str(ranks)], 1)
-    return make_plan(run.shape, run.plan, layout_of(run, engine_settings(run)), DEVICES[device], run.options.stages.seq_length)
+    return make_plan(run.shape, run.plan, layout_of(run, make_engine_config(run)), DEVICES[device], run.options.stages.seq_length)
 
 
 @pytest.mark.parametrize(("name", "billions", "layers"), [("llama_70b", 70.55, 80), ("llama_405b", 405.85, 126)])
