@@ -17,7 +17,7 @@ from megatron_patch.planning.layout import layout_of
 from megatron_patch.planning.plan import make_plan
 from megatron_patch.planning.search import search
 from megatron_patch.planning.sensitivity import sensitivity
-from megatron_patch.training.pretrain import make_engine_config, main
+from megatron_patch.training.pretrain import main, make_engine_config
 
 ROOT = Path(__file__).parent.parent.parent
 SMALL = "--num-layers 4 --hidden-size 256 --num-attention-heads 4 --vocab-size 2048 --seq-length 512 --global-batch-tokens 64k --lr 1e-3"
