@@ -21,9 +21,9 @@ BATCH_CHARS = 1_000_000
 
 
 def _fastokens(tokenizer: Any) -> Any:
-    from megatron_patch.preprocess.fast_tokenizer import FastBackend
+    from megatron_patch.preprocess.fast_encoder import FastokensEncoder
 
-    return FastBackend(tokenizer)
+    return FastokensEncoder(tokenizer)
 
 
 def _words(tokenizer: Any) -> Any:

@@ -211,7 +211,7 @@ def shares(corpus: Path, kind: str, model: str, folder: Path) -> dict[str, float
             with counted("read and parse"):
                 texts = [str(document.texts[0]) for document in documents(batch, ("text",), []) if document.texts]
             with counted("encode"):
-                ids, lengths = encoder.fast.encode_flat(texts) if encoder.fast else tokenizer.encode_flat(texts)
+                ids, lengths = encoder.fast_encoder.encode_flat(texts) if encoder.fast_encoder else tokenizer.encode_flat(texts)
             with counted("frame"):
                 part = encoder.add_special_tokens(ids, lengths)
             with counted("write"):

@@ -1,7 +1,7 @@
 """From the texts of a batch to token arrays, in a worker.
 
 In: a `ParsedBatch`. Out: an `EncodedBatch`: for each key the ids of all documents and the documents' lengths, with beginning, end and
-padding tokens added, and what was left out. A fast backend (fast_tokenizer.py) encodes wherever it agrees with the reference tokenizer: on
+padding tokens added, and what was left out. A fast encoder (fast_encoder.py) encodes wherever it agrees with the reference tokenizer: on
 adversarial strings, on the first documents of this input, and on one document of every later batch or so. After a single
 disagreement the reference encodes everything.
 """
@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_patch.errors import DataError
-from megatron_patch.preprocess.fast_tokenizer import make_fast_tokenizer
+from megatron_patch.preprocess.fast_encoder import make_fast_encoder
 from megatron_patch.preprocess.segments import SplitPoint, segments, split_point_of
 from megatron_patch.raw_text.large_documents import LargeText, load_text
 from megatron_patch.raw_text.parse_documents import ParsedBatch
@@ -34,8 +34,8 @@ def _count_chars(text: str | LargeText) -> int:
     return len(text) if isinstance(text, str) else sum(map(len, text.pieces()))
 
 
-class BackendDisagrees(Exception):
-    """During a run the fast backend gave other ids than the reference tokenizer. The argument is the start of the text."""
+class FastEncoderDisagrees(Exception):
+    """During a run the fast encoder gave other ids than the reference tokenizer. The argument is the start of the text."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class EncodeSettings:
         prepend_bos: begins each document with the beginning-of-sequence token.
         patch_align: pads each document with end-of-document tokens to a multiple of this many tokens.
         dtype: of the token ids, by its NumPy name.
-        backend: "auto" or "reference", as for `make_fast_tokenizer`.
+        backend: "auto" or "reference", as for `make_fast_encoder`.
         min_chars: documents with fewer characters are left out.
         max_chars: documents with more characters are left out.
         min_tokens: documents with fewer tokens are left out; added tokens do not count.
@@ -111,10 +111,10 @@ class EncodedBatch:
         columns: one for each key.
         empty: documents without a token, left out.
         filtered: documents that are too short or too long, left out.
-        checked: documents for which the fast backend was compared with the reference.
+        checked: documents for which the fast encoder was compared with the reference.
         largest: the largest id of the texts.
-        backend: "reference", or the name of the fast backend.
-        backend_note: the note of `make_fast_tokenizer`.
+        backend: "reference", or the name of the fast encoder.
+        encoder_note: the note of `make_fast_encoder`.
         bad: (line in the batch from 1, first byte in the batch, reason) of each line that is left out.
     """
 
@@ -131,7 +131,7 @@ class EncodedBatch:
     checked: int
     largest: int
     backend: str
-    backend_note: str
+    encoder_note: str
     bad: tuple[tuple[int, int, str], ...] = field(default_factory=tuple)
 
 
@@ -192,13 +192,13 @@ class Encoder:
         self.settings = settings
         self._empty = self._filtered = self._checked = self._largest = self._checked_before = self._unchecked = 0
         self.tokenizer = tokenizer if tokenizer is not None else load_checked_tokenizer(settings)
-        self.fast, self.backend_note = make_fast_tokenizer(self.tokenizer, settings.backend)
+        self.fast_encoder, self.encoder_note = make_fast_encoder(self.tokenizer, settings.backend)
 
     def encode(self, parsed: ParsedBatch) -> EncodedBatch:
         """Encodes a batch.
 
         Raises:
-            BackendDisagrees: the fast backend gives other ids than the reference for this input.
+            FastEncoderDisagrees: the fast encoder gives other ids than the reference for this input.
             DataError: an id is outside the vocabulary, or a large document cannot be read any more.
         """
         batch = parsed.batch
@@ -223,8 +223,8 @@ class Encoder:
             self._filtered,
             self._checked,
             self._largest,
-            self.fast.name if self.fast is not None else "reference",
-            self.backend_note,
+            self.fast_encoder.name if self.fast_encoder is not None else "reference",
+            self.encoder_note,
             parsed.bad,
         )
 
@@ -272,10 +272,10 @@ class Encoder:
         return kept
 
     def _ids(self, texts: Sequence[str]) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
-        """Encodes texts. Some of the fast backend's results are compared with the reference."""
-        if self.fast is None:
+        """Encodes texts. Some of the fast encoder's results are compared with the reference."""
+        if self.fast_encoder is None:
             return self.tokenizer.encode_flat(texts)
-        ids, lengths = self.fast.encode_flat(texts)
+        ids, lengths = self.fast_encoder.encode_flat(texts)
         self._check(texts, ids, lengths)
         return ids, lengths
 
@@ -309,9 +309,9 @@ class Encoder:
                 # Another part each time, because rare text may be anywhere.
                 begin = (self._checked_before + self._checked) * 7919 % (len(text) - _CHECKED_CHARS + 1)
                 text = text[begin : begin + _CHECKED_CHARS]
-                fast_ids = self.fast.encode_flat([text])[0] if self.fast is not None else fast_ids
+                fast_ids = self.fast_encoder.encode_flat([text])[0] if self.fast_encoder is not None else fast_ids
             if not np.array_equal(fast_ids, self.tokenizer.encode_flat([text])[0]):
-                raise BackendDisagrees(text[:200])
+                raise FastEncoderDisagrees(text[:200])
             self._checked += 1
 
     def _largest_id(self, ids: npt.NDArray[np.uint32]) -> int:

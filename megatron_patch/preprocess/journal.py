@@ -24,7 +24,7 @@ from megatron_patch.utils.files import checksum, fsync_folder, write_durably
 from megatron_patch.utils.units import plural
 
 FORMAT = "megatron_patch/progress-1"
-# What may differ when a run resumes: both backends give the same ids, and the tokenizer is identified by its checksum.
+# What may differ when a run resumes: both encoders give the same ids, and the tokenizer is identified by its checksum.
 _MAY_CHANGE = ("backend", "tokenizer_model", "vocab_file", "merge_file")
 
 
@@ -46,7 +46,7 @@ class Record:
         lengths: the histogram of document lengths.
         longest: the length of the longest document.
         largest: the largest id of the texts so far.
-        distrusted: the fast backend gave other ids than the reference, so it is not used again.
+        distrusted: the fast encoder gave other ids than the reference, so it is not used again.
         seconds: time spent so far.
         complete: all input has been read.
     """

@@ -24,7 +24,7 @@ from megatron_patch.data.dataset_metadata import DatasetMetadata, metadata_path,
 from megatron_patch.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter, bin_path, idx_path, optimal_dtype
 from megatron_patch.errors import DataError
 from megatron_patch.preprocess.dedup_shuffle import dedup_and_shuffle, remove_dataset, unordered_prefix
-from megatron_patch.preprocess.encode import BackendDisagrees, EncodedBatch, EncodeSettings, load_checked_tokenizer
+from megatron_patch.preprocess.encode import EncodedBatch, EncodeSettings, FastEncoderDisagrees, load_checked_tokenizer
 from megatron_patch.preprocess.in_process import InProcessEncoder
 from megatron_patch.preprocess.journal import (
     Journal,
@@ -169,12 +169,12 @@ def preprocess(
         if (kept := last_record(journal_path(output_prefix))) is not None:
             notice(f"{kept.read / 1e6:,.0f} MB of the input are saved: fix the problem and run again with --resume to continue from there")
         raise
-    except BackendDisagrees as disagreement:
+    except FastEncoderDisagrees as disagreement:
         if not run.resumable:
             raise DataError(
-                f"the fast backend gave other ids than the reference for {str(disagreement)!r}", do="use --backend reference"
+                f"the fast encoder gave other ids than the reference for {str(disagreement)!r}", do="use --backend reference"
             ) from None
-        notice(f"the fast backend gave other ids than the reference for {str(disagreement)!r}; starting again with the reference only")
+        notice(f"the fast encoder gave other ids than the reference for {str(disagreement)!r}; starting again with the reference only")
         settings = replace(settings, backend="reference")
         journal_path(output_prefix).unlink(missing_ok=True)
         return _run(run, settings, tokenizer, known, Record(distrusted=True))
@@ -240,7 +240,7 @@ class _Counters:
         self.largest = max(self.largest, encoded.largest)
         self.file, self.upto = encoded.file, encoded.upto
         if self.backend is None:
-            self._run.notice(f"encoding with {encoded.backend_note}")
+            self._run.notice(f"encoding with {encoded.encoder_note}")
         self.backend = encoded.backend
         if self._run.progress is not None:
             before, after = self._ends[self.file : self.file + 2]

@@ -41,7 +41,7 @@ class Summary:
         eod_id: the id of the end-of-document token, or None.
         tokens_per_document: of the first output: 5 %, 50 % and 95 % quantiles, and the longest.
         backend: what encoded.
-        checked: documents for which the fast backend was compared with the reference, all with the same result.
+        checked: documents for which the fast encoder was compared with the reference, all with the same result.
         seconds: time spent, including the time before the run was resumed.
         resumed_at: bytes that had been read when the run was resumed; 0: it was not resumed.
         bad_lines_file: the path of the list of bad lines, or None.

@@ -1,7 +1,7 @@
-"""Tokenizers of SentencePiece. In: a .model file. Out: a tokenizer, and the same one as a tokenizer.json for the fast backend.
+"""Tokenizers of SentencePiece. In: a .model file. Out: a tokenizer, and the same one as a tokenizer.json for the fast encoder.
 
 The conversion is refused where a model does something that a tokenizer.json cannot express: a normalization other than spaces to ▁,
-pieces that are recognized before all others, a model other than BPE. The fast backend is used only where it agrees with SentencePiece.
+pieces that are recognized before all others, a model other than BPE. The fast encoder is used only where it agrees with SentencePiece.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from megatron_patch.errors import DataError
 from megatron_patch.preprocess.encode import EncodeSettings
-from megatron_patch.preprocess.fast_tokenizer import adversarial_strings
+from megatron_patch.preprocess.fast_encoder import adversarial_strings
 from megatron_patch.preprocess.pipeline import preprocess
 from megatron_patch.preprocess.segments import segments, split_point_of
 from megatron_patch.preprocess.train_tokenizer import train_tokenizer

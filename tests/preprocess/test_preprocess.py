@@ -26,7 +26,7 @@ from megatron_patch.errors import DataError
 from megatron_patch.preprocess import encode as encode_module
 from megatron_patch.preprocess import worker_process, workers
 from megatron_patch.preprocess.encode import Encoder, EncodeSettings, load_checked_tokenizer
-from megatron_patch.preprocess.fast_tokenizer import FastBackend, adversarial_strings, make_fast_tokenizer
+from megatron_patch.preprocess.fast_encoder import FastokensEncoder, adversarial_strings, make_fast_encoder
 from megatron_patch.preprocess.pipeline import preprocess
 from megatron_patch.preprocess.train_tokenizer import train_tokenizer
 from megatron_patch.raw_text import readers
@@ -131,29 +131,29 @@ def test_beginnings_ends_and_alignment_only_where_asked_for(folder, tmp_path):
 def test_fast_and_reference_encoders_agree(folder, tmp_path):
     pytest.importorskip("fastokens")
     tokenizer = load_tokenizer("HuggingFaceTokenizer", str(folder / "tokenizer"))
-    fast, note = make_fast_tokenizer(tokenizer)
-    assert fast is not None, note
+    encoder, note = make_fast_encoder(tokenizer)
+    assert encoder is not None, note
     texts = adversarial_strings(seed=9, count=500)
-    for mine, reference in zip(fast.encode_flat(texts), tokenizer.encode_flat(texts), strict=True):
+    for mine, reference in zip(encoder.encode_flat(texts), tokenizer.encode_flat(texts), strict=True):
         assert np.array_equal(mine, reference)
     assert run(folder, tmp_path / "f").backend == "fastokens"
     assert run(folder, tmp_path / "r", backend="reference").backend == "reference"
     assert contents(tmp_path / "f_text_document") == contents(tmp_path / "r_text_document")
 
 
-def test_a_fast_backend_that_errs_while_running_is_replaced(folder, tmp_path, monkeypatch):
-    """A backend that drops the last id of one document is found by the running check, and everything is encoded again."""
+def test_a_fast_encoder_that_errs_while_running_is_replaced(folder, tmp_path, monkeypatch):
+    """An encoder that drops the last id of one document is found by the running check, and everything is encoded again."""
     pytest.importorskip("fastokens")
-    from megatron_patch.preprocess import fast_tokenizer as encode
+    from megatron_patch.preprocess import fast_encoder as encode
 
-    right = encode.FastBackend.encode_flat
+    right = encode.FastokensEncoder.encode_flat
 
     def wrong(self, texts):
         ids, lengths = right(self, texts)
         return (np.roll(ids, 1), lengths) if any("word3" in text for text in texts) else (ids, lengths)
 
     run(folder, tmp_path / "right")
-    monkeypatch.setattr(encode.FastBackend, "encode_flat", wrong)
+    monkeypatch.setattr(encode.FastokensEncoder, "encode_flat", wrong)
     said: list[str] = []
     summary = preprocess([str(folder / "a.jsonl")], str(tmp_path / "x"), settings(folder), notice=said.append)
     assert summary.backend == "reference" and any("starting again" in text for text in said)
@@ -162,9 +162,9 @@ def test_a_fast_backend_that_errs_while_running_is_replaced(folder, tmp_path, mo
 
 @pytest.mark.parametrize("where", ["in the last of the first documents", "late in a long document"])
 def test_the_beginning_of_the_input_is_compared_at_many_places(folder, tmp_path, monkeypatch, where):
-    """A backend that errs at one place only, which is not in the middle of a batch."""
+    """An encoder that errs at one place only, which is not in the middle of a batch."""
     pytest.importorskip("fastokens")
-    right = FastBackend.encode_flat
+    right = FastokensEncoder.encode_flat
 
     def wrong(self, texts):
         ids, lengths = right(self, texts)
@@ -174,7 +174,7 @@ def test_the_beginning_of_the_input_is_compared_at_many_places(folder, tmp_path,
 
     many = ["plain text"] * 30 + ["odd"] if "first" in where else ["plain text " * 1000 + " odd" + " odd" * 2000] * 8
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in many))
-    monkeypatch.setattr(FastBackend, "encode_flat", wrong)
+    monkeypatch.setattr(FastokensEncoder, "encode_flat", wrong)
     assert run(folder, tmp_path / "x", [str(tmp_path / "a.jsonl")]).backend == "reference"
     tokenizer = load_tokenizer("HuggingFaceTokenizer", str(folder / "tokenizer"))
     assert [dataset_ids[:-1].tolist() for dataset_ids in IndexedDataset(str(tmp_path / "x_text_document"))] == [

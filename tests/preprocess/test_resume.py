@@ -265,7 +265,7 @@ def test_behind_a_broken_archive_a_run_goes_on(tmp_path, inputs, monkeypatch, re
     assert 0 < resumed.resumed_at < kept.read and resumed.bytes == whole.bytes
 
 
-def test_a_backend_that_erred_is_not_trusted_again_after_a_kill(tmp_path, inputs, monkeypatch):
+def test_an_encoder_that_erred_is_not_trusted_again_after_a_kill(tmp_path, inputs, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(pipeline, "_starting_record", lambda *args: Record(distrusted=True))
         broken_off(inputs, tmp_path / "x", monkeypatch)

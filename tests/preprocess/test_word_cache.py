@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from megatron_patch.preprocess import word_cache
 from megatron_patch.preprocess.encode import EncodeSettings
-from megatron_patch.preprocess.fast_tokenizer import adversarial_strings, make_fast_tokenizer
+from megatron_patch.preprocess.fast_encoder import adversarial_strings, make_fast_encoder
 from megatron_patch.preprocess.pipeline import preprocess
 from megatron_patch.preprocess.train_tokenizer import train_tokenizer
 from megatron_patch.preprocess.word_cache import WordCache, is_built, supports
@@ -126,11 +126,11 @@ def test_an_error_leaves_no_words_without_ids(tokenizer_of, monkeypatch):
 
 def test_where_it_is_used(folder, tokenizer_of, monkeypatch):
     model = tokenizer_of("plain")
-    assert make_fast_tokenizer(model)[0].name == "words" and make_fast_tokenizer(model, "reference")[0] is None
+    assert make_fast_encoder(model)[0].name == "words" and make_fast_encoder(model, "reference")[0] is None
     pytest.importorskip("fastokens")
-    assert make_fast_tokenizer(load_tokenizer("HuggingFaceTokenizer", str(folder / "tokenizer")))[0].name == "fastokens"
+    assert make_fast_encoder(load_tokenizer("HuggingFaceTokenizer", str(folder / "tokenizer")))[0].name == "fastokens"
     monkeypatch.setattr(word_cache, "_library", lambda: None)
-    assert make_fast_tokenizer(model)[0].name == "fastokens"
+    assert make_fast_encoder(model)[0].name == "fastokens"
 
 
 def test_datasets_are_the_same(folder, tokenizer_of, tmp_path):

@@ -14,7 +14,7 @@ from megatron_patch.data.dataset_metadata import read_metadata
 from megatron_patch.data.indexed_dataset import IndexedDataset
 from megatron_patch.errors import DataError
 from megatron_patch.preprocess.encode import EncodeSettings, make_tokenizer
-from megatron_patch.preprocess.fast_tokenizer import adversarial_strings, make_fast_tokenizer, pieces_without_merges
+from megatron_patch.preprocess.fast_encoder import adversarial_strings, make_fast_encoder, pieces_without_merges
 from megatron_patch.preprocess.pipeline import preprocess
 from megatron_patch.preprocess.train_tokenizer import train_tokenizer
 from megatron_patch.tokenizers.base import TOKENIZERS, encode, load_from_metadata, load_tokenizer
@@ -152,7 +152,7 @@ def tiktoken_file(folder):
 
 
 @pytest.mark.parametrize("pattern", [*PATTERNS, r"\s+|\S+"])
-def test_tiktoken_equals_its_library_and_the_fast_backend_agrees(tiktoken_file, pattern):
+def test_tiktoken_equals_its_library_and_the_fast_encoder_agrees(tiktoken_file, pattern):
     import tiktoken
 
     path, tokens = tiktoken_file
@@ -168,8 +168,8 @@ def test_tiktoken_equals_its_library_and_the_fast_backend_agrees(tiktoken_file, 
     assert ids.tolist() == [token for row in expected for token in row] and lengths.tolist() == list(map(len, expected))
     assert tokenizer.decode(encode(tokenizer, "x — 日本")) == "x — 日本" and tokenizer.decode([501, 499]) == "<|endoftext|><499>"
     pytest.importorskip("fastokens")
-    fast, note = make_fast_tokenizer(tokenizer)
-    assert fast is not None, note
+    encoder, note = make_fast_encoder(tokenizer)
+    assert encoder is not None, note
 
 
 def test_patterns_split_as_the_published_ones(monkeypatch):
@@ -227,13 +227,13 @@ def test_without_tiktoken_its_files_are_refused_with_a_sentence(tiktoken_file, m
     ],
 )
 def test_sentencepiece_models_go_fast_where_they_can(folder, tmp_path, options):
-    """A BPE model, with normalization or without, goes through the fast backend; the results are SentencePiece's."""
+    """A BPE model, with normalization or without, goes through the fast encoder; the results are SentencePiece's."""
     pytest.importorskip("fastokens")
     tokenizer = train_sentencepiece(folder, tmp_path, **options)
-    fast, note = make_fast_tokenizer(tokenizer)
-    assert fast is not None, note
+    encoder, note = make_fast_encoder(tokenizer)
+    assert encoder is not None, note
     texts = [*adversarial_strings(seed=11, count=300), "the byte <0x41> by its name", "<s> and </s> and <unk> are text", "＜0x41＞ ①"]
-    for mine, reference in zip(fast.encode_flat(texts), tokenizer.encode_flat(texts), strict=True):
+    for mine, reference in zip(encoder.encode_flat(texts), tokenizer.encode_flat(texts), strict=True):
         assert mine.tolist() == reference.tolist()
 
 
@@ -255,8 +255,8 @@ def test_pieces_that_no_merges_make_are_known(folder):
     ],
 )
 def test_sentencepiece_models_that_do_more_stay_with_their_library(folder, tmp_path, options):
-    fast, note = make_fast_tokenizer(train_sentencepiece(folder, tmp_path, **options))
-    assert (fast is None or fast.name == "words") and "the reference" in note
+    encoder, note = make_fast_encoder(train_sentencepiece(folder, tmp_path, **options))
+    assert (encoder is None or encoder.name == "words") and "the reference" in note
 
 
 def train_sentencepiece(folder, tmp_path, **options):

@@ -1,10 +1,10 @@
-"""The fast backend in place of the reference tokenizer: `fastokens` or, for SentencePiece, the word cache (word_cache.py).
+"""The fast encoder in place of the reference tokenizer: `fastokens` or, for SentencePiece, the word cache (word_cache.py).
 
 In: a reference tokenizer. Out: an encoder with the same results, or None and the reason. On web-sized documents `fastokens` takes a
 fraction of the CPU time of the reference libraries, once it is loaded: 1/100 for Llama-3, 1/120 or less for Qwen3, 1/6 for Mistral's
 SentencePiece BPE (benchmarks/results/preprocess_encoders-cpu-2026-11-30.json).
 
-Two things keep the ids right. The backend must agree with the reference on adversarial strings before it is used. Texts that contain a
+Two things keep the ids right. The encoder must agree with the reference on adversarial strings before it is used. Texts that contain a
 piece of the vocabulary that no merges produce (such as <0x0A>, the name of a byte, which fastokens would read as the byte) go to the
 reference one by one.
 """
@@ -93,7 +93,7 @@ def adversarial_strings(seed: int = 0, count: int = 300) -> list[str]:
     return ["", *pieces, *("".join(draw.choices(pieces, k=draw.randint(1, 24))) for _ in range(count))]
 
 
-class FastBackend:
+class FastokensEncoder:
     """Encodes with fastokens; the ids are those of the reference tokenizer.
 
     Args:
@@ -211,7 +211,7 @@ def same_encoding(first: Flat, second: Flat) -> bool:
     return np.array_equal(first[0], second[0]) and np.array_equal(first[1], second[1])
 
 
-def make_fast_tokenizer(tokenizer: Tokenizer, backend: str = "auto") -> tuple[FastBackend | WordCache | None, str]:
+def make_fast_encoder(tokenizer: Tokenizer, backend: str = "auto") -> tuple[FastokensEncoder | WordCache | None, str]:
     """Chooses what encodes in place of the reference tokenizer.
 
     Args:
@@ -219,7 +219,7 @@ def make_fast_tokenizer(tokenizer: Tokenizer, backend: str = "auto") -> tuple[Fa
         backend: "auto": the word cache or fastokens, if it agrees with the reference on every adversarial string; "reference": nothing.
 
     Returns:
-        The fast backend, or None if the reference encodes; and a note for the user: what encodes, and why.
+        The fast encoder, or None if the reference encodes; and a note for the user: what encodes, and why.
     """
     if backend == "reference":
         return None, "the reference tokenizer"
@@ -229,8 +229,8 @@ def make_fast_tokenizer(tokenizer: Tokenizer, backend: str = "auto") -> tuple[Fa
         if same_encoding(cache.encode_flat(twice), tokenizer.encode_flat(twice)):
             return cache, "the word cache, checked against the reference"
     try:
-        fast = FastBackend(tokenizer)
-        if not same_encoding(fast.encode_flat(texts), tokenizer.encode_flat(texts)):
+        encoder = FastokensEncoder(tokenizer)
+        if not same_encoding(encoder.encode_flat(texts), tokenizer.encode_flat(texts)):
             return None, "the reference tokenizer (fastokens gives other ids for adversarial strings)"
     except ImportError:
         return None, "the reference tokenizer (fastokens, which is much faster, is not installed: pip install fastokens)"
@@ -238,4 +238,4 @@ def make_fast_tokenizer(tokenizer: Tokenizer, backend: str = "auto") -> tuple[Fa
         return None, "the reference tokenizer (fastokens does not support this tokenizer)"
     except Exception as error:  # whatever a young library may raise, the reference can encode
         return None, f"the reference tokenizer (fastokens cannot load it: {error})"
-    return fast, "fastokens, checked against the reference"
+    return encoder, "fastokens, checked against the reference"
