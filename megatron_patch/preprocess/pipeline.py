@@ -1,7 +1,7 @@
 """A preprocessing run: batches are encoded, in worker processes or in this one, and written in the order of the input.
 
 In: input files and settings. Out: PREFIX_KEY_document.bin, .idx and .json, and a summary. The number of batches in memory is limited,
-whatever the size of the input. Output has temporary names until all of it is written. A journal records the progress now and then; a run
+whatever the size of the input. Output has temporary names until all of it is written. A progress log has a record now and then; a run
 that was killed resumes from it.
 """
 
@@ -26,17 +26,17 @@ from megatron_patch.errors import DataError
 from megatron_patch.preprocess.dedup_shuffle import dedup_and_shuffle, remove_dataset, unordered_prefix
 from megatron_patch.preprocess.encode import EncodedBatch, EncodeSettings, FastEncoderDisagrees, load_checked_tokenizer
 from megatron_patch.preprocess.in_process import InProcessEncoder
-from megatron_patch.preprocess.journal import (
-    Journal,
+from megatron_patch.preprocess.prefetch import spare_cores
+from megatron_patch.preprocess.progress_log import (
+    ProgressLog,
     Record,
     identity,
     identity_checksum,
-    journal_path,
     last_record,
+    progress_log_path,
     record_to_resume,
     tokenizer_checksum,
 )
-from megatron_patch.preprocess.prefetch import spare_cores
 from megatron_patch.preprocess.summary import BadLines, LengthSample, Summary, summary_of_finished_run
 from megatron_patch.preprocess.workers import Workers, prepare_workers
 from megatron_patch.raw_text.inputs import STANDARD_INPUT, FileRange, expand, shard_inputs
@@ -166,7 +166,7 @@ def preprocess(
     try:
         return _run(run, settings, tokenizer, known, begin)
     except DataError:
-        if (kept := last_record(journal_path(output_prefix))) is not None:
+        if (kept := last_record(progress_log_path(output_prefix))) is not None:
             notice(f"{kept.read / 1e6:,.0f} MB of the input are saved: fix the problem and run again with --resume to continue from there")
         raise
     except FastEncoderDisagrees as disagreement:
@@ -176,13 +176,13 @@ def preprocess(
             ) from None
         notice(f"the fast encoder gave other ids than the reference for {str(disagreement)!r}; starting again with the reference only")
         settings = replace(settings, backend="reference")
-        journal_path(output_prefix).unlink(missing_ok=True)
+        progress_log_path(output_prefix).unlink(missing_ok=True)
         return _run(run, settings, tokenizer, known, Record(distrusted=True))
 
 
 def _starting_record(run: _Run, known: dict[str, object], overwrite: bool, resume: bool) -> Record | None:
     """Returns the record to start from: the first one, or the last one of an unfinished run; None if the run is already finished."""
-    path = journal_path(run.output_prefix)
+    path = progress_log_path(run.output_prefix)
     if resume and (found := record_to_resume(path, known)) is not None:
         return found
     if not resume and not overwrite and (unfinished := last_record(path)) is not None:
@@ -208,7 +208,7 @@ def _size(part: FileRange) -> int:
 
 
 class _Counters:
-    """Counts documents, bytes and problems during a run, and saves them to the journal."""
+    """Counts documents, bytes and problems during a run, and saves them to the progress log."""
 
     def __init__(self, run: _Run, begin: Record) -> None:
         self._run, self._begin = run, begin
@@ -252,11 +252,11 @@ class _Counters:
         """Returns whether it is time to save."""
         return self._run.resumable and time.monotonic() - self._saved >= self._run.save_seconds
 
-    def save(self, journal: Journal, writers: Sequence[IndexedDatasetWriter], complete: bool = False) -> None:
-        """Forces all output to disk, and then adds a record to the journal."""
+    def save(self, progress_log: ProgressLog, writers: Sequence[IndexedDatasetWriter], complete: bool = False) -> None:
+        """Forces all output to disk, and then adds a record to the progress log."""
         outputs = tuple(writer.sync() for writer in writers)
         bad_bytes = self.bad.sync()
-        journal.add(
+        progress_log.add(
             Record(
                 self.file,
                 self.upto,
@@ -286,10 +286,10 @@ def _run(run: _Run, settings: EncodeSettings, tokenizer: Tokenizer, known: dict[
         writers = _writers(run, settings, begin, stack)
         counters = _Counters(run, begin)
         stack.callback(counters.bad.close)
-        journal = Journal(journal_path(run.output_prefix), known, begin if begin.outputs else None)
-        stack.callback(journal.close)
+        progress_log = ProgressLog(progress_log_path(run.output_prefix), known, begin if begin.outputs else None)
+        stack.callback(progress_log.close)
         if not begin.complete:
-            _encode_all(run, settings, tokenizer, writers, counters, journal, begin)
+            _encode_all(run, settings, tokenizer, writers, counters, progress_log, begin)
             for writer in writers:
                 if writer.num_documents == 0 and not run.may_be_empty:
                     raise DataError(
@@ -299,7 +299,7 @@ def _run(run: _Run, settings: EncodeSettings, tokenizer: Tokenizer, known: dict[
                         f"check --input and --json-keys (the keys are {' '.join(settings.keys)})",
                     )
             if run.resumable:
-                counters.save(journal, writers, complete=True)
+                counters.save(progress_log, writers, complete=True)
         for writer in writers:
             metadata_path(writer.prefix).unlink(missing_ok=True)
             writer.finish()
@@ -308,7 +308,7 @@ def _run(run: _Run, settings: EncodeSettings, tokenizer: Tokenizer, known: dict[
     infos = [_metadata(prefix, settings, tokenizer, identity_checksum(known)) for prefix in run.prefixes]
     for prefix, info in zip(run.prefixes, infos, strict=True):
         write_metadata(prefix, info)
-    journal_path(run.output_prefix).unlink(missing_ok=True)
+    progress_log_path(run.output_prefix).unlink(missing_ok=True)
     return Summary(
         outputs=run.prefixes,
         documents=sum(info.documents for info in infos),
@@ -358,7 +358,7 @@ def _encode_all(
     tokenizer: Tokenizer,
     writers: Sequence[IndexedDatasetWriter],
     counters: _Counters,
-    journal: Journal,
+    progress_log: ProgressLog,
     begin: Record,
 ) -> None:
     work = batches(run.parts, settings.keys, run.separator, (begin.file, begin.upto) if begin.outputs else (0, None))
@@ -373,7 +373,7 @@ def _encode_all(
             counters.add(encoded, writers)
             if counters.due():
                 encoder.wait_for_writes()
-                counters.save(journal, writers)
+                counters.save(progress_log, writers)
 
 
 def _metadata(prefix: str, settings: EncodeSettings, tokenizer: Tokenizer, run_xxh64: str) -> DatasetMetadata:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.preprocess_memory import CORPORA, measure, ordinary, write_corpus
-from megatron_patch.preprocess.journal import journal_path, last_record
+from megatron_patch.preprocess.progress_log import last_record, progress_log_path
 from megatron_patch.preprocess.train_tokenizer import train_tokenizer
 
 ROOT = Path(__file__).parent.parent.parent
@@ -59,7 +59,7 @@ def test_on_a_full_disk_what_is_finished_is_kept_and_gone_on_from(tokenizer, sma
     full = tool(tokenizer, tmp_path / "a.jsonl", small_disk / "x", "--save-interval", "0")
     assert full.returncode == 3 and "No space left" in full.stderr and "free space" in full.stderr, full.stderr
     assert "are saved" in full.stderr and "--resume" in full.stderr
-    kept = last_record(journal_path(str(small_disk / "x")))
+    kept = last_record(progress_log_path(str(small_disk / "x")))
     assert kept is not None and kept.read > 0 and not list(small_disk.glob("*.idx"))
     filler.unlink()
     subprocess.run(["mount", "-o", "remount,size=64m", small_disk], check=True)

@@ -19,8 +19,8 @@ from megatron_patch.errors import DataError
 from megatron_patch.preprocess import pipeline
 from megatron_patch.preprocess.encode import EncodeSettings
 from megatron_patch.preprocess.in_process import InProcessEncoder
-from megatron_patch.preprocess.journal import Record, journal_path, last_record
 from megatron_patch.preprocess.pipeline import preprocess
+from megatron_patch.preprocess.progress_log import Record, last_record, progress_log_path
 from megatron_patch.preprocess.workers import Workers
 from megatron_patch.raw_text import readers
 
@@ -141,7 +141,7 @@ def test_a_killed_tool_is_resumed_to_the_same_bytes(tmp_path, inputs, workers):
         ) as process:
             deadline = time.monotonic() + 60
             while process.poll() is None and time.monotonic() < deadline:
-                record = last_record(journal_path(str(tmp_path / "x")))
+                record = last_record(progress_log_path(str(tmp_path / "x")))
                 if record is not None and record.read > seen:
                     seen = record.read
                     break
@@ -170,9 +170,9 @@ def test_what_is_recorded_has_been_written_by_then(tmp_path, inputs, monkeypatch
 
     saved = pipeline._Counters.save
 
-    def save(self, journal, writers, complete=False):
+    def save(self, progress_log, writers, complete=False):
         assert not any(worker.writing for worker in made[0]._workers)
-        saved(self, journal, writers, complete)
+        saved(self, progress_log, writers, complete)
         for writer, data in zip(writers, expected, strict=True):
             size = writer.num_tokens * writer.dtype.itemsize
             assert writer.tokens_path.read_bytes()[:size] == data[:size]
@@ -251,7 +251,7 @@ def test_behind_a_broken_archive_a_run_goes_on(tmp_path, inputs, monkeypatch, re
     told = []
     with pytest.raises(DataError, match=r"2\.jsonl\.zst cannot be read"):
         preprocess(inputs, str(tmp_path / "x"), settings(), save_seconds=0.0, notice=told.append)
-    kept = last_record(journal_path(str(tmp_path / "x")))
+    kept = last_record(progress_log_path(str(tmp_path / "x")))
     assert kept is not None and kept.file == 2 and "are saved" in told[-1] and "--resume" in told[-1]
     if remedy == "leave out":
         archive.unlink()

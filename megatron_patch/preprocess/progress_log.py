@@ -1,6 +1,6 @@
-"""The journal of a run, from which a run that was killed resumes.
+"""The progress log of a run, from which a run that was killed resumes.
 
-In: now and then, after the output so far was forced to disk, the progress of input and output. Out: the last such record. The journal is
+In: now and then, after the output so far was forced to disk, the progress of input and output. Out: the last such record. The log is
 PREFIX_progress.jsonl: the first line describes the input and the settings, and each further line is a record; an incomplete last line, as
 after a crash, is ignored. Resuming truncates the output to the last record and continues reading from there, so that the result is that of
 an uninterrupted run.
@@ -69,8 +69,8 @@ class Record:
     complete: bool = False
 
 
-def journal_path(output_prefix: str) -> Path:
-    """Returns the path of a run's journal."""
+def progress_log_path(output_prefix: str) -> Path:
+    """Returns the path of a run's progress log."""
     return Path(f"{output_prefix}_progress.jsonl")
 
 
@@ -118,7 +118,7 @@ def _check_same_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> N
     """
     difference = None
     if before.get("format") != now["format"]:
-        difference = f"the journal has the format {before.get('format')!r}"
+        difference = f"the progress log has the format {before.get('format')!r}"
     elif before["settings"] != now["settings"]:
         names = [name for name in now["settings"] if before["settings"].get(name) != now["settings"][name]]
         difference = "; ".join(f"{name} was {before['settings'].get(name)!r}, now {now['settings'][name]!r}" for name in names)
@@ -150,8 +150,8 @@ def _refusal(difference: str) -> DataError:
     )
 
 
-class Journal:
-    """Writes the journal of a run.
+class ProgressLog:
+    """Writes the progress log of a run.
 
     Args:
         path: its file.
@@ -213,10 +213,10 @@ def _line(record: Record) -> str:
 
 
 def _records(path: Path) -> tuple[dict[str, Any], list[Record]] | None:
-    """Returns (identity, records) of a journal, without an incomplete last line; None if it does not exist or has no records.
+    """Returns (identity, records) of a progress log, without an incomplete last line; None if it does not exist or has no records.
 
     Raises:
-        DataError: the file is not a journal.
+        DataError: the file is not a progress log.
     """
     if not path.is_file():
         return None
@@ -232,7 +232,7 @@ def _records(path: Path) -> tuple[dict[str, Any], list[Record]] | None:
         return json.loads(lines[0]), records
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
-            f"{path} is not a journal: {error}",
+            f"{path} is not a progress log: {error}",
             "a file that tools/preprocess_data.py wrote",
             "start over with --overwrite instead of --resume",
         ) from error
@@ -242,7 +242,7 @@ def last_record(path: Path) -> Record | None:
     """Returns the progress of an unfinished run; None if nothing is recorded.
 
     Raises:
-        DataError: the file is not a journal.
+        DataError: the file is not a progress log.
     """
     found = _records(path)
     return found[1][-1] if found is not None else None
@@ -252,11 +252,11 @@ def record_to_resume(path: Path, now: Mapping[str, Any]) -> Record | None:
     """Returns the last record whose input is unchanged, from which the run can resume; None if nothing is recorded.
 
     Args:
-        path: the journal.
+        path: the progress log.
         now: the `identity` of the run.
 
     Raises:
-        DataError: the file is not a journal, the settings differ, or the input of every record has changed.
+        DataError: the file is not a progress log, the settings differ, or the input of every record has changed.
     """
     found = _records(path)
     if found is None:
