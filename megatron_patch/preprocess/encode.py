@@ -103,7 +103,7 @@ class EncodedBatch:
     Args:
         source: the path of its input.
         file: index of the input.
-        upto: the unit of the input after the batch.
+        next_unit: the unit of the input after the batch.
         fraction: of the input that has been read after the batch.
         start: the first byte of the batch in its file; None if it is not known.
         lines: lines of the batch, to compute the line numbers of later batches.
@@ -120,7 +120,7 @@ class EncodedBatch:
 
     source: str
     file: int
-    upto: int
+    next_unit: int
     fraction: float
     start: int | None
     lines: int
@@ -213,7 +213,7 @@ class Encoder:
         return EncodedBatch(
             batch.source,
             batch.file,
-            batch.upto,
+            batch.next_unit,
             batch.fraction,
             batch.start if batch.data is None else None,
             parsed.lines,

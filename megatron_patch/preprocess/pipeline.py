@@ -221,7 +221,7 @@ class _Counters:
         self.bad = BadLines(
             Path(f"{run.output_prefix}_bad_lines.jsonl"), run.on_bad_line, begin.file, begin.line, begin.bad, begin.bad_bytes
         )
-        self.file, self.upto = begin.file, begin.upto
+        self.file, self.next_unit = begin.file, begin.next_unit
         self.backend: str | None = None
 
     @property
@@ -238,7 +238,7 @@ class _Counters:
         self.filtered += encoded.filtered
         self.checked += encoded.checked
         self.largest = max(self.largest, encoded.largest)
-        self.file, self.upto = encoded.file, encoded.upto
+        self.file, self.next_unit = encoded.file, encoded.next_unit
         if self.backend is None:
             self._run.notice(f"encoding with {encoded.encoder_note}")
         self.backend = encoded.backend
@@ -259,7 +259,7 @@ class _Counters:
         progress_log.add(
             Record(
                 self.file,
-                self.upto,
+                self.next_unit,
                 self.bad.line,
                 outputs,
                 self.read,
@@ -361,7 +361,7 @@ def _encode_all(
     progress_log: ProgressLog,
     begin: Record,
 ) -> None:
-    work = batches(run.parts, settings.keys, run.separator, (begin.file, begin.upto) if begin.outputs else (0, None))
+    work = batches(run.parts, settings.keys, run.separator, (begin.file, begin.next_unit) if begin.outputs else (0, None))
     # The context ends before the files are closed: after any failure the workers end first.
     encoders = (
         Workers(work, run.workers, settings, tokenizer, writers)

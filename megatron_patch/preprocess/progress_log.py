@@ -26,6 +26,8 @@ from megatron_patch.utils.units import plural
 FORMAT = "megatron_patch/progress-1"
 # What may differ when a run resumes: both encoders give the same ids, and the tokenizer is identified by its checksum.
 _MAY_CHANGE = ("backend", "tokenizer_model", "vocab_file", "merge_file")
+# Field of `Record` -> its key in the file, where they differ.
+_JSON_KEYS = {"next_unit": "upto"}
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Record:
 
     Args:
         file: index of the input that was being read.
-        upto: the unit of it to continue from.
+        next_unit: the unit of it to continue from.
         line: lines of that input before this unit.
         outputs: (documents, tokens) of each output that are forced to disk.
         read: bytes read so far.
@@ -52,7 +54,7 @@ class Record:
     """
 
     file: int = 0
-    upto: int = 0
+    next_unit: int = 0
     line: int = 0
     outputs: tuple[tuple[int, int], ...] = ()
     read: int = 0
@@ -209,7 +211,7 @@ def _unwritable(path: Path, error: OSError) -> DataError:
 
 
 def _line(record: Record) -> str:
-    return json.dumps(asdict(record)) + "\n"
+    return json.dumps({_JSON_KEYS.get(name, name): value for name, value in asdict(record).items()}) + "\n"
 
 
 def _records(path: Path) -> tuple[dict[str, Any], list[Record]] | None:
@@ -227,6 +229,7 @@ def _records(path: Path) -> tuple[dict[str, Any], list[Record]] | None:
         records = []
         for line in lines[1:]:
             found = json.loads(line)
+            found |= {name: found.pop(key) for name, key in _JSON_KEYS.items() if key in found}
             found["outputs"] = tuple((documents, tokens) for documents, tokens in found["outputs"])
             records.append(Record(**found))
         return json.loads(lines[0]), records

@@ -35,7 +35,7 @@ class Batch:
         source: the path of the input, for messages.
         kind: JSON lines, text (separated documents, or one), or rows of a table as an Arrow stream.
         file: index of the input.
-        upto: the unit of the input (see `FileRange`) after this batch, from which reading can continue.
+        next_unit: the unit of the input (see `FileRange`) after this batch, from which reading can continue.
         fraction: of the input that has been read after this batch, from 0 to 1.
         separator: between documents; None: the batch is one document.
         data: the documents, if they have been read already.
@@ -47,7 +47,7 @@ class Batch:
     source: str
     kind: Kind = "lines"
     file: int = 0
-    upto: int = 0
+    next_unit: int = 0
     fraction: float = 0.0
     separator: bytes | None = _NEWLINE
     data: bytes | None = None
@@ -128,7 +128,7 @@ class _StreamSplitter:
     def batches(self, stream: BinaryIO, start: int, fraction_read: Callable[[], float]) -> Iterator[Batch]:
         """Yields batches from unit `start` on."""
         fresh = _skip(stream, start)
-        upto = read = start
+        next_unit = read = start
         keep = len(self._separator) - 1 if self._separator is not None else 0
         carry = b""  # bytes that may be the beginning of a separator
         while fresh := fresh or stream.read(BATCH_BYTES):
@@ -137,8 +137,8 @@ class _StreamSplitter:
             boundary = self._last_boundary(piece)
             if boundary:
                 self._pieces.append(piece[:boundary])
-                upto = read - (len(piece) - boundary)
-                yield self._batch(upto, fraction_read())
+                next_unit = read - (len(piece) - boundary)
+                yield self._batch(next_unit, fraction_read())
             kept = max(boundary, len(piece) - keep)
             if kept > boundary:
                 self._pieces.append(piece[boundary:kept])
@@ -158,9 +158,9 @@ class _StreamSplitter:
         tail = piece.split(self._separator)[-1]
         return len(piece) - len(tail) if len(tail) < len(piece) else 0
 
-    def _batch(self, upto: int, fraction: float) -> Batch:
+    def _batch(self, next_unit: int, fraction: float) -> Batch:
         data, self._pieces = b"".join(self._pieces), []
-        return Batch(self._source, self._kind, self._file, upto, fraction, self._separator, data)
+        return Batch(self._source, self._kind, self._file, next_unit, fraction, self._separator, data)
 
 
 def _fraction_read(file: BinaryIO, path: str) -> Callable[[], float]:
@@ -204,8 +204,8 @@ def _batches_of(part: FileRange, index: int, keys: Sequence[str], separator: byt
         return
     suffix, compressed = inner_suffix(part.path), is_compressed(part.path)
     if suffix == ".parquet":
-        for data, upto, fraction in row_batches(part.path, keys, part.start, BATCH_BYTES):
-            yield Batch(part.path, "rows", index, upto, fraction, None, data)
+        for data, next_unit, fraction in row_batches(part.path, keys, part.start, BATCH_BYTES):
+            yield Batch(part.path, "rows", index, next_unit, fraction, None, data)
         return
     text = suffix == ".txt"
     if not compressed and not text:
@@ -234,7 +234,7 @@ def batches(
         parts: the input.
         keys: of the text; only these columns of a table are read.
         separator: between the documents of a .txt; None: each file is one document.
-        resume: (index of the input, unit in it) to start at, as in a batch's `file` and `upto`; None: the start of the input.
+        resume: (index of the input, unit in it) to start at, as in a batch's `file` and `next_unit`; None: the start of the input.
 
     Raises:
         DataError: a file cannot be read, or a compressed file is damaged.

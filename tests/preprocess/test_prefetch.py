@@ -90,19 +90,19 @@ def test_an_error_lets_go_of_what_was_open():
 def test_one_worker_reads_and_writes_while_it_encodes(tmp_path, monkeypatch):
     """Each batch is encoded only once the next has been read, and written only once the next has been encoded."""
     count = 5
-    work = [Batch("x", data=b'{"text": "%d"}\n' % number, upto=number) for number in range(count)]
+    work = [Batch("x", data=b'{"text": "%d"}\n' % number, next_unit=number) for number in range(count)]
     read, encoded = ([threading.Event() for _ in range(count + 1)] for _ in range(2))
     read[count].set()
     encoded[count].set()
     plain_read, plain_encode = in_process.parse_batch, Encoder.encode
 
     def parse_batch(batch, keys):
-        read[batch.upto].set()
+        read[batch.next_unit].set()
         return plain_read(batch, keys)
 
     def encode(self, parsed):
-        assert read[parsed.batch.upto + 1].wait(PATIENCE)
-        encoded[parsed.batch.upto].set()
+        assert read[parsed.batch.next_unit + 1].wait(PATIENCE)
+        encoded[parsed.batch.next_unit].set()
         return plain_encode(self, parsed)
 
     class Writer(IndexedDatasetWriter):
@@ -116,7 +116,7 @@ def test_one_worker_reads_and_writes_while_it_encodes(tmp_path, monkeypatch):
         Writer(str(tmp_path / "x"), np.dtype(SETTINGS.dtype)) as writer,
         in_process.InProcessEncoder(work, SETTINGS, load_checked_tokenizer(SETTINGS), [writer]) as encoder,
     ):
-        assert [batch.upto for batch in encoder] == list(range(count))
+        assert [batch.next_unit for batch in encoder] == list(range(count))
         writer.finish()
     assert np.fromfile(tmp_path / "x.bin", SETTINGS.dtype).reshape(count, 2)[:, 0].tolist() == list(range(count))
     assert no_thread_is_left()

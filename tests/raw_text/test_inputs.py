@@ -160,7 +160,7 @@ def test_tables_give_what_lines_give(tmp_path, table, monkeypatch, workers):
     two = run(tmp_path / "rows", [tmp_path / "a.parquet"], workers=workers, **keys)
     for ours, theirs in zip(two.outputs, one.outputs, strict=True):
         assert files(ours) == files(theirs)
-    cut = [batch.upto for batch in batches([FileRange(str(tmp_path / "a.parquet"))])]
+    cut = [batch.next_unit for batch in batches([FileRange(str(tmp_path / "a.parquet"))])]
     assert len(cut) > 5 and cut[-1] == 200
 
 
