@@ -15,7 +15,7 @@ import torch
 from megatron_patch.model.gpt import GPTModel
 from megatron_patch.model.shape import ModelShape
 
-Sizes = tuple[int, ...]
+TensorShape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -95,8 +95,8 @@ class MappedTensor:
     """
 
     name: str
-    shape: Sizes
-    parameters: tuple[tuple[str, Sizes], ...]
+    shape: TensorShape
+    parameters: tuple[tuple[str, TensorShape], ...]
     rows: int
     transposed: bool = False
 
@@ -119,27 +119,27 @@ class MappedTensor:
             yield name, part
 
 
-def parameter_shapes(shape: ModelShape) -> dict[str, Sizes]:
+def parameter_shapes(model_shape: ModelShape) -> dict[str, TensorShape]:
     """Returns name -> shape of our parameters, in the model's order, without allocating them."""
     with torch.device("meta"):
-        model = GPTModel(shape)
+        model = GPTModel(model_shape)
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
-def mapped_tensors(shape: ModelShape, names: TensorNames) -> list[MappedTensor]:
-    """Returns all tensors of a shape's Hugging Face model, in the order of our parameters."""
-    parts: dict[str, list[tuple[str, Sizes]]] = {}
-    for name, size in parameter_shapes(shape).items():
-        parts.setdefault(names.name_of(name), []).append((name, size))
-    return [_mapped(name, tuple(parameters), shape, names.transposed) for name, parameters in parts.items()]
+def mapped_tensors(model_shape: ModelShape, names: TensorNames) -> list[MappedTensor]:
+    """Returns all tensors of the Hugging Face model, in the order of our parameters."""
+    parts: dict[str, list[tuple[str, TensorShape]]] = {}
+    for name, shape in parameter_shapes(model_shape).items():
+        parts.setdefault(names.name_of(name), []).append((name, shape))
+    return [_mapped(name, tuple(parameters), model_shape, names.transposed) for name, parameters in parts.items()]
 
 
-def _mapped(name: str, parameters: tuple[tuple[str, Sizes], ...], shape: ModelShape, transposed: bool) -> MappedTensor:
-    first, size = parameters[0]
+def _mapped(name: str, parameters: tuple[tuple[str, TensorShape], ...], model_shape: ModelShape, transposed: bool) -> MappedTensor:
+    first, shape = parameters[0]
     vocabulary = first in ("embedding.word.weight", "head.weight")
-    rows = shape.vocab_size if vocabulary else sum(part[0] for _, part in parameters)
-    stored = (rows, *size[1:])
-    transposed = transposed and len(size) == 2 and first.startswith("blocks.")
+    rows = model_shape.vocab_size if vocabulary else sum(part[0] for _, part in parameters)
+    stored = (rows, *shape[1:])
+    transposed = transposed and len(shape) == 2 and first.startswith("blocks.")
     return MappedTensor(name, stored[::-1] if transposed else stored, parameters, rows, transposed)
 
 

@@ -10,21 +10,21 @@ import math
 from megatron_patch.model.shape import ModelShape
 from megatron_patch.model.sharding import shard_of
 
-Sizes = dict[str, tuple[int, ...]]
+ParameterShapes = dict[str, tuple[int, ...]]
 """Parameter name -> shape."""
 
 
-def _norm(name: str, shape: ModelShape) -> Sizes:
-    weights: Sizes = {f"{name}.weight": (shape.hidden_size,)}
+def _norm(name: str, shape: ModelShape) -> ParameterShapes:
+    weights: ParameterShapes = {f"{name}.weight": (shape.hidden_size,)}
     return weights | ({f"{name}.bias": (shape.hidden_size,)} if shape.normalization == "LayerNorm" else {})
 
 
-def _linear(name: str, inputs: int, outputs: int, bias: bool) -> Sizes:
-    weight: Sizes = {f"{name}.weight": (outputs, inputs)}
+def _linear(name: str, inputs: int, outputs: int, bias: bool) -> ParameterShapes:
+    weight: ParameterShapes = {f"{name}.weight": (outputs, inputs)}
     return weight | ({f"{name}.bias": (outputs,)} if bias else {})
 
 
-def block_parameters(shape: ModelShape) -> Sizes:
+def block_parameters(shape: ModelShape) -> ParameterShapes:
     """Returns name (within the block) -> shape of the parameters of one block."""
     hidden, inner = shape.hidden_size, shape.ffn_hidden_size
     queries, keys = shape.num_attention_heads * shape.head_size, shape.num_query_groups * shape.head_size
@@ -40,7 +40,7 @@ def block_parameters(shape: ModelShape) -> Sizes:
     return found | _linear("feed_forward.up", hidden, inner, shape.mlp_bias) | _linear("feed_forward.down", inner, hidden, shape.mlp_bias)
 
 
-def parameters_of_layers(shape: ModelShape, layers: range | None = None, vocabulary_rows: int | None = None) -> Sizes:
+def parameters_of_layers(shape: ModelShape, layers: range | None = None, vocabulary_rows: int | None = None) -> ParameterShapes:
     """Returns name -> shape of the parameters of some layers.
 
     Args:
@@ -52,7 +52,7 @@ def parameters_of_layers(shape: ModelShape, layers: range | None = None, vocabul
     layers = range(shape.num_layers + 2) if layers is None else layers
     first, last = 0 in layers, shape.num_layers + 1 in layers
     rows = shape.padded_vocab_size if vocabulary_rows is None else vocabulary_rows
-    found: Sizes = {}
+    found: ParameterShapes = {}
     if first or (last and shape.tie_embeddings):
         found["embedding.word.weight"] = (rows, shape.hidden_size)
     if first and shape.position_embedding == "learned":
