@@ -27,7 +27,7 @@ from megatron_patch.exit_codes import ExitCode
 from megatron_patch.utils.files import append_line
 
 EVENTS = "events.jsonl"
-STORE_KEY = "ending"
+STORE_KEY = "exit_report"
 """Key in the job's store under which the first rank that fails puts its `ExitReport` as JSON."""
 _PROCESS_STARTED = time.time()
 
