@@ -16,7 +16,7 @@ from megatron_patch.utils.files import write_durably
 from megatron_patch.utils.records import record_from_json
 
 FORMAT = "megatron_patch/dataset-1"
-COMPATIBLE_FIELDS = ("tokenizer_type", "vocab_size", "eod_id", "append_eod", "prepend_bos", "tokenizer_xxh64", "tiktoken_pattern")
+FIELDS_THAT_MUST_MATCH = ("tokenizer_type", "vocab_size", "eod_id", "append_eod", "prepend_bos", "tokenizer_xxh64", "tiktoken_pattern")
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def write_metadata(prefix: str, metadata: DatasetMetadata) -> None:
 
 
 def check_compatible(
-    one: DatasetMetadata, other: DatasetMetadata, one_prefix: str, other_prefix: str, names: Sequence[str] = COMPATIBLE_FIELDS
+    one: DatasetMetadata, other: DatasetMetadata, one_prefix: str, other_prefix: str, names: Sequence[str] = FIELDS_THAT_MUST_MATCH
 ) -> None:
     """Checks that two datasets, which are merged or read in one run, were tokenized in the same way.
 
