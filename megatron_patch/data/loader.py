@@ -29,21 +29,21 @@ class LoadingTimes:
 
     Args:
         preparing: all time for preparing.
-        processor: CPU time of the preparing thread, a part of it.
+        cpu_seconds: CPU time of the preparing thread, a part of it.
         reading: time for reading files, a part of it.
-        ahead: whether batches are prepared in advance.
+        prefetching: whether batches are prepared in advance.
         remote: whether data is read from an address.
     """
 
     preparing: float = 0.0
-    processor: float = 0.0
+    cpu_seconds: float = 0.0
     reading: float = 0.0
-    ahead: bool = True
+    prefetching: bool = True
     remote: bool = False
 
-    def cause(self) -> str:
+    def bottleneck(self) -> str:
         """Returns a sentence on why training waits for data and what to do."""
-        waiting = max(0.0, self.preparing - self.processor)
+        waiting = max(0.0, self.preparing - self.cpu_seconds)
         if waiting > self.preparing / 2 and self.reading > self.preparing / 2:
             if self.remote:
                 return (
@@ -52,7 +52,7 @@ class LoadingTimes:
             return "the disk or the network file system is slow: move the data to a faster one"
         if waiting > self.preparing / 2:
             return "the loader waits for a free CPU core: leave one core free for each rank, or lower OMP_NUM_THREADS"
-        if not self.ahead:
+        if not self.prefetching:
             return "batches are not prepared in advance: use --num-workers 2"
         return "preparing a batch takes longer than training on it: the steps are very short, or the CPU is slow"
 
@@ -90,7 +90,7 @@ class PatchLoader:
         self._masking, self._vocab_size, self._pin_memory = masking, vocab_size, pin_memory
         self.step = start_step
         remote = any(is_address(prefix) for corpus in stream.corpora for prefix in corpus.prefixes)
-        self.times = LoadingTimes(ahead=prefetch > 0, remote=remote)
+        self.times = LoadingTimes(prefetching=prefetch > 0, remote=remote)
         self._queue: queue.Queue[list[PatchBatch] | Exception | None] | None = None
         self._failure: Exception | None = None
         self._stopping = threading.Event()
@@ -166,7 +166,7 @@ class PatchLoader:
         began, worked = time.perf_counter(), time.thread_time()
         batches = self._micro_batches(step)
         self.times.preparing += time.perf_counter() - began
-        self.times.processor += time.thread_time() - worked
+        self.times.cpu_seconds += time.thread_time() - worked
         return batches
 
     def _micro_batches(self, step: int) -> list[PatchBatch]:

@@ -111,7 +111,7 @@ class DataWaitMonitor:
         if len(self._steps) < (self._steps.maxlen or 0) or waited <= LARGEST_SHARE * total:
             return None
         self._has_warned = True
-        return f"training waits for data {waited / total:.1%} of the time (more than {LARGEST_SHARE:.0%}): {self._loading.cause()}"
+        return f"training waits for data {waited / total:.1%} of the time (more than {LARGEST_SHARE:.0%}): {self._loading.bottleneck()}"
 
 
 def device_name(device: torch.device) -> str:

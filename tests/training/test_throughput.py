@@ -21,18 +21,18 @@ def warnings(steps, **times):
 
 def test_the_warning_comes_once_and_only_above_two_percent():
     assert warnings([(1.0, 1.0)] + [(1.0, 0.02)] * 20, preparing=1.0) == []
-    found = warnings([(1.0, 1.0)] + [(1.0, 0.05)] * 20, preparing=1.0, processor=1.0)
+    found = warnings([(1.0, 1.0)] + [(1.0, 0.05)] * 20, preparing=1.0, cpu_seconds=1.0)
     assert len(found) == 1 and found[0].startswith("training waits for data 5.0% of the time (more than 2%): ")
 
 
 @pytest.mark.parametrize(
     ("times", "words"),
     [
-        ({"preparing": 10.0, "processor": 1.0, "reading": 9.0}, "disk or the network file system is slow"),
-        ({"preparing": 10.0, "processor": 1.0, "reading": 9.0, "remote": True}, "over the network"),
-        ({"preparing": 10.0, "processor": 1.0, "reading": 2.0}, "waits for a free CPU core"),
-        ({"preparing": 10.0, "processor": 9.0, "reading": 1.0}, "preparing a batch takes longer"),
-        ({"preparing": 10.0, "processor": 9.0, "reading": 1.0, "ahead": False}, "--num-workers 2"),
+        ({"preparing": 10.0, "cpu_seconds": 1.0, "reading": 9.0}, "disk or the network file system is slow"),
+        ({"preparing": 10.0, "cpu_seconds": 1.0, "reading": 9.0, "remote": True}, "over the network"),
+        ({"preparing": 10.0, "cpu_seconds": 1.0, "reading": 2.0}, "waits for a free CPU core"),
+        ({"preparing": 10.0, "cpu_seconds": 9.0, "reading": 1.0}, "preparing a batch takes longer"),
+        ({"preparing": 10.0, "cpu_seconds": 9.0, "reading": 1.0, "prefetching": False}, "--num-workers 2"),
     ],
 )
 def test_the_cause_is_named(times, words):
@@ -58,5 +58,5 @@ def test_the_loader_measures_where_its_time_goes(tmp_path):
     finally:
         loader.close()
     times = loader.times
-    assert times.preparing >= times.reading >= 5 * 6 * 0.01 and times.preparing > times.processor > 0
-    assert "disk" in times.cause()
+    assert times.preparing >= times.reading >= 5 * 6 * 0.01 and times.preparing > times.cpu_seconds > 0
+    assert "disk" in times.bottleneck()
