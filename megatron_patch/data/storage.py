@@ -3,8 +3,8 @@
 In: a path or an address. Out: the file's size, and any range of its bytes. Files are read, not memory-mapped: a file that has become
 shorter, or a file system that fails, raises an error; with a memory map it would kill the process with a signal.
 
-Blocks of remote files are kept on this machine, so that a corpus crosses the network once for all epochs, restarts and ranks. The cache
-is the folder in MEGATRON_PATCH_CACHE, by default ~/.cache/megatron_patch. A block is renamed into place, so processes may share the
+Chunks of remote files are kept on this machine, so that a corpus crosses the network once for all epochs, restarts and ranks. The cache
+is the folder in MEGATRON_PATCH_CACHE, by default ~/.cache/megatron_patch. A chunk is renamed into place, so processes may share the
 folder. fsspec's own block cache cannot be shared: it is a sparse memory map whose list of blocks is written when a file is closed, so
 other processes, and a restart after a crash, would fetch everything again; its file caches fetch complete files. fsspec provides the
 protocols here, and nothing else.
@@ -28,7 +28,7 @@ import xxhash
 
 from megatron_patch.errors import DataError
 
-_BLOCK_BYTES = 1 << 20
+_CHUNK_BYTES = 1 << 20
 _PIECE_BYTES = 1 << 22
 _ATTEMPTS = 4
 _PAUSE_SECONDS = 0.5
@@ -230,7 +230,7 @@ class _LocalFile:
 
 
 class _RemoteFile:
-    """A file at an address. Its blocks are fetched into the cache when they are first read."""
+    """A file at an address. Its chunks are fetched into the cache when they are first read."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -262,30 +262,30 @@ class _RemoteFile:
             raise _shorter(self.path, self.size)
         done = 0
         while done < len(out):
-            number, inside = divmod(start + done, _BLOCK_BYTES)
-            count = min(len(out) - done, _BLOCK_BYTES - inside)
-            self._read_block(number, inside, out[done : done + count])
+            number, inside = divmod(start + done, _CHUNK_BYTES)
+            count = min(len(out) - done, _CHUNK_BYTES - inside)
+            self._read_chunk(number, inside, out[done : done + count])
             done += count
 
     def fetch(self, ranges: Sequence[tuple[int, int]]) -> None:
-        """Fetches the missing blocks of some ranges, several at a time."""
-        numbers = {n for start, count in ranges for n in range(start // _BLOCK_BYTES, (start + max(count, 1) - 1) // _BLOCK_BYTES + 1)}
+        """Fetches the missing chunks of some ranges, several at a time."""
+        numbers = {n for start, count in ranges for n in range(start // _CHUNK_BYTES, (start + max(count, 1) - 1) // _CHUNK_BYTES + 1)}
         missing = [number for number in sorted(numbers) if not self._path(number).exists()]
         if len(missing) > 1:
             with ThreadPoolExecutor(min(_FETCHERS, len(missing))) as pool:
                 list(pool.map(self._fetch, missing))
 
     def is_current(self) -> bool:
-        """Returns True: cached blocks never change, and each block that is fetched is checked against the version that was opened."""
+        """Returns True: cached chunks never change, and each chunk that is fetched is checked against the version that was opened."""
         return True
 
     def _path(self, number: int) -> Path:
         return self._folder / f"{number // 1000:06d}" / f"{number % 1000:03d}"
 
     def _length(self, number: int) -> int:
-        return min(_BLOCK_BYTES, self.size - number * _BLOCK_BYTES)
+        return min(_CHUNK_BYTES, self.size - number * _CHUNK_BYTES)
 
-    def _read_block(self, number: int, inside: int, out: memoryview) -> None:
+    def _read_chunk(self, number: int, inside: int, out: memoryview) -> None:
         for _ in range(2):
             with contextlib.suppress(OSError), self._path(number).open("rb", buffering=0) as file:
                 if os.fstat(file.fileno()).st_size == self._length(number) and os.preadv(file.fileno(), [out], inside) == len(out):
@@ -294,8 +294,8 @@ class _RemoteFile:
         out[:] = data[inside : inside + len(out)]
 
     def _fetch(self, number: int) -> bytes:
-        """Fetches a block, writes it to the cache, and returns it."""
-        start, length = number * _BLOCK_BYTES, self._length(number)
+        """Fetches a chunk, writes it to the cache, and returns it."""
+        start, length = number * _CHUNK_BYTES, self._length(number)
         data = self._from_system(lambda: self._system.cat_file(self._inner, start=start, end=start + length))
         if len(data) != length:
             raise DataError(

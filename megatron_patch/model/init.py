@@ -16,7 +16,7 @@ from torch import nn
 from megatron_patch.model.shape import ModelShape
 from megatron_patch.model.sharding import Shard, shard_of
 
-_BLOCK = 1 << 20
+_SEGMENT = 1 << 20
 _RESIDUAL_OUTPUTS = ("attention.output.weight", "feed_forward.down.weight")
 
 
@@ -37,7 +37,7 @@ def initial_span(
     """Returns a span of the initial value of one parameter, flattened.
 
     Matrices are drawn from N(0, init_std²); those whose output is added to the residual stream are scaled by 1/sqrt(2·layers) (GPT-2).
-    Weights of norms are 1, biases 0. Each block of 2^20 elements has its own generator, so that a rank draws little more than its part.
+    Weights of norms are 1, biases 0. Each segment of 2^20 elements has its own generator, so that a rank draws little more than its part.
 
     Args:
         name: the parameter's name in the model.
@@ -56,17 +56,17 @@ def initial_span(
     if len(parameter_shape) < 2:
         return torch.zeros(end - start) if name.endswith(".bias") else torch.ones(end - start)
     std = shape.init_std / (math.sqrt(2 * shape.num_layers) if name.endswith(_RESIDUAL_OUTPUTS) else 1.0)
-    first, last = start // _BLOCK, -(-end // _BLOCK)
-    values = torch.empty(min(last * _BLOCK, total) - first * _BLOCK)
+    first, last = start // _SEGMENT, -(-end // _SEGMENT)
+    values = torch.empty(min(last * _SEGMENT, total) - first * _SEGMENT)
 
-    def draw(block: int) -> None:
-        generator = torch.Generator().manual_seed(parameter_seed(seed, f"{name}/{block}" if block else name))
-        values[(block - first) * _BLOCK :][:_BLOCK].normal_(0.0, std, generator=generator)
+    def draw(segment: int) -> None:
+        generator = torch.Generator().manual_seed(parameter_seed(seed, f"{name}/{segment}" if segment else name))
+        values[(segment - first) * _SEGMENT :][:_SEGMENT].normal_(0.0, std, generator=generator)
 
     # Drawing releases Python's lock and uses one core.
     with ThreadPoolExecutor(threads) as pool:
         list(pool.map(draw, range(first, last)))
-    return values[start - first * _BLOCK : end - first * _BLOCK]
+    return values[start - first * _SEGMENT : end - first * _SEGMENT]
 
 
 class InitialWeights:

@@ -98,7 +98,7 @@ def test_an_index_that_shrinks_while_it_is_read_is_an_error(prefix):
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("MEGATRON_PATCH_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(storage, "_BLOCK_BYTES", 1000)
+    monkeypatch.setattr(storage, "_CHUNK_BYTES", 1000)
     return tmp_path / "cache"
 
 
@@ -206,7 +206,7 @@ def server(tmp_path):
 
 
 def test_a_corpus_on_a_web_server_is_fetched_once(prefix, server, monkeypatch):
-    monkeypatch.setattr(storage, "_BLOCK_BYTES", 1 << 14)
+    monkeypatch.setattr(storage, "_CHUNK_BYTES", 1 << 14)
     monkeypatch.setattr(storage, "_PAUSE_SECONDS", 0.01)
     local = TokenCorpus([prefix])
     address = f"http://127.0.0.1:{server.server_port}/x"
@@ -217,4 +217,4 @@ def test_a_corpus_on_a_web_server_is_fetched_once(prefix, server, monkeypatch):
     again = open_corpus(address)
     assert np.array_equal(again.read(77, 9000), local.read(77, 9000)) and server.requests == asked
     overwrite(Path(f"{prefix}.bin"))
-    assert not open_corpus(address).read(77, 9000).any(), "cached blocks of the earlier file are not used for the new one"
+    assert not open_corpus(address).read(77, 9000).any(), "cached chunks of the earlier file are not used for the new one"
