@@ -192,8 +192,8 @@ def shares(corpus: Path, kind: str, model: str, folder: Path) -> dict[str, float
     from megatron_patch.data.indexed_dataset import IndexedDatasetWriter, optimal_dtype
     from megatron_patch.preprocess.encode import Encoder, EncodeSettings, load_checked_tokenizer
     from megatron_patch.raw_text.inputs import FileRange
-    from megatron_patch.raw_text.parse_documents import documents
-    from megatron_patch.raw_text.readers import batches
+    from megatron_patch.raw_text.parse_documents import iterate_documents
+    from megatron_patch.raw_text.readers import read_batches
 
     settings = EncodeSettings(kind, model, append_eod=True)
     tokenizer = load_checked_tokenizer(settings)
@@ -207,9 +207,9 @@ def shares(corpus: Path, kind: str, model: str, folder: Path) -> dict[str, float
         seconds[name] += time.process_time() - began
 
     with IndexedDatasetWriter(str(folder / "shares"), np.dtype(encoder.settings.dtype)) as writer:
-        for batch in batches([FileRange(str(corpus))]):
+        for batch in read_batches([FileRange(str(corpus))]):
             with counted("read and parse"):
-                texts = [str(document.texts[0]) for document in documents(batch, ("text",), []) if document.texts]
+                texts = [str(document.texts[0]) for document in iterate_documents(batch, ("text",), []) if document.texts]
             with counted("encode"):
                 ids, lengths = encoder.fast_encoder.encode_flat(texts) if encoder.fast_encoder else tokenizer.encode_flat(texts)
             with counted("frame"):

@@ -23,8 +23,8 @@ from megatron_patch.ops import IGNORE_INDEX
 from megatron_patch.parallel.groups import SINGLE_REPLICA, Replicas
 from megatron_patch.raw_text.inputs import FileRange, expand
 from megatron_patch.raw_text.large_documents import load_text
-from megatron_patch.raw_text.parse_documents import documents
-from megatron_patch.raw_text.readers import batches
+from megatron_patch.raw_text.parse_documents import iterate_documents
+from megatron_patch.raw_text.readers import read_batches
 from megatron_patch.tokenizers.base import Tokenizer, encode
 from megatron_patch.utils.units import plural
 
@@ -76,8 +76,8 @@ def read_documents(inputs: Sequence[str], key: str = "text") -> Iterator[str]:
     Raises:
         DataError: a file is missing or damaged, a text is not UTF-8, or a line is not a JSON object with the key.
     """
-    for batch in batches([FileRange(file) for file in expand(inputs)], (key,)):
-        for document in documents(batch, (key,), []):
+    for batch in read_batches([FileRange(file) for file in expand(inputs)], (key,)):
+        for document in iterate_documents(batch, (key,), []):
             if document.texts is None:
                 line = f"{batch.source}, line {document.number}" + (f" after byte {batch.start}" if batch.start else "")
                 raise DataError(

@@ -40,7 +40,7 @@ from megatron_patch.preprocess.progress_log import (
 from megatron_patch.preprocess.summary import BadLines, LengthSample, Summary, summary_of_finished_run
 from megatron_patch.preprocess.workers import Workers, prepare_workers
 from megatron_patch.raw_text.inputs import STANDARD_INPUT, FileRange, expand, shard_inputs
-from megatron_patch.raw_text.readers import batches
+from megatron_patch.raw_text.readers import read_batches
 from megatron_patch.tokenizers.base import Tokenizer
 from megatron_patch.utils.files import checksum
 from megatron_patch.utils.units import plural
@@ -361,7 +361,7 @@ def _encode_all(
     progress_log: ProgressLog,
     begin: Record,
 ) -> None:
-    work = batches(run.parts, settings.keys, run.separator, (begin.file, begin.next_unit) if begin.outputs else (0, None))
+    work = read_batches(run.parts, settings.keys, run.separator, (begin.file, begin.next_unit) if begin.outputs else (0, None))
     # The context ends before the files are closed: after any failure the workers end first.
     encoders = (
         Workers(work, run.workers, settings, tokenizer, writers)

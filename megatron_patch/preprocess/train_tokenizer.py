@@ -10,8 +10,8 @@ from pathlib import Path
 from megatron_patch.errors import DataError
 from megatron_patch.raw_text.inputs import FileRange, expand
 from megatron_patch.raw_text.large_documents import load_text
-from megatron_patch.raw_text.parse_documents import documents
-from megatron_patch.raw_text.readers import batches
+from megatron_patch.raw_text.parse_documents import iterate_documents
+from megatron_patch.raw_text.readers import read_batches
 
 EOD_TOKEN = "<|endoftext|>"
 
@@ -19,8 +19,8 @@ EOD_TOKEN = "<|endoftext|>"
 def _texts(inputs: Sequence[str], key: str, max_bytes: int) -> Iterator[str]:
     """Yields documents up to a number of bytes. Bad lines are skipped; preprocessing reports them."""
     left = max_bytes
-    for batch in batches([FileRange(file) for file in expand(inputs)], (key,)):
-        for document in documents(batch, (key,), []):
+    for batch in read_batches([FileRange(file) for file in expand(inputs)], (key,)):
+        for document in iterate_documents(batch, (key,), []):
             if left <= 0:
                 return
             if document.texts and document.texts[0]:

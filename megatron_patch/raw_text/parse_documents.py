@@ -55,7 +55,7 @@ class ParsedBatch:
     bad: tuple[tuple[int, int, str], ...]
 
 
-def documents(batch: Batch, keys: Sequence[str], line_counts: list[int]) -> Iterator[Document]:
+def iterate_documents(batch: Batch, keys: Sequence[str], line_counts: list[int]) -> Iterator[Document]:
     """Yields the documents of a batch. Blank lines are skipped.
 
     Args:
@@ -101,7 +101,7 @@ def parse_batch(batch: Batch, keys: Sequence[str]) -> ParsedBatch:
     columns: tuple[list[str | LargeText], ...] = tuple([] for _ in keys)
     bad: list[tuple[int, int, str]] = []
     line_counts: list[int] = []
-    for document in documents(batch, keys, line_counts):
+    for document in iterate_documents(batch, keys, line_counts):
         if document.texts is None:
             bad.append((document.number, document.offset, document.reason))
             continue

@@ -125,7 +125,7 @@ class _StreamSplitter:
         self._source, self._kind, self._separator, self._file = source, kind, separator, file
         self._pieces: list[bytes] = []
 
-    def batches(self, stream: BinaryIO, start: int, fraction_read: Callable[[], float]) -> Iterator[Batch]:
+    def split(self, stream: BinaryIO, start: int, fraction_read: Callable[[], float]) -> Iterator[Batch]:
         """Yields batches from unit `start` on."""
         fresh = _skip(stream, start)
         next_unit = read = start
@@ -200,7 +200,7 @@ def _batches_of(part: FileRange, index: int, keys: Sequence[str], separator: byt
     if part.path == STANDARD_INPUT:
         stream = cast("BinaryIO", sys.stdin.buffer)
         splitter = _StreamSplitter("standard input", "lines", _NEWLINE, index)
-        yield from splitter.batches(stream, 0, _fraction_read(stream, STANDARD_INPUT))
+        yield from splitter.split(stream, 0, _fraction_read(stream, STANDARD_INPUT))
         return
     suffix, compressed = inner_suffix(part.path), is_compressed(part.path)
     if suffix == ".parquet":
@@ -219,10 +219,10 @@ def _batches_of(part: FileRange, index: int, keys: Sequence[str], separator: byt
     with open(part.path, "rb") as file:
         splitter = _StreamSplitter(part.path, "text" if text else "lines", separator if text else _NEWLINE, index)
         stream = open_compressed(file, part.path) if compressed else file
-        yield from splitter.batches(stream, part.start, _fraction_read(file, part.path))
+        yield from splitter.split(stream, part.start, _fraction_read(file, part.path))
 
 
-def batches(
+def read_batches(
     parts: Sequence[FileRange],
     keys: Sequence[str] = ("text",),
     separator: bytes | None = None,

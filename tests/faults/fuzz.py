@@ -48,7 +48,7 @@ from megatron_patch.engine.inference import shape_of_state
 from megatron_patch.engine.state_files import StateFiles, state_file_name, write_fragments
 from megatron_patch.errors import MegatronPatchError
 from megatron_patch.model.sharding import Shard
-from megatron_patch.raw_text.parse_documents import documents
+from megatron_patch.raw_text.parse_documents import iterate_documents
 from megatron_patch.raw_text.readers import Batch
 from megatron_patch.stages import StagePlan
 from megatron_patch.training.callbacks.metrics import read_metrics
@@ -187,7 +187,7 @@ def _read_lines(folder: Path) -> None:
     path = folder / "x.jsonl"
     counted: list[int] = []
     batch = Batch(str(path), path=str(path), end=path.stat().st_size)
-    for document in documents(batch, ["text", "meta.text"], counted):
+    for document in iterate_documents(batch, ["text", "meta.text"], counted):
         assert document.texts is None or all(isinstance(text, str) for text in document.texts)
     assert len(counted) == 1
     for record in read_metrics(path):

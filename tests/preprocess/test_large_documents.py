@@ -124,8 +124,8 @@ def test_pieces_of_a_file_are_its_text(tmp_path_factory, text, piece):
 @pytest.mark.parametrize("data", [b"caf\xe9 au lait", "日本".encode()[:-1]])
 def test_a_large_text_that_is_not_utf8_is_a_bad_line(tmp_path, small, data):
     (tmp_path / "a.txt").write_bytes(b"word " * 2000 + data)
-    (batch,) = readers.batches([FileRange(str(tmp_path / "a.txt"))])
-    (document,) = parse_documents.documents(batch, ("text",), [])
+    (batch,) = readers.read_batches([FileRange(str(tmp_path / "a.txt"))])
+    (document,) = parse_documents.iterate_documents(batch, ("text",), [])
     assert batch.is_large_text and document.texts is None and "not UTF-8" in document.reason
 
 
@@ -169,9 +169,9 @@ def test_large_documents_are_written_as_others(tokenizers, corpus, tmp_path, req
 
 
 def test_a_large_document_that_shrinks_while_it_is_read_is_told(corpus, small, tmp_path):
-    (batch,) = readers.batches([FileRange(corpus[1])])
+    (batch,) = readers.read_batches([FileRange(corpus[1])])
     assert batch.is_large_text
     with open(corpus[1], "rb+") as file:
         file.truncate(100)
     with pytest.raises(DataError, match="became shorter"):
-        list(parse_documents.documents(batch, ("text",), []))
+        list(parse_documents.iterate_documents(batch, ("text",), []))

@@ -32,7 +32,7 @@ from megatron_patch.preprocess.train_tokenizer import train_tokenizer
 from megatron_patch.raw_text import readers
 from megatron_patch.raw_text.inputs import FileRange
 from megatron_patch.raw_text.parse_documents import parse_batch
-from megatron_patch.raw_text.readers import batches
+from megatron_patch.raw_text.readers import read_batches
 from megatron_patch.tokenizers.base import encode, load_tokenizer
 
 ROOT = Path(__file__).parent.parent.parent
@@ -202,7 +202,7 @@ def test_the_vocabulary_is_checked_and_reported(folder, tmp_path):
     tokenizer.vocab_size = 300
     encoder = Encoder(settings(folder), tokenizer)
     with pytest.raises(DataError, match=r"returned the id [34]\d\d"):
-        for batch in batches([FileRange(str(folder / "a.jsonl"))]):
+        for batch in read_batches([FileRange(str(folder / "a.jsonl"))]):
             encoder.encode(parse_batch(batch, ("text",)))
 
 
@@ -411,7 +411,7 @@ def unwritten(parts, files, starts):
 def test_a_worker_killed_in_the_middle_of_its_work_is_noticed(folder, tmp_path, monkeypatch, method, name, deed):
     monkeypatch.setattr(worker_process if name == "_write" else workers, name, deed)
     monkeypatch.setattr(workers, "_context", lambda: multiprocessing.get_context(method))
-    work = batches([FileRange(str(folder / "a.jsonl"))])
+    work = read_batches([FileRange(str(folder / "a.jsonl"))])
     with IndexedDatasetWriter(str(tmp_path / "x"), np.dtype("uint16")) as writer:
         how = settings(folder, dtype="uint16", backend="reference")
         encoding = workers.Workers(work, 2, how, load_checked_tokenizer(how), [writer])

@@ -22,7 +22,7 @@ from megatron_patch.preprocess.merge import merge_datasets
 from megatron_patch.preprocess.pipeline import preprocess
 from megatron_patch.raw_text import readers
 from megatron_patch.raw_text.inputs import FileRange, parse_shard, shard_inputs
-from megatron_patch.raw_text.readers import batches
+from megatron_patch.raw_text.readers import read_batches
 
 ROOT = Path(__file__).parent.parent.parent
 # Text that is ids already: what is tested here is not the tokenizer.
@@ -61,7 +61,7 @@ def test_shards_are_all_lines_once_and_in_order(tmp_path_factory, shapes, count,
         everything += rows
     found = []
     for number in range(count):
-        for batch in batches(shard_inputs(paths, number, count)):
+        for batch in read_batches(shard_inputs(paths, number, count)):
             found += [line for line in bytes(batch.read()).split(b"\n") if line]
     assert found == everything
 
@@ -160,7 +160,7 @@ def test_tables_give_what_lines_give(tmp_path, table, monkeypatch, workers):
     two = run(tmp_path / "rows", [tmp_path / "a.parquet"], workers=workers, **keys)
     for ours, theirs in zip(two.outputs, one.outputs, strict=True):
         assert files(ours) == files(theirs)
-    cut = [batch.next_unit for batch in batches([FileRange(str(tmp_path / "a.parquet"))])]
+    cut = [batch.next_unit for batch in read_batches([FileRange(str(tmp_path / "a.parquet"))])]
     assert len(cut) > 5 and cut[-1] == 200
 
 
