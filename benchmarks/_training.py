@@ -16,7 +16,7 @@ import torch
 from _measure import Timer, attention_ceiling, ceilings
 
 from megatron_patch.config.resolve import RunConfig, load_config
-from megatron_patch.data.indexed_dataset import IndexedDatasetWriter
+from megatron_patch.data.indexed_dataset_writer import IndexedDatasetWriter
 from megatron_patch.engine.deepspeed_config import EngineConfig, resolve_engine_config
 from megatron_patch.engine.distributed import barrier, destroy_distributed, init_distributed
 from megatron_patch.model.precision import DTYPES

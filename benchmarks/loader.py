@@ -24,7 +24,7 @@ from rich.table import Table
 
 from megatron_patch.data.collate import DocumentMasking
 from megatron_patch.data.corpus import TokenCorpus
-from megatron_patch.data.indexed_dataset import IndexedDatasetWriter
+from megatron_patch.data.indexed_dataset_writer import IndexedDatasetWriter
 from megatron_patch.data.loader import PatchLoader
 from megatron_patch.data.token_stream import TrainStream
 from megatron_patch.stages import Stage, StagePlan

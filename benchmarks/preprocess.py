@@ -189,7 +189,8 @@ def measure(args: argparse.Namespace, kind: str, model: str, folder: Path) -> li
 
 def shares(corpus: Path, kind: str, model: str, folder: Path) -> dict[str, float]:
     """CPU seconds of each part of the work, in one process, batch by batch."""
-    from megatron_patch.data.indexed_dataset import IndexedDatasetWriter, optimal_dtype
+    from megatron_patch.data.indexed_dataset import optimal_dtype
+    from megatron_patch.data.indexed_dataset_writer import IndexedDatasetWriter
     from megatron_patch.preprocess.encode import Encoder, EncodeSettings, load_checked_tokenizer
     from megatron_patch.raw_text.inputs import FileRange
     from megatron_patch.raw_text.parse_documents import iterate_documents

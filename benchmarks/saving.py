@@ -23,7 +23,7 @@ import _measure as measure
 import numpy as np
 import torch
 
-from megatron_patch.data.indexed_dataset import IndexedDatasetWriter
+from megatron_patch.data.indexed_dataset_writer import IndexedDatasetWriter
 
 ROOT = Path(__file__).parent.parent
 

@@ -1,19 +1,14 @@
 """Megatron's indexed dataset: PREFIX.bin has the token ids of all documents one after another, PREFIX.idx where each document begins.
 
-In: a prefix. Out: any range of tokens and of the index; the writer produces the same bytes as Megatron core. All numbers are little endian.
+In: a prefix. Out: any range of tokens and of the index. All numbers are little endian. indexed_dataset_writer.py writes such files.
 The index is a header of 34 bytes (magic, version 1, dtype code, number of sequences S, number of document boundaries D), S lengths in
 tokens (int32), S byte offsets (int64), D boundaries counted in sequences (int64), and for multimodal data S modes (int8).
 """
 
 from __future__ import annotations
 
-import contextlib
-import os
-import shutil
 import struct
-from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
 
 import numpy as np
 import numpy.typing as npt
@@ -21,8 +16,6 @@ import xxhash
 
 from megatron_patch.data.storage import FileArray, exists, open_file
 from megatron_patch.errors import DataError
-from megatron_patch.utils.files import fsync_folder
-from megatron_patch.utils.units import plural
 
 MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
@@ -35,9 +28,7 @@ _DTYPES: dict[int, type[np.generic]] = {
     5: np.int64,
     8: np.uint16,
 }
-_CODES = {np.dtype(dtype): code for code, dtype in _DTYPES.items()}
-_CHUNK = 1 << 20
-_LONGEST = (1 << 31) - 1
+DTYPE_CODES = {np.dtype(dtype): code for code, dtype in _DTYPES.items()}
 _SPAN_BYTES = 4096
 
 
@@ -48,7 +39,7 @@ def optimal_dtype(vocab_size: int) -> np.dtype[np.generic]:
 
 def pack_header(dtype: np.dtype[np.generic], sequences: int, boundaries: int) -> bytes:
     """Returns the header of an index with these numbers of sequences and document boundaries."""
-    return _HEADER.pack(MAGIC, 1, _CODES[np.dtype(dtype)], sequences, boundaries)
+    return _HEADER.pack(MAGIC, 1, DTYPE_CODES[np.dtype(dtype)], sequences, boundaries)
 
 
 def bin_path(prefix: str) -> Path:
@@ -184,236 +175,3 @@ class IndexedDataset:
                 digest.update(span)
             found[name] = f"{file.size}:{digest.hexdigest()}"
         return found
-
-
-class IndexedDatasetWriter:
-    """Writes a dataset under temporary names; `finish` renames it to its own.
-
-    Args:
-        prefix: path without .bin and .idx.
-        dtype: type of the tokens, see `optimal_dtype`.
-        resume: (documents, tokens) that `sync` returned in an unfinished run; what was written after them is removed.
-
-    Raises:
-        DataError: the folder cannot be written, the disk is full, or the unfinished run wrote less than `resume`.
-    """
-
-    def __init__(self, prefix: str, dtype: np.dtype[np.generic], resume: tuple[int, int] | None = None) -> None:
-        self.prefix, self.dtype = prefix, np.dtype(dtype)
-        if self.dtype not in _CODES:
-            raise DataError(f"tokens of {self.dtype}", ", ".join(sorted(str(known) for known in _CODES)), "choose another dtype")
-        self.num_documents = 0
-        self.num_tokens = 0
-        self._temporary = [Path(f"{path}.partial") for path in (bin_path(prefix), idx_path(prefix), Path(f"{prefix}.lengths"))]
-        self._finished = False
-        self._kept = resume is not None
-        mode = "wb+" if resume is None else "rb+"
-        try:
-            bin_path(prefix).parent.mkdir(parents=True, exist_ok=True)
-            if resume is not None:
-                self._restore_name()
-            self._bin = self._temporary[0].open(mode, buffering=_CHUNK)
-            self._lengths = self._temporary[2].open(mode, buffering=_CHUNK)
-            if resume is not None:
-                self._truncate(*resume)
-        except FileNotFoundError as error:
-            raise DataError(
-                f"{error.filename} does not exist", "the files of the unfinished run", "start over with --overwrite and without --resume"
-            ) from error
-        except OSError as error:
-            for path in self._temporary if not self._kept else ():
-                with contextlib.suppress(OSError):
-                    path.unlink(missing_ok=True)
-            raise self.failure(error) from error
-
-    def _restore_name(self) -> None:
-        """Gives the tokens their temporary name again, after a run that ended between the renaming of the two files."""
-        if not self._temporary[0].exists() and bin_path(self.prefix).exists() and not idx_path(self.prefix).exists():
-            os.replace(bin_path(self.prefix), self._temporary[0])
-
-    def _truncate(self, documents: int, tokens: int) -> None:
-        for file, size in ((self._bin, tokens * self.dtype.itemsize), (self._lengths, 4 * documents)):
-            if file.seek(0, os.SEEK_END) < size:
-                raise DataError(
-                    f"{file.name} has less than the {size} bytes that were recorded",
-                    "the files of the unfinished run",
-                    "start over with --overwrite and without --resume",
-                )
-            file.truncate(size)
-            file.seek(size)
-        self.num_documents, self.num_tokens = documents, tokens
-
-    def sync(self) -> tuple[int, int]:
-        """Forces what was appended to disk. From then on the temporary files are kept, so that a later run can resume.
-
-        Returns:
-            (documents, tokens), for `resume`.
-
-        Raises:
-            DataError: the disk is full.
-        """
-        try:
-            for file in (self._bin, self._lengths):
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise self.failure(error) from error
-        self._kept = True
-        return self.num_documents, self.num_tokens
-
-    def failure(self, error: OSError) -> DataError:
-        """Returns the error to raise where the files cannot be written."""
-        return DataError(
-            f"cannot write {self.prefix}: {error.strerror or error}",
-            "a writable folder with free space",
-            "free space or change --output-prefix",
-        )
-
-    def append(self, tokens: npt.NDArray[np.generic], lengths: npt.NDArray[np.generic]) -> None:
-        """Adds documents.
-
-        Args:
-            tokens: the tokens of all of them, one document after another; ids must fit the dtype.
-            lengths: number of tokens of each document, from 1 to below 2^31 (the index has 32 bits for it).
-
-        Raises:
-            DataError: the lengths do not sum to the tokens, a document is empty or too long, an id does not fit, or the disk is full.
-        """
-        self._check_lengths(lengths, tokens.size)
-        if tokens.dtype != self.dtype:
-            limits = np.iinfo(self.dtype.name)
-            if tokens.size and (int(tokens.min()) < limits.min or int(tokens.max()) > limits.max):
-                raise DataError(
-                    f"token ids up to {int(tokens.max())} do not fit {self.dtype}",
-                    f"ids from {limits.min} to {limits.max}",
-                    "correct the size of the vocabulary",
-                )
-            tokens = tokens.astype(self.dtype)
-        try:
-            self._bin.write(np.ascontiguousarray(tokens).data)
-            self._lengths.write(lengths.astype("<i4").data)
-        except OSError as error:
-            raise self.failure(error) from error
-        self.num_documents += int(lengths.size)
-        self.num_tokens += int(tokens.size)
-
-    @property
-    def tokens_path(self) -> Path:
-        """The temporary file of the tokens, for processes that fill a reserved range."""
-        return self._temporary[0]
-
-    def reserve(self, lengths: npt.NDArray[np.generic]) -> int:
-        """Adds documents whose tokens another process writes, in the dataset's dtype and before `sync` or `finish` is called.
-
-        Args:
-            lengths: as in `append`.
-
-        Returns:
-            The first byte of the range that is reserved for them in `tokens_path`.
-
-        Raises:
-            DataError: a document is empty or too long, or the disk is full.
-        """
-        tokens = int(lengths.sum())
-        self._check_lengths(lengths, tokens)
-        start = self.num_tokens * self.dtype.itemsize
-        try:
-            self._bin.seek(start + tokens * self.dtype.itemsize)
-            self._lengths.write(lengths.astype("<i4").data)
-        except OSError as error:
-            raise self.failure(error) from error
-        self.num_documents += int(lengths.size)
-        self.num_tokens += tokens
-        return start
-
-    def append_file(self, path: Path, lengths: npt.NDArray[np.generic]) -> None:
-        """Adds documents whose tokens are in a file, in the dataset's dtype.
-
-        Args:
-            path: path of the file.
-            lengths: as in `append`.
-
-        Raises:
-            DataError: the lengths do not sum to the tokens, a document is empty or too long, or the disk is full.
-        """
-        try:
-            size = path.stat().st_size // self.dtype.itemsize
-            self._check_lengths(lengths, size)
-            with path.open("rb") as file:
-                shutil.copyfileobj(file, self._bin, _CHUNK)
-            self._lengths.write(lengths.astype("<i4").data)
-        except OSError as error:
-            raise self.failure(error) from error
-        self.num_documents += int(lengths.size)
-        self.num_tokens += size
-
-    def _check_lengths(self, lengths: npt.NDArray[np.generic], tokens: int) -> None:
-        if lengths.size and int(lengths.max()) > _LONGEST:
-            raise DataError(
-                f"a document of {int(lengths.max())} tokens",
-                f"up to {_LONGEST} tokens, because the format has 32 bits for the length",
-                "split the document",
-            )
-        if int(lengths.sum()) != tokens or (lengths.size and int(lengths.min()) < 1):
-            raise DataError(
-                f"{plural(lengths.size, 'document')} of {plural(int(lengths.sum()), 'token')} in all, for {plural(tokens, 'token')}",
-                "documents of at least 1 token, whose lengths sum to the number of tokens",
-                "correct the lengths",
-            )
-
-    def _length_chunks(self) -> Iterator[npt.NDArray[np.int32]]:
-        self._lengths.seek(0)
-        while data := self._lengths.read(_CHUNK):
-            yield np.frombuffer(data, dtype="<i4")
-
-    def finish(self) -> None:
-        """Writes the index, forces both files to disk and renames them to their final names.
-
-        Raises:
-            DataError: the disk is full.
-        """
-        try:
-            self._lengths.flush()
-            with self._temporary[1].open("wb", buffering=_CHUNK) as index:
-                index.write(pack_header(self.dtype, self.num_documents, self.num_documents + 1))
-                for lengths in self._length_chunks():
-                    index.write(lengths.data)
-                offset = 0
-                for lengths in self._length_chunks():
-                    sizes = lengths.astype(np.int64) * self.dtype.itemsize
-                    ends = offset + np.cumsum(sizes)
-                    index.write((ends - sizes).astype("<i8").data)
-                    offset = int(ends[-1])
-                for start in range(0, self.num_documents + 1, _CHUNK):
-                    index.write(np.arange(start, min(start + _CHUNK, self.num_documents + 1), dtype="<i8").data)
-                index.flush()
-                os.fsync(index.fileno())
-            self._bin.flush()
-            os.fsync(self._bin.fileno())
-            self._bin.close()
-            # The index of an older dataset is removed first, so that a crash in between leaves no pair of files that do not match.
-            idx_path(self.prefix).unlink(missing_ok=True)
-            os.replace(self._temporary[0], bin_path(self.prefix))
-            os.replace(self._temporary[1], idx_path(self.prefix))
-            fsync_folder(bin_path(self.prefix).parent)
-        except OSError as error:
-            raise self.failure(error) from error
-        self._finished, self._kept = True, False
-        self.close()
-
-    def close(self) -> None:
-        """Closes the files, and removes the temporary ones unless `sync` was called."""
-        for file in (self._bin, self._lengths):
-            try:
-                file.close()
-            except OSError:
-                continue
-        for path in self._temporary if not self._kept else ():
-            path.unlink(missing_ok=True)
-
-    def __enter__(self) -> IndexedDatasetWriter:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if not self._finished:
-            self.close()

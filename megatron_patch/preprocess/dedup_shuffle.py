@@ -25,7 +25,8 @@ import numpy.typing as npt
 import xxhash
 
 from megatron_patch.data.dataset_metadata import metadata_path
-from megatron_patch.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter, bin_path, idx_path
+from megatron_patch.data.indexed_dataset import IndexedDataset, bin_path, idx_path
+from megatron_patch.data.indexed_dataset_writer import IndexedDatasetWriter
 from megatron_patch.errors import DataError
 from megatron_patch.utils.files import allow_open_files
 from megatron_patch.utils.units import plural

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 
-from megatron_patch.data.indexed_dataset import IndexedDatasetWriter
+from megatron_patch.data.indexed_dataset_writer import IndexedDatasetWriter
 from megatron_patch.preprocess.encode import EncodedBatch, Encoder, EncodeSettings
 from megatron_patch.preprocess.prefetch import prefetch_if
 from megatron_patch.raw_text.parse_documents import ParsedBatch, parse_batch

@@ -21,7 +21,8 @@ from typing import Literal
 import numpy as np
 
 from megatron_patch.data.dataset_metadata import DatasetMetadata, metadata_path, read_metadata, write_metadata
-from megatron_patch.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter, bin_path, idx_path, optimal_dtype
+from megatron_patch.data.indexed_dataset import IndexedDataset, bin_path, idx_path, optimal_dtype
+from megatron_patch.data.indexed_dataset_writer import IndexedDatasetWriter
 from megatron_patch.errors import DataError
 from megatron_patch.preprocess.dedup_shuffle import dedup_and_shuffle, remove_dataset, unordered_prefix
 from megatron_patch.preprocess.encode import EncodedBatch, EncodeSettings, FastEncoderDisagrees, load_checked_tokenizer

@@ -19,7 +19,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any, cast
 
-from megatron_patch.data.indexed_dataset import IndexedDatasetWriter
+from megatron_patch.data.indexed_dataset_writer import IndexedDatasetWriter
 from megatron_patch.errors import DataError
 from megatron_patch.preprocess.encode import EncodedBatch, EncodeSettings
 from megatron_patch.preprocess.prefetch import spare_cores

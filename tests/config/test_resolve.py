@@ -14,7 +14,7 @@ import pytest
 
 from megatron_patch.config.resolve import load_config
 from megatron_patch.data.dataset_metadata import DatasetMetadata, write_metadata
-from megatron_patch.data.indexed_dataset import IndexedDatasetWriter
+from megatron_patch.data.indexed_dataset_writer import IndexedDatasetWriter
 from megatron_patch.engine.deepspeed_config import batch_settings, resolve_engine_config
 from megatron_patch.errors import ConfigError, DataError
 

@@ -14,7 +14,7 @@ import torch
 from megatron_patch.cli.convert_checkpoint import main
 from megatron_patch.convert.architectures import ARCHITECTURES
 from megatron_patch.convert.checkpoint_io import open_checkpoint
-from megatron_patch.data.indexed_dataset import IndexedDatasetWriter
+from megatron_patch.data.indexed_dataset_writer import IndexedDatasetWriter
 from megatron_patch.engine.inference import load_model
 from megatron_patch.errors import CheckpointError
 from megatron_patch.model.families import FAMILIES

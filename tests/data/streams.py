@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_patch.data.corpus import TokenCorpus
-from megatron_patch.data.indexed_dataset import IndexedDatasetWriter
+from megatron_patch.data.indexed_dataset_writer import IndexedDatasetWriter
 from megatron_patch.stages import Stage, StagePlan
 
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from megatron_patch.data import compare_datasets as module
 from megatron_patch.data.compare_datasets import compare
 from megatron_patch.data.dataset_metadata import DatasetMetadata, write_metadata
-from megatron_patch.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter
+from megatron_patch.data.indexed_dataset import IndexedDataset
+from megatron_patch.data.indexed_dataset_writer import IndexedDatasetWriter
 
 documents = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=4), max_size=12)
 

@@ -16,7 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_patch.data import inspect
-from megatron_patch.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter, optimal_dtype
+from megatron_patch.data.indexed_dataset import IndexedDataset, optimal_dtype
+from megatron_patch.data.indexed_dataset_writer import IndexedDatasetWriter
 from megatron_patch.data.inspect import describe, integrity_problems, patch_statistics
 from megatron_patch.errors import DataError
 

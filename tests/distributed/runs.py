@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from megatron_patch.data.corpus import TokenCorpus
-from megatron_patch.data.indexed_dataset import IndexedDatasetWriter
+from megatron_patch.data.indexed_dataset_writer import IndexedDatasetWriter
 from tests.distributed.ranks import run_ranks
 
 ROOT = Path(__file__).parent.parent.parent

@@ -39,7 +39,8 @@ from megatron_patch.config.stage_spec import parse_stages
 from megatron_patch.convert.tensor_names import parameter_shapes
 from megatron_patch.convert.weight_files import open_weights
 from megatron_patch.data.dataset_metadata import DatasetMetadata, read_metadata, write_metadata
-from megatron_patch.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter
+from megatron_patch.data.indexed_dataset import IndexedDataset
+from megatron_patch.data.indexed_dataset_writer import IndexedDatasetWriter
 from megatron_patch.data.inspect import describe as describe_data
 from megatron_patch.data.inspect import integrity_problems
 from megatron_patch.engine.deepspeed_config import resolve_engine_config

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_patch.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter
+from megatron_patch.data.indexed_dataset import IndexedDataset
+from megatron_patch.data.indexed_dataset_writer import IndexedDatasetWriter
 from megatron_patch.data.inspect import integrity_problems
 from megatron_patch.errors import DataError
 from megatron_patch.preprocess import dedup_shuffle as module

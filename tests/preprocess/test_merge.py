@@ -21,7 +21,8 @@ from megatron_patch.config.resolve import resolve
 from megatron_patch.data.corpus import TokenCorpus
 from megatron_patch.data.dataset_metadata import DatasetMetadata, read_metadata, write_metadata
 from megatron_patch.data.dataset_paths import check_all_shards, expand_prefixes, shard_prefix
-from megatron_patch.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter
+from megatron_patch.data.indexed_dataset import IndexedDataset
+from megatron_patch.data.indexed_dataset_writer import IndexedDatasetWriter
 from megatron_patch.data.inspect import integrity_problems
 from megatron_patch.errors import DataError
 from megatron_patch.parallel.grid import Grid

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_patch.data.indexed_dataset import IndexedDatasetWriter
+from megatron_patch.data.indexed_dataset_writer import IndexedDatasetWriter
 from megatron_patch.preprocess import in_process
 from megatron_patch.preprocess.encode import Encoder, EncodeSettings, load_checked_tokenizer
 from megatron_patch.preprocess.prefetch import Prefetcher

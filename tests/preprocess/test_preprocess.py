@@ -20,7 +20,8 @@ import pytest
 import zstandard
 
 from megatron_patch.data.dataset_metadata import read_metadata
-from megatron_patch.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter
+from megatron_patch.data.indexed_dataset import IndexedDataset
+from megatron_patch.data.indexed_dataset_writer import IndexedDatasetWriter
 from megatron_patch.data.inspect import integrity_problems
 from megatron_patch.errors import DataError
 from megatron_patch.preprocess import encode as encode_module
