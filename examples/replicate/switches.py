@@ -78,9 +78,9 @@ class SwitchRow:
         before: mean held-out token loss before the switch; None if a seed has none.
         first: mean training loss over the first steps after the switch.
         peak: mean over seeds of the highest training loss of these steps.
-        behind: (share after the switch, training loss minus the baseline's at equal cost), averaged over 2 % of the budget.
+        behind: (share after the switch, training loss above the baseline's at equal cost) at a few shares, averaged over 2 % of the budget.
         level: share after the switch from which the mean loss is no longer above the baseline's; None if that never happens.
-        gaps: (share after the switch, training loss minus the baseline's) of every bin, averaged in the same way.
+        gaps: (share after the switch, training loss above the baseline's at equal cost) of every bin, averaged in the same way.
     """
 
     arm: str
