@@ -41,7 +41,7 @@ POSITION_WEIGHTS: dict[str, Callable[[int], float]] = {
 }
 """The formulas of --position-weights by name: from a label's index k within its patch (from 0) to its weight before scaling.
 
-A launcher script may add its own; `position_weights` scales the weights to sum to the number of labels."""
+Your own script may add formulas; `position_weights` scales the weights to sum to the number of labels."""
 
 
 @dataclass(frozen=True)

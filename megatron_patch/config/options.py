@@ -172,7 +172,7 @@ class StageOptions:
     train_tokens: OptionalCount = None
     """Number of tokens that the run reads over all its stages."""
     seq_length: Count = 2048
-    """Length of a sample in positions (T), in every stage. A sample of a patch stage has K times as many tokens."""
+    """Length of a sample at K = 1, in positions. By default the number of positions in every stage; see --sample."""
     sample: Literal["constant-positions", "constant-tokens"] = "constant-positions"
     """What the samples of all stages have in common: their positions (T), or their tokens (T/K positions in a patch stage)."""
     batch: Annotated[Literal["constant-tokens", "constant-positions"] | None, _OPTIONAL] = None
@@ -221,7 +221,7 @@ class ScheduleOptions:
     lr_wsd_decay_style: WsdDecayStyle = "linear"
     """Shape of WSD's final decay."""
     optimizer: str = "adamw"
-    """Name of the optimizer: adamw (NVIDIA Apex's fused AdamW if installed, else torch's), or one that a launcher script registers."""
+    """Name of the optimizer: adamw (NVIDIA Apex's fused AdamW if installed, else torch's), or one that your own script registers."""
     weight_decay: float = 0.1
     """Decoupled weight decay of weight matrices. Biases and normalization weights are never decayed."""
     adam_beta1: float = 0.9
@@ -280,7 +280,7 @@ class EngineOptions:
     """First loss scale for --fp16 where the scale adapts; a power of two."""
     zero_stage: Annotated[Literal[0, 1, 2, 3] | None, _OPTIONAL] = None
     """ZeRO level, that is what data-parallel ranks shard: 0 nothing, 1 the optimizer's state, 2 also gradients, 3 also weights.
-    By default 1, or the level in --deepspeed-config. A higher level saves memory and communicates more."""
+    By default 1, or the level in --deepspeed_config. A higher level saves memory and communicates more."""
     tensor_model_parallel_size: Count = 1
     """Number of ranks that split each layer (tensor parallel). Use it when a layer does not fit on one GPU; best within one node."""
     pipeline_model_parallel_size: Count = 1
@@ -346,7 +346,7 @@ class SafetyOptions:
     on_spike: Literal["skip", "rewind", "stop", "ignore"] = "skip"
     """What to do when the loss spikes or the gradient explodes. A step with a loss or gradient that is not finite is never taken.
     - skip: leave out the update of this step.
-    - rewind: also go back to the weights of the newest checkpoint; data read since then is not read again.
+    - rewind: also return to weights and optimizer state of the newest checkpoint; data read since then is not read again.
     - stop: end with exit code 5.
     - ignore: take the step."""
     spike_threshold: float = 20.0

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 from megatron_patch.config.checks import check_documents, check_numbers, check_options, check_parallel, check_plan
@@ -56,6 +57,11 @@ class RunConfig:
     data_metadata: DatasetMetadata | None
     data_parallel_size: int
     notes: tuple[str, ...] = ()
+
+    @property
+    def save_folder(self) -> Path | None:
+        """The run's folder (--save), or None."""
+        return Path(self.options.checkpoint.save) if self.options.checkpoint.save else None
 
     @property
     def eod_id(self) -> int | None:

@@ -320,5 +320,5 @@ RECIPES: dict[str, Callable[[StageOptions], tuple[StageSpec, ...]]] = {
 }
 """The recipes of --recipe by name: from the options of a run to its stages.
 
-A launcher script may add its own. --batch and --lr-decay-style win over what a recipe sets. For every recipe but token-level,
+Your own script may add recipes. --batch and --lr-decay-style override what a recipe sets. For every recipe but token-level,
 `resolve` sets --patch-size by the size of the model before the recipe is called, if it is not given."""

@@ -88,7 +88,7 @@ def step_time(shape: ModelShape, layout: Layout, stage: Stage, hardware: Hardwar
     Args:
         shape: shape of the model.
         layout: layout of the run.
-        stage: training stage.
+        stage: the stage.
         hardware: devices and links.
     """
     micro_batches = stage.gradient_accumulation(layout.data)

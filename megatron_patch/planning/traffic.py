@@ -45,7 +45,7 @@ def traffic(shape: ModelShape, layout: Layout, layers: range, stage: Stage, hard
         shape: shape of the model.
         layout: layout of the run.
         layers: layers of a pipeline rank.
-        stage: training stage.
+        stage: the stage.
         hardware: for its number of devices per node.
     """
     micro_batches = stage.gradient_accumulation(layout.data)

@@ -1,7 +1,7 @@
-"""From ranges of the input to batches of documents, in order.
+"""Reads ranges of the input as batches of documents, in order.
 
-In: `FileRange`s. Out: `Batch`es of about a megabyte: a byte range of a plain file, which a worker reads itself, or the bytes themselves if
-they come out of a compressed file, a table or a pipe. A batch ends where a document ends.
+In: `FileRange`s. Out: `Batch`es of about a megabyte: the byte range of a plain file, which a worker reads later, or the bytes if they come
+from a compressed file, a table or a pipe. A batch ends where a document ends.
 """
 
 from __future__ import annotations
@@ -150,11 +150,12 @@ class _StreamSplitter:
             yield last
 
     def _last_boundary(self, piece: bytes) -> int:
-        """The byte after the last separator, or 0. Searched from the left: separators that overlap differ when searched from the right."""
+        """Returns the position after the last separator, or 0 without one."""
         if self._separator is None:
             return 0
         if len(self._separator) == 1:
             return piece.rfind(self._separator) + 1
+        # Search from the left: with overlapping separators, a search from the right finds other boundaries.
         tail = piece.split(self._separator)[-1]
         return len(piece) - len(tail) if len(tail) < len(piece) else 0
 
@@ -170,7 +171,7 @@ def _fraction_read(file: BinaryIO, path: str) -> Callable[[], float]:
 
 
 def _skip(stream: BinaryIO, count: int) -> bytes:
-    """Skips bytes that were processed before. Returns the bytes after them that came with them: a stream may return more than requested."""
+    """Skips bytes that were processed before. Returns any extra bytes that were read past them."""
     while count > 0:
         piece = stream.read(min(count, BATCH_BYTES))
         if not piece:
@@ -232,8 +233,8 @@ def batches(
 
     Args:
         parts: the input.
-        keys: of the text; only these columns of a table are read.
-        separator: between the documents of a .txt; None: each file is one document.
+        keys: JSON keys that hold the text; of a table, only these columns are read.
+        separator: text between the documents of a .txt file; None: each file is one document.
         resume: (index of the input, unit in it) to start at, as in a batch's `file` and `upto`; None: the start of the input.
 
     Raises:

@@ -41,7 +41,7 @@ TOKENIZERS: dict[str, Callable[[TokenizerOptions], Tokenizer]] = {
     "TikTokenizer": load_tiktoken,
     "NullTokenizer": load_null,
 }
-"""The loaders of --tokenizer-type by name; a launcher script may add its own.
+"""The loaders of --tokenizer-type by name; your own script may add loaders.
 
 A loader takes the options that were given, returns a `Tokenizer`, and raises DataError where its files are missing or damaged."""
 

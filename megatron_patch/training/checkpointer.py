@@ -170,7 +170,7 @@ class Checkpointer:
         return int(lowest)
 
     def _advance(self, attempt: _Attempt, agreed: int) -> list[SaveRecord]:
-        """Takes the step that follows from the progress that all ranks have reached; returns the checkpoint if that commits it."""
+        """Advances the attempt to the next state; returns its record once committed."""
         if agreed == _FAILED:
             self._fail(attempt)
         if agreed == _WRITTEN:

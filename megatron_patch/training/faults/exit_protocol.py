@@ -93,7 +93,7 @@ def _joined() -> bool:
 
 
 def _report_before_joining(error: ConfigError, rank: int, local_rank: int) -> ExitCode:
-    """Prints the full error on rank 0, and one line on every other node, which alone may lack a file or a package."""
+    """Prints the full error on rank 0, and one line for every other node, since only that node may lack a file or a package."""
     if rank == 0:
         print_stderr(f"ConfigError: {error}")
         print_advice(error.exit_code)
