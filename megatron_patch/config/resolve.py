@@ -241,8 +241,9 @@ def _batch_notes(options: Options, plan: StagePlan, data_parallel_size: int) -> 
         samples = stage.micro_batch_size * data_parallel_size
         if stage.global_batch_size % samples:
             notes.append(
-                f"stage {stage.name}: the {stage.global_batch_size} samples of a step are not a multiple of {stage.micro_batch_size} "
-                f"on each of {plural(data_parallel_size, 'rank')}; the last micro-batch of a step is padded with samples that do not count"
+                f"stage {stage.name}: {plural(stage.global_batch_size, 'sample')} per step do not divide evenly into micro-batches of "
+                f"{stage.micro_batch_size} on {plural(data_parallel_size, 'data-parallel rank')}; the last micro-batch of each step is "
+                "padded with samples that do not count"
             )
     given = options.stages.global_batch_tokens
     if given is not None:

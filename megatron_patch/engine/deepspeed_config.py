@@ -1,7 +1,7 @@
 """Merges the flags and the user's DeepSpeed JSON into one configuration.
 
 In: engine and schedule options, the origin of each option, and the path of a user's JSON. Out: `EngineConfig`, whose `deepspeed` field
-goes to `deepspeed.initialize`. Keys that the program does not set pass through unchanged. If a flag and the JSON set the same
+is passed to `deepspeed.initialize`. Keys that the program does not set pass through unchanged. If a flag and the JSON set the same
 value differently, the error shows both. This file imports no torch, so that a dry run starts fast.
 """
 

@@ -14,12 +14,12 @@ Torch is imported inside of functions: a dry run checks the name of the optimize
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from megatron_patch.config.options import ScheduleOptions
 from megatron_patch.errors import ConfigError
+from megatron_patch.utils.registry import lookup
 
 if TYPE_CHECKING:
     import torch
@@ -58,14 +58,7 @@ def check_optimizer_name(name: str) -> None:
     Raises:
         ConfigError: there is none.
     """
-    if name in OPTIMIZERS:
-        return
-    close = difflib.get_close_matches(name, OPTIMIZERS, n=1)
-    raise ConfigError(
-        f"--optimizer {name} is not a registered optimizer",
-        ", ".join(sorted(OPTIMIZERS)),
-        f"did you mean {close[0]}?" if close else "choose one of them, or add yours to megatron_patch.engine.optimizer.OPTIMIZERS",
-    )
+    lookup(OPTIMIZERS, name, "--optimizer", home="megatron_patch.engine.optimizer.OPTIMIZERS")
 
 
 def make_optimizer(groups: Sequence[dict[str, Any]], options: ScheduleOptions, offloaded: bool = False) -> torch.optim.Optimizer:

@@ -7,12 +7,11 @@ before the command line is read: `FAMILIES["mistral"] = Family(norm_epsilon=1e-5
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_patch.errors import ConfigError
 from megatron_patch.model.shape import ModelShape
+from megatron_patch.utils.registry import lookup
 
 
 @dataclass(frozen=True)
@@ -54,16 +53,7 @@ def family_by_name(name: str) -> Family:
     Raises:
         ConfigError: no family has this name; the error lists the registered names and suggests the nearest one.
     """
-    if name not in FAMILIES:
-        nearest = difflib.get_close_matches(name, FAMILIES, n=1)
-        raise ConfigError(
-            f"--model-family {name} is not a registered model family",
-            ", ".join(FAMILIES),
-            f"did you mean {nearest[0]}?"
-            if nearest
-            else "choose one of these, or register the family in megatron_patch.model.families.FAMILIES",
-        )
-    return FAMILIES[name]
+    return lookup(FAMILIES, name, "--model-family", home="megatron_patch.model.families.FAMILIES")
 
 
 def family_of_shape(shape: ModelShape) -> str:

@@ -20,7 +20,7 @@ from megatron_patch.raw_text.large_documents import LARGE_BYTES
 from megatron_patch.raw_text.parquet import row_batches
 
 BATCH_BYTES = 1 << 20
-# A plain file is split into about _MAX_BATCHES batches of at most _LARGER times the usual size: fewer batches cost less to hand out.
+# A plain file is split into about _MAX_BATCHES batches of at most _LARGER times the usual size: fewer batches cost less to send to workers.
 _LARGER, _MAX_BATCHES = 4, 256
 _NEWLINE = b"\n"
 
@@ -36,12 +36,12 @@ class Batch:
         kind: JSON lines, text (separated documents, or one), or rows of a table as an Arrow stream.
         file: index of the input.
         upto: the unit of the input (see `FileRange`) after this batch, from which reading can continue.
-        fraction: of the input that has been read after this batch, from 0 to 1.
-        separator: between documents; None: the batch is one document.
+        fraction: share of the input that has been read after this batch, from 0 to 1.
+        separator: bytes between documents; None: the batch is one document.
         data: the documents, if they have been read already.
         path: otherwise, the file that holds them.
-        start: first byte there.
-        end: byte after the last.
+        start: first byte of the documents in that file.
+        end: byte after the last one.
     """
 
     source: str
@@ -69,7 +69,7 @@ class Batch:
         """Opens the file that holds the documents.
 
         Raises:
-            DataError: it cannot be read any more, or has become shorter.
+            DataError: the file can no longer be read, or has become shorter.
         """
         try:
             file = open(self.path, "rb")
@@ -83,7 +83,7 @@ class Batch:
         """Returns the documents as bytes.
 
         Raises:
-            DataError: as `open`.
+            DataError: the file can no longer be read, or has become shorter.
         """
         if self.data is not None:
             return self.data
@@ -103,7 +103,7 @@ class Batch:
         )
 
     def unreadable(self, error: OSError) -> DataError:
-        """Returns the error for a file that cannot be read any more."""
+        """Returns the error for a file that can no longer be read."""
         return DataError(
             f"{self.source} cannot be read: {error.strerror or error}",
             "files that stay readable while they are preprocessed",
@@ -115,9 +115,9 @@ class _StreamSplitter:
     """Splits a stream between documents.
 
     Args:
-        source: for messages.
+        source: path of the input, for messages.
         kind: lines or text.
-        separator: between documents; None: the stream is one document.
+        separator: bytes between documents; None: the stream is one document.
         file: index of the input.
     """
 
@@ -234,7 +234,7 @@ def batches(
     Args:
         parts: the input.
         keys: JSON keys that hold the text; of a table, only these columns are read.
-        separator: text between the documents of a .txt file; None: each file is one document.
+        separator: bytes between the documents of a .txt file; None: each file is one document.
         resume: (index of the input, unit in it) to start at, as in a batch's `file` and `upto`; None: the start of the input.
 
     Raises:

@@ -4,7 +4,7 @@ In: every rank's snapshot. Out: a checkpoint in the run's folder, published by r
 
 With --async-save the snapshot is a copy in host memory, and a thread writes it while training continues. The ranks agree on their progress
 by one small all-reduce for each step, which is started at the end of a step and read after the next, so that no rank waits for it. An error
-on any rank is raised on all ranks, at the same step. Both ways write the same files.
+on any rank is raised on all ranks, at the same step. Both modes write the same files.
 """
 
 from __future__ import annotations

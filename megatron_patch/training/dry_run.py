@@ -21,7 +21,7 @@ from megatron_patch.planning.plan import pipeline_parts
 from megatron_patch.planning.tables import rank_table
 from megatron_patch.stages import Stage
 from megatron_patch.training.stream import corpus_usage_table
-from megatron_patch.utils.units import format_count
+from megatron_patch.utils.units import format_count, plural
 
 _LEFT = ("stage", "optimizer", "lr")
 
@@ -110,8 +110,9 @@ def print_plan(run: RunConfig, engine: EngineConfig, console: Console, origins: 
     count = parameter_count(run.shape)
     console.print(
         f"[bold]Model[/bold] {format_count(count.total)} parameters ({count.total:,}): embedding {format_count(count.embedding)}, "
-        f"blocks {format_count(count.blocks)}, head {format_count(count.head)}; {run.shape.num_layers} layers x {run.shape.hidden_size}, "
-        f"{run.shape.num_attention_heads} heads, {run.shape.num_query_groups} key-value heads, vocabulary {run.shape.vocab_size:,}",
+        f"blocks {format_count(count.blocks)}, head {format_count(count.head)}; {plural(run.shape.num_layers, 'layer')} "
+        f"x {run.shape.hidden_size}, {plural(run.shape.num_attention_heads, 'head')}, "
+        f"{plural(run.shape.num_query_groups, 'key-value head')}, vocabulary {run.shape.vocab_size:,}",
         highlight=False,
     )
     flops = sum(stage.steps * cost.step_flops(stage) for stage in run.plan.stages)

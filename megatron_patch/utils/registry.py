@@ -30,7 +30,15 @@ def suggestion(name: str, known: Iterable[str], prefix: str = "") -> str | None:
     return f"did you mean {' or '.join(prefix + lower.get(match, match) for match in close)}?" if close else None
 
 
-def lookup(registry: Mapping[str, Entry], name: str, flag: str, *, also: str = "", error: type[MegatronPatchError] = ConfigError) -> Entry:
+def lookup(
+    registry: Mapping[str, Entry],
+    name: str,
+    flag: str,
+    *,
+    also: str = "",
+    home: str = "",
+    error: type[MegatronPatchError] = ConfigError,
+) -> Entry:
     """Returns the registered entry of a name.
 
     Args:
@@ -38,6 +46,7 @@ def lookup(registry: Mapping[str, Entry], name: str, flag: str, *, also: str = "
         name: the name that the user gave.
         flag: the flag that the user gave it to, such as "--recipe".
         also: other accepted input, such as "numbers with commas between them".
+        home: dotted name of the registry, for users who want to add an entry; "": not shown.
         error: the class of the error.
 
     Raises:
@@ -46,4 +55,5 @@ def lookup(registry: Mapping[str, Entry], name: str, flag: str, *, also: str = "
     if name in registry:
         return registry[name]
     allowed = ", ".join(registry) + (f", or {also}" if also else "")
-    raise error(f"{flag} {name} is not a known name", allowed, suggestion(name, registry) or "choose one of these names")
+    do = "choose one of these names" + (f", or add yours to {home}" if home else "")
+    raise error(f"{flag} {name} is not a known name", allowed, suggestion(name, registry) or do)

@@ -132,7 +132,7 @@ def test_a_run_from_weights_that_is_started_again_resumes_its_own_checkpoint(jou
 def test_weights_alone_cannot_be_resumed(journey):
     folder, _, flags, corpus = journey
     assert run(folder, "resumed", *flags, *PLAN, "--data-path", corpus, "--load", str(folder / "ckpt")) == [4, 4]
-    assert "weights alone" in printed(folder / "resumed") and "--finetune" in printed(folder / "resumed")
+    assert "only weights" in printed(folder / "resumed") and "--finetune" in printed(folder / "resumed")
 
 
 def test_another_shape_than_the_imported_one_is_refused(journey):

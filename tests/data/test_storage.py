@@ -159,7 +159,7 @@ def test_wrong_addresses_are_refused(memory, word, words):
 
 
 def test_merging_wants_files(memory, tmp_path):
-    with pytest.raises(DataError, match="is an address"):
+    with pytest.raises(DataError, match="is a remote address"):
         merge_datasets(["memory://corpus/0"], str(tmp_path / "out"))
 
 

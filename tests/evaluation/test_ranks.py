@@ -79,8 +79,13 @@ def test_every_layout_generates_the_text_of_one_process(layout, temperature, wor
 def test_ranks_that_do_not_fit_are_refused(world, tmp_path):
     load = ("--load", world[0]["llama"])
     for name, ranks, words, text in (
-        ("evaluate", 1, [*TP2, "--data-path", world[1]], "1 ranks for 2 x 1"),
-        ("evaluate", 2, ["--pipeline-model-parallel-size", "3", "--data-path", world[1]], "2 ranks for 1 x 3"),
+        ("evaluate", 1, [*TP2, "--data-path", world[1]], "1 rank with tensor-parallel size 2"),
+        (
+            "evaluate",
+            2,
+            ["--pipeline-model-parallel-size", "3", "--data-path", world[1]],
+            "2 ranks with tensor-parallel size 1 and pipeline-parallel size 3",
+        ),
         ("generate", 2, [], "2 ranks for --tensor-model-parallel-size 1"),
     ):
         with pytest.raises(RuntimeError, match=text):

@@ -27,7 +27,7 @@ def test_a_registered_family_sets_the_defaults_and_flags_win(monkeypatch):
 def test_an_unknown_family_is_refused_with_the_registered_names_and_the_nearest():
     with pytest.raises(ConfigError) as caught:
         resolve(*RUN, "--model-family", "lama")
-    assert caught.value.what == "--model-family lama is not a registered model family"
+    assert caught.value.what == "--model-family lama is not a known name"
     assert (caught.value.allowed, caught.value.do) == ("llama, qwen3, gpt2", "did you mean llama?")
 
 

@@ -120,15 +120,15 @@ class Console(Callback):
         mebibytes = record.bytes / 2**20
         size = f"{mebibytes:,.0f} MiB" if mebibytes >= 10 else f"{mebibytes:.1f} MiB"
         stall = f", training waited {record.stall_seconds:.1f} s" if record.stall_seconds < record.seconds else ""
-        self._console.print(f"{record.step:>8,} saved {escape(record.folder)} ({size} in {record.seconds:.1f} s{stall})")
+        self._console.print(f"{record.step:>8,} saved {escape(record.folder)} ({size} in {record.seconds:.1f} s{stall})", soft_wrap=True)
 
     def on_event(self, event: Event) -> None:
         """Prints the kind of the event and its message."""
-        self._console.print(f"{event.step:>8,} [bold]{event.kind}[/bold]: {escape(event.message)}")
+        self._console.print(f"{event.step:>8,} [bold]{event.kind}[/bold]: {escape(event.message)}", soft_wrap=True)
 
     def on_message(self, text: str) -> None:
         """Prints the sentence."""
-        self._console.print(f"{'':>8} {escape(text)}")
+        self._console.print(f"{'':>8} {escape(text)}", soft_wrap=True)
 
     def on_end(self, record: RunEnd) -> None:
         """Prints why and after what the run ends."""
