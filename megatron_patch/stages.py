@@ -1,7 +1,7 @@
 """The stage plan: the ordered stages of a run, and all arithmetic on them.
 
 In: numbers (no torch, no files). Out: which stage a step belongs to, how many tokens, samples and micro-batches a step has, where a stage
-begins and ends, what a run costs relative to token-level training. The rest of the program takes these answers from here.
+begins and ends, what a run costs relative to token-level training. The rest of the program takes these numbers from here.
 
 Terms: a **patch** is K consecutive tokens that the model reads as one **position**. A **sample** has T positions, so T·K input tokens. A
 **step** is one optimizer step over a global batch of samples. The corpus is divided among the stages in **blocks**. Budgets and learning

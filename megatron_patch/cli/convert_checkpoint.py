@@ -116,7 +116,7 @@ def _report(done: ImportResult, output: str) -> None:
     flags = training_flags(done.shape, done.family)
     if flags is None:
         print(
-            "No combination of training flags gives this shape (biases in the attention layers alone). The checkpoint can be "
+            "No combination of training flags gives this shape (biases only in the attention layers). The checkpoint can be "
             "evaluated, exported and used for generation.",
             file=sys.stderr,
         )

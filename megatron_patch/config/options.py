@@ -188,7 +188,7 @@ class StageOptions:
     """How much each of the K labels of a position counts in the patch loss; k numbers the labels from 0.
     uniform (1), power (1/(k+1)), exponential (2^-k), first (the first label alone), or K numbers with commas between them."""
     anneal_share: float = 0.0
-    """Soften the switch: over the last part of the patch stage, this share of its steps, move the weights to the first label."""
+    """Share of the patch stage's steps, at its end, over which the weights move to the first label. This softens the switch."""
     block_tokens: OptionalCount = None
     """Size of the blocks, in tokens, in which the corpus is divided among the stages.
     By default the least common multiple of the tokens in a sample of each stage, which is rarely worth changing."""

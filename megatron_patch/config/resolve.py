@@ -1,4 +1,4 @@
-"""From options to a run that can start: the model's shape, the stage plan, the data-parallel size, all checks that need no data.
+"""Turns options into a run that can start: the model's shape, the stage plan, the data-parallel size, all checks that need no data.
 
 In: `ParsedOptions` and the number of ranks. Out: `RunConfig`, from which each part of the program takes what it needs.
 """

@@ -1,4 +1,4 @@
-"""Which stages a run has: those of a recipe, or the entries of `stages:` as they are written.
+"""Lists the stages of a run: those of its recipe, or the entries of `stages:`.
 
 In: stage options. Out: `StageSpec`s, each of them checked; `plan_builder` turns them into a plan. A recipe is a short way to write a list:
 

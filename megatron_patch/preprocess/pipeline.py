@@ -175,7 +175,8 @@ def preprocess(
                 f"the fast backend returned other ids than the reference tokenizer for {str(disagreement)!r}", do="use --backend reference"
             ) from None
         notice(
-            f"the fast backend returned other ids than the reference tokenizer for {str(disagreement)!r}; starting again with the reference only"
+            f"the fast backend returned other ids than the reference tokenizer for {str(disagreement)!r}; starting again with the "
+            "reference tokenizer only"
         )
         settings = replace(settings, backend="reference")
         journal_path(output_prefix).unlink(missing_ok=True)

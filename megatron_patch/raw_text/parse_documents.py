@@ -1,4 +1,4 @@
-"""From a batch of bytes to documents.
+"""Parses a batch of bytes into documents.
 
 In: a `Batch` and the keys of the text. Out: for each document its texts, one for each key, or the reason why it is left out.
 """

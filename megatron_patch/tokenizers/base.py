@@ -1,4 +1,4 @@
-"""Which tokenizers there are, and how one is loaded. In: a type and local files. Out: a `Tokenizer` (`tokenizers.interface`).
+"""Registers the tokenizers, and loads one. In: a type and local files. Out: a `Tokenizer` (`tokenizers.interface`).
 
 Hugging Face's `tokenizers`, `sentencepiece` and `tiktoken` are the references. Preprocessing encodes with the faster `fastokens` where
 that is installed and agrees with the reference (`preprocess.fast_tokenizer`).
