@@ -80,7 +80,7 @@ class Stage:
         steps: optimizer steps.
         side: where the model has patches: in its input, in its output (the labels), or both.
         position_weights: one weight for each label of a position; they sum to `labels_per_position`.
-        anneal_share: share of the stage's steps, at its end, over which the weights move to the first label alone.
+        anneal_share: share of the stage's steps, at its end, over which the weights move to the first label.
         lr: the learning-rate schedule that begins here, if `lr_policy` is "restart".
         lr_policy: "restart" begins a schedule; "continue" continues the running one; "rewarm" continues it and multiplies it with a
             linear warm-up of `rewarm_tokens`.
@@ -163,7 +163,7 @@ class Stage:
         return -(-self.global_batch_size // (self.micro_batch_size * data_parallel_size))
 
     def weights_at(self, stage_step: int) -> tuple[float, ...]:
-        """Returns the label weights in step `stage_step` (from 0): w·(1 - a) + a·(first label alone), where a rises to 1 by annealing."""
+        """Returns the label weights in step `stage_step` (from 0): w·(1 - a) + a·(only the first label), where annealing raises a to 1."""
         start = self.steps * (1.0 - self.anneal_share)
         if self.anneal_share <= 0.0 or stage_step < start:
             return self.position_weights

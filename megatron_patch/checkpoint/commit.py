@@ -41,7 +41,7 @@ class ManifestEntry:
     """Size and checksum of a file, as the manifest records them.
 
     Args:
-        size: in bytes.
+        size: size in bytes.
         xxh64: checksum of the content, in hexadecimal digits.
     """
 

@@ -186,7 +186,7 @@ class StageOptions:
     Give this or --global-batch-size."""
     position_weights: Annotated[str, tyro.conf.arg(metavar="NAME|NUMBERS")] = "uniform"
     """How much each of the K labels of a position counts in the patch loss; k numbers the labels from 0.
-    uniform (1), power (1/(k+1)), exponential (2^-k), first (the first label alone), or K numbers with commas between them."""
+    uniform (1), power (1/(k+1)), exponential (2^-k), first (only the first label), or K numbers with commas between them."""
     anneal_share: float = 0.0
     """Share of the patch stage's steps, at its end, over which the weights move to the first label. This softens the switch."""
     block_tokens: OptionalCount = None

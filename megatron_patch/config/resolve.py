@@ -249,7 +249,7 @@ def _batch_notes(options: Options, plan: StagePlan, data_parallel_size: int) -> 
     if given is not None:
         largest = max(plan.stages, key=lambda stage: stage.micro_batch_size * stage.sample_tokens)
         finest = plan.finest_stage
-        # A plan of patches alone holds either the tokens or the positions of a step constant; at K = 1 they are the same.
+        # A plan with only patch stages holds either the tokens or the positions of a step constant; at K = 1 they are the same.
         taken = min((finest.tokens_per_step, finest.positions_per_step), key=lambda count: abs(count - given))
         # The learning rate was chosen for the given batch, and a much larger or smaller one needs another.
         if abs(taken - given) > 0.1 * given:
@@ -274,8 +274,8 @@ def load_config(argv: Sequence[str], ranks: int) -> RunConfig:
         ranks: number of processes of the job; --world-size replaces it in a dry run.
 
     Raises:
-        ConfigError: see `parse` and `resolve`.
-        DataError: see `resolve`.
+        ConfigError: as for `parse` and `resolve`.
+        DataError: as for `resolve`.
     """
     parsed = parse(argv)
     planned = parsed.options.logging.world_size

@@ -306,7 +306,7 @@ class IndexedDatasetWriter:
         """Adds documents whose tokens another process writes, in the dataset's dtype and before `sync` or `finish` is called.
 
         Args:
-            lengths: as in `append`.
+            lengths: lengths of the documents, as for `append`.
 
         Returns:
             The first byte of the range that is reserved for them in `tokens_path`.
@@ -331,7 +331,7 @@ class IndexedDatasetWriter:
 
         Args:
             path: path of the file.
-            lengths: as in `append`.
+            lengths: lengths of the documents, as for `append`.
 
         Raises:
             DataError: the lengths do not sum to the tokens, a document is empty or too long, or the disk is full.

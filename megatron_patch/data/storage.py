@@ -110,7 +110,7 @@ def read_bytes(path: str) -> bytes:
     """Returns the content of a small file.
 
     Raises:
-        DataError: see `open_file`.
+        DataError: the file cannot be opened or read.
     """
     file = open_file(path)
     out = bytearray(file.size)
@@ -122,7 +122,7 @@ def file_checksum(path: str) -> str:
     """Returns the xxh64 checksum of a file, as hexadecimal digits.
 
     Raises:
-        DataError: see `open_file`.
+        DataError: the file cannot be opened or read.
     """
     file, digest = open_file(path), xxhash.xxh64()
     piece = bytearray(_PIECE_BYTES)

@@ -31,7 +31,7 @@ class EngineConfig:
     """Settings of the engine that depend on neither the model nor the stage.
 
     Args:
-        precision: of weights and activations; gradients accumulate in float32, and master weights are float32, in every precision.
+        precision: dtype of weights and activations; gradients accumulate in float32, and master weights are float32, in every precision.
         zero_stage: the ZeRO level (0 to 3) that `--zero-stage` or the JSON sets.
         clip_grad: largest gradient norm; 0 turns clipping off.
         deepspeed: DeepSpeed's JSON without the batch sizes, which each stage sets.

@@ -104,7 +104,7 @@ class EncodedBatch:
         source: the path of its input.
         file: index of the input.
         upto: the unit of the input after the batch.
-        fraction: of the input that has been read after the batch.
+        fraction: share of the input that has been read after the batch, from 0 to 1.
         start: the first byte of the batch in its file; None if it is not known.
         lines: lines of the batch, to compute the line numbers of later batches.
         bytes: size of the batch.
@@ -182,7 +182,7 @@ class Encoder:
 
     Args:
         settings: how to encode.
-        tokenizer: from `load_checked_tokenizer` for these settings; None: it is loaded here.
+        tokenizer: the tokenizer that `load_checked_tokenizer` returned for these settings; None: it is loaded here.
 
     Raises:
         DataError: as `load_checked_tokenizer`.
@@ -335,10 +335,10 @@ class Encoder:
         return -(-delimited // self.settings.patch_align) * self.settings.patch_align
 
     def add_special_tokens(self, ids: npt.NDArray[np.uint32], lengths: npt.NDArray[np.int64]) -> EncodedColumn:
-        """Adds beginning and end tokens to each document, and pads it to a multiple of `patch_align` tokens, as the settings say.
+        """Adds beginning and end tokens to each document, and pads it to a multiple of `patch_align` tokens, according to the settings.
 
         Args:
-            ids: of all documents, one after another.
+            ids: token ids of all documents, one after another.
             lengths: int64, the number of ids of each document.
         """
         settings = self.settings

@@ -154,8 +154,8 @@ class Journal:
     """Writes the journal of a run.
 
     Args:
-        path: its file.
-        identity: of the run, as `identity` returns it.
+        path: file of the journal.
+        identity: identity of the run, as `identity` returns it.
         begin: the record that the run resumes from; None: it starts from the beginning.
 
     Raises:

@@ -131,7 +131,7 @@ class Workers:
         work: the batches; only as many are read as the workers need.
         count: the number of processes, from 1.
         settings: how to encode.
-        tokenizer: from `load_checked_tokenizer` for these settings.
+        tokenizer: the tokenizer that `load_checked_tokenizer` returned for these settings.
         writers: one for each key.
     """
 

@@ -252,7 +252,7 @@ def make_checkpointer(run: RunConfig, plan: StagePlan, grid: Grid, device: torch
 
 
 def _retention(run: RunConfig, plan: StagePlan) -> Retention:
-    """Returns which checkpoints a run keeps: those that its options ask for, and the ends of its stages."""
+    """Returns which checkpoints a run keeps: those that its options request, and the ends of its stages."""
     options = run.options.checkpoint
     ends = frozenset(plan.first_step(index + 1) for index in range(len(plan.stages)))
     return Retention(
