@@ -3,8 +3,8 @@
 //   nvcc -O3 -std=c++17 -arch=sm_90 -I csrc/cuda benchmarks/loss_harness.cu -o loss_harness && ./loss_harness
 //
 // First rows are compared with float64 on the host: loss, gradient and statistics, bit for bit the same when run again, nothing written
-// outside of what was asked. Exit code 1 if anything is wrong, 2 without a GPU. Then the kernels are timed beside a copy of the same bytes.
-// Each figure is a JSON line on the console, and in the file that FIGURES names.
+// outside of what was asked. Exit code 1 if anything is wrong, 2 without a GPU. Then the kernels are timed against a copy of
+// the same bytes. Each figure is a JSON line on the console, and in the file that FIGURES names.
 //   --check-only   no times
 //   --time-only    no checks
 //   --small        few and short rows, for compute-sanitizer

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""How fast text becomes a dataset, beside loops that work as Megatron's tool does, on the same cores, one after another.
+"""Preprocessing speed, compared with loops that work as Megatron's tool does, on the same cores, one after another.
 
 python benchmarks/preprocess.py prints a table and writes benchmarks/results/preprocess-*.json: wall seconds, CPU seconds of all processes,
 and whether the output is the same byte for byte. Each contender is a command of its own, timed from
@@ -264,11 +264,11 @@ def scaling(args: argparse.Namespace, kind: str, model: str, folder: Path) -> di
 
 
 def added_to_encoding(large: dict[str, float], small: dict[str, Any]) -> float:
-    """What reading and writing beside encoding add to its time for each further megabyte: start-up, which is the same for all, is left out.
+    """Returns the time that reading and writing add to encoding, as a share, for each further megabyte; start-up is left out.
 
     Args:
-        large: of `scaling`.
-        small: the row of one worker of `measure`.
+        large: the result of `scaling`.
+        small: the row of `measure` with one worker.
     """
     wall = large["one worker on two cores, wall_seconds"] - small["wall_seconds"]
     return wall / (large["megabytes"] - small["megabytes"]) * large["megabytes"] / large["encoding alone, cpu_seconds"] - 1
@@ -373,8 +373,8 @@ def main() -> None:
                 second[kind] = scaling(args, kind, str(model), folder)
     show(rows)
     for kind, seconds in parts.items():
-        beside = sum(seconds.values()) - seconds["encode"]
-        print(f"{kind}, CPU seconds: {seconds}; all but encoding is {beside / seconds['encode']:.0%} of it")
+        other = sum(seconds.values()) - seconds["encode"]
+        print(f"{kind}, CPU seconds: {seconds}; all but encoding is {other / seconds['encode']:.0%} of it")
     for kind, found in second.items():
         for row in rows:
             if (row["tokenizer"], row["contender"], row["workers"]) == (kind, "ours", 1):

@@ -1,6 +1,6 @@
 // The schemas of the compiled operators. Their implementations are in cpu/bindings.cpp and cuda/bindings.cpp. Their autograd formulas,
-// their shapes for tracing, and the operators composed of them are in fused_embedding.py, fused_loss.py and fused_linear_loss.py of
-// megatron_patch/ops.
+// their shapes for tracing, and the operators composed of them are in fused_linear_loss.py (which training uses), fused_loss.py and
+// fused_embedding.py of megatron_patch/ops.
 // Everything uses torch's stable ABI: one build works with torch 2.11 and later.
 #include <torch/csrc/stable/library.h>
 

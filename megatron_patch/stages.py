@@ -1,7 +1,7 @@
 """The stage plan: the ordered stages of a run, and all arithmetic on them.
 
 In: numbers (no torch, no files). Out: which stage a step belongs to, how many tokens, samples and micro-batches a step has, where a stage
-begins and ends, what a run costs relative to token-level training. The rest of the program takes these answers from here.
+begins and ends, what a run costs relative to token-level training. The rest of the program takes these numbers from here.
 
 Terms: a **patch** is K consecutive tokens that the model reads as one **position**. A **sample** has T positions, so T·K input tokens. A
 **step** is one optimizer step over a global batch of samples. The corpus is divided among the stages in **blocks**. Budgets and learning
@@ -41,7 +41,7 @@ POSITION_WEIGHTS: dict[str, Callable[[int], float]] = {
 }
 """The formulas of --position-weights by name: from a label's index k within its patch (from 0) to its weight before scaling.
 
-A launcher script may add its own; `position_weights` scales the weights to sum to the number of labels."""
+Your own script may add formulas; `position_weights` scales the weights to sum to the number of labels."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Stage:
         steps: optimizer steps.
         side: where the model has patches: in its input, in its output (the labels), or both.
         position_weights: one weight for each label of a position; they sum to `labels_per_position`.
-        anneal_share: share of the stage's steps, at its end, over which the weights move to the first label alone.
+        anneal_share: share of the stage's steps, at its end, over which the weights move to the first label.
         lr: the learning-rate schedule that begins here, if `lr_policy` is "restart".
         lr_policy: "restart" begins a schedule; "continue" continues the running one; "rewarm" continues it and multiplies it with a
             linear warm-up of `rewarm_tokens`.
@@ -163,7 +163,7 @@ class Stage:
         return -(-self.global_batch_size // (self.micro_batch_size * data_parallel_size))
 
     def weights_at(self, stage_step: int) -> tuple[float, ...]:
-        """Returns the label weights in step `stage_step` (from 0): w·(1 - a) + a·(first label alone), where a rises to 1 by annealing."""
+        """Returns the label weights in step `stage_step` (from 0): w·(1 - a) + a·(only the first label), where annealing raises a to 1."""
         start = self.steps * (1.0 - self.anneal_share)
         if self.anneal_share <= 0.0 or stage_step < start:
             return self.position_weights

@@ -100,7 +100,7 @@ def prepare(home: Path) -> None:
         assert done.returncode == 0, done.stderr
     plan = "--seq-length 512 --micro-batch-size 1 --global-batch-size 4 --patch-size 2 --patch-fraction 0.5 --train-tokens 16384 --lr 1e-3"
     model = "--num-layers 1 --hidden-size 16 --num-attention-heads 2 --ffn-hidden-size 32"
-    for save in ("RUN", *(f"runs/{name}" for name in ("patch", "token"))):
+    for save in ("SAVE", *(f"runs/{name}" for name in ("patch", "token"))):
         done = run(home, f"python pretrain_gpt_patch.py {model} {plan} --data-path my_text_document --split 80,20,0 --save {save}")
         assert done.returncode == 0, done.stdout + done.stderr
 

@@ -1,4 +1,4 @@
-"""The commit protocol of checkpoints: a checkpoint is complete and verified, or it does not appear under its name.
+"""The commit protocol of checkpoints: a checkpoint counts as complete once its manifest is written, after all files are verified.
 
 Writing: the ranks write their files into a folder SAVE/.partial-step-N-…, force each file to disk and read it back. Then a manifest of
 sizes and checksums is written, the folder is renamed to SAVE/step-N, and SAVE/latest is replaced atomically. A kill at any moment leaves
@@ -41,7 +41,7 @@ class ManifestEntry:
     """Size and checksum of a file, as the manifest records them.
 
     Args:
-        size: in bytes.
+        size: size in bytes.
         xxh64: checksum of the content, in hexadecimal digits.
     """
 

@@ -15,7 +15,7 @@ from megatron_patch.errors import CheckpointError
 
 
 def checkpoint_folders(path: Path) -> list[Path]:
-    """Returns the checkpoints of a run's folder, newest first; for the folder of a checkpoint, that folder alone.
+    """Returns the checkpoints of a run's folder, newest first; for the folder of a checkpoint, only that folder.
 
     Raises:
         CheckpointError: there is no checkpoint, or the folder cannot be read.

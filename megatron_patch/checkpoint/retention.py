@@ -1,4 +1,4 @@
-"""Retention of checkpoints: keep the newest ones, those at stage ends, and one per so many steps or tokens.
+"""Decides which checkpoints are kept: the newest, those at the end of a stage, and one per given number of steps or tokens.
 
 In: a run's folder in which a checkpoint has just been committed and verified. Out: the folders that were removed. Checkpoints of later
 steps belong to a branch that --load went back from; they are neither counted nor removed.
@@ -21,7 +21,7 @@ class Retention:
         keep_last: number of newest checkpoints to keep; 0 keeps all.
         steps: steps whose checkpoints are kept forever, such as the ends of stages.
         every: keep forever the first checkpoint at or after each multiple of this many steps; 0: no such rule.
-        every_tokens: the same in tokens.
+        every_tokens: the same rule with a number of tokens.
         tokens_of: returns the number of tokens read up to a step.
     """
 

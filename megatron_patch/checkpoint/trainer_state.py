@@ -30,7 +30,7 @@ class TrainerState:
         consumed_samples: samples read in that stage.
         plan: the stage plan, as `StagePlan.to_json` gives it.
         config: all options, and the origin of each one that was given.
-        data_fingerprint: of the corpora and of the order in which they are read.
+        data_fingerprint: fingerprint of the corpora and of the order in which they are read.
         engine: what the engine needs to load its own state (see `Snapshot.state`).
         model: the fields of the model's `ModelShape`.
         stage_end: whether the stage ends at this step.

@@ -70,8 +70,8 @@ def add_layout(parser: argparse.ArgumentParser) -> None:
 def run_tool(main: Callable[[list[str]], None]) -> int:
     """Runs a tool's main with the arguments of the command line, prints its error, if any, and returns the exit code.
 
-    An error in flags is the same on all ranks, so only rank 0 prints it. Every rank prints other errors, because a file may be missing on
-    its node alone.
+    An error in flags is the same on all ranks, so only rank 0 prints it. Every rank prints other errors, because a file may be missing
+    only on its node.
     """
     rank = 0
     try:

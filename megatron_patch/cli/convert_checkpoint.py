@@ -116,8 +116,8 @@ def _report(done: ImportResult, output: str) -> None:
     flags = training_flags(done.shape, done.family)
     if flags is None:
         print(
-            "No training flags make this shape (biases in the attention layers alone). The checkpoint can be evaluated, exported and used "
-            "for generation.",
+            "No combination of training flags gives this shape (biases only in the attention layers). The checkpoint can be "
+            "evaluated, exported and used for generation.",
             file=sys.stderr,
         )
     else:

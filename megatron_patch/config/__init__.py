@@ -1,1 +1,1 @@
-"""Flags and YAML in, a resolved run out: options, parsing, requested stages, the plan, all checks."""
+"""Turns flags and YAML into a resolved run: options, parsing, checks, stage plan."""

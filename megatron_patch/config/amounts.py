@@ -1,4 +1,4 @@
-"""From the amounts of stages to tokens: shares of tokens, of compute or of steps, and the rest.
+"""Turns the amounts of stages into tokens: shares of tokens, of compute or of steps, and the rest.
 
 In: the stages as described, the tokens of a step in each. Out: the tokens of each stage, as fractions.
 """

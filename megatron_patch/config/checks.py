@@ -1,7 +1,7 @@
-"""What cannot run, found before anything is opened: numbers out of range, and options that contradict each other.
+"""Checks options before any file is opened: numbers out of range, and options that contradict each other.
 
-In: options, then the plan and the vocabulary that follow from them. Out: nothing, or a ConfigError. A stage, a schedule or a model shape
-that is impossible is refused where it is built (`plan_builder`, `resolve`).
+In: options, then the plan and the vocabulary that follow from them. Out: nothing, or a ConfigError. Stages, schedules and the model's
+shape are checked where they are built (`plan_builder`, `resolve`).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def check_numbers(options: Options) -> None:
     """Checks that every number is finite and in its range.
 
     Raises:
-        ConfigError: a number is not.
+        ConfigError: a number is out of range; the message names its flag.
     """
     for group in dataclasses.fields(options):
         part = getattr(options, group.name)
@@ -72,10 +72,10 @@ def _only_one(first: str, second: str) -> ConfigError:
 
 
 def check_parallel(options: EngineOptions, ranks: int) -> None:
-    """Checks that the ranks divide into tensor, pipeline and data parallel groups.
+    """Checks that the ranks divide into tensor-parallel, pipeline-parallel and data-parallel groups.
 
     Raises:
-        ConfigError: they do not, or the options of the layout contradict each other.
+        ConfigError: the ranks do not divide, or options of the layout contradict each other.
     """
     sizes = {
         "--tensor-model-parallel-size": options.tensor_model_parallel_size,
@@ -148,7 +148,7 @@ def _check_safety(options: Options) -> None:
     if hang >= collective:
         raise ConfigError(
             f"--hang-timeout of {format_duration(hang)} with --distributed-timeout-minutes {engine.distributed_timeout_minutes}",
-            "a --hang-timeout that is shorter: it writes the stacks of all ranks before their collectives time out",
+            "a shorter --hang-timeout, so that all ranks write their stacks before their collectives time out",
             f"give --distributed-timeout-minutes {math.ceil(hang / 60) + 10}, or a shorter --hang-timeout",
         )
 
@@ -169,7 +169,7 @@ def _check_checkpoints(options: Options) -> None:
 
 
 def _check_packages(options: Options) -> None:
-    """Checks that the packages for logging are installed: later only rank 0 would notice, while the others wait for it."""
+    """Checks that the packages for logging are installed: later, only rank 0 would fail, and the other ranks would wait for it."""
     if options.logging.dry_run:
         return
     for name, package in (("tensorboard_dir", "tensorboard"), ("wandb_project", "wandb")):
@@ -209,7 +209,7 @@ def check_documents(data: DataOptions, eod_id: int | None, vocab_size: int) -> N
     """Checks that the end-of-document token is known where documents are separated, and that it is in the vocabulary.
 
     Raises:
-        ConfigError: it is not.
+        ConfigError: the token is unknown, or not in the vocabulary.
     """
     separating = [name for name in ("reset_attention_mask", "reset_position_ids", "eod_mask_loss") if getattr(data, name)]
     if eod_id is None and separating:

@@ -128,7 +128,7 @@ class ModelOptions:
     """Base of the rotary frequencies (rope theta)."""
     rope_scaling: Literal["none", "linear", "llama3"] = "none"
     """Lower the rotary frequencies so that the model reads longer contexts.
-    linear divides all of them by --rope-scaling-factor; llama3 (Llama 3.1 and later) divides the low ones alone."""
+    linear divides all of them by --rope-scaling-factor; llama3 (Llama 3.1 and later) divides only the low ones."""
     rope_scaling_factor: float = 1.0
     """Factor by which --rope-scaling divides the rotary frequencies."""
     rope_low_freq_factor: float = 1.0
@@ -140,9 +140,9 @@ class ModelOptions:
     qk_layernorm: OptionalSwitch = None
     """Normalize the queries and keys of each head before the rotation. By default the model family's choice."""
     add_qkv_bias: OptionalSwitch = None
-    """Add biases to the query, key and value projections alone, as Qwen2 does."""
+    """Add biases only to the query, key and value projections, as Qwen2 does."""
     disable_bias_linear: OptionalSwitch = None
-    """Leave the biases of all linear layers out. By default the model family's choice."""
+    """Leave out the biases of all linear layers. By default the model family's choice."""
     untie_embeddings_and_output_weights: OptionalSwitch = None
     """Give the output layer its own weights; with --no-… it shares those of the embedding. By default the model family's choice."""
     init_method_std: float = 0.02
@@ -172,7 +172,7 @@ class StageOptions:
     train_tokens: OptionalCount = None
     """Number of tokens that the run reads over all its stages."""
     seq_length: Count = 2048
-    """Length of a sample in positions (T), in every stage. A sample of a patch stage has K times as many tokens."""
+    """Length of a sample at K = 1, in positions. By default the number of positions in every stage; see --sample."""
     sample: Literal["constant-positions", "constant-tokens"] = "constant-positions"
     """What the samples of all stages have in common: their positions (T), or their tokens (T/K positions in a patch stage)."""
     batch: Annotated[Literal["constant-tokens", "constant-positions"] | None, _OPTIONAL] = None
@@ -186,9 +186,9 @@ class StageOptions:
     Give this or --global-batch-size."""
     position_weights: Annotated[str, tyro.conf.arg(metavar="NAME|NUMBERS")] = "uniform"
     """How much each of the K labels of a position counts in the patch loss; k numbers the labels from 0.
-    uniform (1), power (1/(k+1)), exponential (2^-k), first (the first label alone), or K numbers with commas between them."""
+    uniform (1), power (1/(k+1)), exponential (2^-k), first (only the first label), or K numbers with commas between them."""
     anneal_share: float = 0.0
-    """Soften the switch: over this last share of the patch stage's steps, move the weights to the first label of each position."""
+    """Share of the patch stage's steps, at its end, over which the weights move to the first label. This softens the switch."""
     block_tokens: OptionalCount = None
     """Size of the blocks, in tokens, in which the corpus is divided among the stages.
     By default the least common multiple of the tokens in a sample of each stage, which is rarely worth changing."""
@@ -221,7 +221,7 @@ class ScheduleOptions:
     lr_wsd_decay_style: WsdDecayStyle = "linear"
     """Shape of WSD's final decay."""
     optimizer: str = "adamw"
-    """Name of the optimizer: adamw (NVIDIA Apex's fused AdamW if installed, else torch's), or one that a launcher script registers."""
+    """Name of the optimizer: adamw (NVIDIA Apex's fused AdamW if installed, else torch's), or one that your own script registers."""
     weight_decay: float = 0.1
     """Decoupled weight decay of weight matrices. Biases and normalization weights are never decayed."""
     adam_beta1: float = 0.9
@@ -231,7 +231,7 @@ class ScheduleOptions:
     adam_eps: float = 1e-8
     """Added to the square root of Adam's second moment (epsilon)."""
     clip_grad: float = 1.0
-    """Scale the gradient down to this norm where its norm is larger. 0 turns clipping off."""
+    """Scale the gradient down to this norm if its norm is larger. 0 turns clipping off."""
 
 
 @dataclass(frozen=True)
@@ -253,11 +253,11 @@ class DataOptions:
     eod_token_id: OptionalId = None
     """Id of the end-of-document token. By default the one in the dataset's metadata file."""
     reset_attention_mask: bool = False
-    """Keep positions from attending to other documents of the same sample."""
+    """Prevent positions from attending to other documents of the same sample."""
     reset_position_ids: bool = False
     """Number the positions of each document from 0."""
     eod_mask_loss: bool = False
-    """Leave labels out of the loss that belong to another document than the position that predicts them."""
+    """Exclude a label from the loss if it belongs to another document than the position that predicts it."""
     max_epochs: Annotated[tuple[str, ...], tyro.conf.arg(metavar="LIMIT ...", help_behavior_hint=_hint)] = ()
     """Refuse a run that would read a corpus more often than this: NUMBER limits all corpora, PREFIX=NUMBER one of them."""
     shuffle_window_blocks: Count = 1024
@@ -280,7 +280,7 @@ class EngineOptions:
     """First loss scale for --fp16 where the scale adapts; a power of two."""
     zero_stage: Annotated[Literal[0, 1, 2, 3] | None, _OPTIONAL] = None
     """ZeRO level, that is what data-parallel ranks shard: 0 nothing, 1 the optimizer's state, 2 also gradients, 3 also weights.
-    By default 1, or the level in --deepspeed-config. A higher level saves memory and communicates more."""
+    By default 1, or the level in --deepspeed_config. A higher level saves memory and communicates more."""
     tensor_model_parallel_size: Count = 1
     """Number of ranks that split each layer (tensor parallel). Use it when a layer does not fit on one GPU; best within one node."""
     pipeline_model_parallel_size: Count = 1
@@ -324,9 +324,9 @@ class CheckpointOptions:
     keep_last: Count = 3
     """Number of newest checkpoints to keep; older ones are deleted. 0 keeps all. Those at the end of a stage are always kept."""
     keep_every: OptionalCount = None
-    """Keep also the first checkpoint at or after each multiple of this many steps."""
+    """Also keep the first checkpoint at or after each multiple of this many steps."""
     keep_every_tokens: OptionalCount = None
-    """Keep also the first checkpoint at or after each multiple of this many tokens."""
+    """Also keep the first checkpoint at or after each multiple of this many tokens."""
     async_save: bool = False
     """Write checkpoints in the background. Training waits only while weights and moments are copied to host memory."""
     exit_interval: OptionalCount = None
@@ -346,7 +346,7 @@ class SafetyOptions:
     on_spike: Literal["skip", "rewind", "stop", "ignore"] = "skip"
     """What to do when the loss spikes or the gradient explodes. A step with a loss or gradient that is not finite is never taken.
     - skip: leave out the update of this step.
-    - rewind: also go back to the weights of the newest checkpoint; data read since then is not read again.
+    - rewind: also return to weights and optimizer state of the newest checkpoint; data read since then is not read again.
     - stop: end with exit code 5.
     - ignore: take the step."""
     spike_threshold: float = 20.0
@@ -412,7 +412,7 @@ class Options:
       --dry-run           prints the plan and its cost, without data or GPUs
       --config FILE.yaml  reads options from a file, one "name: value" on each line;
                           the names are those below, without the leading dashes;
-                          flags on the command line win over the file, and the
+                          flags on the command line override the file, and the
                           value None removes what the file sets
       COUNT               a whole number: 4096, 512k, 2M, 270B
       TIME                a duration: 90s, 45min, 3h30m, 1.5d

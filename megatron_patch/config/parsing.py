@@ -1,7 +1,7 @@
-"""From the command line and a YAML file to `Options`, with the origin of every value.
+"""Turns the command line and a YAML file into `Options`, with the origin of every value.
 
 In: the argument list. Out: `ParsedOptions`. The keys of a file become flags that precede those of the command line. One parser reads
-both, so names, types and units are the same, and the later ones, the command line's, win.
+both, so names, types and units are the same, and the values of the command line, which come later, override the file's.
 """
 
 from __future__ import annotations

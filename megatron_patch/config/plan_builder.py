@@ -1,4 +1,4 @@
-"""From the stages that a run describes to a `StagePlan`: shares become tokens, tokens become steps, batches become full micro-batches.
+"""Turns the stages that a run describes into a `StagePlan`: shares into tokens, tokens into steps, batches into full micro-batches.
 
 In: the options of a run and the number of data-parallel ranks. Out: the plan.
 """
@@ -25,7 +25,7 @@ PUBLISHED_DECAY_FRACTION = 0.1
 
 @dataclass(frozen=True)
 class _SizedStage:
-    """A stage whose samples are known and whose number of steps is not."""
+    """A stage whose samples are known, but not yet its number of steps."""
 
     spec: StageSpec
     positions: int
@@ -39,7 +39,7 @@ class _SizedStage:
 
     @property
     def batch_unit(self) -> int:
-        """What a sample contributes to the batch that is the same for all stages: its tokens, or its positions."""
+        """How much one sample adds to the batch size that all stages share: its tokens, or its positions."""
         return self.sample_tokens if self.constant_tokens else self.positions
 
 
@@ -55,7 +55,7 @@ def build_plan(
         decay_fraction: share of a schedule's steps over which WSD decays where no other length is given.
 
     Raises:
-        ConfigError: the options cannot be planned; the message names the flag or the stage.
+        ConfigError: the options give no valid plan; the message names the flag or the stage.
     """
     sized = [_sized(spec, options) for spec in _specs(options, schedule)]
     batches = _global_batches(sized, options, data_parallel_size)
@@ -79,7 +79,7 @@ def build_plan(
 
 
 def _specs(options: StageOptions, schedule: ScheduleOptions) -> tuple[StageSpec, ...]:
-    """Returns the stages as described; flags win over what a recipe sets, and entries of `stages:` win over flags."""
+    """Returns the stages as described; flags override what a recipe sets, and entries of `stages:` override flags."""
     specs = stage_specs(options)
     if options.stages is not None:
         return specs
@@ -163,12 +163,12 @@ def _stage(
     """Returns a stage of the plan.
 
     Args:
-        sized: its samples.
-        batch: samples in a step.
-        steps: optimizer steps.
-        options: the weights of labels, for stages that set none.
-        schedule: the learning rates, likewise.
-        running: the stage that began the learning-rate schedule which runs in this one; None where no schedule runs yet.
+        sized: the stage with its samples.
+        batch: number of samples in a step.
+        steps: number of optimizer steps.
+        options: the label weights, for stages that set none.
+        schedule: the learning rates, for stages that set none.
+        running: the stage that began the current learning-rate schedule; None if no schedule has begun.
     """
     spec = sized.spec
     labels = 1 if spec.side == "input" else spec.patch_size
@@ -193,7 +193,7 @@ def _stage(
             f"the first stage has lr_policy: {policy}", "restart, because no schedule runs yet", "remove lr_policy from the first stage"
         )
     if policy != "restart":
-        # A stage may repeat what its running schedule has.
+        # A stage may repeat the values of the current schedule.
         idle = [
             name
             for name in SCHEDULE_KEYS
@@ -242,7 +242,7 @@ def _lr_shape(spec: StageSpec, schedule: ScheduleOptions) -> LrShape:
 
 
 def _with_schedules(stages: Sequence[Stage], schedule: ScheduleOptions, decay_fraction: float) -> tuple[Stage, ...]:
-    """Returns the stages with what depends on the length of a schedule: the warm-up given as a share, the length of WSD's decay."""
+    """Returns the stages with the values that depend on a schedule's length: a warm-up given as a share, and the length of WSD's decay."""
     result = []
     for index, stage in enumerate(stages):
         shape = stage.lr

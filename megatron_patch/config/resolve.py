@@ -1,4 +1,4 @@
-"""From options to a run that can start: the model's shape, the stage plan, the data-parallel size, all checks that need no data.
+"""Turns options into a run that can start: the model's shape, the stage plan, the data-parallel size, all checks that need no data.
 
 In: `ParsedOptions` and the number of ranks. Out: `RunConfig`, from which each part of the program takes what it needs.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 from megatron_patch.config.checks import check_documents, check_numbers, check_options, check_parallel, check_plan
@@ -56,6 +57,11 @@ class RunConfig:
     data_metadata: DatasetMetadata | None
     data_parallel_size: int
     notes: tuple[str, ...] = ()
+
+    @property
+    def save_folder(self) -> Path | None:
+        """The run's folder (--save), or None."""
+        return Path(self.options.checkpoint.save) if self.options.checkpoint.save else None
 
     @property
     def eod_id(self) -> int | None:
@@ -243,7 +249,7 @@ def _batch_notes(options: Options, plan: StagePlan, data_parallel_size: int) -> 
     if given is not None:
         largest = max(plan.stages, key=lambda stage: stage.micro_batch_size * stage.sample_tokens)
         finest = plan.finest_stage
-        # A plan of patches alone holds either the tokens or the positions of a step constant; at K = 1 they are the same.
+        # A plan with only patch stages holds either the tokens or the positions of a step constant; at K = 1 they are the same.
         taken = min((finest.tokens_per_step, finest.positions_per_step), key=lambda count: abs(count - given))
         # The learning rate was chosen for the given batch, and a much larger or smaller one needs another.
         if abs(taken - given) > 0.1 * given:
@@ -268,8 +274,8 @@ def load_config(argv: Sequence[str], ranks: int) -> RunConfig:
         ranks: number of processes of the job; --world-size replaces it in a dry run.
 
     Raises:
-        ConfigError: see `parse` and `resolve`.
-        DataError: see `resolve`.
+        ConfigError: as for `parse` and `resolve`.
+        DataError: as for `resolve`.
     """
     parsed = parse(argv)
     planned = parsed.options.logging.world_size

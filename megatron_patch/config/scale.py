@@ -1,7 +1,7 @@
-"""Defaults and advice by scale: patch size and final decay where none is given, and a note where patches are not expected to pay.
+"""Defaults and advice by scale: patch size and final decay where none is given, and a note where patches are not expected to help.
 
 In: options, a plan, the number of the model's parameters. Out: defaults, and notes for the console. docs/replication.md has the
-measurements that they rest on.
+measurements.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def default_patch_size(parameters: int) -> int:
 
 
 def needs_decay_fraction(options: Options, plan: StagePlan) -> bool:
-    """Returns whether a schedule of the plan is WSD and has the default length of the decay: no flag and no stage sets it."""
+    """Returns whether any WSD schedule of the plan needs the default decay length, because no flag and no stage sets it."""
     if options.schedule.lr_wsd_decay_tokens or options.schedule.lr_wsd_decay_fraction:
         return False
     specs = stage_specs(options.stages)
@@ -45,7 +45,7 @@ def default_decay_fraction(parameters: int) -> float:
 
 
 def scale_notes(options: Options, plan: StagePlan, parameters: int) -> list[str]:
-    """Returns a note where patches are not expected to pay: for a short run of a small model. Empty for all other runs."""
+    """Returns a note where patches are not expected to help: for a short run of a small model. Empty for all other runs."""
     patches = any(stage.patch_size > 1 for stage in plan.stages)
     steps = plan.cost() * plan.tokens / plan.finest_stage.tokens_per_step
     if not patches or options.checkpoint.finetune or parameters >= SMALL_MODEL or steps >= SHORT_RUN_STEPS:

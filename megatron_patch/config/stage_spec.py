@@ -1,4 +1,4 @@
-"""Which stages a run has: those of a recipe, or the entries of `stages:` as they are written.
+"""Lists the stages of a run: those of its recipe, or the entries of `stages:`.
 
 In: stage options. Out: `StageSpec`s, each of them checked; `plan_builder` turns them into a plan. A recipe is a short way to write a list:
 
@@ -95,8 +95,8 @@ def parse_blend(words: Sequence[str], flag: str = "--data-path") -> tuple[tuple[
     """Returns a blend as (prefix, weight), with weights that sum to 1.
 
     Args:
-        words: prefixes alone, or a weight before each prefix.
-        flag: how errors call the option.
+        words: only prefixes, or a weight before each prefix.
+        flag: name of the option in errors.
 
     Raises:
         ConfigError: a weight without a prefix, a weight that is not above zero, or a repeated prefix.
@@ -112,7 +112,7 @@ def parse_blend(words: Sequence[str], flag: str = "--data-path") -> tuple[tuple[
         return ()
     mixed = ConfigError(
         f"{flag} {' '.join(words)}: not every prefix has a weight",
-        "prefixes alone, or a weight before every prefix: 0.7 web 0.3 code",
+        "only prefixes, or a weight before every prefix: 0.7 web 0.3 code",
         "give every prefix a weight, or none",
     )
     if number(words[0]) is None:
@@ -133,7 +133,7 @@ def parse_blend(words: Sequence[str], flag: str = "--data-path") -> tuple[tuple[
 
 
 def parse_epoch_limits(words: Sequence[str], corpora: Sequence[str]) -> dict[str, float]:
-    """Reads --max-epochs: NUMBER limits all corpora, PREFIX=NUMBER limits one of them and wins over NUMBER.
+    """Reads --max-epochs: NUMBER limits all corpora, PREFIX=NUMBER limits one of them and overrides NUMBER.
 
     Args:
         words: the values of the flag.
@@ -320,5 +320,5 @@ RECIPES: dict[str, Callable[[StageOptions], tuple[StageSpec, ...]]] = {
 }
 """The recipes of --recipe by name: from the options of a run to its stages.
 
-A launcher script may add its own. --batch and --lr-decay-style win over what a recipe sets. For every recipe but token-level,
+Your own script may add recipes. --batch and --lr-decay-style override what a recipe sets. For every recipe but token-level,
 `resolve` sets --patch-size by the size of the model before the recipe is called, if it is not given."""

@@ -1,4 +1,4 @@
-"""YAML from files that are not trusted. In: text. Out: numbers, strings, lists and mappings.
+"""Safe YAML loader: reads files that are not trusted. In: text. Out: numbers, strings, lists and mappings.
 
 Tags that would create other objects are refused, and so are references that would expand to a very large number of values.
 """
@@ -16,7 +16,7 @@ def load_yaml(text: str) -> Any:
     """Returns the value of a YAML or JSON text.
 
     Raises:
-        ValueError: the text is neither, has values other than plain ones, refers to itself, or expands to too many values.
+        ValueError: the text is invalid, has tags or objects, refers to itself, or expands to too many values.
     """
     try:
         value = yaml.safe_load(text)

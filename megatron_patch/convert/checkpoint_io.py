@@ -1,7 +1,7 @@
 """Checkpoints of megatron_patch as the conversions read and write them: unsharded parameters by name.
 
 Reading. In: a run's folder, or one of its step-N folders. Out: `CheckpointWeights`. Writing. In: parameters, one after another. Out:
-OUTPUT/step-00000000, a checkpoint of weights alone, from which a new run starts with `--load OUTPUT --finetune`.
+OUTPUT/step-00000000, a checkpoint with only weights, from which a new run starts with `--load OUTPUT --finetune`.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def write_weights(
     data_metadata: Mapping[str, Any] | None = None,
     special_ids: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Writes a checkpoint of weights alone, from which a new run can start.
+    """Writes a checkpoint with only weights, from which a new run can start.
 
     Args:
         output: the run's folder.

@@ -1,4 +1,4 @@
-"""The command line for training on from an imported model."""
+"""Builds the command line that continues training from an imported model."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from megatron_patch.model.shape import ModelShape
 
 
 def training_flags(shape: ModelShape, family: str) -> list[str] | None:
-    """Returns the model flags that make a shape, as words of a command line.
+    """Returns the model flags that give a shape, as words of a command line.
 
     Args:
         shape: the shape.
         family: the value of --model-family; where it is not registered, the registered one with the shape's kinds of layers is used.
 
     Returns:
-        The words, or None where no flags make this shape (biases in the attention layers alone).
+        The words, or None if no combination of flags gives this shape (biases only in the attention layers).
     """
     if shape.attention_bias != shape.mlp_bias:
         return None

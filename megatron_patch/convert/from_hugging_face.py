@@ -1,6 +1,6 @@
 """Imports a Hugging Face folder, or weights that DeepSpeed's zero_to_fp32.py merged, as a checkpoint from which a new run starts.
 
-In: config.json and weights (safetensors, or PyTorch files that hold tensors alone), with Hugging Face's names or with ours. Out:
+In: config.json and weights (safetensors, or PyTorch files that hold only tensors), with Hugging Face's names or with ours. Out:
 OUTPUT/step-00000000 and OUTPUT/tokenizer. All names and shapes are checked before the first byte is written; one tensor is in memory at a
 time.
 """

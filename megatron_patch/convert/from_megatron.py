@@ -1,6 +1,6 @@
 """Imports a checkpoint in Megatron-LM's classic layout, iter_N/mp_rank_00/model_optim_rng.pt, with the module names of any version.
 
-In: the folder of a checkpoint of one tensor- and pipeline-parallel rank. Out: a checkpoint of weights alone. The file is opened with
+In: the folder of a checkpoint of one tensor- and pipeline-parallel rank. Out: a checkpoint with only weights. The file is opened with
 `weights_only`. The few classes that such files contain in addition to tensors (arguments, enumerations, random states) are replaced by
 inert stand-ins; any other class ends the import.
 """

@@ -152,7 +152,10 @@ def is_buffer(name: str) -> bool:
 
 
 def match_prefix(found: Mapping[str, object], mapped: list[MappedTensor]) -> dict[str, str]:
-    """Returns name in a file -> usual name: files of a bare model lack its prefix ("model."), those of a wrapped one add "module."."""
+    """Maps names in a file to the names in `mapped`, adding or removing prefixes.
+
+    Files of a bare model lack its prefix ("model."). Files of a wrapped model add "module." or "_orig_mod.".
+    """
     usual = {tensor.name for tensor in mapped}
     prefixes = sorted({name.partition(".")[0] for name in usual})
     names = {}

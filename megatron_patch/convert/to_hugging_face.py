@@ -40,7 +40,7 @@ class ExportResult:
     Args:
         folder: the export.
         files: names of the files of weights.
-        kept: those of them that an earlier, interrupted export had finished.
+        kept: files reused from an interrupted export.
         bytes: size of all weights.
         dtype: "fp32", "bf16" or "fp16".
         tokenizer: names of the tokenizer's files.
@@ -129,7 +129,7 @@ def to_hugging_face(
 
 
 def _special_ids(checkpoint: CheckpointWeights, tokenizer: Tokenizer | None) -> tuple[SpecialIds, SpecialIds]:
-    """(bos, eos) ids of the text: those of the imported config.json, or else the tokenizer's."""
+    """Returns (bos, eos): from the imported config.json if there is one, otherwise from the tokenizer."""
     imported = checkpoint.found.state.special_ids
     if imported is not None and not checkpoint.tokenizer:
         return imported.get("bos_token_id"), imported.get("eos_token_id")
@@ -143,13 +143,15 @@ def _identity(checkpoint: CheckpointWeights) -> str:
 
 def _write_shard(path: Path, tensors: list[MappedTensor], checkpoint: CheckpointWeights, dtype: torch.dtype) -> ManifestEntry:
     names = [(tensor.name, tensor.shape) for tensor in tensors]
-    entry = write_safetensors(path, names, dtype, (_rounded(tensor, checkpoint, dtype) for tensor in tensors), {"format": "pt"})
+    entry = write_safetensors(path, names, dtype, (_convert_dtype(tensor, checkpoint, dtype) for tensor in tensors), {"format": "pt"})
     if checksum_on_disk(path) != entry.xxh64:
-        raise CheckpointError(f"{path} does not read back as it was written", "a disk without faults", "choose an --output on another disk")
+        raise CheckpointError(
+            f"{path}: the data read back differs from what was written", "a disk without faults", "choose an --output on another disk"
+        )
     return entry
 
 
-def _rounded(mapped: MappedTensor, checkpoint: CheckpointWeights, dtype: torch.dtype) -> torch.Tensor:
+def _convert_dtype(mapped: MappedTensor, checkpoint: CheckpointWeights, dtype: torch.dtype) -> torch.Tensor:
     tensor = mapped.join(checkpoint.parameter)
     result = tensor.to(dtype)
     if dtype == torch.float16 and not bool(torch.isfinite(result).all()) and bool(torch.isfinite(tensor).all()):

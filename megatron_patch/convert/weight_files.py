@@ -1,4 +1,4 @@
-"""Reads the tensors of a folder or file of weights one at a time: safetensors, or PyTorch files that hold tensors alone.
+"""Reads the tensors of a folder or file of weights one at a time: safetensors, or PyTorch files that hold only tensors.
 
 In: a path. Out: `Weights`: names, shapes and dtypes, known before any data is read, and a function that reads one tensor. No code in a file
 ever runs, because PyTorch files are opened with `weights_only`.

@@ -1,4 +1,4 @@
-"""Which corpus each block comes from: a periodic table, made from weights, that keeps the proportions at every point.
+"""Maps each block to its corpus: a periodic table, made from weights, that keeps the proportions at every point.
 
 In: weights. Out: block number -> (corpus, block number in the corpus), in constant time. The table solves the chairman assignment problem
 of Tijdeman (1980): of k corpora, none ever differs by more than 1 - 1/(2k - 2) blocks from its share. The theorem bounds the positions at

@@ -1,4 +1,4 @@
-"""From spans of tokens to the model's input: patches, labels, and the separation of documents.
+"""Turns spans of tokens into the model's input: patches, labels, and the separation of documents.
 
 In: tokens [B, L] of samples (L = input tokens + lookahead) and their stage. Out: `PatchBatch`. Rules for documents inside patches:
 
@@ -29,7 +29,7 @@ class DocumentMasking:
     """How documents are separated.
 
     Args:
-        eod_id: id of the end-of-document token, which all of the following need.
+        eod_id: id of the end-of-document token; all other settings need it.
         reset_attention_mask: positions do not attend to other documents.
         reset_position_ids: positions are numbered from 0 in each document.
         eod_mask_loss: labels of other documents are not scored.
@@ -90,12 +90,12 @@ def make_batch(
 
     Args:
         tokens: token ids, int64 [B, input tokens + patch_size].
-        side: where the model has patches.
+        side: where the model has patches (`Stage.side`).
         positions: T.
         patch_size: K.
         masking: how documents are separated.
         spans: where the samples come from.
-        scored_rows: rows from this one on pad the micro-batch and are not scored; None: all rows are scored.
+        scored_rows: number of rows that are scored; the rows after them are padding. None: all rows are scored.
     """
     inputs, labels = _patch_views(tokens, side, positions, patch_size)
     labels = labels.copy()

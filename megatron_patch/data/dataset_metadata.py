@@ -112,20 +112,21 @@ def write_metadata(prefix: str, metadata: DatasetMetadata) -> None:
 def check_compatible(
     one: DatasetMetadata, other: DatasetMetadata, one_prefix: str, other_prefix: str, names: Sequence[str] = FIELDS_THAT_MUST_MATCH
 ) -> None:
-    """Checks that two datasets, which are merged or read in one run, were tokenized in the same way.
+    """Checks that two datasets that will be merged or read in one run were tokenized in the same way.
 
     Args:
         one: metadata of the first dataset.
         other: metadata of the second dataset.
         one_prefix: prefix of the first dataset, for messages.
         other_prefix: prefix of the second dataset, for messages.
-        names: the entries that must be equal where both are known.
+        names: fields that must be equal, unless one is unknown.
 
     Raises:
-        DataError: an entry differs; the message names the first one.
+        DataError: a field differs; the message names the first one.
     """
     for name in names:
         left, right = getattr(one, name), getattr(other, name)
+        # "" means unknown.
         if left != right and "" not in (left, right):
             raise DataError(
                 f"{one_prefix} and {other_prefix} differ in {name}: {left} and {right}",

@@ -143,7 +143,7 @@ class IndexedDatasetWriter:
         """Adds documents whose tokens another process writes, in the dataset's dtype and before `sync` or `finish` is called.
 
         Args:
-            lengths: as in `append`.
+            lengths: lengths of the documents, as for `append`.
 
         Returns:
             The first byte of the range that is reserved for them in `tokens_path`.

@@ -1,4 +1,4 @@
-"""What is in a dataset: counts, lengths, whether the files match, and how patches and documents overlap.
+"""Reports what is in a dataset: counts, lengths, whether the files match, and how patches and documents overlap.
 
 In: a dataset. Out: plain values for a table and a JSON line. The full check reads all of the index and all tokens, in pieces.
 """

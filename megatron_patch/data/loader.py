@@ -1,7 +1,7 @@
-"""The loader: this rank's micro-batches of each step, prepared in advance by a thread.
+"""Loads this rank's micro-batches of each step, which a thread prepares in advance.
 
 In: the stream, a stage, this rank. Out: lists of micro-batches. Let G be the global batch, R the data-parallel ranks and m the micro-batch
-size. Step n has the samples `[n·G, (n + 1)·G)` of the stage, and micro-batch i of rank r the samples `n·G + i·m·R + r·m + [0, m)`. Where
+size. Step n reads the samples `[n·G, (n + 1)·G)` of the stage; micro-batch i of rank r has the samples `n·G + i·m·R + r·m + [0, m)`. If
 m·R does not divide G, micro-batches are padded with samples that are not scored. So every rank has the same number of micro-batches, and
 every sample is read once on any number of ranks.
 """
@@ -28,9 +28,9 @@ class LoadingTimes:
     """How the time for preparing batches is spent, in seconds since the loader was made.
 
     Args:
-        preparing: all time for preparing.
-        cpu_seconds: CPU time of the preparing thread, a part of it.
-        reading: time for reading files, a part of it.
+        preparing: total time for preparing batches.
+        cpu_seconds: CPU time of the thread during that time.
+        reading: the part of that time spent reading files.
         prefetching: whether batches are prepared in advance.
         remote: whether data is read from an address.
     """
@@ -61,7 +61,7 @@ class PatchLoader:
     """The micro-batches of one stage on one rank.
 
     Args:
-        stream: which tokens each sample has.
+        stream: the training stream, which maps samples to tokens.
         stage_index: index of the stage.
         data_parallel_rank: this rank.
         data_parallel_size: number of ranks that share a global batch.
@@ -151,7 +151,7 @@ class PatchLoader:
         while not self._stopping.is_set():
             try:
                 item = next(steps, None)
-            except Exception as error:  # handed to the training thread, which raises it
+            except Exception as error:  # passed to the training thread, which raises it
                 item = error
             while not self._stopping.is_set():
                 try:

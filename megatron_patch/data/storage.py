@@ -1,13 +1,13 @@
 """Random access to files: on this machine's file systems, or at addresses such as s3://bucket/web.bin through `fsspec`.
 
-In: a path or an address. Out: the file's size, and any range of its bytes. Files are read, not memory-mapped: a file that has become
-shorter, or a file system that fails, raises an error; with a memory map it would kill the process with a signal.
+In: a path or an address. Out: the file's size, and any range of its bytes. Files are read, not memory-mapped. A truncated file or a failing
+disk raises an error; with a memory map it would be SIGBUS.
 
-Chunks of remote files are kept on this machine, so that a corpus crosses the network once for all epochs, restarts and ranks. The cache
-is the folder in MEGATRON_PATCH_CACHE, by default ~/.cache/megatron_patch. A chunk is renamed into place, so processes may share the
-folder. fsspec's own block cache cannot be shared: it is a sparse memory map whose list of blocks is written when a file is closed, so
-other processes, and a restart after a crash, would fetch everything again; its file caches fetch complete files. fsspec provides the
-protocols here, and nothing else.
+Chunks of remote files are cached on this machine, so that a corpus crosses the network once for all epochs, restarts and ranks. The cache
+is the folder in MEGATRON_PATCH_CACHE, by default ~/.cache/megatron_patch. A chunk is written under a temporary name and renamed, so
+processes may share the folder. fsspec has caches too, but its block cache writes its list of blocks only when a file is closed: other
+processes, and a restart after a crash, would fetch everything again. Its file caches fetch complete files. So fsspec is used for the
+protocols only.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _PIECE_BYTES = 1 << 22
 _ATTEMPTS = 4
 _PAUSE_SECONDS = 0.5
 _FETCHERS = 32
-# The names that file systems use for properties which change with a file's content.
+# The metadata keys, as file systems name them, that change when a file changes.
 _VERSIONS = ("size", "ETag", "etag", "Content-MD5", "md5Hash", "Last-Modified", "LastModified", "last_modified", "mtime", "created")
 
 
@@ -110,7 +110,7 @@ def read_bytes(path: str) -> bytes:
     """Returns the content of a small file.
 
     Raises:
-        DataError: see `open_file`.
+        DataError: the file cannot be opened or read.
     """
     file = open_file(path)
     out = bytearray(file.size)
@@ -122,7 +122,7 @@ def file_checksum(path: str) -> str:
     """Returns the xxh64 checksum of a file, as hexadecimal digits.
 
     Raises:
-        DataError: see `open_file`.
+        DataError: the file cannot be opened or read.
     """
     file, digest = open_file(path), xxhash.xxh64()
     piece = bytearray(_PIECE_BYTES)
@@ -153,7 +153,7 @@ class FileArray:
         """Returns the numbers `[start, start + count)`.
 
         Raises:
-            DataError: see `RandomAccessFile.read_into`.
+            DataError: the file is too short, or cannot be read.
         """
         out = np.empty(count, self._dtype)
         if count:
@@ -165,15 +165,15 @@ class FileArray:
 
         Raises:
             IndexError: an index is out of range, or the slice has another step.
-            DataError: see `read`.
+            DataError: the file is too short, or cannot be read.
         """
         if isinstance(where, slice):
             first, last, step = where.indices(self._count)
             if step != 1:
-                raise IndexError(f"a step of {step}")
+                raise IndexError(f"slice step {step}; only 1 is supported")
             return self.read(first, max(0, last - first))
         if not -self._count <= where < self._count:
-            raise IndexError(f"number {where} of {self._count}")
+            raise IndexError(f"index {where} is out of range for {self._count} elements")
         return self.read(where % self._count, 1)[0]
 
     def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> npt.NDArray[Any]:

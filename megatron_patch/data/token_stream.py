@@ -2,7 +2,7 @@
 
 In: the plan, corpora and weights, a seed. Out: spans of tokens. A sample number becomes a span in three steps:
 
-1. The run reads one sequence of blocks; a stage has the blocks `[first_block, last_block)` in it. Within windows of blocks a keyed
+1. The run reads one sequence of blocks; a stage reads its blocks `[first_block, last_block)`. Within windows of blocks a keyed
    permutation shuffles the samples, so that a step does not have neighboring samples of one document.
 2. The table of the blend maps the block's number in the sequence to a corpus and a block number among the blocks of that corpus.
 3. That number, modulo the number of blocks in the corpus, is permuted with a key of (seed, corpus, epoch). The result is the block's
@@ -142,9 +142,9 @@ class TrainStream:
                     Blend([weight for _, weight in stage_blend]), members, 0 if draws else self.skip_blocks, drawn_before.copy()
                 )
             draws.append(draw)
-            given = draw.blend.consumed(draw.offset + blocks)
+            drawn = draw.blend.consumed(draw.offset + blocks)
             drawn_before = draw.drawn_before.copy()
-            np.add.at(drawn_before, draw.corpora, given)
+            np.add.at(drawn_before, draw.corpora, drawn)
             previous, blocks_before = stage_blend, blocks
         return tuple(draws)
 
@@ -165,7 +165,7 @@ class TrainStream:
         return self._block_orders[key]
 
     def locate(self, stage_index: int, samples: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Returns where samples of a stage are.
+        """Returns where samples of a stage are in their corpora.
 
         Args:
             stage_index: index of the stage.
@@ -181,7 +181,9 @@ class TrainStream:
         per_block = self.plan.block_tokens // stage.sample_tokens
         first, last = self.plan.first_block(stage_index), self.plan.last_block(stage_index)
         if samples.size and (int(samples.min()) < 0 or int(samples.max()) >= (last - first) * per_block):
-            raise IndexError(f"samples {int(samples.min())} to {int(samples.max())} of {(last - first) * per_block}")
+            raise IndexError(
+                f"samples {int(samples.min())} to {int(samples.max())} are out of range: the stage has {(last - first) * per_block} samples"
+            )
         windows = samples // (self.window_blocks * per_block)
         blocks, parts = np.empty_like(samples), np.empty_like(samples)
         for window in np.unique(windows):

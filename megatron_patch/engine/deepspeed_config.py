@@ -1,8 +1,8 @@
 """Merges the flags and the user's DeepSpeed JSON into one configuration.
 
 In: engine and schedule options, the origin of each option, and the path of a user's JSON. Out: `EngineConfig`, whose `deepspeed` field
-goes to `deepspeed.initialize`. Keys that the program does not set pass through unchanged. A value that both set must be the same in both;
-else the error shows both values. This file imports no torch, so that a dry run starts fast.
+is passed to `deepspeed.initialize`. Keys that the program does not set pass through unchanged. If a flag and the JSON set the same
+value differently, the error shows both. This file imports no torch, so that a dry run starts fast.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Precision = Literal["fp32", "bf16", "fp16"]
 _OFFLOADS = ("offload_optimizer", "offload_param")
 _PREFETCH = "stage3_prefetch_bucket_size"
 _BATCH_SIZES = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
-_DECISIVE = ("zero_optimization", "gradient_clipping", "bf16", "fp16", "data_types", "optimizer", "scheduler", *_BATCH_SIZES)
+_CHECKED_KEYS = ("zero_optimization", "gradient_clipping", "bf16", "fp16", "data_types", "optimizer", "scheduler", *_BATCH_SIZES)
 
 
 @dataclass(frozen=True)
@@ -31,10 +31,10 @@ class EngineConfig:
     """Settings of the engine that depend on neither the model nor the stage.
 
     Args:
-        precision: of weights and activations; gradients accumulate in float32, and master weights are float32, in every precision.
+        precision: dtype of weights and activations; gradients accumulate in float32, and master weights are float32, in every precision.
         zero_level: the ZeRO level (0 to 3) that `--zero-stage` or the JSON sets.
         clip_grad: largest gradient norm; 0 turns clipping off.
-        deepspeed: DeepSpeed's JSON without the batch sizes, which each training stage sets.
+        deepspeed: DeepSpeed's JSON without the batch sizes, which each stage sets.
     """
 
     precision: Precision
@@ -96,7 +96,7 @@ def _device(zero: Mapping[str, Any], part: str) -> str:
 
 
 def _check_nvme(zero: Mapping[str, Any], zero_level: int) -> None:
-    """Checks settings of NVMe: under ZeRO 1 and 2 DeepSpeed silently uses the CPU, and it checks the path by bare assertions."""
+    """Checks settings of NVMe: under ZeRO 1 and 2 DeepSpeed silently uses the CPU, and it checks the path only with `assert`."""
     for part in _OFFLOADS:
         if _device(zero, part) != "nvme":
             continue
@@ -125,12 +125,10 @@ def _check_nvme(zero: Mapping[str, Any], zero_level: int) -> None:
 def _check_names(user: Mapping[str, Any]) -> None:
     """Refuses misspelled names of important keys, because DeepSpeed ignores keys that it does not know."""
     for key in user:
-        close = difflib.get_close_matches(key, _DECISIVE, n=1, cutoff=0.8)
-        if key not in _DECISIVE and (close or key == "bfloat16"):
+        close = difflib.get_close_matches(key, _CHECKED_KEYS, n=1, cutoff=0.8)
+        if key not in _CHECKED_KEYS and (close or key == "bfloat16"):
             name = close[0] if close else "bf16"
-            raise ConfigError(
-                f"--deepspeed_config: unknown key {key!r}", f"DeepSpeed's own name of the key, {name}", f"rename it to {name}"
-            )
+            raise ConfigError(f"--deepspeed_config: unknown key {key!r}", f"the name that DeepSpeed uses, {name}", f"rename it to {name}")
 
 
 class _Merger:
@@ -216,7 +214,7 @@ def resolve_engine_config(
         raise ConfigError(
             "--fp16 with --zero-stage 0: float16 needs the float32 master weights that ZeRO 1 to 3 keep",
             "--fp16 with --zero-stage 1, 2 or 3; --bf16 with any",
-            "use --zero-stage 1; on a single rank it shards nothing",
+            "use --zero-stage 1 (with one rank, nothing is sharded)",
         )
     if zero_level > 1 and options.pipeline_model_parallel_size > 1:
         raise ConfigError(
@@ -227,7 +225,8 @@ def resolve_engine_config(
         )
     if zero_level == 3 and options.compile:
         raise ConfigError(
-            "--compile with --zero-stage 3: DeepSpeed gathers weights inside of the blocks, so that torch would compile them over and over",
+            "--compile with --zero-stage 3: DeepSpeed gathers weights inside the blocks, so torch.compile would compile each "
+            "block again and again",
             "--compile with ZeRO 0 to 2, with tensor parallelism too; ZeRO 3 without --compile",
             "remove --compile, or use --zero-stage 2",
         )

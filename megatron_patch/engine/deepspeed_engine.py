@@ -104,7 +104,7 @@ class DeepSpeedEngine(abc.ABC):
         seed: seed of the initial weights; None: no initial weights, because a checkpoint will be loaded.
         config: precision, ZeRO level, DeepSpeed's JSON.
         schedule: the optimizer's settings.
-        stage: the training stage to begin with.
+        stage: the stage to begin with.
         groups: this rank's coordinates and process groups.
         device: this rank's device.
     """
@@ -131,11 +131,11 @@ class DeepSpeedEngine(abc.ABC):
         shards = {name: shard_of(name, model.shape, parallel.rank, parallel.size) for name in self._names.values()}
         self._shards = {name: shard for name, shard in shards.items() if shard is not None}
         for parameter, name in self._names.items():
-            # In the gradient norm, DeepSpeed counts a parameter without this mark on one of the ranks that share a layer only.
+            # Without this mark, DeepSpeed counts the parameter on only one tensor-parallel rank in the gradient norm.
             parameter.tensor_model_parallel = name in self._shards  # type: ignore[attr-defined]
         wrapped: nn.Module = model
         if config.zero_level == 0:
-            # DeepSpeed's clipping at ZeRO 0 does not return the norm, so gradients are clipped here (`_clip_gradients`).
+            # At ZeRO 0 `_clip_gradients` clips, because DeepSpeed's clipping does not return the norm; at ZeRO 1 to 3 DeepSpeed clips.
             settings["gradient_clipping"] = 0.0
             wrapped = MixedPrecision(model, dtype) if dtype != torch.float32 else model
         decayed, undecayed = split_by_weight_decay(model)

@@ -126,7 +126,7 @@ class Engine(Protocol):
         ...
 
     def local_loss(self, batch: PatchBatch) -> float:
-        """Returns the loss sum of one batch on this replica alone; all ranks of the replica must call it with the same batch."""
+        """Returns the loss sum of one batch on this replica only; all ranks of the replica must call it with the same batch."""
         ...
 
     def switch_stage(self, stage: Stage) -> None:

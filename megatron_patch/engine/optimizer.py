@@ -3,7 +3,7 @@
 In: parameter groups and the schedule's options. Out: an optimizer that keeps two moments for each parameter, `exp_avg` and `exp_avg_sq`,
 and one number of steps. Checkpoints, ZeRO and the switch rely on these two names, so every optimizer in `OPTIMIZERS` must use them.
 
-A launcher script adds an optimizer before it calls `megatron_patch.training.pretrain.main`:
+A user's own script adds an optimizer before it calls `megatron_patch.training.pretrain.main`:
 
     from megatron_patch.engine.optimizer import OPTIMIZERS
 

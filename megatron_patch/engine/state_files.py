@@ -46,7 +46,7 @@ def write_fragments(folder: Path, rank: int, ranks: int, fragments: Sequence[Fra
         The manifest entry of the file, by its name.
 
     Raises:
-        CheckpointError: the file cannot be written (for example because the disk is full), or does not read back as it was written.
+        CheckpointError: the file cannot be written (for example because the disk is full), or its content differs when it is read back.
     """
     path = folder / state_file_name(rank, ranks)
     tensors = [(kind, f) for f in fragments for kind in f.tensors]
@@ -66,11 +66,13 @@ def write_fragments(folder: Path, rank: int, ranks: int, fragments: Sequence[Fra
         matches = checksum_on_disk(path) == entry.xxh64
     except OSError as error:
         raise CheckpointError(
-            f"cannot read back {path}: {error.strerror}", "a disk that reads what was written", "change --save to a folder on another disk"
+            f"cannot read back {path}: {error.strerror}", "a disk without faults", "change --save to a folder on another disk"
         ) from error
     if not matches:
         raise CheckpointError(
-            f"{path} has other content than was written", "a disk that reads what was written", "change --save to a folder on another disk"
+            f"{path}: the data read back differs from what was written",
+            "a disk without faults",
+            "change --save to a folder on another disk",
         )
     return {path.name: entry}
 
@@ -106,7 +108,7 @@ class _StoredFragment:
         if min(sizes) < 0 or count < 1 or index >= count or math.prod(fragment.shape) >= 1 << 62:
             raise ValueError(f"{entry} is not a part of a parameter"[:300])
         if fragment.shard is not None and (dim >= len(fragment.shape) or fragment.shape[dim] % count):
-            raise ValueError(f"{entry} is sharded along a dimension that its shape cannot be split along"[:300])
+            raise ValueError(f"{entry} is sharded along a dimension that cannot be divided evenly"[:300])
         return fragment
 
 

@@ -1,1 +1,1 @@
-"""The language model, from token patches to loss sums. It knows nothing of training stages; it takes K from the shape of its input."""
+"""The language model: token patches in, loss sums out. It does not depend on stages; it takes K from the shape of its input."""

@@ -111,7 +111,7 @@ _PEAK_TFLOPS = {
 def peak_flops(device_name: str) -> float | None:
     """Returns the peak FLOP/s of a device by its name, or None if it is not in the table.
 
-    Names are compared by full words (an RTX A4000 is not an A40); the longest matching entry wins.
+    Names are compared by full words (an RTX A4000 is not an A40); the longest matching entry is used.
     """
     words = set(re.findall(r"[0-9A-Za-z]+", device_name))
     fitting = [name for name in _PEAK_TFLOPS if words.issuperset(name.split())]

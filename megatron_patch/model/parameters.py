@@ -45,9 +45,9 @@ def parameters_of_layers(shape: ModelShape, layers: range | None = None, vocabul
 
     Args:
         shape: the model's shape.
-        layers: the layers, of 0 (embedding), 1 to L (blocks) and L + 1 (final norm and head); None: all. Layers with a tied head but
-            without the embedding include a copy of its weight.
-        vocabulary_rows: number of rows of embedding and head; None: that of the padded vocabulary.
+        layers: indices: 0 is the embedding, 1 to L are the blocks, L + 1 is the final norm and head; None: all. With a tied head, a range
+            with L + 1 but without 0 includes a copy of the embedding weight.
+        vocabulary_rows: number of rows of embedding and head; None: the size of the padded vocabulary.
     """
     layers = range(shape.num_layers + 2) if layers is None else layers
     first, last = 0 in layers, shape.num_layers + 1 in layers

@@ -1,10 +1,17 @@
 """Gradient accumulators: tensors of the caller to which the operators add the weight's gradient, instead of setting its `.grad`.
 
-An accumulator is a contiguous [V, H] tensor with the weight's shape and device, float32 (float64 for float64 weights), which shares no
-memory with the weight: a master gradient that sums micro-batches. The fused operators add unrounded sums; the plain formulas add gradients
-rounded to the weight's dtype. Each backward pass adds; that of the fused head also for `torch.autograd.grad(loss, hidden)`. With
-`unit_gradient`, the fused head adds in its forward pass instead, chunk by chunk; a call that raises may have added the chunks before. The
-weight's `.grad` does not change, and hooks on the weight receive None.
+An accumulator (`weight_grad_accumulator`) is a contiguous tensor with the weight's shape and device, float32 (float64 for float64 weights),
+which shares no memory with the weight: a master gradient that sums micro-batches. Each backward pass adds to it; that of the fused head
+also does so for `torch.autograd.grad(loss, hidden)`. The weight gets no gradient: its `.grad` does not change, and its hooks receive None.
+The fused operators add unrounded sums; the plain formulas add gradients rounded to the weight's dtype.
+
+`unit_gradient` is an option of the fused head. With an accumulator, True promises that the backward pass starts from this loss, with all
+factors in `label_weights`. Then the forward pass adds the weight's gradient, chunk by chunk and without a temporary table of its size, and
+backward passes add nothing.
+
+- A backward pass with a gradient other than 1 makes the gradient of `hidden` NaN. If `hidden` requires none, the error goes unnoticed.
+- Where the forward pass runs again (recomputation), the gradient would be added twice: do not use it there.
+- A call that raises may have added the chunks before the one that raised.
 """
 
 from __future__ import annotations

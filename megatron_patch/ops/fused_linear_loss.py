@@ -48,14 +48,10 @@ def linear_multi_token_loss(
         group: the ranks that hold the shards; they exchange [rows, 2 + K] floats once for each chunk. The gradient of `hidden` is this
             shard's part; the parts of all shards sum to the full gradient.
         chunk_rows: the most rows of a chunk, at least 1; chunks have the same size up to rounding.
-        weight_grad_accumulator: contiguous [V or a shard of it, H], float32 (float64 for a float64 weight). The backward pass adds the
-            weight's gradient to it, unrounded, and gives the weight no gradient: its `.grad` does not change, and its hooks receive
-            None. `torch.autograd.grad(loss, hidden)` also adds to it. None: the weight gets a gradient of its dtype.
-        unit_gradient: with an accumulator, True promises that the backward pass starts from this loss, with all factors in
-            `label_weights`. Then the forward pass adds the weight's gradient, without a temporary table of its size, and backward passes
-            add nothing to it. A backward pass with a gradient other than 1 makes the gradient of `hidden` NaN (if `hidden` requires
-            none, the error goes unnoticed). Do not use it where the forward pass runs again (activation checkpointing), which would
-            add twice.
+        weight_grad_accumulator: tensor to which the weight's gradient is added (see `ops.accumulation`). None: the weight gets a gradient
+            of its dtype.
+        unit_gradient: True promises that the backward pass starts from this loss (see `ops.accumulation`). The forward pass then adds the
+            weight's gradient to the accumulator.
 
     Returns:
         (sum of weighted losses in nats, sum of the weights of scored labels), float32 (float64 stays float64).
@@ -285,14 +281,14 @@ def _register_addition() -> None:
     def _(accumulator: list[int], hidden: list[int], weight: list[int], *others: Any, **shapes: Any) -> int:
         return 6 * hidden[0] * hidden[1] * weight[0]
 
-    glue = "megatron_patch::with_gradient"
-    torch.library.define(glue, "(Tensor hidden, Tensor weight, Tensor loss, Tensor by_hidden) -> Tensor")
+    attach_gradient = "megatron_patch::with_gradient"
+    torch.library.define(attach_gradient, "(Tensor hidden, Tensor weight, Tensor loss, Tensor by_hidden) -> Tensor")
 
-    @torch.library.impl(glue, ("CPU", "CUDA"))
+    @torch.library.impl(attach_gradient, ("CPU", "CUDA"))
     def _(hidden: torch.Tensor, weight: torch.Tensor, loss: torch.Tensor, by_hidden: torch.Tensor) -> torch.Tensor:
         return loss.clone()
 
-    @torch.library.register_fake(glue)
+    @torch.library.register_fake(attach_gradient)
     def _(hidden: torch.Tensor, weight: torch.Tensor, loss: torch.Tensor, by_hidden: torch.Tensor) -> torch.Tensor:
         return torch.empty_like(loss)
 
@@ -305,7 +301,7 @@ def _register_addition() -> None:
         factor = grad.masked_fill(grad != 1, float("nan"))
         return (_scaled(by_hidden, factor, by_hidden.dtype) if ctx.needs_input_grad[0] else None), None, None, None
 
-    torch.library.register_autograd(glue, backward, setup_context=setup_context)
+    torch.library.register_autograd(attach_gradient, backward, setup_context=setup_context)
 
 
 if native.load_error() is None:

@@ -1,5 +1,7 @@
 """Multi-token loss in one pass over the logits: the operator, its autograd formula, shapes for tracing, and its vocabulary-parallel form.
 
+Training uses `fused_linear_loss`; this operator takes logits that exist already.
+
 In: logits (or a vocabulary shard of them) and K labels for each row. Out: a loss for each label and the log-sum-exp of each row, so that
 the caller can weight, mask and normalize. The kernels compute 2 + K floats for each row (largest logit, sum of exponentials, label logits);
 vocabulary shards exchange only these, once.

@@ -1,4 +1,4 @@
-"""The operators as plain formulas: the reference of the fused kernels, and the fallback where these are not built.
+"""The operators as plain formulas: the reference for the fused kernels, and the fallback if they are not built.
 
 In: weights, ids, logits, labels. Out: patch embeddings and loss sums. K = 1 uses the same code and gives the bits of an ordinary language
 model (`F.embedding`, `F.cross_entropy`).

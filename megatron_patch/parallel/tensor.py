@@ -4,7 +4,7 @@ In: activations. Out: the same activations, reduced, gathered or scattered over 
 The first half of a layer is column-parallel and needs all of the input (`copy_to_tensor_parallel`); the second half is row-parallel and
 computes a partial sum on each rank (`reduce_from_tensor_parallel`). With sequence parallelism the residual stream between layers is
 sharded along positions: the first function gathers the positions and the second reduce-scatters them. Together they send as many bytes
-as the all-reduce that they replace.
+as the all-reduce that they replace. Which part of a weight a rank holds is decided in model/sharding.py.
 """
 
 from __future__ import annotations

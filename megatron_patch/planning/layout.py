@@ -20,11 +20,11 @@ class Layout:
 
     Args:
         ranks: total number of ranks.
-        tensor: tensor parallel size.
-        pipeline: pipeline parallel size.
+        tensor: tensor-parallel size.
+        pipeline: pipeline-parallel size.
         sequence_parallel: whether norms and the residual stream are sharded along positions.
         zero_level: ZeRO level, 0 to 3.
-        precision: of weights and activations.
+        precision: dtype of weights and activations.
         recompute: which activations the backward pass recomputes.
         balance: quantity that is divided evenly among pipeline ranks.
         balance_positions: positions per sample, used when FLOPs are balanced.

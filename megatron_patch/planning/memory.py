@@ -1,8 +1,9 @@
 """Peak memory of a rank during a step, in bytes, by part.
 
 In: model, layout, stage, pipeline rank. Out: `Memory`. Weights, optimizer states and saved activations are **counted**, tensor by tensor:
-what DeepSpeed's engines keep and what torch's autograd saves for this model's operators (tests compare them with torch). Gradients in
-flight, the loss, buffers and fragmentation are **estimated**: their sizes are known, but not whether they coincide.
+what DeepSpeed's engines keep and what torch's autograd saves for this model's operators (tests/planning/test_memory.py and
+tests/distributed/test_memory.py compare them with torch). Gradients in flight, the loss, buffers and fragmentation are **estimated**: their
+sizes are known, but not which of them are in memory at the same time.
 
 The peak is at one of two moments: at the start of the backward pass of a step's last micro-batch, when all activations and the accumulated
 gradients are in memory; or in the optimizer step, when gradients are reduced through flat copies.
@@ -68,7 +69,7 @@ COUNTED_PARTS = frozenset({"weights", "optimizer", "activations"})
 def rank_parameters(shape: ModelShape, layout: Layout, layers: range) -> int:
     """Returns the exact number of parameters of each rank that holds these layers, including its share of the vocabulary's padding.
 
-    All tensor parallel ranks of a layer hold the same number: matrices are sharded evenly; norms and unsharded keys are replicated.
+    All tensor-parallel ranks of a layer hold the same number: matrices are sharded evenly; norms and unsharded keys are replicated.
     """
     sizes = parameters_of_layers(shape, layers)
     return sum(shard_numel(name, size, shape, layout.tensor) for name, size in sizes.items())
@@ -93,18 +94,19 @@ def saved_by_block(shape: ModelShape, layout: Layout, samples: int, positions: i
     hidden = shape.hidden_size
     queries = shape.num_attention_heads * shape.head_size // t
     keys = shape.num_query_groups * shape.head_size // (t if shards_key_value(shape, t) else 1)
-    used_keys = keys if shards_key_value(shape, t) else shape.head_size
+    # A rank with all key heads selects the one that its queries attend to; attention saves only that head.
+    attended_keys = keys if shards_key_value(shape, t) else shape.head_size
     if shape.normalization == "RMSNorm":
         # In float32 the normalized input is not copied; in 16 bits a float32 copy of the input is saved instead of the input.
         norms = 2 * norm_rows * ((4 + e) * hidden + 4)
     else:
         norms = 2 * norm_rows * (e * hidden + 8)
     inputs = 2 * rows * e * hidden
-    attention = rows * e * (2 * queries + 2 * used_keys)
+    attention = rows * e * (2 * queries + 2 * attended_keys)
     if layout.recompute != "selective":
         attention += rows * 4 * (shape.num_attention_heads // t)
     if shape.qk_norm:
-        heads = (queries + used_keys) // shape.head_size
+        heads = (queries + attended_keys) // shape.head_size
         attention += rows * heads * ((4 + e) * shape.head_size + 4)
     inner = rows * e * shape.ffn_hidden_size // t * (4 if shape.activation == "swiglu" else 2)
     return norms + inputs + attention + inner
@@ -186,7 +188,7 @@ def rank_memory(
         layout: layout of the run.
         layers: layers that the rank holds.
         pipeline_rank: index of the rank in its pipeline.
-        stage: training stage.
+        stage: the stage.
         device: kind of device, which changes `loss_bytes` and the allowance for fragmentation.
     """
     parameters = rank_parameters(shape, layout, layers)

@@ -31,8 +31,8 @@ class PipelinePart:
         ranks: number of ranks with this pipeline rank.
         layers: their layers; 0 is the embedding, L + 1 the final norm and head.
         parameters: exact number of parameters of each rank.
-        memory: memory of each rank in the training stage that needs most.
-        fullest: name of that training stage.
+        memory: memory of each rank in the stage that needs most.
+        peak_stage: name of that stage.
     """
 
     pipeline_rank: int
@@ -40,7 +40,7 @@ class PipelinePart:
     layers: range
     parameters: int
     memory: Memory
-    fullest: str
+    peak_stage: str
 
     def describe(self, num_layers: int) -> str:
         """Returns the layers as text, such as "embedding, blocks 0-11"."""
@@ -56,17 +56,19 @@ def pipeline_parts(shape: ModelShape, plan: StagePlan, layout: Layout, device: L
     parts = []
     for rank, layers in enumerate(layout.layers_by_pipeline_rank(shape)):
         needs = [(rank_memory(shape, layout, layers, rank, stage, device), stage.name) for stage in plan.stages]
-        memory, fullest = max(needs, key=lambda need: need[0].total)
-        parts.append(PipelinePart(rank, layout.ranks // layout.pipeline, layers, rank_parameters(shape, layout, layers), memory, fullest))
+        memory, peak_stage = max(needs, key=lambda need: need[0].total)
+        parts.append(
+            PipelinePart(rank, layout.ranks // layout.pipeline, layers, rank_parameters(shape, layout, layers), memory, peak_stage)
+        )
     return parts
 
 
 @dataclass(frozen=True)
 class StageEstimate:
-    """A training stage on the planned hardware.
+    """A stage on the planned hardware.
 
     Args:
-        stage: the training stage.
+        stage: the stage.
         flops: exact FLOPs of all its steps.
         time: estimated time of one step.
         bubble: smallest possible share of a step in which the pipeline is idle.
@@ -133,11 +135,11 @@ class Plan:
 
     Args:
         shape: shape of the model.
-        plan: the training stages.
+        plan: the stages.
         layout: layout of the ranks.
         hardware: devices and links.
         parts: part of the model and memory by pipeline rank.
-        stages: time and traffic of each training stage.
+        stages: time and traffic of each stage.
         run: resources of the run.
         token_level: resources of token-level training on the same tokens.
         equal_cost: resources of token-level training with the same FLOPs.
@@ -208,7 +210,7 @@ class Plan:
                 "ranks": [
                     {
                         "pipeline_rank": part.pipeline_rank,
-                        "fullest_stage": part.fullest,
+                        "fullest_stage": part.peak_stage,
                         **{f"{name}_bytes": value for name, value in part.memory.to_json().items() if name not in COUNTED_PARTS},
                     }
                     for part in self.parts
@@ -251,7 +253,7 @@ def make_plan(
 
     Args:
         shape: shape of the model.
-        plan: the training stages.
+        plan: the stages.
         layout: layout of the ranks.
         hardware: devices and links.
         token_positions: positions per sample of the token-level training that the run is compared with.

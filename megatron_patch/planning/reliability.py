@@ -92,7 +92,7 @@ class Interruptions:
 
 @dataclass(frozen=True)
 class StageWork:
-    """A training stage for the simulation: its number of steps and the seconds of one step."""
+    """A stage for the simulation: its number of steps and the seconds of one step."""
 
     name: str
     steps: int

@@ -78,8 +78,8 @@ def _powers(limit: int) -> list[int]:
 def layout_choices(ranks: int, hardware: Hardware) -> Iterator[LayoutChoice]:
     """Yields the layouts to try.
 
-    Tensor parallel sizes are powers of two up to a node, with sequence parallelism; pipeline sizes are powers of two; ZeRO is 1 to 3
-    without a pipeline, else 1; micro-batches are 1, 2, 4 and 8; each with full recomputation and without.
+    Tensor-parallel sizes are powers of two up to a node, with sequence parallelism; pipeline-parallel sizes are powers of two; ZeRO is 1 to
+    3 without a pipeline, else 1; micro-batches are 1, 2, 4 and 8; each with full recomputation and without.
     """
     for tensor, pipeline in itertools.product(_powers(hardware.node_devices), _powers(min(64, ranks))):
         if ranks % (tensor * pipeline) == 0:

@@ -114,7 +114,7 @@ def print_tables(plan: Plan, console: Console) -> None:
     )
     need, available = plan.fullest.memory.total / GIB, plan.hardware.memory_gib
     if plan.fits:
-        console.print(f"[bold]Memory[/bold] ~{need:.1f} of {available:.1f} GiB on the fullest rank, in stage {plan.fullest.fullest}")
+        console.print(f"[bold]Memory[/bold] ~{need:.1f} of {available:.1f} GiB on the fullest rank, in stage {plan.fullest.peak_stage}")
     else:
         console.print(
             f"[bold red]Memory[/bold red] ~{need:.1f} GiB on the fullest rank, but a device has {available:.1f} GiB; --search lists the "

@@ -1,8 +1,8 @@
 """The time of a step, **estimated** from counted FLOPs and traffic and from the efficiencies of the hardware.
 
-In: model, layout, stage, hardware. Out: `StepTime`. For each micro-batch a pipeline rank computes its layers, reduces over its tensor
-parallel ranks without overlap, and sends the result. The slowest pipeline rank sets the pace; (p - 1) more micro-batches of it fill and
-drain the pipeline (Narayanan et al., arXiv 2104.04473, section 2.2). Gradient communication partly overlaps the backward pass. The
+In: model, layout, stage, hardware. Out: `StepTime`. For each micro-batch a pipeline rank computes its layers, reduces over its
+tensor-parallel ranks without overlap, and sends the result. The slowest pipeline rank sets the pace; (p - 1) more micro-batches of it fill
+and drain the pipeline (Narayanan et al., arXiv 2104.04473, section 2.2). Gradient communication partly overlaps the backward pass. The
 optimizer step reads and writes its states once.
 """
 
@@ -88,7 +88,7 @@ def step_time(shape: ModelShape, layout: Layout, stage: Stage, hardware: Hardwar
     Args:
         shape: shape of the model.
         layout: layout of the run.
-        stage: training stage.
+        stage: the stage.
         hardware: devices and links.
     """
     micro_batches = stage.gradient_accumulation(layout.data)

@@ -45,8 +45,8 @@ def traffic(shape: ModelShape, layout: Layout, layers: range, stage: Stage, hard
         shape: shape of the model.
         layout: layout of the run.
         layers: layers of a pipeline rank.
-        stage: training stage.
-        hardware: for its number of devices per node.
+        stage: the stage.
+        hardware: the hardware, whose number of devices per node is used.
     """
     micro_batches = stage.gradient_accumulation(layout.data)
     hidden = layout.element_bytes * stage.micro_batch_size * stage.positions * shape.hidden_size

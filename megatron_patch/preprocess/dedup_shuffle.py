@@ -56,7 +56,7 @@ def dedup_and_shuffle(source: str, output: str, dedup: bool, shuffle_seed: int |
         source: dataset prefix to read.
         output: dataset prefix to write.
         dedup: leave out documents whose tokens equal those of an earlier one.
-        shuffle_seed: of the random order; None: the order of the source.
+        shuffle_seed: seed of the random order; None: the order of the source.
         scratch: folder for temporary files; it is removed.
 
     Returns:
@@ -116,7 +116,7 @@ class _Dropped:
     """The indices of documents that are left out, in one file per range of indices.
 
     Args:
-        folder: of the files; None: no document is left out.
+        folder: folder of the files; None: no document is left out.
     """
 
     def __init__(self, folder: Path | None) -> None:

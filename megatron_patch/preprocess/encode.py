@@ -1,8 +1,8 @@
-"""From the texts of a batch to token arrays, in a worker.
+"""Encodes the texts of a batch as token arrays, in a worker.
 
 In: a `ParsedBatch`. Out: an `EncodedBatch`: for each key the ids of all documents and the documents' lengths, with beginning, end and
-padding tokens added, and what was left out. A fast encoder (fast_encoder.py) encodes wherever it agrees with the reference tokenizer: on
-adversarial strings, on the first documents of this input, and on one document of every later batch or so. After a single
+padding tokens added, and what was left out. A fast encoder (fast_encoder.py) encodes as long as it agrees with the reference tokenizer:
+on adversarial strings, on the first documents of this input, and then on one document about every 262,000 characters. After a single
 disagreement the reference encodes everything.
 """
 
@@ -24,9 +24,9 @@ from megatron_patch.raw_text.parse_documents import ParsedBatch
 from megatron_patch.tokenizers.base import Tokenizer, load_tokenizer
 from megatron_patch.tokenizers.tiktoken import PATTERNS
 
-# The reference is slow, and most of a run may be long documents: at most this much of a document is compared with it.
+# Largest part of one document to compare with the reference, which is slow.
 _CHECKED_CHARS = 500
-_CHECKED_AT_START = 32  # documents that each process compares before it compares one now and then
+_CHECKED_AT_START = 32  # documents that each process compares before it compares one per `_CHECKED_EVERY` characters
 _CHECKED_EVERY = 1 << 18  # characters between two comparisons; a batch has more unless its files are small
 
 
@@ -35,7 +35,7 @@ def _count_chars(text: str | LargeText) -> int:
 
 
 class FastEncoderDisagrees(Exception):
-    """During a run the fast encoder gave other ids than the reference tokenizer. The argument is the start of the text."""
+    """The fast encoder returned other ids than the reference tokenizer during a run. The argument is the start of the text."""
 
 
 @dataclass(frozen=True)
@@ -43,20 +43,20 @@ class EncodeSettings:
     """How to encode.
 
     Args:
-        tokenizer_type: as for `load_tokenizer`.
+        tokenizer_type: the kind of tokenizer, as for `load_tokenizer`.
         tokenizer_model: the tokenizer's file or folder.
         vocab_file: vocab.json of GPT2BPETokenizer.
         merge_file: merges.txt of GPT2BPETokenizer.
-        vocab_size: of NullTokenizer.
+        vocab_size: vocabulary size of NullTokenizer.
         eod_token: the end-of-document token, if it has none of the usual names.
-        tiktoken_pattern: of TikTokenizer.
-        special_tokens: of TikTokenizer.
-        keys: JSON keys of the text, with dots for nested ones.
+        tiktoken_pattern: pattern by which TikTokenizer splits text.
+        special_tokens: special tokens of TikTokenizer.
+        keys: JSON keys that hold the text, with dots for nested keys.
         append_eod: ends each document with the end-of-document token.
         prepend_bos: begins each document with the beginning-of-sequence token.
         patch_align: pads each document with end-of-document tokens to a multiple of this many tokens.
-        dtype: of the token ids, by its NumPy name.
-        backend: "auto" or "reference", as for `make_fast_encoder`.
+        dtype: NumPy name of the dtype of the token ids.
+        backend: "auto" or "reference"; `make_fast_encoder` explains them.
         min_chars: documents with fewer characters are left out.
         max_chars: documents with more characters are left out.
         min_tokens: documents with fewer tokens are left out; added tokens do not count.
@@ -88,7 +88,7 @@ class EncodedColumn:
     """The encoded documents of one key.
 
     Args:
-        tokens: of all documents, one after another, with added tokens.
+        tokens: tokens of all documents, one after another, with added tokens.
         lengths: int64, the number of tokens of each document.
     """
 
@@ -104,7 +104,7 @@ class EncodedBatch:
         source: the path of its input.
         file: index of the input.
         next_unit: the unit of the input after the batch.
-        fraction: of the input that has been read after the batch.
+        fraction: share of the input that has been read after the batch, from 0 to 1.
         start: the first byte of the batch in its file; None if it is not known.
         lines: lines of the batch, to compute the line numbers of later batches.
         bytes: size of the batch.
@@ -182,7 +182,7 @@ class Encoder:
 
     Args:
         settings: how to encode.
-        tokenizer: from `load_checked_tokenizer` for these settings; None: it is loaded here.
+        tokenizer: the tokenizer that `load_checked_tokenizer` returned for these settings; None: it is loaded here.
 
     Raises:
         DataError: as `load_checked_tokenizer`.
@@ -296,7 +296,7 @@ class Encoder:
         return self.add_special_tokens(ids, lengths)
 
     def _check(self, texts: Sequence[str], ids: npt.NDArray[np.uint32], lengths: npt.NDArray[np.int64]) -> None:
-        """Compares documents with the reference: many at the start, then one now and then. Of a long document a part is compared."""
+        """Compares documents with the reference: many at the start, then one per `_CHECKED_EVERY` characters; of a long one only a part."""
         self._unchecked += sum(map(len, texts))
         count = max(_CHECKED_AT_START - self._checked_before - self._checked, int(self._unchecked >= _CHECKED_EVERY))
         if count <= 0:
@@ -335,10 +335,10 @@ class Encoder:
         return -(-delimited // self.settings.patch_align) * self.settings.patch_align
 
     def add_special_tokens(self, ids: npt.NDArray[np.uint32], lengths: npt.NDArray[np.int64]) -> EncodedColumn:
-        """Adds beginning and end tokens to each document, and pads it to a multiple of `patch_align` tokens, as the settings say.
+        """Adds beginning and end tokens to each document, and pads it to a multiple of `patch_align` tokens, according to the settings.
 
         Args:
-            ids: of all documents, one after another.
+            ids: token ids of all documents, one after another.
             lengths: int64, the number of ids of each document.
         """
         settings = self.settings

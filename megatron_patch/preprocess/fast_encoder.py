@@ -37,7 +37,7 @@ def adversarial_strings(seed: int = 0, count: int = 300) -> list[str]:
     combining marks.
 
     Args:
-        seed: of the random combinations.
+        seed: seed of the random combinations.
         count: number of random combinations, in addition to each part by itself.
     """
     words = [

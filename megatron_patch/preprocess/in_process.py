@@ -19,9 +19,9 @@ class InProcessEncoder:
     Args:
         work: the batches.
         settings: how to encode.
-        tokenizer: from `load_checked_tokenizer` for these settings.
+        tokenizer: the tokenizer that `load_checked_tokenizer` returned for these settings.
         writers: one for each key.
-        prefetch: with threads. Without threads if there is no core for them, or if the input is a pipe that may never end.
+        prefetch: whether threads read and encode ahead; False if no core is free, or if the input is a pipe that may never end.
     """
 
     def __init__(

@@ -37,12 +37,12 @@ class MergeResult:
     Args:
         output: the dataset prefix of the result.
         shards: number of shards.
-        sequences: in the result.
-        documents: in the result.
-        tokens: in the result.
-        duplicates: documents left out because an earlier one is equal.
-        bytes: of the result's .bin and .idx.
-        side_file: whether the result has a metadata file: it does if every shard has one.
+        sequences: number of sequences in the result.
+        documents: number of documents in the result.
+        tokens: number of tokens in the result.
+        duplicates: number of documents left out because an earlier one is equal.
+        bytes: size of the result's .bin and .idx.
+        has_metadata: whether the result has a metadata file; it has one if every shard has one.
     """
 
     output: str
@@ -78,7 +78,7 @@ def merge_datasets(
     """Merges datasets, one after another.
 
     Args:
-        prefixes: of the shards, in order.
+        prefixes: dataset prefixes of the shards, in order.
         output: the dataset prefix of the result.
         overwrite: replace an existing result.
         dedup: leave out documents whose tokens equal those of an earlier one.

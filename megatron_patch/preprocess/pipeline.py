@@ -1,7 +1,7 @@
 """A preprocessing run: batches are encoded, in worker processes or in this one, and written in the order of the input.
 
 In: input files and settings. Out: PREFIX_KEY_document.bin, .idx and .json, and a summary. The number of batches in memory is limited,
-whatever the size of the input. Output has temporary names until all of it is written. A progress log has a record now and then; a run
+whatever the size of the input. Output has temporary names until all of it is written. A progress log has records at intervals; a run
 that was killed resumes from it.
 """
 
@@ -115,12 +115,12 @@ def preprocess(
         workers: number of processes that encode.
         on_bad_line: leave bad lines out and list them, or stop at the first one.
         overwrite: replace existing outputs and the files of an unfinished run.
-        resume: resume an unfinished run, if there is one; a run that is finished is left as it is.
+        resume: resume an unfinished run, if there is one; nothing is done for a finished run.
         shard: (i, n): process only part i of n of the input, which may be empty.
-        separator: between the documents of a .txt; None: each file is one document.
+        separator: bytes between the documents of a .txt file; None: each file is one document.
         dedup: leave out documents whose tokens equal those of an earlier one of the same output.
         shuffle_seed: write documents in a random order; None: in the order of the input.
-        save_seconds: time between two points from which the run can resume.
+        save_seconds: seconds between two records from which the run can resume.
         progress: receives the progress after each batch.
         notice: receives messages for the user.
 
@@ -173,9 +173,12 @@ def preprocess(
     except FastEncoderDisagrees as disagreement:
         if not run.resumable:
             raise DataError(
-                f"the fast encoder gave other ids than the reference for {str(disagreement)!r}", do="use --backend reference"
+                f"the fast encoder returned other ids than the reference tokenizer for {str(disagreement)!r}", do="use --backend reference"
             ) from None
-        notice(f"the fast encoder gave other ids than the reference for {str(disagreement)!r}; starting again with the reference only")
+        notice(
+            f"the fast encoder returned other ids than the reference tokenizer for {str(disagreement)!r}; starting again with the "
+            "reference tokenizer only"
+        )
         settings = replace(settings, backend="reference")
         progress_log_path(output_prefix).unlink(missing_ok=True)
         return _run(run, settings, tokenizer, known, Record(distrusted=True))

@@ -1,6 +1,6 @@
-"""The progress log of a run, from which a run that was killed resumes.
+"""The progress log of a preprocessing run, from which a killed run resumes.
 
-In: now and then, after the output so far was forced to disk, the progress of input and output. Out: the last such record. The log is
+In: at intervals, after the output so far was forced to disk, the progress of input and output. Out: the last such record. It is
 PREFIX_progress.jsonl: the first line describes the input and the settings, and each further line is a record; an incomplete last line, as
 after a crash, is ignored. Resuming truncates the output to the last record and continues reading from there, so that the result is that of
 an uninterrupted run.
@@ -156,8 +156,8 @@ class ProgressLog:
     """Writes the progress log of a run.
 
     Args:
-        path: its file.
-        identity: of the run, as `identity` returns it.
+        path: path of the file.
+        identity: identity of the run, as `identity` returns it.
         begin: the record that the run resumes from; None: it starts from the beginning.
 
     Raises:

@@ -28,19 +28,19 @@ class Summary:
 
     Args:
         outputs: the prefixes of the datasets that were written.
-        documents: in all outputs.
-        tokens: in all outputs.
-        bytes: of decompressed input.
+        documents: number of documents in all outputs.
+        tokens: number of tokens in all outputs.
+        bytes: number of bytes of decompressed input.
         bad_lines: lines left out because they hold no valid document.
         empty: documents left out because they have no token.
         filtered: documents left out because they are too short or too long.
         duplicates: documents left out because an earlier one is equal.
-        dtype: of the token ids.
-        vocab_size: of the tokenizer.
-        largest_id: of the texts; all ids were checked to be in the vocabulary. None: nothing was encoded.
+        dtype: dtype of the token ids.
+        vocab_size: vocabulary size of the tokenizer.
+        largest_id: largest token id of the texts; all ids were checked to be in the vocabulary. None: nothing was encoded.
         eod_id: the id of the end-of-document token, or None.
-        tokens_per_document: of the first output: 5 %, 50 % and 95 % quantiles, and the longest.
-        backend: what encoded.
+        tokens_per_document: lengths in the first output: 5 %, 50 % and 95 % quantiles, and the longest.
+        backend: name of the encoder.
         checked: documents for which the fast encoder was compared with the reference, all with the same result.
         seconds: time spent, including the time before the run was resumed.
         resumed_at: bytes that had been read when the run was resumed; 0: it was not resumed.
@@ -80,7 +80,7 @@ class LengthSample:
     """The distribution of document lengths in bounded memory: a histogram whose bins are eighths of powers of two.
 
     Args:
-        counts: of an earlier histogram, from `to_json`.
+        counts: counts of an earlier histogram, as `to_json` returned them.
         longest: the longest document of the earlier histogram.
     """
 
@@ -150,7 +150,7 @@ class BadLines:
     """Writes the list of bad lines: file, line, byte and reason. Lines are counted from where this run, or its shard, started in the file.
 
     Args:
-        path: of the list.
+        path: path of the list.
         policy: "skip" lists bad lines; "fail" stops at the first one.
         file: index of the input that is being read.
         line: lines of this input that have been read.

@@ -37,7 +37,7 @@ def train_tokenizer(inputs: Sequence[str], output: str, vocab_size: int, key: st
         output: the folder to write to.
         vocab_size: number of ids, which include the 256 bytes and the end-of-document token.
         key: JSON key of the text.
-        max_bytes: of text to read.
+        max_bytes: largest number of bytes of text to read.
 
     Returns:
         The path of tokenizer.json.

@@ -90,7 +90,7 @@ class WordCache:
 
     Args:
         tokenizer: a tokenizer that `supports` accepts.
-        max_bytes: of the table, after which it is cleared. The texts of one call may exceed it.
+        max_bytes: size of the table at which it is cleared. The texts of one call may exceed it.
 
     Raises:
         OSError: the table was not compiled.

@@ -1,4 +1,4 @@
-"""Worker processes: hands batches to them, and puts their results into the order of the input.
+"""Runs worker processes: sends them batches, and returns their results in the order of the input.
 
 In: batches in order, and one writer for each key. Out: the result of each batch, in the same order. A worker reports how many tokens a
 batch has, receives the byte from which to write them, and writes them itself (worker_process.py), so that throughput grows with the number
@@ -131,7 +131,7 @@ class Workers:
         work: the batches; only as many are read as the workers need.
         count: the number of processes, from 1.
         settings: how to encode.
-        tokenizer: from `load_checked_tokenizer` for these settings.
+        tokenizer: the tokenizer that `load_checked_tokenizer` returned for these settings.
         writers: one for each key.
     """
 

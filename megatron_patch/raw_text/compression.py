@@ -1,4 +1,7 @@
-"""Decompresses files. In: an open file. Out: a stream of the decompressed bytes. A truncated file raises an error; it never just ends."""
+"""Decompresses files.
+
+In: an open file. Out: a stream of the decompressed bytes. A truncated file raises an error; it is never taken for a complete file.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ def open_compressed(file: BinaryIO, path: str) -> BinaryIO:
         EOFError: the file is empty, which no compressed file is.
     """
     if os.fstat(file.fileno()).st_size == 0:
-        raise EOFError("the file is empty, so it is not a compressed file")
+        raise EOFError("the file is empty; not a valid compressed file")
     suffix = Path(path).suffix
     if suffix == ".gz":
         try:

@@ -1,4 +1,4 @@
-"""Which files are read, and which part of each, on one machine or on one of many.
+"""Chooses which files a run reads, and which part of each, on one machine or on one of several.
 
 In: the user's paths and globs, or "-". Out: `FileRange`s in order. The ranges of all shards of a run, in order, cover all of the input, so
 that the shards' outputs, merged in order, are what a single run writes.
@@ -46,7 +46,7 @@ def inner_suffix(path: str) -> str:
 
 
 def expand(inputs: Sequence[str]) -> list[str]:
-    """Expands paths and globs to a list of files: in the order given, the files of a glob by name.
+    """Expands paths and globs to a list of files, in the given order; the files of a glob are sorted by name.
 
     Raises:
         DataError: a file does not exist, a glob matches nothing, or a suffix is not supported.
@@ -82,8 +82,8 @@ def shard_inputs(files: Sequence[str], number: int, count: int) -> list[FileRang
 
     Args:
         files: all inputs.
-        number: of the shard, from 0.
-        count: the number of shards.
+        number: index of the shard, from 0.
+        count: number of shards.
 
     Raises:
         DataError: the shard does not exist, or the input is standard input, which cannot be split.
@@ -109,7 +109,7 @@ def shard_inputs(files: Sequence[str], number: int, count: int) -> list[FileRang
 
 
 def parse_shard(text: str, environment: Mapping[str, str]) -> tuple[int, int]:
-    """Parses --shard: i/n, slurm/n (i is the task of the Slurm array), or slurm (n is the size of the array, too).
+    """Parses --shard: i/n, slurm/n (i is the task of the Slurm array), or slurm (i and n are the task and the size of the array).
 
     Args:
         text: the value of the flag.

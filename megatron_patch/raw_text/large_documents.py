@@ -3,7 +3,7 @@
 In: an open text file. Out: `LargeText`, whose pieces are decoded one at a time. Compared with reading a text of 200 MB as one string, this
 divides the peak memory of preprocessing by 2.4 for Llama-3, 2.6 for Qwen3 and 6.1 for Mistral's SentencePiece model
 (benchmarks/results/preprocess_large-cpu-2026-11-30.json). JSON lines, tables and compressed files hold no documents of this size in
-practice, and are read as a whole.
+practice, and are read in one piece.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class LargeText:
     """The text of a file, which is not read yet.
 
     Args:
-        file: open for reading.
+        file: the file, open for reading.
         size: bytes of the text, from the start of the file.
     """
 

@@ -31,10 +31,10 @@ def row_batches(path: str, keys: Sequence[str], start: int, batch_bytes: int) ->
     """Yields the rows from index `start` on.
 
     Args:
-        path: of the Parquet file.
+        path: path of the Parquet file.
         keys: the columns to read, with dots for nested ones.
         start: index of the first row.
-        batch_bytes: of text that a batch should have, approximately.
+        batch_bytes: approximate number of bytes of text in a batch.
 
     Yields:
         The rows as an Arrow stream, the index of the row after them, the fraction of the file read so far.

@@ -1,4 +1,4 @@
-"""From a batch of bytes to documents.
+"""Parses a batch of bytes into documents.
 
 In: a `Batch` and the keys of the text. Out: for each document its texts, one for each key, or the reason why it is left out.
 """
@@ -59,8 +59,8 @@ def iterate_documents(batch: Batch, keys: Sequence[str], line_counts: list[int])
     """Yields the documents of a batch. Blank lines are skipped.
 
     Args:
-        batch: is read here.
-        keys: of the text, with dots for nested ones. Plain text without keys is the same under every key.
+        batch: the batch, which is read here.
+        keys: JSON keys that hold the text, with dots for nested keys. Plain text without keys is the same under every key.
         line_counts: the number of lines (or rows, or separated documents) is appended at the end.
 
     Raises:

@@ -1,7 +1,7 @@
-"""From ranges of the input to batches of documents, in order.
+"""Reads ranges of the input as batches of documents, in order.
 
-In: `FileRange`s. Out: `Batch`es of about a megabyte: a byte range of a plain file, which a worker reads itself, or the bytes themselves if
-they come out of a compressed file, a table or a pipe. A batch ends where a document ends.
+In: `FileRange`s. Out: `Batch`es of about a megabyte: the byte range of a plain file, which a worker reads later, or the bytes if they come
+from a compressed file, a table or a pipe. A batch ends where a document ends.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from megatron_patch.raw_text.large_documents import LARGE_BYTES
 from megatron_patch.raw_text.parquet import row_batches
 
 BATCH_BYTES = 1 << 20
-# A plain file is split into about _MAX_BATCHES batches of at most _LARGER times the usual size: fewer batches cost less to hand out.
+# A plain file is split into about _MAX_BATCHES batches of at most _LARGER times the usual size: fewer batches cost less to send to workers.
 _LARGER, _MAX_BATCHES = 4, 256
 _NEWLINE = b"\n"
 
@@ -36,12 +36,12 @@ class Batch:
         kind: JSON lines, text (separated documents, or one), or rows of a table as an Arrow stream.
         file: index of the input.
         next_unit: the unit of the input (see `FileRange`) after this batch, from which reading can continue.
-        fraction: of the input that has been read after this batch, from 0 to 1.
-        separator: between documents; None: the batch is one document.
+        fraction: share of the input that has been read after this batch, from 0 to 1.
+        separator: bytes between documents; None: the batch is one document.
         data: the documents, if they have been read already.
         path: otherwise, the file that holds them.
-        start: first byte there.
-        end: byte after the last.
+        start: first byte of the documents in that file.
+        end: byte after the last one.
     """
 
     source: str
@@ -69,7 +69,7 @@ class Batch:
         """Opens the file that holds the documents.
 
         Raises:
-            DataError: it cannot be read any more, or has become shorter.
+            DataError: the file can no longer be read, or has become shorter.
         """
         try:
             file = open(self.path, "rb")
@@ -83,7 +83,7 @@ class Batch:
         """Returns the documents as bytes.
 
         Raises:
-            DataError: as `open`.
+            DataError: the file can no longer be read, or has become shorter.
         """
         if self.data is not None:
             return self.data
@@ -103,7 +103,7 @@ class Batch:
         )
 
     def unreadable(self, error: OSError) -> DataError:
-        """Returns the error for a file that cannot be read any more."""
+        """Returns the error for a file that can no longer be read."""
         return DataError(
             f"{self.source} cannot be read: {error.strerror or error}",
             "files that stay readable while they are preprocessed",
@@ -115,9 +115,9 @@ class _StreamSplitter:
     """Splits a stream between documents.
 
     Args:
-        source: for messages.
+        source: path of the input, for messages.
         kind: lines or text.
-        separator: between documents; None: the stream is one document.
+        separator: bytes between documents; None: the stream is one document.
         file: index of the input.
     """
 
@@ -150,11 +150,12 @@ class _StreamSplitter:
             yield last
 
     def _last_boundary(self, piece: bytes) -> int:
-        """The byte after the last separator, or 0. Searched from the left: separators that overlap differ when searched from the right."""
+        """Returns the position after the last separator, or 0 without one."""
         if self._separator is None:
             return 0
         if len(self._separator) == 1:
             return piece.rfind(self._separator) + 1
+        # Search from the left: with overlapping separators, a search from the right finds other boundaries.
         tail = piece.split(self._separator)[-1]
         return len(piece) - len(tail) if len(tail) < len(piece) else 0
 
@@ -170,7 +171,7 @@ def _fraction_read(file: BinaryIO, path: str) -> Callable[[], float]:
 
 
 def _skip(stream: BinaryIO, count: int) -> bytes:
-    """Skips bytes that were processed before. Returns the bytes after them that came with them: a stream may return more than requested."""
+    """Skips bytes that were processed before. Returns any extra bytes that were read past them."""
     while count > 0:
         piece = stream.read(min(count, BATCH_BYTES))
         if not piece:
@@ -232,8 +233,8 @@ def read_batches(
 
     Args:
         parts: the input.
-        keys: of the text; only these columns of a table are read.
-        separator: between the documents of a .txt; None: each file is one document.
+        keys: JSON keys that hold the text; of a table, only these columns are read.
+        separator: bytes between the documents of a .txt file; None: each file is one document.
         resume: (index of the input, unit in it) to start at, as in a batch's `file` and `next_unit`; None: the start of the input.
 
     Raises:

@@ -1,0 +1,1 @@
+"""Tokenizers: one interface, and a loader for each kind of tokenizer file."""

@@ -1,4 +1,4 @@
-"""Which tokenizers there are, and how one is loaded. In: a type and local files. Out: a `Tokenizer` (`tokenizers.interface`).
+"""Registers the tokenizers, and loads one. In: a type and local files. Out: a `Tokenizer` (`tokenizers.interface`).
 
 Hugging Face's `tokenizers`, `sentencepiece` and `tiktoken` are the references. Preprocessing encodes with the faster `fastokens` where
 that is installed and agrees with the reference (`preprocess.fast_encoder`).
@@ -41,7 +41,7 @@ TOKENIZERS: dict[str, Callable[[TokenizerOptions], Tokenizer]] = {
     "TikTokenizer": load_tiktoken,
     "NullTokenizer": load_null,
 }
-"""The loaders of --tokenizer-type by name; a launcher script may add its own.
+"""The loaders of --tokenizer-type by name; your own script may add loaders.
 
 A loader takes the options that were given, returns a `Tokenizer`, and raises DataError where its files are missing or damaged."""
 
@@ -62,12 +62,12 @@ def load_tokenizer(
     Args:
         tokenizer_type: a name in `TOKENIZERS`.
         tokenizer_model: its file or folder; for GPT2BPETokenizer also a vocab.json whose merges file is given or lies next to it.
-        vocab_file: as in `TokenizerOptions`, like the following ones.
-        merge_file: see there.
-        vocab_size: see there.
-        eod_token: see there.
-        tiktoken_pattern: see there.
-        special_tokens: see there.
+        vocab_file: this and the arguments below are explained in `TokenizerOptions`.
+        merge_file: see `TokenizerOptions`.
+        vocab_size: see `TokenizerOptions`.
+        eod_token: see `TokenizerOptions`.
+        tiktoken_pattern: see `TokenizerOptions`.
+        special_tokens: see `TokenizerOptions`.
 
     Raises:
         DataError: an unknown type, or files that are missing or damaged.
@@ -81,8 +81,8 @@ def load_from_metadata(metadata: Mapping[str, Any], tokenizer_type: str | None =
 
     Args:
         metadata: entries of the metadata file; may be empty.
-        tokenizer_type: as the user gives it, or None.
-        tokenizer_model: as the user gives it, or None; for example because the files have moved.
+        tokenizer_type: the type that the user gave, or None.
+        tokenizer_model: the file or folder that the user gave, for example because the files have moved; or None.
 
     Raises:
         ConfigError: no tokenizer is known, or the pattern of a TikTokenizer is not.
@@ -116,8 +116,8 @@ def load_tokenizer_for_display(known: tuple[str, str] | None, tokenizer_type: st
 
     Args:
         known: type and model in the metadata file; None without a metadata file.
-        tokenizer_type: as the user gives it, or None.
-        tokenizer_model: as the user gives it, or None.
+        tokenizer_type: the type that the user gave, or None.
+        tokenizer_model: the file or folder that the user gave, or None.
 
     Returns:
         None where no tokenizer is known, or the one of the metadata file cannot be loaded; the caller prints token ids then.
@@ -144,8 +144,8 @@ def tokenizer_of_checkpoint(
 
     Args:
         data_metadata: the metadata of the training data, as the checkpoint holds it; may be empty.
-        tokenizer_type: as the user gives it, or None.
-        tokenizer_model: as the user gives it, or None.
+        tokenizer_type: the type that the user gave, or None.
+        tokenizer_model: the file or folder that the user gave, or None.
         vocab_size: number of token ids of the model.
 
     Raises:

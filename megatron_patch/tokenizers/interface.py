@@ -1,4 +1,6 @@
-"""What every tokenizer can do, and what its loader is given. In: nothing. Out: `Tokenizer`, `TokenizerOptions`, and helpers on them.
+"""The interface of a tokenizer, and the options that its loader receives.
+
+In: nothing. Out: `Tokenizer`, `TokenizerOptions`, and helpers on them.
 
 No tokenizer adds beginning-of-sequence or end-of-document ids by itself; preprocessing adds them where they are requested.
 """

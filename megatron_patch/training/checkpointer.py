@@ -4,7 +4,7 @@ In: every rank's snapshot. Out: a checkpoint in the run's folder, published by r
 
 With --async-save the snapshot is a copy in host memory, and a thread writes it while training continues. The ranks agree on their progress
 by one small all-reduce for each step, which is started at the end of a step and read after the next, so that no rank waits for it. An error
-on any rank is raised on all ranks, at the same step. Both ways write the same files.
+on any rank is raised on all ranks, at the same step. Both modes write the same files.
 """
 
 from __future__ import annotations
@@ -170,7 +170,7 @@ class Checkpointer:
         return int(lowest)
 
     def _advance(self, attempt: _Attempt, agreed: int) -> list[SaveRecord]:
-        """Takes the step that follows from the progress that all ranks have reached; returns the checkpoint if that commits it."""
+        """Advances the attempt to the next state; returns its record once committed."""
         if agreed == _FAILED:
             self._fail(attempt)
         if agreed == _WRITTEN:
@@ -252,7 +252,7 @@ def make_checkpointer(run: RunConfig, plan: StagePlan, grid: Grid, device: torch
 
 
 def _retention(run: RunConfig, plan: StagePlan) -> Retention:
-    """Returns which checkpoints a run keeps: those that its options ask for, and the ends of its stages."""
+    """Returns which checkpoints a run keeps: those that its options request, and the ends of its stages."""
     options = run.options.checkpoint
     ends = frozenset(plan.first_step(index + 1) for index in range(len(plan.stages)))
     return Retention(

@@ -1,6 +1,6 @@
 """Computes the held-out loss at K = 1 and, in a patch stage, at the stage's K: two numbers that are never mixed.
 
-In: the engine with its present weights, and the held-out data. Out: two mean losses over the same tokens.
+In: the engine with its current weights, and the held-out data. Out: two mean losses over the same tokens.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def held_out_losses(
         data: the data of the run.
         stage: the stage that the run is in.
         seq_length: positions of a sample at K = 1.
-        tokens: number of tokens to score at most, at each K.
-        stop_reason: returns the reason to stop, or None; called between batches, by all ranks equally often.
+        tokens: largest number of tokens to score, at each K.
+        stop_reason: returns the reason to stop, or None; called between batches, the same number of times on each rank.
 
     Raises:
         EvaluationStopped: `stop_reason` returned a reason.

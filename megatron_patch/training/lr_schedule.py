@@ -1,7 +1,9 @@
 """Computes the learning rate as a function of tokens, over one stage or several.
 
-In: a plan, whose stages restart, continue or rewarm the schedule. Out: the learning rate of each step. The tokens of a step count for
-its own rate, so that the first step is not wasted at a rate of 0 and the last step reaches the minimum.
+In: a plan, whose stages restart, continue or rewarm the schedule. Out: the learning rate of each step. The rate of a step is evaluated at
+its end, so that the first step is not wasted at a rate of 0 and the last step reaches the minimum.
+
+A new style is a branch in `_decay` and a name in `stages.LrStyle`.
 """
 
 from __future__ import annotations
@@ -43,6 +45,8 @@ def _decay(shape: LrShape, done: float, length: float) -> float:
         # lr · sqrt(w / n) with n tokens in all and w of warm-up (Vaswani et al. 2017); without a warm-up w is one token.
         warmup = max(1, shape.warmup_tokens)
         return max(shape.min_lr, shape.lr * math.sqrt(warmup / (warmup + done)))
+    if shape.style != "WSD":
+        raise ValueError(f"unknown learning-rate style {shape.style!r}")
     tail = min(float(shape.wsd_decay_tokens), length)
     share = max(0.0, (done - (length - tail)) / tail) if tail > 0 else 0.0
     share = min(1.0, share)
@@ -52,8 +56,10 @@ def _decay(shape: LrShape, done: float, length: float) -> float:
         return shape.min_lr + span * 0.5 * (1.0 + math.cos(math.pi * share))
     if shape.wsd_decay_style == "minus-sqrt":
         return shape.min_lr + span * (1.0 - math.sqrt(share))
-    # Halving ten times over the decay, shifted to end at the minimum exactly.
-    return shape.min_lr + span * (2.0 ** (-10.0 * share) - 2.0**-10 * share)
+    if shape.wsd_decay_style == "exponential":
+        # Halving ten times over the decay, shifted to end at the minimum exactly.
+        return shape.min_lr + span * (2.0 ** (-10.0 * share) - 2.0**-10 * share)
+    raise ValueError(f"unknown style of WSD's decay {shape.wsd_decay_style!r}")
 
 
 def learning_rate(segment: Segment, tokens: int) -> float:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_patch.config.resolve import RunConfig, load_config
@@ -75,14 +74,9 @@ def pretrain(run: RunConfig, callbacks: Sequence[CallbackFactory] = ()) -> ExitC
     return code
 
 
-def save_folder(run: RunConfig) -> Path | None:
-    """Returns the run's folder (--save), or None."""
-    return Path(run.options.checkpoint.save) if run.options.checkpoint.save else None
-
-
 def make_watchdog(run: RunConfig) -> Watchdog:
     """Returns this rank's watchdog; it is watching already."""
-    return Watchdog(run.options.safety.hang_timeout, save_folder(run), ranks_from_environment()[0])
+    return Watchdog(run.options.safety.hang_timeout, run.save_folder, ranks_from_environment()[0])
 
 
 def make_engine_config(run: RunConfig) -> EngineConfig:
@@ -104,7 +98,7 @@ def make_engine_config(run: RunConfig) -> EngineConfig:
 def main(argv: Sequence[str] | None = None, callbacks: Sequence[CallbackFactory] = ()) -> int:
     """Runs the command line, prints an error in its three parts, and returns the exit code.
 
-    A launcher script of a user registers extensions and calls this function.
+    A user's own script registers extensions and calls this function.
 
     Args:
         argv: the flags; None: those of this process.
@@ -116,7 +110,7 @@ def main(argv: Sequence[str] | None = None, callbacks: Sequence[CallbackFactory]
     try:
         rank, ranks, local_rank = ranks_from_environment()
         run = load_config(arguments, ranks)
-        save = None if run.options.logging.dry_run else save_folder(run)
+        save = None if run.options.logging.dry_run else run.save_folder
         code = pretrain(run, callbacks)
     except (Exception, KeyboardInterrupt) as error:
         code = report_error(error, rank, local_rank, save)

@@ -1,8 +1,8 @@
-"""Where a run starts and whether it may: a new run, a new run from another run's weights, or a resumed run.
+"""Decides how a run starts: as a new run, as a new run from another run's weights, or as a resumed run.
 
 In: the options, on every rank. Out: `StartPoint`, the same on every rank, or an error that names the first difference between the
-checkpoint and the options. All ranks verify checkpoints together, each a share of the files: one rank alone would need an hour for those
-of a large model.
+checkpoint and the options. All ranks verify a checkpoint together, each rank a share of the files, because one rank would need an hour for
+a large model.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def find_start_point(run: RunConfig, grid: Grid) -> StartPoint:
     """Returns where the options --save, --load and --finetune start the run; every rank must call it.
 
     Raises:
-        CheckpointError: no checkpoint is valid although there are some, or the checkpoint has another model or plan than the run.
+        CheckpointError: there are checkpoints, but none is valid; or the checkpoint has another model or plan than the run.
     """
     found, resuming, begun_from = _find_checkpoint(run.options.checkpoint, grid)
     if found is not None:
@@ -172,7 +172,7 @@ def _first_difference(saved: Mapping[str, Any], given: Mapping[str, Any]) -> str
 
 
 def check_model(state: TrainerState, run: RunConfig, weights_only: bool = False) -> None:
-    """Checks that the checkpoint's model is this run's.
+    """Checks that a checkpoint has the same model as this run.
 
     Args:
         state: the checkpoint's trainer state.
@@ -185,7 +185,7 @@ def check_model(state: TrainerState, run: RunConfig, weights_only: bool = False)
     """
     if not weights_only and state.weights_only:
         raise CheckpointError(
-            "the checkpoint holds weights alone, without a run to resume",
+            "the checkpoint holds only weights, so there is no run to resume",
             "a checkpoint of a run, or --finetune",
             _START_NEW,
         )
@@ -209,7 +209,7 @@ def check_data(state: TrainerState, fingerprint: Mapping[str, Any]) -> None:
 
     Args:
         state: the checkpoint's trainer state.
-        fingerprint: of this run's training stream.
+        fingerprint: fingerprint of this run's training stream.
 
     Raises:
         CheckpointError: the data differs; the first difference is named.
@@ -224,7 +224,7 @@ def check_data(state: TrainerState, fingerprint: Mapping[str, Any]) -> None:
 
 
 def _same_request(state: TrainerState, run: RunConfig) -> bool:
-    """Returns whether the options that make the plan are the checkpoint's, so that plans can differ only by rounding to ranks."""
+    """Returns whether the options that make the plan equal the checkpoint's; the plans then differ at most by rounding to ranks."""
     names = [f.name for f in dataclasses.fields(run.options.stages) if f.name not in _FREE_OPTIONS]
     now = option_values(run.options)
     saved = state.config.get("options", {})
@@ -280,9 +280,9 @@ def make_trainer_state(
 
     Args:
         run: the run.
-        start: where this start of it began.
+        start: the start point of this process.
         progress: the progress to save.
-        fingerprint: of the training stream.
+        fingerprint: fingerprint of the training stream.
         guard: the step guard's state (`StepGuard.state`).
         stage_end: whether this is the checkpoint that ends the stage.
         engine: the engine's state (`Snapshot.state`).

@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -74,7 +73,7 @@ class Trainer:
     ) -> None:
         self.run, self.device, self.stops, self.watchdog = run, device, stops, watchdog
         self.grid = _make_grid(run)
-        self.save_folder = Path(run.options.checkpoint.save) if run.options.checkpoint.save else None
+        self.save_folder = run.save_folder
         check_programs(run)
         groups = make_groups(self.grid)
         lock = lock_folder(self.save_folder, self.grid.rank)
@@ -139,7 +138,7 @@ class Trainer:
         return self._finish(stop_reason, started)
 
     def _train_stage(self) -> str | None:
-        """Trains to the end of the stage, evaluates and saves there, and returns None; or returns the reason to stop earlier."""
+        """Trains through the stage, evaluates and saves at its end, and returns None; or returns the reason to stop earlier."""
         stage, logging, checkpoint = self.stage, self.run.options.logging, self.run.options.checkpoint
         if self.progress.stage_step == stage.steps:
             return None
@@ -228,7 +227,7 @@ class Trainer:
             self._rewind()
 
     def _rewind(self) -> None:
-        """Loads weights and optimizer from the newest checkpoint of this branch; the data read since then is not read again."""
+        """Loads weights and optimizer state from the newest checkpoint of this branch; the data read since then is not read again."""
         self._wait_for_save()
         here = self.step
         # Newer checkpoints belong to a branch that --load abandoned.
@@ -243,12 +242,12 @@ class Trainer:
             # The checkpoint is from before the switch, which may have reset the optimizer.
             self.engine.switch_stage(self.stage)
         to_step, left_out = found.state.step, self.step - found.state.step
-        message = f"back to the weights of step {to_step:,}; the data of {plural(left_out, 'step')} is left out"
+        message = f"back to the weights and optimizer state of step {to_step:,}; the data of {plural(left_out, 'step')} is left out"
         self._report_event("rewind", message, to_step=to_step, left_out=left_out)
         self._save(stage_ends=False)
 
     def _switch(self) -> None:
-        """Switches to the next stage: its batch, shapes, labels, optimizer policy and data; the schedule depends on tokens alone."""
+        """Moves to the next stage: batch sizes, shapes and optimizer state. The next `_train_stage` opens its data."""
         self.progress = Progress(self.progress.stage_index + 1, 0)
         self.engine.switch_stage(self.stage)
         self.guard.begin_stage()

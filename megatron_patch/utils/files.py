@@ -68,7 +68,7 @@ def _copy_through_memory(source: int, target: int, count: int, start: int) -> in
 
 
 def begin_writing_back(file: int, start: int, count: int) -> None:
-    """Tells Linux to start writing bytes `[start, start + count)` of an open file to disk, so that a later fsync takes less time.
+    """Asks Linux to start writing bytes `[start, start + count)` of an open file to disk, so that a later fsync takes less time.
 
     Other systems ignore the request.
     """

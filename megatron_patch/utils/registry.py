@@ -1,7 +1,7 @@
-"""Registries: plain dictionaries from a name, as a flag gives it, to what the name stands for.
+"""Registries: plain dictionaries that map a flag's value to an object.
 
-In: a dictionary and a name. Out: its entry, or an error that lists the names and suggests the nearest one. A launcher script adds
-an entry to a registry before it calls the program.
+In: a dictionary and a name. Out: its entry, or an error that lists the names and suggests the nearest one. A user's own script adds an
+entry to a registry before it calls the program.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ def suggestion(name: str, known: Iterable[str], prefix: str = "") -> str | None:
     """Returns "did you mean NAME?" with the known names (at most three) that are spelled like `name`, or None if there are none.
 
     Args:
-        name: as the user gave it, without the prefix.
+        name: the name that the user gave, without the prefix.
         known: the names that exist, without the prefix.
-        prefix: printed before each suggested name, as the dashes of a flag.
+        prefix: text before each suggested name, such as the dashes of a flag.
     """
     known = list(known)
-    # Case is the most frequent slip, and difflib counts each letter of it as an error.
+    # Wrong case is the most common mistake, and difflib is case-sensitive.
     lower = {other.lower(): other for other in known}
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.6) or difflib.get_close_matches(name.lower(), lower, n=1, cutoff=0.6)
     return f"did you mean {' or '.join(prefix + lower.get(match, match) for match in close)}?" if close else None
@@ -42,11 +42,11 @@ def lookup(
     """Returns the registered entry of a name.
 
     Args:
-        registry: what is registered, by name.
-        name: as the user gave it.
-        flag: where the user gave it, as "--recipe".
-        also: what the flag takes in addition to the names, as "numbers with commas between them".
-        home: the dotted name of the registry, for users who want to add an entry; "": not shown.
+        registry: the registered entries, by name.
+        name: the name that the user gave.
+        flag: the flag that the user gave it to, such as "--recipe".
+        also: other accepted input, such as "numbers with commas between them".
+        home: dotted name of the registry, for users who want to add an entry; "": not shown.
         error: the class of the error.
 
     Raises:

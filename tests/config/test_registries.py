@@ -1,4 +1,4 @@
-"""Entries that a launcher script adds to the registries of recipes, weights and tokenizers are used by their flags."""
+"""Entries that a user's own script adds to the registries of recipes, weights and tokenizers are used by their flags."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ def random_parameters(shape: ModelShape, seed: int = 0) -> dict[str, torch.Tenso
 
 
 def make_checkpoint(folder: Path, shape: ModelShape, parameters=None, precision="fp32", options=None, **extra) -> Path:
-    """Writes a checkpoint of weights alone."""
+    """Writes a checkpoint that holds only weights."""
     parameters = parameters or random_parameters(shape)
     return write_weights(folder, shape, [list(parameters)], parameters.items(), precision, options or {"seq_length": 16}, **extra)
 

@@ -70,7 +70,7 @@ def run(folder, name, *words):
     return run_ranks(start_program, 2, folder / f"{name}-logs", [*words, "--save", str(folder / name)])
 
 
-def test_an_imported_model_trains_through_both_stages_and_goes_out_again(journey):
+def test_an_imported_model_trains_through_both_stages_and_is_exported(journey):
     folder, model, flags, corpus = journey
     assert run(folder, "run", *flags, *PLAN, "--data-path", corpus, "--load", str(folder / "ckpt"), "--finetune") == [0, 0]
     assert "new run from the weights of" in printed(folder / "run")
@@ -111,7 +111,7 @@ def test_the_first_loss_is_that_of_the_imported_weights(journey):
     assert result["loss"] == pytest.approx(float(expected), rel=1e-5)
 
 
-def test_a_run_from_weights_that_is_started_again_goes_on_with_its_own_checkpoint(journey):
+def test_a_run_from_weights_that_is_started_again_resumes_its_own_checkpoint(journey):
     """The command of a job that its cluster restarts: the same flags, --finetune among them."""
     folder, _, flags, corpus = journey
     words = [*flags, *PLAN, "--data-path", corpus, "--load", str(folder / "ckpt"), "--finetune"]
@@ -132,7 +132,7 @@ def test_a_run_from_weights_that_is_started_again_goes_on_with_its_own_checkpoin
 def test_weights_alone_cannot_be_resumed(journey):
     folder, _, flags, corpus = journey
     assert run(folder, "resumed", *flags, *PLAN, "--data-path", corpus, "--load", str(folder / "ckpt")) == [4, 4]
-    assert "weights alone" in printed(folder / "resumed") and "--finetune" in printed(folder / "resumed")
+    assert "only weights" in printed(folder / "resumed") and "--finetune" in printed(folder / "resumed")
 
 
 def test_another_shape_than_the_imported_one_is_refused(journey):

@@ -99,7 +99,7 @@ def test_steps_counted_in_groups_are_read_and_set():
 
 
 def register_and_train(argv):
-    """A launcher script: it registers an optimizer and calls the program's main function."""
+    """A user's own script: it registers an optimizer and calls the program's main function."""
     OPTIMIZERS["counting"] = lambda groups, options, offloaded: GroupCounting(groups, options.lr)
     OPTIMIZERS["sgd"] = lambda groups, options, offloaded: torch.optim.SGD(groups, lr=options.lr, momentum=0.9)
     return start_program(argv)

@@ -122,7 +122,7 @@ def test_a_rewind_loads_the_newest_checkpoint_and_can_be_resumed(tmp_path, corpu
     run = poisoned(tmp_path / "run", 2, "loss", *words)
     (event,) = events(run, "rewind")
     assert event["step"] == STEP and event["to_step"] == 10 and event["left_out"] == 4
-    assert "back to the weights of step 10" in printed(run.folder)
+    assert "back to the weights and optimizer state of step 10" in printed(run.folder)
     # Stopped after the rewind and resumed, the run continues from there.
     poisoned(tmp_path / "again", 2, "loss", "--exit-interval 16", *words)
     again = poisoned(tmp_path / "again", 2, "loss", *words)

@@ -1,4 +1,4 @@
-"""Callbacks of a launcher script: factories that `main` passes on to every rank."""
+"""Callbacks of a user's own script: factories that `main` passes on to every rank."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ PLAN = "--seq-length 16 --micro-batch-size 2 --global-batch-size 12 --patch-size
 
 
 def _launcher(argv):
-    """A launcher script with a callback of its own; returns what the callback saw on this rank."""
+    """A user's script with a callback; returns what the callback saw on this rank."""
     import torch
 
     from megatron_patch.training.callbacks.base import Callback

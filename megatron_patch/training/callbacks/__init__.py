@@ -18,7 +18,7 @@ from megatron_patch.utils.console import make_console
 
 
 def make_callbacks(context: CallbackContext, factories: Sequence[CallbackFactory] = ()) -> list[Callback]:
-    """Returns this rank's callbacks: those that the run's options ask for, then those that the factories make.
+    """Returns this rank's callbacks: those that the run's options request, then those that the factories make.
 
     Of the former, only `Samples` and `SpanLog` exist on ranks other than 0.
 

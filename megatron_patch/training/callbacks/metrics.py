@@ -1,7 +1,8 @@
 """Writes SAVE/metrics.jsonl: one JSON object for each record; a resumed run has each step once.
 
 In: records. Out: lines with a "type": start, step, evaluation, switch, save, end. Numbers that JSON cannot express (a loss that is not
-finite) are written as null, and as text under the field's name plus "_text".
+finite) are written as null, and as text under the field's name plus "_text". To add a field, add it to a record in base.py and set it in
+accounting.py.
 """
 
 from __future__ import annotations

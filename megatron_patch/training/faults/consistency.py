@@ -31,10 +31,10 @@ def _hosts(ranks: Sequence[int]) -> str:
 
 
 def check_weights(engine: Engine) -> None:
-    """Checks that ranks which hold the same parameters hold the same bits; every rank must call it.
+    """Checks that ranks that hold the same parameters hold the same bits; every rank must call it.
 
     Raises:
-        CorruptionError: they do not; the error names the parameters, the ranks and their hosts.
+        CorruptionError: the bits differ; the error names the parameters, the ranks and their hosts.
     """
     mismatches = engine.replica_mismatches()
     if not mismatches:
@@ -78,7 +78,7 @@ def replay(engine: Engine, batch: PatchBatch) -> None:
     """Checks that the loss of a micro-batch is the same when it is computed twice; every rank must call it.
 
     Args:
-        engine: the engine with its present weights.
+        engine: the engine with its current weights.
         batch: this rank's micro-batch.
 
     Raises:

@@ -93,7 +93,7 @@ def _joined() -> bool:
 
 
 def _report_before_joining(error: ConfigError, rank: int, local_rank: int) -> ExitCode:
-    """Prints the full error on rank 0, and one line on every other node, which alone may lack a file or a package."""
+    """Prints the full error on rank 0, and one line for every other node, since only that node may lack a file or a package."""
     if rank == 0:
         print_stderr(f"ConfigError: {error}")
         print_advice(error.exit_code)
@@ -171,10 +171,10 @@ def _local_report(reason: str, message: str, code: ExitCode, rank: int) -> ExitR
 
 
 def _report_once(local: ExitReport, save: Path | None) -> ExitReport:
-    """Publishes this rank's report unless a peer published one before, and returns the report that counts.
+    """Publishes this rank's report unless a peer published one before, and returns the report that was published first.
 
     If the store cannot be reached and events.jsonl has no report either, each rank publishes its own. The same holds before torch is
-    imported, when ranks do not know each other and a file may be missing on one node alone.
+    imported, when ranks do not know each other and a file may be missing on only one node.
     """
     torch_imported = "torch" in sys.modules
     text: str | None = json.dumps(asdict(local))

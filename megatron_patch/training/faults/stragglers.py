@@ -1,4 +1,7 @@
-"""Finds ranks that compute slower than others, by the time of their first forward pass in each step, in which no rank waits for another."""
+"""Finds ranks that compute more slowly than others, by the time of their first forward pass in each step.
+
+In that pass no rank waits for another.
+"""
 
 from __future__ import annotations
 

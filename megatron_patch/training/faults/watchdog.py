@@ -1,8 +1,9 @@
 """Ends a job that hangs: if an activity takes too long, the rank writes the stacks of its threads and exits.
 
-In: a heartbeat for each activity that begins. Out: nothing, or SAVE/stacks/rank-RRRRR.txt and exit code 76. A rank that waits for a peer
-that has exited, as in a collective on GPUs, which does not notice, exits earlier: it polls the job's store for the peer's report and exits
-with the peer's code.
+In: a heartbeat for each activity that begins. Out: nothing, or SAVE/stacks/rank-RRRRR.txt and exit code 76.
+
+On GPUs a collective does not notice that a peer has exited. A rank that waits in one exits early: it polls the job's store for the peer's
+report and exits with the peer's code.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class Watchdog:
 
     def __init__(self, seconds: float, save: Path | None, rank: int) -> None:
         self._seconds, self._save, self._rank = seconds, save, rank
-        self._stopped, self._follows_nobody = threading.Event(), threading.Event()
+        self._stopped, self._peers_ignored = threading.Event(), threading.Event()
         self.heartbeat("the run starts")
         if seconds > 0:
             threading.Thread(target=self._watch, daemon=True, name="watchdog").start()
@@ -67,7 +68,7 @@ class Watchdog:
     def close(self) -> None:
         """Stops watching and following."""
         self._stopped.set()
-        self._follows_nobody.set()
+        self._peers_ignored.set()
         faulthandler.cancel_dump_traceback_later()
 
     def _watch(self) -> None:
@@ -85,7 +86,7 @@ class Watchdog:
 
     def stop_following(self) -> None:
         """Ignores exits of peers from now on, because the run has ended normally."""
-        self._follows_nobody.set()
+        self._peers_ignored.set()
 
     def _follow(self, read_report: Callable[[], str | None]) -> None:
         """Exits after a peer has.
@@ -93,13 +94,13 @@ class Watchdog:
         On CPUs a broken connection raises an error in the main thread. A rank that waits for a GPU gets no error and handles no signal, so
         that only this thread can end it.
         """
-        while not self._follows_nobody.wait(_POLL_SECONDS):
+        while not self._peers_ignored.wait(_POLL_SECONDS):
             try:
                 report = report_of_peer(read_report(), self._rank)
                 peer_exited = report is not None
             except ConnectionError:
                 report, peer_exited = None, True
-            if peer_exited and not self._follows_nobody.wait(_NOTICE_SECONDS):
+            if peer_exited and not self._peers_ignored.wait(_NOTICE_SECONDS):
                 activity = f"while {self._activity}"
                 stacks = self._write_stacks(f"waited for a peer that has exited, {activity}")
                 os._exit(follow_peer_exit(report, f"{activity}; stacks: {stacks}", self._rank, self._save))
