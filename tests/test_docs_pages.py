@@ -25,8 +25,10 @@ TOP = ("pretrain_gpt_patch.py", "csrc/", "docs/", "tests/", "tools/", "examples/
 
 
 def steps() -> list[str]:
-    """The numbered steps of the journeys, each as one line."""
+    """The numbered steps of the walk-throughs and the rows of "Where to change what", each as one line."""
     items = re.findall(r"^\d+\. (.*(?:\n {2,}.*)*)", ARCHITECTURE, re.MULTILINE)
+    table = ARCHITECTURE.partition("## Where to change what")[2].partition("\n## ")[0]
+    items += re.findall(r"^\| (.*) \|$", table, re.MULTILINE)[2:]
     return [re.sub(r"\s+", " ", item) for item in items]
 
 
@@ -52,7 +54,7 @@ def defined(path: Path) -> set[str]:
     return found
 
 
-def test_there_are_four_journeys():
+def test_there_are_four_walk_throughs():
     assert len(re.findall(r"^## An? ", ARCHITECTURE, re.MULTILINE)) == 4 and len(steps()) > 40
 
 
