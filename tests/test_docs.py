@@ -164,3 +164,11 @@ def test_files_and_modules_that_documents_name_exist():
 def test_the_list_of_make_targets_fits_a_terminal():
     texts = re.findall(r"^([a-z]+):[^#\n]*## (.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert texts and all(14 + len(text) <= 80 for _, text in texts), texts
+
+
+def test_prose_is_wrapped():
+    """Markdown is at most 100 characters wide outside of tables, code, images and the block that benchmarks/render_gpu.py writes."""
+    for path in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), ROOT / "tests" / "README.md"]:
+        prose = re.sub(r"^```.*?^```|<!-- gpu results.*?<!-- end of gpu", "", path.read_text(), flags=re.DOTALL | re.MULTILINE)
+        wide = [line for line in prose.splitlines() if len(line) > 100 and not line.startswith(("|", "!"))]
+        assert not wide, f"{path.name}: {wide[:3]}"

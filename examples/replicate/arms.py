@@ -50,7 +50,7 @@ def tokens_for_token_share(patch_size: int, token_share: Fraction) -> Fraction:
 
 
 def tokens_for_compute_shares(stages: Sequence[tuple[int, Fraction]]) -> Fraction:
-    """Returns the tokens read per cost token when each (K, share of the compute) stage reads K tokens per position and the rest one."""
+    """Returns the tokens read per cost token for stages given as (K, share of the compute); the remaining compute reads single tokens."""
     return sum((share * patch_size for patch_size, share in stages), Fraction(0)) + 1 - sum(share for _, share in stages)
 
 

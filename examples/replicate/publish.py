@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from megatron_patch.utils.files import write_durably
-from megatron_patch.utils.markdown import replace_between
+from megatron_patch.utils.markdown import replace_between, wrap_prose
 
 
 def publish(document: Path, name: str, text: str, plots: Mapping[str, Path]) -> None:
@@ -21,7 +21,7 @@ def publish(document: Path, name: str, text: str, plots: Mapping[str, Path]) -> 
     Raises:
         ConfigError: the document cannot be read or lacks the markers.
     """
-    write_durably(document, replace_between(document, f"<!-- {name} -->", f"<!-- end of {name} -->", text))
+    write_durably(document, replace_between(document, f"<!-- {name} -->", f"<!-- end of {name} -->", wrap_prose(text)))
     for target, source in plots.items():
         if source.is_file():
             document.with_name(target).write_bytes(source.read_bytes())

@@ -132,9 +132,9 @@ class ModelOptions:
     rope_scaling_factor: float = 1.0
     """Factor by which --rope-scaling divides the rotary frequencies."""
     rope_low_freq_factor: float = 1.0
-    """llama3 scaling: divide frequencies in full whose wavelength is above --rope-original-positions / this number."""
+    """llama3 scaling: frequencies with a wavelength above --rope-original-positions / this number are divided by the full factor."""
     rope_high_freq_factor: float = 4.0
-    """llama3 scaling: keep frequencies whose wavelength is below --rope-original-positions / this number."""
+    """llama3 scaling: frequencies with a wavelength below --rope-original-positions / this number stay as they are."""
     rope_original_positions: Count = 8192
     """llama3 scaling: context length, in positions, that the model was trained with before scaling."""
     qk_layernorm: OptionalSwitch = None
@@ -330,7 +330,7 @@ class CheckpointOptions:
     async_save: bool = False
     """Write checkpoints in the background. Training waits only while weights and moments are copied to host memory."""
     exit_interval: OptionalCount = None
-    """Save and stop after this many steps, counted from the start of the run."""
+    """Save and stop (exit code 0) at each multiple of this many steps."""
 
 
 @dataclass(frozen=True)
@@ -359,7 +359,7 @@ class SafetyOptions:
     max_sick_steps: Count = 10
     """Stop (exit code 5) after this many rejected steps in a row."""
     hang_timeout: Duration = 1800.0
-    """End the job (exit code 76) and write the stacks of all ranks when there is no progress for this time. 0 never does."""
+    """End the job (exit code 76) and write the stacks of all ranks when there is no progress for this time. 0 turns this off."""
     straggler_interval: Count = 100
     """Number of steps between checks for ranks that compute more slowly than the others. 0 never checks."""
     check_replicas_interval: OptionalCount = None

@@ -23,8 +23,8 @@ _SAME = 1e-14
 def _counts(weights: Sequence[float], largest: int) -> list[int]:
     """Returns the turns of each corpus in a period.
 
-    The period is the common denominator of the weights where that is small enough, so that the proportions are exact. Otherwise it is the
-    largest one, divided by largest remainders, with at least one turn for each corpus.
+    The period is the common denominator of the weights where that is small enough, so that the proportions are exact. Otherwise it is
+    `largest`, divided by the method of largest remainders, with at least one turn for each corpus.
     """
     total = sum(Fraction(weight) for weight in weights)
     shares = [Fraction(weight) / total for weight in weights]

@@ -3,10 +3,10 @@
 It lets a .txt file of gigabytes be encoded without holding it in memory (see raw_text/large_documents.py for what that saves). Two kinds
 of tokenizers allow it:
 
-- Byte-level BPE first splits text by a pattern, and merges within each match. In the patterns known here no match that ends in a letter or
-  a digit continues with a space, and the matches after it do not depend on the text before. NFC normalization, which Qwen uses, never
+- Byte-level BPE first splits text by a pattern, and merges within each match. In the patterns known here no match contains a letter
+  or a digit that is followed by a space, and later matches do not depend on the text before. NFC normalization, which Qwen uses, never
   combines a space with the character before it (Unicode Standard Annex 15: a space is a starter and part of no composition).
-- SentencePiece's BPE: no piece has a ▁ after another character than ▁, so no merge crosses the start of a word. The space before the
+- SentencePiece's BPE: in every piece, ▁ occurs only at the start, so no merge crosses the start of a word. The space before the
   second segment is left out, because SentencePiece puts one before every text.
 
 For any other tokenizer a large text is encoded as one string.

@@ -217,8 +217,8 @@ def check_data(state: TrainerState, fingerprint: Mapping[str, Any]) -> None:
     difference = _first_difference(state.data_fingerprint, fingerprint)
     if difference:
         raise CheckpointError(
-            f"the data has changed since the checkpoint: {difference}",
-            "the files that the run began with, in the same blend and split",
+            f"the data or its order differs from the checkpoint's: {difference}",
+            "the files that the run began with, and the same blend, --split, --seed, --shuffle-window-blocks and --start-tokens",
             f"restore them, or {_START_NEW}",
         )
 

@@ -173,8 +173,8 @@ def test_a_finished_run_reports_it_and_changes_nothing(unbroken, corpus):
         ("--hidden-size 48", "another model"),
         ("--train-tokens 9000", "another plan"),
         ("--patch-size 2", "another plan"),
-        ("--seed 8", "data has changed"),
-        ("--split 80,20,0", "data has changed"),
+        ("--seed 8", "the data or its order differs"),
+        ("--split 80,20,0", "the data or its order differs"),
     ],
 )
 def test_a_checkpoint_of_something_else_is_refused(unbroken, tmp_path, corpus, change, words):

@@ -60,7 +60,7 @@ STEP_METRICS = (
     "data_seconds",
     "step_seconds",
 )
-"""Fields of `StepRecord` that metrics files, charts and reports show in addition to losses, tokens and cost."""
+"""Fields of `StepRecord` that charts and reports show in addition to losses, tokens and cost; the metrics file has every field."""
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,8 @@ class StepGuard(StepGate):
         deviation = max(_NORMAL * statistics.median(abs(value - median) for value in self._losses), _SMALLEST_DEVIATION)
         if loss > median + self._options.spike_threshold * deviation:
             deviations = (loss - median) / deviation
-            return f"the loss spikes: {loss:.4f} is {deviations:.0f} deviations of {deviation:.4f} above the median {median:.4f}"
+            above = f"{deviations:.0f} deviations above the median {median:.4f} (one deviation is {deviation:.4f})"
+            return f"the loss spikes: {loss:.4f} is {above}"
         return None
 
     def check_grad_norm(self, norm: float) -> str | None:
@@ -85,10 +86,16 @@ class StepGuard(StepGate):
             SickTrainingError: training must stop, because of --on-spike stop or too many rejected steps in a row.
         """
         self._rejected += 1
-        if self._options.on_spike == "stop" or self._rejected >= self._options.max_sick_steps:
+        if self._options.on_spike == "stop":
+            raise SickTrainingError(
+                f"{reason}; the step is rejected, and --on-spike is stop",
+                "--on-spike skip or rewind, to continue after such a step",
+                "check the data of this step (its spans are in SAVE/events.jsonl), then resume with --on-spike skip or rewind",
+            )
+        if self._rejected >= self._options.max_sick_steps:
             raise SickTrainingError(
                 f"{reason}; {plural(self._rejected, 'rejected step')} in a row",
-                f"fewer than {self._options.max_sick_steps} in a row (--max-sick-steps), with --on-spike skip or rewind",
+                f"fewer than {self._options.max_sick_steps} in a row (--max-sick-steps)",
                 "check the data of these steps (their spans are in SAVE/events.jsonl), or lower --lr; the newest checkpoint is unaffected",
             )
 
