@@ -87,7 +87,7 @@ def test_a_link_inside_a_checkpoint_cannot_lead_outside(tmp_path):
     target = save(tmp_path / "run", 3)
     shutil.move(target / "part-0.bin", tmp_path / "elsewhere")
     (target / "part-0.bin").symlink_to(tmp_path / "elsewhere")
-    assert "names 'part-0.bin'" in files.verify(target)[0]
+    assert "names the file 'part-0.bin'" in files.verify(target)[0]
 
 
 def _with_weights(folder: Path) -> Path:
