@@ -10,11 +10,11 @@ from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 from megatron_patch.errors import CheckpointError
+from megatron_patch.utils.records import record_from_json, whole_number
 
 STATE = "trainer_state.json"
 STATE_VERSION = 2
-_LARGEST = 1 << 62
-_KINDS: dict[str, type] = {"int": int, "str": str, "bool": bool, "Mapping[str, Any]": dict}
+_COUNTS = ("step", "stage_index", "stage_step", "consumed_tokens", "consumed_samples")
 
 
 @dataclass(frozen=True)
@@ -79,23 +79,17 @@ class TrainerState:
             raise CheckpointError(f"{where} is not a trainer state of version 1 or {STATE_VERSION}", "a checkpoint of this program")
         if version == 1:
             data = _from_version_1(data, where)
-        values: dict[str, Any] = {}
-        for f in fields(TrainerState):
-            if f.name not in data:
-                raise CheckpointError(f"{where} lacks {f.name!r}", "a complete trainer state")
-            values[f.name] = _checked(data[f.name], str(f.type), f"{where}: {f.name}")
-        return TrainerState(**values)
-
-
-def _checked(value: Any, declared: str, where: str) -> Any:
-    """Returns the value if it has the declared type; numbers must be whole, from 0 on."""
-    name, _, optional = declared.partition(" | ")
-    kind = _KINDS[name]
-    if value is None and optional:
-        return None
-    if type(value) is not kind or (isinstance(value, int) and not 0 <= value < _LARGEST):
-        raise CheckpointError(f"{where} is {value!r}"[:300], f"a {kind.__name__}")
-    return value
+        names = [f.name for f in fields(TrainerState)]
+        missing = [name for name in names if name not in data]
+        if missing:
+            raise CheckpointError(f"{where} lacks {missing[0]!r}", "a complete trainer state")
+        try:
+            state = record_from_json(TrainerState, {name: data[name] for name in names})
+            for name in _COUNTS:
+                whole_number(getattr(state, name), 0)
+        except ValueError as error:
+            raise CheckpointError(f"{where}: {error}", "a complete trainer state, as this program writes it") from error
+        return state
 
 
 def _from_version_1(data: Mapping[str, Any], where: str) -> dict[str, Any]:

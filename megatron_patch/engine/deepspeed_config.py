@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_patch.config.options import EngineOptions, ScheduleOptions
-from megatron_patch.engine.optimizer import check_optimizer_name
+from megatron_patch.engine.optimizer import optimizer_by_name
 from megatron_patch.errors import ConfigError
 from megatron_patch.stages import Stage, StagePlan
 
@@ -183,7 +183,7 @@ def resolve_engine_config(
         ConfigError: the optimizer is not registered, the JSON cannot be read, a flag and the JSON contradict each other, or DeepSpeed
             cannot run the combination.
     """
-    check_optimizer_name(schedule.optimizer)
+    optimizer_by_name(schedule.optimizer)  # refuses an unknown name
     user = _read(options.deepspeed_config)
     _check_names(user)
     merge = _Merger(origins).merge

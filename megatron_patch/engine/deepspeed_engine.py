@@ -29,7 +29,7 @@ from megatron_patch.engine.distributed import barrier, gather_objects
 from megatron_patch.engine.environment import threads_per_rank
 from megatron_patch.engine.fragments import Fragment, HostBuffers, fragments
 from megatron_patch.engine.interface import EvaluationResult, ReplicaMismatch, Snapshot, StepGate, StepResult
-from megatron_patch.engine.optimizer import base_optimizer, make_optimizer, set_step_count, step_count, zero_moments
+from megatron_patch.engine.optimizer import MOMENTS, base_optimizer, make_optimizer, set_step_count, step_count, zero_moments
 from megatron_patch.engine.state_files import StateFiles, write_fragments
 from megatron_patch.engine.swapping import SubGroups
 from megatron_patch.errors import CheckpointError
@@ -381,7 +381,7 @@ class DeepSpeedEngine(abc.ABC):
         for local_shapes in gather_objects(self._full_shapes()):
             shapes.update(local_shapes)  # type: ignore[call-overload]
         files.check(shapes, self._model_shape.vocab_size)
-        kinds = ("weight",) if state is None else ("weight", "exp_avg", "exp_avg_sq")
+        kinds = ("weight",) if state is None else ("weight", *MOMENTS)
         self._set_tensors(lambda kind, name, start, numel: files.read_shard(kind, name, self._shards.get(name), start, numel), kinds)
         if state is not None:
             steps, scale = state.get("step_count"), state.get("loss_scaler")

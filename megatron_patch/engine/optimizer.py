@@ -52,13 +52,13 @@ OPTIMIZERS: dict[str, Callable[[Sequence[dict[str, Any]], ScheduleOptions, bool]
 """What `--optimizer NAME` accepts: name -> function of (parameter groups, schedule options, whether the optimizer steps in host memory)."""
 
 
-def check_optimizer_name(name: str) -> None:
-    """Checks that an optimizer of this name is registered.
+def optimizer_by_name(name: str) -> Callable[[Sequence[dict[str, Any]], ScheduleOptions, bool], torch.optim.Optimizer]:
+    """Returns the registered maker of an optimizer.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: no optimizer has this name; the error lists the registered names and suggests the nearest one.
     """
-    lookup(OPTIMIZERS, name, "--optimizer", home="megatron_patch.engine.optimizer.OPTIMIZERS")
+    return lookup(OPTIMIZERS, name, "--optimizer", home="megatron_patch.engine.optimizer.OPTIMIZERS")
 
 
 def make_optimizer(groups: Sequence[dict[str, Any]], options: ScheduleOptions, offloaded: bool = False) -> torch.optim.Optimizer:
@@ -72,8 +72,7 @@ def make_optimizer(groups: Sequence[dict[str, Any]], options: ScheduleOptions, o
     Raises:
         ConfigError: no optimizer of that name is registered.
     """
-    check_optimizer_name(options.optimizer)
-    return OPTIMIZERS[options.optimizer](groups, options, offloaded)
+    return optimizer_by_name(options.optimizer)(groups, options, offloaded)
 
 
 def base_optimizer(wrapped: Any) -> torch.optim.Optimizer:

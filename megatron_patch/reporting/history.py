@@ -77,6 +77,23 @@ class History:
     notes: list[str]
 
 
+def labeled(runs: Sequence[Path], labels: Sequence[str] | None) -> list[tuple[Path, str | None]]:
+    """Returns each run with its label, or with None if no labels are given.
+
+    Raises:
+        DataError: there are more or fewer labels than runs.
+    """
+    if labels is None:
+        return [(run, None) for run in runs]
+    if len(labels) != len(runs):
+        raise DataError(
+            f"--labels gives {plural(len(labels), 'label')} for {plural(len(runs), 'run')}",
+            "one label per run",
+            "give as many labels as folders",
+        )
+    return list(zip(runs, labels, strict=True))
+
+
 def read_history(save: Path, label: str | None = None, most_points: int = MOST_POINTS) -> History:
     """Reads the folder of a run.
 

@@ -15,9 +15,8 @@ from pathlib import Path
 
 from megatron_patch import __version__
 from megatron_patch.errors import DataError
-from megatron_patch.reporting.history import History, differing_options, read_history
+from megatron_patch.reporting.history import History, differing_options, labeled, read_history
 from megatron_patch.utils.files import write_durably
-from megatron_patch.utils.units import plural
 
 
 def render(histories: Sequence[History], title: str) -> str:
@@ -67,13 +66,7 @@ def write_report(saves: Sequence[Path], output: Path, labels: Sequence[str] | No
     Raises:
         DataError: a run has no metrics, the number of labels is wrong, or the file cannot be written.
     """
-    if labels is not None and len(labels) != len(saves):
-        raise DataError(
-            f"--labels gives {plural(len(labels), 'label')} for {plural(len(saves), 'run')}",
-            "one label per run",
-            "give as many labels as folders",
-        )
-    histories = [read_history(save, labels[index] if labels else None) for index, save in enumerate(saves)]
+    histories = [read_history(save, label) for save, label in labeled(saves, labels)]
     try:
         write_durably(output, render(histories, title or " · ".join(history.label for history in histories)))
     except OSError as error:

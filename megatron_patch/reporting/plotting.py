@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_patch.errors import DataError
+from megatron_patch.reporting.history import labeled
 from megatron_patch.training.callbacks.metrics import read_metrics
-from megatron_patch.utils.units import format_count, plural
+from megatron_patch.utils.units import format_count
 
 _COLORS = ("#1f5fa8", "#d1495b", "#2e8b57", "#8a5fbf", "#c98a1b", "#3aa6a6", "#7a5548", "#5b6570")
 
@@ -78,13 +79,7 @@ def plot_runs(runs: Sequence[Path], output: Path, labels: Sequence[str] | None =
     Raises:
         DataError: a run cannot be read, the number of labels is wrong, or the file cannot be written.
     """
-    if labels is not None and len(labels) != len(runs):
-        raise DataError(
-            f"--labels gives {plural(len(labels), 'label')} for {plural(len(runs), 'run')}",
-            "one label per run",
-            "give as many labels as folders",
-        )
-    curves = [read_curve(run, labels[index] if labels else None) for index, run in enumerate(runs)]
+    curves = [read_curve(run, label) for run, label in labeled(runs, labels)]
     import matplotlib as mpl
 
     mpl.use("Agg")

@@ -88,7 +88,7 @@ def _find_checkpoint(options: CheckpointOptions, grid: Grid) -> tuple[ValidCheck
             return found, True, begun_from
     found = find_newest_valid_together(load, grid)
     if found is None and options.finetune:
-        raise CheckpointError(f"--load {load} holds no checkpoint", "a folder with step-N checkpoints", "check the path")
+        raise CheckpointError(f"--load {load} contains no checkpoint", "a run's folder, or one of its step-N folders", "check the path")
     return found, found is not None and not options.finetune, begun_from
 
 

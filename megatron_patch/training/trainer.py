@@ -152,10 +152,10 @@ class Trainer:
                 self.watchdog.heartbeat(f"step {self.step + 1:,} waits for data")
                 micro_batches = loader.next_step()
                 data_seconds = time.perf_counter() - began
-                result = self._train_step(micro_batches)
+                result, lr = self._train_step(micro_batches)
                 seconds = time.perf_counter() - began
 
-                self._account(result, seconds, data_seconds)
+                self._account(result, lr, seconds, data_seconds)
                 self._print(data_wait.update(seconds, data_seconds))
                 self._handle_rejection(result)
                 if self.checkpointer is not None:
@@ -173,8 +173,8 @@ class Trainer:
                     return stop_reason
         return None
 
-    def _train_step(self, micro_batches: Sequence[PatchBatch]) -> StepResult:
-        """Takes one optimizer step, unless the step guard rejects it, and advances the progress."""
+    def _train_step(self, micro_batches: Sequence[PatchBatch]) -> tuple[StepResult, float]:
+        """Takes one optimizer step, unless the step guard rejects it, and advances the progress; returns result and learning rate."""
         self.watchdog.heartbeat(f"step {self.step + 1:,} is being computed")
         self._check_consistency(micro_batches)
         after = dataclasses.replace(self.progress, stage_step=self.progress.stage_step + 1)
@@ -184,7 +184,7 @@ class Trainer:
         for callback in self.callbacks:
             callback.on_batches(self.step + 1, self.stage, micro_batches)
         self.progress = after
-        return result
+        return result, lr
 
     def _check_consistency(self, micro_batches: Sequence[PatchBatch]) -> None:
         """Compares ranks and repeats a computation, where the intervals for it are given."""
@@ -195,9 +195,8 @@ class Trainer:
         if self._is_due(safety.replay_interval):
             replay(self.engine, micro_batches[0])
 
-    def _account(self, result: StepResult, seconds: float, data_seconds: float) -> None:
+    def _account(self, result: StepResult, lr: float, seconds: float, data_seconds: float) -> None:
         """Reports the step to the callbacks."""
-        lr = self.schedule.at(self.plan.consumed_tokens(self.progress))
         record = self.accounting.step(self.progress, result, lr, seconds, data_seconds)
         for callback in self.callbacks:
             callback.on_step(record)

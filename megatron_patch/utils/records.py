@@ -17,7 +17,7 @@ def record_from_json(kind: type[Record], data: Any) -> Record:
 
     Args:
         kind: a dataclass whose fields are whole numbers (below 2^62 in size), finite floats, strings, booleans, literals, tuples, unions
-            of these, or such dataclasses.
+            of these, such dataclasses, or mappings, which are JSON objects whose values are not checked.
         data: the object.
 
     Raises:
@@ -66,6 +66,6 @@ def _value(hint: Any, value: Any, where: str) -> Any:
     elif (hint is float and type(value) in (int, float) and abs(value) < _LARGEST) or (type(value) is int and hint is int):
         if abs(value) < _LARGEST and (hint is int or math.isfinite(value)):
             return value
-    elif hint in (str, bool, NoneType) and type(value) is hint:
+    elif (hint in (str, bool, NoneType) and type(value) is hint) or (origin is Mapping and isinstance(value, dict)):
         return value
     raise ValueError(f"{where} is {value!r}, which has the wrong type"[:300])
