@@ -1,91 +1,37 @@
 """Every flag of the program, once: frozen dataclasses whose fields are the flags, the keys of a YAML file, and the help text.
 
 In: nothing. Out: the types that `parsing` fills from flags and files, and that `resolve` turns into the configuration of a run. Names are
-Megatron's where Megatron has one. A field whose default is None is decided by the model family, the recipe or the data.
+Megatron's where Megatron has one. A field whose default is None is decided by the model family, the recipe or the data. The mark of a
+field (`Fixed`, `Reported` or `Free`) says what may change when a run is resumed.
 
 The help keeps the line breaks of a docstring, so each line of a docstring here is a complete sentence.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Literal
 
 import tyro
-from tyro.constructors import PrimitiveConstructorSpec
 
-from megatron_patch.errors import ConfigError
+from megatron_patch.config.option_types import (
+    OPTIONAL,
+    Count,
+    Duration,
+    Fixed,
+    Free,
+    OptionalCount,
+    OptionalDuration,
+    OptionalFloat,
+    OptionalId,
+    OptionalList,
+    OptionalName,
+    OptionalPath,
+    OptionalSwitch,
+    Reported,
+    texts,
+)
 from megatron_patch.stages import LrStyle, WsdDecayStyle
-from megatron_patch.utils.units import parse_count, parse_duration
-
-Value = TypeVar("Value")
-
-
-def _reader(parse: Callable[[str], Value], or_none: bool) -> Callable[[list[str]], Value | None]:
-    """Returns the function that reads one word of a command line. "None", where it is allowed, removes a value."""
-
-    def read(words: list[str]) -> Value | None:
-        if or_none and words[0] == "None":
-            return None
-        try:
-            return parse(words[0])
-        except ConfigError as error:  # tyro reports a ValueError
-            raise ValueError(f"{error.what} (allowed: {error.allowed})") from error
-
-    return read
-
-
-def _number(
-    parse: Callable[[str], Value], write: Callable[[Value], str], metavar: str, or_none: bool = False
-) -> PrimitiveConstructorSpec[Value | None]:
-    """Returns how tyro reads a number that is written with units, and how it prints the default."""
-    return PrimitiveConstructorSpec(
-        nargs=1,
-        metavar=metavar,
-        instance_from_str=_reader(parse, or_none),
-        is_instance=lambda value: value is None or (isinstance(value, (int, float)) and not isinstance(value, bool)),
-        str_from_instance=lambda value: ["None" if value is None else write(value)],
-    )
-
-
-def _write_count(value: int) -> str:
-    return f"{value // 10**6}M" if value and value % 10**6 == 0 else str(value)
-
-
-def _write_duration(value: float) -> str:
-    return f"{value / 60:g}min" if value and value % 60 == 0 else f"{value:g}s"
-
-
-def _hint(default: str) -> str:
-    """Returns the note on an option's default. A default of None has no note, because the help text explains it."""
-    return "" if default in ("None", "") else f"(default: {default})"
-
-
-_COUNT = _number(parse_count, _write_count, "COUNT", or_none=True)
-_DURATION = _number(parse_duration, _write_duration, "TIME", or_none=True)
-_OPTIONAL = tyro.conf.arg(help_behavior_hint=_hint)
-
-Count = Annotated[int, _number(parse_count, _write_count, "COUNT")]
-"""A whole number with an optional unit: 4096, 512k, 2M, 270B."""
-OptionalCount = Annotated[int | None, _COUNT, _OPTIONAL]
-"""A count that may be left out."""
-Duration = Annotated[float, _number(parse_duration, _write_duration, "TIME")]
-"""Seconds, written with units: 45min, 3h30m, 1.5d."""
-OptionalDuration = Annotated[float | None, _DURATION, _OPTIONAL]
-"""A duration that may be left out."""
-OptionalFloat = Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint=_hint)]
-"""A number that may be left out."""
-OptionalId = Annotated[int | None, tyro.conf.arg(metavar="ID", help_behavior_hint=_hint)]
-"""A token id that may be left out."""
-OptionalSwitch = Annotated[bool | None, _OPTIONAL]
-"""On, off, or decided by the model family: --name, --no-name, or neither."""
-OptionalName = Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint=_hint)]
-"""A name that may be left out."""
-OptionalPath = Annotated[str | None, tyro.conf.arg(metavar="PATH", help_behavior_hint=_hint)]
-"""A file or folder that may be left out."""
-OptionalList = Annotated[str | None, tyro.conf.arg(metavar="JSON", help_behavior_hint=_hint)]
-"""A list as JSON that may be left out."""
 
 
 @dataclass(frozen=True)
@@ -95,57 +41,57 @@ class ModelOptions:
     Flags marked {None,True,False} are given as --NAME or --no-NAME.
     """
 
-    num_layers: Count
+    num_layers: Fixed[Count]
     """Number of transformer blocks."""
-    hidden_size: Count
+    hidden_size: Fixed[Count]
     """Width of the residual stream (H)."""
-    num_attention_heads: Count
+    num_attention_heads: Fixed[Count]
     """Number of query heads in each block."""
-    model_family: str = "llama"
+    model_family: Fixed[str] = "llama"
     """Sets the defaults of the options below. Built in: llama (RMSNorm, SwiGLU, rotary positions, no biases, untied head), qwen3 (the
     same with normalized queries and keys), gpt2 (LayerNorm, GELU, learned positions, biases, tied head)."""
-    num_query_groups: OptionalCount = None
+    num_query_groups: Fixed[OptionalCount] = None
     """Number of key-value heads, for grouped-query attention. By default each query head has its own."""
-    kv_channels: OptionalCount = None
+    kv_channels: Fixed[OptionalCount] = None
     """Width of each attention head. By default --hidden-size / --num-attention-heads."""
-    ffn_hidden_size: OptionalCount = None
+    ffn_hidden_size: Fixed[OptionalCount] = None
     """Width of the feed-forward layer. By default 8/3 of --hidden-size, rounded up to a multiple of 256 (SwiGLU), or 4 times it (GELU)."""
-    vocab_size: OptionalCount = None
+    vocab_size: Fixed[OptionalCount] = None
     """Size of the vocabulary: all token ids are below this number. By default the size in the dataset's metadata file (PREFIX.json)."""
-    make_vocab_size_divisible_by: Count = 128
+    make_vocab_size_divisible_by: Free[Count] = 128
     """Pad the rows of the embedding to a multiple of this number and of the tensor-parallel size. Padding is never predicted."""
-    max_position_embeddings: OptionalCount = None
+    max_position_embeddings: Fixed[OptionalCount] = None
     """Length of the longest sequence, in positions. By default --seq-length, which no stage and no evaluation exceeds."""
-    normalization: Annotated[Literal["RMSNorm", "LayerNorm"] | None, _OPTIONAL] = None
+    normalization: Fixed[Annotated[Literal["RMSNorm", "LayerNorm"] | None, OPTIONAL]] = None
     """Type of the normalization layers. By default the model family's."""
-    norm_epsilon: OptionalFloat = None
+    norm_epsilon: Fixed[OptionalFloat] = None
     """Added to the variance in each normalization. By default the model family's (1e-5 or 1e-6)."""
-    swiglu: OptionalSwitch = None
+    swiglu: Fixed[OptionalSwitch] = None
     """Use SwiGLU, a gated feed-forward layer, or with --no-swiglu GELU. By default the model family's."""
-    position_embedding_type: Annotated[Literal["rope", "learned_absolute"] | None, _OPTIONAL] = None
+    position_embedding_type: Fixed[Annotated[Literal["rope", "learned_absolute"] | None, OPTIONAL]] = None
     """Encode positions by rotation (rope) or by learned embeddings. By default the model family's."""
-    rotary_base: float = 10000.0
+    rotary_base: Fixed[float] = 10000.0
     """Base of the rotary frequencies (rope theta)."""
-    rope_scaling: Literal["none", "linear", "llama3"] = "none"
+    rope_scaling: Fixed[Literal["none", "linear", "llama3"]] = "none"
     """Lower the rotary frequencies so that the model reads longer contexts.
     linear divides all of them by --rope-scaling-factor; llama3 (Llama 3.1 and later) divides only the low ones."""
-    rope_scaling_factor: float = 1.0
+    rope_scaling_factor: Fixed[float] = 1.0
     """Factor by which --rope-scaling divides the rotary frequencies."""
-    rope_low_freq_factor: float = 1.0
+    rope_low_freq_factor: Fixed[float] = 1.0
     """llama3 scaling: frequencies with a wavelength above --rope-original-positions / this number are divided by the full factor."""
-    rope_high_freq_factor: float = 4.0
+    rope_high_freq_factor: Fixed[float] = 4.0
     """llama3 scaling: frequencies with a wavelength below --rope-original-positions / this number stay as they are."""
-    rope_original_positions: Count = 8192
+    rope_original_positions: Fixed[Count] = 8192
     """llama3 scaling: context length, in positions, that the model was trained with before scaling."""
-    qk_layernorm: OptionalSwitch = None
+    qk_layernorm: Fixed[OptionalSwitch] = None
     """Normalize the queries and keys of each head before the rotation. By default the model family's choice."""
-    add_qkv_bias: OptionalSwitch = None
+    add_qkv_bias: Fixed[OptionalSwitch] = None
     """Add biases only to the query, key and value projections, as Qwen2 does."""
-    disable_bias_linear: OptionalSwitch = None
+    disable_bias_linear: Fixed[OptionalSwitch] = None
     """Leave out the biases of all linear layers. By default the model family's choice."""
-    untie_embeddings_and_output_weights: OptionalSwitch = None
+    untie_embeddings_and_output_weights: Fixed[OptionalSwitch] = None
     """Give the output layer its own weights; with --no-… it shares those of the embedding. By default the model family's choice."""
-    init_method_std: float = 0.02
+    init_method_std: Fixed[float] = 0.02
     """Standard deviation of the initial weights."""
 
 
@@ -153,46 +99,46 @@ class ModelOptions:
 class StageOptions:
     """How many tokens the run reads, in which patches and in which batches. --recipe or --stages chooses the stages."""
 
-    recipe: OptionalName = None
+    recipe: Fixed[OptionalName] = None
     """Name of the recipe that makes the stages. By default patch-train where --patch-size is above 1, else token-level.
     - patch-train: patches, then single tokens, as many tokens in each step. Learning rate and optimizer restart at the switch.
     - token-superposition: patches, then single tokens, as many positions in each step. One schedule; the optimizer is kept.
     - token-level: single tokens throughout, the baseline."""
-    patch_size: OptionalCount = None
+    patch_size: Fixed[OptionalCount] = None
     """K, the patch size of the recipe's first stage: tokens averaged into one position, and labels that each position predicts.
     By default 1. Where --recipe names patches it is 2 for models below 100M parameters and 4 for larger ones."""
-    patch_fraction: OptionalFloat = None
+    patch_fraction: Fixed[OptionalFloat] = None
     """Share of the training tokens that is read as patches (lambda, between 0 and 1). By default 2/3 for patch-train.
     Give this or --patch-compute-share."""
-    patch_compute_share: OptionalFloat = None
+    patch_compute_share: Fixed[OptionalFloat] = None
     """Share of the run's compute that is spent on patches (r, between 0 and 1). By default 0.3 for token-superposition.
     Give this or --patch-fraction."""
-    stages: OptionalList = None
+    stages: Fixed[OptionalList] = None
     """The list of stages, instead of a recipe: a YAML list in a file, JSON on the command line. docs/method.md explains its keys."""
-    train_tokens: OptionalCount = None
+    train_tokens: Reported[OptionalCount] = None
     """Number of tokens that the run reads over all its stages."""
-    seq_length: Count = 2048
+    seq_length: Fixed[Count] = 2048
     """Length of a sample at K = 1, in positions. By default the number of positions in every stage; see --sample."""
-    sample: Literal["constant-positions", "constant-tokens"] = "constant-positions"
+    sample: Fixed[Literal["constant-positions", "constant-tokens"]] = "constant-positions"
     """What the samples of all stages have in common: their positions (T), or their tokens (T/K positions in a patch stage)."""
-    batch: Annotated[Literal["constant-tokens", "constant-positions"] | None, _OPTIONAL] = None
+    batch: Fixed[Annotated[Literal["constant-tokens", "constant-positions"] | None, OPTIONAL]] = None
     """What the steps of all stages have in common: their tokens, or their positions. By default the recipe's choice."""
-    micro_batch_size: Count = 1
+    micro_batch_size: Free[Count] = 1
     """Number of samples that one rank computes in one forward pass. Larger is faster as long as it fits into memory."""
-    global_batch_size: OptionalCount = None
+    global_batch_size: Fixed[OptionalCount] = None
     """Number of samples in one optimizer step at K = 1, over all ranks. Give this or --global-batch-tokens."""
-    global_batch_tokens: OptionalCount = None
+    global_batch_tokens: Fixed[OptionalCount] = None
     """Number of tokens in one optimizer step at K = 1, over all ranks, rounded to full micro-batches of all ranks.
     Give this or --global-batch-size."""
-    position_weights: Annotated[str, tyro.conf.arg(metavar="NAME|NUMBERS")] = "uniform"
+    position_weights: Fixed[Annotated[str, tyro.conf.arg(metavar="NAME|NUMBERS")]] = "uniform"
     """How much each of the K labels of a position counts in the patch loss; k numbers the labels from 0.
     uniform (1), power (1/(k+1)), exponential (2^-k), first (only the first label), or K numbers with commas between them."""
-    anneal_share: float = 0.0
+    anneal_share: Fixed[float] = 0.0
     """Share of the patch stage's steps, at its end, over which the weights move to the first label. This softens the switch."""
-    block_tokens: OptionalCount = None
+    block_tokens: Fixed[OptionalCount] = None
     """Size of the blocks, in tokens, in which the corpus is divided among the stages.
     By default the least common multiple of the tokens in a sample of each stage, which is rarely worth changing."""
-    start_tokens: Count = 0
+    start_tokens: Fixed[Count] = 0
     """Skip this many tokens at the start of the corpus order, because an earlier run has read them."""
 
 
@@ -200,37 +146,37 @@ class StageOptions:
 class ScheduleOptions:
     """Lengths are given in tokens, so that they hold for every batch size. --recipe or --stages decides what restarts at a switch."""
 
-    lr: float = 3e-4
+    lr: Reported[float] = 3e-4
     """Highest learning rate."""
-    min_lr: float = 0.0
+    min_lr: Reported[float] = 0.0
     """Learning rate at the end of the decay."""
-    lr_warmup_tokens: Count = 0
+    lr_warmup_tokens: Reported[Count] = 0
     """Length of the linear warm-up from 0, in tokens."""
-    lr_warmup_fraction: OptionalFloat = None
+    lr_warmup_fraction: Reported[OptionalFloat] = None
     """Length of the warm-up as a share of the schedule's tokens, instead of --lr-warmup-tokens."""
-    lr_decay_style: Annotated[LrStyle | None, _OPTIONAL] = None
+    lr_decay_style: Reported[Annotated[LrStyle | None, OPTIONAL]] = None
     """Shape of the decay after the warm-up; WSD is warm-up, stable, decay.
     By default cosine, or WSD for the recipe token-superposition."""
-    lr_decay_tokens: OptionalCount = None
+    lr_decay_tokens: Reported[OptionalCount] = None
     """Number of tokens from the schedule's start after which --min-lr is reached. By default the length of the schedule."""
-    lr_wsd_decay_tokens: OptionalCount = None
+    lr_wsd_decay_tokens: Reported[OptionalCount] = None
     """Length of WSD's final decay, in tokens."""
-    lr_wsd_decay_fraction: OptionalFloat = None
+    lr_wsd_decay_fraction: Reported[OptionalFloat] = None
     """Length of WSD's final decay as a share of the schedule's steps, instead of --lr-wsd-decay-tokens.
     By default 0.1, or 0.5 for models below 100M parameters (docs/replication.md)."""
-    lr_wsd_decay_style: WsdDecayStyle = "linear"
+    lr_wsd_decay_style: Reported[WsdDecayStyle] = "linear"
     """Shape of WSD's final decay."""
-    optimizer: str = "adamw"
+    optimizer: Fixed[str] = "adamw"
     """Name of the optimizer: adamw (NVIDIA Apex's fused AdamW if installed, else torch's), or one that your own script registers."""
-    weight_decay: float = 0.1
+    weight_decay: Reported[float] = 0.1
     """Decoupled weight decay of weight matrices. Biases and normalization weights are never decayed."""
-    adam_beta1: float = 0.9
+    adam_beta1: Reported[float] = 0.9
     """Decay rate of Adam's first moment (beta 1)."""
-    adam_beta2: float = 0.95
+    adam_beta2: Reported[float] = 0.95
     """Decay rate of Adam's second moment (beta 2)."""
-    adam_eps: float = 1e-8
+    adam_eps: Reported[float] = 1e-8
     """Added to the square root of Adam's second moment (epsilon)."""
-    clip_grad: float = 1.0
+    clip_grad: Reported[float] = 1.0
     """Scale the gradient down to this norm if its norm is larger. 0 turns clipping off."""
 
 
@@ -238,31 +184,31 @@ class ScheduleOptions:
 class DataOptions:
     """Training data, held-out data, and how documents are separated. tools/preprocess_data.py makes datasets from text."""
 
-    data_path: Annotated[tuple[str, ...], tyro.conf.arg(metavar="PREFIX ...", help_behavior_hint=_hint)] = ()
+    data_path: Fixed[Annotated[tuple[str, ...], texts("PREFIX ...")]] = ()
     """Training datasets, by their paths without .bin and .idx: one or more prefixes, or a weight before each: 0.7 web 0.3 code.
     A quoted glob ('shards/*_text_document') or @FILE, a file that lists prefixes, is one corpus of many shards."""
-    valid_data_path: Annotated[tuple[str, ...], tyro.conf.arg(metavar="PREFIX ...", help_behavior_hint=_hint)] = ()
+    valid_data_path: Reported[Annotated[tuple[str, ...], texts("PREFIX ...")]] = ()
     """Held-out datasets for evaluation, written like --data-path. By default the part of --data-path that --split reserves."""
-    split: Annotated[str, tyro.conf.arg(metavar="TRAIN,VALID,TEST")] = "969,30,1"
+    split: Fixed[Annotated[str, tyro.conf.arg(metavar="TRAIN,VALID,TEST")]] = "969,30,1"
     """Relative sizes of the parts of --data-path for training, validation and test. Ignored with --valid-data-path."""
-    tokenizer_type: OptionalName = None
+    tokenizer_type: Free[OptionalName] = None
     """Type of the tokenizer that encoded the data; only --sample-prompts needs it. By default the one in the dataset's metadata file.
     HuggingFaceTokenizer, SentencePieceTokenizer, Llama2Tokenizer, GPT2BPETokenizer, TikTokenizer or NullTokenizer."""
-    tokenizer_model: OptionalPath = None
+    tokenizer_model: Free[OptionalPath] = None
     """File or folder of that tokenizer. By default the one in the dataset's metadata file."""
-    eod_token_id: OptionalId = None
+    eod_token_id: Fixed[OptionalId] = None
     """Id of the end-of-document token. By default the one in the dataset's metadata file."""
-    reset_attention_mask: bool = False
+    reset_attention_mask: Fixed[bool] = False
     """Prevent positions from attending to other documents of the same sample."""
-    reset_position_ids: bool = False
+    reset_position_ids: Fixed[bool] = False
     """Number the positions of each document from 0."""
-    eod_mask_loss: bool = False
+    eod_mask_loss: Fixed[bool] = False
     """Exclude a label from the loss if it belongs to another document than the position that predicts it."""
-    max_epochs: Annotated[tuple[str, ...], tyro.conf.arg(metavar="LIMIT ...", help_behavior_hint=_hint)] = ()
+    max_epochs: Free[Annotated[tuple[str, ...], texts("LIMIT ...")]] = ()
     """Refuse a run that would read a corpus more often than this: NUMBER limits all corpora, PREFIX=NUMBER one of them."""
-    shuffle_window_blocks: Count = 1024
+    shuffle_window_blocks: Fixed[Count] = 1024
     """Size of the shuffle window in blocks: samples are shuffled within it. A larger window mixes better and reads more at random."""
-    num_workers: Count = 2
+    num_workers: Free[Count] = 2
     """Number of steps whose batches are prepared ahead of training. 0 prepares each batch when it is needed."""
 
 
@@ -270,39 +216,39 @@ class DataOptions:
 class EngineOptions:
     """How ranks share the model and in which precision they compute. docs/parallelism.md shows which combinations run."""
 
-    bf16: bool = False
+    bf16: Reported[bool] = False
     """Compute in bfloat16. Gradients are accumulated in float32."""
-    fp16: bool = False
+    fp16: Reported[bool] = False
     """Compute in float16 with loss scaling. Needs a GPU; prefer --bf16 where the GPU supports it."""
-    loss_scale: OptionalFloat = None
+    loss_scale: Reported[OptionalFloat] = None
     """Constant loss scale for --fp16. By default the scale adapts to overflows."""
-    initial_loss_scale: float = 65536.0
+    initial_loss_scale: Reported[float] = 65536.0
     """First loss scale for --fp16 where the scale adapts; a power of two."""
-    zero_stage: Annotated[Literal[0, 1, 2, 3] | None, _OPTIONAL] = None
+    zero_stage: Free[Annotated[Literal[0, 1, 2, 3] | None, OPTIONAL]] = None
     """ZeRO level, that is what data-parallel ranks shard: 0 nothing, 1 the optimizer's state, 2 also gradients, 3 also weights.
     By default 1, or the level in --deepspeed_config. A higher level saves memory and communicates more."""
-    tensor_model_parallel_size: Count = 1
+    tensor_model_parallel_size: Free[Count] = 1
     """Number of ranks that split each layer (tensor parallel). Use it when a layer does not fit on one GPU; best within one node."""
-    pipeline_model_parallel_size: Count = 1
+    pipeline_model_parallel_size: Free[Count] = 1
     """Number of ranks that split the list of layers (pipeline parallel). Use it when the model does not fit on one node."""
-    pipeline_balance: Literal["parameters", "flops", "blocks"] = "parameters"
+    pipeline_balance: Free[Literal["parameters", "flops", "blocks"]] = "parameters"
     """What is divided evenly among pipeline ranks: parameters (memory), FLOPs (time), or the number of transformer blocks."""
-    sequence_parallel: bool = False
+    sequence_parallel: Free[bool] = False
     """Split normalization and residual stream along positions over the tensor-parallel ranks. Saves activation memory."""
-    deepspeed_config: OptionalPath = None
+    deepspeed_config: Reported[OptionalPath] = None
     """JSON file that is passed through to DeepSpeed, for example for offloading. Values that a flag also sets must agree."""
-    recompute_granularity: Literal["none", "selective", "full"] = "none"
+    recompute_granularity: Free[Literal["none", "selective", "full"]] = "none"
     """Save memory by computing activations again in the backward pass: those of attention (selective), or of full blocks (full)."""
-    compile: bool = False
+    compile: Free[bool] = False
     """Compile the transformer blocks with torch.compile: a slower start, faster steps."""
-    operators: Literal["fused", "plain"] = "fused"
+    operators: Free[Literal["fused", "plain"]] = "fused"
     """Code for the patch embedding and the loss: compiled kernels where they are built (fused), or the plain formulas in PyTorch (plain).
     With plain and K = 1, results equal those of an ordinary language model bit by bit."""
-    seed: int = 1234
+    seed: Fixed[int] = 1234
     """Random seed of the initial weights and of the data order."""
-    local_rank: int = -1
+    local_rank: Free[int] = -1
     """Set by the launcher; do not give it."""
-    distributed_timeout_minutes: Count = 40
+    distributed_timeout_minutes: Free[Count] = 40
     """Minutes that a rank waits for the others in a collective before it fails. Must be longer than --hang-timeout."""
 
 
@@ -310,26 +256,26 @@ class EngineOptions:
 class CheckpointOptions:
     """Saving and resuming. The same command, started again, resumes from the newest valid checkpoint."""
 
-    save: OptionalPath = None
+    save: Free[OptionalPath] = None
     """Folder of the run, for checkpoints, metrics and plots. Without it nothing is saved."""
-    load: OptionalPath = None
+    load: Free[OptionalPath] = None
     """Folder to resume from. By default --save. A folder without checkpoints starts a new run."""
-    finetune: bool = False
+    finetune: Free[bool] = False
     """Start a new run from the weights of --load: optimizer, schedule and data order start again.
     Where --save already holds checkpoints of the new run, the new run resumes from them."""
-    save_interval: OptionalCount = None
+    save_interval: Free[OptionalCount] = None
     """Number of steps between checkpoints. The end of each stage is always saved."""
-    save_interval_tokens: OptionalCount = None
+    save_interval_tokens: Free[OptionalCount] = None
     """Number of tokens between checkpoints, instead of --save-interval."""
-    keep_last: Count = 3
+    keep_last: Free[Count] = 3
     """Number of newest checkpoints to keep; older ones are deleted. 0 keeps all. Those at the end of a stage are always kept."""
-    keep_every: OptionalCount = None
+    keep_every: Free[OptionalCount] = None
     """Also keep the first checkpoint at or after each multiple of this many steps."""
-    keep_every_tokens: OptionalCount = None
+    keep_every_tokens: Free[OptionalCount] = None
     """Also keep the first checkpoint at or after each multiple of this many tokens."""
-    async_save: bool = False
+    async_save: Free[bool] = False
     """Write checkpoints in the background. Training waits only while weights and moments are copied to host memory."""
-    exit_interval: OptionalCount = None
+    exit_interval: Free[OptionalCount] = None
     """Save and stop (exit code 0) at each multiple of this many steps."""
 
 
@@ -337,34 +283,34 @@ class CheckpointOptions:
 class SafetyOptions:
     """When to stop, which steps to reject, and how long to wait. docs/operations.md explains what the program detects."""
 
-    exit_duration: OptionalDuration = None
+    exit_duration: Free[OptionalDuration] = None
     """Save and stop (exit code 75) after this time, for example 3h30m. The same command then resumes."""
-    exit_margin: Duration = 300.0
+    exit_margin: Free[Duration] = 300.0
     """Save and stop this long before the time limit of a Slurm job, but not before half of the job's time."""
-    kill_switch: OptionalPath = None
+    kill_switch: Free[OptionalPath] = None
     """Save and stop as soon as this file exists."""
-    on_spike: Literal["skip", "rewind", "stop", "ignore"] = "skip"
+    on_spike: Reported[Literal["skip", "rewind", "stop", "ignore"]] = "skip"
     """What to do when the loss spikes or the gradient explodes. A step with a loss or gradient that is not finite is never taken.
     - skip: leave out the update of this step.
     - rewind: also return to weights and optimizer state of the newest checkpoint; data read since then is not read again.
     - stop: end with exit code 5.
     - ignore: take the step."""
-    spike_threshold: float = 20.0
+    spike_threshold: Reported[float] = 20.0
     """The loss spikes when it is this many robust deviations above the median of the stage's last steps.
     A robust deviation is 1.4826 times the median absolute deviation, and at least 0.01 nats."""
-    spike_window: Count = 128
+    spike_window: Reported[Count] = 128
     """Number of last steps of a stage for that median. Nothing is a spike before half of them are done."""
-    spike_grad_norm: OptionalFloat = None
+    spike_grad_norm: Reported[OptionalFloat] = None
     """The gradient explodes when its norm is this many times the median norm. By default only clipping limits gradients."""
-    max_sick_steps: Count = 10
+    max_sick_steps: Free[Count] = 10
     """Stop (exit code 5) after this many rejected steps in a row."""
-    hang_timeout: Duration = 1800.0
+    hang_timeout: Free[Duration] = 1800.0
     """End the job (exit code 76) and write the stacks of all ranks when there is no progress for this time. 0 turns this off."""
-    straggler_interval: Count = 100
+    straggler_interval: Free[Count] = 100
     """Number of steps between checks for ranks that compute more slowly than the others. 0 never checks."""
-    check_replicas_interval: OptionalCount = None
+    check_replicas_interval: Free[OptionalCount] = None
     """Number of steps between checks that ranks with the same weights or the same samples agree bit by bit. By default never."""
-    replay_interval: OptionalCount = None
+    replay_interval: Free[OptionalCount] = None
     """Number of steps between replays: the loss of a micro-batch is computed twice and must be the same. By default never."""
 
 
@@ -372,35 +318,35 @@ class SafetyOptions:
 class LoggingOptions:
     """What is measured, sampled and printed during training."""
 
-    log_interval: Count = 10
+    log_interval: Free[Count] = 10
     """Number of steps between lines on the console."""
-    eval_interval: OptionalCount = None
+    eval_interval: Free[OptionalCount] = None
     """Number of steps between evaluations. The end of each stage is always evaluated where there is held-out data."""
-    eval_interval_tokens: OptionalCount = None
+    eval_interval_tokens: Free[OptionalCount] = None
     """Number of tokens between evaluations, instead of --eval-interval."""
-    eval_tokens: Count = 1_000_000
+    eval_tokens: Reported[Count] = 1_000_000
     """Number of held-out tokens in an evaluation."""
-    sample_prompts: Annotated[tuple[str, ...], tyro.conf.arg(metavar="TEXT ...", help_behavior_hint=_hint)] = ()
+    sample_prompts: Free[Annotated[tuple[str, ...], texts("TEXT ...")]] = ()
     """Texts that the model continues at each evaluation. An empty text stands for the start of a document."""
-    sample_tokens: Count = 64
+    sample_tokens: Free[Count] = 64
     """Number of tokens in each continuation."""
-    sample_temperature: float = 0.0
+    sample_temperature: Free[float] = 0.0
     """Temperature of sampling. 0 always takes the most likely token."""
-    sample_top_p: float = 0.95
+    sample_top_p: Free[float] = 0.95
     """Sample from the smallest set of tokens whose probabilities sum to this number."""
-    tensorboard_dir: OptionalPath = None
+    tensorboard_dir: Free[OptionalPath] = None
     """Folder for TensorBoard event files."""
-    wandb_project: OptionalName = None
+    wandb_project: Free[OptionalName] = None
     """Weights & Biases project to log to."""
-    wandb_exp_name: OptionalName = None
+    wandb_exp_name: Free[OptionalName] = None
     """Name of the run in Weights & Biases."""
-    log_token_spans: bool = False
+    log_token_spans: Free[bool] = False
     """Write which tokens each rank reads to SAVE/spans/, for audits of the data order."""
-    peak_tflops: OptionalFloat = None
+    peak_tflops: Free[OptionalFloat] = None
     """Peak of one device in TFLOP/s, for the MFU. By default the peak of a known device."""
-    dry_run: bool = False
+    dry_run: Free[bool] = False
     """Print the plan and its cost, and stop. Needs no data and no GPUs."""
-    world_size: OptionalCount = None
+    world_size: Free[OptionalCount] = None
     """Number of ranks to plan for in a --dry-run. By default those that were started."""
 
 

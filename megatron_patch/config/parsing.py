@@ -13,11 +13,12 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, get_args, get_origin
 
 import tyro
 
-from megatron_patch.config.options import ModelOptions, OptionalSwitch, Options
+from megatron_patch.config.option_types import OptionalSwitch, option_types, split_mark
+from megatron_patch.config.options import ModelOptions, Options
 from megatron_patch.config.yaml_files import load_yaml
 from megatron_patch.errors import ConfigError
 from megatron_patch.utils.registry import suggestion
@@ -40,16 +41,9 @@ def _without_annotations(hint: Any) -> Any:
     return get_args(hint)[0] if get_origin(hint) is Annotated else hint
 
 
-def _option_types() -> dict[str, Any]:
-    """Returns the annotated type of each option by its name, over all groups."""
-    types: dict[str, Any] = {}
-    for group in get_type_hints(Options).values():
-        hints = get_type_hints(group, include_extras=True)
-        types.update({f.name: hints[f.name] for f in fields(group)})
-    return types
-
-
-OPTION_TYPES = _option_types()
+_MARKED_TYPES = {name: split_mark(hint) for name, hint in option_types(Options).items()}
+OPTION_TYPES = {name: kind for name, (kind, _) in _MARKED_TYPES.items()}
+RESUME_MARKS = {name: mark for name, (_, mark) in _MARKED_TYPES.items()}
 _BOOLEANS = {name for name, hint in OPTION_TYPES.items() if hint is bool}
 _TRISTATES = {name for name, hint in OPTION_TYPES.items() if hint == OptionalSwitch}
 _LISTS = {name for name, hint in OPTION_TYPES.items() if get_origin(_without_annotations(hint)) is tuple}

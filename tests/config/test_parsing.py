@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_patch.config.options import OptionalId
+from megatron_patch.config.option_types import OptionalId
 from megatron_patch.config.parsing import OPTION_TYPES, parse
 from megatron_patch.errors import ConfigError
 
