@@ -10,6 +10,7 @@ rates are counted in tokens, compute in positions.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -88,6 +89,8 @@ class Stage:
         optimizer: what the switch to this stage does to the optimizer's state: "reset" clears it, "reset_moments" sets both moments
             to zero and keeps the step count (so there is no new bias correction), "keep" leaves it as it is.
         blend: the stage's data blend as (dataset prefix, weight); None for the blend of the run.
+        earlier_ends: where the stage ended, in blocks from its start, before more --train-tokens extended it. Shuffle windows also begin
+            there, so that samples that were read are not read again.
 
     Raises:
         ConfigError: a number is out of range, or the number of weights is not the number of labels.
@@ -107,6 +110,7 @@ class Stage:
     rewarm_tokens: int = 0
     optimizer: OptimizerPolicy = "reset"
     blend: tuple[tuple[str, float], ...] | None = None
+    earlier_ends: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("patch_size", "positions", "micro_batch_size", "global_batch_size", "steps"):
@@ -219,6 +223,13 @@ class StagePlan:
                     f"stage {stage.name!r} ends inside a block: it has {stage.tokens} tokens, a block has {self.block_tokens}",
                     "full blocks in every stage but the last",
                     "change the stage's number of steps",
+                )
+            blocks = self.last_block(index) - self.first_block(index)
+            if any(not low < high for low, high in itertools.pairwise((0, *stage.earlier_ends, blocks + 1))):
+                raise ConfigError(
+                    f"stage {stage.name!r}: earlier_ends is {list(stage.earlier_ends)}"[:300],
+                    f"ascending numbers of blocks from 1 to {blocks}",
+                    "use the plan of a checkpoint that is not damaged",
                 )
 
     @property

@@ -273,7 +273,10 @@ def list_checkpoints(save: Path) -> list[Path]:
 
 
 def find_newest_valid(
-    save: Path, wanted: Callable[[TrainerState], bool] | None = None, check: Callable[[Path], list[str]] = verify
+    save: Path,
+    wanted: Callable[[TrainerState], bool] | None = None,
+    check: Callable[[Path], list[str]] = verify,
+    check_state: Callable[[TrainerState], list[str]] = lambda state: [],
 ) -> ValidCheckpoint | None:
     """Returns the newest valid checkpoint, or None if there are no checkpoints.
 
@@ -281,6 +284,7 @@ def find_newest_valid(
         save: a run's folder, or the folder of one checkpoint.
         wanted: selects checkpoints by their trainer state; others, and those whose state cannot be read, are ignored. None: all.
         check: returns the problems of a checkpoint, as `verify` does.
+        check_state: returns the problems of a trainer state.
 
     Raises:
         CheckpointError: there are checkpoints but none is valid, or the folder cannot be read.
@@ -300,7 +304,9 @@ def find_newest_valid(
         problems = verify(folder, full=False) or check(folder)
         if not problems:
             try:
-                return ValidCheckpoint(folder, read_state(folder), tuple(skipped))
+                state = read_state(folder)
+                if not (problems := check_state(state)):
+                    return ValidCheckpoint(folder, state, tuple(skipped))
             except CheckpointError as error:
                 problems = [error.what]
         skipped.append((str(folder), "; ".join(problems)))

@@ -9,12 +9,14 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import math
+from pathlib import Path
 
 from megatron_patch.config.options import DataOptions, EngineOptions, Options
 from megatron_patch.data.corpus import split_ranges
 from megatron_patch.errors import ConfigError
 from megatron_patch.stages import StagePlan
 from megatron_patch.tokenizers.base import TOKENIZERS
+from megatron_patch.utils.files import same_path
 from megatron_patch.utils.registry import lookup
 from megatron_patch.utils.units import format_duration, plural
 
@@ -159,8 +161,15 @@ def _check_checkpoints(options: Options) -> None:
         raise _only_one("--save-interval", "--save-interval-tokens")
     if checkpoint.finetune and checkpoint.load is None:
         raise ConfigError("--finetune without --load", "--load with the folder to take the weights from", "give --load FOLDER")
-    if checkpoint.finetune and checkpoint.load == checkpoint.save:
-        raise ConfigError(f"--finetune with the same folder for --load and --save: {checkpoint.save}", "another folder", "change --save")
+    if checkpoint.finetune and checkpoint.load is not None and checkpoint.save is not None:
+        load = Path(checkpoint.load)
+        run_of_load = load.resolve().parent if load.name.startswith("step-") else load
+        if same_path(run_of_load, checkpoint.save):
+            raise ConfigError(
+                f"--finetune with --load {checkpoint.load} and --save {checkpoint.save}, which are the folder of one run",
+                "another folder for the new run",
+                "change --save",
+            )
     if (checkpoint.save_interval or checkpoint.save_interval_tokens) and checkpoint.save is None and not dry_run:
         flag = "--save-interval" if checkpoint.save_interval else "--save-interval-tokens"
         raise ConfigError(f"{flag} without --save", "--save FOLDER", f"give --save FOLDER, or remove {flag}")

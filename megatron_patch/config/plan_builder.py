@@ -44,7 +44,11 @@ class _SizedStage:
 
 
 def build_plan(
-    options: StageOptions, schedule: ScheduleOptions, data_parallel_size: int, decay_fraction: float = PUBLISHED_DECAY_FRACTION
+    options: StageOptions,
+    schedule: ScheduleOptions,
+    data_parallel_size: int,
+    decay_fraction: float = PUBLISHED_DECAY_FRACTION,
+    batch_of: StagePlan | None = None,
 ) -> StagePlan:
     """Returns the plan of a run.
 
@@ -53,29 +57,63 @@ def build_plan(
         schedule: the learning rates, for stages that set none.
         data_parallel_size: number of ranks that share a global batch.
         decay_fraction: share of a schedule's steps over which WSD decays where no other length is given.
+        batch_of: the plan of the same run's first start, whose global batch is used in place of the options' and is not rounded to the
+            ranks of this start.
 
     Raises:
         ConfigError: the options give no valid plan; the message names the flag or the stage.
     """
     sized = [_sized(spec, options) for spec in _specs(options, schedule)]
-    batches = _global_batches(sized, options, data_parallel_size)
+    if batch_of is None:
+        batch = _global_batch(sized, options, data_parallel_size)
+    else:
+        batch = batch_of.stages[0].global_batch_size * sized[0].batch_unit
+    batches = _samples_per_step(batch, sized, options)
     step_tokens = [batch * stage.sample_tokens for batch, stage in zip(batches, sized, strict=True)]
     amounts = stage_tokens([stage.spec for stage in sized], step_tokens, [stage.input_patch_size for stage in sized], options.train_tokens)
     block = _block_tokens(sized, options)
     stages: list[Stage] = []
     running: StageSpec | None = None
     for index, (stage, batch, tokens) in enumerate(zip(sized, batches, amounts, strict=True)):
-        tokens_per_step = step_tokens[index]
-        # All stages but the last end at the end of a block.
-        unit = block // math.gcd(block, tokens_per_step) if index < len(sized) - 1 else 1
-        steps = max(1, round(tokens / (tokens_per_step * unit))) * unit
+        steps = whole_steps(tokens, step_tokens[index], block if index < len(sized) - 1 else 1)
         if stage.spec.lr_policy in (None, "restart"):
             running = stage.spec
         stages.append(_stage(stage, batch, steps, options, schedule, running))
     names = [stage.name for stage in stages]
     if len(set(names)) < len(names):
         stages = [dataclasses.replace(stage, name=f"{number}-{stage.name}") for number, stage in enumerate(stages, start=1)]
-    return StagePlan(_with_schedules(stages, schedule, decay_fraction), block)
+    return _with_schedules(StagePlan(tuple(stages), block), schedule, decay_fraction)
+
+
+def reschedule(plan: StagePlan, options: StageOptions, schedule: ScheduleOptions, decay_fraction: float) -> StagePlan:
+    """Returns a plan with the learning rates that the options describe for stages of these lengths.
+
+    Args:
+        plan: as many stages as the options describe.
+        options: the stages.
+        schedule: the learning rates, for stages that set none.
+        decay_fraction: as for `build_plan`.
+
+    Raises:
+        ConfigError: the learning rates do not fit the stages.
+    """
+    stages = [
+        dataclasses.replace(stage, lr=_lr_shape(spec, schedule), rewarm_tokens=_rewarm_tokens(spec, schedule))
+        for stage, spec in zip(plan.stages, _specs(options, schedule), strict=True)
+    ]
+    return _with_schedules(StagePlan(tuple(stages), plan.block_tokens), schedule, decay_fraction)
+
+
+def whole_steps(tokens: Fraction | float, tokens_per_step: int, block_tokens: int) -> int:
+    """Returns the number of steps that comes closest to reading `tokens` tokens, and reads full blocks.
+
+    Args:
+        tokens: tokens to read.
+        tokens_per_step: tokens of a step.
+        block_tokens: tokens of a block, at whose end all stages but the last must end; 1 for the last stage.
+    """
+    unit = block_tokens // math.gcd(block_tokens, tokens_per_step)
+    return max(1, round(tokens / (tokens_per_step * unit))) * unit
 
 
 def _specs(options: StageOptions, schedule: ScheduleOptions) -> tuple[StageSpec, ...]:
@@ -114,8 +152,8 @@ def _sized(spec: StageSpec, options: StageOptions) -> _SizedStage:
     return _SizedStage(spec, positions, input_patch_size, spec.micro_batch_size or options.micro_batch_size, batch == "constant-tokens")
 
 
-def _global_batches(sized: Sequence[_SizedStage], options: StageOptions, ranks: int) -> list[int]:
-    """Returns the samples in a step of each stage: the batch at K = 1, held constant in tokens or in positions.
+def _global_batch(sized: Sequence[_SizedStage], options: StageOptions, ranks: int) -> int:
+    """Returns the size of a step at K = 1, in tokens or positions, which are the same there.
 
     A batch given in tokens is rounded to full micro-batches of all ranks in every stage; a batch given in samples is kept as given.
     """
@@ -126,20 +164,23 @@ def _global_batches(sized: Sequence[_SizedStage], options: StageOptions, ranks: 
             "remove one of the two" if options.global_batch_size else "give --global-batch-tokens 2M, for example",
         )
     if options.global_batch_size is not None:
-        tokens = options.global_batch_size * options.seq_length
-    else:
-        assert options.global_batch_tokens is not None
-        unit = math.lcm(*(stage.micro_batch_size * ranks * stage.batch_unit for stage in sized))
-        tokens = max(1, round(options.global_batch_tokens / unit)) * unit
-    batches = [Fraction(tokens, stage.batch_unit) for stage in sized]
-    for stage, batch in zip(sized, batches, strict=True):
-        if batch.denominator != 1:
+        return options.global_batch_size * options.seq_length
+    assert options.global_batch_tokens is not None
+    unit = math.lcm(*(stage.micro_batch_size * ranks * stage.batch_unit for stage in sized))
+    return max(1, round(options.global_batch_tokens / unit)) * unit
+
+
+def _samples_per_step(batch: int, sized: Sequence[_SizedStage], options: StageOptions) -> list[int]:
+    """Returns the samples in a step of each stage, for a step of `batch` tokens or positions."""
+    samples = [Fraction(batch, stage.batch_unit) for stage in sized]
+    for stage, number in zip(sized, samples, strict=True):
+        if number.denominator != 1:
             raise ConfigError(
-                f"a step of {tokens} tokens does not divide into samples of {stage.sample_tokens} tokens (K = {stage.spec.patch_size})",
-                f"--global-batch-size in multiples of {batch.denominator * (options.global_batch_size or 1)}",
+                f"a step of {batch} tokens does not divide into samples of {stage.sample_tokens} tokens (K = {stage.spec.patch_size})",
+                f"--global-batch-size in multiples of {number.denominator * (options.global_batch_size or 1)}",
                 "give --global-batch-tokens, which is rounded, or use batch: constant-positions",
             )
-    return [int(batch) for batch in batches]
+    return [int(number) for number in samples]
 
 
 def _block_tokens(sized: Sequence[_SizedStage], options: StageOptions) -> int:
@@ -205,7 +246,6 @@ def _stage(
                 f"{idle[0]} only in stages with lr_policy: restart",
                 f"remove {idle[0]}, or use lr_policy: restart",
             )
-    warmup = spec.lr_warmup_tokens if spec.lr_warmup_tokens is not None else schedule.lr_warmup_tokens
     return Stage(
         name=spec.name or ("token" if spec.patch_size == 1 else f"patch-{spec.patch_size}"),
         patch_size=spec.patch_size,
@@ -218,7 +258,7 @@ def _stage(
         anneal_share=anneal,
         lr=_lr_shape(spec, schedule),
         lr_policy=policy,
-        rewarm_tokens=warmup if policy == "rewarm" else 0,
+        rewarm_tokens=_rewarm_tokens(spec, schedule),
         optimizer=spec.optimizer or ("reset" if policy == "restart" else "keep"),
         blend=parse_blend(spec.data_path, "stages: data_path") if spec.data_path else None,
     )
@@ -241,37 +281,57 @@ def _lr_shape(spec: StageSpec, schedule: ScheduleOptions) -> LrShape:
     )
 
 
-def _with_schedules(stages: Sequence[Stage], schedule: ScheduleOptions, decay_fraction: float) -> tuple[Stage, ...]:
-    """Returns the stages with the values that depend on a schedule's length: a warm-up given as a share, and the length of WSD's decay."""
-    result = []
-    for index, stage in enumerate(stages):
-        shape = stage.lr
-        if stage.lr_policy == "restart":
-            following = [other.lr_policy != "restart" for other in stages[index + 1 :]]
-            end = index + 1 + (following.index(False) if False in following else len(following))
-            covered = stages[index:end]
-            tokens = sum(other.tokens for other in covered)
-            if schedule.lr_warmup_fraction is not None and shape.warmup_tokens == 0:
-                if not 0.0 <= schedule.lr_warmup_fraction < 1.0:
-                    raise ConfigError(
-                        f"--lr-warmup-fraction {schedule.lr_warmup_fraction}", "a share from 0 to below 1", "give 0.01, for example"
-                    )
-                shape = dataclasses.replace(shape, warmup_tokens=round(tokens * schedule.lr_warmup_fraction))
-            if shape.style == "WSD" and shape.wsd_decay_tokens == 0:
-                share = decay_fraction if schedule.lr_wsd_decay_fraction is None else schedule.lr_wsd_decay_fraction
-                shape = dataclasses.replace(shape, wsd_decay_tokens=_tokens_of_last_steps(covered, share))
-            _check_lr(stage, shape, tokens)
-        rewarm = stage.rewarm_tokens
-        if stage.lr_policy == "rewarm" and rewarm == 0:
-            rewarm = round(stage.tokens * (schedule.lr_warmup_fraction or 0.0))
-            if rewarm == 0:
+def _rewarm_tokens(spec: StageSpec, schedule: ScheduleOptions) -> int:
+    """Returns the length of a stage's rewarm; 0 for a stage without one, or where --lr-warmup-fraction gives the length."""
+    if spec.lr_policy != "rewarm":
+        return 0
+    return schedule.lr_warmup_tokens if spec.lr_warmup_tokens is None else spec.lr_warmup_tokens
+
+
+def _with_schedules(plan: StagePlan, schedule: ScheduleOptions, decay_fraction: float) -> StagePlan:
+    """Returns the plan with the values that depend on a schedule's length: a warm-up given as a share, and the length of WSD's decay."""
+    stages = list(plan.stages)
+    for index, covered in _schedules(plan):
+        tokens, shape = sum(stage.tokens for stage in covered), covered[0].lr
+        if schedule.lr_warmup_fraction is not None and shape.warmup_tokens == 0:
+            if not 0.0 <= schedule.lr_warmup_fraction < 1.0:
                 raise ConfigError(
-                    f"stage {stage.name!r} has lr_policy: rewarm but no warm-up",
-                    "lr_warmup_tokens in the stage, --lr-warmup-tokens, or --lr-warmup-fraction (a share of the stage's tokens)",
-                    "give one of them, or use lr_policy: continue",
+                    f"--lr-warmup-fraction {schedule.lr_warmup_fraction}", "a share from 0 to below 1", "give 0.01, for example"
                 )
-        result.append(dataclasses.replace(stage, lr=shape, rewarm_tokens=rewarm))
-    return tuple(result)
+            shape = dataclasses.replace(shape, warmup_tokens=round(tokens * schedule.lr_warmup_fraction))
+        if shape.style == "WSD" and shape.wsd_decay_tokens == 0:
+            share = decay_fraction if schedule.lr_wsd_decay_fraction is None else schedule.lr_wsd_decay_fraction
+            shape = dataclasses.replace(shape, wsd_decay_tokens=_tokens_of_last_steps(covered, share))
+        stages[index] = dataclasses.replace(covered[0], lr=shape)
+    for index, stage in enumerate(stages):
+        if stage.lr_policy == "rewarm" and stage.rewarm_tokens == 0:
+            stages[index] = dataclasses.replace(stage, rewarm_tokens=round(stage.tokens * (schedule.lr_warmup_fraction or 0.0)))
+    result = StagePlan(tuple(stages), plan.block_tokens)
+    check_schedules(result)
+    return result
+
+
+def _schedules(plan: StagePlan) -> list[tuple[int, Sequence[Stage]]]:
+    """Returns, for each learning-rate schedule of a plan, the index of the stage that begins it and the stages that it covers."""
+    starts = [index for index, stage in enumerate(plan.stages) if stage.lr_policy == "restart"]
+    return [(start, plan.stages[start:end]) for start, end in zip(starts, [*starts[1:], len(plan.stages)], strict=True)]
+
+
+def check_schedules(plan: StagePlan) -> None:
+    """Checks that the learning-rate schedules of a plan fit the stages that they cover.
+
+    Raises:
+        ConfigError: a schedule does not fit; the message names its first stage.
+    """
+    for _, covered in _schedules(plan):
+        _check_lr(covered[0], covered[0].lr, sum(stage.tokens for stage in covered))
+    for stage in plan.stages:
+        if stage.lr_policy == "rewarm" and stage.rewarm_tokens == 0:
+            raise ConfigError(
+                f"stage {stage.name!r} has lr_policy: rewarm but no warm-up",
+                "lr_warmup_tokens in the stage, --lr-warmup-tokens, or --lr-warmup-fraction (a share of the stage's tokens)",
+                "give one of them, or use lr_policy: continue",
+            )
 
 
 def _tokens_of_last_steps(stages: Sequence[Stage], share: float) -> int:

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from megatron_patch.config.checks import check_documents, check_numbers, check_options, check_parallel, check_plan
 from megatron_patch.config.options import ModelOptions, Options
 from megatron_patch.config.parsing import ParsedOptions, option_values, parse
-from megatron_patch.config.plan_builder import build_plan
+from megatron_patch.config.plan_builder import build_plan, reschedule
 from megatron_patch.config.scale import default_decay_fraction, default_patch_size, needs_decay_fraction, needs_patch_size, scale_notes
 from megatron_patch.config.stage_spec import parse_blend, parse_epoch_limits
 from megatron_patch.data.dataset_metadata import DatasetMetadata, read_metadata
@@ -91,6 +91,26 @@ class RunConfig:
         """Boundaries of the layers that each pipeline rank holds, as `pipeline_partition` returns them."""
         engine = self.options.engine
         return pipeline_partition(self.shape, engine.pipeline_model_parallel_size, engine.pipeline_balance, self.options.stages.seq_length)
+
+    def plan_with_batch_of(self, plan: StagePlan) -> StagePlan:
+        """Returns the plan that the options describe with the global batch of the run's first plan, whatever the number of ranks.
+
+        Raises:
+            ConfigError: the options give no valid plan with that batch.
+        """
+        return build_plan(self.options.stages, self.options.schedule, self.data_parallel_size, self._decay_fraction, plan)
+
+    def reschedule(self, plan: StagePlan) -> StagePlan:
+        """Returns a plan of as many stages with the learning rates that the options describe.
+
+        Raises:
+            ConfigError: the learning rates do not fit the stages.
+        """
+        return reschedule(plan, self.options.stages, self.options.schedule, self._decay_fraction)
+
+    @property
+    def _decay_fraction(self) -> float:
+        return default_decay_fraction(parameter_count(self.shape).total)
 
     def to_json(self) -> dict[str, Any]:
         """Returns all option values and where they came from, as plain JSON values."""
@@ -225,7 +245,8 @@ def resolve(parsed: ParsedOptions, ranks: int) -> RunConfig:
         by_scale.append(f"--lr-wsd-decay-fraction {decay_fraction}")
     if by_scale:
         notes.append(f"{' and '.join(by_scale)} by default, for a model of {format_count(parameters)} parameters")
-    notes.extend(_batch_notes(options, plan, data_parallel_size))
+    notes.extend(_padding_notes(plan, data_parallel_size))
+    notes.extend(_rounding_notes(options, plan))
     check_plan(options, plan)
     notes.extend(scale_notes(options, plan, parameters))
     run = RunConfig(options, parsed.origins, shape, plan, blend, valid_blend, metadata, data_parallel_size, tuple(notes))
@@ -234,8 +255,13 @@ def resolve(parsed: ParsedOptions, ranks: int) -> RunConfig:
     return run
 
 
-def _batch_notes(options: Options, plan: StagePlan, data_parallel_size: int) -> list[str]:
-    """Returns notes where the plan differs from the options, because micro-batches, steps and blocks are full ones."""
+def with_plan(run: RunConfig, plan: StagePlan) -> RunConfig:
+    """Returns the run with the plan of its checkpoint in place of its own, and without the notes on how its own plan was made."""
+    return replace(run, plan=plan, notes=tuple(_padding_notes(plan, run.data_parallel_size)))
+
+
+def _padding_notes(plan: StagePlan, data_parallel_size: int) -> list[str]:
+    """Returns notes on stages whose steps do not divide into full micro-batches."""
     notes = []
     for stage in plan.stages:
         samples = stage.micro_batch_size * data_parallel_size
@@ -245,6 +271,12 @@ def _batch_notes(options: Options, plan: StagePlan, data_parallel_size: int) -> 
                 f"{stage.micro_batch_size} on {plural(data_parallel_size, 'data-parallel rank')}; the last micro-batch of each step is "
                 "padded with samples that do not count"
             )
+    return notes
+
+
+def _rounding_notes(options: Options, plan: StagePlan) -> list[str]:
+    """Returns notes where the plan differs from the options, because micro-batches, steps and blocks are full ones."""
+    notes = []
     given = options.stages.global_batch_tokens
     if given is not None:
         largest = max(plan.stages, key=lambda stage: stage.micro_batch_size * stage.sample_tokens)

@@ -184,12 +184,15 @@ class TrainStream:
             raise IndexError(
                 f"samples {int(samples.min())} to {int(samples.max())} are out of range: the stage has {(last - first) * per_block} samples"
             )
-        windows = samples // (self.window_blocks * per_block)
-        blocks, parts = np.empty_like(samples), np.empty_like(samples)
-        for window in np.unique(windows):
-            inside = windows == window
-            begin = int(window) * self.window_blocks
-            size = min(self.window_blocks, last - first - begin)
+        ends = np.unique([0, *stage.earlier_ends, last - first])
+        blocks, parts = samples // per_block, np.empty_like(samples)
+        # A window begins every `window_blocks` blocks, and where an earlier plan of the run ended the stage.
+        starts_here = ends[np.searchsorted(ends, blocks, side="right") - 1]
+        windows = starts_here + (blocks - starts_here) // self.window_blocks * self.window_blocks
+        for begin in np.unique(windows).tolist():
+            inside = windows == begin
+            next_end = int(ends[np.searchsorted(ends, begin, side="right")])
+            size = min(self.window_blocks, next_end - begin)
             order = Permutation(size * per_block, derive_key(self.seed, "samples", self.skip_blocks + first + begin))
             shuffled = order.many(samples[inside] - begin * per_block)
             blocks[inside] = begin + shuffled // per_block

@@ -1,8 +1,8 @@
 """Decides how a run starts: as a new run, as a new run from another run's weights, or as a resumed run.
 
-In: the options, on every rank. Out: `StartPoint`, the same on every rank, or an error that names the first difference between the
-checkpoint and the options. All ranks verify a checkpoint together, each rank a share of the files, because one rank would need an hour for
-a large model.
+In: the options, on every rank. Out: `StartPoint`, the same on every rank, or an error that names what differs between the checkpoint and
+the options (`resume_checks`). All ranks verify a checkpoint together, each rank a share of the files, because one rank would need an hour
+for a large model.
 """
 
 from __future__ import annotations
@@ -17,15 +17,13 @@ from typing import Any
 from megatron_patch.checkpoint.commit import ValidCheckpoint, find_newest_valid, list_checkpoints, share_of_rank, step_of, verify
 from megatron_patch.checkpoint.trainer_state import TrainerState
 from megatron_patch.config.options import CheckpointOptions
-from megatron_patch.config.parsing import option_values
 from megatron_patch.config.resolve import RunConfig
 from megatron_patch.engine.distributed import broadcast_object, gather_objects
-from megatron_patch.errors import CheckpointError, ConfigError, MegatronPatchError
-from megatron_patch.model.shape import ModelShape
+from megatron_patch.errors import CheckpointError, MegatronPatchError
 from megatron_patch.parallel.grid import Grid
 from megatron_patch.stages import Progress, Stage, StagePlan
-
-_START_NEW = "start a new run from the weights with --finetune --load … --save ELSEWHERE"
+from megatron_patch.training.resume_checks import check_resume, check_weights_of, progress_problems
+from megatron_patch.utils.files import same_path
 
 
 @dataclass(frozen=True)
@@ -37,8 +35,9 @@ class StartPoint:
         progress: the progress to start at.
         checkpoint: the checkpoint to load weights from; None: initial weights.
         resuming: whether the checkpoint's run is resumed; False: at most its weights are taken.
-        begun_from: absolute path of the --load folder that the run first started from, or None. A later start with the same --load
-            resumes the run's own checkpoints in --save.
+        begun_from: path, without symbolic links, of the --load folder that the run first started from, or None. A later start with the
+            same --load resumes the run's own checkpoints in --save.
+        changes: what the options changed since the checkpoint, as sentences for the user.
     """
 
     plan: StagePlan
@@ -46,6 +45,7 @@ class StartPoint:
     checkpoint: ValidCheckpoint | None = None
     resuming: bool = False
     begun_from: str | None = None
+    changes: tuple[str, ...] = ()
 
     @property
     def stage(self) -> Stage:
@@ -62,29 +62,39 @@ def find_start_point(run: RunConfig, grid: Grid) -> StartPoint:
     """Returns where the options --save, --load and --finetune start the run; every rank must call it.
 
     Raises:
-        CheckpointError: there are checkpoints, but none is valid; or the checkpoint has another model or plan than the run.
+        CheckpointError: there are checkpoints, but none is valid; or the checkpoint belongs to another run.
     """
     found, resuming, begun_from = _find_checkpoint(run.options.checkpoint, grid)
-    if found is not None:
-        check_model(found.state, run, weights_only=not resuming)
     if found is None or not resuming:
+        if found is not None:
+            check_weights_of(found.state, run)
         return StartPoint(run.plan, Progress(0, 0), found, False, begun_from)
+    resumed = check_resume(found.state, run)
     progress = Progress(found.state.stage_index, found.state.stage_step)
-    return StartPoint(plan_to_resume(found.state, run), progress, found, True, begun_from)
+    return StartPoint(resumed.plan, progress, found, True, begun_from, resumed.changes)
 
 
 def _find_checkpoint(options: CheckpointOptions, grid: Grid) -> tuple[ValidCheckpoint | None, bool, str | None]:
     """Returns the checkpoint to start from, whether its run is resumed, and the --load folder that the run first started from."""
     save = Path(options.save) if options.save is not None else None
-    load = Path(options.load) if options.load is not None and options.load != options.save else None
-    if load is None:
+    load = Path(options.load) if options.load is not None else None
+    if load is None or (save is not None and same_path(load, save)):
         found = find_newest_valid_together(save, grid) if save is not None else None
         return found, found is not None, found.state.begun_from if found is not None else None
-    begun_from = os.path.abspath(load)
+    begun_from = os.path.realpath(load)
     if save is not None:
-        started_from_load = None if options.finetune else lambda state: state.begun_from == begun_from
-        found = find_newest_valid_together(save, grid, started_from_load)
+
+        def began_from_load(state: TrainerState) -> bool:
+            return state.begun_from is not None and same_path(state.begun_from, load)
+
+        found = find_newest_valid_together(save, grid, None if options.finetune else began_from_load)
         if found is not None:
+            if not began_from_load(found.state):
+                raise CheckpointError(
+                    f"--finetune with --save {save}, which holds a run that began from {found.state.begun_from or 'initial weights'}",
+                    f"a folder without checkpoints, or with those of the run that --finetune began from --load {load}",
+                    "choose another --save; or remove --finetune and --load to resume the run in it",
+                )
             return found, True, begun_from
     found = find_newest_valid_together(load, grid)
     if found is None and options.finetune:
@@ -115,7 +125,7 @@ def find_newest_valid_together(folder: Path, grid: Grid, wanted: Callable[[Train
             return list(dict.fromkeys(problem for part in parts for problem in part))  # type: ignore[attr-defined]
 
         try:
-            result = find_newest_valid(folder, wanted, check)
+            result = find_newest_valid(folder, wanted, check, progress_problems)
         except MegatronPatchError as error:
             result = error
         broadcast_object(None)
@@ -142,6 +152,7 @@ def start_notes(start: StartPoint, save: Path | None) -> list[str]:
     else:
         notes += [f"skipped the checkpoint {folder}: {reason}" for folder, reason in found.skipped]
         notes.append(_resumed_note(start, found) if start.resuming else f"new run from the weights of {found.folder}")
+        notes += [f"changed since the checkpoint: {change}" for change in start.changes]
     if save is not None and (newer := _newer_than_start(save, start)):
         notes.append(f"without --load the run would resume from {newer[0]} in {save}; move newer checkpoints away to prevent this")
     return notes
@@ -158,113 +169,6 @@ def _newer_than_start(save: Path, start: StartPoint) -> list[str]:
     if start.resumed is None or start.begun_from is None:
         return []
     return [folder.name for folder in list_checkpoints(save) if (step_of(folder) or 0) > start.resumed.step]
-
-
-_GEOMETRY = ("patch_size", "positions", "global_batch_size", "steps", "side", "position_weights", "anneal_share", "blend")
-_FREE_OPTIONS = {"micro_batch_size"}
-
-
-def _first_difference(saved: Mapping[str, Any], given: Mapping[str, Any]) -> str | None:
-    for key in sorted({*saved, *given}):
-        if saved.get(key) != given.get(key):
-            return f"{key} = {saved.get(key)!r} in the checkpoint, {given.get(key)!r} now"
-    return None
-
-
-def check_model(state: TrainerState, run: RunConfig, weights_only: bool = False) -> None:
-    """Checks that a checkpoint has the same model as this run.
-
-    Args:
-        state: the checkpoint's trainer state.
-        run: this run.
-        weights_only: whether a new run takes only the weights; the scale of initial weights may then differ, and with rotary position
-            embeddings the context length, too.
-
-    Raises:
-        CheckpointError: the models differ (the first difference is named), or the checkpoint holds only weights and cannot be resumed.
-    """
-    if not weights_only and state.weights_only:
-        raise CheckpointError(
-            "the checkpoint holds only weights, so there is no run to resume",
-            "a checkpoint of a run, or --finetune",
-            _START_NEW,
-        )
-    defaults = {f.name: f.default for f in dataclasses.fields(ModelShape) if f.default is not dataclasses.MISSING}
-    saved, given = {**defaults, **state.model}, dataclasses.asdict(run.shape)
-    free = {"padded_vocab_size"}  # depends on the layout
-    if weights_only:
-        free |= {"init_std"} | ({"max_positions"} if run.shape.position_embedding == "rope" else set())
-    saved, given = ({name: value for name, value in values.items() if name not in free} for values in (saved, given))
-    difference = _first_difference(saved, given)
-    if difference:
-        raise CheckpointError(
-            f"the checkpoint has another model: {difference}",
-            "the model flags that the checkpoint was written with",
-            "change the flags or --load",
-        )
-
-
-def check_data(state: TrainerState, fingerprint: Mapping[str, Any]) -> None:
-    """Checks that the data is the same as when the checkpoint was written.
-
-    Args:
-        state: the checkpoint's trainer state.
-        fingerprint: fingerprint of this run's training stream.
-
-    Raises:
-        CheckpointError: the data differs; the first difference is named.
-    """
-    difference = _first_difference(state.data_fingerprint, fingerprint)
-    if difference:
-        raise CheckpointError(
-            f"the data or its order differs from the checkpoint's: {difference}",
-            "the files that the run began with, and the same blend, --split, --seed, --shuffle-window-blocks and --start-tokens",
-            f"restore them, or {_START_NEW}",
-        )
-
-
-def _same_request(state: TrainerState, run: RunConfig) -> bool:
-    """Returns whether the options that make the plan equal the checkpoint's; the plans then differ at most by rounding to ranks."""
-    names = [f.name for f in dataclasses.fields(run.options.stages) if f.name not in _FREE_OPTIONS]
-    now = option_values(run.options)
-    saved = state.config.get("options", {})
-    return all(saved.get(name) == now[name] for name in names)
-
-
-def plan_to_resume(state: TrainerState, run: RunConfig) -> StagePlan:
-    """Returns the plan to resume with: batches and steps from the checkpoint, learning rates and micro-batches from this run.
-
-    A global batch given in tokens was rounded to the ranks of the first start; it keeps that size on any number of ranks.
-
-    Raises:
-        CheckpointError: the flags describe another plan.
-    """
-    try:
-        saved = StagePlan.from_json(state.plan)
-    except ConfigError as error:
-        raise CheckpointError(
-            f"the checkpoint's plan cannot be read: {error.what}", "a checkpoint of this version", "use the version that wrote it"
-        ) from error
-    given = run.plan
-
-    def geometry(plan: StagePlan) -> dict[str, Any]:
-        values: dict[str, Any] = {"block_tokens": plan.block_tokens, "number of stages": len(plan.stages)}
-        for stage in plan.stages:
-            values.update({f"stage {stage.name}: {name}": getattr(stage, name) for name in _GEOMETRY})
-        return values
-
-    difference = _first_difference(geometry(saved), geometry(given))
-    if difference and not _same_request(state, run):
-        raise CheckpointError(
-            f"the checkpoint has another plan: {difference}",
-            "the flags for stages, batch and tokens that the run began with (micro-batch, learning rate and layout may change)",
-            f"restore them, or {_START_NEW}",
-        )
-
-    def merge(old: Stage, new: Stage) -> Stage:
-        return dataclasses.replace(new, **{name: getattr(old, name) for name in ("steps", "global_batch_size")})
-
-    return StagePlan(tuple(merge(old, new) for old, new in zip(saved.stages, given.stages, strict=True)), saved.block_tokens)
 
 
 def make_trainer_state(

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from megatron_patch.config.resolve import RunConfig
+from megatron_patch.config.resolve import RunConfig, with_plan
 from megatron_patch.data.collate import PatchBatch
 from megatron_patch.engine.deepspeed_config import EngineConfig
 from megatron_patch.engine.distributed import barrier
@@ -31,7 +31,7 @@ from megatron_patch.training.accounting import Accounting
 from megatron_patch.training.build_engine import build_engine
 from megatron_patch.training.callbacks import make_callbacks
 from megatron_patch.training.callbacks.base import CallbackContext, CallbackFactory, Event, RunEnd, SaveRecord
-from megatron_patch.training.checkpointer import lock_folder, make_checkpointer
+from megatron_patch.training.checkpointer import lock_folder, make_checkpointer, on_first_rank
 from megatron_patch.training.data import open_data, sample_tokenizer
 from megatron_patch.training.dry_run import print_plan
 from megatron_patch.training.evaluate import EvaluationStopped, held_out_losses
@@ -41,7 +41,9 @@ from megatron_patch.training.faults.stop_requests import StopRequests
 from megatron_patch.training.faults.stragglers import StragglerDetector
 from megatron_patch.training.faults.watchdog import Watchdog
 from megatron_patch.training.lr_schedule import build_lr_schedule
-from megatron_patch.training.resume import check_data, find_newest_valid_together, find_start_point, make_trainer_state, start_notes
+from megatron_patch.training.resume import find_newest_valid_together, find_start_point, make_trainer_state, start_notes
+from megatron_patch.training.resume_checks import check_data
+from megatron_patch.training.rollback import roll_back
 from megatron_patch.training.throughput import DataWaitMonitor
 from megatron_patch.utils.console import make_console
 from megatron_patch.utils.units import plural
@@ -71,7 +73,7 @@ class Trainer:
         watchdog: Watchdog,
         callbacks: Sequence[CallbackFactory] = (),
     ) -> None:
-        self.run, self.device, self.stops, self.watchdog = run, device, stops, watchdog
+        self.device, self.stops, self.watchdog = device, stops, watchdog
         self.grid = _make_grid(run)
         self.save_folder = run.save_folder
         check_programs(run)
@@ -83,6 +85,7 @@ class Trainer:
         self.start = find_start_point(run, self.grid)
         watchdog.heartbeat("the run starts")
         self.plan, self.progress = self.start.plan, self.start.progress
+        self.run = run = with_plan(run, self.plan) if self.start.resuming else run
         self.schedule = build_lr_schedule(self.plan)
 
         self.data = open_data(run, self.plan, self.grid, pin_memory=device.type == "cuda")
@@ -101,6 +104,7 @@ class Trainer:
         self.accounting = Accounting(self.plan, self.cost, device, self.grid.world_size, run.options.logging.peak_tflops)
         context = CallbackContext(run, self.save_folder, self.grid, self.engine.logits, tokenizer, device)
         self.callbacks = make_callbacks(context, callbacks)
+        self._evaluated_at: int | None = None
         if self.grid.rank == 0:
             self._print_start(engine_config, lock.replaced_owner if lock is not None else None)
 
@@ -124,9 +128,18 @@ class Trainer:
         """Optimizer steps taken since the start of the run."""
         return self.plan.step(self.progress)
 
+    @property
+    def _evaluation_is_missing(self) -> bool:
+        """Whether there is held-out data on which the present weights were not evaluated."""
+        return bool(self.data.held_out) and self._evaluated_at != self.step
+
     def train(self) -> ExitCode:
         """Trains until the plan is done or the run is asked to stop; returns the exit code."""
         started = time.monotonic()
+        if (folder := self.save_folder) is not None:
+            # All ranks wait for it, so that none appends to a file that is being replaced.
+            at = on_first_rank(self.grid.rank, folder, lambda: roll_back(folder, self.step, self.progress))
+            self._evaluated_at = at if isinstance(at, int) else None
         record = self.accounting.start(self.progress, self.save_folder)
         for callback in self.callbacks:
             callback.on_start(record)
@@ -138,10 +151,11 @@ class Trainer:
         return self._finish(stop_reason, started)
 
     def _train_stage(self) -> str | None:
-        """Trains through the stage, evaluates and saves at its end, and returns None; or returns the reason to stop earlier."""
+        """Trains through the stage, saves and evaluates at its end, and returns None; or returns the reason to stop earlier."""
         stage, logging, checkpoint = self.stage, self.run.options.logging, self.run.options.checkpoint
         if self.progress.stage_step == stage.steps:
-            return None
+            # A request to stop in the last step, or in its evaluation, left the stage without an evaluation.
+            return self._evaluate() if self._evaluation_is_missing else None
         if (stop_reason := self.stops.agreed_request(self.device)) is not None:
             return stop_reason
         self.watchdog.heartbeat("the first batch of the stage is being read")
@@ -169,7 +183,7 @@ class Trainer:
                     stop_reason = "exit interval"
                 if stage_ends or stop_reason or self._is_due(checkpoint.save_interval, checkpoint.save_interval_tokens):
                     self._save(stage_ends)
-                if stop_reason and self.step < self.plan.steps:
+                if stop_reason and (self.step < self.plan.steps or self._evaluation_is_missing):
                     return stop_reason
         return None
 
@@ -271,6 +285,7 @@ class Trainer:
             )
         except EvaluationStopped as stopped:
             return stopped.reason
+        self._evaluated_at = self.step
         record = self.accounting.evaluation(self.progress, token_level, patch_level, time.perf_counter() - began)
         self.accounting.interrupt()
         for callback in self.callbacks:
@@ -326,7 +341,7 @@ class Trainer:
 
     def _print_start(self, engine_config: EngineConfig, stale_owner: str | None) -> None:
         """Prints the plan that the run follows, where it starts, and what the user should know of it."""
-        print_plan(dataclasses.replace(self.run, plan=self.plan), engine_config, make_console(), origins=False, stream=self.data.stream)
+        print_plan(self.run, engine_config, make_console(), origins=False, stream=self.data.stream)
         if stale_owner is not None:
             self._print(f"took over the lock of {self.save_folder}: its owner, {stale_owner}, no longer runs")
         for note in start_notes(self.start, self.save_folder) + self.data.notes():

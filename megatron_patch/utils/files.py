@@ -22,6 +22,11 @@ import xxhash
 _LONGEST_JSON = 1 << 28
 
 
+def same_path(first: str | Path, second: str | Path) -> bool:
+    """Returns whether two paths, which need not exist, name the same file or folder: "run/" and "run", also through symbolic links."""
+    return os.path.realpath(first) == os.path.realpath(second)
+
+
 def checksum(path: Path) -> str:
     """Returns the xxh64 checksum of a file, as hexadecimal digits."""
     digest = xxhash.xxh64()

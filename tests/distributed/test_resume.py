@@ -13,7 +13,7 @@ import pytest
 
 from megatron_patch.data.corpus import split_ranges
 from tests.distributed.ranks import run_ranks
-from tests.distributed.runs import DATA, MODEL, Run, command, kill, ledger, printed, start_process, train
+from tests.distributed.runs import DATA, MODEL, Run, command, kill, ledger, printed, start_process, start_program, train
 
 PLAN = command(
     "--seq-length 16 --micro-batch-size 2 --global-batch-size 12 --patch-size 3 --train-tokens 4200 --lr 3e-3 --lr-warmup-fraction 0.2",
@@ -49,6 +49,7 @@ def test_another_layout_resumes_with_the_same_batches(tmp_path, corpus, unbroken
     train(folder, ranks, PLAN, f"--zero-stage {zero} --exit-interval {SWITCH + 2} --data-path", corpus)
     resumed = train(folder, then_ranks, PLAN, f"--zero-stage {then_zero} --data-path", corpus)
     assert resumed.losses == pytest.approx(unbroken.losses, rel=1e-5)
+    assert resumed.values("lr") == unbroken.values("lr")
 
 
 @pytest.mark.parametrize("zero", [0, 1, 3])
@@ -86,22 +87,25 @@ def _killed(argv: list[str], step: int, inside_the_switch: bool) -> int:
 
 
 @pytest.mark.parametrize(
-    ("step", "inside_the_switch", "resumes_from"),
-    [(SWITCH - 1, False, SWITCH - 3), (SWITCH, False, SWITCH - 3), (SWITCH, True, SWITCH), (SWITCH + 1, False, SWITCH)],
+    ("step", "inside_the_switch", "resumes_from", "then_ranks"),
+    [(SWITCH - 1, False, SWITCH - 3, 3), (SWITCH, False, SWITCH - 3, 1), (SWITCH, True, SWITCH, 3), (SWITCH + 1, False, SWITCH, 1)],
 )
-def test_the_ledger_of_a_killed_run_has_no_span_twice_and_none_missing(tmp_path, corpus, unbroken, step, inside_the_switch, resumes_from):
+def test_the_ledger_of_a_killed_run_has_no_span_twice_and_none_missing(
+    tmp_path, corpus, unbroken, step, inside_the_switch, resumes_from, then_ranks
+):
     folder = tmp_path / "run"
     argv = command(MODEL, DATA, PLAN, "--zero-stage 1 --data-path", corpus, ["--save", str(folder)])
     with pytest.raises(RuntimeError, match="died with exit code -9"):
         run_ranks(_killed, 2, tmp_path / "killed-logs", argv, step, inside_the_switch)
     assert max(json.loads(line)["step"] for line in (folder / "spans" / "rank-00000.jsonl").read_text().splitlines()) == step
-    resumed = train(folder, 3, PLAN, "--zero-stage 1 --data-path", corpus)
+    resumed = train(folder, then_ranks, PLAN, "--zero-stage 1 --data-path", corpus)
     assert f"step-{resumes_from:08d}: stage" in printed(folder)
     assert resumed.losses == pytest.approx(unbroken.losses, rel=1e-5)
     counts = ledger(resumed, corpus)
     assert counts.max() == 1, "a token was read twice within an epoch"
     assert counts.sum() == resumed.values("tokens")[-1], "the plan's number of tokens"
     assert np.array_equal(counts, ledger(unbroken, corpus))
+    assert len(resumed.records("switch")) == 1
     first, last = split_ranges(len(counts), "90,10,0")[0]
     assert counts[last:].sum() == 0 and counts[:first].sum() == 0, "held-out data was read"
 
@@ -153,6 +157,24 @@ def test_a_run_that_began_from_another_folder_resumes_from_its_own(tmp_path, cor
     assert [record["loss"] for record in run.records("step")] == unbroken.losses[4:]
 
 
+def test_paths_are_compared_as_paths(tmp_path, corpus, unbroken):
+    """A trailing slash, a link or a checkpoint inside of --save must not make a new run resume the old one."""
+    words = command("--zero-stage 1 --finetune --data-path", corpus)
+    link = tmp_path / "link"
+    link.symlink_to(unbroken.folder)
+    for load in (f"{unbroken.folder}/", str(link), str(unbroken.folder / "step-00000006")):
+        argv = command(MODEL, DATA, PLAN, words, ["--load", load, "--save", str(unbroken.folder)])
+        assert run_ranks(start_program, 1, tmp_path / "logs", argv) == [2]
+        assert "the folder of one run" in (tmp_path / "logs" / "rank-0.log").read_text()
+    # The run in --save began from nothing, and --finetune asks for one that begins from --load.
+    train(tmp_path / "other", 1, PLAN, "--zero-stage 1 --exit-interval 2 --data-path", corpus)
+    train(tmp_path / "other", 1, PLAN, words, "--load", [f"{unbroken.folder}/"], expect=4)
+    assert "holds a run that began from initial weights" in printed(tmp_path / "other")
+    # The same --load in other words is the same.
+    train(tmp_path / "new", 1, PLAN, words, "--exit-interval 2 --load", [str(link)])
+    assert starts(train(tmp_path / "new", 1, PLAN, words, "--exit-interval 4 --load", [f"{unbroken.folder}/."])) == [0, 2]
+
+
 def test_a_folder_to_load_from_that_is_empty_begins_once(tmp_path, corpus, unbroken):
     words = f"--zero-stage 1 --load {tmp_path / 'nothing'} --data-path"
     train(tmp_path / "run", 2, PLAN, "--exit-interval 4", words, corpus)
@@ -170,22 +192,44 @@ def test_a_finished_run_reports_it_and_changes_nothing(unbroken, corpus):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ("--hidden-size 48", "another model"),
-        ("--train-tokens 9000", "another plan"),
-        ("--patch-size 2", "another plan"),
-        ("--seed 8", "the data or its order differs"),
-        ("--split 80,20,0", "the data or its order differs"),
+        (
+            "--hidden-size 48 --patch-size 2 --eod-mask-loss",
+            ["--hidden-size 48, 32 in", "--patch-size 2, 3 in", "--eod-mask-loss True, False in"],
+        ),
+        ("--train-tokens 9000", ["cannot extend this run at 4,224 of 4,224 tokens: the learning rate (cosine)", "--start-tokens 4224"]),
+        ("--seed 8 --max-position-embeddings 64", ["--seed 8, 7 in", "--max-position-embeddings 64, not given in"]),
+        ("--split 80,20,0", ["the data or its order differs from the checkpoint's: --split or --valid-data-path 80,20,0, 90,10,0 in"]),
     ],
 )
 def test_a_checkpoint_of_something_else_is_refused(unbroken, tmp_path, corpus, change, words):
     folder = tmp_path / "new"
     train(folder, 1, PLAN, f"--zero-stage 1 --load {unbroken.folder} {change} --data-path", corpus, expect=4)
-    assert words in printed(folder)
+    assert all(part in printed(folder) for part in words), printed(folder)
 
 
 def test_a_batch_in_tokens_keeps_its_size_on_other_ranks(tmp_path, corpus):
-    plan = command("--seq-length 16 --micro-batch-size 2 --global-batch-tokens 200 --patch-size 3 --train-tokens 4200 --lr 3e-3")
+    plan = command(
+        "--seq-length 16 --micro-batch-size 2 --global-batch-tokens 200 --patch-size 3 --train-tokens 4200 --lr 3e-3",
+        "--lr-warmup-fraction 0.1",
+    )
     whole = train(tmp_path / "whole", 2, plan, "--data-path", corpus)
     train(tmp_path / "moved", 2, plan, "--exit-interval 4 --data-path", corpus)
     moved = train(tmp_path / "moved", 3, plan, "--data-path", corpus)
     assert moved.losses == pytest.approx(whole.losses, rel=1e-5)
+    assert moved.values("lr") == whole.values("lr"), "a warm-up given as a share was rounded once"
+    assert "--global-batch-tokens" not in printed(tmp_path / "moved"), "a note on a batch that is not used"
+
+
+def test_a_finished_run_is_extended_and_changes_are_printed(tmp_path, corpus):
+    plan = command("--seq-length 16 --micro-batch-size 2 --global-batch-size 12 --lr 3e-3 --lr-decay-style constant --log-token-spans")
+    folder = tmp_path / "run"
+    train(folder, 2, plan, "--train-tokens 2000 --data-path", corpus)
+    run = train(folder, 1, plan, "--train-tokens 4000 --weight-decay 0.2 --zero-stage 0 --data-path", corpus)
+    assert run.values("tokens")[-1] == 21 * 192
+    assert ledger(run, corpus).max() == 1, "a token was read twice"
+    said = printed(folder)
+    for change in ("--train-tokens 2000, now 4000", "--weight-decay 0.1, now 0.2", "stage token: steps 10, now 21"):
+        assert f"changed since the checkpoint: {change}" in said
+    again = train(folder, 1, plan, "--train-tokens 4000 --weight-decay 0.2 --data-path", corpus)
+    assert "nothing left to do" in printed(folder) and "changed since" not in printed(folder)
+    assert len(again.records("evaluation")) == 2, "one at each end"

@@ -111,6 +111,47 @@ def test_a_stop_does_not_wait_for_an_evaluation_to_end(tmp_path, corpus):
     assert (folder / "latest").read_text().strip() == "step-00000003" and not Run(folder).records("evaluation")
 
 
+def _signal_at(argv, step, in_evaluation):
+    """Runs a rank that gets a signal at the end of a step, before its evaluation, or in the evaluation."""
+    from megatron_patch.training import trainer
+
+    losses, account = trainer.held_out_losses, trainer.Trainer._account
+
+    def signal_in_evaluation(engine, data, stage, seq_length, tokens, stop_reason):
+        if int(os.environ["RANK"]) == 0 and current[-1] == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return losses(engine, data, stage, seq_length, tokens, stop_reason)
+
+    current = [0]
+
+    def note(self, *args):
+        account(self, *args)
+        current.append(self.step)
+        if self.step == step and not in_evaluation and self.grid.rank == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    trainer.held_out_losses, trainer.Trainer._account = signal_in_evaluation, note
+    return start_program(argv)
+
+
+@pytest.mark.parametrize("in_evaluation", [False, True])
+@pytest.mark.parametrize("last", [False, True], ids=["before the switch", "at the end of the run"])
+def test_the_evaluation_of_a_stage_end_is_made_after_a_stop(tmp_path, corpus, unbroken, last, in_evaluation):
+    ends = [record["step"] for record in unbroken.records("switch")] + [len(unbroken.losses)]
+    folder, step = tmp_path / "run", ends[last]
+    processes, results = start(folder, corpus, main=functools.partial(_signal_at, step=step, in_evaluation=in_evaluation))
+    assert set(finish(processes, results).values()) == {75}
+    stopped = Run(folder)
+    assert len(stopped.losses) == step and step not in [record["step"] for record in stopped.records("evaluation")]
+    resumed = train(folder, 2, PLAN, "--zero-stage 1 --data-path", corpus)
+    assert resumed.losses == unbroken.losses
+    for run in (resumed, unbroken):
+        order = [(record["type"], record["step"]) for record in run.records("evaluation") + run.records("switch")]
+        assert len(order) == len(set(order))
+    expected = [(record["step"], record["token_loss"]) for record in unbroken.records("evaluation")]
+    assert [(record["step"], record["token_loss"]) for record in resumed.records("evaluation")] == expected
+
+
 def _on_a_slow_disk(argv):
     """Checkpoints take so long that a signal arrives in the middle."""
     write = deepspeed_engine.write_fragments

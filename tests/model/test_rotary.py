@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import torch
 from megatron_patch.errors import CheckpointError, ConfigError
 from megatron_patch.model.rotary import rotary_frequencies, rotary_tables
 from megatron_patch.model.shape import check_shape
-from megatron_patch.training.resume import check_model
+from megatron_patch.training.resume_checks import check_weights_of
 from tests.config.test_resolve import resolve
 from tests.model.shapes import GPT2, LINEAR, LLAMA, LLAMA3
 
@@ -83,25 +84,20 @@ def test_flags_reach_the_shape_and_checkpoints_without_them_stay_readable():
         name: value for name, value in dataclasses.asdict(plain.shape).items() if not name.startswith("rotary_") or name == "rotary_base"
     }
 
-    class State:
-        weights_only = False
-        model = old
+    state = SimpleNamespace(config={}, model=old)
 
-    check_model(State, plain)
-    with pytest.raises(CheckpointError, match="rotary_factor = 1.0 in the checkpoint, 32.0 now"):
-        check_model(State, scaled)
+    check_weights_of(state, plain)
+    with pytest.raises(CheckpointError, match=r"--rope-scaling-factor 32.0, 1.0 in the checkpoint"):
+        check_weights_of(state, scaled)
 
 
 def test_a_new_run_from_weights_may_have_a_longer_context_but_no_other_model():
     run = resolve(*MODEL.split())
 
-    class State:
-        weights_only = False
-        model = dataclasses.asdict(dataclasses.replace(run.shape, max_positions=999, init_std=1.0))
+    model = dataclasses.asdict(dataclasses.replace(run.shape, max_positions=999, init_std=1.0))
+    state = SimpleNamespace(config={}, model=model)
 
-    check_model(State, run, weights_only=True)
-    with pytest.raises(CheckpointError, match="init_std"):
-        check_model(State, run)
-    State.model["norm_epsilon"] = 0.5
-    with pytest.raises(CheckpointError, match="norm_epsilon"):
-        check_model(State, run, weights_only=True)
+    check_weights_of(state, run)
+    model |= {"norm_epsilon": 0.5, "activation": "gelu"}
+    with pytest.raises(CheckpointError, match="--swiglu swiglu, gelu in the checkpoint; --norm-epsilon 1e-05, 0.5 in the checkpoint"):
+        check_weights_of(state, run)

@@ -41,16 +41,6 @@ def write(path, first, last, start):
     metrics.close()
 
 
-def test_a_resumed_run_has_each_step_once(tmp_path):
-    path = tmp_path / "run" / "metrics.jsonl"
-    write(path, 1, 7, start=0)
-    with path.open("a") as file:
-        file.write('{"type": "step", "step": 8, "lo')  # left incomplete by a kill
-    write(path, 6, 9, start=5)
-    assert steps(path) == list(range(1, 10))
-    assert [r["step"] for r in read_metrics(path) if r["type"] == "evaluation"] == list(range(1, 10))
-
-
 def test_lines_are_valid_json_even_if_losses_are_not_finite(tmp_path):
     metrics = Metrics(tmp_path / "m.jsonl")
     metrics.on_start(START)

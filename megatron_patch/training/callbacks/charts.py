@@ -39,11 +39,12 @@ class ChartWriter(Protocol):
 
     name: str
 
-    def open(self, resumed_at: int) -> None:
+    def open(self, drop_after: int | None) -> None:
         """Opens the service.
 
         Args:
-            resumed_at: tokens read when the run was resumed, after which values of the previous start are dropped; 0: nothing is dropped.
+            drop_after: number of tokens after which values of previous starts are dropped, because the run repeats them; None: nothing is
+                dropped.
         """
 
     def add(self, tokens: int, values: Mapping[str, float]) -> None:
@@ -97,7 +98,7 @@ class Charts(Callback):
             return
         try:
             if missed_from is not None:
-                self._writer.open(0)
+                self._writer.open(None)
             self._writer.add(record.tokens, named_values(record))
         except Exception as error:
             self._fail(record.tokens, error)

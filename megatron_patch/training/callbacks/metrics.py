@@ -1,4 +1,4 @@
-"""Writes SAVE/metrics.jsonl: one JSON object for each record; a resumed run has each step once.
+"""Writes SAVE/metrics.jsonl: one JSON object for each record. A resumed run has each step once (`training.rollback`).
 
 In: records. Out: lines with a "type": start, step, evaluation, switch, save, end. Numbers that JSON cannot express (a loss that is not
 finite) are written as null, and as text under the field's name plus "_text". To add a field, add it to a record in base.py and set it in
@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from megatron_patch.errors import CheckpointError
 from megatron_patch.training.callbacks.base import Callback, EvaluationRecord, RunEnd, RunStart, SaveRecord, StepRecord, SwitchRecord
 from megatron_patch.training.callbacks.jsonl_writer import JsonlWriter
 
@@ -44,34 +42,6 @@ def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
                 yield record
 
 
-def truncate(path: Path, step: int) -> None:
-    """Drops the records after a step, because a resumed run writes them again; the file is replaced atomically.
-
-    Args:
-        path: path of the file; nothing happens if it does not exist.
-        step: last step whose records are kept.
-
-    Raises:
-        CheckpointError: the file cannot be read, or its replacement cannot be written.
-    """
-    if not path.exists():
-        return
-    temporary = path.with_name(path.name + ".partial")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            for record in read_metrics(path):
-                at = record.get("step", 0)
-                if record.get("type") == "start" or (isinstance(at, int) and at <= step):
-                    file.write(json.dumps(record) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise CheckpointError(
-            f"cannot write {temporary}: {error.strerror}", "a folder with free space", "free space, then restart the run"
-        ) from error
-
-
 class Metrics(Callback):
     """Writes the metrics file.
 
@@ -80,11 +50,10 @@ class Metrics(Callback):
     """
 
     def __init__(self, path: Path) -> None:
-        self._path, self._lines = path, JsonlWriter(path)
+        self._lines = JsonlWriter(path)
 
     def on_start(self, record: RunStart) -> None:
-        """Drops the records after the step that the run resumes from, and writes a "start" line."""
-        truncate(self._path, record.step)
+        """Writes a "start" line."""
         self._lines.add(to_json("start", record))
 
     def on_step(self, record: StepRecord) -> None:

@@ -17,9 +17,8 @@ from rich.markup import escape
 
 from megatron_patch.model.generate import Sampling, check_prompts, generate_without_cache
 from megatron_patch.tokenizers.base import Tokenizer, encode
-from megatron_patch.training.callbacks.base import Callback, EvaluationRecord, RunStart
+from megatron_patch.training.callbacks.base import Callback, EvaluationRecord
 from megatron_patch.training.callbacks.jsonl_writer import JsonlWriter
-from megatron_patch.training.callbacks.metrics import truncate
 
 _SHOWN = 400  # characters on the console
 
@@ -66,16 +65,11 @@ class Samples(Callback):
         console: RichConsole | None,
     ) -> None:
         self._logits, self._tokenizer, self._request, self._device = logits, tokenizer, request, device
-        self._path, self._console = path, console
+        self._console = console
         self._lines = JsonlWriter(path) if path is not None else None
         eod = [] if tokenizer.eod_id is None else [tokenizer.eod_id]
         self._ids = [encode(tokenizer, prompt) or eod for prompt in request.prompts]
         check_prompts(self._ids, request.new_tokens, request.learned_positions)
-
-    def on_start(self, record: RunStart) -> None:
-        """Drops the samples after the step that the run resumes from."""
-        if self._console is not None and self._path is not None:
-            truncate(self._path, record.step)
 
     def on_evaluation(self, record: EvaluationRecord) -> None:
         """Continues every prompt; rank 0 prints and writes the texts."""

@@ -10,9 +10,8 @@ from pathlib import Path
 
 from megatron_patch.data.collate import PatchBatch
 from megatron_patch.stages import Stage
-from megatron_patch.training.callbacks.base import Callback, RunStart
+from megatron_patch.training.callbacks.base import Callback
 from megatron_patch.training.callbacks.jsonl_writer import JsonlWriter
-from megatron_patch.training.callbacks.metrics import truncate
 
 
 class SpanLog(Callback):
@@ -24,12 +23,7 @@ class SpanLog(Callback):
     """
 
     def __init__(self, folder: Path, rank: int) -> None:
-        self._path = folder / f"rank-{rank:05d}.jsonl"
-        self._lines = JsonlWriter(self._path)
-
-    def on_start(self, record: RunStart) -> None:
-        """Drops the lines after the step that the run resumes from."""
-        truncate(self._path, record.step)
+        self._lines = JsonlWriter(folder / f"rank-{rank:05d}.jsonl")
 
     def on_batches(self, step: int, stage: Stage, batches: Sequence[PatchBatch]) -> None:
         """Writes a line: for each micro-batch the [corpus, first token, number of tokens] of its samples."""

@@ -32,9 +32,9 @@ class TensorBoard:
         self._make: Any = SummaryWriter
         self._writer: Any = None
 
-    def open(self, resumed_at: int) -> None:
-        """Opens a file in the folder; TensorBoard hides older events after `resumed_at` tokens."""
-        self._writer = self._make(self._folder, purge_step=resumed_at + 1 if resumed_at else None)
+    def open(self, drop_after: int | None) -> None:
+        """Opens a file in the folder; TensorBoard hides the events of older files after `drop_after` tokens."""
+        self._writer = self._make(self._folder, purge_step=None if drop_after is None else drop_after + 1)
 
     def add(self, tokens: int, values: Mapping[str, float]) -> None:
         """Adds values, which a thread of TensorBoard writes."""

@@ -56,8 +56,8 @@ class WeightsAndBiases:
             path.write_text(uuid.uuid4().hex[:12] + "\n")
         return path.read_text().strip()
 
-    def open(self, resumed_at: int) -> None:
-        """Opens the run, or resumes it if the run's folder has its id; offline if W&B cannot be reached."""
+    def open(self, drop_after: int | None) -> None:
+        """Opens the run, or resumes it if the run's folder has its id; offline if W&B cannot be reached. W&B cannot drop values."""
         run_id = self._run_id()
         try:
             self._run = self._wandb.init(id=run_id, resume="allow", **self._settings)

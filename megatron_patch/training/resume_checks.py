@@ -1,0 +1,248 @@
+"""Compares a run with the checkpoint that it resumes: what must be the same, and what has changed on purpose.
+
+In: a checkpoint's trainer state and the present run. Out: the plan to follow and the changes to print, or one error that names every flag
+that differs. The mark of each option (`config.option_types.AtResume`) decides. Models, plans and the order of the data are compared as they
+were resolved, so that an option may be written in another way as long as its effect is the same.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from megatron_patch.checkpoint.trainer_state import TrainerState
+from megatron_patch.config.option_types import AtResume
+from megatron_patch.config.options import ModelOptions, ScheduleOptions, StageOptions
+from megatron_patch.config.parsing import RESUME_MARKS, option_values
+from megatron_patch.config.resolve import RunConfig
+from megatron_patch.errors import CheckpointError, ConfigError
+from megatron_patch.model.shape import ModelShape
+from megatron_patch.stages import Progress, StagePlan
+from megatron_patch.training.resumed_plan import ResumedPlan, resume_plan
+from megatron_patch.utils.units import plural
+
+START_NEW = "start a new run from the weights with --finetune --load … --save ELSEWHERE"
+_FREE_FIELDS = {"padded_vocab_size"}  # depends on the layout
+_SEPARATION = ("reset_attention_mask", "reset_position_ids", "eod_mask_loss")
+
+
+def _names(*groups: type) -> set[str]:
+    return {field.name for group in groups for field in dataclasses.fields(group)}
+
+
+_MODEL = _names(ModelOptions)
+_SCHEDULE = _names(ScheduleOptions) - {"optimizer", "weight_decay", "adam_beta1", "adam_beta2", "adam_eps", "clip_grad"}
+_PLAN = _names(StageOptions) - {"start_tokens"} | _SCHEDULE
+_BY_EFFECT = _MODEL | _PLAN | {"data_path", "split", "eod_token_id"}
+"""Options whose effect is compared (the model's shape, the plan, the data), in place of their values."""
+
+_FLAGS_OF_SHAPE = {
+    "num_query_groups": "--num-query-groups",
+    "head_size": "--kv-channels",
+    "max_positions": "--max-position-embeddings",
+    "activation": "--swiglu",
+    "position_embedding": "--position-embedding-type",
+    "rotary_scaling": "--rope-scaling",
+    "rotary_factor": "--rope-scaling-factor",
+    "rotary_low_frequency_factor": "--rope-low-freq-factor",
+    "rotary_high_frequency_factor": "--rope-high-freq-factor",
+    "rotary_original_positions": "--rope-original-positions",
+    "qk_norm": "--qk-layernorm",
+    "attention_bias": "--disable-bias-linear",
+    "qkv_bias": "--add-qkv-bias",
+    "mlp_bias": "--disable-bias-linear",
+    "tie_embeddings": "--untie-embeddings-and-output-weights",
+    "init_std": "--init-method-std",
+}
+"""The flags of the fields of `ModelShape` that have another name."""
+
+_FLAGS_OF_DATA = {
+    "blend": "--data-path (weights)",
+    "corpora": "--data-path (content of the corpora)",
+    "split": "--split or --valid-data-path",
+    "seed": "--seed",
+    "window_blocks": "--shuffle-window-blocks",
+    "skip_blocks": "--start-tokens",
+}
+
+
+def flag(name: str) -> str:
+    """Returns the flag of an option: num_layers -> "--num-layers"."""
+    return "--" + name.replace("_", "-")
+
+
+def changed_options(state: TrainerState, run: RunConfig) -> dict[str, tuple[Any, Any]]:
+    """Returns the options whose value differs from the checkpoint's: name -> (value then, value now), as plain JSON values.
+
+    Weights that were converted have no options, and so no differences.
+    """
+    then = state.config.get("options")
+    if not then or not isinstance(then, dict):
+        return {}
+    now = json.loads(json.dumps(option_values(run.options)))
+    # An option that the program did not have when the checkpoint was written had its default's effect.
+    defaults = json.loads(json.dumps(_defaults(run)))
+    pairs = {name: (then.get(name, defaults.get(name, value)), value) for name, value in now.items()}
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def _defaults(run: RunConfig) -> dict[str, Any]:
+    groups = [getattr(run.options, group.name) for group in dataclasses.fields(run.options)]
+    return {field.name: field.default for part in groups for field in dataclasses.fields(part) if field.default is not dataclasses.MISSING}
+
+
+def progress_problems(state: TrainerState) -> list[str]:
+    """Returns what in a trainer state contradicts its own plan; an empty list for a valid state, and for weights without a run."""
+    if state.weights_only:
+        return []
+    try:
+        plan = StagePlan.from_json(state.plan)
+    except ConfigError as error:
+        return [f"the plan cannot be read: {error.what}"]
+    if state.stage_index >= len(plan.stages):
+        return [f"stage_index is {state.stage_index}, but the plan has {plural(len(plan.stages), 'stage')}"]
+    stage, progress = plan.stages[state.stage_index], Progress(state.stage_index, state.stage_step)
+    if state.stage_step > stage.steps:
+        return [f"stage_step is {state.stage_step:,}, but stage {stage.name} has {plural(stage.steps, 'step')}"]
+    by_plan = {
+        "step": plan.step(progress),
+        "consumed_tokens": plan.consumed_tokens(progress),
+        "consumed_samples": state.stage_step * stage.global_batch_size,
+    }
+    found = {name: getattr(state, name) for name in by_plan}
+    return [f"{name} is {found[name]:,}, but by the plan it is {value:,}" for name, value in by_plan.items() if found[name] != value]
+
+
+def check_resume(state: TrainerState, run: RunConfig) -> ResumedPlan:
+    """Compares the run with a checkpoint to resume, except for the data (`check_data`).
+
+    Args:
+        state: the checkpoint's trainer state.
+        run: the present run.
+
+    Returns:
+        The plan to follow, and what has changed since the checkpoint, as sentences for the user.
+
+    Raises:
+        CheckpointError: the checkpoint holds only weights, or what must not change has changed; the message names every such flag.
+    """
+    if state.weights_only:
+        raise CheckpointError(
+            "the checkpoint holds only weights, so there is no run to resume",
+            "a checkpoint of a run, or --finetune",
+            START_NEW,
+        )
+    changed = changed_options(state, run)
+    differences = _model_differences(state, run, changed, _FREE_FIELDS)
+    marked = {name: pair for name, pair in changed.items() if name not in _BY_EFFECT}
+    differences += [_pair(flag(name), *pair) for name, pair in marked.items() if RESUME_MARKS[name] is AtResume.FIXED]
+    differences += _separation_differences(state, run)
+    changes = [_change(flag(name), *pair) for name, pair in marked.items() if RESUME_MARKS[name] is AtResume.REPORTED]
+
+    plan_options = {name: pair for name, pair in changed.items() if name in _PLAN and RESUME_MARKS[name] is not AtResume.FREE}
+    resumed = _plan_to_resume(state, run, plan_options)
+    if resumed.differences:
+        flags = [name for name in plan_options if name != "stages" and (RESUME_MARKS[name] is AtResume.FIXED or name == "train_tokens")]
+        differences += [_pair(flag(name), *plan_options[name]) for name in flags] or list(resumed.differences)
+    if differences:
+        raise CheckpointError(
+            f"the checkpoint belongs to another run: {'; '.join(dict.fromkeys(differences))}",
+            "the flags for model, stages, batch, tokens, data order and documents that the run began with (layout, precision, micro-batch, "
+            "learning rate and intervals may change)",
+            f"restore them, or {START_NEW}",
+        )
+    flags_of_plan = [_change(flag(name), *pair) for name, pair in plan_options.items() if name != "stages"] if resumed.changes else []
+    return dataclasses.replace(resumed, changes=(*changes, *flags_of_plan, *resumed.changes))
+
+
+def check_weights_of(state: TrainerState, run: RunConfig) -> None:
+    """Checks that a new run can take a checkpoint's weights; the scale of initial weights may differ, and rotary positions may be longer.
+
+    Raises:
+        CheckpointError: the models differ; the message names every flag.
+    """
+    free = _FREE_FIELDS | {"init_std"} | ({"max_positions"} if run.shape.position_embedding == "rope" else set())
+    differences = _model_differences(state, run, changed_options(state, run), free)
+    if differences:
+        raise CheckpointError(
+            f"the checkpoint has another model: {'; '.join(differences)}",
+            "the model flags that the checkpoint was written with",
+            "change the flags or --load",
+        )
+
+
+def _model_differences(state: TrainerState, run: RunConfig, changed: Mapping[str, Any], free: set[str]) -> list[str]:
+    """Returns the flags whose change makes the model another one."""
+    defaults = {f.name: f.default for f in dataclasses.fields(ModelShape) if f.default is not dataclasses.MISSING}
+    saved, given = {**defaults, **state.model}, dataclasses.asdict(run.shape)
+    fields = [name for name in sorted({*saved, *given}) if name not in free and saved.get(name) != given.get(name)]
+    if not fields:
+        return []
+    flags = [name for name in changed if name in _MODEL and RESUME_MARKS[name] is AtResume.FIXED]
+    if "max_positions" in fields and "seq_length" in changed:
+        flags.append("seq_length")
+    if flags:
+        return [_pair(flag(name), *changed[name]) for name in flags]
+    return [_pair(_FLAGS_OF_SHAPE.get(name, flag(name)), saved.get(name), given.get(name)) for name in fields]
+
+
+def _separation_differences(state: TrainerState, run: RunConfig) -> list[str]:
+    """Returns the difference of the end-of-document token, if documents are separated and it is another one."""
+    if not any(getattr(run.options.data, name) for name in _SEPARATION):
+        return []
+    options, metadata = state.config.get("options"), state.data_metadata or {}
+    given = options.get("eod_token_id") if isinstance(options, dict) else None
+    then = given if given is not None else metadata.get("eod_id")
+    return [] if then == run.eod_id else [_pair("--eod-token-id", then, run.eod_id)]
+
+
+def _plan_to_resume(state: TrainerState, run: RunConfig, changed: Mapping[str, tuple[Any, Any]]) -> ResumedPlan:
+    saved = StagePlan.from_json(state.plan)
+    batch = changed.keys() & {"global_batch_size", "global_batch_tokens"}
+    pairs = zip(saved.stages, run.plan.stages, strict=False)
+    if batch and any(old.global_batch_size != new.global_batch_size for old, new in pairs):
+        return ResumedPlan(saved, ("samples in a step",))
+    try:
+        return resume_plan(saved, run, Progress(state.stage_index, state.stage_step), changed.keys())
+    except ConfigError as error:
+        # The batch of the first start does not divide into the samples that the options now describe.
+        return ResumedPlan(saved, (error.what,))
+
+
+def _pair(name: str, then: Any, now: Any) -> str:
+    return f"{name} {_text(now)}, {_text(then)} in the checkpoint"
+
+
+def _change(name: str, then: Any, now: Any) -> str:
+    return f"{name} {_text(then)}, now {_text(now)}"
+
+
+def _text(value: Any) -> str:
+    """Returns a value of an option for a sentence; a long list of stages is shortened."""
+    if isinstance(value, list):
+        value = " ".join(str(item) for item in value)
+    text = "not given" if value in (None, "") else str(value)
+    return text if len(text) <= 100 else f"{text[:100]}…"
+
+
+def check_data(state: TrainerState, fingerprint: Mapping[str, Any]) -> None:
+    """Checks that the data is the same as when the checkpoint was written.
+
+    Args:
+        state: the checkpoint's trainer state.
+        fingerprint: fingerprint of this run's training stream (`TrainStream.fingerprint`).
+
+    Raises:
+        CheckpointError: the data differs; the message names every flag.
+    """
+    saved = state.data_fingerprint
+    names = [name for name in sorted({*saved, *fingerprint}) if saved.get(name) != fingerprint.get(name)]
+    if names:
+        found = [_pair(_FLAGS_OF_DATA.get(name, name), saved.get(name), fingerprint.get(name)) for name in names]
+        raise CheckpointError(
+            f"the data or its order differs from the checkpoint's: {'; '.join(found)}",
+            "the files that the run began with, and the same blend, --split, --seed, --shuffle-window-blocks and --start-tokens",
+            f"restore them, or {START_NEW}",
+        )

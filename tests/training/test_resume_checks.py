@@ -1,0 +1,172 @@
+"""What may change when a run is resumed: every option, one after the other, does what its mark says."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+
+import pytest
+
+from megatron_patch.checkpoint.trainer_state import TrainerState
+from megatron_patch.config.option_types import AtResume
+from megatron_patch.config.parsing import RESUME_MARKS
+from megatron_patch.config.resolve import load_config
+from megatron_patch.errors import CheckpointError
+from megatron_patch.stages import Progress
+from megatron_patch.training.resume import StartPoint, make_trainer_state
+from megatron_patch.training.resume_checks import check_data, check_resume, flag, progress_problems
+from megatron_patch.training.stream import open_stream
+from tests.distributed.runs import command, make_corpus
+
+BASE = (
+    "--num-layers 2 --hidden-size 32 --num-attention-heads 4 --vocab-size 64 --seq-length 16 --global-batch-size 12 --patch-size 4 "
+    "--train-tokens 30720 --lr-decay-style constant --split 90,10,0 --eod-token-id 63 --save RUN"
+)
+SCALED = "--rope-scaling llama3 --rope-scaling-factor 8"
+LIST = '--stages [{"patch_size":4,"token_share":0.5},{"patch_size":1}] --patch-size 1'
+
+OTHER = {
+    # name: (other words, words of both starts)
+    "num_layers": "3", "hidden_size": "64", "num_attention_heads": "2", "model_family": "gpt2", "num_query_groups": "2", "kv_channels": "16",
+    "ffn_hidden_size": "64", "vocab_size": "65", "make_vocab_size_divisible_by": "64", "max_position_embeddings": "32",
+    "normalization": "LayerNorm", "norm_epsilon": "1e-4", "swiglu": "False", "position_embedding_type": "learned_absolute",
+    "rotary_base": "5e5", "rope_scaling": ("linear", "--rope-scaling-factor 2 --rope-scaling llama3"),
+    "rope_scaling_factor": ("4", SCALED), "rope_low_freq_factor": ("2", SCALED), "rope_high_freq_factor": ("5", SCALED),
+    "rope_original_positions": ("4096", SCALED), "qk_layernorm": "True", "add_qkv_bias": "True", "disable_bias_linear": "False",
+    "untie_embeddings_and_output_weights": "False", "init_method_std": "0.01",
+    "recipe": "token-superposition", "patch_size": "2", "patch_fraction": "0.5", "patch_compute_share": "0.5",
+    "stages": ('[{"patch_size":4,"token_share":0.25},{"patch_size":1}]', LIST), "train_tokens": "40000", "seq_length": "32",
+    "sample": "constant-tokens", "batch": "constant-positions", "micro_batch_size": "2", "global_batch_size": "24",
+    "global_batch_tokens": ("800", "--global-batch-size None --global-batch-tokens 192"), "position_weights": "power", "anneal_share": "0.5",
+    "block_tokens": "128", "start_tokens": "64",
+    "lr": "1e-3", "min_lr": "1e-5", "lr_warmup_tokens": "1000", "lr_warmup_fraction": "0.1", "lr_decay_style": "cosine",
+    "lr_decay_tokens": "9000", "lr_wsd_decay_tokens": ("2000", "--lr-decay-style WSD"),
+    "lr_wsd_decay_fraction": ("0.25", "--lr-decay-style WSD"), "lr_wsd_decay_style": ("cosine", "--lr-decay-style WSD"),
+    "optimizer": "registered-elsewhere", "weight_decay": "0.2", "adam_beta1": "0.8", "adam_beta2": "0.9", "adam_eps": "1e-7", "clip_grad": "2",
+    "data_path": "OTHER", "valid_data_path": ("OTHER", "--valid-data-path CORPUS"), "split": "80,20,0", "tokenizer_type": "NullTokenizer",
+    "tokenizer_model": "elsewhere", "eod_token_id": ("62", "--eod-mask-loss"), "reset_attention_mask": "True", "reset_position_ids": "True",
+    "eod_mask_loss": "True", "max_epochs": "100", "shuffle_window_blocks": "16", "num_workers": "0",
+    "bf16": "True", "fp16": "True", "loss_scale": "8", "initial_loss_scale": "1024", "zero_stage": "0", "tensor_model_parallel_size": "2",
+    "pipeline_model_parallel_size": "2", "pipeline_balance": "flops",
+    "sequence_parallel": ("True", "--tensor-model-parallel-size 2"), "deepspeed_config": "ds.json", "recompute_granularity": "full",
+    "compile": "True", "operators": "plain", "seed": "9", "local_rank": "1", "distributed_timeout_minutes": "50",
+    "save": "ELSEWHERE", "load": "RUN", "finetune": "True", "save_interval": "7", "save_interval_tokens": "700", "keep_last": "0",
+    "keep_every": "5", "keep_every_tokens": "500", "async_save": "True", "exit_interval": "3",
+    "exit_duration": "1h", "exit_margin": "10s", "kill_switch": "stop", "on_spike": "rewind", "spike_threshold": "10", "spike_window": "64",
+    "spike_grad_norm": "5", "max_sick_steps": "3", "hang_timeout": "10min", "straggler_interval": "0", "check_replicas_interval": "5",
+    "replay_interval": "5",
+    "log_interval": "1", "eval_interval": "5", "eval_interval_tokens": "500", "eval_tokens": "1000", "sample_prompts": "once",
+    "sample_tokens": "8", "sample_temperature": "1", "sample_top_p": "0.5", "tensorboard_dir": "charts", "wandb_project": "p",
+    "wandb_exp_name": "n", "log_token_spans": "True", "peak_tflops": "100", "dry_run": "True", "world_size": ("2", "--dry-run"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def corpora(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpora")
+    return {"CORPUS": make_corpus(folder / "corpus"), "OTHER": make_corpus(folder / "other", seed=1)}
+
+
+def read(words, corpora, ranks=4):
+    words = [corpora.get(word, word) for word in words]
+    if "--finetune" in words:
+        words += ["--load", "ANOTHER"]
+    return load_config([*words, "--data-path", corpora["CORPUS"]] if "--data-path" not in words else words, ranks)
+
+
+def saved(run) -> TrainerState:
+    """The trainer state of a run after five steps, as it is read back from a file."""
+    fingerprint = open_stream(run, run.plan).fingerprint()
+    state = make_trainer_state(run, StartPoint(run.plan, Progress(0, 0)), Progress(0, 5), fingerprint, {}, False, {})
+    return TrainerState.from_json(json.loads(json.dumps(dataclasses.asdict(state))), "here")
+
+
+def resume(state, run):
+    resumed = check_resume(state, run)
+    check_data(state, open_stream(run, resumed.plan).fingerprint())
+    return resumed
+
+
+@pytest.mark.parametrize("name", RESUME_MARKS)
+def test_every_option_may_change_or_not_as_its_mark_says(name, corpora, monkeypatch):
+    mark, entry = RESUME_MARKS[name], OTHER[name]
+    assert mark is not None, "an option without a mark"
+    value, both = entry if isinstance(entry, tuple) else (entry, "")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda package: True)
+    base = command(BASE, both)
+    state = saved(read(base, corpora))
+    given = {"True": [flag(name)], "False": [flag("no_" + name)]}.get(value, [flag(name), value])
+    run = read([*base, *given], corpora)
+    if mark is AtResume.FIXED:
+        with pytest.raises(CheckpointError) as refusal:
+            resume(state, run)
+        named = {"stages": "stage token", "data_path": "--data-path"}.get(name, flag(name))
+        assert named in str(refusal.value)
+    else:
+        changes = resume(state, run).changes
+        assert any(change.startswith(f"{flag(name)} ") for change in changes) == (mark is AtResume.REPORTED), changes
+
+
+def test_all_differences_are_named_at_once(corpora):
+    base = command(BASE)
+    state = saved(read(base, corpora))
+    with pytest.raises(CheckpointError) as refusal:
+        check_resume(
+            state,
+            read([*base, *command("--hidden-size 64 --seq-length 32 --eod-mask-loss --optimizer adamw --seed 2 --patch-size 2")], corpora),
+        )
+    for name in ("--hidden-size 64, 32", "--seq-length 32, 16", "--eod-mask-loss True, False", "--seed 2, 1234", "--patch-size 2, 4"):
+        assert f"{name} in the checkpoint" in refusal.value.what
+
+
+def test_the_same_effect_in_other_words_is_no_change(corpora):
+    base = command(BASE)
+    run = read(base, corpora, ranks=1)
+    state = saved(run)
+    words = "--recipe patch-train --num-query-groups 4 --lr-warmup-tokens 0 --global-batch-size None --global-batch-tokens 192 --batch constant-tokens"
+    resumed = resume(state, read([*base, *command(words)], corpora, ranks=1))
+    assert resumed.changes == () and resumed.plan == run.plan
+
+
+def test_an_eod_token_matters_only_where_documents_are_separated(corpora):
+    base = command(BASE)
+    state = saved(read(base, corpora))
+    assert resume(state, read([*base, "--eod-token-id", "62"], corpora)).changes == ()
+    known = dataclasses.replace(state, data_metadata={"eod_id": 62})
+    known.config["options"].update(eod_token_id=None, eod_mask_loss=True)
+    with pytest.raises(CheckpointError, match="--eod-token-id 63, 62 in the checkpoint"):
+        resume(known, read([*base, "--eod-mask-loss"], corpora))
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"stage_index": 7}, "stage_index is 7, but the plan has 2 stages"),
+        ({"stage_index": -1}, None),
+        ({"stage_step": 99999}, "stage_step is 99,999, but stage patch has 107 steps"),
+        ({"step": 10**17}, "step is 100,000,000,000,000,000, but by the plan it is 5"),
+        ({"consumed_tokens": 1}, "consumed_tokens is 1, but by the plan it is 960"),
+        ({"consumed_samples": 0}, "consumed_samples is 0, but by the plan it is 15"),
+        ({"plan": {}}, "the plan cannot be read"),
+        ({"plan": {"stages": [], "block_tokens": 64}}, "the plan cannot be read"),
+    ],
+)
+def test_a_place_that_is_not_in_the_plan_is_found(corpora, fields, reason):
+    state = saved(read(command(BASE), corpora))
+    assert progress_problems(state) == []
+    forged = dataclasses.asdict(dataclasses.replace(state, **fields))
+    if reason is None:
+        with pytest.raises(CheckpointError):
+            TrainerState.from_json(forged, "here")
+    else:
+        assert reason in progress_problems(TrainerState.from_json(forged, "here"))[0]
+
+
+def test_a_plan_that_its_own_options_do_not_describe_is_refused(corpora):
+    run = read(command(BASE), corpora)
+    state = saved(run)
+    state.plan["stages"][1]["steps"] = 10**18
+    assert progress_problems(state) == []
+    with pytest.raises(CheckpointError, match="its own options describe 2 stages and 30,720 tokens"):
+        check_resume(state, run)

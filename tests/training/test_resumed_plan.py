@@ -1,0 +1,222 @@
+"""The plan of a resumed run: the same on every layout, and extended only where the past does not depend on the old end."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_patch.config.parsing import ParsedOptions, parse
+from megatron_patch.config.plan_builder import build_plan
+from megatron_patch.config.resolve import resolve
+from megatron_patch.data.token_stream import TrainStream
+from megatron_patch.errors import CheckpointError
+from megatron_patch.stages import Progress, StagePlan
+from megatron_patch.training.lr_schedule import build_lr_schedule
+from megatron_patch.training.resumed_plan import resume_plan
+from tests.data.streams import corpus_of
+from tests.distributed.runs import command
+
+BASE = "--num-layers 1 --hidden-size 32 --num-attention-heads 2 --vocab-size 64 --seq-length 16 --dry-run"
+
+
+@functools.cache
+def _parsed(words):
+    return parse(words)
+
+
+def read(*words, ranks=1, **stages):
+    """Returns the run of a command line; options for stages may be given as keywords, which is quicker than words."""
+    parsed = _parsed(tuple(command(BASE, *words)))
+    options = dataclasses.replace(parsed.options, stages=dataclasses.replace(parsed.options.stages, **stages))
+    return resolve(ParsedOptions(options, parsed.origins), ranks)
+
+
+def step_ends(plan):
+    ends, tokens = [], 0
+    for stage in plan.stages:
+        ends += list(range(tokens + stage.tokens_per_step, tokens + stage.tokens + 1, stage.tokens_per_step))
+        tokens += stage.tokens
+    return ends
+
+
+@given(
+    st.sampled_from(
+        ["--recipe patch-train --patch-size 4", "--recipe token-superposition --patch-size 3", "--patch-size 3 --patch-fraction 0.4"]
+    ),
+    st.sampled_from(["--lr-warmup-fraction 0.1", "--lr-warmup-fraction 0.07 --lr-decay-style WSD --lr-wsd-decay-fraction 0.3", ""]),
+    st.sampled_from(["--global-batch-tokens 200", "--global-batch-tokens 1000", "--global-batch-size 12"]),
+    st.tuples(st.integers(1, 7), st.integers(1, 4)),
+    st.tuples(st.integers(1, 7), st.integers(1, 4)),
+)
+def test_every_layout_resumes_the_plan_of_the_first_start(stages, schedule, batch, first, then):
+    """A plan rounded to one number of ranks and micro-batch stays, whatever the next start would have rounded it to."""
+    (ranks, micro), (then_ranks, then_micro) = first, then
+    words = f"{stages} {schedule} {batch} --train-tokens 30000"
+    saved = read(words, ranks=ranks, micro_batch_size=micro).plan
+    run = read(words, ranks=then_ranks, micro_batch_size=then_micro)
+    resumed = resume_plan(saved, run, Progress(0, 1), set()).plan
+    assert [stage.micro_batch_size for stage in resumed.stages] == [then_micro] * len(saved.stages)
+    for old, new in zip(saved.stages, resumed.stages, strict=True):
+        assert dataclasses.replace(new, micro_batch_size=old.micro_batch_size) == old
+    assert [build_lr_schedule(resumed).at(end) for end in step_ends(saved)] == [
+        build_lr_schedule(saved).at(end) for end in step_ends(saved)
+    ]
+
+
+def extend(words, more, progress, ranks=1, changed=frozenset({"train_tokens"})):
+    saved = read(words, "--train-tokens 30720 --global-batch-size 12").plan
+    run = read(words, "--global-batch-size 12", more, ranks=ranks)
+    return saved, resume_plan(saved, run, progress(saved) if callable(progress) else progress, set(changed)).plan
+
+
+def finished(plan):
+    return Progress(len(plan.stages) - 1, plan.stages[-1].steps)
+
+
+ALLOWED = {
+    "constant, finished": ("--lr-decay-style constant --lr-warmup-fraction 0.1", finished),
+    "constant, in the patch stage": ("--lr-decay-style constant --lr-warmup-fraction 0.1 --patch-size 4", Progress(0, 9)),
+    "constant, in the token stage": ("--lr-decay-style constant --patch-size 4", Progress(1, 9)),
+    "inverse square root": ("--lr-decay-style inverse-square-root --lr-warmup-fraction 0.1", finished),
+    "WSD before its decay": ("--lr-decay-style WSD --lr-wsd-decay-fraction 0.25 --lr-warmup-fraction 0.1", Progress(0, 120)),
+    "WSD over both stages": ("--recipe token-superposition --patch-size 4 --lr-wsd-decay-fraction 0.1", Progress(1, 3)),
+    "a cosine with its own end": ("--lr-decay-tokens 20000", finished),
+    "a token stage that has not begun": ("--patch-size 4", lambda plan: Progress(0, plan.stages[0].steps)),
+}
+REFUSED = {
+    "a cosine": ("", Progress(0, 1), "cosine"),
+    "a cosine at its end": ("", finished, "cosine"),
+    "linear": ("--lr-decay-style linear", Progress(0, 50), "linear"),
+    "WSD in its decay": ("--lr-decay-style WSD --lr-wsd-decay-fraction 0.25", Progress(0, 121), "WSD"),
+    "a patch stage with a cosine": ("--patch-size 4", Progress(0, 5), "cosine"),
+    "labels that are annealed": ("--patch-size 4 --lr-decay-style constant --anneal-share 0.5", Progress(0, 90), "label weights"),
+}
+
+
+@pytest.mark.parametrize("case", ALLOWED)
+def test_more_tokens_extend_a_plan_whose_past_does_not_change(case):
+    words, progress = ALLOWED[case]
+    saved, plan = extend(words, "--train-tokens 61440", progress, ranks=3)
+    place = progress(saved) if callable(progress) else progress
+    assert plan.tokens == pytest.approx(61440, rel=0.02)
+    assert plan.consumed_tokens(place) == saved.consumed_tokens(place)
+    assert plan.stages[: place.stage_index] == saved.stages[: place.stage_index], "ended stages stay"
+    done = [end for end in step_ends(saved) if end <= saved.consumed_tokens(place)]
+    old, new = build_lr_schedule(saved), build_lr_schedule(plan)
+    assert [new.at(end) for end in done] == [old.at(end) for end in done], "the past"
+    begun = plan.stages[0].lr
+    assert begun.warmup_tokens == saved.stages[0].lr.warmup_tokens and begun.wsd_decay_tokens == saved.stages[0].lr.wsd_decay_tokens
+    if plan.stages[0].lr.style == "WSD":
+        assert new.at(plan.tokens) == 0.0 and new.at(plan.tokens - begun.wsd_decay_tokens) == begun.lr, "the decay moves to the new end"
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_more_tokens_are_refused_where_the_past_depends_on_the_end(case):
+    words, progress, reason = REFUSED[case]
+    with pytest.raises(CheckpointError, match=reason) as refusal:
+        extend(words, "--train-tokens 61440", progress)
+    assert "--finetune" in str(refusal.value) and "--start-tokens" in str(refusal.value) and "--train-tokens" in refusal.value.what
+
+
+def test_an_unstarted_stage_gets_its_lengths_from_the_extended_plan():
+    """Patches are done; the token stage takes all further tokens, and its warm-up is a tenth of them."""
+    saved, plan = extend("--patch-size 4 --lr-warmup-fraction 0.1", "--train-tokens 61440", lambda plan: Progress(0, plan.stages[0].steps))
+    assert plan.stages[0] == saved.stages[0]
+    assert plan.stages[1].tokens == pytest.approx(61440 - saved.stages[0].tokens, abs=plan.stages[1].tokens_per_step)
+    assert plan.stages[1].lr.warmup_tokens == round(plan.stages[1].tokens * 0.1)
+
+
+LIST = [{"patch_size": 4, "tokens": 15360}, {"patch_size": 1, "tokens": 15360}]
+
+
+def listed(*more):
+    return ["--global-batch-size", "12", "--stages", json.dumps([*LIST, *more])]
+
+
+def test_a_new_last_stage_continues_a_finished_run():
+    saved = read(listed()).plan
+    new = {"patch_size": 2, "tokens": 7680, "lr": 1e-4, "lr_warmup_tokens": 768}
+    result = resume_plan(saved, read(listed(new)), finished(saved), {"stages"})
+    assert result.plan.stages[:2] == saved.stages and len(result.plan.stages) == 3
+    assert result.changes == ("new stage patch-2, 40 steps",)
+    schedule = build_lr_schedule(result.plan)
+    assert schedule.at(30720) == 0.0 and schedule.at(30720 + 768) == 1e-4
+    continues = {"patch_size": 1, "tokens": 7680, "lr_policy": "continue", "name": "more"}
+    with pytest.raises(CheckpointError, match="cosine"):
+        resume_plan(saved, read(listed(continues)), finished(saved), {"stages"})
+
+
+def test_another_list_is_refused_by_its_stages():
+    saved = read(listed()).plan
+    for change, words in (({"tokens": 7680}, "stage patch-4: steps 40, 80 in the checkpoint"), ({"patch_size": 2}, "patch_size 2, 4 in")):
+        described = read(["--global-batch-size", "12", "--stages", json.dumps([{**LIST[0], **change}, {**LIST[1], "tokens": 61440}])])
+        differences = resume_plan(saved, described, Progress(1, 3), {"stages"}).differences
+        assert any(words in difference for difference in differences), differences
+
+
+def test_fewer_tokens_and_another_share_are_refused():
+    for more, changed in (
+        ("--train-tokens 15360", {"train_tokens"}),
+        ("--train-tokens 61440 --patch-fraction 0.5", {"train_tokens", "patch_fraction"}),
+    ):
+        saved = read("--patch-size 4 --lr-decay-style constant --train-tokens 30720 --global-batch-size 12").plan
+        run = read("--patch-size 4 --lr-decay-style constant --global-batch-size 12", more)
+        assert resume_plan(saved, run, Progress(0, 5), changed).differences
+
+
+def test_a_changed_learning_rate_keeps_the_lengths_of_the_first_start():
+    words = "--patch-size 4 --train-tokens 30000 --global-batch-tokens 1000 --lr-warmup-fraction 0.1 --micro-batch-size"
+    saved = read(words, "4").plan
+    result = resume_plan(saved, read(words, "1 --lr 1e-4", ranks=5), Progress(0, 5), {"lr"})
+    for old, new in zip(saved.stages, result.plan.stages, strict=True):
+        assert new.lr == dataclasses.replace(old.lr, lr=1e-4) and new.steps == old.steps
+    assert result.changes == tuple(f"stage {name}: lr: lr 0.0003, now 0.0001" for name in ("patch", "token"))
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return corpus_of(tmp_path_factory.mktemp("corpus"), 40_000)
+
+
+@given(
+    steps=st.integers(1, 60),
+    more=st.integers(2, 60),
+    window=st.integers(1, 5),
+    batch=st.integers(1, 9).map(lambda half: 2 * half),
+    patch_size=st.sampled_from([1, 2]),
+)
+def test_an_extended_run_reads_no_token_twice_and_leaves_none_out(corpus, steps, more, window, batch, patch_size):
+    """A run that is extended twice, when it is finished and while it runs, reads every token of its blocks exactly once."""
+
+    def run_of(steps):
+        stages = json.dumps([{"patch_size": patch_size, "steps": steps}])
+        return read("--seq-length 4 --lr-decay-style constant", global_batch_size=batch, stages=stages)
+
+    plans = [run_of(steps).plan]
+    places = [steps, steps + more // 2, steps + 2 * more]
+    for place, longer in zip(places, (steps + more, steps + 2 * more), strict=False):
+        plan = resume_plan(plans[-1], run_of(longer), Progress(0, place), {"stages"}).plan
+        plans.append(StagePlan.from_json(json.loads(json.dumps(plan.to_json()))))
+    size, read_tokens = plans[0].stages[0].global_batch_size, []
+    for plan, first, last in zip(plans, [0, *places], places, strict=False):
+        stream = TrainStream(plan, {"c": corpus}, [("c", 1.0)], "1,0,0", 3, window)
+        read_tokens += stream.locate(0, np.arange(first * size, last * size, dtype=np.int64))[1].tolist()
+    assert len(read_tokens) == places[-1] * size == len({*read_tokens})
+    blocks = plans[-1].last_block(0) * plans[-1].block_tokens
+    whole = stream.locate(0, np.arange(blocks // (4 * patch_size), dtype=np.int64))[1]
+    assert {*read_tokens} <= {*whole.tolist()} and len({*whole.tolist()}) == len(whole)
+
+
+def test_a_plan_describes_itself_with_its_own_batch():
+    """What `resume_plan` compares: the options with the batch of the first start, for which the ranks do not matter."""
+    run = read("--patch-size 3 --train-tokens 30000 --global-batch-tokens 1000 --micro-batch-size 4", ranks=7)
+    again = read("--patch-size 3 --train-tokens 30000 --global-batch-tokens 1000 --micro-batch-size 1")
+    assert again.plan_with_batch_of(run.plan).stages[0].steps == run.plan.stages[0].steps
+    assert again.plan.stages[0].global_batch_size != run.plan.stages[0].global_batch_size
+    assert build_plan(run.options.stages, run.options.schedule, 7) == run.plan
