@@ -38,25 +38,26 @@ _PLAN = _names(StageOptions) - {"start_tokens"} | _SCHEDULE
 _BY_EFFECT = _MODEL | _PLAN | {"data_path", "split", "eod_token_id"}
 """Options whose effect is compared (the model's shape, the plan, the data), in place of their values."""
 
-_FLAGS_OF_SHAPE = {
-    "num_query_groups": "--num-query-groups",
-    "head_size": "--kv-channels",
-    "max_positions": "--max-position-embeddings",
-    "activation": "--swiglu",
-    "position_embedding": "--position-embedding-type",
-    "rotary_scaling": "--rope-scaling",
-    "rotary_factor": "--rope-scaling-factor",
-    "rotary_low_frequency_factor": "--rope-low-freq-factor",
-    "rotary_high_frequency_factor": "--rope-high-freq-factor",
-    "rotary_original_positions": "--rope-original-positions",
-    "qk_norm": "--qk-layernorm",
-    "attention_bias": "--disable-bias-linear",
-    "qkv_bias": "--add-qkv-bias",
-    "mlp_bias": "--disable-bias-linear",
-    "tie_embeddings": "--untie-embeddings-and-output-weights",
-    "init_std": "--init-method-std",
+_OPTIONS_OF_SHAPE = {
+    "head_size": ("kv_channels", "num_attention_heads", "hidden_size"),
+    "num_query_groups": ("num_query_groups", "num_attention_heads"),
+    "ffn_hidden_size": ("ffn_hidden_size", "hidden_size"),
+    "max_positions": ("max_position_embeddings", "seq_length"),
+    "activation": ("swiglu",),
+    "position_embedding": ("position_embedding_type",),
+    "rotary_scaling": ("rope_scaling",),
+    "rotary_factor": ("rope_scaling_factor",),
+    "rotary_low_frequency_factor": ("rope_low_freq_factor",),
+    "rotary_high_frequency_factor": ("rope_high_freq_factor",),
+    "rotary_original_positions": ("rope_original_positions",),
+    "qk_norm": ("qk_layernorm",),
+    "attention_bias": ("disable_bias_linear",),
+    "qkv_bias": ("add_qkv_bias", "disable_bias_linear"),
+    "mlp_bias": ("disable_bias_linear",),
+    "tie_embeddings": ("untie_embeddings_and_output_weights",),
+    "init_std": ("init_method_std",),
 }
-"""The flags of the fields of `ModelShape` that have another name."""
+"""The options that decide a field of `ModelShape`, where these are not one option of the same name; the first one sets it directly."""
 
 _FLAGS_OF_DATA = {
     "blend": "--data-path (weights)",
@@ -76,10 +77,10 @@ def flag(name: str) -> str:
 def changed_options(state: TrainerState, run: RunConfig) -> dict[str, tuple[Any, Any]]:
     """Returns the options whose value differs from the checkpoint's: name -> (value then, value now), as plain JSON values.
 
-    Weights that were converted have no options, and so no differences.
+    Weights without a run have the options of a model at most, so for them there is nothing to compare.
     """
     then = state.config.get("options")
-    if not then or not isinstance(then, dict):
+    if state.weights_only or not isinstance(then, dict):
         return {}
     now = json.loads(json.dumps(option_values(run.options)))
     # An option that the program did not have when the checkpoint was written had its default's effect.
@@ -178,14 +179,15 @@ def _model_differences(state: TrainerState, run: RunConfig, changed: Mapping[str
     defaults = {f.name: f.default for f in dataclasses.fields(ModelShape) if f.default is not dataclasses.MISSING}
     saved, given = {**defaults, **state.model}, dataclasses.asdict(run.shape)
     fields = [name for name in sorted({*saved, *given}) if name not in free and saved.get(name) != given.get(name)]
-    if not fields:
-        return []
-    flags = [name for name in changed if name in _MODEL and RESUME_MARKS[name] is AtResume.FIXED]
-    if "max_positions" in fields and "seq_length" in changed:
-        flags.append("seq_length")
-    if flags:
-        return [_pair(flag(name), *changed[name]) for name in flags]
-    return [_pair(_FLAGS_OF_SHAPE.get(name, flag(name)), saved.get(name), given.get(name)) for name in fields]
+    found: dict[str, tuple[Any, Any]] = {}
+    for field in fields:
+        options = _OPTIONS_OF_SHAPE.get(field, (field,))
+        cause = next((name for name in (*options, "model_family") if name in changed), None)
+        if cause is not None:
+            found[cause] = changed[cause]
+        else:
+            found[options[0]] = saved.get(field), given.get(field)
+    return [_pair(flag(name), *pair) for name, pair in found.items()]
 
 
 def _separation_differences(state: TrainerState, run: RunConfig) -> list[str]:

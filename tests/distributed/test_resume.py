@@ -193,7 +193,7 @@ def test_a_finished_run_reports_it_and_changes_nothing(unbroken, corpus):
     ("change", "words"),
     [
         (
-            "--hidden-size 48 --patch-size 2 --eod-mask-loss",
+            "--hidden-size 48 --patch-size 2 --eod-token-id 63 --eod-mask-loss",
             ["--hidden-size 48, 32 in", "--patch-size 2, 3 in", "--eod-mask-loss True, False in"],
         ),
         ("--train-tokens 9000", ["cannot extend this run at 4,224 of 4,224 tokens: the learning rate (cosine)", "--start-tokens 4224"]),

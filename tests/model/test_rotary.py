@@ -84,7 +84,7 @@ def test_flags_reach_the_shape_and_checkpoints_without_them_stay_readable():
         name: value for name, value in dataclasses.asdict(plain.shape).items() if not name.startswith("rotary_") or name == "rotary_base"
     }
 
-    state = SimpleNamespace(config={}, model=old)
+    state = SimpleNamespace(weights_only=True, config={}, model=old)
 
     check_weights_of(state, plain)
     with pytest.raises(CheckpointError, match=r"--rope-scaling-factor 32.0, 1.0 in the checkpoint"):
@@ -95,9 +95,9 @@ def test_a_new_run_from_weights_may_have_a_longer_context_but_no_other_model():
     run = resolve(*MODEL.split())
 
     model = dataclasses.asdict(dataclasses.replace(run.shape, max_positions=999, init_std=1.0))
-    state = SimpleNamespace(config={}, model=model)
+    state = SimpleNamespace(weights_only=True, config={}, model=model)
 
     check_weights_of(state, run)
     model |= {"norm_epsilon": 0.5, "activation": "gelu"}
-    with pytest.raises(CheckpointError, match="--swiglu swiglu, gelu in the checkpoint; --norm-epsilon 1e-05, 0.5 in the checkpoint"):
+    with pytest.raises(CheckpointError, match="--swiglu swiglu, gelu in the checkpoint; --norm-epsilon 1e-05, 0.5 in"):
         check_weights_of(state, run)

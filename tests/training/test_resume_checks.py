@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 import json
 
@@ -68,6 +69,12 @@ def corpora(tmp_path_factory):
     return {"CORPUS": make_corpus(folder / "corpus"), "OTHER": make_corpus(folder / "other", seed=1)}
 
 
+@pytest.fixture(scope="module")
+def states(corpora):
+    """Returns the trainer state of the base run with more words; each is made once."""
+    return functools.cache(lambda more: saved(read(command(BASE, more), corpora)))
+
+
 def read(words, corpora, ranks=4):
     words = [corpora.get(word, word) for word in words]
     if "--finetune" in words:
@@ -89,15 +96,14 @@ def resume(state, run):
 
 
 @pytest.mark.parametrize("name", RESUME_MARKS)
-def test_every_option_may_change_or_not_as_its_mark_says(name, corpora, monkeypatch):
+def test_every_option_may_change_or_not_as_its_mark_says(name, corpora, states, monkeypatch):
     mark, entry = RESUME_MARKS[name], OTHER[name]
     assert mark is not None, "an option without a mark"
     value, both = entry if isinstance(entry, tuple) else (entry, "")
     monkeypatch.setattr(importlib.util, "find_spec", lambda package: True)
-    base = command(BASE, both)
-    state = saved(read(base, corpora))
+    state = states(both)
     given = {"True": [flag(name)], "False": [flag("no_" + name)]}.get(value, [flag(name), value])
-    run = read([*base, *given], corpora)
+    run = read([*command(BASE, both), *given], corpora)
     if mark is AtResume.FIXED:
         with pytest.raises(CheckpointError) as refusal:
             resume(state, run)
