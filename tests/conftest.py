@@ -15,6 +15,8 @@ os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", str(Path(__file__).parent.
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tests import skips
+
 # The same examples in every run: a failure is repeated by running the test again, here as in CI.
 settings.register_profile(
     "project", deadline=None, derandomize=True, max_examples=50, database=None, suppress_health_check=[HealthCheck.too_slow]
@@ -24,6 +26,11 @@ settings.load_profile("project")
 
 SEVERAL_PROCESSES = ("tests/distributed/", "tests/engine/", "tests/faults/", "tests/slurm/", "tests/test_docs_run.py")
 """Tests that keep all cores busy themselves: they come last, one after another."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Registers the report of skipped tests."""
+    config.pluginmanager.register(skips, "skips")
 
 
 @pytest.hookimpl(optionalhook=True)

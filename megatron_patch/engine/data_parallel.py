@@ -55,7 +55,9 @@ class DataParallelEngine(DeepSpeedEngine):
         self._set_lr(lr)
         weights = self._label_weights(label_weights)
         total_weight = self._total_weight(micro_batches, label_weights)
-        scale = (self.grid.data_parallel_size / total_weight).to(torch.float32)
+        # The factor undoes DeepSpeed's mean over the data-parallel ranks.
+        factor = 1 if self.config.sums_gradients else self.grid.data_parallel_size
+        scale = (factor / total_weight).to(torch.float32)
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         stopwatch = Stopwatch(self.device)
         with warnings.catch_warnings():

@@ -23,7 +23,26 @@ Precision = Literal["fp32", "bf16", "fp16"]
 _OFFLOADS = ("offload_optimizer", "offload_param")
 _PREFETCH = "stage3_prefetch_bucket_size"
 _BATCH_SIZES = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
-_CHECKED_KEYS = ("zero_optimization", "gradient_clipping", "bf16", "fp16", "data_types", "optimizer", "scheduler", *_BATCH_SIZES)
+_COMMUNICATION_TYPE = "communication_data_type"
+_REDUCTION = "gradient_allreduce_op"
+_CHECKED_KEYS = (
+    "zero_optimization",
+    "gradient_clipping",
+    "bf16",
+    "fp16",
+    "data_types",
+    "optimizer",
+    "scheduler",
+    _COMMUNICATION_TYPE,
+    _REDUCTION,
+    *_BATCH_SIZES,
+)
+_LOW_PRECISION_STATES = (
+    ("bf16", "bf16_master_weights_and_grads"),
+    ("bf16", "bf16_optimizer_states"),
+    ("fp16", "fp16_master_weights_and_grads"),
+)
+_TYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
 @dataclass(frozen=True)
@@ -35,12 +54,24 @@ class EngineConfig:
         zero_level: the ZeRO level (0 to 3) that `--zero-stage` or the JSON sets.
         clip_grad: largest gradient norm; 0 turns clipping off.
         deepspeed: DeepSpeed's JSON without the batch sizes, which each stage sets.
+        notes: choices of the user's JSON that round gradients below float32, for the console.
     """
 
     precision: Precision
     zero_level: int
     clip_grad: float
     deepspeed: Mapping[str, Any]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def communication_bytes(self) -> int:
+        """Bytes of a gradient's element when data-parallel ranks sum it."""
+        return _TYPE_BYTES[self.deepspeed[_COMMUNICATION_TYPE]]
+
+    @property
+    def sums_gradients(self) -> bool:
+        """Whether DeepSpeed sums the gradients of data-parallel ranks instead of averaging them."""
+        return bool(self.deepspeed.get(_REDUCTION) == "sum")
 
     @property
     def offloads_optimizer(self) -> bool:
@@ -122,6 +153,59 @@ def _check_nvme(zero: Mapping[str, Any], zero_level: int) -> None:
         )
 
 
+def _communication_type(user: Mapping[str, Any]) -> str:
+    """Returns the type in which gradients are summed over ranks: that of the JSON, else float32.
+
+    DeepSpeed's own default is the type of the weights, which rounds gradients that were accumulated in float32, even on one rank.
+    """
+    value = user.get(_COMMUNICATION_TYPE)
+    value = "fp32" if value in (None, "auto") else value
+    if not isinstance(value, str) or value.lower() not in _TYPE_BYTES:
+        raise ConfigError(
+            f"--deepspeed_config: {_COMMUNICATION_TYPE} is {value!r}",
+            "fp32, which is the default and rounds nothing, bf16 or fp16",
+            f"remove {_COMMUNICATION_TYPE}, or use one of them",
+        )
+    return value.lower()
+
+
+def _check_float32_states(user: Mapping[str, Any]) -> None:
+    """Refuses settings with which gradients, master weights or moments would not be float32, or gradients not be averaged."""
+    types = _section(user, "data_types")
+    if types.get("grad_accum_dtype") not in (None, "auto", "fp32"):
+        raise ConfigError(
+            f"--deepspeed_config: data_types.grad_accum_dtype is {types['grad_accum_dtype']!r}",
+            "fp32",
+            "remove data_types.grad_accum_dtype",
+        )
+    for section, key in _LOW_PRECISION_STATES:
+        if _section(user, section).get(key) not in (None, False):
+            raise ConfigError(
+                f"--deepspeed_config sets {section}.{key}",
+                "float32 master weights, gradients and optimizer states in every precision, which checkpoints rely on",
+                f"remove {section}.{key}",
+            )
+    if user.get(_REDUCTION, "mean") != "mean":
+        raise ConfigError(
+            f"--deepspeed_config: {_REDUCTION} is {user[_REDUCTION]!r}, which would scale the gradient by the number of ranks",
+            "no value: the gradient is the mean over the labels of the global batch",
+            f"remove {_REDUCTION}",
+        )
+
+
+def _rounding_notes(communication_type: str, zero: Mapping[str, Any]) -> tuple[str, ...]:
+    """Returns a note for each setting of the user's JSON that rounds gradients below float32 on their way to the optimizer."""
+    notes = []
+    if communication_type != "fp32":
+        notes.append(
+            f"gradients are summed over ranks in {communication_type} (--deepspeed_config: {_COMMUNICATION_TYPE}), which rounds them once "
+            "more; the default is fp32"
+        )
+    if zero.get("zero_quantized_gradients"):
+        notes.append("gradients are quantized when ranks sum them (--deepspeed_config: zero_quantized_gradients); the default is fp32")
+    return tuple(notes)
+
+
 def _check_names(user: Mapping[str, Any]) -> None:
     """Refuses misspelled names of important keys, because DeepSpeed ignores keys that it does not know."""
     for key in user:
@@ -186,6 +270,7 @@ def resolve_engine_config(
     optimizer_by_name(schedule.optimizer)  # refuses an unknown name
     user = _read(options.deepspeed_config)
     _check_names(user)
+    _check_float32_states(user)
     merge = _Merger(origins).merge
     for key in ("optimizer", "scheduler"):
         if key in user:
@@ -238,16 +323,24 @@ def resolve_engine_config(
             "use a higher --zero-stage, or remove the offload",
         )
     _check_nvme(zero, zero_level)
-    merged: dict[str, Any] = {key: value for key, value in user.items() if key not in ("bf16", "fp16")}
+    merged: dict[str, Any] = {key: value for key, value in user.items() if key not in ("bf16", "fp16", _REDUCTION)}
     merged.update(
         zero_allow_untested_optimizer=True,
         zero_force_ds_cpu_optimizer=False,
         gradient_clipping=float(clip_grad),
         steps_per_print=merged.get("steps_per_print", 2**62),
+        communication_data_type=_communication_type(user),
         zero_optimization={**zero, "stage": zero_level, **({_PREFETCH: 0} if _device(zero, "offload_param") == "nvme" else {})},
     )
+    if zero_level == 2 and data_parallel_size & (data_parallel_size - 1):
+        # ZeRO 2 divides gradients by the number of ranks while they have the type of the weights, which is exact for powers of two only.
+        # Without the division, the engine scales the loss.
+        merged[_REDUCTION] = "sum"
     if precision == "bf16" and zero_level > 0:
-        merged["bf16"] = {**_section(user, "bf16"), "enabled": True}
+        # Adds each gradient to its float32 sum as soon as the backward pass has computed it, with the same result as DeepSpeed's default,
+        # which reads and writes all gradients once more after the pass. Only ZeRO 1 without offload reads this; ZeRO 2 and 3 add
+        # gradients when they are reduced, and ZeRO 0 has float32 weights.
+        merged["bf16"] = {"immediate_grad_update": True, **_section(user, "bf16"), "enabled": True}
     if precision == "fp16":
         merged["fp16"] = {
             "loss_scale": options.loss_scale or 0,
@@ -258,12 +351,6 @@ def resolve_engine_config(
     # DeepSpeed's throughput timer would synchronize with the GPU before and after every micro-batch.
     timers = _section(user, "timers")
     merged["timers"] = {**timers, "throughput": {"enabled": False, **_section(timers, "throughput")}}
-    types = _section(user, "data_types")
-    if types.get("grad_accum_dtype") not in (None, "auto", "fp32"):
-        raise ConfigError(
-            f"--deepspeed_config: data_types.grad_accum_dtype is {types['grad_accum_dtype']!r}",
-            "fp32",
-            "remove data_types.grad_accum_dtype",
-        )
-    merged["data_types"] = {**types, "grad_accum_dtype": "fp32"}
-    return EngineConfig(precision, zero_level, float(clip_grad), merged)
+    merged["data_types"] = {**_section(user, "data_types"), "grad_accum_dtype": "fp32"}
+    notes = _rounding_notes(merged[_COMMUNICATION_TYPE], zero)
+    return EngineConfig(precision, zero_level, float(clip_grad), merged, notes)

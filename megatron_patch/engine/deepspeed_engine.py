@@ -6,6 +6,9 @@ In: this rank's part of the model, stages. Out: the methods of `Engine` that do 
 The loss is normalized by N, the number of labels of the **global** batch, which is counted before the forward pass. So the gradient
 depends neither on how masked labels are distributed, nor on the number of ranks, nor on the micro-batch size: each micro-batch
 contributes sum / N, and a factor equal to the number of ranks undoes DeepSpeed's mean over ranks.
+
+No gradient is rounded below float32 between the backward pass of a micro-batch and the optimizer, in any layout, unless the user's
+DeepSpeed JSON says otherwise (tests/distributed/test_gradients.py).
 """
 
 from __future__ import annotations

@@ -105,7 +105,8 @@ class _SumGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
-        return _all_reduce(grad, ctx.parallel), None
+        # In float32: a sum in 16 bits would be rounded on each rank on its way through the ring.
+        return _all_reduce(grad.to(torch.promote_types(grad.dtype, torch.float32)), ctx.parallel).to(grad.dtype), None
 
 
 def copy_to_tensor_parallel(hidden: torch.Tensor, parallel: TensorParallel) -> torch.Tensor:

@@ -28,6 +28,8 @@ class Layout:
         recompute: which activations the backward pass recomputes.
         balance: quantity that is divided evenly among pipeline ranks.
         balance_positions: positions per sample, used when FLOPs are balanced.
+        communication_bytes: bytes of a gradient's element when data-parallel ranks sum it.
+        immediate_gradients: whether ZeRO 1 adds each bfloat16 gradient to its float32 sum within the backward pass and then frees it.
         bucket_elements: size of the buffers in which ZeRO 1 to 3 collect gradients.
         offload_optimizer: whether optimizer states are in host memory.
         offload_weights: whether weights are in host memory.
@@ -42,6 +44,8 @@ class Layout:
     recompute: Recompute = "none"
     balance: Balance = "parameters"
     balance_positions: int = 2048
+    communication_bytes: int = 4
+    immediate_gradients: bool = True
     bucket_elements: int = 500_000_000
     offload_optimizer: bool = False
     offload_weights: bool = False
@@ -87,6 +91,8 @@ def layout_of(run: RunConfig, engine_config: EngineConfig) -> Layout:
         recompute=options.recompute_granularity,
         balance=options.pipeline_balance,
         balance_positions=run.options.stages.seq_length,
+        communication_bytes=engine_config.communication_bytes,
+        immediate_gradients=bool(engine_config.deepspeed.get("bf16", {}).get("immediate_grad_update", True)),
         bucket_elements=int(zero.get("reduce_bucket_size", 500_000_000)),
         offload_optimizer=offloaded("offload_optimizer"),
         offload_weights=offloaded("offload_param"),

@@ -25,7 +25,7 @@ LOSS_CHUNK_ROWS = 4096
 FRAGMENTATION = 0.05
 """Allowance for the allocator's rounding and gaps, as a share of all other parts: an estimate, not a measurement."""
 REDUCE_ELEMENTS = 500_000_000
-"""Elements that DeepSpeed reduces in one flat copy without a configured bucket size."""
+"""Elements of several groups of parameters that DeepSpeed's optimizer for bfloat16 reduces in one flat copy."""
 ZERO3_LIVE_ELEMENTS = 100_000_000
 """Weights that ZeRO 3 keeps gathered in addition to its shards: its prefetch bucket and the small parameters that it never shards."""
 
@@ -162,14 +162,41 @@ def micro_batches_in_flight(layout: Layout, stage: Stage, pipeline_rank: int) ->
     return min(layout.pipeline - pipeline_rank, stage.gradient_accumulation(layout.data))
 
 
+def _bf16_optimizer(layout: Layout) -> bool:
+    """Whether DeepSpeed uses its optimizer for bfloat16, which it does only for ZeRO 1 without offload."""
+    return layout.zero_level == 1 and layout.precision == "bf16" and not layout.offload_optimizer
+
+
+def _reduction(layout: Layout, parameters: int, largest: int) -> tuple[float, float]:
+    """Returns the bytes with which gradients are reduced over data-parallel ranks: (during the backward pass, in the optimizer step).
+
+    Args:
+        layout: layout of the run.
+        parameters: number of parameters of the rank.
+        largest: number of elements of its largest tensor, which is reduced whole even if it is larger than a bucket.
+    """
+    e, c = layout.element_bytes, layout.communication_bytes
+    if layout.zero_level == 0:
+        return 0.0, 0.0
+    if _bf16_optimizer(layout):
+        # One flat float32 copy; groups of parameters that are larger are reduced in place. Another type needs a copy of its own.
+        joined = parameters if parameters <= REDUCE_ELEMENTS else 0
+        return 0.0, 4.0 * joined + (c * parameters if c != 4 else 0)
+    # DeepSpeed allocates the full bucket even for a small model: ZeRO 1 of the accumulated float32 gradients, ZeRO 2 in the type of the
+    # weights, with a copy in the type of the reduction, ZeRO 3 in the type of the reduction.
+    reduced = min(parameters, max(layout.bucket_elements, largest))
+    bucket = {1: 4.0, 2: e, 3: c}[layout.zero_level] * layout.bucket_elements
+    return bucket + (c * reduced if layout.zero_level == 2 and c != e else 0), 4.0 * parameters / layout.data
+
+
 def _states(shape: ModelShape, layout: Layout, parameters: int) -> tuple[float, float, float]:
     """Returns the bytes of (weights, gradients that outlive a micro-batch, optimizer)."""
     p, d, e = parameters, layout.data, layout.element_bytes
     if layout.zero_level == 0:
         return (4 + (2 if e == 2 else 0)) * p, 4 * p, 8 * p
     optimizer = 12 * p / d
-    if layout.zero_level == 1 and layout.precision == "bf16":
-        return e * p, (4 + e) * p, optimizer
+    if _bf16_optimizer(layout):
+        return e * p, (4 if layout.immediate_gradients else 4 + e) * p, optimizer
     if layout.zero_level == 1:
         return e * p, e * p + 4 * p / d, optimizer
     # Measured with DeepSpeed 0.19.8: the accumulated gradients, and a micro-batch's shard twice; ZeRO 3 keeps one more copy.
@@ -202,15 +229,9 @@ def rank_memory(
     loss = float(loss_bytes(shape, layout, stage, device)) if shape.num_layers + 1 in layers else 0.0
     # A pipeline keeps the received input and the output of each micro-batch in flight.
     buffers = float(2 * max(2, in_flight) * residual) if layout.pipeline > 1 else 2.0 * residual
-    reduced = min(parameters, REDUCE_ELEMENTS)
-    if layout.zero_level > 1 or (layout.zero_level == 1 and layout.precision != "bf16"):
-        # DeepSpeed allocates the full bucket even for a small model.
-        buffers += layout.element_bytes * layout.bucket_elements
-    step = 0.0
-    if layout.zero_level == 1 and layout.precision == "bf16":
-        step = 6.0 * reduced
-    elif layout.zero_level > 0:
-        step = 4.0 * parameters / layout.data
+    largest = max((shard_numel(name, size, shape, layout.tensor) for name, size in parameters_of_layers(shape, layers).items()), default=0)
+    bucket, step = _reduction(layout, parameters, largest)
+    buffers += bucket
     # Activations are freed before the optimizer step, so only the excess over them adds to the peak.
     buffers += max(0.0, step - activations - loss - buffers)
     if layout.offload_optimizer:

@@ -65,12 +65,15 @@ def traffic(shape: ModelShape, layout: Layout, layers: range, stage: Stage, hard
         rows.append(Traffic("pipeline", _link(t * d, p, hardware), ends * micro_batches * hidden / t))
     if d > 1:
         parameters = rank_parameters(shape, layout, layers)
-        e = layout.element_bytes
-        # ZeRO 0 reduces float32 gradients. ZeRO 1 and 2 reduce gradients and gather the new weights. ZeRO 3 gathers the weights in each
-        # forward and backward pass instead.
-        share = (d - 1) / d * parameters
-        volume = {0: 2 * 4 * share, 1: 2 * e * share + e * share, 2: micro_batches * e * share + e * share}.get(
-            layout.zero_level, micro_batches * 3 * e * share
-        )
+        weight, gradient = layout.element_bytes, layout.communication_bytes
+        # DeepSpeed 0.19.8 all-reduces gradients: ZeRO 0 and 1 once a step, ZeRO 2 after each micro-batch (its default reduces the shards of
+        # all ranks in one call). ZeRO 3 scatters them after each micro-batch, and gathers the weights in each forward and backward pass;
+        # ZeRO 1 and 2 gather the new weights once.
+        volume = {
+            0: 2 * gradient,
+            1: 2 * gradient + weight,
+            2: micro_batches * 2 * gradient + weight,
+            3: micro_batches * (gradient + 2 * weight),
+        }[layout.zero_level] * ((d - 1) / d * parameters)
         rows.append(Traffic("data", _link(t, d, hardware), volume))
     return rows

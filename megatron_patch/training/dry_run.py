@@ -137,7 +137,7 @@ def print_plan(
     )
     if origins:
         console.print(rank_table(parts, run.shape))
-    for note in run.notes:
+    for note in (*run.notes, *engine_config.notes):
         console.print(f"[yellow]Note[/yellow] {note}", highlight=False)
     if origins:
         settings = {**engine_config.deepspeed, **batch_settings(run.plan.stages[0], run.data_parallel_size)}

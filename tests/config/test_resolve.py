@@ -278,6 +278,12 @@ def test_deepspeed_s_file_is_passed_through(tmp_path):
         ({"zero_optimization": {"stage": 1, "offload_param": {"device": "cpu"}}}, "", "offload_param"),
         ({"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "cpu"}}}, "", "offload_optimizer"),
         ({"data_types": {"grad_accum_dtype": "bf16"}}, "", "grad_accum_dtype"),
+        ({"communication_data_type": "float32"}, "", "communication_data_type is 'float32'"),
+        ({"communication_data_type": 32}, "", "communication_data_type is 32"),
+        ({"communication_datatype": "fp32"}, "", "rename it to communication_data_type"),
+        ({"gradient_allreduce_op": "sum"}, "", "gradient_allreduce_op is 'sum'"),
+        ({"bf16": {"bf16_master_weights_and_grads": True}}, "--bf16", "bf16.bf16_master_weights_and_grads"),
+        ({"fp16": {"fp16_master_weights_and_grads": True}}, "--fp16", "fp16.fp16_master_weights_and_grads"),
         ({"zero_optimization": 3}, "", "JSON object"),
         ({"zero_optimization": {"offload_optimizer": "cpu"}}, "", "JSON object"),
         ({"zero_optimization": {"offload_optimizer": {"device": "gpu"}}}, "", "none, cpu or nvme"),
@@ -309,6 +315,37 @@ def test_contradictions_end_with_both_values(tmp_path, user, words, reason):
     with pytest.raises(ConfigError) as error:
         settings(run)
     assert reason in str(error.value), str(error.value)
+
+
+@pytest.mark.parametrize("precision", ["", "--bf16", "--fp16"])
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_gradients_are_summed_in_float32_unless_the_file_says_otherwise(tmp_path, precision, zero):
+    if precision == "--fp16" and zero == 0:
+        return
+    run = resolve(*RUN, *precision.split(), "--zero-stage", str(zero))
+    engine = settings(run)
+    assert engine.deepspeed["communication_data_type"] == "fp32" and engine.communication_bytes == 4 and engine.notes == ()
+    same = settings(
+        resolve(*RUN, *precision.split(), "--zero-stage", str(zero), *write_json(tmp_path, {"communication_data_type": "FP32"}))
+    )
+    assert same == engine
+    other = settings(
+        resolve(*RUN, *precision.split(), "--zero-stage", str(zero), *write_json(tmp_path, {"communication_data_type": "bf16"}))
+    )
+    assert other.deepspeed["communication_data_type"] == "bf16" and other.communication_bytes == 2
+    assert len(other.notes) == 1 and "in bf16" in other.notes[0]
+
+
+def test_gradients_are_added_to_their_sums_at_once_unless_the_file_says_otherwise(tmp_path):
+    for file, expected in ({}, True), ({"bf16": {"immediate_grad_update": False}}, False):
+        engine = settings(resolve(*RUN, "--bf16", *write_json(tmp_path, file)))
+        assert engine.deepspeed["bf16"] == {"immediate_grad_update": expected, "enabled": True}
+
+
+def test_zero_2_does_not_divide_rounded_gradients_by_ranks_that_are_no_power_of_two():
+    for zero, ranks, expected in (2, 3, True), (2, 6, True), (2, 4, False), (2, 1, False), (1, 3, False), (3, 3, False), (0, 3, False):
+        engine = settings(resolve(*RUN, "--bf16", "--zero-stage", str(zero), "--global-batch-size", "12", ranks=ranks))
+        assert engine.sums_gradients is expected
 
 
 def test_a_missing_file_is_named():

@@ -1,4 +1,4 @@
-"""The traffic of tensor parallelism in one step of two ranks, counted for each collective.
+"""The traffic of one step of two ranks, counted for each collective: of tensor parallelism, and of data parallelism at each ZeRO level.
 
 In a ring of p ranks, each rank sends n·(p-1)/p numbers for a gather or a reduce-scatter of n numbers in total, and twice as many for an
 all-reduce.
@@ -7,17 +7,25 @@ all-reduce.
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
+from megatron_patch.config.resolve import load_config
 from megatron_patch.model.gpt import GPTModel
 from megatron_patch.model.init import initialize
 from megatron_patch.parallel.tensor import TensorParallel
+from megatron_patch.planning.hardware import DEVICES
+from megatron_patch.planning.layout import layout_of
+from megatron_patch.planning.traffic import traffic as planned_traffic
+from megatron_patch.training.pretrain import make_engine_config
 from tests.distributed.ranks import run_ranks
+from tests.distributed.runs import DATA, MODEL, command, start_program, train
 from tests.model.shapes import LLAMA
 
 SHAPE = dataclasses.replace(LLAMA, vocab_size=64, padded_vocab_size=64, num_layers=2)
@@ -100,3 +108,49 @@ def test_the_traffic_of_a_step_matches_the_formula(traffic):
         loss = (2 + patch_size) * BATCH * positions * (RANKS - 1)
         sums = 4 * SHAPE.num_layers + 2
         assert total(traffic[patch_size, positions, False]["step"]) == sums * 2 * activations * (RANKS - 1) // RANKS + loss
+
+
+def count_the_first_step(argv):
+    """Runs the program on a rank and writes the bytes that its first step sends to the other rank into `SAVE/traffic.json`."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from megatron_patch.engine.data_parallel import DataParallelEngine
+
+    share, sent = (RANKS - 1) / RANKS, []
+    # The first argument of each collective is its result: of a gather the whole, of a scatter this rank's share.
+    factors = {"c10d::allreduce_": 2, "c10d::_allgather_base_": 1, "c10d::_reduce_scatter_base_": RANKS, "c10d::broadcast_": RANKS}
+
+    class Counter(TorchDispatchMode):
+        def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+            if operator.namespace == "c10d" and operator.name() != "c10d::barrier":
+                tensors = args[0] if isinstance(args[0], (list, tuple)) else [args[0]]
+                sent.extend(factors[operator.name()] * share * tensor.nbytes for tensor in tensors)
+            return operator(*args, **(kwargs or {}))
+
+    step = DataParallelEngine.train_step
+
+    def counted_step(self, *args):
+        with Counter():
+            return step(self, *args)
+
+    DataParallelEngine.train_step = counted_step
+    code = start_program(argv)
+    (Path(argv[argv.index("--save") + 1]) / "traffic.json").write_text(json.dumps(sum(sent)))
+    return code
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_data_parallelism_sends_the_planned_bytes(tmp_path, corpus, zero):
+    settings = tmp_path / "ds.json"
+    # So that ZeRO 3 does what it does with a large model: it keeps no weights gathered from the forward to the backward pass.
+    small = {"stage3_param_persistence_threshold": 0, "stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0}
+    settings.write_text(json.dumps({"zero_optimization": small}))
+    plan = "--seq-length 16 --micro-batch-size 2 --global-batch-size 12 --patch-size 1 --train-tokens 192 --lr 3e-3 --bf16"
+    words = command(plan, f"--zero-stage {zero} --deepspeed_config {settings}")
+    run = train(tmp_path / "run", RANKS, words, "--data-path", corpus, main=count_the_first_step)
+    config = load_config([*MODEL, *DATA, *words, "--dry-run", "--world-size", str(RANKS)], 1)
+    layout = layout_of(config, make_engine_config(config))
+    (layers,) = layout.layers_by_pipeline_rank(config.shape)
+    (planned,) = planned_traffic(config.shape, layout, layers, config.plan.stages[0], DEVICES["H100"])
+    sent = json.loads((run.folder / "traffic.json").read_text())
+    assert sent == pytest.approx(planned.bytes, rel=0.01), "loss and gradient norm are some bytes more"

@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from tests.distributed.gradients import FLOAT32_ERROR, checked_program, gradient_errors
 from tests.distributed.runs import Run, start_program, train
 
 # On two ranks a step has 1 micro-batch per rank in the patch stage and 3 in the token stage.
@@ -49,7 +50,9 @@ def test_sharded_weights_have_the_requested_precision_on_any_processor(tmp_path,
 
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
 def test_bfloat16_stays_close_to_float32(tmp_path, corpus, single, zero):
-    run = train(tmp_path / "run", 2, PLAN, f"--zero-stage {zero} --bf16 --eval-interval 5 --data-path", corpus)
+    words = f"--zero-stage {zero} --bf16 --clip-grad 0 --eval-interval 5 --data-path"
+    run = train(tmp_path / "run", 2, PLAN, words, corpus, main=checked_program)
+    assert max(gradient_errors(run, 2).values()) < FLOAT32_ERROR, "no gradient may be rounded below float32 on its way to the optimizer"
     assert run.losses == pytest.approx(single.losses, rel=1e-2)
     assert run.losses != pytest.approx(single.losses, rel=1e-6), "bfloat16 must have been used"
 

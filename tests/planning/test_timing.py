@@ -73,7 +73,11 @@ def test_traffic_by_hand():
     blocks = len(first) - 1
     assert rows["tensor"].bytes == micro_batches * (4 * blocks + 1) * hidden and rows["tensor"].link == "node"
     assert rows["pipeline"].bytes == micro_batches * hidden / 2 and rows["pipeline"].link == "network"
-    assert rows["data"].bytes == pytest.approx(3 * 2 * 7 / 8 * rank_parameters(shape, layout, first)) and rows["data"].link == "network"
+    # ZeRO 1: float32 gradients are all-reduced, and the new bfloat16 weights gathered.
+    assert rows["data"].bytes == pytest.approx((2 * 4 + 2) * 7 / 8 * rank_parameters(shape, layout, first))
+    assert rows["data"].link == "network"
+    rounded = traffic(shape, dataclasses.replace(layout, communication_bytes=2), first, STAGE, DEVICES["H100"])
+    assert rounded[-1].bytes == pytest.approx((2 * 2 + 2) * 7 / 8 * rank_parameters(shape, layout, first))
     # The loss: 2 + K float32 numbers a position.
     ends = {row.kind: row for row in traffic(shape, layout, last, STAGE, DEVICES["H100"])}
     assert ends["tensor"].bytes == micro_batches * ((4 * (len(last) - 1) + 1) * hidden + 4 * 6 * 2 * 64)
