@@ -20,14 +20,17 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import signal
 import sys
 import tempfile
+import textwrap
 import time
 from pathlib import Path
 
+from megatron_patch.utils.units import plural
 from tests.distributed.ranks import start_server
 from tests.faults.preload import build
-from tests.faults.soak.ledger import Ledger
+from tests.faults.soak.ledger import WIDTH, Ledger
 from tests.faults.soak.life import KINDS, Tally
 from tests.faults.soak.runs import RUNS, soak
 
@@ -35,12 +38,13 @@ from tests.faults.soak.runs import RUNS, soak
 def summary(tally: Tally, seed: int) -> str:
     """Returns what a document says about a soak test, in Markdown."""
     runs = ", ".join(f"{number} {kind}" for kind, number in tally.runs.items())
-    return (
-        f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} CPU cores, seed {seed}: {len(tally.ledger.rows)} faults in {tally.ledger.minutes:.0f}"
-        f" minutes, {tally.starts} starts, {sum(tally.runs.values())} runs ({runs}), {tally.skipped} checkpoints skipped. Across layouts,"
-        f" losses differ by {tally.largest_difference:.1e} at most; in all other runs, losses, weights and moments are those of the"
-        f" undisturbed run, bit for bit.\n\n{tally.ledger.summary(KINDS)}\n"
+    text = (
+        f"{time.strftime('%Y-%m-%d')}, {plural(os.cpu_count() or 1, 'CPU core')}, seed {seed}: {len(tally.ledger.rows)} faults in"
+        f" {tally.ledger.minutes:.0f} minutes, {tally.starts} starts, {sum(tally.runs.values())} runs ({runs}), {tally.skipped} checkpoints"
+        f" skipped. Across layouts, losses differ from those of the undisturbed run by {tally.largest_difference:.1e} at most; in all other"
+        f" runs, losses, weights and moments are the same bit for bit."
     )
+    return f"{textwrap.fill(text, WIDTH)}\n\n{tally.ledger.summary(KINDS)}\n"
 
 
 def main() -> int:
@@ -57,6 +61,7 @@ def main() -> int:
     args.ledger.mkdir(parents=True, exist_ok=True)
     ledger = Ledger(args.ledger / "ledger.jsonl")
     ledger.path.write_text("")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the small file system is unmounted
     folder = Path(tempfile.mkdtemp(prefix="soak-"))
     library = build("clock", folder)
     start_server({"LD_PRELOAD": str(library)} if library else {})
@@ -71,7 +76,8 @@ def main() -> int:
     text = summary(tally, args.seed)
     (args.ledger / "summary.md").write_text(text)
     print(text)
-    missing = {kind: args.each - ledger.counts[kind] for kind in KINDS if ledger.counts[kind] < args.each}
+    wanted = {fault for kind in args.kinds for fault in RUNS[kind]}
+    missing = {fault: args.each - ledger.counts[fault] for fault in wanted if ledger.counts[fault] < args.each}
     if missing or len(ledger.rows) < args.faults:
         print(f"not enough faults within {args.minutes:g} minutes: {missing or len(ledger.rows)}", file=sys.stderr)
         return 1

@@ -72,7 +72,7 @@ class Start:
             log.unlink()
         for rank in range(ranks):
             self.set_clock(rank, offsets[rank] if offsets else 0.0)
-        self._starts_before = self._metrics().count(b'"type": "start"')
+        self._starts_before = set(self._starts())
         main = functools.partial(_rank, folder=folder, compiler_cache=compiler_cache)
         self.processes, self._results = start_ranks(main, ranks, folder, argv)
         self.children: list[psutil.Process] = []
@@ -82,6 +82,10 @@ class Start:
             return (self.save / "metrics.jsonl").read_bytes()
         except OSError:
             return b""
+
+    def _starts(self) -> list[bytes]:
+        """The complete lines in the metrics that say from where a start resumed."""
+        return [line for line in self._metrics().split(b"\n")[:-1] if line.startswith(b'{"type": "start"')]
 
     @property
     def ended(self) -> bool:
@@ -96,9 +100,8 @@ class Start:
     @property
     def resumed_at(self) -> int | None:
         """The step that this start resumed from, once it has said so."""
-        lines = self._metrics().split(b"\n")
-        starts = [line for line in lines if line.startswith(b'{"type": "start"')]
-        return int(json.loads(starts[-1])["step"]) if len(starts) > self._starts_before else None
+        starts = [line for line in self._starts() if line not in self._starts_before]
+        return int(json.loads(starts[-1])["step"]) if starts else None
 
     @property
     def step(self) -> int | None:
