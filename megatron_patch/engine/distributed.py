@@ -9,6 +9,7 @@ import contextlib
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -17,6 +18,8 @@ import torch
 import torch.distributed
 
 from megatron_patch.engine.environment import device_index, local_world_size, ranks_from_environment, rendezvous_address, threads_per_rank
+
+_READ = "/read"  # the key of the number of ranks that have read a decision
 
 
 def init_distributed(timeout_minutes: int = 30) -> torch.device:
@@ -113,12 +116,33 @@ def set_once(key: str, value: str, seconds: float = 5.0) -> str | None:
     def propose() -> None:
         with contextlib.suppress(RuntimeError):
             answers.append(store.compare_set(_key(key), "", value).decode())
+            store.add(_key(key) + _READ, 1)
 
     # The store's own timeout is that of collectives, and cannot be changed for a single call.
     thread = threading.Thread(target=propose, daemon=True, name="set once")
     thread.start()
     thread.join(seconds)
     return answers[0] if answers else None
+
+
+def serve_until_read(key: str, seconds: float) -> None:
+    """Keeps this process, which serves the job's store, until every rank has called `set_once`, or for some seconds.
+
+    On CPUs it also closes this rank's connections, so that ranks that wait for it in a collective notice at once.
+
+    Args:
+        key: name of the decision; this rank has called `set_once` for it.
+        seconds: how long to wait at most.
+    """
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        return
+    ranks, end = torch.distributed.get_world_size(), time.monotonic() + seconds
+    store = torch.distributed.distributed_c10d._get_default_store()
+    if torch.distributed.get_backend() == "gloo":
+        threading.Thread(target=torch.distributed.destroy_process_group, daemon=True, name="close connections").start()
+    with contextlib.suppress(RuntimeError):
+        while time.monotonic() < end and store.add(_key(key) + _READ, 0) < ranks:
+            time.sleep(0.05)
 
 
 def set_once_reader(key: str) -> Callable[[], str | None]:

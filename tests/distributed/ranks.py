@@ -9,7 +9,7 @@ import multiprocessing.forkserver
 import os
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +28,17 @@ _context = multiprocessing.get_context("forkserver")
 _SERVER_ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
 
 
-def start_server() -> Any:
+def start_server(environment: Mapping[str, str] | None = None) -> Any:
     """Starts the fork server, with environment variables that this process does not keep, and returns its multiprocessing context.
 
     A process has only one fork server, and the first start decides what the server has imported. So tests/conftest.py calls this first.
+
+    Args:
+        environment: further variables of the server, if this call is the first.
     """
-    before = {name: os.environ.get(name) for name in _SERVER_ENVIRONMENT}
-    os.environ.update(_SERVER_ENVIRONMENT)
+    variables = {**_SERVER_ENVIRONMENT, **(environment or {})}
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
     try:
         _context.set_forkserver_preload(_PRELOAD)
         multiprocessing.forkserver.ensure_running()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.runs import Run, command, make_corpus, train
+from tests.faults.preload import build
 
 PLAN = command(
     "--seq-length 16 --micro-batch-size 2 --global-batch-size 12 --patch-size 3 --train-tokens 3000 --lr 3e-3 --save-interval 2",
@@ -32,12 +32,9 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, corpus: str) -> Run:
 @pytest.fixture(scope="session")
 def bad_disk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The library of preload.c, compiled."""
-    compiler = shutil.which("cc") or shutil.which("gcc")
-    if compiler is None:
+    library = build("preload", Path(tmp_path_factory.mktemp("preload")))
+    if library is None:
         pytest.skip("needs a C compiler")
-    library = Path(tmp_path_factory.mktemp("preload")) / "preload.so"
-    source = Path(__file__).parent / "preload.c"
-    subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", str(library), str(source), "-ldl"], check=True)
     return library
 
 

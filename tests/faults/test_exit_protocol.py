@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
 import os
@@ -54,6 +55,23 @@ def test_an_error_on_one_rank_ends_all_ranks_with_its_code(tmp_path, corpus, vic
     assert text.count("exit code") == 1 and ExitCode(code).advice in text
     assert text.count(f"exits after rank {victim}: ") == 2
     assert ("Traceback" in text) == (error == "bug") and "broken" in text if error == "bug" else "a hole in the file" in text
+
+
+def _failing_on_a_full_disk(argv):
+    """Rank 0 gets an error that it cannot write to events.jsonl."""
+
+    def refuse(path, line):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    exit_protocol.append_line = refuse
+    return _failing(argv, 0, "data")
+
+
+def test_the_error_of_rank_0_reaches_the_others_though_the_disk_is_full(tmp_path, corpus):
+    """Rank 0 also keeps the store: it ends once the others have read its report there."""
+    argv = command(MODEL, DATA, PLAN, "--data-path", corpus, ["--save", str(tmp_path / "run")])
+    assert run_ranks(_failing_on_a_full_disk, 3, tmp_path / "run-logs", argv) == [3] * 3
+    assert "No space left on device" in printed(tmp_path / "run") and printed(tmp_path / "run").count("exit code") == 1
 
 
 @pytest.mark.parametrize("victim", [0, 1])

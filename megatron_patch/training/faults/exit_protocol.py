@@ -30,6 +30,7 @@ EVENTS = "events.jsonl"
 STORE_KEY = "exit_report"
 """Key in the job's store under which the first rank that fails puts its `ExitReport` as JSON."""
 _PROCESS_STARTED = time.time()
+_SERVE_SECONDS = 25.0  # longer than peers need to notice an exit in a collective on GPUs (watchdog.py)
 
 
 @dataclass(frozen=True)
@@ -176,7 +177,7 @@ def _report_once(local: ExitReport, save: Path | None) -> ExitReport:
     If the store cannot be reached and events.jsonl has no report either, each rank publishes its own. The same holds before torch is
     imported, when ranks do not know each other and a file may be missing on only one node.
     """
-    torch_imported = "torch" in sys.modules
+    torch_imported, written = "torch" in sys.modules, True
     text: str | None = json.dumps(asdict(local))
     if torch_imported:
         from megatron_patch.engine.distributed import set_once
@@ -194,11 +195,17 @@ def _report_once(local: ExitReport, save: Path | None) -> ExitReport:
                 append_line(save / EVENTS, json.dumps({"type": "end", **asdict(local)}))
             except OSError as error:
                 print_stderr(f"cannot write {save / EVENTS}: {error}")
+                written = False
     if report == local:
         where = f"rank {local.rank} on {local.host}: " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
         kind = "" if local.code in (ExitCode.INTERNAL, ExitCode.HANG) else f"{local.reason}: "
         print_stderr(f"{where}{kind}{local.message}")
         print_advice(ExitCode(local.code))
+    if torch_imported and local.rank == 0 and not written:
+        from megatron_patch.engine.distributed import serve_until_read
+
+        # The store, which ends with this process, has the only copy of the report.
+        serve_until_read(STORE_KEY, _SERVE_SECONDS)
     return report
 
 
