@@ -343,7 +343,8 @@ def position_weights(kind: str | tuple[float, ...], labels: int) -> tuple[float,
                 "one for each label",
                 "correct the weights",
             )
-    if min(raw) < 0.0 or not sum(raw) > 0.0 or not all(math.isfinite(weight) for weight in raw):
+    # Of weights that are finite, the sum may not be.
+    if min(raw) < 0.0 or not sum(raw) > 0.0 or not math.isfinite(sum(raw)):
         raise ConfigError(f"position weights {raw}"[:300], "finite numbers from 0, at least one above 0", "correct the weights")
     if kind == "uniform":
         return (1.0,) * labels

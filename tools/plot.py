@@ -28,7 +28,9 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--labels", nargs="+", help="one label per run (default: names of the folders)")
     parser.add_argument("--title", help="title of the plot")
     args = parser.parse_args(argv)
-    plot_runs(args.runs, args.output, args.labels, args.title)
+    for curve in plot_runs(args.runs, args.output, args.labels, args.title):
+        for note in curve.notes:
+            print(f"{curve.label}: {note}")
     print(f"wrote {args.output}")
 
 

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+from megatron_patch.config.checks import check_text
 from megatron_patch.engine.environment import ranks_from_environment
 from megatron_patch.errors import ConfigError, MegatronPatchError
 from megatron_patch.utils.registry import suggestion
@@ -76,6 +77,7 @@ def run_tool(main: Callable[[list[str]], None]) -> int:
     rank = 0
     try:
         rank, _, _ = ranks_from_environment()
+        check_text(sys.argv[1:])
         main(sys.argv[1:])
     except MegatronPatchError as error:
         if rank == 0 or not isinstance(error, ConfigError):

@@ -9,12 +9,13 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_patch.config.options import DataOptions, EngineOptions, Options
 from megatron_patch.data.corpus import split_ranges
 from megatron_patch.errors import ConfigError
-from megatron_patch.stages import StagePlan
+from megatron_patch.stages import LONGEST_PATCH, StagePlan
 from megatron_patch.tokenizers.base import TOKENIZERS
 from megatron_patch.utils.files import same_path
 from megatron_patch.utils.registry import lookup
@@ -35,10 +36,86 @@ _ABOVE_ZERO = {
     *("norm_epsilon", "rotary_base", "init_method_std", "adam_eps", "loss_scale", "peak_tflops"),
     *("exit_duration", "spike_threshold", "spike_grad_norm"),
 }
+LARGEST = {
+    "num_layers": 10_000,
+    "hidden_size": 1_000_000,
+    "num_attention_heads": 100_000,
+    "num_query_groups": 100_000,
+    "kv_channels": 100_000,
+    "ffn_hidden_size": 10_000_000,
+    "vocab_size": 100_000_000,
+    "make_vocab_size_divisible_by": 1_000_000,
+    "max_position_embeddings": 1_000_000_000,
+    "rope_original_positions": 1_000_000_000,
+    "seq_length": 1_000_000_000,
+    "patch_size": LONGEST_PATCH,
+    "micro_batch_size": 1_000_000,
+    "global_batch_size": 1_000_000_000,
+    "global_batch_tokens": 10**15,
+    "train_tokens": 10**17,
+    "world_size": 10_000_000,
+    "tensor_model_parallel_size": 1_000,
+    "pipeline_model_parallel_size": 1_000,
+    "distributed_timeout_minutes": 1_000_000,
+    "hang_timeout": 50_000_000,
+    "exit_duration": 1_000_000_000,
+    "exit_margin": 1_000_000_000,
+    "num_workers": 10_000,
+    "spike_window": 1_000_000,
+    "sample_tokens": 1_000_000,
+}
+"""Largest value of each option, times in seconds: far above what is in use, and small enough that a plan is made within a moment."""
+_LARGEST_COUNT = 10**18
+"""Largest value of all other counts, such as intervals and tokens of a schedule: a signed number of 64 bits holds it."""
+
+
+def check_count(name: str, value: float, given: str) -> None:
+    """Checks that a count or a time is not absurdly large.
+
+    Args:
+        name: name of the option or of the key of `stages:`.
+        value: the count, or the seconds.
+        given: how errors call it, such as "--num-layers".
+
+    Raises:
+        ConfigError: it is larger than any machine or corpus; the message has the bound.
+    """
+    largest = LARGEST.get(name, _LARGEST_COUNT)
+    if abs(value) > largest:
+        kind = "whole numbers" if isinstance(value, int) else "seconds"
+        raise ConfigError(f"{given} {_shown(value)}", f"{kind} up to {largest:,}", "give a smaller number")
+
+
+def check_text(words: Sequence[str], source: str = "") -> None:
+    """Checks that arguments are text, as the names of files and folders are stored in JSON.
+
+    Args:
+        words: flags with their values.
+        source: where they are from, for the message; "": the command line.
+
+    Raises:
+        ConfigError: a word has bytes that are not UTF-8, or a null character; the message names the flag before it.
+    """
+    flag = ""
+    for word in words:
+        flag = word.partition("=")[0] if word.startswith("--") else flag
+        if not is_text(word):
+            shown = word.encode("utf-8", "backslashreplace").decode().replace("\0", "\\0")
+            shown = shown if word.startswith("--") or not flag else f"{flag} {shown}"
+            raise ConfigError(
+                f"{source}{shown[:300]} is not text in UTF-8",
+                "names in UTF-8, because checkpoints and logs store them as JSON",
+                "rename the file or folder, or give another path",
+            )
+
+
+def is_text(word: str) -> bool:
+    """Returns whether a text can be stored in a file, and can be the name of one: it has no lone surrogates and no null character."""
+    return "\0" not in word and not any("\ud800" <= character <= "\udfff" for character in word)
 
 
 def check_numbers(options: Options) -> None:
-    """Checks that every number is finite and in its range.
+    """Checks that every number is finite and in its range, and that no count is absurdly large.
 
     Raises:
         ConfigError: a number is out of range; the message names its flag.
@@ -50,7 +127,7 @@ def check_numbers(options: Options) -> None:
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 continue
             allowed = None
-            if not math.isfinite(value):
+            if isinstance(value, float) and not math.isfinite(value):
                 allowed = "finite numbers"
             elif field.name in _FROM_ONE and value < 1:
                 allowed = "whole numbers from 1" if isinstance(value, int) else "numbers from 1"
@@ -62,10 +139,18 @@ def check_numbers(options: Options) -> None:
                 required = field.default is dataclasses.MISSING
                 do = "give another value" if required else "give another value, or leave the flag out for the default"
                 raise ConfigError(_given(field.name, value), allowed, do)
+            if isinstance(value, int) or field.name in LARGEST:
+                check_count(field.name, value, f"--{field.name.replace('_', '-')}")
 
 
 def _given(name: str, value: object) -> str:
-    return f"--{name.replace('_', '-')} {value}"
+    return f"--{name.replace('_', '-')} {_shown(value)}"
+
+
+def _shown(value: object) -> str:
+    """Returns a value as text, without the end of a very long number."""
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:20]}… ({len(text)} characters)"
 
 
 def _only_one(first: str, second: str) -> ConfigError:
@@ -79,6 +164,7 @@ def check_parallel(options: EngineOptions, ranks: int) -> None:
     Raises:
         ConfigError: the ranks do not divide, or options of the layout contradict each other.
     """
+    check_count("world_size", ranks, "a number of ranks of")
     sizes = {
         "--tensor-model-parallel-size": options.tensor_model_parallel_size,
         "--pipeline-model-parallel-size": options.pipeline_model_parallel_size,
@@ -195,8 +281,13 @@ def check_plan(options: Options, plan: StagePlan) -> None:
     """Checks that the other options fit the plan.
 
     Raises:
-        ConfigError: tensor-parallel ranks cannot share the positions of a stage evenly, or --start-tokens ends inside a block.
+        ConfigError: the plan is absurdly large, tensor-parallel ranks cannot share the positions of a stage evenly, or --start-tokens
+            ends inside a block.
     """
+    for stage in plan.stages:
+        check_count("global_batch_size", stage.global_batch_size, f"stage {stage.name!r}: samples in a step:")
+    check_count("train_tokens", plan.tokens, "the stages together: tokens:")
+    check_count("block_tokens", plan.block_tokens, "the tokens of a block:")
     size = options.engine.tensor_model_parallel_size
     lengths = {f"stage {stage.name!r}": stage.positions for stage in plan.stages} | {"evaluation": options.stages.seq_length}
     for where, positions in lengths.items():

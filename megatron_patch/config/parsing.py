@@ -17,6 +17,7 @@ from typing import Annotated, Any, get_args, get_origin
 
 import tyro
 
+from megatron_patch.config.checks import check_text
 from megatron_patch.config.option_types import OptionalSwitch, option_types, split_mark
 from megatron_patch.config.options import ModelOptions, Options
 from megatron_patch.config.yaml_files import load_yaml
@@ -187,12 +188,14 @@ def parse(argv: Sequence[str], program: str = "pretrain_gpt_patch.py") -> Parsed
         ConfigError: a flag or key is unknown or malformed, or a required one is missing.
         SystemExit: with code 0, after `--help` has been printed.
     """
+    check_text(argv)
     path, rest = _take_config(argv)
     flags = _normalize(rest)
     origins: dict[str, str] = {}
     file_flags: list[str] = []
     if path is not None:
         file_flags = _normalize(to_flags(read_yaml(path), f"--config {path}"))
+        check_text(file_flags, f"--config {path}: ")
         origins.update(dict.fromkeys(_names(file_flags), path))
     for name in _names(flags):
         if name not in OPTION_TYPES and name != "help":
@@ -225,7 +228,7 @@ def _config_error(text: str) -> ConfigError:
         flag, reason = match.groups()
         if with_units := re.fullmatch(r"(.*) \(allowed: (.*)\)", reason):
             return ConfigError(f"{flag}: {with_units[1]}", with_units[2], f"correct {flag}")
-        value = (re.findall(r"'[^']*'", reason) or [reason])[0]
+        value = (re.findall(r"'[^']*'", reason) or [reason])[0][:80]
         if "float" in reason:
             return ConfigError(f"{flag}: {value} is not a number", "a number, as 0.5 or 3e-4", f"correct {flag}")
         if "int" in reason:

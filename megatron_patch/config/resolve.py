@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from megatron_patch.config.checks import check_documents, check_numbers, check_options, check_parallel, check_plan
+from megatron_patch.config.checks import check_count, check_documents, check_numbers, check_options, check_parallel, check_plan
 from megatron_patch.config.options import ModelOptions, Options
 from megatron_patch.config.parsing import ParsedOptions, option_values, parse
 from megatron_patch.config.plan_builder import build_plan, reschedule
@@ -232,6 +232,7 @@ def resolve(parsed: ParsedOptions, ranks: int) -> RunConfig:
         raise ConfigError("no data is given", "--data-path PREFIX", "give --data-path; tools/preprocess_data.py makes a dataset from text")
     metadata = read_metadata(expand_prefixes(blend[0][0])[0]) if blend else None
     vocab_size = _vocab_size(options, metadata, notes)
+    check_count("vocab_size", vocab_size, "a vocabulary of")
     # Evaluation reads samples of --seq-length positions, and no stage has longer ones.
     shape = build_shape(options.model, vocab_size, options.stages.seq_length, options.engine.tensor_model_parallel_size)
     parameters = parameter_count(shape).total

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast, get_args
 
+from megatron_patch.config.checks import check_count, check_text
 from megatron_patch.config.options import StageOptions
 from megatron_patch.config.yaml_files import load_yaml
 from megatron_patch.errors import ConfigError
@@ -125,7 +126,7 @@ def parse_blend(words: Sequence[str], flag: str = "--data-path") -> tuple[tuple[
             raise mixed
         pairs = list(zip(words[1::2], cast("list[float]", weights), strict=True))
     total = sum(weight for _, weight in pairs)
-    if not all(weight > 0 and math.isfinite(weight) for _, weight in pairs):
+    if not all(weight > 0 for _, weight in pairs) or not math.isfinite(total):
         raise ConfigError(f"{flag} {' '.join(words)}", "weights above 0", "remove a corpus instead of giving it no weight")
     if len({prefix for prefix, _ in pairs}) < len(pairs):
         raise ConfigError(f"{flag} names a dataset twice", "each prefix once", "give it once, with the sum of its weights")
@@ -166,6 +167,7 @@ def parse_epoch_limits(words: Sequence[str], corpora: Sequence[str]) -> dict[str
     return limits
 
 
+_MOST_STAGES = 200
 _EXAMPLE = "[{patch_size: 4, token_share: 0.667}, {patch_size: 1}]"
 
 
@@ -181,6 +183,8 @@ def parse_stages(text: str) -> tuple[StageSpec, ...]:
         raise ConfigError(f"stages: not valid YAML: {error}", _EXAMPLE, "correct the list") from error
     if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
         raise ConfigError("stages: is not a list of mappings", _EXAMPLE, "write one mapping for each stage")
+    if len(entries) > _MOST_STAGES:
+        raise ConfigError(f"stages: has {len(entries):,} entries", f"up to {_MOST_STAGES}", "merge stages")
     return tuple(_read_entry(entry, number) for number, entry in enumerate(entries, start=1))
 
 
@@ -200,6 +204,7 @@ def _read_entry(entry: Mapping[str, Any], number: int) -> StageSpec:
                 value = parse_count(value)
             except ConfigError as error:
                 raise ConfigError(f"{where}: {error.what}", error.allowed, error.do) from error
+            check_count(name, value, where)
         elif name in _NUMBERS:
             value = _number(value, where)
         elif name in _CHOICES and value not in _CHOICES[name]:
@@ -209,6 +214,8 @@ def _read_entry(entry: Mapping[str, Any], number: int) -> StageSpec:
         elif name in ("name", "position_weights") and not isinstance(value, str):
             allowed = "a text" if name == "name" else f"{', '.join(POSITION_WEIGHTS)}, or a list of numbers"
             raise ConfigError(f"{where} is {value!r}"[:300], allowed, f"correct {name}")
+        elif name == "name":
+            check_text([value], f"{where}: ")
         elif name == "data_path":
             words = value if isinstance(value, list) else str(value).split()
             if isinstance(value, dict) or not words or any(isinstance(word, (list, dict)) for word in words):
@@ -216,6 +223,7 @@ def _read_entry(entry: Mapping[str, Any], number: int) -> StageSpec:
                     f"{where} is {value!r}"[:300], "a prefix, or a list of weights and prefixes: [0.7, web, 0.3, code]", "correct data_path"
                 )
             value = tuple(str(word) for word in words)
+            check_text(value, f"{where}: ")
         values[name] = value
     return StageSpec(**values)
 

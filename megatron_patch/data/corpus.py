@@ -159,7 +159,7 @@ def split_ranges(num_tokens: int, split: str, align: int = 1) -> tuple[tuple[int
         parts = [float(part) for part in split.split(",")]
     except ValueError:
         parts = []
-    if not 1 <= len(parts) <= 3 or min(parts) < 0 or parts[0] <= 0 or not np.isfinite(parts).all():
+    if not 1 <= len(parts) <= 3 or min(parts) < 0 or parts[0] <= 0 or not sum(parts) < 1e100:
         raise ConfigError(f"--split {split}", "up to three numbers from 0, the first above 0: 969,30,1", "correct --split")
     parts += [0.0] * (3 - len(parts))
     edges = [0, *(round(num_tokens * sum(parts[: index + 1]) / sum(parts)) for index in range(3))]

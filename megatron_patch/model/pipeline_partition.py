@@ -1,12 +1,12 @@
 """The layers of each pipeline rank (no torch).
 
-In: the model's list of layers with a weight each (parameters, FLOPs, or 1 for each block). Out: contiguous parts of this list.
+In: the weights of the embedding, the blocks and the head (parameters, FLOPs, or 1 for each block). Out: contiguous parts of the layers.
 """
 
 from __future__ import annotations
 
+import heapq
 import itertools
-from collections.abc import Sequence
 from typing import Literal
 
 from megatron_patch.errors import ConfigError
@@ -28,86 +28,53 @@ def pipeline_partition(shape: ModelShape, parts: int, balance: Balance, position
         positions: positions of a sample, for the FLOPs.
 
     Returns:
-        Boundaries, as `partition_layers` returns them.
+        parts + 1 boundaries from 0 to L + 2: part i has the layers boundaries[i] to boundaries[i + 1] - 1.
 
     Raises:
         ConfigError: more pipeline ranks than layers.
     """
-    weights = {
+    embedding, block, *_, head = {
         "parameters": lambda: layer_parameters(shape),
         "flops": lambda: layer_flops(shape, positions),
         "blocks": lambda: [0, *([1] * shape.num_layers), 0],
     }[balance]()
-    if parts > shape.num_layers + 1:
+    if not 1 <= parts <= shape.num_layers + 1:
         raise ConfigError(
             f"--pipeline-model-parallel-size {parts} for {shape.num_layers} blocks and the head",
             f"1 to {shape.num_layers + 1}",
             "reduce --pipeline-model-parallel-size",
         )
-    first, *inner = partition_layers([weights[0] + weights[1], *weights[2:]], parts)
-    return [first, *(boundary + 1 for boundary in inner)]
+    counts = blocks_of_parts(embedding + block, block, head, shape.num_layers - 1, parts)
+    # The embedding and its block are two more layers of the first part, the head is one of the last.
+    counts[0] += 2
+    counts[-1] += 1
+    return list(itertools.accumulate(counts, initial=0))
 
 
-def partition_layers(weights: Sequence[int], parts: int) -> list[int]:
-    """Splits a list of layers into contiguous, non-empty parts, so that the heaviest part is as light as possible.
+def blocks_of_parts(first: int, block: int, last: int, blocks: int, parts: int) -> list[int]:
+    """Divides equal blocks among parts, so that the heaviest part is as light as possible.
 
-    Of all such partitions it returns the most even one (the least sum of squares), and of these the one whose later parts are lighter,
-    because the first pipeline ranks wait least.
+    Of all such divisions it returns the most even one (the least sum of squares), and of these the one whose later parts are lighter,
+    because the first pipeline ranks wait least. Each block goes to the part that is the lightest so far: as all blocks weigh the same,
+    no other order of choices gives a more even result.
 
     Args:
-        weights: weight of each layer.
-        parts: number of parts.
+        first: weight that the first part has in addition to its blocks.
+        block: weight of a block.
+        last: weight that the last part has in addition to its blocks.
+        blocks: number of blocks.
+        parts: number of parts; those between the first and the last have at least one block each.
 
     Returns:
-        parts + 1 boundaries from 0 to len(weights): part i has the layers boundaries[i] to boundaries[i + 1] - 1.
-
-    Raises:
-        ConfigError: more parts than layers.
+        The number of blocks of each part.
     """
-    count = len(weights)
-    if not 1 <= parts <= count:
-        raise ConfigError(f"{parts} parts of {count} layers", f"1 to {count} parts", "change the number of parts")
-    sums = list(itertools.accumulate(weights, initial=0))
-    limit = _lightest_limit(weights, sums, parts)
-    # best[i]: the least sum of squares of splitting the layers from i on into the remaining parts, and the end of the first of these.
-    best: list[tuple[int, int] | None] = [None] * count + [(0, count)]
-    tables = []
-    for left in range(1, parts + 1):
-        row: list[tuple[int, int] | None] = [None] * (count + 1)
-        for start in range(count - left, -1, -1):
-            for end in range(start + 1, count - left + 2):
-                weight = sums[end] - sums[start]
-                if weight > limit:
-                    break
-                rest = best[end]
-                if rest is not None and (row[start] is None or weight * weight + rest[0] <= row[start][0]):  # type: ignore[index]
-                    row[start] = (weight * weight + rest[0], end)
-        best = row
-        tables.append(row)
-    boundaries = [0]
-    for row in reversed(tables):
-        step = row[boundaries[-1]]
-        assert step is not None
-        boundaries.append(step[1])
-    return boundaries
-
-
-def _lightest_limit(weights: Sequence[int], sums: Sequence[int], parts: int) -> int:
-    """Returns the least weight that the heaviest part can have."""
-    low, high = max(max(weights), -(-sums[-1] // parts)), sums[-1]
-    while low < high:
-        middle = (low + high) // 2
-        if _parts_needed(weights, middle) <= parts:
-            high = middle
-        else:
-            low = middle + 1
-    return low
-
-
-def _parts_needed(weights: Sequence[int], limit: int) -> int:
-    needed, filled = 1, 0
-    for weight in weights:
-        if filled + weight > limit:
-            needed, filled = needed + 1, 0
-        filled += weight
-    return needed
+    if parts == 1:
+        return [blocks]
+    counts = [0, *([1] * (parts - 2)), 0]
+    lightest = [(first, 0), *((block, part) for part in range(1, parts - 1)), (last, parts - 1)]
+    heapq.heapify(lightest)
+    for _ in range(blocks - (parts - 2)):
+        weight, part = lightest[0]
+        counts[part] += 1
+        heapq.heapreplace(lightest, (weight + block, part))
+    return counts

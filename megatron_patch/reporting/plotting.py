@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_patch.errors import DataError
-from megatron_patch.reporting.history import labeled
-from megatron_patch.training.callbacks.metrics import read_metrics
+from megatron_patch.reporting.history import labeled, printable
+from megatron_patch.reporting.metrics_file import read_metrics_file
+from megatron_patch.reporting.rows import EVALUATION_COLUMNS
 from megatron_patch.utils.units import format_count
 
 _COLORS = ("#1f5fa8", "#d1495b", "#2e8b57", "#8a5fbf", "#c98a1b", "#3aa6a6", "#7a5548", "#5b6570")
@@ -26,6 +27,7 @@ class Curve:
         losses: loss at K = 1 of each evaluation, in nats per token.
         switches: (tokens, cost_tokens) of each switch.
         patch_sizes: K at each evaluation.
+        notes: sentences about rows of the metrics that are left out.
     """
 
     label: str
@@ -34,6 +36,7 @@ class Curve:
     losses: list[float]
     switches: list[tuple[float, float]]
     patch_sizes: list[int]
+    notes: list[str]
 
 
 def read_curve(run: Path, label: str | None = None) -> Curve:
@@ -47,27 +50,26 @@ def read_curve(run: Path, label: str | None = None) -> Curve:
         DataError: the run has no metrics, or the metrics contain no evaluation.
     """
     path = run / "metrics.jsonl" if run.is_dir() else run
-    if not path.is_file():
-        raise DataError(f"{path} does not exist", "the folder of a run, which contains metrics.jsonl", "give the folder that --save named")
-    records = list(read_metrics(path))
-    evaluations = [record for record in records if record.get("type") == "evaluation" and record.get("token_loss") is not None]
+    metrics = read_metrics_file(path)
+    rows = [dict(zip(EVALUATION_COLUMNS, row, strict=False)) for row in metrics.evaluations.rows()]
+    evaluations = [row for row in rows if row["token_loss"] is not None]
     if not evaluations:
         raise DataError(
             f"{path} contains no evaluation", "a run that evaluates held-out data", "train with --eval-interval and a held-out --split"
         )
-    costs = {record["step"]: record["cost_tokens"] for record in records if record.get("type") in ("step", "evaluation")}
-    switches = [(record["tokens"], costs[record["step"]]) for record in records if record.get("type") == "switch"]
+    switches = [metrics.places.locate(record) for record in metrics.switches.last]
     return Curve(
-        label or run.name,
-        [record["tokens"] for record in evaluations],
-        [record["cost_tokens"] for record in evaluations],
-        [record["token_loss"] for record in evaluations],
-        switches,
-        [record["patch_size"] for record in evaluations],
+        label or printable(run.name),
+        [row["tokens"] for row in evaluations],
+        [row["cost_tokens"] for row in evaluations],
+        [row["token_loss"] for row in evaluations],
+        [(place["tokens"], place["cost_tokens"]) for place in switches],
+        [row["patch_size"] for row in evaluations],
+        metrics.left_out.notes(),
     )
 
 
-def plot_runs(runs: Sequence[Path], output: Path, labels: Sequence[str] | None = None, title: str | None = None) -> None:
+def plot_runs(runs: Sequence[Path], output: Path, labels: Sequence[str] | None = None, title: str | None = None) -> list[Curve]:
     """Draws the held-out token loss of runs, against tokens on the left and against cost on the right.
 
     Args:
@@ -75,6 +77,9 @@ def plot_runs(runs: Sequence[Path], output: Path, labels: Sequence[str] | None =
         output: PNG file to write.
         labels: one label per run; None uses the names of the folders.
         title: title above both panels.
+
+    Returns:
+        The curves, in the order of the runs.
 
     Raises:
         DataError: a run cannot be read, the number of labels is wrong, or the file cannot be written.
@@ -97,8 +102,10 @@ def plot_runs(runs: Sequence[Path], output: Path, labels: Sequence[str] | None =
         axis.set_xlim(left=0)
     _zoom(axes[0], curves)
     axes[0].set_ylabel("held-out token loss (nats per token, K = 1)")
-    axes[1].legend(frameon=False, loc="upper right")
-    figure.suptitle(title or "Held-out token loss (dashed in patch stages; a ring marks the switch)", fontsize=11)
+    # A dollar sign in a label is no formula.
+    for text in axes[1].legend(frameon=False, loc="upper right").get_texts():
+        text.set_parse_math(False)
+    figure.suptitle(title or "Held-out token loss (dashed in patch stages; a ring marks the switch)", fontsize=11, parse_math=False)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(output, dpi=130)
@@ -106,6 +113,7 @@ def plot_runs(runs: Sequence[Path], output: Path, labels: Sequence[str] | None =
         raise DataError(f"cannot write {output}: {error.strerror}", "a writable file", "change --output") from error
     finally:
         plt.close(figure)
+    return curves
 
 
 def _draw(axis: Any, curve: Curve, name: str, color: str) -> None:

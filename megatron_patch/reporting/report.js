@@ -463,7 +463,7 @@
     });
     byId("summary").append(node("article", { class: "card" }, node("div", { class: "scroll", style: "margin-top:-4px" }, node("table", {}, node("thead", {}, node("tr", {}, ...head.map((name, i) => node("th", i === 1 || i === 0 ? { class: "left" } : {}, name)))), node("tbody", {}, ...rows))),
       node("p", { class: "about" }, `cost: FLOPs so far, relative to token-level training on ${count(reference.total_tokens)} tokens; tokens/s: per stage, without evaluations and checkpoints`)));
-    const notes = runs.flatMap((run) => [...run.notes, ...(run.thinned > 1 ? [`shows one of every ${run.thinned} steps`] : [])].map((note) => `${run.label}: ${note}`));
+    const notes = runs.flatMap((run) => [...run.notes, ...(run.thinned > 1 ? [`of every ${run.thinned} steps, shows the last one and those with the lowest and highest loss and the highest gradient norm`] : [])].map((note) => `${run.label}: ${note}`));
     byId("notes").hidden = notes.length === 0;
     byId("notes").append(...notes.map((note) => node("div", {}, note)));
   }

@@ -30,8 +30,12 @@ from megatron_patch.errors import CheckpointError, MegatronPatchError
 from megatron_patch.parallel.grid import Grid
 from megatron_patch.stages import StagePlan
 from megatron_patch.training.callbacks.base import SaveRecord
+from megatron_patch.training.faults.stop_requests import StopRequests
+from megatron_patch.training.faults.watchdog import Watchdog
+from megatron_patch.utils.console import make_console
 
 _FAILED, _BUSY, _WRITTEN, _PUBLISHED = range(-1, 3)
+_LOCK_SECONDS = 0.5  # between two looks at the lock of another job
 
 
 @dataclass
@@ -216,23 +220,52 @@ class Checkpointer:
             self._lock.release()
 
 
-def lock_folder(save: Path | None, rank: int) -> SaveLock | None:
+class StoppedBeforeTraining(Exception):
+    """The run was asked to stop while it waited for the lock of its folder; raised on all ranks.
+
+    Args:
+        reason: the reason, as `StopRequests.agreed_request` returned it.
+    """
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+        super().__init__(f"{reason} while the run waited for the lock of its folder")
+
+
+def lock_folder(save: Path | None, rank: int, device: torch.device, stops: StopRequests, watchdog: Watchdog) -> SaveLock | None:
     """Locks the run's folder on rank 0, so that no other job writes it; every rank must call it.
+
+    Waits if another job's lock has to be watched. Rank 0 prints for whom, and until when.
 
     Args:
         save: the run's folder, or None.
         rank: this rank.
+        device: the device of this rank.
+        stops: requests to stop, which end the wait.
+        watchdog: receives a heartbeat for each look at the lock.
 
     Returns:
         The lock on rank 0, None on other ranks or without a folder.
 
     Raises:
         CheckpointError: on every rank, if another job holds the lock or the folder cannot be written.
+        StoppedBeforeTraining: on every rank, if any rank is asked to stop during the wait; the other job's lock is untouched.
     """
-    locks: list[SaveLock] = []
-    if save is not None:
-        on_first_rank(rank, save, lambda: locks.append(SaveLock(save)))
-    return locks[0] if locks else None
+    if save is None:
+        return None
+
+    def report(message: str) -> None:
+        if rank == 0:
+            make_console().print(message, markup=False)
+
+    lock = SaveLock(save, report=report)
+    while not on_first_rank(rank, save, lock.try_take):
+        watchdog.heartbeat(f"the lock of {save} is being watched")
+        if (reason := stops.agreed_request(device)) is not None:
+            report(f"{reason} while the run waited for {lock.path}: it stops before training and leaves the lock to its owner")
+            raise StoppedBeforeTraining(reason)
+        time.sleep(_LOCK_SECONDS)
+    return lock if rank == 0 else None
 
 
 def make_checkpointer(run: RunConfig, plan: StagePlan, grid: Grid, device: torch.device, lock: SaveLock | None) -> Checkpointer | None:

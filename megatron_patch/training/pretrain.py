@@ -5,6 +5,7 @@ In: flags. Out: checkpoints, metrics, and an exit code (`ExitCode`).
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -52,6 +53,7 @@ def pretrain(run: RunConfig, callbacks: Sequence[CallbackFactory] = ()) -> ExitC
     # Torch and DeepSpeed take seconds to import, for which wrong flags and dry runs should not wait.
     from megatron_patch.engine.distributed import barrier, destroy_distributed, init_distributed
     from megatron_patch.engine.swapping import require_async_io
+    from megatron_patch.training.checkpointer import StoppedBeforeTraining
     from megatron_patch.training.trainer import Trainer
 
     with make_watchdog(run) as watchdog:
@@ -61,11 +63,11 @@ def pretrain(run: RunConfig, callbacks: Sequence[CallbackFactory] = ()) -> ExitC
             raise ConfigError("--fp16 is given, but the ranks run on CPUs", "--bf16 or float32 on CPUs", "use --bf16, or run on GPUs")
         if engine_config.offloads_to_nvme:
             require_async_io()
+        code = ExitCode.PREEMPTED
         if stops.agreed_request(device) is None:
-            with Trainer(run, engine_config, device, stops, watchdog, callbacks) as trainer:
+            # All ranks raise it at the same point, so that they can leave the job as after training.
+            with contextlib.suppress(StoppedBeforeTraining), Trainer(run, engine_config, device, stops, watchdog, callbacks) as trainer:
                 code = trainer.train()
-        else:
-            code = ExitCode.PREEMPTED
         watchdog.heartbeat("the ranks leave the job")
         # All ranks exit at the same time, because launchers kill the remaining ranks soon after the first exit.
         barrier()

@@ -62,6 +62,7 @@ class Trainer:
 
     Raises:
         MegatronPatchError: the run cannot start; the message says what to change.
+        StoppedBeforeTraining: the run was asked to stop while it waited for the lock of its folder.
     """
 
     def __init__(
@@ -78,7 +79,7 @@ class Trainer:
         self.save_folder = run.save_folder
         check_programs(run)
         groups = make_groups(self.grid)
-        lock = lock_folder(self.save_folder, self.grid.rank)
+        lock = lock_folder(self.save_folder, self.grid.rank, device, stops, watchdog)
         tokenizer = sample_tokenizer(run)
 
         watchdog.heartbeat("checkpoints are being verified")

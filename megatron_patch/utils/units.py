@@ -26,7 +26,7 @@ def parse_count(text: str | int | float) -> int:
     match = _PATTERN.match(str(text)) if len(str(text)) <= _LONGEST else None
     if isinstance(text, bool) or match is None or match.group(3).lower() not in _FACTORS:
         raise ConfigError(
-            f"{text!r} is not a count", "a whole number with an optional unit: 4096, 512k, 2M, 1.5B, 1T, 64Ki", "write it like 2M"
+            f"{text!r}"[:80] + " is not a count", "a whole number with an optional unit: 4096, 512k, 2M, 1.5B, 1T, 64Ki", "write it like 2M"
         )
     digits, exponent, unit = match.groups()
     value = Fraction(digits.replace("_", "").replace(",", "")) * 10 ** int(exponent or 0) * _FACTORS[unit.lower()]

@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_patch.checkpoint import commit as files
+from megatron_patch.checkpoint.lock import LOCK
 from megatron_patch.config.options import SafetyOptions
 from megatron_patch.engine import deepspeed_engine
 from megatron_patch.errors import ConfigError
@@ -97,6 +98,25 @@ def test_a_signal_before_the_first_step_stops_at_once(tmp_path, corpus):
     process.send_signal(signal.SIGUSR1)
     assert process.wait(timeout=60) == 75, log.read_text()
     assert not (tmp_path / "run" / "metrics.jsonl").exists() or len(Run(tmp_path / "run").losses) <= 1
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_stop_ends_the_wait_for_the_lock_of_another_job(tmp_path, corpus, victim):
+    """Nothing is trained, and the other job's lock stays; its time is in the future, so that its age says nothing."""
+    folder, content = tmp_path / "run", json.dumps({"pid": 1, "machine": "another", "host": "far"})
+    folder.mkdir()
+    (folder / LOCK).write_text(content)
+    os.utime(folder / LOCK, (time.time() + 10**6,) * 2)
+    processes, results = start(folder, corpus)
+    deadline, log = time.monotonic() + 120, tmp_path / "run-logs" / "rank-0.log"
+    while not log.exists() or "is taken over in" not in log.read_text():
+        assert time.monotonic() < deadline and all(process.is_alive() for process in processes), log.read_text()
+        time.sleep(0.02)
+    os.kill(processes[victim].pid, signal.SIGTERM)
+    assert finish(processes, results, timeout=25) == {0: 75, 1: 75}
+    text = log.read_text()
+    assert "process 1 on far, last touched 11 d 13 h in the future" in text and "SIGTERM" in text and "exit code 75" in text
+    assert os.listdir(folder) == [LOCK] and (folder / LOCK).read_text() == content
 
 
 def test_a_stop_does_not_wait_for_an_evaluation_to_end(tmp_path, corpus):

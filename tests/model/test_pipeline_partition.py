@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from megatron_patch.errors import ConfigError
 from megatron_patch.model.flops import forward_flops_per_position, layer_flops, layer_parameters, parameter_count
-from megatron_patch.model.pipeline_partition import partition_layers, pipeline_partition
+from megatron_patch.model.pipeline_partition import blocks_of_parts, pipeline_partition
 from tests.model.shapes import FAMILIES, LLAMA
 
 
@@ -19,30 +19,25 @@ def sums(weights, boundaries):
     return [sum(weights[first:last]) for first, last in itertools.pairwise(boundaries)]
 
 
-@given(st.lists(st.integers(0, 9), min_size=1, max_size=9), st.data())
-def test_no_cut_is_better(weights, data):
-    parts = data.draw(st.integers(1, len(weights)))
-    boundaries = partition_layers(weights, parts)
-    assert boundaries[0] == 0 and boundaries[-1] == len(weights) and len(boundaries) == parts + 1
-    assert all(first < last for first, last in itertools.pairwise(boundaries))
+@given(st.integers(0, 30), st.integers(1, 9), st.integers(0, 30), st.integers(0, 8), st.data())
+def test_no_cut_is_better(first, block, last, blocks, data):
+    parts = data.draw(st.integers(1, blocks + 2))
+    counts = blocks_of_parts(first, block, last, blocks, parts)
+    assert len(counts) == parts and sum(counts) == blocks and min(counts[1:-1], default=1) >= 1
+    weights = [first, *[block] * blocks, last]
+    boundaries = list(itertools.accumulate([1 + counts[0], *counts[1:-1], 1 + counts[-1]] if parts > 1 else [blocks + 2], initial=0))
 
     def badness(cut):
         found = sums(weights, cut)
-        return max(found), sum(value * value for value in found)
+        return max(found), sum(value * value for value in found), [-value for value in found]
 
     cuts = ([0, *inner, len(weights)] for inner in itertools.combinations(range(1, len(weights)), parts - 1))
-    assert badness(boundaries) == min(badness(cut) for cut in cuts)
+    assert badness(boundaries) == min(badness(cut) for cut in cuts), "of equally even cuts, the one with the heavier parts in front"
 
 
 def test_equal_layers_are_cut_evenly_with_the_rest_in_front():
-    assert partition_layers([1] * 10, 4) == [0, 3, 6, 8, 10]
-    assert partition_layers([0, *[1] * 24, 0], 4) == [0, 7, 13, 19, 26]
-
-
-@pytest.mark.parametrize("parts", [0, 5])
-def test_parts_that_cannot_be(parts):
-    with pytest.raises(ConfigError, match="4 layers"):
-        partition_layers([1] * 4, parts)
+    assert blocks_of_parts(1, 1, 1, 8, 4) == [2, 3, 2, 1]
+    assert blocks_of_parts(0, 1, 0, 24, 4) == [6, 6, 6, 6]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -60,5 +55,13 @@ def test_what_is_balanced_decides_where_the_blocks_go():
     assert by["flops"][3] > by["blocks"][3], "a heavy head leaves the last stage fewer blocks"
     assert by["parameters"][1] == 2, "a heavy embedding has one block beside it"
     assert pipeline_partition(LLAMA, 3, "parameters", 64) == [0, 2, 3, 4]
-    with pytest.raises(ConfigError, match="--pipeline-model-parallel-size 4 for 2 blocks"):
-        pipeline_partition(LLAMA, 4, "parameters", 64)
+    for parts in (0, 4):
+        with pytest.raises(ConfigError, match=f"--pipeline-model-parallel-size {parts} for 2 blocks"):
+            pipeline_partition(LLAMA, parts, "parameters", 64)
+
+
+def test_thousands_of_layers_are_divided_without_comparing_all_cuts():
+    shape = dataclasses.replace(LLAMA, num_layers=10_000, vocab_size=200_000, padded_vocab_size=200_000)
+    boundaries = pipeline_partition(shape, 1_000, "parameters", 64)
+    assert boundaries[0] == 0 and boundaries[1] == 2 and boundaries[-1] == 10_002
+    assert {last - first for first, last in itertools.pairwise(boundaries[1:-1])} == {10, 11}

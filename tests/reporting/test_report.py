@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from megatron_patch.errors import DataError
 from megatron_patch.reporting.history import differing_options, read_history
 from megatron_patch.reporting.page import render, write_report
+from megatron_patch.reporting.plotting import plot_runs, read_curve
+from megatron_patch.reporting.thinning import Thinning
 from megatron_patch.training.callbacks.base import EvaluationRecord, Event, RunEnd, RunStart, SaveRecord, StepRecord, SwitchRecord
 from megatron_patch.training.callbacks.events import Events
 from megatron_patch.training.callbacks.metrics import Metrics, read_metrics
@@ -130,7 +136,10 @@ def test_an_incomplete_line_and_missing_files_lose_only_their_content(tmp_path):
         file.write('{"type": "step", "step": 13, "lo')
     history = read_history(save)
     assert history.steps["step"] == list(range(1, 13)) and history.state == "unfinished"
-    assert history.notes == ["skipped 1 incomplete line of metrics.jsonl", "the configuration is unknown: no checkpoint could be read"]
+    assert history.notes == [
+        "metrics.jsonl: line 21: it is incomplete; row left out",
+        "the configuration is unknown: no checkpoint could be read",
+    ]
     assert history.events == [] and history.options == {}
     with pytest.raises(DataError, match="does not exist\n.*Allowed.*\n.*What to do"):
         read_history(tmp_path)
@@ -183,17 +192,200 @@ def test_events_of_the_program_are_listed(tmp_path):
     assert told == [("rewind", "back to step 6, 1 step left out", 2500), ("end", "SIGTERM", 2700)]
 
 
-def test_records_without_the_fields_of_a_step_are_ignored(tmp_path):
+def test_records_without_the_fields_of_a_step_are_left_out_and_named(tmp_path):
     save = write_run(tmp_path / "run")
     with (save / "metrics.jsonl").open("a") as file:
-        file.write('{"type": "step", "step": 13}\n{"type": "save"}\n{"type": 5}\n')
-    assert read_history(save).steps["step"][-1] == 12
+        file.write('{"type": "step", "step": 13}\n{"type": "save"}\n{"type": 5}\n[1]\n{"type": "of a later version"}\n')
+    history = read_history(save)
+    assert history.steps["step"][-1] == 12
+    assert history.notes[:4] == [
+        f"metrics.jsonl: line {line}: {what}; row left out"
+        for line, what in [(22, "stage_index is missing"), (23, "step is missing"), (24, "type is 5"), (25, "it is not a JSON object")]
+    ]
 
 
-def test_long_runs_are_thinned_but_keep_the_edges_of_stages(tmp_path):
-    history = read_history(write_run(tmp_path / "run", steps=100), most_points=10)
-    assert history.thinned == 10 and len(history.steps["step"]) <= 14
-    assert {1, 50, 51, 100} <= set(history.steps["step"]) and len(history.evaluations["step"]) == 33
+def rewritten(save, change):
+    """Changes the records of a metrics file; `change` gets them by line, from 1."""
+    path = save / "metrics.jsonl"
+    records = dict(enumerate(map(json.loads, path.read_text().splitlines()), 1))
+    change(records)
+    path.write_text("".join(json.dumps(records[line]) + "\n" for line in sorted(records)))
+    return read_history(save)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "what"),
+    [
+        ("loss", [1.0], "loss is a list"),
+        ("loss", float("inf"), "it is not valid JSON"),
+        ("loss", float("nan"), "it is not valid JSON"),
+        ("loss", "3.5", "loss is text"),
+        ("loss", 1e300, "loss is 1e+300"),
+        ("step", [5], "step is a list"),
+        ("step", 4.5, "step is 4.5"),
+        ("step", True, "step is true or false"),
+        ("step", 10**400, "it is not valid JSON"),
+        ("step", 10**30, "step is 1e+30"),
+        ("step", 10**15, "step 1,000,000,000,000,000 is followed by an earlier place of the run, step 5"),
+        ("step", 2, "step 2 goes back behind step 3"),
+        ("tokens", -1, "tokens is -1"),
+        ("tokens", {"a": {}}, "tokens is an object"),
+        ("tokens", 10**18, "step 4 is followed by an earlier place of the run, step 5"),
+        ("stage_index", 7, "step 4 is followed by an earlier place of the run, step 5"),
+        ("time", 1e300, "time is 1e+300"),
+        ("stage", None, "stage is missing"),
+        ("stage", "\ud800", "it is not valid JSON"),
+    ],
+    ids=str,
+)
+def test_a_bad_row_is_left_out_with_its_line_and_reason_and_all_others_are_shown(tmp_path, name, value, what):
+    def change(records):
+        (line,) = (line for line, record in records.items() if record.get("step") == 4 and record["type"] == "step")
+        assert line == 6
+        records[line][name] = value
+
+    history = rewritten(write_run(tmp_path / "run"), change)
+    assert history.notes[0] == f"metrics.jsonl: line 6: {what}; row left out" and len(history.notes) == 2
+    assert history.steps["step"] == [1, 2, 3, 5, 6, 7, 8, 9, 10, 11, 12] and len(history.stages) == 2
+
+
+def test_a_repeated_step_is_shown_once(tmp_path):
+    history = rewritten(write_run(tmp_path / "run"), lambda records: records.update({6.5: records[6]}))
+    assert history.steps["step"] == list(range(1, 13)) and "line 6: step 4 is followed by" in history.notes[0]
+
+
+def test_many_bad_rows_are_counted(tmp_path):
+    save = write_run(tmp_path / "run")
+    with (save / "metrics.jsonl").open("a") as file:
+        file.write("{\n" * 500 + "x" * 3_000_000 + "\n" + '{"type": "end", "reason": "SIGTERM"}\n')
+    history = read_history(save)
+    assert history.state == "stopped" and history.notes[10] == "metrics.jsonl: 491 more rows left out"
+
+
+HOSTILE = [
+    *(None, True, [], [1], {}, {"a": {"b": [{}]}}, "", "1", "nan", "</script>", "\x00", "\ud800", "x" * 10_000, "$\\frac{", -1, 0, 1.5),
+    *(-0.0, 10**15, 2**62, 2**63, 2**64, 10**30, 10**400, -(10**400), 1e300, -1e300, 1e-320),
+    *(float("nan"), float("inf"), -float("inf")),
+]
+
+
+def mutated(draw, text):
+    """Returns the text of a JSON Lines file with one row damaged."""
+    lines = text.splitlines()
+    number = draw.randrange(len(lines))
+    match draw.randrange(8):
+        case 0:
+            del lines[number]
+        case 1:
+            lines.insert(draw.randrange(len(lines) + 1), lines[number])
+        case 2:
+            lines[number] = lines[number][: draw.randrange(len(lines[number]))]
+        case 3:
+            lines[number] = json.dumps(draw.choice(HOSTILE))
+        case 4:
+            at = draw.randrange(len(lines[number]))
+            lines[number] = lines[number][:at] + draw.choice('{}[]",:\\0-e9\x00 \n') + lines[number][at + 1 :]
+        case _:
+            try:
+                record = json.loads(lines[number])
+                names = sorted(record)
+                if draw.random() < 0.2:
+                    del record[draw.choice(names)]
+                else:
+                    record[draw.choice(names)] = draw.choice(HOSTILE)
+                lines[number] = json.dumps(record)
+            except (ValueError, TypeError, AttributeError, IndexError):
+                pass
+    return "\n".join(lines) + "\n"
+
+
+def test_damaged_files_of_a_run_lose_only_the_damaged_rows(tmp_path):
+    """600 mutants of all files that a report reads, a few of which are also drawn."""
+    draw = random.Random(7)
+    save = write_run(tmp_path / "run", options={"lr": 1e-3, "data_path": ["0.75", "data/web", "0.25", "data/code"]})
+    events = [
+        {"type": "loss-spike", "time": 2.0, "step": 5, "message": "loss 9.1"},
+        {"type": "straggler", "time": 3.0, "step": 7, "rank": 3},
+    ]
+    (save / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    (state,) = save.glob("step-*/trainer_state.json")
+    whole = {path: path.read_text() for path in (save / "metrics.jsonl", save / "events.jsonl", state)}
+    for mutant in range(600):
+        for path, text in whole.items():
+            path.write_text(text)
+        changes = draw.randrange(1, 4)
+        for _ in range(changes):
+            path = draw.choices(list(whole), [4, 1, 1])[0]
+            path.write_text(mutated(draw, path.read_text()), errors="surrogatepass")
+        history = read_history(save, "a</script>b")
+        assert len(history.steps["step"]) >= 12 - 2 * changes, mutant
+        json.dumps(asdict(history), allow_nan=False).encode()
+        assert all(re.fullmatch(r"\w+\.jsonl: line \d+: .*; row left out", note) for note in history.notes if "jsonl" in note)
+        if mutant % 60 == 0:
+            assert Page(render([history], "t")).tags.count("script") == 2
+            plot_runs([save], tmp_path / "loss.png", ["$\\frac{"])
+        else:
+            read_curve(save)
+
+
+def test_the_largest_numbers_can_be_drawn(tmp_path):
+    def change(records):
+        for record, loss in zip(
+            (record for record in records.values() if record["type"] == "evaluation"), [9e38, -9e38, 1.0, 0.0], strict=True
+        ):
+            record["token_loss"] = loss
+
+    save = write_run(tmp_path / "run")
+    rewritten(save, change)
+    plot_runs([save], tmp_path / "loss.png")
+
+
+def test_a_run_without_any_usable_file_is_an_error_in_three_parts(tmp_path):
+    (tmp_path / "metrics.jsonl").write_bytes(b"\xff\xfe\n" * 20)
+    for read in (read_history, read_curve):
+        with pytest.raises(DataError, match="contains no .*\n.*Allowed.*\n.*What to do"):
+            read(tmp_path)
+
+
+def test_long_runs_are_thinned_but_keep_edges_extremes_and_totals(tmp_path):
+    save = write_run(tmp_path / "run", steps=1000)
+
+    def change(records):
+        for record in records.values():
+            if record["type"] == "step" and record["step"] == 333:
+                record["loss"], record["grad_norm"] = 50.0, 0.1
+            if record["type"] == "step" and record["step"] == 777:
+                record["loss"], record["grad_norm"] = -50.0, 99.0
+
+    history = rewritten(save, change)
+    assert history.thinned == 1 and history.steps["step"] == list(range(1, 1001))
+    thinned = read_history(save, most_points=100)
+    assert thinned.thinned > 1 and 25 <= len(thinned.steps["step"]) <= 110
+    assert {1, 333, 500, 501, 777, 1000} <= set(thinned.steps["step"])
+    for name, values in thinned.steps.items():
+        whole = dict(zip(history.steps["step"], history.steps[name], strict=True))
+        assert values == [whole[step] for step in thinned.steps["step"]], "values are exact"
+    assert 25 <= len(thinned.evaluations["step"]) <= 110
+    assert (thinned.stages, thinned.checkpoints, thinned.total_tokens) == (history.stages, history.checkpoints, history.total_tokens)
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 2), st.none() | st.integers(-9, 9), st.none() | st.integers(-9, 9)), max_size=200), st.integers(1, 60)
+)
+def test_thinning_keeps_the_extremes_of_each_stage_in_order(raw, most):
+    rows = [(step, *values) for step, values in enumerate(sorted(raw, key=lambda values: values[0]))]
+    thinning = Thinning(most, 1, 2, 3)
+    for row in rows:
+        thinning.add(row)
+    kept = thinning.rows()
+    assert [row[0] for row in kept] == sorted({row[0] for row in kept}) and set(kept) <= set(rows)
+    assert len(kept) <= most + 20, "apart from the edges of three stages"
+    for stage in {row[1] for row in rows}:
+        mine, left = ([row for row in part if row[1] == stage] for part in (rows, kept))
+        assert left[0] == mine[0] and left[-1] == mine[-1]
+        for index, best in ((2, max), (2, min), (3, max)):
+            values, found = ([row[index] for row in part if row[index] is not None] for part in (mine, left))
+            assert best(values, default=None) == best(found, default=None)
 
 
 def test_only_options_that_differ_are_listed(tmp_path):

@@ -100,7 +100,7 @@ def test_floats_that_are_whole_are_read_exactly(count):
 def test_what_is_no_count_is_refused_with_its_text(text):
     with pytest.raises(ConfigError) as refusal:
         parse_count(text)
-    assert repr(text) in str(refusal.value)
+    assert repr(text)[:80] in str(refusal.value) and len(str(refusal.value)) < 300
     assert refusal.value.allowed and refusal.value.do
 
 
