@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 from megatron_patch.engine.environment import ranks_from_environment
 from megatron_patch.errors import ConfigError, MegatronPatchError
+from megatron_patch.utils.console import print_line
 from megatron_patch.utils.registry import suggestion
 from megatron_patch.utils.units import parse_count
 
@@ -79,7 +80,7 @@ def run_tool(main: Callable[[list[str]], None]) -> int:
         main(sys.argv[1:])
     except MegatronPatchError as error:
         if rank == 0 or not isinstance(error, ConfigError):
-            print(f"{f'rank {rank}: ' if rank else ''}{type(error).__name__}: {error}", file=sys.stderr)
+            print_line(f"{f'rank {rank}: ' if rank else ''}{type(error).__name__}: {error}", stderr=True)
         return error.exit_code
     except BrokenPipeError:
         return 1

@@ -10,6 +10,7 @@ from typing import Any
 from megatron_patch.errors import DataError
 from megatron_patch.reporting.history import labeled
 from megatron_patch.training.callbacks.metrics import read_metrics
+from megatron_patch.utils.figures import legend_label, save_figure
 from megatron_patch.utils.units import format_count
 
 _COLORS = ("#1f5fa8", "#d1495b", "#2e8b57", "#8a5fbf", "#c98a1b", "#3aa6a6", "#7a5548", "#5b6570")
@@ -101,7 +102,7 @@ def plot_runs(runs: Sequence[Path], output: Path, labels: Sequence[str] | None =
     figure.suptitle(title or "Held-out token loss (dashed in patch stages; a ring marks the switch)", fontsize=11)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(output, dpi=130)
+        save_figure(figure, output)
     except OSError as error:
         raise DataError(f"cannot write {output}: {error.strerror}", "a writable file", "change --output") from error
     finally:
@@ -125,7 +126,7 @@ def _draw(axis: Any, curve: Curve, name: str, color: str) -> None:
         position = tokens if name == "tokens" else cost_tokens
         nearest = min(range(len(xs)), key=lambda index: abs(xs[index] - position))
         axis.plot([position], [curve.losses[nearest]], "o", markerfacecolor="white", markeredgecolor=color, markersize=6)
-    axis.plot([xs[-1]], [curve.losses[-1]], "o", color=color, markersize=4.5, label=f"{curve.label}: {curve.losses[-1]:.3f}")
+    axis.plot([xs[-1]], [curve.losses[-1]], "o", color=color, markersize=4.5, label=legend_label(f"{curve.label}: {curve.losses[-1]:.3f}"))
 
 
 def _zoom(axis: Any, curves: Sequence[Curve]) -> None:

@@ -19,7 +19,7 @@ from megatron_patch.training.faults.exit_protocol import print_advice, report_er
 from megatron_patch.training.faults.stop_requests import StopRequests
 from megatron_patch.training.faults.watchdog import Watchdog
 from megatron_patch.training.stream import open_stream_if_present
-from megatron_patch.utils.console import flush_output, make_console
+from megatron_patch.utils.console import flush_output, labeled, make_console
 
 if TYPE_CHECKING:
     from megatron_patch.training.callbacks.base import CallbackFactory
@@ -44,7 +44,7 @@ def pretrain(run: RunConfig, callbacks: Sequence[CallbackFactory] = ()) -> ExitC
         stream, notes = open_stream_if_present(run)
         print_plan(run, engine_config, console, stream=stream)
         for note in notes:
-            console.print(f"[yellow]Note[/yellow] {note}", highlight=False)
+            console.print(labeled("Note", note, "yellow"))
         return ExitCode.DONE
     # Never closed: a signal that arrives while the process exits must not change the exit code.
     stops = StopRequests(run.options.safety)

@@ -24,6 +24,7 @@ from pathlib import Path
 
 from megatron_patch.errors import ConfigError, MegatronPatchError
 from megatron_patch.exit_codes import ExitCode
+from megatron_patch.utils.console import print_line
 from megatron_patch.utils.files import append_line
 
 EVENTS = "events.jsonl"
@@ -158,7 +159,7 @@ def write_stacks(save: Path, rank: int, text: str) -> Path:
 def print_stderr(text: str) -> None:
     """Prints a line to standard error; a full disk below it is ignored, so that the exit code stays the same."""
     with contextlib.suppress(OSError):
-        print(text, file=sys.stderr, flush=True)
+        print_line(text, stderr=True)
 
 
 def print_advice(code: ExitCode) -> None:
