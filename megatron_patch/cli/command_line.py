@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 from megatron_patch.engine.environment import ranks_from_environment
 from megatron_patch.errors import ConfigError, MegatronPatchError
 from megatron_patch.utils.console import print_line
+from megatron_patch.utils.files import deny_writing_by_everybody
 from megatron_patch.utils.registry import suggestion
 from megatron_patch.utils.units import parse_count
 
@@ -75,6 +76,7 @@ def run_tool(main: Callable[[list[str]], None]) -> int:
     only on its node.
     """
     rank = 0
+    deny_writing_by_everybody()
     try:
         rank, _, _ = ranks_from_environment()
         main(sys.argv[1:])

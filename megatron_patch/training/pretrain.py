@@ -20,6 +20,7 @@ from megatron_patch.training.faults.stop_requests import StopRequests
 from megatron_patch.training.faults.watchdog import Watchdog
 from megatron_patch.training.stream import open_stream_if_present
 from megatron_patch.utils.console import flush_output, labeled, make_console
+from megatron_patch.utils.files import deny_writing_by_everybody
 
 if TYPE_CHECKING:
     from megatron_patch.training.callbacks.base import CallbackFactory
@@ -107,6 +108,7 @@ def main(argv: Sequence[str] | None = None, callbacks: Sequence[CallbackFactory]
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     rank, local_rank, save = 0, 0, None
+    deny_writing_by_everybody()
     try:
         rank, ranks, local_rank = ranks_from_environment()
         run = load_config(arguments, ranks)

@@ -19,6 +19,7 @@ from typing import Any
 from megatron_patch.errors import CheckpointError
 from megatron_patch.training.callbacks.base import Callback, EvaluationRecord, RunEnd, RunStart, SaveRecord, StepRecord, SwitchRecord
 from megatron_patch.training.callbacks.jsonl_writer import JsonlWriter
+from megatron_patch.utils.files import open_new
 
 
 def to_json(kind: str, record: Any) -> dict[str, Any]:
@@ -58,7 +59,7 @@ def truncate(path: Path, step: int) -> None:
         return
     temporary = path.with_name(path.name + ".partial")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
+        with open_new(temporary, "w") as file:
             for record in read_metrics(path):
                 at = record.get("step", 0)
                 if record.get("type") == "start" or (isinstance(at, int) and at <= step):
