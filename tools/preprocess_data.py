@@ -116,11 +116,11 @@ def progress_lines(interval: float) -> ReportProgress:
     def show(documents: int, tokens: int, read: int, seconds: float, fraction: float) -> None:
         if time.monotonic() - last[0] >= interval:
             last[0] = time.monotonic()
-            print(
+            print_line(
                 f"{format_count(documents)} documents, {format_count(tokens)} tokens, {read / 1e6:,.0f} MB, "
                 f"{read / 1e6 / seconds:.1f} MB/s, {format_count(tokens / seconds)} tokens/s, {format_duration(seconds)}"
                 + (f", {fraction:.1%} done, {format_duration(seconds / fraction - seconds)} left" if fraction else ""),
-                file=sys.stderr,
+                stderr=True,
             )
 
     return show

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import io
 import sys
 import unicodedata
@@ -17,6 +18,7 @@ from megatron_patch.errors import DataError
 from megatron_patch.utils.console import for_terminal, labeled, make_console, print_line, visible
 from megatron_patch.utils.figures import legend_label, save_figure
 
+ROOT = Path(__file__).parent.parent.parent
 HOSTILE = "a\x1b]52;c;Y3VybA==\x07b\x1b[2J\x9b31m\r\x08[bold]c[/bold][link=http://evil]d[/link]:warning:\u202egnp\udcff"
 
 
@@ -66,6 +68,39 @@ def test_a_live_console_may_still_move_the_cursor(monkeypatch):
 def test_ordinary_text_stays_as_it_is():
     text = "a\tb\nnaïve café 漢字 שלום עולם 🙂 \u200d λ/K"
     assert visible(text) == text and not any(visible(chr(code)) == chr(code) for code in (0, 7, 8, 13, 27, 127, 0x85, 0x9B, 0xDC80))
+
+
+def prints(source: Path) -> list[str]:
+    """Returns the calls in a file that may print other text than `print_line` and the consoles of `make_console` do."""
+    found = []
+    for node in ast.walk(ast.parse(source.read_text())):
+        if not isinstance(node, ast.Call):
+            continue
+        name, words = ast.unparse(node.func), node.args
+        harmless = all(isinstance(word, ast.Constant) or ast.unparse(word).startswith(("json.dumps(", "for_terminal(")) for word in words)
+        # tools/generate.py chooses between the two.
+        harmless |= all("json.dumps(" in ast.unparse(word) and " else for_terminal(" in ast.unparse(word) for word in words)
+        if (name == "print" and not harmless) or name in (
+            "Console",
+            "rich.print",
+            "rich.get_console",
+            "sys.stdout.write",
+            "sys.stderr.write",
+        ):
+            found.append(ast.unparse(node))
+        if name == "make_console" and any(keyword.arg == "markup" for keyword in node.keywords) and source.parent.name != "callbacks":
+            found.append(ast.unparse(node))
+    return found
+
+
+def test_whatever_is_printed_goes_through_the_functions_that_are_tested_here():
+    programs = [ROOT / "pretrain_gpt_patch.py", *(path for folder in ("tools", "examples") for path in (ROOT / folder).rglob("*.py"))]
+    # The console itself; its callback of that name; programs that run before the package can be imported, or print only their own text.
+    own = {"console.py", "__main__.py", "package_check.py", "gather_corpus.py", "compare_studies.py"}
+    callbacks = ROOT / "megatron_patch" / "training" / "callbacks" / "__init__.py"
+    for source in [*programs, *(ROOT / "megatron_patch").rglob("*.py")]:
+        calls = [call for call in prints(source) if source != callbacks or not call.startswith("Console(logging.log_interval")]
+        assert not calls or source.name in own, f"{source}: {calls}"
 
 
 @pytest.mark.parametrize("terminal", [True, False])
