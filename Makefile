@@ -14,12 +14,13 @@ STAMP := $(VENV)/.installed
 # Also false for an incomplete .venv that an interrupted run left.
 has_venv := $(RUN) -m pip --version >/dev/null 2>&1
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
-BENCHMARKS := $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py))
+# Every shell script is found by its first line, or by the line that tells shellcheck its dialect.
+SHELL_SCRIPT := ^(\#!.*\<(ba|da|k)?sh\>|\# shellcheck shell=)
 export DS_BUILD_OPS := 0
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help venv async_io lint test slow docs quickstart compare bench clean distclean
+.PHONY: help venv async_io lint shellcheck test slow docs quickstart compare bench clean distclean
 
 help:  ## prints this list
 	@sed -nE 's/^([a-z_]+):[^#]*## (.*)/\1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 14
@@ -63,10 +64,15 @@ else \
 fi
 endef
 
-lint: venv  ## checks style (ruff) and types (mypy)
+lint: venv  ## checks style (ruff), types (mypy) and shell scripts (shellcheck)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+	@$(MAKE) --no-print-directory shellcheck
+
+# Also for pre-commit. Without --no-index, git would find nothing in an unpacked archive.
+shellcheck:
+	git grep --no-index --exclude-standard -lzE '$(SHELL_SCRIPT)' | xargs -0 $(VENV)/bin/shellcheck
 
 test: lint  ## lint, then all tests except slow ones and those that need a GPU
 	$(PYTEST) -m "not slow and not gpu" $(PYTEST_ARGS)
@@ -85,7 +91,7 @@ compare: venv  ## the quick start, then token-level training at equal cost
 	$(RUN) examples/quickstart/run.py --compare
 
 bench: venv  ## runs every benchmark
-	@$(if $(BENCHMARKS),set -e; for file in $(BENCHMARKS); do echo "== $$file"; $(RUN) $$file; done,echo "benchmarks/ has no programs")
+	@set -e; for file in benchmarks/[!_]*.py; do echo "== $$file"; $(RUN) "$$file"; done
 
 clean:  ## removes build products and caches; keeps .venv and runs/
 	rm -rf build dist *.egg-info megatron_patch/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis $(STAMP)

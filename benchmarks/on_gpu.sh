@@ -7,12 +7,12 @@
 # into .whl. Results go to runs/on_gpu; the archive goes to runs, or to $OUT if it is set.
 set -uo pipefail
 export ON_GPU_FROM=$PWD
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/.." || exit
 export ON_GPU_BEGAN=${ON_GPU_BEGAN:-$(date +%s)} TOKENIZERS_PARALLELISM=false DS_BUILD_OPS=0
 python=${PYTHON:-python3}
 if compgen -G '.whl/*.whl' >/dev/null; then
   site=${SITE:-$HOME/site}
-  $python -m pip install -q --no-index --no-deps --no-compile --upgrade --target "$site" .whl/*.whl || {
+  "$python" -m pip install -q --no-index --no-deps --no-compile --upgrade --target "$site" .whl/*.whl || {
     echo "cannot install the wheels in .whl; see pip's messages above" >&2
     exit 1
   }
@@ -20,4 +20,4 @@ if compgen -G '.whl/*.whl' >/dev/null; then
 else
   export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 fi
-exec $python benchmarks/on_gpu.py "$@"
+exec "$python" benchmarks/on_gpu.py "$@"

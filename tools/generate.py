@@ -23,6 +23,7 @@ from megatron_patch.errors import ConfigError
 from megatron_patch.model.generate import Sampling, generate
 from megatron_patch.model.inference_model import InferenceModel
 from megatron_patch.tokenizers.base import Tokenizer, encode, tokenizer_of_checkpoint
+from megatron_patch.utils.console import for_terminal
 from megatron_patch.utils.units import plural
 
 
@@ -86,7 +87,7 @@ def _continue(loaded: LoadedModel[InferenceModel], tokenizer: Tokenizer, samplin
         for prompt, new in zip(batch, generate(loaded.model, ids, args.max_new_tokens, sampling, tokenizer.eod_id), strict=True):
             text = tokenizer.decode(_text_ids(tokenizer, new))
             if _is_first():
-                print(json.dumps({"prompt": prompt, "text": text, "tokens": len(new)}) if args.json else prompt + text)
+                print(json.dumps({"prompt": prompt, "text": text, "tokens": len(new)}) if args.json else for_terminal(prompt + text))
 
 
 def _start(tokenizer: Tokenizer, prompt: str) -> list[int]:
@@ -122,12 +123,12 @@ def _continue_line(loaded: LoadedModel[InferenceModel], tokenizer: Tokenizer, sa
         # Bytes that do not form a complete character yet are printed with the next token.
         if not text.endswith("\N{REPLACEMENT CHARACTER}"):
             if _is_first():
-                print(text[len(shown) :], end="", flush=True)
+                print(for_terminal(text[len(shown) :]), end="", flush=True)
             shown = text
 
     generate(loaded.model, [_start(tokenizer, prompt)], new_tokens, sampling, tokenizer.eod_id, show)
     if _is_first():
-        print(tokenizer.decode(_text_ids(tokenizer, new))[len(shown) :], flush=True)
+        print(for_terminal(tokenizer.decode(_text_ids(tokenizer, new))[len(shown) :]), flush=True)
 
 
 if __name__ == "__main__":

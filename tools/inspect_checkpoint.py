@@ -12,13 +12,12 @@ import sys
 from pathlib import Path
 
 import package_check  # noqa: F401 - before the package itself
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from megatron_patch.checkpoint.report import checkpoint_folders, describe, explain, flatten
 from megatron_patch.cli.command_line import ArgumentParser, run_tool
 from megatron_patch.errors import CheckpointError
+from megatron_patch.utils.console import make_console
 from megatron_patch.utils.units import format_count
 
 
@@ -57,7 +56,7 @@ def print_tables(checkpoints: list[dict[str, object]], explanation: object) -> N
         checkpoints: summaries as `describe` returns them.
         explanation: what `explain` returns, or None.
     """
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+    console = make_console(width=160)
     table = Table()
     for name in ("checkpoint", "step", "stage", "K", "tokens", "MiB", "files", "valid"):
         table.add_column(name, justify="left" if name in ("checkpoint", "stage", "valid") else "right")
@@ -75,12 +74,12 @@ def print_tables(checkpoints: list[dict[str, object]], explanation: object) -> N
             checkpoint["files"],
             f"yes ({checkpoint['checked']})" if checkpoint["valid"] else "NO: " + "; ".join(map(str, problems)),
         )
-        table.add_row(*("" if value is None else escape(str(value)) for value in cells))
+        table.add_row(*("" if value is None else str(value) for value in cells))
     console.print(table)
     if isinstance(explanation, dict):
         details = Table(show_header=False)
         for name, text in flatten(explanation).items():
-            details.add_row(escape(name), escape(text))
+            details.add_row(name, text)
         console.print(details)
 
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import package_check  # noqa: F401 - before the package itself
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from megatron_patch.cli.command_line import ArgumentParser, count, count_from_one, run_tool
 from megatron_patch.data.compare_datasets import compare
@@ -24,6 +24,7 @@ from megatron_patch.data.inspect import describe, integrity_problems, patch_stat
 from megatron_patch.data.split import stage_division
 from megatron_patch.errors import DataError
 from megatron_patch.tokenizers.base import Tokenizer, load_tokenizer_for_display
+from megatron_patch.utils.console import make_console
 
 
 def show_patches(dataset: IndexedDataset, patch_size: int, tokenizer: Tokenizer | None, samples: int, console: Console) -> None:
@@ -33,7 +34,8 @@ def show_patches(dataset: IndexedDataset, patch_size: int, tokenizer: Tokenizer 
         tokens = dataset[index][: 24 * patch_size]
         pieces = [tokens[start : start + patch_size] for start in range(0, len(tokens), patch_size)]
         shown = [tokenizer.decode(piece.tolist()) if tokenizer else " ".join(map(str, piece.tolist())) for piece in pieces]
-        console.print(f"[bold]sequence {index}[/bold]", "[dim]|[/dim]".join(escape(repr(text)[1:-1]) for text in shown), soft_wrap=True)
+        patches = Text("|", style="dim").join(Text(repr(text)[1:-1], style="not dim") for text in shown)
+        console.print(Text(f"sequence {index}", style="bold"), patches, soft_wrap=True)
 
 
 def show_division(prefix: str, config: str, console: Console) -> dict[str, Any]:
@@ -70,7 +72,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--config", metavar="FILE", help="show how the stages of this training configuration would divide the dataset")
     args = parser.parse_args(argv)
     dataset = IndexedDataset(args.prefix)
-    console = Console(stderr=True, highlight=False, width=140)
+    console = make_console(width=140, stderr=True)
     result: dict[str, Any] = describe(dataset)
     try:
         metadata = read_metadata(args.prefix)

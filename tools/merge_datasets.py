@@ -19,6 +19,7 @@ import package_check  # noqa: F401 - before the package itself
 from megatron_patch.cli.command_line import ArgumentParser, run_tool
 from megatron_patch.data.dataset_paths import check_all_shards, expand_prefixes
 from megatron_patch.preprocess.merge import merge_datasets
+from megatron_patch.utils.console import print_line
 from megatron_patch.utils.units import plural
 
 
@@ -41,13 +42,13 @@ def main(argv: list[str]) -> None:
         overwrite=args.overwrite,
         dedup=args.dedup,
         shuffle_seed=args.shuffle_documents,
-        notice=lambda text: print(text, file=sys.stderr),
+        notice=lambda text: print_line(text, stderr=True),
     )
-    print(
+    print_line(
         f"{merged.output}: {plural(merged.documents, 'document')} and {plural(merged.tokens, 'token')} "
         f"from {plural(merged.shards, 'shard')}, read back and verified"
         + (f"; {plural(merged.duplicates, 'duplicate')} left out" if args.dedup else ""),
-        file=sys.stderr,
+        stderr=True,
     )
     print(json.dumps(asdict(merged)))
 

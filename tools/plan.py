@@ -33,7 +33,7 @@ from megatron_patch.planning.sensitivity import plot_sensitivity
 from megatron_patch.planning.tables import print_search, print_simulation, print_tables
 from megatron_patch.training.pretrain import make_engine_config
 from megatron_patch.training.stream import corpus_usage_json, corpus_usage_table, open_stream_if_present
-from megatron_patch.utils.console import make_console
+from megatron_patch.utils.console import labeled, make_console
 
 
 def arguments() -> ArgumentParser:
@@ -109,7 +109,7 @@ def main(argv: list[str]) -> None:
     if stream is not None:
         console.print(corpus_usage_table(stream))
     for note in notes:
-        console.print(f"[yellow]Note[/yellow] {note}", highlight=False)
+        console.print(labeled("Note", note, "yellow"))
     if simulation is not None:
         print_simulation(simulation, args.world_size, plan.checkpoints.daly_seconds, console)
     if args.plot is not None:

@@ -14,6 +14,7 @@ import package_check  # noqa: F401 - before the package itself
 
 from megatron_patch.cli.command_line import ArgumentParser, run_tool
 from megatron_patch.reporting.plotting import plot_runs
+from megatron_patch.utils.console import print_line
 
 
 def main(argv: list[str]) -> None:
@@ -30,8 +31,8 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     for curve in plot_runs(args.runs, args.output, args.labels, args.title):
         for note in curve.notes:
-            print(f"{curve.label}: {note}")
-    print(f"wrote {args.output}")
+            print_line(f"{curve.label}: {note}")
+    print_line(f"wrote {args.output}")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ import sys
 import time
 
 import package_check  # noqa: F401 - before the package itself
-from rich.console import Console
 from rich.table import Table
 
 from megatron_patch.cli.command_line import ArgumentParser, count, count_from_one, run_tool
@@ -28,6 +27,7 @@ from megatron_patch.preprocess.summary import Summary
 from megatron_patch.raw_text.inputs import parse_shard
 from megatron_patch.tokenizers.base import TOKENIZERS
 from megatron_patch.tokenizers.tiktoken import PATTERNS
+from megatron_patch.utils.console import make_console, print_line
 from megatron_patch.utils.registry import lookup
 from megatron_patch.utils.units import format_count, format_duration, plural
 
@@ -116,11 +116,11 @@ def progress_lines(interval: float) -> ReportProgress:
     def show(documents: int, tokens: int, read: int, seconds: float, fraction: float) -> None:
         if time.monotonic() - last[0] >= interval:
             last[0] = time.monotonic()
-            print(
+            print_line(
                 f"{format_count(documents)} documents, {format_count(tokens)} tokens, {read / 1e6:,.0f} MB, "
                 f"{read / 1e6 / seconds:.1f} MB/s, {format_count(tokens / seconds)} tokens/s, {format_duration(seconds)}"
                 + (f", {fraction:.1%} done, {format_duration(seconds / fraction - seconds)} left" if fraction else ""),
-                file=sys.stderr,
+                stderr=True,
             )
 
     return show
@@ -148,7 +148,7 @@ def show_summary(summary: Summary) -> None:
     }
     for name, value in rows.items():
         table.add_row(name, value)
-    Console(stderr=True, width=120).print(table)
+    make_console(width=120, stderr=True).print(table)
     print(json.dumps(summary.to_json()))
 
 
@@ -189,7 +189,7 @@ def main(argv: list[str]) -> None:
         shuffle_seed=args.shuffle_documents,
         save_seconds=args.save_interval,
         progress=progress_lines(args.log_interval),
-        notice=lambda text: print(text, file=sys.stderr),
+        notice=lambda text: print_line(text, stderr=True),
     )
     show_summary(summary)
 

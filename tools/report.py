@@ -14,6 +14,7 @@ import package_check  # noqa: F401 - before the package itself
 
 from megatron_patch.cli.command_line import ArgumentParser, run_tool
 from megatron_patch.reporting.page import write_report
+from megatron_patch.utils.console import print_line
 from megatron_patch.utils.units import plural
 
 
@@ -32,8 +33,8 @@ def main(argv: list[str]) -> None:
     histories = write_report(args.runs, args.output, args.labels, args.title)
     for history in histories:
         for note in history.notes:
-            print(f"{history.label}: {note}")
-    print(f"wrote {args.output} ({args.output.stat().st_size / 1e6:.1f} MB, {plural(len(histories), 'run')})")
+            print_line(f"{history.label}: {note}")
+    print_line(f"wrote {args.output} ({args.output.stat().st_size / 1e6:.1f} MB, {plural(len(histories), 'run')})")
 
 
 if __name__ == "__main__":

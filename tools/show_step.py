@@ -44,7 +44,7 @@ def main(argv: list[str]) -> None:
         raise DataError(f"{path} does not record the data of {step}", f"recorded steps: {steps}", "choose a recorded step")
     event, console = chosen[-1], make_console()
     samples = plural(len(event["spans"]), "sample")
-    console.print(f"step {event['step']:,}, stage {event['stage']}: {event['reason']}; {samples}", highlight=False)
+    console.print(f"step {event['step']:,}, stage {event['stage']}: {event['reason']}; {samples}")
     for prefix, start, length in event["spans"][: args.samples]:
         ids = np.empty(length, dtype=np.int64)
         open_corpus(prefix).read_into(ids, start)
@@ -52,8 +52,8 @@ def main(argv: list[str]) -> None:
         recorded = (metadata.tokenizer_type, metadata.tokenizer_model) if metadata else None
         tokenizer = load_tokenizer_for_display(recorded, args.tokenizer_type, args.tokenizer_model)
         text = tokenizer.decode(ids.tolist()) if tokenizer else " ".join(map(str, ids.tolist()))
-        console.print(f"\n{prefix}, tokens {start:,} to {start + length - 1:,}", style="bold", highlight=False)
-        console.print(text[: args.characters], markup=False, highlight=False)
+        console.print(f"\n{prefix}, tokens {start:,} to {start + length - 1:,}", style="bold")
+        console.print(text[: args.characters])
     print(json.dumps({"step": event["step"], "reason": event["reason"], "samples": len(event["spans"])}))
 
 

@@ -14,6 +14,7 @@ import package_check  # noqa: F401 - before the package itself
 
 from megatron_patch.cli.command_line import ArgumentParser, run_tool
 from megatron_patch.preprocess.train_tokenizer import train_tokenizer
+from megatron_patch.utils.console import print_line
 from megatron_patch.utils.units import parse_count
 
 
@@ -27,7 +28,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--max-bytes", default="200M", help="bytes of text to read at most")
     args = parser.parse_args(argv)
     path = train_tokenizer(args.input, args.output, parse_count(args.vocab_size), args.json_key, parse_count(args.max_bytes))
-    print(f"wrote {path}")
+    print_line(f"wrote {path}")
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_patch.training.callbacks.metrics import read_metrics
+from megatron_patch.utils.console import labeled, make_console
 from megatron_patch.utils.units import format_count, format_duration
 
 ROOT = Path(__file__).parent.parent.parent
@@ -66,10 +67,11 @@ class Steps:
             SystemExit: the command failed.
         """
         command = [str(word) for word in arguments]
-        self.console.print(f"\n[bold]{title}[/bold]\n$ {shlex.join(_short(word) for word in command)}", soft_wrap=True)
+        self.console.print(f"\n{title}", style="bold")
+        self.console.print(f"$ {shlex.join(_short(word) for word in command)}", soft_wrap=True)
         result = subprocess.run(command, cwd=ROOT, env=_environment(), stdout=subprocess.PIPE if capture else None, text=True, check=False)
         if result.returncode:
-            self.console.print(f"[red]{title}: the command failed with exit code {result.returncode}[/red]; see its last lines above")
+            self.console.print(f"{title}: the command failed with exit code {result.returncode}; see its last lines above", style="red")
             raise SystemExit(result.returncode)
         return result.stdout or ""
 
@@ -199,7 +201,7 @@ COLUMNS = ("stage", "K", "tokens", "steps", "training loss at K", "held-out loss
 
 def report(console: Console, runs: Sequence[tuple[str, Path]], evaluation: dict[str, Any], sample: str, plot: Path) -> None:
     """Prints the results and what to do next."""
-    console.print("\n[bold]Report[/bold]")
+    console.print("\nReport", style="bold")
     for label, save in runs:
         table = Table(title=label, title_justify="left", header_style="bold")
         for column in COLUMNS:
@@ -216,12 +218,15 @@ def report(console: Console, runs: Sequence[tuple[str, Path]], evaluation: dict[
     )
     if len(runs) > 1:
         console.print(compare(runs))
-    console.print(f"\n[bold]Sample[/bold] after {PROMPT!r}:")
-    console.print(sample.rstrip("\n"), markup=False)
+    console.print(labeled("\nSample", f"after {PROMPT!r}:"))
+    console.print(sample.rstrip("\n"))
     save = runs[0][1]
     console.print(
         f"\nplot        {_short(str(plot))}\ncheckpoint  {_short(str(save))}/{(save / 'latest').read_text().strip()}\n"
-        f"metrics     {_short(str(save / 'metrics.jsonl'))}\n\n[bold]Next[/bold]\n"
+        f"metrics     {_short(str(save / 'metrics.jsonl'))}\n"
+    )
+    console.print("Next", style="bold")
+    console.print(
         "  make compare                                  train at token level for equal cost, on the same plot\n"
         f"  python tools/generate.py --load {_short(str(save))} --prompt 'import os'\n"
         "  python pretrain_gpt_patch.py --help           list every flag; --dry-run prints a plan without data or GPUs\n"
@@ -250,9 +255,7 @@ def main() -> int:
         "--output", type=Path, default=ROOT / "runs" / "quickstart", help="folder for data, runs and plot (default: runs/quickstart)"
     )
     args = parser.parse_args()
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=150)
+    console = make_console(width=150)
     folders, steps = Folders(args.output.resolve()), Steps(console)
     started = time.monotonic()
     prepare(steps, folders)

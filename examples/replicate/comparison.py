@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_patch.errors import DataError
+from megatron_patch.utils.figures import save_figure
 from megatron_patch.utils.units import format_count, parse_count
 
 _EQUAL_COST = 0.5
@@ -162,5 +163,5 @@ def plot_comparison(path: Path, studies: Sequence[StudySummary], colors: Sequenc
     ]
     figure.legend(handles=handles, frameon=False, fontsize=8.5, loc="outside right center")
     figure.suptitle("Patch training against token-level training at equal cost (below 0: patches are better)", fontsize=11)
-    figure.savefig(path, dpi=130)
+    save_figure(figure, path)
     plt.close(figure)

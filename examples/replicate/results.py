@@ -18,6 +18,7 @@ from arms import Arm
 from switches import Switch, SwitchRow, compare_switch, read_switch, training_curve
 
 from megatron_patch.training.callbacks.metrics import read_metrics
+from megatron_patch.utils.figures import save_figure
 from megatron_patch.utils.units import format_count
 
 
@@ -294,7 +295,7 @@ def plot_study(
         axis.grid(alpha=0.25, linewidth=0.6)
         axis.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title, fontsize=11)
-    figure.savefig(path, dpi=130)
+    save_figure(figure, path)
     plt.close(figure)
 
 

@@ -66,6 +66,7 @@ from megatron_patch.config.resolve import load_config
 from megatron_patch.errors import ConfigError, DataError
 from megatron_patch.exit_codes import ExitCode
 from megatron_patch.model.flops import parameter_count
+from megatron_patch.utils.console import make_console
 from megatron_patch.utils.files import write_durably
 from megatron_patch.utils.units import format_count, format_duration, parse_count, plural
 
@@ -188,7 +189,7 @@ class Study:
         Raises:
             DataError: the command failed.
         """
-        self.console.print(f"$ python {shlex.join(command)}", soft_wrap=True, markup=False)
+        self.console.print(f"$ python {shlex.join(command)}", soft_wrap=True)
         environment = {
             **os.environ,
             "PYTHONPATH": os.pathsep.join([str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]).rstrip(":"),
@@ -347,7 +348,7 @@ class Study:
                     if seconds < 1:
                         return False
                     command += ["--exit-duration", f"{seconds}s"]
-                self.console.print(f"\n[bold]run {number} of {total}: {arm.name}, seed {seed}[/bold]")
+                self.console.print(f"\nrun {number} of {total}: {arm.name}, seed {seed}", style="bold")
                 return self.run(command, self.output / "logs" / f"{arm.name}-seed{seed}.log", self.device_variables(slot))
             finally:
                 slots.put(slot)
@@ -362,7 +363,7 @@ class Study:
                         pool.shutdown(cancel_futures=True)
                         raise error
                     failures.append(error)
-                    self.console.print(str(error), style="red", markup=False)
+                    self.console.print(str(error), style="red")
                     continue
                 if not run.result():
                     stopped += 1
@@ -459,9 +460,7 @@ def main(argv: list[str], more_arms: Sequence[Arm] = ()) -> None:
             "whole numbers from 1",
             "raise the value that is below 1",
         )
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=150)
+    console = make_console(width=150)
     if args.plan and not args.text:
         args.text = ["-"]
     study = Study(args, console, more_arms)

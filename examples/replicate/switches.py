@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_patch.utils.figures import save_figure
+
 BINS = 200
 FIRST_STEPS = 10
 GAP_SHARES = (0.02, 0.05, 0.2)
@@ -204,5 +206,5 @@ def plot_switches(path: Path, rows: Sequence[SwitchRow], colors: Sequence[str], 
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False, fontsize=8.5, loc="upper right")
     figure.suptitle(title, fontsize=11)
-    figure.savefig(path, dpi=130)
+    save_figure(figure, path)
     plt.close(figure)

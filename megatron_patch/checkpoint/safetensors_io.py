@@ -20,6 +20,7 @@ import xxhash
 
 from megatron_patch.checkpoint.commit import ManifestEntry
 from megatron_patch.errors import CheckpointError
+from megatron_patch.utils.files import open_new
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -133,7 +134,7 @@ def write_safetensors(
     text += b" " * (-len(text) % 8)
     checksum = xxhash.xxh64()
     try:
-        with path.open("wb") as file:
+        with open_new(path) as file:
             for start in (struct.pack("<Q", len(text)), text):
                 file.write(start)
                 checksum.update(start)

@@ -10,6 +10,8 @@ from typing import Any, NoReturn
 from megatron_patch.config.checks import check_text
 from megatron_patch.engine.environment import ranks_from_environment
 from megatron_patch.errors import ConfigError, MegatronPatchError
+from megatron_patch.utils.console import print_line
+from megatron_patch.utils.files import deny_writing_by_everybody
 from megatron_patch.utils.registry import suggestion
 from megatron_patch.utils.units import parse_count
 
@@ -75,13 +77,14 @@ def run_tool(main: Callable[[list[str]], None]) -> int:
     only on its node.
     """
     rank = 0
+    deny_writing_by_everybody()
     try:
         rank, _, _ = ranks_from_environment()
         check_text(sys.argv[1:])
         main(sys.argv[1:])
     except MegatronPatchError as error:
         if rank == 0 or not isinstance(error, ConfigError):
-            print(f"{f'rank {rank}: ' if rank else ''}{type(error).__name__}: {error}", file=sys.stderr)
+            print_line(f"{f'rank {rank}: ' if rank else ''}{type(error).__name__}: {error}", stderr=True)
         return error.exit_code
     except BrokenPipeError:
         return 1

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from megatron_patch.convert.tokenizer_files import tokenizer_of
 from megatron_patch.convert.verify import differing_texts, positions_to_verify, tokens_to_verify, verify_export
 from megatron_patch.errors import ConfigError
 from megatron_patch.model.precision import DTYPES
+from megatron_patch.utils.console import print_line
 from megatron_patch.utils.units import parse_count
 
 _DESCRIPTION = """\
@@ -69,13 +69,13 @@ def _export(args: argparse.Namespace) -> None:
         checkpoint = replace(checkpoint, tokenizer=given)
     dtype = args.dtype or default_dtype(checkpoint)
     ids = tokens_to_verify(checkpoint, args.verify_data, positions_to_verify(checkpoint.shape)) if args.verify else None
-    done = to_hugging_face(checkpoint, Path(args.output), size, dtype, on_file=lambda text: print(text, file=sys.stderr))
+    done = to_hugging_face(checkpoint, Path(args.output), size, dtype, on_file=lambda text: print_line(text, stderr=True))
     result = {**asdict(done), "folder": str(done.folder), "checkpoint": str(checkpoint.found.folder), "step": checkpoint.found.state.step}
     if not done.tokenizer:
-        print(
+        print_line(
             "No tokenizer was exported: the checkpoint names none, or its files are not on this machine. "
             "Give --tokenizer-model, or copy its files into the folder.",
-            file=sys.stderr,
+            stderr=True,
         )
     if ids is not None:
         result["verified"] = asdict(verify_export(checkpoint, done.folder, ids, DTYPES[dtype]))
@@ -83,9 +83,9 @@ def _export(args: argparse.Namespace) -> None:
         if tokenizer is not None:
             result["tokenizer_differs_on"] = differing_texts(done.folder, tokenizer)
             for text in result["tokenizer_differs_on"]:
-                print(
+                print_line(
                     f"The exported tokenizer in transformers and the training data's tokenizer give different ids for {text!r}",
-                    file=sys.stderr,
+                    stderr=True,
                 )
     print(json.dumps(result))
 
@@ -115,13 +115,13 @@ def _report(done: ImportResult, output: str) -> None:
     """Prints the flags to train on with, and the result as one line of JSON."""
     flags = training_flags(done.shape, done.family)
     if flags is None:
-        print(
+        print_line(
             "No combination of training flags gives this shape (biases only in the attention layers). The checkpoint can be "
             "evaluated, exported and used for generation.",
-            file=sys.stderr,
+            stderr=True,
         )
     else:
-        print(f"Train on with: --load {output} --finetune --save FOLDER {' '.join(flags)}", file=sys.stderr)
+        print_line(f"Train on with: --load {output} --finetune --save FOLDER {' '.join(flags)}", stderr=True)
     tokenizer = str(done.tokenizer) if done.tokenizer else None
     print(
         json.dumps(

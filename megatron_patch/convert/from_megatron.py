@@ -104,8 +104,14 @@ def find_file(source: Path) -> Path:
     """
     tracker = source / "latest_checkpointed_iteration.txt"
     if tracker.is_file():
-        text = tracker.read_text(encoding="utf-8").strip()
-        source = source / ("release" if text == "release" else f"iter_{int(text):07d}" if text.isdigit() else text)
+        text = tracker.read_text(encoding="utf-8", errors="replace").strip()
+        if not re.fullmatch("release|[0-9]{1,12}", text):
+            raise CheckpointError(
+                f"{tracker} contains {text[:40]!r}",
+                "release, or the number of an iteration",
+                "correct it, or give the folder of an iteration",
+            )
+        source = source / ("release" if text == "release" else f"iter_{int(text):07d}")
     if (source / FILE).is_file():
         return source / FILE
     ranks = sorted(path.name for path in source.glob("mp_rank_*"))

@@ -177,7 +177,7 @@ def _resume(partial: Path, source: Mapping[str, Any]) -> dict[str, ManifestEntry
             done = {str(name): ManifestEntry(**entry) for name, entry in progress["done"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         done = {}
-    if partial.exists() and not (partial / _PROGRESS).is_file() and any(partial.iterdir()):
+    if partial.is_symlink() or (partial.exists() and not (partial / _PROGRESS).is_file() and any(partial.iterdir())):
         raise CheckpointError(
             f"{partial} exists and is not an unfinished export",
             "an --output whose OUTPUT.partial does not exist",

@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 
-from megatron_patch.data.storage import exists, glob_files, is_address, read_bytes
+from megatron_patch.data.storage import check_address, exists, glob_files, is_address, read_bytes
 from megatron_patch.errors import DataError
 
 _SHARD = re.compile(r"_shard-(\d+)-of-(\d+)(?=_|$)")
@@ -47,6 +47,8 @@ def _bare(word: str) -> str:
 
 
 def _listed(path: str) -> tuple[str, ...]:
+    if is_address(path):
+        check_address(path)  # before an error repeats it
     try:
         lines = [line.strip() for line in read_bytes(path).decode("utf-8").splitlines()]
     except (DataError, UnicodeDecodeError) as error:

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from megatron_patch.data.indexed_dataset import DTYPE_CODES, bin_path, idx_path, pack_header
 from megatron_patch.errors import DataError
-from megatron_patch.utils.files import fsync_folder
+from megatron_patch.utils.files import fsync_folder, open_in_place, open_new
 from megatron_patch.utils.units import plural
 
 _CHUNK = 1 << 20
@@ -44,13 +44,14 @@ class IndexedDatasetWriter:
         self._temporary = [Path(f"{path}.partial") for path in (bin_path(prefix), idx_path(prefix), Path(f"{prefix}.lengths"))]
         self._finished = False
         self._kept = resume is not None
-        mode = "wb+" if resume is None else "rb+"
         try:
             bin_path(prefix).parent.mkdir(parents=True, exist_ok=True)
             if resume is not None:
                 self._restore_name()
-            self._bin = self._temporary[0].open(mode, buffering=_CHUNK)
-            self._lengths = self._temporary[2].open(mode, buffering=_CHUNK)
+            self._bin, self._lengths = (
+                open_new(path, "wb+", _CHUNK) if resume is None else open_in_place(path, "rb+", _CHUNK)
+                for path in (self._temporary[0], self._temporary[2])
+            )
             if resume is not None:
                 self._truncate(*resume)
         except FileNotFoundError as error:
@@ -190,7 +191,7 @@ class IndexedDatasetWriter:
         """
         try:
             self._lengths.flush()
-            with self._temporary[1].open("wb", buffering=_CHUNK) as index:
+            with open_new(self._temporary[1], "wb", _CHUNK) as index:
                 index.write(pack_header(self.dtype, self.num_documents, self.num_documents + 1))
                 for lengths in self._length_chunks():
                     index.write(lengths.data)

@@ -10,6 +10,7 @@ from megatron_patch.errors import ConfigError
 from megatron_patch.planning.plan import Plan, token_stage
 from megatron_patch.planning.timing import step_time
 from megatron_patch.stages import Stage
+from megatron_patch.utils.figures import save_figure
 
 PATCH_SIZES = (2, 3, 4, 6, 8, 16)
 FRACTIONS = (*(step / 20 for step in range(20)), 0.99)
@@ -84,7 +85,7 @@ def plot_sensitivity(plan: Plan, output: Path) -> None:
     figure.suptitle(f"{plan.layout.ranks:,} x {plan.hardware.name}, {plan.layout.name()}", fontsize=11)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(output, dpi=130)
+        save_figure(figure, output)
     except OSError as error:
         raise ConfigError(f"cannot write {output}: {error.strerror}", "a writable file", "change --plot") from error
     finally:

@@ -6,12 +6,14 @@ from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from megatron_patch.model.shape import ModelShape
 from megatron_patch.planning.memory import COUNTED_PARTS
 from megatron_patch.planning.plan import PipelinePart, Plan, Resources
 from megatron_patch.planning.reliability import Simulation
 from megatron_patch.planning.search import Candidate
+from megatron_patch.utils.console import labeled
 from megatron_patch.utils.units import format_count, format_duration, plural
 
 GIB = 2**30
@@ -99,7 +101,7 @@ def resource_table(plan: Plan) -> Table:
 
 def print_tables(plan: Plan, console: Console) -> None:
     """Prints every table of a plan."""
-    console.print(f"[bold]{plan.layout.ranks:,} x {plan.hardware.name}[/bold]: {plan.layout.name()}")
+    console.print(Text.assemble((f"{plan.layout.ranks:,} x {plan.hardware.name}", "bold"), f": {plan.layout.name()}"))
     console.print(rank_table(plan.parts, plan.shape))
     console.print(stage_table(plan))
     if any(estimate.traffic for estimate in plan.stages):
@@ -107,21 +109,22 @@ def print_tables(plan: Plan, console: Console) -> None:
     console.print(resource_table(plan))
     saved = plan.checkpoints
     console.print(
-        f"[bold]Checkpoints[/bold] {saved.bytes / GIB:,.1f} GiB each. With a failure every ~{format_duration(saved.mtbf_seconds)} on "
-        f"{plural(plan.layout.ranks, 'device')} and {saved.save_seconds:g} s per save, save every ~{format_duration(saved.daly_seconds)} "
-        f"(~{plural(saved.steps, 'step')}; Young's formula: {format_duration(saved.young_seconds)}): ~{saved.goodput:.1%} of the time "
-        "trains"
+        labeled(
+            "Checkpoints",
+            f"{saved.bytes / GIB:,.1f} GiB each. With a failure every ~{format_duration(saved.mtbf_seconds)} on "
+            f"{plural(plan.layout.ranks, 'device')} and {saved.save_seconds:g} s per save, save every "
+            f"~{format_duration(saved.daly_seconds)} (~{plural(saved.steps, 'step')}; Young's formula: "
+            f"{format_duration(saved.young_seconds)}): ~{saved.goodput:.1%} of the time trains",
+        )
     )
     need, available = plan.fullest.memory.total / GIB, plan.hardware.memory_gib
     if plan.fits:
-        console.print(f"[bold]Memory[/bold] ~{need:.1f} of {available:.1f} GiB on the fullest rank, in stage {plan.fullest.peak_stage}")
+        console.print(labeled("Memory", f"~{need:.1f} of {available:.1f} GiB on the fullest rank, in stage {plan.fullest.peak_stage}"))
     else:
-        console.print(
-            f"[bold red]Memory[/bold red] ~{need:.1f} GiB on the fullest rank, but a device has {available:.1f} GiB; --search lists the "
-            "layouts that fit"
-        )
+        need_text = f"~{need:.1f} GiB on the fullest rank, but a device has {available:.1f} GiB; --search lists the layouts that fit"
+        console.print(labeled("Memory", need_text, "bold red"))
     console.print(
-        "[dim]Counted: parameters, FLOPs, weights, optimizer, activations, bytes sent, bubble. Estimated (~): everything else.[/dim]"
+        "Counted: parameters, FLOPs, weights, optimizer, activations, bytes sent, bubble. Estimated (~): everything else.", style="dim"
     )
 
 
@@ -162,7 +165,5 @@ def print_simulation(simulation: Simulation, devices: int, interval: float, cons
     table.add_row("wall time", format_duration(simulation.wall_seconds), "100.0%")
     console.print(table)
     stages = ", ".join(f"{name} {format_duration(seconds)}" for name, seconds in simulation.stage_seconds.items())
-    console.print(
-        f"[bold]Goodput {simulation.goodput:.1%}[/bold]; {plural(simulation.failures, 'failure')}, "
-        f"{plural(simulation.preemptions, 'preemption')}; {stages}"
-    )
+    counts = f"{plural(simulation.failures, 'failure')}, {plural(simulation.preemptions, 'preemption')}"
+    console.print(Text.assemble((f"Goodput {simulation.goodput:.1%}", "bold"), f"; {counts}; {stages}"))

@@ -74,7 +74,7 @@ def dedup_and_shuffle(source: str, output: str, dedup: bool, shuffle_seed: int |
         )
     shutil.rmtree(scratch, ignore_errors=True)
     try:
-        scratch.mkdir(parents=True)
+        scratch.mkdir(mode=0o700, parents=True)
         allow_open_files(2 * _MAX_PARTS + 256)
         dropped = _find_duplicates(dataset, scratch) if dedup else _Dropped(None)
         with IndexedDatasetWriter(output, dataset.dtype) as writer:

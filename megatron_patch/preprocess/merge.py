@@ -24,7 +24,7 @@ from megatron_patch.data.indexed_dataset import IndexedDataset, bin_path, idx_pa
 from megatron_patch.data.storage import FileArray, is_address
 from megatron_patch.errors import DataError
 from megatron_patch.preprocess.dedup_shuffle import dedup_and_shuffle
-from megatron_patch.utils.files import checksum, copy_range, fsync_folder
+from megatron_patch.utils.files import checksum, copy_range, fsync_folder, open_new
 from megatron_patch.utils.units import plural
 
 _CHUNK = 1 << 20
@@ -212,7 +212,7 @@ def _combined(one: DatasetMetadata, other: DatasetMetadata, one_prefix: str, oth
 
 
 def _copy_tokens(shards: Sequence[_Shard], path: Path) -> None:
-    with path.open("wb") as target:
+    with open_new(path) as target:
         for shard in shards:
             with bin_path(shard.prefix).open("rb") as source:
                 try:
@@ -258,7 +258,7 @@ def _chunks(array: FileArray, first: int = 0) -> Iterator[npt.NDArray[Any]]:
 def _write_index(shards: Sequence[_Shard], dtype: np.dtype[np.generic], modes: bool, path: Path) -> None:
     """Writes the index in four passes over the shards, one for each section. One shard is open at a time."""
     sequences, documents = sum(shard.sequences for shard in shards), sum(shard.documents for shard in shards)
-    with path.open("wb", buffering=_CHUNK) as index:
+    with open_new(path, "wb", _CHUNK) as index:
         index.write(pack_header(dtype, sequences, documents + 1))
         for shard in shards:
             dataset = _open(shard)

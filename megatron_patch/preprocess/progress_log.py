@@ -20,7 +20,7 @@ import xxhash
 from megatron_patch.errors import DataError
 from megatron_patch.preprocess.encode import EncodeSettings
 from megatron_patch.raw_text.inputs import STANDARD_INPUT, FileRange
-from megatron_patch.utils.files import checksum, fsync_folder, write_durably
+from megatron_patch.utils.files import checksum, fsync_folder, open_in_place, write_durably
 from megatron_patch.utils.units import plural
 
 FORMAT = "megatron_patch/progress-1"
@@ -183,7 +183,7 @@ class ProgressLog:
         try:
             if self._file is None:
                 new = not self._path.exists()
-                self._file = self._path.open("a", encoding="utf-8")
+                self._file = open_in_place(self._path, "a")
                 if new:
                     self._file.write(self._first)
                     fsync_folder(self._path.parent)

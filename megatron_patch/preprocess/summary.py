@@ -17,6 +17,7 @@ from megatron_patch.data.indexed_dataset import IndexedDataset
 from megatron_patch.errors import DataError
 from megatron_patch.preprocess.encode import EncodedBatch
 from megatron_patch.tokenizers.base import Tokenizer
+from megatron_patch.utils.files import open_in_place, open_new
 
 _LISTED_BAD_LINES = 100_000
 _CHUNK = 1 << 20
@@ -163,7 +164,7 @@ class BadLines:
         self._file: Any = None
         self.input, self.line, self.count = file, line, count
         if size:
-            self._file = path.open("r+", encoding="utf-8")
+            self._file = open_in_place(path, "r+")
             self._file.truncate(size)
             self._file.seek(0, os.SEEK_END)
 
@@ -193,7 +194,7 @@ class BadLines:
     def _write(self, text: str) -> None:
         try:
             if self._file is None:
-                self._file = self._path.open("w", encoding="utf-8")
+                self._file = open_new(self._path, "w")
             self._file.write(text)
         except OSError as error:
             raise self._failure(error) from error

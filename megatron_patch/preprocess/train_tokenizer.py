@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from megatron_patch.raw_text.inputs import FileRange, expand
 from megatron_patch.raw_text.large_documents import load_text
 from megatron_patch.raw_text.parse_documents import iterate_documents
 from megatron_patch.raw_text.readers import read_batches
+from megatron_patch.utils.files import write_durably
 
 EOD_TOKEN = "<|endoftext|>"
 
@@ -75,10 +75,9 @@ def train_tokenizer(inputs: Sequence[str], output: str, vocab_size: int, key: st
             "clean_up_tokenization_spaces": False,
             "model_input_names": ["input_ids", "attention_mask"],
         }
-        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")
+        write_durably(folder / "tokenizer_config.json", json.dumps(config, indent=1) + "\n")
         # Written last and renamed when it is complete, so that a tokenizer.json that exists can be used.
-        backend.save(str(folder / "tokenizer.json.partial"))
-        os.replace(folder / "tokenizer.json.partial", folder / "tokenizer.json")
+        write_durably(folder / "tokenizer.json", backend.to_str(pretty=True))
     except OSError as error:
         raise DataError(f"cannot write {folder}: {error.strerror}", "a writable folder") from error
     return folder / "tokenizer.json"

@@ -25,7 +25,7 @@ from megatron_patch.preprocess.prefetch import prefetch_if
 from megatron_patch.raw_text.parse_documents import parse_batch
 from megatron_patch.raw_text.readers import Batch
 from megatron_patch.tokenizers.base import Tokenizer
-from megatron_patch.utils.files import begin_writing_back
+from megatron_patch.utils.files import begin_writing_back, open_descriptor
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class _WorkerLoop:
     def _receive(self) -> None:
         """Receives messages as they arrive, so that the sender never waits for a full pipe; writes while the other thread encodes."""
         try:
-            files = [os.open(path, os.O_WRONLY) for path in self._task.outputs]
+            files = [open_descriptor(Path(path), os.O_WRONLY) for path in self._task.outputs]
             while True:
                 message = self._work.recv()
                 if isinstance(message, WriteAt):

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from typing import BinaryIO
 
 LARGE_BYTES = 1 << 25
+MOST_DOCUMENT_BYTES = 1 << 30
+"""Largest document that is held in memory: a line, a row, or the text between two separators or of a compressed file."""
 _PIECE_BYTES = 1 << 22
 
 

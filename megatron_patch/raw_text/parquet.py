@@ -6,17 +6,23 @@ group is never held in memory completely. Needs `pyarrow`, which is an extra.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
+
 from megatron_patch.errors import DataError
+from megatron_patch.raw_text.large_documents import MOST_DOCUMENT_BYTES
 
 _MOST_ROWS = 1 << 16
+_MOST_BYTES = 1 << 26
 
 
 def _pyarrow() -> tuple[Any, Any]:
     try:
         import pyarrow
+        import pyarrow.compute
         import pyarrow.parquet
     except ImportError as error:
         raise DataError(
@@ -44,8 +50,11 @@ def row_batches(path: str, keys: Sequence[str], start: int, batch_bytes: int) ->
     """
     arrow, parquet = _pyarrow()
     try:
-        with parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as file:
-            _check_columns(arrow, path, file.schema_arrow, keys)
+        _check_columns(arrow, path, parquet.read_schema(path), keys)
+        # A dictionary stores a repeated text once, and is kept as it is read. Otherwise a batch of rows with one long text would take
+        # hundreds of gigabytes, out of a file of a few kilobytes.
+        columns = list(dict.fromkeys(keys))
+        with parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20, read_dictionary=columns) as file:
             rows = file.metadata.num_rows
             groups, first = [], 0
             skipped = 0
@@ -60,20 +69,63 @@ def row_batches(path: str, keys: Sequence[str], start: int, batch_bytes: int) ->
             if not groups or start >= rows:
                 return
             size = max(1, min(_MOST_ROWS, batch_bytes * rows // max(1, _text_bytes(file.metadata, keys))))
-            for batch in file.iter_batches(size, row_groups=groups, columns=list(dict.fromkeys(keys)), use_threads=False):
+            # Group by group: Arrow cannot join the dictionaries of two groups inside of a struct.
+            batches = (file.iter_batches(size, row_groups=[group], columns=columns, use_threads=False) for group in groups)
+            for batch in itertools.chain.from_iterable(batches):
                 position += batch.num_rows
                 if drop >= batch.num_rows:
                     drop -= batch.num_rows
                     continue
                 batch, drop = batch.slice(drop), 0
-                sink = arrow.BufferOutputStream()
-                with arrow.ipc.new_stream(sink, batch.schema) as stream:
-                    stream.write_batch(batch)
-                yield sink.getvalue().to_pybytes(), position, position / rows
+                done = position - batch.num_rows
+                for part in _divided(arrow, batch, columns, path):
+                    done += part.num_rows
+                    sink = arrow.BufferOutputStream()
+                    with arrow.ipc.new_stream(sink, part.schema) as stream:
+                        stream.write_batch(part)
+                    yield sink.getvalue().to_pybytes(), done, done / rows
     except (arrow.ArrowException, OSError) as error:
         raise DataError(
             f"{path} cannot be read: {error}", "complete Parquet files", "repair the file or remove it from --input, and run again"
         ) from error
+
+
+def _divided(arrow: Any, batch: Any, keys: Sequence[str], path: str) -> Iterator[Any]:
+    """Yields the texts of a batch, a column for each key, in parts of at most `_MOST_BYTES` of text, or of one row.
+
+    Raises:
+        DataError: a text is too long.
+    """
+    compute = arrow.compute
+    columns = [_column(batch, key) for key in keys]
+    sizes = np.zeros(batch.num_rows, np.int64)
+    for column in columns:
+        lengths = compute.binary_length(column.dictionary).cast("int64").take(column.indices)
+        sizes += compute.fill_null(lengths, 0).to_numpy(zero_copy_only=False)
+    if sizes.size and int(sizes.max()) > MOST_DOCUMENT_BYTES:
+        raise DataError(
+            f"{path} has a document of more than {MOST_DOCUMENT_BYTES:,} bytes",
+            f"documents of at most {MOST_DOCUMENT_BYTES:,} bytes",
+            "remove the document or split it",
+        )
+    ends, start = np.cumsum(sizes), 0
+    while start < batch.num_rows:
+        before = int(ends[start - 1]) if start else 0
+        end = max(start + 1, int(np.searchsorted(ends, before + _MOST_BYTES, side="right")))
+        texts = [column.slice(start, end - start).dictionary_decode() for column in columns]
+        yield arrow.RecordBatch.from_arrays(texts, names=list(keys))
+        start = end
+
+
+def _column(batch: Any, key: str) -> Any:
+    """Returns the column of a key, as an array with a dictionary; null where a struct that contains it is null."""
+    import pyarrow.compute
+
+    first, *names = key.split(".")
+    column = batch.column(first)
+    for name in names:
+        column = pyarrow.compute.struct_field(column, name)
+    return column if hasattr(column, "dictionary") else column.dictionary_encode()
 
 
 def _text_bytes(metadata: Any, keys: Sequence[str]) -> int:
@@ -109,22 +161,12 @@ def texts_of_rows(data: bytes, keys: Sequence[str]) -> list[list[str | None]]:
     table = arrow.ipc.open_stream(data).read_all()
     columns = []
     for key in keys:
-        names = key.split(".")
-        column = table.column(names[0])
-        for name in names[1:]:
-            column = arrow.chunked_array([_field(chunk, name) for chunk in column.chunks])
+        column = table.column(key)
         try:
             columns.append(column.to_pylist())
         except UnicodeDecodeError:
             columns.append([_text(value) for value in column])
     return columns
-
-
-def _field(struct: Any, name: str) -> Any:
-    """Returns a field of a struct array; null where the struct is null."""
-    import pyarrow.compute
-
-    return pyarrow.compute.struct_field(struct, name)
 
 
 def _text(value: Any) -> str | None:

@@ -16,7 +16,7 @@ from typing import BinaryIO, Literal, cast
 from megatron_patch.errors import DataError
 from megatron_patch.raw_text.compression import open_compressed, read_errors
 from megatron_patch.raw_text.inputs import STANDARD_INPUT, FileRange, inner_suffix, is_compressed, next_line_start, remaining_ranges
-from megatron_patch.raw_text.large_documents import LARGE_BYTES
+from megatron_patch.raw_text.large_documents import LARGE_BYTES, MOST_DOCUMENT_BYTES
 from megatron_patch.raw_text.parquet import row_batches
 
 BATCH_BYTES = 1 << 20
@@ -111,6 +111,14 @@ class Batch:
         )
 
 
+def _too_long(source: str) -> DataError:
+    return DataError(
+        f"{source} has a document of more than {MOST_DOCUMENT_BYTES:,} bytes",
+        f"documents of at most {MOST_DOCUMENT_BYTES:,} bytes; a .txt file that is one document may be larger",
+        "remove the document or split it, or give a plain .txt file; for text without separators, check --txt-separator",
+    )
+
+
 class _StreamSplitter:
     """Splits a stream between documents.
 
@@ -143,6 +151,8 @@ class _StreamSplitter:
             if kept > boundary:
                 self._pieces.append(piece[boundary:kept])
             carry = piece[kept:]
+            if read - next_unit > MOST_DOCUMENT_BYTES:
+                raise _too_long(self._source)
         if carry:
             self._pieces.append(carry)
         last = self._batch(read, 1.0)
@@ -192,6 +202,8 @@ def _line_batches(part: FileRange, index: int) -> Iterator[Batch]:
     step = min(_LARGER * BATCH_BYTES, max(BATCH_BYTES, (last - start) // _MAX_BATCHES))
     while start < last:
         end = min(last, next_line_start(part.path, min(last, start + step)))
+        if end - start > step + MOST_DOCUMENT_BYTES:
+            raise _too_long(part.path)
         fraction = (end - part.start) / (last - part.start)
         yield Batch(part.path, "lines", index, end, fraction, path=part.path, start=start, end=end)
         start = end

@@ -19,6 +19,7 @@ from megatron_patch.checkpoint.trainer_state import STATE
 from megatron_patch.errors import DataError
 from megatron_patch.reporting.metrics_file import MOST_POINTS, Marks, Places, read_metrics_file
 from megatron_patch.reporting.rows import EVALUATION_COLUMNS, STEP_COLUMNS, LeftOut, read_rows
+from megatron_patch.utils.console import visible
 from megatron_patch.utils.units import plural
 
 Columns = dict[str, list[Any]]
@@ -113,8 +114,8 @@ def read_history(save: Path, label: str | None = None, most_points: int = MOST_P
     options, given, plan = _configuration(save, notes)
     start, last = run.start, dict(zip((*STEP_COLUMNS, "cost", "time", "stage"), run.last, strict=True))
     return History(
-        label=label or printable(save.resolve().name),
-        folder=printable(str(save)),
+        label=label or visible(save.resolve().name),
+        folder=visible(str(save)),
         state=run.state,
         total_tokens=start.get("total_tokens") or last["tokens"],
         total_steps=start.get("total_steps") or last["step"],
@@ -137,11 +138,6 @@ def read_history(save: Path, label: str | None = None, most_points: int = MOST_P
         thinned=run.steps.rows_per_bin,
         notes=notes,
     )
-
-
-def printable(text: str) -> str:
-    """Returns a file name as text that can be written as UTF-8."""
-    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _columns(rows: Sequence[Sequence[Any]], names: Sequence[str]) -> Columns:
@@ -188,7 +184,7 @@ def _named(pairs: Iterable[Any]) -> list[tuple[str, float]]:
     for pair in pairs:
         prefix, weight = pair if isinstance(pair, (list, tuple)) and len(pair) == 2 else (None, None)
         if isinstance(prefix, str) and isinstance(weight, (int, float)) and 0 < weight < 1e30:
-            rows.append((printable(Path(prefix).name), weight))
+            rows.append((visible(Path(prefix).name), weight))
     total = sum(weight for _, weight in rows)
     return [(name, weight / total) for name, weight in rows]
 

@@ -1,10 +1,15 @@
 """A report about runs as one HTML file that contains its styles, script and data and needs no network.
 
 In: `History` records. Out: the text of the page. `report.js` draws the charts from the numbers of the metrics files.
+
+Names, options and events come from files that others may have written. They are data, which `report.js` shows as text. Should that fail,
+the page's Content-Security-Policy still holds: a browser runs this one script, applies these styles, and loads and sends nothing.
 """
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import html
 import json
 from collections.abc import Sequence
@@ -16,6 +21,7 @@ from pathlib import Path
 from megatron_patch import __version__
 from megatron_patch.errors import DataError
 from megatron_patch.reporting.history import History, differing_options, labeled, read_history
+from megatron_patch.utils.console import visible
 from megatron_patch.utils.files import write_durably
 
 
@@ -32,10 +38,12 @@ def render(histories: Sequence[History], title: str) -> str:
         "version": __version__,
         "made": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     }
+    style, script = _asset("report.css"), _asset("report.js")
     parts = {
-        "title": html.escape(title),
-        "style": _asset("report.css"),
-        "script": _asset("report.js"),
+        "policy": html.escape(content_security_policy(style, script)),
+        "title": html.escape(visible(title)),
+        "style": style,
+        "script": script,
         # "</" or "<!--" in the data would end the script element, so every "<" is escaped.
         "data": json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c"),
     }
@@ -45,6 +53,28 @@ def render(histories: Sequence[History], title: str) -> str:
         name, rest = piece.split("}}", 1)
         before += parts[name.strip()] + rest
     return before
+
+
+def content_security_policy(style: str, script: str) -> str:
+    """Returns the policy of a page that consists of its own text only.
+
+    Args:
+        style: content of its style element.
+        script: content of its script element.
+    """
+    return "; ".join(
+        [
+            "default-src 'none'",
+            f"script-src '{_source_hash(script)}'",
+            f"style-src '{_source_hash(style)}'",
+            "base-uri 'none'",
+            "form-action 'none'",
+        ]
+    )
+
+
+def _source_hash(text: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
 def _asset(name: str) -> str:

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_patch.errors import DataError
-from megatron_patch.reporting.history import labeled, printable
+from megatron_patch.reporting.history import labeled
 from megatron_patch.reporting.metrics_file import read_metrics_file
 from megatron_patch.reporting.rows import EVALUATION_COLUMNS
+from megatron_patch.utils.console import visible
+from megatron_patch.utils.figures import legend_label, save_figure
 from megatron_patch.utils.units import format_count
 
 _COLORS = ("#1f5fa8", "#d1495b", "#2e8b57", "#8a5fbf", "#c98a1b", "#3aa6a6", "#7a5548", "#5b6570")
@@ -59,7 +61,7 @@ def read_curve(run: Path, label: str | None = None) -> Curve:
         )
     switches = [metrics.places.locate(record) for record in metrics.switches.last]
     return Curve(
-        label or printable(run.name),
+        label or visible(run.name),
         [row["tokens"] for row in evaluations],
         [row["cost_tokens"] for row in evaluations],
         [row["token_loss"] for row in evaluations],
@@ -102,13 +104,11 @@ def plot_runs(runs: Sequence[Path], output: Path, labels: Sequence[str] | None =
         axis.set_xlim(left=0)
     _zoom(axes[0], curves)
     axes[0].set_ylabel("held-out token loss (nats per token, K = 1)")
-    # A dollar sign in a label is no formula.
-    for text in axes[1].legend(frameon=False, loc="upper right").get_texts():
-        text.set_parse_math(False)
-    figure.suptitle(title or "Held-out token loss (dashed in patch stages; a ring marks the switch)", fontsize=11, parse_math=False)
+    axes[1].legend(frameon=False, loc="upper right")
+    figure.suptitle(title or "Held-out token loss (dashed in patch stages; a ring marks the switch)", fontsize=11)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(output, dpi=130)
+        save_figure(figure, output)
     except OSError as error:
         raise DataError(f"cannot write {output}: {error.strerror}", "a writable file", "change --output") from error
     finally:
@@ -133,7 +133,7 @@ def _draw(axis: Any, curve: Curve, name: str, color: str) -> None:
         position = tokens if name == "tokens" else cost_tokens
         nearest = min(range(len(xs)), key=lambda index: abs(xs[index] - position))
         axis.plot([position], [curve.losses[nearest]], "o", markerfacecolor="white", markeredgecolor=color, markersize=6)
-    axis.plot([xs[-1]], [curve.losses[-1]], "o", color=color, markersize=4.5, label=f"{curve.label}: {curve.losses[-1]:.3f}")
+    axis.plot([xs[-1]], [curve.losses[-1]], "o", color=color, markersize=4.5, label=legend_label(f"{curve.label}: {curve.losses[-1]:.3f}"))
 
 
 def _zoom(axis: Any, curves: Sequence[Curve]) -> None:

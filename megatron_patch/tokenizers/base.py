@@ -6,7 +6,6 @@ that is installed and agrees with the reference (`preprocess.fast_encoder`).
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +15,7 @@ from megatron_patch.tokenizers.interface import Flat, Tokenizer, TokenizerOption
 from megatron_patch.tokenizers.null import NullTokenizer, load_null
 from megatron_patch.tokenizers.sentencepiece import SentencePieceTokenizer, load_sentencepiece
 from megatron_patch.tokenizers.tiktoken import load_tiktoken
+from megatron_patch.utils.console import print_line
 from megatron_patch.utils.registry import lookup
 
 __all__ = [
@@ -133,7 +133,7 @@ def load_tokenizer_for_display(known: tuple[str, str] | None, tokenizer_type: st
     except DataError as error:
         if tokenizer_type:
             raise
-        print(f"tokens are printed as ids: {error.what}", file=sys.stderr)
+        print_line(f"tokens are printed as ids: {error.what}", stderr=True)
         return None
 
 

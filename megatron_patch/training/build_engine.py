@@ -15,6 +15,7 @@ from megatron_patch.engine.deepspeed_config import EngineConfig
 from megatron_patch.engine.interface import Engine
 from megatron_patch.model.gpt import GPTModel
 from megatron_patch.parallel.groups import Groups
+from megatron_patch.training.compile_cache import require_own_compile_cache
 from megatron_patch.training.faults.interruptible_compile import interruptible
 from megatron_patch.training.resume import StartPoint
 
@@ -62,6 +63,7 @@ def _make_engine(
         parallel = groups.tensor_parallel(options.sequence_parallel)
         model = GPTModel(run.shape, options.recompute_granularity, options.operators, parallel, layers)
         if options.compile:
+            require_own_compile_cache()
             model.compile_blocks(interruptible(stop_signalled))
         return model
 

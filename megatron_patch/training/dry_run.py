@@ -21,6 +21,7 @@ from megatron_patch.planning.plan import pipeline_parts
 from megatron_patch.planning.tables import rank_table
 from megatron_patch.stages import Stage
 from megatron_patch.training.stream import corpus_usage_table
+from megatron_patch.utils.console import labeled
 from megatron_patch.utils.units import format_count, plural
 
 _LEFT = ("stage", "optimizer", "lr")
@@ -107,38 +108,40 @@ def print_plan(
         values = option_values(run.options)
         given = ", ".join(f"{name.replace('_', '-')} = {values[name]} ({origin})" for name, origin in sorted(run.origins.items()))
         options = f"{given}; the other options have their defaults" if given else "all options have their defaults"
-        console.print(f"[bold]Options[/bold] {options}", highlight=False, soft_wrap=True)
+        console.print(labeled("Options", options), soft_wrap=True)
     console.print(stage_table(run, cost, console.width))
     count = parameter_count(run.shape)
     console.print(
-        f"[bold]Model[/bold] {format_count(count.total)} parameters ({count.total:,}): embedding {format_count(count.embedding)}, "
-        f"blocks {format_count(count.blocks)}, head {format_count(count.head)}; {plural(run.shape.num_layers, 'layer')} "
-        f"x {run.shape.hidden_size}, {plural(run.shape.num_attention_heads, 'head')}, "
-        f"{plural(run.shape.num_query_groups, 'key-value head')}, vocabulary {run.shape.vocab_size:,}",
-        highlight=False,
+        labeled(
+            "Model",
+            f"{format_count(count.total)} parameters ({count.total:,}): embedding {format_count(count.embedding)}, "
+            f"blocks {format_count(count.blocks)}, head {format_count(count.head)}; {plural(run.shape.num_layers, 'layer')} "
+            f"x {run.shape.hidden_size}, {plural(run.shape.num_attention_heads, 'head')}, "
+            f"{plural(run.shape.num_query_groups, 'key-value head')}, vocabulary {run.shape.vocab_size:,}",
+        )
     )
     flops = sum(stage.steps * cost.step_flops(stage) for stage in run.plan.stages)
     console.print(
-        f"[bold]Cost[/bold] {flops:.3g} FLOPs: {cost.total:.3f} of token-level training on the same {format_count(run.plan.tokens)} tokens "
-        f"({run.plan.cost():.3f} counted in positions: λ/K + 1 - λ)",
-        highlight=False,
+        labeled(
+            "Cost",
+            f"{flops:.3g} FLOPs: {cost.total:.3f} of token-level training on the same {format_count(run.plan.tokens)} tokens "
+            f"({run.plan.cost():.3f} counted in positions: λ/K + 1 - λ)",
+        )
     )
-    console.print(
-        "[bold]Data[/bold] "
-        + (", ".join(f"{prefix} ({weight:.1%})" for prefix, weight in run.blend) or "none (no --data-path)")
-        + f"; read in blocks of {run.plan.block_tokens:,} tokens",
-        highlight=False,
-    )
+    blend = ", ".join(f"{prefix} ({weight:.1%})" for prefix, weight in run.blend) or "none (no --data-path)"
+    console.print(labeled("Data", f"{blend}; read in blocks of {run.plan.block_tokens:,} tokens"))
     if stream is not None:
         console.print(corpus_usage_table(stream))
     console.print(
-        f"[bold]Ranks[/bold] {layout.ranks:,}: {layout.name()}; about {fullest / 2**30:.1f} GiB of memory on the fullest rank",
-        highlight=False,
+        labeled(
+            "Ranks",
+            f"{layout.ranks:,}: {layout.name()}; about {fullest / 2**30:.1f} GiB of memory on the fullest rank",
+        )
     )
     if origins:
         console.print(rank_table(parts, run.shape))
     for note in (*run.notes, *engine_config.notes):
-        console.print(f"[yellow]Note[/yellow] {note}", highlight=False)
+        console.print(labeled("Note", note, "yellow"))
     if origins:
         settings = {**engine_config.deepspeed, **batch_settings(run.plan.stages[0], run.data_parallel_size)}
-        console.print(f"[bold]DeepSpeed[/bold] (first stage) {json.dumps(settings)}", highlight=False, soft_wrap=True)
+        console.print(labeled("DeepSpeed", f"(first stage) {json.dumps(settings)}"), soft_wrap=True)

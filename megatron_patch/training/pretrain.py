@@ -20,7 +20,8 @@ from megatron_patch.training.faults.exit_protocol import print_advice, report_er
 from megatron_patch.training.faults.stop_requests import StopRequests
 from megatron_patch.training.faults.watchdog import Watchdog
 from megatron_patch.training.stream import open_stream_if_present
-from megatron_patch.utils.console import flush_output, make_console
+from megatron_patch.utils.console import flush_output, labeled, make_console
+from megatron_patch.utils.files import deny_writing_by_everybody
 
 if TYPE_CHECKING:
     from megatron_patch.training.callbacks.base import CallbackFactory
@@ -45,7 +46,7 @@ def pretrain(run: RunConfig, callbacks: Sequence[CallbackFactory] = ()) -> ExitC
         stream, notes = open_stream_if_present(run)
         print_plan(run, engine_config, console, stream=stream)
         for note in notes:
-            console.print(f"[yellow]Note[/yellow] {note}", highlight=False)
+            console.print(labeled("Note", note, "yellow"))
         return ExitCode.DONE
     # Never closed: a signal that arrives while the process exits must not change the exit code.
     stops = StopRequests(run.options.safety)
@@ -109,6 +110,7 @@ def main(argv: Sequence[str] | None = None, callbacks: Sequence[CallbackFactory]
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     rank, local_rank, save = 0, 0, None
+    deny_writing_by_everybody()
     try:
         rank, ranks, local_rank = ranks_from_environment()
         run = load_config(arguments, ranks)

@@ -15,6 +15,7 @@ import orjson
 
 from megatron_patch.errors import CheckpointError
 from megatron_patch.stages import Progress
+from megatron_patch.utils.files import open_in_place, open_new
 
 
 def roll_back(folder: Path, step: int, progress: Progress) -> int | None:
@@ -54,8 +55,7 @@ def _filter(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
         return
     temporary = path.with_name(path.name + ".partial")
     try:
-        temporary.unlink(missing_ok=True)
-        with path.open("rb") as source, temporary.open("xb") as target:
+        with open_in_place(path, "rb") as source, open_new(temporary) as target:
             for line in source:
                 try:
                     record = orjson.loads(line)

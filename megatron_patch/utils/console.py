@@ -1,6 +1,9 @@
 """The console: standard output; where that is not a terminal, it is wide enough to keep every line on one line.
 
 A log on a full disk does not end a run: what cannot be written is dropped.
+
+Names, samples and error messages may come from others, and a terminal obeys control characters in them: it can be made to hide text, change
+its title or write to the clipboard. So they are shown as escapes (`\\x1b`), and square brackets are text, not rich's markup.
 """
 
 from __future__ import annotations
@@ -8,34 +11,84 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+from collections.abc import Iterable
 from typing import IO, Any, cast
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
+from rich.text import Text
+
+# Control characters except tab and newline, the marks that reverse the direction of text, and halves of surrogate pairs, with which Python
+# represents names that are not UTF-8 and which no output accepts.
+_HIDDEN = [range(9), range(11, 32), range(127, 160), range(0x202A, 0x202F), range(0x2066, 0x206A), range(0xD800, 0xE000)]
+_VISIBLE = {code: ascii(chr(code))[1:-1] for codes in _HIDDEN for code in codes}
+
+
+def visible(text: str) -> str:
+    """Returns a text in which control characters, except tabs and newlines, are escapes such as `\\x1b`."""
+    return text.translate(_VISIBLE)
+
+
+def for_terminal(text: str) -> str:
+    """Returns the text `visible` if standard output is a terminal; files and pipes get it unchanged."""
+    return visible(text) if sys.stdout.isatty() else text
+
+
+def labeled(label: str, text: str, style: str = "bold") -> Text:
+    """Returns a text after a label in another style."""
+    return Text.assemble((label, style), f" {text}")
+
+
+class _TextConsole(Console):
+    """A console for which the content of text is never a command: not for the terminal, and by default not for rich."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """Yields the segments of a renderable; those that are text are made `visible`."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else Segment(visible(segment.text), segment.style)
 
 
 class _TolerantOutput:
-    """The current standard output, whose errors are ignored."""
+    """The current standard output or error, whose errors are ignored.
+
+    Args:
+        name: "stdout" or "stderr".
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
 
     def write(self, text: str) -> int:
         """Writes the text, or drops what cannot be written, and returns its length."""
         with contextlib.suppress(OSError):
-            sys.stdout.write(text)
+            getattr(sys, self._name).write(text)
         return len(text)
 
     def flush(self) -> None:
-        """Flushes standard output and ignores errors."""
+        """Flushes the stream and ignores errors."""
         with contextlib.suppress(OSError):
-            sys.stdout.flush()
+            getattr(sys, self._name).flush()
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(sys.stdout, name)
+        return getattr(getattr(sys, self._name), name)
 
 
-def make_console() -> Console:
-    """Returns a console on standard output."""
-    file = cast("IO[str]", _TolerantOutput())
-    console = Console(file=file, highlight=False)
-    return console if console.is_terminal else Console(file=file, highlight=False, width=180)
+def make_console(width: int = 180, stderr: bool = False, markup: bool = False) -> Console:
+    """Returns a console.
+
+    Args:
+        width: characters of a line, if the output is not a terminal.
+        stderr: whether it prints to standard error instead of standard output.
+        markup: whether square brackets are rich's markup; then the caller escapes every text that may come from others.
+    """
+    file = cast("IO[str]", _TolerantOutput("stderr" if stderr else "stdout"))
+    console = _TextConsole(file=file, highlight=False, markup=markup, emoji=False)
+    return console if console.is_terminal else _TextConsole(file=file, highlight=False, markup=markup, emoji=False, width=width)
+
+
+def print_line(text: str, *, stderr: bool = False) -> None:
+    """Prints a line to standard output or error, with control characters as escapes."""
+    print(visible(text), file=sys.stderr if stderr else sys.stdout, flush=True)
 
 
 def flush_output() -> None:

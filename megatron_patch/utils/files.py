@@ -13,6 +13,7 @@ import functools
 import json
 import os
 import resource
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -115,11 +116,64 @@ def read_json(path: Path) -> Any:
         ValueError: the file is not JSON in UTF-8, or longer than any file that this program writes.
         RecursionError: the value is nested too deeply.
     """
-    with path.open("rb") as file:
+    # Without waiting: a pipe in place of the file is read as empty.
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
         data = file.read(_LONGEST_JSON + 1)
     if len(data) > _LONGEST_JSON:
         raise ValueError(f"it has more than {_LONGEST_JSON} bytes")
     return json.loads(data)
+
+
+def open_new(path: Path, mode: str = "wb", buffering: int = -1) -> Any:
+    """Opens a new file for writing, in place of whatever has its name.
+
+    Others may be able to write to the folder, and know the name of a temporary file. A link that they put there is removed, not followed:
+    it would make this program overwrite another file of its user. "x" opens no link.
+
+    Args:
+        path: path of the file.
+        mode: "wb", "wb+" or "w"; text is UTF-8.
+        buffering: as for `open`.
+    """
+    path.unlink(missing_ok=True)
+    return path.open(mode.replace("w", "x"), buffering=buffering, encoding=None if "b" in mode else "utf-8")
+
+
+def open_in_place(path: Path, mode: str, buffering: int = -1) -> Any:
+    """Opens a file to continue it, as `open` does, except that a link, a pipe or a device is refused.
+
+    Args:
+        path: path of the file; a mode with "a" creates it.
+        mode: a mode of `open` other than "w"; text is UTF-8.
+        buffering: as for `open`.
+
+    Raises:
+        OSError: the path is not a file, or it cannot be opened.
+    """
+    return open(path, mode, buffering=buffering, encoding=None if "b" in mode else "utf-8", opener=_open_file_itself)
+
+
+def open_descriptor(path: Path, flags: int) -> int:
+    """Returns a descriptor as `os.open` does, except that a link, a pipe or a device is refused.
+
+    Raises:
+        OSError: the path is not a file, or it cannot be opened.
+    """
+    # A pipe would wait for its other end; a file ignores O_NONBLOCK.
+    descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "it is not a file", str(path))
+    return descriptor
+
+
+def _open_file_itself(path: str, flags: int) -> int:
+    return open_descriptor(Path(path), flags)
+
+
+def deny_writing_by_everybody() -> None:
+    """Makes sure that not every user may write to the files that this process creates, whatever its umask was."""
+    os.umask(os.umask(0o077) | stat.S_IWOTH)
 
 
 def make_folder(folder: Path) -> None:
@@ -143,7 +197,7 @@ def fsync_folder(folder: Path) -> None:
 def write_durably(path: Path, text: str) -> None:
     """Replaces the content of a file atomically, and forces it to disk."""
     temporary = path.with_name(path.name + ".partial")
-    with temporary.open("w", encoding="utf-8") as file:
+    with open_new(temporary, "w") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
@@ -161,7 +215,7 @@ def append_line(path: Path, line: str) -> None:
         line: the line, without a newline.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab+", buffering=0) as file:
+    with open_in_place(path, "ab+", buffering=0) as file:
         torn = False
         if file.seek(0, os.SEEK_END):
             file.seek(-1, os.SEEK_END)

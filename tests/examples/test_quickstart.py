@@ -41,7 +41,7 @@ def start(monkeypatch, home, *flags):
     """Starts the quick start and returns its output."""
     out = io.StringIO()
     monkeypatch.setattr(sys, "argv", ["run.py", "--output", str(home), *flags])
-    monkeypatch.setattr(run, "Console", lambda **_: Console(file=out, width=200, highlight=False))
+    monkeypatch.setattr(run, "make_console", lambda **_: Console(file=out, width=200, highlight=False))
     assert run.main() == 0
     return out.getvalue()
 

@@ -6,7 +6,6 @@ import json
 import os
 import random
 import re
-import shutil
 import subprocess
 import sys
 from dataclasses import asdict
@@ -25,6 +24,7 @@ from megatron_patch.reporting.thinning import Thinning
 from megatron_patch.training.callbacks.base import EvaluationRecord, Event, RunEnd, RunStart, SaveRecord, StepRecord, SwitchRecord
 from megatron_patch.training.callbacks.events import Events
 from megatron_patch.training.callbacks.metrics import Metrics, read_metrics
+from tests.reporting.browser import CHROMIUM, MISSING, open_page
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -409,23 +409,10 @@ def test_the_tool_writes_a_file_and_reports_what_it_cannot_read(tmp_path):
     assert failed.returncode == 3 and "2 labels for 1 run" in failed.stderr and "What to do" in failed.stderr
 
 
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason="needs a Chromium")
+@pytest.mark.skipif(CHROMIUM is None, reason=MISSING)
 def test_a_browser_draws_every_chart(tmp_path):
     runs = [write_run(tmp_path / name, seed=seed) for name, seed in (("a", 0.0), ("b", 0.2))]
     write_report(runs, tmp_path / "r.html")
-    words = [
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--virtual-time-budget=1000",
-        f"--user-data-dir={tmp_path / 'profile'}",
-        "--dump-dom",
-    ]
-    dom = subprocess.run(
-        [CHROMIUM, *words, f"file://{tmp_path / 'r.html'}"], capture_output=True, text=True, check=True, timeout=120
-    ).stdout
+    dom = open_page(tmp_path / "r.html", tmp_path / "profile")
     assert dom.count('<svg role="img"') == 9 and "created 20" in dom
     assert dom.count('class="curve') >= 2 * 8 and dom.count('class="ring"') == 2 and "NaN" not in dom.split('<script id="data"')[0]

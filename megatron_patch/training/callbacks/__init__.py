@@ -44,7 +44,7 @@ def make_callbacks(context: CallbackContext, factories: Sequence[CallbackFactory
         learned_positions = run.shape.max_positions if run.shape.position_embedding == "learned" else None
         request = SampleRequest(logging.sample_prompts, logging.sample_tokens, sampling, learned_positions)
         path = save / "samples.jsonl" if save is not None else None
-        callbacks.append(Samples(context.logits, tokenizer, request, context.device, path, make_console() if first else None))
+        callbacks.append(Samples(context.logits, tokenizer, request, context.device, path, make_console(markup=True) if first else None))
     first_of_replica = grid.tensor_parallel_rank == grid.pipeline_parallel_rank == 0
     if logging.log_token_spans and save is not None and first_of_replica:
         callbacks.append(SpanLog(save / "spans", grid.rank))

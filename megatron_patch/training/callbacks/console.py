@@ -45,7 +45,7 @@ class Console(Callback):
 
     def __init__(self, log_interval: int, console: RichConsole | None = None) -> None:
         self._interval = log_interval
-        self._console = console or make_console()
+        self._console = console or make_console(markup=True)
         self._start: RunStart | None = None
         self._live: Live | None = None
         self._trend = LossTrend()

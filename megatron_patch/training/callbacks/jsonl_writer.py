@@ -12,6 +12,7 @@ from typing import Any
 
 from megatron_patch.errors import CheckpointError
 from megatron_patch.training.faults.exit_protocol import print_stderr
+from megatron_patch.utils.files import open_descriptor
 from megatron_patch.utils.units import plural
 
 _LARGEST_BACKLOG = 1 << 26
@@ -67,7 +68,7 @@ class JsonlWriter:
 
     def _open(self) -> int:
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        file = open_descriptor(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
         size = os.fstat(file).st_size
         if size and os.pread(file, 1, size - 1) != b"\n":
             self._waiting = b"\n" + self._waiting  # ends the incomplete line that a kill left

@@ -7,6 +7,7 @@ folder that `wandb sync` uploads later.
 from __future__ import annotations
 
 import os
+import re
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +15,9 @@ from typing import Any
 
 from megatron_patch.errors import ConfigError
 from megatron_patch.training.faults.exit_protocol import print_stderr
+from megatron_patch.utils.files import make_folder, write_durably
+
+_ID = re.compile("[A-Za-z0-9_-]{1,64}")
 
 
 class WeightsAndBiases:
@@ -51,10 +55,14 @@ class WeightsAndBiases:
         if self._save is None:
             return uuid.uuid4().hex[:12]
         path = self._save / "wandb_run_id"
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(uuid.uuid4().hex[:12] + "\n")
-        return path.read_text().strip()
+        try:
+            # The id becomes part of addresses and paths.
+            if _ID.fullmatch(found := path.read_text(encoding="utf-8").strip()):
+                return found
+        except (OSError, ValueError):
+            make_folder(path.parent)
+        write_durably(path, (made := uuid.uuid4().hex[:12]) + "\n")
+        return made
 
     def open(self, drop_after: int | None) -> None:
         """Opens the run, or resumes it if the run's folder has its id; offline if W&B cannot be reached. W&B cannot drop values."""

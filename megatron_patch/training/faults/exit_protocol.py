@@ -24,7 +24,8 @@ from pathlib import Path
 
 from megatron_patch.errors import ConfigError, MegatronPatchError
 from megatron_patch.exit_codes import ExitCode
-from megatron_patch.utils.files import append_line
+from megatron_patch.utils.console import print_line
+from megatron_patch.utils.files import append_line, open_in_place, open_new
 
 EVENTS = "events.jsonl"
 STORE_KEY = "exit_report"
@@ -152,14 +153,15 @@ def write_stacks(save: Path, rank: int, text: str) -> Path:
     """Writes what a rank was doing to SAVE/stacks and returns the path of the file."""
     path = save / "stacks" / f"rank-{rank:05d}.txt"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text + "\n", encoding="utf-8")
+    with open_new(path, "w") as file:
+        file.write(text + "\n")
     return path
 
 
 def print_stderr(text: str) -> None:
     """Prints a line to standard error; a full disk below it is ignored, so that the exit code stays the same."""
     with contextlib.suppress(OSError):
-        print(text, file=sys.stderr, flush=True)
+        print_line(text, stderr=True)
 
 
 def print_advice(code: ExitCode) -> None:
@@ -213,7 +215,7 @@ def _report_once(local: ExitReport, save: Path | None) -> ExitReport:
 def _events_locked(save: Path) -> Iterator[None]:
     """Lets one rank at a time read and write events.jsonl, if the file system supports locks."""
     try:
-        file = (save / EVENTS).open("ab")
+        file = open_in_place(save / EVENTS, "ab")
     except OSError:
         yield
         return

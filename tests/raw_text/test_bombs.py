@@ -1,0 +1,132 @@
+"""Files made to exhaust memory or disk: a few megabytes that decompress to far more than any text does."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import io
+import lzma
+import resource
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import pytest
+import zstandard
+
+from megatron_patch.errors import DataError
+from megatron_patch.raw_text import compression, readers
+from megatron_patch.raw_text.inputs import FileRange
+from megatron_patch.raw_text.readers import read_batches
+
+ROOT = Path(__file__).parent.parent.parent
+WRITERS = {
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".zst": lambda data: zstandard.ZstdCompressor().compress(data),
+}
+
+
+@pytest.fixture
+def low_limits(monkeypatch):
+    monkeypatch.setattr(compression, "UNCHECKED_BYTES", 1 << 20)
+    monkeypatch.setattr(readers, "MOST_DOCUMENT_BYTES", 1 << 22)
+
+
+def read(path: Path, **options) -> bytes:
+    return b"".join(batch.read() for batch in read_batches([FileRange(str(path))], **options))
+
+
+@pytest.mark.parametrize("suffix", WRITERS)
+def test_a_file_that_decompresses_to_far_more_than_text_is_refused(tmp_path, low_limits, suffix):
+    path = tmp_path / f"a.jsonl{suffix}"
+    path.write_bytes(WRITERS[suffix](b'{"text": "a"}\n' * (1 << 18)))
+    with pytest.raises(DataError, match="decompresses to more than 500 times.*\n.*Allowed.*\n.*What to do: remove it") as error:
+        read(path)
+    assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize("suffix", WRITERS)
+def test_repetitive_text_and_small_files_are_read(tmp_path, low_limits, suffix):
+    line = b'{"text": "' + bytes(range(97, 123)) * 3 + b'"}\n'
+    many = b"".join(line[:12] + str(number).encode() + line[12:] for number in range(10_000))
+    for name, data in (("many", many), ("small", line * 5000)):
+        path = tmp_path / f"{name}.jsonl{suffix}"
+        path.write_bytes(WRITERS[suffix](data))
+        assert len(data) / path.stat().st_size > (20 if name == "many" else 50)
+        assert read(path) == data
+
+
+@pytest.mark.parametrize("suffix", ["", *WRITERS])
+@pytest.mark.parametrize("kind", [".jsonl", ".txt"])
+def test_a_document_without_end_is_refused_before_it_fills_the_memory(tmp_path, low_limits, monkeypatch, suffix, kind):
+    monkeypatch.setattr(compression, "MOST_RATIO", 1 << 40)
+    path = tmp_path / f"a{kind}{suffix}"
+    path.write_bytes(WRITERS.get(suffix, bytes)(b"x" * (6 << 20)))
+    with pytest.raises(DataError, match=r"a document of more than 4,194,304 bytes\n.*\n.*What to do"):
+        read(path, separator=b"\n\n")
+
+
+@pytest.mark.parametrize("suffix", [".xz", ".zst"])
+def test_several_frames_padding_and_truncation(tmp_path, suffix):
+    """As before the limits: frames follow each other, xz pads between streams, and a truncated file is never taken for a complete one."""
+    one, two = (WRITERS[suffix](text * 1000) for text in (b'{"text": "a"}\n', b'{"text": "b"}\n'))
+    padding = bytes(8) if suffix == ".xz" else b""
+    path = tmp_path / f"a.jsonl{suffix}"
+    path.write_bytes(one + padding + two + padding)
+    assert read(path) == b'{"text": "a"}\n' * 1000 + b'{"text": "b"}\n' * 1000
+    path.write_bytes((one + two)[:-3])
+    with pytest.raises(DataError, match="truncated"):
+        read(path)
+
+
+def test_an_xz_file_cannot_demand_any_amount_of_memory(tmp_path):
+    path = tmp_path / "a.jsonl.xz"
+    filters = [{"id": lzma.FILTER_LZMA2, "preset": 0, "dict_size": 1 << 20}]
+    data = bytearray(lzma.compress(b'{"text": "a"}\n', filters=filters))
+    # The size of the dictionary is one byte of the block's header, which has its own checksum.
+    header = data[12 : 12 + (data[12] + 1) * 4]
+    at = bytes(header).index(b"\x21\x01") + 2
+    header[at] = 40  # 4 GiB
+    header[-4:] = zlib.crc32(bytes(header[:-4])).to_bytes(4, "little")
+    data[12 : 12 + len(header)] = header
+    path.write_bytes(bytes(data))
+    with pytest.raises(DataError, match="Memory usage limit"):
+        read(path)
+
+
+def test_a_table_of_one_long_text_takes_little_memory(tmp_path):
+    """60,000 rows of one text of 4 MiB: 240 GB of text in a file of a few kilobytes."""
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    text = arrow.DictionaryArray.from_arrays(arrow.array([0] * 60_000, arrow.int32()), arrow.array(["ab " * (1 << 20)]))
+    sink = io.BytesIO()
+    parquet.write_table(arrow.table({"text": text}), sink, use_dictionary=True, dictionary_pagesize_limit=1 << 30, compression="zstd")
+    (tmp_path / "a.parquet").write_bytes(sink.getvalue())
+    assert len(sink.getvalue()) < 1 << 16
+    program = f"""
+import resource
+from megatron_patch.raw_text.inputs import FileRange
+from megatron_patch.raw_text.parse_documents import parse_batch
+from megatron_patch.raw_text.readers import read_batches
+rows = 0
+for batch in read_batches([FileRange({str(tmp_path / "a.parquet")!r})]):
+    (texts,) = parse_batch(batch, ("text",)).columns
+    rows += len(texts)
+    assert set(map(len, texts)) == {{3 << 20}} and batch.next_unit == rows
+    if rows > 100:
+        break
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+    limit = 4 << 30
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)),
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert int(done.stdout) < 1_200_000, "KiB"

@@ -1,0 +1,135 @@
+"""Text that others chose is text: it commands neither the terminal nor rich, and is no formula in a figure."""
+
+from __future__ import annotations
+
+import ast
+import io
+import sys
+import unicodedata
+from pathlib import Path
+
+import pytest
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from megatron_patch.cli.command_line import run_tool
+from megatron_patch.errors import DataError
+from megatron_patch.utils.console import for_terminal, labeled, make_console, print_line, visible
+from megatron_patch.utils.figures import legend_label, save_figure
+
+ROOT = Path(__file__).parent.parent.parent
+HOSTILE = "a\x1b]52;c;Y3VybA==\x07b\x1b[2J\x9b31m\r\x08[bold]c[/bold][link=http://evil]d[/link]:warning:\u202egnp\udcff"
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def commands(text: str) -> list[str]:
+    """Returns the characters that a terminal obeys, and those that no output accepts."""
+    return [char for char in text if (unicodedata.category(char) in ("Cc", "Cs") and char not in "\t\n") or char in "\u202e\u2066"]
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+@pytest.mark.parametrize("stderr", [True, False])
+def test_a_console_prints_text_and_no_commands(monkeypatch, terminal, stderr):
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("TERM", "dumb")
+    out = Terminal() if terminal else io.StringIO()
+    monkeypatch.setattr(sys, "stderr" if stderr else "stdout", out)
+    console = make_console(width=400, stderr=stderr)
+    console.print(HOSTILE, soft_wrap=True)
+    console.print(labeled("label", HOSTILE), soft_wrap=True)
+    console.print(Text(HOSTILE), HOSTILE, style="bold", soft_wrap=True)
+    table = Table(title=HOSTILE)
+    table.add_column(HOSTILE)
+    table.add_row(HOSTILE)
+    console.print(table)
+    with Live(Text(HOSTILE), console=console, auto_refresh=False):
+        pass
+    print_line(HOSTILE, stderr=stderr)
+    text = out.getvalue()
+    assert not commands(text)
+    assert text.count("[link=http://evil]d[/link]:warning:") >= 5 and text.count("a\\x1b]52;c;Y3VybA==") >= 5 and "\\udcff" in text
+    text.encode()
+
+
+def test_a_live_console_may_still_move_the_cursor(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    console = make_console()
+    with Live("one\ntwo", console=console, auto_refresh=False) as live:
+        live.update("three", refresh=True)
+    assert "\x1b[" in sys.stdout.getvalue()
+
+
+def test_ordinary_text_stays_as_it_is():
+    text = "a\tb\nnaïve café 漢字 שלום עולם 🙂 \u200d λ/K"
+    assert visible(text) == text and not any(visible(chr(code)) == chr(code) for code in (0, 7, 8, 13, 27, 127, 0x85, 0x9B, 0xDC80))
+
+
+def prints(source: Path) -> list[str]:
+    """Returns the calls in a file that may print other text than `print_line` and the consoles of `make_console` do."""
+    found = []
+    for node in ast.walk(ast.parse(source.read_text())):
+        if not isinstance(node, ast.Call):
+            continue
+        name, words = ast.unparse(node.func), node.args
+        harmless = all(isinstance(word, ast.Constant) or ast.unparse(word).startswith(("json.dumps(", "for_terminal(")) for word in words)
+        # tools/generate.py chooses between the two.
+        harmless |= all("json.dumps(" in ast.unparse(word) and " else for_terminal(" in ast.unparse(word) for word in words)
+        if (name == "print" and not harmless) or name in (
+            "Console",
+            "rich.print",
+            "rich.get_console",
+            "sys.stdout.write",
+            "sys.stderr.write",
+        ):
+            found.append(ast.unparse(node))
+        if name == "make_console" and any(keyword.arg == "markup" for keyword in node.keywords) and source.parent.name != "callbacks":
+            found.append(ast.unparse(node))
+    return found
+
+
+def test_whatever_is_printed_goes_through_the_functions_that_are_tested_here():
+    programs = [ROOT / "pretrain_gpt_patch.py", *(path for folder in ("tools", "examples") for path in (ROOT / folder).rglob("*.py"))]
+    # The console itself; its callback of that name; programs that run before the package can be imported, or print only their own text.
+    own = {"console.py", "__main__.py", "package_check.py", "gather_corpus.py", "compare_studies.py"}
+    callbacks = ROOT / "megatron_patch" / "training" / "callbacks" / "__init__.py"
+    for source in [*programs, *(ROOT / "megatron_patch").rglob("*.py")]:
+        calls = [call for call in prints(source) if source != callbacks or not call.startswith("Console(logging.log_interval")]
+        assert not calls or source.name in own, f"{source}: {calls}"
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_generated_text_is_changed_for_terminals_only(monkeypatch, terminal):
+    monkeypatch.setattr(sys, "stdout", Terminal() if terminal else io.StringIO())
+    assert for_terminal("\x1b[2J") == ("\\x1b[2J" if terminal else "\x1b[2J")
+
+
+def test_the_errors_of_tools_are_text(monkeypatch, capsys):
+    def fail(argv):
+        raise DataError(f"{HOSTILE} is missing", HOSTILE, HOSTILE)
+
+    assert run_tool(fail) == 3
+    assert not commands(capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("name", ["$x^2$ \\frac{", "$", "_hidden", HOSTILE])
+def test_names_in_figures_are_no_formulas(tmp_path, name):
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axis = plt.subplots()
+    axis.plot([1, 2], [1, 2], label=legend_label(name))
+    axis.set_xlabel(name)
+    legend = axis.legend()
+    figure.suptitle(name)
+    save_figure(figure, Path(tmp_path / "figure.png"))
+    plt.close(figure)
+    (label,) = legend.get_texts()
+    assert label.get_text().strip() == visible(name).strip() and not label.get_parse_math()
