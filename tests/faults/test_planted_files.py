@@ -20,10 +20,11 @@ from megatron_patch.data.indexed_dataset_writer import IndexedDatasetWriter
 from megatron_patch.errors import CheckpointError, ConfigError
 from megatron_patch.preprocess.progress_log import progress_log_path
 from megatron_patch.preprocess.train_tokenizer import train_tokenizer
+from megatron_patch.stages import Progress
 from megatron_patch.training.callbacks.jsonl_writer import JsonlWriter
-from megatron_patch.training.callbacks.metrics import truncate
 from megatron_patch.training.compile_cache import require_own_compile_cache
 from megatron_patch.training.faults.exit_protocol import write_stacks
+from megatron_patch.training.rollback import roll_back
 from megatron_patch.utils.files import append_line, open_descriptor, open_in_place, open_new, read_json, write_durably
 from tests.distributed.ranks import run_ranks
 from tests.distributed.runs import DATA, MODEL, command, make_corpus, start_program
@@ -62,7 +63,7 @@ def dataset(path: Path) -> None:
 # What is written, the name of the file that the content first goes to, and how.
 REPLACED = {
     "latest, states, manifests, reports": ("x.json.partial", lambda folder: write_durably(folder / "x.json", "{}")),
-    "metrics of a resumed run": ("metrics.jsonl.partial", lambda folder: truncate(folder / "metrics.jsonl", 3)),
+    "metrics of a resumed run": ("metrics.jsonl.partial", lambda folder: roll_back(folder, 3, Progress(0, 3))),
     "tensors": ("state.safetensors", lambda folder: tensors(folder / "state.safetensors")),
     "stacks": ("stacks/rank-00000.txt", lambda folder: write_stacks(folder, 0, "stacks")),
     "tokens": ("d.bin.partial", lambda folder: dataset(folder / "d.bin")),
