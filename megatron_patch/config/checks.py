@@ -15,6 +15,7 @@ from pathlib import Path
 from megatron_patch.config.options import DataOptions, EngineOptions, Options
 from megatron_patch.data.corpus import split_ranges
 from megatron_patch.errors import ConfigError
+from megatron_patch.model.shape import ModelShape
 from megatron_patch.stages import LONGEST_PATCH, StagePlan
 from megatron_patch.tokenizers.base import TOKENIZERS
 from megatron_patch.utils.files import same_path
@@ -84,6 +85,17 @@ def check_count(name: str, value: float, given: str) -> None:
     if abs(value) > largest:
         kind = "whole numbers" if isinstance(value, int) else "seconds"
         raise ConfigError(f"{given} {_shown(value)}", f"{kind} up to {largest:,}", "give a smaller number")
+
+
+def check_model_size(shape: ModelShape) -> None:
+    """Checks that no size of a model that was made elsewhere is absurdly large.
+
+    Raises:
+        ConfigError: one is; the message has the bound of the option that would give it.
+    """
+    names = {"head_size": "kv_channels", "max_positions": "max_position_embeddings"}
+    for name in ("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "ffn_hidden_size", "vocab_size", *names):
+        check_count(names.get(name, name), getattr(shape, name), name)
 
 
 def check_text(words: Sequence[str], source: str = "") -> None:

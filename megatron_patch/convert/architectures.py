@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_patch.config.checks import check_model_size
 from megatron_patch.convert.config_json import ConfigReader, read_gpt2, read_llama, write_gpt2, write_llama
 from megatron_patch.convert.tensor_names import GPT2_NAMES, LLAMA_NAMES, TensorNames
 from megatron_patch.errors import CheckpointError, ConfigError
@@ -53,7 +54,7 @@ LLAMA = Architecture(
     "llama",
     "llama",
     required=lambda shape: {**LLAMA_LAYERS, "attention_bias": shape.qkv_bias},
-    read_config=lambda values: {**read_llama(values), "mlp_bias": bool(values.get("mlp_bias", False))},
+    read_config=lambda values: {**read_llama(values), "mlp_bias": values.flag("mlp_bias", False)},
     write_config=lambda shape: {**write_llama(shape), "attention_bias": shape.qkv_bias, "mlp_bias": shape.mlp_bias},
 )
 QWEN2 = Architecture(
@@ -171,12 +172,12 @@ def architecture_named(config: Mapping[str, Any], where: str) -> Architecture:
         CheckpointError: it is not registered.
     """
     names = config.get("architectures") or []
-    found = ARCHITECTURES.get(names[0]) if isinstance(names, list) and len(names) == 1 else None
+    found = ARCHITECTURES.get(names[0]) if isinstance(names, list) and len(names) == 1 and isinstance(names[0], str) else None
     if found is None and not names:
         found = next((known for known in ARCHITECTURES.values() if known.model_type == config.get("model_type")), None)
     if found is None:
         raise CheckpointError(
-            f"{where}: the architecture {names or config.get('model_type')!r} is not registered",
+            f"{where}: the architecture {str(names or config.get('model_type'))[:80]!r} is not registered",
             ", ".join(ARCHITECTURES),
             "convert a model of one of these, or register its architecture in megatron_patch.convert.architectures.ARCHITECTURES",
         )
@@ -207,7 +208,8 @@ def shape_of(config: Mapping[str, Any], where: str, divisible_by: int = 128) -> 
         **architecture.read_config(values),
     )
     try:
+        check_model_size(shape)
         check_shape(shape)
     except ConfigError as error:
-        raise CheckpointError(f"{where}: {error.what}", error.allowed) from error
+        raise CheckpointError(f"{where}: {error.what}", error.allowed, "use the model's original config.json") from error
     return shape

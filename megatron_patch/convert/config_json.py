@@ -12,6 +12,15 @@ from typing import Any
 from megatron_patch.errors import CheckpointError
 from megatron_patch.model.shape import ModelShape
 
+_LARGEST_COUNT = 1_000_000_000
+_LARGEST_REAL = 1e30
+
+
+def _shown(value: Any) -> str:
+    """Returns a value as text for a message, without the end of a long one."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}…"
+
 
 class ConfigReader:
     """Reads a configuration's keys and reports missing and unsupported ones by name.
@@ -19,33 +28,50 @@ class ConfigReader:
     Args:
         values: the configuration.
         where: the file, for messages.
+        do: what to do about a value that cannot be used.
     """
 
-    def __init__(self, values: Mapping[str, Any], where: str) -> None:
-        self._values, self._where = values, where
+    def __init__(self, values: Mapping[str, Any], where: str, do: str = "use the model's original config.json") -> None:
+        self._values, self.where, self._do = values, where, do
 
     def number(self, key: str, default: int | None = None) -> int:
-        """Returns a whole number from 1; a missing or null key gives the default.
+        """Returns a whole number from 1 to a billion; a missing or null key gives the default.
 
         Raises:
             CheckpointError: the value is something else, or the key is missing and has no default.
         """
         value = self._values.get(key)
         value = default if value is None else value
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise CheckpointError(f"{self._where}: {key} is {value!r}", "a whole number from 1", "use the model's original config.json")
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= _LARGEST_COUNT:
+            raise self._refusal(key, value, f"a whole number from 1 to {_LARGEST_COUNT:,}")
         return value
 
     def real(self, key: str, default: float) -> float:
         """Returns a number as a float; a missing key gives the default.
 
         Raises:
-            CheckpointError: the value is not a number.
+            CheckpointError: the value is not a finite number.
         """
         value = self._values.get(key, default)
-        if not isinstance(value, int | float) or isinstance(value, bool):
-            raise CheckpointError(f"{self._where}: {key} is {value!r}", "a number", "use the model's original config.json")
+        # Compared, not converted: an integer may be too large for a float.
+        if not isinstance(value, int | float) or isinstance(value, bool) or not -_LARGEST_REAL <= value <= _LARGEST_REAL:
+            raise self._refusal(key, value, f"a number of at most {_LARGEST_REAL:g} in size")
         return float(value)
+
+    def flag(self, key: str, default: bool) -> bool:
+        """Returns true or false; a missing or null key gives the default.
+
+        Raises:
+            CheckpointError: the value is something else.
+        """
+        value = self._values.get(key)
+        value = default if value is None else value
+        if not isinstance(value, bool):
+            raise self._refusal(key, value, "true or false")
+        return value
+
+    def _refusal(self, key: str, value: Any, allowed: str) -> CheckpointError:
+        return CheckpointError(f"{self.where}: {key} is {_shown(value)}", allowed, self._do)
 
     def get(self, key: str, default: Any = None) -> Any:
         """Returns a value as it is; a missing key gives the default."""
@@ -65,7 +91,7 @@ class ConfigReader:
         value = self._values.get(key, default)
         if value not in allowed:
             raise CheckpointError(
-                f"{self._where}: {key} is {value!r}, which megatron_patch does not implement",
+                f"{self.where}: {key} is {_shown(value)}, which megatron_patch does not implement",
                 " or ".join(repr(option) for option in allowed),
                 "convert another model",
             )
@@ -87,7 +113,7 @@ def read_llama(values: ConfigReader, norm_epsilon: float = 1e-6, positions: int 
     values.require("use_sliding_window", False, (False, None))
     values.require("partial_rotary_factor", 1.0, (1.0, None))
     hidden, heads = values.number("hidden_size"), values.number("num_attention_heads")
-    bias = bool(values.get("attention_bias", False))
+    bias = values.flag("attention_bias", False)
     return {
         "num_layers": values.number("num_hidden_layers"),
         "hidden_size": hidden,
@@ -99,7 +125,7 @@ def read_llama(values: ConfigReader, norm_epsilon: float = 1e-6, positions: int 
         "norm_epsilon": values.real("rms_norm_eps", norm_epsilon),
         "attention_bias": bias,
         "qkv_bias": bias,
-        "tie_embeddings": bool(values.get("tie_word_embeddings", False)),
+        "tie_embeddings": values.flag("tie_word_embeddings", False),
         **_read_rotary(values),
     }
 
@@ -128,7 +154,7 @@ def _read_rotary(values: ConfigReader) -> dict[str, Any]:
     if not isinstance(given, dict):
         given = {"rope_type": given}
     merged = {"rope_type": given.get("type", "default"), "rope_theta": values.get("rope_theta", 10000.0), **given}
-    rope = ConfigReader(merged, "rope_parameters")
+    rope = ConfigReader(merged, f"{values.where}: rope_parameters")
     rope.require("rope_type", "default", ("default", "linear", "llama3"))
     rope.require("partial_rotary_factor", 1.0, (1.0, None))
     result: dict[str, Any] = {"rotary_base": rope.real("rope_theta", 10000.0)}
@@ -184,7 +210,7 @@ def read_gpt2(values: ConfigReader) -> dict[str, Any]:
         "attention_bias": True,
         "qkv_bias": True,
         "mlp_bias": True,
-        "tie_embeddings": bool(values.get("tie_word_embeddings", True)),
+        "tie_embeddings": values.flag("tie_word_embeddings", True),
     }
 
 

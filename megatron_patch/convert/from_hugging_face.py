@@ -7,7 +7,6 @@ time.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from megatron_patch.errors import CheckpointError
 from megatron_patch.model.families import family_of_shape
 from megatron_patch.model.precision import precision_of
 from megatron_patch.model.shape import ModelShape
+from megatron_patch.utils.files import read_json
 
 FILE_BYTES = 5_000_000_000
 
@@ -57,8 +57,8 @@ def read_config(path: Path) -> dict[str, Any]:
         CheckpointError: it is missing, or not a JSON object.
     """
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        config = read_json(path)
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{path} cannot be read: {error}",
             "a model's config.json",

@@ -15,7 +15,9 @@ from typing import Any
 
 import torch
 
+from megatron_patch.config.checks import check_model_size
 from megatron_patch.convert.checkpoint_io import UNFINISHED, check_output, groups_by_size, imported_options, write_weights
+from megatron_patch.convert.config_json import ConfigReader
 from megatron_patch.convert.from_hugging_face import FILE_BYTES, ImportResult
 from megatron_patch.convert.tensor_names import parameter_shapes
 from megatron_patch.convert.weight_files import load_torch_file
@@ -147,7 +149,9 @@ def shape_of_arguments(arguments: Mapping[str, Any], where: str) -> ModelShape:
         value = arguments.get(name, values[0])
         if value not in values:
             allowed = " or ".join(map(repr, values))
-            raise CheckpointError(f"{where}: {name} is {value!r}, which megatron_patch does not implement", allowed, "import another model")
+            raise CheckpointError(
+                f"{where}: {name} is {repr(value)[:80]}, which megatron_patch does not implement", allowed, "import another model"
+            )
 
     swiglu, norm = bool(arguments.get("swiglu")), arguments.get("normalization", "LayerNorm")
     learned = need("position_embedding_type") == "learned_absolute"
@@ -160,53 +164,61 @@ def shape_of_arguments(arguments: Mapping[str, Any], where: str) -> ModelShape:
     allow("rotary_interleaved", False)
     allow("rotary_percent", 1.0)
     allow("window_size", None)
-    heads, bias = need("num_attention_heads"), bool(arguments.get("add_bias_linear", True))
+    values = ConfigReader(arguments, where, "import a checkpoint that Megatron-LM saved")
+
+    def count(name: str) -> int:
+        need(name)
+        return values.number(name)
+
+    heads, bias = count("num_attention_heads"), bool(arguments.get("add_bias_linear", True))
     # Megatron computes the tanh form of GELU where it is fused with its bias or with --openai-gelu, and the exact form otherwise.
     if not swiglu and not arguments.get("openai_gelu") and not (arguments.get("bias_gelu_fusion") and bias):
         raise CheckpointError(
             f"{where}: the model uses the exact GELU (bias_gelu_fusion is off)", "the tanh form of GELU, or SwiGLU", "import another model"
         )
-    epsilon = arguments.get("norm_epsilon")
-    padded = need("padded_vocab_size")
+    epsilon = "layernorm_epsilon" if arguments.get("norm_epsilon") is None else "norm_epsilon"
+    padded = count("padded_vocab_size")
     vocab = arguments.get("vocab_size")
     shape = ModelShape(
-        num_layers=need("num_layers"),
-        hidden_size=need("hidden_size"),
+        num_layers=count("num_layers"),
+        hidden_size=count("hidden_size"),
         num_attention_heads=heads,
-        num_query_groups=need("num_query_groups") if arguments.get("group_query_attention") else heads,
-        head_size=need("kv_channels"),
-        ffn_hidden_size=need("ffn_hidden_size"),
-        vocab_size=vocab if isinstance(vocab, int) and vocab <= padded else padded,
+        num_query_groups=count("num_query_groups") if arguments.get("group_query_attention") else heads,
+        head_size=count("kv_channels"),
+        ffn_hidden_size=count("ffn_hidden_size"),
+        vocab_size=vocab if type(vocab) is int and 1 <= vocab <= padded else padded,
         padded_vocab_size=padded,
-        max_positions=need("max_position_embeddings"),
+        max_positions=count("max_position_embeddings"),
         normalization=norm,
-        norm_epsilon=arguments.get("layernorm_epsilon", 1e-5) if epsilon is None else epsilon,
+        norm_epsilon=values.real(epsilon, 1e-5),
         activation="swiglu" if swiglu else "gelu",
         position_embedding="learned" if learned else "rope",
-        rotary_base=float(arguments.get("rotary_base") or 10000.0),
+        rotary_base=values.real("rotary_base", 10000.0) if arguments.get("rotary_base") else 10000.0,
         qk_norm=bool(arguments.get("qk_layernorm")),
         attention_bias=bias,
         qkv_bias=bias or bool(arguments.get("add_qkv_bias")),
         mlp_bias=bias,
         tie_embeddings=not arguments.get("untie_embeddings_and_output_weights"),
-        **({} if learned else _scaling(arguments)),
+        **({} if learned else _scaling(arguments, values)),
     )
     if shape.qk_norm and norm != "RMSNorm":
         raise CheckpointError(
             f"{where}: qk_layernorm with LayerNorm, which megatron_patch does not implement", "RMSNorm", "import another model"
         )
     try:
+        check_model_size(shape)
         check_shape(shape)
     except ConfigError as error:
-        raise CheckpointError(f"{where}: {error.what}", error.allowed) from error
+        raise CheckpointError(f"{where}: {error.what}", error.allowed, "import a checkpoint that Megatron-LM saved") from error
     return shape
 
 
-def _scaling(arguments: Mapping[str, Any]) -> dict[str, Any]:
+def _scaling(arguments: Mapping[str, Any], values: ConfigReader) -> dict[str, Any]:
     if arguments.get("use_rope_scaling"):
-        return {"rotary_scaling": "llama3", "rotary_factor": float(arguments.get("rope_scaling_factor") or 8.0)}
-    factor = arguments.get("rotary_seq_len_interpolation_factor")
-    return {"rotary_scaling": "linear", "rotary_factor": float(factor)} if factor and factor != 1 else {}
+        factor = values.real("rope_scaling_factor", 8.0) if arguments.get("rope_scaling_factor") else 8.0
+        return {"rotary_scaling": "llama3", "rotary_factor": factor}
+    name = "rotary_seq_len_interpolation_factor"
+    return {"rotary_scaling": "linear", "rotary_factor": values.real(name, 1.0)} if arguments.get(name) not in (None, 0, 1) else {}
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:

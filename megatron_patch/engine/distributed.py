@@ -18,6 +18,7 @@ import torch
 import torch.distributed
 
 from megatron_patch.engine.environment import device_index, local_world_size, ranks_from_environment, rendezvous_address, threads_per_rank
+from megatron_patch.engine.rendezvous import explained, notice_of_waiting, require_address
 
 _READ = "/read"  # the key of the number of ranks that have read a decision
 
@@ -31,7 +32,7 @@ def init_distributed(timeout_minutes: int = 30) -> torch.device:
         timeout_minutes: how long a collective waits for other ranks, in all process groups.
 
     Raises:
-        MegatronPatchError: the environment does not determine this rank, or this node has no GPU for it.
+        MegatronPatchError: the environment does not determine this rank, this node has no GPU for it, or the ranks do not find each other.
     """
     (rank, size, local_rank), local_size, threads = ranks_from_environment(), local_world_size(), threads_per_rank()
     address, port = rendezvous_address()
@@ -61,7 +62,16 @@ def init_distributed(timeout_minutes: int = 30) -> torch.device:
     torch.distributed.distributed_c10d.default_pg_timeout = timeout
     torch.distributed.distributed_c10d.default_pg_nccl_timeout = timeout
     if not torch.distributed.is_initialized():
-        deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", timeout=timeout, verbose=False)
+        require_address(address, port)
+        try:
+            # One rank of each node is enough.
+            with notice_of_waiting(address, port, rank, size) if local_rank == 0 else contextlib.nullcontext():
+                deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", timeout=timeout, verbose=False)
+        except Exception as error:
+            known = explained(error, address, port, size)
+            if known is None:
+                raise
+            raise known from error
     return device
 
 

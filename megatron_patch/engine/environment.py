@@ -54,22 +54,32 @@ def rendezvous_address() -> tuple[str, int]:
     """Returns (address, port) of rank 0: MASTER_ADDR and MASTER_PORT, else those of the Slurm step, else a free port of this machine.
 
     Raises:
-        ConfigError: a job of several ranks has no address or port of rank 0.
+        ConfigError: a job of several ranks has no address or port of rank 0, or the port is not one.
     """
     task = _task()
     _, size, _ = ranks_from_environment()
     address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
     if size == 1:
-        return address or "127.0.0.1", int(port or free_port())
+        return address or "127.0.0.1", _port(port) if port else free_port()
     if task is not None:
-        return address or task.master_address, int(port or task.master_port)
+        return address or task.master_address, _port(port) if port else int(task.master_port)
     if not address or not port:
         raise ConfigError(
             f"WORLD_SIZE={size} without {'MASTER_PORT' if address else 'MASTER_ADDR'}",
             "the address of rank 0's node and a free port there, the same on all ranks",
             "start the job with deepspeed, torchrun or srun, or set MASTER_ADDR and MASTER_PORT",
         )
-    return address, int(port)
+    return address, _port(port)
+
+
+def _port(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and 1 <= int(text[:6]) <= 65_535):
+        raise ConfigError(
+            f"MASTER_PORT={text[:40]} is not a port",
+            "a whole number from 1 to 65535",
+            "correct MASTER_PORT, or the launcher's --master_port (deepspeed, torchrun)",
+        )
+    return int(text)
 
 
 def free_port() -> int:

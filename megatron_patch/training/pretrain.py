@@ -58,6 +58,7 @@ def pretrain(run: RunConfig, callbacks: Sequence[CallbackFactory] = ()) -> ExitC
     from megatron_patch.training.trainer import Trainer
 
     with make_watchdog(run) as watchdog:
+        watchdog.heartbeat("the ranks join the job at MASTER_ADDR")
         device = init_distributed(run.options.engine.distributed_timeout_minutes)
         watchdog.follow_peers()
         if engine_config.precision == "fp16" and device.type == "cpu":
