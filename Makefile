@@ -20,10 +20,10 @@ export DS_BUILD_OPS := 0
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help venv async_io lint shellcheck test slow docs quickstart compare bench clean distclean
+.PHONY: help venv nvme lint shellcheck test slow docs quickstart compare bench clean distclean
 
 help:  ## prints this list
-	@sed -nE 's/^([a-z_]+):[^#]*## (.*)/\1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 14
+	@sed -nE 's/^([a-z]+):[^#]*## (.*)/\1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 14
 
 venv: $(STAMP)  ## creates .venv, installs everything into it and builds csrc
 
@@ -39,11 +39,13 @@ $(STAMP): pyproject.toml constraints.txt setup.py $(shell find csrc -type f)
 	@$(RUN) -m megatron_patch.ops
 	@touch $@
 
-# ninja compiles its files in parallel. Without LDFLAGS, a CPU build cannot be loaded (docs/parallelism.md).
-async_io: $(VENV)/.async_io  ## builds DeepSpeed's operator for NVMe into .venv; needs g++ and libaio-dev
+# docs/parallelism.md has this command. Here it compiles without debug symbols, which would take almost half of the time.
+nvme: $(VENV)/.nvme  ## builds DeepSpeed's NVMe operator; needs libaio-dev
 
-$(VENV)/.async_io: $(STAMP)
-	PATH="$(abspath $(VENV))/bin:$$PATH" LDFLAGS='-Wl,--no-as-needed -laio' DS_BUILD_AIO=1 DS_BUILD_PIN_MEMORY=1 \
+$(VENV)/.nvme: COMPILER := $(abspath $(VENV))/bin/compiler-without-symbols
+$(VENV)/.nvme: $(STAMP)
+	@printf '#!/bin/sh\nexec $(CXX) "$$@" -g0\n' >$(COMPILER) && chmod +x $(COMPILER)
+	CC=$(COMPILER) CXX=$(COMPILER) LDFLAGS='-Wl,--no-as-needed -laio' DS_BUILD_AIO=1 DS_BUILD_PIN_MEMORY=1 \
 	  $(PIP) --no-build-isolation --force-reinstall --no-deps --no-cache-dir -c constraints.txt deepspeed
 	@touch $@
 

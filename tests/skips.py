@@ -20,7 +20,7 @@ COMMANDS = {
     "Slurm cluster": "run the tests as root",
     "mount namespaces": "run the tests on a machine or in a container that allows them, such as docker run --privileged",
     "mount a file system": "run the tests as root",
-    "async_io": f"{APT} libaio-dev && make async_io",
+    "async_io": f"{APT} libaio-dev && make nvme",
     "Chromium": f"{APT} chromium",
     "nvcc": "install g++ and NVIDIA's CUDA toolkit, with nvcc on the PATH",
     "compiler": f"{APT} g++",

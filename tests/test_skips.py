@@ -58,7 +58,7 @@ def test_the_last_lines_say_what_was_skipped_and_what_lets_it_run(tmp_path, work
     code, lines = run(tmp_path, "-n", workers)
     assert code == 0 and lines[-7:-1] == [
         "1 skipped: --deepspeed_config offloads to nvme, but DeepSpeed's operator async_io is not built",
-        "    to run: apt-get install --no-install-recommends libaio-dev && make async_io",
+        "    to run: apt-get install --no-install-recommends libaio-dev && make nvme",
         "2 skipped: Slurm is not installed (apt install …): slurmd missing",
         "    to run: apt-get install --no-install-recommends slurmctld slurmd slurm-client munge",
         "1 skipped: needs a CUDA device",

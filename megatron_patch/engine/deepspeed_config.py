@@ -193,7 +193,7 @@ def _check_float32_states(user: Mapping[str, Any]) -> None:
         )
 
 
-def _rounding_notes(communication_type: str, zero: Mapping[str, Any]) -> tuple[str, ...]:
+def _rounding_notes(communication_type: str, user: Mapping[str, Any]) -> tuple[str, ...]:
     """Returns a note for each setting of the user's JSON that rounds gradients below float32 on their way to the optimizer."""
     notes = []
     if communication_type != "fp32":
@@ -201,8 +201,10 @@ def _rounding_notes(communication_type: str, zero: Mapping[str, Any]) -> tuple[s
             f"gradients are summed over ranks in {communication_type} (--deepspeed_config: {_COMMUNICATION_TYPE}), which rounds them once "
             "more; the default is fp32"
         )
-    if zero.get("zero_quantized_gradients"):
-        notes.append("gradients are quantized when ranks sum them (--deepspeed_config: zero_quantized_gradients); the default is fp32")
+    if _section(user, "torch_autocast").get("enabled"):
+        notes.append("gradients of matrices are summed over ranks in the type of --deepspeed_config's torch_autocast, which rounds them")
+    if _section(user, "zero_optimization").get("zero_quantized_gradients"):
+        notes.append("gradients are quantized when ranks sum them (--deepspeed_config: zero_quantized_gradients)")
     return tuple(notes)
 
 
@@ -352,5 +354,5 @@ def resolve_engine_config(
     timers = _section(user, "timers")
     merged["timers"] = {**timers, "throughput": {"enabled": False, **_section(timers, "throughput")}}
     merged["data_types"] = {**_section(user, "data_types"), "grad_accum_dtype": "fp32"}
-    notes = _rounding_notes(merged[_COMMUNICATION_TYPE], zero)
+    notes = _rounding_notes(merged[_COMMUNICATION_TYPE], user)
     return EngineConfig(precision, zero_level, float(clip_grad), merged, notes)

@@ -336,6 +336,18 @@ def test_gradients_are_summed_in_float32_unless_the_file_says_otherwise(tmp_path
     assert len(other.notes) == 1 and "in bf16" in other.notes[0]
 
 
+@pytest.mark.parametrize(
+    ("user", "reason"),
+    [
+        ({"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}, "torch_autocast"),
+        ({"zero_optimization": {"zero_quantized_gradients": True}}, "zero_quantized_gradients"),
+    ],
+)
+def test_other_settings_that_round_gradients_are_named(tmp_path, user, reason):
+    (note,) = settings(resolve(*RUN, *write_json(tmp_path, user))).notes
+    assert reason in note
+
+
 def test_gradients_are_added_to_their_sums_at_once_unless_the_file_says_otherwise(tmp_path):
     for file, expected in ({}, True), ({"bf16": {"immediate_grad_update": False}}, False):
         engine = settings(resolve(*RUN, "--bf16", *write_json(tmp_path, file)))

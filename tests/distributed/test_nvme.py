@@ -75,11 +75,9 @@ def single(tmp_path_factory, corpus, operator) -> Callable[..., Run]:
 
 
 QUICK = [
-    ({"offload_optimizer": "nvme"}, "reset", "", 2),
     ({"offload_optimizer": "nvme", "offload_param": "nvme"}, "keep", "", 2),
     ({"offload_optimizer": "cpu", "offload_param": "nvme"}, "reset", "--bf16", 2),
     ({"offload_optimizer": "nvme", "offload_param": "nvme"}, "reset", TENSOR, 2),
-    ({"offload_optimizer": "nvme", "offload_param": "nvme"}, "reset", f"--bf16 {TENSOR}", 2),
 ]
 SLOW = [
     (devices, optimizer, words, 2)
