@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import socket
-import sys
 import threading
 import time
 from collections.abc import Iterator
 
 from megatron_patch.errors import ConfigError, MegatronPatchError
+from megatron_patch.utils.console import print_line
 from megatron_patch.utils.units import format_duration, plural
 
 _RESOLVE_SECONDS = 60.0  # in which the name service of a cluster learns the name of a node that has just started
@@ -95,9 +95,8 @@ def notice_of_waiting(address: str, port: int, rank: int, size: int, seconds: fl
         if not joined.wait(seconds):
             found = _probe(address, port)
             if not joined.is_set():
-                _print(
-                    f"rank {rank} on {socket.gethostname()} has waited {format_duration(seconds)} for {plural(size, 'rank')} to join: {found}"
-                )
+                waited = f"has waited {format_duration(seconds)} for {plural(size, 'rank')} to join"
+                _print(f"rank {rank} on {socket.gethostname()} {waited}: {found}")
 
     threading.Thread(target=watch, name="notice of waiting", daemon=True).start()
     try:
@@ -119,4 +118,4 @@ def _probe(address: str, port: int) -> str:
 
 def _print(text: str) -> None:
     with contextlib.suppress(OSError):
-        print(text, file=sys.stderr, flush=True)
+        print_line(text, stderr=True)
