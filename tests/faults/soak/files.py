@@ -90,3 +90,9 @@ def fill(disk: Path, left: int) -> None:
     with (disk / "filler").open("wb", buffering=0) as file, contextlib.suppress(OSError):
         while (space := os.statvfs(disk)).f_bavail * space.f_frsize > left:
             file.write(bytes(min(space.f_frsize, space.f_bavail * space.f_frsize - left)))
+
+
+def newest_step(save: Path) -> int:
+    """Returns the step of the newest valid checkpoint; 0 without one."""
+    found = commit.find_newest_valid(save) if save.exists() else None
+    return found.state.step if found else 0

@@ -6,20 +6,22 @@ In: a start that runs. Out: rows of the ledger, and checks that it resumed, went
 from __future__ import annotations
 
 import random
+import signal
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.faults.soak.files import JUMPS, fill, move_times, span
+from tests.faults.soak.files import JUMPS, fill, move_times, newest_step, span
 from tests.faults.soak.ledger import Ledger
 from tests.faults.soak.start import Start
 
 ALL, ALONE, COMPILING, LAYOUT = "all killed", "one killed", "compiling", "layout"
-CLOCK, TIMES, DISK, DAMAGE = "clock", "file times", "full disk", "damage"
+STOP, CLOCK, TIMES, DISK, DAMAGE = "stopped", "clock", "file times", "full disk", "damage"
 KINDS = {
     ALL: ("kill -9 of all ranks", "resumes from the newest valid checkpoint"),
     ALONE: ("kill -9 of one of two ranks", "the other rank ends by itself; resumes"),
     COMPILING: ("kill -9 of all ranks or of one while blocks are compiled", "compilers end too; resumes"),
+    STOP: ("SIGTERM, SIGINT, SIGUSR1 or SIGUSR2 to one rank", "saves at once, exit code 75; resumes"),
     LAYOUT: ("another number of ranks and another ZeRO level at a restart", "resumes from the newest valid checkpoint"),
     CLOCK: ("the wall clock of a rank jumps, or is wrong from the start, by 30 s to a year", "continues"),
     TIMES: ("times of all files, also of the lock, moved by 30 s to a year", "continues, or resumes"),
@@ -130,8 +132,10 @@ class Life:
             self._goes_on(TIMES, move_times(start.save, draw), moment)
         if self.disk is not None:
             self._fill(self.disk)
+        elif draw.random() < 0.15:
+            self._stop()
         else:
-            self._kill(draw.choices(["starting", "training", "saving"], [1, 2, 2])[0])
+            self._kill(draw.choices(["starting", "training", "saving", "switching"], [4, 8, 7, 1])[0])
 
     def _goes_on(self, kind: str, fault: str, moment: str) -> bool:
         """Waits for the next step after a fault, or for the end of the run; returns whether it went on."""
@@ -175,6 +179,22 @@ class Life:
         if set(start.codes) != {0}:
             words = f"rank {ranks[0]}, {pause:.2f} s later of rank {ranks[1]}" if pause and len(ranks) == 2 else "all ranks"
             self._add(COMPILING if phase == "compiling" else ALL, f"kill -9 of {words}", moment, start.said)
+
+    def _stop(self) -> None:
+        """Asks the run to stop, by a signal to one of its ranks."""
+        draw, start = self.draw, self.start
+        moment = start.wait_for(draw.choice(["training", "saving", "switching"]), draw)
+        if moment is None:
+            return
+        self._hit = True
+        rank = draw.randrange(self.layout.ranks)
+        sent = draw.choice([signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2])
+        start.send(rank, sent)
+        start.wait()
+        assert set(start.codes) in ({75}, {0}), "a request to stop ends all ranks with code 75, unless the run was done"
+        if set(start.codes) == {75}:
+            assert newest_step(start.save) == start.step, "the last step is saved"
+            self._add(STOP, f"{sent.name} to rank {rank}", moment, start.said)
 
     def _fill(self, disk: Path) -> None:
         """Fills the disk until the run ends, or for a moment; or kills the run on the full disk."""

@@ -12,18 +12,18 @@ from pathlib import Path
 
 from megatron_patch.checkpoint import commit
 from tests.distributed.runs import DATA, MODEL, Run, command, make_corpus
-from tests.faults.soak.files import JUMPS, damage, fill, move_times, small_disk
+from tests.faults.soak.files import JUMPS, damage, fill, move_times, newest_step, small_disk
 from tests.faults.soak.ledger import Ledger
-from tests.faults.soak.life import ALL, ALONE, CLOCK, COMPILING, DAMAGE, DISK, LAYOUT, LAYOUTS, TIMES, Layout, Life, Tally
+from tests.faults.soak.life import ALL, ALONE, CLOCK, COMPILING, DAMAGE, DISK, LAYOUT, LAYOUTS, STOP, TIMES, Layout, Life, Tally
 from tests.faults.soak.start import Start
 
 PLAN = command(
     "--seq-length 16 --micro-batch-size 2 --global-batch-size 12 --patch-size 3 --lr 3e-3 --lr-warmup-fraction 0.2",
-    "--save-interval 2 --keep-last 3 --log-interval 1000 --num-workers 0",
+    "--save-interval 2 --keep-last 3 --eval-interval 7 --log-interval 1000 --num-workers 0",
 )
 _ROUNDING = 1e-4
 
-RUNS = {"one layout": (ALL, ALONE, CLOCK, TIMES, DAMAGE), "layouts": (LAYOUT,), "small disk": (DISK,), "compiled": (COMPILING,)}
+RUNS = {"one layout": (ALL, ALONE, STOP, CLOCK, TIMES, DAMAGE), "layouts": (LAYOUT,), "small disk": (DISK,), "compiled": (COMPILING,)}
 """The kinds of runs, and the kinds of faults for whose sake there are more of them."""
 
 
@@ -32,10 +32,22 @@ def states(save: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in commit.list_checkpoints(save)[0].glob("state-*")}
 
 
-def newest_step(save: Path) -> int:
-    """Returns the step of the newest valid checkpoint; 0 without one."""
-    found = commit.find_newest_valid(save) if save.exists() else None
-    return found.state.step if found else 0
+def check_records(run: Run, whole: Run) -> None:
+    """Checks the evaluations and switches of a run against those of the undisturbed one.
+
+    A request to stop abandons a running evaluation, but the evaluation at the end of a stage is always made.
+
+    Raises:
+        AssertionError: a switch or the evaluation at the end of a stage is missing, or something is recorded twice or differently.
+    """
+    switches = [record["step"] for record in whole.records("switch")]
+    assert [record["step"] for record in run.records("switch")] == switches, "each switch is recorded once"
+    expected = {record["step"]: record["token_loss"] for record in whole.records("evaluation")}
+    found = [(record["step"], record["token_loss"]) for record in run.records("evaluation")]
+    steps = [step for step, _ in found]
+    assert steps == sorted(set(steps)), f"each evaluation is recorded once, in order: {steps}"
+    assert {*switches, max(expected)} <= set(steps) <= set(expected), f"evaluations of the steps {steps}, not of {list(expected)}"
+    assert all(abs(loss - expected[step]) < _ROUNDING * loss for step, loss in found), "evaluations differ"
 
 
 class Soak:
@@ -106,6 +118,7 @@ class Soak:
         else:
             assert losses == whole.losses, "losses differ from those of the undisturbed run"
             assert states(save) == states(whole.folder), "weights or moments differ from those of the undisturbed run"
+        check_records(Run(save), whole)
         assert not commit.verify(commit.list_checkpoints(save)[0]), "the last checkpoint is not valid"
         self.tally.runs[kind] = self.tally.runs.get(kind, 0) + 1
         shutil.rmtree(save)

@@ -137,7 +137,7 @@ class Start:
         """Waits for a moment of a phase; returns it in words, or None if the run ended before.
 
         Args:
-            moment: "starting", "training", "saving" or "compiling".
+            moment: "starting", "training", "saving", "switching" or "compiling".
             draw: chooses the moment within the phase.
         """
         if moment == "starting":
@@ -149,13 +149,24 @@ class Start:
                 return None
             self.wait(seconds=draw.random() * 2.5)
             return None if self.ended else f"compiling, {self.place}"
-        steps = draw.randint(1, 8)
-        if not self.wait(lambda: (self.step or 0) >= (self.resumed_at or 0) + steps):
+        if not self.wait(lambda: self.resumed_at is not None):
+            return None
+        first = self.resumed_at or 0
+        target = first + draw.randint(1, 8)
+        if moment == "switching":
+            # The step before the switch, the switch and its evaluation and checkpoint, or soon after it.
+            target = max(first + 1, self._first_switch() - draw.randint(0, 1))
+        if not self.wait(lambda: (self.step or 0) >= target):
             return None
         if moment == "saving":
             return f"saving, {self.place}" if self.wait(lambda: any(self.save.glob(f"{commit.PARTIAL}*"))) else None
-        self.wait(seconds=draw.random() * 0.02)
+        self.wait(seconds=draw.random() * (0.15 if moment == "switching" else 0.02))
         return None if self.ended else self.place
+
+    def _first_switch(self) -> int:
+        """The step after which the first switch of stages comes."""
+        record = json.loads(self._starts()[-1])
+        return int(record["total_steps"] * record["switches"][0][0] / record["total_tokens"])
 
     @property
     def place(self) -> str:
@@ -178,6 +189,11 @@ class Start:
         path = self._folder / f"clock-{rank}"
         with path.open("r+b" if path.exists() else "wb") as file:
             file.write(struct.pack("d", seconds))
+
+    def send(self, rank: int, sent: int) -> None:
+        """Sends a signal to a rank, unless it has ended."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.processes[rank].pid, sent)
 
     def kill(self, ranks: list[int], pause: float = 0.0) -> None:
         """Sends SIGKILL to ranks, one after another.
