@@ -95,8 +95,8 @@ def notice_of_waiting(address: str, port: int, rank: int, size: int, seconds: fl
         if not joined.wait(seconds):
             found = _probe(address, port)
             if not joined.is_set():
-                waited = f"has waited {format_duration(seconds)} for {plural(size, 'rank')} to join"
-                _print(f"rank {rank} on {socket.gethostname()} {waited}: {found}")
+                waited = format_duration(seconds)
+                _print(f"rank {rank} on {socket.gethostname()} has waited {waited} for {plural(size, 'rank')} to join: {found}")
 
     threading.Thread(target=watch, name="notice of waiting", daemon=True).start()
     try:
