@@ -34,13 +34,12 @@ _PIECE_BYTES = 1 << 22
 _ATTEMPTS = 4
 _PAUSE_SECONDS = 0.5
 _FETCHERS = 32
-# The metadata keys, as file systems name them, that change when a file changes.
 # Kinds of addresses for which fsspec interprets the content of other files, or calls other programs. Some of its versions run code in it.
-_INTERPRETING = {"reference", "generic", "dask", "jupyter", "jlab", "zip", "tar", "libarchive", "dir", "cached"} | {
-    "blockcache",
-    "filecache",
-    "simplecache",
+_INTERPRETING = {
+    *("reference", "generic", "dask", "jupyter", "jlab", "zip", "tar", "libarchive", "dir"),
+    *("cached", "blockcache", "filecache", "simplecache"),
 }
+# The metadata keys, as file systems name them, that change when a file changes.
 _VERSIONS = ("size", "ETag", "etag", "Content-MD5", "md5Hash", "Last-Modified", "LastModified", "last_modified", "mtime", "created")
 
 
