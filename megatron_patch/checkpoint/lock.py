@@ -289,7 +289,12 @@ class SaveLock:
 
     def _beat(self) -> None:
         while not self._stop.wait(HEARTBEAT):
-            with contextlib.suppress(OSError):
+            self._touch()
+
+    def _touch(self) -> None:
+        """Touches the lock, unless another job has taken it over, whose lock would seem alive without its owner."""
+        with contextlib.suppress(OSError):
+            if self._owner().get("token") == self._token:
                 os.utime(self.path, follow_symlinks=False)
 
     def _owner(self) -> dict[str, Any]:

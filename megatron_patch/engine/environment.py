@@ -95,12 +95,24 @@ def free_port() -> int:
 
 
 def local_world_size() -> int | None:
-    """Returns the number of ranks on this node, or None if the launcher does not set it."""
+    """Returns the number of ranks on this node, or None if the launcher does not set it.
+
+    Raises:
+        ConfigError: the variable is not such a number.
+    """
     task = _task()
     if task is not None:
         return task.local_size
     stated = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE"))
-    return int(stated) if stated else None
+    if not stated:
+        return None
+    if not (stated.isascii() and stated.isdigit() and 1 <= int(stated[:8]) < 10**7):
+        raise ConfigError(
+            f"LOCAL_WORLD_SIZE={stated[:40]} is not a number of ranks",
+            "whole numbers from 1",
+            "start the job with deepspeed, torchrun or srun",
+        )
+    return int(stated)
 
 
 def threads_per_rank() -> int:

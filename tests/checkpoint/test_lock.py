@@ -233,5 +233,17 @@ def test_a_job_that_lost_its_lock_publishes_nothing_more(tmp_path):
     (tmp_path / LOCK).write_text(json.dumps({"token": "another's", "machine": "another", "pid": 5, "host": "far"}))
     with pytest.raises(CheckpointError, match="no longer holds .*: process 5 on far does"):
         lock.check()
+    os.utime(tmp_path / LOCK, (1000, 1000))
+    lock._touch()
+    assert (tmp_path / LOCK).stat().st_mtime == 1000, "the other job's lock is not kept alive"
     lock.release()
     assert (tmp_path / LOCK).exists(), "the other job's lock is not removed"
+
+
+def test_the_owner_keeps_its_lock_alive(tmp_path):
+    lock = SaveLock(tmp_path)
+    assert lock.try_take()
+    os.utime(tmp_path / LOCK, (1000, 1000))
+    lock._touch()
+    assert (tmp_path / LOCK).stat().st_mtime > 1000
+    lock.release()

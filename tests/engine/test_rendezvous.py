@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megatron_patch.engine import rendezvous
-from megatron_patch.engine.environment import free_port, rendezvous_address
+from megatron_patch.engine.environment import free_port, local_world_size, rendezvous_address
 from megatron_patch.engine.rendezvous import explained, notice_of_waiting, require_address
 from megatron_patch.errors import ConfigError, MegatronPatchError
 from megatron_patch.exit_codes import ExitCode
@@ -107,3 +107,11 @@ def test_what_is_no_port_is_refused(port, size, monkeypatch):
     with pytest.raises(ConfigError, match="MASTER_PORT=.* is not a port") as refused:
         rendezvous_address()
     assert refused.value.allowed and "--master_port" in refused.value.do and len(str(refused.value)) < 300
+
+
+@pytest.mark.parametrize("value", ["abc", "0", "-2", "1e3", "9" * 5000])
+def test_what_is_no_number_of_local_ranks_is_refused(value, monkeypatch):
+    for name, given in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": value}.items():
+        monkeypatch.setenv(name, given)
+    with pytest.raises(ConfigError, match="LOCAL_WORLD_SIZE=.* is not a number of ranks"):
+        local_world_size()
