@@ -43,8 +43,8 @@ nvme: $(VENV)/.nvme  ## builds DeepSpeed's NVMe operator; needs libaio-dev
 
 $(VENV)/.nvme: COMPILER := $(abspath $(VENV))/bin/compiler-without-symbols
 $(VENV)/.nvme: $(STAMP)
-	@printf '#!/bin/sh\nexec $(CXX) "$$@" -g0\n' >$(COMPILER) && chmod +x $(COMPILER)
-	CC=$(COMPILER) CXX=$(COMPILER) LDFLAGS='-Wl,--no-as-needed -laio' DS_BUILD_AIO=1 DS_BUILD_PIN_MEMORY=1 \
+	@printf '#!/bin/sh\nexec $(CC) "$$@" -g0\n' >$(COMPILER) && chmod +x $(COMPILER)
+	CC=$(COMPILER) LDFLAGS='-Wl,--no-as-needed -laio' DS_BUILD_AIO=1 DS_BUILD_PIN_MEMORY=1 \
 	  $(PIP) --no-build-isolation --force-reinstall --no-deps --no-cache-dir -c constraints.txt deepspeed
 	@touch $@
 
