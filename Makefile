@@ -46,6 +46,7 @@ $(VENV)/.nvme: $(STAMP)
 	@printf '#!/bin/sh\nexec $(CC) "$$@" -g0\n' >$(COMPILER) && chmod +x $(COMPILER)
 	CC=$(COMPILER) LDFLAGS='-Wl,--no-as-needed -laio' DS_BUILD_AIO=1 DS_BUILD_PIN_MEMORY=1 \
 	  $(PIP) --no-build-isolation --force-reinstall --no-deps --no-cache-dir -c constraints.txt deepspeed
+	@$(RUN) -c 'from megatron_patch.engine.swapping import require_async_io; require_async_io()'
 	@touch $@
 
 # torch is installed before the packages that require it, so that none of them installs a newer one.
