@@ -42,11 +42,14 @@ $(STAMP): pyproject.toml constraints.txt setup.py $(shell find csrc -type f)
 # docs/parallelism.md has this command. Here it compiles without debug symbols, which would take almost half of the time.
 nvme: $(VENV)/.nvme  ## builds DeepSpeed's NVMe operator; needs libaio-dev
 
-$(VENV)/.nvme: COMPILER := $(abspath $(VENV))/bin/compiler-without-symbols
+$(VENV)/.nvme: WITHOUT_SYMBOLS := $(abspath $(VENV))/bin/without-symbols-
 $(VENV)/.nvme: $(STAMP)
-	@printf '#!/bin/sh\nexec $(CXX) "$$@" -g0\n' >$(COMPILER) && chmod +x $(COMPILER)
-	CC=$(COMPILER) CXX=$(COMPILER) LDFLAGS='-Wl,--no-as-needed -laio' DS_BUILD_AIO=1 DS_BUILD_PIN_MEMORY=1 \
+	@printf '#!/bin/sh\nexec $(CC) "$$@" -g0\n' >$(WITHOUT_SYMBOLS)cc
+	@printf '#!/bin/sh\nexec $(CXX) "$$@" -g0\n' >$(WITHOUT_SYMBOLS)cxx
+	@chmod +x $(WITHOUT_SYMBOLS)cc $(WITHOUT_SYMBOLS)cxx
+	CC=$(WITHOUT_SYMBOLS)cc CXX=$(WITHOUT_SYMBOLS)cxx LDFLAGS='-Wl,--no-as-needed -laio' DS_BUILD_AIO=1 DS_BUILD_PIN_MEMORY=1 \
 	  $(PIP) --no-build-isolation --force-reinstall --no-deps --no-cache-dir -c constraints.txt deepspeed
+	@$(RUN) -c 'from megatron_patch.engine.swapping import require_async_io; require_async_io()'
 	@touch $@
 
 # torch is installed before the packages that require it, so that none of them installs a newer one.

@@ -238,7 +238,7 @@ def test_the_installed_torch_is_one_that_the_package_allows():
 def test_make_says_what_it_can_do():
     done = subprocess.run(["make", "--no-print-directory"], cwd=ROOT, capture_output=True, text=True, check=True)
     listed = [line.split()[0] for line in done.stdout.splitlines()]
-    assert listed == ["help", "venv", "lint", "test", "slow", "docs", "quickstart", "compare", "bench", "clean", "distclean"]
+    assert listed == ["help", "venv", "nvme", "lint", "test", "slow", "docs", "quickstart", "compare", "bench", "clean", "distclean"]
 
 
 @pytest.mark.parametrize("name", ["Makefile", "setup.py", "pyproject.toml", "constraints.txt", ".ci/run"])
@@ -253,15 +253,34 @@ def test_ci_runs_the_test_suite_from_any_folder():
     assert "set -euo pipefail" in text and text.splitlines()[-1] == "make test"
 
 
+def run_ci(folder: Path, missing: str = "", **settings: str) -> tuple[int, str]:
+    """Runs `.ci/run` where its commands only print their names, and returns (exit code, output); a missing command is not found."""
+    (folder / "bin").mkdir(parents=True)
+    for name in ("bash", "dirname", "sed", "tail", "python3", "g++", "nvcc", "make", "apt-get"):
+        program = folder / "bin" / name
+        if name == missing:
+            continue
+        if name in ("bash", "dirname", "sed", "tail"):
+            program.symlink_to(shutil.which(name) or "/bin/true")
+        else:
+            program.write_text(f'#!/bin/sh\necho "{name} $*"\n')
+            program.chmod(0o755)
+    command = [ROOT / ".ci" / "run"]
+    environment = {"PATH": str(folder / "bin"), **settings}
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    return done.returncode, done.stdout
+
+
 @pytest.mark.parametrize("missing", ["g++", "nvcc"])
 def test_ci_fails_where_the_kernels_could_not_be_compiled(tmp_path, missing):
-    (tmp_path / "bin").mkdir()
-    for name in ("bash", "dirname", "sed", "python3", "g++", "nvcc", "make"):
-        if name != missing:
-            program = tmp_path / "bin" / name
-            program.symlink_to(shutil.which(name) or "/bin/true") if name in ("bash", "dirname", "sed") else program.write_text(
-                "#!/bin/sh\n"
-            )
-            program.chmod(0o755)
-    done = subprocess.run([ROOT / ".ci" / "run"], env={"PATH": str(tmp_path / "bin")}, capture_output=True, text=True)
-    assert done.returncode == 127 and missing in done.stderr
+    code, text = run_ci(tmp_path, missing)
+    assert code == 127 and missing in text
+
+
+def test_ci_installs_what_tests_need_and_fails_where_it_cannot(tmp_path):
+    code, text = run_ci(tmp_path / "all")
+    assert code == 0 and text.splitlines()[-3:] == ["make venv", "make -j2 nvme lint", "make test"]
+    code, text = run_ci(tmp_path / "ci", "apt-get")
+    assert code == 1 and "make test" not in text and "their tests would be skipped" in text
+    code, text = run_ci(tmp_path / "person", "apt-get", MEGATRON_PATCH_CI="")
+    assert code == 0 and text.splitlines()[-1] == "make test" and "nvme" not in text
