@@ -18,10 +18,10 @@ from tests.faults.soak.runs import soak
 def test_a_run_that_meets_fault_after_fault_ends_like_an_undisturbed_one(tmp_path):
     ledger = Ledger(tmp_path / "ledger.jsonl")
     kinds = ["one layout", "layouts", "small disk"]
-    tally = soak(tmp_path, ledger, seed=5, faults=9, each=0, tokens=4500, kinds=kinds, faults_of_a_run=(3, 3))
-    assert sum(tally.runs.values()) >= 2 and tally.starts > 3
+    tally = soak(tmp_path, ledger, seed=5, faults=6, each=0, tokens=4500, kinds=kinds, faults_of_a_run=(3, 3))
+    assert {"one layout", "layouts"} <= set(tally.runs) and tally.starts > 3
     rows = [json.loads(line) for line in ledger.path.read_text().splitlines()]
-    assert len(rows) == len(ledger.rows) >= 9 and all(row["then"] for row in rows)
+    assert len(rows) == len(ledger.rows) >= 6 and all(row["then"] for row in rows)
     table = ledger.table().splitlines()
     assert max(map(len, table)) <= WIDTH and all(f"|{row.number:<4} |" in "".join(table) for row in ledger.rows)
     assert f"| {KINDS[LAYOUT][0]} | {ledger.counts[LAYOUT]} |" in ledger.summary(KINDS)

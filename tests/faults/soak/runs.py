@@ -182,7 +182,7 @@ def soak(
     clocks: bool = False,
     faults_of_a_run: tuple[int, int] = (6, 14),
 ) -> Tally:
-    """Disturbs runs of all kinds until there are enough faults; every run is completed and compared.
+    """Disturbs runs of all kinds, each at least once, until there are enough faults; every run is completed and compared.
 
     Args:
         folder: where to write.
@@ -204,8 +204,9 @@ def soak(
         test = Soak(folder, ledger, seed, tokens, clocks, disk)
         while ledger.minutes < minutes:
             short = [kind for kind in kinds if any(ledger.counts[fault] < each for fault in RUNS[kind] if clocks or fault != CLOCK)]
-            if not short and len(ledger.rows) >= faults:
+            new = [kind for kind in kinds if kind not in test.tally.runs]
+            if not new and not short and len(ledger.rows) >= faults:
                 break
             cheap = [kind for kind in kinds if kind != "compiled"]
-            test.run(test.draw.choice(short or cheap or kinds), test.draw.randint(*faults_of_a_run))
+            test.run(test.draw.choice(new or short or cheap or kinds), test.draw.randint(*faults_of_a_run))
         return test.tally

@@ -236,6 +236,8 @@ class Start:
             lines = [line for line in path.read_text(errors="replace").splitlines() if line.strip() and not line.startswith(" ")]
             last = [number for number, line in enumerate(lines) if line.startswith("exit code")]
             if last and last[0] > 0:
+                if lines[last[0]].startswith("exit code 75"):
+                    return f"{codes}; {lines[last[0]].partition(': ')[2].split(':')[0]}"
                 cause = lines[last[0] - 1].replace(str(self.save), "SAVE")
                 cause = re.sub(r"^rank \d+ on \S+: |\[/\S+\] | \[[\d.]+\]:\d+.*$", "", cause)
                 cause = re.sub(r"\.partial-step-0*(\d+)-\w+", r"(partial step \1)", cause)
