@@ -201,7 +201,7 @@ def test_make_lint_checks_every_shell_script():
     found = subprocess.run(["bash", "-c", done.stdout.rpartition("|")[0]], cwd=ROOT, capture_output=True, check=True).stdout
     scripts = set()
     for folder, folders, names in os.walk(ROOT):
-        folders[:] = [name for name in folders if name not in {".git", ".venv", "build", "runs", "shared", "__pycache__"}]
+        folders[:] = [name for name in folders if name not in {".git", ".venv", "build", "runs", "__pycache__"}]
         for path in (Path(folder, name) for name in names if not Path(folder, name).is_symlink()):
             first = path.open("rb").readline(200)
             if path.suffix in {".sh", ".bash", ".sbatch"} or re.match(rb"#!.*\b(ba|da|k)?sh\b", first):
