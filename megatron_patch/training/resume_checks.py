@@ -20,7 +20,7 @@ from megatron_patch.config.resolve import RunConfig
 from megatron_patch.errors import CheckpointError, ConfigError
 from megatron_patch.model.shape import ModelShape
 from megatron_patch.stages import Progress, StagePlan
-from megatron_patch.training.resumed_plan import ResumedPlan, resume_plan
+from megatron_patch.training.resumed_plan import Changed, ResumedPlan, resume_plan
 from megatron_patch.utils.units import plural
 
 START_NEW = "start a new run from the weights with --finetune --load … --save ELSEWHERE"
@@ -200,14 +200,14 @@ def _separation_differences(state: TrainerState, run: RunConfig) -> list[str]:
     return [] if then == run.eod_id else [_pair("--eod-token-id", then, run.eod_id)]
 
 
-def _plan_to_resume(state: TrainerState, run: RunConfig, changed: Mapping[str, tuple[Any, Any]]) -> ResumedPlan:
+def _plan_to_resume(state: TrainerState, run: RunConfig, changed: Changed) -> ResumedPlan:
     saved = StagePlan.from_json(state.plan)
     batch = changed.keys() & {"global_batch_size", "global_batch_tokens"}
     pairs = zip(saved.stages, run.plan.stages, strict=False)
     if batch and any(old.global_batch_size != new.global_batch_size for old, new in pairs):
         return ResumedPlan(saved, ("samples in a step",))
     try:
-        return resume_plan(saved, run, Progress(state.stage_index, state.stage_step), changed.keys())
+        return resume_plan(saved, run, Progress(state.stage_index, state.stage_step), changed)
     except ConfigError as error:
         # The batch of the first start does not divide into the samples that the options now describe.
         return ResumedPlan(saved, (error.what,))

@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Set
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from megatron_patch.config.options import ScheduleOptions
 from megatron_patch.config.plan_builder import check_schedules, whole_steps
 from megatron_patch.config.resolve import RunConfig
+from megatron_patch.config.stage_spec import parse_stages
 from megatron_patch.errors import CheckpointError, ConfigError
 from megatron_patch.stages import LrShape, Progress, StagePlan
 from megatron_patch.training.lr_schedule import Segment, build_lr_schedule
@@ -28,10 +29,18 @@ _GEOMETRY = ("patch_size", "positions", "global_batch_size", "side", "position_w
 _NOTED = ("steps", "lr_policy", "rewarm_tokens", "optimizer")
 _EXTENDING = {"train_tokens", "stages"}
 _LR_LENGTHS = {
-    "warmup_tokens": {"lr_warmup_tokens", "lr_warmup_fraction"},
-    "wsd_decay_tokens": {"lr_wsd_decay_tokens", "lr_wsd_decay_fraction"},
+    "warmup_tokens": ("lr_warmup_tokens", "lr_warmup_fraction"),
+    "wsd_decay_tokens": ("lr_wsd_decay_tokens", "lr_wsd_decay_fraction"),
 }
-"""Lengths that the first start resolved from shares of the plan, with the options that change them on purpose."""
+"""Lengths that the first start resolved from shares of the plan, with the options that change them on purpose; the first is also a key of
+an entry of `stages:`."""
+
+Changed = Mapping[str, tuple[Any, Any]]
+"""Options that differ from the checkpoint's: name -> (value then, value now), as plain JSON values."""
+
+
+class _CannotExtend(Exception):
+    """The reason why a plan cannot be extended."""
 
 
 @dataclass(frozen=True)
@@ -49,14 +58,14 @@ class ResumedPlan:
     changes: tuple[str, ...] = ()
 
 
-def resume_plan(saved: StagePlan, run: RunConfig, progress: Progress, changed: Set[str]) -> ResumedPlan:
+def resume_plan(saved: StagePlan, run: RunConfig, progress: Progress, changed: Changed) -> ResumedPlan:
     """Returns the plan that a resumed run follows.
 
     Args:
         saved: the checkpoint's plan.
         run: the present options.
         progress: where the checkpoint stands.
-        changed: names of the options for stages and learning rates that differ from the checkpoint's.
+        changed: the options for stages and learning rates that differ from the checkpoint's.
 
     Raises:
         CheckpointError: more --train-tokens or another stage cannot extend the plan, and the message says why; or nothing has changed, and
@@ -75,23 +84,26 @@ def resume_plan(saved: StagePlan, run: RunConfig, progress: Progress, changed: S
     if lengths_differ and not _is_extension(saved, described, progress, changed):
         known = [(old, new) for old, new in pairs if old is not None and old.steps != new.steps]
         return ResumedPlan(saved, tuple(_difference(new.name, "steps", old, new) for old, new in known))
-    plan = _extended(saved, described, progress) if lengths_differ else saved
-    plan = _with_free_values(plan, described)
-    plan = _with_schedules(plan, saved, run.reschedule(plan), progress, changed)
-    check_schedules(plan)
-    if lengths_differ:
-        _check_past(saved, plan, progress)
+    try:
+        plan = _extended(saved, described, progress) if lengths_differ else saved
+        plan = _with_free_values(plan, described)
+        plan = _with_schedules(plan, saved, run.reschedule(plan), progress, changed)
+        check_schedules(plan)
+        if lengths_differ:
+            _check_past(saved, plan, progress)
+    except _CannotExtend as error:
+        raise _refusal(saved, run, progress, str(error)) from error
     return ResumedPlan(plan, changes=tuple(_changes(saved, plan)))
 
 
-def _is_extension(saved: StagePlan, described: StagePlan, progress: Progress, changed: Set[str]) -> bool:
+def _is_extension(saved: StagePlan, described: StagePlan, progress: Progress, changed: Changed) -> bool:
     """Returns whether only --train-tokens, `stages:` and learning rates have changed, the plan is longer, and ended stages are the same."""
-    if changed - _EXTENDING - {field.name for field in dataclasses.fields(ScheduleOptions)}:
+    if changed.keys() - _EXTENDING - {field.name for field in dataclasses.fields(ScheduleOptions)}:
         return False
     ended = zip(saved.stages[: progress.stage_index], described.stages, strict=False)
     if "train_tokens" not in changed and any(old.steps != new.steps for old, new in ended):
         return False
-    return bool(changed & _EXTENDING) and (len(described.stages) > len(saved.stages) or described.tokens > saved.tokens)
+    return bool(changed.keys() & _EXTENDING) and (len(described.stages) > len(saved.stages) or described.tokens > saved.tokens)
 
 
 def _check_own_plan(saved: StagePlan, described: StagePlan) -> None:
@@ -149,24 +161,22 @@ def _extended(saved: StagePlan, described: StagePlan, progress: Progress) -> Sta
         steps = whole_steps(wanted, new.tokens_per_step, saved.block_tokens if index < last else 1) if wanted > 0 else 0
         done = progress.stage_step if index == progress.stage_index else 0
         if steps < max(1, done):
-            raise _cannot_extend(
-                saved, progress, f"{format_count(described.tokens)} tokens leave stage {new.name} fewer steps than are done"
-            )
+            raise _CannotExtend(f"{format_count(described.tokens)} tokens leave stage {new.name} fewer steps than are done")
         stage = saved.stages[index] if index < len(saved.stages) else new
         if done and steps != stage.steps:
             blocks = saved.last_block(index) - saved.first_block(index)
             annealing = stage.anneal_share > 0 and done > stage.steps * (1 - stage.anneal_share)
             if annealing:
-                raise _cannot_extend(saved, progress, f"the label weights of stage {stage.name} already move toward its end (anneal_share)")
+                raise _CannotExtend(f"the label weights of stage {stage.name} already move toward its end (anneal_share)")
             stage = dataclasses.replace(stage, earlier_ends=(*(end for end in stage.earlier_ends if end < blocks), blocks))
         stages.append(dataclasses.replace(stage, steps=steps))
     try:
         return StagePlan(tuple(stages), saved.block_tokens)
     except ConfigError as error:
-        raise _cannot_extend(saved, progress, error.what) from error
+        raise _CannotExtend(error.what) from error
 
 
-def _with_schedules(plan: StagePlan, saved: StagePlan, rescheduled: StagePlan, progress: Progress, changed: Set[str]) -> StagePlan:
+def _with_schedules(plan: StagePlan, saved: StagePlan, rescheduled: StagePlan, progress: Progress, changed: Changed) -> StagePlan:
     """Returns the plan with the learning rates that the options describe; lengths in tokens stay unless their own options changed.
 
     Args:
@@ -174,14 +184,17 @@ def _with_schedules(plan: StagePlan, saved: StagePlan, rescheduled: StagePlan, p
         saved: the checkpoint's plan.
         rescheduled: `plan` with all learning rates from the present options.
         progress: where the checkpoint stands.
-        changed: names of the options that differ from the checkpoint's.
+        changed: the options that differ from the checkpoint's.
     """
     stages = list(rescheduled.stages)
+    then, now = (parse_stages(text) if isinstance(text, str) else () for text in changed.get("stages", (None, None)))
     for index, (old, new) in enumerate(zip(saved.stages, rescheduled.stages, strict=False)):
         begun = index < progress.stage_index or (index == progress.stage_index and progress.stage_step > 0)
         if not begun and plan.stages[index].steps != old.steps:
             continue
-        kept = {name for name, options in _LR_LENGTHS.items() if not changed & options}
+        kept = {name for name, options in _LR_LENGTHS.items() if not changed.keys() & options}
+        if index < min(len(then), len(now)):
+            kept -= {name for name, (key, _) in _LR_LENGTHS.items() if getattr(then[index], key) != getattr(now[index], key)}
         if old.lr.style != new.lr.style:
             kept.discard("wsd_decay_tokens")
         shape = dataclasses.replace(new.lr, **{name: getattr(old.lr, name) for name in kept})
@@ -192,11 +205,7 @@ def _with_schedules(plan: StagePlan, saved: StagePlan, rescheduled: StagePlan, p
 
 
 def _check_past(saved: StagePlan, plan: StagePlan, progress: Progress) -> None:
-    """Checks that the schedules that have begun give the steps that are done the same learning rates with the new end.
-
-    Raises:
-        CheckpointError: a learning rate has already been computed from the old end.
-    """
+    """Checks that the schedules that have begun give the steps that are done the same learning rates with the new end."""
     consumed = saved.consumed_tokens(progress)
     olds = {segment.first_tokens: segment for segment in build_lr_schedule(saved).segments}
     for new in build_lr_schedule(plan).segments:
@@ -204,7 +213,7 @@ def _check_past(saved: StagePlan, plan: StagePlan, progress: Progress) -> None:
         if old is None or consumed <= new.first_tokens or old.last_tokens == new.last_tokens:
             continue
         if not _may_grow(new.shape, old, min(consumed, old.last_tokens) - old.first_tokens):
-            raise _cannot_extend(saved, progress, f"the learning rate ({new.shape.style}) already depends on the end of the schedule")
+            raise _CannotExtend(f"the learning rate ({new.shape.style}) already depends on the end of the schedule")
 
 
 def _may_grow(shape: LrShape, old: Segment, done: int) -> bool:
@@ -214,14 +223,15 @@ def _may_grow(shape: LrShape, old: Segment, done: int) -> bool:
     return shape.style == "WSD" and done <= old.last_tokens - old.first_tokens - shape.wsd_decay_tokens
 
 
-def _cannot_extend(saved: StagePlan, progress: Progress, reason: str) -> CheckpointError:
+def _refusal(saved: StagePlan, run: RunConfig, progress: Progress, reason: str) -> CheckpointError:
     read = saved.consumed_tokens(progress)
+    blocks = -(-read // saved.block_tokens)
     return CheckpointError(
         f"more --train-tokens or stages cannot extend this run at {read:,} of {saved.tokens:,} tokens: {reason}",
         "--train-tokens and stages of the first start; more of them while the learning rate does not depend on the end (constant, "
         "inverse-square-root, or WSD before its final decay), or in a new last stage that restarts the learning rate",
-        "restore the flags, or start a new run from the weights that reads on behind the tokens of this one: --finetune --load … "
-        f"--save ELSEWHERE --start-tokens {read // saved.block_tokens * saved.block_tokens}",
+        "restore the flags, or start a new run that takes the weights and continues after the tokens of this one: --finetune --load … "
+        f"--save ELSEWHERE --start-tokens {run.options.stages.start_tokens + blocks * saved.block_tokens}",
     )
 
 

@@ -37,6 +37,11 @@ def read(*words, ranks=1, **stages):
     return resolve(ParsedOptions(options, parsed.origins), ranks)
 
 
+def names(changed):
+    """Returns changed options whose values do not matter here."""
+    return dict.fromkeys(changed, (None, None))
+
+
 def step_ends(plan):
     ends, tokens = [], 0
     for stage in plan.stages:
@@ -60,7 +65,7 @@ def test_every_layout_resumes_the_plan_of_the_first_start(stages, schedule, batc
     words = f"{stages} {schedule} {batch} --train-tokens 30000"
     saved = read(words, ranks=ranks, micro_batch_size=micro).plan
     run = read(words, ranks=then_ranks, micro_batch_size=then_micro)
-    resumed = resume_plan(saved, run, Progress(0, 1), set()).plan
+    resumed = resume_plan(saved, run, Progress(0, 1), {}).plan
     assert [stage.micro_batch_size for stage in resumed.stages] == [then_micro] * len(saved.stages)
     for old, new in zip(saved.stages, resumed.stages, strict=True):
         assert dataclasses.replace(new, micro_batch_size=old.micro_batch_size) == old
@@ -69,10 +74,10 @@ def test_every_layout_resumes_the_plan_of_the_first_start(stages, schedule, batc
     ]
 
 
-def extend(words, more, progress, ranks=1, changed=frozenset({"train_tokens"})):
+def extend(words, more, progress, ranks=1, changed=("train_tokens",)):
     saved = read(words, "--train-tokens 30720 --global-batch-size 12").plan
     run = read(words, "--global-batch-size 12", more, ranks=ranks)
-    return saved, resume_plan(saved, run, progress(saved) if callable(progress) else progress, set(changed)).plan
+    return saved, resume_plan(saved, run, progress(saved) if callable(progress) else progress, names(changed)).plan
 
 
 def finished(plan):
@@ -142,21 +147,32 @@ def listed(*more):
 def test_a_new_last_stage_continues_a_finished_run():
     saved = read(listed()).plan
     new = {"patch_size": 2, "tokens": 7680, "lr": 1e-4, "lr_warmup_tokens": 768}
-    result = resume_plan(saved, read(listed(new)), finished(saved), {"stages"})
+    result = resume_plan(saved, read(listed(new)), finished(saved), names(["stages"]))
     assert result.plan.stages[:2] == saved.stages and len(result.plan.stages) == 3
     assert result.changes == ("new stage patch-2, 40 steps",)
     schedule = build_lr_schedule(result.plan)
     assert schedule.at(30720) == 0.0 and schedule.at(30720 + 768) == 1e-4
     continues = {"patch_size": 1, "tokens": 7680, "lr_policy": "continue", "name": "more"}
     with pytest.raises(CheckpointError, match="cosine"):
-        resume_plan(saved, read(listed(continues)), finished(saved), {"stages"})
+        resume_plan(saved, read(listed(continues)), finished(saved), names(["stages"]))
+
+
+def test_lengths_in_the_list_may_change():
+    """A warm-up given in tokens in a stage changes on purpose; one that --lr-warmup-fraction gave keeps its tokens."""
+    before = [{**LIST[0], "lr_warmup_tokens": 384}, LIST[1]]
+    after = [{**LIST[0], "lr_warmup_tokens": 768}, LIST[1], {"patch_size": 1, "tokens": 7680}]
+    saved, run = (read("--global-batch-size 12 --lr-warmup-fraction 0.1 --stages", [json.dumps(stages)]) for stages in (before, after))
+    changed = {"stages": (json.dumps(before), json.dumps(after))}
+    result = resume_plan(saved.plan, run, Progress(0, 5), changed)
+    assert [stage.lr.warmup_tokens for stage in result.plan.stages] == [768, 1536, 768]
+    assert result.changes == ("stage 1-patch-4: lr: warmup_tokens 384, now 768", "new stage 3-token, 40 steps")
 
 
 def test_another_list_is_refused_by_its_stages():
     saved = read(listed()).plan
     for change, words in (({"tokens": 7680}, "stage patch-4: steps 40, 80 in the checkpoint"), ({"patch_size": 2}, "patch_size 2, 4 in")):
         described = read(["--global-batch-size", "12", "--stages", json.dumps([{**LIST[0], **change}, {**LIST[1], "tokens": 61440}])])
-        differences = resume_plan(saved, described, Progress(1, 3), {"stages"}).differences
+        differences = resume_plan(saved, described, Progress(1, 3), names(["stages"])).differences
         assert any(words in difference for difference in differences), differences
 
 
@@ -167,13 +183,13 @@ def test_fewer_tokens_and_another_share_are_refused():
     ):
         saved = read("--patch-size 4 --lr-decay-style constant --train-tokens 30720 --global-batch-size 12").plan
         run = read("--patch-size 4 --lr-decay-style constant --global-batch-size 12", more)
-        assert resume_plan(saved, run, Progress(0, 5), changed).differences
+        assert resume_plan(saved, run, Progress(0, 5), names(changed)).differences
 
 
 def test_a_changed_learning_rate_keeps_the_lengths_of_the_first_start():
     words = "--patch-size 4 --train-tokens 30000 --global-batch-tokens 1000 --lr-warmup-fraction 0.1 --micro-batch-size"
     saved = read(words, "4").plan
-    result = resume_plan(saved, read(words, "1 --lr 1e-4", ranks=5), Progress(0, 5), {"lr"})
+    result = resume_plan(saved, read(words, "1 --lr 1e-4", ranks=5), Progress(0, 5), names(["lr"]))
     for old, new in zip(saved.stages, result.plan.stages, strict=True):
         assert new.lr == dataclasses.replace(old.lr, lr=1e-4) and new.steps == old.steps
     assert result.changes == tuple(f"stage {name}: lr: lr 0.0003, now 0.0001" for name in ("patch", "token"))
@@ -201,7 +217,7 @@ def test_an_extended_run_reads_no_token_twice_and_leaves_none_out(corpus, steps,
     plans = [run_of(steps).plan]
     places = [steps, steps + more // 2, steps + 2 * more]
     for place, longer in zip(places, (steps + more, steps + 2 * more), strict=False):
-        plan = resume_plan(plans[-1], run_of(longer), Progress(0, place), {"stages"}).plan
+        plan = resume_plan(plans[-1], run_of(longer), Progress(0, place), names(["stages"])).plan
         plans.append(StagePlan.from_json(json.loads(json.dumps(plan.to_json()))))
     size, read_tokens = plans[0].stages[0].global_batch_size, []
     for plan, first, last in zip(plans, [0, *places], places, strict=False):
