@@ -70,8 +70,9 @@ def resume_plan(saved: StagePlan, run: RunConfig, progress: Progress, changed: C
     Raises:
         CheckpointError: more --train-tokens or another stage cannot extend the plan, and the message says why; or nothing has changed, and
             the checkpoint's plan does not follow from its own options.
-        ConfigError: the changed options give no valid plan.
+        ConfigError: the changed options give no valid plan, or the learning rates of the checkpoint's plan are not valid.
     """
+    check_schedules(saved)
     described = run.plan_with_batch_of(saved)
     if not changed:
         _check_own_plan(saved, described)
