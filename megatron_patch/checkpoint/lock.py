@@ -85,7 +85,8 @@ class _Found:
         """Returns whether the owner has died; None if that cannot be decided on this machine."""
         if self.owner.get("machine") != _machine() or type(self.owner.get("pid")) is not int:
             return None
-        return _started(self.owner["pid"]) != self.owner.get("started")
+        started = _started(self.owner["pid"])
+        return started == "" or started != self.owner.get("started")
 
 
 @dataclass(frozen=True)

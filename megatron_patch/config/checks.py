@@ -220,6 +220,8 @@ def check_options(options: Options) -> None:
 
 def _check_optimizer(options: Options) -> None:
     schedule = options.schedule
+    if schedule.lr_warmup_tokens and schedule.lr_warmup_fraction is not None:
+        raise _only_one("--lr-warmup-tokens", "--lr-warmup-fraction")
     if schedule.lr_wsd_decay_fraction is not None:
         if not 0.0 < schedule.lr_wsd_decay_fraction <= 1.0:
             raise ConfigError(

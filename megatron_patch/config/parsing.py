@@ -253,6 +253,22 @@ def _config_error(text: str) -> ConfigError:
     return ConfigError(text or "the command line cannot be read", "the flags that --help lists", "correct the command line or the file")
 
 
+def recorded_options(values: Mapping[str, Any], groups: Sequence[type]) -> Options:
+    """Returns options that a checkpoint recorded (`option_values`); all other groups have their defaults.
+
+    Args:
+        values: the recorded values by name; names that the program no longer has are left out.
+        groups: the groups to read, such as `StageOptions`; not the model's.
+
+    Raises:
+        ConfigError: a value is not one that its flag takes.
+    """
+    wanted = {f.name for group in groups for f in fields(group)}
+    found = {name: value for name, value in values.items() if name in wanted}
+    required = [word for flag in _REQUIRED for word in (flag, "1")]
+    return _run_tyro([*required, *_normalize(to_flags(found, "the checkpoint"))], "checkpoint")
+
+
 def option_values(options: Any) -> dict[str, Any]:
     """Returns all options, of all groups, by name."""
     values: dict[str, Any] = {}

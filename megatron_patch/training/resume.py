@@ -88,14 +88,19 @@ def _find_checkpoint(options: CheckpointOptions, grid: Grid) -> tuple[ValidCheck
             return state.begun_from is not None and same_path(state.begun_from, load)
 
         found = find_newest_valid_together(save, grid, None if options.finetune else began_from_load)
-        if found is not None:
-            if not began_from_load(found.state):
-                raise CheckpointError(
-                    f"--finetune with --save {save}, which holds a run that began from {found.state.begun_from or 'initial weights'}",
-                    f"a folder without checkpoints, or with those of the run that --finetune began from --load {load}",
-                    "choose another --save; or remove --finetune and --load to resume the run in it",
-                )
+        if found is not None and began_from_load(found.state):
             return found, True, begun_from
+        inside = same_path(load.resolve().parent, save)
+        other = found if found is not None else (None if inside and load.is_dir() else find_newest_valid_together(save, grid))
+        if other is not None:
+            raise CheckpointError(
+                f"--load {load} with --save {save}, which holds a run that began from {other.state.begun_from or 'initial weights'}",
+                f"a --save without checkpoints, or with those of a run that began from --load {load}; or a --load inside of --save, to go "
+                "back to an earlier step of the same run",
+                "choose another --save; or remove --load and --finetune to resume the run in --save",
+            )
+    if load.exists() and not load.is_dir():
+        raise CheckpointError(f"--load {load} is not a folder", "a run's folder, or one of its step-N folders", "check the path")
     found = find_newest_valid_together(load, grid)
     if found is None and options.finetune:
         raise CheckpointError(f"--load {load} contains no checkpoint", "a run's folder, or one of its step-N folders", "check the path")
@@ -148,7 +153,7 @@ def start_notes(start: StartPoint, save: Path | None) -> list[str]:
     """
     found, notes = start.checkpoint, []
     if found is None:
-        notes.append("new run")
+        notes.append("new run" if start.begun_from is None else f"new run, because {start.begun_from} (--load) contains no checkpoint")
     else:
         notes += [f"skipped the checkpoint {folder}: {reason}" for folder, reason in found.skipped]
         notes.append(_resumed_note(start, found) if start.resuming else f"new run from the weights of {found.folder}")

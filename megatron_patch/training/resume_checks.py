@@ -15,12 +15,13 @@ from typing import Any
 from megatron_patch.checkpoint.trainer_state import TrainerState
 from megatron_patch.config.option_types import AtResume
 from megatron_patch.config.options import ModelOptions, ScheduleOptions, StageOptions
-from megatron_patch.config.parsing import RESUME_MARKS, option_values
+from megatron_patch.config.parsing import RESUME_MARKS, option_values, recorded_options
 from megatron_patch.config.resolve import RunConfig
+from megatron_patch.data.corpus import split_ranges
 from megatron_patch.errors import CheckpointError, ConfigError
 from megatron_patch.model.shape import ModelShape
 from megatron_patch.stages import Progress, StagePlan
-from megatron_patch.training.resumed_plan import Changed, ResumedPlan, resume_plan
+from megatron_patch.training.resumed_plan import Changed, ResumedPlan, resume_plan, tokens_to_continue_at
 from megatron_patch.utils.units import plural
 
 START_NEW = "start a new run from the weights with --finetune --load … --save ELSEWHERE"
@@ -79,14 +80,12 @@ def changed_options(state: TrainerState, run: RunConfig) -> dict[str, tuple[Any,
 
     Weights without a run have the options of a model at most, so for them there is nothing to compare.
     """
-    then = state.config.get("options")
-    if state.weights_only or not isinstance(then, dict):
+    if state.weights_only:
         return {}
     now = json.loads(json.dumps(option_values(run.options)))
     # An option that the program did not have when the checkpoint was written had its default's effect.
-    defaults = json.loads(json.dumps(_defaults(run)))
-    pairs = {name: (then.get(name, defaults.get(name, value)), value) for name, value in now.items()}
-    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+    then = json.loads(json.dumps(_defaults(run))) | dict(state.config["options"])
+    return {name: (then.get(name), value) for name, value in now.items() if then.get(name) != value}
 
 
 def _defaults(run: RunConfig) -> dict[str, Any]:
@@ -98,6 +97,8 @@ def progress_problems(state: TrainerState) -> list[str]:
     """Returns what in a trainer state contradicts its own plan; an empty list for a valid state, and for weights without a run."""
     if state.weights_only:
         return []
+    if not isinstance(state.config.get("options"), dict):
+        return ["config has no options"]
     try:
         plan = StagePlan.from_json(state.plan)
     except ConfigError as error:
@@ -139,22 +140,25 @@ def check_resume(state: TrainerState, run: RunConfig) -> ResumedPlan:
     differences = _model_differences(state, run, changed, _FREE_FIELDS)
     marked = {name: pair for name, pair in changed.items() if name not in _BY_EFFECT}
     differences += [_pair(flag(name), *pair) for name, pair in marked.items() if RESUME_MARKS[name] is AtResume.FIXED]
-    differences += _separation_differences(state, run)
+    differences += _separation_differences(state, run) + _split_differences(state, run)
     changes = [_change(flag(name), *pair) for name, pair in marked.items() if RESUME_MARKS[name] is AtResume.REPORTED]
 
-    plan_options = {name: pair for name, pair in changed.items() if name in _PLAN and RESUME_MARKS[name] is not AtResume.FREE}
-    resumed = _plan_to_resume(state, run, plan_options)
+    of_plan = {name: pair for name, pair in changed.items() if name in _PLAN and RESUME_MARKS[name] is not AtResume.FREE}
+    saved, progress = StagePlan.from_json(state.plan), Progress(state.stage_index, state.stage_step)
+    resumed = _plan_to_resume(saved, state, run, progress, of_plan)
     if resumed.differences:
-        flags = [name for name in plan_options if name != "stages" and (RESUME_MARKS[name] is AtResume.FIXED or name == "train_tokens")]
-        differences += [_pair(flag(name), *plan_options[name]) for name in flags] or list(resumed.differences)
+        named = [_pair(flag(name), *pair) for name, pair in of_plan.items() if name not in _SCHEDULE and name != "stages"]
+        # A difference of stages is named by the stage as well, because a flag can be written in another way without an effect.
+        differences += named + list(resumed.differences)
     if differences:
+        start = run.options.stages.start_tokens + tokens_to_continue_at(saved, progress, run.options.data.shuffle_window_blocks)
         raise CheckpointError(
             f"the checkpoint belongs to another run: {'; '.join(dict.fromkeys(differences))}",
-            "the flags for model, stages, batch, tokens, data order and documents that the run began with (layout, precision, micro-batch, "
-            "learning rate and intervals may change)",
-            f"restore them, or {START_NEW}",
+            "the flags for model, stages, tokens, batch, data order and documents that the run began with. What else may change, and when "
+            "more --train-tokens or stages extend a run: docs/operations.md",
+            f"restore them, or {START_NEW}, with --start-tokens {start} --block-tokens {saved.block_tokens} to read on after this run",
         )
-    flags_of_plan = [_change(flag(name), *pair) for name, pair in plan_options.items() if name != "stages"] if resumed.changes else []
+    flags_of_plan = [_change(flag(name), *pair) for name, pair in of_plan.items() if name != "stages"] if resumed.changes else []
     return dataclasses.replace(resumed, changes=(*changes, *flags_of_plan, *resumed.changes))
 
 
@@ -200,21 +204,49 @@ def _separation_differences(state: TrainerState, run: RunConfig) -> list[str]:
     return [] if then == run.eod_id else [_pair("--eod-token-id", then, run.eod_id)]
 
 
-def _plan_to_resume(state: TrainerState, run: RunConfig, changed: Changed) -> ResumedPlan:
-    saved = StagePlan.from_json(state.plan)
-    batch = changed.keys() & {"global_batch_size", "global_batch_tokens"}
-    pairs = zip(saved.stages, run.plan.stages, strict=False)
-    if batch and any(old.global_batch_size != new.global_batch_size for old, new in pairs):
-        return ResumedPlan(saved, ("samples in a step",))
+def _split_differences(state: TrainerState, run: RunConfig) -> list[str]:
+    """Returns the difference of the split, where both starts reserve a part of --data-path for evaluation."""
+    then = state.config["options"]
+    if run.valid_blend or then.get("valid_data_path"):
+        return []
+    given = run.options.data.split
+    return [] if _same_split(then.get("split"), given) else [_pair("--split", then.get("split"), given)]
+
+
+def _same_split(then: Any, now: Any) -> bool:
+    """Returns whether two splits have the same shares, as 9,1,0 and 90,10,0."""
+    if not isinstance(then, str) or not isinstance(now, str):
+        return bool(then == now)
     try:
-        return resume_plan(saved, run, Progress(state.stage_index, state.stage_step), changed)
+        return split_ranges(1 << 40, then) == split_ranges(1 << 40, now)
+    except ConfigError:
+        return False
+
+
+def _plan_to_resume(saved: StagePlan, state: TrainerState, run: RunConfig, progress: Progress, changed: Changed) -> ResumedPlan:
+    """Returns what `resume_plan` does; options that give no plan with the batch of the first start are a difference."""
+    if changed.keys() & {"global_batch_size", "global_batch_tokens"}:
+        pairs = zip(saved.stages, run.plan.stages, strict=False)
+        if any(old.tokens_per_step != new.tokens_per_step for old, new in pairs):
+            return ResumedPlan(saved, ("tokens in a step",))
+    try:
+        then = recorded_options(state.config["options"], (StageOptions, ScheduleOptions))
+        before = dataclasses.replace(run, options=dataclasses.replace(run.options, stages=then.stages, schedule=then.schedule))
+        before.plan_with_batch_of(saved)
     except ConfigError as error:
-        # The batch of the first start does not divide into the samples that the options now describe.
-        return ResumedPlan(saved, (error.what,))
+        raise CheckpointError(
+            f"the options in the checkpoint give no plan: {error.what}",
+            "a trainer state as this program wrote it",
+            "use another checkpoint",
+        ) from error
+    try:
+        return resume_plan(saved, before, run, progress, changed)
+    except ConfigError as error:
+        return ResumedPlan(saved, (f"the batch of the first start does not fit the stages: {error.what}",))
 
 
 def _pair(name: str, then: Any, now: Any) -> str:
-    return f"{name} {_text(now)}, {_text(then)} in the checkpoint"
+    return f"{name} {_text(now)} (checkpoint: {_text(then)})"
 
 
 def _change(name: str, then: Any, now: Any) -> str:
@@ -240,7 +272,7 @@ def check_data(state: TrainerState, fingerprint: Mapping[str, Any]) -> None:
         CheckpointError: the data differs; the message names every flag.
     """
     saved = state.data_fingerprint
-    names = [name for name in sorted({*saved, *fingerprint}) if saved.get(name) != fingerprint.get(name)]
+    names = [name for name in sorted({*saved, *fingerprint}) if not _same_data(name, saved.get(name), fingerprint.get(name))]
     if names:
         found = [_pair(_FLAGS_OF_DATA.get(name, name), saved.get(name), fingerprint.get(name)) for name in names]
         raise CheckpointError(
@@ -248,3 +280,10 @@ def check_data(state: TrainerState, fingerprint: Mapping[str, Any]) -> None:
             "the files that the run began with, and the same blend, --split, --seed, --shuffle-window-blocks and --start-tokens",
             f"restore them, or {START_NEW}",
         )
+
+
+def _same_data(name: str, then: Any, now: Any) -> bool:
+    """Returns whether a part of the fingerprint is the same; a new stage may add corpora at the end."""
+    if name == "corpora" and isinstance(then, list) and isinstance(now, list):
+        return now[: len(then)] == then
+    return _same_split(then, now) if name == "split" else bool(then == now)

@@ -1,32 +1,33 @@
 """The plan that a resumed run follows: what its first start resolved stays, and only what the user changed on purpose changes.
 
-In: the checkpoint's plan, where it stands in it, and the plan that the present options describe with the same global batch. Out: the plan
-to follow, or an error that names the flags.
+In: the checkpoint's plan, where it stands in it, and the plans that its options and the present ones describe with the same global batch.
+Out: the plan to follow, and what has changed or cannot change.
 
-More --train-tokens, and stages appended to `stages:`, extend a plan. Stages that have ended keep their tokens, and the others share the
-rest as the options describe. The learning rates of the steps that are done must not depend on the old end, or the run would not be the one
-that the longer plan describes.
+More --train-tokens, and stages appended to `stages:`, extend a plan. Stages that have ended keep their tokens. Stages with their own tokens
+or steps get these, and the others share the rest. The learning rates of the steps that are done must not depend on the old end, or the run
+would not be the one that the longer plan describes.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from megatron_patch.config.options import ScheduleOptions
 from megatron_patch.config.plan_builder import check_schedules, whole_steps
 from megatron_patch.config.resolve import RunConfig
-from megatron_patch.config.stage_spec import parse_stages
+from megatron_patch.config.stage_spec import StageSpec, parse_stages, stage_specs
 from megatron_patch.errors import CheckpointError, ConfigError
-from megatron_patch.stages import LrShape, Progress, StagePlan
+from megatron_patch.stages import LrShape, Progress, Stage, StagePlan
 from megatron_patch.training.lr_schedule import Segment, build_lr_schedule
-from megatron_patch.utils.units import format_count
+from megatron_patch.utils.units import format_count, plural
 
-_GEOMETRY = ("patch_size", "positions", "global_batch_size", "side", "position_weights", "anneal_share", "blend")
-_NOTED = ("steps", "lr_policy", "rewarm_tokens", "optimizer")
+_GEOMETRY = ("patch_size", "positions", "global_batch_size", "side", "position_weights", "anneal_share")
+_AT_A_SWITCH = ("lr_policy", "optimizer")
 _EXTENDING = {"train_tokens", "stages"}
 _LR_LENGTHS = {
     "warmup_tokens": ("lr_warmup_tokens", "lr_warmup_fraction"),
@@ -34,6 +35,8 @@ _LR_LENGTHS = {
 }
 """Lengths that the first start resolved from shares of the plan, with the options that change them on purpose; the first is also a key of
 an entry of `stages:`."""
+_LR_OPTIONS = {field.name for field in dataclasses.fields(ScheduleOptions)}
+_LR_ENDS = {"lr_decay_style", "lr_decay_tokens", "lr_wsd_decay_tokens", "lr_wsd_decay_fraction"}
 
 Changed = Mapping[str, tuple[Any, Any]]
 """Options that differ from the checkpoint's: name -> (value then, value now), as plain JSON values."""
@@ -58,117 +61,179 @@ class ResumedPlan:
     changes: tuple[str, ...] = ()
 
 
-def resume_plan(saved: StagePlan, run: RunConfig, progress: Progress, changed: Changed) -> ResumedPlan:
+def resume_plan(saved: StagePlan, then: RunConfig, run: RunConfig, progress: Progress, changed: Changed) -> ResumedPlan:
     """Returns the plan that a resumed run follows.
 
     Args:
         saved: the checkpoint's plan.
-        run: the present options.
+        then: the run with the checkpoint's options for stages and learning rates.
+        run: the run with the present options.
         progress: where the checkpoint stands.
         changed: the options for stages and learning rates that differ from the checkpoint's.
 
     Raises:
-        CheckpointError: more --train-tokens or another stage cannot extend the plan, and the message says why; or nothing has changed, and
-            the checkpoint's plan does not follow from its own options.
-        ConfigError: the changed options give no valid plan, or the learning rates of the checkpoint's plan are not valid.
+        CheckpointError: the checkpoint's plan does not follow from its own options.
+        ConfigError: the changed options give no valid plan.
     """
-    check_schedules(saved)
-    described = run.plan_with_batch_of(saved)
-    if not changed:
-        _check_own_plan(saved, described)
-        return ResumedPlan(_with_free_values(saved, described))
-    differences = _differences(saved, described)
+    before = then.plan_with_batch_of(saved)
+    _check_own_plan(saved, before)
+    now = run.plan_with_batch_of(saved)
+    differences = _differences(before, now, progress)
     if differences:
         return ResumedPlan(saved, tuple(differences))
-    pairs = list(itertools.zip_longest(saved.stages, described.stages))
+    pairs = list(itertools.zip_longest(before.stages, now.stages))
     lengths_differ = any(old is None or old.steps != new.steps for old, new in pairs)
-    if lengths_differ and not _is_extension(saved, described, progress, changed):
-        known = [(old, new) for old, new in pairs if old is not None and old.steps != new.steps]
-        return ResumedPlan(saved, tuple(_difference(new.name, "steps", old, new) for old, new in known))
+    specs = stage_specs(run.options.stages)
+    if lengths_differ:
+        differences = _shorter_or_changed(before, now, progress, changed, specs)
+        if differences:
+            return ResumedPlan(saved, tuple(differences))
     try:
-        plan = _extended(saved, described, progress) if lengths_differ else saved
-        plan = _with_free_values(plan, described)
-        plan = _with_schedules(plan, saved, run.reschedule(plan), progress, changed)
+        plan = _extended(saved, now, progress, specs) if lengths_differ else saved
+        plan = _with_free_values(plan, now)
+        plan = _with_schedules(plan, saved, before, run.reschedule(plan), progress, changed)
         check_schedules(plan)
-        if lengths_differ:
+        if lengths_differ and not changed.keys() & _LR_ENDS:
             _check_past(saved, plan, progress)
     except _CannotExtend as error:
-        raise _refusal(saved, run, progress, str(error)) from error
+        return ResumedPlan(
+            saved, (f"the run cannot be extended at {saved.consumed_tokens(progress):,} of {saved.tokens:,} tokens: {error}",)
+        )
     return ResumedPlan(plan, changes=tuple(_changes(saved, plan)))
 
 
-def _is_extension(saved: StagePlan, described: StagePlan, progress: Progress, changed: Changed) -> bool:
-    """Returns whether only --train-tokens, `stages:` and learning rates have changed, the plan is longer, and ended stages are the same."""
-    if changed.keys() - _EXTENDING - {field.name for field in dataclasses.fields(ScheduleOptions)}:
-        return False
-    ended = zip(saved.stages[: progress.stage_index], described.stages, strict=False)
-    if "train_tokens" not in changed and any(old.steps != new.steps for old, new in ended):
-        return False
-    return bool(changed.keys() & _EXTENDING) and (len(described.stages) > len(saved.stages) or described.tokens > saved.tokens)
+def tokens_to_continue_at(plan: StagePlan, progress: Progress, window_blocks: int) -> int:
+    """Returns the tokens after which no token is read that the run has read already: the end of the shuffle window, or of the stage.
+
+    Args:
+        plan: the plan of the run.
+        progress: where it stands.
+        window_blocks: size of its shuffle windows.
+    """
+    stage, first = plan.stages[progress.stage_index], plan.first_block(progress.stage_index)
+    blocks = -(-progress.stage_step * stage.tokens_per_step // plan.block_tokens)
+    if blocks == 0:
+        return first * plan.block_tokens
+    ends = (0, *stage.earlier_ends, plan.last_block(progress.stage_index) - first)
+    begin, end = next((low, high) for low, high in itertools.pairwise(ends) if low < blocks <= high)
+    windows = -(-(blocks - begin) // window_blocks)
+    return (first + min(begin + windows * window_blocks, end)) * plan.block_tokens
 
 
-def _check_own_plan(saved: StagePlan, described: StagePlan) -> None:
-    """Checks that a plan roughly follows from its own options; another version of the program may round it differently."""
-    if len(saved.stages) != len(described.stages) or not 0.8 < described.tokens / saved.tokens < 1.25:
+def _check_own_plan(saved: StagePlan, before: StagePlan) -> None:
+    """Checks that a checkpoint's plan follows from its own options; another version of the program may round lengths differently."""
+    found = (
+        [] if len(saved.stages) == len(before.stages) else [f"it has {plural(len(saved.stages), 'stage')} in place of {len(before.stages)}"]
+    )
+    if saved.block_tokens != before.block_tokens:
+        found.append(f"its blocks have {saved.block_tokens:,} tokens in place of {before.block_tokens:,}")
+    rounding = sum(math.lcm(saved.block_tokens, stage.tokens_per_step) for stage in saved.stages)
+    if abs(saved.tokens - before.tokens) > rounding:
+        found.append(f"it has {saved.tokens:,} tokens in place of {before.tokens:,}")
+    for old, new in zip(saved.stages, before.stages, strict=False):
+        found += [_in_place(old.name, name, old, new) for name in (*_GEOMETRY, *_AT_A_SWITCH) if getattr(old, name) != getattr(new, name)]
+        if old.blend != new.blend:
+            found.append(_in_place(old.name, "blend", old, new))
+        fields = [field.name for field in dataclasses.fields(LrShape) if field.name not in _LR_LENGTHS]
+        found += [_in_place(old.name, name, old.lr, new.lr) for name in fields if getattr(old.lr, name) != getattr(new.lr, name)]
+        if min(old.lr.warmup_tokens, old.lr.wsd_decay_tokens, old.rewarm_tokens) < 0:
+            found.append(f"a length of stage {old.name}'s learning rate is negative")
+    try:
+        check_schedules(saved)
+    except ConfigError as error:
+        found.append(error.what)
+    if found:
         raise CheckpointError(
-            f"the checkpoint's plan has {len(saved.stages)} stages and {saved.tokens:,} tokens, but its own options describe "
-            f"{len(described.stages)} stages and {described.tokens:,} tokens",
-            "a checkpoint whose trainer state was not changed",
+            f"the checkpoint's plan does not follow from the options in it: {'; '.join(found)}"[:1000],
+            "a trainer state as this program wrote it, and for a recipe of your own the recipe that the run began with",
             "resume from another checkpoint",
         )
 
 
-def _differences(saved: StagePlan, described: StagePlan) -> list[str]:
-    """Returns what cannot change, apart from the number of steps: blocks, samples, batches and weights of the stages."""
+def _in_place(stage: str, name: str, old: Any, new: Any) -> str:
+    return f"{name} of stage {stage} is {_text(getattr(old, name))} in place of {_text(getattr(new, name))}"
+
+
+def _differences(before: StagePlan, now: StagePlan, progress: Progress) -> list[str]:
+    """Returns what cannot change, apart from the number of steps: blocks, samples, batches, weights, and the switches that are past."""
     found = []
-    if described.block_tokens != saved.block_tokens:
-        found.append(f"tokens of a block {described.block_tokens:,}, {saved.block_tokens:,} in the checkpoint")
-    if len(described.stages) < len(saved.stages):
-        found.append(f"number of stages {len(described.stages)}, {len(saved.stages)} in the checkpoint")
-    for old, new in zip(saved.stages, described.stages, strict=False):
-        found += [_difference(new.name, name, old, new) for name in _GEOMETRY if getattr(old, name) != getattr(new, name)]
+    if now.block_tokens != before.block_tokens:
+        found.append(f"tokens of a block {now.block_tokens:,} (checkpoint: {before.block_tokens:,})")
+    if len(now.stages) < len(before.stages):
+        found.append(f"number of stages {len(now.stages)} (checkpoint: {len(before.stages)})")
+    for index, (old, new) in enumerate(zip(before.stages, now.stages, strict=False)):
+        begun = index < progress.stage_index or (index == progress.stage_index and progress.stage_step > 0)
+        names = (*_GEOMETRY, *_AT_A_SWITCH) if begun else _GEOMETRY
+        found += [_difference(old.name, name, old, new) for name in names if getattr(old, name) != getattr(new, name)]
+        # The corpora themselves are compared with the rest of the data, so that they may have moved.
+        if _weights(old) != _weights(new):
+            found.append(_difference(old.name, "blend", old, new))
     return found
 
 
+def _weights(stage: Stage) -> tuple[float, ...]:
+    return tuple(weight for _, weight in stage.blend or ())
+
+
 def _difference(stage: str, name: str, old: Any, new: Any) -> str:
-    return f"stage {stage}: {name} {_text(getattr(new, name))}, {_text(getattr(old, name))} in the checkpoint"
+    return f"stage {stage}: {name} {_text(getattr(new, name))} (checkpoint: {_text(getattr(old, name))})"
 
 
 def _text(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
-def _with_free_values(plan: StagePlan, described: StagePlan) -> StagePlan:
-    """Returns the plan with what the present options may change at any start: micro-batches, names, and what happens at a switch."""
+def _has_amount(spec: StageSpec) -> bool:
+    """Returns whether an entry of `stages:` gives its own tokens or steps, so that it takes no share of the rest."""
+    return spec.tokens is not None or spec.steps is not None
+
+
+def _shorter_or_changed(before: StagePlan, now: StagePlan, progress: Progress, changed: Changed, specs: Sequence[StageSpec]) -> list[str]:
+    """Returns why other lengths do not extend the plan; an empty list if they do."""
+    pairs = list(zip(before.stages, now.stages, strict=False))
+    by_effect = changed.keys() - _EXTENDING - _LR_OPTIONS
+    longer = len(now.stages) > len(before.stages) or now.tokens > before.tokens
+    if not longer or not changed.keys() & _EXTENDING or by_effect & {"patch_fraction", "patch_compute_share"}:
+        return [_difference(old.name, "steps", old, new) for old, new in pairs if old.steps != new.steps]
+    return [
+        _difference(old.name, "steps", old, new)
+        for index, (old, new) in enumerate(pairs)
+        if _has_amount(specs[index]) and (new.steps < old.steps or (new.steps > old.steps and index < progress.stage_index))
+    ]
+
+
+def _with_free_values(plan: StagePlan, now: StagePlan) -> StagePlan:
+    """Returns the plan with what the present options may change at any start: micro-batches, names, places of data, later switches."""
+    free = ("micro_batch_size", "name", "lr_policy", "optimizer", "blend")
     stages = [
-        dataclasses.replace(stage, micro_batch_size=new.micro_batch_size, name=new.name, lr_policy=new.lr_policy, optimizer=new.optimizer)
-        for stage, new in zip(plan.stages, described.stages, strict=True)
+        dataclasses.replace(stage, **{name: getattr(new, name) for name in free})
+        for stage, new in zip(plan.stages, now.stages, strict=True)
     ]
     return StagePlan(tuple(stages), plan.block_tokens)
 
 
-def _extended(saved: StagePlan, described: StagePlan, progress: Progress) -> StagePlan:
-    """Returns the plan with the tokens that the options describe: ended stages stay, the others share the rest in proportion."""
-    current = progress.stage_index
-    last = len(described.stages) - 1
-    if progress.stage_step == saved.stages[current].steps and current < last:
+def _extended(saved: StagePlan, now: StagePlan, progress: Progress, specs: Sequence[StageSpec]) -> StagePlan:
+    """Returns the plan with the tokens that the options describe: ended stages stay, and stages without an own amount share the rest."""
+    current, last = progress.stage_index, len(now.stages) - 1
+    grows = _has_amount(specs[current]) and now.stages[current].steps > saved.stages[current].steps
+    if progress.stage_step == saved.stages[current].steps and current < last and not grows:
         current += 1
-    ended = saved.stages[:current]
-    left = described.tokens - sum(stage.tokens for stage in ended)
-    share = left / sum(stage.tokens for stage in described.stages[current:])
-    stages = list(ended)
-    for index, new in enumerate(described.stages[current:], start=current):
-        wanted = new.tokens * share
-        steps = whole_steps(wanted, new.tokens_per_step, saved.block_tokens if index < last else 1) if wanted > 0 else 0
-        done = progress.stage_step if index == progress.stage_index else 0
-        if steps < max(1, done):
-            raise _CannotExtend(f"{format_count(described.tokens)} tokens leave stage {new.name} fewer steps than are done")
+    stages = list(saved.stages[:current])
+    rest = list(enumerate(now.stages))[current:]
+    own = sum(stage.tokens for index, stage in rest if _has_amount(specs[index]))
+    sharing = sum(stage.tokens for index, stage in rest if not _has_amount(specs[index]))
+    left = now.tokens - sum(stage.tokens for stage in stages) - own
+    for index, new in rest:
         stage = saved.stages[index] if index < len(saved.stages) else new
+        done = progress.stage_step if index == progress.stage_index else 0
+        wanted = new.tokens if _has_amount(specs[index]) else new.tokens * left / sharing
+        steps = whole_steps(wanted, new.tokens_per_step, saved.block_tokens if index < last else 1) if wanted > 0 else 0
+        if steps < (stage.steps if done else 1):
+            raise _CannotExtend(f"stage {new.name} would have {plural(steps, 'step')} in place of {stage.steps:,}")
         if done and steps != stage.steps:
-            blocks = saved.last_block(index) - saved.first_block(index)
-            annealing = stage.anneal_share > 0 and done > stage.steps * (1 - stage.anneal_share)
-            if annealing:
+            if stage.anneal_share > 0 and done > stage.steps * (1 - stage.anneal_share):
                 raise _CannotExtend(f"the label weights of stage {stage.name} already move toward its end (anneal_share)")
+            blocks = saved.last_block(index) - saved.first_block(index)
             stage = dataclasses.replace(stage, earlier_ends=(*(end for end in stage.earlier_ends if end < blocks), blocks))
         stages.append(dataclasses.replace(stage, steps=steps))
     try:
@@ -177,12 +242,15 @@ def _extended(saved: StagePlan, described: StagePlan, progress: Progress) -> Sta
         raise _CannotExtend(error.what) from error
 
 
-def _with_schedules(plan: StagePlan, saved: StagePlan, rescheduled: StagePlan, progress: Progress, changed: Changed) -> StagePlan:
-    """Returns the plan with the learning rates that the options describe; lengths in tokens stay unless their own options changed.
+def _with_schedules(
+    plan: StagePlan, saved: StagePlan, before: StagePlan, rescheduled: StagePlan, progress: Progress, changed: Changed
+) -> StagePlan:
+    """Returns the plan with the learning rates that the options describe; what has not changed on purpose stays.
 
     Args:
         plan: the plan to follow.
         saved: the checkpoint's plan.
+        before: the plan that the checkpoint's options describe.
         rescheduled: `plan` with all learning rates from the present options.
         progress: where the checkpoint stands.
         changed: the options that differ from the checkpoint's.
@@ -190,18 +258,19 @@ def _with_schedules(plan: StagePlan, saved: StagePlan, rescheduled: StagePlan, p
     stages = list(rescheduled.stages)
     then, now = (parse_stages(text) if isinstance(text, str) else () for text in changed.get("stages", (None, None)))
     for index, (old, new) in enumerate(zip(saved.stages, rescheduled.stages, strict=False)):
+        names = [field.name for field in dataclasses.fields(LrShape) if field.name not in _LR_LENGTHS]
+        same = [name for name in names if getattr(before.stages[index].lr, name) == getattr(new.lr, name)]
         begun = index < progress.stage_index or (index == progress.stage_index and progress.stage_step > 0)
-        if not begun and plan.stages[index].steps != old.steps:
-            continue
-        kept = {name for name, options in _LR_LENGTHS.items() if not changed.keys() & options}
-        if index < min(len(then), len(now)):
-            kept -= {name for name, (key, _) in _LR_LENGTHS.items() if getattr(then[index], key) != getattr(now[index], key)}
-        if old.lr.style != new.lr.style:
-            kept.discard("wsd_decay_tokens")
-        shape = dataclasses.replace(new.lr, **{name: getattr(old.lr, name) for name in kept})
-        stages[index] = dataclasses.replace(
-            new, lr=shape, rewarm_tokens=old.rewarm_tokens if "warmup_tokens" in kept else new.rewarm_tokens
-        )
+        lengths: set[str] = set()
+        if begun or plan.stages[index].steps == old.steps:
+            lengths = {name for name, options in _LR_LENGTHS.items() if not changed.keys() & options}
+            if index < min(len(then), len(now)):
+                lengths -= {name for name, (key, _) in _LR_LENGTHS.items() if getattr(then[index], key) != getattr(now[index], key)}
+            if old.lr.style != new.lr.style:
+                lengths.discard("wsd_decay_tokens")
+        shape = dataclasses.replace(new.lr, **{name: getattr(old.lr, name) for name in (*same, *lengths)})
+        rewarm = old.rewarm_tokens if "warmup_tokens" in lengths and old.lr_policy == new.lr_policy else new.rewarm_tokens
+        stages[index] = dataclasses.replace(new, lr=shape, rewarm_tokens=rewarm)
     return StagePlan(tuple(stages), plan.block_tokens)
 
 
@@ -214,26 +283,15 @@ def _check_past(saved: StagePlan, plan: StagePlan, progress: Progress) -> None:
         if old is None or consumed <= new.first_tokens or old.last_tokens == new.last_tokens:
             continue
         if not _may_grow(new.shape, old, min(consumed, old.last_tokens) - old.first_tokens):
-            raise _CannotExtend(f"the learning rate ({new.shape.style}) already depends on the end of the schedule")
+            length = format_count(old.last_tokens - old.first_tokens)
+            raise _CannotExtend(f"its {new.shape.style} schedule of {length} tokens has been used, and depends on its end")
 
 
 def _may_grow(shape: LrShape, old: Segment, done: int) -> bool:
     """Returns whether the first `done` tokens of a schedule have the same learning rates if it ends later."""
     if shape.style in ("constant", "inverse-square-root") or shape.decay_tokens is not None:
         return True
-    return shape.style == "WSD" and done <= old.last_tokens - old.first_tokens - shape.wsd_decay_tokens
-
-
-def _refusal(saved: StagePlan, run: RunConfig, progress: Progress, reason: str) -> CheckpointError:
-    read = saved.consumed_tokens(progress)
-    blocks = -(-read // saved.block_tokens)
-    return CheckpointError(
-        f"more --train-tokens or stages cannot extend this run at {read:,} of {saved.tokens:,} tokens: {reason}",
-        "--train-tokens and stages of the first start; more of them while the learning rate does not depend on the end (constant, "
-        "inverse-square-root, or WSD before its final decay), or in a new last stage that restarts the learning rate",
-        "restore the flags, or start a new run that takes the weights and continues after the tokens of this one: --finetune --load … "
-        f"--save ELSEWHERE --start-tokens {run.options.stages.start_tokens + blocks * saved.block_tokens}",
-    )
+    return shape.style == "WSD" and done <= old.last_tokens - old.first_tokens - old.shape.wsd_decay_tokens
 
 
 def _changes(saved: StagePlan, plan: StagePlan) -> list[str]:
@@ -241,9 +299,10 @@ def _changes(saved: StagePlan, plan: StagePlan) -> list[str]:
     sentences = []
     for old, new in itertools.zip_longest(saved.stages, plan.stages):
         if old is None:
-            sentences.append(f"new stage {new.name}, {new.steps:,} steps")
+            sentences.append(f"new stage {new.name}, {plural(new.steps, 'step')}")
             continue
-        sentences += [_change(new.name, name, old, new) for name in _NOTED if getattr(old, name) != getattr(new, name)]
+        names = ("steps", "rewarm_tokens", *_AT_A_SWITCH)
+        sentences += [_change(new.name, name, old, new) for name in names if getattr(old, name) != getattr(new, name)]
         sentences += [
             _change(new.name, field.name, old.lr, new.lr, "lr: ")
             for field in dataclasses.fields(LrShape)

@@ -25,7 +25,10 @@ _LONGEST_JSON = 1 << 28
 
 def same_path(first: str | Path, second: str | Path) -> bool:
     """Returns whether two paths, which need not exist, name the same file or folder: "run/" and "run", also through symbolic links."""
-    return os.path.realpath(first) == os.path.realpath(second)
+    try:
+        return os.path.realpath(first) == os.path.realpath(second)
+    except ValueError:  # a null character, or text that no path can contain
+        return False
 
 
 def checksum(path: Path) -> str:

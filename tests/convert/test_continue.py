@@ -139,7 +139,7 @@ def test_another_shape_than_the_imported_one_is_refused(journey):
     folder, _, flags, corpus = journey
     words = [*flags, "--rotary-base", "10000", *PLAN, "--data-path", corpus, "--load", str(folder / "ckpt"), "--finetune"]
     assert run(folder, "other", *words) == [4, 4]
-    assert "--rotary-base 10000.0, 500.0 in the checkpoint" in printed(folder / "other")
+    assert "--rotary-base 10000.0 (checkpoint: 500.0)" in printed(folder / "other")
 
 
 def test_the_example_has_the_shape_of_the_model_it_names():

@@ -168,8 +168,13 @@ def test_paths_are_compared_as_paths(tmp_path, corpus, unbroken):
         assert "the folder of one run" in (tmp_path / "logs" / "rank-0.log").read_text()
     # The run in --save began from nothing, and --finetune asks for one that begins from --load.
     train(tmp_path / "other", 1, PLAN, "--zero-stage 1 --exit-interval 2 --data-path", corpus)
-    train(tmp_path / "other", 1, PLAN, words, "--load", [f"{unbroken.folder}/"], expect=4)
-    assert "holds a run that began from initial weights" in printed(tmp_path / "other")
+    (tmp_path / "file").touch()
+    plain = command("--zero-stage 1 --data-path", corpus)
+    for more, load in ((words, unbroken.folder), (plain, unbroken.folder), (plain, tmp_path / "typo"), (plain, tmp_path / "other" / "step-9")):
+        train(tmp_path / "other", 1, PLAN, more, "--load", [f"{load}/"], expect=4)
+        assert "holds a run that began from initial weights" in printed(tmp_path / "other")
+    train(tmp_path / "new", 1, PLAN, plain, "--load", [str(tmp_path / "file")], expect=4)
+    assert "is not a folder" in printed(tmp_path / "new")
     # The same --load in other words is the same.
     train(tmp_path / "new", 1, PLAN, words, "--exit-interval 2 --load", [str(link)])
     assert starts(train(tmp_path / "new", 1, PLAN, words, "--exit-interval 4 --load", [f"{unbroken.folder}/."])) == [0, 2]
@@ -194,11 +199,14 @@ def test_a_finished_run_reports_it_and_changes_nothing(unbroken, corpus):
     [
         (
             "--hidden-size 48 --patch-size 2 --eod-token-id 63 --eod-mask-loss",
-            ["--hidden-size 48, 32 in", "--patch-size 2, 3 in", "--eod-mask-loss True, False in"],
+            ["--hidden-size 48 (checkpoint: 32)", "--patch-size 2 (checkpoint: 3)", "--eod-mask-loss True (checkpoint"],
         ),
-        ("--train-tokens 9000", ["cannot extend this run at 4,224 of 4,224 tokens: the learning rate (cosine)", "--start-tokens 4224"]),
-        ("--seed 8 --max-position-embeddings 64", ["--seed 8, 7 in", "--max-position-embeddings 64, not given in"]),
-        ("--split 80,20,0", ["the data or its order differs from the checkpoint's: --split or --valid-data-path 80,20,0, 90,10,0 in"]),
+        (
+            "--train-tokens 9000",
+            ["cannot be extended at 4,224 of 4,224 tokens: its cosine schedule", "--start-tokens 4224 --block-tokens 48"],
+        ),
+        ("--seed 8 --max-position-embeddings 64", ["--seed 8 (checkpoint: 7)", "--max-position-embeddings 64 (checkpoint: not given)"]),
+        ("--split 80,20,0", ["--split 80,20,0 (checkpoint: 90,10,0)"]),
     ],
 )
 def test_a_checkpoint_of_something_else_is_refused(unbroken, tmp_path, corpus, change, words):

@@ -117,20 +117,33 @@ def test_every_option_may_change_or_not_as_its_mark_says(name, corpora, states, 
 def test_all_differences_are_named_at_once(corpora):
     base = command(BASE)
     state = saved(read(base, corpora))
+    more = "--hidden-size 64 --seq-length 32 --eod-mask-loss --optimizer adamw --seed 2 --patch-size 2 --split 1,1,0"
     with pytest.raises(CheckpointError) as refusal:
-        check_resume(
-            state,
-            read([*base, *command("--hidden-size 64 --seq-length 32 --eod-mask-loss --optimizer adamw --seed 2 --patch-size 2")], corpora),
-        )
-    for name in ("--hidden-size 64, 32", "--seq-length 32, 16", "--eod-mask-loss True, False", "--seed 2, 1234", "--patch-size 2, 4"):
-        assert f"{name} in the checkpoint" in refusal.value.what
+        check_resume(state, read([*base, *command(more)], corpora))
+    pairs = {"hidden-size": "64 32", "seq-length": "32 16", "eod-mask-loss": "True False", "seed": "2 1234", "patch-size": "2 4"}
+    for name, values in {**pairs, "split": "1,1,0 90,10,0"}.items():
+        now, then = values.split()
+        assert f"--{name} {now} (checkpoint: {then})" in refusal.value.what
+
+
+def test_a_run_that_cannot_be_extended_is_refused_with_all_other_differences(corpora):
+    base = command(BASE, "--lr-decay-style cosine --start-tokens 640 --block-tokens 128 --shuffle-window-blocks 4")
+    state = saved(read(base, corpora))
+    with pytest.raises(CheckpointError) as refusal:
+        check_resume(state, read([*base, *command("--train-tokens 61440 --hidden-size 64 --seed 8")], corpora))
+    for part in ("--hidden-size 64", "--seed 8", "--train-tokens 61440 (checkpoint: 30720)", "cannot be extended at 960 of 30,528 tokens"):
+        assert part in refusal.value.what
+    # 8 blocks are begun in windows of 4 blocks; the run itself started after 5 blocks.
+    assert "--start-tokens 1664 --block-tokens 128" in refusal.value.do
 
 
 def test_the_same_effect_in_other_words_is_no_change(corpora):
     base = command(BASE)
     run = read(base, corpora, ranks=1)
     state = saved(run)
-    words = "--recipe patch-train --num-query-groups 4 --lr-warmup-tokens 0 --global-batch-size None --global-batch-tokens 192 --batch constant-tokens"
+    words = (
+        "--split 9,1,0 --recipe patch-train --num-query-groups 4 --global-batch-size None --global-batch-tokens 192 --batch constant-tokens"
+    )
     resumed = resume(state, read([*base, *command(words)], corpora, ranks=1))
     assert resumed.changes == () and resumed.plan == run.plan
 
@@ -141,7 +154,7 @@ def test_an_eod_token_matters_only_where_documents_are_separated(corpora):
     assert resume(state, read([*base, "--eod-token-id", "62"], corpora)).changes == ()
     known = dataclasses.replace(state, data_metadata={"eod_id": 62})
     known.config["options"].update(eod_token_id=None, eod_mask_loss=True)
-    with pytest.raises(CheckpointError, match="--eod-token-id 63, 62 in the checkpoint"):
+    with pytest.raises(CheckpointError, match=r"--eod-token-id 63 \(checkpoint: 62\)"):
         resume(known, read([*base, "--eod-mask-loss"], corpora))
 
 
@@ -174,5 +187,55 @@ def test_a_plan_that_its_own_options_do_not_describe_is_refused(corpora):
     state = saved(run)
     state.plan["stages"][1]["steps"] = 10**18
     assert progress_problems(state) == []
-    with pytest.raises(CheckpointError, match="its own options describe 2 stages and 30,720 tokens"):
+    with pytest.raises(CheckpointError, match="does not follow from the options in it: it has .* tokens in place of 30,720"):
         check_resume(state, run)
+
+
+@pytest.mark.parametrize(
+    ("stage", "lr"),
+    [
+        ({}, {"lr": -1.0}), ({}, {"lr": 1e9}), ({}, {"warmup_tokens": -100}), ({}, {"warmup_tokens": 10**16}), ({}, {"decay_tokens": 0}),
+        ({}, {"wsd_decay_tokens": -5}), ({}, {"style": "linear"}), ({"position_weights": [-3.0, 1.0, 1.0, 1.0]}, {}), ({"side": "input"}, {}),
+        ({"anneal_share": -5.0}, {}), ({"rewarm_tokens": -9}, {}), ({"lr_policy": "continue"}, {}), ({"steps": 240}, {}), ({"steps": 24}, {}),
+        ({"blend": [["@/etc/passwd", 1.0]]}, {}), ({"blend": [["x", -1.0]]}, {}), ({"global_batch_size": 6}, {}), ({"earlier_ends": [9999]}, {}),
+    ],
+)  # fmt: skip
+def test_a_forged_plan_is_refused(corpora, stage, lr):
+    """Values that the options in the checkpoint do not give; the place in the plan is made to fit."""
+    run = read(command(BASE), corpora)
+    state = saved(run)
+    first = state.plan["stages"][0]
+    first.update(stage)
+    first["lr"].update(lr)
+    if "position_weights" in stage:
+        first["position_weights"] = stage["position_weights"]
+    tokens = 5 * first["global_batch_size"] * 64
+    state = dataclasses.replace(state, consumed_tokens=tokens, consumed_samples=5 * first["global_batch_size"])
+    if progress_problems(state):
+        return
+    with pytest.raises(CheckpointError, match="does not follow"):
+        check_resume(state, run)
+
+
+@pytest.mark.parametrize("options", [None, [], "text", {"lr": [1]}, {"stages": 5}, {"train_tokens": "many"}, {"seq_length": {"a": 1}}])
+def test_forged_options_are_refused(corpora, options):
+    run = read(command(BASE), corpora)
+    state = saved(run)
+    known = state.config["options"]
+    state = dataclasses.replace(state, config={"options": {**known, **options} if isinstance(options, dict) else options})
+    if isinstance(options, dict):
+        with pytest.raises(CheckpointError):
+            check_resume(state, run)
+    else:
+        assert progress_problems(state) == ["config has no options"]
+
+
+def test_a_new_stage_may_add_a_corpus(corpora):
+    """The corpora that were read keep their numbers, so the new one does not change the order of the data."""
+    stages = [{"patch_size": 4, "tokens": 15360}, {"patch_size": 1, "tokens": 15360}]
+    more = [*stages, {"patch_size": 1, "tokens": 1536, "data_path": corpora["OTHER"]}]
+    base = "--num-layers 2 --hidden-size 32 --num-attention-heads 4 --vocab-size 64 --seq-length 16 --global-batch-size 12 --stages"
+    state = saved(read([*command(base), json.dumps(stages)], corpora))
+    resumed = resume(state, read([*command(base), json.dumps(more)], corpora))
+    assert resumed.changes == ("new stage 3-token, 8 steps",)
+    assert resumed.plan.stages[2].blend == ((corpora["OTHER"], 1.0),)

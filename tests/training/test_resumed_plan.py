@@ -15,10 +15,9 @@ from megatron_patch.config.parsing import ParsedOptions, parse
 from megatron_patch.config.plan_builder import build_plan
 from megatron_patch.config.resolve import resolve
 from megatron_patch.data.token_stream import TrainStream
-from megatron_patch.errors import CheckpointError
 from megatron_patch.stages import Progress, StagePlan
 from megatron_patch.training.lr_schedule import build_lr_schedule
-from megatron_patch.training.resumed_plan import resume_plan
+from megatron_patch.training.resumed_plan import resume_plan, tokens_to_continue_at
 from tests.data.streams import corpus_of
 from tests.distributed.runs import command
 
@@ -35,6 +34,11 @@ def read(*words, ranks=1, **stages):
     parsed = _parsed(tuple(command(BASE, *words)))
     options = dataclasses.replace(parsed.options, stages=dataclasses.replace(parsed.options.stages, **stages))
     return resolve(ParsedOptions(options, parsed.origins), ranks)
+
+
+def resume(then, run, progress, changed, plan=None):
+    """Returns how `run` resumes a run with the options of `then`, from its own plan or from `plan`."""
+    return resume_plan(plan or then.plan, then, run, progress, changed)
 
 
 def names(changed):
@@ -59,13 +63,14 @@ def step_ends(plan):
     st.tuples(st.integers(1, 7), st.integers(1, 4)),
     st.tuples(st.integers(1, 7), st.integers(1, 4)),
 )
-def test_every_layout_resumes_the_plan_of_the_first_start(stages, schedule, batch, first, then):
+def test_every_layout_resumes_the_plan_of_the_first_start(stages, schedule, batch, before, then):
     """A plan rounded to one number of ranks and micro-batch stays, whatever the next start would have rounded it to."""
-    (ranks, micro), (then_ranks, then_micro) = first, then
+    (ranks, micro), (then_ranks, then_micro) = before, then
     words = f"{stages} {schedule} {batch} --train-tokens 30000"
-    saved = read(words, ranks=ranks, micro_batch_size=micro).plan
+    first = read(words, ranks=ranks, micro_batch_size=micro)
+    saved = first.plan
     run = read(words, ranks=then_ranks, micro_batch_size=then_micro)
-    resumed = resume_plan(saved, run, Progress(0, 1), {}).plan
+    resumed = resume(first, run, Progress(0, 1), {}).plan
     assert [stage.micro_batch_size for stage in resumed.stages] == [then_micro] * len(saved.stages)
     for old, new in zip(saved.stages, resumed.stages, strict=True):
         assert dataclasses.replace(new, micro_batch_size=old.micro_batch_size) == old
@@ -75,9 +80,9 @@ def test_every_layout_resumes_the_plan_of_the_first_start(stages, schedule, batc
 
 
 def extend(words, more, progress, ranks=1, changed=("train_tokens",)):
-    saved = read(words, "--train-tokens 30720 --global-batch-size 12").plan
+    then = read(words, "--train-tokens 30720 --global-batch-size 12")
     run = read(words, "--global-batch-size 12", more, ranks=ranks)
-    return saved, resume_plan(saved, run, progress(saved) if callable(progress) else progress, names(changed)).plan
+    return then.plan, resume(then, run, progress(then.plan) if callable(progress) else progress, names(changed))
 
 
 def finished(plan):
@@ -107,7 +112,9 @@ REFUSED = {
 @pytest.mark.parametrize("case", ALLOWED)
 def test_more_tokens_extend_a_plan_whose_past_does_not_change(case):
     words, progress = ALLOWED[case]
-    saved, plan = extend(words, "--train-tokens 61440", progress, ranks=3)
+    saved, result = extend(words, "--train-tokens 61440", progress, ranks=3)
+    assert result.differences == ()
+    plan = result.plan
     place = progress(saved) if callable(progress) else progress
     assert plan.tokens == pytest.approx(61440, rel=0.02)
     assert plan.consumed_tokens(place) == saved.consumed_tokens(place)
@@ -124,14 +131,16 @@ def test_more_tokens_extend_a_plan_whose_past_does_not_change(case):
 @pytest.mark.parametrize("case", REFUSED)
 def test_more_tokens_are_refused_where_the_past_depends_on_the_end(case):
     words, progress, reason = REFUSED[case]
-    with pytest.raises(CheckpointError, match=reason) as refusal:
-        extend(words, "--train-tokens 61440", progress)
-    assert "--finetune" in str(refusal.value) and "--start-tokens" in str(refusal.value) and "--train-tokens" in refusal.value.what
+    (difference,) = extend(words, "--train-tokens 61440", progress)[1].differences
+    assert "cannot be extended" in difference and reason in difference
 
 
 def test_an_unstarted_stage_gets_its_lengths_from_the_extended_plan():
     """Patches are done; the token stage takes all further tokens, and its warm-up is a tenth of them."""
-    saved, plan = extend("--patch-size 4 --lr-warmup-fraction 0.1", "--train-tokens 61440", lambda plan: Progress(0, plan.stages[0].steps))
+    saved, result = extend(
+        "--patch-size 4 --lr-warmup-fraction 0.1", "--train-tokens 61440", lambda plan: Progress(0, plan.stages[0].steps)
+    )
+    plan = result.plan
     assert plan.stages[0] == saved.stages[0]
     assert plan.stages[1].tokens == pytest.approx(61440 - saved.stages[0].tokens, abs=plan.stages[1].tokens_per_step)
     assert plan.stages[1].lr.warmup_tokens == round(plan.stages[1].tokens * 0.1)
@@ -145,54 +154,116 @@ def listed(*more):
 
 
 def test_a_new_last_stage_continues_a_finished_run():
-    saved = read(listed()).plan
+    then = read(listed())
     new = {"patch_size": 2, "tokens": 7680, "lr": 1e-4, "lr_warmup_tokens": 768}
-    result = resume_plan(saved, read(listed(new)), finished(saved), names(["stages"]))
-    assert result.plan.stages[:2] == saved.stages and len(result.plan.stages) == 3
+    # Another flag that changes without an effect does not hide the new stage.
+    result = resume(then, read(listed(new), "--batch constant-tokens"), finished(then.plan), names(["stages", "batch"]))
+    assert result.plan.stages[:2] == then.plan.stages and len(result.plan.stages) == 3
     assert result.changes == ("new stage patch-2, 40 steps",)
     schedule = build_lr_schedule(result.plan)
     assert schedule.at(30720) == 0.0 and schedule.at(30720 + 768) == 1e-4
     continues = {"patch_size": 1, "tokens": 7680, "lr_policy": "continue", "name": "more"}
-    with pytest.raises(CheckpointError, match="cosine"):
-        resume_plan(saved, read(listed(continues)), finished(saved), names(["stages"]))
+    (difference,) = resume(then, read(listed(continues)), finished(then.plan), names(["stages"])).differences
+    assert "cosine" in difference
 
 
 def test_lengths_in_the_list_may_change():
     """A warm-up given in tokens in a stage changes on purpose; one that --lr-warmup-fraction gave keeps its tokens."""
     before = [{**LIST[0], "lr_warmup_tokens": 384}, LIST[1]]
     after = [{**LIST[0], "lr_warmup_tokens": 768}, LIST[1], {"patch_size": 1, "tokens": 7680}]
-    saved, run = (read("--global-batch-size 12 --lr-warmup-fraction 0.1 --stages", [json.dumps(stages)]) for stages in (before, after))
-    changed = {"stages": (json.dumps(before), json.dumps(after))}
-    result = resume_plan(saved.plan, run, Progress(0, 5), changed)
+    then, run = (read("--global-batch-size 12 --lr-warmup-fraction 0.1 --stages", [json.dumps(stages)]) for stages in (before, after))
+    result = resume(then, run, Progress(0, 5), {"stages": (json.dumps(before), json.dumps(after))})
     assert [stage.lr.warmup_tokens for stage in result.plan.stages] == [768, 1536, 768]
     assert result.changes == ("stage 1-patch-4: lr: warmup_tokens 384, now 768", "new stage 3-token, 40 steps")
 
 
+SHORT = [{"patch_size": 4, "steps": 5, "name": "a"}, {"patch_size": 1, "steps": 5, "name": "t"}]
+NEW = {"patch_size": 2, "steps": 4, "name": "n"}
+
+
+@pytest.mark.parametrize(
+    ("stages", "progress", "steps", "differences"),
+    [
+        ([*SHORT, NEW], Progress(1, 5), [5, 5, 4], ()),
+        ([SHORT[0], {**SHORT[1], "steps": 8}, NEW], Progress(1, 5), [5, 8, 4], ()),
+        ([SHORT[0], {**SHORT[1], "steps": 8}], Progress(1, 2), [5, 8], ()),
+        ([SHORT[0], {**SHORT[1], "steps": 3}, NEW], Progress(1, 5), None, ("stage t: steps 3 (checkpoint: 5)",)),
+        ([{**SHORT[0], "steps": 7}, SHORT[1]], Progress(1, 1), None, ("stage a: steps 7 (checkpoint: 5)",)),
+        ([SHORT[0], {**SHORT[1], "steps": 4}, NEW], Progress(1, 2), None, ("stage t: steps 4 (checkpoint: 5)",)),
+        ([SHORT[0], {"patch_size": 1, "steps": 3, "name": "mid"}, SHORT[1]], Progress(1, 5), None, ("stage t: steps 3 (checkpoint: 5)",)),
+    ],
+)
+def test_stages_with_their_own_steps_get_these(stages, progress, steps, differences):
+    words = ["--lr-decay-style", "constant", "--global-batch-size", "12", "--stages"]
+    then, run = (read(words, [json.dumps(entries)]) for entries in (SHORT, stages))
+    result = resume(then, run, progress, names(["stages"]))
+    assert result.differences == differences
+    assert steps is None or [stage.steps for stage in result.plan.stages] == steps
+
+
+def test_learning_rates_may_change_after_an_extension():
+    words = "--patch-size 4 --lr-decay-style constant --global-batch-size 12 --train-tokens"
+    first, longer, lower = read(words, "1920"), read(words, "3840"), read(words, "3840 --lr 1e-4")
+    place = Progress(1, first.plan.stages[1].steps)
+    extended = resume(first, longer, place, names(["train_tokens"])).plan
+    result = resume(longer, lower, place, names(["lr"]), extended)
+    assert result.differences == () and [stage.steps for stage in result.plan.stages] == [stage.steps for stage in extended.stages]
+    assert [stage.lr.lr for stage in result.plan.stages] == [1e-4, 1e-4]
+    longest = resume(longer, read(words, "4032"), place, names(["train_tokens"]), extended)
+    assert longest.differences == () and longest.plan.tokens == 4032
+
+
 def test_another_list_is_refused_by_its_stages():
-    saved = read(listed()).plan
-    for change, words in (({"tokens": 7680}, "stage patch-4: steps 40, 80 in the checkpoint"), ({"patch_size": 2}, "patch_size 2, 4 in")):
+    then = read(listed())
+    for change, words in (
+        ({"tokens": 7680}, "stage patch-4: steps 40 (checkpoint: 80)"),
+        ({"patch_size": 2}, "patch_size 2 (checkpoint: 4)"),
+    ):
         described = read(["--global-batch-size", "12", "--stages", json.dumps([{**LIST[0], **change}, {**LIST[1], "tokens": 61440}])])
-        differences = resume_plan(saved, described, Progress(1, 3), names(["stages"])).differences
+        differences = resume(then, described, Progress(1, 3), names(["stages"])).differences
         assert any(words in difference for difference in differences), differences
 
 
 def test_fewer_tokens_and_another_share_are_refused():
+    then = read("--patch-size 4 --lr-decay-style constant --train-tokens 30720 --global-batch-size 12")
     for more, changed in (
-        ("--train-tokens 15360", {"train_tokens"}),
-        ("--train-tokens 61440 --patch-fraction 0.5", {"train_tokens", "patch_fraction"}),
+        ("--train-tokens 15360", ["train_tokens"]),
+        ("--train-tokens 61440 --patch-fraction 0.5", ["train_tokens", "patch_fraction"]),
     ):
-        saved = read("--patch-size 4 --lr-decay-style constant --train-tokens 30720 --global-batch-size 12").plan
         run = read("--patch-size 4 --lr-decay-style constant --global-batch-size 12", more)
-        assert resume_plan(saved, run, Progress(0, 5), names(changed)).differences
+        assert resume(then, run, Progress(0, 5), names(changed)).differences
+
+
+def test_a_switch_that_is_past_cannot_change():
+    after = [LIST[0], {**LIST[1], "optimizer": "keep"}]
+    then, run = read(listed()), read(["--global-batch-size", "12", "--stages", json.dumps(after)])
+    assert resume(then, run, Progress(0, 5), names(["stages"])).changes == ("stage token: optimizer reset, now keep",)
+    assert resume(then, run, Progress(1, 5), names(["stages"])).differences == ("stage token: optimizer keep (checkpoint: reset)",)
 
 
 def test_a_changed_learning_rate_keeps_the_lengths_of_the_first_start():
     words = "--patch-size 4 --train-tokens 30000 --global-batch-tokens 1000 --lr-warmup-fraction 0.1 --micro-batch-size"
-    saved = read(words, "4").plan
-    result = resume_plan(saved, read(words, "1 --lr 1e-4", ranks=5), Progress(0, 5), names(["lr"]))
-    for old, new in zip(saved.stages, result.plan.stages, strict=True):
+    then = read(words, "4")
+    result = resume(then, read(words, "1 --lr 1e-4", ranks=5), Progress(0, 5), names(["lr"]))
+    for old, new in zip(then.plan.stages, result.plan.stages, strict=True):
         assert new.lr == dataclasses.replace(old.lr, lr=1e-4) and new.steps == old.steps
     assert result.changes == tuple(f"stage {name}: lr: lr 0.0003, now 0.0001" for name in ("patch", "token"))
+
+
+@given(st.integers(1, 30), st.integers(1, 60), st.integers(0, 60), st.integers(1, 7), st.sampled_from([4, 16]))
+def test_a_new_run_after_the_given_tokens_reads_none_again(corpus, batch, steps, done, window, block):
+    """The advice for a run that cannot be extended: no token of its shuffle windows is read twice."""
+    stages = json.dumps([{"patch_size": 1, "steps": steps}])
+    plan = read("--seq-length 4", global_batch_size=batch, stages=stages, block_tokens=block).plan
+    done = min(done, steps)
+    start = tokens_to_continue_at(plan, Progress(0, done), window)
+
+    def starts(skip, samples):
+        stream = TrainStream(plan, {"c": corpus}, [("c", 1.0)], "1,0,0", 3, window, skip_blocks=skip // block)
+        return {*stream.locate(0, np.arange(samples, dtype=np.int64))[1].tolist()}
+
+    assert start % block == 0 and start >= done * plan.stages[0].tokens_per_step
+    assert not starts(0, done * batch) & starts(start, plan.stages[0].samples)
 
 
 @pytest.fixture(scope="module")
@@ -214,10 +285,11 @@ def test_an_extended_run_reads_no_token_twice_and_leaves_none_out(corpus, steps,
         stages = json.dumps([{"patch_size": patch_size, "steps": steps}])
         return read("--seq-length 4 --lr-decay-style constant", global_batch_size=batch, stages=stages)
 
-    plans = [run_of(steps).plan]
+    runs = [run_of(steps + extra) for extra in (0, more, 2 * more)]
+    plans = [runs[0].plan]
     places = [steps, steps + more // 2, steps + 2 * more]
-    for place, longer in zip(places, (steps + more, steps + 2 * more), strict=False):
-        plan = resume_plan(plans[-1], run_of(longer), Progress(0, place), names(["stages"])).plan
+    for place, then, longer in zip(places, runs, runs[1:], strict=False):
+        plan = resume(then, longer, Progress(0, place), names(["stages"]), plans[-1]).plan
         plans.append(StagePlan.from_json(json.loads(json.dumps(plan.to_json()))))
     size, read_tokens = plans[0].stages[0].global_batch_size, []
     for plan, first, last in zip(plans, [0, *places], places, strict=False):
