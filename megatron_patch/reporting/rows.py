@@ -217,7 +217,7 @@ class InOrder:
             self._left_out.add(pending[0], f"step {pending[1][0]:,} is followed by an earlier place of the run, step {place[0]:,}")
             self._pending = (line, place, item)
         else:
-            self._left_out.add(line, f"step {place[0]:,} goes back behind step {pending[1][0]:,}")
+            self._left_out.add(line, f"step {place[0]:,} comes after step {pending[1][0]:,}")
         return None
 
     def rest(self) -> Any:

@@ -57,12 +57,13 @@ def test_the_lock_of_a_killed_job_is_taken_over(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-def test_another_process_of_the_same_number_is_not_the_owner(tmp_path):
+@pytest.mark.parametrize("other", [{"started": "1"}, {"started": "", "pid": 2**22 + 1}])
+def test_another_process_of_the_same_number_or_none_is_not_the_owner(tmp_path, other):
     lock = SaveLock(tmp_path)
     assert lock.try_take()
     data = json.loads((tmp_path / LOCK).read_text())
     lock.release()
-    (tmp_path / LOCK).write_text(json.dumps({**data, "started": "1"}))
+    (tmp_path / LOCK).write_text(json.dumps({**data, **other}))
     lock = SaveLock(tmp_path)
     assert lock.try_take() and lock.replaced_owner
     lock.release()
