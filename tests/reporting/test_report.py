@@ -227,7 +227,7 @@ def rewritten(save, change):
         ("step", 10**400, "it is not valid JSON"),
         ("step", 10**30, "step is 1e+30"),
         ("step", 10**15, "step 1,000,000,000,000,000 is followed by an earlier place of the run, step 5"),
-        ("step", 2, "step 2 goes back behind step 3"),
+        ("step", 2, "step 2 comes after step 3"),
         ("tokens", -1, "tokens is -1"),
         ("tokens", {"a": {}}, "tokens is an object"),
         ("tokens", 10**18, "step 4 is followed by an earlier place of the run, step 5"),
