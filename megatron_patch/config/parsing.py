@@ -265,6 +265,11 @@ def recorded_options(values: Mapping[str, Any], groups: Sequence[type]) -> Optio
     """
     wanted = {f.name for group in groups for f in fields(group)}
     found = {name: value for name, value in values.items() if name in wanted}
+    for name, value in found.items():
+        words = value if isinstance(value, list) else [value]
+        if any(isinstance(word, str) and word.startswith("-") for word in words):
+            raise ConfigError(f"the checkpoint: {name} is {value!r}"[:300], "a value that is no flag", "use another checkpoint")
+    found = {name: value for name, value in found.items() if value != []}
     required = [word for flag in _REQUIRED for word in (flag, "1")]
     return _run_tyro([*required, *_normalize(to_flags(found, "the checkpoint"))], "checkpoint")
 

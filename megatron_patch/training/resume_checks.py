@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from megatron_patch.checkpoint.trainer_state import TrainerState
 from megatron_patch.config.option_types import AtResume
-from megatron_patch.config.options import ModelOptions, ScheduleOptions, StageOptions
+from megatron_patch.config.options import DataOptions, ModelOptions, ScheduleOptions, StageOptions
 from megatron_patch.config.parsing import RESUME_MARKS, option_values, recorded_options
 from megatron_patch.config.resolve import RunConfig
+from megatron_patch.config.stage_spec import parse_blend
 from megatron_patch.data.corpus import split_ranges
 from megatron_patch.errors import CheckpointError, ConfigError
 from megatron_patch.model.shape import ModelShape
@@ -151,15 +153,28 @@ def check_resume(state: TrainerState, run: RunConfig) -> ResumedPlan:
         # A difference of stages is named by the stage as well, because a flag can be written in another way without an effect.
         differences += named + list(resumed.differences)
     if differences:
-        start = run.options.stages.start_tokens + tokens_to_continue_at(saved, progress, run.options.data.shuffle_window_blocks)
         raise CheckpointError(
             f"the checkpoint belongs to another run: {'; '.join(dict.fromkeys(differences))}",
             "the flags for model, stages, tokens, batch, data order and documents that the run began with. What else may change, and when "
             "more --train-tokens or stages extend a run: docs/operations.md",
-            f"restore them, or {START_NEW}, with --start-tokens {start} --block-tokens {saved.block_tokens} to read on after this run",
+            f"restore them, or {START_NEW}{_advice_to_read_on(state, saved, progress)}",
         )
-    flags_of_plan = [_change(flag(name), *pair) for name, pair in of_plan.items() if name != "stages"] if resumed.changes else []
+    # Other words for the same plan are no change; --train-tokens are, even if full steps make the same number of them.
+    shown = {name: pair for name, pair in of_plan.items() if name == "train_tokens" or (resumed.changes and name != "stages")}
+    flags_of_plan = [_change(flag(name), *pair) for name, pair in shown.items()]
     return dataclasses.replace(resumed, changes=(*changes, *flags_of_plan, *resumed.changes))
+
+
+def _advice_to_read_on(state: TrainerState, saved: StagePlan, progress: Progress) -> str:
+    """Returns the flags with which a new run reads none of this run's tokens; nothing where stages have their own data."""
+    if any(stage.blend for stage in saved.stages):
+        return ""
+    options = state.config["options"]
+    start, window = (options.get(name) for name in ("start_tokens", "shuffle_window_blocks"))
+    if type(start) is not int or type(window) is not int or window < 1:
+        return ""
+    tokens = start + tokens_to_continue_at(saved, progress, window)
+    return f"; with the same data and seed, --start-tokens {tokens} --block-tokens {saved.block_tokens} make it read on after this run"
 
 
 def check_weights_of(state: TrainerState, run: RunConfig) -> None:
@@ -230,8 +245,9 @@ def _plan_to_resume(saved: StagePlan, state: TrainerState, run: RunConfig, progr
         if any(old.tokens_per_step != new.tokens_per_step for old, new in pairs):
             return ResumedPlan(saved, ("tokens in a step",))
     try:
-        then = recorded_options(state.config["options"], (StageOptions, ScheduleOptions))
-        before = dataclasses.replace(run, options=dataclasses.replace(run.options, stages=then.stages, schedule=then.schedule))
+        then = recorded_options(state.config["options"], (StageOptions, ScheduleOptions, DataOptions))
+        options = dataclasses.replace(run.options, stages=then.stages, schedule=then.schedule)
+        before = dataclasses.replace(run, options=options, blend=parse_blend(then.data.data_path))
         before.plan_with_batch_of(saved)
     except ConfigError as error:
         raise CheckpointError(
@@ -286,4 +302,8 @@ def _same_data(name: str, then: Any, now: Any) -> bool:
     """Returns whether a part of the fingerprint is the same; a new stage may add corpora at the end."""
     if name == "corpora" and isinstance(then, list) and isinstance(now, list):
         return now[: len(then)] == then
+    if name == "blend" and isinstance(then, list) and isinstance(now, list):
+        return len(then) == len(now) and all(
+            a[0] == b[0] and math.isclose(a[1], b[1], rel_tol=1e-12) for a, b in zip(then, now, strict=True)
+        )
     return _same_split(then, now) if name == "split" else bool(then == now)

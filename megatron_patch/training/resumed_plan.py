@@ -22,11 +22,11 @@ from megatron_patch.config.plan_builder import check_schedules, whole_steps
 from megatron_patch.config.resolve import RunConfig
 from megatron_patch.config.stage_spec import StageSpec, parse_stages, stage_specs
 from megatron_patch.errors import CheckpointError, ConfigError
-from megatron_patch.stages import LrShape, Progress, Stage, StagePlan
+from megatron_patch.stages import LrShape, Progress, StagePlan
 from megatron_patch.training.lr_schedule import Segment, build_lr_schedule
 from megatron_patch.utils.units import format_count, plural
 
-_GEOMETRY = ("patch_size", "positions", "global_batch_size", "side", "position_weights", "anneal_share")
+_GEOMETRY = ("patch_size", "positions", "global_batch_size", "side", "anneal_share")
 _AT_A_SWITCH = ("lr_policy", "optimizer")
 _EXTENDING = {"train_tokens", "stages"}
 _LR_LENGTHS = {
@@ -36,7 +36,6 @@ _LR_LENGTHS = {
 """Lengths that the first start resolved from shares of the plan, with the options that change them on purpose; the first is also a key of
 an entry of `stages:`."""
 _LR_OPTIONS = {field.name for field in dataclasses.fields(ScheduleOptions)}
-_LR_ENDS = {"lr_decay_style", "lr_decay_tokens", "lr_wsd_decay_tokens", "lr_wsd_decay_fraction"}
 
 Changed = Mapping[str, tuple[Any, Any]]
 """Options that differ from the checkpoint's: name -> (value then, value now), as plain JSON values."""
@@ -78,7 +77,7 @@ def resume_plan(saved: StagePlan, then: RunConfig, run: RunConfig, progress: Pro
     before = then.plan_with_batch_of(saved)
     _check_own_plan(saved, before)
     now = run.plan_with_batch_of(saved)
-    differences = _differences(before, now, progress)
+    differences = _differences(before, now, progress) + _data_differences(before, now, then, run)
     if differences:
         return ResumedPlan(saved, tuple(differences))
     pairs = list(itertools.zip_longest(before.stages, now.stages))
@@ -93,8 +92,7 @@ def resume_plan(saved: StagePlan, then: RunConfig, run: RunConfig, progress: Pro
         plan = _with_free_values(plan, now)
         plan = _with_schedules(plan, saved, before, run.reschedule(plan), progress, changed)
         check_schedules(plan)
-        if lengths_differ and not changed.keys() & _LR_ENDS:
-            _check_past(saved, plan, progress)
+        _check_past(saved, plan, progress)
     except _CannotExtend as error:
         return ResumedPlan(
             saved, (f"the run cannot be extended at {saved.consumed_tokens(progress):,} of {saved.tokens:,} tokens: {error}",)
@@ -127,19 +125,18 @@ def _check_own_plan(saved: StagePlan, before: StagePlan) -> None:
     )
     if saved.block_tokens != before.block_tokens:
         found.append(f"its blocks have {saved.block_tokens:,} tokens in place of {before.block_tokens:,}")
-    rounding = sum(math.lcm(saved.block_tokens, stage.tokens_per_step) for stage in saved.stages)
-    if abs(saved.tokens - before.tokens) > rounding:
+    if abs(saved.tokens - before.tokens) > _rounding(saved):
         found.append(f"it has {saved.tokens:,} tokens in place of {before.tokens:,}")
     for old, new in zip(saved.stages, before.stages, strict=False):
         found += [_in_place(old.name, name, old, new) for name in (*_GEOMETRY, *_AT_A_SWITCH) if getattr(old, name) != getattr(new, name)]
-        if old.blend != new.blend:
-            found.append(_in_place(old.name, "blend", old, new))
+        found += [_in_place(old.name, name, old, new) for name in ("blend", "position_weights") if getattr(old, name) != getattr(new, name)]
         fields = [field.name for field in dataclasses.fields(LrShape) if field.name not in _LR_LENGTHS]
         found += [_in_place(old.name, name, old.lr, new.lr) for name in fields if getattr(old.lr, name) != getattr(new.lr, name)]
         if min(old.lr.warmup_tokens, old.lr.wsd_decay_tokens, old.rewarm_tokens) < 0:
             found.append(f"a length of stage {old.name}'s learning rate is negative")
     try:
-        check_schedules(saved)
+        if not found:
+            check_schedules(saved)
     except ConfigError as error:
         found.append(error.what)
     if found:
@@ -148,6 +145,11 @@ def _check_own_plan(saved: StagePlan, before: StagePlan) -> None:
             "a trainer state as this program wrote it, and for a recipe of your own the recipe that the run began with",
             "resume from another checkpoint",
         )
+
+
+def _rounding(plan: StagePlan) -> int:
+    """Returns the tokens by which full steps and blocks may change the length of a plan."""
+    return sum(math.lcm(plan.block_tokens, stage.tokens_per_step) for stage in plan.stages)
 
 
 def _in_place(stage: str, name: str, old: Any, new: Any) -> str:
@@ -165,14 +167,36 @@ def _differences(before: StagePlan, now: StagePlan, progress: Progress) -> list[
         begun = index < progress.stage_index or (index == progress.stage_index and progress.stage_step > 0)
         names = (*_GEOMETRY, *_AT_A_SWITCH) if begun else _GEOMETRY
         found += [_difference(old.name, name, old, new) for name in names if getattr(old, name) != getattr(new, name)]
-        # The corpora themselves are compared with the rest of the data, so that they may have moved.
-        if _weights(old) != _weights(new):
-            found.append(_difference(old.name, "blend", old, new))
+        if not _close(old.position_weights, new.position_weights):
+            found.append(_difference(old.name, "position_weights", old, new))
     return found
 
 
-def _weights(stage: Stage) -> tuple[float, ...]:
-    return tuple(weight for _, weight in stage.blend or ())
+def _data_differences(before: StagePlan, now: StagePlan, then: RunConfig, run: RunConfig) -> list[str]:
+    """Returns the stages that read other corpora, or in other shares.
+
+    A corpus is known by its number, so that its files may have moved; the fingerprint of the data compares their content.
+    """
+    numbers = [_numbers(then, before), _numbers(run, now)]
+    found = []
+    for stages in zip(before.stages, now.stages, strict=False):
+        old, new = ([(number[name], weight) for name, weight in stage.blend or ()] for number, stage in zip(numbers, stages, strict=True))
+        if [name for name, _ in old] != [name for name, _ in new] or not _close([w for _, w in old], [w for _, w in new]):
+            found.append(_difference(stages[0].name, "blend", *stages))
+    if now.lookahead_tokens != before.lookahead_tokens:
+        longest = max(stage.patch_size for stage in now.stages)
+        found.append(f"patches of {longest} tokens, which reserve more tokens at the end of the corpora than those of the checkpoint")
+    return found
+
+
+def _numbers(run: RunConfig, plan: StagePlan) -> dict[str, int]:
+    """Returns the number of each corpus in the order in which the run and its stages name them."""
+    names = dict.fromkeys(name for blend in (run.blend, *(stage.blend or () for stage in plan.stages)) for name, _ in blend)
+    return {name: number for number, name in enumerate(names)}
+
+
+def _close(first: Sequence[float], second: Sequence[float]) -> bool:
+    return len(first) == len(second) and all(math.isclose(a, b, rel_tol=1e-12) for a, b in zip(first, second, strict=True))
 
 
 def _difference(stage: str, name: str, old: Any, new: Any) -> str:
@@ -190,6 +214,10 @@ def _has_amount(spec: StageSpec) -> bool:
 
 def _shorter_or_changed(before: StagePlan, now: StagePlan, progress: Progress, changed: Changed, specs: Sequence[StageSpec]) -> list[str]:
     """Returns why other lengths do not extend the plan; an empty list if they do."""
+    last = len(before.stages) - 1
+    if len(now.stages) > len(before.stages) and before.tokens % before.block_tokens and now.stages[last].steps < before.stages[last].steps:
+        name, block = before.stages[last].name, before.block_tokens
+        return [f"stage {name} ends inside a block of {block:,} tokens, so no stage can follow it"]
     pairs = list(zip(before.stages, now.stages, strict=False))
     by_effect = changed.keys() - _EXTENDING - _LR_OPTIONS
     longer = len(now.stages) > len(before.stages) or now.tokens > before.tokens
@@ -237,9 +265,12 @@ def _extended(saved: StagePlan, now: StagePlan, progress: Progress, specs: Seque
             stage = dataclasses.replace(stage, earlier_ends=(*(end for end in stage.earlier_ends if end < blocks), blocks))
         stages.append(dataclasses.replace(stage, steps=steps))
     try:
-        return StagePlan(tuple(stages), saved.block_tokens)
+        plan = StagePlan(tuple(stages), saved.block_tokens)
     except ConfigError as error:
         raise _CannotExtend(error.what) from error
+    if abs(plan.tokens - now.tokens) > _rounding(plan):
+        raise _CannotExtend(f"its stages would read {plan.tokens:,} tokens in place of {now.tokens:,}; no stage takes the difference")
+    return plan
 
 
 def _with_schedules(
@@ -282,16 +313,21 @@ def _check_past(saved: StagePlan, plan: StagePlan, progress: Progress) -> None:
         old = olds.get(new.first_tokens)
         if old is None or consumed <= new.first_tokens or old.last_tokens == new.last_tokens:
             continue
-        if not _may_grow(new.shape, old, min(consumed, old.last_tokens) - old.first_tokens):
+        if any(getattr(old.shape, name) != getattr(new.shape, name) for name in ("style", "decay_tokens", "wsd_decay_tokens")):
+            # The schedule has been changed on purpose, which is reported.
+            continue
+        if not _may_end_elsewhere(old, new, min(consumed, old.last_tokens) - old.first_tokens):
             length = format_count(old.last_tokens - old.first_tokens)
             raise _CannotExtend(f"its {new.shape.style} schedule of {length} tokens has been used, and depends on its end")
 
 
-def _may_grow(shape: LrShape, old: Segment, done: int) -> bool:
-    """Returns whether the first `done` tokens of a schedule have the same learning rates if it ends later."""
+def _may_end_elsewhere(old: Segment, new: Segment, done: int) -> bool:
+    """Returns whether the first `done` tokens of a schedule have the same learning rates with either end."""
+    shape = new.shape
     if shape.style in ("constant", "inverse-square-root") or shape.decay_tokens is not None:
         return True
-    return shape.style == "WSD" and done <= old.last_tokens - old.first_tokens - old.shape.wsd_decay_tokens
+    shorter = min(old.last_tokens, new.last_tokens) - old.first_tokens
+    return shape.style == "WSD" and done <= shorter - shape.wsd_decay_tokens
 
 
 def _changes(saved: StagePlan, plan: StagePlan) -> list[str]:

@@ -170,7 +170,12 @@ def test_paths_are_compared_as_paths(tmp_path, corpus, unbroken):
     train(tmp_path / "other", 1, PLAN, "--zero-stage 1 --exit-interval 2 --data-path", corpus)
     (tmp_path / "file").touch()
     plain = command("--zero-stage 1 --data-path", corpus)
-    for more, load in ((words, unbroken.folder), (plain, unbroken.folder), (plain, tmp_path / "typo"), (plain, tmp_path / "other" / "step-9")):
+    for more, load in (
+        (words, unbroken.folder),
+        (plain, unbroken.folder),
+        (plain, tmp_path / "typo"),
+        (plain, tmp_path / "other" / "step-9"),
+    ):
         train(tmp_path / "other", 1, PLAN, more, "--load", [f"{load}/"], expect=4)
         assert "holds a run that began from initial weights" in printed(tmp_path / "other")
     train(tmp_path / "new", 1, PLAN, plain, "--load", [str(tmp_path / "file")], expect=4)

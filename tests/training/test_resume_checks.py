@@ -196,7 +196,7 @@ def test_a_plan_that_its_own_options_do_not_describe_is_refused(corpora):
     [
         ({}, {"lr": -1.0}), ({}, {"lr": 1e9}), ({}, {"warmup_tokens": -100}), ({}, {"warmup_tokens": 10**16}), ({}, {"decay_tokens": 0}),
         ({}, {"wsd_decay_tokens": -5}), ({}, {"style": "linear"}), ({"position_weights": [-3.0, 1.0, 1.0, 1.0]}, {}), ({"side": "input"}, {}),
-        ({"anneal_share": -5.0}, {}), ({"rewarm_tokens": -9}, {}), ({"lr_policy": "continue"}, {}), ({"steps": 240}, {}), ({"steps": 24}, {}),
+        ({"anneal_share": -5.0}, {}), ({"rewarm_tokens": -9}, {}), ({"lr_policy": "continue"}, {}), ({"lr_policy": "rewarm"}, {}), ({"steps": 240}, {}), ({"steps": 24}, {}),
         ({"blend": [["@/etc/passwd", 1.0]]}, {}), ({"blend": [["x", -1.0]]}, {}), ({"global_batch_size": 6}, {}), ({"earlier_ends": [9999]}, {}),
     ],
 )  # fmt: skip
@@ -217,7 +217,9 @@ def test_a_forged_plan_is_refused(corpora, stage, lr):
         check_resume(state, run)
 
 
-@pytest.mark.parametrize("options", [None, [], "text", {"lr": [1]}, {"stages": 5}, {"train_tokens": "many"}, {"seq_length": {"a": 1}}])
+@pytest.mark.parametrize(
+    "options", [None, [], "text", {"lr": [1]}, {"stages": 5}, {"train_tokens": "many"}, {"seq_length": {"a": 1}}, {"recipe": "--help"}]
+)
 def test_forged_options_are_refused(corpora, options):
     run = read(command(BASE), corpora)
     state = saved(run)

@@ -234,6 +234,75 @@ def test_fewer_tokens_and_another_share_are_refused():
         assert resume(then, run, Progress(0, 5), names(changed)).differences
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "tokens", "place"),
+    [
+        ([{"patch_size": 1, "name": "b"}], [{"patch_size": 1, "name": "b"}, {"patch_size": 1, "steps": 6}], "1920 1920", Progress(0, 10)),
+        ([{"patch_size": 4, "name": "a"}, {"patch_size": 1, "steps": 5}], None, "3840 7680", Progress(1, 2)),
+    ],
+)
+def test_tokens_that_no_stage_can_take_are_refused(before, after, tokens, place):
+    """Otherwise the next start would find a plan that does not follow from its options."""
+    words = "--lr-decay-style constant --global-batch-size 12 --train-tokens"
+    first, second = tokens.split()
+    then, run = (read(words, total, "--stages", [json.dumps(entries)]) for total, entries in ((first, before), (second, after or before)))
+    (difference,) = resume(then, run, place, names(["stages", "train_tokens"])).differences
+    assert "no stage takes the difference" in difference
+
+
+@pytest.mark.parametrize(
+    ("words", "more", "place"),
+    [
+        ("", "--lr-decay-style cosine", finished),
+        ("", "--lr-wsd-decay-fraction 0.2", Progress(0, 50)),
+        ("--lr-decay-style WSD --lr-wsd-decay-fraction 0.5", "--lr-wsd-decay-fraction None --lr-wsd-decay-tokens 15360", Progress(0, 120)),
+    ],
+)
+def test_words_without_an_effect_do_not_let_a_schedule_grow(words, more, place):
+    then = read(words, "--global-batch-size 12 --train-tokens 30720")
+    run = read(words, "--global-batch-size 12 --train-tokens 61440", more)
+    changed = names(["train_tokens", *(word[2:].replace("-", "_") for word in more.split() if word.startswith("--"))])
+    (difference,) = resume(then, run, place(then.plan) if callable(place) else place, changed).differences
+    assert "depends on its end" in difference
+
+
+def test_a_later_switch_must_not_move_the_schedule_that_runs():
+    for old, new in (("restart", "continue"), ("continue", "restart")):
+        then, run = (
+            read("--global-batch-size 12 --stages", [json.dumps([LIST[0], {**LIST[1], "lr_policy": policy}])]) for policy in (old, new)
+        )
+        (difference,) = resume(then, run, Progress(0, 8), names(["stages"])).differences
+        assert "depends on its end" in difference
+
+
+def test_stages_read_the_corpora_that_they_began_with():
+    """A corpus is known by its number in the order of the names, so that all files may move together."""
+
+    def run_of(main, *stages):
+        entries = [{"patch_size": 1, "steps": 6, "name": f"s{number}", "data_path": path} for number, path in enumerate(stages)]
+        return read("--lr-decay-style constant --global-batch-size 12 --data-path", [main, "--stages", json.dumps(entries)])
+
+    then = run_of("C", "D", "C")
+    moved = resume(then, run_of("x/C", "x/D", "x/C"), Progress(0, 3), names(["stages"]))
+    assert moved.differences == () and [stage.blend for stage in moved.plan.stages] == [(("x/D", 1.0),), (("x/C", 1.0),)]
+    for other in (("C", "C", "D"), ("C", "D", "E"), ("x/C", "D", "C"), ("C", "C", "C"), ("C", "1 C 3 D", "C")):
+        assert resume(then, run_of(*other), Progress(0, 3), names(["stages"])).differences
+
+
+def test_larger_patches_than_the_reserved_tokens_cannot_follow():
+    then = read(listed())
+    run = read(listed({"patch_size": 128, "tokens": 15360, "batch": "constant-positions"}), "--block-tokens 2048")
+    assert resume(then, run, finished(then.plan), names(["stages", "block_tokens"])).differences
+
+
+def test_nothing_follows_a_stage_that_ends_inside_a_block():
+    words = ["--lr-decay-style", "constant", "--global-batch-size", "3", "--block-tokens", "64", "--stages"]
+    last = [{"patch_size": 1, "steps": 5, "name": "b"}]
+    then, run = (read(words, [json.dumps(entries)]) for entries in (last, [*last, {**NEW, "patch_size": 1}]))
+    (difference,) = resume(then, run, finished(then.plan), names(["stages"])).differences
+    assert difference == "stage b ends inside a block of 64 tokens, so no stage can follow it"
+
+
 def test_a_switch_that_is_past_cannot_change():
     after = [LIST[0], {**LIST[1], "optimizer": "keep"}]
     then, run = read(listed()), read(["--global-batch-size", "12", "--stages", json.dumps(after)])
