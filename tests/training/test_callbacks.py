@@ -89,6 +89,23 @@ def test_tensorboard_has_the_same_names_over_tokens(tmp_path):
     assert [scalar.step for scalar in events.Scalars("train/lr")] == [100, 200]
 
 
+@pytest.mark.parametrize("resumed_at", [0, 100])
+def test_tensorboard_has_each_step_once_after_a_kill(tmp_path, resumed_at):
+    """Also if the kill came before the first checkpoint, so that the run starts again at 0 tokens."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for start, loss in ((0, 5.0), (resumed_at, 4.0)):
+        board = Charts(TensorBoard(str(tmp_path)))
+        board.on_start(replace(START, tokens=start))
+        for tokens in range(start + 100, 400, 100):
+            board.on_step(replace(STEP, tokens=tokens, loss=loss))
+        board.close()
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    found = [(scalar.step, scalar.value) for scalar in events.Scalars("train/patch_loss")]
+    assert found == [(100, 4.0 if resumed_at == 0 else 5.0), (200, 4.0), (300, 4.0)]
+
+
 def test_charts_use_the_field_names_of_the_records():
     names = {name.partition("/")[2] for name in named_values(STEP)} - {"patch_loss"}
     assert names <= set(asdict(STEP)) and {name.partition("/")[2] for name in named_values(EVALUATION)} <= set(asdict(EVALUATION))
