@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 from datetime import timedelta
 
 import pytest
@@ -36,15 +37,14 @@ def test_a_port_in_use_is_named_with_the_flag_that_changes_it(tmp_path):
 
 def test_the_errors_of_torch_are_known():
     """The real ones, so that another version of torch with other texts is noticed."""
-    port = free_port()
-    with socket.socket() as other:
-        other.bind(("", port))
-        other.listen()
-        with pytest.raises(RuntimeError) as busy:
-            torch.distributed.TCPStore("127.0.0.1", port, 2, True)
+    port, short = free_port(), timedelta(seconds=1)
+    # The store binds to IPv6 where it can, which a socket of IPv4 alone does not always prevent.
+    dual = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if dual else socket.AF_INET
+    with socket.create_server(("", port), family=family, dualstack_ipv6=dual), pytest.raises(RuntimeError) as busy:
+        torch.distributed.TCPStore("127.0.0.1", port, 2, True, timeout=short)
     error = explained(busy.value, "node7", port, 2)
     assert isinstance(error, ConfigError) and f"port {port} of rank 0's node, node7" in error.what and "MASTER_PORT" in error.do
-    short = timedelta(seconds=1)
     with pytest.raises(RuntimeError) as missing:
         torch.distributed.TCPStore("127.0.0.1", free_port(), 2, True, timeout=short)
     error = explained(missing.value, "node7", port, 2)
@@ -86,9 +86,10 @@ def test_a_rank_that_waits_says_for_whom(listening, capfd):
         if listening:
             server.listen()
         with notice_of_waiting("127.0.0.1", port, 3, 8, seconds=0.01):
-            printed = ""
-            while "\n" not in printed:
-                printed += capfd.readouterr().err
+            watching = [thread for thread in threading.enumerate() if thread.name == "notice of waiting"][-1]
+            watching.join(30)
+    # Read once: what a thread writes while pytest reads is lost.
+    printed = capfd.readouterr().err
     assert "rank 3 on " in printed and "for 8 ranks to join" in printed
     assert (f"rank 0 answers at 127.0.0.1:{port}" if listening else f"nothing listens at 127.0.0.1:{port}") in printed
 
