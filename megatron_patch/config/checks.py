@@ -12,6 +12,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_patch.config.option_types import flag_of
 from megatron_patch.config.options import DataOptions, EngineOptions, Options
 from megatron_patch.data.corpus import split_ranges
 from megatron_patch.errors import ConfigError
@@ -152,11 +153,11 @@ def check_numbers(options: Options) -> None:
                 do = "give another value" if required else "give another value, or leave the flag out for the default"
                 raise ConfigError(_given(field.name, value), allowed, do)
             if isinstance(value, int) or field.name in LARGEST:
-                check_count(field.name, value, f"--{field.name.replace('_', '-')}")
+                check_count(field.name, value, flag_of(field.name))
 
 
 def _given(name: str, value: object) -> str:
-    return f"--{name.replace('_', '-')} {_shown(value)}"
+    return f"{flag_of(name)} {_shown(value)}"
 
 
 def _shown(value: object) -> str:
@@ -325,10 +326,9 @@ def check_documents(data: DataOptions, eod_id: int | None, vocab_size: int) -> N
     Raises:
         ConfigError: the token is unknown, or not in the vocabulary.
     """
-    separating = [name for name in ("reset_attention_mask", "reset_position_ids", "eod_mask_loss") if getattr(data, name)]
-    if eod_id is None and separating:
+    if eod_id is None and data.separating:
         raise ConfigError(
-            f"--{separating[0].replace('_', '-')} without an end-of-document token",
+            f"{flag_of(data.separating[0])} without an end-of-document token",
             "--eod-token-id N, or a dataset whose metadata file (PREFIX.json) has the token",
             "give --eod-token-id, or preprocess the data with --append-eod",
         )

@@ -106,6 +106,11 @@ Free = Annotated[Value, AtResume.FREE]
 """An option that changes results at most by rounding: layout, memory, intervals, logging."""
 
 
+def flag_of(name: str) -> str:
+    """Returns the flag of an option: num_layers -> "--num-layers"."""
+    return "--" + name.replace("_", "-")
+
+
 def option_types(options: type) -> dict[str, Any]:
     """Returns the annotated type of each option by its name, over all groups."""
     types: dict[str, Any] = {}

@@ -211,6 +211,11 @@ class DataOptions:
     num_workers: Free[Count] = 2
     """Number of steps whose batches are prepared ahead of training. 0 prepares each batch when it is needed."""
 
+    @property
+    def separating(self) -> list[str]:
+        """Names of the options given here that separate documents, for which the end-of-document token must be known."""
+        return [name for name in ("reset_attention_mask", "reset_position_ids", "eod_mask_loss") if getattr(self, name)]
+
 
 @dataclass(frozen=True)
 class EngineOptions:

@@ -18,7 +18,7 @@ from typing import Annotated, Any, get_args, get_origin
 import tyro
 
 from megatron_patch.config.checks import check_text
-from megatron_patch.config.option_types import OptionalSwitch, option_types, split_mark
+from megatron_patch.config.option_types import OptionalSwitch, flag_of, option_types, split_mark
 from megatron_patch.config.options import ModelOptions, Options
 from megatron_patch.config.yaml_files import load_yaml
 from megatron_patch.errors import ConfigError
@@ -49,7 +49,7 @@ _BOOLEANS = {name for name, hint in OPTION_TYPES.items() if hint is bool}
 _TRISTATES = {name for name, hint in OPTION_TYPES.items() if hint == OptionalSwitch}
 _LISTS = {name for name, hint in OPTION_TYPES.items() if get_origin(_without_annotations(hint)) is tuple}
 _FLAGS = [name.replace("_", "-") for name in OPTION_TYPES]
-_REQUIRED = [f"--{f.name.replace('_', '-')}" for f in fields(ModelOptions) if f.default is MISSING]
+_REQUIRED = [flag_of(f.name) for f in fields(ModelOptions) if f.default is MISSING]
 _WITH_COMMAS = {"split", "position_weights"}
 
 
@@ -103,29 +103,28 @@ def to_flags(values: Mapping[str, Any], source: str) -> list[str]:
     """
     flags: list[str] = []
     for name, value in values.items():
-        flag = "--" + name.replace("_", "-")
         if value is None:
             continue
         if name in _BOOLEANS:
             if not isinstance(value, bool):
                 raise ConfigError(f"{source}: {name} is {value!r}", "true or false", "write true or false")
-            flags.append(flag if value else "--no-" + name.replace("_", "-"))
+            flags.append(flag_of(name) if value else flag_of(f"no_{name}"))
         elif name in _TRISTATES and not isinstance(value, bool):
             raise ConfigError(f"{source}: {name} is {value!r}", "true or false", "remove the line for the model family's default")
         elif name == "stages":
-            flags += [flag, value if isinstance(value, str) else json.dumps(value)]
+            flags += [flag_of(name), value if isinstance(value, str) else json.dumps(value)]
         elif isinstance(value, list) and name in _WITH_COMMAS:
-            flags += [flag, ",".join(str(item) for item in value)]
+            flags += [flag_of(name), ",".join(str(item) for item in value)]
         elif isinstance(value, list) and name in _LISTS:
-            flags += [flag, *(str(item) for item in value)]
+            flags += [flag_of(name), *(str(item) for item in value)]
         elif isinstance(value, list):
             raise ConfigError(f"{source}: {name} is a list", "one value", f"write one value after {name}:")
         elif isinstance(value, dict):
             raise ConfigError(f"{source}: {name} is a mapping", "one value", f"write one value after {name}:")
         elif name == "data_path" or name == "valid_data_path":
-            flags += [flag, *str(value).split()]
+            flags += [flag_of(name), *str(value).split()]
         else:
-            flags += [flag, str(value)]
+            flags += [flag_of(name), str(value)]
     return flags
 
 
@@ -151,15 +150,15 @@ def _normalize(argv: Sequence[str]) -> list[str]:
         if not argument.startswith("--"):
             result.append(argument)
             continue
-        flag, equals, value = argument.partition("=")
-        name = flag[2:].replace("-", "_")
+        given, equals, value = argument.partition("=")
+        name = given[2:].replace("-", "_")
         following = argv[index + 1] if index + 1 < len(argv) else "--"
         if name in _TRISTATES and not equals and following not in ("True", "False", "None"):
-            result += ["--" + name.replace("_", "-"), "True"]
+            result += [flag_of(name), "True"]
         elif name.startswith("no_") and name[3:] in _TRISTATES:
-            result += ["--" + name[3:].replace("_", "-"), "False"]
+            result += [flag_of(name[3:]), "False"]
         else:
-            result.append("--" + name.replace("_", "-") + equals + value)
+            result.append(flag_of(name) + equals + value)
     return result
 
 
@@ -200,7 +199,7 @@ def parse(argv: Sequence[str], program: str = "pretrain_gpt_patch.py") -> Parsed
     for name in _names(flags):
         if name not in OPTION_TYPES and name != "help":
             raise ConfigError(
-                f"unknown flag --{name.replace('_', '-')}",
+                f"unknown flag {flag_of(name)}",
                 "the flags that --help lists",
                 suggestion(name.replace("_", "-"), _FLAGS, prefix="--") or "remove the flag",
             )

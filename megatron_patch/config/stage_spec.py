@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, cast, get_args
 
 from megatron_patch.config.checks import check_count, check_text
+from megatron_patch.config.option_types import flag_of
 from megatron_patch.config.options import StageOptions
 from megatron_patch.config.yaml_files import load_yaml
 from megatron_patch.errors import ConfigError
@@ -283,7 +284,7 @@ def _given_shares(options: StageOptions) -> dict[str, float]:
         raise ConfigError("--patch-fraction together with --patch-compute-share", "one of them", "remove one of the two")
     for name, share in given.items():
         if not 0.0 < share < 1.0:
-            raise ConfigError(f"--{name.replace('_', '-')} {share}", "a share between 0 and 1", "give 0.667, for example")
+            raise ConfigError(f"{flag_of(name)} {share}", "a share between 0 and 1", "give 0.667, for example")
     return given
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_patch.config.option_types import flag_of
 from megatron_patch.config.options import EngineOptions, ScheduleOptions
 from megatron_patch.engine.optimizer import optimizer_by_name
 from megatron_patch.errors import ConfigError
@@ -237,7 +238,7 @@ class _Merger:
             return value
         if option in self._origins and value != json_value:
             raise ConfigError(
-                f"--{option.replace('_', '-')} is {value!r}, but --deepspeed_config sets {key} = {json_value!r}",
+                f"{flag_of(option)} is {value!r}, but --deepspeed_config sets {key} = {json_value!r}",
                 "a value in one of the two, or the same value in both",
                 "remove one of them",
             )

@@ -73,13 +73,20 @@ def rendezvous_address() -> tuple[str, int]:
 
 
 def _port(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and 1 <= int(text[:6]) <= 65_535):
+    port = _number(text, 65_535)
+    if port is None:
         raise ConfigError(
             f"MASTER_PORT={text[:40]} is not a port",
             "a whole number from 1 to 65535",
             "correct MASTER_PORT, or the launcher's --master_port (deepspeed, torchrun)",
         )
-    return int(text)
+    return port
+
+
+def _number(text: str, largest: int) -> int | None:
+    """Returns the whole number from 1 to `largest` that a variable of the environment contains, or None if it contains something else."""
+    known = text.isascii() and text.isdigit() and len(text) <= len(str(largest))
+    return int(text) if known and 1 <= int(text) <= largest else None
 
 
 def free_port() -> int:
@@ -106,13 +113,14 @@ def local_world_size() -> int | None:
     stated = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE"))
     if not stated:
         return None
-    if not (stated.isascii() and stated.isdigit() and 1 <= int(stated[:8]) < 10**7):
+    ranks = _number(stated, 10**7 - 1)
+    if ranks is None:
         raise ConfigError(
             f"LOCAL_WORLD_SIZE={stated[:40]} is not a number of ranks",
             "whole numbers from 1",
             "start the job with deepspeed, torchrun or srun",
         )
-    return int(stated)
+    return ranks
 
 
 def threads_per_rank() -> int:

@@ -90,11 +90,12 @@ def _find_checkpoint(options: CheckpointOptions, grid: Grid) -> tuple[ValidCheck
         found = find_newest_valid_together(save, grid, None if options.finetune else began_from_load)
         if found is not None and began_from_load(found.state):
             return found, True, begun_from
-        inside = same_path(load.resolve().parent, save)
-        other = found if found is not None else (None if inside and load.is_dir() else find_newest_valid_together(save, grid))
-        if other is not None:
+        goes_back = same_path(load.resolve().parent, save) and load.is_dir()
+        if found is None and not goes_back:
+            found = find_newest_valid_together(save, grid)
+        if found is not None:
             raise CheckpointError(
-                f"--load {load} with --save {save}, which holds a run that began from {other.state.begun_from or 'initial weights'}",
+                f"--load {load} with --save {save}, which holds a run that began from {found.state.begun_from or 'initial weights'}",
                 f"a --save without checkpoints, or with those of a run that began from --load {load}; or a --load inside of --save, to go "
                 "back to an earlier step of the same run",
                 "choose another --save; or remove --load and --finetune to resume the run in --save",

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_patch.checkpoint.trainer_state import TrainerState
-from megatron_patch.config.option_types import AtResume
+from megatron_patch.config.option_types import AtResume, flag_of
 from megatron_patch.config.options import DataOptions, ModelOptions, ScheduleOptions, StageOptions
 from megatron_patch.config.parsing import RESUME_MARKS, option_values, recorded_options
 from megatron_patch.config.resolve import RunConfig
@@ -23,12 +23,11 @@ from megatron_patch.data.corpus import split_ranges
 from megatron_patch.errors import CheckpointError, ConfigError
 from megatron_patch.model.shape import ModelShape
 from megatron_patch.stages import Progress, StagePlan
-from megatron_patch.training.resumed_plan import Changed, ResumedPlan, resume_plan, tokens_to_continue_at
+from megatron_patch.training.resumed_plan import Changed, ResumedPlan, change, difference, resume_plan, tokens_to_continue_at
 from megatron_patch.utils.units import plural
 
 START_NEW = "start a new run from the weights with --finetune --load … --save ELSEWHERE"
 _FREE_FIELDS = {"padded_vocab_size"}  # depends on the layout
-_SEPARATION = ("reset_attention_mask", "reset_position_ids", "eod_mask_loss")
 
 
 def _names(*groups: type) -> set[str]:
@@ -70,11 +69,6 @@ _FLAGS_OF_DATA = {
     "window_blocks": "--shuffle-window-blocks",
     "skip_blocks": "--start-tokens",
 }
-
-
-def flag(name: str) -> str:
-    """Returns the flag of an option: num_layers -> "--num-layers"."""
-    return "--" + name.replace("_", "-")
 
 
 def changed_options(state: TrainerState, run: RunConfig) -> dict[str, tuple[Any, Any]]:
@@ -141,15 +135,15 @@ def check_resume(state: TrainerState, run: RunConfig) -> ResumedPlan:
     changed = changed_options(state, run)
     differences = _model_differences(state, run, changed, _FREE_FIELDS)
     marked = {name: pair for name, pair in changed.items() if name not in _BY_EFFECT}
-    differences += [_pair(flag(name), *pair) for name, pair in marked.items() if RESUME_MARKS[name] is AtResume.FIXED]
+    differences += [_pair(flag_of(name), *pair) for name, pair in marked.items() if RESUME_MARKS[name] is AtResume.FIXED]
     differences += _separation_differences(state, run) + _split_differences(state, run)
-    changes = [_change(flag(name), *pair) for name, pair in marked.items() if RESUME_MARKS[name] is AtResume.REPORTED]
+    changes = [_change(flag_of(name), *pair) for name, pair in marked.items() if RESUME_MARKS[name] is AtResume.REPORTED]
 
     of_plan = {name: pair for name, pair in changed.items() if name in _PLAN and RESUME_MARKS[name] is not AtResume.FREE}
     saved, progress = StagePlan.from_json(state.plan), Progress(state.stage_index, state.stage_step)
     resumed = _plan_to_resume(saved, state, run, progress, of_plan)
     if resumed.differences:
-        named = [_pair(flag(name), *pair) for name, pair in of_plan.items() if name not in _SCHEDULE and name != "stages"]
+        named = [_pair(flag_of(name), *pair) for name, pair in of_plan.items() if name not in _SCHEDULE and name != "stages"]
         # A difference of stages is named by the stage as well, because a flag can be written in another way without an effect.
         differences += named + list(resumed.differences)
     if differences:
@@ -161,7 +155,7 @@ def check_resume(state: TrainerState, run: RunConfig) -> ResumedPlan:
         )
     # Other words for the same plan are no change; --train-tokens are, even if full steps make the same number of them.
     shown = {name: pair for name, pair in of_plan.items() if name == "train_tokens" or (resumed.changes and name != "stages")}
-    flags_of_plan = [_change(flag(name), *pair) for name, pair in shown.items()]
+    flags_of_plan = [_change(flag_of(name), *pair) for name, pair in shown.items()]
     return dataclasses.replace(resumed, changes=(*changes, *flags_of_plan, *resumed.changes))
 
 
@@ -206,16 +200,15 @@ def _model_differences(state: TrainerState, run: RunConfig, changed: Mapping[str
             found[cause] = changed[cause]
         else:
             found[options[0]] = saved.get(field), given.get(field)
-    return [_pair(flag(name), *pair) for name, pair in found.items()]
+    return [_pair(flag_of(name), *pair) for name, pair in found.items()]
 
 
 def _separation_differences(state: TrainerState, run: RunConfig) -> list[str]:
     """Returns the difference of the end-of-document token, if documents are separated and it is another one."""
-    if not any(getattr(run.options.data, name) for name in _SEPARATION):
+    if not run.options.data.separating:
         return []
-    options, metadata = state.config.get("options"), state.data_metadata or {}
-    given = options.get("eod_token_id") if isinstance(options, dict) else None
-    then = given if given is not None else metadata.get("eod_id")
+    given = state.config["options"].get("eod_token_id")
+    then = given if given is not None else (state.data_metadata or {}).get("eod_id")
     return [] if then == run.eod_id else [_pair("--eod-token-id", then, run.eod_id)]
 
 
@@ -248,25 +241,26 @@ def _plan_to_resume(saved: StagePlan, state: TrainerState, run: RunConfig, progr
         then = recorded_options(state.config["options"], (StageOptions, ScheduleOptions, DataOptions))
         options = dataclasses.replace(run.options, stages=then.stages, schedule=then.schedule)
         before = dataclasses.replace(run, options=options, blend=parse_blend(then.data.data_path))
-        before.plan_with_batch_of(saved)
+        before = dataclasses.replace(before, plan=before.plan_with_batch_of(saved))
     except ConfigError as error:
         raise CheckpointError(
             f"the options in the checkpoint give no plan: {error.what}",
             "a trainer state as this program wrote it",
-            "use another checkpoint",
+            "resume from another checkpoint",
         ) from error
     try:
-        return resume_plan(saved, before, run, progress, changed)
+        now = dataclasses.replace(run, plan=run.plan_with_batch_of(saved))
+        return resume_plan(saved, before, now, progress, changed)
     except ConfigError as error:
         return ResumedPlan(saved, (f"the batch of the first start does not fit the stages: {error.what}",))
 
 
 def _pair(name: str, then: Any, now: Any) -> str:
-    return f"{name} {_text(now)} (checkpoint: {_text(then)})"
+    return difference(name, _text(then), _text(now))
 
 
 def _change(name: str, then: Any, now: Any) -> str:
-    return f"{name} {_text(then)}, now {_text(now)}"
+    return change(name, _text(then), _text(now))
 
 
 def _text(value: Any) -> str:

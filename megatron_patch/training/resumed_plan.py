@@ -17,7 +17,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_patch.config.options import ScheduleOptions
 from megatron_patch.config.plan_builder import check_schedules, whole_steps
 from megatron_patch.config.resolve import RunConfig
 from megatron_patch.config.stage_spec import StageSpec, parse_stages, stage_specs
@@ -35,7 +34,7 @@ _LR_LENGTHS = {
 }
 """Lengths that the first start resolved from shares of the plan, with the options that change them on purpose; the first is also a key of
 an entry of `stages:`."""
-_LR_OPTIONS = {field.name for field in dataclasses.fields(ScheduleOptions)}
+_LR_VALUES = [field.name for field in dataclasses.fields(LrShape) if field.name not in _LR_LENGTHS]
 
 Changed = Mapping[str, tuple[Any, Any]]
 """Options that differ from the checkpoint's: name -> (value then, value now), as plain JSON values."""
@@ -60,13 +59,14 @@ class ResumedPlan:
     changes: tuple[str, ...] = ()
 
 
-def resume_plan(saved: StagePlan, then: RunConfig, run: RunConfig, progress: Progress, changed: Changed) -> ResumedPlan:
+def resume_plan(saved: StagePlan, then: RunConfig, now: RunConfig, progress: Progress, changed: Changed) -> ResumedPlan:
     """Returns the plan that a resumed run follows.
 
     Args:
         saved: the checkpoint's plan.
-        then: the run with the checkpoint's options for stages and learning rates.
-        run: the run with the present options.
+        then: the run with the checkpoint's options for stages, learning rates and data, and the plan that they describe with the global
+            batch of `saved`.
+        now: the run with the present options, and the plan that these describe with that batch.
         progress: where the checkpoint stands.
         changed: the options for stages and learning rates that differ from the checkpoint's.
 
@@ -74,30 +74,37 @@ def resume_plan(saved: StagePlan, then: RunConfig, run: RunConfig, progress: Pro
         CheckpointError: the checkpoint's plan does not follow from its own options.
         ConfigError: the changed options give no valid plan.
     """
-    before = then.plan_with_batch_of(saved)
-    _check_own_plan(saved, before)
-    now = run.plan_with_batch_of(saved)
-    differences = _differences(before, now, progress) + _data_differences(before, now, then, run)
+    _check_own_plan(saved, then.plan)
+    differences = _differences(then.plan, now.plan, progress) + _data_differences(then, now)
     if differences:
         return ResumedPlan(saved, tuple(differences))
-    pairs = list(itertools.zip_longest(before.stages, now.stages))
+    pairs = itertools.zip_longest(then.plan.stages, now.plan.stages)
     lengths_differ = any(old is None or old.steps != new.steps for old, new in pairs)
-    specs = stage_specs(run.options.stages)
+    specs = stage_specs(now.options.stages)
     if lengths_differ:
-        differences = _shorter_or_changed(before, now, progress, changed, specs)
+        differences = _shorter_or_changed(then.plan, now.plan, progress, changed, specs)
         if differences:
             return ResumedPlan(saved, tuple(differences))
     try:
-        plan = _extended(saved, now, progress, specs) if lengths_differ else saved
-        plan = _with_free_values(plan, now)
-        plan = _with_schedules(plan, saved, before, run.reschedule(plan), progress, changed)
+        plan = _extended(saved, now.plan, progress, specs) if lengths_differ else saved
+        plan = _with_free_values(plan, now.plan)
+        plan = _with_schedules(plan, saved, then.plan, now.reschedule(plan), progress, changed)
         check_schedules(plan)
         _check_past(saved, plan, progress)
     except _CannotExtend as error:
-        return ResumedPlan(
-            saved, (f"the run cannot be extended at {saved.consumed_tokens(progress):,} of {saved.tokens:,} tokens: {error}",)
-        )
+        read = f"{saved.consumed_tokens(progress):,} of {saved.tokens:,} tokens"
+        return ResumedPlan(saved, (f"the run cannot be extended at {read}: {error}",))
     return ResumedPlan(plan, changes=tuple(_changes(saved, plan)))
+
+
+def difference(name: str, then: str, now: str) -> str:
+    """Returns the words in which a start is refused because a value differs from the checkpoint's."""
+    return f"{name} {now} (checkpoint: {then})"
+
+
+def change(name: str, then: str, now: str) -> str:
+    """Returns the words in which a value that was changed on purpose is printed."""
+    return f"{name} {then}, now {now}"
 
 
 def tokens_to_continue_at(plan: StagePlan, progress: Progress, window_blocks: int) -> int:
@@ -120,18 +127,17 @@ def tokens_to_continue_at(plan: StagePlan, progress: Progress, window_blocks: in
 
 def _check_own_plan(saved: StagePlan, before: StagePlan) -> None:
     """Checks that a checkpoint's plan follows from its own options; another version of the program may round lengths differently."""
-    found = (
-        [] if len(saved.stages) == len(before.stages) else [f"it has {plural(len(saved.stages), 'stage')} in place of {len(before.stages)}"]
-    )
+    found: list[str] = []
+    if len(saved.stages) != len(before.stages):
+        found += [f"it has {plural(len(saved.stages), 'stage')} in place of {len(before.stages)}"]
     if saved.block_tokens != before.block_tokens:
         found.append(f"its blocks have {saved.block_tokens:,} tokens in place of {before.block_tokens:,}")
     if abs(saved.tokens - before.tokens) > _rounding(saved):
         found.append(f"it has {saved.tokens:,} tokens in place of {before.tokens:,}")
     for old, new in zip(saved.stages, before.stages, strict=False):
-        found += [_in_place(old.name, name, old, new) for name in (*_GEOMETRY, *_AT_A_SWITCH) if getattr(old, name) != getattr(new, name)]
-        found += [_in_place(old.name, name, old, new) for name in ("blend", "position_weights") if getattr(old, name) != getattr(new, name)]
-        fields = [field.name for field in dataclasses.fields(LrShape) if field.name not in _LR_LENGTHS]
-        found += [_in_place(old.name, name, old.lr, new.lr) for name in fields if getattr(old.lr, name) != getattr(new.lr, name)]
+        names = (*_GEOMETRY, *_AT_A_SWITCH, "blend", "position_weights")
+        found += [_in_place(old.name, name, old, new) for name in names if getattr(old, name) != getattr(new, name)]
+        found += [_in_place(old.name, name, old.lr, new.lr) for name in _LR_VALUES if getattr(old.lr, name) != getattr(new.lr, name)]
         if min(old.lr.warmup_tokens, old.lr.wsd_decay_tokens, old.rewarm_tokens) < 0:
             found.append(f"a length of stage {old.name}'s learning rate is negative")
     try:
@@ -160,39 +166,39 @@ def _differences(before: StagePlan, now: StagePlan, progress: Progress) -> list[
     """Returns what cannot change, apart from the number of steps: blocks, samples, batches, weights, and the switches that are past."""
     found = []
     if now.block_tokens != before.block_tokens:
-        found.append(f"tokens of a block {now.block_tokens:,} (checkpoint: {before.block_tokens:,})")
+        found.append(difference("tokens of a block", _text(before.block_tokens), _text(now.block_tokens)))
     if len(now.stages) < len(before.stages):
-        found.append(f"number of stages {len(now.stages)} (checkpoint: {len(before.stages)})")
+        found.append(difference("number of stages", _text(len(before.stages)), _text(len(now.stages))))
     for index, (old, new) in enumerate(zip(before.stages, now.stages, strict=False)):
-        begun = index < progress.stage_index or (index == progress.stage_index and progress.stage_step > 0)
-        names = (*_GEOMETRY, *_AT_A_SWITCH) if begun else _GEOMETRY
+        names = (*_GEOMETRY, *_AT_A_SWITCH) if _has_begun(index, progress) else _GEOMETRY
         found += [_difference(old.name, name, old, new) for name in names if getattr(old, name) != getattr(new, name)]
         if not _close(old.position_weights, new.position_weights):
             found.append(_difference(old.name, "position_weights", old, new))
     return found
 
 
-def _data_differences(before: StagePlan, now: StagePlan, then: RunConfig, run: RunConfig) -> list[str]:
+def _has_begun(index: int, progress: Progress) -> bool:
+    """Returns whether a step of the stage with this number is done."""
+    return index < progress.stage_index or (index == progress.stage_index and progress.stage_step > 0)
+
+
+def _data_differences(then: RunConfig, now: RunConfig) -> list[str]:
     """Returns the stages that read other corpora, or in other shares.
 
-    A corpus is known by its number, so that its files may have moved; the fingerprint of the data compares their content.
+    A corpus is known by its number in `RunConfig.corpus_names`, so that its files may have moved; the fingerprint of the data compares
+    their content.
     """
-    numbers = [_numbers(then, before), _numbers(run, now)]
     found = []
-    for stages in zip(before.stages, now.stages, strict=False):
-        old, new = ([(number[name], weight) for name, weight in stage.blend or ()] for number, stage in zip(numbers, stages, strict=True))
-        if [name for name, _ in old] != [name for name, _ in new] or not _close([w for _, w in old], [w for _, w in new]):
-            found.append(_difference(stages[0].name, "blend", *stages))
-    if now.lookahead_tokens != before.lookahead_tokens:
-        longest = max(stage.patch_size for stage in now.stages)
+    for old, new in zip(then.plan.stages, now.plan.stages, strict=False):
+        same_corpora = [then.corpus_names.index(name) for name, _ in old.blend or ()] == [
+            now.corpus_names.index(name) for name, _ in new.blend or ()
+        ]
+        if not same_corpora or not _close([weight for _, weight in old.blend or ()], [weight for _, weight in new.blend or ()]):
+            found.append(_difference(old.name, "blend", old, new))
+    if now.plan.lookahead_tokens != then.plan.lookahead_tokens:
+        longest = max(stage.patch_size for stage in now.plan.stages)
         found.append(f"patches of {longest} tokens, which reserve more tokens at the end of the corpora than those of the checkpoint")
     return found
-
-
-def _numbers(run: RunConfig, plan: StagePlan) -> dict[str, int]:
-    """Returns the number of each corpus in the order in which the run and its stages name them."""
-    names = dict.fromkeys(name for blend in (run.blend, *(stage.blend or () for stage in plan.stages)) for name, _ in blend)
-    return {name: number for number, name in enumerate(names)}
 
 
 def _close(first: Sequence[float], second: Sequence[float]) -> bool:
@@ -200,7 +206,7 @@ def _close(first: Sequence[float], second: Sequence[float]) -> bool:
 
 
 def _difference(stage: str, name: str, old: Any, new: Any) -> str:
-    return f"stage {stage}: {name} {_text(getattr(new, name))} (checkpoint: {_text(getattr(old, name))})"
+    return difference(f"stage {stage}: {name}", _text(getattr(old, name)), _text(getattr(new, name)))
 
 
 def _text(value: Any) -> str:
@@ -219,9 +225,8 @@ def _shorter_or_changed(before: StagePlan, now: StagePlan, progress: Progress, c
         name, block = before.stages[last].name, before.block_tokens
         return [f"stage {name} ends inside a block of {block:,} tokens, so no stage can follow it"]
     pairs = list(zip(before.stages, now.stages, strict=False))
-    by_effect = changed.keys() - _EXTENDING - _LR_OPTIONS
     longer = len(now.stages) > len(before.stages) or now.tokens > before.tokens
-    if not longer or not changed.keys() & _EXTENDING or by_effect & {"patch_fraction", "patch_compute_share"}:
+    if not longer or not changed.keys() & _EXTENDING or changed.keys() & {"patch_fraction", "patch_compute_share"}:
         return [_difference(old.name, "steps", old, new) for old, new in pairs if old.steps != new.steps]
     return [
         _difference(old.name, "steps", old, new)
@@ -289,11 +294,9 @@ def _with_schedules(
     stages = list(rescheduled.stages)
     then, now = (parse_stages(text) if isinstance(text, str) else () for text in changed.get("stages", (None, None)))
     for index, (old, new) in enumerate(zip(saved.stages, rescheduled.stages, strict=False)):
-        names = [field.name for field in dataclasses.fields(LrShape) if field.name not in _LR_LENGTHS]
-        same = [name for name in names if getattr(before.stages[index].lr, name) == getattr(new.lr, name)]
-        begun = index < progress.stage_index or (index == progress.stage_index and progress.stage_step > 0)
+        same = [name for name in _LR_VALUES if getattr(before.stages[index].lr, name) == getattr(new.lr, name)]
         lengths: set[str] = set()
-        if begun or plan.stages[index].steps == old.steps:
+        if _has_begun(index, progress) or plan.stages[index].steps == old.steps:
             lengths = {name for name, options in _LR_LENGTHS.items() if not changed.keys() & options}
             if index < min(len(then), len(now)):
                 lengths -= {name for name, (key, _) in _LR_LENGTHS.items() if getattr(then[index], key) != getattr(now[index], key)}
@@ -348,4 +351,4 @@ def _changes(saved: StagePlan, plan: StagePlan) -> list[str]:
 
 
 def _change(stage: str, name: str, old: Any, new: Any, part: str = "") -> str:
-    return f"stage {stage}: {part}{name} {_text(getattr(old, name))}, now {_text(getattr(new, name))}"
+    return change(f"stage {stage}: {part}{name}", _text(getattr(old, name)), _text(getattr(new, name)))

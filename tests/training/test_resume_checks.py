@@ -10,13 +10,13 @@ import json
 import pytest
 
 from megatron_patch.checkpoint.trainer_state import TrainerState
-from megatron_patch.config.option_types import AtResume
+from megatron_patch.config.option_types import AtResume, flag_of
 from megatron_patch.config.parsing import RESUME_MARKS
 from megatron_patch.config.resolve import load_config
 from megatron_patch.errors import CheckpointError
 from megatron_patch.stages import Progress
 from megatron_patch.training.resume import StartPoint, make_trainer_state
-from megatron_patch.training.resume_checks import check_data, check_resume, flag, progress_problems
+from megatron_patch.training.resume_checks import check_data, check_resume, progress_problems
 from megatron_patch.training.stream import open_stream
 from tests.distributed.runs import command, make_corpus
 
@@ -102,16 +102,16 @@ def test_every_option_may_change_or_not_as_its_mark_says(name, corpora, states, 
     value, both = entry if isinstance(entry, tuple) else (entry, "")
     monkeypatch.setattr(importlib.util, "find_spec", lambda package: True)
     state = states(both)
-    given = {"True": [flag(name)], "False": [flag("no_" + name)]}.get(value, [flag(name), value])
+    given = {"True": [flag_of(name)], "False": [flag_of("no_" + name)]}.get(value, [flag_of(name), value])
     run = read([*command(BASE, both), *given], corpora)
     if mark is AtResume.FIXED:
         with pytest.raises(CheckpointError) as refusal:
             resume(state, run)
-        named = {"stages": "stage token", "data_path": "--data-path"}.get(name, flag(name))
+        named = {"stages": "stage token", "data_path": "--data-path"}.get(name, flag_of(name))
         assert named in str(refusal.value)
     else:
         changes = resume(state, run).changes
-        assert any(change.startswith(f"{flag(name)} ") for change in changes) == (mark is AtResume.REPORTED), changes
+        assert any(change.startswith(f"{flag_of(name)} ") for change in changes) == (mark is AtResume.REPORTED), changes
 
 
 def test_all_differences_are_named_at_once(corpora):

@@ -38,7 +38,9 @@ def read(*words, ranks=1, **stages):
 
 def resume(then, run, progress, changed, plan=None):
     """Returns how `run` resumes a run with the options of `then`, from its own plan or from `plan`."""
-    return resume_plan(plan or then.plan, then, run, progress, changed)
+    saved = plan or then.plan
+    then, run = (dataclasses.replace(one, plan=one.plan_with_batch_of(saved)) for one in (then, run))
+    return resume_plan(saved, then, run, progress, changed)
 
 
 def names(changed):
