@@ -256,7 +256,7 @@ def lock_folder(save: Path | None, rank: int, device: torch.device, stops: StopR
 
     def report(message: str) -> None:
         if rank == 0:
-            make_console().print(message, soft_wrap=True)
+            make_console().print(message)
 
     lock = SaveLock(save, report=report)
     while not on_first_rank(rank, save, lock.try_take):

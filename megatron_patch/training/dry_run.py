@@ -141,8 +141,7 @@ def print_plan(
     if origins:
         console.print(rank_table(parts, run.shape))
     for note in (*run.notes, *engine_config.notes):
-        # A line of a log stays one line; in a terminal, words are not broken.
-        console.print(labeled("Note", note, "yellow"), soft_wrap=not console.is_terminal)
+        console.print(labeled("Note", note, "yellow"))
     if origins:
         settings = {**engine_config.deepspeed, **batch_settings(run.plan.stages[0], run.data_parallel_size)}
         console.print(labeled("DeepSpeed", f"(first stage) {json.dumps(settings)}"), soft_wrap=True)

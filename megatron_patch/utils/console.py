@@ -77,13 +77,16 @@ def make_console(width: int = 180, stderr: bool = False, markup: bool = False) -
     """Returns a console.
 
     Args:
-        width: characters of a line, if the output is not a terminal.
+        width: characters of a table, if the output is not a terminal.
         stderr: whether it prints to standard error instead of standard output.
         markup: whether square brackets are rich's markup; then the caller escapes every text that may come from others.
     """
     file = cast("IO[str]", _TolerantOutput("stderr" if stderr else "stdout"))
     console = _TextConsole(file=file, highlight=False, markup=markup, emoji=False)
-    return console if console.is_terminal else _TextConsole(file=file, highlight=False, markup=markup, emoji=False, width=width)
+    if console.is_terminal:
+        return console
+    # A line of text stays one line of a log, however long it is; the width is that of tables.
+    return _TextConsole(file=file, highlight=False, markup=markup, emoji=False, width=width, soft_wrap=True)
 
 
 def print_line(text: str, *, stderr: bool = False) -> None:
