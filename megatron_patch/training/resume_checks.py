@@ -151,7 +151,7 @@ def check_resume(state: TrainerState, run: RunConfig) -> ResumedPlan:
             f"the checkpoint belongs to another run: {'; '.join(dict.fromkeys(differences))}",
             "the flags for model, stages, tokens, batch, data order and documents that the run began with. What else may change, and when "
             "more --train-tokens or stages extend a run: docs/operations.md",
-            f"restore them, or {START_NEW}{_advice_to_read_on(state, saved, progress)}",
+            f"restore them, or {START_NEW}{_advice_to_continue(state, saved, progress)}",
         )
     # Other words for the same plan are no change; --train-tokens are, even if full steps make the same number of them.
     shown = {name: pair for name, pair in of_plan.items() if name == "train_tokens" or (resumed.changes and name != "stages")}
@@ -159,7 +159,7 @@ def check_resume(state: TrainerState, run: RunConfig) -> ResumedPlan:
     return dataclasses.replace(resumed, changes=(*changes, *flags_of_plan, *resumed.changes))
 
 
-def _advice_to_read_on(state: TrainerState, saved: StagePlan, progress: Progress) -> str:
+def _advice_to_continue(state: TrainerState, saved: StagePlan, progress: Progress) -> str:
     """Returns the flags with which a new run reads none of this run's tokens; nothing where stages have their own data."""
     if any(stage.blend for stage in saved.stages):
         return ""
@@ -168,7 +168,7 @@ def _advice_to_read_on(state: TrainerState, saved: StagePlan, progress: Progress
     if type(start) is not int or type(window) is not int or window < 1:
         return ""
     tokens = start + tokens_to_continue_at(saved, progress, window)
-    return f"; with the same data and seed, --start-tokens {tokens} --block-tokens {saved.block_tokens} make it read on after this run"
+    return f"; with the same data and seed, --start-tokens {tokens} --block-tokens {saved.block_tokens} let it continue after the tokens of this run"
 
 
 def check_weights_of(state: TrainerState, run: RunConfig) -> None:

@@ -321,7 +321,7 @@ def _check_past(saved: StagePlan, plan: StagePlan, progress: Progress) -> None:
             continue
         if not _may_end_elsewhere(old, new, min(consumed, old.last_tokens) - old.first_tokens):
             length = format_count(old.last_tokens - old.first_tokens)
-            raise _CannotExtend(f"its {new.shape.style} schedule of {length} tokens has been used, and depends on its end")
+            raise _CannotExtend(f"its {new.shape.style} schedule of {length} tokens has begun, and depends on its end")
 
 
 def _may_end_elsewhere(old: Segment, new: Segment, done: int) -> bool:
