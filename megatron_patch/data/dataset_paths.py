@@ -10,7 +10,8 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 
-from megatron_patch.data.storage import check_address, exists, glob_files, is_address, read_bytes
+from megatron_patch.data.addresses import check_address
+from megatron_patch.data.storage import exists, glob_files, is_address, read_bytes
 from megatron_patch.errors import DataError
 
 _SHARD = re.compile(r"_shard-(\d+)-of-(\d+)(?=_|$)")

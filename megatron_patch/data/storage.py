@@ -26,6 +26,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from megatron_patch.data.addresses import check_address
 from megatron_patch.errors import DataError
 from megatron_patch.utils.files import open_new
 
@@ -34,11 +35,6 @@ _PIECE_BYTES = 1 << 22
 _ATTEMPTS = 4
 _PAUSE_SECONDS = 0.5
 _FETCHERS = 32
-# Kinds of addresses for which fsspec interprets the content of other files, or calls other programs. Some of its versions run code in it.
-_INTERPRETING = {
-    *("reference", "generic", "dask", "jupyter", "jlab", "zip", "tar", "libarchive", "dir"),
-    *("cached", "blockcache", "filecache", "simplecache"),
-}
 # The metadata keys, as file systems name them, that change when a file changes.
 _VERSIONS = ("size", "ETag", "etag", "Content-MD5", "md5Hash", "Last-Modified", "LastModified", "last_modified", "mtime", "created")
 
@@ -342,30 +338,6 @@ class _RemoteFile:
 def _cache_folder() -> Path:
     folder = os.environ.get("MEGATRON_PATCH_CACHE")
     return Path(folder) if folder else Path.home() / ".cache" / "megatron_patch"
-
-
-def check_address(address: str) -> None:
-    """Checks that an address names a file on a server, and no secret.
-
-    Raises:
-        DataError: it contains a password, or combines or interprets other files.
-    """
-    kind, _, rest = address.partition("://")
-    user, at, host = rest.partition("/")[0].rpartition("@")
-    web = kind in ("http", "https")
-    if (at and (":" in user or web or kind.startswith("s3"))) or (web and "?" in rest and "=" in rest):
-        raise DataError(
-            f"an address at {kind}://{host.partition('?')[0]} contains a password, a token or a query, which would be written to logs and "
-            "checkpoints",
-            "addresses without credentials",
-            "give them as the package for this kind of address reads them: in variables such as AWS_ACCESS_KEY_ID, or in its own file",
-        )
-    if "::" in address or kind in _INTERPRETING:
-        raise DataError(
-            f"{address} does not name a file on a server",
-            "addresses such as s3://bucket/web; none that combine others (::), or that make files from a description, as reference:// does",
-            "copy or unpack the files, and give their own address",
-        )
 
 
 def _file_system(path: str) -> tuple[Any, str]:

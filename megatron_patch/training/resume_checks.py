@@ -167,8 +167,8 @@ def _advice_to_continue(state: TrainerState, saved: StagePlan, progress: Progres
     start, window = (options.get(name) for name in ("start_tokens", "shuffle_window_blocks"))
     if type(start) is not int or type(window) is not int or window < 1:
         return ""
-    tokens = start + tokens_to_continue_at(saved, progress, window)
-    return f"; with the same data and seed, --start-tokens {tokens} --block-tokens {saved.block_tokens} let it continue after the tokens of this run"
+    flags = f"--start-tokens {start + tokens_to_continue_at(saved, progress, window)} --block-tokens {saved.block_tokens}"
+    return f"; with the same data and seed, {flags} let it continue after the tokens of this run"
 
 
 def check_weights_of(state: TrainerState, run: RunConfig) -> None:

@@ -1,0 +1,38 @@
+"""Which addresses of remote data are accepted. In: an address such as s3://bucket/web. Out: nothing, or a DataError.
+
+An address is written to logs and checkpoints, so it must contain no secret; and it must name a file, not a way to make one out of others.
+"""
+
+from __future__ import annotations
+
+from megatron_patch.errors import DataError
+
+# Kinds of addresses for which fsspec interprets the content of other files, or calls other programs. Some of its versions run code in it.
+_INTERPRETING = {
+    *("reference", "generic", "dask", "jupyter", "jlab", "zip", "tar", "libarchive", "dir"),
+    *("cached", "blockcache", "filecache", "simplecache"),
+}
+
+
+def check_address(address: str) -> None:
+    """Checks that an address names a file on a server, and no secret.
+
+    Raises:
+        DataError: it contains a password, or combines or interprets other files.
+    """
+    kind, _, rest = address.partition("://")
+    user, at, host = rest.partition("/")[0].rpartition("@")
+    web = kind in ("http", "https")
+    if (at and (":" in user or web or kind.startswith("s3"))) or (web and "?" in rest and "=" in rest):
+        raise DataError(
+            f"an address at {kind}://{host.partition('?')[0]} contains a password, a token or a query, which would be written to logs and "
+            "checkpoints",
+            "addresses without credentials",
+            "give them as the package for this kind of address reads them: in variables such as AWS_ACCESS_KEY_ID, or in its own file",
+        )
+    if "::" in address or kind in _INTERPRETING:
+        raise DataError(
+            f"{address} does not name a file on a server",
+            "addresses such as s3://bucket/web; none that combine others (::), or that make files from a description, as reference:// does",
+            "copy or unpack the files, and give their own address",
+        )
