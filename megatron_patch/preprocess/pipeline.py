@@ -24,6 +24,7 @@ from megatron_patch.errors import DataError
 from megatron_patch.preprocess.dedup_shuffle import dedup_and_shuffle, remove_dataset
 from megatron_patch.preprocess.encode import EncodeSettings, FastEncoderDisagrees, load_checked_tokenizer
 from megatron_patch.preprocess.in_process import InProcessEncoder
+from megatron_patch.preprocess.outputs import make_folders, output_prefixes
 from megatron_patch.preprocess.prefetch import spare_cores
 from megatron_patch.preprocess.progress_log import (
     ProgressLog,
@@ -43,11 +44,6 @@ from megatron_patch.raw_text.readers import read_batches
 from megatron_patch.tokenizers.base import Tokenizer
 from megatron_patch.utils.files import checksum
 from megatron_patch.utils.units import plural
-
-
-def output_prefixes(prefix: str, keys: Sequence[str]) -> list[str]:
-    """Returns PREFIX_KEY_document for each key, as Megatron names them; dots of nested keys become underscores."""
-    return [f"{prefix}_{key.replace('.', '_')}_document" for key in keys]
 
 
 def preprocess(
@@ -85,8 +81,8 @@ def preprocess(
         notice: receives messages for the user.
 
     Raises:
-        DataError: the input cannot be read, the tokenizer does not fit, the disk is full, a worker died, there are no documents, or the
-            unfinished run cannot be resumed.
+        DataError: the input cannot be read, the tokenizer does not fit, the disk is full, a worker died, there are no documents, the
+            outputs cannot be created, or the unfinished run cannot be resumed.
     """
     if workers < 1 or settings.patch_align < 1:
         raise DataError(f"--workers is {workers} and --patch-align is {settings.patch_align}", "whole numbers from 1")
@@ -113,6 +109,7 @@ def preprocess(
     if workers > 1:
         prepare_workers()
     tokenizer = load_checked_tokenizer(settings)
+    make_folders(output_prefix, prefixes)
     settings = replace(settings, dtype=str(optimal_dtype(tokenizer.vocab_size)))
     shown = separator.decode("utf-8", "replace") if separator is not None else None
     known = identity(parts, settings, separator=shown, dedup=dedup, shuffle_seed=shuffle_seed)
