@@ -6,12 +6,12 @@ that the shards' outputs, merged in order, are what a single run writes.
 
 from __future__ import annotations
 
-import glob
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_patch.errors import DataError
+from megatron_patch.utils.path_patterns import expand_local
 
 LINE_SUFFIXES = (".jsonl", ".json")
 COMPRESSED_SUFFIXES = (".gz", ".bz2", ".xz", ".zst")
@@ -46,7 +46,7 @@ def inner_suffix(path: str) -> str:
 
 
 def expand(inputs: Sequence[str]) -> list[str]:
-    """Expands paths and globs to a list of files, in the given order; the files of a glob are sorted by name.
+    """Expands paths and globs to a list of files, in the given order; the files of a glob are sorted by name. An existing file is no glob.
 
     Raises:
         DataError: a file does not exist, a glob matches nothing, or a suffix is not supported.
@@ -56,10 +56,15 @@ def expand(inputs: Sequence[str]) -> list[str]:
         if pattern == STANDARD_INPUT:
             files.append(pattern)
             continue
-        matches = sorted(glob.glob(pattern, recursive=True)) if glob.has_magic(pattern) else [pattern]
-        matches = [match for match in matches if Path(match).is_file()]
+        found = expand_local(pattern)
+        matches = [match for match in found if Path(match).is_file()]
         if not matches:
-            raise DataError(f"--input {pattern} matches no file", "files, globs in quotes, or - for standard input", "check the path")
+            folder = next((match for match in found if Path(match).is_dir()), None)
+            raise DataError(
+                f"--input {pattern} matches no file" + (f", only the folder {folder}" if folder is not None else ""),
+                "files, globs in quotes, or - for standard input",
+                "check the path" if folder is None else f"name the files, for example '{folder.rstrip('/')}/*.jsonl'",
+            )
         files += matches
     for file in files:
         compressed_table = is_compressed(file) and inner_suffix(file) == ".parquet"

@@ -21,7 +21,7 @@ from megatron_patch.preprocess.encode import EncodeSettings
 from megatron_patch.preprocess.merge import merge_datasets
 from megatron_patch.preprocess.pipeline import preprocess
 from megatron_patch.raw_text import readers
-from megatron_patch.raw_text.inputs import FileRange, parse_shard, shard_inputs
+from megatron_patch.raw_text.inputs import FileRange, expand, parse_shard, shard_inputs
 from megatron_patch.raw_text.readers import read_batches
 
 ROOT = Path(__file__).parent.parent.parent
@@ -46,6 +46,26 @@ def files(prefix):
 def documents(prefix):
     dataset = IndexedDataset(str(prefix))
     return [dataset[i].tolist() for i in range(len(dataset))]
+
+
+def test_an_existing_file_is_that_file(tmp_path, monkeypatch):
+    for name in ("a[1].jsonl", "a1.jsonl", "a2.jsonl", "*.jsonl"):
+        (tmp_path / name).write_bytes(b"{}")
+    monkeypatch.chdir(tmp_path)
+    assert expand(["a[1].jsonl"]) == ["a[1].jsonl"] and expand(["*.jsonl"]) == ["*.jsonl"]
+    assert expand(["a[12].jsonl", "-", "a[1].jsonl"]) == ["a1.jsonl", "a2.jsonl", "-", "a[1].jsonl"]
+    (tmp_path / "a[1].jsonl").unlink()
+    assert expand(["a[1].jsonl"]) == ["a1.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "words"),
+    [("b[1].jsonl", "matches no file\n"), (".", r"only the folder \.\n.*\n.*name the files, for example '\./\*\.jsonl'")],
+)
+def test_inputs_that_are_no_file_are_refused(tmp_path, monkeypatch, pattern, words):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=words):
+        expand([pattern])
 
 
 @given(st.lists(st.lists(st.integers(0, 60), max_size=8), min_size=1, max_size=5), st.integers(1, 9), st.data())
