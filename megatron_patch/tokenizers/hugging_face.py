@@ -16,8 +16,9 @@ import orjson
 
 from megatron_patch.errors import DataError
 from megatron_patch.tokenizers.interface import Flat, TokenizerOptions, flatten
-from megatron_patch.tokenizers.library_errors import encode_texts, library_errors
+from megatron_patch.tokenizers.library_errors import MOST_FILE_BYTES, encode_texts, library_errors
 from megatron_patch.tokenizers.special_tokens import Choice, SpecialTokenFiles, choose, read_special_token_files
+from megatron_patch.utils.files import read_small
 
 _GPT2_EOD = "<|endoftext|>"
 _LARGEST_ID = (1 << 31) - 2
@@ -79,7 +80,7 @@ def load_hugging_face(options: TokenizerOptions) -> HuggingFaceTokenizer:
     with library_errors(
         f"{file} is not a tokenizer", "a tokenizer.json of Hugging Face's tokenizers", "repair it, or give another --tokenizer-model"
     ):
-        text = file.read_text(encoding="utf-8")
+        text = read_small(file, MOST_FILE_BYTES).decode("utf-8")
         backend = Backend.from_str(text)
         content = orjson.loads(text)
     _check_content(file, content, backend)
@@ -160,7 +161,7 @@ def _with_special_tokens(
         raise DataError(f"{name} has an empty vocabulary", "a trained tokenizer", do)
     if len(set(ids.values())) < len(ids):
         twice = Counter(ids.values()).most_common(1)[0][0]
-        names = " and ".join(repr(token) for token, number in ids.items() if number == twice)
+        names = " and ".join(sorted(repr(token) for token, number in ids.items() if number == twice))
         raise DataError(f"{name}: {names} have the same id, {twice}", "a different id for each token", do)
     if (largest := max(ids.values())) > _LARGEST_ID:
         raise DataError(f"{name} has the id {largest}", f"ids up to {_LARGEST_ID}", do)
@@ -193,6 +194,8 @@ def _from_merges(vocab_file: str | None, merge_file: str | None, options: Tokeni
             "GPT2BPETokenizer without its files", "--vocab-file vocab.json --merge-file merges.txt", "give --vocab-file and --merge-file"
         )
     with library_errors(f"{vocab_file} and {merge_file} are not a GPT-2 vocabulary", "vocab.json and merges.txt", "check both paths"):
+        for path in (vocab_file, merge_file):
+            read_small(path, MOST_FILE_BYTES)  # the library allocates whatever a file claims to have
         backend = Backend(models.BPE.from_file(vocab_file, merge_file))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()

@@ -10,7 +10,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 from megatron_patch.errors import DataError
+from megatron_patch.utils.files import reason
 
+MOST_FILE_BYTES = 1 << 30
+"""Most bytes of a tokenizer's file. Those of vocabularies with 262,144 tokens have 33 MB."""
 _SHOWN_CHARS = 60
 Result = TypeVar("Result")
 
@@ -36,7 +39,7 @@ def library_errors(what: str, allowed: str, do: str) -> Iterator[None]:
     except BaseException as error:
         if not is_library_failure(error):
             raise
-        raise DataError(f"{what}: {str(error) or type(error).__name__}", allowed, do) from error
+        raise DataError(f"{what}: {reason(error)}", allowed, do) from error
 
 
 def encode_texts(name: str, call: Callable[[list[str]], Result], texts: Sequence[str]) -> Result:
@@ -58,7 +61,7 @@ def encode_texts(name: str, call: Callable[[list[str]], Result], texts: Sequence
         failing = next((text for text in texts if _fails(call, text)), "".join(texts))
         shown = failing if len(failing) <= _SHOWN_CHARS else f"{failing[:_SHOWN_CHARS]}…"
         raise DataError(
-            f"{name} cannot encode {shown!r}: {str(error) or type(error).__name__}",
+            f"{name} cannot encode {shown!r}: {reason(error)}",
             "a tokenizer that can encode any text",
             "repair its files (an unknown token, a pattern or a table that is missing or damaged), or give another --tokenizer-model",
         ) from error

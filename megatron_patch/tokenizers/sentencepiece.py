@@ -14,8 +14,9 @@ from typing import Any
 
 from megatron_patch.errors import DataError
 from megatron_patch.tokenizers.interface import Flat, TokenizerOptions, flatten
-from megatron_patch.tokenizers.library_errors import encode_texts, library_errors
+from megatron_patch.tokenizers.library_errors import MOST_FILE_BYTES, encode_texts, library_errors
 from megatron_patch.tokenizers.special_tokens import FLAGS, Choice, Role
+from megatron_patch.utils.files import read_small
 
 _SPACE = "▁"
 _PROBES = ("a", "a b", " a", "a  b ", "\ta\n", "ﬁ½é e\u0301 Ａ", "\u3000x\u00a0y", "\r\n", "İ ß", "x\u200by\ufeff")
@@ -73,7 +74,7 @@ def load_sentencepiece(options: TokenizerOptions) -> SentencePieceTokenizer:
         raise DataError(f"--tokenizer-model {model} does not exist", "a SentencePiece .model file", "check the path")
     backend = sentencepiece.SentencePieceProcessor()
     with library_errors(f"{model} is not a SentencePiece model", "a SentencePiece .model file", "give another --tokenizer-model"):
-        backend.load(model)
+        backend.load_from_serialized_proto(read_small(model, MOST_FILE_BYTES))
     if backend.get_piece_size() == 0:
         raise DataError(f"{model} has an empty vocabulary", "a trained model", "give another --tokenizer-model")
     eod = Choice(options.eod_id) if options.eod_id is not None else _choose("eos", options.eod_token, backend)

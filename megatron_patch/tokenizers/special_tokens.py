@@ -8,13 +8,13 @@ where a text contains it. The files are read as transformers reads them (`PreTra
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from megatron_patch.errors import DataError
+from megatron_patch.utils.files import read_json, reason
 
 Role = Literal["eos", "bos"]
 FLAGS: dict[Role, str] = {"eos": "--eod-token", "bos": "--bos-token"}
@@ -99,9 +99,9 @@ def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read: {error}", "a JSON object", "repair or remove the file") from error
+        content = read_json(path)
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{path} cannot be read: {reason(error)}", "a JSON object", "repair or remove the file") from error
     if not isinstance(content, dict):
         raise DataError(f"{path} holds a {type(content).__name__}", "a JSON object", "repair or remove the file")
     return content

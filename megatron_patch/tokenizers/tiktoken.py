@@ -18,8 +18,9 @@ import numpy.typing as npt
 
 from megatron_patch.errors import DataError
 from megatron_patch.tokenizers.interface import TokenizerOptions
-from megatron_patch.tokenizers.library_errors import encode_texts, library_errors
+from megatron_patch.tokenizers.library_errors import MOST_FILE_BYTES, encode_texts, library_errors
 from megatron_patch.tokenizers.special_tokens import Choice, SpecialTokenFiles, choose
+from megatron_patch.utils.files import read_small, reason
 from megatron_patch.utils.registry import lookup
 
 _CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -98,9 +99,9 @@ def _read_ranks(path: Path) -> dict[bytes, int]:
     """Returns the rank of each token of a tiktoken file; a rank is the token's id."""
     ranks: dict[bytes, int] = {}
     try:
-        lines = path.read_bytes().splitlines()
+        lines = read_small(path, MOST_FILE_BYTES).splitlines()
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}", "a readable tiktoken file", "check its permissions") from error
+        raise DataError(f"{path} cannot be read: {reason(error)}", "a readable tiktoken file", "check the file") from error
     for number, line in enumerate(lines, start=1):
         try:
             token, rank = line.split() if line.strip() else (b"", b"")

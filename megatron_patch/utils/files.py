@@ -145,7 +145,7 @@ def read_small(path: str | Path, limit: int, wait: bool = False) -> bytes:
     return bytes(content)
 
 
-def reason(error: Exception) -> str:
+def reason(error: BaseException) -> str:
     """Returns why a file could not be used, in words: without the number and the path that the text of an OSError has."""
     return (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -94,3 +95,22 @@ def test_any_other_file_is_a_sentence(tmp_path, kind, content):
     (tmp_path / "merges.txt").write_bytes(content)
     with pytest.raises(DataError):
         load_tokenizer(kind, str(path))
+
+
+@pytest.mark.parametrize("kind", ["SentencePieceTokenizer", "HuggingFaceTokenizer", "GPT2BPETokenizer", "TikTokenizer"])
+def test_a_file_that_claims_200_gigabytes_is_never_read(tmp_path, kind):
+    path = tmp_path / "vocab.json"
+    path.touch()
+    os.truncate(path, 200 << 30)
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    with pytest.raises(DataError, match="214,748,364,800 bytes"):
+        load_tokenizer(kind, str(path))
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config", "special_tokens_map", "added_tokens"])
+def test_the_files_beside_it_are_bounded_too(tmp_path, name):
+    folder = write(tmp_path / "t", byte_level_json())
+    (folder / f"{name}.json").touch()
+    os.truncate(folder / f"{name}.json", 200 << 30)
+    with pytest.raises(DataError, match=f"{name}.json cannot be read: .*bytes"):
+        load_tokenizer("HuggingFaceTokenizer", str(folder))
