@@ -8,13 +8,10 @@ that was killed resumes from it.
 from __future__ import annotations
 
 import contextlib
-import functools
-import itertools
 import os
 import shutil
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -24,8 +21,8 @@ from megatron_patch.data.dataset_metadata import DatasetMetadata, metadata_path,
 from megatron_patch.data.indexed_dataset import IndexedDataset, bin_path, idx_path, optimal_dtype
 from megatron_patch.data.indexed_dataset_writer import IndexedDatasetWriter
 from megatron_patch.errors import DataError
-from megatron_patch.preprocess.dedup_shuffle import dedup_and_shuffle, remove_dataset, unordered_prefix
-from megatron_patch.preprocess.encode import EncodedBatch, EncodeSettings, FastEncoderDisagrees, load_checked_tokenizer
+from megatron_patch.preprocess.dedup_shuffle import dedup_and_shuffle, remove_dataset
+from megatron_patch.preprocess.encode import EncodeSettings, FastEncoderDisagrees, load_checked_tokenizer
 from megatron_patch.preprocess.in_process import InProcessEncoder
 from megatron_patch.preprocess.prefetch import spare_cores
 from megatron_patch.preprocess.progress_log import (
@@ -38,51 +35,14 @@ from megatron_patch.preprocess.progress_log import (
     record_to_resume,
     tokenizer_checksum,
 )
-from megatron_patch.preprocess.summary import BadLines, LengthSample, Summary, summary_of_finished_run
+from megatron_patch.preprocess.run_state import Counters, ReportProgress, Run
+from megatron_patch.preprocess.summary import LengthSample, Summary, summary_of_finished_run
 from megatron_patch.preprocess.workers import Workers, prepare_workers
-from megatron_patch.raw_text.inputs import STANDARD_INPUT, FileRange, expand, shard_inputs
+from megatron_patch.raw_text.inputs import expand, shard_inputs
 from megatron_patch.raw_text.readers import read_batches
 from megatron_patch.tokenizers.base import Tokenizer
 from megatron_patch.utils.files import checksum
 from megatron_patch.utils.units import plural
-
-ReportProgress = Callable[[int, int, int, float, float], None]
-"""Called with (documents, tokens, bytes, seconds, fraction of the input) after each batch."""
-
-
-@dataclass(frozen=True)
-class _Run:
-    """The settings of a run, other than how to encode."""
-
-    parts: tuple[FileRange, ...]
-    prefixes: tuple[str, ...]
-    output_prefix: str
-    workers: int
-    on_bad_line: Literal["skip", "fail"]
-    separator: bytes | None
-    dedup: bool
-    shuffle_seed: int | None
-    save_seconds: float
-    may_be_empty: bool
-    progress: ReportProgress | None
-    notice: Callable[[str], None]
-
-    @functools.cached_property
-    def resumable(self) -> bool:
-        return all(part.path != STANDARD_INPUT for part in self.parts)
-
-    @property
-    def changes_order(self) -> bool:
-        return self.dedup or self.shuffle_seed is not None
-
-    @property
-    def ordered_prefixes(self) -> tuple[str, ...]:
-        """The prefixes of the outputs in the order of the input."""
-        return tuple(map(unordered_prefix, self.prefixes)) if self.changes_order else self.prefixes
-
-    @property
-    def scratch(self) -> Path:
-        return Path(f"{self.output_prefix}_scratch")
 
 
 def output_prefixes(prefix: str, keys: Sequence[str]) -> list[str]:
@@ -132,7 +92,7 @@ def preprocess(
         raise DataError(f"--workers is {workers} and --patch-align is {settings.patch_align}", "whole numbers from 1")
     parts = tuple(shard_inputs(expand(inputs), *(shard or (0, 1))))
     prefixes = tuple(output_prefixes(output_prefix, settings.keys))
-    run = _Run(
+    run = Run(
         parts=parts,
         prefixes=prefixes,
         output_prefix=output_prefix,
@@ -184,7 +144,7 @@ def preprocess(
         return _run(run, settings, tokenizer, known, Record(distrusted=True))
 
 
-def _starting_record(run: _Run, known: dict[str, object], overwrite: bool, resume: bool) -> Record | None:
+def _starting_record(run: Run, known: dict[str, object], overwrite: bool, resume: bool) -> Record | None:
     """Returns the record to start from: the first one, or the last one of an unfinished run; None if the run is already finished."""
     path = progress_log_path(run.output_prefix)
     if resume and (found := record_to_resume(path, known)) is not None:
@@ -205,103 +165,23 @@ def _starting_record(run: _Run, known: dict[str, object], overwrite: bool, resum
     return Record()
 
 
-def _size(part: FileRange) -> int:
-    if part.path == STANDARD_INPUT:
-        return 0
-    return part.end - part.start if part.end is not None else os.path.getsize(part.path)
-
-
-class _Counters:
-    """Counts documents, bytes and problems during a run, and saves them to the progress log."""
-
-    def __init__(self, run: _Run, begin: Record) -> None:
-        self._run, self._begin = run, begin
-        self._ends = [0, *itertools.accumulate(map(_size, run.parts))]
-        self._started = time.monotonic()
-        self._saved = self._started
-        self.read, self.empty, self.filtered, self.checked = begin.read, begin.empty, begin.filtered, begin.checked
-        self.largest = begin.largest
-        self.lengths = LengthSample(begin.lengths, begin.longest)
-        self.bad = BadLines(
-            Path(f"{run.output_prefix}_bad_lines.jsonl"), run.on_bad_line, begin.file, begin.line, begin.bad, begin.bad_bytes
-        )
-        self.file, self.next_unit = begin.file, begin.next_unit
-        self.backend: str | None = None
-
-    @property
-    def seconds(self) -> float:
-        """The time spent, without the time between an interruption and its resumption."""
-        return self._begin.seconds + time.monotonic() - self._started
-
-    def add(self, encoded: EncodedBatch, writers: Sequence[IndexedDatasetWriter]) -> None:
-        """Counts a batch that has been written."""
-        self.bad.add(encoded)
-        self.lengths.add(encoded.columns[0].lengths)
-        self.read += encoded.bytes
-        self.empty += encoded.empty
-        self.filtered += encoded.filtered
-        self.checked += encoded.checked
-        self.largest = max(self.largest, encoded.largest)
-        self.file, self.next_unit = encoded.file, encoded.next_unit
-        if self.backend is None:
-            self._run.notice(f"encoding with {encoded.encoder_note}")
-        self.backend = encoded.backend
-        if self._run.progress is not None:
-            before, after = self._ends[self.file : self.file + 2]
-            done = before + encoded.fraction * (after - before)
-            documents, tokens = sum(w.num_documents for w in writers), sum(w.num_tokens for w in writers)
-            self._run.progress(documents, tokens, self.read, self.seconds, done / max(1, self._ends[-1]))
-
-    def due(self) -> bool:
-        """Returns whether it is time to save."""
-        return self._run.resumable and time.monotonic() - self._saved >= self._run.save_seconds
-
-    def save(self, progress_log: ProgressLog, writers: Sequence[IndexedDatasetWriter], complete: bool = False) -> None:
-        """Forces all output to disk, and then adds a record to the progress log."""
-        outputs = tuple(writer.sync() for writer in writers)
-        bad_bytes = self.bad.sync()
-        progress_log.add(
-            Record(
-                self.file,
-                self.next_unit,
-                self.bad.line,
-                outputs,
-                self.read,
-                self.empty,
-                self.filtered,
-                self.checked,
-                self.bad.count,
-                bad_bytes,
-                self.lengths.to_json(),
-                self.lengths.longest,
-                self.largest,
-                self._begin.distrusted,
-                self.seconds,
-                complete,
-            )
-        )
-        self._saved = time.monotonic()
-
-
-def _run(run: _Run, settings: EncodeSettings, tokenizer: Tokenizer, known: dict[str, object], begin: Record) -> Summary:
+def _run(run: Run, settings: EncodeSettings, tokenizer: Tokenizer, known: dict[str, object], begin: Record) -> Summary:
     shutil.rmtree(run.scratch, ignore_errors=True)
     with contextlib.ExitStack() as stack:
         stack.callback(shutil.rmtree, run.scratch, ignore_errors=True)
         writers = _writers(run, settings, begin, stack)
-        counters = _Counters(run, begin)
+        counters = Counters(run, begin)
         stack.callback(counters.bad.close)
         progress_log = ProgressLog(progress_log_path(run.output_prefix), known, begin if begin.outputs else None)
         stack.callback(progress_log.close)
         if not begin.complete:
             _encode_all(run, settings, tokenizer, writers, counters, progress_log, begin)
             for writer in writers:
-                if writer.num_documents == 0 and not run.may_be_empty:
-                    raise DataError(
-                        f"there are no documents for {writer.prefix}: {plural(counters.bad.count, 'bad line')}, "
-                        f"{plural(counters.empty, 'empty document')}, {counters.filtered:,} too short or too long",
-                        "at least one document",
-                        f"check --input and --json-keys (the keys are {' '.join(settings.keys)})",
-                    )
+                if writer.num_documents == 0:
+                    error = _no_documents(writer.prefix, counters, settings)
+                    if not run.may_be_empty:
+                        raise error
+                    run.notice(f"this shard is empty: {error.what}")
             if run.resumable:
                 counters.save(progress_log, writers, complete=True)
         for writer in writers:
@@ -335,7 +215,18 @@ def _run(run: _Run, settings: EncodeSettings, tokenizer: Tokenizer, known: dict[
     )
 
 
-def _writers(run: _Run, settings: EncodeSettings, begin: Record, stack: contextlib.ExitStack) -> list[IndexedDatasetWriter]:
+def _no_documents(prefix: str, counters: Counters, settings: EncodeSettings) -> DataError:
+    first = counters.bad.first()
+    return DataError(
+        f"there are no documents for {prefix}: {plural(counters.bad.count, 'bad line')}, "
+        f"{plural(counters.empty, 'empty document')}, {counters.filtered:,} too short or too long"
+        + (f"; the first bad line is {first}" if first is not None else ""),
+        "at least one document",
+        f"check --input and --json-keys (the keys are {' '.join(settings.keys)})",
+    )
+
+
+def _writers(run: Run, settings: EncodeSettings, begin: Record, stack: contextlib.ExitStack) -> list[IndexedDatasetWriter]:
     """Opens one writer for each key. If the run was killed while it renamed its outputs, only for those that are not renamed yet."""
     writers = []
     for number, prefix in enumerate(run.ordered_prefixes):
@@ -349,7 +240,7 @@ def _writers(run: _Run, settings: EncodeSettings, begin: Record, stack: contextl
     return writers
 
 
-def _change_order(run: _Run) -> None:
+def _change_order(run: Run) -> None:
     for source, output in zip(run.ordered_prefixes, run.prefixes, strict=True):
         if run.changes_order and idx_path(source).exists():
             dedup_and_shuffle(source, output, run.dedup, run.shuffle_seed, run.scratch)
@@ -357,11 +248,11 @@ def _change_order(run: _Run) -> None:
 
 
 def _encode_all(
-    run: _Run,
+    run: Run,
     settings: EncodeSettings,
     tokenizer: Tokenizer,
     writers: Sequence[IndexedDatasetWriter],
-    counters: _Counters,
+    counters: Counters,
     progress_log: ProgressLog,
     begin: Record,
 ) -> None:

@@ -191,6 +191,22 @@ class BadLines:
             self.count += 1
         self.line += encoded.lines
 
+    def first(self) -> str | None:
+        """Returns the place of the first bad line, also of one that was found before the run was resumed, and its reason; None without one.
+
+        Raises:
+            DataError: the list cannot be written or read.
+        """
+        if self._file is None:
+            return None
+        try:
+            self._file.flush()
+            with self._path.open(encoding="utf-8") as file:
+                entry = json.loads(file.readline())
+        except OSError as error:
+            raise self._failure(error) from error
+        return f"{entry['file']}, line {entry['line']}: {entry['reason']}"
+
     def _write(self, text: str) -> None:
         try:
             if self._file is None:

@@ -26,11 +26,13 @@ class LargeText:
 
     Args:
         file: the file, open for reading.
-        size: bytes of the text, from the start of the file.
+        size: bytes of the text.
+        begin: its first byte in the file.
     """
 
     file: BinaryIO
     size: int
+    begin: int = 0
 
     def pieces(self) -> Iterator[str]:
         """Yields the text, a few megabytes at a time.
@@ -43,7 +45,7 @@ class LargeText:
         decoder = codecs.getincrementaldecoder("utf-8")()
         for start in range(0, self.size, _PIECE_BYTES):
             count = min(_PIECE_BYTES, self.size - start)
-            data = os.pread(self.file.fileno(), count, start)
+            data = os.pread(self.file.fileno(), count, self.begin + start)
             if len(data) < count:
                 raise EOFError("the file has become shorter")
             yield decoder.decode(data, final=start + count == self.size)

@@ -5,21 +5,16 @@ In: a `Batch` and the keys of the text. Out: for each document its texts, one fo
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import orjson
-
+from megatron_patch.raw_text.json_lines import key_paths, texts_of_line
 from megatron_patch.raw_text.large_documents import LargeText
 from megatron_patch.raw_text.parquet import texts_of_rows
 from megatron_patch.raw_text.readers import Batch
 
 _LINE_ENDS = b"\r\n"
-
-KeyPath = tuple[str, list[str]]
-"""A key with dots, and the names that it consists of."""
 
 
 class Document(NamedTuple):
@@ -77,7 +72,7 @@ def iterate_documents(batch: Batch, keys: Sequence[str], line_counts: list[int])
         yield _large_text(batch, len(keys))
         return
     lines = 0
-    paths = [(key, key.split(".")) for key in keys]
+    paths = key_paths(keys)
     for number, (offset, piece) in enumerate(_split(batch.read(), batch.separator), start=1):
         lines = number
         document: Document | None = None
@@ -85,8 +80,10 @@ def iterate_documents(batch: Batch, keys: Sequence[str], line_counts: list[int])
             text = bytes(piece) if batch.separator is None else bytes(piece).strip(_LINE_ENDS)
             if text or batch.separator is None:
                 document = _plain_text(number, text, len(keys), offset)
-        else:
-            document = _json_line(number, piece, paths, offset)
+        elif isinstance(found := texts_of_line(piece, paths), str):
+            document = Document(number, None, found, offset)
+        elif found is not None:
+            document = Document(number, found, "", offset)
         if document is not None:
             yield document
     line_counts.append(lines)
@@ -112,7 +109,7 @@ def parse_batch(batch: Batch, keys: Sequence[str]) -> ParsedBatch:
 
 def _large_text(batch: Batch, keys: int) -> Document:
     """A document that stays in its file. It is decoded once here, so that it is known to be UTF-8 before any of it is encoded."""
-    text = LargeText(batch.open(), batch.size)
+    text = LargeText(batch.open(), batch.size, batch.start)
     try:
         for _ in text.pieces():
             pass
@@ -148,37 +145,3 @@ def _plain_text(number: int, data: bytes, keys: int, offset: int) -> Document:
         return Document(number, (data.decode("utf-8"),) * keys, offset=offset)
     except UnicodeDecodeError as error:
         return Document(number, None, f"not UTF-8: {error}", offset)
-
-
-def _parse_like_python(line: bytes) -> Any:
-    """The value of a line that only Python's own parser accepts: `json.dumps` writes NaN and Infinity, which JSON does not have. None if
-    it is not valid for Python either.
-    """
-    try:
-        found = json.loads(line.decode("utf-8"))
-        json.dumps(found, ensure_ascii=False).encode("utf-8")  # raises for half of a surrogate pair
-    except (ValueError, RecursionError):
-        return None
-    return found
-
-
-def _json_line(number: int, line: bytes | memoryview, paths: Sequence[KeyPath], offset: int) -> Document | None:
-    """The document of a line of JSON; None if the line is blank."""
-    try:
-        document = orjson.loads(line)
-    except orjson.JSONDecodeError as error:
-        if not bytes(line).strip():
-            return None
-        document = _parse_like_python(bytes(line))
-        if document is None:
-            return Document(number, None, f"not valid JSON: {error}", offset)
-    texts = []
-    for key, names in paths:
-        value = document
-        for name in names:
-            value = value.get(name) if isinstance(value, dict) else None
-        if not isinstance(value, str):
-            kind = "is missing" if value is None else f"is a {type(value).__name__}"
-            return Document(number, None, f"key {key!r} {kind}, not a string", offset)
-        texts.append(value)
-    return Document(number, tuple(texts), "", offset)

@@ -15,6 +15,7 @@ from typing import BinaryIO, Literal, cast
 
 from megatron_patch.errors import DataError
 from megatron_patch.raw_text.compression import open_compressed, read_errors
+from megatron_patch.raw_text.encodings import HEAD_BYTES, byte_order_mark
 from megatron_patch.raw_text.inputs import STANDARD_INPUT, FileRange, inner_suffix, is_compressed, next_line_start, remaining_ranges
 from megatron_patch.raw_text.large_documents import LARGE_BYTES, MOST_DOCUMENT_BYTES
 from megatron_patch.raw_text.parquet import row_batches
@@ -135,8 +136,11 @@ class _StreamSplitter:
 
     def split(self, stream: BinaryIO, start: int, fraction_read: Callable[[], float]) -> Iterator[Batch]:
         """Yields batches from unit `start` on."""
-        fresh = _skip(stream, start)
+        fresh = _skip(stream, start) if start else _head(stream)
         next_unit = read = start
+        if not start and (mark := byte_order_mark(fresh, self._source)) and self._kind == "text":
+            fresh = fresh[mark:]
+            next_unit = read = mark
         keep = len(self._separator) - 1 if self._separator is not None else 0
         carry = b""  # bytes that may be the beginning of a separator
         while fresh := fresh or stream.read(BATCH_BYTES):
@@ -180,6 +184,20 @@ def _fraction_read(file: BinaryIO, path: str) -> Callable[[], float]:
     return lambda: min(1.0, file.tell() / size) if size else 0.0
 
 
+def _head(stream: BinaryIO) -> bytes:
+    """Returns the first bytes of a stream: at least as many as show its encoding, unless it is shorter."""
+    found = b""
+    while len(found) < HEAD_BYTES and (piece := stream.read(BATCH_BYTES)):
+        found += piece
+    return found
+
+
+def _byte_order_mark(path: str) -> int:
+    """Returns the length of the byte-order mark of a plain file."""
+    with open(path, "rb") as file:
+        return byte_order_mark(file.read(HEAD_BYTES), path)
+
+
 def _skip(stream: BinaryIO, count: int) -> bytes:
     """Skips bytes that were processed before. Returns any extra bytes that were read past them."""
     while count > 0:
@@ -193,7 +211,8 @@ def _skip(stream: BinaryIO, count: int) -> bytes:
 
 
 def _line_batches(part: FileRange, index: int) -> Iterator[Batch]:
-    """Splits a plain file at line ends without reading it."""
+    """Splits a plain file at line ends without reading it. A byte-order mark stays on its line."""
+    _byte_order_mark(part.path)
     size = Path(part.path).stat().st_size
     if part.end is not None and part.end > size:
         raise EOFError("it has become shorter")
@@ -225,9 +244,9 @@ def _batches_of(part: FileRange, index: int, keys: Sequence[str], separator: byt
         yield from _line_batches(part, index)
         return
     if not compressed and separator is None:
-        size = Path(part.path).stat().st_size
-        if part.start < size:
-            yield Batch(part.path, "text", index, size, 1.0, None, path=part.path, end=size)
+        size, start = Path(part.path).stat().st_size, _byte_order_mark(part.path)
+        if part.start < size and start < size:
+            yield Batch(part.path, "text", index, size, 1.0, None, path=part.path, start=start, end=size)
         return
     with open(part.path, "rb") as file:
         splitter = _StreamSplitter(part.path, "text" if text else "lines", separator if text else _NEWLINE, index)

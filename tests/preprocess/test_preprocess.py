@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import bz2
+import contextlib
 import gzip
 import json
 import lzma
 import multiprocessing
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -240,6 +242,50 @@ def test_bad_lines_are_left_out_counted_and_listed(folder, tmp_path):
     listed = [json.loads(line) for line in Path(summary.bad_lines_file).read_text().splitlines()]
     assert [entry["line"] for entry in listed] == [2, 3, 4, 5, 6]
     assert all(entry["file"].endswith("bad.jsonl") and entry["reason"] for entry in listed)
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "words"),
+    [
+        ("a.json", json.dumps([{"text": "a"}] * 3), r"a\.json, line 1: an array, not an object; .*jq -c '\.\[\]' FILE"),
+        ("a.json", json.dumps([{"text": "a"}] * 3, indent=1), r"a\.json, line 1: not valid JSON: .*JSON array.*jq -c '\.\[\]' FILE"),
+        ("a.jsonl", "\n" + json.dumps({"text": "a"}, indent=1), r"a\.jsonl, line 2: not valid JSON: .*one line.*jq -c \. FILE"),
+        ("a.jsonl", "\ufeff" + json.dumps({"meta": {"text": "a"}}), r"line 1: key 'text' is missing; the keys with text are meta\.text\n"),
+        ("a.jsonl", "\n" * 9, r"0 bad lines, 0 empty documents, 0 too short or too long\n"),
+    ],
+)
+def test_without_documents_the_first_bad_line_says_why(folder, tmp_path, name, data, words):
+    (tmp_path / name).write_text(data)
+    for more in ({}, {"on_bad_line": "fail"}) if data.strip() else ({},):
+        with pytest.raises(DataError, match=words if not more else ": ".join(words.split(": ")[1:]) or words):
+            run(folder, tmp_path / "x", [str(tmp_path / name)], overwrite=True, **more)
+    told = []
+    preprocess([str(tmp_path / name)], str(tmp_path / "y"), settings(folder), shard=(0, 1), notice=told.append)
+    assert any(re.search("this shard is empty: there are no documents", text) for text in told) and re.search(
+        words.removesuffix(r"\n"), told[-1]
+    )
+
+
+def test_a_resumed_run_knows_the_first_bad_line(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "BATCH_BYTES", 50)
+    (tmp_path / "a.jsonl").write_bytes(b"[]\n" + b'{"text": ""}\n' * 50)
+    plain = readers.read_batches
+
+    def cut(*args, **more):
+        for number, batch in enumerate(plain(*args, **more)):
+            if number == 2:
+                raise DataError("interrupted")
+            yield batch
+
+    from megatron_patch.preprocess import pipeline
+
+    monkeypatch.setattr(pipeline, "read_batches", cut)
+    monkeypatch.setattr("megatron_patch.preprocess.in_process.prefetch_if", lambda wanted, items: contextlib.nullcontext(items))
+    with pytest.raises(DataError, match="interrupted"):
+        run(folder, tmp_path / "x", [str(tmp_path / "a.jsonl")], save_seconds=0.0)
+    monkeypatch.setattr(pipeline, "read_batches", plain)
+    with pytest.raises(DataError, match=r"1 bad line, 50 empty documents.*a\.jsonl, line 1: an array"):
+        run(folder, tmp_path / "x", [str(tmp_path / "a.jsonl")], resume=True)
 
 
 def test_bad_lines_can_be_fatal_with_their_place_over_batches(folder, tmp_path, monkeypatch):

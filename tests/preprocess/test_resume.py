@@ -168,7 +168,7 @@ def test_what_is_recorded_has_been_written_by_then(tmp_path, inputs, monkeypatch
             super().__init__(*args)
             made.append(self)
 
-    saved = pipeline._Counters.save
+    saved = pipeline.Counters.save
 
     def save(self, progress_log, writers, complete=False):
         assert not any(worker.writing for worker in made[0]._workers)
@@ -179,7 +179,7 @@ def test_what_is_recorded_has_been_written_by_then(tmp_path, inputs, monkeypatch
         seen.append(complete)
 
     monkeypatch.setattr(pipeline, "Workers", Watched)
-    monkeypatch.setattr(pipeline._Counters, "save", save)
+    monkeypatch.setattr(pipeline.Counters, "save", save)
     preprocess(inputs, str(tmp_path / "x"), settings(), workers=2, save_seconds=0.0)
     assert len(seen) > 10 and seen[-1]
 
@@ -187,7 +187,7 @@ def test_what_is_recorded_has_been_written_by_then(tmp_path, inputs, monkeypatch
 def broken_off(inputs, out, monkeypatch, after=3):
     """A run that fails after some batches, each of them saved."""
     monkeypatch.setattr(readers, "BATCH_BYTES", 900)
-    saved = pipeline._Counters.save
+    saved = pipeline.Counters.save
     calls = []
 
     def save(self, *args, **kwargs):
@@ -197,7 +197,7 @@ def broken_off(inputs, out, monkeypatch, after=3):
             raise DataError("a full disk")
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline._Counters, "save", save)
+        patch.setattr(pipeline.Counters, "save", save)
         with pytest.raises(DataError, match="a full disk"):
             preprocess(inputs, str(out), settings(), save_seconds=0.0)
 
