@@ -39,7 +39,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--input",
         nargs="+",
         required=True,
-        help="files, globs in quotes, or - for standard input; .jsonl, .json and .txt, also compressed (.gz, .bz2, .xz, .zst); .parquet",
+        help="files, globs in quotes, or - for standard input; .jsonl, .json and .txt, also compressed (.gz, .bz2, .xz, .zst); .parquet; "
+        "a .zst takes as much memory as its window (2 GiB if made with zstd --long=31)",
     )
     parser.add_argument("--output-prefix", required=True, help="writes PREFIX_KEY_document.bin, .idx and .json")
     parser.add_argument(

@@ -256,7 +256,8 @@ def _encode_all(
     progress_log: ProgressLog,
     begin: Record,
 ) -> None:
-    work = read_batches(run.parts, settings.keys, run.separator, (begin.file, begin.next_unit) if begin.outputs else (0, None))
+    start = (begin.file, begin.next_unit) if begin.outputs else (0, None)
+    work = read_batches(run.parts, settings.keys, run.separator, start, run.notice)
     # The context ends before the files are closed: after any failure the workers end first.
     encoders = (
         Workers(work, run.workers, settings, tokenizer, writers)
