@@ -51,7 +51,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--vocab-file", help="vocab.json of GPT2BPETokenizer")
     parser.add_argument("--merge-file", help="merges.txt of GPT2BPETokenizer")
     parser.add_argument("--vocab-size", type=count_from_one, help="number of ids of NullTokenizer")
-    parser.add_argument("--eod-token", help="the end-of-document token, if it has none of the usual names")
+    parser.add_argument("--eod-token", help="the end-of-document token, where the tokenizer's files do not name it")
+    parser.add_argument("--bos-token", help="the beginning-of-sequence token, where the tokenizer's files do not name it")
     parser.add_argument("--tiktoken-pattern", help=f"how TikTokenizer splits text: {', '.join(PATTERNS)}, or a regular expression")
     parser.add_argument(
         "--special-tokens", nargs="+", metavar="NAME[=ID]", help="special tokens of TikTokenizer; ids default to the next free ones"
@@ -164,6 +165,7 @@ def main(argv: list[str]) -> None:
         merge_file=args.merge_file,
         vocab_size=args.vocab_size,
         eod_token=args.eod_token,
+        bos_token=args.bos_token,
         tiktoken_pattern=args.tiktoken_pattern,
         special_tokens=tuple(args.special_tokens) if args.special_tokens else None,
         keys=tuple(args.json_keys),

@@ -20,6 +20,7 @@ from megatron_patch.config.checks import check_count, check_text
 from megatron_patch.config.option_types import flag_of
 from megatron_patch.config.options import StageOptions
 from megatron_patch.config.yaml_files import load_yaml
+from megatron_patch.data.dataset_paths import check_word
 from megatron_patch.errors import ConfigError
 from megatron_patch.stages import POSITION_WEIGHTS, LrPolicy, LrStyle, OptimizerPolicy, Side, WsdDecayStyle
 from megatron_patch.utils.registry import lookup, suggestion
@@ -102,6 +103,7 @@ def parse_blend(words: Sequence[str], flag: str = "--data-path") -> tuple[tuple[
 
     Raises:
         ConfigError: a weight without a prefix, a weight that is not above zero, or a repeated prefix.
+        DataError: an address is refused, see `check_address`.
     """
 
     def number(word: str) -> float | None:
@@ -126,6 +128,8 @@ def parse_blend(words: Sequence[str], flag: str = "--data-path") -> tuple[tuple[
         if len(words) % 2 or None in weights:
             raise mixed
         pairs = list(zip(words[1::2], cast("list[float]", weights), strict=True))
+    for prefix, _ in pairs:
+        check_word(prefix)
     total = sum(weight for _, weight in pairs)
     if not all(weight > 0 for _, weight in pairs) or not math.isfinite(total):
         raise ConfigError(f"{flag} {' '.join(words)}", "weights above 0", "remove a corpus instead of giving it no weight")

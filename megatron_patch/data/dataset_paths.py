@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 
-from megatron_patch.data.addresses import check_address
+from megatron_patch.data.addresses import check_address, check_no_credentials
 from megatron_patch.data.storage import exists, glob_files, is_address, read_bytes
 from megatron_patch.errors import DataError
 
@@ -30,10 +30,11 @@ def expand_prefixes(word: str) -> tuple[str, ...]:
             on each line; relative paths start at the folder of the file, and lines that begin with # are skipped.
 
     Raises:
-        DataError: a list cannot be read or is empty, or a glob has no match.
+        DataError: a list cannot be read or is empty, a glob has no match, or an address is refused (see `check_address`).
     """
     if word.startswith("@"):
         return _listed(word[1:])
+    check_word(word)
     word = _bare(word)
     if not glob.has_magic(word) or exists(f"{word}.idx"):
         return (word,)
@@ -43,19 +44,32 @@ def expand_prefixes(word: str) -> tuple[str, ...]:
     return tuple(matches)
 
 
+def check_word(word: str) -> None:
+    """Checks the address in a word of --data-path, if it has one, without reading anything.
+
+    Raises:
+        DataError: see `check_address`.
+    """
+    if is_address(word):
+        check_address(word.removeprefix("@"))
+
+
 def _bare(word: str) -> str:
     return word.removesuffix(".idx").removesuffix(".bin")
 
 
 def _listed(path: str) -> tuple[str, ...]:
-    if is_address(path):
-        check_address(path)  # before an error repeats it
+    check_word(path)
     try:
-        lines = [line.strip() for line in read_bytes(path).decode("utf-8").splitlines()]
+        lines = [line.strip() for line in read_bytes(path).decode("utf-8-sig").splitlines()]
     except (DataError, UnicodeDecodeError) as error:
         what = error.what if isinstance(error, DataError) else str(error)
         raise DataError(f"@{path} cannot be read: {what}", "@FILE, a text file with a prefix on each line", "check the path") from error
-    words = [_relative_to(path, line) for line in lines if line and not line.startswith("#")]
+    words = []
+    for number, line in enumerate(lines, start=1):
+        if line and not line.startswith("#"):
+            check_no_credentials(line, f"@{path}, line {number}: ")
+            words.append(_relative_to(path, line))
     if not words:
         raise DataError(f"@{path} lists no dataset", "a prefix on each line", "add the prefixes of the shards to the file")
     return tuple(prefix for word in words for prefix in expand_prefixes(word))

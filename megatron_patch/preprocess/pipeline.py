@@ -296,4 +296,5 @@ def _metadata(prefix: str, settings: EncodeSettings, tokenizer: Tokenizer, run_x
         merge_file=os.path.abspath(settings.merge_file) if settings.merge_file else "",
         tiktoken_pattern=settings.tiktoken_pattern or "",
         special_tokens=tuple(settings.special_tokens or ()),
+        bos_id=tokenizer.bos_id,
     )

@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import orjson
-
 from megatron_patch.checkpoint.commit import list_checkpoints
 from megatron_patch.checkpoint.trainer_state import STATE
+from megatron_patch.credentials import cleaned_record, without_credentials
 from megatron_patch.errors import DataError
 from megatron_patch.reporting.metrics_file import MOST_POINTS, Marks, Places, read_metrics_file
 from megatron_patch.reporting.rows import EVALUATION_COLUMNS, STEP_COLUMNS, LeftOut, read_rows
 from megatron_patch.utils.console import visible
+from megatron_patch.utils.files import read_json
 from megatron_patch.utils.units import plural
 
 Columns = dict[str, list[Any]]
@@ -157,9 +157,9 @@ def _configuration(save: Path, notes: list[str]) -> tuple[dict[str, Any], list[s
     """Returns (options, names of the given ones, plan) from the newest checkpoint with a readable trainer state."""
     for folder in list_checkpoints(save):
         try:
-            state = orjson.loads((folder / STATE).read_bytes())
+            state = cleaned_record(read_json(folder / STATE))
             options, origins, plan = state["config"]["options"], state["config"]["origins"], state["plan"]
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             continue
         if all(isinstance(part, dict) for part in (options, origins, plan)):
             return options, sorted(origins), plan
@@ -206,7 +206,7 @@ def _events(path: Path, places: Places, notes: list[str]) -> list[dict[str, Any]
                 "tokens": tokens if type(tokens) is int and 0 <= tokens < 1 << 62 else 0,
                 "time": time if isinstance(time, (int, float)) and 0 <= time < 1e11 else None,
                 "name": str(record.get("type") or "event")[:_LONGEST_TEXT],
-                "text": str(text)[:_LONGEST_TEXT],
+                "text": without_credentials(str(text))[:_LONGEST_TEXT],
             }
         )
     notes += left_out.notes()

@@ -296,6 +296,7 @@ def test_a_tokenizer_that_has_changed_is_refused(tmp_path, inputs, monkeypatch):
 
     backend = Tokenizer(models.WordLevel({"1": 0, "2": 1, "?": 2, "</s>": 3}, unk_token="?"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.add_special_tokens(["</s>"])
     backend.save(str(tmp_path / "tokenizer.json"))
     mine = EncodeSettings("HuggingFaceTokenizer", str(tmp_path / "tokenizer.json"), append_eod=True)
     monkeypatch.setattr(sys.modules[__name__], "settings", lambda: mine)
