@@ -361,3 +361,17 @@ def failing(call, at, before):
         return result
 
     return wrapped
+
+
+@pytest.mark.parametrize(
+    "content", [b"{}\n[]\n", b'{}\n"upto"\n', b"{}\n5\n", b'{}\n{"outputs": 5}\n', b"{}\n{}\n", b"{}\n" + b"[" * 99_999 + b"\n", None]
+)
+def test_a_progress_log_that_is_none_is_told(tmp_path, inputs, content):
+    path = tmp_path / "x_progress.jsonl"
+    if content is None:
+        with path.open("wb") as file:
+            file.truncate(200 << 30)  # takes no space on disk
+    else:
+        path.write_bytes(content)
+    with pytest.raises(DataError, match=r"x_progress\.jsonl is not a progress log: .*\n.*Allowed.*\n.*--overwrite"):
+        preprocess(inputs, str(tmp_path / "x"), settings(), resume=True)
