@@ -209,12 +209,13 @@ def _run(run: Run, settings: EncodeSettings, tokenizer: Tokenizer, known: dict[s
         checked=counters.checked,
         seconds=counters.seconds,
         resumed_at=begin.read,
+        first_bad_line=counters.bad.first,
         bad_lines_file=counters.bad.close(),
     )
 
 
 def _no_documents(prefix: str, counters: Counters, settings: EncodeSettings) -> DataError:
-    first = counters.bad.first()
+    first = counters.bad.first
     return DataError(
         f"there are no documents for {prefix}: {plural(counters.bad.count, 'bad line')}, "
         f"{plural(counters.empty, 'empty document')}, {counters.filtered:,} too short or too long"

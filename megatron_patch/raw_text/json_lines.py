@@ -118,7 +118,7 @@ def _no_text(document: Any, key: str, value: Any) -> str:
         return f"key {key!r} is {_KINDS[type(value)]}, not a string"
     keys = [name for name, found in _leaves(document) if isinstance(found, str)]
     kind = "keys with text" if keys else "keys"
-    keys = keys or [name for name, _ in _leaves(document)]
+    keys = [name if name.isprintable() else repr(name) for name in keys or [name for name, _ in _leaves(document)]]
     return f"key {key!r} is missing; " + (f"the {kind} are {', '.join(keys)}" if keys else "the object is empty")
 
 

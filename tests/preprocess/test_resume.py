@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import os
 import signal
@@ -375,3 +376,27 @@ def test_a_progress_log_that_is_none_is_told(tmp_path, inputs, content):
         path.write_bytes(content)
     with pytest.raises(DataError, match=r"x_progress\.jsonl is not a progress log: .*\n.*Allowed.*\n.*--overwrite"):
         preprocess(inputs, str(tmp_path / "x"), settings(), resume=True)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"[]\n" * 99, b"{}\n" * 99, b"\xff" * 999])
+def test_a_list_of_bad_lines_that_is_gone_or_damaged_is_told(tmp_path, inputs, monkeypatch, content):
+    monkeypatch.setattr(readers, "BATCH_BYTES", 900)
+    plain = pipeline.read_batches
+
+    def cut(*args):
+        yield from itertools.islice(plain(*args), 5)
+        raise DataError("interrupted")
+
+    monkeypatch.setattr(pipeline, "read_batches", cut)
+    with pytest.raises(DataError, match="interrupted"):
+        preprocess(inputs, str(tmp_path / "x"), settings(), save_seconds=0.0)
+    monkeypatch.setattr(pipeline, "read_batches", plain)
+    path = tmp_path / "x_bad_lines.jsonl"
+    assert path.stat().st_size
+    if content is None:
+        path.unlink()
+    else:
+        path.write_bytes(content)
+    with pytest.raises(DataError, match=r"x_bad_lines\.jsonl is not the list of bad lines of the unfinished run.*\n.*\n.*--overwrite"):
+        preprocess(inputs, str(tmp_path / "x"), settings(), resume=True)
+    preprocess(inputs, str(tmp_path / "x"), settings(), overwrite=True)
