@@ -152,7 +152,9 @@ def _hint(raw: bytes, text: str, error: json.JSONDecodeError) -> str:
     """Returns what a line that is not valid JSON looks like, for the end of a sentence; "" if it looks like nothing known."""
     signature = next((words for begin, words in _SIGNATURES.items() if raw.startswith(begin)), None)
     if signature is not None:
-        return f"; the input looks like {signature}: give it that suffix" if "." in signature else f"; the input looks like {signature}"
+        return (
+            f"; the input looks like {signature}: give the file that suffix" if "." in signature else f"; the input looks like {signature}"
+        )
     before, after = text[: error.pos], text[error.pos :]
     if text.lstrip().startswith("[") or (error.msg == "Extra data" and after.strip() == ","):
         return f"; {_ARRAY}"
