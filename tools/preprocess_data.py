@@ -143,7 +143,8 @@ def show_summary(summary: Summary) -> None:
         "vocabulary": f"{summary.vocab_size:,} ids"
         + (f", end-of-document id {summary.eod_id:,}" if summary.eod_id is not None else "")
         + (f", largest id in the text {summary.largest_id:,}" if summary.largest_id is not None else ""),
-        "encoded by": summary.backend + (f", {plural(summary.checked, 'document')} compared with the reference" if summary.checked else ""),
+        "encoded by": summary.encoder + (f"; {plural(summary.checked, 'document')} compared with it" if summary.checked else ""),
+        **({"text not kept": "\n".join(summary.text_notes)} if summary.text_notes else {}),
         **({"resumed": f"after {summary.resumed_at / 1e6:,.1f} MB"} if summary.resumed_at else {}),
     }
     for name, value in rows.items():

@@ -51,6 +51,7 @@ class Record:
         distrusted: the fast encoder gave other ids than the reference, so it is not used again.
         seconds: time spent so far.
         complete: all input has been read.
+        text_checks: the `TextChecks` so far, by name.
     """
 
     file: int = 0
@@ -69,6 +70,7 @@ class Record:
     distrusted: bool = False
     seconds: float = 0.0
     complete: bool = False
+    text_checks: Mapping[str, Any] = field(default_factory=dict)
 
 
 def progress_log_path(output_prefix: str) -> Path:

@@ -17,6 +17,7 @@ from megatron_patch.data.indexed_dataset import IndexedDataset
 from megatron_patch.errors import DataError
 from megatron_patch.preprocess.encode import EncodedBatch
 from megatron_patch.tokenizers.base import Tokenizer
+from megatron_patch.tokenizers.round_trip import TextChecks
 from megatron_patch.utils.files import open_in_place, open_new
 
 _LISTED_BAD_LINES = 100_000
@@ -33,7 +34,7 @@ class Summary:
         tokens: number of tokens in all outputs.
         bytes: number of bytes of decompressed input.
         bad_lines: lines left out because they hold no valid document.
-        empty: documents left out because they have no token.
+        empty: documents left out because they have no text, or nothing but white space without a token.
         filtered: documents left out because they are too short or too long.
         duplicates: documents left out because an earlier one is equal.
         dtype: dtype of the token ids.
@@ -42,7 +43,10 @@ class Summary:
         eod_id: the id of the end-of-document token, or None.
         tokens_per_document: lengths in the first output: 5 %, 50 % and 95 % quantiles, and the longest.
         backend: name of the encoder.
+        encoder: what encoded, and why.
         checked: documents for which the fast encoder was compared with the reference, all with the same result.
+        text_checks: what comparing documents with what their ids give back found.
+        text_notes: sentences on text that the tokenizer does not give back; none if it gives back all.
         seconds: time spent, including the time before the run was resumed.
         resumed_at: bytes that had been read when the run was resumed; 0: it was not resumed.
         bad_lines_file: the path of the list of bad lines, or None.
@@ -62,7 +66,10 @@ class Summary:
     eod_id: int | None
     tokens_per_document: tuple[int, ...]
     backend: str
+    encoder: str
     checked: int
+    text_checks: TextChecks
+    text_notes: tuple[str, ...]
     seconds: float
     resumed_at: int
     bad_lines_file: str | None
@@ -140,7 +147,10 @@ def summary_of_finished_run(prefixes: Sequence[str], tokenizer: Tokenizer) -> Su
         eod_id=tokenizer.eod_id,
         tokens_per_document=LengthSample.of(datasets[0]).quantiles(),
         backend="nothing: already finished",
+        encoder="nothing: already finished",
         checked=0,
+        text_checks=TextChecks(),
+        text_notes=(),
         seconds=0.0,
         resumed_at=0,
         bad_lines_file=None,
