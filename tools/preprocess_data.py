@@ -39,7 +39,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--input",
         nargs="+",
         required=True,
-        help="files, globs in quotes, or - for standard input; .jsonl, .json and .txt, also compressed (.gz, .bz2, .xz, .zst); .parquet",
+        help="files, globs in quotes, or - for standard input; .jsonl, .json and .txt, also compressed (.gz, .bz2, .xz, .zst); .parquet; "
+        "a .zst takes as much memory as its window (2 GiB if made with zstd --long=31)",
     )
     parser.add_argument("--output-prefix", required=True, help="writes PREFIX_KEY_document.bin, .idx and .json")
     parser.add_argument(
@@ -79,6 +80,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     for name, unit in (("chars", "characters"), ("tokens", "tokens (added tokens do not count)")):
         parser.add_argument(f"--min-{name}", type=count, help=f"leave out documents with fewer {unit}")
         parser.add_argument(f"--max-{name}", type=count, help=f"leave out documents with more {unit}")
+    parser.add_argument("--keep-empty", action="store_true", help="keep documents without a token, as Megatron's tool does")
     parser.add_argument("--dedup", action="store_true", help="leave out documents whose tokens equal those of an earlier one")
     parser.add_argument("--shuffle-documents", type=int, metavar="SEED", help="write documents in a random order")
     parser.add_argument(
@@ -132,7 +134,7 @@ def show_summary(summary: Summary) -> None:
     low, middle, high, longest = summary.tokens_per_document
     rows = {
         "outputs": "\n".join(summary.outputs),
-        "documents": f"{summary.documents:,}",
+        "documents": f"{summary.documents:,}" + (f", {summary.kept_empty:,} of them without a token" if summary.kept_empty else ""),
         "tokens": f"{summary.tokens:,} ({summary.dtype})",
         "tokens per document": f"5 %: {low:,}   50 %: {middle:,}   95 %: {high:,}   longest: {longest:,}",
         "read": f"{summary.bytes / 1e6:,.1f} MB in {format_duration(summary.seconds)}",
@@ -174,6 +176,7 @@ def main(argv: list[str]) -> None:
         max_chars=args.max_chars,
         min_tokens=args.min_tokens,
         max_tokens=args.max_tokens,
+        keep_empty=args.keep_empty,
     )
     shard = parse_shard(args.shard, os.environ) if args.shard else None
     summary = preprocess(

@@ -1,6 +1,7 @@
 """Writes Megatron's indexed dataset (see indexed_dataset.py), with the same bytes as Megatron core.
 
-In: the tokens and lengths of documents. Out: PREFIX.bin and PREFIX.idx, which appear only when both are complete.
+In: the tokens and lengths of documents. Out: PREFIX.bin and PREFIX.idx, which appear only when both are complete. A document has one
+sequence, or none if it has no token.
 """
 
 from __future__ import annotations
@@ -112,10 +113,10 @@ class IndexedDatasetWriter:
 
         Args:
             tokens: the tokens of all of them, one document after another; ids must fit the dtype.
-            lengths: number of tokens of each document, from 1 to below 2^31 (the index has 32 bits for it).
+            lengths: number of tokens of each document, below 2^31 (the index has 32 bits for it).
 
         Raises:
-            DataError: the lengths do not sum to the tokens, a document is empty or too long, an id does not fit, or the disk is full.
+            DataError: the lengths do not sum to the tokens, a document is too long, an id does not fit, or the disk is full.
         """
         self._check_lengths(lengths, tokens.size)
         if tokens.dtype != self.dtype:
@@ -150,7 +151,7 @@ class IndexedDatasetWriter:
             The first byte of the range that is reserved for them in `tokens_path`.
 
         Raises:
-            DataError: a document is empty or too long, or the disk is full.
+            DataError: a document is too long, or the disk is full.
         """
         tokens = int(lengths.sum())
         self._check_lengths(lengths, tokens)
@@ -171,10 +172,10 @@ class IndexedDatasetWriter:
                 f"up to {_LONGEST} tokens, because the format has 32 bits for the length",
                 "split the document",
             )
-        if int(lengths.sum()) != tokens or (lengths.size and int(lengths.min()) < 1):
+        if int(lengths.sum()) != tokens or (lengths.size and int(lengths.min()) < 0):
             raise DataError(
                 f"{plural(lengths.size, 'document')} of {plural(int(lengths.sum()), 'token')} in all, for {plural(tokens, 'token')}",
-                "documents of at least 1 token, whose lengths sum to the number of tokens",
+                "lengths from 0, whose sum is the number of tokens",
                 "correct the lengths",
             )
 
@@ -192,17 +193,21 @@ class IndexedDatasetWriter:
         try:
             self._lengths.flush()
             with open_new(self._temporary[1], "wb", _CHUNK) as index:
-                index.write(pack_header(self.dtype, self.num_documents, self.num_documents + 1))
+                sequences = sum(int(np.count_nonzero(lengths)) for lengths in self._length_chunks())
+                index.write(pack_header(self.dtype, sequences, self.num_documents + 1))
                 for lengths in self._length_chunks():
-                    index.write(lengths.data)
+                    index.write(lengths[lengths > 0].data)
                 offset = 0
                 for lengths in self._length_chunks():
-                    sizes = lengths.astype(np.int64) * self.dtype.itemsize
-                    ends = offset + np.cumsum(sizes)
-                    index.write((ends - sizes).astype("<i8").data)
-                    offset = int(ends[-1])
-                for start in range(0, self.num_documents + 1, _CHUNK):
-                    index.write(np.arange(start, min(start + _CHUNK, self.num_documents + 1), dtype="<i8").data)
+                    sizes = lengths[lengths > 0].astype(np.int64) * self.dtype.itemsize
+                    index.write((offset + np.cumsum(sizes) - sizes).astype("<i8").data)
+                    offset += int(sizes.sum())
+                index.write(np.zeros(1, "<i8").data)
+                boundary = 0
+                for lengths in self._length_chunks():
+                    boundaries = boundary + np.cumsum(lengths > 0)
+                    index.write(boundaries.astype("<i8").data)
+                    boundary = int(boundaries[-1])
                 index.flush()
                 os.fsync(index.fileno())
             self._bin.flush()

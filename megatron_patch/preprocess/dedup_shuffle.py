@@ -1,6 +1,6 @@
 """Removes duplicate documents from a dataset, and shuffles its documents, in bounded memory.
 
-In: a dataset with one sequence per document. Out: another dataset. Both steps use files in a scratch folder:
+In: a dataset whose documents have one sequence, or none. Out: another dataset. Both steps use files in a scratch folder:
 
 - Duplicates are found by a 128-bit hash of a document's tokens. Hashes are distributed to files by value, so that equal ones are in the
   same file, and each file is sorted separately. The first of equal documents is kept.
@@ -66,12 +66,8 @@ def dedup_and_shuffle(source: str, output: str, dedup: bool, shuffle_seed: int |
         DataError: documents have several sequences, or a file cannot be written.
     """
     dataset = IndexedDataset(source)
-    if dataset.num_sequences != dataset.num_documents:
-        raise DataError(
-            f"{source} has {plural(dataset.num_sequences, 'sequence')} in {plural(dataset.num_documents, 'document')}",
-            "one sequence per document",
-            "remove --dedup and --shuffle-documents",
-        )
+    for _ in document_lengths(dataset):
+        pass  # checks that each document has at most one sequence
     shutil.rmtree(scratch, ignore_errors=True)
     try:
         scratch.mkdir(mode=0o700, parents=True)
@@ -95,12 +91,32 @@ def dedup_and_shuffle(source: str, output: str, dedup: bool, shuffle_seed: int |
     return dataset.num_documents - writer.num_documents
 
 
+def document_lengths(dataset: IndexedDataset) -> Iterator[npt.NDArray[np.int64]]:
+    """Yields the number of tokens of each document, for groups of documents; 0 for one without a sequence.
+
+    Raises:
+        DataError: a document has several sequences.
+    """
+    for start in range(0, dataset.num_documents, _DOCUMENTS):
+        boundaries = np.array(dataset.document_boundaries[start : start + _DOCUMENTS + 1], dtype=np.int64)
+        sequences = np.diff(boundaries)
+        if int(sequences.max()) > 1 or int(sequences.min()) < 0:
+            raise DataError(
+                f"{dataset.prefix} has {plural(dataset.num_sequences, 'sequence')} in {plural(dataset.num_documents, 'document')}",
+                "at most one sequence per document",
+                "remove --dedup and --shuffle-documents",
+            )
+        lengths = np.zeros(sequences.size, np.int64)
+        lengths[sequences == 1] = dataset.sequence_lengths[int(boundaries[0]) : int(boundaries[-1])]
+        yield lengths
+
+
 def _pieces(dataset: IndexedDataset) -> Iterator[tuple[int, npt.NDArray[np.generic], npt.NDArray[np.int64]]]:
     """Yields (index of the first, tokens, lengths) of groups of documents, limited in number and in bytes."""
     offset = 0
     limit = _PART_BYTES // dataset.dtype.itemsize
-    for start in range(0, len(dataset), _DOCUMENTS):
-        lengths = np.array(dataset.sequence_lengths[start : start + _DOCUMENTS], dtype=np.int64)
+    start = 0
+    for lengths in document_lengths(dataset):
         ends = np.cumsum(lengths)
         first = 0
         while first < lengths.size:
@@ -110,6 +126,7 @@ def _pieces(dataset: IndexedDataset) -> Iterator[tuple[int, npt.NDArray[np.gener
             yield start + first, dataset.tokens(offset + before, count), lengths[first:last]
             first = last
         offset += int(ends[-1])
+        start += lengths.size
 
 
 class _Dropped:
@@ -167,7 +184,7 @@ def _open_all(stack: contextlib.ExitStack, folder: Path, name: str, count: int) 
 
 
 def _find_duplicates(dataset: IndexedDataset, folder: Path) -> _Dropped:
-    count = _parts(len(dataset) * _HASH.itemsize)
+    count = _parts(dataset.num_documents * _HASH.itemsize)
     with contextlib.ExitStack() as stack:
         files = _open_all(stack, folder, "hashes", count)
         for first, tokens, lengths in _pieces(dataset):

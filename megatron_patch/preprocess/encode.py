@@ -62,6 +62,7 @@ class EncodeSettings:
         max_chars: documents with more characters are left out.
         min_tokens: documents with fewer tokens are left out; added tokens do not count.
         max_tokens: documents with more tokens are left out; added tokens do not count.
+        keep_empty: documents without a token are kept, without sequences, as Megatron's tool keeps them.
     """
 
     tokenizer_type: str
@@ -82,6 +83,7 @@ class EncodeSettings:
     max_chars: int | None = None
     min_tokens: int | None = None
     max_tokens: int | None = None
+    keep_empty: bool = False
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,7 @@ class EncodedBatch:
         lines: lines of the batch, to compute the line numbers of later batches.
         bytes: size of the batch.
         columns: one for each key.
-        empty: documents without a token and without text other than white space, left out.
+        empty: documents without a token and without text other than white space, left out unless they are to be kept.
         filtered: documents that are too short or too long, left out.
         checked: documents for which the fast encoder was compared with the reference.
         text_checks: what comparing documents with what their ids give back found; among it, the documents that have text but no token.
@@ -259,10 +261,12 @@ class Encoder:
             count += ids.size
         too_short = settings.min_tokens is not None and count < settings.min_tokens
         too_long = settings.max_tokens is not None and count > settings.max_tokens
-        if not count or too_short or too_long:
-            self._filtered += int(count > 0)
-            if not count:
-                self._count_without_tokens(start)
+        left_out = count == 0 and not settings.keep_empty
+        filtered = (too_short or too_long) and not left_out
+        self._filtered += int(filtered)
+        if count == 0 and not filtered:
+            self._count_without_tokens(start)
+        if left_out or filtered:
             return EncodedColumn(np.empty(0, settings.dtype), np.empty(0, np.int64))
         self._largest = max(self._largest, largest)
         length = self._lengths_with_special_tokens(np.array([count]))
@@ -271,8 +275,8 @@ class Encoder:
         return EncodedColumn(np.frombuffer(tokens, settings.dtype), length)
 
     def _select(self, texts: Sequence[str | LargeText]) -> list[str | LargeText]:
-        """Leaves out texts that are empty, too short or too long."""
-        full = [text for text in texts if text]
+        """Leaves out texts that are too short or too long, and empty ones unless they are to be kept."""
+        full = [text for text in texts if text or self.settings.keep_empty]
         self._empty += len(texts) - len(full)
         least, most = self.settings.min_chars, self.settings.max_chars
         if least is None and most is None:
@@ -298,15 +302,15 @@ class Encoder:
         if not texts:
             return EncodedColumn(np.empty(0, self.settings.dtype), np.empty(0, np.int64))
         ids, lengths = self._ids(texts)
-        full = lengths > 0
-        for index in np.flatnonzero(~full).tolist():
-            self._count_without_tokens(texts[index])
+        full = (lengths > 0) | self.settings.keep_empty
         kept = full
         if self.settings.min_tokens is not None:
             kept = kept & (lengths >= self.settings.min_tokens)
         if self.settings.max_tokens is not None:
             kept = kept & (lengths <= self.settings.max_tokens)
         self._filtered += int((full & ~kept).sum())
+        for index in np.flatnonzero((lengths == 0) & (kept | ~full)).tolist():
+            self._count_without_tokens(texts[index])
         if not kept.all():
             ids, lengths = ids[np.repeat(kept, lengths)], lengths[kept]
         return self.add_special_tokens(ids, lengths)
@@ -364,8 +368,9 @@ class Encoder:
         return largest
 
     def _lengths_with_special_tokens(self, lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Returns the documents' lengths with beginning, end and padding tokens."""
-        delimited = lengths + int(self.settings.prepend_bos) + int(self.settings.append_eod)
+        """Returns the documents' lengths with beginning, end and padding tokens. As in Megatron, no end follows where there is no token."""
+        begun = lengths + int(self.settings.prepend_bos)
+        delimited = begun + (begun > 0) * int(self.settings.append_eod)
         return -(-delimited // self.settings.patch_align) * self.settings.patch_align
 
     def add_special_tokens(self, ids: npt.NDArray[np.uint32], lengths: npt.NDArray[np.int64]) -> EncodedColumn:

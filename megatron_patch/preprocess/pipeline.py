@@ -201,7 +201,8 @@ def _run(run: Run, settings: EncodeSettings, tokenizer: Tokenizer, known: dict[s
         tokens=sum(info.tokens for info in infos),
         bytes=counters.read,
         bad_lines=counters.bad.count,
-        empty=counters.empty,
+        empty=0 if settings.keep_empty else counters.empty,
+        kept_empty=counters.empty + counters.text_checks.without_tokens if settings.keep_empty else 0,
         filtered=counters.filtered,
         duplicates=sum(documents for documents, _ in written) - sum(info.documents for info in infos),
         dtype=settings.dtype,
@@ -262,7 +263,8 @@ def _encode_all(
     progress_log: ProgressLog,
     begin: Record,
 ) -> None:
-    work = read_batches(run.parts, settings.keys, run.separator, (begin.file, begin.next_unit) if begin.outputs else (0, None))
+    start = (begin.file, begin.next_unit) if begin.outputs else (0, None)
+    work = read_batches(run.parts, settings.keys, run.separator, start, run.notice)
     # The context ends before the files are closed: after any failure the workers end first.
     encoders = (
         Workers(work, run.workers, settings, tokenizer, writers)

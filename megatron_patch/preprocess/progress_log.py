@@ -26,6 +26,8 @@ from megatron_patch.utils.units import plural
 FORMAT = "megatron_patch/progress-1"
 # What may differ when a run resumes: both encoders give the same ids, and the tokenizer is identified by its checksum.
 _MAY_CHANGE = ("backend", "tokenizer_model", "vocab_file", "merge_file")
+# Settings that earlier versions did not have: they are recorded where they differ from the default, so that earlier runs can be resumed.
+_ADDED = {"keep_empty": False}
 # Field of `Record` -> its key in the file, where they differ.
 _JSON_KEYS = {"next_unit": "upto"}
 
@@ -40,7 +42,7 @@ class Record:
         line: lines of that input before this unit.
         outputs: (documents, tokens) of each output that are forced to disk.
         read: bytes read so far.
-        empty: documents without a token so far.
+        empty: documents without a token so far, also if they are kept.
         filtered: documents that were too short or too long so far.
         checked: documents compared with the reference so far.
         bad: bad lines so far.
@@ -104,6 +106,9 @@ def identity(parts: Sequence[FileRange], settings: EncodeSettings, **more: Any) 
         stamp = [known.st_size, known.st_mtime_ns] if known else [0, 0]
         inputs.append([os.path.abspath(part.path) if known else part.path, *stamp, part.start, part.end])
     chosen = {name: value for name, value in asdict(settings).items() if name not in _MAY_CHANGE}
+    for name, default in _ADDED.items():
+        if chosen[name] == default:
+            del chosen[name]
     chosen = {name: list(value) if isinstance(value, tuple) else value for name, value in chosen.items()}
     chosen.update(more)
     return {"format": FORMAT, "inputs": inputs, "settings": chosen, "tokenizer": tokenizer_checksum(settings)}
@@ -124,8 +129,9 @@ def _check_same_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> N
     if before.get("format") != now["format"]:
         difference = f"the progress log has the format {before.get('format')!r}"
     elif before["settings"] != now["settings"]:
-        names = [name for name in now["settings"] if before["settings"].get(name) != now["settings"][name]]
-        difference = "; ".join(f"{name} was {before['settings'].get(name)!r}, now {now['settings'][name]!r}" for name in names)
+        one, other = before["settings"], now["settings"]
+        names = [name for name in dict.fromkeys([*other, *one]) if one.get(name) != other.get(name)]
+        difference = "; ".join(f"{name} was {one.get(name)!r}, now {other.get(name)!r}" for name in names)
     elif before["tokenizer"] != now["tokenizer"]:
         difference = "the tokenizer's files have changed"
     if difference:

@@ -15,13 +15,14 @@ import numpy.typing as npt
 
 from megatron_patch.data.indexed_dataset import IndexedDataset
 from megatron_patch.errors import DataError
+from megatron_patch.preprocess.dedup_shuffle import document_lengths
 from megatron_patch.preprocess.encode import EncodedBatch
 from megatron_patch.tokenizers.base import Tokenizer
 from megatron_patch.tokenizers.round_trip import TextChecks
 from megatron_patch.utils.files import open_in_place, open_new
 
 _LISTED_BAD_LINES = 100_000
-_CHUNK = 1 << 20
+_NO_TOKEN = -100  # the bin of documents without a token: 2^(-100 / 8) rounds to 0
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Summary:
         bytes: number of bytes of decompressed input.
         bad_lines: lines left out because they hold no valid document.
         empty: documents left out because they have no text, or nothing but white space without a token.
+        kept_empty: documents without a token that were kept.
         filtered: documents left out because they are too short or too long.
         duplicates: documents left out because an earlier one is equal.
         dtype: dtype of the token ids.
@@ -58,6 +60,7 @@ class Summary:
     bytes: int
     bad_lines: int
     empty: int
+    kept_empty: int
     filtered: int
     duplicates: int
     dtype: str
@@ -97,9 +100,11 @@ class LengthSample:
         self.longest = longest
 
     def add(self, lengths: npt.NDArray[np.generic]) -> None:
-        """Adds the lengths of documents, each of at least 1 token."""
+        """Adds the lengths of documents."""
         if lengths.size:
-            bins, counts = np.unique(np.round(np.log2(lengths) * 8).astype(int), return_counts=True)
+            steps = np.round(np.log2(np.maximum(lengths, 1)) * 8).astype(int)
+            steps[lengths == 0] = _NO_TOKEN
+            bins, counts = np.unique(steps, return_counts=True)
             self._counts.update(dict(zip(bins.tolist(), counts.tolist(), strict=True)))
             self.longest = max(self.longest, int(lengths.max()))
 
@@ -107,8 +112,8 @@ class LengthSample:
     def of(cls, dataset: IndexedDataset) -> LengthSample:
         """Returns the distribution over all documents of a dataset."""
         found = cls()
-        for start in range(0, len(dataset), _CHUNK):
-            found.add(np.asarray(dataset.sequence_lengths[start : start + _CHUNK]))
+        for lengths in document_lengths(dataset):
+            found.add(lengths)
         return found
 
     def quantile(self, fraction: float) -> int:
@@ -139,6 +144,7 @@ def summary_of_finished_run(prefixes: Sequence[str], tokenizer: Tokenizer) -> Su
         bytes=0,
         bad_lines=0,
         empty=0,
+        kept_empty=0,
         filtered=0,
         duplicates=0,
         dtype=str(datasets[0].dtype),

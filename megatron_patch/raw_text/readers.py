@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import BinaryIO, Literal, cast
 
 from megatron_patch.errors import DataError
-from megatron_patch.raw_text.compression import open_compressed, read_errors
+from megatron_patch.raw_text.compression import Notice, open_compressed, read_errors
 from megatron_patch.raw_text.encodings import HEAD_BYTES, byte_order_mark
 from megatron_patch.raw_text.inputs import STANDARD_INPUT, FileRange, inner_suffix, is_compressed, next_line_start, remaining_ranges
 from megatron_patch.raw_text.large_documents import LARGE_BYTES, MOST_DOCUMENT_BYTES
@@ -228,7 +228,7 @@ def _line_batches(part: FileRange, index: int) -> Iterator[Batch]:
         start = end
 
 
-def _batches_of(part: FileRange, index: int, keys: Sequence[str], separator: bytes | None) -> Iterator[Batch]:
+def _batches_of(part: FileRange, index: int, keys: Sequence[str], separator: bytes | None, notice: Notice) -> Iterator[Batch]:
     if part.path == STANDARD_INPUT:
         stream = cast("BinaryIO", sys.stdin.buffer)
         splitter = _StreamSplitter("standard input", "lines", _NEWLINE, index)
@@ -250,7 +250,7 @@ def _batches_of(part: FileRange, index: int, keys: Sequence[str], separator: byt
         return
     with open(part.path, "rb") as file:
         splitter = _StreamSplitter(part.path, "text" if text else "lines", separator if text else _NEWLINE, index)
-        stream = open_compressed(file, part.path) if compressed else file
+        stream = open_compressed(file, part.path, notice) if compressed else file
         yield from splitter.split(stream, part.start, _fraction_read(file, part.path))
 
 
@@ -259,6 +259,7 @@ def read_batches(
     keys: Sequence[str] = ("text",),
     separator: bytes | None = None,
     resume: tuple[int, int | None] = (0, None),
+    notice: Notice = lambda text: None,
 ) -> Iterator[Batch]:
     """Yields all documents of the input, in order.
 
@@ -267,6 +268,7 @@ def read_batches(
         keys: JSON keys that hold the text; of a table, only these columns are read.
         separator: bytes between the documents of a .txt file; None: each file is one document.
         resume: (index of the input, unit in it) to start at, as in a batch's `file` and `next_unit`; None: the start of the input.
+        notice: receives messages for the user.
 
     Raises:
         DataError: a file cannot be read, or a compressed file is damaged.
@@ -274,7 +276,7 @@ def read_batches(
     errors = read_errors()
     for index, part in remaining_ranges(parts, *resume):
         try:
-            yield from _batches_of(part, index, keys, separator)
+            yield from _batches_of(part, index, keys, separator, notice)
         except errors as error:
             raise DataError(
                 f"{part.path} cannot be read: {error}",

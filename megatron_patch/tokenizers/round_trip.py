@@ -53,7 +53,7 @@ class TextChecks:
         compared: documents of which a part was compared.
         unknown: of these, those with characters that the tokenizer does not know: their ids hold its unknown token.
         incomplete: of these, those with other characters than white space that the tokenizer leaves out without any token.
-        without_tokens: documents that have text other than white space but no token. They are left out. All documents are looked at.
+        without_tokens: documents that have text other than white space but no token; all documents are looked at.
         example: the start of a document that is incomplete or without tokens.
     """
 
@@ -82,7 +82,7 @@ class TextChecks:
         if self.incomplete:
             found.append(f"{self.incomplete:,} {compared} hold characters that the tokenizer leaves out without a token{shown}")
         if self.without_tokens:
-            found.append(f"{plural(self.without_tokens, 'document')} left out because the tokenizer has no token for their text{shown}")
+            found.append(f"the tokenizer has no token for the text of {plural(self.without_tokens, 'document')}{shown}")
         return found
 
 

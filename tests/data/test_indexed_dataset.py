@@ -50,6 +50,27 @@ def test_megatrons_files_are_read(dtype):
     assert not integrity_problems(dataset)
 
 
+EMPTY_DOCUMENTS = [[], [5, 6, 1], [], [], [7, 65000, 1], [1], []]
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+def test_documents_without_sequences_are_those_of_megatron(tmp_path, monkeypatch, at_once):
+    monkeypatch.setattr("megatron_patch.data.indexed_dataset_writer._CHUNK", 1 << 20 if at_once else 8)
+    prefix = str(tmp_path / "mine")
+    if at_once:
+        with IndexedDatasetWriter(prefix, np.dtype("uint16")) as writer:
+            flat = [token for document in EMPTY_DOCUMENTS for token in document]
+            writer.append(np.array(flat, np.uint16), np.array(list(map(len, EMPTY_DOCUMENTS))))
+            writer.finish()
+    else:
+        write(prefix, EMPTY_DOCUMENTS)
+    for suffix in (".bin", ".idx"):
+        assert Path(prefix + suffix).read_bytes() == (GOLDEN / f"empty_documents{suffix}").read_bytes()
+    dataset = IndexedDataset(prefix)
+    assert (dataset.num_documents, dataset.num_sequences, dataset.num_tokens) == (7, 3, 7) and not integrity_problems(dataset)
+    assert describe(dataset)["documents"] == 7 and patch_statistics(dataset, 2, 1)["spanning_documents"] == 1
+
+
 def test_megatron_reads_ours(tmp_path):
     reader = pytest.importorskip("megatron.core.datasets.indexed_dataset", exc_type=ImportError)
     dataset = reader.IndexedDataset(write(tmp_path / "mine", DOCUMENTS))
@@ -80,12 +101,14 @@ def test_nothing_appears_before_it_is_finished(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_ids_must_fit_and_documents_must_not_be_empty(tmp_path):
+def test_ids_must_fit_and_lengths_must_add_up(tmp_path):
     with IndexedDatasetWriter(str(tmp_path / "d"), np.dtype("uint16")) as writer:
         with pytest.raises(DataError, match="70000 do not fit uint16"):
             writer.append(np.array([70000]), np.array([1]))
         with pytest.raises(DataError, match="2 documents"):
-            writer.append(np.array([1]), np.array([1, 0]))
+            writer.append(np.array([1]), np.array([2, -1]))
+        with pytest.raises(DataError, match="1 document of 2 tokens in all, for 1 token\n"):
+            writer.append(np.array([1]), np.array([2]))
         with pytest.raises(DataError, match="32 bits"):
             writer.append(np.array([1]), np.array([1 << 31]))
 

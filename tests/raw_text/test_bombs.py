@@ -69,31 +69,105 @@ def test_a_document_without_end_is_refused_before_it_fills_the_memory(tmp_path, 
         read(path, separator=b"\n\n")
 
 
-@pytest.mark.parametrize("suffix", [".xz", ".zst"])
-def test_several_frames_padding_and_truncation(tmp_path, suffix):
-    """As before the limits: frames follow each other, xz pads between streams, and a truncated file is never taken for a complete one."""
+@pytest.mark.parametrize("suffix", WRITERS)
+@pytest.mark.parametrize("zeros", range(9))
+def test_several_frames_and_padding(tmp_path, suffix, zeros):
+    """Frames follow each other. Padding is allowed where the formats' own programs allow it: xz asks for a multiple of 4, zstd for none."""
     one, two = (WRITERS[suffix](text * 1000) for text in (b'{"text": "a"}\n', b'{"text": "b"}\n'))
-    padding = bytes(8) if suffix == ".xz" else b""
+    padding = bytes(zeros)
     path = tmp_path / f"a.jsonl{suffix}"
-    path.write_bytes(one + padding + two + padding)
-    assert read(path) == b'{"text": "a"}\n' * 1000 + b'{"text": "b"}\n' * 1000
-    path.write_bytes((one + two)[:-3])
-    with pytest.raises(DataError, match="truncated"):
+    allowed = zeros == 0 or suffix in (".gz", ".bz2") or (suffix == ".xz" and zeros % 4 == 0)
+    for data in (one + padding + two, one + two + padding):
+        path.write_bytes(data)
+        if allowed:
+            assert read(path) == b'{"text": "a"}\n' * 1000 + b'{"text": "b"}\n' * 1000
+        else:
+            with pytest.raises(DataError, match=r"a\.jsonl.* cannot be read"):
+                read(path)
+    if zeros:
+        path.write_bytes(padding + one)
+        with pytest.raises(DataError, match=r"a\.jsonl.* cannot be read"):
+            read(path)
+
+
+@pytest.mark.parametrize("suffix", WRITERS)
+def test_a_damaged_or_truncated_frame_is_never_taken_for_the_end(tmp_path, suffix):
+    one, two = (WRITERS[suffix](text * 1000) for text in (b'{"text": "a"}\n', b'{"text": "b"}\n'))
+    path = tmp_path / f"a.jsonl{suffix}"
+    for cut in range(1, len(two)):
+        path.write_bytes(one + two[:cut])
+        with pytest.raises(DataError, match="cannot be read"):
+            read(path)
+    for rest in (b"garbage", b"\x00\x00\x00\x00garbage", two[:2] + bytes([two[2] ^ 255]) + two[3:]):
+        path.write_bytes(one + rest)
+        with pytest.raises(DataError, match="cannot be read"):
+            read(path)
+
+
+def declared_window(path: Path, window_log: int, data: bytes, content_size: bool = False) -> None:
+    """Writes a small .zst file that declares a large window."""
+    parameters = zstandard.ZstdCompressionParameters.from_level(3, window_log=window_log, write_content_size=content_size)
+    compressor = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    path.write_bytes(compressor.compress(data) + compressor.flush())
+
+
+@pytest.mark.parametrize(("window_log", "told"), [(20, False), (27, False), (28, True), (31, True)])
+def test_windows_of_zstd_up_to_2_gib_are_read_and_told(tmp_path, window_log, told):
+    path, notices = tmp_path / "a.jsonl.zst", []
+    declared_window(path, window_log, b'{"text": "a"}\n')
+    path.write_bytes(path.read_bytes() * 2)
+    assert zstandard.get_frame_parameters(path.read_bytes()).window_size == 1 << window_log
+    assert read(path, notice=notices.append) == b'{"text": "a"}\n' * 2
+    assert len(notices) == told and all(f"{path} has a window of {1 << window_log - 20:,} MiB" in text for text in notices)
+
+
+def test_a_larger_window_of_zstd_is_refused(tmp_path):
+    path = tmp_path / "a.jsonl.zst"
+    declared_window(path, 31, b'{"text": "a"}\n')
+    data = bytearray(path.read_bytes())
+    assert data[5] == (31 - 10) << 3
+    data[5] += 1  # 2 GiB and an eighth
+    path.write_bytes(data)
+    with pytest.raises(DataError, match="a window of 2,415,919,104 bytes.*\n.*2,147,483,648 bytes.*--long=31.*\n.*What to do"):
         read(path)
 
 
-def test_an_xz_file_cannot_demand_any_amount_of_memory(tmp_path):
+def test_frames_of_zstd_that_are_skipped(tmp_path):
+    """A seekable file ends with a table in such a frame, and pzstd begins each frame with one."""
+    skipped = b"\x50\x2a\x4d\x18\x04\x00\x00\x00abcd"
+    path = tmp_path / "a.jsonl.zst"
+    path.write_bytes(skipped + zstandard.compress(b"a\n") + skipped * 2 + zstandard.compress(b"b\n") + skipped)
+    assert read(path) == b"a\nb\n"
+
+
+@pytest.mark.parametrize("error", [MemoryError(), zstandard.ZstdError("Allocation error : not enough memory")])
+@pytest.mark.parametrize("suffix", WRITERS)
+def test_too_little_memory_is_told(tmp_path, monkeypatch, suffix, error):
+    path = tmp_path / f"a.jsonl{suffix}"
+    path.write_bytes(WRITERS[suffix](b'{"text": "a"}\n'))
+
+    class Failing:
+        def read(self, size):
+            raise error
+
+    monkeypatch.setattr(compression, "_decompressed", lambda *_: Failing())
+    with pytest.raises(DataError, match="cannot be decompressed: there is not enough memory\n.*Allowed.*\n.*What to do"):
+        read(path)
+
+
+@pytest.mark.parametrize("size_bits", [38, 39, 40])  # 2, 3 and 4 GiB
+def test_an_xz_file_cannot_demand_any_amount_of_memory(tmp_path, size_bits):
     path = tmp_path / "a.jsonl.xz"
     filters = [{"id": lzma.FILTER_LZMA2, "preset": 0, "dict_size": 1 << 20}]
     data = bytearray(lzma.compress(b'{"text": "a"}\n', filters=filters))
     # The size of the dictionary is one byte of the block's header, which has its own checksum.
     header = data[12 : 12 + (data[12] + 1) * 4]
     at = bytes(header).index(b"\x21\x01") + 2
-    header[at] = 40  # 4 GiB
+    header[at] = size_bits
     header[-4:] = zlib.crc32(bytes(header[:-4])).to_bytes(4, "little")
     data[12 : 12 + len(header)] = header
     path.write_bytes(bytes(data))
-    with pytest.raises(DataError, match="Memory usage limit"):
+    with pytest.raises(DataError, match="needs more than 512 MiB of memory.*dictionary is larger\n.*at most 512 MiB.*\n.*xz -dc FILE"):
         read(path)
 
 
