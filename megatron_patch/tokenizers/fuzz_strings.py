@@ -136,7 +136,7 @@ def every_code_point() -> list[str]:
 def long_strings() -> list[str]:
     """Returns texts longer than the parts in which a library may look at a text, with long runs of one class, and two that differ late."""
     draw = random.Random(1)
-    words = "".join(draw.choices((*_WORDS, *_SPACES, " ", " ", "the word"), k=900))
+    words = "".join(draw.choices((*_WORDS, *_SPACES, " ", " ", "the time"), k=900))
     runs = "".join(f"x{letter * _RUN}y" for letter in (" ", "\n", "a", "1", "!"))
     return [f"{words}x  y", f"{words}x   ", words + runs + words]
 
@@ -224,7 +224,8 @@ def token_strings(tokens: Sequence[str], seed: int = 0, count: int = 250) -> lis
 
 
 @functools.cache
-def _common_strings() -> tuple[str, ...]:
+def common_strings() -> tuple[str, ...]:
+    """Returns the strings for every tokenizer."""
     ends = [f"a{first}{second}{third}" for first in _CLASSES[:4] for second in _CLASSES[:4] for third in (*_CLASSES[:4], "a", "")]
     sequences = every_sequence(_CLASSES, 4)
     return (*adversarial_strings(), *ends, sequences, *code_point_strings(odd_code_points()), *decomposed_strings(), *long_strings())
@@ -232,4 +233,4 @@ def _common_strings() -> tuple[str, ...]:
 
 def start_strings(tokenizer: Tokenizer) -> list[str]:
     """Returns the strings on which an encoder must agree with a tokenizer before it encodes in its place."""
-    return [*_common_strings(), *token_strings(added_tokens(tokenizer))]
+    return [*common_strings(), *token_strings(added_tokens(tokenizer))]
