@@ -213,7 +213,8 @@ def check_round_trip(tokenizer: Tokenizer) -> str:
     except DataError as error:
         return f"it fails for some strings of special tokens: {error.what}"
     if isinstance(tokenizer, TikTokenizer):
-        text, loss = max(losses, key=lambda found: len(set(found[1].lost)))
+        # An example that fits into the message, and shows as much as possible.
+        text, loss = max(losses, key=lambda found: (bool(found[1].lost), len(found[0]) <= _SHOWN_CHARS, len(set(found[1].lost))))
         if loss.lost:
             raise lost_text(tokenizer, text, loss)
         return ""
