@@ -7,9 +7,13 @@ from collections.abc import Sequence
 
 from megatron_patch.utils.console import visible
 
+_MOST_PARTS = 8
+
 
 def corpus_names(words: Sequence[str]) -> tuple[str, ...]:
     """Returns the last part of each path or address; where several end alike, with as many parts before it as tell them apart.
+
+    Those that eight parts do not tell apart get a number.
 
     Args:
         words: prefixes, globs or @FILE, as --data-path takes them.
@@ -20,13 +24,18 @@ def corpus_names(words: Sequence[str]) -> tuple[str, ...]:
     def names() -> list[str]:
         return ["/".join(path[-count:]) for path, count in zip(parts, taken, strict=True)]
 
-    for _ in range(max(map(len, parts), default=0)):
+    for _ in range(_MOST_PARTS - 1):
         counts = Counter(names())
         taken = [count + (counts[name] > 1) for count, name in zip(taken, names(), strict=True)]
-    found: list[str] = []
+    used: set[str] = set()
+    numbers: Counter[str] = Counter()
+    found = []
     for name in map(visible, names()):
-        number = next(number for number in range(1, len(parts) + 1) if _numbered(name, number) not in found)
-        found.append(_numbered(name, number))
+        numbers[name] += 1
+        while (unique := _numbered(name, numbers[name])) in used:
+            numbers[name] += 1
+        used.add(unique)
+        found.append(unique)
     return tuple(found)
 
 
