@@ -144,8 +144,16 @@ def show_summary(summary: Summary) -> None:
         + f", {plural(summary.empty, 'empty document')}, {summary.filtered:,} too short or too long, "
         + plural(summary.duplicates, "duplicate"),
         "vocabulary": f"{summary.vocab_size:,} ids"
-        + (f", end-of-document id {summary.eod_id:,}" if summary.eod_id is not None else "")
         + (f", largest id in the text {summary.largest_id:,}" if summary.largest_id is not None else ""),
+        "special tokens": ", ".join(
+            f"{role} {token:,} {name!r}"
+            for role, token, name in (
+                ("end of document", summary.eod_id, summary.eod_token),
+                ("beginning", summary.bos_id, summary.bos_token),
+            )
+            if token is not None
+        )
+        or "none",
         "encoded by": summary.backend + (f", {plural(summary.checked, 'document')} compared with the reference" if summary.checked else ""),
         **({"resumed": f"after {summary.resumed_at / 1e6:,.1f} MB"} if summary.resumed_at else {}),
     }

@@ -37,7 +37,7 @@ from megatron_patch.preprocess.progress_log import (
     tokenizer_checksum,
 )
 from megatron_patch.preprocess.run_state import Counters, ReportProgress, Run
-from megatron_patch.preprocess.summary import LengthSample, Summary, summary_of_finished_run
+from megatron_patch.preprocess.summary import LengthSample, Summary, special_tokens, summary_of_finished_run
 from megatron_patch.preprocess.workers import Workers, prepare_workers
 from megatron_patch.raw_text.inputs import expand, shard_inputs
 from megatron_patch.raw_text.readers import read_batches
@@ -203,7 +203,7 @@ def _run(run: Run, settings: EncodeSettings, tokenizer: Tokenizer, known: dict[s
         dtype=settings.dtype,
         vocab_size=tokenizer.vocab_size,
         largest_id=counters.largest,
-        eod_id=tokenizer.eod_id,
+        **special_tokens(tokenizer),
         tokens_per_document=(LengthSample.of(IndexedDataset(run.prefixes[0])) if run.dedup else counters.lengths).quantiles(),
         backend=counters.backend or "reference",
         checked=counters.checked,

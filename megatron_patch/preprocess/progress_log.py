@@ -23,7 +23,7 @@ from megatron_patch.raw_text.inputs import STANDARD_INPUT, FileRange
 from megatron_patch.utils.files import checksum, fsync_folder, open_in_place, write_durably
 from megatron_patch.utils.units import plural
 
-FORMAT = "megatron_patch/progress-1"
+FORMAT = "megatron_patch/progress-2"
 # What may differ when a run resumes: both encoders give the same ids, and the tokenizer is identified by its checksum.
 _MAY_CHANGE = ("backend", "tokenizer_model", "vocab_file", "merge_file")
 # Settings that earlier versions did not have: they are recorded where they differ from the default, so that earlier runs can be resumed.
