@@ -112,7 +112,8 @@ def preprocess(
     make_folders(output_prefix, prefixes)
     settings = replace(settings, dtype=str(optimal_dtype(tokenizer.vocab_size)))
     shown = separator.decode("utf-8", "replace") if separator is not None else None
-    known = identity(parts, settings, separator=shown, dedup=dedup, shuffle_seed=shuffle_seed)
+    ids = (tokenizer.eod_id, tokenizer.bos_id)
+    known = identity(parts, settings, ids, separator=shown, dedup=dedup, shuffle_seed=shuffle_seed)
     begin = _starting_record(run, known, overwrite, resume)
     if begin is None:
         notice("the run is already finished: nothing to do")
