@@ -122,7 +122,7 @@ def identity(
 
 
 def identity_checksum(found: Mapping[str, Any]) -> str:
-    """Returns a checksum of an `identity`, without the special tokens: earlier versions did not record them, and its files imply them."""
+    """Returns a checksum of an `identity`, without the ids of special tokens, which earlier versions did not record."""
     known = {name: value for name, value in found.items() if name != "special_tokens"}
     return xxhash.xxh64(json.dumps(known, sort_keys=True).encode()).hexdigest()
 
