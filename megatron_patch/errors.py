@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from megatron_patch.credentials import without_credentials
 from megatron_patch.exit_codes import ExitCode
 
 
 class MegatronPatchError(Exception):
-    """Base class of the errors that a user can resolve.
+    """Base class of the errors that a user can resolve. Passwords and tokens in addresses are left out of the message.
 
     Args:
         what: what was given or found, with its value, and why it is wrong.
@@ -17,12 +18,14 @@ class MegatronPatchError(Exception):
     exit_code: ExitCode = ExitCode.INTERNAL
 
     def __init__(self, what: str, allowed: str | None = None, do: str | None = None) -> None:
-        self.what, self.allowed, self.do = what, allowed, do
-        parts = [what]
-        if allowed:
-            parts.append(f"Allowed: {allowed}")
-        if do:
-            parts.append(f"What to do: {do}")
+        self.what = without_credentials(what)
+        self.allowed = without_credentials(allowed) if allowed else allowed
+        self.do = without_credentials(do) if do else do
+        parts = [self.what]
+        if self.allowed:
+            parts.append(f"Allowed: {self.allowed}")
+        if self.do:
+            parts.append(f"What to do: {self.do}")
         super().__init__("\n  ".join(parts))
 
     def __reduce__(self) -> tuple[type, tuple[str, str | None, str | None]]:

@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "megatron_patch"
 FLOORS = [  # from the ground up
-    {"exit_codes"},
+    {"exit_codes", "credentials"},
     {"errors"},
     {"utils"},
     {"stages", "tokenizers", "parallel", "ops", "raw_text", "checkpoint"},

@@ -51,7 +51,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--vocab-file", help="vocab.json of GPT2BPETokenizer")
     parser.add_argument("--merge-file", help="merges.txt of GPT2BPETokenizer")
     parser.add_argument("--vocab-size", type=count_from_one, help="number of ids of NullTokenizer")
-    parser.add_argument("--eod-token", help="the end-of-document token, if it has none of the usual names")
+    parser.add_argument("--eod-token", help="the end-of-document token, where the tokenizer's files do not name it")
+    parser.add_argument("--bos-token", help="the beginning-of-sequence token, where the tokenizer's files do not name it")
     parser.add_argument("--tiktoken-pattern", help=f"how TikTokenizer splits text: {', '.join(PATTERNS)}, or a regular expression")
     parser.add_argument(
         "--special-tokens", nargs="+", metavar="NAME[=ID]", help="special tokens of TikTokenizer; ids default to the next free ones"
@@ -143,8 +144,16 @@ def show_summary(summary: Summary) -> None:
         + f", {plural(summary.empty, 'empty document')}, {summary.filtered:,} too short or too long, "
         + plural(summary.duplicates, "duplicate"),
         "vocabulary": f"{summary.vocab_size:,} ids"
-        + (f", end-of-document id {summary.eod_id:,}" if summary.eod_id is not None else "")
         + (f", largest id in the text {summary.largest_id:,}" if summary.largest_id is not None else ""),
+        "special tokens": ", ".join(
+            f"{role} {token:,} {name!r}"
+            for role, token, name in (
+                ("end of document", summary.eod_id, summary.eod_token),
+                ("beginning", summary.bos_id, summary.bos_token),
+            )
+            if token is not None
+        )
+        or "none",
         "encoded by": summary.encoder + (f"; {plural(summary.checked, 'document')} compared with it" if summary.checked else ""),
         **({"text not kept": "\n".join(summary.text_notes)} if summary.text_notes else {}),
         **({"resumed": f"after {summary.resumed_at / 1e6:,.1f} MB"} if summary.resumed_at else {}),
@@ -165,6 +174,7 @@ def main(argv: list[str]) -> None:
         merge_file=args.merge_file,
         vocab_size=args.vocab_size,
         eod_token=args.eod_token,
+        bos_token=args.bos_token,
         tiktoken_pattern=args.tiktoken_pattern,
         special_tokens=tuple(args.special_tokens) if args.special_tokens else None,
         keys=tuple(args.json_keys),

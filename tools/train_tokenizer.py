@@ -27,7 +27,14 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--json-key", default="text", help="JSON key of the text, with dots for nested keys")
     parser.add_argument("--max-bytes", default="200M", help="bytes of text to read at most")
     args = parser.parse_args(argv)
-    path = train_tokenizer(args.input, args.output, parse_count(args.vocab_size), args.json_key, parse_count(args.max_bytes))
+    path = train_tokenizer(
+        args.input,
+        args.output,
+        parse_count(args.vocab_size),
+        args.json_key,
+        parse_count(args.max_bytes),
+        notice=lambda text: print_line(text, stderr=True),
+    )
     print_line(f"wrote {path}")
 
 

@@ -26,7 +26,7 @@ import xxhash
 
 from megatron_patch.checkpoint.trainer_state import STATE, TrainerState
 from megatron_patch.errors import CheckpointError
-from megatron_patch.utils.files import checksum, fsync_folder, make_folder, read_json, write_durably
+from megatron_patch.utils.files import checksum, fsync_folder, make_folder, read_json, reason, write_durably
 
 MANIFEST_VERSION = 1
 MANIFEST = "manifest.json"
@@ -191,7 +191,7 @@ def read_manifest(folder: Path) -> dict[str, ManifestEntry]:
             f"{folder} has no {MANIFEST}: the checkpoint is incomplete", "a complete checkpoint", "resume from another checkpoint"
         ) from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"cannot read {path}: {error}", "a complete manifest", "resume from another checkpoint") from error
+        raise CheckpointError(f"cannot read {path}: {reason(error)}", "a complete manifest", "resume from another checkpoint") from error
     for name in entries:
         if not _inside(folder, name):
             raise CheckpointError(
@@ -256,7 +256,7 @@ def read_state(folder: Path) -> TrainerState:
     try:
         data = read_json(path)
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"cannot read {path}: {error}", "a complete checkpoint", "resume from another checkpoint") from error
+        raise CheckpointError(f"cannot read {path}: {reason(error)}", "a complete checkpoint", "resume from another checkpoint") from error
     return TrainerState.from_json(data, str(path))
 
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
+from megatron_patch.credentials import cleaned_record
 from megatron_patch.errors import CheckpointError
 from megatron_patch.utils.records import record_from_json, whole_number
 
@@ -79,6 +80,7 @@ class TrainerState:
             raise CheckpointError(f"{where} is not a trainer state of version 1 or {STATE_VERSION}", "a checkpoint of this program")
         if version == 1:
             data = _from_version_1(data, where)
+        data = cleaned_record(data)
         names = [f.name for f in fields(TrainerState)]
         missing = [name for name in names if name not in data]
         if missing:

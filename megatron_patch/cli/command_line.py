@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import sys
+import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
 
 from megatron_patch.config.checks import check_text
+from megatron_patch.credentials import without_credentials
 from megatron_patch.engine.environment import ranks_from_environment
 from megatron_patch.errors import ConfigError, MegatronPatchError
+from megatron_patch.exit_codes import ExitCode
 from megatron_patch.utils.console import print_line
 from megatron_patch.utils.files import deny_writing_by_everybody
 from megatron_patch.utils.registry import suggestion
@@ -87,5 +90,9 @@ def run_tool(main: Callable[[list[str]], None]) -> int:
             print_line(f"{f'rank {rank}: ' if rank else ''}{type(error).__name__}: {error}", stderr=True)
         return error.exit_code
     except BrokenPipeError:
-        return 1
+        return ExitCode.INTERNAL
+    except Exception as error:
+        # Python's own traceback would repeat what a library puts into its message.
+        print_line(without_credentials("".join(traceback.format_exception(error)).rstrip()), stderr=True)
+        return ExitCode.INTERNAL
     return 0

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from megatron_patch.config.option_types import flag_of
 from megatron_patch.config.options import DataOptions, EngineOptions, Options
+from megatron_patch.data.addresses import check_no_credentials
 from megatron_patch.data.corpus import split_ranges
 from megatron_patch.errors import ConfigError
 from megatron_patch.model.shape import ModelShape
@@ -99,8 +100,12 @@ def check_model_size(shape: ModelShape) -> None:
         check_count(names.get(name, name), getattr(shape, name), name)
 
 
+# Their values are what a model continues: an address in them is a text like any other, and nothing is read from there.
+_FLAGS_OF_TEXT = ("--prompt", "--sample-prompts", "--sample_prompts")
+
+
 def check_text(words: Sequence[str], source: str = "") -> None:
-    """Checks that arguments are text, as the names of files and folders are stored in JSON.
+    """Checks that arguments are text without secrets, as options and names of files are stored in JSON, printed and sent to trackers.
 
     Args:
         words: flags with their values.
@@ -108,6 +113,7 @@ def check_text(words: Sequence[str], source: str = "") -> None:
 
     Raises:
         ConfigError: a word has bytes that are not UTF-8, or a null character; the message names the flag before it.
+        DataError: an address in a word contains a password or a token; the message does not repeat it.
     """
     flag = ""
     for word in words:
@@ -120,6 +126,8 @@ def check_text(words: Sequence[str], source: str = "") -> None:
                 "names in UTF-8, because checkpoints and logs store them as JSON",
                 "rename the file or folder, or give another path",
             )
+        if flag not in _FLAGS_OF_TEXT:
+            check_no_credentials(word, f"{source}{flag} " if flag and not word.startswith("--") else source)
 
 
 def is_text(word: str) -> bool:

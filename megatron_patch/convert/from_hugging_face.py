@@ -24,7 +24,7 @@ from megatron_patch.errors import CheckpointError
 from megatron_patch.model.families import family_of_shape
 from megatron_patch.model.precision import precision_of
 from megatron_patch.model.shape import ModelShape
-from megatron_patch.utils.files import read_json
+from megatron_patch.utils.files import read_json, reason
 
 FILE_BYTES = 5_000_000_000
 
@@ -60,7 +60,7 @@ def read_config(path: Path) -> dict[str, Any]:
         config = read_json(path)
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(
-            f"{path} cannot be read: {error}",
+            f"{path} cannot be read: {reason(error)}",
             "a model's config.json",
             "for weights without a config.json, give --config with that of a model of the same shape, or --like with a checkpoint",
         ) from error

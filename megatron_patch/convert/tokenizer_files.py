@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_patch.convert.tiktoken_json import tokenizer_json
 from megatron_patch.errors import CheckpointError, DataError
-from megatron_patch.tokenizers.base import HuggingFaceTokenizer, Tokenizer, load_from_metadata, load_tokenizer
+from megatron_patch.tokenizers.base import HuggingFaceTokenizer, Tokenizer, load_from_metadata, load_tokenizer, token_text
 from megatron_patch.tokenizers.tiktoken import TikTokenizer
 
 FILES = (
@@ -121,14 +121,7 @@ def _config(tokenizer: Tokenizer) -> dict[str, Any]:
     }
     for key, token in (("eos_token", tokenizer.eod_id), ("bos_token", tokenizer.bos_id)):
         if token is not None:
-            config[key] = _token_name(tokenizer, token)
+            config[key] = token_text(tokenizer, token)
     if not fast:
         config |= {"add_bos_token": False, "add_eos_token": False, "legacy": False}
     return config
-
-
-def _token_name(tokenizer: Tokenizer, token: int) -> str:
-    if isinstance(tokenizer, TikTokenizer):
-        return tokenizer.decode([token])
-    backend: Any = getattr(tokenizer, "backend", None)
-    return str(backend.id_to_token(token) if isinstance(tokenizer, HuggingFaceTokenizer) else backend.id_to_piece(token))

@@ -15,8 +15,18 @@ from megatron_patch.errors import DataError
 from megatron_patch.utils.files import write_durably
 from megatron_patch.utils.records import record_from_json
 
+_MOST_BYTES = 1 << 24
 FORMAT = "megatron_patch/dataset-1"
-FIELDS_THAT_MUST_MATCH = ("tokenizer_type", "vocab_size", "eod_id", "append_eod", "prepend_bos", "tokenizer_xxh64", "tiktoken_pattern")
+FIELDS_THAT_MUST_MATCH = (
+    "tokenizer_type",
+    "vocab_size",
+    "eod_id",
+    "append_eod",
+    "prepend_bos",
+    "bos_id",
+    "tokenizer_xxh64",
+    "tiktoken_pattern",
+)
 
 
 @dataclass(frozen=True)
@@ -43,6 +53,7 @@ class DatasetMetadata:
         merge_file: merges.txt of GPT2BPETokenizer, whose `tokenizer_model` is its vocab.json.
         tiktoken_pattern: pattern of TikTokenizer, see `tokenizers.tiktoken`.
         special_tokens: special tokens of TikTokenizer, see `tokenizers.tiktoken`.
+        bos_id: id of the beginning-of-sequence token; None if there is none, or if it is unknown.
     """
 
     tokenizer_type: str
@@ -64,6 +75,7 @@ class DatasetMetadata:
     merge_file: str = ""
     tiktoken_pattern: str = ""
     special_tokens: tuple[str, ...] = ()
+    bos_id: int | None = None
 
 
 def metadata_path(prefix: str) -> Path:
@@ -81,7 +93,7 @@ def read_metadata(prefix: str) -> DatasetMetadata | None:
     if not exists(path):
         return None
     try:
-        data = json.loads(read_bytes(path))
+        data = json.loads(read_bytes(path, _MOST_BYTES))
         if data.pop("format", None) != FORMAT:
             raise ValueError(f"its format is not {FORMAT}")
         metadata = record_from_json(DatasetMetadata, {f.name: data[f.name] for f in fields(DatasetMetadata) if f.name in data})
@@ -126,8 +138,9 @@ def check_compatible(
     """
     for name in names:
         left, right = getattr(one, name), getattr(other, name)
-        # "" means unknown.
-        if left != right and "" not in (left, right):
+        # "" means unknown; older files have no bos_id.
+        unknown = "" in (left, right) or (name == "bos_id" and None in (left, right))
+        if left != right and not unknown:
             raise DataError(
                 f"{one_prefix} and {other_prefix} differ in {name}: {left} and {right}",
                 "data that was preprocessed in the same way",

@@ -21,7 +21,7 @@ from megatron_patch.preprocess.fast_encoder import make_fast_encoder
 from megatron_patch.preprocess.segments import SplitPoint, segments, split_point_of
 from megatron_patch.raw_text.large_documents import LargeText, load_text
 from megatron_patch.raw_text.parse_documents import ParsedBatch
-from megatron_patch.tokenizers.base import Tokenizer, load_tokenizer
+from megatron_patch.tokenizers.base import Tokenizer, load_tokenizer, require_special_tokens
 from megatron_patch.tokenizers.round_trip import RoundTrip, TextChecks, lost_text, shortened
 from megatron_patch.tokenizers.tiktoken import PATTERNS, TikTokenizer
 
@@ -49,7 +49,8 @@ class EncodeSettings:
         vocab_file: vocab.json of GPT2BPETokenizer.
         merge_file: merges.txt of GPT2BPETokenizer.
         vocab_size: vocabulary size of NullTokenizer.
-        eod_token: the end-of-document token, if it has none of the usual names.
+        eod_token: the end-of-document token, where the tokenizer's files do not name it.
+        bos_token: the beginning-of-sequence token, where the tokenizer's files do not name it.
         tiktoken_pattern: pattern by which TikTokenizer splits text.
         special_tokens: special tokens of TikTokenizer.
         keys: JSON keys that hold the text, with dots for nested keys.
@@ -71,6 +72,7 @@ class EncodeSettings:
     merge_file: str | None = None
     vocab_size: int | None = None
     eod_token: str | None = None
+    bos_token: str | None = None
     tiktoken_pattern: str | None = None
     special_tokens: tuple[str, ...] | None = None
     keys: tuple[str, ...] = ("text",)
@@ -159,6 +161,7 @@ def make_tokenizer(settings: EncodeSettings) -> Tokenizer:
         merge_file=settings.merge_file,
         vocab_size=settings.vocab_size,
         eod_token=settings.eod_token,
+        bos_token=settings.bos_token,
         tiktoken_pattern=settings.tiktoken_pattern,
         special_tokens=settings.special_tokens,
     )
@@ -171,14 +174,7 @@ def load_checked_tokenizer(settings: EncodeSettings) -> Tokenizer:
         DataError: it cannot be loaded, or lacks a special token.
     """
     tokenizer = make_tokenizer(settings)
-    if (settings.append_eod or settings.patch_align > 1) and tokenizer.eod_id is None:
-        raise DataError(
-            f"{tokenizer.name} has no end-of-document token with a usual name",
-            "a tokenizer with one, or --eod-token NAME",
-            "name a token of the vocabulary with --eod-token",
-        )
-    if settings.prepend_bos and tokenizer.bos_id is None:
-        raise DataError(f"{tokenizer.name} has no beginning-of-sequence token", "a tokenizer with one", "remove --prepend-bos")
+    require_special_tokens(tokenizer, eod=settings.append_eod or settings.patch_align > 1, bos=settings.prepend_bos)
     return tokenizer
 
 

@@ -24,6 +24,7 @@ from megatron_patch.errors import DataError
 from megatron_patch.preprocess.dedup_shuffle import dedup_and_shuffle, remove_dataset
 from megatron_patch.preprocess.encode import EncodeSettings, FastEncoderDisagrees, load_checked_tokenizer
 from megatron_patch.preprocess.in_process import InProcessEncoder
+from megatron_patch.preprocess.outputs import make_folders, output_prefixes
 from megatron_patch.preprocess.prefetch import spare_cores
 from megatron_patch.preprocess.progress_log import (
     ProgressLog,
@@ -36,7 +37,7 @@ from megatron_patch.preprocess.progress_log import (
     tokenizer_checksum,
 )
 from megatron_patch.preprocess.run_state import Counters, ReportProgress, Run
-from megatron_patch.preprocess.summary import LengthSample, Summary, summary_of_finished_run
+from megatron_patch.preprocess.summary import LengthSample, Summary, special_tokens, summary_of_finished_run
 from megatron_patch.preprocess.workers import Workers, prepare_workers
 from megatron_patch.raw_text.inputs import expand, shard_inputs
 from megatron_patch.raw_text.readers import read_batches
@@ -44,11 +45,6 @@ from megatron_patch.tokenizers.base import Tokenizer
 from megatron_patch.tokenizers.round_trip import check_round_trip
 from megatron_patch.utils.files import checksum
 from megatron_patch.utils.units import plural
-
-
-def output_prefixes(prefix: str, keys: Sequence[str]) -> list[str]:
-    """Returns PREFIX_KEY_document for each key, as Megatron names them; dots of nested keys become underscores."""
-    return [f"{prefix}_{key.replace('.', '_')}_document" for key in keys]
 
 
 def preprocess(
@@ -86,8 +82,8 @@ def preprocess(
         notice: receives messages for the user.
 
     Raises:
-        DataError: the input cannot be read, the tokenizer does not fit, the disk is full, a worker died, there are no documents, or the
-            unfinished run cannot be resumed.
+        DataError: the input cannot be read, the tokenizer does not fit, the disk is full, a worker died, there are no documents, the
+            outputs cannot be created, or the unfinished run cannot be resumed.
     """
     if workers < 1 or settings.patch_align < 1:
         raise DataError(f"--workers is {workers} and --patch-align is {settings.patch_align}", "whole numbers from 1")
@@ -114,9 +110,11 @@ def preprocess(
     if workers > 1:
         prepare_workers()
     tokenizer = load_checked_tokenizer(settings)
+    make_folders(output_prefix, prefixes)
     settings = replace(settings, dtype=str(optimal_dtype(tokenizer.vocab_size)))
     shown = separator.decode("utf-8", "replace") if separator is not None else None
-    known = identity(parts, settings, separator=shown, dedup=dedup, shuffle_seed=shuffle_seed)
+    ids = (tokenizer.eod_id, tokenizer.bos_id)
+    known = identity(parts, settings, ids, separator=shown, dedup=dedup, shuffle_seed=shuffle_seed)
     begin = _starting_record(run, known, overwrite, resume)
     if begin is None:
         notice("the run is already finished: nothing to do")
@@ -208,7 +206,7 @@ def _run(run: Run, settings: EncodeSettings, tokenizer: Tokenizer, known: dict[s
         dtype=settings.dtype,
         vocab_size=tokenizer.vocab_size,
         largest_id=counters.largest,
-        eod_id=tokenizer.eod_id,
+        **special_tokens(tokenizer),
         tokens_per_document=(LengthSample.of(IndexedDataset(run.prefixes[0])) if run.dedup else counters.lengths).quantiles(),
         backend=counters.backend or "reference",
         encoder=counters.encoder_note,
@@ -305,4 +303,5 @@ def _metadata(prefix: str, settings: EncodeSettings, tokenizer: Tokenizer, run_x
         merge_file=os.path.abspath(settings.merge_file) if settings.merge_file else "",
         tiktoken_pattern=settings.tiktoken_pattern or "",
         special_tokens=tuple(settings.special_tokens or ()),
+        bos_id=tokenizer.bos_id,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from megatron_patch.errors import DataError
@@ -12,6 +12,7 @@ from megatron_patch.raw_text.large_documents import load_text
 from megatron_patch.raw_text.parse_documents import iterate_documents
 from megatron_patch.raw_text.readers import read_batches
 from megatron_patch.utils.files import write_durably
+from megatron_patch.utils.units import plural
 
 EOD_TOKEN = "<|endoftext|>"
 
@@ -29,7 +30,14 @@ def _texts(inputs: Sequence[str], key: str, max_bytes: int) -> Iterator[str]:
                 yield text
 
 
-def train_tokenizer(inputs: Sequence[str], output: str, vocab_size: int, key: str = "text", max_bytes: int = 200_000_000) -> Path:
+def train_tokenizer(
+    inputs: Sequence[str],
+    output: str,
+    vocab_size: int,
+    key: str = "text",
+    max_bytes: int = 200_000_000,
+    notice: Callable[[str], None] = lambda text: None,
+) -> Path:
     """Trains a byte-level BPE. The same text always gives the same tokenizer.
 
     Args:
@@ -38,6 +46,7 @@ def train_tokenizer(inputs: Sequence[str], output: str, vocab_size: int, key: st
         vocab_size: number of ids, which include the 256 bytes and the end-of-document token.
         key: JSON key of the text.
         max_bytes: largest number of bytes of text to read.
+        notice: receives messages for the user.
 
     Returns:
         The path of tokenizer.json.
@@ -65,6 +74,12 @@ def train_tokenizer(inputs: Sequence[str], output: str, vocab_size: int, key: st
         vocab_size=vocab_size, special_tokens=[EOD_TOKEN], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
     backend.train_from_iterator(all_texts(), trainer)
+    reached = backend.get_vocab_size()
+    if reached < vocab_size:
+        notice(
+            f"the vocabulary has {plural(reached, 'id')}, not {vocab_size:,}: the text has no more pairs of tokens to merge; "
+            "give more text for a larger vocabulary"
+        )
     folder = Path(output)
     try:
         folder.mkdir(parents=True, exist_ok=True)

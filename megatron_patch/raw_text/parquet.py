@@ -17,6 +17,7 @@ from megatron_patch.raw_text.large_documents import MOST_DOCUMENT_BYTES
 
 _MOST_ROWS = 1 << 16
 _MOST_BYTES = 1 << 26
+_LISTED_COLUMNS = 50
 
 
 def _pyarrow() -> tuple[Any, Any]:
@@ -46,11 +47,11 @@ def row_batches(path: str, keys: Sequence[str], start: int, batch_bytes: int) ->
         The rows as an Arrow stream, the index of the row after them, the fraction of the file read so far.
 
     Raises:
-        DataError: pyarrow is not installed, the file is damaged, or a key is not a column of strings.
+        DataError: pyarrow is not installed, the file is damaged, or a key is not a column of text.
     """
     arrow, parquet = _pyarrow()
     try:
-        _check_columns(arrow, path, parquet.read_schema(path), keys)
+        names = [_find_column(arrow, path, parquet.read_schema(path), key) for key in keys]
         # A dictionary stores a repeated text once, and is kept as it is read. Otherwise a batch of rows with one long text would take
         # hundreds of gigabytes, out of a file of a few kilobytes.
         columns = list(dict.fromkeys(keys))
@@ -69,6 +70,8 @@ def row_batches(path: str, keys: Sequence[str], start: int, batch_bytes: int) ->
             if not groups or start >= rows:
                 return
             size = max(1, min(_MOST_ROWS, batch_bytes * rows // max(1, _text_bytes(file.metadata, keys))))
+            if _is_ambiguous(file.metadata, keys):
+                size = 1  # pyarrow keeps the dictionary of only one of the columns, so a batch could take any amount of memory
             # Group by group: Arrow cannot join the dictionaries of two groups inside of a struct.
             batches = (file.iter_batches(size, row_groups=[group], columns=columns, use_threads=False) for group in groups)
             for batch in itertools.chain.from_iterable(batches):
@@ -78,7 +81,7 @@ def row_batches(path: str, keys: Sequence[str], start: int, batch_bytes: int) ->
                     continue
                 batch, drop = batch.slice(drop), 0
                 done = position - batch.num_rows
-                for part in _divided(arrow, batch, columns, path):
+                for part in _divided(arrow, batch, names, path):
                     done += part.num_rows
                     sink = arrow.BufferOutputStream()
                     with arrow.ipc.new_stream(sink, part.schema) as stream:
@@ -90,14 +93,14 @@ def row_batches(path: str, keys: Sequence[str], start: int, batch_bytes: int) ->
         ) from error
 
 
-def _divided(arrow: Any, batch: Any, keys: Sequence[str], path: str) -> Iterator[Any]:
-    """Yields the texts of a batch, a column for each key, in parts of at most `_MOST_BYTES` of text, or of one row.
+def _divided(arrow: Any, batch: Any, names: Sequence[Sequence[str]], path: str) -> Iterator[Any]:
+    """Yields the texts of a batch, a column for each of `names`, in parts of at most `_MOST_BYTES` of text, or of one row.
 
     Raises:
         DataError: a text is too long.
     """
     compute = arrow.compute
-    columns = [_column(batch, key) for key in keys]
+    columns = [_column(batch, path_of_names) for path_of_names in names]
     sizes = np.zeros(batch.num_rows, np.int64)
     for column in columns:
         lengths = compute.binary_length(column.dictionary).cast("int64").take(column.indices)
@@ -113,17 +116,21 @@ def _divided(arrow: Any, batch: Any, keys: Sequence[str], path: str) -> Iterator
         before = int(ends[start - 1]) if start else 0
         end = max(start + 1, int(np.searchsorted(ends, before + _MOST_BYTES, side="right")))
         texts = [column.slice(start, end - start).dictionary_decode() for column in columns]
-        yield arrow.RecordBatch.from_arrays(texts, names=list(keys))
+        yield arrow.RecordBatch.from_arrays(texts, names=[str(number) for number in range(len(texts))])
         start = end
 
 
-def _column(batch: Any, key: str) -> Any:
-    """Returns the column of a key, as an array with a dictionary; null where a struct that contains it is null."""
+def _column(batch: Any, names: Sequence[str]) -> Any:
+    """Returns a column, as an array with a dictionary; null where a struct that contains it is null.
+
+    Args:
+        batch: a batch of rows.
+        names: name of a column; and, if it is a struct, names of fields inside of it.
+    """
     import pyarrow.compute
 
-    first, *names = key.split(".")
-    column = batch.column(first)
-    for name in names:
+    column = batch.column(names[0])
+    for name in names[1:]:
         column = pyarrow.compute.struct_field(column, name)
     return column if hasattr(column, "dictionary") else column.dictionary_encode()
 
@@ -140,38 +147,75 @@ def _text_bytes(metadata: Any, keys: Sequence[str]) -> int:
     return total
 
 
-def _check_columns(arrow: Any, path: str, schema: Any, keys: Sequence[str]) -> None:
-    """Raises a DataError if the table lacks a key, before any row is read."""
-    for key in keys:
-        kind: Any = arrow.struct(list(schema))
-        for name in key.split("."):
-            index = kind.get_field_index(name) if arrow.types.is_struct(kind) else -1
-            if index < 0:
-                raise DataError(f"{path} has no column {key!r}", f"its columns: {', '.join(schema.names)}", "check --json-keys")
-            kind = kind.field(index).type
-        if arrow.types.is_dictionary(kind):
-            kind = kind.value_type
-        if not (arrow.types.is_string(kind) or arrow.types.is_large_string(kind) or arrow.types.is_string_view(kind)):
-            raise DataError(f"{path}: column {key!r} holds {kind}", "a column of strings", "check --json-keys")
+def _is_ambiguous(metadata: Any, keys: Sequence[str]) -> bool:
+    """Returns whether a key is both the name of a column and the path of a field inside of another one."""
+    paths = [metadata.schema.column(number).path for number in range(metadata.num_columns)]
+    return any(paths.count(key) > 1 for key in keys)
 
 
-def texts_of_rows(data: bytes, keys: Sequence[str]) -> list[list[str | None]]:
-    """Returns for each key the texts of an Arrow stream from `row_batches`; None where a row has no text, or one that is not UTF-8."""
+def _find_column(arrow: Any, path: str, schema: Any, key: str) -> list[str]:
+    """Returns the names that lead to the column of a key.
+
+    A name may contain dots itself: of the names that exist, the longest counts first, as in JSON.
+
+    Raises:
+        DataError: the table lacks the key, or its column holds no text.
+    """
+
+    def find(kind: Any, names: Sequence[str]) -> tuple[list[str], Any] | None:
+        if not names:
+            return [], kind
+        for count in range(len(names), 0, -1) if arrow.types.is_struct(kind) else ():
+            name = ".".join(names[:count])
+            index = kind.get_field_index(name)
+            if index >= 0 and (rest := find(kind.field(index).type, names[count:])) is not None:
+                return [name, *rest[0]], rest[1]
+        return None
+
+    found = find(arrow.struct(list(schema)), key.split("."))
+    if found is None:
+        columns = list(itertools.islice(_leaves(arrow, schema, ""), _LISTED_COLUMNS))
+        raise DataError(f"{path} has no column {key!r}", f"its columns: {', '.join(columns)}", "check --json-keys")
+    names, kind = found
+    if arrow.types.is_dictionary(kind):
+        kind = kind.value_type
+    types = arrow.types
+    texts = (types.is_string, types.is_large_string, types.is_string_view, types.is_binary, types.is_large_binary, types.is_binary_view)
+    if not any(is_text(kind) for is_text in texts):
+        raise DataError(f"{path}: column {key!r} holds {kind}", "a column of strings, or of bytes that are UTF-8", "check --json-keys")
+    return names
+
+
+def _leaves(arrow: Any, fields: Any, begin: str) -> Iterator[str]:
+    """Yields the names of columns, with dots for the fields of structs."""
+    for field in fields:
+        if arrow.types.is_struct(field.type) and field.type.num_fields:
+            yield from _leaves(arrow, field.type, f"{begin}{field.name}.")
+        else:
+            yield begin + field.name
+
+
+def texts_of_rows(data: bytes) -> list[list[str | bytes | None]]:
+    """Returns for each key the values of an Arrow stream from `row_batches`: the text; None without one; bytes that are not UTF-8."""
     arrow, _ = _pyarrow()
     table = arrow.ipc.open_stream(data).read_all()
     columns = []
-    for key in keys:
-        column = table.column(key)
+    for column in table.columns:
         try:
-            columns.append(column.to_pylist())
+            values = column.to_pylist()
+            if not (arrow.types.is_string(column.type) or arrow.types.is_large_string(column.type)):
+                values = [value.decode("utf-8") if value is not None else None for value in values]
+            columns.append(values)
         except UnicodeDecodeError:
             columns.append([_text(value) for value in column])
     return columns
 
 
-def _text(value: Any) -> str | None:
-    try:
-        found: str | None = value.as_py()
-        return found
-    except UnicodeDecodeError:
+def _text(value: Any) -> str | bytes | None:
+    if not value.is_valid:
         return None
+    raw: bytes = value.as_buffer().to_pybytes()
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError:
+        return raw

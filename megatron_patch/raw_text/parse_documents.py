@@ -62,7 +62,7 @@ def iterate_documents(batch: Batch, keys: Sequence[str], line_counts: list[int])
         DataError: the batch cannot be read.
     """
     if batch.kind == "rows":
-        columns = texts_of_rows(batch.read(), keys)
+        columns = texts_of_rows(batch.read())
         line_counts.append(len(columns[0]))
         for number, row in enumerate(zip(*columns, strict=True), start=1):
             yield _row(number, row, keys)
@@ -133,11 +133,12 @@ def _split(data: bytes, separator: bytes | None) -> Iterator[tuple[int, memoryvi
         yield start, view[start:]
 
 
-def _row(number: int, row: Sequence[str | None], keys: Sequence[str]) -> Document:
-    for key, value in zip(keys, row, strict=True):
-        if value is None:
-            return Document(number, None, f"key {key!r} is missing or not UTF-8")
-    return Document(number, tuple(value for value in row if value is not None))
+def _row(number: int, row: Sequence[str | bytes | None], keys: Sequence[str]) -> Document:
+    texts = tuple(value for value in row if isinstance(value, str))
+    if len(texts) == len(row):
+        return Document(number, texts)
+    key, value = next((key, value) for key, value in zip(keys, row, strict=True) if not isinstance(value, str))
+    return Document(number, None, f"key {key!r} is {'null, not a string' if value is None else 'not UTF-8'}")
 
 
 def _plain_text(number: int, data: bytes, keys: int, offset: int) -> Document:

@@ -14,6 +14,7 @@ from megatron_patch.tokenizers.hugging_face import HuggingFaceTokenizer, load_gp
 from megatron_patch.tokenizers.interface import Flat, Tokenizer, TokenizerOptions, encode
 from megatron_patch.tokenizers.null import NullTokenizer, load_null
 from megatron_patch.tokenizers.sentencepiece import SentencePieceTokenizer, load_sentencepiece
+from megatron_patch.tokenizers.special_tokens import FLAGS
 from megatron_patch.tokenizers.tiktoken import load_tiktoken
 from megatron_patch.utils.console import print_line
 from megatron_patch.utils.registry import lookup
@@ -30,6 +31,8 @@ __all__ = [
     "load_from_metadata",
     "load_tokenizer",
     "load_tokenizer_for_display",
+    "require_special_tokens",
+    "token_text",
     "tokenizer_of_checkpoint",
 ]
 
@@ -54,6 +57,9 @@ def load_tokenizer(
     merge_file: str | None = None,
     vocab_size: int | None = None,
     eod_token: str | None = None,
+    bos_token: str | None = None,
+    eod_id: int | None = None,
+    bos_id: int | None = None,
     tiktoken_pattern: str | None = None,
     special_tokens: Sequence[str] | None = None,
 ) -> Tokenizer:
@@ -66,6 +72,9 @@ def load_tokenizer(
         merge_file: see `TokenizerOptions`.
         vocab_size: see `TokenizerOptions`.
         eod_token: see `TokenizerOptions`.
+        bos_token: see `TokenizerOptions`.
+        eod_id: see `TokenizerOptions`.
+        bos_id: see `TokenizerOptions`.
         tiktoken_pattern: see `TokenizerOptions`.
         special_tokens: see `TokenizerOptions`.
 
@@ -73,7 +82,51 @@ def load_tokenizer(
         DataError: an unknown type, or files that are missing or damaged.
     """
     load = lookup(TOKENIZERS, tokenizer_type, "--tokenizer-type", error=DataError)
-    return load(TokenizerOptions(tokenizer_model, vocab_file, merge_file, vocab_size, eod_token, tiktoken_pattern, special_tokens))
+    return load(
+        TokenizerOptions(
+            model=tokenizer_model,
+            vocab_file=vocab_file,
+            merge_file=merge_file,
+            vocab_size=vocab_size,
+            eod_token=eod_token,
+            bos_token=bos_token,
+            eod_id=eod_id,
+            bos_id=bos_id,
+            tiktoken_pattern=tiktoken_pattern,
+            special_tokens=special_tokens,
+        )
+    )
+
+
+def require_special_tokens(tokenizer: Tokenizer, eod: bool, bos: bool) -> None:
+    """Checks that a tokenizer has the special tokens that are added to documents.
+
+    Args:
+        tokenizer: the tokenizer.
+        eod: whether documents end with the end-of-document token.
+        bos: whether documents begin with the beginning-of-sequence token.
+
+    Raises:
+        DataError: it lacks one; the message says why.
+    """
+    roles = (
+        (eod, tokenizer.eod_id, "no_eod", "end-of-document", FLAGS["eos"]),
+        (bos, tokenizer.bos_id, "no_bos", "beginning-of-sequence", FLAGS["bos"]),
+    )
+    for needed, token, reason, words, flag in roles:
+        if needed and token is None:
+            why = getattr(tokenizer, reason, "")
+            raise DataError(
+                f"{tokenizer.name} has no {words} token" + (f": {why}" if why else ""),
+                f"a tokenizer whose files name one, or {flag} NAME",
+                f"name a token of the vocabulary with {flag}",
+            )
+
+
+def token_text(tokenizer: Tokenizer, token: int) -> str:
+    """Returns the name of a token in the vocabulary, or its text where the tokenizer's library has no names."""
+    named = getattr(tokenizer, "token_text", None)
+    return str(named(token)) if named is not None else tokenizer.decode([token])
 
 
 def load_from_metadata(metadata: Mapping[str, Any], tokenizer_type: str | None = None, tokenizer_model: str | None = None) -> Tokenizer:
@@ -103,11 +156,18 @@ def load_from_metadata(metadata: Mapping[str, Any], tokenizer_type: str | None =
             "data preprocessed by this version, or the tokenizer as tokenizer.json",
             "give --tokenizer-type HuggingFaceTokenizer --tokenizer-model tokenizer.json",
         )
-    special = more.get("special_tokens") or None
-    tokenizer = load_tokenizer(kind, model, merge_file=more.get("merge_file") or None, tiktoken_pattern=pattern, special_tokens=special)
-    # The documents of the data end with the token that was chosen when the data was made.
-    if more.get("eod_id") is not None:
-        tokenizer.eod_id = int(more["eod_id"])
+    # The documents of the data begin and end with the tokens that were chosen when the data was made.
+    eod, bos = more.get("eod_id"), more.get("bos_id")
+    tokenizer = load_tokenizer(
+        kind,
+        model,
+        merge_file=more.get("merge_file") or None,
+        eod_id=None if eod is None else int(eod),
+        bos_id=None if bos is None else int(bos),
+        tiktoken_pattern=pattern,
+        special_tokens=more.get("special_tokens") or None,
+    )
+    tokenizer.eod_id = tokenizer.eod_id if eod is None else int(eod)
     return tokenizer
 
 

@@ -52,7 +52,10 @@ class TokenizerOptions:
         vocab_file: --vocab-file, vocab.json of GPT2BPETokenizer.
         merge_file: --merge-file, merges.txt of GPT2BPETokenizer.
         vocab_size: --vocab-size, for NullTokenizer.
-        eod_token: --eod-token, the end-of-document token where it has an unusual name.
+        eod_token: --eod-token, the end-of-document token where the tokenizer does not name it.
+        bos_token: --bos-token, the beginning-of-sequence token where the tokenizer does not name it.
+        eod_id: the id of the end-of-document token where it is known already, as for data that has been made.
+        bos_id: the id of the beginning-of-sequence token where it is known already.
         tiktoken_pattern: --tiktoken-pattern of TikTokenizer, see `tokenizers.tiktoken`.
         special_tokens: --special-tokens of TikTokenizer, see `tokenizers.tiktoken`.
     """
@@ -62,6 +65,9 @@ class TokenizerOptions:
     merge_file: str | None = None
     vocab_size: int | None = None
     eod_token: str | None = None
+    bos_token: str | None = None
+    eod_id: int | None = None
+    bos_id: int | None = None
     tiktoken_pattern: str | None = None
     special_tokens: Sequence[str] | None = None
 

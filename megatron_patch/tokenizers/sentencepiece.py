@@ -14,6 +14,9 @@ from typing import Any
 
 from megatron_patch.errors import DataError
 from megatron_patch.tokenizers.interface import Flat, TokenizerOptions, flatten
+from megatron_patch.tokenizers.library_errors import MOST_FILE_BYTES, encode_texts, library_errors
+from megatron_patch.tokenizers.special_tokens import FLAGS, Choice, Role
+from megatron_patch.utils.files import read_small
 
 _SPACE = "▁"
 _PROBES = ("a", "a b", " a", "a  b ", "\ta\n", "ﬁ½é e\u0301 Ａ", "\u3000x\u00a0y", "\r\n", "İ ß", "x\u200by\ufeff")
@@ -28,14 +31,32 @@ class SentencePieceTokenizer:
     vocab_size: int
     eod_id: int | None
     bos_id: int | None
+    no_eod: str = ""
+    no_bos: str = ""
 
     def encode_flat(self, texts: Sequence[str]) -> Flat:
-        """Returns the token ids of several texts, without special tokens."""
-        return flatten(self.backend.encode(list(texts), add_bos=False, add_eos=False))
+        """Returns the token ids of several texts, without special tokens.
+
+        Raises:
+            DataError: the library cannot encode a text.
+        """
+        return flatten(encode_texts(self.name, self._encode, texts))
+
+    def _encode(self, texts: list[str]) -> Any:
+        return self.backend.encode(texts, add_bos=False, add_eos=False)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Returns the text of token ids."""
-        return str(self.backend.decode([int(token) for token in ids]))
+        """Returns the text of token ids.
+
+        Raises:
+            DataError: the library cannot decode the ids.
+        """
+        with library_errors(f"{self.name} cannot decode", "ids of its vocabulary", "check that text and tokenizer belong together"):
+            return str(self.backend.decode([int(token) for token in ids]))
+
+    def token_text(self, token: int) -> str:
+        """Returns the piece of a token."""
+        return str(self.backend.id_to_piece(token))
 
 
 def load_sentencepiece(options: TokenizerOptions) -> SentencePieceTokenizer:
@@ -46,25 +67,34 @@ def load_sentencepiece(options: TokenizerOptions) -> SentencePieceTokenizer:
     """
     import sentencepiece
 
-    model, eod_token = options.model, options.eod_token
+    model = options.model
     if model is None:
         raise DataError("SentencePieceTokenizer without --tokenizer-model", "a SentencePiece .model file", "give --tokenizer-model")
     if not Path(model).is_file():
         raise DataError(f"--tokenizer-model {model} does not exist", "a SentencePiece .model file", "check the path")
     backend = sentencepiece.SentencePieceProcessor()
-    try:
-        backend.load(model)
-    except (OSError, RuntimeError) as error:
-        raise DataError(
-            f"{model} is not a SentencePiece model: {error}", "a SentencePiece .model file", "give another --tokenizer-model"
-        ) from error
-    eod = backend.eos_id() if backend.eos_id() >= 0 else None
-    if eod_token is not None:
-        eod = backend.piece_to_id(eod_token)
-        if backend.id_to_piece(eod) != eod_token:
-            raise DataError(f"--eod-token {eod_token} is not in the vocabulary", "a piece of the vocabulary", "check its spelling")
-    bos = backend.bos_id() if backend.bos_id() >= 0 else None
-    return SentencePieceTokenizer(model, backend, backend.get_piece_size(), eod, bos)
+    with library_errors(f"{model} is not a SentencePiece model", "a SentencePiece .model file", "give another --tokenizer-model"):
+        backend.load_from_serialized_proto(read_small(model, MOST_FILE_BYTES))
+    if backend.get_piece_size() == 0:
+        raise DataError(f"{model} has an empty vocabulary", "a trained model", "give another --tokenizer-model")
+    eod = Choice(options.eod_id) if options.eod_id is not None else _choose("eos", options.eod_token, backend)
+    bos = Choice(options.bos_id) if options.bos_id is not None else _choose("bos", options.bos_token, backend)
+    return SentencePieceTokenizer(model, backend, backend.get_piece_size(), eod.token, bos.token, eod.reason, bos.reason)
+
+
+def _choose(role: Role, given: str | None, backend: Any) -> Choice:
+    """Returns the token that the model itself has for a role, or the piece that the user gave.
+
+    Raises:
+        DataError: the piece given is not in the vocabulary.
+    """
+    own = int(backend.eos_id() if role == "eos" else backend.bos_id())
+    if given is None:
+        return Choice(own) if own >= 0 else Choice(None, f"the model has no {role} piece")
+    found = int(backend.piece_to_id(given))
+    if backend.id_to_piece(found) != given:
+        raise DataError(f"{FLAGS[role]} {given} is not in the vocabulary", "a piece of the vocabulary", "check its spelling")
+    return Choice(found)
 
 
 def replaces_spaces_alone(backend: Any) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,25 +18,40 @@ import numpy.typing as npt
 
 from megatron_patch.errors import DataError
 from megatron_patch.tokenizers.interface import TokenizerOptions
+from megatron_patch.tokenizers.library_errors import MOST_FILE_BYTES, encode_texts, library_errors
+from megatron_patch.tokenizers.special_tokens import Choice, SpecialTokenFiles, choose
+from megatron_patch.utils.files import read_small, reason
+from megatron_patch.utils.registry import lookup
 
 _CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _WORD, _MARKS, _TAIL = r"[^\r\n\p{L}\p{N}]?\p{L}+", r" ?[^\s\p{L}\p{N}]+[\r\n]*", r"\s*[\r\n]+|\s+(?!\S)|\s+"
+_GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_O200K = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_CONTRACTIONS}?|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_CONTRACTIONS}?"
+    rf"|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_TAIL}"
+)
+_CL100K = rf"'(?i:[sdmt]|ll|ve|re)|{_WORD}|\p{{N}}{{1,3}}|{_MARKS}|\s+$|\s*[\r\n]|\s+(?!\S)|\s"
 PATTERNS = {
-    "gpt2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
-    "cl100k": rf"'(?i:[sdmt]|ll|ve|re)|{_WORD}|\p{{N}}{{1,3}}|{_MARKS}|\s+$|\s*[\r\n]|\s+(?!\S)|\s",
+    "gpt2": _GPT2,
+    "cl100k": _CL100K,
     "llama3": rf"{_CONTRACTIONS}|{_WORD}|\p{{N}}{{1,3}}|{_MARKS}|{_TAIL}",
     "qwen": rf"{_CONTRACTIONS}|{_WORD}|\p{{N}}|{_MARKS}|{_TAIL}",
-    "o200k": (
-        rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_CONTRACTIONS}?|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_CONTRACTIONS}?"
-        rf"|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_TAIL}"
+    "o200k": _O200K,
+    "v1": rf"{_WORD}|\p{{N}}|{_MARKS}|\s*[\r\n]|\s+(?!\S)|\s+",
+    "v2": (
+        rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"
+        rf"|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_TAIL}"
     ),
+    **dict.fromkeys(("r50k_base", "p50k_base", "p50k_edit"), _GPT2),
+    "cl100k_base": _CL100K,
+    **dict.fromkeys(("o200k_base", "o200k_harmony"), _O200K),
 }
-"""The patterns by name: of GPT-2, GPT-4 (cl100k), Llama 3, Qwen and GPT-4o (o200k)."""
+"""The patterns by name: of GPT-2, GPT-4 (cl100k), Llama 3, Qwen and GPT-4o (o200k); Megatron's (v1, v2); tiktoken's encodings."""
 _FOR_DECODING = "llama3"
 DEFAULT_SPECIAL = ("<|endoftext|>",)
-_BOS_NAMES = ("<|begin_of_text|>", "<s>", "<bos>", "<|startoftext|>")
-_EOD_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
+# Words alone are a name: as an expression they would match nothing but themselves.
+_NAME = re.compile(r"[\w.-]+")
 
 
 @dataclass
@@ -48,12 +64,25 @@ class TikTokenizer:
     vocab_size: int
     eod_id: int | None
     bos_id: int | None
+    no_eod: str = ""
+    no_bos: str = ""
 
     def encode_flat(self, texts: Sequence[str]) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
-        """Returns the token ids of several texts, without special tokens."""
-        rows = [self.backend.encode_to_numpy(text, disallowed_special=(), allowed_special=set()) for text in texts]
+        """Returns the token ids of several texts, without special tokens.
+
+        Raises:
+            DataError: the library cannot encode a text.
+        """
+        rows = encode_texts(self.name, self._encode, texts)
         lengths = np.array([len(row) for row in rows], np.int64)
         return np.concatenate([np.empty(0, np.uint32), *rows]).astype(np.uint32), lengths
+
+    def _encode(self, texts: list[str]) -> list[npt.NDArray[np.uint32]]:
+        return [self.backend.encode_to_numpy(text, disallowed_special=(), allowed_special=set()) for text in texts]
+
+    def token_text(self, token: int) -> str:
+        """Returns the name of a special token, or the text of another."""
+        return self.decode([token])
 
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the text of token ids; ids without a token become <ID>."""
@@ -70,9 +99,9 @@ def _read_ranks(path: Path) -> dict[bytes, int]:
     """Returns the rank of each token of a tiktoken file; a rank is the token's id."""
     ranks: dict[bytes, int] = {}
     try:
-        lines = path.read_bytes().splitlines()
+        lines = read_small(path, MOST_FILE_BYTES).splitlines()
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}", "a readable tiktoken file", "check its permissions") from error
+        raise DataError(f"{path} cannot be read: {reason(error)}", "a readable tiktoken file", "check the file") from error
     for number, line in enumerate(lines, start=1):
         try:
             token, rank = line.split() if line.strip() else (b"", b"")
@@ -101,7 +130,7 @@ def load_tiktoken(options: TokenizerOptions) -> TikTokenizer:
     Raises:
         DataError: tiktoken is not installed, the file or the pattern is invalid, or a special token takes the id of another token.
     """
-    model, eod_token, pattern = options.model, options.eod_token, options.tiktoken_pattern
+    model, pattern = options.model, options.tiktoken_pattern
     if model is None:
         raise DataError("TikTokenizer without --tokenizer-model", "a tiktoken file of base64 tokens and ranks", "give --tokenizer-model")
     try:
@@ -117,21 +146,30 @@ def load_tiktoken(options: TokenizerOptions) -> TikTokenizer:
         raise DataError(f"--tokenizer-model {model} does not exist", "a tiktoken file of base64 tokens and ranks", "check the path")
     ranks = _read_ranks(path)
     special = _special_ids(options.special_tokens or DEFAULT_SPECIAL, ranks)
-    expression = PATTERNS.get(pattern or _FOR_DECODING, pattern or "")
-    try:
+    expression = _expression(pattern)
+    with library_errors(
+        f"--tiktoken-pattern {pattern} is not valid",
+        f"{', '.join(PATTERNS)}, or a regular expression",
+        "give the pattern that the tokenizer was made with",
+    ):
         backend = tiktoken.Encoding(path.name, pat_str=expression, mergeable_ranks=ranks, special_tokens=special)
-    except ValueError as error:
-        raise DataError(
-            f"--tiktoken-pattern {pattern} is not valid: {error}",
-            f"{', '.join(PATTERNS)}, or a regular expression",
-            "give the pattern that the tokenizer was made with",
-        ) from error
-    if eod_token is not None and eod_token not in special:
-        raise DataError(f"--eod-token {eod_token} is not in the vocabulary", f"a special token: {', '.join(special)}", "check its spelling")
-    names = (eod_token,) if eod_token is not None else _EOD_NAMES
-    eod = next((special[name] for name in names if name in special), None)
-    bos = next((special[name] for name in _BOS_NAMES if name in special), None)
-    return TikTokenizer(model, backend, expression, max([*ranks.values(), *special.values()]) + 1, eod, bos)
+    eod = Choice(options.eod_id) if options.eod_id is not None else choose("eos", options.eod_token, SpecialTokenFiles(), special, special)
+    bos = Choice(options.bos_id) if options.bos_id is not None else choose("bos", options.bos_token, SpecialTokenFiles(), special, special)
+    size = max([*ranks.values(), *special.values()]) + 1
+    return TikTokenizer(model, backend, expression, size, eod.token, bos.token, eod.reason, bos.reason)
+
+
+def _expression(pattern: str | None) -> str:
+    """Returns the regular expression of a pattern, which is the name of a known one or an expression itself.
+
+    Raises:
+        DataError: it is a name that is not known.
+    """
+    if pattern is None:
+        return PATTERNS[_FOR_DECODING]
+    if _NAME.fullmatch(pattern):
+        return lookup(PATTERNS, pattern, "--tiktoken-pattern", error=DataError)
+    return pattern
 
 
 def _special_ids(names: Sequence[str], ranks: Mapping[bytes, int]) -> dict[str, int]:

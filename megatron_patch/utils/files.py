@@ -20,7 +20,9 @@ from typing import Any, cast
 
 import xxhash
 
-_LONGEST_JSON = 1 << 28
+MOST_JSON_BYTES = 1 << 26
+"""The most bytes of a JSON file that is read as a whole; those that this program writes stay far below."""
+_PIECE_BYTES = 1 << 20
 
 
 def same_path(first: str | Path, second: str | Path) -> bool:
@@ -111,20 +113,52 @@ def checksum_on_disk(path: Path) -> str:
     return checksum(path)
 
 
+def read_small(path: str | Path, limit: int, wait: bool = False) -> bytes:
+    """Returns the content of a file that has to fit into memory, never more than `limit` bytes of it.
+
+    Args:
+        path: the file.
+        limit: the most bytes that it may have.
+        wait: read also from a pipe or a device, such as /dev/stdin or <(…), until its other end is closed. Without it they are refused.
+
+    Raises:
+        OSError: the file has more than `limit` bytes (EFBIG), is not a file, or cannot be read; its `strerror` says which.
+    """
+    # Without waiting for the other end of a pipe.
+    with open(path, "rb", buffering=0, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        found = os.fstat(file.fileno())
+        if not stat.S_ISREG(found.st_mode):
+            if not wait:
+                raise OSError(errno.EINVAL, "it is not a file", str(path))
+            os.set_blocking(file.fileno(), True)
+        content = bytearray()
+        if found.st_size <= limit:
+            # One piece at a time, because a read allocates all bytes that it asks for. Files of /proc report a size of 0.
+            while len(content) <= limit and (piece := file.read(min(limit + 1 - len(content), _PIECE_BYTES))):
+                content += piece
+        if max(len(content), found.st_size) > limit:
+            size = f"{found.st_size:,}" if found.st_size > limit else f"more than {limit:,}"
+            raise OSError(errno.EFBIG, f"it has {size} bytes, and such a file may have up to {limit:,}", str(path))
+    if not content and stat.S_ISFIFO(found.st_mode):
+        # Whoever was to write to it has not opened it yet, or has ended: nothing is not the same as an empty file.
+        raise OSError(errno.EPIPE, "it is a pipe, and nothing came out of it", str(path))
+    return bytes(content)
+
+
+def reason(error: BaseException) -> str:
+    """Returns why a file could not be used, in words: without the number and the path that the text of an OSError has."""
+    return (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
+
+
 def read_json(path: Path) -> Any:
     """Returns the value of a JSON file.
 
     Raises:
-        OSError: the file cannot be read.
-        ValueError: the file is not JSON in UTF-8, or longer than any file that this program writes.
+        OSError: the file cannot be read, is not a file, or is longer than any that this program writes.
+        ValueError: the file is not JSON in UTF-8.
         RecursionError: the value is nested too deeply.
     """
-    # Without waiting: a pipe in place of the file is read as empty.
-    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
-        data = file.read(_LONGEST_JSON + 1)
-    if len(data) > _LONGEST_JSON:
-        raise ValueError(f"it has more than {_LONGEST_JSON} bytes")
-    return json.loads(data)
+    return json.loads(read_small(path, MOST_JSON_BYTES))
 
 
 def open_new(path: Path, mode: str = "wb", buffering: int = -1) -> Any:

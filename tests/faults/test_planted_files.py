@@ -114,7 +114,7 @@ def test_a_link_a_pipe_or_a_device_in_place_of_a_file_is_not_written_to(folder, 
 
 def test_a_pipe_in_place_of_json_is_not_waited_for(folder):
     os.mkfifo(folder / "manifest.json")
-    with pytest.raises(ValueError):
+    with pytest.raises(OSError, match="it is not a file"):
         read_json(folder / "manifest.json")
 
 

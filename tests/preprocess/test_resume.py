@@ -296,6 +296,7 @@ def test_a_tokenizer_that_has_changed_is_refused(tmp_path, inputs, monkeypatch):
 
     backend = Tokenizer(models.WordLevel({"1": 0, "2": 1, "?": 2, "</s>": 3}, unk_token="?"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.add_special_tokens(["</s>"])
     backend.save(str(tmp_path / "tokenizer.json"))
     mine = EncodeSettings("HuggingFaceTokenizer", str(tmp_path / "tokenizer.json"), append_eod=True)
     monkeypatch.setattr(sys.modules[__name__], "settings", lambda: mine)
@@ -303,6 +304,22 @@ def test_a_tokenizer_that_has_changed_is_refused(tmp_path, inputs, monkeypatch):
     backend.add_tokens(["7"])
     backend.save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(DataError, match="tokenizer's files have changed"):
+        preprocess(inputs, str(tmp_path / "x"), mine, resume=True)
+
+
+def test_another_end_of_documents_is_refused(tmp_path, inputs, monkeypatch):
+    """A file beside the tokenizer.json names another end-of-document token after the run was interrupted."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    backend = Tokenizer(models.WordLevel({"1": 0, "2": 1, "?": 2}, unk_token="?"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.add_special_tokens(["</s>", "<end>"])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    mine = EncodeSettings("HuggingFaceTokenizer", str(tmp_path / "tokenizer.json"), append_eod=True)
+    monkeypatch.setattr(sys.modules[__name__], "settings", lambda: mine)
+    broken_off(inputs, tmp_path / "x", monkeypatch)
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<end>"}')
+    with pytest.raises(DataError, match=r"end and begin documents were \[3, None\], now \[4, None\]"):
         preprocess(inputs, str(tmp_path / "x"), mine, resume=True)
 
 

@@ -57,6 +57,16 @@ def test_training_is_deterministic(folder, tmp_path):
         train_tokenizer([str(folder / "a.jsonl")], str(tmp_path / "x"), 400, key="body")
 
 
+def test_a_vocabulary_smaller_than_asked_for_is_said(folder, tmp_path):
+    said: list[str] = []
+    (tmp_path / "a.jsonl").write_text('{"text": "ab ab ab"}\n')
+    path = train_tokenizer([str(tmp_path / "a.jsonl")], str(tmp_path / "x"), 1000, notice=said.append)
+    reached = len(json.loads(path.read_text())["model"]["vocab"])
+    assert reached < 300 and len(said) == 1 and f"has {reached} ids, not 1,000" in said[0]
+    train_tokenizer([str(folder / "a.jsonl")], str(tmp_path / "y"), 400, notice=said.append)
+    assert len(said) == 1
+
+
 @given(st.text(max_size=60))
 def test_byte_level_tokenizers_lose_nothing(folder, text):
     for tokenizer in (
@@ -150,6 +160,29 @@ def tiktoken_file(folder):
     path = folder / "small.tiktoken"
     path.write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(tokens)))
     return path, tokens
+
+
+def test_patterns_are_known_by_name(tiktoken_file):
+    """A name that is not known is refused: as an expression it would match itself alone, and lose the rest of the text."""
+    for name in ("v3", "cl100k_bas", "w", "llama-4"):
+        with pytest.raises(DataError, match=f"--tiktoken-pattern {name} is not a known name"):
+            load_tokenizer("TikTokenizer", str(tiktoken_file[0]), tiktoken_pattern=name)
+    assert {"v1", "v2", "cl100k_base", "o200k_base", "p50k_base", "r50k_base", "gpt2"} <= PATTERNS.keys()
+
+
+def test_megatrons_patterns_split_as_megatrons():
+    """The expressions as Megatron-LM writes them, found by `regex`, against ours by name."""
+    import regex
+
+    class_upper, class_lower = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+    theirs = {
+        "v1": r"[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+",
+        "v2": rf"[^\r\n\p{{L}}\p{{N}}]?{class_upper}*{class_lower}+|[^\r\n\p{{L}}\p{{N}}]?{class_upper}+{class_lower}*"
+        r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    }
+    for text in adversarial_strings(seed=9, count=400):
+        for name, pattern in theirs.items():
+            assert regex.findall(pattern, text) == regex.findall(PATTERNS[name], text), name
 
 
 @pytest.mark.parametrize("pattern", [*PATTERNS, r"\s+|\S+"])

@@ -13,11 +13,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_patch.credentials import without_credentials
 from megatron_patch.errors import ConfigError
 from megatron_patch.training.faults.exit_protocol import print_stderr
-from megatron_patch.utils.files import make_folder, write_durably
+from megatron_patch.utils.files import make_folder, read_small, write_durably
 
 _ID = re.compile("[A-Za-z0-9_-]{1,64}")
+_LONGEST_ID = 1000
 
 
 class WeightsAndBiases:
@@ -57,7 +59,7 @@ class WeightsAndBiases:
         path = self._save / "wandb_run_id"
         try:
             # The id becomes part of addresses and paths.
-            if _ID.fullmatch(found := path.read_text(encoding="utf-8").strip()):
+            if _ID.fullmatch(found := read_small(path, _LONGEST_ID).decode().strip()):
                 return found
         except (OSError, ValueError):
             make_folder(path.parent)
@@ -71,7 +73,7 @@ class WeightsAndBiases:
             self._run = self._wandb.init(id=run_id, resume="allow", **self._settings)
         except self._wandb.Error as error:
             self._run = self._wandb.init(id=run_id, mode="offline", **self._settings)
-            reason = str(error).splitlines()[0].rstrip(".")
+            reason = without_credentials(str(error)).splitlines()[0].rstrip(".")
             folder = Path(self._run.dir).parent
             print_stderr(f"{self.name} cannot be reached: {reason}; the run is logged to a folder, which this uploads: wandb sync {folder}")
         self._run.define_metric("tokens")

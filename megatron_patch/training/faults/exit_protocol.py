@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+from megatron_patch.credentials import without_credentials
 from megatron_patch.errors import ConfigError, MegatronPatchError
 from megatron_patch.exit_codes import ExitCode
 from megatron_patch.utils.console import print_line
@@ -74,11 +75,11 @@ def report_error(error: BaseException, rank: int, local_rank: int, save: Path | 
     elif isinstance(error, KeyboardInterrupt):
         code, message = ExitCode.INTERRUPTED, "interrupted a second time"
     else:
-        code, message = ExitCode.INTERNAL, "".join(traceback.format_exception(error)).rstrip()
+        code, message = ExitCode.INTERNAL, without_credentials("".join(traceback.format_exception(error)).rstrip())
     report = _report_once(_local_report(type(error).__name__, message, code, rank), save)
     if report.rank != rank:
         if report.message != message:
-            last = str(error).strip().splitlines()
+            last = without_credentials(str(error)).strip().splitlines()
             print_stderr(f"rank {rank} exits after rank {report.rank}: {type(error).__name__}: {last[0] if last else ''}")
         if report.code == ExitCode.HANG and save is not None:
             write_stacks(save, rank, message)
