@@ -99,6 +99,7 @@ def test_a_key_with_a_dot_is_literal_first_and_nested_second(document, key, expe
         ),
         ('{"a": 1, "b": {"c": [], "d": {}}}', "missing; the keys are a, b.c, b.d$"),
         ("{}", "missing; the object is empty$"),
+        (r'{"a\n\ud800": "x", "é": "y"}', r"the keys with text are 'a\\n\\ud800', é$"),
         ('{"text": "a', r"^not valid JSON: Unterminated string starting at \(character 10\)$"),
         ("{'text': 'a'}", "property name enclosed in double quotes"),
         (b'{"text": "a", "x" \xff}', r"it is not UTF-8 \(byte 19\)$"),
