@@ -3,6 +3,8 @@
 
 On a tokenized dataset:
   python tools/evaluate.py --load CKPT --data-path PREFIX [--patch-size K]
+On several datasets, with the loss of each and their weighted sum:
+  python tools/evaluate.py --load CKPT --data-path 0.7 WEB 0.3 CODE
 On raw text, per token, byte and word:
   python tools/evaluate.py --load CKPT --text FILE … [--patch-size K]
 On tasks of lm-evaluation-harness:
@@ -20,13 +22,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import package_check  # noqa: F401 - before the package itself
 import torch
 
 from megatron_patch.cli.command_line import ArgumentParser, add_layout, count, count_from_one, run_tool
+from megatron_patch.config.stage_spec import has_weights, parse_blend
 from megatron_patch.data.collate import DocumentMasking
-from megatron_patch.data.corpus import check_vocabulary, open_corpus
-from megatron_patch.data.evaluation_data import evaluation_batches, held_out_starts
+from megatron_patch.data.corpus import TokenCorpus, check_vocabulary, open_corpus
+from megatron_patch.data.corpus_names import corpus_names
+from megatron_patch.data.evaluation_data import evaluation_batches, held_out_starts, shares
 from megatron_patch.engine.environment import ranks_from_environment
 from megatron_patch.engine.inference import LoadedModel, open_model
 from megatron_patch.errors import ConfigError, DataError
@@ -42,7 +48,12 @@ def _parser() -> ArgumentParser:
     parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--load", required=True, help="folder of a run, or one of its step-N folders")
     source = parser.add_argument_group("data (one of)").add_mutually_exclusive_group(required=True)
-    source.add_argument("--data-path", help="prefix of a tokenized dataset")
+    source.add_argument(
+        "--data-path",
+        nargs="+",
+        metavar="PREFIX",
+        help="tokenized datasets: one or more prefixes, or a weight before each: 0.7 web 0.3 code",
+    )
     source.add_argument("--text", nargs="+", help="text files: .txt (one document), .jsonl or .parquet, also compressed")
     source.add_argument("--tasks", help="names of tasks, separated by commas")
     parser.add_argument("--patch-size", type=count_from_one, default=1, help="K; 1 measures the token loss (default: 1)")
@@ -53,7 +64,7 @@ def _parser() -> ArgumentParser:
     parser.add_argument("--tokenizer-model", help="file or folder of the tokenizer (default: that of the training data)")
     add_layout(parser)
     tokens = parser.add_argument_group("tokens")
-    tokens.add_argument("--eval-tokens", default="all", help="number of tokens to read (default: all)")
+    tokens.add_argument("--eval-tokens", default="all", help="number of tokens to read, divided equally among the datasets (default: all)")
     text = parser.add_argument_group("text")
     text.add_argument("--json-key", default="text", help="key of the text in .jsonl files (default: text)")
     text.add_argument(
@@ -159,34 +170,58 @@ def _text(args: argparse.Namespace, loaded: LoadedModel[InferenceModel], positio
 
 
 def _tokens(args: argparse.Namespace, loaded: LoadedModel[InferenceModel], positions: int) -> dict[str, Any]:
-    model, replicas = loaded.model, loaded.replicas
-    corpus = open_corpus(args.data_path)
-    check_vocabulary(corpus, model.shape.vocab_size)
+    blend = parse_blend(args.data_path)
+    words = [word for word, _ in blend]
+    corpora = [open_corpus(word) for word in words]
+    tokens = None if args.eval_tokens == "all" else parse_count(args.eval_tokens) // len(corpora)
+    starts = [_starts(args, loaded, positions, word, corpus, tokens) for word, corpus in zip(words, corpora, strict=True)]
+    sums = [_loss_sum(args, loaded, positions, *pair) for pair in zip(corpora, starts, strict=True)]
+    labels = sum(count for _, count in sums)
+    result = {"data_path": " ".join(args.data_path), "patch_size": args.patch_size}
+    if len(corpora) == 1:
+        return result | _loss(args.patch_size, sums[0][0] / labels, labels)
+    weights = shares([weight if has_weights(args.data_path) else None for _, weight in blend], [count for _, count in sums])
+    parts = {
+        name: {"data_path": word, "weight": weight, **_loss(args.patch_size, loss_sum / count, count)}
+        for name, word, weight, (loss_sum, count) in zip(corpus_names(words), words, weights, sums, strict=True)
+    }
+    return result | _loss(args.patch_size, sum(part["weight"] * part["loss"] for part in parts.values()), labels) | {"corpora": parts}
+
+
+def _loss(patch_size: int, loss: float, labels: int) -> dict[str, Any]:
+    return {_loss_name(patch_size): loss, "loss": loss, "perplexity": math.exp(min(loss, 700.0)), "tokens": labels}
+
+
+def _starts(
+    args: argparse.Namespace, loaded: LoadedModel[InferenceModel], positions: int, word: str, corpus: TokenCorpus, tokens: int | None
+) -> npt.NDArray[np.int64]:
+    """Returns the first token of each sample that is read of a corpus, at most `tokens` tokens or all of it."""
+    check_vocabulary(corpus, loaded.model.shape.vocab_size)
     unit = positions * args.patch_size
-    tokens = corpus.num_tokens if args.eval_tokens == "all" else parse_count(args.eval_tokens)
-    starts = held_out_starts((0, corpus.num_tokens), unit, args.patch_size, tokens)
+    wanted = corpus.num_tokens if tokens is None else tokens
+    starts = held_out_starts((0, corpus.num_tokens), unit, args.patch_size, wanted)
     if len(starts) == 0:
         raise DataError(
-            f"{args.data_path} has {plural(corpus.num_tokens, 'token')}, but one sample needs {unit + args.patch_size:,}",
+            f"{word} has {plural(corpus.num_tokens, 'token')}, but one sample needs {unit + args.patch_size:,}",
             "at least one sample",
             "lower --seq-length or --patch-size",
         )
+    return starts
+
+
+def _loss_sum(
+    args: argparse.Namespace, loaded: LoadedModel[InferenceModel], positions: int, corpus: TokenCorpus, starts: npt.NDArray[np.int64]
+) -> tuple[float, int]:
+    """Returns the sum of the losses of the samples of a corpus over all ranks, and the number of scored labels."""
+    model, replicas = loaded.model, loaded.replicas
     totals = torch.zeros(2, dtype=torch.float64, device=model.device)
     settings = (positions, args.patch_size, args.micro_batch_size, replicas.rank, replicas.size, DocumentMasking(), model.shape.vocab_size)
     with torch.no_grad():
-        for batch in evaluation_batches(corpus, starts, unit, *settings):
+        for batch in evaluation_batches(corpus, starts, positions * args.patch_size, *settings):
             sums = model(batch.input_ids.to(model.device), batch.labels.to(model.device))
             totals += torch.stack([part.double() for part in sums])
     loss_sum, labels = replicas.sum(totals).tolist()
-    loss = loss_sum / labels
-    return {
-        "data_path": args.data_path,
-        "patch_size": args.patch_size,
-        _loss_name(args.patch_size): loss,
-        "loss": loss,
-        "perplexity": math.exp(min(loss, 700.0)),
-        "tokens": int(labels),
-    }
+    return loss_sum, int(labels)
 
 
 if __name__ == "__main__":

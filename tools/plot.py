@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Plots the held-out token loss of runs against tokens and against cost.
 
-python tools/plot.py RUN [RUN …] --output loss.png
+python tools/plot.py RUN [RUN …] --output loss.png [--corpus NAME]
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--output", type=Path, default=Path("loss.png"), help="PNG file to write (default: loss.png)")
     parser.add_argument("--labels", nargs="+", help="one label per run (default: names of the folders)")
     parser.add_argument("--title", help="title of the plot")
+    parser.add_argument("--corpus", metavar="NAME", help="draw the loss of one corpus of a blend, by its name in metrics.jsonl")
     args = parser.parse_args(argv)
-    for curve in plot_runs(args.runs, args.output, args.labels, args.title):
+    for curve in plot_runs(args.runs, args.output, args.labels, args.title, args.corpus):
         for note in curve.notes:
             print_line(f"{curve.label}: {note}")
     print_line(f"wrote {args.output}")

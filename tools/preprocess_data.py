@@ -145,9 +145,18 @@ def show_summary(summary: Summary) -> None:
         + plural(summary.duplicates, "duplicate"),
         **({"first bad line": summary.first_bad_line} if summary.first_bad_line is not None else {}),
         "vocabulary": f"{summary.vocab_size:,} ids"
-        + (f", end-of-document id {summary.eod_id:,}" if summary.eod_id is not None else "")
         + (f", largest id in the text {summary.largest_id:,}" if summary.largest_id is not None else ""),
-        "encoded by": summary.backend + (f", {plural(summary.checked, 'document')} compared with the reference" if summary.checked else ""),
+        "special tokens": ", ".join(
+            f"{role} {token:,} {name!r}"
+            for role, token, name in (
+                ("end of document", summary.eod_id, summary.eod_token),
+                ("beginning", summary.bos_id, summary.bos_token),
+            )
+            if token is not None
+        )
+        or "none",
+        "encoded by": summary.encoder + (f"; {plural(summary.checked, 'document')} compared with it" if summary.checked else ""),
+        **({"text not kept": "\n".join(summary.text_notes)} if summary.text_notes else {}),
         **({"resumed": f"after {summary.resumed_at / 1e6:,.1f} MB"} if summary.resumed_at else {}),
     }
     for name, value in rows.items():

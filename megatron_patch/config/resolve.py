@@ -16,7 +16,7 @@ from megatron_patch.config.options import ModelOptions, Options
 from megatron_patch.config.parsing import ParsedOptions, option_values, parse
 from megatron_patch.config.plan_builder import build_plan, reschedule
 from megatron_patch.config.scale import default_decay_fraction, default_patch_size, needs_decay_fraction, needs_patch_size, scale_notes
-from megatron_patch.config.stage_spec import parse_blend, parse_epoch_limits
+from megatron_patch.config.stage_spec import has_weights, parse_blend, parse_epoch_limits
 from megatron_patch.data.dataset_metadata import DatasetMetadata, read_metadata
 from megatron_patch.data.dataset_paths import expand_prefixes
 from megatron_patch.errors import ConfigError
@@ -80,6 +80,11 @@ class RunConfig:
     def training_split(self) -> str:
         """How the training corpora are split: by --split, or not at all where there are held-out corpora."""
         return "1,0,0" if self.valid_blend else self.options.data.split
+
+    @property
+    def weighs_held_out(self) -> bool:
+        """Whether the corpora whose held-out data is evaluated have weights: those of --valid-data-path, or else of --data-path."""
+        return has_weights(self.options.data.valid_data_path or self.options.data.data_path)
 
     @property
     def epoch_limits(self) -> dict[str, float]:

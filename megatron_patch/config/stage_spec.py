@@ -105,13 +105,6 @@ def parse_blend(words: Sequence[str], flag: str = "--data-path") -> tuple[tuple[
         ConfigError: a weight without a prefix, a weight that is not above zero, or a repeated prefix.
         DataError: an address is refused, see `check_address`.
     """
-
-    def number(word: str) -> float | None:
-        try:
-            return float(word)
-        except ValueError:
-            return None
-
     if not words:
         return ()
     mixed = ConfigError(
@@ -119,12 +112,12 @@ def parse_blend(words: Sequence[str], flag: str = "--data-path") -> tuple[tuple[
         "only prefixes, or a weight before every prefix: 0.7 web 0.3 code",
         "give every prefix a weight, or none",
     )
-    if number(words[0]) is None:
+    if not has_weights(words):
         pairs = [(word, 1.0) for word in words]
-        if any(number(word) is not None for word in words):
+        if any(_weight(word) is not None for word in words):
             raise mixed
     else:
-        weights = [number(word) for word in words[::2]]
+        weights = [_weight(word) for word in words[::2]]
         if len(words) % 2 or None in weights:
             raise mixed
         pairs = list(zip(words[1::2], cast("list[float]", weights), strict=True))
@@ -136,6 +129,18 @@ def parse_blend(words: Sequence[str], flag: str = "--data-path") -> tuple[tuple[
     if len({prefix for prefix, _ in pairs}) < len(pairs):
         raise ConfigError(f"{flag} names a dataset twice", "each prefix once", "give it once, with the sum of its weights")
     return tuple((prefix, weight / total) for prefix, weight in pairs)
+
+
+def has_weights(words: Sequence[str]) -> bool:
+    """Returns whether a blend, as `parse_blend` takes it, begins with a weight."""
+    return bool(words) and _weight(words[0]) is not None
+
+
+def _weight(word: str) -> float | None:
+    try:
+        return float(word)
+    except ValueError:
+        return None
 
 
 def parse_epoch_limits(words: Sequence[str], corpora: Sequence[str]) -> dict[str, float]:

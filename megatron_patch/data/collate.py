@@ -57,6 +57,7 @@ class PatchBatch(NamedTuple):
         position_ids: positions, int64 [B, T], or None for 0..T-1.
         document_ids: document of each position, int64 [B, T], or None where documents are not separated.
         spans: where the samples come from; empty for held-out data.
+        corpus: number of the corpus of held-out data; 0 for training data.
     """
 
     input_ids: torch.Tensor
@@ -64,6 +65,7 @@ class PatchBatch(NamedTuple):
     position_ids: torch.Tensor | None
     document_ids: torch.Tensor | None
     spans: tuple[TokenSpan, ...]
+    corpus: int = 0
 
 
 def _patch_views(tokens: Array, side: Side, positions: int, patch_size: int) -> tuple[Array, Array]:

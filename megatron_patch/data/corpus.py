@@ -15,8 +15,8 @@ import numpy.typing as npt
 from megatron_patch.data.dataset_metadata import DatasetMetadata, check_compatible, read_metadata
 from megatron_patch.data.dataset_paths import expand_prefixes
 from megatron_patch.data.indexed_dataset import IndexedDataset
+from megatron_patch.data.local_files import FileReplacedError
 from megatron_patch.errors import ConfigError, DataError
-from megatron_patch.utils.files import allow_open_files
 
 _SAMPLED_SPANS = 64
 _MOST_SPANS = 1024
@@ -37,8 +37,6 @@ class TokenCorpus:
         if not prefixes:
             raise DataError("a corpus without files", "at least one dataset prefix", "give --data-path")
         self.prefixes = tuple(prefixes)
-        # Each shard is two files that stay open.
-        allow_open_files(2 * len(self.prefixes) + 1024)
         self.shards = [IndexedDataset(prefix) for prefix in prefixes]
         # Spans that a fingerprint samples in each shard: many of a single file, at least 4 of each of thousands.
         self.sampled_spans = max(4, min(_SAMPLED_SPANS, _MOST_SPANS // len(self.shards)))
@@ -91,8 +89,12 @@ class TokenCorpus:
         while done < out.size:
             begin = int(self._ends[shard - 1]) if shard else 0
             count = min(out.size - done, int(self._ends[shard]) - start - done)
-            out[done : done + count] = self.shards[shard].tokens(start + done - begin, count)
-            if not self.shards[shard].is_current():
+            try:
+                out[done : done + count] = self.shards[shard].tokens(start + done - begin, count)
+                current = self.shards[shard].is_current()
+            except FileReplacedError:
+                current = False
+            if not current:
                 self._reopen(shard)
                 continue
             done += count

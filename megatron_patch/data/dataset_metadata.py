@@ -15,6 +15,7 @@ from megatron_patch.errors import DataError
 from megatron_patch.utils.files import write_durably
 from megatron_patch.utils.records import record_from_json
 
+_MOST_BYTES = 1 << 24
 FORMAT = "megatron_patch/dataset-1"
 FIELDS_THAT_MUST_MATCH = (
     "tokenizer_type",
@@ -92,7 +93,7 @@ def read_metadata(prefix: str) -> DatasetMetadata | None:
     if not exists(path):
         return None
     try:
-        data = json.loads(read_bytes(path))
+        data = json.loads(read_bytes(path, _MOST_BYTES))
         if data.pop("format", None) != FORMAT:
             raise ValueError(f"its format is not {FORMAT}")
         metadata = record_from_json(DatasetMetadata, {f.name: data[f.name] for f in fields(DatasetMetadata) if f.name in data})

@@ -14,6 +14,7 @@ from megatron_patch.data.addresses import check_address, check_no_credentials
 from megatron_patch.data.storage import exists, glob_files, is_address, read_bytes
 from megatron_patch.errors import DataError
 
+_MOST_LIST_BYTES = 1 << 26
 _SHARD = re.compile(r"_shard-(\d+)-of-(\d+)(?=_|$)")
 
 
@@ -27,21 +28,28 @@ def expand_prefixes(word: str) -> tuple[str, ...]:
 
     Args:
         word: a prefix (a path or an address, with or without .idx or .bin), a glob of prefixes, or @FILE. The file has a prefix or a glob
-            on each line; relative paths start at the folder of the file, and lines that begin with # are skipped.
+            on each line; relative paths start at the folder of the file, and lines that begin with # are skipped. A dataset that exists is
+            itself, also if its name is a glob or begins with @.
 
     Raises:
         DataError: a list cannot be read or is empty, a glob has no match, or an address is refused (see `check_address`).
     """
+    check_word(word)
+    if not is_address(word) and _is_dataset(word):
+        return (word,)
     if word.startswith("@"):
         return _listed(word[1:])
-    check_word(word)
     word = _bare(word)
-    if not glob.has_magic(word) or exists(f"{word}.idx"):
+    if not glob.has_magic(word) or _is_dataset(word):
         return (word,)
     matches = [match.removesuffix(".idx") for match in glob_files(f"{word}.idx")]
     if not matches:
         raise DataError(f"{word} matches no dataset", "a glob of prefixes in quotes: 'shards/*_text_document'", "check the pattern")
     return tuple(matches)
+
+
+def _is_dataset(prefix: str) -> bool:
+    return exists(f"{prefix}.idx") or exists(f"{prefix}.bin")
 
 
 def check_word(word: str) -> None:
@@ -61,7 +69,7 @@ def _bare(word: str) -> str:
 def _listed(path: str) -> tuple[str, ...]:
     check_word(path)
     try:
-        lines = [line.strip() for line in read_bytes(path).decode("utf-8-sig").splitlines()]
+        lines = [line.strip() for line in read_bytes(path, _MOST_LIST_BYTES).decode("utf-8-sig").splitlines()]
     except (DataError, UnicodeDecodeError) as error:
         what = error.what if isinstance(error, DataError) else str(error)
         raise DataError(f"@{path} cannot be read: {what}", "@FILE, a text file with a prefix on each line", "check the path") from error

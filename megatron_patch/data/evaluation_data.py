@@ -1,16 +1,52 @@
 """Held-out batches: the same tokens at every patch size, spread evenly over the held-out range, in order.
 
-In: a corpus, a range of its tokens, a patch size. Out: micro-batches, the same number on every rank.
+In: a corpus, a range of its tokens, a patch size. Out: micro-batches, the same number on every rank. And what each corpus counts in the
+held-out loss of a blend: weights decide this, not the number of tokens that are read, which is the same for each corpus.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from megatron_patch.data.collate import DocumentMasking, PatchBatch, make_batch
 from megatron_patch.data.corpus import TokenCorpus, check_token_ids
+
+
+@dataclass(frozen=True)
+class HeldOutCorpus:
+    """The held-out data of one corpus.
+
+    Args:
+        name: short name, which no other corpus of the run has.
+        corpus: the corpus.
+        token_range: first token of the held-out part, and the token after its last.
+        weight: weight in the held-out loss; None for all corpora if the run gives no weights.
+    """
+
+    name: str
+    corpus: TokenCorpus
+    token_range: tuple[int, int]
+    weight: float | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Number of held-out tokens."""
+        return self.token_range[1] - self.token_range[0]
+
+
+def shares(weights: Sequence[float | None], labels: Sequence[int]) -> list[float]:
+    """Returns the share of each corpus in the held-out loss, with the sum 1.
+
+    Args:
+        weights: weight of each corpus, or None for all of them.
+        labels: number of scored labels of each corpus, which are the weights where none are given: each label then counts the same.
+    """
+    given = [float(count) if weight is None else weight for weight, count in zip(weights, labels, strict=True)]
+    total = sum(given) or float("nan")
+    return [weight / total for weight in given]
 
 
 def held_out_starts(token_range: tuple[int, int], unit_tokens: int, lookahead_tokens: int, tokens: int) -> np.ndarray:
@@ -39,6 +75,7 @@ def evaluation_batches(
     size: int,
     masking: DocumentMasking,
     vocab_size: int | None = None,
+    number: int = 0,
 ) -> Iterator[PatchBatch]:
     """Yields this rank's batches of an evaluation.
 
@@ -53,6 +90,7 @@ def evaluation_batches(
         size: number of ranks that share the evaluation.
         masking: how documents are separated.
         vocab_size: all token ids must be below this; None: they are not checked.
+        number: number of the corpus in the batches.
 
     Yields:
         Batches, the same number on every rank; the last one is padded with samples that are not scored.
@@ -70,4 +108,4 @@ def evaluation_batches(
             corpus.read_into(tokens[row], int(start))
         if vocab_size is not None:
             check_token_ids(tokens, vocab_size, [(corpus, int(start)) for start in local])
-        yield make_batch(tokens, "both", positions, patch_size, masking, scored_rows=len(local))
+        yield make_batch(tokens, "both", positions, patch_size, masking, scored_rows=len(local))._replace(corpus=number)

@@ -80,14 +80,17 @@ class DataParallelEngine(DeepSpeedEngine):
         self._sum_over_data(loss_sum)
         return float(loss_sum / total_weight)
 
-    def _evaluation_sums(self, batches: Iterable[PatchBatch]) -> torch.Tensor:
-        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+    def _evaluation_sums(self, batches: Iterable[PatchBatch], corpora: Sequence[int] = ()) -> torch.Tensor:
+        sums = torch.zeros(1 + len(corpora), 2, dtype=torch.float64, device=self.device)
         self._engine.eval()
         try:
             with torch.no_grad():
                 for batch in batches:
                     loss_sum, weight_sum = self._forward(batch, None)
-                    sums += torch.stack([loss_sum.double(), weight_sum.double()])
+                    of_batch = torch.stack([loss_sum.double(), weight_sum.double()])
+                    sums[0] += of_batch
+                    if corpora:
+                        sums[1 + corpora.index(batch.corpus)] += of_batch
         finally:
             self._engine.train()
         return sums

@@ -17,7 +17,7 @@ import abc
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -190,19 +190,29 @@ class DeepSpeedEngine(abc.ABC):
             set_step_count(self._optimizer, 0)
 
     @abc.abstractmethod
-    def _evaluation_sums(self, batches: Iterable[PatchBatch]) -> torch.Tensor:
-        """Returns float64 [sum of losses, number of scored labels] of held-out batches on this replica."""
+    def _evaluation_sums(self, batches: Iterable[PatchBatch], corpora: Sequence[int] = ()) -> torch.Tensor:
+        """Returns sums over held-out batches on this replica.
+
+        Args:
+            batches: the batches.
+            corpora: numbers of the corpora that are also summed alone.
+
+        Returns:
+            [sum of losses, number of scored labels] of all batches, and then of each of the corpora; float64 [1 + corpora, 2].
+        """
 
     def evaluate(self, batches: Iterable[PatchBatch]) -> EvaluationResult:
-        """Returns the mean held-out loss; see `Engine`."""
-        sums = self._evaluation_sums(batches)
+        """Returns the mean held-out loss, and that of each corpus; see `Engine`."""
+        batches = list(batches)
+        corpora = sorted({batch.corpus for batch in batches})
+        sums = self._evaluation_sums(batches, corpora if len(corpora) > 1 else ())
         self._sum_over_data(sums)
-        loss_sum, labels_scored = sums.tolist()
-        return EvaluationResult(loss_sum / labels_scored if labels_scored else float("nan"), int(labels_scored))
+        total, *parts = [EvaluationResult(loss_sum / count if count else float("nan"), int(count)) for loss_sum, count in sums.tolist()]
+        return replace(total, corpora=dict(zip(corpora, parts or [total], strict=False)))
 
     def local_loss(self, batch: PatchBatch) -> float:
         """Returns the loss sum of one batch on this replica; see `Engine`."""
-        return float(self._evaluation_sums([batch])[0])
+        return float(self._evaluation_sums([batch])[0, 0])
 
     @contextmanager
     def _gated(self, gate: StepGate | None, global_loss: Callable[[], float]) -> Iterator[StepOutcome]:

@@ -6,7 +6,7 @@ In: micro-batches, stages, checkpoint folders. Out: `StepResult`, `EvaluationRes
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -57,10 +57,12 @@ class EvaluationResult:
     Args:
         loss: mean over the scored labels, in nats.
         labels: number of scored labels over all ranks.
+        corpora: the same for each corpus, by its number (`PatchBatch.corpus`); empty in these results themselves.
     """
 
     loss: float
     labels: int
+    corpora: Mapping[int, EvaluationResult] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,11 @@ class Engine(Protocol):
         ...
 
     def evaluate(self, batches: Iterable[PatchBatch]) -> EvaluationResult:
-        """Returns the mean loss over held-out batches; every rank must pass the same number of batches."""
+        """Returns the mean loss over held-out batches, and that of each corpus.
+
+        Args:
+            batches: this rank's batches; every rank must pass the same number of them, of the same corpora in the same order.
+        """
         ...
 
     def local_loss(self, batch: PatchBatch) -> float:

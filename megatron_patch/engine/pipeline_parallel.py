@@ -43,11 +43,13 @@ class _ExtraInputs:
         position_ids: see `PatchBatch`.
         document_ids: see `PatchBatch`.
         labels: see `PatchBatch`; None on pipeline ranks before the last, and when logits are computed.
+        row: row of the sums to which the micro-batch counts in addition to the first; None: only the first.
     """
 
     position_ids: torch.Tensor | None
     document_ids: torch.Tensor | None
     labels: torch.Tensor | None
+    row: int | None = None
 
 
 class _TiedGradient:
@@ -99,7 +101,7 @@ class _PipelineRankModule(PipelineModule):  # type: ignore[misc]
         self.logits: torch.Tensor | None = None
         self.label_weights: torch.Tensor | None = None
         self.scale: torch.Tensor | float = 1.0
-        self.sums = torch.zeros(2, dtype=torch.float64, device=next(part.parameters()).device)
+        self.sums = torch.zeros(1, 2, dtype=torch.float64, device=next(part.parameters()).device)
         self.stopwatch = self._timed = Stopwatch(self.sums.device)
 
     def _partition_layers(self, method: str = "") -> None:
@@ -137,7 +139,10 @@ class _PipelineRankModule(PipelineModule):  # type: ignore[misc]
             self.logits = result
             return self.sums.new_zeros(())
         loss_sum, weight_sum = result
-        self.sums += torch.stack([loss_sum.detach().double(), weight_sum.double()])
+        of_batch = torch.stack([loss_sum.detach().double(), weight_sum.double()])
+        self.sums[0] += of_batch
+        if extra.row is not None:
+            self.sums[extra.row] += of_batch
         scaled: torch.Tensor = loss_sum * self.scale
         return scaled
 
@@ -197,7 +202,12 @@ class PipelineParallelEngine(DeepSpeedEngine):
         self._shape = None
 
     def _feed(
-        self, inputs: Sequence[torch.Tensor], extra_inputs: Iterable[_ExtraInputs], weights: torch.Tensor | None = None, scale: Any = 1.0
+        self,
+        inputs: Sequence[torch.Tensor],
+        extra_inputs: Iterable[_ExtraInputs],
+        weights: torch.Tensor | None = None,
+        scale: Any = 1.0,
+        rows: int = 1,
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Prepares this rank's layers for micro-batches of one shape and returns the iterator from which DeepSpeed reads them.
 
@@ -206,6 +216,7 @@ class PipelineParallelEngine(DeepSpeedEngine):
             extra_inputs: the other tensors of each micro-batch.
             weights: label weights [K]; None: all 1.
             scale: factor of the loss.
+            rows: number of rows of the sums; the first is over all micro-batches.
 
         Returns:
             Yields (token ids, empty tensor) for each micro-batch; ranks other than the first pipeline rank need no token ids.
@@ -215,19 +226,21 @@ class PipelineParallelEngine(DeepSpeedEngine):
             self._engine.reset_activation_shape()
             self._shape = shape
         module = self._module
-        module.sums.zero_()
+        module.sums = module.sums.new_zeros(rows, 2)
         module.extra_inputs, module.label_weights, module.scale = iter(extra_inputs), weights, scale
         # Copied here, while the device still computes; DeepSpeed would copy through a buffer and wait for the device.
         first, empty = self._model.is_first, torch.empty(0, device=self.device)
         return ((ids.to(self.device, non_blocking=True) if first else empty, empty) for ids in inputs)
 
-    def _extra_inputs(self, batches: Iterable[PatchBatch]) -> Iterator[_ExtraInputs]:
-        """Yields what this rank's layers need of each micro-batch, on the device."""
+    def _extra_inputs(self, batches: Iterable[PatchBatch], corpora: Sequence[int] = ()) -> Iterator[_ExtraInputs]:
+        """Yields what this rank's layers need of each micro-batch, on the device; each of the corpora has a row of the sums."""
         to_device, last = self._to_device, self._model.is_last
-        return (_ExtraInputs(to_device(b.position_ids), to_device(b.document_ids), to_device(b.labels) if last else None) for b in batches)
+        for batch in batches:
+            row = 1 + corpora.index(batch.corpus) if corpora else None
+            yield _ExtraInputs(to_device(batch.position_ids), to_device(batch.document_ids), to_device(batch.labels) if last else None, row)
 
     def _replica_sums(self) -> torch.Tensor:
-        """Returns float64 [sum of losses, sum of weights] over this replica's samples since the last `_feed`."""
+        """Returns [sum of losses, sum of weights] over this replica's samples since the last `_feed`, float64 [rows, 2]."""
         sums = self._module.sums.clone()
         torch.distributed.all_reduce(sums, group=self._groups.pipeline)
         return sums
@@ -253,19 +266,19 @@ class PipelineParallelEngine(DeepSpeedEngine):
         """Returns the mean loss over the global batch; every rank must call it."""
         sums = self._replica_sums()
         self._sum_over_data(sums)
-        return float(sums[0] / total_weight)
+        return float(sums[0, 0] / total_weight)
 
-    def _evaluation_sums(self, batches: Iterable[PatchBatch]) -> torch.Tensor:
-        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+    def _evaluation_sums(self, batches: Iterable[PatchBatch], corpora: Sequence[int] = ()) -> torch.Tensor:
+        sums = torch.zeros(1 + len(corpora), 2, dtype=torch.float64, device=self.device)
         for _, group in itertools.groupby(batches, key=lambda batch: batch.input_ids.shape[:2]):
             same_shape = list(group)
-            self._forward([batch.input_ids for batch in same_shape], self._extra_inputs(same_shape))
+            self._forward([batch.input_ids for batch in same_shape], self._extra_inputs(same_shape, corpora), rows=len(sums))
             sums += self._replica_sums()
         return sums
 
-    def _forward(self, inputs: Sequence[torch.Tensor], extra_inputs: Iterable[_ExtraInputs]) -> None:
-        """Runs the forward passes of micro-batches of one shape, without gradients."""
-        data = self._feed(inputs, extra_inputs)
+    def _forward(self, inputs: Sequence[torch.Tensor], extra_inputs: Iterable[_ExtraInputs], rows: int = 1) -> None:
+        """Runs the forward passes of micro-batches of one shape, without gradients; `rows` as in `_feed`."""
+        data = self._feed(inputs, extra_inputs, rows=rows)
         try:
             self._engine.eval_batch(data, reduce_output=None, bcast_loss=False, num_micro_batches=len(inputs))
         finally:

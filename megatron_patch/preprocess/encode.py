@@ -3,7 +3,7 @@
 In: a `ParsedBatch`. Out: an `EncodedBatch`: for each key the ids of all documents and the documents' lengths, with beginning, end and
 padding tokens added, and what was left out. A fast encoder (fast_encoder.py) encodes as long as it agrees with the reference tokenizer:
 on adversarial strings, on the first documents of this input, and then on one document about every 262,000 characters. After a single
-disagreement the reference encodes everything.
+disagreement the reference encodes everything. The same documents are compared with what their ids give back (tokenizers/round_trip.py).
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from megatron_patch.preprocess.segments import SplitPoint, segments, split_point
 from megatron_patch.raw_text.large_documents import LargeText, load_text
 from megatron_patch.raw_text.parse_documents import ParsedBatch
 from megatron_patch.tokenizers.base import Tokenizer, load_tokenizer, require_special_tokens
-from megatron_patch.tokenizers.tiktoken import PATTERNS
+from megatron_patch.tokenizers.round_trip import RoundTrip, TextChecks, lost_text, shortened
+from megatron_patch.tokenizers.tiktoken import PATTERNS, TikTokenizer
 
 # Largest part of one document to compare with the reference, which is slow.
 _CHECKED_CHARS = 500
@@ -113,9 +114,10 @@ class EncodedBatch:
         lines: lines of the batch, to compute the line numbers of later batches.
         bytes: size of the batch.
         columns: one for each key.
-        empty: documents without a token, left out unless they are to be kept.
+        empty: documents without a token and without text other than white space, left out unless they are to be kept.
         filtered: documents that are too short or too long, left out.
         checked: documents for which the fast encoder was compared with the reference.
+        text_checks: what comparing documents with what their ids give back found; among it, the documents that have text but no token.
         largest: the largest id of the texts.
         backend: "reference", or the name of the fast encoder.
         encoder_note: the note of `make_fast_encoder`.
@@ -133,6 +135,7 @@ class EncodedBatch:
     empty: int
     filtered: int
     checked: int
+    text_checks: TextChecks
     largest: int
     backend: str
     encoder_note: str
@@ -188,8 +191,10 @@ class Encoder:
 
     def __init__(self, settings: EncodeSettings, tokenizer: Tokenizer | None = None) -> None:
         self.settings = settings
-        self._empty = self._filtered = self._checked = self._largest = self._checked_before = self._unchecked = 0
+        self._empty = self._filtered = self._checked = self._largest = self._compared_before = self._unchecked = 0
+        self._text_checks = TextChecks()
         self.tokenizer = tokenizer if tokenizer is not None else load_checked_tokenizer(settings)
+        self._round_trip = RoundTrip(self.tokenizer)
         self.fast_encoder, self.encoder_note = make_fast_encoder(self.tokenizer, settings.backend)
 
     def encode(self, parsed: ParsedBatch) -> EncodedBatch:
@@ -197,11 +202,12 @@ class Encoder:
 
         Raises:
             FastEncoderDisagrees: the fast encoder gives other ids than the reference for this input.
-            DataError: an id is outside the vocabulary, or a large document cannot be read any more.
+            DataError: an id is outside the vocabulary, a pattern loses text, or a large document cannot be read any more.
         """
         batch = parsed.batch
-        self._checked_before += self._checked
+        self._compared_before += self._text_checks.compared
         self._empty = self._filtered = self._checked = self._largest = 0
+        self._text_checks = TextChecks()
         try:
             columns = tuple(map(self._column, parsed.columns))
         except EOFError as error:
@@ -220,6 +226,7 @@ class Encoder:
             self._empty,
             self._filtered,
             self._checked,
+            self._text_checks,
             self._largest,
             self.fast_encoder.name if self.fast_encoder is not None else "reference",
             self.encoder_note,
@@ -241,7 +248,9 @@ class Encoder:
         """Encodes a large text segment by segment, so that only its ids are held in memory."""
         settings, count, largest = self.settings, 0, 0
         tokens = bytearray(np.full(int(settings.prepend_bos), self.tokenizer.bos_id or 0, settings.dtype).tobytes())
+        start = ""
         for segment in segments(text.pieces(), split_point):
+            start = start or segment.strip()
             ids, _ = self._ids([segment])
             largest = max(largest, self._largest_id(ids))
             tokens += ids.astype(settings.dtype).data
@@ -251,7 +260,8 @@ class Encoder:
         left_out = count == 0 and not settings.keep_empty
         filtered = (too_short or too_long) and not left_out
         self._filtered += int(filtered)
-        self._empty += int(count == 0 and not filtered)
+        if count == 0 and not filtered:
+            self._count_without_tokens(start)
         if left_out or filtered:
             return EncodedColumn(np.empty(0, settings.dtype), np.empty(0, np.int64))
         self._largest = max(self._largest, largest)
@@ -272,12 +282,17 @@ class Encoder:
         return kept
 
     def _ids(self, texts: Sequence[str]) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
-        """Encodes texts. Some of the fast encoder's results are compared with the reference."""
-        if self.fast_encoder is None:
-            return self.tokenizer.encode_flat(texts)
-        ids, lengths = self.fast_encoder.encode_flat(texts)
+        """Encodes texts. Some of the results are compared with the reference, and with the texts."""
+        ids, lengths = (self.fast_encoder or self.tokenizer).encode_flat(texts)
         self._check(texts, ids, lengths)
         return ids, lengths
+
+    def _count_without_tokens(self, text: str) -> None:
+        """Counts a document without tokens: as empty if it has nothing but white space."""
+        if text.strip():
+            self._text_checks += TextChecks(without_tokens=1, example=shortened(text))
+        else:
+            self._empty += 1
 
     def _encode(self, texts: Sequence[str]) -> EncodedColumn:
         if not texts:
@@ -290,29 +305,48 @@ class Encoder:
         if self.settings.max_tokens is not None:
             kept = kept & (lengths <= self.settings.max_tokens)
         self._filtered += int((full & ~kept).sum())
-        self._empty += int(((lengths == 0) & (kept | ~full)).sum())
+        for index in np.flatnonzero((lengths == 0) & (kept | ~full)).tolist():
+            self._count_without_tokens(texts[index])
         if not kept.all():
             ids, lengths = ids[np.repeat(kept, lengths)], lengths[kept]
         return self.add_special_tokens(ids, lengths)
 
     def _check(self, texts: Sequence[str], ids: npt.NDArray[np.uint32], lengths: npt.NDArray[np.int64]) -> None:
-        """Compares documents with the reference: many at the start, then one per `_CHECKED_EVERY` characters; of a long one only a part."""
+        """Compares documents with the reference and with what their ids give back: many at the start, then one per `_CHECKED_EVERY`
+        characters; of a long one only a part.
+        """
         self._unchecked += sum(map(len, texts))
-        count = max(_CHECKED_AT_START - self._checked_before - self._checked, int(self._unchecked >= _CHECKED_EVERY))
+        before = self._compared_before + self._text_checks.compared
+        count = max(_CHECKED_AT_START - before, int(self._unchecked >= _CHECKED_EVERY))
         if count <= 0:
             return
         self._unchecked, count = 0, min(count, len(texts))
-        for index in [(2 * turn + 1) * len(texts) // (2 * count) for turn in range(count)]:
-            start = int(lengths[:index].sum())
-            text, fast_ids = texts[index], ids[start : start + int(lengths[index])]
+        ends = np.cumsum(lengths)
+        for turn in range(count):
+            index = (2 * turn + 1) * len(texts) // (2 * count)
+            text, found = texts[index], ids[int(ends[index] - lengths[index]) : int(ends[index])]
             if len(text) > _CHECKED_CHARS:
                 # Another part each time, because rare text may be anywhere.
-                begin = (self._checked_before + self._checked) * 7919 % (len(text) - _CHECKED_CHARS + 1)
+                begin = (before + turn) * 7919 % (len(text) - _CHECKED_CHARS + 1)
                 text = text[begin : begin + _CHECKED_CHARS]
-                fast_ids = self.fast_encoder.encode_flat([text])[0] if self.fast_encoder is not None else fast_ids
-            if not np.array_equal(fast_ids, self.tokenizer.encode_flat([text])[0]):
-                raise FastEncoderDisagrees(text[:200])
-            self._checked += 1
+                found = (self.fast_encoder or self.tokenizer).encode_flat([text])[0]
+            if self.fast_encoder is not None:
+                if not np.array_equal(found, self.tokenizer.encode_flat([text])[0]):
+                    raise FastEncoderDisagrees(text[:200])
+                self._checked += 1
+            self._compare_with_text(text, found.tolist())
+
+    def _compare_with_text(self, text: str, ids: Sequence[int]) -> None:
+        """Compares a text with what its ids give back.
+
+        Raises:
+            DataError: the pattern of a TikTokenizer loses a part of it.
+        """
+        loss = self._round_trip.loss(text, ids)
+        if loss.lost and isinstance(self.tokenizer, TikTokenizer):
+            raise lost_text(self.tokenizer, text, loss)
+        incomplete = bool(loss.letters)
+        self._text_checks += TextChecks(1, int(loss.unknown), int(incomplete), example=shortened(text) if incomplete else "")
 
     def _largest_id(self, ids: npt.NDArray[np.uint32]) -> int:
         """Returns the largest id, before ids are converted to the dataset's dtype.

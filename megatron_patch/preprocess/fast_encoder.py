@@ -4,9 +4,10 @@ In: a reference tokenizer. Out: an encoder with the same results, or None and th
 fraction of the CPU time of the reference libraries, once it is loaded: 1/100 for Llama-3, 1/120 or less for Qwen3, 1/6 for Mistral's
 SentencePiece BPE (benchmarks/results/preprocess_encoders-cpu-2026-11-30.json).
 
-Two things keep the ids right. The encoder must agree with the reference on adversarial strings before it is used. Texts that contain a
-piece of the vocabulary that no merges produce (such as <0x0A>, the name of a byte, which fastokens would read as the byte) go to the
-reference one by one.
+Two things keep the ids right. The encoder must agree with the reference on the strings of tokenizers/fuzz_strings.py before it is used,
+among them the tokenizer's own added tokens. And some texts go to the reference one by one, because fastokens is known to err there: those
+that contain a piece of the vocabulary that no merges produce (such as <0x0A>, the name of a byte, which fastokens would read as the byte),
+an added token that may meet one of another kind (added_tokens.py), or U+180E, which some of its patterns take for white space.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import random
 import re
 from collections.abc import Callable, Iterator, Sequence
 
@@ -22,75 +22,27 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 
+from megatron_patch.errors import DataError
+from megatron_patch.preprocess.added_tokens import ambiguous_tokens
+from megatron_patch.preprocess.segments import has_known_pattern
 from megatron_patch.preprocess.word_cache import WordCache, is_built, supports
 from megatron_patch.tokenizers.base import Flat, HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer
 from megatron_patch.tokenizers.byte_level import byte_letters
+from megatron_patch.tokenizers.fuzz_strings import every_code_point, start_strings
+from megatron_patch.tokenizers.round_trip import shortened
 from megatron_patch.tokenizers.sentencepiece import replaces_spaces_alone, sentencepiece_json
 from megatron_patch.tokenizers.tiktoken import TikTokenizer
 
 Array = npt.NDArray[np.uint32]
-_MAX_PIECES_WITHOUT_MERGES = 2000
+_MAX_SEARCHED_PIECES = 2000
+_SHOWN_TOKENS = 3
+# Mongolian vowel separator: white space until Unicode 6.3, and still in some libraries of regular expressions.
+_FORMER_SPACE = "\u180e"
+_TextTest = Callable[[str], bool]
 
 
-def adversarial_strings(seed: int = 0, count: int = 300) -> list[str]:
-    """Returns strings that tend to break tokenizers: mixed scripts, odd white space, long runs, special tokens, control characters,
-    combining marks.
-
-    Args:
-        seed: seed of the random combinations.
-        count: number of random combinations, in addition to each part by itself.
-    """
-    words = [
-        "a",
-        "Z",
-        "the",
-        "don't",
-        "WE'LL",
-        "1234567890",
-        "3.14",
-        "_",
-        "__init__",
-        "#",
-        "...",
-        "—",
-        "é",
-        "ß",
-        "İ",
-        "Ω",
-        "жизнь",
-        "日本語",
-        "한국어",
-        "مرحبا",
-        "नमस्ते",
-        "🙂",
-        "🇩🇪",
-        "▁",
-        "Ġ",
-        "ﬁ",
-        "½",
-        "{}",
-        "http://x.y/z?a=b",
-    ]
-    spaces = [" ", "  ", "\n", "\r\n", "\t", "\u00a0", "\u3000", "\u200b", "\ufeff", "\u2028"]
-    special = [
-        "<|endoftext|>",
-        "<s>",
-        "</s>",
-        "<unk>",
-        " The",
-        "e\u0301",
-        "\U0001f468\u200d\U0001f469",
-        "\x00",
-        "\x7f",
-        "a" * 40,
-        "\\n",
-        "\U0001d400",
-        "<0x41>",
-        "<0x0A>",
-    ]
-    pieces = words + spaces + special
-    draw = random.Random(seed)
-    return ["", *pieces, *("".join(draw.choices(pieces, k=draw.randint(1, 24))) for _ in range(count))]
+class Untrusted(Exception):
+    """A fast encoder is known to give other ids than the reference for a class of tokenizers. The argument says why."""
 
 
 class FastokensEncoder:
@@ -99,8 +51,12 @@ class FastokensEncoder:
     Args:
         tokenizer: the reference.
 
+    Attributes:
+        ambiguous: added tokens that may meet one of another kind; the reference encodes the texts that contain one.
+
     Raises:
         TypeError: fastokens has no format for this tokenizer.
+        Untrusted: fastokens errs for this class of tokenizers.
         Exception: whatever fastokens raises when it cannot load it.
     """
 
@@ -110,22 +66,29 @@ class FastokensEncoder:
         import fastokens
 
         self._reference = tokenizer
-        self._needs_reference = _contains_any([])
+        self._has_unmerged = self._has_ambiguous = _contains_any([])
         self._normalize: Callable[[list[str]], list[str]] | None = None
+        self.ambiguous: list[str] = []
         if isinstance(tokenizer, HuggingFaceTokenizer):
             text = tokenizer.backend.to_str()
+            self.ambiguous = ambiguous_tokens(list(tokenizer.backend.get_added_tokens_decoder().values()))
+            if self.ambiguous and tokenizer.backend.normalizer is not None:
+                raise Untrusted(
+                    f"it finds added tokens, such as {_shown(self.ambiguous)}, at other places than a normalizer lets them be found"
+                )
+            self._has_ambiguous = _contains_any(self.ambiguous)
             self._native = fastokens.Tokenizer.from_json_str(text)
-            self._needs_reference = _contains_any(pieces_without_merges(text))
+            self._has_unmerged = _contains_any(pieces_without_merges(text))
         elif isinstance(tokenizer, TikTokenizer):
             self._native = fastokens.Tokenizer.from_tiktoken(tokenizer.name, pattern=tokenizer.pattern)
         elif isinstance(tokenizer, SentencePieceTokenizer):
             if not replaces_spaces_alone(tokenizer.backend):
                 self._normalize = tokenizer.backend.normalize  # NFKC, for instance: SentencePiece does this part itself
-            text = sentencepiece_json(tokenizer.backend, normalized=self._normalize is not None)
-            if text is None:
+            converted = sentencepiece_json(tokenizer.backend, normalized=self._normalize is not None)
+            if converted is None:
                 raise TypeError(f"fastokens has no format for {tokenizer.name}")
-            self._native = fastokens.Tokenizer.from_json_str(text)
-            self._needs_reference = _contains_any(pieces_without_merges(text))
+            self._native = fastokens.Tokenizer.from_json_str(converted)
+            self._has_unmerged = _contains_any(pieces_without_merges(converted))
         else:
             raise TypeError(f"fastokens has no format for {tokenizer.name}")
         # The first call starts fastokens' threads: as many as this process may use cores.
@@ -138,18 +101,27 @@ class FastokensEncoder:
         ids, offsets = self._native.encode_batch_flat(inputs, add_special_tokens=False)
         ends = np.frombuffer(offsets, dtype=np.uint64).astype(np.int64)
         flat, lengths = np.frombuffer(ids, dtype=np.uint32), ends[1:] - ends[:-1]
-        # Normalization writes spaces as ▁.
-        indices = [index for index, text in enumerate(inputs) if self._needs_reference(text.replace("▁", " "))]
+        indices = [index for index, text in enumerate(inputs) if self._needs_reference(text)]
         return self._with_reference(texts, indices, flat, lengths) if indices else (flat, lengths)
+
+    def _needs_reference(self, text: str) -> bool:
+        # Normalization writes spaces as ▁.
+        return _FORMER_SPACE in text or self._has_ambiguous(text) or self._has_unmerged(text.replace("▁", " "))
 
     def _with_reference(self, texts: Sequence[str], indices: Sequence[int], flat: Array, lengths: npt.NDArray[np.int64]) -> Flat:
         """Replaces the ids of the texts at some indices by those of the reference."""
         rows = np.split(flat, np.cumsum(lengths)[:-1])
         lengths = lengths.copy()
-        for index in indices:
-            rows[index] = self._reference.encode_flat([texts[index]])[0]
-            lengths[index] = rows[index].size
+        ids, counts = self._reference.encode_flat([texts[index] for index in indices])
+        for index, row in zip(indices, np.split(ids, np.cumsum(counts)[:-1]), strict=True):
+            rows[index] = row
+            lengths[index] = row.size
         return np.concatenate(rows), lengths
+
+
+def _shown(tokens: Sequence[str]) -> str:
+    more = len(tokens) - _SHOWN_TOKENS
+    return ", ".join(map(repr, tokens[:_SHOWN_TOKENS])) + (f" and {more} more" if more > 0 else "")
 
 
 @contextlib.contextmanager
@@ -191,24 +163,27 @@ def pieces_without_merges(tokenizer_json: str) -> list[str]:
     return [piece for piece in (piece.replace("▁", " ").strip() for piece in pieces) if piece]
 
 
-def _contains_any(pieces: Sequence[str]) -> Callable[[str], bool]:
+def _contains_any(pieces: Sequence[str]) -> _TextTest:
     """Returns a function that checks whether a text contains one of the pieces. It is fast for texts without their common prefix.
 
     Raises:
-        ValueError: too many pieces to search for.
+        Untrusted: too many pieces to search for.
     """
     if not pieces:
         return lambda text: False
-    if len(pieces) > _MAX_PIECES_WITHOUT_MERGES:
-        raise ValueError(f"{len(pieces)} pieces that no merges produce")
+    if len(pieces) > _MAX_SEARCHED_PIECES:
+        raise Untrusted(f"it may err for texts with any of {len(pieces):,} tokens, such as {_shown(pieces)}")
     prefix = os.path.commonprefix(list(pieces))  # noqa: RUF071 - of characters, not of paths
     pattern = re.compile("|".join(map(re.escape, pieces)))
     return lambda text: prefix in text and pattern.search(text) is not None
 
 
-def same_encoding(first: Flat, second: Flat) -> bool:
-    """Returns whether two encodings are equal."""
-    return np.array_equal(first[0], second[0]) and np.array_equal(first[1], second[1])
+def different_text(texts: Sequence[str], first: Flat, second: Flat) -> str | None:
+    """Returns the shortest of some texts whose ids are different in two encodings; None if all are equal."""
+    if np.array_equal(first[0], second[0]) and np.array_equal(first[1], second[1]):
+        return None
+    rows = (np.split(ids, np.cumsum(lengths)[:-1]) for ids, lengths in (first, second))
+    return min((text for text, one, other in zip(texts, *rows, strict=True) if not np.array_equal(one, other)), key=len)
 
 
 def make_fast_encoder(tokenizer: Tokenizer, backend: str = "auto") -> tuple[FastokensEncoder | WordCache | None, str]:
@@ -216,26 +191,42 @@ def make_fast_encoder(tokenizer: Tokenizer, backend: str = "auto") -> tuple[Fast
 
     Args:
         tokenizer: the reference.
-        backend: "auto": the word cache or fastokens, if it agrees with the reference on every adversarial string; "reference": nothing.
+        backend: "auto": the word cache or fastokens, if it agrees with the reference on all `start_strings`; "reference": nothing.
 
     Returns:
         The fast encoder, or None if the reference encodes; and a note for the user: what encodes, and why.
     """
     if backend == "reference":
         return None, "the reference tokenizer"
-    texts = adversarial_strings()
+    texts = start_strings(tokenizer)
+    try:
+        expected = tokenizer.encode_flat(texts)
+    except DataError as error:
+        return None, f"the reference tokenizer (which fails for strings that a fast encoder must agree on: {error.what})"
     if isinstance(tokenizer, SentencePieceTokenizer) and is_built() and supports(tokenizer):
-        cache, twice = WordCache(tokenizer), 2 * texts  # the second time, every word is in the cache
-        if same_encoding(cache.encode_flat(twice), tokenizer.encode_flat(twice)):
+        cache = WordCache(tokenizer)
+        # The second time, every word is in the cache.
+        if all(different_text(texts, cache.encode_flat(texts), expected) is None for _ in range(2)):
             return cache, "the word cache, checked against the reference"
     try:
         encoder = FastokensEncoder(tokenizer)
-        if not same_encoding(encoder.encode_flat(texts), tokenizer.encode_flat(texts)):
-            return None, "the reference tokenizer (fastokens gives other ids for adversarial strings)"
+        if (text := different_text(texts, encoder.encode_flat(texts), expected)) is not None:
+            return None, f"the reference tokenizer (fastokens gives other ids for {shortened(text)!r})"
+        if not has_known_pattern(tokenizer):
+            texts = every_code_point()
+            if different_text(texts, encoder.encode_flat(texts), tokenizer.encode_flat(texts)) is not None:
+                return None, "the reference tokenizer (fastokens gives other ids for some characters under this tokenizer's pattern)"
     except ImportError:
         return None, "the reference tokenizer (fastokens, which is much faster, is not installed: pip install fastokens)"
     except TypeError:
         return None, "the reference tokenizer (fastokens does not support this tokenizer)"
+    except Untrusted as reason:
+        return None, f"the reference tokenizer (fastokens is not used: {reason})"
     except Exception as error:  # whatever a young library may raise, the reference can encode
         return None, f"the reference tokenizer (fastokens cannot load it: {error})"
+    if encoder.ambiguous:
+        return encoder, (
+            f"fastokens, checked against the reference, which encodes the texts that contain {_shown(encoder.ambiguous)}: "
+            "fastokens may look for these added tokens in another order"
+        )
     return encoder, "fastokens, checked against the reference"

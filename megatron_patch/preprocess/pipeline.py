@@ -37,11 +37,12 @@ from megatron_patch.preprocess.progress_log import (
     tokenizer_checksum,
 )
 from megatron_patch.preprocess.run_state import Counters, ReportProgress, Run
-from megatron_patch.preprocess.summary import LengthSample, Summary, summary_of_finished_run
+from megatron_patch.preprocess.summary import LengthSample, Summary, special_tokens, summary_of_finished_run
 from megatron_patch.preprocess.workers import Workers, prepare_workers
 from megatron_patch.raw_text.inputs import expand, shard_inputs
 from megatron_patch.raw_text.readers import read_batches
 from megatron_patch.tokenizers.base import Tokenizer
+from megatron_patch.tokenizers.round_trip import check_round_trip
 from megatron_patch.utils.files import checksum
 from megatron_patch.utils.units import plural
 
@@ -112,7 +113,8 @@ def preprocess(
     make_folders(output_prefix, prefixes)
     settings = replace(settings, dtype=str(optimal_dtype(tokenizer.vocab_size)))
     shown = separator.decode("utf-8", "replace") if separator is not None else None
-    known = identity(parts, settings, separator=shown, dedup=dedup, shuffle_seed=shuffle_seed)
+    ids = (tokenizer.eod_id, tokenizer.bos_id)
+    known = identity(parts, settings, ids, separator=shown, dedup=dedup, shuffle_seed=shuffle_seed)
     begin = _starting_record(run, known, overwrite, resume)
     if begin is None:
         notice("the run is already finished: nothing to do")
@@ -121,8 +123,9 @@ def preprocess(
         settings = replace(settings, backend="reference") if begin.distrusted else settings
         done = plural(sum(count for count, _ in begin.outputs), "document")
         notice(f"resuming after {begin.read / 1e6:,.0f} MB of input, {done}")
+    text_note = check_round_trip(tokenizer)
     try:
-        return _run(run, settings, tokenizer, known, begin)
+        return _run(run, settings, tokenizer, known, begin, text_note)
     except DataError:
         if (kept := last_record(progress_log_path(output_prefix))) is not None:
             notice(f"{kept.read / 1e6:,.0f} MB of the input are saved: fix the problem and run again with --resume to continue from there")
@@ -138,7 +141,7 @@ def preprocess(
         )
         settings = replace(settings, backend="reference")
         progress_log_path(output_prefix).unlink(missing_ok=True)
-        return _run(run, settings, tokenizer, known, Record(distrusted=True))
+        return _run(run, settings, tokenizer, known, Record(distrusted=True), text_note)
 
 
 def _starting_record(run: Run, known: dict[str, object], overwrite: bool, resume: bool) -> Record | None:
@@ -162,7 +165,7 @@ def _starting_record(run: Run, known: dict[str, object], overwrite: bool, resume
     return Record()
 
 
-def _run(run: Run, settings: EncodeSettings, tokenizer: Tokenizer, known: dict[str, object], begin: Record) -> Summary:
+def _run(run: Run, settings: EncodeSettings, tokenizer: Tokenizer, known: dict[str, object], begin: Record, text_note: str) -> Summary:
     shutil.rmtree(run.scratch, ignore_errors=True)
     with contextlib.ExitStack() as stack:
         stack.callback(shutil.rmtree, run.scratch, ignore_errors=True)
@@ -197,16 +200,19 @@ def _run(run: Run, settings: EncodeSettings, tokenizer: Tokenizer, known: dict[s
         bytes=counters.read,
         bad_lines=counters.bad.count,
         empty=0 if settings.keep_empty else counters.empty,
-        kept_empty=counters.empty if settings.keep_empty else 0,
+        kept_empty=counters.empty + counters.text_checks.without_tokens if settings.keep_empty else 0,
         filtered=counters.filtered,
         duplicates=sum(documents for documents, _ in written) - sum(info.documents for info in infos),
         dtype=settings.dtype,
         vocab_size=tokenizer.vocab_size,
         largest_id=counters.largest,
-        eod_id=tokenizer.eod_id,
+        **special_tokens(tokenizer),
         tokens_per_document=(LengthSample.of(IndexedDataset(run.prefixes[0])) if run.dedup else counters.lengths).quantiles(),
         backend=counters.backend or "reference",
+        encoder=counters.encoder_note,
         checked=counters.checked,
+        text_checks=counters.text_checks,
+        text_notes=(*([text_note] if text_note else []), *counters.text_checks.sentences()),
         seconds=counters.seconds,
         resumed_at=begin.read,
         first_bad_line=counters.bad.first,
@@ -219,6 +225,7 @@ def _no_documents(prefix: str, counters: Counters, settings: EncodeSettings) -> 
     return DataError(
         f"there are no documents for {prefix}: {plural(counters.bad.count, 'bad line')}, "
         f"{plural(counters.empty, 'empty document')}, {counters.filtered:,} too short or too long"
+        + "".join(f"; {sentence}" for sentence in counters.text_checks.sentences())
         + (f"; the first bad line is {first}" if first is not None else ""),
         "at least one document",
         f"check --input and --json-keys (the keys are {' '.join(settings.keys)})",

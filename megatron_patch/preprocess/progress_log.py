@@ -28,7 +28,7 @@ FORMAT = "megatron_patch/progress-1"
 # What may differ when a run resumes: both encoders give the same ids, and the tokenizer is identified by its checksum.
 _MAY_CHANGE = ("backend", "tokenizer_model", "vocab_file", "merge_file")
 # Settings that earlier versions did not have: they are recorded where they differ from the default, so that earlier runs can be resumed.
-_ADDED = {"keep_empty": False}
+_ADDED = {"keep_empty": False, "bos_token": None}
 # Field of `Record` -> its key in the file, where they differ.
 _JSON_KEYS = {"next_unit": "upto"}
 
@@ -54,6 +54,7 @@ class Record:
         distrusted: the fast encoder gave other ids than the reference, so it is not used again.
         seconds: time spent so far.
         complete: all input has been read.
+        text_checks: the `TextChecks` so far, by name.
     """
 
     file: int = 0
@@ -72,6 +73,7 @@ class Record:
     distrusted: bool = False
     seconds: float = 0.0
     complete: bool = False
+    text_checks: Mapping[str, Any] = field(default_factory=dict)
 
 
 def progress_log_path(output_prefix: str) -> Path:
@@ -91,12 +93,15 @@ def tokenizer_checksum(settings: EncodeSettings) -> str:
     return digest.hexdigest() if settings.tokenizer_model or settings.vocab_file else f"{settings.vocab_size}"
 
 
-def identity(parts: Sequence[FileRange], settings: EncodeSettings, **more: Any) -> dict[str, Any]:
+def identity(
+    parts: Sequence[FileRange], settings: EncodeSettings, special_tokens: tuple[int | None, int | None], **more: Any
+) -> dict[str, Any]:
     """Returns everything that the result of a run depends on, as plain values. A file is identified by name, size and time of change.
 
     Args:
         parts: the input.
         settings: how to encode.
+        special_tokens: ids of the end-of-document and the beginning-of-sequence token, which files beside the tokenizer's may change.
         more: other settings, as plain values.
     """
     inputs = []
@@ -110,12 +115,19 @@ def identity(parts: Sequence[FileRange], settings: EncodeSettings, **more: Any) 
             del chosen[name]
     chosen = {name: list(value) if isinstance(value, tuple) else value for name, value in chosen.items()}
     chosen.update(more)
-    return {"format": FORMAT, "inputs": inputs, "settings": chosen, "tokenizer": tokenizer_checksum(settings)}
+    return {
+        "format": FORMAT,
+        "inputs": inputs,
+        "settings": chosen,
+        "tokenizer": tokenizer_checksum(settings),
+        "special_tokens": list(special_tokens),
+    }
 
 
 def identity_checksum(found: Mapping[str, Any]) -> str:
-    """Returns a checksum of an `identity`."""
-    return xxhash.xxh64(json.dumps(found, sort_keys=True).encode()).hexdigest()
+    """Returns a checksum of an `identity`, without the ids of special tokens, which earlier versions did not record."""
+    known = {name: value for name, value in found.items() if name != "special_tokens"}
+    return xxhash.xxh64(json.dumps(known, sort_keys=True).encode()).hexdigest()
 
 
 def _check_same_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -133,6 +145,8 @@ def _check_same_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> N
         difference = "; ".join(f"{name} was {one.get(name)!r}, now {other.get(name)!r}" for name in names)
     elif before["tokenizer"] != now["tokenizer"]:
         difference = "the tokenizer's files have changed"
+    elif before.get("special_tokens", now["special_tokens"]) != now["special_tokens"]:
+        difference = f"the ids of the tokens that end and begin documents were {before['special_tokens']}, now {now['special_tokens']}"
     if difference:
         raise _refusal(difference)
 

@@ -11,7 +11,7 @@ import itertools
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -21,6 +21,7 @@ from megatron_patch.preprocess.encode import EncodedBatch
 from megatron_patch.preprocess.progress_log import ProgressLog, Record
 from megatron_patch.preprocess.summary import BadLines, LengthSample
 from megatron_patch.raw_text.inputs import STANDARD_INPUT, FileRange
+from megatron_patch.tokenizers.round_trip import TextChecks
 
 ReportProgress = Callable[[int, int, int, float, float], None]
 """Called with (documents, tokens, bytes, seconds, fraction of the input) after each batch."""
@@ -79,6 +80,7 @@ class Counters:
         self._started = time.monotonic()
         self._saved = self._started
         self.read, self.empty, self.filtered, self.checked = begin.read, begin.empty, begin.filtered, begin.checked
+        self.text_checks = TextChecks(**begin.text_checks)
         self.largest = begin.largest
         self.lengths = LengthSample(begin.lengths, begin.longest)
         self.bad = BadLines(
@@ -86,6 +88,7 @@ class Counters:
         )
         self.file, self.next_unit = begin.file, begin.next_unit
         self.backend: str | None = None
+        self.encoder_note = ""
 
     @property
     def seconds(self) -> float:
@@ -100,11 +103,12 @@ class Counters:
         self.empty += encoded.empty
         self.filtered += encoded.filtered
         self.checked += encoded.checked
+        self.text_checks += encoded.text_checks
         self.largest = max(self.largest, encoded.largest)
         self.file, self.next_unit = encoded.file, encoded.next_unit
         if self.backend is None:
             self._run.notice(f"encoding with {encoded.encoder_note}")
-        self.backend = encoded.backend
+        self.backend, self.encoder_note = encoded.backend, encoded.encoder_note
         if self._run.progress is not None:
             before, after = self._ends[self.file : self.file + 2]
             done = before + encoded.fraction * (after - before)
@@ -137,6 +141,7 @@ class Counters:
                 self._begin.distrusted,
                 self.seconds,
                 complete,
+                asdict(self.text_checks),
             )
         )
         self._saved = time.monotonic()

@@ -14,11 +14,10 @@ For any other tokenizer a large text is encoded as one string.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
-
-import orjson
 
 from megatron_patch.tokenizers.base import HuggingFaceTokenizer, NullTokenizer, SentencePieceTokenizer, Tokenizer
 from megatron_patch.tokenizers.tiktoken import PATTERNS, TikTokenizer
@@ -77,13 +76,25 @@ def _at_space(text: str) -> tuple[int, int] | None:
 def _splits_before_spaces(tokenizer: HuggingFaceTokenizer | TikTokenizer) -> bool:
     """Returns whether this is a byte-level BPE over a known pattern, without special tokens that match white space."""
     if isinstance(tokenizer, TikTokenizer):
+        return has_known_pattern(tokenizer)
+    backend = tokenizer.backend
+    normalizer = json.loads(backend.normalizer.__getstate__()) if backend.normalizer is not None else None
+    if type(backend.model).__name__ != "BPE" or normalizer not in (None, {"type": "NFC"}):
+        return False
+    tokens = backend.get_added_tokens_decoder().values()
+    if any(token.lstrip or token.rstrip or re.search(r"\s", token.content) for token in tokens):
+        return False
+    return has_known_pattern(tokenizer)
+
+
+def has_known_pattern(tokenizer: Tokenizer) -> bool:
+    """Returns whether a tokenizer splits text by a pattern that is known here, or, as those of SentencePiece, by none."""
+    if isinstance(tokenizer, TikTokenizer):
         return tokenizer.pattern in _KNOWN_PATTERNS
-    content: dict[str, Any] = orjson.loads(tokenizer.backend.to_str())
-    if content["model"].get("type") != "BPE" or content["normalizer"] not in (None, {"type": "NFC"}):
-        return False
-    if any(token["lstrip"] or token["rstrip"] or re.search(r"\s", token["content"]) for token in content["added_tokens"]):
-        return False
-    pre_tokenizer = content["pre_tokenizer"] or {}
+    if not isinstance(tokenizer, HuggingFaceTokenizer):
+        return True
+    own = tokenizer.backend.pre_tokenizer
+    pre_tokenizer: dict[str, Any] = json.loads(own.__getstate__()) if own is not None else {}
     steps: Sequence[dict[str, Any]] = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
     last = steps[-1]
     if last.get("type") != "ByteLevel" or last.get("add_prefix_space"):

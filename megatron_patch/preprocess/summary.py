@@ -17,7 +17,8 @@ from megatron_patch.data.indexed_dataset import IndexedDataset
 from megatron_patch.errors import DataError
 from megatron_patch.preprocess.dedup_shuffle import document_lengths
 from megatron_patch.preprocess.encode import EncodedBatch
-from megatron_patch.tokenizers.base import Tokenizer
+from megatron_patch.tokenizers.base import Tokenizer, token_text
+from megatron_patch.tokenizers.round_trip import TextChecks
 from megatron_patch.utils.files import open_in_place, open_new
 from megatron_patch.utils.files import reason as reason_of
 
@@ -36,7 +37,7 @@ class Summary:
         tokens: number of tokens in all outputs.
         bytes: number of bytes of decompressed input.
         bad_lines: lines left out because they hold no valid document.
-        empty: documents left out because they have no token.
+        empty: documents left out because they have no text, or nothing but white space without a token.
         kept_empty: documents without a token that were kept.
         filtered: documents left out because they are too short or too long.
         duplicates: documents left out because an earlier one is equal.
@@ -44,9 +45,15 @@ class Summary:
         vocab_size: vocabulary size of the tokenizer.
         largest_id: largest token id of the texts; all ids were checked to be in the vocabulary. None: nothing was encoded.
         eod_id: the id of the end-of-document token, or None.
+        eod_token: its name in the vocabulary.
+        bos_id: the id of the beginning-of-sequence token, or None.
+        bos_token: its name in the vocabulary.
         tokens_per_document: lengths in the first output: 5 %, 50 % and 95 % quantiles, and the longest.
         backend: name of the encoder.
+        encoder: what encoded, and why.
         checked: documents for which the fast encoder was compared with the reference, all with the same result.
+        text_checks: what comparing documents with what their ids give back found.
+        text_notes: sentences on text that the tokenizer does not give back; none if it gives back all.
         seconds: time spent, including the time before the run was resumed.
         resumed_at: bytes that had been read when the run was resumed; 0: it was not resumed.
         bad_lines_file: the path of the list of bad lines, or None.
@@ -66,9 +73,15 @@ class Summary:
     vocab_size: int
     largest_id: int | None
     eod_id: int | None
+    eod_token: str | None
+    bos_id: int | None
+    bos_token: str | None
     tokens_per_document: tuple[int, ...]
     backend: str
+    encoder: str
     checked: int
+    text_checks: TextChecks
+    text_notes: tuple[str, ...]
     seconds: float
     resumed_at: int
     bad_lines_file: str | None
@@ -131,6 +144,17 @@ class LengthSample:
         return {str(step): count for step, count in self._counts.items()}
 
 
+def special_tokens(tokenizer: Tokenizer) -> dict[str, Any]:
+    """Returns the fields of a `Summary` about the tokens that end and begin documents."""
+    eod, bos = tokenizer.eod_id, tokenizer.bos_id
+    return {
+        "eod_id": eod,
+        "eod_token": None if eod is None else token_text(tokenizer, eod),
+        "bos_id": bos,
+        "bos_token": None if bos is None else token_text(tokenizer, bos),
+    }
+
+
 def summary_of_finished_run(prefixes: Sequence[str], tokenizer: Tokenizer) -> Summary:
     """Returns the summary of a run that was already finished: what its datasets contain; what was left out is not known any more."""
     datasets = [IndexedDataset(prefix) for prefix in prefixes]
@@ -147,10 +171,13 @@ def summary_of_finished_run(prefixes: Sequence[str], tokenizer: Tokenizer) -> Su
         dtype=str(datasets[0].dtype),
         vocab_size=tokenizer.vocab_size,
         largest_id=None,
-        eod_id=tokenizer.eod_id,
+        **special_tokens(tokenizer),
         tokens_per_document=LengthSample.of(datasets[0]).quantiles(),
         backend="nothing: already finished",
+        encoder="nothing: already finished",
         checked=0,
+        text_checks=TextChecks(),
+        text_notes=(),
         seconds=0.0,
         resumed_at=0,
         bad_lines_file=None,

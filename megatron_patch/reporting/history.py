@@ -15,8 +15,9 @@ from typing import Any
 from megatron_patch.checkpoint.commit import list_checkpoints
 from megatron_patch.checkpoint.trainer_state import STATE
 from megatron_patch.credentials import cleaned_record, without_credentials
+from megatron_patch.data.corpus_names import corpus_names
 from megatron_patch.errors import DataError
-from megatron_patch.reporting.metrics_file import MOST_POINTS, Marks, Places, read_metrics_file
+from megatron_patch.reporting.metrics_file import MOST_POINTS, Marks, Places, loss_of_corpus, read_metrics_file
 from megatron_patch.reporting.rows import EVALUATION_COLUMNS, STEP_COLUMNS, LeftOut, read_rows
 from megatron_patch.utils.console import visible
 from megatron_patch.utils.files import read_json
@@ -43,6 +44,7 @@ class History:
         stages: one dict per stage that has begun: name, patch size, step, tokens, cost tokens and seconds at its start, and its blend.
         steps: columns `STEP_COLUMNS` and "seconds", the elapsed time without the pauses before restarts.
         evaluations: columns `EVALUATION_COLUMNS` and "seconds".
+        corpora: for each corpus, if there are several: name, its last weight in the held-out loss, and token_loss at each evaluation.
         checkpoints: step, tokens, cost tokens, duration, bytes and folder of each checkpoint.
         starts: step, tokens, cost tokens and elapsed time of each start and resume.
         events: step, tokens, time, name and text of each record of `events.jsonl`.
@@ -65,6 +67,7 @@ class History:
     stages: list[dict[str, Any]]
     steps: Columns
     evaluations: Columns
+    corpora: list[dict[str, Any]]
     checkpoints: list[dict[str, Any]]
     starts: list[dict[str, Any]]
     events: list[dict[str, Any]]
@@ -110,8 +113,9 @@ def read_history(save: Path, label: str | None = None, most_points: int = MOST_P
     run = read_metrics_file(path, most_points)
     if run.last is None:
         raise DataError(f"{path} contains no steps", "a run with at least one step", "wait for its first step")
-    notes = run.left_out.notes()
+    notes = run.left_out.notes() + ([f"shows the first {len(run.corpora)} corpora"] if run.more_corpora else [])
     options, given, plan = _configuration(save, notes)
+    evaluations = run.evaluations.rows()
     start, last = run.start, dict(zip((*STEP_COLUMNS, "cost", "time", "stage"), run.last, strict=True))
     return History(
         label=label or visible(save.resolve().name),
@@ -125,7 +129,11 @@ def read_history(save: Path, label: str | None = None, most_points: int = MOST_P
         ranks=start.get("ranks") or 1,
         stages=[{**stage, "blend": _blend_of_stage(plan, stage["index"])} for stage in run.stages],
         steps=_columns(run.steps.rows(), (*STEP_COLUMNS, "seconds")),
-        evaluations=_columns(run.evaluations.rows(), (*EVALUATION_COLUMNS, "seconds")),
+        evaluations=_columns(evaluations, (*EVALUATION_COLUMNS, "seconds")),
+        corpora=[
+            {"name": visible(name), "weight": weight, "token_loss": [loss_of_corpus(row, number) for row in evaluations]}
+            for number, (name, weight) in enumerate(run.corpora.items())
+        ],
         checkpoints=[
             {**run.places.locate(r), "seconds": r["seconds"], "bytes": r["bytes"], "folder": Path(r["folder"]).name}
             for r in run.saves.shown("checkpoints", notes)
@@ -179,14 +187,15 @@ def _blend(options: Mapping[str, Any]) -> list[tuple[str, float]]:
 
 
 def _named(pairs: Iterable[Any]) -> list[tuple[str, float]]:
-    """Returns each corpus under the last part of its prefix, with its weight as a share of the sum; without what is no such pair."""
+    """Returns each corpus under its short name, with its weight as a share of the sum; without what is no such pair."""
     rows = []
     for pair in pairs:
         prefix, weight = pair if isinstance(pair, (list, tuple)) and len(pair) == 2 else (None, None)
         if isinstance(prefix, str) and isinstance(weight, (int, float)) and 0 < weight < 1e30:
-            rows.append((visible(Path(prefix).name), weight))
+            rows.append((prefix, weight))
     total = sum(weight for _, weight in rows)
-    return [(name, weight / total) for name, weight in rows]
+    names = corpus_names([prefix for prefix, _ in rows])
+    return [(name, weight / total) for name, (_, weight) in zip(names, rows, strict=True)]
 
 
 def _events(path: Path, places: Places, notes: list[str]) -> list[dict[str, Any]]:

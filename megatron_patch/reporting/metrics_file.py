@@ -8,7 +8,7 @@ from __future__ import annotations
 from array import array
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ from megatron_patch.reporting.thinning import Thinning
 MOST_POINTS = 5_000
 """Largest number of steps, and of evaluations, that a report shows; see `Thinning`."""
 _MOST_MARKS = 2_000
+_MOST_CORPORA = 200
+_LONGEST_NAME = 300
 _STAGE, _TOKEN_LOSS = 1, EVALUATION_COLUMNS.index("token_loss")
 _LOSS, _GRAD_NORM = STEP_COLUMNS.index("loss"), STEP_COLUMNS.index("grad_norm")
 _WIDTH = len(STEP_COLUMNS)
@@ -87,7 +89,9 @@ class MetricsFile:
     Args:
         left_out: rows that cannot be used.
         steps: values of `STEP_COLUMNS` and the elapsed time, without the pauses before restarts.
-        evaluations: values of `EVALUATION_COLUMNS` and the elapsed time.
+        evaluations: values of `EVALUATION_COLUMNS`, the elapsed time, and the token losses of `corpora`, as far as they were known.
+        corpora: name and last weight of each corpus whose held-out loss is recorded, in the order of their appearance.
+        more_corpora: whether further corpora are left out.
         places: the place of each step.
         stages: index, name, patch size, step, tokens, cost tokens and seconds at the start of each stage that has begun.
         starts: records of type "start".
@@ -101,6 +105,8 @@ class MetricsFile:
     left_out: LeftOut
     steps: Thinning
     evaluations: Thinning
+    corpora: dict[str, float | None] = field(default_factory=dict)
+    more_corpora: bool = False
     places: Places = field(default_factory=Places)
     stages: list[dict[str, Any]] = field(default_factory=list)
     starts: Marks = field(default_factory=Marks)
@@ -131,6 +137,16 @@ class MetricsFile:
 
     _seconds_before: float = 0.0
 
+    def losses_of_corpora(self, record: Mapping[str, Any]) -> tuple[float | None, ...]:
+        """Returns the token loss of each corpus in an evaluation, in the order of `corpora`, to which new ones are added."""
+        parts = {name[:_LONGEST_NAME]: part for name, part in (record.get("corpora") or {}).items()}
+        for name, part in parts.items():
+            if name in self.corpora or len(self.corpora) < _MOST_CORPORA:
+                self.corpora[name] = part.get("weight")
+            else:
+                self.more_corpora = True
+        return tuple(parts.get(name, {}).get("token_loss") for name in self.corpora) if parts else ()
+
     def add_other(self, record: dict[str, Any]) -> None:
         """Takes the next record of another type than "step" and "evaluation", with the elapsed time in it."""
         kind = record["type"]
@@ -143,6 +159,12 @@ class MetricsFile:
             self.saves.add(record)
         elif kind == "switch":
             self.switches.add(record)
+
+
+def loss_of_corpus(row: Sequence[Any], number: int) -> float | None:
+    """Returns the token loss of a corpus, by its number in `MetricsFile.corpora`, in a row of `MetricsFile.evaluations`, or None."""
+    losses: tuple[float | None, ...] = row[-1]
+    return losses[number] if number < len(losses) else None
 
 
 def read_metrics_file(path: Path, most_points: int = MOST_POINTS) -> MetricsFile:
@@ -187,7 +209,7 @@ def _read(path: Path, result: MetricsFile, left_out: LeftOut) -> None:
             if (ready := steps.push(line, (values[0], values[1], values[3], values[4]), (values, seconds))) is not None:
                 result.add_step(*ready)
         elif kind == "evaluation":
-            row = (*(record.get(name) for name in EVALUATION_COLUMNS), seconds)
+            row = (*(record.get(name) for name in EVALUATION_COLUMNS), seconds, result.losses_of_corpora(record))
             if (ready := evaluations.push(line, (row[0], row[1], row[3], row[4]), row)) is not None:
                 result.evaluations.add(ready)
         else:

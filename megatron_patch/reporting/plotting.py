@@ -1,4 +1,4 @@
-"""Plots the held-out token loss of runs against tokens and against cost. In: folders of runs. Out: a PNG."""
+"""Plots the held-out token loss of runs, or of one corpus, against tokens and against cost. In: folders of runs. Out: a PNG."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_patch.errors import DataError
 from megatron_patch.reporting.history import labeled
-from megatron_patch.reporting.metrics_file import read_metrics_file
+from megatron_patch.reporting.metrics_file import MetricsFile, loss_of_corpus, read_metrics_file
 from megatron_patch.reporting.rows import EVALUATION_COLUMNS
 from megatron_patch.utils.console import visible
 from megatron_patch.utils.figures import legend_label, save_figure
@@ -41,20 +41,30 @@ class Curve:
     notes: list[str]
 
 
-def read_curve(run: Path, label: str | None = None) -> Curve:
+def read_curve(run: Path, label: str | None = None, corpus: str | None = None) -> Curve:
     """Reads the evaluations of a run.
 
     Args:
         run: folder of the run, or its metrics file.
         label: name in the legend; None uses the name of the folder.
+        corpus: read the loss of this corpus in place of the loss of the blend.
 
     Raises:
-        DataError: the run has no metrics, or the metrics contain no evaluation.
+        DataError: the run has no metrics, or the metrics contain no evaluation, or none of the corpus.
     """
     path = run / "metrics.jsonl" if run.is_dir() else run
     metrics = read_metrics_file(path)
-    rows = [dict(zip(EVALUATION_COLUMNS, row, strict=False)) for row in metrics.evaluations.rows()]
+    rows = [
+        dict(zip(EVALUATION_COLUMNS, row, strict=False)) | ({} if corpus is None else {"token_loss": _loss_of(corpus, metrics, row)})
+        for row in metrics.evaluations.rows()
+    ]
     evaluations = [row for row in rows if row["token_loss"] is not None]
+    if not evaluations and corpus is not None:
+        raise DataError(
+            f"{path} contains no evaluation of {corpus}",
+            f"one of {', '.join(metrics.corpora)}" if metrics.corpora else "a run that evaluates several corpora",
+            "correct or remove --corpus",
+        )
     if not evaluations:
         raise DataError(
             f"{path} contains no evaluation", "a run that evaluates held-out data", "train with --eval-interval and a held-out --split"
@@ -71,7 +81,14 @@ def read_curve(run: Path, label: str | None = None) -> Curve:
     )
 
 
-def plot_runs(runs: Sequence[Path], output: Path, labels: Sequence[str] | None = None, title: str | None = None) -> list[Curve]:
+def _loss_of(corpus: str, metrics: MetricsFile, row: Sequence[Any]) -> float | None:
+    names = list(metrics.corpora)
+    return loss_of_corpus(row, names.index(corpus)) if corpus in names else None
+
+
+def plot_runs(
+    runs: Sequence[Path], output: Path, labels: Sequence[str] | None = None, title: str | None = None, corpus: str | None = None
+) -> list[Curve]:
     """Draws the held-out token loss of runs, against tokens on the left and against cost on the right.
 
     Args:
@@ -79,6 +96,7 @@ def plot_runs(runs: Sequence[Path], output: Path, labels: Sequence[str] | None =
         output: PNG file to write.
         labels: one label per run; None uses the names of the folders.
         title: title above both panels.
+        corpus: draw the loss of this corpus, by its name in the metrics, in place of the loss of the blend.
 
     Returns:
         The curves, in the order of the runs.
@@ -86,7 +104,7 @@ def plot_runs(runs: Sequence[Path], output: Path, labels: Sequence[str] | None =
     Raises:
         DataError: a run cannot be read, the number of labels is wrong, or the file cannot be written.
     """
-    curves = [read_curve(run, label) for run, label in labeled(runs, labels)]
+    curves = [read_curve(run, label, corpus) for run, label in labeled(runs, labels)]
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -105,7 +123,8 @@ def plot_runs(runs: Sequence[Path], output: Path, labels: Sequence[str] | None =
     _zoom(axes[0], curves)
     axes[0].set_ylabel("held-out token loss (nats per token, K = 1)")
     axes[1].legend(frameon=False, loc="upper right")
-    figure.suptitle(title or "Held-out token loss (dashed in patch stages; a ring marks the switch)", fontsize=11)
+    of = f" of {corpus}" if corpus else ""
+    figure.suptitle(title or f"Held-out token loss{of} (dashed in patch stages; a ring marks the switch)", fontsize=11)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         save_figure(figure, output)

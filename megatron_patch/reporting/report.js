@@ -559,6 +559,21 @@
     title: "Held-out token loss", about: `nats per token, always at K = 1${patches ? "; dashed in patch stages, a ring marks the switch" : ""}`, format: (v) => v.toFixed(4), tick: short,
     height: 400, right: 58, series: heldOut("token_loss", () => true), falls: true, dashes: true, rings: true, ends: true, lanes: true, empty: "no evaluation yet",
   });
+  // ---- One chart for each corpus of a blend.
+  const ofCorpus = (run, name) => run.corpora.find((corpus) => corpus.name === name);
+  const corpusNames = [...new Set(runs.flatMap((run) => run.corpora.map((corpus) => corpus.name)))];
+  byId("corpora").className = `grid ${corpusNames.length === 2 ? "two" : "three"}`;
+  byId("corpora").style.display = corpusNames.length ? "" : "none";
+  for (const name of corpusNames) {
+    const weights = [...new Set(runs.map((run) => ofCorpus(run, name)?.weight).filter(finite))].map(percent);
+    new Chart(byId("corpora"), {
+      title: `Held-out: ${name}`, about: `nats per token, at K = 1; ${weights.join(" or ")} of the held-out token loss`, format: (v) => v.toFixed(4), tick: short, right: 58, falls: true, dashes: true, ends: true, optional: true,
+      series: () => visible().filter((run) => ofCorpus(run, name)).map((run) => {
+        const values = ofCorpus(run, name).token_loss;
+        return { run, columns: run.evaluations, values, drawn: values, faint: false, cut: false };
+      }).filter((series) => series.values.some(finite)),
+    });
+  }
   const losses = byId("losses");
   new Chart(losses, { title: "Training token loss", about: "nats per token, in stages with K = 1", format: (v) => v.toFixed(4), tick: short, height: 230, series: stepSeries("loss", (k) => k === 1), falls: true, empty: "no stage with K = 1 has begun", wide: !patches });
   if (patches) {

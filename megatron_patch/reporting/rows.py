@@ -69,6 +69,7 @@ _TOTALS = {
     "device": _MAYBE_TEXT,
 }
 _STEP = {**_PLACE, "loss": _NUMBER, **dict.fromkeys(STEP_METRICS, _NUMBER), "cost": _NUMBER, "time": _TIME, "stage": _TEXT}
+_CORPUS = {"weight": _NUMBER, "token_loss": _NUMBER}
 _FIELDS: dict[str, dict[str, _Kind]] = {
     "step": _STEP,
     "evaluation": {**_PLACE, "time": _TIME, "token_loss": _NUMBER, "patch_loss": _NUMBER, "eval_tokens": _MAYBE_AMOUNT},
@@ -144,10 +145,22 @@ def problem(record: Mapping[str, Any]) -> str | None:
     kind = record.get("type")
     if not isinstance(kind, str):
         return f"type is {_WORDS.get(type(kind)) or repr(kind)[:40]}"
-    for name, allowed in _FIELDS.get(kind, {}).items():
-        found = allowed.problem(name, record.get(name))
+    found = _first_problem(_FIELDS.get(kind, {}), record)
+    return found if found is not None or kind != "evaluation" else _corpora_problem(record.get("corpora"))
+
+
+def _first_problem(fields: Mapping[str, _Kind], values: Mapping[str, Any]) -> str | None:
+    return next((found for name, allowed in fields.items() if (found := allowed.problem(name, values.get(name))) is not None), None)
+
+
+def _corpora_problem(corpora: Any) -> str | None:
+    """Returns what is wrong with the losses of corpora in an evaluation, which runs on one corpus and of earlier versions lack, or None."""
+    if corpora is not None and not isinstance(corpora, dict):
+        return f"corpora is {_WORDS.get(type(corpora)) or repr(corpora)[:40]}"
+    for name, part in (corpora or {}).items():
+        found = _first_problem(_CORPUS, part) if isinstance(part, dict) else "it is not an object"
         if found is not None:
-            return found
+            return f"corpora, {name[:40]!r}: {found}"
     return None
 
 

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import torch
 
-from megatron_patch.engine.interface import EvaluationResult, StepResult
+from megatron_patch.engine.interface import StepResult
 from megatron_patch.planning.cost import Cost
 from megatron_patch.stages import Progress, Stage, StagePlan
 from megatron_patch.training.callbacks.base import EvaluationRecord, RunStart, StepRecord, SwitchRecord
+from megatron_patch.training.evaluate import HeldOutLosses
 from megatron_patch.training.throughput import Throughput, device_name, memory_gib
 
 
@@ -92,15 +93,12 @@ class Accounting:
             skipped=result.skipped,
         )
 
-    def evaluation(
-        self, progress: Progress, token_level: EvaluationResult, patch_level: EvaluationResult, seconds: float
-    ) -> EvaluationRecord:
+    def evaluation(self, progress: Progress, losses: HeldOutLosses, seconds: float) -> EvaluationRecord:
         """Returns the record of an evaluation.
 
         Args:
             progress: the progress at which the weights were evaluated.
-            token_level: the loss at K = 1.
-            patch_level: the loss at the stage's K.
+            losses: the losses.
             seconds: duration of the evaluation.
         """
         stage = self._stage(progress)
@@ -112,10 +110,11 @@ class Accounting:
             tokens=self._plan.consumed_tokens(progress),
             cost_tokens=self._cost.cost_tokens(progress),
             split="valid",
-            token_loss=token_level.loss,
-            patch_loss=patch_level.loss,
-            eval_tokens=token_level.labels,
+            token_loss=losses.token_loss,
+            patch_loss=losses.patch_loss,
+            eval_tokens=losses.labels,
             seconds=seconds,
+            corpora=losses.corpora,
         )
 
     def switch(self, progress: Progress) -> SwitchRecord:

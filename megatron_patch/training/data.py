@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from megatron_patch.config.resolve import RunConfig
 from megatron_patch.data.collate import DocumentMasking, PatchBatch
 from megatron_patch.data.corpus import TokenCorpus, check_metadata, check_vocabulary, open_corpus
-from megatron_patch.data.evaluation_data import evaluation_batches, held_out_starts
+from megatron_patch.data.corpus_names import corpus_names
+from megatron_patch.data.evaluation_data import HeldOutCorpus, evaluation_batches, held_out_starts, shares
 from megatron_patch.data.loader import PatchLoader
 from megatron_patch.data.token_stream import TrainStream
 from megatron_patch.parallel.grid import Grid
 from megatron_patch.stages import Stage, StagePlan
 from megatron_patch.tokenizers.base import Tokenizer, tokenizer_of_checkpoint
 from megatron_patch.training.stream import open_stream
+from megatron_patch.utils.units import plural
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,8 @@ class RunData:
 
     Args:
         stream: the training stream over all stages.
-        held_out: (corpus, (first token, end)) of each held-out range; the end is exclusive.
+        held_out: the held-out data of each corpus that has enough of it; corpora are numbered in this order.
+        held_out_notes: sentences for the user about it.
         masking: how documents are kept apart.
         grid: coordinates of this rank.
         prefetch: number of steps prepared in advance.
@@ -39,7 +42,8 @@ class RunData:
     """
 
     stream: TrainStream
-    held_out: tuple[tuple[TokenCorpus, tuple[int, int]], ...]
+    held_out: tuple[HeldOutCorpus, ...]
+    held_out_notes: tuple[str, ...]
     masking: DocumentMasking
     grid: Grid
     prefetch: int
@@ -49,12 +53,7 @@ class RunData:
 
     def notes(self) -> list[str]:
         """Returns sentences for the user about the data."""
-        notes = list(self.stream.notes())
-        if not self.held_out:
-            notes.append(
-                "no evaluation: the held-out part of the data is shorter than one sample (use --valid-data-path or another --split)"
-            )
-        return notes
+        return [*self.stream.notes(), *self.held_out_notes]
 
     def loader(self, stage_index: int, stage_step: int) -> PatchLoader:
         """Returns a loader of this rank's micro-batches of a stage.
@@ -76,7 +75,9 @@ class RunData:
         )
 
     def evaluation(self, stage: Stage, positions: int, patch_size: int, tokens: int) -> Iterator[PatchBatch]:
-        """Yields this rank's held-out batches; every patch size reads the same tokens.
+        """Yields this rank's held-out batches, corpus by corpus; every patch size reads the same tokens.
+
+        Every corpus gets the same number of tokens, so that its own loss is equally exact whatever it weighs in the blend.
 
         Args:
             stage: the stage whose micro-batch size is used.
@@ -85,10 +86,10 @@ class RunData:
             tokens: number of tokens to read at most, over all ranks.
         """
         unit = math.lcm(self.evaluation_unit, positions * patch_size)
-        for corpus, token_range in self.held_out:
+        for number, held_out in enumerate(self.held_out):
             yield from evaluation_batches(
-                corpus,
-                held_out_starts(token_range, unit, self.stream.plan.lookahead_tokens, tokens // len(self.held_out)),
+                held_out.corpus,
+                held_out_starts(held_out.token_range, unit, self.stream.plan.lookahead_tokens, tokens // len(self.held_out)),
                 unit_tokens=unit,
                 positions=positions,
                 patch_size=patch_size,
@@ -97,6 +98,7 @@ class RunData:
                 size=self.grid.data_parallel_size,
                 masking=self.masking,
                 vocab_size=self.vocab_size,
+                number=number,
             )
 
 
@@ -114,17 +116,12 @@ def open_data(run: RunConfig, plan: StagePlan, grid: Grid, pin_memory: bool = Fa
     """
     options = run.options.data
     stream = open_stream(run, plan)
-    corpora = dict(zip(stream.names, stream.corpora, strict=True))
     valid = [open_corpus(name) for name, _ in run.valid_blend]
     infos = check_metadata([*stream.corpora, *valid], options.eod_token_id)
-    if valid:
-        for corpus in valid:
-            check_vocabulary(corpus, run.shape.vocab_size)
-        held_out = tuple((corpus, (0, corpus.num_tokens)) for corpus in valid)
-    else:
-        held_out = tuple((corpora[name], corpora[name].ranges(stream.split)[1]) for name, _ in run.blend)
+    for corpus in valid:
+        check_vocabulary(corpus, run.shape.vocab_size)
     unit = math.lcm(run.options.stages.seq_length, *(stage.positions * stage.patch_size for stage in plan.stages))
-    held_out = tuple((corpus, (first, last)) for corpus, (first, last) in held_out if last - first >= unit + plan.lookahead_tokens)
+    held_out, held_out_notes = _held_out(run, stream, valid, unit + plan.lookahead_tokens)
     masking = DocumentMasking(
         eod_id=run.eod_id if run.eod_id is not None else next((info.eod_id for info in infos), None),
         reset_attention_mask=options.reset_attention_mask,
@@ -132,7 +129,50 @@ def open_data(run: RunConfig, plan: StagePlan, grid: Grid, pin_memory: bool = Fa
         eod_mask_loss=options.eod_mask_loss,
         ignore_repeated_eod=any(info.patch_align > 1 for info in infos),
     )
-    return RunData(stream, held_out, masking, grid, options.num_workers, run.shape.vocab_size, unit, pin_memory)
+    return RunData(stream, held_out, held_out_notes, masking, grid, options.num_workers, run.shape.vocab_size, unit, pin_memory)
+
+
+def _held_out(
+    run: RunConfig, stream: TrainStream, valid: Sequence[TokenCorpus], needed: int
+) -> tuple[tuple[HeldOutCorpus, ...], tuple[str, ...]]:
+    """Returns the held-out data of each corpus that has at least `needed` tokens of it, and sentences for the user about it.
+
+    Args:
+        run: the run.
+        stream: its training stream, of whose corpora parts are held out if there are no held-out corpora.
+        valid: the held-out corpora.
+        needed: tokens of the smallest evaluation, and after them those for its last labels.
+    """
+    blend, trained = run.valid_blend or run.blend, dict(zip(stream.names, stream.corpora, strict=True))
+    parts = [(corpus, (0, corpus.num_tokens)) for corpus in valid] or [
+        (trained[word], trained[word].ranges(stream.split)[1]) for word, _ in blend
+    ]
+    every = [
+        HeldOutCorpus(name, corpus, token_range, weight if run.weighs_held_out else None)
+        for name, (_, weight), (corpus, token_range) in zip(corpus_names([word for word, _ in blend]), blend, parts, strict=True)
+    ]
+    kept = tuple(one for one in every if one.tokens >= needed)
+    if not kept:
+        return (), ("no evaluation: the held-out part of the data is shorter than one sample (use --valid-data-path or another --split)",)
+    notes = [
+        f"{one.name} is not evaluated and its weight goes to the other corpora: it has {plural(one.tokens, 'held-out token')}, and an "
+        f"evaluation needs {needed:,} (use --valid-data-path or another --split)"
+        for one in every
+        if one not in kept
+    ]
+    if not run.valid_blend:
+        of_stages = [word for word in stream.names if word not in dict(blend)]
+        notes += [f"{word} is not evaluated, because only a stage names it (use --valid-data-path)" for word in of_stages]
+    if len(kept) > 1:
+        names = [one.name for one in kept]
+        weights = shares([one.weight for one in kept], [1] * len(kept))
+        weighed = " + ".join(f"{weight:.4g} × {name}" for weight, name in zip(weights, names, strict=True))
+        notes.append(
+            f"the held-out loss is {weighed}"
+            if run.weighs_held_out
+            else f"the held-out loss counts each evaluated token of {', '.join(names)} the same"
+        )
+    return kept, tuple(notes)
 
 
 def sample_tokenizer(run: RunConfig) -> Tokenizer | None:

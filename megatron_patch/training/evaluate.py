@@ -1,16 +1,22 @@
 """Computes the held-out loss at K = 1 and, in a patch stage, at the stage's K: two numbers that are never mixed.
 
-In: the engine with its current weights, and the held-out data. Out: two mean losses over the same tokens.
+In: the engine with its current weights, and the held-out data. Out: two losses over the same tokens, each also for every corpus. If the
+corpora have weights, a loss is the sum over corpora of weight times the mean loss of the corpus. Otherwise it is the mean over all labels.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+from collections import defaultdict
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 from megatron_patch.data.collate import PatchBatch
+from megatron_patch.data.evaluation_data import shares
 from megatron_patch.engine.interface import Engine, EvaluationResult
 from megatron_patch.stages import Stage
+from megatron_patch.training.callbacks.base import CorpusLoss
 from megatron_patch.training.data import RunData
 
 _CHUNK = 32
@@ -28,10 +34,27 @@ class EvaluationStopped(Exception):
         self.reason = reason
 
 
+@dataclass(frozen=True)
+class HeldOutLosses:
+    """The losses of an evaluation.
+
+    Args:
+        token_loss: at K = 1, in nats per token.
+        patch_loss: at the stage's K, in nats per label; the same in a token stage.
+        labels: number of labels that are scored at K = 1.
+        corpora: the same for each corpus by its name; empty if there is only one.
+    """
+
+    token_loss: float
+    patch_loss: float
+    labels: int
+    corpora: dict[str, CorpusLoss]
+
+
 def held_out_losses(
     engine: Engine, data: RunData, stage: Stage, seq_length: int, tokens: int, stop_reason: Callable[[], str | None]
-) -> tuple[EvaluationResult, EvaluationResult]:
-    """Returns the loss at K = 1 in samples of `seq_length`, and the loss at the stage's K, which is the same in a token stage.
+) -> HeldOutLosses:
+    """Returns the loss at K = 1 in samples of `seq_length`, and the loss at the stage's K.
 
     Args:
         engine: the engine whose weights are evaluated.
@@ -44,17 +67,47 @@ def held_out_losses(
     Raises:
         EvaluationStopped: `stop_reason` returned a reason.
     """
-    token_level = _mean_loss(engine, data.evaluation(stage, seq_length, 1, tokens), stop_reason)
-    if stage.patch_size == 1:
-        return token_level, token_level
-    return token_level, _mean_loss(engine, data.evaluation(stage, stage.positions, stage.patch_size, tokens), stop_reason)
+    at_token = at_patch = _mean_loss(engine, data.evaluation(stage, seq_length, 1, tokens), stop_reason)
+    if stage.patch_size > 1:
+        at_patch = _mean_loss(engine, data.evaluation(stage, stage.positions, stage.patch_size, tokens), stop_reason)
+    whole = HeldOutLosses(at_token.loss, at_patch.loss, at_token.labels, {})
+    if len(data.held_out) == 1:
+        return whole
+    weights = [one.weight for one in data.held_out]
+    parts = [(at_token.corpora[number], at_patch.corpora[number]) for number in range(len(weights))]
+    by_corpus = zip(data.held_out, shares(weights, [part.labels for part, _ in parts]), parts, strict=True)
+    corpora = {one.name: CorpusLoss(share, part.loss, patch.loss, part.labels) for one, share, (part, patch) in by_corpus}
+    if None in weights:
+        return dataclasses.replace(whole, corpora=corpora)
+    token_loss = sum(part.weight * part.token_loss for part in corpora.values())
+    patch_loss = sum(part.weight * part.patch_loss for part in corpora.values())
+    return HeldOutLosses(token_loss, patch_loss, whole.labels, corpora)
 
 
 def _mean_loss(engine: Engine, batches: Iterator[PatchBatch], stop_reason: Callable[[], str | None]) -> EvaluationResult:
-    labels, loss_sum = 0, 0.0
+    """Returns the mean over the labels of all batches, and of the batches of each corpus."""
+    total, parts = _Sum(), defaultdict[int, _Sum](_Sum)
     while chunk := list(itertools.islice(batches, _CHUNK)):
-        part = engine.evaluate(chunk)
-        labels, loss_sum = labels + part.labels, loss_sum + (part.loss * part.labels if part.labels else 0.0)
+        result = engine.evaluate(chunk)
+        total.add(result)
+        for number, part in result.corpora.items():
+            parts[number].add(part)
         if (reason := stop_reason()) is not None:
             raise EvaluationStopped(reason)
-    return EvaluationResult(loss_sum / labels if labels else float("nan"), labels)
+    return dataclasses.replace(total.mean(), corpora={number: part.mean() for number, part in parts.items()})
+
+
+class _Sum:
+    """Sums results of the engine."""
+
+    def __init__(self) -> None:
+        self.labels, self.loss = 0, 0.0
+
+    def add(self, part: EvaluationResult) -> None:
+        """Adds the labels of a result and their losses."""
+        self.labels += part.labels
+        self.loss += part.loss * part.labels if part.labels else 0.0
+
+    def mean(self) -> EvaluationResult:
+        """Returns the mean over all labels; NaN without labels."""
+        return EvaluationResult(self.loss / self.labels if self.labels else float("nan"), self.labels)

@@ -18,7 +18,7 @@ from megatron_patch.config.option_types import AtResume, flag_of
 from megatron_patch.config.options import DataOptions, ModelOptions, ScheduleOptions, StageOptions
 from megatron_patch.config.parsing import RESUME_MARKS, option_values, recorded_options
 from megatron_patch.config.resolve import RunConfig
-from megatron_patch.config.stage_spec import parse_blend
+from megatron_patch.config.stage_spec import has_weights, parse_blend
 from megatron_patch.data.corpus import split_ranges
 from megatron_patch.errors import CheckpointError, ConfigError
 from megatron_patch.model.shape import ModelShape
@@ -138,6 +138,7 @@ def check_resume(state: TrainerState, run: RunConfig) -> ResumedPlan:
     differences += [_pair(flag_of(name), *pair) for name, pair in marked.items() if RESUME_MARKS[name] is AtResume.FIXED]
     differences += _separation_differences(state, run) + _split_differences(state, run)
     changes = [_change(flag_of(name), *pair) for name, pair in marked.items() if RESUME_MARKS[name] is AtResume.REPORTED]
+    changes += _held_out_changes(state, run)
 
     of_plan = {name: pair for name, pair in changed.items() if name in _PLAN and RESUME_MARKS[name] is not AtResume.FREE}
     saved, progress = StagePlan.from_json(state.plan), Progress(state.stage_index, state.stage_step)
@@ -219,6 +220,20 @@ def _split_differences(state: TrainerState, run: RunConfig) -> list[str]:
         return []
     given = run.options.data.split
     return [] if _same_split(then.get("split"), given) else [_pair("--split", then.get("split"), given)]
+
+
+def _held_out_changes(state: TrainerState, run: RunConfig) -> list[str]:
+    """Returns the change of the held-out loss where both starts reserve a part of --data-path, and only one of them gives weights.
+
+    Training reads the same with equal weights and without any. The held-out loss then is another mean over the same tokens.
+    """
+    then = state.config["options"]
+    words = then.get("data_path")
+    if run.valid_blend or then.get("valid_data_path") or len(run.blend) < 2 or not isinstance(words, list):
+        return []
+    had, has = has_weights([str(word) for word in words]), run.weighs_held_out
+    names = {True: "given", False: "not given"}
+    return [] if had == has else [_change("weights of --data-path, also for the held-out loss,", names[had], names[has])]
 
 
 def _same_split(then: Any, now: Any) -> bool:

@@ -281,13 +281,13 @@ class Trainer:
 
         began, options = time.perf_counter(), self.run.options
         try:
-            token_level, patch_level = held_out_losses(
+            losses = held_out_losses(
                 self.engine, self.data, self.stage, options.stages.seq_length, options.logging.eval_tokens, stop_reason
             )
         except EvaluationStopped as stopped:
             return stopped.reason
         self._evaluated_at = self.step
-        record = self.accounting.evaluation(self.progress, token_level, patch_level, time.perf_counter() - began)
+        record = self.accounting.evaluation(self.progress, losses, time.perf_counter() - began)
         self.accounting.interrupt()
         for callback in self.callbacks:
             callback.on_evaluation(record)

@@ -29,6 +29,11 @@ def visible(text: str) -> str:
     return text.translate(_VISIBLE)
 
 
+def shortened(text: str, length: int) -> str:
+    """Returns a text of at most `length` characters, in which an ellipsis stands for the middle of a longer one."""
+    return text if len(text) <= length else f"{text[: length // 2]}…{text[len(text) - (length - 1 - length // 2) :]}"
+
+
 def for_terminal(text: str) -> str:
     """Returns the text `visible` if standard output is a terminal; files and pipes get it unchanged."""
     return visible(text) if sys.stdout.isatty() else text

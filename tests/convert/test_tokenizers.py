@@ -18,8 +18,8 @@ from megatron_patch.convert.verify import differing_texts
 from megatron_patch.data.dataset_metadata import read_metadata
 from megatron_patch.data.indexed_dataset import IndexedDataset
 from megatron_patch.errors import CheckpointError, ConfigError
-from megatron_patch.preprocess.fast_encoder import adversarial_strings
 from megatron_patch.tokenizers.base import encode, load_from_metadata, load_tokenizer
+from megatron_patch.tokenizers.fuzz_strings import adversarial_strings
 from megatron_patch.tokenizers.tiktoken import PATTERNS
 from tests.convert.models import make_checkpoint, make_tokenizer
 from tests.model.shapes import LLAMA

@@ -13,7 +13,7 @@ import fsspec
 import numpy as np
 import pytest
 
-from megatron_patch.data import storage
+from megatron_patch.data import remote_files
 from megatron_patch.data.collate import DocumentMasking
 from megatron_patch.data.corpus import TokenCorpus, check_vocabulary, open_corpus
 from megatron_patch.data.indexed_dataset import IndexedDataset
@@ -98,7 +98,7 @@ def test_an_index_that_shrinks_while_it_is_read_is_an_error(prefix):
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("MEGATRON_PATCH_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(storage, "_CHUNK_BYTES", 1000)
+    monkeypatch.setattr(remote_files, "_CHUNK_BYTES", 1000)
     return tmp_path / "cache"
 
 
@@ -206,8 +206,8 @@ def server(tmp_path):
 
 
 def test_a_corpus_on_a_web_server_is_fetched_once(prefix, server, monkeypatch):
-    monkeypatch.setattr(storage, "_CHUNK_BYTES", 1 << 14)
-    monkeypatch.setattr(storage, "_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(remote_files, "_CHUNK_BYTES", 1 << 14)
+    monkeypatch.setattr(remote_files, "_PAUSE_SECONDS", 0.01)
     local = TokenCorpus([prefix])
     address = f"http://127.0.0.1:{server.server_port}/x"
     remote = open_corpus(address)

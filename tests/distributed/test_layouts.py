@@ -7,7 +7,7 @@ import json
 import pytest
 
 from tests.distributed.matrix import Combination, References, combinations, compare
-from tests.distributed.runs import command, train
+from tests.distributed.runs import command, make_corpus, train
 
 QUICK = [
     Combination(2, 1, 2, sequence=True, zero=3, model="tied", length="tokens"),
@@ -43,15 +43,25 @@ def test_every_layout_equals_one_process(tmp_path, references, combination):
 
 @pytest.mark.parametrize(
     ("ranks", "layout"),
-    [(3, "--pipeline-model-parallel-size 3"), (4, "--pipeline-model-parallel-size 2 --tensor-model-parallel-size 2")],
+    [
+        (2, "--zero-stage 3"),
+        (3, "--pipeline-model-parallel-size 3"),
+        (4, "--pipeline-model-parallel-size 2 --tensor-model-parallel-size 2"),
+    ],
 )
-def test_a_pipeline_whose_micro_batches_change_at_the_switch(tmp_path, corpus, ranks, layout):
+def test_micro_batches_that_change_at_the_switch_with_a_blend_of_held_out_data(tmp_path, corpus, ranks, layout):
     """From micro-batches of 1 sample to micro-batches of 6, fewer than pipeline ranks, with an evaluation after every step."""
     stages = [{"patch_size": 4, "steps": 4, "micro_batch_size": 1}, {"patch_size": 1, "steps": 4, "micro_batch_size": 6}]
     plan = command("--seq-length 16 --global-batch-size 12 --lr 3e-3 --num-layers 3 --eval-interval 1 --stages", [json.dumps(stages)])
+    plan += ["--valid-data-path", "0.9", corpus, "0.1", make_corpus(tmp_path / "other", documents=9, seed=1)]
     single = train(tmp_path / "single", 1, plan, "--zero-stage 0 --data-path", corpus)
     run = train(tmp_path / "run", ranks, plan, layout, "--data-path", corpus)
     assert run.losses == pytest.approx(single.losses, rel=1e-5)
     assert run.values("grad_norm") == pytest.approx(single.values("grad_norm"), rel=1e-4)
-    evaluated = [[record["token_loss"] for record in each.records("evaluation")] for each in (run, single)]
-    assert len(evaluated[0]) == 8 and evaluated[0] == pytest.approx(evaluated[1], rel=1e-5)
+    evaluations = list(zip(run.records("evaluation"), single.records("evaluation"), strict=True))
+    assert len(evaluations) == 8
+    for ours, expected in evaluations:
+        assert list(ours["corpora"]) == ["walks", "other"]
+        for one, other in [(ours, expected), *((ours["corpora"][name], part) for name, part in expected["corpora"].items())]:
+            assert [one[key] for key in ("token_loss", "patch_loss")] == pytest.approx([other["token_loss"], other["patch_loss"]], rel=1e-5)
+            assert one["eval_tokens"] == other["eval_tokens"]

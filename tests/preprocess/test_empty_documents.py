@@ -115,8 +115,8 @@ def test_a_run_of_an_earlier_version_is_recognized(tmp_path):
     """It recorded no keep_empty."""
     from megatron_patch.preprocess.progress_log import identity
 
-    assert "keep_empty" not in identity((), settings(keep_empty=False))["settings"]
-    assert identity((), settings())["settings"]["keep_empty"] is True
+    assert "keep_empty" not in identity((), settings(keep_empty=False), (None, None))["settings"]
+    assert identity((), settings(), (None, None))["settings"]["keep_empty"] is True
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from megatron_patch.errors import DataError
 from megatron_patch.preprocess.encode import EncodeSettings
-from megatron_patch.preprocess.fast_encoder import adversarial_strings
 from megatron_patch.preprocess.pipeline import preprocess
 from megatron_patch.preprocess.segments import segments, split_point_of
 from megatron_patch.preprocess.train_tokenizer import train_tokenizer
@@ -21,6 +20,7 @@ from megatron_patch.raw_text.inputs import FileRange
 from megatron_patch.raw_text.large_documents import LargeText, load_text
 from megatron_patch.tokenizers.base import encode, load_tokenizer
 from megatron_patch.tokenizers.byte_level import byte_letters
+from megatron_patch.tokenizers.fuzz_strings import adversarial_strings
 from megatron_patch.tokenizers.tiktoken import PATTERNS
 from tests.preprocess.test_resume import everything
 

@@ -308,6 +308,22 @@ def test_a_tokenizer_that_has_changed_is_refused(tmp_path, inputs, monkeypatch):
         preprocess(inputs, str(tmp_path / "x"), mine, resume=True)
 
 
+def test_another_end_of_documents_is_refused(tmp_path, inputs, monkeypatch):
+    """A file beside the tokenizer.json names another end-of-document token after the run was interrupted."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    backend = Tokenizer(models.WordLevel({"1": 0, "2": 1, "?": 2}, unk_token="?"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.add_special_tokens(["</s>", "<end>"])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    mine = EncodeSettings("HuggingFaceTokenizer", str(tmp_path / "tokenizer.json"), append_eod=True)
+    monkeypatch.setattr(sys.modules[__name__], "settings", lambda: mine)
+    broken_off(inputs, tmp_path / "x", monkeypatch)
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<end>"}')
+    with pytest.raises(DataError, match=r"end and begin documents were \[3, None\], now \[4, None\]"):
+        preprocess(inputs, str(tmp_path / "x"), mine, resume=True)
+
+
 def test_what_was_recorded_must_be_there(tmp_path, inputs, monkeypatch):
     broken_off(inputs, tmp_path / "x", monkeypatch)
     partial = tmp_path / "x_text_document.bin.partial"

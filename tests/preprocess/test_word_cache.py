@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 
 from megatron_patch.preprocess import word_cache
 from megatron_patch.preprocess.encode import EncodeSettings
-from megatron_patch.preprocess.fast_encoder import adversarial_strings, make_fast_encoder
+from megatron_patch.preprocess.fast_encoder import make_fast_encoder
 from megatron_patch.preprocess.pipeline import preprocess
 from megatron_patch.preprocess.train_tokenizer import train_tokenizer
 from megatron_patch.preprocess.word_cache import WordCache, is_built, supports
 from megatron_patch.tokenizers.base import load_tokenizer
+from megatron_patch.tokenizers.fuzz_strings import adversarial_strings
 from tests.tokenizers.test_tokenizers import train_sentencepiece
 
 pytestmark = pytest.mark.skipif(not is_built(), reason="there is no C++ compiler here")

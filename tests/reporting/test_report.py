@@ -21,7 +21,16 @@ from megatron_patch.reporting.history import differing_options, read_history
 from megatron_patch.reporting.page import render, write_report
 from megatron_patch.reporting.plotting import plot_runs, read_curve
 from megatron_patch.reporting.thinning import Thinning
-from megatron_patch.training.callbacks.base import EvaluationRecord, Event, RunEnd, RunStart, SaveRecord, StepRecord, SwitchRecord
+from megatron_patch.training.callbacks.base import (
+    CorpusLoss,
+    EvaluationRecord,
+    Event,
+    RunEnd,
+    RunStart,
+    SaveRecord,
+    StepRecord,
+    SwitchRecord,
+)
 from megatron_patch.training.callbacks.events import Events
 from megatron_patch.training.callbacks.metrics import Metrics, read_metrics
 from tests.reporting.browser import CHROMIUM, MISSING, open_page
@@ -29,8 +38,11 @@ from tests.reporting.browser import CHROMIUM, MISSING, open_page
 ROOT = Path(__file__).parent.parent.parent
 
 
-def write_run(save, steps=12, seed=0.0, options=None, done=True):
-    """Writes the files of a run with half of its steps at K = 4 (400 tokens each) and the rest at K = 1 (100 tokens each)."""
+def write_run(save, steps=12, seed=0.0, options=None, done=True, corpora=()):
+    """Writes the files of a run with half of its steps at K = 4 (400 tokens each) and the rest at K = 1 (100 tokens each).
+
+    Of several corpora, the first has the loss of the step, and each other one half a nat more than the one before it.
+    """
     metrics = Metrics(save / "metrics.jsonl")
     half = steps // 2
     metrics.on_start(RunStart(0, steps, half * 500, ((half * 400, "token"),), 0, "cpu", 2, str(save), 1e6, 0.4))
@@ -63,8 +75,9 @@ def write_run(save, steps=12, seed=0.0, options=None, done=True):
             )
         )
         if step % 3 == 0:
+            parts = {name: CorpusLoss(1 / len(corpora), loss + 0.5 * n, loss, 50) for n, name in enumerate(corpora)}
             metrics.on_evaluation(
-                EvaluationRecord(step, stage, index, k, tokens, step * 100.0, "valid", 9 - step * 0.3, loss - 0.01, 100, 0.5)
+                EvaluationRecord(step, stage, index, k, tokens, step * 100.0, "valid", 9 - step * 0.3, loss - 0.01, 100, 0.5, parts)
             )
         if step in (half, steps):
             metrics.on_save(SaveRecord(step, str(save / f"step-{step:08d}"), 0.5, 2**20, 0.1))
@@ -146,6 +159,63 @@ def test_an_incomplete_line_and_missing_files_lose_only_their_content(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"type": "start", "step": 0}\n')
     with pytest.raises(DataError, match="contains no steps"):
         read_history(tmp_path)
+
+
+def test_the_losses_of_corpora_are_read_by_name_and_may_begin_later(tmp_path):
+    """As after a resumption with more held-out corpora, or with a version that records them."""
+
+    def change(records):
+        evaluations = [record for record in records.values() if record["type"] == "evaluation"]
+        del evaluations[0]["corpora"]
+        evaluations[1]["corpora"] = {"web": evaluations[1]["corpora"]["web"] | {"weight": 0.9}}
+        evaluations[2]["corpora"] = {"a\x1b\u202eb": {"weight": None, "token_loss": None, "token_loss_text": "nan"}} | evaluations[2][
+            "corpora"
+        ]
+
+    save = write_run(tmp_path / "run", corpora=("web", "code"))
+    history = rewritten(save, change)
+    losses = [8.123456789 - step * 0.31 for step in (3, 6, 9, 12)]
+    assert [(corpus["name"], corpus["weight"], corpus["token_loss"]) for corpus in history.corpora] == [
+        ("web", 0.5, [None, *losses[1:]]),
+        ("a\\x1b\\u202eb", None, [None] * 4),
+        ("code", 0.5, [None, None, losses[2] + 0.5, losses[3] + 0.5]),
+    ]
+    assert len(history.notes) == 1 and history.evaluations["step"] == [3, 6, 9, 12]
+    assert read_curve(save, corpus="code").losses == [losses[2] + 0.5, losses[3] + 0.5]
+    assert read_curve(save).losses == history.evaluations["token_loss"]
+    with pytest.raises(DataError, match="no evaluation of books\n.*one of web, .*code\n.*--corpus"):
+        read_curve(save, corpus="books")
+    with pytest.raises(DataError, match="a run that evaluates several corpora"):
+        read_curve(write_run(tmp_path / "one"), corpus="books")
+
+
+@pytest.mark.parametrize(
+    ("corpora", "what"),
+    [
+        ([1], "corpora is a list"),
+        ({"web": 3.5}, "corpora, 'web': it is not an object"),
+        ({"web": {"weight": 1.0, "token_loss": "low"}}, "corpora, 'web': token_loss is text"),
+        ({"x" * 99: {"weight": 1e300}}, f"corpora, '{'x' * 40}': weight is 1e+300"),
+    ],
+)
+def test_an_evaluation_with_damaged_losses_of_corpora_is_left_out_and_named(tmp_path, corpora, what):
+    def change(records):
+        (line,) = (line for line, record in records.items() if record["type"] == "evaluation" and record["step"] == 6)
+        records[line]["corpora"] = corpora
+
+    history = rewritten(write_run(tmp_path / "run"), change)
+    assert history.notes[0].endswith(f": {what}; row left out") and history.evaluations["step"] == [3, 9, 12]
+
+
+def test_very_many_corpora_do_not_fill_the_memory(tmp_path):
+    def change(records):
+        for record in records.values():
+            if record["type"] == "evaluation":
+                record["corpora"] = {f"{record['step']}-{n}" + "x" * 500: {"token_loss": 1.0} for n in range(500)}
+
+    history = rewritten(write_run(tmp_path / "run"), change)
+    assert len(history.corpora) == 200 and all(len(corpus["name"]) == 300 for corpus in history.corpora)
+    assert "shows the first 200 corpora" in history.notes
 
 
 def test_losses_that_are_not_numbers_are_gaps(tmp_path):
@@ -302,7 +372,8 @@ def mutated(draw, text):
 def test_damaged_files_of_a_run_lose_only_the_damaged_rows(tmp_path):
     """600 mutants of all files that a report reads, a few of which are also drawn."""
     draw = random.Random(7)
-    save = write_run(tmp_path / "run", options={"lr": 1e-3, "data_path": ["0.75", "data/web", "0.25", "data/code"]})
+    blend = {"lr": 1e-3, "data_path": ["0.75", "data/web", "0.25", "data/code"]}
+    save = write_run(tmp_path / "run", options=blend, corpora=("web", "code"))
     events = [
         {"type": "loss-spike", "time": 2.0, "step": 5, "message": "loss 9.1"},
         {"type": "straggler", "time": 3.0, "step": 7, "rank": 3},
@@ -411,8 +482,9 @@ def test_the_tool_writes_a_file_and_reports_what_it_cannot_read(tmp_path):
 
 @pytest.mark.skipif(CHROMIUM is None, reason=MISSING)
 def test_a_browser_draws_every_chart(tmp_path):
-    runs = [write_run(tmp_path / name, seed=seed) for name, seed in (("a", 0.0), ("b", 0.2))]
+    runs = [write_run(tmp_path / name, seed=seed, corpora=corpora) for name, seed, corpora in (("a", 0.0, ("web", "<b>")), ("b", 0.2, ()))]
     write_report(runs, tmp_path / "r.html")
     dom = open_page(tmp_path / "r.html", tmp_path / "profile")
-    assert dom.count('<svg role="img"') == 9 and "created 20" in dom
+    assert dom.count('<svg role="img"') == 11 and "created 20" in dom
+    assert "Held-out: &lt;b&gt;" in dom and dom.count("50% of the held-out token loss") == 4
     assert dom.count('class="curve') >= 2 * 8 and dom.count('class="ring"') == 2 and "NaN" not in dom.split('<script id="data"')[0]

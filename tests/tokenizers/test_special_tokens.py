@@ -99,7 +99,7 @@ def test_the_summary_shows_the_tokens_texts(tmp_path):
     command = ["tools/preprocess_data.py", "--input", str(tmp_path / "a.jsonl"), "--output-prefix", str(tmp_path / "d")]
     command += ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(folder), "--append-eod", "--prepend-bos"]
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=True)
-    assert "documents end with 256 '<eos>'" in done.stderr and "begin with 257 '<s>'" in done.stderr
+    assert "end of document 256 '<eos>', beginning 257 '<s>'" in done.stderr
     summary = json.loads(done.stdout)
     assert (summary["eod_token"], summary["bos_token"], summary["bos_id"]) == ("<eos>", "<s>", 257)
 

@@ -14,11 +14,12 @@ from megatron_patch.data.dataset_metadata import read_metadata
 from megatron_patch.data.indexed_dataset import IndexedDataset
 from megatron_patch.errors import DataError
 from megatron_patch.preprocess.encode import EncodeSettings, make_tokenizer
-from megatron_patch.preprocess.fast_encoder import adversarial_strings, make_fast_encoder, pieces_without_merges
+from megatron_patch.preprocess.fast_encoder import make_fast_encoder, pieces_without_merges
 from megatron_patch.preprocess.pipeline import preprocess
 from megatron_patch.preprocess.train_tokenizer import train_tokenizer
 from megatron_patch.tokenizers.base import TOKENIZERS, encode, load_from_metadata, load_tokenizer
 from megatron_patch.tokenizers.byte_level import byte_letters
+from megatron_patch.tokenizers.fuzz_strings import adversarial_strings
 from megatron_patch.tokenizers.interface import flatten
 from megatron_patch.tokenizers.tiktoken import PATTERNS
 

@@ -15,7 +15,7 @@ from rich.console import Console as RichConsole
 
 from megatron_patch.errors import CheckpointError, ConfigError
 from megatron_patch.training.callbacks import jsonl_writer
-from megatron_patch.training.callbacks.base import EvaluationRecord, RunEnd, RunStart, SaveRecord, StepRecord, SwitchRecord
+from megatron_patch.training.callbacks.base import CorpusLoss, EvaluationRecord, RunEnd, RunStart, SaveRecord, StepRecord, SwitchRecord
 from megatron_patch.training.callbacks.charts import Charts, named_values
 from megatron_patch.training.callbacks.console import Console
 from megatron_patch.training.callbacks.metrics import Metrics, read_metrics
@@ -48,6 +48,38 @@ def test_lines_are_valid_json_even_if_losses_are_not_finite(tmp_path):
     metrics.close()
     record = json.loads((tmp_path / "m.jsonl").read_text().splitlines()[-1], parse_constant=pytest.fail)
     assert record["loss"] is None and record["loss_text"] == "nan" and record["grad_norm_text"] == "inf"
+
+
+BLEND = replace(
+    EVALUATION, corpora={"web": CorpusLoss(0.95, 6.25, 5.0, 500), "x/code_text_document_of_a_long_name": CorpusLoss(0.05, 11.25, 10.0, 500)}
+)
+
+
+def test_losses_of_corpora_that_are_not_finite_are_valid_json(tmp_path):
+    metrics = Metrics(tmp_path / "m.jsonl")
+    metrics.on_evaluation(replace(BLEND, corpora={"web": CorpusLoss(1.0, float("nan"), 5.0, 500)}))
+    metrics.close()
+    record = json.loads((tmp_path / "m.jsonl").read_text(), parse_constant=pytest.fail)
+    assert record["corpora"]["web"] == {"weight": 1.0, "token_loss": None, "token_loss_text": "nan", "patch_loss": 5.0, "eval_tokens": 500}
+
+
+def test_the_console_shows_each_corpus_in_80_columns():
+    out = io.StringIO()
+    console = Console(2, RichConsole(file=out, force_terminal=True, width=80, highlight=False, color_system=None))
+    console.on_evaluation(BLEND)
+    console.on_evaluation(replace(BLEND, patch_size=1))
+    lines = out.getvalue().splitlines()
+    assert lines[1:3] == [
+        "         web                       95.0%  token loss 6.2500, patch loss 5.0000",
+        "         x/code_text_…a_long_name   5.0%  token loss 11.2500, patch loss 10.0000",
+    ]
+    assert lines[4] == "         web                       95.0%  token loss 6.2500" and all(len(line) <= 80 for line in lines)
+
+
+def test_charts_have_each_corpus():
+    values = named_values(BLEND)
+    assert values["eval/token_loss"] == 6.5 and values["eval/token_loss/web"] == 6.25 and values["eval/patch_loss/web"] == 5.0
+    assert "eval/patch_loss/web" not in named_values(replace(BLEND, patch_size=1))
 
 
 @pytest.mark.parametrize("terminal", [False, True])

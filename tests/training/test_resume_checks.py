@@ -148,6 +148,21 @@ def test_the_same_effect_in_other_words_is_no_change(corpora):
     assert resumed.changes == () and resumed.plan == run.plan
 
 
+def test_other_weights_of_held_out_corpora_are_reported(corpora):
+    """Also equal weights in place of none, with which training reads the same."""
+
+    def changes(then, now):
+        return resume(saved(read([*command(BASE), *then.split()], corpora)), read([*command(BASE), *now.split()], corpora)).changes
+
+    valid = "--valid-data-path 0.95 CORPUS 0.05 OTHER"
+    (change,) = changes(valid, valid.replace("0.05", "0.5"))
+    assert change.startswith("--valid-data-path 0.95 ") and ", now 0.95 " in change and " 0.5 " in change
+    plain, equal = "--data-path CORPUS OTHER", "--data-path 2 CORPUS 2 OTHER"
+    assert changes(equal, equal.replace("2 ", "1 ")) == () == changes(plain, plain)
+    assert changes(plain, equal) == ("weights of --data-path, also for the held-out loss, not given, now given",)
+    assert changes(plain + " " + valid, equal + " " + valid) == ()
+
+
 def test_an_eod_token_matters_only_where_documents_are_separated(corpora):
     base = command(BASE)
     state = saved(read(base, corpora))

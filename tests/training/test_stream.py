@@ -168,3 +168,42 @@ def test_patches_that_do_not_fit_the_alignment_are_noted(corpora, align, noted):
         else []
     )
     assert open_data(run, run.plan, Grid(0, 1, 1, 1)).masking.ignore_repeated_eod
+
+
+def notes_of(*more):
+    run = load_config([*MODEL, *PATCHES, *more], 1)
+    data = open_data(run, run.plan, Grid(0, 1, 1, 1))
+    return [(one.name, one.weight) for one in data.held_out], data.notes()
+
+
+def test_a_corpus_without_enough_held_out_tokens_is_named_and_its_weight_goes_to_the_others(corpora, tmp_path):
+    """An evaluation reads samples of 32 tokens, and 64 more for the last labels."""
+    tiny = write_numbers(tmp_path / "tiny", 95)
+    held_out, notes = notes_of("--data-path", corpora[0], "--valid-data-path", "0.25", tiny, "0.25", corpora[1], "0.5", corpora[0])
+    assert held_out == [("code", 0.25), ("web", 0.5)]
+    assert notes[-2].startswith(
+        "tiny is not evaluated and its weight goes to the other corpora: it has 95 held-out tokens, and an evaluation"
+    )
+    assert "needs 96" in notes[-2] and "--valid-data-path" in notes[-2]
+    assert notes[-1] == "the held-out loss is 0.3333 × code + 0.6667 × web"
+    assert notes_of("--data-path", corpora[0], "--valid-data-path", tiny) == (
+        [],
+        ["no evaluation: the held-out part of the data is shorter than one sample (use --valid-data-path or another --split)"],
+    )
+
+
+def test_the_held_out_loss_has_the_weights_of_the_blend(corpora):
+    held_out, notes = notes_of("--data-path", "3", corpora[0], "1", corpora[1], "--split", "80,20,0")
+    assert held_out == [("web", 0.75), ("code", 0.25)] and notes[-1] == "the held-out loss is 0.75 × web + 0.25 × code"
+    held_out, notes = notes_of("--data-path", *corpora, "--split", "80,20,0")
+    assert held_out == [("web", None), ("code", None)]
+    assert notes[-1] == "the held-out loss counts each evaluated token of web, code the same"
+
+
+def test_a_corpus_that_only_a_stage_reads_is_not_evaluated_and_is_named(corpora):
+    stages = json.dumps([{"patch_size": 4, "token_share": 0.5, "data_path": list(corpora)}, {"patch_size": 1}])
+    plan = ["--stages", stages, "--train-tokens", "12800", "--split", "80,20,0"]
+    run = load_config([*MODEL, *plan, "--data-path", corpora[0]], 1)
+    data = open_data(run, run.plan, Grid(0, 1, 1, 1))
+    assert [one.name for one in data.held_out] == ["web"]
+    assert f"{corpora[1]} is not evaluated, because only a stage names it (use --valid-data-path)" in data.notes()

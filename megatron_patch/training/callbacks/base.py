@@ -6,8 +6,8 @@ stage's K a `patch_loss`: the two cannot be compared and never share a name.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +111,23 @@ class StepRecord:
 
 
 @dataclass(frozen=True)
+class CorpusLoss:
+    """The held-out loss of one corpus of several.
+
+    Args:
+        weight: its share in the loss of the evaluation: weight of the blend, or without weights its share of the scored tokens.
+        token_loss: mean loss in nats per token, at K = 1.
+        patch_loss: mean loss in nats per label, at the stage's K.
+        eval_tokens: number of scored tokens.
+    """
+
+    weight: float
+    token_loss: float
+    patch_loss: float
+    eval_tokens: int
+
+
+@dataclass(frozen=True)
 class EvaluationRecord:
     """An evaluation on held-out data.
 
@@ -122,10 +139,11 @@ class EvaluationRecord:
         tokens: tokens read so far.
         cost_tokens: tokens that token-level training would have read for the FLOPs spent so far.
         split: name of the evaluated split ("valid").
-        token_loss: mean loss in nats per token, at K = 1.
-        patch_loss: mean loss in nats per label, at the stage's K.
+        token_loss: mean loss in nats per token, at K = 1; of several corpora, the sum of their losses times their weights.
+        patch_loss: mean loss in nats per label, at the stage's K; of several corpora likewise.
         eval_tokens: number of scored tokens.
         seconds: duration of the evaluation.
+        corpora: the loss of each corpus by its short name (`corpus_names`); empty if there is only one.
     """
 
     step: int
@@ -139,6 +157,7 @@ class EvaluationRecord:
     patch_loss: float
     eval_tokens: int
     seconds: float
+    corpora: Mapping[str, CorpusLoss] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

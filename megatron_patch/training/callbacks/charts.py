@@ -22,12 +22,14 @@ def named_values(record: StepRecord | EvaluationRecord) -> dict[str, float]:
     """Returns the numbers of a record by the names that all services show.
 
     These are the field names with the prefix "train/" or "eval/"; a training loss is named `token_loss` or `patch_loss`, so that no chart
-    joins the two.
+    joins the two. The loss of one corpus of several is `eval/token_loss/NAME`.
     """
     if isinstance(record, EvaluationRecord):
         values = {"eval/token_loss": record.token_loss}
+        values |= {f"eval/token_loss/{name}": part.token_loss for name, part in record.corpora.items()}
         if record.patch_size > 1:
             values["eval/patch_loss"] = record.patch_loss
+            values |= {f"eval/patch_loss/{name}": part.patch_loss for name, part in record.corpora.items()}
         return values
     pairs = ((name, getattr(record, name)) for name in _STEP_VALUES)
     loss = "train/token_loss" if record.patch_size == 1 else "train/patch_loss"

@@ -8,11 +8,12 @@ from rich.markup import escape
 
 from megatron_patch.training.callbacks.base import Callback, EvaluationRecord, Event, RunEnd, RunStart, SaveRecord, StepRecord, SwitchRecord
 from megatron_patch.training.callbacks.progress import LossTrend, live_view, outlook
-from megatron_patch.utils.console import make_console
+from megatron_patch.utils.console import make_console, shortened
 from megatron_patch.utils.units import format_count, format_duration
 
 _HEAD_EVERY = 40  # lines
 _WIDE, _NARROW = 160, 110
+_WIDE_NAME, _NARROW_NAME = 80, 24  # longest name of a corpus
 _WIDTHS = {
     "step": 8,
     "stage": -10,
@@ -99,7 +100,7 @@ class Console(Callback):
         )
 
     def on_evaluation(self, record: EvaluationRecord) -> None:
-        """Prints the token loss and, in a patch stage, the patch loss."""
+        """Prints the token loss and, in a patch stage, the patch loss; below them those of each corpus, if there are several."""
         self._evaluation = record
         patch = "" if record.patch_size == 1 else f", patch loss {record.patch_loss:.4f} (K = {record.patch_size})"
         amount = f" on {format_count(record.eval_tokens)} held-out tokens in {format_duration(record.seconds)}"
@@ -107,6 +108,11 @@ class Console(Callback):
             f"{record.step:>8,} [bold]evaluation[/bold]: token loss {record.token_loss:.4f} (K = 1){patch}"
             + ("" if self._narrow else amount)
         )
+        longest = min(_NARROW_NAME if self._narrow else _WIDE_NAME, max(map(len, record.corpora), default=0))
+        for name, part in record.corpora.items():
+            patch = "" if record.patch_size == 1 else f", patch loss {part.patch_loss:.4f}"
+            label = escape(shortened(name, longest).ljust(longest))
+            self._console.print(f"{'':>8} {label} {part.weight:>6.1%}  token loss {part.token_loss:.4f}{patch}")
 
     def on_switch(self, record: SwitchRecord) -> None:
         """Prints both stages."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,18 @@ from megatron_patch.training.callbacks.jsonl_writer import JsonlWriter
 def to_json(kind: str, record: Any) -> dict[str, Any]:
     """Returns a record as plain JSON values, with its type and the time."""
     values: dict[str, Any] = {"type": kind, "time": round(time.time(), 3)}
-    for name, value in asdict(record).items():
+    return values | _finite(asdict(record))
+
+
+def _finite(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns values, and those inside of them, of which numbers that are not finite are None and text under another name."""
+    result: dict[str, Any] = {}
+    for name, value in values.items():
         if isinstance(value, float) and not math.isfinite(value):
-            values[name], values[f"{name}_text"] = None, str(value)
+            result[name], result[f"{name}_text"] = None, str(value)
         else:
-            values[name] = value
-    return values
+            result[name] = _finite(value) if isinstance(value, dict) else value
+    return result
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:

@@ -1,0 +1,49 @@
+"""Which added tokens a fast encoder may find at other places than the reference. In: a Hugging Face tokenizer. Out: their texts.
+
+`tokenizers` looks for added tokens twice: first for those that are not normalized, in the text; then for the others, in the normalized
+text between the first ones. `fastokens` looks for all of them at once, and takes the longest one at the first place. The results are the
+same as long as no token of one kind can touch one of the other kind in a way that matters: by sharing characters, or, where a token takes
+the white space beside it or must be a whole word, by standing beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+
+def ambiguous_tokens(tokens: Sequence[Any]) -> list[str]:
+    """Returns the texts of the added tokens of which a text may hold none, so that both ways find the same.
+
+    Args:
+        tokens: added tokens of the library `tokenizers`.
+    """
+    kinds: tuple[list[Any], list[Any]] = ([], [])
+    for token in tokens:
+        if token.content:
+            kinds[bool(token.normalized)].append(token)
+    first, second = kinds
+    if not first or not second:
+        return []
+    if any(token.lstrip or token.rstrip or token.single_word for token in (*first, *second)):
+        return sorted({token.content for token in (*first, *second)})
+    return sorted(_overlapping([token.content for token in first], [token.content for token in second]))
+
+
+def _overlapping(first: Sequence[str], second: Sequence[str]) -> set[str]:
+    """Returns the texts of two lists that share characters with one of the other list where they meet: one contains the other, or one
+    begins as the other ends.
+    """
+    found: set[str] = set()
+    for some, others in ((first, second), (second, first)):
+        whole = set(others)
+        begins: dict[str, set[str]] = {}
+        for other in others:
+            for size in range(1, len(other)):
+                begins.setdefault(other[:size], set()).add(other)
+        for text in some:
+            inside = {text[start:end] for start in range(len(text)) for end in range(start + 1, len(text) + 1)} & whole
+            after = {other for start in range(1, len(text)) for other in begins.get(text[start:], ())}
+            if inside or after:
+                found |= {text, *inside, *after}
+    return found

@@ -1,0 +1,271 @@
+"""Finds text that a tokenizer loses: what its ids do not give back. In: a tokenizer, a text, the text's ids. Out: what is missing.
+
+A byte-level tokenizer gives back every byte. What others do by their own definition is no fault: normalization (NFC, lower case), white
+space that a pre-tokenizer removes or that a token takes up, the space that SentencePiece puts before a text. Such a tokenizer is compared
+with its own normalized text, letter by letter. A character for which a model has only its unknown token is counted apart.
+"""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import orjson
+
+from megatron_patch.errors import DataError
+from megatron_patch.tokenizers.base import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer
+from megatron_patch.tokenizers.byte_level import byte_letters
+from megatron_patch.tokenizers.fuzz_strings import added_tokens, adversarial_strings, common_strings, token_strings
+from megatron_patch.tokenizers.tiktoken import TikTokenizer
+from megatron_patch.utils.units import plural
+
+_SPACE = "▁"
+_SHOWN_CHARS = 60
+_SHOWN_LETTERS = 8
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What the ids of one text do not give back.
+
+    Args:
+        lost: the characters that are missing, each as often as it is missing.
+        unknown: whether an id is the unknown token, which stands for characters that the vocabulary lacks.
+    """
+
+    lost: str = ""
+    unknown: bool = False
+
+    @property
+    def letters(self) -> str:
+        """The missing characters that are not white space."""
+        return "".join(self.lost.split())
+
+
+@dataclass(frozen=True)
+class TextChecks:
+    """The results of comparing documents with what their ids give back.
+
+    Args:
+        compared: documents of which a part was compared.
+        unknown: of these, those with characters that the tokenizer does not know: their ids hold its unknown token.
+        incomplete: of these, those with other characters than white space that the tokenizer leaves out without any token.
+        without_tokens: documents that have text other than white space but no token; all documents are looked at.
+        example: the start of a document that is incomplete or without tokens.
+    """
+
+    compared: int = 0
+    unknown: int = 0
+    incomplete: int = 0
+    without_tokens: int = 0
+    example: str = ""
+
+    def __add__(self, other: TextChecks) -> TextChecks:
+        return TextChecks(
+            self.compared + other.compared,
+            self.unknown + other.unknown,
+            self.incomplete + other.incomplete,
+            self.without_tokens + other.without_tokens,
+            self.example or other.example,
+        )
+
+    def sentences(self) -> list[str]:
+        """Returns what the user needs to know, one sentence for each problem that was found."""
+        shown = f", such as {self.example!r}" if self.example else ""
+        compared = f"of {plural(self.compared, 'compared document')}"
+        found = []
+        if self.unknown:
+            found.append(f"{self.unknown:,} {compared} hold characters that the tokenizer does not know (they become its unknown token)")
+        if self.incomplete:
+            found.append(f"{self.incomplete:,} {compared} hold characters that the tokenizer leaves out without a token{shown}")
+        if self.without_tokens:
+            found.append(f"the tokenizer has no token for the text of {plural(self.without_tokens, 'document')}{shown}")
+        return found
+
+
+class RoundTrip:
+    """Compares texts with what their ids give back.
+
+    Args:
+        tokenizer: the tokenizer. For one of another kind than Hugging Face's, SentencePiece's and tiktoken's, nothing is found.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._unknown: int | None = None
+        self._added: dict[int, str] = {}
+        if isinstance(tokenizer, SentencePieceTokenizer):
+            backend = tokenizer.backend
+            self._unknown = int(backend.unk_id())
+            self._bytes = (
+                {f"<0x{byte:02X}>": byte for byte in range(256)} if any(map(backend.is_byte, range(backend.get_piece_size()))) else {}
+            )
+        elif isinstance(tokenizer, HuggingFaceTokenizer):
+            self._unknown = _unknown_id(tokenizer.backend)
+            self._added = {number: token.content for number, token in tokenizer.backend.get_added_tokens_decoder().items()}
+            self._bytes = {letter: byte for byte, letter in enumerate(byte_letters())} if _is_byte_level(tokenizer.backend) else {}
+
+    def loss(self, text: str, ids: Sequence[int]) -> Loss:
+        """Returns what the ids of a text do not give back."""
+        if isinstance(self._tokenizer, TikTokenizer):
+            return Loss(missing(text, self._tokenizer.decode(ids)))
+        if isinstance(self._tokenizer, SentencePieceTokenizer):
+            return self._sentencepiece_loss(self._tokenizer.backend, text, ids)
+        if isinstance(self._tokenizer, HuggingFaceTokenizer):
+            return self._hugging_face_loss(self._tokenizer.backend, text, ids)
+        return Loss()
+
+    def _sentencepiece_loss(self, backend: Any, text: str, ids: Sequence[int]) -> Loss:
+        if self._unknown in ids:
+            return Loss(unknown=True)
+        data = b"".join(self._piece_bytes(str(backend.id_to_piece(token)), bool(backend.is_byte(token))) for token in map(int, ids))
+        given = data.decode("utf-8", "replace")
+        lost = missing(str(backend.normalize(text)), given).replace(_SPACE, " ")
+        # Normalization may have joined spaces, or have removed them.
+        return Loss(lost or " " * (_count_spaces(text) - _count_spaces(given.replace(_SPACE, " "))))
+
+    def _piece_bytes(self, piece: str, is_byte: bool) -> bytes:
+        return bytes([self._bytes[piece]]) if is_byte else piece.encode()
+
+    def _hugging_face_loss(self, backend: Any, text: str, ids: Sequence[int]) -> Loss:
+        if self._unknown is not None and self._unknown in ids and str(backend.id_to_token(self._unknown)) not in text:
+            return Loss(unknown=True)
+        if self._bytes:
+            return Loss(missing(_normalized(backend, text), _normalized(backend, self._byte_level_text(backend, ids))))
+        # Where each token stands in the text: normalization and prefixes of pieces change the tokens, but not their places.
+        covered = bytearray(len(text))
+        for start, end in backend.encode(text, add_special_tokens=False).offsets:
+            covered[start:end] = b"\1" * (end - start)
+        # What normalization removes, such as accents and control characters, is no loss.
+        kept = set(_normalized(backend, text))
+        uncovered = (letter for letter, seen in zip(text, covered, strict=True) if not seen)
+        return Loss("".join(letter for letter in uncovered if letter in kept or _normalized(backend, letter).strip()))
+
+    def _byte_level_text(self, backend: Any, ids: Sequence[int]) -> str:
+        """Returns the text of the ids of a byte-level tokenizer. `Tokenizer.decode` would read the letters of an added token as bytes."""
+        data = bytearray()
+        for token in map(int, ids):
+            if token in self._added:
+                data += self._added[token].encode()
+                continue
+            piece = str(backend.id_to_token(token))
+            data += bytes(self._bytes[letter] for letter in piece) if all(letter in self._bytes for letter in piece) else piece.encode()
+        return data.decode("utf-8", "replace")
+
+
+def missing(expected: str, given: str) -> str:
+    """Returns the characters of a text that another one lacks, each as often as it is missing, in the order of their first occurrence."""
+    if expected == given:
+        return ""
+    return "".join((collections.Counter(expected) - collections.Counter(given)).elements())
+
+
+def _count_spaces(text: str) -> int:
+    return sum(map(str.isspace, text))
+
+
+def _unknown_id(backend: Any) -> int | None:
+    """Returns the id that the model of a tokenizer of the library `tokenizers` gives to what it does not know."""
+    token = getattr(backend.model, "unk_token", None)
+    if token is not None:
+        found = backend.token_to_id(token)
+        return int(found) if found is not None else None
+    if type(backend.model).__name__ != "Unigram":
+        return None
+    found = orjson.loads(backend.to_str())["model"].get("unk_id")
+    return int(found) if found is not None else None
+
+
+def _normalized(backend: Any, text: str) -> str:
+    return text if backend.normalizer is None else str(backend.normalizer.normalize_str(text))
+
+
+def _is_byte_level(backend: Any) -> bool:
+    """Returns whether the pieces of a tokenizer of the library `tokenizers` are letters that stand for bytes."""
+    own = backend.pre_tokenizer
+    return own is not None and '"ByteLevel"' in own.__getstate__().decode()
+
+
+def check_round_trip(tokenizer: Tokenizer) -> str:
+    """Encodes strings that are hard for tokenizers, and compares them with what their ids give back.
+
+    Returns:
+        A note about what the tokenizer leaves out by its own definition; empty if it gives everything back.
+
+    Raises:
+        DataError: the pattern of a TikTokenizer loses text, or the ids of a text differ from one loading of the tokenizer to the next.
+    """
+    if not isinstance(tokenizer, (HuggingFaceTokenizer, SentencePieceTokenizer, TikTokenizer)):
+        return ""
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        _check_added_tokens(tokenizer)
+    # What a pattern loses may depend on what stands beside it.
+    common = common_strings() if isinstance(tokenizer, TikTokenizer) else adversarial_strings()
+    texts = [*common, *token_strings(added_tokens(tokenizer), count=50)]
+    round_trip = RoundTrip(tokenizer)
+    try:
+        ids, lengths = tokenizer.encode_flat(texts)
+        rows = np.split(ids, np.cumsum(lengths)[:-1])
+        losses = [(text, round_trip.loss(text, row.tolist())) for text, row in zip(texts, rows, strict=True)]
+    except DataError as error:
+        return f"it fails for some strings of special tokens: {error.what}"
+    if isinstance(tokenizer, TikTokenizer):
+        # An example that fits into the message, and shows as much as possible.
+        text, loss = max(losses, key=lambda found: (bool(found[1].lost), len(found[0]) <= _SHOWN_CHARS, len(set(found[1].lost))))
+        if loss.lost:
+            raise lost_text(tokenizer, text, loss)
+        return ""
+    return _note(losses, spaces_alone=not any(loss.letters for _, loss in losses))
+
+
+def _check_added_tokens(tokenizer: HuggingFaceTokenizer) -> None:
+    """Checks that no two added tokens are looked for as the same text: the library would take either, by the order in a random hash table.
+
+    Raises:
+        DataError: two are.
+    """
+    normalizer = tokenizer.backend.normalizer
+    found: dict[str, str] = {}
+    for token in tokenizer.backend.get_added_tokens_decoder().values():
+        if normalizer is None or not token.normalized:
+            continue
+        other = found.setdefault(normalizer.normalize_str(token.content), token.content)
+        if other != token.content:
+            raise DataError(
+                f"{tokenizer.name}: the added tokens {other!r} and {token.content!r} are the same text after normalization, so that "
+                "the ids of a text change from one loading of the tokenizer to the next",
+                "added tokens that differ after normalization",
+                "set normalized to false for one of them, in the tokenizer's files",
+            )
+
+
+def _note(losses: Sequence[tuple[str, Loss]], spaces_alone: bool) -> str:
+    lost = "".join(loss.lost for _, loss in losses)
+    if not lost:
+        return ""
+    if spaces_alone:
+        return "by its own definition the tokenizer does not give back all white space"
+    return f"by its own definition the tokenizer leaves out some characters without a token, such as {_letters(lost)}"
+
+
+def _letters(lost: str) -> str:
+    """Returns some of the characters that were lost, for a message: letters, digits and spaces first."""
+    different = sorted(dict.fromkeys(lost), key=lambda letter: (not letter.isalnum(), letter != " ", not letter.isascii()))
+    return ", ".join(map(repr, different[:_SHOWN_LETTERS]))
+
+
+def lost_text(tokenizer: Tokenizer, text: str, loss: Loss) -> DataError:
+    """Returns the error for a text of which a tokenizer loses characters that it may not lose."""
+    return DataError(
+        f"--tiktoken-pattern loses text: the ids of {shortened(text)!r} do not give back {_letters(loss.lost)} ({tokenizer.name})",
+        "a pattern that matches every character",
+        "give the pattern that the tokenizer was made with, by its name or as a regular expression",
+    )
+
+
+def shortened(text: str) -> str:
+    """Returns the start of a text, for a message."""
+    return text if len(text) <= _SHOWN_CHARS else f"{text[:_SHOWN_CHARS]}…"
