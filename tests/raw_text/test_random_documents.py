@@ -104,6 +104,7 @@ def random_lines(rng: random.Random) -> bytes:
 def random_plain(rng: random.Random) -> bytes:
     pieces = [*PIECES, "\n\n", "---", "aa", "aba", "日"]
     data = "".join(rng.choice(pieces) for _ in range(rng.choice([0, 1, 5, 100]))).encode()
+    data = data[:16].replace(b"\0", b" ") + data[16:]  # a beginning of characters and zeros in turn looks like UTF-16
     if rng.random() < 0.1:
         place = rng.randrange(len(data) + 1)
         data = data[:place] + b"\xff" + data[place:]
