@@ -8,10 +8,12 @@ import random
 import numpy as np
 import pytest
 
+from megatron_patch.errors import DataError
 from megatron_patch.preprocess.added_tokens import ambiguous_tokens
 from megatron_patch.preprocess.fast_encoder import FastokensEncoder, make_fast_encoder
 from megatron_patch.tokenizers.base import load_tokenizer
 from megatron_patch.tokenizers.fuzz_strings import adversarial_strings, every_sequence, odd_code_points, start_strings, token_strings
+from megatron_patch.tokenizers.round_trip import check_round_trip
 from tests.preprocess.random_tokenizers import CORPUS, OTHER_PATTERNS, TOKENS
 
 pytest.importorskip("fastokens")
@@ -145,3 +147,13 @@ def test_every_sequence_occurs_once():
     assert sorted(text[start : start + 3] for start in range(len(text) - 2)) == sorted(
         {a + b + c for a in "abc" for b in "abc" for c in "abc"}
     )
+
+
+def test_where_the_reference_fails_for_its_own_added_tokens_nothing_stands_in_for_it(trained, tmp_path):
+    """The library panics where two tokens take the same white space."""
+    tokenizer = load(trained, tmp_path, [("x ", {"rstrip": True}), (" ", {"lstrip": True})])
+    with pytest.raises(DataError, match="cannot encode 'x   '"):
+        tokenizer.encode_flat(["x   "])
+    encoder, note = make_fast_encoder(tokenizer)
+    assert encoder is None and "which fails for strings that a fast encoder must agree on" in note
+    assert "it fails for some strings of special tokens" in check_round_trip(tokenizer)
