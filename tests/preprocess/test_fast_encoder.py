@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 
@@ -139,6 +140,7 @@ def test_strings_to_compare_hold_what_tells_tokenizers_apart(trained, tmp_path):
     for text, _ in MIXED:
         assert {text, text * 2, f" {text} ", f"a{text}b"} <= set(texts) and f"{text[:-1]}x{text}" in everything
     assert "<</s>" in texts and len(everything) < 200_000 and set(adversarial_strings()) <= set(texts)
+    assert all("".join(four) in everything for four in itertools.product(" \n\ta1'", repeat=4))
     assert not any(0xD800 <= ord(letter) < 0xE000 for letter in everything)
 
 
