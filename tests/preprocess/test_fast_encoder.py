@@ -13,7 +13,14 @@ from megatron_patch.errors import DataError
 from megatron_patch.preprocess.added_tokens import ambiguous_tokens
 from megatron_patch.preprocess.fast_encoder import FastokensEncoder, make_fast_encoder
 from megatron_patch.tokenizers.base import load_tokenizer
-from megatron_patch.tokenizers.fuzz_strings import adversarial_strings, every_sequence, odd_code_points, start_strings, token_strings
+from megatron_patch.tokenizers.fuzz_strings import (
+    adversarial_strings,
+    every_sequence,
+    long_strings,
+    odd_code_points,
+    start_strings,
+    token_strings,
+)
 from megatron_patch.tokenizers.round_trip import check_round_trip
 from tests.preprocess.random_tokenizers import CORPUS, OTHER_PATTERNS, TOKENS
 
@@ -141,6 +148,8 @@ def test_strings_to_compare_hold_what_tells_tokenizers_apart(trained, tmp_path):
         assert {text, text * 2, f" {text} ", f"a{text}b"} <= set(texts) and f"{text[:-1]}x{text}" in everything
     assert "<</s>" in texts and len(everything) < 200_000 and set(adversarial_strings()) <= set(texts)
     assert all("".join(four) in everything for four in itertools.product(" \n\ta1'", repeat=4))
+    first, second, _ = long_strings()
+    assert first != second and first[:-2] == second[:-2] and len(first[:-2].encode()) > 4096
     assert not any(0xD800 <= ord(letter) < 0xE000 for letter in everything)
 
 
