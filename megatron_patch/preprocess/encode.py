@@ -315,6 +315,8 @@ class Encoder:
         """Compares documents with the reference and with what their ids give back: many at the start, then one per `_CHECKED_EVERY`
         characters; of a long one only a part.
         """
+        if not self._round_trip.applies:
+            return
         self._unchecked += sum(map(len, texts))
         before = self._compared_before + self._text_checks.compared
         count = max(_CHECKED_AT_START - before, int(self._unchecked >= _CHECKED_EVERY))

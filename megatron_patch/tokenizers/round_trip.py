@@ -90,11 +90,15 @@ class RoundTrip:
     """Compares texts with what their ids give back.
 
     Args:
-        tokenizer: the tokenizer. For one of another kind than Hugging Face's, SentencePiece's and tiktoken's, nothing is found.
+        tokenizer: the tokenizer.
+
+    Attributes:
+        applies: whether its ids can be read here: it is one of Hugging Face's, SentencePiece's or tiktoken's. Otherwise nothing is found.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
+        self.applies = isinstance(tokenizer, (HuggingFaceTokenizer, SentencePieceTokenizer, TikTokenizer))
         self._unknown: int | None = None
         self._added: dict[int, str] = {}
         if isinstance(tokenizer, SentencePieceTokenizer):
@@ -198,14 +202,14 @@ def check_round_trip(tokenizer: Tokenizer) -> str:
     Raises:
         DataError: the pattern of a TikTokenizer loses text, or the ids of a text differ from one loading of the tokenizer to the next.
     """
-    if not isinstance(tokenizer, (HuggingFaceTokenizer, SentencePieceTokenizer, TikTokenizer)):
+    round_trip = RoundTrip(tokenizer)
+    if not round_trip.applies:
         return ""
     if isinstance(tokenizer, HuggingFaceTokenizer):
         _check_added_tokens(tokenizer)
     # What a pattern loses may depend on what stands beside it.
-    common = common_strings() if isinstance(tokenizer, TikTokenizer) else adversarial_strings()
+    common = common_strings() if isinstance(tokenizer, TikTokenizer) else adversarial_strings(count=100)
     texts = [*common, *token_strings(added_tokens(tokenizer), count=50)]
-    round_trip = RoundTrip(tokenizer)
     try:
         ids, lengths = tokenizer.encode_flat(texts)
         rows = np.split(ids, np.cumsum(lengths)[:-1])

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 
 import numpy as np
 import pytest
 
+from megatron_patch.errors import DataError
 from megatron_patch.preprocess.added_tokens import ambiguous_tokens
 from megatron_patch.preprocess.fast_encoder import FastokensEncoder, make_fast_encoder
 from megatron_patch.tokenizers.base import load_tokenizer
-from megatron_patch.tokenizers.fuzz_strings import adversarial_strings, every_sequence, odd_code_points, start_strings, token_strings
+from megatron_patch.tokenizers.fuzz_strings import (
+    adversarial_strings,
+    every_sequence,
+    long_strings,
+    odd_code_points,
+    start_strings,
+    token_strings,
+)
+from megatron_patch.tokenizers.round_trip import check_round_trip
 from tests.preprocess.random_tokenizers import CORPUS, OTHER_PATTERNS, TOKENS
 
 pytest.importorskip("fastokens")
@@ -137,6 +147,9 @@ def test_strings_to_compare_hold_what_tells_tokenizers_apart(trained, tmp_path):
     for text, _ in MIXED:
         assert {text, text * 2, f" {text} ", f"a{text}b"} <= set(texts) and f"{text[:-1]}x{text}" in everything
     assert "<</s>" in texts and len(everything) < 200_000 and set(adversarial_strings()) <= set(texts)
+    assert all("".join(four) in everything for four in itertools.product(" \n\ta1'", repeat=4))
+    first, second, _ = long_strings()
+    assert first != second and first[:-2] == second[:-2] and len(first[:-2].encode()) > 4096
     assert not any(0xD800 <= ord(letter) < 0xE000 for letter in everything)
 
 
@@ -145,3 +158,13 @@ def test_every_sequence_occurs_once():
     assert sorted(text[start : start + 3] for start in range(len(text) - 2)) == sorted(
         {a + b + c for a in "abc" for b in "abc" for c in "abc"}
     )
+
+
+def test_where_the_reference_fails_for_its_own_added_tokens_nothing_stands_in_for_it(trained, tmp_path):
+    """The library panics where two tokens take the same white space."""
+    tokenizer = load(trained, tmp_path, [("x ", {"rstrip": True}), (" ", {"lstrip": True})])
+    with pytest.raises(DataError, match="cannot encode 'x   '"):
+        tokenizer.encode_flat(["x   "])
+    encoder, note = make_fast_encoder(tokenizer)
+    assert encoder is None and "which fails for strings that a fast encoder must agree on" in note
+    assert "it fails for some strings of special tokens" in check_round_trip(tokenizer)
