@@ -9,6 +9,8 @@ from typing import Any
 
 import yaml
 
+MOST_YAML_BYTES = 1 << 22
+"""The most bytes of a file: several times those of a list of ten thousand shards. Reading them takes seconds and hundreds of megabytes."""
 _MOST_VALUES = 100_000
 
 
