@@ -11,8 +11,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from megatron_patch.config.parsing import parse
+from megatron_patch.config.yaml_files import load_yaml
 from megatron_patch.convert.from_megatron import find_file
 from megatron_patch.convert.weight_files import open_weights
 from megatron_patch.errors import CheckpointError, ConfigError
@@ -128,3 +130,10 @@ def test_the_end_of_a_long_list_of_events_is_read(tmp_path):
         file.write(b"\n" + json.dumps(end).encode() + b"\n")
     report = _last_report(tmp_path)
     assert report is not None and report.message == "m"
+
+
+def test_the_values_of_a_configuration_are_counted_before_they_are_made(monkeypatch):
+    monkeypatch.setattr(yaml, "safe_load", lambda text: pytest.fail("each value would take about a kilobyte"))
+    for text in ("[" + "a," * 110_000 + "]", "- a\n" * 110_000, "[" + "[]," * 110_000 + "]"):
+        with pytest.raises(ValueError, match="more than 100,000 values"):
+            load_yaml(text)
