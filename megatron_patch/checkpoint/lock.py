@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_patch.errors import CheckpointError
-from megatron_patch.utils.files import make_folder
+from megatron_patch.utils.files import make_folder, read_small
 from megatron_patch.utils.units import format_duration
 
 LOCK = "lock"
@@ -283,7 +283,7 @@ class SaveLock:
         taken = self.path.with_name(f".{LOCK}-{self._token}")
         os.replace(self.path, taken)
         if _read(taken) != found:
-            _create(self.path, taken.read_bytes())
+            _create(self.path, read_small(taken, _LONGEST))
         else:
             self.replaced_owner = found.name
         taken.unlink(missing_ok=True)

@@ -188,7 +188,8 @@ class DataOptions:
     """Training datasets, by their paths without .bin and .idx: one or more prefixes, or a weight before each: 0.7 web 0.3 code.
     A quoted glob ('shards/*_text_document') or @FILE, a file that lists prefixes, is one corpus of many shards."""
     valid_data_path: Reported[Annotated[tuple[str, ...], texts("PREFIX ...")]] = ()
-    """Held-out datasets for evaluation, written like --data-path. By default the part of --data-path that --split reserves."""
+    """Held-out datasets for evaluation, written like --data-path. By default the part of --data-path that --split reserves.
+    Weights weigh the losses of the datasets, each of which is also reported (docs/data.md)."""
     split: Fixed[Annotated[str, tyro.conf.arg(metavar="TRAIN,VALID,TEST")]] = "969,30,1"
     """Relative sizes of the parts of --data-path for training, validation and test. Ignored with --valid-data-path."""
     tokenizer_type: Free[OptionalName] = None
@@ -330,7 +331,7 @@ class LoggingOptions:
     eval_interval_tokens: Free[OptionalCount] = None
     """Number of tokens between evaluations, instead of --eval-interval."""
     eval_tokens: Reported[Count] = 1_000_000
-    """Number of held-out tokens in an evaluation."""
+    """Number of held-out tokens in an evaluation, divided equally among the held-out datasets."""
     sample_prompts: Free[Annotated[tuple[str, ...], texts("TEXT ...")]] = ()
     """Texts that the model continues at each evaluation. An empty text stands for the start of a document."""
     sample_tokens: Free[Count] = 64

@@ -12,7 +12,6 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
-from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
 
 import tyro
@@ -20,8 +19,9 @@ import tyro
 from megatron_patch.config.checks import check_text
 from megatron_patch.config.option_types import OptionalSwitch, flag_of, option_types, split_mark
 from megatron_patch.config.options import ModelOptions, Options
-from megatron_patch.config.yaml_files import load_yaml
+from megatron_patch.config.yaml_files import MOST_YAML_BYTES, load_yaml
 from megatron_patch.errors import ConfigError
+from megatron_patch.utils.files import read_small, reason
 from megatron_patch.utils.registry import suggestion
 
 
@@ -60,10 +60,9 @@ def read_yaml(path: str) -> dict[str, Any]:
         ConfigError: the file cannot be read, is not valid YAML, is not a mapping, or has an unknown or repeated key.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
-        data = load_yaml(text)
+        data = load_yaml(read_small(path, MOST_YAML_BYTES, wait=True).decode())
     except OSError as error:
-        raise ConfigError(f"--config {path}: {error.strerror}", "a readable YAML file", "check the path") from error
+        raise ConfigError(f"--config {path}: {reason(error)}", "a readable YAML file", "check the path") from error
     except ValueError as error:
         raise ConfigError(
             f"--config {path} is not valid YAML: {error}", "a mapping of option names to values", "correct the file"

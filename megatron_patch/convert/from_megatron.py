@@ -25,7 +25,9 @@ from megatron_patch.errors import CheckpointError, ConfigError
 from megatron_patch.model.families import family_of_shape
 from megatron_patch.model.precision import precision_of
 from megatron_patch.model.shape import ModelShape, check_shape
+from megatron_patch.utils.files import read_small, reason
 
+_LONGEST_TRACKER = 1000
 FILE = "model_optim_rng.pt"
 
 
@@ -106,7 +108,12 @@ def find_file(source: Path) -> Path:
     """
     tracker = source / "latest_checkpointed_iteration.txt"
     if tracker.is_file():
-        text = tracker.read_text(encoding="utf-8", errors="replace").strip()
+        try:
+            text = read_small(tracker, _LONGEST_TRACKER).decode(errors="replace").strip()
+        except OSError as error:
+            raise CheckpointError(
+                f"cannot read {tracker}: {reason(error)}", "a readable file", "give the folder of an iteration"
+            ) from error
         if not re.fullmatch("release|[0-9]{1,12}", text):
             raise CheckpointError(
                 f"{tracker} contains {text[:40]!r}",

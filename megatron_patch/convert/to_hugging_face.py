@@ -27,7 +27,7 @@ from megatron_patch.convert.tokenizer_files import copy_tokenizer, tokenizer_of
 from megatron_patch.errors import CheckpointError, ConfigError
 from megatron_patch.model.precision import DTYPES
 from megatron_patch.tokenizers.base import Tokenizer
-from megatron_patch.utils.files import checksum, checksum_on_disk, fsync_folder, write_durably
+from megatron_patch.utils.files import MOST_JSON_BYTES, checksum, checksum_on_disk, fsync_folder, read_json, read_small, write_durably
 
 _TORCH_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 _PROGRESS = "progress.json"
@@ -138,7 +138,7 @@ def _special_ids(checkpoint: CheckpointWeights, tokenizer: Tokenizer | None) -> 
 
 def _identity(checkpoint: CheckpointWeights) -> str:
     """The checksum of the checkpoint's manifest, which holds the checksums of all its files."""
-    return xxhash.xxh64((checkpoint.found.folder / MANIFEST).read_bytes()).hexdigest()
+    return xxhash.xxh64(read_small(checkpoint.found.folder / MANIFEST, MOST_JSON_BYTES)).hexdigest()
 
 
 def _write_shard(path: Path, tensors: list[MappedTensor], checkpoint: CheckpointWeights, dtype: torch.dtype) -> ManifestEntry:
@@ -172,10 +172,10 @@ def _resume(partial: Path, source: Mapping[str, Any]) -> dict[str, ManifestEntry
     """Returns the valid files that an interrupted export of the same checkpoint left; removes everything else from its folder."""
     done: dict[str, ManifestEntry] = {}
     try:
-        progress = json.loads((partial / _PROGRESS).read_text(encoding="utf-8"))
+        progress = read_json(partial / _PROGRESS)
         if progress["source"] == source:
             done = {str(name): ManifestEntry(**entry) for name, entry in progress["done"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         done = {}
     if partial.is_symlink() or (partial.exists() and not (partial / _PROGRESS).is_file() and any(partial.iterdir())):
         raise CheckpointError(

@@ -7,7 +7,6 @@ ever runs, because PyTorch files are opened with `weights_only`.
 from __future__ import annotations
 
 import contextlib
-import json
 import pickle
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from megatron_patch.checkpoint.safetensors_io import DTYPES, TensorInfo, dtype_name, read_header
 from megatron_patch.errors import CheckpointError
+from megatron_patch.utils.files import read_json, reason
 
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 
@@ -84,10 +84,10 @@ def _files(path: Path) -> tuple[list[Path], list[str]]:
         index = path / name
         if index.is_file():
             try:
-                weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+                weight_map = read_json(index)["weight_map"]
                 files = sorted({path / str(file) for file in weight_map.values()})
             except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-                raise CheckpointError(f"{index} cannot be read: {error}", "an index with a weight_map", "copy it again") from error
+                raise CheckpointError(f"{index} cannot be read: {reason(error)}", "an index with a weight_map", "copy it again") from error
             for file in files:
                 if file.parent != path or not file.is_file():
                     raise CheckpointError(

@@ -63,7 +63,7 @@ def check_word(word: str) -> None:
 
 
 def _bare(word: str) -> str:
-    return word.removesuffix(".idx").removesuffix(".bin")
+    return word.removesuffix(".idx") if word.endswith(".idx") else word.removesuffix(".bin")
 
 
 def _listed(path: str) -> tuple[str, ...]:

@@ -15,20 +15,13 @@ import numpy.typing as npt
 import xxhash
 
 from megatron_patch.data.storage import FileArray, exists, open_file
+from megatron_patch.data.token_types import TYPES, token_dtype
 from megatron_patch.errors import DataError
 
 MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
 HEADER_BYTES = _HEADER.size
-_DTYPES: dict[int, type[np.generic]] = {
-    1: np.uint8,
-    2: np.int8,
-    3: np.int16,
-    4: np.int32,
-    5: np.int64,
-    8: np.uint16,
-}
-DTYPE_CODES = {np.dtype(dtype): code for code, dtype in _DTYPES.items()}
+DTYPE_CODES = {np.dtype(dtype): code for code, dtype in TYPES.items()}
 _SPAN_BYTES = 4096
 
 
@@ -80,9 +73,6 @@ class IndexedDataset:
         _, version, code, self.num_sequences, boundaries = _HEADER.unpack(header)
         if version != 1:
             raise DataError(f"{index} has version {version}", "version 1", "preprocess the data again")
-        if code not in _DTYPES:
-            raise DataError(f"{index} has dtype code {code}", f"integer types: {sorted(_DTYPES)}", "preprocess the data again")
-        self.dtype = np.dtype(_DTYPES[code])
         expected = _HEADER.size + 12 * self.num_sequences + 8 * boundaries
         if self._index.size not in (expected, expected + self.num_sequences):
             raise DataError(
@@ -96,6 +86,9 @@ class IndexedDataset:
         self.num_documents = boundaries - 1
         self._bin = open_file(tokens)
         self.bin_bytes = self._bin.size
+        self.sequence_lengths = FileArray(self._index, np.int32, _HEADER.size, self.num_sequences)
+        self.sequence_pointers = FileArray(self._index, np.int64, _HEADER.size + 4 * self.num_sequences, self.num_sequences)
+        self.dtype = token_dtype(code, self.sequence_lengths, self.sequence_pointers, self._bin, index)
         if self.bin_bytes % self.dtype.itemsize:
             raise DataError(
                 f"{tokens} has {self.bin_bytes} bytes, which is not a multiple of {self.dtype.itemsize} ({self.dtype})",
@@ -103,8 +96,6 @@ class IndexedDataset:
                 "copy the file again, or preprocess the data again",
             )
         self.num_tokens = self.bin_bytes // self.dtype.itemsize
-        self.sequence_lengths = FileArray(self._index, np.int32, _HEADER.size, self.num_sequences)
-        self.sequence_pointers = FileArray(self._index, np.int64, _HEADER.size + 4 * self.num_sequences, self.num_sequences)
         self.document_boundaries = FileArray(self._index, np.int64, _HEADER.size + 12 * self.num_sequences, boundaries)
         self.sequence_modes = FileArray(self._index, np.int8, expected, self.num_sequences) if self.has_modes else None
         self._tokens = FileArray(self._bin, self.dtype, 0, self.num_tokens)

@@ -12,6 +12,7 @@ import errno
 import itertools
 import os
 import resource
+import stat
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -49,6 +50,8 @@ class LocalFile:
                 found = os.fstat(descriptor)
             finally:
                 _OPEN_FILES.release(self._key)
+            if not stat.S_ISREG(found.st_mode):
+                raise OSError(errno.EINVAL, "it is not a file")
         except OSError as error:
             raise _unreadable(path, error) from error
         self._stamp, self._identity = _stamp(found), _identity(found)
@@ -117,6 +120,11 @@ class LocalFile:
             return (_stamp(found), _identity(found)) == (self._stamp, self._identity)
         except OSError:
             return False
+
+
+def _open(path: str) -> int:
+    # Without waiting for the other end of a pipe; a file ignores the flag.
+    return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
 
 
 def _stamp(found: os.stat_result) -> tuple[int, int, bool]:
@@ -226,14 +234,14 @@ class _OpenFiles:
 
     def _opened(self, path: str) -> int:
         try:
-            return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            return _open(path)
         except OSError as error:
             # The rest of the process has opened more files than were left for it.
             if error.errno not in _TOO_MANY or not self._open:
                 raise
             self._most = max(1, len(self._open) // 2)
             self._close_unused(self._most)
-            return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            return _open(path)
 
     def _close_unused(self, most: int) -> None:
         """Closes the files that were not read for longest, except those that are being read, until at most `most` are open."""

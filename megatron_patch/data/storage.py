@@ -93,9 +93,7 @@ def read_bytes(path: str, limit: int) -> bytes:
     """
     file = open_file(path)
     if file.size > limit:
-        raise DataError(
-            f"{path} has {file.size:,} bytes, and such a file may have up to {limit:,}", f"up to {limit:,} bytes", "check the path"
-        )
+        raise DataError(f"{path} has {file.size:,} bytes, and such a file may have up to {limit:,}", "a smaller file", "check the path")
     out = bytearray(file.size)
     file.read_into(0, memoryview(out))
     return bytes(out)

@@ -11,7 +11,6 @@ import difflib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from megatron_patch.config.option_types import flag_of
@@ -19,7 +18,9 @@ from megatron_patch.config.options import EngineOptions, ScheduleOptions
 from megatron_patch.engine.optimizer import optimizer_by_name
 from megatron_patch.errors import ConfigError
 from megatron_patch.stages import Stage, StagePlan
+from megatron_patch.utils.files import read_small, reason
 
+_MOST_BYTES = 1 << 22
 Precision = Literal["fp32", "bf16", "fp16"]
 _OFFLOADS = ("offload_optimizer", "offload_param")
 _PREFETCH = "stage3_prefetch_bucket_size"
@@ -99,9 +100,9 @@ def _read(path: str | None) -> dict[str, Any]:
     if path is None:
         return {}
     try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
+        data = json.loads(read_small(path, _MOST_BYTES, wait=True))
     except OSError as error:
-        raise ConfigError(f"--deepspeed_config {path}: {error.strerror}", "a readable JSON file", "check the path") from error
+        raise ConfigError(f"--deepspeed_config {path}: {reason(error)}", "a readable JSON file", "check the path") from error
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"--deepspeed_config {path} is not valid JSON: {error}", "a JSON object", "correct the file") from error
     if not isinstance(data, dict):

@@ -15,6 +15,9 @@ from typing import Any
 
 from megatron_patch.errors import ConfigError
 from megatron_patch.model.flops import peak_flops
+from megatron_patch.utils.files import read_small, reason
+
+_MOST_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -95,10 +98,10 @@ def load_hardware(name: str, ceilings: Path | None = None) -> Hardware:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(read_small(path, _MOST_BYTES, wait=True))
     except OSError as error:
-        raise ConfigError(f"--ceilings {path}: {error.strerror}", "a readable JSON file", "check the path and its permissions") from error
-    except ValueError as error:
+        raise ConfigError(f"--ceilings {path}: {reason(error)}", "a readable JSON file", "check the path and its permissions") from error
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"--ceilings {path} is not valid JSON: {error}", "a JSON object", "correct the file") from error
     known = [field.name for field in dataclasses.fields(Hardware) if field.name != "name"]
     if not isinstance(data, dict):

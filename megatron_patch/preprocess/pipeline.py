@@ -215,12 +215,13 @@ def _run(run: Run, settings: EncodeSettings, tokenizer: Tokenizer, known: dict[s
         text_notes=(*([text_note] if text_note else []), *counters.text_checks.sentences()),
         seconds=counters.seconds,
         resumed_at=begin.read,
+        first_bad_line=counters.bad.first,
         bad_lines_file=counters.bad.close(),
     )
 
 
 def _no_documents(prefix: str, counters: Counters, settings: EncodeSettings) -> DataError:
-    first = counters.bad.first()
+    first = counters.bad.first
     return DataError(
         f"there are no documents for {prefix}: {plural(counters.bad.count, 'bad line')}, "
         f"{plural(counters.empty, 'empty document')}, {counters.filtered:,} too short or too long"

@@ -20,9 +20,10 @@ import xxhash
 from megatron_patch.errors import DataError
 from megatron_patch.preprocess.encode import EncodeSettings
 from megatron_patch.raw_text.inputs import STANDARD_INPUT, FileRange
-from megatron_patch.utils.files import checksum, fsync_folder, open_in_place, write_durably
+from megatron_patch.utils.files import checksum, fsync_folder, open_in_place, read_small, reason, write_durably
 from megatron_patch.utils.units import plural
 
+_MOST_BYTES = 1 << 30  # a record has about a kilobyte
 FORMAT = "megatron_patch/progress-1"
 # What may differ when a run resumes: both encoders give the same ids, and the tokenizer is identified by its checksum.
 _MAY_CHANGE = ("backend", "tokenizer_model", "vocab_file", "merge_file")
@@ -243,7 +244,7 @@ def _records(path: Path) -> tuple[dict[str, Any], list[Record]] | None:
     if not path.is_file():
         return None
     try:
-        lines = path.read_bytes().split(b"\n")[:-1]
+        lines = read_small(path, _MOST_BYTES).split(b"\n")[:-1]
         if len(lines) < 2:
             return None
         records = []
@@ -253,9 +254,9 @@ def _records(path: Path) -> tuple[dict[str, Any], list[Record]] | None:
             found["outputs"] = tuple((documents, tokens) for documents, tokens in found["outputs"])
             records.append(Record(**found))
         return json.loads(lines[0]), records
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(
-            f"{path} is not a progress log: {error}",
+            f"{path} is not a progress log: {reason(error)}",
             "a file that tools/preprocess_data.py wrote",
             "start over with --overwrite instead of --resume",
         ) from error

@@ -20,8 +20,10 @@ from megatron_patch.preprocess.encode import EncodedBatch
 from megatron_patch.tokenizers.base import Tokenizer, token_text
 from megatron_patch.tokenizers.round_trip import TextChecks
 from megatron_patch.utils.files import open_in_place, open_new
+from megatron_patch.utils.files import reason as reason_of
 
 _LISTED_BAD_LINES = 100_000
+_LONGEST_LINE = 1 << 20
 _NO_TOKEN = -100  # the bin of documents without a token: 2^(-100 / 8) rounds to 0
 
 
@@ -55,6 +57,7 @@ class Summary:
         seconds: time spent, including the time before the run was resumed.
         resumed_at: bytes that had been read when the run was resumed; 0: it was not resumed.
         bad_lines_file: the path of the list of bad lines, or None.
+        first_bad_line: the place of the first bad line and its reason, or None.
     """
 
     outputs: tuple[str, ...]
@@ -82,6 +85,7 @@ class Summary:
     seconds: float
     resumed_at: int
     bad_lines_file: str | None
+    first_bad_line: str | None
 
     def to_json(self) -> dict[str, Any]:
         """Returns the summary as plain values, with megabytes and tokens per second added."""
@@ -177,7 +181,12 @@ def summary_of_finished_run(prefixes: Sequence[str], tokenizer: Tokenizer) -> Su
         seconds=0.0,
         resumed_at=0,
         bad_lines_file=None,
+        first_bad_line=None,
     )
+
+
+def _place_and_reason(entry: Mapping[str, Any]) -> str:
+    return f"{entry['file']}, line {entry['line']}: {entry['reason']}"
 
 
 class BadLines:
@@ -190,16 +199,29 @@ class BadLines:
         line: lines of this input that have been read.
         count: bad lines so far.
         size: valid bytes of an existing list; the rest is truncated.
+
+    Raises:
+        DataError: the existing list is missing or damaged.
     """
 
     def __init__(self, path: Path, policy: Literal["skip", "fail"], file: int = 0, line: int = 0, count: int = 0, size: int = 0) -> None:
         self._path, self._policy = path, policy
         self._file: Any = None
         self.input, self.line, self.count = file, line, count
+        self.first: str | None = None
+        """The place of the first bad line and its reason, also of one before the run was resumed; None without one."""
         if size:
-            self._file = open_in_place(path, "r+")
-            self._file.truncate(size)
-            self._file.seek(0, os.SEEK_END)
+            try:
+                self._file = open_in_place(path, "r+")
+                self.first = _place_and_reason(json.loads(self._file.readline(_LONGEST_LINE)))
+                self._file.truncate(size)
+                self._file.seek(0, os.SEEK_END)
+            except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+                raise DataError(
+                    f"{path} is not the list of bad lines of the unfinished run: {reason_of(error)}",
+                    "the files of the unfinished run",
+                    "start over with --overwrite and without --resume",
+                ) from error
 
     def add(self, encoded: EncodedBatch) -> None:
         """Adds the bad lines of a batch.
@@ -219,26 +241,13 @@ class BadLines:
             entry: dict[str, Any] = {"file": encoded.source, "line": self.line + line}
             if encoded.start is not None:
                 entry["byte"] = encoded.start + offset
+            entry["reason"] = reason
+            if self.first is None:
+                self.first = _place_and_reason(entry)
             if self.count < _LISTED_BAD_LINES:
-                self._write(json.dumps({**entry, "reason": reason}) + "\n")
+                self._write(json.dumps(entry) + "\n")
             self.count += 1
         self.line += encoded.lines
-
-    def first(self) -> str | None:
-        """Returns the place of the first bad line, also of one that was found before the run was resumed, and its reason; None without one.
-
-        Raises:
-            DataError: the list cannot be written or read.
-        """
-        if self._file is None:
-            return None
-        try:
-            self._file.flush()
-            with self._path.open(encoding="utf-8") as file:
-                entry = json.loads(file.readline())
-        except OSError as error:
-            raise self._failure(error) from error
-        return f"{entry['file']}, line {entry['line']}: {entry['reason']}"
 
     def _write(self, text: str) -> None:
         try:

@@ -44,7 +44,7 @@ def byte_order_mark(head: bytes, source: str) -> int:
     groups = [head[start : start + 4] for start in range(0, min(len(head), HEAD_BYTES) - 3, 4)]
     patterns = {"".join("x" if byte else "0" for byte in group) for group in groups}
     for pattern, words, name in _ZEROS:
-        if patterns == {pattern}:
+        if patterns == {pattern} and len(groups) > 1:  # in a shorter text, zeros may be by chance
             raise _other_encoding(source, words, name)
     return len(BYTE_ORDER_MARK) if head.startswith(BYTE_ORDER_MARK) else 0
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_patch.errors import DataError
+from megatron_patch.raw_text.large_documents import MOST_DOCUMENT_BYTES
 from megatron_patch.utils.path_patterns import expand_local
 
 LINE_SUFFIXES = (".jsonl", ".json")
@@ -156,7 +157,10 @@ def _checked_shard(number: int, count: int) -> tuple[int, int]:
 
 
 def next_line_start(path: str, offset: int) -> int:
-    """Returns the offset of the first line that starts at or after a byte, or the size of the file."""
+    """Returns the offset of the first line that starts at or after a byte, or the size of the file.
+
+    A line that is too long to be a document, such as the zeros of a sparse file, is not read to its end: an offset inside of it is given.
+    """
     if offset == 0:
         return 0
     with open(path, "rb") as file:
@@ -164,6 +168,8 @@ def next_line_start(path: str, offset: int) -> int:
         while piece := file.read(_PIECE):
             if (found := piece.find(b"\n")) >= 0:
                 return file.tell() - len(piece) + found + 1
+            if file.tell() - offset > MOST_DOCUMENT_BYTES:
+                break
         return file.tell()
 
 

@@ -6,17 +6,15 @@ Python's json module reads may stand under the others, such as NaN, half of a su
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import orjson
 
 from megatron_patch.raw_text.encodings import BYTE_ORDER_MARK
-
-KeyPath = tuple[str, list[str]]
-"""A key with dots, and the names between them."""
 
 _MISSING = object()
 _LISTED_KEYS, _LISTED_CHARS = 20, 60
@@ -43,9 +41,27 @@ _SIGNATURES = {
 _DECODER = json.JSONDecoder(parse_int=lambda digits: 0)
 
 
+class KeyPath(NamedTuple):
+    """A key, and each way to cut it at a dot, the longest first name first.
+
+    Args:
+        key: the whole key.
+        cuts: first name, and the path of the rest.
+    """
+
+    key: str
+    cuts: tuple[tuple[str, KeyPath], ...]
+
+
+@functools.cache
+def _key_path(key: str) -> KeyPath:
+    names = key.split(".")
+    return KeyPath(key, tuple((".".join(names[:n]), _key_path(".".join(names[n:]))) for n in range(len(names) - 1, 0, -1)))
+
+
 def key_paths(keys: Sequence[str]) -> list[KeyPath]:
-    """Returns each key with the names that its dots separate."""
-    return [(key, key.split(".")) for key in keys]
+    """Returns the path of each key, which may have dots."""
+    return [_key_path(key) for key in keys]
 
 
 def texts_of_line(line: bytes | memoryview, paths: Sequence[KeyPath]) -> tuple[str, ...] | str | None:
@@ -66,10 +82,11 @@ def texts_of_line(line: bytes | memoryview, paths: Sequence[KeyPath]) -> tuple[s
         except RecursionError:
             return "not valid JSON: nested too deeply"
     texts = []
-    for key, names in paths:
+    for path in paths:
+        key, cuts = path
         value = document.get(key, _MISSING) if isinstance(document, dict) else _MISSING
-        if value is _MISSING and len(names) > 1:
-            value = _nested(document, names)
+        if value is _MISSING and cuts:
+            value = _find(document, path)
         if not isinstance(value, str):
             return _no_text(document, key, value)
         if not strict and (reason := _not_unicode(value, bytes(line))):
@@ -78,16 +95,17 @@ def texts_of_line(line: bytes | memoryview, paths: Sequence[KeyPath]) -> tuple[s
     return tuple(texts)
 
 
-def _nested(value: Any, names: Sequence[str]) -> Any:
-    """Returns the value of a key with dots. A name may contain dots itself: of the names that exist, the longest counts first."""
-    if isinstance(value, dict):
-        for count in range(len(names), 0, -1):
-            found = value.get(".".join(names[:count]), _MISSING)
-            if found is not _MISSING and count < len(names):
-                found = _nested(found, names[count:])
-            if found is not _MISSING:
-                return found
-    return _MISSING
+def _find(value: Any, path: KeyPath) -> Any:
+    """Returns the value of a key, or _MISSING. A name may contain dots itself: of the names that exist, the longest counts first."""
+    if not isinstance(value, dict):
+        return _MISSING
+    key, cuts = path
+    found = value.get(key, _MISSING)
+    if found is _MISSING:
+        for name, rest in cuts:
+            if name in value and (found := _find(value[name], rest)) is not _MISSING:
+                break
+    return found
 
 
 def _no_text(document: Any, key: str, value: Any) -> str:
@@ -100,7 +118,7 @@ def _no_text(document: Any, key: str, value: Any) -> str:
         return f"key {key!r} is {_KINDS[type(value)]}, not a string"
     keys = [name for name, found in _leaves(document) if isinstance(found, str)]
     kind = "keys with text" if keys else "keys"
-    keys = keys or [name for name, _ in _leaves(document)]
+    keys = [name if name.isprintable() else repr(name) for name in keys or [name for name, _ in _leaves(document)]]
     return f"key {key!r} is missing; " + (f"the {kind} are {', '.join(keys)}" if keys else "the object is empty")
 
 
@@ -134,7 +152,9 @@ def _hint(raw: bytes, text: str, error: json.JSONDecodeError) -> str:
     """Returns what a line that is not valid JSON looks like, for the end of a sentence; "" if it looks like nothing known."""
     signature = next((words for begin, words in _SIGNATURES.items() if raw.startswith(begin)), None)
     if signature is not None:
-        return f"; the input looks like {signature}: give it that suffix" if "." in signature else f"; the input looks like {signature}"
+        return (
+            f"; the input looks like {signature}: give the file that suffix" if "." in signature else f"; the input looks like {signature}"
+        )
     before, after = text[: error.pos], text[error.pos :]
     if text.lstrip().startswith("[") or (error.msg == "Extra data" and after.strip() == ","):
         return f"; {_ARRAY}"

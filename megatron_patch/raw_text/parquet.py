@@ -132,7 +132,10 @@ def _column(batch: Any, names: Sequence[str]) -> Any:
     column = batch.column(names[0])
     for name in names[1:]:
         column = pyarrow.compute.struct_field(column, name)
-    return column if hasattr(column, "dictionary") else column.dictionary_encode()
+    if hasattr(column, "dictionary"):
+        return column
+    plain = {pyarrow.string_view(): pyarrow.large_string(), pyarrow.binary_view(): pyarrow.large_binary()}  # views have no lengths
+    return column.cast(plain.get(column.type, column.type)).dictionary_encode()
 
 
 def _text_bytes(metadata: Any, keys: Sequence[str]) -> int:

@@ -116,7 +116,8 @@ def _too_long(source: str) -> DataError:
     return DataError(
         f"{source} has a document of more than {MOST_DOCUMENT_BYTES:,} bytes",
         f"documents of at most {MOST_DOCUMENT_BYTES:,} bytes; a .txt file that is one document may be larger",
-        "remove the document or split it, or give a plain .txt file; for text without separators, check --txt-separator",
+        "remove the document or split it, or give a plain .txt file; for text without separators, check --txt-separator; "
+        "of a JSON array, make one object per line with jq -c '.[]' FILE",
     )
 
 

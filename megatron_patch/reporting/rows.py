@@ -17,12 +17,12 @@ from typing import Any
 import orjson
 
 from megatron_patch.training.callbacks.base import STEP_METRICS
+from megatron_patch.utils.files import LONGEST_LINE, bounded_lines
 from megatron_patch.utils.units import plural
 
 STEP_COLUMNS = ("step", "stage_index", "patch_size", "tokens", "cost_tokens", "loss", *STEP_METRICS)
 EVALUATION_COLUMNS = ("step", "stage_index", "patch_size", "tokens", "cost_tokens", "token_loss", "patch_loss", "eval_tokens")
 
-_LONGEST_LINE = 1 << 20
 _MOST_NOTES = 10
 _LARGEST_NUMBER = 1e39  # above every number in float32
 _WORDS = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "missing"}
@@ -118,16 +118,12 @@ def read_rows(path: Path, left_out: LeftOut) -> Iterator[tuple[int, dict[str, An
         path: the file.
         left_out: gets the other rows.
     """
-    line = 0
     with path.open("rb") as file:
-        while text := file.readline(_LONGEST_LINE):
-            line += 1
-            complete = text.endswith(b"\n")
-            if len(text) == _LONGEST_LINE and not complete:
-                while (rest := file.readline(_LONGEST_LINE)) and not rest.endswith(b"\n"):
-                    pass
-                left_out.add(line, f"it has more than {_LONGEST_LINE:,} bytes")
+        for line, text in enumerate(bounded_lines(file, LONGEST_LINE), start=1):
+            if text is None:
+                left_out.add(line, f"it has more than {LONGEST_LINE:,} bytes")
                 continue
+            complete = text.endswith(b"\n")
             try:
                 record = orjson.loads(text)
             except ValueError:

@@ -15,7 +15,7 @@ import orjson
 
 from megatron_patch.errors import CheckpointError
 from megatron_patch.stages import Progress
-from megatron_patch.utils.files import open_in_place, open_new
+from megatron_patch.utils.files import LONGEST_LINE, bounded_lines, open_in_place, open_new
 
 
 def roll_back(folder: Path, step: int, progress: Progress) -> int | None:
@@ -56,7 +56,9 @@ def _filter(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
     temporary = path.with_name(path.name + ".partial")
     try:
         with open_in_place(path, "rb") as source, open_new(temporary) as target:
-            for line in source:
+            for line in bounded_lines(source, LONGEST_LINE):
+                if line is None:
+                    continue
                 try:
                     record = orjson.loads(line)
                 except orjson.JSONDecodeError:

@@ -14,14 +14,16 @@ import json
 import os
 import resource
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, BinaryIO, cast
 
 import xxhash
 
 MOST_JSON_BYTES = 1 << 26
 """The most bytes of a JSON file that is read as a whole; those that this program writes stay far below."""
+LONGEST_LINE = 1 << 20
+"""The most bytes of a line of JSON that this program writes about a run."""
 _PIECE_BYTES = 1 << 20
 
 
@@ -143,6 +145,22 @@ def read_small(path: str | Path, limit: int, wait: bool = False) -> bytes:
         # Whoever was to write to it has not opened it yet, or has ended: nothing is not the same as an empty file.
         raise OSError(errno.EPIPE, "it is a pipe, and nothing came out of it", str(path))
     return bytes(content)
+
+
+def bounded_lines(file: BinaryIO, longest: int) -> Iterator[bytes | None]:
+    """Yields the lines of a file, the last one also without its end; None in place of one that is longer than any that is wanted.
+
+    Args:
+        file: the file.
+        longest: the most bytes of a line; no more than that is held in memory.
+    """
+    while line := file.readline(longest):
+        if len(line) < longest or line.endswith(b"\n"):
+            yield line
+            continue
+        while (rest := file.readline(longest)) and not rest.endswith(b"\n"):
+            pass
+        yield None
 
 
 def reason(error: BaseException) -> str:

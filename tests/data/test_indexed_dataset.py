@@ -16,10 +16,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_patch.data import inspect
+from megatron_patch.data.corpus import TokenCorpus
 from megatron_patch.data.indexed_dataset import IndexedDataset, optimal_dtype
 from megatron_patch.data.indexed_dataset_writer import IndexedDatasetWriter
 from megatron_patch.data.inspect import describe, integrity_problems, patch_statistics
 from megatron_patch.errors import DataError
+from megatron_patch.preprocess.merge import merge_datasets
 
 GOLDEN = Path(__file__).parent / "golden"
 DOCUMENTS = [[5, 6, 7, 8, 1], [9, 1], [2, 3, 4, 40000, 65000, 1], [1]]
@@ -155,6 +157,81 @@ def test_broken_files_are_named(prefix, break_it, words):
     break_it(prefix)
     with pytest.raises(DataError, match=words):
         IndexedDataset(prefix)
+
+
+def write_index(prefix, code, dtype, sequences, boundaries=None):
+    """Any code with tokens of any type."""
+    arrays = [np.array(sequence, dtype=dtype) for sequence in sequences]
+    lengths = np.array([len(array) for array in arrays], "<i4")
+    pointers = np.cumsum([0, *(array.nbytes for array in arrays)])[:-1].astype("<i8") if arrays else np.zeros(0, "<i8")
+    documents = np.arange(len(arrays) + 1).astype("<i8") if boundaries is None else np.array(boundaries, "<i8")
+    head = struct.pack("<9sQBQQ", b"MMIDIDX\x00\x00", 1, code, len(arrays), len(documents))
+    Path(f"{prefix}.idx").write_bytes(head + lengths.tobytes() + pointers.tobytes() + documents.tobytes())
+    Path(f"{prefix}.bin").write_bytes(b"".join(array.tobytes() for array in arrays))
+    return str(prefix)
+
+
+SEQUENCES = {
+    "many": [[], [5, 6, 7], [], [8], [9, 10]],
+    "one": [[5, 6, 7]],
+    "last has none": [[7], []],
+    "only the last": [[], [], [7, 60000]],
+    "zeros": [[0, 0], [0]],
+    "thousands without": [*[[]] * 9000, [1, 2, 3], []],
+}
+
+
+@pytest.mark.parametrize("sequences", SEQUENCES.values(), ids=SEQUENCES)
+@pytest.mark.parametrize(
+    ("code", "written", "read"),
+    [
+        *[(code, dtype, dtype) for code, dtype in [(1, "u1"), (2, "i1"), (3, "i2"), (4, "i4"), (5, "i8"), (8, "u2")]],
+        *[(6, "u2", "u2"), (7, "u4", "i4"), (8, "u8", "i8")],
+    ],
+)
+def test_every_code_of_megatron_and_of_deepspeed_is_read(tmp_path, code, written, read, sequences):
+    if max(itertools.chain(*sequences)) > np.iinfo(written).max:
+        sequences = [[token % 100 for token in sequence] for sequence in sequences]
+    dataset = IndexedDataset(write_index(tmp_path / "d", code, written, sequences))
+    assert dataset.dtype == np.dtype(read) and [dataset[i].tolist() for i in range(len(dataset))] == sequences
+    assert not integrity_problems(dataset)
+    merge_datasets([dataset.prefix, dataset.prefix], str(tmp_path / "twice"))
+    assert IndexedDataset(str(tmp_path / "twice")).tokens(0, 2 * dataset.num_tokens).tolist() == 2 * list(itertools.chain(*sequences))
+
+
+@pytest.mark.parametrize(("code", "dtype"), [(6, "f8"), (6, "f4"), (7, "f4"), (7, "f8")])
+@pytest.mark.parametrize("sequences", [[[], [1.0, 2.5], [0.0], []], [[0.0, -1e-30]]])
+def test_floats_are_no_tokens(tmp_path, code, dtype, sequences):
+    """Megatron's and GPT-NeoX's codes."""
+    with pytest.raises(DataError, match=rf"dtype code {code} and \d bytes for each token.*{np.dtype(dtype)}.*\n.*whole numbers"):
+        IndexedDataset(write_index(tmp_path / "d", code, dtype, sequences))
+
+
+@pytest.mark.parametrize("sequences", [[], [[], []]])
+def test_a_code_that_nothing_decides_is_an_error(tmp_path, sequences):
+    for code in (6, 7):
+        with pytest.raises(DataError, match=rf"dtype code {code} .*no sequence has a token by which to tell them apart"):
+            IndexedDataset(write_index(tmp_path / f"d{code}", code, "u2", sequences))
+    assert IndexedDataset(write_index(tmp_path / "d8", 8, "u2", sequences)).dtype == np.uint16
+
+
+def test_a_code_whose_offsets_fit_no_writer_is_an_error(tmp_path):
+    for code, dtype in [(6, "u1"), (7, "u2"), (7, "u1"), (0, "u2"), (9, "u2")]:
+        with pytest.raises(DataError, match=f"dtype code {code}"):
+            IndexedDataset(write_index(tmp_path / "d", code, dtype, [[1, 2], [3]]))
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int8", "int16", "int32", "int64", "uint16", "uint32", "uint64"])
+def test_deepspeeds_own_files_are_read(tmp_path, dtype):
+    writer = pytest.importorskip("deepspeed.runtime.data_pipeline.data_sampling.indexed_dataset")
+    builder = writer.MMapIndexedDatasetBuilder(f"{tmp_path}/d.bin", dtype=getattr(np, dtype))
+    for document in [[5, 6, 7, 100], [9], [2, 3]]:
+        builder.add_item_numpy(np.array(document))
+        builder.end_document()
+    builder.finalize(f"{tmp_path}/d.idx")
+    dataset = IndexedDataset(f"{tmp_path}/d")
+    assert [dataset[i].tolist() for i in range(len(dataset))] == [[5, 6, 7, 100], [9], [2, 3]]
+    assert TokenCorpus([dataset.prefix]).read(0, 7).tolist() == [5, 6, 7, 100, 9, 2, 3]
 
 
 def test_the_full_check_finds_what_opening_cannot(prefix):

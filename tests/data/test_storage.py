@@ -50,7 +50,7 @@ def vanish(path):
 
 @pytest.mark.parametrize(
     ("harm", "words"),
-    [(shrink, "shorter|bytes; its index ends"), (overwrite, "has changed since the run opened it"), (vanish, "does not exist")],
+    [(shrink, "shorter|its index ends"), (overwrite, "has changed since the run opened it"), (vanish, "does not exist")],
 )
 @pytest.mark.parametrize("prefetch", [0, 2])
 def test_harm_during_a_run_ends_it_with_a_sentence(prefix, harm, words, prefetch):

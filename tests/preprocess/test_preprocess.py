@@ -243,6 +243,7 @@ def test_bad_lines_are_left_out_counted_and_listed(folder, tmp_path):
     assert (summary.documents, summary.bad_lines, summary.empty) == (2, 5, 1)
     listed = [json.loads(line) for line in Path(summary.bad_lines_file).read_text().splitlines()]
     assert [entry["line"] for entry in listed] == [2, 3, 4, 5, 6]
+    assert summary.first_bad_line == f"{tmp_path}/bad.jsonl, line 2: {listed[0]['reason']}" and "Unterminated" in listed[0]["reason"]
     assert all(entry["file"].endswith("bad.jsonl") and entry["reason"] for entry in listed)
 
 

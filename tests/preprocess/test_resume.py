@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import os
 import signal
@@ -377,3 +378,41 @@ def failing(call, at, before):
         return result
 
     return wrapped
+
+
+@pytest.mark.parametrize(
+    "content", [b"{}\n[]\n", b'{}\n"upto"\n', b"{}\n5\n", b'{}\n{"outputs": 5}\n', b"{}\n{}\n", b"{}\n" + b"[" * 99_999 + b"\n", None]
+)
+def test_a_progress_log_that_is_none_is_told(tmp_path, inputs, content):
+    path = tmp_path / "x_progress.jsonl"
+    if content is None:
+        with path.open("wb") as file:
+            file.truncate(200 << 30)  # takes no space on disk
+    else:
+        path.write_bytes(content)
+    with pytest.raises(DataError, match=r"x_progress\.jsonl is not a progress log: .*\n.*Allowed.*\n.*--overwrite"):
+        preprocess(inputs, str(tmp_path / "x"), settings(), resume=True)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"[]\n" * 99, b"{}\n" * 99, b"\xff" * 999])
+def test_a_list_of_bad_lines_that_is_gone_or_damaged_is_told(tmp_path, inputs, monkeypatch, content):
+    monkeypatch.setattr(readers, "BATCH_BYTES", 900)
+    plain = pipeline.read_batches
+
+    def cut(*args):
+        yield from itertools.islice(plain(*args), 5)
+        raise DataError("interrupted")
+
+    monkeypatch.setattr(pipeline, "read_batches", cut)
+    with pytest.raises(DataError, match="interrupted"):
+        preprocess(inputs, str(tmp_path / "x"), settings(), save_seconds=0.0)
+    monkeypatch.setattr(pipeline, "read_batches", plain)
+    path = tmp_path / "x_bad_lines.jsonl"
+    assert path.stat().st_size
+    if content is None:
+        path.unlink()
+    else:
+        path.write_bytes(content)
+    with pytest.raises(DataError, match=r"x_bad_lines\.jsonl is not the list of bad lines of the unfinished run.*\n.*\n.*--overwrite"):
+        preprocess(inputs, str(tmp_path / "x"), settings(), resume=True)
+    preprocess(inputs, str(tmp_path / "x"), settings(), overwrite=True)

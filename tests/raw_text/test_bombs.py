@@ -16,7 +16,7 @@ import pytest
 import zstandard
 
 from megatron_patch.errors import DataError
-from megatron_patch.raw_text import compression, readers
+from megatron_patch.raw_text import compression, inputs, readers
 from megatron_patch.raw_text.inputs import FileRange
 from megatron_patch.raw_text.readers import read_batches
 
@@ -67,6 +67,18 @@ def test_a_document_without_end_is_refused_before_it_fills_the_memory(tmp_path, 
     path.write_bytes(WRITERS.get(suffix, bytes)(b"x" * (6 << 20)))
     with pytest.raises(DataError, match=r"a document of more than 4,194,304 bytes\n.*\n.*What to do"):
         read(path, separator=b"\n\n")
+
+
+def test_a_sparse_file_is_refused_without_reading_all_of_it(tmp_path, low_limits, monkeypatch):
+    """A terabyte of zeros takes no space on disk, and an hour to read."""
+    monkeypatch.setattr(inputs, "MOST_DOCUMENT_BYTES", 1 << 22)
+    path = tmp_path / "a.jsonl"
+    with path.open("wb") as file:
+        file.write(b'{"text": "a"}\n')
+        file.truncate(1 << 40)
+    with pytest.raises(DataError, match="more than 4,194,304 bytes"):
+        read(path)
+    assert [part.start for part in inputs.shard_inputs([str(path)], 1, 2)] == [(1 << 39) + (1 << 22) + (1 << 16) - 1]
 
 
 @pytest.mark.parametrize("suffix", WRITERS)

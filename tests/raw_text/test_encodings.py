@@ -90,7 +90,9 @@ def test_a_shard_that_does_not_begin_at_the_mark_names_the_encoding(tmp_path):
         documents([part])
 
 
-@pytest.mark.parametrize("head", [b"", b"\xef", b"\xef\xbb", b"a\0b", b"{}", b"\0" * 16, b"ab\0\0ab\0\0", bytes(range(16))])
+@pytest.mark.parametrize(
+    "head", [b"", b"\xef", b"\xef\xbb", b"a\0b", b"{}", b"\0" * 16, b"ab\0\0ab\0\0", b"a\0b\0", b"\0a\0b\0ab", bytes(range(16))]
+)
 def test_short_and_odd_beginnings_are_no_mark(head):
     assert byte_order_mark(head, "x") == 0
 

@@ -106,3 +106,6 @@ def test_a_table_with_both_a_column_and_a_field_of_one_name_takes_little_memory(
     table = {"a": [{"b": "nested"}] * 5, "a.b": ["x" * 1000] * 5}
     parquet.write_table(arrow.table(table), tmp_path / "a.parquet")
     assert read(tmp_path / "a.parquet", "a.b")[0] == [["x" * 1000] * 5] and sizes == [1] * 5
+    for kind in (arrow.string_view(), arrow.binary_view(), arrow.large_binary()):
+        parquet.write_table(arrow.table({**table, "a.b": arrow.array(["x", "y", None, "x", ""], kind)}), tmp_path / "b.parquet")
+        assert read(tmp_path / "b.parquet", "a.b")[0] == [["x", "y", "x", ""]]

@@ -104,15 +104,16 @@ class Console(Callback):
         self._evaluation = record
         patch = "" if record.patch_size == 1 else f", patch loss {record.patch_loss:.4f} (K = {record.patch_size})"
         amount = f" on {format_count(record.eval_tokens)} held-out tokens in {format_duration(record.seconds)}"
-        self._console.print(
+        lines = [
             f"{record.step:>8,} [bold]evaluation[/bold]: token loss {record.token_loss:.4f} (K = 1){patch}"
             + ("" if self._narrow else amount)
-        )
+        ]
         longest = min(_NARROW_NAME if self._narrow else _WIDE_NAME, max(map(len, record.corpora), default=0))
         for name, part in record.corpora.items():
             patch = "" if record.patch_size == 1 else f", patch loss {part.patch_loss:.4f}"
             label = escape(shortened(name, longest).ljust(longest))
-            self._console.print(f"{'':>8} {label} {part.weight:>6.1%}  token loss {part.token_loss:.4f}{patch}")
+            lines.append(f"{'':>8} {label} {part.weight:>6.1%}  token loss {part.token_loss:.4f}{patch}")
+        self._console.print("\n".join(lines))
 
     def on_switch(self, record: SwitchRecord) -> None:
         """Prints both stages."""

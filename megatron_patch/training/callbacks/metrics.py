@@ -17,6 +17,7 @@ from typing import Any
 
 from megatron_patch.training.callbacks.base import Callback, EvaluationRecord, RunEnd, RunStart, SaveRecord, StepRecord, SwitchRecord
 from megatron_patch.training.callbacks.jsonl_writer import JsonlWriter
+from megatron_patch.utils.files import LONGEST_LINE, bounded_lines
 
 
 def to_json(kind: str, record: Any) -> dict[str, Any]:
@@ -38,10 +39,10 @@ def _finite(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
     """Yields the records of a metrics file; lines that a crash left incomplete are skipped."""
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for line in file:
+    with path.open("rb") as file:
+        for line in bounded_lines(file, LONGEST_LINE):
             try:
-                record = json.loads(line)
+                record = json.loads(line or b"")
             except (ValueError, RecursionError):
                 continue
             if isinstance(record, dict):

@@ -31,6 +31,7 @@ from megatron_patch.utils.files import append_line, open_in_place, open_new
 EVENTS = "events.jsonl"
 STORE_KEY = "exit_report"
 """Key in the job's store under which the first rank that fails puts its `ExitReport` as JSON."""
+_TAIL_BYTES = 1 << 20
 _PROCESS_STARTED = time.time()
 _SERVE_SECONDS = 25.0  # longer than peers need to notice an exit in a collective on GPUs (watchdog.py)
 
@@ -231,7 +232,9 @@ def _last_report(save: Path | None) -> ExitReport | None:
     if save is None:
         return None
     try:
-        lines = (save / EVENTS).read_bytes().splitlines()
+        with open_in_place(save / EVENTS, "rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
+            lines = file.read(_TAIL_BYTES).splitlines()
     except OSError:
         return None
     for line in reversed(lines):
@@ -242,6 +245,6 @@ def _last_report(save: Path | None) -> ExitReport | None:
             if event["type"] == "end":
                 report = ExitReport(**{field.name: event[field.name] for field in fields(ExitReport)})
                 return report if report.time >= _PROCESS_STARTED else None
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             continue
     return None
