@@ -3,7 +3,8 @@
 `tokenizers` looks for added tokens twice: first for those that are not normalized, in the text; then for the others, in the normalized
 text between the first ones. `fastokens` looks for all of them at once, and takes the longest one at the first place. The results are the
 same as long as no token of one kind can touch one of the other kind in a way that matters: by sharing characters, or, where a token takes
-the white space beside it or must be a whole word, by standing beside it.
+the white space beside it or must be a whole word, by standing beside it. Where a token takes the white space beside it and another one, or
+itself, begins or ends with white space, the two libraries differ too, whatever the kinds.
 """
 
 from __future__ import annotations
@@ -23,11 +24,13 @@ def ambiguous_tokens(tokens: Sequence[Any]) -> list[str]:
         if token.content:
             kinds[bool(token.normalized)].append(token)
     first, second = kinds
-    if not first or not second:
-        return []
-    if any(token.lstrip or token.rstrip or token.single_word for token in (*first, *second)):
-        return sorted({token.content for token in (*first, *second)})
-    return sorted(_overlapping([token.content for token in first], [token.content for token in second]))
+    every = [*first, *second]
+    if first and second and any(token.lstrip or token.rstrip or token.single_word for token in every):
+        return sorted({token.content for token in every})
+    taking = {token.content for token in every if token.lstrip or token.rstrip}
+    spaced = {token.content for token in every if token.content != token.content.strip()}
+    beside_spaces = taking | spaced if taking and spaced else set()
+    return sorted(beside_spaces | _overlapping([token.content for token in first], [token.content for token in second]))
 
 
 def _overlapping(first: Sequence[str], second: Sequence[str]) -> set[str]:

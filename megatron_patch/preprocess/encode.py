@@ -290,7 +290,7 @@ class Encoder:
     def _count_without_tokens(self, text: str) -> None:
         """Counts a document without tokens: as empty if it has nothing but white space."""
         if text.strip():
-            self._text_checks += TextChecks(without_tokens=1, example=shortened(text))
+            self._text_checks += TextChecks(without_tokens=1, example_without_tokens=shortened(text))
         else:
             self._empty += 1
 
@@ -346,7 +346,7 @@ class Encoder:
         """
         loss = self._round_trip.loss(text, ids)
         if loss.lost and isinstance(self.tokenizer, TikTokenizer):
-            raise lost_text(self.tokenizer, text, loss)
+            raise lost_text(self.tokenizer, text, loss.lost)
         incomplete = bool(loss.letters)
         self._text_checks += TextChecks(1, int(loss.unknown), int(incomplete), example=shortened(text) if incomplete else "")
 

@@ -7,7 +7,7 @@ SentencePiece BPE (benchmarks/results/preprocess_encoders-cpu-2026-11-30.json).
 Two things keep the ids right. The encoder must agree with the reference on the strings of tokenizers/fuzz_strings.py before it is used,
 among them the tokenizer's own added tokens. And some texts go to the reference one by one, because fastokens is known to err there: those
 that contain a piece of the vocabulary that no merges produce (such as <0x0A>, the name of a byte, which fastokens would read as the byte),
-an added token that may meet one of another kind (added_tokens.py), or U+180E, which some of its patterns take for white space.
+an added token that it may find elsewhere (added_tokens.py), or U+180E, which some of its patterns take for white space.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class FastokensEncoder:
         tokenizer: the reference.
 
     Attributes:
-        ambiguous: added tokens that may meet one of another kind; the reference encodes the texts that contain one.
+        ambiguous: added tokens that fastokens may find elsewhere; the reference encodes the texts that contain one.
 
     Raises:
         TypeError: fastokens has no format for this tokenizer.
@@ -227,6 +227,6 @@ def make_fast_encoder(tokenizer: Tokenizer, backend: str = "auto") -> tuple[Fast
     if encoder.ambiguous:
         return encoder, (
             f"fastokens, checked against the reference, which encodes the texts that contain {_shown(encoder.ambiguous)}: "
-            "fastokens may look for these added tokens in another order"
+            "fastokens may find these added tokens elsewhere"
         )
     return encoder, "fastokens, checked against the reference"

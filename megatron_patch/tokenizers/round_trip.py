@@ -25,6 +25,7 @@ from megatron_patch.utils.units import plural
 _SPACE = "▁"
 _SHOWN_CHARS = 60
 _SHOWN_LETTERS = 8
+_EXAMPLE_CHARS = 12
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,8 @@ class TextChecks:
         unknown: of these, those with characters that the tokenizer does not know: their ids hold its unknown token.
         incomplete: of these, those with other characters than white space that the tokenizer leaves out without any token.
         without_tokens: documents that have text other than white space but no token; all documents are looked at.
-        example: the start of a document that is incomplete or without tokens.
+        example: the start of an incomplete document.
+        example_without_tokens: the start of a document without tokens.
     """
 
     compared: int = 0
@@ -62,6 +64,7 @@ class TextChecks:
     incomplete: int = 0
     without_tokens: int = 0
     example: str = ""
+    example_without_tokens: str = ""
 
     def __add__(self, other: TextChecks) -> TextChecks:
         return TextChecks(
@@ -70,19 +73,22 @@ class TextChecks:
             self.incomplete + other.incomplete,
             self.without_tokens + other.without_tokens,
             self.example or other.example,
+            self.example_without_tokens or other.example_without_tokens,
         )
 
     def sentences(self) -> list[str]:
         """Returns what the user needs to know, one sentence for each problem that was found."""
-        shown = f", such as {self.example!r}" if self.example else ""
         compared = f"of {plural(self.compared, 'compared document')}"
         found = []
         if self.unknown:
             found.append(f"{self.unknown:,} {compared} hold characters that the tokenizer does not know (they become its unknown token)")
         if self.incomplete:
-            found.append(f"{self.incomplete:,} {compared} hold characters that the tokenizer leaves out without a token{shown}")
+            found.append(
+                f"{self.incomplete:,} {compared} hold characters that the tokenizer leaves out without a token, such as {self.example!r}"
+            )
         if self.without_tokens:
-            found.append(f"the tokenizer has no token for the text of {plural(self.without_tokens, 'document')}{shown}")
+            documents = plural(self.without_tokens, "document")
+            found.append(f"the tokenizer has no token for the text of {documents}, such as {self.example_without_tokens!r}")
         return found
 
 
@@ -217,10 +223,10 @@ def check_round_trip(tokenizer: Tokenizer) -> str:
     except DataError as error:
         return f"it fails for some strings of special tokens: {error.what}"
     if isinstance(tokenizer, TikTokenizer):
-        # An example that fits into the message, and shows as much as possible.
-        text, loss = max(losses, key=lambda found: (bool(found[1].lost), len(found[0]) <= _SHOWN_CHARS, len(set(found[1].lost))))
-        if loss.lost:
-            raise lost_text(tokenizer, text, loss)
+        if lost := "".join(loss.lost for _, loss in losses):
+            # The shortest example, but of more than one word.
+            examples = [text for text, loss in losses if loss.lost]
+            raise lost_text(tokenizer, min(examples, key=lambda text: (len(text) < _EXAMPLE_CHARS, len(text))), lost)
         return ""
     return _note(losses, spaces_alone=not any(loss.letters for _, loss in losses))
 
@@ -256,15 +262,15 @@ def _note(losses: Sequence[tuple[str, Loss]], spaces_alone: bool) -> str:
 
 
 def _letters(lost: str) -> str:
-    """Returns some of the characters that were lost, for a message: letters, digits and spaces first."""
-    different = sorted(dict.fromkeys(lost), key=lambda letter: (not letter.isalnum(), letter != " ", not letter.isascii()))
+    """Returns some of the characters that were lost, for a message: spaces, ASCII letters and digits first."""
+    different = sorted(dict.fromkeys(lost), key=lambda letter: (letter != " ", not letter.isascii(), not letter.isalnum()))
     return ", ".join(map(repr, different[:_SHOWN_LETTERS]))
 
 
-def lost_text(tokenizer: Tokenizer, text: str, loss: Loss) -> DataError:
-    """Returns the error for a text of which a tokenizer loses characters that it may not lose."""
+def lost_text(tokenizer: Tokenizer, text: str, lost: str) -> DataError:
+    """Returns the error for characters that a pattern loses, with a text that holds one of them."""
     return DataError(
-        f"--tiktoken-pattern loses text: the ids of {shortened(text)!r} do not give back {_letters(loss.lost)} ({tokenizer.name})",
+        f"--tiktoken-pattern loses text, such as {_letters(lost)}: the ids of {shortened(text)!r} do not give it back ({tokenizer.name})",
         "a pattern that matches every character",
         "give the pattern that the tokenizer was made with, by its name or as a regular expression",
     )

@@ -107,6 +107,22 @@ def test_tokens_that_look_beside_themselves_are_ambiguous_with_any_of_the_other_
     assert ambiguous_tokens([Token("<a>", **{flag: True}), Token("foo")]) == []
 
 
+@pytest.mark.parametrize("flag", ["lstrip", "rstrip"])
+def test_tokens_that_take_white_space_are_ambiguous_with_tokens_of_white_space(flag):
+    assert ambiguous_tokens([Token("<a>", **{flag: True}), Token(" x"), Token("foo")]) == [" x", "<a>"]
+    assert (
+        ambiguous_tokens([Token("\n\n", **{flag: True}), Token("foo")]) == ["\n\n"] and ambiguous_tokens([Token("  "), Token("foo")]) == []
+    )
+
+
+def test_a_token_of_white_space_that_takes_more_of_it_goes_to_the_reference(trained, tmp_path):
+    tokenizer = load(trained, tmp_path, [("\n\n", {"lstrip": True, "rstrip": True})])
+    encoder, note = make_fast_encoder(tokenizer)
+    texts = ["a\n\n\n\nb", "\n\n\n \n\n", "a\nb"]
+    assert encoder is not None and "fastokens may find these" in note
+    assert_equal(encoder.encode_flat(texts), tokenizer.encode_flat(texts))
+
+
 @pytest.mark.parametrize("seed", range(25))
 def test_random_sets_of_added_tokens_are_encoded_right(trained, tmp_path, seed):
     draw = random.Random(seed)
