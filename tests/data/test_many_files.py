@@ -192,3 +192,12 @@ def test_the_programs_read_more_shards_than_they_may_open_files(tmp_path):
     assert (merged["shards"], merged["tokens"]) == (150, 6000)
     assert json.loads(program("tools/inspect_dataset.py", f"{tmp_path}/all", "--check").splitlines()[-1])["problems"] == []
     assert sorted(TokenCorpus([f"{tmp_path}/all"]).read(0, 6000).tolist()) == list(range(6000)) and len(shards) == 150
+
+
+def test_a_shuffle_that_may_open_too_few_files_says_so(tmp_path):
+    prefix = write_numbers(tmp_path / "x", 400)
+    code = "import resource, sys; from pathlib import Path; from megatron_patch.preprocess import dedup_shuffle as d; d._PART_BYTES = 16\n"
+    code += "resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))\n"
+    code += "try: d.dedup_and_shuffle(sys.argv[1], sys.argv[1] + 'o', False, 1, Path(sys.argv[1] + 's'))\nexcept d.DataError as e: print(e)"
+    done = subprocess.run([sys.executable, "-c", code, prefix], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert "Too many open files" in done.stdout and "ulimit -n 4096" in done.stdout, done.stderr
