@@ -15,6 +15,7 @@ from megatron_patch.utils.records import record_from_json, whole_number
 
 STATE = "trainer_state.json"
 STATE_VERSION = 2
+_WITH_ADDRESSES = ("plan", "config", "data_fingerprint", "begun_from")
 _COUNTS = ("step", "stage_index", "stage_step", "consumed_tokens", "consumed_samples")
 
 
@@ -80,7 +81,8 @@ class TrainerState:
             raise CheckpointError(f"{where} is not a trainer state of version 1 or {STATE_VERSION}", "a checkpoint of this program")
         if version == 1:
             data = _from_version_1(data, where)
-        data = cleaned_record(data)
+        # Not the metadata: the pattern of a tokenizer may look like an address, and must stay as it is.
+        data = {name: cleaned_record(value) if name in _WITH_ADDRESSES else value for name, value in data.items()}
         names = [f.name for f in fields(TrainerState)]
         missing = [name for name in names if name not in data]
         if missing:

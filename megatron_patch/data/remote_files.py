@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +30,7 @@ _CHUNK_BYTES = 1 << 20
 _ATTEMPTS = 4
 _PAUSE_SECONDS = 0.5
 _FETCHERS = 32
+_MOST_LISTING_BYTES = 1 << 26
 # The metadata keys, as file systems name them, that change when a file changes.
 _VERSIONS = ("size", "ETag", "etag", "Content-MD5", "md5Hash", "Last-Modified", "LastModified", "last_modified", "mtime", "created")
 # Errors that another attempt cannot remove.
@@ -170,6 +172,15 @@ def remote_glob(pattern: str) -> list[str]:
     """
     system, inner = _file_system(pattern)
     try:
+        if inner.startswith(("http://", "https://")):
+            folder = re.split(r"[*?[]", inner)[0].rpartition("/")[0] + "/"
+            # fsspec reads the page as a whole.
+            if (_ask(pattern, lambda: system.info(folder)).get("size") or 0) > _MOST_LISTING_BYTES:
+                raise DataError(
+                    f"{folder} is not a list of files: the server says that it has more than {_MOST_LISTING_BYTES:,} bytes",
+                    "the address of a folder, with a pattern behind it",
+                    "name the files in a list: @FILE",
+                )
         return sorted(_ask(pattern, lambda: [str(system.unstrip_protocol(found)) for found in system.glob(inner)]))
     except FileNotFoundError:
         return []

@@ -181,6 +181,8 @@ def test_a_server_that_sends_without_end_is_not_read_to_its_end(server):
         read_metadata(address)
     with pytest.raises(DataError, match=r"has 1,099,511,627,776 bytes, and such a file may have up to 67,108,864"):
         open_corpus(f"@{address}.txt")
+    with pytest.raises(DataError, match=r"/huge/ is not a list of files"):
+        remote_files.remote_glob(f"{address}/shard-*")
     assert server.sent < 64 << 20
 
 

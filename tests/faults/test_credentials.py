@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_patch.checkpoint.trainer_state import TrainerState
 from megatron_patch.cli.command_line import run_tool
 from megatron_patch.config.checks import check_text
 from megatron_patch.credentials import cleaned_record, has_credentials, without_credentials
@@ -186,6 +187,21 @@ def test_what_an_earlier_version_recorded_is_shown_without_credentials(tmp_path,
     assert tool("report", [str(tmp_path / "run"), "--output", str(tmp_path / "report.html")], monkeypatch) == 0
     assert SECRET not in "".join(capsys.readouterr()) + (tmp_path / "report.html").read_text()
     assert "http://127.0.0.1:9/web" in (tmp_path / "report.html").read_text()
+
+
+def test_the_pattern_of_a_recorded_tokenizer_is_kept():
+    path = next((ROOT / "tests/distributed/written_by_0_1/run").glob("step-*/trainer_state.json"))
+    data = json.loads(path.read_text())
+    pattern = r"https?://\S+:\S+@\S+|http://a:b@c\?key=x|."
+    state = TrainerState.from_json(
+        {
+            **data,
+            "extra": {**data.get("extra", {}), "data_info": {"tiktoken_pattern": pattern}},
+            "data_metadata": {"tiktoken_pattern": pattern},
+        },
+        "here",
+    )
+    assert state.data_metadata == {"tiktoken_pattern": pattern}
 
 
 def test_tracebacks_have_no_credentials(tmp_path, monkeypatch, capsys):
