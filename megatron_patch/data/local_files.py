@@ -18,13 +18,12 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
 from megatron_patch.errors import DataError
-from megatron_patch.utils.files import allow_open_files
+from megatron_patch.utils.files import RAISE_OPEN_FILES, allow_open_files, too_many_open_files
 
 _WANTED = 1 << 16
 """Files that a process asks the system to be allowed to open: two for each shard of the largest corpora."""
 _OTHERS = 1024
 """Of the files that a process may open, those that are left for connections, libraries and checkpoints, where there are enough."""
-_TOO_MANY = (errno.EMFILE, errno.ENFILE)
 
 
 class FileReplacedError(DataError):
@@ -146,12 +145,12 @@ def shorter(path: str, size: int) -> DataError:
 
 
 def _unreadable(path: str, error: OSError) -> DataError:
-    if error.errno in _TOO_MANY:
+    if too_many_open_files(error):
         count = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         return DataError(
             f"cannot open {path}: {error.strerror}; this process may have {count:,}",
             "at least 256 open files for each process",
-            "raise the limit before the program starts: ulimit -n 4096 (its hard limit: /etc/security/limits.conf)",
+            RAISE_OPEN_FILES,
         )
     return DataError(f"cannot read {path}: {error.strerror}", "a file that this user can read", "check the path and its permissions")
 
@@ -237,7 +236,7 @@ class _OpenFiles:
             return _open(path)
         except OSError as error:
             # The rest of the process has opened more files than were left for it.
-            if error.errno not in _TOO_MANY or not self._open:
+            if not too_many_open_files(error) or not self._open:
                 raise
             self._most = max(1, len(self._open) // 2)
             self._close_unused(self._most)

@@ -28,7 +28,7 @@ from megatron_patch.data.dataset_metadata import metadata_path
 from megatron_patch.data.indexed_dataset import IndexedDataset, bin_path, idx_path
 from megatron_patch.data.indexed_dataset_writer import IndexedDatasetWriter
 from megatron_patch.errors import DataError
-from megatron_patch.utils.files import allow_open_files
+from megatron_patch.utils.files import RAISE_OPEN_FILES, allow_open_files, too_many_open_files
 from megatron_patch.utils.units import plural
 
 _DOCUMENTS = 1 << 16  # processed at a time
@@ -83,9 +83,8 @@ def dedup_and_shuffle(source: str, output: str, dedup: bool, shuffle_seed: int |
             metadata_path(output).unlink(missing_ok=True)
             writer.finish()
     except OSError as error:
-        raise DataError(
-            f"cannot write {scratch}: {error.strerror or error}", "a writable folder with free space", "free disk space"
-        ) from error
+        do = RAISE_OPEN_FILES if too_many_open_files(error) else "free disk space"
+        raise DataError(f"cannot write {scratch}: {error.strerror or error}", "a writable folder with free space", do) from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return dataset.num_documents - writer.num_documents

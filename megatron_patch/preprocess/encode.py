@@ -22,8 +22,10 @@ from megatron_patch.preprocess.segments import SplitPoint, segments, split_point
 from megatron_patch.raw_text.large_documents import LargeText, load_text
 from megatron_patch.raw_text.parse_documents import ParsedBatch
 from megatron_patch.tokenizers.base import Tokenizer, load_tokenizer, require_special_tokens
+from megatron_patch.tokenizers.library_errors import is_library_failure
 from megatron_patch.tokenizers.round_trip import RoundTrip, TextChecks, lost_text, shortened
 from megatron_patch.tokenizers.tiktoken import PATTERNS, TikTokenizer
+from megatron_patch.utils.files import reason
 
 # Largest part of one document to compare with the reference, which is slow.
 _CHECKED_CHARS = 500
@@ -36,7 +38,7 @@ def _count_chars(text: str | LargeText) -> int:
 
 
 class FastEncoderDisagrees(Exception):
-    """The fast encoder returned other ids than the reference tokenizer during a run. The argument is the start of the text."""
+    """The fast encoder failed during a run, or returned other ids than the reference tokenizer. The argument says what it did."""
 
 
 @dataclass(frozen=True)
@@ -201,7 +203,7 @@ class Encoder:
         """Encodes a batch.
 
         Raises:
-            FastEncoderDisagrees: the fast encoder gives other ids than the reference for this input.
+            FastEncoderDisagrees: the fast encoder fails, or gives other ids than the reference for this input.
             DataError: an id is outside the vocabulary, a pattern loses text, or a large document cannot be read any more.
         """
         batch = parsed.batch
@@ -283,7 +285,17 @@ class Encoder:
 
     def _ids(self, texts: Sequence[str]) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
         """Encodes texts. Some of the results are compared with the reference, and with the texts."""
-        ids, lengths = (self.fast_encoder or self.tokenizer).encode_flat(texts)
+        if self.fast_encoder is None:
+            ids, lengths = self.tokenizer.encode_flat(texts)
+        else:
+            try:
+                ids, lengths = self.fast_encoder.encode_flat(texts)
+            except DataError:  # of the reference, which encodes some of the texts
+                raise
+            except BaseException as error:
+                if not is_library_failure(error):
+                    raise
+                raise FastEncoderDisagrees(f"failed: {reason(error)}") from error
         self._check(texts, ids, lengths)
         return ids, lengths
 
@@ -334,7 +346,7 @@ class Encoder:
                 found = (self.fast_encoder or self.tokenizer).encode_flat([text])[0]
             if self.fast_encoder is not None:
                 if not np.array_equal(found, self.tokenizer.encode_flat([text])[0]):
-                    raise FastEncoderDisagrees(text[:200])
+                    raise FastEncoderDisagrees(f"returned other ids than the reference tokenizer for {text[:200]!r}")
                 self._checked += 1
             self._compare_with_text(text, found.tolist())
 

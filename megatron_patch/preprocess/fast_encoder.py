@@ -29,6 +29,7 @@ from megatron_patch.preprocess.word_cache import WordCache, is_built, supports
 from megatron_patch.tokenizers.base import Flat, HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer
 from megatron_patch.tokenizers.byte_level import byte_letters
 from megatron_patch.tokenizers.fuzz_strings import every_code_point, start_strings
+from megatron_patch.tokenizers.library_errors import is_library_failure
 from megatron_patch.tokenizers.round_trip import shortened
 from megatron_patch.tokenizers.sentencepiece import replaces_spaces_alone, sentencepiece_json
 from megatron_patch.tokenizers.tiktoken import TikTokenizer
@@ -222,7 +223,9 @@ def make_fast_encoder(tokenizer: Tokenizer, backend: str = "auto") -> tuple[Fast
         return None, "the reference tokenizer (fastokens does not support this tokenizer)"
     except Untrusted as reason:
         return None, f"the reference tokenizer (fastokens is not used: {reason})"
-    except Exception as error:  # whatever a young library may raise, the reference can encode
+    except BaseException as error:  # whatever a young library may raise, the reference can encode
+        if not is_library_failure(error):
+            raise
         return None, f"the reference tokenizer (fastokens cannot load it: {error})"
     if encoder.ambiguous:
         return encoder, (

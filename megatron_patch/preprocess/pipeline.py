@@ -132,13 +132,8 @@ def preprocess(
         raise
     except FastEncoderDisagrees as disagreement:
         if not run.resumable:
-            raise DataError(
-                f"the fast encoder returned other ids than the reference tokenizer for {str(disagreement)!r}", do="use --backend reference"
-            ) from None
-        notice(
-            f"the fast encoder returned other ids than the reference tokenizer for {str(disagreement)!r}; starting again with the "
-            "reference tokenizer only"
-        )
+            raise DataError(f"the fast encoder {disagreement}", do="use --backend reference") from None
+        notice(f"the fast encoder {disagreement}; starting again with the reference tokenizer only")
         settings = replace(settings, backend="reference")
         progress_log_path(output_prefix).unlink(missing_ok=True)
         return _run(run, settings, tokenizer, known, Record(distrusted=True), text_note)

@@ -108,6 +108,15 @@ def allow_open_files(count: int) -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
 
 
+def too_many_open_files(error: OSError) -> bool:
+    """Returns whether an error means that the process or the machine may open no more files."""
+    return error.errno in (errno.EMFILE, errno.ENFILE)
+
+
+RAISE_OPEN_FILES = "raise the limit of open files before the program starts: ulimit -n 4096 (its hard limit: /etc/security/limits.conf)"
+"""What to do where there are too many."""
+
+
 def checksum_on_disk(path: Path) -> str:
     """Returns the checksum of a file as it is on disk. The file must be synced; the system is requested to drop it from its cache first."""
     with path.open("rb") as file, contextlib.suppress(OSError):

@@ -72,6 +72,17 @@ def test_threads_read_their_own_files(corpus, tmp_path):
     assert not wrong and open_datasets(tmp_path) <= 3
 
 
+def reads_in_a_thread(corpus: TokenCorpus) -> bool:
+    """Whether a new thread reads the corpus, within 20 seconds."""
+    found: list[bool] = []
+    reader = threading.Thread(
+        target=lambda: found.append(np.array_equal(corpus.read(0, SHARDS * TOKENS), np.arange(SHARDS * TOKENS))), daemon=True
+    )
+    reader.start()
+    reader.join(20)
+    return found == [True]
+
+
 def test_a_child_process_reads_on_and_does_not_wait_for_threads_of_its_parent(corpus):
     stop = threading.Event()
 
@@ -85,7 +96,7 @@ def test_a_child_process_reads_on_and_does_not_wait_for_threads_of_its_parent(co
         for _ in range(5):
             child = os.fork()
             if child == 0:
-                os._exit(0 if np.array_equal(corpus.read(0, SHARDS * TOKENS), np.arange(SHARDS * TOKENS)) else 1)
+                os._exit(0 if reads_in_a_thread(corpus) and not local_files._OPEN_FILES._readers else 1)
             assert os.waitpid(child, 0)[1] == 0
     finally:
         stop.set()
@@ -192,3 +203,12 @@ def test_the_programs_read_more_shards_than_they_may_open_files(tmp_path):
     assert (merged["shards"], merged["tokens"]) == (150, 6000)
     assert json.loads(program("tools/inspect_dataset.py", f"{tmp_path}/all", "--check").splitlines()[-1])["problems"] == []
     assert sorted(TokenCorpus([f"{tmp_path}/all"]).read(0, 6000).tolist()) == list(range(6000)) and len(shards) == 150
+
+
+def test_a_shuffle_that_may_open_too_few_files_says_so(tmp_path):
+    prefix = write_numbers(tmp_path / "x", 400)
+    code = "import resource, sys; from pathlib import Path; from megatron_patch.preprocess import dedup_shuffle as d; d._PART_BYTES = 16\n"
+    code += "resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))\n"
+    code += "try: d.dedup_and_shuffle(sys.argv[1], sys.argv[1] + 'o', False, 1, Path(sys.argv[1] + 's'))\nexcept d.DataError as e: print(e)"
+    done = subprocess.run([sys.executable, "-c", code, prefix], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert "Too many open files" in done.stdout and "ulimit -n 4096" in done.stdout, done.stderr

@@ -146,8 +146,13 @@ def test_fast_and_reference_encoders_agree(folder, tmp_path):
     assert contents(tmp_path / "f_text_document") == contents(tmp_path / "r_text_document")
 
 
-def test_a_fast_encoder_that_errs_while_running_is_replaced(folder, tmp_path, monkeypatch):
-    """An encoder that drops the last id of one document is found by the running check, and everything is encoded again."""
+class PanicException(BaseException):
+    """Named as what a library in Rust raises when it panics."""
+
+
+@pytest.mark.parametrize("failure", [None, RuntimeError("bad"), PanicException("bad")], ids=["other ids", "an error", "a panic"])
+def test_a_fast_encoder_that_errs_while_running_is_replaced(folder, tmp_path, monkeypatch, failure):
+    """An encoder that moves ids is found by the running check, one that fails is noticed, and everything is encoded again."""
     pytest.importorskip("fastokens")
     from megatron_patch.preprocess import fast_encoder as encode
 
@@ -155,13 +160,18 @@ def test_a_fast_encoder_that_errs_while_running_is_replaced(folder, tmp_path, mo
 
     def wrong(self, texts):
         ids, lengths = right(self, texts)
-        return (np.roll(ids, 1), lengths) if any("word3" in text for text in texts) else (ids, lengths)
+        if not any("word3" in text for text in texts):
+            return ids, lengths
+        if failure is not None:
+            raise failure
+        return np.roll(ids, 1), lengths
 
     run(folder, tmp_path / "right")
     monkeypatch.setattr(encode.FastokensEncoder, "encode_flat", wrong)
     said: list[str] = []
     summary = preprocess([str(folder / "a.jsonl")], str(tmp_path / "x"), settings(folder), notice=said.append)
-    assert summary.backend == "reference" and any("starting again" in text for text in said)
+    words = "failed: bad" if failure else "returned other ids than the reference tokenizer for "
+    assert summary.backend == "reference" and any(words in text and "starting again" in text for text in said)
     assert contents(tmp_path / "x_text_document") == contents(tmp_path / "right_text_document")
 
 
