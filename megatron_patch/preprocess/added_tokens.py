@@ -12,6 +12,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+_LONG = 1000  # characters of an added token from which its beginnings are not compared with those of others
+
 
 def ambiguous_tokens(tokens: Sequence[Any]) -> list[str]:
     """Returns the texts of the added tokens of which a text may hold none, so that both ways find the same.
@@ -37,15 +39,20 @@ def _overlapping(first: Sequence[str], second: Sequence[str]) -> set[str]:
     """Returns the texts of two lists that share characters with one of the other list where they meet: one contains the other, or one
     begins as the other ends.
     """
+    if not first or not second:
+        return set()
+    if max(map(len, (*first, *second))) > _LONG:
+        return {*first, *second}
     found: set[str] = set()
     for some, others in ((first, second), (second, first)):
-        whole = set(others)
         begins: dict[str, set[str]] = {}
         for other in others:
             for size in range(1, len(other)):
                 begins.setdefault(other[:size], set()).add(other)
+        joined = "\0".join(some)
+        contained = [other for other in others if other in joined]
         for text in some:
-            inside = {text[start:end] for start in range(len(text)) for end in range(start + 1, len(text) + 1)} & whole
+            inside = {other for other in contained if other in text}
             after = {other for start in range(1, len(text)) for other in begins.get(text[start:], ())}
             if inside or after:
                 found |= {text, *inside, *after}

@@ -54,6 +54,7 @@ _ODD_RANGES = (
 _MARKS = range(0x0300, 0x0370, 16)
 _SCRIPTS = (*range(0, 0x3400, 128), *range(0xA000, 0xAC00, 256), *range(0xF900, 0x20000, 512))
 _DETAILED_TOKENS = 48  # added tokens with strings of their own; the others occur in strings of several
+_LONG_TOKEN = 200  # characters of an added token from which it is not cut at every place
 _RUN = 1100  # longer than the parts in which a library may look at a text
 
 
@@ -170,10 +171,11 @@ def token_strings(tokens: Sequence[str], seed: int = 0, count: int = 250) -> lis
         seed: seed of the random combinations.
         count: number of random combinations.
     """
+    found = [f"a{token}b" for token in tokens if len(token) > _LONG_TOKEN][:_DETAILED_TOKENS]
+    tokens = [token for token in tokens if len(token) <= _LONG_TOKEN]
     if not tokens:
-        return []
+        return found
     first = tokens[:_DETAILED_TOKENS]
-    found = []
     for token in first:
         found += [
             token,

@@ -95,6 +95,7 @@ class Token:
         (["ab", "x"], ["bc", "y"], ["ab", "bc"]),
         (["a"], [], []),
         (["a"], ["a"], ["a"]),
+        (["x" * 5000], ["y"], ["x" * 5000, "y"]),
     ],
 )
 def test_tokens_of_two_kinds_are_ambiguous_if_they_share_characters(first, second, found):
@@ -167,6 +168,14 @@ def test_strings_to_compare_hold_what_tells_tokenizers_apart(trained, tmp_path):
     first, second, _ = long_strings()
     assert first != second and first[:-2] == second[:-2] and len(first[:-2].encode()) > 4096
     assert not any(0xD800 <= ord(letter) < 0xE000 for letter in everything)
+
+
+def test_long_and_many_added_tokens_cost_little():
+    """They are not cut at every place, and not compared one by one."""
+    texts = token_strings(["<a>", "x" * 100_000], count=5)
+    assert f"a{'x' * 100_000}b" in texts and sum(map(len, texts)) < 110_000 and token_strings(["y" * 300]) == [f"a{'y' * 300}b"]
+    many = [Token(f"<{number}|", normalized=bool(number % 2)) for number in range(10_000)]
+    assert ambiguous_tokens(many) == []
 
 
 def test_every_sequence_occurs_once():
