@@ -21,7 +21,7 @@ from megatron_patch.data.token_stream import TrainStream
 from megatron_patch.parallel.grid import Grid
 from megatron_patch.stages import Stage, StagePlan
 from megatron_patch.tokenizers.base import Tokenizer, tokenizer_of_checkpoint
-from megatron_patch.training.stream import open_stream
+from megatron_patch.training.stream import check_shared, open_stream, shared_notes
 from megatron_patch.utils.units import plural
 
 
@@ -117,11 +117,14 @@ def open_data(run: RunConfig, plan: StagePlan, grid: Grid, pin_memory: bool = Fa
     options = run.options.data
     stream = open_stream(run, plan)
     valid = [open_corpus(name) for name, _ in run.valid_blend]
+    named = [(name, corpus) for (name, _), corpus in zip(run.valid_blend, valid, strict=True)]
+    check_shared("--valid-data-path", named)
     infos = check_metadata([*stream.corpora, *valid], options.eod_token_id)
     for corpus in valid:
         check_vocabulary(corpus, run.shape.vocab_size)
     unit = math.lcm(run.options.stages.seq_length, *(stage.positions * stage.patch_size for stage in plan.stages))
     held_out, held_out_notes = _held_out(run, stream, valid, unit + plan.lookahead_tokens)
+    held_out_notes = (*shared_notes(stream, named), *held_out_notes)
     masking = DocumentMasking(
         eod_id=run.eod_id if run.eod_id is not None else next((info.eod_id for info in infos), None),
         reset_attention_mask=options.reset_attention_mask,
