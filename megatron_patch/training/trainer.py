@@ -106,6 +106,7 @@ class Trainer:
         context = CallbackContext(run, self.save_folder, self.grid, self.engine.logits, tokenizer, device)
         self.callbacks = make_callbacks(context, callbacks)
         self._evaluated_at: int | None = None
+        self._noted: set[str] = set()
         if self.grid.rank == 0:
             self._print_start(engine_config, lock.replaced_owner if lock is not None else None)
 
@@ -291,6 +292,10 @@ class Trainer:
         self.accounting.interrupt()
         for callback in self.callbacks:
             callback.on_evaluation(record)
+        for note in losses.notes:
+            if note not in self._noted:
+                self._noted.add(note)
+                self._print(note)
         return None
 
     def _save(self, stage_ends: bool) -> None:
