@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_patch.errors import DataError
-from megatron_patch.utils.files import read_json, reason
+from megatron_patch.utils.files import optional_file, read_json, reason
 
 Role = Literal["eos", "bos"]
 FLAGS: dict[Role, str] = {"eos": "--eod-token", "bos": "--bos-token"}
@@ -96,9 +96,9 @@ def _special_values(entries: Mapping[str, Any]) -> list[Any]:
 
 def _read(path: Path) -> dict[str, Any]:
     """Returns the object in a JSON file; nothing where there is no such file."""
-    if not path.is_file():
-        return {}
     try:
+        if not optional_file(path):
+            return {}
         content = read_json(path)
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path} cannot be read: {reason(error)}", "a JSON object", "repair or remove the file") from error
