@@ -20,6 +20,7 @@ from megatron_patch.errors import DataError
 from megatron_patch.tokenizers.base import load_tokenizer_for_display
 from megatron_patch.training.callbacks.metrics import read_metrics
 from megatron_patch.utils.console import make_console
+from megatron_patch.utils.files import optional_file, reason
 from megatron_patch.utils.units import plural
 
 
@@ -34,9 +35,12 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--tokenizer-model", help="file or folder of the tokenizer; default: the one in the dataset's metadata file")
     args = parser.parse_args(argv)
     path = Path(args.save) / "events.jsonl"
-    if not path.exists():
-        raise DataError(f"{path} does not exist", "the folder of a run that has started", "check the path")
-    events = [event for event in read_metrics(path) if event.get("spans")]
+    try:
+        if not optional_file(path):
+            raise DataError(f"{path} does not exist", "the folder of a run that has started", "check the path")
+        events = [event for event in read_metrics(path) if event.get("spans")]
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {reason(error)}", "a readable file of whole lines", "repair the file") from error
     chosen = [event for event in events if args.step in (None, event["step"])]
     if not chosen:
         steps = ", ".join(sorted({str(event["step"]) for event in events})) or "none"

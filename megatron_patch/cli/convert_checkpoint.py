@@ -122,6 +122,11 @@ def _report(done: ImportResult, output: str) -> None:
         )
     else:
         print_line(f"Train on with: --load {output} --finetune --save FOLDER {' '.join(flags)}", stderr=True)
+    if done.tokenizer_problem is not None:
+        print_line(
+            f"The tokenizer was not imported: {done.tokenizer_problem}. Repair or remove its files, and import again.",
+            stderr=True,
+        )
     tokenizer = str(done.tokenizer) if done.tokenizer else None
     print(
         json.dumps(
@@ -130,6 +135,7 @@ def _report(done: ImportResult, output: str) -> None:
                 "tensors": done.tensors,
                 "tokenizer": tokenizer,
                 "tokenizer_type": done.tokenizer_type,
+                "tokenizer_problem": done.tokenizer_problem,
                 "flags": flags,
             }
         )

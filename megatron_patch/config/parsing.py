@@ -21,6 +21,7 @@ from megatron_patch.config.option_types import OptionalSwitch, flag_of, option_t
 from megatron_patch.config.options import ModelOptions, Options
 from megatron_patch.config.yaml_files import MOST_YAML_BYTES, load_yaml
 from megatron_patch.errors import ConfigError
+from megatron_patch.raw_text.encodings import HEAD_BYTES, other_encoding
 from megatron_patch.utils.files import read_small, reason
 from megatron_patch.utils.registry import suggestion
 
@@ -60,7 +61,10 @@ def read_yaml(path: str) -> dict[str, Any]:
         ConfigError: the file cannot be read, is not valid YAML, is not a mapping, or has an unknown or repeated key.
     """
     try:
-        data = load_yaml(read_small(path, MOST_YAML_BYTES, wait=True).decode())
+        content = read_small(path, MOST_YAML_BYTES, wait=True)
+        if (other := other_encoding(content[:HEAD_BYTES])) is not None:
+            raise ConfigError(f"--config {path} looks like {other.words}", "UTF-8", f"convert it with iconv -f {other.name} -t UTF-8")
+        data = load_yaml(content.decode())
     except OSError as error:
         raise ConfigError(f"--config {path}: {reason(error)}", "a readable YAML file", "check the path") from error
     except ValueError as error:

@@ -24,6 +24,7 @@ from megatron_patch.data.dataset_paths import check_word
 from megatron_patch.data.same_dataset import named_twice
 from megatron_patch.errors import ConfigError
 from megatron_patch.stages import POSITION_WEIGHTS, LrPolicy, LrStyle, OptimizerPolicy, Side, WsdDecayStyle
+from megatron_patch.utils.path_patterns import shortened
 from megatron_patch.utils.registry import lookup, suggestion
 from megatron_patch.utils.units import parse_count
 
@@ -108,8 +109,9 @@ def parse_blend(words: Sequence[str], flag: str = "--data-path") -> tuple[tuple[
     """
     if not words:
         return ()
+    given = f"{flag} {shortened(' '.join(words))}"
     mixed = ConfigError(
-        f"{flag} {' '.join(words)}: not every prefix has a weight",
+        f"{given}: not every prefix has a weight",
         "only prefixes, or a weight before every prefix: 0.7 web 0.3 code",
         "give every prefix a weight, or none",
     )
@@ -126,7 +128,11 @@ def parse_blend(words: Sequence[str], flag: str = "--data-path") -> tuple[tuple[
         check_word(prefix)
     total = sum(weight for _, weight in pairs)
     if not all(weight > 0 for _, weight in pairs) or not math.isfinite(total):
-        raise ConfigError(f"{flag} {' '.join(words)}", "weights above 0", "remove a corpus instead of giving it no weight")
+        raise ConfigError(
+            f"{given}: a weight is not above 0, or not finite",
+            "finite weights above 0",
+            "correct the weight; remove a corpus instead of giving it no weight",
+        )
     if (same := named_twice([prefix for prefix, _ in pairs])) is not None:
         raise ConfigError(
             f"{flag} names a dataset twice: {' and '.join(same)}", "each dataset once", "give it once, with the sum of its weights"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ class ImportResult:
         tensors: number of tensors read.
         tokenizer: the tokenizer's folder or file, or None.
         tokenizer_type: its type, a name that `--tokenizer-type` takes, or None.
+        tokenizer_problem: why the tokenizer in the source was not taken, or None.
     """
 
     folder: Path
@@ -48,6 +49,7 @@ class ImportResult:
     tensors: int
     tokenizer: Path | None
     tokenizer_type: str | None = None
+    tokenizer_problem: str | None = None
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -108,8 +110,8 @@ def from_hugging_face(
         plan = _own_plan(weights, shape)
     else:
         plan = _plan(weights, shape, names or architecture_of(shape, family).tensors)
-    kind = tokenizer_type_of(source, shape.vocab_size)
-    return _write(source, output, shape, family, weights, plan, kind, ids or None)
+    kind, problem = tokenizer_type_of(source, shape.vocab_size)
+    return replace(_write(source, output, shape, family, weights, plan, kind, ids or None), tokenizer_problem=problem)
 
 
 def _own_name(name: str) -> str:

@@ -20,7 +20,7 @@ from megatron_patch.convert.checkpoint_io import UNFINISHED, check_output, group
 from megatron_patch.convert.config_json import ConfigReader
 from megatron_patch.convert.from_hugging_face import FILE_BYTES, ImportResult
 from megatron_patch.convert.tensor_names import parameter_shapes
-from megatron_patch.convert.weight_files import load_torch_file
+from megatron_patch.convert.weight_files import is_there, load_torch_file
 from megatron_patch.errors import CheckpointError, ConfigError
 from megatron_patch.model.families import family_of_shape
 from megatron_patch.model.precision import precision_of
@@ -107,7 +107,7 @@ def find_file(source: Path) -> Path:
         CheckpointError: there is no such file, or there are several ranks.
     """
     tracker = source / "latest_checkpointed_iteration.txt"
-    if tracker.is_file():
+    if is_there(tracker):
         try:
             text = read_small(tracker, _LONGEST_TRACKER).decode(errors="replace").strip()
         except OSError as error:
@@ -121,7 +121,7 @@ def find_file(source: Path) -> Path:
                 "correct it, or give the folder of an iteration",
             )
         source = source / ("release" if text == "release" else f"iter_{int(text):07d}")
-    if (source / FILE).is_file():
+    if is_there(source / FILE):
         return source / FILE
     ranks = sorted(path.name for path in source.glob("mp_rank_*"))
     if len(ranks) > 1:
@@ -130,7 +130,7 @@ def find_file(source: Path) -> Path:
             "only mp_rank_00: tensor- and pipeline-parallel size 1",
             "merge the ranks with Megatron-LM's tools/checkpoint/convert.py first",
         )
-    if ranks == ["mp_rank_00"] and (source / ranks[0] / FILE).is_file():
+    if ranks == ["mp_rank_00"] and is_there(source / ranks[0] / FILE):
         return source / ranks[0] / FILE
     what = f"{source} is a distributed checkpoint" if list(source.glob("*.distcp")) else f"{source} has no mp_rank_00/{FILE}"
     raise CheckpointError(what, "the classic layout (--ckpt-format torch)", "convert the checkpoint with Megatron-LM's tools first")

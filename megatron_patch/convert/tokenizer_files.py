@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ from megatron_patch.convert.tiktoken_json import tokenizer_json
 from megatron_patch.errors import CheckpointError, DataError
 from megatron_patch.tokenizers.base import HuggingFaceTokenizer, Tokenizer, load_from_metadata, load_tokenizer, token_text
 from megatron_patch.tokenizers.tiktoken import TikTokenizer
+from megatron_patch.utils.files import optional_file, reason
 
 FILES = (
     "tokenizer.json",
@@ -38,8 +40,8 @@ def main_file(kind: str) -> str:
     return _MAIN_FILES[kind]
 
 
-def tokenizer_type_of(folder: Path, vocab_size: int) -> str | None:
-    """Returns the type of the tokenizer in a folder; None where there is none, or one that needs custom code.
+def tokenizer_type_of(folder: Path, vocab_size: int) -> tuple[str | None, str | None]:
+    """Returns the type of the tokenizer in a folder, and why its files cannot be used; both are None where it has no known tokenizer.
 
     Args:
         folder: a Hugging Face model's folder.
@@ -48,20 +50,25 @@ def tokenizer_type_of(folder: Path, vocab_size: int) -> str | None:
     Raises:
         CheckpointError: the tokenizer has more ids than the model.
     """
-    kind = next((kind for kind, names in _NEEDED.items() if all((folder / name).is_file() for name in names)), None)
+    kind = next((kind for kind, names in _NEEDED.items() if all(os.path.lexists(folder / name) for name in names)), None)
     if kind is None:
-        return None
+        return None, None
+    for name in FILES:
+        try:
+            optional_file(folder / name)
+        except OSError as error:
+            return None, f"{folder / name} cannot be read: {reason(error)}"
     try:
         tokenizer = load_tokenizer(kind, str(folder / main_file(kind)))
-    except DataError:
-        return None
+    except DataError as error:
+        return None, error.what
     if tokenizer.vocab_size > vocab_size:
         raise CheckpointError(
             f"the tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids, but vocab_size in config.json is {vocab_size}",
             f"at most {vocab_size} ids",
             "use the model's own tokenizer, or remove the tokenizer from the folder to import only the weights",
         )
-    return kind
+    return kind, None
 
 
 def tokenizer_of(data_metadata: Mapping[str, Any]) -> Tokenizer | None:
@@ -97,7 +104,7 @@ def copy_tokenizer(data_metadata: Mapping[str, Any], target: Path) -> list[str]:
     if isinstance(tokenizer, HuggingFaceTokenizer):
         folder = source if source.is_dir() else source.parent
         for name in FILES:
-            if (folder / name).is_file():
+            if _is_there(folder / name):
                 shutil.copyfile(folder / name, target / name)
         if not source.is_dir():
             tokenizer.backend.save(str(target / "tokenizer.json"))
@@ -109,6 +116,13 @@ def copy_tokenizer(data_metadata: Mapping[str, Any], target: Path) -> list[str]:
     if not config.is_file():
         config.write_text(json.dumps(_config(tokenizer), indent=2) + "\n", encoding="utf-8")
     return sorted(path.name for path in target.iterdir() if path.name in FILES)
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        return optional_file(path)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {reason(error)}", "a file of the tokenizer", "repair or remove it") from error
 
 
 def _config(tokenizer: Tokenizer) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from megatron_patch.checkpoint.safetensors_io import DTYPES, TensorInfo, dtype_name, read_header
 from megatron_patch.errors import CheckpointError
-from megatron_patch.utils.files import read_json, reason
+from megatron_patch.utils.files import optional_file, read_json, reason
 
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 
@@ -82,7 +82,7 @@ def _files(path: Path) -> tuple[list[Path], list[str]]:
         return [path], []
     for name in _INDEXES:
         index = path / name
-        if index.is_file():
+        if is_there(index):
             try:
                 weight_map = read_json(index)["weight_map"]
                 files = sorted({path / str(file) for file in weight_map.values()})
@@ -96,13 +96,25 @@ def _files(path: Path) -> tuple[list[Path], list[str]]:
             return files, list(weight_map)
     # Some public folders also contain the weights in another layout (consolidated.safetensors).
     for pattern in ("model.safetensors", "model-*.safetensors", "*.safetensors", "pytorch_model*.bin"):
-        if found := sorted(path.glob(pattern)):
+        if found := [file for file in sorted(path.glob(pattern)) if is_there(file)]:
             return found, []
     raise CheckpointError(
         f"{path} contains no weights" if path.exists() else f"{path} does not exist",
         "a folder with model.safetensors or pytorch_model.bin, or with several files and their index",
         "check the path",
     )
+
+
+def is_there(path: Path) -> bool:
+    """Returns whether a file that may be missing is there.
+
+    Raises:
+        CheckpointError: a folder, a pipe, a device or a link to nothing has its name.
+    """
+    try:
+        return optional_file(path)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {reason(error)}", "a file", "copy it again, or remove it") from error
 
 
 def _read_safetensors(info: TensorInfo, name: str) -> torch.Tensor:
@@ -146,15 +158,27 @@ def load_torch_file(path: Path, allowed: Sequence[Any] = ()) -> Any:
                     raise
                 return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        match = re.search(r"GLOBAL \S+", str(error))
-        reason = match.group(0) if match else str(error).strip().split("\n")[0]
+        # The library's own text advises to allow the file to run code.
+        match = re.search(r"GLOBAL (\S+)", str(error))
+        if match is None:
+            raise _damaged(path) from error
         raise CheckpointError(
-            f"{path} contains more than tensors and plain values: {reason[:300]}",
+            f"{path} contains more than tensors and plain values: {match[1][:300]}",
             "a file of tensors, which cannot run code when it is loaded",
             "if you trust the file, load it elsewhere and save its weights as safetensors",
         ) from error
-    except (OSError, RuntimeError, EOFError, ValueError) as error:
-        raise CheckpointError(f"cannot read {path}: {str(error)[:300]}", "a complete PyTorch file", "copy it again") from error
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {reason(error)}", "a complete PyTorch file", "copy it again") from error
+    except (RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise _damaged(path) from error
+
+
+def _damaged(path: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{path} is damaged, or contains more than tensors and plain values",
+        "a complete PyTorch file of tensors, which cannot run code when it is loaded",
+        "copy it again; if it is complete and you trust it, load it elsewhere and save its weights as safetensors",
+    )
 
 
 def _torch_header(path: Path, loaded: dict[str, torch.Tensor]) -> dict[str, TensorInfo]:

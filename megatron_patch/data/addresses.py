@@ -12,7 +12,7 @@ from megatron_patch.errors import DataError
 # Kinds of addresses for which fsspec interprets the content of other files, or calls other programs. Some of its versions run code in it.
 _INTERPRETING = {
     *("reference", "generic", "dask", "jupyter", "jlab", "zip", "tar", "libarchive", "dir"),
-    *("data", "cached", "blockcache", "filecache", "simplecache"),
+    *("data", "cached", "blockcache", "filecache", "simplecache", "async_wrapper", "asyncwrapper", "git", "dvc"),
 }
 
 

@@ -13,8 +13,11 @@ from collections.abc import Iterable, Sequence
 from megatron_patch.data.addresses import check_address, check_no_credentials
 from megatron_patch.data.storage import exists, glob_files, is_address, read_bytes
 from megatron_patch.errors import DataError
+from megatron_patch.raw_text.encodings import HEAD_BYTES, other_encoding
+from megatron_patch.utils.path_patterns import LONGEST_PATH, is_too_long, shortened
 
 _MOST_LIST_BYTES = 1 << 26
+_WEIGHT = re.compile(r"[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)(e[-+]?[0-9]+)?(\s|$)", re.I)
 _SHARD = re.compile(r"_shard-(\d+)-of-(\d+)(?=_|$)")
 
 
@@ -44,7 +47,9 @@ def expand_prefixes(word: str) -> tuple[str, ...]:
         return (word,)
     matches = [match.removesuffix(".idx") for match in glob_files(f"{word}.idx")]
     if not matches:
-        raise DataError(f"{word} matches no dataset", "a glob of prefixes in quotes: 'shards/*_text_document'", "check the pattern")
+        raise DataError(
+            f"{shortened(word)} matches no dataset", "a glob of prefixes in quotes: 'shards/*_text_document'", "check the pattern"
+        )
     return tuple(matches)
 
 
@@ -53,11 +58,17 @@ def _is_dataset(prefix: str) -> bool:
 
 
 def check_word(word: str) -> None:
-    """Checks the address in a word of --data-path, if it has one, without reading anything.
+    """Checks a word of --data-path without reading anything.
 
     Raises:
-        DataError: see `check_address`.
+        DataError: it cannot be a path, or its address is refused, see `check_address`.
     """
+    if "\0" in word:
+        raise DataError(f"{shortened(word)!r} has a null character", "paths and addresses, which have none", "correct the path")
+    if is_too_long(word):
+        raise DataError(
+            f"{shortened(word)} is too long for a path", f"paths and addresses of up to {LONGEST_PATH:,} bytes", "correct the path"
+        )
     if is_address(word):
         check_address(word.removeprefix("@"))
 
@@ -69,18 +80,42 @@ def _bare(word: str) -> str:
 def _listed(path: str) -> tuple[str, ...]:
     check_word(path)
     try:
-        lines = [line.strip() for line in read_bytes(path, _MOST_LIST_BYTES).decode("utf-8-sig").splitlines()]
+        content = read_bytes(path, _MOST_LIST_BYTES)
+        other = other_encoding(content[:HEAD_BYTES])
+        lines = [] if other is not None else [line.strip() for line in content.decode("utf-8-sig").splitlines()]
     except (DataError, UnicodeDecodeError) as error:
         what = error.what if isinstance(error, DataError) else str(error)
         raise DataError(f"@{path} cannot be read: {what}", "@FILE, a text file with a prefix on each line", "check the path") from error
+    if other is not None:
+        raise DataError(f"@{path} looks like {other.words}", "a list in UTF-8", f"convert it with iconv -f {other.name} -t UTF-8")
     words = []
     for number, line in enumerate(lines, start=1):
         if line and not line.startswith("#"):
-            check_no_credentials(line, f"@{path}, line {number}: ")
-            words.append(_relative_to(path, line))
+            words.append(_word_of_line(path, line, f"@{path}, line {number}: "))
     if not words:
         raise DataError(f"@{path} lists no dataset", "a prefix on each line", "add the prefixes of the shards to the file")
     return tuple(prefix for word in words for prefix in expand_prefixes(word))
+
+
+def _word_of_line(path: str, line: str, source: str) -> str:
+    """Returns the word that a line of a list stands for.
+
+    Raises:
+        DataError: it has a weight, a password or a null character, or is too long; the message names the line.
+    """
+    try:
+        check_word(line)
+    except DataError as error:
+        raise DataError(f"{source}{error.what}", error.allowed, error.do) from error
+    check_no_credentials(line, source)
+    word = _relative_to(path, line)
+    if _WEIGHT.match(line) and not is_address(line) and not _is_dataset(word) and not glob_files(f"{word}.idx"):
+        raise DataError(
+            f"{source}{shortened(line)} begins with a weight",
+            "a prefix or a glob on each line of a list, without weights: all shards of a list are one dataset",
+            "write weights on the command line, before each prefix or list: --data-path 0.7 @web.txt 0.3 @code.txt",
+        )
+    return word
 
 
 def _relative_to(path: str, line: str) -> str:

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import xxhash
 
 from megatron_patch.data.storage import FileArray, exists, open_file
-from megatron_patch.data.token_types import TYPES, token_dtype
+from megatron_patch.data.token_types import TYPES, token_dtype, written_type
 from megatron_patch.errors import DataError
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -60,7 +60,7 @@ class IndexedDataset:
         tokens, index = f"{prefix}.bin", f"{prefix}.idx"
         for path in (tokens, index):
             if not exists(path):
-                raise DataError(f"{path} does not exist", "a dataset prefix: PREFIX.bin and PREFIX.idx", f"check --data-path {prefix}")
+                raise DataError(f"{path} does not exist", "a dataset prefix: PREFIX.bin and PREFIX.idx", "check the prefix")
         self._index = open_file(index)
         header = bytearray(min(_HEADER.size, self._index.size))
         self._index.read_into(0, memoryview(header))
@@ -89,6 +89,7 @@ class IndexedDataset:
         self.sequence_lengths = FileArray(self._index, np.int32, _HEADER.size, self.num_sequences)
         self.sequence_pointers = FileArray(self._index, np.int64, _HEADER.size + 4 * self.num_sequences, self.num_sequences)
         self.dtype = token_dtype(code, self.sequence_lengths, self.sequence_pointers, self._bin, index)
+        self.written_type = written_type(code, self.dtype)
         if self.bin_bytes % self.dtype.itemsize:
             raise DataError(
                 f"{tokens} has {self.bin_bytes} bytes, which is not a multiple of {self.dtype.itemsize} ({self.dtype})",

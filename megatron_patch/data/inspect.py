@@ -30,7 +30,7 @@ def describe(dataset: IndexedDataset) -> dict[str, Any]:
         "documents": dataset.num_documents,
         "sequences": int(dataset.num_sequences),
         "tokens": dataset.num_tokens,
-        "dtype": str(dataset.dtype),
+        "dtype": dataset.written_type,
         "bytes": dataset.bin_bytes,
         "tokens_per_sequence": quantiles,
     }

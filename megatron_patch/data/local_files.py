@@ -18,7 +18,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
 from megatron_patch.errors import DataError
-from megatron_patch.utils.files import RAISE_OPEN_FILES, allow_open_files, too_many_open_files
+from megatron_patch.utils.files import LINK_TO_NOTHING, RAISE_OPEN_FILES, allow_open_files, too_many_open_files
 
 _WANTED = 1 << 16
 """Files that a process asks the system to be allowed to open: two for each shard of the largest corpora."""
@@ -53,7 +53,7 @@ class LocalFile:
                 raise OSError(errno.EINVAL, "it is not a file")
         except OSError as error:
             raise _unreadable(path, error) from error
-        self._stamp, self._identity = _stamp(found), _identity(found)
+        self._stamp, self._identity, self._changed = _stamp(found), _identity(found), found.st_ctime_ns
         self.size = found.st_size
 
     def __del__(self) -> None:
@@ -91,9 +91,14 @@ class LocalFile:
             done += count
 
     def _check(self, descriptor: int) -> None:
-        """Checks that a descriptor, with which the file was opened again, belongs to the file that was opened first."""
+        """Checks that a descriptor, with which the file was opened again, belongs to the file that was opened first.
+
+        No program can put back the time at which a file's content or properties changed last. Another mode, owner or link changes it, too,
+        so the caller compares the data (`TokenCorpus`). It is compared only here, because some network file systems report the current
+        time: then each opening costs a comparison, but not each read.
+        """
         found = os.fstat(descriptor)
-        if (_stamp(found), _identity(found)) != (self._stamp, self._identity):
+        if (_stamp(found), _identity(found), found.st_ctime_ns) != (self._stamp, self._identity, self._changed):
             raise self._replaced("is another file than the one that was opened, or has changed since")
 
     def _replaced(self, how: str) -> FileReplacedError:
@@ -152,7 +157,12 @@ def _unreadable(path: str, error: OSError) -> DataError:
             "at least 256 open files for each process",
             RAISE_OPEN_FILES,
         )
-    return DataError(f"cannot read {path}: {error.strerror}", "a file that this user can read", "check the path and its permissions")
+    dangling = isinstance(error, FileNotFoundError) and os.path.islink(path)
+    return DataError(
+        f"cannot read {path}: {LINK_TO_NOTHING if dangling else error.strerror}",
+        "a file that this user can read",
+        "check the path and its permissions",
+    )
 
 
 class _OpenFiles:

@@ -59,6 +59,8 @@ class RemoteFile:
         """
         self._system.invalidate_cache()
         info = self._from_system(lambda: self._system.info(self._inner))
+        if info.get("type") not in (None, "file"):
+            raise DataError(f"cannot read {self.path}: it is not a file", "the address of a file", "check the address")
         if not isinstance(info.get("size"), int) or info["size"] < 0:
             raise DataError(
                 f"{self.path}: the server does not report its size",
@@ -152,14 +154,15 @@ class RemoteFile:
 
 
 def remote_exists(address: str) -> bool:
-    """Returns whether an address is a file.
+    """Returns whether anything has this address, also a folder.
 
     Raises:
         DataError: the address is refused, or its server cannot be reached.
     """
     system, inner = _file_system(address)
     try:
-        return bool(_ask(address, lambda: system.info(inner)["type"]) == "file")
+        _ask(address, lambda: system.info(inner))
+        return True
     except FileNotFoundError:
         return False
 

@@ -1,6 +1,6 @@
 """Random access to files: on this machine's file systems (local_files.py), or at addresses such as s3://bucket/web.bin (remote_files.py).
 
-In: a path or an address. Out: whether it is a file, its size, any range of its bytes, or an array in it.
+In: a path or an address. Out: whether it exists, its size, any range of its bytes, or an array in it.
 """
 
 from __future__ import annotations
@@ -64,12 +64,12 @@ def open_file(path: str) -> RandomAccessFile:
 
 
 def exists(path: str) -> bool:
-    """Returns whether a path or address is a file.
+    """Returns whether anything has this path or address, also what is no file, and a link to nothing: opening it says what is wrong.
 
     Raises:
         DataError: the remote file system cannot be reached.
     """
-    return remote_exists(path) if is_address(path) else os.path.isfile(path)
+    return remote_exists(path) if is_address(path) else os.path.lexists(path)
 
 
 def glob_files(pattern: str) -> list[str]:

@@ -26,6 +26,7 @@ TYPES: dict[int, type[np.generic]] = {1: np.uint8, 2: np.int8, 3: np.int16, 4: n
 # (code, bytes of a token) -> the type in which the ids are read. No id needs the last bit of uint32 or uint64, for which Megatron's format
 # has no codes.
 _IDS = {(6, 2): "uint16", (7, 4): "int32"}
+_WRITTEN = {(7, "int32"): "uint32", (8, "int64"): "uint64"}
 _FLOATS = {(6, 4): "float32, as GPT-NeoX writes it", (6, 8): "float64, as Megatron writes it", (7, 8): "float64, as GPT-NeoX writes it"}
 _DISPUTED = {
     6: "uint16 where DeepSpeed wrote it, float64 or float32 where Megatron or GPT-NeoX did",
@@ -70,6 +71,11 @@ def token_dtype(code: int, lengths: FileArray, pointers: FileArray, tokens: Rand
     if code == 7 and _looks_like_floats(tokens):
         raise _refused(f"{index} has dtype code 7 and 4 bytes for each token, and the numbers are float32, as Megatron writes it")
     return np.dtype(_IDS[code, size])
+
+
+def written_type(code: int, dtype: np.dtype[np.generic]) -> str:
+    """Returns the name of the type that the writer of a dataset gave its tokens, which `token_dtype` may read as another of its size."""
+    return _WRITTEN.get((code, str(dtype)), str(dtype))
 
 
 def _refused(what: str) -> DataError:

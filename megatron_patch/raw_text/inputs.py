@@ -12,7 +12,7 @@ from pathlib import Path
 
 from megatron_patch.errors import DataError
 from megatron_patch.raw_text.large_documents import MOST_DOCUMENT_BYTES
-from megatron_patch.utils.path_patterns import expand_local
+from megatron_patch.utils.path_patterns import expand_local, shortened
 
 LINE_SUFFIXES = (".jsonl", ".json")
 COMPRESSED_SUFFIXES = (".gz", ".bz2", ".xz", ".zst")
@@ -62,7 +62,7 @@ def expand(inputs: Sequence[str]) -> list[str]:
         if not matches:
             folder = next((match for match in found if Path(match).is_dir()), None)
             raise DataError(
-                f"--input {pattern} matches no file" + (f", only the folder {folder}" if folder is not None else ""),
+                f"--input {shortened(pattern)} matches no file" + (f", only the folder {folder}" if folder is not None else ""),
                 "files, globs in quotes, or - for standard input",
                 "check the path" if folder is None else f"name the files, for example '{folder.rstrip('/')}/*.jsonl'",
             )

@@ -20,7 +20,7 @@ from megatron_patch.errors import DataError
 from megatron_patch.reporting.metrics_file import MOST_POINTS, Marks, Places, loss_of_corpus, read_metrics_file
 from megatron_patch.reporting.rows import EVALUATION_COLUMNS, STEP_COLUMNS, LeftOut, read_rows
 from megatron_patch.utils.console import visible
-from megatron_patch.utils.files import read_json
+from megatron_patch.utils.files import optional_file, read_json, reason
 from megatron_patch.utils.units import plural
 
 Columns = dict[str, list[Any]]
@@ -112,7 +112,8 @@ def read_history(save: Path, label: str | None = None, most_points: int = MOST_P
     path = save / "metrics.jsonl"
     run = read_metrics_file(path, most_points)
     if run.last is None:
-        raise DataError(f"{path} contains no steps", "a run with at least one step", "wait for its first step")
+        why = "".join(f"; {note}" for note in run.left_out.notes()[-1:])
+        raise DataError(f"{path} contains no steps{why}", "a run with at least one step", "wait for its first step")
     notes = run.left_out.notes() + ([f"shows the first {len(run.corpora)} corpora"] if run.more_corpora else [])
     options, given, plan = _configuration(save, notes)
     evaluations = run.evaluations.rows()
@@ -200,7 +201,11 @@ def _named(pairs: Iterable[Any]) -> list[tuple[str, float]]:
 
 def _events(path: Path, places: Places, notes: list[str]) -> list[dict[str, Any]]:
     """Returns the events of a run, without those that metrics.jsonl also records; adds notes on rows that are left out."""
-    if not path.is_file():
+    try:
+        if not optional_file(path):
+            return []
+    except OSError as error:
+        notes.append(f"{path.name} cannot be read: {reason(error)}")
         return []
     left_out, marks = LeftOut(path.name), Marks()
     for _, record in read_rows(path, left_out):

@@ -16,6 +16,7 @@ from typing import Any
 from megatron_patch.errors import DataError
 from megatron_patch.reporting.rows import EVALUATION_COLUMNS, STEP_COLUMNS, InOrder, LeftOut, problem, read_rows, step_values
 from megatron_patch.reporting.thinning import Thinning
+from megatron_patch.utils.files import optional_file, reason
 
 MOST_POINTS = 5_000
 """Largest number of steps, and of evaluations, that a report shows; see `Thinning`."""
@@ -177,15 +178,17 @@ def read_metrics_file(path: Path, most_points: int = MOST_POINTS) -> MetricsFile
     Raises:
         DataError: the file does not exist or cannot be read.
     """
-    if not path.is_file():
-        raise DataError(f"{path} does not exist", "the folder of a run, which contains metrics.jsonl", "give the folder that --save named")
     left_out = LeftOut(path.name)
     steps = Thinning(most_points, _STAGE, _LOSS, _GRAD_NORM)
     result = MetricsFile(left_out, steps, Thinning(most_points, _STAGE, _TOKEN_LOSS, _TOKEN_LOSS))
     try:
+        if not optional_file(path):
+            raise DataError(
+                f"{path} does not exist", "the folder of a run, which contains metrics.jsonl", "give the folder that --save named"
+            )
         _read(path, result, left_out)
     except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror or error}", "a readable file", "check the path") from error
+        raise DataError(f"cannot read {path}: {reason(error)}", "a readable file", "check the path") from error
     return result
 
 

@@ -66,8 +66,9 @@ def read_curve(run: Path, label: str | None = None, corpus: str | None = None) -
             "correct or remove --corpus",
         )
     if not evaluations:
+        why = "".join(f"; {note}" for note in metrics.left_out.notes()[-1:])
         raise DataError(
-            f"{path} contains no evaluation", "a run that evaluates held-out data", "train with --eval-interval and a held-out --split"
+            f"{path} contains no evaluation{why}", "a run that evaluates held-out data", "train with --eval-interval and a held-out --split"
         )
     left_out = [row["step"] for row in rows if row["token_loss"] is None] if corpus is not None else []
     notes = [f"draws no evaluation without {visible(corpus or '')}: from step {left_out[0]:,} to {left_out[-1]:,}"] if left_out else []

@@ -17,7 +17,7 @@ from typing import Any
 import orjson
 
 from megatron_patch.training.callbacks.base import STEP_METRICS
-from megatron_patch.utils.files import LONGEST_LINE, bounded_lines
+from megatron_patch.utils.files import LONGEST_LINE, bounded_lines, reason
 from megatron_patch.utils.units import plural
 
 STEP_COLUMNS = ("step", "stage_index", "patch_size", "tokens", "cost_tokens", "loss", *STEP_METRICS)
@@ -88,11 +88,13 @@ class LeftOut:
         name: name of the file.
         count: how many there are.
         first: sentences about the first of them.
+        end: a sentence about why the rest of the file was not read; "" if all of it was.
     """
 
     name: str
     count: int = 0
     first: list[str] = field(default_factory=list)
+    end: str = ""
 
     def add(self, line: int, reason: str) -> None:
         """Counts a row.
@@ -106,9 +108,10 @@ class LeftOut:
             self.first.append(f"{self.name}: line {line:,}: {reason}; row left out")
 
     def notes(self) -> list[str]:
-        """Returns a sentence for each of the first rows, and one for all others."""
+        """Returns a sentence for each of the first rows, one for all others, and one about a rest that was not read."""
         more = self.count - len(self.first)
-        return [*self.first, f"{self.name}: {plural(more, 'more row')} left out"] if more else list(self.first)
+        others = [f"{self.name}: {plural(more, 'more row')} left out"] if more else []
+        return [*self.first, *others, *([self.end] if self.end else [])]
 
 
 def read_rows(path: Path, left_out: LeftOut) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -116,10 +119,20 @@ def read_rows(path: Path, left_out: LeftOut) -> Iterator[tuple[int, dict[str, An
 
     Args:
         path: the file.
-        left_out: gets the other rows.
+        left_out: gets the other rows, and the reason where the file cannot be read to its end.
     """
+    line = 0
     with path.open("rb") as file:
-        for line, text in enumerate(bounded_lines(file, LONGEST_LINE), start=1):
+        lines = bounded_lines(file, LONGEST_LINE)
+        while True:
+            line += 1
+            try:
+                text = next(lines, b"")
+            except OSError as error:
+                left_out.end = f"{path.name}: line {line:,}: {reason(error)}; the rest of the file is left out"
+                return
+            if text == b"":
+                return
             if text is None:
                 left_out.add(line, f"it has more than {LONGEST_LINE:,} bytes")
                 continue

@@ -8,7 +8,6 @@ where a text contains it. The files are read as transformers reads them (`PreTra
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ from typing import Any, Literal
 
 from megatron_patch.errors import DataError
 from megatron_patch.tokenizers.library_errors import LARGEST_ID, shorten
-from megatron_patch.utils.files import read_json, reason
+from megatron_patch.utils.files import optional_file, read_json, reason
 
 Role = Literal["eos", "bos"]
 FLAGS: dict[Role, str] = {"eos": "--eod-token", "bos": "--bos-token"}
@@ -130,9 +129,9 @@ def _extra_tokens(entries: Mapping[str, Any], path: Path) -> list[Any]:
 
 def _read(path: Path) -> dict[str, Any]:
     """Returns the object in a JSON file; nothing where there is none. A link to nowhere, or a pipe, is an error."""
-    if not os.path.lexists(path):
-        return {}
     try:
+        if not optional_file(path):
+            return {}
         content = read_json(path)
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path} cannot be read: {reason(error)}", "a JSON object", "repair or remove the file") from error

@@ -15,7 +15,7 @@ import orjson
 
 from megatron_patch.errors import CheckpointError
 from megatron_patch.stages import Progress
-from megatron_patch.utils.files import LONGEST_LINE, bounded_lines, open_in_place, open_new
+from megatron_patch.utils.files import LONGEST_LINE, bounded_lines, open_in_place, open_new, reason
 
 
 def roll_back(folder: Path, step: int, progress: Progress) -> int | None:
@@ -70,5 +70,7 @@ def _filter(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
         os.replace(temporary, path)
     except OSError as error:
         raise CheckpointError(
-            f"cannot write {temporary}: {error.strerror}", "a folder with free space", "free space, then restart the run"
+            f"cannot rewrite {path}: {reason(error)}",
+            "a file of whole lines in a folder with free space",
+            "free space, or repair the file; then restart the run",
         ) from error

@@ -24,6 +24,9 @@ MOST_JSON_BYTES = 1 << 26
 """The most bytes of a JSON file that is read as a whole; those that this program writes stay far below."""
 LONGEST_LINE = 1 << 20
 """The most bytes of a line of JSON that this program writes about a run."""
+MOST_SKIPPED = 1 << 26
+"""The most bytes of a line that is skipped; where one is longer, the rest of the file is not read."""
+LINK_TO_NOTHING = "it is a link to a file that does not exist"
 _PIECE_BYTES = 1 << 20
 
 
@@ -156,19 +159,42 @@ def read_small(path: str | Path, limit: int, wait: bool = False) -> bytes:
     return bytes(content)
 
 
+def optional_file(path: str | Path) -> bool:
+    """Returns whether a file that may be missing is there; False only where nothing has its name.
+
+    Raises:
+        OSError: a folder, a pipe, a device or a link to nothing has the name; its `strerror` says that.
+    """
+    if not os.path.lexists(path):
+        return False
+    try:
+        found = os.stat(path)
+    except FileNotFoundError as error:
+        raise OSError(errno.ENOENT, LINK_TO_NOTHING, str(path)) from error
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError(errno.EINVAL, "it is not a file", str(path))
+    return True
+
+
 def bounded_lines(file: BinaryIO, longest: int) -> Iterator[bytes | None]:
     """Yields the lines of a file, the last one also without its end; None in place of one that is longer than any that is wanted.
 
     Args:
         file: the file.
         longest: the most bytes of a line; no more than that is held in memory.
+
+    Raises:
+        OSError: a line has more than `MOST_SKIPPED` bytes (EFBIG): what follows may be hundreds of gigabytes of zeros.
     """
     while line := file.readline(longest):
         if len(line) < longest or line.endswith(b"\n"):
             yield line
             continue
+        skipped = len(line)
         while (rest := file.readline(longest)) and not rest.endswith(b"\n"):
-            pass
+            skipped += len(rest)
+            if skipped > MOST_SKIPPED:
+                raise OSError(errno.EFBIG, f"a line has more than {MOST_SKIPPED:,} bytes")
         yield None
 
 

@@ -9,6 +9,20 @@ from __future__ import annotations
 import glob
 import os
 
+LONGEST_PATH = 4096
+"""The most bytes of a path on Linux. Python's glob takes quadratic time in the length of a pattern."""
+_MOST_QUOTED = 200
+
+
+def shortened(text: str) -> str:
+    """Returns a text for a message: only its beginning and its length if it is very long."""
+    return text if len(text) <= _MOST_QUOTED else f"{text[:_MOST_QUOTED]}… ({len(text):,} characters)"
+
+
+def is_too_long(path: str) -> bool:
+    """Returns whether a text is longer than any path, or any pattern of paths, may be."""
+    return len(os.fsencode(path)) > LONGEST_PATH
+
 
 def expand_local(pattern: str) -> list[str]:
     """Returns the existing paths that a path or a glob names, sorted; none if it names none.
@@ -19,6 +33,8 @@ def expand_local(pattern: str) -> list[str]:
     Args:
         pattern: a path, or a glob, in which `**` means any number of folders.
     """
+    if is_too_long(pattern):
+        return []
     if os.path.lexists(pattern):
         return [pattern]
     if not glob.has_magic(pattern):

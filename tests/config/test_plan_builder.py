@@ -188,3 +188,9 @@ def test_blends():
     for words in (("1", "a", "b"), ("a", "0.5", "b"), ("0", "a"), ("-1", "a"), ("a", "a")):
         with pytest.raises(ConfigError):
             parse_blend(words)
+    for weight in ("nan", "1e400", "inf", "-inf", "0"):
+        with pytest.raises(ConfigError, match=f"{weight} a: a weight is not above 0, or not finite\n.*finite weights above 0"):
+            parse_blend((weight, "a"))
+    with pytest.raises(ConfigError) as caught:
+        parse_blend(("0", "a" * 4000))
+    assert len(str(caught.value)) < 1000

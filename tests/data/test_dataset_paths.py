@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from megatron_patch.config.parsing import parse
 from megatron_patch.data.corpus import open_corpus
 from megatron_patch.data.dataset_paths import expand_prefixes
-from megatron_patch.errors import DataError
+from megatron_patch.errors import ConfigError, DataError
 from tests.data.streams import write_numbers
 from tests.faults.test_credentials import tool
 
@@ -48,3 +49,41 @@ def test_what_does_not_exist_is_a_pattern(folder):
     assert expand_prefixes(f"{folder}/y[1]") == (f"{folder}/y[1]",), "one of its files is missing, which opening it says"
     with pytest.raises(DataError, match=r"y\[1\].idx does not exist"):
         open_corpus(f"{folder}/y[1]")
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("a\0b", r"line 3: 'a\\x00b' has a null character"),
+        ("@a\0b", r"line 3: .* has a null character"),
+        ("[" * 200_000, r"line 3: \[{200}… \(200,000 characters\) is too long for a path"),
+        ("/" * 5000 + "*", "line 3: .*is too long"),
+        ("0.5 a1", r"line 3: 0\.5 a1 begins with a weight\n.*without weights.*\n.*--data-path 0\.7 @web\.txt"),
+        ("1e-1\ta*", "line 3: .* begins with a weight"),
+        ("30", "line 3: 30 begins with a weight"),
+    ],
+)
+def test_a_line_that_is_no_prefix_is_named(folder, line, words, monkeypatch, capsys):
+    (folder / "list").write_text(f"# shards\na1\n{line}\n")
+    with pytest.raises(DataError, match=words):
+        expand_prefixes(f"@{folder}/list")
+    assert tool("merge_datasets", ["--input", f"@{folder}/list", "--output-prefix", f"{folder}/out"], monkeypatch) == 3
+    output = capsys.readouterr().err
+    assert "line 3: " in output and "Traceback" not in output and len(output) < 2000
+
+
+def test_a_dataset_may_have_the_name_of_a_weight(folder):
+    for name in ("30", "0.5 x"):
+        write_numbers(folder / name, 50)
+    (folder / "list").write_text("30\n0.5 x\n0.5 ?\n")
+    assert expand_prefixes(f"@{folder}/list") == (f"{folder}/30", f"{folder}/0.5 x", f"{folder}/0.5 x")
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+def test_lists_and_configurations_in_other_encodings_are_named(folder, encoding):
+    (folder / "list").write_text("# all shards\na1\n", encoding)
+    with pytest.raises(DataError, match=r"looks like UTF-\d\d \w+ endian\n.*UTF-8.*\n.*iconv -f UTF-"):
+        expand_prefixes(f"@{folder}/list")
+    (folder / "c.yaml").write_text("num_layers: 2\n", encoding)
+    with pytest.raises(ConfigError, match=r"c\.yaml looks like UTF-\d\d \w+ endian\n.*UTF-8.*\n.*iconv -f UTF-"):
+        parse(["--config", f"{folder}/c.yaml"])

@@ -193,6 +193,7 @@ def test_every_code_of_megatron_and_of_deepspeed_is_read(tmp_path, code, written
     if max(itertools.chain(*sequences)) > np.iinfo(written).max:
         sequences = [[token % 100 for token in sequence] for sequence in sequences]
     dataset = IndexedDataset(write_index(tmp_path / "d", code, written, sequences))
+    assert describe(dataset)["dtype"] == np.dtype(written).name
     assert dataset.dtype == np.dtype(read) and [dataset[i].tolist() for i in range(len(dataset))] == sequences
     assert not integrity_problems(dataset)
     merge_datasets([dataset.prefix, dataset.prefix], str(tmp_path / "twice"))

@@ -151,6 +151,7 @@ def test_what_was_fetched_is_read_from_the_cache(memory, cache):
         ("memory://corpus/none", "does not exist"),
         ("memory://corpus/none-*", "matches no dataset"),
         ("nowhere://x/y", "cannot be read.*nowhere"),
+        *((f"{kind}://x/y", "does not name a file on a server") for kind in ("git", "async_wrapper", "asyncwrapper", "reference")),
     ],
 )
 def test_wrong_addresses_are_refused(memory, word, words):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_patch import credentials
 from megatron_patch.checkpoint.trainer_state import TrainerState
 from megatron_patch.cli.command_line import run_tool
 from megatron_patch.config.checks import check_text
@@ -40,6 +41,10 @@ ADDRESSES = [
     f"simplecache::http://user:{SECRET}@127.0.0.1:9/web",
     f"zip://web::http://user:{SECRET}@127.0.0.1:9/a.zip",
     f"unknown://user:{SECRET}@host/web",
+    f"az://container/web;AccountKey={SECRET}",
+    f"az://container/web?a=b;SharedAccessKey={SECRET};c=d",
+    f"az://container/web?a=b;sig={SECRET}",
+    f"az://container/web?a=x,http://user:{SECRET}@host/b",
 ]
 HARMLESS = [
     *(
@@ -85,6 +90,25 @@ def test_other_addresses_and_paths_are_kept(address):
 def test_a_removed_user_leaves_the_address_and_a_removed_token_its_name():
     assert without_credentials("a http://user:pw@host:80/web b") == "a http://host:80/web b"
     assert without_credentials("x https://host/web?file=a&sig=b#c: no") == "x https://host/web?file=…&sig=… no"
+
+
+@pytest.mark.parametrize("separator", [" ", ",", "\n"])
+@pytest.mark.parametrize("part", ["http://user:pw@h/x?sig=a", "http://h:a/x", "http://h/x", "?a", "?a=", "a", "key", "://"])
+def test_a_long_text_is_cleaned_in_linear_time(part, separator, monkeypatch):
+    """Counted by what is scanned: the text, and pieces of it no longer than a few times its length in all."""
+    scanned = 0
+
+    class Counted(str):
+        def __getitem__(self, where):
+            nonlocal scanned
+            found = super().__getitem__(where)
+            scanned += len(found)
+            return found
+
+    text = "//" + separator.join([part] * 10_000)
+    for line in text.splitlines(keepends=True):
+        credentials._cleaned(Counted(line), every_web_value=True)
+    assert scanned < 60 * len(text)
 
 
 def given(address: str, folder: Path) -> dict[str, list[str]]:

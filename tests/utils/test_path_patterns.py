@@ -45,6 +45,8 @@ def test_what_exists_is_itself(folder, name, relative, monkeypatch):
         ("a\0*", []),
         ("a\0", []),
         ("", []),
+        ("[" * 200_000, []),
+        ("*/" * 100_000, []),
     ],
 )
 @pytest.mark.parametrize("relative", [False, True])
