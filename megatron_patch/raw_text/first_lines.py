@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 from megatron_patch.errors import DataError
 from megatron_patch.raw_text.encodings import BYTE_ORDER_MARK
-from megatron_patch.raw_text.inputs import is_compressed
+from megatron_patch.raw_text.inputs import LINE_SUFFIXES, inner_suffix, is_compressed
 from megatron_patch.raw_text.json_lines import texts_of_line
 from megatron_patch.raw_text.large_documents import MOST_DOCUMENT_BYTES
 
@@ -63,9 +63,9 @@ def _judge(line: bytes, source: str, judged: int) -> None:
 
 
 def _not_lines(source: str, what: str, command: str) -> DataError:
-    packed, name = is_compressed(source), shlex.quote(source)
+    name = shlex.quote(source) if inner_suffix(source) in LINE_SUFFIXES and not is_compressed(source) else "FILE"
     return DataError(
         f"{source} is not JSON lines: it {what}",
         "a file with one object per line, without brackets or commas around the objects",
-        f"convert {'the decompressed text' if packed else 'it'} with {command} {'FILE' if packed else name} > NEW.jsonl",
+        f"convert {'the decompressed text' if is_compressed(source) else 'it'} with {command} {name} > NEW.jsonl",
     )
