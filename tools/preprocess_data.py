@@ -144,6 +144,7 @@ def show_summary(summary: Summary) -> None:
         + f", {plural(summary.empty, 'empty document')}, {summary.filtered:,} too short or too long, "
         + plural(summary.duplicates, "duplicate"),
         **({"first bad line": summary.first_bad_line} if summary.first_bad_line is not None else {}),
+        **({"warning": summary.mostly_bad} if summary.mostly_bad is not None else {}),
         "vocabulary": f"{summary.vocab_size:,} ids"
         + (f", largest id in the text {summary.largest_id:,}" if summary.largest_id is not None else ""),
         "special tokens": ", ".join(

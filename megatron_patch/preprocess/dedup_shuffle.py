@@ -49,6 +49,21 @@ def remove_dataset(prefix: str) -> None:
         path.unlink(missing_ok=True)
 
 
+def contains_document(dataset: IndexedDataset, tokens: Sequence[int]) -> bool:
+    """Returns whether one of a dataset's documents has exactly these tokens.
+
+    Raises:
+        DataError: a document has several sequences.
+    """
+    first = 0
+    for lengths in document_lengths(dataset):
+        for number in np.flatnonzero(lengths == len(tokens)).tolist():
+            if not tokens or dataset[int(dataset.document_boundaries[first + number])].tolist() == list(tokens):
+                return True
+        first += lengths.size
+    return False
+
+
 def dedup_and_shuffle(source: str, output: str, dedup: bool, shuffle_seed: int | None, scratch: Path) -> int:
     """Writes a dataset without duplicates, in a random order, or both.
 

@@ -21,10 +21,10 @@ from megatron_patch.data.dataset_metadata import DatasetMetadata, metadata_path,
 from megatron_patch.data.indexed_dataset import IndexedDataset, bin_path, idx_path, optimal_dtype
 from megatron_patch.data.indexed_dataset_writer import IndexedDatasetWriter
 from megatron_patch.errors import DataError
-from megatron_patch.preprocess.dedup_shuffle import dedup_and_shuffle, remove_dataset
+from megatron_patch.preprocess.dedup_shuffle import contains_document, dedup_and_shuffle, remove_dataset
 from megatron_patch.preprocess.encode import EncodeSettings, FastEncoderDisagrees, load_checked_tokenizer
 from megatron_patch.preprocess.in_process import InProcessEncoder
-from megatron_patch.preprocess.outputs import make_folders, output_prefixes
+from megatron_patch.preprocess.outputs import make_output_folder, output_prefixes
 from megatron_patch.preprocess.prefetch import spare_cores
 from megatron_patch.preprocess.progress_log import (
     ProgressLog,
@@ -40,6 +40,7 @@ from megatron_patch.preprocess.run_state import Counters, ReportProgress, Run
 from megatron_patch.preprocess.summary import LengthSample, Summary, special_tokens, summary_of_finished_run
 from megatron_patch.preprocess.workers import Workers, prepare_workers
 from megatron_patch.raw_text.inputs import expand, shard_inputs
+from megatron_patch.raw_text.json_lines import shown_names
 from megatron_patch.raw_text.readers import read_batches
 from megatron_patch.tokenizers.base import Tokenizer
 from megatron_patch.tokenizers.round_trip import check_round_trip
@@ -110,7 +111,7 @@ def preprocess(
     if workers > 1:
         prepare_workers()
     tokenizer = load_checked_tokenizer(settings)
-    make_folders(output_prefix, prefixes)
+    make_output_folder(output_prefix, prefixes)
     settings = replace(settings, dtype=str(optimal_dtype(tokenizer.vocab_size)))
     shown = separator.decode("utf-8", "replace") if separator is not None else None
     ids = (tokenizer.eod_id, tokenizer.bos_id)
@@ -188,6 +189,8 @@ def _run(run: Run, settings: EncodeSettings, tokenizer: Tokenizer, known: dict[s
     for prefix, info in zip(run.prefixes, infos, strict=True):
         write_metadata(prefix, info)
     progress_log_path(run.output_prefix).unlink(missing_ok=True)
+    if counters.bad.mostly_bad is not None:
+        run.notice(f"warning: {counters.bad.mostly_bad}; the first bad line is {counters.bad.first}")
     return Summary(
         outputs=run.prefixes,
         documents=sum(info.documents for info in infos),
@@ -195,7 +198,7 @@ def _run(run: Run, settings: EncodeSettings, tokenizer: Tokenizer, known: dict[s
         bytes=counters.read,
         bad_lines=counters.bad.count,
         empty=0 if settings.keep_empty else counters.empty,
-        kept_empty=counters.empty + counters.text_checks.without_tokens if settings.keep_empty else 0,
+        kept_empty=_kept_empty(run, settings, tokenizer, counters),
         filtered=counters.filtered,
         duplicates=sum(documents for documents, _ in written) - sum(info.documents for info in infos),
         dtype=settings.dtype,
@@ -211,19 +214,40 @@ def _run(run: Run, settings: EncodeSettings, tokenizer: Tokenizer, known: dict[s
         seconds=counters.seconds,
         resumed_at=begin.read,
         first_bad_line=counters.bad.first,
+        mostly_bad=counters.bad.mostly_bad,
         bad_lines_file=counters.bad.close(),
     )
 
 
+def _kept_empty(run: Run, settings: EncodeSettings, tokenizer: Tokenizer, counters: Counters) -> int:
+    """Returns how many documents of the outputs have no token of their own."""
+    if not settings.keep_empty:
+        return 0
+    if run.dedup:  # equal documents are left out, so there is at most one in each output
+        begin = [tokenizer.bos_id or 0] * settings.prepend_bos
+        length = len(begin) + bool(begin) * settings.append_eod
+        length = -(-length // settings.patch_align) * settings.patch_align
+        empty = begin + [tokenizer.eod_id or 0] * (length - len(begin))
+        return sum(contains_document(IndexedDataset(prefix), empty) for prefix in run.prefixes)
+    return counters.empty + counters.text_checks.without_tokens
+
+
 def _no_documents(prefix: str, counters: Counters, settings: EncodeSettings) -> DataError:
     first = counters.bad.first
+    if counters.bad.count + counters.empty + counters.filtered + counters.text_checks.without_tokens == 0:
+        return DataError(
+            f"there are no documents for {prefix}: the input "
+            + (f"has nothing but blank lines or a byte-order mark ({plural(counters.read, 'byte')})" if counters.read else "is empty"),
+            "at least one document",
+            "check --input",
+        )
     return DataError(
         f"there are no documents for {prefix}: {plural(counters.bad.count, 'bad line')}, "
         f"{plural(counters.empty, 'empty document')}, {counters.filtered:,} too short or too long"
         + "".join(f"; {sentence}" for sentence in counters.text_checks.sentences())
         + (f"; the first bad line is {first}" if first is not None else ""),
         "at least one document",
-        f"check --input and --json-keys (the keys are {' '.join(settings.keys)})",
+        f"check --input and --json-keys (the keys are {shown_names(settings.keys)})",
     )
 
 

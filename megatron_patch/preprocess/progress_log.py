@@ -55,6 +55,8 @@ class Record:
         seconds: time spent so far.
         complete: all input has been read.
         text_checks: the `TextChecks` so far, by name.
+        bad_in_input: bad lines of that input so far.
+        mostly_bad: how many inputs before it had mostly bad lines, and the sentence on the first one.
     """
 
     file: int = 0
@@ -74,6 +76,8 @@ class Record:
     seconds: float = 0.0
     complete: bool = False
     text_checks: Mapping[str, Any] = field(default_factory=dict)
+    bad_in_input: int = 0
+    mostly_bad: Sequence[Any] = (0, "")
 
 
 def progress_log_path(output_prefix: str) -> Path:

@@ -84,7 +84,15 @@ class Counters:
         self.largest = begin.largest
         self.lengths = LengthSample(begin.lengths, begin.longest)
         self.bad = BadLines(
-            Path(f"{run.output_prefix}_bad_lines.jsonl"), run.on_bad_line, begin.file, begin.line, begin.bad, begin.bad_bytes
+            Path(f"{run.output_prefix}_bad_lines.jsonl"),
+            run.on_bad_line,
+            begin.file,
+            begin.line,
+            begin.bad,
+            begin.bad_bytes,
+            begin.bad_in_input,
+            run.parts[begin.file].path if run.parts else "",
+            begin.mostly_bad,
         )
         self.file, self.next_unit = begin.file, begin.next_unit
         self.backend: str | None = None
@@ -142,6 +150,8 @@ class Counters:
                 self.seconds,
                 complete,
                 asdict(self.text_checks),
+                self.bad.in_input,
+                self.bad.mostly_bad_before,
             )
         )
         self._saved = time.monotonic()

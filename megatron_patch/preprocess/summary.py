@@ -21,6 +21,7 @@ from megatron_patch.tokenizers.base import Tokenizer, token_text
 from megatron_patch.tokenizers.round_trip import TextChecks
 from megatron_patch.utils.files import open_in_place, open_new
 from megatron_patch.utils.files import reason as reason_of
+from megatron_patch.utils.units import plural
 
 _LISTED_BAD_LINES = 100_000
 _LONGEST_LINE = 1 << 20
@@ -58,6 +59,7 @@ class Summary:
         resumed_at: bytes that had been read when the run was resumed; 0: it was not resumed.
         bad_lines_file: the path of the list of bad lines, or None.
         first_bad_line: the place of the first bad line and its reason, or None.
+        mostly_bad: names an input of which more than half of the lines are bad, and says how many there are; None without one.
     """
 
     outputs: tuple[str, ...]
@@ -86,6 +88,7 @@ class Summary:
     resumed_at: int
     bad_lines_file: str | None
     first_bad_line: str | None
+    mostly_bad: str | None
 
     def to_json(self) -> dict[str, Any]:
         """Returns the summary as plain values, with megabytes and tokens per second added."""
@@ -182,6 +185,7 @@ def summary_of_finished_run(prefixes: Sequence[str], tokenizer: Tokenizer) -> Su
         resumed_at=0,
         bad_lines_file=None,
         first_bad_line=None,
+        mostly_bad=None,
     )
 
 
@@ -199,15 +203,31 @@ class BadLines:
         line: lines of this input that have been read.
         count: bad lines so far.
         size: valid bytes of an existing list; the rest is truncated.
+        in_input: bad lines of this input so far.
+        source: its path.
+        mostly_bad: how many inputs before it had mostly bad lines, and the sentence on the first one.
 
     Raises:
         DataError: the existing list is missing or damaged.
     """
 
-    def __init__(self, path: Path, policy: Literal["skip", "fail"], file: int = 0, line: int = 0, count: int = 0, size: int = 0) -> None:
+    def __init__(
+        self,
+        path: Path,
+        policy: Literal["skip", "fail"],
+        file: int = 0,
+        line: int = 0,
+        count: int = 0,
+        size: int = 0,
+        in_input: int = 0,
+        source: str = "",
+        mostly_bad: Sequence[Any] = (0, ""),
+    ) -> None:
         self._path, self._policy = path, policy
         self._file: Any = None
         self.input, self.line, self.count = file, line, count
+        self.in_input, self._source = in_input, source
+        self.mostly_bad_before = (int(mostly_bad[0]), str(mostly_bad[1]))
         self.first: str | None = None
         """The place of the first bad line and its reason, also of one before the run was resumed; None without one."""
         if size:
@@ -230,7 +250,9 @@ class BadLines:
             DataError: there is a bad line and the policy is "fail"; or the list cannot be written.
         """
         if encoded.file != self.input:
-            self.input, self.line = encoded.file, 0
+            self.mostly_bad_before = self._mostly_bad_so_far()
+            self.input, self.line, self.in_input = encoded.file, 0, 0
+        self._source = encoded.source
         for line, offset, reason in encoded.bad:
             if self._policy == "fail":
                 raise DataError(
@@ -247,7 +269,22 @@ class BadLines:
             if self.count < _LISTED_BAD_LINES:
                 self._write(json.dumps(entry) + "\n")
             self.count += 1
+            self.in_input += 1
         self.line += encoded.lines
+
+    def _mostly_bad_so_far(self) -> tuple[int, str]:
+        number, first = self.mostly_bad_before
+        if 2 * self.in_input <= self.line:
+            return number, first
+        return number + 1, first or f"{self.in_input:,} of the {self.line:,} lines of {self._source} are bad and left out"
+
+    @property
+    def mostly_bad(self) -> str | None:
+        """A sentence on the inputs of which more than half of the lines, or rows, are bad; None without one."""
+        number, first = self._mostly_bad_so_far()
+        if not number:
+            return None
+        return first + (f"; so are more than half of the lines of {plural(number - 1, 'other input')}" if number > 1 else "")
 
     def _write(self, text: str) -> None:
         try:

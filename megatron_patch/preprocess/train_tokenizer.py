@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_patch.errors import DataError
@@ -17,17 +18,51 @@ from megatron_patch.utils.units import plural
 EOD_TOKEN = "<|endoftext|>"
 
 
-def _texts(inputs: Sequence[str], key: str, max_bytes: int) -> Iterator[str]:
-    """Yields documents up to a number of bytes. Bad lines are skipped; preprocessing reports them."""
-    left = max_bytes
+@dataclass
+class _Read:
+    """What was read: bytes, lines that are not blank, lines that are bad, and the first bad one with its reason."""
+
+    bytes: int = 0
+    documents: int = 0
+    bad: int = 0
+    first_bad: str = ""
+
+
+def _texts(inputs: Sequence[str], key: str, max_bytes: int, read: _Read) -> Iterator[str]:
+    """Yields documents up to a number of bytes. Bad lines are skipped and counted in `read`."""
+    left, file, line = max_bytes, -1, 0
     for batch in read_batches([FileRange(file) for file in expand(inputs)], (key,)):
-        for document in iterate_documents(batch, (key,), []):
+        file, line = batch.file, line if batch.file == file else 0
+        read.bytes += batch.size
+        counts: list[int] = []
+        for document in iterate_documents(batch, (key,), counts):
             if left <= 0:
                 return
-            if document.texts and document.texts[0]:
+            read.documents += 1
+            if document.texts is None:
+                read.bad += 1
+                read.first_bad = read.first_bad or f"{batch.source}, line {line + document.number}: {document.reason}"
+            elif document.texts[0]:
                 text = load_text(document.texts[0])
                 left -= len(text.encode("utf-8", "ignore"))
                 yield text
+        line += counts[0]
+
+
+def _no_text(inputs: Sequence[str], key: str, read: _Read) -> DataError:
+    if not read.documents:
+        return DataError(
+            f"{' '.join(inputs)} " + ("has nothing but blank lines or a byte-order mark" if read.bytes else "is empty"),
+            "documents with text",
+            "check --input",
+        )
+    return DataError(
+        f"{' '.join(inputs)} has no text under the key {key!r}: {plural(read.bad, 'bad line')}, "
+        + plural(read.documents - read.bad, "empty document")
+        + (f"; the first bad line is {read.first_bad}" if read.first_bad else ""),
+        "documents with text",
+        "check --input and --json-key",
+    )
 
 
 def train_tokenizer(
@@ -58,10 +93,11 @@ def train_tokenizer(
 
     if vocab_size < 257:
         raise DataError(f"--vocab-size {vocab_size} is too small", "at least 257: the 256 bytes and the end-of-document token")
-    texts = _texts(inputs, key, max_bytes)
+    read = _Read()
+    texts = _texts(inputs, key, max_bytes, read)
     first = next(texts, None)
     if first is None:
-        raise DataError(f"{' '.join(inputs)} has no text under the key {key!r}", "documents with text", "check --input and --json-key")
+        raise _no_text(inputs, key, read)
 
     def all_texts() -> Iterator[str]:
         yield first
@@ -74,6 +110,8 @@ def train_tokenizer(
         vocab_size=vocab_size, special_tokens=[EOD_TOKEN], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
     backend.train_from_iterator(all_texts(), trainer)
+    if 2 * read.bad > read.documents:
+        notice(f"warning: {read.bad:,} of {plural(read.documents, 'line')} are bad and left out; the first is {read.first_bad}")
     reached = backend.get_vocab_size()
     if reached < vocab_size:
         notice(

@@ -89,15 +89,21 @@ class _ZstdFrames:
         """Returns a decompressor of the frame that begins with these bytes.
 
         Raises:
-            DataError: its window is too large.
+            DataError: its window is too large, or it needs a dictionary.
         """
         import zstandard
 
         try:
             frame = zstandard.get_frame_parameters(head)
-            window, content = frame.window_size, frame.content_size
+            window, content, dictionary = frame.window_size, frame.content_size, frame.dict_id
         except zstandard.ZstdError:  # the decompressor says what is wrong
-            window = content = 0
+            window = content = dictionary = 0
+        if dictionary:
+            raise DataError(
+                f"{self._path} was compressed with a dictionary (its id is {dictionary}), without which it cannot be decompressed",
+                "files of zstd without a dictionary",
+                "compress it again without one: zstd -dc -D DICTIONARY FILE | zstd > NEW.zst",
+            )
         if window > MOST_WINDOW_BYTES:
             raise DataError(
                 f"{self._path} declares a window of {window:,} bytes, and decompressing would take as much memory",

@@ -34,20 +34,23 @@ _MARKS = (
     (codecs.BOM_UTF16_LE, Encoding("UTF-16 little endian", "UTF-16")),
     (codecs.BOM_UTF16_BE, Encoding("UTF-16 big endian", "UTF-16")),
 )
-# Without a mark: the bytes of a character that are zero in text of ASCII characters.
+_UTF_16_LE = Encoding("UTF-16 little endian", "UTF-16LE")
+# Without a mark: which bytes of a character are zero in text of ASCII characters.
 _ZEROS = (
     ("x000", Encoding("UTF-32 little endian", "UTF-32LE")),
     ("000x", Encoding("UTF-32 big endian", "UTF-32BE")),
-    ("x0x0", Encoding("UTF-16 little endian", "UTF-16LE")),
-    ("0x0x", Encoding("UTF-16 big endian", "UTF-16BE")),
+    ("x0", _UTF_16_LE),
+    ("0x", Encoding("UTF-16 big endian", "UTF-16BE")),
 )
+_LEAST_BYTES = 4  # in a shorter text, zeros may be by chance
+_CHINESE = ((0x3000, 0x3100), (0x4E00, 0xA000), (0xFF00, 0xFFF0))  # with the punctuation that Japanese shares, and kana
 
 
 def byte_order_mark(head: bytes, source: str) -> int:
     """Returns the length of the byte-order mark of UTF-8 that a text begins with: 3, or 0 without one.
 
     Args:
-        head: the first `HEAD_BYTES` bytes of the text, fewer only if it is shorter.
+        head: the first bytes of the text, of which `HEAD_BYTES` are looked at; fewer only if it is shorter.
         source: the path of the input, for messages.
 
     Raises:
@@ -68,12 +71,33 @@ def other_encoding(head: bytes) -> Encoding | None:
     Args:
         head: the first `HEAD_BYTES` bytes of the text, fewer only if it is shorter.
     """
+    head = head[:HEAD_BYTES]
     for mark, encoding in _MARKS:
         if head.startswith(mark):
             return encoding
-    groups = [head[start : start + 4] for start in range(0, min(len(head), HEAD_BYTES) - 3, 4)]
-    patterns = {"".join("x" if byte else "0" for byte in group) for group in groups}
+    shown = "".join("x" if byte else "0" for byte in head)
     for pattern, encoding in _ZEROS:
-        if patterns == {pattern} and len(groups) > 1:  # in a shorter text, zeros may be by chance
+        if len(head) >= _LEAST_BYTES and shown == pattern * (len(head) // len(pattern)):
             return encoding
-    return None
+    return _UTF_16_LE if _is_chinese(head) else None
+
+
+def _is_chinese(head: bytes) -> bool:
+    """Returns whether a text begins with Chinese in UTF-16, little endian, also with ASCII between it.
+
+    False is also returned where the bytes may be UTF-8 or Shift JIS. Big endian, which looks like Shift JIS more often, is not looked for.
+    """
+    if _is_valid(head, "utf-8") or (0 not in head and _is_valid(head, "shift_jis")):
+        return False
+    units = [head[start] | head[start + 1] << 8 for start in range(0, len(head) - 1, 2)]
+    chinese = sum(any(first <= unit < end for first, end in _CHINESE) for unit in units)
+    ascii_units = sum(unit in (9, 10, 13) or 32 <= unit < 127 for unit in units)
+    return len(head) >= 2 * _LEAST_BYTES and chinese > 0 and chinese + ascii_units == len(units)
+
+
+def _is_valid(head: bytes, encoding: str) -> bool:
+    try:
+        codecs.getincrementaldecoder(encoding)().decode(head)
+    except UnicodeDecodeError:
+        return False
+    return True

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import orjson
@@ -29,11 +29,13 @@ _KINDS = {
 }
 _ARRAY = "the input is a JSON array, but each line must be an object: convert it with jq -c '.[]' FILE"
 _SPREAD = "an object must be on one line: convert the input with jq -c . FILE"
+_ZSTD = "zstd (.zst)"
+_SKIPPED_FRAME = b"\x2a\x4d\x18"  # after a first byte of 0x50 to 0x5f; pzstd begins files with such a frame
 _SIGNATURES = {
     b"\x1f\x8b": "gzip (.gz)",
     b"BZh": "bzip2 (.bz2)",
     b"\xfd7zXZ\0": "xz (.xz)",
-    b"\x28\xb5\x2f\xfd": "zstd (.zst)",
+    b"\x28\xb5\x2f\xfd": _ZSTD,
     b"PAR1": "Parquet (.parquet)",
     b"PK\3\4": "a zip archive",
 }
@@ -118,8 +120,17 @@ def _no_text(document: Any, key: str, value: Any) -> str:
         return f"key {key!r} is {_KINDS[type(value)]}, not a string"
     keys = [name for name, found in _leaves(document) if isinstance(found, str)]
     kind = "keys with text" if keys else "keys"
-    keys = [name if name.isprintable() else repr(name) for name in keys or [name for name, _ in _leaves(document)]]
-    return f"key {key!r} is missing; " + (f"the {kind} are {', '.join(keys)}" if keys else "the object is empty")
+    keys = keys or [name for name, _ in _leaves(document)]
+    return f"key {key!r} is missing; " + (f"the {kind} are {shown_names(keys)}" if keys else "the object is empty")
+
+
+def shown_names(names: Iterable[str]) -> str:
+    """Returns names as a list for a message. One that could be misread, such as an empty one or one with spaces, is in quotes."""
+
+    def is_plain(name: str) -> bool:
+        return name.isprintable() and any(map(str.isalnum, name)) and not set(name) & set(" ,'\"")
+
+    return ", ".join(name if is_plain(name) else repr(name) for name in names)
 
 
 def _leaves(document: dict[str, Any]) -> list[tuple[str, Any]]:
@@ -151,6 +162,8 @@ def _not_unicode(text: str, line: bytes) -> str:
 def _hint(raw: bytes, text: str, error: json.JSONDecodeError) -> str:
     """Returns what a line that is not valid JSON looks like, for the end of a sentence; "" if it looks like nothing known."""
     signature = next((words for begin, words in _SIGNATURES.items() if raw.startswith(begin)), None)
+    if raw[1:4] == _SKIPPED_FRAME and 0x50 <= raw[0] <= 0x5F:
+        signature = _ZSTD
     if signature is not None:
         return (
             f"; the input looks like {signature}: give the file that suffix" if "." in signature else f"; the input looks like {signature}"

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from megatron_patch.errors import DataError
+from megatron_patch.raw_text.json_lines import shown_names
 from megatron_patch.raw_text.large_documents import MOST_DOCUMENT_BYTES
 
 _MOST_ROWS = 1 << 16
@@ -132,8 +133,13 @@ def _column(batch: Any, names: Sequence[str]) -> Any:
     column = batch.column(names[0])
     for name in names[1:]:
         column = pyarrow.compute.struct_field(column, name)
+    types = pyarrow.types
     if hasattr(column, "dictionary"):
-        return column
+        if not types.is_fixed_size_binary(column.type.value_type):
+            return column
+        column = column.dictionary_decode()
+    if types.is_fixed_size_binary(column.type):
+        column = column.cast(pyarrow.binary())
     plain = {pyarrow.string_view(): pyarrow.large_string(), pyarrow.binary_view(): pyarrow.large_binary()}  # views have no lengths
     return column.cast(plain.get(column.type, column.type)).dictionary_encode()
 
@@ -162,7 +168,7 @@ def _find_column(arrow: Any, path: str, schema: Any, key: str) -> list[str]:
     A name may contain dots itself: of the names that exist, the longest counts first, as in JSON.
 
     Raises:
-        DataError: the table lacks the key, or its column holds no text.
+        DataError: the table lacks the key, has several columns of its name, or its column holds no text.
     """
 
     def find(kind: Any, names: Sequence[str]) -> tuple[list[str], Any] | None:
@@ -170,6 +176,12 @@ def _find_column(arrow: Any, path: str, schema: Any, key: str) -> list[str]:
             return [], kind
         for count in range(len(names), 0, -1) if arrow.types.is_struct(kind) else ():
             name = ".".join(names[:count])
+            if len(kind.get_all_field_indices(name)) > 1:
+                raise DataError(
+                    f"{path} has several columns {name!r}: it is not clear which one holds the text",
+                    "tables whose columns have different names",
+                    "rename one of them",
+                )
             index = kind.get_field_index(name)
             if index >= 0 and (rest := find(kind.field(index).type, names[count:])) is not None:
                 return [name, *rest[0]], rest[1]
@@ -178,13 +190,14 @@ def _find_column(arrow: Any, path: str, schema: Any, key: str) -> list[str]:
     found = find(arrow.struct(list(schema)), key.split("."))
     if found is None:
         columns = list(itertools.islice(_leaves(arrow, schema, ""), _LISTED_COLUMNS))
-        raise DataError(f"{path} has no column {key!r}", f"its columns: {', '.join(columns)}", "check --json-keys")
+        raise DataError(f"{path} has no column {key!r}", f"its columns: {shown_names(columns)}", "check --json-keys")
     names, kind = found
     if arrow.types.is_dictionary(kind):
         kind = kind.value_type
     types = arrow.types
-    texts = (types.is_string, types.is_large_string, types.is_string_view, types.is_binary, types.is_large_binary, types.is_binary_view)
-    if not any(is_text(kind) for is_text in texts):
+    strings = (types.is_string, types.is_large_string, types.is_string_view)
+    of_bytes = (types.is_binary, types.is_large_binary, types.is_binary_view, types.is_fixed_size_binary)
+    if not any(is_text(kind) for is_text in (*strings, *of_bytes)):
         raise DataError(f"{path}: column {key!r} holds {kind}", "a column of strings, or of bytes that are UTF-8", "check --json-keys")
     return names
 

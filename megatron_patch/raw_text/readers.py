@@ -6,6 +6,7 @@ from a compressed file, a table or a pipe. A batch ends where a document ends.
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +17,7 @@ from typing import BinaryIO, Literal, cast
 from megatron_patch.errors import DataError
 from megatron_patch.raw_text.compression import Notice, open_compressed, read_errors
 from megatron_patch.raw_text.encodings import HEAD_BYTES, byte_order_mark
+from megatron_patch.raw_text.first_lines import JUDGED_LINES, judge_first_lines
 from megatron_patch.raw_text.inputs import STANDARD_INPUT, FileRange, inner_suffix, is_compressed, next_line_start, remaining_ranges
 from megatron_patch.raw_text.large_documents import LARGE_BYTES, MOST_DOCUMENT_BYTES
 from megatron_patch.raw_text.parquet import row_batches
@@ -134,6 +136,7 @@ class _StreamSplitter:
     def __init__(self, source: str, kind: Kind, separator: bytes | None, file: int) -> None:
         self._source, self._kind, self._separator, self._file = source, kind, separator, file
         self._pieces: list[bytes] = []
+        self._judged = JUDGED_LINES
 
     def split(self, stream: BinaryIO, start: int, fraction_read: Callable[[], float]) -> Iterator[Batch]:
         """Yields batches from unit `start` on."""
@@ -142,6 +145,7 @@ class _StreamSplitter:
         if not start and (mark := byte_order_mark(fresh, self._source)) and self._kind == "text":
             fresh = fresh[mark:]
             next_unit = read = mark
+        self._judged = JUDGED_LINES if start or self._kind != "lines" else 0
         keep = len(self._separator) - 1 if self._separator is not None else 0
         carry = b""  # bytes that may be the beginning of a separator
         while fresh := fresh or stream.read(BATCH_BYTES):
@@ -176,6 +180,8 @@ class _StreamSplitter:
 
     def _batch(self, next_unit: int, fraction: float) -> Batch:
         data, self._pieces = b"".join(self._pieces), []
+        if self._judged < JUDGED_LINES:
+            self._judged = judge_first_lines(io.BytesIO(data), self._source, self._judged)
         return Batch(self._source, self._kind, self._file, next_unit, fraction, self._separator, data)
 
 
@@ -193,10 +199,14 @@ def _head(stream: BinaryIO) -> bytes:
     return found
 
 
-def _byte_order_mark(path: str) -> int:
-    """Returns the length of the byte-order mark of a plain file."""
+def _byte_order_mark(path: str, lines: bool = False) -> int:
+    """Returns the length of the byte-order mark of a plain file. Of a file of lines, the first ones are judged, too."""
     with open(path, "rb") as file:
-        return byte_order_mark(file.read(HEAD_BYTES), path)
+        found = byte_order_mark(file.read(HEAD_BYTES), path)
+        if lines:
+            file.seek(0)
+            judge_first_lines(file, path)
+    return found
 
 
 def _skip(stream: BinaryIO, count: int) -> bytes:
@@ -212,8 +222,8 @@ def _skip(stream: BinaryIO, count: int) -> bytes:
 
 
 def _line_batches(part: FileRange, index: int) -> Iterator[Batch]:
-    """Splits a plain file at line ends without reading it. A byte-order mark stays on its line."""
-    _byte_order_mark(part.path)
+    """Splits a plain file at line ends without reading it, except for its beginning. A byte-order mark stays on its line."""
+    _byte_order_mark(part.path, lines=True)
     size = Path(part.path).stat().st_size
     if part.end is not None and part.end > size:
         raise EOFError("it has become shorter")

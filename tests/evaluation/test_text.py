@@ -116,7 +116,8 @@ def test_documents_are_read_from_text_json_and_compressed_files(tmp_path):
     assert found == ["one\n\ntwo\n", "drei\u2028 vier", "5", "six"]
     for name, data, words in (
         ("x.jsonl", b'{"text": "a"}\n{"body": 1}\n', "line 2"),
-        ("y.jsonl", b"[]\n", "line 1"),
+        ("y.jsonl", b"[]\n", "is not JSON lines"),
+        ("w.jsonl", b"5\n", "line 1"),
         ("z.txt", b"\xff\xfe", "z.txt"),
     ):
         (tmp_path / name).write_bytes(data)

@@ -96,12 +96,29 @@ def test_shards_resumed_runs_shuffled_and_unique_documents(tmp_path, corpus, mon
 
     unique = preprocess([corpus], str(tmp_path / "unique"), settings(), dedup=True)
     assert files(unique.outputs[0]) == megatron(list(dict.fromkeys(TEXTS)))
-    assert unique.duplicates == len(TEXTS) - len(set(TEXTS)) and unique.kept_empty == 80
+    assert unique.duplicates == len(TEXTS) - len(set(TEXTS)) and unique.kept_empty == 1
     shuffled = preprocess([corpus], str(tmp_path / "shuffled"), settings(), shuffle_seed=3)
     dataset = IndexedDataset(shuffled.outputs[0])
     assert (dataset.num_documents, dataset.num_sequences) == (200, 120) and not integrity_problems(dataset)
     again = merge_datasets([str(tmp_path / "merged")], str(tmp_path / "again"), shuffle_seed=3)
     assert files(again.output) == files(shuffled.outputs[0])
+
+
+@pytest.mark.parametrize("more", [{}, {"patch_align": 4}, {"append_eod": False, "patch_align": 3}, {"append_eod": False}])
+@pytest.mark.parametrize("prepend_bos", [False, True])
+def test_of_equal_documents_one_empty_one_is_kept_and_counted(tmp_path, prepend_bos, more):
+    """The numbers are counted in the outputs: documents of the length of an empty one and without a token of their own."""
+    texts = {"text": ["5", "", "5", "", ""], "t2": ["", "7 8", "", "1", ""], "t3": ["1", "2", "3", "4", "5"]}
+    rows = zip(*texts.values(), strict=True)
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(dict(zip(texts, row, strict=True))) + "\n" for row in rows))
+    train_tokenizer([str(tmp_path / "a.jsonl")], str(tmp_path / "t"), 257)
+    options = {"keys": tuple(texts), "append_eod": True, "keep_empty": True, "prepend_bos": prepend_bos, **more}
+    how = EncodeSettings("HuggingFaceTokenizer", str(tmp_path / "t"), backend="reference", **options)
+    assert preprocess([str(tmp_path / "a.jsonl")], str(tmp_path / "x"), how).kept_empty == 6
+    summary = preprocess([str(tmp_path / "a.jsonl")], str(tmp_path / "x"), how, dedup=True, overwrite=True)
+    assert summary.kept_empty == 2 and summary.documents == 2 + 3 + 5
+    datasets = [IndexedDataset(prefix) for prefix in summary.outputs]
+    assert sum(dataset.num_documents - dataset.num_sequences for dataset in datasets) == (0 if prepend_bos else 2)
 
 
 def interrupted(batches, stop):

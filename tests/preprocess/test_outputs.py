@@ -50,8 +50,19 @@ def test_missing_folders_are_created(here, prefix):
     assert (here / f"{output}.bin").is_file() and output == f"{prefix}_text_document"
 
 
+def test_a_key_never_changes_the_folder(here):
+    (here / "a.jsonl").write_text('{"m/t": "1", "../../up": "2", "/abs": "3", "": "4", "x/../../t": "5"}\n')
+    before = {path.name for path in here.iterdir()}
+    summary = run("deep/x", keys=("m/t", "../../up", "/abs", "", "x/../../t"))
+    assert summary.outputs == tuple(f"deep/x_{name}_document" for name in ("m_t", "______up", "_abs", "", "x_______t"))
+    assert {path.name for path in here.iterdir()} == before | {"deep"} and not any(path.is_dir() for path in (here / "deep").iterdir())
+
+
 def test_two_keys_never_write_the_same_files(here):
     for keys in (("a.b", "a_b"), ("text", "b", "text")):
         with pytest.raises(DataError, match=rf"--json-keys {keys[0]} and {keys[-1]} would both write x_.*\n.*Allowed.*\n.*What to do"):
+            run("x", keys=keys)
+    for keys in (("a/b", "a_b"), ("a.b", "a/b"), ("..", "//")):
+        with pytest.raises(DataError, match="would both write x_"):
             run("x", keys=keys)
     assert output_prefixes("x", ("a.b", "ab")) == ["x_a_b_document", "x_ab_document"]

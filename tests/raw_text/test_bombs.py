@@ -116,6 +116,19 @@ def test_a_damaged_or_truncated_frame_is_never_taken_for_the_end(tmp_path, suffi
             read(path)
 
 
+def test_a_file_that_needs_a_dictionary_says_so(tmp_path):
+    line = b'{"text": "a"}\n'
+    dictionary = zstandard.train_dictionary(1024, [b'{"text": "%d %d"}' % (n, n * n) for n in range(2000)])
+    path = tmp_path / "a.jsonl.zst"
+    packed = zstandard.ZstdCompressor(dict_data=dictionary).compress(line)
+    for data in (packed, zstandard.compress(line) + packed, b"\x50\x2a\x4d\x18\x04\0\0\0abcd" + packed):
+        path.write_bytes(data)
+        with pytest.raises(
+            DataError, match=rf"compressed with a dictionary \(its id is {dictionary.dict_id()}\).*\n.*\n.*without one: zstd"
+        ):
+            read(path)
+
+
 def declared_window(path: Path, window_log: int, data: bytes, content_size: bool = False) -> None:
     """Writes a small .zst file that declares a large window."""
     parameters = zstandard.ZstdCompressionParameters.from_level(3, window_log=window_log, write_content_size=content_size)

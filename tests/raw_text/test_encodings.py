@@ -91,10 +91,33 @@ def test_a_shard_that_does_not_begin_at_the_mark_names_the_encoding(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "head", [b"", b"\xef", b"\xef\xbb", b"a\0b", b"{}", b"\0" * 16, b"ab\0\0ab\0\0", b"a\0b\0", b"\0a\0b\0ab", bytes(range(16))]
+    "head", [b"", b"\xef", b"\xef\xbb", b"a\0b", b"{}", b"\0" * 16, b"ab\0\0ab\0\0", b"a\0", b"\0a\0b\0ab", bytes(range(16))]
 )
 def test_short_and_odd_beginnings_are_no_mark(head):
     assert byte_order_mark(head, "x") == 0
+
+
+@pytest.mark.parametrize("text", ["中文文本没有一个字母全是汉字", '\n{"文":"中"}\n', "ab", "中 a国\r\n１"])
+def test_short_and_chinese_text_in_utf_16_is_recognized(text):
+    assert byte_order_mark(text.encode()[:16], "x") == 0
+    with pytest.raises(DataError, match="UTF-16 little endian"):
+        byte_order_mark(text.encode("utf-16-le")[:16], "x")
+
+
+@pytest.mark.parametrize("encoding", ["gbk", "gb18030", "big5", "shift_jis", "euc_jp", "euc_kr", "cp1251", "latin-1"])
+def test_other_bytes_are_not_taken_for_utf_16(encoding):
+    for text in (
+        "中文文本一中文文本一",
+        "日本語のテキスト、です。",
+        "カタカナ語",
+        "한국어 문장입니다",
+        "русский текст здесь",
+        "déjà vu à côté",
+        "中a文b本c",
+    ):
+        data = text.encode(encoding, "ignore")
+        if len(data) >= 8:
+            assert byte_order_mark(data[:16], "x") == 0
 
 
 def test_the_marks_that_others_keep_in_tables_are_kept(tmp_path):

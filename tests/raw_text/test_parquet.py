@@ -21,8 +21,10 @@ TYPES = {
     "binary": arrow.binary(),
     "large_binary": arrow.large_binary(),
     "binary_view": arrow.binary_view(),
+    "fixed-size binary": arrow.binary(4),
     "dictionary": arrow.dictionary(arrow.int8(), arrow.string()),
     "dictionary of bytes": arrow.dictionary(arrow.int32(), arrow.binary()),
+    "dictionary of fixed-size bytes": arrow.dictionary(arrow.int32(), arrow.binary(4)),
 }
 
 
@@ -41,7 +43,8 @@ def read(path, *keys):
 @pytest.mark.parametrize("store_schema", [True, False])
 @pytest.mark.parametrize("kind", TYPES)
 def test_text_of_every_type_is_read(tmp_path, kind, store_schema):
-    values = [text.encode() if text is not None and "b" in kind.replace("large", "") else text for text in TEXTS]
+    known = ["wör", None, "abcd", "日a", "wör", "\ufeffa", None, "\0aé"] if "fixed" in kind else TEXTS
+    values = [text.encode() if text is not None and "b" in kind.replace("large", "") else text for text in known]
     column = arrow.array(values, TYPES[kind])
     inside = arrow.StructArray.from_arrays([column, column], ["b", "c.d"], mask=arrow.array([False, True] + [False] * 6))
     table = arrow.table({"text": column, "a": inside, "x.y": column, "n": range(8)})
@@ -49,8 +52,8 @@ def test_text_of_every_type_is_read(tmp_path, kind, store_schema):
     parquet.write_table(table, tmp_path / "a.parquet", row_group_size=rows, store_schema=store_schema)
     for key in ("text", "a.b", "a.c.d", "x.y"):
         (texts,), bad = read(tmp_path / "a.parquet", key)
-        assert texts == [text for text in TEXTS if text is not None]
-        assert bad == {number: f"key {key!r} is null, not a string" for number, text in enumerate(TEXTS) if text is None}
+        assert texts == [text for text in known if text is not None]
+        assert bad == {number: f"key {key!r} is null, not a string" for number, text in enumerate(known) if text is None}
 
 
 def test_bytes_that_are_not_utf8_are_bad_rows(tmp_path):
@@ -96,6 +99,16 @@ def test_other_columns_are_refused(tmp_path, table, key, words):
     parquet.write_table(arrow.table(table), tmp_path / "a.parquet")
     with pytest.raises(DataError, match=words):
         read(tmp_path / "a.parquet", key)
+
+
+@pytest.mark.parametrize("key", ["text", "a.b"])
+def test_two_columns_of_one_name_are_refused(tmp_path, key):
+    inside = arrow.StructArray.from_arrays([arrow.array(["x"]), arrow.array(["y"])], ["b", "b"])
+    columns = [arrow.array(["one"]), arrow.array(["two"]), inside, arrow.array(["three"])]
+    parquet.write_table(arrow.table(columns, names=["text", "text", "a", "other"]), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=rf"has several columns '{key[-1] if '.' in key else key}'.*\n.*different names\n.*rename"):
+        read(tmp_path / "a.parquet", key)
+    assert read(tmp_path / "a.parquet", "other") == ([["three"]], {})
 
 
 def test_a_table_with_both_a_column_and_a_field_of_one_name_takes_little_memory(tmp_path, monkeypatch):

@@ -98,6 +98,8 @@ def random_line(rng: random.Random) -> bytes:
 
 def random_lines(rng: random.Random) -> bytes:
     lines = [random_line(rng) + rng.choice([b"", b"\r", b" "]) for _ in range(rng.choice([0, 1, 2, 10, 40]))]
+    if next((line for line in lines if line.replace(MARK, b"").strip()), b"").replace(MARK, b"").startswith(b"["):
+        lines.insert(0, b"{}")  # a file that begins with an array is refused
     return MARK * (rng.random() < 0.3) + b"\n".join(lines) + b"\n" * rng.randrange(3)
 
 

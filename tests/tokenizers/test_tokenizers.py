@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 import sys
 
 import pytest
@@ -55,6 +56,29 @@ def test_training_is_deterministic(folder, tmp_path):
         train_tokenizer([str(folder / "a.jsonl")], str(tmp_path / "x"), 100)
     with pytest.raises(DataError, match="no text"):
         train_tokenizer([str(folder / "a.jsonl")], str(tmp_path / "x"), 400, key="body")
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ('[\n{"text": "a"},\n{"text": "b"}\n]\n', r"begins with \[, as a JSON array does"),
+        ('\n{"a b": "x", "content": "y"}\n' * 2, r"2 bad lines, 0 empty documents; .*, line 2: .*the keys with text are 'a b', content\n"),
+        ('{"text": ""}\n', r"0 bad lines, 1 empty document\n"),
+        ("", r"is empty\n"),
+        (" \n\ufeff", r"has nothing but blank lines or a byte-order mark\n"),
+    ],
+)
+def test_training_without_text_says_why(tmp_path, data, words):
+    (tmp_path / "a.jsonl").write_text(data)
+    with pytest.raises(DataError, match=words):
+        train_tokenizer([str(tmp_path / "a.jsonl")], str(tmp_path / "x"), 300)
+
+
+def test_training_on_mostly_bad_lines_says_so(tmp_path):
+    said: list[str] = []
+    (tmp_path / "a.jsonl").write_text('{"text": "ab ab"}\n' + "bad\n" * 2)
+    train_tokenizer([str(tmp_path / "a.jsonl")], str(tmp_path / "x"), 257, notice=said.append)
+    assert len(said) == 1 and re.match(r"warning: 2 of 3 lines are bad and left out; the first is .*, line 2: not valid JSON", said[0])
 
 
 def test_a_vocabulary_smaller_than_asked_for_is_said(folder, tmp_path):
