@@ -22,7 +22,7 @@ from megatron_patch.data.token_stream import TrainStream
 from megatron_patch.parallel.grid import Grid
 from megatron_patch.stages import Stage, StagePlan
 from megatron_patch.tokenizers.base import Tokenizer, tokenizer_of_checkpoint
-from megatron_patch.training.stream import check_shared, open_stream, shared_notes
+from megatron_patch.training.stream import open_stream, shared_notes
 from megatron_patch.utils.units import plural
 
 
@@ -122,7 +122,6 @@ def open_data(run: RunConfig, plan: StagePlan, grid: Grid, pin_memory: bool = Fa
     stream = open_stream(run, plan)
     valid = [open_corpus(name) for name, _ in run.valid_blend]
     named = [(name, corpus) for (name, _), corpus in zip(run.valid_blend, valid, strict=True)]
-    check_shared("--valid-data-path", named)
     infos = check_metadata([*stream.corpora, *valid], options.eod_token_id)
     for corpus in valid:
         check_vocabulary(corpus, run.shape.vocab_size)

@@ -32,14 +32,11 @@ def open_stream(run: RunConfig, plan: StagePlan) -> TrainStream:
         plan: the plan that it follows.
 
     Raises:
-        DataError: a file is missing, damaged, has another vocabulary or is too small for the plan, two corpora of a blend share a dataset,
-            or a corpus is read more often than --max-epochs allows.
+        DataError: a file is missing, damaged, has another vocabulary or is too small for the plan, or a corpus is read more often than
+            --max-epochs allows.
     """
     options = run.options.data
     corpora = {name: open_corpus(name) for name in run.corpus_names}
-    check_shared("--data-path", [(name, corpora[name]) for name, _ in run.blend])
-    for stage in plan.stages:
-        check_shared(f"stage {stage.name}: data_path", [(name, corpora[name]) for name, _ in stage.blend or ()])
     for corpus in corpora.values():
         check_vocabulary(corpus, run.shape.vocab_size)
     stream = TrainStream(
@@ -55,26 +52,10 @@ def open_stream(run: RunConfig, plan: StagePlan) -> TrainStream:
     return stream
 
 
-def check_shared(flag: str, blend: Sequence[tuple[str, TokenCorpus]]) -> None:
-    """Checks that no two corpora of a blend share a dataset, also inside of a glob or a list.
-
-    Args:
-        flag: name of the option in the error.
-        blend: word and corpus of each entry.
-
-    Raises:
-        DataError: two do.
-    """
-    for word, other, prefix in shared_datasets([(word, corpus.prefixes) for word, corpus in blend]):
-        raise DataError(
-            f"{flag}: {word} and {other} share the dataset {prefix}",
-            "each dataset in one corpus of a blend",
-            "remove it from one of them, and change the weights",
-        )
-
-
 def shared_notes(stream: TrainStream, valid: Sequence[tuple[str, TokenCorpus]] = ()) -> list[str]:
-    """Returns sentences for the user about datasets that several stages name differently, or that are trained on and held out.
+    """Returns sentences for the user about datasets that several corpora share, or that are trained on and held out.
+
+    They may be meant: a part of a corpus can be read more often, or again in a later stage.
 
     Args:
         stream: the training stream.
@@ -82,8 +63,12 @@ def shared_notes(stream: TrainStream, valid: Sequence[tuple[str, TokenCorpus]] =
     """
     trained = [(word, corpus.prefixes) for word, corpus in zip(stream.names, stream.corpora, strict=True)]
     notes = [
-        f"{word} and {other} of different stages share the dataset {prefix}: what one of them reads of it, the other may read again"
+        f"{word} and {other} share the dataset {prefix}: what one of them reads of it, the other may read again"
         for word, other, prefix in (shared_datasets(trained) if len(trained) > 1 else [])
+    ]
+    notes += [
+        f"--valid-data-path: {word} and {other} share the dataset {prefix}, which counts in both"
+        for word, other, prefix in (shared_datasets([(word, corpus.prefixes) for word, corpus in valid]) if len(valid) > 1 else [])
     ]
     words = {f"--valid-data-path {word}": corpus.prefixes for word, corpus in valid}
     found = shared_datasets([("--data-path", [prefix for _, prefixes in trained for prefix in prefixes]), *words.items()]) if words else []
