@@ -16,6 +16,7 @@ from megatron_patch.utils.files import write_durably
 from megatron_patch.utils.units import plural
 
 EOD_TOKEN = "<|endoftext|>"
+_MOST_IDS = 1 << 24  # the library reserves memory for all of them at once
 
 
 @dataclass
@@ -91,8 +92,12 @@ def train_tokenizer(
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    if vocab_size < 257:
-        raise DataError(f"--vocab-size {vocab_size} is too small", "at least 257: the 256 bytes and the end-of-document token")
+    if not 257 <= vocab_size <= _MOST_IDS:
+        raise DataError(
+            f"--vocab-size {vocab_size} is too {'small' if vocab_size < 257 else 'large'}",
+            f"from 257, for the 256 bytes and the end-of-document token, to {_MOST_IDS:,}",
+            "give another number of ids",
+        )
     read = _Read()
     texts = _texts(inputs, key, max_bytes, read)
     first = next(texts, None)

@@ -52,8 +52,9 @@ def folder(tmp_path_factory):
 def test_training_is_deterministic(folder, tmp_path):
     train_tokenizer([str(folder / "a.jsonl")], str(tmp_path / "again"), 400)
     assert (tmp_path / "again" / "tokenizer.json").read_bytes() == (folder / "bpe" / "tokenizer.json").read_bytes()
-    with pytest.raises(DataError, match="257"):
-        train_tokenizer([str(folder / "a.jsonl")], str(tmp_path / "x"), 100)
+    for size in (100, 5_000_000_000, 10**22):
+        with pytest.raises(DataError, match="from 257, for the 256 bytes"):
+            train_tokenizer([str(folder / "a.jsonl")], str(tmp_path / "x"), size)
     with pytest.raises(DataError, match="no text"):
         train_tokenizer([str(folder / "a.jsonl")], str(tmp_path / "x"), 400, key="body")
 
