@@ -15,8 +15,23 @@ from megatron_patch.utils.records import record_from_json, whole_number
 
 STATE = "trainer_state.json"
 STATE_VERSION = 2
-_WITH_ADDRESSES = ("plan", "config", "data_fingerprint", "begun_from")
+_WITH_ADDRESSES = ("plan", "config", "data_fingerprint", "begun_from", "held_out")
 _COUNTS = ("step", "stage_index", "stage_step", "consumed_tokens", "consumed_samples")
+
+
+@dataclass(frozen=True)
+class HeldOutName:
+    """The name under which the metrics of a run have the held-out loss of a corpus.
+
+    Args:
+        name: the name.
+        path: `real_path` of the corpus, as the run last read it.
+        tokens: number of its tokens; None if unknown.
+    """
+
+    name: str
+    path: str
+    tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -42,6 +57,7 @@ class TrainerState:
         weights_only: whether there are weights, but no run to resume.
         imported_from: path that converted weights came from, or None.
         special_ids: `bos_token_id` and `eos_token_id` of converted weights, or None.
+        held_out: the corpora that the run has evaluated so far; empty in checkpoints of earlier versions.
         version: version of this record's format.
     """
 
@@ -63,6 +79,7 @@ class TrainerState:
     weights_only: bool = False
     imported_from: str | None = None
     special_ids: Mapping[str, Any] | None = None
+    held_out: tuple[HeldOutName, ...] = ()
     version: int = STATE_VERSION
 
     @staticmethod
@@ -81,6 +98,8 @@ class TrainerState:
             raise CheckpointError(f"{where} is not a trainer state of version 1 or {STATE_VERSION}", "a checkpoint of this program")
         if version == 1:
             data = _from_version_1(data, where)
+        # A field that was added without another version.
+        data = {"held_out": (), **data}
         # Not the metadata: the pattern of a tokenizer may look like an address, and must stay as it is.
         data = {name: cleaned_record(value) if name in _WITH_ADDRESSES else value for name, value in data.items()}
         names = [f.name for f in fields(TrainerState)]

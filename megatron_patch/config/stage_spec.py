@@ -21,6 +21,7 @@ from megatron_patch.config.option_types import flag_of
 from megatron_patch.config.options import StageOptions
 from megatron_patch.config.yaml_files import load_yaml
 from megatron_patch.data.dataset_paths import check_word
+from megatron_patch.data.same_dataset import named_twice
 from megatron_patch.errors import ConfigError
 from megatron_patch.stages import POSITION_WEIGHTS, LrPolicy, LrStyle, OptimizerPolicy, Side, WsdDecayStyle
 from megatron_patch.utils.path_patterns import shortened
@@ -103,7 +104,7 @@ def parse_blend(words: Sequence[str], flag: str = "--data-path") -> tuple[tuple[
         flag: name of the option in errors.
 
     Raises:
-        ConfigError: a weight without a prefix, a weight that is not above zero, or a repeated prefix.
+        ConfigError: a weight without a prefix, a weight that is not above zero, or a dataset that is named twice, in any spelling.
         DataError: an address is refused, see `check_address`.
     """
     if not words:
@@ -132,8 +133,10 @@ def parse_blend(words: Sequence[str], flag: str = "--data-path") -> tuple[tuple[
             "finite weights above 0",
             "correct the weight; remove a corpus instead of giving it no weight",
         )
-    if len({prefix for prefix, _ in pairs}) < len(pairs):
-        raise ConfigError(f"{flag} names a dataset twice", "each prefix once", "give it once, with the sum of its weights")
+    if (same := named_twice([prefix for prefix, _ in pairs])) is not None:
+        raise ConfigError(
+            f"{flag} names a dataset twice: {' and '.join(same)}", "each dataset once", "give it once, with the sum of its weights"
+        )
     return tuple((prefix, weight / total) for prefix, weight in pairs)
 
 

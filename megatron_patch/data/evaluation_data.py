@@ -38,13 +38,14 @@ class HeldOutCorpus:
 
 
 def shares(weights: Sequence[float | None], labels: Sequence[int]) -> list[float]:
-    """Returns the share of each corpus in the held-out loss, with the sum 1.
+    """Returns the share of each corpus in the held-out loss, with the sum 1; all are NaN if no corpus has a label.
 
     Args:
         weights: weight of each corpus, or None for all of them.
-        labels: number of scored labels of each corpus, which are the weights where none are given: each label then counts the same.
+        labels: number of scored labels of each corpus, which are the weights where none are given: each label then counts the same. A
+            corpus without any has no loss, and its weight goes to the others.
     """
-    given = [float(count) if weight is None else weight for weight, count in zip(weights, labels, strict=True)]
+    given = [float(count) if weight is None or count == 0 else weight for weight, count in zip(weights, labels, strict=True)]
     total = sum(given) or float("nan")
     return [weight / total for weight in given]
 

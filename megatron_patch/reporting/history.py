@@ -44,7 +44,7 @@ class History:
         stages: one dict per stage that has begun: name, patch size, step, tokens, cost tokens and seconds at its start, and its blend.
         steps: columns `STEP_COLUMNS` and "seconds", the elapsed time without the pauses before restarts.
         evaluations: columns `EVALUATION_COLUMNS` and "seconds".
-        corpora: for each corpus, if there are several: name, its last weight in the held-out loss, and token_loss at each evaluation.
+        corpora: for each corpus that evaluations name: name, its last weight in the held-out loss, and token_loss at each evaluation.
         checkpoints: step, tokens, cost tokens, duration, bytes and folder of each checkpoint.
         starts: step, tokens, cost tokens and elapsed time of each start and resume.
         events: step, tokens, time, name and text of each record of `events.jsonl`.

@@ -29,7 +29,7 @@ class Curve:
         losses: loss at K = 1 of each evaluation, in nats per token.
         switches: (tokens, cost_tokens) of each switch.
         patch_sizes: K at each evaluation.
-        notes: sentences about rows of the metrics that are left out.
+        notes: sentences about rows of the metrics and evaluations that are left out.
     """
 
     label: str
@@ -61,8 +61,8 @@ def read_curve(run: Path, label: str | None = None, corpus: str | None = None) -
     evaluations = [row for row in rows if row["token_loss"] is not None]
     if not evaluations and corpus is not None:
         raise DataError(
-            f"{path} contains no evaluation of {corpus}",
-            f"one of {', '.join(metrics.corpora)}" if metrics.corpora else "a run that evaluates several corpora",
+            f"{path} contains no evaluation of {visible(corpus)}",
+            f"one of {', '.join(map(visible, metrics.corpora))}" if metrics.corpora else "a run whose evaluations name their corpora",
             "correct or remove --corpus",
         )
     if not evaluations:
@@ -70,6 +70,8 @@ def read_curve(run: Path, label: str | None = None, corpus: str | None = None) -
         raise DataError(
             f"{path} contains no evaluation{why}", "a run that evaluates held-out data", "train with --eval-interval and a held-out --split"
         )
+    left_out = [row["step"] for row in rows if row["token_loss"] is None] if corpus is not None else []
+    notes = [f"draws no evaluation without {visible(corpus or '')}: from step {left_out[0]:,} to {left_out[-1]:,}"] if left_out else []
     switches = [metrics.places.locate(record) for record in metrics.switches.last]
     return Curve(
         label or visible(run.name),
@@ -78,7 +80,7 @@ def read_curve(run: Path, label: str | None = None, corpus: str | None = None) -
         [row["token_loss"] for row in evaluations],
         [(place["tokens"], place["cost_tokens"]) for place in switches],
         [row["patch_size"] for row in evaluations],
-        metrics.left_out.notes(),
+        metrics.left_out.notes() + notes,
     )
 
 

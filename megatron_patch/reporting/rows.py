@@ -163,7 +163,7 @@ def _first_problem(fields: Mapping[str, _Kind], values: Mapping[str, Any]) -> st
 
 
 def _corpora_problem(corpora: Any) -> str | None:
-    """Returns what is wrong with the losses of corpora in an evaluation, which runs on one corpus and of earlier versions lack, or None."""
+    """Returns what is wrong with the losses of corpora in an evaluation, which runs of earlier versions lack, or None."""
     if corpora is not None and not isinstance(corpora, dict):
         return f"corpora is {_WORDS.get(type(corpora)) or repr(corpora)[:40]}"
     for name, part in (corpora or {}).items():

@@ -1,7 +1,8 @@
 """Tokenizers of Hugging Face's library `tokenizers`. In: a tokenizer.json, or GPT-2's vocab.json and merges.txt. Out: a tokenizer.
 
 The library reads plain data; code that comes with a model is never run. Special tokens that only the files beside a tokenizer.json name are
-added to its vocabulary, as transformers adds them, so that the ids are those of `AutoTokenizer`.
+added to its vocabulary, as transformers adds them, so that the ids are those of its `PreTrainedTokenizerFast`. Some other classes of
+transformers replace parts of a tokenizer.json by their own; here the file counts.
 """
 
 from __future__ import annotations
@@ -16,12 +17,11 @@ import orjson
 
 from megatron_patch.errors import DataError
 from megatron_patch.tokenizers.interface import Flat, TokenizerOptions, flatten
-from megatron_patch.tokenizers.library_errors import MOST_FILE_BYTES, encode_texts, library_errors
+from megatron_patch.tokenizers.library_errors import LARGEST_ID, MOST_FILE_BYTES, encode_texts, library_errors, shorten
 from megatron_patch.tokenizers.special_tokens import Choice, SpecialTokenFiles, choose, read_special_token_files
 from megatron_patch.utils.files import read_small
 
 _GPT2_EOD = "<|endoftext|>"
-_LARGEST_ID = (1 << 31) - 2
 
 
 @dataclass
@@ -88,6 +88,7 @@ def load_hugging_face(options: TokenizerOptions) -> HuggingFaceTokenizer:
     backend.no_padding()
     files = read_special_token_files(file.parent)
     _add_tokens(backend, files)
+    backend.encode_special_tokens = files.split
     special = [token.content for token in backend.get_added_tokens_decoder().values() if token.special]
     return _with_special_tokens(str(file), backend, options, files, special)
 
@@ -129,18 +130,25 @@ def _add_tokens(backend: Any, files: SpecialTokenFiles) -> None:
             backend.add_tokens([added])
         found = backend.token_to_id(token["content"])
         if found != number:
+            name = shorten(token["content"])
             raise DataError(
-                f"{files.path} gives {token['content']!r} the id {number}, but in the vocabulary of tokenizer.json it is {found}",
-                "the files of one tokenizer",
-                "copy all files of the tokenizer again",
+                f"{files.added_path} gives {name} the id {number}, but in the vocabulary of tokenizer.json it is {found}",
+                "files of one tokenizer, in which a token has one id",
+                "copy all files of the tokenizer again; if they are as published, give the tokenizer.json in a folder of its own, with "
+                "--eod-token: texts then hold that token by its letters",
             )
-    contents = {token.content for token in backend.get_added_tokens_decoder().values()}
+    known_tokens = {token.content: token for token in backend.get_added_tokens_decoder().values()}
     required = {files.names.get("eos_token"), files.names.get("bos_token")}
     for token in files.more:
-        missing = token["content"] not in contents
         # A missing end or beginning token is an error, which `choose` raises; transformers adds it without a word.
-        if missing and not (token["content"] in required and backend.token_to_id(token["content"]) is None):
+        if token["content"] not in known_tokens and not (token["content"] in required and backend.token_to_id(token["content"]) is None):
             backend.add_tokens([AddedToken(**{**token, "special": True})])
+    # A token with a role becomes special if the files list it.
+    listed = {token["content"] for token in files.added.values()} if files.lists_all else set(known_tokens)
+    for name in listed.intersection(filter(None, files.names.values())):
+        if name in known_tokens and not known_tokens[name].special:
+            known_tokens[name].special = True
+            backend.add_tokens([known_tokens[name]])
 
 
 def _properties(token: Any) -> tuple[Any, ...]:
@@ -163,8 +171,8 @@ def _with_special_tokens(
         twice = Counter(ids.values()).most_common(1)[0][0]
         names = " and ".join(sorted(repr(token) for token, number in ids.items() if number == twice))
         raise DataError(f"{name}: {names} have the same id, {twice}", "a different id for each token", do)
-    if (largest := max(ids.values())) > _LARGEST_ID:
-        raise DataError(f"{name} has the id {largest}", f"ids up to {_LARGEST_ID}", do)
+    if (largest := max(ids.values())) > LARGEST_ID:
+        raise DataError(f"{name} has the id {largest}", f"ids up to {LARGEST_ID}", do)
     eod = Choice(options.eod_id) if options.eod_id is not None else choose("eos", options.eod_token, files, ids, special)
     bos = Choice(options.bos_id) if options.bos_id is not None else choose("bos", options.bos_token, files, ids, special)
     return HuggingFaceTokenizer(name, backend, largest + 1, eod.token, bos.token, eod.reason, bos.reason)

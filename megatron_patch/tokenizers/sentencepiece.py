@@ -71,7 +71,8 @@ def load_sentencepiece(options: TokenizerOptions) -> SentencePieceTokenizer:
     if model is None:
         raise DataError("SentencePieceTokenizer without --tokenizer-model", "a SentencePiece .model file", "give --tokenizer-model")
     if not Path(model).is_file():
-        raise DataError(f"--tokenizer-model {model} does not exist", "a SentencePiece .model file", "check the path")
+        what = "is not a file" if Path(model).exists() else "does not exist"
+        raise DataError(f"--tokenizer-model {model} {what}", "a SentencePiece .model file", "check the path")
     backend = sentencepiece.SentencePieceProcessor()
     with library_errors(f"{model} is not a SentencePiece model", "a SentencePiece .model file", "give another --tokenizer-model"):
         backend.load_from_serialized_proto(read_small(model, MOST_FILE_BYTES))

@@ -8,13 +8,16 @@ where a text contains it. The files are read as transformers reads them (`PreTra
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from megatron_patch.errors import DataError
-from megatron_patch.utils.files import optional_file, read_json, reason
+from megatron_patch.tokenizers.library_errors import LARGEST_ID, shorten
+from megatron_patch.utils.files import read_json, reason
 
 Role = Literal["eos", "bos"]
 FLAGS: dict[Role, str] = {"eos": "--eod-token", "bos": "--bos-token"}
@@ -23,6 +26,7 @@ USUAL_NAMES: dict[Role, tuple[str, ...]] = {
     "bos": ("<|begin_of_text|>", "<s>", "<bos>", "[BOS]", "<|startoftext|>", "<｜begin▁of▁sentence｜>"),
 }
 """The names by which a special token is recognized where no file says what it is for."""
+_SHORT_NUMBER = re.compile("[0-9]{1,10}")
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _FLAGS_OF_A_TOKEN = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
@@ -48,13 +52,19 @@ class SpecialTokenFiles:
         path: the file that says it, for messages.
         names: the token of each role that the files name ("eos_token" and so on), None where they say that there is none.
         added: tokens with ids that may be missing in the tokenizer.json: id to content and flags.
+        added_path: the file that names them.
+        lists_all: whether that file is tokenizer_config.json, which then lists all added tokens, also those of tokenizer.json.
         more: the contents and flags of other special tokens, without ids.
+        split: whether special tokens inside of texts are split like other text.
     """
 
     path: str = ""
     names: dict[str, str | None] = field(default_factory=dict)
     added: dict[int, dict[str, Any]] = field(default_factory=dict)
+    added_path: str = ""
+    lists_all: bool = False
     more: list[dict[str, Any]] = field(default_factory=list)
+    split: bool = False
 
 
 def read_special_token_files(folder: Path) -> SpecialTokenFiles:
@@ -63,42 +73,66 @@ def read_special_token_files(folder: Path) -> SpecialTokenFiles:
     Raises:
         DataError: a file cannot be read, or holds something else than transformers writes.
     """
-    path = folder / "tokenizer_config.json"
+    path, map_path, added_path = (folder / f"{name}.json" for name in ("tokenizer_config", "special_tokens_map", "added_tokens"))
     config = _read(path)
     legacy = "added_tokens_decoder" not in config
-    entries = {**config, **(_read(folder / "special_tokens_map.json") if legacy else {})}
-    found = SpecialTokenFiles(str(path if path.is_file() else folder / "special_tokens_map.json"))
-    for number, token in (config.get("added_tokens_decoder") or {}).items():
-        if not isinstance(token, Mapping) or not str(number).isdigit():
-            raise DataError(
-                f"{path}: added_tokens_decoder holds {number}: {token!r}", "ids with an object of content and flags", "repair the file"
-            )
-        found.added[int(number)] = _token(token, path)
+    entries = {**config, **(_read(map_path) if legacy else {})}
+    found = SpecialTokenFiles(str(path if path.exists() else map_path), split=config.get("split_special_tokens") is True)
     for key in _NAMED:
         if key in entries:
             found.names[key] = None if entries[key] is None else _token(entries[key], path)["content"]
     if legacy:
-        special = {name for name in found.names.values() if name}
-        for content, number in _read(folder / "added_tokens.json").items():
-            is_special = content in special
-            found.added[int(number)] = {"content": content, "normalized": not is_special, "special": is_special}
-    found.more = [_token(value, path) for value in _special_values(entries)]
+        # As transformers does it: additional_special_tokens do not count here beside an object of extra_special_tokens.
+        extra = [] if isinstance(entries.get("extra_special_tokens") or [], Mapping) else _extra_tokens(entries, path)
+        special = {*found.names.values(), *(_token(value, path)["content"] for value in extra)}
+        found.added_path = str(added_path)
+        for content, number in _read(added_path).items():
+            flags = {"normalized": content not in special, "special": content in special}
+            found.added[_id(number, added_path)] = {"content": _text(content, added_path), **flags}
+    else:
+        found.added_path, found.lists_all = str(path), True
+        decoder = config["added_tokens_decoder"]
+        if not isinstance(decoder, Mapping):
+            raise DataError(f"{path}: added_tokens_decoder is {shorten(decoder)}", "an object of ids and tokens", "repair the file")
+        for number, token in decoder.items():
+            if not isinstance(token, Mapping):
+                raise DataError(
+                    f"{path}: added_tokens_decoder holds {number}: {shorten(token)}",
+                    "ids with an object of content and flags",
+                    "repair the file",
+                )
+            found.added[_id(int(number) if _SHORT_NUMBER.fullmatch(number) else number, path)] = _token(token, path)
+    found.more = [_token(value, path) for value in _special_values(entries, path)]
     return found
 
 
-def _special_values(entries: Mapping[str, Any]) -> list[Any]:
+def _special_values(entries: Mapping[str, Any], path: Path) -> list[Any]:
     """Returns the values of all special tokens that the files name, in the order in which transformers adds them."""
     values = [entries[key] for key in _NAMED if entries.get(key) is not None]
-    extra = entries.get("extra_special_tokens") or entries.get("additional_special_tokens") or []
-    values += [value for key, value in entries.items() if key.endswith("_token") and key not in _NAMED and isinstance(value, (str, dict))]
-    return [*values, *(extra.values() if isinstance(extra, Mapping) else extra)]
+    for key, value in entries.items():
+        # transformers takes a model's own token from a text, or from an object that says that it is a token.
+        if key.endswith("_token") and key not in _NAMED and (isinstance(value, str) or (isinstance(value, Mapping) and "__type" in value)):
+            values.append(value)
+    extra = entries.get("extra_special_tokens")
+    return [*values, *(extra.values() if isinstance(extra, Mapping) else ()), *_extra_tokens(entries, path)]
+
+
+def _extra_tokens(entries: Mapping[str, Any], path: Path) -> list[Any]:
+    """Returns the special tokens without a role: those of extra_special_tokens, or else of additional_special_tokens, as it was called."""
+    lists = []
+    for key in ("extra_special_tokens", "additional_special_tokens"):
+        given = entries.get(key) or []
+        if not isinstance(given, list) and not (isinstance(given, Mapping) and key == "extra_special_tokens"):
+            raise DataError(f"{path}: {key} is {shorten(given)}", "a list of tokens", "repair the file")
+        lists.append(given if isinstance(given, list) else [])
+    return lists[0] or lists[1]
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """Returns the object in a JSON file; nothing where there is no such file."""
+    """Returns the object in a JSON file; nothing where there is none. A link to nowhere, or a pipe, is an error."""
+    if not os.path.lexists(path):
+        return {}
     try:
-        if not optional_file(path):
-            return {}
         content = read_json(path)
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path} cannot be read: {reason(error)}", "a JSON object", "repair or remove the file") from error
@@ -110,11 +144,23 @@ def _read(path: Path) -> dict[str, Any]:
 def _token(value: Any, path: Path) -> dict[str, Any]:
     """Returns content and flags of a token that a file gives as a string or as an object."""
     if isinstance(value, str):
-        return {"content": value, "normalized": False, "special": True}
+        return {"content": _text(value, path), "normalized": False, "special": True}
     if isinstance(value, Mapping) and isinstance(value.get("content"), str):
         flags = {key: bool(value[key]) for key in _FLAGS_OF_A_TOKEN if key in value}
-        return {"content": value["content"], "special": "__type" in value or "special" not in value, **flags}
-    raise DataError(f"{path}: a special token is {value!r}", "a text, or an object with the key content", "repair the file")
+        return {"content": _text(value["content"], path), "special": "__type" in value or "special" not in value, **flags}
+    raise DataError(f"{path}: a special token is {shorten(value)}", "a text, or an object with the key content", "repair the file")
+
+
+def _id(value: Any, path: Path) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= LARGEST_ID:
+        raise DataError(f"{path}: a token has the id {shorten(value)}", f"whole numbers from 0 to {LARGEST_ID}", "repair the file")
+    return value
+
+
+def _text(value: str, path: Path) -> str:
+    if not value or any("\ud800" <= letter <= "\udfff" for letter in value):
+        raise DataError(f"{path}: a token is {shorten(value)}", "text that is not empty and is valid Unicode", "repair the file")
+    return value
 
 
 def choose(

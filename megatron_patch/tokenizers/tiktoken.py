@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from megatron_patch.errors import DataError
 from megatron_patch.tokenizers.interface import TokenizerOptions
-from megatron_patch.tokenizers.library_errors import MOST_FILE_BYTES, encode_texts, library_errors
+from megatron_patch.tokenizers.library_errors import LARGEST_ID, MOST_FILE_BYTES, encode_texts, library_errors, shorten
 from megatron_patch.tokenizers.special_tokens import Choice, SpecialTokenFiles, choose
 from megatron_patch.utils.files import read_small, reason
 from megatron_patch.utils.registry import lookup
@@ -106,7 +106,7 @@ def _read_ranks(path: Path) -> dict[bytes, int]:
         try:
             token, rank = line.split() if line.strip() else (b"", b"")
             if token:
-                ranks[base64.b64decode(token, validate=True)] = int(rank)
+                ranks[base64.b64decode(token, validate=True)] = _rank(rank)
         except (ValueError, binascii.Error) as error:
             raise DataError(
                 f"{path} is not a tiktoken file: line {number}: {error}",
@@ -120,6 +120,17 @@ def _read_ranks(path: Path) -> dict[bytes, int]:
             "give another --tokenizer-model",
         )
     return ranks
+
+
+def _rank(word: bytes) -> int:
+    """Returns a rank.
+
+    Raises:
+        ValueError: it is no whole number, or no id that a dataset can store.
+    """
+    if not word.isdigit() or not 0 <= int(word[:20]) <= LARGEST_ID:
+        raise ValueError(f"the rank {shorten(word.decode(errors='replace'))} is not a whole number from 0 to {LARGEST_ID}")
+    return int(word)
 
 
 def load_tiktoken(options: TokenizerOptions) -> TikTokenizer:
@@ -143,7 +154,8 @@ def load_tiktoken(options: TokenizerOptions) -> TikTokenizer:
         ) from error
     path = Path(model)
     if not path.is_file():
-        raise DataError(f"--tokenizer-model {model} does not exist", "a tiktoken file of base64 tokens and ranks", "check the path")
+        what = "is not a file" if path.exists() else "does not exist"
+        raise DataError(f"--tokenizer-model {model} {what}", "a tiktoken file of base64 tokens and ranks", "check the path")
     ranks = _read_ranks(path)
     special = _special_ids(options.special_tokens or DEFAULT_SPECIAL, ranks)
     expression = _expression(pattern)
@@ -167,7 +179,7 @@ def _expression(pattern: str | None) -> str:
     """
     if pattern is None:
         return PATTERNS[_FOR_DECODING]
-    if _NAME.fullmatch(pattern):
+    if not pattern or _NAME.fullmatch(pattern):
         return lookup(PATTERNS, pattern, "--tiktoken-pattern", error=DataError)
     return pattern
 
@@ -178,8 +190,10 @@ def _special_ids(names: Sequence[str], ranks: Mapping[bytes, int]) -> dict[str, 
     found: dict[str, int] = {}
     for word in names:
         name, equals, number = word.rpartition("=")
-        if not equals or not number.isdigit():
+        if not equals or not (number.isascii() and number.isdigit()):
             name, number = word, str(max(taken) + 1)
+        if len(number) > 20 or int(number) > LARGEST_ID:
+            raise DataError(f"--special-tokens {shorten(word)}: the id is too large", f"ids up to {LARGEST_ID}", "choose another id")
         if int(number) in taken or name in found:
             raise DataError(
                 f"--special-tokens {word}: another token has this id or name", "an id and a name that are free", "choose another id or name"

@@ -11,17 +11,18 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from megatron_patch.checkpoint.trainer_state import HeldOutName
 from megatron_patch.config.resolve import RunConfig
 from megatron_patch.data.collate import DocumentMasking, PatchBatch
 from megatron_patch.data.corpus import TokenCorpus, check_metadata, check_vocabulary, open_corpus
-from megatron_patch.data.corpus_names import corpus_names
+from megatron_patch.data.corpus_names import names_in_run
 from megatron_patch.data.evaluation_data import HeldOutCorpus, evaluation_batches, held_out_starts, shares
 from megatron_patch.data.loader import PatchLoader
 from megatron_patch.data.token_stream import TrainStream
 from megatron_patch.parallel.grid import Grid
 from megatron_patch.stages import Stage, StagePlan
 from megatron_patch.tokenizers.base import Tokenizer, tokenizer_of_checkpoint
-from megatron_patch.training.stream import open_stream
+from megatron_patch.training.stream import check_shared, open_stream, shared_notes
 from megatron_patch.utils.units import plural
 
 
@@ -33,6 +34,7 @@ class RunData:
         stream: the training stream over all stages.
         held_out: the held-out data of each corpus that has enough of it; corpora are numbered in this order.
         held_out_notes: sentences for the user about it.
+        held_out_names: the names under which the run has evaluated corpora so far, in earlier starts too.
         masking: how documents are kept apart.
         grid: coordinates of this rank.
         prefetch: number of steps prepared in advance.
@@ -44,6 +46,7 @@ class RunData:
     stream: TrainStream
     held_out: tuple[HeldOutCorpus, ...]
     held_out_notes: tuple[str, ...]
+    held_out_names: tuple[HeldOutName, ...]
     masking: DocumentMasking
     grid: Grid
     prefetch: int
@@ -102,7 +105,7 @@ class RunData:
             )
 
 
-def open_data(run: RunConfig, plan: StagePlan, grid: Grid, pin_memory: bool = False) -> RunData:
+def open_data(run: RunConfig, plan: StagePlan, grid: Grid, pin_memory: bool = False, used: Sequence[HeldOutName] = ()) -> RunData:
     """Opens and checks the data of a run.
 
     Args:
@@ -110,6 +113,7 @@ def open_data(run: RunConfig, plan: StagePlan, grid: Grid, pin_memory: bool = Fa
         plan: the plan that it follows.
         grid: coordinates of this rank.
         pin_memory: whether batches are in page-locked memory, for GPUs.
+        used: the names under which the run has evaluated corpora before it resumes.
 
     Raises:
         DataError: a file is missing, damaged, has another vocabulary or is too small for the plan, or corpora do not fit together.
@@ -117,11 +121,18 @@ def open_data(run: RunConfig, plan: StagePlan, grid: Grid, pin_memory: bool = Fa
     options = run.options.data
     stream = open_stream(run, plan)
     valid = [open_corpus(name) for name, _ in run.valid_blend]
+    named = [(name, corpus) for (name, _), corpus in zip(run.valid_blend, valid, strict=True)]
+    check_shared("--valid-data-path", named)
     infos = check_metadata([*stream.corpora, *valid], options.eod_token_id)
     for corpus in valid:
         check_vocabulary(corpus, run.shape.vocab_size)
     unit = math.lcm(run.options.stages.seq_length, *(stage.positions * stage.patch_size for stage in plan.stages))
-    held_out, held_out_notes = _held_out(run, stream, valid, unit + plan.lookahead_tokens)
+    blend = run.valid_blend or run.blend
+    trained = dict(zip(stream.names, stream.corpora, strict=True))
+    evaluated = valid or [trained[word] for word, _ in blend]
+    names = names_in_run([word for word, _ in blend], [corpus.num_tokens for corpus in evaluated], used)
+    held_out, held_out_notes = _held_out(run, stream, evaluated, names, unit + plan.lookahead_tokens)
+    held_out_notes = (*shared_notes(stream, named), *held_out_notes)
     masking = DocumentMasking(
         eod_id=run.eod_id if run.eod_id is not None else next((info.eod_id for info in infos), None),
         reset_attention_mask=options.reset_attention_mask,
@@ -129,27 +140,30 @@ def open_data(run: RunConfig, plan: StagePlan, grid: Grid, pin_memory: bool = Fa
         eod_mask_loss=options.eod_mask_loss,
         ignore_repeated_eod=any(info.patch_align > 1 for info in infos),
     )
-    return RunData(stream, held_out, held_out_notes, masking, grid, options.num_workers, run.shape.vocab_size, unit, pin_memory)
+    return RunData(stream, held_out, held_out_notes, names, masking, grid, options.num_workers, run.shape.vocab_size, unit, pin_memory)
 
 
 def _held_out(
-    run: RunConfig, stream: TrainStream, valid: Sequence[TokenCorpus], needed: int
+    run: RunConfig, stream: TrainStream, evaluated: Sequence[TokenCorpus], names: Sequence[HeldOutName], needed: int
 ) -> tuple[tuple[HeldOutCorpus, ...], tuple[str, ...]]:
     """Returns the held-out data of each corpus that has at least `needed` tokens of it, and sentences for the user about it.
 
     Args:
         run: the run.
-        stream: its training stream, of whose corpora parts are held out if there are no held-out corpora.
-        valid: the held-out corpora.
+        stream: its training stream.
+        evaluated: the held-out corpora, or else the training corpora of which parts are held out.
+        names: names that begin with those of these corpora.
         needed: tokens of the smallest evaluation, and after them those for its last labels.
     """
-    blend, trained = run.valid_blend or run.blend, dict(zip(stream.names, stream.corpora, strict=True))
-    parts = [(corpus, (0, corpus.num_tokens)) for corpus in valid] or [
-        (trained[word], trained[word].ranges(stream.split)[1]) for word, _ in blend
-    ]
+    blend = run.valid_blend or run.blend
     every = [
-        HeldOutCorpus(name, corpus, token_range, weight if run.weighs_held_out else None)
-        for name, (_, weight), (corpus, token_range) in zip(corpus_names([word for word, _ in blend]), blend, parts, strict=True)
+        HeldOutCorpus(
+            one.name,
+            corpus,
+            (0, corpus.num_tokens) if run.valid_blend else corpus.ranges(stream.split)[1],
+            weight if run.weighs_held_out else None,
+        )
+        for one, (_, weight), corpus in zip(names, blend, evaluated, strict=False)
     ]
     kept = tuple(one for one in every if one.tokens >= needed)
     if not kept:
@@ -164,13 +178,12 @@ def _held_out(
         of_stages = [word for word in stream.names if word not in dict(blend)]
         notes += [f"{word} is not evaluated, because only a stage names it (use --valid-data-path)" for word in of_stages]
     if len(kept) > 1:
-        names = [one.name for one in kept]
         weights = shares([one.weight for one in kept], [1] * len(kept))
-        weighed = " + ".join(f"{weight:.4g} × {name}" for weight, name in zip(weights, names, strict=True))
+        weighed = " + ".join(f"{weight:.4g} × {one.name}" for weight, one in zip(weights, kept, strict=True))
         notes.append(
             f"the held-out loss is {weighed}"
             if run.weighs_held_out
-            else f"the held-out loss counts each evaluated token of {', '.join(names)} the same"
+            else f"the held-out loss counts each evaluated token of {', '.join(one.name for one in kept)} the same"
         )
     return kept, tuple(notes)
 

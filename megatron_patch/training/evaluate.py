@@ -9,11 +9,11 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from megatron_patch.data.collate import PatchBatch
-from megatron_patch.data.evaluation_data import shares
+from megatron_patch.data.evaluation_data import HeldOutCorpus, shares
 from megatron_patch.engine.interface import Engine, EvaluationResult
 from megatron_patch.stages import Stage
 from megatron_patch.training.callbacks.base import CorpusLoss
@@ -42,13 +42,15 @@ class HeldOutLosses:
         token_loss: at K = 1, in nats per token.
         patch_loss: at the stage's K, in nats per label; the same in a token stage.
         labels: number of labels that are scored at K = 1.
-        corpora: the same for each corpus by its name; empty if there is only one.
+        corpora: the same for each corpus by its name, also if there is only one; one without labels has NaN and the weight 0.
+        notes: sentences for the user about corpora without labels.
     """
 
     token_loss: float
     patch_loss: float
     labels: int
     corpora: dict[str, CorpusLoss]
+    notes: tuple[str, ...] = ()
 
 
 def held_out_losses(
@@ -70,18 +72,37 @@ def held_out_losses(
     at_token = at_patch = _mean_loss(engine, data.evaluation(stage, seq_length, 1, tokens), stop_reason)
     if stage.patch_size > 1:
         at_patch = _mean_loss(engine, data.evaluation(stage, stage.positions, stage.patch_size, tokens), stop_reason)
-    whole = HeldOutLosses(at_token.loss, at_patch.loss, at_token.labels, {})
-    if len(data.held_out) == 1:
-        return whole
     weights = [one.weight for one in data.held_out]
     parts = [(at_token.corpora[number], at_patch.corpora[number]) for number in range(len(weights))]
-    by_corpus = zip(data.held_out, shares(weights, [part.labels for part, _ in parts]), parts, strict=True)
-    corpora = {one.name: CorpusLoss(share, part.loss, patch.loss, part.labels) for one, share, (part, patch) in by_corpus}
+    at_token_shares = shares(weights, [part.labels for part, _ in parts])
+    corpora = {
+        one.name: CorpusLoss(share, part.loss, patch.loss, part.labels)
+        for one, share, (part, patch) in zip(data.held_out, at_token_shares, parts, strict=True)
+    }
+    notes = _notes_on_masked(data.held_out, {1: [part for part, _ in parts], stage.patch_size: [patch for _, patch in parts]})
     if None in weights:
-        return dataclasses.replace(whole, corpora=corpora)
-    token_loss = sum(part.weight * part.token_loss for part in corpora.values())
-    patch_loss = sum(part.weight * part.patch_loss for part in corpora.values())
-    return HeldOutLosses(token_loss, patch_loss, whole.labels, corpora)
+        return HeldOutLosses(at_token.loss, at_patch.loss, at_token.labels, corpora, notes)
+    token_loss = _weighed(at_token_shares, [part for part, _ in parts])
+    # Masks may leave a corpus with labels at one K and without any at the other.
+    patch_loss = _weighed(shares(weights, [patch.labels for _, patch in parts]), [patch for _, patch in parts])
+    return HeldOutLosses(token_loss, patch_loss, at_token.labels, corpora, notes)
+
+
+def _notes_on_masked(held_out: Sequence[HeldOutCorpus], parts: Mapping[int, Sequence[EvaluationResult]]) -> tuple[str, ...]:
+    """Returns a sentence for each corpus without a scored label, by the results of the corpora at each K."""
+    return tuple(
+        f"the held-out loss at K = {k} has no part of {one.name}: each of its labels is masked at an end of a document"
+        + ("; its weight goes to the other corpora" if one.weight is not None and any(part.labels for part in results) else "")
+        for k, results in parts.items()
+        for one, result in zip(held_out, results, strict=True)
+        if not result.labels
+    )
+
+
+def _weighed(weights: Sequence[float], parts: Sequence[EvaluationResult]) -> float:
+    """Returns the sum of the losses times their weights, of the corpora that have a loss; NaN if none has one."""
+    found = [weight * part.loss for weight, part in zip(weights, parts, strict=True) if part.labels]
+    return sum(found) if found else float("nan")
 
 
 def _mean_loss(engine: Engine, batches: Iterator[PatchBatch], stop_reason: Callable[[], str | None]) -> EvaluationResult:

@@ -15,14 +15,18 @@ from pathlib import Path
 from typing import Any
 
 from megatron_patch.checkpoint.commit import ValidCheckpoint, find_newest_valid, list_checkpoints, share_of_rank, step_of, verify
-from megatron_patch.checkpoint.trainer_state import TrainerState
+from megatron_patch.checkpoint.trainer_state import HeldOutName, TrainerState
 from megatron_patch.config.options import CheckpointOptions
 from megatron_patch.config.resolve import RunConfig
+from megatron_patch.config.stage_spec import parse_blend
+from megatron_patch.data.corpus_names import corpus_names
+from megatron_patch.data.same_dataset import real_path
 from megatron_patch.engine.distributed import broadcast_object, gather_objects
-from megatron_patch.errors import CheckpointError, MegatronPatchError
+from megatron_patch.errors import CheckpointError, ConfigError, DataError, MegatronPatchError
 from megatron_patch.parallel.grid import Grid
 from megatron_patch.stages import Progress, Stage, StagePlan
 from megatron_patch.training.resume_checks import check_resume, check_weights_of, progress_problems
+from megatron_patch.utils.console import visible
 from megatron_patch.utils.files import same_path
 
 
@@ -185,6 +189,7 @@ def make_trainer_state(
     guard: Mapping[str, Any],
     stage_end: bool,
     engine: Mapping[str, Any],
+    held_out: tuple[HeldOutName, ...] = (),
 ) -> TrainerState:
     """Returns what a checkpoint records, the counterpart of `find_start_point`.
 
@@ -196,6 +201,7 @@ def make_trainer_state(
         guard: the step guard's state (`StepGuard.state`).
         stage_end: whether this is the checkpoint that ends the stage.
         engine: the engine's state (`Snapshot.state`).
+        held_out: the names under which the run has evaluated corpora so far.
     """
     plan, stage = start.plan, start.plan.stages[progress.stage_index]
     return TrainerState(
@@ -214,4 +220,21 @@ def make_trainer_state(
         guard=guard,
         begun_from=start.begun_from,
         data_metadata=dataclasses.asdict(run.data_metadata) if run.data_metadata else None,
+        held_out=held_out,
     )
+
+
+def held_out_names(state: TrainerState | None) -> tuple[HeldOutName, ...]:
+    """Returns the names under which a run has evaluated corpora; of checkpoints that do not record them, those that its options give."""
+    if state is None:
+        return ()
+    if state.held_out:
+        return tuple(dataclasses.replace(one, name=visible(one.name)) for one in state.held_out)
+    options = state.config["options"]
+    words = options.get("valid_data_path") or options.get("data_path")
+    try:
+        blend = parse_blend([str(word) for word in words]) if isinstance(words, list) else ()
+    except (ConfigError, DataError):
+        return ()
+    given = [word for word, _ in blend]
+    return tuple(HeldOutName(name, real_path(word)) for name, word in zip(corpus_names(given), given, strict=True))

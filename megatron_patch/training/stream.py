@@ -8,13 +8,15 @@ In: a run and its plan. Out: `TrainStream`, and the corpus usage (tokens and epo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 
 from rich.table import Table
 
 from megatron_patch.config.resolve import RunConfig
-from megatron_patch.data.corpus import check_vocabulary, open_corpus
+from megatron_patch.data.corpus import TokenCorpus, check_vocabulary, open_corpus
 from megatron_patch.data.dataset_paths import expand_prefixes
+from megatron_patch.data.same_dataset import shared_datasets
 from megatron_patch.data.storage import exists
 from megatron_patch.data.token_stream import TrainStream
 from megatron_patch.errors import DataError
@@ -30,11 +32,14 @@ def open_stream(run: RunConfig, plan: StagePlan) -> TrainStream:
         plan: the plan that it follows.
 
     Raises:
-        DataError: a file is missing, damaged, has another vocabulary or is too small for the plan, or a corpus is read more often than
-            --max-epochs allows.
+        DataError: a file is missing, damaged, has another vocabulary or is too small for the plan, two corpora of a blend share a dataset,
+            or a corpus is read more often than --max-epochs allows.
     """
     options = run.options.data
     corpora = {name: open_corpus(name) for name in run.corpus_names}
+    check_shared("--data-path", [(name, corpora[name]) for name, _ in run.blend])
+    for stage in plan.stages:
+        check_shared(f"stage {stage.name}: data_path", [(name, corpora[name]) for name, _ in stage.blend or ()])
     for corpus in corpora.values():
         check_vocabulary(corpus, run.shape.vocab_size)
     stream = TrainStream(
@@ -48,6 +53,44 @@ def open_stream(run: RunConfig, plan: StagePlan) -> TrainStream:
     )
     stream.check_epochs(run.epoch_limits)
     return stream
+
+
+def check_shared(flag: str, blend: Sequence[tuple[str, TokenCorpus]]) -> None:
+    """Checks that no two corpora of a blend share a dataset, also inside of a glob or a list.
+
+    Args:
+        flag: name of the option in the error.
+        blend: word and corpus of each entry.
+
+    Raises:
+        DataError: two do.
+    """
+    for word, other, prefix in shared_datasets([(word, corpus.prefixes) for word, corpus in blend]):
+        raise DataError(
+            f"{flag}: {word} and {other} share the dataset {prefix}",
+            "each dataset in one corpus of a blend",
+            "remove it from one of them, and change the weights",
+        )
+
+
+def shared_notes(stream: TrainStream, valid: Sequence[tuple[str, TokenCorpus]] = ()) -> list[str]:
+    """Returns sentences for the user about datasets that several stages name differently, or that are trained on and held out.
+
+    Args:
+        stream: the training stream.
+        valid: word and corpus of each entry of --valid-data-path.
+    """
+    trained = [(word, corpus.prefixes) for word, corpus in zip(stream.names, stream.corpora, strict=True)]
+    notes = [
+        f"{word} and {other} of different stages share the dataset {prefix}: what one of them reads of it, the other may read again"
+        for word, other, prefix in (shared_datasets(trained) if len(trained) > 1 else [])
+    ]
+    words = {f"--valid-data-path {word}": corpus.prefixes for word, corpus in valid}
+    found = shared_datasets([("--data-path", [prefix for _, prefixes in trained for prefix in prefixes]), *words.items()]) if words else []
+    return notes + [
+        f"{prefix} is in the training data and in {word}: its held-out loss is that of text that the run trains on"
+        for _, word, prefix in found
+    ]
 
 
 def open_stream_if_present(run: RunConfig) -> tuple[TrainStream | None, list[str]]:
@@ -64,7 +107,7 @@ def open_stream_if_present(run: RunConfig) -> tuple[TrainStream | None, list[str
     if (missing := _missing_data(run)) is not None:
         return None, [f"epochs per corpus are unknown: {missing}"]
     stream = open_stream(run, run.plan)
-    return stream, stream.notes()
+    return stream, [*stream.notes(), *shared_notes(stream)]
 
 
 def _missing_data(run: RunConfig) -> str | None:

@@ -41,7 +41,7 @@ from megatron_patch.training.faults.stop_requests import StopRequests
 from megatron_patch.training.faults.stragglers import StragglerDetector
 from megatron_patch.training.faults.watchdog import Watchdog
 from megatron_patch.training.lr_schedule import build_lr_schedule
-from megatron_patch.training.resume import find_newest_valid_together, find_start_point, make_trainer_state, start_notes
+from megatron_patch.training.resume import find_newest_valid_together, find_start_point, held_out_names, make_trainer_state, start_notes
 from megatron_patch.training.resume_checks import check_data
 from megatron_patch.training.rollback import roll_back
 from megatron_patch.training.throughput import DataWaitMonitor
@@ -89,7 +89,8 @@ class Trainer:
         self.run = run = with_plan(run, self.plan) if self.start.resuming else run
         self.schedule = build_lr_schedule(self.plan)
 
-        self.data = open_data(run, self.plan, self.grid, pin_memory=device.type == "cuda")
+        used = held_out_names(self.start.resumed)
+        self.data = open_data(run, self.plan, self.grid, pin_memory=device.type == "cuda", used=used)
         self.fingerprint = self.data.stream.fingerprint()
         if self.start.resumed is not None:
             check_data(self.start.resumed, self.fingerprint)
@@ -106,6 +107,7 @@ class Trainer:
         context = CallbackContext(run, self.save_folder, self.grid, self.engine.logits, tokenizer, device)
         self.callbacks = make_callbacks(context, callbacks)
         self._evaluated_at: int | None = None
+        self._noted: set[str] = set()
         if self.grid.rank == 0:
             self._print_start(engine_config, lock.replaced_owner if lock is not None else None)
 
@@ -291,6 +293,10 @@ class Trainer:
         self.accounting.interrupt()
         for callback in self.callbacks:
             callback.on_evaluation(record)
+        for note in losses.notes:
+            if note not in self._noted:
+                self._noted.add(note)
+                self._print(note)
         return None
 
     def _save(self, stage_ends: bool) -> None:
@@ -301,7 +307,16 @@ class Trainer:
         if self.run.options.safety.check_replicas_interval is not None:
             # A checkpoint must not keep corrupt weights.
             check_weights(self.engine)
-        state = functools.partial(make_trainer_state, self.run, self.start, self.progress, self.fingerprint, self.guard.state(), stage_ends)
+        state = functools.partial(
+            make_trainer_state,
+            self.run,
+            self.start,
+            self.progress,
+            self.fingerprint,
+            self.guard.state(),
+            stage_ends,
+            held_out=self.data.held_out_names,
+        )
         records = self.checkpointer.save(self.step, self.engine, state)
         self.accounting.interrupt()
         self._report_saves(records)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from megatron_patch.data.corpus import TokenCorpus
 from megatron_patch.data.indexed_dataset_writer import IndexedDatasetWriter
 from megatron_patch.engine.inference import load_model
+from megatron_patch.reporting.plotting import read_curve
 from tests.distributed.runs import make_corpus, printed, train
 from tools import evaluate
 
@@ -89,6 +91,27 @@ def test_weights_change_only_the_sum(runs):
     for name, text in (("0.95", "0.95 × short/valid + 0.05 × long/valid"), ("none", "each evaluated token of short/valid, long/valid")):
         assert text in printed(runs[name].folder)
     assert "long/valid    5.0%  token loss" in printed(runs["0.95"].folder)
+
+
+def test_a_corpus_keeps_its_name_when_another_joins_or_leaves(runs, tmp_path, monkeypatch):
+    """Two more starts: with a corpus whose path ends as that of the first, and then with that first corpus alone."""
+    monkeypatch.chdir(tmp_path)
+    first, other = runs["corpora"]
+    data = ["--data-path", make_corpus(tmp_path / "train")]
+
+    def start(interval, *words):
+        options = ["--stages", STAGES, "--eval-interval", "1", "--exit-interval", interval, "--valid-data-path", *words]
+        return train(tmp_path / "run", 1, PLAN, data, options)
+
+    start("1", "0.5", first, "0.5", data[1])
+    start("2", "0.4", os.path.relpath(first), "0.4", data[1], "0.2", other)
+    run = start("4", first)
+    evaluations = run.records("evaluation")
+    assert [list(record["corpora"]) for record in evaluations] == [["valid", "train"], ["valid", "train", "long/valid"], *[["valid"]] * 2]
+    assert evaluations[-1]["corpora"]["valid"]["token_loss"] == evaluations[-1]["token_loss"]
+    curve = read_curve(run.folder, corpus="valid")
+    assert len(curve.losses) == 4 and curve.notes == []
+    assert read_curve(run.folder, corpus="train").notes == ["draws no evaluation without train: from step 3 to 4"]
 
 
 def test_the_tool_weighs_corpora_in_the_same_way(runs, capsys):

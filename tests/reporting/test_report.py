@@ -181,12 +181,16 @@ def test_the_losses_of_corpora_are_read_by_name_and_may_begin_later(tmp_path):
         ("code", 0.5, [None, None, losses[2] + 0.5, losses[3] + 0.5]),
     ]
     assert len(history.notes) == 1 and history.evaluations["step"] == [3, 6, 9, 12]
-    assert read_curve(save, corpus="code").losses == [losses[2] + 0.5, losses[3] + 0.5]
+    curve = read_curve(save, corpus="code")
+    assert curve.losses == [losses[2] + 0.5, losses[3] + 0.5]
+    assert curve.notes == ["draws no evaluation without code: from step 3 to 6"]
     assert read_curve(save).losses == history.evaluations["token_loss"]
     with pytest.raises(DataError, match="no evaluation of books\n.*one of web, .*code\n.*--corpus"):
         read_curve(save, corpus="books")
-    with pytest.raises(DataError, match="a run that evaluates several corpora"):
-        read_curve(write_run(tmp_path / "one"), corpus="books")
+    with pytest.raises(DataError, match="a run whose evaluations name their corpora"):
+        read_curve(write_run(tmp_path / "old"), corpus="books")
+    with pytest.raises(DataError, match="no evaluation of books\n.*one of web\n"):
+        read_curve(write_run(tmp_path / "one", corpora=("web",)), corpus="books")
 
 
 @pytest.mark.parametrize(
@@ -482,7 +486,9 @@ def test_the_tool_writes_a_file_and_reports_what_it_cannot_read(tmp_path):
 
 @pytest.mark.skipif(CHROMIUM is None, reason=MISSING)
 def test_a_browser_draws_every_chart(tmp_path):
-    runs = [write_run(tmp_path / name, seed=seed, corpora=corpora) for name, seed, corpora in (("a", 0.0, ("web", "<b>")), ("b", 0.2, ()))]
+    """The loss of run b on its only corpus is its held-out loss, which needs no second chart."""
+    given = (("a", 0.0, ("web", "<b>")), ("b", 0.2, ("other",)))
+    runs = [write_run(tmp_path / name, seed=seed, corpora=corpora) for name, seed, corpora in given]
     write_report(runs, tmp_path / "r.html")
     dom = open_page(tmp_path / "r.html", tmp_path / "profile")
     assert dom.count('<svg role="img"') == 11 and "created 20" in dom

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import subprocess
 import sys
@@ -134,7 +135,18 @@ def draw_files(draw):
         config |= named
     if draw.random() < 0.3:
         config["additional_special_tokens"] = [draw.choice(known), "<new>"]
+    if draw.random() < 0.3:
+        config["extra_special_tokens"] = draw.choice([["<other>"], {"image_token": "<x>"}])
+    if draw.random() < 0.3:
+        config["audio_token"] = draw.choice(["<x>", {"content": "<x>"}, {"__type": "AddedToken", "content": "<x>", "lstrip": True}])
+    if draw.random() < 0.2:
+        config["split_special_tokens"] = True
     return byte_level_json(*tokens[:inside], ordinary=ordinary), files, known
+
+
+def properties(backend):
+    """Returns id, content and flags of all added tokens."""
+    return {number: repr(token) for number, token in backend.get_added_tokens_decoder().items()}
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -150,13 +162,14 @@ def test_random_files_are_read_as_transformers_reads_them(tmp_path, seed):
         ours = load(folder)
         where = f"{folder}: {files}"
         assert ours.vocab_size == len(theirs), where
+        assert properties(ours.backend) == properties(theirs.backend_tokenizer), where
         for role, mine in (("eos", ours.eod_id), ("bos", ours.bos_id)):
             named = {**files["tokenizer_config"], **files.get("special_tokens_map", {})}
             if f"{role}_token" in named:
                 assert mine == getattr(theirs, f"{role}_token_id"), where
                 compared += mine is not None
         for _ in range(20):
-            text = "".join(draw.choices([*known, " ", "a", "b ", "<", "x", "<new>", "<new pad>"], k=8))
+            text = "".join(draw.choices([*known, " ", "a", "b ", "<", "x", "<new>", "<new pad>", "<other>", "<x>"], k=8))
             assert encode(ours, text) == theirs.encode(text, add_special_tokens=False), (where, text)
     assert compared > 20
 
@@ -168,12 +181,39 @@ def test_random_files_are_read_as_transformers_reads_them(tmp_path, seed):
         ({"tokenizer_config": {"eos_token": 7}}, "a special token is 7"),
         ({"tokenizer_config": {"added_tokens_decoder": {"256": "<a>"}}}, "added_tokens_decoder holds 256: '<a>'"),
         ({"tokenizer_config": {"added_tokens_decoder": {"300": {"content": "<new>"}}}}, "gives '<new>' the id 300, but .* it is 257"),
-        ({"added_tokens": {"<new>": 300}}, "gives '<new>' the id 300, but .* it is 257"),
+        ({"added_tokens": {"<new>": 300}}, "added_tokens.json gives '<new>' the id 300, but .* it is 257"),
+        ({"tokenizer_config": {"added_tokens_decoder": [1]}}, r"added_tokens_decoder is \[1\]"),
+        ({"tokenizer_config": {"added_tokens_decoder": {"²": {"content": "a"}}}}, "a token has the id '²'"),
+        ({"tokenizer_config": {"added_tokens_decoder": {"9" * 5000: {"content": "a"}}}}, "a token has the id"),
+        ({"tokenizer_config": {"added_tokens_decoder": {"256": {"content": "\ud800"}}}}, "a token is"),
+        ({"tokenizer_config": {"eos_token": "\ud800"}}, "a token is"),
+        ({"tokenizer_config": {"eos_token": ""}}, "a token is ''"),
+        ({"tokenizer_config": {"extra_special_tokens": "<new>"}}, "extra_special_tokens is '<new>'"),
+        ({"tokenizer_config": {"extra_special_tokens": 5}}, "extra_special_tokens is 5"),
+        ({"tokenizer_config": {"additional_special_tokens": True}}, "additional_special_tokens is True"),
+        ({"tokenizer_config": {"additional_special_tokens": [5]}}, "a special token is 5"),
+        ({"added_tokens": {"<new>": "abc"}}, "a token has the id 'abc'"),
+        ({"added_tokens": {"<new>": None}}, "a token has the id None"),
+        ({"added_tokens": {"<new>": 257.7}}, "a token has the id 257.7"),
+        ({"added_tokens": {"<new>": True}}, "a token has the id True"),
+        ({"added_tokens": {"": 257}}, "a token is ''"),
     ],
 )
 def test_damaged_files_are_named(tmp_path, files, words):
     with pytest.raises(DataError, match=words):
         load(write(tmp_path / "t", byte_level_json(added(256, "</s>")), **files))
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config", "special_tokens_map", "added_tokens"])
+def test_a_file_that_leads_nowhere_is_not_taken_for_none(tmp_path, name):
+    folder = write(tmp_path / "t", byte_level_json())
+    (folder / f"{name}.json").symlink_to(tmp_path / "gone")
+    with pytest.raises(DataError, match=f"{name}.json cannot be read"):
+        load(folder)
+    (folder / f"{name}.json").unlink()
+    os.mkfifo(folder / f"{name}.json")
+    with pytest.raises(DataError, match=f"{name}.json cannot be read: it is not a file"):
+        load(folder)
 
 
 def test_gpt2_files_declare_one_token(tmp_path):

@@ -76,6 +76,13 @@ def test_the_console_shows_each_corpus_in_80_columns():
     assert lines[4] == "         web                       95.0%  token loss 6.2500" and all(len(line) <= 80 for line in lines)
 
 
+def test_a_single_corpus_is_shown_once():
+    out = io.StringIO()
+    record = replace(BLEND, corpora={"web": BLEND.corpora["web"]})
+    Console(2, RichConsole(file=out, width=160)).on_evaluation(record)
+    assert out.getvalue().count("\n") == 1 and set(named_values(record)) == {"eval/token_loss", "eval/patch_loss"}
+
+
 def test_charts_have_each_corpus():
     values = named_values(BLEND)
     assert values["eval/token_loss"] == 6.5 and values["eval/token_loss/web"] == 6.25 and values["eval/patch_loss/web"] == 5.0

@@ -6,16 +6,17 @@ import dataclasses
 import functools
 import importlib.util
 import json
+import os
 
 import pytest
 
-from megatron_patch.checkpoint.trainer_state import TrainerState
+from megatron_patch.checkpoint.trainer_state import HeldOutName, TrainerState
 from megatron_patch.config.option_types import AtResume, flag_of
 from megatron_patch.config.parsing import RESUME_MARKS
 from megatron_patch.config.resolve import load_config
 from megatron_patch.errors import CheckpointError
 from megatron_patch.stages import Progress
-from megatron_patch.training.resume import StartPoint, make_trainer_state
+from megatron_patch.training.resume import StartPoint, held_out_names, make_trainer_state
 from megatron_patch.training.resume_checks import check_data, check_resume, progress_problems
 from megatron_patch.training.stream import open_stream
 from tests.distributed.runs import command, make_corpus
@@ -256,3 +257,21 @@ def test_a_new_stage_may_add_a_corpus(corpora):
     resumed = resume(state, read([*command(base), json.dumps(more)], corpora))
     assert resumed.changes == ("new stage 3-token, 8 steps",)
     assert resumed.plan.stages[2].blend == ((corpora["OTHER"], 1.0),)
+
+
+def test_a_checkpoint_without_names_of_held_out_corpora_has_those_of_its_options(corpora, states):
+    state = states("")
+    assert state.held_out == () and held_out_names(None) == ()
+    recorded = dataclasses.asdict(state)
+    del recorded["held_out"]
+    recorded["config"] = {"options": {**recorded["config"]["options"], "valid_data_path": ["1", "a/x/v", "2", "b/v"]}, "origins": {}}
+    old = TrainerState.from_json(recorded, "here")
+    assert [(one.name, one.path, one.tokens) for one in held_out_names(old)] == [
+        ("x/v", os.path.realpath("a/x/v"), None),
+        ("b/v", os.path.realpath("b/v"), None),
+    ]
+    recorded["held_out"] = [{"name": "v\x1b", "path": "/a/x/v", "tokens": 5}]
+    assert held_out_names(TrainerState.from_json(recorded, "here")) == (HeldOutName("v\\x1b", "/a/x/v", 5),)
+    recorded["held_out"] = [{"name": 5}]
+    with pytest.raises(CheckpointError, match="held_out|HeldOutName"):
+        TrainerState.from_json(recorded, "here")

@@ -207,3 +207,30 @@ def test_a_corpus_that_only_a_stage_reads_is_not_evaluated_and_is_named(corpora)
     data = open_data(run, run.plan, Grid(0, 1, 1, 1))
     assert [one.name for one in data.held_out] == ["web"]
     assert f"{corpora[1]} is not evaluated, because only a stage names it (use --valid-data-path)" in data.notes()
+
+
+@pytest.mark.parametrize("flag", ["--data-path", "--valid-data-path", "data_path"])
+def test_a_dataset_inside_of_another_corpus_of_the_blend_is_refused(corpora, tmp_path, flag):
+    listed = tmp_path / "list"
+    listed.write_text("./web\n./code\n")
+    blend = ["0.5", f"@{listed}", "0.5", corpora[1]]
+    stages = json.dumps([{"patch_size": 4, "token_share": 0.5, "data_path": blend}, {"patch_size": 1}])
+    flags = {
+        "--data-path": [*PATCHES, "--data-path", *blend],
+        "--valid-data-path": [*PATCHES, "--data-path", corpora[0], "--valid-data-path", *blend],
+        "data_path": ["--stages", stages, "--train-tokens", "12800", "--data-path", corpora[0]],
+    }
+    run = load_config([*MODEL, *flags[flag]], 1)
+    with pytest.raises(DataError, match=rf"{flag}: @\S+list and \S+code share the dataset \S+code"):
+        open_data(run, run.plan, Grid(0, 1, 1, 1))
+
+
+def test_data_that_is_trained_on_and_held_out_is_named(corpora, tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path)
+    linked = f"{tmp_path}/link/web"
+    _, notes = notes_of("--data-path", corpora[0], "--valid-data-path", linked, corpora[1])
+    assert f"{linked} is in the training data and in --valid-data-path {linked}" in notes[0]
+    stages = json.dumps([{"patch_size": 4, "token_share": 0.5, "data_path": linked}, {"patch_size": 1}])
+    run = load_config([*MODEL, "--stages", stages, "--train-tokens", "12800", "--data-path", corpora[0]], 1)
+    notes = open_data(run, run.plan, Grid(0, 1, 1, 1)).notes()
+    assert [note for note in notes if f"web and {linked} of different stages share the dataset {linked}" in note]

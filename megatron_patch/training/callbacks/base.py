@@ -112,7 +112,7 @@ class StepRecord:
 
 @dataclass(frozen=True)
 class CorpusLoss:
-    """The held-out loss of one corpus of several.
+    """The held-out loss of one corpus.
 
     Args:
         weight: its share in the loss of the evaluation: weight of the blend, or without weights its share of the scored tokens.
@@ -143,7 +143,7 @@ class EvaluationRecord:
         patch_loss: mean loss in nats per label, at the stage's K; of several corpora likewise.
         eval_tokens: number of scored tokens.
         seconds: duration of the evaluation.
-        corpora: the loss of each corpus by its short name (`corpus_names`); empty if there is only one.
+        corpora: the loss of each corpus by its short name, also if there is only one.
     """
 
     step: int

@@ -25,11 +25,12 @@ def named_values(record: StepRecord | EvaluationRecord) -> dict[str, float]:
     joins the two. The loss of one corpus of several is `eval/token_loss/NAME`.
     """
     if isinstance(record, EvaluationRecord):
+        corpora = record.corpora if len(record.corpora) > 1 else {}
         values = {"eval/token_loss": record.token_loss}
-        values |= {f"eval/token_loss/{name}": part.token_loss for name, part in record.corpora.items()}
+        values |= {f"eval/token_loss/{name}": part.token_loss for name, part in corpora.items()}
         if record.patch_size > 1:
             values["eval/patch_loss"] = record.patch_loss
-            values |= {f"eval/patch_loss/{name}": part.patch_loss for name, part in record.corpora.items()}
+            values |= {f"eval/patch_loss/{name}": part.patch_loss for name, part in corpora.items()}
         return values
     pairs = ((name, getattr(record, name)) for name in _STEP_VALUES)
     loss = "train/token_loss" if record.patch_size == 1 else "train/patch_loss"

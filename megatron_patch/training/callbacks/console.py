@@ -108,8 +108,9 @@ class Console(Callback):
             f"{record.step:>8,} [bold]evaluation[/bold]: token loss {record.token_loss:.4f} (K = 1){patch}"
             + ("" if self._narrow else amount)
         ]
-        longest = min(_NARROW_NAME if self._narrow else _WIDE_NAME, max(map(len, record.corpora), default=0))
-        for name, part in record.corpora.items():
+        corpora = record.corpora if len(record.corpora) > 1 else {}
+        longest = min(_NARROW_NAME if self._narrow else _WIDE_NAME, max(map(len, corpora), default=0))
+        for name, part in corpora.items():
             patch = "" if record.patch_size == 1 else f", patch loss {part.patch_loss:.4f}"
             label = escape(shortened(name, longest).ljust(longest))
             lines.append(f"{'':>8} {label} {part.weight:>6.1%}  token loss {part.token_loss:.4f}{patch}")
