@@ -17,6 +17,7 @@ from megatron_patch.raw_text.encodings import HEAD_BYTES, other_encoding
 from megatron_patch.utils.path_patterns import LONGEST_PATH, is_too_long, shortened
 
 _MOST_LIST_BYTES = 1 << 26
+_MOST_LISTS = 50
 _WEIGHT = re.compile(r"[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)(e[-+]?[0-9]+)?(\s|$)", re.I)
 _SHARD = re.compile(r"_shard-(\d+)-of-(\d+)(?=_|$)")
 
@@ -30,18 +31,23 @@ def expand_prefixes(word: str) -> tuple[str, ...]:
     """Returns the prefixes that a word stands for.
 
     Args:
-        word: a prefix (a path or an address, with or without .idx or .bin), a glob of prefixes, or @FILE. The file has a prefix or a glob
+        word: a prefix (a path or an address, with or without .idx or .bin), a glob of prefixes, or @FILE. The file has such a word
             on each line; relative paths start at the folder of the file, and lines that begin with # are skipped. A dataset that exists is
             itself, also if its name is a glob or begins with @.
 
     Raises:
-        DataError: a list cannot be read or is empty, a glob has no match, or an address is refused (see `check_address`).
+        DataError: a list cannot be read or is empty, or lists itself; a glob has no match; an address is refused (see `check_address`).
     """
+    return _expanded(word, ())
+
+
+def _expanded(word: str, lists: tuple[str, ...]) -> tuple[str, ...]:
+    """Returns the prefixes of a word that was found in `lists`, of which each is in the one before."""
     check_word(word)
     if not is_address(word) and _is_dataset(word):
         return (word,)
     if word.startswith("@"):
-        return _listed(word[1:])
+        return _listed(word[1:], lists)
     word = _bare(word)
     if not glob.has_magic(word) or _is_dataset(word):
         return (word,)
@@ -77,8 +83,15 @@ def _bare(word: str) -> str:
     return word.removesuffix(".idx") if word.endswith(".idx") else word.removesuffix(".bin")
 
 
-def _listed(path: str) -> tuple[str, ...]:
+def _listed(path: str, lists: tuple[str, ...]) -> tuple[str, ...]:
     check_word(path)
+    here = path if is_address(path) else os.path.realpath(path)
+    if here in lists or len(lists) >= _MOST_LISTS:
+        raise DataError(
+            f"@{path} lists itself" if here in lists else f"@{path} is in more than {_MOST_LISTS} lists, of which each is in another",
+            "lists of prefixes, globs and other lists",
+            "remove the line with this list",
+        )
     try:
         content = read_bytes(path, _MOST_LIST_BYTES)
         other = other_encoding(content[:HEAD_BYTES])
@@ -94,7 +107,7 @@ def _listed(path: str) -> tuple[str, ...]:
             words.append(_word_of_line(path, line, f"@{path}, line {number}: "))
     if not words:
         raise DataError(f"@{path} lists no dataset", "a prefix on each line", "add the prefixes of the shards to the file")
-    return tuple(prefix for word in words for prefix in expand_prefixes(word))
+    return tuple(prefix for word in words for prefix in _expanded(word, (*lists, here)))
 
 
 def _word_of_line(path: str, line: str, source: str) -> str:
@@ -109,6 +122,8 @@ def _word_of_line(path: str, line: str, source: str) -> str:
         raise DataError(f"{source}{error.what}", error.allowed, error.do) from error
     check_no_credentials(line, source)
     word = _relative_to(path, line)
+    if line.startswith("@") and not is_address(line) and not _is_dataset(word):
+        return f"@{_relative_to(path, line[1:])}"
     if _WEIGHT.match(line) and not is_address(line) and not _is_dataset(word) and not glob_files(f"{word}.idx"):
         raise DataError(
             f"{source}{shortened(line)} begins with a weight",

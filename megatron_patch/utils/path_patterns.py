@@ -21,7 +21,7 @@ def shortened(text: str) -> str:
 
 def is_too_long(path: str) -> bool:
     """Returns whether a text is longer than any path, or any pattern of paths, may be."""
-    return len(os.fsencode(path)) > LONGEST_PATH
+    return len(path.encode("utf-8", "surrogatepass")) > LONGEST_PATH
 
 
 def expand_local(pattern: str) -> list[str]:
@@ -56,5 +56,5 @@ def _existing_folder(pattern: str) -> str:
 def _glob(pattern: str) -> list[str]:
     try:
         return sorted(glob.glob(pattern, recursive=True))
-    except ValueError:  # a null character, which no path has
+    except (ValueError, RecursionError):  # a null character, which no path has; more folders than any path has
         return []

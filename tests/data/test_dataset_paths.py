@@ -72,6 +72,20 @@ def test_a_line_that_is_no_prefix_is_named(folder, line, words, monkeypatch, cap
     assert "line 3: " in output and "Traceback" not in output and len(output) < 2000
 
 
+def test_a_list_may_name_lists_but_not_itself(folder):
+    for number in range(60):
+        (folder / f"l{number}").write_text(f"@l{number + 1}\na1\n")
+    (folder / "l40").write_text("@l41\n@l41\n")
+    (folder / "l41").write_text("x\n")
+    assert expand_prefixes(f"@{folder}/l0") == (*[f"{folder}/x"] * 2, *[f"{folder}/a1"] * 40)
+    (folder / "l41").write_text("a1\n@./l39\n")
+    with pytest.raises(DataError, match=r"l39 lists itself\n"):
+        expand_prefixes(f"@{folder}/l0")
+    (folder / "l41").write_text("@l42\n")
+    with pytest.raises(DataError, match=r"l50 is in more than 50 lists"):
+        expand_prefixes(f"@{folder}/l0")
+
+
 def test_a_dataset_may_have_the_name_of_a_weight(folder):
     for name in ("30", "0.5 x"):
         write_numbers(folder / name, 50)

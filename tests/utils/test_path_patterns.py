@@ -47,6 +47,7 @@ def test_what_exists_is_itself(folder, name, relative, monkeypatch):
         ("", []),
         ("[" * 200_000, []),
         ("*/" * 100_000, []),
+        ("**/" * 1300, []),
     ],
 )
 @pytest.mark.parametrize("relative", [False, True])
