@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-_LONG = 1000  # characters of an added token from which its beginnings are not compared with those of others
+_LONG = 64  # characters of an added token from which it is not compared with others: it counts as one that shares characters
 
 
 def ambiguous_tokens(tokens: Sequence[Any]) -> list[str]:
@@ -37,13 +37,13 @@ def ambiguous_tokens(tokens: Sequence[Any]) -> list[str]:
 
 def _overlapping(first: Sequence[str], second: Sequence[str]) -> set[str]:
     """Returns the texts of two lists that share characters with one of the other list where they meet: one contains the other, or one
-    begins as the other ends.
+    begins as the other ends. Of two that share characters one is enough, because a text in which they meet contains both: a long one is
+    returned without being compared.
     """
     if not first or not second:
         return set()
-    if max(map(len, (*first, *second))) > _LONG:
-        return {*first, *second}
-    found: set[str] = set()
+    found = {text for text in (*first, *second) if len(text) > _LONG}
+    first, second = ([text for text in some if len(text) <= _LONG] for some in (first, second))
     for some, others in ((first, second), (second, first)):
         begins: dict[str, set[str]] = {}
         for other in others:

@@ -3,7 +3,8 @@
 In: a `ParsedBatch`. Out: an `EncodedBatch`: for each key the ids of all documents and the documents' lengths, with beginning, end and
 padding tokens added, and what was left out. A fast encoder (fast_encoder.py) encodes as long as it agrees with the reference tokenizer:
 on adversarial strings, on the first documents of this input, and then on one document about every 262,000 characters. After a single
-disagreement the reference encodes everything. The same documents are compared with what their ids give back (tokenizers/round_trip.py).
+disagreement the reference encodes everything. Text that the ids do not give back is counted: in every document where ids stand for bytes,
+else in the same samples (tokenizers/round_trip.py).
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from megatron_patch.raw_text.large_documents import LargeText, load_text
 from megatron_patch.raw_text.parse_documents import ParsedBatch
 from megatron_patch.tokenizers.base import Tokenizer, load_tokenizer, require_special_tokens
 from megatron_patch.tokenizers.library_errors import is_library_failure
-from megatron_patch.tokenizers.round_trip import RoundTrip, TextChecks, lost_text, shortened
-from megatron_patch.tokenizers.tiktoken import PATTERNS, TikTokenizer
+from megatron_patch.tokenizers.round_trip import RoundTrip, TextChecks, shortened
+from megatron_patch.tokenizers.tiktoken import PATTERNS
 from megatron_patch.utils.files import reason
 
 # Largest part of one document to compare with the reference, which is slow.
@@ -193,7 +194,7 @@ class Encoder:
 
     def __init__(self, settings: EncodeSettings, tokenizer: Tokenizer | None = None) -> None:
         self.settings = settings
-        self._empty = self._filtered = self._checked = self._largest = self._compared_before = self._unchecked = 0
+        self._empty = self._filtered = self._checked = self._largest = self._comparisons = self._unchecked = 0
         self._text_checks = TextChecks()
         self.tokenizer = tokenizer if tokenizer is not None else load_checked_tokenizer(settings)
         self._round_trip = RoundTrip(self.tokenizer)
@@ -207,7 +208,6 @@ class Encoder:
             DataError: an id is outside the vocabulary, a pattern loses text, or a large document cannot be read any more.
         """
         batch = parsed.batch
-        self._compared_before += self._text_checks.compared
         self._empty = self._filtered = self._checked = self._largest = 0
         self._text_checks = TextChecks()
         try:
@@ -249,6 +249,7 @@ class Encoder:
     def _encode_large(self, text: LargeText, split_point: SplitPoint) -> EncodedColumn:
         """Encodes a large text segment by segment, so that only its ids are held in memory."""
         settings, count, largest = self.settings, 0, 0
+        others, self._text_checks = self._text_checks, TextChecks()
         tokens = bytearray(np.full(int(settings.prepend_bos), self.tokenizer.bos_id or 0, settings.dtype).tobytes())
         start = ""
         for segment in segments(text.pieces(), split_point):
@@ -257,6 +258,7 @@ class Encoder:
             largest = max(largest, self._largest_id(ids))
             tokens += ids.astype(settings.dtype).data
             count += ids.size
+        self._text_checks = others + self._text_checks.as_one_document()
         too_short = settings.min_tokens is not None and count < settings.min_tokens
         too_long = settings.max_tokens is not None and count > settings.max_tokens
         left_out = count == 0 and not settings.keep_empty
@@ -284,7 +286,7 @@ class Encoder:
         return kept
 
     def _ids(self, texts: Sequence[str]) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
-        """Encodes texts. Some of the results are compared with the reference, and with the texts."""
+        """Encodes texts, and counts those that lose text. Some of the results are compared with the reference, and with the texts."""
         if self.fast_encoder is None:
             ids, lengths = self.tokenizer.encode_flat(texts)
         else:
@@ -296,6 +298,7 @@ class Encoder:
                 if not is_library_failure(error):
                     raise
                 raise FastEncoderDisagrees(f"failed: {reason(error)}") from error
+        self._text_checks += self._round_trip.count(texts, ids, lengths)
         self._check(texts, ids, lengths)
         return ids, lengths
 
@@ -330,11 +333,12 @@ class Encoder:
         if not self._round_trip.applies:
             return
         self._unchecked += sum(map(len, texts))
-        before = self._compared_before + self._text_checks.compared
+        before = self._comparisons
         count = max(_CHECKED_AT_START - before, int(self._unchecked >= _CHECKED_EVERY))
         if count <= 0:
             return
         self._unchecked, count = 0, min(count, len(texts))
+        self._comparisons += count
         ends = np.cumsum(lengths)
         for turn in range(count):
             index = (2 * turn + 1) * len(texts) // (2 * count)
@@ -348,19 +352,9 @@ class Encoder:
                 if not np.array_equal(found, self.tokenizer.encode_flat([text])[0]):
                     raise FastEncoderDisagrees(f"returned other ids than the reference tokenizer for {text[:200]!r}")
                 self._checked += 1
-            self._compare_with_text(text, found.tolist())
-
-    def _compare_with_text(self, text: str, ids: Sequence[int]) -> None:
-        """Compares a text with what its ids give back.
-
-        Raises:
-            DataError: the pattern of a TikTokenizer loses a part of it.
-        """
-        loss = self._round_trip.loss(text, ids)
-        if loss.lost and isinstance(self.tokenizer, TikTokenizer):
-            raise lost_text(self.tokenizer, text, loss.lost)
-        incomplete = bool(loss.letters)
-        self._text_checks += TextChecks(1, int(loss.unknown), int(incomplete), example=shortened(text) if incomplete else "")
+            if not self._round_trip.counts_all:
+                loss = self._round_trip.loss(text, found.tolist())
+                self._text_checks += TextChecks(compared=1, incomplete=int(bool(loss.letters)), example=loss.excerpt)
 
     def _largest_id(self, ids: npt.NDArray[np.uint32]) -> int:
         """Returns the largest id, before ids are converted to the dataset's dtype.

@@ -54,7 +54,7 @@ _ODD_RANGES = (
 _MARKS = range(0x0300, 0x0370, 16)
 _SCRIPTS = (*range(0, 0x3400, 128), *range(0xA000, 0xAC00, 256), *range(0xF900, 0x20000, 512))
 _DETAILED_TOKENS = 48  # added tokens with strings of their own; the others occur in strings of several
-_LONG_TOKEN = 200  # characters of an added token from which it is not cut at every place
+_LONG_TOKEN = 100  # characters of an added token from which it is not cut at every place
 _RUN = 1100  # longer than the parts in which a library may look at a text
 
 
@@ -188,8 +188,11 @@ def token_strings(tokens: Sequence[str], seed: int = 0, count: int = 250) -> lis
             f"{token[:-1]} {token[1:]}",
         ]
         found.append(f"_{token}_{token}1é{token}\u0301-{token}. {token.upper()} {token.lower()}{token[:-1]}x{token}")
-        found += [token + other[size:] for other in first for size in range(1, len(other)) if token.endswith(other[:size])]
-        found += [f"{token[:size]}{other}" for other in first for size in range(1, len(token)) if token[size:].startswith(other)]
+        for other in first:
+            joined = [token + other[size:] for size in range(1, len(other)) if token.endswith(other[:size])]
+            before = [f"{token[:size]}{other}" for size in range(1, len(token)) if token[size:].startswith(other)]
+            # Tokens that repeat a few characters meet at many places.
+            found += [text for ways in (joined, before) for text in dict.fromkeys([*ways[:2], *ways[-1:]])]
     found += ["".join(f"{token}{glue}" for token in tokens) for glue in ("", " ")]
     draw = random.Random(seed)
     glue = (

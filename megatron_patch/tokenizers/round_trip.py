@@ -3,20 +3,25 @@
 A byte-level tokenizer gives back every byte. What others do by their own definition is no fault: normalization (NFC, lower case), white
 space that a pre-tokenizer removes or that a token takes up, the space that SentencePiece puts before a text. Such a tokenizer is compared
 with its own normalized text, letter by letter. A character for which a model has only its unknown token is counted apart.
+
+Where ids stand for bytes (byte_counts.py), every document is looked at; unknown tokens are counted in every document, too. Everything else
+is found by comparing samples.
 """
 
 from __future__ import annotations
 
 import collections
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import orjson
 
 from megatron_patch.errors import DataError
 from megatron_patch.tokenizers.base import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer
+from megatron_patch.tokenizers.byte_counts import make_byte_counts, may_be_spaces
 from megatron_patch.tokenizers.byte_level import byte_letters
 from megatron_patch.tokenizers.fuzz_strings import added_tokens, adversarial_strings, common_strings, token_strings
 from megatron_patch.tokenizers.tiktoken import TikTokenizer
@@ -24,6 +29,7 @@ from megatron_patch.utils.units import plural
 
 _SPACE = "▁"
 _SHOWN_CHARS = 60
+_SHOWN_BEFORE = 20  # characters before the first one that was lost
 _SHOWN_LETTERS = 8
 _EXAMPLE_CHARS = 12
 
@@ -35,10 +41,12 @@ class Loss:
     Args:
         lost: the characters that are missing, each as often as it is missing.
         unknown: whether an id is the unknown token, which stands for characters that the vocabulary lacks.
+        excerpt: the text around the first missing character.
     """
 
     lost: str = ""
     unknown: bool = False
+    excerpt: str = ""
 
     @property
     def letters(self) -> str:
@@ -48,17 +56,21 @@ class Loss:
 
 @dataclass(frozen=True)
 class TextChecks:
-    """The results of comparing documents with what their ids give back.
+    """What was found about the texts of documents, and what their ids give back.
 
     Args:
-        compared: documents of which a part was compared.
-        unknown: of these, those with characters that the tokenizer does not know: their ids hold its unknown token.
-        incomplete: of these, those with other characters than white space that the tokenizer leaves out without any token.
+        documents: documents that were encoded.
+        counted: of these, those whose bytes were all counted.
+        compared: those of which a part was compared, because their bytes cannot be counted.
+        unknown: documents with characters that the tokenizer does not know: their ids hold its unknown token.
+        incomplete: counted or compared documents with other characters than white space that the tokenizer leaves out without any token.
         without_tokens: documents that have text other than white space but no token; all documents are looked at.
-        example: the start of an incomplete document.
+        example: an incomplete document, around the first character that is left out.
         example_without_tokens: the start of a document without tokens.
     """
 
+    documents: int = 0
+    counted: int = 0
     compared: int = 0
     unknown: int = 0
     incomplete: int = 0
@@ -68,6 +80,8 @@ class TextChecks:
 
     def __add__(self, other: TextChecks) -> TextChecks:
         return TextChecks(
+            self.documents + other.documents,
+            self.counted + other.counted,
             self.compared + other.compared,
             self.unknown + other.unknown,
             self.incomplete + other.incomplete,
@@ -76,16 +90,23 @@ class TextChecks:
             self.example_without_tokens or other.example_without_tokens,
         )
 
+    def as_one_document(self) -> TextChecks:
+        """Returns the checks of a document, given the sum of those of its parts."""
+        names = ("documents", "counted", "compared", "unknown", "incomplete", "without_tokens")
+        return replace(self, **{name: min(1, getattr(self, name)) for name in names})
+
     def sentences(self) -> list[str]:
         """Returns what the user needs to know, one sentence for each problem that was found."""
-        compared = f"of {plural(self.compared, 'compared document')}"
         found = []
         if self.unknown:
-            found.append(f"{self.unknown:,} {compared} hold characters that the tokenizer does not know (they become its unknown token)")
-        if self.incomplete:
+            documents = plural(self.documents, "document")
             found.append(
-                f"{self.incomplete:,} {compared} hold characters that the tokenizer leaves out without a token, such as {self.example!r}"
+                f"{self.unknown:,} of {documents} hold characters that the tokenizer does not know (they become its unknown token)"
             )
+        if self.incomplete:
+            documents = plural(self.counted, "document") if self.counted else plural(self.compared, "compared document")
+            left_out = "hold characters that the tokenizer leaves out without a token"
+            found.append(f"{self.incomplete:,} of {documents} {left_out}, such as in {self.example!r}")
         if self.without_tokens:
             documents = plural(self.without_tokens, "document")
             found.append(f"the tokenizer has no token for the text of {documents}, such as {self.example_without_tokens!r}")
@@ -100,11 +121,14 @@ class RoundTrip:
 
     Attributes:
         applies: whether its ids can be read here: it is one of Hugging Face's, SentencePiece's or tiktoken's. Otherwise nothing is found.
+        counts_all: whether `count` finds every loss: comparing samples would find nothing more.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self.applies = isinstance(tokenizer, (HuggingFaceTokenizer, SentencePieceTokenizer, TikTokenizer))
+        self._counts = make_byte_counts(tokenizer)
+        self.counts_all = self._counts is not None
         self._unknown: int | None = None
         self._added: dict[int, str] = {}
         if isinstance(tokenizer, SentencePieceTokenizer):
@@ -118,10 +142,50 @@ class RoundTrip:
             self._added = {number: token.content for number, token in tokenizer.backend.get_added_tokens_decoder().items()}
             self._bytes = {letter: byte for byte, letter in enumerate(byte_letters())} if _is_byte_level(tokenizer.backend) else {}
 
+    def count(self, texts: Sequence[str], ids: npt.NDArray[np.uint32], lengths: npt.NDArray[np.int64]) -> TextChecks:
+        """Counts the texts with unknown tokens and, where bytes can be counted, those that lose other characters than white space.
+
+        Args:
+            texts: the texts.
+            ids: their ids, one after another.
+            lengths: int64, the number of ids of each text.
+
+        Raises:
+            DataError: the pattern of a TikTokenizer loses a part of a text.
+        """
+        checks = TextChecks(documents=len(texts), unknown=self._count_unknown(texts, ids, lengths))
+        if self._counts is None:
+            return checks
+        ends = np.cumsum(lengths)
+        incomplete, example = 0, ""
+        for index, count in self._counts.lost(texts, ids, lengths).items():
+            text = texts[index]
+            sure = not may_be_spaces(text, count)
+            if isinstance(self._tokenizer, TikTokenizer) or not sure or not example:
+                loss = self.loss(text, ids[int(ends[index] - lengths[index]) : int(ends[index])].tolist())
+                if isinstance(self._tokenizer, TikTokenizer):
+                    raise lost_text(self._tokenizer, loss)
+                sure, example = sure or bool(loss.letters), example or loss.excerpt
+            incomplete += sure
+        return checks + TextChecks(counted=len(texts), incomplete=incomplete, example=example)
+
+    def _count_unknown(self, texts: Sequence[str], ids: npt.NDArray[np.uint32], lengths: npt.NDArray[np.int64]) -> int:
+        if self._unknown is None:
+            return 0
+        found = np.searchsorted(np.cumsum(lengths), np.flatnonzero(ids == self._unknown), side="right")
+        return sum(self._holds_unknown(texts[index], count) for index, count in collections.Counter(found.tolist()).items())
+
+    def _holds_unknown(self, text: str, count: int) -> bool:
+        """Returns whether so many unknown tokens are more than a text names itself."""
+        if isinstance(self._tokenizer, HuggingFaceTokenizer):
+            return count > text.count(str(self._tokenizer.backend.id_to_token(self._unknown)))
+        return count > 0
+
     def loss(self, text: str, ids: Sequence[int]) -> Loss:
         """Returns what the ids of a text do not give back."""
         if isinstance(self._tokenizer, TikTokenizer):
-            return Loss(missing(text, self._tokenizer.decode(ids)))
+            given = self._tokenizer.decode(ids)
+            return Loss(missing(text, given), excerpt=_around_difference(text, given))
         if isinstance(self._tokenizer, SentencePieceTokenizer):
             return self._sentencepiece_loss(self._tokenizer.backend, text, ids)
         if isinstance(self._tokenizer, HuggingFaceTokenizer):
@@ -133,26 +197,32 @@ class RoundTrip:
             return Loss(unknown=True)
         data = b"".join(self._piece_bytes(str(backend.id_to_piece(token)), bool(backend.is_byte(token))) for token in map(int, ids))
         given = data.decode("utf-8", "replace")
-        lost = missing(str(backend.normalize(text)), given).replace(_SPACE, " ")
+        normalized = str(backend.normalize(text))
+        lost = missing(normalized, given).replace(_SPACE, " ")
         # Normalization may have joined spaces, or have removed them.
-        return Loss(lost or " " * (_count_spaces(text) - _count_spaces(given.replace(_SPACE, " "))))
+        lost = lost or " " * (_count_spaces(text) - _count_spaces(given.replace(_SPACE, " ")))
+        return Loss(lost, excerpt=_around_lost_letter(normalized, given) if lost.strip() else "")
 
     def _piece_bytes(self, piece: str, is_byte: bool) -> bytes:
         return bytes([self._bytes[piece]]) if is_byte else piece.encode()
 
     def _hugging_face_loss(self, backend: Any, text: str, ids: Sequence[int]) -> Loss:
-        if self._unknown is not None and self._unknown in ids and str(backend.id_to_token(self._unknown)) not in text:
+        if self._unknown is not None and self._holds_unknown(text, list(ids).count(self._unknown)):
             return Loss(unknown=True)
         if self._bytes:
-            return Loss(missing(_normalized(backend, text), _normalized(backend, self._byte_level_text(backend, ids))))
+            normalized, given = _normalized(backend, text), _normalized(backend, self._byte_level_text(backend, ids))
+            lost = missing(normalized, given)
+            return Loss(lost, excerpt=_around_lost_letter(normalized, given) if lost.strip() else "")
         # Where each token stands in the text: normalization and prefixes of pieces change the tokens, but not their places.
         covered = bytearray(len(text))
         for start, end in backend.encode(text, add_special_tokens=False).offsets:
             covered[start:end] = b"\1" * (end - start)
         # What normalization removes, such as accents and control characters, is no loss.
         kept = set(_normalized(backend, text))
-        uncovered = (letter for letter, seen in zip(text, covered, strict=True) if not seen)
-        return Loss("".join(letter for letter in uncovered if letter in kept or _normalized(backend, letter).strip()))
+        uncovered = [index for index, seen in enumerate(covered) if not seen]
+        left_out = [index for index in uncovered if text[index] in kept or _normalized(backend, text[index]).strip()]
+        first = next((index for index in left_out if not text[index].isspace()), None)
+        return Loss("".join(text[index] for index in left_out), excerpt="" if first is None else _around(text, first))
 
     def _byte_level_text(self, backend: Any, ids: Sequence[int]) -> str:
         """Returns the text of the ids of a byte-level tokenizer. `Tokenizer.decode` would read the letters of an added token as bytes."""
@@ -171,6 +241,26 @@ def missing(expected: str, given: str) -> str:
     if expected == given:
         return ""
     return "".join((collections.Counter(expected) - collections.Counter(given)).elements())
+
+
+def _around_difference(text: str, given: str) -> str:
+    """Returns a text around its first character that is not in what was given back; empty if the two are equal."""
+    if text == given:
+        return ""
+    return _around(text, next((index for index, letter in enumerate(text) if given[index : index + 1] != letter), 0))
+
+
+def _around_lost_letter(text: str, given: str) -> str:
+    """Returns a text around its first character, other than white space, that is not in what was given back."""
+    letters = [index for index, letter in enumerate(text) if not letter.isspace()]
+    kept = "".join(given.split())
+    return _around(text, next((index for place, index in enumerate(letters) if kept[place : place + 1] != text[index]), 0))
+
+
+def _around(text: str, index: int) -> str:
+    """Returns a part of a text around a character, for a message."""
+    start = 0 if len(text) <= _SHOWN_CHARS else max(0, index - _SHOWN_BEFORE)
+    return ("…" if start else "") + shortened(text[start:])
 
 
 def _count_spaces(text: str) -> int:
@@ -225,8 +315,8 @@ def check_round_trip(tokenizer: Tokenizer) -> str:
     if isinstance(tokenizer, TikTokenizer):
         if lost := "".join(loss.lost for _, loss in losses):
             # The shortest example, but of more than one word.
-            examples = [text for text, loss in losses if loss.lost]
-            raise lost_text(tokenizer, min(examples, key=lambda text: (len(text) < _EXAMPLE_CHARS, len(text))), lost)
+            examples = [(len(text) < _EXAMPLE_CHARS, len(text), loss.excerpt) for text, loss in losses if loss.lost]
+            raise lost_text(tokenizer, Loss(lost, excerpt=min(examples)[-1]))
         return ""
     return _note(losses, spaces_alone=not any(loss.letters for _, loss in losses))
 
@@ -267,10 +357,10 @@ def _letters(lost: str) -> str:
     return ", ".join(map(repr, different[:_SHOWN_LETTERS]))
 
 
-def lost_text(tokenizer: Tokenizer, text: str, lost: str) -> DataError:
-    """Returns the error for characters that a pattern loses, with a text that holds one of them."""
+def lost_text(tokenizer: Tokenizer, loss: Loss) -> DataError:
+    """Returns the error for characters that a pattern loses."""
     return DataError(
-        f"--tiktoken-pattern loses text, such as {_letters(lost)}: the ids of {shortened(text)!r} do not give it back ({tokenizer.name})",
+        f"--tiktoken-pattern loses text, such as {_letters(loss.lost)}: the ids of {loss.excerpt!r} do not give it back ({tokenizer.name})",
         "a pattern that matches every character",
         "give the pattern that the tokenizer was made with, by its name or as a regular expression",
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -95,7 +96,8 @@ class Token:
         (["ab", "x"], ["bc", "y"], ["ab", "bc"]),
         (["a"], [], []),
         (["a"], ["a"], ["a"]),
-        (["x" * 5000], ["y"], ["x" * 5000, "y"]),
+        (["x" * 5000], ["y"], ["x" * 5000]),
+        (["x" * 5000, "<a>"], ["ab" * 40, "a>b"], ["<a>", "a>b", "ab" * 40, "x" * 5000]),
     ],
 )
 def test_tokens_of_two_kinds_are_ambiguous_if_they_share_characters(first, second, found):
@@ -174,6 +176,11 @@ def test_long_and_many_added_tokens_cost_little():
     """They are not cut at every place, and not compared one by one."""
     texts = token_strings(["<a>", "x" * 100_000], count=5)
     assert f"a{'x' * 100_000}b" in texts and sum(map(len, texts)) < 110_000 and token_strings(["y" * 300]) == [f"a{'y' * 300}b"]
+    assert sum(map(len, token_strings(["ab" * size for size in range(2, 50)]))) < 2_000_000
+    tracemalloc.start()
+    ambiguous_tokens([Token(f"{number:>1000}", normalized=bool(number % 2)) for number in range(200)])
+    assert tracemalloc.get_traced_memory()[1] < 2_000_000
+    tracemalloc.stop()
     many = [Token(f"<{number}|", normalized=bool(number % 2)) for number in range(10_000)]
     assert ambiguous_tokens(many) == []
 

@@ -6,12 +6,14 @@ import base64
 import io
 import json
 
+import numpy as np
 import pytest
 
 from megatron_patch.errors import DataError
 from megatron_patch.preprocess.encode import EncodeSettings
 from megatron_patch.preprocess.pipeline import preprocess
 from megatron_patch.tokenizers.base import HuggingFaceTokenizer, SentencePieceTokenizer, encode, load_tokenizer
+from megatron_patch.tokenizers.byte_counts import ByteCounts, make_byte_counts
 from megatron_patch.tokenizers.byte_level import byte_letters
 from megatron_patch.tokenizers.round_trip import Loss, RoundTrip, TextChecks, check_round_trip, missing
 from tests.preprocess.random_tokenizers import CORPUS
@@ -193,17 +195,26 @@ def test_a_pattern_that_loses_text_in_a_document_alone_is_refused_too(tiktoken_f
         preprocess([str(tmp_path / "a.jsonl")], str(tmp_path / "x"), how)
 
 
-def run(backend, tmp_path, texts, **more):
+def test_a_rare_letter_that_a_pattern_loses_is_found_in_any_document(tiktoken_file, tmp_path):
+    """Late in one of many long documents, where no sample is compared."""
+    texts = [f"{'plain words only ' * 50}{number}{'丁' * (number == 200)}" for number in range(300)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    how = EncodeSettings("TikTokenizer", str(tiktoken_file), tiktoken_pattern="[^丁]+", backend="reference")
+    with pytest.raises(DataError, match="loses text, such as '丁': the ids of '…plain words only 200丁' do not give it back"):
+        preprocess([str(tmp_path / "a.jsonl")], str(tmp_path / "x"), how)
+
+
+def run(backend, tmp_path, texts, overwrite=False, **more):
     backend.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     how = EncodeSettings("HuggingFaceTokenizer", str(tmp_path / "tokenizer.json"), **more)
-    return preprocess([str(tmp_path / "a.jsonl")], str(tmp_path / "x"), how)
+    return preprocess([str(tmp_path / "a.jsonl")], str(tmp_path / "x"), how, overwrite=overwrite)
 
 
 def test_documents_with_lost_text_are_counted(tmp_path):
     summary = run(word_piece(), tmp_path, ["int a", "Ψ self", "the ☃ Ω", " \t", ""])
-    assert summary.text_checks == TextChecks(compared=4, unknown=2) and (summary.documents, summary.empty) == (3, 2)
-    assert summary.text_notes[1].startswith("2 of 4 compared documents hold characters that the tokenizer does not know")
+    assert summary.text_checks == TextChecks(documents=4, compared=4, unknown=2) and (summary.documents, summary.empty) == (3, 2)
+    assert summary.text_notes[1].startswith("2 of 4 documents hold characters that the tokenizer does not know")
     assert SPACES in summary.text_notes[0] and json.dumps(summary.to_json())
 
 
@@ -219,3 +230,57 @@ def test_a_document_of_which_nothing_is_left_is_not_counted_as_empty(tmp_path, k
 def test_a_run_of_which_nothing_is_left_says_why(tmp_path):
     with pytest.raises(DataError, match="no token for the text of 2 documents"):
         run(byte_level(removing(r"\w+", invert=True)), tmp_path, ["—!", "…"])
+
+
+def test_every_document_that_loses_letters_is_counted_and_the_loss_is_shown(tmp_path):
+    from tokenizers import AddedToken, pre_tokenizers
+
+    for before in (None, pre_tokenizers.ByteLevel(add_prefix_space=True), removing(r"\s")):
+        backend = byte_level(before, alphabet=False)
+        backend.add_tokens([AddedToken("<é>", lstrip=True, rstrip=True)])
+        texts = [f"{'a foo <é> bar self ' * 30}{'Ψ' * (number % 5 == 0)}  a\u00a0" for number in range(100)]
+        summary = run(backend, tmp_path, texts, overwrite=True)
+        checks = summary.text_checks
+        assert (checks.documents, checks.counted, checks.incomplete) == (100, 100, 20)
+        assert any(note.startswith("20 of 100 documents hold characters") and "bar self Ψ  a" in note for note in summary.text_notes)
+
+
+def test_every_document_with_unknown_tokens_is_counted(tmp_path):
+    texts = [f"{'a foo [UNK] bar ' * 50}{'Ψ' * (number % 5 == 0)}" for number in range(300)]
+    backend = word_piece()
+    backend.add_special_tokens(["[UNK]"])
+    summary = run(backend, tmp_path, texts)
+    assert (summary.text_checks.documents, summary.text_checks.unknown, summary.text_checks.counted) == (300, 60, 0)
+
+
+def test_where_ids_do_not_stand_for_bytes_they_are_not_counted():
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+
+    level, letters = pre_tokenizers.ByteLevel(add_prefix_space=False), byte_letters()
+    vocabulary = {letter: number for number, letter in enumerate([*letters, "Ã©"])}
+
+    def counts(before=level, added=(), vocabulary=vocabulary, normalizer=None, **model):
+        backend = Tokenizer(models.BPE(vocabulary, [("Ã", "©")] if "Ã©" in vocabulary else [], **model))
+        backend.pre_tokenizer = before
+        if normalizer is not None:
+            backend.normalizer = normalizer
+        backend.add_tokens(list(added))
+        return make_byte_counts(wrapped(backend)) is not None
+
+    few = {"a": 0, "<unk>": 1}
+    assert counts() and counts(vocabulary=few) and counts(added=["日", "Ãx"]) and counts(unk_token="a")
+    assert (
+        not counts(normalizer=normalizers.NFC())
+        and not counts(added=["Ã©"])
+        and not counts(added=["é"])
+        and not counts(vocabulary=few, unk_token="<unk>")
+    )
+    assert not counts(vocabulary=few, byte_fallback=True) and not counts(end_of_word_suffix="x") and not counts(pre_tokenizers.Whitespace())
+    assert not counts(pre_tokenizers.Sequence([pre_tokenizers.Metaspace(), level])) and not counts(pre_tokenizers.Sequence([level, level]))
+
+
+def test_ids_that_are_far_apart_are_counted_too():
+    sizes = {0: 1, 3: 2, 10**9: 4}
+    ids, lengths = np.array([0, 10**9, 3, 3], np.uint32), np.array([2, 0, 2])
+    assert ByteCounts(sizes, None).lost(["abcde", "", "aéb"], ids, lengths) == {}
+    assert ByteCounts(sizes, None).lost(["abcdef", "é", "aéb"], ids, lengths) == {0: 1, 1: 2}
