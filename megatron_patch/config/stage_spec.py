@@ -24,7 +24,7 @@ from megatron_patch.data.dataset_paths import check_word
 from megatron_patch.data.same_dataset import named_twice
 from megatron_patch.errors import ConfigError
 from megatron_patch.stages import POSITION_WEIGHTS, LrPolicy, LrStyle, OptimizerPolicy, Side, WsdDecayStyle
-from megatron_patch.utils.path_patterns import shortened
+from megatron_patch.utils.console import shortened
 from megatron_patch.utils.registry import lookup, suggestion
 from megatron_patch.utils.units import parse_count
 

@@ -24,8 +24,9 @@ from megatron_patch.raw_text.large_documents import LargeText, load_text
 from megatron_patch.raw_text.parse_documents import ParsedBatch
 from megatron_patch.tokenizers.base import Tokenizer, load_tokenizer, require_special_tokens
 from megatron_patch.tokenizers.library_errors import is_library_failure
-from megatron_patch.tokenizers.round_trip import RoundTrip, TextChecks, shortened
+from megatron_patch.tokenizers.round_trip import RoundTrip, TextChecks
 from megatron_patch.tokenizers.tiktoken import PATTERNS
+from megatron_patch.utils.console import shortened
 from megatron_patch.utils.files import reason
 
 # Largest part of one document to compare with the reference, which is slow.
@@ -305,7 +306,7 @@ class Encoder:
     def _count_without_tokens(self, text: str) -> None:
         """Counts a document without tokens: as empty if it has nothing but white space."""
         if text.strip():
-            self._text_checks += TextChecks(without_tokens=1, example_without_tokens=shortened(text))
+            self._text_checks += TextChecks(without_tokens=1, example_without_tokens=shortened(text, 60))
         else:
             self._empty += 1
 

@@ -30,9 +30,9 @@ from megatron_patch.tokenizers.base import Flat, HuggingFaceTokenizer, SentenceP
 from megatron_patch.tokenizers.byte_level import byte_letters
 from megatron_patch.tokenizers.fuzz_strings import every_code_point, start_strings
 from megatron_patch.tokenizers.library_errors import is_library_failure
-from megatron_patch.tokenizers.round_trip import shortened
 from megatron_patch.tokenizers.sentencepiece import replaces_spaces_alone, sentencepiece_json
 from megatron_patch.tokenizers.tiktoken import TikTokenizer
+from megatron_patch.utils.console import shortened
 
 Array = npt.NDArray[np.uint32]
 _MAX_SEARCHED_PIECES = 2000
@@ -212,7 +212,7 @@ def make_fast_encoder(tokenizer: Tokenizer, backend: str = "auto") -> tuple[Fast
     try:
         encoder = FastokensEncoder(tokenizer)
         if (text := different_text(texts, encoder.encode_flat(texts), expected)) is not None:
-            return None, f"the reference tokenizer (fastokens gives other ids for {shortened(text)!r})"
+            return None, f"the reference tokenizer (fastokens gives other ids for {shortened(text, 60)!r})"
         if not has_known_pattern(tokenizer):
             texts = every_code_point()
             if different_text(texts, encoder.encode_flat(texts), tokenizer.encode_flat(texts)) is not None:

@@ -7,6 +7,7 @@ that is installed and agrees with the reference (`preprocess.fast_encoder`).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from megatron_patch.errors import ConfigError, DataError
@@ -158,10 +159,11 @@ def load_from_metadata(metadata: Mapping[str, Any], tokenizer_type: str | None =
         )
     # The documents of the data begin and end with the tokens that were chosen when the data was made.
     eod, bos = more.get("eod_id"), more.get("bos_id")
+    merges = more.get("merge_file") or None
     tokenizer = load_tokenizer(
         kind,
         model,
-        merge_file=more.get("merge_file") or None,
+        merge_file=merges if merges is not None and Path(merges).is_file() else None,  # otherwise it has moved with its vocab.json
         eod_id=None if eod is None else int(eod),
         bos_id=None if bos is None else int(bos),
         tiktoken_pattern=pattern,

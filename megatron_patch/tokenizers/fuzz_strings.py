@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import random
+import sys
 import unicodedata
 from collections.abc import Sequence
 
@@ -55,6 +56,7 @@ _MARKS = range(0x0300, 0x0370, 16)
 _SCRIPTS = (*range(0, 0x3400, 128), *range(0xA000, 0xAC00, 256), *range(0xF900, 0x20000, 512))
 _DETAILED_TOKENS = 48  # added tokens with strings of their own; the others occur in strings of several
 _LONG_TOKEN = 100  # characters of an added token from which it is not cut at every place
+_STRING_CHARACTERS = 2000
 _RUN = 1100  # longer than the parts in which a library may look at a text
 
 
@@ -135,6 +137,12 @@ def every_code_point() -> list[str]:
         chr(number) for number in range(_PRIVATE_PLANES) if number not in skipped and unicodedata.category(chr(number)) not in ("Cn", "Cs")
     ]
     return code_point_strings(characters, "a*  *1")
+
+
+def characters_with_spaces() -> list[str]:
+    """Returns strings that together hold every assigned character, with spaces between them."""
+    characters = [chr(number) for number in range(sys.maxunicode + 1) if unicodedata.category(chr(number)) not in ("Cn", "Cs")]
+    return [" ".join(characters[start : start + _STRING_CHARACTERS]) for start in range(0, len(characters), _STRING_CHARACTERS)]
 
 
 def long_strings() -> list[str]:

@@ -17,8 +17,9 @@ import orjson
 
 from megatron_patch.errors import DataError
 from megatron_patch.tokenizers.interface import Flat, TokenizerOptions, flatten
-from megatron_patch.tokenizers.library_errors import LARGEST_ID, MOST_FILE_BYTES, encode_texts, library_errors, shorten
+from megatron_patch.tokenizers.library_errors import LARGEST_ID, MOST_FILE_BYTES, encode_texts, library_errors
 from megatron_patch.tokenizers.special_tokens import Choice, SpecialTokenFiles, choose, read_special_token_files
+from megatron_patch.utils.console import shortened
 from megatron_patch.utils.files import read_small
 
 _GPT2_EOD = "<|endoftext|>"
@@ -130,7 +131,7 @@ def _add_tokens(backend: Any, files: SpecialTokenFiles) -> None:
             backend.add_tokens([added])
         found = backend.token_to_id(token["content"])
         if found != number:
-            name = shorten(token["content"])
+            name = shortened(repr(token["content"]))
             raise DataError(
                 f"{files.added_path} gives {name} the id {number}, but in the vocabulary of tokenizer.json it is {found}",
                 "files of one tokenizer, in which a token has one id",
@@ -218,8 +219,10 @@ def _merges_of(model: str, given: str | None) -> str | None:
     path = Path(model)
     if path.is_dir() or path.name == "tokenizer.json":
         return None
+    if given is not None:
+        return given
     candidates = [
         path.with_name(name)
         for name in ("merges.txt", f"{path.stem.replace('vocab', 'merges')}.txt", f"{path.stem.replace('vocab', 'merge')}.txt")
     ]
-    return next((str(file) for file in (*([Path(given)] if given else []), *candidates) if file.is_file()), None)
+    return next((str(file) for file in candidates if file.is_file()), None)

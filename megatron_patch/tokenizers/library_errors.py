@@ -10,13 +10,13 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 from megatron_patch.errors import DataError
+from megatron_patch.utils.console import shortened
 from megatron_patch.utils.files import reason
 
 MOST_FILE_BYTES = 1 << 30
 """Most bytes of a tokenizer's file. Those of vocabularies with 262,144 tokens have 33 MB."""
 LARGEST_ID = (1 << 31) - 2
 """Largest token id: the indexed datasets store ids as int32, and the size of the vocabulary is one more."""
-_SHOWN_CHARS = 60
 Result = TypeVar("Result")
 
 
@@ -62,18 +62,10 @@ def encode_texts(name: str, call: Callable[[list[str]], Result], texts: Sequence
             raise
         failing = next((text for text in texts if _fails(call, text)), "".join(texts))
         raise DataError(
-            f"{name} cannot encode {shorten(failing)}: {reason(error)}",
+            f"{name} cannot encode {shortened(repr(failing))}: {reason(error)}",
             "a tokenizer that can encode any text",
             "repair its files (an unknown token, a pattern or a table that is missing or damaged), or give another --tokenizer-model",
         ) from error
-
-
-def shorten(value: object) -> str:
-    """Returns a value as Python writes it, for a message: of a long text the start."""
-    if isinstance(value, str) and len(value) > _SHOWN_CHARS:
-        return repr(f"{value[:_SHOWN_CHARS]}…")
-    shown = repr(value)
-    return shown if len(shown) <= 4 * _SHOWN_CHARS else f"{shown[: 4 * _SHOWN_CHARS]}…"
 
 
 def _fails(call: Callable[[list[str]], Result], text: str) -> bool:

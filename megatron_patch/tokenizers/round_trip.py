@@ -23,8 +23,9 @@ from megatron_patch.errors import DataError
 from megatron_patch.tokenizers.base import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer
 from megatron_patch.tokenizers.byte_counts import make_byte_counts, may_be_spaces
 from megatron_patch.tokenizers.byte_level import byte_letters
-from megatron_patch.tokenizers.fuzz_strings import added_tokens, adversarial_strings, common_strings, token_strings
-from megatron_patch.tokenizers.tiktoken import TikTokenizer
+from megatron_patch.tokenizers.fuzz_strings import added_tokens, adversarial_strings, characters_with_spaces, common_strings, token_strings
+from megatron_patch.tokenizers.tiktoken import PATTERNS, TikTokenizer
+from megatron_patch.utils.console import shortened
 from megatron_patch.utils.units import plural
 
 _SPACE = "▁"
@@ -260,7 +261,7 @@ def _around_lost_letter(text: str, given: str) -> str:
 def _around(text: str, index: int) -> str:
     """Returns a part of a text around a character, for a message."""
     start = 0 if len(text) <= _SHOWN_CHARS else max(0, index - _SHOWN_BEFORE)
-    return ("…" if start else "") + shortened(text[start:])
+    return ("…" if start else "") + shortened(text[start:], _SHOWN_CHARS)
 
 
 def _count_spaces(text: str) -> int:
@@ -304,8 +305,10 @@ def check_round_trip(tokenizer: Tokenizer) -> str:
     if isinstance(tokenizer, HuggingFaceTokenizer):
         _check_added_tokens(tokenizer)
     # What a pattern loses may depend on what stands beside it.
-    common = common_strings() if isinstance(tokenizer, TikTokenizer) else adversarial_strings(count=100)
-    texts = [*common, *token_strings(added_tokens(tokenizer), count=50)]
+    texts = common_strings() if isinstance(tokenizer, TikTokenizer) else adversarial_strings(count=100)
+    texts = [*texts, *token_strings(added_tokens(tokenizer), count=50)]
+    if isinstance(tokenizer, TikTokenizer) and tokenizer.pattern not in PATTERNS.values():
+        texts += characters_with_spaces()  # fastokens keeps what a pattern does not match, so that nobody would notice
     try:
         ids, lengths = tokenizer.encode_flat(texts)
         rows = np.split(ids, np.cumsum(lengths)[:-1])
@@ -364,8 +367,3 @@ def lost_text(tokenizer: Tokenizer, loss: Loss) -> DataError:
         "a pattern that matches every character",
         "give the pattern that the tokenizer was made with, by its name or as a regular expression",
     )
-
-
-def shortened(text: str) -> str:
-    """Returns the start of a text, for a message."""
-    return text if len(text) <= _SHOWN_CHARS else f"{text[:_SHOWN_CHARS]}…"

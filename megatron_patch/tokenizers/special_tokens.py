@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_patch.errors import DataError
-from megatron_patch.tokenizers.library_errors import LARGEST_ID, shorten
+from megatron_patch.tokenizers.library_errors import LARGEST_ID
+from megatron_patch.utils.console import shortened
 from megatron_patch.utils.files import optional_file, read_json, reason
 
 Role = Literal["eos", "bos"]
@@ -92,11 +93,11 @@ def read_special_token_files(folder: Path) -> SpecialTokenFiles:
         found.added_path, found.lists_all = str(path), True
         decoder = config["added_tokens_decoder"]
         if not isinstance(decoder, Mapping):
-            raise DataError(f"{path}: added_tokens_decoder is {shorten(decoder)}", "an object of ids and tokens", "repair the file")
+            raise DataError(f"{path}: added_tokens_decoder is {shortened(repr(decoder))}", "an object of ids and tokens", "repair the file")
         for number, token in decoder.items():
             if not isinstance(token, Mapping):
                 raise DataError(
-                    f"{path}: added_tokens_decoder holds {number}: {shorten(token)}",
+                    f"{path}: added_tokens_decoder holds {number}: {shortened(repr(token))}",
                     "ids with an object of content and flags",
                     "repair the file",
                 )
@@ -122,7 +123,7 @@ def _extra_tokens(entries: Mapping[str, Any], path: Path) -> list[Any]:
     for key in ("extra_special_tokens", "additional_special_tokens"):
         given = entries.get(key) or []
         if not isinstance(given, list) and not (isinstance(given, Mapping) and key == "extra_special_tokens"):
-            raise DataError(f"{path}: {key} is {shorten(given)}", "a list of tokens", "repair the file")
+            raise DataError(f"{path}: {key} is {shortened(repr(given))}", "a list of tokens", "repair the file")
         lists.append(given if isinstance(given, list) else [])
     return lists[0] or lists[1]
 
@@ -147,18 +148,18 @@ def _token(value: Any, path: Path) -> dict[str, Any]:
     if isinstance(value, Mapping) and isinstance(value.get("content"), str):
         flags = {key: bool(value[key]) for key in _FLAGS_OF_A_TOKEN if key in value}
         return {"content": _text(value["content"], path), "special": "__type" in value or "special" not in value, **flags}
-    raise DataError(f"{path}: a special token is {shorten(value)}", "a text, or an object with the key content", "repair the file")
+    raise DataError(f"{path}: a special token is {shortened(repr(value))}", "a text, or an object with the key content", "repair the file")
 
 
 def _id(value: Any, path: Path) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= LARGEST_ID:
-        raise DataError(f"{path}: a token has the id {shorten(value)}", f"whole numbers from 0 to {LARGEST_ID}", "repair the file")
+        raise DataError(f"{path}: a token has the id {shortened(repr(value))}", f"whole numbers from 0 to {LARGEST_ID}", "repair the file")
     return value
 
 
 def _text(value: str, path: Path) -> str:
     if not value or any("\ud800" <= letter <= "\udfff" for letter in value):
-        raise DataError(f"{path}: a token is {shorten(value)}", "text that is not empty and is valid Unicode", "repair the file")
+        raise DataError(f"{path}: a token is {shortened(repr(value))}", "text that is not empty and is valid Unicode", "repair the file")
     return value
 
 

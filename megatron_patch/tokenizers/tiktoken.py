@@ -18,8 +18,9 @@ import numpy.typing as npt
 
 from megatron_patch.errors import DataError
 from megatron_patch.tokenizers.interface import TokenizerOptions
-from megatron_patch.tokenizers.library_errors import LARGEST_ID, MOST_FILE_BYTES, encode_texts, library_errors, shorten
+from megatron_patch.tokenizers.library_errors import LARGEST_ID, MOST_FILE_BYTES, encode_texts, library_errors
 from megatron_patch.tokenizers.special_tokens import Choice, SpecialTokenFiles, choose
+from megatron_patch.utils.console import shortened
 from megatron_patch.utils.files import read_small, reason
 from megatron_patch.utils.registry import lookup
 
@@ -129,7 +130,7 @@ def _rank(word: bytes) -> int:
         ValueError: it is no whole number, or no id that a dataset can store.
     """
     if not word.isdigit() or not 0 <= int(word[:20]) <= LARGEST_ID:
-        raise ValueError(f"the rank {shorten(word.decode(errors='replace'))} is not a whole number from 0 to {LARGEST_ID}")
+        raise ValueError(f"the rank {shortened(repr(word.decode(errors='replace')))} is not a whole number from 0 to {LARGEST_ID}")
     return int(word)
 
 
@@ -193,7 +194,7 @@ def _special_ids(names: Sequence[str], ranks: Mapping[bytes, int]) -> dict[str, 
         if not equals or not (number.isascii() and number.isdigit()):
             name, number = word, str(max(taken) + 1)
         if len(number) > 20 or int(number) > LARGEST_ID:
-            raise DataError(f"--special-tokens {shorten(word)}: the id is too large", f"ids up to {LARGEST_ID}", "choose another id")
+            raise DataError(f"--special-tokens {shortened(word)}: the id is too large", f"ids up to {LARGEST_ID}", "choose another id")
         if int(number) in taken or name in found:
             raise DataError(
                 f"--special-tokens {word}: another token has this id or name", "an id and a name that are free", "choose another id or name"

@@ -29,8 +29,8 @@ def visible(text: str) -> str:
     return text.translate(_VISIBLE)
 
 
-def shortened(text: str, length: int) -> str:
-    """Returns a text of at most `length` characters, in which an ellipsis stands for the middle of a longer one."""
+def shortened(text: str, length: int = 200) -> str:
+    """Returns a text of at most `length` characters, for a message; an ellipsis stands for the middle of a longer one."""
     return text if len(text) <= length else f"{text[: length // 2]}…{text[len(text) - (length - 1 - length // 2) :]}"
 
 

@@ -11,12 +11,6 @@ import os
 
 LONGEST_PATH = 4096
 """The most bytes of a path on Linux. Python's glob takes quadratic time in the length of a pattern."""
-_MOST_QUOTED = 200
-
-
-def shortened(text: str) -> str:
-    """Returns a text for a message: only its beginning and its length if it is very long."""
-    return text if len(text) <= _MOST_QUOTED else f"{text[:_MOST_QUOTED]}… ({len(text):,} characters)"
 
 
 def is_too_long(path: str) -> bool:

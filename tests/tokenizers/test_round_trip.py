@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
 
 import numpy as np
 import pytest
@@ -196,12 +197,19 @@ def test_a_pattern_that_loses_text_in_a_document_alone_is_refused_too(tiktoken_f
 
 
 def test_a_rare_letter_that_a_pattern_loses_is_found_in_any_document(tiktoken_file, tmp_path):
-    """Late in one of many long documents, where no sample is compared."""
+    """Late in one of many long documents, where no sample is compared, and only after a digit, so that the start does not find it."""
     texts = [f"{'plain words only ' * 50}{number}{'丁' * (number == 200)}" for number in range(300)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    how = EncodeSettings("TikTokenizer", str(tiktoken_file), tiktoken_pattern="[^丁]+", backend="reference")
+    how = EncodeSettings("TikTokenizer", str(tiktoken_file), tiktoken_pattern=r"[^丁]+|(?<!\d)丁", backend="reference")
     with pytest.raises(DataError, match="loses text, such as '丁': the ids of '…plain words only 200丁' do not give it back"):
         preprocess([str(tmp_path / "a.jsonl")], str(tmp_path / "x"), how)
+
+
+@pytest.mark.parametrize("letter", ["丁", "㐀", "\U00020001", "\ue000", "가"])
+def test_a_pattern_that_leaves_out_any_single_character_is_refused_at_the_start(tiktoken_file, letter):
+    tokenizer = load_tokenizer("TikTokenizer", str(tiktoken_file), tiktoken_pattern=f"[^{letter}]+")
+    with pytest.raises(DataError, match=re.escape(f"loses text, such as {letter!r}")):
+        check_round_trip(tokenizer)
 
 
 def run(backend, tmp_path, texts, overwrite=False, **more):
