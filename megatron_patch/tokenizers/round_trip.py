@@ -11,6 +11,7 @@ is found by comparing samples.
 from __future__ import annotations
 
 import collections
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,7 +22,7 @@ import orjson
 
 from megatron_patch.errors import DataError
 from megatron_patch.tokenizers.base import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer
-from megatron_patch.tokenizers.byte_counts import make_byte_counts, may_be_spaces
+from megatron_patch.tokenizers.byte_counts import ByteCounts, make_byte_counts, may_be_spaces
 from megatron_patch.tokenizers.byte_level import byte_letters
 from megatron_patch.tokenizers.fuzz_strings import added_tokens, adversarial_strings, characters_with_spaces, common_strings, token_strings
 from megatron_patch.tokenizers.tiktoken import PATTERNS, TikTokenizer
@@ -122,14 +123,11 @@ class RoundTrip:
 
     Attributes:
         applies: whether its ids can be read here: it is one of Hugging Face's, SentencePiece's or tiktoken's. Otherwise nothing is found.
-        counts_all: whether `count` finds every loss: comparing samples would find nothing more.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self.applies = isinstance(tokenizer, (HuggingFaceTokenizer, SentencePieceTokenizer, TikTokenizer))
-        self._counts = make_byte_counts(tokenizer)
-        self.counts_all = self._counts is not None
         self._unknown: int | None = None
         self._added: dict[int, str] = {}
         if isinstance(tokenizer, SentencePieceTokenizer):
@@ -142,6 +140,15 @@ class RoundTrip:
             self._unknown = _unknown_id(tokenizer.backend)
             self._added = {number: token.content for number, token in tokenizer.backend.get_added_tokens_decoder().items()}
             self._bytes = {letter: byte for byte, letter in enumerate(byte_letters())} if _is_byte_level(tokenizer.backend) else {}
+
+    @functools.cached_property
+    def _counts(self) -> ByteCounts | None:
+        return make_byte_counts(self._tokenizer)
+
+    @property
+    def counts_all(self) -> bool:
+        """Whether `count` finds every loss: comparing samples would find nothing more."""
+        return self._counts is not None
 
     def count(self, texts: Sequence[str], ids: npt.NDArray[np.uint32], lengths: npt.NDArray[np.int64]) -> TextChecks:
         """Counts the texts with unknown tokens and, where bytes can be counted, those that lose other characters than white space.
