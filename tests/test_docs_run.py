@@ -30,7 +30,8 @@ global-batch-tokens: 512
 lr: 5e-3
 """
 """In place of configurations whose studies take minutes to hours."""
-NAMES = {"PREFIX": "my_text_document", "K": "2", "FOLDER": "task_data", "DIR": "exported", "CKPT": "imported"}
+NAMES = {"PREFIX": "my_text_document", "WEB": "my_text_document", "CODE": "other_text_document", "K": "2", "FOLDER": "task_data"}
+NAMES |= {"DIR": "exported", "CKPT": "imported"}
 """Values for the names that stand for the reader's own files and numbers."""
 
 

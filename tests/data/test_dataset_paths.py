@@ -56,7 +56,7 @@ def test_what_does_not_exist_is_a_pattern(folder):
     [
         ("a\0b", r"line 3: 'a\\x00b' has a null character"),
         ("@a\0b", r"line 3: .* has a null character"),
-        ("[" * 200_000, r"line 3: \[{200}… \(200,000 characters\) is too long for a path"),
+        ("[" * 200_000, r"line 3: \[{100}…\[{99} is too long for a path"),
         ("/" * 5000 + "*", "line 3: .*is too long"),
         ("0.5 a1", r"line 3: 0\.5 a1 begins with a weight\n.*without weights.*\n.*--data-path 0\.7 @web\.txt"),
         ("1e-1\ta*", "line 3: .* begins with a weight"),

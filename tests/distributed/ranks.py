@@ -123,6 +123,8 @@ def run_ranks(function: Callable[..., Any], size: int, logs: Path, *args: Any, t
             process.kill()
             process.join()
     if failure:
-        printed = "\n".join(f"[rank {r}] {(logs / f'rank-{r}.log').read_text()[-3000:]}" for r in range(size))
+        # A rank that had not begun when another one failed has no log.
+        found = [(r, path) for r in range(size) if (path := logs / f"rank-{r}.log").exists()]
+        printed = "\n".join(f"[rank {r}] {path.read_text()[-3000:]}" for r, path in found)
         raise RuntimeError(f"{failure}\n{printed}")
     return [values[rank] for rank in range(size)]

@@ -217,7 +217,7 @@ def test_every_file_of_pickles_is_refused_by_the_name_of_what_it_would_call(tmp_
         else:
             open_weights(folder)
     what, allowed, do = str(error.value).split("\n")
-    assert what.endswith("contains more than tensors and plain values: GLOBAL posix.system") and str(folder) in what
+    assert what.endswith("contains more than tensors and plain values: posix.system") and str(folder) in what
     assert allowed.strip() == "Allowed: a file of tensors, which cannot run code when it is loaded"
     assert do.strip() == "What to do: if you trust the file, load it elsewhere and save its weights as safetensors"
     assert not (tmp_path / "ran").exists() and not (tmp_path / "out").exists()
