@@ -137,3 +137,6 @@ def test_the_values_of_a_configuration_are_counted_before_they_are_made(monkeypa
     for text in ("[" + "a," * 110_000 + "]", "- a\n" * 110_000, "[" + "[]," * 110_000 + "]"):
         with pytest.raises(ValueError, match="more than 100,000 values"):
             load_yaml(text)
+    for text in ('{"a":' * 100_000, "[" * 100_000, "- " * 100_000):
+        with pytest.raises(ValueError, match="nested too deeply"):
+            load_yaml(text)
