@@ -11,8 +11,10 @@ is found by comparing samples.
 from __future__ import annotations
 
 import collections
+import contextlib
 import functools
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -317,7 +319,8 @@ def check_round_trip(tokenizer: Tokenizer) -> str:
     if isinstance(tokenizer, TikTokenizer) and tokenizer.pattern not in PATTERNS.values():
         texts += characters_with_spaces()  # fastokens keeps what a pattern does not match, so that nobody would notice
     try:
-        ids, lengths = tokenizer.encode_flat(texts)
+        with _without_threads():
+            ids, lengths = tokenizer.encode_flat(texts)
         rows = np.split(ids, np.cumsum(lengths)[:-1])
         losses = [(text, round_trip.loss(text, row.tolist())) for text, row in zip(texts, rows, strict=True)]
     except DataError as error:
@@ -329,6 +332,21 @@ def check_round_trip(tokenizer: Tokenizer) -> str:
             raise lost_text(tokenizer, Loss(lost, excerpt=min(examples)[-1]))
         return ""
     return _note(losses, spaces_alone=not any(loss.letters for _, loss in losses))
+
+
+@contextlib.contextmanager
+def _without_threads() -> Iterator[None]:
+    """A context in which `tokenizers` starts no threads: workers are forked afterwards, and a fork beside threads may never return."""
+    name = "TOKENIZERS_PARALLELISM"
+    before = os.environ.get(name)
+    os.environ[name] = "false"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def _check_added_tokens(tokenizer: HuggingFaceTokenizer) -> None:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -18,6 +21,7 @@ from megatron_patch.tokenizers.byte_counts import ByteCounts, make_byte_counts
 from megatron_patch.tokenizers.byte_level import byte_letters
 from megatron_patch.tokenizers.round_trip import Loss, RoundTrip, TextChecks, check_round_trip, missing
 from tests.preprocess.random_tokenizers import CORPUS
+from tests.tokenizers.tokenizer_json import byte_level_json, write
 
 SPACES = "does not give back all white space"
 
@@ -292,3 +296,16 @@ def test_ids_that_are_far_apart_are_counted_too():
     ids, lengths = np.array([0, 10**9, 3, 3], np.uint32), np.array([2, 0, 2])
     assert ByteCounts(sizes, None).lost(["abcde", "", "aéb"], ids, lengths) == {}
     assert ByteCounts(sizes, None).lost(["abcdef", "é", "aéb"], ids, lengths) == {0: 1, 1: 2}
+
+
+def test_the_comparison_at_the_start_leaves_no_threads(tmp_path):
+    """Workers are forked after it, and a fork beside threads may never return."""
+    byte_level_folder = write(tmp_path / "t", byte_level_json())
+    environment = {name: value for name, value in os.environ.items() if name not in ("TOKENIZERS_PARALLELISM", "RAYON_NUM_THREADS")}
+    code = "import os; from megatron_patch.tokenizers.base import load_tokenizer as load; "
+    code += "from megatron_patch.tokenizers.round_trip import check_round_trip as check; "
+    code += f"t = load('HuggingFaceTokenizer', {str(byte_level_folder)!r}); before = len(os.listdir('/proc/self/task')); "
+    code += "check(t); print(before, len(os.listdir('/proc/self/task')))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    before, after = done.stdout.split()
+    assert before == after
