@@ -1,6 +1,6 @@
 """Short names of corpora, for metrics and charts. In: words of --data-path. Out: one name for each, no two of them the same.
 
-A name depends on the other corpora. So a run records its names, and a corpus keeps its own when the run resumes with others beside it.
+A name depends on the other corpora. So a run records its names, and a corpus keeps its own when the run resumes with other corpora.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from megatron_patch.checkpoint.trainer_state import HeldOutName
+from megatron_patch.data.dataset_paths import bare_prefix
 from megatron_patch.data.same_dataset import real_path
 from megatron_patch.utils.console import visible
 
@@ -79,12 +80,8 @@ def _ends_in(word: str, name: str) -> bool:
 
 
 def _parts(word: str) -> list[str]:
-    return [part for part in _path(word).split("/") if part not in ("", ".")] or [word]
-
-
-def _path(word: str) -> str:
-    """Returns the path of a word, without the sign of a list and without the suffix of a dataset's file."""
-    return word.removeprefix("@").removesuffix(".idx").removesuffix(".bin")
+    """Returns the parts of a word's path, without the sign of a list and without the suffix of a dataset's file."""
+    return [part for part in bare_prefix(word.removeprefix("@")).split("/") if part not in ("", ".")] or [word]
 
 
 def _numbered(name: str, number: int) -> str:

@@ -49,7 +49,7 @@ def _expanded(word: str, lists: tuple[str, ...]) -> tuple[str, ...]:
         return (word,)
     if word.startswith("@"):
         return _listed(word[1:], lists)
-    word = _bare(word)
+    word = bare_prefix(word)
     if not glob.has_magic(word) or _is_dataset(word):
         return (word,)
     matches = [match.removesuffix(".idx") for match in glob_files(f"{word}.idx")]
@@ -80,7 +80,8 @@ def check_word(word: str) -> None:
         check_address(word.removeprefix("@"))
 
 
-def _bare(word: str) -> str:
+def bare_prefix(word: str) -> str:
+    """Returns a prefix without the suffix of one of its files."""
     return word.removesuffix(".idx") if word.endswith(".idx") else word.removesuffix(".bin")
 
 

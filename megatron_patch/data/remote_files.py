@@ -181,7 +181,7 @@ def remote_glob(pattern: str) -> list[str]:
             if (_ask(pattern, lambda: system.info(folder)).get("size") or 0) > _MOST_LISTING_BYTES:
                 raise DataError(
                     f"{folder} is not a list of files: the server says that it has more than {_MOST_LISTING_BYTES:,} bytes",
-                    "the address of a folder, with a pattern behind it",
+                    "the address of a folder, followed by a pattern",
                     "name the files in a list: @FILE",
                 )
         return sorted(_ask(pattern, lambda: [str(system.unstrip_protocol(found)) for found in system.glob(inner)]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
+from megatron_patch.data.dataset_paths import bare_prefix
 from megatron_patch.data.storage import is_address
 
 _LOCAL = "file://"
@@ -19,16 +20,12 @@ def real_path(word: str) -> str:
     mark = "@" if word.startswith("@") else ""
     path = word.removeprefix("@").removeprefix(_LOCAL)
     if is_address(path):
-        return mark + (path if mark else _bare(path))
+        return mark + (path if mark else bare_prefix(path))
     try:
         # A symbolic link may be a file of the dataset, or a folder above it.
-        return mark + (os.path.realpath(path) if mark else _bare(os.path.realpath(f"{_bare(path)}.bin")))
+        return mark + (os.path.realpath(path) if mark else bare_prefix(os.path.realpath(f"{bare_prefix(path)}.bin")))
     except ValueError:  # a null character, or text that no path can contain
         return word
-
-
-def _bare(path: str) -> str:
-    return path.removesuffix(".idx") if path.endswith(".idx") else path.removesuffix(".bin")
 
 
 def named_twice(words: Sequence[str]) -> tuple[str, str] | None:

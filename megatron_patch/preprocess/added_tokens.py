@@ -1,10 +1,10 @@
 """Which added tokens a fast encoder may find at other places than the reference. In: a Hugging Face tokenizer. Out: their texts.
 
-`tokenizers` looks for added tokens twice: first for those that are not normalized, in the text; then for the others, in the normalized
-text between the first ones. `fastokens` looks for all of them at once, and takes the longest one at the first place. The results are the
-same as long as no token of one kind can touch one of the other kind in a way that matters: by sharing characters, or, where a token takes
-the white space beside it or must be a whole word, by standing beside it. Where a token takes the white space beside it and another one, or
-itself, begins or ends with white space, the two libraries differ too, whatever the kinds.
+`tokenizers` looks for added tokens twice: first for those that are not normalized, in the text; then for the others, in the normalized text
+between the first ones. `fastokens` looks for all of them at once, and takes the longest one at the first place. The results are the same as
+long as no token of one kind can touch one of the other kind in a way that matters: by sharing characters, or, where a token takes the white
+space next to it or must be a whole word, by standing next to it. Where a token takes the white space next to it and another one, or itself,
+begins or ends with white space, the two libraries differ too, whatever the kinds.
 """
 
 from __future__ import annotations

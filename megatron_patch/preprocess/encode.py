@@ -22,8 +22,8 @@ from megatron_patch.preprocess.fast_encoder import make_fast_encoder
 from megatron_patch.preprocess.segments import SplitPoint, segments, split_point_of
 from megatron_patch.raw_text.large_documents import LargeText, load_text
 from megatron_patch.raw_text.parse_documents import ParsedBatch
-from megatron_patch.tokenizers.base import Tokenizer, load_tokenizer, require_special_tokens
-from megatron_patch.tokenizers.library_errors import is_library_failure
+from megatron_patch.tokenizers.base import Flat, Tokenizer, load_tokenizer, require_special_tokens
+from megatron_patch.tokenizers.library_errors import failures_as
 from megatron_patch.tokenizers.round_trip import RoundTrip, TextChecks
 from megatron_patch.tokenizers.tiktoken import PATTERNS
 from megatron_patch.utils.console import shortened
@@ -182,6 +182,18 @@ def load_checked_tokenizer(settings: EncodeSettings) -> Tokenizer:
     return tokenizer
 
 
+def lengths_with_special_tokens(settings: EncodeSettings, lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Returns documents' lengths with beginning, end and padding tokens. As in Megatron, no end follows where there is no token.
+
+    Args:
+        settings: which tokens are added.
+        lengths: int64, the number of ids of each document.
+    """
+    begun = lengths + int(settings.prepend_bos)
+    delimited = begun + (begun > 0) * int(settings.append_eod)
+    return -(-delimited // settings.patch_align) * settings.patch_align
+
+
 class Encoder:
     """Encodes batches in one process.
 
@@ -260,17 +272,10 @@ class Encoder:
             tokens += ids.astype(settings.dtype).data
             count += ids.size
         self._text_checks = others + self._text_checks.as_one_document()
-        too_short = settings.min_tokens is not None and count < settings.min_tokens
-        too_long = settings.max_tokens is not None and count > settings.max_tokens
-        left_out = count == 0 and not settings.keep_empty
-        filtered = (too_short or too_long) and not left_out
-        self._filtered += int(filtered)
-        if count == 0 and not filtered:
-            self._count_without_tokens(start)
-        if left_out or filtered:
+        if not self._keep(np.array([count]), [start]).all():
             return EncodedColumn(np.empty(0, settings.dtype), np.empty(0, np.int64))
         self._largest = max(self._largest, largest)
-        length = self._lengths_with_special_tokens(np.array([count]))
+        length = lengths_with_special_tokens(settings, np.array([count]))
         padding = int(length[0]) - int(settings.prepend_bos) - count
         tokens += np.full(padding, self.tokenizer.eod_id or 0, settings.dtype).tobytes()
         return EncodedColumn(np.frombuffer(tokens, settings.dtype), length)
@@ -286,22 +291,19 @@ class Encoder:
         self._filtered += len(full) - len(kept)
         return kept
 
-    def _ids(self, texts: Sequence[str]) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
+    def _ids(self, texts: Sequence[str]) -> Flat:
         """Encodes texts, and counts those that lose text. Some of the results are compared with the reference, and with the texts."""
-        if self.fast_encoder is None:
-            ids, lengths = self.tokenizer.encode_flat(texts)
-        else:
-            try:
-                ids, lengths = self.fast_encoder.encode_flat(texts)
-            except DataError:  # of the reference, which encodes some of the texts
-                raise
-            except BaseException as error:
-                if not is_library_failure(error):
-                    raise
-                raise FastEncoderDisagrees(f"failed: {reason(error)}") from error
+        ids, lengths = self._encode_unchecked(texts)
         self._text_checks += self._round_trip.count(texts, ids, lengths)
         self._check(texts, ids, lengths)
         return ids, lengths
+
+    def _encode_unchecked(self, texts: Sequence[str]) -> Flat:
+        """Returns the ids of the fast encoder, or else of the reference tokenizer."""
+        if self.fast_encoder is None:
+            return self.tokenizer.encode_flat(texts)
+        with failures_as(lambda error: FastEncoderDisagrees(f"failed: {reason(error)}")):
+            return self.fast_encoder.encode_flat(texts)
 
     def _count_without_tokens(self, text: str) -> None:
         """Counts a document without tokens: as empty if it has nothing but white space."""
@@ -314,6 +316,18 @@ class Encoder:
         if not texts:
             return EncodedColumn(np.empty(0, self.settings.dtype), np.empty(0, np.int64))
         ids, lengths = self._ids(texts)
+        kept = self._keep(lengths, texts)
+        if not kept.all():
+            ids, lengths = ids[np.repeat(kept, lengths)], lengths[kept]
+        return self.add_special_tokens(ids, lengths)
+
+    def _keep(self, lengths: npt.NDArray[np.int64], texts: Sequence[str]) -> npt.NDArray[np.bool_]:
+        """Returns which documents are kept, by the number of their ids; counts those that are left out or have no ids.
+
+        Args:
+            lengths: int64, the number of ids of each document.
+            texts: the text of each document; of a large one its start.
+        """
         full = (lengths > 0) | self.settings.keep_empty
         kept = full
         if self.settings.min_tokens is not None:
@@ -323,9 +337,7 @@ class Encoder:
         self._filtered += int((full & ~kept).sum())
         for index in np.flatnonzero((lengths == 0) & (kept | ~full)).tolist():
             self._count_without_tokens(texts[index])
-        if not kept.all():
-            ids, lengths = ids[np.repeat(kept, lengths)], lengths[kept]
-        return self.add_special_tokens(ids, lengths)
+        return kept
 
     def _check(self, texts: Sequence[str], ids: npt.NDArray[np.uint32], lengths: npt.NDArray[np.int64]) -> None:
         """Compares documents with the reference and with what their ids give back: many at the start, then one per `_CHECKED_EVERY`
@@ -348,7 +360,7 @@ class Encoder:
                 # Another part each time, because rare text may be anywhere.
                 begin = (before + turn) * 7919 % (len(text) - _CHECKED_CHARS + 1)
                 text = text[begin : begin + _CHECKED_CHARS]
-                found = (self.fast_encoder or self.tokenizer).encode_flat([text])[0]
+                found = self._encode_unchecked([text])[0]
             if self.fast_encoder is not None:
                 if not np.array_equal(found, self.tokenizer.encode_flat([text])[0]):
                     raise FastEncoderDisagrees(f"returned other ids than the reference tokenizer for {text[:200]!r}")
@@ -372,12 +384,6 @@ class Encoder:
             )
         return largest
 
-    def _lengths_with_special_tokens(self, lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Returns the documents' lengths with beginning, end and padding tokens. As in Megatron, no end follows where there is no token."""
-        begun = lengths + int(self.settings.prepend_bos)
-        delimited = begun + (begun > 0) * int(self.settings.append_eod)
-        return -(-delimited // self.settings.patch_align) * self.settings.patch_align
-
     def add_special_tokens(self, ids: npt.NDArray[np.uint32], lengths: npt.NDArray[np.int64]) -> EncodedColumn:
         """Adds beginning and end tokens to each document, and pads it to a multiple of `patch_align` tokens, according to the settings.
 
@@ -388,7 +394,7 @@ class Encoder:
         settings = self.settings
         self._largest = max(self._largest, self._largest_id(ids))
         begin = int(settings.prepend_bos)
-        padded = self._lengths_with_special_tokens(lengths)
+        padded = lengths_with_special_tokens(settings, lengths)
         starts = np.cumsum(padded) - padded
         after = padded - lengths - begin
         tokens = np.full(int(padded.sum()), self.tokenizer.eod_id if self.tokenizer.eod_id is not None else 0, dtype=settings.dtype)

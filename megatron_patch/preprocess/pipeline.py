@@ -22,7 +22,7 @@ from megatron_patch.data.indexed_dataset import IndexedDataset, bin_path, idx_pa
 from megatron_patch.data.indexed_dataset_writer import IndexedDatasetWriter
 from megatron_patch.errors import DataError
 from megatron_patch.preprocess.dedup_shuffle import contains_document, dedup_and_shuffle, remove_dataset
-from megatron_patch.preprocess.encode import EncodeSettings, FastEncoderDisagrees, load_checked_tokenizer
+from megatron_patch.preprocess.encode import EncodeSettings, FastEncoderDisagrees, lengths_with_special_tokens, load_checked_tokenizer
 from megatron_patch.preprocess.in_process import InProcessEncoder
 from megatron_patch.preprocess.outputs import make_output_folder, output_prefixes
 from megatron_patch.preprocess.prefetch import spare_cores
@@ -225,8 +225,7 @@ def _kept_empty(run: Run, settings: EncodeSettings, tokenizer: Tokenizer, counte
         return 0
     if run.dedup:  # equal documents are left out, so there is at most one in each output
         begin = [tokenizer.bos_id or 0] * settings.prepend_bos
-        length = len(begin) + bool(begin) * settings.append_eod
-        length = -(-length // settings.patch_align) * settings.patch_align
+        length = int(lengths_with_special_tokens(settings, np.zeros(1, np.int64))[0])
         empty = begin + [tokenizer.eod_id or 0] * (length - len(begin))
         return sum(contains_document(IndexedDataset(prefix), empty) for prefix in run.prefixes)
     return counters.empty + counters.text_checks.without_tokens

@@ -105,7 +105,7 @@ def identity(
     Args:
         parts: the input.
         settings: how to encode.
-        special_tokens: ids of the end-of-document and the beginning-of-sequence token, which files beside the tokenizer's may change.
+        special_tokens: ids of the end-of-document and the beginning-of-sequence token, which files next to the tokenizer's may change.
         more: other settings, as plain values.
     """
     inputs = []

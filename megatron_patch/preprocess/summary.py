@@ -19,12 +19,11 @@ from megatron_patch.preprocess.dedup_shuffle import document_lengths
 from megatron_patch.preprocess.encode import EncodedBatch
 from megatron_patch.tokenizers.base import Tokenizer, token_text
 from megatron_patch.tokenizers.round_trip import TextChecks
-from megatron_patch.utils.files import open_in_place, open_new
+from megatron_patch.utils.files import LONGEST_LINE, open_in_place, open_new
 from megatron_patch.utils.files import reason as reason_of
 from megatron_patch.utils.units import plural
 
 _LISTED_BAD_LINES = 100_000
-_LONGEST_LINE = 1 << 20
 _NO_TOKEN = -100  # the bin of documents without a token: 2^(-100 / 8) rounds to 0
 
 
@@ -233,7 +232,7 @@ class BadLines:
         if size:
             try:
                 self._file = open_in_place(path, "r+")
-                self.first = _place_and_reason(json.loads(self._file.readline(_LONGEST_LINE)))
+                self.first = _place_and_reason(json.loads(self._file.readline(LONGEST_LINE)))
                 self._file.truncate(size)
                 self._file.seek(0, os.SEEK_END)
             except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:

@@ -559,7 +559,7 @@
     title: "Held-out token loss", about: `nats per token, always at K = 1${patches ? "; dashed in patch stages, a ring marks the switch" : ""}`, format: (v) => v.toFixed(4), tick: short,
     height: 400, right: 58, series: heldOut("token_loss", () => true), falls: true, dashes: true, rings: true, ends: true, lanes: true, empty: "no evaluation yet",
   });
-  // ---- One chart for each corpus of a blend. A run on one of them alone is drawn beside the blends, but its loss needs no chart of its own.
+  // ---- One chart for each corpus of a blend. A run on one of them alone is drawn with the blends, but its loss needs no chart of its own.
   const ofCorpus = (run, name) => run.corpora.find((corpus) => corpus.name === name);
   const corpusNames = [...new Set(runs.filter((run) => run.corpora.length > 1).flatMap((run) => run.corpora.map((corpus) => corpus.name)))];
   byId("corpora").className = `grid ${corpusNames.length === 2 ? "two" : "three"}`;

@@ -9,7 +9,7 @@ import functools
 import random
 import sys
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from megatron_patch.tokenizers.base import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer
 from megatron_patch.tokenizers.tiktoken import TikTokenizer
@@ -133,16 +133,18 @@ def every_code_point() -> list[str]:
     """Returns strings with every assigned character, but for large blocks whose members are all alike (Chinese, Korean, private use)."""
     alike = ((0x3400, 0x4DC0), (0x4E00, 0xA000), (0xAC00, 0xD7A4), (0xD800, 0xF900), (0x17000, 0x18D00), (0x20000, 0x31400))
     skipped = {number for start, end in alike for number in range(start + 1, end)}
-    characters = [
-        chr(number) for number in range(_PRIVATE_PLANES) if number not in skipped and unicodedata.category(chr(number)) not in ("Cn", "Cs")
-    ]
-    return code_point_strings(characters, "a*  *1")
+    return code_point_strings(_assigned(number for number in range(_PRIVATE_PLANES) if number not in skipped), "a*  *1")
 
 
 def characters_with_spaces() -> list[str]:
     """Returns strings that together hold every assigned character, with spaces between them."""
-    characters = [chr(number) for number in range(sys.maxunicode + 1) if unicodedata.category(chr(number)) not in ("Cn", "Cs")]
+    characters = _assigned(range(sys.maxunicode + 1))
     return [" ".join(characters[start : start + _STRING_CHARACTERS]) for start in range(0, len(characters), _STRING_CHARACTERS)]
+
+
+def _assigned(numbers: Iterable[int]) -> list[str]:
+    """Returns the characters with these numbers, without numbers that stand for none."""
+    return [letter for letter in map(chr, numbers) if unicodedata.category(letter) not in ("Cn", "Cs")]
 
 
 def long_strings() -> list[str]:
@@ -172,7 +174,7 @@ def added_tokens(tokenizer: Tokenizer) -> list[str]:
 
 def token_strings(tokens: Sequence[str], seed: int = 0, count: int = 250) -> list[str]:
     """Returns strings of added tokens: doubled, cut, joined where one begins as another ends, at both ends, with and without spaces,
-    letters, digits and marks beside them, in capitals and small letters.
+    letters, digits and marks next to them, in capitals and small letters.
 
     Args:
         tokens: the texts of the tokens; the first ones get the most strings.

@@ -1,7 +1,7 @@
 """Tokenizers of Hugging Face's library `tokenizers`. In: a tokenizer.json, or GPT-2's vocab.json and merges.txt. Out: a tokenizer.
 
-The library reads plain data; code that comes with a model is never run. Special tokens that only the files beside a tokenizer.json name are
-added to its vocabulary, as transformers adds them, so that the ids are those of its `PreTrainedTokenizerFast`. Some other classes of
+The library reads plain data; code that comes with a model is never run. Special tokens that only the files next to a tokenizer.json name
+are added to its vocabulary, as transformers adds them, so that the ids are those of its `PreTrainedTokenizerFast`. Some other classes of
 transformers replace parts of a tokenizer.json by their own; here the file counts.
 """
 
@@ -18,7 +18,7 @@ import orjson
 from megatron_patch.errors import DataError
 from megatron_patch.tokenizers.interface import Flat, TokenizerOptions, flatten
 from megatron_patch.tokenizers.library_errors import LARGEST_ID, MOST_FILE_BYTES, encode_texts, library_errors
-from megatron_patch.tokenizers.special_tokens import Choice, SpecialTokenFiles, choose, read_special_token_files
+from megatron_patch.tokenizers.special_tokens import ROLES, SpecialTokenFiles, choose, read_special_token_files
 from megatron_patch.utils.console import shortened
 from megatron_patch.utils.files import read_small
 
@@ -63,7 +63,7 @@ class HuggingFaceTokenizer:
 
 
 def load_hugging_face(options: TokenizerOptions) -> HuggingFaceTokenizer:
-    """Loads a tokenizer.json, or a folder that holds one; the files beside it name the special tokens.
+    """Loads a tokenizer.json, or a folder that holds one; the files next to it name the special tokens.
 
     Raises:
         DataError: a file is missing or damaged, or a special token that is named is not in the vocabulary.
@@ -117,7 +117,7 @@ def _check_content(file: Path, content: Mapping[str, Any], backend: Any) -> None
 
 
 def _add_tokens(backend: Any, files: SpecialTokenFiles) -> None:
-    """Adds the tokens that only the files beside a tokenizer.json name.
+    """Adds the tokens that only the files next to a tokenizer.json name.
 
     Raises:
         DataError: a token gets another id than the files give it.
@@ -174,8 +174,7 @@ def _with_special_tokens(
         raise DataError(f"{name}: {names} have the same id, {twice}", "a different id for each token", do)
     if (largest := max(ids.values())) > LARGEST_ID:
         raise DataError(f"{name} has the id {largest}", f"ids up to {LARGEST_ID}", do)
-    eod = Choice(options.eod_id) if options.eod_id is not None else choose("eos", options.eod_token, files, ids, special)
-    bos = Choice(options.bos_id) if options.bos_id is not None else choose("bos", options.bos_token, files, ids, special)
+    eod, bos = (choose(role, options, files, ids, special) for role in ROLES)
     return HuggingFaceTokenizer(name, backend, largest + 1, eod.token, bos.token, eod.reason, bos.reason)
 
 

@@ -26,13 +26,11 @@ def is_library_failure(error: BaseException) -> bool:
 
 
 @contextlib.contextmanager
-def library_errors(what: str, allowed: str, do: str) -> Iterator[None]:
-    """A context in which every failure of a library becomes a DataError.
+def failures_as(make: Callable[[BaseException], Exception]) -> Iterator[None]:
+    """A context in which every failure of a library becomes another error. A DataError stays what it is.
 
     Args:
-        what: what failed, to which the library's own message is appended.
-        allowed: what is allowed.
-        do: what to do.
+        make: returns the error to raise, given the failure.
     """
     try:
         yield
@@ -41,7 +39,18 @@ def library_errors(what: str, allowed: str, do: str) -> Iterator[None]:
     except BaseException as error:
         if not is_library_failure(error):
             raise
-        raise DataError(f"{what}: {reason(error)}", allowed, do) from error
+        raise make(error) from error
+
+
+def library_errors(what: str, allowed: str, do: str) -> contextlib.AbstractContextManager[None]:
+    """Returns a context in which every failure of a library becomes a DataError.
+
+    Args:
+        what: what failed, to which the library's own message is appended.
+        allowed: what is allowed.
+        do: what to do.
+    """
+    return failures_as(lambda error: DataError(f"{what}: {reason(error)}", allowed, do))
 
 
 def encode_texts(name: str, call: Callable[[list[str]], Result], texts: Sequence[str]) -> Result:
@@ -55,17 +64,17 @@ def encode_texts(name: str, call: Callable[[list[str]], Result], texts: Sequence
     Raises:
         DataError: the library fails. The message quotes the first text for which it does.
     """
-    try:
-        return call(list(texts))
-    except BaseException as error:
-        if not is_library_failure(error) or isinstance(error, DataError):
-            raise
+
+    def failure(error: BaseException) -> DataError:
         failing = next((text for text in texts if _fails(call, text)), "".join(texts))
-        raise DataError(
+        return DataError(
             f"{name} cannot encode {shortened(repr(failing))}: {reason(error)}",
             "a tokenizer that can encode any text",
             "repair its files (an unknown token, a pattern or a table that is missing or damaged), or give another --tokenizer-model",
-        ) from error
+        )
+
+    with failures_as(failure):
+        return call(list(texts))
 
 
 def _fails(call: Callable[[list[str]], Result], text: str) -> bool:

@@ -36,6 +36,7 @@ _SHOWN_CHARS = 60
 _SHOWN_BEFORE = 20  # characters before the first one that was lost
 _SHOWN_LETTERS = 8
 _EXAMPLE_CHARS = 12
+_COUNTS = ("documents", "counted", "compared", "unknown", "incomplete", "without_tokens")
 
 
 @dataclass(frozen=True)
@@ -83,21 +84,13 @@ class TextChecks:
     example_without_tokens: str = ""
 
     def __add__(self, other: TextChecks) -> TextChecks:
-        return TextChecks(
-            self.documents + other.documents,
-            self.counted + other.counted,
-            self.compared + other.compared,
-            self.unknown + other.unknown,
-            self.incomplete + other.incomplete,
-            self.without_tokens + other.without_tokens,
-            self.example or other.example,
-            self.example_without_tokens or other.example_without_tokens,
-        )
+        counts = {name: getattr(self, name) + getattr(other, name) for name in _COUNTS}
+        examples = {name: getattr(self, name) or getattr(other, name) for name in ("example", "example_without_tokens")}
+        return TextChecks(**counts, **examples)
 
     def as_one_document(self) -> TextChecks:
         """Returns the checks of a document, given the sum of those of its parts."""
-        names = ("documents", "counted", "compared", "unknown", "incomplete", "without_tokens")
-        return replace(self, **{name: min(1, getattr(self, name)) for name in names})
+        return replace(self, **{name: min(1, getattr(self, name)) for name in _COUNTS})
 
     def sentences(self) -> list[str]:
         """Returns what the user needs to know, one sentence for each problem that was found."""
@@ -133,11 +126,7 @@ class RoundTrip:
         self._unknown: int | None = None
         self._added: dict[int, str] = {}
         if isinstance(tokenizer, SentencePieceTokenizer):
-            backend = tokenizer.backend
-            self._unknown = int(backend.unk_id())
-            self._bytes = (
-                {f"<0x{byte:02X}>": byte for byte in range(256)} if any(map(backend.is_byte, range(backend.get_piece_size()))) else {}
-            )
+            self._unknown = int(tokenizer.backend.unk_id())
         elif isinstance(tokenizer, HuggingFaceTokenizer):
             self._unknown = _unknown_id(tokenizer.backend)
             self._added = {number: token.content for number, token in tokenizer.backend.get_added_tokens_decoder().items()}
@@ -205,16 +194,15 @@ class RoundTrip:
     def _sentencepiece_loss(self, backend: Any, text: str, ids: Sequence[int]) -> Loss:
         if self._unknown in ids:
             return Loss(unknown=True)
-        data = b"".join(self._piece_bytes(str(backend.id_to_piece(token)), bool(backend.is_byte(token))) for token in map(int, ids))
+        pieces = ((str(backend.id_to_piece(token)), backend.is_byte(token)) for token in map(int, ids))
+        # A byte is written as <0x41>.
+        data = b"".join(bytes([int(piece[3:-1], 16)]) if is_byte else piece.encode() for piece, is_byte in pieces)
         given = data.decode("utf-8", "replace")
         normalized = str(backend.normalize(text))
         lost = missing(normalized, given).replace(_SPACE, " ")
         # Normalization may have joined spaces, or have removed them.
         lost = lost or " " * (_count_spaces(text) - _count_spaces(given.replace(_SPACE, " ")))
         return Loss(lost, excerpt=_around_lost_letter(normalized, given) if lost.strip() else "")
-
-    def _piece_bytes(self, piece: str, is_byte: bool) -> bytes:
-        return bytes([self._bytes[piece]]) if is_byte else piece.encode()
 
     def _hugging_face_loss(self, backend: Any, text: str, ids: Sequence[int]) -> Loss:
         if self._unknown is not None and self._holds_unknown(text, list(ids).count(self._unknown)):
@@ -313,7 +301,7 @@ def check_round_trip(tokenizer: Tokenizer) -> str:
         return ""
     if isinstance(tokenizer, HuggingFaceTokenizer):
         _check_added_tokens(tokenizer)
-    # What a pattern loses may depend on what stands beside it.
+    # What a pattern loses may depend on what stands next to it.
     texts = common_strings() if isinstance(tokenizer, TikTokenizer) else adversarial_strings(count=100)
     texts = [*texts, *token_strings(added_tokens(tokenizer), count=50)]
     if isinstance(tokenizer, TikTokenizer) and tokenizer.pattern not in PATTERNS.values():
@@ -336,7 +324,7 @@ def check_round_trip(tokenizer: Tokenizer) -> str:
 
 @contextlib.contextmanager
 def _without_threads() -> Iterator[None]:
-    """A context in which `tokenizers` starts no threads: workers are forked afterwards, and a fork beside threads may never return."""
+    """A context in which `tokenizers` starts no threads: a worker that is forked while other threads run may hang."""
     name = "TOKENIZERS_PARALLELISM"
     before = os.environ.get(name)
     os.environ[name] = "false"

@@ -15,7 +15,7 @@ from typing import Any
 from megatron_patch.errors import DataError
 from megatron_patch.tokenizers.interface import Flat, TokenizerOptions, flatten
 from megatron_patch.tokenizers.library_errors import MOST_FILE_BYTES, encode_texts, library_errors
-from megatron_patch.tokenizers.special_tokens import FLAGS, Choice, Role
+from megatron_patch.tokenizers.special_tokens import FLAGS, ROLES, Choice, Role, given_token
 from megatron_patch.utils.files import read_small
 
 _SPACE = "▁"
@@ -78,19 +78,21 @@ def load_sentencepiece(options: TokenizerOptions) -> SentencePieceTokenizer:
         backend.load_from_serialized_proto(read_small(model, MOST_FILE_BYTES))
     if backend.get_piece_size() == 0:
         raise DataError(f"{model} has an empty vocabulary", "a trained model", "give another --tokenizer-model")
-    eod = Choice(options.eod_id) if options.eod_id is not None else _choose("eos", options.eod_token, backend)
-    bos = Choice(options.bos_id) if options.bos_id is not None else _choose("bos", options.bos_token, backend)
+    eod, bos = (_choose(role, options, backend) for role in ROLES)
     return SentencePieceTokenizer(model, backend, backend.get_piece_size(), eod.token, bos.token, eod.reason, bos.reason)
 
 
-def _choose(role: Role, given: str | None, backend: Any) -> Choice:
-    """Returns the token that the model itself has for a role, or the piece that the user gave.
+def _choose(role: Role, options: TokenizerOptions, backend: Any) -> Choice:
+    """Returns the token that the options give for a role, or the one that the model itself has.
 
     Raises:
         DataError: the piece given is not in the vocabulary.
     """
-    own = int(backend.eos_id() if role == "eos" else backend.bos_id())
+    known, given = given_token(role, options)
+    if known is not None:
+        return Choice(known)
     if given is None:
+        own = int(backend.eos_id() if role == "eos" else backend.bos_id())
         return Choice(own) if own >= 0 else Choice(None, f"the model has no {role} piece")
     found = int(backend.piece_to_id(given))
     if backend.id_to_piece(found) != given:

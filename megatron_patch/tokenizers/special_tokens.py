@@ -1,6 +1,6 @@
 """Which token ends a document and which one begins it.
 
-In: the files beside a tokenizer.json, and the special tokens of its vocabulary. Out: their ids, or the reason why there is none.
+In: the files next to a tokenizer.json, and the special tokens of its vocabulary. Out: their ids, or the reason why there is none.
 
 Only a token that the tokenizer itself declares special is chosen. In ordinary vocabulary `</s>` is a piece of HTML, and would end documents
 where a text contains it. The files are read as transformers reads them (`PreTrainedTokenizerBase._from_pretrained`).
@@ -9,17 +9,19 @@ where a text contains it. The files are read as transformers reads them (`PreTra
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from megatron_patch.errors import DataError
+from megatron_patch.tokenizers.interface import TokenizerOptions
 from megatron_patch.tokenizers.library_errors import LARGEST_ID
 from megatron_patch.utils.console import shortened
 from megatron_patch.utils.files import optional_file, read_json, reason
 
 Role = Literal["eos", "bos"]
+ROLES: tuple[Role, Role] = ("eos", "bos")
 FLAGS: dict[Role, str] = {"eos": "--eod-token", "bos": "--bos-token"}
 USUAL_NAMES: dict[Role, tuple[str, ...]] = {
     "eos": ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "<｜end▁of▁sentence｜>"),
@@ -46,7 +48,7 @@ class Choice:
 
 @dataclass
 class SpecialTokenFiles:
-    """What the files beside a tokenizer.json say about special tokens.
+    """What the files next to a tokenizer.json say about special tokens.
 
     Args:
         path: the file that says it, for messages.
@@ -82,7 +84,7 @@ def read_special_token_files(folder: Path) -> SpecialTokenFiles:
         if key in entries:
             found.names[key] = None if entries[key] is None else _token(entries[key], path)["content"]
     if legacy:
-        # As transformers does it: additional_special_tokens do not count here beside an object of extra_special_tokens.
+        # As transformers does it: additional_special_tokens do not count here if there is an object of extra_special_tokens.
         extra = [] if isinstance(entries.get("extra_special_tokens") or [], Mapping) else _extra_tokens(entries, path)
         special = {*found.names.values(), *(_token(value, path)["content"] for value in extra)}
         found.added_path = str(added_path)
@@ -163,33 +165,32 @@ def _text(value: str, path: Path) -> str:
     return value
 
 
-def choose(
-    role: Role,
-    given: str | None,
-    files: SpecialTokenFiles,
-    ids: Mapping[str, int],
-    special: Collection[str],
-    usual: Sequence[str] | None = None,
-) -> Choice:
+def given_token(role: Role, options: TokenizerOptions) -> tuple[int | None, str | None]:
+    """Returns the id that is known already and the name that the user gave for a role, each None if there is none."""
+    return (options.eod_id, options.eod_token) if role == "eos" else (options.bos_id, options.bos_token)
+
+
+def choose(role: Role, options: TokenizerOptions, files: SpecialTokenFiles, ids: Mapping[str, int], special: Collection[str]) -> Choice:
     """Returns the token that ends (role "eos") or begins (role "bos") a document.
 
     Args:
         role: which one.
-        given: the name that the user gave, or None.
+        options: may have its id, or the name that the user gave.
         files: what the tokenizer's files say.
         ids: the id of each token of the vocabulary.
         special: the tokens that the tokenizer declares special.
-        usual: names to look for where the files do not name one; `USUAL_NAMES` by default.
 
     Raises:
         DataError: the token given, or the one that the files name, is not in the vocabulary.
     """
     flag, key = FLAGS[role], f"{role}_token"
+    known, given = given_token(role, options)
+    if known is not None:
+        return Choice(known)
     if given is not None:
         if given not in ids:
-            raise DataError(
-                f"{flag} {given} is not in the vocabulary", f"a token of the vocabulary{_listed(special)}", "check its spelling"
-            )
+            allowed = f"a token of the vocabulary{_listed(special)}"
+            raise DataError(f"{flag} {given} is not in the vocabulary", allowed, "check its spelling")
         return Choice(ids[given])
     if key in files.names:
         name = files.names[key]
@@ -202,7 +203,7 @@ def choose(
                 f"repair the tokenizer's files, or name the token with {flag}",
             )
         return Choice(ids[name])
-    found = [name for name in (USUAL_NAMES[role] if usual is None else usual) if name in special]
+    found = [name for name in USUAL_NAMES[role] if name in special]
     if len(found) == 1:
         return Choice(ids[found[0]])
     if found:

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from megatron_patch.errors import DataError
 from megatron_patch.tokenizers.interface import TokenizerOptions
 from megatron_patch.tokenizers.library_errors import LARGEST_ID, MOST_FILE_BYTES, encode_texts, library_errors
-from megatron_patch.tokenizers.special_tokens import Choice, SpecialTokenFiles, choose
+from megatron_patch.tokenizers.special_tokens import ROLES, SpecialTokenFiles, choose
 from megatron_patch.utils.console import shortened
 from megatron_patch.utils.files import read_small, reason
 from megatron_patch.utils.registry import lookup
@@ -166,8 +166,7 @@ def load_tiktoken(options: TokenizerOptions) -> TikTokenizer:
         "give the pattern that the tokenizer was made with",
     ):
         backend = tiktoken.Encoding(path.name, pat_str=expression, mergeable_ranks=ranks, special_tokens=special)
-    eod = Choice(options.eod_id) if options.eod_id is not None else choose("eos", options.eod_token, SpecialTokenFiles(), special, special)
-    bos = Choice(options.bos_id) if options.bos_id is not None else choose("bos", options.bos_token, SpecialTokenFiles(), special, special)
+    eod, bos = (choose(role, options, SpecialTokenFiles(), special, special) for role in ROLES)
     size = max([*ranks.values(), *special.values()]) + 1
     return TikTokenizer(model, backend, expression, size, eod.token, bos.token, eod.reason, bos.reason)
 

@@ -309,7 +309,7 @@ def test_a_tokenizer_that_has_changed_is_refused(tmp_path, inputs, monkeypatch):
 
 
 def test_another_end_of_documents_is_refused(tmp_path, inputs, monkeypatch):
-    """A file beside the tokenizer.json names another end-of-document token after the run was interrupted."""
+    """A file next to the tokenizer.json names another end-of-document token after the run was interrupted."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     backend = Tokenizer(models.WordLevel({"1": 0, "2": 1, "?": 2}, unk_token="?"))

@@ -299,7 +299,7 @@ def test_ids_that_are_far_apart_are_counted_too():
 
 
 def test_the_comparison_at_the_start_leaves_no_threads(tmp_path):
-    """Workers are forked after it, and a fork beside threads may never return."""
+    """Workers are forked after it, and one that is forked while other threads run may hang."""
     byte_level_folder = write(tmp_path / "t", byte_level_json())
     environment = {name: value for name, value in os.environ.items() if name not in ("TOKENIZERS_PARALLELISM", "RAYON_NUM_THREADS")}
     code = "import os; from megatron_patch.tokenizers.base import load_tokenizer as load; "
