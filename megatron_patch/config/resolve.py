@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from megatron_patch.config.checks import check_count, check_documents, check_numbers, check_options, check_parallel, check_plan
+from megatron_patch.config.megatron.command_line import MegatronReport
 from megatron_patch.config.options import ModelOptions, Options
 from megatron_patch.config.parsing import ParsedOptions, option_values, parse
 from megatron_patch.config.plan_builder import build_plan, reschedule
@@ -46,6 +47,7 @@ class RunConfig:
         data_metadata: the metadata file of the first corpus, or None.
         data_parallel_size: number of ranks that share a global batch.
         notes: what the program decided and may surprise, for the console.
+        megatron: what became of flags that only Megatron has; None: there were none.
     """
 
     options: Options
@@ -57,6 +59,7 @@ class RunConfig:
     data_metadata: DatasetMetadata | None
     data_parallel_size: int
     notes: tuple[str, ...] = ()
+    megatron: MegatronReport | None = None
 
     @property
     def save_folder(self) -> Path | None:
@@ -255,7 +258,7 @@ def resolve(parsed: ParsedOptions, ranks: int) -> RunConfig:
     notes.extend(_rounding_notes(options, plan))
     check_plan(options, plan)
     notes.extend(scale_notes(options, plan, parameters))
-    run = RunConfig(options, parsed.origins, shape, plan, blend, valid_blend, metadata, data_parallel_size, tuple(notes))
+    run = RunConfig(options, parsed.origins, shape, plan, blend, valid_blend, metadata, data_parallel_size, tuple(notes), parsed.megatron)
     check_documents(options.data, run.eod_id, shape.vocab_size)
     _ = run.pipeline_boundaries, run.epoch_limits  # both raise a ConfigError where they are impossible
     return run

@@ -17,7 +17,8 @@ LONG_TAIL: tuple[MegatronFlag, ...] = (
     *rows(
         _SPEED,
         "attention-backend transformer-impl use-mcore-models/0 use-legacy-models/0 no-rope-fusion/0 no-bias-swiglu-fusion/0 "
-        "cross-entropy-loss-fusion/0 cross-entropy-fusion-impl use-fused-weighted-squared-relu/0 use-te-activation-func/0 te-rng-tracker/0 "
+        "cross-entropy-loss-fusion/0 cross-entropy-fusion-impl use-fused-weighted-squared-relu/0 "
+        "use-te-activation-func/0 te-rng-tracker/0 "
         "deterministic-mode/0 enable-cuda-graph/0 cuda-graph-warmup-steps external-cuda-graph/0 cuda-graph-impl cuda-graph-scope "
         "no-clone-scatter-output-in-embedding/0 enable-experimental/0",
         LM,
@@ -215,7 +216,8 @@ LONG_TAIL: tuple[MegatronFlag, ...] = (
         _ELSE,
         "mask-prob short-seq-prob retriever-seq-length bert-no-binary-head/0 output-bert-embeddings/0 bert-embedder-type ict-head-size "
         "biencoder-projection-dim biencoder-shared-query-context-model/0 ict-load bert-load titles-data-path query-in-block-prob "
-        "use-one-sent-docs/0 evidence-data-path retriever-report-topk-accuracies/n retriever-score-scaling/0 block-data-path embedding-path "
+        "use-one-sent-docs/0 evidence-data-path retriever-report-topk-accuracies/n retriever-score-scaling/0 "
+        "block-data-path embedding-path "
         "indexer-batch-size indexer-log-interval",
         BOTH,
         _IGNORED,
@@ -304,7 +306,8 @@ LONG_TAIL: tuple[MegatronFlag, ...] = (
         "inference-dynamic-batching-block-size inference-dynamic-batching-buffer-guaranteed-fraction "
         "inference-dynamic-batching-buffer-overflow-factor inference-dynamic-batching-max-requests-override "
         "inference-dynamic-batching-max-tokens-override inference-dynamic-batching-num-cuda-graphs "
-        "inference-dynamic-batching-track-paused-request-events/0 decode-only-cuda-graphs/0 inference-dynamic-batching-unified-memory-level "
+        "inference-dynamic-batching-track-paused-request-events/0 decode-only-cuda-graphs/0 "
+        "inference-dynamic-batching-unified-memory-level "
         "symmetric-ar-type nccl-all-reduce-for-prefill/0 mlp-chunks-for-prefill disable-chunked-prefill/0 "
         "inference-wandb-logging-step-interval",
         LM,

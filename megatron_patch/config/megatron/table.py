@@ -337,7 +337,8 @@ MAIN: tuple[MegatronFlag, ...] = (
         _SAVE,
         "ckpt-format ckpt-fully-parallel-save/0 no-ckpt-fully-parallel-save/0 ckpt-fully-parallel-load/0 ckpt-assume-constant-structure/0 "
         "dist-ckpt-strictness dist-ckpt-save-pre-mcore-014/0 dist-ckpt-optim-fully-reshardable/0 dist-ckpt-format use-dist-ckpt/0 "
-        "distrib-optim-fully-reshardable-mem-efficient/0 use-persistent-ckpt-worker/0 auto-detect-ckpt-format/0 no-strict-fsdp-dtensor-load/0 "
+        "distrib-optim-fully-reshardable-mem-efficient/0 use-persistent-ckpt-worker/0 auto-detect-ckpt-format/0 "
+        "no-strict-fsdp-dtensor-load/0 "
         "load-main-params-from-ckpt/0 ckpt-convert-update-legacy-dist-opt-format/0",
         LM,
         _IGNORED,
@@ -523,7 +524,8 @@ MAIN: tuple[MegatronFlag, ...] = (
     ),
     *rows(
         _LAYOUT,
-        "checkpoint-num-layers deepspeed-activation-checkpointing/0 partition-activations/0 contigious-checkpointing/0 checkpoint-in-cpu/0 "
+        "checkpoint-num-layers deepspeed-activation-checkpointing/0 partition-activations/0 contigious-checkpointing/0 "
+        "checkpoint-in-cpu/0 "
         "synchronize-each-layer/0 profile-backward/0 distribute-checkpointed-activations/0",
         DS,
         _IGNORED,

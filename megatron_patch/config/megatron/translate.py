@@ -68,10 +68,9 @@ def _tokens(option: str, steps: bool) -> Callable[[Translator, Given, MegatronFl
         formula = f"{number:,} {'steps' if steps else 'samples'} x {unit:,} tokens"
         if tokens == 0 and option != "train-tokens":
             return to.ignore(given, "0 is the default")
-        # The shorter one of the same source counts, so that it is placed after the other.
-        to.result.flags = [other for other in to.result.flags if other is not own]
-        if own is not None and own.source == given.source:
-            to.last[option] = Given(option, (str(tokens),), given.source)
+        if own is not None:
+            to.replaced.append(own)
+            to.result.flags = [other for other in to.result.flags if other is not own]
         return to.emit(given, f"--{option} {tokens}", meaning=formula)
 
     return function
@@ -166,7 +165,7 @@ def _choices(known: Mapping[str, str], refused: Mapping[str, str], write: str) -
         if word.lower() in refused:
             to.refuse(given, refused[word.lower()], write, True)
         elif word.lower() in known and known[word.lower()] != word:
-            to.emit(given, f"--{flag.name} {known[word.lower()]}", meaning=flag.text)
+            to.emit(given, f"--{flag.name} {known[word.lower()]}", meaning="another name for the same")
         else:
             to.result.flags.append(given)
 
@@ -241,6 +240,7 @@ def _rampup(to: Translator, given: Given, flag: MegatronFlag) -> None:
         to.refuse(given, flag.text, flag.here)
 
 
+_OTHER_TOKENIZERS = ("bertwordpiecelowercase", "bertwordpiececase", "multimodaltokenizer", "nullmultimodaltokenizer", "sfttokenizer")
 _FUNCTIONS: dict[str, Callable[[Translator, Given, MegatronFlag], None]] = {
     "train-iters": _tokens("train-tokens", steps=True),
     "train-samples": _tokens("train-tokens", steps=False),
@@ -277,10 +277,7 @@ _FUNCTIONS: dict[str, Callable[[Translator, Given, MegatronFlag], None]] = {
             "hftokenizer": "HuggingFaceTokenizer",
             "pretrainedfromhf": "HuggingFaceTokenizer",
         },
-        {
-            name: "a tokenizer of models that do not exist here"
-            for name in ("bertwordpiecelowercase", "bertwordpiececase", "multimodaltokenizer", "nullmultimodaltokenizer", "sfttokenizer")
-        },
+        dict.fromkeys(_OTHER_TOKENIZERS, "a tokenizer of models that do not exist here"),
         "the tokenizer of the data",
     ),
     "optimizer": _choices({"adam": "adamw"}, {}, ""),

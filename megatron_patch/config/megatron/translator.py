@@ -104,6 +104,7 @@ class Translator:
         self.given, self.ours, self.dry_run, self.functions = given, ours, dry_run, functions
         self.result = Translation()
         self.last = {flag.key: flag for flag in given}  # of two, the later one counts
+        self.replaced: list[Given] = []  # flags of this program for which another flag counts
 
     def value(self, *keys: str) -> str | None:
         """Returns the first value of the first of these flags that was given."""
@@ -114,14 +115,8 @@ class Translator:
         """Adds flags of this program, such as "--rope-scaling linear", for a flag of Megatron."""
         for flag in flags:
             name, *words = flag.split(" ")
-            self.put(Given(key_of(name), tuple(words), given.source))
+            self.result.flags.append(Given(key_of(name), tuple(words), given.source))
         self.result.rows.append(Row(given, meaning, " ".join(flags)))
-
-    def put(self, flag: Given) -> None:
-        """Adds a flag of this program; one of a later source replaces it, and one that the user gave in the same source is kept."""
-        own = self.last.get(flag.key)
-        if own is None or own.source != COMMAND_LINE or flag.source == COMMAND_LINE:
-            self.result.flags.append(flag)
 
     def ignore(self, given: Given, meaning: str) -> None:
         """Notes a flag that has no effect."""
@@ -135,8 +130,9 @@ class Translator:
         """Translates all flags."""
         for given in self.given:
             flag = MEGATRON_FLAGS.get(given.key)
-            if self.last[given.key] is not given and given.key not in self.ours:
-                continue  # given again later
+            again = given.key not in self.ours and self.last[given.key] is not given
+            if again or any(given is other for other in self.replaced):
+                continue
             if flag is not None and flag.key in self.functions and not (flag.kind is Kind.VALUES and given.words[:1] == ("None",)):
                 self.functions[flag.key](self, given, flag)
             elif given.key in self.ours:
