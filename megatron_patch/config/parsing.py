@@ -16,14 +16,14 @@ from typing import Annotated, Any, get_args, get_origin
 
 import tyro
 
-from megatron_patch.config.checks import check_text
-from megatron_patch.config.megatron.command_line import MegatronReport, arguments, pasteable, problem_of_row, report, split
+from megatron_patch.config.checks import check_numbers, check_options, check_text
+from megatron_patch.config.megatron.command_line import MegatronReport, arguments, pasteable, problems_of_rows, report, split
 from megatron_patch.config.megatron.flags import key_of
 from megatron_patch.config.megatron.translate import translate
-from megatron_patch.config.megatron.translator import COMMAND_LINE, MEGATRON_FLAGS, Given
+from megatron_patch.config.megatron.translator import COMMAND_LINE, MEGATRON_FLAGS, Given, Translation
 from megatron_patch.config.option_types import OptionalSwitch, flag_of, option_types, split_mark
 from megatron_patch.config.options import ModelOptions, Options
-from megatron_patch.config.problems import Problem, one_error, problem_of
+from megatron_patch.config.problems import Problem, one_error, problem_of, problems_of
 from megatron_patch.config.yaml_files import MOST_YAML_BYTES, load_yaml
 from megatron_patch.errors import ConfigError
 from megatron_patch.raw_text.encodings import HEAD_BYTES, other_encoding
@@ -200,17 +200,25 @@ def parse(argv: Sequence[str], program: str = "pretrain_gpt_patch.py") -> Parsed
     in_file = [] if path is None else _given_in_file(path, problems)
     given = [*in_file, *given]
     translation = translate(given, _KEYS, dry_run=any(flag.key == "dry-run" for flag in given))
-    problems += [problem_of_row(row) for row in translation.problems]
+    problems += problems_of_rows(translation.problems)
     options = _options([*stray, *_normalize(arguments(translation.flags))], program, problems)
+    if problems and options is not None:
+        problems += problems_of(lambda: check_numbers(options)) or problems_of(lambda: check_options(options))
     if problems:
-        advice = None
-        if len(problems) > 1 and translation.in_megatrons_words and any(row.given.key in MEGATRON_FLAGS for row in translation.problems):
-            own = [flag for flag in translation.flags if flag.source == COMMAND_LINE]
-            advice = f"decide about each flag above; these flags are what remains of the command line, translated:\n{pasteable(own)}"
-        raise one_error(problems, advice)
+        raise _error(problems, translation, given, options)
     assert options is not None
     origins = {name: flag.source for flag in translation.flags for name in _names(_normalize(arguments([flag])))}
     return ParsedOptions(options, origins, report(translation, given, options))
+
+
+def _error(problems: list[Problem], translation: Translation, given: Sequence[Given], options: Options | None) -> ConfigError:
+    """Returns the error for all problems; a command line in Megatron's words gets the flags that it becomes."""
+    if not any(row.given.key in MEGATRON_FLAGS for row in translation.problems):
+        return one_error(problems)
+    own = [flag for flag in translation.flags if flag.source == COMMAND_LINE]
+    said = report(translation, given, options) if options is not None else None
+    advice = f"decide about each flag above; the others are these flags here:\n{pasteable(own)}" if own else None
+    return one_error(problems, said.notes if said else (), advice)
 
 
 def _given_in_file(path: str, problems: list[Problem]) -> list[Given]:
@@ -250,7 +258,7 @@ def _options(flags: list[str], program: str, problems: list[Problem]) -> Options
             problems.append(problem_of(error))
             found = re.match(r"--[\w-]+", error.what)
             rest = _without(flags, found.group()) if found else flags
-            if len(rest) == len(flags):
+            if rest == flags:
                 return None
             flags = rest
     return None

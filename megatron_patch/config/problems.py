@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from rich.box import Box
@@ -41,6 +41,34 @@ class Problem:
     error: ConfigError
 
 
+class SeveralConfigErrors(ConfigError):
+    """Several problems of one command line; its message has all of them.
+
+    Args:
+        what: the table.
+        allowed: as for every error.
+        do: what to do about all of them.
+        problems: the problems.
+    """
+
+    def __init__(self, what: str, allowed: str | None = None, do: str | None = None, problems: Sequence[Problem] = ()) -> None:
+        super().__init__(what, allowed, do)
+        self.problems = tuple(problems)
+
+
+def problems_of(*checks: Callable[[], object]) -> list[Problem]:
+    """Calls checks, and returns the problems that they raise as a ConfigError."""
+    problems: list[Problem] = []
+    for check in checks:
+        try:
+            check()
+        except SeveralConfigErrors as error:
+            problems += error.problems
+        except ConfigError as error:
+            problems.append(problem_of(error))
+    return problems
+
+
 def problem_of(error: ConfigError) -> Problem:
     """Returns an error as a row of the table: its flag, its reason with what is allowed, and what to do."""
     found = re.fullmatch(r"(--[\w-]+): (.*)", error.what, re.DOTALL) or re.fullmatch(r"(--[\w-]+(?: [^\s,]+)?)()", error.what)
@@ -49,19 +77,21 @@ def problem_of(error: ConfigError) -> Problem:
     return Problem(flag, "; ".join(part for part in (reason, allowed) if part), error.do or "", error)
 
 
-def one_error(problems: Sequence[Problem], do: str | None = None) -> ConfigError:
+def one_error(problems: Sequence[Problem], notes: Sequence[str] = (), do: str | None = None) -> ConfigError:
     """Returns the error that reports all problems: the only one as it is, or several in a table.
 
     Args:
         problems: at least one.
+        notes: what else is to be known, after the table.
         do: what to do about all of them, such as the flags to write; None: what the table's last column says.
     """
-    distinct = list({problem.error.what: problem for problem in problems}.values())
-    if len(distinct) == 1 and do is None:
+    distinct = list({(problem.flag, problem.error.what): problem for problem in problems}.values())
+    if len(distinct) == 1 and do is None and not notes:
         return distinct[0].error
     columns = ("flag", "what it means here", "what to write")
     table = problem_table([(problem.flag, problem.meaning, problem.write) for problem in distinct], columns)
-    return ConfigError(f"{plural(len(distinct), 'problem')} in the flags\n\n{table}\n", None, do or "correct all of them")
+    text = "\n".join([f"{plural(len(distinct), 'problem')} in the flags", "", table, "", *(f"Note: {note}" for note in notes)])
+    return SeveralConfigErrors(text, None, do or "write what the last column says", distinct)
 
 
 def problem_table(rows: Sequence[tuple[str, ...]], columns: Sequence[str], width: int | None = None) -> str:

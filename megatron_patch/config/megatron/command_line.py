@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from megatron_patch.config.megatron.flags import LM, key_of
+from megatron_patch.config.megatron.flags import LM, Kind, key_of
 from megatron_patch.config.megatron.translator import COMMAND_LINE, MEGATRON_FLAGS, Given, Row, Translation
 from megatron_patch.config.option_types import option_types
 from megatron_patch.config.options import Options
@@ -71,8 +71,20 @@ def arguments(flags: Sequence[Given]) -> list[str]:
     return result
 
 
-def problem_of_row(row: Row) -> Problem:
-    """Returns a flag that cannot be translated as a problem."""
+def problems_of_rows(rows: Sequence[Row]) -> list[Problem]:
+    """Returns flags that cannot be translated as problems; details of one refused flag are one problem."""
+    problems: dict[object, Problem] = {}
+    for row in rows:
+        flag = MEGATRON_FLAGS.get(row.given.key)
+        detail = flag is not None and flag.kind is Kind.DETAIL
+        key = (row.given.source, row.meaning) if detail else len(problems)
+        new = _problem(row)
+        old = problems.get(key)
+        problems[key] = new if old is None else replace(old, flag=f"{old.flag}, {new.flag}", write="remove them")
+    return list(problems.values())
+
+
+def _problem(row: Row) -> Problem:
     where = "" if row.given.source == COMMAND_LINE else f"--config {row.given.source}: "
     if row.given.key not in MEGATRON_FLAGS:
         name = f"unknown flag --{row.given.key}" if not where else f"{where}unknown key {row.given.key.replace('-', '_')!r}"
@@ -127,32 +139,8 @@ def report(translation: Translation, given: Sequence[Given], options: Options) -
 def _notes(given: Mapping[str, Given], options: Options) -> list[str]:
     """Returns where the run differs from Megatron's defaults for what was not given."""
     notes = []
-    family = FAMILIES.get(options.model.model_family)
-    if "model-family" not in given and family is not None:
-        if "swiglu" not in given and "no-swiglu" not in given:
-            notes.append(
-                f"The model family is {options.model.model_family}, the default, because neither --model-family nor --swiglu is given. "
-                "Megatron's default is a GPT: LayerNorm, GELU, learned positions, biases, tied head. For that, write --model-family gpt2"
-            )
-        positions = "rotary positions" if family.position_embedding == "rope" else "learned positions"
-        kinds = (
-            ("normalization", family.normalization, "LayerNorm", "--normalization LayerNorm"),
-            ("swiglu", "SwiGLU" if family.swiglu else "GELU", "GELU", "--no-swiglu"),
-            ("position-embedding-type", positions, "learned positions", "--position-embedding-type learned_absolute"),
-            ("disable-bias-linear", "biases" if family.linear_bias else "no biases", "biases", "--no-disable-bias-linear"),
-            (
-                "untie-embeddings-and-output-weights",
-                "a tied head" if family.tie_embeddings else "an untied head",
-                "a tied head",
-                "--no-untie-embeddings-and-output-weights",
-            ),
-        )
-        differ = [
-            (here, there, flag) for key, here, there, flag in kinds if key not in given and f"no-{key}" not in given and here != there
-        ]
-        if differ:
-            what = ", ".join(f"{here} instead of {there} ({flag})" for here, there, flag in differ)
-            notes.append(f"The model differs from Megatron's defaults, which these flags would give: {what}")
+    if "model-family" not in given and options.model.model_family in FAMILIES:
+        notes += _family_notes(given, options.model.model_family)
     notes += _width_note(given, options)
     notes += _learning_notes(given, options)
     grouped = {"num-key-value-heads", "group-query-attention"} & set(given)
@@ -160,6 +148,38 @@ def _notes(given: Mapping[str, Given], options: Options) -> list[str]:
     if "num-query-groups" in given and not grouped and of_megatron_lm:
         notes.append("Megatron-LM reads --num-query-groups only together with --group-query-attention; here it counts alone")
     return notes
+
+
+def _family_notes(given: Mapping[str, Given], name: str) -> list[str]:
+    """Returns where the family that nobody chose gives the model another kind than Megatron's defaults."""
+    family = FAMILIES[name]
+    rotary, biased, tied = family.position_embedding == "rope", family.linear_bias, family.tie_embeddings
+    kinds = (
+        ("normalization", family.normalization, "LayerNorm", "--normalization LayerNorm"),
+        ("swiglu", "SwiGLU" if family.swiglu else "GELU", "GELU", "--no-swiglu"),
+        (
+            "position-embedding-type",
+            "rotary positions" if rotary else "learned positions",
+            "learned positions",
+            "--position-embedding-type learned_absolute",
+        ),
+        ("disable-bias-linear", "biases" if biased else "no biases", "biases", "--no-disable-bias-linear"),
+        (
+            "untie-embeddings-and-output-weights",
+            "a tied head" if tied else "an untied head",
+            "a tied head",
+            "--no-untie-embeddings-and-output-weights",
+        ),
+    )
+    differ = [kind for kind in kinds if kind[0] not in given and f"no-{kind[0]}" not in given and kind[1] != kind[2]]
+    because = ""
+    if "swiglu" not in given and "no-swiglu" not in given:
+        because = f"The model family is {name}, the default, because neither --model-family nor --swiglu is given. "
+    if not differ:
+        return [because.rstrip()] if because else []
+    has, others = ", ".join(kind[1] for kind in differ), ", ".join(kind[2] for kind in differ)
+    write = "--model-family gpt2" if len(differ) == len(kinds) else " ".join(kind[3] for kind in differ)
+    return [f"{because}The model has {has}; Megatron's defaults are {others}: for those, write {write}"]
 
 
 def _width_note(given: Mapping[str, Given], options: Options) -> list[str]:
@@ -183,5 +203,6 @@ def _learning_notes(given: Mapping[str, Given], options: Options) -> list[str]:
         ("lr-decay-style", f"{style} decay", "linear"),
     )
     differ = [f"{here} instead of {there} (--{key} {there})" for key, here, there in values if key not in given]
-    differ += [f"no {key} instead of 0.1" for key in ("attention-dropout", "hidden-dropout") if key not in given]
+    if "attention-dropout" not in given or "hidden-dropout" not in given:
+        differ.append("no dropout instead of 0.1")
     return [f"Learning differs from Megatron's defaults: {', '.join(differ)}"] if differ else []

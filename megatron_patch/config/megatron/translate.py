@@ -6,7 +6,7 @@ the entry to the translation.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from megatron_patch.config.megatron.flags import MegatronFlag
 from megatron_patch.config.megatron.translator import COMMAND_LINE, MEGATRON_FLAGS, Given, Translation, Translator
@@ -14,7 +14,7 @@ from megatron_patch.errors import ConfigError
 from megatron_patch.utils.units import parse_count
 
 
-def translate(given: Sequence[Given], ours: Container[str], dry_run: bool = False) -> Translation:
+def translate(given: Sequence[Given], ours: Collection[str], dry_run: bool = False) -> Translation:
     """Translates flags of Megatron; those of this program stay as they are.
 
     Args:

@@ -7,7 +7,7 @@ Nothing is dropped or changed without a row.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from megatron_patch.config.megatron.flags import Kind, MegatronFlag, key_of
@@ -97,7 +97,7 @@ class Translator:
     def __init__(
         self,
         given: Sequence[Given],
-        ours: Container[str],
+        ours: Collection[str],
         dry_run: bool,
         functions: Mapping[str, Callable[[Translator, Given, MegatronFlag], None]],
     ) -> None:
