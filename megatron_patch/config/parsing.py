@@ -56,7 +56,8 @@ RESUME_MARKS = {name: mark for name, (_, mark) in _MARKED_TYPES.items()}
 _BOOLEANS = {name for name, hint in OPTION_TYPES.items() if hint is bool}
 _TRISTATES = {name for name, hint in OPTION_TYPES.items() if hint == OptionalSwitch}
 _LISTS = {name for name, hint in OPTION_TYPES.items() if get_origin(_without_annotations(hint)) is tuple}
-_KEYS = {key_of(name) for name in OPTION_TYPES} | {"help"} | {f"no-{key_of(name)}" for name in _BOOLEANS | _TRISTATES}
+FLAG_NAMES = {key_of(name) for name in OPTION_TYPES} | {"help"} | {f"no-{key_of(name)}" for name in _BOOLEANS | _TRISTATES}
+"""Names of all flags, with dashes and without the leading ones, also in their form that begins with "no-"."""
 _REQUIRED = [flag_of(f.name) for f in fields(ModelOptions) if f.default is MISSING]
 _WITH_COMMAS = {"split", "position_weights"}
 
@@ -199,7 +200,7 @@ def parse(argv: Sequence[str], program: str = "pretrain_gpt_patch.py") -> Parsed
     problems: list[Problem] = []
     in_file = [] if path is None else _given_in_file(path, problems)
     given = [*in_file, *given]
-    translation = translate(given, _KEYS, dry_run=any(flag.key == "dry-run" for flag in given))
+    translation = translate(given, FLAG_NAMES, dry_run=any(flag.key == "dry-run" for flag in given))
     problems += problems_of_rows(translation.problems)
     options = _options([*stray, *_normalize(arguments(translation.flags))], program, problems)
     if problems and options is not None:
@@ -244,17 +245,14 @@ def _given_in_file(path: str, problems: list[Problem]) -> list[Given]:
 
 
 def _options(flags: list[str], program: str, problems: list[Problem]) -> Options | None:
-    """Returns the options that normalized flags set, or None if a value is wrong; adds each of the wrong ones to the problems.
+    """Returns the options that normalized flags set, without those whose values are wrong, which it adds to the problems; None: no options.
 
     The parser ends at the first wrong value, so a wrong flag is left out, and the rest is read again.
     """
-    failed = False
     for _ in range(len(flags) + 1):
         try:
-            options = _run_tyro(flags, program)
-            return None if failed else options
+            return _run_tyro(flags, program)
         except ConfigError as error:
-            failed = True
             problems.append(problem_of(error))
             found = re.match(r"--[\w-]+", error.what)
             rest = _without(flags, found.group()) if found else flags

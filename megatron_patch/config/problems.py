@@ -105,8 +105,12 @@ def problem_table(rows: Sequence[tuple[str, ...]], columns: Sequence[str], width
     wide = shutil.get_terminal_size((100, 24)).columns if width is None else width
     wide = max(_NARROWEST, min(wide, _WIDEST))
     table = Table(box=_LINES, show_edge=False, pad_edge=False, padding=(0, 2, 0, 0), width=None)
+
+    def share(number: int) -> int:
+        return 30 if number == 0 else 70 // (len(columns) - 1)
+
     for number, name in enumerate(columns):
-        table.add_column(name, ratio=None, overflow="fold", max_width=max(16, wide * (30 if number == 0 else 35) // 100 - 2))
+        table.add_column(name, overflow="fold", max_width=max(16, wide * share(number) // 100 - 2))
     for row in rows:
         table.add_row(*(Text(visible(cell)) for cell in row))
     output = io.StringIO()
