@@ -118,7 +118,7 @@ def main(argv: Sequence[str]) -> None:
             "train it with Megatron, or change the model",
         )
     lines = lines_of(translation, parts)
-    filled_in = [Line(flag.key, " ".join(flag.words), "no value in the script") for flag in unresolved if flag.key != "deepspeed-config"]
+    filled_in = [Line(flag.key, " ".join(flag.words), _missing(flag)) for flag in unresolved if flag.key != "deepspeed-config"]
     if parts.left:
         path = args.deepspeed_output
         if path is None:
@@ -128,6 +128,11 @@ def main(argv: Sequence[str]) -> None:
             lines.append(Line("deepspeed-config", str(path), "what stays of DeepSpeed's JSON"))
     if not any(line.key == "data-path" for line in [*lines, *filled_in]):
         filled_in.append(Line("data-path", "PREFIX", "the script names no data"))
+    if not any(line.key == "vocab-size" for line in lines):
+        source.remarks.append(
+            "the script gives no --vocab-size; data that Megatron preprocessed has no metadata file, so add vocab-size, for example 50257 "
+            "for GPT-2's tokenizer"
+        )
     left_out = [*_shown(translation.problems), *((f"DeepSpeed's JSON: {key}", why) for key, why in parts.dropped)]
     ignored = [*_shown(translation.ignored), *((f"DeepSpeed's JSON: {key}", why) for key, why in parts.ignored)]
     text = render(lines, filled_in, left_out, ignored, source.name, ranks)
@@ -137,6 +142,10 @@ def main(argv: Sequence[str]) -> None:
         _write(args.output, text)
     _say(left_out, filled_in, source, args.output)
     _check(lines, filled_in, parts, ranks)
+
+
+def _missing(flag: Given) -> str:
+    return f"no value for {', '.join(dict.fromkeys(UNRESOLVED.findall(' '.join(flag.words))))}"
 
 
 def _read(script: str | None, after: list[str] | None, assignments: list[str]) -> _Source:

@@ -216,9 +216,10 @@ def _error(problems: list[Problem], translation: Translation, given: Sequence[Gi
     """Returns the error for all problems; a command line in Megatron's words gets the flags that it becomes."""
     if not any(row.given.key in MEGATRON_FLAGS for row in translation.problems):
         return one_error(problems)
-    own = [flag for flag in translation.flags if flag.source == COMMAND_LINE]
+    wrong = {problem.flag.partition(" ")[0] for problem in problems}
+    own = [flag for flag in translation.flags if flag.source == COMMAND_LINE and f"--{flag.key}" not in wrong]
     said = report(translation, given, options) if options is not None else None
-    advice = f"decide about each flag above; the others are these flags here:\n{pasteable(own)}" if own else None
+    advice = f"the other flags are these here:\n{pasteable(own)}" if own else None
     return one_error(problems, said.notes if said else (), advice)
 
 
