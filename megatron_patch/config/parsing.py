@@ -16,9 +16,14 @@ from typing import Annotated, Any, get_args, get_origin
 
 import tyro
 
-from megatron_patch.config.checks import check_text
+from megatron_patch.config.checks import check_numbers, check_options, check_text
+from megatron_patch.config.megatron.command_line import MegatronReport, arguments, pasteable, problems_of_rows, report, split
+from megatron_patch.config.megatron.flags import key_of
+from megatron_patch.config.megatron.translate import translate
+from megatron_patch.config.megatron.translator import COMMAND_LINE, MEGATRON_FLAGS, Given, Translation
 from megatron_patch.config.option_types import OptionalSwitch, flag_of, option_types, split_mark
 from megatron_patch.config.options import ModelOptions, Options
+from megatron_patch.config.problems import Problem, one_error, problem_of, problems_of
 from megatron_patch.config.yaml_files import MOST_YAML_BYTES, load_yaml
 from megatron_patch.errors import ConfigError
 from megatron_patch.raw_text.encodings import HEAD_BYTES, other_encoding
@@ -33,10 +38,12 @@ class ParsedOptions:
     Args:
         options: the values.
         origins: option name -> "flag" or the path of the file; options that are missing here have their defaults.
+        megatron: what became of flags that only Megatron has; None: there were none.
     """
 
     options: Options
     origins: Mapping[str, str]
+    megatron: MegatronReport | None = None
 
 
 def _without_annotations(hint: Any) -> Any:
@@ -49,7 +56,7 @@ RESUME_MARKS = {name: mark for name, (_, mark) in _MARKED_TYPES.items()}
 _BOOLEANS = {name for name, hint in OPTION_TYPES.items() if hint is bool}
 _TRISTATES = {name for name, hint in OPTION_TYPES.items() if hint == OptionalSwitch}
 _LISTS = {name for name, hint in OPTION_TYPES.items() if get_origin(_without_annotations(hint)) is tuple}
-_FLAGS = [name.replace("_", "-") for name in OPTION_TYPES]
+_KEYS = {key_of(name) for name in OPTION_TYPES} | {"help"} | {f"no-{key_of(name)}" for name in _BOOLEANS | _TRISTATES}
 _REQUIRED = [flag_of(f.name) for f in fields(ModelOptions) if f.default is MISSING]
 _WITH_COMMAS = {"split", "position_weights"}
 
@@ -58,7 +65,7 @@ def read_yaml(path: str) -> dict[str, Any]:
     """Reads a configuration file: one flat mapping of option names (with dashes or underscores), and `stages:` as a list.
 
     Raises:
-        ConfigError: the file cannot be read, is not valid YAML, is not a mapping, or has an unknown or repeated key.
+        ConfigError: the file cannot be read, is not valid YAML, is not a mapping, or has a repeated key.
     """
     try:
         content = read_small(path, MOST_YAML_BYTES, wait=True)
@@ -82,12 +89,6 @@ def read_yaml(path: str) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for key, value in data.items():
         name = str(key).replace("-", "_")
-        if name not in OPTION_TYPES:
-            raise ConfigError(
-                f"--config {path}: unknown key {key!r}",
-                "the names of the flags, without the leading dashes (pretrain_gpt_patch.py --help)",
-                suggestion(name, OPTION_TYPES) or "remove the line",
-            )
         if name in result:
             raise ConfigError(f"--config {path}: {key!r} is given twice", "each option once", "remove one of the two lines")
         result[name] = value
@@ -180,34 +181,99 @@ def _flatten(hint: type) -> Any:
 
 
 def parse(argv: Sequence[str], program: str = "pretrain_gpt_patch.py") -> ParsedOptions:
-    """Reads a command line and the YAML file that its `--config` names, if any.
+    """Reads a command line and the YAML file that its `--config` names, if any. Both may have flags of Megatron, which are translated.
 
     Args:
         argv: the arguments, without the program's name.
         program: the program's name in the help text.
 
     Raises:
-        ConfigError: a flag or key is unknown or malformed, or a required one is missing.
+        ConfigError: flags or keys are unknown, malformed or not possible here, or required ones are missing; the message has all of them.
         SystemExit: with code 0, after `--help` has been printed.
     """
     check_text(argv)
     path, rest = _take_config(argv)
-    flags = _normalize(rest)
-    origins: dict[str, str] = {}
-    file_flags: list[str] = []
-    if path is not None:
-        file_flags = _normalize(to_flags(read_yaml(path), f"--config {path}"))
-        check_text(file_flags, f"--config {path}: ")
-        origins.update(dict.fromkeys(_names(file_flags), path))
-    for name in _names(flags):
-        if name not in OPTION_TYPES and name != "help":
-            raise ConfigError(
-                f"unknown flag {flag_of(name)}",
-                "the flags that --help lists",
-                suggestion(name.replace("_", "-"), _FLAGS, prefix="--") or "remove the flag",
-            )
-        origins[name] = "flag"
-    return ParsedOptions(_run_tyro([*file_flags, *flags], program), origins)
+    if "--help" in rest or "-h" in rest:
+        _run_tyro(_normalize(rest), program)
+    stray, given = split(rest)
+    problems: list[Problem] = []
+    in_file = [] if path is None else _given_in_file(path, problems)
+    given = [*in_file, *given]
+    translation = translate(given, _KEYS, dry_run=any(flag.key == "dry-run" for flag in given))
+    problems += problems_of_rows(translation.problems)
+    options = _options([*stray, *_normalize(arguments(translation.flags))], program, problems)
+    if problems and options is not None:
+        problems += problems_of(lambda: check_numbers(options)) or problems_of(lambda: check_options(options))
+    if problems:
+        raise _error(problems, translation, given, options)
+    assert options is not None
+    origins = {name: flag.source for flag in translation.flags for name in _names(_normalize(arguments([flag])))}
+    return ParsedOptions(options, origins, report(translation, given, options))
+
+
+def _error(problems: list[Problem], translation: Translation, given: Sequence[Given], options: Options | None) -> ConfigError:
+    """Returns the error for all problems; a command line in Megatron's words gets the flags that it becomes."""
+    if not any(row.given.key in MEGATRON_FLAGS for row in translation.problems):
+        return one_error(problems)
+    own = [flag for flag in translation.flags if flag.source == COMMAND_LINE]
+    said = report(translation, given, options) if options is not None else None
+    advice = f"decide about each flag above; the others are these flags here:\n{pasteable(own)}" if own else None
+    return one_error(problems, said.notes if said else (), advice)
+
+
+def _given_in_file(path: str, problems: list[Problem]) -> list[Given]:
+    """Returns the keys of a YAML file as flags; adds a problem for each value that its flag does not take."""
+    given: list[Given] = []
+    source = f"--config {path}"
+    for name, value in read_yaml(path).items():
+        key = key_of(name)
+        if name in OPTION_TYPES:
+            try:
+                words = to_flags({name: value}, source)
+            except ConfigError as error:
+                problems.append(problem_of(error))
+                continue
+            check_text(words, f"{source}: ")
+            given += split(words, path)[1]
+        elif value is not None and value is not False:
+            flag = MEGATRON_FLAGS.get(key)
+            many = flag is not None and flag.values is None
+            texts = [str(item) for item in value] if isinstance(value, list) else str(value).split() if many else [str(value)]
+            given.append(Given(key, () if value is True else tuple(texts), path))
+    return given
+
+
+def _options(flags: list[str], program: str, problems: list[Problem]) -> Options | None:
+    """Returns the options that normalized flags set, or None if a value is wrong; adds each of the wrong ones to the problems.
+
+    The parser ends at the first wrong value, so a wrong flag is left out, and the rest is read again.
+    """
+    failed = False
+    for _ in range(len(flags) + 1):
+        try:
+            options = _run_tyro(flags, program)
+            return None if failed else options
+        except ConfigError as error:
+            failed = True
+            problems.append(problem_of(error))
+            found = re.match(r"--[\w-]+", error.what)
+            rest = _without(flags, found.group()) if found else flags
+            if rest == flags:
+                return None
+            flags = rest
+    return None
+
+
+def _without(flags: list[str], flag: str) -> list[str]:
+    """Returns arguments without a flag and its values; a required flag gets a value that is right."""
+    result: list[str] = []
+    leaving = False
+    for word in flags:
+        if word.startswith("--"):
+            leaving = word.partition("=")[0] == flag
+        if not leaving:
+            result.append(word)
+    return [*result, flag, "1"] if flag in _REQUIRED and len(result) < len(flags) - 1 else result
 
 
 def _run_tyro(flags: list[str], program: str) -> Options:

@@ -79,7 +79,7 @@ def test_three_state_flags():
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--num-layer", "2"], ["unknown flag --num-layer", "--help", "num-layers"]),
+        ([*SHAPE, "--num-layer", "2"], ["unknown flag --num-layer", "--help", "num-layers"]),
         ([*SHAPE, "--patchsize", "4"], ["--patchsize", "patch-size"]),
         ([*SHAPE, "--train-tokens", "3X"], ["train-tokens", "3X"]),
         ([*SHAPE, "--zero-stage", "5"], ["zero-stage", "5"]),
