@@ -21,6 +21,7 @@ from megatron_patch.config.option_types import OptionalSwitch, flag_of, option_t
 from megatron_patch.config.options import ModelOptions, Options
 from megatron_patch.config.yaml_files import MOST_YAML_BYTES, load_yaml
 from megatron_patch.errors import ConfigError
+from megatron_patch.programs import command
 from megatron_patch.raw_text.encodings import HEAD_BYTES, other_encoding
 from megatron_patch.utils.files import read_small, reason
 from megatron_patch.utils.registry import suggestion
@@ -179,12 +180,12 @@ def _flatten(hint: type) -> Any:
     return tyro.conf.configure(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)(hint)
 
 
-def parse(argv: Sequence[str], program: str = "pretrain_gpt_patch.py") -> ParsedOptions:
+def parse(argv: Sequence[str], program: str | None = None) -> ParsedOptions:
     """Reads a command line and the YAML file that its `--config` names, if any.
 
     Args:
         argv: the arguments, without the program's name.
-        program: the program's name in the help text.
+        program: the program's name in the help text; None: the command that was called, or pretrain_gpt_patch.py.
 
     Raises:
         ConfigError: a flag or key is unknown or malformed, or a required one is missing.
@@ -207,7 +208,7 @@ def parse(argv: Sequence[str], program: str = "pretrain_gpt_patch.py") -> Parsed
                 suggestion(name.replace("_", "-"), _FLAGS, prefix="--") or "remove the flag",
             )
         origins[name] = "flag"
-    return ParsedOptions(_run_tyro([*file_flags, *flags], program), origins)
+    return ParsedOptions(_run_tyro([*file_flags, *flags], program or command() or "pretrain_gpt_patch.py"), origins)
 
 
 def _run_tyro(flags: list[str], program: str) -> Options:
