@@ -22,8 +22,11 @@ from megatron_patch.config.problems import Problem, one_error, problem_of, probl
 from megatron_patch.config.values import CHECKPOINT, KEYS, KINDS, REQUIRED, in_file, make_options, missing_options, read_values, stray
 from megatron_patch.config.yaml_files import MOST_YAML_BYTES, load_yaml
 from megatron_patch.errors import ConfigError
+from megatron_patch.programs import command
 from megatron_patch.raw_text.encodings import HEAD_BYTES, other_encoding
 from megatron_patch.utils.files import read_small, reason
+from megatron_patch.utils.pipes import reader_may_leave
+from megatron_patch.utils.versions import versions
 
 
 @dataclass(frozen=True)
@@ -94,26 +97,25 @@ def _flatten(hint: type) -> Any:
     return tyro.conf.configure(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)(hint)
 
 
-def parse(argv: Sequence[str], program: str = "pretrain_gpt_patch.py") -> ParsedOptions:
+def parse(argv: Sequence[str], program: str | None = None) -> ParsedOptions:
     """Reads a command line and the YAML file that its `--config` names, if any. Both may have flags of Megatron, which are translated.
 
     Args:
         argv: the arguments, without the program's name.
-        program: the program's name in the help text.
+        program: the program's name in the help text; None: the command that was called, or pretrain_gpt_patch.py.
 
     Raises:
         ConfigError: flags or keys are unknown, malformed or not possible here, or required ones are missing; the message has all of them.
-        SystemExit: with code 0, after `--help` has been printed.
+        SystemExit: after `--help` or `--version` has been printed.
     """
     check_text(argv)
+    _help_or_version(argv, program or command() or "pretrain_gpt_patch.py")
     path, rest = _take_config(argv)
-    if "--help" in rest or "-h" in rest:
-        print_help(program)
     words, given = split(rest)
     problems: list[Problem] = []
     of_file = [] if path is None else _given_in_file(path, problems)
     given = [*of_file, *given]
-    translation = translate(given, KEYS | {"help"}, dry_run=any(flag.key == "dry-run" for flag in given))
+    translation = translate(given, KEYS, dry_run=any(flag.key == "dry-run" for flag in given))
     problems += problems_of_rows(translation.problems)
     reading = read_values(translation.flags)
     wrong = [*map(problem_of, [stray(words)] if words else []), *reading.problems, *map(problem_of, missing_options(reading))]
@@ -153,10 +155,14 @@ def _given_in_file(path: str, problems: list[Problem]) -> list[Given]:
     return given
 
 
-def print_help(program: str) -> NoReturn:
-    """Prints the help of all flags and ends the process with code 0."""
-    tyro.cli(_flatten(Options), args=["--help"], prog=program)
-    raise SystemExit(0)
+def _help_or_version(argv: Sequence[str], program: str) -> None:
+    """Prints the text of `--help` or `--version` if a command line has one of them, and ends the process."""
+    with reader_may_leave():
+        if "--help" in argv or "-h" in argv:
+            tyro.cli(_flatten(Options), args=["--help"], prog=program)
+        if "--version" in argv:
+            print(versions())
+            raise SystemExit(0)
 
 
 def recorded_options(values: Mapping[str, Any], groups: Sequence[type]) -> Options:
