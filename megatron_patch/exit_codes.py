@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import enum
 
+from megatron_patch.programs import program
+
 
 class ExitCode(enum.IntEnum):
     """Exit codes of all programs in this repository. Any other code above 128 means that a signal ended a rank."""
@@ -30,7 +32,7 @@ _ADVICE = {
     ExitCode.INTERNAL: "an error of the program or the machine, see the traceback; the same command resumes from the newest checkpoint",
     ExitCode.CONFIG: "flags or configuration: fix the problem named above",
     ExitCode.DATA: "data: fix the problem named above; the same command then resumes from the newest checkpoint",
-    ExitCode.CHECKPOINT: "a checkpoint: fix the problem named above; tools/inspect_checkpoint.py shows which checkpoints are valid",
+    ExitCode.CHECKPOINT: f"a checkpoint: fix the problem named above; {program('inspect_checkpoint')} shows which checkpoints are valid",
     ExitCode.SICK: "steps were rejected: check SAVE/events.jsonl; lower --lr, or resume with --on-spike skip or rewind",
     ExitCode.CORRUPTION: "ranks that must agree differ: repair or exclude what is named above; the same command then resumes",
     ExitCode.PREEMPTED: "stopped on request, and all steps that were taken are saved: the same command resumes",

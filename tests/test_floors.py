@@ -9,7 +9,8 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "megatron_patch"
 FLOORS = [  # from the ground up
-    {"exit_codes", "credentials", "programs"},
+    {"programs"},
+    {"exit_codes", "credentials"},
     {"errors"},
     {"utils"},
     {"requirements"},
