@@ -1,8 +1,8 @@
-"""The speed of devices and links: a small table from data sheets, which a user's measurements override.
+"""The memory and the speed of devices and links: a small table, which a user's measurements override.
 
-In: a device's name, optionally a JSON file of measurements. Out: `Hardware`. Peaks, memory sizes and bandwidths come from data sheets.
-Efficiencies (the shares of these peaks that large matrix products, attention and links reach) are **estimates** that measurements should
-replace. Prices are round examples, not offers.
+In: a device's name, optionally a JSON file of measurements. Out: `Hardware`. Peaks and bandwidths come from data sheets, memory sizes from
+the driver. Efficiencies (the shares of these peaks that a training step reaches) are **estimates**: they fit the speeds that others have
+published (`planning/published.py`). Your own measurements should replace them. Prices are round examples, not offers.
 """
 
 from __future__ import annotations
@@ -19,6 +19,11 @@ from megatron_patch.utils.files import read_small, reason
 
 _MOST_BYTES = 1 << 20
 
+RESERVED_GIB = 2.5
+"""GiB of a device that are not left for a run's tensors: 0.5 to 0.9 that the driver counts and torch cannot allocate (torch reports 79.1 to
+79.25 on an H100, 79.15 to 79.25 on an A100, 139.7 to 139.8 on an H200, 178.35 on a B200), about 0.5 for a CUDA context and about 1 for the
+buffers of NCCL. The gaps of torch's allocator are counted separately, in `memory.py`."""
+
 
 @dataclass(frozen=True)
 class Hardware:
@@ -27,14 +32,21 @@ class Hardware:
     Args:
         name: name of the device.
         peak_tflops: dense bfloat16 peak of one device, in TFLOP/s.
-        memory_gib: memory of one device, in GiB.
+        memory_gib: memory of one device, in GiB, as the driver reports it.
+        reserved_gib: the part of it that a run's tensors cannot use: see `RESERVED_GIB`.
         memory_gb_per_second: bandwidth of that memory, in GB/s.
         node_devices: devices per node, which share the fast links.
         node_gb_per_second: bandwidth of one device into the node's links, one direction, in GB/s.
         network_gb_per_second: bandwidth of one device into the network between nodes, one direction, in GB/s.
-        matmul_efficiency: share of the peak that large matrix products reach.
-        attention_efficiency: share of the peak that attention reaches.
+        matmul_efficiency: share of the peak that matrix products reach.
+        attention_efficiency: share of the peak that attention reaches, together with everything else that grows with T squared.
+        memory_passes: times that all other operators (norms, rotations, activations, residual sums) read or write the saved activations,
+            forward and backward.
+        compiled_passes: the same number with `--compile`, which joins these operators.
         link_efficiency: share of a link's bandwidth that large collectives reach.
+        node_hop_microseconds: time until data reach the next rank of a ring in the same node.
+        network_hop_microseconds: the same for the next rank in another node. Both are those of NCCL's own model of its rings (NVIDIA/nccl,
+            src/graph/tuning.cc).
         overlap: share of the data-parallel traffic that overlaps the backward pass.
         fp32_slowdown: time of a float32 matrix product (TF32 off) relative to bfloat16.
         dollars_per_hour: price of one device.
@@ -47,29 +59,45 @@ class Hardware:
     node_devices: int = 8
     node_gb_per_second: float = 450.0
     network_gb_per_second: float = 50.0
-    matmul_efficiency: float = 0.65
-    attention_efficiency: float = 0.45
+    matmul_efficiency: float = 0.61
+    attention_efficiency: float = 0.15
+    memory_passes: float = 8.0
+    compiled_passes: float = 2.0
     link_efficiency: float = 0.8
-    overlap: float = 0.7
+    node_hop_microseconds: float = 3.4
+    network_hop_microseconds: float = 14.0
+    overlap: float = 0.5
+    reserved_gib: float = RESERVED_GIB
     fp32_slowdown: float = 15.0
     dollars_per_hour: float = 2.5
 
+    @property
+    def usable_gib(self) -> float:
+        """Memory that is left for a run's tensors, in GiB."""
+        return self.memory_gib - self.reserved_gib
 
-def _data_sheet(name: str, memory: float, bandwidth: float, node: float, network: float, dollars: float) -> Hardware:
+    def usable_text(self) -> str:
+        """Returns the usable memory as text, such as "the 77.1 GiB that are usable on one H100 of 79.6 GiB"."""
+        return f"the {self.usable_gib:.1f} GiB that are usable on one {self.name} of {self.memory_gib:.1f} GiB"
+
+
+def _device(name: str, mebibytes: int, bandwidth: float, node: float, network: float, dollars: float, **efficiencies: float) -> Hardware:
     peak = peak_flops(name)
     assert peak is not None
-    return Hardware(name, peak / 1e12, memory, bandwidth, node_gb_per_second=node, network_gb_per_second=network, dollars_per_hour=dollars)
+    links = {"node_gb_per_second": node, "network_gb_per_second": network}
+    return Hardware(name, peak / 1e12, mebibytes / 1024, bandwidth, **links, dollars_per_hour=dollars, **efficiencies)
 
 
 DEVICES = {
-    # Memory in GiB (data sheets count 10^9 bytes per gigabyte), its bandwidth, NVLink in one direction (600, 900, 900 and 1,800 GB/s in
-    # both), and one InfiniBand port per device: HDR 200 Gb/s, NDR 400 Gb/s.
-    "A100": _data_sheet("A100", 80e9 / 2**30, 2039, 300, 25, 1.5),
-    "H100": _data_sheet("H100", 80e9 / 2**30, 3350, 450, 50, 2.5),
-    "H200": _data_sheet("H200", 141e9 / 2**30, 4800, 450, 50, 3.0),
-    "B200": _data_sheet("B200", 180e9 / 2**30, 7700, 900, 50, 5.0),
+    # Memory in MiB as `nvidia-smi` reports it, and not the nominal gigabytes of 10^9 bytes. From data sheets: the bandwidth of the memory,
+    # NVLink in one direction (600, 900, 900 and 1,800 GB/s in both), and one network port per device (200, 400, 400 and 400 Gb/s).
+    "A100": _device("A100", 81_920, 2039, 300, 25, 1.5, matmul_efficiency=0.73, attention_efficiency=0.31),
+    "H100": _device("H100", 81_559, 3350, 450, 50, 2.5),
+    "H200": _device("H200", 143_771, 4800, 450, 50, 3.0),
+    "B200": _device("B200", 183_359, 7700, 900, 50, 5.0),
 }
-"""Devices by name, in nodes of eight, from the data sheets of the SXM modules. Dollars per hour are round examples."""
+"""Devices by name: SXM modules in nodes of eight; the A100 is the one of 80 GB. H200 and B200 have the efficiencies of the H100, because no
+published speeds suffice to fit them. Dollars per hour are round examples."""
 
 
 def load_hardware(name: str, ceilings: Path | None = None) -> Hardware:
