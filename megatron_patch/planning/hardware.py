@@ -81,23 +81,45 @@ class Hardware:
         return f"the {self.usable_gib:.1f} GiB that are usable on one {self.name} of {self.memory_gib:.1f} GiB"
 
 
-def _device(name: str, mebibytes: int, bandwidth: float, node: float, network: float, dollars: float, **efficiencies: float) -> Hardware:
+def _device(
+    name: str,
+    mebibytes: int,
+    bandwidth: float,
+    node: float,
+    network: float,
+    dollars: float,
+    matmul: float = Hardware.matmul_efficiency,
+    attention: float = Hardware.attention_efficiency,
+) -> Hardware:
     peak = peak_flops(name)
     assert peak is not None
-    links = {"node_gb_per_second": node, "network_gb_per_second": network}
-    return Hardware(name, peak / 1e12, mebibytes / 1024, bandwidth, **links, dollars_per_hour=dollars, **efficiencies)
+    return Hardware(
+        name,
+        peak / 1e12,
+        mebibytes / 1024,
+        bandwidth,
+        node_gb_per_second=node,
+        network_gb_per_second=network,
+        matmul_efficiency=matmul,
+        attention_efficiency=attention,
+        dollars_per_hour=dollars,
+    )
 
 
 DEVICES = {
     # Memory in MiB as `nvidia-smi` reports it, and not the nominal gigabytes of 10^9 bytes. From data sheets: the bandwidth of the memory,
     # NVLink in one direction (600, 900, 900 and 1,800 GB/s in both), and one network port per device (200, 400, 400 and 400 Gb/s).
-    "A100": _device("A100", 81_920, 2039, 300, 25, 1.5, matmul_efficiency=0.73, attention_efficiency=0.31),
+    "A100": _device("A100", 81_920, 2039, 300, 25, 1.5, matmul=0.73, attention=0.32),
     "H100": _device("H100", 81_559, 3350, 450, 50, 2.5),
     "H200": _device("H200", 143_771, 4800, 450, 50, 3.0),
     "B200": _device("B200", 183_359, 7700, 900, 50, 5.0),
 }
 """Devices by name: SXM modules in nodes of eight; the A100 is the one of 80 GB. H200 and B200 have the efficiencies of the H100, because no
 published speeds suffice to fit them. Dollars per hour are round examples."""
+
+
+_SHARES = ("matmul_efficiency", "attention_efficiency", "link_efficiency", "overlap")
+_FROM_ZERO = ("reserved_gib", "memory_passes", "compiled_passes", "node_hop_microseconds", "network_hop_microseconds", "overlap")
 
 
 def load_hardware(name: str, ceilings: Path | None = None) -> Hardware:
@@ -112,16 +134,21 @@ def load_hardware(name: str, ceilings: Path | None = None) -> Hardware:
     """
     known = next((entry for key, entry in DEVICES.items() if key.lower() == name.lower()), None)
     values: dict[str, Any] = _read(ceilings) if ceilings is not None else {}
-    if known is not None:
-        return dataclasses.replace(known, **values)
     try:
-        return Hardware(name=name, **values)
+        found = dataclasses.replace(known, **values) if known is not None else Hardware(name=name, **values)
     except TypeError:
         raise ConfigError(
             f"--gpu {name}: unknown device",
             f"{', '.join(DEVICES)}, or any name with a --ceilings file that sets peak_tflops, memory_gib and memory_gb_per_second",
             "choose a known device, or describe yours with --ceilings",
         ) from None
+    if found.usable_gib <= 0:
+        raise ConfigError(
+            f"--ceilings {ceilings}: memory_gib is {found.memory_gib:g}, of which {found.reserved_gib:g} (reserved_gib) cannot be used",
+            "a memory_gib above reserved_gib",
+            "correct memory_gib or reserved_gib",
+        )
+    return found
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -137,8 +164,11 @@ def _read(path: Path) -> dict[str, Any]:
     for key, value in data.items():
         if key not in known:
             raise ConfigError(f"--ceilings {path}: unknown key {key!r}", ", ".join(known), "remove or rename the key")
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-            raise ConfigError(f"--ceilings {path}: {key} is {value!r}", "numbers above zero", "correct the value")
+        lowest = "from zero" if key in _FROM_ZERO else "above zero"
+        if isinstance(value, bool) or not isinstance(value, int | float) or not (value > 0 or (value == 0 and key in _FROM_ZERO)):
+            raise ConfigError(f"--ceilings {path}: {key} is {value!r}", f"numbers {lowest}", "correct the value")
+        if key in _SHARES and value > 1:
+            raise ConfigError(f"--ceilings {path}: {key} is {value!r}, but it is a share", f"numbers {lowest} to 1", "give 0.71 for 71 %")
         if key == "node_devices" and not isinstance(value, int):
             raise ConfigError(f"--ceilings {path}: node_devices is {value!r}", "whole numbers from 1", "correct the value")
     return dict(data)

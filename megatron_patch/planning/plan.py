@@ -15,6 +15,7 @@ from megatron_patch.planning.cost import Cost
 from megatron_patch.planning.hardware import Hardware
 from megatron_patch.planning.layout import Layout
 from megatron_patch.planning.memory import COUNTED_PARTS, Memory, rank_memory, rank_parameters
+from megatron_patch.planning.published import calibration
 from megatron_patch.planning.reliability import Interruptions, StageWork, daly_interval, expected_goodput, young_interval
 from megatron_patch.planning.timing import StepTime, bubble_share, step_time
 from megatron_patch.planning.traffic import Traffic, traffic
@@ -180,7 +181,8 @@ class Plan:
         raise DoesNotFitError(
             f"{ranks} need about {part.memory.total / 2**30:.1f} GiB in stage {part.peak_stage}, more than {self.hardware.usable_text()}",
             f"plans of at most {self.hardware.usable_gib:.1f} GiB a rank",
-            "give --search to list the layouts that fit, more devices with --world-size, or --recompute-granularity full",
+            "give --search to list the layouts that fit, more devices with --world-size"
+            + (", or --recompute-granularity full" if self.layout.recompute != "full" else ""),
         )
 
     def work(self) -> list[StageWork]:
@@ -223,6 +225,8 @@ class Plan:
             },
             "estimated": {
                 "fits": self.fits,
+                "usable_gib": self.hardware.usable_gib,
+                "times": calibration(self.hardware),
                 "ranks": [
                     {
                         "pipeline_rank": part.pipeline_rank,

@@ -10,8 +10,10 @@ attention or only the causal half, with recomputation or without it). The plan c
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from megatron_patch.model.shape import ModelShape
 from megatron_patch.planning.hardware import DEVICES, Hardware
@@ -56,48 +58,67 @@ class Source:
 
     Args:
         name: short name.
-        where: repository and file.
-        program: program, and its kind of data parallelism.
+        links: addresses of the documents.
+        program: kind of data parallelism, device and year.
         fitted: whether the efficiencies are fitted to its runs.
+        zero_level: ZeRO level that divides the model's states as the program does; FSDP is 3.
         fused: whether its kernels join the small operators of a block, as `--compile` does here.
         communication_bytes: bytes of a gradient's element when data-parallel ranks sum it.
         hardware: figures of the machines that differ from the plan's table.
+        gpu: name of their device, if it is not in that table.
     """
 
     name: str
-    where: str
+    links: tuple[str, ...]
     program: str
     fitted: bool
+    zero_level: int = 3
     fused: bool = False
     communication_bytes: int = 4
-    hardware: dict[str, float] = field(default_factory=dict)
+    hardware: dict[str, Any] = field(default_factory=dict)
+    gpu: str = ""
+
+    def row(self) -> str:
+        """Returns the source as a row of a table."""
+        return f"| {self.name} | {self.program} | {', '.join(f'[{number}]({link})' for number, link in enumerate(self.links, start=1))} |"
 
 
+_TITAN, _FOUNDRY, _NEMO = (
+    f"https://github.com/{name}/blob/main" for name in ("pytorch/torchtitan", "mosaicml/llm-foundry", "NVIDIA/dgxc-benchmarking")
+)
+_NEMO_FILES = ("nemotron/README_15b.md", "nemotron/README_340b.md", "nemo_megatron/README_175b.md", "llama3.1/README_70b.md")
 TITAN = Source(
     "torchtitan",
-    "pytorch/torchtitan, benchmarks/llama3_h100_202412_torchtitan.md; 405B: docs/performance.md; H100 of 96 GB HBM2e at 500 W",
-    "FSDP2",
+    (f"{_TITAN}/benchmarks/llama3_h100_202412_torchtitan.md", f"{_TITAN}/docs/performance.md"),
+    "FSDP2; H100 with 96 GB of HBM2e at 2.4 TB/s and 500 W; 2024",
     fitted=True,
     hardware={"memory_gb_per_second": 2400},
 )
-TITAN_A100 = Source("torchtitan", "pytorch/torchtitan, docs/performance.md (2024)", "FSDP2", fitted=True)
-FOUNDRY = Source("llm-foundry", "mosaicml/llm-foundry, scripts/train/benchmarking/README.md", "FSDP, Triton's attention", fitted=True)
-FOUNDRY_PURE = dataclasses.replace(FOUNDRY, program="FSDP, Triton's attention, gradients summed in bfloat16", communication_bytes=2)
+TITAN_A100 = Source("torchtitan", (f"{_TITAN}/docs/performance.md",), "FSDP2; A100; 2024", fitted=True)
+FOUNDRY = Source(
+    "llm-foundry",
+    (f"{_FOUNDRY}/scripts/train/benchmarking/README.md",),
+    "FSDP, attention in Triton; the 70B model on A100 sums gradients in bfloat16; 2023",
+    fitted=True,
+)
+FOUNDRY_PURE = dataclasses.replace(FOUNDRY, communication_bytes=2)
 NEMO = Source(
     "NeMo",
-    "NVIDIA/dgxc-benchmarking, nemotron/README_15b.md, nemotron/README_340b.md, nemo_megatron/README_175b.md, llama3.1/README_70b.md and "
-    "README_405b.md (24.09 to 24.11)",
-    "Megatron with Transformer Engine, ZeRO 1, all communication overlapped",
+    tuple(f"{_NEMO}/{name}" for name in (*_NEMO_FILES, "llama3.1/README_405b.md")),
+    "Megatron with Transformer Engine, ZeRO 1, tensor and data parallel communication overlapped; H100; 2024",
     fitted=False,
+    zero_level=1,
     fused=True,
     communication_bytes=2,
 )
 NEMO_GB200 = dataclasses.replace(
     NEMO,
-    where="NVIDIA/dgxc-benchmarking, llama3.1/README.md; GB200, planned as a faster B200",
+    links=(f"{_NEMO}/llama3.1/README.md",),
+    program="as above, on GB200, planned as B200 with a peak of 2,500 TFLOP/s and 8 TB/s; 2025",
     hardware={"peak_tflops": 2500, "memory_gb_per_second": 8000},
+    gpu="GB200",
 )
-TITAN_B200 = Source("torchtitan", "pytorch/torchtitan, docs/mxfp8.md (2025); B200 with limited power", "FSDP2", fitted=False)
+TITAN_B200 = Source("torchtitan", (f"{_TITAN}/docs/mxfp8.md",), "FSDP2; B200 with limited power; 2025", fitted=False)
 
 
 @dataclass(frozen=True)
@@ -223,14 +244,13 @@ def planned_speed(run: PublishedRun, hardware: Hardware | None = None) -> float:
         hardware: device in place of the one of the plan's table; the figures of the run's machines replace its own.
     """
     device = dataclasses.replace(hardware or DEVICES[run.gpu], **run.source.hardware)
-    zero = 1 if run.source.program.startswith("Megatron") else 3
     stage = Stage("token", 1, run.positions, run.micro_batch, run.batch, 1)
     layout = Layout(
         run.devices,
         run.tensor,
         run.pipeline,
         sequence_parallel=run.tensor > 1,
-        zero_level=zero,
+        zero_level=run.source.zero_level,
         compiled=run.compiled or run.source.fused,
         balance="flops",
         balance_positions=run.positions,
@@ -248,6 +268,56 @@ def planned_error(run: PublishedRun, hardware: Hardware | None = None) -> float:
     return planned_speed(run, hardware) / run.speed - 1
 
 
-def spread(errors: Sequence[float]) -> tuple[float, float, float]:
-    """Returns (mean, root mean square, largest by size) of relative errors."""
-    return sum(errors) / len(errors), (sum(e * e for e in errors) / len(errors)) ** 0.5, max(errors, key=abs)
+def _spread(runs: Sequence[PublishedRun]) -> str:
+    errors = [planned_error(run) for run in runs]
+    mean, rms = sum(errors) / len(errors), (sum(error * error for error in errors) / len(errors)) ** 0.5
+    return f"mean {mean:+.1%}, root mean square {rms:.1%}, largest {max(errors, key=abs):+.0%}"
+
+
+@functools.cache
+def _fitted_text(gpu: str) -> str:
+    runs = [run for run in PUBLISHED if run.fitted and run.gpu == gpu]
+    return f"{len(runs)} published runs of other programs on {gpu} ({_spread(runs)})" if runs else ""
+
+
+def calibration(hardware: Hardware) -> str:
+    """Returns a sentence on how the times of this device are known."""
+    known = DEVICES.get(hardware.name)
+    figures = ("peak_tflops", "matmul_efficiency", "attention_efficiency", "memory_passes", "compiled_passes", "overlap")
+    if known is None or any(getattr(hardware, name) != getattr(known, name) for name in figures):
+        return "Times follow from the figures of --ceilings."
+    fitted = f"Times are fitted to {_fitted_text(hardware.name)}" if _fitted_text(hardware.name) else "Times assume the H100's efficiencies"
+    return f"{fitted}; this program was not timed on a GPU. --published lists the runs."
+
+
+def _row(run: PublishedRun) -> str:
+    parts = [f"TP{run.tensor}"] if run.tensor > 1 else []
+    parts += [f"PP{run.pipeline} in {run.chunks} chunks"] if run.pipeline > 1 else []
+    parts += [f"CP{run.context}"] if run.context > 1 else []
+    recomputed = {0: "none", 0.5: "half", 1: "all"}[run.recomputed]
+    cells = [
+        run.source.name,
+        run.model,
+        f"{run.devices:,} {run.source.gpu or run.gpu}",
+        f"{run.positions:,}",
+        f"{run.micro_batch} of {run.batch:,}",
+        " ".join(parts) or "data parallel",
+        recomputed,
+        "fused" if run.source.fused else "yes" if run.compiled else "no",
+        f"{run.speed:,.0f}",
+        f"{planned_speed(run):,.0f}",
+        f"{planned_error(run):+.1%}",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def published_table() -> list[str]:
+    """Returns the published runs, the plan's speeds and the errors as lines of Markdown."""
+    titles = ["source", "model", "devices", "T", "micro-batch, batch", "layout", "recomputed", "compiled"]
+    titles += ["tokens/s of a device", "planned", "error"]
+    lines = []
+    for title, kept in (("Fitted", True), ("Held out", False)):
+        runs = [run for run in PUBLISHED if run.fitted is kept]
+        lines += [f"{title}, {len(runs)} runs: {_spread(runs)}.", "", f"| {' | '.join(titles)} |", f"|{' --- |' * len(titles)}"]
+        lines += [*map(_row, runs), ""]
+    return [*lines, "| source | program | links |", "| --- | --- | --- |", *dict.fromkeys(run.source.row() for run in PUBLISHED)]

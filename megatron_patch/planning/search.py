@@ -36,12 +36,20 @@ class LayoutChoice:
     micro_batch_size: int
     recompute: Recompute
 
-    def flags(self) -> str:
-        """Returns the flags that select this layout."""
-        flags = [f"--tensor-model-parallel-size {self.tensor}", "--sequence-parallel"] if self.tensor > 1 else []
-        flags += [f"--pipeline-model-parallel-size {self.pipeline}"] if self.pipeline > 1 else []
-        flags += [f"--zero-stage {self.zero_level}", f"--micro-batch-size {self.micro_batch_size}"]
-        return " ".join(flags + ([f"--recompute-granularity {self.recompute}"] if self.recompute != "none" else []))
+    def flags(self, options: Options) -> str:
+        """Returns the flags that change a run's options to this layout; "as given" if it is the run's own."""
+        engine = options.engine
+        words = [
+            ("--tensor-model-parallel-size", self.tensor, engine.tensor_model_parallel_size),
+            ("--pipeline-model-parallel-size", self.pipeline, engine.pipeline_model_parallel_size),
+            ("--zero-stage", self.zero_level, engine.zero_stage),
+            ("--micro-batch-size", self.micro_batch_size, options.stages.micro_batch_size),
+            ("--recompute-granularity", self.recompute, engine.recompute_granularity),
+        ]
+        changed = [f"{flag} {wanted}" for flag, wanted, given in words if wanted != given]
+        if engine.sequence_parallel != (self.tensor > 1):
+            changed.append("--sequence-parallel" if self.tensor > 1 else "--no-sequence-parallel")
+        return " ".join(changed) or "as given"
 
     def apply(self, options: Options) -> Options:
         """Returns a run's options with this layout."""
@@ -64,10 +72,12 @@ class Candidate:
     Args:
         choice: its settings.
         plan: the plan of the run with it.
+        flags: the flags that change the run to it.
     """
 
     choice: LayoutChoice
     plan: Plan
+    flags: str
 
     @property
     def seconds_per_token(self) -> float:
@@ -164,7 +174,7 @@ def search(parsed: ParsedOptions, ranks: int, hardware: Hardware) -> Found:
             continue
         plan = make_plan(run.shape, run.plan, layout, hardware, run.options.stages.seq_length)
         key = (choice.tensor, choice.pipeline, choice.zero_level, choice.recompute)
-        candidate = Candidate(choice, plan)
+        candidate = Candidate(choice, plan, choice.flags(parsed.options))
         if smallest is None or plan.fullest.memory.total < smallest.plan.fullest.memory.total:
             smallest = candidate
         if plan.fits and (key not in best or candidate.seconds_per_token < best[key].seconds_per_token):
