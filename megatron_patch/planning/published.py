@@ -84,27 +84,39 @@ class Source:
 
 
 _TITAN, _FOUNDRY, _NEMO = (
-    f"https://github.com/{name}/blob/main" for name in ("pytorch/torchtitan", "mosaicml/llm-foundry", "NVIDIA/dgxc-benchmarking")
+    f"https://github.com/{name}" for name in ("pytorch/torchtitan", "mosaicml/llm-foundry", "NVIDIA/dgxc-benchmarking")
 )
-_NEMO_FILES = ("nemotron/README_15b.md", "nemotron/README_340b.md", "nemo_megatron/README_175b.md", "llama3.1/README_70b.md")
+# The documents as they were when they were read: some were changed or removed later.
+_NEMO_BLOB, _NEMO_15B = f"{_NEMO}/blob/143b90dd91f9be958fed4773ae95d941a3356a82", f"{_NEMO}/blob/0b71cfda5163540778e2a3d2db59858bf62f96f7"
 TITAN = Source(
     "torchtitan",
-    (f"{_TITAN}/benchmarks/llama3_h100_202412_torchtitan.md", f"{_TITAN}/docs/performance.md"),
-    "FSDP2; H100 with 96 GB of HBM2e at 2.4 TB/s and 500 W; 2024",
+    (
+        f"{_TITAN}/blob/31a17bfdb70bab6f62a13d21816a5339b911d6e3/benchmarks/llama3_h100_202412_torchtitan.md",
+        f"{_TITAN}/commits/main/docs/performance.md",
+    ),
+    "FSDP2; H100 with 96 GB of HBM2e at 2.4 TB/s and 500 W (405B, second link: 94 GB); 2024",
     fitted=True,
     hardware={"memory_gb_per_second": 2400},
 )
-TITAN_A100 = Source("torchtitan", (f"{_TITAN}/docs/performance.md",), "FSDP2; A100; 2024", fitted=True)
+TITAN_A100 = Source(
+    "torchtitan", (f"{_TITAN}/blob/041336434916bdc0f88c1f89fda176fd3c2092e4/docs/performance.md",), "FSDP2; A100; 2024", fitted=True
+)
 FOUNDRY = Source(
     "llm-foundry",
-    (f"{_FOUNDRY}/scripts/train/benchmarking/README.md",),
+    (f"{_FOUNDRY}/blob/061f2c7ce64e655100286584a7629e2a09f827ba/scripts/train/benchmarking/README.md",),
     "FSDP, attention in Triton; the 70B model on A100 sums gradients in bfloat16; 2023",
     fitted=True,
 )
 FOUNDRY_PURE = dataclasses.replace(FOUNDRY, communication_bytes=2)
 NEMO = Source(
     "NeMo",
-    tuple(f"{_NEMO}/{name}" for name in (*_NEMO_FILES, "llama3.1/README_405b.md")),
+    (
+        f"{_NEMO_15B}/nemotron/README_15b.md",
+        f"{_NEMO_15B}/nemo_megatron/README_175b.md",
+        f"{_NEMO_BLOB}/nemotron/README_340b.md",
+        f"{_NEMO_BLOB}/llama3.1/README_70b.md",
+        f"{_NEMO_BLOB}/llama3.1/README_405b.md",
+    ),
     "Megatron with Transformer Engine, ZeRO 1, tensor and data parallel communication overlapped; H100; 2024",
     fitted=False,
     zero_level=1,
@@ -113,12 +125,17 @@ NEMO = Source(
 )
 NEMO_GB200 = dataclasses.replace(
     NEMO,
-    links=(f"{_NEMO}/llama3.1/README.md",),
+    links=(f"{_NEMO}/blob/14fb6ae60402b08f7ca26f2fa86a9408806d3b62/llama3.1/README.md",),
     program="as above, on GB200, planned as B200 with a peak of 2,500 TFLOP/s and 8 TB/s; 2025",
     hardware={"peak_tflops": 2500, "memory_gb_per_second": 8000},
     gpu="GB200",
 )
-TITAN_B200 = Source("torchtitan", (f"{_TITAN}/docs/mxfp8.md",), "FSDP2; B200 with limited power; 2025", fitted=False)
+TITAN_B200 = Source(
+    "torchtitan",
+    (f"{_TITAN}/blob/0d481060287f51bf3d783cb9bb501a0cff5e5427/docs/mxfp8.md",),
+    "FSDP2; B200 with limited power; 2025",
+    fitted=False,
+)
 
 
 @dataclass(frozen=True)

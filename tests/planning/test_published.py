@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections import Counter
 from pathlib import Path
@@ -22,6 +23,18 @@ def test_the_docs_show_what_the_plan_says_now():
     text = (ROOT / "docs/planning.md").read_text()
     shown = text.split("<!-- published -->\n")[1].split("\n<!-- end of published -->")[0]
     assert shown == "\n".join(published_table()), "replace the table by the output of: python tools/plan.py --published"
+
+
+def test_the_docs_show_the_figures_of_the_devices():
+    text = (ROOT / "docs/planning.md").read_text()
+    for name, device in DEVICES.items():
+        mebibytes = f"{device.memory_gib * 1024:,.0f} MiB = {device.memory_gib:.1f} GiB"
+        assert f"| {name}{' (80 GB)' if name == 'A100' else ''} | {mebibytes} | {device.usable_gib:.1f} GiB |" in text
+    shown = json.loads(text.split("```json\n")[1].split("```")[0])
+    known = dataclasses.asdict(DEVICES["H100"])
+    assert set(shown) == set(known) - {"name"}
+    for key in set(shown) - {"dollars_per_hour"}:
+        assert shown[key] == pytest.approx(known[key], rel=1e-3), key
 
 
 @pytest.mark.parametrize(
