@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from megatron_patch.model.shape import ModelShape
@@ -14,20 +13,18 @@ from megatron_patch.planning.plan import PipelinePart, Plan, Resources
 from megatron_patch.planning.reliability import Simulation
 from megatron_patch.planning.search import Candidate
 from megatron_patch.utils.console import labeled
+from megatron_patch.utils.tables import FittingTable
 from megatron_patch.utils.units import format_count, format_duration, plural
 
 GIB = 2**30
 _PARTS = ("weights", "gradients", "optimizer", "activations", "loss", "buffers", "fragmentation")
 
 
-def _table(title: str, *columns: str, left: Sequence[str] = ()) -> Table:
-    table = Table(title=title, title_justify="left", header_style="bold")
-    for column in columns:
-        table.add_column(column, justify="left" if column in left else "right")
-    return table
+def _table(title: str, *columns: str, left: Sequence[str] = ()) -> FittingTable:
+    return FittingTable(title, columns, left=left)
 
 
-def rank_table(parts: Sequence[PipelinePart], shape: ModelShape) -> Table:
+def rank_table(parts: Sequence[PipelinePart], shape: ModelShape) -> FittingTable:
     """Returns layers, parameters and memory of each rank, with one row per pipeline rank."""
     marks = [name if name in COUNTED_PARTS else f"~{name}" for name in _PARTS]
     title = "Per rank: parameters (exact) and memory in GiB (~ is estimated)"
@@ -45,7 +42,7 @@ def rank_table(parts: Sequence[PipelinePart], shape: ModelShape) -> Table:
     return table
 
 
-def stage_table(plan: Plan) -> Table:
+def stage_table(plan: Plan) -> FittingTable:
     """Returns time, throughput and FLOPs of each stage."""
     columns = ("stage", "K", "steps", "FLOPs", "~step", "~MFU", "~tokens/s", "bubble", "~tensor", "~data", "~time")
     table = _table("Stages on this hardware", *columns, left=("stage",))
@@ -67,7 +64,7 @@ def stage_table(plan: Plan) -> Table:
     return table
 
 
-def traffic_table(plan: Plan) -> Table:
+def traffic_table(plan: Plan) -> FittingTable:
     """Returns the bytes that a rank sends per step."""
     table = _table("Bytes sent by one rank per step (counted)", "stage", "parallelism", "link", "GB", left=("stage", "parallelism", "link"))
     for estimate in plan.stages:
@@ -78,7 +75,7 @@ def traffic_table(plan: Plan) -> Table:
     return table
 
 
-def resource_table(plan: Plan) -> Table:
+def resource_table(plan: Plan) -> FittingTable:
     """Returns the resources of the run next to those of token-level training."""
     columns = ("", "tokens", "FLOPs", "~device hours", "~dollars", "~time")
     table = _table(f"Budget at ${plan.hardware.dollars_per_hour:g} per {plan.hardware.name} hour", *columns, left=("",))

@@ -20,7 +20,7 @@ from megatron_patch.training.faults.exit_protocol import print_advice, report_er
 from megatron_patch.training.faults.stop_requests import StopRequests
 from megatron_patch.training.faults.watchdog import Watchdog
 from megatron_patch.training.stream import open_stream_if_present
-from megatron_patch.utils.console import flush_output, labeled, make_console
+from megatron_patch.utils.console import accept_all_text, flush_output, labeled, make_console
 from megatron_patch.utils.files import deny_writing_by_everybody
 
 if TYPE_CHECKING:
@@ -42,6 +42,8 @@ def pretrain(run: RunConfig, callbacks: Sequence[CallbackFactory] = ()) -> ExitC
     """
     engine_config = make_engine_config(run)
     if run.options.logging.dry_run:
+        if ranks_from_environment()[0] != 0:
+            return ExitCode.DONE
         console = make_console()
         stream, notes = open_stream_if_present(run)
         print_plan(run, engine_config, console, stream=stream)
@@ -112,6 +114,7 @@ def main(argv: Sequence[str] | None = None, callbacks: Sequence[CallbackFactory]
     arguments = list(sys.argv[1:] if argv is None else argv)
     rank, local_rank, save = 0, 0, None
     deny_writing_by_everybody()
+    accept_all_text()
     try:
         rank, ranks, local_rank = ranks_from_environment()
         run = load_config(arguments, ranks)

@@ -11,8 +11,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from rich.table import Table
-
 from megatron_patch.config.resolve import RunConfig
 from megatron_patch.data.corpus import TokenCorpus, check_vocabulary, open_corpus
 from megatron_patch.data.dataset_paths import expand_prefixes
@@ -21,6 +19,7 @@ from megatron_patch.data.storage import exists
 from megatron_patch.data.token_stream import TrainStream
 from megatron_patch.errors import DataError
 from megatron_patch.stages import StagePlan
+from megatron_patch.utils.tables import FittingTable
 from megatron_patch.utils.units import format_count
 
 
@@ -111,11 +110,10 @@ def corpus_usage_json(stream: TrainStream) -> list[dict[str, str | float]]:
     ]
 
 
-def corpus_usage_table(stream: TrainStream) -> Table:
+def corpus_usage_table(stream: TrainStream) -> FittingTable:
     """Returns a table of the tokens and epochs that each stage reads of each corpus."""
-    table = Table(title="Data", title_justify="left", header_style="bold")
-    for name in ("stage", "corpus", "tokens", "of stage", "epochs", "epochs so far"):
-        table.add_column(name, justify="left" if name in ("stage", "corpus") else "right", overflow="fold")
+    names = ("stage", "corpus", "tokens", "of stage", "epochs", "epochs so far")
+    table = FittingTable("Data", names, left=("stage", "corpus"), folded=("stage", "corpus"))
     for index, stage in enumerate(stream.plan.stages):
         usages = stream.corpus_usage(index)
         total = sum(usage.tokens for usage in usages)

@@ -25,7 +25,7 @@ from pathlib import Path
 from megatron_patch.credentials import without_credentials
 from megatron_patch.errors import ConfigError, MegatronPatchError
 from megatron_patch.exit_codes import ExitCode
-from megatron_patch.utils.console import print_line
+from megatron_patch.utils.console import print_lines
 from megatron_patch.utils.files import append_line, open_in_place, open_new
 
 EVENTS = "events.jsonl"
@@ -161,9 +161,9 @@ def write_stacks(save: Path, rank: int, text: str) -> Path:
 
 
 def print_stderr(text: str) -> None:
-    """Prints a line to standard error; a full disk below it is ignored, so that the exit code stays the same."""
+    """Prints a message to standard error; a full disk below it is ignored, so that the exit code stays the same."""
     with contextlib.suppress(OSError):
-        print_line(text, stderr=True)
+        print_lines(text, stderr=True)
 
 
 def print_advice(code: ExitCode) -> None:
