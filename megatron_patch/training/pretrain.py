@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from megatron_patch.config.resolve import RunConfig, load_config
+from megatron_patch.data.missing_dataset import check_datasets
 from megatron_patch.engine.deepspeed_config import EngineConfig, resolve_engine_config
 from megatron_patch.engine.environment import ranks_from_environment, use_expandable_segments
 from megatron_patch.errors import ConfigError
@@ -50,6 +51,7 @@ def pretrain(run: RunConfig, callbacks: Sequence[CallbackFactory] = ()) -> ExitC
         for note in notes:
             console.print(labeled("Note", note, "yellow"))
         return ExitCode.DONE
+    check_datasets(run.data_words)
     # Never closed: a signal that arrives while the process exits must not change the exit code.
     stops = StopRequests(run.options.safety)
     use_expandable_segments()
