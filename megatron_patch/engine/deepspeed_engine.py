@@ -411,6 +411,10 @@ class DeepSpeedEngine(abc.ABC):
                     setattr(scaler, key, scale[key])
         barrier()
 
+    def close(self) -> None:
+        """Removes DeepSpeed's hooks; see `Engine`."""
+        self._engine.destroy()
+
     def _full_shapes(self) -> dict[str, tuple[int, ...]]:
         """Returns the full shape of each parameter of which this rank holds a part, by name."""
         local = {name: tuple(getattr(parameter, "ds_shape", parameter.shape)) for parameter, name in self._names.items()}
