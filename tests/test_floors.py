@@ -20,6 +20,7 @@ FLOORS = [  # from the ground up
     {"training"},
     {"reporting"},
     {"cli"},
+    {"api"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 
