@@ -51,4 +51,11 @@ def make_callbacks(context: CallbackContext, factories: Sequence[CallbackFactory
     first_of_replica = grid.tensor_parallel_rank == grid.pipeline_parallel_rank == 0
     if logging.log_token_spans and save is not None and first_of_replica:
         callbacks.append(SpanLog(save / "spans", grid.rank))
-    return callbacks + [make_callback(context) for make_callback in factories]
+    for make_callback in factories:
+        try:
+            callbacks.append(make_callback(context))
+        except BaseException:
+            for callback in callbacks:
+                callback.close()
+            raise
+    return callbacks
