@@ -149,12 +149,11 @@ def measure(
 
 READ_AS_ONE_STRING = """
 import sys
-sys.path.insert(0, "tools")
 from megatron_patch.raw_text import readers
 readers.LARGE_BYTES = sys.maxsize
 from megatron_patch.cli.command_line import run_tool
-import preprocess_data
-sys.exit(run_tool(preprocess_data.main))
+from megatron_patch.cli.preprocess_data import main
+sys.exit(run_tool(main))
 """
 
 

@@ -18,7 +18,8 @@ FLOORS = [  # from the ground up
     {"engine"},
     {"planning", "convert"},
     {"training"},
-    {"reporting", "cli"},
+    {"reporting"},
+    {"cli"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 

@@ -1,40 +1,14 @@
 #!/usr/bin/env python
-"""Plots the held-out token loss of runs against tokens and against cost.
-
-python tools/plot.py RUN [RUN …] --output loss.png [--corpus NAME]
-"""
+"""Plots the held-out token loss of runs against tokens and against cost: `python tools/plot.py --help`."""
 
 from __future__ import annotations
 
-import argparse
 import sys
-from pathlib import Path
 
 import package_check  # noqa: F401 - before the package itself
 
-from megatron_patch.cli.command_line import ArgumentParser, run_tool
-from megatron_patch.reporting.plotting import plot_runs
-from megatron_patch.utils.console import print_line
-
-
-def main(argv: list[str]) -> None:
-    """Runs the tool.
-
-    Raises:
-        DataError: a run cannot be read, or the plot cannot be written.
-    """
-    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path, help="folders that --save named, or their metrics.jsonl files")
-    parser.add_argument("--output", type=Path, default=Path("loss.png"), help="PNG file to write (default: loss.png)")
-    parser.add_argument("--labels", nargs="+", help="one label per run (default: names of the folders)")
-    parser.add_argument("--title", help="title of the plot")
-    parser.add_argument("--corpus", metavar="NAME", help="draw the loss of one corpus of a blend, by its name in metrics.jsonl")
-    args = parser.parse_args(argv)
-    for curve in plot_runs(args.runs, args.output, args.labels, args.title, args.corpus):
-        for note in curve.notes:
-            print_line(f"{curve.label}: {note}")
-    print_line(f"wrote {args.output}")
-
+from megatron_patch.cli.command_line import run_tool
+from megatron_patch.cli.plot import main
 
 if __name__ == "__main__":
     sys.exit(run_tool(main))

@@ -10,12 +10,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from megatron_patch.cli import evaluate
 from megatron_patch.data.corpus import TokenCorpus
 from megatron_patch.data.indexed_dataset_writer import IndexedDatasetWriter
 from megatron_patch.engine.inference import load_model
 from megatron_patch.reporting.plotting import read_curve
 from tests.distributed.runs import make_corpus, printed, train
-from tools import evaluate
 
 PLAN = "--seq-length 16 --micro-batch-size 2 --global-batch-size 12 --train-tokens 1152 --lr 3e-2 --eval-tokens 3000"
 STAGES = json.dumps([{"name": "token", "patch_size": 1, "steps": 2}, {"name": "patch", "patch_size": 3, "steps": 2}])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import shutil
 import sys
@@ -61,10 +61,7 @@ HARMLESS = [
 
 def tool(name: str, words: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
     """Runs a tool in this process."""
-    spec = importlib.util.spec_from_file_location(f"tools_{name}", ROOT / "tools" / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = importlib.import_module(f"megatron_patch.cli.{name}")
     monkeypatch.setattr(sys, "argv", [f"tools/{name}.py", *words])
     return run_tool(module.main)
 

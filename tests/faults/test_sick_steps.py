@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_patch.cli import show_step
 from megatron_patch.data.corpus import open_corpus
 from megatron_patch.errors import DataError
 from tests.distributed.ranks import run_ranks
 from tests.distributed.runs import DATA, MODEL, Run, command, printed, train
-from tools import show_step
 
 PLAN = "--seq-length 16 --micro-batch-size 2 --global-batch-size 12 --patch-size 4 --train-tokens 7680 --lr 3e-3 --spike-window 8"
 STEP = 14  # of the patch stage's 27

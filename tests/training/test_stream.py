@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 
+from megatron_patch.cli import plan
 from megatron_patch.config.resolve import load_config
 from megatron_patch.data.dataset_metadata import DatasetMetadata, read_metadata, write_metadata
 from megatron_patch.errors import ConfigError, DataError
@@ -16,7 +17,6 @@ from megatron_patch.training.data import open_data
 from megatron_patch.training.pretrain import main
 from megatron_patch.training.stream import open_stream
 from tests.data.streams import write_numbers
-from tools import plan
 
 MODEL = [
     "--num-layers",
