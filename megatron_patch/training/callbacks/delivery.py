@@ -125,7 +125,7 @@ class Delivery:
                 self._service.open(None if self._was_open else self._start)
                 self._open = self._was_open = True
             if batch:
-                self._service.add(batch)
+                self._service.add(list(batch))
         except Exception as error:
             with self._lock:
                 batch.extend(self._waiting)

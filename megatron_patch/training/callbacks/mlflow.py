@@ -32,7 +32,7 @@ class MLflow:
     Args:
         experiment: name of the experiment, which is created if it does not exist.
         uri: address of the tracking server, or None: that of MLFLOW_TRACKING_URI.
-        name: name of the run, or None: that of the run's folder.
+        name: name of the run, or None: MLflow makes one up.
         save: the run's folder (--save), which keeps the MLflow run id; None: every start is a new MLflow run.
         parameters: the options of the run.
         patience: seconds for the server to answer one request.
@@ -42,10 +42,16 @@ class MLflow:
     """
 
     name = "MLflow"
-    records = (StepRecord, EvaluationRecord)
+    records: tuple[type, ...] = (StepRecord, EvaluationRecord)
 
     def __init__(
-        self, experiment: str, uri: str | None, name: str | None, save: Path | None, parameters: Mapping[str, Any], patience: float = PATIENCE
+        self,
+        experiment: str,
+        uri: str | None,
+        name: str | None,
+        save: Path | None,
+        parameters: Mapping[str, Any],
+        patience: float = PATIENCE,
     ) -> None:
         # By default, a server that does not answer keeps MLflow busy for a quarter of an hour, and MLflow reports its use to its makers.
         for variable, value in (
@@ -71,7 +77,7 @@ class MLflow:
             )
         self._mlflow: Any = mlflow
         self._experiment, self._uri, self._save = experiment, uri, save
-        self._run_name = name or (save.resolve().name if save is not None else None)
+        self._run_name = name
         self._parameters = {key: _text(value) for key, value in parameters.items()}
         self._client: Any = None
         self._run_id = ""

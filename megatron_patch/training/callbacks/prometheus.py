@@ -7,7 +7,6 @@ since the start of this process.
 
 from __future__ import annotations
 
-import functools
 import os
 import re
 import threading
@@ -144,7 +143,6 @@ class Numbers:
         return result
 
 
-@functools.cache
 def _meaning(kind: type, field: str) -> str:
     """Returns what a field means, from the docstring of its record."""
     name = "loss" if kind is StepRecord and field in ("token_loss", "patch_loss") else field
@@ -160,7 +158,7 @@ class PrometheusFile:
         run: name of the run.
     """
 
-    records = _RECORDS
+    records: tuple[type, ...] = _RECORDS
 
     def __init__(self, path: Path, run: str) -> None:
         self.name = f"--prometheus-file {path}"
@@ -204,7 +202,7 @@ class PrometheusPort:
         run: name of the run.
     """
 
-    records = _RECORDS
+    records: tuple[type, ...] = _RECORDS
 
     def __init__(self, port: int, address: str, run: str) -> None:
         self.name = f"--prometheus-port {port}"

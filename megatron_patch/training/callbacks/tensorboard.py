@@ -21,7 +21,7 @@ class TensorBoard:
         ConfigError: TensorBoard is not installed.
     """
 
-    records = (StepRecord, EvaluationRecord)
+    records: tuple[type, ...] = (StepRecord, EvaluationRecord)
 
     def __init__(self, folder: str) -> None:
         try:

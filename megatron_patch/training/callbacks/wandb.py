@@ -37,7 +37,7 @@ class WeightsAndBiases:
     """
 
     name = "Weights & Biases"
-    records = (StepRecord, EvaluationRecord)
+    records: tuple[type, ...] = (StepRecord, EvaluationRecord)
 
     def __init__(self, project: str, name: str | None, save: Path | None, config: Mapping[str, Any], patience: float = PATIENCE) -> None:
         try:
@@ -70,19 +70,20 @@ class WeightsAndBiases:
         settings = self._wandb.setup().settings
         if settings.mode not in ("online", "shared"):
             return None
-        if not self._wandb.login(prompt=False):
-            return "there is no login (wandb login, or WANDB_API_KEY)"
         server = without_credentials(settings.base_url)
         proxies = {"http": settings.http_proxy, "https": settings.https_proxy}
         try:
             # Whatever the server answers, wandb decides what it means.
             requests.head(settings.base_url, timeout=self._patience, proxies={kind: proxy for kind, proxy in proxies.items() if proxy})
         except requests.exceptions.SSLError:
-            return None
+            pass
         except requests.exceptions.Timeout:
             return f"{server} does not answer within {self._patience:g} s"
         except requests.exceptions.ConnectionError:
             return f"there is no connection to {server}"
+        # With a run in this process wandb has a login.
+        if self._wandb.run is None and not self._wandb.login(prompt=False, verify=False):
+            return "there is no login (wandb login, or WANDB_API_KEY)"
         return None
 
     def open(self, start: RunStart | None) -> None:
