@@ -24,9 +24,10 @@ from megatron_patch.config.megatron.command_line import problems_of_rows, split
 from megatron_patch.config.megatron.page import markdown
 from megatron_patch.config.megatron.translate import translate
 from megatron_patch.config.megatron.translator import MEGATRON_FLAGS, Given, Row
-from megatron_patch.config.parsing import FLAG_NAMES, parse
+from megatron_patch.config.parsing import parse
 from megatron_patch.config.problems import one_error, problem_table
 from megatron_patch.config.resolve import resolve
+from megatron_patch.config.values import KEYS
 from megatron_patch.errors import ConfigError
 from megatron_patch.training.dry_run import architecture
 from megatron_patch.training.pretrain import make_engine_config
@@ -108,7 +109,7 @@ def main(argv: Sequence[str]) -> None:
     known = [flag for flag in given if flag not in unresolved and flag.key != "deepspeed-config"]
     absent = {flag.key for flag in unresolved}
     completed = with_defaults(_with_json(known, parts, source), absent, ranks)
-    translation = translate(completed, FLAG_NAMES)
+    translation = translate(completed, KEYS)
     refused = [row for row in translation.problems if row.other_model]
     if refused:
         error = one_error(problems_of_rows(refused))

@@ -17,9 +17,8 @@ from megatron_patch.cli.migrate_deepspeed import DeepSpeedParts
 from megatron_patch.cli.migrate_defaults import MEGATRONS_DEFAULT
 from megatron_patch.config.megatron.flags import key_of
 from megatron_patch.config.megatron.translator import MEGATRON_FLAGS, Translation
-from megatron_patch.config.option_types import OptionalSwitch
 from megatron_patch.config.options import Options
-from megatron_patch.config.parsing import OPTION_TYPES
+from megatron_patch.config.values import KINDS, SWITCHES
 from megatron_patch.utils.console import visible
 
 _NUMBER = re.compile(r"[-+]?(?:\d[\d_]*(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?")
@@ -57,7 +56,7 @@ def lines_of(translation: Translation, parts: DeepSpeedParts) -> list[Line]:
             if word.startswith("--"):
                 comments[key_of(word).removeprefix("no-")] = f"{text}: {row.meaning}"
     lines: dict[str, Line] = {}
-    switches = {key_of(name) for name, kind in OPTION_TYPES.items() if kind is bool or kind == OptionalSwitch}
+    switches = {key_of(name) for name in SWITCHES}
     for flag in translation.flags:
         negated = flag.key.startswith("no-") and flag.key[3:] in switches
         key = flag.key[3:] if negated else flag.key
@@ -70,7 +69,7 @@ def lines_of(translation: Translation, parts: DeepSpeedParts) -> list[Line]:
         lines[key] = Line(key, value, comment)
     for known in ("world-size", "dry-run", "local-rank"):
         lines.pop(known, None)
-    order = {key_of(name): number for number, name in enumerate(OPTION_TYPES)}
+    order = {key_of(name): number for number, name in enumerate(KINDS)}
     return sorted(lines.values(), key=lambda line: order[line.key])
 
 

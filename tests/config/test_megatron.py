@@ -11,8 +11,9 @@ from megatron_patch.config.megatron.command_line import arguments, split
 from megatron_patch.config.megatron.flags import Kind, key_of
 from megatron_patch.config.megatron.translate import translate
 from megatron_patch.config.megatron.translator import MEGATRON_FLAGS, Given
-from megatron_patch.config.parsing import FLAG_NAMES, parse
+from megatron_patch.config.parsing import parse
 from megatron_patch.config.resolve import resolve
+from megatron_patch.config.values import KEYS
 from megatron_patch.errors import ConfigError
 from megatron_patch.training.dry_run import architecture, print_megatron
 from megatron_patch.training.pretrain import make_engine_config
@@ -29,7 +30,7 @@ def options(words, *more):
 
 
 def translated(words):
-    return translate([*AROUND, *split(shlex.split(words))[1]], FLAG_NAMES)
+    return translate([*AROUND, *split(shlex.split(words))[1]], KEYS)
 
 
 def refusal(words):
@@ -324,13 +325,13 @@ def test_every_flag_of_the_table_has_one_of_the_outcomes():
     for flag in MEGATRON_FLAGS.values():
         assert flag.text, flag.name
         named = {key_of(word.rstrip(",")) for word in flag.here.split() if word.startswith("--") and word != "--config"}
-        assert named <= FLAG_NAMES | set(MEGATRON_FLAGS), flag
+        assert named <= KEYS | set(MEGATRON_FLAGS), flag
         if flag.kind in (Kind.SAME, Kind.VALUES):
-            assert flag.key in FLAG_NAMES, flag
-        elif flag.key in FLAG_NAMES:
+            assert flag.key in KEYS, flag
+        elif flag.key in KEYS:
             raise AssertionError(f"{flag.name} is a flag of this program, too")
         if flag.kind is Kind.RENAMED:
-            assert named and named <= FLAG_NAMES, flag
+            assert named and named <= KEYS, flag
         if flag.kind is Kind.DETAIL:
             assert flag.here in MEGATRON_FLAGS, flag
 
@@ -342,9 +343,9 @@ def test_every_flag_is_answered_by_its_kind(kind):
         if flag.kind is not kind:
             continue
         given = Given(flag.key, () if flag.values == 0 else (flag.harmless[:1] or ("1",)))
-        done = translate([*AROUND, given], FLAG_NAMES)
+        done = translate([*AROUND, given], KEYS)
         assert not any("unknown" in row.meaning for row in done.problems), flag
-        assert {*(name.key for name in done.flags)} <= FLAG_NAMES
+        assert {*(name.key for name in done.flags)} <= KEYS
         answers = [row.given.key for row in (*done.rows, *done.ignored, *done.problems)]
         assert flag.key in answers or any(one is given for one in done.flags), flag
         if kind in (Kind.IGNORED, Kind.DETAIL):
