@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 import tyro
 
@@ -20,7 +20,7 @@ from megatron_patch.config.megatron.translator import COMMAND_LINE, MEGATRON_FLA
 from megatron_patch.config.options import Options
 from megatron_patch.config.problems import Problem, one_error, problem_of, problems_of
 from megatron_patch.config.values import CHECKPOINT, KEYS, KINDS, REQUIRED, in_file, make_options, missing_options, read_values, stray
-from megatron_patch.config.yaml_files import MOST_YAML_BYTES, load_yaml
+from megatron_patch.config.yaml_files import MOST_YAML_BYTES, RepeatedKeys, load_yaml
 from megatron_patch.errors import ConfigError
 from megatron_patch.programs import command
 from megatron_patch.raw_text.encodings import HEAD_BYTES, other_encoding
@@ -57,6 +57,8 @@ def read_yaml(path: str) -> dict[str, Any]:
         data = load_yaml(content.decode())
     except OSError as error:
         raise ConfigError(f"--config {path}: {reason(error)}", "a readable YAML file", "check the path") from error
+    except RepeatedKeys as error:
+        raise ConfigError(f"--config {path}: {error}", "each key once in a mapping", "remove the other lines") from error
     except ValueError as error:
         raise ConfigError(
             f"--config {path} is not valid YAML: {error}", "a mapping of option names to values", "correct the file"
@@ -118,7 +120,7 @@ def parse(argv: Sequence[str], program: str | None = None) -> ParsedOptions:
     translation = translate(given, KEYS, dry_run=any(flag.key == "dry-run" for flag in given))
     problems += problems_of_rows(translation.problems)
     reading = read_values(translation.flags)
-    wrong = [*map(problem_of, [stray(words)] if words else []), *reading.problems, *map(problem_of, missing_options(reading))]
+    wrong = [*map(problem_of, [stray(words)] if words else []), *reading.problems, *missing_options(reading)]
     problems += wrong
     options = None if wrong else make_options(reading.values)
     if problems and options is not None:
