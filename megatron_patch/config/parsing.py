@@ -32,7 +32,7 @@ from megatron_patch.config.values import (
     read_values,
     stray,
 )
-from megatron_patch.config.yaml_files import MOST_YAML_BYTES, load_yaml
+from megatron_patch.config.yaml_files import MOST_YAML_BYTES, RepeatedKeys, load_yaml
 from megatron_patch.errors import ConfigError
 from megatron_patch.programs import command
 from megatron_patch.raw_text.encodings import HEAD_BYTES, other_encoding
@@ -69,6 +69,8 @@ def read_yaml(path: str) -> dict[str, Any]:
         data = load_yaml(content.decode())
     except OSError as error:
         raise ConfigError(f"--config {path}: {reason(error)}", "a readable YAML file", "check the path") from error
+    except RepeatedKeys as error:
+        raise ConfigError(f"--config {path}: {error}", "each key once in a mapping", "remove the other lines") from error
     except ValueError as error:
         raise ConfigError(
             f"--config {path} is not valid YAML: {error}", "a mapping of option names to values", "correct the file"
@@ -142,7 +144,7 @@ def parse_given(given: Sequence[Given], problems: list[Problem], words: Sequence
     translation = translate(given, KEYS, dry_run=any(flag.key == "dry-run" for flag in given))
     problems = problems + problems_of_rows(translation.problems)
     reading = read_values(translation.flags)
-    wrong = [*map(problem_of, [stray(words)] if words else []), *reading.problems, *map(problem_of, missing_options(reading))]
+    wrong = [*map(problem_of, [stray(words)] if words else []), *reading.problems, *missing_options(reading)]
     problems += wrong
     # Without those that are wrong, so that the others are checked, too.
     options = make_options({**dict.fromkeys(REQUIRED, 1), **reading.values})
