@@ -249,12 +249,12 @@ def test_all_problems_are_reported_at_once(monkeypatch):
     )
     for part in (
         "--num-experts 8",
-        "there are no expert layers",
+        "there are no expert",
         "belongs to mixture of",
         "remove them",
         "'fast' is not a number",
         "--log-interval 0",
-        "did you mean --patch-size?",
+        "--patch-size?",
         "--warp-drive 9",
         "unknown",
         "allowed: 0, 1, 2,",
