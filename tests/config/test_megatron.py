@@ -7,6 +7,7 @@ import shlex
 
 import pytest
 
+from megatron_patch.cli.plan import main as plan
 from megatron_patch.config.megatron.command_line import arguments, split
 from megatron_patch.config.megatron.flags import Kind, key_of
 from megatron_patch.config.megatron.translate import translate
@@ -227,6 +228,13 @@ def test_what_cannot_be_had_is_refused_with_the_reason(words, reason):
     problem, *_ = translated(words).problems
     assert reason in problem.meaning and problem.given.text.split()[0] == words.split()[0]
     assert problem.becomes and "did you mean" not in problem.becomes
+
+
+def test_the_plan_says_what_became_of_megatrons_flags(capsys):
+    plan([*MODEL, *BATCH, "--vocab-size", "100", "--train-iters", "100", "--deepspeed", "--world-size", "2", "--json"])
+    printed = capsys.readouterr()
+    assert "--train-tokens 102400" in printed.err and "--deepspeed (DeepSpeed is always used)" in printed.err
+    assert json.loads(printed.out)
 
 
 def test_one_refused_flag_is_an_error_in_three_parts():
