@@ -36,13 +36,13 @@ class LayoutChoice:
     micro_batch_size: int
     recompute: Recompute
 
-    def flags(self, options: Options) -> str:
-        """Returns the flags that change a run's options to this layout; "as given" if it is the run's own."""
+    def flags(self, options: Options, zero_level: int | None) -> str:
+        """Returns the flags that change a run's options, with their ZeRO level, to this layout; "as given" if it is the run's own."""
         engine = options.engine
         words = [
             ("--tensor-model-parallel-size", self.tensor, engine.tensor_model_parallel_size),
             ("--pipeline-model-parallel-size", self.pipeline, engine.pipeline_model_parallel_size),
-            ("--zero-stage", self.zero_level, engine.zero_stage),
+            ("--zero-stage", self.zero_level, zero_level),
             ("--micro-batch-size", self.micro_batch_size, options.stages.micro_batch_size),
             ("--recompute-granularity", self.recompute, engine.recompute_granularity),
         ]
@@ -160,6 +160,11 @@ def search(parsed: ParsedOptions, ranks: int, hardware: Hardware) -> Found:
         engine = resolve_engine_config(run.options.engine, run.options.schedule, run.origins, run.plan, run.data_parallel_size)
         return make_plan(run.shape, run.plan, layout_of(run, engine), hardware, run.options.stages.seq_length)
 
+    try:
+        given = planned(parsed.options)
+    except ConfigError:
+        given = None
+    zero_level = given.layout.zero_level if given else parsed.options.engine.zero_stage
     # One rank rounds nothing.
     alone = LayoutChoice(1, 1, 1, 1, "none").apply(parsed.options)
     asked = [stage.tokens_per_step for stage in resolve(ParsedOptions(alone, parsed.origins), 1).plan.stages]
@@ -178,15 +183,11 @@ def search(parsed: ParsedOptions, ranks: int, hardware: Hardware) -> Found:
             other_batch += 1
             continue
         key = (choice.tensor, choice.pipeline, choice.zero_level, choice.recompute)
-        candidate = Candidate(choice, plan, choice.flags(parsed.options))
+        candidate = Candidate(choice, plan, choice.flags(parsed.options, zero_level))
         if smallest is None or plan.fullest.memory.total < smallest.plan.fullest.memory.total:
             smallest = candidate
         if plan.fits and (key not in best or candidate.seconds_per_token < best[key].seconds_per_token):
             best[key] = candidate
     if smallest is None and not other_batch and failure is not None:
         raise failure
-    try:
-        given = planned(parsed.options)
-    except ConfigError:
-        given = None
     return Found(sorted(best.values(), key=lambda candidate: candidate.seconds_per_token), tried, other_batch, smallest, given)

@@ -188,6 +188,8 @@ def test_a_search_says_how_the_given_layout_compares(capsys, monkeypatch):
     assert "1 --recompute-granularity none" in text, "the flags turn the given layout into the fastest"
     code, text, _ = run(*words[:-2], capsys=capsys, monkeypatch=monkeypatch)
     assert ", as fast as the fastest" in text and "1 as given" in text
+    code, text, _ = run(*SMALL.split(), "--search", capsys=capsys, monkeypatch=monkeypatch)
+    assert code == 0 and "--zero-stage 1" not in text, "ZeRO 1 is what these flags without --zero-stage mean"
     big = [*BIG[:4], "--world-size", "8", "--gpu", "B200", "--search"]
     code, text, _ = run(*big, capsys=capsys, monkeypatch=monkeypatch)
     assert code == 7 and "Given" not in text, "8 devices cannot form the given layout"
