@@ -88,12 +88,17 @@ def missing_package(module: str, purpose: str) -> ConfigError:
         purpose: what needs it: a flag with its value, or a noun in the singular.
     """
     extra = EXTRAS[module]
-    torch_first = "install torch first; then " if is_missing("torch") else ""
     return ConfigError(
         f"{purpose} needs {_NAMES.get(module, module)}, which is not installed",
         f"an installation with the extra [{extra}]",
-        f"{torch_first}run pip install {_constraints()}'megatron_patch[{extra}]'",
+        how_to_install(module),
     )
+
+
+def how_to_install(module: str) -> str:
+    """Returns, as an imperative, how to install the extra that has a module of `EXTRAS`."""
+    torch_first = "install torch first; then " if is_missing("torch") else ""
+    return f"{torch_first}run pip install {_constraints()}'megatron_patch[{EXTRAS[module]}]'"
 
 
 def require(module: str, purpose: str) -> None:

@@ -24,32 +24,21 @@ from megatron_patch.planning.tables import rank_table
 from megatron_patch.stages import Stage
 from megatron_patch.training.stream import corpus_usage_table
 from megatron_patch.utils.console import labeled
+from megatron_patch.utils.tables import FittingTable
 from megatron_patch.utils.units import format_count, plural
 
 _LEFT = ("stage", "optimizer", "lr")
 
 
-def stage_table(run: RunConfig, cost: Cost, width: int) -> Table:
+def stage_table(run: RunConfig, cost: Cost) -> FittingTable:
     """Returns a table with one row for each stage and one for the run.
 
     Args:
         run: the run.
         cost: FLOPs of its steps.
-        width: characters of a line; if the table is wider, stages are its columns, so that no value is truncated.
     """
     columns = _stage_columns(run, cost)
-    needed = sum(max(map(len, [name, *cells])) + 3 for name, cells in columns.items()) + 1
-    transposed = needed > width
-    table = Table(title="Stages", title_justify="left", header_style="bold")
-    if transposed:
-        names, *others = columns.items()
-        for name in (names[0], *names[1]):
-            table.add_column(name, justify="left" if name == "stage" else "right")
-        for name, cells in others:
-            table.add_row(name, *cells)
-        return table
-    for name in columns:
-        table.add_column(name, justify="left" if name in _LEFT else "right")
+    table = FittingTable("Stages", list(columns), left=_LEFT)
     *stages, total = zip(*columns.values(), strict=True)
     for row in stages:
         table.add_row(*row)
@@ -147,10 +136,10 @@ def print_plan(
         print_megatron(run.megatron, console)
     if origins:
         values = option_values(run.options)
-        given = ", ".join(f"{name.replace('_', '-')} = {values[name]} ({origin})" for name, origin in sorted(run.origins.items()))
+        given = ", ".join(f"{name.replace('_', '-')} = {_shown(values[name])} ({origin})" for name, origin in sorted(run.origins.items()))
         options = f"{given}; the other options have their defaults" if given else "all options have their defaults"
-        console.print(labeled("Options", options), soft_wrap=True)
-    console.print(stage_table(run, cost, console.width))
+        console.print(labeled("Options", options))
+    console.print(stage_table(run, cost))
     count = parameter_count(run.shape)
     console.print(
         labeled(
@@ -186,4 +175,9 @@ def print_plan(
         console.print(labeled("Note", note, "yellow"))
     if origins:
         settings = {**engine_config.deepspeed, **batch_settings(run.plan.stages[0], run.data_parallel_size)}
-        console.print(labeled("DeepSpeed", f"(first stage) {json.dumps(settings)}"), soft_wrap=True)
+        console.print(labeled("DeepSpeed", f"(first stage) {json.dumps(settings)}"))
+
+
+def _shown(value: object) -> str:
+    """Returns the value of an option as a user writes it."""
+    return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
