@@ -15,8 +15,9 @@ from megatron_patch.errors import ConfigError, MegatronPatchError
 from megatron_patch.exit_codes import ExitCode
 from megatron_patch.programs import as_called, command
 from megatron_patch.requirements import explained_imports
-from megatron_patch.utils.console import print_line
+from megatron_patch.utils.console import accept_all_text, print_lines
 from megatron_patch.utils.files import deny_writing_by_everybody
+from megatron_patch.utils.pipes import reader_may_leave
 from megatron_patch.utils.registry import suggestion
 from megatron_patch.utils.units import parse_count
 
@@ -89,19 +90,18 @@ def run_tool(main: Callable[[list[str]], None], argv: Sequence[str] | None = Non
     arguments = list(sys.argv[1:] if argv is None else argv)
     rank = 0
     deny_writing_by_everybody()
+    accept_all_text()
     try:
         rank, _, _ = ranks_from_environment()
         check_text(arguments)
-        with explained_imports():
+        with reader_may_leave(), explained_imports():
             main(arguments)
     except MegatronPatchError as error:
         if rank == 0 or not isinstance(error, ConfigError):
-            print_line(f"{f'rank {rank}: ' if rank else ''}{type(error).__name__}: {error}", stderr=True)
+            print_lines(f"{f'rank {rank}: ' if rank else ''}{type(error).__name__}: {error}", stderr=True)
         return error.exit_code
-    except BrokenPipeError:
-        return ExitCode.INTERNAL
     except Exception as error:
         # Python's own traceback would repeat what a library puts into its message.
-        print_line(without_credentials("".join(traceback.format_exception(error)).rstrip()), stderr=True)
+        print_lines(without_credentials("".join(traceback.format_exception(error)).rstrip()), stderr=True)
         return ExitCode.INTERNAL
     return 0

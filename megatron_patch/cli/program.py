@@ -7,20 +7,18 @@ it is called, so that `--help` is quick and a missing package stops only what ne
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
-import os
-import platform
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_patch import __version__
 from megatron_patch.errors import ConfigError
 from megatron_patch.exit_codes import ExitCode
 from megatron_patch.programs import set_command
 from megatron_patch.requirements import check_required
+from megatron_patch.utils.pipes import reader_may_leave
 from megatron_patch.utils.registry import suggestion
+from megatron_patch.utils.versions import versions
 
 NAME = "megatron-patch"
 
@@ -138,26 +136,12 @@ def usage() -> str:
     )
 
 
-def versions() -> str:
-    """Returns the versions of the package, of torch, of DeepSpeed and of Python, one on each line."""
-    found = [f"megatron_patch {__version__}"]
-    for package in ("torch", "deepspeed"):
-        try:
-            found.append(f"{package} {importlib.metadata.version(package)}")
-        except importlib.metadata.PackageNotFoundError:
-            found.append(f"{package}: not installed")
-    return "\n".join([*found, f"Python {platform.python_version()}"])
-
-
 def _name() -> str:
     """Returns how the user called this program."""
     return "python -m megatron_patch" if Path(sys.argv[0]).parts[-2:] == ("megatron_patch", "__main__.py") else NAME
 
 
 def _print(text: str) -> ExitCode:
-    # A reader such as `head` may close the pipe before the end.
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    with reader_may_leave():
+        print(text)
     return ExitCode.DONE
