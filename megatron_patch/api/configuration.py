@@ -7,16 +7,18 @@ In: settings. Out: a `RunConfig`, which `pretrain` and `plan` take. A later sett
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from megatron_patch.config.option_types import flag_of
-from megatron_patch.config.parsing import OPTION_TYPES, parse, to_flags
+from megatron_patch.config.checks import check_text
+from megatron_patch.config.megatron.command_line import split
+from megatron_patch.config.megatron.flags import key_of
+from megatron_patch.config.megatron.translator import Given
+from megatron_patch.config.parsing import given_in_file, parse_given, read_yaml
 from megatron_patch.config.resolve import RunConfig, planned_ranks, resolve
+from megatron_patch.config.values import KEYWORDS, KINDS, MAPPING, NONE
 from megatron_patch.engine.environment import ranks_from_environment
 from megatron_patch.errors import ConfigError
-from megatron_patch.utils.registry import suggestion
-from megatron_patch.utils.units import plural
 
 Source = str | os.PathLike[str] | Mapping[str, Any]
 
@@ -38,20 +40,20 @@ def load_config(source: Source | None = None, /, *, args: Sequence[str] = (), wo
         ConfigError: a name is unknown, a value is not possible, or the run is not; the message suggests names and values.
         DataError: the metadata file of the first corpus is damaged.
     """
-    if "--help" in args or "-h" in args:
-        raise ConfigError("args contain --help", "the flags of a run", "read the help with megatron-patch pretrain --help")
-    words: list[str] = []
+    if "--help" in args or "-h" in args or "--version" in args:
+        raise ConfigError("args contain --help or --version", "the flags of a run", "run megatron-patch pretrain --help")
+    if any(word == "--config" or word.startswith("--config=") for word in args):
+        raise ConfigError("args contain --config", "a YAML file as the first argument", "write load_config(FILE, args=…)")
+    check_text(args)
     if isinstance(source, Mapping):
         values = {str(name).replace("-", "_"): value for name, value in source.items()}
-        _check_names(values, "the mapping")
-        words += to_flags(_plain(values), "the mapping")
-    elif source is not None:
-        words += ["--config", os.fspath(source)]
-    words += args
-    _check_names(options, "load_config")
-    words += to_flags(_plain(options), "load_config")
-    words += [word for name, value in options.items() if value is None for word in (flag_of(name), "None")]
-    parsed = parse(words)
+        given, problems = given_in_file(_plain(values), MAPPING)
+    else:
+        given, problems = given_in_file(read_yaml(os.fspath(source)), os.fspath(source)) if source is not None else ([], [])
+    words, flags = split(args)
+    keywords, wrong = given_in_file(_plain(options), KEYWORDS)
+    taken_back = [Given(key_of(name), (NONE,), KEYWORDS) for name, value in options.items() if value is None and name in KINDS]
+    parsed = parse_given([*given, *flags, *keywords, *taken_back], [*problems, *wrong], words)
     return resolve(parsed, planned_ranks(parsed, ranks_from_environment()[1]) if world_size is None else _checked(world_size))
 
 
@@ -72,27 +74,9 @@ def _checked(world_size: int) -> int:
     return world_size
 
 
-def _check_names(names: Iterable[str], where: str) -> None:
-    unknown = [name for name in names if name not in OPTION_TYPES]
-    if unknown:
-        guesses = [f"{name}: {guess}" for name in unknown if (guess := suggestion(name, OPTION_TYPES)) is not None]
-        raise ConfigError(
-            f"{where}: {'unknown options' if len(unknown) > 1 else 'unknown option'} {', '.join(unknown)}",
-            "the names of the flags, with underscores (megatron-patch pretrain --help lists them)",
-            "; ".join(guesses) or f"remove {plural(len(unknown), 'name')}",
-        )
-
-
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
     """Returns values as a YAML file would have them."""
-    plain = {name: _plain_value(name, value) for name, value in values.items()}
-    for name, value in plain.items():
-        if name == "stages":
-            continue
-        for word in value if isinstance(value, list) else [value]:
-            if isinstance(word, str) and word.startswith("--"):
-                raise ConfigError(f"{name}={word!r} begins with --, like a flag", "a value", f"give the value of {name}")
-    return plain
+    return {name: _plain_value(name, value) for name, value in values.items()}
 
 
 def _plain_value(name: str, value: Any) -> Any:

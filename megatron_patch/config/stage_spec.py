@@ -124,6 +124,8 @@ def parse_blend(words: Sequence[str], flag: str = "--data-path") -> tuple[tuple[
         if len(words) % 2 or None in weights:
             raise mixed
         pairs = list(zip(words[1::2], cast("list[float]", weights), strict=True))
+        if any(_weight(prefix) is not None for prefix, _ in pairs):
+            raise mixed
     for prefix, _ in pairs:
         check_word(prefix)
     total = sum(weight for _, weight in pairs)

@@ -1,4 +1,4 @@
-"""What callbacks write: metrics with each step once, consoles that name both losses, TensorBoard, Weights & Biases."""
+"""What callbacks write: metrics with each step once, consoles that name both losses, TensorBoard."""
 
 from __future__ import annotations
 
@@ -7,25 +7,31 @@ import io
 import json
 import os
 import re
-import sys
+import shlex
 from dataclasses import asdict, replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console as RichConsole
 
-from megatron_patch.errors import CheckpointError, ConfigError
+from megatron_patch.config.resolve import load_config
+from megatron_patch.errors import CheckpointError
 from megatron_patch.training.callbacks import jsonl_writer
-from megatron_patch.training.callbacks.base import CorpusLoss, EvaluationRecord, RunEnd, RunStart, SaveRecord, StepRecord, SwitchRecord
+from megatron_patch.training.callbacks.base import (
+    CorpusLoss,
+    Event,
+    RunEnd,
+    SaveRecord,
+    SwitchRecord,
+)
 from megatron_patch.training.callbacks.charts import Charts, named_values
 from megatron_patch.training.callbacks.console import Console
 from megatron_patch.training.callbacks.metrics import Metrics, read_metrics
 from megatron_patch.training.callbacks.tensorboard import TensorBoard
-from megatron_patch.training.callbacks.wandb import WeightsAndBiases
+from megatron_patch.training.next_steps import next_steps
 from megatron_patch.training.throughput import Throughput
-
-START = RunStart(0, 20, 2000, ((1000, "token"),), 0, "cpu", 1, None, 1e6, 0.5)
-STEP = StepRecord(1, "patch", 0, 4, 100, 25.0, 0.25, 5.5, 1e-3, 0.9, 1000.0, 250.0, 0.1, None, 1.5, 0.01, 0.1)
-EVALUATION = EvaluationRecord(1, "patch", 0, 4, 100, 25.0, "valid", 6.5, 5.25, 1000, 2.0)
+from tests.training.records import EVALUATION, START, STEP
 
 
 def steps(path):
@@ -65,7 +71,7 @@ def test_losses_of_corpora_that_are_not_finite_are_valid_json(tmp_path):
 
 def test_the_console_shows_each_corpus_in_80_columns():
     out = io.StringIO()
-    console = Console(2, RichConsole(file=out, force_terminal=True, width=80, highlight=False, color_system=None))
+    console = Console(2, console=RichConsole(file=out, force_terminal=True, width=80, highlight=False, color_system=None))
     console.on_evaluation(BLEND)
     console.on_evaluation(replace(BLEND, patch_size=1))
     lines = out.getvalue().splitlines()
@@ -79,7 +85,7 @@ def test_the_console_shows_each_corpus_in_80_columns():
 def test_a_single_corpus_is_shown_once():
     out = io.StringIO()
     record = replace(BLEND, corpora={"web": BLEND.corpora["web"]})
-    Console(2, RichConsole(file=out, width=160)).on_evaluation(record)
+    Console(2, console=RichConsole(file=out, width=160)).on_evaluation(record)
     assert out.getvalue().count("\n") == 1 and set(named_values(record)) == {"eval/token_loss", "eval/patch_loss"}
 
 
@@ -92,7 +98,7 @@ def test_charts_have_each_corpus():
 @pytest.mark.parametrize("terminal", [False, True])
 def test_the_console_names_both_losses(terminal):
     out = io.StringIO()
-    console = Console(2, RichConsole(file=out, force_terminal=terminal, width=180, highlight=False))
+    console = Console(2, console=RichConsole(file=out, force_terminal=terminal, width=180, highlight=False))
     console.on_start(START)
     for step in range(1, 5):
         console.on_step(replace(STEP, step=step, tokens=100 * step))
@@ -108,10 +114,108 @@ def test_the_console_names_both_losses(terminal):
     assert sum("5.5000" in line and "switch in" in line for line in text.splitlines()) >= 2
 
 
+HOSTILE = "[bold]x[/nope]\x1b[2J\nexit code 0\u202e"
+SHOWN = "[bold]x[/nope]\\x1b[2J\\nexit code 0\\u202e"
+
+
+@pytest.mark.parametrize("width", [50, 80, 180])
+@pytest.mark.parametrize("terminal", [False, True])
+def test_text_of_others_is_neither_markup_nor_a_command(monkeypatch, terminal, width):
+    """Stages, folders, corpora, samples, reasons and messages; also no sample is printed twice or below the live view."""
+    monkeypatch.setenv("NO_COLOR", "1")
+    out = io.StringIO()
+    rich = RichConsole(file=out, force_terminal=terminal, force_interactive=False, width=width, highlight=False, color_system=None)
+    console = Console(1, next_steps=[("report", f"python tools/report.py {HOSTILE}")], console=rich)
+    console.on_start(START)
+    console.on_step(replace(STEP, stage=HOSTILE))
+    console.on_evaluation(replace(BLEND, corpora={HOSTILE: CorpusLoss(0.5, 6.25, 5.0, 500), "web": CorpusLoss(0.5, 6.25, 5.0, 500)}))
+    console.show_samples(1, [f"prompt {HOSTILE}", "second"], 0.1)
+    console.on_switch(SwitchRecord(4, 1000, HOSTILE, HOSTILE, 4, 1))
+    console.on_save(SaveRecord(4, HOSTILE, 1.0, 2**20, 1.0))
+    console.on_event(Event("skip", 4, HOSTILE, {}))
+    console.on_message(HOSTILE)
+    console.on_end(RunEnd("done", 20, 2000, 100.0))
+    text = out.getvalue()
+    assert not re.search(r"\x1b\[2J|\u202e|\n *exit code 0", text)
+    lines = re.sub(r"\s+", " ", text)
+    for line in (f"4 saved {SHOWN} (1.0 MiB", f"skip: {SHOWN}", f"report python tools/report.py {SHOWN}"):
+        assert line.replace(" ", "") in lines.replace(" ", "")
+    if not terminal:
+        assert f"1 sample: prompt [bold]x[/nope]\\x1b[2J exit code 0\\u202e 1 sample: second 4 switch: stage {SHOWN} (K = 4)" in lines
+        assert text.count("second") == 1
+
+
+def test_the_last_frame_has_the_last_losses_and_how_the_run_ended(monkeypatch):
+    """A terminal keeps the last frame: the lines after it say what to do next."""
+    monkeypatch.setenv("NO_COLOR", "1")
+    out = io.StringIO()
+    rich = RichConsole(file=out, force_terminal=True, width=80, highlight=False, color_system=None)
+    console = Console(100, next_steps=[("evaluate", "python tools/evaluate.py --load x")], console=rich)
+    console.on_start(START)
+    console.on_step(replace(STEP, step=20, tokens=2000))
+    console.on_evaluation(replace(EVALUATION, step=20, token_loss=3.2109))
+    console.show_samples(20, ["Once upon\na time"], 0.1)
+    console.on_end(RunEnd("done", 20, 2000, 100.0))
+    console.close()
+    frame, _, rest = out.getvalue().rpartition("ended")
+    frame = frame[frame.rindex("step 20 of 20") :]
+    assert "held-out token loss 3.2109" in frame
+    rest = re.sub(r"\x1b\[[?0-9;]*[a-zA-Z]", "", rest)
+    assert "done after 1 min 40 s" in rest and "sample  Once upon a time" in rest
+    assert rest.endswith(
+        "      20 done: 2k tokens read, 1 min 40 s since this start\nNext\n  evaluate  python tools/evaluate.py --load x\n"
+    )
+
+
+@pytest.mark.parametrize(("width", "missing"), [(180, []), (80, ["MFU", "wait"]), (60, ["FLOPs", "grad", "MFU"]), (40, ["lr", "tok/s"])])
+def test_the_lines_of_steps_fit_the_terminal(width, missing):
+    out = io.StringIO()
+    console = Console(1, console=RichConsole(file=out, force_terminal=True, force_interactive=False, width=width, color_system=None))
+    console._start = START
+    console.on_step(replace(STEP, step=999_999, tflops=0.000863, lr=2.345e-5))
+    head, line = out.getvalue().splitlines()
+    assert len(line) <= width and "5.5000" in line and not set(missing) & set(head.split())
+    ends = [match.end() for match in re.finditer(r"\S+", head.partition("  to go")[0])]
+    assert all(line[end - 1] != " " and line[end : end + 1] in (" ", "") for end in ends if not head[:end].endswith("stage"))
+
+
+def test_the_end_names_the_tools_that_read_the_run(tmp_path, monkeypatch):
+    """With its folder and held-out data, as a shell takes them; a stopped run is resumed first."""
+    save, held_out = tmp_path / "my run", str(tmp_path / "held out")
+    base = [
+        "--num-layers",
+        "1",
+        "--hidden-size",
+        "32",
+        "--num-attention-heads",
+        "4",
+        "--dry-run",
+        "--train-tokens",
+        "4200",
+        "--global-batch-size",
+        "4",
+    ]
+    base += ["--vocab-size", "64", "--seq-length", "16", "--micro-batch-size", "1", "--save", str(save)]
+    run = load_config([*base, "--data-path", "x", "--valid-data-path", held_out], 1)
+    steps = dict(next_steps(run))
+    assert list(steps) == ["evaluate", "report", "convert"], "without a metadata file, no tokenizer is known that decodes ids"
+    assert shlex.split(steps["evaluate"])[-4:] == ["--load", str(save), "--data-path", held_out]
+    assert shlex.split(steps["report"])[-3:] == [str(save), "--output", str(save / "report.html")]
+    assert shlex.split(steps["convert"])[-5:] == ["to-hf", "--load", str(save), "--output", str(save / "hugging_face")]
+    assert all(Path(shlex.split(command)[1]).is_file() for command in steps.values())
+    with_text = replace(run, data_metadata=SimpleNamespace(tokenizer_type="HuggingFaceTokenizer"), options=load_config(base, 1).options)
+    assert {name: command.split()[-1] for name, command in next_steps(with_text)}["evaluate"] == "FILE", "its data was trained on"
+    assert "generate" in dict(next_steps(with_text))
+    out = io.StringIO()
+    console = Console(1, next_steps=next_steps(run), console=RichConsole(file=out, width=180))
+    console.on_end(RunEnd("SIGTERM", 20, 2000, 100.0))
+    assert "tools/" not in out.getvalue() and "stopped (SIGTERM)" in out.getvalue()
+
+
 def test_tensorboard_has_the_same_names_over_tokens(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    board = Charts(TensorBoard(str(tmp_path)))
+    board = Charts(TensorBoard(str(tmp_path)), None)
     board.on_start(START)
     board.on_step(STEP)
     board.on_evaluation(EVALUATION)
@@ -134,7 +238,7 @@ def test_tensorboard_has_each_step_once_after_a_kill(tmp_path, resumed_at):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     for start, loss in ((0, 5.0), (resumed_at, 4.0)):
-        board = Charts(TensorBoard(str(tmp_path)))
+        board = Charts(TensorBoard(str(tmp_path)), None)
         board.on_start(replace(START, tokens=start))
         for tokens in range(start + 100, 400, 100):
             board.on_step(replace(STEP, tokens=tokens, loss=loss))
@@ -160,129 +264,6 @@ def test_rates_are_those_of_the_window():
     assert rates.tflops == pytest.approx(0.5) and rates.mfu == pytest.approx(0.5 / 989.4) and rates.data_share == pytest.approx(0.25)
     assert Throughput(1, "cpu").update(1.0, 0.0, 1, 1, 1.0).mfu is None
     assert Throughput(1, "cpu", peak_tflops=1.0).update(1.0, 0.0, 1, 1, 5e11).mfu == pytest.approx(0.5)
-
-
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_charts_that_cannot_be_written_are_tried_again_later(tmp_path, capsys):
-    """TensorBoard's folder is missing for a while: its thread fails, training does not."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    now, folder, away = 0.0, tmp_path / "events", tmp_path / "away"
-    board = Charts(TensorBoard(str(folder)), clock=lambda: now)
-
-    def step_at(seconds, tokens):
-        nonlocal now
-        now = seconds
-        board.on_step(replace(STEP, tokens=tokens))
-
-    board.on_start(START)
-    board.on_step(STEP)
-    folder.rename(away)
-    folder.write_text("in its place")
-    for step in range(2, 2000):
-        board.on_step(replace(STEP, step=step, tokens=100 * step))
-        if "metrics.jsonl" in (error := capsys.readouterr().err):
-            break
-    assert f"--tensorboard-dir {folder} cannot be written: [Errno " in error
-    for seconds in (59.0, 61.0, 150.0):
-        step_at(seconds, 300_000)
-    assert "cannot be written" not in capsys.readouterr().err, "printed once"
-    folder.unlink()
-    away.rename(folder)
-    for seconds, tokens in ((179.0, 400_000), (200.0, 500_000), (201.0, 600_000)):
-        step_at(seconds, tokens)
-    assert f"can be written again; from {100 * step:,} to 500,000 tokens" in capsys.readouterr().err
-    board.close()
-    events = EventAccumulator(str(folder))
-    events.Reload()
-    assert [scalar.step for scalar in events.Scalars("train/lr") if scalar.step >= 300_000] == [500_000, 600_000]
-
-
-@pytest.mark.parametrize("tokens", [0, 100])
-def test_a_chart_folder_that_cannot_be_written_ends_only_a_new_run(tmp_path, capsys, tokens):
-    (tmp_path / "events").write_text("a file")
-    board = Charts(TensorBoard(str(tmp_path / "events")))
-    if tokens:
-        board.on_start(replace(START, tokens=tokens))
-        board.on_step(STEP)
-        board.close()
-        assert capsys.readouterr().err.count("training continues") == 1
-    else:
-        with pytest.raises(ConfigError, match="--tensorboard-dir .*events cannot be written"):
-            board.on_start(START)
-
-
-@pytest.fixture
-def weights_and_biases(tmp_path, monkeypatch, capsys):
-    """Logs a run and its resumption to wandb, which has no login here; returns what was printed, and the two files."""
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    for name in ("WANDB_API_KEY", "WANDB_DIR", "WANDB_MODE"):
-        monkeypatch.delenv(name, raising=False)
-
-    def log_a_run_and_its_resumption():
-        import wandb
-
-        for _ in range(2):
-            board = Charts(WeightsAndBiases("project", "name", tmp_path / "run", {"lr": 1.0}))
-            board.on_start(START)
-            board.on_step(STEP)
-            board.on_evaluation(EVALUATION)
-            board.close()
-            wandb.teardown()  # ends its process, which has read the environment and writes the files
-        run_id = (tmp_path / "run" / "wandb_run_id").read_text().strip()
-        return capsys.readouterr().err, sorted((tmp_path / "run" / "wandb").glob(f"offline-run-*/run-{run_id}.wandb"))
-
-    return log_a_run_and_its_resumption
-
-
-@pytest.mark.parametrize("login", ["offline", "missing"])
-def test_weights_and_biases_gets_the_records_over_tokens_in_one_run(weights_and_biases, monkeypatch, login):
-    """Without a login training continues, and the folder is printed."""
-    if login == "offline":
-        monkeypatch.setenv("WANDB_MODE", "offline")
-    printed, files = weights_and_biases()
-    assert len(files) == 2, "a resumed run is the same one"
-    for path in files:
-        records = list(logged_records(path))
-        (run,) = (record.run for record in records if record.run.run_id)
-        assert (run.project, run.display_name) == ("project", "name")
-        assert {item.key: item.value_json for item in run.config.update}["lr"] == "1.0"
-        history = [
-            {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
-            for record in records
-            if record.history.item
-        ]
-        values = [{name: value for name, value in line.items() if not name.startswith("_")} for line in history]
-        assert values == [{"tokens": 100, **named_values(STEP)}, {"tokens": 100, **named_values(EVALUATION)}]
-        assert {record.metric.step_metric for record in records} - {""} == {"tokens"}
-    folders = {str(path.parent) for path in files}
-    assert set(re.findall("wandb sync (.*)", printed)) == (folders if login == "missing" else set())
-
-
-def test_a_missing_wandb_is_an_error_that_names_the_extra(monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ConfigError, match=r"megatron_patch\[wandb\]"):
-        WeightsAndBiases("project", None, None, {})
-
-
-def logged_records(path):
-    """What W&B would upload: a log of protobuf records in blocks of 32 KiB."""
-    from wandb.proto import wandb_internal_pb2
-
-    data, at, payload = path.read_bytes(), 7, b""
-    while at + 7 <= len(data):
-        if 32768 - at % 32768 < 7:
-            at += 32768 - at % 32768
-            continue
-        length, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
-        payload += data[at + 7 : at + 7 + length]
-        at += 7 + length
-        if kind in (1, 4):  # a full record, or the last part of one
-            record = wandb_internal_pb2.Record()
-            record.ParseFromString(payload)
-            payload = b""
-            yield record
 
 
 def test_lines_that_a_full_disk_refuses_wait_for_space(tmp_path, monkeypatch, capsys):

@@ -23,9 +23,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from megatron_patch.credentials import without_credentials
-from megatron_patch.errors import ConfigError, MegatronPatchError
+from megatron_patch.errors import ConfigError, DataError, MegatronPatchError
 from megatron_patch.exit_codes import ExitCode
-from megatron_patch.utils.console import print_line
+from megatron_patch.utils.console import print_lines
 from megatron_patch.utils.files import append_line, open_in_place, open_new
 
 EVENTS = "events.jsonl"
@@ -69,7 +69,8 @@ def report_error(error: BaseException, rank: int, local_rank: int, save: Path | 
     Returns:
         The exit code of the rank that failed first.
     """
-    if isinstance(error, ConfigError) and not joined():
+    # A file may be missing on some nodes only; rank 0 reports its own error of the data below, also to events.jsonl.
+    if isinstance(error, (ConfigError, DataError)) and not joined() and (rank != 0 or isinstance(error, ConfigError)):
         return _report_before_joining(error, rank, local_rank)
     local = _report_of_error(error, rank)
     report = _report_once(local, save)
@@ -114,13 +115,13 @@ def joined() -> bool:
     return torch.distributed.is_initialized()
 
 
-def _report_before_joining(error: ConfigError, rank: int, local_rank: int) -> ExitCode:
+def _report_before_joining(error: ConfigError | DataError, rank: int, local_rank: int) -> ExitCode:
     """Prints the full error on rank 0, and one line for every other node, since only that node may lack a file or a package."""
     if rank == 0:
         print_stderr(f"ConfigError: {error}")
         print_advice(error.exit_code)
     elif local_rank == 0:
-        print_stderr(f"rank {rank} on {socket.gethostname()}: ConfigError: {error.what}")
+        print_stderr(f"rank {rank} on {socket.gethostname()}: {type(error).__name__}: {error.what}")
     return error.exit_code
 
 
@@ -179,9 +180,9 @@ def write_stacks(save: Path, rank: int, text: str) -> Path:
 
 
 def print_stderr(text: str) -> None:
-    """Prints a line to standard error; a full disk below it is ignored, so that the exit code stays the same."""
+    """Prints a message to standard error; a full disk below it is ignored, so that the exit code stays the same."""
     with contextlib.suppress(OSError):
-        print_line(text, stderr=True)
+        print_lines(text, stderr=True)
 
 
 def print_advice(code: ExitCode) -> None:
