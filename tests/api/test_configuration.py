@@ -36,7 +36,7 @@ def test_keywords_override_flags_and_flags_override_the_source(tmp_path):
         assert load_config(source).options.model.num_layers == 2
         assert load_config(source, args=["--num-layers", "3"]).options.model.num_layers == 3
         run = load_config(source, args=["--num-layers", "3"], num_layers=4)
-        assert run.options.model.num_layers == 4 and run.origins["num_layers"] == "flag"
+        assert run.options.model.num_layers == 4 and run.origins["num_layers"] == "load_config"
     assert load_config(DRY, kv_channels=16, args=["--kv-channels", "8"]).options.model.kv_channels == 16
     assert load_config({**DRY, "kv_channels": 16}, kv_channels=None).options.model.kv_channels is None
 
@@ -47,17 +47,18 @@ def test_values_of_python_are_values_of_flags(tmp_path):
     run = load_config(dry, train_tokens=4e4, stages=stages, bf16=True, split=(80, 20, 0), save=tmp_path / "a b")
     assert [stage.patch_size for stage in run.plan.stages] == [4, 1] and run.options.stages.train_tokens == 40_000
     assert run.options.engine.bf16 and run.save_folder == tmp_path / "a b" and run.options.data.split == "80,20,0"
-    assert [prefix for prefix, _ in load_config(dry, data_path=Path(corpus_in(tmp_path / "c d"))).blend] == [str(tmp_path / "c d" / "walks")]
+    assert [prefix for prefix, _ in load_config(dry, data_path=Path(corpus_in(tmp_path / "c d"))).blend] == [
+        str(tmp_path / "c d" / "walks")
+    ]
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"num_layer": 3}, ["load_config: unknown option num_layer", "did you mean num_layers"]),
-        ({"num_layer": 3, "lrr": 1}, ["unknown options num_layer, lrr", "did you mean num_layers", "did you mean lr?"]),
-        ({"bf16": "yes"}, ["load_config: bf16 is 'yes'", "true or false"]),
-        ({"num_layers": "two"}, ["--num-layers", "two"]),
-        ({"save": "--dry-run"}, ["save='--dry-run' begins with --"]),
+        ({"num_layer": 3}, ["load_config: unknown key 'num_layer'", "did you mean num_layers?"]),
+        ({"num_layer": 3, "lrr": 1}, ["2 problems", "load_config: --num-layer", "did you mean num_layers?", "did you mean lr?"]),
+        ({"bf16": "yes"}, ["load_config: bf16: 'yes' is no switch", "true or false"]),
+        ({"num_layers": "two"}, ["load_config: num_layers: 'two' is not a count"]),
         ({"args": ["--help"]}, ["args contain --help", "megatron-patch pretrain --help"]),
         ({"world_size": 0}, ["world_size=0", "whole numbers from 1"]),
     ],
@@ -66,12 +67,18 @@ def test_wrong_settings_are_named(options, words):
     with pytest.raises(ConfigError) as caught:
         load_config(DRY, **options)
     assert all(word in str(caught.value) for word in words), caught.value
-    assert caught.value.allowed and caught.value.do
+    assert "--config" not in str(caught.value) and caught.value.do
+
+
+def test_a_text_that_looks_like_a_flag_is_a_value():
+    run = load_config(DRY, save="--dry-run")
+    assert run.options.checkpoint.save == "--dry-run"
 
 
 def test_unknown_names_of_a_mapping_are_named_together():
-    with pytest.raises(ConfigError, match="the mapping: unknown options num_layer, hiden_size"):
-        load_config({"num-layer": 1, "hiden-size": 2})
+    with pytest.raises(ConfigError) as caught:
+        load_config({**DRY, "num-layer": 1, "hiden-size": 2})
+    assert all(word in str(caught.value) for word in ("2 problems", "the mapping", "did you mean num_layers?", "did you mean hidden_size"))
 
 
 def test_a_plan_is_that_of_the_tool(tmp_path, capsys):

@@ -14,6 +14,7 @@ from megatron_patch.config.megatron.translator import COMMAND_LINE, MEGATRON_FLA
 from megatron_patch.config.option_types import option_types
 from megatron_patch.config.options import Options
 from megatron_patch.config.problems import Problem
+from megatron_patch.config.values import place_of
 from megatron_patch.errors import ConfigError
 from megatron_patch.model.families import FAMILIES
 
@@ -85,7 +86,7 @@ def problems_of_rows(rows: Sequence[Row]) -> list[Problem]:
 
 
 def _problem(row: Row) -> Problem:
-    where = "" if row.given.source == COMMAND_LINE else f"--config {row.given.source}: "
+    where = place_of(row.given.source)
     if row.given.key not in MEGATRON_FLAGS:
         name = f"unknown flag --{row.given.key}" if not where else f"{where}unknown key {row.given.key.replace('-', '_')!r}"
         allowed = "the flags that --help lists" if not where else "the names of the flags, without the leading dashes (--help lists them)"
