@@ -53,6 +53,12 @@ class CheckpointError(MegatronPatchError):
     exit_code = ExitCode.CHECKPOINT
 
 
+class DoesNotFitError(MegatronPatchError):
+    """A planned run needs more memory than the devices have."""
+
+    exit_code = ExitCode.DOES_NOT_FIT
+
+
 class SickTrainingError(MegatronPatchError):
     """Too many steps in a row were rejected because of their losses or gradients."""
 

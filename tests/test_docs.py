@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_patch.config.parsing import OPTION_TYPES, parse
+from megatron_patch.config.parsing import parse
 from megatron_patch.config.resolve import resolve
+from megatron_patch.config.values import OPTION_TYPES
 from megatron_patch.training.pretrain import make_engine_config
 
 ROOT = Path(__file__).parent.parent

@@ -7,13 +7,16 @@ shape are checked where they are built (`plan_builder`, `resolve`).
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from megatron_patch.config.option_types import flag_of
 from megatron_patch.config.options import DataOptions, EngineOptions, Options
+from megatron_patch.config.problems import one_error, problems_of
 from megatron_patch.data.addresses import check_no_credentials
 from megatron_patch.data.corpus import split_ranges
 from megatron_patch.errors import ConfigError
@@ -139,29 +142,35 @@ def check_numbers(options: Options) -> None:
     """Checks that every number is finite and in its range, and that no count is absurdly large.
 
     Raises:
-        ConfigError: a number is out of range; the message names its flag.
+        ConfigError: numbers are out of range; the message names all of their flags.
     """
+    problems = []
     for group in dataclasses.fields(options):
         part = getattr(options, group.name)
         for field in dataclasses.fields(part):
             value = getattr(part, field.name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                continue
-            allowed = None
-            if isinstance(value, float) and not math.isfinite(value):
-                allowed = "finite numbers"
-            elif field.name in _FROM_ONE and value < 1:
-                allowed = "whole numbers from 1" if isinstance(value, int) else "numbers from 1"
-            elif field.name in _FROM_ZERO and value < 0:
-                allowed = "numbers from 0"
-            elif field.name in _ABOVE_ZERO and value <= 0:
-                allowed = "numbers above 0"
-            if allowed is not None:
-                required = field.default is dataclasses.MISSING
-                do = "give another value" if required else "give another value, or leave the flag out for the default"
-                raise ConfigError(_given(field.name, value), allowed, do)
-            if isinstance(value, int) or field.name in LARGEST:
-                check_count(field.name, value, flag_of(field.name))
+            if isinstance(value, (int, float)) and not isinstance(value, bool):
+                problems += problems_of(functools.partial(_check_number, field, value))
+    if problems:
+        raise one_error(problems)
+
+
+def _check_number(field: dataclasses.Field[Any], value: int | float) -> None:
+    allowed = None
+    if isinstance(value, float) and not math.isfinite(value):
+        allowed = "finite numbers"
+    elif field.name in _FROM_ONE and value < 1:
+        allowed = "whole numbers from 1" if isinstance(value, int) else "numbers from 1"
+    elif field.name in _FROM_ZERO and value < 0:
+        allowed = "numbers from 0"
+    elif field.name in _ABOVE_ZERO and value <= 0:
+        allowed = "numbers above 0"
+    if allowed is not None:
+        required = field.default is dataclasses.MISSING
+        do = "give another value" if required else "give another value, or leave the flag out for the default"
+        raise ConfigError(_given(field.name, value), allowed, do)
+    if isinstance(value, int) or field.name in LARGEST:
+        check_count(field.name, value, flag_of(field.name))
 
 
 def _given(name: str, value: object) -> str:
@@ -211,18 +220,23 @@ def check_options(options: Options) -> None:
     """Checks the options that can be checked without a plan and without data.
 
     Raises:
-        ConfigError: an option is not valid, or two contradict each other.
+        ConfigError: options are not valid, or contradict each other; the message has all that several checks find.
     """
-    _check_optimizer(options)
-    _check_safety(options)
-    _check_checkpoints(options)
-    _check_packages(options)
+    checks = (_check_optimizer, _check_safety, _check_checkpoints, _check_packages, _check_evaluation, _check_tokenizer)
+    problems = problems_of(*(functools.partial(check, options) for check in checks), lambda: split_ranges(1 << 40, options.data.split))
+    if problems:
+        raise one_error(problems)
+
+
+def _check_evaluation(options: Options) -> None:
     logging = options.logging
     if logging.eval_interval is not None and logging.eval_interval_tokens is not None:
         raise _only_one("--eval-interval", "--eval-interval-tokens")
     if not 0 < logging.sample_top_p <= 1:
         raise ConfigError(f"--sample-top-p {logging.sample_top_p}", "numbers above 0 and up to 1", "give 0.95, for example")
-    split_ranges(1 << 40, options.data.split)
+
+
+def _check_tokenizer(options: Options) -> None:
     if options.data.tokenizer_type is not None:
         lookup(TOKENIZERS, options.data.tokenizer_type, "--tokenizer-type")
 

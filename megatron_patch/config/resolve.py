@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from megatron_patch.config.checks import check_count, check_documents, check_numbers, check_options, check_parallel, check_plan
+from megatron_patch.config.megatron.command_line import MegatronReport
 from megatron_patch.config.options import ModelOptions, Options
 from megatron_patch.config.parsing import ParsedOptions, option_values, parse
 from megatron_patch.config.plan_builder import build_plan, reschedule
+from megatron_patch.config.problems import one_error, problems_of
 from megatron_patch.config.scale import default_decay_fraction, default_patch_size, needs_decay_fraction, needs_patch_size, scale_notes
 from megatron_patch.config.stage_spec import has_weights, parse_blend, parse_epoch_limits
 from megatron_patch.data.dataset_metadata import DatasetMetadata, read_metadata
@@ -47,6 +49,7 @@ class RunConfig:
         data_metadata: the metadata file of the first corpus, or None.
         data_parallel_size: number of ranks that share a global batch.
         notes: what the program decided and may surprise, for the console.
+        megatron: what became of flags that only Megatron has; None: there were none.
     """
 
     options: Options
@@ -58,6 +61,7 @@ class RunConfig:
     data_metadata: DatasetMetadata | None
     data_parallel_size: int
     notes: tuple[str, ...] = ()
+    megatron: MegatronReport | None = None
 
     @property
     def save_folder(self) -> Path | None:
@@ -235,6 +239,19 @@ def _vocab_size(options: Options, metadata: DatasetMetadata | None, blend: Seque
     )
 
 
+def check_together(options: Options, ranks: int) -> None:
+    """Checks what needs neither plan nor data, and reports all of it.
+
+    Raises:
+        ConfigError: options are out of range, or contradict each other or the number of ranks.
+    """
+    problems = problems_of(lambda: check_numbers(options))
+    if not problems:  # the other checks compute with the numbers
+        problems = problems_of(lambda: check_options(options), lambda: check_parallel(options.engine, ranks))
+    if problems:
+        raise one_error(problems)
+
+
 def resolve(parsed: ParsedOptions, ranks: int) -> RunConfig:
     """Completes and checks the options of a run, before any work on a GPU.
 
@@ -248,9 +265,7 @@ def resolve(parsed: ParsedOptions, ranks: int) -> RunConfig:
     """
     options = parsed.options
     notes: list[str] = []
-    check_numbers(options)
-    check_options(options)
-    check_parallel(options.engine, ranks)
+    check_together(options, ranks)
     data_parallel_size = ranks // (options.engine.tensor_model_parallel_size * options.engine.pipeline_model_parallel_size)
     blend = parse_blend(options.data.data_path)
     valid_blend = parse_blend(options.data.valid_data_path, "--valid-data-path")
@@ -276,7 +291,7 @@ def resolve(parsed: ParsedOptions, ranks: int) -> RunConfig:
     notes.extend(_rounding_notes(options, plan))
     check_plan(options, plan)
     notes.extend(scale_notes(options, plan, parameters))
-    run = RunConfig(options, parsed.origins, shape, plan, blend, valid_blend, metadata, data_parallel_size, tuple(notes))
+    run = RunConfig(options, parsed.origins, shape, plan, blend, valid_blend, metadata, data_parallel_size, tuple(notes), parsed.megatron)
     check_documents(options.data, run.eod_id, shape.vocab_size)
     _ = run.pipeline_boundaries, run.epoch_limits  # both raise a ConfigError where they are impossible
     return run

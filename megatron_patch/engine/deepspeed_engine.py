@@ -122,6 +122,7 @@ class DeepSpeedEngine(abc.ABC):
         groups: Groups,
         device: torch.device,
     ) -> None:
+        config.require_device(device.type)
         self.config, self.device = config, device
         self.grid, self._groups = groups.grid, groups
         settings = {**config.deepspeed, **batch_settings(stage, self.grid.data_parallel_size)}

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed
 
+from megatron_patch.engine.accelerator import choose_accelerator
 from megatron_patch.engine.environment import device_index, local_world_size, ranks_from_environment, rendezvous_address, threads_per_rank
 from megatron_patch.engine.rendezvous import explained, notice_of_waiting, require_address
 
@@ -40,11 +41,9 @@ def init_distributed(timeout_minutes: int = 30) -> torch.device:
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(local_rank), MASTER_ADDR=address, MASTER_PORT=str(port))
     if local_size is not None:
         os.environ["LOCAL_WORLD_SIZE"] = str(local_size)
-    cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
-    if not cuda:
-        os.environ["DS_ACCELERATOR"] = "cpu"
-        if "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(threads)
+    cuda = choose_accelerator()
+    if not cuda and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(threads)
     import deepspeed
     import deepspeed.ops
     from deepspeed.utils import logger

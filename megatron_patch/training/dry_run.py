@@ -8,7 +8,10 @@ from __future__ import annotations
 import json
 
 from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
+from megatron_patch.config.megatron.command_line import MegatronReport
 from megatron_patch.config.parsing import option_values
 from megatron_patch.config.resolve import RunConfig
 from megatron_patch.data.token_stream import TrainStream
@@ -76,6 +79,43 @@ def _lr_text(stage: Stage) -> str:
     return f"{stage.lr.lr:g} {stage.lr.style}{warm}{decay}"
 
 
+def architecture(run: RunConfig) -> str:
+    """Returns the kind of model in one line: family, norm, activation, positions, biases, head, attention heads and their groups."""
+    shape = run.shape
+    positions = "learned positions"
+    if shape.position_embedding == "rope":
+        scaled = "" if shape.rotary_scaling == "none" else f", {shape.rotary_scaling} scaling by {shape.rotary_factor:g}"
+        positions = f"rotary positions (base {shape.rotary_base:g}{scaled})"
+    biases = "biases" if shape.mlp_bias else "biases in query, key and value only" if shape.qkv_bias else "no biases"
+    heads = plural(shape.num_attention_heads, "head") + f" of {shape.head_size}"
+    groups = "" if shape.num_query_groups == shape.num_attention_heads else f" in {plural(shape.num_query_groups, 'group')}"
+    parts = (
+        f"family {run.options.model.model_family}",
+        f"{shape.normalization} (epsilon {shape.norm_epsilon:g})" + (", also of queries and keys" if shape.qk_norm else ""),
+        {"swiglu": "SwiGLU", "gelu": "GELU"}[shape.activation] + f" of width {shape.ffn_hidden_size:,}",
+        positions,
+        biases,
+        "tied head" if shape.tie_embeddings else "untied head",
+        heads + groups,
+    )
+    return "; ".join(parts)
+
+
+def print_megatron(report: MegatronReport, console: Console) -> None:
+    """Prints what became of flags that only Megatron has: a table of those that were translated, and lines for the others."""
+    if report.rows:
+        table = Table(title="Megatron's flags", title_justify="left", header_style="bold")
+        for name in ("given", "here", "why"):
+            table.add_column(name, overflow="fold")
+        for row in report.rows:
+            table.add_row(*(Text(cell) for cell in row))
+        console.print(table)
+    if report.ignored:
+        console.print(labeled("No effect", report.ignored_text))
+    for note in report.notes:
+        console.print(labeled("Note", note, "yellow"))
+
+
 def print_plan(
     run: RunConfig, engine_config: EngineConfig, console: Console, origins: bool = True, stream: TrainStream | None = None
 ) -> None:
@@ -92,6 +132,8 @@ def print_plan(
     layout = layout_of(run, engine_config)
     parts = pipeline_parts(run.shape, run.plan, layout)
     fullest = max(part.memory.total for part in parts)
+    if run.megatron is not None:
+        print_megatron(run.megatron, console)
     if origins:
         values = option_values(run.options)
         given = ", ".join(f"{name.replace('_', '-')} = {_shown(values[name])} ({origin})" for name, origin in sorted(run.origins.items()))
@@ -108,6 +150,7 @@ def print_plan(
             f"{plural(run.shape.num_query_groups, 'key-value head')}, vocabulary {run.shape.vocab_size:,}",
         )
     )
+    console.print(labeled("Architecture", architecture(run)))
     flops = sum(stage.steps * cost.step_flops(stage) for stage in run.plan.stages)
     console.print(
         labeled(

@@ -16,6 +16,7 @@ from megatron_patch.engine.deepspeed_config import EngineConfig, resolve_engine_
 from megatron_patch.engine.environment import ranks_from_environment, use_expandable_segments
 from megatron_patch.errors import ConfigError
 from megatron_patch.exit_codes import ExitCode
+from megatron_patch.requirements import explained_imports, require
 from megatron_patch.training.dry_run import print_plan
 from megatron_patch.training.faults.exit_protocol import print_advice, report_error
 from megatron_patch.training.faults.stop_requests import StopRequests
@@ -52,6 +53,7 @@ def pretrain(run: RunConfig, callbacks: Sequence[CallbackFactory] = ()) -> ExitC
             console.print(labeled("Note", note, "yellow"))
         return ExitCode.DONE
     check_datasets(run.data_words)
+    require("deepspeed", "training")
     # Never closed: a signal that arrives while the process exits must not change the exit code.
     stops = StopRequests(run.options.safety)
     use_expandable_segments()
@@ -119,9 +121,10 @@ def main(argv: Sequence[str] | None = None, callbacks: Sequence[CallbackFactory]
     accept_all_text()
     try:
         rank, ranks, local_rank = ranks_from_environment()
-        run = load_config(arguments, ranks)
-        save = None if run.options.logging.dry_run else run.save_folder
-        code = pretrain(run, callbacks)
+        with explained_imports():
+            run = load_config(arguments, ranks)
+            save = None if run.options.logging.dry_run else run.save_folder
+            code = pretrain(run, callbacks)
     except (Exception, KeyboardInterrupt) as error:
         code = report_error(error, rank, local_rank, save)
     else:

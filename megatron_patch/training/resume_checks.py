@@ -16,9 +16,10 @@ from typing import Any
 from megatron_patch.checkpoint.trainer_state import TrainerState
 from megatron_patch.config.option_types import AtResume, flag_of
 from megatron_patch.config.options import DataOptions, ModelOptions, ScheduleOptions, StageOptions
-from megatron_patch.config.parsing import RESUME_MARKS, option_values, recorded_options
+from megatron_patch.config.parsing import option_values, recorded_options
 from megatron_patch.config.resolve import RunConfig
 from megatron_patch.config.stage_spec import has_weights, parse_blend
+from megatron_patch.config.values import RESUME_MARKS
 from megatron_patch.data.corpus import split_ranges
 from megatron_patch.errors import CheckpointError, ConfigError
 from megatron_patch.model.shape import ModelShape

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from megatron_patch.config.option_types import OptionalId
-from megatron_patch.config.parsing import OPTION_TYPES, parse
+from megatron_patch.config.parsing import parse
+from megatron_patch.config.values import OPTION_TYPES
 from megatron_patch.errors import ConfigError
 
 SHAPE = ["--num-layers", "2", "--hidden-size", "8", "--num-attention-heads", "2"]
@@ -79,7 +80,7 @@ def test_three_state_flags():
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--num-layer", "2"], ["unknown flag --num-layer", "--help", "num-layers"]),
+        ([*SHAPE, "--num-layer", "2"], ["unknown flag --num-layer", "--help", "num-layers"]),
         ([*SHAPE, "--patchsize", "4"], ["--patchsize", "patch-size"]),
         ([*SHAPE, "--train-tokens", "3X"], ["train-tokens", "3X"]),
         ([*SHAPE, "--zero-stage", "5"], ["zero-stage", "5"]),
@@ -103,10 +104,10 @@ def test_wrong_flags_end_with_what_is_allowed(arguments, words):
         ("--spike-grad-norm abc", "--spike-grad-norm: 'abc' is not a number", "a number, as 0.5 or 3e-4", "correct --spike-grad-norm"),
         ("--seed 1.5", "--seed: '1.5' is not a whole number", "a whole number, as 1234", "correct --seed"),
         ("--exit-duration 3x", "--exit-duration: '3x' is not a duration", "numbers with d, h, min or s", "correct --exit-duration"),
-        ("--zero-stage 5", "--zero-stage 5", "0, 1, 2, 3", "choose one of these values"),
-        ("--on-spike skp", "--on-spike skp", "ignore, rewind, skip, stop", "did you mean skip?"),
-        ("--save", "--save without a value", "--save VALUE", "give a value after --save"),
-        ("--bf16 true", "'true' on the command line belongs to no flag", "on-off flags", "remove it"),
+        ("--zero-stage 5", "--zero-stage: '5' is not one of its values", "0, 1, 2, 3", "choose one of these values"),
+        ("--on-spike skp", "--on-spike: 'skp' is not one of its values", "ignore, rewind, skip, stop", "did you mean skip?"),
+        ("--save", "--save: a value is missing", "--save VALUE", "give a value after --save"),
+        ("--bf16 true", "--bf16: 'true' belongs to no flag", "on-off flags", "remove it"),
         ("--patchsize 4", "unknown flag --patchsize", "the flags that --help lists", "did you mean --patch-size"),
     ],
 )
@@ -133,8 +134,8 @@ def test_missing_required_flags_are_listed():
         ("lr: {a: 1}\n", ["lr"]),
         ("num-layers: 2\nnum_layers: 3\n", ["twice"]),
         ("lr: fast\n", ["lr", "fast"]),
-        ("lr: [1, 2]\n", ["lr is a list", "one value"]),
-        ("qk-layernorm: maybe\n", ["qk_layernorm is 'maybe'", "true or false"]),
+        ("lr: [1, 2]\n", ["lr: the value is a list", "one value"]),
+        ("qk-layernorm: maybe\n", ["qk_layernorm: 'maybe' is no switch", "true or false"]),
     ],
 )
 def test_wrong_files_end_with_the_key(tmp_path, text, words):

@@ -235,10 +235,13 @@ def test_what_is_logged_to_must_be_installed(monkeypatch, words, package):
     resolve(*RUN, *words.split(), "--dry-run")
 
 
-def test_missing_data_and_vocabulary_are_notes():
+def test_missing_data_and_vocabulary_are_notes(tmp_path):
     with pytest.raises(ConfigError, match="no data"):
         resolve(*BASE, "--vocab-size", "64")
     with pytest.raises(ConfigError, match="size of the vocabulary"):
+        (tmp_path / "of_megatron.bin").touch()
+        resolve(*BASE, "--data-path", str(tmp_path / "of_megatron"))
+    with pytest.raises(DataError, match=r"--data-path: nowhere\.bin does not exist"):
         resolve(*BASE, "--data-path", "nowhere")
 
 
@@ -278,10 +281,10 @@ def test_deepspeed_s_file_is_passed_through(tmp_path):
         ({"zero_optimization": {"stage": 1, "offload_param": {"device": "cpu"}}}, "", "offload_param"),
         ({"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "cpu"}}}, "", "offload_optimizer"),
         ({"data_types": {"grad_accum_dtype": "bf16"}}, "", "grad_accum_dtype"),
-        ({"communication_data_type": "float32"}, "", "communication_data_type is 'float32'"),
+        ({"communication_data_type": "float32"}, "", 'communication_data_type is "float32"'),
         ({"communication_data_type": 32}, "", "communication_data_type is 32"),
-        ({"communication_datatype": "fp32"}, "", "rename it to communication_data_type"),
-        ({"gradient_allreduce_op": "sum"}, "", "gradient_allreduce_op is 'sum'"),
+        ({"communication_datatype": "fp32"}, "", "did you mean communication_data_type"),
+        ({"gradient_allreduce_op": "sum"}, "", 'gradient_allreduce_op is "sum"'),
         ({"bf16": {"bf16_master_weights_and_grads": True}}, "--bf16", "bf16.bf16_master_weights_and_grads"),
         ({"fp16": {"fp16_master_weights_and_grads": True}}, "--fp16", "fp16.fp16_master_weights_and_grads"),
         ({"zero_optimization": 3}, "", "JSON object"),
@@ -301,10 +304,10 @@ def test_deepspeed_s_file_is_passed_through(tmp_path):
             "",
             "stage3_prefetch_bucket_size is 1000",
         ),
-        ({"zero_optimizaton": {"stage": 2}}, "", "rename it to zero_optimization"),
+        ({"zero_optimizaton": {"stage": 2}}, "", "did you mean zero_optimization"),
         ({"bfloat16": {"enabled": True}}, "", "rename it to bf16"),
-        ({"gradient_clipping": "1.0"}, "", "gradient_clipping is '1.0'"),
-        ({"fp16": {"enabled": "yes"}}, "", "fp16.enabled is 'yes'"),
+        ({"gradient_clipping": "1.0"}, "", 'gradient_clipping is "1.0"'),
+        ({"fp16": {"enabled": "yes"}}, "", 'fp16.enabled is "yes"'),
         ("[1]", "", "contains a list"),
         ("{", "", "not valid JSON"),
         ({}, "--fp16 --zero-stage 0", "--fp16 with --zero-stage 0"),
