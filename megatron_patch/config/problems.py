@@ -22,6 +22,7 @@ from megatron_patch.utils.units import plural
 
 _LINES = Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)
 _NARROWEST, _WIDEST = 60, 140
+_INDENT = 4  # of further lines of an error's part
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ def problem_table(rows: Sequence[tuple[str, ...]], columns: Sequence[str], width
         width: characters of a line; None: those of the terminal.
     """
     wide = shutil.get_terminal_size((100, 24)).columns if width is None else width
-    wide = max(_NARROWEST, min(wide, _WIDEST))
+    wide = max(_NARROWEST, min(wide, _WIDEST) - _INDENT)
     table = Table(box=_LINES, show_edge=False, pad_edge=False, padding=(0, 2, 0, 0), width=None)
     for number, name in enumerate(columns):
         table.add_column(name, ratio=None, overflow="fold", max_width=max(16, wide * (30 if number == 0 else 35) // 100 - 2))
