@@ -22,7 +22,7 @@ FLOORS = [  # from the ground up
     {"training"},
     {"reporting", "replication"},
     {"cli"},
-    {"__main__", "pretrain"},
+    {"api", "__main__", "pretrain"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 

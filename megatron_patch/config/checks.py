@@ -25,7 +25,7 @@ from megatron_patch.stages import LONGEST_PATCH, StagePlan
 from megatron_patch.tokenizers.base import TOKENIZERS
 from megatron_patch.utils.files import same_path
 from megatron_patch.utils.registry import lookup
-from megatron_patch.utils.units import format_duration, plural
+from megatron_patch.utils.units import format_duration, parse_steps, plural
 
 _FROM_ONE = {
     *("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "kv_channels", "ffn_hidden_size", "vocab_size"),
@@ -35,7 +35,7 @@ _FROM_ONE = {
     *("distributed_timeout_minutes", "initial_loss_scale"),
     *("save_interval", "save_interval_tokens", "keep_every", "keep_every_tokens", "exit_interval"),
     *("max_sick_steps", "check_replicas_interval", "replay_interval"),
-    *("log_interval", "eval_interval", "eval_interval_tokens", "eval_tokens", "sample_tokens", "world_size"),
+    *("log_interval", "eval_interval", "eval_interval_tokens", "eval_tokens", "sample_tokens", "world_size", "prometheus_port"),
 }
 _FROM_ZERO = {"weight_decay", "clip_grad", "eod_token_id", "exit_margin", "hang_timeout", "sample_temperature"}
 _ABOVE_ZERO = {
@@ -69,6 +69,7 @@ LARGEST = {
     "num_workers": 10_000,
     "spike_window": 1_000_000,
     "sample_tokens": 1_000_000,
+    "prometheus_port": 65_535,
 }
 """Largest value of each option, times in seconds: far above what is in use, and small enough that a plan is made within a moment."""
 _LARGEST_COUNT = 10**18
@@ -222,7 +223,7 @@ def check_options(options: Options) -> None:
     Raises:
         ConfigError: options are not valid, or contradict each other; the message has all that several checks find.
     """
-    checks = (_check_optimizer, _check_safety, _check_checkpoints, _check_packages, _check_evaluation, _check_tokenizer)
+    checks = (_check_optimizer, _check_safety, _check_checkpoints, _check_packages, _check_trackers, _check_evaluation, _check_tokenizer)
     problems = problems_of(*(functools.partial(check, options) for check in checks), lambda: split_ranges(1 << 40, options.data.split))
     if problems:
         raise one_error(problems)
@@ -304,14 +305,42 @@ def _check_packages(options: Options) -> None:
     """Checks that the packages for logging are installed: later, only rank 0 would fail, and the other ranks would wait for it."""
     if options.logging.dry_run:
         return
-    for name, package in (("tensorboard_dir", "tensorboard"), ("wandb_project", "wandb")):
+    for name, package, extra in (
+        ("tensorboard_dir", "tensorboard", "tensorboard"),
+        ("wandb_project", "wandb", "wandb"),
+        ("mlflow_experiment", "mlflow", "mlflow"),
+        ("prometheus_file", "prometheus_client", "prometheus"),
+        ("prometheus_port", "prometheus_client", "prometheus"),
+    ):
         value = getattr(options.logging, name)
         if value is not None and importlib.util.find_spec(package) is None:
             raise ConfigError(
                 f"{_given(name, value)}, but the package {package} is not installed",
                 f"an environment with {package}",
-                f"pip install 'megatron_patch[{package}]', or leave the flag out",
+                f"pip install 'megatron_patch[{extra}]', or leave the flag out",
             )
+
+
+def _check_trackers(options: Options) -> None:
+    logging = options.logging
+    for name in ("mlflow_tracking_uri", "mlflow_run_name"):
+        if getattr(logging, name) is not None and logging.mlflow_experiment is None:
+            raise ConfigError(
+                f"{flag_of(name)} without --mlflow-experiment",
+                "--mlflow-experiment with the name of an experiment",
+                f"give --mlflow-experiment NAME, or remove {flag_of(name)}",
+            )
+    if logging.prometheus_file is not None and not logging.prometheus_file.endswith(".prom"):
+        raise ConfigError(
+            _given("prometheus_file", logging.prometheus_file),
+            "a name that ends in .prom, because node_exporter reads no others",
+            "give --prometheus-file FOLDER/NAME.prom",
+        )
+    if logging.profile is None:
+        return
+    parse_steps(logging.profile, "--profile")
+    if options.checkpoint.save is None and not logging.dry_run and not logging.profile_nsys:
+        raise ConfigError("--profile without --save", "--save FOLDER", "give --save FOLDER, or remove --profile")
 
 
 def check_plan(options: Options, plan: StagePlan) -> None:

@@ -346,6 +346,26 @@ class LoggingOptions:
     """Weights & Biases project to log to."""
     wandb_exp_name: Free[OptionalName] = None
     """Name of the run in Weights & Biases."""
+    mlflow_experiment: Free[OptionalName] = None
+    """MLflow experiment to log to."""
+    mlflow_tracking_uri: Free[OptionalName] = None
+    """Address of MLflow's tracking server. By default that of the environment (MLFLOW_TRACKING_URI)."""
+    mlflow_run_name: Free[OptionalName] = None
+    """Name of the run in MLflow. By default the name of the folder of --save."""
+    prometheus_file: Free[OptionalPath] = None
+    """File NAME.prom for the newest numbers, which the textfile collector of Prometheus' node_exporter reads."""
+    prometheus_port: Free[OptionalCount] = None
+    """Port at which rank 0 shows the newest numbers to Prometheus."""
+    prometheus_address: Free[str] = "0.0.0.0"
+    """Address at which that port listens. By default every address of the node."""
+    profile: Free[Annotated[str | None, texts("STEPS")]] = None
+    """Steps to record with torch's profiler, such as 10 or 10-12. The trace is written to SAVE/profile/."""
+    profile_ranks: Free[Annotated[tuple[int, ...], texts("RANK ...")]] = (0,)
+    """Ranks that record those steps."""
+    profile_shapes: Free[bool] = False
+    """Record the shapes of tensors too."""
+    profile_nsys: Free[bool] = False
+    """Mark those steps for Nsight Systems (nsys) with NVTX ranges, instead of recording them."""
     log_token_spans: Free[bool] = False
     """Write which tokens each rank reads to SAVE/spans/, for audits of the data order."""
     peak_tflops: Free[OptionalFloat] = None

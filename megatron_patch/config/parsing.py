@@ -19,7 +19,19 @@ from megatron_patch.config.megatron.translate import translate
 from megatron_patch.config.megatron.translator import COMMAND_LINE, MEGATRON_FLAGS, Given, Translation
 from megatron_patch.config.options import Options
 from megatron_patch.config.problems import Problem, one_error, problem_of, problems_of
-from megatron_patch.config.values import CHECKPOINT, KEYS, KINDS, REQUIRED, in_file, make_options, missing_options, read_values, stray
+from megatron_patch.config.values import (
+    CHECKPOINT,
+    KEYS,
+    KEYWORDS,
+    KINDS,
+    MAPPING,
+    REQUIRED,
+    in_file,
+    make_options,
+    missing_options,
+    read_values,
+    stray,
+)
 from megatron_patch.config.yaml_files import MOST_YAML_BYTES, load_yaml
 from megatron_patch.errors import ConfigError
 from megatron_patch.programs import command
@@ -113,11 +125,23 @@ def parse(argv: Sequence[str], program: str | None = None) -> ParsedOptions:
     _help_or_version(argv, program or command() or "pretrain_gpt_patch.py")
     path, rest = _take_config(argv)
     words, given = split(rest)
-    problems: list[Problem] = []
-    of_file = [] if path is None else _given_in_file(path, problems)
-    given = [*of_file, *given]
+    of_file, problems = ([], []) if path is None else given_in_file(read_yaml(path), path)
+    return parse_given([*of_file, *given], problems, words)
+
+
+def parse_given(given: Sequence[Given], problems: list[Problem], words: Sequence[str] = ()) -> ParsedOptions:
+    """Turns flags of all sources into options; flags of Megatron are translated.
+
+    Args:
+        given: the flags; of two for one option the later one counts.
+        problems: what was wrong with others.
+        words: words of the command line that belong to no flag.
+
+    Raises:
+        ConfigError: as for `parse`.
+    """
     translation = translate(given, KEYS, dry_run=any(flag.key == "dry-run" for flag in given))
-    problems += problems_of_rows(translation.problems)
+    problems = problems + problems_of_rows(translation.problems)
     reading = read_values(translation.flags)
     wrong = [*map(problem_of, [stray(words)] if words else []), *reading.problems, *map(problem_of, missing_options(reading))]
     problems += wrong
@@ -140,20 +164,23 @@ def _error(problems: list[Problem], translation: Translation, given: Sequence[Gi
     return one_error(problems, said.notes if said else (), advice)
 
 
-def _given_in_file(path: str, problems: list[Problem]) -> list[Given]:
-    """Returns the keys of a YAML file as flags; adds a problem for each value that its flag does not take."""
-    data = read_yaml(path)
-    given, wrong = in_file({name: value for name, value in data.items() if name in KINDS}, path)
-    problems += wrong
+def given_in_file(data: Mapping[str, Any], source: str) -> tuple[list[Given], list[Problem]]:
+    """Returns the keys of a YAML file as flags, and a problem for each value that its flag does not take.
+
+    Args:
+        data: option name -> value.
+        source: path of the file, or how errors call another source.
+    """
+    given, problems = in_file({name: value for name, value in data.items() if name in KINDS}, source)
     for name, value in data.items():
         if name not in KINDS and value is not None and value is not False:
             known = MEGATRON_FLAGS.get(key_of(name))
             many = known is not None and known.values is None
             texts = [str(item) for item in value] if isinstance(value, list) else str(value).split() if many else [str(value)]
-            given.append(Given(key_of(name), () if value is True else tuple(texts), path))
+            given.append(Given(key_of(name), () if value is True else tuple(texts), source))
     for flag in given:
-        check_text(flag.words, f"--config {path}: ")
-    return given
+        check_text(flag.words, f"{source}: " if source in (MAPPING, KEYWORDS) else f"--config {source}: ")
+    return given, problems
 
 
 def _help_or_version(argv: Sequence[str], program: str) -> None:

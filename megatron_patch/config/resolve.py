@@ -25,6 +25,7 @@ from megatron_patch.data.missing_dataset import check_datasets, missing_dataset
 from megatron_patch.errors import ConfigError, DataError
 from megatron_patch.model.families import family_by_name
 from megatron_patch.model.flops import parameter_count
+from megatron_patch.model.own_model import OwnModel
 from megatron_patch.model.pipeline_partition import pipeline_partition
 from megatron_patch.model.shape import ModelShape, check_shape
 from megatron_patch.model.sharding import check_sharding
@@ -50,6 +51,7 @@ class RunConfig:
         data_parallel_size: number of ranks that share a global batch.
         notes: what the program decided and may surprise, for the console.
         megatron: what became of flags that only Megatron has; None: there were none.
+        own_model: the user's model in place of `GPTModel`, which only the Python API can give; None: `GPTModel`.
     """
 
     options: Options
@@ -62,6 +64,7 @@ class RunConfig:
     data_parallel_size: int
     notes: tuple[str, ...] = ()
     megatron: MegatronReport | None = None
+    own_model: OwnModel | None = None
 
     @property
     def save_folder(self) -> Path | None:
@@ -352,13 +355,22 @@ def load_config(argv: Sequence[str], ranks: int) -> RunConfig:
         DataError: as for `resolve`.
     """
     parsed = parse(argv)
+    return resolve(parsed, planned_ranks(parsed, ranks))
+
+
+def planned_ranks(parsed: ParsedOptions, ranks: int) -> int:
+    """Returns the number of ranks that a run is for: that of the job, or in a dry run --world-size.
+
+    Raises:
+        ConfigError: --world-size is given without --dry-run, or is not a number of ranks.
+    """
     planned = parsed.options.logging.world_size
-    if planned is not None:
-        if not parsed.options.logging.dry_run:
-            raise ConfigError(
-                f"--world-size {planned} without --dry-run", "--world-size in a dry run", "remove it; the launcher sets the number of ranks"
-            )
-        if planned < 1:
-            raise ConfigError(f"--world-size {planned}", "whole numbers from 1", "give another number of ranks")
-        ranks = planned
-    return resolve(parsed, ranks)
+    if planned is None:
+        return ranks
+    if not parsed.options.logging.dry_run:
+        raise ConfigError(
+            f"--world-size {planned} without --dry-run", "--world-size in a dry run", "remove it; the launcher sets the number of ranks"
+        )
+    if planned < 1:
+        raise ConfigError(f"--world-size {planned}", "whole numbers from 1", "give another number of ranks")
+    return planned

@@ -27,7 +27,9 @@ from megatron_patch.utils.units import parse_count, parse_duration
 NONE = "None"
 """The word that takes back what a file sets, so that the default holds."""
 CHECKPOINT = "the checkpoint"
-"""The source of values that a checkpoint recorded; other sources are paths of files, or `COMMAND_LINE`."""
+"""The source of values that a checkpoint recorded."""
+MAPPING, KEYWORDS = "the mapping", "load_config"
+"""The sources of values that come from Python; other sources are paths of files, or `COMMAND_LINE`."""
 _WITH_COMMAS = {"split", "position_weights"}
 _BLENDS = {"data_path", "valid_data_path"}
 
@@ -133,7 +135,7 @@ def read_values(given: Sequence[Given]) -> Reading:
 def _problem(key: str, source: str, error: ConfigError) -> Problem:
     """Returns what is wrong with a value: the error has the reason, what is allowed, and what to do; "" stands for a correction."""
     name = f"--{key}" if source == COMMAND_LINE else key.replace("-", "_")
-    where = "" if source == COMMAND_LINE else f"{CHECKPOINT}: " if source == CHECKPOINT else f"--config {source}: "
+    where = "" if source == COMMAND_LINE else f"{source}: " if source in (CHECKPOINT, MAPPING, KEYWORDS) else f"--config {source}: "
     full = ConfigError(f"{where}{name}: {error.what}", error.allowed, error.do or f"correct {name}")
     shown = name if not where else f"{name} in {Path(source).name}"
     return Problem(shown, f"{error.what}; allowed: {error.allowed}", full.do or "", full)
@@ -212,7 +214,7 @@ def in_file(values: Mapping[str, Any], source: str) -> tuple[list[Given], list[P
 
     Args:
         values: name of the option -> its value.
-        source: path of the file, or `CHECKPOINT`.
+        source: path of the file, or another source than the command line.
     """
     given, problems = [], []
     for name, value in values.items():

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
-from rich.measure import Measurement
-from rich.table import Table
+from rich.console import Console
 from rich.text import Text
 
 from megatron_patch.model.shape import ModelShape
@@ -17,61 +15,45 @@ from megatron_patch.planning.published import calibration
 from megatron_patch.planning.reliability import Simulation
 from megatron_patch.planning.search import BATCH_TOLERANCE, Found
 from megatron_patch.utils.console import labeled
+from megatron_patch.utils.tables import FittingTable
 from megatron_patch.utils.units import format_count, format_duration, plural
 
 GIB = 2**30
 _PARTS = ("weights", "gradients", "optimizer", "activations", "loss", "buffers", "fragmentation")
 
 
-def _table(title: str, *columns: str, left: Sequence[str] = ()) -> Table:
-    table = Table(title=title, title_justify="left", header_style="bold")
-    for column in columns:
-        table.add_column(column, justify="left" if column in left else "right")
+def _table(title: str, *columns: str, left: Sequence[str] = ()) -> FittingTable:
+    return FittingTable(title, columns, left=left)
+
+
+def rank_table(parts: Sequence[PipelinePart], shape: ModelShape) -> FittingTable:
+    """Returns layers, parameters and memory of each rank, with one row per pipeline rank."""
+    marks = [name if name in COUNTED_PARTS else f"~{name}" for name in _PARTS]
+    title = "Per rank: parameters (exact) and memory in GiB (~ is estimated)"
+    table = _table(title, "pipeline rank", "ranks", "layers", "parameters", *marks, "~total", left=("layers",))
+    for part in parts:
+        memory = part.memory.to_json()
+        table.add_row(
+            str(part.pipeline_rank),
+            f"{part.ranks:,}",
+            part.describe(shape.num_layers),
+            f"{part.parameters:,}",
+            *(f"{memory[name] / GIB:.2f}" for name in _PARTS),
+            f"{part.memory.total / GIB:.2f}",
+        )
     return table
 
 
-class _Fitting:
-    """The first of several renderables that fits into the console's width, else the last."""
-
-    def __init__(self, *widest_first: RenderableType) -> None:
-        self._choices = widest_first
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """Yields the chosen renderable."""
-        fitting = (one for one in self._choices if Measurement.get(console, options.update(width=10_000), one).maximum <= options.max_width)
-        yield next(fitting, self._choices[-1])
-
-
-def rank_table(parts: Sequence[PipelinePart], shape: ModelShape) -> RenderableType:
-    """Returns layers, parameters and memory of each rank, with one row per pipeline rank; in a narrow terminal as two tables."""
-    marks = {name: name if name in COUNTED_PARTS else f"~{name}" for name in _PARTS}
-    title = "Per rank: parameters (exact) and memory in GiB (~ is estimated)"
-    wide = _table(title, "pipeline rank", "ranks", "layers", "parameters", *marks.values(), "~total", left=("layers",))
-    narrow = _table("Per rank: parameters (exact)", "pipeline rank", "ranks", "layers", "parameters", "~GiB", left=("layers",))
-    fullest = max(parts, key=lambda part: part.memory.total)
-    memory = _table(f"Pipeline rank {fullest.pipeline_rank}, the fullest", "part", "GiB", left=("part",))
-    for part in parts:
-        numbers = part.memory.to_json()
-        row = (str(part.pipeline_rank), f"{part.ranks:,}", part.describe(shape.num_layers), f"{part.parameters:,}")
-        wide.add_row(*row, *(f"{numbers[name] / GIB:.2f}" for name in _PARTS), f"{part.memory.total / GIB:.2f}")
-        narrow.add_row(*row, f"{part.memory.total / GIB:.2f}")
-    for name, mark in marks.items():
-        memory.add_row(mark, f"{fullest.memory.to_json()[name] / GIB:.2f}")
-    memory.add_section()
-    memory.add_row("~total", f"{fullest.memory.total / GIB:.2f}")
-    return _Fitting(wide, Group(narrow, memory))
-
-
-def stage_table(plan: Plan) -> RenderableType:
-    """Returns time, throughput and FLOPs of each stage; in a narrow terminal as two tables."""
-    first = ("stage", "K", "steps", "FLOPs", "~step", "~MFU", "~tokens/s", "~time")
-    second = ("~computation", "bubble", "~tensor", "~pipeline", "~data", "~optimizer")
-    wide = _table("Stages on this hardware; the last columns are shares of the step", *first, *second, left=("stage",))
-    speed = _table("Stages on this hardware", *first, left=("stage",))
-    shares = _table("Shares of the step", "stage", *second, left=("stage",))
+def stage_table(plan: Plan) -> FittingTable:
+    """Returns time, throughput and FLOPs of each stage."""
+    speed = ("stage", "K", "steps", "FLOPs", "~step", "~MFU", "~tokens/s", "~time")
+    shares = ("~computation", "bubble", "~tensor", "~pipeline", "~data", "~optimizer")
+    table = _table("Stages on this hardware; the last columns are shares of the step", *speed, *shares, left=("stage",))
     for estimate in plan.stages:
         stage, time = estimate.stage, estimate.time
-        row = (
+        parts = (time.compute, time.tensor, time.pipeline, time.data, time.optimizer)
+        compute, tensor, pipeline, data, optimizer = (f"{seconds / time.total:.1%}" for seconds in parts)
+        table.add_row(
             stage.name,
             str(stage.patch_size),
             f"{stage.steps:,}",
@@ -80,17 +62,12 @@ def stage_table(plan: Plan) -> RenderableType:
             f"{time.mfu:.1%}",
             format_count(stage.tokens_per_step / time.total),
             format_duration(estimate.seconds),
+            *(compute, f"{estimate.bubble:.1%}", tensor, pipeline, data, optimizer),
         )
-        parts = (time.tensor, time.pipeline, time.data, time.optimizer)
-        tensor, pipeline, data, optimizer = (f"{seconds / time.total:.1%}" for seconds in parts)
-        rest = (f"{time.compute / time.total:.1%}", f"{estimate.bubble:.1%}", tensor, pipeline, data, optimizer)
-        wide.add_row(*row, *rest)
-        speed.add_row(*row)
-        shares.add_row(stage.name, *rest)
-    return _Fitting(wide, Group(speed, shares))
+    return table
 
 
-def traffic_table(plan: Plan) -> Table:
+def traffic_table(plan: Plan) -> FittingTable:
     """Returns the bytes that a rank sends per step."""
     table = _table("Bytes sent by one rank per step (counted)", "stage", "parallelism", "link", "GB", left=("stage", "parallelism", "link"))
     for estimate in plan.stages:
@@ -101,22 +78,20 @@ def traffic_table(plan: Plan) -> Table:
     return table
 
 
-def resource_table(plan: Plan) -> RenderableType:
-    """Returns the resources of the run next to those of token-level training; in a narrow terminal without FLOPs."""
-    columns = ("", "tokens", "~device hours", "~dollars", "~time")
+def resource_table(plan: Plan) -> FittingTable:
+    """Returns the resources of the run next to those of token-level training."""
+    columns = ("", "tokens", "FLOPs", "~device hours", "~dollars", "~time")
     title = f"Budget at ${plan.hardware.dollars_per_hour:g} per {plan.hardware.name} hour, an example"
-    wide, narrow = _table(title, *columns, "FLOPs", left=("",)), _table(title, *columns, left=("",))
+    table = _table(title, *columns, left=("",))
     rows: list[tuple[str, Resources]] = [
         ("this plan", plan.run),
         ("token level, same tokens", plan.token_level),
         ("token level, same cost", plan.equal_cost),
     ]
     for name, resources in rows:
-        row = [name, format_count(resources.tokens), f"{resources.device_hours:,.0f}"]
-        row += [f"${resources.dollars:,.0f}", format_duration(resources.seconds)]
-        wide.add_row(*row, f"{resources.flops:.3g}")
-        narrow.add_row(*row)
-    return _Fitting(wide, narrow)
+        hours, dollars = f"{resources.device_hours:,.0f}", f"${resources.dollars:,.0f}"
+        table.add_row(name, format_count(resources.tokens), f"{resources.flops:.3g}", hours, dollars, format_duration(resources.seconds))
+    return table
 
 
 def print_tables(plan: Plan, console: Console) -> None:
@@ -151,7 +126,7 @@ def _print_caveats(hardware: Hardware, console: Console) -> None:
 
 
 def print_search(found: Found, hardware: Hardware, ranks: int, console: Console, rows: int = 12) -> None:
-    """Prints the fastest layouts; in a narrow terminal, the flags of each follow the table."""
+    """Prints the fastest layouts, and the flags of each below the table."""
     shown = found.candidates[:rows]
     columns = ("", "layout", "micro-batch", "~GiB", "~MFU", "~device hours")
     kept = f", and {found.other_batch:,} would change the global batch by more than {BATCH_TOLERANCE:.0%}" if found.other_batch else ""
@@ -162,17 +137,16 @@ def print_search(found: Found, hardware: Hardware, ranks: int, console: Console,
     )
     if not shown:
         return
-    wide = _table("The fastest layouts", *columns, "flags", left=("layout", "flags"))
-    narrow = _table("The fastest layouts", *columns, left=("layout",))
+    table = _table("The fastest layouts", *columns, left=("layout",))
     for number, candidate in enumerate(shown, start=1):
         plan = candidate.plan
         mfu = " / ".join(dict.fromkeys(f"{estimate.time.mfu:.0%}" for estimate in plan.stages))
         row = [str(number), plan.layout.name(), str(candidate.choice.micro_batch_size), f"{plan.fullest.memory.total / GIB:.1f}"]
         row += [mfu, f"{plan.run.device_hours:,.0f}"]
-        wide.add_row(*row, candidate.flags)
-        narrow.add_row(*row)
-    flags = (labeled(f"{number}", candidate.flags) for number, candidate in enumerate(shown, start=1))
-    console.print(_Fitting(wide, Group(narrow, *flags)))
+        table.add_row(*row)
+    console.print(table)
+    for number, candidate in enumerate(shown, start=1):
+        console.print(labeled(f"{number}", candidate.flags))
     _print_caveats(hardware, console)
 
 

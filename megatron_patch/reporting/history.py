@@ -236,7 +236,7 @@ def differing_options(histories: Sequence[History]) -> list[tuple[str, list[Any]
     names = dict.fromkeys(name for history in known for name in history.options)
     rows = []
     for name in names:
-        if name in ("save", "load", "local_rank", "wandb_exp_name", "tensorboard_dir"):
+        if name in ("save", "load", "local_rank", "wandb_exp_name", "mlflow_run_name", "tensorboard_dir", "prometheus_file"):
             continue
         values = [history.options.get(name) for history in histories]
         distinct = {json.dumps(history.options.get(name), sort_keys=True) for history in known}

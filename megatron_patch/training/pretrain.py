@@ -22,8 +22,9 @@ from megatron_patch.training.faults.exit_protocol import print_advice, report_er
 from megatron_patch.training.faults.stop_requests import StopRequests
 from megatron_patch.training.faults.watchdog import Watchdog
 from megatron_patch.training.stream import open_stream_if_present
-from megatron_patch.utils.console import accept_all_text, flush_output, labeled, make_console
+from megatron_patch.utils.console import flush_output, labeled, make_console
 from megatron_patch.utils.files import deny_writing_by_everybody
+from megatron_patch.utils.spelling import accept_all_text
 
 if TYPE_CHECKING:
     from megatron_patch.training.callbacks.base import CallbackFactory
@@ -57,13 +58,34 @@ def pretrain(run: RunConfig, callbacks: Sequence[CallbackFactory] = ()) -> ExitC
     # Never closed: a signal that arrives while the process exits must not change the exit code.
     stops = StopRequests(run.options.safety)
     use_expandable_segments()
+    return train(run, engine_config, stops, make_watchdog(run), callbacks)
+
+
+def train(
+    run: RunConfig, engine_config: EngineConfig, stops: StopRequests, watchdog: Watchdog, callbacks: Sequence[CallbackFactory]
+) -> ExitCode:
+    """Joins the job, trains and leaves the job; every rank must call it.
+
+    Args:
+        run: the resolved run.
+        engine_config: what `make_engine_config` returned for it.
+        stops: requests to stop.
+        watchdog: this rank's watchdog, which is closed at the end.
+        callbacks: factories of further callbacks.
+
+    Returns:
+        `ExitCode.DONE`, or `ExitCode.PREEMPTED` if the run was asked to stop.
+
+    Raises:
+        MegatronPatchError: the run cannot start or continue. The process groups remain, because a peer may be inside of a collective.
+    """
     # Torch and DeepSpeed take seconds to import, for which wrong flags and dry runs should not wait.
     from megatron_patch.engine.distributed import barrier, destroy_distributed, init_distributed
     from megatron_patch.engine.swapping import require_async_io
     from megatron_patch.training.checkpointer import StoppedBeforeTraining
     from megatron_patch.training.trainer import Trainer
 
-    with make_watchdog(run) as watchdog:
+    with watchdog:
         watchdog.heartbeat("the ranks join the job at MASTER_ADDR")
         device = init_distributed(run.options.engine.distributed_timeout_minutes)
         watchdog.follow_peers()

@@ -221,6 +221,7 @@ def make_trainer_state(
         begun_from=start.begun_from,
         data_metadata=dataclasses.asdict(run.data_metadata) if run.data_metadata else None,
         held_out=held_out,
+        own_model=run.own_model.name if run.own_model else None,
     )
 
 

@@ -138,6 +138,9 @@ def check_resume(state: TrainerState, run: RunConfig) -> ResumedPlan:
     marked = {name: pair for name, pair in changed.items() if name not in _BY_EFFECT}
     differences += [_pair(flag_of(name), *pair) for name, pair in marked.items() if RESUME_MARKS[name] is AtResume.FIXED]
     differences += _separation_differences(state, run) + _split_differences(state, run)
+    own = run.own_model.name if run.own_model else None
+    if state.own_model != own:
+        differences.append(f"model= was {state.own_model or 'not given'} and is {own or 'not given'} (pretrain of the Python API)")
     changes = [_change(flag_of(name), *pair) for name, pair in marked.items() if RESUME_MARKS[name] is AtResume.REPORTED]
     changes += _held_out_changes(state, run)
 

@@ -1,6 +1,7 @@
-"""Tables that fit the console. In: columns and rows of text. Out: the table; its rows as columns where it is too wide; or a list of rows.
+"""Tables that fit the console, whatever its width.
 
-No value is truncated, whatever the width: rich would shorten the cells of a table that is too wide to a few letters each.
+In: columns and rows of text. Out: the table; where it is too wide, its rows as columns, several tables that share its columns, or a list.
+No value is truncated: rich would shorten the cells of a table that is too wide to a few letters each.
 """
 
 from __future__ import annotations
@@ -48,8 +49,28 @@ class FittingTable:
             yield self._turned(names, others)
         elif self._needed(self._columns, self._rows, fold=True) <= width:
             yield self._as_it_is()
+        elif (parts := self._parts(width)) is not None:
+            yield from parts
         else:
             yield self._listed()
+
+    def _parts(self, width: int) -> list[Table] | None:
+        """Returns tables that share the columns, each with the first column and as many others as fit; None if one alone is too wide."""
+        widths = [self._needed([name], [[cell] for cell in cells]) - 1 for name, *cells in zip(self._columns, *self._rows, strict=True)]
+        groups: list[list[int]] = []
+        for number in range(1, len(widths)):
+            if 1 + widths[0] + widths[number] > width:
+                return None
+            if not groups or 1 + widths[0] + sum(widths[other] for other in groups[-1]) + widths[number] > width:
+                groups.append([])
+            groups[-1].append(number)
+        parts = []
+        for index, group in enumerate(groups):
+            part = FittingTable(self._title if index == 0 else "", [self._columns[number] for number in (0, *group)], left=list(self._left))
+            part._rows = [[row[number] for number in (0, *group)] for row in self._rows]
+            part._sections = self._sections
+            parts.append(part._as_it_is())
+        return parts
 
     def _needed(self, head: Sequence[str], rows: Sequence[Sequence[str]], fold: bool = False) -> int:
         """Returns the characters of a line of a table."""

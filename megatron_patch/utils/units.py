@@ -45,6 +45,31 @@ def format_count(value: int | float) -> str:
     return f"{value:.0f}" if float(value).is_integer() else f"{value:.3g}"
 
 
+_STEPS = re.compile(r"([0-9]{1,18})(?:-([0-9]{1,18}))?")
+_MOST_STEPS = 20
+
+
+def parse_steps(text: str, flag: str) -> tuple[int, int]:
+    """Returns the first and the last step of "10" or "10-12".
+
+    Args:
+        text: the steps.
+        flag: the flag that gives them, for the error.
+
+    Raises:
+        ConfigError: the text is not that, or the steps are more than 20, whose records would fill memory and disk.
+    """
+    match = _STEPS.fullmatch(text)
+    first, last = (int(match[1]), int(match[2] or match[1])) if match is not None else (0, 0)
+    if not 1 <= first <= last < first + _MOST_STEPS:
+        raise ConfigError(
+            f"{flag} {text[:_LONGEST]!r}",
+            f"a step, or the first and the last of up to {_MOST_STEPS} steps, which are counted from 1",
+            f"give {flag} 10, or {flag} 10-12",
+        )
+    return first, last
+
+
 _DURATION = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(d|h|min|m|s|)\s*")
 _SECONDS = {"d": 86400, "h": 3600, "min": 60, "m": 60, "s": 1, "": 1}
 

@@ -215,6 +215,16 @@ def test_positions_are_there_for_evaluation_where_no_stage_is_as_long():
         ("--rotary-base inf", "finite numbers"),
         ("--peak-tflops 0", "above 0"),
         ("--sample-top-p 0", "up to 1"),
+        ("--mlflow-tracking-uri http://host", "--mlflow-tracking-uri without --mlflow-experiment"),
+        ("--mlflow-run-name x", "give --mlflow-experiment NAME, or remove --mlflow-run-name"),
+        ("--prometheus-file x.txt", "ends in .prom, because node_exporter reads no others"),
+        ("--prometheus-port 65536", "whole numbers up to 65,535"),
+        ("--profile 3", "--profile without --save"),
+        ("--save x --profile 0", "counted from 1"),
+        ("--save x --profile 5-4", "give --profile 10, or --profile 10-12"),
+        ("--save x --profile 1-21", "up to 20 steps"),
+        ("--save x --profile step", "--profile 'step'"),
+        ("--save x --profile 3 --profile-ranks 0 4", "--profile-ranks 4"),
         ("--split 1,x", "up to three numbers"),
         ("--eod-token-id 64", "ids from 0 to 63"),
         ("--lr-decay-style inverse-square-root", "--lr-warmup-tokens"),
@@ -227,10 +237,19 @@ def test_what_cannot_run_is_refused(words, reason):
     assert reason in str(error.value), str(error.value)
 
 
-@pytest.mark.parametrize(("words", "package"), [("--tensorboard-dir x", "tensorboard"), ("--wandb-project x", "wandb")])
-def test_what_is_logged_to_must_be_installed(monkeypatch, words, package):
+@pytest.mark.parametrize(
+    ("words", "package", "extra"),
+    [
+        ("--tensorboard-dir x", "tensorboard", "tensorboard"),
+        ("--wandb-project x", "wandb", "wandb"),
+        ("--mlflow-experiment x", "mlflow", "mlflow"),
+        ("--prometheus-file x.prom", "prometheus_client", "prometheus"),
+        ("--prometheus-port 9400", "prometheus_client", "prometheus"),
+    ],
+)
+def test_what_is_logged_to_must_be_installed(monkeypatch, words, package, extra):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=rf"{package} is not installed\n.*\n.*megatron_patch\[{package}\]"):
+    with pytest.raises(ConfigError, match=rf"{package} is not installed\n.*\n.*megatron_patch\[{extra}\]"):
         resolve(*RUN, *words.split())
     resolve(*RUN, *words.split(), "--dry-run")
 

@@ -1,4 +1,4 @@
-"""What callbacks write: metrics with each step once, consoles that name both losses, TensorBoard, Weights & Biases."""
+"""What callbacks write: metrics with each step once, consoles that name both losses, TensorBoard."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import json
 import os
 import re
 import shlex
-import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,29 +16,22 @@ import pytest
 from rich.console import Console as RichConsole
 
 from megatron_patch.config.resolve import load_config
-from megatron_patch.errors import CheckpointError, ConfigError
+from megatron_patch.errors import CheckpointError
 from megatron_patch.training.callbacks import jsonl_writer
 from megatron_patch.training.callbacks.base import (
     CorpusLoss,
-    EvaluationRecord,
     Event,
     RunEnd,
-    RunStart,
     SaveRecord,
-    StepRecord,
     SwitchRecord,
 )
 from megatron_patch.training.callbacks.charts import Charts, named_values
 from megatron_patch.training.callbacks.console import Console
 from megatron_patch.training.callbacks.metrics import Metrics, read_metrics
 from megatron_patch.training.callbacks.tensorboard import TensorBoard
-from megatron_patch.training.callbacks.wandb import WeightsAndBiases
 from megatron_patch.training.next_steps import next_steps
 from megatron_patch.training.throughput import Throughput
-
-START = RunStart(0, 20, 2000, ((1000, "token"),), 0, "cpu", 1, None, 1e6, 0.5)
-STEP = StepRecord(1, "patch", 0, 4, 100, 25.0, 0.25, 5.5, 1e-3, 0.9, 1000.0, 250.0, 0.1, None, 1.5, 0.01, 0.1)
-EVALUATION = EvaluationRecord(1, "patch", 0, 4, 100, 25.0, "valid", 6.5, 5.25, 1000, 2.0)
+from tests.training.records import EVALUATION, START, STEP
 
 
 def steps(path):
@@ -223,7 +215,7 @@ def test_the_end_names_the_tools_that_read_the_run(tmp_path, monkeypatch):
 def test_tensorboard_has_the_same_names_over_tokens(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    board = Charts(TensorBoard(str(tmp_path)))
+    board = Charts(TensorBoard(str(tmp_path)), None)
     board.on_start(START)
     board.on_step(STEP)
     board.on_evaluation(EVALUATION)
@@ -246,7 +238,7 @@ def test_tensorboard_has_each_step_once_after_a_kill(tmp_path, resumed_at):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     for start, loss in ((0, 5.0), (resumed_at, 4.0)):
-        board = Charts(TensorBoard(str(tmp_path)))
+        board = Charts(TensorBoard(str(tmp_path)), None)
         board.on_start(replace(START, tokens=start))
         for tokens in range(start + 100, 400, 100):
             board.on_step(replace(STEP, tokens=tokens, loss=loss))
@@ -272,129 +264,6 @@ def test_rates_are_those_of_the_window():
     assert rates.tflops == pytest.approx(0.5) and rates.mfu == pytest.approx(0.5 / 989.4) and rates.data_share == pytest.approx(0.25)
     assert Throughput(1, "cpu").update(1.0, 0.0, 1, 1, 1.0).mfu is None
     assert Throughput(1, "cpu", peak_tflops=1.0).update(1.0, 0.0, 1, 1, 5e11).mfu == pytest.approx(0.5)
-
-
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_charts_that_cannot_be_written_are_tried_again_later(tmp_path, capsys):
-    """TensorBoard's folder is missing for a while: its thread fails, training does not."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    now, folder, away = 0.0, tmp_path / "events", tmp_path / "away"
-    board = Charts(TensorBoard(str(folder)), clock=lambda: now)
-
-    def step_at(seconds, tokens):
-        nonlocal now
-        now = seconds
-        board.on_step(replace(STEP, tokens=tokens))
-
-    board.on_start(START)
-    board.on_step(STEP)
-    folder.rename(away)
-    folder.write_text("in its place")
-    for step in range(2, 2000):
-        board.on_step(replace(STEP, step=step, tokens=100 * step))
-        if "metrics.jsonl" in (error := capsys.readouterr().err):
-            break
-    assert f"--tensorboard-dir {folder} cannot be written: [Errno " in error
-    for seconds in (59.0, 61.0, 150.0):
-        step_at(seconds, 300_000)
-    assert "cannot be written" not in capsys.readouterr().err, "printed once"
-    folder.unlink()
-    away.rename(folder)
-    for seconds, tokens in ((179.0, 400_000), (200.0, 500_000), (201.0, 600_000)):
-        step_at(seconds, tokens)
-    assert f"can be written again; from {100 * step:,} to 500,000 tokens" in capsys.readouterr().err
-    board.close()
-    events = EventAccumulator(str(folder))
-    events.Reload()
-    assert [scalar.step for scalar in events.Scalars("train/lr") if scalar.step >= 300_000] == [500_000, 600_000]
-
-
-@pytest.mark.parametrize("tokens", [0, 100])
-def test_a_chart_folder_that_cannot_be_written_ends_only_a_new_run(tmp_path, capsys, tokens):
-    (tmp_path / "events").write_text("a file")
-    board = Charts(TensorBoard(str(tmp_path / "events")))
-    if tokens:
-        board.on_start(replace(START, tokens=tokens))
-        board.on_step(STEP)
-        board.close()
-        assert capsys.readouterr().err.count("training continues") == 1
-    else:
-        with pytest.raises(ConfigError, match="--tensorboard-dir .*events cannot be written"):
-            board.on_start(START)
-
-
-@pytest.fixture
-def weights_and_biases(tmp_path, monkeypatch, capsys):
-    """Logs a run and its resumption to wandb, which has no login here; returns what was printed, and the two files."""
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    for name in ("WANDB_API_KEY", "WANDB_DIR", "WANDB_MODE"):
-        monkeypatch.delenv(name, raising=False)
-
-    def log_a_run_and_its_resumption():
-        import wandb
-
-        for _ in range(2):
-            board = Charts(WeightsAndBiases("project", "name", tmp_path / "run", {"lr": 1.0}))
-            board.on_start(START)
-            board.on_step(STEP)
-            board.on_evaluation(EVALUATION)
-            board.close()
-            wandb.teardown()  # ends its process, which has read the environment and writes the files
-        run_id = (tmp_path / "run" / "wandb_run_id").read_text().strip()
-        return capsys.readouterr().err, sorted((tmp_path / "run" / "wandb").glob(f"offline-run-*/run-{run_id}.wandb"))
-
-    return log_a_run_and_its_resumption
-
-
-@pytest.mark.parametrize("login", ["offline", "missing"])
-def test_weights_and_biases_gets_the_records_over_tokens_in_one_run(weights_and_biases, monkeypatch, login):
-    """Without a login training continues, and the folder is printed."""
-    if login == "offline":
-        monkeypatch.setenv("WANDB_MODE", "offline")
-    printed, files = weights_and_biases()
-    assert len(files) == 2, "a resumed run is the same one"
-    for path in files:
-        records = list(logged_records(path))
-        (run,) = (record.run for record in records if record.run.run_id)
-        assert (run.project, run.display_name) == ("project", "name")
-        assert {item.key: item.value_json for item in run.config.update}["lr"] == "1.0"
-        history = [
-            {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
-            for record in records
-            if record.history.item
-        ]
-        values = [{name: value for name, value in line.items() if not name.startswith("_")} for line in history]
-        assert values == [{"tokens": 100, **named_values(STEP)}, {"tokens": 100, **named_values(EVALUATION)}]
-        assert {record.metric.step_metric for record in records} - {""} == {"tokens"}
-    folders = {str(path.parent) for path in files}
-    assert set(re.findall("wandb sync (.*)", printed)) == (folders if login == "missing" else set())
-
-
-def test_a_missing_wandb_is_an_error_that_names_the_extra(monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ConfigError, match=r"megatron_patch\[wandb\]"):
-        WeightsAndBiases("project", None, None, {})
-
-
-def logged_records(path):
-    """What W&B would upload: a log of protobuf records in blocks of 32 KiB."""
-    from wandb.proto import wandb_internal_pb2
-
-    data, at, payload = path.read_bytes(), 7, b""
-    while at + 7 <= len(data):
-        if 32768 - at % 32768 < 7:
-            at += 32768 - at % 32768
-            continue
-        length, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
-        payload += data[at + 7 : at + 7 + length]
-        at += 7 + length
-        if kind in (1, 4):  # a full record, or the last part of one
-            record = wandb_internal_pb2.Record()
-            record.ParseFromString(payload)
-            payload = b""
-            yield record
 
 
 def test_lines_that_a_full_disk_refuses_wait_for_space(tmp_path, monkeypatch, capsys):

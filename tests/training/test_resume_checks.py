@@ -60,7 +60,10 @@ OTHER = {
     "replay_interval": "5",
     "log_interval": "1", "eval_interval": "5", "eval_interval_tokens": "500", "eval_tokens": "1000", "sample_prompts": "once",
     "sample_tokens": "8", "sample_temperature": "1", "sample_top_p": "0.5", "tensorboard_dir": "charts", "wandb_project": "p",
-    "wandb_exp_name": "n", "log_token_spans": "True", "peak_tflops": "100", "dry_run": "True", "world_size": ("2", "--dry-run"),
+    "wandb_exp_name": "n", "mlflow_experiment": "e", "mlflow_tracking_uri": ("http://host", "--mlflow-experiment e"),
+    "mlflow_run_name": ("n", "--mlflow-experiment e"), "prometheus_file": "run.prom", "prometheus_port": "9400",
+    "prometheus_address": "127.0.0.1", "profile": ("3-4", "--profile-nsys"), "profile_ranks": "1", "profile_shapes": "True",
+    "profile_nsys": "True", "log_token_spans": "True", "peak_tflops": "100", "dry_run": "True", "world_size": ("2", "--dry-run"),
 }  # fmt: skip
 
 

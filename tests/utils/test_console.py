@@ -15,8 +15,9 @@ from rich.text import Text
 
 from megatron_patch.cli.command_line import run_tool
 from megatron_patch.errors import DataError
-from megatron_patch.utils.console import accept_all_text, for_terminal, labeled, make_console, one_line, print_line, print_lines, visible
+from megatron_patch.utils.console import for_terminal, labeled, make_console, one_line, print_line, print_lines, visible
 from megatron_patch.utils.figures import legend_label, save_figure
+from megatron_patch.utils.spelling import accept_all_text
 from megatron_patch.utils.tables import FittingTable
 
 ROOT = Path(__file__).parent.parent.parent
@@ -158,7 +159,7 @@ def test_whatever_is_printed_goes_through_the_functions_that_are_tested_here():
     programs = [ROOT / "pretrain_gpt_patch.py", *(path for folder in ("tools", "examples") for path in (ROOT / folder).rglob("*.py"))]
     # The console itself; its callback of that name; programs that run before the package can be imported, or print only their own text; a
     # table that becomes a part of an error.
-    own = {"console.py", "__main__.py", "package_check.py", "gather_corpus.py", "compare_studies.py", "problems.py"}
+    own = {"console.py", "__main__.py", "package_check.py", "gather_corpus.py", "compare_studies.py", "problems.py", "program.py"}
     callbacks = ROOT / "megatron_patch" / "training" / "callbacks" / "__init__.py"
     for source in [*programs, *(ROOT / "megatron_patch").rglob("*.py")]:
         calls = [call for call in prints(source) if source != callbacks or not call.startswith("Console(logging.log_interval")]

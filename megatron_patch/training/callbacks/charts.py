@@ -1,21 +1,33 @@
-"""Sends the numbers of a run to a chart service (TensorBoard, Weights & Biases), over tokens and under the same names everywhere.
+"""Sends the numbers of a run to a chart service (TensorBoard, Weights & Biases, MLflow, Prometheus), under the same names everywhere.
 
-In: records. Out: named values. A service that fails must not end a run on a thousand GPUs: the failure is printed once, the service is
-tried again later, and SAVE/metrics.jsonl has the values that the chart lacks.
+In: records. Out: named values, delivered by a thread of the service (`Delivery`), for which training never waits.
 """
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Callable, Mapping
-from typing import Protocol
+from pathlib import Path
+from typing import Any
 
-from megatron_patch.errors import ConfigError
-from megatron_patch.training.callbacks.base import STEP_METRICS, Callback, EvaluationRecord, RunStart, StepRecord
+from megatron_patch.training.callbacks.base import (
+    STEP_METRICS,
+    Callback,
+    EvaluationRecord,
+    Event,
+    RunEnd,
+    RunStart,
+    SaveRecord,
+    StepRecord,
+)
+from megatron_patch.training.callbacks.delivery import Delivery, Service
 from megatron_patch.training.faults.exit_protocol import print_stderr
+from megatron_patch.utils.units import format_duration
 
 _STEP_VALUES = (*STEP_METRICS, "cost", "cost_tokens", "patch_size")
-_FIRST_PAUSE = 60.0  # seconds before a service that failed is tried again; doubled with each further failure
+PATIENCE = 20.0
+"""Seconds that a service is given to answer, each time that it is opened or closed; it delays no step."""
+_LONGEST_END = 1.5 * PATIENCE  # seconds that the end of the run waits for a service
 
 
 def named_values(record: StepRecord | EvaluationRecord) -> dict[str, float]:
@@ -37,98 +49,83 @@ def named_values(record: StepRecord | EvaluationRecord) -> dict[str, float]:
     return {loss: record.loss, **{f"train/{name}": float(value) for name, value in pairs if value is not None}}
 
 
-class ChartWriter(Protocol):
-    """A chart service; any method may raise any exception."""
-
-    name: str
-
-    def open(self, drop_after: int | None) -> None:
-        """Opens the service.
-
-        Args:
-            drop_after: number of tokens after which values of previous starts are dropped, because the run repeats them; None: nothing is
-                dropped.
-        """
-
-    def add(self, tokens: int, values: Mapping[str, float]) -> None:
-        """Adds values at a number of tokens."""
-
-    def close(self) -> None:
-        """Writes the remaining values and closes the service; does nothing if it is not open."""
-
-
 class Charts(Callback):
-    """Sends steps and evaluations to a chart service.
+    """Sends the records of a run to a service.
 
     Args:
-        writer: the service.
-        clock: returns seconds.
+        service: the service.
+        kept: the metrics file of the run, or None.
+        longest_end: the most seconds that the end of the run waits for the service.
     """
 
-    def __init__(self, writer: ChartWriter, clock: Callable[[], float] = time.monotonic) -> None:
-        self._writer, self._clock = writer, clock
-        self._missed_from: int | None = None
-        self._pause, self._retry_at = _FIRST_PAUSE, 0.0
+    def __init__(self, service: Service, kept: Path | None, longest_end: float = _LONGEST_END) -> None:
+        self._service, self._delivery, self._longest_end = service, Delivery(service, kept), longest_end
+        self._changed = threading.Condition()
+        self._ending = False
+        self._end: RunEnd | None = None
+        self._deadline = 0.0
+        self._thread: threading.Thread | None = None
 
     def on_start(self, record: RunStart) -> None:
-        """Opens the service.
-
-        Raises:
-            ConfigError: the service cannot be opened at the start of a new run.
-        """
-        try:
-            self._writer.open(record.tokens)
-        except Exception as error:
-            if record.tokens == 0:
-                raise ConfigError(
-                    f"{self._writer.name} cannot be written: {error}",
-                    "a chart service that a new run can write to",
-                    "change or omit its flag",
-                ) from error
-            self._fail(record.tokens, error)
+        """Starts the thread, which opens the service."""
+        self._delivery.begin(record)
+        self._send(record)
+        # A service that does not answer must not keep the process alive.
+        self._thread = threading.Thread(target=self._work, daemon=True, name=self._service.name)
+        self._thread.start()
 
     def on_step(self, record: StepRecord) -> None:
         """Sends a step."""
-        self._add(record)
+        self._send(record)
 
     def on_evaluation(self, record: EvaluationRecord) -> None:
         """Sends an evaluation."""
-        self._add(record)
+        self._send(record)
 
-    def _add(self, record: StepRecord | EvaluationRecord) -> None:
-        missed_from = self._missed_from
-        if missed_from is not None and self._clock() < self._retry_at:
-            return
-        try:
-            if missed_from is not None:
-                self._writer.open(None)
-            self._writer.add(record.tokens, named_values(record))
-        except Exception as error:
-            self._fail(record.tokens, error)
-            return
-        if missed_from is not None:
-            print_stderr(
-                f"{self._writer.name} can be written again; from {missed_from:,} to {record.tokens:,} tokens only metrics.jsonl has values"
-            )
-            self._missed_from = None
+    def on_save(self, record: SaveRecord) -> None:
+        """Sends a save, if the service shows saves."""
+        self._send(record)
 
-    def _fail(self, tokens: int, error: Exception) -> None:
-        if self._missed_from is None:
-            self._missed_from, self._pause = tokens, _FIRST_PAUSE
-            print_stderr(
-                f"{self._writer.name} cannot be written: {error}; training continues, metrics.jsonl has all values, and a retry follows"
-            )
-        self._retry_at = self._clock() + self._pause
-        self._pause *= 2
-        self._close(quietly=True)
+    def on_event(self, event: Event) -> None:
+        """Sends an event, if the service shows events."""
+        self._send(event)
 
-    def _close(self, quietly: bool) -> None:
-        try:
-            self._writer.close()
-        except Exception as error:
-            if not quietly:
-                print_stderr(f"{self._writer.name} cannot be written: {error}; metrics.jsonl has all values")
+    def on_end(self, record: RunEnd) -> None:
+        """Begins to close the service, at the same time as the others."""
+        self._send(record)
+        self._begin_end(record)
 
     def close(self) -> None:
-        """Closes the service."""
-        self._close(quietly=self._missed_from is not None)
+        """Waits for the service to take the last values, but not longer than `longest_end`."""
+        if self._thread is None:
+            return
+        self._begin_end(None)
+        self._thread.join(max(0.0, self._deadline - time.monotonic()))
+        if self._thread.is_alive():
+            print_stderr(
+                f"{self._service.name} did not take the last values within {format_duration(self._longest_end)}; the run ends without it"
+            )
+
+    def _send(self, record: Any) -> None:
+        if isinstance(record, self._service.records):
+            self._delivery.put(record)
+            with self._changed:
+                self._changed.notify()
+
+    def _begin_end(self, end: RunEnd | None) -> None:
+        with self._changed:
+            if not self._ending:
+                self._ending, self._end, self._deadline = True, end, time.monotonic() + self._longest_end
+            self._changed.notify()
+
+    def _work(self) -> None:
+        while not self._wait():
+            self._delivery.attempt()
+        self._delivery.finish(self._end)
+
+    def _wait(self) -> bool:
+        """Waits until there is something to do, and returns whether the run ends."""
+        with self._changed:
+            while not self._ending and (seconds := self._delivery.due()) != 0.0:
+                self._changed.wait(seconds)
+            return self._ending

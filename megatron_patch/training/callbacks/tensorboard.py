@@ -1,15 +1,18 @@
-"""Writes TensorBoard events. In: values over tokens. Out: a folder for `tensorboard --logdir`."""
+"""Writes TensorBoard events. In: steps and evaluations. Out: a folder for `tensorboard --logdir`, with values over tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 
 from megatron_patch.errors import ConfigError
+from megatron_patch.training.callbacks.base import EvaluationRecord, RunEnd, RunStart, StepRecord
+from megatron_patch.training.callbacks.charts import named_values
+from megatron_patch.training.callbacks.delivery import Timed
 
 
 class TensorBoard:
-    """A `ChartWriter` that writes a folder of TensorBoard events.
+    """A `Service` that writes a folder of TensorBoard events.
 
     Args:
         folder: path of the folder.
@@ -17,6 +20,8 @@ class TensorBoard:
     Raises:
         ConfigError: TensorBoard is not installed.
     """
+
+    records: tuple[type, ...] = (StepRecord, EvaluationRecord)
 
     def __init__(self, folder: str) -> None:
         try:
@@ -32,17 +37,23 @@ class TensorBoard:
         self._make: Any = SummaryWriter
         self._writer: Any = None
 
-    def open(self, drop_after: int | None) -> None:
-        """Opens a file in the folder; TensorBoard hides the events of older files after `drop_after` tokens."""
-        self._writer = self._make(self._folder, purge_step=None if drop_after is None else drop_after + 1)
+    def open(self, start: RunStart | None) -> None:
+        """Opens a file in the folder; TensorBoard hides the events of older files that the run repeats."""
+        self._writer = self._make(self._folder, purge_step=None if start is None else start.tokens + 1)
 
-    def add(self, tokens: int, values: Mapping[str, float]) -> None:
-        """Adds values, which a thread of TensorBoard writes."""
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, tokens)
+    def add(self, records: Sequence[Timed]) -> None:
+        """Writes the values."""
+        for timed in records:
+            for name, value in named_values(timed.record).items():
+                self._writer.add_scalar(name, value, timed.record.tokens, timed.time)
+        self._writer.flush()  # raises what its thread could not write
 
-    def close(self) -> None:
-        """Writes the remaining events and closes the file."""
+    def abandon(self) -> None:
+        """Closes the file."""
         writer, self._writer = self._writer, None
         if writer is not None:
             writer.close()
+
+    def close(self, end: RunEnd | None) -> None:
+        """Closes the file."""
+        self._writer.close()

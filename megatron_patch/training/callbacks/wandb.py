@@ -1,29 +1,28 @@
 """Sends values to Weights & Biases; a resumed run continues in the same chart.
 
-In: values over tokens. Out: a run of a W&B project. If W&B cannot be reached at the start (no login, no network), the run is written to a
-folder that `wandb sync` uploads later.
+In: steps and evaluations. Out: a run of a W&B project, with values over tokens. If W&B cannot be used at the start (no login, no network),
+the run is written to a folder that `wandb sync` uploads later.
 """
 
 from __future__ import annotations
 
 import os
-import re
-import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_patch.credentials import without_credentials
 from megatron_patch.errors import ConfigError
+from megatron_patch.exit_codes import ExitCode
+from megatron_patch.training.callbacks.base import EvaluationRecord, RunEnd, RunStart, StepRecord
+from megatron_patch.training.callbacks.charts import PATIENCE, named_values
+from megatron_patch.training.callbacks.delivery import Timed, first_line
+from megatron_patch.training.callbacks.run_ids import new_id, read_id, write_id
 from megatron_patch.training.faults.exit_protocol import print_stderr
-from megatron_patch.utils.files import make_folder, read_small, write_durably
-
-_ID = re.compile("[A-Za-z0-9_-]{1,64}")
-_LONGEST_ID = 1000
 
 
 class WeightsAndBiases:
-    """A `ChartWriter` that logs to a run of a W&B project.
+    """A `Service` that logs to a run of a W&B project.
 
     Args:
         project: name of the project.
@@ -31,12 +30,16 @@ class WeightsAndBiases:
         save: the run's folder (--save), which keeps the W&B run id and, unless WANDB_DIR is set, W&B's files; None: every start is a new
             W&B run.
         config: values shown with the run.
+        patience: seconds for W&B's server to answer, to start the run, and to take the last values.
 
     Raises:
         ConfigError: the package wandb is not installed.
     """
 
-    def __init__(self, project: str, name: str | None, save: Path | None, config: Mapping[str, Any]) -> None:
+    name = "Weights & Biases"
+    records: tuple[type, ...] = (StepRecord, EvaluationRecord)
+
+    def __init__(self, project: str, name: str | None, save: Path | None, config: Mapping[str, Any], patience: float = PATIENCE) -> None:
         try:
             import wandb
         except ImportError as error:
@@ -45,46 +48,88 @@ class WeightsAndBiases:
                 "an environment with the package wandb",
                 "pip install 'megatron_patch[wandb]'",
             ) from error
-        self.name = "Weights & Biases"
         self._wandb: Any = wandb
-        self._settings: dict[str, Any] = {"project": project, "name": name, "config": dict(config)}
+        self._arguments: dict[str, Any] = {"project": project, "name": name, "config": dict(config)}
         if save is not None and "WANDB_DIR" not in os.environ:
-            self._settings["dir"] = str(save)
-        self._save = save
+            self._arguments["dir"] = str(save)
+        self._save, self._patience = save, patience
         self._run: Any = None
 
     def _run_id(self) -> str:
         if self._save is None:
-            return uuid.uuid4().hex[:12]
+            return new_id()
         path = self._save / "wandb_run_id"
-        try:
-            # The id becomes part of addresses and paths.
-            if _ID.fullmatch(found := read_small(path, _LONGEST_ID).decode().strip()):
-                return found
-        except (OSError, ValueError):
-            make_folder(path.parent)
-        write_durably(path, (made := uuid.uuid4().hex[:12]) + "\n")
-        return made
+        if (run_id := read_id(path)) is None:
+            write_id(path, run_id := new_id())
+        return run_id
 
-    def open(self, drop_after: int | None) -> None:
-        """Opens the run, or resumes it if the run's folder has its id; offline if W&B cannot be reached. W&B cannot drop values."""
-        run_id = self._run_id()
+    def _unusable(self) -> str | None:
+        """Returns why W&B's server cannot be used, or None; without this check, `wandb.init` asks for a login or tries for minutes."""
+        import requests
+
+        settings = self._wandb.setup().settings
+        if settings.mode not in ("online", "shared"):
+            return None
+        server = without_credentials(settings.base_url)
+        proxies = {"http": settings.http_proxy, "https": settings.https_proxy}
         try:
-            self._run = self._wandb.init(id=run_id, resume="allow", **self._settings)
-        except self._wandb.Error as error:
-            self._run = self._wandb.init(id=run_id, mode="offline", **self._settings)
-            reason = without_credentials(str(error)).splitlines()[0].rstrip(".")
-            folder = Path(self._run.dir).parent
-            print_stderr(f"{self.name} cannot be reached: {reason}; the run is logged to a folder, which this uploads: wandb sync {folder}")
+            # Whatever the server answers, wandb decides what it means.
+            requests.head(settings.base_url, timeout=self._patience, proxies={kind: proxy for kind, proxy in proxies.items() if proxy})
+        except requests.exceptions.SSLError:
+            pass
+        except requests.exceptions.Timeout:
+            return f"{server} does not answer within {self._patience:g} s"
+        except requests.exceptions.ConnectionError:
+            return f"there is no connection to {server}"
+        # With a run in this process wandb has a login.
+        if self._wandb.run is None and not self._wandb.login(prompt=False, verify=False):
+            return "there is no login (wandb login, or WANDB_API_KEY)"
+        return None
+
+    def open(self, start: RunStart | None) -> None:
+        """Opens the run, or resumes it if the run's folder has its id; offline if W&B cannot be used. W&B cannot drop values."""
+        run_id = self._run_id()
+        limits = {"finish_timeout": self._patience, "finish_timeout_raises": True}
+        if "WANDB_INIT_TIMEOUT" not in os.environ:
+            limits["init_timeout"] = self._patience
+        settings = self._wandb.Settings(**limits)
+        if (reason := self._unusable()) is None:
+            try:
+                self._run = self._wandb.init(id=run_id, resume="allow", settings=settings, **self._arguments)
+            except Exception as error:
+                reason = first_line(error)
+                self.abandon()
+        if reason is not None:
+            self._run = self._wandb.init(id=run_id, mode="offline", settings=settings, **self._arguments)
+            print_stderr(
+                f"{self.name} cannot be used: {reason}; training continues, and the run is logged to a folder, "
+                f"which this uploads: wandb sync {self._folder}"
+            )
         self._run.define_metric("tokens")
         self._run.define_metric("*", step_metric="tokens")
 
-    def add(self, tokens: int, values: Mapping[str, float]) -> None:
-        """Logs values; a process of wandb uploads them and retries if the network fails."""
-        self._run.log({"tokens": tokens, **values})
+    @property
+    def _folder(self) -> Path:
+        return Path(self._run.dir).parent
 
-    def close(self) -> None:
-        """Finishes the run."""
-        run, self._run = self._run, None
-        if run is not None:
-            run.finish()
+    def add(self, records: Sequence[Timed]) -> None:
+        """Logs the values; a process of wandb uploads them and retries if the network fails."""
+        for timed in records:
+            self._run.log({"tokens": timed.record.tokens, **named_values(timed.record)})
+
+    def abandon(self) -> None:
+        """Ends wandb's process, which otherwise refuses the id of the run."""
+        self._run = None
+        self._wandb.teardown()
+
+    def close(self, end: RunEnd | None) -> None:
+        """Finishes the run.
+
+        Raises:
+            RuntimeError: W&B's server does not take the last values.
+        """
+        try:
+            self._run.finish(exit_code=ExitCode.DONE if end is not None else ExitCode.INTERNAL)
+        except TimeoutError as error:
+            folder = self._folder
+            raise RuntimeError(f"the server did not take them within {self._patience:g} s; wandb sync {folder} uploads them") from error

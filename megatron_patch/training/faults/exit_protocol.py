@@ -70,25 +70,43 @@ def report_error(error: BaseException, rank: int, local_rank: int, save: Path | 
         The exit code of the rank that failed first.
     """
     # A file may be missing on some nodes only; rank 0 reports its own error of the data below, also to events.jsonl.
-    if isinstance(error, (ConfigError, DataError)) and not _joined() and (rank != 0 or isinstance(error, ConfigError)):
+    if isinstance(error, (ConfigError, DataError)) and not joined() and (rank != 0 or isinstance(error, ConfigError)):
         return _report_before_joining(error, rank, local_rank)
+    local = _report_of_error(error, rank)
+    report = _report_once(local, save)
+    if report.rank != rank:
+        if report.message != local.message:
+            last = without_credentials(str(error)).strip().splitlines()
+            print_stderr(f"rank {rank} exits after rank {report.rank}: {type(error).__name__}: {last[0] if last else ''}")
+        if report.code == ExitCode.HANG and save is not None:
+            write_stacks(save, rank, local.message)
+    return ExitCode(report.code)
+
+
+def record_error(error: BaseException, rank: int, save: Path | None) -> None:
+    """Does what `report_error` does for a caller that raises the error: writes it to events.jsonl and lets peers know.
+
+    Prints it only if there are peers, whose own errors explain little.
+
+    Args:
+        error: the error that ended this rank, which has joined the job.
+        rank: this rank.
+        save: the run's folder, or None.
+    """
+    _report_once(_report_of_error(error, rank), save, alone=int(os.environ.get("WORLD_SIZE", "1")) == 1)
+
+
+def _report_of_error(error: BaseException, rank: int) -> ExitReport:
     if isinstance(error, MegatronPatchError):
         code, message = error.exit_code, str(error)
     elif isinstance(error, KeyboardInterrupt):
         code, message = ExitCode.INTERRUPTED, "interrupted a second time"
     else:
         code, message = ExitCode.INTERNAL, without_credentials("".join(traceback.format_exception(error)).rstrip())
-    report = _report_once(_local_report(type(error).__name__, message, code, rank), save)
-    if report.rank != rank:
-        if report.message != message:
-            last = without_credentials(str(error)).strip().splitlines()
-            print_stderr(f"rank {rank} exits after rank {report.rank}: {type(error).__name__}: {last[0] if last else ''}")
-        if report.code == ExitCode.HANG and save is not None:
-            write_stacks(save, rank, message)
-    return ExitCode(report.code)
+    return _local_report(type(error).__name__, message, code, rank)
 
 
-def _joined() -> bool:
+def joined() -> bool:
     """Returns whether this rank has joined the job."""
     if "torch" not in sys.modules:
         return False
@@ -176,8 +194,10 @@ def _local_report(reason: str, message: str, code: ExitCode, rank: int) -> ExitR
     return ExitReport(reason, message, code, rank, socket.gethostname(), round(time.time(), 3))
 
 
-def _report_once(local: ExitReport, save: Path | None) -> ExitReport:
+def _report_once(local: ExitReport, save: Path | None, alone: bool = False) -> ExitReport:
     """Publishes this rank's report unless a peer published one before, and returns the report that was published first.
+
+    Prints it, too, unless it is `alone` in writing it.
 
     If the store cannot be reached and events.jsonl has no report either, each rank publishes its own. The same holds before torch is
     imported, when ranks do not know each other and a file may be missing on only one node.
@@ -201,7 +221,7 @@ def _report_once(local: ExitReport, save: Path | None) -> ExitReport:
             except OSError as error:
                 print_stderr(f"cannot write {save / EVENTS}: {error}")
                 written = False
-    if report == local:
+    if report == local and not alone:
         where = f"rank {local.rank} on {local.host}: " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
         kind = "" if local.code in (ExitCode.INTERNAL, ExitCode.HANG) else f"{local.reason}: "
         print_stderr(f"{where}{kind}{local.message}")
