@@ -166,6 +166,19 @@ def test_whatever_is_printed_goes_through_the_functions_that_are_tested_here():
         assert not calls or source.name in own, f"{source}: {calls}"
 
 
+def test_no_text_is_markup_in_any_program():
+    """Neither `rich.markup`, nor a console of the benchmarks on which brackets are markup."""
+    for source in [
+        *(ROOT / "megatron_patch").rglob("*.py"),
+        *(path for name in ("tools", "examples", "benchmarks") for path in (ROOT / name).rglob("*.py")),
+    ]:
+        text = source.read_text()
+        assert "rich.markup" not in text and "from_markup" not in text, source
+        calls = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call) and ast.unparse(node.func) == "Console"]
+        named = "from rich.console import Console\n" in text or "from rich.console import Console," in text
+        assert not named or all("markup=False" in ast.unparse(call) for call in calls), source
+
+
 @pytest.mark.parametrize("terminal", [True, False])
 def test_generated_text_is_changed_for_terminals_only(monkeypatch, terminal):
     monkeypatch.setattr(sys, "stdout", Terminal() if terminal else io.StringIO())
