@@ -248,13 +248,14 @@ def _in_file(name: str, value: Any, source: str) -> Given:
     return Given(key, tuple(str(value).split()) if name in _BLENDS else (str(value),), source)
 
 
-def missing_options(reading: Reading) -> list[ConfigError]:
-    """Returns the error for required options that were not given, if there are some."""
+def missing_options(reading: Reading) -> list[Problem]:
+    """Returns the problem of required options that were not given, if there are some."""
     missing = [f"--{key_of(name)}" for name in REQUIRED if name not in reading.values and name not in reading.wrong]
     if not missing:
         return []
     allowed = f"{', '.join(f'--{key_of(name)}' for name in REQUIRED)}, which have no defaults"
-    return [ConfigError(f"{' and '.join(missing)} missing", allowed, "give them as flags or in a --config FILE")]
+    error = ConfigError(f"{' and '.join(missing)} missing", allowed, "give them as flags or in a --config FILE")
+    return [Problem(", ".join(missing), "missing; there is no default", error.do or "", error)]
 
 
 def make_options(values: Mapping[str, Any]) -> Options:

@@ -183,9 +183,7 @@ LONG_TAIL: tuple[MegatronFlag, ...] = (
         "belongs to multi-latent attention",
         "multi-latent-attention",
     ),
-    *rows(
-        _ELSE, "mtp-num-layers", LM, _OTHER, "there are no further layers for several tokens; patches predict several", "--patch-size", "0"
-    ),
+    *rows(_ELSE, "mtp-num-layers", LM, _OTHER, "there are no further layers that predict later tokens", "", "0"),
     *rows(_ELSE, "mtp-loss-scaling-factor", LM, _DETAIL, "belongs to multi-token prediction", "mtp-num-layers"),
     *rows(_ELSE, "is-hybrid-model/0 hybrid-override-pattern", LM, _OTHER, "there are no Mamba layers"),
     *rows(_ELSE, "hybrid-attention-ratio hybrid-mlp-ratio", LM, _OTHER, "there are no Mamba layers", "", "0"),
