@@ -208,8 +208,12 @@ def check_parallel(options: EngineOptions, ranks: int) -> None:
         )
 
 
-def check_options(options: Options) -> None:
+def check_options(options: Options, ranks: int) -> None:
     """Checks the options that can be checked without a plan and without data.
+
+    Args:
+        options: the options.
+        ranks: number of ranks of the job.
 
     Raises:
         ConfigError: an option is not valid, or two contradict each other.
@@ -219,6 +223,7 @@ def check_options(options: Options) -> None:
     _check_checkpoints(options)
     _check_packages(options)
     _check_trackers(options)
+    _check_profile(options, ranks)
     logging = options.logging
     if logging.eval_interval is not None and logging.eval_interval_tokens is not None:
         raise _only_one("--eval-interval", "--eval-interval-tokens")
@@ -323,11 +328,19 @@ def _check_trackers(options: Options) -> None:
             "a name that ends in .prom, because node_exporter reads no others",
             "give --prometheus-file FOLDER/NAME.prom",
         )
+
+
+def _check_profile(options: Options, ranks: int) -> None:
+    logging = options.logging
     if logging.profile is None:
         return
     parse_steps(logging.profile, "--profile")
     if options.checkpoint.save is None and not logging.dry_run and not logging.profile_nsys:
         raise ConfigError("--profile without --save", "--save FOLDER", "give --save FOLDER, or remove --profile")
+    if outside := [rank for rank in logging.profile_ranks if not 0 <= rank < ranks]:
+        raise ConfigError(
+            f"--profile-ranks {outside[0]} with {plural(ranks, 'rank')}", f"ranks from 0 to {ranks - 1}", "give ranks that exist"
+        )
 
 
 def check_plan(options: Options, plan: StagePlan) -> None:

@@ -228,7 +228,7 @@ def resolve(parsed: ParsedOptions, ranks: int) -> RunConfig:
     options = parsed.options
     notes: list[str] = []
     check_numbers(options)
-    check_options(options)
+    check_options(options, ranks)
     check_parallel(options.engine, ranks)
     data_parallel_size = ranks // (options.engine.tensor_model_parallel_size * options.engine.pipeline_model_parallel_size)
     blend = parse_blend(options.data.data_path)
