@@ -15,7 +15,7 @@ import torch
 
 from megatron_patch.engine.ranges import PREFIX
 from megatron_patch.training.callbacks.base import Callback, RunEnd, RunStart, StepRecord
-from megatron_patch.training.callbacks.delivery import first_line
+from megatron_patch.training.callbacks.servers import why
 from megatron_patch.training.faults.exit_protocol import print_stderr
 from megatron_patch.utils.console import print_line, shortened
 from megatron_patch.utils.units import plural
@@ -184,4 +184,4 @@ class Profiler(Callback):
             action(step)
         except Exception as error:
             self._done = True
-            print_stderr(f"--profile {self._first}-{self._last} records nothing: {first_line(error)}; training continues")
+            print_stderr(f"--profile {self._first}-{self._last} records nothing: {why(error)}; training continues")
