@@ -8,10 +8,9 @@ stable ABI. `torch.utils.cpp_extension` is not used, because it rejects CUDA sou
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -24,10 +23,13 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from build_backend import OLDEST_TORCH, find_torch
 
 # The libraries use only what torch 2.11 has, so that they load in it and in every later version.
 TORCH_TARGET = "0x020b000000000000"
-OLDEST_TORCH = (2, 11)
 
 
 ARCHITECTURES = "80;90;100"
@@ -89,13 +91,13 @@ def compiler() -> list[str]:
 
 def torch_folder() -> Path:
     """Returns the folder where torch is installed, without importing it."""
-    found = importlib.util.find_spec("torch")
-    if found is None or found.origin is None:
-        raise CannotBuild("torch is not installed in the build environment; install it first, then use pip's --no-build-isolation")
-    version = importlib.metadata.version("torch")
+    found = find_torch()
+    if found is None:
+        raise CannotBuild("torch is not installed; install it first, then install this package again")
+    folder, version = found
     if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TORCH:
         raise CannotBuild(f"torch {version} is too old; install torch {'.'.join(map(str, OLDEST_TORCH))} or later")
-    return Path(found.origin).parent
+    return folder
 
 
 def torch_cuda() -> str | None:
@@ -259,10 +261,23 @@ class BuildLibraries(build_ext):
         return [path for path in super().get_outputs() if Path(path).exists()]
 
 
+class BuildPackage(build_py):
+    """Puts example configurations, templates for Slurm and constraints.txt into the package's folder `share` of a wheel."""
+
+    def _get_data_files(self) -> list[tuple[str, str, str, list[str]]]:
+        found: list[tuple[str, str, str, list[str]]] = super()._get_data_files()
+        if not self.editable_mode:
+            root = Path(__file__).resolve().parent
+            for name in runpy.run_path(str(root / "megatron_patch" / "programs.py"))["shipped_files"](root):
+                folder = str(Path(name).parent)
+                found.append(("megatron_patch", folder, str(Path(self.build_lib, "megatron_patch", "share", folder)), [Path(name).name]))
+        return found
+
+
 setup(
     ext_modules=[
         Extension(f"megatron_patch.{library.name}", list(library.sources), depends=list(library.headers), optional=True)
         for library in LIBRARIES
     ],
-    cmdclass={"build_ext": BuildLibraries},
+    cmdclass={"build_ext": BuildLibraries, "build_py": BuildPackage},
 )

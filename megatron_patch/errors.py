@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from megatron_patch.credentials import without_credentials
 from megatron_patch.exit_codes import ExitCode
 
@@ -26,7 +28,8 @@ class MegatronPatchError(Exception):
             parts.append(f"Allowed: {self.allowed}")
         if self.do:
             parts.append(f"What to do: {self.do}")
-        super().__init__("\n  ".join(parts))
+        # Further lines of a part are indented, so that no name with a line end begins a line of a log.
+        super().__init__("\n  ".join(re.sub(r"\n(?! )", "\n    ", part) for part in parts))
 
     def __reduce__(self) -> tuple[type, tuple[str, str | None, str | None]]:
         return type(self), (self.what, self.allowed, self.do)
@@ -48,6 +51,12 @@ class CheckpointError(MegatronPatchError):
     """A checkpoint is missing, incomplete, damaged, or belongs to another model, plan or corpus."""
 
     exit_code = ExitCode.CHECKPOINT
+
+
+class DoesNotFitError(MegatronPatchError):
+    """A planned run needs more memory than the devices have."""
+
+    exit_code = ExitCode.DOES_NOT_FIT
 
 
 class SickTrainingError(MegatronPatchError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.machinery
 import os
 import re
 import shutil
@@ -18,7 +19,9 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
+import build_backend
 import megatron_patch
+from megatron_patch.programs import shipped_files
 
 ROOT = Path(__file__).parent.parent
 needs_compiler = pytest.mark.skipif(
@@ -30,11 +33,20 @@ NOTE = "The plain formulas are used instead"
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
     """Copies the files that a build reads, without the results of earlier builds."""
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "csrc"):
-        source = ROOT / name
-        shutil.copytree(source, tmp_path / name) if source.is_dir() else shutil.copy(source, tmp_path / name)
-    shutil.copytree(ROOT / "megatron_patch", tmp_path / "megatron_patch", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    copy_checkout(tmp_path)
     return tmp_path
+
+
+def copy_checkout(folder: Path) -> None:
+    """Copies the files that a build reads into an existing folder."""
+    names = ("setup.py", "build_backend.py", "MANIFEST.in", "pyproject.toml", "constraints.txt", "README.md", "LICENSE", "csrc", "examples")
+    for name in names:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source, folder / name)
+    shutil.copytree(ROOT / "megatron_patch", folder / "megatron_patch", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
 
 
 def python(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -181,7 +193,11 @@ def test_a_wheel_holds_the_package_its_licence_and_what_could_be_built(checkout,
         names = set(archive.namelist())
     assert ("megatron_patch/_C.so" in names) == compiled
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "megatron_patch").rglob("*.py")}
-    assert modules | {"megatron_patch/py.typed"} <= names
+    others = {"py.typed", "reporting/report.html", "reporting/report.css", "reporting/report.js"}
+    others |= {f"share/{name}" for name in shipped_files(ROOT)}
+    assert {"share/constraints.txt", "share/examples/configs/llama_70b.yaml", "share/examples/slurm/one_node.sbatch"} <= others
+    assert modules | {f"megatron_patch/{name}" for name in others} <= names
+    assert any(name.endswith("/entry_points.txt") for name in names)
     assert {name.split("/")[0] for name in names} == {"megatron_patch", f"megatron_patch-{megatron_patch.__version__}.dist-info"}
     assert any(name.endswith("/LICENSE") for name in names)
 
@@ -190,7 +206,24 @@ def test_a_source_distribution_holds_all_that_a_build_reads(checkout):
     with tarfile.open(hook(checkout, "build_sdist")) as archive:
         names = {name.split("/", 1)[-1] for name in archive.getnames()}
     sources = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.is_file()}
-    assert sources | {"setup.py", "pyproject.toml", "LICENSE", "README.md", "megatron_patch/py.typed"} <= names
+    files = {"setup.py", "build_backend.py", "pyproject.toml", "LICENSE", "README.md", "megatron_patch/py.typed"}
+    assert sources | files | set(shipped_files(ROOT)) <= names
+
+
+def test_torch_is_a_build_requirement_only_where_the_environment_has_none(monkeypatch):
+    assert build_backend._torch() == []
+    monkeypatch.setattr(build_backend, "find_torch", lambda: (Path("torch"), "2.9.1"))
+    assert build_backend._torch() == ["torch>=2.11"]
+    monkeypatch.undo()
+    monkeypatch.setattr(build_backend.importlib.machinery.PathFinder, "find_spec", lambda name, folders=None: None)
+    assert build_backend.find_torch() is None and build_backend._torch() == ["torch>=2.11"]
+
+
+def test_an_isolated_build_finds_the_torch_of_the_environment(monkeypatch):
+    """pip's environment for builds leaves the environment's folder out of `sys.path`."""
+    monkeypatch.setattr(sys, "path", [folder for folder in sys.path if not folder.endswith("-packages")])
+    assert importlib.machinery.PathFinder.find_spec("torch") is None
+    assert build_backend.find_torch() == (Path(torch.__file__).parent, str(torch.__version__))
 
 
 def pins(python_version: str) -> dict[str, str]:

@@ -9,17 +9,20 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "megatron_patch"
 FLOORS = [  # from the ground up
+    {"programs"},
     {"exit_codes", "credentials"},
     {"errors"},
     {"utils"},
+    {"requirements"},
     {"stages", "tokenizers", "parallel", "ops", "raw_text", "checkpoint"},
     {"model", "data"},
     {"preprocess", "config", "evaluation"},
     {"engine"},
     {"planning", "convert"},
     {"training"},
-    {"reporting"},
+    {"reporting", "replication"},
     {"cli"},
+    {"api", "__main__", "pretrain"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 

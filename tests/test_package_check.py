@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tools.package_check import REQUIREMENTS, missing_requirements
+from megatron_patch import programs, requirements
+from megatron_patch.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent
 PROGRAMS = [*sorted(path.name for path in (ROOT / "tools").glob("*.py") if path.name != "package_check.py")]
@@ -66,22 +67,62 @@ def test_a_python_without_the_requirements_gets_one_sentence():
     command = [sys.executable, "-S", "pretrain_gpt_patch.py", "--help"]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 2 and len(result.stderr.splitlines()) == 1
+    assert result.returncode == 2 and len(result.stderr.splitlines()) == 3
     assert sys.executable in result.stderr and "tyro" in result.stderr and "source .venv/bin/activate" in result.stderr
 
 
-def test_the_sentence_names_what_is_missing_and_what_to_run(tmp_path):
-    assert missing_requirements(tmp_path) is None
-    said = missing_requirements(tmp_path, ("sys", "no_such_module"))
-    assert "(no_such_module)" in said and "run `make venv`, then `source" in said
+def test_the_error_names_what_is_missing_and_what_to_run(tmp_path, monkeypatch):
+    assert requirements.check_required() is None
+    for name in ("pretrain_gpt_patch.py", "tools/package_check.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    for module in (programs, requirements):
+        monkeypatch.setattr(module, "HOME", tmp_path)
+    monkeypatch.setitem(requirements.REQUIRED, "no_such_module", "no-such-package")
+    said = requirements.check_required(("sys", "no_such_module"))
+    assert said.what.endswith("lacks 1 required package: no-such-package")
+    assert said.do == f"in {tmp_path}, run `make venv`, then `source .venv/bin/activate`; without make: pip install -e '.[train]'"
     (tmp_path / ".venv" / "bin").mkdir(parents=True)
     (tmp_path / ".venv" / "bin" / "python").touch()
-    assert "run `source .venv/bin/activate`" in missing_requirements(tmp_path, ("no_such_module",))
+    assert requirements.check_required(("no_such_module",)).do == f"in {tmp_path}, run `source .venv/bin/activate`"
+    (tmp_path / "pretrain_gpt_patch.py").unlink()
+    assert requirements.check_required(("no_such_module",)).do == f"run {sys.executable} -m pip install megatron_patch"
 
 
-def test_the_modules_are_those_of_the_packages_that_the_project_requires():
-    listed = (ROOT / "pyproject.toml").read_text().split("\ndependencies = [")[1].split("\n]")[0]
-    packages = re.findall(r'^  "([\w-]+)', listed, re.MULTILINE)
+def test_a_missing_optional_package_is_an_error_in_three_parts(monkeypatch):
+    monkeypatch.setattr(requirements, "is_missing", lambda module: module in ("deepspeed", "torch"))
+    constraints = f"-c {ROOT / 'constraints.txt'}"
+    with pytest.raises(ConfigError) as error:
+        requirements.require("deepspeed", "training")
+    assert str(error.value).splitlines() == [
+        "training needs DeepSpeed, which is not installed",
+        "  Allowed: an installation with the extra [train]",
+        f"  What to do: install torch first; then run pip install {constraints} 'megatron_patch[train]'",
+    ]
+    with pytest.raises(ConfigError, match="this command needs DeepSpeed"), requirements.explained_imports():
+        raise ModuleNotFoundError("No module named 'deepspeed.ops'", name="deepspeed.ops")
+    with pytest.raises(ConfigError, match="lacks 1 required package: torch"), requirements.explained_imports():
+        raise ModuleNotFoundError("No module named 'torch'", name="torch")
+    # A package that is there but lacks a module of its own is another problem, which keeps its traceback.
+    with pytest.raises(ModuleNotFoundError), requirements.explained_imports():
+        raise ModuleNotFoundError("No module named 'rich.x'", name="rich.x")
+    requirements.require("rich", "this")
+
+
+def test_the_modules_are_those_of_the_packages_that_the_project_names():
+    """`requirements` is the one list of the programs; here it is held to pyproject.toml."""
+    project = (ROOT / "pyproject.toml").read_text()
+    packages = re.findall(r'^  "([\w-]+)', project.split("\ndependencies = [")[1].split("\n]")[0], re.MULTILINE)
+    assert {name.lower() for name in packages} == set(requirements.REQUIRED.values())
     providers = importlib.metadata.packages_distributions()
-    assert {name.lower() for module in REQUIREMENTS for name in providers[module]} >= {name.lower() for name in packages}
-    assert len(REQUIREMENTS) == len(packages)
+    for module, package in requirements.REQUIRED.items():
+        assert package in {name.lower() for name in providers[module]}
+    extras = dict(
+        re.findall(r"^(\w+) = \[(.*?)\]", project.split("[project.optional-dependencies]\n")[1].split("\ndocs =")[0], re.MULTILINE)
+    )
+    for module, extra in requirements.EXTRAS.items():
+        listed = {name.lower().replace("-", "_") for name in re.findall(r'"([\w-]+)', extras[extra])}
+        assert listed & {name.lower().replace("-", "_") for name in providers[module]}, module
+    assert set(extras) == set(requirements.EXTRAS.values())
+    everything = re.search(r'"megatron_patch\[(.*?)\]"', project).group(1).split(",")
+    assert set(everything) == {*extras, "docs"}

@@ -2,34 +2,16 @@
 
 Alibaba's Pai-Megatron-Patch also has a Python package called megatron_patch, and Python imports whichever comes first on the path. The
 Python of a new shell lacks the requirements until the virtual environment is activated. Both would end in a traceback from an inner import.
-This file looks modules up without importing them, so no foreign code runs.
+This file looks the package up before it imports any of it, so no foreign code runs.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 _OURS = ("stages.py", "training/pretrain.py", "ops/plain.py")
-REQUIREMENTS = (
-    "torch",
-    "deepspeed",
-    "numpy",
-    "tyro",
-    "rich",
-    "yaml",
-    "orjson",
-    "tokenizers",
-    "fastokens",
-    "sentencepiece",
-    "zstandard",
-    "xxhash",
-    "safetensors",
-    "matplotlib",
-)
-"""Modules of the packages that pyproject.toml requires."""
 
 
 def wrong_package(home: Path) -> str | None:
@@ -50,23 +32,17 @@ def wrong_package(home: Path) -> str | None:
     )
 
 
-def missing_requirements(home: Path, modules: Sequence[str] = REQUIREMENTS) -> str | None:
-    """Returns one sentence that names this Python, the modules that it lacks and the command to run; None if it has all of them.
+def _problem() -> str | None:
+    wrong = wrong_package(Path(__file__).resolve().parent.parent)
+    if wrong is not None:
+        return wrong
+    from megatron_patch.requirements import check_required
 
-    Args:
-        home: the checkout that this program belongs to.
-        modules: names of top-level modules.
-    """
-    missing = [name for name in modules if importlib.util.find_spec(name) is None]
-    if not missing:
-        return None
-    activate = "`source .venv/bin/activate`"
-    do = activate if (home / ".venv" / "bin" / "python").exists() else f"`make venv`, then {activate}"
-    return f"ConfigError: {sys.executable} lacks required packages ({', '.join(missing)}): in {home}, run {do}"
+    error = check_required()
+    return None if error is None else f"{type(error).__name__}: {error}"
 
 
-_home = Path(__file__).resolve().parent.parent
-_error = wrong_package(_home) or missing_requirements(_home)
+_error = _problem()
 if _error is not None:
     print(_error, file=sys.stderr)
     sys.exit(2)

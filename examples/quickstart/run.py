@@ -3,9 +3,9 @@
 
 `make quickstart` calls this script. It gathers a corpus from Python's
 standard library, trains a tokenizer, preprocesses the corpus, pretrains both
-stages with the `deepspeed` launcher, evaluates, generates and plots. It
-prints each command before it runs. Finished steps are skipped, and a stopped
-run resumes.
+stages with the `deepspeed` launcher, evaluates, generates, plots and writes a
+report. It prints each command before it runs. Finished steps are skipped, and
+a stopped run resumes.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from megatron_patch.training.callbacks.metrics import read_metrics
 from megatron_patch.utils.console import labeled, make_console
+from megatron_patch.utils.tables import FittingTable
 from megatron_patch.utils.units import format_count, format_duration
 
 ROOT = Path(__file__).parent.parent.parent
@@ -199,30 +199,33 @@ def stage_rows(save: Path) -> list[tuple[str, ...]]:
 COLUMNS = ("stage", "K", "tokens", "steps", "training loss at K", "held-out loss at K = 1", "tokens/s", "cost", "time")
 
 
-def report(console: Console, runs: Sequence[tuple[str, Path]], evaluation: dict[str, Any], sample: str, plot: Path) -> None:
+def report(console: Console, runs: Sequence[tuple[str, Path]], evaluation: dict[str, Any], sample: str, plot: Path, page: Path) -> None:
     """Prints the results and what to do next."""
-    console.print("\nReport", style="bold")
+    console.print("\nResults", style="bold")
     for label, save in runs:
-        table = Table(title=label, title_justify="left", header_style="bold")
-        for column in COLUMNS:
-            table.add_column(column, justify="left" if column == "stage" else "right")
+        table = FittingTable(label, COLUMNS, left=("stage",))
         rows = stage_rows(save)
         for row in rows[:-1]:
             table.add_row(*row)
         table.add_section()
         table.add_row(*rows[-1])
         console.print(table)
+    last = records(runs[0][1], "evaluation")[-1]
     console.print(
-        f"held-out token loss {evaluation['loss']:.4f} nats per token, perplexity {evaluation['perplexity']:.2f}, "
-        f"on {evaluation['tokens']:,} tokens"
+        f"The final model has two held-out losses, both in nats per token at K = 1. During training, it was {last['token_loss']:.3f} on "
+        f"{last['eval_tokens']:,} tokens, a part of the held-out text that is small enough to be evaluated often: that is the loss of the "
+        f"table and the plot. The evaluation after training read all of it: loss {evaluation['loss']:.4f}, perplexity "
+        f"{evaluation['perplexity']:.2f}, on {evaluation['tokens']:,} tokens. Report this one."
     )
     if len(runs) > 1:
         console.print(compare(runs))
-    console.print(labeled("\nSample", f"after {PROMPT!r}:"))
+    console.print()
+    console.print(labeled("Sample", f"after {PROMPT!r}:"))
     console.print(sample.rstrip("\n"))
     save = runs[0][1]
+    newest = f"{_short(str(save))}/{(save / 'latest').read_text().strip()}"
     console.print(
-        f"\nplot        {_short(str(plot))}\ncheckpoint  {_short(str(save))}/{(save / 'latest').read_text().strip()}\n"
+        f"\nreport      {_short(str(page))} (open it in a browser)\nplot        {_short(str(plot))}\ncheckpoint  {newest}\n"
         f"metrics     {_short(str(save / 'metrics.jsonl'))}\n"
     )
     console.print("Next", style="bold")
@@ -286,7 +289,9 @@ def main() -> int:
     plot = folders.home / "loss.png"
     labels = [label for label, _ in runs]
     steps.run("Plot", sys.executable, "tools/plot.py", *(save for _, save in runs), "--labels", *labels, "--output", plot)
-    report(console, runs, json.loads(evaluated.strip().splitlines()[-1]), sample, plot)
+    page = folders.home / "report.html"
+    steps.run("Report", sys.executable, "tools/report.py", *(save for _, save in runs), "--labels", *labels, "--output", page)
+    report(console, runs, json.loads(evaluated.strip().splitlines()[-1]), sample, plot, page)
     console.print(f"finished in {format_duration(time.monotonic() - started)}")
     return 0
 

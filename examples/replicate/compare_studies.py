@@ -1,44 +1,16 @@
 #!/usr/bin/env python
-"""Compares studies in one table and one plot: gain at equal cost, by steps.
-
-python examples/replicate/compare_studies.py runs/small-1M runs/small-3M \\
-    --output runs/comparison
-"""
+"""Compares studies in one table and one plot: `python examples/replicate/compare_studies.py --help`."""
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
-from comparison import comparison_markdown, plot_comparison, read_study
-from publish import publish
-from results import COLORS
+sys.path.append(str(Path(__file__).resolve().parent.parent.parent / "tools"))
+import package_check  # noqa: F401 - before the package itself
 
-from megatron_patch.cli.command_line import ArgumentParser, run_tool
-from megatron_patch.utils.files import write_durably
-
-
-def main(argv: list[str]) -> None:
-    """Reads the studies, and writes and prints the comparison."""
-    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("studies", nargs="+", type=Path, help="output folders of studies")
-    parser.add_argument("--output", type=Path, required=True, help="folder that receives comparison.md and comparison.png")
-    parser.add_argument(
-        "--docs", type=Path, help="Markdown file that receives the table between <!-- comparison --> and <!-- end of comparison -->"
-    )
-    args = parser.parse_args(argv)
-    studies = sorted((read_study(folder) for folder in args.studies), key=lambda study: (study.steps, study.budget))
-    args.output.mkdir(parents=True, exist_ok=True)
-    plot_comparison(
-        args.output / "comparison.png", studies, COLORS[2:] + COLORS[:2]
-    )  # in the other plots the first two, greys, are the baselines
-    text = comparison_markdown(studies, "comparison.png")
-    write_durably(args.output / "comparison.md", text)
-    if args.docs:
-        publish(args.docs, "comparison", text, {"comparison.png": args.output / "comparison.png"})
-    print(text)
-
+from megatron_patch.cli.command_line import run_tool
+from megatron_patch.cli.compare_studies import main
 
 if __name__ == "__main__":
     sys.exit(run_tool(main))

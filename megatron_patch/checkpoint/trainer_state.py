@@ -58,6 +58,7 @@ class TrainerState:
         imported_from: path that converted weights came from, or None.
         special_ids: `bos_token_id` and `eos_token_id` of converted weights, or None.
         held_out: the corpora that the run has evaluated so far; empty in checkpoints of earlier versions.
+        own_model: name of the user's function that builds the model; None: the program's own model.
         version: version of this record's format.
     """
 
@@ -80,6 +81,7 @@ class TrainerState:
     imported_from: str | None = None
     special_ids: Mapping[str, Any] | None = None
     held_out: tuple[HeldOutName, ...] = ()
+    own_model: str | None = None
     version: int = STATE_VERSION
 
     @staticmethod
@@ -98,8 +100,8 @@ class TrainerState:
             raise CheckpointError(f"{where} is not a trainer state of version 1 or {STATE_VERSION}", "a checkpoint of this program")
         if version == 1:
             data = _from_version_1(data, where)
-        # A field that was added without another version.
-        data = {"held_out": (), **data}
+        # Fields that were added without another version.
+        data = {"held_out": (), "own_model": None, **data}
         # Not the metadata: the pattern of a tokenizer may look like an address, and must stay as it is.
         data = {name: cleaned_record(value) if name in _WITH_ADDRESSES else value for name, value in data.items()}
         names = [f.name for f in fields(TrainerState)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from megatron_patch.config.checks import check_text
@@ -13,8 +13,11 @@ from megatron_patch.credentials import without_credentials
 from megatron_patch.engine.environment import ranks_from_environment
 from megatron_patch.errors import ConfigError, MegatronPatchError
 from megatron_patch.exit_codes import ExitCode
-from megatron_patch.utils.console import print_line
+from megatron_patch.programs import as_called, command
+from megatron_patch.requirements import explained_imports
+from megatron_patch.utils.console import accept_all_text, print_lines
 from megatron_patch.utils.files import deny_writing_by_everybody
+from megatron_patch.utils.pipes import reader_may_leave
 from megatron_patch.utils.registry import suggestion
 from megatron_patch.utils.units import parse_count
 
@@ -44,10 +47,11 @@ def count_from_one(word: str) -> int:
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """An argparse parser that suggests the nearest flag and does not accept abbreviated flags."""
+    """An argparse parser that suggests the nearest flag, does not accept abbreviated flags, and shows the command that the user called."""
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(allow_abbrev=False, **options)
+        super().__init__(allow_abbrev=False, **{"prog": command(), **options})
+        self.description = as_called(self.description) if self.description else None
 
     def error(self, message: str) -> NoReturn:
         """Raises the error that argparse would print, so that all tools report errors in the same way.
@@ -73,26 +77,32 @@ def add_layout(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
 
 
-def run_tool(main: Callable[[list[str]], None]) -> int:
-    """Runs a tool's main with the arguments of the command line, prints its error, if any, and returns the exit code.
+def run_tool(main: Callable[[list[str]], None], argv: Sequence[str] | None = None) -> int:
+    """Runs a tool's main, prints its error, if any, and returns the exit code.
 
     An error in flags is the same on all ranks, so only rank 0 prints it. Every rank prints other errors, because a file may be missing
     only on its node.
+
+    Args:
+        main: the tool's main.
+        argv: its arguments; None: those of this process.
     """
+    arguments = list(sys.argv[1:] if argv is None else argv)
     rank = 0
     deny_writing_by_everybody()
+    accept_all_text()
     try:
         rank, _, _ = ranks_from_environment()
-        check_text(sys.argv[1:])
-        main(sys.argv[1:])
+        check_text(arguments)
+        with reader_may_leave(), explained_imports():
+            main(arguments)
     except MegatronPatchError as error:
         if rank == 0 or not isinstance(error, ConfigError):
-            print_line(f"{f'rank {rank}: ' if rank else ''}{type(error).__name__}: {error}", stderr=True)
+            name = ConfigError.__name__ if isinstance(error, ConfigError) else type(error).__name__
+            print_lines(f"{f'rank {rank}: ' if rank else ''}{name}: {error}", stderr=True)
         return error.exit_code
-    except BrokenPipeError:
-        return ExitCode.INTERNAL
     except Exception as error:
         # Python's own traceback would repeat what a library puts into its message.
-        print_line(without_credentials("".join(traceback.format_exception(error)).rstrip()), stderr=True)
+        print_lines(without_credentials("".join(traceback.format_exception(error)).rstrip()), stderr=True)
         return ExitCode.INTERNAL
     return 0

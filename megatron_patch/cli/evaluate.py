@@ -1,4 +1,4 @@
-"""Evaluates a checkpoint and prints the results as one line of JSON.
+"""Evaluates a checkpoint and prints the results as one line of JSON, and on standard error what it reads and how far it is.
 
 On a tokenized dataset:
   python tools/evaluate.py --load CKPT --data-path PREFIX [--patch-size K]
@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ import numpy.typing as npt
 import torch
 
 from megatron_patch.cli.command_line import ArgumentParser, add_layout, count, count_from_one
+from megatron_patch.cli.evaluation_progress import EvaluationProgress
 from megatron_patch.config.stage_spec import has_weights, parse_blend
 from megatron_patch.data.collate import DocumentMasking
 from megatron_patch.data.corpus import TokenCorpus, check_vocabulary, open_corpus
@@ -37,8 +39,9 @@ from megatron_patch.evaluation.harness import run_tasks
 from megatron_patch.evaluation.text import read_documents, score_text
 from megatron_patch.evaluation.wikitext import detokenize
 from megatron_patch.model.inference_model import InferenceModel
+from megatron_patch.raw_text.inputs import expand, inner_suffix, is_compressed
 from megatron_patch.tokenizers.base import Tokenizer, tokenizer_of_checkpoint
-from megatron_patch.utils.units import parse_count, plural
+from megatron_patch.utils.units import format_count, parse_count, plural
 
 
 def _parser() -> ArgumentParser:
@@ -96,7 +99,7 @@ def main(argv: list[str]) -> None:
     dtype = torch.bfloat16 if args.bf16 else torch.float32
     with open_model(args.load, dtype, args.tensor_model_parallel_size, args.pipeline_model_parallel_size) as loaded:
         result = _evaluate(args, loaded)
-    if ranks_from_environment()[0] == 0:
+    if _prints():
         print(json.dumps(result))
 
 
@@ -144,7 +147,10 @@ def _text(args: argparse.Namespace, loaded: LoadedModel[InferenceModel], positio
     documents = read_documents(args.text, args.json_key)
     rewrite = detokenize if args.detokenize == "wikitext" else str
     settings = (positions, args.patch_size, args.overlap, args.micro_batch_size)
-    score = score_text(loaded.model, _tokenizer(args, loaded), documents, *settings, loaded.replicas, rewrite)
+    tokenizer, size = _tokenizer(args, loaded), _size(args.text)
+    progress = EvaluationProgress(size, _prints())
+    progress.begin(f"evaluating {'text' if size is None else f'{size / 1e6:,.1f} MB of text'} at {_at(args, positions)}")
+    score = score_text(loaded.model, tokenizer, documents, *settings, loaded.replicas, rewrite, progress.add)
     words = args.words or score.words
     return {
         "text": args.text,
@@ -166,13 +172,34 @@ def _text(args: argparse.Namespace, loaded: LoadedModel[InferenceModel], positio
     }
 
 
+def _size(inputs: Sequence[str]) -> int | None:
+    """Returns the bytes of text files, or None if some are compressed or tables, whose text is longer."""
+    files = expand(inputs)
+    if any(inner_suffix(file) == ".parquet" or is_compressed(file) or not Path(file).is_file() for file in files):
+        return None
+    return sum(Path(file).stat().st_size for file in files)
+
+
+def _at(args: argparse.Namespace, positions: int) -> str:
+    return f"K = {args.patch_size}, {plural(positions, 'position')} a sample, {plural(args.micro_batch_size, 'sample')} a batch"
+
+
+def _prints() -> bool:
+    """Returns whether this rank says how far it is."""
+    return ranks_from_environment()[0] == 0
+
+
 def _tokens(args: argparse.Namespace, loaded: LoadedModel[InferenceModel], positions: int) -> dict[str, Any]:
     blend = parse_blend(args.data_path)
     words = [word for word, _ in blend]
     corpora = [open_corpus(word) for word in words]
     tokens = None if args.eval_tokens == "all" else parse_count(args.eval_tokens) // len(corpora)
     starts = [_starts(args, loaded, positions, word, corpus, tokens) for word, corpus in zip(words, corpora, strict=True)]
-    sums = [_loss_sum(args, loaded, positions, *pair) for pair in zip(corpora, starts, strict=True)]
+    total = sum(len(part) for part in starts) * positions * args.patch_size
+    progress = EvaluationProgress(total, _prints())
+    names = f" of {plural(len(corpora), 'dataset')}" if len(corpora) > 1 else ""
+    progress.begin(f"evaluating {format_count(total)} tokens{names} at {_at(args, positions)}")
+    sums = [_loss_sum(args, loaded, positions, progress, *pair) for pair in zip(corpora, starts, strict=True)]
     labels = sum(count for _, count in sums)
     result = {"data_path": " ".join(args.data_path), "patch_size": args.patch_size}
     if len(corpora) == 1:
@@ -207,7 +234,12 @@ def _starts(
 
 
 def _loss_sum(
-    args: argparse.Namespace, loaded: LoadedModel[InferenceModel], positions: int, corpus: TokenCorpus, starts: npt.NDArray[np.int64]
+    args: argparse.Namespace,
+    loaded: LoadedModel[InferenceModel],
+    positions: int,
+    progress: EvaluationProgress,
+    corpus: TokenCorpus,
+    starts: npt.NDArray[np.int64],
 ) -> tuple[float, int]:
     """Returns the sum of the losses of the samples of a corpus over all ranks, and the number of scored labels."""
     model, replicas = loaded.model, loaded.replicas
@@ -217,5 +249,6 @@ def _loss_sum(
         for batch in evaluation_batches(corpus, starts, positions * args.patch_size, *settings):
             sums = model(batch.input_ids.to(model.device), batch.labels.to(model.device))
             totals += torch.stack([part.double() for part in sums])
+            progress.add(batch.input_ids.numel() * replicas.size)
     loss_sum, labels = replicas.sum(totals).tolist()
     return loss_sum, int(labels)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
 
 import torch
 
@@ -20,7 +19,7 @@ from megatron_patch.engine.inference import LoadedModel, open_model
 from megatron_patch.errors import ConfigError
 from megatron_patch.model.generate import Sampling, generate
 from megatron_patch.model.inference_model import InferenceModel
-from megatron_patch.tokenizers.base import Tokenizer, encode, tokenizer_of_checkpoint
+from megatron_patch.tokenizers.base import Tokenizer, prompt_ids, tokenizer_of_checkpoint, without_eod
 from megatron_patch.utils.console import for_terminal
 from megatron_patch.utils.units import plural
 
@@ -81,20 +80,11 @@ def _continue(loaded: LoadedModel[InferenceModel], tokenizer: Tokenizer, samplin
     prompts = args.prompt or [""]
     for start in range(0, len(prompts), args.micro_batch_size):
         batch = prompts[start : start + args.micro_batch_size]
-        ids = [_start(tokenizer, prompt) for prompt in batch]
+        ids = [prompt_ids(tokenizer, prompt) for prompt in batch]
         for prompt, new in zip(batch, generate(loaded.model, ids, args.max_new_tokens, sampling, tokenizer.eod_id), strict=True):
-            text = tokenizer.decode(_text_ids(tokenizer, new))
+            text = tokenizer.decode(without_eod(tokenizer, new))
             if _is_first():
                 print(json.dumps({"prompt": prompt, "text": text, "tokens": len(new)}) if args.json else for_terminal(prompt + text))
-
-
-def _start(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """Returns the ids of a prompt; those of an empty one are the end-of-document token."""
-    return encode(tokenizer, prompt) or ([tokenizer.eod_id] if tokenizer.eod_id is not None else [])
-
-
-def _text_ids(tokenizer: Tokenizer, ids: Sequence[int]) -> Sequence[int]:
-    return ids[:-1] if ids and ids[-1] == tokenizer.eod_id else ids
 
 
 def _interact(loaded: LoadedModel[InferenceModel], tokenizer: Tokenizer, sampling: Sampling, args: argparse.Namespace) -> None:
@@ -117,13 +107,13 @@ def _continue_line(loaded: LoadedModel[InferenceModel], tokenizer: Tokenizer, sa
     def show(ids: list[int]) -> None:
         nonlocal shown
         new.append(ids[0])
-        text = tokenizer.decode(_text_ids(tokenizer, new))
+        text = tokenizer.decode(without_eod(tokenizer, new))
         # Bytes that do not form a complete character yet are printed with the next token.
         if not text.endswith("\N{REPLACEMENT CHARACTER}"):
             if _is_first():
                 print(for_terminal(text[len(shown) :]), end="", flush=True)
             shown = text
 
-    generate(loaded.model, [_start(tokenizer, prompt)], new_tokens, sampling, tokenizer.eod_id, show)
+    generate(loaded.model, [prompt_ids(tokenizer, prompt)], new_tokens, sampling, tokenizer.eod_id, show)
     if _is_first():
-        print(for_terminal(tokenizer.decode(_text_ids(tokenizer, new))[len(shown) :]), flush=True)
+        print(for_terminal(tokenizer.decode(without_eod(tokenizer, new))[len(shown) :]), flush=True)

@@ -6,6 +6,7 @@ the layout, the stages, the data and the given options of the newest checkpoint.
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 
@@ -18,15 +19,20 @@ from megatron_patch.utils.console import make_console
 from megatron_patch.utils.units import format_count
 
 
-def main(argv: list[str]) -> None:
-    """Runs the tool."""
-    parser = ArgumentParser(description=__doc__)
-    parser.add_argument("run", type=Path, help="a run's folder, or one of its step-N folders")
+def add_flags(parser: argparse._ActionsContainer) -> None:
+    """Adds the flags of the tool to a parser or a group of one."""
     parser.add_argument("--verify", action="store_true", help="read all files and compare their checksums; default: compare only sizes")
     parser.add_argument(
         "--explain", action="store_true", help="show model, layout, stages, data and given options of the newest readable checkpoint"
     )
     parser.add_argument("--json", action="store_true", help="print one line of JSON instead of tables")
+
+
+def main(argv: list[str]) -> None:
+    """Runs the tool."""
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("run", type=Path, help="a run's folder, or one of its step-N folders")
+    add_flags(parser)
     args = parser.parse_args(argv)
     checkpoints = [describe(folder, full=args.verify) for folder in checkpoint_folders(args.run)]
     result: dict[str, object] = {"checkpoints": checkpoints}

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from typing import Any
 
@@ -52,10 +53,8 @@ def show_division(prefix: str, config: str, console: Console) -> dict[str, Any]:
     return found
 
 
-def main(argv: list[str]) -> None:
-    """Runs the tool with these arguments."""
-    parser = ArgumentParser(description=__doc__)
-    parser.add_argument("prefix", help="dataset prefix: the path without .bin and .idx")
+def add_flags(parser: argparse._ActionsContainer) -> None:
+    """Adds the flags of the tool to a parser or a group of one."""
     parser.add_argument("--check", action="store_true", help="read all data and check offsets, lengths, token ids and checksums")
     parser.add_argument(
         "--patch-size", type=count_from_one, default=1, help="show patches of this many tokens, and count how they overlap documents"
@@ -67,6 +66,13 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--eod-token-id", type=count, help="id of the end-of-document token; by default the one in the metadata file")
     parser.add_argument("--diff", metavar="OTHER", help="compare with the dataset of another prefix; exit code 3 if they differ")
     parser.add_argument("--config", metavar="FILE", help="show how the stages of this training configuration would divide the dataset")
+
+
+def main(argv: list[str]) -> None:
+    """Runs the tool with these arguments."""
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("prefix", help="dataset prefix: the path without .bin and .idx")
+    add_flags(parser)
     args = parser.parse_args(argv)
     dataset = IndexedDataset(args.prefix)
     console = make_console(width=140, stderr=True)

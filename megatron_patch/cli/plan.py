@@ -6,6 +6,9 @@ Accepts every flag of pretrain_gpt_patch.py; a flag overrides the file. Prints
 the memory of each rank, the time of a step, the cost relative to token-level
 training and the best checkpoint interval. If the dataset exists, it also
 prints how often each stage reads each corpus.
+
+Ends with code 7 if a rank needs more memory than a device has; the plan is
+printed nevertheless.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from megatron_patch.errors import ConfigError
 from megatron_patch.planning.hardware import DEVICES, load_hardware
 from megatron_patch.planning.layout import layout_of
 from megatron_patch.planning.plan import make_plan
+from megatron_patch.planning.published import published_table
 from megatron_patch.planning.reliability import LLAMA3_DEVICE_HOURS, Interruptions, simulate
 from megatron_patch.planning.search import search
 from megatron_patch.planning.sensitivity import plot_sensitivity
@@ -41,6 +45,7 @@ def arguments() -> ArgumentParser:
     parser.add_argument("--json", action="store_true", help="print one line of JSON instead of tables")
     parser.add_argument("--search", action="store_true", help="rank the layouts that fit, fastest first")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="write a plot of cost and device hours over K and λ")
+    parser.add_argument("--published", action="store_true", help="print what the plan says about published runs, as Markdown, and end")
     parser.add_argument("--simulate", action="store_true", help="simulate the run with failures and preemptions")
     parser.add_argument(
         "--device-hours-per-failure",
@@ -60,8 +65,12 @@ def main(argv: list[str]) -> None:
 
     Raises:
         ConfigError: a flag is wrong, or the run cannot be planned.
+        DoesNotFitError: the plan, or every layout of a search, needs more memory than a device has; it was printed before.
     """
     args, rest = arguments().parse_known_args(argv)
+    if args.published:
+        print("\n".join(published_table()))
+        return
     if args.world_size < 1:
         raise ConfigError(f"--world-size {args.world_size}", "whole numbers from 1", "give the number of devices")
     parsed = parse([*rest, "--dry-run"], "tools/plan.py")
@@ -74,11 +83,12 @@ def main(argv: list[str]) -> None:
             "run --search first, then plan one of its layouts",
         )
     if args.search:
-        candidates, tried = search(parsed, args.world_size, device)
+        found = search(parsed, args.world_size, device)
         if args.json:
-            print(json.dumps([{"flags": one.choice.flags(), **one.plan.to_json()} for one in candidates]))
+            print(json.dumps([{"flags": one.flags, **one.plan.to_json()} for one in found.candidates]))
         else:
-            print_search(candidates, tried, args.world_size, console)
+            print_search(found, device, args.world_size, console)
+        found.check(device)
         return
     interruptions = Interruptions(
         device_hours=args.device_hours_per_failure,
@@ -100,13 +110,14 @@ def main(argv: list[str]) -> None:
         plot_sensitivity(plan, args.plot)
     if args.json:
         print(json.dumps(result))
-        return
-    print_tables(plan, console)
-    if stream is not None:
-        console.print(corpus_usage_table(stream))
-    for note in notes:
-        console.print(labeled("Note", note, "yellow"))
-    if simulation is not None:
-        print_simulation(simulation, args.world_size, plan.checkpoints.daly_seconds, console)
-    if args.plot is not None:
-        console.print(f"wrote {args.plot}")
+    else:
+        print_tables(plan, console)
+        if stream is not None:
+            console.print(corpus_usage_table(stream))
+        for note in notes:
+            console.print(labeled("Note", note, "yellow"))
+        if simulation is not None:
+            print_simulation(simulation, args.world_size, plan.checkpoints.daly_seconds, console)
+        if args.plot is not None:
+            console.print(f"wrote {args.plot}")
+    plan.check_memory()

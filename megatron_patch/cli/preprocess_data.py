@@ -24,7 +24,7 @@ from megatron_patch.preprocess.summary import Summary
 from megatron_patch.raw_text.inputs import parse_shard
 from megatron_patch.tokenizers.base import TOKENIZERS
 from megatron_patch.tokenizers.tiktoken import PATTERNS
-from megatron_patch.utils.console import make_console, print_line
+from megatron_patch.utils.console import make_console, one_line, print_line
 from megatron_patch.utils.registry import lookup
 from megatron_patch.utils.units import format_count, format_duration, plural
 
@@ -131,7 +131,7 @@ def show_summary(summary: Summary) -> None:
     table = Table(show_header=False, title="Preprocessing finished", title_justify="left")
     low, middle, high, longest = summary.tokens_per_document
     rows = {
-        "outputs": "\n".join(summary.outputs),
+        "outputs": "\n".join(map(one_line, summary.outputs)),
         "documents": f"{summary.documents:,}" + (f", {summary.kept_empty:,} of them without a token" if summary.kept_empty else ""),
         "tokens": f"{summary.tokens:,} ({summary.dtype})",
         "tokens per document": f"5 %: {low:,}   50 %: {middle:,}   95 %: {high:,}   longest: {longest:,}",

@@ -7,17 +7,20 @@ shape are checked where they are built (`plan_builder`, `resolve`).
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
+import functools
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from megatron_patch.config.option_types import flag_of
-from megatron_patch.config.options import DataOptions, EngineOptions, Options
+from megatron_patch.config.options import DataOptions, EngineOptions, LoggingOptions, Options
+from megatron_patch.config.problems import one_error, problems_of
 from megatron_patch.data.addresses import check_no_credentials
 from megatron_patch.data.corpus import split_ranges
 from megatron_patch.errors import ConfigError
 from megatron_patch.model.shape import ModelShape
+from megatron_patch.requirements import require
 from megatron_patch.stages import LONGEST_PATCH, StagePlan
 from megatron_patch.tokenizers.base import TOKENIZERS
 from megatron_patch.utils.files import same_path
@@ -140,29 +143,35 @@ def check_numbers(options: Options) -> None:
     """Checks that every number is finite and in its range, and that no count is absurdly large.
 
     Raises:
-        ConfigError: a number is out of range; the message names its flag.
+        ConfigError: numbers are out of range; the message names all of their flags.
     """
+    problems = []
     for group in dataclasses.fields(options):
         part = getattr(options, group.name)
         for field in dataclasses.fields(part):
             value = getattr(part, field.name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                continue
-            allowed = None
-            if isinstance(value, float) and not math.isfinite(value):
-                allowed = "finite numbers"
-            elif field.name in _FROM_ONE and value < 1:
-                allowed = "whole numbers from 1" if isinstance(value, int) else "numbers from 1"
-            elif field.name in _FROM_ZERO and value < 0:
-                allowed = "numbers from 0"
-            elif field.name in _ABOVE_ZERO and value <= 0:
-                allowed = "numbers above 0"
-            if allowed is not None:
-                required = field.default is dataclasses.MISSING
-                do = "give another value" if required else "give another value, or leave the flag out for the default"
-                raise ConfigError(_given(field.name, value), allowed, do)
-            if isinstance(value, int) or field.name in LARGEST:
-                check_count(field.name, value, flag_of(field.name))
+            if isinstance(value, (int, float)) and not isinstance(value, bool):
+                problems += problems_of(functools.partial(_check_number, field, value))
+    if problems:
+        raise one_error(problems)
+
+
+def _check_number(field: dataclasses.Field[Any], value: int | float) -> None:
+    allowed = None
+    if isinstance(value, float) and not math.isfinite(value):
+        allowed = "finite numbers"
+    elif field.name in _FROM_ONE and value < 1:
+        allowed = "whole numbers from 1" if isinstance(value, int) else "numbers from 1"
+    elif field.name in _FROM_ZERO and value < 0:
+        allowed = "numbers from 0"
+    elif field.name in _ABOVE_ZERO and value <= 0:
+        allowed = "numbers above 0"
+    if allowed is not None:
+        required = field.default is dataclasses.MISSING
+        do = "give another value" if required else "give another value, or leave the flag out for the default"
+        raise ConfigError(_given(field.name, value), allowed, do)
+    if isinstance(value, int) or field.name in LARGEST:
+        check_count(field.name, value, flag_of(field.name))
 
 
 def _given(name: str, value: object) -> str:
@@ -208,28 +217,41 @@ def check_parallel(options: EngineOptions, ranks: int) -> None:
         )
 
 
-def check_options(options: Options, ranks: int) -> None:
-    """Checks the options that can be checked without a plan and without data.
-
-    Args:
-        options: the options.
-        ranks: number of ranks of the job.
+def check_profile_ranks(options: LoggingOptions, ranks: int) -> None:
+    """Checks that the ranks to profile exist.
 
     Raises:
-        ConfigError: an option is not valid, or two contradict each other.
+        ConfigError: one does not.
     """
-    _check_optimizer(options)
-    _check_safety(options)
-    _check_checkpoints(options)
-    _check_packages(options)
-    _check_trackers(options)
-    _check_profile(options, ranks)
+    if options.profile is None:
+        return
+    if outside := [rank for rank in options.profile_ranks if not 0 <= rank < ranks]:
+        raise ConfigError(
+            f"--profile-ranks {outside[0]} with {plural(ranks, 'rank')}", f"ranks from 0 to {ranks - 1}", "give ranks that exist"
+        )
+
+
+def check_options(options: Options) -> None:
+    """Checks the options that can be checked without a plan and without data.
+
+    Raises:
+        ConfigError: options are not valid, or contradict each other; the message has all that several checks find.
+    """
+    checks = (_check_optimizer, _check_safety, _check_checkpoints, _check_packages, _check_trackers, _check_evaluation, _check_tokenizer)
+    problems = problems_of(*(functools.partial(check, options) for check in checks), lambda: split_ranges(1 << 40, options.data.split))
+    if problems:
+        raise one_error(problems)
+
+
+def _check_evaluation(options: Options) -> None:
     logging = options.logging
     if logging.eval_interval is not None and logging.eval_interval_tokens is not None:
         raise _only_one("--eval-interval", "--eval-interval-tokens")
     if not 0 < logging.sample_top_p <= 1:
         raise ConfigError(f"--sample-top-p {logging.sample_top_p}", "numbers above 0 and up to 1", "give 0.95, for example")
-    split_ranges(1 << 40, options.data.split)
+
+
+def _check_tokenizer(options: Options) -> None:
     if options.data.tokenizer_type is not None:
         lookup(TOKENIZERS, options.data.tokenizer_type, "--tokenizer-type")
 
@@ -297,20 +319,16 @@ def _check_packages(options: Options) -> None:
     """Checks that the packages for logging are installed: later, only rank 0 would fail, and the other ranks would wait for it."""
     if options.logging.dry_run:
         return
-    for name, package, extra in (
-        ("tensorboard_dir", "tensorboard", "tensorboard"),
-        ("wandb_project", "wandb", "wandb"),
-        ("mlflow_experiment", "mlflow", "mlflow"),
-        ("prometheus_file", "prometheus_client", "prometheus"),
-        ("prometheus_port", "prometheus_client", "prometheus"),
+    for name, package in (
+        ("tensorboard_dir", "tensorboard"),
+        ("wandb_project", "wandb"),
+        ("mlflow_experiment", "mlflow"),
+        ("prometheus_file", "prometheus_client"),
+        ("prometheus_port", "prometheus_client"),
     ):
         value = getattr(options.logging, name)
-        if value is not None and importlib.util.find_spec(package) is None:
-            raise ConfigError(
-                f"{_given(name, value)}, but the package {package} is not installed",
-                f"an environment with {package}",
-                f"pip install 'megatron_patch[{extra}]', or leave the flag out",
-            )
+        if value is not None:
+            require(package, _given(name, value))
 
 
 def _check_trackers(options: Options) -> None:
@@ -328,19 +346,11 @@ def _check_trackers(options: Options) -> None:
             "a name that ends in .prom, because node_exporter reads no others",
             "give --prometheus-file FOLDER/NAME.prom",
         )
-
-
-def _check_profile(options: Options, ranks: int) -> None:
-    logging = options.logging
     if logging.profile is None:
         return
     parse_steps(logging.profile, "--profile")
     if options.checkpoint.save is None and not logging.dry_run and not logging.profile_nsys:
         raise ConfigError("--profile without --save", "--save FOLDER", "give --save FOLDER, or remove --profile")
-    if outside := [rank for rank in logging.profile_ranks if not 0 <= rank < ranks]:
-        raise ConfigError(
-            f"--profile-ranks {outside[0]} with {plural(ranks, 'rank')}", f"ranks from 0 to {ranks - 1}", "give ranks that exist"
-        )
 
 
 def check_plan(options: Options, plan: StagePlan) -> None:

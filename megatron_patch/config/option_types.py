@@ -1,6 +1,6 @@
-"""The types of options: how numbers with units are read and printed, and what a resumed run may change.
+"""The types of options: how numbers with units are shown in the help, and what a resumed run may change.
 
-In: words of a command line. Out: annotated types for the fields in `options`, and the mark of each option (`AtResume`).
+In: nothing. Out: annotated types for the fields in `options`, and the mark of each option (`AtResume`).
 """
 
 from __future__ import annotations
@@ -13,34 +13,17 @@ from typing import Annotated, Any, TypeVar, get_type_hints
 import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
-from megatron_patch.errors import ConfigError
 from megatron_patch.utils.units import parse_count, parse_duration
 
 Value = TypeVar("Value")
 
 
-def _reader(parse: Callable[[str], Value], or_none: bool) -> Callable[[list[str]], Value | None]:
-    """Returns the function that reads one word of a command line. "None", where it is allowed, removes a value."""
-
-    def read(words: list[str]) -> Value | None:
-        if or_none and words[0] == "None":
-            return None
-        try:
-            return parse(words[0])
-        except ConfigError as error:  # tyro reports a ValueError
-            raise ValueError(f"{error.what} (allowed: {error.allowed})") from error
-
-    return read
-
-
-def _number(
-    parse: Callable[[str], Value], write: Callable[[Value], str], metavar: str, or_none: bool = False
-) -> PrimitiveConstructorSpec[Value | None]:
-    """Returns how tyro reads a number that is written with units, and how it prints the default."""
+def _number(parse: Callable[[str], Value], write: Callable[[Value], str], metavar: str) -> PrimitiveConstructorSpec[Value | None]:
+    """Returns how a number that is written with units is shown in the help, with its default."""
     return PrimitiveConstructorSpec(
         nargs=1,
         metavar=metavar,
-        instance_from_str=_reader(parse, or_none),
+        instance_from_str=lambda words: parse(words[0]),
         is_instance=lambda value: value is None or (isinstance(value, (int, float)) and not isinstance(value, bool)),
         str_from_instance=lambda value: ["None" if value is None else write(value)],
     )
@@ -59,15 +42,15 @@ def _hint(default: str) -> str:
     return "" if default in ("None", "") else f"(default: {default})"
 
 
-_COUNT = _number(parse_count, _write_count, "COUNT", or_none=True)
-_DURATION = _number(parse_duration, _write_duration, "TIME", or_none=True)
+_COUNT = _number(parse_count, _write_count, "COUNT")
+_DURATION = _number(parse_duration, _write_duration, "TIME")
 OPTIONAL = tyro.conf.arg(help_behavior_hint=_hint)
 
-Count = Annotated[int, _number(parse_count, _write_count, "COUNT")]
+Count = Annotated[int, _COUNT]
 """A whole number with an optional unit: 4096, 512k, 2M, 270B."""
 OptionalCount = Annotated[int | None, _COUNT, OPTIONAL]
 """A count that may be left out."""
-Duration = Annotated[float, _number(parse_duration, _write_duration, "TIME")]
+Duration = Annotated[float, _DURATION]
 """Seconds, written with units: 45min, 3h30m, 1.5d."""
 OptionalDuration = Annotated[float | None, _DURATION, OPTIONAL]
 """A duration that may be left out."""

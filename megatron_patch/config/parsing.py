@@ -6,24 +6,39 @@ both, so names, types and units are the same, and the values of the command line
 
 from __future__ import annotations
 
-import contextlib
-import io
-import json
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields, is_dataclass
-from typing import Annotated, Any, get_args, get_origin
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
 
 import tyro
 
-from megatron_patch.config.checks import check_text
-from megatron_patch.config.option_types import OptionalSwitch, flag_of, option_types, split_mark
-from megatron_patch.config.options import ModelOptions, Options
-from megatron_patch.config.yaml_files import MOST_YAML_BYTES, load_yaml
+from megatron_patch.config.checks import check_numbers, check_options, check_text
+from megatron_patch.config.megatron.command_line import MegatronReport, pasteable, problems_of_rows, report, split
+from megatron_patch.config.megatron.flags import key_of
+from megatron_patch.config.megatron.translate import translate
+from megatron_patch.config.megatron.translator import COMMAND_LINE, MEGATRON_FLAGS, Given, Translation
+from megatron_patch.config.options import Options
+from megatron_patch.config.problems import Problem, one_error, problem_of, problems_of
+from megatron_patch.config.values import (
+    CHECKPOINT,
+    KEYS,
+    KEYWORDS,
+    KINDS,
+    MAPPING,
+    REQUIRED,
+    in_file,
+    make_options,
+    missing_options,
+    read_values,
+    stray,
+)
+from megatron_patch.config.yaml_files import MOST_YAML_BYTES, RepeatedKeys, load_yaml
 from megatron_patch.errors import ConfigError
+from megatron_patch.programs import command
 from megatron_patch.raw_text.encodings import HEAD_BYTES, other_encoding
 from megatron_patch.utils.files import read_small, reason
-from megatron_patch.utils.registry import suggestion
+from megatron_patch.utils.pipes import reader_may_leave
+from megatron_patch.utils.versions import versions
 
 
 @dataclass(frozen=True)
@@ -33,32 +48,19 @@ class ParsedOptions:
     Args:
         options: the values.
         origins: option name -> "flag" or the path of the file; options that are missing here have their defaults.
+        megatron: what became of flags that only Megatron has; None: there were none.
     """
 
     options: Options
     origins: Mapping[str, str]
-
-
-def _without_annotations(hint: Any) -> Any:
-    return get_args(hint)[0] if get_origin(hint) is Annotated else hint
-
-
-_MARKED_TYPES = {name: split_mark(hint) for name, hint in option_types(Options).items()}
-OPTION_TYPES = {name: kind for name, (kind, _) in _MARKED_TYPES.items()}
-RESUME_MARKS = {name: mark for name, (_, mark) in _MARKED_TYPES.items()}
-_BOOLEANS = {name for name, hint in OPTION_TYPES.items() if hint is bool}
-_TRISTATES = {name for name, hint in OPTION_TYPES.items() if hint == OptionalSwitch}
-_LISTS = {name for name, hint in OPTION_TYPES.items() if get_origin(_without_annotations(hint)) is tuple}
-_FLAGS = [name.replace("_", "-") for name in OPTION_TYPES]
-_REQUIRED = [flag_of(f.name) for f in fields(ModelOptions) if f.default is MISSING]
-_WITH_COMMAS = {"split", "position_weights"}
+    megatron: MegatronReport | None = None
 
 
 def read_yaml(path: str) -> dict[str, Any]:
     """Reads a configuration file: one flat mapping of option names (with dashes or underscores), and `stages:` as a list.
 
     Raises:
-        ConfigError: the file cannot be read, is not valid YAML, is not a mapping, or has an unknown or repeated key.
+        ConfigError: the file cannot be read, is not valid YAML, is not a mapping, or has a repeated key.
     """
     try:
         content = read_small(path, MOST_YAML_BYTES, wait=True)
@@ -67,6 +69,8 @@ def read_yaml(path: str) -> dict[str, Any]:
         data = load_yaml(content.decode())
     except OSError as error:
         raise ConfigError(f"--config {path}: {reason(error)}", "a readable YAML file", "check the path") from error
+    except RepeatedKeys as error:
+        raise ConfigError(f"--config {path}: {error}", "each key once in a mapping", "remove the other lines") from error
     except ValueError as error:
         raise ConfigError(
             f"--config {path} is not valid YAML: {error}", "a mapping of option names to values", "correct the file"
@@ -82,53 +86,10 @@ def read_yaml(path: str) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for key, value in data.items():
         name = str(key).replace("-", "_")
-        if name not in OPTION_TYPES:
-            raise ConfigError(
-                f"--config {path}: unknown key {key!r}",
-                "the names of the flags, without the leading dashes (pretrain_gpt_patch.py --help)",
-                suggestion(name, OPTION_TYPES) or "remove the line",
-            )
         if name in result:
             raise ConfigError(f"--config {path}: {key!r} is given twice", "each option once", "remove one of the two lines")
         result[name] = value
     return result
-
-
-def to_flags(values: Mapping[str, Any], source: str) -> list[str]:
-    """Returns the values of a file as flags.
-
-    Args:
-        values: option name -> value.
-        source: how errors call the file.
-
-    Raises:
-        ConfigError: a value has a type that its flag does not take.
-    """
-    flags: list[str] = []
-    for name, value in values.items():
-        if value is None:
-            continue
-        if name in _BOOLEANS:
-            if not isinstance(value, bool):
-                raise ConfigError(f"{source}: {name} is {value!r}", "true or false", "write true or false")
-            flags.append(flag_of(name) if value else flag_of(f"no_{name}"))
-        elif name in _TRISTATES and not isinstance(value, bool):
-            raise ConfigError(f"{source}: {name} is {value!r}", "true or false", "remove the line for the model family's default")
-        elif name == "stages":
-            flags += [flag_of(name), value if isinstance(value, str) else json.dumps(value)]
-        elif isinstance(value, list) and name in _WITH_COMMAS:
-            flags += [flag_of(name), ",".join(str(item) for item in value)]
-        elif isinstance(value, list) and name in _LISTS:
-            flags += [flag_of(name), *(str(item) for item in value)]
-        elif isinstance(value, list):
-            raise ConfigError(f"{source}: {name} is a list", "one value", f"write one value after {name}:")
-        elif isinstance(value, dict):
-            raise ConfigError(f"{source}: {name} is a mapping", "one value", f"write one value after {name}:")
-        elif name == "data_path" or name == "valid_data_path":
-            flags += [flag_of(name), *str(value).split()]
-        else:
-            flags += [flag_of(name), str(value)]
-    return flags
 
 
 def _take_config(argv: Sequence[str]) -> tuple[str | None, list[str]]:
@@ -146,113 +107,91 @@ def _take_config(argv: Sequence[str]) -> tuple[str | None, list[str]]:
     return path, rest
 
 
-def _normalize(argv: Sequence[str]) -> list[str]:
-    """Returns arguments as tyro reads them: flags with dashes; three-state flags as `--name True` or `--name False`."""
-    result: list[str] = []
-    for index, argument in enumerate(argv):
-        if not argument.startswith("--"):
-            result.append(argument)
-            continue
-        given, equals, value = argument.partition("=")
-        name = given[2:].replace("-", "_")
-        following = argv[index + 1] if index + 1 < len(argv) else "--"
-        if name in _TRISTATES and not equals and following not in ("True", "False", "None"):
-            result += [flag_of(name), "True"]
-        elif name.startswith("no_") and name[3:] in _TRISTATES:
-            result += [flag_of(name[3:]), "False"]
-        else:
-            result.append(flag_of(name) + equals + value)
-    return result
-
-
-def _names(flags: Sequence[str]) -> list[str]:
-    """Returns the names of the options that normalized arguments set."""
-    names = []
-    for flag in flags:
-        if flag.startswith("--"):
-            name = flag[2:].partition("=")[0].replace("-", "_")
-            names.append(name[3:] if name.startswith("no_") and name[3:] in _BOOLEANS else name)
-    return names
-
-
 def _flatten(hint: type) -> Any:
     return tyro.conf.configure(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)(hint)
 
 
-def parse(argv: Sequence[str], program: str = "pretrain_gpt_patch.py") -> ParsedOptions:
-    """Reads a command line and the YAML file that its `--config` names, if any.
+def parse(argv: Sequence[str], program: str | None = None) -> ParsedOptions:
+    """Reads a command line and the YAML file that its `--config` names, if any. Both may have flags of Megatron, which are translated.
 
     Args:
         argv: the arguments, without the program's name.
-        program: the program's name in the help text.
+        program: the program's name in the help text; None: the command that was called, or pretrain_gpt_patch.py.
 
     Raises:
-        ConfigError: a flag or key is unknown or malformed, or a required one is missing.
-        SystemExit: with code 0, after `--help` has been printed.
+        ConfigError: flags or keys are unknown, malformed or not possible here, or required ones are missing; the message has all of them.
+        SystemExit: after `--help` or `--version` has been printed.
     """
     check_text(argv)
+    _help_or_version(argv, program or command() or "pretrain_gpt_patch.py")
     path, rest = _take_config(argv)
-    flags = _normalize(rest)
-    origins: dict[str, str] = {}
-    file_flags: list[str] = []
-    if path is not None:
-        file_flags = _normalize(to_flags(read_yaml(path), f"--config {path}"))
-        check_text(file_flags, f"--config {path}: ")
-        origins.update(dict.fromkeys(_names(file_flags), path))
-    for name in _names(flags):
-        if name not in OPTION_TYPES and name != "help":
-            raise ConfigError(
-                f"unknown flag {flag_of(name)}",
-                "the flags that --help lists",
-                suggestion(name.replace("_", "-"), _FLAGS, prefix="--") or "remove the flag",
-            )
-        origins[name] = "flag"
-    return ParsedOptions(_run_tyro([*file_flags, *flags], program), origins)
+    words, given = split(rest)
+    of_file, problems = ([], []) if path is None else given_in_file(read_yaml(path), path)
+    return parse_given([*of_file, *given], problems, words)
 
 
-def _run_tyro(flags: list[str], program: str) -> Options:
-    """Returns the options that normalized flags set; an error of tyro becomes a ConfigError with its text in one line."""
-    output = io.StringIO()
-    if "--help" in flags or "-h" in flags:
-        return tyro.cli(_flatten(Options), args=flags, prog=program)
-    try:
-        with contextlib.redirect_stderr(output), contextlib.redirect_stdout(output):
-            return tyro.cli(_flatten(Options), args=flags, prog=program)
-    except SystemExit as error:
-        text = " ".join(re.sub(r"[│╭╮╰╯─]+|-{4,}", " ", line).strip() for line in output.getvalue().splitlines())
-        text = re.sub(r"\s+", " ", text.partition("For full helptext")[0]).strip()
-        raise _config_error(text) from error
+def parse_given(given: Sequence[Given], problems: list[Problem], words: Sequence[str] = ()) -> ParsedOptions:
+    """Turns flags of all sources into options; flags of Megatron are translated.
+
+    Args:
+        given: the flags; of two for one option the later one counts.
+        problems: what was wrong with others.
+        words: words of the command line that belong to no flag.
+
+    Raises:
+        ConfigError: as for `parse`.
+    """
+    translation = translate(given, KEYS, dry_run=any(flag.key == "dry-run" for flag in given))
+    problems = problems + problems_of_rows(translation.problems)
+    reading = read_values(translation.flags)
+    wrong = [*map(problem_of, [stray(words)] if words else []), *reading.problems, *missing_options(reading)]
+    problems += wrong
+    # Without those that are wrong, so that the others are checked, too.
+    options = make_options({**dict.fromkeys(REQUIRED, 1), **reading.values})
+    if problems:
+        problems += problems_of(lambda: check_numbers(options)) or problems_of(lambda: check_options(options))
+        raise _error(problems, translation, given, options)
+    return ParsedOptions(options, reading.origins, report(translation, given, options))
 
 
-def _config_error(text: str) -> ConfigError:
-    """Returns the error in three parts for an error message of tyro in one line; unknown messages are kept as they are."""
-    if match := re.search(r"Error parsing (--\S+): (.*?) ?(?:Argument helptext:|$)", text):
-        flag, reason = match.groups()
-        if with_units := re.fullmatch(r"(.*) \(allowed: (.*)\)", reason):
-            return ConfigError(f"{flag}: {with_units[1]}", with_units[2], f"correct {flag}")
-        value = (re.findall(r"'[^']*'", reason) or [reason])[0][:80]
-        if "float" in reason:
-            return ConfigError(f"{flag}: {value} is not a number", "a number, as 0.5 or 3e-4", f"correct {flag}")
-        if "int" in reason:
-            return ConfigError(f"{flag}: {value} is not a whole number", "a whole number, as 1234", f"correct {flag}")
-        return ConfigError(f"{flag}: {reason}", "the values that --help lists", f"correct {flag}")
-    if match := re.search(r"invalid choice '(.*)' for argument '(--\S+)'\. Expected one of \((.*?),?\)", text):
-        value, flag = match[1], match[2]
-        choices = sorted(set(re.findall(r"'([^']*)'", match[3])) - {"None"})
-        return ConfigError(f"{flag} {value}", ", ".join(choices), suggestion(value, choices) or "choose one of these values")
-    if text.startswith("Required options"):
-        missing = " and ".join(flag for flag in _REQUIRED if f"{flag} " in text)
-        return ConfigError(
-            f"{missing} missing", f"{', '.join(_REQUIRED)}, which have no defaults", "give them as flags or in a --config FILE"
-        )
-    if match := re.search(r"Missing value for argument '(--\S+)'", text):
-        return ConfigError(f"{match[1]} without a value", f"{match[1]} VALUE", f"give a value after {match[1]}")
-    if match := re.search(r"Unrecognized options: (.*)", text):
-        what = f"{match[1]!r} on the command line belongs to no flag"
-        return ConfigError(
-            what, "flags with their values; on-off flags such as --bf16 take no value", "remove it, or write the flag before it"
-        )
-    return ConfigError(text or "the command line cannot be read", "the flags that --help lists", "correct the command line or the file")
+def _error(problems: list[Problem], translation: Translation, given: Sequence[Given], options: Options) -> ConfigError:
+    """Returns the error for all problems; a command line in Megatron's words gets the flags that it becomes."""
+    if not any(row.given.key in MEGATRON_FLAGS for row in translation.problems):
+        return one_error(problems)
+    wrong = {problem.flag.partition(" ")[0] for problem in problems}
+    own = [flag for flag in translation.flags if flag.source == COMMAND_LINE and f"--{flag.key}" not in wrong]
+    said = report(translation, given, options)
+    advice = f"the other flags are these here:\n{pasteable(own)}" if own else None
+    return one_error(problems, said.notes if said else (), advice)
+
+
+def given_in_file(data: Mapping[str, Any], source: str) -> tuple[list[Given], list[Problem]]:
+    """Returns the keys of a YAML file as flags, and a problem for each value that its flag does not take.
+
+    Args:
+        data: option name -> value.
+        source: path of the file, or how errors call another source.
+    """
+    given, problems = in_file({name: value for name, value in data.items() if name in KINDS}, source)
+    for name, value in data.items():
+        if name not in KINDS and value is not None and value is not False:
+            known = MEGATRON_FLAGS.get(key_of(name))
+            many = known is not None and known.values is None
+            texts = [str(item) for item in value] if isinstance(value, list) else str(value).split() if many else [str(value)]
+            given.append(Given(key_of(name), () if value is True else tuple(texts), source))
+    for flag in given:
+        check_text(flag.words, f"{source}: " if source in (MAPPING, KEYWORDS) else f"--config {source}: ")
+    return given, problems
+
+
+def _help_or_version(argv: Sequence[str], program: str) -> None:
+    """Prints the text of `--help` or `--version` if a command line has one of them, and ends the process."""
+    with reader_may_leave():
+        if "--help" in argv or "-h" in argv:
+            tyro.cli(_flatten(Options), args=["--help"], prog=program)
+        if "--version" in argv:
+            print(versions())
+            raise SystemExit(0)
 
 
 def recorded_options(values: Mapping[str, Any], groups: Sequence[type]) -> Options:
@@ -266,14 +205,12 @@ def recorded_options(values: Mapping[str, Any], groups: Sequence[type]) -> Optio
         ConfigError: a value is not one that its flag takes.
     """
     wanted = {f.name for group in groups for f in fields(group)}
-    found = {name: value for name, value in values.items() if name in wanted}
-    for name, value in found.items():
-        words = value if isinstance(value, list) else [value]
-        if any(isinstance(word, str) and word.startswith("-") for word in words):
-            raise ConfigError(f"the checkpoint: {name} is {value!r}"[:300], "a value that is no flag", "use another checkpoint")
-    found = {name: value for name, value in found.items() if value != []}
-    required = [word for flag in _REQUIRED for word in (flag, "1")]
-    return _run_tyro([*required, *_normalize(to_flags(found, "the checkpoint"))], "checkpoint")
+    found = {name: value for name, value in values.items() if name in wanted and value != []}
+    flags, problems = in_file(found, CHECKPOINT)
+    reading = read_values(flags)
+    if problems or reading.problems:
+        raise one_error([*problems, *reading.problems])
+    return make_options({**dict.fromkeys(REQUIRED, 1), **reading.values})
 
 
 def option_values(options: Any) -> dict[str, Any]:

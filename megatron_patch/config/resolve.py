@@ -11,17 +11,29 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from megatron_patch.config.checks import check_count, check_documents, check_numbers, check_options, check_parallel, check_plan
+from megatron_patch.config.checks import (
+    check_count,
+    check_documents,
+    check_numbers,
+    check_options,
+    check_parallel,
+    check_plan,
+    check_profile_ranks,
+)
+from megatron_patch.config.megatron.command_line import MegatronReport
 from megatron_patch.config.options import ModelOptions, Options
 from megatron_patch.config.parsing import ParsedOptions, option_values, parse
 from megatron_patch.config.plan_builder import build_plan, reschedule
+from megatron_patch.config.problems import one_error, problems_of
 from megatron_patch.config.scale import default_decay_fraction, default_patch_size, needs_decay_fraction, needs_patch_size, scale_notes
 from megatron_patch.config.stage_spec import has_weights, parse_blend, parse_epoch_limits
 from megatron_patch.data.dataset_metadata import DatasetMetadata, read_metadata
 from megatron_patch.data.dataset_paths import expand_prefixes
-from megatron_patch.errors import ConfigError
+from megatron_patch.data.missing_dataset import check_datasets, missing_dataset
+from megatron_patch.errors import ConfigError, DataError
 from megatron_patch.model.families import family_by_name
 from megatron_patch.model.flops import parameter_count
+from megatron_patch.model.own_model import OwnModel
 from megatron_patch.model.pipeline_partition import pipeline_partition
 from megatron_patch.model.shape import ModelShape, check_shape
 from megatron_patch.model.sharding import check_sharding
@@ -46,6 +58,8 @@ class RunConfig:
         data_metadata: the metadata file of the first corpus, or None.
         data_parallel_size: number of ranks that share a global batch.
         notes: what the program decided and may surprise, for the console.
+        megatron: what became of flags that only Megatron has; None: there were none.
+        own_model: the user's model in place of `GPTModel`, which only the Python API can give; None: `GPTModel`.
     """
 
     options: Options
@@ -57,6 +71,8 @@ class RunConfig:
     data_metadata: DatasetMetadata | None
     data_parallel_size: int
     notes: tuple[str, ...] = ()
+    megatron: MegatronReport | None = None
+    own_model: OwnModel | None = None
 
     @property
     def save_folder(self) -> Path | None:
@@ -75,6 +91,13 @@ class RunConfig:
         """Prefixes of all corpora that are read for training, in any stage."""
         of_stages = (name for stage in self.plan.stages for name, _ in stage.blend or ())
         return tuple(dict.fromkeys([*(name for name, _ in self.blend), *of_stages]))
+
+    @property
+    def data_words(self) -> tuple[tuple[str, str], ...]:
+        """(flag or stage, word) of all corpora that the run reads: those of training, of the stages, and held-out ones."""
+        words = [("--data-path", word) for word, _ in self.blend]
+        words += [(f"stage {stage.name}: data_path", word) for stage in self.plan.stages for word, _ in stage.blend or ()]
+        return tuple(dict.fromkeys([*words, *(("--valid-data-path", word) for word, _ in self.valid_blend)]))
 
     @property
     def training_split(self) -> str:
@@ -189,7 +212,18 @@ def build_shape(options: ModelOptions, vocab_size: int, longest: int, tensor_par
     return shape
 
 
-def _vocab_size(options: Options, metadata: DatasetMetadata | None, notes: list[str]) -> int:
+def _first_metadata(word: str, dry_run: bool) -> DatasetMetadata | None:
+    """Returns the metadata of the first dataset that a word of --data-path names. For a dry run, none of it needs to exist."""
+    try:
+        prefix = expand_prefixes(word)[0]
+    except DataError as error:
+        if dry_run:
+            return None
+        raise missing_dataset(word, "--data-path") or error from error
+    return read_metadata(prefix)
+
+
+def _vocab_size(options: Options, metadata: DatasetMetadata | None, blend: Sequence[tuple[str, float]], notes: list[str]) -> int:
     """Returns the size of the vocabulary: the one given, else that of the data. A dry run without both assumes one, and notes it."""
     given = options.model.vocab_size
     if metadata is not None:
@@ -207,11 +241,30 @@ def _vocab_size(options: Options, metadata: DatasetMetadata | None, notes: list[
             f"vocabulary assumed to be {ASSUMED_VOCAB_SIZE:,}, because neither --vocab-size nor a dataset's metadata file is given"
         )
         return ASSUMED_VOCAB_SIZE
+    # Not the vocabulary is missing then: the path is wrong.
+    check_datasets([("--data-path", word) for word, _ in blend])
     raise ConfigError(
         "the size of the vocabulary is unknown",
         "--vocab-size N, or a dataset with its metadata file (PREFIX.json), as tools/preprocess_data.py writes it",
         "give --vocab-size",
     )
+
+
+def check_together(options: Options, ranks: int) -> None:
+    """Checks what needs neither plan nor data, and reports all of it.
+
+    Raises:
+        ConfigError: options are out of range, or contradict each other or the number of ranks.
+    """
+    problems = problems_of(lambda: check_numbers(options))
+    if not problems:  # the other checks compute with the numbers
+        problems = problems_of(
+            lambda: check_options(options),
+            lambda: check_parallel(options.engine, ranks),
+            lambda: check_profile_ranks(options.logging, ranks),
+        )
+    if problems:
+        raise one_error(problems)
 
 
 def resolve(parsed: ParsedOptions, ranks: int) -> RunConfig:
@@ -223,20 +276,18 @@ def resolve(parsed: ParsedOptions, ranks: int) -> RunConfig:
 
     Raises:
         ConfigError: the run is not possible.
-        DataError: the metadata file of the first corpus is damaged.
+        DataError: the metadata file of the first corpus is damaged, or the size of the vocabulary is unknown because a corpus is missing.
     """
     options = parsed.options
     notes: list[str] = []
-    check_numbers(options)
-    check_options(options, ranks)
-    check_parallel(options.engine, ranks)
+    check_together(options, ranks)
     data_parallel_size = ranks // (options.engine.tensor_model_parallel_size * options.engine.pipeline_model_parallel_size)
     blend = parse_blend(options.data.data_path)
     valid_blend = parse_blend(options.data.valid_data_path, "--valid-data-path")
     if not blend and not options.logging.dry_run:
         raise ConfigError("no data is given", "--data-path PREFIX", "give --data-path; tools/preprocess_data.py makes a dataset from text")
-    metadata = read_metadata(expand_prefixes(blend[0][0])[0]) if blend else None
-    vocab_size = _vocab_size(options, metadata, notes)
+    metadata = _first_metadata(blend[0][0], options.logging.dry_run) if blend else None
+    vocab_size = _vocab_size(options, metadata, blend, notes)
     check_count("vocab_size", vocab_size, "a vocabulary of")
     # Evaluation reads samples of --seq-length positions, and no stage has longer ones.
     shape = build_shape(options.model, vocab_size, options.stages.seq_length, options.engine.tensor_model_parallel_size)
@@ -255,7 +306,7 @@ def resolve(parsed: ParsedOptions, ranks: int) -> RunConfig:
     notes.extend(_rounding_notes(options, plan))
     check_plan(options, plan)
     notes.extend(scale_notes(options, plan, parameters))
-    run = RunConfig(options, parsed.origins, shape, plan, blend, valid_blend, metadata, data_parallel_size, tuple(notes))
+    run = RunConfig(options, parsed.origins, shape, plan, blend, valid_blend, metadata, data_parallel_size, tuple(notes), parsed.megatron)
     check_documents(options.data, run.eod_id, shape.vocab_size)
     _ = run.pipeline_boundaries, run.epoch_limits  # both raise a ConfigError where they are impossible
     return run
@@ -316,13 +367,22 @@ def load_config(argv: Sequence[str], ranks: int) -> RunConfig:
         DataError: as for `resolve`.
     """
     parsed = parse(argv)
+    return resolve(parsed, planned_ranks(parsed, ranks))
+
+
+def planned_ranks(parsed: ParsedOptions, ranks: int) -> int:
+    """Returns the number of ranks that a run is for: that of the job, or in a dry run --world-size.
+
+    Raises:
+        ConfigError: --world-size is given without --dry-run, or is not a number of ranks.
+    """
     planned = parsed.options.logging.world_size
-    if planned is not None:
-        if not parsed.options.logging.dry_run:
-            raise ConfigError(
-                f"--world-size {planned} without --dry-run", "--world-size in a dry run", "remove it; the launcher sets the number of ranks"
-            )
-        if planned < 1:
-            raise ConfigError(f"--world-size {planned}", "whole numbers from 1", "give another number of ranks")
-        ranks = planned
-    return resolve(parsed, ranks)
+    if planned is None:
+        return ranks
+    if not parsed.options.logging.dry_run:
+        raise ConfigError(
+            f"--world-size {planned} without --dry-run", "--world-size in a dry run", "remove it; the launcher sets the number of ranks"
+        )
+    if planned < 1:
+        raise ConfigError(f"--world-size {planned}", "whole numbers from 1", "give another number of ranks")
+    return planned

@@ -19,6 +19,7 @@ from megatron_patch.data.corpus import TokenCorpus
 from megatron_patch.errors import CheckpointError, ConfigError, DataError
 from megatron_patch.model.gpt import GPTModel
 from megatron_patch.model.shape import ModelShape
+from megatron_patch.requirements import missing_package
 from megatron_patch.tokenizers.base import Tokenizer, encode
 from megatron_patch.utils.units import plural
 
@@ -123,7 +124,7 @@ def verify_export(checkpoint: CheckpointWeights, folder: Path, ids: torch.Tensor
     try:
         from transformers import AutoModelForCausalLM
     except ImportError as error:
-        raise ConfigError("--verify needs transformers, which is missing", "the extra [hf]", "pip install 'megatron_patch[hf]'") from error
+        raise missing_package("transformers", "--verify") from error
     try:
         theirs = AutoModelForCausalLM.from_pretrained(
             str(folder), dtype=torch.float32, local_files_only=True, trust_remote_code=False

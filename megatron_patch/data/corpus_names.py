@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from megatron_patch.checkpoint.trainer_state import HeldOutName
 from megatron_patch.data.dataset_paths import bare_prefix
 from megatron_patch.data.same_dataset import real_path
-from megatron_patch.utils.console import visible
+from megatron_patch.utils.console import one_line
 
 _MOST_PARTS = 8
 
@@ -37,7 +37,7 @@ def corpus_names(words: Sequence[str], taken: Iterable[str] = ()) -> tuple[str, 
     used = set(taken)
     numbers: Counter[str] = Counter()
     found = []
-    for name in map(visible, names()):
+    for name in map(one_line, names()):
         numbers[name] += 1
         while (unique := _numbered(name, numbers[name])) in used:
             numbers[name] += 1
@@ -76,7 +76,7 @@ def names_in_run(words: Sequence[str], tokens: Sequence[int], used: Sequence[Hel
 
 def _ends_in(word: str, name: str) -> bool:
     parts = name.split("/")
-    return [visible(part) for part in _parts(word)[-len(parts) :]] == parts
+    return [one_line(part) for part in _parts(word)[-len(parts) :]] == parts
 
 
 def _parts(word: str) -> list[str]:

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from megatron_patch.data.missing_dataset import no_dataset
 from megatron_patch.data.storage import FileArray, exists, open_file
 from megatron_patch.data.token_types import TYPES, token_dtype, written_type
 from megatron_patch.errors import DataError
@@ -60,6 +61,8 @@ class IndexedDataset:
         tokens, index = f"{prefix}.bin", f"{prefix}.idx"
         for path in (tokens, index):
             if not exists(path):
+                if path == tokens and not exists(index):
+                    raise no_dataset(prefix)
                 raise DataError(f"{path} does not exist", "a dataset prefix: PREFIX.bin and PREFIX.idx", "check the prefix")
         self._index = open_file(index)
         header = bytearray(min(_HEADER.size, self._index.size))

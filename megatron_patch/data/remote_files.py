@@ -24,6 +24,7 @@ from typing import Any
 from megatron_patch.data.addresses import check_address
 from megatron_patch.data.local_files import shorter
 from megatron_patch.errors import DataError
+from megatron_patch.requirements import how_to_install
 from megatron_patch.utils.files import open_new
 
 _CHUNK_BYTES = 1 << 20
@@ -214,7 +215,7 @@ def _file_system(address: str) -> tuple[Any, str]:
         raise DataError(
             f"{address} cannot be read: {_words(error)}",
             "paths on this machine, or addresses for which fsspec and its package are installed",
-            f"install fsspec and the package for {kind}:// (s3fs, gcsfs, aiohttp, …), or copy the files to this machine",
+            f"{how_to_install('fsspec')} and the package for {kind}:// (s3fs, gcsfs, …), or copy the files to this machine",
         ) from error
 
 

@@ -32,16 +32,26 @@ from megatron_patch.engine.distributed import barrier, gather_objects
 from megatron_patch.engine.environment import threads_per_rank
 from megatron_patch.engine.fragments import Fragment, HostBuffers, fragments
 from megatron_patch.engine.interface import EvaluationResult, ReplicaMismatch, Snapshot, StepGate, StepResult
-from megatron_patch.engine.optimizer import MOMENTS, base_optimizer, make_optimizer, set_step_count, step_count, zero_moments
+from megatron_patch.engine.optimizer import (
+    MOMENTS,
+    base_optimizer,
+    make_optimizer,
+    require_elementwise,
+    set_step_count,
+    step_count,
+    zero_moments,
+)
 from megatron_patch.engine.state_files import StateFiles, write_fragments
 from megatron_patch.engine.swapping import SubGroups
 from megatron_patch.errors import CheckpointError
 from megatron_patch.model.gpt import GPTModel
 from megatron_patch.model.init import InitialWeights, split_by_weight_decay
 from megatron_patch.model.precision import DTYPES
+from megatron_patch.model.shape import ModelShape
 from megatron_patch.model.sharding import VOCABULARY_PARAMETERS, shard_of
 from megatron_patch.ops import IGNORE_INDEX
 from megatron_patch.parallel.groups import Groups, ModelParallelUnit
+from megatron_patch.parallel.tensor import TensorParallel
 from megatron_patch.stages import Stage
 
 _CHECKSUM_CHUNK = 1 << 22
@@ -69,6 +79,25 @@ class MixedPrecision(nn.Module):
         """Runs the module's forward pass with rounded weights."""
         rounded = {name: parameter.to(self.dtype) for name, parameter in self.module.named_parameters()}
         return torch.func.functional_call(self.module, rounded, args, kwargs, tie_weights=True)
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where the model of a rank comes from.
+
+    Args:
+        build: builds this rank's layers; it is called on the meta device, or under ZeRO 3 in a context that shards each parameter at once.
+        shape: the shape of the full model.
+        parallel: the ranks that share each layer.
+        seed: seed of the initial weights; None: no initial weights, because a checkpoint will be loaded.
+        has_buffers: whether the model may have buffers that `build` computes, for which it is called on this rank's device.
+    """
+
+    build: Callable[[], nn.Module]
+    shape: ModelShape
+    parallel: TensorParallel
+    seed: int | None
+    has_buffers: bool = False
 
 
 @dataclass
@@ -103,8 +132,7 @@ class DeepSpeedEngine(abc.ABC):
     """One rank's engine, without the parts that depend on the layout.
 
     Args:
-        build: builds this rank's layers; it is called on the meta device, or under ZeRO 3 in a context that shards each parameter at once.
-        seed: seed of the initial weights; None: no initial weights, because a checkpoint will be loaded.
+        source: builds this rank's layers.
         config: precision, ZeRO level, DeepSpeed's JSON.
         schedule: the optimizer's settings.
         stage: the stage to begin with.
@@ -114,24 +142,24 @@ class DeepSpeedEngine(abc.ABC):
 
     def __init__(
         self,
-        build: Callable[[], GPTModel],
-        seed: int | None,
+        source: ModelSource,
         config: EngineConfig,
         schedule: ScheduleOptions,
         stage: Stage,
         groups: Groups,
         device: torch.device,
     ) -> None:
+        config.require_device(device.type)
         self.config, self.device = config, device
         self.grid, self._groups = groups.grid, groups
         settings = {**config.deepspeed, **batch_settings(stage, self.grid.data_parallel_size)}
         self._host_buffers = HostBuffers(pin_memory=device.type == "cuda")
         dtype = DTYPES[config.precision]
-        model = self._build(build, dtype, settings)
+        model = self._build(source, dtype, settings)
         self._names = {parameter: name for name, parameter in model.named_parameters()}
-        self._tied_copies, self._model_shape = model.tied_copies, model.shape
-        parallel = model.parallel
-        shards = {name: shard_of(name, model.shape, parallel.rank, parallel.size) for name in self._names.values()}
+        self._tied_copies = model.tied_copies if isinstance(model, GPTModel) else frozenset()
+        self._model_shape, parallel = source.shape, source.parallel
+        shards = {name: shard_of(name, source.shape, parallel.rank, parallel.size) for name in self._names.values()}
         self._shards = {name: shard for name, shard in shards.items() if shard is not None}
         for parameter, name in self._names.items():
             # Without this mark, DeepSpeed counts the parameter on only one tensor-parallel rank in the gradient norm.
@@ -143,33 +171,35 @@ class DeepSpeedEngine(abc.ABC):
             wrapped = MixedPrecision(model, dtype) if dtype != torch.float32 else model
         decayed, undecayed = split_by_weight_decay(model)
         param_groups = [{"params": decayed, "weight_decay": schedule.weight_decay}, {"params": undecayed, "weight_decay": 0.0}]
+        if config.zero_level > 0 or parallel.size > 1:
+            require_elementwise(schedule, config.offloads_optimizer, device)
         optimizer = make_optimizer([group for group in param_groups if group["params"]], schedule, config.offloads_optimizer)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             self._engine = self._initialize(wrapped, optimizer, settings)
         self._optimizer = base_optimizer(self._engine.optimizer)
-        if seed is not None:
-            initial, shapes = InitialWeights(model.shape, seed, threads_per_rank()), self._full_shapes()
+        if source.seed is not None:
+            initial, shapes = InitialWeights(source.shape, source.seed, threads_per_rank()), self._full_shapes()
             # Master weights start from the float32 initial weights, not from their rounded copies.
             self._set_tensors(lambda kind, name, *span: initial.read(name, shapes[name], self._shards.get(name), *span), ("weight",))
         self.start_stage(stage)
 
-    def _build(self, build: Callable[[], GPTModel], dtype: torch.dtype, settings: dict[str, Any]) -> GPTModel:
-        """Returns the model on this rank's device, with uninitialized parameters."""
+    def _build(self, source: ModelSource, dtype: torch.dtype, settings: dict[str, Any]) -> nn.Module:
+        """Returns the model on this rank's device; the values of its parameters do not count yet."""
         if self.config.zero_level == 3:
             import deepspeed
 
             mpu = ModelParallelUnit(self._groups) if self._groups.tensor is not None else None
             # No dtype argument: on CPUs without float16, DeepSpeed would replace it by bfloat16. The settings determine the dtype.
             with deepspeed.zero.Init(data_parallel_group=self._groups.data, config_dict_or_path=settings, mpu=mpu):
-                model = build()
+                model = source.build()
             assert all(parameter.dtype == dtype for parameter in model.parameters())
             return model
-        with torch.device("meta"):
-            model = build()
+        with torch.device(self.device if source.has_buffers else "meta"):
+            model = source.build()
         if self.config.zero_level > 0:
             model.to(dtype)
-        return model.to_empty(device=self.device)
+        return model.to(self.device) if source.has_buffers else model.to_empty(device=self.device)
 
     @abc.abstractmethod
     def _initialize(self, model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any]) -> Any:
@@ -410,6 +440,10 @@ class DeepSpeedEngine(abc.ABC):
                 if hasattr(scaler, key):
                     setattr(scaler, key, scale[key])
         barrier()
+
+    def close(self) -> None:
+        """Removes DeepSpeed's hooks; see `Engine`."""
+        self._engine.destroy()
 
     def _full_shapes(self) -> dict[str, tuple[int, ...]]:
         """Returns the full shape of each parameter of which this rank holds a part, by name."""

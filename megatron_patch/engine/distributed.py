@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -17,10 +18,14 @@ from typing import Any
 import torch
 import torch.distributed
 
+from megatron_patch.engine.accelerator import choose_accelerator
 from megatron_patch.engine.environment import device_index, local_world_size, ranks_from_environment, rendezvous_address, threads_per_rank
 from megatron_patch.engine.rendezvous import explained, notice_of_waiting, require_address
 
 _READ = "/read"  # the key of the number of ranks that have read a decision
+_LEAVE_SECONDS = 10.0  # longer than the end of process groups takes on which no rank waits
+_earlier_groups: list[Any] | None = None
+"""The process groups of this process before it joined the job that it is in; None: it is in none."""
 
 
 def init_distributed(timeout_minutes: int = 30) -> torch.device:
@@ -40,11 +45,9 @@ def init_distributed(timeout_minutes: int = 30) -> torch.device:
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(local_rank), MASTER_ADDR=address, MASTER_PORT=str(port))
     if local_size is not None:
         os.environ["LOCAL_WORLD_SIZE"] = str(local_size)
-    cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
-    if not cuda:
-        os.environ["DS_ACCELERATOR"] = "cpu"
-        if "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(threads)
+    cuda = choose_accelerator()
+    if not cuda and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(threads)
     import deepspeed
     import deepspeed.ops
     from deepspeed.utils import logger
@@ -57,6 +60,9 @@ def init_distributed(timeout_minutes: int = 30) -> torch.device:
         torch.cuda.set_device(device)
         # DeepSpeed uses LOCAL_RANK as the index of this rank's GPU, which is 0 if the rank sees only its own (Slurm's --gpus-per-task).
         os.environ["LOCAL_RANK"] = str(device.index)
+    global _earlier_groups
+    if _earlier_groups is None:
+        _earlier_groups = _process_groups()
     timeout = timedelta(minutes=timeout_minutes)
     # Process groups of some ranks do not inherit the timeout of the default group: with NCCL, torch gives each of them 10 minutes.
     torch.distributed.distributed_c10d.default_pg_timeout = timeout
@@ -76,9 +82,60 @@ def init_distributed(timeout_minutes: int = 30) -> torch.device:
 
 
 def destroy_distributed() -> None:
-    """Destroys the process groups; without it, ZeRO 3 may end with an error while the interpreter shuts down."""
-    if torch.distributed.is_initialized():
+    """Destroys the process groups that exist since `init_distributed`, and what DeepSpeed remembers of them; every rank must call it.
+
+    Then this process can join another job. A default group that a user's own script made stays. Without this call, ZeRO 3 may end with an
+    error while the interpreter shuts down.
+    """
+    global _earlier_groups
+    earlier, _earlier_groups = _earlier_groups or [], None
+    if not torch.distributed.is_initialized():
+        return
+    if earlier:
+        for group in reversed([group for group in _process_groups() if group not in earlier]):
+            torch.distributed.destroy_process_group(group)
+    else:
         torch.distributed.destroy_process_group()
+    _forget_job()
+
+
+def _process_groups() -> list[Any]:
+    """Returns the process groups of this process, the default group first; none before the process has joined a job."""
+    return list(torch.distributed.distributed_c10d._world.pg_map) if torch.distributed.is_initialized() else []
+
+
+def _forget_job() -> None:
+    """Clears what DeepSpeed keeps in module variables: destroyed process groups, and models, whose memory would never be freed."""
+    modules: dict[str, Any] = {name[len("deepspeed.") :]: module for name, module in sys.modules.items() if name.startswith("deepspeed.")}
+    if "utils.groups" in modules:
+        modules["utils.groups"]._release_process_group_references()
+    if "runtime.pipe.p2p" in modules:
+        p2p = modules["runtime.pipe.p2p"]
+        p2p._groups, p2p._grid, p2p._async = None, None, []
+    if "runtime.zero.parameter_offload" in modules:
+        # Not empty after an error in a forward pass.
+        modules["runtime.zero.parameter_offload"].FWD_MODULE_STACK.clear()
+    if "runtime.zero.partitioned_param_coordinator" in modules:
+        coordinator = modules["runtime.zero.partitioned_param_coordinator"].PartitionedParameterCoordinator
+        # A method caches its results for each model, below a decorator that hides the cache.
+        hidden = [cell.cell_contents for method in vars(coordinator).values() for cell in getattr(method, "__closure__", None) or ()]
+        for function in hidden:
+            if hasattr(function, "cache_clear"):
+                function.cache_clear()
+
+
+def leave_after_error() -> bool:
+    """Destroys the process groups of a job that has failed; returns False if they do not end, because a peer is inside of a collective.
+
+    Then this process cannot join another job.
+    """
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        destroy_distributed()
+        return True
+    thread = threading.Thread(target=destroy_distributed, daemon=True, name="close connections")
+    thread.start()
+    thread.join(_LEAVE_SECONDS)
+    return not thread.is_alive()
 
 
 def broadcast_object(value: object, source: int = 0) -> object:

@@ -23,11 +23,13 @@ from megatron_patch.engine.state_files import StateFiles
 from megatron_patch.errors import CheckpointError, ConfigError
 from megatron_patch.model.gpt import GPTModel
 from megatron_patch.model.inference_model import InferenceModel
+from megatron_patch.model.own_model import OwnModel, OwnModelForInference, build_own_model
 from megatron_patch.model.pipeline_partition import pipeline_partition
 from megatron_patch.model.shape import ModelShape, check_shape
 from megatron_patch.model.sharding import shard_of
 from megatron_patch.parallel.grid import Grid
 from megatron_patch.parallel.groups import SINGLE_REPLICA, Groups, Replicas, make_groups
+from megatron_patch.parallel.tensor import UNSHARDED
 from megatron_patch.utils.records import record_from_json
 from megatron_patch.utils.units import plural
 
@@ -58,16 +60,27 @@ class LoadedModel(Generic[Model]):
         return options
 
 
-def shape_of_state(state: TrainerState, where: str) -> ModelShape:
+def shape_of_state(state: TrainerState, where: str, own: OwnModel | None = None) -> ModelShape:
     """Returns the shape of a checkpoint's model.
 
     Args:
         state: the trainer state of the checkpoint.
         where: the checkpoint's path, for messages.
+        own: the user's model that will hold the weights; None: the program's own.
 
     Raises:
-        CheckpointError: the shape was written by another version of the program, or is invalid.
+        CheckpointError: the shape was written by another version of the program, or is invalid, or the weights belong to another model,
+            with which they would give other numbers.
     """
+    given = own.name if own is not None else None
+    if state.own_model != given:
+        raise CheckpointError(
+            f"{where}: the model was trained with model={state.own_model or 'None'}, and model={given or 'None'} is given",
+            f"model={state.own_model or 'None'}, as the run had it",
+            "load it with megatron_patch.api.load_model(checkpoint, model=…) and that function; the tools know only the program's own model"
+            if state.own_model
+            else "leave model= out",
+        )
     try:
         shape = record_from_json(ModelShape, state.model)
         check_shape(shape)
@@ -97,6 +110,33 @@ def require_checkpoint(load: str) -> ValidCheckpoint:
     if checkpoint is None:
         raise CheckpointError(f"--load {load} contains no checkpoint", "a run's folder, or one of its step-N folders", "check the path")
     return checkpoint
+
+
+def load_own_model(own: OwnModel, load: str, device: torch.device, dtype: torch.dtype = torch.float32) -> LoadedModel[InferenceModel]:
+    """Loads the weights of a checkpoint into a user's model.
+
+    Args:
+        own: the model that the run was trained with.
+        load: a run's folder, or one of its step-N folders.
+        device: the model's device.
+        dtype: dtype of the weights.
+
+    Raises:
+        CheckpointError: there is no valid checkpoint, or its run had another model.
+        ConfigError: the model has other parameters than it should have.
+    """
+    checkpoint = require_checkpoint(load)
+    shape = shape_of_state(checkpoint.state, str(checkpoint.folder), own)
+    files = StateFiles(checkpoint.folder)
+    with torch.device(device):
+        model = build_own_model(own, shape, UNSHARDED)
+    files.check({name: tuple(parameter.shape) for name, parameter in model.named_parameters()})
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(files.weight(name))
+    model = model.to(dtype).eval()
+    usable: InferenceModel = model if isinstance(model, GPTModel) else OwnModelForInference(model, shape)
+    return LoadedModel(usable, checkpoint, checkpoint.state.data_metadata)
 
 
 def load_model(load: str, device: torch.device | None = None, dtype: torch.dtype = torch.float32) -> LoadedModel[GPTModel]:

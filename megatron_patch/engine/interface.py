@@ -156,6 +156,10 @@ class Engine(Protocol):
         """
         ...
 
+    def close(self) -> None:
+        """Removes what the engine registered in torch, so that its memory is freed with it; called last."""
+        ...
+
     def load(self, folder: Path, state: Mapping[str, Any] | None) -> None:
         """Loads a checkpoint, which may have been written under any parallel layout.
 

@@ -70,9 +70,70 @@ def make_optimizer(groups: Sequence[dict[str, Any]], options: ScheduleOptions, o
         offloaded: whether the optimizer steps in host memory, where the kernels of Apex cannot run.
 
     Raises:
-        ConfigError: no optimizer of that name is registered.
+        ConfigError: no optimizer of that name is registered, or what is registered makes no optimizer.
     """
-    return optimizer_by_name(options.optimizer)(groups, options, offloaded)
+    optimizer = optimizer_by_name(options.optimizer)(groups, options, offloaded)
+    import torch
+
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise ConfigError(
+            f"the optimizer {options.optimizer} is made as {type(optimizer).__name__}",
+            "a torch.optim.Optimizer",
+            "return the optimizer of the parameter groups",
+        )
+    return optimizer
+
+
+def require_elementwise(options: ScheduleOptions, offloaded: bool, device: torch.device) -> None:
+    """Checks that an optimizer computes each element of a weight from the gradient and the state of that element alone.
+
+    Under ZeRO and under tensor parallelism the optimizer of a rank sees spans of flattened weights, so that any other optimizer would
+    compute something else there without an error. One step on a matrix is compared with the step on its flattened parts.
+
+    Args:
+        options: the optimizer's name and settings.
+        offloaded: whether the optimizer steps in host memory.
+        device: the device on which it steps otherwise.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    import torch
+
+    if options.optimizer == "adamw":
+        return
+    device = torch.device("cpu") if offloaded else device
+    values = torch.sin(torch.arange(96, dtype=torch.float32, device=device))
+    weights, gradients = values[:48], torch.stack([values[48:], values[48:].flip(0)])
+
+    def after_two_steps(shapes: Sequence[tuple[int, ...]]) -> torch.Tensor:
+        sizes = [torch.Size(shape).numel() for shape in shapes]
+        parts = [torch.nn.Parameter(part.clone().view(shape)) for part, shape in zip(weights.split(sizes), shapes, strict=True)]
+        undecayed = torch.nn.Parameter(values[:6].clone())
+        optimizer = make_optimizer(
+            [{"params": parts, "weight_decay": options.weight_decay}, {"params": [undecayed], "weight_decay": 0.0}], options, offloaded
+        )
+        for gradient in gradients:
+            undecayed.grad = torch.ones_like(undecayed)
+            for part, piece in zip(parts, gradient.split(sizes), strict=True):
+                part.grad = piece.clone().view(part.shape)
+            for group in optimizer.param_groups:
+                group["lr"] = 0.01
+            optimizer.step()
+        return torch.cat([part.detach().flatten() for part in parts])
+
+    whole, reason = after_two_steps([(8, 6)]), ""
+    try:
+        if torch.allclose(whole, after_two_steps([(20,), (28,)]), rtol=1e-5, atol=1e-6):
+            return
+    except Exception as error:
+        reason = f" ({type(error).__name__}: {error})"
+    raise ConfigError(
+        f"the optimizer {options.optimizer} steps differently on a matrix than on its flattened parts{reason}, as ZeRO and tensor "
+        "parallelism divide it",
+        "an optimizer that works element by element, or --zero-stage 0 without tensor parallelism, where it sees whole weights",
+        "use --zero-stage 0 and --tensor-model-parallel-size 1, or another optimizer",
+    )
 
 
 def base_optimizer(wrapped: Any) -> torch.optim.Optimizer:
@@ -105,6 +166,12 @@ def _new_state(optimizer: torch.optim.Optimizer, tensor: torch.Tensor) -> dict[s
     optimizer.param_groups = [{**groups[0], "params": [probe]}]
     try:
         optimizer.step()
+    except Exception as error:
+        raise ConfigError(
+            f"the optimizer {type(optimizer).__name__} fails in a step on two elements: {type(error).__name__}: {error}",
+            "an optimizer whose step() takes no arguments and accepts parameters of any shape",
+            "choose another --optimizer, or correct the one that you registered",
+        ) from error
     finally:
         optimizer.param_groups = groups
     state: dict[str, Any] = optimizer.state.pop(probe, {})

@@ -14,7 +14,7 @@ import contextlib
 import io
 import itertools
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,7 @@ from torch import nn
 from megatron_patch.config.options import ScheduleOptions
 from megatron_patch.data.collate import PatchBatch
 from megatron_patch.engine.deepspeed_config import EngineConfig, batch_settings
-from megatron_patch.engine.deepspeed_engine import DeepSpeedEngine, MixedPrecision
+from megatron_patch.engine.deepspeed_engine import DeepSpeedEngine, MixedPrecision, ModelSource
 from megatron_patch.engine.interface import StepGate, StepResult
 from megatron_patch.engine.ranges import named_instructions
 from megatron_patch.engine.stopwatch import Stopwatch
@@ -153,8 +153,7 @@ class PipelineParallelEngine(DeepSpeedEngine):
 
     Args:
         boundaries: first layer of each pipeline rank, and the number of layers.
-        build: builds the layers of this pipeline rank; see `DeepSpeedEngine`.
-        seed: see `DeepSpeedEngine`.
+        source: builds the layers of this pipeline rank; see `DeepSpeedEngine`.
         config: see `DeepSpeedEngine`; ZeRO 0 or 1.
         schedule: see `DeepSpeedEngine`.
         stage: see `DeepSpeedEngine`.
@@ -165,8 +164,7 @@ class PipelineParallelEngine(DeepSpeedEngine):
     def __init__(
         self,
         boundaries: Sequence[int],
-        build: Callable[[], GPTModel],
-        seed: int | None,
+        source: ModelSource,
         config: EngineConfig,
         schedule: ScheduleOptions,
         stage: Stage,
@@ -175,7 +173,7 @@ class PipelineParallelEngine(DeepSpeedEngine):
     ) -> None:
         self._boundaries = boundaries
         self._shape: tuple[int, ...] | None = None
-        super().__init__(build, seed, config, schedule, stage, groups, device)
+        super().__init__(source, config, schedule, stage, groups, device)
 
     def _initialize(self, model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any]) -> Any:
         grid, part = self.grid, model.module if isinstance(model, MixedPrecision) else model

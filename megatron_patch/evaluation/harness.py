@@ -14,6 +14,7 @@ from typing import Any
 from megatron_patch.errors import ConfigError, DataError
 from megatron_patch.model.inference_model import InferenceModel
 from megatron_patch.parallel.groups import SINGLE_REPLICA, Replicas
+from megatron_patch.requirements import missing_package
 from megatron_patch.tokenizers.base import Tokenizer
 
 
@@ -107,9 +108,7 @@ def run_tasks(
 
         from megatron_patch.evaluation.harness_model import HarnessModel
     except ImportError as error:
-        raise ConfigError(
-            "--tasks needs lm-eval, which is not installed", "the extra [eval]", "run pip install 'megatron_patch[eval]'"
-        ) from error
+        raise missing_package("lm_eval", "--tasks") from error
     if tokenizer.eod_id is None:
         raise DataError(
             f"tokenizer {tokenizer.name} has no end-of-document token",

@@ -150,6 +150,7 @@ def score_text(
     batch: int = 8,
     replicas: Replicas = SINGLE_REPLICA,
     rewrite: Callable[[str], str] = lambda text: text,
+    progress: Callable[[int, int], None] | None = None,
 ) -> TextScore:
     """Returns the score of a model on documents.
 
@@ -163,6 +164,7 @@ def score_text(
         batch: windows per forward pass.
         replicas: replicas of the model that divide the batches; every rank reads all documents.
         rewrite: maps a document to the text that the model reads; bytes and words are counted before it.
+        progress: called after each batch with its tokens, and with the bytes of text that have been read since the last call.
 
     Raises:
         DataError: the documents contain no token that can be scored.
@@ -179,9 +181,13 @@ def score_text(
 
     device = model.device
     totals = torch.zeros(2, dtype=torch.float64, device=device)
+    reported = 0
     for number, (ids, labels) in enumerate(_batches(scored_windows(), batch)):
         if replicas.owns(number):
             totals += torch.stack([part.double() for part in model(ids.to(device), labels.to(device))])
+        if progress is not None:
+            progress(int((labels != IGNORE_INDEX).sum()), counts["bytes"] - reported)
+            reported = counts["bytes"]
     loss_sum, tokens = replicas.sum(totals).tolist()
     if not tokens:
         raise DataError(

@@ -26,11 +26,13 @@ class Layout:
         zero_level: ZeRO level, 0 to 3.
         precision: dtype of weights and activations.
         recompute: which activations the backward pass recomputes.
+        compiled: whether torch.compile joins the operators of a block.
         balance: quantity that is divided evenly among pipeline ranks.
         balance_positions: positions per sample, used when FLOPs are balanced.
         communication_bytes: bytes of a gradient's element when data-parallel ranks sum it.
         immediate_gradients: whether ZeRO 1 adds each bfloat16 gradient to its float32 sum within the backward pass and then frees it.
         bucket_elements: size of the buffers in which ZeRO 1 to 3 collect gradients.
+        prefetch_elements: weights that ZeRO 3 gathers in one call; a larger matrix is gathered alone.
         offload_optimizer: whether optimizer states are in host memory.
         offload_weights: whether weights are in host memory.
     """
@@ -42,11 +44,13 @@ class Layout:
     zero_level: int = 1
     precision: Precision = "bf16"
     recompute: Recompute = "none"
+    compiled: bool = False
     balance: Balance = "parameters"
     balance_positions: int = 2048
     communication_bytes: int = 4
     immediate_gradients: bool = True
     bucket_elements: int = 500_000_000
+    prefetch_elements: int = 50_000_000
     offload_optimizer: bool = False
     offload_weights: bool = False
 
@@ -71,7 +75,8 @@ class Layout:
         parts += ["SP"] if self.sequence_parallel else []
         parts += [f"PP{self.pipeline}"] if self.pipeline > 1 else []
         parts += [f"DP{self.data}", f"ZeRO {self.zero_level}", self.precision]
-        return " ".join(parts + ([f"recompute {self.recompute}"] if self.recompute != "none" else []))
+        parts += [f"recompute {self.recompute}"] if self.recompute != "none" else []
+        return " ".join(parts + (["compiled"] if self.compiled else []))
 
 
 def layout_of(run: RunConfig, engine_config: EngineConfig) -> Layout:
@@ -89,11 +94,13 @@ def layout_of(run: RunConfig, engine_config: EngineConfig) -> Layout:
         zero_level=engine_config.zero_level,
         precision=engine_config.precision,
         recompute=options.recompute_granularity,
+        compiled=options.compile,
         balance=options.pipeline_balance,
         balance_positions=run.options.stages.seq_length,
         communication_bytes=engine_config.communication_bytes,
         immediate_gradients=bool(engine_config.deepspeed.get("bf16", {}).get("immediate_grad_update", True)),
         bucket_elements=int(zero.get("reduce_bucket_size", 500_000_000)),
+        prefetch_elements=int(zero.get("stage3_prefetch_bucket_size", 50_000_000)),
         offload_optimizer=offloaded("offload_optimizer"),
         offload_weights=offloaded("offload_param"),
     )

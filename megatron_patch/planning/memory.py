@@ -11,6 +11,7 @@ gradients are in memory; or in the optimizer step, when gradients are reduced th
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, fields
 from typing import Literal
 
@@ -71,8 +72,14 @@ def rank_parameters(shape: ModelShape, layout: Layout, layers: range) -> int:
 
     All tensor-parallel ranks of a layer hold the same number: matrices are sharded evenly; norms and unsharded keys are replicated.
     """
-    sizes = parameters_of_layers(shape, layers)
-    return sum(shard_numel(name, size, shape, layout.tensor) for name, size in sizes.items())
+    return _sizes(shape, layout.tensor, layers)[0]
+
+
+@functools.lru_cache(maxsize=4096)  # a search asks for the same layers many times
+def _sizes(shape: ModelShape, tensor: int, layers: range) -> tuple[int, int]:
+    """Returns (number of parameters, elements of the largest tensor) of a rank with these layers."""
+    sizes = [shard_numel(name, size, shape, tensor) for name, size in parameters_of_layers(shape, layers).items()]
+    return sum(sizes), max(sizes, default=0)
 
 
 def saved_by_block(shape: ModelShape, layout: Layout, samples: int, positions: int) -> int:
@@ -229,8 +236,7 @@ def rank_memory(
     loss = float(loss_bytes(shape, layout, stage, device)) if shape.num_layers + 1 in layers else 0.0
     # A pipeline keeps the received input and the output of each micro-batch in flight.
     buffers = float(2 * max(2, in_flight) * residual) if layout.pipeline > 1 else 2.0 * residual
-    largest = max((shard_numel(name, size, shape, layout.tensor) for name, size in parameters_of_layers(shape, layers).items()), default=0)
-    bucket, step = _reduction(layout, parameters, largest)
+    bucket, step = _reduction(layout, parameters, _sizes(shape, layout.tensor, layers)[1])
     buffers += bucket
     # Activations are freed before the optimizer step, so only the excess over them adds to the peak.
     buffers += max(0.0, step - activations - loss - buffers)

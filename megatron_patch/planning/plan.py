@@ -9,12 +9,13 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from megatron_patch.errors import ConfigError
+from megatron_patch.errors import ConfigError, DoesNotFitError
 from megatron_patch.model.shape import ModelShape
 from megatron_patch.planning.cost import Cost
 from megatron_patch.planning.hardware import Hardware
 from megatron_patch.planning.layout import Layout
 from megatron_patch.planning.memory import COUNTED_PARTS, Memory, rank_memory, rank_parameters
+from megatron_patch.planning.published import calibration
 from megatron_patch.planning.reliability import Interruptions, StageWork, daly_interval, expected_goodput, young_interval
 from megatron_patch.planning.timing import StepTime, bubble_share, step_time
 from megatron_patch.planning.traffic import Traffic, traffic
@@ -164,8 +165,25 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether the memory of every rank fits into a device."""
-        return self.fullest.memory.total <= self.hardware.memory_gib * 2**30
+        """Whether the memory of every rank fits into the usable memory of a device."""
+        return self.fullest.memory.total <= self.hardware.usable_gib * 2**30
+
+    def check_memory(self) -> None:
+        """Checks that every rank fits.
+
+        Raises:
+            DoesNotFitError: a rank does not.
+        """
+        if self.fits:
+            return
+        part = self.fullest
+        ranks = f"ranks of pipeline rank {part.pipeline_rank}" if self.layout.pipeline > 1 else "each rank"
+        raise DoesNotFitError(
+            f"{ranks} need about {part.memory.total / 2**30:.1f} GiB in stage {part.peak_stage}, more than {self.hardware.usable_text()}",
+            f"plans of at most {self.hardware.usable_gib:.1f} GiB a rank",
+            "give --search to list the layouts that fit, more devices with --world-size"
+            + (", or --recompute-granularity full" if self.layout.recompute != "full" else ""),
+        )
 
     def work(self) -> list[StageWork]:
         """Returns the stages as input for `simulate`."""
@@ -207,6 +225,8 @@ class Plan:
             },
             "estimated": {
                 "fits": self.fits,
+                "usable_gib": self.hardware.usable_gib,
+                "times": calibration(self.hardware),
                 "ranks": [
                     {
                         "pipeline_rank": part.pipeline_rank,

@@ -1,7 +1,8 @@
 """Search for the layouts of N devices that can run a model, fastest first.
 
 In: a run's options, devices. Out: plans, ranked by the estimated time of the run. Each candidate passes the same checks as a run with its
-flags, so every listed layout can be started.
+flags, so every listed layout can be started. Layouts that would change the global batch, because it is rounded to whole micro-batches of
+all ranks, are left out: they would be another run.
 """
 
 from __future__ import annotations
@@ -16,10 +17,13 @@ from megatron_patch.config.options import Options
 from megatron_patch.config.parsing import ParsedOptions
 from megatron_patch.config.resolve import resolve
 from megatron_patch.engine.deepspeed_config import resolve_engine_config
-from megatron_patch.errors import ConfigError
+from megatron_patch.errors import ConfigError, DoesNotFitError
 from megatron_patch.planning.hardware import Hardware
 from megatron_patch.planning.layout import Recompute, layout_of
 from megatron_patch.planning.plan import Plan, make_plan
+
+BATCH_TOLERANCE = 0.05
+"""Largest relative change of the global batch, in tokens, that a layout may cause."""
 
 
 @dataclass(frozen=True)
@@ -32,12 +36,20 @@ class LayoutChoice:
     micro_batch_size: int
     recompute: Recompute
 
-    def flags(self) -> str:
-        """Returns the flags that select this layout."""
-        flags = [f"--tensor-model-parallel-size {self.tensor}", "--sequence-parallel"] if self.tensor > 1 else []
-        flags += [f"--pipeline-model-parallel-size {self.pipeline}"] if self.pipeline > 1 else []
-        flags += [f"--zero-stage {self.zero_level}", f"--micro-batch-size {self.micro_batch_size}"]
-        return " ".join(flags + ([f"--recompute-granularity {self.recompute}"] if self.recompute != "none" else []))
+    def flags(self, options: Options) -> str:
+        """Returns the flags that change a run's options to this layout; "as given" if it is the run's own."""
+        engine = options.engine
+        words = [
+            ("--tensor-model-parallel-size", self.tensor, engine.tensor_model_parallel_size),
+            ("--pipeline-model-parallel-size", self.pipeline, engine.pipeline_model_parallel_size),
+            ("--zero-stage", self.zero_level, engine.zero_stage),
+            ("--micro-batch-size", self.micro_batch_size, options.stages.micro_batch_size),
+            ("--recompute-granularity", self.recompute, engine.recompute_granularity),
+        ]
+        changed = [f"{flag} {wanted}" for flag, wanted, given in words if wanted != given]
+        if engine.sequence_parallel != (self.tensor > 1):
+            changed.append("--sequence-parallel" if self.tensor > 1 else "--no-sequence-parallel")
+        return " ".join(changed) or "as given"
 
     def apply(self, options: Options) -> Options:
         """Returns a run's options with this layout."""
@@ -60,15 +72,54 @@ class Candidate:
     Args:
         choice: its settings.
         plan: the plan of the run with it.
+        flags: the flags that change the run to it.
     """
 
     choice: LayoutChoice
     plan: Plan
+    flags: str
 
     @property
     def seconds_per_token(self) -> float:
         """Seconds per token of the run, for ranking: batches are rounded to the layout, so runs differ slightly in length."""
         return self.plan.run.seconds / self.plan.run.tokens
+
+
+@dataclass(frozen=True)
+class Found:
+    """The result of a search.
+
+    Args:
+        candidates: layouts that fit, fastest first, each with its fastest micro-batch.
+        tried: number of layouts and micro-batches that were tried.
+        other_batch: number of those that would change the global batch by more than `BATCH_TOLERANCE`.
+        smallest: the plan that needs least memory, whether it fits or not; None if none keeps the batch.
+    """
+
+    candidates: list[Candidate]
+    tried: int
+    other_batch: int
+    smallest: Candidate | None
+
+    def check(self, hardware: Hardware) -> None:
+        """Checks that a layout was found.
+
+        Raises:
+            DoesNotFitError: none was.
+        """
+        if self.candidates:
+            return
+        least = self.smallest
+        raise DoesNotFitError(
+            f"no layout fits: the smallest, {least.plan.layout.name()}, needs about {least.plan.fullest.memory.total / 2**30:.1f} GiB, "
+            f"more than {hardware.usable_text()}"
+            if least
+            else "no layout keeps the global batch",
+            f"layouts of at most {hardware.usable_gib:.1f} GiB a rank, with the global batch within {BATCH_TOLERANCE:.0%}",
+            "give more devices with --world-size, devices with more memory with --gpu, or a larger --global-batch-tokens"
+            if self.other_batch
+            else "give more devices with --world-size, or devices with more memory with --gpu",
+        )
 
 
 def _powers(limit: int) -> list[int]:
@@ -89,7 +140,7 @@ def layout_choices(ranks: int, hardware: Hardware) -> Iterator[LayoutChoice]:
                 yield LayoutChoice(tensor, pipeline, zero, micro, "full")
 
 
-def search(parsed: ParsedOptions, ranks: int, hardware: Hardware) -> tuple[list[Candidate], int]:
+def search(parsed: ParsedOptions, ranks: int, hardware: Hardware) -> Found:
     """Plans a run in every layout of `layout_choices`.
 
     Args:
@@ -97,14 +148,15 @@ def search(parsed: ParsedOptions, ranks: int, hardware: Hardware) -> tuple[list[
         ranks: number of devices.
         hardware: devices and links.
 
-    Returns:
-        (layouts that fit, fastest first and each with its fastest micro-batch; number of layouts tried).
-
     Raises:
         ConfigError: no layout passes the checks of a run.
     """
     best: dict[tuple[int, int, int, str], Candidate] = {}
-    tried = 0
+    # One rank rounds nothing.
+    alone = LayoutChoice(1, 1, 1, 1, "none").apply(parsed.options)
+    asked = [stage.tokens_per_step for stage in resolve(ParsedOptions(alone, parsed.origins), 1).plan.stages]
+    smallest: Candidate | None = None
+    tried = other_batch = 0
     failure: ConfigError | None = None
     for choice in layout_choices(ranks, hardware):
         tried += 1
@@ -116,11 +168,17 @@ def search(parsed: ParsedOptions, ranks: int, hardware: Hardware) -> tuple[list[
         except ConfigError as error:
             failure = error
             continue
+        batches = [stage.tokens_per_step for stage in run.plan.stages]
+        if any(abs(batch / wanted - 1) > BATCH_TOLERANCE for batch, wanted in zip(batches, asked, strict=True)):
+            other_batch += 1
+            continue
         plan = make_plan(run.shape, run.plan, layout, hardware, run.options.stages.seq_length)
         key = (choice.tensor, choice.pipeline, choice.zero_level, choice.recompute)
-        candidate = Candidate(choice, plan)
+        candidate = Candidate(choice, plan, choice.flags(parsed.options))
+        if smallest is None or plan.fullest.memory.total < smallest.plan.fullest.memory.total:
+            smallest = candidate
         if plan.fits and (key not in best or candidate.seconds_per_token < best[key].seconds_per_token):
             best[key] = candidate
-    if not best and failure is not None:
+    if smallest is None and not other_batch and failure is not None:
         raise failure
-    return sorted(best.values(), key=lambda candidate: candidate.seconds_per_token), tried
+    return Found(sorted(best.values(), key=lambda candidate: candidate.seconds_per_token), tried, other_batch, smallest)

@@ -5,29 +5,28 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from megatron_patch.model.shape import ModelShape
+from megatron_patch.planning.hardware import Hardware
 from megatron_patch.planning.memory import COUNTED_PARTS
 from megatron_patch.planning.plan import PipelinePart, Plan, Resources
+from megatron_patch.planning.published import calibration
 from megatron_patch.planning.reliability import Simulation
-from megatron_patch.planning.search import Candidate
+from megatron_patch.planning.search import BATCH_TOLERANCE, Found
 from megatron_patch.utils.console import labeled
+from megatron_patch.utils.tables import FittingTable
 from megatron_patch.utils.units import format_count, format_duration, plural
 
 GIB = 2**30
 _PARTS = ("weights", "gradients", "optimizer", "activations", "loss", "buffers", "fragmentation")
 
 
-def _table(title: str, *columns: str, left: Sequence[str] = ()) -> Table:
-    table = Table(title=title, title_justify="left", header_style="bold")
-    for column in columns:
-        table.add_column(column, justify="left" if column in left else "right")
-    return table
+def _table(title: str, *columns: str, left: Sequence[str] = ()) -> FittingTable:
+    return FittingTable(title, columns, left=left)
 
 
-def rank_table(parts: Sequence[PipelinePart], shape: ModelShape) -> Table:
+def rank_table(parts: Sequence[PipelinePart], shape: ModelShape) -> FittingTable:
     """Returns layers, parameters and memory of each rank, with one row per pipeline rank."""
     marks = [name if name in COUNTED_PARTS else f"~{name}" for name in _PARTS]
     title = "Per rank: parameters (exact) and memory in GiB (~ is estimated)"
@@ -45,12 +44,15 @@ def rank_table(parts: Sequence[PipelinePart], shape: ModelShape) -> Table:
     return table
 
 
-def stage_table(plan: Plan) -> Table:
+def stage_table(plan: Plan) -> FittingTable:
     """Returns time, throughput and FLOPs of each stage."""
-    columns = ("stage", "K", "steps", "FLOPs", "~step", "~MFU", "~tokens/s", "bubble", "~tensor", "~data", "~time")
-    table = _table("Stages on this hardware", *columns, left=("stage",))
+    speed = ("stage", "K", "steps", "FLOPs", "~step", "~MFU", "~tokens/s", "~time")
+    shares = ("~computation", "bubble", "~tensor", "~pipeline", "~data", "~optimizer")
+    table = _table("Stages on this hardware; the last columns are shares of the step", *speed, *shares, left=("stage",))
     for estimate in plan.stages:
         stage, time = estimate.stage, estimate.time
+        parts = (time.compute, time.tensor, time.pipeline, time.data, time.optimizer)
+        compute, tensor, pipeline, data, optimizer = (f"{seconds / time.total:.1%}" for seconds in parts)
         table.add_row(
             stage.name,
             str(stage.patch_size),
@@ -59,15 +61,13 @@ def stage_table(plan: Plan) -> Table:
             f"{time.total:.3g} s",
             f"{time.mfu:.1%}",
             format_count(stage.tokens_per_step / time.total),
-            f"{estimate.bubble:.1%}",
-            f"{time.tensor / time.total:.1%}",
-            f"{time.data / time.total:.1%}",
             format_duration(estimate.seconds),
+            *(compute, f"{estimate.bubble:.1%}", tensor, pipeline, data, optimizer),
         )
     return table
 
 
-def traffic_table(plan: Plan) -> Table:
+def traffic_table(plan: Plan) -> FittingTable:
     """Returns the bytes that a rank sends per step."""
     table = _table("Bytes sent by one rank per step (counted)", "stage", "parallelism", "link", "GB", left=("stage", "parallelism", "link"))
     for estimate in plan.stages:
@@ -78,24 +78,19 @@ def traffic_table(plan: Plan) -> Table:
     return table
 
 
-def resource_table(plan: Plan) -> Table:
+def resource_table(plan: Plan) -> FittingTable:
     """Returns the resources of the run next to those of token-level training."""
     columns = ("", "tokens", "FLOPs", "~device hours", "~dollars", "~time")
-    table = _table(f"Budget at ${plan.hardware.dollars_per_hour:g} per {plan.hardware.name} hour", *columns, left=("",))
+    title = f"Budget at ${plan.hardware.dollars_per_hour:g} per {plan.hardware.name} hour, an example"
+    table = _table(title, *columns, left=("",))
     rows: list[tuple[str, Resources]] = [
         ("this plan", plan.run),
         ("token level, same tokens", plan.token_level),
         ("token level, same cost", plan.equal_cost),
     ]
     for name, resources in rows:
-        table.add_row(
-            name,
-            format_count(resources.tokens),
-            f"{resources.flops:.3g}",
-            f"{resources.device_hours:,.0f}",
-            f"${resources.dollars:,.0f}",
-            format_duration(resources.seconds),
-        )
+        hours, dollars = f"{resources.device_hours:,.0f}", f"${resources.dollars:,.0f}"
+        table.add_row(name, format_count(resources.tokens), f"{resources.flops:.3g}", hours, dollars, format_duration(resources.seconds))
     return table
 
 
@@ -117,36 +112,42 @@ def print_tables(plan: Plan, console: Console) -> None:
             f"{format_duration(saved.young_seconds)}): ~{saved.goodput:.1%} of the time trains",
         )
     )
-    need, available = plan.fullest.memory.total / GIB, plan.hardware.memory_gib
+    need = f"~{plan.fullest.memory.total / GIB:.1f} GiB on the fullest rank, in stage {plan.fullest.peak_stage}; "
     if plan.fits:
-        console.print(labeled("Memory", f"~{need:.1f} of {available:.1f} GiB on the fullest rank, in stage {plan.fullest.peak_stage}"))
+        console.print(labeled("Memory", f"{need}it fits into {plan.hardware.usable_text()}"))
     else:
-        need_text = f"~{need:.1f} GiB on the fullest rank, but a device has {available:.1f} GiB; --search lists the layouts that fit"
-        console.print(labeled("Memory", need_text, "bold red"))
+        console.print(labeled("Memory", f"{need}it does not fit into {plan.hardware.usable_text()}", "bold red"))
+    _print_caveats(plan.hardware, console)
+
+
+def _print_caveats(hardware: Hardware, console: Console) -> None:
+    counted = "Counted: parameters, FLOPs, weights, optimizer, activations, bytes sent, bubble. Estimated (~): everything else."
+    console.print(f"{counted} {calibration(hardware)}", style="dim")
+
+
+def print_search(found: Found, hardware: Hardware, ranks: int, console: Console, rows: int = 12) -> None:
+    """Prints the fastest layouts, and the flags of each below the table."""
+    shown = found.candidates[:rows]
+    columns = ("", "layout", "micro-batch", "~GiB", "~MFU", "~device hours")
+    kept = f", and {found.other_batch:,} would change the global batch by more than {BATCH_TOLERANCE:.0%}" if found.other_batch else ""
     console.print(
-        "Counted: parameters, FLOPs, weights, optimizer, activations, bytes sent, bubble. Estimated (~): everything else.", style="dim"
-    )
-
-
-def print_search(candidates: Sequence[Candidate], tried: int, ranks: int, console: Console, rows: int = 12) -> None:
-    """Prints the fastest layouts."""
-    columns = ("", "layout", "micro-batch", "~GiB", "~MFU", "~device hours", "flags")
-    table = _table(
-        f"{len(candidates)} of {tried} layouts fit on {plural(ranks, 'device')}; the fastest", *columns, left=("layout", "flags")
-    )
-    for number, candidate in enumerate(candidates[:rows], start=1):
-        plan = candidate.plan
-        mfu = " / ".join(f"{estimate.time.mfu:.0%}" for estimate in plan.stages)
-        table.add_row(
-            str(number),
-            plan.layout.name(),
-            str(candidate.choice.micro_batch_size),
-            f"{plan.fullest.memory.total / GIB:.1f}",
-            mfu,
-            f"{plan.run.device_hours:,.0f}",
-            candidate.choice.flags(),
+        labeled(
+            "Search", f"{found.tried:,} layouts and micro-batches on {plural(ranks, 'device')}; {len(found.candidates)} layouts fit{kept}"
         )
+    )
+    if not shown:
+        return
+    table = _table("The fastest layouts", *columns, left=("layout",))
+    for number, candidate in enumerate(shown, start=1):
+        plan = candidate.plan
+        mfu = " / ".join(dict.fromkeys(f"{estimate.time.mfu:.0%}" for estimate in plan.stages))
+        row = [str(number), plan.layout.name(), str(candidate.choice.micro_batch_size), f"{plan.fullest.memory.total / GIB:.1f}"]
+        row += [mfu, f"{plan.run.device_hours:,.0f}"]
+        table.add_row(*row)
     console.print(table)
+    for number, candidate in enumerate(shown, start=1):
+        console.print(labeled(f"{number}", candidate.flags))
+    _print_caveats(hardware, console)
 
 
 def print_simulation(simulation: Simulation, devices: int, interval: float, console: Console) -> None:

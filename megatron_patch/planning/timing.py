@@ -19,9 +19,6 @@ from megatron_patch.planning.memory import rank_parameters, saved_by_layers
 from megatron_patch.planning.traffic import traffic
 from megatron_patch.stages import Stage
 
-MEMORY_PASSES = 4
-"""Times that norms, rotations, activations and residual sums read or write the saved activations, forward and backward: an estimate."""
-
 
 @dataclass(frozen=True)
 class StepTime:
@@ -95,7 +92,7 @@ def step_time(shape: ModelShape, layout: Layout, stage: Stage, hardware: Hardwar
     positions = micro_batches * stage.micro_batch_size * stage.positions
     peak = hardware.peak_tflops * 1e12
     usable = peak / (hardware.fp32_slowdown if layout.precision == "fp32" else 1.0)
-    rates = {"node": hardware.node_gb_per_second, "network": hardware.network_gb_per_second}
+    passes = hardware.compiled_passes if layout.compiled else hardware.memory_passes
     slowest = (0.0, 0.0, 0.0)
     data = update = 0.0
     for layers in layout.layers_by_pipeline_rank(shape):
@@ -104,10 +101,10 @@ def step_time(shape: ModelShape, layout: Layout, stage: Stage, hardware: Hardwar
         seconds *= positions / layout.tensor / usable
         # The memory bandwidth limits all operators that are not matrix products.
         moved = micro_batches * saved_by_layers(shape, dataclasses.replace(layout, recompute="none"), layers, stage)
-        seconds += MEMORY_PASSES * moved / (hardware.memory_gb_per_second * 1e9)
+        seconds += passes * moved / (hardware.memory_gb_per_second * 1e9)
         sent = {"tensor": 0.0, "pipeline": 0.0, "data": 0.0}
         for row in traffic(shape, layout, layers, stage, hardware):
-            sent[row.kind] = row.bytes / (rates[row.link] * 1e9 * hardware.link_efficiency)
+            sent[row.kind] = row.seconds(hardware)
         slowest = max(slowest, (seconds, sent["tensor"], sent["pipeline"]), key=sum)
         # ZeRO's communication overlaps the backward pass, which is two thirds of the computation.
         data = max(data, sent["data"] - min(hardware.overlap * sent["data"], 2 / 3 * seconds))

@@ -3,13 +3,18 @@
 In: model, layout, stage. Out: `Traffic` rows. Collectives are counted as ring algorithms: in an all-reduce of n bytes over r ranks each
 rank sends 2·(r - 1)/r·n, in a gather or scatter half of that. Ranks are numbered with tensor innermost, then data, then pipeline, so a
 group stays inside a node exactly when the numbers of its first and last rank differ by less than the node's devices.
+
+Rings pass through the ranks of a node one after the other and leave it once. Libraries lay one ring through each network port of the node
+(NCCL's channels), so the ports of all ranks that a group has in a node carry its traffic together.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_patch.model.parameters import block_parameters
 from megatron_patch.model.shape import ModelShape
 from megatron_patch.planning.hardware import Hardware
 from megatron_patch.planning.layout import Layout
@@ -27,11 +32,26 @@ class Traffic:
         kind: kind of parallelism.
         link: "node" inside a node, "network" between nodes.
         bytes: bytes that a rank sends in one optimizer step.
+        ports: ranks of its group in one node, whose network ports share what leaves the node.
+        ranks: ranks of its group.
+        rounds: times that data pass once through all of them, for the latency; 0 if it does not matter.
     """
 
     kind: Kind
     link: Literal["node", "network"]
     bytes: float
+    ports: int = 1
+    ranks: int = 1
+    rounds: int = 0
+
+    def seconds(self, hardware: Hardware) -> float:
+        """Returns the time of these bytes on a device's links, and of the hops from rank to rank."""
+        node, network = hardware.node_gb_per_second, self.ports * hardware.network_gb_per_second
+        rate = (node if self.link == "node" else min(node, network)) * 1e9 * hardware.link_efficiency
+        hops = self.ranks - 1
+        between = -(-self.ranks // self.ports) - 1 if self.link == "network" else 0
+        latency = ((hops - between) * hardware.node_hop_microseconds + between * hardware.network_hop_microseconds) * 1e-6
+        return self.bytes / rate + self.rounds * latency
 
 
 def _link(stride: int, size: int, hardware: Hardware) -> Literal["node", "network"]:
@@ -75,5 +95,11 @@ def traffic(shape: ModelShape, layout: Layout, layers: range, stage: Stage, hard
             2: micro_batches * 2 * gradient + weight,
             3: micro_batches * (gradient + 2 * weight),
         }[layout.zero_level] * ((d - 1) / d * parameters)
-        rows.append(Traffic("data", _link(t, d, hardware), volume))
+        buckets = -(-parameters // layout.bucket_elements)
+        blocks = len([layer for layer in layers if 1 <= layer <= shape.num_layers])
+        matrices = [math.prod(size) for size in block_parameters(shape).values() if len(size) > 1]
+        gathers = blocks * min(len(matrices), -(-sum(matrices) // (t * layout.prefetch_elements)))
+        rounds = {0: 2 * buckets, 1: 3 * buckets, 2: (2 * micro_batches + 1) * buckets, 3: micro_batches * (buckets + 2 * gathers)}
+        ports = max(1, min(d, hardware.node_devices // t))
+        rows.append(Traffic("data", _link(t, d, hardware), volume, ports, d, rounds[layout.zero_level]))
     return rows

@@ -246,7 +246,7 @@ def _no_documents(prefix: str, counters: Counters, settings: EncodeSettings) -> 
         + "".join(f"; {sentence}" for sentence in counters.text_checks.sentences())
         + (f"; the first bad line is {first}" if first is not None else ""),
         "at least one document",
-        f"check --input and --json-keys (the keys are {shown_names(settings.keys)})",
+        f"give --json-keys keys that the documents have (given: {shown_names(settings.keys)}), or check --input",
     )
 
 

@@ -22,6 +22,7 @@ from megatron_patch.preprocess.progress_log import ProgressLog, Record
 from megatron_patch.preprocess.summary import BadLines, LengthSample
 from megatron_patch.raw_text.inputs import STANDARD_INPUT, FileRange
 from megatron_patch.tokenizers.round_trip import TextChecks
+from megatron_patch.utils.units import plural
 
 ReportProgress = Callable[[int, int, int, float, float], None]
 """Called with (documents, tokens, bytes, seconds, fraction of the input) after each batch."""
@@ -116,6 +117,11 @@ class Counters:
         self.file, self.next_unit = encoded.file, encoded.next_unit
         if self.backend is None:
             self._run.notice(f"encoding with {encoded.encoder_note}")
+            more = encoded.fraction < 1 or encoded.file + 1 < len(self._run.parts)
+            if more and 0 < encoded.lines == len(encoded.bad):
+                # Before all of a large input is read: most likely the key of the text is wrong.
+                none = f"none of the first {plural(encoded.lines, 'line')} has text"
+                self._run.notice(f"warning: {none}; the first bad line is {self.bad.first}")
         self.backend, self.encoder_note = encoded.backend, encoded.encoder_note
         if self._run.progress is not None:
             before, after = self._ends[self.file : self.file + 2]

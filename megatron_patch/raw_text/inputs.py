@@ -12,6 +12,7 @@ from pathlib import Path
 
 from megatron_patch.errors import DataError
 from megatron_patch.raw_text.large_documents import MOST_DOCUMENT_BYTES
+from megatron_patch.raw_text.missing_input import content_of_folder, near_file
 from megatron_patch.utils.console import shortened
 from megatron_patch.utils.path_patterns import expand_local
 
@@ -61,16 +62,10 @@ def expand(inputs: Sequence[str]) -> list[str]:
         found = expand_local(pattern)
         matches = [match for match in found if Path(match).is_file()]
         if not matches:
-            folder = next((match for match in found if Path(match).is_dir()), None)
-            raise DataError(
-                f"--input {shortened(pattern)} matches no file" + (f", only the folder {folder}" if folder is not None else ""),
-                "files, globs in quotes, or - for standard input",
-                "check the path" if folder is None else f"name the files, for example '{folder.rstrip('/')}/*.jsonl'",
-            )
+            raise _no_match(pattern, next((match for match in found if Path(match).is_dir()), None))
         files += matches
     for file in files:
-        compressed_table = is_compressed(file) and inner_suffix(file) == ".parquet"
-        if file != STANDARD_INPUT and (inner_suffix(file) not in (*LINE_SUFFIXES, ".txt", ".parquet") or compressed_table):
+        if file != STANDARD_INPUT and _input_suffix(file) is None:
             raise DataError(
                 f"--input {file} has an unsupported suffix",
                 ".jsonl and .json (one object per line), .txt (one per file, or separated), also as .gz, .bz2, .xz, .zst; .parquet",
@@ -79,6 +74,25 @@ def expand(inputs: Sequence[str]) -> list[str]:
     if not files:
         raise DataError("there is no input", "--input FILE [FILE …]")
     return files
+
+
+def _input_suffix(path: str) -> str | None:
+    """Returns the suffix of a file that can be read, with that of its compression; None if it cannot be read."""
+    inner, outer = inner_suffix(path), Path(path).suffix if is_compressed(path) else ""
+    return inner + outer if inner in (*LINE_SUFFIXES, ".txt") or (inner == ".parquet" and not outer) else None
+
+
+def _no_match(pattern: str, folder: str | None) -> DataError:
+    """Returns the error for a path or glob that names no file, but perhaps a folder."""
+    allowed = "files, globs in quotes, or - for standard input"
+    if folder is None:
+        return DataError(f"--input {shortened(pattern)} matches no file", allowed, near_file(pattern) or "check the path")
+    content, globs = content_of_folder(folder, _input_suffix)
+    return DataError(
+        f"--input {shortened(pattern)} matches no file, only the folder {folder}: {content}",
+        allowed,
+        f"name the files: --input {globs}" if globs is not None else "give another folder's files",
+    )
 
 
 def shard_inputs(files: Sequence[str], number: int, count: int) -> list[FileRange]:

@@ -15,6 +15,7 @@ import numpy as np
 from megatron_patch.errors import DataError
 from megatron_patch.raw_text.json_lines import shown_names
 from megatron_patch.raw_text.large_documents import MOST_DOCUMENT_BYTES
+from megatron_patch.requirements import how_to_install
 
 _MOST_ROWS = 1 << 16
 _MOST_BYTES = 1 << 26
@@ -29,8 +30,8 @@ def _pyarrow() -> tuple[Any, Any]:
     except ImportError as error:
         raise DataError(
             "reading .parquet files needs pyarrow, which is not installed",
-            "an installation with the extra: pip install 'megatron_patch[parquet]'",
-            "install it, or convert the files to .jsonl",
+            "an installation with the extra [parquet]",
+            f"{how_to_install('pyarrow')}, or convert the files to .jsonl",
         ) from error
     return pyarrow, pyarrow.parquet
 

@@ -19,7 +19,7 @@ from megatron_patch.data.corpus_names import corpus_names
 from megatron_patch.errors import DataError
 from megatron_patch.reporting.metrics_file import MOST_POINTS, Marks, Places, loss_of_corpus, read_metrics_file
 from megatron_patch.reporting.rows import EVALUATION_COLUMNS, STEP_COLUMNS, LeftOut, read_rows
-from megatron_patch.utils.console import visible
+from megatron_patch.utils.console import one_line
 from megatron_patch.utils.files import optional_file, read_json, reason
 from megatron_patch.utils.units import plural
 
@@ -119,8 +119,8 @@ def read_history(save: Path, label: str | None = None, most_points: int = MOST_P
     evaluations = run.evaluations.rows()
     start, last = run.start, dict(zip((*STEP_COLUMNS, "cost", "time", "stage"), run.last, strict=True))
     return History(
-        label=label or visible(save.resolve().name),
-        folder=visible(str(save)),
+        label=one_line(label or save.resolve().name),
+        folder=one_line(str(save)),
         state=run.state,
         total_tokens=start.get("total_tokens") or last["tokens"],
         total_steps=start.get("total_steps") or last["step"],
@@ -132,7 +132,7 @@ def read_history(save: Path, label: str | None = None, most_points: int = MOST_P
         steps=_columns(run.steps.rows(), (*STEP_COLUMNS, "seconds")),
         evaluations=_columns(evaluations, (*EVALUATION_COLUMNS, "seconds")),
         corpora=[
-            {"name": visible(name), "weight": weight, "token_loss": [loss_of_corpus(row, number) for row in evaluations]}
+            {"name": one_line(name), "weight": weight, "token_loss": [loss_of_corpus(row, number) for row in evaluations]}
             for number, (name, weight) in enumerate(run.corpora.items())
         ],
         checkpoints=[

@@ -21,7 +21,7 @@ from pathlib import Path
 from megatron_patch import __version__
 from megatron_patch.errors import DataError
 from megatron_patch.reporting.history import History, differing_options, labeled, read_history
-from megatron_patch.utils.console import visible
+from megatron_patch.utils.console import one_line
 from megatron_patch.utils.files import write_durably
 
 
@@ -41,7 +41,7 @@ def render(histories: Sequence[History], title: str) -> str:
     style, script = _asset("report.css"), _asset("report.js")
     parts = {
         "policy": html.escape(content_security_policy(style, script)),
-        "title": html.escape(visible(title)),
+        "title": html.escape(one_line(title)),
         "style": style,
         "script": script,
         # "</" or "<!--" in the data would end the script element, so every "<" is escaped.

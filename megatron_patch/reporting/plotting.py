@@ -11,7 +11,7 @@ from megatron_patch.errors import DataError
 from megatron_patch.reporting.history import labeled
 from megatron_patch.reporting.metrics_file import MetricsFile, loss_of_corpus, read_metrics_file
 from megatron_patch.reporting.rows import EVALUATION_COLUMNS
-from megatron_patch.utils.console import visible
+from megatron_patch.utils.console import one_line
 from megatron_patch.utils.figures import legend_label, save_figure
 from megatron_patch.utils.units import format_count
 
@@ -61,8 +61,8 @@ def read_curve(run: Path, label: str | None = None, corpus: str | None = None) -
     evaluations = [row for row in rows if row["token_loss"] is not None]
     if not evaluations and corpus is not None:
         raise DataError(
-            f"{path} contains no evaluation of {visible(corpus)}",
-            f"one of {', '.join(map(visible, metrics.corpora))}" if metrics.corpora else "a run whose evaluations name their corpora",
+            f"{path} contains no evaluation of {one_line(corpus)}",
+            f"one of {', '.join(map(one_line, metrics.corpora))}" if metrics.corpora else "a run whose evaluations name their corpora",
             "correct or remove --corpus",
         )
     if not evaluations:
@@ -71,10 +71,10 @@ def read_curve(run: Path, label: str | None = None, corpus: str | None = None) -
             f"{path} contains no evaluation{why}", "a run that evaluates held-out data", "train with --eval-interval and a held-out --split"
         )
     left_out = [row["step"] for row in rows if row["token_loss"] is None] if corpus is not None else []
-    notes = [f"draws no evaluation without {visible(corpus or '')}: from step {left_out[0]:,} to {left_out[-1]:,}"] if left_out else []
+    notes = [f"draws no evaluation without {one_line(corpus or '')}: from step {left_out[0]:,} to {left_out[-1]:,}"] if left_out else []
     switches = [metrics.places.locate(record) for record in metrics.switches.last]
     return Curve(
-        label or visible(run.name),
+        one_line(label or run.name),
         [row["tokens"] for row in evaluations],
         [row["cost_tokens"] for row in evaluations],
         [row["token_loss"] for row in evaluations],

@@ -32,9 +32,11 @@ __all__ = [
     "load_from_metadata",
     "load_tokenizer",
     "load_tokenizer_for_display",
+    "prompt_ids",
     "require_special_tokens",
     "token_text",
     "tokenizer_of_checkpoint",
+    "without_eod",
 ]
 
 TOKENIZERS: dict[str, Callable[[TokenizerOptions], Tokenizer]] = {
@@ -222,3 +224,13 @@ def tokenizer_of_checkpoint(
             "give the tokenizer of the training data",
         )
     return tokenizer
+
+
+def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """Returns the ids of a prompt; those of an empty one are the end-of-document token, after which a document starts."""
+    return encode(tokenizer, prompt) or ([tokenizer.eod_id] if tokenizer.eod_id is not None else [])
+
+
+def without_eod(tokenizer: Tokenizer, ids: Sequence[int]) -> list[int]:
+    """Returns generated ids without the end-of-document token that ends them, if any."""
+    return list(ids[:-1] if ids and ids[-1] == tokenizer.eod_id else ids)

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_patch.errors import DataError
+from megatron_patch.requirements import how_to_install
 from megatron_patch.tokenizers.interface import TokenizerOptions
 from megatron_patch.tokenizers.library_errors import LARGEST_ID, MOST_FILE_BYTES, encode_texts, library_errors
 from megatron_patch.tokenizers.special_tokens import ROLES, SpecialTokenFiles, choose
@@ -149,9 +150,9 @@ def load_tiktoken(options: TokenizerOptions) -> TikTokenizer:
         import tiktoken
     except ImportError as error:
         raise DataError(
-            "TikTokenizer needs the package tiktoken, which is not installed",
-            "an environment with tiktoken",
-            "pip install 'megatron_patch[tiktoken]'",
+            "TikTokenizer needs tiktoken, which is not installed",
+            "an installation with the extra [tiktoken]",
+            how_to_install("tiktoken"),
         ) from error
     path = Path(model)
     if not path.is_file():

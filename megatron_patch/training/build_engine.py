@@ -8,12 +8,16 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from torch import nn
 
 from megatron_patch.config.resolve import RunConfig
 from megatron_patch.engine.data_parallel import DataParallelEngine
 from megatron_patch.engine.deepspeed_config import EngineConfig
+from megatron_patch.engine.deepspeed_engine import ModelSource
 from megatron_patch.engine.interface import Engine
+from megatron_patch.errors import ConfigError
 from megatron_patch.model.gpt import GPTModel
+from megatron_patch.model.own_model import build_own_model
 from megatron_patch.parallel.groups import Groups
 from megatron_patch.training.compile_cache import require_own_compile_cache
 from megatron_patch.training.faults.interruptible_compile import interruptible
@@ -59,19 +63,31 @@ def _make_engine(
     boundaries = run.pipeline_boundaries
     layers = range(boundaries[grid.pipeline_parallel_rank], boundaries[grid.pipeline_parallel_rank + 1])
 
-    def build() -> GPTModel:
-        parallel = groups.tensor_parallel(options.sequence_parallel)
-        model = GPTModel(run.shape, options.recompute_granularity, options.operators, parallel, layers)
+    parallel = groups.tensor_parallel(options.sequence_parallel)
+
+    def build() -> nn.Module:
+        model: nn.Module
+        if run.own_model is not None:
+            model = build_own_model(run.own_model, run.shape, parallel, engine_config.zero_level)
+        else:
+            model = GPTModel(run.shape, options.recompute_granularity, options.operators, parallel, layers)
         if options.compile:
             require_own_compile_cache()
+            if not isinstance(model, GPTModel):
+                raise ConfigError(
+                    f"--compile with model={run.own_model.name if run.own_model else ''}, which is no GPTModel",
+                    "--compile with GPTModel or a subclass of it, whose blocks are compiled one by one",
+                    "remove --compile, and call torch.compile on parts of the model in the function that builds it",
+                )
             model.compile_blocks(interruptible(stop_signalled))
         return model
 
     # Without a seed weights are not initialized: a checkpoint is loaded into them.
     seed = options.seed if start.checkpoint is None else None
+    source = ModelSource(build, run.shape, parallel, seed, has_buffers=run.own_model is not None)
     if grid.pipeline_parallel_size == 1:
-        return DataParallelEngine(build, seed, engine_config, run.options.schedule, start.stage, groups, device)
+        return DataParallelEngine(source, engine_config, run.options.schedule, start.stage, groups, device)
     # DeepSpeed's pipeline module takes seconds to import and probes for an accelerator.
     from megatron_patch.engine.pipeline_parallel import PipelineParallelEngine
 
-    return PipelineParallelEngine(boundaries, build, seed, engine_config, run.options.schedule, start.stage, groups, device)
+    return PipelineParallelEngine(boundaries, source, engine_config, run.options.schedule, start.stage, groups, device)

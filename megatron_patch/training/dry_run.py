@@ -9,7 +9,9 @@ import json
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
+from megatron_patch.config.megatron.command_line import MegatronReport
 from megatron_patch.config.parsing import option_values
 from megatron_patch.config.resolve import RunConfig
 from megatron_patch.data.token_stream import TrainStream
@@ -22,32 +24,21 @@ from megatron_patch.planning.tables import rank_table
 from megatron_patch.stages import Stage
 from megatron_patch.training.stream import corpus_usage_table
 from megatron_patch.utils.console import labeled
+from megatron_patch.utils.tables import FittingTable
 from megatron_patch.utils.units import format_count, plural
 
 _LEFT = ("stage", "optimizer", "lr")
 
 
-def stage_table(run: RunConfig, cost: Cost, width: int) -> Table:
+def stage_table(run: RunConfig, cost: Cost) -> FittingTable:
     """Returns a table with one row for each stage and one for the run.
 
     Args:
         run: the run.
         cost: FLOPs of its steps.
-        width: characters of a line; if the table is wider, stages are its columns, so that no value is truncated.
     """
     columns = _stage_columns(run, cost)
-    needed = sum(max(map(len, [name, *cells])) + 3 for name, cells in columns.items()) + 1
-    transposed = needed > width
-    table = Table(title="Stages", title_justify="left", header_style="bold")
-    if transposed:
-        names, *others = columns.items()
-        for name in (names[0], *names[1]):
-            table.add_column(name, justify="left" if name == "stage" else "right")
-        for name, cells in others:
-            table.add_row(name, *cells)
-        return table
-    for name in columns:
-        table.add_column(name, justify="left" if name in _LEFT else "right")
+    table = FittingTable("Stages", list(columns), left=_LEFT)
     *stages, total = zip(*columns.values(), strict=True)
     for row in stages:
         table.add_row(*row)
@@ -88,6 +79,43 @@ def _lr_text(stage: Stage) -> str:
     return f"{stage.lr.lr:g} {stage.lr.style}{warm}{decay}"
 
 
+def architecture(run: RunConfig) -> str:
+    """Returns the kind of model in one line: family, norm, activation, positions, biases, head, attention heads and their groups."""
+    shape = run.shape
+    positions = "learned positions"
+    if shape.position_embedding == "rope":
+        scaled = "" if shape.rotary_scaling == "none" else f", {shape.rotary_scaling} scaling by {shape.rotary_factor:g}"
+        positions = f"rotary positions (base {shape.rotary_base:g}{scaled})"
+    biases = "biases" if shape.mlp_bias else "biases in query, key and value only" if shape.qkv_bias else "no biases"
+    heads = plural(shape.num_attention_heads, "head") + f" of {shape.head_size}"
+    groups = "" if shape.num_query_groups == shape.num_attention_heads else f" in {plural(shape.num_query_groups, 'group')}"
+    parts = (
+        f"family {run.options.model.model_family}",
+        f"{shape.normalization} (epsilon {shape.norm_epsilon:g})" + (", also of queries and keys" if shape.qk_norm else ""),
+        {"swiglu": "SwiGLU", "gelu": "GELU"}[shape.activation] + f" of width {shape.ffn_hidden_size:,}",
+        positions,
+        biases,
+        "tied head" if shape.tie_embeddings else "untied head",
+        heads + groups,
+    )
+    return "; ".join(parts)
+
+
+def print_megatron(report: MegatronReport, console: Console) -> None:
+    """Prints what became of flags that only Megatron has: a table of those that were translated, and lines for the others."""
+    if report.rows:
+        table = Table(title="Megatron's flags", title_justify="left", header_style="bold")
+        for name in ("given", "here", "why"):
+            table.add_column(name, overflow="fold")
+        for row in report.rows:
+            table.add_row(*(Text(cell) for cell in row))
+        console.print(table)
+    if report.ignored:
+        console.print(labeled("No effect", report.ignored_text))
+    for note in report.notes:
+        console.print(labeled("Note", note, "yellow"))
+
+
 def print_plan(
     run: RunConfig, engine_config: EngineConfig, console: Console, origins: bool = True, stream: TrainStream | None = None
 ) -> None:
@@ -104,12 +132,14 @@ def print_plan(
     layout = layout_of(run, engine_config)
     parts = pipeline_parts(run.shape, run.plan, layout)
     fullest = max(part.memory.total for part in parts)
+    if run.megatron is not None:
+        print_megatron(run.megatron, console)
     if origins:
         values = option_values(run.options)
-        given = ", ".join(f"{name.replace('_', '-')} = {values[name]} ({origin})" for name, origin in sorted(run.origins.items()))
+        given = ", ".join(f"{name.replace('_', '-')} = {_shown(values[name])} ({origin})" for name, origin in sorted(run.origins.items()))
         options = f"{given}; the other options have their defaults" if given else "all options have their defaults"
-        console.print(labeled("Options", options), soft_wrap=True)
-    console.print(stage_table(run, cost, console.width))
+        console.print(labeled("Options", options))
+    console.print(stage_table(run, cost))
     count = parameter_count(run.shape)
     console.print(
         labeled(
@@ -120,6 +150,7 @@ def print_plan(
             f"{plural(run.shape.num_query_groups, 'key-value head')}, vocabulary {run.shape.vocab_size:,}",
         )
     )
+    console.print(labeled("Architecture", architecture(run)))
     flops = sum(stage.steps * cost.step_flops(stage) for stage in run.plan.stages)
     console.print(
         labeled(
@@ -144,4 +175,9 @@ def print_plan(
         console.print(labeled("Note", note, "yellow"))
     if origins:
         settings = {**engine_config.deepspeed, **batch_settings(run.plan.stages[0], run.data_parallel_size)}
-        console.print(labeled("DeepSpeed", f"(first stage) {json.dumps(settings)}"), soft_wrap=True)
+        console.print(labeled("DeepSpeed", f"(first stage) {json.dumps(settings)}"))
+
+
+def _shown(value: object) -> str:
+    """Returns the value of an option as a user writes it."""
+    return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)

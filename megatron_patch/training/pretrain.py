@@ -11,16 +11,18 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from megatron_patch.config.resolve import RunConfig, load_config
+from megatron_patch.data.missing_dataset import check_datasets
 from megatron_patch.engine.deepspeed_config import EngineConfig, resolve_engine_config
 from megatron_patch.engine.environment import ranks_from_environment, use_expandable_segments
 from megatron_patch.errors import ConfigError
 from megatron_patch.exit_codes import ExitCode
+from megatron_patch.requirements import explained_imports, require
 from megatron_patch.training.dry_run import print_plan
 from megatron_patch.training.faults.exit_protocol import print_advice, report_error
 from megatron_patch.training.faults.stop_requests import StopRequests
 from megatron_patch.training.faults.watchdog import Watchdog
 from megatron_patch.training.stream import open_stream_if_present
-from megatron_patch.utils.console import flush_output, labeled, make_console
+from megatron_patch.utils.console import accept_all_text, flush_output, labeled, make_console
 from megatron_patch.utils.files import deny_writing_by_everybody
 
 if TYPE_CHECKING:
@@ -42,22 +44,47 @@ def pretrain(run: RunConfig, callbacks: Sequence[CallbackFactory] = ()) -> ExitC
     """
     engine_config = make_engine_config(run)
     if run.options.logging.dry_run:
+        if ranks_from_environment()[0] != 0:
+            return ExitCode.DONE
         console = make_console()
         stream, notes = open_stream_if_present(run)
         print_plan(run, engine_config, console, stream=stream)
         for note in notes:
             console.print(labeled("Note", note, "yellow"))
         return ExitCode.DONE
+    check_datasets(run.data_words)
+    require("deepspeed", "training")
     # Never closed: a signal that arrives while the process exits must not change the exit code.
     stops = StopRequests(run.options.safety)
     use_expandable_segments()
+    return train(run, engine_config, stops, make_watchdog(run), callbacks)
+
+
+def train(
+    run: RunConfig, engine_config: EngineConfig, stops: StopRequests, watchdog: Watchdog, callbacks: Sequence[CallbackFactory]
+) -> ExitCode:
+    """Joins the job, trains and leaves the job; every rank must call it.
+
+    Args:
+        run: the resolved run.
+        engine_config: what `make_engine_config` returned for it.
+        stops: requests to stop.
+        watchdog: this rank's watchdog, which is closed at the end.
+        callbacks: factories of further callbacks.
+
+    Returns:
+        `ExitCode.DONE`, or `ExitCode.PREEMPTED` if the run was asked to stop.
+
+    Raises:
+        MegatronPatchError: the run cannot start or continue. The process groups remain, because a peer may be inside of a collective.
+    """
     # Torch and DeepSpeed take seconds to import, for which wrong flags and dry runs should not wait.
     from megatron_patch.engine.distributed import barrier, destroy_distributed, init_distributed
     from megatron_patch.engine.swapping import require_async_io
     from megatron_patch.training.checkpointer import StoppedBeforeTraining
     from megatron_patch.training.trainer import Trainer
 
-    with make_watchdog(run) as watchdog:
+    with watchdog:
         watchdog.heartbeat("the ranks join the job at MASTER_ADDR")
         device = init_distributed(run.options.engine.distributed_timeout_minutes)
         watchdog.follow_peers()
@@ -112,11 +139,13 @@ def main(argv: Sequence[str] | None = None, callbacks: Sequence[CallbackFactory]
     arguments = list(sys.argv[1:] if argv is None else argv)
     rank, local_rank, save = 0, 0, None
     deny_writing_by_everybody()
+    accept_all_text()
     try:
         rank, ranks, local_rank = ranks_from_environment()
-        run = load_config(arguments, ranks)
-        save = None if run.options.logging.dry_run else run.save_folder
-        code = pretrain(run, callbacks)
+        with explained_imports():
+            run = load_config(arguments, ranks)
+            save = None if run.options.logging.dry_run else run.save_folder
+            code = pretrain(run, callbacks)
     except (Exception, KeyboardInterrupt) as error:
         code = report_error(error, rank, local_rank, save)
     else:

@@ -26,7 +26,7 @@ from megatron_patch.errors import CheckpointError, ConfigError, DataError, Megat
 from megatron_patch.parallel.grid import Grid
 from megatron_patch.stages import Progress, Stage, StagePlan
 from megatron_patch.training.resume_checks import check_resume, check_weights_of, progress_problems
-from megatron_patch.utils.console import visible
+from megatron_patch.utils.console import one_line
 from megatron_patch.utils.files import same_path
 
 
@@ -221,6 +221,7 @@ def make_trainer_state(
         begun_from=start.begun_from,
         data_metadata=dataclasses.asdict(run.data_metadata) if run.data_metadata else None,
         held_out=held_out,
+        own_model=run.own_model.name if run.own_model else None,
     )
 
 
@@ -229,7 +230,7 @@ def held_out_names(state: TrainerState | None) -> tuple[HeldOutName, ...]:
     if state is None:
         return ()
     if state.held_out:
-        return tuple(dataclasses.replace(one, name=visible(one.name)) for one in state.held_out)
+        return tuple(dataclasses.replace(one, name=one_line(one.name)) for one in state.held_out)
     options = state.config["options"]
     words = options.get("valid_data_path") or options.get("data_path")
     try:

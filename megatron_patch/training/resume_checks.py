@@ -16,9 +16,10 @@ from typing import Any
 from megatron_patch.checkpoint.trainer_state import TrainerState
 from megatron_patch.config.option_types import AtResume, flag_of
 from megatron_patch.config.options import DataOptions, ModelOptions, ScheduleOptions, StageOptions
-from megatron_patch.config.parsing import RESUME_MARKS, option_values, recorded_options
+from megatron_patch.config.parsing import option_values, recorded_options
 from megatron_patch.config.resolve import RunConfig
 from megatron_patch.config.stage_spec import has_weights, parse_blend
+from megatron_patch.config.values import RESUME_MARKS
 from megatron_patch.data.corpus import split_ranges
 from megatron_patch.errors import CheckpointError, ConfigError
 from megatron_patch.model.shape import ModelShape
@@ -137,6 +138,9 @@ def check_resume(state: TrainerState, run: RunConfig) -> ResumedPlan:
     marked = {name: pair for name, pair in changed.items() if name not in _BY_EFFECT}
     differences += [_pair(flag_of(name), *pair) for name, pair in marked.items() if RESUME_MARKS[name] is AtResume.FIXED]
     differences += _separation_differences(state, run) + _split_differences(state, run)
+    own = run.own_model.name if run.own_model else None
+    if state.own_model != own:
+        differences.append(f"model= was {state.own_model or 'not given'} and is {own or 'not given'} (pretrain of the Python API)")
     changes = [_change(flag_of(name), *pair) for name, pair in marked.items() if RESUME_MARKS[name] is AtResume.REPORTED]
     changes += _held_out_changes(state, run)
 

@@ -11,16 +11,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from rich.table import Table
-
 from megatron_patch.config.resolve import RunConfig
 from megatron_patch.data.corpus import TokenCorpus, check_vocabulary, open_corpus
-from megatron_patch.data.dataset_paths import expand_prefixes
+from megatron_patch.data.missing_dataset import missing_datasets
 from megatron_patch.data.same_dataset import shared_datasets
-from megatron_patch.data.storage import exists
 from megatron_patch.data.token_stream import TrainStream
-from megatron_patch.errors import DataError
 from megatron_patch.stages import StagePlan
+from megatron_patch.utils.console import one_line
+from megatron_patch.utils.tables import FittingTable
 from megatron_patch.utils.units import format_count
 
 
@@ -87,21 +85,14 @@ def open_stream_if_present(run: RunConfig) -> tuple[TrainStream | None, list[str
     Raises:
         DataError: the data exists, and `open_stream` refuses it.
     """
+    missing = missing_datasets(run.data_words)
+    notes = [one_line(f"{error.what}; {error.do}") for error in missing]
     if not run.blend:
-        return None, ["epochs per corpus are unknown without --data-path"]
-    if (missing := _missing_data(run)) is not None:
-        return None, [f"epochs per corpus are unknown: {missing}"]
+        return None, ["epochs per corpus are unknown without --data-path", *notes]
+    if any(not error.what.startswith("--valid-data-path") for error in missing):
+        return None, [*notes, "epochs per corpus are unknown, because the data does not exist on this machine"]
     stream = open_stream(run, run.plan)
-    return stream, [*stream.notes(), *shared_notes(stream)]
-
-
-def _missing_data(run: RunConfig) -> str | None:
-    """Returns a sentence about the first corpus of the run that does not exist, or None if all exist."""
-    try:
-        files = [f"{prefix}.bin" for name in run.corpus_names for prefix in expand_prefixes(name)]
-    except DataError as error:
-        return error.what
-    return next((f"{file} does not exist" for file in files if not exists(file)), None)
+    return stream, [*stream.notes(), *shared_notes(stream), *notes]
 
 
 def corpus_usage_json(stream: TrainStream) -> list[dict[str, str | float]]:
@@ -111,11 +102,10 @@ def corpus_usage_json(stream: TrainStream) -> list[dict[str, str | float]]:
     ]
 
 
-def corpus_usage_table(stream: TrainStream) -> Table:
+def corpus_usage_table(stream: TrainStream) -> FittingTable:
     """Returns a table of the tokens and epochs that each stage reads of each corpus."""
-    table = Table(title="Data", title_justify="left", header_style="bold")
-    for name in ("stage", "corpus", "tokens", "of stage", "epochs", "epochs so far"):
-        table.add_column(name, justify="left" if name in ("stage", "corpus") else "right", overflow="fold")
+    names = ("stage", "corpus", "tokens", "of stage", "epochs", "epochs so far")
+    table = FittingTable("Data", names, left=("stage", "corpus"), folded=("stage", "corpus"))
     for index, stage in enumerate(stream.plan.stages):
         usages = stream.corpus_usage(index)
         total = sum(usage.tokens for usage in usages)

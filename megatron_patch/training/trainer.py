@@ -76,11 +76,22 @@ class Trainer:
         callbacks: Sequence[CallbackFactory] = (),
     ) -> None:
         self.device, self.stops, self.watchdog = device, stops, watchdog
+        with contextlib.ExitStack() as opened:
+            self._open(run, engine_config, callbacks, opened)
+            self._opened = opened.pop_all()
+
+    def _open(
+        self, run: RunConfig, engine_config: EngineConfig, callbacks: Sequence[CallbackFactory], opened: contextlib.ExitStack
+    ) -> None:
+        """Opens everything that a run needs; what must be closed after it, also if this method fails, is pushed onto `opened`."""
+        device, stops, watchdog = self.device, self.stops, self.watchdog
         self.grid = _make_grid(run)
         self.save_folder = run.save_folder
         check_programs(run)
         groups = make_groups(self.grid)
         lock = lock_folder(self.save_folder, self.grid.rank, device, stops, watchdog)
+        if lock is not None:
+            opened.callback(lock.release)
         tokenizer = sample_tokenizer(run)
 
         watchdog.heartbeat("checkpoints are being verified")
@@ -97,16 +108,21 @@ class Trainer:
             check_data(self.start.resumed, self.fingerprint)
 
         self.engine = build_engine(run, engine_config, self.start, groups, device, lambda: stops.signalled)
+        opened.push(self._close_engine)
         self.guard = StepGuard(run.options.safety)
         if self.start.resumed is not None:
             self.guard.load_state(self.start.resumed.guard or {})
         self.stragglers = StragglerDetector(run.options.safety.straggler_interval, self.grid)
         self.checkpointer = make_checkpointer(run, self.plan, self.grid, device, lock)
+        if self.checkpointer is not None:
+            opened.callback(self.checkpointer.close)
 
         self.cost = Cost(run.shape, self.plan, run.options.stages.seq_length)
         self.accounting = Accounting(self.plan, self.cost, device, self.grid.world_size, run.options.logging.peak_tflops)
         context = CallbackContext(run, self.save_folder, self.grid, self.engine.logits, tokenizer, device)
         self.callbacks = make_callbacks(context, callbacks)
+        for callback in reversed(self.callbacks):
+            opened.callback(callback.close)
         self._evaluated_at: int | None = None
         self._noted: set[str] = set()
         if self.grid.rank == 0:
@@ -117,10 +133,12 @@ class Trainer:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         self.watchdog.heartbeat("the run ends")
-        if self.checkpointer is not None:
-            self.checkpointer.close()
-        for callback in self.callbacks:
-            callback.close()
+        self._opened.__exit__(kind, error, traceback)
+
+    def _close_engine(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        """Closes the engine, unless a peer may be inside of a collective: closing waits for what this rank's GPU computes."""
+        if error is None or self.grid.world_size == 1:
+            self.engine.close()
 
     @property
     def stage(self) -> Stage:

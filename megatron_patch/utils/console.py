@@ -1,13 +1,16 @@
 """The console: standard output; where that is not a terminal, it is wide enough to keep every line on one line.
 
-A log on a full disk does not end a run: what cannot be written is dropped.
+A log on a full disk does not end a run: what cannot be written is dropped. Nor does an output in ASCII or Latin-1: characters that it has
+no code for are spelled (`lambda`) or shown as escapes.
 
-Names, samples and error messages may come from others, and a terminal obeys control characters in them: it can be made to hide text, change
-its title or write to the clipboard. So they are shown as escapes (`\\x1b`), and square brackets are text, not rich's markup.
+Names, samples and error messages may come from others, and a terminal obeys control characters in them: it can be made to hide text,
+change its title or write to the clipboard. So they are shown as escapes (`\\x1b`), and square brackets are text, not rich's markup. A line
+end in a name could begin a line that looks like one of the program's: what is printed as one line stays one.
 """
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import os
 import sys
@@ -18,15 +21,48 @@ from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 from rich.text import Text
 
-# Control characters except tab and newline, the marks that reverse the direction of text, and halves of surrogate pairs, with which Python
-# represents names that are not UTF-8 and which no output accepts.
-_HIDDEN = [range(9), range(11, 32), range(127, 160), range(0x202A, 0x202F), range(0x2066, 0x206A), range(0xD800, 0xE000)]
+# Control characters except tab and newline, other ends of lines, the marks that reverse the direction of text, and halves of surrogate
+# pairs, with which Python represents names that are not UTF-8 and which no output accepts.
+_HIDDEN = [range(9), range(11, 32), range(127, 160), range(0x2028, 0x202F), range(0x2066, 0x206A), range(0xD800, 0xE000)]
 _VISIBLE = {code: ascii(chr(code))[1:-1] for codes in _HIDDEN for code in codes}
+_ONE_LINE = _VISIBLE | {ord("\n"): "\\n", ord("\t"): "\\t"}
+_SPELLED = {"λ": "lambda", "×": "x", "…": "...", "·": "-", "→": "->", "━": "=", "─": "-", "┿": "+", "↘": "\\", "↗": "/"}
+_SPELLED |= dict(zip("▁▂▃▄▅▆▇█", "_.,-=+*#", strict=True))
+_SPELLING = "megatron_patch.spelled"
+"""Name of the error handler of an output that has no code for a character."""
+
+
+def _spell(error: UnicodeError) -> tuple[str | bytes, int]:
+    """Returns ASCII in place of characters without a code, and where to continue; see `codecs.register_error`."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    chars = error.object[error.start : error.end]
+    return "".join(_SPELLED.get(char) or ascii(char)[1:-1] for char in chars), error.end
+
+
+codecs.register_error(_SPELLING, _spell)
+
+
+def accept_all_text() -> None:
+    """Lets standard output and error take any text, whatever their encoding; programs call it first."""
+    for stream in (sys.stdout, sys.stderr):
+        _accept_all_text(stream)
+
+
+def _accept_all_text(stream: Any) -> None:
+    if getattr(stream, "errors", None) not in (None, _SPELLING) and hasattr(stream, "reconfigure"):
+        with contextlib.suppress(OSError, ValueError):
+            stream.reconfigure(errors=_SPELLING)
 
 
 def visible(text: str) -> str:
     """Returns a text in which control characters, except tabs and newlines, are escapes such as `\\x1b`."""
     return text.translate(_VISIBLE)
+
+
+def one_line(text: str) -> str:
+    """Returns a text in which all control characters are escapes, also tabs and newlines."""
+    return text.translate(_ONE_LINE)
 
 
 def shortened(text: str, length: int = 200) -> str:
@@ -40,12 +76,16 @@ def for_terminal(text: str) -> str:
 
 
 def labeled(label: str, text: str, style: str = "bold") -> Text:
-    """Returns a text after a label in another style."""
-    return Text.assemble((label, style), f" {text}")
+    """Returns a text, on one line, after a label in another style."""
+    return Text.assemble((label, style), f" {one_line(text)}")
 
 
 class _TextConsole(Console):
-    """A console for which the content of text is never a command: not for the terminal, and by default not for rich."""
+    """A console for which the content of text is never a command, neither for the terminal nor for rich."""
+
+    def render_str(self, text: str, *args: Any, **options: Any) -> Text:
+        """Returns the text that a string stands for, `visible` before its width is measured."""
+        return super().render_str(visible(text), *args, **options)
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         """Yields the segments of a renderable; those that are text are made `visible`."""
@@ -65,8 +105,10 @@ class _TolerantOutput:
 
     def write(self, text: str) -> int:
         """Writes the text, or drops what cannot be written, and returns its length."""
+        stream = getattr(sys, self._name)
+        _accept_all_text(stream)
         with contextlib.suppress(OSError):
-            getattr(sys, self._name).write(text)
+            stream.write(text)
         return len(text)
 
     def flush(self) -> None:
@@ -78,25 +120,31 @@ class _TolerantOutput:
         return getattr(getattr(sys, self._name), name)
 
 
-def make_console(width: int = 180, stderr: bool = False, markup: bool = False) -> Console:
-    """Returns a console.
+def make_console(width: int = 180, stderr: bool = False) -> Console:
+    """Returns a console on which square brackets are text; style is in `Text` objects or in the argument `style`.
 
     Args:
         width: characters of a table, if the output is not a terminal.
         stderr: whether it prints to standard error instead of standard output.
-        markup: whether square brackets are rich's markup; then the caller escapes every text that may come from others.
     """
     file = cast("IO[str]", _TolerantOutput("stderr" if stderr else "stdout"))
-    console = _TextConsole(file=file, highlight=False, markup=markup, emoji=False)
+    console = _TextConsole(file=file, highlight=False, markup=False, emoji=False)
     if console.is_terminal:
         return console
     # A line of text stays one line of a log, however long it is; the width is that of tables.
-    return _TextConsole(file=file, highlight=False, markup=markup, emoji=False, width=width, soft_wrap=True)
+    return _TextConsole(file=file, highlight=False, markup=False, emoji=False, width=width, soft_wrap=True)
 
 
 def print_line(text: str, *, stderr: bool = False) -> None:
-    """Prints a line to standard output or error, with control characters as escapes."""
-    print(visible(text), file=sys.stderr if stderr else sys.stdout, flush=True)
+    """Prints one line to standard output or error, with control characters as escapes."""
+    print_lines(one_line(text), stderr=stderr)
+
+
+def print_lines(text: str, *, stderr: bool = False) -> None:
+    """Prints lines to standard output or error, with control characters other than line ends and tabs as escapes."""
+    stream = sys.stderr if stderr else sys.stdout
+    _accept_all_text(stream)
+    print(visible(text), file=stream, flush=True)
 
 
 def flush_output() -> None:

@@ -15,8 +15,9 @@ from rich.console import Console
 
 from megatron_patch.cli import command_line
 from megatron_patch.config.checks import LARGEST
-from megatron_patch.config.parsing import OPTION_TYPES, ParsedOptions, _without_annotations, parse
+from megatron_patch.config.parsing import ParsedOptions, parse
 from megatron_patch.config.resolve import load_config, resolve
+from megatron_patch.config.values import OPTION_TYPES, without_annotations
 from megatron_patch.errors import ConfigError
 from megatron_patch.exit_codes import ExitCode
 from megatron_patch.training.dry_run import print_plan
@@ -31,7 +32,7 @@ BASE = {
     "global_batch_size": "8",
     "vocab_size": "64",
 }
-PLAIN = {name: _without_annotations(hint) for name, hint in OPTION_TYPES.items()}
+PLAIN = {name: without_annotations(hint) for name, hint in OPTION_TYPES.items()}
 KINDS = {name: {hint, *typing.get_args(hint)} for name, hint in PLAIN.items()}
 NUMERIC = [name for name, kinds in KINDS.items() if {int, float} & kinds]
 WHOLE = [0, -1, 10**5, 10**9, 10**18, 10**18 + 1, 10**99, -(10**400)]

@@ -107,7 +107,7 @@ def test_a_package_that_is_not_installed_is_named(monkeypatch):
     with pytest.raises(DataError, match=r"s3://bucket/x.bin cannot be read: ImportError: .*s3fs"):
         open_corpus("s3://bucket/x")
     monkeypatch.setitem(sys.modules, "fsspec", None)
-    with pytest.raises(DataError, match="install fsspec and the package for s3://"):
+    with pytest.raises(DataError, match="pip install .*'megatron_patch.remote.' and the package for s3://"):
         open_corpus("s3://bucket/x")
 
 

@@ -12,6 +12,7 @@ from rich.console import Console
 from examples.quickstart import gather_corpus, run
 from megatron_patch.config.resolve import load_config
 from megatron_patch.training.callbacks.metrics import read_metrics
+from megatron_patch.training.pauses import Interval
 from tests.distributed.runs import make_corpus, train
 
 EVALUATION = json.dumps({"loss": 4.2, "perplexity": 66.7, "tokens": 1234})
@@ -84,6 +85,7 @@ def test_the_first_start_prepares_trains_evaluates_and_plots(trained, tmp_path, 
         "tools/evaluate.py",
         "tools/generate.py",
         "tools/plot.py",
+        "tools/report.py",
     ]
     patch, token = (words[words.index("pretrain_gpt_patch.py") + 1 :] for _, words in commands if words[0] == "deepspeed")
     plans = [load_config([*words, "--vocab-size", "4096"], 2).plan for words in (patch, token)]
@@ -91,6 +93,16 @@ def test_the_first_start_prepares_trains_evaluates_and_plots(trained, tmp_path, 
     spent = [record for record in read_metrics(trained.folder / "metrics.jsonl") if record["type"] == "step"][-1]["cost_tokens"]
     assert token[token.index("--train-tokens") + 1] == str(round(spent)), "the baseline has the compute of the run that it is compared with"
     assert "At equal cost" in text and "nats" in text
+
+
+def test_the_switch_is_saved_once():
+    """An interval that ended right after the switch would save almost the same weights again."""
+    run_config = load_config(["--config", str(run.ROOT / run.CONFIG), "--vocab-size", "4096", "--dry-run"], 1)
+    plan, options = run_config.plan, run_config.options.checkpoint
+    every = Interval(options.save_interval, options.save_interval_tokens)
+    near = plan.stages[0].steps // 20
+    assert every.count(plan, 0, plan.stages[0].steps - near) == 1, "only at its end"
+    assert every.count(plan, 1, 0) == every.count(plan, 1, near) == 2
 
 
 def test_a_second_start_skips_finished_steps_and_reports_the_results(trained, monkeypatch, commands):
@@ -104,11 +116,15 @@ def test_a_second_start_skips_finished_steps_and_reports_the_results(trained, mo
     assert [row[7] for row in rows[:2]] == ["0.333", "1.000"] and rows[2][7] == f"{steps[-1]['cost']:.3f}"
     for row in rows:
         assert all(cell in text for cell in row)
+    evaluation = [record for record in read_metrics(trained.folder / "metrics.jsonl") if record["type"] == "evaluation"][-1]
+    text = " ".join(text.split())
     for words in (
-        "loss 4.2000 nats per token, perplexity 66.70",
+        "loss 4.2000, perplexity 66.70, on 1,234 tokens",
+        f"it was {evaluation['token_loss']:.3f} on {evaluation['eval_tokens']:,} tokens",
+        "report.html (open it in a browser)",
         "def main(args):",
         "loss.png",
-        (trained.folder / "latest").read_text(),
+        (trained.folder / "latest").read_text().strip(),
         "make compare",
     ):
         assert words in text

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import os
@@ -15,14 +14,18 @@ from fractions import Fraction
 from pathlib import Path
 
 import pytest
-from arms import Arm, all_arms, patch_train, select_arms
-from results import Outcome, markdown, plot_study, read_outcome, significance, summarize, write_json
-from switches import Switch, compare_switch, read_switch, switch_markdown, training_curve
 
+import megatron_patch.cli.compare_studies
+import megatron_patch.cli.study
+import megatron_patch.replication.study
+from megatron_patch import cli
 from megatron_patch.config.resolve import load_config
 from megatron_patch.errors import ConfigError, DataError
 from megatron_patch.model.flops import parameter_count
 from megatron_patch.planning.cost import Cost
+from megatron_patch.replication.arms import Arm, all_arms, patch_train, select_arms
+from megatron_patch.replication.results import Outcome, markdown, plot_study, read_outcome, significance, summarize, write_json
+from megatron_patch.replication.switches import Switch, compare_switch, read_switch, switch_markdown, training_curve
 
 ROOT = Path(__file__).parent.parent.parent
 FOLDER = ROOT / "examples" / "replicate"
@@ -78,17 +81,8 @@ def test_arms_include_their_baselines_and_unknown_arms_are_reported():
     assert lrs["patch-k4-lr-half"] == 5e-4 and lrs["patch-k4-lr-double"] == 2e-3 and lrs["patch-k4"] is None
 
 
-def load(name):
-    """Imports a script of the folder as a module."""
-    spec = importlib.util.spec_from_file_location(f"replication_{name}", FOLDER / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def script(name):
-    """Returns a script of the folder as a function of its arguments, run in this process."""
-    module = load(name)
+def command(module):
+    """Returns a command as a function of its arguments, run in this process."""
     return lambda *words: module.main([str(word) for word in words])
 
 
@@ -153,7 +147,7 @@ def test_studies_are_compared_by_their_steps(tmp_path, capsys):
         write_json(tmp_path / name / "study.json", summarize(arms, runs, budget), [], runs, settings | {"budget": budget}, 1000)
     docs = tmp_path / "docs.md"
     docs.write_text("a\n<!-- comparison -->\n<!-- end of comparison -->\nb\n")
-    compare = script("compare_studies")
+    compare = command(cli.compare_studies)
     compare(tmp_path / "long", tmp_path / "short", "--output", tmp_path / "out", "--docs", docs)
     shown = capsys.readouterr().out
     assert "| `patch-k4` | +0.200 ± 0.000 (n = 2) | -0.050 ± 0.000 (n = 2) |" in shown
@@ -193,7 +187,7 @@ def test_the_plot_takes_any_number_of_arms_and_seeds(tmp_path):
 @pytest.fixture(scope="module")
 def study():
     """The command in this process; it starts real processes."""
-    return script("study")
+    return command(cli.study)
 
 
 def test_a_study_resumes_without_repeating_a_run(tmp_path, study, capsys):
@@ -211,7 +205,7 @@ def test_a_study_resumes_without_repeating_a_run(tmp_path, study, capsys):
     study("--text", text, *common, "--arms", "superposition-k2", "--seeds", "1", "--seconds", "0.1")
     none = capsys.readouterr().out
     assert (
-        "tools/preprocess_data.py" in none
+        "$ python -m megatron_patch preprocess --input" in none
         and "2 runs not finished (--seconds has passed); run the same command again to resume" in none
         and ", seed" not in none
     )
@@ -238,7 +232,7 @@ def test_a_study_resumes_without_repeating_a_run(tmp_path, study, capsys):
         study(*common, "--budget", "4k", "--status")
     # A file in place of a run's folder makes that run fail; with --keep-going the next one is still trained.
     (tmp_path / "study" / "runs" / "token-wsd-seed2").write_text("")
-    with pytest.raises(DataError, match=r"pretrain_gpt_patch\.py failed with exit code 4"):
+    with pytest.raises(DataError, match=r"-m megatron_patch.pretrain failed with exit code 4"):
         study(*common, "--arms", "superposition-k2", "--seeds", "2", "--keep-going")
     document = json.loads((tmp_path / "study" / "study.json").read_text())
     assert {(run["arm"], run["seed"]) for run in document["runs"]} == {("token-wsd", 1), ("superposition-k2", 1), ("superposition-k2", 2)}
@@ -246,7 +240,7 @@ def test_a_study_resumes_without_repeating_a_run(tmp_path, study, capsys):
 
 def test_a_script_adds_an_arm(tmp_path, capsys):
     arm = patch_train("patch-k3", "patches of 3 for half of the tokens", 3, Fraction(1, 2))
-    module = load("study")
+    module = cli.study
     flags = ["--text", "a.txt", "--output", str(tmp_path / "study"), "--config", str(FOLDER / "study_cpu.yaml"), "--seeds", "1"]
     module.main([*flags, "--arms", "patch-k3", "--plan"], more_arms=[arm])
     shown = capsys.readouterr().out
@@ -260,11 +254,11 @@ def test_a_script_adds_an_arm(tmp_path, capsys):
 
 
 def test_an_added_arm_is_trained_by_its_program_and_drawn_with_the_main_arms(tmp_path, monkeypatch, capsys):
-    module = load("study")
+    module = megatron_patch.replication.study
     arm = Arm("mine", "my launcher", 1.0, ("--optimizer", "mine"), baseline="token", program="mine.py")
     (tmp_path / "mine.py").write_text("import sys; print(sys.argv)")
     flags = ["--text", "a.txt", "--output", str(tmp_path / "study"), "--config", str(FOLDER / "study_cpu.yaml"), "--seeds", "1"]
-    monkeypatch.setattr(module, "ROOT", tmp_path)
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(module.Study, "prepare", lambda study: None)
     monkeypatch.setattr(module.Study, "parameters", lambda study: 1000)
     monkeypatch.setattr(module.Study, "report", lambda study, *_: "")
@@ -273,7 +267,7 @@ def test_an_added_arm_is_trained_by_its_program_and_drawn_with_the_main_arms(tmp
     monkeypatch.setattr(module.Study, "outcomes", lambda study: runs)
     drawn = []
     monkeypatch.setattr(module, "plot_study", lambda *args: drawn.extend(args[-1]))
-    module.main([*flags, "--arms", "mine"], more_arms=[arm])
+    cli.study.main([*flags, "--arms", "mine"], more_arms=[arm])
     assert "$ python mine.py --config" in capsys.readouterr().out and drawn[-1] == "mine"
     assert "'--optimizer', 'mine', '--train-tokens', '20000000'" in (tmp_path / "study" / "logs" / "mine-seed1.log").read_text()
 
@@ -295,9 +289,9 @@ RUN = """
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
 def test_a_signal_makes_a_study_wait_for_its_runs_and_start_no_other(tmp_path, monkeypatch, capsys, number):
-    module = load("study")
+    module = megatron_patch.replication.study
     (tmp_path / "run.py").write_text(textwrap.dedent(RUN))
-    monkeypatch.setattr(module, "ROOT", tmp_path)
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(module.Study, "prepare", lambda study: None)
     monkeypatch.setattr(module.Study, "run_command", lambda study, arm, seed: ["run.py"])
 
@@ -312,7 +306,7 @@ def test_a_signal_makes_a_study_wait_for_its_runs_and_start_no_other(tmp_path, m
     words = ["--text", "a.txt", "--output", tmp_path / "study", "--config", FOLDER / "study_cpu.yaml", "--arms", "token", "--seeds", "3"]
     before = signal.getsignal(number)
     with pytest.raises(SystemExit) as end:
-        module.main([str(word) for word in words])
+        cli.study.main([str(word) for word in words])
     sender.join()
     shown = capsys.readouterr().out
     assert end.value.code == 75 and (tmp_path / "saved").exists() and signal.getsignal(number) is before

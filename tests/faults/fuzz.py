@@ -33,9 +33,10 @@ from hypothesis import strategies as st
 from megatron_patch.checkpoint import commit as commit
 from megatron_patch.checkpoint.report import describe, explain, flatten
 from megatron_patch.checkpoint.safetensors_io import read_header
-from megatron_patch.config.parsing import parse, read_yaml, to_flags
+from megatron_patch.config.parsing import parse, read_yaml
 from megatron_patch.config.resolve import resolve
 from megatron_patch.config.stage_spec import parse_stages
+from megatron_patch.config.values import KINDS, in_file
 from megatron_patch.convert.tensor_names import parameter_shapes
 from megatron_patch.convert.weight_files import open_weights
 from megatron_patch.data.dataset_metadata import DatasetMetadata, read_metadata, write_metadata
@@ -168,7 +169,7 @@ def _read_state_files(folder: Path) -> None:
 
 def _read_config(folder: Path) -> None:
     values = read_yaml(str(folder / "c.yaml"))
-    to_flags(values, "c.yaml")
+    in_file({name: value for name, value in values.items() if name in KINDS}, "c.yaml")
     stages = values.get("stages")
     if stages is not None:
         parse_stages(stages if isinstance(stages, str) else json.dumps(stages))

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
+from megatron_patch.cli.command_line import run_tool
+from megatron_patch.cli.plan import main as plan_main
 from megatron_patch.config.parsing import parse
 from megatron_patch.config.resolve import load_config
+from megatron_patch.exit_codes import ExitCode
 from megatron_patch.model.flops import parameter_count
 from megatron_patch.planning.hardware import DEVICES
 from megatron_patch.planning.layout import layout_of
 from megatron_patch.planning.plan import make_plan
 from megatron_patch.planning.search import search
 from megatron_patch.planning.sensitivity import sensitivity
+from megatron_patch.planning.tables import print_search, print_tables
 from megatron_patch.training.pretrain import main, make_engine_config
 
 ROOT = Path(__file__).parent.parent.parent
@@ -44,7 +50,7 @@ def test_large_models_resolve_over_a_thousand_simulated_ranks(name, billions, la
 def test_a_dry_run_prints_parameters_and_memory_of_each_rank(capsys):
     assert main(["--config", "examples/configs/llama_70b.yaml", "--dry-run", "--world-size", "1024"]) == 0
     text = capsys.readouterr().out
-    assert "TP8 SP PP8 DP16 ZeRO 1" in text and "embedding, blocks 0-10" in text and "norm and head" in text
+    assert "TP8 SP PP4 DP32 ZeRO 1" in text and "embedding, blocks 0-20" in text and "norm and head" in text
     assert f"{plan('--config', 'examples/configs/llama_70b.yaml', ranks=1024).parts[0].parameters:,}" in text
 
 
@@ -66,12 +72,12 @@ def test_sensitivity_is_the_papers_formula():
 
 def test_search_lists_the_layouts_that_fit_fastest_first():
     parsed = parse(["--config", "examples/configs/llama_70b.yaml", "--dry-run"])
-    found, tried = search(parsed, 64, DEVICES["H200"])
-    assert 0 < len(found) < tried and all(one.plan.fits for one in found)
+    result = search(parsed, 64, DEVICES["H200"])
+    found = result.candidates
+    assert 0 < len(found) < result.tried and all(one.plan.fits for one in found)
     assert [one.seconds_per_token for one in found] == sorted(one.seconds_per_token for one in found)
     first = found[0]
-    words = "--no-sequence-parallel --recompute-granularity none --tensor-model-parallel-size 1 --pipeline-model-parallel-size 1"
-    words = f"--config examples/configs/llama_70b.yaml {words} {first.choice.flags()}"
+    words = f"--config examples/configs/llama_70b.yaml {first.flags}"
     again = plan(*words.split(), ranks=64, device="H200")
     assert again.run == first.plan.run, "the flags that are shown ask for the layout that was found"
 
@@ -100,3 +106,80 @@ def test_errors_have_three_parts():
     ):
         error = tool(*words, code=2)
         assert what in error and "Allowed: " in error and "Traceback" not in error
+
+
+BIG = ["--config", "examples/configs/llama_405b.yaml", "--pipeline-model-parallel-size", "4", "--world-size", "1024"]
+
+
+def run(*words, capsys, monkeypatch):
+    """Returns (exit code, standard output, standard error) of the tool, in this process."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["plan.py", *words])
+    code = run_tool(plan_main)
+    return code, *capsys.readouterr()
+
+
+def test_a_plan_that_does_not_fit_is_printed_and_ends_with_its_own_code(capsys, monkeypatch):
+    code, text, error = run(*BIG, capsys=capsys, monkeypatch=monkeypatch)
+    assert code == ExitCode.DOES_NOT_FIT == 7
+    for part in ("Per rank:", "Stages on this hardware", "Budget at", "it does not fit into the 77.1 GiB"):
+        assert part in text
+    assert error.startswith("DoesNotFitError: ranks of pipeline rank 0 need about ")
+    assert "more than the 77.1 GiB that are usable on one H100 of 79.6 GiB" in error
+    assert "Allowed: plans of at most 77.1 GiB a rank" in error and "What to do: give --search" in error
+    code, text, error = run(*BIG, "--json", capsys=capsys, monkeypatch=monkeypatch)
+    assert code == 7 and json.loads(text)["estimated"]["fits"] is False and "DoesNotFitError" in error
+    code, text, error = run(*SMALL.split(), "--json", capsys=capsys, monkeypatch=monkeypatch)
+    assert (code, error) == (0, "") and json.loads(text)["estimated"]["fits"] is True
+
+
+def test_a_search_without_a_layout_that_fits_names_the_smallest(capsys, monkeypatch):
+    words = ["--config", "examples/configs/llama_70b.yaml", "--gpu", "A100", "--world-size", "8", "--search"]
+    code, text, error = run(*words, capsys=capsys, monkeypatch=monkeypatch)
+    assert code == 7 and "0 layouts fit" in text
+    assert error.startswith("DoesNotFitError: no layout fits: the smallest, ") and "needs about" in error and "give more devices" in error
+    code, text, _ = run(*words, "--json", capsys=capsys, monkeypatch=monkeypatch)
+    assert (code, json.loads(text)) == (7, [])
+
+
+def test_a_dry_run_knows_no_device_and_ends_with_zero(capsys):
+    assert main([*BIG, "--dry-run"]) == 0
+
+
+def test_a_search_leaves_out_layouts_that_would_change_the_batch():
+    parsed = parse([*SMALL.replace("64k", "4k").split(), "--dry-run"])
+    found = search(parsed, 8, DEVICES["H100"])
+    assert found.other_batch > 0
+    for one in found.candidates:
+        assert all(abs(stage.tokens_per_step / wanted - 1) < 0.05 for stage, wanted in zip(one.plan.plan.stages, (4096, 4096), strict=True))
+
+
+@pytest.mark.parametrize(("name", "gpu", "ranks"), [("llama_70b", "H100", 1024), ("llama_405b", "H100", 1024), ("llama_370m", "A100", 8)])
+def test_shipped_configurations_are_near_the_fastest_layout_of_a_search(name, gpu, ranks):
+    shipped = plan("--config", f"examples/configs/{name}.yaml", ranks=ranks, device=gpu)
+    fastest = search(parse(["--config", f"examples/configs/{name}.yaml", "--dry-run"]), ranks, DEVICES[gpu]).candidates[0].plan
+    assert shipped.fits and shipped.run.device_hours < 1.06 * fastest.run.device_hours
+
+
+def test_compiled_blocks_are_planned_faster():
+    eager, compiled = plan(*SMALL.split()), plan(*SMALL.split(), "--compile")
+    assert compiled.layout.name() == f"{eager.layout.name()} compiled"
+    assert compiled.run.device_hours < eager.run.device_hours and compiled.fullest.memory == eager.fullest.memory
+
+
+@pytest.mark.parametrize("width", [80, 200])
+def test_tables_fit_into_the_terminal(width):
+    found = plan("--config", "examples/configs/llama_70b.yaml", ranks=1024)
+    result = search(parse(["--config", "examples/configs/llama_70b.yaml", "--dry-run"]), 64, DEVICES["H200"])
+    console = Console(width=width, file=io.StringIO())
+    print_tables(found, console)
+    print_search(result, DEVICES["H200"], 64, console)
+    text = console.file.getvalue()
+    assert max(map(len, text.splitlines())) <= width and "…" not in text
+    for title in ("fragmentation", "~optimizer", "~dollars", "--tensor-model-parallel-size 4"):
+        assert title in text
+
+
+def test_published_runs_are_printed_without_a_run(capsys, monkeypatch):
+    code, text, _ = run("--published", capsys=capsys, monkeypatch=monkeypatch)
+    assert code == 0 and "| torchtitan | Llama 3 8B | 8 H100 | 8,192 | 2 of 16 | data parallel | half | yes | 6,667 |" in text

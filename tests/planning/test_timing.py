@@ -107,6 +107,9 @@ def test_measured_ceilings_replace_the_table(tmp_path):
         ('{"matmul": 1}', "unknown key 'matmul'"),
         ("[1]", "holds a list"),
         ('{"overlap": -1}', "overlap is -1"),
+        ('{"matmul_efficiency": 71}', "matmul_efficiency is 71, but it is a share"),
+        ('{"memory_passes": -1}', "memory_passes is -1"),
+        ('{"memory_gib": 2}', r"memory_gib is 2, of which 2.5 \(reserved_gib\) cannot be used"),
         ("{", "not valid JSON"),
     ):
         path.write_text(text)

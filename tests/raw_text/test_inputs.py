@@ -60,10 +60,25 @@ def test_an_existing_file_is_that_file(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("pattern", "words"),
-    [("b[1].jsonl", "matches no file\n"), (".", r"only the folder \.\n.*\n.*name the files, for example '\./\*\.jsonl'")],
+    [
+        ("b[1].jsonl", "matches no file\n"),
+        ("text/aa.jsonl", r"matches no file\n.*\n.*did you mean text/a\.jsonl"),
+        (
+            "text",
+            r"only the folder text: it has 3 files: a\.jsonl, b\.json, c\.jsonl\.gz\n.*\n"
+            r".*name the files: --input 'text/\*\.json' 'text/\*\.jsonl' 'text/\*\.jsonl\.gz'$",
+        ),
+        (".", r"it has 3 files: text/a\.jsonl, .*\n.*\n.*: --input '\./\*\*/\*\.json' '\./\*\*/\*\.jsonl' '\./\*\*/\*\.jsonl\.gz'$"),
+        ("other", r"the folder other: it has no such files, but 1 file: readme\.md\n.*\n.*another folder's files"),
+        ("empty/", r"the folder empty/: it is empty"),
+    ],
 )
-def test_inputs_that_are_no_file_are_refused(tmp_path, monkeypatch, pattern, words):
+def test_inputs_that_are_no_file_are_answered_with_what_is_there(tmp_path, monkeypatch, pattern, words):
     monkeypatch.chdir(tmp_path)
+    for name in ("text/a.jsonl", "text/b.json", "text/c.jsonl.gz", "other/readme.md"):
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).touch()
+    Path("empty").mkdir()
     with pytest.raises(DataError, match=words):
         expand([pattern])
 

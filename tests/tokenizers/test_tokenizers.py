@@ -278,7 +278,7 @@ def test_a_pattern_must_be_given(tiktoken_file):
 
 def test_without_tiktoken_its_files_are_refused_with_a_sentence(tiktoken_file, monkeypatch):
     monkeypatch.setitem(sys.modules, "tiktoken", None)
-    with pytest.raises(DataError, match="needs the package tiktoken"):
+    with pytest.raises(DataError, match="TikTokenizer needs tiktoken, which is not installed"):
         load_tokenizer("TikTokenizer", str(tiktoken_file[0]))
 
 

@@ -6,18 +6,30 @@ import errno
 import io
 import json
 import os
+import re
+import shlex
 from dataclasses import asdict, replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console as RichConsole
 
+from megatron_patch.config.resolve import load_config
 from megatron_patch.errors import CheckpointError
 from megatron_patch.training.callbacks import jsonl_writer
-from megatron_patch.training.callbacks.base import CorpusLoss, RunEnd, SaveRecord, SwitchRecord
+from megatron_patch.training.callbacks.base import (
+    CorpusLoss,
+    Event,
+    RunEnd,
+    SaveRecord,
+    SwitchRecord,
+)
 from megatron_patch.training.callbacks.charts import Charts, named_values
 from megatron_patch.training.callbacks.console import Console
 from megatron_patch.training.callbacks.metrics import Metrics, read_metrics
 from megatron_patch.training.callbacks.tensorboard import TensorBoard
+from megatron_patch.training.next_steps import next_steps
 from megatron_patch.training.throughput import Throughput
 from tests.training.records import EVALUATION, START, STEP
 
@@ -59,7 +71,7 @@ def test_losses_of_corpora_that_are_not_finite_are_valid_json(tmp_path):
 
 def test_the_console_shows_each_corpus_in_80_columns():
     out = io.StringIO()
-    console = Console(2, RichConsole(file=out, force_terminal=True, width=80, highlight=False, color_system=None))
+    console = Console(2, console=RichConsole(file=out, force_terminal=True, width=80, highlight=False, color_system=None))
     console.on_evaluation(BLEND)
     console.on_evaluation(replace(BLEND, patch_size=1))
     lines = out.getvalue().splitlines()
@@ -73,7 +85,7 @@ def test_the_console_shows_each_corpus_in_80_columns():
 def test_a_single_corpus_is_shown_once():
     out = io.StringIO()
     record = replace(BLEND, corpora={"web": BLEND.corpora["web"]})
-    Console(2, RichConsole(file=out, width=160)).on_evaluation(record)
+    Console(2, console=RichConsole(file=out, width=160)).on_evaluation(record)
     assert out.getvalue().count("\n") == 1 and set(named_values(record)) == {"eval/token_loss", "eval/patch_loss"}
 
 
@@ -86,7 +98,7 @@ def test_charts_have_each_corpus():
 @pytest.mark.parametrize("terminal", [False, True])
 def test_the_console_names_both_losses(terminal):
     out = io.StringIO()
-    console = Console(2, RichConsole(file=out, force_terminal=terminal, width=180, highlight=False))
+    console = Console(2, console=RichConsole(file=out, force_terminal=terminal, width=180, highlight=False))
     console.on_start(START)
     for step in range(1, 5):
         console.on_step(replace(STEP, step=step, tokens=100 * step))
@@ -100,6 +112,104 @@ def test_the_console_names_both_losses(terminal):
     assert "token loss 6.5000 (K = 1)" in text and "patch loss 5.2500 (K = 4)" in text
     assert "(K = 4) -> token (K = 1)" in text and "x/step-4" in text and "a sentence" in text and "2k tokens" in text
     assert sum("5.5000" in line and "switch in" in line for line in text.splitlines()) >= 2
+
+
+HOSTILE = "[bold]x[/nope]\x1b[2J\nexit code 0\u202e"
+SHOWN = "[bold]x[/nope]\\x1b[2J\\nexit code 0\\u202e"
+
+
+@pytest.mark.parametrize("width", [50, 80, 180])
+@pytest.mark.parametrize("terminal", [False, True])
+def test_text_of_others_is_neither_markup_nor_a_command(monkeypatch, terminal, width):
+    """Stages, folders, corpora, samples, reasons and messages; also no sample is printed twice or below the live view."""
+    monkeypatch.setenv("NO_COLOR", "1")
+    out = io.StringIO()
+    rich = RichConsole(file=out, force_terminal=terminal, force_interactive=False, width=width, highlight=False, color_system=None)
+    console = Console(1, next_steps=[("report", f"python tools/report.py {HOSTILE}")], console=rich)
+    console.on_start(START)
+    console.on_step(replace(STEP, stage=HOSTILE))
+    console.on_evaluation(replace(BLEND, corpora={HOSTILE: CorpusLoss(0.5, 6.25, 5.0, 500), "web": CorpusLoss(0.5, 6.25, 5.0, 500)}))
+    console.show_samples(1, [f"prompt {HOSTILE}", "second"], 0.1)
+    console.on_switch(SwitchRecord(4, 1000, HOSTILE, HOSTILE, 4, 1))
+    console.on_save(SaveRecord(4, HOSTILE, 1.0, 2**20, 1.0))
+    console.on_event(Event("skip", 4, HOSTILE, {}))
+    console.on_message(HOSTILE)
+    console.on_end(RunEnd("done", 20, 2000, 100.0))
+    text = out.getvalue()
+    assert not re.search(r"\x1b\[2J|\u202e|\n *exit code 0", text)
+    lines = re.sub(r"\s+", " ", text)
+    for line in (f"4 saved {SHOWN} (1.0 MiB", f"skip: {SHOWN}", f"report python tools/report.py {SHOWN}"):
+        assert line.replace(" ", "") in lines.replace(" ", "")
+    if not terminal:
+        assert f"1 sample: prompt [bold]x[/nope]\\x1b[2J exit code 0\\u202e 1 sample: second 4 switch: stage {SHOWN} (K = 4)" in lines
+        assert text.count("second") == 1
+
+
+def test_the_last_frame_has_the_last_losses_and_how_the_run_ended(monkeypatch):
+    """A terminal keeps the last frame: the lines after it say what to do next."""
+    monkeypatch.setenv("NO_COLOR", "1")
+    out = io.StringIO()
+    rich = RichConsole(file=out, force_terminal=True, width=80, highlight=False, color_system=None)
+    console = Console(100, next_steps=[("evaluate", "python tools/evaluate.py --load x")], console=rich)
+    console.on_start(START)
+    console.on_step(replace(STEP, step=20, tokens=2000))
+    console.on_evaluation(replace(EVALUATION, step=20, token_loss=3.2109))
+    console.show_samples(20, ["Once upon\na time"], 0.1)
+    console.on_end(RunEnd("done", 20, 2000, 100.0))
+    console.close()
+    frame, _, rest = out.getvalue().rpartition("ended")
+    frame = frame[frame.rindex("step 20 of 20") :]
+    assert "held-out token loss 3.2109" in frame
+    rest = re.sub(r"\x1b\[[?0-9;]*[a-zA-Z]", "", rest)
+    assert "done after 1 min 40 s" in rest and "sample  Once upon a time" in rest
+    assert rest.endswith(
+        "      20 done: 2k tokens read, 1 min 40 s since this start\nNext\n  evaluate  python tools/evaluate.py --load x\n"
+    )
+
+
+@pytest.mark.parametrize(("width", "missing"), [(180, []), (80, ["MFU", "wait"]), (60, ["FLOPs", "grad", "MFU"]), (40, ["lr", "tok/s"])])
+def test_the_lines_of_steps_fit_the_terminal(width, missing):
+    out = io.StringIO()
+    console = Console(1, console=RichConsole(file=out, force_terminal=True, force_interactive=False, width=width, color_system=None))
+    console._start = START
+    console.on_step(replace(STEP, step=999_999, tflops=0.000863, lr=2.345e-5))
+    head, line = out.getvalue().splitlines()
+    assert len(line) <= width and "5.5000" in line and not set(missing) & set(head.split())
+    ends = [match.end() for match in re.finditer(r"\S+", head.partition("  to go")[0])]
+    assert all(line[end - 1] != " " and line[end : end + 1] in (" ", "") for end in ends if not head[:end].endswith("stage"))
+
+
+def test_the_end_names_the_tools_that_read_the_run(tmp_path, monkeypatch):
+    """With its folder and held-out data, as a shell takes them; a stopped run is resumed first."""
+    save, held_out = tmp_path / "my run", str(tmp_path / "held out")
+    base = [
+        "--num-layers",
+        "1",
+        "--hidden-size",
+        "32",
+        "--num-attention-heads",
+        "4",
+        "--dry-run",
+        "--train-tokens",
+        "4200",
+        "--global-batch-size",
+        "4",
+    ]
+    base += ["--vocab-size", "64", "--seq-length", "16", "--micro-batch-size", "1", "--save", str(save)]
+    run = load_config([*base, "--data-path", "x", "--valid-data-path", held_out], 1)
+    steps = dict(next_steps(run))
+    assert list(steps) == ["evaluate", "report", "convert"], "without a metadata file, no tokenizer is known that decodes ids"
+    assert shlex.split(steps["evaluate"])[-4:] == ["--load", str(save), "--data-path", held_out]
+    assert shlex.split(steps["report"])[-3:] == [str(save), "--output", str(save / "report.html")]
+    assert shlex.split(steps["convert"])[-5:] == ["to-hf", "--load", str(save), "--output", str(save / "hugging_face")]
+    assert all(Path(shlex.split(command)[1]).is_file() for command in steps.values())
+    with_text = replace(run, data_metadata=SimpleNamespace(tokenizer_type="HuggingFaceTokenizer"), options=load_config(base, 1).options)
+    assert {name: command.split()[-1] for name, command in next_steps(with_text)}["evaluate"] == "FILE", "its data was trained on"
+    assert "generate" in dict(next_steps(with_text))
+    out = io.StringIO()
+    console = Console(1, next_steps=next_steps(run), console=RichConsole(file=out, width=180))
+    console.on_end(RunEnd("SIGTERM", 20, 2000, 100.0))
+    assert "tools/" not in out.getvalue() and "stopped (SIGTERM)" in out.getvalue()
 
 
 def test_tensorboard_has_the_same_names_over_tokens(tmp_path):

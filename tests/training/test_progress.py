@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console as RichConsole
 
 from megatron_patch.training.callbacks.base import RunStart, StepRecord
-from megatron_patch.training.callbacks.progress import LossTrend, bar, live_view, outlook
+from megatron_patch.training.callbacks.progress import LiveState, LossTrend, bar, live_view, outlook
 from tests.training.test_callbacks import EVALUATION, STEP
 
 # 4,000 tokens, the first 2,000 in patches of 4: the cost of 2,500 tokens at token level, of 1e9 FLOPs each.
@@ -45,13 +45,13 @@ def test_the_arrow_needs_more_than_noise(slope, arrow):
 
 def test_the_bar_marks_its_switches():
     text = bar(0.5, [0.25], width=8).plain
-    assert text == "━━┿━━━━━"
+    assert text == "━━┿━────"
 
 
 def test_the_live_view_shows_progress_loss_speed_and_remaining_time():
     console = RichConsole(width=110, force_terminal=True, color_system=None)
     with console.capture() as captured:
-        console.print(live_view(START, at(1000, 250.0, 5e-3, 40.0), LossTrend(), EVALUATION))
+        console.print(live_view(LiveState(START, at(1000, 250.0, 5e-3, 40.0), LossTrend(), evaluation=EVALUATION), 110))
     text = captured.get()
     for words in (
         "patches of 4",
@@ -65,3 +65,22 @@ def test_the_live_view_shows_progress_loss_speed_and_remaining_time():
     ):
         assert words in text
     assert max(len(line) for line in text.splitlines()) <= 110
+
+
+def test_the_remaining_times_include_the_pauses():
+    ahead = outlook(START, at(1000, 250.0, 5e-3, 40.0), (10.0, 30.0))
+    assert ahead.switch_seconds == 35.0 and ahead.end_seconds == pytest.approx(225 + 30)
+    assert outlook(START, at(4000, 2500.0, 5e-3, 10.0), (0.0, 7.0)).end_seconds == 7.0
+
+
+@pytest.mark.parametrize("width", [40, 80, 200])
+def test_the_live_view_fits_the_terminal(width):
+    console = RichConsole(width=width, force_terminal=True, color_system=None)
+    start = replace(START, total_steps=1_000_000)
+    record = replace(at(1000, 250.0, 5e-3, 40.0), step=999_999, stage="a[/b]\n\x1b[2J")
+    with console.capture() as captured:
+        console.print(live_view(LiveState(start, record, LossTrend(), evaluation=EVALUATION, sample="[/x] " + "text " * 99), width))
+    lines = captured.get().splitlines()
+    assert len(lines) == 7 and max(map(len, lines)) <= width
+    assert "a[/b]\\n\\x1b[2J" in lines[2] and "[/x] text" in lines[-1]
+    assert width < 80 or ("step 999,999 of 1,000,000" in lines[1] and "stage token in 25 s · end in 3 min 45 s" in lines[5])

@@ -12,8 +12,8 @@ import pytest
 
 from megatron_patch.checkpoint.trainer_state import HeldOutName, TrainerState
 from megatron_patch.config.option_types import AtResume, flag_of
-from megatron_patch.config.parsing import RESUME_MARKS
 from megatron_patch.config.resolve import load_config
+from megatron_patch.config.values import RESUME_MARKS
 from megatron_patch.errors import CheckpointError
 from megatron_patch.stages import Progress
 from megatron_patch.training.resume import StartPoint, held_out_names, make_trainer_state

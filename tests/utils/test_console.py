@@ -15,8 +15,9 @@ from rich.text import Text
 
 from megatron_patch.cli.command_line import run_tool
 from megatron_patch.errors import DataError
-from megatron_patch.utils.console import for_terminal, labeled, make_console, print_line, visible
+from megatron_patch.utils.console import accept_all_text, for_terminal, labeled, make_console, one_line, print_line, print_lines, visible
 from megatron_patch.utils.figures import legend_label, save_figure
+from megatron_patch.utils.tables import FittingTable
 
 ROOT = Path(__file__).parent.parent.parent
 HOSTILE = "a\x1b]52;c;Y3VybA==\x07b\x1b[2J\x9b31m\r\x08[bold]c[/bold][link=http://evil]d[/link]:warning:\u202egnp\udcff"
@@ -50,6 +51,7 @@ def test_a_console_prints_text_and_no_commands(monkeypatch, terminal, stderr):
     with Live(Text(HOSTILE), console=console, auto_refresh=False):
         pass
     print_line(HOSTILE, stderr=stderr)
+    print_lines(HOSTILE, stderr=stderr)
     text = out.getvalue()
     assert not commands(text)
     assert text.count("[link=http://evil]d[/link]:warning:") >= 5 and text.count("a\\x1b]52;c;Y3VybA==") >= 5 and "\\udcff" in text
@@ -70,6 +72,63 @@ def test_ordinary_text_stays_as_it_is():
     assert visible(text) == text and not any(visible(chr(code)) == chr(code) for code in (0, 7, 8, 13, 27, 127, 0x85, 0x9B, 0xDC80))
 
 
+def test_a_name_with_line_ends_stays_on_its_line(monkeypatch):
+    name = "a\nexit code 0: done\r\u2028b\tc"
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    print_line(name)
+    make_console().print(labeled("Data", name))
+    assert one_line(name) == "a\\nexit code 0: done\\r\\u2028b\\tc"
+    assert sys.stdout.getvalue() == f"{one_line(name)}\nData {one_line(name)}\n"
+
+
+def test_a_line_end_in_an_error_begins_no_line_of_its_own():
+    error = DataError("a\nexit code 0: done does not exist", "b\nc", "d")
+    assert str(error) == "a\n    exit code 0: done does not exist\n  Allowed: b\n    c\n  What to do: d"
+
+
+@pytest.mark.parametrize(
+    ("encoding", "expected"), [("ascii", "lambda/K x 2 ... - \\u6f22 \\xe9 #"), ("latin-1", "lambda/K × 2 ... · \\u6f22 é #")]
+)
+def test_an_output_without_a_code_for_a_character_gets_another_spelling(monkeypatch, encoding, expected):
+    """Also a table, whose lines are then dashes and bars; a live view; print() of other code."""
+    raw = io.BytesIO()
+    out = io.TextIOWrapper(raw, encoding=encoding, errors="strict", write_through=True)
+    out.isatty = lambda: True
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setattr(sys, "stdout", out)
+    text = "λ/K × 2 … · 漢 é █"
+    table = FittingTable("λ", ["name"])
+    table.add_row(text)
+    make_console().print(text, table)
+    with Live(Text(text), console=make_console(), auto_refresh=False):
+        pass
+    print_line(text)
+    accept_all_text()
+    print(text)
+    written = raw.getvalue().decode(encoding)
+    assert written.count(expected) >= 5 and "+---" in written
+
+
+def test_narrow_consoles_get_whole_values():
+    table = FittingTable("Stages", ["stage", "tokens per step", "path"], left=["stage"], folded=["path"])
+    table.add_row("patch", "1,234,567", "data/web_text_document")
+    table.add_section()
+    table.add_row("run\n[/b]", "89", "data/code_text_document")
+
+    def lines(width: int) -> list[str]:
+        console = make_console(width)
+        with console.capture() as captured:
+            console.print(table)
+        return [line.rstrip() for line in captured.get().splitlines()]
+
+    for width in (120, 60, 53, 45, 40):
+        assert max(map(len, lines(width))) <= width
+        text = "".join(lines(width))
+        assert "…" not in text and all(value in text for value in ("1,234,567", "89", "run\\n[/b]", "stage", "tokens per step"))
+    assert len(lines(120)) == 8 and lines(120)[2].startswith("┃ stage ")
+    assert any(line.startswith("│ tokens per step │ ") for line in lines(40)), "as a list"
+
+
 def prints(source: Path) -> list[str]:
     """Returns the calls in a file that may print other text than `print_line` and the consoles of `make_console` do."""
     found = []
@@ -88,7 +147,10 @@ def prints(source: Path) -> list[str]:
             "sys.stderr.write",
         ):
             found.append(ast.unparse(node))
-        if name == "make_console" and any(keyword.arg == "markup" for keyword in node.keywords) and source.parent.name != "callbacks":
+        # A console on which brackets are markup, or a text that is made from markup.
+        if any(keyword.arg == "markup" for keyword in node.keywords) or name.endswith(
+            ("Text.from_markup", "Text.from_ansi", "escape_markup")
+        ):
             found.append(ast.unparse(node))
     return found
 

@@ -20,7 +20,8 @@ from megatron_patch.training.callbacks.samples import SampleRequest, Samples
 from megatron_patch.training.callbacks.spans import SpanLog
 from megatron_patch.training.callbacks.tensorboard import TensorBoard
 from megatron_patch.training.callbacks.wandb import WeightsAndBiases
-from megatron_patch.utils.console import make_console
+from megatron_patch.training.next_steps import next_steps
+from megatron_patch.training.pauses import Pauses
 from megatron_patch.utils.units import parse_steps
 
 
@@ -37,8 +38,9 @@ def make_callbacks(context: CallbackContext, factories: Sequence[CallbackFactory
     logging = run.options.logging
     callbacks: list[Callback] = []
     first = grid.rank == 0
-    if first:
-        callbacks.append(Console(logging.log_interval))
+    console = Console(logging.log_interval, Pauses(run.plan, run.options), next_steps(run)) if first else None
+    if console is not None:
+        callbacks.append(console)
         if save is not None:
             callbacks += [Metrics(save / "metrics.jsonl"), Events(save / "events.jsonl")]
         kept = save / "metrics.jsonl" if save is not None else None
@@ -48,7 +50,8 @@ def make_callbacks(context: CallbackContext, factories: Sequence[CallbackFactory
         learned_positions = run.shape.max_positions if run.shape.position_embedding == "learned" else None
         request = SampleRequest(logging.sample_prompts, logging.sample_tokens, sampling, learned_positions)
         path = save / "samples.jsonl" if save is not None else None
-        callbacks.append(Samples(context.logits, tokenizer, request, context.device, path, make_console(markup=True) if first else None))
+        show = console.show_samples if console is not None else None
+        callbacks.append(Samples(context.logits, tokenizer, request, context.device, path, show))
     first_of_replica = grid.tensor_parallel_rank == grid.pipeline_parallel_rank == 0
     if logging.log_token_spans and save is not None and first_of_replica:
         callbacks.append(SpanLog(save / "spans", grid.rank))
@@ -58,7 +61,14 @@ def make_callbacks(context: CallbackContext, factories: Sequence[CallbackFactory
         if not logging.profile_nsys and save is not None:
             tool = TorchTrace(save / "profile", grid.rank, context.device, logging.profile_shapes)
         callbacks.append(Profiler(tool, first_step, last_step, speaks=first))
-    return callbacks + [make_callback(context) for make_callback in factories]
+    for make_callback in factories:
+        try:
+            callbacks.append(make_callback(context))
+        except BaseException:
+            for callback in callbacks:
+                callback.close()
+            raise
+    return callbacks
 
 
 def _services(run: RunConfig, save: Path | None) -> Iterator[Service]:

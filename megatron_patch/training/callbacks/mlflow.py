@@ -15,6 +15,7 @@ from typing import Any
 
 from megatron_patch.errors import ConfigError
 from megatron_patch.exit_codes import ExitCode
+from megatron_patch.requirements import missing_package
 from megatron_patch.training.callbacks.base import EvaluationRecord, RunEnd, RunStart, StepRecord
 from megatron_patch.training.callbacks.charts import PATIENCE, named_values
 from megatron_patch.training.callbacks.delivery import Timed
@@ -66,11 +67,7 @@ class MLflow:
             import mlflow
             import mlflow.entities
         except ImportError as error:
-            raise ConfigError(
-                "--mlflow-experiment needs the package mlflow-skinny, which is not installed",
-                "an environment with the package mlflow-skinny or mlflow",
-                "pip install 'megatron_patch[mlflow]'",
-            ) from error
+            raise missing_package("mlflow", f"--mlflow-experiment {experiment}") from error
         if uri is None and not os.environ.get("MLFLOW_TRACKING_URI"):
             raise ConfigError(
                 f"--mlflow-experiment {experiment} without the address of a tracking server",

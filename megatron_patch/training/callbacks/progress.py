@@ -1,8 +1,8 @@
 """Estimates how far a run is and how long it still takes, and draws this as a few lines on a terminal.
 
-In: `RunStart` and each `StepRecord`. Out: `Outlook` (shares and remaining times), and `live_view`, which draws it. The time to the next
+In: `RunStart` and each `StepRecord`. Out: `Outlook` (shares and remaining times), and `live_view`, which draws them. The time to the next
 switch follows from the stage's tokens/s. The time to the end follows from the FLOP/s, because a later stage reads fewer tokens per second
-but computes as fast.
+but computes as fast. Both include the evaluations and saves to come (`Pauses`).
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from rich.table import Table
 from rich.text import Text
 
 from megatron_patch.training.callbacks.base import EvaluationRecord, RunStart, StepRecord
+from megatron_patch.utils.console import one_line
 from megatron_patch.utils.units import format_count, format_duration
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
-_BAR = 44  # characters
+_BAR, _SHORTEST_BAR = 44, 10  # characters
 _CURVE = 24  # characters
 
 
@@ -31,9 +32,9 @@ class Outlook:
     Args:
         tokens: share of the run's tokens that is read.
         compute: share of the run's FLOPs that is spent.
-        switch_seconds: seconds to the next switch; None in the last stage.
+        switch_seconds: seconds to the next switch, with the pauses until then; None in the last stage.
         switch_to: name of the stage that begins there, or None.
-        end_seconds: seconds to the end; infinite if the speed is unknown.
+        end_seconds: seconds to the end, with all pauses; infinite if the speed is unknown.
     """
 
     tokens: float
@@ -48,12 +49,13 @@ class Outlook:
         return end if self.switch_seconds is None else f"switch in {format_duration(self.switch_seconds)}, {end}"
 
 
-def outlook(start: RunStart, record: StepRecord) -> Outlook:
+def outlook(start: RunStart, record: StepRecord, pauses: tuple[float, float] = (0.0, 0.0)) -> Outlook:
     """Returns the outlook after a step.
 
     Args:
         start: the record of the run's start.
         record: the record of the step.
+        pauses: seconds of evaluations and saves until the next switch, and until the end.
     """
     ahead = [(tokens, name) for tokens, name in start.switches if tokens > record.tokens]
     # Costs in tokens: FLOPs over the FLOPs of one token in token-level training.
@@ -63,9 +65,9 @@ def outlook(start: RunStart, record: StepRecord) -> Outlook:
     return Outlook(
         tokens=record.tokens / start.total_tokens,
         compute=min(1.0, record.cost_tokens / total) if total else 0.0,
-        switch_seconds=(ahead[0][0] - record.tokens) / max(record.tokens_per_second, 1e-9) if ahead else None,
+        switch_seconds=pauses[0] + (ahead[0][0] - record.tokens) / max(record.tokens_per_second, 1e-9) if ahead else None,
         switch_to=ahead[0][1] if ahead else None,
-        end_seconds=left / rate if rate > 0 else math.inf if left else 0.0,
+        end_seconds=pauses[1] + (left / rate if rate > 0 else math.inf if left else 0.0),
     )
 
 
@@ -123,43 +125,82 @@ def bar(share: float, marks: Sequence[float], width: int = _BAR) -> Text:
     marked = {min(width - 1, round(mark * width)) for mark in marks}
     filled = min(width, int(share * width))
     for column in range(width):
-        text.append("┿" if column in marked else "━", style=("bold cyan" if column < filled else "grey37"))
+        # Not only the color differs, because a terminal may show none.
+        char = "┿" if column in marked else "━" if column < filled else "─"
+        text.append(char, style=("bold cyan" if column < filled else "grey37"))
     return text
 
 
-def live_view(start: RunStart, record: StepRecord, trend: LossTrend, evaluation: EvaluationRecord | None) -> RenderableType:
-    """Returns the live view: progress bar, stage, loss, speed and remaining time.
+@dataclass(frozen=True)
+class LiveState:
+    """What the live view shows.
 
     Args:
         start: the record of the run's start.
         record: the record of the last step.
         trend: losses of this stage.
+        pauses: seconds of evaluations and saves until the next switch, and until the end.
         evaluation: the last evaluation, or None.
+        sample: the last text that was generated, on one line; "" without one.
+        ended: how the run ended; "" while it trains.
     """
-    ahead = outlook(start, record)
-    marks = [tokens / start.total_tokens for tokens, _ in start.switches]
+
+    start: RunStart
+    record: StepRecord
+    trend: LossTrend
+    pauses: tuple[float, float] = (0.0, 0.0)
+    evaluation: EvaluationRecord | None = None
+    sample: str = ""
+    ended: str = ""
+
+
+def live_view(state: LiveState, width: int) -> RenderableType:
+    """Returns the live view: progress bar, stage, loss, speed, remaining time and the last sample.
+
+    Args:
+        state: what it shows.
+        width: characters of a line.
+    """
+    start, record = state.start, state.record
+    ahead = outlook(start, record, state.pauses)
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="dim", no_wrap=True, min_width=5)
+    grid.add_column(no_wrap=True, overflow="ellipsis")
     patches = f"patches of {record.patch_size}" if record.patch_size > 1 else "single tokens"
-    head = Text.assemble(bar(ahead.tokens, marks), (f" {ahead.tokens:6.1%}", "bold"), ("  step ", "dim"), f"{record.step:,}")
-    head.append(f" of {start.total_steps:,}", style="dim")
-    loss = "skipped" if record.skipped else f"{record.loss:.4f}"
-    losses = Text.assemble((loss, "bold"), " ", (trend.curve(), "cyan"), f" {trend.arrow()}")
-    if evaluation is not None:
-        losses.append(f"   held-out token loss {evaluation.token_loss:.4f}", style="green")
+    stage = Text.assemble((one_line(record.stage), "bold"), ("  " + patches, "dim"))
+    grid.add_row("stage", Text.assemble(stage, (f"  {format_count(record.tokens)} of {format_count(start.total_tokens)} tokens", "")))
+    grid.add_row("loss", _losses(state))
     waits = record.data_seconds / max(record.step_seconds, 1e-9)
     speed = [f"{format_count(record.tokens_per_second)} tokens/s"]
     speed += [f"MFU {record.mfu:.1%}" if record.mfu is not None else f"{record.tflops:.3g} TFLOP/s", f"{record.memory_gib:.1f} GiB"]
     speed += [f"{waits:.0%} waiting for data"] if waits > 0.02 else []
-    grid = Table.grid(padding=(0, 2))
-    grid.add_column(style="dim", no_wrap=True, min_width=5)
-    grid.add_column(no_wrap=True, overflow="ellipsis")
-    stage = Text.assemble((record.stage, "bold"), ("  " + patches, "dim"))
-    grid.add_row("stage", Text.assemble(stage, (f"  {format_count(record.tokens)} of {format_count(start.total_tokens)} tokens", "")))
-    grid.add_row("loss", losses)
     grid.add_row("speed", " · ".join(speed))
-    to_go = Text()
-    if ahead.switch_seconds is not None:
-        to_go.append(f"stage {ahead.switch_to} in {format_duration(ahead.switch_seconds)} · ")
-    to_go.append(f"end in {format_duration(ahead.end_seconds)}")
-    to_go.append(f" · {ahead.compute:.1%} of FLOPs spent · cost {start.whole_cost:.2f}", style="dim")
-    grid.add_row("to go", to_go)
-    return Group(Text(""), head, grid)
+    if state.ended:
+        to_go = [one_line(state.ended)]
+    else:
+        to_go = [f"end in {format_duration(ahead.end_seconds)}"]
+        if ahead.switch_seconds is not None:
+            to_go.insert(0, f"stage {one_line(ahead.switch_to or '')} in {format_duration(ahead.switch_seconds)}")
+    to_go.append(f"{ahead.compute:.1%} of FLOPs spent")
+    grid.add_row("to go" if not state.ended else "ended", " · ".join(to_go))
+    if state.sample:
+        grid.add_row("sample", Text(one_line(state.sample), "italic"))
+    return Group(Text(""), _head(state, ahead, width), grid)
+
+
+def _head(state: LiveState, ahead: Outlook, width: int) -> Text:
+    """Returns the bar and the step, in at most `width` characters if the bar can be that short."""
+    start = state.start
+    numbers = Text.assemble((f" {ahead.tokens:6.1%}", "bold"), ("  step ", "dim"), f"{state.record.step:,}")
+    numbers.append(f" of {start.total_steps:,}", style="dim")
+    marks = [tokens / start.total_tokens for tokens, _ in start.switches]
+    width = max(_SHORTEST_BAR, min(_BAR, width - len(numbers)))
+    return Text.assemble(bar(ahead.tokens, marks, width), numbers, no_wrap=True, overflow="ellipsis")
+
+
+def _losses(state: LiveState) -> Text:
+    loss = "skipped" if state.record.skipped else f"{state.record.loss:.4f}"
+    losses = Text.assemble((loss, "bold"), " ", (state.trend.curve(), "cyan"), f" {state.trend.arrow()}")
+    if state.evaluation is not None:
+        losses.append(f"   held-out token loss {state.evaluation.token_loss:.4f}", style="green")
+    return losses

@@ -12,15 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from rich.console import Console as RichConsole
-from rich.markup import escape
 
 from megatron_patch.model.generate import Sampling, check_prompts, generate_without_cache
 from megatron_patch.tokenizers.base import Tokenizer, encode
 from megatron_patch.training.callbacks.base import Callback, EvaluationRecord
 from megatron_patch.training.callbacks.jsonl_writer import JsonlWriter
 
-_SHOWN = 400  # characters on the console
+ShowSamples = Callable[[int, Sequence[str], float], None]
+"""Shows texts that were generated after a step: its number, each prompt with its continuation, and the seconds that they took."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ class Samples(Callback):
         request: what to generate.
         device: device of the token ids.
         path: path of samples.jsonl, or None.
-        console: where rank 0 prints; None on other ranks.
+        show: shows the texts; None on other ranks than 0.
 
     Raises:
         ConfigError: a prompt is empty and the tokenizer has no end-of-document token, or the model has too few positions.
@@ -62,10 +61,10 @@ class Samples(Callback):
         request: SampleRequest,
         device: torch.device,
         path: Path | None,
-        console: RichConsole | None,
+        show: ShowSamples | None,
     ) -> None:
         self._logits, self._tokenizer, self._request, self._device = logits, tokenizer, request, device
-        self._console = console
+        self._show = show
         self._lines = JsonlWriter(path) if path is not None else None
         eod = [] if tokenizer.eod_id is None else [tokenizer.eod_id]
         self._ids = [encode(tokenizer, prompt) or eod for prompt in request.prompts]
@@ -78,13 +77,12 @@ class Samples(Callback):
         rows = generate_without_cache(
             self._logits, self._ids, request.new_tokens, request.sampling, eod, self._device, request.learned_positions
         )
-        if self._console is None:
+        if self._show is None:
             return
+        seconds = time.perf_counter() - began
         texts = [self._tokenizer.decode(row[:-1] if row[-1] == eod else row) for row in rows]
-        for prompt, text in zip(request.prompts, texts, strict=True):
-            shown = " ".join(f"{prompt}{text}".split())
-            self._console.print(f"{record.step:>8,} [bold]sample[/bold]: {escape(shown[:_SHOWN])}")
-        self._write(record, texts, [len(row) for row in rows], time.perf_counter() - began)
+        self._show(record.step, [f"{prompt}{text}" for prompt, text in zip(request.prompts, texts, strict=True)], seconds)
+        self._write(record, texts, [len(row) for row in rows], seconds)
 
     def _write(self, record: EvaluationRecord, texts: Sequence[str], tokens: Sequence[int], seconds: float) -> None:
         if self._lines is None:

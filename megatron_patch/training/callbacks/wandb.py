@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_patch.errors import ConfigError
 from megatron_patch.exit_codes import ExitCode
+from megatron_patch.requirements import missing_package
 from megatron_patch.training.callbacks.base import EvaluationRecord, RunEnd, RunStart, StepRecord
 from megatron_patch.training.callbacks.charts import PATIENCE, named_values
 from megatron_patch.training.callbacks.delivery import Timed
@@ -43,11 +43,7 @@ class WeightsAndBiases:
         try:
             import wandb
         except ImportError as error:
-            raise ConfigError(
-                "--wandb-project needs the package wandb, which is not installed",
-                "an environment with the package wandb",
-                "pip install 'megatron_patch[wandb]'",
-            ) from error
+            raise missing_package("wandb", f"--wandb-project {project}") from error
         self._wandb: Any = wandb
         self._arguments: dict[str, Any] = {"project": project, "name": name, "config": dict(config)}
         if save is not None and "WANDB_DIR" not in os.environ:

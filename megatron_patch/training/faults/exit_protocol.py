@@ -23,9 +23,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from megatron_patch.credentials import without_credentials
-from megatron_patch.errors import ConfigError, MegatronPatchError
+from megatron_patch.errors import ConfigError, DataError, MegatronPatchError
 from megatron_patch.exit_codes import ExitCode
-from megatron_patch.utils.console import print_line
+from megatron_patch.utils.console import print_lines
 from megatron_patch.utils.files import append_line, open_in_place, open_new
 
 EVENTS = "events.jsonl"
@@ -69,25 +69,44 @@ def report_error(error: BaseException, rank: int, local_rank: int, save: Path | 
     Returns:
         The exit code of the rank that failed first.
     """
-    if isinstance(error, ConfigError) and not _joined():
+    # A file may be missing on some nodes only; rank 0 reports its own error of the data below, also to events.jsonl.
+    if isinstance(error, (ConfigError, DataError)) and not joined() and (rank != 0 or isinstance(error, ConfigError)):
         return _report_before_joining(error, rank, local_rank)
+    local = _report_of_error(error, rank)
+    report = _report_once(local, save)
+    if report.rank != rank:
+        if report.message != local.message:
+            last = without_credentials(str(error)).strip().splitlines()
+            print_stderr(f"rank {rank} exits after rank {report.rank}: {type(error).__name__}: {last[0] if last else ''}")
+        if report.code == ExitCode.HANG and save is not None:
+            write_stacks(save, rank, local.message)
+    return ExitCode(report.code)
+
+
+def record_error(error: BaseException, rank: int, save: Path | None) -> None:
+    """Does what `report_error` does for a caller that raises the error: writes it to events.jsonl and lets peers know.
+
+    Prints it only if there are peers, whose own errors explain little.
+
+    Args:
+        error: the error that ended this rank, which has joined the job.
+        rank: this rank.
+        save: the run's folder, or None.
+    """
+    _report_once(_report_of_error(error, rank), save, alone=int(os.environ.get("WORLD_SIZE", "1")) == 1)
+
+
+def _report_of_error(error: BaseException, rank: int) -> ExitReport:
     if isinstance(error, MegatronPatchError):
         code, message = error.exit_code, str(error)
     elif isinstance(error, KeyboardInterrupt):
         code, message = ExitCode.INTERRUPTED, "interrupted a second time"
     else:
         code, message = ExitCode.INTERNAL, without_credentials("".join(traceback.format_exception(error)).rstrip())
-    report = _report_once(_local_report(type(error).__name__, message, code, rank), save)
-    if report.rank != rank:
-        if report.message != message:
-            last = without_credentials(str(error)).strip().splitlines()
-            print_stderr(f"rank {rank} exits after rank {report.rank}: {type(error).__name__}: {last[0] if last else ''}")
-        if report.code == ExitCode.HANG and save is not None:
-            write_stacks(save, rank, message)
-    return ExitCode(report.code)
+    return _local_report(type(error).__name__, message, code, rank)
 
 
-def _joined() -> bool:
+def joined() -> bool:
     """Returns whether this rank has joined the job."""
     if "torch" not in sys.modules:
         return False
@@ -96,13 +115,13 @@ def _joined() -> bool:
     return torch.distributed.is_initialized()
 
 
-def _report_before_joining(error: ConfigError, rank: int, local_rank: int) -> ExitCode:
+def _report_before_joining(error: ConfigError | DataError, rank: int, local_rank: int) -> ExitCode:
     """Prints the full error on rank 0, and one line for every other node, since only that node may lack a file or a package."""
     if rank == 0:
         print_stderr(f"ConfigError: {error}")
         print_advice(error.exit_code)
     elif local_rank == 0:
-        print_stderr(f"rank {rank} on {socket.gethostname()}: ConfigError: {error.what}")
+        print_stderr(f"rank {rank} on {socket.gethostname()}: {type(error).__name__}: {error.what}")
     return error.exit_code
 
 
@@ -161,9 +180,9 @@ def write_stacks(save: Path, rank: int, text: str) -> Path:
 
 
 def print_stderr(text: str) -> None:
-    """Prints a line to standard error; a full disk below it is ignored, so that the exit code stays the same."""
+    """Prints a message to standard error; a full disk below it is ignored, so that the exit code stays the same."""
     with contextlib.suppress(OSError):
-        print_line(text, stderr=True)
+        print_lines(text, stderr=True)
 
 
 def print_advice(code: ExitCode) -> None:
@@ -175,8 +194,10 @@ def _local_report(reason: str, message: str, code: ExitCode, rank: int) -> ExitR
     return ExitReport(reason, message, code, rank, socket.gethostname(), round(time.time(), 3))
 
 
-def _report_once(local: ExitReport, save: Path | None) -> ExitReport:
+def _report_once(local: ExitReport, save: Path | None, alone: bool = False) -> ExitReport:
     """Publishes this rank's report unless a peer published one before, and returns the report that was published first.
+
+    Prints it, too, unless it is `alone` in writing it.
 
     If the store cannot be reached and events.jsonl has no report either, each rank publishes its own. The same holds before torch is
     imported, when ranks do not know each other and a file may be missing on only one node.
@@ -200,7 +221,7 @@ def _report_once(local: ExitReport, save: Path | None) -> ExitReport:
             except OSError as error:
                 print_stderr(f"cannot write {save / EVENTS}: {error}")
                 written = False
-    if report == local:
+    if report == local and not alone:
         where = f"rank {local.rank} on {local.host}: " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
         kind = "" if local.code in (ExitCode.INTERNAL, ExitCode.HANG) else f"{local.reason}: "
         print_stderr(f"{where}{kind}{local.message}")

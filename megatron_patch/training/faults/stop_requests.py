@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Mapping
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megatron_patch.config.options import SafetyOptions
 from megatron_patch.errors import ConfigError
@@ -35,7 +36,7 @@ def _stop_time(margin: float, environment: Mapping[str, str]) -> float | None:
 
 
 class StopRequests:
-    """Receives requests to stop from its construction on, which is before torch is imported.
+    """Receives requests to stop from its construction on, which is before torch is imported; signals only in the main thread.
 
     Args:
         options: the duration, the margin and the file.
@@ -57,7 +58,10 @@ class StopRequests:
             )
         self._file_checked = 0.0
         self._signal: int | None = None
-        self._handlers = {number: signal.signal(number, self._on_signal) for number in _SIGNALS}
+        self._handlers: dict[signal.Signals, Any] = {}
+        if threading.current_thread() is threading.main_thread():  # others may not set handlers
+            # A handler that was not set by Python could not be set again by `close`.
+            self._handlers = {n: signal.signal(n, self._on_signal) for n in _SIGNALS if signal.getsignal(n) is not None}
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self._signal is not None:

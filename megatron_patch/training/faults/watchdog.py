@@ -8,6 +8,7 @@ report and exits with the peer's code.
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import os
 import tempfile
@@ -16,6 +17,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from megatron_patch.training.faults.exit_protocol import (
     STORE_KEY,
@@ -28,6 +30,7 @@ from megatron_patch.training.faults.exit_protocol import (
 from megatron_patch.utils.units import format_duration
 
 _BACKUP_SECONDS = 60.0  # later than the watchdog: faulthandler exits even if a thread never releases the interpreter's lock
+_JOIN_SECONDS = 2.0  # for a thread to notice that the run has ended; one that waits for a dead store is left
 _POLL_SECONDS = 5.0  # between two checks whether a peer has exited
 _NOTICE_SECONDS = 15.0  # in which this rank may notice a peer's exit by itself; srun waits longer for the remaining ranks
 _GRACE_SECONDS = 5.0  # in which peers notice the hang by themselves and write their stacks, before this rank's exit ends them
@@ -45,9 +48,14 @@ class Watchdog:
     def __init__(self, seconds: float, save: Path | None, rank: int) -> None:
         self._seconds, self._save, self._rank = seconds, save, rank
         self._stopped, self._peers_ignored = threading.Event(), threading.Event()
+        self._threads: list[threading.Thread] = []
         self.heartbeat("the run starts")
         if seconds > 0:
-            threading.Thread(target=self._watch, daemon=True, name="watchdog").start()
+            self._start_thread("watchdog", self._watch)
+
+    def _start_thread(self, name: str, target: Callable[..., None], *args: Any) -> None:
+        self._threads.append(threading.Thread(target=target, args=args, daemon=True, name=name))
+        self._threads[-1].start()
 
     def __enter__(self) -> Watchdog:
         return self
@@ -63,13 +71,16 @@ class Watchdog:
         """
         self._activity, self._since = activity, time.monotonic()
         if self._seconds > 0:
-            faulthandler.dump_traceback_later(self._seconds + _BACKUP_SECONDS, exit=True)
+            with contextlib.suppress(AttributeError, OSError, ValueError):  # standard error is no file, as in some notebooks
+                faulthandler.dump_traceback_later(self._seconds + _BACKUP_SECONDS, exit=True)
 
     def close(self) -> None:
         """Stops watching and following."""
         self._stopped.set()
         self._peers_ignored.set()
         faulthandler.cancel_dump_traceback_later()
+        for thread in self._threads:
+            thread.join(_JOIN_SECONDS)
 
     def _watch(self) -> None:
         while not self._stopped.wait(min(1.0, self._seconds / 4)):
@@ -82,7 +93,7 @@ class Watchdog:
         from megatron_patch.engine.distributed import set_once_reader
 
         # Not in the watching thread, because the store may answer late.
-        threading.Thread(target=self._follow, args=[set_once_reader(STORE_KEY)], daemon=True, name="exit follower").start()
+        self._start_thread("exit follower", self._follow, set_once_reader(STORE_KEY))
 
     def stop_following(self) -> None:
         """Ignores exits of peers from now on, because the run has ended normally."""

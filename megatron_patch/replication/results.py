@@ -14,9 +14,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from arms import Arm
-from switches import Switch, SwitchRow, compare_switch, read_switch, training_curve
-
+from megatron_patch.replication.arms import Arm
+from megatron_patch.replication.switches import Switch, SwitchRow, compare_switch, read_switch, training_curve
 from megatron_patch.training.callbacks.metrics import read_metrics
 from megatron_patch.utils.figures import save_figure
 from megatron_patch.utils.units import format_count

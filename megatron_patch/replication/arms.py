@@ -28,7 +28,7 @@ class Arm:
         baseline: name of the arm at equal cost that this one is compared with, on the same kind of learning-rate schedule; None for a
             baseline.
         cost: multiple of the budget that the arm spends; 1 for all but the full-cost reference.
-        program: the training script, relative to the repository's root: a launcher of your own that registers what `flags` name.
+        program: a training script of your own that registers what `flags` name; None: this program.
     """
 
     name: str
@@ -37,7 +37,7 @@ class Arm:
     flags: tuple[str, ...]
     baseline: str | None
     cost: float = 1.0
-    program: str = "pretrain_gpt_patch.py"
+    program: str | None = None
 
     def train_tokens(self, budget: int) -> int:
         """Returns the number of tokens to read for a budget of cost tokens."""

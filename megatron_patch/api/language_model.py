@@ -1,0 +1,272 @@
+"""A trained model in this process: logits, losses at any patch size, and text. In: a checkpoint of any layout. Out: `LanguageModel`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Union, overload
+
+from megatron_patch.api.own_parts import MakeModel, name_of
+from megatron_patch.errors import ConfigError
+from megatron_patch.model.own_model import OwnModel, OwnModelForInference
+from megatron_patch.model.shape import ModelShape
+from megatron_patch.tokenizers.base import Tokenizer, encode, prompt_ids, tokenizer_of_checkpoint, without_eod
+from megatron_patch.utils.units import plural
+
+if TYPE_CHECKING:
+    import torch
+
+    from megatron_patch.engine.inference import LoadedModel
+
+Ids = Union[Sequence[int], Sequence[Sequence[int]], "torch.Tensor", str]
+
+
+def load_model(
+    checkpoint: str | os.PathLike[str],
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    model: MakeModel | None = None,
+    tokenizer_type: str | None = None,
+    tokenizer_model: str | os.PathLike[str] | None = None,
+) -> LanguageModel:
+    """Loads the model of a checkpoint into this process, whatever layout wrote it.
+
+    Args:
+        checkpoint: a run's folder, of which the newest valid checkpoint is taken, or one of its step-N folders.
+        device: the device; None: the first GPU, or the CPU.
+        dtype: dtype of the weights; None: float32.
+        model: the function that built the model, if the run had one of its own (`pretrain(…, model=…)`).
+        tokenizer_type: kind of tokenizer; None: that of the training data.
+        tokenizer_model: the tokenizer's file or folder, if it has moved.
+
+    Raises:
+        CheckpointError: there is no valid checkpoint, or it was trained with another model.
+    """
+    import torch
+
+    from megatron_patch.engine.inference import default_device, load_own_model
+    from megatron_patch.engine.inference import load_model as load
+
+    where = default_device() if device is None else torch.device(device)
+    kind = torch.float32 if dtype is None else dtype
+    loaded: LoadedModel[Any]
+    if model is None:
+        loaded = load(os.fspath(checkpoint), where, kind)
+    else:
+        loaded = load_own_model(OwnModel(name_of(model, "model"), model), os.fspath(checkpoint), where, kind)
+    return LanguageModel(loaded, tokenizer_type, None if tokenizer_model is None else os.fspath(tokenizer_model))
+
+
+class LanguageModel:
+    """A trained model; `load_model` makes it.
+
+    Token ids can be given as a list, a list of lists of one length, or a tensor [T] or [B, T]; where there is a tokenizer, also as a text.
+
+    Args:
+        loaded: the model and its checkpoint.
+        tokenizer_type: kind of tokenizer; None: that of the training data.
+        tokenizer_model: the tokenizer's file or folder; None: that of the training data.
+    """
+
+    def __init__(self, loaded: LoadedModel[Any], tokenizer_type: str | None = None, tokenizer_model: str | None = None) -> None:
+        self.loaded = loaded
+        self._tokenizer_type, self._tokenizer_model = tokenizer_type, tokenizer_model
+
+    def __repr__(self) -> str:
+        shape = self.shape
+        return f"LanguageModel({plural(shape.num_layers, 'layer')} x {shape.hidden_size}, step {self.step:,} of {self.checkpoint.parent})"
+
+    @property
+    def shape(self) -> ModelShape:
+        """The model's shape."""
+        shape: ModelShape = self.loaded.model.shape
+        return shape
+
+    @property
+    def checkpoint(self) -> Path:
+        """Folder of the checkpoint that was loaded."""
+        return self.loaded.checkpoint.folder
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps that the model was trained for."""
+        return self.loaded.checkpoint.state.step
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the weights."""
+        device: torch.device = self.loaded.model.device
+        return device
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer: the one given, else that of the training data.
+
+        Raises:
+            ConfigError: none is known, or it has more ids than the model.
+            DataError: its files are missing or damaged.
+        """
+        metadata = self.loaded.data_metadata or {}
+        return tokenizer_of_checkpoint(metadata, self._tokenizer_type, self._tokenizer_model, self.shape.vocab_size)
+
+    @property
+    def tokenizer_flags(self) -> list[str]:
+        """The flags of the tools that name the tokenizer; none if it is that of the training data."""
+        flags = {"--tokenizer-type": self._tokenizer_type, "--tokenizer-model": self._tokenizer_model}
+        return [word for flag, value in flags.items() if value is not None for word in (flag, value)]
+
+    def logits(self, ids: Ids, patch_size: int = 1) -> torch.Tensor:
+        """Returns the logits of the tokens that follow each position.
+
+        Args:
+            ids: token ids, a multiple of `patch_size` of them in each row.
+            patch_size: K; each position is a patch of K tokens, and its logits are those of all K tokens of the next patch.
+
+        Returns:
+            float32 [T/K, V] for one row of T ids, [B, T/K, V] for several.
+
+        Raises:
+            ConfigError: an id is not in the vocabulary, or the number of ids does not fit.
+        """
+        import torch
+
+        rows, single = self._rows(ids, patch_size)
+        if rows.shape[1] % patch_size:
+            raise ConfigError(
+                f"{plural(rows.shape[1], 'token')} in patches of {patch_size}",
+                f"a multiple of {patch_size}",
+                f"leave out the last {plural(rows.shape[1] % patch_size, 'token')}",
+            )
+        with torch.no_grad():
+            result: torch.Tensor = self.loaded.model.logits(rows.view(len(rows), -1, patch_size)).float()
+        return result[0] if single else result
+
+    def loss(self, ids: Ids, patch_size: int = 1) -> float:
+        """Returns the mean loss of the tokens after the first patch, which has no context.
+
+        Args:
+            ids: token ids, more than `patch_size` of them in each row. The last patch may be incomplete.
+            patch_size: K; 1 is the loss of an ordinary language model.
+
+        Returns:
+            Nats per token.
+
+        Raises:
+            ConfigError: an id is not in the vocabulary, or there are too few.
+        """
+        import torch
+
+        from megatron_patch.ops import IGNORE_INDEX
+
+        rows, _ = self._rows(ids, patch_size)
+        if rows.shape[1] <= patch_size:
+            raise ConfigError(
+                f"{plural(rows.shape[1], 'token')} in patches of {patch_size}, of which the first is not scored",
+                f"at least {patch_size + 1} tokens",
+                "give a longer text",
+            )
+        patches = torch.nn.functional.pad(rows, (0, -rows.shape[1] % patch_size), value=IGNORE_INDEX).view(len(rows), -1, patch_size)
+        with torch.no_grad():
+            loss_sum, count = self.loaded.model(patches[:, :-1], patches[:, 1:])
+        return float(loss_sum) / float(count)
+
+    @overload
+    def generate(
+        self,
+        prompt: str,
+        max_new_tokens: int = 128,
+        *,
+        temperature: float = 0.8,
+        top_p: float = 0.95,
+        top_k: int = 0,
+        seed: int | None = None,
+    ) -> str: ...
+
+    @overload
+    def generate(
+        self,
+        prompt: Sequence[int],
+        max_new_tokens: int = 128,
+        *,
+        temperature: float = 0.8,
+        top_p: float = 0.95,
+        top_k: int = 0,
+        seed: int | None = None,
+    ) -> list[int]: ...
+
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        max_new_tokens: int = 128,
+        *,
+        temperature: float = 0.8,
+        top_p: float = 0.95,
+        top_k: int = 0,
+        seed: int | None = None,
+    ) -> str | list[int]:
+        """Continues a prompt, token by token, until the end-of-document token or the largest number of tokens.
+
+        Args:
+            prompt: a text, or token ids; an empty text stands for the start of a document.
+            max_new_tokens: largest number of tokens to add.
+            temperature: divisor of the logits; 0 chooses the most likely token.
+            top_p: sample from the smallest set of tokens with this probability mass.
+            top_k: sample from this number of most likely tokens; 0: from all.
+            seed: seed of the sampling; None: a new one each time.
+
+        Returns:
+            The continuation without the prompt: a text for a text, ids for ids.
+
+        Raises:
+            ConfigError: a setting is out of range, or no tokenizer is known for a text.
+        """
+        from megatron_patch.model.generate import Sampling
+
+        sampling = Sampling(temperature, top_p, top_k, seed)
+        if isinstance(prompt, str):
+            new = self._continue(prompt_ids(self.tokenizer, prompt), max_new_tokens, sampling, self.tokenizer.eod_id)
+            return self.tokenizer.decode(without_eod(self.tokenizer, new))
+        rows, _ = self._rows(prompt, 1)
+        metadata = self.loaded.data_metadata or {}
+        return self._continue(rows[0].tolist(), max_new_tokens, sampling, metadata.get("eod_id"))
+
+    def _continue(self, ids: list[int], new_tokens: int, sampling: Any, eod_id: int | None) -> list[int]:
+        from megatron_patch.model.generate import generate, generate_without_cache
+
+        model = self.loaded.model
+        if not isinstance(model, OwnModelForInference):
+            return generate(model, [ids], new_tokens, sampling, eod_id)[0]
+        learned = self.shape.max_positions if self.shape.position_embedding == "learned" else None
+        return generate_without_cache(
+            lambda rows: model.logits(rows[..., None]), [ids], new_tokens, sampling, eod_id, self.device, learned
+        )[0]
+
+    def _rows(self, ids: Ids, patch_size: int) -> tuple[torch.Tensor, bool]:
+        """Returns ids as int64 [B, T] on the device, and whether one row was given."""
+        import torch
+
+        if type(patch_size) is not int or patch_size < 1:
+            raise ConfigError(f"patch_size={patch_size!r}", "whole numbers from 1", "give the number of tokens of a patch")
+        if isinstance(ids, str):
+            ids = encode(self.tokenizer, ids)
+        try:
+            rows = torch.as_tensor(ids, dtype=torch.int64, device=self.device)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(
+                f"the token ids are no table: {error}", "ids [T], or [B, T] with rows of one length", "give rows of one length"
+            ) from error
+        single = rows.dim() == 1
+        rows = rows[None] if single else rows
+        if rows.dim() != 2 or rows.numel() == 0:
+            raise ConfigError(f"token ids of shape {list(rows.shape)}", "[T] or [B, T], at least one", "give at least one token")
+        low, high = int(rows.min()), int(rows.max())
+        if low < 0 or high >= self.shape.vocab_size:
+            raise ConfigError(
+                f"token id {low if low < 0 else high}",
+                f"0 to {self.shape.vocab_size - 1}, the model's vocabulary",
+                "encode with the model's tokenizer",
+            )
+        return rows, single

@@ -1,0 +1,37 @@
+"""Compares studies in one table and one plot: gain at equal cost, by steps.
+
+python examples/replicate/compare_studies.py runs/small-1M runs/small-3M \\
+    --output runs/comparison
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from megatron_patch.cli.command_line import ArgumentParser
+from megatron_patch.replication.comparison import comparison_markdown, plot_comparison, read_study
+from megatron_patch.replication.publish import publish
+from megatron_patch.replication.results import COLORS
+from megatron_patch.utils.files import write_durably
+
+
+def main(argv: list[str]) -> None:
+    """Reads the studies, and writes and prints the comparison."""
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("studies", nargs="+", type=Path, help="output folders of studies")
+    parser.add_argument("--output", type=Path, required=True, help="folder that receives comparison.md and comparison.png")
+    parser.add_argument(
+        "--docs", type=Path, help="Markdown file that receives the table between <!-- comparison --> and <!-- end of comparison -->"
+    )
+    args = parser.parse_args(argv)
+    studies = sorted((read_study(folder) for folder in args.studies), key=lambda study: (study.steps, study.budget))
+    args.output.mkdir(parents=True, exist_ok=True)
+    plot_comparison(
+        args.output / "comparison.png", studies, COLORS[2:] + COLORS[:2]
+    )  # in the other plots the first two, greys, are the baselines
+    text = comparison_markdown(studies, "comparison.png")
+    write_durably(args.output / "comparison.md", text)
+    if args.docs:
+        publish(args.docs, "comparison", text, {"comparison.png": args.output / "comparison.png"})
+    print(text)

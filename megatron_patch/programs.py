@@ -1,0 +1,99 @@
+"""How users call the programs: files of a checkout (`tools/plan.py`), or the installed command (`megatron-patch plan`).
+
+Out: the name of a program for help texts and for advice. Only the standard library is imported here.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+HOME = Path(__file__).resolve().parent.parent
+"""The folder that contains the package: the root of a checkout, or site-packages."""
+TOOLS = {
+    "pretrain_gpt_patch": "pretrain",
+    "preprocess_data": "preprocess",
+    "merge_datasets": "merge",
+    "inspect_dataset": "inspect-dataset",
+    "inspect_checkpoint": "inspect-checkpoint",
+    "show_step": "show-step",
+    "plan": "plan",
+    "evaluate": "evaluate",
+    "generate": "generate",
+    "convert_checkpoint": "convert",
+    "report": "report",
+    "plot": "plot",
+    "study": "study",
+    "compare_studies": "compare-studies",
+    "train_tokenizer": "train-tokenizer",
+    "migrate": "migrate",
+}
+"""The files of a checkout, without .py, and the subcommands of `megatron-patch` that do the same."""
+_FOLDERS = {"pretrain_gpt_patch": "", "study": "examples/replicate/", "compare_studies": "examples/replicate/"}  # not in tools/
+_SHIPPED = (
+    ("examples/configs", "*.yaml"),
+    ("examples/replicate", "*.yaml"),
+    ("examples/slurm", "*.sbatch", "*.sh"),
+    (".", "constraints.txt"),
+)
+_called: list[str] = []
+
+
+def in_checkout() -> bool:
+    """Returns whether this package is part of a checkout, so that its user has pretrain_gpt_patch.py and tools/."""
+    return (HOME / "pretrain_gpt_patch.py").is_file() and (HOME / "tools").is_dir()
+
+
+def program(tool: str, python: bool = False) -> str:
+    """Returns what to call for a tool: its file in a checkout, `megatron-patch SUBCOMMAND` otherwise.
+
+    Args:
+        tool: name of the tool's file, without .py.
+        python: whether `python` precedes the file.
+    """
+    if not in_checkout():
+        return f"megatron-patch {TOOLS[tool]}"
+    return f"{'python ' if python else ''}{_FOLDERS.get(tool, 'tools/')}{tool}.py"
+
+
+def shipped_files(root: Path) -> list[str]:
+    """Returns the paths, relative to the root of a checkout, of the files that `shipped` finds in an installation."""
+    found = [path for folder, *patterns in _SHIPPED for pattern in patterns for path in (root / folder).glob(pattern)]
+    return sorted(str(path.relative_to(root)) for path in found)
+
+
+def shipped(name: str) -> Path:
+    """Returns the path of a file or folder of the repository that an installation has too.
+
+    Args:
+        name: its path in the repository: constraints.txt, examples/configs, examples/replicate or examples/slurm.
+    """
+    return HOME / name if in_checkout() else HOME / "megatron_patch" / "share" / name
+
+
+def set_command(words: str) -> None:
+    """Notes how the user called this process, such as `megatron-patch plan`."""
+    _called[:] = [words]
+
+
+def command() -> str | None:
+    """Returns how the user called this process, as `set_command` was given it; None if a file was called."""
+    return _called[0] if _called else None
+
+
+def as_called(text: str) -> str:
+    """Returns a help text whose examples use the installed command, if that is what the user called.
+
+    Args:
+        text: the text, with examples that begin with `python FOLDER/NAME.py` or `LAUNCHER FOLDER/NAME.py`.
+    """
+    called = command()
+    if called is None:
+        return text
+    name = called.rpartition(" ")[0]
+
+    def installed(found: re.Match[str]) -> str:
+        launcher, tool = found[1], TOOLS[found[2]]
+        return f"{name} {tool}" if launcher == "python" else f"{launcher} --module megatron_patch {tool}"
+
+    return re.sub(rf"\b(python|deepspeed) (?:tools|examples/replicate)/({'|'.join(TOOLS)})\.py", installed, text)

@@ -1,0 +1,396 @@
+"""A study: trains every arm with every seed at equal cost, and writes a table and a plot.
+
+In: the parsed command line of `cli/study.py`. Out: OUTPUT/study.md, study.json and loss.png. All arms run with the first seed, then with
+the next one, so that arms can be compared early. A study that has stopped resumes by the same command.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import itertools
+import json
+import os
+import queue
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from datetime import date
+from pathlib import Path
+from types import FrameType
+from typing import Any, cast
+
+from rich.console import Console
+from rich.table import Table
+
+from megatron_patch.config.parsing import read_yaml
+from megatron_patch.config.resolve import load_config
+from megatron_patch.errors import ConfigError, DataError
+from megatron_patch.exit_codes import ExitCode
+from megatron_patch.model.flops import parameter_count
+from megatron_patch.programs import HOME, in_checkout, program, shipped
+from megatron_patch.replication.arms import Arm, all_arms, select_arms
+from megatron_patch.replication.devices import gpus, machine
+from megatron_patch.replication.publish import publish
+from megatron_patch.replication.results import (
+    COLORS,
+    MAIN_ARMS,
+    Outcome,
+    Row,
+    markdown,
+    plot_study,
+    read_outcome,
+    significance,
+    summarize,
+    summarize_switches,
+    write_json,
+)
+from megatron_patch.replication.switches import SwitchRow, plot_switches, switch_markdown
+from megatron_patch.utils.files import write_durably
+from megatron_patch.utils.units import format_count, format_duration, parse_count, plural
+
+EVALUATIONS = 16
+"""Evaluations per run."""
+VOCAB_SIZE = "1024"
+"""Default of --vocab-size."""
+
+
+class Study:
+    """A study and its folder.
+
+    Args:
+        args: the parsed command line.
+        console: where progress is printed.
+        more_arms: arms in addition to those of arms.py.
+
+    Raises:
+        ConfigError: a flag is wrong, or the folder holds another study.
+    """
+
+    def __init__(self, args: argparse.Namespace, console: Console, more_arms: Sequence[Arm] = ()) -> None:
+        self.console, self.output, self.args = console, args.output.resolve(), args
+        self.running: set[subprocess.Popen[bytes]] = set()
+        self.stop_signal = 0
+        values = read_yaml(args.config)
+        values = {name.replace("_", "-"): value for name, value in values.items()}
+        needed = ("train-tokens", "lr", "global-batch-tokens")
+        missing = [name for name in needed if name not in values]
+        if missing:
+            raise ConfigError(
+                f"{args.config} does not set {' and '.join(missing)}",
+                f"a file that sets {', '.join(needed)}",
+                f"add them, as in {shipped('examples/replicate/study_cpu.yaml')}",
+            )
+        self.budget = parse_count(args.budget or values["train-tokens"])
+        self.more_arms = more_arms
+        self.all_arms = all_arms(float(values["lr"]), parse_count(values["global-batch-tokens"]), more_arms)
+        self.arms = select_arms(args.arms, self.all_arms)
+        self.seeds = list(range(1, args.seeds + 1))
+        self.settings: dict[str, Any] = {
+            "config": values,
+            "budget": self.budget,
+            "vocab_size": parse_count(args.vocab_size),
+            "text": sorted(args.text),
+        }
+        self._check_folder()
+
+    def _check_folder(self) -> None:
+        path = self.output / "settings.json"
+        if path.is_file():
+            before = json.loads(path.read_text(encoding="utf-8"))
+            if not self.args.text:
+                self.settings["text"] = before["text"]
+            changed = [name for name, value in self.settings.items() if json.loads(json.dumps(value, default=str)) != before.get(name)]
+            if changed:
+                raise ConfigError(
+                    f"{self.output} holds a study with another {' and '.join(changed)}",
+                    "the settings that the study began with; only arms and seeds may be added",
+                    "repeat those settings, or choose another --output",
+                )
+        elif not self.args.text:
+            raise ConfigError(
+                "--text is missing", "text files (.txt or .jsonl, also compressed) or quoted globs", "name the files to train on"
+            )
+
+    @property
+    def dataset(self) -> Path:
+        """Prefix of the tokenized text."""
+        return self.output / "data" / "text_text_document"
+
+    def run_folder(self, arm: Arm, seed: int) -> Path:
+        """Returns the folder of a run."""
+        return self.output / "runs" / f"{arm.name}-seed{seed}"
+
+    def run_command(self, arm: Arm, seed: int) -> list[str]:
+        """Returns the command line of a run, without `python`."""
+        tokens = arm.train_tokens(self.budget)
+        return [
+            *(("-m", "megatron_patch.pretrain") if arm.program is None else (arm.program,)),
+            *("--config", str(self.args.config), *arm.flags, "--train-tokens", str(tokens), "--seed", str(seed)),
+            *("--data-path", str(self.dataset), "--split", "95,5,0", "--eval-interval-tokens", str(max(1, tokens // EVALUATIONS))),
+            *("--eval-tokens", str(min(400_000, max(16_384, self.budget // 32))), "--log-interval", "50"),
+            *(
+                "--save-interval-tokens",
+                str(max(1, tokens // self.args.saves)),
+                "--keep-last",
+                "1",
+                "--save",
+                str(self.run_folder(arm, seed)),
+            ),
+        ]
+
+    def prepare(self) -> None:
+        """Trains the tokenizer and tokenizes the text, unless both exist."""
+        self.output.mkdir(parents=True, exist_ok=True)
+        write_durably(self.output / "settings.json", json.dumps(self.settings, indent=1, default=str) + "\n")
+        text, tokenizer = [str(path) for path in self.settings["text"]], self.output / "tokenizer"
+        if not (tokenizer / "tokenizer.json").is_file():
+            self.run(
+                [
+                    "-m",
+                    "megatron_patch",
+                    "train-tokenizer",
+                    "--input",
+                    *text,
+                    "--vocab-size",
+                    str(self.settings["vocab_size"]),
+                    "--output",
+                    str(tokenizer),
+                ]
+            )
+        if not self.dataset.with_suffix(".json").is_file():
+            kind = ("--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(tokenizer), "--append-eod", "--overwrite")
+            workers = ("--workers", str(min(16, len(os.sched_getaffinity(0)))))
+            self.run(
+                [
+                    "-m",
+                    "megatron_patch",
+                    "preprocess",
+                    "--input",
+                    *text,
+                    "--output-prefix",
+                    str(self.output / "data" / "text"),
+                    *kind,
+                    *workers,
+                ]
+            )
+
+    def run(self, command: Sequence[str], log: Path | None = None, variables: Mapping[str, str] | None = None) -> bool:
+        """Runs one command and waits for it.
+
+        Args:
+            command: its words after `python`.
+            log: file that its output is appended to; None prints the output.
+            variables: environment variables, from `device_variables`.
+
+        Returns:
+            True when the command finished; False when it saved and stopped early, by --seconds or by a signal to the study.
+
+        Raises:
+            DataError: the command failed.
+        """
+        self.console.print(f"$ python {shlex.join(command)}", soft_wrap=True)
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(HOME), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]).rstrip(":"),
+            **(variables or {}),
+        }
+        if not gpus():
+            environment.setdefault("DS_ACCELERATOR", "cpu")
+        if log is not None:
+            log.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.nullcontext() if log is None else log.open("ab") as file:
+            process = subprocess.Popen([sys.executable, *command], env=environment, stdout=file, stderr=file)
+            self.running.add(process)
+            if self.stop_signal:
+                # The signal came before this process was in `running`.
+                process.terminate()
+            code = process.wait()
+            self.running.discard(process)
+        if code and code != ExitCode.PREEMPTED and not self.stop_signal:
+            program = " ".join(itertools.takewhile(lambda word: not word.startswith("--"), command))
+            raise DataError(
+                f"{program} failed with exit code {code}",
+                "exit code 0",
+                f"read {log or 'the output above'}, fix the problem and run the same command again to resume",
+            )
+        return code == 0
+
+    def outcomes(self) -> list[Outcome]:
+        """Returns the outcome of every finished run, including seeds beyond --seeds."""
+        outcomes = []
+        for arm in self.all_arms:
+            for folder in sorted((self.output / "runs").glob(f"{arm.name}-seed*")):
+                seed = folder.name.removeprefix(f"{arm.name}-seed")
+                if seed.isdigit() and (outcome := read_outcome(folder, arm.name, int(seed))) is not None:
+                    outcomes.append(outcome)
+        return outcomes
+
+    def write(self) -> None:
+        """Writes the report, the plots and study.json from all finished runs, and prints the table."""
+        outcomes, arms = self.outcomes(), self.all_arms
+        if not outcomes:
+            self.console.print("no run has finished yet")
+            return
+        rows = summarize(arms, outcomes, self.budget)
+        switches = summarize_switches(arms, outcomes, self.budget)
+        settings = json.loads(json.dumps(self.settings, default=str))
+        write_json(self.output / "study.json", rows, switches, outcomes, settings, self.parameters())
+        main_arms = (*MAIN_ARMS, *(arm.name for arm in self.more_arms))
+        plot_study(self.output / "loss.png", arms, outcomes, self.budget, self.title(), main_arms)
+        if switches:
+            plot_switches(self.output / "switch.png", switches, COLORS, "Loss gap to the baseline at equal cost, after the switch")
+        write_durably(self.output / "study.md", self.report(rows, switches, "loss.png", "switch.png"))
+        if self.args.docs:
+            name = self.args.docs_name or self.args.config.stem
+            names = f"{name}.png", f"{name}_switch.png"
+            plots = dict(zip(names, (self.output / "loss.png", self.output / "switch.png"), strict=True))
+            publish(self.args.docs, name, self.report(rows, switches, *names), plots)
+        table = Table(title=f"{plural(len(outcomes), 'run')} finished", title_justify="left", header_style="bold")
+        for name in ("arm", "seeds", "tokens", "cost", "steps", "held-out token loss", "difference to its baseline", ""):
+            table.add_column(name, justify="left" if name in ("arm", "") else "right")
+        for row in rows:
+            spread = "" if row.spread is None else f" ± {row.spread:.3f}"
+            error = "" if row.error is None else f" ± {row.error:.3f}"
+            difference = "" if row.difference is None else f"{row.difference:+.3f}{error}"
+            cells = (row.arm, str(row.seeds), format_count(row.tokens), f"{row.cost:.3f}", f"{row.steps:,}", f"{row.loss:.3f}{spread}")
+            table.add_row(*cells, difference, significance(row))
+        self.console.print(table)
+
+    def report(self, rows: Sequence[Row], switches: Sequence[SwitchRow], plot: str, switch_plot: str) -> str:
+        """Returns the study as Markdown that shows the plots at these paths."""
+        text = markdown(rows, self.all_arms, self.description(), self.command(), plot)
+        return f"{text}\n{switch_markdown(switches, switch_plot)}" if switches else text
+
+    def title(self) -> str:
+        """Returns the title of the plot."""
+        return f"Equal cost: every arm but token-full costs as much as token-level training on {format_count(self.budget)} tokens"
+
+    @functools.cached_property
+    def dataset_metadata(self) -> dict[str, Any]:
+        """The content of the dataset's metadata file."""
+        return cast("dict[str, Any]", json.loads(self.dataset.with_suffix(".json").read_text(encoding="utf-8")))
+
+    def parameters(self) -> int:
+        """Returns the number of parameters of the model."""
+        flags = ["--config", str(self.args.config), "--vocab-size", str(self.dataset_metadata["vocab_size"]), "--dry-run"]
+        return parameter_count(load_config(flags, 1).shape).total
+
+    def description(self) -> str:
+        """Returns model, data, budget, machine and date in one paragraph, to be read with the numbers."""
+        config, metadata, parameters = self.settings["config"], self.dataset_metadata, self.parameters()
+        return (
+            f"{format_count(parameters)} parameters, {format_count(self.budget / parameters)} tokens per parameter at token level: "
+            f"{config['num-layers']} layers x {config['hidden-size']}, vocabulary {metadata['vocab_size']:,}, {config['seq-length']} "
+            f"positions per sample, on {format_count(metadata['tokens'])} tokens of text, 5 % held out; budget: the cost of token-level "
+            f"training on {format_count(self.budget)} tokens. {machine()}, {date.today().isoformat()}."
+        )
+
+    def command(self) -> str:
+        """Returns the command that reproduces these numbers; the reader inserts the location of the text."""
+        path = self.args.config.resolve()
+        config = path.relative_to(HOME) if path.is_relative_to(HOME) and in_checkout() else path.name
+        extra = f" --budget {self.args.budget}" if self.args.budget else ""
+        extra += f" --vocab-size {self.args.vocab_size}" if self.args.vocab_size != VOCAB_SIZE else ""
+        arms = f" --arms {' '.join(self.args.arms)}" if self.args.arms else ""
+        seeds = max((outcome.seed for outcome in self.outcomes()), default=self.args.seeds)
+        script = f"python {Path(sys.argv[0]).name}" if self.more_arms else program("study", python=True)
+        output = f"--text 'books/*.txt' --output runs/{self.output.name}"
+        return f"{script} {output} --config {config}{extra}{arms} --seeds {seeds}"
+
+    def print_plan(self) -> None:
+        """Prints the arms and the number of runs."""
+        table = Table(title=f"Budget: {format_count(self.budget)} cost tokens per arm", title_justify="left", header_style="bold")
+        for name in ("arm", "tokens", "cost", "description"):
+            table.add_column(name, justify="right" if name in ("tokens", "cost") else "left")
+        for arm in self.arms:
+            table.add_row(arm.name, format_count(arm.train_tokens(self.budget)), f"{arm.cost / 2:g}", arm.description)
+        self.console.print(table)
+        arms, seeds, runs = (len(self.arms), len(self.seeds), len(self.arms) * len(self.seeds))
+        self.console.print(f"{plural(arms, 'arm')} x {plural(seeds, 'seed')} = {plural(runs, 'run')}")
+
+    def train_all(self) -> None:
+        """Trains every unfinished run, `--parallel` at a time, and writes the results after each.
+
+        Raises:
+            DataError: a run failed. Without --keep-going no other run starts; those under way finish first.
+            SystemExit: a signal stopped the study, after every process that was under way has ended.
+        """
+        before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            self._train_all()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        """Makes all runs save and stop; a second Ctrl-C is passed to them as SIGINT and stops them at once."""
+        again = number == signal.SIGINT and self.stop_signal
+        self.stop_signal = number
+        for process in list(self.running):
+            process.send_signal(signal.SIGINT if again else signal.SIGTERM)
+
+    def _train_all(self) -> None:
+        start, total = time.monotonic(), len(self.arms) * len(self.seeds)
+        self.prepare()
+        todo = [(arm, seed) for seed in self.seeds for arm in self.arms if read_outcome(self.run_folder(arm, seed), arm.name, seed) is None]
+        slots: queue.SimpleQueue[int] = queue.SimpleQueue()
+        for slot in range(self.args.parallel):
+            slots.put(slot)
+
+        def train(number: int, arm: Arm, seed: int) -> bool:
+            slot = slots.get()
+            try:
+                command = self.run_command(arm, seed)
+                if self.stop_signal:
+                    return False
+                if self.args.seconds is not None:
+                    seconds = int(start + self.args.seconds - time.monotonic())
+                    if seconds < 1:
+                        return False
+                    command += ["--exit-duration", f"{seconds}s"]
+                self.console.print(f"\nrun {number} of {total}: {arm.name}, seed {seed}", style="bold")
+                return self.run(command, self.output / "logs" / f"{arm.name}-seed{seed}.log", self.device_variables(slot))
+            finally:
+                slots.put(slot)
+
+        failures: list[BaseException] = []
+        stopped = 0
+        with ThreadPoolExecutor(self.args.parallel) as pool:
+            runs = [pool.submit(train, number, *run) for number, run in enumerate(todo, 1 + total - len(todo))]
+            for ended, run in enumerate(as_completed(runs), 1):
+                if (error := run.exception()) is not None:
+                    if not (self.args.keep_going and isinstance(error, DataError)):
+                        pool.shutdown(cancel_futures=True)
+                        raise error
+                    failures.append(error)
+                    self.console.print(str(error), style="red")
+                    continue
+                if not run.result():
+                    stopped += 1
+                    continue
+                self.write()
+                remaining = (time.monotonic() - start) / ended * (len(todo) - ended)
+                self.console.print(f"about {format_duration(remaining)} remaining")
+        if not todo:
+            self.write()
+        if stopped:
+            reason = f"stopped by {signal.Signals(self.stop_signal).name}" if self.stop_signal else "--seconds has passed"
+            self.console.print(f"{plural(stopped, 'run')} not finished ({reason}); run the same command again to resume")
+        if self.stop_signal:
+            raise SystemExit(ExitCode.PREEMPTED)
+        if failures:
+            raise failures[0]
+
+    def device_variables(self, slot: int) -> dict[str, str]:
+        """Returns the environment variables that give one of `--parallel` runs its GPU or its number of CPU threads."""
+        if self.args.parallel == 1:
+            return {}
+        if names := gpus():
+            return {"CUDA_VISIBLE_DEVICES": str(slot % len(names))}
+        return {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // self.args.parallel))}

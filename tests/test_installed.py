@@ -1,0 +1,129 @@
+"""A wheel, installed where no checkout can be imported: the installed command runs everything from text to a report."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.test_build import ROOT, copy_checkout, hook
+
+PLAN = [
+    "--num-layers",
+    "1",
+    "--hidden-size",
+    "16",
+    "--num-attention-heads",
+    "2",
+    "--ffn-hidden-size",
+    "32",
+    "--seq-length",
+    "16",
+    "--micro-batch-size",
+    "4",
+    "--global-batch-size",
+    "8",
+    "--patch-size",
+    "2",
+    "--patch-fraction",
+    "0.5",
+    "--train-tokens",
+    "2048",
+    "--lr",
+    "1e-3",
+    "--data-path",
+    "my_text_document",
+    "--split",
+    "80,20,0",
+    "--save",
+    "run",
+]
+
+
+def use(home: Path, call: Callable[..., str]) -> None:
+    """Uses the installed command as a newcomer does.
+
+    Args:
+        home: an empty folder, in which the commands run.
+        call: runs the installed command with these arguments there and returns its standard output.
+    """
+    draw = random.Random(0)
+    words = ["the", "cat", "sat", "on", "a", "mat", "and", "some", "dogs", "ran", "in", "an", "old", "park"]
+    lines = (json.dumps({"text": " ".join(draw.choice(words) for _ in range(50))}) for _ in range(200))
+    (home / "a.jsonl").write_text("\n".join(lines))
+    assert "megatron_patch" in call("--version")
+    call("examples", ".")
+    assert "H100" in call("plan", "--config", "examples/configs/llama_370m.yaml", "--world-size", "8")
+    call("train-tokenizer", "--input", "a.jsonl", "--vocab-size", "290", "--output", "tokenizer")
+    kind = ("--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", "tokenizer", "--append-eod")
+    call("preprocess", "--input", "a.jsonl", "--output-prefix", "my", *kind)
+    assert json.loads(call("inspect", "my_text_document", "--samples", "0"))["documents"] == 200
+    call("pretrain", *PLAN)
+    records = [json.loads(line) for line in (home / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert {record["patch_size"] for record in records if record["type"] == "step"} == {1, 2}
+    assert json.loads(call("inspect", "run", "--json"))["checkpoints"][0]["valid"]
+    assert json.loads(call("evaluate", "--load", "run", "--data-path", "my_text_document").splitlines()[-1])["token_loss"] > 0
+    assert call("generate", "--load", "run", "--prompt", "the cat", "--max-new-tokens", "4").startswith("the cat")
+    call("report", "run", "--output", "run.html")
+    assert "drawAll" in (home / "run.html").read_text()
+
+
+def run(command: list[str], folder: Path, **variables: str) -> str:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    environment |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", "DS_BUILD_OPS": "0", **variables}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+@pytest.fixture
+def wheel(tmp_path) -> Path:
+    (tmp_path / "checkout").mkdir()
+    copy_checkout(tmp_path / "checkout")
+    return hook(tmp_path / "checkout", "build_wheel", CXX="no-such-compiler")
+
+
+def test_a_wheel_is_complete(tmp_path, wheel):
+    target, home = tmp_path / "target", tmp_path / "home"
+    home.mkdir()
+    run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index", "--target", str(target), str(wheel)], home)
+
+    def call(*words: str) -> str:
+        return run([str(target / "bin" / "megatron-patch"), *words], home, PYTHONPATH=str(target))
+
+    where = run([sys.executable, "-c", "import megatron_patch; print(megatron_patch.__file__)"], home, PYTHONPATH=str(target))
+    assert where.strip() == str(target / "megatron_patch" / "__init__.py")
+    use(home, call)
+    # A launcher starts it by the name of the module.
+    ranks = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "megatron_patch.pretrain")
+    run([sys.executable, *ranks, *PLAN, "--train-tokens", "1024", "--save", "two"], home, PYTHONPATH=str(target))
+    assert (home / "two" / "latest").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_fresh_environment_with_the_wheel_and_its_extra_train_runs_everything(tmp_path, wheel):
+    """torch first, under the constraints; then WHEEL[train]."""
+    home, venv = tmp_path / "home", tmp_path / "venv"
+    home.mkdir()
+    run([sys.executable, "-m", "venv", str(venv)], home)
+    pip = [str(venv / "bin" / "python"), "-m", "pip", "install", "-q", "-c", str(ROOT / "constraints.txt")]
+    pin = next(line for line in (ROOT / "constraints.txt").read_text().splitlines() if line.startswith("torch=="))
+    run([*pip, "--upgrade", "pip", "setuptools", "wheel"], home)
+    try:
+        run([*pip, f"{pin}+cpu"], home)
+    except AssertionError:  # the index has no CPU build of its own name
+        run([*pip, pin], home)
+    program = [str(venv / "bin" / "megatron-patch")]
+    run([*pip, str(wheel)], home)
+    flags = ["--data-path", "x", "--vocab-size", "64", *PLAN[: PLAN.index("--data-path")]]
+    missing = subprocess.run([*program, "pretrain", *flags], cwd=home, capture_output=True, text=True, check=False)
+    assert missing.returncode == 2 and "training needs DeepSpeed, which is not installed" in missing.stderr
+    run([*pip, f"{wheel}[train]"], home)
+    use(home, lambda *words: run([*program, *words], home))
