@@ -36,6 +36,7 @@ from megatron_patch.config.yaml_files import MOST_YAML_BYTES, RepeatedKeys, load
 from megatron_patch.errors import ConfigError
 from megatron_patch.programs import command
 from megatron_patch.raw_text.encodings import HEAD_BYTES, other_encoding
+from megatron_patch.utils.console import print_line
 from megatron_patch.utils.files import read_small, reason
 from megatron_patch.utils.pipes import reader_may_leave
 from megatron_patch.utils.versions import versions
@@ -190,7 +191,7 @@ def _help_or_version(argv: Sequence[str], program: str) -> None:
         if "--help" in argv or "-h" in argv:
             tyro.cli(_flatten(Options), args=["--help"], prog=program)
         if "--version" in argv:
-            print(versions())
+            print_line(versions())
             raise SystemExit(0)
 
 
