@@ -51,6 +51,7 @@ _FORMS: dict[Form, _Schema] = {
     Form.NUMBER: _NUMBER,
     Form.TEXT: _SCALAR,
     Form.TEXTS: {"anyOf": [_SCALAR, {"type": "array", "items": _SCALAR}]},
+    Form.INTEGERS: {"anyOf": [_INTEGER, {"type": "array", "items": _INTEGER}]},
 }
 _WITH_COMMAS = {"anyOf": [_SCALAR, {"type": "array", "items": _NUMBER}]}
 

@@ -49,6 +49,7 @@ class Form(enum.Enum):
     CHOICE = "one of some words"
     TEXT = "a text"
     TEXTS = "several texts"
+    INTEGERS = "several whole numbers"
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def _kind(hint: Any) -> Kind:
     if get_origin(kind) is Literal:
         return Kind(Form.CHOICE, optional, get_args(kind))
     if get_origin(kind) is tuple:
-        return Kind(Form.TEXTS, optional)
+        return Kind(Form.INTEGERS if get_args(kind)[0] is int else Form.TEXTS, optional)
     if "COUNT" in metavars:
         return Kind(Form.COUNT, optional)
     if "TIME" in metavars:
@@ -150,6 +151,8 @@ def _value(name: str, flag: Given) -> Any:
     kind = KINDS[name]
     if kind.form is Form.TEXTS:
         return flag.words
+    if kind.form is Form.INTEGERS:
+        return tuple(map(_integer, flag.words))
     if kind.form is Form.SWITCH:
         value, words = _NAMES[flag.key][1], flag.words
         if kind.optional and words and words[0] in ("True", "False"):
@@ -239,7 +242,7 @@ def _in_file(name: str, value: Any, source: str) -> Given:
     if isinstance(value, list) and not any(isinstance(item, (list, dict)) for item in value):
         if name in _WITH_COMMAS:
             return Given(key, (",".join(str(item) for item in value),), source)
-        if kind.form is Form.TEXTS:
+        if kind.form in (Form.TEXTS, Form.INTEGERS):
             return Given(key, tuple(str(item) for item in value), source)
     if isinstance(value, (list, dict)):
         what = "a list" if isinstance(value, list) else "a mapping"
