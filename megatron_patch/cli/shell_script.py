@@ -15,11 +15,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from megatron_patch.cli.shell_words import Token, skip, tokens
+from megatron_patch.errors import ConfigError
 
 _ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)(\+?=)(.*)", re.DOTALL)
 _DECLARING = {"export", "declare", "local", "readonly", "typeset"}
 _SEPARATORS = {";", "\n", "&&", "||", "|", "&", ";;"}
 _MOST_DEPTH = 20
+_LONGEST_VALUE = 1 << 20
 UNRESOLVED = re.compile(r"\$\{[^}]*\}")
 """What stands in a word for a part without a value."""
 _FUNCTIONS: dict[type, Callable[[int, int], int]] = {
@@ -54,10 +56,16 @@ def evaluate(text: str, variables: Mapping[str, str] | None = None) -> Script:
     Args:
         text: the script.
         variables: values of variables that the script takes from its environment, and of its arguments by their number.
+
+    Raises:
+        ConfigError: it is nested too deeply, or its variables are too long.
     """
     script = Script({"PWD": ".", "0": "./script.sh", **(variables or {})})
     fixed = set(variables or {})
-    _Runner(script, fixed).run(tokens(text))
+    try:
+        _Runner(script, fixed).run(tokens(text))
+    except RecursionError as error:
+        raise ConfigError("the script is nested too deeply", "a bash script that starts Megatron", "give the arguments after --") from error
     return script
 
 
@@ -195,6 +203,8 @@ class _Runner:
         return True
 
     def _set(self, name: str, value: str | list[str]) -> None:
+        if sum(map(len, value)) > _LONGEST_VALUE:
+            raise ConfigError(f"the script's variable {name} is too long", f"{_LONGEST_VALUE:,} characters", "give the arguments after --")
         if name not in self.fixed:
             self.script.variables[name] = value
 
@@ -347,7 +357,7 @@ class _Runner:
 
     def _test(self, simple: list[Token]) -> bool | None:
         """Returns whether a condition in brackets holds; None if that cannot be known."""
-        negated = simple[0].text == "!"
+        negated = bool(simple) and simple[0].text == "!"
         parts = simple[1:] if negated else simple
         if not parts or parts[0].text not in ("[", "[[", "test"):
             return None

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -121,13 +123,26 @@ def test_variables_are_set_from_outside(tmp_path, monkeypatch):
 def test_words_are_those_that_bash_would_make(text, words):
     command = next(command for command in evaluate(text).commands if command[0] == "x.py")
     assert command[1:] == words
+    if not any("${" in word for word in words):  # bash has no parts without a value
+        program = "x.py() { printf '%s\\n' \"$@\"; }\n" + text
+        bash = subprocess.run(["bash", "-c", program], capture_output=True, text=True, check=False, env={"PATH": os.environ["PATH"]})
+        assert bash.stdout.splitlines() == words, bash.stderr
 
 
 @pytest.mark.parametrize(
-    "text", ["A='", 'x.py "a', "x.py ${A", "x.py $(( ", "fi; done; esac; }", "A=(", "cat <<E\n", "`", "$", "x.py ${a:-${a:-${a}}}"]
+    "text",
+    ["A='", 'x.py "a', "x.py ${A", "x.py $(( ", "fi; done; esac; }", "A=(", "cat <<E\n", "`", "$", "if; then; fi", "if ! ; then x; fi"],
 )
 def test_a_broken_script_ends_without_a_traceback(text):
     evaluate(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "what"), [("${a:-" * 5000, "nested too deeply"), ("a=aaaa\n" + "a=$a$a\n" * 60, "variable a is too long")]
+)
+def test_a_script_that_grows_without_end_is_refused(text, what):
+    with pytest.raises(ConfigError, match=what):
+        evaluate(text)
 
 
 @pytest.mark.parametrize(
