@@ -14,6 +14,7 @@ import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from megatron_patch.cli.shell_conditions import holds
 from megatron_patch.cli.shell_words import Token, skip, tokens
 from megatron_patch.errors import ConfigError
 
@@ -89,7 +90,7 @@ class _Runner:
             if part.kind == "heredoc":
                 self._heredoc(part, simple)
                 continue
-            if part.kind != "operator" or part.text not in _SEPARATORS:
+            if part.kind != "operator" or part.text not in _SEPARATORS or _in_brackets(simple, part):
                 simple.append(part)
                 continue
             if not simple or simple[0].kind == "heredoc":
@@ -242,7 +243,8 @@ class _Runner:
                     current = (current or "") + self.text(inner, depth)
             elif piece[0] in "$`":
                 value, end = self._expansion(word, index, depth)
-                parts = value.split() if split else [value]
+                quoted = re.fullmatch(r"""\$\{\w+:?[-=]("[^"]*"|'[^']*')\}""", word[index:end])
+                parts = value.split() if split and not quoted else [value]
                 if split and (not parts or value[:1].isspace()) and current is not None:
                     fields.append(current)
                     current = None
@@ -362,28 +364,14 @@ class _Runner:
         if not parts or parts[0].text not in ("[", "[[", "test"):
             return None
         words = [UNRESOLVED.sub("", " ".join(self.expand(part.text, split=False))) for part in parts[1:] if part.text not in ("]", "]]")]
-        if words[:1] == ["!"]:
-            negated, words = not negated, words[1:]
-        result = _compare(words)
+        result = holds(words)
         return result if result is None or not negated else not result
 
 
-def _compare(words: list[str]) -> bool | None:
-    if len(words) == 2 and words[0] in ("-n", "-z"):
-        return (words[1] != "") == (words[0] == "-n")
-    if len(words) == 1:
-        return None if words[0].startswith("-") else words[0] != ""
-    if len(words) != 3:
-        return None
-    left, how, right = words
-    if how in ("=", "=="):
-        return left == right
-    if how == "!=":
-        return left != right
-    numbers = {"-eq": operator.eq, "-ne": operator.ne, "-gt": operator.gt, "-ge": operator.ge, "-lt": operator.lt, "-le": operator.le}
-    if how in numbers and re.fullmatch(r"-?\d+", left) and re.fullmatch(r"-?\d+", right):
-        return bool(numbers[how](int(left), int(right)))
-    return None
+def _in_brackets(simple: list[Token], part: Token) -> bool:
+    """Returns whether an operator is inside of `[[ … ]]`, where it joins conditions and not commands."""
+    opened = sum((word.text == "[[") - (word.text == "]]") for word in simple)
+    return opened > 0 and part.text in ("&&", "||")
 
 
 def _number(node: ast.expr) -> int:

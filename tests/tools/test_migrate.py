@@ -112,6 +112,8 @@ def test_variables_are_set_from_outside(tmp_path, monkeypatch):
         ('if [ -n "${NONE}" ]; then B=y; else B=n; fi; x.py $B', ["n"]),
         ("[ 1 -eq 1 ] && B=y; [ 1 -eq 2 ] && B=n; x.py $B", ["y"]),
         ("if [ 1 = 2 ]; then\n if [ 1 = 1 ]; then B=a; fi\nelse\n B=b\nfi; x.py $B", ["b"]),
+        ('if [[ 1 == 1 && 2 == 3 ]]; then B=a; elif [ 1 = 1 -a 2 -lt 3 ]; then B=b; fi; x.py $B', ["b"]),
+        ("if ! [ 1 = 2 ] || [ 1 = 3 ]; then B=a; fi; x.py ${B} ${C:-\"d e\"}", ["a", "d e"]),
         ("function f() { B=no; }\nB=yes\nx.py $B", ["yes"]),
         ("case $1 in a) B=1;; *) B=2;; esac\nB=3; x.py $B", ["3"]),
         ("x.py a \\\n  b # c\n", ["a", "b"]),
