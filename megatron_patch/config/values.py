@@ -136,10 +136,15 @@ def read_values(given: Sequence[Given]) -> Reading:
     return reading
 
 
+def place_of(source: str) -> str:
+    """Returns how errors begin that name a value of this source; "" for the command line."""
+    return "" if source == COMMAND_LINE else f"{source}: " if source in (CHECKPOINT, MAPPING, KEYWORDS) else f"--config {source}: "
+
+
 def _problem(key: str, source: str, error: ConfigError) -> Problem:
     """Returns what is wrong with a value: the error has the reason, what is allowed, and what to do; "" stands for a correction."""
     name = f"--{key}" if source == COMMAND_LINE else key.replace("-", "_")
-    where = "" if source == COMMAND_LINE else f"{source}: " if source in (CHECKPOINT, MAPPING, KEYWORDS) else f"--config {source}: "
+    where = place_of(source)
     full = ConfigError(f"{where}{name}: {error.what}", error.allowed, error.do or f"correct {name}")
     shown = name if not where else f"{name} in {Path(source).name}"
     return Problem(shown, f"{error.what}; allowed: {error.allowed}", full.do or "", full)

@@ -139,7 +139,7 @@ def test_megatron_lms_llama_3_gets_one_report_and_what_remains_of_it_resolves(tm
         ("--sequence-parallel --use-mcore-models", ""),
         ("--sequence-parallel", "--sequence-parallel"),
         ("--batch-size 4", "--micro-batch-size 4"),
-        ("--profile --profile-step-start 4 --profile-step-end 6", "--profile 4-6 --profile-nsys"),
+        ("--profile --profile-step-start 4 --profile-step-end 6", "--profile 5-6 --profile-nsys"),
         ("--profile pt --profile_steps 2,3", "--profile 2-3"),
         ("--profile 10-12", "--profile 10-12"),
     ],
@@ -173,6 +173,7 @@ def test_values_of_translated_flags_arrive():
         "--override-opt_param-scheduler",
         "--weight-decay-incr-style constant",
         "--rampup-batch-size 8 8 1000",
+        "--profile-step-start 4",
         "--no-load-optim",
         "--exit-duration-in-mins 30000000",
         "--eval-iters 0",
@@ -327,6 +328,21 @@ def test_differences_from_megatrons_defaults_are_said():
     assert "--ffn-hidden-size is 256 by default; Megatron's default is 128" in notes
     groups = " ".join(options("--use-mcore-models --num-query-groups 2").megatron.notes)
     assert "Megatron-LM reads --num-query-groups only together with --group-query-attention" in groups
+
+
+@pytest.mark.parametrize(
+    ("words", "steps", "nsys"),
+    [
+        ("--profile --use-pytorch-profiler", "11-12", False),
+        ("--profile --profile-step-start 4 --profile-step-end 6", "5-6", True),
+        ("--profile pt --profile_steps 4,6", "4-6", False),
+        ("--profile pt", "2-3", False),
+        ("--profile 7", "7", False),
+    ],
+)
+def test_steps_to_profile_are_those_of_megatron(words, steps, nsys):
+    logging = options(f"--save x --profile-ranks 0 1 {words}").options.logging
+    assert (logging.profile, logging.profile_nsys, logging.profile_ranks) == (steps, nsys, (0, 1))
 
 
 def test_every_flag_of_the_table_has_one_of_the_outcomes():

@@ -15,6 +15,7 @@ from megatron_patch.config.megatron.translator import COMMAND_LINE, MEGATRON_FLA
 from megatron_patch.config.option_types import option_types
 from megatron_patch.config.options import Options
 from megatron_patch.config.problems import Problem
+from megatron_patch.config.values import place_of
 from megatron_patch.errors import ConfigError
 from megatron_patch.model.families import FAMILIES
 
@@ -92,7 +93,7 @@ def _problem(row: Row) -> Problem:
     if row.given.key not in MEGATRON_FLAGS:
         what, allowed = f"unknown flag --{row.given.key}", "the flags that --help lists"
         if of_file:
-            what = f"--config {row.given.source}: unknown key {row.given.key.replace('-', '_')!r}"
+            what = f"{place_of(row.given.source)}unknown key {row.given.key.replace('-', '_')!r}"
             allowed, write = "the names of the flags, without the leading dashes (--help lists them)", write.replace("-", "_")
         return Problem(shown, row.meaning, write, ConfigError(what, allowed, write))
     error = ConfigError(f"{shown}: {row.meaning}", "the flags that --help lists, and those of docs/migrating.md", _imperative(write))
