@@ -125,6 +125,7 @@ def test_help_and_advice_name_the_programs_as_the_user_calls_them(monkeypatch):
     error = ConfigError(TEXT, TEXT, TEXT)
     assert (error.what, error.allowed, error.do) == (TEXT, installed, installed)
     assert "megatron-patch inspect-checkpoint shows which checkpoints are valid" in ExitCode.CHECKPOINT.advice
+    assert programs.how_to_get("examples/configs/none.yaml") is None
     assert programs.shipped("constraints.txt") == ROOT / "docs" / "megatron_patch" / "share" / "constraints.txt"
 
 
