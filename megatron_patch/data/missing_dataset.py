@@ -139,9 +139,8 @@ def _of_file(path: str) -> str:
     if made:
         return f"give the dataset that was made of it: {' or '.join(shlex.quote(os.path.join(folder, one)) for one in made[:3])}"
     output = os.path.join(folder, str(stem))
-    return (
-        f"convert it: python tools/preprocess_data.py --input {shlex.quote(path)} --output-prefix {shlex.quote(output)} --tokenizer-type …"
-    )
+    files = f"--input {shlex.quote(path)} --output-prefix {shlex.quote(output)}"
+    return f"convert it: python tools/preprocess_data.py {files} --tokenizer-type …"
 
 
 def _listing(names: Iterable[str]) -> str:

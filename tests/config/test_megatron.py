@@ -139,7 +139,7 @@ def test_megatron_lms_llama_3_gets_one_report_and_what_remains_of_it_resolves(tm
         ("--sequence-parallel --use-mcore-models", ""),
         ("--sequence-parallel", "--sequence-parallel"),
         ("--batch-size 4", "--micro-batch-size 4"),
-        ("--profile --profile-step-start 4 --profile-step-end 6", "--profile 4-6 --profile-nsys"),
+        ("--profile --profile-step-start 4 --profile-step-end 6", "--profile 5-6 --profile-nsys"),
         ("--profile pt --profile_steps 2,3", "--profile 2-3"),
         ("--profile 10-12", "--profile 10-12"),
     ],
