@@ -43,6 +43,8 @@ EXTRAS = {
     "lm_eval": "eval",
     "tensorboard": "tensorboard",
     "wandb": "wandb",
+    "mlflow": "mlflow",
+    "prometheus_client": "prometheus",
 }
 """Modules of optional packages, and the extra that installs each."""
 _NAMES = {"deepspeed": "DeepSpeed", "lm_eval": "lm-eval"}  # where a package's name is not its module's

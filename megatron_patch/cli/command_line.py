@@ -98,7 +98,8 @@ def run_tool(main: Callable[[list[str]], None], argv: Sequence[str] | None = Non
             main(arguments)
     except MegatronPatchError as error:
         if rank == 0 or not isinstance(error, ConfigError):
-            print_lines(f"{f'rank {rank}: ' if rank else ''}{type(error).__name__}: {error}", stderr=True)
+            name = ConfigError.__name__ if isinstance(error, ConfigError) else type(error).__name__
+            print_lines(f"{f'rank {rank}: ' if rank else ''}{name}: {error}", stderr=True)
         return error.exit_code
     except Exception as error:
         # Python's own traceback would repeat what a library puts into its message.

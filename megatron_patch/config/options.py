@@ -382,10 +382,11 @@ class Options:
 
     First steps and units:
       --dry-run           prints the plan and its cost, without data or GPUs
-      --config FILE.yaml  reads options from a file, one "name: value" on each line;
-                          the names are those below, without the leading dashes;
-                          flags on the command line override the file, and the
-                          value None removes what the file sets
+      --config FILE.yaml  reads options from a file, one "name: value" on each line,
+                          for example "train-tokens: 10B"; the names are those below,
+                          without the leading dashes; flags override the file
+      --NAME None         takes back what the file sets, for every option
+      --version           prints the versions of this program, torch and DeepSpeed
       COUNT               a whole number: 4096, 512k, 2M, 270B
       TIME                a duration: 90s, 45min, 3h30m, 1.5d
     """

@@ -31,10 +31,11 @@ from megatron_patch.config.values import (
     read_values,
     stray,
 )
-from megatron_patch.config.yaml_files import MOST_YAML_BYTES, load_yaml
+from megatron_patch.config.yaml_files import MOST_YAML_BYTES, RepeatedKeys, load_yaml
 from megatron_patch.errors import ConfigError
 from megatron_patch.programs import command
 from megatron_patch.raw_text.encodings import HEAD_BYTES, other_encoding
+from megatron_patch.utils.console import print_lines
 from megatron_patch.utils.files import read_small, reason
 from megatron_patch.utils.pipes import reader_may_leave
 from megatron_patch.utils.versions import versions
@@ -68,6 +69,8 @@ def read_yaml(path: str) -> dict[str, Any]:
         data = load_yaml(content.decode())
     except OSError as error:
         raise ConfigError(f"--config {path}: {reason(error)}", "a readable YAML file", "check the path") from error
+    except RepeatedKeys as error:
+        raise ConfigError(f"--config {path}: {error}", "each key once in a mapping", "remove the other lines") from error
     except ValueError as error:
         raise ConfigError(
             f"--config {path} is not valid YAML: {error}", "a mapping of option names to values", "correct the file"
@@ -141,24 +144,24 @@ def parse_given(given: Sequence[Given], problems: list[Problem], words: Sequence
     translation = translate(given, KEYS, dry_run=any(flag.key == "dry-run" for flag in given))
     problems = problems + problems_of_rows(translation.problems)
     reading = read_values(translation.flags)
-    wrong = [*map(problem_of, [stray(words)] if words else []), *reading.problems, *map(problem_of, missing_options(reading))]
+    wrong = [*map(problem_of, [stray(words)] if words else []), *reading.problems, *missing_options(reading)]
     problems += wrong
-    options = None if wrong else make_options(reading.values)
-    if problems and options is not None:
-        problems += problems_of(lambda: check_numbers(options)) or problems_of(lambda: check_options(options))
+    # Without those that are wrong, so that the others are checked, too.
+    options = make_options({**dict.fromkeys(REQUIRED, 1), **reading.values})
     if problems:
+        problems += problems_of(lambda: check_numbers(options)) or problems_of(lambda: check_options(options))
         raise _error(problems, translation, given, options)
-    assert options is not None
     return ParsedOptions(options, reading.origins, report(translation, given, options))
 
 
-def _error(problems: list[Problem], translation: Translation, given: Sequence[Given], options: Options | None) -> ConfigError:
+def _error(problems: list[Problem], translation: Translation, given: Sequence[Given], options: Options) -> ConfigError:
     """Returns the error for all problems; a command line in Megatron's words gets the flags that it becomes."""
     if not any(row.given.key in MEGATRON_FLAGS for row in translation.problems):
         return one_error(problems)
-    own = [flag for flag in translation.flags if flag.source == COMMAND_LINE]
-    said = report(translation, given, options) if options is not None else None
-    advice = f"decide about each flag above; the others are these flags here:\n{pasteable(own)}" if own else None
+    wrong = {problem.flag.partition(" ")[0] for problem in problems}
+    own = [flag for flag in translation.flags if flag.source == COMMAND_LINE and f"--{flag.key}" not in wrong]
+    said = report(translation, given, options)
+    advice = f"the other flags are these here:\n{pasteable(own)}" if own else None
     return one_error(problems, said.notes if said else (), advice)
 
 
@@ -187,7 +190,7 @@ def _help_or_version(argv: Sequence[str], program: str) -> None:
         if "--help" in argv or "-h" in argv:
             tyro.cli(_flatten(Options), args=["--help"], prog=program)
         if "--version" in argv:
-            print(versions())
+            print_lines(versions())
             raise SystemExit(0)
 
 

@@ -19,7 +19,7 @@ from typing import Any, Literal, cast, get_args
 from megatron_patch.config.checks import check_count, check_text
 from megatron_patch.config.option_types import flag_of
 from megatron_patch.config.options import StageOptions
-from megatron_patch.config.yaml_files import load_yaml
+from megatron_patch.config.yaml_files import RepeatedKeys, load_yaml
 from megatron_patch.data.dataset_paths import check_word
 from megatron_patch.data.same_dataset import named_twice
 from megatron_patch.errors import ConfigError
@@ -83,7 +83,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "lr_wsd_decay_style": get_args(WsdDecayStyle),
     "optimizer": get_args(OptimizerPolicy),
 }
-_COUNTS = {"patch_size", "tokens", "steps", "micro_batch_size", "lr_warmup_tokens", "lr_decay_tokens", "lr_wsd_decay_tokens"}
+COUNTS = {"patch_size", "tokens", "steps", "micro_batch_size", "lr_warmup_tokens", "lr_decay_tokens", "lr_wsd_decay_tokens"}
 SCHEDULE_KEYS = (
     "lr",
     "min_lr",
@@ -200,6 +200,8 @@ def parse_stages(text: str) -> tuple[StageSpec, ...]:
     """
     try:
         entries = load_yaml(text)
+    except RepeatedKeys as error:
+        raise ConfigError(f"stages: {error}", "each key once in a stage", "remove the other ones") from error
     except ValueError as error:
         raise ConfigError(f"stages: not valid YAML: {error}", _EXAMPLE, "correct the list") from error
     if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
@@ -213,14 +215,18 @@ def _read_entry(entry: Mapping[str, Any], number: int) -> StageSpec:
     """Returns the entry with this number (from 1) of `stages:`, with every value checked."""
     known = [f.name for f in dataclasses.fields(StageSpec)]
     values: dict[str, Any] = {}
+    seen: set[str] = set()
     for key, value in entry.items():
         name = str(key).replace("-", "_")
         where = f"stages: entry {number}: {name}"
+        if name in seen:
+            raise ConfigError(f"{where} is given twice, with a dash and with an underscore", "each key once", "remove one of them")
+        seen.add(name)
         if name not in known:
             raise ConfigError(f"{where} is not a known key", ", ".join(known), suggestion(name, known) or "remove it")
         if value is None:
             continue
-        if name in _COUNTS:
+        if name in COUNTS:
             try:
                 value = parse_count(value)
             except ConfigError as error:

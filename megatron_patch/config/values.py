@@ -49,6 +49,10 @@ class Form(enum.Enum):
     CHOICE = "one of some words"
     TEXT = "a text"
     TEXTS = "several texts"
+    INTEGERS = "several whole numbers"
+
+
+_SEVERAL = (Form.TEXTS, Form.INTEGERS)
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,7 @@ def _kind(hint: Any) -> Kind:
     if get_origin(kind) is Literal:
         return Kind(Form.CHOICE, optional, get_args(kind))
     if get_origin(kind) is tuple:
-        return Kind(Form.TEXTS, optional)
+        return Kind(Form.INTEGERS if get_args(kind)[0] is int else Form.TEXTS, optional)
     if "COUNT" in metavars:
         return Kind(Form.COUNT, optional)
     if "TIME" in metavars:
@@ -155,6 +159,8 @@ def _value(name: str, flag: Given) -> Any:
     kind = KINDS[name]
     if kind.form is Form.TEXTS:
         return flag.words
+    if kind.form is Form.INTEGERS:
+        return tuple(_integer(word) for word in flag.words)
     if kind.form is Form.SWITCH:
         value, words = _NAMES[flag.key][1], flag.words
         if kind.optional and words and words[0] in ("True", "False"):
@@ -244,22 +250,23 @@ def _in_file(name: str, value: Any, source: str) -> Given:
     if isinstance(value, list) and not any(isinstance(item, (list, dict)) for item in value):
         if name in _WITH_COMMAS:
             return Given(key, (",".join(str(item) for item in value),), source)
-        if kind.form is Form.TEXTS:
+        if kind.form in _SEVERAL:
             return Given(key, tuple(str(item) for item in value), source)
     if isinstance(value, (list, dict)):
         what = "a list" if isinstance(value, list) else "a mapping"
-        allowed = "one value, or a list of texts" if kind.form is Form.TEXTS else "one value"
+        allowed = "one value, or a list of values" if kind.form in _SEVERAL else "one value"
         raise ConfigError(f"the value is {what}", allowed, f"write one value after {name}:")
     return Given(key, tuple(str(value).split()) if name in _BLENDS else (str(value),), source)
 
 
-def missing_options(reading: Reading) -> list[ConfigError]:
-    """Returns the error for required options that were not given, if there are some."""
+def missing_options(reading: Reading) -> list[Problem]:
+    """Returns the problem of required options that were not given, if there are some."""
     missing = [f"--{key_of(name)}" for name in REQUIRED if name not in reading.values and name not in reading.wrong]
     if not missing:
         return []
     allowed = f"{', '.join(f'--{key_of(name)}' for name in REQUIRED)}, which have no defaults"
-    return [ConfigError(f"{' and '.join(missing)} missing", allowed, "give them as flags or in a --config FILE")]
+    error = ConfigError(f"{' and '.join(missing)} missing", allowed, "give them as flags or in a --config FILE")
+    return [Problem(", ".join(missing), "missing; there is no default", error.do or "", error)]
 
 
 def make_options(values: Mapping[str, Any]) -> Options:

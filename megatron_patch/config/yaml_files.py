@@ -6,6 +6,7 @@ Tags that would create other objects are refused, and so are references that wou
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from typing import Any
 
 import yaml
@@ -16,19 +17,57 @@ _MOST_VALUES = 100_000
 _MOST_LEVELS = 200
 
 
+class RepeatedKeys(ValueError):
+    """Mappings of a text have a key more than once.
+
+    Args:
+        places: each such key with the lines, from 1, that have it.
+    """
+
+    def __init__(self, places: Sequence[tuple[str, Sequence[int]]]) -> None:
+        self.places = tuple(places)
+        words = [f"{key!r} is given {_times(len(lines))} (lines {', '.join(map(str, lines))})" for key, lines in places]
+        super().__init__("; ".join(words))
+
+
+def _times(count: int) -> str:
+    return "twice" if count == 2 else f"{count} times"
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader, which also finds repeated keys; of those, PyYAML itself keeps the last one."""
+
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
+        self.repeated: list[tuple[str, list[int]]] = []
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Notes repeated keys before PyYAML replaces merge keys (<<), whose mappings may have the same keys as this one."""
+        lines: dict[tuple[str, str], list[int]] = {}
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                lines.setdefault((key.tag, key.value), []).append(key.start_mark.line + 1)
+        self.repeated += [(key[1], found) for key, found in lines.items() if len(found) > 1]
+        super().flatten_mapping(node)
+
+
 def load_yaml(text: str) -> Any:
     """Returns the value of a YAML or JSON text.
 
     Raises:
         ValueError: the text is invalid, has tags or objects, refers to itself, or expands to too many values.
+        RepeatedKeys: a mapping, at any level, has a key more than once.
     """
     try:
         _check_count(text)
-        value = yaml.safe_load(text)
+        loader = _Loader(text)
+        value = loader.get_single_data()
     except yaml.YAMLError as error:
         raise ValueError(str(error)) from error
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
+    if loader.repeated:
+        raise RepeatedKeys(loader.repeated)
     todo, count = [value], 0  # references can make more of them than the text has
     while todo:
         count += 1

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-import pytest
+import os
+import subprocess
+import sys
+from pathlib import Path
 
+import pytest
+import yaml
+
+from megatron_patch import __version__
 from megatron_patch.config.option_types import OptionalId
-from megatron_patch.config.parsing import parse
-from megatron_patch.config.values import OPTION_TYPES
+from megatron_patch.config.parsing import option_values, parse
+from megatron_patch.config.stage_spec import parse_stages
+from megatron_patch.config.values import KINDS, OPTION_TYPES, Form
 from megatron_patch.errors import ConfigError
 
+ROOT = Path(__file__).parent.parent.parent
 SHAPE = ["--num-layers", "2", "--hidden-size", "8", "--num-attention-heads", "2"]
 
 
@@ -60,10 +69,37 @@ def test_every_count_takes_units():
     assert parse([*SHAPE, "--shuffle-window-blocks", "2Ki", "--log-interval", "1k"]).options.data.shuffle_window_blocks == 2048
 
 
-def test_none_takes_a_file_s_value_back(tmp_path):
-    path = write(tmp_path, "save-interval: 5\npatch-fraction: 0.5\nexit-duration: 3h\n")
-    options = parse(["--config", path, *SHAPE, "--save-interval", "None", "--patch-fraction", "None", "--exit-duration", "None"]).options
-    assert options.checkpoint.save_interval is options.stages.patch_fraction is options.safety.exit_duration is None
+def other_value(name):
+    """Returns a value of an option that is not its default."""
+    kind = KINDS[name]
+    if kind.form is Form.SWITCH:
+        return True
+    if kind.form is Form.CHOICE:
+        return kind.choices[-1]
+    return {Form.COUNT: 7, Form.DURATION: "7h", Form.INTEGER: 7, Form.NUMBER: 0.7, Form.TEXT: "x", Form.TEXTS: ["x"], Form.INTEGERS: [7]}[
+        kind.form
+    ]
+
+
+def test_none_takes_back_every_value_of_a_file(tmp_path):
+    """On the command line, and in the file itself: the default holds, and the option counts as not given."""
+    default = option_values(parse(SHAPE).options)
+    required = {"num_layers": 2, "hidden_size": 8, "num_attention_heads": 2}
+    for name in KINDS.keys() - required.keys():
+        path = write(tmp_path, yaml.safe_dump({**required, name: other_value(name)}))
+        given = parse(["--config", path])
+        assert option_values(given.options)[name] != default[name] and name in given.origins, name
+        taken_back = parse(["--config", path, f"--{name.replace('_', '-')}", "None"])
+        assert option_values(taken_back.options) == default and name not in taken_back.origins, name
+        for empty in None, "None":
+            assert name not in parse(["--config", write(tmp_path, yaml.safe_dump({**required, name: empty}))]).origins
+    assert parse(["--config", path, "--lr", "None", "--lr", "0.5"]).options.schedule.lr == 0.5
+
+
+def test_none_leaves_required_options_missing(tmp_path):
+    path = write(tmp_path, "num-layers: 2\nhidden-size: 8\nnum-attention-heads: 2\n")
+    with pytest.raises(ConfigError, match="^--hidden-size missing"):
+        parse(["--config", path, "--hidden-size", "None"])
 
 
 def test_launcher_spelling_is_accepted():
@@ -118,6 +154,52 @@ def test_errors_of_the_command_line_have_three_parts(arguments, what, allowed, d
     assert allowed in (error.value.allowed or "") and (error.value.do or "").startswith(do)
 
 
+def test_all_wrong_values_are_reported_at_once(tmp_path):
+    path = write(tmp_path, "num-layers: two\nlr: fast\nbf16: maybe\nsplit: {a: 1}\nzero_stage: 5\nexit-duration: 3x\n")
+    with pytest.raises(ConfigError) as error:
+        parse(
+            [
+                "--config",
+                path,
+                "stray",
+                *["--hidden-size", "8", "--seed", "1.5", "--on-spike", "skp", "--fp16", "yes", "--adam-eps", "1", "2", "--save"],
+            ]
+        )
+    found = {(problem.flag, problem.error.what) for problem in error.value.problems}
+    where = f"--config {path}: "
+    assert found == {
+        ("num_layers in run.yaml", f"{where}num_layers: 'two' is not a count"),
+        ("lr in run.yaml", f"{where}lr: 'fast' is not a number"),
+        ("bf16 in run.yaml", f"{where}bf16: 'maybe' is no switch"),
+        ("split in run.yaml", f"{where}split: the value is a mapping"),
+        ("zero_stage in run.yaml", f"{where}zero_stage: '5' is not one of its values"),
+        ("exit_duration in run.yaml", f"{where}exit_duration: '3x' is not a duration"),
+        ("", "'stray' belongs to no flag"),
+        ("--seed", "--seed: '1.5' is not a whole number"),
+        ("--on-spike", "--on-spike: 'skp' is not one of its values"),
+        ("--fp16", "--fp16: 'yes' belongs to no flag"),
+        ("--adam-eps", "--adam-eps: '2' belongs to no flag"),
+        ("--save", "--save: a value is missing"),
+        ("--num-attention-heads", "--num-attention-heads missing"),
+    }
+    assert all(problem.error.allowed and problem.error.do for problem in error.value.problems)
+    assert "13 problems" in error.value.what and "correct lr" in error.value.what
+
+
+def test_a_wrong_value_that_a_later_flag_replaces_is_not_read(tmp_path):
+    path = write(tmp_path, "lr: fast\n")
+    assert parse(["--config", path, *SHAPE, "--lr", "0.5"]).options.schedule.lr == 0.5
+    assert parse([*SHAPE, "--seed", "x", "--seed", "3"]).options.engine.seed == 3
+
+
+def test_values_of_a_file_are_never_flags(tmp_path):
+    path = write(tmp_path, 'sample-prompts: ["--bf16", "-h", "--help"]\nsave: "--load"\n')
+    options = parse(["--config", path, *SHAPE]).options
+    assert options.logging.sample_prompts == ("--bf16", "-h", "--help") and options.checkpoint.save == "--load"
+    assert not options.engine.bf16 and options.checkpoint.load is None
+    assert parse([*SHAPE, "--save=-x", "--lr=-1", "--min-lr", "-inf"]).options.schedule.lr == -1.0
+
+
 def test_missing_required_flags_are_listed():
     with pytest.raises(ConfigError) as error:
         parse(SHAPE[:2])
@@ -144,6 +226,46 @@ def test_wrong_files_end_with_the_key(tmp_path, text, words):
     assert all(word in str(error.value) for word in words), str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("text", "what", "allowed", "do"),
+    [
+        ("lr: 1\nseed: 3\nlr: 2\n", "'lr' is given twice (lines 1, 3)", "each key once in a mapping", "remove the other lines"),
+        ("lr: 1\nlr: 2\nlr: 3\n", "'lr' is given 3 times (lines 1, 2, 3)", "each key once in a mapping", "remove"),
+        ("stages:\n  - {patch_size: 4, steps: 3, patch_size: 2}\n", "'patch_size' is given twice (lines 2, 2)", "each key once", "remove"),
+        ("stages:\n  - patch_size: 4\n    steps: 3\n    steps: 2\nlr: 1\nlr: 2\n", "'steps' is given twice (lines 3, 4)", "once", "remove"),
+        ("{'lr': 1, \"lr\": 2}", "'lr' is given twice (lines 1, 1)", "each key once", "remove"),
+        ("lr: 1\n'lr': 2\n", "'lr' is given twice (lines 1, 2)", "each key once", "remove"),
+        ("num-layers: 2\nnum_layers: 3\n", "'num_layers' is given twice", "each option once", "remove one of the two lines"),
+    ],
+)
+def test_repeated_keys_are_an_error_at_every_level(tmp_path, text, what, allowed, do):
+    with pytest.raises(ConfigError) as error:
+        parse(["--config", write(tmp_path, text), *SHAPE])
+    assert what in error.value.what and allowed in (error.value.allowed or "") and do in (error.value.do or "")
+
+
+@pytest.mark.parametrize(
+    ("stages", "what"),
+    [
+        ('[{"patch_size": 4, "patch_size": 2, "steps": 3}]', "stages: 'patch_size' is given twice (lines 1, 1)"),
+        (
+            '[{"patch_size": 4, "patch-size": 2, "steps": 3}]',
+            "stages: entry 1: patch_size is given twice, with a dash and with an underscore",
+        ),
+    ],
+)
+def test_repeated_keys_of_stages_on_the_command_line_are_an_error(stages, what):
+    with pytest.raises(ConfigError) as error:
+        parse_stages(stages)
+    assert error.value.what == what and error.value.allowed and error.value.do
+
+
+def test_anchors_and_merge_keys_are_no_repetition(tmp_path):
+    text = "stages:\n  - &a {patch_size: 4, steps: 3, lr: 0.1}\n  - {<<: *a, patch_size: 1}\n  - <<: *a\n    lr: 0.2\n"
+    first, second, third = parse_stages(parse(["--config", write(tmp_path, text), *SHAPE]).options.stages.stages or "")
+    assert (first.patch_size, second.patch_size, second.lr, third.patch_size, third.lr) == (4, 1, 0.1, 4, 0.2)
+
+
 def test_a_missing_file_is_named():
     with pytest.raises(ConfigError, match=r"nowhere\.yaml"):
         parse(["--config", "nowhere.yaml", *SHAPE])
@@ -154,4 +276,32 @@ def test_help_lists_every_option(capsys):
         parse(["--help"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
-    assert "--patch-size" in text and "--global-batch-tokens" in text and "--zero-stage" in text
+    for name in KINDS:
+        assert f"--{name.replace('_', '-')}" in text
+    for words in ("--config FILE.yaml", '"train-tokens: 10B"', "--NAME None", "--version"):
+        assert words in text, words
+
+
+def test_the_version_is_printed(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse([*SHAPE, "--version"])
+    first, torch, deepspeed, python = capsys.readouterr().out.splitlines()
+    assert stop.value.code == 0
+    assert first == f"megatron_patch {__version__}" and torch.startswith("torch ") and deepspeed.startswith("deepspeed ")
+    assert python == f"Python {sys.version.split()[0]}"
+
+
+@pytest.mark.parametrize("program", ["pretrain_gpt_patch.py --help", "pretrain_gpt_patch.py --version", "-m megatron_patch plan --help"])
+def test_a_reader_that_leaves_ends_the_program_without_a_message(program):
+    process = subprocess.Popen(
+        [sys.executable, *program.split()],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        text=True,
+    )
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait() in (0, 141)  # argparse itself ignores that its text cannot be written

@@ -257,7 +257,7 @@ def test_what_is_logged_to_must_be_installed(monkeypatch, words, package, extra)
 def test_missing_data_and_vocabulary_are_notes():
     with pytest.raises(ConfigError, match="no data"):
         resolve(*BASE, "--vocab-size", "64")
-    with pytest.raises(ConfigError, match="size of the vocabulary"):
+    with pytest.raises(DataError, match="nowhere.bin does not exist"):
         resolve(*BASE, "--data-path", "nowhere")
 
 

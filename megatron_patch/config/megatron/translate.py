@@ -233,6 +233,18 @@ def _mock_data(to: Translator, given: Given, flag: MegatronFlag) -> None:
         to.refuse(given, flag.text, "--data-path PREFIX of a dataset")
 
 
+def _profile(to: Translator, given: Given, flag: MegatronFlag) -> None:
+    if given.words and given.words[0] not in ("pt", "pt-full"):
+        to.result.flags.append(given)  # the steps, as this program writes them
+        return
+    if given.words:
+        steps, kinds = (to.value("profile-steps") or "2,3").split(","), []
+    else:
+        steps = [to.value("profile-step-start") or "10", to.value("profile-step-end") or "12"]
+        kinds = [] if "use-pytorch-profiler" in to.last else ["--profile-nsys"]
+    to.emit(given, f"--profile {'-'.join(step.strip() for step in steps)}", *kinds, meaning="the steps to record")
+
+
 def _rampup(to: Translator, given: Given, flag: MegatronFlag) -> None:
     if len(given.words) == 3 and given.words[0] == to.value("global-batch-size"):
         to.ignore(given, "the batch does not grow: it starts at --global-batch-size")
@@ -295,4 +307,5 @@ _FUNCTIONS: dict[str, Callable[[Translator, Given, MegatronFlag], None]] = {
     "optimizer-cpu-offload": _offload,
     "mock-data": _mock_data,
     "rampup-batch-size": _rampup,
+    "profile": _profile,
 }

@@ -133,7 +133,9 @@ class Translator:
             again = given.key not in self.ours and self.last[given.key] is not given
             if again or any(given is other for other in self.replaced):
                 continue
-            if flag is not None and flag.key in self.functions and not (flag.kind is Kind.VALUES and given.words[:1] == ("None",)):
+            if flag is not None and flag.key not in self.ours and (problem := _wrong_count(given, flag)):
+                self.refuse(given, problem, f"write --{flag.name}{' VALUE' if flag.values else ''}")
+            elif flag is not None and flag.key in self.functions and not (flag.kind is Kind.VALUES and given.words[:1] == ("None",)):
                 self.functions[flag.key](self, given, flag)
             elif given.key in self.ours:
                 self.result.flags.append(given)
@@ -150,9 +152,7 @@ class Translator:
         self.result.problems.append(Row(given, meaning, close or f"remove --{given.key}"))
 
     def _by_kind(self, given: Given, flag: MegatronFlag) -> None:
-        if problem := _wrong_count(given, flag):
-            self.refuse(given, problem, f"write --{flag.name}{' VALUE' if flag.values else ''}")
-        elif flag.kind is Kind.RENAMED:
+        if flag.kind is Kind.RENAMED:
             words = "" if flag.values == 0 or " " in flag.here else " " + " ".join(given.words)
             self.emit(given, f"{flag.here}{words}", meaning=flag.text)
         elif flag.kind is Kind.IGNORED:
@@ -165,7 +165,7 @@ class Translator:
             else:
                 self.ignore(given, f"{flag.text}, which is off")
         elif flag.is_harmless(list(given.words)):
-            self.ignore(given, f"with this value it changes nothing: {flag.text}")
+            self.ignore(given, f"{flag.text}; this value changes nothing")
         else:
             self.refuse(given, flag.text, flag.here, flag.kind is Kind.OTHER_MODEL)
 
@@ -174,6 +174,6 @@ def _wrong_count(given: Given, flag: MegatronFlag) -> str | None:
     """Returns what is wrong with the number of values of a flag that only Megatron has, or None."""
     if flag.values == 0 and given.words:
         return f"{given.words[0]!r} belongs to no flag"
-    if flag.values == 1 and len(given.words) != 1 and flag.key != "profile":
+    if flag.values == 1 and len(given.words) != 1:
         return "without a value" if not given.words else f"{given.words[1]!r} belongs to no flag"
     return None

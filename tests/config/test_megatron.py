@@ -1,0 +1,361 @@
+"""Command lines of Megatron: what is translated, what has no effect, what is refused, and that all of it is reported at once."""
+
+from __future__ import annotations
+
+import json
+import shlex
+
+import pytest
+
+from megatron_patch.cli.plan import main as plan
+from megatron_patch.config.megatron.command_line import arguments, split
+from megatron_patch.config.megatron.flags import Kind, key_of
+from megatron_patch.config.megatron.translate import translate
+from megatron_patch.config.megatron.translator import MEGATRON_FLAGS, Given
+from megatron_patch.config.parsing import parse
+from megatron_patch.config.resolve import resolve
+from megatron_patch.config.values import KEYS
+from megatron_patch.errors import ConfigError
+from megatron_patch.training.dry_run import architecture, print_megatron
+from megatron_patch.training.pretrain import make_engine_config
+from megatron_patch.utils.console import make_console
+from tests.config.megatron_lists import GPT_1_3B, GPT_1_3B_JSON, LLAMA_2, LLAMA_2_JSON, LLAMA_3_8B, REFUSED_IN_LLAMA_3
+
+MODEL = shlex.split("--num-layers 2 --hidden-size 64 --num-attention-heads 4")
+BATCH = shlex.split("--seq-length 128 --global-batch-size 8 --micro-batch-size 1")
+AROUND = split(BATCH)[1]
+
+
+def options(words, *more):
+    return parse([*MODEL, *BATCH, *more, *shlex.split(words)])
+
+
+def translated(words):
+    return translate([*AROUND, *split(shlex.split(words))[1]], KEYS)
+
+
+def refusal(words):
+    with pytest.raises(ConfigError) as error:
+        options(words)
+    return str(error.value)
+
+
+def resolved(words, ranks, tmp_path, monkeypatch, settings=None):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ds.json").write_text(json.dumps(settings))
+    parsed = parse([*words, "--dry-run"])
+    run = resolve(parsed, ranks)
+    return run, make_engine_config(run)
+
+
+def test_megatron_deepspeeds_llama_2_resolves_at_the_first_start(tmp_path, monkeypatch):
+    run, engine = resolved(LLAMA_2, 8, tmp_path, monkeypatch, LLAMA_2_JSON)
+    assert run.plan.tokens == 250_000 * 32 * 2048
+    assert run.plan.stages[0].lr.warmup_tokens == 2000 * 32 * 2048
+    assert run.options.logging.eval_tokens == 10 * 32 * 2048
+    assert run.shape.num_query_groups == 4 and run.options.schedule.optimizer == "adamw"
+    assert engine.precision == "bf16" and engine.zero_level == 0
+    assert architecture(run) == (
+        "family llama; RMSNorm (epsilon 1e-05); SwiGLU of width 5,504; rotary positions (base 10000); no biases; untied head; "
+        "16 heads of 128 in 4 groups"
+    )
+    assert run.megatron.notes == ()  # everything that Megatron's defaults would make different is given
+
+
+def test_megatron_deepspeeds_gpt_resolves_at_the_first_start_and_says_which_family_was_taken(tmp_path, monkeypatch):
+    run, engine = resolved(GPT_1_3B, 16, tmp_path, monkeypatch, GPT_1_3B_JSON)
+    assert run.plan.tokens == pytest.approx(300e9, rel=1e-3)
+    assert run.options.engine.recompute_granularity == "full" and engine.precision == "fp16"
+    assert run.options.safety.exit_duration is None
+    family = run.megatron.notes[0]
+    assert family.startswith("The model family is llama, the default, because neither --model-family nor --swiglu is given.")
+    assert "--model-family gpt2" in family and "learned positions" in family
+    chosen = resolved([*GPT_1_3B, "--model-family", "gpt2"], 16, tmp_path, monkeypatch, GPT_1_3B_JSON)[0]
+    assert not any("family" in note for note in chosen.megatron.notes)
+    assert "LayerNorm" in architecture(chosen) and "GELU" in architecture(chosen) and "tied head" in architecture(chosen)
+
+
+def test_megatron_lms_llama_3_gets_one_report_and_what_remains_of_it_resolves(tmp_path, monkeypatch):
+    with pytest.raises(ConfigError) as error:
+        resolved(LLAMA_3_8B, 8, tmp_path, monkeypatch)
+    report = str(error.value)
+    assert all(flag in report for flag in REFUSED_IN_LLAMA_3) and "there is no FP8" in report
+    assert "RMSNorm; Megatron's defaults are LayerNorm" in report
+    remaining = shlex.split(error.value.do.partition("these here:\n")[2].replace("\\\n", " "))
+    run, _ = resolved(remaining, 8, tmp_path, monkeypatch)
+    assert run.plan.tokens == pytest.approx(1_953_125_000 * 8192, rel=1e-6)
+    assert run.plan.stages[0].lr.decay_tokens == 1_949_218_748 * 8192
+    assert run.options.safety.exit_duration == 235 * 60 and run.shape.num_query_groups == 8
+    assert not any(flag.startswith(("--fp8", "--decoupled")) for flag in remaining)
+
+
+@pytest.mark.parametrize(
+    ("words", "here"),
+    [
+        ("--num-key-value-heads 2", "--num-query-groups 2"),
+        ("--group-query-attention", "--num-query-groups 1"),
+        ("--group-query-attention --num-query-groups 2", "--num-query-groups 2"),
+        ("--checkpoint-activations", "--recompute-granularity full"),
+        ("--recompute-activations", "--recompute-granularity selective"),
+        ("--use-rotary-position-embeddings", "--position-embedding-type rope"),
+        ("--rotary-seq-len-interpolation-factor 4", "--rope-scaling linear --rope-scaling-factor 4"),
+        ("--use-rope-scaling", "--rope-scaling llama3 --rope-scaling-factor 8.0"),
+        ("--use-rope-scaling --rope-scaling-factor 16", "--rope-scaling llama3 --rope-scaling-factor 16"),
+        ("--layernorm-epsilon 1e-6", "--norm-epsilon 1e-6"),
+        ("--rotary-position-embeddings-theta 500000", "--rotary-base 500000"),
+        ("--normalization layernorm", "--normalization LayerNorm"),
+        ("--position-embedding-type absolute", "--position-embedding-type learned_absolute"),
+        ("--glu-activation swiglu", "--swiglu"),
+        ("--pad-vocab-size-to 1000", "--make-vocab-size-divisible-by 1000"),
+        ("--train-iters 10", "--train-tokens 10240"),
+        ("--train-samples 1k", "--train-tokens 128000"),
+        ("--train-samples 1000 --train-tokens 1000", "--train-tokens 1000"),
+        ("--train-tokens 2M --train-samples 1000", "--train-tokens 128000"),
+        ("--train-samples 1000 --train-tokens 2M", "--train-tokens 128000"),
+        ("--lr-decay-iters 5", "--lr-decay-tokens 5120"),
+        ("--lr-decay-samples 5", "--lr-decay-tokens 640"),
+        ("--lr-warmup-iters 3", "--lr-warmup-tokens 3072"),
+        ("--lr-warmup-samples 3 --lr-warmup-tokens 1k", "--lr-warmup-tokens 1k"),
+        ("--lr-wsd-decay-iters 3", "--lr-wsd-decay-tokens 3072"),
+        ("--lr-warmup-fraction .001 --lr-decay-iters 1000", "--lr-warmup-tokens 1024 --lr-decay-tokens 1024000"),
+        ("--lr-warmup-fraction .01 --train-iters 100", "--lr-warmup-fraction .01 --train-tokens 102400"),
+        ("--lr-wsd-decay-style minus_sqrt", "--lr-wsd-decay-style minus-sqrt"),
+        ("--optimizer adam", "--optimizer adamw"),
+        ("--eval-iters 4", "--eval-tokens 4096"),
+        ("--exit-duration-in-mins 90", "--exit-duration 90min"),
+        ("--use-distributed-optimizer", "--zero-stage 1"),
+        ("--use-distributed-optimizer --zero-stage 2", "--zero-stage 2"),
+        ("--use-torch-fsdp2", "--zero-stage 3"),
+        ("--use-distributed-optimizer --use-torch-fsdp2", "--zero-stage 3"),
+        ("--use-megatron-fsdp --data-parallel-sharding-strategy optim_grads", "--zero-stage 2"),
+        ("--tokenizer-type HFTokenizer", "--tokenizer-type HuggingFaceTokenizer"),
+        ("--tokenizer-name-or-path gpt2", "--tokenizer-model gpt2"),
+        ("--train-data-path 1 a 2 b", "--data-path 1 a 2 b"),
+        ("--split '98, 1, 1'", "--split 98,1,1"),
+        ("--kill-switch-path stop", "--kill-switch stop"),
+        ("--save-retain-interval 500", "--keep-every 500"),
+        ("--persistent-save-interval 5", "--save-interval 5"),
+        ("--model-parallel-size 2 --sequence-parallel", "--tensor-model-parallel-size 2 --sequence-parallel"),
+        ("--sequence-parallel --use-mcore-models", ""),
+        ("--sequence-parallel", "--sequence-parallel"),
+        ("--batch-size 4", "--micro-batch-size 4"),
+        ("--profile --profile-step-start 4 --profile-step-end 6", "--profile 4-6 --profile-nsys"),
+        ("--profile pt --profile_steps 2,3", "--profile 2-3"),
+        ("--profile 10-12", "--profile 10-12"),
+    ],
+)
+def test_flags_mean_here_what_they_mean_in_megatron(words, here):
+    done = translated(words)
+    assert arguments(done.flags[len(AROUND) :]) == here.split()
+    assert not done.problems
+
+
+def test_values_of_translated_flags_arrive():
+    parsed = options("--num-key-value-heads 2 --train-iters 10 --checkpoint-activations --use-rope-scaling --exit-duration-in-mins 90")
+    assert parsed.options.model.num_query_groups == 2 and parsed.options.stages.train_tokens == 10240
+    assert parsed.options.engine.recompute_granularity == "full" and parsed.options.safety.exit_duration == 5400
+    assert parsed.options.model.rope_scaling == "llama3" and parsed.options.model.rope_scaling_factor == 8.0
+    assert parsed.origins["num_query_groups"] == "flag" and "num_key_value_heads" not in parsed.origins
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--context-parallel-size 1",
+        "--rotary-percent 1.0",
+        "--rotary-percent 1",
+        "--attention-dropout 0 --hidden-dropout 0.0",
+        "--deepspeed --use-flash-attn --use-mcore-models --no-masked-softmax-fusion",
+        "--distributed-backend nccl",
+        "--num-experts 1 --moe-min-capacity 4 --mlp-type standard",
+        "--lr-warmup-init 0.0",
+        "--hysteresis 2 --loss-scale-window 1000",
+        "--override-opt_param-scheduler",
+        "--weight-decay-incr-style constant",
+        "--rampup-batch-size 8 8 1000",
+        "--no-load-optim",
+        "--exit-duration-in-mins 30000000",
+        "--eval-iters 0",
+        "--lr-warmup-iters 0",
+    ],
+)
+def test_values_that_change_nothing_are_accepted_and_listed(words):
+    done = translated(words)
+    assert [row.given.text.split()[0] for row in done.ignored] == [word for word in words.split() if word.startswith("--")]
+    assert all(row.meaning for row in done.ignored)
+    assert len(done.flags) == len(AROUND) and not done.problems and not done.rows
+
+
+def test_what_has_no_effect_is_printed_with_the_reason(capsys):
+    said = options("--context-parallel-size 1 --use-flash-attn --no-position-embedding --position-embedding-type rope").megatron
+    print_megatron(said, make_console())
+    printed = capsys.readouterr().out
+    assert "No effect" in printed and "--context-parallel-size 1 (there is no context parallelism; this value changes nothing)" in printed
+    assert "--use-flash-attn (the program and PyTorch choose the kernels)" in printed
+    assert "--no-position-embedding (no learned positions" in printed
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        ("--context-parallel-size 2", "there is no context parallelism"),
+        ("--rotary-percent 0.5", "all dimensions of a head are rotated"),
+        ("--attention-dropout 0.1", "there is no dropout"),
+        ("--num-experts 8", "there are no expert layers"),
+        ("--num-layers-per-virtual-pipeline-stage 2", "interleaved (virtual) pipeline"),
+        ("--fp8-format hybrid", "there is no FP8"),
+        ("--position-embedding-type none", "a model without positions does not exist here"),
+        ("--position-embedding-type relative", "there are no relative positions"),
+        ("--position-embedding-type alibi", "there are no ALiBi positions"),
+        ("--no-position-embedding", "a model without positions does not exist here"),
+        ("--squared-relu", "GELU or SwiGLU"),
+        ("--lr-warmup-init 1e-6", "the warm-up begins at 0"),
+        ("--decoupled-lr 1e-3", "all weights have one learning rate"),
+        ("--rampup-batch-size 2 2 100", "the batch grows only from stage to stage"),
+        ("--qk-layernorm --normalization LayerNorm", "RMSNorm"),
+        ("--mock-data", "training reads a dataset"),
+        ("--train-samples 5 --train-iters 5", "together with --train-iters"),
+        ("--tokenizer-type BertWordPieceCase", "models that do not exist here"),
+        ("--no-load-optim --load CKPT", "a resumed run continues"),
+        ("--cpu-optimizer", "offload_optimizer"),
+        ("--deepspeed yes", "'yes' belongs to no flag"),
+        ("--train-iters", "without a value"),
+        ("--start-weight-decay 0.1", "weight decay is constant"),
+        ("--lr-warmup-iters soon", "not a whole number"),
+    ],
+)
+def test_what_cannot_be_had_is_refused_with_the_reason(words, reason):
+    problem, *_ = translated(words).problems
+    assert reason in problem.meaning and problem.given.text.split()[0] == words.split()[0]
+    assert problem.becomes and "did you mean" not in problem.becomes
+
+
+def test_the_plan_says_what_became_of_megatrons_flags(capsys):
+    plan([*MODEL, *BATCH, "--vocab-size", "100", "--train-iters", "100", "--deepspeed", "--world-size", "2", "--json"])
+    printed = capsys.readouterr()
+    assert "--train-tokens 102400" in printed.err and "--deepspeed (DeepSpeed is always used)" in printed.err
+    assert json.loads(printed.out)
+
+
+def test_one_refused_flag_is_an_error_in_three_parts():
+    with pytest.raises(ConfigError) as error:
+        options("--fp8-format hybrid")
+    assert error.value.what.startswith("--fp8-format hybrid: there is no FP8") and "docs/migrating.md" in error.value.allowed
+    assert error.value.do.startswith("write --bf16; the other flags are these here:")
+
+
+def test_steps_need_a_batch_to_become_tokens():
+    with pytest.raises(ConfigError) as error:
+        parse([*MODEL, "--train-iters", "5"])
+    assert "the tokens of a step are not known" in str(error.value) and "--global-batch-size" in str(error.value)
+
+
+def test_all_problems_are_reported_at_once(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    message = refusal(
+        "--num-experts 8 --moe-router-topk 2 --moe-grouped-gemm --lr fast --log-interval 0 --patchsize 2 --warp-drive 9 --zero-stage 7"
+    )
+    for part in (
+        "--num-experts 8",
+        "there are no expert",
+        "belongs to mixture of",
+        "remove them",
+        "'fast' is not a number",
+        "--log-interval 0",
+        "--patch-size?",
+        "--warp-drive 9",
+        "unknown",
+        "allowed: 0, 1, 2,",
+    ):
+        assert part in message, message
+    table = message.partition("Note:")[0].splitlines()[1:]
+    assert max(map(len, table)) <= 80 and all(line.startswith("  ") for line in table)
+    assert message.startswith("7 problems in the flags")
+
+
+def test_contradictions_of_several_checks_are_reported_at_once():
+    parsed = options("--finetune --eval-interval 5 --eval-interval-tokens 5 --lr-warmup-fraction 0.1 --lr-warmup-tokens 5 --dry-run")
+    with pytest.raises(ConfigError) as error:
+        resolve(parsed, 1)
+    assert all(
+        part in str(error.value) for part in ("--finetune without --load", "--eval-interval together", "--lr-warmup-tokens together")
+    )
+    with pytest.raises(ConfigError, match="2 problems"):
+        resolve(options("--train-tokens 0 --adam-eps 0 --dry-run"), 1)
+
+
+@pytest.mark.parametrize("words", ["--num-key-value-head 4", "--foo", "--fp8-hybrids"])
+def test_an_unknown_flag_gets_no_guess_across_meanings(words):
+    message = refusal(words)
+    assert "unknown flag" in message and "num-attention-heads" not in message
+
+
+def test_a_control_character_in_a_value_does_not_reach_the_terminal():
+    assert "\x1b" not in refusal("--foo \x1b[31mred --num-experts 8")
+
+
+def test_keys_of_a_file_go_through_the_same_table(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "num-layers: 2\nhidden-size: 64\nnum_attention_heads: 4\nnum-key-value-heads: 2\nglobal-batch-size: 8\nseq-length: 128\n"
+        "train-iters: 10\ndeepspeed: true\nuse-flash-attn: false\nnormalization: rmsnorm\nsplit: [98, 1, 1]\n"
+    )
+    parsed = parse(["--config", str(path)])
+    assert parsed.options.model.num_query_groups == 2 and parsed.options.stages.train_tokens == 10 * 8 * 128
+    assert parsed.origins["train_tokens"] == parsed.origins["num_query_groups"] == str(path)
+    over = parse(["--config", str(path), "--train-tokens", "5", "--global-batch-size", "4"])
+    assert over.options.stages.train_tokens == 5
+    assert parse(["--config", str(path), "--global-batch-size", "4"]).options.stages.train_tokens == 10 * 4 * 128
+    assert parse(["--config", str(path), "--train-iters", "1"]).options.stages.train_tokens == 8 * 128
+    path.write_text(path.read_text() + "num-experts: 4\nbf16: maybe\nlayers: 5\nlr: fast\n")
+    with pytest.raises(ConfigError) as error:
+        parse(["--config", str(path)])
+    assert all(part in str(error.value) for part in ("no expert layers", "'maybe' is no switch", "layers 5 in", "'fast' is not a number"))
+
+
+def test_a_command_line_in_our_words_says_nothing_of_megatron():
+    parsed = options("--train-tokens 1M --lr 1e-3 --normalization LayerNorm")
+    assert parsed.megatron is None
+
+
+def test_differences_from_megatrons_defaults_are_said():
+    notes = " ".join(options("--deepspeed --swiglu").megatron.notes)
+    assert "The model has RMSNorm, rotary positions, no biases, an untied head" in notes
+    assert "--normalization LayerNorm" in notes and "--no-disable-bias-linear" in notes
+    assert "weight decay 0.1 instead of 0.01 (--weight-decay 0.01)" in notes and "cosine decay instead of linear" in notes
+    assert "no dropout instead of 0.1" in notes
+    assert "--ffn-hidden-size is 256 by default; Megatron's default is 128" in notes
+    groups = " ".join(options("--use-mcore-models --num-query-groups 2").megatron.notes)
+    assert "Megatron-LM reads --num-query-groups only together with --group-query-attention" in groups
+
+
+def test_every_flag_of_the_table_has_one_of_the_outcomes():
+    """Accepted, translated to flags that exist, or refused with a reason."""
+    for flag in MEGATRON_FLAGS.values():
+        assert flag.text, flag.name
+        named = {key_of(word.rstrip(",")) for word in flag.here.split() if word.startswith("--") and word != "--config"}
+        assert named <= KEYS | set(MEGATRON_FLAGS), flag
+        if flag.kind in (Kind.SAME, Kind.VALUES):
+            assert flag.key in KEYS, flag
+        elif flag.key in KEYS:
+            raise AssertionError(f"{flag.name} is a flag of this program, too")
+        if flag.kind is Kind.RENAMED:
+            assert named and named <= KEYS, flag
+        if flag.kind is Kind.DETAIL:
+            assert flag.here in MEGATRON_FLAGS, flag
+
+
+@pytest.mark.parametrize("kind", list(Kind))
+def test_every_flag_is_answered_by_its_kind(kind):
+    """Each flag of the table, given alone with some value, is translated, listed or refused by name; none is called unknown."""
+    for flag in MEGATRON_FLAGS.values():
+        if flag.kind is not kind:
+            continue
+        given = Given(flag.key, () if flag.values == 0 else (flag.harmless[:1] or ("1",)))
+        done = translate([*AROUND, given], KEYS)
+        assert not any("unknown" in row.meaning for row in done.problems), flag
+        assert {*(name.key for name in done.flags)} <= KEYS
+        answers = [row.given.key for row in (*done.rows, *done.ignored, *done.problems)]
+        assert flag.key in answers or any(one is given for one in done.flags), flag
+        if kind in (Kind.IGNORED, Kind.DETAIL):
+            assert done.flags == AROUND and not done.problems, flag
