@@ -22,13 +22,12 @@ from megatron_patch.config.problems import Problem, one_error, problem_of, probl
 from megatron_patch.config.values import (
     CHECKPOINT,
     KEYS,
-    KEYWORDS,
     KINDS,
-    MAPPING,
     REQUIRED,
     in_file,
     make_options,
     missing_options,
+    place_of,
     read_values,
     stray,
 )
@@ -181,7 +180,7 @@ def given_in_file(data: Mapping[str, Any], source: str) -> tuple[list[Given], li
             texts = [str(item) for item in value] if isinstance(value, list) else str(value).split() if many else [str(value)]
             given.append(Given(key_of(name), () if value is True else tuple(texts), source))
     for flag in given:
-        check_text(flag.words, f"{source}: " if source in (MAPPING, KEYWORDS) else f"--config {source}: ")
+        check_text(flag.words, place_of(source))
     return given, problems
 
 

@@ -49,6 +49,10 @@ class Form(enum.Enum):
     CHOICE = "one of some words"
     TEXT = "a text"
     TEXTS = "several texts"
+    INTEGERS = "several whole numbers"
+
+
+_SEVERAL = (Form.TEXTS, Form.INTEGERS)
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,7 @@ def _kind(hint: Any) -> Kind:
     if get_origin(kind) is Literal:
         return Kind(Form.CHOICE, optional, get_args(kind))
     if get_origin(kind) is tuple:
-        return Kind(Form.TEXTS, optional)
+        return Kind(Form.INTEGERS if get_args(kind)[0] is int else Form.TEXTS, optional)
     if "COUNT" in metavars:
         return Kind(Form.COUNT, optional)
     if "TIME" in metavars:
@@ -132,10 +136,15 @@ def read_values(given: Sequence[Given]) -> Reading:
     return reading
 
 
+def place_of(source: str) -> str:
+    """Returns how errors begin that name a value of this source; "" for the command line."""
+    return "" if source == COMMAND_LINE else f"{source}: " if source in (CHECKPOINT, MAPPING, KEYWORDS) else f"--config {source}: "
+
+
 def _problem(key: str, source: str, error: ConfigError) -> Problem:
     """Returns what is wrong with a value: the error has the reason, what is allowed, and what to do; "" stands for a correction."""
     name = f"--{key}" if source == COMMAND_LINE else key.replace("-", "_")
-    where = "" if source == COMMAND_LINE else f"{source}: " if source in (CHECKPOINT, MAPPING, KEYWORDS) else f"--config {source}: "
+    where = place_of(source)
     full = ConfigError(f"{where}{name}: {error.what}", error.allowed, error.do or f"correct {name}")
     shown = name if not where else f"{name} in {Path(source).name}"
     return Problem(shown, f"{error.what}; allowed: {error.allowed}", full.do or "", full)
@@ -150,6 +159,8 @@ def _value(name: str, flag: Given) -> Any:
     kind = KINDS[name]
     if kind.form is Form.TEXTS:
         return flag.words
+    if kind.form is Form.INTEGERS:
+        return tuple(_integer(word) for word in flag.words)
     if kind.form is Form.SWITCH:
         value, words = _NAMES[flag.key][1], flag.words
         if kind.optional and words and words[0] in ("True", "False"):
@@ -239,11 +250,11 @@ def _in_file(name: str, value: Any, source: str) -> Given:
     if isinstance(value, list) and not any(isinstance(item, (list, dict)) for item in value):
         if name in _WITH_COMMAS:
             return Given(key, (",".join(str(item) for item in value),), source)
-        if kind.form is Form.TEXTS:
+        if kind.form in _SEVERAL:
             return Given(key, tuple(str(item) for item in value), source)
     if isinstance(value, (list, dict)):
         what = "a list" if isinstance(value, list) else "a mapping"
-        allowed = "one value, or a list of texts" if kind.form is Form.TEXTS else "one value"
+        allowed = "one value, or a list of values" if kind.form in _SEVERAL else "one value"
         raise ConfigError(f"the value is {what}", allowed, f"write one value after {name}:")
     return Given(key, tuple(str(value).split()) if name in _BLENDS else (str(value),), source)
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from megatron_patch.data.dataset_paths import expand_prefixes
 from megatron_patch.data.storage import exists, is_address
 from megatron_patch.errors import DataError
-from megatron_patch.programs import program
 from megatron_patch.raw_text.inputs import COMPRESSED_SUFFIXES, LINE_SUFFIXES, inner_suffix
 from megatron_patch.utils.console import shortened
 from megatron_patch.utils.registry import suggestion
@@ -140,7 +139,8 @@ def _of_file(path: str) -> str:
     if made:
         return f"give the dataset that was made of it: {' or '.join(shlex.quote(os.path.join(folder, one)) for one in made[:3])}"
     output = os.path.join(folder, str(stem))
-    return f"convert it: {program('preprocess_data')} --input {shlex.quote(path)} --output-prefix {shlex.quote(output)} --tokenizer-type …"
+    files = f"--input {shlex.quote(path)} --output-prefix {shlex.quote(output)}"
+    return f"convert it: python tools/preprocess_data.py {files} --tokenizer-type …"
 
 
 def _listing(names: Iterable[str]) -> str:

@@ -6,14 +6,15 @@ import os
 import shlex
 
 from megatron_patch.config.resolve import RunConfig
-from megatron_patch.programs import HOME, in_checkout, program
+from megatron_patch.programs import HOME, as_called
 
 
 def _tool(name: str) -> str:
     """Returns the beginning of a tool's command line; a file of a checkout with its path from here."""
-    if not in_checkout():
-        return program(name)
-    file = str(HOME / program(name))
+    words = f"python tools/{name}.py"
+    if (called := as_called(words)) != words:
+        return called
+    file = str(HOME / "tools" / f"{name}.py")
     return f"python {shlex.quote(min(file, os.path.relpath(file), key=len))}"
 
 

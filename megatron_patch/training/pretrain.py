@@ -53,12 +53,22 @@ def pretrain(run: RunConfig, callbacks: Sequence[CallbackFactory] = ()) -> ExitC
         for note in notes:
             console.print(labeled("Note", note, "yellow"))
         return ExitCode.DONE
-    check_datasets(run.data_words)
-    require("deepspeed", "training")
+    check_start(run)
     # Never closed: a signal that arrives while the process exits must not change the exit code.
     stops = StopRequests(run.options.safety)
     use_expandable_segments()
     return train(run, engine_config, stops, make_watchdog(run), callbacks)
+
+
+def check_start(run: RunConfig) -> None:
+    """Checks what a run needs on this machine, before torch is imported.
+
+    Raises:
+        DataError: a dataset does not exist.
+        ConfigError: DeepSpeed is not installed.
+    """
+    check_datasets(run.data_words)
+    require("deepspeed", "training")
 
 
 def train(

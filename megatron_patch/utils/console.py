@@ -93,6 +93,10 @@ class _TolerantOutput:
         return getattr(getattr(sys, self._name), name)
 
 
+NOTEBOOK_WIDTH = 100
+"""Characters of a line of a notebook's output, which wraps longer ones."""
+
+
 def make_console(width: int = 180, stderr: bool = False) -> Console:
     """Returns a console on which square brackets are text; style is in `Text` objects or in the argument `style`.
 
@@ -101,11 +105,23 @@ def make_console(width: int = 180, stderr: bool = False) -> Console:
         stderr: whether it prints to standard error instead of standard output.
     """
     file = cast("IO[str]", _TolerantOutput("stderr" if stderr else "stdout"))
-    console = _TextConsole(file=file, highlight=False, markup=False, emoji=False)
+    # In a notebook rich would make an output of HTML of each line.
+    console = _TextConsole(file=file, highlight=False, markup=False, emoji=False, force_jupyter=False)
     if console.is_terminal:
         return console
+    width = min(width, NOTEBOOK_WIDTH) if in_notebook() else width
     # A line of text stays one line of a log, however long it is; the width is that of tables.
-    return _TextConsole(file=file, highlight=False, markup=False, emoji=False, width=width, soft_wrap=True)
+    return _TextConsole(file=file, highlight=False, markup=False, emoji=False, force_jupyter=False, width=width, soft_wrap=True)
+
+
+def in_notebook() -> bool:
+    """Returns whether this process is the kernel of a notebook."""
+    return Console().is_jupyter
+
+
+def line_width(console: Console, of_log: int) -> int:
+    """Returns the number of characters of a line on a terminal or in a notebook, or the given number for all other outputs."""
+    return console.width if console.is_terminal or in_notebook() else of_log
 
 
 def print_line(text: str, *, stderr: bool = False) -> None:

@@ -76,7 +76,9 @@ def other_value(name):
         return True
     if kind.form is Form.CHOICE:
         return kind.choices[-1]
-    return {Form.COUNT: 7, Form.DURATION: "7h", Form.INTEGER: 7, Form.NUMBER: 0.7, Form.TEXT: "x", Form.TEXTS: ["x"]}[kind.form]
+    return {Form.COUNT: 7, Form.DURATION: "7h", Form.INTEGER: 7, Form.NUMBER: 0.7, Form.TEXT: "x", Form.TEXTS: ["x"], Form.INTEGERS: [7]}[
+        kind.form
+    ]
 
 
 def test_none_takes_back_every_value_of_a_file(tmp_path):

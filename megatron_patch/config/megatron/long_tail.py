@@ -111,14 +111,14 @@ LONG_TAIL: tuple[MegatronFlag, ...] = (
         "log-params-norm/0 log-num-zeros-in-grad/0 timing-log-level timing-log-option no-barrier-with-level-1-timing/0 "
         "tensorboard-log-interval tensorboard-queue-size log-timers-to-tensorboard/0 no-log-loss-scale-to-tensorboard/0 "
         "log-validation-ppl-to-tensorboard/0 log-memory-to-tensorboard/0 log-world-size-to-tensorboard/0 adlr-autoresume/0 "
-        "adlr-autoresume-interval profile profile-ranks/n test-mode/0",
+        "adlr-autoresume-interval test-mode/0",
         BOTH,
         _IGNORED,
         "every step is in SAVE/metrics.jsonl, whatever is drawn",
     ),
     *rows(
         _LOGS,
-        "log-throughput/0 log-progress/0 log-energy/0 logging-level profile-step-start profile-step-end use-pytorch-profiler/0 "
+        "log-throughput/0 log-progress/0 log-energy/0 logging-level "
         "record-memory-history/0 memory-snapshot-path result-rejected-tracker-filename config-logger-dir log-straggler/0 "
         "disable-straggler-on-startup/0 straggler-ctrlr-port straggler-minmax-count run-workload-inspector-server/0 no-one-logger/0 "
         "one-logger-project one-logger-run-name one-logger-async/0 app-tag-run-name app-tag-run-version",
@@ -128,7 +128,7 @@ LONG_TAIL: tuple[MegatronFlag, ...] = (
     ),
     *rows(
         _LOGS,
-        "log-batch-size-to-tensorboard/0 no-log-learnig-rate-to-tensorboard/0 log-optimizer-states-to-tensorboard/0 profile_steps",
+        "log-batch-size-to-tensorboard/0 no-log-learnig-rate-to-tensorboard/0 log-optimizer-states-to-tensorboard/0",
         DS,
         _IGNORED,
         "every step is in SAVE/metrics.jsonl, whatever is drawn",

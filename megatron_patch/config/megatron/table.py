@@ -673,6 +673,16 @@ MAIN: tuple[MegatronFlag, ...] = (
         _IGNORED,
         "--replay-interval compares a loss with its repetition",
     ),
+    *rows(
+        _WATCH,
+        "profile/n",
+        BOTH,
+        _VALUES,
+        "without a value, or with pt, the steps of --profile-step-start and -end or --profile_steps are recorded; for nsys they are marked",
+    ),
+    *rows(_WATCH, "profile-ranks/n", BOTH, _SAME, "the same"),
+    *rows(_WATCH, "profile-step-start profile-step-end use-pytorch-profiler/0", LM, _IGNORED, "read together with --profile"),
+    *rows(_WATCH, "profile_steps", DS, _IGNORED, "read together with --profile"),
     *rows(_WATCH, "wandb-entity", LM, _REFUSED, "wandb reads it from the environment", "export WANDB_ENTITY=NAME", ""),
     *rows(_WATCH, "wandb-save-dir", BOTH, _IGNORED, "wandb reads WANDB_DIR"),
 )

@@ -110,6 +110,21 @@ def _exit_duration(to: Translator, given: Given, flag: MegatronFlag) -> None:
         to.emit(given, f"--exit-duration {minutes}min", meaning="a time with its unit")
 
 
+def _profile(to: Translator, given: Given, flag: MegatronFlag) -> None:
+    if given.words and given.words[0] not in ("pt", "pt-full"):
+        to.result.flags.append(given)
+        return
+    # Megatron-DeepSpeed's --profile_steps are 2,3 by default; Megatron-LM's two flags count the steps that are done.
+    names = ("profile-step-start", "profile-step-end")
+    words = (to.value("profile-steps") or "2,3").split(",") if given.words else [to.value(names[0]) or "10", to.value(names[1]) or "12"]
+    first, last = _count(words[:1]), _count(words[1:])
+    if first is None or last is None:
+        return to.refuse(given, f"{' to '.join(words)} are not steps", "--profile 11-12")
+    first = max(first, 1) if given.words else first + 1
+    marks = [] if given.words or "use-pytorch-profiler" in to.last else ["--profile-nsys"]
+    to.emit(given, f"--profile {first}-{max(first, last)}", *marks, meaning="the steps, of which the first is 1")
+
+
 def _group_query(to: Translator, given: Given, flag: MegatronFlag) -> None:
     if to.value("num-query-groups", "num-key-value-heads") is not None:
         to.ignore(given, "--num-query-groups is enough")
@@ -253,6 +268,7 @@ _FUNCTIONS: dict[str, Callable[[Translator, Given, MegatronFlag], None]] = {
     "eval-iters": _eval_iters,
     "lr-warmup-fraction": _warmup_fraction,
     "exit-duration-in-mins": _exit_duration,
+    "profile": _profile,
     "group-query-attention": _group_query,
     "no-position-embedding": _no_positions,
     "rotary-seq-len-interpolation-factor": _interpolation,

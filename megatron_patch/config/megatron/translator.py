@@ -174,6 +174,6 @@ def _wrong_count(given: Given, flag: MegatronFlag) -> str | None:
     """Returns what is wrong with the number of values of a flag that only Megatron has, or None."""
     if flag.values == 0 and given.words:
         return f"{given.words[0]!r} belongs to no flag"
-    if flag.values == 1 and len(given.words) != 1 and flag.key != "profile":
+    if flag.values == 1 and len(given.words) != 1:
         return "without a value" if not given.words else f"{given.words[1]!r} belongs to no flag"
     return None
