@@ -38,6 +38,7 @@ def folder(tmp_path, monkeypatch):
     [
         ("data/wep_text_document", "data/wep_text_document.bin does not exist", "did you mean data/web_text_document"),
         ("data/web", "data/web.bin does not exist", "did you mean data/web_text_document"),
+        ("data/wep", "data/wep.bin does not exist", "did you mean data/web_text_document?"),
         ("data/web.jsonl", "data/web.jsonl is a file, not a dataset", "give the dataset that was made of it: data/web_text_document"),
         (
             "data/books.jsonl.gz",
