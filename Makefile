@@ -28,7 +28,7 @@ help:  ## prints this list
 venv: $(STAMP)  ## creates .venv, installs everything into it and builds csrc
 
 # Installs again after a change of the requirements or of csrc.
-$(STAMP): pyproject.toml constraints.txt setup.py $(shell find csrc -type f)
+$(STAMP): pyproject.toml constraints.txt setup.py build_backend.py $(shell find csrc -type f)
 	@$(has_venv) || $(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 10) <= v < (3, 13) else \
 	  "Python %d.%d is not supported; use one of 3.10 to 3.12: make venv PYTHON=python3.11" % v)'
 	@$(has_venv) || $(PYTHON) -m venv $(VENV)

@@ -6,6 +6,7 @@ import re
 
 from megatron_patch.credentials import without_credentials
 from megatron_patch.exit_codes import ExitCode
+from megatron_patch.programs import as_called
 
 
 class MegatronPatchError(Exception):
@@ -15,21 +16,23 @@ class MegatronPatchError(Exception):
         what: what was given or found, with its value, and why it is wrong.
         allowed: what would be accepted.
         do: what to do, as an imperative or a command.
+
+    The allowed and the do part may name programs by their files in a checkout, as `tools/plan.py`; see `as_called`.
     """
 
     exit_code: ExitCode = ExitCode.INTERNAL
 
     def __init__(self, what: str, allowed: str | None = None, do: str | None = None) -> None:
         self.what = without_credentials(what)
-        self.allowed = without_credentials(allowed) if allowed else allowed
-        self.do = without_credentials(do) if do else do
+        self.allowed = as_called(without_credentials(allowed)) if allowed else allowed
+        self.do = as_called(without_credentials(do)) if do else do
         parts = [self.what]
         if self.allowed:
             parts.append(f"Allowed: {self.allowed}")
         if self.do:
             parts.append(f"What to do: {self.do}")
         # Further lines of a part are indented, so that no name with a line end begins a line of a log.
-        super().__init__("\n  ".join(re.sub(r"\n(?! )", "\n    ", part) for part in parts))
+        super().__init__("\n  ".join(re.sub(r"\n(?![ \n])", "\n    ", part) for part in parts))
 
     def __reduce__(self) -> tuple[type, tuple[str, str | None, str | None]]:
         return type(self), (self.what, self.allowed, self.do)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 
-from megatron_patch.programs import program
+from megatron_patch.programs import as_called
 
 
 class ExitCode(enum.IntEnum):
@@ -25,7 +25,7 @@ class ExitCode(enum.IntEnum):
     @property
     def advice(self) -> str:
         """What happened and what to do, in one line."""
-        return _ADVICE[self]
+        return as_called(_ADVICE[self])
 
 
 _ADVICE = {
@@ -33,7 +33,7 @@ _ADVICE = {
     ExitCode.INTERNAL: "an error of the program or the machine, see the traceback; the same command resumes from the newest checkpoint",
     ExitCode.CONFIG: "flags or configuration: fix the problem named above",
     ExitCode.DATA: "data: fix the problem named above; the same command then resumes from the newest checkpoint",
-    ExitCode.CHECKPOINT: f"a checkpoint: fix the problem named above; {program('inspect_checkpoint')} shows which checkpoints are valid",
+    ExitCode.CHECKPOINT: "a checkpoint: fix the problem named above; tools/inspect_checkpoint.py shows which checkpoints are valid",
     ExitCode.SICK: "steps were rejected: check SAVE/events.jsonl; lower --lr, or resume with --on-spike skip or rewind",
     ExitCode.CORRUPTION: "ranks that must agree differ: repair or exclude what is named above; the same command then resumes",
     ExitCode.DOES_NOT_FIT: "the plan needs more memory than a device has: change the layout as described above",

@@ -29,31 +29,20 @@ TOOLS = {
     "migrate": "migrate",
 }
 """The files of a checkout, without .py, and the subcommands of `megatron-patch` that do the same."""
-_FOLDERS = {"pretrain_gpt_patch": "", "study": "examples/replicate/", "compare_studies": "examples/replicate/"}  # not in tools/
 _SHIPPED = (
     ("examples/configs", "*.yaml"),
     ("examples/replicate", "*.yaml"),
     ("examples/slurm", "*.sbatch", "*.sh"),
     (".", "constraints.txt"),
 )
+_LAUNCHER = r"(?:(python|deepspeed(?: --num_gpus \d+)?) )?"
+_FILE = re.compile(rf"(?<![\w/.-]){_LAUNCHER}(?:pretrain_gpt_patch|(?:tools|examples/replicate)/({'|'.join(TOOLS)}))\.py\b")
 _called: list[str] = []
 
 
 def in_checkout() -> bool:
     """Returns whether this package is part of a checkout, so that its user has pretrain_gpt_patch.py and tools/."""
     return (HOME / "pretrain_gpt_patch.py").is_file() and (HOME / "tools").is_dir()
-
-
-def program(tool: str, python: bool = False) -> str:
-    """Returns what to call for a tool: its file in a checkout, `megatron-patch SUBCOMMAND` otherwise.
-
-    Args:
-        tool: name of the tool's file, without .py.
-        python: whether `python` precedes the file.
-    """
-    if not in_checkout():
-        return f"megatron-patch {TOOLS[tool]}"
-    return f"{'python ' if python else ''}{_FOLDERS.get(tool, 'tools/')}{tool}.py"
 
 
 def shipped_files(root: Path) -> list[str]:
@@ -82,18 +71,23 @@ def command() -> str | None:
 
 
 def as_called(text: str) -> str:
-    """Returns a help text whose examples use the installed command, if that is what the user called.
+    """Returns a help text or an advice with the programs named as this user calls them.
 
     Args:
-        text: the text, with examples that begin with `python FOLDER/NAME.py` or `LAUNCHER FOLDER/NAME.py`.
+        text: a text that names files of a checkout, as `tools/NAME.py`, `python tools/NAME.py` or `deepspeed tools/NAME.py`.
+
+    Returns:
+        The text as it is in a checkout, unless the user called `megatron-patch` or `python -m megatron_patch`. Otherwise with subcommands
+        of that command in place of the files, and with `--module` after a launcher.
     """
-    called = command()
-    if called is None:
+    if not _called and in_checkout():
         return text
-    name = called.rpartition(" ")[0]
+    name = _called[0].rpartition(" ")[0] if _called else "megatron-patch"
 
     def installed(found: re.Match[str]) -> str:
-        launcher, tool = found[1], TOOLS[found[2]]
-        return f"{name} {tool}" if launcher == "python" else f"{launcher} --module megatron_patch {tool}"
+        launcher, tool = found[1], TOOLS[found[2] or "pretrain_gpt_patch"]
+        if launcher is None or launcher == "python":
+            return f"{name} {tool}"
+        return f"{launcher} --module megatron_patch{'.' if tool == 'pretrain' else ' '}{tool}"
 
-    return re.sub(rf"\b(python|deepspeed) (?:tools|examples/replicate)/({'|'.join(TOOLS)})\.py", installed, text)
+    return _FILE.sub(installed, text)

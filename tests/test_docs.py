@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_patch.cli.program import find
 from megatron_patch.config.megatron.page import markdown
 from megatron_patch.config.parsing import parse
 from megatron_patch.config.resolve import resolve
@@ -32,6 +33,7 @@ OTHERS = {
     "scontrol",
     "pip",
     "apt-get",
+    "docker",
     "LDFLAGS=",
     "tensorboard",
     "#",
@@ -58,6 +60,17 @@ TRAINING = [
     for name, line in COMMANDS
     if "pretrain_gpt_patch.py" in line and not line.startswith("CONFIG=") and not line.endswith("--help")
 ]
+INSTALLED = [
+    (name, line, found[1], set(re.findall(r"(?<![\w-])--[a-z][\w-]*", found[2])))
+    for name, line in COMMANDS
+    if (
+        found := re.search(
+            r"(?:^megatron-patch |^python -m megatron_patch |^(?:deepspeed|torchrun) .*megatron_patch[ .])([a-z-]+)(.*)", line
+        )
+    )
+    and "pretrain_gpt_patch.py" not in line
+]
+"""(document, command, subcommand, flags) of the installed command."""
 TOOLS = [(name, line) for name, line in COMMANDS if re.match(r"python (tools|examples/replicate)/\w+\.py", line)]
 
 
@@ -87,11 +100,11 @@ def test_training_commands_resolve(name, line):
     make_engine_config(run)
 
 
-def known_flags(tool):
-    done = subprocess.run([sys.executable, tool, "--help"], cwd=ROOT, capture_output=True, text=True, check=False)
+def known_flags(*tool):
+    done = subprocess.run([sys.executable, *tool, "--help"], cwd=ROOT, capture_output=True, text=True, check=False)
     if "{" in done.stdout:  # sub-commands
         for sub in re.search(r"\{([\w,-]+)\}", done.stdout).group(1).split(","):
-            more = subprocess.run([sys.executable, tool, sub, "--help"], cwd=ROOT, capture_output=True, text=True, check=False)
+            more = subprocess.run([sys.executable, *tool, sub, "--help"], cwd=ROOT, capture_output=True, text=True, check=False)
             done.stdout += more.stdout
     return set(re.findall(r"--[\w-]+", done.stdout))
 
@@ -105,6 +118,17 @@ def test_tools_know_the_flags_that_documents_give_them(tool):
             assert given <= known, f"{name}: {line}"
 
 
+@pytest.mark.parametrize("subcommand", sorted({subcommand for _, _, subcommand, _ in INSTALLED}))
+def test_the_installed_command_has_the_subcommands_and_flags_that_documents_give_it(subcommand):
+    if subcommand in ("--help", "--version"):
+        return
+    assert find(subcommand).name == subcommand
+    options = {f"--{option.replace('_', '-')}" for option in OPTION_TYPES} | {"--config"} if subcommand in ("pretrain", "plan") else set()
+    known = options | (known_flags("-m", "megatron_patch", subcommand) if subcommand != "pretrain" else set())
+    for name, line, other, flags in INSTALLED:
+        assert other != subcommand or flags <= known, f"{name}: {line}"
+
+
 @pytest.mark.parametrize("line", sorted({line for _, line in TOOLS if line.startswith("python tools/plan.py") and "FILE" not in line}))
 def test_plans_are_made_as_written(line, tmp_path):
     words = shlex.split(line)[1:]
@@ -115,7 +139,7 @@ def test_plans_are_made_as_written(line, tmp_path):
 
 
 def test_every_command_is_one_that_is_checked():
-    checked = {line for _, line in TRAINING + TOOLS}
+    checked = {line for _, line in TRAINING + TOOLS} | {line for _, line, _, _ in INSTALLED}
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     for name, line in COMMANDS:
         first = line.split()[0]

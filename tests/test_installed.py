@@ -106,6 +106,29 @@ def test_a_wheel_is_complete(tmp_path, wheel):
     assert (home / "two" / "latest").exists()
 
 
+@pytest.mark.parametrize(
+    ("launcher", "checkout", "words"),
+    [
+        ("srun", True, "python -u pretrain_gpt_patch.py --config c"),
+        ("srun", False, "python -u -m megatron_patch.pretrain --config c"),
+        ("deepspeed", True, "pretrain_gpt_patch.py --config c"),
+        ("deepspeed", False, "--module megatron_patch.pretrain --config c"),
+    ],
+)
+def test_the_slurm_templates_start_the_installed_package_where_there_is_no_checkout(tmp_path, launcher, checkout, words):
+    for name in ("srun", "deepspeed", "scontrol"):
+        (tmp_path / name).write_text(f'#!/bin/sh\necho "{name} $*"\n')
+        (tmp_path / name).chmod(0o755)
+    if checkout:
+        (tmp_path / "pretrain_gpt_patch.py").touch()
+    script = f"set -euo pipefail; source {ROOT}/examples/slurm/ranks.sh; start_ranks pretrain_gpt_patch.py --config c"
+    job = {"SLURM_JOB_ID": "7", "SLURM_NNODES": "1", "SLURM_NTASKS_PER_NODE": "2", "SLURM_JOB_NODELIST": "n1", "SAVE": "run"}
+    variables = {**os.environ, **job, "LAUNCHER": launcher, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run(["bash", "-c", script], cwd=tmp_path, env=variables, capture_output=True, text=True, check=True)
+    started = done.stdout.splitlines()[-1]
+    assert started.startswith(f"{launcher} ") and started.endswith(f" {words}")
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_a_fresh_environment_with_the_wheel_and_its_extra_train_runs_everything(tmp_path, wheel):

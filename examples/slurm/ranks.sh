@@ -40,8 +40,15 @@ check_settings() {
 }
 
 # start_ranks PROGRAM [FLAG...]: runs the program on all tasks of the job with LAUNCHER. Returns the program's exit code.
+# Where there is no such file, the installed package trains: the folder is not a checkout.
 start_ranks() {
     check_settings || return 2
+    local python=("$1") module=("$1")
+    if [ ! -e "$1" ]; then
+        python=(-m megatron_patch.pretrain)
+        module=(--module megatron_patch.pretrain)
+    fi
+    shift
     # When a rank ends, the others have 30 seconds to end, and then Slurm's KillWait (30 seconds), so one dead rank ends the job on all
     # nodes within a minute. --kill-on-bad-exit would kill ranks that are ending regularly, and return their code (143) instead of the
     # program's.
@@ -58,7 +65,7 @@ start_ranks() {
     case $LAUNCHER in
     srun)
         # Each rank reads its number and the address of rank 0 from Slurm's variables.
-        srun --ntasks="$ranks" "${together[@]}" python -u "$@"
+        srun --ntasks="$ranks" "${together[@]}" python -u "${python[@]}" "$@"
         ;;
     deepspeed)
         # --launcher slurm also uses srun: nodes need no ssh, and every rank gets Slurm's signals.
@@ -66,7 +73,7 @@ start_ranks() {
         hostfile=$(mktemp)
         scontrol show hostnames "$SLURM_JOB_NODELIST" | sed "s/\$/ slots=$SLURM_NTASKS_PER_NODE/" >"$hostfile"
         deepspeed --hostfile "$hostfile" --launcher slurm --launcher_args "${together[*]}" --force_multi --no_ssh_check \
-            --master_addr "$(head -n 1 "$hostfile" | cut -d ' ' -f 1)" "$@" || code=$?
+            --master_addr "$(head -n 1 "$hostfile" | cut -d ' ' -f 1)" "${module[@]}" "$@" || code=$?
         rm "$hostfile"
         return "$code"
         ;;

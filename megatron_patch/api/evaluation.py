@@ -87,7 +87,7 @@ def evaluate(
             words += ["--data-path", *(os.fspath(part) if isinstance(part, os.PathLike) else str(part) for part in parts)]
         elif tasks is not None:
             words += ["--tasks", tasks if isinstance(tasks, str) else ",".join(tasks)]
-        result = tool._evaluate(tool._parser().parse_args(words), loaded.loaded)
+        result = tool.evaluate(tool.arguments().parse_args(words), loaded.loaded)
     if texts is not None:
         del result["text"]
     return result

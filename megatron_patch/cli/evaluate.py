@@ -44,7 +44,8 @@ from megatron_patch.tokenizers.base import Tokenizer, tokenizer_of_checkpoint
 from megatron_patch.utils.units import format_count, parse_count, plural
 
 
-def _parser() -> ArgumentParser:
+def arguments() -> ArgumentParser:
+    """Returns the parser of the tool."""
     parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--load", required=True, help="folder of a run, or one of its step-N folders")
     source = parser.add_argument_group("data (one of)").add_mutually_exclusive_group(required=True)
@@ -91,19 +92,29 @@ def main(argv: list[str]) -> None:
         ConfigError: a flag is wrong, or flags contradict each other.
         DataError: the data or the tokenizer cannot be read.
     """
-    args = _parser().parse_args(argv)
-    if args.tasks is not None and args.patch_size != 1:
-        raise ConfigError(
-            f"--tasks with --patch-size {args.patch_size}", "1, because tasks are scored token by token", "remove --patch-size"
-        )
+    args = arguments().parse_args(argv)
     dtype = torch.bfloat16 if args.bf16 else torch.float32
     with open_model(args.load, dtype, args.tensor_model_parallel_size, args.pipeline_model_parallel_size) as loaded:
-        result = _evaluate(args, loaded)
+        result = evaluate(args, loaded)
     if _prints():
         print(json.dumps(result))
 
 
-def _evaluate(args: argparse.Namespace, loaded: LoadedModel[InferenceModel]) -> dict[str, Any]:
+def evaluate(args: argparse.Namespace, loaded: LoadedModel[InferenceModel]) -> dict[str, Any]:
+    """Returns what the tool prints.
+
+    Args:
+        args: the parsed arguments.
+        loaded: the model.
+
+    Raises:
+        ConfigError: flags contradict each other, or the model.
+        DataError: the data or the tokenizer cannot be read.
+    """
+    if args.tasks is not None and args.patch_size != 1:
+        raise ConfigError(
+            f"--tasks with --patch-size {args.patch_size}", "1, because tasks are scored token by token", "remove --patch-size"
+        )
     shape = loaded.model.shape
     positions = args.seq_length or int(loaded.options["seq_length"])
     if shape.position_embedding == "learned" and positions > shape.max_positions:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shlex
 import tempfile
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from megatron_patch.cli.migrate_defaults import with_defaults
 from megatron_patch.cli.migrate_yaml import Line, lines_of, render
 from megatron_patch.cli.shell_script import UNRESOLVED, Script, evaluate
 from megatron_patch.config.megatron.command_line import problems_of_rows, split
+from megatron_patch.config.megatron.flags import Kind, key_of
 from megatron_patch.config.megatron.page import markdown
 from megatron_patch.config.megatron.translate import translate
 from megatron_patch.config.megatron.translator import MEGATRON_FLAGS, Given, Row
@@ -36,6 +38,7 @@ from megatron_patch.utils.files import read_small, reason
 from megatron_patch.utils.units import plural
 
 _MOST_BYTES = 1 << 22
+_DECISIVE = ("num-layers", "hidden-size", "num-attention-heads", "train-tokens", "train-iters", "train-samples", "global-batch-size")
 _DESCRIPTION = """\
 Turns a command line of Megatron-LM or Megatron-DeepSpeed into a YAML file for --config.
 
@@ -119,7 +122,7 @@ def main(argv: Sequence[str]) -> None:
             "train it with Megatron, or change the model",
         )
     lines = lines_of(translation, parts)
-    filled_in = [Line(flag.key, " ".join(flag.words), _missing(flag)) for flag in unresolved if flag.key != "deepspeed-config"]
+    filled_in = [_to_fill_in(flag) for flag in unresolved if flag.key != "deepspeed-config" and not _without_effect(flag)]
     if parts.left:
         path = args.deepspeed_output
         if path is None:
@@ -145,8 +148,16 @@ def main(argv: Sequence[str]) -> None:
     _check(lines, filled_in, parts, ranks)
 
 
-def _missing(flag: Given) -> str:
-    return f"no value for {', '.join(dict.fromkeys(UNRESOLVED.findall(' '.join(flag.words))))}"
+def _to_fill_in(flag: Given) -> Line:
+    """Returns the line for a flag without a value, under the name that it has here if only its name differs."""
+    known = MEGATRON_FLAGS.get(flag.key)
+    renamed = known is not None and known.kind is Kind.RENAMED and " " not in known.here
+    key = key_of(known.here) if known is not None and renamed else flag.key
+    return Line(key, " ".join(flag.words), f"no value for {', '.join(dict.fromkeys(UNRESOLVED.findall(' '.join(flag.words))))}")
+
+
+def _without_effect(flag: Given) -> bool:
+    return flag.key in MEGATRON_FLAGS and MEGATRON_FLAGS[flag.key].kind in (Kind.IGNORED, Kind.DETAIL)
 
 
 def _read(script: str | None, after: list[str] | None, assignments: list[str]) -> _Source:
@@ -192,9 +203,9 @@ def _training_command(script: Script) -> tuple[list[str], list[str]] | None:
     best: tuple[list[str], list[str]] | None = None
     most = 2  # fewer are no training
     for command in script.commands:
-        words = [part for word in command for part in (shlex.split(word) if ".py" in word and " " in word else [word])]
-        if words[0] in ("echo", "printf"):
+        if command[0] in ("echo", "printf"):
             continue
+        words = _without_redirections([part for word in command for part in _inner_words(word, script)])
         program = next((index for index, word in enumerate(words) if word.endswith(".py")), None)
         if program is None:
             continue
@@ -203,6 +214,20 @@ def _training_command(script: Script) -> tuple[list[str], list[str]] | None:
         if flags > most:
             best, most = (words[:program], arguments), flags
     return best
+
+
+def _inner_words(word: str, script: Script) -> list[str]:
+    """Returns the words of a text that another shell would read (`bash -c "…"`), with its variables replaced; any other word as it is."""
+    if " " not in word.strip() or not re.search(r"\.py\b|\$\w", word):
+        return [word]
+    commands = evaluate(word, {name: value for name, value in script.variables.items() if isinstance(value, str)}).commands
+    return max(commands, key=len, default=[word])
+
+
+def _without_redirections(words: list[str]) -> list[str]:
+    """Returns words up to the first redirection or pipe, which are words where a command was put together as text."""
+    end = next((index for index, word in enumerate(words) if re.fullmatch(r"[0-9]?(?:&?>{1,2}|>&)\S*|\|", word)), len(words))
+    return words[:end]
 
 
 def _ranks(launcher: Sequence[str]) -> int | None:
@@ -287,7 +312,8 @@ def _say(left_out: Sequence[tuple[str, str]], filled_in: Sequence[Line], source:
     rows = [(what, f"left out: {why}") for what, why in left_out]
     rows += [(f"{line.key}: {line.value}", f"to fill in: {line.comment}") for line in filled_in]
     if rows:
-        print_line(problem_table(rows, ("what", "why")), stderr=True)
+        for line in problem_table(rows, ("what", "why")).splitlines():
+            print_line(line, stderr=True)
     for remark in source.remarks:
         print_line(f"Note: {remark}", stderr=True)
 
@@ -298,7 +324,7 @@ def _check(lines: Sequence[Line], filled_in: Sequence[Line], parts: DeepSpeedPar
     Raises:
         ConfigError: it does not resolve.
     """
-    missing = [line.key for line in filled_in if line.key in ("num-layers", "hidden-size", "num-attention-heads", "train-tokens")]
+    missing = [line.key for line in filled_in if line.key in _DECISIVE]
     if missing:
         raise ConfigError(
             f"{', '.join(missing)} without a value, so the file was not checked", "values for all variables", "use --set, or fill them in"

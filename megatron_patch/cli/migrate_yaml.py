@@ -98,6 +98,8 @@ def render(
             f"# Check it: megatron-patch pretrain --config FILE.yaml --dry-run --world-size {ranks or 8}",
         ]
     groups = _groups()
+    named = set().union(*groups.values())
+    groups["keys of Megatron, which this program translates"] = {line.key for line in filled_in} - named
     for heading, keys in groups.items():
         inside = [line for line in lines if line.key in keys]
         missing = [line for line in filled_in if line.key in keys]

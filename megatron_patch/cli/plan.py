@@ -31,9 +31,10 @@ from megatron_patch.planning.reliability import LLAMA3_DEVICE_HOURS, Interruptio
 from megatron_patch.planning.search import search
 from megatron_patch.planning.sensitivity import plot_sensitivity
 from megatron_patch.planning.tables import print_search, print_simulation, print_tables
+from megatron_patch.training.dry_run import print_megatron
 from megatron_patch.training.pretrain import make_engine_config
 from megatron_patch.training.stream import corpus_usage_json, corpus_usage_table, open_stream_if_present
-from megatron_patch.utils.console import labeled, make_console
+from megatron_patch.utils.console import labeled, make_console, print_lines
 
 
 def arguments() -> ArgumentParser:
@@ -69,13 +70,15 @@ def main(argv: list[str]) -> None:
     """
     args, rest = arguments().parse_known_args(argv)
     if args.published:
-        print("\n".join(published_table()))
+        print_lines("\n".join(published_table()))
         return
     if args.world_size < 1:
         raise ConfigError(f"--world-size {args.world_size}", "whole numbers from 1", "give the number of devices")
     parsed = parse([*rest, "--dry-run"], "tools/plan.py")
     device = load_hardware(args.gpu, args.ceilings)
     console = make_console()
+    if parsed.megatron is not None:
+        print_megatron(parsed.megatron, make_console(stderr=True) if args.json else console)
     if args.search and (args.simulate or args.plot is not None):
         raise ConfigError(
             f"--search with {'--simulate' if args.simulate else '--plot'}",

@@ -22,13 +22,12 @@ from megatron_patch.config.problems import Problem, one_error, problem_of, probl
 from megatron_patch.config.values import (
     CHECKPOINT,
     KEYS,
-    KEYWORDS,
     KINDS,
-    MAPPING,
     REQUIRED,
     in_file,
     make_options,
     missing_options,
+    place_of,
     read_values,
     stray,
 )
@@ -36,7 +35,7 @@ from megatron_patch.config.yaml_files import MOST_YAML_BYTES, RepeatedKeys, load
 from megatron_patch.errors import ConfigError
 from megatron_patch.programs import command
 from megatron_patch.raw_text.encodings import HEAD_BYTES, other_encoding
-from megatron_patch.utils.console import print_line
+from megatron_patch.utils.console import print_lines
 from megatron_patch.utils.files import read_small, reason
 from megatron_patch.utils.pipes import reader_may_leave
 from megatron_patch.utils.versions import versions
@@ -181,7 +180,7 @@ def given_in_file(data: Mapping[str, Any], source: str) -> tuple[list[Given], li
             texts = [str(item) for item in value] if isinstance(value, list) else str(value).split() if many else [str(value)]
             given.append(Given(key_of(name), () if value is True else tuple(texts), source))
     for flag in given:
-        check_text(flag.words, f"{source}: " if source in (MAPPING, KEYWORDS) else f"--config {source}: ")
+        check_text(flag.words, place_of(source))
     return given, problems
 
 
@@ -191,7 +190,7 @@ def _help_or_version(argv: Sequence[str], program: str) -> None:
         if "--help" in argv or "-h" in argv:
             tyro.cli(_flatten(Options), args=["--help"], prog=program)
         if "--version" in argv:
-            print_line(versions())
+            print_lines(versions())
             raise SystemExit(0)
 
 

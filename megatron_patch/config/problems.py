@@ -94,22 +94,21 @@ def one_error(problems: Sequence[Problem], notes: Sequence[str] = (), do: str | 
         advice = "; ".join(part for part in (error.do, do) if part)
         return SeveralConfigErrors("\n  ".join([error.what, *said]), error.allowed, advice, distinct)
     columns = ("flag", "what it means here", "what to write")
-    table = problem_table([(problem.flag, problem.meaning, problem.write) for problem in distinct], columns)
-    text = "\n".join([f"{plural(len(distinct), 'problem')} in the flags", "", table, "", *said])
+    table = problem_table([(problem.flag, problem.meaning, problem.write) for problem in distinct], columns, indent=2)
+    text = "\n".join([f"{plural(len(distinct), 'problem')} in the flags", table, *(f"  {note}" for note in said)])
     advice = "; ".join(part for part in ("write what the last column says", do) if part)
     return SeveralConfigErrors(text, None, advice, distinct)
 
 
-def problem_table(rows: Sequence[tuple[str, ...]], columns: Sequence[str], width: int | None = None) -> str:
+def problem_table(rows: Sequence[tuple[str, ...]], columns: Sequence[str], indent: int = 0) -> str:
     """Returns a table as text that fits the terminal, with control characters of its cells made visible.
 
     Args:
         rows: the cells.
         columns: the headings.
-        width: characters of a line; None: those of the terminal.
+        indent: spaces before each line.
     """
-    wide = shutil.get_terminal_size((100, 24)).columns if width is None else width
-    wide = max(_NARROWEST, min(wide, _WIDEST))
+    wide = max(_NARROWEST, min(shutil.get_terminal_size((100, 24)).columns, _WIDEST)) - indent
     table = Table(box=_LINES, show_edge=False, pad_edge=False, padding=(0, 2, 0, 0), width=None)
 
     def share(number: int) -> int:
@@ -121,4 +120,4 @@ def problem_table(rows: Sequence[tuple[str, ...]], columns: Sequence[str], width
         table.add_row(*(Text(visible(cell)) for cell in row))
     output = io.StringIO()
     Console(file=output, width=wide, color_system=None, highlight=False, markup=False, emoji=False).print(table)
-    return "\n".join(line.rstrip() for line in output.getvalue().splitlines()).rstrip("\n")
+    return "\n".join(" " * indent + line.rstrip() for line in output.getvalue().splitlines())

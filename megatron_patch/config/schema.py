@@ -35,7 +35,7 @@ _NUMBER: _Schema = {
         {"type": "string", "pattern": r"^\s*[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?\s*$"},
     ]
 }
-_INTEGER = {"anyOf": [{"type": "integer"}, {"type": "string", "pattern": r"^[+-]?[0-9]+$"}]}
+_INTEGER: _Schema = {"anyOf": [{"type": "integer"}, {"type": "string", "pattern": r"^[+-]?[0-9]+$"}]}
 _DURATION = {
     "anyOf": [
         {"type": "number", "minimum": 0},
@@ -51,7 +51,7 @@ _FORMS: dict[Form, _Schema] = {
     Form.NUMBER: _NUMBER,
     Form.TEXT: _SCALAR,
     Form.TEXTS: {"anyOf": [_SCALAR, {"type": "array", "items": _SCALAR}]},
-    Form.INTEGERS: {"anyOf": [_INTEGER, {"type": "array", "items": _INTEGER}]},
+    Form.INTEGERS: {"anyOf": [*_INTEGER["anyOf"], {"type": "array", "items": _INTEGER}]},
 }
 _WITH_COMMAS = {"anyOf": [_SCALAR, {"type": "array", "items": _NUMBER}]}
 

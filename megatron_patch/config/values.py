@@ -52,6 +52,9 @@ class Form(enum.Enum):
     INTEGERS = "several whole numbers"
 
 
+_SEVERAL = (Form.TEXTS, Form.INTEGERS)
+
+
 @dataclass(frozen=True)
 class Kind:
     """What an option accepts.
@@ -133,10 +136,15 @@ def read_values(given: Sequence[Given]) -> Reading:
     return reading
 
 
+def place_of(source: str) -> str:
+    """Returns how errors begin that name a value of this source; "" for the command line."""
+    return "" if source == COMMAND_LINE else f"{source}: " if source in (CHECKPOINT, MAPPING, KEYWORDS) else f"--config {source}: "
+
+
 def _problem(key: str, source: str, error: ConfigError) -> Problem:
     """Returns what is wrong with a value: the error has the reason, what is allowed, and what to do; "" stands for a correction."""
     name = f"--{key}" if source == COMMAND_LINE else key.replace("-", "_")
-    where = "" if source == COMMAND_LINE else f"{source}: " if source in (CHECKPOINT, MAPPING, KEYWORDS) else f"--config {source}: "
+    where = place_of(source)
     full = ConfigError(f"{where}{name}: {error.what}", error.allowed, error.do or f"correct {name}")
     shown = name if not where else f"{name} in {Path(source).name}"
     return Problem(shown, f"{error.what}; allowed: {error.allowed}", full.do or "", full)
@@ -152,7 +160,7 @@ def _value(name: str, flag: Given) -> Any:
     if kind.form is Form.TEXTS:
         return flag.words
     if kind.form is Form.INTEGERS:
-        return tuple(map(_integer, flag.words))
+        return tuple(_integer(word) for word in flag.words)
     if kind.form is Form.SWITCH:
         value, words = _NAMES[flag.key][1], flag.words
         if kind.optional and words and words[0] in ("True", "False"):
@@ -242,11 +250,11 @@ def _in_file(name: str, value: Any, source: str) -> Given:
     if isinstance(value, list) and not any(isinstance(item, (list, dict)) for item in value):
         if name in _WITH_COMMAS:
             return Given(key, (",".join(str(item) for item in value),), source)
-        if kind.form in (Form.TEXTS, Form.INTEGERS):
+        if kind.form in _SEVERAL:
             return Given(key, tuple(str(item) for item in value), source)
     if isinstance(value, (list, dict)):
         what = "a list" if isinstance(value, list) else "a mapping"
-        allowed = "one value, or a list of texts" if kind.form is Form.TEXTS else "one value"
+        allowed = "one value, or a list of values" if kind.form in _SEVERAL else "one value"
         raise ConfigError(f"the value is {what}", allowed, f"write one value after {name}:")
     return Given(key, tuple(str(value).split()) if name in _BLENDS else (str(value),), source)
 

@@ -12,7 +12,6 @@ from pathlib import Path
 
 from megatron_patch.data.storage import exists, read_bytes
 from megatron_patch.errors import DataError
-from megatron_patch.programs import program
 from megatron_patch.utils.files import write_durably
 from megatron_patch.utils.records import record_from_json
 
@@ -104,7 +103,7 @@ def read_metadata(prefix: str) -> DatasetMetadata | None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(
             f"{path} is not a dataset's metadata file: {error}",
-            f"a file that {program('preprocess_data')} wrote",
+            "a file that tools/preprocess_data.py wrote",
             "remove the file, or preprocess the data again",
         ) from error
 

@@ -18,7 +18,7 @@ from megatron_patch.raw_text.inputs import COMPRESSED_SUFFIXES, LINE_SUFFIXES, i
 from megatron_patch.utils.console import shortened
 from megatron_patch.utils.registry import suggestion
 
-_ALLOWED = "a dataset prefix, the path without .bin and .idx, as tools/preprocess_data.py writes it: --output-prefix and _text_document"
+_ALLOWED = "a dataset prefix: the path without .bin and .idx, which is --output-prefix of preprocessing and _text_document"
 _SHOWN, _MOST_ENTRIES = 8, 100_000
 
 
@@ -139,7 +139,8 @@ def _of_file(path: str) -> str:
     if made:
         return f"give the dataset that was made of it: {' or '.join(shlex.quote(os.path.join(folder, one)) for one in made[:3])}"
     output = os.path.join(folder, str(stem))
-    return f"convert it: tools/preprocess_data.py --input {shlex.quote(path)} --output-prefix {shlex.quote(output)} --tokenizer-type …"
+    files = f"--input {shlex.quote(path)} --output-prefix {shlex.quote(output)}"
+    return f"convert it: python tools/preprocess_data.py {files} --tokenizer-type …"
 
 
 def _listing(names: Iterable[str]) -> str:

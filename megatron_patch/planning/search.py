@@ -36,13 +36,13 @@ class LayoutChoice:
     micro_batch_size: int
     recompute: Recompute
 
-    def flags(self, options: Options) -> str:
-        """Returns the flags that change a run's options to this layout; "as given" if it is the run's own."""
+    def flags(self, options: Options, zero_level: int | None) -> str:
+        """Returns the flags that change a run's options, with their ZeRO level, to this layout; "as given" if it is the run's own."""
         engine = options.engine
         words = [
             ("--tensor-model-parallel-size", self.tensor, engine.tensor_model_parallel_size),
             ("--pipeline-model-parallel-size", self.pipeline, engine.pipeline_model_parallel_size),
-            ("--zero-stage", self.zero_level, engine.zero_stage),
+            ("--zero-stage", self.zero_level, zero_level),
             ("--micro-batch-size", self.micro_batch_size, options.stages.micro_batch_size),
             ("--recompute-granularity", self.recompute, engine.recompute_granularity),
         ]
@@ -94,12 +94,14 @@ class Found:
         tried: number of layouts and micro-batches that were tried.
         other_batch: number of those that would change the global batch by more than `BATCH_TOLERANCE`.
         smallest: the plan that needs least memory, whether it fits or not; None if none keeps the batch.
+        given: the run's own layout; None if it is not possible on these devices.
     """
 
     candidates: list[Candidate]
     tried: int
     other_batch: int
     smallest: Candidate | None
+    given: Plan | None
 
     def check(self, hardware: Hardware) -> None:
         """Checks that a layout was found.
@@ -152,6 +154,17 @@ def search(parsed: ParsedOptions, ranks: int, hardware: Hardware) -> Found:
         ConfigError: no layout passes the checks of a run.
     """
     best: dict[tuple[int, int, int, str], Candidate] = {}
+
+    def planned(options: Options) -> Plan:
+        run = resolve(ParsedOptions(options, parsed.origins), ranks)
+        engine = resolve_engine_config(run.options.engine, run.options.schedule, run.origins, run.plan, run.data_parallel_size)
+        return make_plan(run.shape, run.plan, layout_of(run, engine), hardware, run.options.stages.seq_length)
+
+    try:
+        given = planned(parsed.options)
+    except ConfigError:
+        given = None
+    zero_level = given.layout.zero_level if given else parsed.options.engine.zero_stage
     # One rank rounds nothing.
     alone = LayoutChoice(1, 1, 1, 1, "none").apply(parsed.options)
     asked = [stage.tokens_per_step for stage in resolve(ParsedOptions(alone, parsed.origins), 1).plan.stages]
@@ -161,24 +174,20 @@ def search(parsed: ParsedOptions, ranks: int, hardware: Hardware) -> Found:
     for choice in layout_choices(ranks, hardware):
         tried += 1
         try:
-            run = resolve(ParsedOptions(choice.apply(parsed.options), parsed.origins), ranks)
-            layout = layout_of(
-                run, resolve_engine_config(run.options.engine, run.options.schedule, run.origins, run.plan, run.data_parallel_size)
-            )
+            plan = planned(choice.apply(parsed.options))
         except ConfigError as error:
             failure = error
             continue
-        batches = [stage.tokens_per_step for stage in run.plan.stages]
+        batches = [stage.tokens_per_step for stage in plan.plan.stages]
         if any(abs(batch / wanted - 1) > BATCH_TOLERANCE for batch, wanted in zip(batches, asked, strict=True)):
             other_batch += 1
             continue
-        plan = make_plan(run.shape, run.plan, layout, hardware, run.options.stages.seq_length)
         key = (choice.tensor, choice.pipeline, choice.zero_level, choice.recompute)
-        candidate = Candidate(choice, plan, choice.flags(parsed.options))
+        candidate = Candidate(choice, plan, choice.flags(parsed.options, zero_level))
         if smallest is None or plan.fullest.memory.total < smallest.plan.fullest.memory.total:
             smallest = candidate
         if plan.fits and (key not in best or candidate.seconds_per_token < best[key].seconds_per_token):
             best[key] = candidate
     if smallest is None and not other_batch and failure is not None:
         raise failure
-    return Found(sorted(best.values(), key=lambda candidate: candidate.seconds_per_token), tried, other_batch, smallest)
+    return Found(sorted(best.values(), key=lambda candidate: candidate.seconds_per_token), tried, other_batch, smallest, given)

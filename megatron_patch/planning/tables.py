@@ -13,7 +13,7 @@ from megatron_patch.planning.memory import COUNTED_PARTS
 from megatron_patch.planning.plan import PipelinePart, Plan, Resources
 from megatron_patch.planning.published import calibration
 from megatron_patch.planning.reliability import Simulation
-from megatron_patch.planning.search import BATCH_TOLERANCE, Found
+from megatron_patch.planning.search import BATCH_TOLERANCE, Candidate, Found
 from megatron_patch.utils.console import labeled
 from megatron_patch.utils.tables import FittingTable
 from megatron_patch.utils.units import format_count, format_duration, plural
@@ -80,7 +80,7 @@ def traffic_table(plan: Plan) -> FittingTable:
 
 def resource_table(plan: Plan) -> FittingTable:
     """Returns the resources of the run next to those of token-level training."""
-    columns = ("", "tokens", "FLOPs", "~device hours", "~dollars", "~time")
+    columns = ("", "tokens", "~device hours", "~dollars", "~time", "FLOPs")
     title = f"Budget at ${plan.hardware.dollars_per_hour:g} per {plan.hardware.name} hour, an example"
     table = _table(title, *columns, left=("",))
     rows: list[tuple[str, Resources]] = [
@@ -90,7 +90,7 @@ def resource_table(plan: Plan) -> FittingTable:
     ]
     for name, resources in rows:
         hours, dollars = f"{resources.device_hours:,.0f}", f"${resources.dollars:,.0f}"
-        table.add_row(name, format_count(resources.tokens), f"{resources.flops:.3g}", hours, dollars, format_duration(resources.seconds))
+        table.add_row(name, format_count(resources.tokens), hours, dollars, format_duration(resources.seconds), f"{resources.flops:.3g}")
     return table
 
 
@@ -103,13 +103,14 @@ def print_tables(plan: Plan, console: Console) -> None:
         console.print(traffic_table(plan))
     console.print(resource_table(plan))
     saved = plan.checkpoints
+    ends = f", so the run takes ~{format_duration(plan.run.seconds / saved.goodput)}" if saved.goodput else ""
     console.print(
         labeled(
             "Checkpoints",
             f"{saved.bytes / GIB:,.1f} GiB each. With a failure every ~{format_duration(saved.mtbf_seconds)} on "
             f"{plural(plan.layout.ranks, 'device')} and {saved.save_seconds:g} s per save, save every "
             f"~{format_duration(saved.daly_seconds)} (~{plural(saved.steps, 'step')}; Young's formula: "
-            f"{format_duration(saved.young_seconds)}): ~{saved.goodput:.1%} of the time trains",
+            f"{format_duration(saved.young_seconds)}): ~{saved.goodput:.1%} of the time trains{ends}",
         )
     )
     need = f"~{plan.fullest.memory.total / GIB:.1f} GiB on the fullest rank, in stage {plan.fullest.peak_stage}; "
@@ -125,6 +126,16 @@ def _print_caveats(hardware: Hardware, console: Console) -> None:
     console.print(f"{counted} {calibration(hardware)}", style="dim")
 
 
+def _given_text(given: Plan, candidates: Sequence[Candidate]) -> str:
+    text = f"{given.layout.name()}, ~{given.fullest.memory.total / GIB:.1f} GiB, ~{given.run.device_hours:,.0f} device hours"
+    if not given.fits:
+        return f"{text}; it does not fit into {given.hardware.usable_text()}"
+    if not candidates:
+        return text
+    more = (given.run.seconds / given.run.tokens) / candidates[0].seconds_per_token - 1
+    return f"{text}, {more:.0%} more than the fastest" if more >= 0.005 else f"{text}, as fast as the fastest"
+
+
 def print_search(found: Found, hardware: Hardware, ranks: int, console: Console, rows: int = 12) -> None:
     """Prints the fastest layouts, and the flags of each below the table."""
     shown = found.candidates[:rows]
@@ -135,6 +146,8 @@ def print_search(found: Found, hardware: Hardware, ranks: int, console: Console,
             "Search", f"{found.tried:,} layouts and micro-batches on {plural(ranks, 'device')}; {len(found.candidates)} layouts fit{kept}"
         )
     )
+    if found.given is not None:
+        console.print(labeled("Given", _given_text(found.given, found.candidates)))
     if not shown:
         return
     table = _table("The fastest layouts", *columns, left=("layout",))

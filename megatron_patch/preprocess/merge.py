@@ -24,7 +24,6 @@ from megatron_patch.data.indexed_dataset import IndexedDataset, bin_path, idx_pa
 from megatron_patch.data.storage import FileArray, is_address
 from megatron_patch.errors import DataError
 from megatron_patch.preprocess.dedup_shuffle import dedup_and_shuffle
-from megatron_patch.programs import program
 from megatron_patch.utils.files import checksum, copy_range, fsync_folder, open_new
 from megatron_patch.utils.units import plural
 
@@ -241,7 +240,7 @@ def _verify_tokens(shards: Sequence[_Shard], path: Path) -> str:
                 raise DataError(
                     f"the checksum of {bin_path(shard.prefix)} differs from its metadata file, or the copy is damaged",
                     "undamaged shards and a reliable disk",
-                    f"check the shard with {program('inspect_dataset')} --check; copy it or preprocess it again",
+                    "check the shard with tools/inspect_dataset.py --check; copy it or preprocess it again",
                 )
     return total.hexdigest()
 
@@ -294,7 +293,7 @@ def _write_offsets(shards: Sequence[_Shard], itemsize: int, index: BinaryIO) -> 
                 raise DataError(
                     f"the offsets in {idx_path(shard.prefix)} do not match its lengths",
                     "an undamaged shard",
-                    f"check the shard with {program('inspect_dataset')} --check",
+                    "check the shard with tools/inspect_dataset.py --check",
                 )
             index.write((base + offsets).astype("<i8").data)
             end = int(ends[-1])
@@ -311,7 +310,7 @@ def _write_boundaries(shards: Sequence[_Shard], index: BinaryIO) -> None:
                 raise DataError(
                     f"a document in {idx_path(shard.prefix)} ends before it begins",
                     "an undamaged shard",
-                    f"check the shard with {program('inspect_dataset')} --check",
+                    "check the shard with tools/inspect_dataset.py --check",
                 )
             last = int(boundaries[-1])
             index.write((base + boundaries.astype(np.int64)).astype("<i8").data)

@@ -19,7 +19,6 @@ import xxhash
 
 from megatron_patch.errors import DataError
 from megatron_patch.preprocess.encode import EncodeSettings
-from megatron_patch.programs import program
 from megatron_patch.raw_text.inputs import STANDARD_INPUT, FileRange
 from megatron_patch.utils.files import checksum, fsync_folder, open_in_place, read_small, reason, write_durably
 from megatron_patch.utils.units import plural
@@ -262,7 +261,7 @@ def _records(path: Path) -> tuple[dict[str, Any], list[Record]] | None:
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(
             f"{path} is not a progress log: {reason(error)}",
-            f"a file that {program('preprocess_data')} wrote",
+            "a file that tools/preprocess_data.py wrote",
             "start over with --overwrite instead of --resume",
         ) from error
 

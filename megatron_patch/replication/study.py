@@ -33,7 +33,7 @@ from megatron_patch.config.resolve import load_config
 from megatron_patch.errors import ConfigError, DataError
 from megatron_patch.exit_codes import ExitCode
 from megatron_patch.model.flops import parameter_count
-from megatron_patch.programs import HOME, in_checkout, program, shipped
+from megatron_patch.programs import HOME, as_called, in_checkout, shipped
 from megatron_patch.replication.arms import Arm, all_arms, select_arms
 from megatron_patch.replication.devices import gpus, machine
 from megatron_patch.replication.publish import publish
@@ -299,7 +299,7 @@ class Study:
         extra += f" --vocab-size {self.args.vocab_size}" if self.args.vocab_size != VOCAB_SIZE else ""
         arms = f" --arms {' '.join(self.args.arms)}" if self.args.arms else ""
         seeds = max((outcome.seed for outcome in self.outcomes()), default=self.args.seeds)
-        script = f"python {Path(sys.argv[0]).name}" if self.more_arms else program("study", python=True)
+        script = f"python {Path(sys.argv[0]).name}" if self.more_arms else as_called("python examples/replicate/study.py")
         output = f"--text 'books/*.txt' --output runs/{self.output.name}"
         return f"{script} {output} --config {config}{extra}{arms} --seeds {seeds}"
 

@@ -18,7 +18,7 @@ from megatron_patch.errors import ConfigError, MegatronPatchError
 from megatron_patch.training.faults.exit_protocol import joined, record_error
 from megatron_patch.training.faults.stop_requests import StopRequests
 from megatron_patch.training.faults.watchdog import Watchdog
-from megatron_patch.training.pretrain import make_engine_config, train
+from megatron_patch.training.pretrain import check_start, make_engine_config, train
 from megatron_patch.utils.console import flush_output
 
 if TYPE_CHECKING:
@@ -69,6 +69,7 @@ def _run(run: RunConfig, callbacks: Sequence[CallbackFactory]) -> Recorder:
     from megatron_patch.training.callbacks.recorder import Recorder
 
     engine_config = make_engine_config(run)
+    check_start(run)
     rank, size, _ = ranks_from_environment()
     recorder = Recorder(keeps_all=run.save_folder is None)
     stops = StopRequests(run.options.safety)

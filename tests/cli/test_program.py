@@ -16,6 +16,7 @@ from megatron_patch.cli import inspect, program
 from megatron_patch.cli.command_line import ArgumentParser
 from megatron_patch.cli.program import SUBCOMMANDS, main
 from megatron_patch.errors import ConfigError
+from megatron_patch.exit_codes import ExitCode
 from tests.distributed.runs import make_corpus
 
 ROOT = Path(__file__).parent.parent.parent
@@ -84,8 +85,7 @@ def test_without_a_subcommand_it_prints_the_help_as_an_error(capsys):
 
 def test_every_subcommand_has_a_module_and_every_tool_a_subcommand():
     for subcommand in SUBCOMMANDS:
-        if subcommand.name not in ("migrate", "schema", "completion"):
-            assert importlib.util.find_spec(subcommand.module) is not None, subcommand.module
+        assert importlib.util.find_spec(subcommand.module) is not None, subcommand.module
     names = {subcommand.name for subcommand in SUBCOMMANDS}
     assert set(programs.TOOLS.values()) <= names
     tools = {path.stem for path in (ROOT / "tools").glob("*.py")} - {"package_check"}
@@ -103,22 +103,28 @@ def test_help_of_a_subcommand_shows_the_command_that_was_called(capsys):
     assert "usage: megatron-patch pretrain " in capsys.readouterr().out
 
 
-def test_examples_of_a_help_text_follow_the_caller(monkeypatch):
-    text = "python tools/evaluate.py --load X\ndeepspeed tools/evaluate.py --y\npython examples/replicate/study.py"
-    assert ArgumentParser(description=text).description == text
+TEXT = """python tools/evaluate.py --load X
+deepspeed --num_gpus 2 tools/evaluate.py --y
+python examples/replicate/study.py
+the flags of pretrain_gpt_patch.py, or deepspeed pretrain_gpt_patch.py
+compare them (tools/inspect_dataset.py --diff); /home/me/tools/plan.py and report.py are yours"""
+INSTALLED = """NAME evaluate --load X
+deepspeed --num_gpus 2 --module megatron_patch evaluate --y
+NAME study
+the flags of NAME pretrain, or deepspeed --module megatron_patch.pretrain
+compare them (NAME inspect-dataset --diff); /home/me/tools/plan.py and report.py are yours"""
+
+
+def test_help_and_advice_name_the_programs_as_the_user_calls_them(monkeypatch):
+    assert ArgumentParser(description=TEXT).description == TEXT == ConfigError("x", TEXT).allowed
     programs.set_command("python -m megatron_patch evaluate")
-    assert ArgumentParser(description=text).description.splitlines() == [
-        "python -m megatron_patch evaluate --load X",
-        "deepspeed --module megatron_patch evaluate --y",
-        "python -m megatron_patch study",
-    ]
-
-
-def test_advice_names_the_file_of_a_checkout_or_the_installed_command(monkeypatch):
-    assert programs.program("inspect_checkpoint") == "tools/inspect_checkpoint.py"
-    assert programs.program("study", python=True) == "python examples/replicate/study.py"
+    assert ArgumentParser(description=TEXT).description == INSTALLED.replace("NAME", "python -m megatron_patch")
+    monkeypatch.setattr(programs, "_called", [])
     monkeypatch.setattr(programs, "HOME", ROOT / "docs")
-    assert programs.program("inspect_checkpoint") == "megatron-patch inspect-checkpoint"
+    installed = INSTALLED.replace("NAME", "megatron-patch")
+    error = ConfigError(TEXT, TEXT, TEXT)
+    assert (error.what, error.allowed, error.do) == (TEXT, installed, installed)
+    assert "megatron-patch inspect-checkpoint shows which checkpoints are valid" in ExitCode.CHECKPOINT.advice
     assert programs.shipped("constraints.txt") == ROOT / "docs" / "megatron_patch" / "share" / "constraints.txt"
 
 

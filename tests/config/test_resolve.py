@@ -255,10 +255,13 @@ def test_what_is_logged_to_must_be_installed(monkeypatch, words, module, package
     resolve(*RUN, *words.split(), "--dry-run")
 
 
-def test_missing_data_and_vocabulary_are_notes():
+def test_missing_data_and_vocabulary_are_notes(tmp_path):
     with pytest.raises(ConfigError, match="no data"):
         resolve(*BASE, "--vocab-size", "64")
-    with pytest.raises(DataError, match="nowhere.bin does not exist"):
+    with pytest.raises(ConfigError, match="size of the vocabulary"):
+        (tmp_path / "of_megatron.bin").touch()
+        resolve(*BASE, "--data-path", str(tmp_path / "of_megatron"))
+    with pytest.raises(DataError, match=r"--data-path: nowhere\.bin does not exist"):
         resolve(*BASE, "--data-path", "nowhere")
 
 

@@ -176,8 +176,23 @@ def test_tables_fit_into_the_terminal(width):
     print_search(result, DEVICES["H200"], 64, console)
     text = console.file.getvalue()
     assert max(map(len, text.splitlines())) <= width and "…" not in text
+    assert "so the run takes ~8 d 04 h" in " ".join(text.split())
     for title in ("fragmentation", "~optimizer", "~dollars", "--tensor-model-parallel-size 4"):
         assert title in text
+
+
+def test_a_search_says_how_the_given_layout_compares(capsys, monkeypatch):
+    words = ["--config", "examples/configs/llama_370m.yaml", "--gpu", "A100", "--search", "--recompute-granularity", "full"]
+    code, text, _ = run(*words, capsys=capsys, monkeypatch=monkeypatch)
+    assert code == 0 and "Given DP8 ZeRO 1 bf16 recompute full, ~" in text and "% more than the fastest" in text
+    assert "1 --recompute-granularity none" in text, "the flags turn the given layout into the fastest"
+    code, text, _ = run(*words[:-2], capsys=capsys, monkeypatch=monkeypatch)
+    assert ", as fast as the fastest" in text and "1 as given" in text
+    code, text, _ = run(*SMALL.split(), "--search", capsys=capsys, monkeypatch=monkeypatch)
+    assert code == 0 and "--zero-stage 1" not in text, "ZeRO 1 is what these flags without --zero-stage mean"
+    big = [*BIG[:4], "--world-size", "8", "--gpu", "B200", "--search"]
+    code, text, _ = run(*big, capsys=capsys, monkeypatch=monkeypatch)
+    assert code == 7 and "Given" not in text, "8 devices cannot form the given layout"
 
 
 def test_published_runs_are_printed_without_a_run(capsys, monkeypatch):

@@ -194,6 +194,39 @@ def test_arguments_without_what_a_run_needs_end_with_what_is_missing(capsys):
         main(["nowhere.sh"])
 
 
+def test_flags_without_values_are_named_as_here(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("run.sh").write_text(
+        "python pretrain_gpt.py --num-layers 2 --hidden-size 64 --num-attention-heads 4 --num-key-value-heads $KV --vocab-file $1 "
+        "--train-iters $ITERS --global-batch-size 8 --seq-length 64 > log\n"
+    )
+    with pytest.raises(ConfigError, match="train-iters without a value, so the file was not checked"):
+        migrate(tmp_path, "run.sh")
+    text = Path("run.yaml").read_text()
+    assert "# num-query-groups: ${KV}  # fill in: no value for ${KV}" in text and "# train-iters: ${ITERS}" in text
+    assert "vocab-file" not in text and all(len(line) < 120 for line in capsys.readouterr().err.splitlines() if "Note" not in line)
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        "eval $run &> log/out.log",
+        'srun --wait=60 bash -c "$LAUNCHER $CMD" 2>&1 | tee log',
+        "srun bash -c '$LAUNCHER $CMD' 2>&1 | tee log",
+        "CUDA_VISIBLE_DEVICES=0 $LAUNCHER $CMD",
+    ],
+)
+def test_ways_to_start_a_program(tmp_path, monkeypatch, start):
+    monkeypatch.chdir(tmp_path)
+    arguments = "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --train-iters 3 --global-batch-size 8 --seq-length 64"
+    Path("run.sh").write_text(
+        'LAUNCHER="python -u -m torch.distributed.run --nproc_per_node 2"\nexport CMD=" `pwd`/pretrain_gpt.py '
+        f'{arguments} "\nrun="deepspeed --num_gpus 2 pretrain_gpt.py {arguments} --deepspeed &> log.txt"\necho $run\n{start}\n'
+    )
+    values, text = migrate(tmp_path, "run.sh")
+    assert values["train-tokens"] == 3 * 8 * 64 and "--world-size 2" in text
+
+
 def test_a_file_without_a_command_says_so(tmp_path):
     (tmp_path / "empty.sh").write_text("echo hello\n")
     with pytest.raises(ConfigError, match="no command that starts"):

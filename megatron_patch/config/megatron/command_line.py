@@ -5,6 +5,7 @@ In: arguments, then the translation and the options. Out: `Given` records; a `Me
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,6 +15,7 @@ from megatron_patch.config.megatron.translator import COMMAND_LINE, MEGATRON_FLA
 from megatron_patch.config.option_types import option_types
 from megatron_patch.config.options import Options
 from megatron_patch.config.problems import Problem
+from megatron_patch.config.values import place_of
 from megatron_patch.errors import ConfigError
 from megatron_patch.model.families import FAMILIES
 
@@ -85,16 +87,17 @@ def problems_of_rows(rows: Sequence[Row]) -> list[Problem]:
 
 
 def _problem(row: Row) -> Problem:
-    where = "" if row.given.source == COMMAND_LINE else f"--config {row.given.source}: "
+    of_file = row.given.source != COMMAND_LINE
+    shown = f"{row.given.text.removeprefix('--')} in {row.given.source}" if of_file else row.given.text
+    write = re.sub(r"--([\w-]+)", r"\1", row.becomes) if of_file else row.becomes
     if row.given.key not in MEGATRON_FLAGS:
-        name = f"unknown flag --{row.given.key}" if not where else f"{where}unknown key {row.given.key.replace('-', '_')!r}"
-        allowed = "the flags that --help lists" if not where else "the names of the flags, without the leading dashes (--help lists them)"
-        write = row.becomes if not where else row.becomes.replace("--", "").replace("-", "_")
-        return Problem(f"{where}{row.given.text}", row.meaning, write, ConfigError(name, allowed, write))
-    error = ConfigError(
-        f"{where}{row.given.text}: {row.meaning}", "the flags that --help lists, and those of docs/migrating.md", _imperative(row.becomes)
-    )
-    return Problem(f"{where}{row.given.text}", row.meaning, row.becomes, error)
+        what, allowed = f"unknown flag --{row.given.key}", "the flags that --help lists"
+        if of_file:
+            what = f"{place_of(row.given.source)}unknown key {row.given.key.replace('-', '_')!r}"
+            allowed, write = "the names of the flags, without the leading dashes (--help lists them)", write.replace("-", "_")
+        return Problem(shown, row.meaning, write, ConfigError(what, allowed, write))
+    error = ConfigError(f"{shown}: {row.meaning}", "the flags that --help lists, and those of docs/migrating.md", _imperative(write))
+    return Problem(shown, row.meaning, write, error)
 
 
 def _imperative(text: str) -> str:

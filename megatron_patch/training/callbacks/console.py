@@ -12,7 +12,7 @@ from rich.text import Text
 from megatron_patch.training.callbacks.base import Callback, EvaluationRecord, Event, RunEnd, RunStart, SaveRecord, StepRecord, SwitchRecord
 from megatron_patch.training.callbacks.progress import LiveState, LossTrend, live_view, outlook
 from megatron_patch.training.pauses import Pauses
-from megatron_patch.utils.console import make_console, one_line, shortened
+from megatron_patch.utils.console import line_width, make_console, one_line, shortened
 from megatron_patch.utils.units import format_count, format_duration
 
 _HEAD_EVERY = 40  # lines
@@ -67,7 +67,7 @@ class Console(Callback):
         self._state: LiveState | None = None
         self._trend = LossTrend()
         self._lines = 0
-        width = self._console.width if self._console.is_terminal else _WIDE
+        width = line_width(self._console, _WIDE)
         self._columns = _columns(width)
         self._narrow = len(self._columns) < len(_WIDTHS)
         self._shows_to_go = width >= _WIDE

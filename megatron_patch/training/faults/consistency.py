@@ -20,7 +20,6 @@ from megatron_patch.engine.distributed import gather_objects
 from megatron_patch.engine.interface import Engine
 from megatron_patch.errors import CorruptionError
 from megatron_patch.parallel.grid import Grid
-from megatron_patch.programs import program
 
 _SHOWN = 5
 _PER_RANK = "local_rank"  # the launcher gives each rank another value
@@ -71,7 +70,7 @@ def check_batches(grid: Grid, batches: Sequence[PatchBatch]) -> None:
             raise CorruptionError(
                 f"rank {rank} reads other samples than rank {earlier} of the same replica",
                 "the same dataset files on all nodes",
-                f"compare the datasets on both nodes ({program('inspect_dataset')} --diff)",
+                "compare the datasets on both nodes (tools/inspect_dataset.py --diff)",
             )
 
 
