@@ -56,6 +56,12 @@ class MLflow:
         parameters: Mapping[str, Any],
         patience: float = PATIENCE,
     ) -> None:
+        if uri is None and not os.environ.get("MLFLOW_TRACKING_URI"):
+            raise ConfigError(
+                f"--mlflow-experiment {experiment} without the address of a tracking server",
+                "--mlflow-tracking-uri, or MLFLOW_TRACKING_URI in the environment",
+                "give --mlflow-tracking-uri http://HOST:5000",
+            )
         # By default, a server that does not answer keeps MLflow busy for a quarter of an hour, and MLflow reports its use to its makers.
         for variable, value in (
             ("MLFLOW_HTTP_REQUEST_TIMEOUT", str(math.ceil(patience))),
@@ -68,12 +74,6 @@ class MLflow:
             import mlflow.entities
         except ImportError as error:
             raise missing_package("mlflow", f"--mlflow-experiment {experiment}") from error
-        if uri is None and not os.environ.get("MLFLOW_TRACKING_URI"):
-            raise ConfigError(
-                f"--mlflow-experiment {experiment} without the address of a tracking server",
-                "--mlflow-tracking-uri, or MLFLOW_TRACKING_URI in the environment",
-                "give --mlflow-tracking-uri http://HOST:5000",
-            )
         self._mlflow: Any = mlflow
         self._experiment, self._uri, self._save = experiment, uri, save
         self._run_name = name
