@@ -41,7 +41,7 @@ class MLflow:
         patience: seconds for the server to answer one request.
 
     Raises:
-        ConfigError: the package mlflow-skinny is not installed.
+        ConfigError: the package mlflow-skinny is not installed, or no address of a server is known.
     """
 
     name = "MLflow"
@@ -62,7 +62,7 @@ class MLflow:
                 "--mlflow-tracking-uri, or MLFLOW_TRACKING_URI in the environment",
                 "give --mlflow-tracking-uri http://HOST:5000",
             )
-        # By default, a server that does not answer keeps MLflow busy for a quarter of an hour, and MLflow reports its use to its makers.
+        # By default, MLflow asks a server that does not answer 8 times, for 120 s each, and reports its use to its makers.
         for variable, value in (
             ("MLFLOW_HTTP_REQUEST_TIMEOUT", str(math.ceil(patience))),
             ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0"),
