@@ -109,7 +109,7 @@ def find(name: str) -> Subcommand:
         return known[name]
     if name.startswith("-"):
         raise ConfigError(
-            f"{name[:80]!r} precedes the subcommand",
+            f"{name if name.isprintable() else ascii(name)} precedes the subcommand",
             "--help and --version, or a subcommand first",
             f"write {NAME} SUBCOMMAND {name} …; to train: {NAME} pretrain {name} …",
         )

@@ -5,6 +5,7 @@ In: a word of --data-path. Out: an error with the prefixes that exist at this pl
 
 from __future__ import annotations
 
+import difflib
 import glob
 import os
 import shlex
@@ -104,6 +105,9 @@ def _nearest(prefix: str) -> str | None:
         return f"did you mean {' or '.join(map(shlex.quote, (at + one for one in longer[:3])))}?"
     if near := suggestion(name, found, prefix=at):
         return near
+    prefixes = {one.removesuffix("_document").rpartition("_")[0]: one for one in found if one.endswith("_document")}
+    if close := difflib.get_close_matches(name, prefixes, n=1):
+        return f"did you mean {shlex.quote(at + prefixes[close[0]])}?"
     return f"the datasets there: {_listing(at + one for one in found)}" if found else None
 
 

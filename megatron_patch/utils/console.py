@@ -116,7 +116,7 @@ def make_console(width: int = 180, stderr: bool = False) -> Console:
 
 def in_notebook() -> bool:
     """Returns whether this process is the kernel of a notebook."""
-    return Console().is_jupyter
+    return Console(markup=False).is_jupyter
 
 
 def line_width(console: Console, of_log: int) -> int:
