@@ -64,11 +64,11 @@ def check_start(run: RunConfig) -> None:
     """Checks what a run needs on this machine, before torch is imported.
 
     Raises:
-        DataError: a dataset does not exist.
         ConfigError: DeepSpeed is not installed.
+        DataError: a dataset does not exist.
     """
-    check_datasets(run.data_words)
     require("deepspeed", "training")
+    check_datasets(run.data_words)
 
 
 def train(

@@ -104,10 +104,6 @@ def results(folder, corpus) -> None:
     kept = pretrain(config(corpus))
     run = Run(folder / "run")
     assert saved.save == folder / "run" and saved.checkpoint == folder / "run" / "step-00000012" and kept.save is kept.checkpoint is None
-    assert (
-        saved.metrics == [record for kind in ("start", "step", "evaluation", "switch", "save", "end") for record in run.records(kind)]
-        or saved.metrics
-    )
     assert saved.records("step") == run.records("step") and [one.loss for one in seen] == run.losses
     without_times = [{name: value for name, value in one.items() if name in ("type", "step", "loss", "token_loss")} for one in kept.metrics]
     assert without_times == [

@@ -285,10 +285,25 @@ def test_contradictions_of_several_checks_are_reported_at_once():
         resolve(options("--train-tokens 0 --adam-eps 0 --dry-run"), 1)
 
 
-@pytest.mark.parametrize("words", ["--num-key-value-head 4", "--foo", "--fp8-hybrids"])
+@pytest.mark.parametrize("words", ["--num-key-value-head 4", "--foo", "--fp8-hybrids", "--lr-warmup-steps 10", "--lr-decay-steps 5"])
 def test_an_unknown_flag_gets_no_guess_across_meanings(words):
-    message = refusal(words)
-    assert "unknown flag" in message and "num-attention-heads" not in message
+    (row,) = translated(words).problems
+    assert row.meaning.startswith("unknown") and row.becomes == f"remove {words.split()[0]}"
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("--layers 2", "--num-layers"),
+        ("--patchsize", "--patch-size"),
+        ("--num-layer", "--num-layers"),
+        ("--Lr-Decay-Stile", "--lr-decay-style"),
+        ("--bf6", "--bf16"),
+    ],
+)
+def test_misspelt_flags_of_this_program_are_recognized(given, meant):
+    (row,) = translated(given).problems
+    assert meant in row.becomes and row.becomes.startswith("did you mean")
 
 
 def test_a_control_character_in_a_value_does_not_reach_the_terminal():

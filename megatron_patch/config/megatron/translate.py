@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from megatron_patch.config.megatron.flags import MegatronFlag
 from megatron_patch.config.megatron.translator import COMMAND_LINE, MEGATRON_FLAGS, Given, Translation, Translator
 from megatron_patch.errors import ConfigError
-from megatron_patch.utils.units import parse_count
+from megatron_patch.utils.units import parse_count, plural
 
 
 def translate(given: Sequence[Given], ours: Collection[str], dry_run: bool = False) -> Translation:
@@ -65,7 +65,7 @@ def _tokens(option: str, steps: bool) -> Callable[[Translator, Given, MegatronFl
                 return to.ignore(given, f"{number * unit:,} tokens; --{option} {' '.join(own.words)} counts")
         if option == "train-tokens" and flag.key == "train-samples" and "train-iters" in to.last:
             return to.refuse(given, "together with --train-iters", "one of --train-iters, --train-samples and --train-tokens")
-        formula = f"{number:,} {'steps' if steps else 'samples'} x {unit:,} tokens"
+        formula = f"{plural(number, 'step' if steps else 'sample')} x {unit:,} tokens"
         if tokens == 0 and option != "train-tokens":
             return to.ignore(given, "0 is the default")
         if own is not None:
