@@ -222,7 +222,7 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
         table.add_column(column, justify="left" if column == columns[0] else "right")
     for row in rows:
         table.add_row(*row)
-    Console(width=150).print(table)
+    Console(width=150, markup=False).print(table)
 
 
 def not_finite(value: Any, name: str = "") -> list[str]:

@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 MAX_FILE_BYTES = 8 << 20
 """Largest file to pack. Larger files remain in the folder, and their names are printed."""
@@ -222,7 +222,7 @@ class Schedule:
     def _end(self, outcome: Outcome) -> None:
         self.outcomes[outcome.name] = outcome
         at = time.monotonic() - self.began
-        self.console.print(f"{at:6.1f} s  {outcome.name}: {outcome.status} ({outcome.seconds:.1f} s)", highlight=False)
+        self.console.print(f"{at:6.1f} s  {outcome.name}: {outcome.status} ({outcome.seconds:.1f} s)", markup=False, highlight=False)
 
     def pack(self) -> None:
         """Writes steps.json and rewrites the archive; the old archive remains until the new one is complete."""
@@ -236,10 +236,10 @@ class Schedule:
                 self.packed.parent.mkdir(parents=True, exist_ok=True)
                 skipped = pack(self.folder, self.packed)
             except OSError as error:
-                self.console.print(f"cannot pack the results: {error}", highlight=False)
+                self.console.print(f"cannot pack the results: {error}", markup=False, highlight=False)
                 return
             for name in skipped:
-                self.console.print(f"not packed, larger than {MAX_FILE_BYTES >> 20} MiB: {name}", highlight=False)
+                self.console.print(f"not packed, larger than {MAX_FILE_BYTES >> 20} MiB: {name}", markup=False, highlight=False)
 
     def print_table(self) -> None:
         """Prints the result of each step, and the last lines of those that failed."""
@@ -252,7 +252,7 @@ class Schedule:
             color = colors[outcome.status]
             last = outcome.last_lines[-1] if outcome.last_lines and outcome.status != "not reached" else ""
             last = last if len(last) <= 80 else f"{last[:79]}…"
-            table.add_row(step.name, f"[{color}]{outcome.status}[/{color}]", f"{outcome.seconds:.0f}", escape(last))
+            table.add_row(step.name, Text(outcome.status, color), f"{outcome.seconds:.0f}", Text(last))
         for step in self.steps:
             outcome = self.outcomes[step.name]
             if outcome.status in ("failed", "timed out"):

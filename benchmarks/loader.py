@@ -90,7 +90,7 @@ def main() -> None:
                 rows.append(row)
                 speed, copy = float(row["tokens_per_second"]), float(row["copy_tokens_per_second"])
                 table.add_row(str(patch_size), name, f"{speed / 1e6:.1f}", f"{copy / 1e6:.1f}", f"{speed / copy:.2f}")
-    Console(width=100).print(table)
+    Console(width=100, markup=False).print(table)
     today = date.today().isoformat()
     output = Path(__file__).parent / "results" / f"loader-{today}.json"
     output.parent.mkdir(exist_ok=True)

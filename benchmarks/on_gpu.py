@@ -313,7 +313,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the call and returns the exit code."""
     args = parse(argv)
     terminal = sys.stdout.isatty() or "COLUMNS" in os.environ
-    console = Console(width=None if terminal else 120, highlight=False)
+    console = Console(width=None if terminal else 120, highlight=False, markup=False)
     name, everything = chosen_steps(args, console)
     steps, skipped = tiny_steps(everything) if args.tiny else (everything, {})
     if args.list:

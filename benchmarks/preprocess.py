@@ -306,7 +306,7 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
             f"{row['cpu_seconds'] / ours['cpu_seconds']:.1f}",
             "yes" if row["identical"] else "NO",
         )
-    Console(width=150).print(table)
+    Console(width=150, markup=False).print(table)
 
 
 def compare_encoders(tokenizers: Sequence[str], corpora: Sequence[Path], repeat: int) -> None:

@@ -32,7 +32,7 @@ class MegatronPatchError(Exception):
         if self.do:
             parts.append(f"What to do: {self.do}")
         # Further lines of a part are indented, so that no name with a line end begins a line of a log.
-        super().__init__("\n  ".join(re.sub(r"\n(?! )", "\n    ", part) for part in parts))
+        super().__init__("\n  ".join(re.sub(r"\n(?![ \n])", "\n    ", part) for part in parts))
 
     def __reduce__(self) -> tuple[type, tuple[str, str | None, str | None]]:
         return type(self), (self.what, self.allowed, self.do)

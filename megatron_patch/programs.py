@@ -60,6 +60,12 @@ def shipped(name: str) -> Path:
     return HOME / name if in_checkout() else HOME / "megatron_patch" / "share" / name
 
 
+def how_to_get(path: str) -> str | None:
+    """Returns the advice for a missing file of which an installation has a copy, as examples/configs/llama_70b.yaml; None for others."""
+    is_ours = path.startswith("examples/") and not in_checkout() and shipped(path).is_file()
+    return "run megatron-patch examples ., which writes it" if is_ours else None
+
+
 def set_command(words: str) -> None:
     """Notes how the user called this process, such as `megatron-patch plan`."""
     _called[:] = [words]

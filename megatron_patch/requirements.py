@@ -47,7 +47,12 @@ EXTRAS = {
     "prometheus_client": "prometheus",
 }
 """Modules of optional packages, and the extra that installs each."""
-_NAMES = {"deepspeed": "DeepSpeed", "lm_eval": "lm-eval"}  # where a package's name is not its module's
+_NAMES = {
+    "deepspeed": "DeepSpeed",
+    "lm_eval": "lm-eval",
+    "mlflow": "mlflow-skinny",
+    "prometheus_client": "prometheus-client",
+}  # where a package's name is not its module's
 
 
 def is_missing(module: str) -> bool:

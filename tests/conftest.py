@@ -24,7 +24,15 @@ settings.register_profile(
 settings.load_profile("project")
 
 
-SEVERAL_PROCESSES = ("tests/distributed/", "tests/engine/", "tests/faults/", "tests/oracle/", "tests/slurm/", "tests/test_docs_run.py")
+SEVERAL_PROCESSES = (
+    "tests/distributed/",
+    "tests/engine/",
+    "tests/faults/",
+    "tests/oracle/",
+    "tests/slurm/",
+    "tests/test_docs_run.py",
+    "tests/test_installed.py",
+)
 """Tests that keep all cores busy themselves: they come last, one after another."""
 
 

@@ -27,6 +27,7 @@ ROOT = Path(__file__).parent.parent
 needs_compiler = pytest.mark.skipif(
     not any(shutil.which(name) for name in ("g++", "c++", "clang++")), reason="there is no C++ compiler to build with"
 )
+DOCKERFILES = ("docker/Dockerfile.cpu", "docker/Dockerfile.cuda")
 NOTE = "The plain formulas are used instead"
 
 
@@ -274,7 +275,7 @@ def test_make_says_what_it_can_do():
     assert listed == ["help", "venv", "nvme", "lint", "test", "slow", "docs", "quickstart", "compare", "bench", "clean", "distclean"]
 
 
-@pytest.mark.parametrize("name", ["Makefile", "setup.py", "pyproject.toml", "constraints.txt", ".ci/run"])
+@pytest.mark.parametrize("name", ["Makefile", "setup.py", "build_backend.py", "pyproject.toml", "constraints.txt", ".ci/run", *DOCKERFILES])
 def test_packages_come_from_wherever_pip_looks(name):
     assert not re.search(r"://|--extra-index-url|\.(?:org|com)\b", (ROOT / name).read_text())
 

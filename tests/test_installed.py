@@ -51,13 +51,15 @@ def use(home: Path, call: Callable[..., str]) -> None:
 
     Args:
         home: an empty folder, in which the commands run.
-        call: runs the installed command with these arguments there and returns its standard output.
+        call: runs the installed command with these arguments there and returns its standard output; with `error`, it ends with code 2 and
+            says so.
     """
     draw = random.Random(0)
     words = ["the", "cat", "sat", "on", "a", "mat", "and", "some", "dogs", "ran", "in", "an", "old", "park"]
     lines = (json.dumps({"text": " ".join(draw.choice(words) for _ in range(50))}) for _ in range(200))
     (home / "a.jsonl").write_text("\n".join(lines))
     assert "megatron_patch" in call("--version")
+    call("plan", "--config", "examples/configs/llama_370m.yaml", error="run megatron-patch examples ., which writes it")
     call("examples", ".")
     assert "H100" in call("plan", "--config", "examples/configs/llama_370m.yaml", "--world-size", "8")
     call("train-tokenizer", "--input", "a.jsonl", "--vocab-size", "290", "--output", "tokenizer")
@@ -74,11 +76,11 @@ def use(home: Path, call: Callable[..., str]) -> None:
     assert "drawAll" in (home / "run.html").read_text()
 
 
-def run(command: list[str], folder: Path, **variables: str) -> str:
+def run(command: list[str], folder: Path, error: str = "", **variables: str) -> str:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     environment |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", "DS_BUILD_OPS": "0", **variables}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}\n{done.stderr}"
+    assert done.returncode == (2 if error else 0) and error in done.stderr, f"{' '.join(command)}\n{done.stdout}\n{done.stderr}"
     return done.stdout
 
 
@@ -94,8 +96,8 @@ def test_a_wheel_is_complete(tmp_path, wheel):
     home.mkdir()
     run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index", "--target", str(target), str(wheel)], home)
 
-    def call(*words: str) -> str:
-        return run([str(target / "bin" / "megatron-patch"), *words], home, PYTHONPATH=str(target))
+    def call(*words: str, error: str = "") -> str:
+        return run([str(target / "bin" / "megatron-patch"), *words], home, error, PYTHONPATH=str(target))
 
     where = run([sys.executable, "-c", "import megatron_patch; print(megatron_patch.__file__)"], home, PYTHONPATH=str(target))
     assert where.strip() == str(target / "megatron_patch" / "__init__.py")
@@ -146,7 +148,6 @@ def test_a_fresh_environment_with_the_wheel_and_its_extra_train_runs_everything(
     program = [str(venv / "bin" / "megatron-patch")]
     run([*pip, str(wheel)], home)
     flags = ["--data-path", "x", "--vocab-size", "64", *PLAN[: PLAN.index("--data-path")]]
-    missing = subprocess.run([*program, "pretrain", *flags], cwd=home, capture_output=True, text=True, check=False)
-    assert missing.returncode == 2 and "training needs DeepSpeed, which is not installed" in missing.stderr
+    run([*program, "pretrain", *flags], home, error="training needs DeepSpeed, which is not installed")
     run([*pip, f"{wheel}[train]"], home)
-    use(home, lambda *words: run([*program, *words], home))
+    use(home, lambda *words, error="": run([*program, *words], home, error))

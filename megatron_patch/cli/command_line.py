@@ -15,10 +15,11 @@ from megatron_patch.errors import ConfigError, MegatronPatchError
 from megatron_patch.exit_codes import ExitCode
 from megatron_patch.programs import as_called, command
 from megatron_patch.requirements import explained_imports
-from megatron_patch.utils.console import accept_all_text, print_lines
+from megatron_patch.utils.console import print_lines
 from megatron_patch.utils.files import deny_writing_by_everybody
 from megatron_patch.utils.pipes import reader_may_leave
 from megatron_patch.utils.registry import suggestion
+from megatron_patch.utils.spelling import accept_all_text
 from megatron_patch.utils.units import parse_count
 
 

@@ -26,6 +26,7 @@ from megatron_patch.config.stage_spec import RECIPES
 from megatron_patch.config.values import KINDS, Form
 from megatron_patch.model.families import FAMILIES
 from megatron_patch.programs import TOOLS, as_called
+from megatron_patch.utils.console import for_terminal
 
 LAUNCHERS = ("deepspeed", "torchrun")
 
@@ -234,4 +235,4 @@ def main(argv: list[str]) -> None:
     parser = ArgumentParser(description=as_called(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shell", choices=list(SCRIPTS), help="the shell")
     args = parser.parse_args(argv)
-    print(SCRIPTS[args.shell](commands()), end="")
+    print(for_terminal(SCRIPTS[args.shell](commands())), end="")

@@ -48,12 +48,12 @@ class EvaluationProgress:
         now = self._clock()
         if self._start is None or now < self._next:
             return
-        self._next = now + _NEXT
         seconds = now - self._start
+        self._next = now + max(_NEXT, seconds / 20)  # an hour has few lines, too
         line = f"{format_count(self._tokens)} tokens in {format_duration(seconds)}, {format_count(self._tokens / seconds)} tokens/s"
         if self._total and self._done:
             share = min(1.0, self._done / self._total)
-            line = f"{share:.0%}: {line}, about {format_duration(seconds / share - seconds)} left"
+            line = f"{share:.1%}: {line}, about {format_duration(seconds / share - seconds)} left"
         self._print(line)
 
     def _print(self, line: str) -> None:

@@ -16,6 +16,7 @@ from megatron_patch.checkpoint.report import checkpoint_folders, describe, expla
 from megatron_patch.cli.command_line import ArgumentParser
 from megatron_patch.errors import CheckpointError
 from megatron_patch.utils.console import make_console
+from megatron_patch.utils.tables import FittingTable
 from megatron_patch.utils.units import format_count
 
 
@@ -60,9 +61,8 @@ def print_tables(checkpoints: list[dict[str, object]], explanation: object) -> N
         explanation: what `explain` returns, or None.
     """
     console = make_console(width=160)
-    table = Table()
-    for name in ("checkpoint", "step", "stage", "K", "tokens", "MiB", "files", "valid"):
-        table.add_column(name, justify="left" if name in ("checkpoint", "stage", "valid") else "right")
+    names = ("checkpoint", "step", "stage", "K", "tokens", "MiB", "files", "valid")
+    table = FittingTable("", names, left=("checkpoint", "stage", "valid"), folded=("stage", "valid"))
     for checkpoint in checkpoints:
         size, tokens = checkpoint["bytes"], checkpoint["tokens"]
         problems = checkpoint["problems"]

@@ -23,6 +23,7 @@ from megatron_patch.data.split import stage_division
 from megatron_patch.errors import DataError
 from megatron_patch.tokenizers.base import Tokenizer, load_tokenizer_for_display
 from megatron_patch.utils.console import make_console
+from megatron_patch.utils.tables import FittingTable
 
 
 def show_patches(dataset: IndexedDataset, patch_size: int, tokenizer: Tokenizer | None, samples: int, console: Console) -> None:
@@ -43,9 +44,8 @@ def show_division(prefix: str, config: str, console: Console) -> dict[str, Any]:
 
     run = resolve(parse(["--config", config, "--data-path", prefix, "--dry-run"]), 1)
     found = stage_division(run.plan, TokenCorpus([prefix]), run.options.data.split)
-    table = Table(title=f"{found['blocks']:,} blocks of {found['block_tokens']:,} tokens for training", title_justify="left")
-    for name in found["stages"][0]:
-        table.add_column(name.replace("_", " "), justify="left" if name == "stage" else "right")
+    title = f"{found['blocks']:,} blocks of {found['block_tokens']:,} tokens for training"
+    table = FittingTable(title, [name.replace("_", " ") for name in found["stages"][0]], left=("stage",))
     for stage in found["stages"]:
         shown = {**stage, "share": f"{stage['share']:.1%}", "epochs": f"{stage['epochs']:.3f}"}
         table.add_row(*(f"{value:,}" if isinstance(value, int) else str(value) for value in shown.values()))
@@ -66,6 +66,18 @@ def add_flags(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--eod-token-id", type=count, help="id of the end-of-document token; by default the one in the metadata file")
     parser.add_argument("--diff", metavar="OTHER", help="compare with the dataset of another prefix; exit code 3 if they differ")
     parser.add_argument("--config", metavar="FILE", help="show how the stages of this training configuration would divide the dataset")
+
+
+def _shown(name: str, value: Any) -> str:
+    """Returns a value of the result for the table."""
+    if name == "diff":
+        return "; ".join(value["differences"]) or "equal"
+    if name == "tokens_per_sequence" and value:
+        low, middle, high, longest = value
+        return f"5 %: {low:,}   50 %: {middle:,}   95 %: {high:,}   longest: {longest:,}"
+    if value is None or value == []:
+        return "unknown"
+    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def main(argv: list[str]) -> None:
@@ -99,8 +111,7 @@ def main(argv: list[str]) -> None:
         result["problems"] = integrity_problems(dataset, args.vocab_size)
     table = Table(show_header=False)
     for name, value in result.items():
-        value = "; ".join(value["differences"]) or "equal" if name == "diff" else value
-        table.add_row(name.replace("_", " "), f"{value:,}" if isinstance(value, int) else str(value))
+        table.add_row(name.replace("_", " "), _shown(name, value))
     console.print(table)
     if not result.get("problems"):
         known = (metadata.tokenizer_type, metadata.tokenizer_model) if metadata else None

@@ -33,7 +33,7 @@ from megatron_patch.config.values import KEYS
 from megatron_patch.errors import ConfigError
 from megatron_patch.training.dry_run import architecture
 from megatron_patch.training.pretrain import make_engine_config
-from megatron_patch.utils.console import print_line
+from megatron_patch.utils.console import for_terminal, print_line, print_lines
 from megatron_patch.utils.files import read_small, reason
 from megatron_patch.utils.units import plural
 
@@ -102,7 +102,7 @@ def main(argv: Sequence[str]) -> None:
     after = words[words.index("--") + 1 :] if "--" in words else None
     args = _parser().parse_args(words if after is None else words[: words.index("--")])
     if args.table:
-        print(markdown())
+        print_lines(markdown())
         return
     source = _read(args.script, after, args.set)
     ranks = args.world_size or source.ranks
@@ -141,7 +141,7 @@ def main(argv: Sequence[str]) -> None:
     ignored = [*_shown(translation.ignored), *((f"DeepSpeed's JSON: {key}", why) for key, why in parts.ignored)]
     text = render(lines, filled_in, left_out, ignored, source.name, ranks)
     if args.output is None:
-        print(text, end="")
+        print(for_terminal(text), end="")
     else:
         _write(args.output, text)
     _say(left_out, filled_in, source, args.output)
@@ -312,8 +312,7 @@ def _say(left_out: Sequence[tuple[str, str]], filled_in: Sequence[Line], source:
     rows = [(what, f"left out: {why}") for what, why in left_out]
     rows += [(f"{line.key}: {line.value}", f"to fill in: {line.comment}") for line in filled_in]
     if rows:
-        for line in problem_table(rows, ("what", "why")).splitlines():
-            print_line(line, stderr=True)
+        print_lines(problem_table(rows, ("what", "why")), stderr=True)
     for remark in source.remarks:
         print_line(f"Note: {remark}", stderr=True)
 

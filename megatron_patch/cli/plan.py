@@ -34,7 +34,7 @@ from megatron_patch.planning.tables import print_search, print_simulation, print
 from megatron_patch.training.dry_run import print_megatron
 from megatron_patch.training.pretrain import make_engine_config
 from megatron_patch.training.stream import corpus_usage_json, corpus_usage_table, open_stream_if_present
-from megatron_patch.utils.console import labeled, make_console
+from megatron_patch.utils.console import labeled, make_console, print_lines
 
 
 def arguments() -> ArgumentParser:
@@ -70,7 +70,7 @@ def main(argv: list[str]) -> None:
     """
     args, rest = arguments().parse_known_args(argv)
     if args.published:
-        print("\n".join(published_table()))
+        print_lines("\n".join(published_table()))
         return
     if args.world_size < 1:
         raise ConfigError(f"--world-size {args.world_size}", "whole numbers from 1", "give the number of devices")

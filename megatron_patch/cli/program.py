@@ -18,6 +18,7 @@ from megatron_patch.programs import set_command
 from megatron_patch.requirements import check_required
 from megatron_patch.utils.pipes import reader_may_leave
 from megatron_patch.utils.registry import suggestion
+from megatron_patch.utils.spelling import accept_all_text
 from megatron_patch.utils.versions import versions
 
 NAME = "megatron-patch"
@@ -70,6 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: the subcommand and its arguments; None: those of this process.
     """
+    accept_all_text()
     words = list(sys.argv[1:] if argv is None else argv)
     # deepspeed puts its --local_rank before the arguments; the environment has the number too.
     if words and words[0].startswith(("--local_rank=", "--local-rank=")):
@@ -107,7 +109,7 @@ def find(name: str) -> Subcommand:
         return known[name]
     if name.startswith("-"):
         raise ConfigError(
-            f"{name} precedes the subcommand",
+            f"{name if name.isprintable() else ascii(name)} precedes the subcommand",
             "--help and --version, or a subcommand first",
             f"write {NAME} SUBCOMMAND {name} …; to train: {NAME} pretrain {name} …",
         )

@@ -17,6 +17,7 @@ from megatron_patch.cli.command_line import ArgumentParser
 from megatron_patch.config.schema import config_schema
 from megatron_patch.errors import ConfigError
 from megatron_patch.programs import as_called
+from megatron_patch.utils.console import for_terminal
 from megatron_patch.utils.files import reason
 
 
@@ -31,7 +32,7 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     text = json.dumps(config_schema(), indent=2, ensure_ascii=False) + "\n"
     if args.output is None:
-        print(text, end="")
+        print(for_terminal(text), end="")
         return
     try:
         Path(args.output).write_text(text, encoding="utf-8")

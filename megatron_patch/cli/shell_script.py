@@ -14,12 +14,15 @@ import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from megatron_patch.cli.shell_conditions import holds
 from megatron_patch.cli.shell_words import Token, skip, tokens
+from megatron_patch.errors import ConfigError
 
 _ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)(\+?=)(.*)", re.DOTALL)
 _DECLARING = {"export", "declare", "local", "readonly", "typeset"}
 _SEPARATORS = {";", "\n", "&&", "||", "|", "&", ";;"}
 _MOST_DEPTH = 20
+_LONGEST_VALUE = 1 << 20
 UNRESOLVED = re.compile(r"\$\{[^}]*\}")
 """What stands in a word for a part without a value."""
 _FUNCTIONS: dict[type, Callable[[int, int], int]] = {
@@ -54,10 +57,16 @@ def evaluate(text: str, variables: Mapping[str, str] | None = None) -> Script:
     Args:
         text: the script.
         variables: values of variables that the script takes from its environment, and of its arguments by their number.
+
+    Raises:
+        ConfigError: it is nested too deeply, or its variables are too long.
     """
     script = Script({"PWD": ".", "0": "./script.sh", **(variables or {})})
     fixed = set(variables or {})
-    _Runner(script, fixed).run(tokens(text))
+    try:
+        _Runner(script, fixed).run(tokens(text))
+    except RecursionError as error:
+        raise ConfigError("the script is nested too deeply", "a bash script that starts Megatron", "give the arguments after --") from error
     return script
 
 
@@ -81,7 +90,7 @@ class _Runner:
             if part.kind == "heredoc":
                 self._heredoc(part, simple)
                 continue
-            if part.kind != "operator" or part.text not in _SEPARATORS:
+            if part.kind != "operator" or part.text not in _SEPARATORS or _in_brackets(simple, part):
                 simple.append(part)
                 continue
             if not simple or simple[0].kind == "heredoc":
@@ -195,6 +204,8 @@ class _Runner:
         return True
 
     def _set(self, name: str, value: str | list[str]) -> None:
+        if sum(map(len, value)) > _LONGEST_VALUE:
+            raise ConfigError(f"the script's variable {name} is too long", f"{_LONGEST_VALUE:,} characters", "give the arguments after --")
         if name not in self.fixed:
             self.script.variables[name] = value
 
@@ -232,7 +243,8 @@ class _Runner:
                     current = (current or "") + self.text(inner, depth)
             elif piece[0] in "$`":
                 value, end = self._expansion(word, index, depth)
-                parts = value.split() if split else [value]
+                quoted = re.fullmatch(r"""\$\{\w+:?[-=]("[^"]*"|'[^']*')\}""", word[index:end])
+                parts = value.split() if split and not quoted else [value]
                 if split and (not parts or value[:1].isspace()) and current is not None:
                     fields.append(current)
                     current = None
@@ -347,33 +359,19 @@ class _Runner:
 
     def _test(self, simple: list[Token]) -> bool | None:
         """Returns whether a condition in brackets holds; None if that cannot be known."""
-        negated = simple[0].text == "!"
+        negated = bool(simple) and simple[0].text == "!"
         parts = simple[1:] if negated else simple
         if not parts or parts[0].text not in ("[", "[[", "test"):
             return None
         words = [UNRESOLVED.sub("", " ".join(self.expand(part.text, split=False))) for part in parts[1:] if part.text not in ("]", "]]")]
-        if words[:1] == ["!"]:
-            negated, words = not negated, words[1:]
-        result = _compare(words)
+        result = holds(words)
         return result if result is None or not negated else not result
 
 
-def _compare(words: list[str]) -> bool | None:
-    if len(words) == 2 and words[0] in ("-n", "-z"):
-        return (words[1] != "") == (words[0] == "-n")
-    if len(words) == 1:
-        return None if words[0].startswith("-") else words[0] != ""
-    if len(words) != 3:
-        return None
-    left, how, right = words
-    if how in ("=", "=="):
-        return left == right
-    if how == "!=":
-        return left != right
-    numbers = {"-eq": operator.eq, "-ne": operator.ne, "-gt": operator.gt, "-ge": operator.ge, "-lt": operator.lt, "-le": operator.le}
-    if how in numbers and re.fullmatch(r"-?\d+", left) and re.fullmatch(r"-?\d+", right):
-        return bool(numbers[how](int(left), int(right)))
-    return None
+def _in_brackets(simple: list[Token], part: Token) -> bool:
+    """Returns whether an operator is inside of `[[ … ]]`, where it joins conditions and not commands."""
+    opened = sum((word.text == "[[") - (word.text == "]]") for word in simple)
+    return opened > 0 and part.text in ("&&", "||")
 
 
 def _number(node: ast.expr) -> int:

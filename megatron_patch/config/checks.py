@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.util
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_patch.config.option_types import flag_of
-from megatron_patch.config.options import DataOptions, EngineOptions, Options
+from megatron_patch.config.options import DataOptions, EngineOptions, LoggingOptions, Options
 from megatron_patch.config.problems import one_error, problems_of
 from megatron_patch.data.addresses import check_no_credentials
 from megatron_patch.data.corpus import split_ranges
 from megatron_patch.errors import ConfigError
 from megatron_patch.model.shape import ModelShape
+from megatron_patch.requirements import require
 from megatron_patch.stages import LONGEST_PATCH, StagePlan
 from megatron_patch.tokenizers.base import TOKENIZERS
 from megatron_patch.utils.files import same_path
@@ -217,6 +217,20 @@ def check_parallel(options: EngineOptions, ranks: int) -> None:
         )
 
 
+def check_profile_ranks(options: LoggingOptions, ranks: int) -> None:
+    """Checks that the ranks to profile exist.
+
+    Raises:
+        ConfigError: one does not.
+    """
+    if options.profile is None:
+        return
+    if outside := [rank for rank in options.profile_ranks if not 0 <= rank < ranks]:
+        raise ConfigError(
+            f"--profile-ranks {outside[0]} with {plural(ranks, 'rank')}", f"ranks from 0 to {ranks - 1}", "give ranks that exist"
+        )
+
+
 def check_options(options: Options) -> None:
     """Checks the options that can be checked without a plan and without data.
 
@@ -305,20 +319,16 @@ def _check_packages(options: Options) -> None:
     """Checks that the packages for logging are installed: later, only rank 0 would fail, and the other ranks would wait for it."""
     if options.logging.dry_run:
         return
-    for name, package, extra in (
-        ("tensorboard_dir", "tensorboard", "tensorboard"),
-        ("wandb_project", "wandb", "wandb"),
-        ("mlflow_experiment", "mlflow", "mlflow"),
-        ("prometheus_file", "prometheus_client", "prometheus"),
-        ("prometheus_port", "prometheus_client", "prometheus"),
+    for name, package in (
+        ("tensorboard_dir", "tensorboard"),
+        ("wandb_project", "wandb"),
+        ("mlflow_experiment", "mlflow"),
+        ("prometheus_file", "prometheus_client"),
+        ("prometheus_port", "prometheus_client"),
     ):
         value = getattr(options.logging, name)
-        if value is not None and importlib.util.find_spec(package) is None:
-            raise ConfigError(
-                f"{_given(name, value)}, but the package {package} is not installed",
-                f"an environment with {package}",
-                f"pip install 'megatron_patch[{extra}]', or leave the flag out",
-            )
+        if value is not None:
+            require(package, _given(name, value))
 
 
 def _check_trackers(options: Options) -> None:

@@ -182,7 +182,7 @@ class ScheduleOptions:
 
 @dataclass(frozen=True)
 class DataOptions:
-    """Training data, held-out data, and how documents are separated. tools/preprocess_data.py makes datasets from text."""
+    """Training data, held-out data, and how documents are separated. megatron-patch preprocess makes datasets from text."""
 
     data_path: Fixed[Annotated[tuple[str, ...], texts("PREFIX ...")]] = ()
     """Training datasets, by their paths without .bin and .idx: one or more prefixes, or a weight before each: 0.7 web 0.3 code.

@@ -33,7 +33,7 @@ from megatron_patch.config.values import (
 )
 from megatron_patch.config.yaml_files import MOST_YAML_BYTES, RepeatedKeys, load_yaml
 from megatron_patch.errors import ConfigError
-from megatron_patch.programs import command
+from megatron_patch.programs import command, how_to_get
 from megatron_patch.raw_text.encodings import HEAD_BYTES, other_encoding
 from megatron_patch.utils.console import print_lines
 from megatron_patch.utils.files import read_small, reason
@@ -68,7 +68,7 @@ def read_yaml(path: str) -> dict[str, Any]:
             raise ConfigError(f"--config {path} looks like {other.words}", "UTF-8", f"convert it with iconv -f {other.name} -t UTF-8")
         data = load_yaml(content.decode())
     except OSError as error:
-        raise ConfigError(f"--config {path}: {reason(error)}", "a readable YAML file", "check the path") from error
+        raise ConfigError(f"--config {path}: {reason(error)}", "a readable YAML file", how_to_get(path) or "check the path") from error
     except RepeatedKeys as error:
         raise ConfigError(f"--config {path}: {error}", "each key once in a mapping", "remove the other lines") from error
     except ValueError as error:

@@ -11,7 +11,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from megatron_patch.config.checks import check_count, check_documents, check_numbers, check_options, check_parallel, check_plan
+from megatron_patch.config.checks import (
+    check_count,
+    check_documents,
+    check_numbers,
+    check_options,
+    check_parallel,
+    check_plan,
+    check_profile_ranks,
+)
 from megatron_patch.config.megatron.command_line import MegatronReport
 from megatron_patch.config.options import ModelOptions, Options
 from megatron_patch.config.parsing import ParsedOptions, option_values, parse
@@ -250,7 +258,11 @@ def check_together(options: Options, ranks: int) -> None:
     """
     problems = problems_of(lambda: check_numbers(options))
     if not problems:  # the other checks compute with the numbers
-        problems = problems_of(lambda: check_options(options), lambda: check_parallel(options.engine, ranks))
+        problems = problems_of(
+            lambda: check_options(options),
+            lambda: check_parallel(options.engine, ranks),
+            lambda: check_profile_ranks(options.logging, ranks),
+        )
     if problems:
         raise one_error(problems)
 

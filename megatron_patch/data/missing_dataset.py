@@ -5,6 +5,7 @@ In: a word of --data-path. Out: an error with the prefixes that exist at this pl
 
 from __future__ import annotations
 
+import difflib
 import glob
 import os
 import shlex
@@ -18,7 +19,7 @@ from megatron_patch.raw_text.inputs import COMPRESSED_SUFFIXES, LINE_SUFFIXES, i
 from megatron_patch.utils.console import shortened
 from megatron_patch.utils.registry import suggestion
 
-_ALLOWED = "a dataset prefix, the path without .bin and .idx, as tools/preprocess_data.py writes it: --output-prefix and _text_document"
+_ALLOWED = "a dataset prefix: the path without .bin and .idx, which is --output-prefix of preprocessing and _text_document"
 _SHOWN, _MOST_ENTRIES = 8, 100_000
 
 
@@ -104,6 +105,9 @@ def _nearest(prefix: str) -> str | None:
         return f"did you mean {' or '.join(map(shlex.quote, (at + one for one in longer[:3])))}?"
     if near := suggestion(name, found, prefix=at):
         return near
+    prefixes = {one.removesuffix("_document").rpartition("_")[0]: one for one in found if one.endswith("_document")}
+    if close := difflib.get_close_matches(name, prefixes, n=1):
+        return f"did you mean {shlex.quote(at + prefixes[close[0]])}?"
     return f"the datasets there: {_listing(at + one for one in found)}" if found else None
 
 
@@ -139,7 +143,8 @@ def _of_file(path: str) -> str:
     if made:
         return f"give the dataset that was made of it: {' or '.join(shlex.quote(os.path.join(folder, one)) for one in made[:3])}"
     output = os.path.join(folder, str(stem))
-    return f"convert it: tools/preprocess_data.py --input {shlex.quote(path)} --output-prefix {shlex.quote(output)} --tokenizer-type …"
+    files = f"--input {shlex.quote(path)} --output-prefix {shlex.quote(output)}"
+    return f"convert it: python tools/preprocess_data.py {files} --tokenizer-type …"
 
 
 def _listing(names: Iterable[str]) -> str:

@@ -20,6 +20,7 @@ from megatron_patch.data.collate import PatchBatch
 from megatron_patch.engine.deepspeed_config import batch_settings
 from megatron_patch.engine.deepspeed_engine import DeepSpeedEngine
 from megatron_patch.engine.interface import StepGate, StepResult
+from megatron_patch.engine.ranges import named_range
 from megatron_patch.engine.stopwatch import Stopwatch
 from megatron_patch.parallel.groups import ModelParallelUnit
 from megatron_patch.stages import Stage
@@ -65,13 +66,14 @@ class DataParallelEngine(DeepSpeedEngine):
             for index, batch in enumerate(micro_batches):
                 last = index == len(micro_batches) - 1
                 engine.set_gradient_accumulation_boundary(last)
-                with stopwatch if index == 0 else contextlib.nullcontext():
+                with named_range("forward"), stopwatch if index == 0 else contextlib.nullcontext():
                     micro_sum, _ = self._forward(batch, weights)
                 loss_sum += micro_sum.detach()
-                engine.backward(micro_sum * scale, scale_wrt_gas=False)
+                with named_range("backward"):
+                    engine.backward(micro_sum * scale, scale_wrt_gas=False)
                 if not last:
                     engine.step()  # counts the micro-batch
-            with self._gated(gate, lambda: self._mean_over_data(loss_sum, total_weight)) as outcome:
+            with named_range("optimizer"), self._gated(gate, lambda: self._mean_over_data(loss_sum, total_weight)) as outcome:
                 engine.step()  # updates the weights, unless the gate rejects the step
         return self._step_result(outcome, stopwatch.seconds())
 

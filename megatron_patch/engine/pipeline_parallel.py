@@ -29,6 +29,7 @@ from megatron_patch.data.collate import PatchBatch
 from megatron_patch.engine.deepspeed_config import EngineConfig, batch_settings
 from megatron_patch.engine.deepspeed_engine import DeepSpeedEngine, MixedPrecision, ModelSource
 from megatron_patch.engine.interface import StepGate, StepResult
+from megatron_patch.engine.ranges import named_instructions
 from megatron_patch.engine.stopwatch import Stopwatch
 from megatron_patch.model.gpt import GPTModel
 from megatron_patch.parallel.groups import Groups
@@ -189,7 +190,9 @@ class PipelineParallelEngine(DeepSpeedEngine):
         # Without sequence parallelism all tensor-parallel ranks hold the same hidden states, and each sends a part of them.
         partitioned = not self._model.parallel.sequence
         pipeline = {**settings.get("pipeline", {}), "pipe_partitioned": partitioned, "grad_partitioned": partitioned}
-        return deepspeed.initialize(model=self._module, optimizer=optimizer, config={**settings, "pipeline": pipeline})[0]
+        engine = deepspeed.initialize(model=self._module, optimizer=optimizer, config={**settings, "pipeline": pipeline})[0]
+        engine._INSTRUCTION_MAP = named_instructions(engine._INSTRUCTION_MAP)
+        return engine
 
     def start_stage(self, stage: Stage) -> None:
         """Applies the stage's micro-batch size, gradient accumulation and shapes; see `Engine`."""

@@ -22,8 +22,9 @@ from megatron_patch.training.faults.exit_protocol import print_advice, report_er
 from megatron_patch.training.faults.stop_requests import StopRequests
 from megatron_patch.training.faults.watchdog import Watchdog
 from megatron_patch.training.stream import open_stream_if_present
-from megatron_patch.utils.console import accept_all_text, flush_output, labeled, make_console
+from megatron_patch.utils.console import flush_output, labeled, make_console
 from megatron_patch.utils.files import deny_writing_by_everybody
+from megatron_patch.utils.spelling import accept_all_text
 
 if TYPE_CHECKING:
     from megatron_patch.training.callbacks.base import CallbackFactory
@@ -63,11 +64,11 @@ def check_start(run: RunConfig) -> None:
     """Checks what a run needs on this machine, before torch is imported.
 
     Raises:
-        DataError: a dataset does not exist.
         ConfigError: DeepSpeed is not installed.
+        DataError: a dataset does not exist.
     """
-    check_datasets(run.data_words)
     require("deepspeed", "training")
+    check_datasets(run.data_words)
 
 
 def train(

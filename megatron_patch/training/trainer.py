@@ -21,6 +21,7 @@ from megatron_patch.data.collate import PatchBatch
 from megatron_patch.engine.deepspeed_config import EngineConfig
 from megatron_patch.engine.distributed import barrier
 from megatron_patch.engine.interface import StepResult
+from megatron_patch.engine.ranges import named_range
 from megatron_patch.errors import SickTrainingError
 from megatron_patch.exit_codes import ExitCode
 from megatron_patch.parallel.grid import Grid
@@ -186,9 +187,12 @@ class Trainer:
         with contextlib.closing(self.data.loader(self.progress.stage_index, self.progress.stage_step)) as loader:
             data_wait = DataWaitMonitor(loader.times)
             while self.progress.stage_step < stage.steps:
+                for callback in self.callbacks:
+                    callback.on_step_begin(self.step + 1)
                 began = time.perf_counter()
                 self.watchdog.heartbeat(f"step {self.step + 1:,} waits for data")
-                micro_batches = loader.next_step()
+                with named_range("data"):
+                    micro_batches = loader.next_step()
                 data_seconds = time.perf_counter() - began
                 result, lr = self._train_step(micro_batches)
                 seconds = time.perf_counter() - began
@@ -218,7 +222,8 @@ class Trainer:
         after = dataclasses.replace(self.progress, stage_step=self.progress.stage_step + 1)
         label_weights = self.stage.weights_at(self.progress.stage_step)
         lr = self.schedule.at(self.plan.consumed_tokens(after))
-        result = self.engine.train_step(micro_batches, label_weights, lr, self.guard)
+        with named_range("step"):
+            result = self.engine.train_step(micro_batches, label_weights, lr, self.guard)
         for callback in self.callbacks:
             callback.on_batches(self.step + 1, self.stage, micro_batches)
         self.progress = after
@@ -286,7 +291,8 @@ class Trainer:
     def _switch(self) -> None:
         """Moves to the next stage: batch sizes, shapes and optimizer state. The next `_train_stage` opens its data."""
         self.progress = Progress(self.progress.stage_index + 1, 0)
-        self.engine.switch_stage(self.stage)
+        with named_range("switch"):
+            self.engine.switch_stage(self.stage)
         self.guard.begin_stage()
         self.accounting.interrupt()
         record = self.accounting.switch(self.progress)
@@ -304,9 +310,10 @@ class Trainer:
 
         began, options = time.perf_counter(), self.run.options
         try:
-            losses = held_out_losses(
-                self.engine, self.data, self.stage, options.stages.seq_length, options.logging.eval_tokens, stop_reason
-            )
+            with named_range("evaluation"):
+                losses = held_out_losses(
+                    self.engine, self.data, self.stage, options.stages.seq_length, options.logging.eval_tokens, stop_reason
+                )
         except EvaluationStopped as stopped:
             return stopped.reason
         self._evaluated_at = self.step
@@ -338,7 +345,8 @@ class Trainer:
             stage_ends,
             held_out=self.data.held_out_names,
         )
-        records = self.checkpointer.save(self.step, self.engine, state)
+        with named_range("save"):
+            records = self.checkpointer.save(self.step, self.engine, state)
         self.accounting.interrupt()
         self._report_saves(records)
 

@@ -1,7 +1,6 @@
 """The console: standard output; where that is not a terminal, it is wide enough to keep every line on one line.
 
-A log on a full disk does not end a run: what cannot be written is dropped. Nor does an output in ASCII or Latin-1: characters that it has
-no code for are spelled (`lambda`) or shown as escapes.
+A log on a full disk does not end a run: what cannot be written is dropped. Nor does an output in ASCII or Latin-1 (spelling.py).
 
 Names, samples and error messages may come from others, and a terminal obeys control characters in them: it can be made to hide text,
 change its title or write to the clipboard. So they are shown as escapes (`\\x1b`), and square brackets are text, not rich's markup. A line
@@ -10,7 +9,6 @@ end in a name could begin a line that looks like one of the program's: what is p
 
 from __future__ import annotations
 
-import codecs
 import contextlib
 import os
 import sys
@@ -21,38 +19,13 @@ from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 from rich.text import Text
 
+from megatron_patch.utils.spelling import accept_text
+
 # Control characters except tab and newline, other ends of lines, the marks that reverse the direction of text, and halves of surrogate
 # pairs, with which Python represents names that are not UTF-8 and which no output accepts.
 _HIDDEN = [range(9), range(11, 32), range(127, 160), range(0x2028, 0x202F), range(0x2066, 0x206A), range(0xD800, 0xE000)]
 _VISIBLE = {code: ascii(chr(code))[1:-1] for codes in _HIDDEN for code in codes}
 _ONE_LINE = _VISIBLE | {ord("\n"): "\\n", ord("\t"): "\\t"}
-_SPELLED = {"λ": "lambda", "×": "x", "…": "...", "·": "-", "→": "->", "━": "=", "─": "-", "┿": "+", "↘": "\\", "↗": "/"}
-_SPELLED |= dict(zip("▁▂▃▄▅▆▇█", "_.,-=+*#", strict=True))
-_SPELLING = "megatron_patch.spelled"
-"""Name of the error handler of an output that has no code for a character."""
-
-
-def _spell(error: UnicodeError) -> tuple[str | bytes, int]:
-    """Returns ASCII in place of characters without a code, and where to continue; see `codecs.register_error`."""
-    if not isinstance(error, UnicodeEncodeError):
-        raise error
-    chars = error.object[error.start : error.end]
-    return "".join(_SPELLED.get(char) or ascii(char)[1:-1] for char in chars), error.end
-
-
-codecs.register_error(_SPELLING, _spell)
-
-
-def accept_all_text() -> None:
-    """Lets standard output and error take any text, whatever their encoding; programs call it first."""
-    for stream in (sys.stdout, sys.stderr):
-        _accept_all_text(stream)
-
-
-def _accept_all_text(stream: Any) -> None:
-    if getattr(stream, "errors", None) not in (None, _SPELLING) and hasattr(stream, "reconfigure"):
-        with contextlib.suppress(OSError, ValueError):
-            stream.reconfigure(errors=_SPELLING)
 
 
 def visible(text: str) -> str:
@@ -106,7 +79,7 @@ class _TolerantOutput:
     def write(self, text: str) -> int:
         """Writes the text, or drops what cannot be written, and returns its length."""
         stream = getattr(sys, self._name)
-        _accept_all_text(stream)
+        accept_text(stream)
         with contextlib.suppress(OSError):
             stream.write(text)
         return len(text)
@@ -143,7 +116,7 @@ def make_console(width: int = 180, stderr: bool = False) -> Console:
 
 def in_notebook() -> bool:
     """Returns whether this process is the kernel of a notebook."""
-    return Console().is_jupyter
+    return Console(markup=False).is_jupyter
 
 
 def line_width(console: Console, of_log: int) -> int:
@@ -159,7 +132,7 @@ def print_line(text: str, *, stderr: bool = False) -> None:
 def print_lines(text: str, *, stderr: bool = False) -> None:
     """Prints lines to standard output or error, with control characters other than line ends and tabs as escapes."""
     stream = sys.stderr if stderr else sys.stdout
-    _accept_all_text(stream)
+    accept_text(stream)
     print(visible(text), file=stream, flush=True)
 
 

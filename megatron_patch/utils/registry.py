@@ -15,19 +15,18 @@ from megatron_patch.errors import ConfigError, MegatronPatchError
 Entry = TypeVar("Entry")
 
 
-def suggestion(name: str, known: Iterable[str], prefix: str = "", cutoff: float = 0.6) -> str | None:
+def suggestion(name: str, known: Iterable[str], prefix: str = "") -> str | None:
     """Returns "did you mean NAME?" with the known names (at most three) that are spelled like `name`, or None if there are none.
 
     Args:
         name: the name that the user gave, without the prefix.
         known: the names that exist, without the prefix.
         prefix: text before each suggested name, such as the dashes of a flag.
-        cutoff: how similar a name must be, from 0 to 1.
     """
     known = list(known)
     # Wrong case is the most common mistake, and difflib is case-sensitive.
     lower = {other.lower(): other for other in known}
-    close = difflib.get_close_matches(name, known, n=3, cutoff=cutoff) or difflib.get_close_matches(name.lower(), lower, n=1, cutoff=cutoff)
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.6) or difflib.get_close_matches(name.lower(), lower, n=1, cutoff=0.6)
     return f"did you mean {' or '.join(prefix + lower.get(match, match) for match in close)}?" if close else None
 
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
+from rich.text import Text
 
 from megatron_patch.utils.console import one_line
 
@@ -42,6 +43,9 @@ class FittingTable:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         width = options.max_width
+        if self._title:
+            # A title of the table itself would be broken at the table's width.
+            yield Text(one_line(self._title), "italic")
         names, *others = zip(self._columns, *self._rows, strict=True)
         if self._needed(self._columns, self._rows) <= width:
             yield self._as_it_is()
@@ -65,8 +69,8 @@ class FittingTable:
                 groups.append([])
             groups[-1].append(number)
         parts = []
-        for index, group in enumerate(groups):
-            part = FittingTable(self._title if index == 0 else "", [self._columns[number] for number in (0, *group)], left=list(self._left))
+        for group in groups:
+            part = FittingTable("", [self._columns[number] for number in (0, *group)], left=list(self._left))
             part._rows = [[row[number] for number in (0, *group)] for row in self._rows]
             part._sections = self._sections
             parts.append(part._as_it_is())
@@ -80,7 +84,7 @@ class FittingTable:
         return sum(width + 3 for width in widths) + 1
 
     def _as_it_is(self) -> Table:
-        table = Table(title=self._title, title_justify="left", header_style="bold")
+        table = Table(header_style="bold")
         for name in self._columns:
             table.add_column(name, justify="left" if name in self._left else "right", overflow="fold", no_wrap=name not in self._folded)
         for number, row in enumerate(self._rows):
@@ -91,7 +95,7 @@ class FittingTable:
 
     def _turned(self, names: Sequence[str], others: Sequence[Sequence[str]]) -> Table:
         """Returns the table with a column for each row."""
-        table = Table(title=self._title, title_justify="left", header_style="bold")
+        table = Table(header_style="bold")
         for number, name in enumerate(names):
             table.add_column(name, justify="right" if number else "left", no_wrap=True)
         for cells in others:
@@ -100,7 +104,7 @@ class FittingTable:
 
     def _listed(self) -> Table:
         """Returns a table of two columns, with a block for each row."""
-        table = Table(title=self._title, title_justify="left", show_header=False)
+        table = Table(show_header=False)
         table.add_column("name", style="bold", no_wrap=True)
         table.add_column("value", overflow="fold")
         for row in self._rows:

@@ -69,13 +69,21 @@ def test_version_names_the_packages_that_matter(capsys, monkeypatch):
         (["pretrian"], "megatron-patch has no subcommand 'pretrian'", "did you mean pretrain?"),
         (["Reprot"], "megatron-patch has no subcommand 'Reprot'", "did you mean report"),
         (["xyzzy"], "megatron-patch has no subcommand 'xyzzy'", "choose one of them; see megatron-patch --help"),
-        (["--config", "a"], "--config precedes the subcommand", "megatron-patch pretrain --config …"),
+        (["--config", "a"], "'--config' precedes the subcommand", "megatron-patch pretrain --config …"),
     ],
 )
 def test_an_unknown_subcommand_is_an_error_in_three_parts(capsys, words, what, do):
     assert main(words) == 2
     shown = capsys.readouterr().err.splitlines()
     assert shown[0] == f"ConfigError: {what}" and shown[1].startswith("  Allowed: ") and do in shown[2] and len(shown) == 3
+
+
+def test_a_python_without_the_requirements_gets_one_error_and_no_traceback():
+    """`-S` leaves out site-packages."""
+    done = python("-S", "-m", "megatron_patch", "plan", "--help")
+    what, allowed, do = done.stderr.splitlines()
+    assert done.returncode == 2 and "required packages: torch, numpy, tyro" in what and "all required" in allowed and "make venv" in do
+    assert python("-S", "-m", "megatron_patch", "--help").returncode == 0
 
 
 def test_without_a_subcommand_it_prints_the_help_as_an_error(capsys):
@@ -125,6 +133,7 @@ def test_help_and_advice_name_the_programs_as_the_user_calls_them(monkeypatch):
     error = ConfigError(TEXT, TEXT, TEXT)
     assert (error.what, error.allowed, error.do) == (TEXT, installed, installed)
     assert "megatron-patch inspect-checkpoint shows which checkpoints are valid" in ExitCode.CHECKPOINT.advice
+    assert programs.how_to_get("examples/configs/none.yaml") is None
     assert programs.shipped("constraints.txt") == ROOT / "docs" / "megatron_patch" / "share" / "constraints.txt"
 
 
@@ -159,22 +168,28 @@ def test_examples_are_copied_once_and_never_over_other_files(tmp_path, capsys):
 
 
 WITHOUT_DEEPSPEED = """
-import pkgutil, importlib, megatron_patch
+import json, pkgutil, importlib, megatron_patch
 for module in pkgutil.walk_packages(megatron_patch.__path__, "megatron_patch."):
     if not module.name.startswith("megatron_patch._") and not module.name.endswith(("__main__", "harness_model", "pipeline_parallel")):
         importlib.import_module(module.name)
 from megatron_patch.cli.program import main
-sys.exit(main(sys.argv[1:]))
+for words in json.loads(sys.argv[1]):
+    print("code", main(words), flush=True)
 """
 
 
 def test_only_training_needs_deepspeed(tmp_path):
-    """Every module is imported where the package is refused; then a run is planned, and another one is started."""
+    """Every module is imported where the package is refused; then a run is planned, a checkpoint is evaluated, and a run is started."""
     flags = "--num-layers 2 --hidden-size 32 --num-attention-heads 4 --vocab-size 64 --seq-length 16 --train-tokens 64k --lr 1e-3"
     flags += " --global-batch-size 8 --micro-batch-size 1"
-    code = REFUSES.format(refused=("deepspeed",)) + WITHOUT_DEEPSPEED
-    done = python("-c", code, "plan", "--world-size", "1", "--json", *flags.split())
-    assert done.returncode == 0, done.stderr
-    done = python("-c", code, "pretrain", *flags.split(), "--data-path", make_corpus(tmp_path / "walks"))
-    assert done.returncode == 2 and "needs DeepSpeed, which is not installed" in done.stderr and "[train]" in done.stderr, done.stderr
+    corpus, run = make_corpus(tmp_path / "walks", documents=4), ROOT / "tests" / "distributed" / "written_by_0_1" / "run"
+    commands = [
+        ["plan", "--world-size", "1", *flags.split()],
+        ["pretrain", *flags.split(), "--dry-run"],
+        ["evaluate", "--load", str(run), "--data-path", corpus],
+        ["pretrain", *flags.split(), "--data-path", corpus],
+    ]
+    done = python("-c", REFUSES.format(refused=("deepspeed",)) + WITHOUT_DEEPSPEED, json.dumps(commands))
+    assert [line for line in done.stdout.splitlines() if line.startswith("code ")] == ["code 0", "code 0", "code 0", "code 2"], done.stderr
+    assert '"token_loss": ' in done.stdout and "training needs DeepSpeed, which is not installed" in done.stderr
     assert "Traceback" not in done.stderr

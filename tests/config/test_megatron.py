@@ -139,7 +139,7 @@ def test_megatron_lms_llama_3_gets_one_report_and_what_remains_of_it_resolves(tm
         ("--sequence-parallel --use-mcore-models", ""),
         ("--sequence-parallel", "--sequence-parallel"),
         ("--batch-size 4", "--micro-batch-size 4"),
-        ("--profile --profile-step-start 4 --profile-step-end 6", "--profile 4-6 --profile-nsys"),
+        ("--profile --profile-step-start 4 --profile-step-end 6", "--profile 5-6 --profile-nsys"),
         ("--profile pt --profile_steps 2,3", "--profile 2-3"),
         ("--profile 10-12", "--profile 10-12"),
     ],
@@ -173,6 +173,7 @@ def test_values_of_translated_flags_arrive():
         "--override-opt_param-scheduler",
         "--weight-decay-incr-style constant",
         "--rampup-batch-size 8 8 1000",
+        "--profile-step-start 4",
         "--no-load-optim",
         "--exit-duration-in-mins 30000000",
         "--eval-iters 0",
@@ -284,10 +285,25 @@ def test_contradictions_of_several_checks_are_reported_at_once():
         resolve(options("--train-tokens 0 --adam-eps 0 --dry-run"), 1)
 
 
-@pytest.mark.parametrize("words", ["--num-key-value-head 4", "--foo", "--fp8-hybrids"])
+@pytest.mark.parametrize("words", ["--num-key-value-head 4", "--foo", "--fp8-hybrids", "--lr-warmup-steps 10", "--lr-decay-steps 5"])
 def test_an_unknown_flag_gets_no_guess_across_meanings(words):
-    message = refusal(words)
-    assert "unknown flag" in message and "num-attention-heads" not in message
+    (row,) = translated(words).problems
+    assert row.meaning.startswith("unknown") and row.becomes == f"remove {words.split()[0]}"
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("--layers 2", "--num-layers"),
+        ("--patchsize", "--patch-size"),
+        ("--num-layer", "--num-layers"),
+        ("--Lr-Decay-Stile", "--lr-decay-style"),
+        ("--bf6", "--bf16"),
+    ],
+)
+def test_misspelt_flags_of_this_program_are_recognized(given, meant):
+    (row,) = translated(given).problems
+    assert meant in row.becomes and row.becomes.startswith("did you mean")
 
 
 def test_a_control_character_in_a_value_does_not_reach_the_terminal():
@@ -327,6 +343,21 @@ def test_differences_from_megatrons_defaults_are_said():
     assert "--ffn-hidden-size is 256 by default; Megatron's default is 128" in notes
     groups = " ".join(options("--use-mcore-models --num-query-groups 2").megatron.notes)
     assert "Megatron-LM reads --num-query-groups only together with --group-query-attention" in groups
+
+
+@pytest.mark.parametrize(
+    ("words", "steps", "nsys"),
+    [
+        ("--profile --use-pytorch-profiler", "11-12", False),
+        ("--profile --profile-step-start 4 --profile-step-end 6", "5-6", True),
+        ("--profile pt --profile_steps 4,6", "4-6", False),
+        ("--profile pt", "2-3", False),
+        ("--profile 7", "7", False),
+    ],
+)
+def test_steps_to_profile_are_those_of_megatron(words, steps, nsys):
+    logging = options(f"--save x --profile-ranks 0 1 {words}").options.logging
+    assert (logging.profile, logging.profile_nsys, logging.profile_ranks) == (steps, nsys, (0, 1))
 
 
 def test_every_flag_of_the_table_has_one_of_the_outcomes():

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -238,26 +238,30 @@ def test_what_cannot_run_is_refused(words, reason):
 
 
 @pytest.mark.parametrize(
-    ("words", "package", "extra"),
+    ("words", "module", "package"),
     [
         ("--tensorboard-dir x", "tensorboard", "tensorboard"),
         ("--wandb-project x", "wandb", "wandb"),
-        ("--mlflow-experiment x", "mlflow", "mlflow"),
-        ("--prometheus-file x.prom", "prometheus_client", "prometheus"),
-        ("--prometheus-port 9400", "prometheus_client", "prometheus"),
+        ("--mlflow-experiment x", "mlflow", "mlflow-skinny"),
+        ("--prometheus-file x.prom", "prometheus_client", "prometheus-client"),
+        ("--prometheus-port 9400", "prometheus_client", "prometheus-client"),
     ],
 )
-def test_what_is_logged_to_must_be_installed(monkeypatch, words, package, extra):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=rf"{package} is not installed\n.*\n.*megatron_patch\[{extra}\]"):
+def test_what_is_logged_to_must_be_installed(monkeypatch, words, module, package):
+    monkeypatch.setitem(sys.modules, module, None)
+    extra = re.split("[-_]", module)[0]
+    with pytest.raises(ConfigError, match=rf"{words} needs {package}, which is not installed\n.*\[{extra}\]\n.*megatron_patch\[{extra}\]"):
         resolve(*RUN, *words.split())
     resolve(*RUN, *words.split(), "--dry-run")
 
 
-def test_missing_data_and_vocabulary_are_notes():
+def test_missing_data_and_vocabulary_are_notes(tmp_path):
     with pytest.raises(ConfigError, match="no data"):
         resolve(*BASE, "--vocab-size", "64")
-    with pytest.raises(DataError, match="nowhere.bin does not exist"):
+    with pytest.raises(ConfigError, match="size of the vocabulary"):
+        (tmp_path / "of_megatron.bin").touch()
+        resolve(*BASE, "--data-path", str(tmp_path / "of_megatron"))
+    with pytest.raises(DataError, match=r"--data-path: nowhere\.bin does not exist"):
         resolve(*BASE, "--data-path", "nowhere")
 
 

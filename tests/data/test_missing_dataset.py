@@ -38,11 +38,12 @@ def folder(tmp_path, monkeypatch):
     [
         ("data/wep_text_document", "data/wep_text_document.bin does not exist", "did you mean data/web_text_document"),
         ("data/web", "data/web.bin does not exist", "did you mean data/web_text_document"),
+        ("data/wep", "data/wep.bin does not exist", "did you mean data/web_text_document?"),
         ("data/web.jsonl", "data/web.jsonl is a file, not a dataset", "give the dataset that was made of it: data/web_text_document"),
         (
             "data/books.jsonl.gz",
             "data/books.jsonl.gz is a file, not a dataset",
-            "convert it: tools/preprocess_data.py --input data/books.jsonl.gz --output-prefix data/books --tokenizer-type …",
+            "convert it: python tools/preprocess_data.py --input data/books.jsonl.gz --output-prefix data/books --tokenizer-type …",
         ),
         ("data/notes.md", "data/notes.md is a file, not a dataset", "give the prefix of a dataset"),
         ("data/web_text_document.json", "data/web_text_document.json is a file, not a dataset", "give the prefix: data/web_text_document"),

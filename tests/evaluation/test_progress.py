@@ -15,13 +15,13 @@ def test_the_first_line_says_what_it_reads_and_later_ones_what_is_left(capsys):
     assert output.out == ""
     assert output.err.splitlines() == [
         "evaluating 10k tokens at K = 1",
-        "20%: 2k tokens in 2 s, 1k tokens/s, about 8 s left",
-        "50%: 5k tokens in 12 s, 417 tokens/s, about 12 s left",
+        "20.0%: 2k tokens in 2 s, 1k tokens/s, about 8 s left",
+        "50.0%: 5k tokens in 12 s, 417 tokens/s, about 12 s left",
     ]
 
 
 def test_an_amount_in_bytes_and_an_unknown_one(capsys):
-    for total, line in ((400, "25%: 10 tokens in 4 s, 2.5 tokens/s, about 12 s left"), (None, "10 tokens in 4 s, 2.5 tokens/s")):
+    for total, line in ((400, "25.0%: 10 tokens in 4 s, 2.5 tokens/s, about 12 s left"), (None, "10 tokens in 4 s, 2.5 tokens/s")):
         progress = EvaluationProgress(total, clock=iter((0.0, 4.0)).__next__)
         progress.begin("evaluating text\nof others")
         progress.add(10, 100)

@@ -281,6 +281,20 @@ def test_without_documents_the_first_bad_line_says_why(folder, tmp_path, name, d
     )
 
 
+def test_a_wrong_key_is_named_with_the_keys_that_there_are_before_all_is_read(folder, tmp_path):
+    """After the first batch of a larger input; at the end, if no document has text, as an error."""
+    rows = [{"body": f"text {number}", "meta": {"title": "x"}} for number in range(3)]
+    inputs = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    for path in inputs:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    told = []
+    with pytest.raises(DataError) as error:
+        preprocess(list(map(str, inputs)), str(tmp_path / "x"), settings(folder, keys=("text",)), notice=told.append)
+    keys = f"the first bad line is {inputs[0]}, line 1: key 'text' is missing; the keys with text are body, meta.title"
+    assert f"warning: none of the first 3 lines has text; {keys}" in told
+    assert keys in error.value.what and error.value.do == "give --json-keys keys that the documents have (given: text), or check --input"
+
+
 def test_inputs_with_mostly_bad_lines_are_told_loudly(folder, tmp_path, monkeypatch):
     """Also if the run was interrupted in one of them. Half of the lines are no reason."""
     from megatron_patch.preprocess import pipeline

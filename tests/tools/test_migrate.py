@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -110,6 +112,8 @@ def test_variables_are_set_from_outside(tmp_path, monkeypatch):
         ('if [ -n "${NONE}" ]; then B=y; else B=n; fi; x.py $B', ["n"]),
         ("[ 1 -eq 1 ] && B=y; [ 1 -eq 2 ] && B=n; x.py $B", ["y"]),
         ("if [ 1 = 2 ]; then\n if [ 1 = 1 ]; then B=a; fi\nelse\n B=b\nfi; x.py $B", ["b"]),
+        ("if [[ 1 == 1 && 2 == 3 ]]; then B=a; elif [ 1 = 1 -a 2 -lt 3 ]; then B=b; fi; x.py $B", ["b"]),
+        ('if ! [ 1 = 2 ] || [ 1 = 3 ]; then B=a; fi; x.py ${B} ${C:-"d e"}', ["a", "d e"]),
         ("function f() { B=no; }\nB=yes\nx.py $B", ["yes"]),
         ("case $1 in a) B=1;; *) B=2;; esac\nB=3; x.py $B", ["3"]),
         ("x.py a \\\n  b # c\n", ["a", "b"]),
@@ -121,13 +125,26 @@ def test_variables_are_set_from_outside(tmp_path, monkeypatch):
 def test_words_are_those_that_bash_would_make(text, words):
     command = next(command for command in evaluate(text).commands if command[0] == "x.py")
     assert command[1:] == words
+    if not any("${" in word for word in words):  # bash has no parts without a value
+        program = "x.py() { printf '%s\\n' \"$@\"; }\n" + text
+        bash = subprocess.run(["bash", "-c", program], capture_output=True, text=True, check=False, env={"PATH": os.environ["PATH"]})
+        assert bash.stdout.splitlines() == words, bash.stderr
 
 
 @pytest.mark.parametrize(
-    "text", ["A='", 'x.py "a', "x.py ${A", "x.py $(( ", "fi; done; esac; }", "A=(", "cat <<E\n", "`", "$", "x.py ${a:-${a:-${a}}}"]
+    "text",
+    ["A='", 'x.py "a', "x.py ${A", "x.py $(( ", "fi; done; esac; }", "A=(", "cat <<E\n", "`", "$", "if; then; fi", "if ! ; then x; fi"],
 )
 def test_a_broken_script_ends_without_a_traceback(text):
     evaluate(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "what"), [("${a:-" * 5000, "nested too deeply"), ("a=aaaa\n" + "a=$a$a\n" * 60, "variable a is too long")]
+)
+def test_a_script_that_grows_without_end_is_refused(text, what):
+    with pytest.raises(ConfigError, match=what):
+        evaluate(text)
 
 
 @pytest.mark.parametrize(

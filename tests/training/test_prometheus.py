@@ -89,7 +89,7 @@ def test_records_that_a_full_disk_refused_are_counted_once(tmp_path, capsys):
     for step in range(1, 4):
         board.put(replace(STEP, step=step))
         board.attempt()
-    assert "run.prom cannot be written: " in capsys.readouterr().err
+    assert "run.prom fails: " in capsys.readouterr().err
     assert [entry.name for entry in tmp_path.iterdir()] == ["run.prom"], "no temporary file stays"
     (tmp_path / "run.prom").rmdir()
     board.attempt()
@@ -105,7 +105,7 @@ def test_the_port_answers_and_one_in_use_is_a_line(capsys):
         busy = Delivery(PrometheusPort(port, "127.0.0.1", NAME), None)
         busy.begin(START)
         busy.attempt()
-    assert f"--prometheus-port {port} cannot be written: [Errno 98] Address already in use; training continues" in capsys.readouterr().err
+    assert f"--prometheus-port {port} fails: Address already in use; training continues" in capsys.readouterr().err
     service = PrometheusPort(port, "127.0.0.1", NAME)
     service.open(START)
     service.add([Timed(1.0, START), Timed(2.0, STEP)])

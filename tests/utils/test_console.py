@@ -15,8 +15,9 @@ from rich.text import Text
 
 from megatron_patch.cli.command_line import run_tool
 from megatron_patch.errors import DataError
-from megatron_patch.utils.console import accept_all_text, for_terminal, labeled, make_console, one_line, print_line, print_lines, visible
+from megatron_patch.utils.console import for_terminal, labeled, make_console, one_line, print_line, print_lines, visible
 from megatron_patch.utils.figures import legend_label, save_figure
+from megatron_patch.utils.spelling import accept_all_text
 from megatron_patch.utils.tables import FittingTable
 
 ROOT = Path(__file__).parent.parent.parent
@@ -127,7 +128,7 @@ def test_narrow_consoles_get_whole_values():
         assert "…" not in text and all(value in text for value in ("1,234,567", "89", "run\\n[/b]", "stage", "tokens per step"))
     assert len(lines(120)) == 8 and lines(120)[2].startswith("┃ stage ")
     assert sum("┏" in line for line in lines(40)) == 2, "two tables that share the columns"
-    assert any(line.startswith("│ tokens per") for line in lines(30)), "as a list"
+    assert any(line.startswith("│ tokens per step │ ") for line in lines(36)), "as a list"
 
 
 def prints(source: Path) -> list[str]:
@@ -149,21 +150,34 @@ def prints(source: Path) -> list[str]:
         ):
             found.append(ast.unparse(node))
         # A console on which brackets are markup, or a text that is made from markup.
-        if any(keyword.arg == "markup" for keyword in node.keywords) or name.endswith(
-            ("Text.from_markup", "Text.from_ansi", "escape_markup")
-        ):
+        markup = any(keyword.arg == "markup" and ast.unparse(keyword.value) != "False" for keyword in node.keywords)
+        if markup or name.endswith(("Text.from_markup", "Text.from_ansi")):
             found.append(ast.unparse(node))
     return found
 
 
 def test_whatever_is_printed_goes_through_the_functions_that_are_tested_here():
     programs = [ROOT / "pretrain_gpt_patch.py", *(path for folder in ("tools", "examples") for path in (ROOT / folder).rglob("*.py"))]
-    # The console itself; its callback of that name; programs that run before the package can be imported, or print only their own text.
-    own = {"console.py", "__main__.py", "package_check.py", "gather_corpus.py", "compare_studies.py"}
+    # The console itself; its callback of that name; programs that run before the package can be imported, or print only their own text; a
+    # table that becomes a part of an error.
+    own = {"console.py", "__main__.py", "package_check.py", "gather_corpus.py", "compare_studies.py", "problems.py", "program.py"}
     callbacks = ROOT / "megatron_patch" / "training" / "callbacks" / "__init__.py"
     for source in [*programs, *(ROOT / "megatron_patch").rglob("*.py")]:
         calls = [call for call in prints(source) if source != callbacks or not call.startswith("Console(logging.log_interval")]
         assert not calls or source.name in own, f"{source}: {calls}"
+
+
+def test_no_text_is_markup_in_any_program():
+    """Neither `rich.markup`, nor a console of the benchmarks on which brackets are markup."""
+    for source in [
+        *(ROOT / "megatron_patch").rglob("*.py"),
+        *(path for name in ("tools", "examples", "benchmarks") for path in (ROOT / name).rglob("*.py")),
+    ]:
+        text = source.read_text()
+        assert "rich.markup" not in text and "from_markup" not in text, source
+        calls = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call) and ast.unparse(node.func) == "Console"]
+        named = "from rich.console import Console\n" in text or "from rich.console import Console," in text
+        assert not named or all("markup=False" in ast.unparse(call) for call in calls), source
 
 
 @pytest.mark.parametrize("terminal", [True, False])

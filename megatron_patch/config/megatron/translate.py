@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from megatron_patch.config.megatron.flags import MegatronFlag
 from megatron_patch.config.megatron.translator import COMMAND_LINE, MEGATRON_FLAGS, Given, Translation, Translator
 from megatron_patch.errors import ConfigError
-from megatron_patch.utils.units import parse_count
+from megatron_patch.utils.units import parse_count, plural
 
 
 def translate(given: Sequence[Given], ours: Collection[str], dry_run: bool = False) -> Translation:
@@ -65,7 +65,7 @@ def _tokens(option: str, steps: bool) -> Callable[[Translator, Given, MegatronFl
                 return to.ignore(given, f"{number * unit:,} tokens; --{option} {' '.join(own.words)} counts")
         if option == "train-tokens" and flag.key == "train-samples" and "train-iters" in to.last:
             return to.refuse(given, "together with --train-iters", "one of --train-iters, --train-samples and --train-tokens")
-        formula = f"{number:,} {'steps' if steps else 'samples'} x {unit:,} tokens"
+        formula = f"{plural(number, 'step' if steps else 'sample')} x {unit:,} tokens"
         if tokens == 0 and option != "train-tokens":
             return to.ignore(given, "0 is the default")
         if own is not None:
@@ -108,6 +108,21 @@ def _exit_duration(to: Translator, given: Given, flag: MegatronFlag) -> None:
         to.ignore(given, "more than 30 years are no limit")
     else:
         to.emit(given, f"--exit-duration {minutes}min", meaning="a time with its unit")
+
+
+def _profile(to: Translator, given: Given, flag: MegatronFlag) -> None:
+    if given.words and given.words[0] not in ("pt", "pt-full"):
+        to.result.flags.append(given)
+        return
+    # Megatron-DeepSpeed's --profile_steps are 2,3 by default; Megatron-LM's two flags count the steps that are done.
+    names = ("profile-step-start", "profile-step-end")
+    words = (to.value("profile-steps") or "2,3").split(",") if given.words else [to.value(names[0]) or "10", to.value(names[1]) or "12"]
+    first, last = _count(words[:1]), _count(words[1:])
+    if first is None or last is None:
+        return to.refuse(given, f"{' to '.join(words)} are not steps", "--profile 11-12")
+    first = max(first, 1) if given.words else first + 1
+    marks = [] if given.words or "use-pytorch-profiler" in to.last else ["--profile-nsys"]
+    to.emit(given, f"--profile {first}-{max(first, last)}", *marks, meaning="the steps, of which the first is 1")
 
 
 def _group_query(to: Translator, given: Given, flag: MegatronFlag) -> None:
@@ -233,18 +248,6 @@ def _mock_data(to: Translator, given: Given, flag: MegatronFlag) -> None:
         to.refuse(given, flag.text, "--data-path PREFIX of a dataset")
 
 
-def _profile(to: Translator, given: Given, flag: MegatronFlag) -> None:
-    if given.words and given.words[0] not in ("pt", "pt-full"):
-        to.result.flags.append(given)  # the steps, as this program writes them
-        return
-    if given.words:
-        steps, kinds = (to.value("profile-steps") or "2,3").split(","), []
-    else:
-        steps = [to.value("profile-step-start") or "10", to.value("profile-step-end") or "12"]
-        kinds = [] if "use-pytorch-profiler" in to.last else ["--profile-nsys"]
-    to.emit(given, f"--profile {'-'.join(step.strip() for step in steps)}", *kinds, meaning="the steps to record")
-
-
 def _rampup(to: Translator, given: Given, flag: MegatronFlag) -> None:
     if len(given.words) == 3 and given.words[0] == to.value("global-batch-size"):
         to.ignore(given, "the batch does not grow: it starts at --global-batch-size")
@@ -265,6 +268,7 @@ _FUNCTIONS: dict[str, Callable[[Translator, Given, MegatronFlag], None]] = {
     "eval-iters": _eval_iters,
     "lr-warmup-fraction": _warmup_fraction,
     "exit-duration-in-mins": _exit_duration,
+    "profile": _profile,
     "group-query-attention": _group_query,
     "no-position-embedding": _no_positions,
     "rotary-seq-len-interpolation-factor": _interpolation,
@@ -307,5 +311,4 @@ _FUNCTIONS: dict[str, Callable[[Translator, Given, MegatronFlag], None]] = {
     "optimizer-cpu-offload": _offload,
     "mock-data": _mock_data,
     "rampup-batch-size": _rampup,
-    "profile": _profile,
 }

@@ -7,13 +7,13 @@ Nothing is dropped or changed without a row.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from megatron_patch.config.megatron.flags import Kind, MegatronFlag, key_of
 from megatron_patch.config.megatron.long_tail import LONG_TAIL
 from megatron_patch.config.megatron.table import MAIN
-from megatron_patch.utils.registry import suggestion
 
 MEGATRON_FLAGS: dict[str, MegatronFlag] = {flag.key: flag for flag in (*MAIN, *LONG_TAIL)}
 """The flags of Megatron by name, with dashes."""
@@ -146,10 +146,9 @@ class Translator:
         return self.result
 
     def _unknown(self, given: Given) -> None:
-        names = [key_of(name) for name in self.ours]
-        close = suggestion(given.key, names, prefix="--", cutoff=0.75)
+        close = [f"--{key}" for key in difflib.get_close_matches(given.key.lower(), sorted(self.ours), n=3) if _misspelt(given.key, key)]
         meaning = "unknown: a flag neither of this program nor of Megatron"
-        self.result.problems.append(Row(given, meaning, close or f"remove --{given.key}"))
+        self.result.problems.append(Row(given, meaning, f"did you mean {' or '.join(close)}?" if close else f"remove --{given.key}"))
 
     def _by_kind(self, given: Given, flag: MegatronFlag) -> None:
         if flag.kind is Kind.RENAMED:
@@ -177,3 +176,11 @@ def _wrong_count(given: Given, flag: MegatronFlag) -> str | None:
     if flag.values == 1 and len(given.words) != 1:
         return "without a value" if not given.words else f"{given.words[1]!r} belongs to no flag"
     return None
+
+
+def _misspelt(name: str, known: str) -> bool:
+    """Returns whether a name is a misspelling of a flag, and not another word: lr-warmup-steps is no misspelling of lr-warmup-tokens."""
+    pairs = list(zip(name.lower().split("-"), known.split("-"), strict=False))
+    if len(pairs) < max(name.count("-"), known.count("-")) + 1:
+        pairs = [(name.lower().replace("-", ""), known.replace("-", ""))]
+    return all(difflib.SequenceMatcher(None, first, second).ratio() >= 0.75 for first, second in pairs)

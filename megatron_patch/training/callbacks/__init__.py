@@ -14,6 +14,7 @@ from megatron_patch.training.callbacks.delivery import Service
 from megatron_patch.training.callbacks.events import Events
 from megatron_patch.training.callbacks.metrics import Metrics
 from megatron_patch.training.callbacks.mlflow import MLflow
+from megatron_patch.training.callbacks.profiler import NsightRange, Profiler, TorchTrace
 from megatron_patch.training.callbacks.prometheus import PrometheusFile, PrometheusPort
 from megatron_patch.training.callbacks.samples import SampleRequest, Samples
 from megatron_patch.training.callbacks.spans import SpanLog
@@ -21,12 +22,13 @@ from megatron_patch.training.callbacks.tensorboard import TensorBoard
 from megatron_patch.training.callbacks.wandb import WeightsAndBiases
 from megatron_patch.training.next_steps import next_steps
 from megatron_patch.training.pauses import Pauses
+from megatron_patch.utils.units import parse_steps
 
 
 def make_callbacks(context: CallbackContext, factories: Sequence[CallbackFactory] = ()) -> list[Callback]:
     """Returns this rank's callbacks: those that the run's options request, then those that the factories make.
 
-    Of the former, only `Samples` and `SpanLog` exist on ranks other than 0.
+    Of the former, only `Samples`, `SpanLog` and `Profiler` exist on ranks other than 0.
 
     Args:
         context: the run and this rank.
@@ -53,6 +55,12 @@ def make_callbacks(context: CallbackContext, factories: Sequence[CallbackFactory
     first_of_replica = grid.tensor_parallel_rank == grid.pipeline_parallel_rank == 0
     if logging.log_token_spans and save is not None and first_of_replica:
         callbacks.append(SpanLog(save / "spans", grid.rank))
+    if logging.profile is not None and grid.rank in logging.profile_ranks:
+        first_step, last_step = parse_steps(logging.profile, "--profile")
+        tool: TorchTrace | NsightRange = NsightRange(logging.profile_shapes)
+        if not logging.profile_nsys and save is not None:
+            tool = TorchTrace(save / "profile", grid.rank, context.device, logging.profile_shapes)
+        callbacks.append(Profiler(tool, first_step, last_step, speaks=first))
     for make_callback in factories:
         try:
             callbacks.append(make_callback(context))

@@ -245,6 +245,9 @@ class Callback:
     def on_start(self, record: RunStart) -> None:
         """Called once before the first step."""
 
+    def on_step_begin(self, step: int) -> None:
+        """Called before each step, before its micro-batches are read."""
+
     def on_batches(self, step: int, stage: Stage, batches: Sequence[PatchBatch]) -> None:
         """Called after each step, before `on_step`, with the micro-batches that this rank read."""
 

@@ -15,16 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from megatron_patch.credentials import without_credentials
 from megatron_patch.training.callbacks.base import RunEnd, RunStart
+from megatron_patch.training.callbacks.servers import why
 from megatron_patch.training.faults.exit_protocol import print_stderr
-from megatron_patch.utils.console import shortened
 from megatron_patch.utils.units import plural
 
-_FIRST_PAUSE = 60.0  # seconds before a service that failed is tried again; doubled with each further failure
+_FIRST_PAUSE, _LONGEST_PAUSE = 60.0, 960.0  # seconds before a service that failed is tried again; doubled with each further failure
 _MOST_WAITING = 10_000
 """The most records that wait for a service; some 20 MB."""
-_LONGEST_REASON = 300
 
 
 @dataclass(frozen=True)
@@ -115,7 +113,7 @@ class Delivery:
         elif self._failing:
             self._failing, self._pause = False, _FIRST_PAUSE
             lost = f", but lacks {plural(self._dropped, 'record')}; {self._kept}" if self._dropped else "; no value was lost"
-            print_stderr(f"{self._service.name} can be written again{lost}")
+            print_stderr(f"{self._service.name} works again{lost}")
 
     def _try(self) -> Exception | None:
         with self._lock:
@@ -137,12 +135,9 @@ class Delivery:
     def _fail(self, error: Exception) -> None:
         if not self._failing:
             self._failing = True
-            print_stderr(
-                f"{self._service.name} cannot be written: {first_line(error)}; training continues, its values wait in memory, "
-                "and a retry follows"
-            )
+            print_stderr(f"{self._service.name} fails: {why(error)}; training continues, its values wait in memory, and a retry follows")
         self._retry_at = self._clock() + self._pause
-        self._pause *= 2
+        self._pause = min(2 * self._pause, _LONGEST_PAUSE)
         self._abandon()
 
     def _abandon(self) -> None:
@@ -165,10 +160,4 @@ class Delivery:
             except Exception as failure:
                 error = failure
         if error is not None:
-            print_stderr(f"{self._service.name} may lack the last values: {first_line(error)}; {self._kept}")
-
-
-def first_line(error: BaseException) -> str:
-    """Returns why a service failed, in one line without passwords."""
-    text = without_credentials(str(error)).strip() or type(error).__name__
-    return shortened(text.splitlines()[0].rstrip(".:"), _LONGEST_REASON)
+            print_stderr(f"{self._service.name} may lack the last values: {why(error)}; {self._kept}")

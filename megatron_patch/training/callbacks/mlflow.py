@@ -5,19 +5,22 @@ In: steps and evaluations. Out: a run of an MLflow experiment, whose steps are t
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_patch.errors import ConfigError
 from megatron_patch.exit_codes import ExitCode
+from megatron_patch.requirements import missing_package
 from megatron_patch.training.callbacks.base import EvaluationRecord, RunEnd, RunStart, StepRecord
 from megatron_patch.training.callbacks.charts import PATIENCE, named_values
 from megatron_patch.training.callbacks.delivery import Timed
 from megatron_patch.training.callbacks.run_ids import read_id, write_id
+from megatron_patch.training.callbacks.servers import not_reached
 
 _VALUES_A_REQUEST = 1000  # MLflow's limits
 _PARAMETERS_A_REQUEST = 100
@@ -64,11 +67,7 @@ class MLflow:
             import mlflow
             import mlflow.entities
         except ImportError as error:
-            raise ConfigError(
-                "--mlflow-experiment needs the package mlflow-skinny, which is not installed",
-                "an environment with the package mlflow-skinny or mlflow",
-                "pip install 'megatron_patch[mlflow]'",
-            ) from error
+            raise missing_package("mlflow", f"--mlflow-experiment {experiment}") from error
         if uri is None and not os.environ.get("MLFLOW_TRACKING_URI"):
             raise ConfigError(
                 f"--mlflow-experiment {experiment} without the address of a tracking server",
@@ -84,7 +83,21 @@ class MLflow:
 
     def open(self, start: RunStart | None) -> None:
         """Opens the run, or resumes it if the run's folder has the id of one that the server knows. MLflow cannot drop values."""
-        client = self._mlflow.MlflowClient(tracking_uri=self._uri)
+        with self._plain_errors():
+            self._open(self._mlflow.MlflowClient(tracking_uri=self._uri))
+
+    @contextlib.contextmanager
+    def _plain_errors(self) -> Iterator[None]:
+        """Replaces the error of a server that cannot be reached, which MLflow reports in half a page."""
+        try:
+            yield
+        except Exception as error:
+            server = self._uri or self._mlflow.get_tracking_uri()
+            if (reason := not_reached(error, server, float(os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"]))) is None:
+                raise
+            raise RuntimeError(reason) from error
+
+    def _open(self, client: Any) -> None:
         found = client.get_experiment_by_name(self._experiment)
         experiment_id = found.experiment_id if found is not None else client.create_experiment(self._experiment)
         run = self._known_run(client, experiment_id)
@@ -129,8 +142,9 @@ class MLflow:
             for timed in records
             for name, value in named_values(timed.record).items()
         ]
-        for first in range(0, len(values), _VALUES_A_REQUEST):
-            self._client.log_batch(self._run_id, metrics=values[first : first + _VALUES_A_REQUEST])
+        with self._plain_errors():
+            for first in range(0, len(values), _VALUES_A_REQUEST):
+                self._client.log_batch(self._run_id, metrics=values[first : first + _VALUES_A_REQUEST])
 
     def abandon(self) -> None:
         """Forgets the client; it holds no connection."""
@@ -139,7 +153,8 @@ class MLflow:
     def close(self, end: RunEnd | None) -> None:
         """Sets the state of the run: finished, killed if it was asked to stop, failed after an error."""
         status = "FAILED" if end is None else "FINISHED" if end.code == ExitCode.DONE else "KILLED"
-        self._client.set_terminated(self._run_id, status)
+        with self._plain_errors():
+            self._client.set_terminated(self._run_id, status)
 
 
 def _name(name: str) -> str:

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_patch.errors import ConfigError
+from megatron_patch.requirements import missing_package
 from megatron_patch.training.callbacks.base import EvaluationRecord, Event, RunEnd, RunStart, SaveRecord, StepRecord
 from megatron_patch.training.callbacks.charts import named_values
 from megatron_patch.training.callbacks.delivery import Timed
@@ -39,11 +39,7 @@ class Numbers:
         try:
             from prometheus_client import core, exposition
         except ImportError as error:
-            raise ConfigError(
-                "--prometheus-file and --prometheus-port need the package prometheus-client, which is not installed",
-                "an environment with the package prometheus-client",
-                "pip install 'megatron_patch[prometheus]'",
-            ) from error
+            raise missing_package("prometheus_client", "Prometheus") from error
         self._core: Any = core
         self._text: Any = exposition.generate_latest
         self._run = run

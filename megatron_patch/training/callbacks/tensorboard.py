@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from megatron_patch.errors import ConfigError
+from megatron_patch.requirements import missing_package
 from megatron_patch.training.callbacks.base import EvaluationRecord, RunEnd, RunStart, StepRecord
 from megatron_patch.training.callbacks.charts import named_values
 from megatron_patch.training.callbacks.delivery import Timed
@@ -27,11 +27,7 @@ class TensorBoard:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
-            raise ConfigError(
-                "--tensorboard-dir needs TensorBoard, which is not installed",
-                "an environment with the package tensorboard",
-                "pip install 'megatron_patch[tensorboard]'",
-            ) from error
+            raise missing_package("tensorboard", f"--tensorboard-dir {folder}") from error
         self.name = f"--tensorboard-dir {folder}"
         self._folder = folder
         self._make: Any = SummaryWriter

@@ -11,13 +11,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_patch.credentials import without_credentials
-from megatron_patch.errors import ConfigError
 from megatron_patch.exit_codes import ExitCode
+from megatron_patch.requirements import missing_package
 from megatron_patch.training.callbacks.base import EvaluationRecord, RunEnd, RunStart, StepRecord
 from megatron_patch.training.callbacks.charts import PATIENCE, named_values
-from megatron_patch.training.callbacks.delivery import Timed, first_line
+from megatron_patch.training.callbacks.delivery import Timed
 from megatron_patch.training.callbacks.run_ids import new_id, read_id, write_id
+from megatron_patch.training.callbacks.servers import not_reached, why
 from megatron_patch.training.faults.exit_protocol import print_stderr
 
 
@@ -43,11 +43,7 @@ class WeightsAndBiases:
         try:
             import wandb
         except ImportError as error:
-            raise ConfigError(
-                "--wandb-project needs the package wandb, which is not installed",
-                "an environment with the package wandb",
-                "pip install 'megatron_patch[wandb]'",
-            ) from error
+            raise missing_package("wandb", f"--wandb-project {project}") from error
         self._wandb: Any = wandb
         self._arguments: dict[str, Any] = {"project": project, "name": name, "config": dict(config)}
         if save is not None and "WANDB_DIR" not in os.environ:
@@ -70,17 +66,13 @@ class WeightsAndBiases:
         settings = self._wandb.setup().settings
         if settings.mode not in ("online", "shared"):
             return None
-        server = without_credentials(settings.base_url)
         proxies = {"http": settings.http_proxy, "https": settings.https_proxy}
         try:
             # Whatever the server answers, wandb decides what it means.
             requests.head(settings.base_url, timeout=self._patience, proxies={kind: proxy for kind, proxy in proxies.items() if proxy})
-        except requests.exceptions.SSLError:
-            pass
-        except requests.exceptions.Timeout:
-            return f"{server} does not answer within {self._patience:g} s"
-        except requests.exceptions.ConnectionError:
-            return f"there is no connection to {server}"
+        except requests.exceptions.RequestException as error:
+            if (reason := not_reached(error, settings.base_url, self._patience)) is not None:
+                return reason
         # With a run in this process wandb has a login.
         if self._wandb.run is None and not self._wandb.login(prompt=False, verify=False):
             return "there is no login (wandb login, or WANDB_API_KEY)"
@@ -97,7 +89,7 @@ class WeightsAndBiases:
             try:
                 self._run = self._wandb.init(id=run_id, resume="allow", settings=settings, **self._arguments)
             except Exception as error:
-                reason = first_line(error)
+                reason = why(error)
                 self.abandon()
         if reason is not None:
             self._run = self._wandb.init(id=run_id, mode="offline", settings=settings, **self._arguments)
