@@ -82,7 +82,7 @@ def test_a_python_without_the_requirements_gets_one_error_and_no_traceback():
     """`-S` leaves out site-packages."""
     done = python("-S", "-m", "megatron_patch", "plan", "--help")
     what, allowed, do = done.stderr.splitlines()
-    assert done.returncode == 2 and "required packages: torch, numpy, tyro" in what and "all required" in allowed and "make venv" in do
+    assert done.returncode == 2 and "required packages: torch, numpy, tyro" in what and "all required" in allowed and "activate" in do
     assert python("-S", "-m", "megatron_patch", "--help").returncode == 0
 
 
