@@ -69,7 +69,7 @@ def test_version_names_the_packages_that_matter(capsys, monkeypatch):
         (["pretrian"], "megatron-patch has no subcommand 'pretrian'", "did you mean pretrain?"),
         (["Reprot"], "megatron-patch has no subcommand 'Reprot'", "did you mean report"),
         (["xyzzy"], "megatron-patch has no subcommand 'xyzzy'", "choose one of them; see megatron-patch --help"),
-        (["--config", "a"], "'--config' precedes the subcommand", "megatron-patch pretrain --config …"),
+        (["--config", "a"], "--config precedes the subcommand", "megatron-patch pretrain --config …"),
     ],
 )
 def test_an_unknown_subcommand_is_an_error_in_three_parts(capsys, words, what, do):

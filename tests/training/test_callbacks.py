@@ -129,7 +129,7 @@ def test_text_of_others_is_neither_markup_nor_a_command(monkeypatch, terminal, w
     console.on_start(START)
     console.on_step(replace(STEP, stage=HOSTILE))
     console.on_evaluation(replace(BLEND, corpora={HOSTILE: CorpusLoss(0.5, 6.25, 5.0, 500), "web": CorpusLoss(0.5, 6.25, 5.0, 500)}))
-    console.show_samples(1, [f"prompt {HOSTILE}", "second"], 0.1)
+    console.show_samples(1, [f"prompt {HOSTILE}" + " a" * 40 * terminal, "second"], 0.1)
     console.on_switch(SwitchRecord(4, 1000, HOSTILE, HOSTILE, 4, 1))
     console.on_save(SaveRecord(4, HOSTILE, 1.0, 2**20, 1.0))
     console.on_event(Event("skip", 4, HOSTILE, {}))
@@ -140,7 +140,10 @@ def test_text_of_others_is_neither_markup_nor_a_command(monkeypatch, terminal, w
     lines = re.sub(r"\s+", " ", text)
     for line in (f"4 saved {SHOWN} (1.0 MiB", f"skip: {SHOWN}", f"report python tools/report.py {SHOWN}"):
         assert line.replace(" ", "") in lines.replace(" ", "")
-    if not terminal:
+    if terminal:
+        at = next(number for number, line in enumerate(text.splitlines()) if " sample: prompt" in line)
+        assert width > 80 or text.splitlines()[at + 1].startswith(" " * 9), "the rest of a long sample is indented"
+    else:
         assert f"1 sample: prompt [bold]x[/nope]\\x1b[2J exit code 0\\u202e 1 sample: second 4 switch: stage {SHOWN} (K = 4)" in lines
         assert text.count("second") == 1
 

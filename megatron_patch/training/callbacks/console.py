@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from rich.console import Console as RichConsole
 from rich.live import Live
+from rich.table import Table
 from rich.text import Text
 
 from megatron_patch.training.callbacks.base import Callback, EvaluationRecord, Event, RunEnd, RunStart, SaveRecord, StepRecord, SwitchRecord
@@ -124,8 +125,15 @@ class Console(Callback):
         self._console.print(Text.assemble(*parts), soft_wrap=whole or None)
 
     def _print_at(self, step: int, title: str, text: str, whole: bool = False) -> None:
-        """Prints what happened after a step."""
-        self._print(f"{step:>8,} ", (one_line(title), "bold"), one_line(text), whole=whole)
+        """Prints what happened after a step; on a terminal, further lines are indented, so that no sample looks like another line."""
+        if whole or not self._console.is_terminal:
+            self._print(f"{step:>8,} ", (one_line(title), "bold"), one_line(text), whole=whole)
+            return
+        grid = Table.grid(padding=(0, 1))
+        grid.add_column(justify="right", min_width=8)
+        grid.add_column(overflow="fold")
+        grid.add_row(f"{step:,}", Text.assemble((one_line(title), "bold"), one_line(text)))
+        self._console.print(grid)
 
     def _draw(self) -> None:
         if self._live is not None and self._state is not None:

@@ -164,7 +164,7 @@ def live_view(state: LiveState, width: int) -> RenderableType:
     start, record = state.start, state.record
     ahead = outlook(start, record, state.pauses)
     grid = Table.grid(padding=(0, 2))
-    grid.add_column(style="dim", no_wrap=True, min_width=5)
+    grid.add_column(style="dim", no_wrap=True, min_width=6)
     grid.add_column(no_wrap=True, overflow="ellipsis")
     patches = f"patches of {record.patch_size}" if record.patch_size > 1 else "single tokens"
     stage = Text.assemble((one_line(record.stage), "bold"), ("  " + patches, "dim"))
