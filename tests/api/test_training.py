@@ -241,3 +241,8 @@ def test_a_notebook_gets_plain_lines_of_100_columns(monkeypatch, capsys):
     assert not console.is_terminal and (line_width(console, 160), in_notebook()) == (100, True)
     monkeypatch.delattr("builtins.get_ipython")
     assert (make_console().is_terminal, in_notebook()) == (True, False)
+
+
+def test_without_deepspeed_the_error_has_the_command_that_installs_it(corpus, monkeypatch):
+    monkeypatch.setattr("megatron_patch.requirements.is_missing", lambda module: module == "deepspeed")
+    refused(ConfigError, "pip install", "megatron_patch[train]", corpus=corpus)
