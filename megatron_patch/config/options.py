@@ -348,15 +348,15 @@ class LoggingOptions:
     """Name of the run in Weights & Biases."""
     mlflow_experiment: Free[OptionalName] = None
     """MLflow experiment to log to."""
-    mlflow_tracking_uri: Free[OptionalName] = None
+    mlflow_tracking_uri: Free[Annotated[str | None, texts("ADDRESS")]] = None
     """Address of MLflow's tracking server. By default that of the environment (MLFLOW_TRACKING_URI)."""
     mlflow_run_name: Free[OptionalName] = None
     """Name of the run in MLflow. By default the name of the folder of --save."""
     prometheus_file: Free[OptionalPath] = None
     """File NAME.prom for the newest numbers, which the textfile collector of Prometheus' node_exporter reads."""
-    prometheus_port: Free[OptionalCount] = None
+    prometheus_port: Free[Annotated[int | None, texts("PORT")]] = None
     """Port at which rank 0 shows the newest numbers to Prometheus."""
-    prometheus_address: Free[str] = "0.0.0.0"
+    prometheus_address: Free[Annotated[str, texts("ADDRESS")]] = "0.0.0.0"
     """Address at which that port listens. By default every address of the node."""
     profile: Free[Annotated[str | None, texts("STEPS")]] = None
     """Steps to record with torch's profiler, such as 10 or 10-12. The trace is written to SAVE/profile/."""

@@ -10,7 +10,6 @@ only for a file that has such sections, because that takes as long as importing 
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
@@ -20,6 +19,7 @@ from typing import Any, get_args
 from megatron_patch.engine.accelerator import choose_accelerator
 from megatron_patch.engine.deepspeed_keys import CLASSES, FIXED, PLAIN, REFUSED, VALUES, WITHOUT_EFFECT
 from megatron_patch.errors import ConfigError
+from megatron_patch.requirements import require
 from megatron_patch.utils.console import shortened
 from megatron_patch.utils.files import read_small, reason
 from megatron_patch.utils.findings import Findings
@@ -97,12 +97,7 @@ def import_section_class(section: str) -> Any:
     Raises:
         ConfigError: DeepSpeed is not installed.
     """
-    if importlib.util.find_spec("deepspeed") is None:
-        raise ConfigError(
-            f"{FLAG} is given, but DeepSpeed, which checks it, is not installed",
-            "a Python environment with DeepSpeed",
-            "pip install 'megatron_patch[train]', or remove --deepspeed_config",
-        )
+    require("deepspeed", FLAG)
     choose_accelerator()
     module, name = CLASSES[section]
     return getattr(importlib.import_module(module), name)

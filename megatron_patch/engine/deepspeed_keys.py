@@ -196,8 +196,12 @@ FIXED: Mapping[str, Fixed] = {
     "fp16.fp16_master_weights_and_grads": Fixed(False, _FLOAT32),
     "fp16.auto_cast": Fixed(False, "it would round the weights of labels"),
     "zero_optimization.compute_grad_norm": Fixed(True, "clipping and the check of steps need the norm of the gradient"),
-    "zero_optimization.round_robin_gradients": Fixed(False, "it moves parameters, so that a checkpoint would store them under other names"),
-    "zero_optimization.zero_hpz_partition_size": Fixed(1, "its second copy of the weights would not get those of a checkpoint"),
+    "zero_optimization.round_robin_gradients": Fixed(
+        False, "it moves parameters, which would get each other's float32 weights and moments"
+    ),
+    "zero_optimization.zero_hpz_partition_size": Fixed(
+        1, "its second copy of the weights would get neither initial weights nor those of a checkpoint"
+    ),
     "zero_optimization.stage3_module_granularity_threshold": Fixed(0, "it gathers whole blocks, whose weights then cannot be set"),
     "zero_optimization.legacy_stage1": Fixed(False, "DeepSpeed no longer has it"),
     "zero_optimization.zenflow": Fixed(None, _OTHER_OPTIMIZER),

@@ -24,6 +24,9 @@ from megatron_patch.engine.rendezvous import explained, notice_of_waiting, requi
 
 _READ = "/read"  # the key of the number of ranks that have read a decision
 _LEAVE_SECONDS = 10.0  # longer than the end of process groups takes on which no rank waits
+_store: Any = None
+_jobs = 0
+"""The store of this process's jobs of several ranks, and how many there were."""
 _earlier_groups: list[Any] | None = None
 """The process groups of this process before it joined the job that it is in; None: it is in none."""
 
@@ -72,13 +75,31 @@ def init_distributed(timeout_minutes: int = 30) -> torch.device:
         try:
             # One rank of each node is enough.
             with notice_of_waiting(address, port, rank, size) if local_rank == 0 else contextlib.nullcontext():
-                deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", timeout=timeout, verbose=False)
+                backend = "nccl" if cuda else "gloo"
+                if size > 1:
+                    _join(backend, rank, size, timeout)
+                deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
         except Exception as error:
             known = explained(error, address, port, size)
             if known is None:
                 raise
             raise known from error
     return device
+
+
+def _join(backend: str, rank: int, size: int, timeout: timedelta) -> None:
+    """Makes the default group on the store that all jobs of this process share, each with names of its own.
+
+    A second store on the same port would have to wait for the end of the first one on all ranks, and the store of torchrun keeps the names
+    of an earlier job.
+    """
+    global _store, _jobs
+    if _store is None:
+        _store, _, _ = next(torch.distributed.rendezvous("env://", rank, size, timeout=timeout))
+    _store.set_timeout(timeout)
+    _jobs += 1
+    store = torch.distributed.PrefixStore(f"megatron_patch/{_jobs}", _store)
+    torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
 
 
 def destroy_distributed() -> None:

@@ -136,9 +136,12 @@ class Trainer:
         self._opened.__exit__(kind, error, traceback)
 
     def _close_engine(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        """Closes the engine, unless a peer may be inside of a collective: closing waits for what this rank's GPU computes."""
-        if error is None or self.grid.world_size == 1:
+        """Closes the engine, unless this rank's GPU may be inside of a collective with a peer, for which closing would wait."""
+        if error is None:
             self.engine.close()
+        elif self.grid.world_size == 1 or self.device.type == "cpu":
+            with contextlib.suppress(Exception):  # the first error explains more
+                self.engine.close()
 
     @property
     def stage(self) -> Stage:

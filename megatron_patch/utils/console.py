@@ -105,13 +105,16 @@ def make_console(width: int = 180, stderr: bool = False) -> Console:
         stderr: whether it prints to standard error instead of standard output.
     """
     file = cast("IO[str]", _TolerantOutput("stderr" if stderr else "stdout"))
-    # In a notebook rich would make an output of HTML of each line.
-    console = _TextConsole(file=file, highlight=False, markup=False, emoji=False, force_jupyter=False)
-    if console.is_terminal:
+    console = _TextConsole(file=file, highlight=False, markup=False, emoji=False)
+    if console.is_jupyter:
+        # Rich would make an output of HTML of each line; and kernels set FORCE_COLOR, which stands for a terminal.
+        width = min(width, NOTEBOOK_WIDTH)
+    elif console.is_terminal:
         return console
-    width = min(width, NOTEBOOK_WIDTH) if in_notebook() else width
     # A line of text stays one line of a log, however long it is; the width is that of tables.
-    return _TextConsole(file=file, highlight=False, markup=False, emoji=False, force_jupyter=False, width=width, soft_wrap=True)
+    return _TextConsole(
+        file=file, highlight=False, markup=False, emoji=False, force_jupyter=False, force_terminal=False, width=width, soft_wrap=True
+    )
 
 
 def in_notebook() -> bool:

@@ -13,6 +13,7 @@ import pytest
 from megatron_patch.api import each_step, load_config, load_model, pretrain
 from megatron_patch.errors import CheckpointError, ConfigError, DataError
 from megatron_patch.exit_codes import ExitCode
+from megatron_patch.utils.console import in_notebook, line_width, make_console
 from tests.api import own
 from tests.api.runs import TINY, corpus_in, left_threads, process_state, without_launcher
 from tests.distributed.ranks import run_ranks
@@ -226,3 +227,17 @@ def factories(corpus) -> None:
 
 def test_a_callback_that_is_none_is_refused(corpus, tmp_path):
     run_ranks(factories, 1, tmp_path / "logs", corpus)
+
+
+def test_a_notebook_gets_plain_lines_of_100_columns(monkeypatch, capsys):
+    """Kernels set FORCE_COLOR, by which rich takes their output for a terminal."""
+    kernel = type("ZMQInteractiveShell", (), {})
+    monkeypatch.setattr("builtins.get_ipython", lambda: kernel(), raising=False)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    console = make_console()
+    console.print("[a]", style="bold")
+    console.rule()
+    assert capsys.readouterr().out == "[a]\n" + "─" * 100 + "\n"
+    assert not console.is_terminal and (line_width(console, 160), in_notebook()) == (100, True)
+    monkeypatch.delattr("builtins.get_ipython")
+    assert (make_console().is_terminal, in_notebook()) == (True, False)

@@ -69,7 +69,7 @@ def test_version_names_the_packages_that_matter(capsys, monkeypatch):
         (["pretrian"], "megatron-patch has no subcommand 'pretrian'", "did you mean pretrain?"),
         (["Reprot"], "megatron-patch has no subcommand 'Reprot'", "did you mean report"),
         (["xyzzy"], "megatron-patch has no subcommand 'xyzzy'", "choose one of them; see megatron-patch --help"),
-        (["--config", "a"], "'--config' precedes the subcommand", "megatron-patch pretrain --config …"),
+        (["--config", "a"], "--config precedes the subcommand", "megatron-patch pretrain --config …"),
     ],
 )
 def test_an_unknown_subcommand_is_an_error_in_three_parts(capsys, words, what, do):
@@ -82,7 +82,7 @@ def test_a_python_without_the_requirements_gets_one_error_and_no_traceback():
     """`-S` leaves out site-packages."""
     done = python("-S", "-m", "megatron_patch", "plan", "--help")
     what, allowed, do = done.stderr.splitlines()
-    assert done.returncode == 2 and "required packages: torch, numpy, tyro" in what and "all required" in allowed and "make venv" in do
+    assert done.returncode == 2 and "required packages: torch, numpy, tyro" in what and "all required" in allowed and "activate" in do
     assert python("-S", "-m", "megatron_patch", "--help").returncode == 0
 
 

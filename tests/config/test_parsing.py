@@ -291,7 +291,10 @@ def test_the_version_is_printed(capsys):
     assert python == f"Python {sys.version.split()[0]}"
 
 
-@pytest.mark.parametrize("program", ["pretrain_gpt_patch.py --help", "pretrain_gpt_patch.py --version", "-m megatron_patch plan --help"])
+@pytest.mark.parametrize(
+    "program",
+    ["pretrain_gpt_patch.py --help", "pretrain_gpt_patch.py --version", "-m megatron_patch plan --help", "-m megatron_patch schema"],
+)
 def test_a_reader_that_leaves_ends_the_program_without_a_message(program):
     process = subprocess.Popen(
         [sys.executable, *program.split()],

@@ -18,7 +18,7 @@ from megatron_patch.exit_codes import ExitCode
 from megatron_patch.training.faults import exit_protocol
 from megatron_patch.utils.files import append_line
 from tests.distributed.ranks import run_ranks, start_ranks
-from tests.distributed.runs import DATA, MODEL, ROOT, command, printed, start_process, start_program
+from tests.distributed.runs import DATA, MODEL, ROOT, command, printed, start_process, start_program, train
 from tests.faults.test_stops import PLAN, finish, wait_for_steps
 
 
@@ -166,11 +166,21 @@ def test_a_line_after_an_incomplete_one_is_complete(tmp_path):
     assert path.read_text() == '1\n{"torn\n2\n3\n'
 
 
-def test_a_chart_folder_that_cannot_be_written_ends_a_new_run_with_one_message(tmp_path, corpus):
-    argv = command(MODEL, DATA, PLAN, ["--data-path", corpus, "--save", str(tmp_path / "run"), "--tensorboard-dir", "/dev/null/x"])
+def test_a_wrong_flag_that_only_rank_0_notices_ends_all_ranks_with_one_message(tmp_path, corpus):
+    """MLflow's address may be in the environment of rank 0 alone, which is the only one that needs it."""
+    pytest.importorskip("mlflow")
+    argv = command(MODEL, DATA, PLAN, ["--data-path", corpus, "--save", str(tmp_path / "run"), "--mlflow-experiment", "x"])
     assert run_ranks(start_program, 2, tmp_path / "run-logs", argv) == [2, 2]
     text = printed(tmp_path / "run")
-    assert "rank 0 on " in text and text.count("cannot be written") == text.count("exit code 2") == 1 and "Traceback" not in text
+    assert "rank 0 on " in text and text.count("without the address of a tracking server") == text.count("exit code 2") == 1
+    assert "Traceback" not in text
+
+
+def test_services_that_cannot_be_used_end_no_run(tmp_path, corpus):
+    flags = ["--tensorboard-dir", "/dev/null/x", "--prometheus-file", "/dev/null/x/run.prom"]
+    train(tmp_path / "run", 2, PLAN, "--train-tokens 3072", ["--data-path", corpus, *flags])
+    text = printed(tmp_path / "run")
+    assert text.count("training continues") == text.count("may lack the last values") == 2 and "Traceback" not in text
 
 
 @pytest.mark.parametrize(

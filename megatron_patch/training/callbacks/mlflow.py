@@ -41,7 +41,7 @@ class MLflow:
         patience: seconds for the server to answer one request.
 
     Raises:
-        ConfigError: the package mlflow-skinny is not installed.
+        ConfigError: the package mlflow-skinny is not installed, or no address of a server is known.
     """
 
     name = "MLflow"
@@ -56,7 +56,13 @@ class MLflow:
         parameters: Mapping[str, Any],
         patience: float = PATIENCE,
     ) -> None:
-        # By default, a server that does not answer keeps MLflow busy for a quarter of an hour, and MLflow reports its use to its makers.
+        if uri is None and not os.environ.get("MLFLOW_TRACKING_URI"):
+            raise ConfigError(
+                f"--mlflow-experiment {experiment} without the address of a tracking server",
+                "--mlflow-tracking-uri, or MLFLOW_TRACKING_URI in the environment",
+                "give --mlflow-tracking-uri http://HOST:5000",
+            )
+        # By default, MLflow asks a server that does not answer 8 times, for 120 s each, and reports its use to its makers.
         for variable, value in (
             ("MLFLOW_HTTP_REQUEST_TIMEOUT", str(math.ceil(patience))),
             ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0"),
@@ -68,12 +74,6 @@ class MLflow:
             import mlflow.entities
         except ImportError as error:
             raise missing_package("mlflow", f"--mlflow-experiment {experiment}") from error
-        if uri is None and not os.environ.get("MLFLOW_TRACKING_URI"):
-            raise ConfigError(
-                f"--mlflow-experiment {experiment} without the address of a tracking server",
-                "--mlflow-tracking-uri, or MLFLOW_TRACKING_URI in the environment",
-                "give --mlflow-tracking-uri http://HOST:5000",
-            )
         self._mlflow: Any = mlflow
         self._experiment, self._uri, self._save = experiment, uri, save
         self._run_name = name
