@@ -29,7 +29,7 @@ from megatron_patch.config.scale import default_decay_fraction, default_patch_si
 from megatron_patch.config.stage_spec import has_weights, parse_blend, parse_epoch_limits
 from megatron_patch.data.dataset_metadata import DatasetMetadata, read_metadata
 from megatron_patch.data.dataset_paths import expand_prefixes
-from megatron_patch.data.missing_dataset import check_datasets, missing_dataset
+from megatron_patch.data.missing_dataset import check_datasets, is_local_glob, missing_dataset
 from megatron_patch.errors import ConfigError, DataError
 from megatron_patch.model.families import family_by_name
 from megatron_patch.model.flops import parameter_count
@@ -213,11 +213,11 @@ def build_shape(options: ModelOptions, vocab_size: int, longest: int, tensor_par
 
 
 def _first_metadata(word: str, dry_run: bool) -> DatasetMetadata | None:
-    """Returns the metadata of the first dataset that a word of --data-path names. For a dry run, none of it needs to exist."""
+    """Returns the metadata of the first dataset that a word of --data-path names. A dry run needs no data."""
     try:
         prefix = expand_prefixes(word)[0]
     except DataError as error:
-        if dry_run:
+        if dry_run and is_local_glob(word):
             return None
         raise missing_dataset(word, "--data-path") or error from error
     return read_metadata(prefix)

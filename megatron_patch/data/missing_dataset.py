@@ -40,11 +40,16 @@ def missing_dataset(word: str, flag: str = "") -> DataError | None:
         error = no_dataset(missing) if missing is not None else None
     except DataError as found:
         error = found
-        if glob.has_magic(word) and not word.startswith("@") and not is_address(word):
+        if is_local_glob(word):
             error = DataError(found.what, found.allowed, _nearest(word) or found.do)
     if error is None or not flag:
         return error
     return DataError(f"{flag}: {error.what}", error.allowed, error.do)
+
+
+def is_local_glob(word: str) -> bool:
+    """Returns whether a word is a glob over datasets of this machine, unless a dataset has that name."""
+    return glob.has_magic(word) and not word.startswith("@") and not is_address(word)
 
 
 def missing_datasets(words: Iterable[tuple[str, str]]) -> list[DataError]:
