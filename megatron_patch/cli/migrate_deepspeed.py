@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from megatron_patch.engine.deepspeed_keys import REFUSED
+
 _IGNORED = {
     "steps_per_print": "the program prints its own lines (--log-interval)",
     "wall_clock_breakdown": "the program has timers of its own",
@@ -17,19 +19,7 @@ _IGNORED = {
     "gradient_accumulation_steps": "follows from the batch sizes and the number of ranks",
     "dump_state": "the plan is printed at the start",
 }
-_REFUSED = {
-    "elasticity": "a run resumes on any number of ranks without it",
-    "curriculum_learning": "stages change the lengths of samples (--sample)",
-    "data_efficiency": "stages change patches and lengths",
-    "compression_training": "there is no compression",
-    "prescale_gradients": "gradients are accumulated and summed in float32",
-    "gradient_predivide_factor": "gradients are accumulated and summed in float32",
-    "sparse_gradients": "gradients are dense",
-    "sparse_attention": "attention is dense",
-    "amp": "precision is --bf16 or --fp16",
-    "progressive_layer_drop": "all layers are computed",
-    "activation_checkpointing": "recomputation is --recompute-granularity",
-}
+_DEFAULTS = {"prescale_gradients": False, "gradient_predivide_factor": 1}
 
 
 @dataclass
@@ -59,10 +49,11 @@ def divide(data: Mapping[str, Any]) -> DeepSpeedParts:
             _FUNCTIONS[key](parts, value)
         elif key in _IGNORED:
             parts.ignored.append((key, _IGNORED[key]))
-        elif key in _REFUSED:
-            if value not in (False, None, 1, 1.0) and not (isinstance(value, dict) and value.get("enabled") is False):
-                parts.dropped.append((key, _REFUSED[key]))
-        else:
+        elif key in REFUSED:
+            if value not in (False, None) and not (isinstance(value, dict) and value.get("enabled") is False):
+                instead = REFUSED[key].do.removeprefix("remove it").removeprefix("; ")
+                parts.dropped.append((key, "; ".join(part for part in (REFUSED[key].why, instead) if part)))
+        elif key not in _DEFAULTS or value != _DEFAULTS[key]:
             parts.left[key] = value
     return parts
 
