@@ -16,6 +16,12 @@ from tests.api.runs import TINY, corpus_in
 DRY = {**TINY, "dry_run": True}
 
 
+@pytest.fixture(autouse=True)
+def terminal(monkeypatch):
+    """Messages are wrapped at the width of the terminal."""
+    monkeypatch.setenv("COLUMNS", "100")
+
+
 def flags(options) -> list[str]:
     words = []
     for name, value in options.items():

@@ -26,6 +26,12 @@ BATCH = shlex.split("--seq-length 128 --global-batch-size 8 --micro-batch-size 1
 AROUND = split(BATCH)[1]
 
 
+@pytest.fixture(autouse=True)
+def terminal(monkeypatch):
+    """Messages are wrapped at the width of the terminal."""
+    monkeypatch.setenv("COLUMNS", "100")
+
+
 def options(words, *more):
     return parse([*MODEL, *BATCH, *more, *shlex.split(words)])
 
