@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import textwrap
 import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -47,11 +48,29 @@ def count_from_one(word: str) -> int:
     return number
 
 
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Keeps the lines of commands and lists in a description, and fits its prose into the terminal."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        parts = [
+            textwrap.fill(part, min(width, 100), initial_indent=indent, subsequent_indent=indent)
+            if self._is_prose(part)
+            else super(_HelpFormatter, self)._fill_text(part, width, indent)
+            for part in text.split("\n\n")
+        ]
+        return "\n\n".join(parts)
+
+    @staticmethod
+    def _is_prose(paragraph: str) -> bool:
+        commands = ("python ", "deepspeed ", "megatron-patch ")
+        return not any("  " in line or line.startswith((" ", *commands)) for line in paragraph.strip().splitlines())
+
+
 class ArgumentParser(argparse.ArgumentParser):
     """An argparse parser that suggests the nearest flag, does not accept abbreviated flags, and shows the command that the user called."""
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(allow_abbrev=False, **{"prog": command(), **options})
+        super().__init__(allow_abbrev=False, **{"prog": command(), **options, "formatter_class": _HelpFormatter})
         self.description = as_called(self.description) if self.description else None
 
     def error(self, message: str) -> NoReturn:

@@ -117,7 +117,7 @@ def main(argv: list[str]) -> None:
         print_tables(plan, console)
         if stream is not None:
             console.print(corpus_usage_table(stream))
-        for note in notes:
+        for note in (*run.notes, *notes):
             console.print(labeled("Note", note, "yellow"))
         if simulation is not None:
             print_simulation(simulation, args.world_size, plan.checkpoints.daly_seconds, console)

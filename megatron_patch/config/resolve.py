@@ -324,7 +324,7 @@ def _padding_notes(plan: StagePlan, data_parallel_size: int) -> list[str]:
         samples = stage.micro_batch_size * data_parallel_size
         if stage.global_batch_size % samples:
             notes.append(
-                f"stage {stage.name}: {plural(stage.global_batch_size, 'sample')} per step do not divide evenly into micro-batches of "
+                f"stage {stage.name}: steps of {plural(stage.global_batch_size, 'sample')} do not divide evenly into micro-batches of "
                 f"{stage.micro_batch_size} on {plural(data_parallel_size, 'data-parallel rank')}; the last micro-batch of each step is "
                 "padded with samples that do not count"
             )

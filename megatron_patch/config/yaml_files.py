@@ -41,6 +41,13 @@ class _Loader(yaml.SafeLoader):
         super().__init__(stream)
         self.repeated: list[tuple[str, list[int]]] = []
 
+    def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
+        """Returns the text of a scalar. JSON writes a character such as an emoji as two escapes, which PyYAML reads as two characters."""
+        text = super().construct_scalar(node)
+        if isinstance(text, str) and any("\ud800" <= character <= "\udfff" for character in text):
+            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass")
+        return text
+
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
         """Notes repeated keys before PyYAML replaces merge keys (<<), whose mappings may have the same keys as this one."""
         lines: dict[tuple[str, str], list[int]] = {}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -165,7 +166,8 @@ def _read(path: Path) -> dict[str, Any]:
         if key not in known:
             raise ConfigError(f"--ceilings {path}: unknown key {key!r}", ", ".join(known), "remove or rename the key")
         lowest = "from zero" if key in _FROM_ZERO else "above zero"
-        if isinstance(value, bool) or not isinstance(value, int | float) or not (value > 0 or (value == 0 and key in _FROM_ZERO)):
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not (0 < value < math.inf or (value == 0 and key in _FROM_ZERO)):
             raise ConfigError(f"--ceilings {path}: {key} is {value!r}", f"numbers {lowest}", "correct the value")
         if key in _SHARES and value > 1:
             raise ConfigError(f"--ceilings {path}: {key} is {value!r}, but it is a share", f"numbers {lowest} to 1", "give 0.71 for 71 %")

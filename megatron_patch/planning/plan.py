@@ -177,12 +177,13 @@ class Plan:
         if self.fits:
             return
         part = self.fullest
-        ranks = f"ranks of pipeline rank {part.pipeline_rank}" if self.layout.pipeline > 1 else "each rank"
+        ranks = f"ranks of pipeline rank {part.pipeline_rank} need" if self.layout.pipeline > 1 else "each rank needs"
         raise DoesNotFitError(
-            f"{ranks} need about {part.memory.total / 2**30:.1f} GiB in stage {part.peak_stage}, more than {self.hardware.usable_text()}",
+            f"{ranks} about {part.memory.total / 2**30:,.1f} GiB in stage {part.peak_stage}, more than {self.hardware.usable_text()}",
             f"plans of at most {self.hardware.usable_gib:.1f} GiB a rank",
-            "give --search to list the layouts that fit, more devices with --world-size"
-            + (", or --recompute-granularity full" if self.layout.recompute != "full" else ""),
+            "give --search to list the layouts that fit, "
+            + ("" if self.layout.recompute == "full" else "--recompute-granularity full, ")
+            + "or more devices with --world-size",
         )
 
     def work(self) -> list[StageWork]:

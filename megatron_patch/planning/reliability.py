@@ -52,6 +52,9 @@ def expected_goodput(interval: float, save_seconds: float, restart_seconds: floa
     return interval / (m * math.exp(restart_seconds / m) * math.expm1((interval + save_seconds) / m))
 
 
+_FLAGS = {"device_hours": "--device-hours-per-failure", "save_seconds": "--save-seconds", "restart_seconds": "--restart-seconds"}
+
+
 @dataclass(frozen=True)
 class Interruptions:
     """Rates of interruptions, and the time that each of them takes.
@@ -76,9 +79,9 @@ class Interruptions:
     def __post_init__(self) -> None:
         for name in ("device_hours", "save_seconds", "restart_seconds", "preemption_seconds"):
             if not getattr(self, name) > 0 or not math.isfinite(getattr(self, name)):
-                raise ConfigError(f"{name} = {getattr(self, name)}", "finite numbers above zero", "correct the value")
+                raise ConfigError(f"{_FLAGS.get(name, name)} {getattr(self, name):g}", "finite numbers above zero", "correct the value")
         if not 0 <= self.preemptions_per_day < math.inf:
-            raise ConfigError(f"preemptions_per_day = {self.preemptions_per_day}", "finite numbers from 0", "correct the value")
+            raise ConfigError(f"--preemptions-per-day {self.preemptions_per_day:g}", "finite numbers from 0", "correct the value")
 
     def mtbf_seconds(self, devices: int) -> float:
         """Returns the mean time between unexpected failures of a job with this number of devices."""

@@ -113,14 +113,18 @@ class Found:
             return
         least = self.smallest
         raise DoesNotFitError(
-            f"no layout fits: the smallest, {least.plan.layout.name()}, needs about {least.plan.fullest.memory.total / 2**30:.1f} GiB, "
+            f"no layout fits: the smallest, {least.plan.layout.name()}, needs about {least.plan.fullest.memory.total / 2**30:,.1f} GiB, "
             f"more than {hardware.usable_text()}"
             if least
             else "no layout keeps the global batch",
             f"layouts of at most {hardware.usable_gib:.1f} GiB a rank, with the global batch within {BATCH_TOLERANCE:.0%}",
-            "give more devices with --world-size, devices with more memory with --gpu, or a larger --global-batch-tokens"
-            if self.other_batch
-            else "give more devices with --world-size, or devices with more memory with --gpu",
+            (
+                "give more devices with --world-size, devices with more memory with --gpu, or a larger --global-batch-tokens"
+                if self.other_batch
+                else "give more devices with --world-size, or devices with more memory with --gpu"
+            )
+            if least
+            else "give another number of devices with --world-size, or a larger --global-batch-tokens",
         )
 
 

@@ -87,6 +87,6 @@ def plot_sensitivity(plan: Plan, output: Path) -> None:
         output.parent.mkdir(parents=True, exist_ok=True)
         save_figure(figure, output)
     except OSError as error:
-        raise ConfigError(f"cannot write {output}: {error.strerror}", "a writable file", "change --plot") from error
+        raise ConfigError(f"cannot write {output}: {error.strerror}", "a writable image file, such as cost.png", "change --plot") from error
     finally:
         plt.close(figure)

@@ -38,8 +38,8 @@ def rank_table(parts: Sequence[PipelinePart], shape: ModelShape) -> FittingTable
             f"{part.ranks:,}",
             part.describe(shape.num_layers),
             f"{part.parameters:,}",
-            *(f"{memory[name] / GIB:.2f}" for name in _PARTS),
-            f"{part.memory.total / GIB:.2f}",
+            *(f"{memory[name] / GIB:,.2f}" for name in _PARTS),
+            f"{part.memory.total / GIB:,.2f}",
         )
     return table
 
@@ -58,7 +58,7 @@ def stage_table(plan: Plan) -> FittingTable:
             str(stage.patch_size),
             f"{stage.steps:,}",
             f"{estimate.flops:.3g}",
-            f"{time.total:.3g} s",
+            f"{time.total:.3g} s" if time.total < 999.5 else f"{time.total:,.0f} s",
             f"{time.mfu:.1%}",
             format_count(stage.tokens_per_step / time.total),
             format_duration(estimate.seconds),
@@ -113,7 +113,7 @@ def print_tables(plan: Plan, console: Console) -> None:
             f"{format_duration(saved.young_seconds)}): ~{saved.goodput:.1%} of the time trains{ends}",
         )
     )
-    need = f"~{plan.fullest.memory.total / GIB:.1f} GiB on the fullest rank, in stage {plan.fullest.peak_stage}; "
+    need = f"~{plan.fullest.memory.total / GIB:,.1f} GiB on the fullest rank, in stage {plan.fullest.peak_stage}; "
     if plan.fits:
         console.print(labeled("Memory", f"{need}it fits into {plan.hardware.usable_text()}"))
     else:
@@ -127,7 +127,7 @@ def _print_caveats(hardware: Hardware, console: Console) -> None:
 
 
 def _given_text(given: Plan, candidates: Sequence[Candidate]) -> str:
-    text = f"{given.layout.name()}, ~{given.fullest.memory.total / GIB:.1f} GiB, ~{given.run.device_hours:,.0f} device hours"
+    text = f"{given.layout.name()}, ~{given.fullest.memory.total / GIB:,.1f} GiB, ~{given.run.device_hours:,.0f} device hours"
     if not given.fits:
         return f"{text}; it does not fit into {given.hardware.usable_text()}"
     if not candidates:
@@ -140,10 +140,13 @@ def print_search(found: Found, hardware: Hardware, ranks: int, console: Console,
     """Prints the fastest layouts, and the flags of each below the table."""
     shown = found.candidates[:rows]
     columns = ("", "layout", "micro-batch", "~GiB", "~MFU", "~device hours")
+    fit = "fits" if len(found.candidates) == 1 else "fit"
     kept = f", and {found.other_batch:,} would change the global batch by more than {BATCH_TOLERANCE:.0%}" if found.other_batch else ""
     console.print(
         labeled(
-            "Search", f"{found.tried:,} layouts and micro-batches on {plural(ranks, 'device')}; {len(found.candidates)} layouts fit{kept}"
+            "Search",
+            f"{found.tried:,} layouts and micro-batches on {plural(ranks, 'device')}; "
+            f"{plural(len(found.candidates), 'layout')} {fit}{kept}",
         )
     )
     if found.given is not None:

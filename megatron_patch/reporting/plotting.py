@@ -132,7 +132,7 @@ def plot_runs(
         output.parent.mkdir(parents=True, exist_ok=True)
         save_figure(figure, output)
     except OSError as error:
-        raise DataError(f"cannot write {output}: {error.strerror}", "a writable file", "change --output") from error
+        raise DataError(f"cannot write {output}: {error.strerror}", "a writable image file, such as loss.png", "change --output") from error
     finally:
         plt.close(figure)
     return curves

@@ -7,6 +7,7 @@ import shlex
 
 from megatron_patch.config.resolve import RunConfig
 from megatron_patch.programs import HOME, as_called
+from megatron_patch.utils.console import shell_word
 
 
 def _tool(name: str) -> str:
@@ -22,16 +23,16 @@ def next_steps(run: RunConfig) -> tuple[tuple[str, str], ...]:
     """Returns (what it does, command) for each tool that reads the run's folder; none without one."""
     if (folder := run.save_folder) is None:
         return ()
-    load = f"--load {shlex.quote(str(folder))}"
+    load = f"--load {shell_word(str(folder))}"
     data = run.options.data.valid_data_path
     # Without a held-out corpus, the training corpora contain the held-out data: they would measure how well the model remembers.
-    source = f"--data-path {shlex.join(data)}" if data else "--text FILE"
+    source = f"--data-path {' '.join(map(shell_word, data))}" if data else "--text FILE"
     has_tokenizer = run.data_metadata is not None and run.data_metadata.tokenizer_type != "NullTokenizer"
     steps = [("evaluate", f"{_tool('evaluate')} {load} {source}")] if data or has_tokenizer else []
     if has_tokenizer:
         steps.append(("generate", f"{_tool('generate')} {load} --prompt 'Once upon a time'"))
-    report = shlex.quote(str(folder / "report.html"))
-    steps.append(("report", f"{_tool('report')} {shlex.quote(str(folder))} --output {report}"))
-    export = shlex.quote(str(folder / "hugging_face"))
+    report = shell_word(str(folder / "report.html"))
+    steps.append(("report", f"{_tool('report')} {shell_word(str(folder))} --output {report}"))
+    export = shell_word(str(folder / "hugging_face"))
     steps.append(("convert", f"{_tool('convert_checkpoint')} to-hf {load} --output {export}"))
     return tuple(steps)

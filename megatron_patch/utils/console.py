@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import sys
 from collections.abc import Iterable
 from typing import IO, Any, cast
@@ -36,6 +37,15 @@ def visible(text: str) -> str:
 def one_line(text: str) -> str:
     """Returns a text in which all control characters are escapes, also tabs and newlines."""
     return text.translate(_ONE_LINE)
+
+
+def shell_word(text: str) -> str:
+    """Returns a text as one word of a shell's command line, to copy from a terminal; bash and zsh read the escapes in `$'…'`."""
+    if one_line(text) == text:
+        return shlex.quote(text)
+    # Above 127, \x would be a byte and no character.
+    escapes = {"\\": "\\\\", "'": "\\'"} | {chr(code): f"\\u{code:04x}" for code in _ONE_LINE if code > 127}
+    return "$'" + "".join(escapes.get(character) or one_line(character) for character in text) + "'"
 
 
 def shortened(text: str, length: int = 200) -> str:

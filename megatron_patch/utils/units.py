@@ -100,7 +100,7 @@ def format_duration(seconds: float) -> str:
         return f"{total // 60} min {total % 60:02d} s"
     if total < 86400:
         return f"{total // 3600} h {total % 3600 // 60:02d} min"
-    return f"{total // 86400} d {total % 86400 // 3600:02d} h"
+    return f"{total // 86400:,} d {total % 86400 // 3600:02d} h"
 
 
 def plural(count: int, noun: str, nouns: str | None = None) -> str:

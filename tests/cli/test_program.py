@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -193,3 +194,14 @@ def test_only_training_needs_deepspeed(tmp_path):
     assert [line for line in done.stdout.splitlines() if line.startswith("code ")] == ["code 0", "code 0", "code 0", "code 2"], done.stderr
     assert '"token_loss": ' in done.stdout and "training needs DeepSpeed, which is not installed" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("subcommand", ["plan", "schema", "completion", "examples"])
+def test_the_prose_of_a_help_fits_into_the_terminal(subcommand, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with contextlib.suppress(SystemExit):
+        main([subcommand, "--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if len(line) > 80 and not line.lstrip().startswith("[")] == []
+    if subcommand == "completion":
+        assert "zsh:   source <(megatron-patch completion zsh)" in lines, "commands keep their lines"

@@ -266,6 +266,13 @@ def test_anchors_and_merge_keys_are_no_repetition(tmp_path):
     assert (first.patch_size, second.patch_size, second.lr, third.patch_size, third.lr) == (4, 1, 0.1, 4, 0.2)
 
 
+def test_an_emoji_in_the_name_of_a_stage_is_one_character(tmp_path):
+    """JSON writes it as two escapes, and the list of a file reaches the stages as JSON."""
+    text = 'stages:\n  - {name: "😀 first", patch_size: 4, steps: 3}\n  - {patch_size: 1}\n'
+    assert (parse_stages(parse(["--config", write(tmp_path, text), *SHAPE]).options.stages.stages or "")[0].name) == "😀 first"
+    assert parse_stages('[{"name": "\\ud83d\\ude00", "patch_size": 4}]')[0].name == "😀"
+
+
 def test_a_missing_file_is_named():
     with pytest.raises(ConfigError, match=r"nowhere\.yaml"):
         parse(["--config", "nowhere.yaml", *SHAPE])

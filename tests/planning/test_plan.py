@@ -15,13 +15,14 @@ from megatron_patch.cli.command_line import run_tool
 from megatron_patch.cli.plan import main as plan_main
 from megatron_patch.config.parsing import parse
 from megatron_patch.config.resolve import load_config
+from megatron_patch.errors import ConfigError
 from megatron_patch.exit_codes import ExitCode
 from megatron_patch.model.flops import parameter_count
-from megatron_patch.planning.hardware import DEVICES
+from megatron_patch.planning.hardware import DEVICES, load_hardware
 from megatron_patch.planning.layout import layout_of
 from megatron_patch.planning.plan import make_plan
 from megatron_patch.planning.search import search
-from megatron_patch.planning.sensitivity import sensitivity
+from megatron_patch.planning.sensitivity import plot_sensitivity, sensitivity
 from megatron_patch.planning.tables import print_search, print_tables
 from megatron_patch.training.pretrain import main, make_engine_config
 
@@ -140,6 +141,41 @@ def test_a_search_without_a_layout_that_fits_names_the_smallest(capsys, monkeypa
     assert error.startswith("DoesNotFitError: no layout fits: the smallest, ") and "needs about" in error and "give more devices" in error
     code, text, _ = run(*words, "--json", capsys=capsys, monkeypatch=monkeypatch)
     assert (code, json.loads(text)) == (7, [])
+
+
+def test_one_rank_needs_and_ranks_need(capsys, monkeypatch):
+    words = ["--config", "examples/configs/llama_405b.yaml", "--tensor-model-parallel-size", "8", "--pipeline-model-parallel-size", "1"]
+    code, text, error = run(*words, capsys=capsys, monkeypatch=monkeypatch)
+    assert code == 7 and "14,357 s" in text and "--search to list the layouts that fit, or more devices with" in error
+    assert error.startswith("DoesNotFitError: each rank needs about 901.4 GiB in stage patch, more than ")
+
+
+def test_a_plan_says_that_full_micro_batches_change_the_batch(capsys, monkeypatch):
+    words = ["--config", "examples/configs/llama_370m.yaml", "--world-size", "13"]
+    _, text, _ = run(*words, capsys=capsys, monkeypatch=monkeypatch)
+    assert "Note a step at K = 1 has 1,703,936 tokens instead of --global-batch-tokens 2,000,000" in text
+
+
+def test_more_devices_do_not_mend_a_batch_that_is_too_small_for_them(capsys, monkeypatch):
+    words = ["--config", "examples/configs/llama_370m.yaml", "--world-size", "1000000", "--search"]
+    code, _, error = run(*words, capsys=capsys, monkeypatch=monkeypatch)
+    assert code == 7 and "no layout keeps the global batch" in error and "more devices" not in error
+    assert "What to do: give another number of devices with --world-size, or a larger --global-batch-tokens" in error
+
+
+def test_infinite_figures_are_refused(tmp_path):
+    (tmp_path / "mine.json").write_text('{"peak_tflops": 1e400}')
+    with pytest.raises(ConfigError, match="peak_tflops is inf"):
+        load_hardware("H100", tmp_path / "mine.json")
+
+
+@pytest.mark.parametrize("name", ["cost.xyz", "cost", "folder"])
+def test_a_plot_is_written_where_its_flag_says(tmp_path, name):
+    """matplotlib would write `cost.png` for `cost`, and end with a traceback for `cost.xyz`."""
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ConfigError, match=f"cannot write .*{name}: its name does not end in .png, "):
+        plot_sensitivity(plan(*SMALL.split()), tmp_path / name)
+    assert [file.name for file in tmp_path.iterdir()] == ["folder"]
 
 
 def test_a_dry_run_knows_no_device_and_ends_with_zero(capsys):

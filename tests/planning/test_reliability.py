@@ -67,9 +67,9 @@ def test_without_interruptions_only_checkpoints_cost():
 def test_invalid_simulations_are_refused():
     with pytest.raises(ConfigError, match="interval above zero"):
         simulate([StageWork("token", 1, 1.0)], 1, Interruptions(), 0.0)
-    with pytest.raises(ConfigError, match="save_seconds = 0"):
+    with pytest.raises(ConfigError, match="--save-seconds 0\n"):
         dataclasses.replace(Interruptions(), save_seconds=0)
-    with pytest.raises(ConfigError, match="preemptions_per_day = inf"):
+    with pytest.raises(ConfigError, match="--preemptions-per-day inf\n"):
         Interruptions(preemptions_per_day=math.inf)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import io
+import subprocess
 import sys
 import unicodedata
 from pathlib import Path
@@ -15,7 +16,7 @@ from rich.text import Text
 
 from megatron_patch.cli.command_line import run_tool
 from megatron_patch.errors import DataError
-from megatron_patch.utils.console import for_terminal, labeled, make_console, one_line, print_line, print_lines, visible
+from megatron_patch.utils.console import for_terminal, labeled, make_console, one_line, print_line, print_lines, shell_word, visible
 from megatron_patch.utils.figures import legend_label, save_figure
 from megatron_patch.utils.spelling import accept_all_text
 from megatron_patch.utils.tables import FittingTable
@@ -210,3 +211,12 @@ def test_names_in_figures_are_no_formulas(tmp_path, name):
     plt.close(figure)
     (label,) = legend.get_texts()
     assert label.get_text().strip() == visible(name).strip() and not label.get_parse_math()
+
+
+@pytest.mark.parametrize("name", ["run", "my run", "it's", "a\x1b[31m'b\\c\n\t", "d\u202ee\x85\U0001f600"])
+def test_a_command_to_copy_means_the_name_it_shows(name):
+    """In single quotes, the escapes of hidden characters would be other names."""
+    word = shell_word(name)
+    assert one_line(word) == word
+    words = ["bash", "-c", f"printf %s {word}"]
+    assert subprocess.run(words, env={"LC_ALL": "C.UTF-8"}, capture_output=True, check=True).stdout == name.encode()
