@@ -70,6 +70,8 @@ def main(argv: list[str]) -> None:
     """
     args, rest = arguments().parse_known_args(argv)
     if args.published:
+        if argv != ["--published"]:
+            raise ConfigError("--published together with other flags", "--published alone", "remove the other flags")
         print_lines("\n".join(published_table()))
         return
     if args.world_size < 1:

@@ -231,6 +231,9 @@ def check_profile_ranks(options: LoggingOptions, ranks: int) -> None:
         )
 
 
+_NOT_IN_WANDB_NAMES = set("/\\#?%:")
+
+
 def check_options(options: Options) -> None:
     """Checks the options that can be checked without a plan and without data.
 
@@ -333,6 +336,12 @@ def _check_packages(options: Options) -> None:
 
 def _check_trackers(options: Options) -> None:
     logging = options.logging
+    if (project := logging.wandb_project) is not None and (len(project) > 128 or set(project) & _NOT_IN_WANDB_NAMES):
+        raise ConfigError(
+            _given("wandb_project", project),
+            "at most 128 characters, none of / \\ # ? % :, because W&B takes no others",
+            "give another name",
+        )
     for name in ("mlflow_tracking_uri", "mlflow_run_name"):
         if getattr(logging, name) is not None and logging.mlflow_experiment is None:
             raise ConfigError(

@@ -30,6 +30,7 @@ from megatron_patch.config.stage_spec import has_weights, parse_blend, parse_epo
 from megatron_patch.data.dataset_metadata import DatasetMetadata, read_metadata
 from megatron_patch.data.dataset_paths import expand_prefixes
 from megatron_patch.data.missing_dataset import check_datasets, is_local_glob, missing_dataset
+from megatron_patch.data.storage import is_address
 from megatron_patch.errors import ConfigError, DataError
 from megatron_patch.model.families import family_by_name
 from megatron_patch.model.flops import parameter_count
@@ -220,7 +221,12 @@ def _first_metadata(word: str, dry_run: bool) -> DatasetMetadata | None:
         if dry_run and is_local_glob(word):
             return None
         raise missing_dataset(word, "--data-path") or error from error
-    return read_metadata(prefix)
+    try:
+        return read_metadata(prefix)
+    except DataError:
+        if dry_run and is_address(prefix):
+            return None  # a note of the plan names what cannot be reached
+        raise
 
 
 def _vocab_size(options: Options, metadata: DatasetMetadata | None, blend: Sequence[tuple[str, float]], notes: list[str]) -> int:

@@ -137,7 +137,9 @@ def parse_blend(words: Sequence[str], flag: str = "--data-path") -> tuple[tuple[
         )
     if (same := named_twice([prefix for prefix, _ in pairs])) is not None:
         raise ConfigError(
-            f"{flag} names a dataset twice: {' and '.join(same)}", "each dataset once", "give it once, with the sum of its weights"
+            f"{flag} names a dataset twice: {' and '.join(same)}",
+            "each dataset once",
+            "give it once, with the sum of its weights; write a pattern in quotes",
         )
     return tuple((prefix, weight / total) for prefix, weight in pairs)
 

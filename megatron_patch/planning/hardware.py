@@ -152,9 +152,16 @@ def load_hardware(name: str, ceilings: Path | None = None) -> Hardware:
     return found
 
 
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    data = dict(pairs)
+    if len(data) < len(pairs):
+        raise ValueError("a key is given twice")
+    return data
+
+
 def _read(path: Path) -> dict[str, Any]:
     try:
-        data = json.loads(read_small(path, _MOST_BYTES, wait=True))
+        data = json.loads(read_small(path, _MOST_BYTES, wait=True), object_pairs_hook=_without_repetition)
     except OSError as error:
         raise ConfigError(f"--ceilings {path}: {reason(error)}", "a readable JSON file", "check the path and its permissions") from error
     except (ValueError, RecursionError) as error:

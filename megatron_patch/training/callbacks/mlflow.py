@@ -62,6 +62,15 @@ class MLflow:
                 "--mlflow-tracking-uri, or MLFLOW_TRACKING_URI in the environment",
                 "give --mlflow-tracking-uri http://HOST:5000",
             )
+        address = uri or os.environ["MLFLOW_TRACKING_URI"]
+        if (
+            address.startswith("file:") or ("://" not in address and address != "databricks")
+        ) and "MLFLOW_ALLOW_FILE_STORE" not in os.environ:
+            raise ConfigError(
+                f"--mlflow-tracking-uri {address} is a folder, which MLflow no longer writes to",
+                "the address of a tracking server: http://HOST:5000",
+                "start one with mlflow server, or set MLFLOW_ALLOW_FILE_STORE=true",
+            )
         # By default, MLflow asks a server that does not answer 8 times, for 120 s each, and reports its use to its makers.
         for variable, value in (
             ("MLFLOW_HTTP_REQUEST_TIMEOUT", str(math.ceil(patience))),

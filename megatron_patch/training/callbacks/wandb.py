@@ -81,7 +81,9 @@ class WeightsAndBiases:
     def open(self, start: RunStart | None) -> None:
         """Opens the run, or resumes it if the run's folder has its id; offline if W&B cannot be used. W&B cannot drop values."""
         run_id = self._run_id()
-        limits = {"finish_timeout": self._patience, "finish_timeout_raises": True}
+        limits: dict[str, Any] = {"finish_timeout": self._patience, "finish_timeout_raises": True}
+        if "WANDB_QUIET" not in os.environ:
+            limits["quiet"] = True  # the history and summary that wandb prints at the end would hide the run's own last lines
         if "WANDB_INIT_TIMEOUT" not in os.environ:
             limits["init_timeout"] = self._patience
         settings = self._wandb.Settings(**limits)
