@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from megatron_patch.engine.deepspeed_keys import HIGHEST_POWER
+
 _IGNORED = {
     "steps_per_print": "the program prints its own lines (--log-interval)",
     "wall_clock_breakdown": "the program has timers of its own",
@@ -93,10 +95,12 @@ def _fp16(parts: DeepSpeedParts, section: dict[str, Any]) -> None:
     _take(parts, "fp16", True, "fp16.enabled")
     if section.get("loss_scale"):
         _take(parts, "loss-scale", section["loss_scale"], "fp16.loss_scale")
-    if isinstance(section.get("initial_scale_power"), int):
-        _take(parts, "initial-loss-scale", 2 ** section["initial_scale_power"], "fp16.initial_scale_power")
+    power = section.get("initial_scale_power")
+    if isinstance(power, int) and 0 <= power <= HIGHEST_POWER:  # any other stays in the JSON, whose check refuses it
+        _take(parts, "initial-loss-scale", 2**power, "fp16.initial_scale_power")
+        section = {key: value for key, value in section.items() if key != "initial_scale_power"}
     defaults = {"loss_scale_window": 1000, "hysteresis": 2, "min_loss_scale": 1}
-    known = ("enabled", "loss_scale", "initial_scale_power", "auto_cast")
+    known = ("enabled", "loss_scale", "auto_cast")
     rest = {key: value for key, value in section.items() if key not in known and defaults.get(key) != value}
     if rest:
         parts.left["fp16"] = rest
