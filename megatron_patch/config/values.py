@@ -172,6 +172,8 @@ def _value(name: str, flag: Given) -> Any:
     word = flag.words[0]
     _no_more(flag.words[1:])
     if kind.form is Form.TEXT:
+        if not word.strip():
+            raise ConfigError("the value is empty", "a text", f"write a value, or leave {flag.key} out; a variable may be empty")
         return word
     if kind.form is Form.CHOICE:
         return _choice(kind, word)
@@ -256,6 +258,9 @@ def _in_file(name: str, value: Any, source: str) -> Given:
         what = "a list" if isinstance(value, list) else "a mapping"
         allowed = "one value, or a list of values" if kind.form in _SEVERAL else "one value"
         raise ConfigError(f"the value is {what}", allowed, f"write one value after {name}:")
+    if isinstance(value, bool) and kind.form in (Form.TEXT, Form.TEXTS):
+        what = f"YAML reads the value as {str(value).lower()}, as yes, no, on and off without quotation marks"
+        raise ConfigError(what, "a text", "write it in quotation marks, or remove the line")
     return Given(key, tuple(str(value).split()) if name in _BLENDS else (str(value),), source)
 
 
