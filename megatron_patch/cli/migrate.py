@@ -18,7 +18,7 @@ from pathlib import Path
 
 from megatron_patch.cli.command_line import ArgumentParser, count_from_one
 from megatron_patch.cli.migrate_deepspeed import DeepSpeedParts, divide
-from megatron_patch.cli.migrate_defaults import with_defaults
+from megatron_patch.cli.migrate_defaults import MEGATRONS_DEFAULT, with_defaults
 from megatron_patch.cli.migrate_yaml import Line, lines_of, render
 from megatron_patch.cli.shell_script import UNRESOLVED, Script, evaluate
 from megatron_patch.config.megatron.command_line import problems_of_rows, split
@@ -115,6 +115,13 @@ def main(argv: Sequence[str]) -> None:
     known = [flag for flag in given if flag not in unresolved and flag.key != "deepspeed-config"]
     absent = {flag.key for flag in unresolved}
     completed = with_defaults(_with_json(known, parts, source), absent, ranks)
+    batch = next((flag for flag in completed if flag.key == "global-batch-size"), None)
+    if parts.accumulation and batch is not None and batch.source == MEGATRONS_DEFAULT:
+        source.remarks.append(
+            f"neither the script nor DeepSpeed's JSON gives the global batch, so it is {batch.words[0]}, Megatron's micro-batch size x data"
+            f"-parallel ranks; if the JSON's gradient_accumulation_steps = {parts.accumulation} counts, add --global-batch-size "
+            f"{int(batch.words[0]) * parts.accumulation}"
+        )
     translation = translate(completed, KEYS)
     refused = [row for row in translation.problems if row.other_model]
     if refused:

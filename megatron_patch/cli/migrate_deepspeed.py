@@ -44,6 +44,7 @@ class DeepSpeedParts:
         left: what stays in a JSON.
         dropped: keys that the program does not have, with the reason.
         ignored: keys that change nothing, with the reason.
+        accumulation: micro-batches of a rank in a step that the JSON asks for, if more than one.
     """
 
     flags: dict[str, tuple[str, str]] = field(default_factory=dict)
@@ -51,6 +52,7 @@ class DeepSpeedParts:
     left: dict[str, Any] = field(default_factory=dict)
     dropped: list[tuple[str, str]] = field(default_factory=list)
     ignored: list[tuple[str, str]] = field(default_factory=list)
+    accumulation: int | None = None
 
 
 def divide(data: Mapping[str, Any]) -> DeepSpeedParts:
@@ -60,6 +62,8 @@ def divide(data: Mapping[str, Any]) -> DeepSpeedParts:
         if key in _FUNCTIONS and (isinstance(value, dict) or key in _VALUES):
             _FUNCTIONS[key](parts, value)
         elif key in _IGNORED:
+            if key == "gradient_accumulation_steps" and isinstance(value, int) and value > 1:
+                parts.accumulation = value
             parts.ignored.append((key, _IGNORED[key]))
         elif key in _REFUSED:
             if value not in (False, None, 1, 1.0) and not (isinstance(value, dict) and value.get("enabled") is False):

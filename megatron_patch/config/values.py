@@ -249,6 +249,10 @@ def _in_file(name: str, value: Any, source: str) -> Given:
         return Given(key if value else f"no-{key}", (), source)
     if name == "stages":
         return Given(key, (value if isinstance(value, str) else json.dumps(value),), source)
+    words = [item for item in (value if isinstance(value, list) else [value]) if isinstance(item, bool)]
+    if words and kind.form in (Form.TEXT, Form.TEXTS):
+        what = f"YAML reads a value as {str(words[0]).lower()}, as yes, no, on and off without quotation marks"
+        raise ConfigError(what, "a text", "write it in quotation marks, or remove the line")
     if isinstance(value, list) and not any(isinstance(item, (list, dict)) for item in value):
         if name in _WITH_COMMAS:
             return Given(key, (",".join(str(item) for item in value),), source)
@@ -258,9 +262,6 @@ def _in_file(name: str, value: Any, source: str) -> Given:
         what = "a list" if isinstance(value, list) else "a mapping"
         allowed = "one value, or a list of values" if kind.form in _SEVERAL else "one value"
         raise ConfigError(f"the value is {what}", allowed, f"write one value after {name}:")
-    if isinstance(value, bool) and kind.form in (Form.TEXT, Form.TEXTS):
-        what = f"YAML reads the value as {str(value).lower()}, as yes, no, on and off without quotation marks"
-        raise ConfigError(what, "a text", "write it in quotation marks, or remove the line")
     return Given(key, tuple(str(value).split()) if name in _BLENDS else (str(value),), source)
 
 

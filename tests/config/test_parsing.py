@@ -315,8 +315,9 @@ def test_a_reader_that_leaves_ends_the_program_without_a_message(program):
     [
         ('save: ""', "save: the value is empty"),
         ("tensorboard-dir: ' '", "tensorboard_dir: the value is empty"),
-        ("wandb-project: off", "wandb_project: YAML reads the value as false"),
-        ("data-path: yes", "data_path: YAML reads the value as true"),
+        ("wandb-project: off", "wandb_project: YAML reads a value as false"),
+        ("data-path: [a, on]", "data_path: YAML reads a value as true"),
+        ("data-path: yes", "data_path: YAML reads a value as true"),
         ("train-tokens: 1:30", "train_tokens: '1:30' is not a count"),
         ("exit-duration: 1:30:00", "exit_duration: '1:30:00' is not a duration"),
     ],

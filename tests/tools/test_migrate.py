@@ -349,6 +349,16 @@ def test_a_value_that_differs_in_the_json_is_said(tmp_path, capsys):
     assert "Note: --global-batch-size 8 is written, but DeepSpeed's JSON has train_batch_size = 16" in capsys.readouterr().err
 
 
+def test_steps_of_accumulation_that_would_change_the_batch_are_said(tmp_path, capsys):
+    (tmp_path / "ds.json").write_text(json.dumps({"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 8}))
+    words = "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 64 --train-iters 5"
+    main(["--world-size", "2", "--deepspeed-config", str(tmp_path / "ds.json"), "--", *words.split()])
+    said = capsys.readouterr().err
+    assert "so it is 4, Megatron's micro-batch size x data-parallel ranks" in said and "add --global-batch-size 32" in said
+    main(["--world-size", "2", "--deepspeed-config", str(tmp_path / "ds.json"), "--", *words.split(), "--global-batch-size", "32"])
+    assert "gradient_accumulation_steps = 8" not in capsys.readouterr().err
+
+
 def test_the_documents_example_is_what_the_tool_writes(tmp_path, monkeypatch):
     text = (Path(__file__).parents[2] / "docs" / "migrating.md").read_text()
     script = re.search(r"```text\n(#!/bin/bash.*?)```", text, re.DOTALL)
