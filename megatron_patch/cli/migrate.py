@@ -18,7 +18,7 @@ from pathlib import Path
 
 from megatron_patch.cli.command_line import ArgumentParser, count_from_one
 from megatron_patch.cli.migrate_deepspeed import DeepSpeedParts, divide
-from megatron_patch.cli.migrate_defaults import with_defaults
+from megatron_patch.cli.migrate_defaults import MEGATRONS_DEFAULT, with_defaults
 from megatron_patch.cli.migrate_yaml import Line, lines_of, render
 from megatron_patch.cli.shell_script import UNRESOLVED, Script, evaluate
 from megatron_patch.config.megatron.command_line import problems_of_rows, split
@@ -39,6 +39,9 @@ from megatron_patch.utils.units import plural
 
 _MOST_BYTES = 1 << 22
 _DECISIVE = ("num-layers", "hidden-size", "num-attention-heads", "train-tokens", "train-iters", "train-samples", "global-batch-size")
+_PLACEHOLDER = re.compile(r"(?<![<&0-9])<([A-Za-z](?:[^<>|&;$()\n]*[^<>|&;$()\n\s])?)>(?!>)")
+"""A part that the reader of a public script is to fill in, such as <PATH TO DATA>; bash would read it as redirections."""
+_NEEDS_EOD = {"reset-attention-mask", "reset-position-ids", "eod-mask-loss"}
 _DESCRIPTION = """\
 Turns a command line of Megatron-LM or Megatron-DeepSpeed into a YAML file for --config.
 
@@ -112,6 +115,13 @@ def main(argv: Sequence[str]) -> None:
     known = [flag for flag in given if flag not in unresolved and flag.key != "deepspeed-config"]
     absent = {flag.key for flag in unresolved}
     completed = with_defaults(_with_json(known, parts, source), absent, ranks)
+    batch = next((flag for flag in completed if flag.key == "global-batch-size"), None)
+    if parts.accumulation and batch is not None and batch.source == MEGATRONS_DEFAULT:
+        source.remarks.append(
+            f"neither the script nor DeepSpeed's JSON gives the global batch, so it is {batch.words[0]}, Megatron's micro-batch size x data"
+            f"-parallel ranks; if the JSON's gradient_accumulation_steps = {parts.accumulation} counts, add --global-batch-size "
+            f"{int(batch.words[0]) * parts.accumulation}"
+        )
     translation = translate(completed, KEYS)
     refused = [row for row in translation.problems if row.other_model]
     if refused:
@@ -121,7 +131,7 @@ def main(argv: Sequence[str]) -> None:
             "decoders with LayerNorm or RMSNorm, GELU or SwiGLU, learned or rotary positions, with or without biases",
             "train it with Megatron, or change the model",
         )
-    lines = lines_of(translation, parts)
+    lines = _with_zero_1(lines_of(translation, parts))
     filled_in = [_to_fill_in(flag) for flag in unresolved if flag.key != "deepspeed-config" and not _without_effect(flag)]
     if parts.left:
         path = args.deepspeed_output
@@ -132,6 +142,9 @@ def main(argv: Sequence[str]) -> None:
             lines.append(Line("deepspeed-config", str(path), "what stays of DeepSpeed's JSON"))
     if not any(line.key == "data-path" for line in [*lines, *filled_in]):
         filled_in.append(Line("data-path", "PREFIX", "the script names no data"))
+    keys = {line.key for line in [*lines, *filled_in]}
+    if keys & _NEEDS_EOD and "eod-token-id" not in keys:
+        filled_in.append(Line("eod-token-id", "ID", "token at the end of each document, 50256 for GPT-2's tokenizer"))
     if not any(line.key == "vocab-size" for line in lines):
         source.remarks.append(
             "the script gives no --vocab-size; data that Megatron preprocessed has no metadata file, so add vocab-size, for example 50257 "
@@ -139,13 +152,37 @@ def main(argv: Sequence[str]) -> None:
         )
     left_out = [*_shown(translation.problems), *((f"DeepSpeed's JSON: {key}", why) for key, why in parts.dropped)]
     ignored = [*_shown(translation.ignored), *((f"DeepSpeed's JSON: {key}", why) for key, why in parts.ignored)]
-    text = render(lines, filled_in, left_out, ignored, source.name, ranks)
+    ignored += [
+        (flag.text, "Megatron-LM reads it only with --group-query-attention")
+        for flag in known
+        if flag.key == "num-query-groups" and flag not in completed
+    ]
+    text = render(lines, filled_in, left_out, ignored, source.name, ranks or _fewest_ranks(lines))
     if args.output is None:
         print(for_terminal(text), end="")
     else:
         _write(args.output, text)
     _say(left_out, filled_in, source, args.output)
     _check(lines, filled_in, parts, ranks)
+
+
+def _with_zero_1(lines: list[Line]) -> list[Line]:
+    """Returns the lines with ZeRO 1 in place of 0 where DeepSpeed cannot run 0, which changes no result."""
+    values = {line.key: line.value for line in lines}
+    recomputes = values.get("recompute-granularity", "none") != "none"
+    if values.get("zero-stage") != "0" or not (values.get("fp16") or (values.get("bf16") and recomputes)):
+        return lines
+    why = "0 in the script, which does not run here with " + ("fp16" if values.get("fp16") else "bf16 and recomputation")
+    one = Line("zero-stage", "1", f"{why}; results are the same")
+    return [one if line.key == "zero-stage" else line for line in lines]
+
+
+def _fewest_ranks(lines: Sequence[Line]) -> int | None:
+    """Returns the ranks of one replica of the model if they are more than those of the example command, else None."""
+    values = {line.key: str(line.value) for line in lines}
+    sizes = [values.get(key, "1") for key in ("tensor-model-parallel-size", "pipeline-model-parallel-size")]
+    replica = int(sizes[0]) * int(sizes[1]) if all(size.isdigit() for size in sizes) else 1
+    return None if replica and 8 % replica == 0 else replica or None
 
 
 def _to_fill_in(flag: Given) -> Line:
@@ -182,6 +219,7 @@ def _read(script: str | None, after: list[str] | None, assignments: list[str]) -
         if not equals or not name:
             raise ConfigError(f"--set {assignment}", "--set NAME=VALUE", "write it like --set DATA_PATH=data/web")
         variables[name] = value
+    text = _PLACEHOLDER.sub(lambda found: f"${{{re.sub('[^A-Za-z0-9]+', '_', found[1]).strip('_')}}}", text)
     evaluated = evaluate(text, {"0": script, **variables})
     found = _training_command(evaluated)
     if found is None:
@@ -225,8 +263,9 @@ def _inner_words(word: str, script: Script) -> list[str]:
 
 
 def _without_redirections(words: list[str]) -> list[str]:
-    """Returns words up to the first redirection or pipe, which are words where a command was put together as text."""
-    end = next((index for index, word in enumerate(words) if re.fullmatch(r"[0-9]?(?:&?>{1,2}|>&)\S*|\|", word)), len(words))
+    """Returns words up to the first redirection, pipe or other end of a command, which are words where it was put together as text."""
+    ends = (index for index, word in enumerate(words) if re.fullmatch(r"[0-9]?(?:&?>{1,2}|>&)\S*|\|[|&]?|&&?|;", word))
+    end = next(ends, len(words))
     return words[:end]
 
 
@@ -330,6 +369,8 @@ def _check(lines: Sequence[Line], filled_in: Sequence[Line], parts: DeepSpeedPar
         )
     with tempfile.TemporaryDirectory() as folder:
         kept = [line for line in lines if line.key not in ("data-path", "valid-data-path", "deepspeed-config", "max-epochs")]
+        if any(line.key == "eod-token-id" for line in filled_in):
+            kept.append(Line("eod-token-id", "0", ""))
         if parts.left:
             (Path(folder) / "ds.json").write_text(json.dumps(parts.left))
             kept.append(Line("deepspeed-config", str(Path(folder) / "ds.json"), ""))

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_patch.engine.deepspeed_keys import REFUSED
+from megatron_patch.engine.deepspeed_keys import HIGHEST_POWER, REFUSED
 
 _IGNORED = {
     "steps_per_print": "the program prints its own lines (--log-interval)",
@@ -32,6 +32,7 @@ class DeepSpeedParts:
         left: what stays in a JSON.
         dropped: keys that the program does not have, with the reason.
         ignored: keys that change nothing, with the reason.
+        accumulation: micro-batches of a rank in a step that the JSON asks for, if more than one.
     """
 
     flags: dict[str, tuple[str, str]] = field(default_factory=dict)
@@ -39,6 +40,7 @@ class DeepSpeedParts:
     left: dict[str, Any] = field(default_factory=dict)
     dropped: list[tuple[str, str]] = field(default_factory=list)
     ignored: list[tuple[str, str]] = field(default_factory=list)
+    accumulation: int | None = None
 
 
 def divide(data: Mapping[str, Any]) -> DeepSpeedParts:
@@ -48,6 +50,8 @@ def divide(data: Mapping[str, Any]) -> DeepSpeedParts:
         if key in _FUNCTIONS and (isinstance(value, dict) or key in _VALUES):
             _FUNCTIONS[key](parts, value)
         elif key in _IGNORED:
+            if key == "gradient_accumulation_steps" and isinstance(value, int) and value > 1:
+                parts.accumulation = value
             parts.ignored.append((key, _IGNORED[key]))
         elif key in REFUSED:
             if value not in (False, None) and not (isinstance(value, dict) and value.get("enabled") is False):
@@ -84,10 +88,12 @@ def _fp16(parts: DeepSpeedParts, section: dict[str, Any]) -> None:
     _take(parts, "fp16", True, "fp16.enabled")
     if section.get("loss_scale"):
         _take(parts, "loss-scale", section["loss_scale"], "fp16.loss_scale")
-    if isinstance(section.get("initial_scale_power"), int):
-        _take(parts, "initial-loss-scale", 2 ** section["initial_scale_power"], "fp16.initial_scale_power")
+    power = section.get("initial_scale_power")
+    if isinstance(power, int) and 0 <= power <= HIGHEST_POWER:  # any other stays in the JSON, whose check refuses it
+        _take(parts, "initial-loss-scale", 2**power, "fp16.initial_scale_power")
+        section = {key: value for key, value in section.items() if key != "initial_scale_power"}
     defaults = {"loss_scale_window": 1000, "hysteresis": 2, "min_loss_scale": 1}
-    known = ("enabled", "loss_scale", "initial_scale_power", "auto_cast")
+    known = ("enabled", "loss_scale", "auto_cast")
     rest = {key: value for key, value in section.items() if key not in known and defaults.get(key) != value}
     if rest:
         parts.left["fp16"] = rest

@@ -23,7 +23,9 @@ _SAME_FLAG = {
 
 
 def with_defaults(given: Sequence[Given], absent: set[str], ranks: int | None) -> list[Given]:
-    """Returns flags with Megatron's defaults before them.
+    """Returns flags with Megatron's defaults before them, without a number of query groups whose switch is missing.
+
+    Megatron-LM, which alone has --num-query-groups, reads it only together with --group-query-attention.
 
     Args:
         given: the flags as given.
@@ -53,7 +55,9 @@ def with_defaults(given: Sequence[Given], absent: set[str], ranks: int | None) -
     if values.get("lr-decay-style") == "WSD":
         defaults.append(("lr-wsd-decay-style", "exponential"))
     if gated and "hidden-size" in values and values["hidden-size"].isdigit():
-        defaults.append(("ffn-hidden-size", str(int(4 * int(values["hidden-size"]) * 2 / 3 / 64) * 64)))
+        # BigScience's fork, whose flag is --glu-activation, keeps four times the hidden size.
+        width = int(4 * int(values["hidden-size"]) * 2 / 3 / 64) * 64 if "swiglu" in values else 4 * int(values["hidden-size"])
+        defaults.append(("ffn-hidden-size", str(width)))
     if "micro-batch-size" in values and ranks is not None and (data := _data_parallel_size(values, ranks)):
         defaults.append(("global-batch-size", str(int(values["micro-batch-size"]) * data)))
     added = [
@@ -62,10 +66,7 @@ def with_defaults(given: Sequence[Given], absent: set[str], ranks: int | None) -
         if not present & {key, (name := key.removeprefix("no-")), *_SAME_FLAG.get(name, ())}
         and not (key.startswith("eval") and values.get("eval-iters") == "0")
     ]
-    # Megatron-LM reads the number of groups only with its switch.
-    if "num-query-groups" in values and "group-query-attention" not in values and "use-mcore-models" in values:
-        return [*added, *(flag for flag in given if flag.key != "num-query-groups")]
-    return [*added, *given]
+    return [*added, *(flag for flag in given if flag.key != "num-query-groups" or "group-query-attention" in values)]
 
 
 def _family(values: dict[str, str]) -> str:

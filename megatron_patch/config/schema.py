@@ -42,7 +42,7 @@ _DURATION = {
         {"type": "string", "pattern": r"^(\s*[0-9]+(\.[0-9]+)?\s*(d|h|min|m|s|)\s*)+$"},
     ]
 }
-_SCALAR: _Schema = {"type": ["string", "number", "boolean"]}
+_SCALAR: _Schema = {"type": ["string", "number"], "pattern": r"\S"}
 _FORMS: dict[Form, _Schema] = {
     Form.SWITCH: {"type": "boolean"},
     Form.COUNT: _COUNT,

@@ -172,6 +172,8 @@ def _value(name: str, flag: Given) -> Any:
     word = flag.words[0]
     _no_more(flag.words[1:])
     if kind.form is Form.TEXT:
+        if not word.strip():
+            raise ConfigError("the value is empty", "a text", f"write a value, or leave {flag.key} out; a variable may be empty")
         return word
     if kind.form is Form.CHOICE:
         return _choice(kind, word)
@@ -247,6 +249,10 @@ def _in_file(name: str, value: Any, source: str) -> Given:
         return Given(key if value else f"no-{key}", (), source)
     if name == "stages":
         return Given(key, (value if isinstance(value, str) else json.dumps(value),), source)
+    words = [item for item in (value if isinstance(value, list) else [value]) if isinstance(item, bool)]
+    if words and kind.form in (Form.TEXT, Form.TEXTS):
+        what = f"YAML reads a value as {str(words[0]).lower()}, as yes, no, on and off without quotation marks"
+        raise ConfigError(what, "a text", "write it in quotation marks, or remove the line")
     if isinstance(value, list) and not any(isinstance(item, (list, dict)) for item in value):
         if name in _WITH_COMMAS:
             return Given(key, (",".join(str(item) for item in value),), source)

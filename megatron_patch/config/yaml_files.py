@@ -6,6 +6,7 @@ Tags that would create other objects are refused, and so are references that wou
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -56,6 +57,17 @@ class _Loader(yaml.SafeLoader):
                 lines.setdefault((key.tag, key.value), []).append(key.start_mark.line + 1)
         self.repeated += [(key[1], found) for key, found in lines.items() if len(found) > 1]
         super().flatten_mapping(node)
+
+
+def _number_or_text(loader: _Loader, node: yaml.ScalarNode) -> Any:
+    """Returns a number; those to base 8 or 60 (012, 1:30), which nobody means in a configuration, as text."""
+    if ":" in node.value or re.fullmatch(r"[-+]?0[0-9_]+", node.value):
+        return node.value
+    return loader.construct_yaml_float(node) if node.tag.endswith("float") else loader.construct_yaml_int(node)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _number_or_text)
+_Loader.add_constructor("tag:yaml.org,2002:float", _number_or_text)
 
 
 def load_yaml(text: str) -> Any:

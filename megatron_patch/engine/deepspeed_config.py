@@ -14,6 +14,7 @@ from typing import Any, Literal
 from megatron_patch.config.option_types import flag_of
 from megatron_patch.config.options import EngineOptions, ScheduleOptions
 from megatron_patch.engine.deepspeed_json import read_user_settings
+from megatron_patch.engine.deepspeed_keys import HIGHEST_POWER
 from megatron_patch.engine.optimizer import optimizer_by_name
 from megatron_patch.errors import ConfigError
 from megatron_patch.stages import Stage, StagePlan
@@ -196,6 +197,16 @@ def _loss_scaling(options: EngineOptions, origins: Mapping[str, str], user: Mapp
     power = max(0, round(options.initial_loss_scale).bit_length() - 1)
     if "initial_scale_power" in section and "initial_loss_scale" in origins:
         power = merge("initial_loss_scale", power, "fp16.initial_scale_power (a power of 2)", section["initial_scale_power"])
+    chosen = section.get("initial_scale_power", power)
+    if not 0 <= chosen <= HIGHEST_POWER:
+        in_file = "initial_scale_power" in section
+        raise ConfigError(
+            f"--deepspeed_config: fp16.initial_scale_power is {chosen}"
+            if in_file
+            else f"--initial-loss-scale {options.initial_loss_scale:g}",
+            f"0 to {HIGHEST_POWER}" if in_file else f"from 1 to below {2.0 ** (HIGHEST_POWER + 1):.2g}",
+            "remove it: the default is 2 to the power of 16, and DeepSpeed adapts it",
+        )
     scale = merge("loss_scale", options.loss_scale or 0, "fp16.loss_scale", section.get("loss_scale"))
     return {"initial_scale_power": power, **section, "loss_scale": scale, "enabled": True}
 

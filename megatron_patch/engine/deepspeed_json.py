@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, get_args
@@ -333,7 +334,9 @@ def _allowed(record: Mapping[str, Any]) -> str:
         (bound,) = context.values()
         return f"numbers {bounds[kind]} {bound}"
     if "expected" in context:
-        return str(context["expected"]).replace("'", "")
+        # DeepSpeed's enumeration of ZeRO levels has the highest one twice.
+        *names, last = dict.fromkeys(re.split(", | or ", str(context["expected"]).replace("'", "")))
+        return f"{', '.join(names)} or {last}" if names else last
     text: str = record["msg"]
     return text.removeprefix("Input should be ")
 

@@ -178,6 +178,7 @@ REFUSED: Mapping[str, Refusal] = {
     "data_types.param_dtype": Refusal("the program sets the type of the weights", "remove it; use --bf16 or --fp16"),
     "data_types.buffer_dtype": Refusal("it would round the tables of rotary positions", "remove it"),
     "data_types.keep_in_fp32_modules": Refusal("it is for models of transformers", "remove it"),
+    "aio.thread_count": Refusal("it is the old name of intra_op_parallelism", "rename it to intra_op_parallelism"),
     "torch_autocast.lower_precision_safe_modules": Refusal(
         "it makes DeepSpeed import modules by name", "remove it; the default is torch's linear and convolution layers"
     ),
@@ -220,6 +221,9 @@ FIXED: Mapping[str, Fixed] = {
     ),
 }
 """Keys with only one possible value, by path."""
+
+HIGHEST_POWER = 62
+"""Largest `fp16.initial_scale_power`: DeepSpeed multiplies the loss with a whole number of Python, which torch takes up to 64 bits."""
 
 WITHOUT_EFFECT = (
     "zero_optimization.elastic_checkpoint",

@@ -347,6 +347,9 @@ def test_differences_from_megatrons_defaults_are_said():
     assert "weight decay 0.1 instead of 0.01 (--weight-decay 0.01)" in notes and "cosine decay instead of linear" in notes
     assert "no dropout instead of 0.1" in notes
     assert "--ffn-hidden-size is 256 by default; Megatron's default is 128" in notes
+    decay = " ".join(options("--lr-decay-style WSD --lr-wsd-decay-iters 1").megatron.notes)
+    assert "linear final decay instead of exponential (--lr-wsd-decay-style exponential)" in decay
+    assert "Megatron's default is 256" not in " ".join(options("--glu-activation swiglu --hidden-size 64").megatron.notes)
     groups = " ".join(options("--use-mcore-models --num-query-groups 2").megatron.notes)
     assert "Megatron-LM reads --num-query-groups only together with --group-query-attention" in groups
 

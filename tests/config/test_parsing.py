@@ -315,3 +315,36 @@ def test_a_reader_that_leaves_ends_the_program_without_a_message(program):
     process.stdout.close()
     assert process.stderr.read() == ""
     assert process.wait() in (0, 141)  # argparse itself ignores that its text cannot be written
+
+
+@pytest.mark.parametrize(
+    ("line", "what"),
+    [
+        ('save: ""', "save: the value is empty"),
+        ("tensorboard-dir: ' '", "tensorboard_dir: the value is empty"),
+        ("wandb-project: off", "wandb_project: YAML reads a value as false"),
+        ("data-path: [a, on]", "data_path: YAML reads a value as true"),
+        ("data-path: yes", "data_path: YAML reads a value as true"),
+        ("train-tokens: 1:30", "train_tokens: '1:30' is not a count"),
+        ("exit-duration: 1:30:00", "exit_duration: '1:30:00' is not a duration"),
+    ],
+)
+def test_values_that_yaml_or_an_empty_variable_changes_are_refused(tmp_path, line, what):
+    path = tmp_path / "run.yaml"
+    path.write_text(f"num-layers: 2\nhidden-size: 64\nnum-attention-heads: 4\n{line}\n")
+    with pytest.raises(ConfigError) as error:
+        parse(["--config", str(path)])
+    assert error.value.what == f"--config {path}: {what}" or error.value.what.startswith(f"--config {path}: {what},")
+
+
+def test_a_leading_zero_makes_no_number_to_base_8(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("num-layers: 012\nhidden-size: 64\nnum-attention-heads: 4\nsave: 007\nseed: 0\nlr: 0.5\n")
+    options = parse(["--config", str(path)]).options
+    assert (options.model.num_layers, options.checkpoint.save, options.engine.seed, options.schedule.lr) == (12, "007", 0, 0.5)
+
+
+def test_an_empty_value_on_the_command_line_is_refused():
+    with pytest.raises(ConfigError, match="--save: the value is empty") as error:
+        parse([*["--num-layers", "2", "--hidden-size", "64", "--num-attention-heads", "4", "--save"], ""])
+    assert error.value.do == "write a value, or leave save out; a variable may be empty"

@@ -244,6 +244,58 @@ def test_ways_to_start_a_program(tmp_path, monkeypatch, start):
     assert values["train-tokens"] == 3 * 8 * 64 and "--world-size 2" in text
 
 
+MODEL = "--num-layers 2 --hidden-size 96 --num-attention-heads 4 --seq-length 64 --micro-batch-size 2 --global-batch-size 8 --train-iters 5"
+
+
+def test_placeholders_of_public_scripts_are_to_be_filled_in(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("run.sh").write_text(
+        f'#SBATCH <OPTIONS> --nodes=2\nDATA="0.4 <FIRST DATASET> 0.6 <SECOND>"\noptions=" {MODEL} --data-path $DATA --save <CHECKPOINTS> '
+        '--load <CHECKPOINTS> --bf16"\nsrun sh -c "python pretrain_gpt.py $options" <in.txt >out.txt\n'
+    )
+    values, text = migrate(tmp_path, "run.sh", "--set", "SECOND=b", "--set", "CHECKPOINTS=my")
+    assert values["bf16"] is True and values["save"] == values["load"] == "my" and "data-path" not in values
+    assert "# data-path: 0.4 ${FIRST_DATASET} 0.6 b  # fill in" in text and "no value for ${FIRST_DATASET}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("end", ["|& tee out.log", "| tee out.log", "&& echo done", "; echo done", "&", ">& out.log", "2>&1"])
+def test_what_follows_a_command_is_no_value_of_its_last_flag(tmp_path, monkeypatch, end):
+    monkeypatch.chdir(tmp_path)
+    Path("run.sh").write_text(f'run="python pretrain_gpt.py {MODEL} --adam-beta2 0.95"\nrun="$run {end}"\neval $run\n')
+    assert migrate(tmp_path, "run.sh")[0]["adam-beta2"] == 0.95
+
+
+def test_the_command_for_a_check_has_enough_ranks(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    layout = "--tensor-model-parallel-size 4 --pipeline-model-parallel-size {}"
+    for pipeline, ranks in (("2", 8), ("4", 16)):
+        Path("run.sh").write_text(
+            f"torchrun --nnodes $N --nproc_per_node 8 pretrain_gpt.py {MODEL} --num-layers 4 {layout.format(pipeline)}\n"
+        )
+        assert f"--world-size {ranks}\n" in migrate(tmp_path, "run.sh")[1]
+
+
+@pytest.mark.parametrize(
+    ("words", "key", "value", "said"),
+    [
+        ("--glu-activation swiglu", "ffn-hidden-size", 384, "ffn-hidden-size: 384  # Megatron's default"),  # BigScience: 4 x hidden
+        ("--num-query-groups 2", "num-query-groups", None, "--num-query-groups 2: Megatron-LM reads it only with --group-query-attention"),
+        ("--num-query-groups 2 --group-query-attention", "num-query-groups", 2, "num-query-groups: 2"),
+        ("--zero-stage 0 --fp16", "zero-stage", 1, "zero-stage: 1  # 0 in the script, which does not run here with fp16"),
+        ("--zero-stage 0 --bf16 --checkpoint-activations", "zero-stage", 1, "with bf16 and recomputation; results are the same"),
+        ("--zero-stage 0 --bf16", "zero-stage", 0, "zero-stage: 0\n"),
+        ("--reset-position-ids --eod-mask-loss", "eod-token-id", None, "# eod-token-id: ID  # fill in: token at the end"),
+        ("--eval-iters -1", "eval-tokens", None, "--eval-iters -1: evaluations cannot be turned off"),
+        ("--lr-decay-style WSD --lr-wsd-decay-iters 2", "lr-wsd-decay-style", "exponential", "exponential  # Megatron's default"),
+    ],
+)
+def test_a_run_means_what_megatron_makes_of_its_flags(tmp_path, monkeypatch, words, key, value, said):
+    monkeypatch.chdir(tmp_path)
+    Path("list.txt").write_text(f"{MODEL} {words}")
+    values, text = migrate(tmp_path, "list.txt")
+    assert values.get(key) == value and said in text
+
+
 def test_a_file_without_a_command_says_so(tmp_path):
     (tmp_path / "empty.sh").write_text("echo hello\n")
     with pytest.raises(ConfigError, match="no command that starts"):
@@ -284,11 +336,27 @@ def test_deepspeeds_json_is_divided():
     assert [key for key, _ in parts.dropped] == ["curriculum_learning"] and [key for key, _ in parts.ignored] == ["wall_clock_breakdown"]
 
 
+@pytest.mark.parametrize("power", [-1, 63, 10**9])
+def test_a_loss_scale_out_of_range_stays_in_the_json(power):
+    parts = divide({"fp16": {"enabled": True, "initial_scale_power": power}})
+    assert set(parts.flags) == {"fp16"} and parts.left == {"fp16": {"initial_scale_power": power}}
+
+
 def test_a_value_that_differs_in_the_json_is_said(tmp_path, capsys):
     (tmp_path / "ds.json").write_text(json.dumps({"train_batch_size": 16}))
     words = "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 64 --global-batch-size 8 --train-iters 5"
     main(["--deepspeed-config", str(tmp_path / "ds.json"), "--", *words.split()])
     assert "Note: --global-batch-size 8 is written, but DeepSpeed's JSON has train_batch_size = 16" in capsys.readouterr().err
+
+
+def test_steps_of_accumulation_that_would_change_the_batch_are_said(tmp_path, capsys):
+    (tmp_path / "ds.json").write_text(json.dumps({"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 8}))
+    words = "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 64 --train-iters 5"
+    main(["--world-size", "2", "--deepspeed-config", str(tmp_path / "ds.json"), "--", *words.split()])
+    said = capsys.readouterr().err
+    assert "so it is 4, Megatron's micro-batch size x data-parallel ranks" in said and "add --global-batch-size 32" in said
+    main(["--world-size", "2", "--deepspeed-config", str(tmp_path / "ds.json"), "--", *words.split(), "--global-batch-size", "32"])
+    assert "gradient_accumulation_steps = 8" not in capsys.readouterr().err
 
 
 def test_the_documents_example_is_what_the_tool_writes(tmp_path, monkeypatch):

@@ -191,6 +191,8 @@ def _width_note(given: Mapping[str, Given], options: Options) -> list[str]:
     if "ffn-hidden-size" in given or not swiglu:
         return []
     here, there = -(-8 * hidden // 768) * 256, int((4 * hidden * 2 / 3) / 64) * 64
+    if "glu-activation" in given:  # of BigScience's fork, which keeps four times the hidden size
+        there = 4 * hidden
     if here == there:
         return []
     return [f"--ffn-hidden-size is {here:,} by default; Megatron's default is {there:,} (--ffn-hidden-size {there})"]
@@ -200,11 +202,13 @@ def _learning_notes(given: Mapping[str, Given], options: Options) -> list[str]:
     """Returns a note on the defaults of learning that differ."""
     schedule = options.schedule
     style = schedule.lr_decay_style or ("WSD" if options.stages.recipe == "token-superposition" else "cosine")
-    values = (
+    values: tuple[tuple[str, str, str], ...] = (
         ("weight-decay", f"weight decay {schedule.weight_decay:g}", "0.01"),
         ("adam-beta2", f"Adam's beta 2 {schedule.adam_beta2:g}", "0.999"),
         ("lr-decay-style", f"{style} decay", "linear"),
     )
+    if style == "WSD":
+        values += (("lr-wsd-decay-style", f"{schedule.lr_wsd_decay_style} final decay", "exponential"),)
     differ = [f"{here} instead of {there} (--{key} {there})" for key, here, there in values if key not in given]
     if "attention-dropout" not in given or "hidden-dropout" not in given:
         differ.append("no dropout instead of 0.1")

@@ -77,7 +77,8 @@ def _tokens(option: str, steps: bool) -> Callable[[Translator, Given, MegatronFl
 
 
 def _eval_iters(to: Translator, given: Given, flag: MegatronFlag) -> None:
-    if _count(given.words) == 0:
+    number = _float(given.words)
+    if number is not None and number <= 0:  # a negative number turns them off as well
         to.ignore(given, "evaluations cannot be turned off; they read --eval-tokens at the end of each stage")
     else:
         _tokens("eval-tokens", steps=True)(to, given, flag)
