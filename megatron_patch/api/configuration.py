@@ -10,6 +10,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from megatron_patch.api.arguments import whole
 from megatron_patch.config.checks import check_text
 from megatron_patch.config.megatron.command_line import split
 from megatron_patch.config.megatron.flags import key_of
@@ -72,7 +73,7 @@ def load_config(source: Source | None = None, /, *, args: Sequence[str] = (), wo
     keywords, wrong = given_in_file(_plain(options), KEYWORDS)
     taken_back = [Given(key_of(name), (NONE,), KEYWORDS) for name, value in options.items() if value is None and name in KINDS]
     parsed = parse_given([*given, *flags, *keywords, *taken_back], [*problems, *wrong], words)
-    return resolve(parsed, planned_ranks(parsed, ranks_from_environment()[1]) if world_size is None else _checked(world_size))
+    return resolve(parsed, planned_ranks(parsed, ranks_from_environment()[1]) if world_size is None else whole("world_size", world_size, 1))
 
 
 def as_config(config: RunConfig | Source) -> RunConfig:
@@ -84,12 +85,6 @@ def ranks_of(config: RunConfig) -> int:
     """Returns the number of ranks that a run was resolved for."""
     engine = config.options.engine
     return config.data_parallel_size * engine.tensor_model_parallel_size * engine.pipeline_model_parallel_size
-
-
-def _checked(world_size: int) -> int:
-    if type(world_size) is not int or world_size < 1:
-        raise ConfigError(f"world_size={world_size!r}", "whole numbers from 1", "give the number of ranks")
-    return world_size
 
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
