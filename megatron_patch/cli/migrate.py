@@ -40,13 +40,15 @@ from megatron_patch.utils.units import plural
 _MOST_BYTES = 1 << 22
 _DECISIVE = ("num-layers", "hidden-size", "num-attention-heads", "train-tokens", "train-iters", "train-samples", "global-batch-size")
 _DESCRIPTION = """\
-Turns a command line of Megatron-LM or Megatron-DeepSpeed into a YAML file for --config.
+Turns a command line of Megatron into a YAML file for --config.
 
 megatron-patch migrate pretrain.sh --output run.yaml
-megatron-patch migrate arguments.txt --deepspeed-config ds_config.json --deepspeed-output ds.json --output run.yaml
-megatron-patch migrate --output run.yaml -- --num-layers 24 --hidden-size 2048 …
+megatron-patch migrate arguments.txt --output run.yaml \\
+    --deepspeed-config ds_config.json --deepspeed-output ds.json
+megatron-patch migrate --output run.yaml -- --num-layers 24 …
 
-Reads assignments, arrays, conditions and here-documents of a bash script; runs nothing.
+Understands Megatron-LM and Megatron-DeepSpeed. Reads assignments, arrays,
+conditions and here-documents of a bash script; runs nothing.
 """
 
 
