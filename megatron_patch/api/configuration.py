@@ -10,6 +10,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from megatron_patch.api.arguments import whole
 from megatron_patch.config.checks import check_text
 from megatron_patch.config.megatron.command_line import split
 from megatron_patch.config.megatron.flags import key_of
@@ -40,6 +41,12 @@ def load_config(source: Source | None = None, /, *, args: Sequence[str] = (), wo
         ConfigError: a name is unknown, a value is not possible, or the run is not; the message suggests names and values.
         DataError: the metadata file of the first corpus is damaged.
     """
+    if isinstance(args, str) or not isinstance(args, Sequence) or not all(isinstance(word, str) for word in args):
+        raise ConfigError(
+            "args is not a list of texts",
+            "a list of flags and values, each a text",
+            'give each word as a text of its own: args=["--num-layers", "2"]',
+        )
     if "--help" in args or "-h" in args or "--version" in args:
         raise ConfigError("args contain --help or --version", "the flags of a run", "run megatron-patch pretrain --help")
     if any(word == "--config" or word.startswith("--config=") for word in args):
@@ -47,14 +54,26 @@ def load_config(source: Source | None = None, /, *, args: Sequence[str] = (), wo
     check_text(args)
     if isinstance(source, Mapping):
         values = {str(name).replace("-", "_"): value for name, value in source.items()}
+        if len(values) < len(source):
+            names = [str(name).replace("-", "_") for name in source]
+            twice = ", ".join(sorted({name for name in names if names.count(name) > 1}))
+            raise ConfigError(f"the mapping has {twice} twice, with dashes and with underscores", "each option once", "remove one of them")
         given, problems = given_in_file(_plain(values), MAPPING)
+    elif source is not None and not isinstance(source, (str, os.PathLike)):
+        raise ConfigError(
+            f"load_config of {'a run that is resolved' if isinstance(source, RunConfig) else 'a value of type ' + type(source).__name__}",
+            "a YAML file's path, or a mapping of option names to values",
+            "give what the run was made of, with the options that differ as keywords"
+            if isinstance(source, RunConfig)
+            else "write load_config(FILE) or load_config({…})",
+        )
     else:
         given, problems = given_in_file(read_yaml(os.fspath(source)), os.fspath(source)) if source is not None else ([], [])
     words, flags = split(args)
     keywords, wrong = given_in_file(_plain(options), KEYWORDS)
     taken_back = [Given(key_of(name), (NONE,), KEYWORDS) for name, value in options.items() if value is None and name in KINDS]
     parsed = parse_given([*given, *flags, *keywords, *taken_back], [*problems, *wrong], words)
-    return resolve(parsed, planned_ranks(parsed, ranks_from_environment()[1]) if world_size is None else _checked(world_size))
+    return resolve(parsed, planned_ranks(parsed, ranks_from_environment()[1]) if world_size is None else whole("world_size", world_size, 1))
 
 
 def as_config(config: RunConfig | Source) -> RunConfig:
@@ -68,12 +87,6 @@ def ranks_of(config: RunConfig) -> int:
     return config.data_parallel_size * engine.tensor_model_parallel_size * engine.pipeline_model_parallel_size
 
 
-def _checked(world_size: int) -> int:
-    if type(world_size) is not int or world_size < 1:
-        raise ConfigError(f"world_size={world_size!r}", "whole numbers from 1", "give the number of ranks")
-    return world_size
-
-
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
     """Returns values as a YAML file would have them."""
     return {name: _plain_value(name, value) for name, value in values.items()}
@@ -83,8 +96,14 @@ def _plain_value(name: str, value: Any) -> Any:
     if isinstance(value, os.PathLike):
         # A list, because a text of several words would be several paths.
         return [os.fspath(value)] if name in ("data_path", "valid_data_path") else os.fspath(value)
+    if isinstance(value, bytes):
+        raise ConfigError(f"{name or 'an item of a list'} is given as bytes", "text, numbers, lists and paths", "decode it: value.decode()")
+    if hasattr(value, "tolist"):  # numbers and arrays of numpy, tensors of torch
+        return _plain_value(name, value.tolist())
+    if isinstance(value, Mapping):
+        return {key: _plain_value("", item) for key, item in value.items()}
     if isinstance(value, (tuple, list)):
-        return [_plain_value("", item) if name != "stages" else item for item in value]
+        return [_plain_value("", item) for item in value]
     if type(value) is float and value.is_integer() and abs(value) < 2**63:
         return int(value)  # 4e9 tokens
     return value

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_patch.api.arguments import path, switch, whole
 from megatron_patch.errors import ConfigError
 from megatron_patch.preprocess import pipeline
 from megatron_patch.preprocess import train_tokenizer as tokenizer_training
@@ -19,11 +20,14 @@ from megatron_patch.utils.units import parse_count
 
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 _FIXED = ("tokenizer_type", "tokenizer_model", "keys", "append_eod", "dtype")
+_COUNTS = ("vocab_size", "patch_align", "min_chars", "max_chars", "min_tokens", "max_tokens")
 
 
 def as_paths(paths: Paths) -> list[str]:
     """Returns one path or several as a list of texts."""
-    return [os.fspath(paths)] if isinstance(paths, (str, os.PathLike)) else [os.fspath(path) for path in paths]
+    if isinstance(paths, (str, os.PathLike)) or not isinstance(paths, Iterable):
+        return [path("the input", paths)]
+    return [path("an input", one) for one in paths]
 
 
 def _notice(text: str) -> None:
@@ -50,7 +54,7 @@ def train_tokenizer(
         DataError: the text cannot be read or is too short, or the output cannot be written.
     """
     return tokenizer_training.train_tokenizer(
-        as_paths(inputs), os.fspath(output), parse_count(str(vocab_size)), json_key, parse_count(str(max_bytes)), notice=_notice
+        as_paths(inputs), path("output", output), parse_count(str(vocab_size)), json_key, parse_count(str(max_bytes)), notice=_notice
     )
 
 
@@ -60,7 +64,7 @@ def preprocess(
     *,
     tokenizer_type: str = "HuggingFaceTokenizer",
     tokenizer_model: str | os.PathLike[str] | None = None,
-    json_keys: Sequence[str] = ("text",),
+    json_keys: str | Sequence[str] = ("text",),
     append_eod: bool = False,
     workers: int = 1,
     on_bad_line: Literal["skip", "fail"] = "skip",
@@ -78,7 +82,7 @@ def preprocess(
         output_prefix: the outputs are PREFIX_KEY_document.bin, .idx and .json, for each key.
         tokenizer_type: kind of tokenizer.
         tokenizer_model: the tokenizer's file or folder.
-        json_keys: JSON keys of the text; each key has its own output.
+        json_keys: one JSON key of the text, or several; each key has its own output.
         append_eod: whether each document ends with the end-of-document token.
         workers: number of processes that encode. With more than one, a script must call this function below `if __name__ == "__main__":`,
             because the processes import the script.
@@ -101,18 +105,25 @@ def preprocess(
     for name in settings:
         if name not in known:
             raise ConfigError(f"preprocess: unknown setting {name}", ", ".join(known), suggestion(name, known) or f"remove {name}")
-    model = None if tokenizer_model is None else os.fspath(tokenizer_model)
-    encode = EncodeSettings(tokenizer_type, model, keys=tuple(json_keys), append_eod=append_eod, **settings)
+        if name in _COUNTS and settings[name] is not None:
+            settings[name] = whole(name, settings[name], 0)
+    if on_bad_line not in ("skip", "fail"):
+        raise ConfigError(f"on_bad_line={on_bad_line!r}", '"skip" or "fail"', "choose one of them")
+    keys = (json_keys,) if isinstance(json_keys, str) else tuple(json_keys)
+    if not keys or not all(isinstance(key, str) for key in keys):
+        raise ConfigError(f"json_keys={json_keys!r}"[:200], "at least one key, each a text", 'write json_keys=["text"], for example')
+    model = None if tokenizer_model is None else path("tokenizer_model", tokenizer_model)
+    encode = EncodeSettings(tokenizer_type, model, keys=keys, append_eod=switch("append_eod", append_eod), **settings)
     return pipeline.preprocess(
         as_paths(inputs),
-        os.fspath(output_prefix),
+        path("output_prefix", output_prefix),
         encode,
-        workers=workers,
+        workers=whole("workers", workers, 1),
         on_bad_line=on_bad_line,
-        overwrite=overwrite,
-        resume=resume,
+        overwrite=switch("overwrite", overwrite),
+        resume=switch("resume", resume),
         separator=txt_separator.encode() if isinstance(txt_separator, str) else txt_separator,
-        dedup=dedup,
-        shuffle_seed=shuffle_documents,
+        dedup=switch("dedup", dedup),
+        shuffle_seed=None if shuffle_documents is None else whole("shuffle_documents", shuffle_documents, 0),
         notice=_notice,
     )

@@ -64,7 +64,11 @@ def evaluate(
     named = [name for name, value in given.items() if value is not None]
     if len(named) != 1:
         raise ConfigError(f"evaluate of {' and '.join(named) or 'nothing'}", f"one of {', '.join(given)}", "give one of them")
+    if isinstance(texts, str):
+        raise ConfigError("texts is one text", "a list of texts", "write texts=[…]")
     for name in settings:
+        if name in ("help", "h"):
+            raise ConfigError(f"evaluate: unknown setting {name}", "flags of megatron-patch evaluate", f"remove {name}")
         if name in _OF_THE_MODEL:
             raise ConfigError(
                 f"evaluate: {name} belongs to the model",

@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union, overload
 
+from megatron_patch.api.arguments import path, real, whole
 from megatron_patch.api.own_parts import MakeModel, name_of
 from megatron_patch.errors import ConfigError
 from megatron_patch.model.own_model import OwnModel, OwnModelForInference
@@ -50,14 +51,21 @@ def load_model(
     from megatron_patch.engine.inference import default_device, load_own_model
     from megatron_patch.engine.inference import load_model as load
 
-    where = default_device() if device is None else torch.device(device)
-    kind = torch.float32 if dtype is None else dtype
+    folder, kind = path("checkpoint", checkpoint), torch.float32 if dtype is None else dtype
+    if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
+        raise ConfigError(f"dtype={dtype!r}", "torch.float32, torch.bfloat16 or torch.float16", "give a dtype of torch")
+    try:
+        where = default_device() if device is None else torch.device(device)
+        torch.empty(1, device=where)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(f"device={str(device)!r}: {reason}", "a device of this machine, such as cpu or cuda:0", "leave it out") from error
     loaded: LoadedModel[Any]
     if model is None:
-        loaded = load(os.fspath(checkpoint), where, kind)
+        loaded = load(folder, where, kind)
     else:
-        loaded = load_own_model(OwnModel(name_of(model, "model"), model), os.fspath(checkpoint), where, kind)
-    return LanguageModel(loaded, tokenizer_type, None if tokenizer_model is None else os.fspath(tokenizer_model))
+        loaded = load_own_model(OwnModel(name_of(model, "model"), model), folder, where, kind)
+    return LanguageModel(loaded, tokenizer_type, None if tokenizer_model is None else path("tokenizer_model", tokenizer_model))
 
 
 class LanguageModel:
@@ -133,7 +141,8 @@ class LanguageModel:
         """
         import torch
 
-        rows, single = self._rows(ids, patch_size)
+        patch_size = whole("patch_size", patch_size, 1)
+        rows, single = self._rows(ids)
         if rows.shape[1] % patch_size:
             raise ConfigError(
                 f"{plural(rows.shape[1], 'token')} in patches of {patch_size}",
@@ -161,7 +170,8 @@ class LanguageModel:
 
         from megatron_patch.ops import IGNORE_INDEX
 
-        rows, _ = self._rows(ids, patch_size)
+        patch_size = whole("patch_size", patch_size, 1)
+        rows, _ = self._rows(ids)
         if rows.shape[1] <= patch_size:
             raise ConfigError(
                 f"{plural(rows.shape[1], 'token')} in patches of {patch_size}, of which the first is not scored",
@@ -225,11 +235,16 @@ class LanguageModel:
         """
         from megatron_patch.model.generate import Sampling
 
-        sampling = Sampling(temperature, top_p, top_k, seed)
+        max_new_tokens = whole("max_new_tokens", max_new_tokens, 0)
+        chosen = None if seed is None else whole("seed", seed, 0)
+        sampling = Sampling(real("temperature", temperature), real("top_p", top_p), whole("top_k", top_k, 0), chosen)
+        sampling.check()
         if isinstance(prompt, str):
             new = self._continue(prompt_ids(self.tokenizer, prompt), max_new_tokens, sampling, self.tokenizer.eod_id)
             return self.tokenizer.decode(without_eod(self.tokenizer, new))
-        rows, _ = self._rows(prompt, 1)
+        rows, _ = self._rows(prompt)
+        if len(rows) > 1:
+            raise ConfigError(f"{len(rows)} rows as the prompt", "one text, or the ids of one row", "call generate once for each row")
         metadata = self.loaded.data_metadata or {}
         return self._continue(rows[0].tolist(), max_new_tokens, sampling, metadata.get("eod_id"))
 
@@ -244,19 +259,22 @@ class LanguageModel:
             lambda rows: model.logits(rows[..., None]), [ids], new_tokens, sampling, eod_id, self.device, learned
         )[0]
 
-    def _rows(self, ids: Ids, patch_size: int) -> tuple[torch.Tensor, bool]:
+    def _rows(self, ids: Ids) -> tuple[torch.Tensor, bool]:
         """Returns ids as int64 [B, T] on the device, and whether one row was given."""
         import torch
 
-        if type(patch_size) is not int or patch_size < 1:
-            raise ConfigError(f"patch_size={patch_size!r}", "whole numbers from 1", "give the number of tokens of a patch")
         if isinstance(ids, str):
             ids = encode(self.tokenizer, ids)
         try:
-            rows = torch.as_tensor(ids, dtype=torch.int64, device=self.device)
-        except (TypeError, ValueError) as error:
+            given = torch.as_tensor(ids)
+            if given.numel() and (given.dtype is torch.bool or given.is_floating_point() or given.is_complex()):
+                raise ConfigError(f"the token ids are of type {given.dtype}", "whole numbers", "give the ids as integers")
+            rows = given.to(self.device, torch.int64)
+        except (TypeError, ValueError, RuntimeError) as error:
             raise ConfigError(
-                f"the token ids are no table: {error}", "ids [T], or [B, T] with rows of one length", "give rows of one length"
+                f"the token ids are no table: {error}",
+                "one text, ids [T], or ids [B, T] with rows of one length",
+                "give rows of one length; give several texts one by one",
             ) from error
         single = rows.dim() == 1
         rows = rows[None] if single else rows

@@ -6,6 +6,7 @@ Checkpoints record the function's name, not its code: a resumed run needs a func
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from megatron_patch.config.resolve import RunConfig
 from megatron_patch.engine.optimizer import OPTIMIZERS
 from megatron_patch.errors import ConfigError
 from megatron_patch.model.own_model import OwnModel
+from megatron_patch.utils.units import plural
 
 if TYPE_CHECKING:
     import torch
@@ -47,6 +49,32 @@ def name_of(function: Any, parameter: str) -> str:
     return str(name)
 
 
+def check_takes(function: Any, what: str, *arguments: str, do: str | None = None) -> None:
+    """Checks that a function of the user can be called with the arguments that it will get.
+
+    Args:
+        function: a function or class.
+        what: how the error calls it, such as "optimizer=radam".
+        arguments: names of the arguments, for the message.
+        do: what to do; None: to change its parameters.
+
+    Raises:
+        ConfigError: it takes other arguments.
+    """
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        return  # some builtins have none
+    try:
+        signature.bind(*arguments)
+    except TypeError as error:
+        raise ConfigError(
+            f"{what} takes {signature}: {error}",
+            f"what can be called with ({', '.join(arguments)})",
+            do or f"give it {plural(len(arguments), 'parameter')}: {', '.join(arguments)}",
+        ) from error
+
+
 @contextlib.contextmanager
 def with_optimizer(run: RunConfig, optimizer: MakeOptimizer | None) -> Iterator[RunConfig]:
     """Yields the run with a user's optimizer, which is registered during the block.
@@ -58,6 +86,7 @@ def with_optimizer(run: RunConfig, optimizer: MakeOptimizer | None) -> Iterator[
         yield run
         return
     name = name_of(optimizer, "optimizer")
+    check_takes(optimizer, f"optimizer={name}", "groups")
     if "optimizer" in run.origins and run.options.schedule.optimizer != name:
         raise ConfigError(
             f"optimizer={name}, and the run has --optimizer {run.options.schedule.optimizer}", "one of the two", "remove one of them"
@@ -82,6 +111,13 @@ def with_model(run: RunConfig, model: MakeModel | None) -> RunConfig:
     if model is None:
         return run
     own, engine = OwnModel(name_of(model, "model"), model), run.options.engine
+    if not isinstance(model, type) and hasattr(model, "named_parameters"):
+        raise ConfigError(
+            f"model= is a module that is already built, a {own.name}",
+            "a function of (shape, parallel) that builds the module",
+            "define a function that builds it, and give that as model=",
+        )
+    check_takes(model, f"model={own.name}", "shape", "parallel")
     if engine.pipeline_model_parallel_size > 1:
         raise ConfigError(
             f"model={own.name} with --pipeline-model-parallel-size {engine.pipeline_model_parallel_size}: it builds all layers",

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from megatron_patch.api.arguments import whole
 from megatron_patch.api.configuration import Source, load_config
 from megatron_patch.config.parsing import ParsedOptions
 from megatron_patch.config.resolve import RunConfig, resolve
@@ -45,8 +46,11 @@ def plan(
     Raises:
         ConfigError: the run, the layout or the hardware is not possible.
     """
+    ranks = None if world_size is None else whole("world_size", world_size, 1)
+    if not isinstance(gpu, str):
+        raise ConfigError(f"gpu={gpu!r}", "the name of a device", 'give a name, such as gpu="H100"')
     if not isinstance(config, RunConfig):
-        run = load_config(config, world_size=world_size or _DEVICES, **{"dry_run": True, **options})
+        run = load_config(config, world_size=ranks or _DEVICES, **{"dry_run": True, **options})
     elif options:
         raise ConfigError(
             f"options with a resolved run: {', '.join(options)}",
@@ -54,7 +58,7 @@ def plan(
             "give them to load_config, or give its source here",
         )
     else:
-        run = config if world_size is None else resolve(ParsedOptions(config.options, config.origins), world_size)
+        run = config if ranks is None else resolve(ParsedOptions(config.options, config.origins), ranks)
     device = load_hardware(gpu, None if ceilings is None else Path(ceilings))
     layout, seq_length = layout_of(run, make_engine_config(run)), run.options.stages.seq_length
     return make_plan(run.shape, run.plan, layout, device, seq_length, interruptions or Interruptions())

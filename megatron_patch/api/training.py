@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_patch.api.configuration import Source, as_config, ranks_of
-from megatron_patch.api.own_parts import MakeModel, MakeOptimizer, with_model, with_optimizer
+from megatron_patch.api.own_parts import MakeModel, MakeOptimizer, check_takes, with_model, with_optimizer
 from megatron_patch.checkpoint.commit import list_checkpoints
 from megatron_patch.config.resolve import RunConfig
 from megatron_patch.engine.environment import ranks_from_environment
@@ -77,7 +77,16 @@ def _metrics(save: Path) -> Iterator[dict[str, Any]]:
 
 
 def each_step(function: Callable[[StepRecord], object]) -> Callback:
-    """Returns a callback that calls a function with the record of each step: its loss, learning rate, gradient norm, speed and more."""
+    """Returns a callback that calls a function with the record of each step: its loss, learning rate, gradient norm, speed and more.
+
+    Raises:
+        ConfigError: it cannot be called with a record.
+    """
+    if not callable(function):
+        raise ConfigError(
+            f"each_step({function!r})", "a function of a StepRecord", "give a function, such as lambda step: print(step.loss)"
+        )
+    check_takes(function, f"each_step({getattr(function, '__name__', function)})", "record")
     from megatron_patch.training.callbacks.base import Callback
 
     class EachStep(Callback):
@@ -121,6 +130,9 @@ def pretrain(
         CorruptionError: ranks that must agree do not.
         KeyboardInterrupt: the run was interrupted twice.
     """
+    if not isinstance(callbacks, Iterable):
+        raise ConfigError(f"callbacks={callbacks!r} is not a list", "a list of callbacks", "write callbacks=[…]; leave it out for none")
+    factories = [_factory(callback) for callback in callbacks]
     run = with_model(as_config(config), model)
     ranks = ranks_from_environment()[1]
     if run.options.logging.dry_run:
@@ -132,8 +144,12 @@ def pretrain(
             "leave world_size out, or start the script with torchrun, deepspeed or srun",
         )
     with with_optimizer(run, optimizer) as run:
-        recorder = run_in_process(run, [_factory(callback) for callback in callbacks])
+        recorder = run_in_process(run, factories)
     return _result(run, recorder)
+
+
+_MAKES_ONE = "a Callback, or a class or function of a CallbackContext that makes one"
+_EACH_STEP = "give each_step(function) for a function that is called with each step's record"
 
 
 def _factory(callback: Callback | CallbackFactory) -> CallbackFactory:
@@ -147,18 +163,25 @@ def _factory(callback: Callback | CallbackFactory) -> CallbackFactory:
 
         return same
 
+    name = getattr(callback, "__name__", callback)
+
     def made(context: CallbackContext) -> Callback:
-        result = callback(context)
-        if not isinstance(result, Callback):
+        try:
+            result = callback(context)
+        except AttributeError as error:
+            if error.obj is not context:
+                raise
             raise ConfigError(
-                f"the callback {getattr(callback, '__name__', callback)} makes {type(result).__name__}",
-                "a Callback, a class derived from Callback, or a function of a CallbackContext that returns one",
-                "give each_step(function) for a function that is called with each step's record",
-            )
+                f"the callback {name} uses {error.name}, which a CallbackContext does not have", _MAKES_ONE, _EACH_STEP
+            ) from error
+        if not isinstance(result, Callback):
+            raise ConfigError(f"the callback {name} makes {type(result).__name__}", _MAKES_ONE, _EACH_STEP)
         return result
 
     if not callable(callback):
         raise ConfigError(f"the callback {callback!r} cannot be called", "a Callback, or what makes one", "derive its class from Callback")
+    do = f"give an object of the class: {name}(…)" if isinstance(callback, type) and issubclass(callback, Callback) else _EACH_STEP
+    check_takes(callback, f"the callback {name}", "context", do=do)
     return made
 
 

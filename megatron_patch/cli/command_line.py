@@ -90,10 +90,12 @@ class ArgumentParser(argparse.ArgumentParser):
 def add_layout(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of a tool that several ranks run together: `deepspeed tools/NAME.py --tensor-model-parallel-size 8 …`."""
     layout = parser.add_argument_group(
-        "ranks", "For a model that does not fit on one GPU. Start the tool with deepspeed, torchrun or srun."
+        "ranks", "For a model that does not fit on one GPU. Start the tool with\ndeepspeed, torchrun or srun."
     )
-    layout.add_argument("--tensor-model-parallel-size", type=int, default=1, help="number of ranks that split each layer")
-    layout.add_argument("--pipeline-model-parallel-size", type=int, default=1, help="number of ranks that split the list of layers")
+    layout.add_argument("--tensor-model-parallel-size", type=int, default=1, metavar="RANKS", help="number of ranks that split each layer")
+    layout.add_argument(
+        "--pipeline-model-parallel-size", type=int, default=1, metavar="RANKS", help="number of ranks that split the list of layers"
+    )
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
 
 

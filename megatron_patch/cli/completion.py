@@ -4,8 +4,9 @@ bash:  source <(megatron-patch completion bash)
 zsh:   source <(megatron-patch completion zsh)
 fish:  megatron-patch completion fish | source
 
-Write the line into ~/.bashrc, ~/.zshrc or ~/.config/fish/config.fish. The script also completes pretrain_gpt_patch.py and the files of
-tools/, alone and after deepspeed or torchrun.
+Write the line into ~/.bashrc, ~/.zshrc or ~/.config/fish/config.fish. The
+script also completes pretrain_gpt_patch.py and the files of tools/, alone and
+after deepspeed or torchrun.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""Evaluates a checkpoint and prints the results as one line of JSON, and on standard error what it reads and how far it is.
+"""Evaluates a checkpoint and prints the results as one line of JSON.
+
+What it reads and how far it is goes to standard error.
 
 On a tokenized dataset:
   python tools/evaluate.py --load CKPT --data-path PREFIX [--patch-size K]

@@ -1,9 +1,10 @@
-"""Copies the example configurations, the templates for Slurm and constraints.txt into a folder.
+"""Copies examples, Slurm templates and constraints.txt into a folder.
 
 megatron-patch examples FOLDER
 
-The folder then has examples/configs, examples/replicate, examples/slurm and constraints.txt, as a checkout has them, so that the
-commands of the documentation work in it as they are written.
+The folder then has examples/configs, examples/replicate, examples/slurm and
+constraints.txt, as a checkout has them, so that the commands of the
+documentation work in it as they are written.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
 """Generates continuations of prompts with a checkpoint.
 
-python tools/generate.py --load CKPT --prompt "def main(" --max-new-tokens 100 [--interactive]
-deepspeed tools/generate.py --tensor-model-parallel-size 8 …                 on several GPUs, for a checkpoint of any layout
+python tools/generate.py --load CKPT --prompt "def main(" [--interactive]
+
+On several GPUs, for a checkpoint of any layout:
+deepspeed tools/generate.py --tensor-model-parallel-size 8 …
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""Shows a run's checkpoints: python tools/inspect_checkpoint.py RUN [--verify] [--explain] [--json]
+"""Shows a run's checkpoints, and checks them.
 
-RUN is a run's folder or one of its step-N folders. --verify compares all checksums (default: only file sizes). --explain shows the model,
-the layout, the stages, the data and the given options of the newest checkpoint. The exit code is 4 if a checkpoint is not valid.
+python tools/inspect_checkpoint.py RUN [--verify] [--explain] [--json]
+
+The exit code is 4 if a checkpoint is not valid.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def add_flags(parser: argparse._ActionsContainer) -> None:
 
 def main(argv: list[str]) -> None:
     """Runs the tool."""
-    parser = ArgumentParser(description=__doc__)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="a run's folder, or one of its step-N folders")
     add_flags(parser)
     args = parser.parse_args(argv)

@@ -1,6 +1,6 @@
-"""Shows what is in a dataset: python tools/inspect_dataset.py PREFIX [--check] [--patch-size 4] [--samples 2]
+"""Shows what is in a dataset, and compares or checks it.
 
---diff OTHER compares it with another; --config CONFIG shows how the stages of a training configuration would divide it.
+python tools/inspect_dataset.py PREFIX [--check] [--samples 2] [--diff OTHER]
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def _shown(name: str, value: Any) -> str:
 
 def main(argv: list[str]) -> None:
     """Runs the tool with these arguments."""
-    parser = ArgumentParser(description=__doc__)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("prefix", help="dataset prefix: the path without .bin and .idx")
     add_flags(parser)
     args = parser.parse_args(argv)

@@ -43,13 +43,15 @@ _PLACEHOLDER = re.compile(r"(?<![<&0-9])<([A-Za-z](?:[^<>|&;$()\n]*[^<>|&;$()\n\
 """A part that the reader of a public script is to fill in, such as <PATH TO DATA>; bash would read it as redirections."""
 _NEEDS_EOD = {"reset-attention-mask", "reset-position-ids", "eod-mask-loss"}
 _DESCRIPTION = """\
-Turns a command line of Megatron-LM or Megatron-DeepSpeed into a YAML file for --config.
+Turns a command line of Megatron into a YAML file for --config.
 
 megatron-patch migrate pretrain.sh --output run.yaml
-megatron-patch migrate arguments.txt --deepspeed-config ds_config.json --deepspeed-output ds.json --output run.yaml
-megatron-patch migrate --output run.yaml -- --num-layers 24 --hidden-size 2048 …
+megatron-patch migrate arguments.txt --output run.yaml \\
+    --deepspeed-config ds_config.json --deepspeed-output ds.json
+megatron-patch migrate --output run.yaml -- --num-layers 24 …
 
-Reads assignments, arrays, conditions and here-documents of a bash script; runs nothing.
+Understands Megatron-LM and Megatron-DeepSpeed. Reads assignments, arrays,
+conditions and here-documents of a bash script; runs nothing.
 """
 
 

@@ -1,4 +1,6 @@
-"""Prints the JSON schema of configuration files, with which editors complete and check the keys and values of --config FILE.yaml.
+"""Prints the JSON schema of configuration files.
+
+With it, editors complete and check the keys and values of --config FILE.yaml.
 
 megatron-patch schema --output megatron_patch.schema.json
 

@@ -1,10 +1,13 @@
-"""Shows the text that a step read: python tools/show_step.py SAVE [--step 1234]
+"""Shows the text that a step read.
 
-SAVE/events.jsonl records the data of rejected steps; only these steps can be shown.
+python tools/show_step.py SAVE [--step 1234]
+
+SAVE/events.jsonl records the data of rejected steps; no others can be shown.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 
@@ -23,7 +26,7 @@ from megatron_patch.utils.units import plural
 
 def main(argv: list[str]) -> None:
     """Runs the tool."""
-    parser = ArgumentParser(description=__doc__)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("save", help="a run's folder")
     parser.add_argument("--step", type=int, help="which step; default: the last rejected one")
     parser.add_argument("--samples", type=count, default=8, help="number of samples to show")

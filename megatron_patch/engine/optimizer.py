@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_patch.config.options import ScheduleOptions
 from megatron_patch.errors import ConfigError
 from megatron_patch.utils.registry import lookup
+from megatron_patch.utils.units import plural
 
 if TYPE_CHECKING:
     import torch
@@ -70,8 +71,9 @@ def make_optimizer(groups: Sequence[dict[str, Any]], options: ScheduleOptions, o
         offloaded: whether the optimizer steps in host memory, where the kernels of Apex cannot run.
 
     Raises:
-        ConfigError: no optimizer of that name is registered, or what is registered makes no optimizer.
+        ConfigError: no optimizer of that name is registered, or what is registered makes no optimizer, or one of other parameters.
     """
+    given = [parameter for group in groups for parameter in group["params"]]
     optimizer = optimizer_by_name(options.optimizer)(groups, options, offloaded)
     import torch
 
@@ -80,6 +82,17 @@ def make_optimizer(groups: Sequence[dict[str, Any]], options: ScheduleOptions, o
             f"the optimizer {options.optimizer} is made as {type(optimizer).__name__}",
             "a torch.optim.Optimizer",
             "return the optimizer of the parameter groups",
+        )
+    steps = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    known = {id(parameter) for parameter in given}
+    if steps != known:
+        # Parameters that the optimizer lacks would keep their initial values, without an error.
+        wrong = [f"lacks {plural(len(known - steps), 'parameter')}"] if known - steps else []
+        wrong += [f"has {plural(len(steps - known), 'parameter')} of something else"] if steps - known else []
+        raise ConfigError(
+            f"the optimizer {options.optimizer} {' and '.join(wrong)}; it was given {plural(len(known), 'parameter')}",
+            "an optimizer of exactly the parameters of all groups that it is given",
+            "make the optimizer of all groups",
         )
     return optimizer
 

@@ -154,8 +154,15 @@ def check_losses(name: str, result: object, labels: int | None) -> None:
 
     parts = result if isinstance(result, tuple) else ()
     if len(parts) != 2 or not all(torch.is_tensor(part) and part.numel() == 1 for part in parts):
-        what = f"a tuple of {len(parts)}" if isinstance(result, tuple) else type(result).__name__
+        kinds = [f"a tensor of shape {list(part.shape)}" if torch.is_tensor(part) else type(part).__name__ for part in parts]
+        what = f"a tuple of {len(parts)} ({', '.join(kinds)})" if isinstance(result, tuple) else type(result).__name__
         raise ConfigError(f"model={name} returns {what} for a batch with labels", _CONTRACT, "return the two sums, each a scalar tensor")
+    if torch.is_grad_enabled() and not parts[0].requires_grad:
+        raise ConfigError(
+            f"model={name} returns a sum of losses without gradients",
+            "a sum of losses that is computed of the parameters",
+            "remove detach(), torch.no_grad() and conversions to numbers from its forward pass",
+        )
     weights = float(parts[1].detach())
     if labels is not None and abs(weights - labels) > 0.01 * labels:
         raise ConfigError(

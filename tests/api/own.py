@@ -18,6 +18,14 @@ def sgd(groups):
     return torch.optim.SGD(groups, lr=0.1, momentum=0.9)
 
 
+def first_group(groups):
+    return torch.optim.AdamW(groups[:1])
+
+
+def other_weights(groups):
+    return torch.optim.AdamW([nn.Parameter(torch.zeros(2))])
+
+
 def nothing(groups):
     return None
 
@@ -83,6 +91,12 @@ def other_parameters(shape, parallel):
 def stored_buffer(shape, parallel):
     model = FeedForwardOnly(shape)
     model.register_buffer("average", torch.zeros(2))
+    return model
+
+
+def detached(shape, parallel):
+    model = GPTModel(shape, parallel=parallel)
+    model.register_forward_hook(lambda layer, inputs, output: (output[0].detach(), output[1]))
     return model
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from megatron_patch.api import load_config, plan
 from megatron_patch.cli import plan as tool
@@ -74,6 +76,37 @@ def test_wrong_settings_are_named(options, words):
         load_config(DRY, **options)
     assert all(word in str(caught.value) for word in words), caught.value
     assert "--config" not in str(caught.value) and caught.value.do
+
+
+def test_numbers_of_numpy_and_torch_are_numbers():
+    stages = [{"name": "patch", "patch_size": np.int64(4), "token_share": np.float64(0.5)}, {"name": "token", "patch_size": 1}]
+    dry = {name: value for name, value in DRY.items() if name not in ("patch_size", "split")}
+    run = load_config(dry, stages=stages, bf16=np.bool_(True), split=np.array([80, 20, 0]), num_layers=torch.tensor(3), lr=np.float64(2e-3))
+    assert [stage.patch_size for stage in run.plan.stages] == [4, 1] and run.options.engine.bf16
+    assert (run.options.data.split, run.options.model.num_layers, run.options.schedule.lr) == ("80,20,0", 3, 2e-3)
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "words"),
+    [
+        (DRY, {"args": "--num-layers 3"}, "args is not a list of texts"),
+        (DRY, {"args": ["--num-layers", 3]}, "args is not a list of texts"),
+        (DRY, {"args": None}, "args is not a list of texts"),
+        (DRY, {"save": b"run"}, "save is given as bytes"),
+        ({**DRY, "num-layers": 7}, {}, "the mapping has num_layers twice"),
+        ([DRY], {}, "load_config of a value of type list"),
+        (b"run.yaml", {}, "load_config of a value of type bytes"),
+    ],
+)
+def test_values_of_a_wrong_kind_are_named(source, options, words):
+    with pytest.raises(ConfigError, match=words) as caught:
+        load_config(source, **options)
+    assert caught.value.allowed and caught.value.do
+
+
+def test_a_resolved_run_is_no_source():
+    with pytest.raises(ConfigError, match="load_config of a run that is resolved"):
+        load_config(load_config(DRY))
 
 
 def test_a_text_that_looks_like_a_flag_is_a_value():

@@ -6,13 +6,17 @@ import functools
 import gc
 import os
 import signal
+import subprocess
+import sys
 import threading
 
 import pytest
+import torch
 
 from megatron_patch.api import each_step, load_config, load_model, pretrain
 from megatron_patch.errors import CheckpointError, ConfigError, DataError
 from megatron_patch.exit_codes import ExitCode
+from megatron_patch.training.callbacks.base import Callback
 from megatron_patch.utils.console import in_notebook, line_width, make_console
 from tests.api import own
 from tests.api.runs import TINY, corpus_in, left_threads, process_state, without_launcher
@@ -149,6 +153,10 @@ def test_a_run_works_in_another_thread_than_the_main_one_and_only_one_at_a_time(
     run_ranks(in_a_thread, 1, tmp_path / "logs", corpus)
 
 
+def unchanged():
+    return None
+
+
 def optimizers(folder, corpus) -> None:
     without_launcher()
     at = {"corpus": corpus}
@@ -171,6 +179,10 @@ def optimizers(folder, corpus) -> None:
         **at,
     )
     refused(ConfigError, "SGD keeps this state", "momentum_buffer", "exp_avg and exp_avg_sq", optimizer=own.sgd, **at)
+    refused(ConfigError, "the optimizer first_group lacks 1 parameter", optimizer=own.first_group, zero_stage=1, **at)
+    refused(ConfigError, "first_group lacks", optimizer=own.first_group, zero_stage=0, **at)
+    refused(ConfigError, "other_weights lacks", "1 parameter of something else", optimizer=own.other_weights, **at)
+    refused(ConfigError, "optimizer=unchanged takes ()", "called with (groups)", optimizer=unchanged, **at)
     refused(ConfigError, "the optimizer nothing is made as NoneType", optimizer=own.nothing, **at)
     refused(ConfigError, "optimizer= is a lambda, which has no name", optimizer=lambda groups: None, **at)
     refused(ConfigError, "optimizer=3 is not a function", optimizer=3, **at)
@@ -200,6 +212,9 @@ def models(folder, corpus) -> None:
     words = ("final_norm.weight [32] is missing", "router.weight [3, 4] is unknown", "head.weight is [3, 4] instead of [128, 32]")
     refused(ConfigError, "differ in 4 places", *words, "embedding.word.weight is frozen", model=own.other_parameters, **at)
     refused(ConfigError, "persistent buffers: average", model=own.stored_buffer, **at)
+    refused(ConfigError, "a sum of losses without gradients", model=own.detached, **at)
+    refused(ConfigError, "model=radam takes (groups)", "(shape, parallel)", model=own.radam, **at)
+    refused(ConfigError, "already built, a Linear", model=torch.nn.Linear(2, 2), **at)
     refused(ConfigError, "returns ModelShape", "torch.nn.Module", model=own.no_module, **at)
     refused(ConfigError, "as the sum of weights of 128 scored labels", "return sums, not means", model=own.means, zero_stage=0, **at)
     refused(ConfigError, "--zero-stage 3", model=own.feed_forward_only, zero_stage=3, **at)
@@ -223,6 +238,13 @@ def factories(corpus) -> None:
     without_launcher()
     refused(ConfigError, "makes list", "each_step(function)", corpus=corpus, callbacks=[lambda context: []])
     refused(ConfigError, "cannot be called", corpus=corpus, callbacks=[3])
+    refused(ConfigError, "uses loss", "each_step(function)", corpus=corpus, callbacks=[lambda record: record.loss])
+    refused(ConfigError, "give an object of the class: Callback", corpus=corpus, callbacks=[Callback])
+    refused(ConfigError, "is not a list", corpus=corpus, callbacks=each_step(print))
+    for wrong, words in ((None, "each_step(None)"), (lambda step, loss: None, "takes (step, loss)")):
+        with pytest.raises(ConfigError) as caught:
+            each_step(wrong)
+        assert words in str(caught.value)
 
 
 def test_a_callback_that_is_none_is_refused(corpus, tmp_path):
@@ -241,6 +263,12 @@ def test_a_notebook_gets_plain_lines_of_100_columns(monkeypatch, capsys):
     assert not console.is_terminal and (line_width(console, 160), in_notebook()) == (100, True)
     monkeypatch.delattr("builtins.get_ipython")
     assert (make_console().is_terminal, in_notebook()) == (True, False)
+
+
+def test_without_a_required_package_importing_the_api_says_how_to_install_it():
+    code = "import sys; sys.modules['orjson'] = None; import megatron_patch.api"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "ConfigError" in run.stderr and "lacks 1 required package: orjson" in run.stderr, run.stderr
 
 
 def test_without_deepspeed_the_error_has_the_command_that_installs_it(corpus, monkeypatch):

@@ -101,6 +101,17 @@ def test_every_subcommand_has_a_module_and_every_tool_a_subcommand():
     assert tools <= set(programs.TOOLS)
 
 
+@pytest.mark.parametrize("name", [subcommand.name for subcommand in SUBCOMMANDS if subcommand.name != "pretrain"])
+def test_help_fits_into_80_columns(name, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/megatron-patch"])
+    with pytest.raises(SystemExit):
+        main([name, "--help"])
+    text = capsys.readouterr().out
+    # argparse does not break groups of flags of which one is required.
+    assert [line for line in text.splitlines() if len(line) > 80 and not line.lstrip().startswith("(--")] == []
+
+
 def test_help_of_a_subcommand_shows_the_command_that_was_called(capsys):
     for name in ("plan", "evaluate", "convert", "report", "study", "inspect"):
         with pytest.raises(SystemExit):
