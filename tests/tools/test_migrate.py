@@ -51,6 +51,12 @@ eval $run --tensor-model-parallel-size $TP --data-path $DATA --micro-batch-size 
 """
 
 
+@pytest.fixture(autouse=True)
+def terminal(monkeypatch):
+    """Messages are wrapped at the width of the terminal."""
+    monkeypatch.setenv("COLUMNS", "100")
+
+
 def migrate(tmp_path, *arguments):
     """The file as a mapping, and its text."""
     main([*arguments[:1], "--output", str(tmp_path / "run.yaml"), *arguments[1:]] if arguments[0] != "--" else arguments)
