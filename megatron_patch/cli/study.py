@@ -31,6 +31,7 @@ from megatron_patch.errors import ConfigError
 from megatron_patch.programs import shipped
 from megatron_patch.replication.arms import Arm
 from megatron_patch.replication.study import VOCAB_SIZE, Study
+from megatron_patch.requirements import require
 from megatron_patch.utils.console import make_console
 
 
@@ -86,6 +87,8 @@ def main(argv: list[str], more_arms: Sequence[Arm] = ()) -> None:
             "whole numbers from 1",
             "raise the value that is below 1",
         )
+    if not args.plan and not args.status:
+        require("deepspeed", "a study")
     console = make_console(width=150)
     if args.plan and not args.text:
         args.text = ["-"]

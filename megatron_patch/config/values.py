@@ -158,6 +158,8 @@ def _value(name: str, flag: Given) -> Any:
     """
     kind = KINDS[name]
     if kind.form is Form.TEXTS:
+        if name in _BLENDS and not all(word.strip() for word in flag.words):
+            raise _empty(flag)
         return flag.words
     if kind.form is Form.INTEGERS:
         return tuple(_integer(word) for word in flag.words)
@@ -173,7 +175,7 @@ def _value(name: str, flag: Given) -> Any:
     _no_more(flag.words[1:])
     if kind.form is Form.TEXT:
         if not word.strip():
-            raise ConfigError("the value is empty", "a text", f"write a value, or leave {flag.key} out; a variable may be empty")
+            raise _empty(flag)
         return word
     if kind.form is Form.CHOICE:
         return _choice(kind, word)
@@ -181,6 +183,10 @@ def _value(name: str, flag: Given) -> Any:
         return _READERS[kind.form](word)
     except ConfigError as error:
         raise ConfigError(error.what, error.allowed) from error
+
+
+def _empty(flag: Given) -> ConfigError:
+    return ConfigError("the value is empty", "a text", f"write a value, or leave {flag.key} out; a variable may be empty")
 
 
 def _no_more(words: Sequence[str]) -> None:

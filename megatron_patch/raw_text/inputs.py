@@ -72,7 +72,7 @@ def expand(inputs: Sequence[str]) -> list[str]:
                 "rename or convert the file",
             )
     if not files:
-        raise DataError("there is no input", "--input FILE [FILE …]")
+        raise DataError("there is no input", "--input FILE [FILE …]", "name at least one file, glob or address")
     return files
 
 

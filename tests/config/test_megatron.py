@@ -180,6 +180,7 @@ def test_values_of_translated_flags_arrive():
         "--weight-decay-incr-style constant",
         "--rampup-batch-size 8 8 1000",
         "--profile-step-start 4",
+        "--exit-interval 0",
         "--no-load-optim",
         "--exit-duration-in-mins 30000000",
         "--eval-iters 0",

@@ -322,6 +322,7 @@ def test_a_reader_that_leaves_ends_the_program_without_a_message(program):
     [
         ('save: ""', "save: the value is empty"),
         ("tensorboard-dir: ' '", "tensorboard_dir: the value is empty"),
+        ("data-path: [0.5, a, 0.5, '']", "data_path: the value is empty"),
         ("wandb-project: off", "wandb_project: YAML reads a value as false"),
         ("data-path: [a, on]", "data_path: YAML reads a value as true"),
         ("data-path: yes", "data_path: YAML reads a value as true"),

@@ -646,7 +646,8 @@ MAIN: tuple[MegatronFlag, ...] = (
     *rows(_LAYOUT, "local_rank", BOTH, _SAME, "set by the launcher"),
     *rows(_LAYOUT, "seed", BOTH, _SAME, "the same; the numbers drawn are others"),
     # evaluation, logging and stopping
-    *rows(_WATCH, "eval-interval log-interval exit-interval tensorboard-dir wandb-project wandb-exp-name", BOTH, _SAME, "the same"),
+    *rows(_WATCH, "eval-interval log-interval tensorboard-dir wandb-project wandb-exp-name", BOTH, _SAME, "the same"),
+    *rows(_WATCH, "exit-interval", BOTH, _VALUES, "the same; 0, which means never, has no effect"),
     *rows(_WATCH, "eval-iters", BOTH, _COMPUTED, "batches x --global-batch-size x --seq-length", "--eval-tokens"),
     *rows(_WATCH, "full-validation/0", LM, _REFUSED, "an evaluation reads --eval-tokens", "--eval-tokens"),
     *rows(_WATCH, "multiple-validation-sets/0", LM, _IGNORED, "the loss of each held-out dataset is reported anyway"),

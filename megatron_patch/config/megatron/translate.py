@@ -196,6 +196,13 @@ def _split(to: Translator, given: Given, flag: MegatronFlag) -> None:
         to.emit(given, f"--split {joined}", meaning="without quotes and spaces")
 
 
+def _exit_interval(to: Translator, given: Given, flag: MegatronFlag) -> None:
+    if given.words == ("0",):
+        to.ignore(given, "0 means never, as without the flag")
+    else:
+        to.result.flags.append(given)
+
+
 def _sequence_parallel(to: Translator, given: Given, flag: MegatronFlag) -> None:
     alone = any(key not in to.ours for key in to.last) and to.value("tensor-model-parallel-size", "model-parallel-size") in (None, "1")
     if alone and not given.words:
@@ -269,6 +276,7 @@ _FUNCTIONS: dict[str, Callable[[Translator, Given, MegatronFlag], None]] = {
     "eval-iters": _eval_iters,
     "lr-warmup-fraction": _warmup_fraction,
     "exit-duration-in-mins": _exit_duration,
+    "exit-interval": _exit_interval,
     "profile": _profile,
     "group-query-attention": _group_query,
     "no-position-embedding": _no_positions,
