@@ -77,7 +77,7 @@ lint: venv  ## checks style (ruff), types (mypy) and shell scripts (shellcheck)
 
 # Also for pre-commit. Without --no-index, git would find nothing in an unpacked archive.
 shellcheck:
-	git grep --no-index --exclude-standard -lzE '$(SHELL_SCRIPT)' | xargs -0 $(VENV)/bin/shellcheck
+	git grep --no-index --exclude-standard -lzE '$(SHELL_SCRIPT)' -- ':!*.md' | xargs -0 $(VENV)/bin/shellcheck
 
 test: lint  ## lint, then all tests except slow ones and those that need a GPU
 	$(PYTEST) -m "not slow and not gpu" $(PYTEST_ARGS)
