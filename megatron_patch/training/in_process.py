@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from megatron_patch.training.callbacks.recorder import Recorder
 
 _running = threading.Lock()
-_left_behind = threading.Event()
+_groups_remain = threading.Event()
 """Set for good if the process groups of a failed job could not be destroyed."""
 
 
@@ -44,7 +44,7 @@ def run_in_process(run: RunConfig, callbacks: Sequence[CallbackFactory] = ()) ->
         MegatronPatchError: the run cannot start or continue.
         KeyboardInterrupt: the run was interrupted twice; the first interrupt asks it to save and stop.
     """
-    if _left_behind.is_set():
+    if _groups_remain.is_set():
         raise MegatronPatchError(
             "an earlier run of this process has failed while other ranks waited for this one, so its process groups remain",
             "no run after the failure of one with several ranks",
@@ -82,7 +82,7 @@ def _run(run: RunConfig, callbacks: Sequence[CallbackFactory]) -> Recorder:
         if joined():
             record_error(error, rank, run.save_folder)
             if not leave_after_error():
-                _left_behind.set()
+                _groups_remain.set()
         raise
     finally:
         stops.close()
