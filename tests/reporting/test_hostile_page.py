@@ -18,6 +18,7 @@ import pytest
 
 from megatron_patch.reporting.history import History, read_history
 from megatron_patch.reporting.page import render, write_report
+from megatron_patch.utils.console import one_line
 from tests.reporting.browser import CHROMIUM, MISSING, open_page, version
 from tests.reporting.test_report import write_run
 
@@ -110,7 +111,7 @@ def test_no_text_becomes_an_element_or_an_attribute(tmp_path):
     data = json.loads(hostile.raw[1][1])
     (first, _) = data["runs"]
     assert (
-        first["label"] == EVIL
+        first["label"] == one_line(EVIL)
         and first["device"] == EVIL
         and first["events"][0]["text"] == EVIL[:300]
         and first["stages"][0]["name"] == EVIL
