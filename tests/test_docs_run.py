@@ -78,6 +78,11 @@ def reader(tmp_path_factory) -> Path:
     (home / "a.jsonl").write_text(documents(120))
     (home / "shards" / "one.jsonl.gz").write_bytes(gzip.compress(documents(200, 120).encode()))
     (home / "books" / "one.txt").write_text("\n\n".join(" ".join(SENTENCES[(n + m) % 4] for m in range(9)) for n in range(400)))
+    script = re.search(r"```text\n(#!/bin/bash.*?)```", (ROOT / "docs" / "migrating.md").read_text(), re.DOTALL)
+    assert script
+    (home / "pretrain.sh").write_text(script.group(1))
+    (home / "arguments.txt").write_text("--num-layers 2 --hidden-size 64 --num-attention-heads 4 --train-iters 10 --global-batch-size 8")
+    (home / "ds_config.json").write_text('{"zero_optimization": {"stage": 1}, "train_micro_batch_size_per_gpu": 2}')
     put_tasks(home / "task_data")
     (home / "wiki.test.raw.txt").write_text(" ".join(SENTENCES[n % 4] for n in range(300)))
     return home

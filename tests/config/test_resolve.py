@@ -207,7 +207,6 @@ def test_positions_are_there_for_evaluation_where_no_stage_is_as_long():
         ("--block-tokens 0", "--block-tokens 0"),
         ("--num-query-groups 0", "whole numbers from 1"),
         ("--kv-channels 0", "whole numbers from 1"),
-        ("--exit-interval 0", "--exit-interval 0"),
         ("--replay-interval 0", "--replay-interval 0"),
         ("--eval-interval 5 --eval-interval-tokens 100", "one of them"),
         ("--adam-eps -1", "above 0"),
