@@ -52,6 +52,7 @@ def _restored_torch() -> Iterator[None]:
     from torch.distributed import distributed_c10d
 
     threads, random, timeouts = torch.get_num_threads(), torch.get_rng_state(), ("default_pg_timeout", "default_pg_nccl_timeout")
+    of_devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     before = {name: getattr(distributed_c10d, name) for name in timeouts}
     deepspeed = sys.modules.get("deepspeed")
     level, operators = (deepspeed.utils.logger.level, deepspeed.ops.__compatible_ops__) if deepspeed is not None else (None, None)
@@ -61,6 +62,8 @@ def _restored_torch() -> Iterator[None]:
         if torch.get_num_threads() != threads:
             torch.set_num_threads(threads)
         torch.set_rng_state(random)
+        if of_devices:
+            torch.cuda.set_rng_state_all(of_devices)
         for name, value in before.items():
             setattr(distributed_c10d, name, value)
         if deepspeed is not None:
