@@ -148,6 +148,7 @@ def test_megatron_lms_llama_3_gets_one_report_and_what_remains_of_it_resolves(tm
         ("--profile --profile-step-start 4 --profile-step-end 6", "--profile 5-6 --profile-nsys"),
         ("--profile pt --profile_steps 2,3", "--profile 2-3"),
         ("--profile 10-12", "--profile 10-12"),
+        ("--use-rotary-position-embeddings --position-embedding-type learned_absolute", "--position-embedding-type rope"),
     ],
 )
 def test_flags_mean_here_what_they_mean_in_megatron(words, here):

@@ -264,6 +264,26 @@ def _rampup(to: Translator, given: Given, flag: MegatronFlag) -> None:
 
 
 _OTHER_TOKENIZERS = ("bertwordpiecelowercase", "bertwordpiececase", "multimodaltokenizer", "nullmultimodaltokenizer", "sfttokenizer")
+_position_names = _choices(
+    {"rotary": "rope", "absolute": "learned_absolute"},
+    {
+        "relative": "there are no relative positions",
+        "alibi": "there are no ALiBi positions",
+        "mrope": "positions have one dimension",
+        "yarn": "rotary positions are scaled by --rope-scaling",
+        "none": "a model without positions does not exist here",
+    },
+    "--position-embedding-type rope or learned_absolute",
+)
+
+
+def _positions(to: Translator, given: Given, flag: MegatronFlag) -> None:
+    if "use-rotary-position-embeddings" in to.last and given.words[:1] not in (("rope",), ("rotary",)):
+        to.ignore(given, "Megatron takes rotary positions, because of --use-rotary-position-embeddings")
+    else:
+        _position_names(to, given, flag)
+
+
 _FUNCTIONS: dict[str, Callable[[Translator, Given, MegatronFlag], None]] = {
     "train-iters": _tokens("train-tokens", steps=True),
     "train-samples": _tokens("train-tokens", steps=False),
@@ -285,17 +305,7 @@ _FUNCTIONS: dict[str, Callable[[Translator, Given, MegatronFlag], None]] = {
     "qk-layernorm": _qk_norm,
     "glu-activation": _glu,
     "normalization": _choices({"layernorm": "LayerNorm", "rmsnorm": "RMSNorm"}, {}, ""),
-    "position-embedding-type": _choices(
-        {"rotary": "rope", "absolute": "learned_absolute"},
-        {
-            "relative": "there are no relative positions",
-            "alibi": "there are no ALiBi positions",
-            "mrope": "positions have one dimension",
-            "yarn": "rotary positions are scaled by --rope-scaling",
-            "none": "a model without positions does not exist here",
-        },
-        "--position-embedding-type rope or learned_absolute",
-    ),
+    "position-embedding-type": _positions,
     "tokenizer-type": _choices(
         {
             "gptsentencepiecetokenizer": "SentencePieceTokenizer",
