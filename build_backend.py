@@ -39,9 +39,14 @@ def _site_folders() -> list[str]:
     return list(dict.fromkeys(folders))
 
 
+def is_too_old(version: str) -> bool:
+    """Returns whether this version of torch is older than the package needs."""
+    return tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TORCH
+
+
 def _torch() -> list[str]:
     found = find_torch()
-    is_usable = found is not None and tuple(int(part) for part in found[1].split(".")[:2]) >= OLDEST_TORCH
+    is_usable = found is not None and not is_too_old(found[1])
     return [] if is_usable else [f"torch>={'.'.join(map(str, OLDEST_TORCH))}"]
 
 

@@ -26,7 +26,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from build_backend import OLDEST_TORCH, find_torch
+from build_backend import OLDEST_TORCH, find_torch, is_too_old
 
 # The libraries use only what torch 2.11 has, so that they load in it and in every later version.
 TORCH_TARGET = "0x020b000000000000"
@@ -95,7 +95,7 @@ def torch_folder() -> Path:
     if found is None:
         raise CannotBuild("torch is not installed; install it first, then install this package again")
     folder, version = found
-    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TORCH:
+    if is_too_old(version):
         raise CannotBuild(f"torch {version} is too old; install torch {'.'.join(map(str, OLDEST_TORCH))} or later")
     return folder
 

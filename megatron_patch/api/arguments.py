@@ -13,7 +13,7 @@ def whole(name: str, value: Any, least: int, most: int = 2**63 - 1) -> int:
     """Returns a whole number, also one of numpy.
 
     Raises:
-        ConfigError: it is none, or out of range.
+        ConfigError: it is no whole number, or out of range.
     """
     try:
         number = operator.index(value)
@@ -28,7 +28,7 @@ def real(name: str, value: Any) -> float:
     """Returns a number as a float.
 
     Raises:
-        ConfigError: it is none.
+        ConfigError: it is no number.
     """
     if isinstance(value, (str, bytes, bool)) or not hasattr(value, "__float__"):
         raise ConfigError(f"{name}={value!r}"[:200], "a number", f"give another value for {name}")
@@ -39,7 +39,7 @@ def switch(name: str, value: Any) -> bool:
     """Returns True or False, also one of numpy.
 
     Raises:
-        ConfigError: it is neither, as the text "no".
+        ConfigError: it is neither, for example the text "no".
     """
     plain = value.item() if type(value).__name__ in ("bool_", "bool") and hasattr(value, "item") else value
     if not isinstance(plain, bool):

@@ -81,12 +81,6 @@ def as_config(config: RunConfig | Source) -> RunConfig:
     return config if isinstance(config, RunConfig) else load_config(config)
 
 
-def ranks_of(config: RunConfig) -> int:
-    """Returns the number of ranks that a run was resolved for."""
-    engine = config.options.engine
-    return config.data_parallel_size * engine.tensor_model_parallel_size * engine.pipeline_model_parallel_size
-
-
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
     """Returns values as a YAML file would have them."""
     return {name: _plain_value(name, value) for name, value in values.items()}

@@ -254,7 +254,7 @@ class LanguageModel:
         model = self.loaded.model
         if not isinstance(model, OwnModelForInference):
             return generate(model, [ids], new_tokens, sampling, eod_id)[0]
-        learned = self.shape.max_positions if self.shape.position_embedding == "learned" else None
+        learned = self.shape.learned_positions
         return generate_without_cache(
             lambda rows: model.logits(rows[..., None]), [ids], new_tokens, sampling, eod_id, self.device, learned
         )[0]

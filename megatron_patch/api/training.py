@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_patch.api.configuration import Source, as_config, ranks_of
+from megatron_patch.api.configuration import Source, as_config
 from megatron_patch.api.own_parts import MakeModel, MakeOptimizer, check_takes, with_model, with_optimizer
 from megatron_patch.checkpoint.commit import list_checkpoints
 from megatron_patch.config.resolve import RunConfig
@@ -137,9 +137,9 @@ def pretrain(
     ranks = ranks_from_environment()[1]
     if run.options.logging.dry_run:
         raise ConfigError("pretrain with dry_run", "a run without dry_run", "show the plan of a run with plan(config)")
-    if ranks_of(run) != ranks:
+    if run.ranks != ranks:
         raise ConfigError(
-            f"the configuration is for {plural(ranks_of(run), 'rank')}, but this job has {plural(ranks, 'rank')}",
+            f"the configuration is for {plural(run.ranks, 'rank')}, but this job has {plural(ranks, 'rank')}",
             "the number of ranks that the launcher starts; 1 without a launcher",
             "leave world_size out, or start the script with torchrun, deepspeed or srun",
         )

@@ -6,7 +6,6 @@ python examples/replicate/compare_studies.py runs/small-1M runs/small-3M \\
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 from megatron_patch.cli.command_line import ArgumentParser
@@ -18,7 +17,7 @@ from megatron_patch.utils.files import write_durably
 
 def main(argv: list[str]) -> None:
     """Reads the studies, and writes and prints the comparison."""
-    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("studies", nargs="+", type=Path, help="output folders of studies")
     parser.add_argument("--output", type=Path, required=True, help="folder that receives comparison.md and comparison.png")
     parser.add_argument(

@@ -26,7 +26,7 @@ from megatron_patch.config.help_texts import first_sentence, help_texts
 from megatron_patch.config.stage_spec import RECIPES
 from megatron_patch.config.values import KINDS, Form
 from megatron_patch.model.families import FAMILIES
-from megatron_patch.programs import TOOLS, as_called
+from megatron_patch.programs import TOOLS
 from megatron_patch.utils.console import for_terminal
 
 LAUNCHERS = ("deepspeed", "torchrun")
@@ -233,7 +233,7 @@ def main(argv: list[str]) -> None:
     Raises:
         ConfigError: there is no script for the shell.
     """
-    parser = ArgumentParser(description=as_called(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("shell", choices=list(SCRIPTS), help="the shell")
     args = parser.parse_args(argv)
     print(for_terminal(SCRIPTS[args.shell](commands())), end="")

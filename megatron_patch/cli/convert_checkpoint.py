@@ -31,7 +31,7 @@ python tools/convert_checkpoint.py from-megatron --input DIR --output CKPT
 
 
 def _parser() -> ArgumentParser:
-    parser = ArgumentParser(description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=_DESCRIPTION)
     commands = parser.add_subparsers(dest="command", required=True)
     export = commands.add_parser("to-hf", help="export a checkpoint as a Hugging Face folder for transformers, vLLM and others")
     export.add_argument("--load", required=True, help="a run's folder, or one of its step-N folders")

@@ -34,7 +34,7 @@ from megatron_patch.data.collate import DocumentMasking
 from megatron_patch.data.corpus import TokenCorpus, check_vocabulary, open_corpus
 from megatron_patch.data.corpus_names import corpus_names
 from megatron_patch.data.evaluation_data import evaluation_batches, held_out_starts, shares
-from megatron_patch.engine.environment import ranks_from_environment
+from megatron_patch.engine.environment import is_first_rank
 from megatron_patch.engine.inference import LoadedModel, open_model
 from megatron_patch.errors import ConfigError, DataError
 from megatron_patch.evaluation.harness import run_tasks
@@ -48,7 +48,7 @@ from megatron_patch.utils.units import format_count, parse_count, plural
 
 def arguments() -> ArgumentParser:
     """Returns the parser of the tool."""
-    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("--load", required=True, help="folder of a run, or one of its step-N folders")
     source = parser.add_argument_group("data (one of)").add_mutually_exclusive_group(required=True)
     source.add_argument(
@@ -98,7 +98,7 @@ def main(argv: list[str]) -> None:
     dtype = torch.bfloat16 if args.bf16 else torch.float32
     with open_model(args.load, dtype, args.tensor_model_parallel_size, args.pipeline_model_parallel_size) as loaded:
         result = evaluate(args, loaded)
-    if _prints():
+    if is_first_rank():
         print(json.dumps(result))
 
 
@@ -161,7 +161,7 @@ def _text(args: argparse.Namespace, loaded: LoadedModel[InferenceModel], positio
     rewrite = detokenize if args.detokenize == "wikitext" else str
     settings = (positions, args.patch_size, args.overlap, args.micro_batch_size)
     tokenizer, size = _tokenizer(args, loaded), _size(args.text)
-    progress = EvaluationProgress(size, _prints())
+    progress = EvaluationProgress(size, is_first_rank())
     progress.begin(f"evaluating {'text' if size is None else f'{size / 1e6:,.1f} MB of text'} at {_at(args, positions)}")
     score = score_text(loaded.model, tokenizer, documents, *settings, loaded.replicas, rewrite, progress.add)
     words = args.words or score.words
@@ -197,11 +197,6 @@ def _at(args: argparse.Namespace, positions: int) -> str:
     return f"K = {args.patch_size}, {plural(positions, 'position')} a sample, {plural(args.micro_batch_size, 'sample')} a batch"
 
 
-def _prints() -> bool:
-    """Returns whether this rank says how far it is."""
-    return ranks_from_environment()[0] == 0
-
-
 def _tokens(args: argparse.Namespace, loaded: LoadedModel[InferenceModel], positions: int) -> dict[str, Any]:
     blend = parse_blend(args.data_path)
     words = [word for word, _ in blend]
@@ -209,7 +204,7 @@ def _tokens(args: argparse.Namespace, loaded: LoadedModel[InferenceModel], posit
     tokens = None if args.eval_tokens == "all" else parse_count(args.eval_tokens) // len(corpora)
     starts = [_starts(args, loaded, positions, word, corpus, tokens) for word, corpus in zip(words, corpora, strict=True)]
     total = sum(len(part) for part in starts) * positions * args.patch_size
-    progress = EvaluationProgress(total, _prints())
+    progress = EvaluationProgress(total, is_first_rank())
     names = f" of {plural(len(corpora), 'dataset')}" if len(corpora) > 1 else ""
     progress.begin(f"evaluating {format_count(total)} tokens{names} at {_at(args, positions)}")
     sums = [_loss_sum(args, loaded, positions, progress, *pair) for pair in zip(corpora, starts, strict=True)]

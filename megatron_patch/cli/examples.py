@@ -9,7 +9,6 @@ documentation work in it as they are written.
 
 from __future__ import annotations
 
-import argparse
 import shutil
 from pathlib import Path
 
@@ -26,7 +25,7 @@ def main(argv: list[str]) -> None:
     Raises:
         ConfigError: a flag is wrong, a file exists that differs, or the folder cannot be written.
     """
-    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, help="folder to write to; it is made if it does not exist")
     args = parser.parse_args(argv)
     home = shipped(".")

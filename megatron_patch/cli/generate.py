@@ -16,7 +16,7 @@ import torch
 
 from megatron_patch.cli.command_line import ArgumentParser, add_layout, count, count_from_one
 from megatron_patch.engine.distributed import broadcast_object
-from megatron_patch.engine.environment import ranks_from_environment
+from megatron_patch.engine.environment import is_first_rank, ranks_from_environment
 from megatron_patch.engine.inference import LoadedModel, open_model
 from megatron_patch.errors import ConfigError
 from megatron_patch.model.generate import Sampling, generate
@@ -28,7 +28,7 @@ from megatron_patch.utils.units import plural
 
 def main(argv: list[str]) -> None:
     """Runs the tool."""
-    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("--load", required=True, help="a run's folder, or one of its step-N folders")
     parser.add_argument("--prompt", action="append", help="a prompt; can be given several times; by default the start of a document")
     parser.add_argument("--interactive", action="store_true", help="read one prompt from each line of the input, and continue it")
@@ -73,10 +73,6 @@ def _check_ranks(args: argparse.Namespace) -> None:
         )
 
 
-def _is_first() -> bool:
-    return ranks_from_environment()[0] == 0
-
-
 def _continue(loaded: LoadedModel[InferenceModel], tokenizer: Tokenizer, sampling: Sampling, args: argparse.Namespace) -> None:
     """Prints the continuation of each prompt."""
     prompts = args.prompt or [""]
@@ -85,17 +81,17 @@ def _continue(loaded: LoadedModel[InferenceModel], tokenizer: Tokenizer, samplin
         ids = [prompt_ids(tokenizer, prompt) for prompt in batch]
         for prompt, new in zip(batch, generate(loaded.model, ids, args.max_new_tokens, sampling, tokenizer.eod_id), strict=True):
             text = tokenizer.decode(without_eod(tokenizer, new))
-            if _is_first():
+            if is_first_rank():
                 print(json.dumps({"prompt": prompt, "text": text, "tokens": len(new)}) if args.json else for_terminal(prompt + text))
 
 
 def _interact(loaded: LoadedModel[InferenceModel], tokenizer: Tokenizer, sampling: Sampling, args: argparse.Namespace) -> None:
     """Continues each line of the input, printing tokens as they are generated."""
     while True:
-        if _is_first() and sys.stdin.isatty():
+        if is_first_rank() and sys.stdin.isatty():
             print("> ", end="", flush=True)
         # Rank 0 reads the terminal and broadcasts the prompt.
-        line = str(broadcast_object(sys.stdin.readline() if _is_first() else None))
+        line = str(broadcast_object(sys.stdin.readline() if is_first_rank() else None))
         if not line:
             return
         _continue_line(loaded, tokenizer, sampling, args.max_new_tokens, line.rstrip("\n"))
@@ -112,10 +108,10 @@ def _continue_line(loaded: LoadedModel[InferenceModel], tokenizer: Tokenizer, sa
         text = tokenizer.decode(without_eod(tokenizer, new))
         # Bytes that do not form a complete character yet are printed with the next token.
         if not text.endswith("\N{REPLACEMENT CHARACTER}"):
-            if _is_first():
+            if is_first_rank():
                 print(for_terminal(text[len(shown) :]), end="", flush=True)
             shown = text
 
     generate(loaded.model, [prompt_ids(tokenizer, prompt)], new_tokens, sampling, tokenizer.eod_id, show)
-    if _is_first():
+    if is_first_rank():
         print(for_terminal(tokenizer.decode(without_eod(tokenizer, new))[len(shown) :]), flush=True)

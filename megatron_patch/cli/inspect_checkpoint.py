@@ -32,7 +32,7 @@ def add_flags(parser: argparse._ActionsContainer) -> None:
 
 def main(argv: list[str]) -> None:
     """Runs the tool."""
-    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path, help="a run's folder, or one of its step-N folders")
     add_flags(parser)
     args = parser.parse_args(argv)

@@ -82,7 +82,7 @@ def _shown(name: str, value: Any) -> str:
 
 def main(argv: list[str]) -> None:
     """Runs the tool with these arguments."""
-    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("prefix", help="dataset prefix: the path without .bin and .idx")
     add_flags(parser)
     args = parser.parse_args(argv)

@@ -8,7 +8,6 @@ byte for byte what a single run over all the input writes.
 
 from __future__ import annotations
 
-import argparse
 import json
 from dataclasses import asdict
 
@@ -21,7 +20,7 @@ from megatron_patch.utils.units import plural
 
 def main(argv: list[str]) -> None:
     """Runs the tool."""
-    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("--input", nargs="+", required=True, help="dataset prefixes, globs in quotes, or @FILE with one of them per line")
     parser.add_argument("--output-prefix", required=True, help="writes PREFIX.bin, .idx and .json")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")

@@ -7,7 +7,6 @@ script is run.
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import shlex
@@ -17,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_patch.cli.command_line import ArgumentParser, count_from_one
-from megatron_patch.cli.migrate_deepspeed import DeepSpeedParts, divide
+from megatron_patch.cli.migrate_deepspeed import DEEPSPEEDS_JSON, DeepSpeedParts, divide
 from megatron_patch.cli.migrate_defaults import MEGATRONS_DEFAULT, with_defaults
 from megatron_patch.cli.migrate_yaml import Line, lines_of, render
 from megatron_patch.cli.shell_script import UNRESOLVED, Script, evaluate
@@ -77,7 +76,7 @@ class _Source:
 
 
 def _parser() -> ArgumentParser:
-    parser = ArgumentParser(description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=_DESCRIPTION)
     parser.add_argument("script", nargs="?", help="a bash script that starts Megatron, or a file with its arguments; or give them after --")
     parser.add_argument("--deepspeed-config", type=Path, metavar="JSON", help="DeepSpeed's JSON, if the script does not write it")
     parser.add_argument("--output", type=Path, metavar="YAML", help="the file to write; by default standard output")
@@ -313,7 +312,7 @@ def _with_json(given: Sequence[Given], parts: DeepSpeedParts, source: _Source) -
     values = {flag.key: " ".join(flag.words) for flag in given}
     for option, (value, key) in list(parts.flags.items()):
         if option not in values:
-            result.append(Given(option, () if value == "true" else (value,), "DeepSpeed's JSON"))
+            result.append(Given(option, () if value == "true" else (value,), DEEPSPEEDS_JSON))
             continue
         del parts.flags[option]
         if not _same(values[option], value):
@@ -322,7 +321,7 @@ def _with_json(given: Sequence[Given], parts: DeepSpeedParts, source: _Source) -
     for option, (steps, key) in parts.steps.items():
         if option not in values and batch.isdigit() and length.isdigit():
             tokens = steps * int(batch) * int(length)
-            result.append(Given(option, (str(tokens),), "DeepSpeed's JSON"))
+            result.append(Given(option, (str(tokens),), DEEPSPEEDS_JSON))
             parts.flags[option] = (str(tokens), f"{key}: {steps:,} steps x {int(batch) * int(length):,} tokens")
     return result
 

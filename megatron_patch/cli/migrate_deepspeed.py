@@ -11,6 +11,8 @@ from typing import Any
 
 from megatron_patch.engine.deepspeed_keys import HIGHEST_POWER, REFUSED
 
+DEEPSPEEDS_JSON = "DeepSpeed's JSON"
+"""The source of flags that come from it."""
 _IGNORED = {
     "steps_per_print": "the program prints its own lines (--log-interval)",
     "wall_clock_breakdown": "the program has timers of its own",

@@ -13,16 +13,16 @@ from typing import Any, get_type_hints
 
 import yaml
 
-from megatron_patch.cli.migrate_deepspeed import DeepSpeedParts
+from megatron_patch.cli.migrate_deepspeed import DEEPSPEEDS_JSON, DeepSpeedParts
 from megatron_patch.cli.migrate_defaults import MEGATRONS_DEFAULT
 from megatron_patch.config.megatron.flags import key_of
 from megatron_patch.config.megatron.translator import MEGATRON_FLAGS, Translation
 from megatron_patch.config.options import Options
-from megatron_patch.config.values import KINDS, SWITCHES
+from megatron_patch.config.values import KINDS, SEVERAL, SWITCHES
 from megatron_patch.utils.console import visible
 
 _NUMBER = re.compile(r"[-+]?(?:\d[\d_]*(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?")
-_LISTS = {"data-path", "valid-data-path", "max-epochs", "sample-prompts"}
+_LISTS = {key_of(name) for name, kind in KINDS.items() if kind.form in SEVERAL}
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def lines_of(translation: Translation, parts: DeepSpeedParts) -> list[Line]:
         if key == "model-family" and flag.source == MEGATRONS_DEFAULT:
             comments[key] = "the family nearest to what the flags mean; the lines below say what it is in full"
         comment = comments.get(key, MEGATRONS_DEFAULT if flag.source == MEGATRONS_DEFAULT else "")
-        if key in parts.flags and flag.source == "DeepSpeed's JSON":
+        if key in parts.flags and flag.source == DEEPSPEEDS_JSON:
             comment = f"from DeepSpeed's JSON, {parts.flags[key][1]}"
         lines[key] = Line(key, value, comment)
     for known in ("world-size", "dry-run", "local-rank"):

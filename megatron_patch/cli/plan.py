@@ -13,7 +13,6 @@ printed nevertheless.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 from pathlib import Path
@@ -39,7 +38,7 @@ from megatron_patch.utils.console import labeled, make_console, print_lines
 
 def arguments() -> ArgumentParser:
     """Returns the parser of the tool's own flags; all other flags belong to the run."""
-    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("--gpu", default="H100", help=f"{', '.join(DEVICES)}, or any name with --ceilings (default: H100)")
     parser.add_argument("--ceilings", type=Path, help="JSON file of your own measurements: matmul_efficiency, dollars_per_hour, …")
     parser.add_argument("--world-size", type=int, default=8, help="number of devices (default: 8)")

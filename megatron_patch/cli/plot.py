@@ -5,7 +5,6 @@ python tools/plot.py RUN [RUN …] --output loss.png [--corpus NAME]
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 from megatron_patch.cli.command_line import ArgumentParser
@@ -19,7 +18,7 @@ def main(argv: list[str]) -> None:
     Raises:
         DataError: a run cannot be read, or the plot cannot be written.
     """
-    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path, help="folders that --save named, or their metrics.jsonl files")
     parser.add_argument("--output", type=Path, default=Path("loss.png"), help="PNG file to write (default: loss.png)")
     parser.add_argument("--labels", nargs="+", help="one label per run (default: names of the folders)")

@@ -31,7 +31,7 @@ from megatron_patch.utils.units import format_count, format_duration, plural
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """Parses the command line."""
-    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument(
         "--input",
         nargs="+",

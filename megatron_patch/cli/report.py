@@ -5,7 +5,6 @@ python tools/report.py SAVE [SAVE …] --output report.html
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 from megatron_patch.cli.command_line import ArgumentParser
@@ -20,7 +19,7 @@ def main(argv: list[str]) -> None:
     Raises:
         DataError: a run cannot be read, or the report cannot be written.
     """
-    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path, help="folders that --save named; the runs may still be running")
     parser.add_argument("--output", type=Path, default=Path("report.html"), help="HTML file to write (default: report.html)")
     parser.add_argument("--labels", nargs="+", help="one label per run (default: names of the folders)")

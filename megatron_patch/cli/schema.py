@@ -11,14 +11,12 @@ and as the first line of the file:
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 
 from megatron_patch.cli.command_line import ArgumentParser
 from megatron_patch.config.schema import config_schema
 from megatron_patch.errors import ConfigError
-from megatron_patch.programs import as_called
 from megatron_patch.utils.console import for_terminal
 from megatron_patch.utils.files import reason
 
@@ -29,7 +27,7 @@ def main(argv: list[str]) -> None:
     Raises:
         ConfigError: the file cannot be written.
     """
-    parser = ArgumentParser(description=as_called(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("--output", help="file to write; by default standard output")
     args = parser.parse_args(argv)
     text = json.dumps(config_schema(), indent=2, ensure_ascii=False) + "\n"

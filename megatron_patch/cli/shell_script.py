@@ -93,7 +93,7 @@ class _Runner:
             if part.kind != "operator" or part.text not in _SEPARATORS or _in_brackets(simple, part):
                 simple.append(part)
                 continue
-            if not simple or simple[0].kind == "heredoc":
+            if not simple:
                 before = part.text if part.text in ("&&", "||") else before
                 continue
             self.last = simple
@@ -157,7 +157,7 @@ class _Runner:
                 taken = self.branches[-1][0] or self.branches[-1][1]
                 self.branches[-1] = (taken, not taken)
             del simple[0]
-            return not simple or (self._keyword(simple) if simple else True)
+            return not simple or self._keyword(simple)
         elif word == "fi":
             if self.branches:
                 self.branches.pop()
@@ -345,7 +345,7 @@ class _Runner:
         return "${" + re.sub(r"\W+", "_", inner).strip("_")[:40] + "}"
 
     def _arithmetic(self, inner: str, depth: int) -> str:
-        filled = self.text(inner.replace(" ", " "), depth + 1)
+        filled = self.text(inner, depth + 1)
         filled = (
             re.sub(r"[A-Za-z_]\w*", lambda match: self._value(match[0]) or f"${{{match[0]}}}", filled) if "${" not in filled else filled
         )

@@ -7,7 +7,6 @@ SAVE/events.jsonl records the data of rejected steps; no others can be shown.
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 
@@ -26,7 +25,7 @@ from megatron_patch.utils.units import plural
 
 def main(argv: list[str]) -> None:
     """Runs the tool."""
-    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("save", help="a run's folder")
     parser.add_argument("--step", type=int, help="which step; default: the last rejected one")
     parser.add_argument("--samples", type=count, default=8, help="number of samples to show")

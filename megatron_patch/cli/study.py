@@ -22,7 +22,6 @@ To add an arm, write a script that calls main(argv, more_arms=[Arm(...)]).
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -46,7 +45,7 @@ def main(argv: list[str], more_arms: Sequence[Arm] = ()) -> None:
         ConfigError: a flag or an arm is wrong, or the folder holds another study.
         DataError: a run failed.
     """
-    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("--text", nargs="+", default=[], help="text to train on: .txt or .jsonl files, also compressed, or quoted globs")
     parser.add_argument(
         "--output", type=Path, default=Path("runs/study"), help="folder for dataset, runs and results (default: runs/study)"

@@ -6,8 +6,6 @@ python tools/train_tokenizer.py --input corpus.jsonl --vocab-size 8192 \
 
 from __future__ import annotations
 
-import argparse
-
 from megatron_patch.cli.command_line import ArgumentParser
 from megatron_patch.preprocess.train_tokenizer import train_tokenizer
 from megatron_patch.utils.console import print_line
@@ -16,7 +14,7 @@ from megatron_patch.utils.units import parse_count
 
 def main(argv: list[str]) -> None:
     """Runs the tool."""
-    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("--input", nargs="+", required=True, help="files, globs in quotes, or - for standard input")
     parser.add_argument("--vocab-size", required=True, help="number of ids, including the 256 bytes and the end-of-document token")
     parser.add_argument("--output", required=True, help="folder to write tokenizer.json and tokenizer_config.json to")

@@ -36,7 +36,7 @@ from megatron_patch.model.families import family_by_name
 from megatron_patch.model.flops import parameter_count
 from megatron_patch.model.own_model import OwnModel
 from megatron_patch.model.pipeline_partition import pipeline_partition
-from megatron_patch.model.shape import ModelShape, check_shape
+from megatron_patch.model.shape import ModelShape, check_shape, default_ffn_hidden_size
 from megatron_patch.model.sharding import check_sharding
 from megatron_patch.stages import StagePlan
 from megatron_patch.utils.units import format_count, plural
@@ -74,6 +74,12 @@ class RunConfig:
     notes: tuple[str, ...] = ()
     megatron: MegatronReport | None = None
     own_model: OwnModel | None = None
+
+    @property
+    def ranks(self) -> int:
+        """Number of ranks that the run was resolved for."""
+        engine = self.options.engine
+        return self.data_parallel_size * engine.tensor_model_parallel_size * engine.pipeline_model_parallel_size
 
     @property
     def save_folder(self) -> Path | None:
@@ -187,7 +193,7 @@ def build_shape(options: ModelOptions, vocab_size: int, longest: int, tensor_par
         num_attention_heads=heads,
         num_query_groups=options.num_query_groups or heads,
         head_size=options.kv_channels or hidden // heads,
-        ffn_hidden_size=options.ffn_hidden_size or (-(-8 * hidden // 768) * 256 if swiglu else 4 * hidden),
+        ffn_hidden_size=options.ffn_hidden_size or default_ffn_hidden_size(hidden, swiglu),
         vocab_size=vocab_size,
         padded_vocab_size=-(-vocab_size // multiple) * multiple,
         max_positions=positions,

@@ -17,7 +17,7 @@ from megatron_patch.config.help_texts import help_texts
 from megatron_patch.config.megatron.translator import MEGATRON_FLAGS
 from megatron_patch.config.options import Options
 from megatron_patch.config.stage_spec import COUNTS, StageSpec
-from megatron_patch.config.values import KINDS, Form, Kind
+from megatron_patch.config.values import KINDS, WITH_COMMAS, Form, Kind
 
 DRAFT = "https://json-schema.org/draft/2020-12/schema"
 _Schema = dict[str, Any]
@@ -53,14 +53,15 @@ _FORMS: dict[Form, _Schema] = {
     Form.TEXTS: {"anyOf": [_SCALAR, {"type": "array", "items": _SCALAR}]},
     Form.INTEGERS: {"anyOf": [*_INTEGER["anyOf"], {"type": "array", "items": _INTEGER}]},
 }
-_WITH_COMMAS = {"anyOf": [_SCALAR, {"type": "array", "items": _NUMBER}]}
+_COMMAS = {"anyOf": [_SCALAR, {"type": "array", "items": _NUMBER}]}
 
 
 def config_schema() -> _Schema:
     """Returns the schema. Keys may have underscores or dashes; null stands for the default."""
     properties: _Schema = {}
+    defaults = _defaults()
     for name, text in help_texts().items():
-        entry = _entry(name, text)
+        entry = _entry(name, text, defaults[name])
         for key in dict.fromkeys((name.replace("_", "-"), name)):
             properties[key] = entry
     return {
@@ -76,20 +77,19 @@ def config_schema() -> _Schema:
 
 def _megatrons_names(own: _Schema) -> str:
     """Returns the pattern of keys in Megatron's words, which a file may have too."""
-    names = sorted({name.replace("_", "-") for name in MEGATRON_FLAGS} - own.keys())
+    names = sorted(MEGATRON_FLAGS.keys() - own.keys())
     return "^(" + "|".join(re.escape(name).replace(r"\-", "[-_]") for name in names) + ")$"
 
 
-def _entry(name: str, text: str) -> _Schema:
+def _entry(name: str, text: str, default: Any) -> _Schema:
     """Returns the schema of one option."""
     result: _Schema = {"description": text}
-    default = _defaults()[name]
     if default is not MISSING and default is not None:
         result["default"] = list(default) if isinstance(default, tuple) else default
     if name == "stages":
         return {**result, "anyOf": [{"type": "array", "minItems": 1, "items": stage_schema()}, {"type": "string"}, {"type": "null"}]}
-    if name in ("split", "position_weights"):
-        return {**result, "anyOf": [*_WITH_COMMAS["anyOf"], {"type": "null"}]}
+    if name in WITH_COMMAS:
+        return {**result, "anyOf": [*_COMMAS["anyOf"], {"type": "null"}]}
     return {**result, **_or_null(_of_kind(KINDS[name]))}
 
 

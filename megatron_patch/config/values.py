@@ -30,7 +30,7 @@ CHECKPOINT = "the checkpoint"
 """The source of values that a checkpoint recorded."""
 MAPPING, KEYWORDS = "the mapping", "load_config"
 """The sources of values that come from Python; other sources are paths of files, or `COMMAND_LINE`."""
-_WITH_COMMAS = {"split", "position_weights"}
+WITH_COMMAS = {"split", "position_weights"}
 _BLENDS = {"data_path", "valid_data_path"}
 
 _MARKED_TYPES = {name: split_mark(hint) for name, hint in option_types(Options).items()}
@@ -52,7 +52,7 @@ class Form(enum.Enum):
     INTEGERS = "several whole numbers"
 
 
-_SEVERAL = (Form.TEXTS, Form.INTEGERS)
+SEVERAL = (Form.TEXTS, Form.INTEGERS)
 
 
 @dataclass(frozen=True)
@@ -260,13 +260,13 @@ def _in_file(name: str, value: Any, source: str) -> Given:
         what = f"YAML reads a value as {str(words[0]).lower()}, as yes, no, on and off without quotation marks"
         raise ConfigError(what, "a text", "write it in quotation marks, or remove the line")
     if isinstance(value, list) and not any(isinstance(item, (list, dict)) for item in value):
-        if name in _WITH_COMMAS:
+        if name in WITH_COMMAS:
             return Given(key, (",".join(str(item) for item in value),), source)
-        if kind.form in _SEVERAL:
+        if kind.form in SEVERAL:
             return Given(key, tuple(str(item) for item in value), source)
     if isinstance(value, (list, dict)):
         what = "a list" if isinstance(value, list) else "a mapping"
-        allowed = "one value, or a list of values" if kind.form in _SEVERAL else "one value"
+        allowed = "one value, or a list of values" if kind.form in SEVERAL else "one value"
         raise ConfigError(f"the value is {what}", allowed, f"write one value after {name}:")
     return Given(key, tuple(str(value).split()) if name in _BLENDS else (str(value),), source)
 

@@ -21,7 +21,6 @@ from megatron_patch.errors import DataError
 
 MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
-HEADER_BYTES = _HEADER.size
 DTYPE_CODES = {np.dtype(dtype): code for code, dtype in TYPES.items()}
 _SPAN_BYTES = 4096
 

@@ -23,7 +23,7 @@ _ALLOWED = "a dataset prefix: the path without .bin and .idx, which is --output-
 _SHOWN, _MOST_ENTRIES = 8, 100_000
 
 
-def missing_dataset(word: str, flag: str = "") -> DataError | None:
+def missing_dataset(word: str, flag: str) -> DataError | None:
     """Returns what is wrong with a word that names no dataset; None if all that it names exist.
 
     Of an address, only the first dataset is asked for: each question takes a round trip.
@@ -34,6 +34,8 @@ def missing_dataset(word: str, flag: str = "") -> DataError | None:
     """
     try:
         prefixes: Sequence[str] = expand_prefixes(word)
+        if glob.has_magic(word) and not word.startswith("@"):
+            return None  # the matches of a glob exist
         if is_address(prefixes[0]):
             prefixes = prefixes[:1]
         missing = next((prefix for prefix in prefixes if not exists(f"{prefix}.idx") and not exists(f"{prefix}.bin")), None)
@@ -42,8 +44,8 @@ def missing_dataset(word: str, flag: str = "") -> DataError | None:
         error = found
         if is_local_glob(word):
             error = DataError(found.what, found.allowed, _nearest(word) or found.do)
-    if error is None or not flag:
-        return error
+    if error is None:
+        return None
     return DataError(f"{flag}: {error.what}", error.allowed, error.do)
 
 

@@ -195,13 +195,11 @@ def _loss_scaling(options: EngineOptions, origins: Mapping[str, str], user: Mapp
     """Returns DeepSpeed's section fp16 for a run in float16."""
     merge, section = _Merger(origins).merge, _section(user, "fp16")
     power = max(0, round(options.initial_loss_scale).bit_length() - 1)
-    if "initial_scale_power" in section and "initial_loss_scale" in origins:
-        power = merge("initial_loss_scale", power, "fp16.initial_scale_power (a power of 2)", section["initial_scale_power"])
-    chosen = section.get("initial_scale_power", power)
-    if not 0 <= chosen <= HIGHEST_POWER:
+    power = merge("initial_loss_scale", power, "fp16.initial_scale_power (a power of 2)", section.get("initial_scale_power"))
+    if not 0 <= power <= HIGHEST_POWER:
         in_file = "initial_scale_power" in section
         raise ConfigError(
-            f"--deepspeed_config: fp16.initial_scale_power is {chosen}"
+            f"--deepspeed_config: fp16.initial_scale_power is {power}"
             if in_file
             else f"--initial-loss-scale {options.initial_loss_scale:g}",
             f"0 to {HIGHEST_POWER}" if in_file else f"from 1 to below {2.0 ** (HIGHEST_POWER + 1):.2g}",

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 from megatron_patch.engine.accelerator import choose_accelerator
-from megatron_patch.engine.deepspeed_keys import CLASSES, FIXED, PLAIN, REFUSED, VALUES, WITHOUT_EFFECT
+from megatron_patch.engine.deepspeed_keys import CLASSES, FIXED, PLAIN, REFUSED, VALUES, WITHOUT_EFFECT, Kind
 from megatron_patch.errors import ConfigError
 from megatron_patch.requirements import require
 from megatron_patch.utils.console import shortened
@@ -142,10 +142,7 @@ class _Checker:
             elif value == _AUTO:
                 self._automatic.append(key)
             elif key in VALUES:
-                if VALUES[key].accepts(value):
-                    values[key] = _whole(value) if "whole" in VALUES[key].allowed else value
-                elif not _infinite(value):
-                    self._add(key, f"is {as_json(value)}", VALUES[key].allowed, f"correct {key}, or remove it")
+                self._take(values, key, key, VALUES[key], value)
             elif not isinstance(value, dict):
                 self._add(key, f"is {as_json(value)}", "a JSON object", f"write {key} as an object, or remove it")
             elif key in CLASSES:
@@ -197,11 +194,16 @@ class _Checker:
                     values[key] = self._checked_by_deepspeed(path, value)
                 else:
                     self._add(path, f"is {as_json(value)}", "a JSON object", f"write {path} as an object, or remove it")
-            elif PLAIN[section][key].accepts(value):
-                values[key] = _whole(value) if "whole" in PLAIN[section][key].allowed else value
-            elif not _infinite(value):
-                self._add(path, f"is {as_json(value)}", PLAIN[section][key].allowed, f"correct {path}, or remove it")
+            else:
+                self._take(values, key, path, PLAIN[section][key], value)
         return values
+
+    def _take(self, values: dict[str, Any], key: str, path: str, kind: Kind, value: Any) -> None:
+        """Sets a key of `values` to a value of the right kind; adds any other value as a finding, unless it is infinite, which is one."""
+        if kind.accepts(value):
+            values[key] = _whole(value) if kind.whole else value
+        elif not _infinite(value):
+            self._add(path, f"is {as_json(value)}", kind.allowed, f"correct {path}, or remove it")
 
     def _checked_by_deepspeed(self, section: str, data: Mapping[str, Any]) -> dict[str, Any]:
         """Returns the settings of a section that a class of DeepSpeed checks."""

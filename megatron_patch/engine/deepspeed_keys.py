@@ -23,10 +23,12 @@ class Kind:
     Args:
         allowed: the values, for messages.
         accepts: whether a value is one of them.
+        whole: whether a number without a fraction, such as 5e8, stands for a whole number.
     """
 
     allowed: str
     accepts: Callable[[Any], bool]
+    whole: bool = False
 
 
 def _words(*words: str) -> Kind:
@@ -34,9 +36,9 @@ def _words(*words: str) -> Kind:
 
 
 SWITCH = Kind("true or false", lambda value: isinstance(value, bool))
-WHOLE = Kind("whole numbers", _whole)
-COUNT = Kind("whole numbers from 1", lambda value: _whole(value) and value >= 1)
-COUNT_OR_NULL = Kind("whole numbers from 1, or null", lambda value: value is None or COUNT.accepts(value))
+WHOLE = Kind("whole numbers", _whole, whole=True)
+COUNT = Kind("whole numbers from 1", lambda value: _whole(value) and value >= 1, whole=True)
+COUNT_OR_NULL = Kind("whole numbers from 1, or null", lambda value: value is None or COUNT.accepts(value), whole=True)
 NUMBER = Kind("numbers from 0", lambda value: not isinstance(value, bool) and isinstance(value, (int, float)) and 0 <= value < float("inf"))
 TEXT_OR_NULL = Kind("a text, or null", lambda value: value is None or isinstance(value, str))
 ONLY_TRUE = Kind("true", lambda value: value is True)
@@ -119,8 +121,8 @@ class Fixed:
     do: str = "remove it"
 
 
-def _removed(what: str, do: str = "") -> Refusal:
-    return Refusal(f"DeepSpeed no longer has {what}", do or "remove it")
+def _removed(what: str, do: str = "remove it") -> Refusal:
+    return Refusal(f"DeepSpeed no longer has {what}", do)
 
 
 _OWN_LOG = "DeepSpeed would log the loss of one micro-batch, divided by the labels of the global batch"
@@ -162,8 +164,8 @@ REFUSED: Mapping[str, Refusal] = {
     "expert_parallel": Refusal("the program has no mixture of experts", "remove it"),
     "use_data_before_expert_parallelism": Refusal("the program has no mixture of experts", "remove it"),
     "weight_quantization": Refusal("it quantizes weights for inference", "remove it"),
-    "compression_training": _removed("it, and the model would train unquantized", "remove it"),
-    "quantize_training": _removed("it, and the model would train unquantized", "remove it"),
+    "compression_training": _removed("it, and the model would train unquantized"),
+    "quantize_training": _removed("it, and the model would train unquantized"),
     "elasticity": _removed(
         "it; the program resumes on any number of ranks without it", "remove it; --global-batch-size keeps the batch on any number of ranks"
     ),

@@ -154,6 +154,11 @@ def device_index(local_rank: int, visible: int) -> int:
     )
 
 
+def is_first_rank() -> bool:
+    """Returns whether this process is rank 0, which prints for all ranks."""
+    return ranks_from_environment()[0] == 0
+
+
 def use_expandable_segments(environment: MutableMapping[str, str] = os.environ) -> None:
     """Makes torch's CUDA allocator use expandable segments, unless the user has configured it; must run before torch is imported.
 

@@ -189,7 +189,7 @@ class PipelineParallelEngine(DeepSpeedEngine):
             parameter.ds_pipe_replicated = name in self._tied_copies  # type: ignore[attr-defined]
         # Without sequence parallelism all tensor-parallel ranks hold the same hidden states, and each sends a part of them.
         partitioned = not self._model.parallel.sequence
-        pipeline = {**settings.get("pipeline", {}), "pipe_partitioned": partitioned, "grad_partitioned": partitioned}
+        pipeline = {"pipe_partitioned": partitioned, "grad_partitioned": partitioned}
         engine = deepspeed.initialize(model=self._module, optimizer=optimizer, config={**settings, "pipeline": pipeline})[0]
         engine._INSTRUCTION_MAP = named_instructions(engine._INSTRUCTION_MAP)
         return engine

@@ -125,7 +125,7 @@ def generate(
     Raises:
         ConfigError: an empty prompt, more tokens than learned positions, or settings out of range.
     """
-    learned = model.shape.max_positions if model.shape.position_embedding == "learned" else None
+    learned = model.shape.learned_positions
     longest = check_prompts(prompts, max_new_tokens, learned)
     device = model.device
     choose = _Chooser(sampling, len(prompts), device)

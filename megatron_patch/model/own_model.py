@@ -113,9 +113,6 @@ def _check_parameters(own: OwnModel, module: nn.Module, shape: ModelShape, paral
 
 
 def _check_buffers(own: OwnModel, module: nn.Module) -> None:
-    from torch import nn
-
-    assert isinstance(module, nn.Module)
     stored = set(module.state_dict(keep_vars=True)) - {name for name, _ in module.named_parameters(remove_duplicate=False)}
     if stored:
         raise ConfigError(

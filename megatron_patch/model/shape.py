@@ -66,6 +66,16 @@ class ModelShape:
     tie_embeddings: bool = False
     init_std: float = 0.02
 
+    @property
+    def learned_positions(self) -> int | None:
+        """Number of learned positions; None: positions are rotary."""
+        return self.max_positions if self.position_embedding == "learned" else None
+
+
+def default_ffn_hidden_size(hidden_size: int, swiglu: bool) -> int:
+    """Returns the width of the feed-forward layer that is not given: 8/3 of H, rounded up to a multiple of 256, or 4 H for GELU."""
+    return -(-8 * hidden_size // 768) * 256 if swiglu else 4 * hidden_size
+
 
 def check_shape(shape: ModelShape) -> None:
     """Checks that a model of this shape can be built.

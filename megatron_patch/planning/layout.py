@@ -87,7 +87,7 @@ def layout_of(run: RunConfig, engine_config: EngineConfig) -> Layout:
         return bool((zero.get(part) or {}).get("device", "none") != "none")
 
     return Layout(
-        ranks=run.data_parallel_size * options.tensor_model_parallel_size * options.pipeline_model_parallel_size,
+        ranks=run.ranks,
         tensor=options.tensor_model_parallel_size,
         pipeline=options.pipeline_model_parallel_size,
         sequence_parallel=options.sequence_parallel,

@@ -237,20 +237,21 @@ class Study:
         if not outcomes:
             self.console.print("no run has finished yet")
             return
+        seeds = max(outcome.seed for outcome in outcomes)
         rows = summarize(arms, outcomes, self.budget)
         switches = summarize_switches(arms, outcomes, self.budget)
         settings = json.loads(json.dumps(self.settings, default=str))
-        write_json(self.output / "study.json", rows, switches, outcomes, settings, self.parameters())
+        write_json(self.output / "study.json", rows, switches, outcomes, settings, self.parameters)
         main_arms = (*MAIN_ARMS, *(arm.name for arm in self.more_arms))
         plot_study(self.output / "loss.png", arms, outcomes, self.budget, self.title(), main_arms)
         if switches:
             plot_switches(self.output / "switch.png", switches, COLORS, "Loss gap to the baseline at equal cost, after the switch")
-        write_durably(self.output / "study.md", self.report(rows, switches, "loss.png", "switch.png"))
+        write_durably(self.output / "study.md", self.report(rows, switches, "loss.png", "switch.png", seeds))
         if self.args.docs:
             name = self.args.docs_name or self.args.config.stem
             names = f"{name}.png", f"{name}_switch.png"
             plots = dict(zip(names, (self.output / "loss.png", self.output / "switch.png"), strict=True))
-            publish(self.args.docs, name, self.report(rows, switches, *names), plots)
+            publish(self.args.docs, name, self.report(rows, switches, *names, seeds), plots)
         table = Table(title=f"{plural(len(outcomes), 'run')} finished", title_justify="left", header_style="bold")
         for name in ("arm", "seeds", "tokens", "cost", "steps", "held-out token loss", "difference to its baseline", ""):
             table.add_column(name, justify="left" if name in ("arm", "") else "right")
@@ -262,9 +263,9 @@ class Study:
             table.add_row(*cells, difference, significance(row))
         self.console.print(table)
 
-    def report(self, rows: Sequence[Row], switches: Sequence[SwitchRow], plot: str, switch_plot: str) -> str:
+    def report(self, rows: Sequence[Row], switches: Sequence[SwitchRow], plot: str, switch_plot: str, seeds: int) -> str:
         """Returns the study as Markdown that shows the plots at these paths."""
-        text = markdown(rows, self.all_arms, self.description(), self.command(), plot)
+        text = markdown(rows, self.all_arms, self.description(), self.command(seeds), plot)
         return f"{text}\n{switch_markdown(switches, switch_plot)}" if switches else text
 
     def title(self) -> str:
@@ -276,14 +277,15 @@ class Study:
         """The content of the dataset's metadata file."""
         return cast("dict[str, Any]", json.loads(self.dataset.with_suffix(".json").read_text(encoding="utf-8")))
 
+    @functools.cached_property
     def parameters(self) -> int:
-        """Returns the number of parameters of the model."""
+        """The number of parameters of the model."""
         flags = ["--config", str(self.args.config), "--vocab-size", str(self.dataset_metadata["vocab_size"]), "--dry-run"]
         return parameter_count(load_config(flags, 1).shape).total
 
     def description(self) -> str:
         """Returns model, data, budget, machine and date in one paragraph, to be read with the numbers."""
-        config, metadata, parameters = self.settings["config"], self.dataset_metadata, self.parameters()
+        config, metadata, parameters = self.settings["config"], self.dataset_metadata, self.parameters
         return (
             f"{format_count(parameters)} parameters, {format_count(self.budget / parameters)} tokens per parameter at token level: "
             f"{config['num-layers']} layers x {config['hidden-size']}, vocabulary {metadata['vocab_size']:,}, {config['seq-length']} "
@@ -291,14 +293,13 @@ class Study:
             f"training on {format_count(self.budget)} tokens. {machine()}, {date.today().isoformat()}."
         )
 
-    def command(self) -> str:
-        """Returns the command that reproduces these numbers; the reader inserts the location of the text."""
+    def command(self, seeds: int) -> str:
+        """Returns the command that reproduces the numbers of this many seeds; the reader inserts the location of the text."""
         path = self.args.config.resolve()
         config = path.relative_to(HOME) if path.is_relative_to(HOME) and in_checkout() else path.name
         extra = f" --budget {self.args.budget}" if self.args.budget else ""
         extra += f" --vocab-size {self.args.vocab_size}" if self.args.vocab_size != VOCAB_SIZE else ""
         arms = f" --arms {' '.join(self.args.arms)}" if self.args.arms else ""
-        seeds = max((outcome.seed for outcome in self.outcomes()), default=self.args.seeds)
         script = f"python {Path(sys.argv[0]).name}" if self.more_arms else as_called("python examples/replicate/study.py")
         output = f"--text 'books/*.txt' --output runs/{self.output.name}"
         return f"{script} {output} --config {config}{extra}{arms} --seeds {seeds}"

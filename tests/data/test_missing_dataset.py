@@ -72,9 +72,9 @@ def test_a_wrong_word_is_answered_with_what_is_there(folder, word, what, do):
 def test_words_of_datasets_that_exist_are_not_questioned(folder):
     Path("list").write_text("data/web_text_document\n")
     for word in ("data/web_text_document", "data/web_text_document.bin", "data/web_text_document.idx", "data/*_document", "@list"):
-        assert missing_dataset(word) is None
+        assert missing_dataset(word, "--data-path") is None
     Path("data/code_text_document.bin").unlink()
-    assert missing_dataset("data/code_text_document") is None, "which of its files is missing, opening it says"
+    assert missing_dataset("data/code_text_document", "--data-path") is None, "which of its files is missing, opening it says"
 
 
 def test_all_wrong_words_are_named_at_once(folder):

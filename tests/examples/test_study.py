@@ -260,7 +260,7 @@ def test_an_added_arm_is_trained_by_its_program_and_drawn_with_the_main_arms(tmp
     flags = ["--text", "a.txt", "--output", str(tmp_path / "study"), "--config", str(FOLDER / "study_cpu.yaml"), "--seeds", "1"]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(module.Study, "prepare", lambda study: None)
-    monkeypatch.setattr(module.Study, "parameters", lambda study: 1000)
+    monkeypatch.setattr(module.Study, "parameters", property(lambda study: 1000))
     monkeypatch.setattr(module.Study, "report", lambda study, *_: "")
     runs = [outcome(name, 1, 4.0) for name in ("token", "mine")]
     monkeypatch.setattr(module, "read_outcome", lambda folder, name, seed: next((run for run in runs if run.arm == name == "token"), None))

@@ -12,14 +12,14 @@ from dataclasses import dataclass, replace
 
 from megatron_patch.config.megatron.flags import LM, Kind, key_of
 from megatron_patch.config.megatron.translator import COMMAND_LINE, MEGATRON_FLAGS, Given, Row, Translation
-from megatron_patch.config.option_types import option_types
 from megatron_patch.config.options import Options
 from megatron_patch.config.problems import Problem
-from megatron_patch.config.values import place_of
+from megatron_patch.config.values import KINDS, place_of
 from megatron_patch.errors import ConfigError
 from megatron_patch.model.families import FAMILIES
+from megatron_patch.model.shape import default_ffn_hidden_size
 
-_OURS = {key_of(name) for name in option_types(Options)}
+_OURS = {key_of(name) for name in KINDS}
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,7 @@ def _width_note(given: Mapping[str, Given], options: Options) -> list[str]:
     hidden, swiglu = options.model.hidden_size, options.model.swiglu
     if "ffn-hidden-size" in given or not swiglu:
         return []
-    here, there = -(-8 * hidden // 768) * 256, int((4 * hidden * 2 / 3) / 64) * 64
+    here, there = default_ffn_hidden_size(hidden, swiglu), int((4 * hidden * 2 / 3) / 64) * 64
     if "glu-activation" in given:  # of BigScience's fork, which keeps four times the hidden size
         there = 4 * hidden
     if here == there:

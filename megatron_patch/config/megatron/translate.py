@@ -62,7 +62,7 @@ def _tokens(option: str, steps: bool) -> Callable[[Translator, Given, MegatronFl
         if own is not None and own.words[:1] != ("None",) and (own.source == COMMAND_LINE or own.source == given.source):
             shorter = _count(own.words)
             if option != "train-tokens" or own.source != given.source or shorter is None or shorter <= tokens:
-                return to.ignore(given, f"{number * unit:,} tokens; --{option} {' '.join(own.words)} counts")
+                return to.ignore(given, f"{tokens:,} tokens; --{option} {' '.join(own.words)} counts")
         if option == "train-tokens" and flag.key == "train-samples" and "train-iters" in to.last:
             return to.refuse(given, "together with --train-iters", "one of --train-iters, --train-samples and --train-tokens")
         formula = f"{plural(number, 'step' if steps else 'sample')} x {unit:,} tokens"

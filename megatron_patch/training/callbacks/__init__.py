@@ -47,7 +47,7 @@ def make_callbacks(context: CallbackContext, factories: Sequence[CallbackFactory
         callbacks += [Charts(service, kept) for service in _services(run, save)]
     if tokenizer is not None:
         sampling = Sampling(logging.sample_temperature, logging.sample_top_p, seed=run.options.engine.seed)
-        learned_positions = run.shape.max_positions if run.shape.position_embedding == "learned" else None
+        learned_positions = run.shape.learned_positions
         request = SampleRequest(logging.sample_prompts, logging.sample_tokens, sampling, learned_positions)
         path = save / "samples.jsonl" if save is not None else None
         show = console.show_samples if console is not None else None

@@ -20,7 +20,6 @@ class Recorder(Callback):
         self.records: list[dict[str, Any]] = []
         self.last_step: StepRecord | None = None
         self.last_evaluation: EvaluationRecord | None = None
-        self.last_save: SaveRecord | None = None
         self.end: RunEnd | None = None
 
     def _add(self, kind: str, record: Any) -> None:
@@ -46,8 +45,7 @@ class Recorder(Callback):
         self._add("switch", record)
 
     def on_save(self, record: SaveRecord) -> None:
-        """Keeps the record, also as the last checkpoint."""
-        self.last_save = record
+        """Keeps the record."""
         self._add("save", record)
 
     def on_end(self, record: RunEnd) -> None:

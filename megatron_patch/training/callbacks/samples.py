@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from megatron_patch.model.generate import Sampling, check_prompts, generate_without_cache
-from megatron_patch.tokenizers.base import Tokenizer, encode
+from megatron_patch.tokenizers.base import Tokenizer, prompt_ids, without_eod
 from megatron_patch.training.callbacks.base import Callback, EvaluationRecord
 from megatron_patch.training.callbacks.jsonl_writer import JsonlWriter
 
@@ -66,8 +66,7 @@ class Samples(Callback):
         self._logits, self._tokenizer, self._request, self._device = logits, tokenizer, request, device
         self._show = show
         self._lines = JsonlWriter(path) if path is not None else None
-        eod = [] if tokenizer.eod_id is None else [tokenizer.eod_id]
-        self._ids = [encode(tokenizer, prompt) or eod for prompt in request.prompts]
+        self._ids = [prompt_ids(tokenizer, prompt) for prompt in request.prompts]
         check_prompts(self._ids, request.new_tokens, request.learned_positions)
 
     def on_evaluation(self, record: EvaluationRecord) -> None:
@@ -80,7 +79,7 @@ class Samples(Callback):
         if self._show is None:
             return
         seconds = time.perf_counter() - began
-        texts = [self._tokenizer.decode(row[:-1] if row[-1] == eod else row) for row in rows]
+        texts = [self._tokenizer.decode(without_eod(self._tokenizer, row)) for row in rows]
         self._show(record.step, [f"{prompt}{text}" for prompt, text in zip(request.prompts, texts, strict=True)], seconds)
         self._write(record, texts, [len(row) for row in rows], seconds)
 

@@ -197,7 +197,7 @@ def _local_report(reason: str, message: str, code: ExitCode, rank: int) -> ExitR
 def _report_once(local: ExitReport, save: Path | None, alone: bool = False) -> ExitReport:
     """Publishes this rank's report unless a peer published one before, and returns the report that was published first.
 
-    Prints it, too, unless it is `alone` in writing it.
+    Prints it too, unless this rank is `alone`: then the caller raises the error.
 
     If the store cannot be reached and events.jsonl has no report either, each rank publishes its own. The same holds before torch is
     imported, when ranks do not know each other and a file may be missing on only one node.
