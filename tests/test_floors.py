@@ -17,6 +17,7 @@ FLOORS = [  # from the ground up
     {"stages", "tokenizers", "parallel", "ops", "raw_text", "checkpoint"},
     {"model", "data"},
     {"preprocess", "config", "evaluation"},
+    {"optimizers"},
     {"engine"},
     {"planning", "convert"},
     {"training"},

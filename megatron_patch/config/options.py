@@ -33,6 +33,9 @@ from megatron_patch.config.option_types import (
 )
 from megatron_patch.stages import LrStyle, WsdDecayStyle
 
+MuonScaleMode = Literal["spectral", "unit_rms_norm", "shape_scaling"]
+MuonCoefficients = Literal["quintic", "polar_express"]
+
 
 @dataclass(frozen=True)
 class ModelOptions:
@@ -167,9 +170,37 @@ class ScheduleOptions:
     lr_wsd_decay_style: Reported[WsdDecayStyle] = "linear"
     """Shape of WSD's final decay."""
     optimizer: Fixed[str] = "adamw"
-    """Name of the optimizer: adamw (NVIDIA Apex's fused AdamW if installed, else torch's), or one that your own script registers."""
+    """Name of the optimizer, or of one that your own script registers.
+
+    - adamw: NVIDIA Apex's fused AdamW if installed, else torch's.
+    - muon: orthogonalized momentum for the matrices of the blocks; AdamW for embeddings, head, norms and biases (docs/optimizers.md)."""
     weight_decay: Reported[float] = 0.1
     """Decoupled weight decay of weight matrices. Biases and normalization weights are never decayed."""
+    embedding_weight_decay: Reported[OptionalFloat] = None
+    """Decoupled weight decay of word embeddings and head. By default --weight-decay."""
+    decoupled_lr: Reported[OptionalFloat] = None
+    """Highest learning rate of word embeddings and head, whose whole schedule is scaled by its ratio to --lr. By default --lr."""
+    muon_lr: Reported[OptionalFloat] = None
+    """Highest learning rate of Muon's matrices, whose whole schedule is scaled by its ratio to --lr.
+    By default --lr: with the default scale, a rate tuned for AdamW carries over."""
+    muon_weight_decay: Reported[OptionalFloat] = None
+    """Decoupled weight decay of Muon's matrices. By default --weight-decay."""
+    muon_momentum: Reported[float] = 0.95
+    """Decay rate of Muon's momentum."""
+    muon_nesterov: Reported[bool] = True
+    """Orthogonalize Nesterov's momentum, the mean of gradient and momentum, instead of the momentum alone."""
+    muon_scale_mode: Reported[MuonScaleMode] = "spectral"
+    """Factor of Muon's update of a matrix of R rows and C columns.
+
+    - spectral: the root of max(R, C).
+    - unit_rms_norm: the root of R/C.
+    - shape_scaling: the root of max(1, R/C)."""
+    muon_extra_scale_factor: Reported[float] = 0.2
+    """Further factor of Muon's update. 0.2 with spectral gives it the size of AdamW's update (arXiv 2502.16982)."""
+    muon_num_ns_steps: Reported[int] = 5
+    """Number of Newton-Schulz steps that orthogonalize the momentum."""
+    muon_coefficient_type: Reported[MuonCoefficients] = "quintic"
+    """Coefficients of these steps: quintic (Jordan's), or polar_express (arXiv 2505.16932)."""
     adam_beta1: Reported[float] = 0.9
     """Decay rate of Adam's first moment (beta 1)."""
     adam_beta2: Reported[float] = 0.95

@@ -15,8 +15,8 @@ from megatron_patch.config.option_types import flag_of
 from megatron_patch.config.options import EngineOptions, ScheduleOptions
 from megatron_patch.engine.deepspeed_json import read_user_settings
 from megatron_patch.engine.deepspeed_keys import HIGHEST_POWER
-from megatron_patch.engine.optimizer import optimizer_by_name
 from megatron_patch.errors import ConfigError
+from megatron_patch.optimizers.registry import optimizer_type
 from megatron_patch.stages import Stage, StagePlan
 from megatron_patch.utils.findings import Findings
 
@@ -299,7 +299,7 @@ def resolve_engine_config(
         ConfigError: the optimizer is not registered, the JSON cannot be read or has wrong keys or values, a flag and the JSON contradict
             each other, or DeepSpeed cannot run the combination; the error states all problems at once.
     """
-    optimizer_by_name(schedule.optimizer)  # refuses an unknown name
+    optimizer_type(schedule.optimizer)  # refuses an unknown name
     path, merge = options.deepspeed_config, _Merger(origins).merge
     findings = Findings(f"in --deepspeed_config {path}" if path is not None else "in the flags", "--deepspeed_config: ")
     default_level = 1 if options.zero_stage is None else options.zero_stage

@@ -31,25 +31,21 @@ from megatron_patch.engine.deepspeed_config import EngineConfig, batch_settings
 from megatron_patch.engine.distributed import barrier, gather_objects
 from megatron_patch.engine.environment import threads_per_rank
 from megatron_patch.engine.fragments import Fragment, HostBuffers, fragments
+from megatron_patch.engine.hidden_matrices import attach_hidden_matrices
 from megatron_patch.engine.interface import EvaluationResult, ReplicaMismatch, Snapshot, StepGate, StepResult
-from megatron_patch.engine.optimizer import (
-    MOMENTS,
-    base_optimizer,
-    make_optimizer,
-    require_elementwise,
-    set_step_count,
-    step_count,
-    zero_moments,
-)
 from megatron_patch.engine.state_files import StateFiles, write_fragments
 from megatron_patch.engine.swapping import SubGroups
 from megatron_patch.errors import CheckpointError
 from megatron_patch.model.gpt import GPTModel
-from megatron_patch.model.init import InitialWeights, split_by_weight_decay
+from megatron_patch.model.init import InitialWeights
 from megatron_patch.model.precision import DTYPES
 from megatron_patch.model.shape import ModelShape
 from megatron_patch.model.sharding import VOCABULARY_PARAMETERS, shard_of
 from megatron_patch.ops import IGNORE_INDEX
+from megatron_patch.optimizers.groups import LR_SCALE, parameter_groups
+from megatron_patch.optimizers.muon import OrthogonalizedMomentum
+from megatron_patch.optimizers.registry import optimizer_type
+from megatron_patch.optimizers.state import base_optimizer, make_optimizer, require_elementwise, set_step_count, step_count, zero_state
 from megatron_patch.parallel.groups import Groups, ModelParallelUnit
 from megatron_patch.parallel.tensor import TensorParallel
 from megatron_patch.stages import Stage
@@ -169,15 +165,16 @@ class DeepSpeedEngine(abc.ABC):
             # At ZeRO 0 `_clip_gradients` clips, because DeepSpeed's clipping does not return the norm; at ZeRO 1 to 3 DeepSpeed clips.
             settings["gradient_clipping"] = 0.0
             wrapped = MixedPrecision(model, dtype) if dtype != torch.float32 else model
-        decayed, undecayed = split_by_weight_decay(model)
-        param_groups = [{"params": decayed, "weight_decay": schedule.weight_decay}, {"params": undecayed, "weight_decay": 0.0}]
+        param_groups = parameter_groups(self._names, schedule, optimizer_type(schedule.optimizer))
         if config.zero_level > 0 or parallel.size > 1:
             require_elementwise(schedule, config.offloads_optimizer, device)
-        optimizer = make_optimizer([group for group in param_groups if group["params"]], schedule, config.offloads_optimizer)
+        optimizer = make_optimizer(param_groups, schedule, config.offloads_optimizer)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             self._engine = self._initialize(wrapped, optimizer, settings)
         self._optimizer = base_optimizer(self._engine.optimizer)
+        if isinstance(self._optimizer, OrthogonalizedMomentum):
+            attach_hidden_matrices(self._optimizer, self._engine, config, self._names, self._shards, groups.same_layers, device)
         if source.seed is not None:
             initial, shapes = InitialWeights(source.shape, source.seed, threads_per_rank()), self._full_shapes()
             # Master weights start from the float32 initial weights, not from their rounded copies.
@@ -215,7 +212,7 @@ class DeepSpeedEngine(abc.ABC):
         if stage.optimizer == "keep":
             return
         with self._on_nvme(written=True) as sub_groups:
-            zero_moments(self._optimizer.state.values() if sub_groups is None else sub_groups)
+            zero_state(self._optimizer.state.values() if sub_groups is None else sub_groups)
         if stage.optimizer == "reset":
             set_step_count(self._optimizer, 0)
 
@@ -327,9 +324,9 @@ class DeepSpeedEngine(abc.ABC):
         ]
 
     def _set_lr(self, lr: float) -> None:
-        """Sets the learning rate of all parameter groups."""
+        """Sets the learning rate of all parameter groups, some of which have a multiple of it."""
         for group in self._engine.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get(LR_SCALE, 1.0)
 
     def _to_device(self, tensor: torch.Tensor | None) -> torch.Tensor | None:
         """Returns the tensor on this rank's device."""
@@ -424,7 +421,7 @@ class DeepSpeedEngine(abc.ABC):
         for local_shapes in gather_objects(self._full_shapes()):
             shapes.update(local_shapes)  # type: ignore[call-overload]
         files.check(shapes, self._model_shape.vocab_size)
-        kinds = ("weight",) if state is None else ("weight", *MOMENTS)
+        kinds = ("weight",) if state is None else None
         self._set_tensors(lambda kind, name, start, numel: files.read_shard(kind, name, self._shards.get(name), start, numel), kinds)
         if state is not None:
             steps, scale = state.get("step_count"), state.get("loss_scaler")
@@ -450,18 +447,18 @@ class DeepSpeedEngine(abc.ABC):
         local = {name: tuple(getattr(parameter, "ds_shape", parameter.shape)) for parameter, name in self._names.items()}
         return {name: self._shards[name].full_shape(shape) if name in self._shards else shape for name, shape in local.items()}
 
-    def _set_tensors(self, read: Any, kinds: Sequence[str]) -> None:
-        """Sets this rank's master weights and moments, and the weights of the forward pass.
+    def _set_tensors(self, read: Any, kinds: Sequence[str] | None) -> None:
+        """Sets this rank's master weights and optimizer state, and the weights of the forward pass.
 
         Args:
             read: (kind, name, start, numel) -> float32 [numel], a span of this rank's shard of the parameter, flattened.
-            kinds: which of "weight", "exp_avg" and "exp_avg_sq" to set.
+            kinds: "weight" and the kinds of optimizer state to set; None: all that the optimizer keeps.
         """
         masters: dict[str, Fragment] = {}
         with self._on_nvme(written=True) as sub_groups:
             for fragment in fragments(self._engine, self._names, self._shards, None, sub_groups):
                 masters[fragment.name] = fragment
-                for kind in kinds:
+                for kind in fragment.tensors if kinds is None else kinds:
                     fragment.tensors[kind].copy_(read(kind, fragment.name, fragment.start, fragment.numel))
         if self.config.zero_level == 0:
             return

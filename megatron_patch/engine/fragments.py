@@ -1,7 +1,7 @@
-"""Flat views of the float32 weights and moments that this rank holds, whatever the ZeRO level, named by parameter.
+"""Flat views of the float32 weights and optimizer state that this rank holds, whatever the ZeRO level, named by parameter.
 
 In: a DeepSpeed engine. Out: `Fragment`s. Each is a span `[start, start + numel)` of one flattened parameter (or of this rank's
-tensor-parallel shard of it), with views of its master weight and its two moments. Checkpoints and initial weights work on fragments, so
+tensor-parallel shard of it), with views of its master weight and of each kind of optimizer state. Checkpoints and initial weights work on fragments, so
 they need not know how ZeRO lays out its memory. Fragments are named by parameter, shard and span, so that a checkpoint of fragments can
 be loaded into any other layout.
 """
@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from megatron_patch.engine.optimizer import MOMENTS, base_optimizer, ensure_moments
 from megatron_patch.engine.swapping import SubGroups
 from megatron_patch.model.sharding import Shard
+from megatron_patch.optimizers.state import base_optimizer, ensure_state, state_kinds
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class Fragment:
         shard: the tensor-parallel shard that contains the span; None if the parameter is not sharded.
         start: first element of the span in the flattened shard.
         numel: number of elements of the span.
-        tensors: "weight", "exp_avg", "exp_avg_sq" -> float32 [numel], views that show and set the current values. With NVMe offload they
-            are valid until the tensors of another fragment are looked up.
+        tensors: "weight" and each kind of optimizer state, such as "exp_avg" -> float32 [numel], views that show and set the current
+            values. With NVMe offload they are valid until the tensors of another fragment are looked up.
     """
 
     name: str
@@ -60,7 +60,7 @@ def fragments(
     optimizer = base_optimizer(engine.optimizer)
     result = []
     for parameter, name in names.items() if on_nvme is None else sorted(names.items(), key=lambda item: on_nvme.of(item[0])):
-        located = _locate(engine, optimizer, parameter, share)
+        located = locate(engine, optimizer, parameter, share)
         if located is None:
             continue
         flat, offset, start, numel = located
@@ -68,9 +68,9 @@ def fragments(
             continue
         tensors: Mapping[str, torch.Tensor]
         if on_nvme is None:
-            state = ensure_moments(optimizer, flat)
-            full = {"weight": flat.detach(), **{key: state[key] for key in MOMENTS}}
-            tensors = {key: tensor.view(-1).narrow(0, offset, numel) for key, tensor in full.items()}
+            state = ensure_state(optimizer, flat)
+            full = {"weight": flat.detach(), **{kind: state[kind] for kind in state_kinds(state)}}
+            tensors = {kind: tensor.view(-1).narrow(0, offset, numel) for kind, tensor in full.items()}
         else:
             tensors = on_nvme.views(on_nvme.of(parameter), offset, numel)
         shard = shards.get(name)
@@ -108,7 +108,7 @@ class HostBuffers:
         return result
 
 
-def _locate(
+def locate(
     engine: Any, optimizer: torch.optim.Optimizer, parameter: Any, share: tuple[int, int] | None
 ) -> tuple[torch.Tensor, int, int, int] | None:
     """Returns where this rank holds a parameter: (tensor of the optimizer, offset in it, offset in the flattened parameter, elements).

@@ -1,7 +1,7 @@
-"""The files of weights and moments in a checkpoint: each rank writes its fragments, and any rank of any layout reads any span.
+"""The files of weights and optimizer state in a checkpoint: each rank writes its fragments, and any rank of any layout reads any span.
 
-In: fragments and a folder. Out: one file `state-RRRRR-of-RRRRR.safetensors` per rank with `weight/NAME`, `exp_avg/NAME` and
-`exp_avg_sq/NAME` for each fragment, float32 and flat; the file's header lists each fragment's parameter shape and first element. Reading
+In: fragments and a folder. Out: one file `state-RRRRR-of-RRRRR.safetensors` per rank with `weight/NAME` and the kinds
+of optimizer state, such as `exp_avg/NAME`, for each fragment, float32 and flat; the file's header lists each fragment's parameter shape and first element. Reading
 runs no stored code, needs no conversion between layouts, and loads only the requested bytes.
 """
 
@@ -144,7 +144,7 @@ def _incomplete(what: str) -> CheckpointError:
 
 
 class StateFiles:
-    """Reads a checkpoint's weights and moments by parameter name and span, whatever layout wrote them.
+    """Reads a checkpoint's weights and optimizer state by parameter name and span, whatever layout wrote them.
 
     Args:
         folder: the checkpoint's folder.
@@ -253,10 +253,10 @@ class StateFiles:
                 )
 
     def read(self, kind: str, name: str, start: int = 0, numel: int | None = None) -> torch.Tensor:
-        """Reads a span of one parameter's weight or moment, flattened.
+        """Reads a span of one parameter's weight or optimizer state, flattened.
 
         Args:
-            kind: "weight", "exp_avg" or "exp_avg_sq".
+            kind: "weight", or a kind of optimizer state such as "exp_avg".
             name: the parameter's name.
             start: first element.
             numel: number of elements; None: all up to the end.

@@ -1,4 +1,4 @@
-"""Access to master weights and moments that ZeRO 3 keeps on NVMe: one sub-group at a time is swapped in, and swapped out again.
+"""Access to master weights and optimizer state that ZeRO 3 keeps on NVMe: one sub-group at a time is swapped in, and swapped out again.
 
 DeepSpeed steps over sub-groups of the parameters. Between steps the tensors of a sub-group on NVMe exist but are empty. Code that reads
 or sets them (checkpoints, initial weights, the switch) uses `SubGroups` and goes through the sub-groups in their order.
@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from megatron_patch.engine.optimizer import MOMENTS, ensure_moments
 from megatron_patch.errors import ConfigError
+from megatron_patch.optimizers.state import ensure_state, state_kinds
 
 
 def require_async_io() -> None:
@@ -73,15 +73,21 @@ class SubGroups:
         return int(self._zero.grad_position[self._zero.get_param_id(parameter)][0])
 
     def tensors(self, group: int) -> dict[str, torch.Tensor]:
-        """Returns weight and moments of a sub-group, flat, float32; valid until the tensors of another sub-group are requested."""
+        """Returns weight and optimizer state of a sub-group, flat, float32; valid until the tensors of another sub-group are requested."""
         if group != self._current:
             self._swap_out()
             if self._zero._swappable_optimizer_subgroup(group):
                 self._zero._optimizer_states_and_gradient_swap_in(group)
             self._current = group
-        flat = self._zero.fp32_partitioned_groups_flat[group]
-        state = ensure_moments(self._optimizer, flat)
-        return {"weight": flat.detach(), **{name: state[name] for name in MOMENTS}}
+        state = self._state(group)
+        return {"weight": self._zero.fp32_partitioned_groups_flat[group].detach(), **{kind: state[kind] for kind in state_kinds(state)}}
+
+    def kinds(self, group: int) -> tuple[str, ...]:
+        """Returns the names of the tensors of a sub-group, which need not be in memory."""
+        return ("weight", *state_kinds(self._state(group)))
+
+    def _state(self, group: int) -> dict[str, Any]:
+        return ensure_state(self._optimizer, self._zero.fp32_partitioned_groups_flat[group])
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         """Yields the tensors of each sub-group in turn."""
@@ -115,7 +121,7 @@ class _Views(Mapping[str, torch.Tensor]):
         return self._groups.tensors(group)[kind].view(-1).narrow(0, offset, numel)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(("weight", *MOMENTS))
+        return iter(self._groups.kinds(self._span[0]))
 
     def __len__(self) -> int:
-        return 1 + len(MOMENTS)
+        return len(self._groups.kinds(self._span[0]))

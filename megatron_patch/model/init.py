@@ -1,4 +1,4 @@
-"""Initial weights, and the parameters that weight decay applies to.
+"""Initial weights.
 
 The initial value of a parameter depends only on the seed and the parameter's name, so that every parallel layout starts from the same
 model.
@@ -122,14 +122,3 @@ def initialize(model: nn.Module, shape: ModelShape, seed: int, rank: int = 0, si
         local = tuple(parameter.shape)
         whole = local if shard is None else shard.full_shape(local)
         parameter.copy_(initial.read(name, whole, shard, 0, parameter.numel()).view(local))
-
-
-def split_by_weight_decay(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Returns (matrices, to which weight decay applies; weights of norms and biases, to which it does not)."""
-    matrices: list[nn.Parameter] = []
-    vectors: list[nn.Parameter] = []
-    for parameter in model.parameters():
-        # With ZeRO 3, a parameter is empty while no layer uses it; `ds_shape` is its full shape.
-        dimensions = len(getattr(parameter, "ds_shape", parameter.shape))
-        (matrices if dimensions >= 2 else vectors).append(parameter)
-    return matrices, vectors

@@ -14,6 +14,16 @@ ParameterShapes = dict[str, tuple[int, ...]]
 """Parameter name -> shape."""
 
 
+def is_hidden_matrix(name: str, dimensions: int) -> bool:
+    """Whether a parameter is a weight matrix inside of a block: not an embedding, not the head, not a norm or bias.
+
+    Args:
+        name: the parameter's name in the model.
+        dimensions: its number of dimensions.
+    """
+    return dimensions == 2 and name.startswith("blocks.")
+
+
 def _norm(name: str, shape: ModelShape) -> ParameterShapes:
     weights: ParameterShapes = {f"{name}.weight": (shape.hidden_size,)}
     return weights | ({f"{name}.bias": (shape.hidden_size,)} if shape.normalization == "LayerNorm" else {})

@@ -19,7 +19,7 @@ from megatron_patch.parallel.tensor import TensorParallel
 
 @dataclass(frozen=True)
 class Groups:
-    """This rank's process groups; in `tensor` and `data`, None without model parallelism stands for the default group.
+    """This rank's process groups; in `tensor`, `data` and `same_layers`, None without model parallelism stands for the default group.
 
     Args:
         grid: this rank's coordinates.
@@ -27,6 +27,7 @@ class Groups:
         data: ranks that hold the same part of the model as this rank; they read different samples.
         pipeline: ranks that the hidden states of this rank's samples pass through; None without a pipeline.
         embedding: the first and the last pipeline rank of `pipeline`, which both hold a tied embedding; None on other ranks.
+        same_layers: ranks that hold parts or copies of the same layers as this rank: all of its pipeline rank; None: all ranks.
     """
 
     grid: Grid
@@ -34,6 +35,7 @@ class Groups:
     data: dist.ProcessGroup | None
     pipeline: dist.ProcessGroup | None = None
     embedding: dist.ProcessGroup | None = None
+    same_layers: dist.ProcessGroup | None = None
 
     def tensor_parallel(self, sequence: bool) -> TensorParallel:
         """Returns how this rank's layers are sharded; with `sequence`, positions are sharded too if several ranks share a layer."""
@@ -68,7 +70,8 @@ def make_groups(grid: Grid) -> Groups:
         return Groups(grid, tensor, data)
     pipeline = make_group(lambda other: (other.data_parallel_rank, other.tensor_parallel_rank))
     embedding = make_group(lambda other: (other.data_parallel_rank, other.tensor_parallel_rank), holds_embedding)
-    return Groups(grid, tensor if grid.tensor_parallel_size > 1 else None, data, pipeline, embedding)
+    same_layers = make_group(lambda other: (other.pipeline_parallel_rank,))
+    return Groups(grid, tensor if grid.tensor_parallel_size > 1 else None, data, pipeline, embedding, same_layers)
 
 
 @dataclass(frozen=True)

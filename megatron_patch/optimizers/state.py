@@ -1,65 +1,33 @@
-"""The optimizer of a run: which one it is, the state that it keeps for each parameter, and what a switch does to that state.
+"""Makes an optimizer and works with its state: the tensors that it keeps for each parameter, and its number of steps.
 
-In: parameter groups and the schedule's options. Out: an optimizer that keeps two moments for each parameter, `exp_avg` and `exp_avg_sq`,
-and one number of steps. Checkpoints, ZeRO and the switch rely on these two names, so every optimizer in `OPTIMIZERS` must use them.
-
-A user's own script adds an optimizer before it calls `megatron_patch.training.pretrain.main`:
-
-    from megatron_patch.engine.optimizer import OPTIMIZERS
-
-    OPTIMIZERS["adam"] = lambda groups, options, offloaded: torch.optim.Adam(groups, lr=options.lr)
-
-Torch is imported inside of functions: a dry run checks the name of the optimizer and does not need torch.
+In: parameter groups and the schedule's options. Out: an optimizer, and its state by **kind**: the names of the tensors of a parameter's
+shape that it keeps, such as `exp_avg` and `exp_avg_sq` of AdamW. Which kinds there are is found out from the optimizer, parameter by
+parameter. Checkpoints, NVMe offload and the switch treat all kinds alike; they need an optimizer whose state starts from zeros.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import torch
 
 from megatron_patch.config.options import ScheduleOptions
 from megatron_patch.errors import ConfigError
-from megatron_patch.utils.registry import lookup
+from megatron_patch.optimizers.registry import optimizer_type
 from megatron_patch.utils.units import plural
 
-if TYPE_CHECKING:
-    import torch
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
+_STEP = "step"
+_NOT_STATE = (_STEP, "weight")
 
 
-def _adamw(groups: Sequence[dict[str, Any]], options: ScheduleOptions, offloaded: bool) -> torch.optim.Optimizer:
-    """Returns NVIDIA Apex's fused AdamW if it is installed and the optimizer steps on a GPU, else the fused AdamW of torch."""
-    import torch
+@runtime_checkable
+class MakesState(Protocol):
+    """An optimizer that makes the state of a parameter itself, because a step on a probe would not show it."""
 
-    settings: dict[str, Any] = {
-        "lr": options.lr,
-        "betas": (options.adam_beta1, options.adam_beta2),
-        "eps": options.adam_eps,
-        "weight_decay": options.weight_decay,
-    }
-    if torch.cuda.is_available() and not offloaded:
-        try:
-            # The package named apex on PyPI is a different one, which lacks this class.
-            from apex.optimizers import FusedAdam
-        except (ImportError, AttributeError):
-            pass
-        else:
-            return FusedAdam(groups, adam_w_mode=True, **settings)
-    return torch.optim.AdamW(groups, fused=True, **settings)
-
-
-OPTIMIZERS: dict[str, Callable[[Sequence[dict[str, Any]], ScheduleOptions, bool], torch.optim.Optimizer]] = {"adamw": _adamw}
-"""What `--optimizer NAME` accepts: name -> function of (parameter groups, schedule options, whether the optimizer steps in host memory)."""
-
-
-def optimizer_by_name(name: str) -> Callable[[Sequence[dict[str, Any]], ScheduleOptions, bool], torch.optim.Optimizer]:
-    """Returns the registered maker of an optimizer.
-
-    Raises:
-        ConfigError: no optimizer has this name; the error lists the registered names and suggests the nearest one.
-    """
-    return lookup(OPTIMIZERS, name, "--optimizer", home="megatron_patch.engine.optimizer.OPTIMIZERS")
+    def new_state(self, tensor: torch.Tensor) -> dict[str, Any]:
+        """Returns the state of a tensor before the first step."""
+        ...
 
 
 def make_optimizer(groups: Sequence[dict[str, Any]], options: ScheduleOptions, offloaded: bool = False) -> torch.optim.Optimizer:
@@ -74,9 +42,7 @@ def make_optimizer(groups: Sequence[dict[str, Any]], options: ScheduleOptions, o
         ConfigError: no optimizer of that name is registered, or what is registered makes no optimizer, or one of other parameters.
     """
     given = [parameter for group in groups for parameter in group["params"]]
-    optimizer = optimizer_by_name(options.optimizer)(groups, options, offloaded)
-    import torch
-
+    optimizer = optimizer_type(options.optimizer).make(groups, options, offloaded)
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise ConfigError(
             f"the optimizer {options.optimizer} is made as {type(optimizer).__name__}",
@@ -111,9 +77,7 @@ def require_elementwise(options: ScheduleOptions, offloaded: bool, device: torch
     Raises:
         ConfigError: it does not.
     """
-    import torch
-
-    if options.optimizer == "adamw":
+    if options.optimizer == "adamw" or optimizer_type(options.optimizer).full_matrices:
         return
     device = torch.device("cpu") if offloaded else device
     values = torch.sin(torch.arange(96, dtype=torch.float32, device=device))
@@ -156,27 +120,57 @@ def base_optimizer(wrapped: Any) -> torch.optim.Optimizer:
     return wrapped
 
 
-def ensure_moments(optimizer: torch.optim.Optimizer, tensor: torch.Tensor) -> dict[str, Any]:
-    """Returns the state of a tensor. If the optimizer has not stepped yet, the state is made: zero moments, zero steps.
+def state_kinds(state: Mapping[str, Any]) -> tuple[str, ...]:
+    """Returns the kinds of a parameter's state, which are the names of its tensors without the number of steps."""
+    return tuple(name for name, value in state.items() if torch.is_tensor(value) and name not in _NOT_STATE)
+
+
+def ensure_state(optimizer: torch.optim.Optimizer, tensor: torch.Tensor) -> dict[str, Any]:
+    """Returns the state of a tensor. If the optimizer has not stepped yet, the state is made: zeros and no steps.
 
     Raises:
-        ConfigError: the optimizer keeps other state than the two moments and the number of steps.
+        ConfigError: the optimizer keeps state that a checkpoint cannot hold; see `probed_state`.
     """
     state = optimizer.state[tensor]
-    if MOMENTS[0] not in state:
-        state.update(_new_state(optimizer, tensor))
+    if not state_kinds(state):
+        state.update(optimizer.new_state(tensor) if isinstance(optimizer, MakesState) else probed_state(optimizer, tensor))
     return state
 
 
-def _new_state(optimizer: torch.optim.Optimizer, tensor: torch.Tensor) -> dict[str, Any]:
-    """Returns a fresh state for a tensor; its form (what counts the steps) is taken from a step of the optimizer on a probe of zeros."""
-    import torch
+def probed_state(optimizer: torch.optim.Optimizer, tensor: torch.Tensor) -> dict[str, Any]:
+    """Returns a fresh state for a tensor, in the form in which the optimizer keeps the state of a small probe.
 
-    probe = torch.zeros(2, dtype=tensor.dtype, device=tensor.device)
-    probe.grad = torch.zeros_like(probe)
+    The probe is stepped twice: once from the optimizer's own initial state and once from zeros. Both must arrive at the same values,
+    since resuming and the switch know no other initial state than zeros.
+
+    Raises:
+        ConfigError: a step on the probe fails, the optimizer keeps something else than tensors of the parameter's shape and a number of
+            steps, or its state does not start from zeros.
+    """
+    name = type(optimizer).__name__
+    allowed = "any number of tensors with the parameter's shape and dtype that start from zeros, and optionally the number of steps as step"
+    advice = "choose another --optimizer, or register one with such a state"
+    first, state = _step_on_probe(optimizer, tensor, {})
+    kinds = {kind for kind, value in state.items() if torch.is_tensor(value) and (value.shape, value.dtype) == (first.shape, first.dtype)}
+    if state.keys() - kinds - {_STEP} or not kinds:
+        kept = f"the optimizer {name} keeps this state for each parameter: {', '.join(sorted(state)) or 'none'}"
+        raise ConfigError(kept, allowed, advice)
+    zeros = {kind: torch.zeros_like(value) if torch.is_tensor(value) else 0 for kind, value in state.items()}
+    second, _ = _step_on_probe(optimizer, tensor, {kind: value.clone() if torch.is_tensor(value) else value for kind, value in zeros.items()})
+    if not torch.equal(first, second):
+        raise ConfigError(f"the optimizer {name} does not start from zeros: its state is {', '.join(sorted(state))}", allowed, advice)
+    return {kind: torch.zeros_like(tensor) if kind in kinds else value for kind, value in zeros.items()}
+
+
+def _step_on_probe(optimizer: torch.optim.Optimizer, tensor: torch.Tensor, state: dict[str, Any]) -> tuple[torch.Tensor, dict[str, Any]]:
+    """Returns two elements of the tensor's dtype after one step from a state, and their state then; the optimizer is left unchanged."""
+    probe = torch.ones(2, dtype=tensor.dtype, device=tensor.device)
+    probe.grad = torch.tensor([0.5, -0.25], dtype=tensor.dtype, device=tensor.device)
     groups = optimizer.param_groups
     # A copy of a group, so that an optimizer that counts steps in its groups does not count this one.
-    optimizer.param_groups = [{**groups[0], "params": [probe]}]
+    optimizer.param_groups = [{**groups[0], "params": [probe], "lr": 0.1}]
+    if state:
+        optimizer.state[probe] = state
     try:
         optimizer.step()
     except Exception as error:
@@ -187,17 +181,7 @@ def _new_state(optimizer: torch.optim.Optimizer, tensor: torch.Tensor) -> dict[s
         ) from error
     finally:
         optimizer.param_groups = groups
-    state: dict[str, Any] = optimizer.state.pop(probe, {})
-    moments = {name for name, value in state.items() if torch.is_tensor(value) and (value.shape, value.dtype) == (probe.shape, probe.dtype)}
-    others = state.keys() - moments - {"step"}
-    if moments != set(MOMENTS) or others:
-        raise ConfigError(
-            f"the optimizer {type(optimizer).__name__} keeps this state for each parameter: {', '.join(sorted(state)) or 'none'}",
-            "exp_avg and exp_avg_sq, each with the parameter's shape and dtype, and optionally the number of steps as step",
-            "choose another --optimizer, or register one that keeps its state under these names",
-        )
-    step = {} if "step" not in state else {"step": state["step"].zero_() if torch.is_tensor(state["step"]) else 0}
-    return {**step, **{name: torch.zeros_like(tensor) for name in MOMENTS}}
+    return probe, optimizer.state.pop(probe, {})
 
 
 def _counts_in_state(optimizer: torch.optim.Optimizer) -> bool:
@@ -225,9 +209,8 @@ def set_step_count(optimizer: torch.optim.Optimizer, count: int) -> None:
             state["step"].fill_(count)
 
 
-def zero_moments(states: Iterable[dict[str, Any]]) -> None:
-    """Sets both moments of each state to zero."""
+def zero_state(states: Iterable[Mapping[str, Any]]) -> None:
+    """Sets all kinds of each state to zero; the numbers of steps stay."""
     for state in states:
-        for name in MOMENTS:
-            if name in state:
-                state[name].zero_()
+        for kind in state_kinds(state):
+            state[kind].zero_()
