@@ -12,9 +12,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from megatron_patch.config.resolve import RunConfig
-from megatron_patch.optimizers.registry import OPTIMIZERS
 from megatron_patch.errors import ConfigError
 from megatron_patch.model.own_model import OwnModel
+from megatron_patch.optimizers.registry import OPTIMIZERS
 from megatron_patch.utils.units import plural
 
 if TYPE_CHECKING:

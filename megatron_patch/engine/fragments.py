@@ -1,9 +1,9 @@
 """Flat views of the float32 weights and optimizer state that this rank holds, whatever the ZeRO level, named by parameter.
 
 In: a DeepSpeed engine. Out: `Fragment`s. Each is a span `[start, start + numel)` of one flattened parameter (or of this rank's
-tensor-parallel shard of it), with views of its master weight and of each kind of optimizer state. Checkpoints and initial weights work on fragments, so
-they need not know how ZeRO lays out its memory. Fragments are named by parameter, shard and span, so that a checkpoint of fragments can
-be loaded into any other layout.
+tensor-parallel shard of it), with views of its master weight and of each kind of optimizer state. Checkpoints and initial weights work on
+fragments, so they need not know how ZeRO lays out its memory. Fragments are named by parameter, shard and span, so that a checkpoint of
+fragments can be loaded into any other layout.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The files of weights and optimizer state in a checkpoint: each rank writes its fragments, and any rank of any layout reads any span.
 
-In: fragments and a folder. Out: one file `state-RRRRR-of-RRRRR.safetensors` per rank with `weight/NAME` and the kinds
-of optimizer state, such as `exp_avg/NAME`, for each fragment, float32 and flat; the file's header lists each fragment's parameter shape and first element. Reading
-runs no stored code, needs no conversion between layouts, and loads only the requested bytes.
+In: fragments and a folder. Out: one file `state-RRRRR-of-RRRRR.safetensors` per rank with `weight/NAME` and the kinds of optimizer
+state, such as `exp_avg/NAME`, for each fragment, float32 and flat; the file's header lists each fragment's parameter shape and first
+element. Reading runs no stored code, needs no conversion between layouts, and loads only the requested bytes.
 """
 
 from __future__ import annotations

@@ -67,7 +67,7 @@ class MatrixExchange:
         """
         for wave in self.plan.waves:
             buffer = self._collect(wave, sources)
-            for matrices in _by_shape(wave.matrices):
+            for matrices in _alike(wave.matrices):
                 views = [_shards_by_row(buffer, matrix) for matrix in matrices]
                 results = function(torch.stack(views).view(len(matrices), *matrices[0].shape))
                 for view, result in zip(views, results, strict=True):
@@ -90,7 +90,7 @@ class MatrixExchange:
         messages = [[buffer.narrow(0, part.offset, part.numel) for part in parts] for parts in wave.returns]
         received = self._exchange(wave, messages, [_numel(slices) for slices in wave.arrivals])
         arrivals = list(itertools.chain(*wave.arrivals))
-        results = [(slice_, message) for slice_, message in zip(arrivals, received.split([slice_.numel for slice_ in arrivals]), strict=True)]
+        results = list(zip(arrivals, received.split([slice_.numel for slice_ in arrivals]), strict=True))
         results += [(slice_, buffer.narrow(0, part.offset, part.numel)) for part, slice_ in wave.own_results]
         for slice_, result in results:
             target = targets[slice_.tensor].narrow(0, slice_.offset, slice_.numel)
@@ -126,11 +126,11 @@ def _cut(tensors: Sequence[torch.Tensor], slices: Sequence[Slice]) -> list[torch
     return [tensors[cut.tensor].narrow(0, cut.offset, cut.numel) for cut in slices]
 
 
-def _by_shape(matrices: Sequence[OwnedMatrix]) -> list[list[OwnedMatrix]]:
-    """Returns the matrices in groups of equal shape."""
-    groups: dict[tuple[int, int], list[OwnedMatrix]] = {}
+def _alike(matrices: Sequence[OwnedMatrix]) -> list[list[OwnedMatrix]]:
+    """Returns the matrices in groups of equal shape and layout."""
+    groups: dict[tuple[tuple[int, int], int, int], list[OwnedMatrix]] = {}
     for matrix in matrices:
-        groups.setdefault(matrix.shape, []).append(matrix)
+        groups.setdefault((matrix.shape, matrix.dim, matrix.shards), []).append(matrix)
     return list(groups.values())
 
 

@@ -273,7 +273,7 @@ def _pieces_of(matrix: _Matrix, shard_numel: int) -> Iterator[tuple[int, int, in
     for shard, spans in sorted(matrix.spans.items()):
         end = 0
         for first, last, holders in _pieces(spans):
-            assert first == end and holders, f"{matrix.name}: no rank holds element {end} of shard {shard}"
+            assert first == end, f"{matrix.name}: no rank holds element {end} of shard {shard}"
             end = last
             yield shard, first, last, holders
         assert end == shard_numel, f"{matrix.name}: shard {shard} has {end} of {shard_numel} elements"

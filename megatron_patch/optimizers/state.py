@@ -156,7 +156,8 @@ def probed_state(optimizer: torch.optim.Optimizer, tensor: torch.Tensor) -> dict
         kept = f"the optimizer {name} keeps this state for each parameter: {', '.join(sorted(state)) or 'none'}"
         raise ConfigError(kept, allowed, advice)
     zeros = {kind: torch.zeros_like(value) if torch.is_tensor(value) else 0 for kind, value in state.items()}
-    second, _ = _step_on_probe(optimizer, tensor, {kind: value.clone() if torch.is_tensor(value) else value for kind, value in zeros.items()})
+    copies = {kind: value.clone() if torch.is_tensor(value) else value for kind, value in zeros.items()}
+    second, _ = _step_on_probe(optimizer, tensor, copies)
     if not torch.equal(first, second):
         raise ConfigError(f"the optimizer {name} does not start from zeros: its state is {', '.join(sorted(state))}", allowed, advice)
     return {kind: torch.zeros_like(tensor) if kind in kinds else value for kind, value in zeros.items()}

@@ -104,7 +104,7 @@ def test_recomputation_and_documents_change_nothing_between_layouts(tmp_path, co
 
 
 def test_a_reset_zeroes_moments_and_step_count(tmp_path):
-    from megatron_patch.engine.optimizer import ensure_moments, set_step_count, step_count, zero_moments
+    from megatron_patch.optimizers.state import ensure_state, set_step_count, step_count, zero_state
 
     weight = torch.nn.Parameter(torch.ones(3))
     optimizer = torch.optim.AdamW([weight], lr=0.1, fused=True)
@@ -112,9 +112,9 @@ def test_a_reset_zeroes_moments_and_step_count(tmp_path):
     weight.grad = torch.ones(3)
     optimizer.step()
     optimizer.step()
-    assert step_count(optimizer) == 2 and ensure_moments(optimizer, weight)["exp_avg"].abs().sum() > 0
-    zero_moments(optimizer.state.values())
-    assert step_count(optimizer) == 2 and ensure_moments(optimizer, weight)["exp_avg"].abs().sum() == 0
+    assert step_count(optimizer) == 2 and ensure_state(optimizer, weight)["exp_avg"].abs().sum() > 0
+    zero_state(optimizer.state.values())
+    assert step_count(optimizer) == 2 and ensure_state(optimizer, weight)["exp_avg"].abs().sum() == 0
     set_step_count(optimizer, 0)
     fresh = torch.nn.Parameter(weight.detach().clone())
     other = torch.optim.AdamW([fresh], lr=0.1, fused=True)

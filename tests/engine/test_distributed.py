@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from megatron_patch.config.options import ScheduleOptions
-from megatron_patch.engine.optimizer import make_optimizer
+from megatron_patch.optimizers.state import make_optimizer
 from tests.distributed.ranks import run_ranks
 
 

@@ -16,7 +16,7 @@ from megatron_patch.model.attention import AttentionContext, ModelCache
 from megatron_patch.model.flops import forward_flops_per_position, parameter_count, peak_flops, training_flops_per_position
 from megatron_patch.model.generate import generate
 from megatron_patch.model.gpt import GPTModel
-from megatron_patch.model.init import InitialWeights, initial_span, initialize, split_by_weight_decay
+from megatron_patch.model.init import InitialWeights, initial_span, initialize
 from megatron_patch.model.rotary import rotary_tables
 from megatron_patch.model.shape import check_shape
 from megatron_patch.model.sharding import Shard
@@ -228,15 +228,6 @@ def test_initial_weights_depend_on_seed_and_name_alone():
     assert not torch.equal(initial_span("a.weight", (4, 4), LLAMA, 1), initial_span("b.weight", (4, 4), LLAMA, 1))
     std = initial_span("blocks.0.feed_forward.down.weight", (400, 400), LLAMA, 1).std()
     assert std == pytest.approx(LLAMA.init_std / 2, rel=0.02), "1/sqrt(2 * 2 layers)"
-
-
-def test_weight_decay_leaves_norms_and_biases_alone():
-    model = make(GPT2)
-    decayed, undecayed = split_by_weight_decay(model)
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    assert all("norm" in names[id(p)] or names[id(p)].endswith("bias") for p in undecayed)
-    assert all(names[id(p)].endswith("weight") and "norm" not in names[id(p)] for p in decayed)
-    assert len(decayed) + len(undecayed) == len(names)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

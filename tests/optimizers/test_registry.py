@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from megatron_patch.config.options import ScheduleOptions
-from megatron_patch.engine.optimizer import OPTIMIZERS, ensure_moments, make_optimizer, set_step_count, step_count
 from megatron_patch.errors import ConfigError
+from megatron_patch.optimizers.registry import OPTIMIZERS
+from megatron_patch.optimizers.state import ensure_state, make_optimizer, set_step_count, step_count
 from megatron_patch.training.pretrain import main
 from tests.distributed.runs import MODEL, make_corpus, printed, start_program, train
 
@@ -49,16 +50,16 @@ def test_state_is_accepted_only_as_two_moments_and_a_number_of_steps(make):
     optimizer = make([weight], lr=0.1)
     optimizer.state.clear()
     if make in (torch.optim.Adam, torch.optim.AdamW):
-        assert set(ensure_moments(optimizer, weight)) == {"step", "exp_avg", "exp_avg_sq"} and len(optimizer.state) == 1
+        assert set(ensure_state(optimizer, weight)) == {"step", "exp_avg", "exp_avg_sq"} and len(optimizer.state) == 1
     else:
         with pytest.raises(ConfigError, match=rf"(?s)the optimizer {make.__name__} keeps this state.*Allowed: exp_avg and exp_avg_sq"):
-            ensure_moments(optimizer, weight)
+            ensure_state(optimizer, weight)
 
 
 def test_state_made_here_is_the_state_that_the_optimizer_makes():
     made, own = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
     optimizers = torch.optim.Adam([made], lr=0.1), torch.optim.Adam([own], lr=0.1)
-    ensure_moments(optimizers[0], made)
+    ensure_state(optimizers[0], made)
     assert torch.equal(made, torch.ones(3)) and step_count(optimizers[0]) == 0
     for weight, optimizer in zip((made, own), optimizers, strict=True):
         weight.grad = torch.tensor([1.0, -2.0, 0.5])
@@ -90,7 +91,7 @@ class GroupCounting(torch.optim.Optimizer):
 def test_steps_counted_in_groups_are_read_and_set():
     weight = torch.nn.Parameter(torch.ones(3))
     optimizer = GroupCounting([weight], 0.1)
-    assert set(ensure_moments(optimizer, weight)) == {"exp_avg", "exp_avg_sq"} and step_count(optimizer) == 0
+    assert set(ensure_state(optimizer, weight)) == {"exp_avg", "exp_avg_sq"} and step_count(optimizer) == 0
     weight.grad = torch.ones(3)
     optimizer.step()
     assert step_count(optimizer) == 1
