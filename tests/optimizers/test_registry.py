@@ -185,6 +185,7 @@ def test_a_registered_optimizer_trains_and_resumes(tmp_path, name, zero, kinds):
     train(parts, 2, PLAN, "--exit-interval 6", options, corpus, main=register_and_train)
     resumed = train(parts, 2, PLAN, options, corpus, main=register_and_train)
     assert whole.losses[-1] < whole.losses[0] and resumed.losses == whole.losses
+    assert "untested optimizer" not in printed(tmp_path / "whole")
     stored = {key.partition("/")[0] for file in parts.glob("step-*/state-*.safetensors") for key in read_header(file)}
     assert stored == {"weight", *kinds}
 
