@@ -48,7 +48,7 @@ def newton_schulz(matrices: torch.Tensor, kind: MuonCoefficients = "quintic", st
     table = COEFFICIENTS[kind]
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.mT if tall else matrices
-    norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=torch.float32)
+    norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
     x = (x / norm.clamp(min=1e-7)).to(matrices.dtype)
     for step in range(steps):
         a, b, c = table[min(step, len(table) - 1)]
