@@ -12,7 +12,6 @@ from megatron_patch.model.sharding import Shard, shard_of
 from megatron_patch.optimizers.ownership import MatrixSpan, orthogonalization_flops, plan_exchange
 
 
-
 def llama(layers, hidden_size, heads, groups, inner):
     """The shape of a model with SwiGLU."""
     return ModelShape(layers, hidden_size, heads, groups, hidden_size // heads, inner, 512, 512, 128)
