@@ -17,8 +17,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_patch.config.plan_builder import check_schedules, whole_steps
+from megatron_patch.config.plan_builder import whole_steps
 from megatron_patch.config.resolve import RunConfig
+from megatron_patch.config.schedules import check_schedules
 from megatron_patch.config.stage_spec import StageSpec, parse_stages, stage_specs
 from megatron_patch.errors import CheckpointError, ConfigError
 from megatron_patch.stages import LrShape, Progress, StagePlan
