@@ -133,7 +133,7 @@ REFUSED: Mapping[str, Refusal] = {
         "the program makes the optimizer", "remove it; use --optimizer, --lr, --weight-decay, --adam-beta1, --adam-beta2, --adam-eps"
     ),
     "scheduler": Refusal(
-        "the program sets the learning rate", "remove it; use --lr, --min-lr, --lr-decay-style, --lr-warmup-tokens, --lr-decay-tokens"
+        "the program sets the learning rate", "remove it; use --lr, --min-lr, --lr-decay-style, --lr-warmup-steps, --lr-decay-steps"
     ),
     "bfloat16": Refusal("it is the old name of bf16", "rename it to bf16"),
     "data_efficiency": Refusal("the program reads the data itself", "remove it; write a curriculum by sequence length as stages:"),
