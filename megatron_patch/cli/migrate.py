@@ -323,6 +323,10 @@ def _with_json(given: Sequence[Given], parts: DeepSpeedParts, source: _Source) -
     result = list(given)
     values = {flag.key: " ".join(flag.words) for flag in given}
     for option, (value, key) in list(parts.flags.items()):
+        if option == "lr-warmup-steps" and (other := next((name for name in values if name.startswith("lr-warmup-")), None)):
+            del parts.flags[option]
+            source.remarks.append(f"--{other} {values[other]} is written, and DeepSpeed's JSON has {key} = {value}")
+            continue
         if option not in values:
             result.append(Given(option, () if value == "true" else (value,), DEEPSPEEDS_JSON))
             continue

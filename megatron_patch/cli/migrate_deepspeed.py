@@ -164,9 +164,10 @@ def _scheduler(parts: DeepSpeedParts, section: dict[str, Any]) -> None:
         parts.dropped.append((f"scheduler.params.warmup_min_lr {values['warmup_min_lr']}", "the warm-up begins at 0"))
     if name != "WarmupCosineLR" and values.get("warmup_type", "log") == "log":
         parts.dropped.append(("scheduler.params.warmup_type log", "the warm-up is linear"))
-    for key, option in (("warmup_num_steps", "lr-warmup-tokens"), ("total_num_steps", "lr-decay-tokens")):
-        if isinstance(values.get(key), int):
-            parts.steps[option] = (values[key], f"scheduler.params.{key}")
+    if isinstance(values.get("warmup_num_steps"), int):
+        _take(parts, "lr-warmup-steps", values["warmup_num_steps"], "scheduler.params.warmup_num_steps")
+    if isinstance(values.get("total_num_steps"), int):
+        parts.steps["lr-decay-tokens"] = (values["total_num_steps"], "scheduler.params.total_num_steps")
     if name == "WarmupCosineLR" and "cos_min_ratio" in values:
         parts.dropped.append((f"scheduler.params.cos_min_ratio {values['cos_min_ratio']}", "write --min-lr, which is this share of --lr"))
 

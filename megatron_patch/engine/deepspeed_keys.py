@@ -135,7 +135,7 @@ REFUSED: Mapping[str, Refusal] = {
         "and --muon-momentum; megatron-patch migrate translates it",
     ),
     "scheduler": Refusal(
-        "the program sets the learning rate", "remove it; use --lr, --min-lr, --lr-decay-style, --lr-warmup-tokens, --lr-decay-tokens"
+        "the program sets the learning rate", "remove it; use --lr, --min-lr, --lr-decay-style, --lr-warmup-steps, --lr-decay-steps"
     ),
     "bfloat16": Refusal("it is the old name of bf16", "rename it to bf16"),
     "data_efficiency": Refusal("the program reads the data itself", "remove it; write a curriculum by sequence length as stages:"),

@@ -64,7 +64,7 @@ def newton_schulz(matrices: torch.Tensor, kind: MuonCoefficients = "simple", ste
     """
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.mT if tall else matrices
-    norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=torch.float32)
+    norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
     x = (x / norm.clamp(min=1e-7)).to(matrices.dtype)
     for a, b, c in coefficients(kind, steps):
         gram = x @ x.mT

@@ -120,9 +120,11 @@ def test_megatron_lms_llama_3_gets_one_report_and_what_remains_of_it_resolves(tm
         ("--train-samples 1000 --train-tokens 2M", "--train-tokens 128000"),
         ("--lr-decay-iters 5", "--lr-decay-tokens 5120"),
         ("--lr-decay-samples 5", "--lr-decay-tokens 640"),
-        ("--lr-warmup-iters 3", "--lr-warmup-tokens 3072"),
+        ("--lr-warmup-iters 3", "--lr-warmup-steps 3"),
+        ("--lr-warmup-iters 3 --lr-warmup-steps 4", "--lr-warmup-steps 4"),
+        ("--lr-warmup-iters 3 --lr-warmup-tokens 1k", "--lr-warmup-tokens 1k"),
         ("--lr-warmup-samples 3 --lr-warmup-tokens 1k", "--lr-warmup-tokens 1k"),
-        ("--lr-wsd-decay-iters 3", "--lr-wsd-decay-tokens 3072"),
+        ("--lr-wsd-decay-iters 3", "--lr-wsd-decay-steps 3"),
         ("--lr-warmup-fraction .001 --lr-decay-iters 1000", "--lr-warmup-tokens 1024 --lr-decay-tokens 1024000"),
         ("--lr-warmup-fraction .01 --train-iters 100", "--lr-warmup-fraction .01 --train-tokens 102400"),
         ("--lr-wsd-decay-style minus_sqrt", "--lr-wsd-decay-style minus-sqrt"),
@@ -320,7 +322,7 @@ def test_contradictions_of_several_checks_are_reported_at_once():
         resolve(options("--train-tokens 0 --adam-eps 0 --dry-run"), 1)
 
 
-@pytest.mark.parametrize("words", ["--num-key-value-head 4", "--foo", "--fp8-hybrids", "--lr-warmup-steps 10", "--lr-decay-steps 5"])
+@pytest.mark.parametrize("words", ["--num-key-value-head 4", "--foo", "--fp8-hybrids", "--lr-warmup-hours 10", "--lr-decay-epochs 5"])
 def test_an_unknown_flag_gets_no_guess_across_meanings(words):
     (row,) = translated(words).problems
     assert row.meaning.startswith("unknown") and row.becomes == f"remove {words.split()[0]}"
@@ -358,6 +360,9 @@ def test_keys_of_a_file_go_through_the_same_table(tmp_path):
     assert over.options.stages.train_tokens == 5
     assert parse(["--config", str(path), "--global-batch-size", "4"]).options.stages.train_tokens == 10 * 4 * 128
     assert parse(["--config", str(path), "--train-iters", "1"]).options.stages.train_tokens == 8 * 128
+    path.write_text(path.read_text() + "lr-warmup-tokens: 1k\n")
+    schedule = parse(["--config", str(path), "--lr-warmup-iters", "3"]).options.schedule
+    assert (schedule.lr_warmup_steps, schedule.lr_warmup_tokens) == (3, 0)
     path.write_text(path.read_text() + "num-experts: 4\nbf16: maybe\nlayers: 5\nlr: fast\n")
     with pytest.raises(ConfigError) as error:
         parse(["--config", str(path)])

@@ -378,12 +378,13 @@ def test_deepspeeds_json_is_divided():
         "adam-eps": "1e-08",
         "weight-decay": "0.1",
         "lr-decay-style": "linear",
+        "lr-warmup-steps": "10",
         "clip-grad": "1.0",
         "fp16": "true",
         "initial-loss-scale": "65536",
         "zero-stage": "2",
     }
-    assert {option: steps for option, (steps, _) in parts.steps.items()} == {"lr-warmup-tokens": 10, "lr-decay-tokens": 100}
+    assert {option: steps for option, (steps, _) in parts.steps.items()} == {"lr-decay-tokens": 100}
     assert parts.left == {"zero_optimization": {"overlap_comm": True}, "comms_logger": {"enabled": True}}
     assert [key for key, _ in parts.dropped] == ["curriculum_learning"] and [key for key, _ in parts.ignored] == ["wall_clock_breakdown"]
 

@@ -172,9 +172,16 @@ MAIN: tuple[MegatronFlag, ...] = (
     *rows(_RATE, "lr min-lr adam-beta1 adam-beta2 adam-eps clip-grad weight-decay", BOTH, _SAME, "the same; some defaults differ"),
     *rows(_RATE, "lr-decay-style", BOTH, _SAME, "the same; Megatron's default is linear, here cosine"),
     *rows(_RATE, "lr-decay-tokens lr-warmup-tokens", DS, _SAME, "the same"),
-    *rows(_RATE, "lr-decay-iters", BOTH, _COMPUTED, "steps x --global-batch-size x --seq-length", "--lr-decay-tokens"),
+    *rows(
+        _RATE,
+        "lr-decay-iters",
+        BOTH,
+        _COMPUTED,
+        "steps x --global-batch-size x --seq-length, as --train-iters, so that the decay ends where the run ends",
+        "--lr-decay-tokens",
+    ),
     *rows(_RATE, "lr-decay-samples", BOTH, _COMPUTED, "samples x --seq-length", "--lr-decay-tokens"),
-    *rows(_RATE, "lr-warmup-iters", BOTH, _COMPUTED, "steps x --global-batch-size x --seq-length", "--lr-warmup-tokens"),
+    *rows(_RATE, "lr-warmup-iters", BOTH, _COMPUTED, "the same steps, whatever their tokens", "--lr-warmup-steps"),
     *rows(_RATE, "lr-warmup-samples", BOTH, _COMPUTED, "samples x --seq-length", "--lr-warmup-tokens"),
     *rows(
         _RATE,
@@ -184,7 +191,7 @@ MAIN: tuple[MegatronFlag, ...] = (
         "Megatron takes the share of the decay's length, so with --lr-decay-iters or -samples it is computed into --lr-warmup-tokens",
         "--lr-warmup-fraction",
     ),
-    *rows(_RATE, "lr-wsd-decay-iters", LM, _COMPUTED, "steps x --global-batch-size x --seq-length", "--lr-wsd-decay-tokens"),
+    *rows(_RATE, "lr-wsd-decay-iters", LM, _COMPUTED, "the same steps, whatever their tokens", "--lr-wsd-decay-steps"),
     *rows(_RATE, "lr-wsd-decay-samples", LM, _COMPUTED, "samples x --seq-length", "--lr-wsd-decay-tokens"),
     *rows(
         _RATE,
@@ -195,7 +202,7 @@ MAIN: tuple[MegatronFlag, ...] = (
         "--lr-wsd-decay-style",
     ),
     *rows(_RATE, "lr-warmup-init", LM, _REFUSED, "the warm-up begins at 0", "", "0"),
-    *rows(_RATE, "warmup", BOTH, _REFUSED, "Megatron's old name for a share of the steps", "--lr-warmup-fraction, or --lr-warmup-tokens"),
+    *rows(_RATE, "warmup", BOTH, _REFUSED, "Megatron's old name for a share of the steps", "--lr-warmup-fraction, or --lr-warmup-steps"),
     *rows(
         _RATE,
         "override-opt_param-scheduler/0",
