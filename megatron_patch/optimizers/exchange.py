@@ -13,10 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.distributed as dist
 
-from megatron_patch.optimizers.ownership import BufferSlice, MatrixSpan, OwnedMatrix, Slice, Wave, plan_exchange
-
-WAVE_LIMIT = 1 << 26
-"""Number of elements that an owner collects at a time."""
+from megatron_patch.optimizers.ownership import WAVE_LIMIT, BufferSlice, MatrixSpan, OwnedMatrix, Slice, Wave, plan_exchange
 
 
 class MatrixExchange:
