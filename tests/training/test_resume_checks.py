@@ -26,6 +26,7 @@ BASE = (
     "--train-tokens 30720 --lr-decay-style constant --split 90,10,0 --eod-token-id 63 --save RUN"
 )
 SCALED = "--rope-scaling llama3 --rope-scaling-factor 8"
+MUON = "--optimizer muon"
 LIST = '--stages [{"patch_size":4,"token_share":0.5},{"patch_size":1}] --patch-size 1'
 
 OTHER = {
@@ -42,10 +43,13 @@ OTHER = {
     "sample": "constant-tokens", "batch": "constant-positions", "micro_batch_size": "2", "global_batch_size": "24",
     "global_batch_tokens": ("800", "--global-batch-size None --global-batch-tokens 192"), "position_weights": "power", "anneal_share": "0.5",
     "block_tokens": "128", "start_tokens": "64",
-    "lr": "1e-3", "min_lr": "1e-5", "lr_warmup_tokens": "1000", "lr_warmup_fraction": "0.1", "lr_decay_style": "cosine",
-    "lr_decay_tokens": "9000", "lr_wsd_decay_tokens": ("2000", "--lr-decay-style WSD"),
-    "lr_wsd_decay_fraction": ("0.25", "--lr-decay-style WSD"), "lr_wsd_decay_style": ("cosine", "--lr-decay-style WSD"),
-    "optimizer": "registered-elsewhere", "weight_decay": "0.2", "adam_beta1": "0.8", "adam_beta2": "0.9", "adam_eps": "1e-7", "clip_grad": "2",
+    "lr": "1e-3", "min_lr": "1e-5", "lr_warmup_tokens": "1000", "lr_warmup_steps": "7", "lr_warmup_fraction": "0.1",
+    "lr_decay_style": "cosine", "lr_decay_tokens": "9000", "lr_decay_steps": "50", "lr_wsd_decay_tokens": ("2000", "--lr-decay-style WSD"),
+    "lr_wsd_decay_steps": ("5", "--lr-decay-style WSD"), "lr_wsd_decay_fraction": ("0.25", "--lr-decay-style WSD"), "lr_wsd_decay_style": ("cosine", "--lr-decay-style WSD"),
+    "optimizer": "registered-elsewhere", "decoupled_lr": "1e-3", "embedding_weight_decay": "0.2", "muon_lr": ("0.01", MUON),
+    "muon_weight_decay": ("0.2", MUON), "muon_momentum": ("0.9", MUON), "muon_nesterov": ("False", MUON),
+    "muon_scale_mode": ("shape_scaling", MUON), "muon_extra_scale_factor": ("1", MUON), "muon_num_ns_steps": ("6", MUON),
+    "muon_coefficient_type": ("polar_express", MUON), "weight_decay": "0.2", "adam_beta1": "0.8", "adam_beta2": "0.9", "adam_eps": "1e-7", "clip_grad": "2",
     "data_path": "OTHER", "valid_data_path": ("OTHER", "--valid-data-path CORPUS"), "split": "80,20,0", "tokenizer_type": "NullTokenizer",
     "tokenizer_model": "elsewhere", "eod_token_id": ("62", "--eod-mask-loss"), "reset_attention_mask": "True", "reset_position_ids": "True",
     "eod_mask_loss": "True", "max_epochs": "100", "shuffle_window_blocks": "16", "num_workers": "0",
