@@ -169,7 +169,6 @@ def _matrix_step(
         unit.sort(key=order_of_cost)
         owners, _ = assign_owners(unit, ranks)
         sources = Sources(ranks)
-        ledger.begin()
         for members in assign_waves(unit, owners, WAVE_LIMIT):
             ledger.add_wave([(matrix, owners[matrix.name], pieces[matrix.name]) for matrix in members], sources)
     return ledger.result()
@@ -186,12 +185,6 @@ class _Ledger:
         self._vectors: dict[int, tuple[dict[int, int], np.ndarray]] = {}
         self._waves = self._matrices = self._peak = 0
         self._flops = self._critical = 0.0
-        self.begin()
-
-    def begin(self) -> None:
-        """Begins with the matrices that are stepped together."""
-        # The buffer and the last results of a wave are freed when the next wave replaces them.
-        self._buffers, self._results = np.zeros(self._ranks, np.int64), np.zeros(self._ranks, np.int64)
 
     def _vector(self, held: dict[int, int]) -> np.ndarray:
         """Returns the elements that each rank holds as an array."""
@@ -250,16 +243,13 @@ class _Ledger:
             self._critical += load.max()
         else:
             self._load += load
-        held = self._buffers + self._results + buffers
-        self._note(self._e * int((held + gathered_out + gathered_in).max()))
+        self._note(self._e * int((buffers + gathered_out + gathered_in).max()))
         for owner, groups in alike.items():
             for (shape, _, _), number in groups.items():
-                before = int(buffers[owner] + self._results[owner])
-                self._note(self._e * before + orthogonalization_bytes(shape, number, self._e))
-                self._results[owner] = number * math.prod(shape)
-        cast = 4 * max(math.prod(matrix.shape) for matrix, _, _ in members) if self._e == 2 else 0
-        self._note(self._e * int((buffers + self._results + returned_out + returned_in).max()) + cast)
-        self._buffers = buffers
+                self._note(self._e * int(buffers[owner]) + orthogonalization_bytes(shape, number, self._e))
+        self._note(self._e * int((buffers + returned_out + returned_in).max()))
+        if self._e == 2:  # results are widened one after another
+            self._note(2 * int((buffers + returned_in).max()) + 4 * max(math.prod(matrix.shape) for matrix, _, _ in members))
 
     def _note(self, allocated: int) -> None:
         self._peak = max(self._peak, allocated)

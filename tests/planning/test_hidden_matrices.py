@@ -114,11 +114,11 @@ def test_traffic_by_the_formulas():
 
 
 def test_sub_groups_of_zero_3_are_stepped_one_after_the_other():
-    layout = Layout(8, zero_level=3, optimizer=MUON)
+    layout = Layout(64, zero_level=3, optimizer=MUON)
     layers = range(LLAMA_7B.num_layers + 2)
-    one, four = (matrix_step(LLAMA_7B, dataclasses.replace(layout, sub_group_elements=size), layers) for size in (10**9, 202_375_168))
+    one, four = (matrix_step(LLAMA_7B, dataclasses.replace(layout, sub_group_elements=size), layers) for size in (10**9, 25_000_000))
     assert sum(four.sent) == sum(one.sent) and four.waves >= one.waves
-    assert one.load_factor < four.load_factor < 2
+    assert 1 < one.load_factor < four.load_factor < 2
 
 
 def test_other_optimizers_have_no_matrix_step():
@@ -157,7 +157,12 @@ def highest(function):
 def test_orthogonalization_allocates_the_counted_bytes(dtype, number, rows, columns):
     given = torch.randn(number, rows, columns, dtype=dtype)
     counted = orthogonalization_bytes((rows, columns), number, dtype.itemsize)
-    assert highest(lambda: newton_schulz(torch.stack(list(given)))) == pytest.approx(counted, rel=0.02)
+    measured = highest(lambda: newton_schulz(torch.stack(list(given))))
+    if dtype == torch.float32:
+        assert measured == pytest.approx(counted, rel=0.001)
+    else:
+        # A CPU copies operands of other types, of a division to float32 and of products to rows without gaps; a GPU's kernels read both.
+        assert counted <= measured <= counted + 4.1 * given.numel()
 
 
 WIDE = ModelShape(3, 256, 4, 2, 64, 640, 64, 64, max_positions=64)
@@ -192,5 +197,14 @@ def test_the_buffers_of_a_step_are_those_that_torch_allocates(tmp_path, monkeypa
     counted = matrix_step(WIDE, Layout(ranks, zero_level=zero, precision=precision, optimizer=MUON), range(1, 4)).buffer_bytes
     hidden_matrices._matrix_step.cache_clear()
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
-    measured = run_ranks(exchange_on_a_rank, ranks, tmp_path, zero, limit, dtype)
-    assert max(measured) == pytest.approx(counted, rel=0.05)
+    # A CPU copies bfloat16 operands of a division to float32; see the test above.
+    copied = 4.1 * max(math.prod(size) for size in ((3, 256, 256), (9, 256, 640))) if precision == "bf16" else 0
+    # The profiler does not see what threads of gloo free, so that a measurement may be too large.
+    lowest = [math.inf] * ranks
+    for attempt in range(6):
+        measured = run_ranks(exchange_on_a_rank, ranks, tmp_path / str(attempt), zero, limit, dtype)
+        lowest = list(map(min, lowest, measured))
+        assert counted <= 1.001 * max(lowest)
+        if max(lowest) <= 1.001 * counted + copied:
+            return
+    raise AssertionError((lowest, counted))
