@@ -58,8 +58,8 @@ def _tensor_parallel_mode(to: Translator, given: Given, flag: MegatronFlag) -> N
     if given.words[:1] == ("blockwise",) and to.value("tensor-model-parallel-size", "model-parallel-size") not in (None, "1"):
         to.refuse(
             given,
-            "Megatron's default, which orthogonalizes the part of each tensor-parallel rank alone, so that the update depends on the layout; "
-            "here every matrix is orthogonalized as a whole",
+            "Megatron's default, which orthogonalizes the part of each tensor-parallel rank alone, so that the update depends on the "
+            "layout; here every matrix is orthogonalized as a whole",
             "--muon-tp-mode duplicated, which is what happens here",
         )
     else:
