@@ -34,7 +34,7 @@ from megatron_patch.config.option_types import (
 from megatron_patch.stages import LrStyle, WsdDecayStyle
 
 MuonScaleMode = Literal["spectral", "unit_rms_norm", "shape_scaling"]
-MuonCoefficients = Literal["quintic", "polar_express"]
+MuonCoefficients = Literal["simple", "quintic", "polar_express"]
 
 
 @dataclass(frozen=True)
@@ -207,8 +207,12 @@ class ScheduleOptions:
     """Further factor of Muon's update. 0.2 with spectral gives it the size of AdamW's update (arXiv 2502.16982)."""
     muon_num_ns_steps: Reported[int] = 5
     """Number of Newton-Schulz steps that orthogonalize the momentum."""
-    muon_coefficient_type: Reported[MuonCoefficients] = "quintic"
-    """Coefficients of these steps: quintic (Jordan's), or polar_express (arXiv 2505.16932)."""
+    muon_coefficient_type: Reported[MuonCoefficients] = "simple"
+    """Coefficients of these steps, by Megatron's names.
+
+    - simple: the same in each step (Jordan 2024, as torch.optim.Muon).
+    - quintic: five different ones, which Megatron has by default (modded-nanogpt).
+    - polar_express: the best ones for each step (arXiv 2505.16932)."""
     adam_beta1: Reported[float] = 0.9
     """Decay rate of Adam's first moment (beta 1)."""
     adam_beta2: Reported[float] = 0.95
