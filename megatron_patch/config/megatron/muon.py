@@ -47,6 +47,19 @@ def _unused(to: Translator, given: Given) -> bool:
     return True
 
 
+def _own(to: Translator, given: Given, flag: MegatronFlag) -> None:
+    """Takes over a flag that is the same here, or drops it where Megatron would not read it: this program refuses it with AdamW."""
+    name = to.value("optimizer")
+    if name in ("adam", "sgd") or (name is None and any(key not in to.ours for key in to.last)):
+        to.ignore(given, "read only with --optimizer muon")
+    elif flag.here and flag.key not in to.ours:
+        to.emit(given, flag.here, meaning=flag.text)
+    elif flag.key == "muon-coefficient-type" and name in NAMES and given.words[:1] not in (("simple",), ("quintic",), ("polar_express",)):
+        to.refuse(given, "there are no such coefficients", "--muon-coefficient-type simple, quintic or polar_express")
+    else:
+        to.result.flags.append(given)
+
+
 def _split_qkv(to: Translator, given: Given, flag: MegatronFlag) -> None:
     if not _unused(to, given):
         to.refuse(given, flag.text)
@@ -84,14 +97,6 @@ def _scalar_optimizer(to: Translator, given: Given, flag: MegatronFlag) -> None:
         to.refuse(given, flag.text, "--muon-scalar-optimizer adam")
 
 
-def _coefficients(to: Translator, given: Given, flag: MegatronFlag) -> None:
-    other = given.words[:1] not in (("simple",), ("quintic",), ("polar_express",))
-    if other and to.value("optimizer") in NAMES:
-        to.refuse(given, "there are no such coefficients", "--muon-coefficient-type simple, quintic or polar_express")
-    else:
-        to.result.flags.append(given)
-
-
 def _decoupled_min_lr(to: Translator, given: Given, flag: MegatronFlag) -> None:
     lr, least, rate, own = (_float(to.value(key)) for key in ("lr", "min-lr", "decoupled-lr", "decoupled-min-lr"))
     if rate is None:
@@ -116,13 +121,14 @@ def _float(word: str | None) -> float | None:
         return None
 
 
+_OWN = "muon-momentum muon-nesterov muon-use-nesterov muon-scale-mode muon-num-ns-steps muon-extra-scale-factor muon-coefficient-type"
 FUNCTIONS = {
+    **dict.fromkeys(_OWN.split(), _own),
     "optimizer": optimizer,
     "muon-no-split-qkv": _split_qkv,
     "muon-tp-mode": _tensor_parallel_mode,
     "muon-fp32-matmul-prec": _precision,
     "muon-scalar-optimizer": _scalar_optimizer,
-    "muon-coefficient-type": _coefficients,
     "decoupled-min-lr": _decoupled_min_lr,
 }
 """Flag -> function that translates it."""
