@@ -82,16 +82,27 @@ def matrix_step(shape: ModelShape, layout: Layout, layers: range, node_devices: 
         layers: layers of a pipeline rank.
         node_devices: devices of a node.
     """
-    blocks = [layer - 1 for layer in layers if 1 <= layer <= shape.num_layers]
-    if not layout.optimizer.full_matrices or not blocks:
+    if not layout.optimizer.full_matrices:
+        return None
+    blocks = range(max(layers.start, 1) - 1, min(layers.stop - 1, shape.num_layers))
+    if not blocks:
         return None
     level = 1 if layout.zero_level == 2 else layout.zero_level  # ZeRO 1 and 2 divide a group alike
     sub_group = layout.sub_group_elements if level == 3 else 0
-    sizes, held = _block_matrices(shape, layout.tensor), range(blocks[0], blocks[-1] + 1)
-    return _matrix_step(sizes, held, layout.tensor, layout.data, level, sub_group, layout.element_bytes, node_devices)
+    order = _order_of_names(blocks)
+    return _matrix_step(shape, order, layout.tensor, layout.data, level, sub_group, layout.element_bytes, node_devices)
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=1024)
+def _order_of_names(blocks: range) -> tuple[int, ...]:
+    """Returns the position of each block among the sorted names of their matrices, by which ownership breaks ties.
+
+    Most pipeline ranks with the same number of blocks have the same order, and so the same step.
+    """
+    by_name = sorted(blocks, key=lambda block: f"{block}.")
+    return tuple(map(by_name.index, blocks))
+
+
 def _block_matrices(shape: ModelShape, tensor: int) -> _Sizes:
     found = []
     for name, size in block_parameters(shape).items():
@@ -105,11 +116,11 @@ def _block_matrices(shape: ModelShape, tensor: int) -> _Sizes:
 class _Division:
     """How the hidden matrices of a pipeline rank are divided among its ranks, which are numbered with tensor parallelism innermost."""
 
-    def __init__(self, sizes: _Sizes, blocks: range, tensor: int, data: int, zero_level: int) -> None:
+    def __init__(self, sizes: _Sizes, blocks: int, tensor: int, data: int, zero_level: int) -> None:
         self._tensor, self._data, self._level = tensor, data, zero_level
         self._local = [math.prod(size) // (tensor if dim is not None else 1) for _, size, dim in sizes]
         self._block = sum(self._local)
-        self._partition = -(-len(blocks) * self._block // (_ALIGNMENT * data)) * _ALIGNMENT
+        self._partition = -(-blocks * self._block // (_ALIGNMENT * data)) * _ALIGNMENT
         self._peers = [[place * tensor + rank for rank in range(tensor)] for place in range(data)]
         self._copies = [[place * tensor + rank for place in range(data)] for rank in range(tensor)]
 
@@ -144,27 +155,29 @@ class _Division:
 
 @functools.lru_cache(maxsize=1024)  # a search asks for the same ranks many times
 def _matrix_step(
-    sizes: _Sizes, blocks: range, tensor: int, data: int, zero_level: int, sub_group: int, element_bytes: int, node_devices: int
+    shape: ModelShape, order: tuple[int, ...], tensor: int, data: int, zero_level: int, sub_group: int, element_bytes: int, devices: int
 ) -> MatrixStep:
-    division, ranks = _Division(sizes, blocks, tensor, data, zero_level), tensor * data
+    sizes = _block_matrices(shape, tensor)
+    division, ranks = _Division(sizes, len(order), tensor, data, zero_level), tensor * data
     repeated = zero_level in (0, 3)  # each block is divided in the same way
     known: dict[int, tuple[dict[int, int], _Pieces]] = {}
     units: list[list[HeldMatrix]] = [[]]
     pieces: dict[str, _Pieces] = {}
     filled = 0
-    for index, block in enumerate(blocks):
-        for number, (name, size, dim) in enumerate(sizes):
+    for index, place in enumerate(order):
+        for number, (end_of_name, size, dim) in enumerate(sizes):
+            name = f"{place:06}.{end_of_name}"
             if not repeated or number not in known:
                 shares = division.shares(number, index)
                 known[number] = division.held(shares), division.pieces(dim is not None, shares, math.prod(size))
-            held, pieces[f"blocks.{block}.{name}"] = known[number]
+            held, pieces[name] = known[number]
             # ZeRO 3 steps its sub-groups one after the other; each has full parameters, as many as fit.
             if sub_group and filled >= sub_group:
                 units.append([])
                 filled = 0
             filled += max(held.values())
-            units[-1].append(HeldMatrix(f"blocks.{block}.{name}", size, dim or 0, 1 if dim is None else tensor, held, {}))
-    ledger = _Ledger(ranks, element_bytes, node_devices)
+            units[-1].append(HeldMatrix(name, size, dim or 0, 1 if dim is None else tensor, held, {}))
+    ledger = _Ledger(ranks, element_bytes, devices)
     for unit in units:
         unit.sort(key=order_of_cost)
         owners, _ = assign_owners(unit, ranks)

@@ -11,6 +11,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,11 @@ def read_outcome(save: Path, arm: str, seed: int) -> Outcome | None:
         read_switch(records),
         training_curve(records),
     )
+
+
+def end_date(save: Path) -> str:
+    """Returns the day on which a run wrote its last metrics, as YYYY-MM-DD."""
+    return date.fromtimestamp((save / "metrics.jsonl").stat().st_mtime).isoformat()
 
 
 @dataclass(frozen=True)
@@ -245,6 +251,8 @@ MAIN_ARMS = (
     "patch-k2",
     "superposition-k2",
     "superposition-k2-long",
+    "superposition-k4-long",
+    "superposition-k6-long",
     "superposition-k3",
     "superposition-k8-power",
     "stairs-4-2-1",
@@ -275,11 +283,11 @@ def plot_study(
     figure, (left, right) = plt.subplots(
         1, 2, figsize=(13.5, max(5.2, 0.3 * len(done) + 1.4)), gridspec_kw={"width_ratios": (1.3, 1.0)}, layout="constrained"
     )
-    main = [arm for arm in done if arm.name in main_arms] or done[: len(MAIN_ARMS)]
+    main = [arm for arm in done if arm.way in main_arms or arm.name in main_arms] or done[: len(MAIN_ARMS)]
     colors = {arm.name: COLORS[number % len(COLORS)] for number, arm in enumerate(main)}
     for arm in main:
         _draw(left, [outcome for outcome in outcomes if outcome.arm == arm.name], budget, colors[arm.name], arm)
-    baselines = {arm.name for arm in arms if arm.baseline is None}
+    baselines = {arm.name for arm in arms if arm.token_level and arm.cost == 1.0}
     # Early losses of patch models at K = 1 would compress the plot; its top is the baselines' loss after a tenth of the budget.
     shown = [loss for outcome in outcomes if outcome.arm in baselines for cost, loss in outcome.curve if cost >= 0.1 * budget]
     ends = [outcome.loss for outcome in outcomes]
@@ -318,8 +326,8 @@ def _draw(axis: Any, runs: Sequence[Outcome], budget: int, color: str, arm: Arm)
     xs = [cost / (2 * budget) for cost, _ in runs[0].curve[:length]]
     columns = [[run.curve[index][1] for run in runs] for index in range(length)]
     means = [statistics.fmean(column) for column in columns]
-    style = "-" if arm.baseline is None else "--" if arm.baseline == "token-wsd" else "-"
-    width = 2.2 if arm.baseline is None else 1.5
+    style = "--" if arm.optimizer != "adamw" or arm.baseline == "token-wsd" else "-"
+    width = 2.2 if arm.token_level else 1.5
     axis.plot(xs, means, style, color=color, linewidth=width, label=f"{arm.name}: {means[-1]:.3f} (n = {len(runs)})")
     if len(runs) > 1:
         axis.fill_between(

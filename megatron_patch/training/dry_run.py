@@ -70,18 +70,8 @@ def _stage_columns(run: RunConfig, cost: Cost) -> dict[str, list[str]]:
         "of tokens": [*(f"{stage.tokens / plan.tokens:.1%}" for stage in plan.stages), "100%"],
         "of FLOPs": [*(f"{part / sum(flops):.1%}" for part in flops), "100%"],
         "optimizer": ["new", *(stage.optimizer for stage in plan.stages[1:]), ""],
-        "lr": [*(_lr_text(stage) for stage in plan.stages), ""],
+        "lr": [*(f"{stage.lr.lr:g} {stage.lr.style}" if stage.lr_policy == "restart" else stage.lr_policy for stage in plan.stages), ""],
     }
-
-
-def _lr_text(stage: Stage) -> str:
-    if stage.lr_policy == "continue":
-        return "continued"
-    if stage.lr_policy == "rewarm":
-        return f"continued, rewarm over {format_count(stage.rewarm_tokens)}"
-    warm = f", {format_count(stage.lr.warmup_tokens)} warm-up" if stage.lr.warmup_tokens else ""
-    decay = f", decay over the last {format_count(stage.lr.wsd_decay_tokens)}" if stage.lr.style == "WSD" else ""
-    return f"{stage.lr.lr:g} {stage.lr.style}{warm}{decay}"
 
 
 def lr_table(plan: StagePlan) -> FittingTable:

@@ -385,7 +385,7 @@ def _changes(saved: StagePlan, plan: StagePlan) -> list[str]:
         sentences += [
             _change(new.name, field.name, old.lr, new.lr, "lr: ")
             for field in dataclasses.fields(LrShape)
-            if getattr(old.lr, field.name) != getattr(new.lr, field.name)
+            if new.lr_policy == "restart" and getattr(old.lr, field.name) != getattr(new.lr, field.name)
         ]
     return sentences
 

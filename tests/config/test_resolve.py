@@ -259,8 +259,9 @@ def test_what_cannot_run_is_refused(words, reason):
 
 
 def test_all_problems_of_an_optimizer_are_reported_at_once():
+    words = "--muon-momentum 1 --adam-beta1 2 --decoupled-lr 1e-3 --lr 0 --muon-lr 0.01"
     with pytest.raises(ConfigError, match="5 problems") as error:
-        resolve(*RUN, *["--muon-momentum", "1", "--adam-beta1", "2", "--decoupled-lr", "1e-3", "--lr", "0", "--muon-lr", "0.01"])
+        resolve(*RUN, *words.split())
     begins = [
         "--adam-beta1 2.0",
         "--muon-momentum 1.0",

@@ -110,14 +110,11 @@ def test_impossible_lengths_are_refused_with_what_gives_them(stage, schedule, wh
 
 
 def test_two_units_for_one_length_are_named_at_once():
-    words = "--train-tokens 10k --lr-warmup-steps 5 --lr-warmup-fraction 0.1 --lr-decay-steps 9 --lr-decay-tokens 9"
-    parsed = parse(
-        [*RUN.split(), *words.split(), *["--lr-wsd-decay-steps", "1", "--lr-wsd-decay-tokens", "1", "--lr-wsd-decay-fraction", "0.1"]]
-    )
+    two = "--train-tokens 10k --lr-warmup-steps 5 --lr-warmup-fraction 0.1 --lr-decay-steps 9 --lr-decay-tokens 9"
+    three = "--lr-wsd-decay-steps 1 --lr-wsd-decay-tokens 1 --lr-wsd-decay-fraction 0.1"
     with pytest.raises(ConfigError) as refusal:
-        resolve(parsed, 1)
-    found = " ".join(str(refusal.value).split())
-    assert found.startswith("3 problems in the flags")
+        resolve(parse(f"{RUN} {two} {three}".split()), 1)
+    assert str(refusal.value).startswith("3 problems in the flags")
     for pair in ("--lr-warmup-steps together with --lr-warmup-fraction", "--lr-decay-tokens together with --lr-decay-steps"):
         assert any(pair in problem.error.what for problem in refusal.value.problems)
     last = refusal.value.problems[-1].error

@@ -37,7 +37,8 @@ def test_the_same_lengths_in_any_unit_are_printed_in_all_units(warmup, decay):
 
 def test_lengths_inside_of_steps_and_schedules_one_after_the_other():
     first = '{"patch_size":4,"steps":8,"lr_warmup_tokens":300,"lr_decay_style":"cosine","min_lr":0.001}'
-    found = rows(f'--stages [{first},{{"steps":16,"lr_policy":"rewarm","lr_warmup_steps":4}},{{"steps":4,"lr_decay_style":"constant"}}]')
+    others = '{"steps":16,"lr_policy":"rewarm","lr_warmup_steps":4},{"steps":4,"lr_decay_style":"constant"}'
+    found = rows(f"--batch constant-positions --stages [{first},{others}]", width=90)
     assert found == [
         ("1-patch-4", "warm-up", "0 to 0.01", "1.2", "300", "4.9%", "9.8%"),
         ("", "cosine decay", "0.01 to 0.001", "22.8", "2.77k", "95.1%", "90.2%"),
