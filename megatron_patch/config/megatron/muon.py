@@ -24,7 +24,14 @@ DEFAULTS = (
 """Megatron's defaults that are others here: flag -> value."""
 OTHER_NAMES = {"muon-nesterov": ("muon-use-nesterov",)}
 """Flag -> other names that Megatron has, or had, for it."""
-_SHARED = ("zero-stage", "use-distributed-optimizer", "data-parallel-sharding-strategy", "use-megatron-fsdp")
+_SHARED = (
+    "zero-stage",
+    "use-distributed-optimizer",
+    "data-parallel-sharding-strategy",
+    "use-torch-fsdp2",
+    "use-custom-fsdp",
+    "use-megatron-fsdp",
+)
 
 
 def optimizer(to: Translator, given: Given, flag: MegatronFlag) -> None:
