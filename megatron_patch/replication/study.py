@@ -63,7 +63,7 @@ from megatron_patch.replication.results import (
     write_json,
 )
 from megatron_patch.replication.switches import SwitchRow, plot_switches, switch_markdown
-from megatron_patch.utils.files import checksum, write_durably
+from megatron_patch.utils.files import write_durably
 from megatron_patch.utils.units import format_count, format_duration, parse_count, plural
 
 EVALUATIONS = 16
@@ -299,8 +299,7 @@ class Study:
     def text(self) -> StudyText:
         """Returns the tokenized text, which must exist."""
         known = json.loads(self.dataset.with_suffix(".json").read_text(encoding="utf-8"))
-        digest = checksum(self.dataset.with_suffix(".bin"))
-        return StudyText(known["documents"], known["tokens"], known["bytes"], known["vocab_size"], digest)
+        return StudyText(known["documents"], known["tokens"], known["vocab_size"], known["bin_xxh64"])
 
     def count_parameters(self) -> int:
         """Returns the number of parameters of the model, for the vocabulary of the tokenized text."""
