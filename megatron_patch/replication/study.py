@@ -36,6 +36,7 @@ from megatron_patch.config.resolve import load_config
 from megatron_patch.errors import ConfigError, DataError
 from megatron_patch.exit_codes import ExitCode
 from megatron_patch.model.flops import parameter_count
+from megatron_patch.optimizers.registry import OPTIMIZERS
 from megatron_patch.planning.hardware import Hardware, load_hardware
 from megatron_patch.planning.layout import layout_of
 from megatron_patch.planning.plan import make_plan
@@ -107,9 +108,11 @@ class Study:
         self.more_arms = more_arms
         lr, self.own_config = float(values["lr"]), not section
         self.min_lr_share = float(values["min-lr"]) / lr if "min-lr" in values else None
-        optimizers = section.get("optimizers", {"adamw": {}})
+        given = section.get("optimizers", {"adamw": {}})
+        optimizers = {**given, **{name: {} for name in OPTIMIZERS if name not in given}}
         self.all_arms = all_arms(lr, parse_count(values["global-batch-tokens"]), more_arms, optimizers, self.min_lr_share)
-        self.arms = select_arms(args.arms or section.get("arms", ()), self.all_arms, self.min_lr_share)
+        names = args.arms or section.get("arms") or [arm.name for arm in self.all_arms if arm.optimizer in given]
+        self.arms = select_arms(names, self.all_arms, self.min_lr_share)
         self.seeds = list(range(1, args.seeds + 1))
         self.settings: dict[str, Any] = {
             "config": values,
