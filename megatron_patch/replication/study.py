@@ -95,6 +95,7 @@ class Study:
         self.running: set[subprocess.Popen[bytes]] = set()
         self.stop_signal = 0
         values = {name.replace("_", "-"): value for name, value in read_yaml(args.config).items()}
+        self.own_config = "study" not in values
         section = study_section(args.config, values.pop("study", None))
         needed = ("train-tokens", "lr", "global-batch-tokens")
         missing = [name for name in needed if name not in values]
@@ -106,7 +107,7 @@ class Study:
             )
         self.budget = parse_count(args.budget or values["train-tokens"])
         self.more_arms = more_arms
-        lr, self.own_config = float(values["lr"]), not section
+        lr = float(values["lr"])
         self.min_lr_share = float(values["min-lr"]) / lr if "min-lr" in values else None
         given = section.get("optimizers", {"adamw": {}})
         optimizers = {**given, **{name: {} for name in OPTIMIZERS if name not in given}}
@@ -132,6 +133,7 @@ class Study:
         """Adds the arms of runs whose names have options, and compares the options of every record with those of its arm."""
         runs = (self.output / "runs").glob("*-seed*")
         named = {folder.name.rpartition("-seed")[0] for folder in runs} | {record.run[0] for record in self.records()}
+        named |= {arm.name for arm in self.arms}
         known = {arm.name for arm in self.all_arms}
         added = sorted(name for name in named if "+" in name and name.partition("+")[0] in known)
         self.all_arms += tuple(arm for name in added for arm in select_arms([name], self.all_arms, self.min_lr_share) if arm.name == name)
