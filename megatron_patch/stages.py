@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from fractions import Fraction
 from typing import Any, Literal
 
 from megatron_patch.errors import ConfigError
@@ -37,7 +38,7 @@ largest patch of the plan, so that a run in two parts reads the same blocks as o
 POSITION_WEIGHTS: dict[str, Callable[[int], float]] = {
     "uniform": lambda k: 1.0,
     "power": lambda k: 1.0 / (k + 1),
-    "exponential": lambda k: 2.0**-k,
+    "exponential": lambda k: math.exp(-k),
     "first": lambda k: float(k == 0),
 }
 """The formulas of --position-weights by name: from a label's index k within its patch (from 0) to its weight before scaling.
@@ -318,6 +319,26 @@ class StagePlan:
         except (KeyError, TypeError, ValueError) as error:
             allowed = f"stages with the fields {', '.join(f.name for f in fields(Stage))}"
             raise ConfigError(f"this is not a stage plan: {error}", allowed, "use a checkpoint that is not damaged") from error
+
+
+def tokens_of_steps(stages: Sequence[Stage], steps: int | Fraction) -> Fraction:
+    """Returns the tokens of the first `steps` steps of consecutive stages; steps after the last one are as large as its own."""
+    tokens, left = Fraction(0), Fraction(steps)
+    for stage in stages[:-1]:
+        taken = min(left, Fraction(stage.steps))
+        tokens += taken * stage.tokens_per_step
+        left -= taken
+    return tokens + left * stages[-1].tokens_per_step
+
+
+def steps_of_tokens(stages: Sequence[Stage], tokens: int | Fraction) -> Fraction:
+    """Returns the steps that read the first `tokens` tokens of consecutive stages: the inverse of `tokens_of_steps`."""
+    steps, left = Fraction(0), Fraction(tokens)
+    for stage in stages[:-1]:
+        taken = min(left, Fraction(stage.tokens))
+        steps += taken / stage.tokens_per_step
+        left -= taken
+    return steps + left / stages[-1].tokens_per_step
 
 
 def position_weights(kind: str | tuple[float, ...], labels: int) -> tuple[float, ...]:

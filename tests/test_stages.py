@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 
 import pytest
 from hypothesis import given
@@ -93,7 +94,7 @@ def test_position_weights_keep_the_average_per_label(kind, labels):
 
 def test_position_weights_follow_their_formulas():
     assert position_weights("power", 4) == pytest.approx([w * 4 / (25 / 12) for w in (1, 1 / 2, 1 / 3, 1 / 4)])
-    assert position_weights("exponential", 3) == pytest.approx([w * 3 / 1.75 for w in (1, 0.5, 0.25)])
+    assert position_weights("exponential", 3) == pytest.approx([math.e**-k * 3 / (1 + math.e**-1 + math.e**-2) for k in range(3)])
     assert position_weights((1.0, 3.0), 2) == pytest.approx((0.5, 1.5))
 
 

@@ -22,6 +22,7 @@ from megatron_patch.cli.migrate_yaml import Line, lines_of, render
 from megatron_patch.cli.shell_script import UNRESOLVED, Script, evaluate
 from megatron_patch.config.megatron.command_line import problems_of_rows, split
 from megatron_patch.config.megatron.flags import Kind, key_of
+from megatron_patch.config.megatron.muon import other_updates
 from megatron_patch.config.megatron.page import markdown
 from megatron_patch.config.megatron.translate import translate
 from megatron_patch.config.megatron.translator import MEGATRON_FLAGS, Given, Row
@@ -123,6 +124,7 @@ def main(argv: Sequence[str]) -> None:
             f"-parallel ranks; if the JSON's gradient_accumulation_steps = {parts.accumulation} counts, add --global-batch-size "
             f"{int(batch.words[0]) * parts.accumulation}"
         )
+    source.remarks += parts.remarks
     translation = translate(completed, KEYS)
     refused = [row for row in translation.problems if row.other_model]
     if refused:
@@ -133,6 +135,7 @@ def main(argv: Sequence[str]) -> None:
             "train it with Megatron, or change the model",
         )
     lines = _with_zero_1(lines_of(translation, parts))
+    source.remarks += _muons_differences(lines)
     filled_in = [_to_fill_in(flag) for flag in unresolved if flag.key != "deepspeed-config" and not _without_effect(flag)]
     if parts.left:
         path = args.deepspeed_output
@@ -176,6 +179,15 @@ def _with_zero_1(lines: list[Line]) -> list[Line]:
     why = "0 in the script, which does not run here with " + ("fp16" if values.get("fp16") else "bf16 and recomputation")
     one = Line("zero-stage", "1", f"{why}; results are the same")
     return [one if line.key == "zero-stage" else line for line in lines]
+
+
+def _muons_differences(lines: Sequence[Line]) -> list[str]:
+    """Returns where Muon's update is another one than Megatron's, if the lines name Muon and it is not that of DeepSpeed."""
+    values = {line.key: line for line in lines}
+    if "optimizer" not in values or values["optimizer"].value != "muon" or DEEPSPEEDS_JSON in values["optimizer"].comment:
+        return []
+    found = {key: values[key].value if key in values else None for key in ("swiglu", "position-embedding-type")}
+    return other_updates(found["swiglu"] is True, found["position-embedding-type"] == "learned_absolute")
 
 
 def _fewest_ranks(lines: Sequence[Line]) -> int | None:
@@ -311,6 +323,10 @@ def _with_json(given: Sequence[Given], parts: DeepSpeedParts, source: _Source) -
     result = list(given)
     values = {flag.key: " ".join(flag.words) for flag in given}
     for option, (value, key) in list(parts.flags.items()):
+        if option == "lr-warmup-steps" and (other := next((name for name in values if name.startswith("lr-warmup-")), None)):
+            del parts.flags[option]
+            source.remarks.append(f"--{other} {values[other]} is written, and DeepSpeed's JSON has {key} = {value}")
+            continue
         if option not in values:
             result.append(Given(option, () if value == "true" else (value,), DEEPSPEEDS_JSON))
             continue

@@ -34,6 +34,7 @@ class DeepSpeedParts:
         left: what stays in a JSON.
         dropped: keys that the program does not have, with the reason.
         ignored: keys that change nothing, with the reason.
+        remarks: where what is taken over differs from what DeepSpeed computes.
         accumulation: micro-batches of a rank in a step that the JSON asks for, if more than one.
     """
 
@@ -42,6 +43,7 @@ class DeepSpeedParts:
     left: dict[str, Any] = field(default_factory=dict)
     dropped: list[tuple[str, str]] = field(default_factory=list)
     ignored: list[tuple[str, str]] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
     accumulation: int | None = None
 
 
@@ -108,9 +110,11 @@ def _data_types(parts: DeepSpeedParts, section: dict[str, Any]) -> None:
 
 
 def _optimizer(parts: DeepSpeedParts, section: dict[str, Any]) -> None:
-    name, values = str(section.get("type", "")), section.get("params") or {}
-    if name.lower() not in ("adam", "adamw", "fusedadam"):
-        parts.dropped.append((f"optimizer.type {name}", "the optimizer is AdamW"))
+    name, values = str(section.get("type", "")), dict(section.get("params") or {})
+    if name.lower() == "muon":
+        _muon(parts, values)
+    elif name.lower() not in ("adam", "adamw", "fusedadam"):
+        parts.dropped.append((f"optimizer.type {name}", "the optimizer is AdamW or Muon"))
         return
     if values.get("adam_w_mode") is False:
         parts.dropped.append(("optimizer.params.adam_w_mode false", "weight decay is decoupled"))
@@ -120,6 +124,32 @@ def _optimizer(parts: DeepSpeedParts, section: dict[str, Any]) -> None:
     if isinstance(betas, list) and len(betas) == 2:
         _take(parts, "adam-beta1", betas[0], "optimizer.params.betas")
         _take(parts, "adam-beta2", betas[1], "optimizer.params.betas")
+
+
+def _muon(parts: DeepSpeedParts, values: dict[str, Any]) -> None:
+    """Takes over the parameters of DeepSpeed's Muon, whose update has Jordan's coefficients and scale (`original_muon.py`)."""
+    key = "optimizer.type Muon"
+    for option, value in (("optimizer", "muon"), ("muon-scale-mode", "shape_scaling"), ("muon-extra-scale-factor", "1.0")):
+        _take(parts, option, value, key)
+    _take(parts, "muon-momentum", values.get("momentum", 0.95), "optimizer.params.momentum")
+    _take(parts, "muon-nesterov", True, key)
+    _take(parts, "muon-coefficient-type", "simple", key)
+    _take(
+        parts,
+        "muon-lr",
+        values.get("muon_lr", values.get("lr")),
+        "optimizer.params.muon_lr" if "muon_lr" in values else "optimizer.params.lr",
+    )
+    values["lr"] = values.get("adam_lr", values.get("lr"))
+    values.setdefault("weight_decay", 0.0)
+    if values.get("per_head_muon"):
+        parts.dropped.append(("optimizer.params.per_head_muon", "query, key and value projections are orthogonalized as whole matrices"))
+    if "ns_method" in values:
+        parts.ignored.append((f"optimizer.params.ns_method {values['ns_method']}", "two ways to compute the same"))
+    parts.remarks.append(
+        "DeepSpeed's Muon orthogonalizes fused projections as one matrix (query, key and value; gate and up) and clips what it has "
+        "orthogonalized; here each projection is orthogonalized by itself, of gradients that are clipped"
+    )
 
 
 def _scheduler(parts: DeepSpeedParts, section: dict[str, Any]) -> None:
@@ -134,9 +164,10 @@ def _scheduler(parts: DeepSpeedParts, section: dict[str, Any]) -> None:
         parts.dropped.append((f"scheduler.params.warmup_min_lr {values['warmup_min_lr']}", "the warm-up begins at 0"))
     if name != "WarmupCosineLR" and values.get("warmup_type", "log") == "log":
         parts.dropped.append(("scheduler.params.warmup_type log", "the warm-up is linear"))
-    for key, option in (("warmup_num_steps", "lr-warmup-tokens"), ("total_num_steps", "lr-decay-tokens")):
-        if isinstance(values.get(key), int):
-            parts.steps[option] = (values[key], f"scheduler.params.{key}")
+    if isinstance(values.get("warmup_num_steps"), int):
+        _take(parts, "lr-warmup-steps", values["warmup_num_steps"], "scheduler.params.warmup_num_steps")
+    if isinstance(values.get("total_num_steps"), int):
+        parts.steps["lr-decay-tokens"] = (values["total_num_steps"], "scheduler.params.total_num_steps")
     if name == "WarmupCosineLR" and "cos_min_ratio" in values:
         parts.dropped.append((f"scheduler.params.cos_min_ratio {values['cos_min_ratio']}", "write --min-lr, which is this share of --lr"))
 

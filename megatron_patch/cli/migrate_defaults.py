@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from megatron_patch.cli.migrate_deepspeed import DEEPSPEEDS_JSON
+from megatron_patch.config.megatron import muon
 from megatron_patch.config.megatron.translator import Given
 
 MEGATRONS_DEFAULT = "Megatron's default"
@@ -19,6 +21,7 @@ _SAME_FLAG = {
     "disable-bias-linear": ("model-family",),
     "untie-embeddings-and-output-weights": ("model-family",),
     "eval-tokens": ("eval-iters",),
+    **muon.OTHER_NAMES,
 }
 
 
@@ -52,6 +55,8 @@ def with_defaults(given: Sequence[Given], absent: set[str], ranks: int | None) -
         ("eval-interval", "1000"),
         ("eval-iters", "100"),
     ]
+    # DeepSpeed's Muon has other defaults, which come with its section.
+    defaults += muon.defaults({flag.key: flag.words[0] if flag.words else "" for flag in given if flag.source != DEEPSPEEDS_JSON})
     if values.get("lr-decay-style") == "WSD":
         defaults.append(("lr-wsd-decay-style", "exponential"))
     if gated and "hidden-size" in values and values["hidden-size"].isdigit():

@@ -9,13 +9,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_patch.config.option_types import flag_of
 from megatron_patch.config.options import DataOptions, EngineOptions, LoggingOptions, Options
-from megatron_patch.config.problems import one_error, problems_of
+from megatron_patch.config.problems import one_error, problem_of, problems_of
 from megatron_patch.data.addresses import check_no_credentials
 from megatron_patch.data.corpus import split_ranges
 from megatron_patch.errors import ConfigError
@@ -31,15 +31,20 @@ _FROM_ONE = {
     *("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "kv_channels", "ffn_hidden_size", "vocab_size"),
     *("make_vocab_size_divisible_by", "max_position_embeddings", "rope_original_positions"),
     *("patch_size", "train_tokens", "seq_length", "micro_batch_size", "global_batch_size", "global_batch_tokens", "block_tokens"),
-    *("lr_decay_tokens", "shuffle_window_blocks", "tensor_model_parallel_size", "pipeline_model_parallel_size"),
+    *("lr_decay_tokens", "lr_decay_steps", "lr_wsd_decay_tokens", "lr_wsd_decay_steps", "muon_num_ns_steps"),
+    *("shuffle_window_blocks", "tensor_model_parallel_size", "pipeline_model_parallel_size"),
     *("distributed_timeout_minutes", "initial_loss_scale"),
     *("save_interval", "save_interval_tokens", "keep_every", "keep_every_tokens", "exit_interval"),
     *("max_sick_steps", "check_replicas_interval", "replay_interval"),
     *("log_interval", "eval_interval", "eval_interval_tokens", "eval_tokens", "sample_tokens", "world_size", "prometheus_port"),
 }
-_FROM_ZERO = {"weight_decay", "clip_grad", "eod_token_id", "exit_margin", "hang_timeout", "sample_temperature"}
+_FROM_ZERO = {
+    *("lr_warmup_tokens", "lr_warmup_steps", "weight_decay", "embedding_weight_decay", "muon_weight_decay", "clip_grad"),
+    *("eod_token_id", "exit_margin", "hang_timeout", "sample_temperature"),
+}
 _ABOVE_ZERO = {
     *("norm_epsilon", "rotary_base", "init_method_std", "adam_eps", "loss_scale", "peak_tflops"),
+    *("muon_lr", "decoupled_lr", "muon_extra_scale_factor"),
     *("exit_duration", "spike_threshold", "spike_grad_norm"),
 }
 LARGEST = {
@@ -59,6 +64,10 @@ LARGEST = {
     "global_batch_size": 1_000_000_000,
     "global_batch_tokens": 10**15,
     "train_tokens": 10**17,
+    "lr_warmup_steps": 10**12,
+    "lr_decay_steps": 10**12,
+    "lr_wsd_decay_steps": 10**12,
+    "muon_num_ns_steps": 1_000,
     "world_size": 10_000_000,
     "tensor_model_parallel_size": 1_000,
     "pipeline_model_parallel_size": 1_000,
@@ -234,14 +243,25 @@ def check_profile_ranks(options: LoggingOptions, ranks: int) -> None:
 _NOT_IN_WANDB_NAMES = set("/\\#?%:")
 
 
-def check_options(options: Options) -> None:
+def check_options(options: Options, origins: Collection[str] = ()) -> None:
     """Checks the options that can be checked without a plan and without data.
+
+    Args:
+        options: the options.
+        origins: the names of those that were given, on the command line or in a file.
 
     Raises:
         ConfigError: options are not valid, or contradict each other; the message has all that several checks find.
     """
-    checks = (_check_optimizer, _check_safety, _check_checkpoints, _check_packages, _check_trackers, _check_evaluation, _check_tokenizer)
-    problems = problems_of(*(functools.partial(check, options) for check in checks), lambda: split_ranges(1 << 40, options.data.split))
+    checks = (
+        *(_check_lengths, _check_optimizer, _check_safety, _check_checkpoints, _check_packages, _check_trackers, _check_evaluation),
+        _check_tokenizer,
+    )
+    problems = problems_of(
+        *(functools.partial(check, options) for check in checks),
+        lambda: _check_muon(options, origins),
+        lambda: split_ranges(1 << 40, options.data.split),
+    )
     if problems:
         raise one_error(problems)
 
@@ -259,21 +279,65 @@ def _check_tokenizer(options: Options) -> None:
         lookup(TOKENIZERS, options.data.tokenizer_type, "--tokenizer-type")
 
 
-def _check_optimizer(options: Options) -> None:
-    schedule = options.schedule
-    if schedule.lr_warmup_tokens and schedule.lr_warmup_fraction is not None:
-        raise _only_one("--lr-warmup-tokens", "--lr-warmup-fraction")
-    if schedule.lr_wsd_decay_fraction is not None:
-        if not 0.0 < schedule.lr_wsd_decay_fraction <= 1.0:
-            raise ConfigError(
-                _given("lr_wsd_decay_fraction", schedule.lr_wsd_decay_fraction), "a share above 0 and up to 1", "give 0.1, for example"
+_UNITS = ("tokens", "steps", "fraction")
+
+
+def _check_lengths(options: Options) -> None:
+    """Checks that each length of the learning-rate schedule is given in one unit, and that shares are shares."""
+    schedule, found = options.schedule, []
+    for kind in ("lr_warmup", "lr_decay", "lr_wsd_decay"):
+        names = [f"{kind}_{unit}" for unit in _UNITS if hasattr(schedule, f"{kind}_{unit}")]
+        # A warm-up of 0 tokens is the default.
+        given = [flag_of(name) for name in names if getattr(schedule, name) not in ((0, None) if name.endswith("_tokens") else (None,))]
+        if len(given) > 1:
+            found.append(
+                ConfigError(
+                    f"{', '.join(given[:-1])} together with {given[-1]}",
+                    "one of them",
+                    f"keep one; {given[0]} None takes back what a file sets",
+                )
             )
-        if schedule.lr_wsd_decay_tokens:
-            raise _only_one("--lr-wsd-decay-tokens", "--lr-wsd-decay-fraction")
-    for name in ("adam_beta1", "adam_beta2"):
+    share = schedule.lr_wsd_decay_fraction
+    if share is not None and not 0.0 < share <= 1.0:
+        found.append(ConfigError(_given("lr_wsd_decay_fraction", share), "a share above 0 and up to 1", "give 0.1, for example"))
+    if found:
+        raise one_error([problem_of(error) for error in found])
+
+
+def _check_optimizer(options: Options) -> None:
+    """Checks the decay rates of moments, and that each kind of parameter has a rate that is a multiple of --lr."""
+    schedule, found = options.schedule, []
+    for name in ("adam_beta1", "adam_beta2", "muon_momentum"):
         value = getattr(schedule, name)
         if not 0.0 <= value < 1.0:
-            raise ConfigError(_given(name, value), "numbers from 0 to below 1", "give another value, or leave the flag out for the default")
+            do = "give another value, or leave the flag out for the default"
+            found.append(ConfigError(_given(name, value), "numbers from 0 to below 1", do))
+    for name in ("muon_lr", "decoupled_lr"):
+        rate = getattr(schedule, name)
+        if rate is not None and not (schedule.lr > 0 and math.isfinite(rate / schedule.lr) and rate / schedule.lr > 0):
+            found.append(
+                ConfigError(
+                    f"{_given(name, rate)} with {_given('lr', schedule.lr)}, to which its schedule is a ratio",
+                    "a rate that is a finite multiple of --lr, and --lr above 0",
+                    f"give another --lr or {flag_of(name)}",
+                )
+            )
+    if found:
+        raise one_error([problem_of(error) for error in found])
+
+
+def _check_muon(options: Options, origins: Collection[str]) -> None:
+    """Checks that Muon's options are given only where they have an effect; an optimizer of the user's own may read them, too."""
+    if options.schedule.optimizer != "adamw":
+        return
+    given = sorted(name for name in origins if name.startswith("muon_"))
+    if given:
+        flags = ", ".join(map(flag_of, given))
+        raise ConfigError(
+            f"{flags} with --optimizer adamw, which does not read {'it' if len(given) == 1 else 'them'}",
+            "--optimizer muon",
+            f"give --optimizer muon, or remove {flags}",
+        )
 
 
 def _check_safety(options: Options) -> None:

@@ -34,7 +34,7 @@ from megatron_patch.config.option_types import (
 from megatron_patch.stages import LrStyle, WsdDecayStyle
 
 MuonScaleMode = Literal["spectral", "unit_rms_norm", "shape_scaling"]
-MuonCoefficients = Literal["quintic", "polar_express"]
+MuonCoefficients = Literal["simple", "quintic", "polar_express"]
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ class StageOptions:
     Give this or --global-batch-size."""
     position_weights: Fixed[Annotated[str, tyro.conf.arg(metavar="NAME|NUMBERS")]] = "uniform"
     """How much each of the K labels of a position counts in the patch loss; k numbers the labels from 0.
-    uniform (1), power (1/(k+1)), exponential (2^-k), first (only the first label), or K numbers with commas between them."""
+    uniform (1), power (1/(k+1)), exponential (e^-k), first (only the first label), or K numbers with commas between them."""
     anneal_share: Fixed[float] = 0.0
     """Share of the patch stage's steps, at its end, over which the weights move to the first label. This softens the switch."""
     block_tokens: Fixed[OptionalCount] = None
@@ -147,7 +147,9 @@ class StageOptions:
 
 @dataclass(frozen=True)
 class ScheduleOptions:
-    """Lengths are given in tokens, so that they hold for every batch size. --recipe or --stages decides what restarts at a switch."""
+    """The length of a warm-up or decay is given in tokens, in steps, or as a share. Steps become tokens once, at the first start.
+    --recipe or --stages decides what restarts at a switch.
+    """
 
     lr: Reported[float] = 3e-4
     """Highest learning rate."""
@@ -155,6 +157,8 @@ class ScheduleOptions:
     """Learning rate at the end of the decay."""
     lr_warmup_tokens: Reported[Count] = 0
     """Length of the linear warm-up from 0, in tokens."""
+    lr_warmup_steps: Reported[OptionalCount] = None
+    """Length of the warm-up in optimizer steps, instead of --lr-warmup-tokens."""
     lr_warmup_fraction: Reported[OptionalFloat] = None
     """Length of the warm-up as a share of the schedule's tokens, instead of --lr-warmup-tokens."""
     lr_decay_style: Reported[Annotated[LrStyle | None, OPTIONAL]] = None
@@ -162,8 +166,12 @@ class ScheduleOptions:
     By default cosine, or WSD for the recipe token-superposition."""
     lr_decay_tokens: Reported[OptionalCount] = None
     """Number of tokens from the schedule's start after which --min-lr is reached. By default the length of the schedule."""
+    lr_decay_steps: Reported[OptionalCount] = None
+    """Number of optimizer steps from the schedule's start after which --min-lr is reached, instead of --lr-decay-tokens."""
     lr_wsd_decay_tokens: Reported[OptionalCount] = None
     """Length of WSD's final decay, in tokens."""
+    lr_wsd_decay_steps: Reported[OptionalCount] = None
+    """Length of WSD's final decay in optimizer steps, instead of --lr-wsd-decay-tokens."""
     lr_wsd_decay_fraction: Reported[OptionalFloat] = None
     """Length of WSD's final decay as a share of the schedule's steps, instead of --lr-wsd-decay-tokens.
     By default 0.1, or 0.5 for models below 100M parameters (docs/replication.md)."""
@@ -199,8 +207,12 @@ class ScheduleOptions:
     """Further factor of Muon's update. 0.2 with spectral gives it the size of AdamW's update (arXiv 2502.16982)."""
     muon_num_ns_steps: Reported[int] = 5
     """Number of Newton-Schulz steps that orthogonalize the momentum."""
-    muon_coefficient_type: Reported[MuonCoefficients] = "quintic"
-    """Coefficients of these steps: quintic (Jordan's), or polar_express (arXiv 2505.16932)."""
+    muon_coefficient_type: Reported[MuonCoefficients] = "simple"
+    """Coefficients of these steps, by Megatron's names.
+
+    - simple: the same in each step (Jordan 2024, as torch.optim.Muon).
+    - quintic: five different ones, which Megatron has by default (modded-nanogpt).
+    - polar_express: the best ones for each step (arXiv 2505.16932)."""
     adam_beta1: Reported[float] = 0.9
     """Decay rate of Adam's first moment (beta 1)."""
     adam_beta2: Reported[float] = 0.95

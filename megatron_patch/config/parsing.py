@@ -149,7 +149,7 @@ def parse_given(given: Sequence[Given], problems: list[Problem], words: Sequence
     # Without those that are wrong, so that the others are checked, too.
     options = make_options({**dict.fromkeys(REQUIRED, 1), **reading.values})
     if problems:
-        problems += problems_of(lambda: check_numbers(options)) or problems_of(lambda: check_options(options))
+        problems += problems_of(lambda: check_numbers(options)) or problems_of(lambda: check_options(options, reading.origins))
         raise _error(problems, translation, given, options)
     return ParsedOptions(options, reading.origins, report(translation, given, options))
 

@@ -10,17 +10,17 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
 
 from megatron_patch.config.amounts import stage_tokens
 from megatron_patch.config.options import ScheduleOptions, StageOptions
+from megatron_patch.config.schedules import with_schedules
 from megatron_patch.config.stage_spec import SCHEDULE_KEYS, StageSpec, parse_blend, stage_specs
 from megatron_patch.errors import ConfigError
-from megatron_patch.stages import POSITION_WEIGHTS, LrPolicy, LrShape, Stage, StagePlan, position_weights
-from megatron_patch.utils.units import format_count
+from megatron_patch.stages import POSITION_WEIGHTS, LrPolicy, Stage, StagePlan, position_weights
 
 PUBLISHED_DECAY_FRACTION = 0.1
 """Share of the steps over which WSD decays in arXiv 2605.06546."""
+_WARMUP = ("lr_warmup_tokens", "lr_warmup_steps")
 
 
 @dataclass(frozen=True)
@@ -78,11 +78,11 @@ def build_plan(
         steps = whole_steps(tokens, step_tokens[index], block if index < len(sized) - 1 else 1)
         if stage.spec.lr_policy in (None, "restart"):
             running = stage.spec
-        stages.append(_stage(stage, batch, steps, options, schedule, running))
+        stages.append(_stage(stage, batch, steps, options, running))
     names = [stage.name for stage in stages]
     if len(set(names)) < len(names):
         stages = [dataclasses.replace(stage, name=f"{number}-{stage.name}") for number, stage in enumerate(stages, start=1)]
-    return _with_schedules(StagePlan(tuple(stages), block), schedule, decay_fraction)
+    return with_schedules(StagePlan(tuple(stages), block), [stage.spec for stage in sized], schedule, decay_fraction)
 
 
 def reschedule(plan: StagePlan, options: StageOptions, schedule: ScheduleOptions, decay_fraction: float) -> StagePlan:
@@ -97,11 +97,7 @@ def reschedule(plan: StagePlan, options: StageOptions, schedule: ScheduleOptions
     Raises:
         ConfigError: the learning rates do not fit the stages.
     """
-    stages = [
-        dataclasses.replace(stage, lr=_lr_shape(spec, schedule), rewarm_tokens=_rewarm_tokens(spec, schedule))
-        for stage, spec in zip(plan.stages, _specs(options, schedule), strict=True)
-    ]
-    return _with_schedules(StagePlan(tuple(stages), plan.block_tokens), schedule, decay_fraction)
+    return with_schedules(plan, _specs(options, schedule), schedule, decay_fraction)
 
 
 def whole_steps(tokens: Fraction | float, tokens_per_step: int, block_tokens: int) -> int:
@@ -198,17 +194,14 @@ def _block_tokens(sized: Sequence[_SizedStage], options: StageOptions) -> int:
     return options.block_tokens
 
 
-def _stage(
-    sized: _SizedStage, batch: int, steps: int, options: StageOptions, schedule: ScheduleOptions, running: StageSpec | None
-) -> Stage:
-    """Returns a stage of the plan.
+def _stage(sized: _SizedStage, batch: int, steps: int, options: StageOptions, running: StageSpec | None) -> Stage:
+    """Returns a stage of the plan, without its learning rates.
 
     Args:
         sized: the stage with its samples.
         batch: number of samples in a step.
         steps: number of optimizer steps.
         options: the label weights, for stages that set none.
-        schedule: the learning rates, for stages that set none.
         running: the stage that began the current learning-rate schedule; None if no schedule has begun.
     """
     spec = sized.spec
@@ -238,7 +231,7 @@ def _stage(
         idle = [
             name
             for name in SCHEDULE_KEYS
-            if getattr(spec, name) not in (None, getattr(running, name)) and (policy, name) != ("rewarm", "lr_warmup_tokens")
+            if getattr(spec, name) not in (None, getattr(running, name)) and not (policy == "rewarm" and name in _WARMUP)
         ]
         if idle:
             raise ConfigError(
@@ -256,124 +249,7 @@ def _stage(
         side=spec.side,
         position_weights=position_weights(kind, labels),
         anneal_share=anneal,
-        lr=_lr_shape(spec, schedule),
         lr_policy=policy,
-        rewarm_tokens=_rewarm_tokens(spec, schedule),
         optimizer=spec.optimizer or ("reset" if policy == "restart" else "keep"),
         blend=parse_blend(spec.data_path, "stages: data_path") if spec.data_path else None,
     )
-
-
-def _lr_shape(spec: StageSpec, schedule: ScheduleOptions) -> LrShape:
-    """Returns a stage's learning-rate schedule: what the stage sets, else what the run sets."""
-
-    def first(of_stage: Any, of_run: Any) -> Any:
-        return of_run if of_stage is None else of_stage
-
-    return LrShape(
-        lr=first(spec.lr, schedule.lr),
-        min_lr=first(spec.min_lr, schedule.min_lr),
-        warmup_tokens=first(spec.lr_warmup_tokens, schedule.lr_warmup_tokens),
-        style=first(spec.lr_decay_style, schedule.lr_decay_style or "cosine"),
-        decay_tokens=first(spec.lr_decay_tokens, schedule.lr_decay_tokens),
-        wsd_decay_tokens=first(spec.lr_wsd_decay_tokens, schedule.lr_wsd_decay_tokens or 0),
-        wsd_decay_style=first(spec.lr_wsd_decay_style, schedule.lr_wsd_decay_style),
-    )
-
-
-def _rewarm_tokens(spec: StageSpec, schedule: ScheduleOptions) -> int:
-    """Returns the length of a stage's rewarm; 0 for a stage without one, or where --lr-warmup-fraction gives the length."""
-    if spec.lr_policy != "rewarm":
-        return 0
-    return schedule.lr_warmup_tokens if spec.lr_warmup_tokens is None else spec.lr_warmup_tokens
-
-
-def _with_schedules(plan: StagePlan, schedule: ScheduleOptions, decay_fraction: float) -> StagePlan:
-    """Returns the plan with the values that depend on a schedule's length: a warm-up given as a share, and the length of WSD's decay."""
-    stages = list(plan.stages)
-    for index, covered in _schedules(plan):
-        tokens, shape = sum(stage.tokens for stage in covered), covered[0].lr
-        if schedule.lr_warmup_fraction is not None and shape.warmup_tokens == 0:
-            if not 0.0 <= schedule.lr_warmup_fraction < 1.0:
-                raise ConfigError(
-                    f"--lr-warmup-fraction {schedule.lr_warmup_fraction}", "a share from 0 to below 1", "give 0.01, for example"
-                )
-            shape = dataclasses.replace(shape, warmup_tokens=round(tokens * schedule.lr_warmup_fraction))
-        if shape.style == "WSD" and shape.wsd_decay_tokens == 0:
-            share = decay_fraction if schedule.lr_wsd_decay_fraction is None else schedule.lr_wsd_decay_fraction
-            shape = dataclasses.replace(shape, wsd_decay_tokens=_tokens_of_last_steps(covered, share))
-        stages[index] = dataclasses.replace(covered[0], lr=shape)
-    for index, stage in enumerate(stages):
-        if stage.lr_policy == "rewarm" and stage.rewarm_tokens == 0:
-            stages[index] = dataclasses.replace(stage, rewarm_tokens=round(stage.tokens * (schedule.lr_warmup_fraction or 0.0)))
-    result = StagePlan(tuple(stages), plan.block_tokens)
-    check_schedules(result)
-    return result
-
-
-def _schedules(plan: StagePlan) -> list[tuple[int, Sequence[Stage]]]:
-    """Returns, for each learning-rate schedule of a plan, the index of the stage that begins it and the stages that it covers."""
-    starts = [index for index, stage in enumerate(plan.stages) if stage.lr_policy == "restart"]
-    return [(start, plan.stages[start:end]) for start, end in zip(starts, [*starts[1:], len(plan.stages)], strict=True)]
-
-
-def check_schedules(plan: StagePlan) -> None:
-    """Checks that the learning-rate schedules of a plan fit the stages that they cover.
-
-    Raises:
-        ConfigError: a schedule does not fit; the message names its first stage.
-    """
-    for _, covered in _schedules(plan):
-        _check_lr(covered[0], covered[0].lr, sum(stage.tokens for stage in covered))
-    for stage in plan.stages:
-        if stage.lr_policy == "rewarm" and stage.rewarm_tokens == 0:
-            raise ConfigError(
-                f"stage {stage.name!r} has lr_policy: rewarm but no warm-up",
-                "lr_warmup_tokens in the stage, --lr-warmup-tokens, or --lr-warmup-fraction (a share of the stage's tokens)",
-                "give one of them, or use lr_policy: continue",
-            )
-
-
-def _tokens_of_last_steps(stages: Sequence[Stage], share: float) -> int:
-    """Returns the tokens in the last share of the steps of consecutive stages."""
-    # As a fraction of decimals: 0.1 of 30 steps in floating point is more than 3, which would round up to 4.
-    left, tokens = math.ceil(sum(stage.steps for stage in stages) * Fraction(str(share))), 0
-    for stage in reversed(stages):
-        taken = min(left, stage.steps)
-        tokens += taken * stage.tokens_per_step
-        left -= taken
-    return tokens
-
-
-def _check_lr(stage: Stage, shape: LrShape, tokens: int) -> None:
-    """Checks the learning-rate schedule that begins with a stage and lasts for `tokens` tokens."""
-    if not (shape.lr > 0.0 and math.isfinite(shape.lr)) or not 0.0 <= shape.min_lr <= shape.lr:
-        raise ConfigError(
-            f"stage {stage.name!r}: lr {shape.lr}, min_lr {shape.min_lr}", "lr above 0 and min_lr from 0 to lr", "change --lr or --min-lr"
-        )
-    if shape.warmup_tokens > tokens:
-        raise ConfigError(
-            f"stage {stage.name!r}: a warm-up of {format_count(shape.warmup_tokens)} tokens in a schedule of {format_count(tokens)}",
-            "a warm-up that is not longer than the schedule",
-            "lower --lr-warmup-tokens or raise --train-tokens",
-        )
-    if shape.style == "inverse-square-root" and shape.warmup_tokens == 0:
-        raise ConfigError(
-            f"stage {stage.name!r}: lr_decay_style inverse-square-root, lr · sqrt(warm-up / tokens), without a warm-up",
-            "a warm-up above 0",
-            "give --lr-warmup-tokens or --lr-warmup-fraction",
-        )
-    decays = shape.style not in ("constant", "inverse-square-root")
-    if decays and shape.decay_tokens is not None and shape.decay_tokens <= shape.warmup_tokens:
-        raise ConfigError(
-            f"stage {stage.name!r}: the decay ends after {format_count(shape.decay_tokens)} tokens, the warm-up after "
-            f"{format_count(shape.warmup_tokens)}",
-            "lr_decay_tokens above the warm-up; both are counted from the schedule's start",
-            "raise --lr-decay-tokens, or remove it to decay until the schedule's end",
-        )
-    if shape.wsd_decay_tokens > tokens:
-        raise ConfigError(
-            f"stage {stage.name!r}: a final decay of {format_count(shape.wsd_decay_tokens)} tokens in a schedule of {format_count(tokens)}",
-            "a decay that is not longer than the schedule",
-            "lower --lr-wsd-decay-tokens or raise --train-tokens",
-        )

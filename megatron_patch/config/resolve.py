@@ -6,7 +6,7 @@ In: `ParsedOptions` and the number of ranks. Out: `RunConfig`, from which each p
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -262,7 +262,7 @@ def _vocab_size(options: Options, metadata: DatasetMetadata | None, blend: Seque
     )
 
 
-def check_together(options: Options, ranks: int) -> None:
+def check_together(options: Options, ranks: int, origins: Collection[str] = ()) -> None:
     """Checks what needs neither plan nor data, and reports all of it.
 
     Raises:
@@ -271,7 +271,7 @@ def check_together(options: Options, ranks: int) -> None:
     problems = problems_of(lambda: check_numbers(options))
     if not problems:  # the other checks compute with the numbers
         problems = problems_of(
-            lambda: check_options(options),
+            lambda: check_options(options, origins),
             lambda: check_parallel(options.engine, ranks),
             lambda: check_profile_ranks(options.logging, ranks),
         )
@@ -292,7 +292,7 @@ def resolve(parsed: ParsedOptions, ranks: int) -> RunConfig:
     """
     options = parsed.options
     notes: list[str] = []
-    check_together(options, ranks)
+    check_together(options, ranks, parsed.origins)
     data_parallel_size = ranks // (options.engine.tensor_model_parallel_size * options.engine.pipeline_model_parallel_size)
     blend = parse_blend(options.data.data_path)
     valid_blend = parse_blend(options.data.valid_data_path, "--valid-data-path")

@@ -30,11 +30,12 @@ def default_patch_size(parameters: int) -> int:
 
 def needs_decay_fraction(options: Options, plan: StagePlan) -> bool:
     """Returns whether any WSD schedule of the plan needs the default decay length, because no flag and no stage sets it."""
-    if options.schedule.lr_wsd_decay_tokens or options.schedule.lr_wsd_decay_fraction:
+    schedule = options.schedule
+    if schedule.lr_wsd_decay_tokens or schedule.lr_wsd_decay_steps or schedule.lr_wsd_decay_fraction:
         return False
     specs = stage_specs(options.stages)
     return any(
-        stage.lr_policy == "restart" and stage.lr.style == "WSD" and not spec.lr_wsd_decay_tokens
+        stage.lr_policy == "restart" and stage.lr.style == "WSD" and not (spec.lr_wsd_decay_tokens or spec.lr_wsd_decay_steps)
         for spec, stage in zip(specs, plan.stages, strict=True)
     )
 

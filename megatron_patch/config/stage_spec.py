@@ -60,9 +60,12 @@ class StageSpec:
     lr: float | None = None
     min_lr: float | None = None
     lr_warmup_tokens: int | None = None
+    lr_warmup_steps: int | None = None
     lr_decay_style: LrStyle | None = None
     lr_decay_tokens: int | None = None
+    lr_decay_steps: int | None = None
     lr_wsd_decay_tokens: int | None = None
+    lr_wsd_decay_steps: int | None = None
     lr_wsd_decay_style: WsdDecayStyle | None = None
     optimizer: OptimizerPolicy | None = None
     data_path: tuple[str, ...] | None = None
@@ -72,6 +75,13 @@ class StageSpec:
             value = getattr(self, key)
             if value is not None and value not in choices:
                 raise ConfigError(f"stage {self.name!r}: {key} is {value!r}"[:300], ", ".join(choices), f"choose another {key}")
+        for in_tokens, in_steps in _TWO_UNITS:
+            if getattr(self, in_tokens) is not None and getattr(self, in_steps) is not None:
+                raise _two_units(f"stage {self.name!r}", in_tokens, in_steps)
+
+
+def _two_units(where: str, in_tokens: str, in_steps: str) -> ConfigError:
+    return ConfigError(f"{where}: {in_tokens} together with {in_steps}", "one of them", f"remove {in_tokens} or {in_steps}")
 
 
 _CHOICES: dict[str, tuple[str, ...]] = {
@@ -83,14 +93,23 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "lr_wsd_decay_style": get_args(WsdDecayStyle),
     "optimizer": get_args(OptimizerPolicy),
 }
-COUNTS = {"patch_size", "tokens", "steps", "micro_batch_size", "lr_warmup_tokens", "lr_decay_tokens", "lr_wsd_decay_tokens"}
+_TWO_UNITS = (
+    ("lr_warmup_tokens", "lr_warmup_steps"),
+    ("lr_decay_tokens", "lr_decay_steps"),
+    ("lr_wsd_decay_tokens", "lr_wsd_decay_steps"),
+)
+"""Keys that give one length in two units."""
+COUNTS = {"patch_size", "tokens", "steps", "micro_batch_size", *(key for keys in _TWO_UNITS for key in keys)}
 SCHEDULE_KEYS = (
     "lr",
     "min_lr",
     "lr_warmup_tokens",
+    "lr_warmup_steps",
     "lr_decay_style",
     "lr_decay_tokens",
+    "lr_decay_steps",
     "lr_wsd_decay_tokens",
+    "lr_wsd_decay_steps",
     "lr_wsd_decay_style",
 )
 _NUMBERS = {"token_share", "compute_share", "step_share", "anneal_share", "lr", "min_lr"}
@@ -254,6 +273,9 @@ def _read_entry(entry: Mapping[str, Any], number: int) -> StageSpec:
             value = tuple(str(word) for word in words)
             check_text(value, f"{where}: ")
         values[name] = value
+    for in_tokens, in_steps in _TWO_UNITS:
+        if in_tokens in values and in_steps in values:
+            raise _two_units(f"stages: entry {number}", in_tokens, in_steps)
     return StageSpec(**values)
 
 

@@ -315,6 +315,12 @@ def resolve_engine_config(
     nothing: dict[str, Any] = {}
     loss_scaling = findings.attempt(lambda: _loss_scaling(options, origins, user) if precision == "fp16" else nothing, nothing)
     _check_batch_sizes(user, plan, data_parallel_size, findings)
+    if optimizer_type(schedule.optimizer).full_matrices and _section(user, "torch_autocast").get("enabled"):
+        findings.add(
+            f"--deepspeed_config turns on torch_autocast with --optimizer {schedule.optimizer}, which was not tried together",
+            "torch_autocast with --optimizer adamw",
+            "remove torch_autocast and use --bf16",
+        )
     if file_is_right:
         _check_flags(options, precision, zero_level, findings)
         _check_file(user, options, zero_level, findings)

@@ -130,10 +130,12 @@ _OWN_CHECKPOINTS = "the program writes and reads its own checkpoints"
 
 REFUSED: Mapping[str, Refusal] = {
     "optimizer": Refusal(
-        "the program makes the optimizer", "remove it; use --optimizer, --lr, --weight-decay, --adam-beta1, --adam-beta2, --adam-eps"
+        "the program makes the optimizer",
+        "remove it; use --optimizer (adamw or muon), --lr, --weight-decay, --adam-beta1, --adam-beta2, --adam-eps, and for Muon --muon-lr "
+        "and --muon-momentum; megatron-patch migrate translates it",
     ),
     "scheduler": Refusal(
-        "the program sets the learning rate", "remove it; use --lr, --min-lr, --lr-decay-style, --lr-warmup-tokens, --lr-decay-tokens"
+        "the program sets the learning rate", "remove it; use --lr, --min-lr, --lr-decay-style, --lr-warmup-steps, --lr-decay-steps"
     ),
     "bfloat16": Refusal("it is the old name of bf16", "rename it to bf16"),
     "data_efficiency": Refusal("the program reads the data itself", "remove it; write a curriculum by sequence length as stages:"),
@@ -210,7 +212,9 @@ FIXED: Mapping[str, Fixed] = {
     "zero_optimization.zenflow": Fixed(None, _OTHER_OPTIMIZER),
     "zero_optimization.offload_optimizer.super_offload": Fixed(False, _OTHER_OPTIMIZER),
     "zero_optimization.offload_optimizer.ratio": Fixed(1, _OTHER_OPTIMIZER),
-    "zero_optimization.save_muon_momentum_buffer_in_memory": Fixed(False, "it is for an optimizer of DeepSpeed"),
+    "zero_optimization.save_muon_momentum_buffer_in_memory": Fixed(
+        False, "it is for DeepSpeed's own Muon", "remove it; --optimizer muon keeps its momentum where offload_optimizer says"
+    ),
     "zero_optimization.zero_quantized_nontrainable_weights": Fixed(False, "all weights are trained"),
     "zero_optimization.cpu_offload": Fixed(
         False, "it is an old name of offload_optimizer", 'write "offload_optimizer": {"device": "cpu"} in its place'

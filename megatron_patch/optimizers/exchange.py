@@ -13,10 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.distributed as dist
 
-from megatron_patch.optimizers.ownership import BufferSlice, MatrixSpan, OwnedMatrix, Slice, Wave, plan_exchange
-
-WAVE_LIMIT = 1 << 26
-"""Number of elements that an owner collects at a time."""
+from megatron_patch.optimizers.ownership import WAVE_LIMIT, BufferSlice, MatrixSpan, OwnedMatrix, Slice, Wave, plan_exchange
 
 
 class MatrixExchange:
@@ -66,13 +63,21 @@ class MatrixExchange:
             alpha: factor of the results.
         """
         for wave in self.plan.waves:
-            buffer = self._collect(wave, sources)
-            for matrices in _alike(wave.matrices):
-                views = [_shards_by_row(buffer, matrix) for matrix in matrices]
-                results = function(torch.stack(views).view(len(matrices), *matrices[0].shape))
-                for view, result in zip(views, results, strict=True):
-                    view.copy_(result.reshape(view.shape))
-            self._return(wave, buffer, targets, alpha)
+            self._add_wave(wave, sources, targets, function, alpha)
+
+    def _add_wave(
+        self,
+        wave: Wave,
+        sources: Sequence[torch.Tensor],
+        targets: Sequence[torch.Tensor],
+        function: Callable[[torch.Tensor], torch.Tensor],
+        alpha: float,
+    ) -> None:
+        """Does what `add_mapped` does for the matrices of one wave. When it returns, nothing that it allocated is left."""
+        buffer = self._collect(wave, sources)
+        for matrices in _alike(wave.matrices):
+            _map(buffer, matrices, function)
+        self._return(wave, buffer, targets, alpha)
 
     def _collect(self, wave: Wave, sources: Sequence[torch.Tensor]) -> torch.Tensor:
         """Returns this rank's matrices of a wave, flattened one after another."""
@@ -116,6 +121,14 @@ class MatrixExchange:
         dist.all_to_all_single(received, sent, list(expected), sizes, group=self._group)
         self.sent_bytes += sent.nbytes
         return received
+
+
+def _map(buffer: torch.Tensor, matrices: Sequence[OwnedMatrix], function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Replaces matrices of equal shape and layout, which lie in a buffer, by what the function returns for them."""
+    views = [_shards_by_row(buffer, matrix) for matrix in matrices]
+    results = function(torch.stack(views).view(len(matrices), *matrices[0].shape))
+    for view, result in zip(views, results, strict=True):
+        view.copy_(result.reshape(view.shape))
 
 
 def _numel(parts: Sequence[torch.Tensor] | Sequence[Slice] | Sequence[BufferSlice]) -> int:

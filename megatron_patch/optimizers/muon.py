@@ -25,10 +25,10 @@ import torch.distributed as dist
 
 from megatron_patch.config.options import MuonScaleMode, ScheduleOptions
 from megatron_patch.optimizers.adamw import make_adamw
-from megatron_patch.optimizers.exchange import WAVE_LIMIT, MatrixExchange
+from megatron_patch.optimizers.exchange import MatrixExchange
 from megatron_patch.optimizers.groups import HIDDEN
 from megatron_patch.optimizers.newton_schulz import newton_schulz
-from megatron_patch.optimizers.ownership import MatrixSpan
+from megatron_patch.optimizers.ownership import WAVE_LIMIT, MatrixSpan
 from megatron_patch.optimizers.state import probed_state
 
 _MOMENTUM = "momentum"

@@ -27,14 +27,31 @@ _MARGIN = 1.01
 
 COEFFICIENTS: dict[MuonCoefficients, tuple[Coefficients, ...]] = {
     # One polynomial for all steps (Keller Jordan, "Muon: An optimizer for hidden layers in neural networks", 2024).
-    "quintic": ((3.4445, -4.7750, 2.0315),),
-    # Further steps have the polynomial that the sequence converges to.
+    "simple": ((3.4445, -4.7750, 2.0315),),
+    # A polynomial for each of five steps (modded-nanogpt, train_gpt_medium.py); Megatron's default.
+    "quintic": (
+        (4.0848, -6.8946, 2.9270),
+        (3.9505, -6.3029, 2.6377),
+        (3.7418, -5.5913, 2.3037),
+        (2.8769, -3.1427, 1.2046),
+        (2.8366, -3.0525, 1.2012),
+    ),
     "polar_express": (*((a / _MARGIN, b / _MARGIN**3, c / _MARGIN**5) for a, b, c in _POLAR_EXPRESS), (1.875, -1.25, 0.375)),
 }
-"""The coefficients (a, b, c) of each step; the last ones are those of all further steps."""
+"""The coefficients (a, b, c) of each step, by the names of Megatron, which are those of NVIDIA's Emerging-Optimizers."""
 
 
-def newton_schulz(matrices: torch.Tensor, kind: MuonCoefficients = "quintic", steps: int = 5) -> torch.Tensor:
+def coefficients(kind: MuonCoefficients, steps: int) -> list[Coefficients]:
+    """Returns the coefficients (a, b, c) of each step.
+
+    Steps after those of the table begin with its first ones again; those of "polar_express" have the last ones, to which the
+    polynomials converge.
+    """
+    table = COEFFICIENTS[kind]
+    return [table[min(step, len(table) - 1) if kind == "polar_express" else step % len(table)] for step in range(steps)]
+
+
+def newton_schulz(matrices: torch.Tensor, kind: MuonCoefficients = "simple", steps: int = 5) -> torch.Tensor:
     """Returns the orthogonalized matrices.
 
     Args:
@@ -45,13 +62,11 @@ def newton_schulz(matrices: torch.Tensor, kind: MuonCoefficients = "quintic", st
     Returns:
         [N, rows, columns]: about U·Vᵀ for a matrix U·S·Vᵀ; zeros for a matrix of zeros.
     """
-    table = COEFFICIENTS[kind]
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.mT if tall else matrices
-    norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=torch.float32)
+    norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
     x = (x / norm.clamp(min=1e-7)).to(matrices.dtype)
-    for step in range(steps):
-        a, b, c = table[min(step, len(table) - 1)]
+    for a, b, c in coefficients(kind, steps):
         gram = x @ x.mT
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         x = torch.baddbmm(x, polynomial, x, beta=a)

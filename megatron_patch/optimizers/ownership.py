@@ -10,13 +10,16 @@ mean, and a matrix belongs to the rank that already holds most of it, which unde
 
 from __future__ import annotations
 
+import heapq
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from megatron_patch.model.sharding import Shard
 
+WAVE_LIMIT = 1 << 26
+"""Number of elements that an owner collects at a time."""
 _SLACK = 1.05
 """Load of a rank, relative to the mean, up to which a matrix may go to the rank that holds most of it."""
 
@@ -133,15 +136,24 @@ class ExchangePlan:
 
 
 @dataclass(frozen=True)
-class _Matrix:
+class HeldMatrix:
+    """A matrix and who holds it.
+
+    Args:
+        name: the parameter's name.
+        shape: (rows, columns).
+        dim: the dimension along which it is sharded; 0 without sharding.
+        shards: number of tensor-parallel shards.
+        held: rank -> number of elements that it holds.
+        spans: shard -> (first element, end, rank) of each span.
+    """
+
     name: str
     shape: tuple[int, int]
     dim: int
     shards: int
     held: dict[int, int]
-    """Rank -> number of elements that it holds."""
     spans: dict[int, list[tuple[int, int, int]]]
-    """Shard -> (first element, end, rank) of each span."""
 
 
 def orthogonalization_flops(shape: tuple[int, int], steps: int = 5) -> float:
@@ -153,40 +165,77 @@ def orthogonalization_flops(shape: tuple[int, int], steps: int = 5) -> float:
     return steps * (4 * small * small * large + 2 * small**3)
 
 
-def _collect(spans: Sequence[Sequence[MatrixSpan]]) -> list[_Matrix]:
-    """Returns all matrices, the one that costs most first."""
-    found: dict[str, _Matrix] = {}
+def collect_matrices(spans: Sequence[Sequence[MatrixSpan]]) -> list[HeldMatrix]:
+    """Returns all matrices whose spans the ranks hold, the one that costs most first."""
+    found: dict[str, HeldMatrix] = {}
     for rank, local in enumerate(spans):
         for span in local:
             dim, index, count = (0, 0, 1) if span.shard is None else (span.shard.dim, span.shard.index, span.shard.count)
-            matrix = found.setdefault(span.name, _Matrix(span.name, span.shape, dim, count, {}, {}))
+            if (matrix := found.get(span.name)) is None:
+                matrix = found[span.name] = HeldMatrix(span.name, span.shape, dim, count, {}, {})
             matrix.held[rank] = matrix.held.get(rank, 0) + span.numel
             matrix.spans.setdefault(index, []).append((span.start, span.start + span.numel, rank))
-    return sorted(found.values(), key=lambda matrix: (-orthogonalization_flops(matrix.shape), matrix.name))
+    return sorted(found.values(), key=order_of_cost)
 
 
-def _assign(matrices: Sequence[_Matrix], ranks: int) -> tuple[dict[str, int], list[float]]:
+def order_of_cost(matrix: HeldMatrix) -> tuple[float, str]:
+    """Returns a key that sorts the matrix that costs most first."""
+    return -orthogonalization_flops(matrix.shape), matrix.name
+
+
+def assign_owners(matrices: Sequence[HeldMatrix], ranks: int) -> tuple[dict[str, int], list[float]]:
     """Returns the owner of each matrix and the load of each rank.
 
     A matrix goes to the rank that holds most of it, as long as its load stays at most 5 % above the mean, else to the rank with the
     lowest load.
+
+    Args:
+        matrices: in the order of `order_of_cost`.
+        ranks: number of ranks.
     """
     loads = [0.0] * ranks
     limit = _SLACK * sum(orthogonalization_flops(matrix.shape) for matrix in matrices) / ranks
+    lowest = [(0.0, rank) for rank in range(ranks)]  # a heap; entries of earlier loads are dropped when they come up
     owners = {}
     for matrix in matrices:
-        price, most = orthogonalization_flops(matrix.shape), max(matrix.held.values())
-        near = [rank for rank, numel in matrix.held.items() if 2 * numel >= most and loads[rank] + price <= limit]
-        if near:
-            owner = max(near, key=lambda rank: (matrix.held[rank], -loads[rank], -rank))
-        else:
-            owner = min(range(ranks), key=lambda rank: (loads[rank], -matrix.held.get(rank, 0), rank))
+        price, held = orthogonalization_flops(matrix.shape), matrix.held
+        while loads[lowest[0][1]] != lowest[0][0]:
+            heapq.heappop(lowest)
+        least, owner = lowest[0]
+        most = max(held.values())
+        # If all ranks hold the same, the rank with the lowest load is the right one in both cases.
+        if len(held) < ranks or min(held.values()) < most:
+            near = [rank for rank, numel in held.items() if 2 * numel >= most and loads[rank] + price <= limit]
+            if near:
+                owner = max(near, key=lambda rank: (held[rank], -loads[rank], -rank))
+            elif equal := [rank for rank in held if loads[rank] == least]:
+                owner = min(equal, key=lambda rank: (-held[rank], rank))
         owners[matrix.name] = owner
         loads[owner] += price
+        heapq.heappush(lowest, (loads[owner], owner))
     return owners, loads
 
 
-def _pieces(spans: Sequence[tuple[int, int, int]]) -> Iterator[tuple[int, int, list[int]]]:
+class Sources:
+    """Chooses which rank sends a span of a matrix to the matrix's owner.
+
+    Args:
+        ranks: number of ranks.
+    """
+
+    def __init__(self, ranks: int) -> None:
+        self._sent = [0] * ranks
+
+    def choose(self, owner: int, holders: Sequence[int], numel: int) -> int:
+        """Returns the owner if it holds the span itself, else the holder that has sent least so far."""
+        if owner in holders:
+            return owner
+        source = min(holders, key=lambda holder: (self._sent[holder], holder)) if len(holders) > 1 else holders[0]
+        self._sent[source] += numel
+        return source
+
+
+def _cut(spans: Sequence[tuple[int, int, int]]) -> Iterator[tuple[int, int, list[int]]]:
     """Yields (first element, end, ranks that hold it) of the pieces into which the edges of all spans cut a shard."""
     holders: dict[tuple[int, int], list[int]] = {}
     for start, end, rank in spans:
@@ -200,9 +249,9 @@ def _pieces(spans: Sequence[tuple[int, int, int]]) -> Iterator[tuple[int, int, l
         yield first, last, sorted(rank for span in active for rank in holders[span])
 
 
-def _assign_waves(matrices: Sequence[_Matrix], owners: dict[str, int], limit: int) -> list[list[_Matrix]]:
+def assign_waves(matrices: Sequence[HeldMatrix], owners: Mapping[str, int], limit: int) -> list[list[HeldMatrix]]:
     """Returns the matrices by wave: each owner takes at most `limit` elements into a wave, or one larger matrix."""
-    waves: list[list[_Matrix]] = []
+    waves: list[list[HeldMatrix]] = []
     state: dict[int, tuple[int, int]] = {}  # owner -> (its current wave, elements in it)
     for matrix in matrices:
         owner, numel = owners[matrix.name], math.prod(matrix.shape)
@@ -224,8 +273,8 @@ def plan_exchange(spans: Sequence[Sequence[MatrixSpan]], rank: int, wave_limit: 
         rank: the rank of the plan.
         wave_limit: number of elements that an owner takes into one wave, unless a single matrix is larger.
     """
-    ranks, matrices = len(spans), _collect(spans)
-    owners, loads = _assign(matrices, ranks)
+    ranks, matrices = len(spans), collect_matrices(spans)
+    owners, loads = assign_owners(matrices, ranks)
     local: dict[tuple[str, int], list[MatrixSpan]] = {}
     for span in spans[rank]:
         local.setdefault((span.name, 0 if span.shard is None else span.shard.index), []).append(span)
@@ -234,8 +283,8 @@ def plan_exchange(spans: Sequence[Sequence[MatrixSpan]], rank: int, wave_limit: 
         (span,) = (span for span in local[name, shard] if span.start <= first and last <= span.start + span.numel)
         return Slice(span.tensor, span.offset + first - span.start, last - first)
 
-    waves, sent = [], [0] * ranks
-    for members in _assign_waves(matrices, owners, wave_limit):
+    waves, sources = [], Sources(ranks)
+    for members in assign_waves(matrices, owners, wave_limit):
         wave = Wave(ranks)
         for matrix in members:
             owner, shard_numel = owners[matrix.name], math.prod(matrix.shape) // matrix.shards
@@ -243,11 +292,9 @@ def plan_exchange(spans: Sequence[Sequence[MatrixSpan]], rank: int, wave_limit: 
             if owner == rank:
                 wave.matrices.append(OwnedMatrix(matrix.name, matrix.shape, matrix.dim, matrix.shards, base))
                 wave.numel += math.prod(matrix.shape)
-            for shard, first, last, holders in _pieces_of(matrix, shard_numel):
-                source = owner if owner in holders else min(holders, key=lambda holder: (sent[holder], holder))
+            for shard, first, last, holders in pieces(matrix):
+                source = sources.choose(owner, holders, last - first)
                 part = BufferSlice(base + shard * shard_numel + first, last - first)
-                if source != owner:
-                    sent[source] += last - first
                 wave.exchanges = wave.exchanges or holders != [owner]
                 held = slice_of(matrix.name, shard, first, last) if rank in holders else None
                 if owner == rank:
@@ -267,12 +314,13 @@ def plan_exchange(spans: Sequence[Sequence[MatrixSpan]], rank: int, wave_limit: 
     return ExchangePlan(waves, loads, owners)
 
 
-def _pieces_of(matrix: _Matrix, shard_numel: int) -> Iterator[tuple[int, int, int, list[int]]]:
-    """Yields (shard, first element, end, ranks that hold it) of all pieces of a matrix."""
+def pieces(matrix: HeldMatrix) -> Iterator[tuple[int, int, int, list[int]]]:
+    """Yields (shard, first element, end, ranks that hold it) of the pieces into which the spans cut a matrix."""
+    shard_numel = math.prod(matrix.shape) // matrix.shards
     assert sorted(matrix.spans) == list(range(matrix.shards)), f"{matrix.name} lacks shards"
     for shard, spans in sorted(matrix.spans.items()):
         end = 0
-        for first, last, holders in _pieces(spans):
+        for first, last, holders in _cut(spans):
             assert first == end, f"{matrix.name}: no rank holds element {end} of shard {shard}"
             end = last
             yield shard, first, last, holders

@@ -10,8 +10,30 @@ from megatron_patch.config.resolve import RunConfig
 from megatron_patch.engine.deepspeed_config import EngineConfig, Precision
 from megatron_patch.model.pipeline_partition import Balance, pipeline_partition
 from megatron_patch.model.shape import ModelShape
+from megatron_patch.optimizers.registry import optimizer_type
 
 Recompute = Literal["none", "selective", "full"]
+
+
+@dataclass(frozen=True)
+class PlannedOptimizer:
+    """What a plan must know of a run's optimizer.
+
+    Args:
+        name: its name.
+        hidden_states: number of float32 values that it keeps for each element of a hidden matrix.
+        other_states: the same for all other parameters.
+        full_matrices: whether its update of a hidden matrix needs the full matrix.
+        newton_schulz_steps: Newton-Schulz steps of this update.
+        nesterov: whether this update looks ahead along the momentum.
+    """
+
+    name: str = "adamw"
+    hidden_states: int = 2
+    other_states: int = 2
+    full_matrices: bool = False
+    newton_schulz_steps: int = 5
+    nesterov: bool = True
 
 
 @dataclass(frozen=True)
@@ -35,6 +57,8 @@ class Layout:
         prefetch_elements: weights that ZeRO 3 gathers in one call; a larger matrix is gathered alone.
         offload_optimizer: whether optimizer states are in host memory.
         offload_weights: whether weights are in host memory.
+        sub_group_elements: elements of a rank's shard that ZeRO 3 steps at a time.
+        optimizer: the optimizer.
     """
 
     ranks: int
@@ -53,6 +77,8 @@ class Layout:
     prefetch_elements: int = 50_000_000
     offload_optimizer: bool = False
     offload_weights: bool = False
+    sub_group_elements: int = 1_000_000_000
+    optimizer: PlannedOptimizer = PlannedOptimizer()
 
     @property
     def data(self) -> int:
@@ -82,6 +108,8 @@ class Layout:
 def layout_of(run: RunConfig, engine_config: EngineConfig) -> Layout:
     """Returns the layout that a run's options set."""
     options, zero = run.options.engine, engine_config.deepspeed["zero_optimization"]
+    schedule = run.options.schedule
+    kind = optimizer_type(schedule.optimizer)
 
     def offloaded(part: str) -> bool:
         return bool((zero.get(part) or {}).get("device", "none") != "none")
@@ -103,4 +131,13 @@ def layout_of(run: RunConfig, engine_config: EngineConfig) -> Layout:
         prefetch_elements=int(zero.get("stage3_prefetch_bucket_size", 50_000_000)),
         offload_optimizer=offloaded("offload_optimizer"),
         offload_weights=offloaded("offload_param"),
+        sub_group_elements=int(zero.get("sub_group_size", 1_000_000_000)),
+        optimizer=PlannedOptimizer(
+            schedule.optimizer,
+            kind.hidden_states,
+            kind.other_states,
+            kind.full_matrices,
+            schedule.muon_num_ns_steps,
+            schedule.muon_nesterov,
+        ),
     )

@@ -6,18 +6,20 @@ tests/distributed/test_memory.py compare them with torch). Gradients in flight, 
 sizes are known, but not which of them are in memory at the same time.
 
 The peak is at one of two moments: at the start of the backward pass of a step's last micro-batch, when all activations and the accumulated
-gradients are in memory; or in the optimizer step, when gradients are reduced through flat copies.
+gradients are in memory; or in the optimizer step, when gradients are reduced through flat copies and full matrices are orthogonalized.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from dataclasses import dataclass, fields
 from typing import Literal
 
-from megatron_patch.model.parameters import parameters_of_layers, shard_numel
+from megatron_patch.model.parameters import is_hidden_matrix, parameters_of_layers, shard_numel
 from megatron_patch.model.shape import ModelShape
 from megatron_patch.model.sharding import shards_key_value
+from megatron_patch.planning.hidden_matrices import matrix_step
 from megatron_patch.planning.layout import Layout
 from megatron_patch.stages import Stage
 
@@ -38,11 +40,13 @@ class Memory:
     Args:
         weights: weights as the forward pass reads them.
         gradients: gradients that outlive a micro-batch.
-        optimizer: float32 master weights and both Adam moments.
+        optimizer: float32 master weights and the optimizer's state: two float32 values for each parameter; Muon has one for elements of
+            hidden matrices and two for all other parameters.
         activations: tensors that autograd saves for the micro-batches in flight.
         loss: gradient of the head, and the logits of one chunk.
         buffers: flat copies for communication and for the optimizer step.
         fragmentation: the allowance `FRAGMENTATION`.
+        matrices: what the buffers of orthogonalization need on top of all that was freed before the step; 0 if the optimizer has none.
     """
 
     weights: float
@@ -52,6 +56,7 @@ class Memory:
     loss: float
     buffers: float
     fragmentation: float = 0.0
+    matrices: float = 0.0
 
     @property
     def total(self) -> float:
@@ -75,11 +80,18 @@ def rank_parameters(shape: ModelShape, layout: Layout, layers: range) -> int:
     return _sizes(shape, layout.tensor, layers)[0]
 
 
+def hidden_parameters(shape: ModelShape, layout: Layout, layers: range) -> int:
+    """Returns how many of these parameters are elements of hidden matrices, which Muon keeps less state for."""
+    return _sizes(shape, layout.tensor, layers)[2]
+
+
 @functools.lru_cache(maxsize=4096)  # a search asks for the same layers many times
-def _sizes(shape: ModelShape, tensor: int, layers: range) -> tuple[int, int]:
-    """Returns (number of parameters, elements of the largest tensor) of a rank with these layers."""
-    sizes = [shard_numel(name, size, shape, tensor) for name, size in parameters_of_layers(shape, layers).items()]
-    return sum(sizes), max(sizes, default=0)
+def _sizes(shape: ModelShape, tensor: int, layers: range) -> tuple[int, int, int]:
+    """Returns (number of parameters, elements of the largest tensor, elements of hidden matrices) of a rank with these layers."""
+    full = parameters_of_layers(shape, layers)
+    sizes = {name: shard_numel(name, size, shape, tensor) for name, size in full.items()}
+    hidden = sum(numel for name, numel in sizes.items() if is_hidden_matrix(name, len(full[name])))
+    return sum(sizes.values()), max(sizes.values(), default=0), hidden
 
 
 def saved_by_block(shape: ModelShape, layout: Layout, samples: int, positions: int) -> int:
@@ -196,12 +208,18 @@ def _reduction(layout: Layout, parameters: int, largest: int) -> tuple[float, fl
     return bucket + (c * reduced if layout.zero_level == 2 and c != e else 0), 4.0 * parameters / layout.data
 
 
-def _states(shape: ModelShape, layout: Layout, parameters: int) -> tuple[float, float, float]:
+def state_values(parameters: int, hidden: int, layout: Layout) -> int:
+    """Returns the float32 values that the optimizer keeps for parameters, of which some are elements of hidden matrices."""
+    return layout.optimizer.hidden_states * hidden + layout.optimizer.other_states * (parameters - hidden)
+
+
+def _states(layout: Layout, parameters: int, hidden: int) -> tuple[float, float, float]:
     """Returns the bytes of (weights, gradients that outlive a micro-batch, optimizer)."""
     p, d, e = parameters, layout.data, layout.element_bytes
+    state = 4 * state_values(parameters, hidden, layout)
     if layout.zero_level == 0:
-        return (4 + (2 if e == 2 else 0)) * p, 4 * p, 8 * p
-    optimizer = 12 * p / d
+        return (4 + (2 if e == 2 else 0)) * p, 4 * p, state
+    optimizer = (4 * p + state) / d
     if _bf16_optimizer(layout):
         return e * p, (4 if layout.immediate_gradients else 4 + e) * p, optimizer
     if layout.zero_level == 1:
@@ -225,8 +243,8 @@ def rank_memory(
         stage: the stage.
         device: kind of device, which changes `loss_bytes` and the allowance for fragmentation.
     """
-    parameters = rank_parameters(shape, layout, layers)
-    weights, gradients, optimizer = _states(shape, layout, parameters)
+    parameters, largest, hidden = _sizes(shape, layout.tensor, layers)
+    weights, gradients, optimizer = _states(layout, parameters, hidden)
     in_flight = micro_batches_in_flight(layout, stage, pipeline_rank)
     activations = float(in_flight * saved_by_layers(shape, layout, layers, stage))
     residual = _residual(shape, layout, stage.micro_batch_size, stage.positions)
@@ -236,13 +254,17 @@ def rank_memory(
     loss = float(loss_bytes(shape, layout, stage, device)) if shape.num_layers + 1 in layers else 0.0
     # A pipeline keeps the received input and the output of each micro-batch in flight.
     buffers = float(2 * max(2, in_flight) * residual) if layout.pipeline > 1 else 2.0 * residual
-    bucket, step = _reduction(layout, parameters, _sizes(shape, layout.tensor, layers)[1])
+    bucket, step = _reduction(layout, parameters, largest)
     buffers += bucket
     # Activations are freed before the optimizer step, so only the excess over them adds to the peak.
     buffers += max(0.0, step - activations - loss - buffers)
+    work = matrix_step(shape, layout, layers)
+    # The flat copies of DeepSpeed's optimizer for bfloat16 are freed before the update, those of the others after it.
+    step = (0.0 if _bf16_optimizer(layout) else step) + (0 if work is None else work.buffer_bytes)
+    matrices = max(0.0, step - activations - loss - buffers)
     if layout.offload_optimizer:
         optimizer = 0.0
     if layout.offload_weights:
         weights = layout.element_bytes * min(parameters, ZERO3_LIVE_ELEMENTS)
-    parts = Memory(weights, gradients, optimizer, activations, loss, buffers)
-    return Memory(weights, gradients, optimizer, activations, loss, buffers, FRAGMENTATION * parts.total if device == "cuda" else 0.0)
+    parts = Memory(weights, gradients, optimizer, activations, loss, buffers, matrices=matrices)
+    return dataclasses.replace(parts, fragmentation=FRAGMENTATION * parts.total if device == "cuda" else 0.0)

@@ -13,8 +13,8 @@ from megatron_patch.errors import ConfigError, DoesNotFitError
 from megatron_patch.model.shape import ModelShape
 from megatron_patch.planning.cost import Cost
 from megatron_patch.planning.hardware import Hardware
-from megatron_patch.planning.layout import Layout
-from megatron_patch.planning.memory import COUNTED_PARTS, Memory, rank_memory, rank_parameters
+from megatron_patch.planning.layout import Layout, PlannedOptimizer
+from megatron_patch.planning.memory import COUNTED_PARTS, Memory, hidden_parameters, rank_memory, rank_parameters, state_values
 from megatron_patch.planning.published import calibration
 from megatron_patch.planning.reliability import Interruptions, StageWork, daly_interval, expected_goodput, young_interval
 from megatron_patch.planning.timing import StepTime, bubble_share, step_time
@@ -112,7 +112,7 @@ class CheckpointSchedule:
     """The recommended interval between checkpoints.
 
     Args:
-        bytes: size of a checkpoint with float32 weights and both Adam moments.
+        bytes: size of a checkpoint with float32 weights and optimizer states.
         mtbf_seconds: mean time between failures of the job.
         save_seconds: time that training pauses for each checkpoint.
         young_seconds: interval by Young's formula.
@@ -193,6 +193,11 @@ class Plan:
     def to_json(self) -> dict[str, Any]:
         """Returns JSON values: exact numbers under "counted", all others under "estimated"."""
         layout = {"zero_stage" if key == "zero_level" else key: value for key, value in dataclasses.asdict(self.layout).items()}
+        # Figures that only Muon has, and the defaults of its part of the layout, are left out for AdamW.
+        optimizer = self.layout.optimizer
+        unused = frozenset() if optimizer.full_matrices else frozenset({"matrices", "orthogonalization"})
+        for key in ("optimizer", "sub_group_elements") if optimizer == PlannedOptimizer() else ():
+            del layout[key]
         return {
             "layout": {"name": self.layout.name(), **layout, "data": self.layout.data},
             "hardware": dataclasses.asdict(self.hardware),
@@ -232,7 +237,7 @@ class Plan:
                     {
                         "pipeline_rank": part.pipeline_rank,
                         "fullest_stage": part.peak_stage,
-                        **{f"{name}_bytes": value for name, value in part.memory.to_json().items() if name not in COUNTED_PARTS},
+                        **{f"{name}_bytes": value for name, value in part.memory.to_json().items() if name not in COUNTED_PARTS | unused},
                     }
                     for part in self.parts
                 ],
@@ -240,7 +245,11 @@ class Plan:
                     {
                         "stage": estimate.stage.name,
                         "step_seconds": estimate.time.total,
-                        **{f"{name}_seconds": value for name, value in dataclasses.asdict(estimate.time).items() if name != "mfu"},
+                        **{
+                            f"{name}_seconds": value
+                            for name, value in dataclasses.asdict(estimate.time).items()
+                            if name != "mfu" and name not in unused
+                        },
                         "mfu": estimate.time.mfu,
                         "tokens_per_second": estimate.stage.tokens_per_step / estimate.time.total,
                         "hours": estimate.seconds / 3600,
@@ -324,11 +333,12 @@ def make_plan(
 
 
 def _checkpoints(shape: ModelShape, layout: Layout, interruptions: Interruptions, step_seconds: float) -> CheckpointSchedule:
-    parameters = rank_parameters(shape, Layout(ranks=1), range(shape.num_layers + 2))
+    alone, layers = Layout(ranks=1), range(shape.num_layers + 2)
+    parameters, hidden = rank_parameters(shape, alone, layers), hidden_parameters(shape, alone, layers)
     mtbf = interruptions.mtbf_seconds(layout.ranks)
     daly = daly_interval(interruptions.save_seconds, mtbf)
     return CheckpointSchedule(
-        bytes=12 * parameters,
+        bytes=4 * (parameters + state_values(parameters, hidden, layout)),
         mtbf_seconds=mtbf,
         save_seconds=interruptions.save_seconds,
         young_seconds=young_interval(interruptions.save_seconds, mtbf),

@@ -9,6 +9,7 @@ from rich.text import Text
 
 from megatron_patch.model.shape import ModelShape
 from megatron_patch.planning.hardware import Hardware
+from megatron_patch.planning.layout import PlannedOptimizer
 from megatron_patch.planning.memory import COUNTED_PARTS
 from megatron_patch.planning.plan import PipelinePart, Plan, Resources
 from megatron_patch.planning.published import calibration
@@ -28,7 +29,9 @@ def _table(title: str, *columns: str, left: Sequence[str] = ()) -> FittingTable:
 
 def rank_table(parts: Sequence[PipelinePart], shape: ModelShape) -> FittingTable:
     """Returns layers, parameters and memory of each rank, with one row per pipeline rank."""
-    marks = [name if name in COUNTED_PARTS else f"~{name}" for name in _PARTS]
+    # Only Muon's step allocates buffers for matrices, and mostly they are smaller than what the backward pass has freed.
+    shown = _PARTS + (("matrices",) if any(part.memory.matrices for part in parts) else ())
+    marks = [name if name in COUNTED_PARTS else f"~{name}" for name in shown]
     title = "Per rank: parameters (exact) and memory in GiB (~ is estimated)"
     table = _table(title, "pipeline rank", "ranks", "layers", "parameters", *marks, "~total", left=("layers",))
     for part in parts:
@@ -38,7 +41,7 @@ def rank_table(parts: Sequence[PipelinePart], shape: ModelShape) -> FittingTable
             f"{part.ranks:,}",
             part.describe(shape.num_layers),
             f"{part.parameters:,}",
-            *(f"{memory[name] / GIB:,.2f}" for name in _PARTS),
+            *(f"{memory[name] / GIB:,.2f}" for name in shown),
             f"{part.memory.total / GIB:,.2f}",
         )
     return table
@@ -47,7 +50,9 @@ def rank_table(parts: Sequence[PipelinePart], shape: ModelShape) -> FittingTable
 def stage_table(plan: Plan) -> FittingTable:
     """Returns time, throughput and FLOPs of each stage."""
     speed = ("stage", "K", "steps", "FLOPs", "~step", "~MFU", "~tokens/s", "~time")
-    shares = ("~computation", "bubble", "~tensor", "~pipeline", "~data", "~optimizer")
+    shares = ["~computation", "bubble", "~tensor", "~pipeline", "~data", "~optimizer"]
+    full = plan.layout.optimizer.full_matrices
+    shares += ["~Newton-Schulz", "~matrices"] if full else []
     table = _table("Stages on this hardware; the last columns are shares of the step", *speed, *shares, left=("stage",))
     for estimate in plan.stages:
         stage, time = estimate.stage, estimate.time
@@ -63,6 +68,7 @@ def stage_table(plan: Plan) -> FittingTable:
             format_count(stage.tokens_per_step / time.total),
             format_duration(estimate.seconds),
             *(compute, f"{estimate.bubble:.1%}", tensor, pipeline, data, optimizer),
+            *((f"{time.orthogonalization / time.total:.1%}", f"{time.matrices / time.total:.1%}") if full else ()),
         )
     return table
 
@@ -96,7 +102,8 @@ def resource_table(plan: Plan) -> FittingTable:
 
 def print_tables(plan: Plan, console: Console) -> None:
     """Prints every table of a plan."""
-    console.print(Text.assemble((f"{plan.layout.ranks:,} x {plan.hardware.name}", "bold"), f": {plan.layout.name()}"))
+    optimizer = "" if plan.layout.optimizer == PlannedOptimizer() else f", {plan.layout.optimizer.name}"
+    console.print(Text.assemble((f"{plan.layout.ranks:,} x {plan.hardware.name}", "bold"), f": {plan.layout.name()}{optimizer}"))
     console.print(rank_table(plan.parts, plan.shape))
     console.print(stage_table(plan))
     if any(estimate.traffic for estimate in plan.stages):

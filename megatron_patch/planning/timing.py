@@ -3,7 +3,7 @@
 In: model, layout, stage, hardware. Out: `StepTime`. For each micro-batch a pipeline rank computes its layers, reduces over its
 tensor-parallel ranks without overlap, and sends the result. The slowest pipeline rank sets the pace; (p - 1) more micro-batches of it fill
 and drain the pipeline (Narayanan et al., arXiv 2104.04473, section 2.2). Gradient communication partly overlaps the backward pass. The
-optimizer step reads and writes its states once.
+optimizer step reads and writes its states once. Muon's step exchanges matrices and orthogonalizes them, without overlap.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from megatron_patch.model.flops import block_matrices, layer_flops, training_flops_per_position
 from megatron_patch.model.shape import ModelShape
 from megatron_patch.planning.hardware import Hardware
+from megatron_patch.planning.hidden_matrices import matrix_step
 from megatron_patch.planning.layout import Layout
-from megatron_patch.planning.memory import rank_parameters, saved_by_layers
+from megatron_patch.planning.memory import hidden_parameters, rank_parameters, saved_by_layers
 from megatron_patch.planning.traffic import traffic
 from megatron_patch.stages import Stage
 
@@ -32,6 +33,8 @@ class StepTime:
         data: communication of gradients and weights between data parallel ranks that the backward pass does not overlap.
         optimizer: the update of the weights.
         mfu: model FLOPs of the step over the peak FLOPs of all devices in that time.
+        orthogonalization: Newton-Schulz steps of the rank that the others wait for; 0 if the optimizer needs no full matrices.
+        matrices: exchange of matrices for this.
     """
 
     compute: float
@@ -41,11 +44,14 @@ class StepTime:
     data: float
     optimizer: float
     mfu: float
+    orthogonalization: float = 0.0
+    matrices: float = 0.0
 
     @property
     def total(self) -> float:
         """Seconds of the step."""
-        return self.compute + self.tensor + self.pipeline + self.bubble + self.data + self.optimizer
+        step = self.optimizer + self.orthogonalization + self.matrices
+        return self.compute + self.tensor + self.pipeline + self.bubble + self.data + step
 
 
 def bubble_share(layout: Layout, stage: Stage) -> float:
@@ -79,6 +85,36 @@ def executed_flops(shape: ModelShape, layout: Layout, layers: range, positions: 
     return products, blocks * attention * (3.5 + (layout.recompute != "none"))
 
 
+def optimizer_seconds(shape: ModelShape, layout: Layout, layers: range, hardware: Hardware) -> tuple[float, float]:
+    """Returns the estimated seconds of the update and of its Newton-Schulz steps, without communication.
+
+    The update is limited by the memory's bandwidth: AdamW moves 32 bytes for each parameter in one kernel. Muon's operators run one after
+    another: those of the momentum move 12 bytes for each element, of Nesterov's look-ahead 12, of the decay 8, to and from the buffer the
+    element twice as float32 and as it is sent, of the sum 12, of the rounded weight 4.
+
+    Newton-Schulz steps are matrix products, which reach the same share of the peak as those of the model, and copies: `baddbmm` copies its
+    first operand, and a matrix is stacked, normalized, scaled and copied back.
+
+    Args:
+        shape: shape of the model.
+        layout: layout of the run.
+        layers: layers of a pipeline rank.
+        hardware: devices.
+    """
+    bandwidth, e = hardware.memory_gb_per_second * 1e9, layout.element_bytes
+    shards = layout.data if layout.zero_level else 1
+    parameters, work = rank_parameters(shape, layout, layers), matrix_step(shape, layout, layers, hardware.node_devices)
+    if work is None:
+        return 32.0 * parameters / shards / bandwidth, 0.0
+    optimizer, hidden = layout.optimizer, hidden_parameters(shape, layout, layers)
+    moved = 36 + (12 if optimizer.nesterov else 0) + (4 + e) + (4 + e if e == 2 else 0)
+    update = (32.0 * (parameters - hidden) + moved * hidden) / shards / bandwidth
+    products = hardware.peak_tflops * 1e12 * hardware.matmul_efficiency / (hardware.fp32_slowdown if e == 4 else 1.0)
+    copies = 2 * e * optimizer.newton_schulz_steps * (work.owned_elements + work.owned_squares)
+    copies += (8 * e + 4 + (4 + e if e == 2 else 0)) * work.owned_elements
+    return update, work.critical_flops * optimizer.newton_schulz_steps / products + copies / bandwidth
+
+
 def step_time(shape: ModelShape, layout: Layout, stage: Stage, hardware: Hardware) -> StepTime:
     """Returns the estimated time of one optimizer step of a stage.
 
@@ -94,7 +130,7 @@ def step_time(shape: ModelShape, layout: Layout, stage: Stage, hardware: Hardwar
     usable = peak / (hardware.fp32_slowdown if layout.precision == "fp32" else 1.0)
     passes = hardware.compiled_passes if layout.compiled else hardware.memory_passes
     slowest = (0.0, 0.0, 0.0)
-    data = update = 0.0
+    data, step = 0.0, (0.0, 0.0, 0.0)
     for layers in layout.layers_by_pipeline_rank(shape):
         products, attention = executed_flops(shape, layout, layers, stage.positions)
         seconds = products / hardware.matmul_efficiency + attention / hardware.attention_efficiency
@@ -102,15 +138,16 @@ def step_time(shape: ModelShape, layout: Layout, stage: Stage, hardware: Hardwar
         # The memory bandwidth limits all operators that are not matrix products.
         moved = micro_batches * saved_by_layers(shape, dataclasses.replace(layout, recompute="none"), layers, stage)
         seconds += passes * moved / (hardware.memory_gb_per_second * 1e9)
-        sent = {"tensor": 0.0, "pipeline": 0.0, "data": 0.0}
+        sent = {"tensor": 0.0, "pipeline": 0.0, "data": 0.0, "matrices": 0.0}
         for row in traffic(shape, layout, layers, stage, hardware):
-            sent[row.kind] = row.seconds(hardware)
+            sent[row.kind] += row.seconds(hardware)
         slowest = max(slowest, (seconds, sent["tensor"], sent["pipeline"]), key=sum)
         # ZeRO's communication overlaps the backward pass, which is two thirds of the computation.
         data = max(data, sent["data"] - min(hardware.overlap * sent["data"], 2 / 3 * seconds))
-        owned = rank_parameters(shape, layout, layers) / (layout.data if layout.zero_level else 1)
-        update = max(update, 32.0 * owned / (hardware.memory_gb_per_second * 1e9))
+        step = max(step, (*optimizer_seconds(shape, layout, layers, hardware), sent["matrices"]), key=sum)
     bubble = sum(slowest) * (layout.pipeline - 1) / micro_batches
-    total = sum(slowest) + bubble + data + update
+    update, orthogonalization, matrices = step
+    total = sum(slowest) + bubble + data + sum(step)
     model = stage.positions_per_step * training_flops_per_position(shape, stage.positions)
-    return StepTime(*slowest, bubble, data, update, model / (total * peak * layout.ranks))
+    mfu = model / (total * peak * layout.ranks)
+    return StepTime(*slowest, bubble, data, update, mfu, orthogonalization, matrices)

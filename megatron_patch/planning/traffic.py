@@ -6,6 +6,9 @@ group stays inside a node exactly when the numbers of its first and last rank di
 
 Rings pass through the ranks of a node one after the other and leave it once. Libraries lay one ring through each network port of the node
 (NCCL's channels), so the ports of all ranks that a group has in a node carry its traffic together.
+
+The exchange of hidden matrices (Muon) is no ring: each rank sends to each owner through its own port. What a rank sends or receives,
+whichever is more, is counted for the busiest rank.
 """
 
 from __future__ import annotations
@@ -17,11 +20,13 @@ from typing import Literal
 from megatron_patch.model.parameters import block_parameters
 from megatron_patch.model.shape import ModelShape
 from megatron_patch.planning.hardware import Hardware
+from megatron_patch.planning.hidden_matrices import matrix_step
 from megatron_patch.planning.layout import Layout
 from megatron_patch.planning.memory import rank_parameters
 from megatron_patch.stages import Stage
 
-Kind = Literal["tensor", "pipeline", "data"]
+_LINKS: tuple[Literal["node", "network"], ...] = ("node", "network")
+Kind = Literal["tensor", "pipeline", "data", "matrices"]
 
 
 @dataclass(frozen=True)
@@ -29,7 +34,7 @@ class Traffic:
     """Bytes that a rank sends in a step for one kind of parallelism.
 
     Args:
-        kind: kind of parallelism.
+        kind: kind of parallelism; "matrices" is the exchange of an optimizer that needs full matrices.
         link: "node" inside a node, "network" between nodes.
         bytes: bytes that a rank sends in one optimizer step.
         ports: ranks of its group in one node, whose network ports share what leaves the node.
@@ -102,4 +107,9 @@ def traffic(shape: ModelShape, layout: Layout, layers: range, stage: Stage, hard
         rounds = {0: 2 * buckets, 1: 3 * buckets, 2: (2 * micro_batches + 1) * buckets, 3: micro_batches * (buckets + 2 * gathers)}
         ports = max(1, min(d, hardware.node_devices // t))
         rows.append(Traffic("data", _link(t, d, hardware), volume, ports, d, rounds[layout.zero_level]))
+    work = matrix_step(shape, layout, layers, hardware.node_devices)
+    if work is not None and work.ranks > 1:
+        sent = {link: float(layout.element_bytes * elements) for link, elements in (("node", work.node), ("network", work.network))}
+        # That nothing has to be sent is worth a row.
+        rows += [Traffic("matrices", link, sent[link]) for link in _LINKS if sent[link] or (link == "node" and not any(sent.values()))]
     return rows

@@ -36,7 +36,7 @@ def _names(*groups: type) -> set[str]:
 
 
 _MODEL = _names(ModelOptions)
-_SCHEDULE = _names(ScheduleOptions) - {"optimizer", "weight_decay", "adam_beta1", "adam_beta2", "adam_eps", "clip_grad"}
+_SCHEDULE = {name for name in _names(ScheduleOptions) if name in ("lr", "min_lr") or name.startswith("lr_")}
 _PLAN = _names(StageOptions) - {"start_tokens"} | _SCHEDULE
 _BY_EFFECT = _MODEL | _PLAN | {"data_path", "split", "eod_token_id"}
 """Options whose effect is compared (the model's shape, the plan, the data), in place of their values."""
@@ -161,7 +161,7 @@ def check_resume(state: TrainerState, run: RunConfig) -> ResumedPlan:
     # Other words for the same plan are no change; --train-tokens are, even if full steps make the same number of them.
     shown = {name: pair for name, pair in of_plan.items() if name == "train_tokens" or (resumed.changes and name != "stages")}
     flags_of_plan = [_change(flag_of(name), *pair) for name, pair in shown.items()]
-    return dataclasses.replace(resumed, changes=(*changes, *flags_of_plan, *resumed.changes))
+    return dataclasses.replace(resumed, changes=(*changes, *flags_of_plan, *resumed.changes, *resumed.kept))
 
 
 def _advice_to_continue(state: TrainerState, saved: StagePlan, progress: Progress) -> str:

@@ -13,15 +13,16 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_patch.config.plan_builder import check_schedules, whole_steps
+from megatron_patch.config.plan_builder import whole_steps
 from megatron_patch.config.resolve import RunConfig
+from megatron_patch.config.schedules import check_schedules
 from megatron_patch.config.stage_spec import StageSpec, parse_stages, stage_specs
 from megatron_patch.errors import CheckpointError, ConfigError
-from megatron_patch.stages import LrShape, Progress, StagePlan
+from megatron_patch.stages import LrShape, Progress, Stage, StagePlan, position_weights
 from megatron_patch.training.lr_schedule import Segment, build_lr_schedule
 from megatron_patch.utils.units import format_count, plural
 
@@ -29,12 +30,15 @@ _GEOMETRY = ("patch_size", "positions", "global_batch_size", "side", "anneal_sha
 _AT_A_SWITCH = ("lr_policy", "optimizer")
 _EXTENDING = {"train_tokens", "stages"}
 _LR_LENGTHS = {
-    "warmup_tokens": ("lr_warmup_tokens", "lr_warmup_fraction"),
-    "wsd_decay_tokens": ("lr_wsd_decay_tokens", "lr_wsd_decay_fraction"),
+    "warmup_tokens": ("lr_warmup_tokens", "lr_warmup_steps", "lr_warmup_fraction"),
+    "decay_tokens": ("lr_decay_tokens", "lr_decay_steps"),
+    "wsd_decay_tokens": ("lr_wsd_decay_tokens", "lr_wsd_decay_steps", "lr_wsd_decay_fraction"),
 }
-"""Lengths that the first start resolved from shares of the plan, with the options that change them on purpose; the first is also a key of
-an entry of `stages:`."""
+"""Lengths that the first start resolved from steps or shares of the plan, with the options that change them on purpose, of which those in
+tokens and in steps are also keys of an entry of `stages:`."""
 _LR_VALUES = [field.name for field in dataclasses.fields(LrShape) if field.name not in _LR_LENGTHS]
+_EARLIER_WEIGHTS: dict[str, Callable[[int], float]] = {"exponential": lambda k: 2.0**-k}
+"""Formulas of --position-weights that earlier versions had under these names. A run that began with one keeps its weights."""
 
 Changed = Mapping[str, tuple[Any, Any]]
 """Options that differ from the checkpoint's: name -> (value then, value now), as plain JSON values."""
@@ -52,11 +56,13 @@ class ResumedPlan:
         plan: the plan to follow.
         differences: what makes the options' plan another one, which refuses the start; empty if the run can be resumed.
         changes: what differs from the checkpoint's plan on purpose, as sentences for the user.
+        kept: what a new run with the same options would do differently, because the program has changed, as such sentences.
     """
 
     plan: StagePlan
     differences: tuple[str, ...] = ()
     changes: tuple[str, ...] = ()
+    kept: tuple[str, ...] = ()
 
 
 def resume_plan(saved: StagePlan, then: RunConfig, now: RunConfig, progress: Progress, changed: Changed) -> ResumedPlan:
@@ -74,8 +80,8 @@ def resume_plan(saved: StagePlan, then: RunConfig, now: RunConfig, progress: Pro
         CheckpointError: the checkpoint's plan does not follow from its own options.
         ConfigError: the changed options give no valid plan.
     """
-    _check_own_plan(saved, then.plan)
-    differences = _differences(then.plan, now.plan, progress) + _data_differences(then, now)
+    _check_own_plan(saved, then)
+    differences = _differences(saved, then, now, progress) + _data_differences(then, now)
     if differences:
         return ResumedPlan(saved, tuple(differences))
     pairs = itertools.zip_longest(then.plan.stages, now.plan.stages)
@@ -94,7 +100,7 @@ def resume_plan(saved: StagePlan, then: RunConfig, now: RunConfig, progress: Pro
     except _CannotExtend as error:
         read = f"{saved.consumed_tokens(progress):,} of {saved.tokens:,} tokens"
         return ResumedPlan(saved, (f"the run cannot be extended at {read}: {error}",))
-    return ResumedPlan(plan, changes=tuple(_changes(saved, plan)))
+    return ResumedPlan(plan, changes=tuple(_changes(saved, plan)), kept=tuple(_kept(saved, then)))
 
 
 def difference(name: str, then: str, now: str) -> str:
@@ -125,20 +131,24 @@ def tokens_to_continue_at(plan: StagePlan, progress: Progress, window_blocks: in
     return (first + min(begin + windows * window_blocks, end)) * plan.block_tokens
 
 
-def _check_own_plan(saved: StagePlan, before: StagePlan) -> None:
+def _check_own_plan(saved: StagePlan, then: RunConfig) -> None:
     """Checks that a checkpoint's plan follows from its own options; another version of the program may round lengths differently."""
-    found: list[str] = []
+    before, specs, found = then.plan, stage_specs(then.options.stages), list[str]()
+    in_steps = then.options.schedule.lr_decay_steps is not None or any(spec.lr_decay_steps is not None for spec in specs)
     if len(saved.stages) != len(before.stages):
         found += [f"it has {plural(len(saved.stages), 'stage')} in place of {len(before.stages)}"]
     if saved.block_tokens != before.block_tokens:
         found.append(f"its blocks have {saved.block_tokens:,} tokens in place of {before.block_tokens:,}")
     if abs(saved.tokens - before.tokens) > _rounding(saved):
         found.append(f"it has {saved.tokens:,} tokens in place of {before.tokens:,}")
-    for old, new in zip(saved.stages, before.stages, strict=False):
-        names = (*_GEOMETRY, *_AT_A_SWITCH, "blend", "position_weights")
+    for old, new, weights in zip(saved.stages, before.stages, _weight_names(then), strict=False):
+        names = (*_GEOMETRY, *_AT_A_SWITCH, "blend")
         found += [_in_place(old.name, name, old, new) for name in names if getattr(old, name) != getattr(new, name)]
-        found += [_in_place(old.name, name, old.lr, new.lr) for name in _LR_VALUES if getattr(old.lr, name) != getattr(new.lr, name)]
-        if min(old.lr.warmup_tokens, old.lr.wsd_decay_tokens, old.rewarm_tokens) < 0:
+        if old.position_weights not in (new.position_weights, _earlier_weights(weights, new)):
+            found.append(_in_place(old.name, "position_weights", old, new))
+        values = _LR_VALUES if in_steps else [*_LR_VALUES, "decay_tokens"]
+        found += [_in_place(old.name, name, old.lr, new.lr) for name in values if getattr(old.lr, name) != getattr(new.lr, name)]
+        if min(old.lr.warmup_tokens, old.lr.wsd_decay_tokens, old.rewarm_tokens) < 0 or (old.lr.decay_tokens or 1) < 1:
             found.append(f"a length of stage {old.name}'s learning rate is negative")
     try:
         if not found:
@@ -153,6 +163,27 @@ def _check_own_plan(saved: StagePlan, before: StagePlan) -> None:
         )
 
 
+def _weight_names(run: RunConfig) -> list[str | tuple[float, ...]]:
+    """Returns --position-weights of each stage as given: a name or numbers."""
+    return [spec.position_weights or run.options.stages.position_weights for spec in stage_specs(run.options.stages)]
+
+
+def _earlier_weights(name: str | tuple[float, ...], stage: Stage) -> tuple[float, ...] | None:
+    """Returns the label weights that an earlier version gave a stage under this name, or None if they are the same as now."""
+    formula = _EARLIER_WEIGHTS.get(name) if isinstance(name, str) else None
+    labels = stage.labels_per_position
+    return None if formula is None else position_weights(tuple(formula(k) for k in range(labels)), labels)
+
+
+def _kept(saved: StagePlan, then: RunConfig) -> list[str]:
+    """Returns sentences on the stages that keep label weights of an earlier version."""
+    return [
+        f"--position-weights {name} has another formula in new runs; stage {old.name} keeps its weights, {_text(old.position_weights)}"
+        for old, new, name in zip(saved.stages, then.plan.stages, _weight_names(then), strict=True)
+        if old.position_weights != new.position_weights
+    ]
+
+
 def _rounding(plan: StagePlan) -> int:
     """Returns the tokens by which full steps and blocks may change the length of a plan."""
     return sum(math.lcm(plan.block_tokens, stage.tokens_per_step) for stage in plan.stages)
@@ -162,9 +193,9 @@ def _in_place(stage: str, name: str, old: Any, new: Any) -> str:
     return f"{name} of stage {stage} is {_text(getattr(old, name))} in place of {_text(getattr(new, name))}"
 
 
-def _differences(before: StagePlan, now: StagePlan, progress: Progress) -> list[str]:
+def _differences(saved: StagePlan, then: RunConfig, run: RunConfig, progress: Progress) -> list[str]:
     """Returns what cannot change, apart from the number of steps: blocks, samples, batches, weights, and the switches that are past."""
-    found = []
+    before, now, found = then.plan, run.plan, list[str]()
     if now.block_tokens != before.block_tokens:
         found.append(difference("tokens of a block", _text(before.block_tokens), _text(now.block_tokens)))
     if len(now.stages) < len(before.stages):
@@ -172,8 +203,12 @@ def _differences(before: StagePlan, now: StagePlan, progress: Progress) -> list[
     for index, (old, new) in enumerate(zip(before.stages, now.stages, strict=False)):
         names = (*_GEOMETRY, *_AT_A_SWITCH) if _has_begun(index, progress) else _GEOMETRY
         found += [_difference(old.name, name, old, new) for name in names if getattr(old, name) != getattr(new, name)]
-        if not _close(old.position_weights, new.position_weights):
-            found.append(_difference(old.name, "position_weights", old, new))
+    weights = zip(saved.stages, now.stages, _weight_names(then), _weight_names(run), strict=False)
+    found += [
+        _difference(old.name, "position_weights", old, new)
+        for old, new, name_then, name_now in weights
+        if name_then != name_now and not _close(old.position_weights, new.position_weights)
+    ]
     return found
 
 
@@ -299,13 +334,18 @@ def _with_schedules(
         if _has_begun(index, progress) or plan.stages[index].steps == old.steps:
             lengths = {name for name, options in _LR_LENGTHS.items() if not changed.keys() & options}
             if index < min(len(then), len(now)):
-                lengths -= {name for name, (key, _) in _LR_LENGTHS.items() if getattr(then[index], key) != getattr(now[index], key)}
+                lengths -= {name for name, options in _LR_LENGTHS.items() if _given(then[index], options) != _given(now[index], options)}
             if old.lr.style != new.lr.style:
                 lengths.discard("wsd_decay_tokens")
         shape = dataclasses.replace(new.lr, **{name: getattr(old.lr, name) for name in (*same, *lengths)})
         rewarm = old.rewarm_tokens if "warmup_tokens" in lengths and old.lr_policy == new.lr_policy else new.rewarm_tokens
         stages[index] = dataclasses.replace(new, lr=shape, rewarm_tokens=rewarm)
     return StagePlan(tuple(stages), plan.block_tokens)
+
+
+def _given(spec: StageSpec, options: Sequence[str]) -> list[Any]:
+    """Returns the values of those options that are keys of an entry of `stages:`."""
+    return [getattr(spec, name) for name in options if hasattr(spec, name)]
 
 
 def _check_past(saved: StagePlan, plan: StagePlan, progress: Progress) -> None:
@@ -345,7 +385,7 @@ def _changes(saved: StagePlan, plan: StagePlan) -> list[str]:
         sentences += [
             _change(new.name, field.name, old.lr, new.lr, "lr: ")
             for field in dataclasses.fields(LrShape)
-            if getattr(old.lr, field.name) != getattr(new.lr, field.name)
+            if new.lr_policy == "restart" and getattr(old.lr, field.name) != getattr(new.lr, field.name)
         ]
     return sentences
 

@@ -63,4 +63,4 @@ LLAMA_3_8B = shlex.split("""
 """)
 """Megatron-LM: examples/llama/train_llama3_8b_h100_fp8.sh; the quotes of --split reach the program, as in the script."""
 
-REFUSED_IN_LLAMA_3 = ("--decoupled-lr", "--decoupled-min-lr", "--fp8-format", "--fp8-amax-history-len", "--fp8-param-gather")
+REFUSED_IN_LLAMA_3 = ("--decoupled-min-lr", "--fp8-format", "--fp8-amax-history-len", "--fp8-param-gather")

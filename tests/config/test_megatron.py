@@ -92,7 +92,7 @@ def test_megatron_lms_llama_3_gets_one_report_and_what_remains_of_it_resolves(tm
     assert run.plan.tokens == pytest.approx(1_953_125_000 * 8192, rel=1e-6)
     assert run.plan.stages[0].lr.decay_tokens == 1_949_218_748 * 8192
     assert run.options.safety.exit_duration == 235 * 60 and run.shape.num_query_groups == 8
-    assert not any(flag.startswith(("--fp8", "--decoupled")) for flag in remaining)
+    assert not any(flag.startswith(("--fp8", "--decoupled-min")) for flag in remaining)
 
 
 @pytest.mark.parametrize(
@@ -120,13 +120,23 @@ def test_megatron_lms_llama_3_gets_one_report_and_what_remains_of_it_resolves(tm
         ("--train-samples 1000 --train-tokens 2M", "--train-tokens 128000"),
         ("--lr-decay-iters 5", "--lr-decay-tokens 5120"),
         ("--lr-decay-samples 5", "--lr-decay-tokens 640"),
-        ("--lr-warmup-iters 3", "--lr-warmup-tokens 3072"),
+        ("--lr-warmup-iters 3", "--lr-warmup-steps 3"),
+        ("--lr-warmup-iters 3 --lr-warmup-steps 4", "--lr-warmup-steps 4"),
+        ("--lr-warmup-iters 3 --lr-warmup-tokens 1k", "--lr-warmup-tokens 1k"),
         ("--lr-warmup-samples 3 --lr-warmup-tokens 1k", "--lr-warmup-tokens 1k"),
-        ("--lr-wsd-decay-iters 3", "--lr-wsd-decay-tokens 3072"),
+        ("--lr-wsd-decay-iters 3", "--lr-wsd-decay-steps 3"),
         ("--lr-warmup-fraction .001 --lr-decay-iters 1000", "--lr-warmup-tokens 1024 --lr-decay-tokens 1024000"),
         ("--lr-warmup-fraction .01 --train-iters 100", "--lr-warmup-fraction .01 --train-tokens 102400"),
         ("--lr-wsd-decay-style minus_sqrt", "--lr-wsd-decay-style minus-sqrt"),
         ("--optimizer adam", "--optimizer adamw"),
+        ("--optimizer dist_muon", "--optimizer muon --zero-stage 1"),
+        ("--optimizer dist_muon --zero-stage 2", "--optimizer muon --zero-stage 2"),
+        ("--optimizer muon --muon-use-nesterov", "--optimizer muon --muon-nesterov"),
+        ("--optimizer muon --muon-coefficient-type quintic", "--optimizer muon --muon-coefficient-type quintic"),
+        ("--optimizer soap", "--optimizer soap"),
+        ("--optimizer adam --muon-momentum 0.9 --muon-num-ns-steps 5", "--optimizer adamw"),
+        ("--muon-momentum 0.9", "--muon-momentum 0.9"),
+        ("--decoupled-lr 1e-3 --decoupled-min-lr 1e-4 --lr 1e-4 --min-lr 1e-5", "--decoupled-lr 1e-3 --lr 1e-4 --min-lr 1e-5"),
         ("--eval-iters 4", "--eval-tokens 4096"),
         ("--exit-duration-in-mins 90", "--exit-duration 90min"),
         ("--use-distributed-optimizer", "--zero-stage 1"),
@@ -186,6 +196,9 @@ def test_values_of_translated_flags_arrive():
         "--exit-duration-in-mins 30000000",
         "--eval-iters 0",
         "--lr-warmup-iters 0",
+        "--muon-no-split-qkv --muon-tp-mode blockwise --muon-fp32-matmul-prec high --muon-scalar-optimizer lion",
+        "--muon-momentum 0.9 --muon-use-nesterov --muon-scale-mode spectral --muon-coefficient-type cans --use-mcore-models",
+        "--decoupled-min-lr 1e-4",
     ],
 )
 def test_values_that_change_nothing_are_accepted_and_listed(words):
@@ -219,7 +232,12 @@ def test_what_has_no_effect_is_printed_with_the_reason(capsys):
         ("--no-position-embedding", "a model without positions does not exist here"),
         ("--squared-relu", "GELU or SwiGLU"),
         ("--lr-warmup-init 1e-6", "the warm-up begins at 0"),
-        ("--decoupled-lr 1e-3", "all weights have one learning rate"),
+        ("--decoupled-min-lr 1e-5 --lr 1e-4 --min-lr 1e-5 --decoupled-lr 1e-3", "--min-lr x --decoupled-lr / --lr = 0.0001"),
+        ("--muon-no-split-qkv --optimizer muon", "query, key and value projections are matrices of their own"),
+        ("--muon-tp-mode blockwise --optimizer muon --tensor-model-parallel-size 2", "the update depends on the layout"),
+        ("--muon-fp32-matmul-prec high --optimizer muon --bf16", "orthogonalized in bfloat16"),
+        ("--muon-scalar-optimizer lion --optimizer muon", "AdamW steps all parameters that Muon does not"),
+        ("--muon-coefficient-type cans --optimizer muon", "there are no such coefficients"),
         ("--rampup-batch-size 2 2 100", "the batch grows only from stage to stage"),
         ("--qk-layernorm --normalization LayerNorm", "RMSNorm"),
         ("--mock-data", "training reads a dataset"),
@@ -251,6 +269,20 @@ def test_one_refused_flag_is_an_error_in_three_parts():
         options("--fp8-format hybrid")
     assert error.value.what.startswith("--fp8-format hybrid: there is no FP8") and "docs/migrating.md" in error.value.allowed
     assert error.value.do.startswith("write --bf16; the other flags are these here:")
+
+
+def test_muon_with_megatrons_words_says_which_defaults_and_updates_differ():
+    """All defaults of Megatron's Muon, and no more than these, are those of this program's options or are named with Megatron's value."""
+    notes = " ".join(
+        options("--optimizer muon --muon-tp-mode duplicated --no-swiglu --position-embedding-type learned_absolute").megatron.notes
+    )
+    for flag in ("--muon-momentum 0.9", "--no-muon-nesterov", "--muon-extra-scale-factor 1.0", "--muon-coefficient-type quintic"):
+        assert f"({flag})" in notes
+    assert "learned positions" in notes and "gate and the up" not in notes
+    given = "--muon-momentum 0.9 --muon-use-nesterov --muon-extra-scale-factor 1 --muon-coefficient-type simple --swiglu"
+    notes = " ".join(options(f"--optimizer muon {given}").megatron.notes)
+    assert "gate and the up projection of SwiGLU each by itself" in notes and "quintic" not in notes and "Muon's momentum" not in notes
+    assert options("--optimizer muon --muon-momentum 0.9 --decoupled-lr 1e-3").megatron is None
 
 
 def test_steps_need_a_batch_to_become_tokens():
@@ -293,7 +325,7 @@ def test_contradictions_of_several_checks_are_reported_at_once():
         resolve(options("--train-tokens 0 --adam-eps 0 --dry-run"), 1)
 
 
-@pytest.mark.parametrize("words", ["--num-key-value-head 4", "--foo", "--fp8-hybrids", "--lr-warmup-steps 10", "--lr-decay-steps 5"])
+@pytest.mark.parametrize("words", ["--num-key-value-head 4", "--foo", "--fp8-hybrids", "--lr-warmup-hours 10", "--lr-decay-epochs 5"])
 def test_an_unknown_flag_gets_no_guess_across_meanings(words):
     (row,) = translated(words).problems
     assert row.meaning.startswith("unknown") and row.becomes == f"remove {words.split()[0]}"
@@ -331,6 +363,9 @@ def test_keys_of_a_file_go_through_the_same_table(tmp_path):
     assert over.options.stages.train_tokens == 5
     assert parse(["--config", str(path), "--global-batch-size", "4"]).options.stages.train_tokens == 10 * 4 * 128
     assert parse(["--config", str(path), "--train-iters", "1"]).options.stages.train_tokens == 8 * 128
+    path.write_text(path.read_text() + "lr-warmup-tokens: 1k\n")
+    schedule = parse(["--config", str(path), "--lr-warmup-iters", "3"]).options.schedule
+    assert (schedule.lr_warmup_steps, schedule.lr_warmup_tokens) == (3, 0)
     path.write_text(path.read_text() + "num-experts: 4\nbf16: maybe\nlayers: 5\nlr: fast\n")
     with pytest.raises(ConfigError) as error:
         parse(["--config", str(path)])

@@ -57,12 +57,12 @@ class _Check:
 
     def compare(self, expected: dict[str, torch.Tensor]) -> None:
         """Compares what the optimizer is about to use; ZeRO may fill and step one group of parameters after the other."""
-        from megatron_patch.engine.fragments import _locate
+        from megatron_patch.engine.fragments import locate
 
         engine, optimizer = self.engine, self.engine._optimizer
         shown, optimizer.param_groups = optimizer.param_groups, self.groups  # ZeRO 1 and 2 hide all groups but one
         for parameter, name in engine._names.items():
-            located = _locate(engine._engine, optimizer, parameter, None)
+            located = locate(engine._engine, optimizer, parameter, None)
             if located is None or located[0].grad is None or located[3] <= 0:
                 continue
             flat, offset, start, numel = located

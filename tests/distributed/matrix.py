@@ -1,8 +1,8 @@
 """Compares every parallel layout of up to four ranks with one process, across the switch.
 
-`python -m tests.distributed.matrix` prints the table. Each combination trains 24 steps through a patch stage and a token stage on real
+`python -m tests.distributed.matrix` prints the table, with `--optimizer muon` that of Muon. Each combination trains 24 steps through a patch stage and a token stage on real
 ranks, with evaluations before, at and after the switch. Each step is compared: losses, evaluations and gradient norms must agree within
-1e-5 (bfloat16: losses within 1e-2 of float32).
+1e-5 (bfloat16: losses within 1e-2 of float32). With Muon, the single process steps with torch's function (tests/oracle/reference_muon.py).
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ import itertools
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from tests.distributed.runs import Run, make_corpus, train
+from tests.distributed.runs import Run, make_corpus, start_program, train
+from tests.oracle.reference_muon import start_with_reference
 
 PLAN = "--seq-length 16 --micro-batch-size 2 --global-batch-size 12 --patch-size 4 --train-tokens 4608 --lr 3e-3 --lr-warmup-fraction 0.2"
 PLAN += " --num-layers 3 --eval-interval 5"
@@ -48,6 +49,7 @@ class Combination:
     model: str = "llama"
     length: str = "positions"
     extra: str = ""
+    optimizer: str = "adamw"
 
     @property
     def ranks(self) -> int:
@@ -57,7 +59,7 @@ class Combination:
     @property
     def reference(self) -> str:
         """The flags with which one process computes the same."""
-        return f"{MODELS[self.model]} {LENGTHS[self.length]}"
+        return f"{MODELS[self.model]} {LENGTHS[self.length]} --optimizer {self.optimizer}"
 
     @property
     def words(self) -> str:
@@ -68,12 +70,14 @@ class Combination:
 
     def __str__(self) -> str:
         sequence = " SP" if self.sequence else ""
-        return f"TP{self.tensor}{sequence} PP{self.pipeline} DP{self.data} ZeRO{self.zero} {self.model}, {self.length} {self.extra}".strip()
+        optimizer = "" if self.optimizer == "adamw" else f"{self.optimizer} "
+        layout = f"TP{self.tensor}{sequence} PP{self.pipeline} DP{self.data} ZeRO{self.zero}"
+        return f"{optimizer}{layout} {self.model}, {self.length} {self.extra}".strip()
 
 
 @dataclass
 class References:
-    """Runs of a single process, each trained when it is first used."""
+    """Runs of a single process, each trained when it is first used; Muon's do not use the product's Muon."""
 
     folder: Path
     corpus: str
@@ -83,7 +87,8 @@ class References:
         """Returns the run with these flags."""
         if words not in self.runs:
             folder = self.folder / f"single-{len(self.runs)}"
-            self.runs[words] = train(folder, 1, PLAN, words, "--zero-stage 0 --data-path", self.corpus)
+            program = start_with_reference if "--optimizer muon" in words else start_program
+            self.runs[words] = train(folder, 1, PLAN, words, "--zero-stage 0 --data-path", self.corpus, main=program)
         return self.runs[words]
 
 
@@ -127,8 +132,12 @@ def layouts() -> list[Combination]:
     return [Combination(t, p, d, sequence) for t, p, d in SHAPES for sequence in ((False, True) if t > 1 else (False,))]
 
 
-def combinations() -> list[Combination]:
-    """Returns every layout at every ZeRO level and with both lengths, and every layout with every model, recomputation and bfloat16."""
+def combinations(optimizer: str = "adamw") -> list[Combination]:
+    """Returns every layout at every ZeRO level and with both lengths, and every layout with every model, recomputation and bfloat16.
+
+    Args:
+        optimizer: the optimizer of all of them.
+    """
     found = []
     for layout, length in itertools.product(layouts(), LENGTHS):
         for zero in range(4 if layout.pipeline == 1 else 2):
@@ -144,15 +153,16 @@ def combinations() -> list[Combination]:
             "--pipeline-balance flops --micro-batch-size 1",
         ):
             found.append(Combination(**{**vars(layout), "model": "tied", "extra": extra}))
-    return found
+    return [replace(combination, optimizer=optimizer) for combination in found]
 
 
 def main() -> int:
     """Prints a line for each combination and returns how many of them differ."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="", help="combinations whose description contains this")
+    parser.add_argument("--optimizer", default="adamw", choices=("adamw", "muon"), help="optimizer of all combinations")
     arguments = parser.parse_args()
-    chosen = [combination for combination in combinations() if arguments.only in str(combination)]
+    chosen = [combination for combination in combinations(arguments.optimizer) if arguments.only in str(combination)]
     failures = 0
     began = time.monotonic()
     print(f"{'combination':100} {'ranks':>5} {'steps':>5} {'loss':>8} {'norm':>8} {'eval':>8}")

@@ -158,12 +158,22 @@ ZERO_KEYS = "keys of zero_optimization that DeepSpeed knows"
         ({"curriculum_learning": {"enabled": True}}, "curriculum_learning cannot be used", "docs/parallelism.md", "stages:"),
         ({"data_efficiency": {"enabled": True}}, "data_efficiency cannot be used: the program reads the data itself", "docs", "stages:"),
         ({"optimizer": {"type": "AdamW"}}, "optimizer cannot be used: the program makes the optimizer", "docs", "--lr"),
+        ({"optimizer": {"type": "Muon"}}, "optimizer cannot be used: the program makes the optimizer", "docs", "for Muon --muon-lr"),
+        (zero(save_muon_momentum_buffer_in_memory=True), "in_memory is true: it is for DeepSpeed's own Muon", "false", "--optimizer muon"),
+        (zero(offload_optimizer={"device": "cpu", "ratio": 0.5}), "offload_optimizer.ratio is 0.5: it would replace", "1", "remove it"),
     ],
 )
 def test_each_problem_has_three_parts(engine_config, data, what, allowed, do):
     error = refused(engine_config, data)
     assert what in error.what and error.what.startswith("--deepspeed_config"), error
     assert allowed in (error.allowed or "") and do in (error.do or ""), error
+
+
+def test_autocast_with_muon_is_refused_and_with_adamw_it_is_not(engine_config):
+    data = {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}
+    error = refused(engine_config, data, "--optimizer muon")
+    assert error.what.startswith("--deepspeed_config turns on torch_autocast with --optimizer muon") and "--bf16" in (error.do or "")
+    assert engine_config(data).precision == "fp32"
 
 
 def test_all_problems_are_stated_at_once(engine_config):

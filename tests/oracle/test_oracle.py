@@ -14,6 +14,7 @@ from __future__ import annotations
 import ast
 import itertools
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ from megatron_patch.convert.from_hugging_face import from_hugging_face
 from tests.distributed.ranks import run_ranks
 from tests.distributed.runs import Run, command, make_corpus, printed, start_program
 from tests.oracle import independent_trainer
-from tests.oracle.independent_trainer import OracleStage, cosine, train, warmup_stable_decay
+from tests.oracle.independent_trainer import Muon, OracleStage, cosine, train, warmup_stable_decay
 
 transformers = pytest.importorskip("transformers")
 
@@ -111,6 +112,36 @@ CASES = {
     ),
 }  # fmt: skip
 
+POLAR_EXPRESS = [
+    # Table of arXiv 2505.16932 (Algorithm 1), as published; the last polynomial is that of all further steps.
+    (8.28721201814563, -23.595886519098837, 17.300387312530933),
+    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+    (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+    (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
+    (1.8750014808534479, -1.2500016453999487, 0.3750001645474248),
+]  # fmt: skip
+# Its code divides the argument of all polynomials but the last by 1.01.
+POLAR_EXPRESS = [(a / 1.01, b / 1.01**3, c / 1.01**5) for a, b, c in POLAR_EXPRESS] + [(1.875, -1.25, 0.375)]
+# name: (one of CASES, further flags, Muon)
+MUON_CASES = {
+    "reset": ("patch-train", "", Muon()),
+    "keep, own rates and decays": (
+        "token-superposition", "--zero-stage 3 --muon-lr 6e-3 --muon-weight-decay 0.3 --decoupled-lr 1e-3 --embedding-weight-decay 0",
+        Muon(lr=2.0, decay=0.3, vocabulary_lr=1 / 3, vocabulary_decay=0.0),
+    ),
+    "reset_moments, no Nesterov, shape_scaling": (
+        "a list of stages", "--no-muon-nesterov --muon-momentum 0.9 --muon-scale-mode shape_scaling --muon-extra-scale-factor 1",
+        Muon(momentum=0.9, nesterov=False, scale=lambda rows, columns: math.sqrt(max(1, rows / columns))),
+    ),
+    "tied GPT-2, polar_express, unit_rms_norm": (
+        "tied GPT-2, pipeline", "--muon-coefficient-type polar_express --muon-num-ns-steps 9 --muon-scale-mode unit_rms_norm",
+        Muon(coefficients=[*POLAR_EXPRESS, POLAR_EXPRESS[-1]], scale=lambda rows, columns: 0.2 * math.sqrt(rows / columns)),
+    ),
+}  # fmt: skip
+MUON_TOLERANCES = {**TOLERANCES, "loss": 1e-6, "grad_norm": 1e-5}
+
 
 def make_model(kind: str) -> torch.nn.Module:
     """Returns a small model of transformers with random weights, also for biases and norms."""
@@ -159,19 +190,31 @@ def spans_by_step(folder: Path) -> list[list[tuple[int, int]]]:
     return [steps[number] for number in range(1, len(steps) + 1)]
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_every_step_is_that_of_the_independent_trainer(tmp_path, corpus, models, case):
+def check(tmp_path, corpus, models, case, more="", muon=None):
+    """Trains a case of `CASES` with further flags and compares each step with the independent trainer's."""
     kind, ranks, words, stages = CASES[case]
+    words = f"{words} {more}"
     public, imported, flags = models[kind]
     argv = command(flags, COMMON, words, ["--data-path", corpus, "--load", str(imported), "--save", str(tmp_path / "run")])
     assert run_ranks(start_program, ranks, tmp_path / "run-logs", argv) == [0] * ranks, printed(tmp_path / "run")
     steps = Run(tmp_path / "run").records("step")
     model = transformers.AutoModelForCausalLM.from_pretrained(str(public), dtype=torch.float32)
     tokens = np.fromfile(f"{corpus}.bin", dtype=np.uint16)
-    expected = list(train(model, tokens, spans_by_step(tmp_path / "run"), stages, T))
+    expected = list(train(model, tokens, spans_by_step(tmp_path / "run"), stages, T, muon))
     assert len(steps) == len(expected) == sum(stage.steps for stage in stages)
-    for name, tolerance in TOLERANCES.items():
+    for name, tolerance in (MUON_TOLERANCES if muon else TOLERANCES).items():
         assert [step[name] for step in steps] == pytest.approx([step[name] for step in expected], rel=tolerance), name
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_step_is_that_of_the_independent_trainer(tmp_path, corpus, models, case):
+    check(tmp_path, corpus, models, case)
+
+
+@pytest.mark.parametrize("case", MUON_CASES)
+def test_every_step_of_muon_is_that_of_the_independent_trainer(tmp_path, corpus, models, case):
+    of_adamw, words, muon = MUON_CASES[case]
+    check(tmp_path, corpus, models, of_adamw, f"--optimizer muon {words}", muon)
 
 
 def test_the_independent_trainer_imports_nothing_of_this_package():

@@ -172,7 +172,7 @@ def test_the_three_public_lists_resolve(tmp_path, monkeypatch, capsys, words, se
         assert "#   --hidden-dropout 0.1: there is no dropout" in text  # Megatron's default
     elif words is LLAMA_3_8B:
         assert (shape.normalization, shape.activation, shape.mlp_bias) == ("LayerNorm", "swiglu", False)
-        assert "#   --fp8-format hybrid: there is no FP8" in text and values["bf16"] is True and "decoupled-lr" not in values
+        assert "#   --fp8-format hybrid: there is no FP8" in text and values["bf16"] is True and float(values["decoupled-lr"]) == 5e-4
         assert "normalization: LayerNorm  # Megatron's default" in text
     else:
         assert shape.normalization == "RMSNorm" and values["train-tokens"] == 250_000 * 32 * 2048
@@ -302,6 +302,54 @@ def test_a_run_means_what_megatron_makes_of_its_flags(tmp_path, monkeypatch, wor
     assert values.get(key) == value and said in text
 
 
+@pytest.mark.parametrize("name", ["muon", "dist_muon"])
+def test_muon_gets_megatrons_defaults(tmp_path, monkeypatch, capsys, name):
+    monkeypatch.chdir(tmp_path)
+    Path("list.txt").write_text(f"{MODEL} --optimizer {name} --tensor-model-parallel-size 2 --lr 1e-3 --min-lr 1e-4 --decoupled-lr 2e-3")
+    values, text = migrate(tmp_path, "list.txt")
+    muon = {key: value for key, value in values.items() if key.startswith("muon")}
+    assert muon == {
+        "muon-momentum": 0.9,
+        "muon-nesterov": False,
+        "muon-extra-scale-factor": 1.0,
+        "muon-coefficient-type": "quintic",
+    }
+    assert values["optimizer"] == "muon" and float(values["decoupled-lr"]) == 2e-3
+    assert "#   --muon-tp-mode blockwise: Megatron's default, which" in text and "#   --decoupled-min-lr 1e-4" in text
+    assert "Megatron's Muon steps them" in " ".join(capsys.readouterr().err.split())
+    Path("list.txt").write_text(f"{MODEL} --optimizer {name} --muon-use-nesterov --muon-extra-scale-factor 0.2 --muon-tp-mode duplicated")
+    values, text = migrate(tmp_path, "list.txt")
+    assert (
+        values["muon-nesterov"] is True
+        and values["muon-extra-scale-factor"] == 0.2
+        and "muon" not in text.partition("# Left out")[2].partition("# Without")[0]
+    )
+    Path("list.txt").write_text(
+        f"{MODEL} --optimizer adam --muon-momentum 0.9 --muon-tp-mode blockwise --muon-no-split-qkv --tensor-model-parallel-size 2"
+    )
+    values, text = migrate(tmp_path, "list.txt")
+    assert not any(key.startswith("muon") for key in values) and "muon" not in text.partition("# Left out")[2].partition("# Without")[0]
+
+
+def test_deepspeeds_muon_becomes_flags_with_the_same_update(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("list.txt").write_text(MODEL)
+    section = {"type": "Muon", "params": {"lr": 0.02, "adam_lr": 3e-4, "momentum": 0.9, "betas": [0.9, 0.98], "per_head_muon": True}}
+    Path("ds.json").write_text(json.dumps({"optimizer": section}))
+    values, text = migrate(tmp_path, "list.txt", "--deepspeed-config", "ds.json")
+    assert values["lr"] == 3e-4 and values["muon-lr"] == 0.02 and values["weight-decay"] == 0.0 and values["adam-beta2"] == 0.98
+    muon = {key: value for key, value in values.items() if key.startswith("muon") and key != "muon-lr"}
+    assert muon == {
+        "muon-momentum": 0.9,
+        "muon-nesterov": True,
+        "muon-scale-mode": "shape_scaling",
+        "muon-extra-scale-factor": 1.0,
+        "muon-coefficient-type": "simple",
+    }
+    assert "per_head_muon: query, key and value projections are orthogonalized as whole matrices" in text
+    assert "clips what it has orthogonalized" in " ".join(capsys.readouterr().err.split())
+
+
 def test_a_file_without_a_command_says_so(tmp_path):
     (tmp_path / "empty.sh").write_text("echo hello\n")
     with pytest.raises(ConfigError, match="no command that starts"):
@@ -332,12 +380,13 @@ def test_deepspeeds_json_is_divided():
         "adam-eps": "1e-08",
         "weight-decay": "0.1",
         "lr-decay-style": "linear",
+        "lr-warmup-steps": "10",
         "clip-grad": "1.0",
         "fp16": "true",
         "initial-loss-scale": "65536",
         "zero-stage": "2",
     }
-    assert {option: steps for option, (steps, _) in parts.steps.items()} == {"lr-warmup-tokens": 10, "lr-decay-tokens": 100}
+    assert {option: steps for option, (steps, _) in parts.steps.items()} == {"lr-decay-tokens": 100}
     assert parts.left == {"zero_optimization": {"overlap_comm": True}, "comms_logger": {"enabled": True}}
     assert [key for key, _ in parts.dropped] == ["curriculum_learning"] and [key for key, _ in parts.ignored] == ["wall_clock_breakdown"]
 

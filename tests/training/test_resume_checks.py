@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import importlib.util
 import json
+import math
 import os
 
 import pytest
@@ -15,7 +16,7 @@ from megatron_patch.config.option_types import AtResume, flag_of
 from megatron_patch.config.resolve import load_config
 from megatron_patch.config.values import RESUME_MARKS
 from megatron_patch.errors import CheckpointError
-from megatron_patch.stages import Progress
+from megatron_patch.stages import POSITION_WEIGHTS, Progress
 from megatron_patch.training.resume import StartPoint, held_out_names, make_trainer_state
 from megatron_patch.training.resume_checks import check_data, check_resume, progress_problems
 from megatron_patch.training.stream import open_stream
@@ -26,6 +27,7 @@ BASE = (
     "--train-tokens 30720 --lr-decay-style constant --split 90,10,0 --eod-token-id 63 --save RUN"
 )
 SCALED = "--rope-scaling llama3 --rope-scaling-factor 8"
+MUON = "--optimizer muon"
 LIST = '--stages [{"patch_size":4,"token_share":0.5},{"patch_size":1}] --patch-size 1'
 
 OTHER = {
@@ -42,10 +44,13 @@ OTHER = {
     "sample": "constant-tokens", "batch": "constant-positions", "micro_batch_size": "2", "global_batch_size": "24",
     "global_batch_tokens": ("800", "--global-batch-size None --global-batch-tokens 192"), "position_weights": "power", "anneal_share": "0.5",
     "block_tokens": "128", "start_tokens": "64",
-    "lr": "1e-3", "min_lr": "1e-5", "lr_warmup_tokens": "1000", "lr_warmup_fraction": "0.1", "lr_decay_style": "cosine",
-    "lr_decay_tokens": "9000", "lr_wsd_decay_tokens": ("2000", "--lr-decay-style WSD"),
-    "lr_wsd_decay_fraction": ("0.25", "--lr-decay-style WSD"), "lr_wsd_decay_style": ("cosine", "--lr-decay-style WSD"),
-    "optimizer": "registered-elsewhere", "weight_decay": "0.2", "adam_beta1": "0.8", "adam_beta2": "0.9", "adam_eps": "1e-7", "clip_grad": "2",
+    "lr": "1e-3", "min_lr": "1e-5", "lr_warmup_tokens": "1000", "lr_warmup_steps": "7", "lr_warmup_fraction": "0.1",
+    "lr_decay_style": "cosine", "lr_decay_tokens": "9000", "lr_decay_steps": "50", "lr_wsd_decay_tokens": ("2000", "--lr-decay-style WSD"),
+    "lr_wsd_decay_steps": ("5", "--lr-decay-style WSD"), "lr_wsd_decay_fraction": ("0.25", "--lr-decay-style WSD"), "lr_wsd_decay_style": ("cosine", "--lr-decay-style WSD"),
+    "optimizer": "registered-elsewhere", "decoupled_lr": "1e-3", "embedding_weight_decay": "0.2", "muon_lr": ("0.01", MUON),
+    "muon_weight_decay": ("0.2", MUON), "muon_momentum": ("0.9", MUON), "muon_nesterov": ("False", MUON),
+    "muon_scale_mode": ("shape_scaling", MUON), "muon_extra_scale_factor": ("1", MUON), "muon_num_ns_steps": ("6", MUON),
+    "muon_coefficient_type": ("polar_express", MUON), "weight_decay": "0.2", "adam_beta1": "0.8", "adam_beta2": "0.9", "adam_eps": "1e-7", "clip_grad": "2",
     "data_path": "OTHER", "valid_data_path": ("OTHER", "--valid-data-path CORPUS"), "split": "80,20,0", "tokenizer_type": "NullTokenizer",
     "tokenizer_model": "elsewhere", "eod_token_id": ("62", "--eod-mask-loss"), "reset_attention_mask": "True", "reset_position_ids": "True",
     "eod_mask_loss": "True", "max_epochs": "100", "shuffle_window_blocks": "16", "num_workers": "0",
@@ -150,6 +155,41 @@ def test_the_same_effect_in_other_words_is_no_change(corpora):
     )
     resumed = resume(state, read([*base, *command(words)], corpora, ranks=1))
     assert resumed.changes == () and resumed.plan == run.plan
+
+
+def test_a_run_keeps_the_label_weights_of_the_version_that_began_it(corpora, monkeypatch):
+    """Exponential weights were 2^-k; the checkpoint has them in its plan, and their name in its options."""
+    words = [*command(BASE), "--position-weights", "exponential"]
+    monkeypatch.setitem(POSITION_WEIGHTS, "exponential", lambda k: 2.0**-k)
+    state = saved(read(words, corpora))
+    monkeypatch.undo()
+    before = [8 / 15 * 4, 4 / 15 * 4, 2 / 15 * 4, 1 / 15 * 4]
+    assert state.plan["stages"][0]["position_weights"] == pytest.approx(before)
+    run = read(words, corpora)
+    assert run.plan.stages[0].position_weights[1] == pytest.approx(run.plan.stages[0].position_weights[0] / math.e)
+    resumed = resume(state, run)
+    assert list(resumed.plan.stages[0].position_weights) == state.plan["stages"][0]["position_weights"]
+    (kept,) = resumed.changes
+    assert kept.startswith("--position-weights exponential has another formula in new runs; stage patch keeps its weights, (2.13333")
+    # The checkpoints that follow have the same weights, and are resumed like the first one.
+    later = make_trainer_state(run, StartPoint(resumed.plan, Progress(0, 5)), Progress(0, 6), state.data_fingerprint, {}, False, {})
+    again = resume(TrainerState.from_json(json.loads(json.dumps(dataclasses.asdict(later))), "here"), run)
+    assert again.plan == resumed.plan
+    in_numbers = read([*command(BASE), "--position-weights", "8,4,2,1"], corpora)
+    assert resume(state, in_numbers).plan == resumed.plan
+    for other in ("uniform", f"1,{math.e**-1},{math.e**-2},{math.e**-3}"):
+        with pytest.raises(CheckpointError, match="--position-weights"):
+            resume(state, read([*command(BASE), "--position-weights", other], corpora))
+    longer = resume(state, read([*words, "--train-tokens", "61440"], corpora))
+    assert longer.plan.stages[0].position_weights == resumed.plan.stages[0].position_weights
+
+
+def test_weights_that_no_version_gave_a_name_are_refused(corpora):
+    run = read([*command(BASE), "--position-weights", "exponential"], corpora)
+    state = saved(run)
+    state.plan["stages"][0]["position_weights"] = [3.7, 0.1, 0.1, 0.1]
+    with pytest.raises(CheckpointError, match="does not follow"):
+        resume(state, run)
 
 
 def test_other_weights_of_held_out_corpora_are_reported(corpora):

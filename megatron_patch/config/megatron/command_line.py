@@ -10,6 +10,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from megatron_patch.config.megatron import muon
 from megatron_patch.config.megatron.flags import LM, Kind, key_of
 from megatron_patch.config.megatron.translator import COMMAND_LINE, MEGATRON_FLAGS, Given, Row, Translation
 from megatron_patch.config.options import Options
@@ -146,6 +147,7 @@ def _notes(given: Mapping[str, Given], options: Options) -> list[str]:
         notes += _family_notes(given, options.model.model_family)
     notes += _width_note(given, options)
     notes += _learning_notes(given, options)
+    notes += _update_notes(options)
     grouped = {"num-key-value-heads", "group-query-attention"} & set(given)
     of_megatron_lm = any(MEGATRON_FLAGS[key].source == LM for key in given if key in MEGATRON_FLAGS and key not in _OURS)
     if "num-query-groups" in given and not grouped and of_megatron_lm:
@@ -210,6 +212,16 @@ def _learning_notes(given: Mapping[str, Given], options: Options) -> list[str]:
     if style == "WSD":
         values += (("lr-wsd-decay-style", f"{schedule.lr_wsd_decay_style} final decay", "exponential"),)
     differ = [f"{here} instead of {there} (--{key} {there})" for key, here, there in values if key not in given]
+    differ += muon.different_defaults(given, schedule)
     if "attention-dropout" not in given or "hidden-dropout" not in given:
         differ.append("no dropout instead of 0.1")
     return [f"Learning differs from Megatron's defaults: {', '.join(differ)}"] if differ else []
+
+
+def _update_notes(options: Options) -> list[str]:
+    """Returns notes on what Muon does otherwise than Megatron's."""
+    model, family = options.model, FAMILIES.get(options.model.model_family)
+    if options.schedule.optimizer != "muon" or family is None:
+        return []
+    swiglu = family.swiglu if model.swiglu is None else model.swiglu
+    return muon.other_updates(swiglu, (model.position_embedding_type or family.position_embedding) != "rope")

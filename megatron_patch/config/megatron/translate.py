@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 
+from megatron_patch.config.megatron import muon
 from megatron_patch.config.megatron.flags import MegatronFlag
 from megatron_patch.config.megatron.translator import COMMAND_LINE, MEGATRON_FLAGS, Given, Translation, Translator
 from megatron_patch.errors import ConfigError
@@ -72,6 +73,27 @@ def _tokens(option: str, steps: bool) -> Callable[[Translator, Given, MegatronFl
             to.replaced.append(own)
             to.result.flags = [other for other in to.result.flags if other is not own]
         return to.emit(given, f"--{option} {tokens}", meaning=formula)
+
+    return function
+
+
+def _steps(option: str) -> Callable[[Translator, Given, MegatronFlag], None]:
+    """Returns the function for a flag that counts steps where this program can, too, so that the batch does not matter."""
+    in_tokens = option.replace("-steps", "-tokens")
+
+    def function(to: Translator, given: Given, flag: MegatronFlag) -> None:
+        number = _count(given.words)
+        if number is None:
+            return to.refuse(given, "not a whole number", f"--{option} STEPS")
+        own = [to.last[key] for key in (option, in_tokens) if key in to.last and to.last[key].words[:1] != ("None",)]
+        stronger = [flag for flag in own if flag.source in (COMMAND_LINE, given.source)]
+        if stronger:
+            return to.ignore(given, f"{plural(number, 'step')}; --{stronger[0].key} {' '.join(stronger[0].words)} counts")
+        if number == 0:
+            return to.ignore(given, "0 is the default")
+        to.replaced += own
+        to.result.flags = [other for other in to.result.flags if not any(other is flag for flag in own)]
+        return to.emit(given, f"--{option} {number}", meaning=flag.text)
 
     return function
 
@@ -289,9 +311,9 @@ _FUNCTIONS: dict[str, Callable[[Translator, Given, MegatronFlag], None]] = {
     "train-samples": _tokens("train-tokens", steps=False),
     "lr-decay-iters": _tokens("lr-decay-tokens", steps=True),
     "lr-decay-samples": _tokens("lr-decay-tokens", steps=False),
-    "lr-warmup-iters": _tokens("lr-warmup-tokens", steps=True),
+    "lr-warmup-iters": _steps("lr-warmup-steps"),
     "lr-warmup-samples": _tokens("lr-warmup-tokens", steps=False),
-    "lr-wsd-decay-iters": _tokens("lr-wsd-decay-tokens", steps=True),
+    "lr-wsd-decay-iters": _steps("lr-wsd-decay-steps"),
     "lr-wsd-decay-samples": _tokens("lr-wsd-decay-tokens", steps=False),
     "eval-iters": _eval_iters,
     "lr-warmup-fraction": _warmup_fraction,
@@ -315,7 +337,7 @@ _FUNCTIONS: dict[str, Callable[[Translator, Given, MegatronFlag], None]] = {
         dict.fromkeys(_OTHER_TOKENIZERS, "a tokenizer of models that do not exist here"),
         "the tokenizer of the data",
     ),
-    "optimizer": _choices({"adam": "adamw"}, {}, ""),
+    **muon.FUNCTIONS,
     "lr-wsd-decay-style": _choices({"minus_sqrt": "minus-sqrt"}, {}, ""),
     "split": _split,
     "sequence-parallel": _sequence_parallel,

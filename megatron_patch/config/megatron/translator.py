@@ -179,7 +179,7 @@ def _wrong_count(given: Given, flag: MegatronFlag) -> str | None:
 
 
 def _misspelt(name: str, known: str) -> bool:
-    """Returns whether a name is a misspelling of a flag, and not another word: lr-warmup-steps is no misspelling of lr-warmup-tokens."""
+    """Returns whether a name is a misspelling of a flag, and not another word: lr-warmup-hours is no misspelling of lr-warmup-tokens."""
     pairs = list(zip(name.lower().split("-"), known.split("-"), strict=False))
     if len(pairs) < max(name.count("-"), known.count("-")) + 1:
         pairs = [(name.lower().replace("-", ""), known.replace("-", ""))]
