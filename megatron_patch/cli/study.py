@@ -95,6 +95,7 @@ def main(argv: list[str], more_arms: Sequence[Arm] = ()) -> None:
     )
     parser.add_argument("--docs-name", help="NAME of these markers and of the plots (default: name of the configuration)")
     parser.add_argument("--plan", action="store_true", help="print what would run, and stop")
+    parser.add_argument("--gpu", help="with --plan: estimate the time of every arm on one GPU of this kind, such as H200")
     parser.add_argument("--status", action="store_true", help="write the results of the finished runs, and stop")
     args = parser.parse_args(argv)
     if args.seeds < 1 or args.parallel < 1 or args.saves < 1:
@@ -103,6 +104,8 @@ def main(argv: list[str], more_arms: Sequence[Arm] = ()) -> None:
             "whole numbers from 1",
             "raise the value that is below 1",
         )
+    if args.gpu and not args.plan:
+        raise ConfigError(f"--gpu {args.gpu} without --plan", "--gpu with --plan, which estimates times", "add --plan, or remove --gpu")
     if not args.plan and not args.status:
         require("deepspeed", "a study")
     console = make_console(width=150)

@@ -227,7 +227,7 @@ def _with_optimizer(arm: Arm, optimizer: str, flags: tuple[str, ...]) -> Arm:
 
 
 def with_options(arm: Arm, added: str, min_lr_share: float | None) -> Arm:
-    """Returns the arm with further options of the training program, compared with the baseline of the arm, or with a baseline itself.
+    """Returns the arm with further options of the training program, compared with the arm itself at token level, else with its baseline.
 
     Args:
         arm: the arm.
@@ -251,7 +251,7 @@ def with_options(arm: Arm, added: str, min_lr_share: float | None) -> Arm:
         name=f"{arm.name}+{added}",
         description=f"{arm.description}; {', '.join(f'{name} {value}' for name, value in pairs)}",
         flags=(*arm.flags, *flags),
-        baseline=arm.baseline or arm.name,
+        baseline=arm.name if arm.token_level else arm.baseline,
     )
 
 

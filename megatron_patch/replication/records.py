@@ -30,14 +30,12 @@ class StudyText:
     Args:
         documents: number of documents.
         tokens: number of tokens.
-        bytes: bytes of text.
         vocab_size: of the tokenizer.
         checksum: xxh64 of the tokens' file.
     """
 
     documents: int
     tokens: int
-    bytes: int
     vocab_size: int
     checksum: str
 

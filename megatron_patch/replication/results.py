@@ -103,6 +103,8 @@ class Row:
         error: standard error of that mean; None with one seed.
         pairs: number of seeds in the difference.
         seconds: mean time of all steps of a run.
+        optimizer: name of the arm's optimizer.
+        differences: difference to the baseline by seed, in nats.
     """
 
     arm: str
@@ -117,6 +119,8 @@ class Row:
     error: float | None
     pairs: int
     seconds: float
+    optimizer: str = "adamw"
+    differences: tuple[float, ...] = ()
 
 
 def summarize(arms: Sequence[Arm], outcomes: Sequence[Outcome], budget: int) -> list[Row]:
@@ -147,6 +151,8 @@ def summarize(arms: Sequence[Arm], outcomes: Sequence[Outcome], budget: int) -> 
                 error=statistics.stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else None,
                 pairs=len(differences),
                 seconds=statistics.fmean(outcome.seconds for outcome in mine.values()),
+                optimizer=arm.optimizer,
+                differences=tuple(differences),
             )
         )
     return rows

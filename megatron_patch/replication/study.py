@@ -18,6 +18,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -35,6 +36,10 @@ from megatron_patch.config.resolve import load_config
 from megatron_patch.errors import ConfigError, DataError
 from megatron_patch.exit_codes import ExitCode
 from megatron_patch.model.flops import parameter_count
+from megatron_patch.optimizers.registry import OPTIMIZERS
+from megatron_patch.planning.hardware import Hardware, load_hardware
+from megatron_patch.planning.layout import layout_of
+from megatron_patch.planning.plan import make_plan
 from megatron_patch.programs import HOME, as_called, in_checkout, shipped
 from megatron_patch.replication.arms import Arm, all_arms, select_arms
 from megatron_patch.replication.devices import gpus, machine
@@ -63,7 +68,8 @@ from megatron_patch.replication.results import (
     write_json,
 )
 from megatron_patch.replication.switches import SwitchRow, plot_switches, switch_markdown
-from megatron_patch.utils.files import checksum, write_durably
+from megatron_patch.training.pretrain import make_engine_config
+from megatron_patch.utils.files import write_durably
 from megatron_patch.utils.units import format_count, format_duration, parse_count, plural
 
 EVALUATIONS = 16
@@ -89,6 +95,7 @@ class Study:
         self.running: set[subprocess.Popen[bytes]] = set()
         self.stop_signal = 0
         values = {name.replace("_", "-"): value for name, value in read_yaml(args.config).items()}
+        self.own_config = "study" not in values
         section = study_section(args.config, values.pop("study", None))
         needed = ("train-tokens", "lr", "global-batch-tokens")
         missing = [name for name in needed if name not in values]
@@ -100,11 +107,13 @@ class Study:
             )
         self.budget = parse_count(args.budget or values["train-tokens"])
         self.more_arms = more_arms
-        lr, self.own_config = float(values["lr"]), not section
+        lr = float(values["lr"])
         self.min_lr_share = float(values["min-lr"]) / lr if "min-lr" in values else None
-        optimizers = section.get("optimizers", {"adamw": {}})
+        given = section.get("optimizers", {"adamw": {}})
+        optimizers = {**given, **{name: {} for name in OPTIMIZERS if name not in given}}
         self.all_arms = all_arms(lr, parse_count(values["global-batch-tokens"]), more_arms, optimizers, self.min_lr_share)
-        self.arms = select_arms(args.arms or section.get("arms", ()), self.all_arms, self.min_lr_share)
+        names = args.arms or section.get("arms") or [arm.name for arm in self.all_arms if arm.optimizer in given]
+        self.arms = select_arms(names, self.all_arms, self.min_lr_share)
         self.seeds = list(range(1, args.seeds + 1))
         self.settings: dict[str, Any] = {
             "config": values,
@@ -124,6 +133,7 @@ class Study:
         """Adds the arms of runs whose names have options, and compares the options of every record with those of its arm."""
         runs = (self.output / "runs").glob("*-seed*")
         named = {folder.name.rpartition("-seed")[0] for folder in runs} | {record.run[0] for record in self.records()}
+        named |= {arm.name for arm in self.arms}
         known = {arm.name for arm in self.all_arms}
         added = sorted(name for name in named if "+" in name and name.partition("+")[0] in known)
         self.all_arms += tuple(arm for name in added for arm in select_arms([name], self.all_arms, self.min_lr_share) if arm.name == name)
@@ -299,8 +309,7 @@ class Study:
     def text(self) -> StudyText:
         """Returns the tokenized text, which must exist."""
         known = json.loads(self.dataset.with_suffix(".json").read_text(encoding="utf-8"))
-        digest = checksum(self.dataset.with_suffix(".bin"))
-        return StudyText(known["documents"], known["tokens"], known["bytes"], known["vocab_size"], digest)
+        return StudyText(known["documents"], known["tokens"], known["vocab_size"], known["bin_xxh64"])
 
     def count_parameters(self) -> int:
         """Returns the number of parameters of the model, for the vocabulary of the tokenized text."""
@@ -380,15 +389,39 @@ class Study:
         return f"{script} {output} --config {config}{extra}{arms} --seeds {seeds}"
 
     def print_plan(self) -> None:
-        """Prints the arms and the number of runs."""
+        """Prints the arms and the number of runs, with --gpu also the **estimated** time of the steps on one such device."""
+        device = load_hardware(self.args.gpu) if self.args.gpu else None
+        times = (" min", "sum") if device else ()
         table = Table(title=f"Budget: {format_count(self.budget)} cost tokens per arm", title_justify="left", header_style="bold")
-        for name in ("arm", "tokens", "cost", "description"):
-            table.add_column(name, justify="right" if name in ("tokens", "cost") else "left")
+        for name in ("arm", "tokens", "cost", *times, "description"):
+            table.add_column(name, justify="left" if name in ("arm", "description") else "right")
+        passed = 0.0
         for arm in self.arms:
-            table.add_row(arm.name, format_count(arm.train_tokens(self.budget)), f"{arm.cost / 2:g}", arm.description)
+            minutes: tuple[str, ...] = ()
+            if device:
+                seconds = self.planned_seconds(arm, device)
+                passed += seconds
+                minutes = (f"{seconds / 60:.1f}", f"{passed / 60:.1f}")
+            table.add_row(arm.name, format_count(arm.train_tokens(self.budget)), f"{arm.cost / 2:g}", *minutes, arm.description)
         self.console.print(table)
         arms, seeds, runs = (len(self.arms), len(self.seeds), len(self.arms) * len(self.seeds))
         self.console.print(f"{plural(arms, 'arm')} x {plural(seeds, 'seed')} = {plural(runs, 'run')}")
+        if device:
+            self.console.print(
+                f"estimated on one {device.name}, run by run: {format_duration(passed * seeds)} for the steps of all runs, without starts, "
+                "evaluations and saves; small models do not fill a GPU, so that several at a time (--parallel) take little longer than one",
+                soft_wrap=True,
+            )
+
+    def planned_seconds(self, arm: Arm, device: Hardware) -> float:
+        """Returns the estimated seconds of an arm's steps on one device."""
+        with tempfile.TemporaryDirectory() as folder:
+            config = Path(folder) / "config.yaml"
+            config.write_text(yaml.safe_dump(self.settings["config"]), encoding="utf-8")
+            flags = [*arm.flags, "--train-tokens", str(arm.train_tokens(self.budget)), "--vocab-size", str(self.settings["vocab_size"])]
+            run = load_config(["--config", str(config), *flags, "--dry-run"], 1)
+        plan = make_plan(run.shape, run.plan, layout_of(run, make_engine_config(run)), device, run.options.stages.seq_length)
+        return plan.run.seconds
 
     def train_all(self) -> None:
         """Trains every unfinished run, `--parallel` at a time, and writes the results after each.

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import replace
 
 import pytest
+import yaml
 
 from megatron_patch.cli import study
 from megatron_patch.errors import ConfigError, DataError
+from megatron_patch.programs import shipped
 from megatron_patch.replication.arms import all_arms, select_arms
 from megatron_patch.replication.records import RunRecord, StudyHeader, StudyText, read_records, write_records
 from megatron_patch.replication.results import Outcome
@@ -26,6 +29,7 @@ micro-batch-size: 4
 global-batch-tokens: 128
 lr: 1e-2
 min-lr: 1e-3
+eval-tokens: 512
 study:
   vocab-size: 300
   optimizers:
@@ -33,7 +37,7 @@ study:
     muon: {lr: 2e-2, decoupled-lr: 1e-2}
   arms: [muon-superposition-k2-long]
 """
-HEADER = StudyHeader({"lr": "1e-2"}, 2048, 300, 7000, StudyText(25, 9000, 30000, 300, "0123456789abcdef"))
+HEADER = StudyHeader({"lr": "1e-2"}, 2048, 300, 7000, StudyText(25, 9000, 300, "0123456789abcdef"))
 OUTCOME = Outcome(
     "token-wsd-long", 2, 2048, 2048.0, 16, 4.25, 3.5, ((128.0, 5.5), (2048.0, 4.25)), Switch(600.0, 5.0, 4.9, 5.1), ((60, 5.0), (62, 4.5))
 )
@@ -72,7 +76,7 @@ def test_an_optimizer_is_an_axis_of_the_arms():
     plain, changed = select_arms(["muon-superposition-k2-long+lr=0.04+decoupled-lr=0.01"], arms, 0.1)
     assert changed.baseline == plain.name == "muon-token-wsd-long" and changed.way == "superposition-k2-long+lr=0.04+decoupled-lr=0.01"
     assert [changed.options[f"--{name}"] for name in ("lr", "min-lr", "decoupled-lr")] == ["0.04", "0.004", "0.01"]
-    assert select_arms(["token-wsd+lr=0.04"], arms)[-1].baseline == "token-wsd"
+    assert [arm.name for arm in select_arms(["token-wsd-long+lr=0.04"], arms)] == ["token-wsd-long", "token-wsd-long+lr=0.04"]
     for wrong in ("token+lr", "token+=3", "token+patch_size=8"):
         with pytest.raises(ConfigError, match="an option other than train-tokens, seed"):
             select_arms([wrong], arms)
@@ -115,7 +119,9 @@ def test_a_clone_continues_from_records(trained, tmp_path, capsys):
     assert records.read_text().startswith(first) and len(records.read_text().splitlines()) == 4
     # The dataset that the clone tokenized is the recorded one; with another text nothing is trained.
     (tmp_path / "other.jsonl").write_text('{"text": "%s"}\n' % ("another text " * 3000))
-    with pytest.raises(ConfigError, match=r"another study: text\.bytes is 39000 here and \d+ in the records; text\.checksum is"):
+    with pytest.raises(
+        ConfigError, match=r"another study: text\.checksum is \w+ here and \w+ in the records; text\.documents is 1 here and 25"
+    ):
         run(trained, "other", "--text", tmp_path / "other.jsonl", "--seeds", "3")
 
 
@@ -135,3 +141,15 @@ def test_records_of_other_settings_name_what_differs(trained):
     (trained / "wrong.yaml").write_text(CONFIG.replace("arms: [", "arm: ["))
     with pytest.raises(ConfigError, match=r"wrong\.yaml: study is .*\n.*Allowed: arms: a list of names; optimizers: a mapping"):
         run(trained, "clone", "--status", config="wrong.yaml")
+
+
+def test_the_study_for_a_gpu_fits_into_its_quarter_of_an_hour_and_can_be_planned(tmp_path, capsys):
+    config = shipped("examples/replicate/study_gpu.yaml")
+    study.main(["--plan", "--gpu", "H200", "--config", str(config), "--output", str(tmp_path / "study"), "--seeds", "1"])
+    shown = capsys.readouterr().out
+    arms = yaml.safe_load(config.read_text())["study"]["arms"]
+    assert all(f"│ {arm} " in shown for arm in arms) and f"{len(arms)} arms x 1 seed = {len(arms)} runs" in shown
+    (minutes,) = re.findall(r"estimated on one H200, run by run: (\d+) min", shown)
+    assert int(minutes) < 12 and not (tmp_path / "study").exists()
+    with pytest.raises(ConfigError, match="--gpu H200 without --plan"):
+        study.main(["--gpu", "H200"])
