@@ -164,6 +164,7 @@ FIRST = [
 SECOND = [
     DEVICE,
     BUILD,
+    after_build("optimizer", f"{PY} benchmarks/optimizer.py", limit=25, gpu="exclusive", tiny=f"{PY} benchmarks/optimizer.py --tiny"),
     after_build(
         "study",
         f"{PY} benchmarks/study_run.py {TEXT} --parallel 4 --seconds $((STEP_SECONDS - 25))",

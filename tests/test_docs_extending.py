@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_patch.checkpoint.safetensors_io import read_header
 from megatron_patch.data.dataset_metadata import read_metadata
 from megatron_patch.data.indexed_dataset import IndexedDataset
 from tests.distributed.ranks import run_ranks
@@ -119,8 +120,10 @@ def test_a_callback(folder, run):
 def test_an_optimizer(folder, run):
     run("A callback")
     run("An optimizer")
-    adamw, radam = (Run(folder / "runs" / name).losses for name in ("callback", "optimizer"))
-    assert radam[0] == adamw[0] and radam[-1] != pytest.approx(adamw[-1], rel=1e-6)
+    adamw, lion = (Run(folder / "runs" / name).losses for name in ("callback", "optimizer"))
+    assert lion[0] == adamw[0] and lion[-1] < lion[0] and lion[-1] != pytest.approx(adamw[-1], rel=1e-6)
+    state = read_header(next((folder / "runs" / "optimizer").glob("step-*/state-*.safetensors")))
+    assert {name.partition("/")[0] for name in state} == {"exp_avg", "weight"}
 
 
 def test_position_weights(folder, run):

@@ -404,7 +404,7 @@ def test_the_second_call_repeats_what_did_not_pass_and_what_that_needs(modules, 
     after.write_text(json.dumps(outcomes))
     failed = module.not_passed(after)
     assert failed == ["text"]
-    assert [step.name for step in module.schedule("second", failed)] == ["device", "build", "text-data", "text", "study"]
+    assert [step.name for step in module.schedule("second", failed)] == ["device", "build", "text-data", "text", "optimizer", "study"]
     (tmp_path / "call").mkdir()
     (tmp_path / "call" / "steps.json").write_text(json.dumps(outcomes))
     modules("_schedule").pack(tmp_path / "call", tmp_path / "call.tar.gz")

@@ -24,7 +24,11 @@ if TYPE_CHECKING:
     from megatron_patch.parallel.tensor import TensorParallel
 
 MakeOptimizer = Callable[[Sequence[dict[str, Any]]], "torch.optim.Optimizer"]
-"""Makes an optimizer of parameter groups, each with its `params` and its `weight_decay`."""
+"""Makes an optimizer of parameter groups, each with its `params` and its `weight_decay`.
+
+The optimizer works element by element and keeps any number of tensors of the parameter's shape that start from zeros, and optionally the
+number of steps (`megatron_patch.optimizers.state`).
+"""
 MakeModel = Callable[["ModelShape", "TensorParallel"], "torch.nn.Module"]
 """Makes a module of the model's shape, and of the ranks that share its layers."""
 

@@ -2,6 +2,9 @@
 
 python examples/replicate/compare_studies.py runs/small-1M runs/small-3M \\
     --output runs/comparison
+
+A study is its output folder or the file of its --records. Studies of one model
+that differ in their length show from how many steps an arm reaches token level.
 """
 
 from __future__ import annotations
@@ -18,11 +21,10 @@ from megatron_patch.utils.files import write_durably
 def main(argv: list[str]) -> None:
     """Reads the studies, and writes and prints the comparison."""
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument("studies", nargs="+", type=Path, help="output folders of studies")
+    parser.add_argument("studies", nargs="+", type=Path, help="output folders of studies, or files of their records")
     parser.add_argument("--output", type=Path, required=True, help="folder that receives comparison.md and comparison.png")
-    parser.add_argument(
-        "--docs", type=Path, help="Markdown file that receives the table between <!-- comparison --> and <!-- end of comparison -->"
-    )
+    parser.add_argument("--docs", type=Path, help="Markdown file that receives the table between <!-- NAME --> and <!-- end of NAME -->")
+    parser.add_argument("--docs-name", default="comparison", help="name of these markers and of the plot (default: comparison)")
     args = parser.parse_args(argv)
     studies = sorted((read_study(folder) for folder in args.studies), key=lambda study: (study.steps, study.budget))
     args.output.mkdir(parents=True, exist_ok=True)
@@ -32,5 +34,6 @@ def main(argv: list[str]) -> None:
     text = comparison_markdown(studies, "comparison.png")
     write_durably(args.output / "comparison.md", text)
     if args.docs:
-        publish(args.docs, "comparison", text, {"comparison.png": args.output / "comparison.png"})
+        plot = f"{args.docs_name}.png"
+        publish(args.docs, args.docs_name, comparison_markdown(studies, plot), {plot: args.output / "comparison.png"})
     print(text)

@@ -17,6 +17,14 @@ python examples/replicate/study.py --text 'books/*.txt' --output runs/study \\
     --arms patch-k2 patch-k4 superposition-k2-long --seeds 1 --parallel 4 \\
     --seconds 120 --keep-going
 
+A configuration may have a section `study` with the arms to run and with the
+tuned options of several optimizers (examples/replicate/study_optimizers.yaml).
+muon-NAME is arm NAME with Muon, and NAME+OPTION=VALUE is arm NAME with one more
+option, such as token-wsd-long+lr=0.016.
+
+--records FILE keeps the finished runs in a small file, which belongs into the
+repository: a clone continues from it without the folders of the runs.
+
 To add an arm, write a script that calls main(argv, more_arms=[Arm(...)]).
 """
 
@@ -58,7 +66,10 @@ def main(argv: list[str], more_arms: Sequence[Arm] = ()) -> None:
     )
     parser.add_argument("--budget", help="cost tokens per arm (default: train-tokens of the configuration)")
     parser.add_argument(
-        "--arms", nargs="+", default=[], help="run these arms and their baselines only (default: all arms, which --plan lists)"
+        "--arms",
+        nargs="+",
+        default=[],
+        help="run these arms and their baselines only, in this order (default: those of the configuration's section study, else all)",
     )
     parser.add_argument("--seeds", type=int, default=3, help="runs per arm (default: 3)")
     parser.add_argument(
@@ -70,7 +81,13 @@ def main(argv: list[str], more_arms: Sequence[Arm] = ()) -> None:
     parser.add_argument("--seconds", type=float, help="time limit of the study: unfinished runs then save and stop")
     parser.add_argument("--keep-going", action="store_true", help="start the remaining runs although one has failed")
     parser.add_argument("--saves", type=int, default=4, help="checkpoints per run; 1 suits runs of a minute (default: 4)")
-    parser.add_argument("--vocab-size", default=VOCAB_SIZE, help="vocabulary of the tokenizer that is trained on the text (default: 1024)")
+    parser.add_argument(
+        "--vocab-size",
+        help=f"vocabulary of the tokenizer that is trained on the text (default: that of the section study, else {VOCAB_SIZE})",
+    )
+    parser.add_argument(
+        "--records", type=Path, metavar="FILE", help="records of finished runs: they replace these runs, and new ones are added"
+    )
     parser.add_argument(
         "--docs",
         type=Path,
@@ -78,6 +95,7 @@ def main(argv: list[str], more_arms: Sequence[Arm] = ()) -> None:
     )
     parser.add_argument("--docs-name", help="NAME of these markers and of the plots (default: name of the configuration)")
     parser.add_argument("--plan", action="store_true", help="print what would run, and stop")
+    parser.add_argument("--gpu", help="with --plan: estimate the time of every arm on one GPU of this kind, such as H200")
     parser.add_argument("--status", action="store_true", help="write the results of the finished runs, and stop")
     args = parser.parse_args(argv)
     if args.seeds < 1 or args.parallel < 1 or args.saves < 1:
@@ -86,6 +104,8 @@ def main(argv: list[str], more_arms: Sequence[Arm] = ()) -> None:
             "whole numbers from 1",
             "raise the value that is below 1",
         )
+    if args.gpu and not args.plan:
+        raise ConfigError(f"--gpu {args.gpu} without --plan", "--gpu with --plan, which estimates times", "add --plan, or remove --gpu")
     if not args.plan and not args.status:
         require("deepspeed", "a study")
     console = make_console(width=150)

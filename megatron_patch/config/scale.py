@@ -51,7 +51,10 @@ def scale_notes(options: Options, plan: StagePlan, parameters: int) -> list[str]
     steps = plan.cost() * plan.tokens / plan.finest_stage.tokens_per_step
     if not patches or options.checkpoint.finetune or parameters >= SMALL_MODEL or steps >= SHORT_RUN_STEPS:
         return []
+    measured = (
+        f"Below {SHORT_RUN_STEPS:,} steps, small models trained with AdamW reached a lower loss with token-level training at equal cost"
+    )
+    other = "" if options.schedule.optimizer == "adamw" else f"; with {options.schedule.optimizer} that may differ"
     return [
-        f"this run costs as much as {plural(round(steps), 'step')} of token-level training. Below {SHORT_RUN_STEPS:,} steps, small models "
-        "reached a lower loss with token-level training at equal cost (docs/replication.md)"
+        f"this run costs as much as {plural(round(steps), 'step')} of token-level training. {measured}{other} (docs/replication.md)",
     ]

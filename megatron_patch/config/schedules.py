@@ -236,8 +236,8 @@ def _check_lr(stage: Stage, shape: LrShape, tokens: int) -> None:
         raise ConfigError(
             f"stage {stage.name!r}: the decay ends after {format_count(shape.decay_tokens)} tokens, the warm-up after "
             f"{format_count(shape.warmup_tokens)}",
-            "lr_decay_tokens above the warm-up; both are counted from the schedule's start",
-            "raise --lr-decay-tokens, or remove it to decay until the schedule's end",
+            "a decay that ends above the warm-up; both are counted from the schedule's start",
+            "raise --lr-decay-tokens or --lr-decay-steps, or remove it to decay until the schedule's end",
         )
     if shape.wsd_decay_tokens > tokens:
         raise ConfigError(

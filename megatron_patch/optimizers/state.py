@@ -164,9 +164,12 @@ def probed_state(optimizer: torch.optim.Optimizer, tensor: torch.Tensor) -> dict
 
 
 def _step_on_probe(optimizer: torch.optim.Optimizer, tensor: torch.Tensor, state: dict[str, Any]) -> tuple[torch.Tensor, dict[str, Any]]:
-    """Returns two elements of the tensor's dtype after one step from a state, and their state then; the optimizer is left unchanged."""
-    probe = torch.ones(2, dtype=tensor.dtype, device=tensor.device)
-    probe.grad = torch.tensor([0.5, -0.25], dtype=tensor.dtype, device=tensor.device)
+    """Returns two elements of the tensor's dtype after one step from a state, and their state then; the optimizer is left unchanged.
+
+    The elements have as many dimensions as the tensor, because Adafactor keeps other state for a matrix than for a flat weight.
+    """
+    probe = torch.ones((1,) * (tensor.dim() - 1) + (2,), dtype=tensor.dtype, device=tensor.device)
+    probe.grad = torch.tensor([0.5, -0.25], dtype=tensor.dtype, device=tensor.device).view(probe.shape)
     groups = optimizer.param_groups
     # A copy of a group, so that an optimizer that counts steps in its groups does not count this one.
     optimizer.param_groups = [{**groups[0], "params": [probe], "lr": 0.1}]

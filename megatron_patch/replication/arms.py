@@ -3,13 +3,16 @@
 In: a budget of B cost tokens, which is the number of tokens that token-level training reads for the compute that every arm gets.
 Out: `Arm` records. An arm that reads patches reads more than B tokens, as many as make its cost equal. Cost is reported relative to
 token-level training on 2·B tokens, so an arm of equal cost has cost 0.5.
+
+An arm's name is `[OPTIMIZER-]NAME[+OPTION=VALUE]...`. NAME is one of this file's, trained with AdamW. `muon-NAME` is the same arm, and its
+baseline, with another optimizer and its own tuned rates. `NAME+lr=0.016` is the arm with one more option of the training program.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
@@ -29,6 +32,7 @@ class Arm:
             baseline.
         cost: multiple of the budget that the arm spends; 1 for all but the full-cost reference.
         program: a training script of your own that registers what `flags` name; None: this program.
+        optimizer: name of its optimizer.
     """
 
     name: str
@@ -38,6 +42,24 @@ class Arm:
     baseline: str | None
     cost: float = 1.0
     program: str | None = None
+    optimizer: str = "adamw"
+
+    @property
+    def token_level(self) -> bool:
+        """Whether the arm reads single tokens only."""
+        return self.tokens == 1.0
+
+    @property
+    def way(self) -> str:
+        """The name without the optimizer: arms of one way differ in the optimizer only."""
+        return self.name.removeprefix(f"{self.optimizer}-")
+
+    @property
+    def options(self) -> dict[str, str]:
+        """The flags by name, each with its values as one text; the last flag of a name counts."""
+        starts = [number for number, word in enumerate(self.flags) if word.startswith("--")]
+        ends = [*starts[1:], len(self.flags)]
+        return {self.flags[start]: " ".join(self.flags[start + 1 : end]) for start, end in zip(starts, ends, strict=True)}
 
     def train_tokens(self, budget: int) -> int:
         """Returns the number of tokens to read for a budget of cost tokens."""
@@ -118,13 +140,22 @@ def superposition(
     )
 
 
-def one_schedule(name: str, description: str, patch_stages: Sequence[tuple[int, Fraction]], **token_stage: Any) -> Arm:
+def one_schedule(
+    name: str,
+    description: str,
+    patch_stages: Sequence[tuple[int, Fraction]],
+    schedule: tuple[str, ...] = DECAY_TENTH,
+    baseline: str = "token-wsd",
+    **token_stage: Any,
+) -> Arm:
     """Returns an arm whose stages share one warm-up–stable–decay schedule and have the same positions per step.
 
     Args:
         name: of the arm.
         description: one phrase for tables.
         patch_stages: (K, share of the compute) of each stage before the token stage.
+        schedule: flags of the learning-rate schedule.
+        baseline: name of the token-level arm on the same schedule.
         token_stage: keys that change the token stage. Without any, the arm is token superposition for a list of patch sizes.
     """
     stages = [
@@ -134,23 +165,133 @@ def one_schedule(name: str, description: str, patch_stages: Sequence[tuple[int, 
     stages[0]["lr_policy"] = "restart"
     stages.append({"name": "token", "patch_size": 1, "lr_policy": "continue", **token_stage})
     stages_flag = _stages_flag(*({**stage, "batch": "constant-positions"} for stage in stages))
-    flags = (*stages_flag, *WSD, *DECAY_TENTH)
-    return Arm(name, description, float(tokens_for_compute_shares(patch_stages)), flags, baseline="token-wsd")
+    flags = (*stages_flag, *WSD, *schedule)
+    return Arm(name, description, float(tokens_for_compute_shares(patch_stages)), flags, baseline)
 
 
-def all_arms(lr: float, batch_tokens: int, more_arms: Sequence[Arm] = ()) -> tuple[Arm, ...]:
-    """Returns every arm, the main ones first and `more_arms` last.
+def all_arms(
+    lr: float,
+    batch_tokens: int,
+    more_arms: Sequence[Arm] = (),
+    optimizers: Mapping[str, Mapping[str, Any]] | None = None,
+    min_lr_share: float | None = None,
+) -> tuple[Arm, ...]:
+    """Returns every arm: for each optimizer the main ones first, and `more_arms` last.
 
     Args:
         lr: the study's peak learning rate, which some arms scale.
         batch_tokens: tokens per step of token-level training, which one arm halves.
         more_arms: arms in addition to those of this file.
+        optimizers: optimizer -> its tuned options, such as {"muon": {"lr": 0.016}}; None: AdamW with the options of the configuration.
+        min_lr_share: an optimizer with an lr of its own gets this share of it as min-lr; None: that of the configuration.
 
     Raises:
         ConfigError: two arms share a name, or a baseline does not exist.
     """
+    arms: tuple[Arm, ...] = ()
+    for optimizer, options in ({"adamw": {}} if optimizers is None else optimizers).items():
+        own_lr = float(options.get("lr", lr))
+        flags = _option_flags({**({} if optimizer == "adamw" else {"optimizer": optimizer}), **options}, min_lr_share)
+        arms += tuple(_with_optimizer(arm, optimizer, flags) for arm in (*_main_arms(own_lr, batch_tokens), *_long_decay_arms()))
+    arms += tuple(more_arms)
+    names = [arm.name for arm in arms]
+    for arm in more_arms:
+        if names.count(arm.name) > 1:
+            raise ConfigError(f"two arms are named {arm.name!r}", "one arm of each name", "rename the added arm")
+        if arm.baseline is not None and arm.baseline not in names:
+            raise ConfigError(f"arm {arm.name!r} has the unknown baseline {arm.baseline!r}", ", ".join(names), "name one of these arms")
+    return arms
+
+
+def _option_flags(options: Mapping[str, Any], min_lr_share: float | None) -> tuple[str, ...]:
+    """Returns options as flags; an lr brings its min-lr along, so that only the height of the schedule changes."""
+    given = {name.replace("_", "-"): value for name, value in options.items()}
+    if "lr" in given and "min-lr" not in given and min_lr_share is not None:
+        given["min-lr"] = f"{float(given['lr']) * min_lr_share:g}"
+    return tuple(word for name, value in given.items() for word in (f"--{name}", str(value)))
+
+
+def _with_optimizer(arm: Arm, optimizer: str, flags: tuple[str, ...]) -> Arm:
+    """Returns the arm with another optimizer. Its flags come first, so that an arm about the learning rate keeps its own."""
+    if optimizer == "adamw":
+        return replace(arm, flags=(*flags, *arm.flags))
+    baseline = arm.baseline and f"{optimizer}-{arm.baseline}"
+    return replace(
+        arm,
+        name=f"{optimizer}-{arm.name}",
+        description=f"{arm.description}; optimizer {optimizer}",
+        flags=(*flags, *arm.flags),
+        baseline=baseline,
+        optimizer=optimizer,
+    )
+
+
+def with_options(arm: Arm, added: str, min_lr_share: float | None) -> Arm:
+    """Returns the arm with further options of the training program, compared with the arm itself at token level, else with its baseline.
+
+    Args:
+        arm: the arm.
+        added: `OPTION=VALUE`, joined by `+`.
+        min_lr_share: see `all_arms`.
+
+    Raises:
+        ConfigError: an entry is not OPTION=VALUE, or names what makes the cost equal.
+    """
+    pairs = [word.partition("=")[::2] for word in added.split("+")]
+    wrong = [name for name, value in pairs if not name or not value or name.replace("_", "-") in FIXED_OPTIONS]
+    if wrong:
+        raise ConfigError(
+            f"--arms {arm.name}+{added}",
+            f"NAME+OPTION=VALUE with an option other than {', '.join(FIXED_OPTIONS)}",
+            "correct the entry; arms with other amounts of patches have names of their own, which --plan lists",
+        )
+    flags = _option_flags(dict(pairs), min_lr_share)
+    return replace(
+        arm,
+        name=f"{arm.name}+{added}",
+        description=f"{arm.description}; {', '.join(f'{name} {value}' for name, value in pairs)}",
+        flags=(*arm.flags, *flags),
+        baseline=arm.name if arm.token_level else arm.baseline,
+    )
+
+
+FIXED_OPTIONS = ("train-tokens", "seed", "stages", "recipe", "patch-size", "patch-fraction", "patch-compute-share", "data-path", "save")
+"""Options that a study sets: an arm whose name changed one would cost another amount, or would not be this study's."""
+
+
+def _long_decay_arms() -> tuple[Arm, ...]:
+    """Returns the arms on the long decay, the default at small scale: they compare K, r, switches and weights."""
+    three_tenths, schedule, baseline = Fraction(3, 10), DECAY_HALF, "token-wsd-long"
+
+    def patches(patch_size: int, what: str, suffix: str = "", share: Fraction = three_tenths, *flags: str) -> Arm:
+        name = f"superposition-k{patch_size}{suffix}-long"
+        return superposition(
+            name, f"token superposition with patches of {patch_size}{what}", patch_size, share, *flags, schedule=schedule, baseline=baseline
+        )
+
+    def switch(patch_size: int, suffix: str, what: str, **token_stage: Any) -> Arm:
+        name, what = f"superposition-k{patch_size}-{suffix}-long", f"superposition-k{patch_size}-long with {what}"
+        return one_schedule(name, what, [(patch_size, three_tenths)], schedule, baseline, **token_stage)
+
+    long, power = " and a decay over half of the budget", ("--position-weights", "power")
+    arms = [patches(patch_size, long) for patch_size in (3, 4, 6, 8)]
+    arms += [switch(patch_size, "reset", "the optimizer reset at the switch", optimizer="reset") for patch_size in (2, 4, 6)]
+    arms += [switch(patch_size, "rewarm", "a new warm-up after the switch", lr_policy="rewarm") for patch_size in (2, 4, 6)]
+    arms += [
+        patches(patch_size, f" for {share} of the compute and a decay over half of the budget", f"-r{share[2:]}0", Fraction(share))
+        for patch_size in (2, 4, 6)
+        for share in ("0.1", "0.2")
+    ]
+    arms += [patches(patch_size, f", labels weighted 1/(k+1){long}", "-power", three_tenths, *power) for patch_size in (4, 6, 8)]
+    stairs = [(4, Fraction(15, 100)), (2, Fraction(15, 100))]
+    arms.append(one_schedule("stairs-4-2-1-long", f"stairs-4-2-1 with{long[4:]}", stairs, schedule, baseline))
+    return tuple(arms)
+
+
+def _main_arms(lr: float, batch_tokens: int) -> tuple[Arm, ...]:
+    """Returns the arms of the papers' schedules with AdamW and their variations, the main ones first."""
     two_thirds, three_tenths = Fraction(2, 3), Fraction(3, 10)
-    arms: tuple[Arm, ...] = (
+    return (
         Arm("token", "token-level training on a cosine schedule", 1.0, TOKEN_LEVEL, None),
         Arm("token-wsd", "token-level training on a warm-up–stable–decay schedule", 1.0, (*TOKEN_LEVEL, *WSD, *DECAY_TENTH), None),
         patch_train(
@@ -231,29 +372,30 @@ def all_arms(lr: float, batch_tokens: int, more_arms: Sequence[Arm] = ()) -> tup
         patch_train("patch-k4-l20", "patch-k4 with patches for 0.2 of the tokens", 4, Fraction(1, 5)),
         patch_train("patch-k4-l40", "patch-k4 with patches for 0.4 of the tokens", 4, Fraction(2, 5)),
     )
-    arms += tuple(more_arms)
-    names = [arm.name for arm in arms]
-    for arm in more_arms:
-        if names.count(arm.name) > 1:
-            raise ConfigError(f"two arms are named {arm.name!r}", "one arm of each name", "rename the added arm")
-        if arm.baseline is not None and arm.baseline not in names:
-            raise ConfigError(f"arm {arm.name!r} has the unknown baseline {arm.baseline!r}", ", ".join(names), "name one of these arms")
-    return arms
 
 
-def select_arms(names: Sequence[str], arms: Sequence[Arm]) -> tuple[Arm, ...]:
-    """Returns the named arms and the baselines that they need, in the order of `arms`.
+def select_arms(names: Sequence[str], arms: Sequence[Arm], min_lr_share: float | None = None) -> tuple[Arm, ...]:
+    """Returns the named arms and the baselines that they need, in the order of `names`, each after its baseline.
 
     Args:
         names: of the arms wanted; an empty sequence selects all.
         arms: from `all_arms`.
+        min_lr_share: see `all_arms`.
 
     Raises:
         ConfigError: a name does not exist.
     """
-    by_name = {arm.name: arm for arm in arms}
-    unknown = [name for name in names if name not in by_name]
+    if not names:
+        return tuple(arms)
+    by_name, baselines = {arm.name: arm for arm in arms}, {arm.baseline for arm in arms}
+    unknown = [name for name in names if name.partition("+")[0] not in by_name]
     if unknown:
         raise ConfigError(f"--arms {' '.join(unknown)}: no such arm", ", ".join(by_name), "choose names from this list")
-    wanted = set(names) | {baseline for name in names if (baseline := by_name[name].baseline)}
-    return tuple(arm for arm in arms if not names or arm.name in wanted)
+    chosen: dict[str, Arm] = {}
+    for name in names:
+        plain, _, added = name.partition("+")
+        arm = with_options(by_name[plain], added, min_lr_share) if added else by_name[plain]
+        # A baseline needs none itself: its own one is another schedule, with which it can be compared where both are named.
+        needed = by_name[arm.baseline] if arm.baseline and arm.name not in baselines else arm
+        chosen |= {one.name: one for one in (needed, arm) if one.name not in chosen}
+    return tuple(chosen.values())

@@ -1,15 +1,24 @@
-"""Comparison of several studies: the gain of each arm at equal cost, by length of the run. In: study.json files. Out: Markdown, a PNG."""
+"""Comparison of several studies: the gain of each arm at equal cost, by length of the run and by optimizer.
+
+In: study.json files, or the records of studies. Out: Markdown, a PNG. Where studies of one model differ in the length of the run, a second
+table states from how many steps an arm reaches its baseline.
+"""
 
 from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_patch.errors import DataError
+from megatron_patch.optimizers.registry import OPTIMIZERS
+from megatron_patch.replication.arms import all_arms, select_arms
+from megatron_patch.replication.records import read_records
+from megatron_patch.replication.results import summarize
 from megatron_patch.utils.figures import save_figure
 from megatron_patch.utils.units import format_count, parse_count
 
@@ -39,27 +48,48 @@ class StudySummary:
         return -(-self.budget // self.batch_tokens)
 
 
-def read_study(folder: Path) -> StudySummary:
+def read_study(path: Path) -> StudySummary:
     """Reads the summary of a study.
 
+    Args:
+        path: output folder of a study, or the file of its records.
+
     Raises:
-        DataError: the folder holds no study.json.
+        DataError: the folder holds no study.json, or the file holds no records.
     """
-    path = folder / "study.json"
-    if not path.is_file():
+    if path.is_file():
+        return _from_records(path)
+    if not (path / "study.json").is_file():
         raise DataError(
-            f"{folder} holds no study.json",
-            "folders that examples/replicate/study.py wrote",
+            f"{path} holds no study.json",
+            "folders that examples/replicate/study.py wrote, or files of its --records",
             "run study.py with --output of that folder and --status",
         )
-    document = json.loads(path.read_text(encoding="utf-8"))
+    document = json.loads((path / "study.json").read_text(encoding="utf-8"))
     settings, rows = document["settings"], {row["arm"]: row for row in document["rows"]}
     return StudySummary(document["parameters"], settings["budget"], parse_count(settings["config"]["global-batch-tokens"]), rows)
 
 
+def _from_records(path: Path) -> StudySummary:
+    """Reads the summary of a study from its records; arms that this program does not have are left out."""
+    header, records = read_records(path)
+    batch_tokens = parse_count(header.config["global-batch-tokens"])
+    # Only names and baselines matter here, so that rates need not be those of the runs.
+    arms = all_arms(1.0, batch_tokens, optimizers={name: {} for name in OPTIMIZERS})
+    known = {arm.name for arm in arms}
+    names = {name: None for record in records if (name := record.run[0]).partition("+")[0] in known}
+    rows = summarize(select_arms(list(names), arms), [record.outcome for record in records], header.budget)
+    return StudySummary(header.parameters, header.budget, batch_tokens, {row.arm: asdict(row) for row in rows})
+
+
 def _compared(studies: Sequence[StudySummary]) -> list[str]:
     """Returns the patch arms that have a difference in two studies or more (in one, if there is only one study), in order of appearance."""
-    names = [arm for study in studies for arm, row in study.rows.items() if row["difference"] is not None and _reads_patches(study, row)]
+    names = [
+        arm
+        for study in studies
+        for arm, row in study.rows.items()
+        if row["difference"] is not None and _reads_patches(study, row) and "+" not in arm
+    ]
     return [arm for arm in dict.fromkeys(names) if names.count(arm) >= min(2, len(studies))]
 
 
@@ -104,13 +134,47 @@ def comparison_markdown(studies: Sequence[StudySummary], plot: str) -> str:
             cells.append("" if row.get("difference") is None else f"{row['difference']:+.3f}{error} (n = {row['pairs']})")
         lines.append(f"| `{arm}` | " + " | ".join(cells) + " |")
     lines.append("| **lowest held-out loss of all arms** | " + " | ".join(map(_lowest_loss, studies)) + " |")
-    return "\n".join([*lines, ""])
+    return "\n".join([*lines, "", *_crossing_lines(arms, studies)])
+
+
+def crossing(points: Sequence[tuple[int, float]]) -> str:
+    """Returns from how many steps an arm is level with its baseline, in words.
+
+    Args:
+        points: (steps, difference in nats) of studies that differ in their length, in order of the steps; at least two.
+
+    Returns:
+        The number of steps between the last difference above 0 and the next one, interpolated over the logarithm of the steps.
+    """
+    above = [number for number, (_, gap) in enumerate(points) if gap > 0]
+    if not above:
+        return f"{points[0][0]:,} or fewer"
+    if above[-1] == len(points) - 1:
+        return f"more than {points[-1][0]:,}"
+    (low, gap), (high, below) = points[above[-1]], points[above[-1] + 1]
+    steps = math.exp(math.log(low) + math.log(high / low) * gap / (gap - below))
+    return f"about {float(f'{steps:.2g}'):,.0f}"
+
+
+def _crossing_lines(arms: Sequence[str], studies: Sequence[StudySummary]) -> list[str]:
+    """Returns a table of the crossings of every arm with two lengths of one model and step size; nothing if there is none."""
+    groups = sorted({(study.parameters, study.batch_tokens) for study in studies})
+    lines = []
+    for (parameters, batch_tokens), arm in itertools.product(groups, arms):
+        alike = [study for study in studies if (study.parameters, study.batch_tokens) == (parameters, batch_tokens)]
+        rows = sorted((study.steps, study.rows[arm]) for study in alike if study.rows.get(arm, {}).get("difference") is not None)
+        if len(rows) > 1:
+            gaps = ", ".join(f"{row['difference']:+.3f} at {steps:,} (n = {row['pairs']})" for steps, row in rows)
+            cells = (f"`{arm}`", format_count(parameters), format_count(batch_tokens), gaps)
+            lines.append(f"| {' | '.join((*cells, crossing([(steps, row['difference']) for steps, row in rows])))} |")
+    head = ["| arm | parameters | tokens per step | gap at steps | level from steps |", "| --- | --- | --- | --- | --- |"]
+    return [*head, *lines, ""] if lines else []
 
 
 def plot_comparison(path: Path, studies: Sequence[StudySummary], colors: Sequence[str]) -> None:
     """Draws the difference to the baseline against the steps of token-level training: one line per arm and model size.
 
-    Error bars are two standard errors.
+    The color stands for the arm without its optimizer; AdamW's lines are dashed. Error bars are two standard errors; small dots are seeds.
 
     Args:
         path: PNG file to write.
@@ -124,25 +188,33 @@ def plot_comparison(path: Path, studies: Sequence[StudySummary], colors: Sequenc
     from matplotlib.lines import Line2D
 
     figure, axis = plt.subplots(figsize=(9.0, 4.6), layout="constrained")
-    arms = dict(zip(_compared(studies), itertools.cycle(colors), strict=False))
+    arms = {arm: next(study.rows[arm].get("optimizer", "adamw") for study in studies if arm in study.rows) for arm in _compared(studies)}
+    ways = {arm: arm.removeprefix(f"{optimizer}-") for arm, optimizer in arms.items()}
+    way_colors = dict(zip(dict.fromkeys(ways.values()), itertools.cycle(colors), strict=False))
+    styles = {optimizer: "--" if optimizer == "adamw" else "-" for optimizer in arms.values()} if len(set(arms.values())) > 1 else {}
     sizes = dict(zip(sorted({study.parameters for study in studies}), itertools.cycle("osD^v<>ph"), strict=False))
-    for arm, color in arms.items():
-        for size, marker in sizes.items():
-            of_size = sorted(
-                (study for study in studies if study.parameters == size and study.rows.get(arm, {}).get("difference") is not None),
-                key=lambda study: study.steps,
-            )
-            if of_size:
-                axis.errorbar(
-                    [study.steps for study in of_size],
-                    [study.rows[arm]["difference"] for study in of_size],
-                    yerr=[2 * (study.rows[arm]["error"] or 0.0) for study in of_size],
-                    color=color,
-                    marker=marker,
-                    markersize=5,
-                    linewidth=1.4,
-                    capsize=3,
-                )
+    for (arm, optimizer), (size, marker) in itertools.product(arms.items(), sizes.items()):
+        color = way_colors[ways[arm]]
+        of_size = sorted(
+            (study for study in studies if study.parameters == size and study.rows.get(arm, {}).get("difference") is not None),
+            key=lambda study: study.steps,
+        )
+        if not of_size:
+            continue
+        axis.errorbar(
+            [study.steps for study in of_size],
+            [study.rows[arm]["difference"] for study in of_size],
+            yerr=[2 * (study.rows[arm]["error"] or 0.0) for study in of_size],
+            color=color,
+            linestyle=styles.get(optimizer, "-"),
+            marker=marker,
+            markersize=5,
+            markerfacecolor="white" if styles.get(optimizer) == "--" else color,
+            linewidth=1.4,
+            capsize=3,
+        )
+        seeds = [(study.steps, gap) for study in of_size for gap in study.rows[arm].get("differences", ())]
+        axis.plot([steps for steps, _ in seeds], [gap for _, gap in seeds], ".", color=color, alpha=0.45, markersize=4)
     axis.axhline(0.0, color="#33373d", linewidth=1.2)
     axis.set_xscale("log")
     # Ticks that are closer than this have overlapping labels.
@@ -156,7 +228,8 @@ def plot_comparison(path: Path, studies: Sequence[StudySummary], colors: Sequenc
     axis.set_ylabel("held-out loss minus the baseline's (nats)")
     axis.grid(alpha=0.25, linewidth=0.6)
     axis.spines[["top", "right"]].set_visible(False)
-    handles = [Line2D([], [], color=color, linewidth=2.0, label=arm) for arm, color in arms.items()]
+    handles = [Line2D([], [], color=color, linewidth=2.0, label=way) for way, color in way_colors.items()]
+    handles += [Line2D([], [], color="#33373d", linestyle=style, label=optimizer) for optimizer, style in styles.items()]
     handles += [
         Line2D([], [], color="#33373d", marker=marker, markersize=5, linestyle="", label=f"{format_count(size)} parameters")
         for size, marker in sizes.items()

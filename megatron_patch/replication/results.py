@@ -11,6 +11,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,11 @@ def read_outcome(save: Path, arm: str, seed: int) -> Outcome | None:
     )
 
 
+def end_date(save: Path) -> str:
+    """Returns the day on which a run wrote its last metrics, as YYYY-MM-DD."""
+    return date.fromtimestamp((save / "metrics.jsonl").stat().st_mtime).isoformat()
+
+
 @dataclass(frozen=True)
 class Row:
     """Results of one arm over its seeds.
@@ -97,6 +103,8 @@ class Row:
         error: standard error of that mean; None with one seed.
         pairs: number of seeds in the difference.
         seconds: mean time of all steps of a run.
+        optimizer: name of the arm's optimizer.
+        differences: difference to the baseline by seed, in nats.
     """
 
     arm: str
@@ -111,6 +119,8 @@ class Row:
     error: float | None
     pairs: int
     seconds: float
+    optimizer: str = "adamw"
+    differences: tuple[float, ...] = ()
 
 
 def summarize(arms: Sequence[Arm], outcomes: Sequence[Outcome], budget: int) -> list[Row]:
@@ -141,6 +151,8 @@ def summarize(arms: Sequence[Arm], outcomes: Sequence[Outcome], budget: int) -> 
                 error=statistics.stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else None,
                 pairs=len(differences),
                 seconds=statistics.fmean(outcome.seconds for outcome in mine.values()),
+                optimizer=arm.optimizer,
+                differences=tuple(differences),
             )
         )
     return rows
@@ -245,6 +257,8 @@ MAIN_ARMS = (
     "patch-k2",
     "superposition-k2",
     "superposition-k2-long",
+    "superposition-k4-long",
+    "superposition-k6-long",
     "superposition-k3",
     "superposition-k8-power",
     "stairs-4-2-1",
@@ -275,11 +289,11 @@ def plot_study(
     figure, (left, right) = plt.subplots(
         1, 2, figsize=(13.5, max(5.2, 0.3 * len(done) + 1.4)), gridspec_kw={"width_ratios": (1.3, 1.0)}, layout="constrained"
     )
-    main = [arm for arm in done if arm.name in main_arms] or done[: len(MAIN_ARMS)]
+    main = [arm for arm in done if arm.way in main_arms or arm.name in main_arms] or done[: len(MAIN_ARMS)]
     colors = {arm.name: COLORS[number % len(COLORS)] for number, arm in enumerate(main)}
     for arm in main:
         _draw(left, [outcome for outcome in outcomes if outcome.arm == arm.name], budget, colors[arm.name], arm)
-    baselines = {arm.name for arm in arms if arm.baseline is None}
+    baselines = {arm.name for arm in arms if arm.token_level and arm.cost == 1.0}
     # Early losses of patch models at K = 1 would compress the plot; its top is the baselines' loss after a tenth of the budget.
     shown = [loss for outcome in outcomes if outcome.arm in baselines for cost, loss in outcome.curve if cost >= 0.1 * budget]
     ends = [outcome.loss for outcome in outcomes]
@@ -318,8 +332,8 @@ def _draw(axis: Any, runs: Sequence[Outcome], budget: int, color: str, arm: Arm)
     xs = [cost / (2 * budget) for cost, _ in runs[0].curve[:length]]
     columns = [[run.curve[index][1] for run in runs] for index in range(length)]
     means = [statistics.fmean(column) for column in columns]
-    style = "-" if arm.baseline is None else "--" if arm.baseline == "token-wsd" else "-"
-    width = 2.2 if arm.baseline is None else 1.5
+    style = "--" if arm.optimizer != "adamw" or arm.baseline == "token-wsd" else "-"
+    width = 2.2 if arm.token_level else 1.5
     axis.plot(xs, means, style, color=color, linewidth=width, label=f"{arm.name}: {means[-1]:.3f} (n = {len(runs)})")
     if len(runs) > 1:
         axis.fill_between(

@@ -1,7 +1,8 @@
 """A study: trains every arm with every seed at equal cost, and writes a table and a plot.
 
-In: the parsed command line of `cli/study.py`. Out: OUTPUT/study.md, study.json and loss.png. All arms run with the first seed, then with
-the next one, so that arms can be compared early. A study that has stopped resumes by the same command.
+In: the parsed command line of `cli/study.py`. Out: OUTPUT/study.md, study.json and loss.png, and the records of the runs. All arms run with
+the first seed, then with the next one, so that arms can be compared early. A study that has stopped resumes by the same command. A record
+stands for its run, whose folder may be missing.
 """
 
 from __future__ import annotations
@@ -17,14 +18,16 @@ import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from datetime import date
+from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
-from typing import Any, cast
+from typing import Any
 
+import yaml
 from rich.console import Console
 from rich.table import Table
 
@@ -33,15 +36,29 @@ from megatron_patch.config.resolve import load_config
 from megatron_patch.errors import ConfigError, DataError
 from megatron_patch.exit_codes import ExitCode
 from megatron_patch.model.flops import parameter_count
+from megatron_patch.optimizers.registry import OPTIMIZERS
+from megatron_patch.planning.hardware import Hardware, load_hardware
+from megatron_patch.planning.layout import layout_of
+from megatron_patch.planning.plan import make_plan
 from megatron_patch.programs import HOME, as_called, in_checkout, shipped
 from megatron_patch.replication.arms import Arm, all_arms, select_arms
 from megatron_patch.replication.devices import gpus, machine
 from megatron_patch.replication.publish import publish
+from megatron_patch.replication.records import (
+    RunRecord,
+    StudyHeader,
+    StudyText,
+    check_same_arm,
+    check_same_study,
+    program_commit,
+    read_records,
+    write_records,
+)
 from megatron_patch.replication.results import (
     COLORS,
     MAIN_ARMS,
-    Outcome,
     Row,
+    end_date,
     markdown,
     plot_study,
     read_outcome,
@@ -51,6 +68,7 @@ from megatron_patch.replication.results import (
     write_json,
 )
 from megatron_patch.replication.switches import SwitchRow, plot_switches, switch_markdown
+from megatron_patch.training.pretrain import make_engine_config
 from megatron_patch.utils.files import write_durably
 from megatron_patch.utils.units import format_count, format_duration, parse_count, plural
 
@@ -76,8 +94,9 @@ class Study:
         self.console, self.output, self.args = console, args.output.resolve(), args
         self.running: set[subprocess.Popen[bytes]] = set()
         self.stop_signal = 0
-        values = read_yaml(args.config)
-        values = {name.replace("_", "-"): value for name, value in values.items()}
+        values = {name.replace("_", "-"): value for name, value in read_yaml(args.config).items()}
+        self.own_config = "study" not in values
+        section = study_section(args.config, values.pop("study", None))
         needed = ("train-tokens", "lr", "global-batch-tokens")
         missing = [name for name in needed if name not in values]
         if missing:
@@ -88,16 +107,44 @@ class Study:
             )
         self.budget = parse_count(args.budget or values["train-tokens"])
         self.more_arms = more_arms
-        self.all_arms = all_arms(float(values["lr"]), parse_count(values["global-batch-tokens"]), more_arms)
-        self.arms = select_arms(args.arms, self.all_arms)
+        lr = float(values["lr"])
+        self.min_lr_share = float(values["min-lr"]) / lr if "min-lr" in values else None
+        given = section.get("optimizers", {"adamw": {}})
+        optimizers = {**given, **{name: {} for name in OPTIMIZERS if name not in given}}
+        self.all_arms = all_arms(lr, parse_count(values["global-batch-tokens"]), more_arms, optimizers, self.min_lr_share)
+        names = args.arms or section.get("arms") or [arm.name for arm in self.all_arms if arm.optimizer in given]
+        self.arms = select_arms(names, self.all_arms, self.min_lr_share)
         self.seeds = list(range(1, args.seeds + 1))
         self.settings: dict[str, Any] = {
             "config": values,
             "budget": self.budget,
-            "vocab_size": parse_count(args.vocab_size),
+            "vocab_size": parse_count(args.vocab_size or section.get("vocab-size", VOCAB_SIZE)),
             "text": sorted(args.text),
         }
+        self.recorded: tuple[StudyHeader, list[RunRecord]] | None = None
+        if args.records and args.records.is_file():
+            self.recorded = read_records(args.records)
+            shared = {name: self.settings[name] for name in ("config", "budget", "vocab_size")}
+            check_same_study(args.records, asdict(self.recorded[0]), shared)
         self._check_folder()
+        self._check_records()
+
+    def _check_records(self) -> None:
+        """Adds the arms of runs whose names have options, and compares the options of every record with those of its arm."""
+        runs = (self.output / "runs").glob("*-seed*")
+        named = {folder.name.rpartition("-seed")[0] for folder in runs} | {record.run[0] for record in self.records()}
+        named |= {arm.name for arm in self.arms}
+        known = {arm.name for arm in self.all_arms}
+        added = sorted(name for name in named if "+" in name and name.partition("+")[0] in known)
+        self.all_arms += tuple(arm for name in added for arm in select_arms([name], self.all_arms, self.min_lr_share) if arm.name == name)
+        by_name = {arm.name: arm for arm in self.all_arms}
+        for record in self.records():
+            if record.run[0] in by_name:
+                check_same_arm(self.args.records, record, by_name[record.run[0]].options)
+
+    def records(self) -> list[RunRecord]:
+        """Returns the records that the study began with."""
+        return [] if self.recorded is None else self.recorded[1]
 
     def _check_folder(self) -> None:
         path = self.output / "settings.json"
@@ -112,7 +159,7 @@ class Study:
                     "the settings that the study began with; only arms and seeds may be added",
                     "repeat those settings, or choose another --output",
                 )
-        elif not self.args.text:
+        elif not self.args.text and not (self.args.status and self.recorded):
             raise ConfigError(
                 "--text is missing", "text files (.txt or .jsonl, also compressed) or quoted globs", "name the files to train on"
             )
@@ -131,9 +178,10 @@ class Study:
         tokens = arm.train_tokens(self.budget)
         return [
             *(("-m", "megatron_patch.pretrain") if arm.program is None else (arm.program,)),
-            *("--config", str(self.args.config), *arm.flags, "--train-tokens", str(tokens), "--seed", str(seed)),
+            *("--config", str(self.run_config), *arm.flags, "--train-tokens", str(tokens), "--seed", str(seed)),
             *("--data-path", str(self.dataset), "--split", "95,5,0", "--eval-interval-tokens", str(max(1, tokens // EVALUATIONS))),
-            *("--eval-tokens", str(min(400_000, max(16_384, self.budget // 32))), "--log-interval", "50"),
+            *(() if "eval-tokens" in self.settings["config"] else ("--eval-tokens", str(min(400_000, max(16_384, self.budget // 32))))),
+            *("--log-interval", "50"),
             *(
                 "--save-interval-tokens",
                 str(max(1, tokens // self.args.saves)),
@@ -144,9 +192,21 @@ class Study:
             ),
         ]
 
+    @property
+    def run_config(self) -> Path:
+        """The configuration of the training program: the study's file, or its copy without the section `study`."""
+        return self.args.config if self.own_config else self.output / "config.yaml"
+
+    def write_run_config(self) -> None:
+        """Writes `run_config`, unless it is the study's file."""
+        if not self.own_config:
+            self.output.mkdir(parents=True, exist_ok=True)
+            write_durably(self.run_config, yaml.safe_dump(self.settings["config"], sort_keys=False))
+
     def prepare(self) -> None:
         """Trains the tokenizer and tokenizes the text, unless both exist."""
         self.output.mkdir(parents=True, exist_ok=True)
+        self.write_run_config()
         write_durably(self.output / "settings.json", json.dumps(self.settings, indent=1, default=str) + "\n")
         text, tokenizer = [str(path) for path in self.settings["text"]], self.output / "tokenizer"
         if not (tokenizer / "tokenizer.json").is_file():
@@ -221,37 +281,70 @@ class Study:
             )
         return code == 0
 
-    def outcomes(self) -> list[Outcome]:
-        """Returns the outcome of every finished run, including seeds beyond --seeds."""
-        outcomes = []
+    def finished(self) -> list[RunRecord]:
+        """Returns the record of every finished run, including seeds beyond --seeds: those given first, then those of run folders."""
+        arms = {arm.name: arm for arm in self.all_arms}
+        found = [record for record in self.records() if record.run[0] in arms]
+        done = {record.run for record in found}
+        for arm, seed in self._run_folders():
+            if (arm.name, seed) not in done and (outcome := read_outcome(folder := self.run_folder(arm, seed), arm.name, seed)) is not None:
+                found.append(RunRecord(outcome, arm.options, program_commit(), machine(), end_date(folder)))
+        return found
+
+    def _run_folders(self) -> Iterator[tuple[Arm, int]]:
+        """Yields arm and seed of every folder of a run, finished or not, in the order of the arms."""
         for arm in self.all_arms:
-            for folder in sorted((self.output / "runs").glob(f"{arm.name}-seed*")):
-                seed = folder.name.removeprefix(f"{arm.name}-seed")
-                if seed.isdigit() and (outcome := read_outcome(folder, arm.name, int(seed))) is not None:
-                    outcomes.append(outcome)
-        return outcomes
+            seeds = [folder.name.removeprefix(f"{arm.name}-seed") for folder in (self.output / "runs").glob(f"{arm.name}-seed*")]
+            for seed in sorted(int(seed) for seed in seeds if seed.isdigit()):
+                yield arm, seed
+
+    @functools.cached_property
+    def header(self) -> StudyHeader:
+        """What all runs share, from the records if there are any."""
+        if self.recorded is not None:
+            return self.recorded[0]
+        config = json.loads(json.dumps(self.settings["config"], default=str))
+        return StudyHeader(config, self.budget, self.settings["vocab_size"], self.count_parameters(), self.text())
+
+    def text(self) -> StudyText:
+        """Returns the tokenized text, which must exist."""
+        known = json.loads(self.dataset.with_suffix(".json").read_text(encoding="utf-8"))
+        return StudyText(known["documents"], known["tokens"], known["vocab_size"], known["bin_xxh64"])
+
+    def count_parameters(self) -> int:
+        """Returns the number of parameters of the model, for the vocabulary of the tokenized text."""
+        self.write_run_config()
+        flags = ["--config", str(self.run_config), "--vocab-size", str(self.text().vocab_size), "--dry-run"]
+        return parameter_count(load_config(flags, 1).shape).total
 
     def write(self) -> None:
         """Writes the report, the plots and study.json from all finished runs, and prints the table."""
-        outcomes, arms = self.outcomes(), self.all_arms
-        if not outcomes:
+        self.output.mkdir(parents=True, exist_ok=True)
+        records, arms = self.finished(), self.all_arms
+        if not records:
             self.console.print("no run has finished yet")
             return
-        seeds = max(outcome.seed for outcome in outcomes)
+        if self.args.records:
+            others = [record for record in self.records() if record.run[0] not in {arm.name for arm in arms}]
+            write_records(self.args.records, self.header, [*records, *others])
+            if others:
+                names = ", ".join(sorted({record.run[0] for record in others}))
+                self.console.print(f"left out of the tables, as this study has no such arm: {names}", soft_wrap=True)
+        outcomes = [record.outcome for record in records]
         rows = summarize(arms, outcomes, self.budget)
         switches = summarize_switches(arms, outcomes, self.budget)
         settings = json.loads(json.dumps(self.settings, default=str))
-        write_json(self.output / "study.json", rows, switches, outcomes, settings, self.parameters)
+        write_json(self.output / "study.json", rows, switches, outcomes, settings, self.header.parameters)
         main_arms = (*MAIN_ARMS, *(arm.name for arm in self.more_arms))
         plot_study(self.output / "loss.png", arms, outcomes, self.budget, self.title(), main_arms)
         if switches:
             plot_switches(self.output / "switch.png", switches, COLORS, "Loss gap to the baseline at equal cost, after the switch")
-        write_durably(self.output / "study.md", self.report(rows, switches, "loss.png", "switch.png", seeds))
+        write_durably(self.output / "study.md", self.report(rows, switches, "loss.png", "switch.png", records))
         if self.args.docs:
             name = self.args.docs_name or self.args.config.stem
-            names = f"{name}.png", f"{name}_switch.png"
-            plots = dict(zip(names, (self.output / "loss.png", self.output / "switch.png"), strict=True))
-            publish(self.args.docs, name, self.report(rows, switches, *names, seeds), plots)
+            plot_names = f"{name}.png", f"{name}_switch.png"
+            plots = dict(zip(plot_names, (self.output / "loss.png", self.output / "switch.png"), strict=True))
+            publish(self.args.docs, name, self.report(rows, switches, *plot_names, records), plots)
         table = Table(title=f"{plural(len(outcomes), 'run')} finished", title_justify="left", header_style="bold")
         for name in ("arm", "seeds", "tokens", "cost", "steps", "held-out token loss", "difference to its baseline", ""):
             table.add_column(name, justify="left" if name in ("arm", "") else "right")
@@ -263,34 +356,25 @@ class Study:
             table.add_row(*cells, difference, significance(row))
         self.console.print(table)
 
-    def report(self, rows: Sequence[Row], switches: Sequence[SwitchRow], plot: str, switch_plot: str, seeds: int) -> str:
+    def report(self, rows: Sequence[Row], switches: Sequence[SwitchRow], plot: str, switch_plot: str, records: Sequence[RunRecord]) -> str:
         """Returns the study as Markdown that shows the plots at these paths."""
-        text = markdown(rows, self.all_arms, self.description(), self.command(seeds), plot)
+        seeds = max(record.run[1] for record in records)
+        text = markdown(rows, self.all_arms, self.description(records), self.command(seeds), plot)
         return f"{text}\n{switch_markdown(switches, switch_plot)}" if switches else text
 
     def title(self) -> str:
         """Returns the title of the plot."""
         return f"Equal cost: every arm but token-full costs as much as token-level training on {format_count(self.budget)} tokens"
 
-    @functools.cached_property
-    def dataset_metadata(self) -> dict[str, Any]:
-        """The content of the dataset's metadata file."""
-        return cast("dict[str, Any]", json.loads(self.dataset.with_suffix(".json").read_text(encoding="utf-8")))
-
-    @functools.cached_property
-    def parameters(self) -> int:
-        """The number of parameters of the model."""
-        flags = ["--config", str(self.args.config), "--vocab-size", str(self.dataset_metadata["vocab_size"]), "--dry-run"]
-        return parameter_count(load_config(flags, 1).shape).total
-
-    def description(self) -> str:
-        """Returns model, data, budget, machine and date in one paragraph, to be read with the numbers."""
-        config, metadata, parameters = self.settings["config"], self.dataset_metadata, self.parameters
+    def description(self, records: Sequence[RunRecord]) -> str:
+        """Returns model, data, budget, machines and dates in one paragraph, to be read with the numbers."""
+        config, text, parameters = self.settings["config"], self.header.text, self.header.parameters
+        where = sorted({(record.machine, record.date) for record in records})
         return (
             f"{format_count(parameters)} parameters, {format_count(self.budget / parameters)} tokens per parameter at token level: "
-            f"{config['num-layers']} layers x {config['hidden-size']}, vocabulary {metadata['vocab_size']:,}, {config['seq-length']} "
-            f"positions per sample, on {format_count(metadata['tokens'])} tokens of text, 5 % held out; budget: the cost of token-level "
-            f"training on {format_count(self.budget)} tokens. {machine()}, {date.today().isoformat()}."
+            f"{config['num-layers']} layers x {config['hidden-size']}, vocabulary {text.vocab_size:,}, {config['seq-length']} "
+            f"positions per sample, on {format_count(text.tokens)} tokens of text, 5 % held out; budget: the cost of token-level "
+            f"training on {format_count(self.budget)} tokens. {'; '.join(f'{machine}, {day}' for machine, day in where)}."
         )
 
     def command(self, seeds: int) -> str:
@@ -298,22 +382,46 @@ class Study:
         path = self.args.config.resolve()
         config = path.relative_to(HOME) if path.is_relative_to(HOME) and in_checkout() else path.name
         extra = f" --budget {self.args.budget}" if self.args.budget else ""
-        extra += f" --vocab-size {self.args.vocab_size}" if self.args.vocab_size != VOCAB_SIZE else ""
+        extra += f" --vocab-size {self.args.vocab_size}" if self.args.vocab_size not in (None, VOCAB_SIZE) else ""
         arms = f" --arms {' '.join(self.args.arms)}" if self.args.arms else ""
         script = f"python {Path(sys.argv[0]).name}" if self.more_arms else as_called("python examples/replicate/study.py")
         output = f"--text 'books/*.txt' --output runs/{self.output.name}"
         return f"{script} {output} --config {config}{extra}{arms} --seeds {seeds}"
 
     def print_plan(self) -> None:
-        """Prints the arms and the number of runs."""
+        """Prints the arms and the number of runs, with --gpu also the **estimated** time of the steps on one such device."""
+        device = load_hardware(self.args.gpu) if self.args.gpu else None
+        times = (" min", "sum") if device else ()
         table = Table(title=f"Budget: {format_count(self.budget)} cost tokens per arm", title_justify="left", header_style="bold")
-        for name in ("arm", "tokens", "cost", "description"):
-            table.add_column(name, justify="right" if name in ("tokens", "cost") else "left")
+        for name in ("arm", "tokens", "cost", *times, "description"):
+            table.add_column(name, justify="left" if name in ("arm", "description") else "right")
+        passed = 0.0
         for arm in self.arms:
-            table.add_row(arm.name, format_count(arm.train_tokens(self.budget)), f"{arm.cost / 2:g}", arm.description)
+            minutes: tuple[str, ...] = ()
+            if device:
+                seconds = self.planned_seconds(arm, device)
+                passed += seconds
+                minutes = (f"{seconds / 60:.1f}", f"{passed / 60:.1f}")
+            table.add_row(arm.name, format_count(arm.train_tokens(self.budget)), f"{arm.cost / 2:g}", *minutes, arm.description)
         self.console.print(table)
         arms, seeds, runs = (len(self.arms), len(self.seeds), len(self.arms) * len(self.seeds))
         self.console.print(f"{plural(arms, 'arm')} x {plural(seeds, 'seed')} = {plural(runs, 'run')}")
+        if device:
+            self.console.print(
+                f"estimated on one {device.name}, run by run: {format_duration(passed * seeds)} for the steps of all runs, without starts, "
+                "evaluations and saves; small models do not fill a GPU, so that several at a time (--parallel) take little longer than one",
+                soft_wrap=True,
+            )
+
+    def planned_seconds(self, arm: Arm, device: Hardware) -> float:
+        """Returns the estimated seconds of an arm's steps on one device."""
+        with tempfile.TemporaryDirectory() as folder:
+            config = Path(folder) / "config.yaml"
+            config.write_text(yaml.safe_dump(self.settings["config"]), encoding="utf-8")
+            flags = [*arm.flags, "--train-tokens", str(arm.train_tokens(self.budget)), "--vocab-size", str(self.settings["vocab_size"])]
+            run = load_config(["--config", str(config), *flags, "--dry-run"], 1)
+        plan = make_plan(run.shape, run.plan, layout_of(run, make_engine_config(run)), device, run.options.stages.seq_length)
+        return plan.run.seconds
 
     def train_all(self) -> None:
         """Trains every unfinished run, `--parallel` at a time, and writes the results after each.
@@ -338,8 +446,11 @@ class Study:
 
     def _train_all(self) -> None:
         start, total = time.monotonic(), len(self.arms) * len(self.seeds)
-        self.prepare()
-        todo = [(arm, seed) for seed in self.seeds for arm in self.arms if read_outcome(self.run_folder(arm, seed), arm.name, seed) is None]
+        todo = self.unfinished()
+        if todo:
+            self.prepare()
+            if self.recorded is not None:
+                check_same_study(self.args.records, {"text": asdict(self.header.text)}, {"text": asdict(self.text())})
         slots: queue.SimpleQueue[int] = queue.SimpleQueue()
         for slot in range(self.args.parallel):
             slots.put(slot)
@@ -388,6 +499,16 @@ class Study:
         if failures:
             raise failures[0]
 
+    def unfinished(self) -> list[tuple[Arm, int]]:
+        """Returns the runs to train, in order: those without a record and without the folder of a finished run."""
+        done = {record.run for record in self.records()}
+        return [
+            (arm, seed)
+            for seed in self.seeds
+            for arm in self.arms
+            if (arm.name, seed) not in done and read_outcome(self.run_folder(arm, seed), arm.name, seed) is None
+        ]
+
     def device_variables(self, slot: int) -> dict[str, str]:
         """Returns the environment variables that give one of `--parallel` runs its GPU or its number of CPU threads."""
         if self.args.parallel == 1:
@@ -395,3 +516,28 @@ class Study:
         if names := gpus():
             return {"CUDA_VISIBLE_DEVICES": str(slot % len(names))}
         return {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // self.args.parallel))}
+
+
+def study_section(path: Path, section: Any) -> dict[str, Any]:
+    """Returns the section `study` of a configuration, which only a study reads.
+
+    Its keys are `arms`, a list of names, the most valuable first; `optimizers`, tuned options by optimizer; and `vocab-size`.
+
+    Args:
+        path: of the configuration, for errors.
+        section: its value; None without one.
+
+    Raises:
+        ConfigError: a key or a value is wrong.
+    """
+    kinds = {"arms": list, "optimizers": dict, "vocab-size": (int, str)}
+    given = {} if section is None else section
+    wrong = not isinstance(given, dict) or any(not isinstance(value, kinds.get(key, ())) for key, value in given.items())  # type: ignore[arg-type]
+    options = [] if wrong else given.get("optimizers", {}).values()
+    if wrong or not all(isinstance(name, str) for name in given.get("arms", ())) or not all(isinstance(value, dict) for value in options):
+        raise ConfigError(
+            f"{path}: study is {section!r}"[:300],
+            "arms: a list of names; optimizers: a mapping such as {adamw: {lr: 8e-3}, muon: {lr: 1.6e-2}}; vocab-size: a number",
+            "correct the section",
+        )
+    return dict(given)

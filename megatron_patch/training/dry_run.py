@@ -6,28 +6,33 @@ In: a run and the configuration of its engine. Out: tables on a console. Needs n
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from megatron_patch.config.megatron.command_line import MegatronReport
+from megatron_patch.config.option_types import flag_of
+from megatron_patch.config.options import ScheduleOptions
 from megatron_patch.config.parsing import option_values
 from megatron_patch.config.resolve import RunConfig
+from megatron_patch.config.schedules import lr_schedules
 from megatron_patch.data.token_stream import TrainStream
 from megatron_patch.engine.deepspeed_config import EngineConfig, batch_settings
 from megatron_patch.model.flops import parameter_count
+from megatron_patch.optimizers.registry import optimizer_type
 from megatron_patch.planning.cost import Cost
 from megatron_patch.planning.layout import layout_of
 from megatron_patch.planning.plan import pipeline_parts
 from megatron_patch.planning.tables import rank_table
-from megatron_patch.stages import Stage
+from megatron_patch.stages import Stage, StagePlan, steps_of_tokens
 from megatron_patch.training.stream import corpus_usage_table
 from megatron_patch.utils.console import labeled
 from megatron_patch.utils.tables import FittingTable
 from megatron_patch.utils.units import format_count, plural
 
-_LEFT = ("stage", "optimizer", "lr")
+_LEFT = ("stage", "part", "optimizer", "lr")
 
 
 def stage_table(run: RunConfig, cost: Cost) -> FittingTable:
@@ -65,18 +70,75 @@ def _stage_columns(run: RunConfig, cost: Cost) -> dict[str, list[str]]:
         "of tokens": [*(f"{stage.tokens / plan.tokens:.1%}" for stage in plan.stages), "100%"],
         "of FLOPs": [*(f"{part / sum(flops):.1%}" for part in flops), "100%"],
         "optimizer": ["new", *(stage.optimizer for stage in plan.stages[1:]), ""],
-        "lr": [*(_lr_text(stage) for stage in plan.stages), ""],
+        "lr": [*(f"{stage.lr.lr:g} {stage.lr.style}" if stage.lr_policy == "restart" else stage.lr_policy for stage in plan.stages), ""],
     }
 
 
-def _lr_text(stage: Stage) -> str:
-    if stage.lr_policy == "continue":
-        return "continued"
-    if stage.lr_policy == "rewarm":
-        return f"continued, rewarm over {format_count(stage.rewarm_tokens)}"
-    warm = f", {format_count(stage.lr.warmup_tokens)} warm-up" if stage.lr.warmup_tokens else ""
-    decay = f", decay over the last {format_count(stage.lr.wsd_decay_tokens)}" if stage.lr.style == "WSD" else ""
-    return f"{stage.lr.lr:g} {stage.lr.style}{warm}{decay}"
+def lr_table(plan: StagePlan) -> FittingTable:
+    """Returns a table of the parts of each learning-rate schedule: lengths in steps, in tokens, and as shares of the schedule.
+
+    A schedule is listed under the stage at which it begins.
+    """
+    columns = ["stage", "part", "lr", "steps", "tokens", "of steps", "of tokens"]
+    table = FittingTable("Learning rates", columns, left=_LEFT)
+    for _, covered in lr_schedules(plan):
+        all_steps, all_tokens = sum(stage.steps for stage in covered), sum(stage.tokens for stage in covered)
+        for name, part, rate, begin, end in _lr_parts(covered):
+            steps = steps_of_tokens(covered, end) - steps_of_tokens(covered, begin)
+            number = f"{int(steps):,}" if steps.denominator == 1 else f"{float(steps):,.1f}"
+            shares = (f"{float(steps) / all_steps:.1%}", f"{(end - begin) / all_tokens:.1%}")
+            table.add_row(name, part, rate, number, format_count(end - begin), *shares)
+        table.add_section()
+    return table
+
+
+def _lr_parts(covered: Sequence[Stage]) -> list[tuple[str, str, str, int, int]]:
+    """Returns the parts of a schedule: (stage that begins it, name, learning rate, first token, token after the last one).
+
+    Tokens are counted from the schedule's start.
+    """
+    shape, tokens = covered[0].lr, sum(stage.tokens for stage in covered)
+    warm, decays = shape.warmup_tokens, shape.style not in ("constant", "inverse-square-root")
+    end = tokens if shape.decay_tokens is None or not decays else shape.decay_tokens
+    rate, last = f"{shape.lr:g}", f"to {shape.min_lr:g}"
+    later = ", ends after the run" if end > tokens else ""
+    parts = [("warm-up", f"to {rate}", 0, warm)]
+    if shape.style == "WSD":
+        begin = end - min(shape.wsd_decay_tokens, end - warm)
+        parts += [("constant", rate, warm, begin), (f"{shape.wsd_decay_style} decay{later}", last, begin, end)]
+    elif decays:
+        parts.append((f"{shape.style} decay{later}", last, warm, end))
+    else:
+        parts.append((shape.style, rate if shape.style == "constant" else f"from {rate}", warm, end))
+    parts.append(("minimum", f"{shape.min_lr:g}", end, tokens))
+    parts = [part for part in parts if part[2] < part[3]]
+    rows = [(covered[0].name if part is parts[0] else "", *part) for part in parts]
+    first = 0
+    for stage in covered:
+        if stage.lr_policy == "rewarm":
+            rows.append((stage.name, "rewarm", "x 0 to 1", first, first + stage.rewarm_tokens))
+        first += stage.tokens
+    return rows
+
+
+def rates_by_kind(schedule: ScheduleOptions) -> str:
+    """Returns the kinds of parameters whose learning rate or weight decay is not that of the other ones, in one line; "": none."""
+    hidden, vocabulary = "hidden matrices", "word embeddings and head"
+    kinds = [(vocabulary, "decoupled_lr", "embedding_weight_decay")]
+    if optimizer_type(schedule.optimizer).full_matrices:
+        kinds.insert(0, (hidden, "muon_lr", "muon_weight_decay"))
+    texts = []
+    for kind, rate_name, decay_name in kinds:
+        rate, decay = getattr(schedule, rate_name), getattr(schedule, decay_name)
+        parts = []
+        if rate is not None and rate != schedule.lr:
+            parts.append(f"lr {rate:g} ({flag_of(rate_name)}), {rate / schedule.lr:.4g} times that of the schedule")
+        if decay is not None and decay != schedule.weight_decay:
+            parts.append(f"weight decay {decay:g} ({flag_of(decay_name)})")
+        texts += [f"{kind}: {', '.join(parts)}"] if parts else []
+    if not texts:
+        return ""
+    return "; ".join([*texts, f"the others: lr {schedule.lr:g}, weight decay {schedule.weight_decay:g}"])
 
 
 def architecture(run: RunConfig) -> str:
@@ -140,6 +202,9 @@ def print_plan(
         options = f"{given}; the other options have their defaults" if given else "all options have their defaults"
         console.print(labeled("Options", options))
     console.print(stage_table(run, cost))
+    console.print(lr_table(run.plan))
+    if kinds := rates_by_kind(run.options.schedule):
+        console.print(labeled("By kind", kinds))
     count = parameter_count(run.shape)
     console.print(
         labeled(

@@ -18,6 +18,14 @@ def sgd(groups):
     return torch.optim.SGD(groups, lr=0.1, momentum=0.9)
 
 
+def nadam(groups):
+    return torch.optim.NAdam(groups)
+
+
+def adagrad(groups):
+    return torch.optim.Adagrad(groups, initial_accumulator_value=0.1)
+
+
 def first_group(groups):
     return torch.optim.AdamW(groups[:1])
 

@@ -178,7 +178,10 @@ def optimizers(folder, corpus) -> None:
         zero_stage=1,
         **at,
     )
-    refused(ConfigError, "SGD keeps this state", "momentum_buffer", "exp_avg and exp_avg_sq", optimizer=own.sgd, **at)
+    momentum = [pretrain(config(corpus, zero_stage=zero), optimizer=own.sgd).training_loss for zero in (0, 1)]
+    assert momentum[0] == pytest.approx(momentum[1], rel=1e-6) and momentum[0] not in (adamw.training_loss, plain.training_loss)
+    refused(ConfigError, "NAdam keeps this state", "mu_product", "tensors with the parameter's shape", optimizer=own.nadam, **at)
+    refused(ConfigError, "Adagrad does not start from zeros: its state is step, sum", optimizer=own.adagrad, **at)
     refused(ConfigError, "the optimizer first_group lacks 1 parameter", optimizer=own.first_group, zero_stage=1, **at)
     refused(ConfigError, "first_group lacks", optimizer=own.first_group, zero_stage=0, **at)
     refused(ConfigError, "other_weights lacks", "1 parameter of something else", optimizer=own.other_weights, **at)
@@ -187,6 +190,26 @@ def optimizers(folder, corpus) -> None:
     refused(ConfigError, "optimizer= is a lambda, which has no name", optimizer=lambda groups: None, **at)
     refused(ConfigError, "optimizer=3 is not a function", optimizer=3, **at)
     assert pretrain(config(corpus), optimizer=functools.partial(own.radam)).finished
+
+
+def muon(groups):
+    return torch.optim.AdamW(groups)
+
+
+def muons(folder, corpus) -> None:
+    without_launcher()
+    settings = {"optimizer": "muon", "muon_lr": 2e-3}
+    whole = pretrain(config(corpus, zero_stage=0, **settings))
+    assert pretrain(config(corpus, save=folder / "muon", zero_stage=3, exit_interval=6, **settings)).step == 6
+    resumed = pretrain(config(corpus, save=folder / "muon", zero_stage=1, **settings))
+    assert resumed.finished and resumed.training_loss == pytest.approx(whole.training_loss, rel=1e-6)
+    assert load_model(folder / "muon").loss([1, 2, 3, 4, 5]) > 0
+    refused(ConfigError, "optimizer=muon has the name of a registered optimizer", "adamw, muon", corpus=corpus, optimizer=muon)
+    refused(ConfigError, "optimizer=sgd, and the run has --optimizer muon", corpus=corpus, optimizer=own.sgd, args=["--optimizer", "muon"])
+
+
+def test_muon_trains_resumes_and_its_model_is_used(corpus, tmp_path):
+    run_ranks(muons, 1, tmp_path / "logs", tmp_path, corpus)
 
 
 def test_an_own_optimizer_trains_and_resumes_by_its_name_and_what_zero_cannot_do_is_refused(corpus, tmp_path):

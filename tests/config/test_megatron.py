@@ -134,6 +134,8 @@ def test_megatron_lms_llama_3_gets_one_report_and_what_remains_of_it_resolves(tm
         ("--optimizer muon --muon-use-nesterov", "--optimizer muon --muon-nesterov"),
         ("--optimizer muon --muon-coefficient-type quintic", "--optimizer muon --muon-coefficient-type quintic"),
         ("--optimizer soap", "--optimizer soap"),
+        ("--optimizer adam --muon-momentum 0.9 --muon-num-ns-steps 5", "--optimizer adamw"),
+        ("--muon-momentum 0.9", "--muon-momentum 0.9"),
         ("--decoupled-lr 1e-3 --decoupled-min-lr 1e-4 --lr 1e-4 --min-lr 1e-5", "--decoupled-lr 1e-3 --lr 1e-4 --min-lr 1e-5"),
         ("--eval-iters 4", "--eval-tokens 4096"),
         ("--exit-duration-in-mins 90", "--exit-duration 90min"),
@@ -195,6 +197,7 @@ def test_values_of_translated_flags_arrive():
         "--eval-iters 0",
         "--lr-warmup-iters 0",
         "--muon-no-split-qkv --muon-tp-mode blockwise --muon-fp32-matmul-prec high --muon-scalar-optimizer lion",
+        "--muon-momentum 0.9 --muon-use-nesterov --muon-scale-mode spectral --muon-coefficient-type cans --use-mcore-models",
         "--decoupled-min-lr 1e-4",
     ],
 )
@@ -280,6 +283,8 @@ def test_muon_with_megatrons_words_says_which_defaults_and_updates_differ():
     notes = " ".join(options(f"--optimizer muon {given}").megatron.notes)
     assert "gate and the up projection of SwiGLU each by itself" in notes and "quintic" not in notes and "Muon's momentum" not in notes
     assert options("--optimizer muon --muon-momentum 0.9 --decoupled-lr 1e-3").megatron is None
+    notes = " ".join(options("--use-mcore-models --lr 1e-4 --min-lr 1e-5 --decoupled-lr 2e-4").megatron.notes)
+    assert "2e-05 instead of 1e-05 as the lowest rate of word embeddings and head" in notes and "Muon" not in notes
 
 
 def test_steps_need_a_batch_to_become_tokens():

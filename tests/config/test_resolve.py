@@ -228,12 +228,58 @@ def test_positions_are_there_for_evaluation_where_no_stage_is_as_long():
         ("--eod-token-id 64", "ids from 0 to 63"),
         ("--lr-decay-style inverse-square-root", "--lr-warmup-tokens"),
         ("--lr-decay-tokens 1k --lr-warmup-tokens 2k", "above the warm-up"),
+        ("--lr-warmup-steps 5 --lr-warmup-tokens 80", "--lr-warmup-tokens together with --lr-warmup-steps"),
+        ("--lr-warmup-steps -5", "is not a count"),
+        ("--lr-decay-steps 0", "whole numbers from 1"),
+        ("--lr-wsd-decay-steps 0", "whole numbers from 1"),
+        ("--lr-wsd-decay-tokens 0", "whole numbers from 1"),
+        ("--lr-warmup-steps 1e13", "whole numbers up to 1,000,000,000,000"),
+        ("--optimizer muon --muon-momentum 1", "--muon-momentum 1.0"),
+        ("--optimizer muon --muon-momentum -0.1", "numbers from 0 to below 1"),
+        ("--optimizer muon --muon-momentum nan", "finite numbers"),
+        ("--optimizer muon --muon-num-ns-steps 0", "whole numbers from 1"),
+        ("--optimizer muon --muon-num-ns-steps 10000", "whole numbers up to 1,000"),
+        ("--optimizer muon --muon-extra-scale-factor 0", "numbers above 0"),
+        ("--optimizer muon --muon-lr 0", "numbers above 0"),
+        ("--optimizer muon --muon-lr inf", "finite numbers"),
+        ("--optimizer muon --muon-lr 1e308 --lr 1e-8", "a finite multiple of --lr"),
+        ("--optimizer muon --muon-lr 0.01 --lr 0", "--lr above 0"),
+        ("--optimizer muon --muon-weight-decay -1", "numbers from 0"),
+        ("--decoupled-lr -1", "numbers above 0"),
+        ("--decoupled-lr 1e-3 --lr 0", "--decoupled-lr 0.001 with --lr 0.0"),
+        ("--embedding-weight-decay nan", "finite numbers"),
+        ("--muon-lr 0.01", "--muon-lr with --optimizer adamw, which does not read it"),
+        ("--muon-momentum 0.95 --no-muon-nesterov", "--muon-momentum, --muon-nesterov with --optimizer adamw"),
     ],
 )
 def test_what_cannot_run_is_refused(words, reason):
     with pytest.raises(ConfigError) as error:
         resolve(*RUN, *words.split())
     assert reason in str(error.value), str(error.value)
+
+
+def test_all_problems_of_an_optimizer_are_reported_at_once():
+    words = "--muon-momentum 1 --adam-beta1 2 --decoupled-lr 1e-3 --lr 0 --muon-lr 0.01"
+    with pytest.raises(ConfigError, match="5 problems") as error:
+        resolve(*RUN, *words.split())
+    begins = [
+        "--adam-beta1 2.0",
+        "--muon-momentum 1.0",
+        "--muon-lr 0.01 with --lr 0.0",
+        "--decoupled-lr 0.001 with --lr 0.0",
+        "--muon-lr, ",
+    ]
+    for problem, begin in zip(error.value.problems, begins, strict=True):
+        assert problem.error.what.startswith(begin)
+
+
+def test_muon_s_options_of_a_file_are_given(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("muon-lr: 0.01\n")
+    with pytest.raises(ConfigError, match="--muon-lr with --optimizer adamw"):
+        resolve(*RUN, "--config", str(path))
+    assert resolve(*RUN, "--config", str(path), "--optimizer", "muon").options.schedule.muon_lr == 0.01
+    assert resolve(*RUN, "--config", str(path), "--muon-lr", "None").options.schedule.muon_lr is None
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,8 @@ import pytest
 from megatron_patch.engine.swapping import require_async_io
 from megatron_patch.errors import ConfigError
 from tests.distributed.gradients import FLOAT32_ERROR, checked_program, gradient_errors
-from tests.distributed.runs import Run, train
+from tests.distributed.runs import Run, start_program, train
+from tests.oracle.reference_muon import start_with_reference
 
 # DeepSpeed keeps tensors below 1 MiB in memory: half of a feed-forward matrix is larger (in bfloat16, of one that is twice as wide), the
 # weight of a norm is smaller.
@@ -23,6 +24,7 @@ WIDTHS = {"fp32": "2048", "bf16": "4096"}
 MODEL = "--hidden-size 256 --seq-length 16 --micro-batch-size 2 --global-batch-size 12 --lr 1e-3"
 BUFFERS = {"offload_optimizer": {"buffer_count": 8}, "offload_param": {"buffer_size": 600_000, "buffer_count": 8, "max_in_cpu": 0}}
 STEPS_BEFORE, STEPS = 5, 12
+MUON = "--optimizer muon"
 TENSOR = "--tensor-model-parallel-size 2 --sequence-parallel"
 
 
@@ -68,8 +70,10 @@ def single(tmp_path_factory, corpus, operator) -> Callable[..., Run]:
     folder = tmp_path_factory.mktemp("single")
 
     @cache
-    def run(*choice: str) -> Run:
-        return train(folder / "-".join(choice), 1, "--zero-stage 0", plan(*choice), corpus)
+    def run(optimizer: str, precision: str, muon: bool = False) -> Run:
+        program = start_with_reference if muon else start_program
+        words = f"--zero-stage 0 {MUON if muon else ''}"
+        return train(folder / f"{optimizer}-{precision}-{muon}", 1, words, plan(optimizer, precision), corpus, main=program)
 
     return run
 
@@ -78,6 +82,7 @@ QUICK = [
     ({"offload_optimizer": "nvme", "offload_param": "nvme"}, "keep", "", 2),
     ({"offload_optimizer": "cpu", "offload_param": "nvme"}, "reset", "--bf16", 2),
     ({"offload_optimizer": "nvme", "offload_param": "nvme"}, "reset", TENSOR, 2),
+    ({"offload_optimizer": "nvme"}, "keep", MUON, 2),
 ]
 SLOW = [
     (devices, optimizer, words, 2)
@@ -88,7 +93,7 @@ SLOW = [
         {"offload_param": "nvme"},
     )
     for optimizer in ("keep", "reset")
-    for words in ("", "--bf16", TENSOR, f"--bf16 {TENSOR}")
+    for words in ("", "--bf16", TENSOR, f"--bf16 {TENSOR}", MUON, f"{MUON} {TENSOR}")
 ]
 
 
@@ -100,9 +105,10 @@ def test_what_is_on_nvme_computes_the_same_and_resumes(tmp_path, corpus, single,
     precision = "bf16" if "--bf16" in words else "fp32"
     command = [*words.split(), *offload(tmp_path, devices), *plan(optimizer, precision), corpus]
     train(tmp_path / "run", ranks, f"--exit-interval {STEPS_BEFORE}", command)
-    for part, files in (("offload_optimizer", "exp_avg-*.swp"), ("offload_param", "*_param.tensor.swp")):
+    muon = MUON in words
+    for part, files in (("offload_optimizer", "momentum-*.swp" if muon else "exp_avg-*.swp"), ("offload_param", "*_param.tensor.swp")):
         assert any((tmp_path / "nvme").rglob(files)) == (devices.get(part) == "nvme")
-    run, expected = train(tmp_path / "run", ranks, command, main=checked_program), single(optimizer, precision)
+    run, expected = train(tmp_path / "run", ranks, command, main=checked_program), single(optimizer, precision, muon)
     assert max(gradient_errors(run, ranks).values()) < FLOAT32_ERROR
     loss, norm = (1e-2, 5e-2) if precision == "bf16" else (1e-5, 1e-4)
     assert len(run.losses) == STEPS

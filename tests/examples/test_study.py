@@ -24,6 +24,7 @@ from megatron_patch.errors import ConfigError, DataError
 from megatron_patch.model.flops import parameter_count
 from megatron_patch.planning.cost import Cost
 from megatron_patch.replication.arms import Arm, all_arms, patch_train, select_arms
+from megatron_patch.replication.records import RunRecord, StudyHeader, StudyText
 from megatron_patch.replication.results import Outcome, markdown, plot_study, read_outcome, significance, summarize, write_json
 from megatron_patch.replication.switches import Switch, compare_switch, read_switch, switch_markdown, training_curve
 
@@ -260,11 +261,12 @@ def test_an_added_arm_is_trained_by_its_program_and_drawn_with_the_main_arms(tmp
     flags = ["--text", "a.txt", "--output", str(tmp_path / "study"), "--config", str(FOLDER / "study_cpu.yaml"), "--seeds", "1"]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(module.Study, "prepare", lambda study: None)
-    monkeypatch.setattr(module.Study, "parameters", property(lambda study: 1000))
+    text = StudyText(25, 9000, 300, "0123456789abcdef")
+    monkeypatch.setattr(module.Study, "header", StudyHeader({}, 0, 300, 1000, text))
     monkeypatch.setattr(module.Study, "report", lambda study, *_: "")
     runs = [outcome(name, 1, 4.0) for name in ("token", "mine")]
     monkeypatch.setattr(module, "read_outcome", lambda folder, name, seed: next((run for run in runs if run.arm == name == "token"), None))
-    monkeypatch.setattr(module.Study, "outcomes", lambda study: runs)
+    monkeypatch.setattr(module.Study, "finished", lambda study: [RunRecord(run, {}, "", "", "") for run in runs])
     drawn = []
     monkeypatch.setattr(module, "plot_study", lambda *args: drawn.extend(args[-1]))
     cli.study.main([*flags, "--arms", "mine"], more_arms=[arm])

@@ -12,8 +12,10 @@ import torch
 from megatron_patch.cli import show_step
 from megatron_patch.data.corpus import open_corpus
 from megatron_patch.errors import DataError
+from tests.distributed.gradients import float16_program
 from tests.distributed.ranks import run_ranks
-from tests.distributed.runs import DATA, MODEL, Run, command, printed, train
+from tests.distributed.runs import DATA, MODEL, Run, command, printed, start_program, train
+from tests.oracle.reference_muon import start_with_reference
 
 PLAN = "--seq-length 16 --micro-batch-size 2 --global-batch-size 12 --patch-size 4 --train-tokens 7680 --lr 3e-3 --spike-window 8"
 STEP = 14  # of the patch stage's 27
@@ -31,7 +33,7 @@ LAYOUTS = {
 }
 
 
-def _poisoned(argv, kind, steps=(STEP,)):
+def _poisoned(argv, kind, steps=(STEP,), program=start_program):
     """The program with poisoned steps: a `gradient` of NaN on the last rank only, or a `loss` a thousand times too large."""
     from megatron_patch.model.gpt import GPTModel
     from megatron_patch.training import trainer
@@ -54,14 +56,13 @@ def _poisoned(argv, kind, steps=(STEP,)):
         return check(self, micro_batches)
 
     GPTModel.forward, trainer.Trainer._check_consistency = poisoned_forward, note
-    from megatron_patch.training.pretrain import main
-
-    return main(argv)
+    return program(argv)
 
 
-def poisoned(folder, ranks, kind, *parts, expect=0, steps=(STEP,)):
+def poisoned(folder, ranks, kind, *parts, expect=0, steps=(STEP,), program=start_program):
     argv = command(MODEL, DATA, PLAN, *parts, ["--save", str(folder)])
-    codes = run_ranks(functools.partial(_poisoned, kind=kind, steps=steps), ranks, folder.parent / f"{folder.name}-logs", argv)
+    function = functools.partial(_poisoned, kind=kind, steps=steps, program=program)
+    codes = run_ranks(function, ranks, folder.parent / f"{folder.name}-logs", argv)
     assert codes == [expect] * ranks, printed(folder)
     return Run(folder)
 
@@ -108,6 +109,39 @@ def test_a_step_with_a_loss_spike_is_rejected(tmp_path, corpus, skipped, layout)
     assert losses == pytest.approx(expected, rel=1e-2 if "bf16" in layout else 1e-5)
 
 
+@pytest.fixture(scope="module")
+def skipped_with_muon(tmp_path_factory, corpus):
+    """The losses of one process that rejects the step and otherwise steps with torch's Muon."""
+    folder = tmp_path_factory.mktemp("muon") / "run"
+    return poisoned(folder, 1, "loss", "--optimizer muon --zero-stage 0 --data-path", corpus, program=start_with_reference).losses
+
+
+@pytest.mark.parametrize(
+    ("layout", "kind"), [("ZeRO 0", "gradient"), ("ZeRO 1", "loss"), ("ZeRO 1 bf16", "gradient"), ("ZeRO 3", "gradient"), ("PP2", "loss")]
+)
+def test_a_rejected_step_leaves_momentum_as_it_is(tmp_path, corpus, skipped_with_muon, layout, kind):
+    ranks, words = LAYOUTS[layout]
+    run = poisoned(tmp_path / "run", ranks, kind, "--optimizer muon", words, "--data-path", corpus)
+    check(run)
+    # The poisoned loss itself is not compared.
+    tolerance = 1e-2 if "bf16" in layout else 1e-5
+    assert run.losses[: STEP - 1] + run.losses[STEP:] == pytest.approx(
+        skipped_with_muon[: STEP - 1] + skipped_with_muon[STEP:], rel=tolerance
+    )
+
+
+@pytest.mark.parametrize("zero", [1, pytest.param(3, marks=pytest.mark.slow)])
+def test_an_overflow_in_float16_leaves_momentum_as_it_is(tmp_path, corpus, zero):
+    """The loss scale is too large for some gradients. One process in float32 that rejects the same steps has the same losses up to rounding."""
+    words = f"--optimizer muon --fp16 --initial-loss-scale {2**18} --zero-stage {zero} --data-path"
+    run = poisoned(tmp_path / "run", 2, "gradient", words, corpus, steps=(), program=float16_program)
+    overflows = [record["step"] for record in run.records("step") if record["skipped"]]
+    assert 1 <= len(overflows) <= 8 and overflows[0] < len(run.losses) // 2
+    words = ("--optimizer muon --zero-stage 0 --data-path", corpus)
+    single = poisoned(tmp_path / "single", 1, "gradient", *words, steps=tuple(overflows), program=start_with_reference)
+    assert run.losses == pytest.approx(single.losses, rel=1e-2) and run.losses != pytest.approx(single.losses, rel=1e-6)
+
+
 def test_only_the_rejected_step_makes_a_difference(tmp_path, corpus, skipped):
     whole = train(tmp_path / "whole", 1, PLAN, "--zero-stage 0 --data-path", corpus)
     for losses in skipped.values():
@@ -117,8 +151,9 @@ def test_only_the_rejected_step_makes_a_difference(tmp_path, corpus, skipped):
     assert skipped["loss"][STEP:] == skipped["gradient"][STEP:], "whatever the poison, the same update is skipped"
 
 
-def test_a_rewind_loads_the_newest_checkpoint_and_can_be_resumed(tmp_path, corpus):
-    words = ("--on-spike rewind --save-interval 5 --keep-last 0 --zero-stage 1 --data-path", corpus)
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_rewind_loads_the_newest_checkpoint_and_can_be_resumed(tmp_path, corpus, optimizer):
+    words = (f"--optimizer {optimizer} --on-spike rewind --save-interval 5 --keep-last 0 --zero-stage 1 --data-path", corpus)
     run = poisoned(tmp_path / "run", 2, "loss", *words)
     (event,) = events(run, "rewind")
     assert event["step"] == STEP and event["to_step"] == 10 and event["left_out"] == 4

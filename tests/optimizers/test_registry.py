@@ -7,9 +7,10 @@ import sys
 import pytest
 import torch
 
+from megatron_patch.checkpoint.safetensors_io import read_header
 from megatron_patch.config.options import ScheduleOptions
 from megatron_patch.errors import ConfigError
-from megatron_patch.optimizers.registry import OPTIMIZERS
+from megatron_patch.optimizers.registry import OPTIMIZERS, OptimizerType
 from megatron_patch.optimizers.state import ensure_state, make_optimizer, set_step_count, step_count
 from megatron_patch.training.pretrain import main
 from tests.distributed.runs import MODEL, make_corpus, printed, start_program, train
@@ -27,7 +28,7 @@ def registered(monkeypatch):
 
 @pytest.mark.parametrize(("name", "advice"), [("adam", "did you mean adamw?"), ("lion", "add yours to .*OPTIMIZERS")])
 def test_an_unknown_name_is_refused_with_the_registered_ones(name, advice):
-    with pytest.raises(ConfigError, match=rf"(?s)--optimizer {name} is not .*Allowed: adamw\n.*{advice}"):
+    with pytest.raises(ConfigError, match=rf"(?s)--optimizer {name} is not .*Allowed: adamw, muon\n.*{advice}"):
         make_optimizer([], dataclasses.replace(ScheduleOptions(), optimizer=name))
 
 
@@ -44,16 +45,59 @@ def test_the_name_is_checked_without_torch():
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
-@pytest.mark.parametrize("make", [torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam, torch.optim.SGD, torch.optim.Adagrad])
-def test_state_is_accepted_only_as_two_moments_and_a_number_of_steps(make):
-    weight = torch.nn.Parameter(torch.ones(3))
+def momentum(weights, lr):
+    return torch.optim.SGD(weights, lr=lr, momentum=0.9)
+
+
+def damped(weights, lr):
+    return torch.optim.SGD(weights, lr=lr, momentum=0.9, dampening=0.5)
+
+
+def initial(weights, lr):
+    return torch.optim.Adagrad(weights, lr=lr, initial_accumulator_value=0.1)
+
+
+def amsgrad(weights, lr):
+    return torch.optim.AdamW(weights, lr=lr, amsgrad=True)
+
+
+@pytest.mark.parametrize("shape", [(12,), (4, 3)])
+@pytest.mark.parametrize(
+    ("make", "kinds"),
+    [
+        (torch.optim.Adam, {"exp_avg", "exp_avg_sq", "step"}),
+        (torch.optim.AdamW, {"exp_avg", "exp_avg_sq", "step"}),
+        (amsgrad, {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "step"}),
+        (momentum, {"momentum_buffer"}),
+        (torch.optim.RMSprop, {"square_avg", "step"}),
+    ],
+)
+def test_any_state_of_the_parameters_shape_that_starts_from_zeros_is_accepted(make, kinds, shape):
+    weight = torch.nn.Parameter(torch.ones(shape))
+    optimizer = make([weight], lr=0.1)
+    state = ensure_state(optimizer, weight)
+    assert set(state) == kinds and len(optimizer.state) == 1 and torch.equal(weight, torch.ones(shape))
+    assert all(state[kind].shape == shape and not state[kind].any() for kind in kinds - {"step"}) and not state.get("step", 0)
+
+
+@pytest.mark.parametrize(
+    ("make", "shape", "reason"),
+    [
+        (torch.optim.NAdam, (3,), "keeps this state for each parameter: exp_avg, exp_avg_sq, mu_product, step"),
+        (torch.optim.Adafactor, (4, 3), "keeps this state for each parameter: col_var, row_var, step"),
+        (torch.optim.SGD, (3,), "keeps this state for each parameter: none"),
+        (damped, (3,), "does not start from zeros: its state is momentum_buffer"),
+        (initial, (3,), "does not start from zeros: its state is step, sum"),
+        (torch.optim.LBFGS, (3,), "fails in a step on two elements: TypeError"),
+    ],
+)
+def test_other_state_is_refused_with_the_reason(make, shape, reason):
+    weight = torch.nn.Parameter(torch.ones(shape))
     optimizer = make([weight], lr=0.1)
     optimizer.state.clear()
-    if make in (torch.optim.Adam, torch.optim.AdamW):
-        assert set(ensure_state(optimizer, weight)) == {"step", "exp_avg", "exp_avg_sq"} and len(optimizer.state) == 1
-    else:
-        with pytest.raises(ConfigError, match=rf"(?s)the optimizer {make.__name__} keeps this state.*Allowed: exp_avg and exp_avg_sq"):
-            ensure_state(optimizer, weight)
+    with pytest.raises(ConfigError, match=f"(?s)the optimizer {type(optimizer).__name__} {reason}.*Allowed: "):
+        ensure_state(optimizer, weight)
+    assert torch.equal(weight, torch.ones(shape)) and not any(optimizer.state.values())
 
 
 def test_state_made_here_is_the_state_that_the_optimizer_makes():
@@ -99,25 +143,61 @@ def test_steps_counted_in_groups_are_read_and_set():
     assert step_count(optimizer) == 7 and "step" not in optimizer.state[weight]
 
 
+class Lion(torch.optim.Optimizer):
+    """Lion, whose state is one tensor for each parameter."""
+
+    def __init__(self, groups, lr):
+        super().__init__(groups, {"lr": lr, "weight_decay": 0.0})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for weight in group["params"]:
+                average = self.state[weight].setdefault("exp_avg", torch.zeros_like(weight))
+                update = average.lerp(weight.grad, 0.1).sign_()
+                average.lerp_(weight.grad, 0.01)
+                weight.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update, alpha=group["lr"])
+
+
 def register_and_train(argv):
-    """A user's own script: it registers an optimizer and calls the program's main function."""
+    """A user's own script: it registers optimizers and calls the program's main function."""
     OPTIMIZERS["counting"] = lambda groups, options, offloaded: GroupCounting(groups, options.lr)
-    OPTIMIZERS["sgd"] = lambda groups, options, offloaded: torch.optim.SGD(groups, lr=options.lr, momentum=0.9)
+    OPTIMIZERS["momentum"] = lambda groups, options, offloaded: momentum(groups, options.lr)
+    OPTIMIZERS["lion"] = OptimizerType(lambda groups, options, offloaded: Lion(groups, options.lr), hidden_states=1, other_states=1)
+    OPTIMIZERS["nadam"] = lambda groups, options, offloaded: torch.optim.NAdam(groups, lr=options.lr)
+    OPTIMIZERS["adafactor"] = lambda groups, options, offloaded: torch.optim.Adafactor(groups, lr=options.lr)
     return start_program(argv)
 
 
-@pytest.mark.parametrize("zero", [0, 1, 3])
-def test_a_registered_optimizer_trains_and_resumes(tmp_path, zero):
+@pytest.mark.parametrize(
+    ("name", "zero", "kinds"),
+    [
+        ("counting", 0, {"exp_avg", "exp_avg_sq"}),
+        ("momentum", 1, {"momentum_buffer"}),
+        ("lion", 3, {"exp_avg"}),
+    ],
+)
+def test_a_registered_optimizer_trains_and_resumes(tmp_path, name, zero, kinds):
     corpus = make_corpus(tmp_path / "corpus")
-    options = f"--optimizer counting --zero-stage {zero} --save-interval 6 --data-path"
+    options = f"--optimizer {name} --zero-stage {zero} --save-interval 6 --data-path"
     whole = train(tmp_path / "whole", 2, PLAN, options, corpus, main=register_and_train)
     parts = tmp_path / "parts"
     train(parts, 2, PLAN, "--exit-interval 6", options, corpus, main=register_and_train)
     resumed = train(parts, 2, PLAN, options, corpus, main=register_and_train)
     assert whole.losses[-1] < whole.losses[0] and resumed.losses == whole.losses
+    assert "untested optimizer" not in printed(tmp_path / "whole")
+    stored = {key.partition("/")[0] for file in parts.glob("step-*/state-*.safetensors") for key in read_header(file)}
+    assert stored == {"weight", *kinds}
 
 
-def test_training_refuses_an_optimizer_with_other_state(tmp_path):
+@pytest.mark.parametrize(
+    ("name", "zero", "reason"),
+    [
+        ("nadam", 1, "the optimizer NAdam keeps this state for each parameter: exp_avg, exp_avg_sq, mu_product, step"),
+        ("adafactor", 0, "the optimizer Adafactor keeps this state for each parameter: col_var, row_var, step"),
+    ],
+)
+def test_training_refuses_an_optimizer_with_other_state(tmp_path, name, zero, reason):
     corpus = make_corpus(tmp_path / "corpus")
-    train(tmp_path / "run", 1, PLAN, "--optimizer sgd --data-path", corpus, expect=2, main=register_and_train)
-    assert "the optimizer SGD keeps this state for each parameter: momentum_buffer" in " ".join(printed(tmp_path / "run").split())
+    train(tmp_path / "run", 1, PLAN, f"--optimizer {name} --zero-stage {zero} --data-path", corpus, expect=2, main=register_and_train)
+    assert reason in " ".join(printed(tmp_path / "run").split())

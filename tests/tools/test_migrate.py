@@ -324,7 +324,9 @@ def test_muon_gets_megatrons_defaults(tmp_path, monkeypatch, capsys, name):
         and values["muon-extra-scale-factor"] == 0.2
         and "muon" not in text.partition("# Left out")[2].partition("# Without")[0]
     )
-    Path("list.txt").write_text(f"{MODEL} --optimizer adam --muon-tp-mode blockwise --muon-no-split-qkv --tensor-model-parallel-size 2")
+    Path("list.txt").write_text(
+        f"{MODEL} --optimizer adam --muon-momentum 0.9 --muon-tp-mode blockwise --muon-no-split-qkv --tensor-model-parallel-size 2"
+    )
     values, text = migrate(tmp_path, "list.txt")
     assert not any(key.startswith("muon") for key in values) and "muon" not in text.partition("# Left out")[2].partition("# Without")[0]
 

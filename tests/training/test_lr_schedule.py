@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -44,6 +46,27 @@ def test_cosine_equals_torch_s():
         optimizer.step()
         schedule.step()
         assert at(step, last=40, lr=0.3, min_lr=0.05, style="cosine") == pytest.approx(schedule.get_last_lr()[0])
+
+
+def test_the_table_of_rates_in_the_documents_is_what_both_schedulers_give():
+    transformers = pytest.importorskip("transformers")
+    text = (Path(__file__).parents[2] / "docs" / "method.md").read_text().partition("| step | here | transformers |")[2]
+    rows = [line.strip("|").split("|") for line in text.partition("\n\n")[0].splitlines() if re.match(r"\| \d", line)]
+    assert [int(step) for step, _, _ in rows] == [1, 2, 3, 4, 5, 6, 9, 10]
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0)
+    schedule = transformers.get_linear_schedule_with_warmup(optimizer, 4, 10)
+    theirs = []
+    for _ in range(10):
+        theirs.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    options = StageOptions(train_tokens=10 * 30, seq_length=10, global_batch_size=3)
+    ours = build_lr_schedule(build_plan(options, ScheduleOptions(lr=1.0, lr_warmup_steps=4, lr_decay_style="linear"), 1))
+    rates = [ours.at(30 * step) for step in range(1, 11)]
+    assert rates[:-1] == pytest.approx(theirs[1:]) and (theirs[0], rates[-1]) == (0.0, 0.0)
+    assert [(here.strip(), there.strip()) for _, here, there in rows] == [
+        (f"{rates[int(step) - 1]:.3f}", f"{theirs[int(step) - 1]:.3f}") for step, _, _ in rows
+    ]
 
 
 @given(st.sampled_from(STYLES), st.integers(0, 400), st.integers(1, 500), st.floats(0.0, 1.0), st.integers(1, 1000))

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import importlib.util
 import json
+import math
 import os
 
 import pytest
@@ -15,7 +16,7 @@ from megatron_patch.config.option_types import AtResume, flag_of
 from megatron_patch.config.resolve import load_config
 from megatron_patch.config.values import RESUME_MARKS
 from megatron_patch.errors import CheckpointError
-from megatron_patch.stages import Progress
+from megatron_patch.stages import POSITION_WEIGHTS, Progress
 from megatron_patch.training.resume import StartPoint, held_out_names, make_trainer_state
 from megatron_patch.training.resume_checks import check_data, check_resume, progress_problems
 from megatron_patch.training.stream import open_stream
@@ -154,6 +155,42 @@ def test_the_same_effect_in_other_words_is_no_change(corpora):
     )
     resumed = resume(state, read([*base, *command(words)], corpora, ranks=1))
     assert resumed.changes == () and resumed.plan == run.plan
+
+
+def test_a_run_keeps_the_label_weights_of_the_version_that_began_it(corpora, monkeypatch):
+    """Exponential weights were 2^-k; the checkpoint has them in its plan, and their name in its options."""
+    words = [*command(BASE), "--position-weights", "exponential"]
+    monkeypatch.setitem(POSITION_WEIGHTS, "exponential", lambda k: 2.0**-k)
+    state = saved(read(words, corpora))
+    monkeypatch.undo()
+    before = [8 / 15 * 4, 4 / 15 * 4, 2 / 15 * 4, 1 / 15 * 4]
+    assert state.plan["stages"][0]["position_weights"] == pytest.approx(before)
+    run = read(words, corpora)
+    assert run.plan.stages[0].position_weights[1] == pytest.approx(run.plan.stages[0].position_weights[0] / math.e)
+    resumed = resume(state, run)
+    assert list(resumed.plan.stages[0].position_weights) == state.plan["stages"][0]["position_weights"]
+    (kept,) = resumed.changes
+    sentence = "--position-weights exponential has another formula in new runs; stage patch keeps its weights"
+    assert kept == f"{sentence} (2.133, 1.067, 0.5333, 0.2667)"
+    # The checkpoints that follow have the same weights, and are resumed like the first one.
+    later = make_trainer_state(run, StartPoint(resumed.plan, Progress(0, 5)), Progress(0, 6), state.data_fingerprint, {}, False, {})
+    again = resume(TrainerState.from_json(json.loads(json.dumps(dataclasses.asdict(later))), "here"), run)
+    assert again.plan == resumed.plan
+    in_numbers = read([*command(BASE), "--position-weights", "8,4,2,1"], corpora)
+    assert resume(state, in_numbers).plan == resumed.plan
+    for other in ("uniform", f"1,{math.e**-1},{math.e**-2},{math.e**-3}"):
+        with pytest.raises(CheckpointError, match="--position-weights"):
+            resume(state, read([*command(BASE), "--position-weights", other], corpora))
+    longer = resume(state, read([*words, "--train-tokens", "61440"], corpora))
+    assert longer.plan.stages[0].position_weights == resumed.plan.stages[0].position_weights
+
+
+def test_weights_that_no_version_gave_a_name_are_refused(corpora):
+    run = read([*command(BASE), "--position-weights", "exponential"], corpora)
+    state = saved(run)
+    state.plan["stages"][0]["position_weights"] = [3.7, 0.1, 0.1, 0.1]
+    with pytest.raises(CheckpointError, match="does not follow"):
+        resume(state, run)
 
 
 def test_other_weights_of_held_out_corpora_are_reported(corpora):

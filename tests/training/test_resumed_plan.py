@@ -60,7 +60,14 @@ def step_ends(plan):
     st.sampled_from(
         ["--recipe patch-train --patch-size 4", "--recipe token-superposition --patch-size 3", "--patch-size 3 --patch-fraction 0.4"]
     ),
-    st.sampled_from(["--lr-warmup-fraction 0.1", "--lr-warmup-fraction 0.07 --lr-decay-style WSD --lr-wsd-decay-fraction 0.3", ""]),
+    st.sampled_from(
+        [
+            "--lr-warmup-fraction 0.1",
+            "--lr-warmup-fraction 0.07 --lr-decay-style WSD --lr-wsd-decay-fraction 0.3",
+            "--lr-warmup-steps 3 --lr-decay-style WSD --lr-decay-steps 8 --lr-wsd-decay-steps 4",
+            "",
+        ]
+    ),
     st.sampled_from(["--global-batch-tokens 200", "--global-batch-tokens 1000", "--global-batch-size 12"]),
     st.tuples(st.integers(1, 7), st.integers(1, 4)),
     st.tuples(st.integers(1, 7), st.integers(1, 4)),
@@ -97,6 +104,11 @@ ALLOWED = {
     "constant, in the token stage": ("--lr-decay-style constant --patch-size 4", Progress(1, 9)),
     "inverse square root": ("--lr-decay-style inverse-square-root --lr-warmup-fraction 0.1", finished),
     "WSD before its decay": ("--lr-decay-style WSD --lr-wsd-decay-fraction 0.25 --lr-warmup-fraction 0.1", Progress(0, 120)),
+    "WSD in steps": ("--lr-decay-style WSD --lr-wsd-decay-steps 40 --lr-warmup-steps 10", Progress(0, 120)),
+    "WSD in steps over both stages": (
+        "--recipe token-superposition --patch-size 4 --lr-warmup-steps 28 --lr-wsd-decay-steps 50",
+        Progress(0, 12),
+    ),
     "WSD over both stages": ("--recipe token-superposition --patch-size 4 --lr-wsd-decay-fraction 0.1", Progress(1, 3)),
     "a cosine with its own end": ("--lr-decay-tokens 20000", finished),
     "a token stage that has not begun": ("--patch-size 4", lambda plan: Progress(0, plan.stages[0].steps)),
@@ -177,6 +189,29 @@ def test_lengths_in_the_list_may_change():
     result = resume(then, run, Progress(0, 5), {"stages": (json.dumps(before), json.dumps(after))})
     assert [stage.lr.warmup_tokens for stage in result.plan.stages] == [768, 1536, 768]
     assert result.changes == ("stage 1-patch-4: lr: warmup_tokens 384, now 768", "new stage 3-token, 40 steps")
+
+
+def test_a_length_in_another_unit_changes_only_if_it_is_another_length():
+    """30 patch steps of 768 tokens; the same in tokens is no change, and other steps are counted in the plan that runs."""
+    words = "--recipe token-superposition --patch-size 4 --train-tokens 61440 --global-batch-size 12"
+    then, same, more = (read(words, unit) for unit in ("--lr-warmup-steps 30", "--lr-warmup-tokens 23040", "--lr-warmup-steps 60"))
+    assert then.plan.stages[0].lr.warmup_tokens == 23040 and then.plan.stages[0].steps == 51
+    changed = names(["lr_warmup_steps", "lr_warmup_tokens"])
+    result = resume(then, same, Progress(0, 5), changed)
+    assert result.plan.stages[0] == then.plan.stages[0] and result.changes == ()
+    result = resume(then, more, Progress(0, 5), names(["lr_warmup_steps"]))
+    assert result.changes == (f"stage patch: lr: warmup_tokens 23,040, now {51 * 768 + 9 * 192:,}",)
+
+
+def test_steps_in_the_list_may_change():
+    stages = [{**LIST[0], "lr_warmup_steps": 3, "lr_decay_steps": 15}, {**LIST[1], "lr_warmup_steps": 4}]
+    after = [{**stages[0], "lr_decay_steps": 18}, {**stages[1], "lr_warmup_steps": 5}]
+    then, run = (read("--global-batch-size 12 --stages", [json.dumps(entries)]) for entries in (stages, after))
+    result = resume(then, run, Progress(0, 5), {"stages": (json.dumps(stages), json.dumps(after))})
+    assert result.changes == (
+        "stage patch-4: lr: decay_tokens 2,880, now 3,456",
+        "stage token: lr: warmup_tokens 768, now 960",
+    )
 
 
 SHORT = [{"patch_size": 4, "steps": 5, "name": "a"}, {"patch_size": 1, "steps": 5, "name": "t"}]

@@ -47,6 +47,19 @@ def _unused(to: Translator, given: Given) -> bool:
     return True
 
 
+def _own(to: Translator, given: Given, flag: MegatronFlag) -> None:
+    """Takes over a flag that is the same here, or drops it where Megatron would not read it: this program refuses it with AdamW."""
+    name = to.value("optimizer")
+    if name in ("adam", "sgd") or (name is None and any(key not in to.ours for key in to.last)):
+        to.ignore(given, "read only with --optimizer muon")
+    elif flag.here and flag.key not in to.ours:
+        to.emit(given, flag.here, meaning=flag.text)
+    elif flag.key == "muon-coefficient-type" and name in NAMES and given.words[:1] not in (("simple",), ("quintic",), ("polar_express",)):
+        to.refuse(given, "there are no such coefficients", "--muon-coefficient-type simple, quintic or polar_express")
+    else:
+        to.result.flags.append(given)
+
+
 def _split_qkv(to: Translator, given: Given, flag: MegatronFlag) -> None:
     if not _unused(to, given):
         to.refuse(given, flag.text)
@@ -58,8 +71,8 @@ def _tensor_parallel_mode(to: Translator, given: Given, flag: MegatronFlag) -> N
     if given.words[:1] == ("blockwise",) and to.value("tensor-model-parallel-size", "model-parallel-size") not in (None, "1"):
         to.refuse(
             given,
-            "Megatron's default, which orthogonalizes the part of each tensor-parallel rank alone, so that the update depends on the layout; "
-            "here every matrix is orthogonalized as a whole",
+            "Megatron's default, which orthogonalizes the part of each tensor-parallel rank alone, so that the update depends on the "
+            "layout; here every matrix is orthogonalized as a whole",
             "--muon-tp-mode duplicated, which is what happens here",
         )
     else:
@@ -82,14 +95,6 @@ def _scalar_optimizer(to: Translator, given: Given, flag: MegatronFlag) -> None:
         to.ignore(given, flag.text)
     else:
         to.refuse(given, flag.text, "--muon-scalar-optimizer adam")
-
-
-def _coefficients(to: Translator, given: Given, flag: MegatronFlag) -> None:
-    other = given.words[:1] not in (("simple",), ("quintic",), ("polar_express",))
-    if other and to.value("optimizer") in NAMES:
-        to.refuse(given, "there are no such coefficients", "--muon-coefficient-type simple, quintic or polar_express")
-    else:
-        to.result.flags.append(given)
 
 
 def _decoupled_min_lr(to: Translator, given: Given, flag: MegatronFlag) -> None:
@@ -116,13 +121,14 @@ def _float(word: str | None) -> float | None:
         return None
 
 
+_OWN = "muon-momentum muon-nesterov muon-use-nesterov muon-scale-mode muon-num-ns-steps muon-extra-scale-factor muon-coefficient-type"
 FUNCTIONS = {
+    **dict.fromkeys(_OWN.split(), _own),
     "optimizer": optimizer,
     "muon-no-split-qkv": _split_qkv,
     "muon-tp-mode": _tensor_parallel_mode,
     "muon-fp32-matmul-prec": _precision,
     "muon-scalar-optimizer": _scalar_optimizer,
-    "muon-coefficient-type": _coefficients,
     "decoupled-min-lr": _decoupled_min_lr,
 }
 """Flag -> function that translates it."""
@@ -146,15 +152,17 @@ def defaults(values: Mapping[str, str]) -> list[tuple[str, str]]:
 
 def different_defaults(given: Collection[str], schedule: ScheduleOptions) -> list[str]:
     """Returns what this program has for flags that were not given, with Megatron's value, such as "momentum 0.95 instead of 0.9 (…)"."""
+    result, rate, least = [], schedule.decoupled_lr, schedule.min_lr
+    if rate is not None and "decoupled-min-lr" not in given and least > 0 and schedule.lr > 0 and rate != schedule.lr:
+        result.append(f"{least * rate / schedule.lr:g} instead of {least:g} as the lowest rate of word embeddings and head")
     if schedule.optimizer != "muon":
-        return []
+        return result
     here = (
         f"Muon's momentum {schedule.muon_momentum:g} instead of 0.9",
         "Nesterov's momentum instead of the momentum alone" if schedule.muon_nesterov else "",
         f"a factor of Muon's update of {schedule.muon_extra_scale_factor:g} instead of 1",
         f"{schedule.muon_coefficient_type} coefficients instead of quintic",
     )
-    result = []
     for text, (flag, value) in zip(here, DEFAULTS, strict=True):
         name = flag.removeprefix("no-")
         if text and not {name, flag, *OTHER_NAMES.get(name, ())} & set(given):
