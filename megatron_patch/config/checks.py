@@ -294,7 +294,7 @@ def _check_lengths(options: Options) -> None:
                 ConfigError(
                     f"{', '.join(given[:-1])} together with {given[-1]}",
                     "one of them",
-                    f"keep one; {given[0]} None takes back what a file sets",
+                    f"keep one; None takes back what a file sets, as {given[0]} None",
                 )
             )
     share = schedule.lr_wsd_decay_fraction

@@ -205,7 +205,7 @@ class ScheduleOptions:
     - shape_scaling: the root of max(1, R/C)."""
     muon_extra_scale_factor: Reported[float] = 0.2
     """Further factor of Muon's update. 0.2 with spectral gives it the size of AdamW's update (arXiv 2502.16982)."""
-    muon_num_ns_steps: Reported[int] = 5
+    muon_num_ns_steps: Reported[Count] = 5
     """Number of Newton-Schulz steps that orthogonalize the momentum."""
     muon_coefficient_type: Reported[MuonCoefficients] = "simple"
     """Coefficients of these steps, by Megatron's names.

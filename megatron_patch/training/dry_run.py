@@ -100,9 +100,9 @@ def _lr_parts(covered: Sequence[Stage]) -> list[tuple[str, str, str, int, int]]:
     shape, tokens = covered[0].lr, sum(stage.tokens for stage in covered)
     warm, decays = shape.warmup_tokens, shape.style not in ("constant", "inverse-square-root")
     end = tokens if shape.decay_tokens is None or not decays else shape.decay_tokens
-    rate, last = f"{shape.lr:g}", f"{shape.lr:g} to {shape.min_lr:g}"
+    rate, last = f"{shape.lr:g}", f"to {shape.min_lr:g}"
     later = ", ends after the run" if end > tokens else ""
-    parts = [("warm-up", f"0 to {rate}", 0, warm)]
+    parts = [("warm-up", f"to {rate}", 0, warm)]
     if shape.style == "WSD":
         begin = end - min(shape.wsd_decay_tokens, end - warm)
         parts += [("constant", rate, warm, begin), (f"{shape.wsd_decay_style} decay{later}", last, begin, end)]
@@ -116,7 +116,7 @@ def _lr_parts(covered: Sequence[Stage]) -> list[tuple[str, str, str, int, int]]:
     first = 0
     for stage in covered:
         if stage.lr_policy == "rewarm":
-            rows.append((stage.name, "rewarm", "times 0 to 1", first, first + stage.rewarm_tokens))
+            rows.append((stage.name, "rewarm", "x 0 to 1", first, first + stage.rewarm_tokens))
         first += stage.tokens
     return rows
 

@@ -178,10 +178,15 @@ def _earlier_weights(name: str | tuple[float, ...], stage: Stage) -> tuple[float
 def _kept(saved: StagePlan, then: RunConfig) -> list[str]:
     """Returns sentences on the stages that keep label weights of an earlier version."""
     return [
-        f"--position-weights {name} has another formula in new runs; stage {old.name} keeps its weights, {_text(old.position_weights)}"
+        f"--position-weights {name} has another formula in new runs; stage {old.name} keeps its weights ({_first(old.position_weights)})"
         for old, new, name in zip(saved.stages, then.plan.stages, _weight_names(then), strict=True)
         if old.position_weights != new.position_weights
     ]
+
+
+def _first(weights: Sequence[float]) -> str:
+    shown = ", ".join(f"{weight:.4g}" for weight in weights[:8])
+    return shown if len(weights) <= 8 else f"{shown}, …"
 
 
 def _rounding(plan: StagePlan) -> int:

@@ -283,6 +283,8 @@ def test_muon_with_megatrons_words_says_which_defaults_and_updates_differ():
     notes = " ".join(options(f"--optimizer muon {given}").megatron.notes)
     assert "gate and the up projection of SwiGLU each by itself" in notes and "quintic" not in notes and "Muon's momentum" not in notes
     assert options("--optimizer muon --muon-momentum 0.9 --decoupled-lr 1e-3").megatron is None
+    notes = " ".join(options("--use-mcore-models --lr 1e-4 --min-lr 1e-5 --decoupled-lr 2e-4").megatron.notes)
+    assert "2e-05 instead of 1e-05 as the lowest rate of word embeddings and head" in notes and "Muon" not in notes
 
 
 def test_steps_need_a_batch_to_become_tokens():

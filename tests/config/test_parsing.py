@@ -69,11 +69,14 @@ def test_every_count_takes_units():
     assert parse([*SHAPE, "--shuffle-window-blocks", "2Ki", "--log-interval", "1k"]).options.data.shuffle_window_blocks == 2048
 
 
+DEFAULTS = option_values(parse(SHAPE).options)
+
+
 def other_value(name):
     """Returns a value of an option that is not its default."""
     kind = KINDS[name]
     if kind.form is Form.SWITCH:
-        return True
+        return not DEFAULTS[name]
     if kind.form is Form.CHOICE:
         return kind.choices[-1]
     return {Form.COUNT: 7, Form.DURATION: "7h", Form.INTEGER: 7, Form.NUMBER: 0.7, Form.TEXT: "x", Form.TEXTS: ["x"], Form.INTEGERS: [7]}[
@@ -83,7 +86,7 @@ def other_value(name):
 
 def test_none_takes_back_every_value_of_a_file(tmp_path):
     """On the command line, and in the file itself: the default holds, and the option counts as not given."""
-    default = option_values(parse(SHAPE).options)
+    default = DEFAULTS
     required = {"num_layers": 2, "hidden_size": 8, "num_attention_heads": 2}
     for name in KINDS.keys() - required.keys():
         path = write(tmp_path, yaml.safe_dump({**required, name: other_value(name)}))

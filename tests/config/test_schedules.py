@@ -119,7 +119,7 @@ def test_two_units_for_one_length_are_named_at_once():
         assert any(pair in problem.error.what for problem in refusal.value.problems)
     last = refusal.value.problems[-1].error
     assert last.what == "--lr-wsd-decay-tokens, --lr-wsd-decay-steps together with --lr-wsd-decay-fraction"
-    assert last.do == "keep one; --lr-wsd-decay-tokens None takes back what a file sets"
+    assert last.do == "keep one; None takes back what a file sets, as --lr-wsd-decay-tokens None"
 
 
 @pytest.mark.parametrize("size", ["270m", "600m", "3b"])

@@ -107,26 +107,27 @@ def checked_program(argv: list[str], program: Callable[[list[str]], int] = start
     return code
 
 
+def float16_program(argv: list[str]) -> int:
+    """Runs the program on one rank with `--fp16`, which it refuses on CPUs."""
+    from deepspeed.accelerator import get_accelerator
+
+    from megatron_patch.config.resolve import load_config
+    from megatron_patch.engine.distributed import init_distributed
+    from megatron_patch.training.faults.stop_requests import StopRequests
+    from megatron_patch.training.pretrain import make_engine_config, make_watchdog
+    from megatron_patch.training.trainer import Trainer
+
+    get_accelerator().is_fp16_supported = lambda: True
+    run = load_config(argv, int(os.environ["WORLD_SIZE"]))
+    with make_watchdog(run) as watchdog:
+        device, stops = init_distributed(1), StopRequests(run.options.safety)
+        with Trainer(run, make_engine_config(run), device, stops, watchdog, ()) as trainer:
+            return int(trainer.train())
+
+
 def checked_float16_program(argv: list[str]) -> int:
-    """Does the same with `--fp16`, which the program refuses on CPUs."""
-
-    def program(argv: list[str]) -> int:
-        from deepspeed.accelerator import get_accelerator
-
-        from megatron_patch.config.resolve import load_config
-        from megatron_patch.engine.distributed import init_distributed
-        from megatron_patch.training.faults.stop_requests import StopRequests
-        from megatron_patch.training.pretrain import make_engine_config, make_watchdog
-        from megatron_patch.training.trainer import Trainer
-
-        get_accelerator().is_fp16_supported = lambda: True
-        run = load_config(argv, int(os.environ["WORLD_SIZE"]))
-        with make_watchdog(run) as watchdog:
-            device, stops = init_distributed(1), StopRequests(run.options.safety)
-            with Trainer(run, make_engine_config(run), device, stops, watchdog, ()) as trainer:
-                return int(trainer.train())
-
-    return checked_program(argv, program)
+    """Runs `float16_program` with the measurement of `checked_program`."""
+    return checked_program(argv, float16_program)
 
 
 def gradient_errors(run: Run, ranks: int) -> dict[str, float]:

@@ -12,6 +12,7 @@ import torch
 from megatron_patch.cli import show_step
 from megatron_patch.data.corpus import open_corpus
 from megatron_patch.errors import DataError
+from tests.distributed.gradients import float16_program
 from tests.distributed.ranks import run_ranks
 from tests.distributed.runs import DATA, MODEL, Run, command, printed, start_program, train
 from tests.oracle.reference_muon import start_with_reference
@@ -127,6 +128,18 @@ def test_a_rejected_step_leaves_momentum_as_it_is(tmp_path, corpus, skipped_with
     assert run.losses[: STEP - 1] + run.losses[STEP:] == pytest.approx(
         skipped_with_muon[: STEP - 1] + skipped_with_muon[STEP:], rel=tolerance
     )
+
+
+@pytest.mark.parametrize("zero", [1, pytest.param(3, marks=pytest.mark.slow)])
+def test_an_overflow_in_float16_leaves_momentum_as_it_is(tmp_path, corpus, zero):
+    """The loss scale is too large for some gradients. One process in float32 that rejects the same steps has the same losses up to rounding."""
+    words = f"--optimizer muon --fp16 --initial-loss-scale {2**18} --zero-stage {zero} --data-path"
+    run = poisoned(tmp_path / "run", 2, "gradient", words, corpus, steps=(), program=float16_program)
+    overflows = [record["step"] for record in run.records("step") if record["skipped"]]
+    assert 1 <= len(overflows) <= 8 and overflows[0] < len(run.losses) // 2
+    words = ("--optimizer muon --zero-stage 0 --data-path", corpus)
+    single = poisoned(tmp_path / "single", 1, "gradient", *words, steps=tuple(overflows), program=start_with_reference)
+    assert run.losses == pytest.approx(single.losses, rel=1e-2) and run.losses != pytest.approx(single.losses, rel=1e-6)
 
 
 def test_only_the_rejected_step_makes_a_difference(tmp_path, corpus, skipped):

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 
 import pytest
+import torch
 
 from megatron_patch.engine.environment import free_port
+from megatron_patch.optimizers.newton_schulz import newton_schulz
 from tests.distributed.runs import DATA, MODEL, ROOT, Run, command, make_corpus
 
 pytestmark = pytest.mark.gpu
 PLAN = "--seq-length 16 --micro-batch-size 4 --global-batch-tokens 256 --patch-size 4 --patch-fraction 0.5 --train-tokens 8192 --lr 3e-3"
+
+
+MUON = "--optimizer muon"
 
 
 def train(folder, corpus, *more, device="cuda"):
@@ -55,6 +61,53 @@ def test_a_run_on_a_gpu_follows_the_cpu_s(tmp_path, corpus, on_cpu, flags, toler
     run = train(tmp_path / "run", corpus, flags)
     assert run.values("loss") == pytest.approx(on_cpu, rel=tolerance)
     assert all(record["memory_gib"] > 0 for record in run.records("step"))
+
+
+@pytest.fixture(scope="module")
+def muon_on_cpu(tmp_path_factory, corpus):
+    return train(tmp_path_factory.mktemp("muon-cpu"), corpus, MUON, device="cpu").values("loss")
+
+
+@pytest.mark.parametrize(
+    ("flags", "offloaded", "tolerance"),
+    [
+        ("--zero-stage 0", False, 1e-3),
+        ("--zero-stage 1", False, 1e-3),
+        ("--zero-stage 3", False, 1e-3),
+        ("--bf16 --zero-stage 1", False, 3e-2),
+        ("--bf16 --zero-stage 3", False, 3e-2),
+        ("--fp16 --zero-stage 1 --initial-loss-scale 1024", False, 3e-2),
+        ("--fp16 --zero-stage 3 --initial-loss-scale 1024", False, 3e-2),
+        # Masters and momentum are in host memory; matrices are orthogonalized on the GPU and exchanged by NCCL.
+        ("--bf16 --zero-stage 1", True, 3e-2),
+        ("--zero-stage 2", True, 1e-3),
+        ("--bf16 --zero-stage 3", True, 3e-2),
+    ],
+)
+def test_muon_on_a_gpu_follows_muon_on_the_cpu(tmp_path, corpus, muon_on_cpu, flags, offloaded, tolerance):
+    if offloaded:
+        path = tmp_path / "ds.json"
+        path.write_text(json.dumps({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}))
+        flags = f"{flags} --deepspeed_config {path}"
+    assert train(tmp_path / "run", corpus, MUON, flags).values("loss") == pytest.approx(muon_on_cpu, rel=tolerance)
+
+
+def test_an_overflow_of_float16_skips_muon_s_step(tmp_path, corpus):
+    """A loss scale that is far too large: no skipped step changes the weights, and training continues with a smaller scale."""
+    run = train(tmp_path / "run", corpus, MUON, f"--fp16 --zero-stage 1 --initial-loss-scale {2**24}")
+    skipped = [record["step"] for record in run.records("step") if record["skipped"]]
+    losses = run.values("loss")
+    assert skipped and skipped[0] == 1 and len(skipped) < len(losses) // 2
+    assert all(loss is not None for loss in losses) and losses[-1] < losses[0] - 0.2
+
+
+@pytest.mark.parametrize("shape", [(4, 96, 512), (3, 512, 96), (2, 256, 256)])
+def test_orthogonalization_in_float32_does_not_use_tf32(shape):
+    """TF32 rounds factors to 11 bits, which gives errors of 1e-3."""
+    matrices = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    found = newton_schulz(matrices.cuda()).cpu().double()
+    expected = newton_schulz(matrices.double())
+    assert float((found - expected).norm() / expected.norm()) < 2e-5
 
 
 def test_a_resumed_run_repeats_no_step(tmp_path, corpus):

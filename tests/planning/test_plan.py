@@ -19,6 +19,7 @@ from megatron_patch.errors import ConfigError
 from megatron_patch.exit_codes import ExitCode
 from megatron_patch.model.flops import parameter_count
 from megatron_patch.planning.hardware import DEVICES, load_hardware
+from megatron_patch.planning.hidden_matrices import matrix_step
 from megatron_patch.planning.layout import layout_of
 from megatron_patch.planning.plan import make_plan
 from megatron_patch.planning.search import search
@@ -234,3 +235,95 @@ def test_a_search_says_how_the_given_layout_compares(capsys, monkeypatch):
 def test_published_runs_are_printed_without_a_run(capsys, monkeypatch):
     code, text, _ = run("--published", capsys=capsys, monkeypatch=monkeypatch)
     assert code == 0 and "| torchtitan | Llama 3 8B | 8 H100 | 8,192 | 2 of 16 | data parallel | half | yes | 6,667 |" in text
+
+
+def test_plans_of_adamw_have_none_of_muon_s_figures():
+    adamw, muon = (json.dumps(plan(*SMALL.split(), "--optimizer", name).to_json()) for name in ("adamw", "muon"))
+    for key in ("orthogonalization_seconds", "matrices_seconds", "matrices_bytes", "newton_schulz_steps", "matrices (node)"):
+        assert f'"{key}"' in muon and key not in adamw
+
+
+def test_muon_s_step_is_part_of_the_plan():
+    adamw, muon = (plan("--config", "examples/configs/llama_70b.yaml", "--optimizer", name, ranks=1024) for name in ("adamw", "muon"))
+    for before, after in zip(adamw.stages, muon.stages, strict=True):
+        time = after.time
+        assert (before.time.orthogonalization, before.time.matrices) == (0, 0) and time.orthogonalization > 0 < time.matrices
+        added = time.optimizer - before.time.optimizer + time.orthogonalization + time.matrices
+        assert time.total - before.time.total == pytest.approx(added)
+    assert all(after.memory.optimizer < before.memory.optimizer for before, after in zip(adamw.parts, muon.parts, strict=True))
+    assert muon.checkpoints.bytes < adamw.checkpoints.bytes
+    more = plan("--config", "examples/configs/llama_70b.yaml", "--optimizer", "muon", "--muon-num-ns-steps", "10", ranks=1024)
+    assert more.stages[0].time.orthogonalization == pytest.approx(2 * muon.stages[0].time.orthogonalization, rel=0.1)
+    console = Console(width=80, file=io.StringIO())
+    print_tables(muon, console)
+    text = console.file.getvalue()
+    assert max(map(len, text.splitlines())) <= 80 and ", muon" in text and "~Newton-Schulz" in text and "matrices" in text
+
+
+def test_patch_stages_pay_more_for_muon_than_token_stages():
+    """A step reads the same tokens in fewer positions, and Muon's part of it stays."""
+    found = plan(*SMALL.split(), "--optimizer", "muon")
+    patch, token = (stage.time for stage in found.stages)
+    assert patch.orthogonalization == token.orthogonalization
+    shares = [1 - part.compute / part.total for part in (patch, token)]
+    assert shares[0] > shares[1]
+    adamw = {(point.patch_size, point.fraction): point for point in sensitivity(plan(*SMALL.split()))}
+    for point in sensitivity(found):
+        other = adamw[point.patch_size, point.fraction]
+        assert point.hours > other.hours and point.cost == other.cost
+
+
+def test_with_muon_a_search_prefers_zero_1_to_a_given_zero_0():
+    words = [*MODELS["7B"].split(), "--optimizer", "muon", "--zero-stage", "0", "--dry-run"]
+    found = search(parse(words), 64, DEVICES["H200"])
+    wanted = (1, 1, 1, "none")
+    (same,) = (
+        one for one in found.candidates if (one.choice.tensor, one.choice.pipeline, one.choice.zero_level, one.choice.recompute) == wanted
+    )
+    assert found.given.layout.zero_level == 0 and found.given.run.seconds > 1.02 * same.plan.run.seconds
+    assert found.given.fullest.memory.optimizer > 10 * same.plan.fullest.memory.optimizer
+
+
+MODELS = {
+    "1B": "--num-layers 16 --hidden-size 2048 --num-attention-heads 16 --num-query-groups 8 --ffn-hidden-size 8192 --vocab-size 32000 "
+    "--seq-length 4096 --global-batch-tokens 1M --micro-batch-size 4 --lr 3e-4 --train-tokens 100B --patch-size 4 --bf16",
+    "7B": "--num-layers 32 --hidden-size 4096 --num-attention-heads 32 --ffn-hidden-size 11008 --vocab-size 32000 "
+    "--seq-length 4096 --global-batch-tokens 4M --micro-batch-size 1 --lr 3e-4 --train-tokens 100B --patch-size 4 --bf16",
+    "70B": "--config examples/configs/llama_70b.yaml",
+}
+PLANNED = [
+    ("1B", 8, 1),
+    ("7B", 8, 1),
+    ("7B", 64, 0),
+    ("7B", 64, 1),
+    ("7B", 64, 3),
+    ("70B", 1024, 1),
+]
+
+
+def muon_row(model, ranks, zero):
+    """Returns a row of the table of Muon in docs/planning.md."""
+    words = [*MODELS[model].split(), "--zero-stage", str(zero)]
+    adamw, muon = plan(*words, ranks=ranks), plan(*words, "--optimizer", "muon", ranks=ranks)
+    buffers = max(matrix_step(muon.shape, muon.layout, part.layers).buffer_bytes for part in muon.parts)
+    patch, token = muon.stages
+    sent = {row.link: row.bytes / 1e9 for row in token.traffic if row.kind == "matrices"}
+    shares = [(time.orthogonalization + time.matrices) / time.total for time in (patch.time, token.time)]
+    states = [max(part.memory.optimizer for part in found.parts) / 2**30 for found in (adamw, muon)]
+    cells = [model, f"{ranks:,}, {muon.layout.name().removesuffix(' bf16')}", f"{states[0]:.2f}, {states[1]:.2f}"]
+    cells += [f"{buffers / 2**30:.2f}", f"{sent.get('node', 0):.2f}, {sent.get('network', 0):.2f}"]
+    cells += [
+        f"{1000 * token.time.orthogonalization:.1f}, {1000 * token.time.matrices:.1f}",
+        " / ".join(f"{share:.1%}" for share in shares),
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def test_the_docs_show_what_plans_of_muon_say_now():
+    text = (ROOT / "docs/planning.md").read_text()
+    for case in PLANNED:
+        assert (row := muon_row(*case)) in text, row
+    words = [*MODELS["1B"].split(), "--optimizer", "muon", "--zero-stage", "3"]
+    times = [plan(*words, ranks=ranks, device=device).stages[-1].time for device, ranks in (("B200", 8), ("H100", 1))]
+    first, second = (f"{1000 * (time.optimizer + time.orthogonalization + time.matrices):.0f} ms" for time in times)
+    assert f"says {first} and {second}" in " ".join(text.split())

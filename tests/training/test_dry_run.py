@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -29,20 +30,20 @@ def rows(words, width=80):
 @pytest.mark.parametrize("decay", ["--lr-wsd-decay-steps 100", "--lr-wsd-decay-tokens 6400", "--lr-wsd-decay-fraction 0.1"])
 def test_the_same_lengths_in_any_unit_are_printed_in_all_units(warmup, decay):
     assert rows(f"{TWO} {warmup} {decay}") == [
-        ("patch", "warm-up", "0 to 0.01", "400", "83.2k", "40.0%", "68.4%"),
+        ("patch", "warm-up", "to 0.01", "400", "83.2k", "40.0%", "68.4%"),
         ("", "constant", "0.01", "500", "32k", "50.0%", "26.3%"),
-        ("", "linear decay", "0.01 to 0", "100", "6.4k", "10.0%", "5.3%"),
+        ("", "linear decay", "to 0", "100", "6.4k", "10.0%", "5.3%"),
     ]
 
 
 def test_lengths_inside_of_steps_and_schedules_one_after_the_other():
     first = '{"patch_size":4,"steps":8,"lr_warmup_tokens":300,"lr_decay_style":"cosine","min_lr":0.001}'
     others = '{"steps":16,"lr_policy":"rewarm","lr_warmup_steps":4},{"steps":4,"lr_decay_style":"constant"}'
-    found = rows(f"--batch constant-positions --stages [{first},{others}]", width=90)
+    found = rows(f"--batch constant-positions --stages [{first},{others}]")
     assert found == [
-        ("1-patch-4", "warm-up", "0 to 0.01", "1.2", "300", "4.9%", "9.8%"),
-        ("", "cosine decay", "0.01 to 0.001", "22.8", "2.77k", "95.1%", "90.2%"),
-        ("2-token", "rewarm", "times 0 to 1", "4", "256", "16.7%", "8.3%"),
+        ("1-patch-4", "warm-up", "to 0.01", "1.2", "300", "4.9%", "9.8%"),
+        ("", "cosine decay", "to 0.001", "22.8", "2.77k", "95.1%", "90.2%"),
+        ("2-token", "rewarm", "x 0 to 1", "4", "256", "16.7%", "8.3%"),
         ("3-token", "constant", "0.01", "4", "256", "100.0%", "100.0%"),
     ]
 
@@ -67,3 +68,12 @@ def test_rates_of_kinds_are_printed_where_they_differ():
         "the others: lr 0.01, weight decay 0.1"
     )
     assert re.match("hidden matrices: weight decay 0.2 ", kinds("--optimizer muon --muon-weight-decay 0.2"))
+
+
+def test_the_table_in_the_documents_is_what_a_dry_run_prints():
+    root = Path(__file__).parents[2]
+    shown = (root / "docs" / "method.md").read_text().partition("Learning rates\n")[2].partition("```")[0]
+    run = load_config(["--config", str(root / "examples" / "replicate" / "token_superposition_270m.yaml"), "--dry-run"], 8)
+    console = Console(file=io.StringIO(), width=80)
+    console.print(lr_table(run.plan))
+    assert console.file.getvalue() == f"Learning rates\n{shown}"

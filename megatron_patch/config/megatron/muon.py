@@ -24,7 +24,14 @@ DEFAULTS = (
 """Megatron's defaults that are others here: flag -> value."""
 OTHER_NAMES = {"muon-nesterov": ("muon-use-nesterov",)}
 """Flag -> other names that Megatron has, or had, for it."""
-_SHARED = ("zero-stage", "use-distributed-optimizer", "data-parallel-sharding-strategy", "use-megatron-fsdp")
+_SHARED = (
+    "zero-stage",
+    "use-distributed-optimizer",
+    "data-parallel-sharding-strategy",
+    "use-torch-fsdp2",
+    "use-custom-fsdp",
+    "use-megatron-fsdp",
+)
 
 
 def optimizer(to: Translator, given: Given, flag: MegatronFlag) -> None:
@@ -152,15 +159,17 @@ def defaults(values: Mapping[str, str]) -> list[tuple[str, str]]:
 
 def different_defaults(given: Collection[str], schedule: ScheduleOptions) -> list[str]:
     """Returns what this program has for flags that were not given, with Megatron's value, such as "momentum 0.95 instead of 0.9 (…)"."""
+    result, rate, least = [], schedule.decoupled_lr, schedule.min_lr
+    if rate is not None and "decoupled-min-lr" not in given and least > 0 and schedule.lr > 0 and rate != schedule.lr:
+        result.append(f"{least * rate / schedule.lr:g} instead of {least:g} as the lowest rate of word embeddings and head")
     if schedule.optimizer != "muon":
-        return []
+        return result
     here = (
         f"Muon's momentum {schedule.muon_momentum:g} instead of 0.9",
         "Nesterov's momentum instead of the momentum alone" if schedule.muon_nesterov else "",
         f"a factor of Muon's update of {schedule.muon_extra_scale_factor:g} instead of 1",
         f"{schedule.muon_coefficient_type} coefficients instead of quintic",
     )
-    result = []
     for text, (flag, value) in zip(here, DEFAULTS, strict=True):
         name = flag.removeprefix("no-")
         if text and not {name, flag, *OTHER_NAMES.get(name, ())} & set(given):
