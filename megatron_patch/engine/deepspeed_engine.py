@@ -36,7 +36,7 @@ from megatron_patch.engine.hidden_matrices import attach_hidden_matrices
 from megatron_patch.engine.interface import EvaluationResult, ReplicaMismatch, Snapshot, StepGate, StepResult
 from megatron_patch.engine.state_files import StateFiles, write_fragments
 from megatron_patch.engine.swapping import SubGroups
-from megatron_patch.errors import CheckpointError
+from megatron_patch.errors import CheckpointError, ConfigError
 from megatron_patch.model.gpt import GPTModel
 from megatron_patch.model.init import InitialWeights
 from megatron_patch.model.precision import DTYPES
@@ -185,6 +185,13 @@ class DeepSpeedEngine(abc.ABC):
         if config.zero_level > 0 or parallel.size > 1:
             require_elementwise(schedule, config.offloads_optimizer, device)
         optimizer = make_optimizer(param_groups, schedule, config.offloads_optimizer)
+        if config.zero_level > 0 and isinstance(optimizer, torch.optim.Adagrad):
+            # DeepSpeed makes another Adagrad with one group of all parameters, so learning rates and weight decays would be lost.
+            raise ConfigError(
+                f"the optimizer {schedule.optimizer} is torch's Adagrad, which DeepSpeed replaces by its own at ZeRO 1 to 3",
+                "--zero-stage 0 with torch.optim.Adagrad, or another optimizer",
+                "use --zero-stage 0, or write Adagrad as an optimizer of your own",
+            )
         with warnings.catch_warnings(), _checked_optimizer():
             warnings.simplefilter("ignore", FutureWarning)
             self._engine = self._initialize(wrapped, optimizer, settings)

@@ -166,6 +166,7 @@ def register_and_train(argv):
     OPTIMIZERS["lion"] = OptimizerType(lambda groups, options, offloaded: Lion(groups, options.lr), hidden_states=1, other_states=1)
     OPTIMIZERS["nadam"] = lambda groups, options, offloaded: torch.optim.NAdam(groups, lr=options.lr)
     OPTIMIZERS["adafactor"] = lambda groups, options, offloaded: torch.optim.Adafactor(groups, lr=options.lr)
+    OPTIMIZERS["adagrad"] = lambda groups, options, offloaded: torch.optim.Adagrad(groups, lr=options.lr)
     return start_program(argv)
 
 
@@ -194,6 +195,7 @@ def test_a_registered_optimizer_trains_and_resumes(tmp_path, name, zero, kinds):
     ("name", "zero", "reason"),
     [
         ("nadam", 1, "the optimizer NAdam keeps this state for each parameter: exp_avg, exp_avg_sq, mu_product, step"),
+        ("adagrad", 1, "the optimizer adagrad is torch's Adagrad, which DeepSpeed replaces by its own at ZeRO 1 to 3"),
         ("adafactor", 0, "the optimizer Adafactor keeps this state for each parameter: col_var, row_var, step"),
     ],
 )
