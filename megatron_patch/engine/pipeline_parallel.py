@@ -28,8 +28,9 @@ from torch import nn
 from megatron_patch.config.options import ScheduleOptions
 from megatron_patch.data.collate import PatchBatch
 from megatron_patch.engine.deepspeed_config import EngineConfig, batch_settings
-from megatron_patch.engine.deepspeed_engine import DeepSpeedEngine, MixedPrecision, ModelSource
+from megatron_patch.engine.deepspeed_engine import DeepSpeedEngine, ModelSource
 from megatron_patch.engine.interface import StepGate, StepResult
+from megatron_patch.engine.mixed_precision import MixedPrecision
 from megatron_patch.engine.ranges import named_instructions
 from megatron_patch.engine.stopwatch import Stopwatch
 from megatron_patch.model.gpt import GPTModel

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from megatron_patch.model.sharding import Shard
 
 WAVE_LIMIT = 1 << 26
-"""Number of elements that an owner collects at a time."""
+"""Number of elements that an owner collects, or sends, at a time."""
 _SLACK = 1.05
 """Load of a rank, relative to the mean, up to which a matrix may go to the rank that holds most of it."""
 
@@ -250,11 +250,15 @@ def _cut(spans: Sequence[tuple[int, int, int]]) -> Iterator[tuple[int, int, list
 
 
 def assign_waves(matrices: Sequence[HeldMatrix], owners: Mapping[str, int], limit: int) -> list[list[HeldMatrix]]:
-    """Returns the matrices by wave: each owner takes at most `limit` elements into a wave, or one larger matrix."""
+    """Returns the matrices by wave: each owner collects at most `limit` elements in a wave, and sends as many, or it takes one matrix.
+
+    Where many ranks hold copies (ZeRO 0), an owner sends more than it collects.
+    """
     waves: list[list[HeldMatrix]] = []
     state: dict[int, tuple[int, int]] = {}  # owner -> (its current wave, elements in it)
     for matrix in matrices:
-        owner, numel = owners[matrix.name], math.prod(matrix.shape)
+        owner = owners[matrix.name]
+        numel = max(math.prod(matrix.shape), sum(matrix.held.values()) - matrix.held.get(owner, 0))
         wave, filled = state.get(owner, (0, 0))
         if filled and filled + numel > limit:
             wave, filled = wave + 1, 0
@@ -271,7 +275,7 @@ def plan_exchange(spans: Sequence[Sequence[MatrixSpan]], rank: int, wave_limit: 
     Args:
         spans: the spans of each rank, by rank.
         rank: the rank of the plan.
-        wave_limit: number of elements that an owner takes into one wave, unless a single matrix is larger.
+        wave_limit: number of elements that an owner collects, or sends, in one wave, unless it takes a single matrix.
     """
     ranks, matrices = len(spans), collect_matrices(spans)
     owners, loads = assign_owners(matrices, ranks)

@@ -291,8 +291,12 @@ def plot_study(
     )
     main = [arm for arm in done if arm.way in main_arms or arm.name in main_arms] or done[: len(MAIN_ARMS)]
     colors = {arm.name: COLORS[number % len(COLORS)] for number, arm in enumerate(main)}
+    # Lines are dashed for AdamW among several optimizers, else for the papers' schedule.
+    several = len({arm.optimizer for arm in main}) > 1
     for arm in main:
-        _draw(left, [outcome for outcome in outcomes if outcome.arm == arm.name], budget, colors[arm.name], arm)
+        dashed = arm.optimizer == "adamw" if several else arm.baseline == "token-wsd"
+        runs = [outcome for outcome in outcomes if outcome.arm == arm.name]
+        _draw(left, runs, budget, colors[arm.name], arm, "--" if dashed else "-")
     baselines = {arm.name for arm in arms if arm.token_level and arm.cost == 1.0}
     # Early losses of patch models at K = 1 would compress the plot; its top is the baselines' loss after a tenth of the budget.
     shown = [loss for outcome in outcomes if outcome.arm in baselines for cost, loss in outcome.curve if cost >= 0.1 * budget]
@@ -326,13 +330,12 @@ def _draw_ends(axis: Any, arms: Sequence[Arm], outcomes: Sequence[Outcome], colo
     axis.set_xlabel("held-out token loss at the end (nats, K = 1)")
 
 
-def _draw(axis: Any, runs: Sequence[Outcome], budget: int, color: str, arm: Arm) -> None:
+def _draw(axis: Any, runs: Sequence[Outcome], budget: int, color: str, arm: Arm, style: str) -> None:
     """Draws one arm: the mean over seeds as a line, their range as a band. All seeds are evaluated at the same steps."""
     length = min(len(run.curve) for run in runs)
     xs = [cost / (2 * budget) for cost, _ in runs[0].curve[:length]]
     columns = [[run.curve[index][1] for run in runs] for index in range(length)]
     means = [statistics.fmean(column) for column in columns]
-    style = "--" if arm.optimizer != "adamw" or arm.baseline == "token-wsd" else "-"
     width = 2.2 if arm.token_level else 1.5
     axis.plot(xs, means, style, color=color, linewidth=width, label=f"{arm.name}: {means[-1]:.3f} (n = {len(runs)})")
     if len(runs) > 1:

@@ -18,7 +18,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -37,12 +36,10 @@ from megatron_patch.errors import ConfigError, DataError
 from megatron_patch.exit_codes import ExitCode
 from megatron_patch.model.flops import parameter_count
 from megatron_patch.optimizers.registry import OPTIMIZERS
-from megatron_patch.planning.hardware import Hardware, load_hardware
-from megatron_patch.planning.layout import layout_of
-from megatron_patch.planning.plan import make_plan
 from megatron_patch.programs import HOME, as_called, in_checkout, shipped
 from megatron_patch.replication.arms import Arm, all_arms, select_arms
 from megatron_patch.replication.devices import gpus, machine
+from megatron_patch.replication.dry_plan import print_plan
 from megatron_patch.replication.publish import publish
 from megatron_patch.replication.records import (
     RunRecord,
@@ -67,8 +64,8 @@ from megatron_patch.replication.results import (
     summarize_switches,
     write_json,
 )
+from megatron_patch.replication.section import study_section
 from megatron_patch.replication.switches import SwitchRow, plot_switches, switch_markdown
-from megatron_patch.training.pretrain import make_engine_config
 from megatron_patch.utils.files import write_durably
 from megatron_patch.utils.units import format_count, format_duration, parse_count, plural
 
@@ -389,39 +386,8 @@ class Study:
         return f"{script} {output} --config {config}{extra}{arms} --seeds {seeds}"
 
     def print_plan(self) -> None:
-        """Prints the arms and the number of runs, with --gpu also the **estimated** time of the steps on one such device."""
-        device = load_hardware(self.args.gpu) if self.args.gpu else None
-        times = (" min", "sum") if device else ()
-        table = Table(title=f"Budget: {format_count(self.budget)} cost tokens per arm", title_justify="left", header_style="bold")
-        for name in ("arm", "tokens", "cost", *times, "description"):
-            table.add_column(name, justify="left" if name in ("arm", "description") else "right")
-        passed = 0.0
-        for arm in self.arms:
-            minutes: tuple[str, ...] = ()
-            if device:
-                seconds = self.planned_seconds(arm, device)
-                passed += seconds
-                minutes = (f"{seconds / 60:.1f}", f"{passed / 60:.1f}")
-            table.add_row(arm.name, format_count(arm.train_tokens(self.budget)), f"{arm.cost / 2:g}", *minutes, arm.description)
-        self.console.print(table)
-        arms, seeds, runs = (len(self.arms), len(self.seeds), len(self.arms) * len(self.seeds))
-        self.console.print(f"{plural(arms, 'arm')} x {plural(seeds, 'seed')} = {plural(runs, 'run')}")
-        if device:
-            self.console.print(
-                f"estimated on one {device.name}, run by run: {format_duration(passed * seeds)} for the steps of all runs, without starts, "
-                "evaluations and saves; small models do not fill a GPU, so that several at a time (--parallel) take little longer than one",
-                soft_wrap=True,
-            )
-
-    def planned_seconds(self, arm: Arm, device: Hardware) -> float:
-        """Returns the estimated seconds of an arm's steps on one device."""
-        with tempfile.TemporaryDirectory() as folder:
-            config = Path(folder) / "config.yaml"
-            config.write_text(yaml.safe_dump(self.settings["config"]), encoding="utf-8")
-            flags = [*arm.flags, "--train-tokens", str(arm.train_tokens(self.budget)), "--vocab-size", str(self.settings["vocab_size"])]
-            run = load_config(["--config", str(config), *flags, "--dry-run"], 1)
-        plan = make_plan(run.shape, run.plan, layout_of(run, make_engine_config(run)), device, run.options.stages.seq_length)
-        return plan.run.seconds
+        """Prints the arms and the number of runs, with --gpu also the estimated time of their steps."""
+        print_plan(self.console, self.arms, len(self.seeds), self.budget, self.settings, self.args.gpu)
 
     def train_all(self) -> None:
         """Trains every unfinished run, `--parallel` at a time, and writes the results after each.
@@ -516,28 +482,3 @@ class Study:
         if names := gpus():
             return {"CUDA_VISIBLE_DEVICES": str(slot % len(names))}
         return {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // self.args.parallel))}
-
-
-def study_section(path: Path, section: Any) -> dict[str, Any]:
-    """Returns the section `study` of a configuration, which only a study reads.
-
-    Its keys are `arms`, a list of names, the most valuable first; `optimizers`, tuned options by optimizer; and `vocab-size`.
-
-    Args:
-        path: of the configuration, for errors.
-        section: its value; None without one.
-
-    Raises:
-        ConfigError: a key or a value is wrong.
-    """
-    kinds = {"arms": list, "optimizers": dict, "vocab-size": (int, str)}
-    given = {} if section is None else section
-    wrong = not isinstance(given, dict) or any(not isinstance(value, kinds.get(key, ())) for key, value in given.items())  # type: ignore[arg-type]
-    options = [] if wrong else given.get("optimizers", {}).values()
-    if wrong or not all(isinstance(name, str) for name in given.get("arms", ())) or not all(isinstance(value, dict) for value in options):
-        raise ConfigError(
-            f"{path}: study is {section!r}"[:300],
-            "arms: a list of names; optimizers: a mapping such as {adamw: {lr: 8e-3}, muon: {lr: 1.6e-2}}; vocab-size: a number",
-            "correct the section",
-        )
-    return dict(given)

@@ -117,7 +117,14 @@ def skipped_with_muon(tmp_path_factory, corpus):
 
 
 @pytest.mark.parametrize(
-    ("layout", "kind"), [("ZeRO 0", "gradient"), ("ZeRO 1", "loss"), ("ZeRO 1 bf16", "gradient"), ("ZeRO 3", "gradient"), ("PP2", "loss")]
+    ("layout", "kind"),
+    [
+        ("ZeRO 0", "gradient"),
+        ("ZeRO 1", "loss"),
+        ("ZeRO 3", "gradient"),
+        ("PP2", "loss"),
+        pytest.param("ZeRO 1 bf16", "gradient", marks=pytest.mark.slow),
+    ],
 )
 def test_a_rejected_step_leaves_momentum_as_it_is(tmp_path, corpus, skipped_with_muon, layout, kind):
     ranks, words = LAYOUTS[layout]

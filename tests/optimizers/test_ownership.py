@@ -86,7 +86,8 @@ def play(spans, limit):
                 values = buffers[rank][matrix.offset : matrix.offset + matrix.numel]
                 assert values == by_shards(full[matrix.name], matrix.shape, matrix.dim, matrix.shards)
             assert None not in buffers[rank]
-            assert wave.numel <= limit or len(wave.matrices) == 1
+            returned = sum(part.numel for parts in wave.returns for part in parts)
+            assert max(wave.numel, returned) <= limit or len(wave.matrices) == 1
         for rank, wave in enumerate(waves):
             for part, held in wave.own_results:
                 put(results[rank], held.offset, buffers[rank][part.offset : part.offset + part.numel])

@@ -184,11 +184,11 @@ def exchange_on_a_rank(zero, limit, dtype):
 @pytest.mark.parametrize(
     ("ranks", "zero", "limit", "precision"),
     [
-        (1, 1, WAVE_LIMIT, "bf16"),
+        pytest.param(1, 1, WAVE_LIMIT, "bf16", marks=pytest.mark.slow),
         (1, 0, 200_000, "fp32"),
         (2, 0, WAVE_LIMIT, "bf16"),
         (2, 1, 400_000, "bf16"),
-        (2, 3, WAVE_LIMIT, "fp32"),
+        pytest.param(2, 3, WAVE_LIMIT, "fp32", marks=pytest.mark.slow),
     ],
 )
 def test_the_buffers_of_a_step_are_those_that_torch_allocates(tmp_path, monkeypatch, ranks, zero, limit, precision):

@@ -278,9 +278,7 @@ def test_with_muon_a_search_prefers_zero_1_to_a_given_zero_0():
     found = search(parse(words), 64, DEVICES["H200"])
     wanted = (1, 1, 1, "none")
     (same,) = (
-        one
-        for one in found.candidates
-        if (one.choice.tensor, one.choice.pipeline, one.choice.zero_level, one.choice.recompute) == wanted
+        one for one in found.candidates if (one.choice.tensor, one.choice.pipeline, one.choice.zero_level, one.choice.recompute) == wanted
     )
     assert found.given.layout.zero_level == 0 and found.given.run.seconds > 1.02 * same.plan.run.seconds
     assert found.given.fullest.memory.optimizer > 10 * same.plan.fullest.memory.optimizer
