@@ -239,9 +239,11 @@ def _check_lr(stage: Stage, shape: LrShape, tokens: int) -> None:
             "a decay that ends above the warm-up; both are counted from the schedule's start",
             "raise --lr-decay-tokens or --lr-decay-steps, or remove it to decay until the schedule's end",
         )
-    if shape.wsd_decay_tokens > tokens:
+    # A decay may end after the run, and a final decay then also begin before it.
+    longest = max(tokens, shape.decay_tokens or 0)
+    if shape.wsd_decay_tokens > longest:
         raise ConfigError(
-            f"stage {stage.name!r}: a final decay of {format_count(shape.wsd_decay_tokens)} tokens in a schedule of {format_count(tokens)}",
+            f"stage {stage.name!r}: a final decay of {format_count(shape.wsd_decay_tokens)} tokens in a schedule of {format_count(longest)}",
             "a decay that is not longer than the schedule",
             "lower --lr-wsd-decay-tokens or raise --train-tokens",
         )

@@ -15,7 +15,7 @@ from typing import Literal
 
 from megatron_patch.config.options import Options
 from megatron_patch.config.parsing import ParsedOptions
-from megatron_patch.config.resolve import resolve
+from megatron_patch.config.resolve import RunConfig, resolve
 from megatron_patch.engine.deepspeed_config import resolve_engine_config
 from megatron_patch.errors import ConfigError, DoesNotFitError
 from megatron_patch.planning.hardware import Hardware
@@ -159,13 +159,15 @@ def search(parsed: ParsedOptions, ranks: int, hardware: Hardware) -> Found:
     """
     best: dict[tuple[int, int, int, str], Candidate] = {}
 
-    def planned(options: Options) -> Plan:
-        run = resolve(ParsedOptions(options, parsed.origins), ranks)
+    def resolved(options: Options) -> RunConfig:
+        return resolve(ParsedOptions(options, parsed.origins), ranks)
+
+    def planned(run: RunConfig) -> Plan:
         engine = resolve_engine_config(run.options.engine, run.options.schedule, run.origins, run.plan, run.data_parallel_size)
         return make_plan(run.shape, run.plan, layout_of(run, engine), hardware, run.options.stages.seq_length)
 
     try:
-        given = planned(parsed.options)
+        given = planned(resolved(parsed.options))
     except ConfigError:
         given = None
     zero_level = given.layout.zero_level if given else parsed.options.engine.zero_stage
@@ -178,13 +180,15 @@ def search(parsed: ParsedOptions, ranks: int, hardware: Hardware) -> Found:
     for choice in layout_choices(ranks, hardware):
         tried += 1
         try:
-            plan = planned(choice.apply(parsed.options))
+            run = resolved(choice.apply(parsed.options))
+            batches = [stage.tokens_per_step for stage in run.plan.stages]
+            if any(abs(batch / wanted - 1) > BATCH_TOLERANCE for batch, wanted in zip(batches, asked, strict=True)):
+                # Not planned: among many ranks, owners of Muon's matrices take longest to choose.
+                other_batch += 1
+                continue
+            plan = planned(run)
         except ConfigError as error:
             failure = error
-            continue
-        batches = [stage.tokens_per_step for stage in plan.plan.stages]
-        if any(abs(batch / wanted - 1) > BATCH_TOLERANCE for batch, wanted in zip(batches, asked, strict=True)):
-            other_batch += 1
             continue
         key = (choice.tensor, choice.pipeline, choice.zero_level, choice.recompute)
         candidate = Candidate(choice, plan, choice.flags(parsed.options, zero_level))

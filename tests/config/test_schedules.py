@@ -60,6 +60,11 @@ def test_a_final_decay_in_steps_ends_where_the_decay_ends():
     assert inside.wsd_decay_tokens == 8
 
 
+def test_a_final_decay_that_ends_after_the_run_may_be_longer_than_it():
+    shape = plan({"patch_size": 4, "steps": 30}, lr_warmup_steps=9, lr_decay_steps=100, lr_wsd_decay_steps=90).stages[0].lr
+    assert (shape.warmup_tokens, shape.decay_tokens, shape.wsd_decay_tokens) == (36, 400, 360)
+
+
 def test_a_rewarm_in_steps_goes_on_in_the_next_stage():
     first, second = {"patch_size": 1, "steps": 8}, {"patch_size": 4, "steps": 2, "lr_policy": "rewarm", "lr_warmup_steps": 5}
     third = {"patch_size": 1, "steps": 8, "lr_policy": "continue"}
