@@ -114,8 +114,8 @@ def pretrain(
         config: the run, or a YAML file or mapping for `load_config`.
         callbacks: callbacks, or factories of callbacks: functions or classes that take a `CallbackContext`. `each_step` makes one of a
             function. An exception in a callback ends the run and is raised here.
-        optimizer: a function of parameter groups that makes a torch optimizer, in place of `--optimizer`. Its state must be that of
-            AdamW (`exp_avg`, `exp_avg_sq`, `step`); under ZeRO and tensor parallelism it must work element by element.
+        optimizer: a function of parameter groups that makes a torch optimizer, in place of `--optimizer`. Its state must start from zeros
+            (docs/extending.md); under ZeRO and tensor parallelism it must work element by element.
         model: a function of (shape, parallel) that makes a module with the parameters of
             `megatron_patch.model.parameters.parameters_of_layers(shape)` and the forward pass of `megatron_patch.model.gpt.GPTModel`.
 

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -34,6 +34,8 @@ from megatron_patch.engine.environment import threads_per_rank
 from megatron_patch.engine.fragments import Fragment, HostBuffers, fragments
 from megatron_patch.engine.hidden_matrices import attach_hidden_matrices
 from megatron_patch.engine.interface import EvaluationResult, ReplicaMismatch, Snapshot, StepGate, StepResult
+from megatron_patch.engine.mixed_precision import MixedPrecision
+from megatron_patch.engine.replicas import compare_replicas
 from megatron_patch.engine.state_files import StateFiles, write_fragments
 from megatron_patch.engine.swapping import SubGroups
 from megatron_patch.errors import CheckpointError, ConfigError
@@ -41,7 +43,7 @@ from megatron_patch.model.gpt import GPTModel
 from megatron_patch.model.init import InitialWeights
 from megatron_patch.model.precision import DTYPES
 from megatron_patch.model.shape import ModelShape
-from megatron_patch.model.sharding import VOCABULARY_PARAMETERS, shard_of
+from megatron_patch.model.sharding import shard_of
 from megatron_patch.ops import IGNORE_INDEX
 from megatron_patch.optimizers.groups import LR_SCALE, parameter_groups
 from megatron_patch.optimizers.muon import OrthogonalizedMomentum
@@ -51,31 +53,8 @@ from megatron_patch.parallel.groups import Groups, ModelParallelUnit
 from megatron_patch.parallel.tensor import TensorParallel
 from megatron_patch.stages import Stage
 
-_CHECKSUM_CHUNK = 1 << 22
 _LOSS_SCALER = {"cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis"}
 """The fields of DeepSpeed's loss scaler that a checkpoint keeps."""
-
-
-class MixedPrecision(nn.Module):
-    """Runs a float32 module with weights that are rounded to a lower precision in each forward pass.
-
-    DeepSpeed's ZeRO 0 keeps no float32 master weights of a bfloat16 model and would accumulate gradients in bfloat16. With this wrapper
-    weights and gradients stay float32.
-
-    Args:
-        module: the module, with float32 parameters.
-        dtype: dtype of the rounded weights.
-    """
-
-    def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.module = module
-        self.dtype = dtype
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Runs the module's forward pass with rounded weights."""
-        rounded = {name: parameter.to(self.dtype) for name, parameter in self.module.named_parameters()}
-        return torch.func.functional_call(self.module, rounded, args, kwargs, tie_weights=True)
 
 
 @dataclass(frozen=True)
@@ -112,17 +91,6 @@ class StepOutcome:
     grad_norm: float = float("nan")
     rejection: str | None = None
     overflow: bool = False
-
-
-def checksum_of_bits(tensor: torch.Tensor) -> tuple[int, int]:
-    """Returns two sums over the bits of a tensor, one of them weighted by position; equal tensors have equal sums."""
-    bits = tensor.detach().contiguous().view(-1).view(torch.int32 if tensor.element_size() == 4 else torch.int16)
-    plain = weighted = 0
-    for number, part in enumerate(bits.split(_CHECKSUM_CHUNK)):
-        wide = part.long()
-        plain += int(wide.sum())
-        weighted += (number + 1) * int((wide * torch.arange(1, wide.numel() + 1, device=wide.device)).sum())
-    return plain % 2**63, weighted % 2**63
 
 
 @contextmanager
@@ -326,25 +294,7 @@ class DeepSpeedEngine(abc.ABC):
 
     def replica_mismatches(self) -> list[ReplicaMismatch]:
         """Returns the copies of parameters that differ between ranks; see `Engine`. Under ZeRO 3 there are no copies to compare."""
-        if self.config.zero_level == 3:
-            return []
-        grid = self.grid
-        local = {name: checksum_of_bits(parameter.data) for parameter, name in self._names.items()}
-        # The ranks that hold a copy of the same tensor: (pipeline rank, parameter, tensor-parallel rank) -> rank -> checksum.
-        holders: dict[tuple[int, str, int], dict[int, tuple[int, int]]] = {}
-        for rank, gathered in enumerate(gather_objects((grid.pipeline_parallel_rank, grid.tensor_parallel_rank, local))):
-            pipeline_rank, tensor_rank, checksums = cast("tuple[int, int, dict[str, tuple[int, int]]]", gathered)
-            for name, checksum in checksums.items():
-                # Tied embeddings are on the first and on the last pipeline rank.
-                pipeline_key = 0 if name in VOCABULARY_PARAMETERS else pipeline_rank
-                tensor_key = tensor_rank if shard_of(name, self._model_shape, 0, grid.tensor_parallel_size) else 0
-                holders.setdefault((pipeline_key, name, tensor_key), {})[rank] = checksum
-        return [
-            ReplicaMismatch(name, rank, min(copies))
-            for (_, name, _), copies in sorted(holders.items())
-            for rank, checksum in copies.items()
-            if checksum != copies[min(copies)]
-        ]
+        return [] if self.config.zero_level == 3 else compare_replicas(self._names, self._model_shape, self.grid)
 
     def _set_lr(self, lr: float) -> None:
         """Sets the learning rate of all parameter groups, some of which have a multiple of it."""

@@ -22,18 +22,50 @@ import deepspeed
 import torch
 from deepspeed.pipe import LayerSpec, PipelineModule
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+from deepspeed.runtime.utils import combine_grad_norm_groups
 from torch import nn
 
 from megatron_patch.config.options import ScheduleOptions
 from megatron_patch.data.collate import PatchBatch
 from megatron_patch.engine.deepspeed_config import EngineConfig, batch_settings
-from megatron_patch.engine.deepspeed_engine import DeepSpeedEngine, MixedPrecision, ModelSource
+from megatron_patch.engine.deepspeed_engine import DeepSpeedEngine, ModelSource
 from megatron_patch.engine.interface import StepGate, StepResult
+from megatron_patch.engine.mixed_precision import MixedPrecision
 from megatron_patch.engine.ranges import named_instructions
 from megatron_patch.engine.stopwatch import Stopwatch
 from megatron_patch.model.gpt import GPTModel
 from megatron_patch.parallel.groups import Groups
 from megatron_patch.stages import Stage
+
+
+def _sum_norms_equally_often(zero: Any) -> None:
+    """Makes all pipeline ranks take part in as many sums for the gradient norm; they must call this together.
+
+    DeepSpeed's ZeRO 1 sums the squares of each parameter group by itself over all pipeline ranks. A rank without blocks or without word
+    embeddings has fewer groups than others, which would wait for it. It adds zeros to their further sums and so has the same norm as they.
+
+    Args:
+        zero: DeepSpeed's optimizer; one that sums all groups at once stays as it is.
+    """
+    if not hasattr(zero, "scaled_global_norm"):
+        return
+    own, ranks = len(zero.bit16_groups), zero.model_parallel_group
+    counts = [0] * torch.distributed.get_world_size(ranks)
+    torch.distributed.all_gather_object(counts, own, group=ranks)
+    missing, norm_of_own = max(counts) - own, zero.scaled_global_norm
+    if not missing:
+        return
+
+    def scaled_global_norm(norm_type: int = 2) -> torch.Tensor:
+        norms = [norm_of_own(norm_type)]
+        for _ in range(missing):
+            if zero.cpu_offload:
+                norms.append(zero.complete_grad_norm_calculation_for_cpu_offload([]))
+            else:
+                norms.append(zero.get_grad_norm_direct([], []))
+        return combine_grad_norm_groups(norms, norm_type)
+
+    zero.scaled_global_norm = scaled_global_norm
 
 
 @dataclass(frozen=True)
@@ -192,6 +224,7 @@ class PipelineParallelEngine(DeepSpeedEngine):
         pipeline = {"pipe_partitioned": partitioned, "grad_partitioned": partitioned}
         engine = deepspeed.initialize(model=self._module, optimizer=optimizer, config={**settings, "pipeline": pipeline})[0]
         engine._INSTRUCTION_MAP = named_instructions(engine._INSTRUCTION_MAP)
+        _sum_norms_equally_often(engine.optimizer)
         return engine
 
     def start_stage(self, stage: Stage) -> None:

@@ -154,8 +154,8 @@ def check_resume(state: TrainerState, run: RunConfig) -> ResumedPlan:
     if differences:
         raise CheckpointError(
             f"the checkpoint belongs to another run: {'; '.join(dict.fromkeys(differences))}",
-            "the flags for model, stages, tokens, batch, data order and documents that the run began with. What else may change, and when "
-            "more --train-tokens or stages extend a run: docs/operations.md",
+            "the flags for model, stages, tokens, batch, optimizer, data order and documents that the run began with. What else may "
+            "change, and when more --train-tokens or stages extend a run: docs/operations.md",
             f"restore them, or {START_NEW}{_advice_to_continue(state, saved, progress)}",
         )
     # Other words for the same plan are no change; --train-tokens are, even if full steps make the same number of them.

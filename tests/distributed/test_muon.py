@@ -44,6 +44,7 @@ MECHANISMS = {
     "sharded by tensor, sequence and ZeRO 3": ({"tensor": 2, "data": 2, "sequence": True, "zero": 3, "length": "tokens"}, {}),
     "undivided keys": ({"tensor": 4, "sequence": True, "model": "qwen3, one group", "extra": REPLICAS}, {}),
     "tied pipeline": ({"pipeline": 2, "zero": 0, "extra": REPLICAS}, {}),
+    "pipeline ranks with and without vocabulary": ({"pipeline": 3, "extra": "--hang-timeout 2min"}, {}),
     "bfloat16 with ZeRO 1": ({"data": 2, "extra": f"--bf16 {REPLICAS}"}, {}),
 }
 SLOW = {

@@ -8,7 +8,7 @@ import os
 import pytest
 import torch
 
-from megatron_patch.engine.deepspeed_engine import checksum_of_bits
+from megatron_patch.engine.replicas import checksum_of_bits
 from tests.distributed.ranks import run_ranks
 from tests.distributed.runs import DATA, MODEL, command, printed
 
