@@ -9,13 +9,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+from megatron_patch.config.optimizer_checks import check_lengths, check_muon, check_optimizer
 from megatron_patch.config.option_types import flag_of
 from megatron_patch.config.options import DataOptions, EngineOptions, LoggingOptions, Options
-from megatron_patch.config.problems import one_error, problem_of, problems_of
+from megatron_patch.config.problems import flag_and_value, one_error, problems_of, shown
 from megatron_patch.data.addresses import check_no_credentials
 from megatron_patch.data.corpus import split_ranges
 from megatron_patch.errors import ConfigError
@@ -99,7 +101,7 @@ def check_count(name: str, value: float, given: str) -> None:
     largest = LARGEST.get(name, _LARGEST_COUNT)
     if abs(value) > largest:
         kind = "whole numbers" if isinstance(value, int) else "seconds"
-        raise ConfigError(f"{given} {_shown(value)}", f"{kind} up to {largest:,}", "give a smaller number")
+        raise ConfigError(f"{given} {shown(value)}", f"{kind} up to {largest:,}", "give a smaller number")
 
 
 def check_model_size(shape: ModelShape) -> None:
@@ -178,19 +180,9 @@ def _check_number(field: dataclasses.Field[Any], value: int | float) -> None:
     if allowed is not None:
         required = field.default is dataclasses.MISSING
         do = "give another value" if required else "give another value, or leave the flag out for the default"
-        raise ConfigError(_given(field.name, value), allowed, do)
+        raise ConfigError(flag_and_value(field.name, value), allowed, do)
     if isinstance(value, int) or field.name in LARGEST:
         check_count(field.name, value, flag_of(field.name))
-
-
-def _given(name: str, value: object) -> str:
-    return f"{flag_of(name)} {_shown(value)}"
-
-
-def _shown(value: object) -> str:
-    """Returns a value as text, without the end of a very long number."""
-    text = str(value)
-    return text if len(text) <= 40 else f"{text[:20]}… ({len(text)} characters)"
 
 
 def _only_one(first: str, second: str) -> ConfigError:
@@ -243,23 +235,21 @@ def check_profile_ranks(options: LoggingOptions, ranks: int) -> None:
 _NOT_IN_WANDB_NAMES = set("/\\#?%:")
 
 
-def check_options(options: Options, origins: Collection[str] = ()) -> None:
+def check_options(options: Options, origins: Mapping[str, str] = MappingProxyType({})) -> None:
     """Checks the options that can be checked without a plan and without data.
 
     Args:
         options: the options.
-        origins: the names of those that were given, on the command line or in a file.
+        origins: name -> "flag" or the path of the file, for those that were given.
 
     Raises:
         ConfigError: options are not valid, or contradict each other; the message has all that several checks find.
     """
-    checks = (
-        *(_check_lengths, _check_optimizer, _check_safety, _check_checkpoints, _check_packages, _check_trackers, _check_evaluation),
-        _check_tokenizer,
-    )
+    checks = (*(_check_safety, _check_checkpoints, _check_packages, _check_trackers, _check_evaluation, _check_tokenizer),)
     problems = problems_of(
         *(functools.partial(check, options) for check in checks),
-        lambda: _check_muon(options, origins),
+        *(functools.partial(check, options.schedule) for check in (check_lengths, check_optimizer)),
+        lambda: check_muon(options.schedule, origins),
         lambda: split_ranges(1 << 40, options.data.split),
     )
     if problems:
@@ -277,67 +267,6 @@ def _check_evaluation(options: Options) -> None:
 def _check_tokenizer(options: Options) -> None:
     if options.data.tokenizer_type is not None:
         lookup(TOKENIZERS, options.data.tokenizer_type, "--tokenizer-type")
-
-
-_UNITS = ("tokens", "steps", "fraction")
-
-
-def _check_lengths(options: Options) -> None:
-    """Checks that each length of the learning-rate schedule is given in one unit, and that shares are shares."""
-    schedule, found = options.schedule, []
-    for kind in ("lr_warmup", "lr_decay", "lr_wsd_decay"):
-        names = [f"{kind}_{unit}" for unit in _UNITS if hasattr(schedule, f"{kind}_{unit}")]
-        # A warm-up of 0 tokens is the default.
-        given = [flag_of(name) for name in names if getattr(schedule, name) not in ((0, None) if name.endswith("_tokens") else (None,))]
-        if len(given) > 1:
-            found.append(
-                ConfigError(
-                    f"{', '.join(given[:-1])} together with {given[-1]}",
-                    "one of them",
-                    f"keep one; None takes back what a file sets, as {given[0]} None",
-                )
-            )
-    share = schedule.lr_wsd_decay_fraction
-    if share is not None and not 0.0 < share <= 1.0:
-        found.append(ConfigError(_given("lr_wsd_decay_fraction", share), "a share above 0 and up to 1", "give 0.1, for example"))
-    if found:
-        raise one_error([problem_of(error) for error in found])
-
-
-def _check_optimizer(options: Options) -> None:
-    """Checks the decay rates of moments, and that each kind of parameter has a rate that is a multiple of --lr."""
-    schedule, found = options.schedule, []
-    for name in ("adam_beta1", "adam_beta2", "muon_momentum"):
-        value = getattr(schedule, name)
-        if not 0.0 <= value < 1.0:
-            do = "give another value, or leave the flag out for the default"
-            found.append(ConfigError(_given(name, value), "numbers from 0 to below 1", do))
-    for name in ("muon_lr", "decoupled_lr"):
-        rate = getattr(schedule, name)
-        if rate is not None and not (schedule.lr > 0 and math.isfinite(rate / schedule.lr) and rate / schedule.lr > 0):
-            found.append(
-                ConfigError(
-                    f"{_given(name, rate)} with {_given('lr', schedule.lr)}, to which its schedule is a ratio",
-                    "a rate that is a finite multiple of --lr, and --lr above 0",
-                    f"give another --lr or {flag_of(name)}",
-                )
-            )
-    if found:
-        raise one_error([problem_of(error) for error in found])
-
-
-def _check_muon(options: Options, origins: Collection[str]) -> None:
-    """Checks that Muon's options are given only where they have an effect; an optimizer of the user's own may read them, too."""
-    if options.schedule.optimizer != "adamw":
-        return
-    given = sorted(name for name in origins if name.startswith("muon_"))
-    if given:
-        flags = ", ".join(map(flag_of, given))
-        raise ConfigError(
-            f"{flags} with --optimizer adamw, which does not read {'it' if len(given) == 1 else 'them'}",
-            "--optimizer muon",
-            f"give --optimizer muon, or remove {flags}",
-        )
 
 
 def _check_safety(options: Options) -> None:
@@ -395,14 +324,14 @@ def _check_packages(options: Options) -> None:
     ):
         value = getattr(options.logging, name)
         if value is not None:
-            require(package, _given(name, value))
+            require(package, flag_and_value(name, value))
 
 
 def _check_trackers(options: Options) -> None:
     logging = options.logging
     if (project := logging.wandb_project) is not None and (len(project) > 128 or set(project) & _NOT_IN_WANDB_NAMES):
         raise ConfigError(
-            _given("wandb_project", project),
+            flag_and_value("wandb_project", project),
             "at most 128 characters, none of / \\ # ? % :, because W&B takes no others",
             "give another name",
         )
@@ -415,7 +344,7 @@ def _check_trackers(options: Options) -> None:
             )
     if logging.prometheus_file is not None and not logging.prometheus_file.endswith(".prom"):
         raise ConfigError(
-            _given("prometheus_file", logging.prometheus_file),
+            flag_and_value("prometheus_file", logging.prometheus_file),
             "a name that ends in .prom, because node_exporter reads no others",
             "give --prometheus-file FOLDER/NAME.prom",
         )

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from megatron_patch.config.option_types import flag_of
 from megatron_patch.errors import ConfigError
 from megatron_patch.utils.console import visible
 from megatron_patch.utils.units import plural
@@ -54,6 +55,17 @@ class SeveralConfigErrors(ConfigError):
     def __init__(self, what: str, allowed: str | None = None, do: str | None = None, problems: Sequence[Problem] = ()) -> None:
         super().__init__(what, allowed, do)
         self.problems = tuple(problems)
+
+
+def shown(value: object) -> str:
+    """Returns a value as text, without the end of a very long number."""
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:20]}… ({len(text)} characters)"
+
+
+def flag_and_value(name: str, value: object) -> str:
+    """Returns an option as it is given on the command line: ("lr", 1.0) -> "--lr 1.0"."""
+    return f"{flag_of(name)} {shown(value)}"
 
 
 def problems_of(*checks: Callable[[], object]) -> list[Problem]:

@@ -6,9 +6,10 @@ In: `ParsedOptions` and the number of ranks. Out: `RunConfig`, from which each p
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 from megatron_patch.config.checks import (
@@ -262,7 +263,7 @@ def _vocab_size(options: Options, metadata: DatasetMetadata | None, blend: Seque
     )
 
 
-def check_together(options: Options, ranks: int, origins: Collection[str] = ()) -> None:
+def check_together(options: Options, ranks: int, origins: Mapping[str, str] = MappingProxyType({})) -> None:
     """Checks what needs neither plan nor data, and reports all of it.
 
     Raises:
