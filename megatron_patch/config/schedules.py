@@ -240,10 +240,10 @@ def _check_lr(stage: Stage, shape: LrShape, tokens: int) -> None:
             "raise --lr-decay-tokens or --lr-decay-steps, or remove it to decay until the schedule's end",
         )
     # A decay may end after the run, and a final decay then also begin before it.
-    longest = max(tokens, shape.decay_tokens or 0)
-    if shape.wsd_decay_tokens > longest:
+    end = max(tokens, shape.decay_tokens or 0)
+    if shape.wsd_decay_tokens > end:
         raise ConfigError(
-            f"stage {stage.name!r}: a final decay of {format_count(shape.wsd_decay_tokens)} tokens in a schedule of {format_count(longest)}",
+            f"stage {stage.name!r}: a final decay of {format_count(shape.wsd_decay_tokens)} tokens in a schedule of {format_count(end)}",
             "a decay that is not longer than the schedule",
             "lower --lr-wsd-decay-tokens or raise --train-tokens",
         )
