@@ -1,4 +1,4 @@
-"""Checks of the learning rate's and the optimizer's options, before a plan exists. In: options. Out: nothing, or an error that names flags."""
+"""Checks of the options of learning rate and optimizer, before a plan exists. In: options. Out: nothing, or an error that names flags."""
 
 from __future__ import annotations
 

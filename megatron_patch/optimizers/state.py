@@ -14,6 +14,7 @@ import torch
 
 from megatron_patch.config.options import ScheduleOptions
 from megatron_patch.errors import ConfigError
+from megatron_patch.optimizers.groups import LR_SCALE
 from megatron_patch.optimizers.registry import optimizer_type
 from megatron_patch.utils.units import plural
 
@@ -39,10 +40,22 @@ def make_optimizer(groups: Sequence[dict[str, Any]], options: ScheduleOptions, o
         offloaded: whether the optimizer steps in host memory, where the kernels of Apex cannot run.
 
     Raises:
-        ConfigError: no optimizer of that name is registered, or what is registered makes no optimizer, or one of other parameters.
+        ConfigError: no optimizer of that name is registered; what is registered fails, makes no optimizer or one of other parameters, or
+            drops the learning rate of a group.
     """
     given = [parameter for group in groups for parameter in group["params"]]
-    optimizer = optimizer_type(options.optimizer).make(groups, options, offloaded)
+    scales = {id(parameter): group.get(LR_SCALE, 1.0) for group in groups for parameter in group["params"]}
+    kind = optimizer_type(options.optimizer)
+    try:
+        optimizer = kind.make(groups, options, offloaded)
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(
+            f"the optimizer {options.optimizer} cannot be made of the parameter groups: {type(error).__name__}: {error}",
+            "an optimizer of parameters of any shape",
+            "choose another --optimizer, or correct the one that you registered",
+        ) from error
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise ConfigError(
             f"the optimizer {options.optimizer} is made as {type(optimizer).__name__}",
@@ -59,6 +72,12 @@ def make_optimizer(groups: Sequence[dict[str, Any]], options: ScheduleOptions, o
             f"the optimizer {options.optimizer} {' and '.join(wrong)}; it was given {plural(len(known), 'parameter')}",
             "an optimizer of exactly the parameters of all groups that it is given",
             "make the optimizer of all groups",
+        )
+    if any(scales[id(p)] != group.get(LR_SCALE, 1.0) for group in optimizer.param_groups for p in group["params"]):
+        raise ConfigError(
+            f"the optimizer {options.optimizer} has dropped the key {LR_SCALE!r} of its parameter groups",
+            "an optimizer that keeps the groups that it is given, in which --decoupled-lr has a learning rate of its own",
+            "make the optimizer of the groups, not of their parameters, or leave out --decoupled-lr",
         )
     return optimizer
 
@@ -99,7 +118,12 @@ def require_elementwise(options: ScheduleOptions, offloaded: bool, device: torch
             optimizer.step()
         return torch.cat([part.detach().flatten() for part in parts])
 
-    whole, reason = after_two_steps([(8, 6)]), ""
+    try:
+        whole, reason = after_two_steps([(8, 6)]), ""
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise _failed_step(options.optimizer, error) from error
     try:
         if torch.allclose(whole, after_two_steps([(20,), (28,)]), rtol=1e-5, atol=1e-6):
             return
@@ -163,6 +187,15 @@ def probed_state(optimizer: torch.optim.Optimizer, tensor: torch.Tensor) -> dict
     return {kind: torch.zeros_like(tensor) if kind in kinds else value for kind, value in zeros.items()}
 
 
+def _failed_step(name: str, error: Exception) -> ConfigError:
+    """Returns the error for an optimizer that fails in a step on a few elements."""
+    return ConfigError(
+        f"the optimizer {name} fails in a step on a few elements: {type(error).__name__}: {error}",
+        "an optimizer whose step() takes no arguments and accepts parameters of any shape",
+        "choose another --optimizer, or correct the one that you registered",
+    )
+
+
 def _step_on_probe(optimizer: torch.optim.Optimizer, tensor: torch.Tensor, state: dict[str, Any]) -> tuple[torch.Tensor, dict[str, Any]]:
     """Returns two elements of the tensor's dtype after one step from a state, and their state then; the optimizer is left unchanged.
 
@@ -178,11 +211,7 @@ def _step_on_probe(optimizer: torch.optim.Optimizer, tensor: torch.Tensor, state
     try:
         optimizer.step()
     except Exception as error:
-        raise ConfigError(
-            f"the optimizer {type(optimizer).__name__} fails in a step on two elements: {type(error).__name__}: {error}",
-            "an optimizer whose step() takes no arguments and accepts parameters of any shape",
-            "choose another --optimizer, or correct the one that you registered",
-        ) from error
+        raise _failed_step(type(optimizer).__name__, error) from error
     finally:
         optimizer.param_groups = groups
     return probe, optimizer.state.pop(probe, {})

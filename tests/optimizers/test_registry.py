@@ -11,7 +11,7 @@ from megatron_patch.checkpoint.safetensors_io import read_header
 from megatron_patch.config.options import ScheduleOptions
 from megatron_patch.errors import ConfigError
 from megatron_patch.optimizers.registry import OPTIMIZERS, OptimizerType
-from megatron_patch.optimizers.state import ensure_state, make_optimizer, set_step_count, step_count
+from megatron_patch.optimizers.state import ensure_state, make_optimizer, require_elementwise, set_step_count, step_count
 from megatron_patch.training.pretrain import main
 from tests.distributed.runs import MODEL, make_corpus, printed, start_program, train
 
@@ -88,7 +88,7 @@ def test_any_state_of_the_parameters_shape_that_starts_from_zeros_is_accepted(ma
         (torch.optim.SGD, (3,), "keeps this state for each parameter: none"),
         (damped, (3,), "does not start from zeros: its state is momentum_buffer"),
         (initial, (3,), "does not start from zeros: its state is step, sum"),
-        (torch.optim.LBFGS, (3,), "fails in a step on two elements: TypeError"),
+        (torch.optim.LBFGS, (3,), "fails in a step on a few elements: TypeError"),
     ],
 )
 def test_other_state_is_refused_with_the_reason(make, shape, reason):
@@ -203,3 +203,27 @@ def test_training_refuses_an_optimizer_with_other_state(tmp_path, name, zero, re
     corpus = make_corpus(tmp_path / "corpus")
     train(tmp_path / "run", 1, PLAN, f"--optimizer {name} --zero-stage {zero} --data-path", corpus, expect=2, main=register_and_train)
     assert reason in " ".join(printed(tmp_path / "run").split())
+
+
+def test_an_optimizer_that_fails_or_forgets_its_groups_is_refused(registered):
+    groups = [{"params": [torch.ones(4, 3, requires_grad=True)], "weight_decay": 0.1, "lr_scale": 0.5}]
+    groups.append({"params": [torch.ones(3, requires_grad=True)], "weight_decay": 0.0})
+    options = dataclasses.replace(ScheduleOptions(), optimizer="own")
+    for make, message in (
+        (
+            lambda groups, options, offloaded: torch.optim.Muon(groups),
+            "the optimizer own cannot be made of the parameter groups: ValueError",
+        ),
+        (
+            lambda groups, options, offloaded: torch.optim.SGD([p for group in groups for p in group["params"]]),
+            "has dropped the key 'lr_scale'",
+        ),
+    ):
+        registered("own", make)
+        with pytest.raises(ConfigError, match=message):
+            make_optimizer(groups, options)
+    registered("own", lambda groups, options, offloaded: torch.optim.LBFGS([p for group in groups for p in group["params"]]))
+    with pytest.raises(ConfigError, match="own fails in a step on a few elements: TypeError"):
+        require_elementwise(options, offloaded=False, device=torch.device("cpu"))
+    registered("own", lambda groups, options, offloaded: torch.optim.SGD(groups, lr=options.lr, momentum=0.9))
+    assert [group.get("lr_scale") for group in make_optimizer(groups, options).param_groups] == [0.5, None]
