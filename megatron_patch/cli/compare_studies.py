@@ -9,6 +9,7 @@ that differ in their length show from how many steps an arm reaches token level.
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from megatron_patch.cli.command_line import ArgumentParser
@@ -26,7 +27,11 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--docs", type=Path, help="Markdown file that receives the table between <!-- NAME --> and <!-- end of NAME -->")
     parser.add_argument("--docs-name", default="comparison", help="name of these markers and of the plot (default: comparison)")
     args = parser.parse_args(argv)
-    studies = sorted((read_study(folder) for folder in args.studies), key=lambda study: (study.steps, study.budget))
+    read = {path: read_study(path) for path in args.studies}
+    for path, study in read.items():
+        if study.left_out:
+            print(f"{path}: left out, as this program has no such arm: {', '.join(study.left_out)}", file=sys.stderr)
+    studies = sorted(read.values(), key=lambda study: (study.steps, study.budget))
     args.output.mkdir(parents=True, exist_ok=True)
     plot_comparison(
         args.output / "comparison.png", studies, COLORS[2:] + COLORS[:2]

@@ -22,8 +22,8 @@ tuned options of several optimizers (examples/replicate/study_optimizers.yaml).
 muon-NAME is arm NAME with Muon, and NAME+OPTION=VALUE is arm NAME with one more
 option, such as token-wsd-long+lr=0.016.
 
---records FILE keeps the finished runs in a small file, which belongs into the
-repository: a clone continues from it without the folders of the runs.
+--records FILE keeps the finished runs in a small file, to be committed: a clone
+continues from it without the folders of the runs.
 
 To add an arm, write a script that calls main(argv, more_arms=[Arm(...)]).
 """
@@ -86,7 +86,7 @@ def main(argv: list[str], more_arms: Sequence[Arm] = ()) -> None:
         help=f"vocabulary of the tokenizer that is trained on the text (default: that of the section study, else {VOCAB_SIZE})",
     )
     parser.add_argument(
-        "--records", type=Path, metavar="FILE", help="records of finished runs: they replace these runs, and new ones are added"
+        "--records", type=Path, metavar="FILE", help="file of finished runs: these are not trained again, and new ones are added"
     )
     parser.add_argument(
         "--docs",

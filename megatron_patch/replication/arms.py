@@ -11,6 +11,7 @@ baseline, with another optimizer and its own tuned rates. `NAME+lr=0.016` is the
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -211,6 +212,16 @@ def _option_flags(options: Mapping[str, Any], min_lr_share: float | None) -> tup
     return tuple(word for name, value in given.items() for word in (f"--{name}", str(value)))
 
 
+def is_learning_rate(value: Any) -> bool:
+    """Returns whether a value of a file or a flag is a finite number above 0, or its text."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        return False
+    try:
+        return 0 < float(value) < math.inf
+    except (ValueError, OverflowError):
+        return False
+
+
 def _with_optimizer(arm: Arm, optimizer: str, flags: tuple[str, ...]) -> Arm:
     """Returns the arm with another optimizer. Its flags come first, so that an arm about the learning rate keeps its own."""
     if optimizer == "adamw":
@@ -235,15 +246,15 @@ def with_options(arm: Arm, added: str, min_lr_share: float | None) -> Arm:
         min_lr_share: see `all_arms`.
 
     Raises:
-        ConfigError: an entry is not OPTION=VALUE, or names what makes the cost equal.
+        ConfigError: an entry is not OPTION=VALUE, names an option of FIXED_OPTIONS, or has a learning rate that is not one.
     """
     pairs = [word.partition("=")[::2] for word in added.split("+")]
-    wrong = [name for name, value in pairs if not name or not value or name.replace("_", "-") in FIXED_OPTIONS]
-    if wrong:
+    named = [(name.replace("_", "-"), value) for name, value in pairs]
+    if any(not name or not value or name in FIXED_OPTIONS or (name == "lr" and not is_learning_rate(value)) for name, value in named):
         raise ConfigError(
             f"--arms {arm.name}+{added}",
-            f"NAME+OPTION=VALUE with an option other than {', '.join(FIXED_OPTIONS)}",
-            "correct the entry; arms with other amounts of patches have names of their own, which --plan lists",
+            f"NAME+OPTION=VALUE with an option other than {', '.join(FIXED_OPTIONS)}, and an lr above 0",
+            "correct the entry; arms with other patches or another optimizer have names of their own, which --plan lists",
         )
     flags = _option_flags(dict(pairs), min_lr_share)
     return replace(
@@ -255,8 +266,13 @@ def with_options(arm: Arm, added: str, min_lr_share: float | None) -> Arm:
     )
 
 
-FIXED_OPTIONS = ("train-tokens", "seed", "stages", "recipe", "patch-size", "patch-fraction", "patch-compute-share", "data-path", "save")
-"""Options that a study sets: an arm whose name changed one would cost another amount, or would not be this study's."""
+FIXED_OPTIONS = (
+    *("train-tokens", "seed", "stages", "recipe", "patch-size", "patch-fraction", "patch-compute-share", "optimizer"),
+    *("num-layers", "hidden-size", "ffn-hidden-size", "num-attention-heads", "num-query-groups", "vocab-size", "seq-length"),
+    *("data-path", "split", "eval-tokens", "load", "save"),
+)
+"""Options that are the same in all arms, or that arms of their own differ in: an arm whose name changed one would cost another amount,
+would have another model or other data, or would not be this study's."""
 
 
 def _long_decay_arms() -> tuple[Arm, ...]:

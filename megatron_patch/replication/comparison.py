@@ -35,12 +35,14 @@ class StudySummary:
         budget: cost tokens per arm, which token-level training reads.
         batch_tokens: tokens per step of token-level training.
         rows: the rows of study.json by name of the arm.
+        left_out: arms of the study that this program does not have; they are not in `rows`.
     """
 
     parameters: int
     budget: int
     batch_tokens: int
     rows: Mapping[str, Mapping[str, Any]]
+    left_out: tuple[str, ...] = ()
 
     @property
     def steps(self) -> int:
@@ -71,15 +73,18 @@ def read_study(path: Path) -> StudySummary:
 
 
 def _from_records(path: Path) -> StudySummary:
-    """Reads the summary of a study from its records; arms that this program does not have are left out."""
+    """Reads the summary of a study from its records; arms that this program does not have are in `left_out` only."""
     header, records = read_records(path)
     batch_tokens = parse_count(header.config["global-batch-tokens"])
     # Only names and baselines matter here, so that rates need not be those of the runs.
     arms = all_arms(1.0, batch_tokens, optimizers={name: {} for name in OPTIMIZERS})
     known = {arm.name for arm in arms}
-    names = {name: None for record in records if (name := record.run[0]).partition("+")[0] in known}
-    rows = summarize(select_arms(list(names), arms), [record.outcome for record in records], header.budget)
-    return StudySummary(header.parameters, header.budget, batch_tokens, {row.arm: asdict(row) for row in rows})
+    names = list(dict.fromkeys(record.run[0] for record in records))
+    left_out = tuple(name for name in names if name.partition("+")[0] not in known)
+    here = [name for name in names if name not in left_out]
+    # Without a name, select_arms returns all arms; none of them has a run then.
+    rows = summarize(select_arms(here, arms), [record.outcome for record in records], header.budget)
+    return StudySummary(header.parameters, header.budget, batch_tokens, {row.arm: asdict(row) for row in rows}, left_out)
 
 
 def _compared(studies: Sequence[StudySummary]) -> list[str]:
@@ -162,8 +167,9 @@ def _crossing_lines(arms: Sequence[str], studies: Sequence[StudySummary]) -> lis
     lines = []
     for (parameters, batch_tokens), arm in itertools.product(groups, arms):
         alike = [study for study in studies if (study.parameters, study.batch_tokens) == (parameters, batch_tokens)]
-        rows = sorted((study.steps, study.rows[arm]) for study in alike if study.rows.get(arm, {}).get("difference") is not None)
-        if len(rows) > 1:
+        compared = ((study.steps, study.rows[arm]) for study in alike if study.rows.get(arm, {}).get("difference") is not None)
+        rows = sorted(compared, key=lambda row: row[0])
+        if len({steps for steps, _ in rows}) > 1:
             gaps = ", ".join(f"{row['difference']:+.3f} at {steps:,} (n = {row['pairs']})" for steps, row in rows)
             cells = (f"`{arm}`", format_count(parameters), format_count(batch_tokens), gaps)
             lines.append(f"| {' | '.join((*cells, crossing([(steps, row['difference']) for steps, row in rows])))} |")

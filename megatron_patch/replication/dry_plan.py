@@ -35,23 +35,23 @@ def print_plan(console: Console, arms: Sequence[Arm], seeds: int, budget: int, s
         ConfigError: there is no such device, or an arm's options are wrong.
     """
     device = None if gpu is None else load_hardware(gpu)
-    times = ("min", "sum") if device else ()
+    times = ("min", "sum of min") if device else ()
     table = Table(title=f"Budget: {format_count(budget)} cost tokens per arm", title_justify="left", header_style="bold")
     for name in ("arm", "tokens", "cost", *times, "description"):
         table.add_column(name, justify="left" if name in ("arm", "description") else "right")
-    passed = 0.0
+    total = 0.0
     for arm in arms:
         minutes: tuple[str, ...] = ()
         if device:
             seconds = planned_seconds(arm, budget, settings, device)
-            passed += seconds
-            minutes = (f"{seconds / 60:.1f}", f"{passed / 60:.1f}")
+            total += seconds
+            minutes = (f"{seconds / 60:.1f}", f"{total / 60:.1f}")
         table.add_row(arm.name, format_count(arm.train_tokens(budget)), f"{arm.cost / 2:g}", *minutes, arm.description)
     console.print(table)
     console.print(f"{plural(len(arms), 'arm')} x {plural(seeds, 'seed')} = {plural(len(arms) * seeds, 'run')}")
     if device:
         console.print(
-            f"estimated on one {device.name}, run by run: {format_duration(passed * seeds)} for the steps of all runs, without starts, "
+            f"estimated on one {device.name}, run by run: {format_duration(total * seeds)} for the steps of all runs, without starts, "
             "evaluations and saves. Small models do not fill a GPU: they take longer than this, and several at a time (--parallel) little "
             "longer than one",
             soft_wrap=True,

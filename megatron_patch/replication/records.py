@@ -1,4 +1,4 @@
-"""Finished runs as small records that are kept in a repository, so that a study goes on in a clone without the folders of its runs.
+"""Finished runs as small records that are kept in a repository, so that a clone continues a study without the folders of its runs.
 
 In: a study's settings and its outcomes. Out: a JSON Lines file and back. The first line describes the study: its configuration, budget,
 text and number of parameters. Each further line is one run: arm, seed, options, results, thinned curves, and where and when it was trained.
@@ -7,17 +7,13 @@ A record stands for its run only while everything that decides the run's losses 
 
 from __future__ import annotations
 
-import functools
 import json
-import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_patch import __version__
 from megatron_patch.errors import ConfigError, DataError
-from megatron_patch.programs import HOME, in_checkout
 from megatron_patch.replication.results import Outcome
 from megatron_patch.utils.files import reason, write_durably
 from megatron_patch.utils.records import record_from_json
@@ -66,8 +62,8 @@ class RunRecord:
     Args:
         outcome: its results.
         options: options of its arm, by flag.
-        commit: of the program.
-        machine: its devices, in words.
+        commit: of the program that trained it, as `read_origin` words it.
+        machine: the devices that trained it, in words.
         date: on which it ended, as YYYY-MM-DD.
     """
 
@@ -81,20 +77,6 @@ class RunRecord:
     def run(self) -> tuple[str, int]:
         """Arm and seed."""
         return self.outcome.arm, self.outcome.seed
-
-
-@functools.cache
-def program_commit() -> str:
-    """Returns the commit of this program, with -dirty if its files differ from it; in an installation, the version."""
-    if in_checkout():
-        describe = ["git", "-C", str(HOME), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-        try:
-            done = subprocess.run(describe, capture_output=True, text=True, check=False)
-        except OSError:
-            return __version__
-        if not done.returncode:
-            return done.stdout.strip()
-    return __version__
 
 
 def read_records(path: Path) -> tuple[StudyHeader, list[RunRecord]]:
@@ -145,9 +127,11 @@ def check_same_study(path: Path, recorded: Mapping[str, Any], mine: Mapping[str,
     names = sorted(theirs.keys() | ours.keys())
     changed = [name for name in names if theirs.get(name) != ours.get(name)]
     if changed:
-        told = "; ".join(f"{name} is {ours.get(name, 'not set')} here and {theirs.get(name, 'not set')} in the records" for name in changed)
+        shown = "; ".join(
+            f"{name} is {ours.get(name, 'not set')} here and {theirs.get(name, 'not set')} in the records" for name in changed
+        )
         raise ConfigError(
-            f"{path} holds the records of another study: {told}",
+            f"{path} holds the records of another study: {shown}",
             "records of runs with the same settings",
             "repeat the settings of the records, or name another file with --records",
         )
@@ -163,11 +147,11 @@ def check_same_arm(path: Path, record: RunRecord, options: Mapping[str, str]) ->
     names = sorted(options.keys() | record.options.keys())
     changed = [name for name in names if options.get(name) != record.options.get(name)]
     if changed:
-        told = "; ".join(
+        shown = "; ".join(
             f"{name} is {options.get(name, 'not set')} now and was {record.options.get(name, 'not set')} then" for name in changed
         )
         raise ConfigError(
-            f"{path}: the record of arm {arm}, seed {seed}, has other options: {told}",
+            f"{path}: the record of arm {arm}, seed {seed}, has other options: {shown}",
             "records of runs with the options of their arm",
             "restore the arm's options (those of an optimizer are in the configuration, under study), or name another file with --records",
         )
@@ -185,7 +169,7 @@ def _flat(values: Mapping[str, Any], before: str = "") -> dict[str, Any]:
 
 
 def _run_to_json(record: RunRecord) -> dict[str, Any]:
-    """Returns a record as JSON: losses with 5 digits, and training losses as one list over consecutive bins of cost."""
+    """Returns a record as JSON: losses with 5 decimals; training losses with 4, as one list over consecutive bins of cost."""
     outcome = asdict(record.outcome)
     bins = dict(record.outcome.training)
     first, last = (min(bins), max(bins)) if bins else (0, -1)

@@ -38,8 +38,9 @@ from megatron_patch.model.flops import parameter_count
 from megatron_patch.optimizers.registry import OPTIMIZERS
 from megatron_patch.programs import HOME, as_called, in_checkout, shipped
 from megatron_patch.replication.arms import Arm, all_arms, select_arms
-from megatron_patch.replication.devices import gpus, machine
+from megatron_patch.replication.devices import gpus
 from megatron_patch.replication.dry_plan import print_plan
+from megatron_patch.replication.origin import note_origin, read_origin
 from megatron_patch.replication.publish import publish
 from megatron_patch.replication.records import (
     RunRecord,
@@ -47,7 +48,6 @@ from megatron_patch.replication.records import (
     StudyText,
     check_same_arm,
     check_same_study,
-    program_commit,
     read_records,
     write_records,
 )
@@ -92,7 +92,7 @@ class Study:
         self.running: set[subprocess.Popen[bytes]] = set()
         self.stop_signal = 0
         values = {name.replace("_", "-"): value for name, value in read_yaml(args.config).items()}
-        self.own_config = "study" not in values
+        self.config_as_given = "study" not in values
         section = study_section(args.config, values.pop("study", None))
         needed = ("train-tokens", "lr", "global-batch-tokens")
         missing = [name for name in needed if name not in values]
@@ -192,11 +192,11 @@ class Study:
     @property
     def run_config(self) -> Path:
         """The configuration of the training program: the study's file, or its copy without the section `study`."""
-        return self.args.config if self.own_config else self.output / "config.yaml"
+        return self.args.config if self.config_as_given else self.output / "config.yaml"
 
     def write_run_config(self) -> None:
         """Writes `run_config`, unless it is the study's file."""
-        if not self.own_config:
+        if not self.config_as_given:
             self.output.mkdir(parents=True, exist_ok=True)
             write_durably(self.run_config, yaml.safe_dump(self.settings["config"], sort_keys=False))
 
@@ -285,7 +285,7 @@ class Study:
         done = {record.run for record in found}
         for arm, seed in self._run_folders():
             if (arm.name, seed) not in done and (outcome := read_outcome(folder := self.run_folder(arm, seed), arm.name, seed)) is not None:
-                found.append(RunRecord(outcome, arm.options, program_commit(), machine(), end_date(folder)))
+                found.append(RunRecord(outcome, arm.options, *read_origin(folder), end_date(folder)))
         return found
 
     def _run_folders(self) -> Iterator[tuple[Arm, int]]:
@@ -379,7 +379,7 @@ class Study:
         path = self.args.config.resolve()
         config = path.relative_to(HOME) if path.is_relative_to(HOME) and in_checkout() else path.name
         extra = f" --budget {self.args.budget}" if self.args.budget else ""
-        extra += f" --vocab-size {self.args.vocab_size}" if self.args.vocab_size not in (None, VOCAB_SIZE) else ""
+        extra += f" --vocab-size {self.args.vocab_size}" if self.args.vocab_size else ""
         arms = f" --arms {' '.join(self.args.arms)}" if self.args.arms else ""
         script = f"python {Path(sys.argv[0]).name}" if self.more_arms else as_called("python examples/replicate/study.py")
         output = f"--text 'books/*.txt' --output runs/{self.output.name}"
@@ -433,6 +433,7 @@ class Study:
                         return False
                     command += ["--exit-duration", f"{seconds}s"]
                 self.console.print(f"\nrun {number} of {total}: {arm.name}, seed {seed}", style="bold")
+                note_origin(self.run_folder(arm, seed))
                 return self.run(command, self.output / "logs" / f"{arm.name}-seed{seed}.log", self.device_variables(slot))
             finally:
                 slots.put(slot)

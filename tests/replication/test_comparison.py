@@ -11,7 +11,7 @@ from megatron_patch.replication.results import Outcome
 
 
 def records_of(path, budget, gaps, seeds=(1, 2)):
-    """Writes the records of a study: token level of each optimizer at 4 + seed, patch arms at a distance."""
+    """Writes the records of a study: token level at 4 + seed with AdamW and 3.5 + seed with Muon, patch arms at a distance."""
     header = StudyHeader({"global-batch-tokens": 1000}, budget, 300, 7000, StudyText(25, 9000, 300, "0123456789abcdef"))
     losses = {"token-wsd-long": 4.0, "muon-token-wsd-long": 3.5}
     losses |= {name: losses["muon-token-wsd-long" if name.startswith("muon") else "token-wsd-long"] + gap for name, gap in gaps.items()}
@@ -39,6 +39,17 @@ def test_records_are_compared_by_optimizer_and_length(tmp_path, capsys):
     assert f"| `{k4}` | 7k | 1k | +0.315 at 1,000 (n = 2), +0.115 at 10,000 (n = 2) | more than 10,000 |" in shown
     assert "![held-out loss minus the baseline's at equal cost, by steps of the run](optimizers.png)" in docs.read_text()
     assert (tmp_path / "optimizers.png").stat().st_size > 10_000
+
+
+def test_studies_of_one_length_are_compared_without_a_crossing(tmp_path, capsys):
+    arms = {"superposition-k4-long": 0.3, "mine": 0.0, "mine+lr=0.1": 0.0}
+    for name in ("one.jsonl", "two.jsonl"):
+        records_of(tmp_path / name, 1_000_000, arms)
+    compare_studies.main([str(tmp_path / "one.jsonl"), str(tmp_path / "two.jsonl"), "--output", str(tmp_path / "out")])
+    shown = capsys.readouterr()
+    assert shown.out.count("+0.315 ± 0.005 (n = 2)") == 2 and "level from steps" not in shown.out
+    for name in ("one.jsonl", "two.jsonl"):
+        assert f"{tmp_path / name}: left out, as this program has no such arm: mine, mine+lr=0.1\n" in shown.err
 
 
 @pytest.mark.parametrize(

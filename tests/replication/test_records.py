@@ -13,9 +13,12 @@ import yaml
 from megatron_patch.cli import study
 from megatron_patch.errors import ConfigError, DataError
 from megatron_patch.programs import shipped
+from megatron_patch.replication import origin
 from megatron_patch.replication.arms import all_arms, select_arms
+from megatron_patch.replication.devices import machine
 from megatron_patch.replication.records import RunRecord, StudyHeader, StudyText, read_records, write_records
 from megatron_patch.replication.results import Outcome
+from megatron_patch.replication.study import Study
 from megatron_patch.replication.switches import Switch
 
 CONFIG = """
@@ -77,7 +80,15 @@ def test_an_optimizer_is_an_axis_of_the_arms():
     assert changed.baseline == plain.name == "muon-token-wsd-long" and changed.way == "superposition-k2-long+lr=0.04+decoupled-lr=0.01"
     assert [changed.options[f"--{name}"] for name in ("lr", "min-lr", "decoupled-lr")] == ["0.04", "0.004", "0.01"]
     assert [arm.name for arm in select_arms(["token-wsd-long+lr=0.04"], arms)] == ["token-wsd-long", "token-wsd-long+lr=0.04"]
-    for wrong in ("token+lr", "token+=3", "token+patch_size=8"):
+    for wrong in (
+        "token+lr",
+        "token+=3",
+        "token+patch_size=8",
+        "token+hidden-size=128",
+        "token+optimizer=muon",
+        "token+lr=fast",
+        "token+lr=0",
+    ):
         with pytest.raises(ConfigError, match="an option other than train-tokens, seed"):
             select_arms([wrong], arms)
 
@@ -92,6 +103,8 @@ def trained(tmp_path_factory):
     (home / "tiny.yaml").write_text(CONFIG)
     run(home, "first", "--text", home / "text.jsonl", "--seeds", "1", "--parallel", "2")
     shutil.copy(home / "first" / "study.md", home / "first.md")
+    folder = home / "first" / "runs" / "muon-token-wsd-long-seed1"
+    assert origin.read_origin(folder) == (origin.program_commit(), machine())
     shutil.rmtree(home / "first")
     return home
 
@@ -108,7 +121,9 @@ def test_a_clone_continues_from_records(trained, tmp_path, capsys):
     header, runs = read_records(records)
     assert [record.run for record in runs] == [("muon-token-wsd-long", 1), ("muon-superposition-k2-long", 1)]
     assert runs[1].options["--lr"] == "2e-2" and runs[1].options["--decoupled-lr"] == "1e-2" and header.text.documents == 25
-    assert len(first) < 10_000
+    assert {(record.commit, record.machine) for record in runs} == {(origin.program_commit(), machine())} and len(first) < 10_000
+    command = next(line for line in (trained / "first.md").read_text().splitlines() if line.startswith("python "))
+    assert "--vocab-size" not in command
     run(trained, "clone", "--status")
     assert records.read_text() == first and "2 runs finished" in capsys.readouterr().out
     assert (trained / "clone" / "study.md").read_text() == (trained / "first.md").read_text().replace("runs/first", "runs/clone")
@@ -141,6 +156,41 @@ def test_records_of_other_settings_name_what_differs(trained):
     (trained / "wrong.yaml").write_text(CONFIG.replace("arms: [", "arm: ["))
     with pytest.raises(ConfigError, match=r"wrong\.yaml: study is .*\n.*Allowed: arms: a list of names; optimizers: a mapping"):
         run(trained, "clone", "--status", config="wrong.yaml")
+
+
+def test_all_wrong_options_of_optimizers_are_named_at_once(tmp_path):
+    optimizers = "{moun: {lr: 0.1}, muon: {lr: fast, momentum: [1]}, adamw: {lr: null, seed: 3, patch_size: 8, min-lr: 0}}"
+    (tmp_path / "wrong.yaml").write_text(f"{CONFIG.partition('study:')[0]}study:\n  optimizers: {optimizers}\n")
+    with pytest.raises(ConfigError) as error:
+        study.main(["--plan", "--config", str(tmp_path / "wrong.yaml"), "--output", str(tmp_path / "study")])
+    assert error.value.what.endswith(
+        "wrong.yaml, optimizers of the section study: moun is not an optimizer, did you mean muon?; lr of muon is 'fast'; momentum of muon is "
+        "[1], which is not one value; lr of adamw is None; adamw has seed, which must be the same in all arms; adamw has patch_size, which "
+        "must be the same in all arms"
+    )
+    assert "adamw, muon; lr: a number above 0" in error.value.allowed
+
+
+def test_the_printed_command_repeats_a_vocabulary_that_was_given(tmp_path, monkeypatch, capsys):
+    (tmp_path / "tiny.yaml").write_text(CONFIG)
+    monkeypatch.setattr(Study, "print_plan", lambda study: print(study.command(2)))
+    for given, shown in (
+        ([], "--config tiny.yaml --seeds 2"),
+        (["--vocab-size", "1024"], "--config tiny.yaml --vocab-size 1024 --seeds 2"),
+    ):
+        study.main(["--plan", "--config", str(tmp_path / "tiny.yaml"), "--output", str(tmp_path / "study"), *given])
+        assert shown in capsys.readouterr().out
+
+
+def test_a_run_is_recorded_with_the_programs_that_trained_it(tmp_path, monkeypatch):
+    assert origin.read_origin(tmp_path) == ("unknown", "unknown")
+    for commit, devices in (("0123abc", "2 CPU cores"), ("0123abc", "2 CPU cores"), ("4567def", "2 CPU cores")):
+        monkeypatch.setattr(origin, "program_commit", lambda commit=commit: commit)
+        monkeypatch.setattr(origin, "machine", lambda devices=devices: devices)
+        origin.note_origin(tmp_path / "run")
+    assert origin.read_origin(tmp_path / "run") == ("0123abc, then 4567def", "2 CPU cores")
+    (tmp_path / "run" / origin.ORIGIN).write_text("[[")
+    assert origin.read_origin(tmp_path / "run") == ("unknown", "unknown")
 
 
 def test_the_study_for_a_gpu_fits_into_its_quarter_of_an_hour_and_can_be_planned(tmp_path, capsys):
