@@ -8,22 +8,17 @@ stands for its run, whose folder may be missing.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import functools
-import itertools
 import json
 import os
 import queue
-import shlex
 import signal
-import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import yaml
@@ -38,9 +33,9 @@ from megatron_patch.model.flops import parameter_count
 from megatron_patch.optimizers.registry import OPTIMIZERS
 from megatron_patch.programs import HOME, as_called, in_checkout, shipped
 from megatron_patch.replication.arms import Arm, all_arms, select_arms
-from megatron_patch.replication.devices import gpus
 from megatron_patch.replication.dry_plan import print_plan
 from megatron_patch.replication.origin import note_origin, read_origin
+from megatron_patch.replication.processes import Processes
 from megatron_patch.replication.publish import publish
 from megatron_patch.replication.records import (
     RunRecord,
@@ -89,8 +84,7 @@ class Study:
 
     def __init__(self, args: argparse.Namespace, console: Console, more_arms: Sequence[Arm] = ()) -> None:
         self.console, self.output, self.args = console, args.output.resolve(), args
-        self.running: set[subprocess.Popen[bytes]] = set()
-        self.stop_signal = 0
+        self.processes = Processes(console, args.parallel)
         values = {name.replace("_", "-"): value for name, value in read_yaml(args.config).items()}
         self.config_as_given = "study" not in values
         section = study_section(args.config, values.pop("study", None))
@@ -207,7 +201,7 @@ class Study:
         write_durably(self.output / "settings.json", json.dumps(self.settings, indent=1, default=str) + "\n")
         text, tokenizer = [str(path) for path in self.settings["text"]], self.output / "tokenizer"
         if not (tokenizer / "tokenizer.json").is_file():
-            self.run(
+            self.processes.run(
                 [
                     "-m",
                     "megatron_patch",
@@ -223,7 +217,7 @@ class Study:
         if not self.dataset.with_suffix(".json").is_file():
             kind = ("--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(tokenizer), "--append-eod", "--overwrite")
             workers = ("--workers", str(min(16, len(os.sched_getaffinity(0)))))
-            self.run(
+            self.processes.run(
                 [
                     "-m",
                     "megatron_patch",
@@ -236,47 +230,6 @@ class Study:
                     *workers,
                 ]
             )
-
-    def run(self, command: Sequence[str], log: Path | None = None, variables: Mapping[str, str] | None = None) -> bool:
-        """Runs one command and waits for it.
-
-        Args:
-            command: its words after `python`.
-            log: file that its output is appended to; None prints the output.
-            variables: environment variables, from `device_variables`.
-
-        Returns:
-            True when the command finished; False when it saved and stopped early, by --seconds or by a signal to the study.
-
-        Raises:
-            DataError: the command failed.
-        """
-        self.console.print(f"$ python {shlex.join(command)}", soft_wrap=True)
-        environment = {
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join([str(HOME), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]).rstrip(":"),
-            **(variables or {}),
-        }
-        if not gpus():
-            environment.setdefault("DS_ACCELERATOR", "cpu")
-        if log is not None:
-            log.parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.nullcontext() if log is None else log.open("ab") as file:
-            process = subprocess.Popen([sys.executable, *command], env=environment, stdout=file, stderr=file)
-            self.running.add(process)
-            if self.stop_signal:
-                # The signal came before this process was in `running`.
-                process.terminate()
-            code = process.wait()
-            self.running.discard(process)
-        if code and code != ExitCode.PREEMPTED and not self.stop_signal:
-            program = " ".join(itertools.takewhile(lambda word: not word.startswith("--"), command))
-            raise DataError(
-                f"{program} failed with exit code {code}",
-                "exit code 0",
-                f"read {log or 'the output above'}, fix the problem and run the same command again to resume",
-            )
-        return code == 0
 
     def finished(self) -> list[RunRecord]:
         """Returns the record of every finished run, including seeds beyond --seeds: those given first, then those of run folders."""
@@ -396,19 +349,8 @@ class Study:
             DataError: a run failed. Without --keep-going no other run starts; those under way finish first.
             SystemExit: a signal stopped the study, after every process that was under way has ended.
         """
-        before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
+        with self.processes.stopped_by_signals():
             self._train_all()
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        """Makes all runs save and stop; a second Ctrl-C is passed to them as SIGINT and stops them at once."""
-        again = number == signal.SIGINT and self.stop_signal
-        self.stop_signal = number
-        for process in list(self.running):
-            process.send_signal(signal.SIGINT if again else signal.SIGTERM)
 
     def _train_all(self) -> None:
         start, total = time.monotonic(), len(self.arms) * len(self.seeds)
@@ -425,7 +367,7 @@ class Study:
             slot = slots.get()
             try:
                 command = self.run_command(arm, seed)
-                if self.stop_signal:
+                if self.processes.stop_signal:
                     return False
                 if self.args.seconds is not None:
                     seconds = int(start + self.args.seconds - time.monotonic())
@@ -434,7 +376,7 @@ class Study:
                     command += ["--exit-duration", f"{seconds}s"]
                 self.console.print(f"\nrun {number} of {total}: {arm.name}, seed {seed}", style="bold")
                 note_origin(self.run_folder(arm, seed))
-                return self.run(command, self.output / "logs" / f"{arm.name}-seed{seed}.log", self.device_variables(slot))
+                return self.processes.run(command, self.output / "logs" / f"{arm.name}-seed{seed}.log", slot)
             finally:
                 slots.put(slot)
 
@@ -459,9 +401,11 @@ class Study:
         if not todo:
             self.write()
         if stopped:
-            reason = f"stopped by {signal.Signals(self.stop_signal).name}" if self.stop_signal else "--seconds has passed"
+            reason = (
+                f"stopped by {signal.Signals(self.processes.stop_signal).name}" if self.processes.stop_signal else "--seconds has passed"
+            )
             self.console.print(f"{plural(stopped, 'run')} not finished ({reason}); run the same command again to resume")
-        if self.stop_signal:
+        if self.processes.stop_signal:
             raise SystemExit(ExitCode.PREEMPTED)
         if failures:
             raise failures[0]
@@ -475,11 +419,3 @@ class Study:
             for arm in self.arms
             if (arm.name, seed) not in done and read_outcome(self.run_folder(arm, seed), arm.name, seed) is None
         ]
-
-    def device_variables(self, slot: int) -> dict[str, str]:
-        """Returns the environment variables that give one of `--parallel` runs its GPU or its number of CPU threads."""
-        if self.args.parallel == 1:
-            return {}
-        if names := gpus():
-            return {"CUDA_VISIBLE_DEVICES": str(slot % len(names))}
-        return {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // self.args.parallel))}
