@@ -110,7 +110,8 @@ def test_traffic_by_the_formulas():
     for ranks in (8, 64):
         full = matrix_step(LLAMA_7B, Layout(ranks, zero_level=3, optimizer=MUON), layers)
         # There: this rank's part of the others' matrices; back: their parts of its own matrices.
-        assert max(full.sent) == pytest.approx(2 * elements / ranks * (ranks - 1) / ranks, rel=0.25)
+        assert sum(full.sent) == 2 * elements * (ranks - 1) // ranks
+        assert max(full.sent) < 1.25 * sum(full.sent) / ranks
         none = matrix_step(LLAMA_7B, Layout(ranks, zero_level=0, optimizer=MUON), layers)
         assert sum(none.sent) == elements * (ranks - 1), "every rank receives all matrices of the others"
 
@@ -119,7 +120,7 @@ def test_sub_groups_of_zero_3_are_stepped_one_after_the_other():
     layout = Layout(64, zero_level=3, optimizer=MUON)
     layers = range(LLAMA_7B.num_layers + 2)
     one, four = (matrix_step(LLAMA_7B, dataclasses.replace(layout, sub_group_elements=size), layers) for size in (10**9, 25_000_000))
-    assert sum(four.sent) == sum(one.sent) and four.waves >= one.waves
+    assert sum(four.sent) == sum(one.sent) and four.waves > one.waves
     assert 1 < one.load_factor < four.load_factor < 2
 
 
