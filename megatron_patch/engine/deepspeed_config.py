@@ -317,7 +317,7 @@ def resolve_engine_config(
     _check_batch_sizes(user, plan, data_parallel_size, findings)
     if optimizer_type(schedule.optimizer).full_matrices and _section(user, "torch_autocast").get("enabled"):
         findings.add(
-            f"--deepspeed_config turns on torch_autocast with --optimizer {schedule.optimizer}, which was not tried together",
+            f"--deepspeed_config turns on torch_autocast with --optimizer {schedule.optimizer}, a combination that is not supported",
             "torch_autocast with --optimizer adamw",
             "remove torch_autocast and use --bf16",
         )

@@ -32,7 +32,7 @@ from megatron_patch.engine.deepspeed_config import EngineConfig, batch_settings
 from megatron_patch.engine.distributed import barrier, gather_objects
 from megatron_patch.engine.environment import threads_per_rank
 from megatron_patch.engine.fragments import Fragment, HostBuffers, fragments
-from megatron_patch.engine.hidden_matrices import attach_hidden_matrices
+from megatron_patch.engine.hidden_matrices import attach_hidden_matrices, require_attachable
 from megatron_patch.engine.interface import EvaluationResult, ReplicaMismatch, Snapshot, StepGate, StepResult
 from megatron_patch.engine.mixed_precision import MixedPrecision
 from megatron_patch.engine.replicas import compare_replicas
@@ -95,7 +95,7 @@ class StepOutcome:
 
 @contextmanager
 def _checked_optimizer() -> Iterator[None]:
-    """Drops DeepSpeed's warning of an optimizer that it does not know, since the engine has checked or attaches what ZeRO would break."""
+    """Hides DeepSpeed's warning of an untested optimizer: the engine checks that it works on partitions, or collects full matrices."""
     from deepspeed.utils import logger
 
     def is_another(record: logging.LogRecord) -> bool:
@@ -153,6 +153,7 @@ class DeepSpeedEngine(abc.ABC):
         if config.zero_level > 0 or parallel.size > 1:
             require_elementwise(schedule, config.offloads_optimizer, device)
         optimizer = make_optimizer(param_groups, schedule, config.offloads_optimizer)
+        require_attachable(optimizer, schedule)
         if config.zero_level > 0 and isinstance(optimizer, torch.optim.Adagrad):
             # DeepSpeed makes another Adagrad with one group of all parameters, so learning rates and weight decays would be lost.
             raise ConfigError(

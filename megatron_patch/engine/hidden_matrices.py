@@ -13,13 +13,34 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_patch.config.options import ScheduleOptions
 from megatron_patch.engine.deepspeed_config import EngineConfig
 from megatron_patch.engine.fragments import locate
+from megatron_patch.errors import ConfigError
 from megatron_patch.model.parameters import is_hidden_matrix
 from megatron_patch.model.sharding import Shard
 from megatron_patch.optimizers.groups import HIDDEN
 from megatron_patch.optimizers.muon import OrthogonalizedMomentum
 from megatron_patch.optimizers.ownership import MatrixSpan
+from megatron_patch.optimizers.registry import optimizer_type
+
+
+def require_attachable(optimizer: torch.optim.Optimizer, options: ScheduleOptions) -> None:
+    """Checks that an optimizer that needs full matrices can be attached; another one would step parts of matrices without an error.
+
+    Args:
+        optimizer: the optimizer.
+        options: its name.
+
+    Raises:
+        ConfigError: it is registered with `full_matrices` but is of another class.
+    """
+    if optimizer_type(options.optimizer).full_matrices and not isinstance(optimizer, OrthogonalizedMomentum):
+        raise ConfigError(
+            f"the optimizer {options.optimizer} is registered with full_matrices and is made as {type(optimizer).__name__}",
+            "OrthogonalizedMomentum or a subclass of it",
+            "make a subclass of it, or register the optimizer without full_matrices",
+        )
 
 
 def attach_hidden_matrices(
@@ -64,7 +85,7 @@ def attach_hidden_matrices(
 
 
 def _units(optimizer: torch.optim.Optimizer, zero: Any, zero_level: int) -> list[list[torch.Tensor]]:
-    """Returns the tensors of hidden matrices, by calls of the optimizer's `step`."""
+    """Returns the tensors that each call of the optimizer's `step` finds in a group of hidden matrices, call by call."""
     groups = optimizer.param_groups
     if zero_level == 3:
         flats, group_of = zero.fp32_partitioned_groups_flat, zero.sub_group_to_group_id

@@ -42,7 +42,8 @@ def _sum_norms_equally_often(zero: Any) -> None:
     """Makes all pipeline ranks take part in as many sums for the gradient norm; they must call this together.
 
     DeepSpeed's ZeRO 1 sums the squares of each parameter group by itself over all pipeline ranks. A rank without blocks or without word
-    embeddings has fewer groups than others, which would wait for it. It adds zeros to their further sums and so has the same norm as they.
+    embeddings has fewer groups than others, which would wait for it. It adds zeros to their further sums. All ranks combine the same sums
+    in the same order, so that their norms, and what is clipped by them, are equal to the last bit.
 
     Args:
         zero: DeepSpeed's optimizer; one that sums all groups at once stays as it is.
@@ -52,20 +53,16 @@ def _sum_norms_equally_often(zero: Any) -> None:
     own, ranks = len(zero.bit16_groups), zero.model_parallel_group
     counts = [0] * torch.distributed.get_world_size(ranks)
     torch.distributed.all_gather_object(counts, own, group=ranks)
-    missing, norm_of_own = max(counts) - own, zero.scaled_global_norm
-    if not missing:
+    if len(set(counts)) == 1:
         return
 
-    def scaled_global_norm(norm_type: int = 2) -> torch.Tensor:
-        norms = [norm_of_own(norm_type)]
-        for _ in range(missing):
-            if zero.cpu_offload:
-                norms.append(zero.complete_grad_norm_calculation_for_cpu_offload([]))
-            else:
-                norms.append(zero.get_grad_norm_direct([], []))
-        return combine_grad_norm_groups(norms, norm_type)
+    def norm_of(group: int) -> Any:
+        params = zero.params_in_partition[group] if group < own else []
+        if zero.cpu_offload:
+            return zero.complete_grad_norm_calculation_for_cpu_offload(params)
+        return zero.get_grad_norm_direct(zero.averaged_gradients[group] if group < own else [], params)
 
-    zero.scaled_global_norm = scaled_global_norm
+    zero.scaled_global_norm = lambda norm_type=2: combine_grad_norm_groups([norm_of(group) for group in range(max(counts))], norm_type)
 
 
 @dataclass(frozen=True)

@@ -82,10 +82,6 @@ class SubGroups:
         state = self._state(group)
         return {"weight": self._zero.fp32_partitioned_groups_flat[group].detach(), **{kind: state[kind] for kind in state_kinds(state)}}
 
-    def kinds(self, group: int) -> tuple[str, ...]:
-        """Returns the names of the tensors of a sub-group, which need not be in memory."""
-        return ("weight", *state_kinds(self._state(group)))
-
     def _state(self, group: int) -> dict[str, Any]:
         return ensure_state(self._optimizer, self._zero.fp32_partitioned_groups_flat[group])
 
@@ -121,7 +117,7 @@ class _Views(Mapping[str, torch.Tensor]):
         return self._groups.tensors(group)[kind].view(-1).narrow(0, offset, numel)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._groups.kinds(self._span[0]))
+        return iter(self._groups.tensors(self._span[0]))
 
     def __len__(self) -> int:
-        return len(self._groups.kinds(self._span[0]))
+        return len(self._groups.tensors(self._span[0]))

@@ -41,7 +41,7 @@ class MatrixExchange:
     ) -> None:
         self.tensors = list(tensors)
         self.sent_bytes = 0
-        """Bytes that this rank has sent to other ranks."""
+        """Bytes that this rank has sent to other ranks, for tests and reports."""
         self._group, self._device, self._dtype = group, device, dtype
         gathered: list[list[MatrixSpan]] = [[] for _ in range(dist.get_world_size(group))]
         dist.all_gather_object(gathered, list(spans), group=group)
@@ -82,7 +82,7 @@ class MatrixExchange:
     def _collect(self, wave: Wave, sources: Sequence[torch.Tensor]) -> torch.Tensor:
         """Returns this rank's matrices of a wave, flattened one after another."""
         buffer = torch.empty(wave.numel, dtype=self._dtype, device=self._device)
-        received = self._exchange(wave, [_cut(sources, slices) for slices in wave.sends], [_numel(parts) for parts in wave.receives])
+        received = self._exchange(wave, [_slices_of(sources, slices) for slices in wave.sends], [_numel(parts) for parts in wave.receives])
         parts = list(itertools.chain(*wave.receives))
         for part, message in zip(parts, received.split([part.numel for part in parts]), strict=True):
             buffer.narrow(0, part.offset, part.numel).copy_(message)
@@ -105,7 +105,7 @@ class MatrixExchange:
         """Sends a message to each rank and returns the messages of all ranks, one after another.
 
         Args:
-            wave: tells whether any rank sends anything.
+            wave: the wave; nothing is sent if no rank of it exchanges anything.
             messages: the parts of the message to each rank.
             expected: number of elements from each rank.
         """
@@ -135,7 +135,7 @@ def _numel(parts: Sequence[torch.Tensor] | Sequence[Slice] | Sequence[BufferSlic
     return sum(part.numel() if isinstance(part, torch.Tensor) else part.numel for part in parts)
 
 
-def _cut(tensors: Sequence[torch.Tensor], slices: Sequence[Slice]) -> list[torch.Tensor]:
+def _slices_of(tensors: Sequence[torch.Tensor], slices: Sequence[Slice]) -> list[torch.Tensor]:
     return [tensors[cut.tensor].narrow(0, cut.offset, cut.numel) for cut in slices]
 
 

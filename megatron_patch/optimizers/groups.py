@@ -15,7 +15,7 @@ from megatron_patch.optimizers.registry import OptimizerType
 LR_SCALE = "lr_scale"
 """Key of a group: its learning rate as a multiple of the schedule's."""
 HIDDEN = "hidden"
-"""Key of a group: whether it contains the hidden matrices, for an optimizer that needs full matrices."""
+"""Key that only the group of the hidden matrices has, for an optimizer that needs full matrices."""
 
 
 def parameter_groups(names: Mapping[nn.Parameter, str], options: ScheduleOptions, optimizer: OptimizerType) -> list[dict[str, Any]]:

@@ -126,9 +126,9 @@ class OrthogonalizedMomentum(torch.optim.Optimizer):
             torch._foreach_lerp_(gradients, momenta, options.muon_momentum)
         torch._foreach_mul_(tensors, 1 - group["lr"] * group["weight_decay"])
         sources = gradients if options.muon_nesterov else momenta
-        exchange.add_mapped([s.view(-1) for s in sources], [t.view(-1) for t in tensors], self._update, -group["lr"])
+        exchange.add_mapped([s.view(-1) for s in sources], [t.view(-1) for t in tensors], self.update, -group["lr"])
 
-    def _update(self, matrices: torch.Tensor) -> torch.Tensor:
+    def update(self, matrices: torch.Tensor) -> torch.Tensor:
         """Returns the update of matrices [N, rows, columns], before the learning rate."""
         options = self._options
         scale = update_scale((matrices.shape[-2], matrices.shape[-1]), options.muon_scale_mode, options.muon_extra_scale_factor)

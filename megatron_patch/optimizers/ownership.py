@@ -93,6 +93,7 @@ class Wave:
     """What a rank sends, receives and owns in one exchange; a step has several of them, so that buffers stay small.
 
     Args:
+        ranks: number of ranks in the exchange.
         matrices: the matrices that this rank owns.
         numel: size of the buffer for them.
         sends: for each rank, the slices that go there, in the order of the message.
@@ -186,8 +187,9 @@ def order_of_cost(matrix: HeldMatrix) -> tuple[float, str]:
 def assign_owners(matrices: Sequence[HeldMatrix], ranks: int) -> tuple[dict[str, int], list[float]]:
     """Returns the owner of each matrix and the load of each rank.
 
-    A matrix goes to the rank that holds most of it, as long as its load stays at most 5 % above the mean, else to the rank with the
-    lowest load.
+    Among the ranks that hold at least half as much of a matrix as the rank with the largest part, and whose load stays at most 5 % above
+    the mean, the one with the largest part gets it. If there is none, a rank with the lowest load gets it, if possible one that holds a
+    part. If all ranks hold the same, the lowest load decides.
 
     Args:
         matrices: in the order of `order_of_cost`.
@@ -216,7 +218,7 @@ def assign_owners(matrices: Sequence[HeldMatrix], ranks: int) -> tuple[dict[str,
     return owners, loads
 
 
-class Sources:
+class SenderChoice:
     """Chooses which rank sends a span of a matrix to the matrix's owner.
 
     Args:
@@ -227,15 +229,17 @@ class Sources:
         self._sent = [0] * ranks
 
     def choose(self, owner: int, holders: Sequence[int], numel: int) -> int:
-        """Returns the owner if it holds the span itself, else the holder that has sent least so far."""
+        """Returns the owner if it holds the span itself, else the holder that has sent least so far of what several ranks hold."""
         if owner in holders:
             return owner
-        source = min(holders, key=lambda holder: (self._sent[holder], holder)) if len(holders) > 1 else holders[0]
-        self._sent[source] += numel
-        return source
+        if len(holders) == 1:
+            return holders[0]
+        sender = min(holders, key=lambda holder: (self._sent[holder], holder))
+        self._sent[sender] += numel
+        return sender
 
 
-def _cut(spans: Sequence[tuple[int, int, int]]) -> Iterator[tuple[int, int, list[int]]]:
+def _cut_at_edges(spans: Sequence[tuple[int, int, int]]) -> Iterator[tuple[int, int, list[int]]]:
     """Yields (first element, end, ranks that hold it) of the pieces into which the edges of all spans cut a shard."""
     holders: dict[tuple[int, int], list[int]] = {}
     for start, end, rank in spans:
@@ -287,7 +291,7 @@ def plan_exchange(spans: Sequence[Sequence[MatrixSpan]], rank: int, wave_limit: 
         (span,) = (span for span in local[name, shard] if span.start <= first and last <= span.start + span.numel)
         return Slice(span.tensor, span.offset + first - span.start, last - first)
 
-    waves, sources = [], Sources(ranks)
+    waves, senders = [], SenderChoice(ranks)
     for members in assign_waves(matrices, owners, wave_limit):
         wave = Wave(ranks)
         for matrix in members:
@@ -297,7 +301,7 @@ def plan_exchange(spans: Sequence[Sequence[MatrixSpan]], rank: int, wave_limit: 
                 wave.matrices.append(OwnedMatrix(matrix.name, matrix.shape, matrix.dim, matrix.shards, base))
                 wave.numel += math.prod(matrix.shape)
             for shard, first, last, holders in pieces(matrix):
-                source = sources.choose(owner, holders, last - first)
+                source = senders.choose(owner, holders, last - first)
                 part = BufferSlice(base + shard * shard_numel + first, last - first)
                 wave.exchanges = wave.exchanges or holders != [owner]
                 held = slice_of(matrix.name, shard, first, last) if rank in holders else None
@@ -324,7 +328,7 @@ def pieces(matrix: HeldMatrix) -> Iterator[tuple[int, int, int, list[int]]]:
     assert sorted(matrix.spans) == list(range(matrix.shards)), f"{matrix.name} lacks shards"
     for shard, spans in sorted(matrix.spans.items()):
         end = 0
-        for first, last, holders in _cut(spans):
+        for first, last, holders in _cut_at_edges(spans):
             assert first == end, f"{matrix.name}: no rank holds element {end} of shard {shard}"
             end = last
             yield shard, first, last, holders

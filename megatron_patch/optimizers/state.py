@@ -76,7 +76,7 @@ def make_optimizer(groups: Sequence[dict[str, Any]], options: ScheduleOptions, o
     if any(scales[id(p)] != group.get(LR_SCALE, 1.0) for group in optimizer.param_groups for p in group["params"]):
         raise ConfigError(
             f"the optimizer {options.optimizer} has dropped the key {LR_SCALE!r} of its parameter groups",
-            "an optimizer that keeps the groups that it is given, in which --decoupled-lr has a learning rate of its own",
+            "an optimizer that keeps the groups that it is given, of which some have a learning rate of their own (--decoupled-lr)",
             "make the optimizer of the groups, not of their parameters, or leave out --decoupled-lr",
         )
     return optimizer

@@ -1,8 +1,8 @@
 """The cost of an optimizer step that needs full matrices, such as Muon's: operations, traffic and buffers.
 
 In: the matrices of the blocks, layout. Out: `MatrixStep`. Everything is **counted** with the rules by which the optimizer itself chooses
-the owner of each matrix (`optimizers.ownership`), applied to the spans that ZeRO and tensor parallelism leave on each rank
-(tests/planning/test_hidden_matrices.py compares the result with the plan of every rank, tests/distributed/test_traffic.py with real runs).
+the owner of each matrix (`optimizers.ownership`), applied to the spans that ZeRO and tensor parallelism leave on each rank.
+tests/planning/test_hidden_matrices.py compares the result with the plan of every rank, tests/distributed/test_planned_muon.py with runs.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from megatron_patch.model.sharding import shard_of
 from megatron_patch.optimizers.ownership import (
     WAVE_LIMIT,
     HeldMatrix,
-    Sources,
+    SenderChoice,
     assign_owners,
     assign_waves,
     order_of_cost,
@@ -44,7 +44,7 @@ class MatrixStep:
     Args:
         ranks: number of these ranks.
         matrices: number of matrices.
-        waves: number of exchanges in a step, each with a way to the owners and a way back.
+        waves: number of exchanges in a step; each sends matrices to their owners and results back.
         flops: FLOPs of one Newton-Schulz step on all matrices.
         critical_flops: of these, those that the step waits for: the largest load of a rank in each wave, or over all waves without traffic.
         owned_elements: elements of the matrices that a rank owns; the largest number of all ranks.
@@ -181,9 +181,9 @@ def _matrix_step(
     for unit in units:
         unit.sort(key=order_of_cost)
         owners, _ = assign_owners(unit, ranks)
-        sources = Sources(ranks)
+        senders = SenderChoice(ranks)
         for members in assign_waves(unit, owners, WAVE_LIMIT):
-            ledger.add_wave([(matrix, owners[matrix.name], pieces[matrix.name]) for matrix in members], sources)
+            ledger.add_wave([(matrix, owners[matrix.name], pieces[matrix.name]) for matrix in members], senders)
     return ledger.result()
 
 
@@ -207,12 +207,12 @@ class _Ledger:
             self._vectors[id(held)] = held, vector  # the dictionary is kept, so that no other one gets its id
         return self._vectors[id(held)][1]
 
-    def add_wave(self, members: Sequence[tuple[HeldMatrix, int, _Pieces]], sources: Sources) -> None:
+    def add_wave(self, members: Sequence[tuple[HeldMatrix, int, _Pieces]], senders: SenderChoice) -> None:
         """Adds a wave.
 
         Args:
             members: each matrix with its owner and the pieces that several ranks hold.
-            sources: chooses who sends such a piece.
+            senders: chooses who sends such a piece.
         """
         gathered_out, gathered_in, returned_out, returned_in = (np.zeros(self._ranks, np.int64) for _ in range(4))
         load, buffers = np.zeros(self._ranks), np.zeros(self._ranks, np.int64)
@@ -233,7 +233,7 @@ class _Ledger:
                 self._sent_near[node] += others[node]
                 self._received_near[owner] += near
             for part, holders in pieces:
-                if (source := sources.choose(owner, holders, part)) != owner:
+                if (source := senders.choose(owner, holders, part)) != owner:
                     gathered_out[source] += part
                     gathered_in[owner] += part
                     if source // self._devices == owner // self._devices:

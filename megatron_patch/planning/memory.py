@@ -81,7 +81,7 @@ def rank_parameters(shape: ModelShape, layout: Layout, layers: range) -> int:
 
 
 def hidden_parameters(shape: ModelShape, layout: Layout, layers: range) -> int:
-    """Returns how many of these parameters are elements of hidden matrices, which Muon keeps less state for."""
+    """Returns how many parameters of a rank with these layers are elements of hidden matrices, for which Muon keeps less state."""
     return _sizes(shape, layout.tensor, layers)[2]
 
 

@@ -89,8 +89,8 @@ def optimizer_seconds(shape: ModelShape, layout: Layout, layers: range, hardware
     """Returns the estimated seconds of the update and of its Newton-Schulz steps, without communication.
 
     The update is limited by the memory's bandwidth: AdamW moves 32 bytes for each parameter in one kernel. Muon's operators run one after
-    another: those of the momentum move 12 bytes for each element, of Nesterov's look-ahead 12, of the decay 8, to and from the buffer the
-    element twice as float32 and as it is sent, of the sum 12, of the rounded weight 4.
+    another. For each element they move 12 bytes for the momentum, 12 for Nesterov's look-ahead, 8 for the decay, 12 for the sum and 4 for
+    the rounded weight. The copy into the buffer moves 4 bytes and the element as it is sent; in bfloat16 so does the copy back.
 
     Newton-Schulz steps are matrix products, which reach the same share of the peak as those of the model, and copies: `baddbmm` copies its
     first operand, and a matrix is stacked, normalized, scaled and copied back.

@@ -110,6 +110,6 @@ def traffic(shape: ModelShape, layout: Layout, layers: range, stage: Stage, hard
     work = matrix_step(shape, layout, layers, hardware.node_devices)
     if work is not None and work.ranks > 1:
         sent = {link: float(layout.element_bytes * elements) for link, elements in (("node", work.node), ("network", work.network))}
-        # That nothing has to be sent is worth a row.
+        # A row of zero bytes shows that the exchange sends nothing.
         rows += [Traffic("matrices", link, sent[link]) for link in _LINKS if sent[link] or (link == "node" and not any(sent.values()))]
     return rows

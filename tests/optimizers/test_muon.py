@@ -77,7 +77,10 @@ def step_on_ranks(kind, tensor, options, dtype, wave_limit):
     if kind == "replicated":
         tensors = [part.clone() for part in flat(0).split([numel for _, _, numel in whole.values()])]
         spans = [MatrixSpan(name, SHAPES[name], shard, 0, numel, i, 0) for i, (name, (shard, _, numel)) in enumerate(whole.items())]
-        gradients = lambda step: flat(step).split([numel for _, _, numel in whole.values()])  # noqa: E731
+
+        def gradients(step):
+            return flat(step).split([numel for _, _, numel in whole.values()])
+
     else:
         part = -(-end // data)
         first, last = part * data_rank, min(end, part * (data_rank + 1))
@@ -86,7 +89,10 @@ def step_on_ranks(kind, tensor, options, dtype, wave_limit):
             low, high = max(begin, first), min(begin + numel, last)
             if high > low:
                 spans.append(MatrixSpan(name, SHAPES[name], shard, low - begin, high - low, 0, low - first))
-        gradients = lambda step: [flat(step)[first:last]]  # noqa: E731
+
+        def gradients(step):
+            return [flat(step)[first:last]]
+
     other = torch.ones(3)
     groups = [{"params": tensors, "weight_decay": 0.1, HIDDEN: True}, {"params": [other], "weight_decay": 0.0}]
     optimizer = make_muon(groups, options, offloaded=False)
@@ -102,7 +108,7 @@ def step_on_ranks(kind, tensor, options, dtype, wave_limit):
     for span in spans:
         index = 0 if span.shard is None else span.shard.index
         found[span.name] = (index, span.start, tensors[span.tensor][span.offset : span.offset + span.numel].tolist())
-    return found, optimizer.exchanges[0].sent_bytes, max(optimizer.exchanges[0].plan.loads)
+    return found, optimizer.exchanges[0].sent_bytes
 
 
 def full_matrices(results, tensor):
@@ -111,7 +117,7 @@ def full_matrices(results, tensor):
     for name, shape in SHAPES.items():
         count = tensor if name in CUT else 1
         shards = torch.full((count, math.prod(shape) // count), float("nan"))
-        for held, _, _ in results:
+        for held, _ in results:
             if name in held:
                 index, start, listed = held[name]
                 part = torch.tensor(listed)
@@ -139,7 +145,7 @@ def test_steps_equal_the_formula_on_full_matrices(tmp_path, kind, ranks, tensor,
     results = run_ranks(step_on_ranks, ranks, tmp_path, kind, tensor, options, torch.float32, wave_limit)
     for name, found in full_matrices(results, tensor).items():
         torch.testing.assert_close(found.double(), expected(name, 3, options), rtol=0, atol=2e-6)
-    assert (sum(sent for _, sent, _ in results) > 0) == (ranks > 1)
+    assert (sum(sent for _, sent in results) > 0) == (ranks > 1)
 
 
 def test_bfloat16_matrices_give_equal_copies(tmp_path):
