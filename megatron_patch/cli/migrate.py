@@ -39,6 +39,7 @@ from megatron_patch.utils.units import plural
 
 _MOST_BYTES = 1 << 22
 _DECISIVE = ("num-layers", "hidden-size", "num-attention-heads", "train-tokens", "train-iters", "train-samples", "global-batch-size")
+_WARMUPS = tuple(f"lr-warmup-{unit}" for unit in ("iters", "samples", "tokens", "steps", "fraction"))
 _PLACEHOLDER = re.compile(r"(?<![<&0-9])<([A-Za-z](?:[^<>|&;$()\n]*[^<>|&;$()\n\s])?)>(?!>)")
 """A part that the reader of a public script is to fill in, such as <PATH TO DATA>; bash would read it as redirections."""
 _NEEDS_EOD = {"reset-attention-mask", "reset-position-ids", "eod-mask-loss"}
@@ -323,7 +324,7 @@ def _with_json(given: Sequence[Given], parts: DeepSpeedParts, source: _Source) -
     result = list(given)
     values = {flag.key: " ".join(flag.words) for flag in given}
     for option, (value, key) in list(parts.flags.items()):
-        if option == "lr-warmup-steps" and (other := next((name for name in values if name.startswith("lr-warmup-")), None)):
+        if option == "lr-warmup-steps" and (other := next((name for name in _WARMUPS if name in values), None)):
             del parts.flags[option]
             source.remarks.append(f"--{other} {values[other]} is written, and DeepSpeed's JSON has {key} = {value}")
             continue

@@ -49,6 +49,7 @@ _ABOVE_ZERO = {
     *("muon_lr", "decoupled_lr", "muon_extra_scale_factor"),
     *("exit_duration", "spike_threshold", "spike_grad_norm"),
 }
+_BELOW_ONE = {"adam_beta1", "adam_beta2", "muon_momentum"}
 LARGEST = {
     "num_layers": 10_000,
     "hidden_size": 1_000_000,
@@ -177,6 +178,8 @@ def _check_number(field: dataclasses.Field[Any], value: int | float) -> None:
         allowed = "numbers from 0"
     elif field.name in _ABOVE_ZERO and value <= 0:
         allowed = "numbers above 0"
+    elif field.name in _BELOW_ONE and not 0.0 <= value < 1.0:
+        allowed = "numbers from 0 to below 1"
     if allowed is not None:
         required = field.default is dataclasses.MISSING
         do = "give another value" if required else "give another value, or leave the flag out for the default"
@@ -245,7 +248,7 @@ def check_options(options: Options, origins: Mapping[str, str] = MappingProxyTyp
     Raises:
         ConfigError: options are not valid, or contradict each other; the message has all that several checks find.
     """
-    checks = (*(_check_safety, _check_checkpoints, _check_packages, _check_trackers, _check_evaluation, _check_tokenizer),)
+    checks = (_check_safety, _check_checkpoints, _check_packages, _check_trackers, _check_evaluation, _check_tokenizer)
     problems = problems_of(
         *(functools.partial(check, options) for check in checks),
         *(functools.partial(check, options.schedule) for check in (check_lengths, check_optimizer)),

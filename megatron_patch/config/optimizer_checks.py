@@ -14,7 +14,14 @@ _UNITS = ("tokens", "steps", "fraction")
 
 
 def check_lengths(schedule: ScheduleOptions) -> None:
-    """Checks that each length of the learning-rate schedule is given in one unit, and that shares are shares."""
+    """Checks that each length of the learning-rate schedule is given in one unit, and that shares are shares.
+
+    Args:
+        schedule: the options.
+
+    Raises:
+        ConfigError: they are not; the message names all of their flags.
+    """
     found: list[ConfigError] = []
     for kind in ("lr_warmup", "lr_decay", "lr_wsd_decay"):
         names = [f"{kind}_{unit}" for unit in _UNITS if hasattr(schedule, f"{kind}_{unit}")]
@@ -36,19 +43,21 @@ def check_lengths(schedule: ScheduleOptions) -> None:
 
 
 def check_optimizer(schedule: ScheduleOptions) -> None:
-    """Checks the decay rates of moments, and that each kind of parameter has a rate that is a multiple of --lr."""
+    """Checks that each kind of parameter has a rate that is a multiple of --lr.
+
+    Args:
+        schedule: the options.
+
+    Raises:
+        ConfigError: a rate is not; the message names all of their flags.
+    """
     found: list[ConfigError] = []
-    for name in ("adam_beta1", "adam_beta2", "muon_momentum"):
-        value = getattr(schedule, name)
-        if not 0.0 <= value < 1.0:
-            do = "give another value, or leave the flag out for the default"
-            found.append(ConfigError(flag_and_value(name, value), "numbers from 0 to below 1", do))
     for name in ("muon_lr", "decoupled_lr"):
         rate = getattr(schedule, name)
         if rate is not None and not (schedule.lr > 0 and math.isfinite(rate / schedule.lr) and rate / schedule.lr > 0):
             found.append(
                 ConfigError(
-                    f"{flag_and_value(name, rate)} with {flag_and_value('lr', schedule.lr)}, to which its schedule is a ratio",
+                    f"{flag_and_value(name, rate)} with {flag_and_value('lr', schedule.lr)}, of which its schedule is a multiple",
                     "a rate that is a finite multiple of --lr, and --lr above 0",
                     f"give another --lr or {flag_of(name)}",
                 )
@@ -77,5 +86,5 @@ def check_muon(schedule: ScheduleOptions, origins: Mapping[str, str]) -> None:
             f"{flags} with --optimizer adamw, which does not read {'it' if len(given) == 1 else 'them'}",
             "--optimizer muon",
             f"give --optimizer muon, or remove {'it' if len(given) == 1 else 'them'}"
-            + (f"; {values} takes a file's back" if values else ""),
+            + (f"; on the command line, {values} takes back what the file sets" if values else ""),
         )

@@ -178,7 +178,7 @@ class ScheduleOptions:
     lr_wsd_decay_style: Reported[WsdDecayStyle] = "linear"
     """Shape of WSD's final decay."""
     optimizer: Fixed[str] = "adamw"
-    """Name of the optimizer, or of one that your own script registers.
+    """adamw, muon, or a name that your own script registers.
 
     - adamw: NVIDIA Apex's fused AdamW if installed, else torch's.
     - muon: orthogonalized momentum for the matrices of the blocks; AdamW for embeddings, head, norms and biases (docs/optimizers.md)."""
@@ -196,7 +196,7 @@ class ScheduleOptions:
     muon_momentum: Reported[float] = 0.95
     """Decay rate of Muon's momentum."""
     muon_nesterov: Reported[bool] = True
-    """Orthogonalize Nesterov's momentum, the mean of gradient and momentum, instead of the momentum alone."""
+    """Orthogonalize Nesterov's momentum, the weighted mean of gradient and momentum, instead of the momentum alone."""
     muon_scale_mode: Reported[MuonScaleMode] = "spectral"
     """Factor of Muon's update of a matrix of R rows and C columns.
 

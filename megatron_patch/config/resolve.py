@@ -27,7 +27,8 @@ from megatron_patch.config.parsing import ParsedOptions, option_values, parse
 from megatron_patch.config.plan_builder import build_plan, reschedule
 from megatron_patch.config.problems import one_error, problems_of
 from megatron_patch.config.scale import default_decay_fraction, default_patch_size, needs_decay_fraction, needs_patch_size, scale_notes
-from megatron_patch.config.stage_spec import has_weights, parse_blend, parse_epoch_limits
+from megatron_patch.config.schedules import check_given_lengths, schedule_notes
+from megatron_patch.config.stage_spec import has_weights, parse_blend, parse_epoch_limits, stage_specs
 from megatron_patch.data.dataset_metadata import DatasetMetadata, read_metadata
 from megatron_patch.data.dataset_paths import expand_prefixes
 from megatron_patch.data.missing_dataset import check_datasets, is_local_glob, missing_dataset
@@ -311,12 +312,15 @@ def resolve(parsed: ParsedOptions, ranks: int) -> RunConfig:
         by_scale.append(f"--patch-size {options.stages.patch_size}")
     decay_fraction = default_decay_fraction(parameters)
     plan = build_plan(options.stages, options.schedule, data_parallel_size, decay_fraction)
+    specs = stage_specs(options.stages)
+    check_given_lengths(plan, specs)
     if needs_decay_fraction(options, plan):
         by_scale.append(f"--lr-wsd-decay-fraction {decay_fraction}")
     if by_scale:
         notes.append(f"{' and '.join(by_scale)} by default, for a model of {format_count(parameters)} parameters")
     notes.extend(_padding_notes(plan, data_parallel_size))
     notes.extend(_rounding_notes(options, plan))
+    notes.extend(schedule_notes(plan, specs, options.schedule))
     check_plan(options, plan)
     notes.extend(scale_notes(options, plan, parameters))
     run = RunConfig(options, parsed.origins, shape, plan, blend, valid_blend, metadata, data_parallel_size, tuple(notes), parsed.megatron)

@@ -66,20 +66,20 @@ def _check_steps(length: _Length, stage: Stage, what: str, most: Fraction, small
         )
     if length.steps > most:
         raise ConfigError(
-            f"stage {stage.name!r}: {what} of {plural(length.steps, 'step')} in a schedule of {format_steps(most)}",
+            f"stage {stage.name!r}: {what} of {plural(length.steps, 'step')} in a schedule of {_format_steps(most)}",
             f"{what} that is not longer than the schedule",
             f"lower {length.name} or raise --train-tokens",
         )
 
 
-def format_steps(steps: Fraction) -> str:
+def _format_steps(steps: Fraction) -> str:
     """Returns a number of steps as text, with one decimal where a length ends inside a step: "2,000 steps", "317.9 steps"."""
     if steps.denominator == 1:
         return plural(int(steps), "step")
     return f"{float(steps):,.1f} steps"
 
 
-def lr_shape(spec: StageSpec, schedule: ScheduleOptions) -> LrShape:
+def _lr_shape(spec: StageSpec, schedule: ScheduleOptions) -> LrShape:
     """Returns a stage's learning-rate schedule: what the stage sets, else what the run sets; only with lengths that are given in tokens."""
 
     def first(of_stage: Any, of_run: Any) -> Any:
@@ -108,7 +108,7 @@ def with_schedules(plan: StagePlan, specs: Sequence[StageSpec], schedule: Schedu
     Raises:
         ConfigError: the learning rates do not fit the stages.
     """
-    stages = [dataclasses.replace(stage, lr=lr_shape(spec, schedule)) for stage, spec in zip(plan.stages, specs, strict=True)]
+    stages = [dataclasses.replace(stage, lr=_lr_shape(spec, schedule)) for stage, spec in zip(plan.stages, specs, strict=True)]
     for first, covered in lr_schedules(plan):
         shape = _resolved(stages[first].lr, covered, specs[first], schedule, decay_fraction)
         stages[first] = dataclasses.replace(stages[first], lr=shape)
@@ -160,13 +160,13 @@ def _resolved(shape: LrShape, covered: Sequence[Stage], spec: StageSpec, schedul
 
 
 def _check_both(shape: LrShape, covered: Sequence[Stage], end: Fraction, warmup: _Length, tail: _Length) -> None:
-    """Checks that warm-up and final decay fit into a schedule that ends after `end` tokens; one of them is given in steps."""
+    """Checks that warm-up and final decay fit into a schedule that ends after `end` tokens; the final decay is given in steps."""
     if shape.warmup_tokens + shape.wsd_decay_tokens <= end:
         return
     warm, last, most = (steps_of_tokens(covered, tokens) for tokens in (shape.warmup_tokens, end - shape.wsd_decay_tokens, end))
     raise ConfigError(
-        f"stage {covered[0].name!r}: a warm-up of {format_steps(warm)} and a final decay of {format_steps(most - last)} in a schedule "
-        f"of {format_steps(most)}",
+        f"stage {covered[0].name!r}: a warm-up of {_format_steps(warm)} and a final decay of {_format_steps(most - last)} in a schedule "
+        f"of {_format_steps(most)}",
         "a warm-up and a final decay that are together not longer than the schedule",
         f"lower {tail.name} or {'the warm-up' if warmup.steps is None else warmup.name}, or raise --train-tokens",
     )
@@ -187,6 +187,76 @@ def _rewarm_tokens(rest: Sequence[Stage], spec: StageSpec, schedule: ScheduleOpt
         return length.tokens
     _check_share(length.share or 0.0)
     return round(rest[0].tokens * (length.share or 0.0))
+
+
+def check_given_lengths(plan: StagePlan, specs: Sequence[StageSpec]) -> None:
+    """Checks that no stage gives a final decay of length 0, which would be no decay or that of the run, depending on who reads it.
+
+    Only options of this start are checked so: a run of an earlier version, which accepted it, resumes without the key.
+
+    Args:
+        plan: the plan.
+        specs: its stages as described.
+
+    Raises:
+        ConfigError: a stage does; the message names it.
+    """
+    for stage, spec in zip(plan.stages, specs, strict=True):
+        for key in ("lr_wsd_decay_tokens", "lr_wsd_decay_steps"):
+            if getattr(spec, key) == 0:
+                raise ConfigError(f"stage {stage.name!r}: {key} is 0", "whole numbers from 1", f"raise {key}, or remove it")
+
+
+def schedule_notes(plan: StagePlan, specs: Sequence[StageSpec], schedule: ScheduleOptions) -> list[str]:
+    """Returns notes on lengths that have no effect, or not the whole one.
+
+    Args:
+        plan: the plan, with complete schedules.
+        specs: its stages as described.
+        schedule: the learning rates of the run.
+    """
+    styles = {stage.lr.style for stage in plan.stages if stage.lr_policy == "restart"}
+    given = [name for name in _READ_BY if getattr(schedule, name) is not None and not styles.intersection(_READ_BY[name])]
+    notes = [_idle(flag_of(name), name, sorted(styles)) for name in given]
+    for first, covered in lr_schedules(plan):
+        stage, spec, shape = covered[0], specs[first], covered[0].lr
+        keys = [key for key in _READ_BY if getattr(spec, key, None) is not None and shape.style not in _READ_BY[key]]
+        notes += [_idle(f"stage {stage.name}: {key}", key, [shape.style]) for key in keys]
+        end = sum(part.tokens for part in covered) if shape.decay_tokens is None else shape.decay_tokens
+        left = end - shape.warmup_tokens
+        # Shares and rounding may differ by less than a step.
+        if shape.style == "WSD" and shape.wsd_decay_tokens - left >= covered[-1].tokens_per_step:
+            notes.append(
+                f"stage {stage.name}: the final decay has {format_count(left)} tokens instead of {format_count(shape.wsd_decay_tokens)}, "
+                f"because its schedule ends after {format_count(end)} tokens"
+                + (f" and warms up for {format_count(shape.warmup_tokens)}" if shape.warmup_tokens else "")
+            )
+    return notes
+
+
+_DECAYING = ("linear", "cosine", "WSD")
+_READ_BY: dict[str, tuple[str, ...]] = {
+    "lr_decay_tokens": _DECAYING,
+    "lr_decay_steps": _DECAYING,
+    "lr_wsd_decay_tokens": ("WSD",),
+    "lr_wsd_decay_steps": ("WSD",),
+    "lr_wsd_decay_fraction": ("WSD",),
+}
+"""Lengths that only schedules of some styles read: name -> the styles."""
+
+
+def _idle(given: str, name: str, styles: Sequence[str]) -> str:
+    """Returns the note on a length that no schedule reads.
+
+    Args:
+        given: the flag, or the stage and its key.
+        name: the option or key.
+        styles: the styles of the schedules.
+    """
+    style = flag_of("lr_decay_style") if given.startswith("--") else "lr_decay_style"
+    *others, last = _READ_BY[name]
+    readers = f"{', '.join(others)} and {last} read" if others else f"{last} reads"
+    return f"{given} has no effect: {style} is {' and '.join(styles)}, and only {readers} it"
 
 
 def lr_schedules(plan: StagePlan) -> list[tuple[int, Sequence[Stage]]]:

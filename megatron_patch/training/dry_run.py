@@ -77,7 +77,8 @@ def _stage_columns(run: RunConfig, cost: Cost) -> dict[str, list[str]]:
 def lr_table(plan: StagePlan) -> FittingTable:
     """Returns a table of the parts of each learning-rate schedule: lengths in steps, in tokens, and as shares of the schedule.
 
-    A schedule is listed under the stage at which it begins.
+    A schedule is listed under the stage at which it begins. A decay that ends after the run goes `toward` its minimum, and is shown with
+    its whole length.
     """
     columns = ["stage", "part", "lr", "steps", "tokens", "of steps", "of tokens"]
     table = FittingTable("Learning rates", columns, left=_LEFT)
@@ -86,7 +87,7 @@ def lr_table(plan: StagePlan) -> FittingTable:
         for name, part, rate, begin, end in _lr_parts(covered):
             steps = steps_of_tokens(covered, end) - steps_of_tokens(covered, begin)
             number = f"{int(steps):,}" if steps.denominator == 1 else f"{float(steps):,.1f}"
-            shares = (f"{float(steps) / all_steps:.1%}", f"{(end - begin) / all_tokens:.1%}")
+            shares = (f"{float(steps) / all_steps:,.1%}", f"{(end - begin) / all_tokens:,.1%}")
             table.add_row(name, part, rate, number, format_count(end - begin), *shares)
         table.add_section()
     return table
@@ -100,14 +101,13 @@ def _lr_parts(covered: Sequence[Stage]) -> list[tuple[str, str, str, int, int]]:
     shape, tokens = covered[0].lr, sum(stage.tokens for stage in covered)
     warm, decays = shape.warmup_tokens, shape.style not in ("constant", "inverse-square-root")
     end = tokens if shape.decay_tokens is None or not decays else shape.decay_tokens
-    rate, last = f"{shape.lr:g}", f"to {shape.min_lr:g}"
-    later = ", ends after the run" if end > tokens else ""
+    rate, last = f"{shape.lr:g}", f"{'toward' if end > tokens else 'to'} {shape.min_lr:g}"
     parts = [("warm-up", f"to {rate}", 0, warm)]
     if shape.style == "WSD":
         begin = end - min(shape.wsd_decay_tokens, end - warm)
-        parts += [("constant", rate, warm, begin), (f"{shape.wsd_decay_style} decay{later}", last, begin, end)]
+        parts += [("constant", rate, warm, begin), (f"{shape.wsd_decay_style} decay", last, begin, end)]
     elif decays:
-        parts.append((f"{shape.style} decay{later}", last, warm, end))
+        parts.append((f"{shape.style} decay", last, warm, end))
     else:
         parts.append((shape.style, rate if shape.style == "constant" else f"from {rate}", warm, end))
     parts.append(("minimum", f"{shape.min_lr:g}", end, tokens))

@@ -144,7 +144,9 @@ def _check_own_plan(saved: StagePlan, then: RunConfig) -> None:
     for old, new, weights in zip(saved.stages, before.stages, _weight_names(then), strict=False):
         names = (*_GEOMETRY, *_AT_A_SWITCH, "blend")
         found += [_in_place(old.name, name, old, new) for name in names if getattr(old, name) != getattr(new, name)]
-        if old.position_weights not in (new.position_weights, _earlier_weights(weights, new)):
+        if not _close(old.position_weights, new.position_weights) and not _close(
+            old.position_weights, _earlier_weights(weights, new) or ()
+        ):
             found.append(_in_place(old.name, "position_weights", old, new))
         values = _LR_VALUES if in_steps else [*_LR_VALUES, "decay_tokens"]
         found += [_in_place(old.name, name, old.lr, new.lr) for name in values if getattr(old.lr, name) != getattr(new.lr, name)]
@@ -169,7 +171,7 @@ def _weight_names(run: RunConfig) -> list[str | tuple[float, ...]]:
 
 
 def _earlier_weights(name: str | tuple[float, ...], stage: Stage) -> tuple[float, ...] | None:
-    """Returns the label weights that an earlier version gave a stage under this name, or None if they are the same as now."""
+    """Returns the label weights that an earlier version gave a stage by this name, or None if the name always had its present formula."""
     formula = _EARLIER_WEIGHTS.get(name) if isinstance(name, str) else None
     labels = stage.labels_per_position
     return None if formula is None else position_weights(tuple(formula(k) for k in range(labels)), labels)
@@ -180,7 +182,7 @@ def _kept(saved: StagePlan, then: RunConfig) -> list[str]:
     return [
         f"--position-weights {name} has another formula in new runs; stage {old.name} keeps its weights ({_first(old.position_weights)})"
         for old, new, name in zip(saved.stages, then.plan.stages, _weight_names(then), strict=True)
-        if old.position_weights != new.position_weights
+        if not _close(old.position_weights, new.position_weights)
     ]
 
 

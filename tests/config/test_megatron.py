@@ -124,6 +124,8 @@ def test_megatron_lms_llama_3_gets_one_report_and_what_remains_of_it_resolves(tm
         ("--lr-warmup-iters 3 --lr-warmup-steps 4", "--lr-warmup-steps 4"),
         ("--lr-warmup-iters 3 --lr-warmup-tokens 1k", "--lr-warmup-tokens 1k"),
         ("--lr-warmup-samples 3 --lr-warmup-tokens 1k", "--lr-warmup-tokens 1k"),
+        ("--lr-warmup-samples 3 --lr-warmup-steps 4", "--lr-warmup-steps 4"),
+        ("--lr-decay-samples 3 --lr-decay-steps 4", "--lr-decay-steps 4"),
         ("--lr-wsd-decay-iters 3", "--lr-wsd-decay-steps 3"),
         ("--lr-warmup-fraction .001 --lr-decay-iters 1000", "--lr-warmup-tokens 1024 --lr-decay-tokens 1024000"),
         ("--lr-warmup-fraction .01 --train-iters 100", "--lr-warmup-fraction .01 --train-tokens 102400"),
@@ -249,6 +251,7 @@ def test_what_has_no_effect_is_printed_with_the_reason(capsys):
         ("--train-iters", "without a value"),
         ("--start-weight-decay 0.1", "weight decay is constant"),
         ("--lr-warmup-iters soon", "not a whole number"),
+        ("--decoupled-min-lr 1e-5 --decoupled-lr 1e-3", "--lr is missing, or one of both values is not a number"),
     ],
 )
 def test_what_cannot_be_had_is_refused_with_the_reason(words, reason):
@@ -350,6 +353,25 @@ def test_misspelt_flags_of_this_program_are_recognized(given, meant):
 
 def test_a_control_character_in_a_value_does_not_reach_the_terminal():
     assert "\x1b" not in refusal("--foo \x1b[31mred --num-experts 8")
+
+
+@pytest.mark.parametrize(
+    ("given", "in_file", "steps", "tokens"),
+    [
+        *(("iters 3", unit, 3, 0) for unit in ("steps", "tokens", "iters", "samples")),
+        *(("iters 0", unit, None, 0) for unit in ("steps", "tokens", "iters", "samples")),
+        *(("samples 3", unit, None, 384) for unit in ("steps", "tokens", "iters", "samples")),
+        *(("steps 4", unit, 4, 0) for unit in ("steps", "iters", "samples")),
+        *(("tokens 7", unit, None, 7) for unit in ("tokens", "iters", "samples")),
+    ],
+)
+def test_the_command_line_replaces_a_file_s_length_in_any_unit(tmp_path, given, in_file, steps, tokens):
+    path = tmp_path / "run.yaml"
+    model = "num-layers: 2\nhidden-size: 64\nnum-attention-heads: 4\nglobal-batch-size: 8\nseq-length: 128\n"
+    path.write_text(f"{model}lr-warmup-{in_file}: 5\n")
+    unit, number = given.split()
+    schedule = parse(["--config", str(path), f"--lr-warmup-{unit}", number]).options.schedule
+    assert (schedule.lr_warmup_steps, schedule.lr_warmup_tokens) == (steps, tokens)
 
 
 def test_keys_of_a_file_go_through_the_same_table(tmp_path):

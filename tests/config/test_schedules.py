@@ -65,7 +65,7 @@ def test_a_final_decay_that_ends_after_the_run_may_be_longer_than_it():
     assert (shape.warmup_tokens, shape.decay_tokens, shape.wsd_decay_tokens) == (36, 400, 360)
 
 
-def test_a_rewarm_in_steps_goes_on_in_the_next_stage():
+def test_a_rewarm_in_steps_continues_in_the_next_stage():
     first, second = {"patch_size": 1, "steps": 8}, {"patch_size": 4, "steps": 2, "lr_policy": "rewarm", "lr_warmup_steps": 5}
     third = {"patch_size": 1, "steps": 8, "lr_policy": "continue"}
     assert plan(first, second, third).stages[1].rewarm_tokens == 2 * 4 + 3
@@ -112,6 +112,46 @@ def test_impossible_lengths_are_refused_with_what_gives_them(stage, schedule, wh
     with pytest.raises(ConfigError) as refusal:
         plan({"patch_size": 4, "steps": 40, **stage}, **schedule)
     assert what in refusal.value.what and do in refusal.value.do, str(refusal.value)
+
+
+def notes(*words):
+    """Returns the notes of a run of 100 steps, each of 48 tokens, that are on learning rates."""
+    found = resolve(parse([*f"{RUN} --train-tokens 4800".split(), *words]), 1).notes
+    return [note for note in found if "by default" not in note]
+
+
+@pytest.mark.parametrize("key", ["lr_wsd_decay_tokens", "lr_wsd_decay_steps"])
+@pytest.mark.parametrize("style", ["WSD", "cosine"])
+def test_a_stage_s_final_decay_of_length_0_is_refused(key, style):
+    """With WSD it would replace --lr-wsd-decay-fraction by the default."""
+    with pytest.raises(ConfigError, match=f"stage 'token': {key} is 0"):
+        notes("--lr-wsd-decay-fraction", "0.5", "--stages", f"[{{lr_decay_style: {style}, {key}: 0}}]")
+
+
+@pytest.mark.parametrize(
+    ("words", "note"),
+    [
+        ("--lr-wsd-decay-steps 3", "--lr-wsd-decay-steps has no effect: --lr-decay-style is cosine, and only WSD reads it"),
+        ("--lr-wsd-decay-fraction 0.1 --lr-decay-style linear", "--lr-wsd-decay-fraction has no effect: --lr-decay-style is linear, "),
+        ("--lr-decay-style constant --lr-decay-steps 5", "is constant, and only linear, cosine and WSD read it"),
+        ("--lr-decay-style WSD --lr-decay-steps 10 --lr-wsd-decay-tokens 2000", "has 480 tokens instead of 2k, because its schedule ends"),
+        ("--lr-decay-style WSD --lr-warmup-steps 90 --lr-wsd-decay-fraction 0.2", "instead of 960, because its schedule ends after 4.8k "),
+        ("--lr-decay-style WSD --lr-decay-steps 10 --lr-wsd-decay-tokens 480", None),
+        ("--lr-decay-style WSD --lr-decay-steps 10 --lr-wsd-decay-fraction 0.1", None),
+        ("--lr-decay-style WSD --lr-warmup-fraction 0.505 --lr-wsd-decay-fraction 0.5", None),
+        ("--lr-decay-style linear --lr-decay-tokens 480 --lr-warmup-steps 1", None),
+    ],
+)
+def test_lengths_without_their_whole_effect_are_noted(words, note):
+    found = notes(*words.split())
+    assert len(found) == (note is not None) and all(note in text for text in found), found
+
+
+def test_lengths_of_stages_without_effect_are_noted_with_the_stage():
+    own = "[{name: a, steps: 8, lr_decay_style: cosine, lr_wsd_decay_tokens: 9}, {lr_decay_style: WSD}]"
+    assert notes("--stages", own, "--lr-wsd-decay-steps", "3") == [
+        "stage a: lr_wsd_decay_tokens has no effect: lr_decay_style is cosine, and only WSD reads it"
+    ]
 
 
 def test_two_units_for_one_length_are_named_at_once():

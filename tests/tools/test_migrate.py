@@ -404,6 +404,19 @@ def test_a_value_that_differs_in_the_json_is_said(tmp_path, capsys):
     assert "Note: --global-batch-size 8 is written, but DeepSpeed's JSON has train_batch_size = 16" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("flag", "remark"),
+    [("--lr-warmup-init 0", None), ("--lr-warmup-fraction 0.1", "--lr-warmup-fraction 0.1 is written, and DeepSpeed's JSON")],
+)
+def test_the_json_s_warm_up_counts_where_no_flag_gives_one(tmp_path, monkeypatch, capsys, flag, remark):
+    monkeypatch.chdir(tmp_path)
+    Path("list.txt").write_text(f"{MODEL} {flag}")
+    Path("ds.json").write_text(json.dumps({"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 3, "warmup_type": "linear"}}}))
+    values, _ = migrate(tmp_path, "list.txt", "--deepspeed-config", "ds.json")
+    assert values.get("lr-warmup-steps") == (3 if remark is None else None)
+    assert remark is None or remark in capsys.readouterr().err
+
+
 def test_steps_of_accumulation_that_would_change_the_batch_are_said(tmp_path, capsys):
     (tmp_path / "ds.json").write_text(json.dumps({"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 8}))
     words = "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 64 --train-iters 5"

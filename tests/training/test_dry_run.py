@@ -52,8 +52,10 @@ def test_a_decay_may_end_before_and_after_the_run():
     assert rows("--train-tokens 6400 --lr-decay-steps 40 --lr-decay-style linear")[1:] == [
         ("", "minimum", "0", "60", "3.84k", "60.0%", "60.0%")
     ]
-    (row,) = rows("--train-tokens 6400 --lr-decay-steps 150 --lr-decay-style linear", width=100)
-    assert row[1] == "linear decay, ends after the run" and row[3:] == ("150", "9.6k", "150.0%", "150.0%")
+    (row,) = rows("--train-tokens 6400 --lr-decay-steps 150 --lr-decay-style linear")
+    assert row[1:] == ("linear decay", "toward 0", "150", "9.6k", "150.0%", "150.0%")
+    (row,) = rows("--train-tokens 6400 --lr-decay-steps 100k --lr-decay-style linear")
+    assert row[1:] == ("linear decay", "toward 0", "100,000", "6.4M", "100,000.0%", "100,000.0%")
 
 
 def kinds(words):

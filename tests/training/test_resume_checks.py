@@ -185,6 +185,19 @@ def test_a_run_keeps_the_label_weights_of_the_version_that_began_it(corpora, mon
     assert longer.plan.stages[0].position_weights == resumed.plan.stages[0].position_weights
 
 
+def test_weights_of_a_formula_and_the_same_in_numbers_resume_each_other(corpora):
+    """Numbers with 13 digits differ from the formula in the last bits, as math.exp of another C library does."""
+    numbers = ",".join(f"{math.exp(-k):.13f}" for k in range(4))
+    by_name, in_numbers = (read([*command(BASE), "--position-weights", given], corpora) for given in ("exponential", numbers))
+    assert by_name.plan.stages[0].position_weights != in_numbers.plan.stages[0].position_weights
+    state = saved(by_name)
+    resumed = resume(state, in_numbers)
+    assert resumed.plan == by_name.plan
+    later = make_trainer_state(in_numbers, StartPoint(resumed.plan, Progress(0, 5)), Progress(0, 6), state.data_fingerprint, {}, False, {})
+    again = resume(TrainerState.from_json(json.loads(json.dumps(dataclasses.asdict(later))), "here"), in_numbers)
+    assert again.plan == by_name.plan and again.changes == ()
+
+
 def test_weights_that_no_version_gave_a_name_are_refused(corpora):
     run = read([*command(BASE), "--position-weights", "exponential"], corpora)
     state = saved(run)

@@ -109,7 +109,8 @@ def _decoupled_min_lr(to: Translator, given: Given, flag: MegatronFlag) -> None:
     if rate is None:
         return to.ignore(given, "read only with --decoupled-lr")
     if lr is None or own is None:
-        return to.refuse(given, "--lr or its own value is not a number, so that it cannot be compared", "--lr, --min-lr and --decoupled-lr")
+        why = "--lr is missing, or one of both values is not a number, so that they cannot be compared"
+        return to.refuse(given, why, "--lr, --min-lr and --decoupled-lr")
     here = (least or 0.0) * rate / lr if lr else 0.0
     if abs(own - here) <= 1e-3 * max(own, here):
         return to.ignore(given, "--min-lr x --decoupled-lr / --lr, as here")

@@ -48,6 +48,30 @@ def _length(to: Translator) -> int | None:
     return _count([to.value("seq-length", "encoder-seq-length") or "2048"])
 
 
+def _same_length(to: Translator, given: Given, option: str) -> tuple[list[Given], list[Given]]:
+    """Returns the other flags for the length of an option, in any unit: those that count in place of `given`, and those that do not.
+
+    Flags of this program override those of Megatron, and the command line overrides files.
+    """
+    stem = option.rpartition("-")[0]
+
+    def found(*units: str) -> list[Given]:
+        keys = [f"{stem}-{unit}" for unit in units]
+        return [to.last[key] for key in keys if key in to.last and key != given.key and to.last[key].words[:1] != ("None",)]
+
+    own = found("tokens", "steps")
+    stronger = [flag for flag in own if flag.source in (COMMAND_LINE, given.source)]
+    if option.startswith("lr-"):
+        stronger += [flag for flag in found("iters", "samples") if flag.source == COMMAND_LINE != given.source]
+    return stronger, [flag for flag in own if flag not in stronger]
+
+
+def _replace(to: Translator, flags: Sequence[Given]) -> None:
+    """Takes flags of this program out of the result, before or after they are in it."""
+    to.replaced += flags
+    to.result.flags = [flag for flag in to.result.flags if not any(flag is other for other in flags)]
+
+
 def _tokens(option: str, steps: bool) -> Callable[[Translator, Given, MegatronFlag], None]:
     """Returns the function for a flag that counts steps (or samples) where this program counts tokens."""
 
@@ -59,19 +83,17 @@ def _tokens(option: str, steps: bool) -> Callable[[Translator, Given, MegatronFl
             write = "--global-batch-size, from which the tokens of a step follow" if steps else f"--{option} TOKENS"
             return to.refuse(given, "the tokens of a step are not known", write)
         tokens = number * unit
-        own = to.last.get(option)
-        if own is not None and own.words[:1] != ("None",) and (own.source == COMMAND_LINE or own.source == given.source):
-            shorter = _count(own.words)
-            if option != "train-tokens" or own.source != given.source or shorter is None or shorter <= tokens:
-                return to.ignore(given, f"{tokens:,} tokens; --{option} {' '.join(own.words)} counts")
+        stronger, weaker = _same_length(to, given, option)
+        if stronger:
+            other, shorter = stronger[0], _count(stronger[0].words)
+            if option != "train-tokens" or other.source != given.source or shorter is None or shorter <= tokens:
+                return to.ignore(given, f"{tokens:,} tokens; --{other.key} {' '.join(other.words)} counts")
         if option == "train-tokens" and flag.key == "train-samples" and "train-iters" in to.last:
             return to.refuse(given, "together with --train-iters", "one of --train-iters, --train-samples and --train-tokens")
         formula = f"{plural(number, 'step' if steps else 'sample')} x {unit:,} tokens"
+        _replace(to, [*weaker, *(to.last[key] for key in [option] if key in to.last)])
         if tokens == 0 and option != "train-tokens":
             return to.ignore(given, "0 is the default")
-        if own is not None:
-            to.replaced.append(own)
-            to.result.flags = [other for other in to.result.flags if other is not own]
         return to.emit(given, f"--{option} {tokens}", meaning=formula)
 
     return function
@@ -79,20 +101,17 @@ def _tokens(option: str, steps: bool) -> Callable[[Translator, Given, MegatronFl
 
 def _steps(option: str) -> Callable[[Translator, Given, MegatronFlag], None]:
     """Returns the function for a flag that counts steps where this program can, too, so that the batch does not matter."""
-    in_tokens = option.replace("-steps", "-tokens")
 
     def function(to: Translator, given: Given, flag: MegatronFlag) -> None:
         number = _count(given.words)
         if number is None:
             return to.refuse(given, "not a whole number", f"--{option} STEPS")
-        own = [to.last[key] for key in (option, in_tokens) if key in to.last and to.last[key].words[:1] != ("None",)]
-        stronger = [flag for flag in own if flag.source in (COMMAND_LINE, given.source)]
+        stronger, weaker = _same_length(to, given, option)
         if stronger:
             return to.ignore(given, f"{plural(number, 'step')}; --{stronger[0].key} {' '.join(stronger[0].words)} counts")
+        _replace(to, weaker)
         if number == 0:
             return to.ignore(given, "0 is the default")
-        to.replaced += own
-        to.result.flags = [other for other in to.result.flags if not any(other is flag for flag in own)]
         return to.emit(given, f"--{option} {number}", meaning=flag.text)
 
     return function
