@@ -90,6 +90,16 @@ def sanitizer(tool: str) -> Step:
     return Step(tool, f"{build} && {SANITIZER} --tool {tool} --error-exitcode 1 {program} --check-only --small", limit=90)
 
 
+MUON_TESTS = " ".join(
+    f"'tests/gpu/test_training.py::{name}'"
+    for name in (
+        "test_muon_on_a_gpu_follows_muon_on_the_cpu[--zero-stage 1-False-0.001]",
+        "test_muon_on_a_gpu_follows_muon_on_the_cpu[--bf16 --zero-stage 3-False-0.03]",
+        "test_muon_on_a_gpu_follows_muon_on_the_cpu[--bf16 --zero-stage 1-True-0.03]",
+        "test_orthogonalization_in_float32_does_not_use_tf32",
+    )
+)
+"""The Muon tests of the first call; the other cases follow in a run of the whole file."""
 DEVICE = Step("device", f"{PY} benchmarks/device_facts.py", limit=40, least=1, tiny=f"{PY} benchmarks/device_facts.py --allow-cpu")
 BUILD = Step(
     "build",
@@ -111,6 +121,7 @@ FIRST = [
     run_test("fp16", "--fp16 --zero-stage 1 --initial-loss-scale 1024-0.03", "--zero-stage 1 --operators plain-0.001"),
     run_test("compiled", "--bf16 --zero-stage 1 --compile-0.03"),
     run_test("resumed"),
+    after_build("run-muon", f"{PY} -m pytest {MUON_TESTS} -m gpu -q -n 0 -o timeout=110", limit=110),
     sanitizer("memcheck"),
     sanitizer("racecheck"),
     after_build("warm", f"FIGURES= {STEP} --variant compiled --stages token --micro-batches 1 {SHORT}", limit=100),
