@@ -130,9 +130,9 @@ def test_unknown_keys_are_not_valid_and_those_of_megatron_are():
 
 @pytest.mark.parametrize("path", FILES, ids=[path.name for path in FILES])
 def test_the_files_of_the_repository_are_valid(path):
-    data = load_yaml(path.read_text())
-    assert accepts(SCHEMA, data), data
-    assert accepts(SCHEMA, yaml.safe_load(path.read_text()))
+    for load in (load_yaml, yaml.safe_load):
+        training = {key: value for key, value in load(path.read_text()).items() if key != "study"}  # that section is for study.py
+        assert accepts(SCHEMA, training), training
 
 
 def test_the_program_writes_the_schema(tmp_path, capsys):

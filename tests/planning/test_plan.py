@@ -159,6 +159,7 @@ def test_a_plan_says_that_full_micro_batches_change_the_batch(capsys, monkeypatc
 
 def test_more_devices_do_not_mend_a_batch_that_is_too_small_for_them(capsys, monkeypatch):
     words = ["--config", "examples/configs/llama_370m.yaml", "--world-size", "1000000", "--search"]
+    words += ["--lr-warmup-steps", "None", "--lr-warmup-tokens", "4B"]  # so few steps of such a batch are no warm-up of 2,000
     code, _, error = run(*words, capsys=capsys, monkeypatch=monkeypatch)
     assert code == 7 and "no layout keeps the global batch" in error and "more devices" not in error
     assert "What to do: give another number of devices with --world-size, or a larger --global-batch-tokens" in error
