@@ -150,10 +150,12 @@ class DeepSpeedEngine(abc.ABC):
             settings["gradient_clipping"] = 0.0
             wrapped = MixedPrecision(model, dtype) if dtype != torch.float32 else model
         param_groups = parameter_groups(self._names, schedule, optimizer_type(schedule.optimizer))
-        if config.zero_level > 0 or parallel.size > 1:
+        divided = config.zero_level > 0 or parallel.size > 1
+        if divided:
             require_elementwise(schedule, config.offloads_optimizer, device)
         optimizer = make_optimizer(param_groups, schedule, config.offloads_optimizer)
-        require_attachable(optimizer, schedule)
+        if divided:
+            require_attachable(optimizer, schedule)
         if config.zero_level > 0 and isinstance(optimizer, torch.optim.Adagrad):
             # DeepSpeed makes another Adagrad with one group of all parameters, so learning rates and weight decays would be lost.
             raise ConfigError(

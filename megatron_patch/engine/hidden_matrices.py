@@ -26,7 +26,9 @@ from megatron_patch.optimizers.registry import optimizer_type
 
 
 def require_attachable(optimizer: torch.optim.Optimizer, options: ScheduleOptions) -> None:
-    """Checks that an optimizer that needs full matrices can be attached; another one would step parts of matrices without an error.
+    """Checks that an optimizer that needs full matrices can be attached where ZeRO or tensor parallelism divides them.
+
+    Another one would step parts of matrices without an error.
 
     Args:
         optimizer: the optimizer.
