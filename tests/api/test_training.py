@@ -96,8 +96,9 @@ def test_runs_follow_each_other_also_after_failed_and_stopped_ones_and_leave_the
         "--data-path",
         corpus,
     )
-    assert runs[0] == runs[1] == runs[2] == line.losses and len(line.losses) == 12
-    assert runs[3] == pytest.approx(line.losses, rel=1e-6)
+    assert runs[0] == runs[1] == line.losses and len(line.losses) == 12
+    for other_level in runs[2:]:  # whether other ZeRO levels round alike depends on the processor
+        assert other_level == pytest.approx(line.losses, rel=1e-6)
     ends = [event for event in (tmp_path / "two" / "events.jsonl").read_text().splitlines() if '"end"' in event]
     assert "ZeroDivisionError" in ends[0] and "of the user" in ends[0] and "KeyboardInterrupt" in ends[1]
 
