@@ -96,7 +96,7 @@ class MatrixExchange:
         received = self._exchange(wave, messages, [_numel(slices) for slices in wave.arrivals])
         arrivals = list(itertools.chain(*wave.arrivals))
         results = list(zip(arrivals, received.split([slice_.numel for slice_ in arrivals]), strict=True))
-        results += [(slice_, buffer.narrow(0, part.offset, part.numel)) for part, slice_ in wave.own_results]
+        results += [(held, buffer.narrow(0, part.offset, part.numel)) for held, part in wave.copies]
         for slice_, result in results:
             target = targets[slice_.tensor].narrow(0, slice_.offset, slice_.numel)
             target.add_(result.to(target.device, target.dtype), alpha=alpha)
@@ -112,7 +112,7 @@ class MatrixExchange:
         received = torch.empty(sum(expected), dtype=self._dtype, device=self._device)
         if not wave.exchanges:
             return received
-        sizes = [_numel(parts) for parts in messages]
+        sizes = [sum(part.numel() for part in parts) for parts in messages]
         sent = torch.empty(sum(sizes), dtype=self._dtype, device=self._device)
         end = 0
         for part in itertools.chain(*messages):
@@ -131,8 +131,8 @@ def _map(buffer: torch.Tensor, matrices: Sequence[OwnedMatrix], function: Callab
         view.copy_(result.reshape(view.shape))
 
 
-def _numel(parts: Sequence[torch.Tensor] | Sequence[Slice] | Sequence[BufferSlice]) -> int:
-    return sum(part.numel() if isinstance(part, torch.Tensor) else part.numel for part in parts)
+def _numel(parts: Sequence[Slice] | Sequence[BufferSlice]) -> int:
+    return sum(part.numel for part in parts)
 
 
 def _slices_of(tensors: Sequence[torch.Tensor], slices: Sequence[Slice]) -> list[torch.Tensor]:

@@ -98,10 +98,9 @@ class Wave:
         numel: size of the buffer for them.
         sends: for each rank, the slices that go there, in the order of the message.
         receives: for each rank, where the spans of its message lie in the buffer. The results go back the same way.
-        copies: spans of this rank's own matrices that it holds itself, as (slice, part of the buffer).
+        copies: spans of this rank's own matrices that it holds itself, as (slice, part of the buffer); their results stay here.
         returns: for each rank, the parts of the buffer whose results go there.
         arrivals: for each rank, the slices that its results belong to.
-        own_results: results that this rank keeps, as (part of the buffer, slice).
         exchanges: whether any rank sends anything to another one.
     """
 
@@ -113,7 +112,6 @@ class Wave:
     copies: list[tuple[Slice, BufferSlice]] = field(default_factory=list)
     returns: list[list[BufferSlice]] = field(init=False)
     arrivals: list[list[Slice]] = field(init=False)
-    own_results: list[tuple[BufferSlice, Slice]] = field(default_factory=list)
     exchanges: bool = False
 
     def __post_init__(self) -> None:
@@ -308,7 +306,6 @@ def plan_exchange(spans: Sequence[Sequence[MatrixSpan]], rank: int, wave_limit: 
                 if owner == rank:
                     if held is not None:
                         wave.copies.append((held, part))
-                        wave.own_results.append((part, held))
                     else:
                         wave.receives[source].append(part)
                     for holder in holders:

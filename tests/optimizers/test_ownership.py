@@ -89,7 +89,7 @@ def play(spans, limit):
             returned = sum(part.numel for parts in wave.returns for part in parts)
             assert max(wave.numel, returned) <= limit or len(wave.matrices) == 1
         for rank, wave in enumerate(waves):
-            for part, held in wave.own_results:
+            for held, part in wave.copies:
                 put(results[rank], held.offset, buffers[rank][part.offset : part.offset + part.numel])
             for other, source in enumerate(waves):
                 message = [value for part in source.returns[rank] for value in buffers[other][part.offset : part.offset + part.numel]]
