@@ -65,6 +65,19 @@ def is_missing(module: str) -> bool:
         return True
 
 
+@contextlib.contextmanager
+def hidden_module(module: str) -> Iterator[None]:
+    """Lets imports of a top-level module fail until the context ends, as if its package was not installed; one that is loaded stays."""
+    if module in sys.modules:
+        yield
+        return
+    sys.modules[module] = None  # type: ignore[assignment] - importing a module that is None raises ImportError
+    try:
+        yield
+    finally:
+        del sys.modules[module]
+
+
 def check_required(modules: Iterable[str] = tuple(REQUIRED)) -> ConfigError | None:
     """Returns the error to report if required packages are missing, otherwise None.
 

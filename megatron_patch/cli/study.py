@@ -109,8 +109,6 @@ def main(argv: list[str], more_arms: Sequence[Arm] = ()) -> None:
     if not args.plan and not args.status:
         require("deepspeed", "a study")
     console = make_console(width=150)
-    if args.plan and not args.text:
-        args.text = ["-"]
     study = Study(args, console, more_arms)
     if args.plan:
         study.print_plan()

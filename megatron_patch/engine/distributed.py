@@ -21,6 +21,7 @@ import torch.distributed
 from megatron_patch.engine.accelerator import choose_accelerator
 from megatron_patch.engine.environment import device_index, local_world_size, ranks_from_environment, rendezvous_address, threads_per_rank
 from megatron_patch.engine.rendezvous import explained, notice_of_waiting, require_address
+from megatron_patch.requirements import hidden_module
 
 _READ = "/read"  # the key of the number of ranks that have read a decision
 _LEAVE_SECONDS = 10.0  # longer than the end of process groups takes on which no rank waits
@@ -51,7 +52,8 @@ def init_distributed(timeout_minutes: int = 30) -> torch.device:
     cuda = choose_accelerator()
     if not cuda and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(threads)
-    import deepspeed
+    with hidden_module("mlflow"):  # only DeepSpeed's autotuner uses it, and its import takes nearly as long as the rest of DeepSpeed
+        import deepspeed
     import deepspeed.ops
     from deepspeed.utils import logger
 

@@ -15,7 +15,7 @@ import queue
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict
 from pathlib import Path
@@ -32,7 +32,7 @@ from megatron_patch.exit_codes import ExitCode
 from megatron_patch.model.flops import parameter_count
 from megatron_patch.optimizers.registry import OPTIMIZERS
 from megatron_patch.programs import HOME, as_called, in_checkout, shipped
-from megatron_patch.replication.arms import Arm, all_arms, select_arms
+from megatron_patch.replication.arms import Arm, all_arms, is_learning_rate, select_arms
 from megatron_patch.replication.dry_plan import print_plan
 from megatron_patch.replication.origin import note_origin, read_origin
 from megatron_patch.replication.processes import Processes
@@ -98,6 +98,7 @@ class Study:
             )
         self.budget = parse_count(args.budget or values["train-tokens"])
         self.more_arms = more_arms
+        _check_rates(args.config, values)
         lr = float(values["lr"])
         self.min_lr_share = float(values["min-lr"]) / lr if "min-lr" in values else None
         given = section.get("optimizers", {"adamw": {}})
@@ -117,7 +118,8 @@ class Study:
             self.recorded = read_records(args.records)
             shared = {name: self.settings[name] for name in ("config", "budget", "vocab_size")}
             check_same_study(args.records, asdict(self.recorded[0]), shared)
-        self._check_folder()
+        if not args.plan:  # a plan reads and writes no folder
+            self._check_folder()
         self._check_records()
 
     def _check_records(self) -> None:
@@ -419,3 +421,15 @@ class Study:
             for arm in self.arms
             if (arm.name, seed) not in done and read_outcome(self.run_folder(arm, seed), arm.name, seed) is None
         ]
+
+
+def _check_rates(path: Path, values: Mapping[str, Any]) -> None:
+    """Raises ConfigError if `lr` or `min-lr` of the configuration is not a learning rate."""
+    rates = {name: values[name] for name in ("lr", "min-lr") if name in values}
+    wrong = [name for name, rate in rates.items() if not is_learning_rate(rate) and not (name == "min-lr" and rate in (0, "0"))]
+    if wrong:
+        raise ConfigError(
+            f"{path}: {' and '.join(f'{name} is {rates[name]!r}' for name in wrong)}",
+            "lr: a number above 0; min-lr: a number from 0",
+            "correct the file",
+        )

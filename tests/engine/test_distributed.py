@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import types
 from datetime import timedelta
@@ -12,6 +13,7 @@ import torch
 
 from megatron_patch.config.options import ScheduleOptions
 from megatron_patch.optimizers.state import make_optimizer
+from megatron_patch.requirements import hidden_module
 from tests.distributed.ranks import run_ranks
 
 
@@ -66,3 +68,16 @@ def test_apex_serves_where_the_optimizer_is_on_a_gpu(monkeypatch, cuda, offloade
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     made = make_optimizer([{"params": [torch.nn.Parameter(torch.ones(2))]}], ScheduleOptions(), offloaded)
     assert ("apex" if isinstance(made, FusedAdam) else "torch") == expected
+
+
+def test_joining_a_job_imports_no_mlflow_which_stays_importable():
+    check = "from deepspeed.autotuning import autotuner; print(autotuner.has_mlflow); import mlflow; print(mlflow.__name__)"
+    code = f"from megatron_patch.engine.distributed import init_distributed; init_distributed(); {check}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split()[-2:] == ["False", "mlflow"]
+
+
+def test_a_loaded_module_is_not_hidden():
+    with hidden_module("types"):
+        import types as loaded
+    assert loaded is types is sys.modules["types"]

@@ -158,6 +158,22 @@ def test_records_of_other_settings_name_what_differs(trained):
         run(trained, "clone", "--status", config="wrong.yaml")
 
 
+def test_wrong_rates_of_a_configuration_are_named_at_once(tmp_path):
+    (tmp_path / "wrong.yaml").write_text(CONFIG.replace("\nlr: 1e-2", "\nlr: fast").replace("min-lr: 1e-3", "min-lr: -1"))
+    with pytest.raises(ConfigError, match=r"wrong.yaml: lr is 'fast' and min-lr is -1\n.*\n.*correct the file"):
+        study.main(["--plan", "--config", str(tmp_path / "wrong.yaml"), "--output", str(tmp_path / "study")])
+
+
+def test_a_plan_does_not_read_the_folder_which_may_hold_another_study(tmp_path, capsys):
+    (tmp_path / "study.yaml").write_text(CONFIG.replace("min-lr: 1e-3", "min-lr: 0"))
+    (tmp_path / "settings.json").write_text('{"text": ["another.jsonl"], "budget": 7}')
+    words = ["--config", str(tmp_path / "study.yaml"), "--output", str(tmp_path)]
+    study.main([*words, "--plan"])
+    assert "2 arms x 3 seeds = 6 runs" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="holds a study with another"):
+        study.main([*words, "--status"])
+
+
 def test_all_wrong_options_of_optimizers_are_named_at_once(tmp_path):
     optimizers = "{moun: {lr: 0.1}, muon: {lr: fast, momentum: [1]}, adamw: {lr: null, seed: 3, patch_size: 8, min-lr: 0}}"
     (tmp_path / "wrong.yaml").write_text(f"{CONFIG.partition('study:')[0]}study:\n  optimizers: {optimizers}\n")
