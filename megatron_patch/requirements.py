@@ -71,7 +71,7 @@ def hidden_module(module: str) -> Iterator[None]:
     if module in sys.modules:
         yield
         return
-    sys.modules[module] = None  # type: ignore[assignment] - importing a module that is None raises ImportError
+    sys.modules[module] = None  # type: ignore[assignment]  # importing it raises ImportError
     try:
         yield
     finally:
