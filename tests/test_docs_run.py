@@ -9,13 +9,13 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from tests.programs import run_program
 from tests.test_docs import ROOT, TOOLS
 
 SENTENCES = ["the cat sat on the mat", "a dog sat on the log", "Once upon a time there was a cat", "the mat is on the log"]
@@ -28,6 +28,7 @@ seq-length: 32
 micro-batch-size: 4
 global-batch-tokens: 512
 lr: 5e-3
+lr-warmup-fraction: 0.02
 """
 """In place of configurations whose studies take minutes to hours."""
 NAMES = {"PREFIX": "my_text_document", "WEB": "my_text_document", "CODE": "other_text_document", "K": "2", "FOLDER": "task_data"}
@@ -92,8 +93,7 @@ def reader(tmp_path_factory) -> Path:
 def run(home: Path, line: str, *more: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "TORCHDYNAMO_DISABLE": "1", "COLUMNS": "150"}
     environment.setdefault("OMP_NUM_THREADS", "1")
-    words = [sys.executable, *shlex.split(line)[1:], *more]
-    return subprocess.run(words, cwd=home, env=environment, capture_output=True, text=True, check=False)
+    return run_program(*shlex.split(line)[1:], *more, cwd=home, environment=environment)
 
 
 def prepare(home: Path) -> None:
@@ -112,17 +112,31 @@ def prepare(home: Path) -> None:
         assert done.returncode == 0, done.stdout + done.stderr
 
 
+def run_checked(home: Path, line: str, *more: str) -> None:
+    done = run(home, line, *more)
+    assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+
+
 def run_all(home: Path, commands: Sequence[str]) -> None:
     """Runs commands in order, since a later one may read what an earlier one wrote."""
+    trained: str | None = None
     for line in commands:
-        more: list[str] = []
         if "preprocess_data" in line:
-            more = ["--overwrite"]  # `prepare` wrote the same files
-        elif "study.py --text" in line:
-            # All arms and seeds would be dozens of runs.
-            more = ["--arms", "token", *(["--seeds", "1"] if "--arms" in line else []), *(["--budget", "4k"] if "--budget" in line else [])]
-        done = run(home, line, *more)
-        assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+            run_checked(home, line, "--overwrite")  # `prepare` wrote the same files
+        elif "study.py --text" not in line:
+            run_checked(home, line)
+        elif "--seeds" in line and "--arms" not in line:
+            run_checked(home, line, "--arms", "token")  # all arms would be dozens of runs
+        else:
+            # The commands of published studies: all arms are planned; one is trained, in the first study, whose folder serves as the others'.
+            run_checked(home, line, "--plan")
+            output = re.search(r"--output (\S+)", line)
+            assert output
+            if trained is None:
+                run_checked(home, line, "--arms", "token", "--seeds", "1", "--budget", "4k")
+                trained = output.group(1)
+            else:
+                shutil.copytree(home / trained, home / output.group(1))
 
 
 @pytest.mark.timeout(900)

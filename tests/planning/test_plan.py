@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from megatron_patch.planning.search import search
 from megatron_patch.planning.sensitivity import plot_sensitivity, sensitivity
 from megatron_patch.planning.tables import print_search, print_tables
 from megatron_patch.training.pretrain import main, make_engine_config
+from tests.programs import run_program
 
 ROOT = Path(__file__).parent.parent.parent
 SMALL = "--num-layers 4 --hidden-size 256 --num-attention-heads 4 --vocab-size 2048 --seq-length 512 --global-batch-tokens 64k --lr 1e-3"
@@ -85,7 +85,7 @@ def test_search_lists_the_layouts_that_fit_fastest_first():
 
 
 def tool(*words, code=0):
-    done = subprocess.run([sys.executable, "tools/plan.py", *words], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = run_program("tools/plan.py", *words, cwd=ROOT)
     assert done.returncode == code, done.stderr
     return done.stdout if code == 0 else done.stderr
 

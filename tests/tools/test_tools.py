@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +14,7 @@ import torch.nn.functional as F
 from megatron_patch.data.corpus import TokenCorpus
 from megatron_patch.engine.inference import load_model
 from tests.distributed.runs import ROOT, make_corpus, train
+from tests.programs import run_program
 
 
 @pytest.fixture(scope="module")
@@ -28,16 +26,7 @@ def run(tmp_path_factory):
 
 
 def tool(name, *words, code=0, text=None):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    result = subprocess.run(
-        [sys.executable, f"tools/{name}.py", *map(str, words)],
-        capture_output=True,
-        text=True,
-        input=text,
-        cwd=ROOT,
-        env=environment,
-        check=False,
-    )
+    result = run_program(f"tools/{name}.py", *words, cwd=ROOT, text=text)
     assert result.returncode == code, result.stderr
     return result.stdout if code == 0 else result.stderr
 
