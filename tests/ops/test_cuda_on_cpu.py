@@ -458,7 +458,8 @@ def test_what_is_no_mutant_passes_the_checks_that_mutants_must_fail(tmp_path, he
     assert in_a_process_of_its_own(check, library) == (0, "")
 
 
-@pytest.mark.parametrize("name", MUTANTS)
+# Compiling one takes about ten seconds: every sixth is always tried, the others are slow tests.
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] if n % 6 else []) for n, name in enumerate(MUTANTS)])
 def test_a_mutant_is_noticed(tmp_path, header, name):
     file, text, replacement = MUTANTS[name]
     library = kernels.compile_mutant(header, file, text, replacement, tmp_path / "cuda")

@@ -35,8 +35,8 @@ def test_the_kernels_pass_its_checks(tmp_path):
     ("text", "replacement", "noticed"),
     [
         ("taken += weight(other);", "taken += other == k ? weight(other) : 0;", "gradient in one go"),
-        ("if (at_labels[other].column < 0) continue;", "", "loss"),
-        ("target[0] = whole.largest;", "target[0] = whole.largest + 1;", "largest"),
+        pytest.param("if (at_labels[other].column < 0) continue;", "", "loss", marks=pytest.mark.slow),
+        pytest.param("target[0] = whole.largest;", "target[0] = whole.largest + 1;", "largest", marks=pytest.mark.slow),
     ],
 )
 def test_its_checks_see_what_is_wrong(tmp_path, text, replacement, noticed):
