@@ -32,10 +32,15 @@ def _run(words: Sequence[str], cwd: str, environment: Mapping[str, str], streams
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(environment)
-    sys.argv = list(words)
-    sys.path.insert(0, str(Path(words[0]).resolve().parent))
     try:
-        runpy.run_path(words[0], run_name="__main__")
+        if words[0] == "-m":
+            sys.argv = [words[1], *words[2:]]
+            sys.path.insert(0, cwd)
+            runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+        else:
+            sys.argv = list(words)
+            sys.path.insert(0, str(Path(words[0]).resolve().parent))
+            runpy.run_path(words[0], run_name="__main__")
     finally:
         sys.stdout.flush()
 
@@ -46,7 +51,7 @@ def run_program(
     """Runs a script with its arguments and returns its exit code and what it printed, as `subprocess.run` does.
 
     Args:
-        words: path of the script, from `cwd`, and its arguments.
+        words: path of the script, from `cwd`, or "-m" and a module, then its arguments.
         cwd: working folder.
         environment: all variables; None stands for those of this process.
         text: standard input.

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +14,7 @@ from megatron_patch.config.parsing import parse
 from megatron_patch.config.resolve import resolve
 from megatron_patch.config.values import OPTION_TYPES
 from megatron_patch.training.pretrain import make_engine_config
+from tests.programs import run_program
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -101,11 +100,10 @@ def test_training_commands_resolve(name, line):
 
 
 def known_flags(*tool):
-    done = subprocess.run([sys.executable, *tool, "--help"], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = run_program(*tool, "--help", cwd=ROOT)
     if "{" in done.stdout:  # sub-commands
         for sub in re.search(r"\{([\w,-]+)\}", done.stdout).group(1).split(","):
-            more = subprocess.run([sys.executable, *tool, sub, "--help"], cwd=ROOT, capture_output=True, text=True, check=False)
-            done.stdout += more.stdout
+            done.stdout += run_program(*tool, sub, "--help", cwd=ROOT).stdout
     return set(re.findall(r"--[\w-]+", done.stdout))
 
 
@@ -133,7 +131,7 @@ def test_the_installed_command_has_the_subcommands_and_flags_that_documents_give
 def test_plans_are_made_as_written(line, tmp_path):
     words = shlex.split(line)[1:]
     words = [str(tmp_path / word) if word.endswith(".png") else word for word in words]
-    done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = run_program(*words, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert "device" in done.stdout
 

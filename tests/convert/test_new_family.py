@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -22,6 +19,7 @@ from tests.config.test_resolve import ROOT, RUN, resolve
 from tests.convert.mistral import register_mistral
 from tests.convert.models import make_checkpoint
 from tests.model.shapes import LLAMA
+from tests.programs import run_program
 
 transformers = pytest.importorskip("transformers")
 IDS = torch.randint(0, 53, (2, 32), generator=torch.Generator().manual_seed(3))
@@ -94,11 +92,9 @@ def test_the_family_trains_by_its_name(mistral):
 def test_the_script_of_the_documentation_verifies_its_export(tmp_path):
     """Runs the script as a user does: it registers the family and calls the program's main."""
     published(tmp_path / "published")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
 
     def script(*words):
-        command = [sys.executable, "-m", "tests.convert.mistral", *map(str, words)]
-        result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
+        result = run_program("-m", "tests.convert.mistral", *words, cwd=ROOT)
         assert result.returncode == 0, result.stderr
         return json.loads(result.stdout.splitlines()[-1])
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -124,9 +123,3 @@ def start_process(*parts: str | Sequence[str], log: Path) -> subprocess.Popen[by
         return subprocess.Popen(
             [sys.executable, str(ROOT / "pretrain_gpt_patch.py"), *command(MODEL, DATA, *parts)], env=environment, stdout=file, stderr=file
         )
-
-
-def kill(process: subprocess.Popen[bytes]) -> None:
-    """Kills the process with SIGKILL and waits for its end."""
-    process.send_signal(signal.SIGKILL)
-    process.wait()

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from megatron_patch.data.corpus import split_ranges
-from tests.distributed.ranks import run_ranks
-from tests.distributed.runs import DATA, MODEL, Run, command, kill, ledger, printed, start_process, start_program, train
+from tests.distributed.ranks import run_ranks, start_ranks
+from tests.distributed.runs import DATA, MODEL, Run, command, ledger, printed, start_program, train
 
 PLAN = command(
     "--seq-length 16 --micro-batch-size 2 --global-batch-size 12 --patch-size 3 --train-tokens 4200 --lr 3e-3 --lr-warmup-fraction 0.2",
@@ -111,27 +111,28 @@ def test_the_ledger_of_a_killed_run_has_no_span_twice_and_none_missing(
 
 
 def test_killed_at_any_moment_and_resumed_is_bit_identical(tmp_path, corpus):
-    arguments = command(PLAN, "--zero-stage 1 --save-interval 1 --data-path", corpus, "--save")
-    whole = tmp_path / "whole"
-    assert start_process(arguments, str(whole), log=tmp_path / "whole.log").wait() == 0, (tmp_path / "whole.log").read_text()
+    words = "--zero-stage 1 --save-interval 1 --data-path"
+    whole = train(tmp_path / "whole", 1, PLAN, words, corpus)
     folder = tmp_path / "killed"
+    argv = command(MODEL, DATA, PLAN, words, corpus, ["--save", str(folder)])
     draw = random.Random(0)
     kills = 0
     for _ in range(12):
-        process = start_process(arguments, str(folder), log=tmp_path / "killed.log")
+        (process,), _results = start_ranks(start_program, 1, tmp_path / "killed-logs", argv)
         seen = len(list(folder.glob("step-*"))) if folder.exists() else 0
-        # Killed during training or saving: shortly after the next checkpoint folder appears.
-        while process.poll() is None and (len(list(folder.glob("step-*"))) if folder.exists() else 0) <= seen + draw.randint(1, 3):
+        # Killed during training or saving: shortly after one of the next checkpoint folders appears.
+        while process.is_alive() and (len(list(folder.glob("step-*"))) if folder.exists() else 0) <= seen + draw.randint(1, 3):
             time.sleep(0.005)
         time.sleep(draw.random() * 0.05)
-        if process.poll() is not None:
+        if not process.is_alive():
             break
-        kill(process)
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
         kills += 1
-    assert kills >= 3, (tmp_path / "killed.log").read_text()
-    assert start_process(arguments, str(folder), log=tmp_path / "killed.log").wait() == 0, (tmp_path / "killed.log").read_text()
-    assert Run(folder).losses == Run(whole).losses
-    assert "resumed from" in (tmp_path / "killed.log").read_text()
+    assert kills >= 3, printed(folder)
+    resumed = train(folder, 1, PLAN, words, corpus)
+    assert resumed.losses == whole.losses
+    assert "resumed from" in printed(folder)
 
 
 def starts(run: Run) -> list[int]:
