@@ -94,7 +94,7 @@ def require_elementwise(options: ScheduleOptions, offloaded: bool, device: torch
         device: the device on which it steps otherwise.
 
     Raises:
-        ConfigError: it does not.
+        ConfigError: it does not, or it keeps state that a checkpoint cannot hold; see `probed_state`.
     """
     if options.optimizer == "adamw" or optimizer_type(options.optimizer).full_matrices:
         return
@@ -109,6 +109,8 @@ def require_elementwise(options: ScheduleOptions, offloaded: bool, device: torch
         optimizer = make_optimizer(
             [{"params": parts, "weight_decay": options.weight_decay}, {"params": [undecayed], "weight_decay": 0.0}], options, offloaded
         )
+        if not isinstance(optimizer, MakesState):
+            probed_state(optimizer, parts[0])  # the state of a matrix, too: the error below advises to divide none
         for gradient in gradients:
             undecayed.grad = torch.ones_like(undecayed)
             for part, piece in zip(parts, gradient.split(sizes), strict=True):

@@ -198,6 +198,7 @@ def test_a_registered_optimizer_trains_and_resumes(tmp_path, name, zero, kinds):
         ("nadam", 1, "the optimizer NAdam keeps this state for each parameter: exp_avg, exp_avg_sq, mu_product, step"),
         ("adagrad", 1, "the optimizer adagrad is torch's Adagrad, which DeepSpeed replaces by its own at ZeRO 1 to 3"),
         ("adafactor", 0, "the optimizer Adafactor keeps this state for each parameter: col_var, row_var, step"),
+        ("adafactor", 1, "the optimizer Adafactor keeps this state for each parameter: col_var, row_var, step"),
     ],
 )
 def test_training_refuses_an_optimizer_with_other_state(tmp_path, name, zero, reason):
@@ -224,7 +225,7 @@ def test_an_optimizer_that_fails_or_forgets_its_groups_is_refused(registered):
         with pytest.raises(ConfigError, match=message):
             make_optimizer(groups, options)
     registered("own", lambda groups, options, offloaded: torch.optim.LBFGS([p for group in groups for p in group["params"]]))
-    with pytest.raises(ConfigError, match="own fails in a step on a few elements: TypeError"):
+    with pytest.raises(ConfigError, match="LBFGS fails in a step on a few elements: TypeError"):
         require_elementwise(options, offloaded=False, device=torch.device("cpu"))
     registered("own", lambda groups, options, offloaded: torch.optim.SGD(groups, lr=options.lr, momentum=0.9))
     assert [group.get("lr_scale") for group in make_optimizer(groups, options).param_groups] == [0.5, None]
