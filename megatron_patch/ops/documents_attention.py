@@ -13,6 +13,7 @@ Attention of a document of n positions costs n² instead of T², in time, and no
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -96,6 +97,10 @@ def documents_attention(queries: torch.Tensor, keys: torch.Tensor, values: torch
     return out.unflatten(0, size).transpose(1, 2)
 
 
+_Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""Queries, keys and values, or their gradients, packed: [B·T, heads or groups, head_size]."""
+
+
 class _Bounds(NamedTuple):
     """The three tensors of `Documents` inside of the operator."""
 
@@ -110,69 +115,51 @@ class _Bounds(NamedTuple):
 
 
 class _Kernel(Protocol):
-    """One way to compute the operator; tensors are packed: [B·T, heads or groups, head_size]."""
+    """One way to compute the operator."""
 
-    def forward(
-        self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, bounds: _Bounds
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns the output, like `queries`, and the logarithm of each position's sum of exponentials, [heads, B·T]."""
+    def forward(self, inputs: _Inputs, bounds: _Bounds) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns the output, like the queries, and the logarithm of each position's sum of exponentials, [heads, B·T]."""
         ...
 
-    def backward(
-        self,
-        grad: torch.Tensor,
-        queries: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        out: torch.Tensor,
-        log_sums: torch.Tensor,
-        bounds: _Bounds,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Returns the gradients of queries, keys and values."""
+    def backward(self, grad: torch.Tensor, inputs: _Inputs, out: torch.Tensor, log_sums: torch.Tensor, bounds: _Bounds) -> _Inputs:
+        """Returns the gradients of queries, keys and values, from that of the output and what `forward` has returned."""
         ...
 
 
 def _by_document(packed: torch.Tensor, lengths: list[int]) -> tuple[torch.Tensor, ...]:
-    """Returns a view [1, heads, n, head_size] of each document. Its slices would cost a call each, and in autograd a tensor of zeros."""
+    """Returns a view [1, heads, n, head_size] of each document, all of them by one call."""
     views: tuple[torch.Tensor, ...] = packed.transpose(0, 1)[None].split(lengths, dim=2)
     return views
+
+
+def _documents(tensors: Iterable[torch.Tensor], lengths: list[int]) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Yields for each document its views of packed tensors; see `_by_document`."""
+    return zip(*(_by_document(tensor, lengths) for tensor in tensors), strict=True)
 
 
 class _Cpu:
     """torch's flash kernel of the CPU, on one document after another."""
 
-    def forward(
-        self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, bounds: _Bounds
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `_Kernel`."""
+    def forward(self, inputs: _Inputs, bounds: _Bounds) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns the output and the sums; see `_Kernel`."""
         lengths = bounds.lengths()
-        out, log_sums = _outputs(queries)
-        inputs = (_by_document(tensor, lengths) for tensor in (queries, keys, values))
-        results = zip(_by_document(out, lengths), log_sums.split(lengths, dim=1), strict=True)
-        for one, (to, sums) in zip(zip(*inputs, strict=True), results, strict=True):
+        out, log_sums = _outputs(inputs[0])
+        for (to, *one), sums in zip(_documents((out, *inputs), lengths), log_sums.split(lengths, dim=1), strict=True):
             attended, log_sum = aten._scaled_dot_product_flash_attention_for_cpu(*one, 0.0, True)
             to.copy_(attended)
             sums.copy_(log_sum[0])
         return out, log_sums
 
-    def backward(
-        self,
-        grad: torch.Tensor,
-        queries: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        out: torch.Tensor,
-        log_sums: torch.Tensor,
-        bounds: _Bounds,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """See `_Kernel`."""
+    def backward(self, grad: torch.Tensor, inputs: _Inputs, out: torch.Tensor, log_sums: torch.Tensor, bounds: _Bounds) -> _Inputs:
+        """Returns the gradients; see `_Kernel`."""
         lengths = bounds.lengths()
-        gradients = _gradients(queries, keys, values)
-        inputs = (_by_document(tensor, lengths) for tensor in (grad, queries, keys, values, out))
-        results = (_by_document(tensor, lengths) for tensor in gradients)
-        for one, log_sum, to in zip(zip(*inputs, strict=True), log_sums.split(lengths, dim=1), zip(*results, strict=True), strict=True):
-            found = aten._scaled_dot_product_flash_attention_for_cpu_backward(*one, log_sum[None], 0.0, True)
-            for target, gradient in zip(to, found, strict=True):
+        gradients = _like(inputs)
+        documents = zip(
+            _documents((grad, *inputs, out), lengths), log_sums.split(lengths, dim=1), _documents(gradients, lengths), strict=True
+        )
+        for one, sums, targets in documents:
+            found = aten._scaled_dot_product_flash_attention_for_cpu_backward(*one, sums[None], 0.0, True)
+            for target, gradient in zip(targets, found, strict=True):
                 target.copy_(gradient)
         return gradients
 
@@ -180,71 +167,44 @@ class _Cpu:
 class _Flash:
     """The flash kernel of CUDA for sequences of various lengths."""
 
-    def forward(
-        self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, bounds: _Bounds
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `_Kernel`."""
+    def forward(self, inputs: _Inputs, bounds: _Bounds) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns the output and the sums; see `_Kernel`."""
         longest = int(bounds.longest)
-        sizes = bounds.device, bounds.device, longest, longest
-        out, log_sums, *_ = aten._flash_attention_forward(queries, keys, values, *sizes, 0.0, True, False)
+        out, log_sums, *_ = aten._flash_attention_forward(*inputs, bounds.device, bounds.device, longest, longest, 0.0, True, False)
         return out, log_sums
 
-    def backward(
-        self,
-        grad: torch.Tensor,
-        queries: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        out: torch.Tensor,
-        log_sums: torch.Tensor,
-        bounds: _Bounds,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """See `_Kernel`."""
+    def backward(self, grad: torch.Tensor, inputs: _Inputs, out: torch.Tensor, log_sums: torch.Tensor, bounds: _Bounds) -> _Inputs:
+        """Returns the gradients; see `_Kernel`."""
         longest = int(bounds.longest)
         sizes = bounds.device, bounds.device, longest, longest
-        # Without dropout no random numbers are drawn, so the state of the generator, two numbers, is read by nothing.
-        state = torch.zeros(2, dtype=torch.uint64, device=queries.device), torch.empty(0, device=queries.device)
-        found = aten._flash_attention_backward(grad, queries, keys, values, out, log_sums, *sizes, 0.0, True, *state)
-        return found[0], found[1], found[2]
+        # Without dropout nothing reads the generator's state, which is two numbers.
+        state = torch.zeros(2, dtype=torch.uint64, device=grad.device), torch.empty(0, device=grad.device)
+        queries, keys, values = aten._flash_attention_backward(grad, *inputs, out, log_sums, *sizes, 0.0, True, *state)
+        return queries, keys, values
 
 
 class _ScaledDotProduct:
-    """scaled_dot_product_attention on one document after another, where no flash kernel is to be had.
+    """scaled_dot_product_attention on one document after another, where torch has no flash kernel.
 
     The kernels that remain take no grouped heads, so keys and values are repeated, a document at a time.
     """
 
-    def forward(
-        self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, bounds: _Bounds
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `_Kernel`; the sums are not computed."""
-        lengths = bounds.lengths()
-        out, log_sums = _outputs(queries)
-        inputs = (_by_document(tensor, lengths) for tensor in (queries, keys, values))
-        for one, to in zip(zip(*inputs, strict=True), _by_document(out, lengths), strict=True):
+    def forward(self, inputs: _Inputs, bounds: _Bounds) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns the output, and zeros in place of the sums, which nothing reads; see `_Kernel`."""
+        out, log_sums = _outputs(inputs[0])
+        for to, *one in _documents((out, *inputs), bounds.lengths()):
             to.copy_(self._attend(*one))
         return out, log_sums.zero_()
 
-    def backward(
-        self,
-        grad: torch.Tensor,
-        queries: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        out: torch.Tensor,
-        log_sums: torch.Tensor,
-        bounds: _Bounds,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """See `_Kernel`."""
+    def backward(self, grad: torch.Tensor, inputs: _Inputs, out: torch.Tensor, log_sums: torch.Tensor, bounds: _Bounds) -> _Inputs:
+        """Returns the gradients; see `_Kernel`."""
         lengths = bounds.lengths()
-        gradients = _gradients(queries, keys, values)
-        inputs = (_by_document(tensor, lengths) for tensor in (queries, keys, values))
-        results = (_by_document(tensor, lengths) for tensor in gradients)
-        for one, grad_of, to in zip(zip(*inputs, strict=True), _by_document(grad, lengths), zip(*results, strict=True), strict=True):
+        gradients = _like(inputs)
+        for (grad_of, *one), targets in zip(_documents((grad, *inputs), lengths), _documents(gradients, lengths), strict=True):
             with torch.enable_grad():
                 leaves = [tensor.detach().requires_grad_() for tensor in one]
                 found = torch.autograd.grad(self._attend(*leaves), leaves, grad_of)
-            for target, gradient in zip(to, found, strict=True):
+            for target, gradient in zip(targets, found, strict=True):
                 target.copy_(gradient)
         return gradients
 
@@ -262,9 +222,10 @@ def _outputs(queries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return out, queries.new_empty((heads, rows), dtype=torch.promote_types(queries.dtype, torch.float32))
 
 
-def _gradients(*inputs: torch.Tensor) -> Any:
-    """Returns memory for the gradients of tensors."""
-    return tuple(torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in inputs)
+def _like(inputs: _Inputs) -> _Inputs:
+    """Returns memory for the gradients of queries, keys and values."""
+    queries, keys, values = (torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in inputs)
+    return queries, keys, values
 
 
 def has_flash_kernel(queries: torch.Tensor) -> bool:
@@ -293,8 +254,8 @@ def _forward(
     first, last = host_bounds[:: len(host_bounds) - 1].tolist()
     if (first, last) != (0, len(queries)):
         raise ValueError(f"the documents extend from position {first} to {last}; allowed: from 0 to B·T = {len(queries)}")
-    queries, keys, values = map(_whole_heads, (queries, keys, values))
-    return _kernel(queries).forward(queries, keys, values, _Bounds(bounds, host_bounds, longest))
+    inputs = _whole_heads(queries), _whole_heads(keys), _whole_heads(values)
+    return _kernel(queries).forward(inputs, _Bounds(bounds, host_bounds, longest))
 
 
 def _backward(
@@ -308,8 +269,8 @@ def _backward(
     host_bounds: torch.Tensor,
     longest: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    grad, queries, keys, values = map(_whole_heads, (grad, queries, keys, values))
-    return _kernel(queries).backward(grad, queries, keys, values, out, log_sums, _Bounds(bounds, host_bounds, longest))
+    inputs = _whole_heads(queries), _whole_heads(keys), _whole_heads(values)
+    return _kernel(queries).backward(_whole_heads(grad), inputs, out, log_sums, _Bounds(bounds, host_bounds, longest))
 
 
 def _whole_heads(packed: torch.Tensor) -> torch.Tensor:
@@ -332,8 +293,8 @@ def _register() -> None:
         return _outputs(queries)
 
     @torch.library.register_fake(backward_name)
-    def _(grad: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, *more: torch.Tensor) -> Any:
-        return _gradients(queries, keys, values)
+    def _(grad: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, *more: torch.Tensor) -> _Inputs:
+        return _like((queries, keys, values))
 
     def setup_context(ctx: Any, inputs: tuple[torch.Tensor, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
         ctx.save_for_backward(*inputs[:3], *output, *inputs[3:])

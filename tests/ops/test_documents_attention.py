@@ -189,8 +189,25 @@ def test_bounds_are_where_the_document_changes(changes):
     assert documents.longest.shape == () and int(documents.longest) == max(b - a for a, b in pairwise(expected))
 
 
-def test_which_heads_the_flash_kernel_takes():
-    assert not has_flash_kernel(torch.empty(1, 1, 64, dtype=torch.bfloat16)), "the CPU has its own"
+@pytest.mark.parametrize(
+    ("dtype", "head_size", "capability", "taken"),
+    [
+        (torch.bfloat16, 128, (9, 0), True),
+        (torch.float16, 256, (8, 0), True),
+        (torch.float32, 128, (9, 0), False),
+        (torch.bfloat16, 264, (9, 0), False),
+        (torch.bfloat16, 100, (9, 0), False),
+        (torch.float16, 64, (7, 5), False),
+    ],
+)
+def test_which_heads_the_flash_kernel_takes(dtype, head_size, capability, taken, monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    with FakeTensorMode():
+        on_gpu = torch.empty(1, 1, head_size, dtype=dtype, device="cuda")
+    assert has_flash_kernel(on_gpu) == taken
+    assert type(operator._kernel(on_gpu)) is (operator._Flash if taken else operator._ScaledDotProduct)
+    assert type(operator._kernel(torch.empty(1, 1, head_size, dtype=dtype))) is operator._Cpu
 
 
 def test_documents_are_no_tuple():
