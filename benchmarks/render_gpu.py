@@ -50,6 +50,7 @@ KEYS = {
     "kernel": ("operator", "rows", "vocab", "hidden", "patch_size", "dtype", "peer"),
     "training": ("variant", "stage", "micro_batch_size"),
     "attention": ("backend", "dtype"),
+    "documents": ("seq_length", "mix", "peer"),
     "profile": ("variant", "stage"),
     "run": ("step", "name", "seed"),
     "machine": ("date",),
@@ -276,6 +277,26 @@ def attention_text(figures: Sequence[Figure]) -> str:
     return markdown_table(["backend", "forward + backward, ms", "TFLOP/s", "chosen by torch"], rows)
 
 
+def documents_text(figures: Sequence[Figure]) -> str:
+    """Returns the table of attention inside documents and its peers."""
+    rows = [
+        (
+            number(figure["seq_length"], ",d"),
+            figure["mix"],
+            number(figure["documents"], ",d"),
+            number(figure["longest"], ",d"),
+            figure["peer"],
+            number(figure["forward_backward_ms"], ".3f"),
+            number(figure["speed_of_plain"], ".2f"),
+            number(figure["peak_mb"], ".1f"),
+            number(figure["error"], ".1e"),
+        )
+        for figure in figures
+    ]
+    columns = ["T", "lengths", "documents", "longest", "peer", "forward + backward, ms", "speed / plain causal", "peak MB", "error"]
+    return markdown_table(columns, rows)
+
+
 def run_text(figures: Sequence[Figure]) -> str:
     """Returns tables of runs on text; runs that differ only in their seed are one row with mean and spread of their losses."""
     parts = []
@@ -313,6 +334,7 @@ SECTIONS: tuple[tuple[str, str, Callable[[Sequence[Figure]], str]], ...] = (
     ("training", "Training steps", training_text),
     ("profile", "Time of a step by kernel", profile_text),
     ("attention", "Attention by backend", attention_text),
+    ("documents", "Attention inside documents", documents_text),
     ("run", "Real text, at equal cost", run_text),
 )
 

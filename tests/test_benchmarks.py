@@ -19,7 +19,7 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 SOURCES = [*sorted((ROOT / "benchmarks").glob("*.*")), *sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md"]
-PROGRAMS = "kernels|layouts|training"
+PROGRAMS = "documents|kernels|layouts|training"
 """Programs with flags."""
 
 
@@ -321,3 +321,21 @@ def test_a_timer_stops_at_its_seconds_but_not_before_the_fewest_rounds(module):
     assert timer.medians({"work": lambda: calls.append(1)})["work"] >= 0
     # Two more warm up.
     assert len(calls) == 2 + 4
+
+
+def test_attention_inside_documents_is_measured_next_to_the_dense_mask(module, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("FIGURES", str(tmp_path / "figures.jsonl"))
+    documents = module("documents")
+    assert documents.main(["--tiny", "--mixes", "128 each", "short texts"]) == 0
+    figures = [json.loads(line) for line in (tmp_path / "figures.jsonl").read_text().splitlines()]
+    assert [(figure["mix"], figure["peer"]) for figure in figures] == [
+        (mix, peer) for mix in ("128 each", "short texts") for peer in ("plain causal", "dense mask", "ours")
+    ]
+    assert all(figure["forward_backward_ms"] > 0 and figure["peak_mb"] > 0 for figure in figures)
+    assert figures[0]["documents"] == 2 and figures[0]["longest"] == 128 and figures[3]["documents"] > 4
+    assert figures[0]["speed_of_plain"] == 1 and figures[2]["error"] < 1e-6
+    monkeypatch.setattr(documents, "documents_attention", lambda queries, keys, values, documents: queries + keys.mean() + values.mean())
+    assert documents.main(["--tiny"]) == 1 and "differs from the dense mask" in capsys.readouterr().err, "wrong numbers are no result"
+    with pytest.raises(SystemExit):
+        documents.parse(["--heads", "6", "--groups", "4"])
+    assert "--groups 4 (allowed: a divisor of --heads, 6)" in capsys.readouterr().err

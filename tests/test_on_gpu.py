@@ -267,6 +267,21 @@ FIGURES = [
         "loss_first": 10.4,
         "loss_last": 9.0,
     },
+    *(
+        {
+            "kind": "documents",
+            "seq_length": 8192,
+            "mix": "web text",
+            "peer": peer,
+            "documents": 14,
+            "longest": 2700,
+            "forward_backward_ms": 16.0 / speed,
+            "speed_of_plain": speed,
+            "peak_mb": 70.5,
+            "error": error,
+        }
+        for peer, speed, error in (("plain causal", 1.0, None), ("dense mask", 0.25, None), ("ours", 3.2, 4e-3))
+    ),
     {
         "kind": "profile",
         "variant": "compiled",
@@ -322,6 +337,8 @@ def test_a_call_is_recorded_and_rendered(modules, tmp_path, monkeypatch):
     text = render.results_text(calls)
     assert "1.250 | 1.00" in text and "1.500" not in text, "of two figures of the same the later one counts"
     assert "36.000 | 28.80" in text, "a peer's time over ours"
+    assert "8,192 | web text | 14 | 2,700 | dense mask | 64.000 | 0.25 | 70.5 | - |" in text
+    assert "ours | 5.000 | 3.20 | 70.5 | 4.0e-03 |" in text
     assert "50.0% | 1.250 | 0.80 | 80.0 | 0.95" in text and "97% of the time" in text
     assert "1 of 1 step times within 30%; 1 of 1 peaks of memory within 10%" in text
     assert "4,321 | before" in text and "4,300 | after" in text
@@ -404,7 +421,8 @@ def test_the_second_call_repeats_what_did_not_pass_and_what_that_needs(modules, 
     after.write_text(json.dumps(outcomes))
     failed = module.not_passed(after)
     assert failed == ["text"]
-    assert [step.name for step in module.schedule("second", failed)] == ["device", "build", "text-data", "text", "optimizer", "study"]
+    names = [step.name for step in module.schedule("second", failed)]
+    assert names == ["device", "build", "text-data", "text", "documents-tests", "documents", "optimizer", "study"]
     (tmp_path / "call").mkdir()
     (tmp_path / "call" / "steps.json").write_text(json.dumps(outcomes))
     modules("_schedule").pack(tmp_path / "call", tmp_path / "call.tar.gz")

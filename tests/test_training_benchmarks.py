@@ -103,7 +103,7 @@ def test_counts_begin_at_one(script, flag, module, capsys):
     assert end.value.code == 2 and f"argument {flag}: '0' (allowed: whole numbers from 1)" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("script", ["step", "study_run", "text_run", "attention", "kernels"])
+@pytest.mark.parametrize("script", ["step", "study_run", "text_run", "attention", "documents", "kernels"])
 def test_every_option_has_a_help_text(script, module, monkeypatch):
     added = []
     add = module("argparse").ArgumentParser.add_argument

@@ -18,6 +18,7 @@ import numpy.typing as npt
 import torch
 
 from megatron_patch.data.token_stream import TokenSpan
+from megatron_patch.ops.documents_attention import Documents, documents_from_ids
 from megatron_patch.ops.plain import IGNORE_INDEX
 from megatron_patch.stages import Side
 
@@ -55,7 +56,8 @@ class PatchBatch(NamedTuple):
         input_ids: token ids, int64 [B, T, K].
         labels: labels, int64 [B, T, K'], IGNORE_INDEX where they are not scored.
         position_ids: positions, int64 [B, T], or None for 0..T-1.
-        document_ids: document of each position, int64 [B, T], or None where documents are not separated.
+        documents: where the documents of the B·T positions begin and end, in host memory; None where attention does not separate documents,
+            or each sample is one document.
         spans: where the samples come from; empty for held-out data.
         corpus: number of the corpus of held-out data; 0 for training data.
     """
@@ -63,7 +65,7 @@ class PatchBatch(NamedTuple):
     input_ids: torch.Tensor
     labels: torch.Tensor
     position_ids: torch.Tensor | None
-    document_ids: torch.Tensor | None
+    documents: Documents | None
     spans: tuple[TokenSpan, ...]
     corpus: int = 0
 
@@ -101,7 +103,7 @@ def make_batch(
     """
     inputs, labels = _patch_views(tokens, side, positions, patch_size)
     labels = labels.copy()
-    position_ids = document_ids = None
+    position_ids = documents = None
     if masking.eod_id is not None and (masking.needs_documents or masking.ignore_repeated_eod):
         ends = tokens == masking.eod_id
         if masking.ignore_repeated_eod:
@@ -112,21 +114,21 @@ def make_batch(
             begins = np.zeros_like(tokens)
             begins[:, 1:] = ends[:, :-1] & ~ends[:, 1:]
             input_documents, label_documents = _patch_views(np.cumsum(begins, axis=1), side, positions, patch_size)
-            documents = np.ascontiguousarray(input_documents[:, :, -1])
+            document_ids = np.ascontiguousarray(input_documents[:, :, -1])
             if masking.eod_mask_loss:
-                labels[label_documents != documents[:, :, None]] = IGNORE_INDEX
+                labels[label_documents != document_ids[:, :, None]] = IGNORE_INDEX
             if masking.reset_attention_mask:
-                document_ids = torch.from_numpy(documents)
+                documents = documents_from_ids(document_ids)
             if masking.reset_position_ids:
-                position_ids = torch.from_numpy(_restarting_positions(documents))
+                position_ids = torch.from_numpy(_restarting_positions(document_ids))
     if scored_rows is not None:
         labels[scored_rows:] = IGNORE_INDEX
-    return PatchBatch(torch.from_numpy(np.ascontiguousarray(inputs)), torch.from_numpy(labels), position_ids, document_ids, spans)
+    return PatchBatch(torch.from_numpy(np.ascontiguousarray(inputs)), torch.from_numpy(labels), position_ids, documents, spans)
 
 
-def _restarting_positions(documents: Array) -> Array:
+def _restarting_positions(document_ids: Array) -> Array:
     """Returns positions that count from 0 at the first patch of each document; [B, T] to [B, T]."""
-    positions = np.broadcast_to(np.arange(documents.shape[1]), documents.shape)
-    first = np.ones_like(documents, dtype=bool)
-    first[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    positions = np.broadcast_to(np.arange(document_ids.shape[1]), document_ids.shape)
+    first = np.ones_like(document_ids, dtype=bool)
+    first[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
     return positions - np.maximum.accumulate(np.where(first, positions, 0), axis=1)

@@ -217,10 +217,6 @@ class PatchLoader:
 
 def _pinned(batch: PatchBatch) -> PatchBatch:
     """Returns a copy of the batch in page-locked memory."""
-
-    def pin(tensor: torch.Tensor | None) -> torch.Tensor | None:
-        return None if tensor is None else tensor.pin_memory()
-
-    return PatchBatch(
-        batch.input_ids.pin_memory(), batch.labels.pin_memory(), pin(batch.position_ids), pin(batch.document_ids), batch.spans
-    )
+    position_ids = None if batch.position_ids is None else batch.position_ids.pin_memory()
+    documents = None if batch.documents is None else batch.documents.pin_memory()
+    return PatchBatch(batch.input_ids.pin_memory(), batch.labels.pin_memory(), position_ids, documents, batch.spans)

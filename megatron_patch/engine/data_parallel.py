@@ -43,10 +43,8 @@ class DataParallelEngine(DeepSpeedEngine):
 
     def _forward(self, batch: PatchBatch, weights: torch.Tensor | None) -> Any:
         """Runs the forward pass of a micro-batch and returns (sum of weighted losses, sum of weights)."""
-        inputs, labels, position_ids, document_ids = map(
-            self._to_device, (batch.input_ids, batch.labels, batch.position_ids, batch.document_ids)
-        )
-        return self._engine(inputs, labels, weights, position_ids, document_ids)
+        inputs, labels, position_ids = map(self._to_device, (batch.input_ids, batch.labels, batch.position_ids))
+        return self._engine(inputs, labels, weights, position_ids, self._documents(batch))
 
     def train_step(
         self, micro_batches: Sequence[PatchBatch], label_weights: Sequence[float], lr: float, gate: StepGate | None = None

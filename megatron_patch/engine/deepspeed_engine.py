@@ -45,6 +45,7 @@ from megatron_patch.model.precision import DTYPES
 from megatron_patch.model.shape import ModelShape
 from megatron_patch.model.sharding import shard_of
 from megatron_patch.ops import IGNORE_INDEX
+from megatron_patch.ops.documents_attention import Documents
 from megatron_patch.optimizers.groups import LR_SCALE, parameter_groups
 from megatron_patch.optimizers.muon import OrthogonalizedMomentum
 from megatron_patch.optimizers.registry import optimizer_type
@@ -307,6 +308,10 @@ class DeepSpeedEngine(abc.ABC):
     def _to_device(self, tensor: torch.Tensor | None) -> torch.Tensor | None:
         """Returns the tensor on this rank's device."""
         return None if tensor is None else tensor.to(self.device, non_blocking=True)
+
+    def _documents(self, batch: PatchBatch) -> Documents | None:
+        """Returns where the batch's documents begin and end, for attention on this rank's device."""
+        return None if batch.documents is None else batch.documents.to(self.device)
 
     def _label_weights(self, label_weights: Sequence[float]) -> torch.Tensor | None:
         """Returns the label weights as a float32 tensor [K], or None if all are 1."""

@@ -34,6 +34,7 @@ from megatron_patch.engine.mixed_precision import MixedPrecision
 from megatron_patch.engine.ranges import named_instructions
 from megatron_patch.engine.stopwatch import Stopwatch
 from megatron_patch.model.gpt import GPTModel
+from megatron_patch.ops.documents_attention import Documents
 from megatron_patch.parallel.groups import Groups
 from megatron_patch.stages import Stage
 
@@ -71,13 +72,13 @@ class _ExtraInputs:
 
     Args:
         position_ids: see `PatchBatch`.
-        document_ids: see `PatchBatch`.
+        documents: see `PatchBatch`; on this rank's device.
         labels: see `PatchBatch`; None on pipeline ranks before the last, and when logits are computed.
         row: row of the sums to which the micro-batch counts in addition to the first; None: only the first.
     """
 
     position_ids: torch.Tensor | None
-    document_ids: torch.Tensor | None
+    documents: Documents | None
     labels: torch.Tensor | None
     row: int | None = None
 
@@ -161,7 +162,7 @@ class _PipelineRankModule(PipelineModule):  # type: ignore[misc]
         extra = next(self.extra_inputs)
         first, self._timed = self._timed is not self.stopwatch, self.stopwatch
         with self.stopwatch if first else contextlib.nullcontext():
-            result = self.part(inputs, extra.labels, self.label_weights, extra.position_ids, extra.document_ids)
+            result = self.part(inputs, extra.labels, self.label_weights, extra.position_ids, extra.documents)
         if not self.is_last:
             hidden: torch.Tensor = result
             return hidden
@@ -268,7 +269,8 @@ class PipelineParallelEngine(DeepSpeedEngine):
         to_device, last = self._to_device, self._model.is_last
         for batch in batches:
             row = 1 + corpora.index(batch.corpus) if corpora else None
-            yield _ExtraInputs(to_device(batch.position_ids), to_device(batch.document_ids), to_device(batch.labels) if last else None, row)
+            labels = to_device(batch.labels) if last else None
+            yield _ExtraInputs(to_device(batch.position_ids), self._documents(batch), labels, row)
 
     def _replica_sums(self) -> torch.Tensor:
         """Returns [sum of losses, sum of weights] over this replica's samples since the last `_feed`, float64 [rows, 2]."""

@@ -13,9 +13,8 @@ from megatron_patch.model.norm import RMSNorm
 from megatron_patch.model.rotary import rotate
 from megatron_patch.model.shape import ModelShape
 from megatron_patch.model.sharding import shards_key_value
+from megatron_patch.ops.documents_attention import LONGEST_FLASH_HEAD, Documents, documents_attention
 from megatron_patch.parallel.tensor import UNSHARDED, RowParallelLinear, TensorParallel, all_reduce_gradient, copy_to_tensor_parallel
-
-_LONGEST_FLASH_HEAD = 256
 
 
 @dataclass(frozen=True)
@@ -24,11 +23,14 @@ class AttentionContext:
 
     Args:
         rotary: (cos, sin), each [B or 1, 1, T, head_size], or None with learned positions.
-        mask: bool [B or 1, 1, T, T], True where a position attends to another, or None for the causal mask.
+        mask: bool [B or 1, 1, T, T], True where a position attends to another, or None for the causal mask. For the cache and padding of
+            generation; it costs T² numbers and time.
+        documents: attention is causal inside of these documents; None: inside of each sample. Not together with `mask`.
     """
 
     rotary: tuple[torch.Tensor, torch.Tensor] | None = None
     mask: torch.Tensor | None = None
+    documents: Documents | None = None
 
 
 @dataclass
@@ -140,7 +142,7 @@ class Attention(nn.Module):
 
         Args:
             hidden: [B, T, H], normalized; with sequence parallelism this rank's positions.
-            context: rotary tables and mask.
+            context: rotary tables, and the mask or the documents.
             cache: earlier positions, to which all new positions attend; the new ones are appended.
 
         Returns:
@@ -157,12 +159,15 @@ class Attention(nn.Module):
         if cache is not None:
             keys, values = cache.extend(keys, values)
         if self.recompute and self.training and torch.is_grad_enabled():
-            attended = checkpoint(self._attend, queries, keys, values, context.mask, use_reentrant=False, preserve_rng_state=False)
+            attended = checkpoint(self._attend, queries, keys, values, context, use_reentrant=False, preserve_rng_state=False)
         else:
-            attended = self._attend(queries, keys, values, context.mask)
+            attended = self._attend(queries, keys, values, context)
         return self.output(attended.transpose(1, 2).flatten(2))
 
-    def _attend(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    def _attend(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, context: AttentionContext) -> torch.Tensor:
+        mask = context.mask
+        if context.documents is not None:
+            return documents_attention(queries, keys, values, context.documents)
         causal = mask is None and queries.shape[2] == keys.shape[2]
         fewer = keys.shape[1] != queries.shape[1]
         grouped = fewer and supports_grouped_queries(queries.device.type, queries.dtype, self.head_size, masked=mask is not None)
@@ -177,7 +182,7 @@ def supports_grouped_queries(device_type: str, dtype: torch.dtype, head_size: in
     On CUDA, the flash kernel does, for 16-bit floats without a mask. All other cases need torch's memory-efficient kernel, which does not
     (up to torch 2.13); without either, torch would materialize all [B, heads, T, T] scores. The CPU's kernel always does.
     """
-    return device_type != "cuda" or (not masked and dtype in (torch.float16, torch.bfloat16) and head_size <= _LONGEST_FLASH_HEAD)
+    return device_type != "cuda" or (not masked and dtype in (torch.float16, torch.bfloat16) and head_size <= LONGEST_FLASH_HEAD)
 
 
 def repeat_groups(tensor: torch.Tensor, heads: int) -> torch.Tensor:

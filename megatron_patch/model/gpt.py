@@ -22,6 +22,7 @@ from megatron_patch.model.rotary import rotary_tables
 from megatron_patch.model.shape import ModelShape, check_shape
 from megatron_patch.model.sharding import check_sharding
 from megatron_patch.ops import Operators
+from megatron_patch.ops.documents_attention import Documents
 from megatron_patch.parallel.tensor import UNSHARDED, TensorParallel
 
 Recompute = Literal["none", "selective", "full"]
@@ -60,6 +61,7 @@ class GPTModel(nn.Module):
         self.embedding = Embedding(shape, operators, parallel, positions=self.is_first) if word else None
         numbers = [number for number in range(shape.num_layers) if number + 1 in layers]
         self.blocks = nn.ModuleDict({str(number): Block(shape, recompute == "selective", parallel) for number in numbers})
+        self._compiled = False
         self.final_norm = make_norm(shape, parallel) if self.is_last else None
         self.head = Head(shape, operators, parallel) if self.is_last else None
 
@@ -76,13 +78,15 @@ class GPTModel(nn.Module):
     def compile_blocks(self, backend: str | Callable[..., Any] = "inductor") -> None:
         """Compiles each block with torch.compile; blocks of one shape share the compiled code.
 
-        Each sample length is compiled once for training and once for evaluation. A plan with many lengths exceeds torch's limit of 8
-        compilations, after which it would run uncompiled, so the limit is raised.
+        Each sample length is compiled once for training and once for evaluation, and once more for micro-batches whose samples hold several
+        documents, however many. A plan with many lengths exceeds torch's limit of 8 compilations, after which it would run uncompiled, so
+        the limit is raised.
 
         Args:
             backend: a backend of torch.compile.
         """
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+        self._compiled = True
         for block in self.blocks.values():
             block.compile(dynamic=False, backend=backend)
 
@@ -92,7 +96,7 @@ class GPTModel(nn.Module):
         labels: torch.Tensor | None,
         label_weights: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        document_ids: torch.Tensor | None = None,
+        documents: Documents | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor] | torch.Tensor:
         """Returns the loss of a micro-batch, or the output of this pipeline rank's layers.
 
@@ -101,13 +105,13 @@ class GPTModel(nn.Module):
             labels: int64 [B, T, K']; IGNORE_INDEX is not scored. None: the logits are returned.
             label_weights: [K'], or None for 1.
             position_ids: int64 [B, T]; None: 0 to T - 1.
-            document_ids: int64 [B, T]; a position attends only to positions of its own document. None: to all earlier positions.
+            documents: on the device; a position attends only to positions of its own document. None: to all earlier positions.
 
         Returns:
             (sum of weighted losses in nats, sum of the weights of scored labels), float32; without labels the logits [B, T, V]; without
             the last layer hidden states, like `inputs`.
         """
-        hidden = self._hidden(inputs, position_ids, document_ids)
+        hidden = self._hidden(inputs, position_ids, documents)
         if self.head is None:
             return hidden
         if labels is None:
@@ -119,7 +123,7 @@ class GPTModel(nn.Module):
         self,
         input_ids: torch.Tensor,
         position_ids: torch.Tensor | None = None,
-        document_ids: torch.Tensor | None = None,
+        documents: Documents | None = None,
         cache: ModelCache | None = None,
         last_only: bool = False,
     ) -> torch.Tensor:
@@ -128,14 +132,14 @@ class GPTModel(nn.Module):
         Args:
             input_ids: int64 [B, T, K]; without the first layer hidden states [B, T, H].
             position_ids: int64 [B, T]; None: the positions after those in the cache, from 0.
-            document_ids: int64 [B, T]; a position attends only to positions of its own document. Not together with `cache`.
+            documents: on the device; a position attends only to positions of its own document. Not together with `cache`.
             cache: earlier positions; the new ones are appended.
             last_only: return the logits of the last position only.
 
         Returns:
             [B, T, V], or [B, 1, V]; without the last layer the hidden states of all positions.
         """
-        hidden = self._hidden(input_ids, position_ids, document_ids, cache)
+        hidden = self._hidden(input_ids, position_ids, documents, cache)
         if self.head is None:
             return hidden
         return self.head.logits(hidden[:, -1:] if last_only else hidden, self._word())
@@ -147,7 +151,7 @@ class GPTModel(nn.Module):
         self,
         inputs: torch.Tensor,
         position_ids: torch.Tensor | None,
-        document_ids: torch.Tensor | None,
+        documents: Documents | None,
         cache: ModelCache | None = None,
     ) -> torch.Tensor:
         batch, positions, _ = inputs.shape
@@ -163,7 +167,7 @@ class GPTModel(nn.Module):
         if self.is_first:
             assert self.embedding is not None
             hidden = self.embedding(inputs, position_ids)
-        context = self._context(hidden, positions, position_ids, document_ids, earlier, padding)
+        context = self._context(hidden, positions, position_ids, documents, earlier, padding)
         if cache is not None:
             cache.blocks = cache.blocks or [KeyValueCache() for _ in self.blocks]
             cache.length += positions
@@ -179,7 +183,7 @@ class GPTModel(nn.Module):
         hidden: torch.Tensor,
         length: int,
         position_ids: torch.Tensor | None,
-        document_ids: torch.Tensor | None,
+        documents: Documents | None,
         earlier: int,
         padding: torch.Tensor | None,
     ) -> AttentionContext:
@@ -190,17 +194,16 @@ class GPTModel(nn.Module):
             cos, sin = rotary_tables(position_ids, self.shape, hidden.dtype)
             rotary = (cos[:, None], sin[:, None])
         mask = None
-        if document_ids is not None:
-            same = document_ids[:, :, None] == document_ids[:, None, :]
-            mask = (same & torch.ones_like(same[0]).tril())[:, None]
-        elif padding is not None or (earlier and length > 1):
+        if padding is not None or (earlier and length > 1):
             mask = torch.ones(1, 1, length, earlier + length, dtype=torch.bool, device=hidden.device).tril(diagonal=earlier)
         if padding is not None and mask is not None:
             indices = torch.arange(earlier + length, device=hidden.device)
             # Padding attends to itself: softmax over no positions would be NaN.
             itself = indices[None, :] == indices[earlier:, None]
             mask = mask & ((indices >= padding[:, None, None, None]) | itself)
-        return AttentionContext(rotary, mask)
+        if documents is not None and self._compiled:
+            documents.mark_dynamic()
+        return AttentionContext(rotary, mask, documents)
 
 
 def _checkpoint(block: nn.Module, hidden: torch.Tensor, context: AttentionContext) -> Any:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from megatron_patch.parallel.tensor import TensorParallel
 
 _SHOWN = 12
-_CONTRACT = "forward(inputs, labels, label_weights, position_ids, document_ids), which returns (sum of losses, sum of weights)"
+_CONTRACT = "forward(inputs, labels, label_weights, position_ids, documents), which returns (sum of losses, sum of weights)"
 
 
 @dataclass(frozen=True)

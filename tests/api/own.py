@@ -65,7 +65,7 @@ class FeedForwardOnly(nn.Module):
             at.register_parameter(leaf, nn.Parameter(torch.empty(size)))
         self.register_buffer("scale", torch.tensor(0.5), persistent=False)
 
-    def forward(self, inputs, labels, label_weights=None, position_ids=None, document_ids=None):
+    def forward(self, inputs, labels, label_weights=None, position_ids=None, documents=None):
         weights = dict(self.named_parameters())
         hidden = F.embedding(inputs, weights["embedding.word.weight"]).mean(dim=2)
         unused = sum(weight.sum() for name, weight in weights.items() if "attention" in name or "norm" in name)

@@ -35,18 +35,22 @@ def test_masks_follow_the_rules(tokens, k, side):
     x = tokens[: positions * width + k]
     batch = make_batch(np.array([x]), side, positions, k, masking)
     documents = documents_by_hand(x)
-    previous, position = None, 0
+    previous, position, firsts = None, 0, []
     for t in range(positions):
         mine = documents[t * width + width - 1]
         position = 0 if mine != previous else position + 1
+        firsts += [t] if position == 0 else []
         previous = mine
-        assert batch.document_ids[0, t] == mine
         assert batch.position_ids[0, t] == position
         where = [t + 1 + j for j in range(k)] if side == "output" else [(t + 1) * k + j for j in range(k)]
         for j, i in enumerate(where[:1] if side == "input" else where):
             repeated = x[i] == EOD and x[i - 1] == EOD
             expected = IGNORE_INDEX if documents[i] != mine or repeated else x[i]
             assert batch.labels[0, t, j] == expected
+    if firsts == [0]:
+        assert batch.documents is None, "one document needs no bounds"
+    else:
+        assert batch.documents.bounds.tolist() == [*firsts, positions]
 
 
 def test_one_token_a_patch_is_megatron_s_rule():
@@ -55,12 +59,21 @@ def test_one_token_a_patch_is_megatron_s_rule():
     batch = make_batch(x, "both", 7, 1, DocumentMasking(EOD, True, True, True))
     assert batch.labels[0, :, 0].tolist() == [6, EOD, IGNORE_INDEX, EOD, IGNORE_INDEX, 9, 4]
     assert batch.position_ids[0].tolist() == [0, 1, 2, 0, 1, 0, 1]
-    assert batch.document_ids[0].tolist() == [0, 0, 0, 1, 1, 2, 2]
+    assert batch.documents.bounds.tolist() == [0, 3, 5, 7] and batch.documents.longest == 3
+
+
+def test_documents_of_several_samples_are_counted_through():
+    """One list of bounds for all samples: each begins a document, also the samples that are not scored."""
+    x = np.array([[5, 6, EOD, 7, 1, 2], [5, 6, 7, 8, 1, 2], [0, 0, 0, 0, 0, 0]])
+    batch = make_batch(x, "both", 5, 1, DocumentMasking(EOD, reset_attention_mask=True), scored_rows=2)
+    assert batch.documents.bounds.tolist() == [0, 3, 5, 10, 15] and batch.documents.longest == 5
+    assert batch.documents.bounds is batch.documents.host_bounds
+    assert make_batch(x[1:], "both", 5, 1, DocumentMasking(EOD, reset_attention_mask=True)).documents is None
 
 
 def test_without_masks_nothing_is_computed():
     batch = make_batch(np.array([[5, EOD, EOD, 7, 1, 2]]), "both", 2, 2, DocumentMasking(EOD))
-    assert batch.document_ids is None and batch.position_ids is None
+    assert batch.documents is None and batch.position_ids is None
     assert batch.labels[0].tolist() == [[EOD, 7], [1, 2]]
     assert batch.input_ids.dtype == torch.int64 and batch.input_ids.is_contiguous()
 

@@ -45,3 +45,15 @@ def test_compiled_blocks_of_sharded_layers(tmp_path, corpus, layout):
     found = run_ranks(_graphs, 2, tmp_path / "run-logs", argv)
     assert Run(tmp_path / "run").losses == pytest.approx(plain.losses, rel=1e-6 if "bf16" not in layout else 1e-3)
     assert found == [(4, {})] * 2, "one unbroken graph for each of two lengths, in training and in evaluation"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["--zero-stage 2", "--tensor-model-parallel-size 2 --recompute-granularity full"])
+def test_documents_are_compiled_once_for_all_their_numbers(tmp_path, corpus, layout):
+    """For each length and mode one graph with documents, and one where each sample of a micro-batch is a single document."""
+    layout = f"{layout} --reset-attention-mask --eod-token-id 63"
+    plain = train(tmp_path / "plain", 2, PLAN, layout, "--data-path", corpus)
+    argv = command(MODEL, DATA, PLAN, layout, "--compile --data-path", corpus, ["--save", str(tmp_path / "run")])
+    found = run_ranks(_graphs, 2, tmp_path / "run-logs", argv)
+    assert Run(tmp_path / "run").losses == pytest.approx(plain.losses, rel=1e-6)
+    assert found == [(8, {})] * 2, "of two lengths, in training and in evaluation"

@@ -54,6 +54,7 @@ def _waits(argv):
     ("ranks", "layout"),
     [
         (1, "--bf16 --zero-stage 1"),
+        (1, "--bf16 --zero-stage 1 --reset-attention-mask --eod-token-id 63"),
         (1, "--bf16 --zero-stage 0"),
         (1, "--bf16 --zero-stage 3 --recompute-granularity full"),
         (2, "--bf16 --tensor-model-parallel-size 2 --sequence-parallel --zero-stage 2"),

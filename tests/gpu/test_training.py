@@ -19,6 +19,7 @@ PLAN = "--seq-length 16 --micro-batch-size 4 --global-batch-tokens 256 --patch-s
 
 
 MUON = "--optimizer muon"
+DOCUMENTS = "--eod-token-id 63 --reset-attention-mask --reset-position-ids --eod-mask-loss"
 
 
 def train(folder, corpus, *more, device="cuda"):
@@ -61,6 +62,27 @@ def test_a_run_on_a_gpu_follows_the_cpu_s(tmp_path, corpus, on_cpu, flags, toler
     run = train(tmp_path / "run", corpus, flags)
     assert run.values("loss") == pytest.approx(on_cpu, rel=tolerance)
     assert all(record["memory_gib"] > 0 for record in run.records("step"))
+
+
+@pytest.fixture(scope="module")
+def documents_on_cpu(tmp_path_factory, corpus):
+    return train(tmp_path_factory.mktemp("documents-cpu"), corpus, DOCUMENTS, device="cpu").values("loss")
+
+
+@pytest.mark.parametrize(
+    ("flags", "tolerance"),
+    [
+        ("--zero-stage 1", 1e-3),
+        ("--bf16 --zero-stage 3", 3e-2),
+        ("--bf16 --zero-stage 1 --recompute-granularity selective", 3e-2),
+        ("--fp16 --zero-stage 1 --initial-loss-scale 1024", 3e-2),
+        ("--bf16 --zero-stage 1 --compile", 3e-2),
+    ],
+)
+def test_documents_on_a_gpu_follow_those_on_the_cpu(tmp_path, corpus, documents_on_cpu, on_cpu, flags, tolerance):
+    run = train(tmp_path / "run", corpus, DOCUMENTS, flags)
+    assert run.values("loss") == pytest.approx(documents_on_cpu, rel=tolerance)
+    assert documents_on_cpu != pytest.approx(on_cpu, rel=1e-3)
 
 
 @pytest.fixture(scope="module")

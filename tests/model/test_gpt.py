@@ -22,6 +22,7 @@ from megatron_patch.model.shape import check_shape
 from megatron_patch.model.sharding import Shard
 from megatron_patch.ops import IGNORE_INDEX, native, plain
 from tests.model.shapes import FAMILIES, GPT2, LLAMA, QWEN3
+from tests.ops.documents import documents_of
 
 
 @pytest.fixture(autouse=True)
@@ -118,7 +119,7 @@ def test_averages_are_taken_in_float32():
 def test_nothing_leaks_across_documents(name):
     model = make(FAMILIES[name])
     inputs, _ = batch(3, t=8)
-    documents = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1]] * 2)
+    documents = documents_of([[3, 5]] * 2)
     positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4]] * 2)
     changed = inputs.clone()
     changed[:, 1] = (changed[:, 1] + 1) % 53
@@ -134,9 +135,9 @@ def test_a_document_of_its_own_is_trained_as_if_it_were_alone():
     """The loss of one document in the middle of a sample, and every gradient, are those of a sample that holds nothing else."""
     model, other = make(GPT2), make(GPT2)
     inputs, labels = batch(2, t=8)
-    documents = torch.tensor([[4, 4, 5, 5, 5, 5, 6, 6]] * 2)
+    documents = documents_of([[2, 4, 2]] * 2)
     positions = torch.tensor([[0, 1, 0, 1, 2, 3, 0, 1]] * 2)
-    outside = (documents != 5)[..., None]
+    outside = torch.tensor([True, True, False, False, False, False, True, True])[:, None]
     total, _ = model(inputs, labels.masked_fill(outside, IGNORE_INDEX), None, positions, documents)
     expected, _ = other(inputs[:, 2:6], labels[:, 2:6])
     total.backward()
@@ -185,12 +186,12 @@ def test_traces_without_a_graph_break(shape, k, backend):
     """Loss and gradients of the traced model are the untraced one's, with position weights and documents."""
     model, other = make(shape), make(shape)
     inputs, labels = batch(k)
-    documents = torch.tensor([[0, 0, 1, 1, 1, 2]] * 2)
+    documents = documents_of([[2, 3, 1]] * 2)
     weights = None if k == 1 else torch.tensor([1.6, 1.2, 0.8, 0.4])
     compiled = torch.compile(model, fullgraph=True, backend=backend)
-    total, count = compiled(inputs, labels, weights, document_ids=documents)
+    total, count = compiled(inputs, labels, weights, documents=documents)
     total.backward()
-    expected, expected_count = other(inputs, labels, weights, document_ids=documents)
+    expected, expected_count = other(inputs, labels, weights, documents=documents)
     expected.backward()
     torch.testing.assert_close((total, count), (expected, expected_count), rtol=1e-6, atol=0.0)
     for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):

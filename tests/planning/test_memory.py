@@ -15,6 +15,7 @@ from megatron_patch.planning.layout import Layout
 from megatron_patch.planning.memory import LOSS_CHUNK_ROWS, rank_parameters, saved_by_layers
 from megatron_patch.stages import Stage
 from tests.model.shapes import FAMILIES
+from tests.ops.documents import documents_of
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -39,7 +40,7 @@ def test_parameters_of_each_rank_equal_those_that_torch_counts(name, tensor, pip
         assert {n: torch.Size(size) for n, size in parameters_of_layers(shape, layers).items()} == whole
 
 
-def saved_bytes(model, inputs, labels):
+def saved_bytes(model, inputs, labels, documents=None):
     """Returns the bytes of all storages that autograd saves, without parameters."""
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
     found = {}
@@ -51,7 +52,7 @@ def saved_bytes(model, inputs, labels):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        kept = model(inputs, labels)
+        kept = model(inputs, labels, documents=documents)
     del kept
     return sum(found.values())
 
@@ -60,7 +61,9 @@ def saved_bytes(model, inputs, labels):
 @pytest.mark.parametrize("precision", DTYPES)
 @pytest.mark.parametrize("recompute", ["none", "selective"])
 @pytest.mark.parametrize("k", [1, 4])
-def test_activations_are_what_autograd_saves_to_the_byte(name, precision, recompute, k):
+@pytest.mark.parametrize("separated", [False, True], ids=["", "documents"])
+def test_activations_are_what_autograd_saves_to_the_byte(name, precision, recompute, k, separated):
+    """Separated documents add their bounds, once for all blocks, which the plan does not count."""
     shape = FAMILIES[name]
     stage = Stage("s", k, positions=8, micro_batch_size=2, global_batch_size=2, steps=1)
     layout = Layout(ranks=1, precision=precision, recompute=recompute)
@@ -71,7 +74,9 @@ def test_activations_are_what_autograd_saves_to_the_byte(name, precision, recomp
     loss = 4 * shape.vocab_size * shape.hidden_size
     # LayerNorm saves two statistics per position, with 16 bits on a CPU and 32 on a GPU.
     narrower = (2 * shape.num_layers + 1) * 16 * 4 if (shape.normalization, precision) == ("LayerNorm", "bf16") else 0
-    assert saved_bytes(model, ids, ids) == saved_by_layers(shape, layout, layers, stage) + loss - narrower
+    documents = documents_of([[3, 5], [1, 7]]) if separated else None
+    bounds = documents.bounds.nbytes + documents.longest.nbytes if separated and recompute == "none" else 0
+    assert saved_bytes(model, ids, ids, documents) == saved_by_layers(shape, layout, layers, stage) + loss - narrower + bounds
 
 
 def test_the_chunk_of_logits_is_that_of_the_operator():

@@ -1,0 +1,117 @@
+"""Documents for tests, the formula of attention with a dense mask in float64, and stand-ins on the CPU for CUDA's flash operators."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from megatron_patch.ops.documents_attention import Documents, documents_from_ids
+
+
+def ids_of(rows: Sequence[Sequence[int]]) -> torch.Tensor:
+    """Returns the number of each position's document, [B, T], for samples that are given as the lengths of their documents."""
+    return torch.stack([torch.repeat_interleave(torch.arange(len(row)), torch.tensor(row)) for row in rows])
+
+
+def documents_of(rows: Sequence[Sequence[int]]) -> Documents:
+    """Returns the documents of samples that are given as the lengths of their documents; at least one sample has several."""
+    documents = documents_from_ids(ids_of(rows).numpy())
+    assert documents is not None
+    return documents
+
+
+def dense_mask(ids: torch.Tensor) -> torch.Tensor:
+    """Returns which positions attend to which, bool [B, 1, T, T]."""
+    length = ids.shape[1]
+    return ((ids[:, :, None] == ids[:, None, :]) & torch.ones(length, length, dtype=torch.bool, device=ids.device).tril())[:, None]
+
+
+def by_formula(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """softmax(q k / sqrt(d)) v over the positions that the mask leaves, in float64 and by plain products."""
+    share = queries.shape[1] // keys.shape[1]
+    keys, values = (tensor.double().repeat_interleave(share, dim=1) for tensor in (keys, values))
+    scores = queries.double() @ keys.transpose(-1, -2) / queries.shape[-1] ** 0.5
+    return scores.masked_fill(~dense_mask(ids), -torch.inf).softmax(-1) @ values
+
+
+def inputs_of(
+    ids: torch.Tensor, heads: int, groups: int, head_size: int, dtype: torch.dtype, device: str = "cpu", stored_by_head: bool = False
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Returns queries, keys and values [B, heads, T, head_size] that require gradients, and a gradient of the output."""
+    generator = torch.Generator().manual_seed(ids.numel())
+    tensors = []
+    for count in (heads, groups, groups, heads):
+        drawn = torch.randn(*ids.shape, count, head_size, generator=generator, dtype=torch.float64).to(dtype).to(device).transpose(1, 2)
+        tensors.append(drawn.contiguous() if stored_by_head else drawn)
+    return [tensor.requires_grad_() for tensor in tensors[:3]], tensors[3]
+
+
+@dataclass
+class FlashCalls:
+    """What the stand-ins were called with: (function, cum_seq_q, longest), in order."""
+
+    calls: list[tuple[str, torch.Tensor, object]] = field(default_factory=list)
+
+
+@contextlib.contextmanager
+def flash_on_cpu() -> Iterator[FlashCalls]:
+    """Gives the two aten operators of CUDA's flash attention kernels for the CPU, with their contracts, by the formula.
+
+    Packed [N, heads, head_size], int32 bounds, whole numbers as longest lengths; the last dimension is contiguous.
+    """
+    seen = FlashCalls()
+
+    def documents(bounds, *packed):
+        """The heads of each document: [heads, n, head_size] in float64, with those of groups repeated."""
+        for first, last in zip(bounds.tolist(), bounds.tolist()[1:], strict=False):
+            heads = packed[0].shape[1]
+            yield [tensor[first:last].transpose(0, 1).double().repeat_interleave(heads // tensor.shape[1], dim=0) for tensor in packed]
+
+    def scores_of(q, k):
+        later = ~torch.ones(q.shape[1], q.shape[1], dtype=torch.bool).tril()
+        return (q @ k.transpose(1, 2) / q.shape[-1] ** 0.5).masked_fill(later, -torch.inf)
+
+    def check(name, tensors, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal):
+        assert all(tensor.dim() == 3 and tensor.stride(-1) == 1 for tensor in tensors)
+        assert cum_seq_q is cum_seq_k or torch.equal(cum_seq_q, cum_seq_k)
+        assert cum_seq_q.dtype == torch.int32 and cum_seq_q[0] == 0 and cum_seq_q[-1] == len(tensors[0])
+        assert type(max_q) is int and max_q == max_k == int(cum_seq_q.diff().max())
+        assert dropout_p == 0.0 and is_causal is True
+        seen.calls.append((name, cum_seq_q, max_q))
+
+    def forward(
+        query, key, value, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal, return_debug_mask,
+        *, scale=None, window_size_left=None, window_size_right=None, seqused_k=None, alibi_slopes=None, **newer
+    ):  # fmt: skip
+        check("forward", (query, key, value), cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal)
+        assert (return_debug_mask, scale, window_size_left, window_size_right) == (False, None, None, None)
+        parts = [(scores_of(q, k), v) for q, k, v in documents(cum_seq_q, query, key, value)]
+        out = torch.cat([(scores.softmax(-1) @ v).transpose(0, 1) for scores, v in parts])
+        sums = torch.cat([scores.logsumexp(-1) for scores, _ in parts], dim=1)
+        state = torch.zeros(2, dtype=torch.uint64), torch.zeros((), dtype=torch.uint64), torch.empty(0)
+        return out.to(query.dtype), sums.float(), *state
+
+    def backward(
+        grad_out, query, key, value, out, logsumexp, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal, rng_state, unused,
+        *, scale=None, window_size_left=None, window_size_right=None
+    ):  # fmt: skip
+        check("backward", (grad_out, query, key, value, out), cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal)
+        assert rng_state.shape == (2,) and rng_state.dtype == torch.uint64
+        gradients, sums = [], logsumexp.double().split(cum_seq_q.diff().tolist(), dim=1)
+        for (q, k, v, o, do), log_sum in zip(documents(cum_seq_q, query, key, value, out, grad_out), sums, strict=True):
+            # The kernel computes its probabilities from the sums, and their gradient from the output, that the forward pass has kept.
+            p = (scores_of(q, k) - log_sum[..., None]).exp()
+            ds = p * (do @ v.transpose(1, 2) - (do * o).sum(-1, keepdim=True)) / q.shape[-1] ** 0.5
+            of_heads = (ds @ k, ds.transpose(1, 2) @ q, p.transpose(1, 2) @ do)
+            gradients.append([gradient.transpose(0, 1) for gradient in of_heads])
+        of_query, *others = (torch.cat(parts) for parts in zip(*gradients, strict=True))
+        groups = [one.unflatten(1, (key.shape[1], -1)).sum(2) for one in others]
+        return tuple(gradient.to(query.dtype) for gradient in (of_query, *groups))
+
+    with torch.library._scoped_library("aten", "IMPL") as library:
+        library.impl("_flash_attention_forward", forward, "CPU")
+        library.impl("_flash_attention_backward", backward, "CPU")
+        yield seen
