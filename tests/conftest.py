@@ -24,16 +24,16 @@ settings.register_profile(
 settings.load_profile("project")
 
 
-SEVERAL_PROCESSES = (
-    "tests/distributed/",
-    "tests/engine/",
-    "tests/faults/",
-    "tests/oracle/",
-    "tests/slurm/",
-    "tests/test_docs_run.py",
-    "tests/test_installed.py",
-)
-"""Tests that keep all cores busy themselves: they come last, one after another."""
+SEVERAL_PROCESSES = {
+    "trained on several ranks": ("tests/distributed/", "tests/engine/", "tests/oracle/"),
+    "failures and clusters": ("tests/faults/", "tests/slurm/", "tests/test_docs_run.py", "tests/test_installed.py"),
+}
+"""Tests that keep several cores busy, or wait for other processes: they come last, in two groups of which each runs one after another."""
+
+
+def group_of(nodeid: str) -> str | None:
+    """Returns the group of `SEVERAL_PROCESSES` to which a test belongs; None for all other tests."""
+    return next((name for name, starts in SEVERAL_PROCESSES.items() if nodeid.startswith(starts)), None)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -43,12 +43,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """With `-n`: a worker takes a whole file, and one of them, at the end, all that are several processes."""
+    """With `-n`: a worker takes a whole file, and at the end a whole group of those that are several processes."""
     from xdist.scheduler import LoadScopeScheduling
 
     class Files(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return "several processes" if nodeid.startswith(SEVERAL_PROCESSES) else nodeid.partition("::")[0]
+            return group_of(nodeid) or nodeid.partition("::")[0]
 
     config.option.loadscopereorder = False
     return Files(config, log)
@@ -59,7 +59,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     before any other use of it."""
     import torch
 
-    items.sort(key=lambda item: item.nodeid.startswith(SEVERAL_PROCESSES))
+    items.sort(key=lambda item: group_of(item.nodeid) or "")
 
     if not torch.cuda.is_available():
         for item in items:
