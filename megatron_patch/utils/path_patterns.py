@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import glob
 import os
+import re
 
 LONGEST_PATH = 4096
 """The most bytes of a path on Linux. Python's glob takes quadratic time in the length of a pattern."""
@@ -48,6 +49,8 @@ def _existing_folder(pattern: str) -> str:
 
 
 def _glob(pattern: str) -> list[str]:
+    # `**/**/` names what `**/` names, but glob visits every folder once for each way to divide a path among them.
+    pattern = re.sub(r"(?<![^/])(?:\*\*/+)+(?=\*\*(?:/|$))", "", pattern)
     try:
         return sorted(glob.glob(pattern, recursive=True))
     except (ValueError, RecursionError):  # a null character, which no path has; more folders than any path has
