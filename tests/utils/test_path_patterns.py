@@ -57,7 +57,9 @@ def test_globs(folder, pattern, expected, relative, monkeypatch):
     assert found == expected
 
 
-@pytest.mark.parametrize(("repeated", "once"), [("**/" * 1300, "**/"), ("g1/" + "**//" * 40 + "*.txt", "g1/**/*.txt"), ("**/" * 30 + "**", "**")])
+@pytest.mark.parametrize(
+    ("repeated", "once"), [("**/" * 1300, "**/"), ("g1/" + "**//" * 40 + "*.txt", "g1/**/*.txt"), ("**/" * 30 + "**", "**")]
+)
 def test_repeated_stars_are_one(folder, repeated, once, monkeypatch):
     """Python's glob would take a time that grows exponentially."""
     monkeypatch.chdir(folder)
