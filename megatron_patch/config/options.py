@@ -27,6 +27,7 @@ from megatron_patch.config.option_types import (
     OptionalList,
     OptionalName,
     OptionalPath,
+    OptionalPattern,
     OptionalSwitch,
     Reported,
     texts,
@@ -73,6 +74,9 @@ class ModelOptions:
     """Use SwiGLU, a gated feed-forward layer, or with --no-swiglu GELU. By default the model family's."""
     position_embedding_type: Fixed[Annotated[Literal["rope", "learned_absolute"] | None, OPTIONAL]] = None
     """Encode positions by rotation (rope) or by learned embeddings. By default the model family's."""
+    no_rope_freq: Fixed[OptionalPattern] = None
+    """Blocks whose queries and keys are not rotated: every N-th one, or a list with 1 for each of them, such as ([0]*3+[1])*8.
+    0: none. By default the model family's choice."""
     rotary_base: Fixed[float] = 10000.0
     """Base of the rotary frequencies (rope theta)."""
     rope_scaling: Fixed[Literal["none", "linear", "llama3"]] = "none"
@@ -86,6 +90,10 @@ class ModelOptions:
     """llama3 scaling: frequencies with a wavelength below --rope-original-positions / this number stay as they are."""
     rope_original_positions: Fixed[Count] = 8192
     """llama3 scaling: context length, in positions, that the model was trained with before scaling."""
+    window_size: Fixed[Annotated[str | None, texts("LEFT,0")]] = None
+    """Attention sees a window: LEFT positions before a position, and itself. 4095,0 is a window of 4,096 positions. By default none."""
+    window_attn_skip_freq: Fixed[OptionalPattern] = None
+    """Blocks without this window: every N-th one, or a list with 0 for each of them, such as ([1]*3+[0])*8. By default none."""
     qk_layernorm: Fixed[OptionalSwitch] = None
     """Normalize the queries and keys of each head before the rotation. By default the model family's choice."""
     add_qkv_bias: Fixed[OptionalSwitch] = None

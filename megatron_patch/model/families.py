@@ -23,6 +23,7 @@ class Family:
         norm_epsilon: default of --norm-epsilon.
         swiglu: default of --swiglu: a gated feed-forward layer with SiLU, or else GELU in its tanh form.
         position_embedding: default of --position-embedding-type: rotary, or learned absolute positions.
+        no_rope_freq: default of --no-rope-freq as a number: every N-th block has no rotation; None: all have.
         qk_norm: default of --qk-layernorm.
         linear_bias: biases in all linear layers of a block; the opposite of the default of --disable-bias-linear.
         qkv_bias: default of --add-qkv-bias: biases in the query, key and value projections, even without `linear_bias`.
@@ -33,6 +34,7 @@ class Family:
     norm_epsilon: float = 1e-5
     swiglu: bool = True
     position_embedding: Literal["rope", "learned"] = "rope"
+    no_rope_freq: int | None = None
     qk_norm: bool = False
     linear_bias: bool = False
     qkv_bias: bool = False

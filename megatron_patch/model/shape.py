@@ -32,6 +32,9 @@ class ModelShape:
         rotary_low_frequency_factor: llama3: wavelengths longer than `rotary_original_positions` / this are scaled by the full factor.
         rotary_high_frequency_factor: llama3: wavelengths shorter than `rotary_original_positions` / this are not scaled.
         rotary_original_positions: llama3: the context length before scaling.
+        window: positions that a position attends to at most: itself and those before it; None: all up to itself.
+        full_layers: numbers, from 0, of the blocks without a window, in ascending order; empty without `window`.
+        unrotated_layers: numbers, from 0, of the blocks whose queries and keys are not rotated, in ascending order.
         qk_norm: RMSNorm of each head's queries and keys before the rotation (Qwen3).
         attention_bias: bias of the attention's output projection.
         qkv_bias: biases of the query, key and value projections.
@@ -59,6 +62,9 @@ class ModelShape:
     rotary_low_frequency_factor: float = 1.0
     rotary_high_frequency_factor: float = 4.0
     rotary_original_positions: int = 8192
+    window: int | None = None
+    full_layers: tuple[int, ...] = ()
+    unrotated_layers: tuple[int, ...] = ()
     qk_norm: bool = False
     attention_bias: bool = False
     qkv_bias: bool = False
@@ -70,6 +76,15 @@ class ModelShape:
     def learned_positions(self) -> int | None:
         """Number of learned positions; None: positions are rotary."""
         return self.max_positions if self.position_embedding == "learned" else None
+
+    def window_of(self, layer: int) -> int | None:
+        """Returns the window of a block, numbered from 0, in positions; None: it has none."""
+        return None if layer in self.full_layers else self.window
+
+    @property
+    def windowed_layers(self) -> int:
+        """Number of the blocks with a window."""
+        return 0 if self.window is None else self.num_layers - len(self.full_layers)
 
 
 def default_ffn_hidden_size(hidden_size: int, swiglu: bool) -> int:
@@ -115,7 +130,21 @@ def check_shape(shape: ModelShape) -> None:
             "numbers above 0",
             "change the one that is not",
         )
+    _check_layers(shape)
     _check_rotary_scaling(shape)
+
+
+def _check_layers(shape: ModelShape) -> None:
+    if shape.window is not None and shape.window < 1:
+        raise ConfigError(f"a window of {shape.window} positions", "at least 1 position", "give another --window-size")
+    if shape.unrotated_layers and shape.position_embedding != "rope":
+        raise ConfigError("--no-rope-freq with learned positions", "rotary positions", "remove --no-rope-freq")
+    if shape.full_layers and (shape.window is None or len(shape.full_layers) >= shape.num_layers):
+        raise ConfigError("blocks without a window in a model in which no block has one", "no such blocks", "leave the window out")
+    for name in ("full_layers", "unrotated_layers"):
+        layers = getattr(shape, name)
+        if list(layers) != sorted(set(layers)) or not all(0 <= layer < shape.num_layers for layer in layers):
+            raise ConfigError(f"{name} is {layers}", f"blocks from 0 to {shape.num_layers - 1}, in ascending order", "give other blocks")
 
 
 def _check_rotary_scaling(shape: ModelShape) -> None:
