@@ -79,9 +79,9 @@ class ModelOptions:
     0: none. By default the model family's choice."""
     rotary_base: Fixed[float] = 10000.0
     """Base of the rotary frequencies (rope theta)."""
-    rope_scaling: Fixed[Literal["none", "linear", "llama3"]] = "none"
+    rope_scaling: Fixed[Literal["none", "linear", "llama3", "yarn"]] = "none"
     """Lower the rotary frequencies so that the model reads longer contexts.
-    linear divides all of them by --rope-scaling-factor; llama3 (Llama 3.1 and later) divides only the low ones."""
+    linear divides all of them by --rope-scaling-factor; llama3 (Llama 3.1 and later) and yarn (YaRN) divide only the low ones."""
     rope_scaling_factor: Fixed[float] = 1.0
     """Factor by which --rope-scaling divides the rotary frequencies."""
     rope_low_freq_factor: Fixed[float] = 1.0
@@ -89,7 +89,13 @@ class ModelOptions:
     rope_high_freq_factor: Fixed[float] = 4.0
     """llama3 scaling: frequencies with a wavelength below --rope-original-positions / this number stay as they are."""
     rope_original_positions: Fixed[Count] = 8192
-    """llama3 scaling: context length, in positions, that the model was trained with before scaling."""
+    """llama3 and yarn: context length, in positions, that the model was trained with before scaling."""
+    rope_beta_fast: Fixed[float] = 32.0
+    """yarn: frequencies with more turns than this in the original context stay as they are."""
+    rope_beta_slow: Fixed[float] = 1.0
+    """yarn: frequencies with fewer turns than this in the original context are divided by the full factor."""
+    rope_attention_factor: Fixed[OptionalFloat] = None
+    """yarn: factor of the rotated queries and keys. By default 1 + 0.1 ln(--rope-scaling-factor)."""
     window_size: Fixed[Annotated[str | None, texts("LEFT,0")]] = None
     """Attention sees a window: LEFT positions before a position, and itself. 4095,0 is a window of 4,096 positions. By default none."""
     window_attn_skip_freq: Fixed[OptionalPattern] = None

@@ -27,11 +27,15 @@ class ModelShape:
         activation: "swiglu" (gated) or "gelu" (tanh form).
         position_embedding: rotary or learned absolute positions.
         rotary_base: base of the rotary frequencies.
-        rotary_scaling: how the frequencies are divided for longer contexts: none, "linear" (all frequencies), "llama3" (the low ones).
+        rotary_scaling: how the frequencies are divided for longer contexts: none, "linear" (all frequencies), "llama3" and "yarn" (the low
+            ones).
         rotary_factor: the divisor.
         rotary_low_frequency_factor: llama3: wavelengths longer than `rotary_original_positions` / this are scaled by the full factor.
         rotary_high_frequency_factor: llama3: wavelengths shorter than `rotary_original_positions` / this are not scaled.
-        rotary_original_positions: llama3: the context length before scaling.
+        rotary_original_positions: llama3 and yarn: the context length before scaling.
+        rotary_beta_fast: yarn: frequencies with more turns than this in the original context are not scaled.
+        rotary_beta_slow: yarn: frequencies with fewer turns than this in the original context are scaled by the full factor.
+        rotary_attention_factor: yarn: factor of the rotated queries and keys; None: 1 + 0.1 ln(factor).
         window: positions that a position attends to at most: itself and those before it; None: all up to itself.
         full_layers: numbers, from 0, of the blocks without a window, in ascending order; empty without `window`.
         unrotated_layers: numbers, from 0, of the blocks whose queries and keys are not rotated, in ascending order.
@@ -57,11 +61,14 @@ class ModelShape:
     activation: Literal["swiglu", "gelu"] = "swiglu"
     position_embedding: Literal["rope", "learned"] = "rope"
     rotary_base: float = 10000.0
-    rotary_scaling: Literal["none", "linear", "llama3"] = "none"
+    rotary_scaling: Literal["none", "linear", "llama3", "yarn"] = "none"
     rotary_factor: float = 1.0
     rotary_low_frequency_factor: float = 1.0
     rotary_high_frequency_factor: float = 4.0
     rotary_original_positions: int = 8192
+    rotary_beta_fast: float = 32.0
+    rotary_beta_slow: float = 1.0
+    rotary_attention_factor: float | None = None
     window: int | None = None
     full_layers: tuple[int, ...] = ()
     unrotated_layers: tuple[int, ...] = ()
@@ -151,7 +158,7 @@ def _check_rotary_scaling(shape: ModelShape) -> None:
     if shape.rotary_scaling == "none":
         if shape.rotary_factor != 1.0:
             raise ConfigError(
-                f"--rope-scaling-factor {shape.rotary_factor} without --rope-scaling", "linear or llama3", "give --rope-scaling"
+                f"--rope-scaling-factor {shape.rotary_factor} without --rope-scaling", "linear, llama3 or yarn", "give --rope-scaling"
             )
         return
     if shape.position_embedding != "rope":
@@ -164,4 +171,18 @@ def _check_rotary_scaling(shape: ModelShape) -> None:
             f"--rope-low-freq-factor {low}, --rope-high-freq-factor {high}, --rope-original-positions {shape.rotary_original_positions}",
             "a low factor above 0 and below the high factor, and at least 1 original position",
             "use the values of the model's config.json",
+        )
+    fast, slow = shape.rotary_beta_fast, shape.rotary_beta_slow
+    if shape.rotary_scaling == "yarn" and (not 0 < slow < fast or shape.rotary_original_positions < 1 or shape.rotary_base <= 1):
+        raise ConfigError(
+            f"--rope-beta-fast {fast}, --rope-beta-slow {slow}, --rope-original-positions {shape.rotary_original_positions}, "
+            f"--rotary-base {shape.rotary_base}",
+            "a slow beta above 0 and below the fast one, at least 1 original position, and a base above 1",
+            "use the values of the model's config.json",
+        )
+    if shape.rotary_attention_factor is not None and (shape.rotary_scaling != "yarn" or shape.rotary_attention_factor <= 0):
+        raise ConfigError(
+            f"--rope-attention-factor {shape.rotary_attention_factor} with --rope-scaling {shape.rotary_scaling}",
+            "numbers above 0, with --rope-scaling yarn",
+            "remove --rope-attention-factor, or give --rope-scaling yarn",
         )

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from megatron_patch.config.layer_patterns import marked_blocks, window_positions
 from megatron_patch.errors import ConfigError
 from megatron_patch.model.families import FAMILIES
+from megatron_patch.training.dry_run import architecture
 from tests.config.test_resolve import RUN, resolve
 
 
@@ -89,3 +90,10 @@ def test_all_problems_are_reported_at_once():
         )
     text = " ".join(error.value.what.split())
     assert text.startswith("4 problems") and all(flag in text for flag in ("--window-size", "--window-attn-skip-freq", "--no-rope-freq"))
+
+
+def test_the_plan_shows_windows_and_blocks_without_rotation():
+    run = resolve(*RUN, "--num-layers", "4", "--window-size", "7,0", "--window-attn-skip-freq", "4", "--no-rope-freq", "2")
+    line = architecture(run)
+    assert "windows of 8 positions in 3 of 4 blocks" in line and "rotary positions (base 10000), none in 2 of 4 blocks" in line
+    assert "window" not in architecture(resolve(*RUN)) and "none in" not in architecture(resolve(*RUN))

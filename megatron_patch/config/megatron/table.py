@@ -51,7 +51,8 @@ MAIN: tuple[MegatronFlag, ...] = (
         "position-embedding-type",
         BOTH,
         _VALUES,
-        "rope or learned_absolute (in BigScience's fork rotary and absolute); there is no relative, alibi, yarn or mrope, and no none",
+        "rope or learned_absolute (in BigScience's fork rotary and absolute); "
+        "yarn is --rope-scaling yarn; there is no relative, alibi or mrope, and no none",
         "--position-embedding-type",
     ),
     *rows(_MODEL, "use-rotary-position-embeddings/0", BOTH, _RENAMED, "rotary positions", "--position-embedding-type rope"),
@@ -84,7 +85,7 @@ MAIN: tuple[MegatronFlag, ...] = (
         "--rope-scaling llama3 --rope-scaling-factor",
     ),
     *rows(_MODEL, "rope-scaling-factor", LM, _SAME, "the same, with --rope-scaling"),
-    *rows(_MODEL, "rope-type", LM, _OTHER, "rotary positions without YaRN", "", "rope"),
+    *rows(_MODEL, "rope-type", LM, _OTHER, "YaRN is --rope-scaling yarn with its factor and original positions", "", "rope"),
     *rows(_MODEL, "no-rope-freq", LM, _SAME, "the same: every N-th block has no rotation, or a list with 1 for such blocks"),
     *rows(_MODEL, "mrope-section/n", LM, _OTHER, "positions have one dimension"),
     *rows(_MODEL, "qk-layernorm/0", LM, _VALUES, "RMSNorm of the queries and keys of each head; with LayerNorm it does not exist here"),
