@@ -52,8 +52,9 @@ class ModelOptions:
     num_attention_heads: Fixed[Count]
     """Number of query heads in each block."""
     model_family: Fixed[str] = "llama"
-    """Sets the defaults of the options below. Built in: llama (RMSNorm, SwiGLU, rotary positions, no biases, untied head), qwen3 (the
-    same with normalized queries and keys), gpt2 (LayerNorm, GELU, learned positions, biases, tied head)."""
+    """Sets the defaults of the options below. Built in: llama and mistral (RMSNorm, SwiGLU, rotary positions, no biases, untied head),
+    qwen3 (the same with normalized queries and keys), smollm3 (the same as llama with every 4th block without rotation, tied head),
+    gpt2 (LayerNorm, GELU, learned positions, biases, tied head). Windows are given by --window-size."""
     num_query_groups: Fixed[OptionalCount] = None
     """Number of key-value heads, for grouped-query attention. By default each query head has its own."""
     kv_channels: Fixed[OptionalCount] = None

@@ -1,7 +1,7 @@
 """Model families: the presets that `--model-family` chooses from (no torch).
 
 A family gives the model options their defaults; each option can still be given by its own flag. A further family is registered by name,
-before the command line is read: `FAMILIES["mistral"] = Family(norm_epsilon=1e-5)`. Its conversion from and to Hugging Face is an
+before the command line is read: `FAMILIES["mine"] = Family(qk_norm=True)`. Its conversion from and to Hugging Face is an
 `Architecture` of `megatron_patch.convert.architectures`.
 """
 
@@ -44,6 +44,8 @@ class Family:
 FAMILIES: dict[str, Family] = {
     "llama": Family(),
     "qwen3": Family(norm_epsilon=1e-6, qk_norm=True),
+    "mistral": Family(),
+    "smollm3": Family(norm_epsilon=1e-6, no_rope_freq=4, tie_embeddings=True),
     "gpt2": Family(normalization="LayerNorm", swiglu=False, position_embedding="learned", linear_bias=True, tie_embeddings=True),
 }
 """Name, as `--model-family` takes it -> the family. Open to further entries."""
@@ -68,6 +70,7 @@ def family_of_shape(shape: ModelShape) -> str:
             + (family.swiglu != (shape.activation == "swiglu"))
             + (family.position_embedding != shape.position_embedding)
             + (family.qk_norm != shape.qk_norm)
+            + ((family.no_rope_freq is not None) != bool(shape.unrotated_layers))
         )
 
     return min(FAMILIES, key=differences)
