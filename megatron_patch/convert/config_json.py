@@ -197,7 +197,7 @@ def read_windows(values: ConfigReader, default: int | None = 4096, without_rotat
     return {"window": window, "full_layers": full} if len(full) < layers else {}
 
 
-def check_layers(values: ConfigReader, layers: int) -> None:
+def check_layers(values: ConfigReader, layers: int, key: str = "num_hidden_layers") -> None:
     """Checks that a number of layers is not absurdly large, before something is made for each of them.
 
     Raises:
@@ -205,7 +205,7 @@ def check_layers(values: ConfigReader, layers: int) -> None:
     """
     if layers > MOST_LAYERS:
         raise CheckpointError(
-            f"{values.where}: num_hidden_layers is {layers}", f"whole numbers up to {MOST_LAYERS:,}", "use the model's original config.json"
+            f"{values.where}: {key} is {layers}", f"whole numbers up to {MOST_LAYERS:,}", "use the model's original config.json"
         )
 
 

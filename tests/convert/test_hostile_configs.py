@@ -136,7 +136,9 @@ MEGATRON = {
     "layernorm_epsilon": 1e-5,
     "tensor_model_parallel_size": 1,
     "rotary_percent": 1.0,
-    "window_size": None,
+    "window_size": (127, 0),
+    "window_attn_skip_freq": [1, 0],
+    "no_rope_freq": 2,
     "num_experts": None,
     "qk_layernorm": False,
 }
@@ -161,3 +163,22 @@ def test_the_tool_refuses_before_it_writes(tmp_path):
     printed = tool("convert_checkpoint", "from-hf", "--input", tmp_path / "in", "--output", tmp_path / "out", code=4)
     assert "num_attention_heads is 1000" in printed and "What to do" in printed
     assert "Traceback" not in printed and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({}, (None, (), ())),
+        ({"window_size": (127, 0)}, (128, (), ())),
+        ({"window_size": [127, -1], "window_attn_skip_freq": 2}, (128, (1,), ())),
+        ({"window_size": (-1, 0)}, (None, (), ())),
+        ({"window_size": (7, 0), "window_attn_skip_freq": [0, 1], "no_rope_freq": [1, 0]}, (8, (0,), (0,))),
+        ({"window_size": (7, 0), "window_attn_skip_freq": 1, "no_rope_freq": 2}, (None, (), (1,))),
+        ({"window_attn_skip_freq": 2, "no_rope_freq": 0}, (None, (), ())),
+    ],
+)
+def test_windows_and_blocks_without_rotation_of_megatron(arguments, expected):
+    """In the form in which Megatron's parser stores them: a pair, and a number or a list."""
+    plain = {**MEGATRON, "num_layers": 2, "window_size": None, "window_attn_skip_freq": None, "no_rope_freq": None}
+    shape = shape_of_arguments({**plain, **arguments}, "checkpoint")
+    assert (shape.window, shape.full_layers, shape.unrotated_layers) == expected
