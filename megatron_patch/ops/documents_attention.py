@@ -180,7 +180,7 @@ def _blocks(length: int, window: int | None) -> Iterator[_Block]:
 
 
 class _Masks:
-    """The masks of the blocks of one call; the blocks inside of a document share one.
+    """The masks of the blocks of one call: views of one mask, of the largest block that has all of its keys.
 
     Args:
         queries: gives masks their dtype and device.
@@ -189,19 +189,21 @@ class _Masks:
 
     def __init__(self, queries: torch.Tensor, window: int | None) -> None:
         self._queries, self._window = queries, window
-        self._known: dict[tuple[int, int], torch.Tensor] = {}
+        self._largest: torch.Tensor | None = None
 
     def of(self, block: _Block) -> torch.Tensor | None:
         """Returns the mask [queries, keys] to add to a block's scores: 0, or minus infinity; None: the block is a whole document."""
         if block.whole or self._window is None:
             return None
-        rows, columns = block.queries.stop - block.queries.start, block.keys.stop - block.keys.start
-        mask = self._known.get((rows, columns))
-        if mask is None:
+        if self._largest is None:
+            rows = _BLOCK_ROWS[1]
+            columns = rows + self._window - 1
             hidden = ~band(rows, columns, self._window, self._queries.device)
-            mask = self._queries.new_zeros(rows, columns).masked_fill_(hidden, -torch.inf)
-            self._known[rows, columns] = mask
-        return mask
+            self._largest = self._queries.new_zeros(rows, columns).masked_fill_(hidden, -torch.inf)
+        rows, columns = block.queries.stop - block.queries.start, block.keys.stop - block.keys.start
+        # At the start of a document, keys are missing on the left.
+        missing = self._window - 1 - (columns - rows)
+        return self._largest[:rows, missing : missing + columns]
 
 
 def band(rows: int, columns: int, window: int | None, device: torch.device) -> torch.Tensor:
@@ -333,6 +335,8 @@ class _ScaledDotProduct:
         share = queries.shape[1] // keys.shape[1]
         if share > 1:
             keys, values = (tensor.repeat_interleave(share, dim=1) for tensor in (keys, values))
+        # A kernel of CUDA needs a mask that begins at an aligned address.
+        mask = None if mask is None else mask.contiguous()
         return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, is_causal=mask is None)
 
 
