@@ -4,6 +4,9 @@ mask and to plain causal attention.
 
     python benchmarks/documents.py          T = 1,024 to 8,192 and several
                                             lengths of documents
+    python benchmarks/documents.py --window 1024 --mixes one
+                                            a sliding window, where each sample
+                                            is one document
     python benchmarks/documents.py --tiny   a tiny shape, on any machine
 
 The peers run in turns on the same tensors: plain causal attention, in which a
@@ -25,13 +28,14 @@ import torch.nn.functional as F
 from _measure import Timer, machine, print_table, record, write_results
 
 from megatron_patch.model.attention import repeat_groups, supports_grouped_queries
-from megatron_patch.ops.documents_attention import documents_attention, documents_from_ids
+from megatron_patch.ops.documents_attention import band, documents_attention, documents_from_ids, documents_of_samples
 
 MIXES = {
     "128 each": 128.0,
     "512 each": 512.0,
     "web text": (400.0, 1.0),
     "short texts": (25.0, 1.0),
+    "one": 1e9,
 }
 """Lengths of documents in positions: all the same, or a log-normal distribution of (median, standard deviation of the logarithm)."""
 
@@ -41,6 +45,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seq-length", type=int, nargs="+", default=[1024, 2048, 4096, 8192], help="T (default: 1024 2048 4096 8192)")
     parser.add_argument("--mixes", nargs="+", choices=list(MIXES), default=list(MIXES), help="lengths of documents (default: all)")
+    parser.add_argument("--window", type=int, help="positions of a window, for the dense mask and the operator (default: none)")
     parser.add_argument("--samples", type=int, default=1, help="B, samples (default: 1)")
     parser.add_argument("--heads", type=int, help="number of heads (default: 32 on a GPU, 8 on a CPU)")
     parser.add_argument("--groups", type=int, help="number of query groups (default: a quarter of the heads)")
@@ -54,6 +59,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args.heads = args.heads or (32 if cuda else 8)
     args.groups = args.groups or max(1, args.heads // 4)
     args.head_size, args.rounds = args.head_size or (128 if cuda else 64), args.rounds or (7 if cuda else 3)
+    if args.window is not None and args.window < 1:
+        parser.error(f"--window {args.window} (allowed: from 1)")
     if args.heads % args.groups:
         parser.error(f"--groups {args.groups} (allowed: a divisor of --heads, {args.heads})")
     return args
@@ -98,10 +105,11 @@ def main(argv: list[str] | None = None) -> int:
         for mix in args.mixes:
             ids = document_ids(mix, args.samples, length)
             found = documents_from_ids(ids)
-            if found is None:
-                continue
-            documents, on_device = found.to(device), torch.from_numpy(ids).to(device)
-            mask = (on_device[:, None, :, None] == on_device[:, None, None]).tril()
+            if found is None and args.window is None:
+                continue  # plain causal attention itself
+            documents = documents_of_samples(args.samples, length, device) if found is None else found.to(device)
+            on_device = torch.from_numpy(ids).to(device)
+            mask = (on_device[:, None, :, None] == on_device[:, None, None]) & band(length, length, args.window, device)
 
             def both_ways(attend: Callable[..., torch.Tensor], *given: torch.Tensor) -> list[torch.Tensor]:
                 leaves = [tensor.detach().requires_grad_() for tensor in given[:3]]
@@ -111,7 +119,7 @@ def main(argv: list[str] | None = None) -> int:
             ways: dict[str, Callable[..., torch.Tensor]] = {
                 "plain causal": lambda q, k, v: causal(q, k, v, None),
                 "dense mask": lambda q, k, v, mask=mask: causal(q, k, v, mask),
-                "ours": lambda q, k, v, documents=documents: documents_attention(q, k, v, documents),
+                "ours": lambda q, k, v, documents=documents: documents_attention(q, k, v, documents, args.window),
             }
             given = (*inputs, gradient)
             error = relative_error(both_ways(ways["ours"], *given), both_ways(ways["dense mask"], *(tensor.float() for tensor in given)))
@@ -120,8 +128,12 @@ def main(argv: list[str] | None = None) -> int:
             times = timer.medians(work)
             for name, seconds in times.items():
                 kept = mask.nbytes if name == "dense mask" else 0
-                figure = {"seq_length": length, "mix": mix, "peer": name, "documents": len(documents.host_bounds) - 1}
-                figure |= {"longest": int(documents.longest), "dtype": str(dtype).removeprefix("torch.")}
+                figure = {"seq_length": length, "mix": mix, "peer": name, "window": args.window}
+                figure |= {
+                    "documents": len(documents.host_bounds) - 1,
+                    "longest": int(documents.longest),
+                    "dtype": str(dtype).removeprefix("torch."),
+                }
                 figure |= {"heads": args.heads, "groups": args.groups, "head_size": args.head_size, "samples": args.samples}
                 figure |= {"forward_backward_ms": seconds * 1e3, "speed_of_plain": times["plain causal"] / seconds}
                 figure |= {"peak_mb": (kept + timer.peak_bytes(work[name])) / 1e6, "error": error if name == "ours" else None}

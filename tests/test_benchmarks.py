@@ -334,7 +334,13 @@ def test_attention_inside_documents_is_measured_next_to_the_dense_mask(module, t
     assert all(figure["forward_backward_ms"] > 0 and figure["peak_mb"] > 0 for figure in figures)
     assert figures[0]["documents"] == 2 and figures[0]["longest"] == 128 and figures[3]["documents"] > 4
     assert figures[0]["speed_of_plain"] == 1 and figures[2]["error"] < 1e-6
-    monkeypatch.setattr(documents, "documents_attention", lambda queries, keys, values, documents: queries + keys.mean() + values.mean())
+    assert documents.main(["--tiny", "--window", "100", "--mixes", "128 each", "one"]) == 0
+    windowed = [json.loads(line) for line in (tmp_path / "figures.jsonl").read_text().splitlines()][len(figures) :]
+    assert [figure["documents"] for figure in windowed] == [2] * 3 + [1] * 3 and windowed[5]["error"] < 1e-6
+    monkeypatch.setattr(
+        documents, "documents_attention", lambda queries, keys, values, documents, window=None: queries + keys.mean() + values.mean()
+    )
+    assert documents.main(["--tiny", "--window", "64"]) == 1, "also with a window"
     assert documents.main(["--tiny"]) == 1 and "differs from the dense mask" in capsys.readouterr().err, "wrong numbers are no result"
     with pytest.raises(SystemExit):
         documents.parse(["--heads", "6", "--groups", "4"])

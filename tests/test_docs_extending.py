@@ -140,7 +140,7 @@ def test_a_recipe(run):
 def test_a_model_family(folder, run):
     run("A model family")
     config = json.loads((folder / "exported" / "config.json").read_text())
-    assert config["architectures"] == ["MistralForCausalLM"] and config["sliding_window"] is None and config["rms_norm_eps"] == 1e-5
+    assert config["architectures"] == ["SeedOssForCausalLM"] and config["attention_bias"] is True and config["rms_norm_eps"] == 1e-6
     assert list((folder / "exported").glob("*.safetensors"))
 
 

@@ -6,7 +6,7 @@ In: the trainer's progress, plan, options and data. Out: `trainer_state.json`, a
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 from megatron_patch.credentials import cleaned_record
@@ -57,6 +57,7 @@ class TrainerState:
         weights_only: whether there are weights, but no run to resume.
         imported_from: path that converted weights came from, or None.
         special_ids: `bos_token_id` and `eos_token_id` of converted weights, or None.
+        kept_config: keys of the imported config.json that an export writes again (`kept_keys`); empty without an import.
         held_out: the corpora that the run has evaluated so far; empty in checkpoints of earlier versions.
         own_model: name of the user's function that builds the model; None: the program's own model.
         version: version of this record's format.
@@ -80,6 +81,7 @@ class TrainerState:
     weights_only: bool = False
     imported_from: str | None = None
     special_ids: Mapping[str, Any] | None = None
+    kept_config: Mapping[str, Any] = field(default_factory=dict)
     held_out: tuple[HeldOutName, ...] = ()
     own_model: str | None = None
     version: int = STATE_VERSION
@@ -101,7 +103,7 @@ class TrainerState:
         if version == 1:
             data = _from_version_1(data, where)
         # Fields that were added without another version.
-        data = {"held_out": (), "own_model": None, **data}
+        data = {"held_out": (), "own_model": None, "kept_config": {}, **data}
         # Not the metadata: the pattern of a tokenizer may look like an address, and must stay as it is.
         data = {name: cleaned_record(value) if name in _WITH_ADDRESSES else value for name, value in data.items()}
         names = [f.name for f in fields(TrainerState)]

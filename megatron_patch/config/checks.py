@@ -14,6 +14,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from megatron_patch.config.layer_patterns import check_layer_patterns
 from megatron_patch.config.optimizer_checks import check_lengths, check_muon, check_optimizer
 from megatron_patch.config.option_types import flag_of
 from megatron_patch.config.options import DataOptions, EngineOptions, LoggingOptions, Options
@@ -252,6 +253,7 @@ def check_options(options: Options, origins: Mapping[str, str] = MappingProxyTyp
     problems = problems_of(
         *(functools.partial(check, options) for check in checks),
         *(functools.partial(check, options.schedule) for check in (check_lengths, check_optimizer)),
+        lambda: check_layer_patterns(options.model),
         lambda: check_muon(options.schedule, origins),
         lambda: split_ranges(1 << 40, options.data.split),
     )

@@ -67,6 +67,9 @@ OptionalPath = Annotated[str | None, tyro.conf.arg(metavar="PATH", help_behavior
 OptionalList = Annotated[str | None, tyro.conf.arg(metavar="JSON", help_behavior_hint=_hint)]
 """A list as JSON that may be left out."""
 
+OptionalPattern = Annotated[str | None, tyro.conf.arg(metavar="N|LIST", help_behavior_hint=_hint)]
+"""Every N-th block, or a list with a number for each block; may be left out."""
+
 
 def texts(metavar: str) -> Any:
     """Returns the annotation of an option that takes several words, each of them shown as `metavar` in the help."""

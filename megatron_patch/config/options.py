@@ -27,6 +27,7 @@ from megatron_patch.config.option_types import (
     OptionalList,
     OptionalName,
     OptionalPath,
+    OptionalPattern,
     OptionalSwitch,
     Reported,
     texts,
@@ -51,8 +52,9 @@ class ModelOptions:
     num_attention_heads: Fixed[Count]
     """Number of query heads in each block."""
     model_family: Fixed[str] = "llama"
-    """Sets the defaults of the options below. Built in: llama (RMSNorm, SwiGLU, rotary positions, no biases, untied head), qwen3 (the
-    same with normalized queries and keys), gpt2 (LayerNorm, GELU, learned positions, biases, tied head)."""
+    """Sets the defaults of the options below. Built in: llama and mistral (RMSNorm, SwiGLU, rotary positions, no biases, untied head),
+    qwen3 (the same with normalized queries and keys), smollm3 (the same as llama with every 4th block without rotation, tied head),
+    gpt2 (LayerNorm, GELU, learned positions, biases, tied head). Windows are given by --window-size."""
     num_query_groups: Fixed[OptionalCount] = None
     """Number of key-value heads, for grouped-query attention. By default each query head has its own."""
     kv_channels: Fixed[OptionalCount] = None
@@ -73,11 +75,14 @@ class ModelOptions:
     """Use SwiGLU, a gated feed-forward layer, or with --no-swiglu GELU. By default the model family's."""
     position_embedding_type: Fixed[Annotated[Literal["rope", "learned_absolute"] | None, OPTIONAL]] = None
     """Encode positions by rotation (rope) or by learned embeddings. By default the model family's."""
+    no_rope_freq: Fixed[OptionalPattern] = None
+    """Blocks whose queries and keys are not rotated: every N-th one, or a list with 1 for each of them, such as ([0]*3+[1])*8.
+    0: none. By default the model family's choice."""
     rotary_base: Fixed[float] = 10000.0
     """Base of the rotary frequencies (rope theta)."""
-    rope_scaling: Fixed[Literal["none", "linear", "llama3"]] = "none"
+    rope_scaling: Fixed[Literal["none", "linear", "llama3", "yarn"]] = "none"
     """Lower the rotary frequencies so that the model reads longer contexts.
-    linear divides all of them by --rope-scaling-factor; llama3 (Llama 3.1 and later) divides only the low ones."""
+    linear divides all of them by --rope-scaling-factor; llama3 (Llama 3.1 and later) and yarn (YaRN) divide only the low ones."""
     rope_scaling_factor: Fixed[float] = 1.0
     """Factor by which --rope-scaling divides the rotary frequencies."""
     rope_low_freq_factor: Fixed[float] = 1.0
@@ -85,7 +90,17 @@ class ModelOptions:
     rope_high_freq_factor: Fixed[float] = 4.0
     """llama3 scaling: frequencies with a wavelength below --rope-original-positions / this number stay as they are."""
     rope_original_positions: Fixed[Count] = 8192
-    """llama3 scaling: context length, in positions, that the model was trained with before scaling."""
+    """llama3 and yarn: context length, in positions, that the model was trained with before scaling."""
+    rope_beta_fast: Fixed[float] = 32.0
+    """yarn: frequencies with more turns than this in the original context stay as they are."""
+    rope_beta_slow: Fixed[float] = 1.0
+    """yarn: frequencies with fewer turns than this in the original context are divided by the full factor."""
+    rope_attention_factor: Fixed[OptionalFloat] = None
+    """yarn: factor of the rotated queries and keys. By default 1 + 0.1 ln(--rope-scaling-factor)."""
+    window_size: Fixed[Annotated[str | None, texts("LEFT,0")]] = None
+    """Attention sees a window: LEFT positions before a position, and itself. 4095,0 is a window of 4,096 positions. By default none."""
+    window_attn_skip_freq: Fixed[OptionalPattern] = None
+    """Blocks without this window: every N-th one, or a list with 0 for each of them, such as ([1]*3+[0])*8. By default none."""
     qk_layernorm: Fixed[OptionalSwitch] = None
     """Normalize the queries and keys of each head before the rotation. By default the model family's choice."""
     add_qkv_bias: Fixed[OptionalSwitch] = None

@@ -21,6 +21,7 @@ from megatron_patch.config.checks import (
     check_plan,
     check_profile_ranks,
 )
+from megatron_patch.config.layer_patterns import full_attention_blocks, unrotated_blocks, window_positions
 from megatron_patch.config.megatron.command_line import MegatronReport
 from megatron_patch.config.options import ModelOptions, Options
 from megatron_patch.config.parsing import ParsedOptions, option_values, parse
@@ -187,6 +188,9 @@ def build_shape(options: ModelOptions, vocab_size: int, longest: int, tensor_par
             f"at least {longest}",
             "raise it or leave it out",
         )
+    full = full_attention_blocks(options)
+    # A window that no block has is none.
+    window = None if options.window_size is None or len(full) == options.num_layers else window_positions(options.window_size)
     # The same for all layouts that divide it, so that a checkpoint goes from one to another.
     multiple = math.lcm(options.make_vocab_size_divisible_by, tensor_parallel_size)
     shape = ModelShape(
@@ -209,6 +213,12 @@ def build_shape(options: ModelOptions, vocab_size: int, longest: int, tensor_par
         rotary_low_frequency_factor=options.rope_low_freq_factor,
         rotary_high_frequency_factor=options.rope_high_freq_factor,
         rotary_original_positions=options.rope_original_positions,
+        rotary_beta_fast=options.rope_beta_fast,
+        rotary_beta_slow=options.rope_beta_slow,
+        rotary_attention_factor=options.rope_attention_factor,
+        window=window,
+        full_layers=full if window is not None else (),
+        unrotated_layers=unrotated_blocks(options),
         qk_norm=_given(options.qk_layernorm, family.qk_norm),
         attention_bias=bias,
         qkv_bias=_given(options.add_qkv_bias, family.qkv_bias) or bias,

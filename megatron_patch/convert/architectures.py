@@ -2,7 +2,7 @@
 
 In: a shape, or a configuration as a dict. Out: the other. A value that one side does not support is refused with its key.
 
-A further architecture is registered by its class name: `ARCHITECTURES["MistralForCausalLM"] = Architecture(...)`.
+A further architecture is registered by its class name: `ARCHITECTURES["SeedOssForCausalLM"] = Architecture(...)`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_patch.config.checks import check_model_size
-from megatron_patch.convert.config_json import ConfigReader, read_gpt2, read_llama, write_gpt2, write_llama
+from megatron_patch.convert.config_json import (
+    ConfigReader,
+    read_gpt2,
+    read_llama,
+    read_mistral,
+    read_smollm3,
+    read_windows,
+    write_gpt2,
+    write_llama,
+    write_smollm3,
+    write_windows,
+)
 from megatron_patch.convert.tensor_names import GPT2_NAMES, LLAMA_NAMES, TensorNames
 from megatron_patch.errors import CheckpointError, ConfigError
 from megatron_patch.model.shape import ModelShape, check_shape
@@ -46,8 +57,22 @@ class Architecture:
     tensors: TensorNames = LLAMA_NAMES
 
 
-LLAMA_LAYERS: Mapping[str, Any] = {"normalization": "RMSNorm", "activation": "swiglu", "position_embedding": "rope", "qk_norm": False}
+LLAMA_LAYERS: Mapping[str, Any] = {
+    "normalization": "RMSNorm",
+    "activation": "swiglu",
+    "position_embedding": "rope",
+    "qk_norm": False,
+    "window": None,
+    "full_layers": (),
+    "unrotated_layers": (),
+}
 """The kinds of layers of Llama and of the architectures that follow it: fields of `ModelShape` and their values."""
+
+
+def _any_windows(shape: ModelShape) -> Mapping[str, Any]:
+    """Returns the requirements of an architecture that has windows in any layers: none."""
+    return {"window": shape.window, "full_layers": shape.full_layers}
+
 
 LLAMA = Architecture(
     "LlamaForCausalLM",
@@ -61,17 +86,54 @@ QWEN2 = Architecture(
     "Qwen2ForCausalLM",
     "qwen2",
     "llama",
-    required=lambda shape: {**LLAMA_LAYERS, "qkv_bias": True, "attention_bias": False, "mlp_bias": False},
-    read_config=lambda values: {**read_llama(values, positions=32768), "qkv_bias": True, "attention_bias": False},
-    write_config=lambda shape: {**write_llama(shape), "use_sliding_window": False},
+    required=lambda shape: {**LLAMA_LAYERS, **_any_windows(shape), "qkv_bias": True, "attention_bias": False, "mlp_bias": False},
+    read_config=lambda values: {
+        **read_llama(values, positions=32768, windows=True),
+        **read_windows(values),
+        "qkv_bias": True,
+        "attention_bias": False,
+    },
+    write_config=lambda shape: {**write_llama(shape), **write_windows(shape)},
 )
 QWEN3 = Architecture(
     "Qwen3ForCausalLM",
     "qwen3",
     "qwen3",
-    required=lambda shape: {**LLAMA_LAYERS, "qk_norm": True, "attention_bias": shape.qkv_bias, "mlp_bias": False},
-    read_config=lambda values: {**read_llama(values, positions=32768, head_size=128), "qk_norm": True},
-    write_config=lambda shape: {**write_llama(shape), "attention_bias": shape.qkv_bias, "use_sliding_window": False},
+    required=lambda shape: {
+        **LLAMA_LAYERS,
+        **_any_windows(shape),
+        "qk_norm": True,
+        "attention_bias": shape.qkv_bias,
+        "mlp_bias": False,
+    },
+    read_config=lambda values: {
+        **read_llama(values, positions=32768, head_size=128, windows=True),
+        **read_windows(values),
+        "qk_norm": True,
+    },
+    write_config=lambda shape: {**write_llama(shape), **write_windows(shape), "attention_bias": shape.qkv_bias},
+)
+MISTRAL = Architecture(
+    "MistralForCausalLM",
+    "mistral",
+    "mistral",
+    required=lambda shape: {**LLAMA_LAYERS, "window": shape.window, "qkv_bias": False, "attention_bias": False, "mlp_bias": False},
+    read_config=read_mistral,
+    # Without the second key, transformers would set a window of 4096 positions.
+    write_config=lambda shape: {**write_llama(shape), "sliding_window": shape.window},
+)
+SMOLLM3 = Architecture(
+    "SmolLM3ForCausalLM",
+    "smollm3",
+    "smollm3",
+    required=lambda shape: {
+        **LLAMA_LAYERS,
+        **_any_windows(shape),
+        "unrotated_layers": shape.unrotated_layers,
+        "attention_bias": shape.qkv_bias,
+    },
+    read_config=read_smollm3,
+    write_config=write_smollm3,
 )
 GPT2 = Architecture(
     "GPT2LMHeadModel",
@@ -82,6 +144,7 @@ GPT2 = Architecture(
         "activation": "gelu",
         "position_embedding": "learned",
         "qk_norm": False,
+        "window": None,
         "qkv_bias": True,
         "attention_bias": True,
         "mlp_bias": True,
@@ -92,7 +155,7 @@ GPT2 = Architecture(
     write_config=write_gpt2,
     tensors=GPT2_NAMES,
 )
-ARCHITECTURES: dict[str, Architecture] = {architecture.name: architecture for architecture in (LLAMA, QWEN2, QWEN3, GPT2)}
+ARCHITECTURES: dict[str, Architecture] = {architecture.name: architecture for architecture in (LLAMA, QWEN2, QWEN3, GPT2, MISTRAL, SMOLLM3)}
 """Class name -> architecture. Open to further entries."""
 
 
@@ -159,6 +222,27 @@ def special_ids(config: Mapping[str, Any], vocab_size: int) -> dict[str, Special
 
     found = {key: config.get(key) for key in ("bos_token_id", "eos_token_id")}
     return {key: ids for key, ids in found.items() if is_id(ids) or (isinstance(ids, list) and ids and all(map(is_id, ids)))}
+
+
+_DROPOUTS = ("attention_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop")
+
+
+def kept_keys(config: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:
+    """Returns the keys of a configuration that no shape has and an export writes again: `pad_token_id` and the shares of dropout."""
+    kept: dict[str, Any] = {}
+    padding = config.get("pad_token_id")
+    if type(padding) is int and 0 <= padding < vocab_size:
+        kept["pad_token_id"] = padding
+    return kept | {
+        key: config[key] for key in _DROPOUTS if type(config.get(key)) in (int, float) and 0 <= config[key] < 1 and config[key] != 0
+    }
+
+
+def with_kept_keys(config: Mapping[str, Any], kept: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns an export's configuration with the keys that `kept_keys` has kept; dropouts only where its architecture has them."""
+    # Read from a file that may come from elsewhere.
+    kept = kept_keys(kept, config["vocab_size"])
+    return {**config, **{key: value for key, value in kept.items() if key == "pad_token_id" or key in config}}
 
 
 def architecture_named(config: Mapping[str, Any], where: str) -> Architecture:

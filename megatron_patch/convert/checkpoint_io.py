@@ -118,6 +118,7 @@ def write_weights(
     imported_from: str | None = None,
     data_metadata: Mapping[str, Any] | None = None,
     special_ids: Mapping[str, Any] | None = None,
+    kept_config: Mapping[str, Any] | None = None,
 ) -> Path:
     """Writes a checkpoint with only weights, from which a new run can start.
 
@@ -131,6 +132,7 @@ def write_weights(
         imported_from: path of the source.
         data_metadata: type and path of the source's tokenizer, or None.
         special_ids: `bos_token_id` and `eos_token_id` of the source, or None.
+        kept_config: keys of the source's config.json that an export writes again; None: none.
 
     Returns:
         The checkpoint's folder, which appears under its name when it is complete.
@@ -169,6 +171,7 @@ def write_weights(
         imported_from=imported_from,
         data_metadata=data_metadata,
         special_ids=special_ids,
+        kept_config=dict(kept_config or {}),
     )
     entries |= commit.write_state(folder, state)
     commit.write_manifest(folder, entries)

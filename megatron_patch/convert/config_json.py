@@ -6,7 +6,8 @@ serve architectures that are registered from outside and differ from it by a few
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from megatron_patch.errors import CheckpointError
@@ -14,6 +15,8 @@ from megatron_patch.model.shape import ModelShape
 
 _LARGEST_COUNT = 1_000_000_000
 _LARGEST_REAL = 1e30
+MOST_LAYERS = 10_000
+"""Largest number of layers for each of which something is read."""
 
 
 def _shown(value: Any) -> str:
@@ -34,16 +37,16 @@ class ConfigReader:
     def __init__(self, values: Mapping[str, Any], where: str, do: str = "use the model's original config.json") -> None:
         self._values, self.where, self._do = values, where, do
 
-    def number(self, key: str, default: int | None = None) -> int:
-        """Returns a whole number from 1 to a billion; a missing or null key gives the default.
+    def number(self, key: str, default: int | None = None, least: int = 1) -> int:
+        """Returns a whole number from `least` to a billion; a missing or null key gives the default.
 
         Raises:
             CheckpointError: the value is something else, or the key is missing and has no default.
         """
         value = self._values.get(key)
         value = default if value is None else value
-        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= _LARGEST_COUNT:
-            raise self._refusal(key, value, f"a whole number from 1 to {_LARGEST_COUNT:,}")
+        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= _LARGEST_COUNT:
+            raise self._refusal(key, value, f"a whole number from {least} to {_LARGEST_COUNT:,}")
         return value
 
     def real(self, key: str, default: float) -> float:
@@ -69,6 +72,27 @@ class ConfigReader:
         if not isinstance(value, bool):
             raise self._refusal(key, value, "true or false")
         return value
+
+    def per_layer(self, key: str, layers: int, allowed: tuple[Any, ...], longer: bool = False) -> list[Any] | None:
+        """Returns a list with a value for each layer, or None where the key is missing or null.
+
+        Args:
+            key: the key.
+            layers: number of layers.
+            allowed: the supported values.
+            longer: whether the list may be longer; what is too much is left out.
+
+        Raises:
+            CheckpointError: the value is no list of this length, or has other values.
+        """
+        value = self._values.get(key)
+        if value is None:
+            return None
+        fits = isinstance(value, list) and (len(value) == layers or (longer and len(value) > layers))
+        if not fits or not all(type(item) is type(allowed[0]) and item in allowed for item in value[:layers]):
+            raise self._refusal(key, value, f"a list with {' or '.join(map(repr, allowed))} for each of {layers} layers")
+        found: list[Any] = value[:layers]
+        return found
 
     def _refusal(self, key: str, value: Any, allowed: str) -> CheckpointError:
         return CheckpointError(f"{self.where}: {key} is {_shown(value)}", allowed, self._do)
@@ -97,20 +121,30 @@ class ConfigReader:
             )
 
 
-def read_llama(values: ConfigReader, norm_epsilon: float = 1e-6, positions: int = 2048, head_size: int | None = None) -> dict[str, Any]:
-    """Returns the shape's fields from a configuration in Llama's schema, without biases other than `attention_bias`.
+def read_llama(
+    values: ConfigReader,
+    norm_epsilon: float = 1e-6,
+    positions: int = 2048,
+    head_size: int | None = None,
+    windows: bool = False,
+    rotary_base: float = 10000.0,
+) -> dict[str, Any]:
+    """Returns the shape's fields from a configuration in Llama's schema, without biases other than `attention_bias` and without windows.
 
     Args:
         values: the configuration.
         norm_epsilon: the value where `rms_norm_eps` is missing.
         positions: the value where `max_position_embeddings` is missing.
         head_size: the value where `head_dim` is missing; None: hidden size / heads.
+        windows: whether the architecture has windows, which `read_windows` reads; False: they are refused.
+        rotary_base: the value where `rope_theta` is missing.
 
     Raises:
         CheckpointError: a missing key, or a value that the model does not support.
     """
     values.require("hidden_act", "silu", ("silu", "swish"))
-    values.require("use_sliding_window", False, (False, None))
+    if not windows:
+        values.require("use_sliding_window", False, (False, None))
     values.require("partial_rotary_factor", 1.0, (1.0, None))
     hidden, heads = values.number("hidden_size"), values.number("num_attention_heads")
     bias = values.flag("attention_bias", False)
@@ -126,7 +160,121 @@ def read_llama(values: ConfigReader, norm_epsilon: float = 1e-6, positions: int 
         "attention_bias": bias,
         "qkv_bias": bias,
         "tie_embeddings": values.flag("tie_word_embeddings", False),
-        **_read_rotary(values),
+        **_read_rotary(values, rotary_base, values.number("max_position_embeddings", positions)),
+    }
+
+
+_FULL, _SLIDING = "full_attention", "sliding_attention"
+
+
+def read_windows(values: ConfigReader, default: int | None = 4096, without_rotation: Collection[int] | None = None) -> dict[str, Any]:
+    """Returns the shape's fields of windows, from `use_sliding_window`, `sliding_window`, `layer_types` and `max_window_layers`.
+
+    Args:
+        values: the configuration.
+        default: the window where `sliding_window` is missing; None: no window.
+        without_rotation: the layers that have a window where `layer_types` is missing (SmolLM3); None: those from `max_window_layers` on.
+
+    Raises:
+        CheckpointError: a value that the architecture does not have, or layers with a window whose length is not given.
+    """
+    layers = values.number("num_hidden_layers")
+    check_layers(values, layers)
+    kinds = values.per_layer("layer_types", layers, (_FULL, _SLIDING))
+    window = None
+    if values.flag("use_sliding_window", False) and values.get("sliding_window", default) is not None:
+        window = values.number("sliding_window", default)
+    if window is None:
+        if kinds is not None and _SLIDING in kinds:
+            values.require("layer_types", None, ([_FULL] * layers,))
+        return {}
+    if kinds is None and without_rotation is not None:
+        full = tuple(layer for layer in range(layers) if layer not in without_rotation)
+    elif kinds is None:
+        full = tuple(range(min(values.number("max_window_layers", 28, least=0), layers)))
+    else:
+        full = tuple(layer for layer in range(layers) if kinds[layer] == _FULL)
+    return {"window": window, "full_layers": full} if len(full) < layers else {}
+
+
+def check_layers(values: ConfigReader, layers: int, key: str = "num_hidden_layers") -> None:
+    """Checks that a number of layers is not absurdly large, before something is made for each of them.
+
+    Raises:
+        CheckpointError: it is.
+    """
+    if layers > MOST_LAYERS:
+        raise CheckpointError(
+            f"{values.where}: {key} is {layers}", f"whole numbers up to {MOST_LAYERS:,}", "use the model's original config.json"
+        )
+
+
+def write_windows(shape: ModelShape) -> dict[str, Any]:
+    """Returns the keys of a shape's windows, for Qwen2, Qwen3 and SmolLM3."""
+    if shape.window is None:
+        return {"use_sliding_window": False}
+    first = next((layer for layer in range(shape.num_layers) if layer not in shape.full_layers), shape.num_layers)
+    return {
+        "use_sliding_window": True,
+        "sliding_window": shape.window,
+        # Older versions of transformers read this one; it says the same if only the first layers have no window.
+        "max_window_layers": first,
+        "layer_types": [_FULL if layer in shape.full_layers else _SLIDING for layer in range(shape.num_layers)],
+    }
+
+
+def read_mistral(values: ConfigReader) -> dict[str, Any]:
+    """Returns the shape's fields from a configuration of Mistral, whose layers all have the window or none.
+
+    Raises:
+        CheckpointError: a missing key, or a value that the model does not support.
+    """
+    layers = values.number("num_hidden_layers")
+    check_layers(values, layers)
+    window = None if values.get("sliding_window", 4096) is None else values.number("sliding_window", 4096)
+    values.per_layer("layer_types", layers, (_FULL if window is None else _SLIDING,))
+    return {
+        **read_llama(values, positions=131072),
+        "num_query_groups": values.number("num_key_value_heads", 8),
+        "window": window,
+        "attention_bias": False,
+        "qkv_bias": False,
+    }
+
+
+def read_smollm3(values: ConfigReader) -> dict[str, Any]:
+    """Returns the shape's fields from a configuration of SmolLM3, some of whose layers have no rotation.
+
+    Raises:
+        CheckpointError: a missing key, or a value that the model does not support.
+    """
+    layers = values.number("num_hidden_layers")
+    check_layers(values, layers)
+    rotated = values.per_layer("no_rope_layers", layers, (1, 0), longer=True)
+    if rotated is None:
+        every = values.number("no_rope_layer_interval", 4)
+        rotated = [int((layer + 1) % every != 0) for layer in range(layers)]
+    unrotated = tuple(layer for layer in range(layers) if not rotated[layer])
+    return {
+        **read_llama(values, positions=32768, windows=True, rotary_base=2e6),
+        **read_windows(values, None, unrotated),
+        "num_query_groups": values.number("num_key_value_heads", 4),
+        "unrotated_layers": unrotated,
+        "mlp_bias": values.flag("mlp_bias", False),
+        "tie_embeddings": values.flag("tie_word_embeddings", True),
+    }
+
+
+def write_smollm3(shape: ModelShape) -> dict[str, Any]:
+    """Returns the keys of a shape in SmolLM3's schema; in its list a 1 is a layer with rotation."""
+    return {
+        **write_llama(shape),
+        **write_windows(shape),
+        "no_rope_layers": [int(layer not in shape.unrotated_layers) for layer in range(shape.num_layers)],
+        "attention_bias": shape.qkv_bias,
+        "mlp_bias": shape.mlp_bias,
+        # The default is an id of the published vocabulary.
+        "pad_token_id": None,
     }
 
 
@@ -148,19 +296,27 @@ def write_llama(shape: ModelShape) -> dict[str, Any]:
     }
 
 
-def _read_rotary(values: ConfigReader) -> dict[str, Any]:
-    """The rotary base and scaling, from `rope_parameters` or from the older `rope_theta` and `rope_scaling`."""
+def _read_rotary(values: ConfigReader, base: float, positions: int) -> dict[str, Any]:
+    """The rotary base and scaling, from `rope_parameters` or from the older `rope_theta` and `rope_scaling`.
+
+    Args:
+        values: the configuration.
+        base: the rotary base where it is missing.
+        positions: the length of the context, for YaRN without its original one.
+    """
     given = values.get("rope_parameters") or values.get("rope_scaling") or {}
     if not isinstance(given, dict):
         given = {"rope_type": given}
-    merged = {"rope_type": given.get("type", "default"), "rope_theta": values.get("rope_theta", 10000.0), **given}
+    merged = {"rope_type": given.get("type", "default"), "rope_theta": values.get("rope_theta", base), **given}
     rope = ConfigReader(merged, f"{values.where}: rope_parameters")
-    rope.require("rope_type", "default", ("default", "linear", "llama3"))
+    rope.require("rope_type", "default", ("default", "linear", "llama3", "yarn"))
     rope.require("partial_rotary_factor", 1.0, (1.0, None))
-    result: dict[str, Any] = {"rotary_base": rope.real("rope_theta", 10000.0)}
+    result: dict[str, Any] = {"rotary_base": rope.real("rope_theta", base)}
     kind = rope.get("rope_type")
     if kind == "default":
         return result
+    if kind == "yarn":
+        return result | _read_yarn(rope, positions)
     result |= {"rotary_scaling": kind, "rotary_factor": rope.real("factor", 0.0)}
     if kind == "llama3":
         result |= {
@@ -169,6 +325,33 @@ def _read_rotary(values: ConfigReader) -> dict[str, Any]:
             "rotary_original_positions": rope.number("original_max_position_embeddings"),
         }
     return result
+
+
+def _read_yarn(rope: ConfigReader, positions: int) -> dict[str, Any]:
+    """The values of YaRN, with those that transformers takes where a key is missing or null."""
+    rope.require("truncate", True, (True, None))
+    original = rope.number("original_max_position_embeddings", positions)
+    factor = positions / original if rope.get("factor") is None else rope.real("factor", 0.0)
+
+    def default_factor(mscale: float = 1.0) -> float:
+        return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    given = None
+    if rope.get("attention_factor") is not None:
+        given = rope.real("attention_factor", 1.0)
+    elif rope.get("mscale") and rope.get("mscale_all_dim"):
+        whole, part = default_factor(rope.real("mscale", 1.0)), default_factor(rope.real("mscale_all_dim", 1.0))
+        if part == 0:
+            rope.require("mscale_all_dim", 1.0, (1.0, 0.0))
+        given = whole / part
+    return {
+        "rotary_scaling": "yarn",
+        "rotary_factor": factor,
+        "rotary_original_positions": original,
+        "rotary_beta_fast": rope.real("beta_fast", 32.0) if rope.get("beta_fast") else 32.0,
+        "rotary_beta_slow": rope.real("beta_slow", 1.0) if rope.get("beta_slow") else 1.0,
+        "rotary_attention_factor": None if given == default_factor() else given,
+    }
 
 
 def _write_rotary_scaling(shape: ModelShape) -> dict[str, Any] | None:
@@ -181,6 +364,12 @@ def _write_rotary_scaling(shape: ModelShape) -> dict[str, Any] | None:
             "high_freq_factor": shape.rotary_high_frequency_factor,
             "original_max_position_embeddings": shape.rotary_original_positions,
         }
+    if shape.rotary_scaling == "yarn":
+        scaling["original_max_position_embeddings"] = shape.rotary_original_positions
+        if (shape.rotary_beta_fast, shape.rotary_beta_slow) != (32.0, 1.0):
+            scaling |= {"beta_fast": shape.rotary_beta_fast, "beta_slow": shape.rotary_beta_slow}
+        if shape.rotary_attention_factor is not None:
+            scaling["attention_factor"] = shape.rotary_attention_factor
     return scaling
 
 

@@ -54,8 +54,31 @@ def training_flags(shape: ModelShape, family: str) -> list[str] | None:
             "rope-high-freq-factor": shape.rotary_high_frequency_factor,
             "rope-original-positions": shape.rotary_original_positions,
         }
+    if shape.rotary_scaling == "yarn":
+        values |= {
+            "rope-original-positions": shape.rotary_original_positions,
+            "rope-beta-fast": shape.rotary_beta_fast,
+            "rope-beta-slow": shape.rotary_beta_slow,
+        }
+    if shape.rotary_attention_factor is not None:
+        values["rope-attention-factor"] = shape.rotary_attention_factor
+    if shape.window is not None:
+        values["window-size"] = f"{shape.window - 1},0"
+    if shape.full_layers:
+        values["window-attn-skip-freq"] = _pattern(shape.full_layers, shape.num_layers, 0)
+    every = preset.no_rope_freq if shape.position_embedding == "rope" else None
+    if shape.unrotated_layers != (() if every is None else tuple(range(every - 1, shape.num_layers, every))):
+        values["no-rope-freq"] = _pattern(shape.unrotated_layers, shape.num_layers, 1) if shape.unrotated_layers else 0
     if shape.mlp_bias != preset.linear_bias or not preset.linear_bias:
         values["disable-bias-linear"] = not shape.mlp_bias
     if not shape.mlp_bias and (shape.qkv_bias or preset.qkv_bias):
         values["add-qkv-bias"] = shape.qkv_bias
     return [word for name, value in values.items() for word in (f"--{name}", str(value))]
+
+
+def _pattern(layers: tuple[int, ...], num_layers: int, mark: int) -> str:
+    """Returns blocks in Megatron's notation: N for every N-th, or a list in which they have the mark, 0 or 1, and all others the other."""
+    every = layers[0] + 1
+    if layers == tuple(range(every - 1, num_layers, every)):
+        return str(every)
+    return "[" + ",".join(str(mark if layer in layers else 1 - mark) for layer in range(num_layers)) + "]"

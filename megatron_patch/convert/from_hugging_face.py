@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from megatron_patch.convert.architectures import architecture_named, architecture_of, shape_of, special_ids
+from megatron_patch.convert.architectures import architecture_named, architecture_of, kept_keys, shape_of, special_ids
 from megatron_patch.convert.checkpoint_io import UNFINISHED, check_output, groups_by_size, imported_options, write_weights
 from megatron_patch.convert.tensor_names import MappedTensor, TensorNames, is_buffer, mapped_tensors, match_prefix, parameter_shapes
 from megatron_patch.convert.tokenizer_files import FILES, main_file, tokenizer_type_of
@@ -95,6 +95,7 @@ def from_hugging_face(
         ConfigError: no architecture computes `shape`.
     """
     ids: Mapping[str, Any] | None = None
+    kept: Mapping[str, Any] = {}
     names: TensorNames | None = None
     if shape is None:
         config = config or source / "config.json"
@@ -102,7 +103,7 @@ def from_hugging_face(
         architecture = architecture_named(values, str(config))
         names, family = architecture.tensors, architecture.family
         shape = shape_of(values, str(config), divisible_by)
-        ids = special_ids(values, shape.vocab_size)
+        ids, kept = special_ids(values, shape.vocab_size), kept_keys(values, shape.vocab_size)
     family = family or family_of_shape(shape)
     check_output(output, UNFINISHED)
     weights = open_weights(source)
@@ -111,7 +112,7 @@ def from_hugging_face(
     else:
         plan = _plan(weights, shape, names or architecture_of(shape, family).tensors)
     kind, problem = tokenizer_type_of(source, shape.vocab_size)
-    return replace(_write(source, output, shape, family, weights, plan, kind, ids or None), tokenizer_problem=problem)
+    return replace(_write(source, output, shape, family, weights, plan, kind, ids or None, kept), tokenizer_problem=problem)
 
 
 def _own_name(name: str) -> str:
@@ -198,6 +199,7 @@ def _write(
     plan: list[tuple[str, MappedTensor]],
     kind: str | None,
     special_ids: Mapping[str, Any] | None,
+    kept_config: Mapping[str, Any],
 ) -> ImportResult:
     sizes = [sum(int(torch.Size(size).numel()) for _, size in tensor.parameters) * 4 for _, tensor in plan]
     parts = [[name for number in group for name, _ in plan[number][1].parameters] for group in groups_by_size(sizes, FILE_BYTES)]
@@ -213,6 +215,7 @@ def _write(
         imported_from=str(source),
         data_metadata=data_metadata,
         special_ids=special_ids,
+        kept_config=kept_config,
     )
     return ImportResult(folder, shape, family, len(plan), tokenizer, kind)
 

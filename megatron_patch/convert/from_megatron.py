@@ -16,8 +16,9 @@ from typing import Any
 import torch
 
 from megatron_patch.config.checks import check_model_size
+from megatron_patch.config.layer_patterns import marked_blocks, window_positions
 from megatron_patch.convert.checkpoint_io import UNFINISHED, check_output, groups_by_size, imported_options, write_weights
-from megatron_patch.convert.config_json import ConfigReader
+from megatron_patch.convert.config_json import ConfigReader, check_layers
 from megatron_patch.convert.from_hugging_face import FILE_BYTES, ImportResult
 from megatron_patch.convert.tensor_names import parameter_shapes
 from megatron_patch.convert.weight_files import is_there, load_torch_file
@@ -170,7 +171,6 @@ def shape_of_arguments(arguments: Mapping[str, Any], where: str) -> ModelShape:
         allow(name, None, False)
     allow("rotary_interleaved", False)
     allow("rotary_percent", 1.0)
-    allow("window_size", None)
     values = ConfigReader(arguments, where, "import a checkpoint that Megatron-LM saved")
 
     def count(name: str) -> int:
@@ -207,6 +207,7 @@ def shape_of_arguments(arguments: Mapping[str, Any], where: str) -> ModelShape:
         mlp_bias=bias,
         tie_embeddings=not arguments.get("untie_embeddings_and_output_weights"),
         **({} if learned else _scaling(arguments, values)),
+        **_layers(arguments, where, count("num_layers"), learned),
     )
     if shape.qk_norm and norm != "RMSNorm":
         raise CheckpointError(
@@ -218,6 +219,33 @@ def shape_of_arguments(arguments: Mapping[str, Any], where: str) -> ModelShape:
     except ConfigError as error:
         raise CheckpointError(f"{where}: {error.what}", error.allowed, "import a checkpoint that Megatron-LM saved") from error
     return shape
+
+
+def _layers(arguments: Mapping[str, Any], where: str, layers: int, learned: bool) -> dict[str, Any]:
+    """Returns the window, and the blocks without a window and without rotation, in the form that Megatron's parser has given them.
+
+    Raises:
+        CheckpointError: Megatron's parser gives no such values.
+    """
+    check_layers(ConfigReader(arguments, where), layers, "num_layers")
+
+    def text_of(value: Any) -> str:
+        return f"[{','.join(map(str, value))}]" if isinstance(value, (list, tuple)) else str(value)
+
+    try:
+        given = arguments.get("window_size")
+        window = None
+        if given is not None and not (isinstance(given, (list, tuple)) and len(given) == 2 and given[0] == -1):
+            # A causal mask has no right side, whether it is limited to 0 or not limited.
+            causal = isinstance(given, (list, tuple)) and len(given) == 2 and given[1] == -1
+            window = window_positions(f"{given[0]},0" if causal else text_of(given).strip("[]"))
+        skip, no_rope = arguments.get("window_attn_skip_freq"), arguments.get("no_rope_freq")
+        full = () if window is None or skip is None else marked_blocks(text_of(skip), layers, "window_attn_skip_freq", 0)
+        unrotated = () if not no_rope or learned else marked_blocks(text_of(no_rope), layers, "no_rope_freq", 1)
+    except ConfigError as error:
+        raise CheckpointError(f"{where}: {error.what}", error.allowed, "import a checkpoint that Megatron-LM saved") from error
+    found: dict[str, Any] = {"unrotated_layers": unrotated}
+    return found if window is None or len(full) == layers else {**found, "window": window, "full_layers": full}
 
 
 def _scaling(arguments: Mapping[str, Any], values: ConfigReader) -> dict[str, Any]:

@@ -20,7 +20,7 @@ import xxhash
 
 from megatron_patch.checkpoint.commit import MANIFEST, ManifestEntry
 from megatron_patch.checkpoint.safetensors_io import write_safetensors
-from megatron_patch.convert.architectures import SpecialIds, architecture_of, config_of
+from megatron_patch.convert.architectures import SpecialIds, architecture_of, config_of, with_kept_keys
 from megatron_patch.convert.checkpoint_io import CheckpointWeights, check_output, groups_by_size
 from megatron_patch.convert.tensor_names import MappedTensor, mapped_tensors
 from megatron_patch.convert.tokenizer_files import copy_tokenizer, tokenizer_of
@@ -93,6 +93,7 @@ def to_hugging_face(
             "give --tokenizer-type and --tokenizer-model",
         )
     config = config_of(architecture, checkpoint.shape, _TORCH_NAMES[dtype], *_special_ids(checkpoint, tokenizer))
+    config = with_kept_keys(config, checkpoint.found.state.kept_config)
     partial = output.with_name(output.name + ".partial")
     sizes = [int(torch.Size(tensor.shape).numel()) * DTYPES[dtype].itemsize for tensor in tensors]
     shards = groups_by_size(sizes, max_shard_size)
@@ -114,7 +115,7 @@ def to_hugging_face(
         index = {"metadata": {"total_size": sum(sizes)}, "weight_map": dict(sorted(weight_map.items()))}
         write_durably(partial / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
         write_durably(partial / "config.json", json.dumps(config, indent=2) + "\n")
-        generation = {key: config[key] for key in ("bos_token_id", "eos_token_id") if config[key] is not None}
+        generation = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if config.get(key) is not None}
         write_durably(partial / "generation_config.json", json.dumps(generation, indent=2) + "\n")
         tokenizer_names = tuple(copy_tokenizer(checkpoint.data_metadata, partial))
         (partial / _PROGRESS).unlink()

@@ -26,11 +26,15 @@ class AttentionContext:
         mask: bool [B or 1, 1, T, T], True where a position attends to another, or None for the causal mask. For the cache and padding of
             generation; it costs T² numbers and time.
         documents: attention is causal inside of these documents; None: inside of each sample. Not together with `mask`.
+        windowed: of a model with windows, for the blocks with one: `documents`, or the samples as documents. Not together with `mask`.
+        windowed_mask: `mask` for the blocks with a window.
     """
 
     rotary: tuple[torch.Tensor, torch.Tensor] | None = None
     mask: torch.Tensor | None = None
     documents: Documents | None = None
+    windowed: Documents | None = None
+    windowed_mask: torch.Tensor | None = None
 
 
 @dataclass
@@ -118,10 +122,12 @@ class Attention(nn.Module):
         shape: the model's shape.
         recompute: whether the backward pass recomputes the scaled dot products instead of keeping their activations.
         parallel: the ranks that share the heads.
+        layer: number of the block, from 0, which decides on its window and its rotation.
     """
 
-    def __init__(self, shape: ModelShape, recompute: bool = False, parallel: TensorParallel = UNSHARDED) -> None:
+    def __init__(self, shape: ModelShape, recompute: bool = False, parallel: TensorParallel = UNSHARDED, layer: int = 0) -> None:
         super().__init__()
+        self.window, self.rotates = shape.window_of(layer), layer not in shape.unrotated_layers
         self.head_size, self.recompute, self.parallel = shape.head_size, recompute, parallel
         queries, keys = shape.num_attention_heads * shape.head_size, shape.num_query_groups * shape.head_size
         local_keys = parallel.shard_size(keys) if shards_key_value(shape, parallel.size) else keys
@@ -154,7 +160,7 @@ class Attention(nn.Module):
             queries, keys = self.query_norm(queries), self.key_norm(keys)
         queries, keys = queries.transpose(1, 2), keys.transpose(1, 2)
         values = self._heads(self.value(hidden)).transpose(1, 2)
-        if context.rotary is not None:
+        if context.rotary is not None and self.rotates:
             queries, keys = rotate(queries, *context.rotary), rotate(keys, *context.rotary)
         if cache is not None:
             keys, values = cache.extend(keys, values)
@@ -165,9 +171,15 @@ class Attention(nn.Module):
         return self.output(attended.transpose(1, 2).flatten(2))
 
     def _attend(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, context: AttentionContext) -> torch.Tensor:
-        mask = context.mask
-        if context.documents is not None:
-            return documents_attention(queries, keys, values, context.documents)
+        mask, documents = context.mask, context.documents
+        window = self.window if self.window is not None and keys.shape[2] > self.window else None
+        if window is not None:
+            mask, documents = context.windowed_mask, context.windowed
+            if mask is None and documents is None:
+                assert queries.shape[2] == 1, "one new position, which sees the last ones of the cache"
+                keys, values = (tensor[:, :, -window:] for tensor in (keys, values))
+        if documents is not None:
+            return documents_attention(queries, keys, values, documents, window)
         causal = mask is None and queries.shape[2] == keys.shape[2]
         fewer = keys.shape[1] != queries.shape[1]
         grouped = fewer and supports_grouped_queries(queries.device.type, queries.dtype, self.head_size, masked=mask is not None)

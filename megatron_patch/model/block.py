@@ -19,12 +19,13 @@ class Block(nn.Module):
         shape: the model's shape.
         recompute_attention: whether the backward pass recomputes the scaled dot products.
         parallel: the ranks that share the layer.
+        number: number of the block, from 0, which decides on its window and its rotation.
     """
 
-    def __init__(self, shape: ModelShape, recompute_attention: bool = False, parallel: TensorParallel = UNSHARDED) -> None:
+    def __init__(self, shape: ModelShape, recompute_attention: bool = False, parallel: TensorParallel = UNSHARDED, number: int = 0) -> None:
         super().__init__()
         self.attention_norm = make_norm(shape, parallel)
-        self.attention = Attention(shape, recompute_attention, parallel)
+        self.attention = Attention(shape, recompute_attention, parallel, number)
         self.feed_forward_norm = make_norm(shape, parallel)
         self.feed_forward = FeedForward(shape, parallel)
 

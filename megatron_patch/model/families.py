@@ -1,7 +1,7 @@
 """Model families: the presets that `--model-family` chooses from (no torch).
 
 A family gives the model options their defaults; each option can still be given by its own flag. A further family is registered by name,
-before the command line is read: `FAMILIES["mistral"] = Family(norm_epsilon=1e-5)`. Its conversion from and to Hugging Face is an
+before the command line is read: `FAMILIES["mine"] = Family(qk_norm=True)`. Its conversion from and to Hugging Face is an
 `Architecture` of `megatron_patch.convert.architectures`.
 """
 
@@ -23,6 +23,7 @@ class Family:
         norm_epsilon: default of --norm-epsilon.
         swiglu: default of --swiglu: a gated feed-forward layer with SiLU, or else GELU in its tanh form.
         position_embedding: default of --position-embedding-type: rotary, or learned absolute positions.
+        no_rope_freq: default of --no-rope-freq as a number: every N-th block has no rotation; None: all have.
         qk_norm: default of --qk-layernorm.
         linear_bias: biases in all linear layers of a block; the opposite of the default of --disable-bias-linear.
         qkv_bias: default of --add-qkv-bias: biases in the query, key and value projections, even without `linear_bias`.
@@ -33,6 +34,7 @@ class Family:
     norm_epsilon: float = 1e-5
     swiglu: bool = True
     position_embedding: Literal["rope", "learned"] = "rope"
+    no_rope_freq: int | None = None
     qk_norm: bool = False
     linear_bias: bool = False
     qkv_bias: bool = False
@@ -42,6 +44,8 @@ class Family:
 FAMILIES: dict[str, Family] = {
     "llama": Family(),
     "qwen3": Family(norm_epsilon=1e-6, qk_norm=True),
+    "mistral": Family(),
+    "smollm3": Family(norm_epsilon=1e-6, no_rope_freq=4, tie_embeddings=True),
     "gpt2": Family(normalization="LayerNorm", swiglu=False, position_embedding="learned", linear_bias=True, tie_embeddings=True),
 }
 """Name, as `--model-family` takes it -> the family. Open to further entries."""
@@ -66,6 +70,7 @@ def family_of_shape(shape: ModelShape) -> str:
             + (family.swiglu != (shape.activation == "swiglu"))
             + (family.position_embedding != shape.position_embedding)
             + (family.qk_norm != shape.qk_norm)
+            + ((family.no_rope_freq is not None) != bool(shape.unrotated_layers))
         )
 
     return min(FAMILIES, key=differences)

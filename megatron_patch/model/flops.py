@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from megatron_patch.model.parameters import block_parameters, parameters_of_layers
@@ -48,16 +49,44 @@ def forward_flops_per_position(shape: ModelShape, positions: int, causal: bool =
     """Returns the FLOPs of the forward pass for one position, averaged over the positions of a sample.
 
     They are 2 · (elements of all matrices of the blocks and the head), plus the two products of attention in each block,
-    4 · heads · head_size · (positions attended to). With the causal mask, a position attends to (T + 1) / 2 positions on average.
+    4 · heads · head_size · (positions attended to); see `attended_positions`.
 
     Args:
         shape: the model's shape.
         positions: T, positions of a sample.
-        causal: True: count only the scores that the causal mask keeps; False: count all T for each position.
+        causal: True: count only the scores that the causal mask, and the windows of blocks, keep; False: count all T for each position.
     """
-    attended = (positions + 1) / 2 if causal else positions
-    attention = 4 * shape.num_attention_heads * shape.head_size * attended
-    return 2 * (shape.num_layers * block_matrices(shape) + shape.hidden_size * shape.vocab_size) + shape.num_layers * attention
+    matrices = 2 * (shape.num_layers * block_matrices(shape) + shape.hidden_size * shape.vocab_size)
+    if not causal:
+        return matrices + shape.num_layers * 4 * shape.num_attention_heads * shape.head_size * positions
+    return matrices + attention_flops(shape, positions, range(shape.num_layers))
+
+
+def attended_positions(positions: int, window: int | None = None) -> float:
+    """Returns the number of positions that a position attends to, averaged over a sample.
+
+    Without a window it is (T + 1) / 2. With a window of W below T positions, the first W positions attend to (W + 1) / 2 of them on
+    average, and all others to W.
+
+    Args:
+        positions: T.
+        window: W; None: no window.
+    """
+    if window is None or window >= positions:
+        return (positions + 1) / 2
+    return (window * (window + 1) / 2 + (positions - window) * window) / positions
+
+
+def attention_flops(shape: ModelShape, positions: int, blocks: Iterable[int]) -> float:
+    """Returns the FLOPs of the two products of attention in blocks, for one position of the causal forward pass.
+
+    Args:
+        shape: the model's shape.
+        positions: T, positions of a sample.
+        blocks: numbers of the blocks, from 0.
+    """
+    attended = sum(attended_positions(positions, shape.window_of(block)) for block in blocks)
+    return 4 * shape.num_attention_heads * shape.head_size * attended
 
 
 def layer_parameters(shape: ModelShape) -> list[int]:
@@ -70,11 +99,11 @@ def layer_parameters(shape: ModelShape) -> list[int]:
     return [count.embedding, *([count.blocks // shape.num_layers] * shape.num_layers), head]
 
 
-def layer_flops(shape: ModelShape, positions: int) -> list[int]:
+def layer_flops(shape: ModelShape, positions: int) -> list[float]:
     """Returns the FLOPs of each of these layers for one position of the causal forward pass; see `forward_flops_per_position`."""
-    attention = 2 * shape.num_attention_heads * shape.head_size * (positions + 1)
-    block = 2 * block_matrices(shape) + attention
-    return [0, *([block] * shape.num_layers), 2 * shape.hidden_size * shape.vocab_size]
+    matrices = 2 * block_matrices(shape)
+    blocks = [matrices + attention_flops(shape, positions, [block]) for block in range(shape.num_layers)]
+    return [0, *blocks, 2 * shape.hidden_size * shape.vocab_size]
 
 
 def training_flops_per_position(shape: ModelShape, positions: int) -> float:

@@ -22,7 +22,7 @@ from megatron_patch.model.rotary import rotary_tables
 from megatron_patch.model.shape import ModelShape, check_shape
 from megatron_patch.model.sharding import check_sharding
 from megatron_patch.ops import Operators
-from megatron_patch.ops.documents_attention import Documents
+from megatron_patch.ops.documents_attention import Documents, band, documents_of_samples
 from megatron_patch.parallel.tensor import UNSHARDED, TensorParallel
 
 Recompute = Literal["none", "selective", "full"]
@@ -60,7 +60,7 @@ class GPTModel(nn.Module):
         word = self.is_first or (self.is_last and shape.tie_embeddings)
         self.embedding = Embedding(shape, operators, parallel, positions=self.is_first) if word else None
         numbers = [number for number in range(shape.num_layers) if number + 1 in layers]
-        self.blocks = nn.ModuleDict({str(number): Block(shape, recompute == "selective", parallel) for number in numbers})
+        self.blocks = nn.ModuleDict({str(number): Block(shape, recompute == "selective", parallel, number) for number in numbers})
         self._compiled = False
         self.final_norm = make_norm(shape, parallel) if self.is_last else None
         self.head = Head(shape, operators, parallel) if self.is_last else None
@@ -193,7 +193,7 @@ class GPTModel(nn.Module):
                 position_ids = torch.arange(length, device=hidden.device)[None]
             cos, sin = rotary_tables(position_ids, self.shape, hidden.dtype)
             rotary = (cos[:, None], sin[:, None])
-        mask = None
+        mask = windowed_mask = None
         if padding is not None or (earlier and length > 1):
             mask = torch.ones(1, 1, length, earlier + length, dtype=torch.bool, device=hidden.device).tril(diagonal=earlier)
         if padding is not None and mask is not None:
@@ -201,9 +201,17 @@ class GPTModel(nn.Module):
             # Padding attends to itself: softmax over no positions would be NaN.
             itself = indices[None, :] == indices[earlier:, None]
             mask = mask & ((indices >= padding[:, None, None, None]) | itself)
+        windowed = documents
+        if self.shape.window is not None:
+            if mask is not None:
+                windowed_mask = mask & band(length, earlier + length, self.shape.window, hidden.device)
+            elif documents is None and not earlier:
+                windowed = documents_of_samples(len(hidden), length, hidden.device)
         if documents is not None and self._compiled:
             documents.mark_dynamic()
-        return AttentionContext(rotary, mask, documents)
+        elif windowed is not None and self._compiled:
+            windowed.mark_dynamic()
+        return AttentionContext(rotary, mask, documents, windowed, windowed_mask)
 
 
 def _checkpoint(block: nn.Module, hidden: torch.Tensor, context: AttentionContext) -> Any:

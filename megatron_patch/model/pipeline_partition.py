@@ -33,9 +33,9 @@ def pipeline_partition(shape: ModelShape, parts: int, balance: Balance, position
     Raises:
         ConfigError: more pipeline ranks than layers.
     """
-    embedding, block, *_, head = {
+    embedding, *blocks, head = {
         "parameters": lambda: layer_parameters(shape),
-        "flops": lambda: layer_flops(shape, positions),
+        "flops": lambda: [round(flops) for flops in layer_flops(shape, positions)],
         "blocks": lambda: [0, *([1] * shape.num_layers), 0],
     }[balance]()
     if not 1 <= parts <= shape.num_layers + 1:
@@ -44,6 +44,8 @@ def pipeline_partition(shape: ModelShape, parts: int, balance: Balance, position
             f"1 to {shape.num_layers + 1}",
             "reduce --pipeline-model-parallel-size",
         )
+    # Blocks with and without a window alternate, so each counts as their mean.
+    block = round(sum(blocks) / len(blocks))
     counts = blocks_of_parts(embedding + block, block, head, shape.num_layers - 1, parts)
     # The embedding and its block are two more layers of the first part, the head is one of the last.
     counts[0] += 2

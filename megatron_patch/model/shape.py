@@ -27,11 +27,18 @@ class ModelShape:
         activation: "swiglu" (gated) or "gelu" (tanh form).
         position_embedding: rotary or learned absolute positions.
         rotary_base: base of the rotary frequencies.
-        rotary_scaling: how the frequencies are divided for longer contexts: none, "linear" (all frequencies), "llama3" (the low ones).
+        rotary_scaling: how the frequencies are divided for longer contexts: none, "linear" (all frequencies), "llama3" and "yarn" (the low
+            ones).
         rotary_factor: the divisor.
         rotary_low_frequency_factor: llama3: wavelengths longer than `rotary_original_positions` / this are scaled by the full factor.
         rotary_high_frequency_factor: llama3: wavelengths shorter than `rotary_original_positions` / this are not scaled.
-        rotary_original_positions: llama3: the context length before scaling.
+        rotary_original_positions: llama3 and yarn: the context length before scaling.
+        rotary_beta_fast: yarn: frequencies with more turns than this in the original context are not scaled.
+        rotary_beta_slow: yarn: frequencies with fewer turns than this in the original context are scaled by the full factor.
+        rotary_attention_factor: yarn: factor of the rotated queries and keys; None: 1 + 0.1 ln(factor).
+        window: positions that a position attends to at most: itself and those before it; None: all up to itself.
+        full_layers: numbers, from 0, of the blocks without a window, in ascending order; empty without `window`.
+        unrotated_layers: numbers, from 0, of the blocks whose queries and keys are not rotated, in ascending order.
         qk_norm: RMSNorm of each head's queries and keys before the rotation (Qwen3).
         attention_bias: bias of the attention's output projection.
         qkv_bias: biases of the query, key and value projections.
@@ -54,11 +61,17 @@ class ModelShape:
     activation: Literal["swiglu", "gelu"] = "swiglu"
     position_embedding: Literal["rope", "learned"] = "rope"
     rotary_base: float = 10000.0
-    rotary_scaling: Literal["none", "linear", "llama3"] = "none"
+    rotary_scaling: Literal["none", "linear", "llama3", "yarn"] = "none"
     rotary_factor: float = 1.0
     rotary_low_frequency_factor: float = 1.0
     rotary_high_frequency_factor: float = 4.0
     rotary_original_positions: int = 8192
+    rotary_beta_fast: float = 32.0
+    rotary_beta_slow: float = 1.0
+    rotary_attention_factor: float | None = None
+    window: int | None = None
+    full_layers: tuple[int, ...] = ()
+    unrotated_layers: tuple[int, ...] = ()
     qk_norm: bool = False
     attention_bias: bool = False
     qkv_bias: bool = False
@@ -70,6 +83,15 @@ class ModelShape:
     def learned_positions(self) -> int | None:
         """Number of learned positions; None: positions are rotary."""
         return self.max_positions if self.position_embedding == "learned" else None
+
+    def window_of(self, layer: int) -> int | None:
+        """Returns the window of a block, numbered from 0, in positions; None: it has none."""
+        return None if layer in self.full_layers else self.window
+
+    @property
+    def windowed_layers(self) -> int:
+        """Number of the blocks with a window."""
+        return 0 if self.window is None else self.num_layers - len(self.full_layers)
 
 
 def default_ffn_hidden_size(hidden_size: int, swiglu: bool) -> int:
@@ -115,14 +137,28 @@ def check_shape(shape: ModelShape) -> None:
             "numbers above 0",
             "change the one that is not",
         )
+    _check_layers(shape)
     _check_rotary_scaling(shape)
+
+
+def _check_layers(shape: ModelShape) -> None:
+    if shape.window is not None and shape.window < 1:
+        raise ConfigError(f"a window of {shape.window} positions", "at least 1 position", "give another --window-size")
+    if shape.unrotated_layers and shape.position_embedding != "rope":
+        raise ConfigError("--no-rope-freq with learned positions", "rotary positions", "remove --no-rope-freq")
+    if shape.full_layers and (shape.window is None or len(shape.full_layers) >= shape.num_layers):
+        raise ConfigError("blocks without a window in a model in which no block has one", "no such blocks", "leave the window out")
+    for name in ("full_layers", "unrotated_layers"):
+        layers = getattr(shape, name)
+        if list(layers) != sorted(set(layers)) or not all(0 <= layer < shape.num_layers for layer in layers):
+            raise ConfigError(f"{name} is {layers}", f"blocks from 0 to {shape.num_layers - 1}, in ascending order", "give other blocks")
 
 
 def _check_rotary_scaling(shape: ModelShape) -> None:
     if shape.rotary_scaling == "none":
         if shape.rotary_factor != 1.0:
             raise ConfigError(
-                f"--rope-scaling-factor {shape.rotary_factor} without --rope-scaling", "linear or llama3", "give --rope-scaling"
+                f"--rope-scaling-factor {shape.rotary_factor} without --rope-scaling", "linear, llama3 or yarn", "give --rope-scaling"
             )
         return
     if shape.position_embedding != "rope":
@@ -135,4 +171,18 @@ def _check_rotary_scaling(shape: ModelShape) -> None:
             f"--rope-low-freq-factor {low}, --rope-high-freq-factor {high}, --rope-original-positions {shape.rotary_original_positions}",
             "a low factor above 0 and below the high factor, and at least 1 original position",
             "use the values of the model's config.json",
+        )
+    fast, slow = shape.rotary_beta_fast, shape.rotary_beta_slow
+    if shape.rotary_scaling == "yarn" and (not 0 < slow < fast or shape.rotary_original_positions < 1 or shape.rotary_base <= 1):
+        raise ConfigError(
+            f"--rope-beta-fast {fast}, --rope-beta-slow {slow}, --rope-original-positions {shape.rotary_original_positions}, "
+            f"--rotary-base {shape.rotary_base}",
+            "a slow beta above 0 and below the fast one, at least 1 original position, and a base above 1",
+            "use the values of the model's config.json",
+        )
+    if shape.rotary_attention_factor is not None and (shape.rotary_scaling != "yarn" or shape.rotary_attention_factor <= 0):
+        raise ConfigError(
+            f"--rope-attention-factor {shape.rotary_attention_factor} with --rope-scaling {shape.rotary_scaling}",
+            "numbers above 0, with --rope-scaling yarn",
+            "remove --rope-attention-factor, or give --rope-scaling yarn",
         )

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from megatron_patch.model.flops import block_matrices, layer_flops, training_flops_per_position
+from megatron_patch.model.flops import attention_flops, block_matrices, training_flops_per_position
 from megatron_patch.model.shape import ModelShape
 from megatron_patch.planning.hardware import Hardware
 from megatron_patch.planning.hidden_matrices import matrix_step
@@ -69,20 +69,18 @@ def executed_flops(shape: ModelShape, layout: Layout, layers: range, positions: 
         shape: shape of the model.
         layout: layout of the run, for its recomputation.
         layers: layers of a pipeline rank.
-        positions: T; attention is counted as causal.
+        positions: T; attention is counted as causal, and within the windows of its blocks.
 
     Returns:
         (matrix products, attention).
     """
-    flops = layer_flops(shape, positions)
     matrices = 2.0 * block_matrices(shape)
-    attention = flops[1] - matrices
     recompute = layout.recompute == "full"
     down = 2.0 * shape.hidden_size * shape.ffn_hidden_size
-    blocks = len([layer for layer in layers if 1 <= layer <= shape.num_layers])
-    head = flops[-1] if shape.num_layers + 1 in layers else 0
-    products = blocks * (3 * matrices + (matrices - down if recompute else 0)) + 3 * head
-    return products, blocks * attention * (3.5 + (layout.recompute != "none"))
+    blocks = [layer - 1 for layer in layers if 1 <= layer <= shape.num_layers]
+    head = 2 * shape.hidden_size * shape.vocab_size if shape.num_layers + 1 in layers else 0
+    products = len(blocks) * (3 * matrices + (matrices - down if recompute else 0)) + 3 * head
+    return products, attention_flops(shape, positions, blocks) * (3.5 + (layout.recompute != "none"))
 
 
 def optimizer_seconds(shape: ModelShape, layout: Layout, layers: range, hardware: Hardware) -> tuple[float, float]:

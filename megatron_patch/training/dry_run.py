@@ -148,8 +148,11 @@ def architecture(run: RunConfig) -> str:
     if shape.position_embedding == "rope":
         scaled = "" if shape.rotary_scaling == "none" else f", {shape.rotary_scaling} scaling by {shape.rotary_factor:g}"
         positions = f"rotary positions (base {shape.rotary_base:g}{scaled})"
+        if shape.unrotated_layers:
+            positions += f", none in {len(shape.unrotated_layers)} of {plural(shape.num_layers, 'block')}"
     biases = "biases" if shape.mlp_bias else "biases in query, key and value only" if shape.qkv_bias else "no biases"
     heads = plural(shape.num_attention_heads, "head") + f" of {shape.head_size}"
+    blocks = plural(shape.num_layers, "block")
     groups = "" if shape.num_query_groups == shape.num_attention_heads else f" in {plural(shape.num_query_groups, 'group')}"
     parts = (
         f"family {run.options.model.model_family}",
@@ -159,6 +162,7 @@ def architecture(run: RunConfig) -> str:
         biases,
         "tied head" if shape.tie_embeddings else "untied head",
         heads + groups,
+        *([] if shape.window is None else [f"windows of {plural(shape.window, 'position')} in {shape.windowed_layers} of {blocks}"]),
     )
     return "; ".join(parts)
 

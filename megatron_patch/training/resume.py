@@ -220,6 +220,7 @@ def make_trainer_state(
         guard=guard,
         begun_from=start.begun_from,
         data_metadata=dataclasses.asdict(run.data_metadata) if run.data_metadata else None,
+        kept_config=start.checkpoint.state.kept_config if start.checkpoint is not None else {},
         held_out=held_out,
         own_model=run.own_model.name if run.own_model else None,
     )

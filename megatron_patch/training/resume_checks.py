@@ -53,6 +53,12 @@ _OPTIONS_OF_SHAPE = {
     "rotary_low_frequency_factor": ("rope_low_freq_factor",),
     "rotary_high_frequency_factor": ("rope_high_freq_factor",),
     "rotary_original_positions": ("rope_original_positions",),
+    "rotary_beta_fast": ("rope_beta_fast",),
+    "rotary_beta_slow": ("rope_beta_slow",),
+    "rotary_attention_factor": ("rope_attention_factor",),
+    "window": ("window_size",),
+    "full_layers": ("window_attn_skip_freq",),
+    "unrotated_layers": ("no_rope_freq",),
     "qk_norm": ("qk_layernorm",),
     "attention_bias": ("disable_bias_linear",),
     "qkv_bias": ("add_qkv_bias", "disable_bias_linear"),
@@ -195,7 +201,7 @@ def check_weights_of(state: TrainerState, run: RunConfig) -> None:
 def _model_differences(state: TrainerState, run: RunConfig, changed: Mapping[str, Any], free: set[str]) -> list[str]:
     """Returns the flags whose change makes the model another one."""
     defaults = {f.name: f.default for f in dataclasses.fields(ModelShape) if f.default is not dataclasses.MISSING}
-    saved, given = {**defaults, **state.model}, dataclasses.asdict(run.shape)
+    saved, given = (json.loads(json.dumps(values)) for values in ({**defaults, **state.model}, dataclasses.asdict(run.shape)))
     fields = [name for name in sorted({*saved, *given}) if name not in free and saved.get(name) != given.get(name)]
     found: dict[str, tuple[Any, Any]] = {}
     for field in fields:

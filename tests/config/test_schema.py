@@ -14,7 +14,7 @@ from megatron_patch.cli import schema as program
 from megatron_patch.config.megatron.translator import MEGATRON_FLAGS
 from megatron_patch.config.schema import config_schema, stage_schema
 from megatron_patch.config.stage_spec import StageSpec, parse_stages
-from megatron_patch.config.values import KINDS, Form, in_file, read_values
+from megatron_patch.config.values import KINDS, WITH_COMMAS, Form, in_file, read_values
 from megatron_patch.config.yaml_files import load_yaml
 from megatron_patch.errors import ConfigError
 
@@ -63,7 +63,7 @@ def accepts(schema, value) -> bool:
 
 def reads(name, value) -> bool:
     """Returns whether the program reads a value of an option; `stages:` is read to its last key."""
-    if name in ("split", "position_weights") and isinstance(value, list):
+    if name in WITH_COMMAS and isinstance(value, list):
         return all(isinstance(item, (int, float)) for item in value)  # later checks refuse other lists
     given, problems = in_file({name: value}, "run.yaml")
     reading = read_values(given)
@@ -98,7 +98,7 @@ def test_wrong_types_are_not_valid(name):
     wrong += ["fast", [1], True, "2X"] if form in (Form.COUNT, Form.NUMBER, Form.DURATION, Form.INTEGER) else []
     wrong += ["-5", -5, 1.5] if form is Form.COUNT else []
     wrong += ["other", 17, ["a"]] if form is Form.CHOICE else []
-    wrong += [["a"]] if form is Form.TEXT and name not in ("stages", "split", "position_weights") else []
+    wrong += [["a"]] if form is Form.TEXT and name not in {"stages", *WITH_COMMAS} else []
     wrong += [[{"patch_sise": 4}], [{"patch_size": "four"}], [{"optimizer": "hold"}], [3], []] if name == "stages" else []
     for value in wrong:
         assert not reads(name, value), (name, value)

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from megatron_patch.convert.checkpoint_io import write_weights
 from megatron_patch.convert.tensor_names import parameter_shapes
 from megatron_patch.model.shape import ModelShape
-from tests.model.shapes import BIASED, GPT2, LINEAR, LLAMA, LLAMA3, QWEN3, TIED
+from tests.model.shapes import BIASED, GPT2, LINEAR, LLAMA, LLAMA3, QWEN3, TIED, YARN
 
 QWEN2 = dataclasses.replace(LLAMA, qkv_bias=True, tie_embeddings=True)
 SHAPES = {
@@ -26,10 +26,23 @@ SHAPES = {
     "qwen2": QWEN2,
     "qwen3": QWEN3,
     "qwen3-tied": dataclasses.replace(QWEN3, tie_embeddings=True, head_size=16),
+    "yarn": YARN,
+    "yarn factor": dataclasses.replace(YARN, rotary_beta_fast=16.0, rotary_beta_slow=2.0, rotary_attention_factor=1.4),
+    "mistral": dataclasses.replace(LLAMA, window=7),
+    "mistral yarn": dataclasses.replace(YARN, window=1),
+    "qwen2 windows": dataclasses.replace(QWEN2, num_layers=3, window=5, full_layers=(0,)),
+    "qwen2 pattern": dataclasses.replace(QWEN2, num_layers=4, window=5, full_layers=(1, 3)),
+    "qwen2 yarn": dataclasses.replace(QWEN2, head_size=16, rotary_scaling="yarn", rotary_factor=4.0, rotary_original_positions=32),
+    "qwen3 windows": dataclasses.replace(QWEN3, window=9),
+    "smollm3": dataclasses.replace(LLAMA, num_layers=5, unrotated_layers=(3,), tie_embeddings=True, norm_epsilon=1e-6),
+    "smollm3 windows": dataclasses.replace(LLAMA, num_layers=4, unrotated_layers=(0, 3), window=6, full_layers=(1, 2)),
+    "smollm3 pattern": dataclasses.replace(
+        LLAMA, num_layers=3, window=6, full_layers=(1,), attention_bias=True, qkv_bias=True, mlp_bias=True
+    ),
     "gpt2": GPT2,
     "gpt2-untied": dataclasses.replace(GPT2, tie_embeddings=False),
 }
-"""Every family, tied and untied, grouped queries and one group, both kinds of rotary scaling."""
+"""Every family, tied and untied, grouped queries and one group, every rotary scaling, windows, layers without rotation."""
 
 
 def random_parameters(shape: ModelShape, seed: int = 0) -> dict[str, torch.Tensor]:

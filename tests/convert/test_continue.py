@@ -142,6 +142,52 @@ def test_another_shape_than_the_imported_one_is_refused(journey):
     assert "--rotary-base 10000.0 (checkpoint: 500.0)" in printed(folder / "other")
 
 
+FAMILIES = {
+    "mistral": ({"architectures": ["MistralForCausalLM"], "sliding_window": 5}, "--zero-stage 1"),
+    "qwen2": (
+        {"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+        "--tensor-model-parallel-size 2",
+    ),
+    "smollm3": ({"architectures": ["SmolLM3ForCausalLM"], "no_rope_layers": [1, 0]}, "--pipeline-model-parallel-size 2 --zero-stage 1"),
+    "llama": (
+        {
+            "architectures": ["LlamaForCausalLM"],
+            "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
+        },
+        "--zero-stage 3",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_family_with_windows_layers_without_rotation_or_yarn_trains_through_both_stages(name, journey, tmp_path):
+    """What the program has no use for, the padding token and dropout, is in the export of the trained model, too."""
+    corpus = journey[3]
+    special, layout = FAMILIES[name]
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    more = {"num_key_value_heads": 2, "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 63, "pad_token_id": 62}
+    config = transformers.AutoConfig.for_model(name, **sizes, **more, **special, attention_dropout=0.125)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    model.save_pretrained(str(tmp_path / "public"))
+    flags = json.loads(
+        tool("convert_checkpoint", "from-hf", "--input", tmp_path / "public", "--output", tmp_path / "ckpt").splitlines()[-1]
+    )
+    plan = [word for word in PLAN if word not in ("--bf16", "--zero-stage", "3")]
+    words = [*flags["flags"], *plan, *layout.split(), "--data-path", corpus, "--load", str(tmp_path / "ckpt"), "--finetune"]
+    assert run(tmp_path, "run", *words) == [0, 0]
+    words = ("to-hf", "--load", tmp_path / "run", "--output", tmp_path / "trained", "--verify")
+    result = json.loads(tool("convert_checkpoint", *words).splitlines()[-1])
+    assert result["verified"]["difference"] <= 1e-6
+    trained = transformers.AutoModelForCausalLM.from_pretrained(str(tmp_path / "trained")).eval()
+    assert type(trained) is type(model)
+    same = ("rope_parameters", "sliding_window", "layer_types", "no_rope_layers", "pad_token_id", "attention_dropout")
+    assert {key: getattr(trained.config, key, None) for key in same} == {key: getattr(config, key, None) for key in same}
+    ids = torch.arange(5, 21)[None]
+    with torch.no_grad():
+        assert float((model(ids).logits - trained(ids).logits).abs().max()) > 0.1, "it has learnt something"
+
+
 def test_the_example_has_the_shape_of_the_model_it_names():
     """The flags of Llama 3.2 1B's config.json, as published, and those of the example make the same model."""
     config = {

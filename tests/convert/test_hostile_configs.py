@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 
 import pytest
 
-from megatron_patch.convert.architectures import architecture_of, config_of, shape_of, special_ids
+from megatron_patch.convert.architectures import architecture_of, config_of, kept_keys, shape_of, special_ids
 from megatron_patch.convert.flags import training_flags
 from megatron_patch.convert.from_hugging_face import read_config
 from megatron_patch.convert.from_megatron import shape_of_arguments
 from megatron_patch.errors import CheckpointError
 from megatron_patch.model.flops import parameter_count
-from tests.model.shapes import FAMILIES
+from tests.model.shapes import FAMILIES, YARN
 from tests.tools.test_tools import tool
 
 HOSTILE = [
@@ -29,20 +30,36 @@ def paths(value, prefix=()):
     ]
 
 
+SHAPES = {
+    **FAMILIES,
+    "mistral": dataclasses.replace(YARN, window=9),
+    "qwen2": dataclasses.replace(YARN, window=9, full_layers=(1,), qkv_bias=True),
+    "smollm3": dataclasses.replace(YARN, window=9, full_layers=(1,), unrotated_layers=(0,)),
+}
+
+
 def written(family):
     """Returns a config.json with every key that the reader knows, as transformers writes it."""
-    shape = FAMILIES[family]
+    shape = SHAPES[family]
     architecture = architecture_of(shape)
     config = config_of(architecture, shape, "float32", 1, [2, 3])
-    config |= {"head_dim": shape.head_size, "use_sliding_window": False, "partial_rotary_factor": 1.0, "quantization_config": None}
+    config |= {
+        "use_sliding_window": False,
+        **config,
+        "head_dim": shape.head_size,
+        "partial_rotary_factor": 1.0,
+        "quantization_config": None,
+    }
     config |= {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
     scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_theta": 1e4}
-    if architecture.name != "GPT2LMHeadModel":
+    if family in ("mistral", "qwen2", "smollm3"):
+        config["rope_scaling"] |= {"mscale": 1.0, "mscale_all_dim": 0.5, "attention_factor": None, "truncate": True}
+    elif architecture.name != "GPT2LMHeadModel":
         config["rope_parameters"] = {**scaling, "original_max_position_embeddings": 8192, "partial_rotary_factor": 1.0}
     return config
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SHAPES)
 def test_any_value_of_any_key_gives_a_shape_or_a_refusal_in_three_parts(family):
     config = written(family)
     shape_of(config, "config.json")
@@ -57,6 +74,7 @@ def test_any_value_of_any_key_gives_a_shape_or_a_refusal_in_three_parts(family):
             try:
                 shape = shape_of(changed, "config.json")
                 special_ids(changed, shape.vocab_size)
+                json.dumps(kept_keys(changed, shape.vocab_size))
                 assert parameter_count(shape).total > 0
                 training_flags(shape, family)
             except CheckpointError as error:
@@ -118,7 +136,9 @@ MEGATRON = {
     "layernorm_epsilon": 1e-5,
     "tensor_model_parallel_size": 1,
     "rotary_percent": 1.0,
-    "window_size": None,
+    "window_size": (127, 0),
+    "window_attn_skip_freq": [1, 0],
+    "no_rope_freq": 2,
     "num_experts": None,
     "qk_layernorm": False,
 }
@@ -143,3 +163,22 @@ def test_the_tool_refuses_before_it_writes(tmp_path):
     printed = tool("convert_checkpoint", "from-hf", "--input", tmp_path / "in", "--output", tmp_path / "out", code=4)
     assert "num_attention_heads is 1000" in printed and "What to do" in printed
     assert "Traceback" not in printed and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({}, (None, (), ())),
+        ({"window_size": (127, 0)}, (128, (), ())),
+        ({"window_size": [127, -1], "window_attn_skip_freq": 2}, (128, (1,), ())),
+        ({"window_size": (-1, 0)}, (None, (), ())),
+        ({"window_size": (7, 0), "window_attn_skip_freq": [0, 1], "no_rope_freq": [1, 0]}, (8, (0,), (0,))),
+        ({"window_size": (7, 0), "window_attn_skip_freq": 1, "no_rope_freq": 2}, (None, (), (1,))),
+        ({"window_attn_skip_freq": 2, "no_rope_freq": 0}, (None, (), ())),
+    ],
+)
+def test_windows_and_blocks_without_rotation_of_megatron(arguments, expected):
+    """In the form in which Megatron's parser stores them: a pair, and a number or a list."""
+    plain = {**MEGATRON, "num_layers": 2, "window_size": None, "window_attn_skip_freq": None, "no_rope_freq": None}
+    shape = shape_of_arguments({**plain, **arguments}, "checkpoint")
+    assert (shape.window, shape.full_layers, shape.unrotated_layers) == expected

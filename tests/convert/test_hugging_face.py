@@ -297,6 +297,14 @@ def edit_config(folder, **values):
     (folder / "config.json").write_text(json.dumps({key: value for key, value in config.items() if value != "absent"}))
 
 
+def edit_mistral(folder, **values):
+    edit_config(folder, architectures=["MistralForCausalLM"], model_type="mistral", **values)
+
+
+def edit_qwen2(folder, **values):
+    edit_config(folder, **{"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "use_sliding_window": True, **values})
+
+
 def edit_weights(folder, change):
     tensors = load_file(str(folder / "model.safetensors"))
     change(tensors)
@@ -330,7 +338,31 @@ BROKEN = {
     "no architecture": (lambda f: edit_config(f, architectures=None, model_type="t5"), ["'t5'"]),
     "missing key": (lambda f: edit_config(f, intermediate_size="absent"), ["intermediate_size"]),
     "activation": (lambda f: edit_config(f, hidden_act="relu"), ["hidden_act is 'relu'", "'silu'"]),
-    "rope": (lambda f: edit_config(f, rope_scaling={"rope_type": "yarn", "factor": 4.0}), ["rope_type is 'yarn'", "'llama3'"]),
+    "rope": (lambda f: edit_config(f, rope_scaling={"rope_type": "longrope", "factor": 4.0}), ["rope_type is 'longrope'", "'llama3'"]),
+    "yarn": (lambda f: edit_config(f, rope_scaling={"rope_type": "yarn", "factor": 4.0, "truncate": False}), ["truncate is False"]),
+    "yarn betas": (
+        lambda f: edit_config(f, rope_scaling={"rope_type": "yarn", "factor": 4.0, "beta_fast": 1.0, "beta_slow": 2.0}),
+        ["config.json", "--rope-beta-fast 1.0, --rope-beta-slow 2.0"],
+    ),
+    "window of llama": (lambda f: edit_config(f, use_sliding_window=True), ["config.json: use_sliding_window is True"]),
+    "window": (lambda f: edit_mistral(f, sliding_window=0), ["config.json: sliding_window is 0", "a whole number from 1"]),
+    "kinds of mistral": (
+        lambda f: edit_mistral(f, sliding_window=4, layer_types=["full_attention", "sliding_attention"]),
+        ["config.json: layer_types is ['full_attention', 'sliding_attention']", "'sliding_attention' for each of 2 layers"],
+    ),
+    "kinds": (
+        lambda f: edit_qwen2(f, layer_types=["chunked_attention", "full_attention"]),
+        ["config.json: layer_types is ['chunked_attention'", "'full_attention' or 'sliding_attention' for each of 2 layers"],
+    ),
+    "kinds without a window": (
+        lambda f: edit_qwen2(f, use_sliding_window=False, layer_types=["sliding_attention"] * 2),
+        ["config.json: layer_types is ['sliding_attention', 'sliding_attention']"],
+    ),
+    "max_window_layers": (lambda f: edit_qwen2(f, max_window_layers=-1), ["config.json: max_window_layers is -1", "from 0"]),
+    "layers without rotation": (
+        lambda f: edit_config(f, architectures=["SmolLM3ForCausalLM"], no_rope_layers=[1]),
+        ["config.json: no_rope_layers is [1]", "a list with 1 or 0 for each of 2 layers"],
+    ),
     "rope key": (lambda f: edit_config(f, rope_scaling={"rope_type": "llama3", "factor": 4.0}), ["original_max_position_embeddings"]),
     "quantized": (lambda f: edit_config(f, quantization_config={"bits": 4}), ["quantized"]),
     "missing": (lambda f: edit_weights(f, lambda t: t.pop(K)), [f"tensor {K} (12, 24) is missing"]),

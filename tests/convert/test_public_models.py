@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_patch.convert.architectures import shape_of
 from megatron_patch.convert.checkpoint_io import open_checkpoint
 from megatron_patch.convert.from_hugging_face import from_hugging_face
 from megatron_patch.convert.to_hugging_face import to_hugging_face
@@ -46,6 +48,35 @@ CONFIGS = {
         "architectures": ["Qwen3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "eos_token_id": 130, "head_dim": 16,
         "max_position_embeddings": 40960, "model_type": "qwen3", "num_key_value_heads": 2, "rms_norm_eps": 1e-06, "rope_scaling": None,
         "rope_theta": 1000000, "tie_word_embeddings": True, "torch_dtype": "bfloat16", **SLIDING, "sliding_window": None,
+    },
+    "Mistral 7B v0.1": {
+        "architectures": ["MistralForCausalLM"], "eos_token_id": 2, "max_position_embeddings": 32768, "model_type": "mistral",
+        "num_key_value_heads": 2, "rms_norm_eps": 1e-05, "rope_theta": 10000.0, "sliding_window": 16, "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+    },
+    "Mistral 7B v0.3": {
+        "architectures": ["MistralForCausalLM"], "attention_dropout": 0.1, "eos_token_id": 2, "max_position_embeddings": 32768,
+        "model_type": "mistral", "num_key_value_heads": 2, "rms_norm_eps": 1e-05, "rope_theta": 1000000.0, "sliding_window": None,
+        "tie_word_embeddings": False, "torch_dtype": "bfloat16", "pad_token_id": 7,
+    },
+    "Qwen2.5 with windows": {
+        "architectures": ["Qwen2ForCausalLM"], "attention_dropout": 0.0, "eos_token_id": 128, "max_position_embeddings": 32768,
+        "model_type": "qwen2", "num_key_value_heads": 2, "rms_norm_eps": 1e-06, "rope_theta": 1000000.0, "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16", "use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1, "pad_token_id": 3,
+        "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768},
+    },
+    "SmolLM3": {
+        "architectures": ["SmolLM3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "eos_token_id": 12,
+        "layer_types": ["full_attention"] * 5, "max_position_embeddings": 65536, "max_window_layers": 28, "mlp_bias": False,
+        "model_type": "smollm3", "no_rope_layer_interval": 4, "no_rope_layers": [1, 1, 1, 0, 1], "num_hidden_layers": 5,
+        "num_key_value_heads": 2, "pad_token_id": 4, "pretraining_tp": 2, "rms_norm_eps": 1e-06, "rope_scaling": None,
+        "rope_theta": 5000000.0, "sliding_window": None, "torch_dtype": "bfloat16", "use_sliding_window": False,
+    },
+    "Llama with YaRN": {
+        "architectures": ["LlamaForCausalLM"], "attention_dropout": 0.05, "eos_token_id": 2, "max_position_embeddings": 131072,
+        "model_type": "llama", "num_key_value_heads": 4, "pad_token_id": 0, "rms_norm_eps": 1e-05, "tie_word_embeddings": False,
+        "rope_scaling": {"rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 16, "mscale": 1.0, "mscale_all_dim": 0.5},
+        "torch_dtype": "bfloat16",
     },
     "GPT-2": {
         "activation_function": "gelu_new", "architectures": ["GPT2LMHeadModel"], "attn_pdrop": 0.1, "bos_token_id": 130, "embd_pdrop": 0.1,
@@ -90,16 +121,42 @@ def test_a_public_model_comes_in_and_goes_out_as_it_was(name, form, tmp_path):
     assert all(torch.equal(value, after[key]) and value.dtype == after[key].dtype for key, value in before.items())
     found = json.loads((tmp_path / "hf" / "config.json").read_text())
     assert (found["bos_token_id"], found["eos_token_id"]) == (config["bos_token_id"], config["eos_token_id"])
+    kept = [key for key in ("pad_token_id", "attention_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop") if key in config]
+    assert {key: found[key] for key in kept} == {key: config[key] for key in kept}
     generation = json.loads((tmp_path / "hf" / "generation_config.json").read_text())
     assert generation["eos_token_id"] == config["eos_token_id"]
 
 
+@pytest.mark.parametrize(
+    ("name", "change", "expected"),
+    [
+        ("Mistral 7B v0.1", {"sliding_window": "absent"}, {"window": 4096, "full_layers": ()}),
+        ("Qwen2.5 with windows", {"sliding_window": "absent"}, {"window": 4096, "full_layers": (0,)}),
+        ("Qwen2.5 with windows", {"max_window_layers": "absent"}, {"window": None, "full_layers": ()}),
+        ("Qwen2.5 with windows", {"max_window_layers": 0}, {"window": 16, "full_layers": ()}),
+        ("Qwen2.5 with windows", {"sliding_window": None}, {"window": None, "full_layers": ()}),
+        ("Qwen2.5 with windows", {"layer_types": ["sliding_attention", "full_attention"]}, {"window": 16, "full_layers": (1,)}),
+        ("SmolLM3", {"no_rope_layers": "absent"}, {"unrotated_layers": (3,), "window": None}),
+        ("SmolLM3", {"no_rope_layers": "absent", "no_rope_layer_interval": 2}, {"unrotated_layers": (1, 3)}),
+        ("SmolLM3", {"rope_theta": "absent"}, {"rotary_base": 2e6}),
+        ("SmolLM3", {"use_sliding_window": True, "sliding_window": 9, "layer_types": "absent"}, {"window": 9, "full_layers": (0, 1, 2, 4)}),
+        ("Llama with YaRN", {"rope_scaling": {"rope_type": "yarn", "factor": 8.0}}, {"rotary_original_positions": 131072}),
+        ("Llama with YaRN", {}, {"rotary_attention_factor": (0.1 * math.log(32) + 1) / (0.05 * math.log(32) + 1)}),
+    ],
+)
+def test_missing_keys_have_the_defaults_of_transformers(name, change, expected, tmp_path):
+    """The same values are read from a configuration that transformers has completed."""
+    config = {key: value for key, value in ({**COMMON, **CONFIGS[name], **change}).items() if value != "absent"}
+    completed = transformers.AutoConfig.for_model(**config).to_dict()
+    for values in (config, {**completed, "architectures": config["architectures"]}):
+        shape = shape_of(values, "config.json")
+        assert {key: getattr(shape, key) for key in expected} == expected
+
+
 def test_what_public_models_compute_and_the_program_does_not_is_named(tmp_path):
-    mistral = {**COMMON, "architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 4096, "rope_theta": 10000.0}
+    mixtral = {**COMMON, "architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "sliding_window": 4096, "rope_theta": 10000.0}
     for config, words in (
-        (mistral, "MistralForCausalLM"),
-        ({**COMMON, **CONFIGS["Qwen2.5"], "use_sliding_window": True}, "use_sliding_window is True"),
-        ({**COMMON, **CONFIGS["Qwen2.5"], "rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_type is 'yarn'"),
+        (mixtral, "MixtralForCausalLM"),
         ({**COMMON, **CONFIGS["Llama 2"], "rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type is 'dynamic'"),
     ):
         (tmp_path / "config.json").write_text(json.dumps(config))

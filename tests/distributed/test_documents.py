@@ -22,10 +22,10 @@ def dense_program(argv: list[str]) -> int:
 
     masks = []
 
-    def by_mask(queries, keys, values, documents):
+    def by_mask(queries, keys, values, documents, window=None):
         bounds = documents.bounds.long()
         ids = torch.repeat_interleave(torch.arange(len(bounds) - 1), bounds.diff()).view(queries.shape[0], queries.shape[2])
-        masks.append(dense_mask(ids))
+        masks.append(dense_mask(ids, window))
         return F.scaled_dot_product_attention(queries, keys, values, attn_mask=masks[-1], enable_gqa=True)
 
     attention.documents_attention = by_mask  # type: ignore[assignment]

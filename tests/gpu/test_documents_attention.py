@@ -7,7 +7,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.profiler import ProfilerActivity, profile
 
-from megatron_patch.ops.documents_attention import Documents, documents_attention, has_flash_kernel
+from megatron_patch.ops.documents_attention import Documents, documents_attention, documents_of_samples, has_flash_kernel
 from tests.ops.documents import by_formula, documents_of, ids_of, inputs_of
 
 pytestmark = pytest.mark.gpu
@@ -18,12 +18,12 @@ def on_gpu(rows):
     return documents_of(rows).pin_memory().to(torch.device("cuda"))
 
 
-def attend(rows, groups, dtype, head_size=64, function=documents_attention):
+def attend(rows, groups, dtype, head_size=64, function=documents_attention, window=None):
     """Output and gradients, and what the formula gives in float64 on the GPU."""
     ids = ids_of(rows)
     inputs, grad = inputs_of(ids, 8, groups, head_size, dtype, "cuda")
-    out = function(*inputs, on_gpu(rows))
-    exact = by_formula(*inputs, ids.cuda())
+    out = function(*inputs, on_gpu(rows)) if window is None else function(*inputs, on_gpu(rows), window)
+    exact = by_formula(*inputs, ids.cuda(), window)
     expected = torch.autograd.grad(exact, inputs, grad.double())
     return [out, *torch.autograd.grad(out, inputs, grad)], [exact, *expected]
 
@@ -38,6 +38,28 @@ def largest_error(found, expected):
 def test_documents_give_what_the_dense_mask_gives(groups, head_size, dtype, tolerance):
     """Also heads that the flash kernel does not take: of 100 and of 320 numbers, and those in float32."""
     assert largest_error(*attend(ROWS, groups, dtype, head_size)) < tolerance
+
+
+@pytest.mark.parametrize("window", [1, 64, 200, 511, 600])
+@pytest.mark.parametrize("head_size", [64, 256, 320])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 1e-2), (torch.float16, 2e-3), (torch.float32, 5e-3)])
+def test_windows_give_what_the_dense_band_gives(window, head_size, dtype, tolerance):
+    """By the flash kernel; heads of 320 numbers and those in float32 by blocks of queries."""
+    assert largest_error(*attend(ROWS, 2, dtype, head_size, window=window)) < tolerance
+
+
+def test_samples_of_one_document_in_a_window_without_waiting_for_the_device():
+    inputs, grad = inputs_of(ids_of([[512], [512]]), 8, 2, 64, torch.bfloat16, "cuda")
+    expected = by_formula(*inputs, ids_of([[512], [512]]).cuda(), 100)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        documents = documents_of_samples(2, 512, torch.device("cuda"))
+        found = documents_attention(*inputs, documents, 100)
+        found.backward(grad)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert largest_error([found], [expected]) < 1e-2
 
 
 def test_thousands_of_short_documents():

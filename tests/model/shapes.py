@@ -40,3 +40,4 @@ LLAMA3 = dataclasses.replace(
     LLAMA, num_attention_heads=2, num_query_groups=1, head_size=16, rotary_scaling="llama3", rotary_factor=8.0, rotary_original_positions=64
 )
 """Has rotary frequencies of every kind: unscaled, interpolated and fully scaled."""
+YARN = dataclasses.replace(LLAMA3, rotary_scaling="yarn", rotary_factor=4.0, rotary_original_positions=32)

@@ -13,7 +13,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_patch.errors import ConfigError
 from megatron_patch.model.attention import AttentionContext, ModelCache
-from megatron_patch.model.flops import forward_flops_per_position, parameter_count, peak_flops, training_flops_per_position
+from megatron_patch.model.flops import (
+    attended_positions,
+    forward_flops_per_position,
+    parameter_count,
+    peak_flops,
+    training_flops_per_position,
+)
 from megatron_patch.model.generate import generate
 from megatron_patch.model.gpt import GPTModel
 from megatron_patch.model.init import InitialWeights, initial_span, initialize
@@ -251,6 +257,23 @@ def test_counts_by_hand():
     by_hand = 2 * (blocks + 4096 * 32000) + 32 * 4 * 4096 * 2049 / 2
     assert forward_flops_per_position(llama, 2048) == by_hand
     assert training_flops_per_position(llama, 2048) == 3 * by_hand
+
+
+@pytest.mark.parametrize("window", [1, 3, 7, 8, 9, None])
+def test_attended_positions_are_the_mean_of_a_band(window):
+    band = torch.ones(8, 8).tril()
+    band = band if window is None else band.triu(1 - window)
+    assert attended_positions(8, window) == band.sum() / 8
+
+
+def test_flops_of_windows_are_those_of_the_band():
+    shape = dataclasses.replace(LLAMA, num_layers=3, window=5, full_layers=(1,))
+    bands = [sum(min(t + 1, 5) for t in range(32)), sum(range(1, 33)), sum(min(t + 1, 5) for t in range(32))]
+    products = 4 * shape.num_attention_heads * shape.head_size * sum(bands) / 32
+    matrices = forward_flops_per_position(shape, 32, causal=False) - 3 * 4 * shape.num_attention_heads * shape.head_size * 32
+    assert forward_flops_per_position(shape, 32) == matrices + products
+    full = dataclasses.replace(shape, window=None, full_layers=())
+    assert forward_flops_per_position(shape, 32) < forward_flops_per_position(full, 32)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -23,18 +23,21 @@ def documents_of(rows: Sequence[Sequence[int]]) -> Documents:
     return documents
 
 
-def dense_mask(ids: torch.Tensor) -> torch.Tensor:
+def dense_mask(ids: torch.Tensor, window: int | None = None) -> torch.Tensor:
     """Returns which positions attend to which, bool [B, 1, T, T]."""
-    length = ids.shape[1]
-    return ((ids[:, :, None] == ids[:, None, :]) & torch.ones(length, length, dtype=torch.bool, device=ids.device).tril())[:, None]
+    positions = torch.arange(ids.shape[1], device=ids.device)
+    distance = positions[:, None] - positions[None, :]
+    return ((ids[:, :, None] == ids[:, None, :]) & (distance >= 0) & (distance < (window or ids.shape[1])))[:, None]
 
 
-def by_formula(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+def by_formula(
+    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, ids: torch.Tensor, window: int | None = None
+) -> torch.Tensor:
     """softmax(q k / sqrt(d)) v over the positions that the mask leaves, in float64 and by plain products."""
     share = queries.shape[1] // keys.shape[1]
     keys, values = (tensor.double().repeat_interleave(share, dim=1) for tensor in (keys, values))
     scores = queries.double() @ keys.transpose(-1, -2) / queries.shape[-1] ** 0.5
-    return scores.masked_fill(~dense_mask(ids), -torch.inf).softmax(-1) @ values
+    return scores.masked_fill(~dense_mask(ids, window), -torch.inf).softmax(-1) @ values
 
 
 def inputs_of(
@@ -51,9 +54,10 @@ def inputs_of(
 
 @dataclass
 class FlashCalls:
-    """What the stand-ins were called with: (function, cum_seq_q, longest), in order."""
+    """What the stand-ins were called with: (function, cum_seq_q, longest), in order; and their windows."""
 
     calls: list[tuple[str, torch.Tensor, object]] = field(default_factory=list)
+    windows: list[int | None] = field(default_factory=list)
 
 
 @contextlib.contextmanager
@@ -70,25 +74,31 @@ def flash_on_cpu() -> Iterator[FlashCalls]:
             heads = packed[0].shape[1]
             yield [tensor[first:last].transpose(0, 1).double().repeat_interleave(heads // tensor.shape[1], dim=0) for tensor in packed]
 
-    def scores_of(q, k):
-        later = ~torch.ones(q.shape[1], q.shape[1], dtype=torch.bool).tril()
-        return (q @ k.transpose(1, 2) / q.shape[-1] ** 0.5).masked_fill(later, -torch.inf)
+    def scores_of(q, k, left):
+        hidden = ~torch.ones(q.shape[1], q.shape[1], dtype=torch.bool).tril()
+        if left is not None:
+            hidden |= torch.ones(q.shape[1], q.shape[1], dtype=torch.bool).tril(-left - 1)
+        return (q @ k.transpose(1, 2) / q.shape[-1] ** 0.5).masked_fill(hidden, -torch.inf)
 
-    def check(name, tensors, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal):
+    def check(name, tensors, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal, left, right):
         assert all(tensor.dim() == 3 and tensor.stride(-1) == 1 for tensor in tensors)
         assert cum_seq_q is cum_seq_k or torch.equal(cum_seq_q, cum_seq_k)
         assert cum_seq_q.dtype == torch.int32 and cum_seq_q[0] == 0 and cum_seq_q[-1] == len(tensors[0])
         assert type(max_q) is int and max_q == max_k == int(cum_seq_q.diff().max())
         assert dropout_p == 0.0 and is_causal is True
+        # The kernel has a window if the number of positions before is not negative; none after, as is_causal says too.
+        assert (left is None and right is None) or (type(left) is int and left >= 0 and right == 0)
         seen.calls.append((name, cum_seq_q, max_q))
+        seen.windows.append(left)
 
     def forward(
         query, key, value, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal, return_debug_mask,
         *, scale=None, window_size_left=None, window_size_right=None, seqused_k=None, alibi_slopes=None, **newer
     ):  # fmt: skip
-        check("forward", (query, key, value), cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal)
-        assert (return_debug_mask, scale, window_size_left, window_size_right) == (False, None, None, None)
-        parts = [(scores_of(q, k), v) for q, k, v in documents(cum_seq_q, query, key, value)]
+        sizes = cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal
+        check("forward", (query, key, value), *sizes, window_size_left, window_size_right)
+        assert (return_debug_mask, scale) == (False, None)
+        parts = [(scores_of(q, k, window_size_left), v) for q, k, v in documents(cum_seq_q, query, key, value)]
         out = torch.cat([(scores.softmax(-1) @ v).transpose(0, 1) for scores, v in parts])
         sums = torch.cat([scores.logsumexp(-1) for scores, _ in parts], dim=1)
         state = torch.zeros(2, dtype=torch.uint64), torch.zeros((), dtype=torch.uint64), torch.empty(0)
@@ -98,12 +108,13 @@ def flash_on_cpu() -> Iterator[FlashCalls]:
         grad_out, query, key, value, out, logsumexp, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal, rng_state, unused,
         *, scale=None, window_size_left=None, window_size_right=None
     ):  # fmt: skip
-        check("backward", (grad_out, query, key, value, out), cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal)
+        sizes = cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal
+        check("backward", (grad_out, query, key, value, out), *sizes, window_size_left, window_size_right)
         assert rng_state.shape == (2,) and rng_state.dtype == torch.uint64
         gradients, sums = [], logsumexp.double().split(cum_seq_q.diff().tolist(), dim=1)
         for (q, k, v, o, do), log_sum in zip(documents(cum_seq_q, query, key, value, out, grad_out), sums, strict=True):
             # The kernel computes its probabilities from the sums, and their gradient from the output, that the forward pass has kept.
-            p = (scores_of(q, k) - log_sum[..., None]).exp()
+            p = (scores_of(q, k, window_size_left) - log_sum[..., None]).exp()
             ds = p * (do @ v.transpose(1, 2) - (do * o).sum(-1, keepdim=True)) / q.shape[-1] ** 0.5
             of_heads = (ds @ k, ds.transpose(1, 2) @ q, p.transpose(1, 2) @ do)
             gradients.append([gradient.transpose(0, 1) for gradient in of_heads])

@@ -14,7 +14,13 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megatron_patch.ops import documents_attention as operator
-from megatron_patch.ops.documents_attention import Documents, documents_attention, documents_from_ids, has_flash_kernel
+from megatron_patch.ops.documents_attention import (
+    Documents,
+    documents_attention,
+    documents_from_ids,
+    documents_of_samples,
+    has_flash_kernel,
+)
 from tests.ops.documents import by_formula, documents_of, flash_on_cpu, ids_of, inputs_of
 
 KERNELS = {"cpu": operator._Cpu, "scaled dot product": operator._ScaledDotProduct, "flash": operator._Flash}
@@ -47,13 +53,15 @@ def kernel(request, monkeypatch):
         assert seen.calls
 
 
-def relative_errors(rows, groups, dtype, attend=documents_attention, **options):
+def relative_errors(rows, groups, dtype, attend=documents_attention, window=None, **options):
     """Differences of output and gradients from the formula, over the norms of the latter; a document of one position has gradients of 0."""
     ids = ids_of(rows)
     inputs, grad = inputs_of(ids, 4, groups, 8, dtype, **options)
-    out = attend(*inputs, documents_of(rows))
+    one_each = all(len(row) == 1 for row in rows)
+    documents = documents_of_samples(*ids.shape, torch.device("cpu")) if one_each else documents_of(rows)
+    out = attend(*inputs, documents) if window is None else attend(*inputs, documents, window)
     found = [out, *torch.autograd.grad(out, inputs, grad)]
-    exact = by_formula(*inputs, ids)
+    exact = by_formula(*inputs, ids, window)
     expected = [exact, *torch.autograd.grad(exact, inputs, grad.double())]
     assert all(mine.dtype == dtype and mine.shape == other.shape for mine, other in zip(found, expected, strict=True))
     least = 0.1 * grad.double().norm()
@@ -72,6 +80,58 @@ def test_every_kernel_gives_what_the_dense_mask_gives(kernel, rows, groups, dtyp
     """CUDA's kernel keeps its sums in float32."""
     errors = relative_errors(rows, groups, dtype)
     assert max(errors) < max(tolerance, 1e-6 if kernel == "flash" else 0.0), errors
+
+
+WINDOWED = [
+    *((rows, window) for rows in (LAYOUTS[0], [[24], [24]]) for window in (1, 2, 7, 23, 24, 30)),
+    ([[700, 68], [768]], 1),
+    ([[1000]], 200),
+    ([[130, 870]], 600),
+]
+"""Layouts and windows: shorter and longer than the documents, than the blocks of the kernels, and than 512 keys."""
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-14), (torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize(("rows", "window"), WINDOWED, ids=str)
+def test_every_kernel_gives_what_the_dense_band_gives(kernel, rows, window, dtype, tolerance):
+    errors = relative_errors(rows, 2, dtype, window=window)
+    assert max(errors) < max(tolerance, 1e-6 if kernel == "flash" else 0.0), errors
+
+
+@settings(max_examples=60)
+@given(layouts(), st.integers(1, 45), st.sampled_from([4, 1]), st.integers(1, 9))
+def test_any_window_and_any_blocks_give_what_the_dense_band_gives(rows, window, groups, block):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(operator, "_BLOCK_ROWS", (block, block))
+        assert max(relative_errors(rows, groups, torch.float64, window=window)) < 1e-14
+
+
+def test_the_flash_kernel_gets_the_positions_before_a_position(monkeypatch):
+    """It counts without the position itself, and reads no window where all of the document is seen."""
+    monkeypatch.setattr(operator, "_kernel", lambda queries: operator._Flash())
+    (queries, keys, values), grad = inputs_of(ids_of(LAYOUTS[0]), 4, 2, 8, torch.float32)
+    with flash_on_cpu() as seen:
+        documents_attention(queries, keys, values, documents_of(LAYOUTS[0]), 5).backward(grad)
+        documents_attention(queries, keys, values, documents_of(LAYOUTS[0])).backward(grad)
+    assert seen.windows == [4, 4, None, None]
+
+
+@pytest.mark.parametrize(("window", "rows"), [(16, 64), (100, 100), (4096, 128)])
+def test_the_scores_that_are_computed_grow_with_length_times_window(window, rows):
+    """Each query's block has fewer keys than window + rows, whatever the length; all queries and the keys that they see are covered once."""
+    length = 10_000
+    blocks = list(operator._blocks(length, window))
+    assert [block.queries.start for block in blocks] == list(range(0, length, rows)) and blocks[-1].queries.stop == length
+    for block in blocks:
+        assert block.keys == slice(max(0, block.queries.start - window + 1), block.queries.stop) and not block.whole
+    scores = sum((block.queries.stop - block.queries.start) * (block.keys.stop - block.keys.start) for block in blocks)
+    assert scores < length * (window + rows)
+
+
+def test_samples_as_documents():
+    documents = documents_of_samples(3, 5, torch.device("cpu"))
+    assert documents.bounds.tolist() == documents.host_bounds.tolist() == [0, 5, 10, 15] and documents.bounds.dtype == torch.int32
+    assert int(documents.longest) == 5 and documents.longest.device.type == "cpu"
 
 
 @settings(max_examples=60)
@@ -104,38 +164,41 @@ def test_the_flash_kernel_gets_bounds_of_the_device_and_the_longest_length(monke
         assert bounds.data_ptr() == on_device.bounds.data_ptr() and longest == 24
 
 
+@pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("stored_by_head", [False, True])
-def test_opcheck(stored_by_head):
+def test_opcheck(stored_by_head, window):
     documents = documents_of(LAYOUTS[0])
     inputs, grad = inputs_of(ids_of(LAYOUTS[0]), 4, 2, 8, torch.float32, stored_by_head=stored_by_head)
     packed = [tensor.detach().transpose(1, 2).flatten(0, 1).requires_grad_() for tensor in inputs]
     bounds = (documents.bounds.clone(), documents.host_bounds, documents.longest)
-    torch.library.opcheck(torch.ops.megatron_patch.documents_attention.default, (*packed, *bounds))
+    torch.library.opcheck(torch.ops.megatron_patch.documents_attention.default, (*packed, *bounds, window))
     with torch.no_grad():
-        out = torch.ops.megatron_patch.documents_attention(*packed, *bounds)
+        out = torch.ops.megatron_patch.documents_attention(*packed, *bounds, window)
         arguments = (grad.transpose(1, 2).flatten(0, 1), *packed, *out, *bounds)
-    detached = [tensor.detach() for tensor in arguments]
+    detached = [*(tensor.detach() for tensor in arguments), window]
     torch.library.opcheck(torch.ops.megatron_patch.documents_attention_backward.default, detached)
 
 
-def test_gradcheck():
+@pytest.mark.parametrize("window", [None, 3])
+def test_gradcheck(window):
     documents = documents_of([[3, 1, 4], [8]])
     inputs, _ = inputs_of(ids_of([[3, 1, 4], [8]]), 2, 1, 4, torch.float64)
-    assert torch.autograd.gradcheck(lambda q, k, v: documents_attention(q, k, v, documents), inputs)
+    assert torch.autograd.gradcheck(lambda q, k, v: documents_attention(q, k, v, documents, window), inputs)
 
 
+@pytest.mark.parametrize("window", [None, 4])
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
-def test_one_compilation_for_all_numbers_of_documents(backend):
+def test_one_compilation_for_all_numbers_of_documents(backend, window):
     torch._dynamo.reset()
     counter = CompileCounterWithBackend(backend)
     compiled = torch.compile(documents_attention, fullgraph=True, dynamic=False, backend=counter)
 
-    def attend(queries, keys, values, documents):
+    def attend(queries, keys, values, documents, window=None):
         documents.mark_dynamic()
-        return compiled(queries, keys, values, documents)
+        return compiled(queries, keys, values, documents, window)
 
     for rows in ([[5, 11], [16]], [[1] * 16, [16]], [[2, 2, 12], [3, 3, 10]], [[15, 1], [1, 15]], [[4] * 4, [8] * 2]):
-        assert max(relative_errors(rows, 2, torch.float32, attend)) < 1e-6
+        assert max(relative_errors(rows, 2, torch.float32, attend, window)) < 1e-6
     assert counter.frame_count == 1
     torch._dynamo.reset()
 
@@ -169,6 +232,12 @@ def test_what_is_kept_is_that_of_plain_causal_attention_and_the_bounds():
     found, _ = saved_bytes(lambda q, k, v: documents_attention(q, k, v, documents), inputs)
     plain, _ = saved_bytes(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True), inputs)
     assert found == plain + documents.bounds.nbytes + documents.longest.nbytes
+
+
+def test_a_window_of_no_position_is_refused():
+    (queries, keys, values), _ = inputs_of(ids_of([[3, 4]]), 4, 2, 8, torch.float32)
+    with pytest.raises(ValueError, match="a window of 0 positions; allowed: from 1"):
+        documents_attention(queries, keys, values, documents_of([[3, 4]]), 0)
 
 
 def test_bounds_of_other_positions_are_refused():

@@ -9,6 +9,7 @@ import torch
 
 from megatron_patch.model.gpt import GPTModel
 from megatron_patch.model.parameters import parameters_of_layers
+from megatron_patch.ops.documents_attention import documents_of_samples
 from megatron_patch.ops.fused_linear_loss import CHUNK_ROWS
 from megatron_patch.parallel.tensor import UNSHARDED, TensorParallel
 from megatron_patch.planning.layout import Layout
@@ -17,6 +18,7 @@ from megatron_patch.stages import Stage
 from tests.model.shapes import FAMILIES
 from tests.ops.documents import documents_of
 
+SHAPES = {**FAMILIES, "window": dataclasses.replace(FAMILIES["llama"], window=3, full_layers=(1,))}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -57,14 +59,14 @@ def saved_bytes(model, inputs, labels, documents=None):
     return sum(found.values())
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("precision", DTYPES)
 @pytest.mark.parametrize("recompute", ["none", "selective"])
 @pytest.mark.parametrize("k", [1, 4])
 @pytest.mark.parametrize("separated", [False, True], ids=["", "documents"])
 def test_activations_are_what_autograd_saves_to_the_byte(name, precision, recompute, k, separated):
-    """Separated documents add their bounds, once for all blocks, which the plan does not count."""
-    shape = FAMILIES[name]
+    """Separated documents, and samples with a window, add their bounds, once for all blocks, which the plan does not count."""
+    shape = SHAPES[name]
     stage = Stage("s", k, positions=8, micro_batch_size=2, global_batch_size=2, steps=1)
     layout = Layout(ranks=1, precision=precision, recompute=recompute)
     model = GPTModel(shape, recompute).to(DTYPES[precision])
@@ -75,7 +77,8 @@ def test_activations_are_what_autograd_saves_to_the_byte(name, precision, recomp
     # LayerNorm saves two statistics per position, with 16 bits on a CPU and 32 on a GPU.
     narrower = (2 * shape.num_layers + 1) * 16 * 4 if (shape.normalization, precision) == ("LayerNorm", "bf16") else 0
     documents = documents_of([[3, 5], [1, 7]]) if separated else None
-    bounds = documents.bounds.nbytes + documents.longest.nbytes if separated and recompute == "none" else 0
+    known = documents or (documents_of_samples(2, 8, torch.device("cpu")) if shape.window else None)
+    bounds = known.bounds.nbytes + known.longest.nbytes if known is not None and recompute == "none" else 0
     assert saved_bytes(model, ids, ids, documents) == saved_by_layers(shape, layout, layers, stage) + loss - narrower + bounds
 
 

@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_patch.errors import ConfigError
-from megatron_patch.model.flops import layer_flops, training_flops_per_position
+from megatron_patch.model.flops import block_matrices, layer_flops, training_flops_per_position
 from megatron_patch.model.gpt import GPTModel
 from megatron_patch.planning.hardware import DEVICES, Hardware, load_hardware
 from megatron_patch.planning.layout import Layout
@@ -56,12 +56,14 @@ def test_attention_is_executed_once_more_where_it_is_recomputed(recompute):
     assert counts[recompute] - counts["none"] == 2 * 8 * (again[0] - once[0] + share * (again[1] - once[1]) * 8 / 4.5)
 
 
-def test_layers_sum_to_the_model():
-    assert 3 * sum(layer_flops(LLAMA, 8)) == training_flops_per_position(LLAMA, 8)
+@pytest.mark.parametrize("shape", [LLAMA, dataclasses.replace(LLAMA, window=3, full_layers=(1,))], ids=["full", "window"])
+def test_layers_sum_to_the_model(shape):
+    assert 3 * sum(layer_flops(shape, 8)) == training_flops_per_position(shape, 8)
     layout = Layout(4, pipeline=3)
-    whole = executed_flops(LLAMA, layout, range(4), 8)
-    parts = [executed_flops(LLAMA, layout, layers, 8) for layers in layout.layers_by_pipeline_rank(LLAMA)]
+    whole = executed_flops(shape, layout, range(4), 8)
+    parts = [executed_flops(shape, layout, layers, 8) for layers in layout.layers_by_pipeline_rank(shape)]
     assert tuple(map(sum, zip(*parts, strict=True))) == whole
+    assert whole[1] == 3.5 * (layer_flops(shape, 8)[1] + layer_flops(shape, 8)[2] - 4 * block_matrices(shape))
 
 
 def test_traffic_by_hand():

@@ -27,6 +27,7 @@ BASE = (
     "--train-tokens 30720 --lr-decay-style constant --split 90,10,0 --eod-token-id 63 --save RUN"
 )
 SCALED = "--rope-scaling llama3 --rope-scaling-factor 8"
+YARN = "--rope-scaling yarn --rope-scaling-factor 8"
 MUON = "--optimizer muon"
 LIST = '--stages [{"patch_size":4,"token_share":0.5},{"patch_size":1}] --patch-size 1'
 
@@ -37,7 +38,9 @@ OTHER = {
     "normalization": "LayerNorm", "norm_epsilon": "1e-4", "swiglu": "False", "position_embedding_type": "learned_absolute",
     "rotary_base": "5e5", "rope_scaling": ("linear", "--rope-scaling-factor 2 --rope-scaling llama3"),
     "rope_scaling_factor": ("4", SCALED), "rope_low_freq_factor": ("2", SCALED), "rope_high_freq_factor": ("5", SCALED),
-    "rope_original_positions": ("4096", SCALED), "qk_layernorm": "True", "add_qkv_bias": "True", "disable_bias_linear": "False",
+    "rope_original_positions": ("4096", SCALED), "rope_beta_fast": ("16", YARN), "rope_beta_slow": ("2", YARN),
+    "rope_attention_factor": ("1.5", YARN), "qk_layernorm": "True", "no_rope_freq": "2", "window_size": "7,0",
+    "window_attn_skip_freq": ("2", "--window-size 7,0"), "add_qkv_bias": "True", "disable_bias_linear": "False",
     "untie_embeddings_and_output_weights": "False", "init_method_std": "0.01",
     "recipe": "token-superposition", "patch_size": "2", "patch_fraction": "0.5", "patch_compute_share": "0.5",
     "stages": ('[{"patch_size":4,"token_share":0.25},{"patch_size":1}]', LIST), "train_tokens": "40000", "seq_length": "32",

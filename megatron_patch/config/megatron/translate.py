@@ -311,7 +311,7 @@ _position_names = _choices(
         "relative": "there are no relative positions",
         "alibi": "there are no ALiBi positions",
         "mrope": "positions have one dimension",
-        "yarn": "rotary positions are scaled by --rope-scaling",
+        "yarn": "YaRN is --position-embedding-type rope with --rope-scaling yarn, its factor and original positions",
         "none": "a model without positions does not exist here",
     },
     "--position-embedding-type rope or learned_absolute",
