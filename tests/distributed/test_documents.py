@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -34,18 +37,20 @@ def dense_program(argv: list[str]) -> int:
     return code
 
 
-@pytest.fixture(scope="module")
-def dense(tmp_path_factory, corpus):
-    """Runs of one process, each trained when it is first used."""
-    runs: dict[str, Run] = {}
+def dense_runs(tmp_path_factory: pytest.TempPathFactory, corpus: str, plan: str) -> Callable[[str], Run]:
+    """Returns a function of further words that returns the run of one process with dense masks; each is trained at its first use."""
 
+    @functools.cache
     def run(words: str) -> Run:
-        if words not in runs:
-            folder = tmp_path_factory.mktemp("dense") / "run"
-            runs[words] = train(folder, 1, PLAN, words, "--zero-stage 0 --data-path", corpus, main=dense_program)
-        return runs[words]
+        folder = tmp_path_factory.mktemp("dense") / "run"
+        return train(folder, 1, plan, words, "--zero-stage 0 --data-path", corpus, main=dense_program)
 
     return run
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory, corpus):
+    return dense_runs(tmp_path_factory, corpus, PLAN)
 
 
 def differences(run: Run, single: Run) -> dict[str, float]:

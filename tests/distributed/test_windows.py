@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.distributed.runs import Run, train
-from tests.distributed.test_documents import LENGTHS, dense_program, differences
+from tests.distributed.runs import train
+from tests.distributed.test_documents import LENGTHS, dense_runs, differences
 
 PLAN = "--seq-length 48 --micro-batch-size 2 --global-batch-size 12 --patch-size 4 --num-layers 4 --lr 3e-3 --eval-interval 1"
 PLAN += " --window-size 4,0 --window-attn-skip-freq 3 --no-rope-freq [0,1,1,0]"
@@ -14,16 +14,7 @@ DOCUMENTS = "--eod-token-id 63 --reset-attention-mask --reset-position-ids --eod
 
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory, corpus):
-    """Runs of one process with dense masks, each trained when it is first used."""
-    runs: dict[str, Run] = {}
-
-    def run(words: str) -> Run:
-        if words not in runs:
-            folder = tmp_path_factory.mktemp("dense") / "run"
-            runs[words] = train(folder, 1, PLAN, words, "--zero-stage 0 --data-path", corpus, main=dense_program)
-        return runs[words]
-
-    return run
+    return dense_runs(tmp_path_factory, corpus, PLAN)
 
 
 @pytest.mark.parametrize(
