@@ -207,9 +207,7 @@ class GPTModel(nn.Module):
                 windowed_mask = mask & band(length, earlier + length, self.shape.window, hidden.device)
             elif documents is None and not earlier:
                 windowed = documents_of_samples(len(hidden), length, hidden.device)
-        if documents is not None and self._compiled:
-            documents.mark_dynamic()
-        elif windowed is not None and self._compiled:
+        if windowed is not None and self._compiled:
             windowed.mark_dynamic()
         return AttentionContext(rotary, mask, documents, windowed, windowed_mask)
 
