@@ -77,7 +77,7 @@ class Stage:
         name: the stage's name in logs and metrics.
         patch_size: K, tokens in a patch; 1 is ordinary next-token training.
         positions: T, positions of a sample.
-        micro_batch_size: samples of one rank in one forward pass.
+        micro_batch_size: samples in one forward pass, of one rank, or of the ranks that share their positions.
         global_batch_size: samples of all ranks in one optimizer step.
         steps: optimizer steps.
         side: where the model has patches: in its input, in its output (the labels), or both.
@@ -92,6 +92,7 @@ class Stage:
         blend: the stage's data blend as (dataset prefix, weight); None for the blend of the run.
         earlier_ends: where the stage ended, in blocks from its start, before more --train-tokens extended it. Shuffle windows also begin
             there, so that samples that were read are not read again.
+        context_parallel_size: ranks that share the positions of each sample, a divisor of the data-parallel ranks.
 
     Raises:
         ConfigError: a number is out of range, or the number of weights is not the number of labels.
@@ -112,9 +113,10 @@ class Stage:
     optimizer: OptimizerPolicy = "reset"
     blend: tuple[tuple[str, float], ...] | None = None
     earlier_ends: tuple[int, ...] = ()
+    context_parallel_size: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("patch_size", "positions", "micro_batch_size", "global_batch_size", "steps"):
+        for name in ("patch_size", "positions", "micro_batch_size", "global_batch_size", "steps", "context_parallel_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"stage {self.name!r}: {name} is {getattr(self, name)}", "whole numbers from 1", f"raise {name}")
         if self.patch_size > LONGEST_PATCH:
@@ -163,9 +165,13 @@ class Stage:
         """Samples of the stage."""
         return self.steps * self.global_batch_size
 
+    def sample_ranks(self, data_parallel_size: int) -> int:
+        """Returns how many groups of ranks read different samples: data-parallel ranks / context-parallel size, at least 1."""
+        return max(1, data_parallel_size // self.context_parallel_size)
+
     def gradient_accumulation(self, data_parallel_size: int) -> int:
         """Returns the micro-batches of each rank in one step; the last one is padded with samples that do not count."""
-        return -(-self.global_batch_size // (self.micro_batch_size * data_parallel_size))
+        return -(-self.global_batch_size // (self.micro_batch_size * self.sample_ranks(data_parallel_size)))
 
     def weights_at(self, stage_step: int) -> tuple[float, ...]:
         """Returns the label weights in step `stage_step` (from 0): w·(1 - a) + a·(only the first label), where annealing raises a to 1."""

@@ -57,7 +57,9 @@ def _stage_columns(run: RunConfig, cost: Cost) -> dict[str, list[str]]:
     plan, ranks = run.plan, run.data_parallel_size
     flops = [stage.steps * cost.step_flops(stage) for stage in plan.stages]
     names = [stage.name + ("" if stage.side == "both" else f" ({stage.side} side)") for stage in plan.stages]
-    micro_batches = [f"{stage.gradient_accumulation(ranks)} x {stage.micro_batch_size} x {ranks}" for stage in plan.stages]
+    micro_batches = [
+        f"{stage.gradient_accumulation(ranks)} x {stage.micro_batch_size} x {stage.sample_ranks(ranks)}" for stage in plan.stages
+    ]
     return {
         "stage": [*names, "run"],
         "K": [*(str(stage.patch_size) for stage in plan.stages), ""],
