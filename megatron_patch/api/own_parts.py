@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from megatron_patch.config.context_checks import check_own_model
 from megatron_patch.config.resolve import RunConfig
 from megatron_patch.errors import ConfigError
 from megatron_patch.model.own_model import OwnModel
@@ -110,7 +111,8 @@ def with_model(run: RunConfig, model: MakeModel | None) -> RunConfig:
     """Returns the run with a user's model.
 
     Raises:
-        ConfigError: the run asks for what a user's model cannot do: a pipeline, tensor parallelism unless it builds shards, recomputation.
+        ConfigError: the run asks for what a user's model cannot do: a pipeline, tensor parallelism unless it builds shards,
+            recomputation, context parallelism.
     """
     if model is None:
         return run
@@ -141,4 +143,5 @@ def with_model(run: RunConfig, model: MakeModel | None) -> RunConfig:
             "--recompute-granularity none with a model of your own, which may call torch.utils.checkpoint itself",
             "remove --recompute-granularity",
         )
+    check_own_model(own.name, run.plan)
     return replace(run, own_model=own)

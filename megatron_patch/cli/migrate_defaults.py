@@ -5,6 +5,7 @@ In: the flags as given. Out: the flags with defaults before them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from megatron_patch.cli.migrate_deepspeed import DEEPSPEEDS_JSON
@@ -86,7 +87,8 @@ def _family(values: dict[str, str]) -> str:
 
 def _data_parallel_size(values: dict[str, str], ranks: int) -> int | None:
     """Returns the number of data-parallel ranks, or None if a size is not a number."""
-    sizes = [values.get(key, "1") for key in ("tensor-model-parallel-size", "pipeline-model-parallel-size", "context-parallel-size")]
+    names = ("tensor-model-parallel-size", "pipeline-model-parallel-size", "context-parallel-size", "ds-sequence-parallel-size")
+    sizes = [values.get(key, "1") for key in names]
     if not all(size.isdigit() and int(size) for size in sizes) or not values["micro-batch-size"].isdigit():
         return None
-    return max(1, ranks // (int(sizes[0]) * int(sizes[1]) * int(sizes[2])))
+    return max(1, ranks // math.prod(int(size) for size in sizes))

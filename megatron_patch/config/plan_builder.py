@@ -1,6 +1,6 @@
 """Turns the stages that a run describes into a `StagePlan`: shares into tokens, tokens into steps, batches into full micro-batches.
 
-In: the options of a run and the number of data-parallel ranks. Out: the plan.
+In: the options of a run, the number of data-parallel ranks, the context-parallel size. Out: the plan.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ class _SizedStage:
     positions: int
     input_patch_size: int
     micro_batch_size: int
+    context_parallel_size: int
     constant_tokens: bool
 
     @property
@@ -49,6 +50,7 @@ def build_plan(
     data_parallel_size: int,
     decay_fraction: float = PUBLISHED_DECAY_FRACTION,
     batch_of: StagePlan | None = None,
+    context_parallel_size: int = 1,
 ) -> StagePlan:
     """Returns the plan of a run.
 
@@ -59,11 +61,12 @@ def build_plan(
         decay_fraction: share of a schedule's steps over which WSD decays where no other length is given.
         batch_of: the plan of the same run's first start, whose global batch is used in place of the options' and is not rounded to the
             ranks of this start.
+        context_parallel_size: ranks that share the positions of a sample, in stages that do not give their own number.
 
     Raises:
         ConfigError: the options give no valid plan; the message names the flag or the stage.
     """
-    sized = [_sized(spec, options) for spec in _specs(options, schedule)]
+    sized = [_sized(spec, options, context_parallel_size) for spec in _specs(options, schedule)]
     if batch_of is None:
         batch = _global_batch(sized, options, data_parallel_size)
     else:
@@ -123,8 +126,8 @@ def _specs(options: StageOptions, schedule: ScheduleOptions) -> tuple[StageSpec,
     )
 
 
-def _sized(spec: StageSpec, options: StageOptions) -> _SizedStage:
-    """Returns a stage with the samples that its description and the options give it."""
+def _sized(spec: StageSpec, options: StageOptions, context_parallel_size: int) -> _SizedStage:
+    """Returns a stage with the samples that its description and the options give it, and the ranks that share each of them."""
     name = spec.name or f"K={spec.patch_size}"
     if spec.patch_size < 1:
         raise ConfigError(f"stage {name!r}: patch_size {spec.patch_size}", "whole numbers from 1", "give another patch_size")
@@ -133,6 +136,12 @@ def _sized(spec: StageSpec, options: StageOptions) -> _SizedStage:
             f"stage {name!r}: micro_batch_size {spec.micro_batch_size}",
             "whole numbers from 1",
             "remove it from the stage to use --micro-batch-size",
+        )
+    if spec.context_parallel_size is not None and spec.context_parallel_size < 1:
+        raise ConfigError(
+            f"stage {name!r}: context_parallel_size {spec.context_parallel_size}",
+            "whole numbers from 1",
+            "remove it from the stage to use --context-parallel-size",
         )
     batch = spec.batch or options.batch or "constant-tokens"
     input_patch_size = 1 if spec.side == "output" else spec.patch_size
@@ -145,7 +154,14 @@ def _sized(spec: StageSpec, options: StageOptions) -> _SizedStage:
                 "change --seq-length or patch_size, or use sample: constant-positions",
             )
         positions = options.seq_length // input_patch_size
-    return _SizedStage(spec, positions, input_patch_size, spec.micro_batch_size or options.micro_batch_size, batch == "constant-tokens")
+    return _SizedStage(
+        spec,
+        positions,
+        input_patch_size,
+        spec.micro_batch_size or options.micro_batch_size,
+        spec.context_parallel_size or context_parallel_size,
+        batch == "constant-tokens",
+    )
 
 
 def _global_batch(sized: Sequence[_SizedStage], options: StageOptions, ranks: int) -> int:
@@ -162,7 +178,9 @@ def _global_batch(sized: Sequence[_SizedStage], options: StageOptions, ranks: in
     if options.global_batch_size is not None:
         return options.global_batch_size * options.seq_length
     assert options.global_batch_tokens is not None
-    unit = math.lcm(*(stage.micro_batch_size * ranks * stage.batch_unit for stage in sized))
+    # Ranks that share a sample read one micro-batch together; a size that does not divide the ranks is refused later.
+    together = (stage.micro_batch_size * max(1, ranks // stage.context_parallel_size) * stage.batch_unit for stage in sized)
+    unit = math.lcm(*together)
     return max(1, round(options.global_batch_tokens / unit)) * unit
 
 
@@ -252,4 +270,5 @@ def _stage(sized: _SizedStage, batch: int, steps: int, options: StageOptions, ru
         lr_policy=policy,
         optimizer=spec.optimizer or ("reset" if policy == "restart" else "keep"),
         blend=parse_blend(spec.data_path, "stages: data_path") if spec.data_path else None,
+        context_parallel_size=sized.context_parallel_size,
     )

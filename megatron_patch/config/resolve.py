@@ -21,6 +21,7 @@ from megatron_patch.config.checks import (
     check_plan,
     check_profile_ranks,
 )
+from megatron_patch.config.context_checks import check_context_parallel
 from megatron_patch.config.layer_patterns import full_attention_blocks, unrotated_blocks, window_positions
 from megatron_patch.config.megatron.command_line import MegatronReport
 from megatron_patch.config.options import ModelOptions, Options
@@ -136,7 +137,7 @@ class RunConfig:
         Raises:
             ConfigError: the options give no valid plan with that batch.
         """
-        return build_plan(self.options.stages, self.options.schedule, self.data_parallel_size, self._decay_fraction, plan)
+        return _plan(self.options, self.data_parallel_size, self._decay_fraction, plan)
 
     def reschedule(self, plan: StagePlan) -> StagePlan:
         """Returns a plan of as many stages with the learning rates that the options describe.
@@ -321,7 +322,7 @@ def resolve(parsed: ParsedOptions, ranks: int) -> RunConfig:
         options = replace(options, stages=replace(options.stages, patch_size=default_patch_size(parameters)))
         by_scale.append(f"--patch-size {options.stages.patch_size}")
     decay_fraction = default_decay_fraction(parameters)
-    plan = build_plan(options.stages, options.schedule, data_parallel_size, decay_fraction)
+    plan = _plan(options, data_parallel_size, decay_fraction)
     specs = stage_specs(options.stages)
     check_given_lengths(plan, specs)
     if needs_decay_fraction(options, plan):
@@ -332,11 +333,18 @@ def resolve(parsed: ParsedOptions, ranks: int) -> RunConfig:
     notes.extend(_rounding_notes(options, plan))
     notes.extend(schedule_notes(plan, specs, options.schedule))
     check_plan(options, plan)
+    check_context_parallel(options.engine, plan, shape, data_parallel_size)
     notes.extend(scale_notes(options, plan, parameters))
     run = RunConfig(options, parsed.origins, shape, plan, blend, valid_blend, metadata, data_parallel_size, tuple(notes), parsed.megatron)
     check_documents(options.data, run.eod_id, shape.vocab_size)
     _ = run.pipeline_boundaries, run.epoch_limits  # both raise a ConfigError where they are impossible
     return run
+
+
+def _plan(options: Options, data_parallel_size: int, decay_fraction: float, batch_of: StagePlan | None = None) -> StagePlan:
+    """Returns the plan that the options describe; see `build_plan`."""
+    context = options.engine.context_parallel_size
+    return build_plan(options.stages, options.schedule, data_parallel_size, decay_fraction, batch_of, context)
 
 
 def with_plan(run: RunConfig, plan: StagePlan) -> RunConfig:
@@ -348,14 +356,22 @@ def _padding_notes(plan: StagePlan, data_parallel_size: int) -> list[str]:
     """Returns notes on stages whose steps do not divide into full micro-batches."""
     notes = []
     for stage in plan.stages:
-        samples = stage.micro_batch_size * data_parallel_size
+        ranks = stage.sample_ranks(data_parallel_size)
+        samples = stage.micro_batch_size * ranks
         if stage.global_batch_size % samples:
             notes.append(
                 f"stage {stage.name}: steps of {plural(stage.global_batch_size, 'sample')} do not divide evenly into micro-batches of "
-                f"{stage.micro_batch_size} on {plural(data_parallel_size, 'data-parallel rank')}; the last micro-batch of each step is "
+                f"{stage.micro_batch_size} on {_sample_ranks(ranks, stage.context_parallel_size)}; the last micro-batch of each step is "
                 "padded with samples that do not count"
             )
     return notes
+
+
+def _sample_ranks(ranks: int, context_parallel_size: int) -> str:
+    """Returns the name of the ranks, or groups of ranks, that read different samples, with their number."""
+    if context_parallel_size == 1:
+        return plural(ranks, "data-parallel rank")
+    return f"{plural(ranks, 'group')} of {plural(context_parallel_size, 'context-parallel rank')}"
 
 
 def _rounding_notes(options: Options, plan: StagePlan) -> list[str]:

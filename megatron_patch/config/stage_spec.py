@@ -53,6 +53,7 @@ class StageSpec:
     sample: Literal["constant-positions", "constant-tokens"] | None = None
     batch: Literal["constant-tokens", "constant-positions"] | None = None
     micro_batch_size: int | None = None
+    context_parallel_size: int | None = None
     side: Side = "both"
     position_weights: str | tuple[float, ...] | None = None
     anneal_share: float | None = None
@@ -99,7 +100,7 @@ _TWO_UNITS = (
     ("lr_wsd_decay_tokens", "lr_wsd_decay_steps"),
 )
 """Keys that give one length in two units."""
-COUNTS = {"patch_size", "tokens", "steps", "micro_batch_size", *(key for keys in _TWO_UNITS for key in keys)}
+COUNTS = {"patch_size", "tokens", "steps", "micro_batch_size", "context_parallel_size", *(key for keys in _TWO_UNITS for key in keys)}
 SCHEDULE_KEYS = (
     "lr",
     "min_lr",

@@ -156,6 +156,9 @@ def test_megatron_lms_llama_3_gets_one_report_and_what_remains_of_it_resolves(tm
         ("--model-parallel-size 2 --sequence-parallel", "--tensor-model-parallel-size 2 --sequence-parallel"),
         ("--sequence-parallel --use-mcore-models", ""),
         ("--sequence-parallel", "--sequence-parallel"),
+        ("--context-parallel-size 2 --cp-comm-type a2a", "--context-parallel-size 2 --cp-comm-type a2a"),
+        ("--context-parallel-size 2 --cp-comm-type a2a a2a", "--context-parallel-size 2 --cp-comm-type a2a"),
+        ("--ds-sequence-parallel-size 4 --force-ds-sequence-parallel", "--context-parallel-size 4"),
         ("--batch-size 4", "--micro-batch-size 4"),
         ("--profile --profile-step-start 4 --profile-step-end 6", "--profile 5-6 --profile-nsys"),
         ("--profile pt --profile_steps 2,3", "--profile 2-3"),
@@ -180,7 +183,7 @@ def test_values_of_translated_flags_arrive():
 @pytest.mark.parametrize(
     "words",
     [
-        "--context-parallel-size 1",
+        "--cp-comm-type p2p",
         "--rotary-percent 1.0",
         "--rotary-percent 1",
         "--attention-dropout 0 --hidden-dropout 0.0",
@@ -211,10 +214,10 @@ def test_values_that_change_nothing_are_accepted_and_listed(words):
 
 
 def test_what_has_no_effect_is_printed_with_the_reason(capsys):
-    said = options("--context-parallel-size 1 --use-flash-attn --no-position-embedding --position-embedding-type rope").megatron
+    said = options("--rotary-percent 1.0 --use-flash-attn --no-position-embedding --position-embedding-type rope").megatron
     print_megatron(said, make_console())
     printed = capsys.readouterr().out
-    assert "No effect" in printed and "--context-parallel-size 1 (there is no context parallelism; this value changes nothing)" in printed
+    assert "No effect" in printed and "--rotary-percent 1.0 (all dimensions of a head are rotated; this value changes nothing)" in printed
     assert "--use-flash-attn (the program and PyTorch choose the kernels)" in printed
     assert "--no-position-embedding (no learned positions" in printed
 
@@ -222,7 +225,11 @@ def test_what_has_no_effect_is_printed_with_the_reason(capsys):
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
-        ("--context-parallel-size 2", "there is no context parallelism"),
+        ("--cp-comm-type p2p --context-parallel-size 2", "exchange heads for positions (a2a) and nothing else"),
+        ("--cp-comm-type all_gather --stages [{context-parallel-size:2}]", "exchange heads for positions (a2a) and nothing else"),
+        ("--cp-comm-type a2a+p2p --ds-sequence-parallel-size 2", "exchange heads for positions (a2a) and nothing else"),
+        ("--cp-comm-type elsewhere", "exchange heads for positions (a2a) and nothing else"),
+        ("--hierarchical-context-parallel-sizes 2 2", "a2a+p2p"),
         ("--rotary-percent 0.5", "all dimensions of a head are rotated"),
         ("--attention-dropout 0.1", "there is no dropout"),
         ("--num-experts 8", "there are no expert layers"),

@@ -252,6 +252,25 @@ def _sequence_parallel(to: Translator, given: Given, flag: MegatronFlag) -> None
         to.result.flags.append(given)
 
 
+def _cp_comm_type(to: Translator, given: Given, flag: MegatronFlag) -> None:
+    words = {word.lower() for word in given.words}
+    if words == {"a2a"} and len(given.words) > 1:
+        to.emit(given, "--cp-comm-type a2a", meaning="the same in all layers")
+    elif words == {"a2a"}:
+        to.result.flags.append(given)
+    elif words <= {"p2p", "all_gather", "allgather", "a2a+p2p"} and not _shares_samples(to):
+        to.ignore(given, "without context parallelism nothing is exchanged")
+    else:
+        to.refuse(given, "context-parallel ranks exchange heads for positions (a2a) and nothing else", "--cp-comm-type a2a")
+
+
+def _shares_samples(to: Translator) -> bool:
+    """Returns whether any stage has context parallelism."""
+    size = to.value("context-parallel-size", "ds-sequence-parallel-size")
+    in_stages = "context_parallel_size" in " ".join(to.last["stages"].words).replace("-", "_") if "stages" in to.last else False
+    return size not in (None, "1") or in_stages
+
+
 def _sharding(to: Translator, given: Given, flag: MegatronFlag) -> None:
     level = {"no_shard": 0, "optim": 1, "optim_grads": 2, "optim_grads_params": 3}.get(given.words[0] if given.words else "")
     if level is None:
@@ -360,6 +379,7 @@ _FUNCTIONS: dict[str, Callable[[Translator, Given, MegatronFlag], None]] = {
     "lr-wsd-decay-style": _choices({"minus_sqrt": "minus-sqrt"}, {}, ""),
     "split": _split,
     "sequence-parallel": _sequence_parallel,
+    "cp-comm-type": _cp_comm_type,
     "data-parallel-sharding-strategy": _sharding,
     "use-torch-fsdp2": _fsdp,
     "use-custom-fsdp": _fsdp,
