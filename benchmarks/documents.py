@@ -28,7 +28,8 @@ import torch.nn.functional as F
 from _measure import Timer, machine, print_table, record, write_results
 
 from megatron_patch.model.attention import repeat_groups, supports_grouped_queries
-from megatron_patch.ops.documents_attention import band, documents_attention, documents_from_ids, documents_of_samples
+from megatron_patch.ops.attention_kernels import band
+from megatron_patch.ops.documents_attention import documents_attention, documents_from_ids, documents_of_samples
 
 MIXES = {
     "128 each": 128.0,

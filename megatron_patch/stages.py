@@ -169,6 +169,11 @@ class Stage:
         """Returns how many groups of ranks read different samples: data-parallel ranks / context-parallel size, at least 1."""
         return max(1, data_parallel_size // self.context_parallel_size)
 
+    @property
+    def rank_positions(self) -> int:
+        """Positions of a sample that one rank holds outside of attention."""
+        return self.positions // self.context_parallel_size
+
     def gradient_accumulation(self, data_parallel_size: int) -> int:
         """Returns the micro-batches of each rank in one step; the last one is padded with samples that do not count."""
         return -(-self.global_batch_size // (self.micro_batch_size * self.sample_ranks(data_parallel_size)))

@@ -13,7 +13,8 @@ from megatron_patch.model.norm import RMSNorm
 from megatron_patch.model.rotary import rotate
 from megatron_patch.model.shape import ModelShape
 from megatron_patch.model.sharding import shards_key_value
-from megatron_patch.ops.documents_attention import LONGEST_FLASH_HEAD, Documents, documents_attention
+from megatron_patch.ops.attention_kernels import LONGEST_FLASH_HEAD
+from megatron_patch.ops.documents_attention import Documents, documents_attention
 from megatron_patch.parallel.context import UNSHARED, ContextParallel, share_heads, share_positions
 from megatron_patch.parallel.tensor import UNSHARDED, RowParallelLinear, TensorParallel, all_reduce_gradient, copy_to_tensor_parallel
 

@@ -22,7 +22,8 @@ from megatron_patch.model.rotary import rotary_tables
 from megatron_patch.model.shape import ModelShape, check_shape
 from megatron_patch.model.sharding import check_sharding
 from megatron_patch.ops import Operators
-from megatron_patch.ops.documents_attention import Documents, band, documents_of_samples
+from megatron_patch.ops.attention_kernels import band
+from megatron_patch.ops.documents_attention import Documents, documents_of_samples
 from megatron_patch.parallel.context import UNSHARED, ContextParallel
 from megatron_patch.parallel.tensor import UNSHARDED, TensorParallel
 

@@ -59,6 +59,7 @@ class Layout:
         offload_weights: whether weights are in host memory.
         sub_group_elements: elements of a rank's shard that ZeRO 3 steps at a time.
         optimizer: the optimizer.
+        context: context-parallel size of each stage, by which neighbors in the data-parallel dimension share samples; for the name.
     """
 
     ranks: int
@@ -79,10 +80,11 @@ class Layout:
     offload_weights: bool = False
     sub_group_elements: int = 1_000_000_000
     optimizer: PlannedOptimizer = PlannedOptimizer()
+    context: tuple[int, ...] = (1,)
 
     @property
     def data(self) -> int:
-        """Data parallel size: ranks that hold the same part of the model and read different samples."""
+        """Data-parallel size: ranks that hold the same part of the model; they read different samples, or parts of the same samples."""
         return self.ranks // (self.tensor * self.pipeline)
 
     @property
@@ -96,10 +98,11 @@ class Layout:
         return [range(start, end) for start, end in itertools.pairwise(bounds)]
 
     def name(self) -> str:
-        """Returns the layout in short form, such as "TP8 SP PP4 DP32 ZeRO 1 bf16"."""
+        """Returns the layout in short form, such as "TP8 SP PP4 DP32 ZeRO 1 bf16", or "CP1/4 DP32 …" with a degree for each stage."""
         parts = [f"TP{self.tensor}"] if self.tensor > 1 else []
         parts += ["SP"] if self.sequence_parallel else []
         parts += [f"PP{self.pipeline}"] if self.pipeline > 1 else []
+        parts += [f"CP{'/'.join(map(str, dict.fromkeys(self.context)))}"] if max(self.context) > 1 else []
         parts += [f"DP{self.data}", f"ZeRO {self.zero_level}", self.precision]
         parts += [f"recompute {self.recompute}"] if self.recompute != "none" else []
         return " ".join(parts + (["compiled"] if self.compiled else []))
@@ -140,4 +143,5 @@ def layout_of(run: RunConfig, engine_config: EngineConfig) -> Layout:
             schedule.muon_num_ns_steps,
             schedule.muon_nesterov,
         ),
+        context=tuple(stage.context_parallel_size for stage in run.plan.stages),
     )

@@ -94,34 +94,47 @@ def _sizes(shape: ModelShape, tensor: int, layers: range) -> tuple[int, int, int
     return sum(sizes.values()), max(sizes.values(), default=0), hidden
 
 
-def saved_by_block(shape: ModelShape, layout: Layout, samples: int, positions: int) -> int:
+def sent_key_heads(shape: ModelShape, layout: Layout, context: int) -> int:
+    """Returns the key heads of a rank that ranks of context parallelism exchange: each of them must get at least one."""
+    return max(_attended_key_heads(shape, layout), context)
+
+
+def _attended_key_heads(shape: ModelShape, layout: Layout) -> int:
+    # A rank with all key heads selects the one that its queries attend to; attention saves only that head.
+    return shape.num_query_groups // layout.tensor if shards_key_value(shape, layout.tensor) else 1
+
+
+def saved_by_block(shape: ModelShape, layout: Layout, samples: int, positions: int, context: int = 1) -> int:
     """Returns the bytes that autograd saves in one block for one micro-batch, without full recomputation; exact for fused attention.
 
     Per position, each norm saves its input and the normalized input (float32, then the activation's dtype) and a factor; each group of
     projections saves its input; attention saves its queries, keys, values, output and one float32 per head; the feed-forward layer saves
-    its products. With sequence parallelism, norms see a share of the positions and projections see all of them.
+    its products. With sequence parallelism, norms see a share of the positions and projections see all of them. With context parallelism,
+    attention has all positions of a share of the heads, as many values as before, but it saves copies of key heads fewer than ranks; and
+    the output is saved in both forms.
 
     Args:
         shape: the model.
         layout: tensor and sequence parallelism, precision, recomputation.
         samples: B of the micro-batch.
-        positions: T.
+        positions: T, or with context parallelism the positions of one rank.
+        context: context-parallel size.
     """
     e, t = layout.element_bytes, layout.tensor
     rows = samples * positions
     norm_rows = rows // t if layout.sequence_parallel else rows
     hidden = shape.hidden_size
     queries = shape.num_attention_heads * shape.head_size // t
-    keys = shape.num_query_groups * shape.head_size // (t if shards_key_value(shape, t) else 1)
-    # A rank with all key heads selects the one that its queries attend to; attention saves only that head.
-    attended_keys = keys if shards_key_value(shape, t) else shape.head_size
+    attended_keys = _attended_key_heads(shape, layout) * shape.head_size
     if shape.normalization == "RMSNorm":
         # In float32 the normalized input is not copied; in 16 bits a float32 copy of the input is saved instead of the input.
         norms = 2 * norm_rows * ((4 + e) * hidden + 4)
     else:
         norms = 2 * norm_rows * (e * hidden + 8)
     inputs = 2 * rows * e * hidden
-    attention = rows * e * (2 * queries + 2 * attended_keys)
+    attention = rows * e * (2 * queries + 2 * (sent_key_heads(shape, layout, context) * shape.head_size))
+    if context > 1 and layout.recompute != "selective":
+        attention += rows * e * queries
     if layout.recompute != "selective":
         attention += rows * 4 * (shape.num_attention_heads // t)
     if shape.qk_norm:
@@ -142,9 +155,9 @@ def saved_by_layers(shape: ModelShape, layout: Layout, layers: range, stage: Sta
 
     The number is exact, but with full recomputation it omits the block that the backward pass recomputes at the moment.
     """
-    samples, positions = stage.micro_batch_size, stage.positions
+    samples, positions = stage.micro_batch_size, stage.rank_positions
     blocks = len([layer for layer in layers if 1 <= layer <= shape.num_layers])
-    each = saved_by_block(shape, layout, samples, positions)
+    each = saved_by_block(shape, layout, samples, positions, stage.context_parallel_size)
     total = blocks * (_residual(shape, layout, samples, positions) if layout.recompute == "full" else each)
     if blocks and shape.position_embedding == "rope":
         total += 2 * layout.element_bytes * positions * shape.head_size
@@ -165,7 +178,7 @@ def loss_bytes(shape: ModelShape, layout: Layout, stage: Stage, device: Literal[
 
     On a CPU, 16-bit operands of that gradient are copied to float32.
     """
-    rows = min(LOSS_CHUNK_ROWS, stage.micro_batch_size * stage.positions)
+    rows = min(LOSS_CHUNK_ROWS, stage.micro_batch_size * stage.rank_positions)
     vocabulary = shape.vocab_size if layout.tensor == 1 else shape.padded_vocab_size // layout.tensor
     e = layout.element_bytes
     widened = 4 * rows * (vocabulary + shape.hidden_size) if device == "cpu" and e == 2 else 0
@@ -231,7 +244,13 @@ def _states(layout: Layout, parameters: int, hidden: int) -> tuple[float, float,
 
 
 def rank_memory(
-    shape: ModelShape, layout: Layout, layers: range, pipeline_rank: int, stage: Stage, device: Literal["cuda", "cpu"] = "cuda"
+    shape: ModelShape,
+    layout: Layout,
+    layers: range,
+    pipeline_rank: int,
+    stage: Stage,
+    device: Literal["cuda", "cpu"] = "cuda",
+    node_devices: int = 8,
 ) -> Memory:
     """Returns the peak memory of each rank with this pipeline rank while it trains in a stage.
 
@@ -242,23 +261,29 @@ def rank_memory(
         pipeline_rank: index of the rank in its pipeline.
         stage: the stage.
         device: kind of device, which changes `loss_bytes` and the allowance for fragmentation.
+        node_devices: devices of a node, among which Muon chooses the owners of matrices.
     """
     parameters, largest, hidden = _sizes(shape, layout.tensor, layers)
     weights, gradients, optimizer = _states(layout, parameters, hidden)
     in_flight = micro_batches_in_flight(layout, stage, pipeline_rank)
     activations = float(in_flight * saved_by_layers(shape, layout, layers, stage))
-    residual = _residual(shape, layout, stage.micro_batch_size, stage.positions)
+    samples, positions, context = stage.micro_batch_size, stage.rank_positions, stage.context_parallel_size
+    residual = _residual(shape, layout, samples, positions)
     if layout.recompute == "full":
         # The backward pass recomputes one block at a time.
-        activations += saved_by_block(shape, layout, stage.micro_batch_size, stage.positions)
+        activations += saved_by_block(shape, layout, samples, positions, context)
     loss = float(loss_bytes(shape, layout, stage, device)) if shape.num_layers + 1 in layers else 0.0
     # A pipeline keeps the received input and the output of each micro-batch in flight.
     buffers = float(2 * max(2, in_flight) * residual) if layout.pipeline > 1 else 2.0 * residual
+    if context > 1:
+        # One exchange of queries, keys, values or outputs holds what it sends and what it receives.
+        heads = shape.num_attention_heads // layout.tensor + 2 * sent_key_heads(shape, layout, context)
+        buffers += 2 * layout.element_bytes * samples * positions * heads * shape.head_size
     bucket, step = _reduction(layout, parameters, largest)
     buffers += bucket
     # Activations are freed before the optimizer step, so only the excess over them adds to the peak.
     buffers += max(0.0, step - activations - loss - buffers)
-    work = matrix_step(shape, layout, layers)
+    work = matrix_step(shape, layout, layers, node_devices)
     # The flat copies of DeepSpeed's optimizer for bfloat16 are freed before the update, those of the others after it.
     step = (0.0 if _bf16_optimizer(layout) else step) + (0 if work is None else work.buffer_bytes)
     matrices = max(0.0, step - activations - loss - buffers)

@@ -52,11 +52,13 @@ class PipelinePart:
         return ", ".join(pieces + (["norm and head"] if num_layers + 1 in self.layers else []))
 
 
-def pipeline_parts(shape: ModelShape, plan: StagePlan, layout: Layout, device: Literal["cuda", "cpu"] = "cuda") -> list[PipelinePart]:
+def pipeline_parts(
+    shape: ModelShape, plan: StagePlan, layout: Layout, device: Literal["cuda", "cpu"] = "cuda", node_devices: int = 8
+) -> list[PipelinePart]:
     """Returns the part of the model and the memory of each pipeline rank."""
     parts = []
     for rank, layers in enumerate(layout.layers_by_pipeline_rank(shape)):
-        needs = [(rank_memory(shape, layout, layers, rank, stage, device), stage.name) for stage in plan.stages]
+        needs = [(rank_memory(shape, layout, layers, rank, stage, device, node_devices), stage.name) for stage in plan.stages]
         memory, peak_stage = max(needs, key=lambda need: need[0].total)
         parts.append(
             PipelinePart(rank, layout.ranks // layout.pipeline, layers, rank_parameters(shape, layout, layers), memory, peak_stage)
@@ -193,9 +195,12 @@ class Plan:
     def to_json(self) -> dict[str, Any]:
         """Returns JSON values: exact numbers under "counted", all others under "estimated"."""
         layout = {"zero_stage" if key == "zero_level" else key: value for key, value in dataclasses.asdict(self.layout).items()}
-        # Figures that only Muon has, and the defaults of its part of the layout, are left out for AdamW.
-        optimizer = self.layout.optimizer
+        # Figures that only Muon or context parallelism has, and the defaults of their parts of the layout, are left out without them.
+        optimizer, context = self.layout.optimizer, max(self.layout.context) > 1
         unused = frozenset() if optimizer.full_matrices else frozenset({"matrices", "orthogonalization"})
+        unused |= frozenset() if context else frozenset({"context"})
+        if not context:
+            del layout["context"]
         for key in ("optimizer", "sub_group_elements") if optimizer == PlannedOptimizer() else ():
             del layout[key]
         return {
@@ -299,7 +304,7 @@ def make_plan(
             "change --world-size or the parallel sizes",
         )
     cost = Cost(shape, plan, token_positions)
-    parts = tuple(pipeline_parts(shape, plan, layout))
+    parts = tuple(pipeline_parts(shape, plan, layout, node_devices=hardware.node_devices))
     stages = []
     for stage in plan.stages:
         sent = max(

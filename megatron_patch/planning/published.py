@@ -156,7 +156,7 @@ class PublishedRun:
         compiled: whether torch.compile was used.
         tensor, pipeline: parallel sizes.
         chunks: parts of a pipeline rank's layers in an interleaved schedule, which divide its bubble; this program has no such schedule.
-        context: ranks that share a sample. The plan counts them as data-parallel ranks.
+        context: ranks that share a sample.
     """
 
     source: Source
@@ -261,7 +261,7 @@ def planned_speed(run: PublishedRun, hardware: Hardware | None = None) -> float:
         hardware: device in place of the one of the plan's table; the figures of the run's machines replace its own.
     """
     device = dataclasses.replace(hardware or DEVICES[run.gpu], **run.source.hardware)
-    stage = Stage("token", 1, run.positions, run.micro_batch, run.batch, 1)
+    stage = Stage("token", 1, run.positions, run.micro_batch, run.batch, 1, context_parallel_size=run.context)
     layout = Layout(
         run.devices,
         run.tensor,

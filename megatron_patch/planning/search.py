@@ -35,6 +35,7 @@ class LayoutChoice:
     zero_level: Literal[1, 2, 3]
     micro_batch_size: int
     recompute: Recompute
+    context: int = 1
 
     def flags(self, options: Options, zero_level: int | None) -> str:
         """Returns the flags that change a run's options, with their ZeRO level, to this layout; "as given" if it is the run's own."""
@@ -42,6 +43,7 @@ class LayoutChoice:
         words = [
             ("--tensor-model-parallel-size", self.tensor, engine.tensor_model_parallel_size),
             ("--pipeline-model-parallel-size", self.pipeline, engine.pipeline_model_parallel_size),
+            ("--context-parallel-size", self.context, engine.context_parallel_size),
             ("--zero-stage", self.zero_level, zero_level),
             ("--micro-batch-size", self.micro_batch_size, options.stages.micro_batch_size),
             ("--recompute-granularity", self.recompute, engine.recompute_granularity),
@@ -57,6 +59,7 @@ class LayoutChoice:
             options.engine,
             tensor_model_parallel_size=self.tensor,
             pipeline_model_parallel_size=self.pipeline,
+            context_parallel_size=self.context,
             sequence_parallel=self.tensor > 1,
             zero_stage=self.zero_level,
             recompute_granularity=self.recompute,
@@ -132,18 +135,25 @@ def _powers(limit: int) -> list[int]:
     return [1 << exponent for exponent in range(limit.bit_length()) if 1 << exponent <= limit]
 
 
-def layout_choices(ranks: int, hardware: Hardware) -> Iterator[LayoutChoice]:
+RANK_POSITIONS = 4096
+"""Positions of a sample for each rank, below which a search does not try more context parallelism: it would only add traffic."""
+
+
+def layout_choices(ranks: int, hardware: Hardware, seq_length: int = 1, given_context: int = 1) -> Iterator[LayoutChoice]:
     """Yields the layouts to try.
 
     Tensor-parallel sizes are powers of two up to a node, with sequence parallelism; pipeline-parallel sizes are powers of two; ZeRO is 1 to
-    3 without a pipeline, else 1; micro-batches are 1, 2, 4 and 8; each with full recomputation and without.
+    3 without a pipeline, else 1; micro-batches are 1, 2, 4 and 8; each with full recomputation and without. Context-parallel sizes are
+    powers of two that leave each rank `RANK_POSITIONS` or more, and the given one.
     """
+    contexts = sorted({*_powers(max(1, min(ranks, seq_length // RANK_POSITIONS))), given_context})
     for tensor, pipeline in itertools.product(_powers(hardware.node_devices), _powers(min(64, ranks))):
         if ranks % (tensor * pipeline) == 0:
             zero_levels: tuple[Literal[1, 2, 3], ...] = (1, 2, 3) if pipeline == 1 else (1,)
-            for zero, micro in itertools.product(zero_levels, (1, 2, 4, 8)):
-                yield LayoutChoice(tensor, pipeline, zero, micro, "none")
-                yield LayoutChoice(tensor, pipeline, zero, micro, "full")
+            for zero, micro, context in itertools.product(zero_levels, (1, 2, 4, 8), contexts):
+                if ranks // (tensor * pipeline) % context == 0:
+                    yield LayoutChoice(tensor, pipeline, zero, micro, "none", context)
+                    yield LayoutChoice(tensor, pipeline, zero, micro, "full", context)
 
 
 def search(parsed: ParsedOptions, ranks: int, hardware: Hardware) -> Found:
@@ -157,7 +167,7 @@ def search(parsed: ParsedOptions, ranks: int, hardware: Hardware) -> Found:
     Raises:
         ConfigError: no layout passes the checks of a run.
     """
-    best: dict[tuple[int, int, int, str], Candidate] = {}
+    best: dict[tuple[int, int, int, str, int], Candidate] = {}
 
     def resolved(options: Options) -> RunConfig:
         return resolve(ParsedOptions(options, parsed.origins), ranks)
@@ -177,7 +187,7 @@ def search(parsed: ParsedOptions, ranks: int, hardware: Hardware) -> Found:
     smallest: Candidate | None = None
     tried = other_batch = 0
     failure: ConfigError | None = None
-    for choice in layout_choices(ranks, hardware):
+    for choice in layout_choices(ranks, hardware, parsed.options.stages.seq_length, parsed.options.engine.context_parallel_size):
         tried += 1
         try:
             run = resolved(choice.apply(parsed.options))
@@ -190,7 +200,7 @@ def search(parsed: ParsedOptions, ranks: int, hardware: Hardware) -> Found:
         except ConfigError as error:
             failure = error
             continue
-        key = (choice.tensor, choice.pipeline, choice.zero_level, choice.recompute)
+        key = (choice.tensor, choice.pipeline, choice.zero_level, choice.recompute, choice.context)
         candidate = Candidate(choice, plan, choice.flags(parsed.options, zero_level))
         if smallest is None or plan.fullest.memory.total < smallest.plan.fullest.memory.total:
             smallest = candidate

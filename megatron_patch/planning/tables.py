@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.text import Text
 
+from megatron_patch.model.flops import attention_flops, forward_flops_per_position
 from megatron_patch.model.shape import ModelShape
 from megatron_patch.planning.hardware import Hardware
 from megatron_patch.planning.layout import PlannedOptimizer
 from megatron_patch.planning.memory import COUNTED_PARTS
-from megatron_patch.planning.plan import PipelinePart, Plan, Resources
+from megatron_patch.planning.plan import PipelinePart, Plan, Resources, StageEstimate
 from megatron_patch.planning.published import calibration
 from megatron_patch.planning.reliability import Simulation
 from megatron_patch.planning.search import BATCH_TOLERANCE, Candidate, Found
@@ -47,18 +48,30 @@ def rank_table(parts: Sequence[PipelinePart], shape: ModelShape) -> FittingTable
     return table
 
 
+def _step_shares(estimate: StageEstimate, full_matrices: bool, context: bool) -> dict[str, str]:
+    """Returns the shares of a step by the headings of their columns."""
+    time = estimate.time
+    shares = {"~computation": f"{time.compute / time.total:.1%}", "bubble": f"{estimate.bubble:.1%}"}
+    parts = {"~tensor": time.tensor, "~context": time.context, "~pipeline": time.pipeline, "~data": time.data, "~optimizer": time.optimizer}
+    parts |= {"~Newton-Schulz": time.orthogonalization, "~matrices": time.matrices}
+    unused = set() if context else {"~context"}
+    unused |= set() if full_matrices else {"~Newton-Schulz", "~matrices"}
+    return shares | {name: f"{seconds / time.total:.1%}" for name, seconds in parts.items() if name not in unused}
+
+
 def stage_table(plan: Plan) -> FittingTable:
     """Returns time, throughput and FLOPs of each stage."""
-    speed = ("stage", "K", "steps", "FLOPs", "~step", "~MFU", "~tokens/s", "~time")
-    shares = ["~computation", "bubble", "~tensor", "~pipeline", "~data", "~optimizer"]
-    full = plan.layout.optimizer.full_matrices
-    shares += ["~Newton-Schulz", "~matrices"] if full else []
-    table = _table("Stages on this hardware; the last columns are shares of the step", *speed, *shares, left=("stage",))
-    for estimate in plan.stages:
+    speed = ["stage", "K", "steps", "FLOPs", "~step", "~MFU", "~tokens/s", "~time"]
+    # These kinds have columns only where they are used.
+    full, context = plan.layout.optimizer.full_matrices, max(plan.layout.context) > 1
+    rows = [_step_shares(estimate, full, context) for estimate in plan.stages]
+    if context:
+        speed.insert(1, "ranks per sample")
+        speed.insert(5, "in attention")
+    table = _table("Stages on this hardware; the last columns are shares of the step", *speed, *rows[0], left=("stage",))
+    for estimate, shares in zip(plan.stages, rows, strict=True):
         stage, time = estimate.stage, estimate.time
-        parts = (time.compute, time.tensor, time.pipeline, time.data, time.optimizer)
-        compute, tensor, pipeline, data, optimizer = (f"{seconds / time.total:.1%}" for seconds in parts)
-        table.add_row(
+        cells = [
             stage.name,
             str(stage.patch_size),
             f"{stage.steps:,}",
@@ -67,9 +80,12 @@ def stage_table(plan: Plan) -> FittingTable:
             f"{time.mfu:.1%}",
             format_count(stage.tokens_per_step / time.total),
             format_duration(estimate.seconds),
-            *(compute, f"{estimate.bubble:.1%}", tensor, pipeline, data, optimizer),
-            *((f"{time.orthogonalization / time.total:.1%}", f"{time.matrices / time.total:.1%}") if full else ()),
-        )
+        ]
+        if context:
+            attention = attention_flops(plan.shape, stage.positions, range(plan.shape.num_layers))
+            cells.insert(1, str(stage.context_parallel_size))
+            cells.insert(5, f"{attention / forward_flops_per_position(plan.shape, stage.positions):.1%}")
+        table.add_row(*cells, *shares.values())
     return table
 
 

@@ -1,15 +1,17 @@
 """The time of a step, **estimated** from counted FLOPs and traffic and from the efficiencies of the hardware.
 
 In: model, layout, stage, hardware. Out: `StepTime`. For each micro-batch a pipeline rank computes its layers, reduces over its
-tensor-parallel ranks without overlap, and sends the result. The slowest pipeline rank sets the pace; (p - 1) more micro-batches of it fill
-and drain the pipeline (Narayanan et al., arXiv 2104.04473, section 2.2). Gradient communication partly overlaps the backward pass. The
-optimizer step reads and writes its states once. Muon's step exchanges matrices and orthogonalizes them, without overlap.
+tensor-parallel ranks and exchanges heads for positions (context parallelism) without overlap, and sends the result. The slowest pipeline
+rank sets the pace; (p - 1) more micro-batches of it fill and drain the pipeline (Narayanan et al., arXiv 2104.04473, section 2.2). Gradient
+communication partly overlaps the backward pass. The optimizer step reads and writes its states once. Muon's step exchanges matrices and
+orthogonalizes them, without overlap.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import get_args
 
 from megatron_patch.model.flops import attention_flops, block_matrices, training_flops_per_position
 from megatron_patch.model.shape import ModelShape
@@ -17,7 +19,7 @@ from megatron_patch.planning.hardware import Hardware
 from megatron_patch.planning.hidden_matrices import matrix_step
 from megatron_patch.planning.layout import Layout
 from megatron_patch.planning.memory import hidden_parameters, rank_parameters, saved_by_layers
-from megatron_patch.planning.traffic import traffic
+from megatron_patch.planning.traffic import Kind, traffic
 from megatron_patch.stages import Stage
 
 
@@ -35,6 +37,7 @@ class StepTime:
         mfu: model FLOPs of the step over the peak FLOPs of all devices in that time.
         orthogonalization: Newton-Schulz steps of the rank that the others wait for; 0 if the optimizer needs no full matrices.
         matrices: exchange of matrices for this.
+        context: exchange of heads for positions with context-parallel ranks; 0 without them.
     """
 
     compute: float
@@ -46,12 +49,13 @@ class StepTime:
     mfu: float
     orthogonalization: float = 0.0
     matrices: float = 0.0
+    context: float = 0.0
 
     @property
     def total(self) -> float:
         """Seconds of the step."""
         step = self.optimizer + self.orthogonalization + self.matrices
-        return self.compute + self.tensor + self.pipeline + self.bubble + self.data + step
+        return self.compute + self.tensor + self.context + self.pipeline + self.bubble + self.data + step
 
 
 def bubble_share(layout: Layout, stage: Stage) -> float:
@@ -123,11 +127,11 @@ def step_time(shape: ModelShape, layout: Layout, stage: Stage, hardware: Hardwar
         hardware: devices and links.
     """
     micro_batches = stage.gradient_accumulation(layout.data)
-    positions = micro_batches * stage.micro_batch_size * stage.positions
+    positions = micro_batches * stage.micro_batch_size * stage.rank_positions
     peak = hardware.peak_tflops * 1e12
     usable = peak / (hardware.fp32_slowdown if layout.precision == "fp32" else 1.0)
     passes = hardware.compiled_passes if layout.compiled else hardware.memory_passes
-    slowest = (0.0, 0.0, 0.0)
+    slowest = (0.0, 0.0, 0.0, 0.0)
     data, step = 0.0, (0.0, 0.0, 0.0)
     for layers in layout.layers_by_pipeline_rank(shape):
         products, attention = executed_flops(shape, layout, layers, stage.positions)
@@ -136,10 +140,10 @@ def step_time(shape: ModelShape, layout: Layout, stage: Stage, hardware: Hardwar
         # The memory bandwidth limits all operators that are not matrix products.
         moved = micro_batches * saved_by_layers(shape, dataclasses.replace(layout, recompute="none"), layers, stage)
         seconds += passes * moved / (hardware.memory_gb_per_second * 1e9)
-        sent = {"tensor": 0.0, "pipeline": 0.0, "data": 0.0, "matrices": 0.0}
+        sent = dict.fromkeys(get_args(Kind), 0.0)
         for row in traffic(shape, layout, layers, stage, hardware):
             sent[row.kind] += row.seconds(hardware)
-        slowest = max(slowest, (seconds, sent["tensor"], sent["pipeline"]), key=sum)
+        slowest = max(slowest, (seconds, sent["tensor"], sent["pipeline"], sent["context"]), key=sum)
         # ZeRO's communication overlaps the backward pass, which is two thirds of the computation.
         data = max(data, sent["data"] - min(hardware.overlap * sent["data"], 2 / 3 * seconds))
         step = max(step, (*optimizer_seconds(shape, layout, layers, hardware), sent["matrices"]), key=sum)
@@ -148,4 +152,5 @@ def step_time(shape: ModelShape, layout: Layout, stage: Stage, hardware: Hardwar
     total = sum(slowest) + bubble + data + sum(step)
     model = stage.positions_per_step * training_flops_per_position(shape, stage.positions)
     mfu = model / (total * peak * layout.ranks)
-    return StepTime(*slowest, bubble, data, update, mfu, orthogonalization, matrices)
+    compute, tensor, pipeline, context = slowest
+    return StepTime(compute, tensor, pipeline, bubble, data, update, mfu, orthogonalization, matrices, context)

@@ -8,7 +8,8 @@ Rings pass through the ranks of a node one after the other and leave it once. Li
 (NCCL's channels), so the ports of all ranks that a group has in a node carry its traffic together.
 
 The exchange of hidden matrices (Muon) is no ring: each rank sends to each owner through its own port. What a rank sends or receives,
-whichever is more, is counted for the busiest rank.
+whichever is more, is counted for the busiest rank. Nor is the exchange of heads for positions (context parallelism): each rank sends each
+other rank of its group an equal part.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ from megatron_patch.model.shape import ModelShape
 from megatron_patch.planning.hardware import Hardware
 from megatron_patch.planning.hidden_matrices import matrix_step
 from megatron_patch.planning.layout import Layout
-from megatron_patch.planning.memory import rank_parameters
+from megatron_patch.planning.memory import rank_parameters, sent_key_heads
 from megatron_patch.stages import Stage
 
 _LINKS: tuple[Literal["node", "network"], ...] = ("node", "network")
-Kind = Literal["tensor", "pipeline", "data", "matrices"]
+Kind = Literal["tensor", "context", "pipeline", "data", "matrices"]
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,8 @@ class Traffic:
     """Bytes that a rank sends in a step for one kind of parallelism.
 
     Args:
-        kind: kind of parallelism; "matrices" is the exchange of an optimizer that needs full matrices.
+        kind: kind of parallelism; "context" is the exchange of heads for positions in attention, "matrices" that of an optimizer that needs
+            full matrices.
         link: "node" inside a node, "network" between nodes.
         bytes: bytes that a rank sends in one optimizer step.
         ports: ranks of its group in one node, whose network ports share what leaves the node.
@@ -63,6 +65,25 @@ def _link(stride: int, size: int, hardware: Hardware) -> Literal["node", "networ
     return "node" if stride * (size - 1) < hardware.node_devices and stride * size <= hardware.node_devices else "network"
 
 
+def _context_traffic(shape: ModelShape, layout: Layout, layers: range, stage: Stage, hardware: Hardware) -> list[Traffic]:
+    """Returns what a rank sends when ranks of context parallelism exchange heads for positions: queries, keys and values, and the output.
+
+    The backward pass sends as much as the forward pass, which full and selective recomputation repeat, except the last exchange.
+    """
+    t, c = layout.tensor, stage.context_parallel_size
+    blocks = len([layer for layer in layers if 1 <= layer <= shape.num_layers])
+    samples = stage.gradient_accumulation(layout.data) * stage.micro_batch_size
+    queries, keys = shape.num_attention_heads // t, sent_key_heads(shape, layout, c)
+    heads = 2 * (2 * queries + 2 * keys)
+    if layout.recompute != "none":
+        heads += (queries if layout.recompute == "full" else 0) + queries + 2 * keys
+    part = layout.element_bytes * blocks * samples * stage.rank_positions * heads * shape.head_size / c
+    # The ranks of a group lie t apart; a group that begins in the middle of a node is not shorter there.
+    near = min(c, max(1, hardware.node_devices // t))
+    rows = [Traffic("context", "node", part * (near - 1))] if near > 1 else []
+    return rows + ([Traffic("context", "network", part * (c - near))] if c > near else [])
+
+
 def traffic(shape: ModelShape, layout: Layout, layers: range, stage: Stage, hardware: Hardware) -> list[Traffic]:
     """Returns the bytes that each rank with these layers sends in one optimizer step.
 
@@ -74,7 +95,7 @@ def traffic(shape: ModelShape, layout: Layout, layers: range, stage: Stage, hard
         hardware: the hardware, whose number of devices per node is used.
     """
     micro_batches = stage.gradient_accumulation(layout.data)
-    hidden = layout.element_bytes * stage.micro_batch_size * stage.positions * shape.hidden_size
+    hidden = layout.element_bytes * stage.micro_batch_size * stage.rank_positions * shape.hidden_size
     rows: list[Traffic] = []
     t, p, d = layout.tensor, layout.pipeline, layout.data
     if t > 1:
@@ -83,8 +104,10 @@ def traffic(shape: ModelShape, layout: Layout, layers: range, stage: Stage, hard
         # forward reductions except the last of a block.
         sums = blocks * (4 + (1 if layout.recompute == "full" else 0))
         sums += (0 in layers) + (shape.num_layers + 1 in layers)
-        loss = 4 * (2 + stage.labels_per_position) * stage.micro_batch_size * stage.positions if shape.num_layers + 1 in layers else 0
+        loss = 4 * (2 + stage.labels_per_position) * stage.micro_batch_size * stage.rank_positions if shape.num_layers + 1 in layers else 0
         rows.append(Traffic("tensor", _link(1, t, hardware), 2 * (t - 1) / t * micro_batches * (sums * hidden + loss)))
+    if stage.context_parallel_size > 1:
+        rows += _context_traffic(shape, layout, layers, stage, hardware)
     if p > 1:
         ends = (0 not in layers) + (shape.num_layers + 1 not in layers)
         rows.append(Traffic("pipeline", _link(t * d, p, hardware), ends * micro_batches * hidden / t))

@@ -60,12 +60,14 @@ def _stage_columns(run: RunConfig, cost: Cost) -> dict[str, list[str]]:
     micro_batches = [
         f"{stage.gradient_accumulation(ranks)} x {stage.micro_batch_size} x {stage.sample_ranks(ranks)}" for stage in plan.stages
     ]
+    shared = any(stage.context_parallel_size > 1 for stage in plan.stages)
     return {
         "stage": [*names, "run"],
         "K": [*(str(stage.patch_size) for stage in plan.stages), ""],
         "T": [*(f"{stage.positions:,}" for stage in plan.stages), ""],
         "samples/step": [*(f"{stage.global_batch_size:,}" for stage in plan.stages), ""],
         "micro-batches": [*micro_batches, ""],
+        **({"ranks/sample": [*(str(stage.context_parallel_size) for stage in plan.stages), ""]} if shared else {}),
         "tokens/step": [*(f"{stage.tokens_per_step:,}" for stage in plan.stages), ""],
         "steps": [*(f"{stage.steps:,}" for stage in plan.stages), f"{plan.steps:,}"],
         "tokens": [*(format_count(stage.tokens) for stage in plan.stages), format_count(plan.tokens)],

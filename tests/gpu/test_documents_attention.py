@@ -7,7 +7,8 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.profiler import ProfilerActivity, profile
 
-from megatron_patch.ops.documents_attention import Documents, documents_attention, documents_of_samples, has_flash_kernel
+from megatron_patch.ops.attention_kernels import has_flash_kernel
+from megatron_patch.ops.documents_attention import Documents, documents_attention, documents_of_samples
 from tests.ops.documents import by_formula, documents_of, ids_of, inputs_of
 
 pytestmark = pytest.mark.gpu

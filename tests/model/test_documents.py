@@ -13,6 +13,7 @@ from megatron_patch.data.collate import DocumentMasking, make_batch
 from megatron_patch.model.attention import AttentionContext
 from megatron_patch.model.gpt import GPTModel
 from megatron_patch.model.init import initialize
+from megatron_patch.ops import attention_kernels
 from megatron_patch.ops import documents_attention as operator
 from tests.model.shapes import BIASED, GPT2, LLAMA, QWEN3
 from tests.ops.documents import dense_mask, documents_of, flash_on_cpu
@@ -105,7 +106,7 @@ def test_loss_and_gradients_are_those_of_the_dense_mask(name, length, reset, rec
 @pytest.mark.parametrize("name", SHAPES)
 def test_the_branch_of_cuda_too(name, recompute, monkeypatch):
     """With stand-ins on the CPU for the two operators of torch that it calls."""
-    monkeypatch.setattr(operator, "_kernel", lambda queries: operator._Flash())
+    monkeypatch.setattr(operator, "kernel_for", lambda queries: attention_kernels.FlashKernel())
     with flash_on_cpu() as seen:
         check_against_the_dense_mask(name, "constant positions", True, recompute)
     names = [name for name, _, _ in seen.calls]

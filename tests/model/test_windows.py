@@ -12,6 +12,7 @@ from megatron_patch.data.collate import DocumentMasking, make_batch
 from megatron_patch.model.attention import AttentionContext, ModelCache
 from megatron_patch.model.generate import Sampling, generate, generate_without_cache
 from megatron_patch.model.gpt import GPTModel
+from megatron_patch.ops import attention_kernels
 from megatron_patch.ops import documents_attention as operator
 from tests.model.shapes import GPT2, LLAMA, QWEN3
 from tests.model.test_documents import EOD, LENGTHS, document_ids, gradients, make, norm, sample_tokens
@@ -73,7 +74,7 @@ def test_with_recomputation(recompute, separate):
 @pytest.mark.parametrize("separate", [False, True], ids=["", "documents"])
 def test_the_branch_of_cuda_too(separate, monkeypatch):
     """Only blocks with a window, and those with documents, reach the operator."""
-    monkeypatch.setattr(operator, "_kernel", lambda queries: operator._Flash())
+    monkeypatch.setattr(operator, "kernel_for", lambda queries: attention_kernels.FlashKernel())
     with flash_on_cpu() as seen:
         check_against_the_dense_band(SHAPES["one block"], "constant positions", separate)
     assert sorted(seen.windows, key=str) == [2, 2, *([None] * 4 if separate else [])]

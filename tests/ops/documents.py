@@ -68,23 +68,24 @@ def flash_on_cpu() -> Iterator[FlashCalls]:
     """
     seen = FlashCalls()
 
-    def documents(bounds, *packed):
+    def documents(heads, bounds, *packed):
         """The heads of each document: [heads, n, head_size] in float64, with those of groups repeated."""
         for first, last in zip(bounds.tolist(), bounds.tolist()[1:], strict=False):
-            heads = packed[0].shape[1]
             yield [tensor[first:last].transpose(0, 1).double().repeat_interleave(heads // tensor.shape[1], dim=0) for tensor in packed]
 
     def scores_of(q, k, left):
-        hidden = ~torch.ones(q.shape[1], q.shape[1], dtype=torch.bool).tril()
+        # The last query sees the last key.
+        sizes, before = (q.shape[1], k.shape[1]), k.shape[1] - q.shape[1]
+        hidden = ~torch.ones(sizes, dtype=torch.bool).tril(before)
         if left is not None:
-            hidden |= torch.ones(q.shape[1], q.shape[1], dtype=torch.bool).tril(-left - 1)
+            hidden |= torch.ones(sizes, dtype=torch.bool).tril(before - left - 1)
         return (q @ k.transpose(1, 2) / q.shape[-1] ** 0.5).masked_fill(hidden, -torch.inf)
 
     def check(name, tensors, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal, left, right):
         assert all(tensor.dim() == 3 and tensor.stride(-1) == 1 for tensor in tensors)
-        assert cum_seq_q is cum_seq_k or torch.equal(cum_seq_q, cum_seq_k)
-        assert cum_seq_q.dtype == torch.int32 and cum_seq_q[0] == 0 and cum_seq_q[-1] == len(tensors[0])
-        assert type(max_q) is int and max_q == max_k == int(cum_seq_q.diff().max())
+        for bounds, longest, tensor in ((cum_seq_q, max_q, tensors[0]), (cum_seq_k, max_k, tensors[-1])):
+            assert bounds.dtype == torch.int32 and bounds[0] == 0 and bounds[-1] == len(tensor)
+            assert type(longest) is int and longest == int(bounds.diff().max())
         assert dropout_p == 0.0 and is_causal is True
         # The kernel has a window if the number of positions before is not negative; none after, as is_causal says too.
         assert (left is None and right is None) or (type(left) is int and left >= 0 and right == 0)
@@ -98,7 +99,8 @@ def flash_on_cpu() -> Iterator[FlashCalls]:
         sizes = cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal
         check("forward", (query, key, value), *sizes, window_size_left, window_size_right)
         assert (return_debug_mask, scale) == (False, None)
-        parts = [(scores_of(q, k, window_size_left), v) for q, k, v in documents(cum_seq_q, query, key, value)]
+        pairs = zip(documents(query.shape[1], cum_seq_q, query), documents(query.shape[1], cum_seq_k, key, value), strict=True)
+        parts = [(scores_of(q, k, window_size_left), v) for (q,), (k, v) in pairs]
         out = torch.cat([(scores.softmax(-1) @ v).transpose(0, 1) for scores, v in parts])
         sums = torch.cat([scores.logsumexp(-1) for scores, _ in parts], dim=1)
         state = torch.zeros(2, dtype=torch.uint64), torch.zeros((), dtype=torch.uint64), torch.empty(0)
@@ -109,10 +111,12 @@ def flash_on_cpu() -> Iterator[FlashCalls]:
         *, scale=None, window_size_left=None, window_size_right=None
     ):  # fmt: skip
         sizes = cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal
-        check("backward", (grad_out, query, key, value, out), *sizes, window_size_left, window_size_right)
+        check("backward", (grad_out, query, out, key, value), *sizes, window_size_left, window_size_right)
         assert rng_state.shape == (2,) and rng_state.dtype == torch.uint64
         gradients, sums = [], logsumexp.double().split(cum_seq_q.diff().tolist(), dim=1)
-        for (q, k, v, o, do), log_sum in zip(documents(cum_seq_q, query, key, value, out, grad_out), sums, strict=True):
+        heads = query.shape[1]
+        pairs = zip(documents(heads, cum_seq_q, query, out, grad_out), documents(heads, cum_seq_k, key, value), sums, strict=True)
+        for (q, o, do), (k, v), log_sum in pairs:
             # The kernel computes its probabilities from the sums, and their gradient from the output, that the forward pass has kept.
             p = (scores_of(q, k, window_size_left) - log_sum[..., None]).exp()
             ds = p * (do @ v.transpose(1, 2) - (do * o).sum(-1, keepdim=True)) / q.shape[-1] ** 0.5

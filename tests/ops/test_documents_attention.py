@@ -13,17 +13,20 @@ from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from megatron_patch.ops import attention_kernels as kernels
 from megatron_patch.ops import documents_attention as operator
+from megatron_patch.ops.attention_kernels import has_flash_kernel
 from megatron_patch.ops.documents_attention import (
     Documents,
     documents_attention,
     documents_from_ids,
     documents_of_samples,
-    has_flash_kernel,
+    slice_documents,
+    sliced_attention,
 )
 from tests.ops.documents import by_formula, documents_of, flash_on_cpu, ids_of, inputs_of
 
-KERNELS = {"cpu": operator._Cpu, "scaled dot product": operator._ScaledDotProduct, "flash": operator._Flash}
+KERNELS = {"cpu": kernels.CpuKernel, "scaled dot product": kernels.ScaledDotProductKernel, "flash": kernels.FlashKernel}
 LAYOUTS = [
     [[5, 1, 18], [24], [1, 19, 4]],
     [[1] * 7],
@@ -44,7 +47,7 @@ def layouts(draw):
 @pytest.fixture(params=KERNELS)
 def kernel(request, monkeypatch):
     """Each kernel on the CPU; that of CUDA by stand-ins for the two operators of torch that it calls."""
-    monkeypatch.setattr(operator, "_kernel", lambda queries: KERNELS[request.param]())
+    monkeypatch.setattr(operator, "kernel_for", lambda queries: KERNELS[request.param]())
     if request.param != "flash":
         yield request.param
         return
@@ -102,13 +105,13 @@ def test_every_kernel_gives_what_the_dense_band_gives(kernel, rows, window, dtyp
 @given(layouts(), st.integers(1, 45), st.sampled_from([4, 1]), st.integers(1, 9))
 def test_any_window_and_any_blocks_give_what_the_dense_band_gives(rows, window, groups, block):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(operator, "_BLOCK_ROWS", (block, block))
+        patch.setattr(kernels, "_BLOCK_ROWS", (block, block))
         assert max(relative_errors(rows, groups, torch.float64, window=window)) < 1e-14
 
 
 def test_the_flash_kernel_gets_the_positions_before_a_position(monkeypatch):
     """It counts without the position itself, and reads no window where all of the document is seen."""
-    monkeypatch.setattr(operator, "_kernel", lambda queries: operator._Flash())
+    monkeypatch.setattr(operator, "kernel_for", lambda queries: kernels.FlashKernel())
     (queries, keys, values), grad = inputs_of(ids_of(LAYOUTS[0]), 4, 2, 8, torch.float32)
     with flash_on_cpu() as seen:
         documents_attention(queries, keys, values, documents_of(LAYOUTS[0]), 5).backward(grad)
@@ -120,7 +123,7 @@ def test_the_flash_kernel_gets_the_positions_before_a_position(monkeypatch):
 def test_the_scores_that_are_computed_grow_with_length_times_window(window, rows):
     """Each query's block has fewer keys than window + rows, whatever the length; all queries and the keys that they see are covered once."""
     length = 10_000
-    blocks = list(operator._blocks(length, window))
+    blocks = list(kernels.blocks(length, length, window))
     assert [block.queries.start for block in blocks] == list(range(0, length, rows)) and blocks[-1].queries.stop == length
     for block in blocks:
         assert block.keys == slice(max(0, block.queries.start - window + 1), block.queries.stop) and not block.whole
@@ -153,7 +156,7 @@ def test_gradients_of_any_strides_are_read(kernel):
 
 def test_the_flash_kernel_gets_bounds_of_the_device_and_the_longest_length(monkeypatch):
     """The bounds are on the device, where the host cannot read them without waiting; the length comes from host memory."""
-    monkeypatch.setattr(operator, "_kernel", lambda queries: operator._Flash())
+    monkeypatch.setattr(operator, "kernel_for", lambda queries: kernels.FlashKernel())
     documents = documents_of(LAYOUTS[0])
     on_device = Documents(documents.bounds.clone(), documents.host_bounds, documents.longest)
     (queries, keys, values), grad = inputs_of(ids_of(LAYOUTS[0]), 4, 2, 8, torch.float32)
@@ -275,8 +278,65 @@ def test_which_heads_the_flash_kernel_takes(dtype, head_size, capability, taken,
     with FakeTensorMode():
         on_gpu = torch.empty(1, 1, head_size, dtype=dtype, device="cuda")
     assert has_flash_kernel(on_gpu) == taken
-    assert type(operator._kernel(on_gpu)) is (operator._Flash if taken else operator._ScaledDotProduct)
-    assert type(operator._kernel(torch.empty(1, 1, head_size, dtype=dtype))) is operator._Cpu
+    assert type(operator.kernel_for(on_gpu)) is (kernels.FlashKernel if taken else kernels.ScaledDotProductKernel)
+    assert type(operator.kernel_for(torch.empty(1, 1, head_size, dtype=dtype))) is kernels.CpuKernel
+
+
+def by_parts(parts, rows):
+    """Attention by ranks that have a part of each sample's positions each, as one function of all positions."""
+    positions = sum(rows[0])
+
+    def attend(queries, keys, values, documents, window=None):
+        own = [queries[:, :, part * positions // parts : (part + 1) * positions // parts] for part in range(parts)]
+        slices = [slice_documents(documents, positions, part, parts) for part in range(parts)]
+        return torch.cat([sliced_attention(q, keys, values, each, window) for q, each in zip(own, slices, strict=True)], dim=2)
+
+    return attend
+
+
+PARTED = [[[5, 1, 18], [24], [1, 19, 4]], [[3, 5], [4, 4]], [[300, 2, 70, 140]]]
+
+
+@pytest.mark.parametrize("rows", PARTED, ids=str)
+@pytest.mark.parametrize("parts", [1, 2, 4])
+@pytest.mark.parametrize("window", [None, 1, 3, 90])
+def test_parts_of_the_queries_give_what_all_of_them_give(kernel, rows, parts, window):
+    errors = relative_errors(rows, 2, torch.float32, by_parts(parts, rows), window)
+    assert max(errors) < 1e-6
+
+
+@settings(max_examples=60)
+@given(layouts(), st.sampled_from([None, 1, 2, 5, 30]), st.integers(1, 9), st.data())
+def test_any_parts_of_any_documents_give_what_the_dense_mask_gives(rows, window, block, data):
+    length = sum(rows[0])
+    parts = data.draw(st.sampled_from([parts for parts in range(1, length + 1) if length % parts == 0]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "_BLOCK_ROWS", (block, block))
+        assert max(relative_errors(rows, 2, torch.float64, by_parts(parts, rows), window)) < 1e-14
+
+
+def test_a_part_s_documents_begin_before_it():
+    """Samples of 8 positions in two parts: the second has the ends of documents whose keys begin in the first."""
+    slices = slice_documents(documents_of([[2, 4, 2], [8]]), 8, 1, 2)
+    assert slices.queries.bounds.tolist() == [0, 2, 4, 8] and slices.host_spans.tolist() == [[2, 6], [6, 8], [8, 16]]
+    assert slices.key_bounds.tolist() == [0, 4, 6, 14] and (int(slices.queries.longest), int(slices.longest_span)) == (4, 8)
+    assert {tensor.dtype for tensor in (slices.queries.bounds, slices.key_bounds, slices.host_spans)} == {torch.int32}
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_opcheck_of_parts(window):
+    slices = slice_documents(documents_of(LAYOUTS[0]), 24, 1, 2)
+    inputs, grad = inputs_of(ids_of(LAYOUTS[0]), 4, 2, 8, torch.float32)
+    inputs[0], grad = inputs[0].detach()[:, :, 12:].requires_grad_(), grad[:, :, 12:]
+    packed = [tensor.detach().transpose(1, 2).flatten(0, 1).requires_grad_() for tensor in inputs]
+    bounds = (slices.queries.bounds.clone(), slices.queries.host_bounds, slices.queries.longest)
+    bounds += (slices.key_bounds, slices.host_spans, slices.longest_span)
+    torch.library.opcheck(torch.ops.megatron_patch.sliced_attention.default, (*packed, *bounds, window))
+    with torch.no_grad():
+        out = torch.ops.megatron_patch.sliced_attention(*packed, *bounds, window)
+        arguments = (grad.transpose(1, 2).flatten(0, 1), *packed, *out, *bounds)
+    detached = [*(tensor.detach() for tensor in arguments), window]
+    torch.library.opcheck(torch.ops.megatron_patch.sliced_attention_backward.default, detached)
 
 
 def test_documents_are_no_tuple():
