@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
+import xxhash
 
 from megatron_patch.data.token_stream import TokenSpan
 from megatron_patch.ops.documents_attention import Documents, documents_from_ids
@@ -60,6 +61,7 @@ class PatchBatch(NamedTuple):
             or each sample is one document.
         spans: where the samples come from; empty for held-out data.
         corpus: number of the corpus of held-out data; 0 for training data.
+        digest: hash of the whole inputs and labels, of a batch of which this is a part; None: it is no part.
     """
 
     input_ids: torch.Tensor
@@ -68,6 +70,29 @@ class PatchBatch(NamedTuple):
     documents: Documents | None
     spans: tuple[TokenSpan, ...]
     corpus: int = 0
+    digest: int | None = None
+
+    def content_hash(self) -> int:
+        """Returns a hash of the inputs and labels of the whole samples."""
+        if self.digest is not None:
+            return self.digest
+        state = xxhash.xxh3_64()
+        for tensor in (self.input_ids, self.labels):
+            state.update(tensor.cpu().numpy().tobytes())
+        return state.intdigest()
+
+    def part(self, index: int, count: int) -> PatchBatch:
+        """Returns one of `count` equal parts of the positions, for ranks that share them; `documents` stay those of all positions."""
+        if count == 1:
+            return self
+        inputs, labels = (_part(tensor, index, count) for tensor in (self.input_ids, self.labels))
+        positions = None if self.position_ids is None else _part(self.position_ids, index, count)
+        return self._replace(input_ids=inputs, labels=labels, position_ids=positions, digest=self.content_hash())
+
+
+def _part(tensor: torch.Tensor, index: int, count: int) -> torch.Tensor:
+    """Returns one of `count` equal parts of the positions of a tensor [B, T, ...]."""
+    return tensor.unflatten(1, (count, -1))[:, index].contiguous()
 
 
 def _patch_views(tokens: Array, side: Side, positions: int, patch_size: int) -> tuple[Array, Array]:

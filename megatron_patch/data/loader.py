@@ -4,6 +4,9 @@ In: the stream, a stage, this rank. Out: lists of micro-batches. Let G be the gl
 size. Step n reads the samples `[n·G, (n + 1)·G)` of the stage; micro-batch i of rank r has the samples `n·G + i·m·R + r·m + [0, m)`. If
 m·R does not divide G, micro-batches are padded with samples that are not scored. So every rank has the same number of micro-batches, and
 every sample is read once on any number of ranks.
+
+With a context-parallel size of c, groups of c data-parallel ranks read the same samples. R is then the number of groups and r a group, and
+each rank keeps its part of the positions.
 """
 
 from __future__ import annotations
@@ -64,7 +67,7 @@ class PatchLoader:
         stream: the training stream, which maps samples to tokens.
         stage_index: index of the stage.
         data_parallel_rank: this rank.
-        data_parallel_size: number of ranks that share a global batch.
+        data_parallel_size: number of ranks that share a global batch, a multiple of the stage's context-parallel size.
         masking: how documents are separated.
         start_step: first step of the stage to load.
         prefetch: number of steps that are prepared in advance; 0 prepares each step in `next_step`.
@@ -86,7 +89,9 @@ class PatchLoader:
     ) -> None:
         self._stream, self._stage_index = stream, stage_index
         self._stage = stream.plan.stages[stage_index]
-        self._rank, self._ranks = data_parallel_rank, data_parallel_size
+        parts = self._stage.context_parallel_size
+        self._rank, self._part = divmod(data_parallel_rank, parts)
+        self._ranks = self._stage.sample_ranks(data_parallel_size)
         self._masking, self._vocab_size, self._pin_memory = masking, vocab_size, pin_memory
         self.step = start_step
         remote = any(is_address(prefix) for corpus in stream.corpora for prefix in corpus.prefixes)
@@ -173,7 +178,7 @@ class PatchLoader:
         """Returns this rank's micro-batches of a step."""
         stage, m = self._stage, self._stage.micro_batch_size
         begin, end = step * stage.global_batch_size, (step + 1) * stage.global_batch_size
-        count = stage.gradient_accumulation(self._ranks)
+        count = stage.gradient_accumulation(self._ranks * stage.context_parallel_size)
         samples = begin + np.arange(count)[:, None] * (m * self._ranks) + self._rank * m + np.arange(m)[None, :]
         real = samples < end
         corpora, starts = self._stream.locate(self._stage_index, samples[real])
@@ -211,7 +216,7 @@ class PatchLoader:
             self._masking,
             spans,
             scored_rows=scored if scored < stage.micro_batch_size else None,
-        )
+        ).part(self._part, stage.context_parallel_size)
         return _pinned(batch) if self._pin_memory else batch
 
 
@@ -219,4 +224,5 @@ def _pinned(batch: PatchBatch) -> PatchBatch:
     """Returns a copy of the batch in page-locked memory."""
     position_ids = None if batch.position_ids is None else batch.position_ids.pin_memory()
     documents = None if batch.documents is None else batch.documents.pin_memory()
-    return PatchBatch(batch.input_ids.pin_memory(), batch.labels.pin_memory(), position_ids, documents, batch.spans)
+    inputs, labels = batch.input_ids.pin_memory(), batch.labels.pin_memory()
+    return batch._replace(input_ids=inputs, labels=labels, position_ids=position_ids, documents=documents)

@@ -38,13 +38,16 @@ class DataParallelEngine(DeepSpeedEngine):
     def start_stage(self, stage: Stage) -> None:
         """Applies the stage's micro-batch size and gradient accumulation; see `Engine`."""
         settings = batch_settings(stage, self.grid.data_parallel_size)
+        self._context = self._groups.context_parallel(stage.context_parallel_size)
         self._engine.set_train_micro_batch_size(settings["train_micro_batch_size_per_gpu"])
         self._engine.set_train_batch_size(settings["train_batch_size"])
 
     def _forward(self, batch: PatchBatch, weights: torch.Tensor | None) -> Any:
         """Runs the forward pass of a micro-batch and returns (sum of weighted losses, sum of weights)."""
         inputs, labels, position_ids = map(self._to_device, (batch.input_ids, batch.labels, batch.position_ids))
-        return self._engine(inputs, labels, weights, position_ids, self._documents(batch))
+        # A model of the user's own takes no such argument, and has no context parallelism.
+        ranks = () if self._context.size == 1 else (self._context,)
+        return self._engine(inputs, labels, weights, position_ids, self._documents(batch), *ranks)
 
     def train_step(
         self, micro_batches: Sequence[PatchBatch], label_weights: Sequence[float], lr: float, gate: StepGate | None = None

@@ -50,6 +50,7 @@ from megatron_patch.optimizers.groups import LR_SCALE, parameter_groups
 from megatron_patch.optimizers.muon import OrthogonalizedMomentum
 from megatron_patch.optimizers.registry import optimizer_type
 from megatron_patch.optimizers.state import base_optimizer, make_optimizer, require_elementwise, set_step_count, step_count, zero_state
+from megatron_patch.parallel.context import UNSHARED
 from megatron_patch.parallel.groups import Groups, ModelParallelUnit
 from megatron_patch.parallel.tensor import TensorParallel
 from megatron_patch.stages import Stage
@@ -134,6 +135,7 @@ class DeepSpeedEngine(abc.ABC):
         self.config, self.device = config, device
         self.grid, self._groups = groups.grid, groups
         settings = {**config.deepspeed, **batch_settings(stage, self.grid.data_parallel_size)}
+        self._context = UNSHARED
         self._host_buffers = HostBuffers(pin_memory=device.type == "cuda")
         dtype = DTYPES[config.precision]
         model = self._build(source, dtype, settings)
@@ -233,8 +235,11 @@ class DeepSpeedEngine(abc.ABC):
         return replace(total, corpora=dict(zip(corpora, parts or [total], strict=False)))
 
     def local_loss(self, batch: PatchBatch) -> float:
-        """Returns the loss sum of one batch on this replica; see `Engine`."""
-        return float(self._evaluation_sums([batch])[0, 0])
+        """Returns the loss sum of one batch on this replica, or on those that share its positions; see `Engine`."""
+        loss_sum = self._evaluation_sums([batch])[0, 0].clone()
+        if self._context.size > 1:
+            torch.distributed.all_reduce(loss_sum, group=dict(self._groups.context)[self._context.size])
+        return float(loss_sum)
 
     @contextmanager
     def _gated(self, gate: StepGate | None, global_loss: Callable[[], float]) -> Iterator[StepOutcome]:

@@ -132,7 +132,10 @@ class Engine(Protocol):
         ...
 
     def local_loss(self, batch: PatchBatch) -> float:
-        """Returns the loss sum of one batch on this replica only; all ranks of the replica must call it with the same batch."""
+        """Returns the loss sum of one batch on this replica only; all ranks of the replica must call it with the same batch.
+
+        Replicas that share the positions of samples call it together, and each returns the sum over all of them.
+        """
         ...
 
     def switch_stage(self, stage: Stage) -> None:

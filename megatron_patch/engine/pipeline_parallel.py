@@ -35,6 +35,7 @@ from megatron_patch.engine.ranges import named_instructions
 from megatron_patch.engine.stopwatch import Stopwatch
 from megatron_patch.model.gpt import GPTModel
 from megatron_patch.ops.documents_attention import Documents
+from megatron_patch.parallel.context import UNSHARED, ContextParallel
 from megatron_patch.parallel.groups import Groups
 from megatron_patch.stages import Stage
 
@@ -75,12 +76,14 @@ class _ExtraInputs:
         documents: see `PatchBatch`; on this rank's device.
         labels: see `PatchBatch`; None on pipeline ranks before the last, and when logits are computed.
         row: row of the sums to which the micro-batch counts in addition to the first; None: only the first.
+        ranks: the ranks that share the positions of its samples.
     """
 
     position_ids: torch.Tensor | None
     documents: Documents | None
     labels: torch.Tensor | None
     row: int | None = None
+    ranks: ContextParallel = UNSHARED
 
 
 class _TiedGradient:
@@ -162,7 +165,7 @@ class _PipelineRankModule(PipelineModule):  # type: ignore[misc]
         extra = next(self.extra_inputs)
         first, self._timed = self._timed is not self.stopwatch, self.stopwatch
         with self.stopwatch if first else contextlib.nullcontext():
-            result = self.part(inputs, extra.labels, self.label_weights, extra.position_ids, extra.documents)
+            result = self.part(inputs, extra.labels, self.label_weights, extra.position_ids, extra.documents, extra.ranks)
         if not self.is_last:
             hidden: torch.Tensor = result
             return hidden
@@ -231,6 +234,7 @@ class PipelineParallelEngine(DeepSpeedEngine):
         engine.set_train_micro_batch_size(settings["train_micro_batch_size_per_gpu"])
         engine.micro_batch_size = settings["train_micro_batch_size_per_gpu"]
         engine.set_train_batch_size(settings["train_batch_size"])
+        self._context = self._groups.context_parallel(stage.context_parallel_size)
         self._shape = None
 
     def _feed(
@@ -270,7 +274,7 @@ class PipelineParallelEngine(DeepSpeedEngine):
         for batch in batches:
             row = 1 + corpora.index(batch.corpus) if corpora else None
             labels = to_device(batch.labels) if last else None
-            yield _ExtraInputs(to_device(batch.position_ids), self._documents(batch), labels, row)
+            yield _ExtraInputs(to_device(batch.position_ids), self._documents(batch), labels, row, self._context)
 
     def _replica_sums(self) -> torch.Tensor:
         """Returns [sum of losses, sum of weights] over this replica's samples since the last `_feed`, float64 [rows, 2]."""

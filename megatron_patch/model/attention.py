@@ -15,6 +15,7 @@ from megatron_patch.model.shape import ModelShape
 from megatron_patch.model.sharding import shards_key_value
 from megatron_patch.ops.attention_kernels import LONGEST_FLASH_HEAD
 from megatron_patch.ops.documents_attention import Documents, documents_attention
+from megatron_patch.parallel.context import UNSHARED, ContextParallel, share_heads, share_positions
 from megatron_patch.parallel.tensor import UNSHARDED, RowParallelLinear, TensorParallel, all_reduce_gradient, copy_to_tensor_parallel
 
 
@@ -29,6 +30,7 @@ class AttentionContext:
         documents: attention is causal inside of these documents; None: inside of each sample. Not together with `mask`.
         windowed: of a model with windows, for the blocks with one: `documents`, or the samples as documents. Not together with `mask`.
         windowed_mask: `mask` for the blocks with a window.
+        ranks: the ranks that share the positions; masks and documents are those of all positions.
     """
 
     rotary: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -36,6 +38,7 @@ class AttentionContext:
     documents: Documents | None = None
     windowed: Documents | None = None
     windowed_mask: torch.Tensor | None = None
+    ranks: ContextParallel = UNSHARED
 
 
 @dataclass
@@ -148,8 +151,8 @@ class Attention(nn.Module):
         """Returns the attention output.
 
         Args:
-            hidden: [B, T, H], normalized; with sequence parallelism this rank's positions.
-            context: rotary tables, and the mask or the documents.
+            hidden: [B, T, H], normalized; with sequence or context parallelism this rank's positions.
+            context: rotary tables, the mask or the documents, and the ranks that share the positions.
             cache: earlier positions, to which all new positions attend; the new ones are appended.
 
         Returns:
@@ -165,11 +168,12 @@ class Attention(nn.Module):
             queries, keys = rotate(queries, *context.rotary), rotate(keys, *context.rotary)
         if cache is not None:
             keys, values = cache.extend(keys, values)
+        queries, keys, values = share_heads(queries, keys, values, context.ranks)
         if self.recompute and self.training and torch.is_grad_enabled():
             attended = checkpoint(self._attend, queries, keys, values, context, use_reentrant=False, preserve_rng_state=False)
         else:
             attended = self._attend(queries, keys, values, context)
-        return self.output(attended.transpose(1, 2).flatten(2))
+        return self.output(share_positions(attended, context.ranks).transpose(1, 2).flatten(2))
 
     def _attend(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, context: AttentionContext) -> torch.Tensor:
         mask, documents = context.mask, context.documents

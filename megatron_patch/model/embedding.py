@@ -35,12 +35,13 @@ class Embedding(nn.Module):
         learned = positions and shape.position_embedding == "learned"
         self.position = nn.Embedding(shape.max_positions, shape.hidden_size) if learned else None
 
-    def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor | None = None, longest: int = 0) -> torch.Tensor:
         """Returns the embedding of each patch.
 
         Args:
             input_ids: int64 [B, T, K].
-            position_ids: int64 [B, T]; None: 0 to T - 1.
+            position_ids: int64 [B or 1, T]; None: 0 to T - 1.
+            longest: positions of a sample whose T positions here are a part.
 
         Returns:
             [B, T, H]; with sequence parallelism this rank's positions.
@@ -54,9 +55,10 @@ class Embedding(nn.Module):
         )
         if self.position is None:
             return hidden
-        if input_ids.shape[1] > self.position.num_embeddings:
+        longest = max(longest, input_ids.shape[1])
+        if longest > self.position.num_embeddings:
             raise ConfigError(
-                f"a sample of {input_ids.shape[1]} positions, but the model has {self.position.num_embeddings} learned positions",
+                f"a sample of {longest} positions, but the model has {self.position.num_embeddings} learned positions",
                 "at most --max-position-embeddings positions",
                 "shorten the samples, or train with rotary positions",
             )

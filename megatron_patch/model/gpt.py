@@ -24,6 +24,7 @@ from megatron_patch.model.sharding import check_sharding
 from megatron_patch.ops import Operators
 from megatron_patch.ops.attention_kernels import band
 from megatron_patch.ops.documents_attention import Documents, documents_of_samples
+from megatron_patch.parallel.context import UNSHARED, ContextParallel
 from megatron_patch.parallel.tensor import UNSHARDED, TensorParallel
 
 Recompute = Literal["none", "selective", "full"]
@@ -79,9 +80,9 @@ class GPTModel(nn.Module):
     def compile_blocks(self, backend: str | Callable[..., Any] = "inductor") -> None:
         """Compiles each block with torch.compile; blocks of one shape share the compiled code.
 
-        Each sample length is compiled once for training and once for evaluation, and once more for micro-batches whose samples hold several
-        documents, however many. A plan with many lengths exceeds torch's limit of 8 compilations, after which it would run uncompiled, so
-        the limit is raised.
+        Each sample length, and number of ranks that share a sample, is compiled once for training and once for evaluation, and once more
+        for micro-batches whose samples hold several documents, however many. A plan with many lengths exceeds torch's limit of 8
+        compilations, after which it would run uncompiled, so the limit is raised.
 
         Args:
             backend: a backend of torch.compile.
@@ -98,6 +99,7 @@ class GPTModel(nn.Module):
         label_weights: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         documents: Documents | None = None,
+        ranks: ContextParallel = UNSHARED,
     ) -> tuple[torch.Tensor, torch.Tensor] | torch.Tensor:
         """Returns the loss of a micro-batch, or the output of this pipeline rank's layers.
 
@@ -105,14 +107,16 @@ class GPTModel(nn.Module):
             inputs: int64 [B, T, K]; without the first layer hidden states [B, T, H], with sequence parallelism this rank's positions.
             labels: int64 [B, T, K']; IGNORE_INDEX is not scored. None: the logits are returned.
             label_weights: [K'], or None for 1.
-            position_ids: int64 [B, T]; None: 0 to T - 1.
+            position_ids: int64 [B, T]; None: 0 to T - 1, or this rank's part of all positions.
             documents: on the device; a position attends only to positions of its own document. None: to all earlier positions.
+            ranks: the ranks that share the positions of each sample: T counts those of this rank in `inputs`, `labels` and `position_ids`,
+                and `documents` are those of all positions.
 
         Returns:
             (sum of weighted losses in nats, sum of the weights of scored labels), float32; without labels the logits [B, T, V]; without
             the last layer hidden states, like `inputs`.
         """
-        hidden = self._hidden(inputs, position_ids, documents)
+        hidden = self._hidden(inputs, position_ids, documents, ranks=ranks)
         if self.head is None:
             return hidden
         if labels is None:
@@ -154,6 +158,7 @@ class GPTModel(nn.Module):
         position_ids: torch.Tensor | None,
         documents: Documents | None,
         cache: ModelCache | None = None,
+        ranks: ContextParallel = UNSHARED,
     ) -> torch.Tensor:
         batch, positions, _ = inputs.shape
         if not self.is_first and self.parallel.sequence:
@@ -164,11 +169,13 @@ class GPTModel(nn.Module):
             position_ids = torch.arange(earlier, earlier + positions, device=inputs.device).expand(batch, -1)
             if padding is not None:
                 position_ids = (position_ids - padding[:, None]).clamp(min=0)
+        if ranks.size > 1 and position_ids is None:
+            position_ids = torch.arange(ranks.rank * positions, (ranks.rank + 1) * positions, device=inputs.device)[None]
         hidden = inputs
         if self.is_first:
             assert self.embedding is not None
-            hidden = self.embedding(inputs, position_ids)
-        context = self._context(hidden, positions, position_ids, documents, earlier, padding)
+            hidden = self.embedding(inputs, position_ids, ranks.size * positions)
+        context = self._context(hidden, positions, position_ids, documents, earlier, padding, ranks)
         if cache is not None:
             cache.blocks = cache.blocks or [KeyValueCache() for _ in self.blocks]
             cache.length += positions
@@ -187,6 +194,7 @@ class GPTModel(nn.Module):
         documents: Documents | None,
         earlier: int,
         padding: torch.Tensor | None,
+        ranks: ContextParallel,
     ) -> AttentionContext:
         rotary = None
         if self.shape.position_embedding == "rope":
@@ -207,10 +215,10 @@ class GPTModel(nn.Module):
             if mask is not None:
                 windowed_mask = mask & band(length, earlier + length, self.shape.window, hidden.device)
             elif documents is None and not earlier:
-                windowed = documents_of_samples(len(hidden), length, hidden.device)
+                windowed = documents_of_samples(len(hidden), ranks.size * length, hidden.device)
         if windowed is not None and self._compiled:
             windowed.mark_dynamic()
-        return AttentionContext(rotary, mask, documents, windowed, windowed_mask)
+        return AttentionContext(rotary, mask, documents, windowed, windowed_mask, ranks)
 
 
 def _checkpoint(block: nn.Module, hidden: torch.Tensor, context: AttentionContext) -> Any:

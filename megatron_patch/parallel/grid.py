@@ -53,7 +53,7 @@ class Grid:
 
     @property
     def data_parallel_rank(self) -> int:
-        """Which samples of a global batch this rank reads."""
+        """Which samples of a global batch this rank reads; without context parallelism, no other replica reads them."""
         return self.rank // self.tensor_parallel_size % self.data_parallel_size
 
     @property

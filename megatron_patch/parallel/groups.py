@@ -7,12 +7,13 @@ group in the same order, as torch.distributed requires.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
+from megatron_patch.parallel.context import UNSHARED, ContextParallel
 from megatron_patch.parallel.grid import Grid
 from megatron_patch.parallel.tensor import TensorParallel
 
@@ -28,6 +29,7 @@ class Groups:
         pipeline: ranks that the hidden states of this rank's samples pass through; None without a pipeline.
         embedding: the first and the last pipeline rank of `pipeline`, which both hold a tied embedding; None on other ranks.
         same_layers: ranks that hold parts or copies of the same layers as this rank: all of its pipeline rank; None: all ranks.
+        context: (size, ranks that share each of this rank's samples) for each context-parallel size above 1 of the run's stages.
     """
 
     grid: Grid
@@ -36,6 +38,13 @@ class Groups:
     pipeline: dist.ProcessGroup | None = None
     embedding: dist.ProcessGroup | None = None
     same_layers: dist.ProcessGroup | None = None
+    context: tuple[tuple[int, dist.ProcessGroup], ...] = ()
+
+    def context_parallel(self, size: int) -> ContextParallel:
+        """Returns how positions are shared in a stage with this context-parallel size, one of those that `make_groups` was given."""
+        if size == 1:
+            return UNSHARED
+        return ContextParallel(self.grid.data_parallel_rank % size, size, dict(self.context)[size].group_name)
 
     def tensor_parallel(self, sequence: bool) -> TensorParallel:
         """Returns how this rank's layers are sharded; with `sequence`, positions are sharded too if several ranks share a layer."""
@@ -43,10 +52,14 @@ class Groups:
         return TensorParallel(grid.tensor_parallel_rank, grid.tensor_parallel_size, self.tensor, sequence and grid.tensor_parallel_size > 1)
 
 
-def make_groups(grid: Grid) -> Groups:
-    """Creates all process groups of the grid and returns this rank's; every rank must call it."""
-    if grid.tensor_parallel_size * grid.pipeline_parallel_size == 1:
-        return Groups(grid, None, None)
+def make_groups(grid: Grid, context_sizes: Iterable[int] = ()) -> Groups:
+    """Creates all process groups of the grid and returns this rank's; every rank must call it.
+
+    Args:
+        grid: this rank's coordinates.
+        context_sizes: context-parallel sizes of the run's stages. Groups of all of them are created at once, so that none has to be in the
+            middle of a run.
+    """
     coordinates = [dataclasses.replace(grid, rank=rank) for rank in range(grid.world_size)]
 
     def make_group(
@@ -64,14 +77,22 @@ def make_groups(grid: Grid) -> Groups:
     def holds_embedding(other: Grid) -> bool:
         return other.pipeline_parallel_rank in (0, grid.pipeline_parallel_size - 1)
 
+    def make_context_group(size: int) -> dist.ProcessGroup:
+        group = make_group(lambda other: (other.pipeline_parallel_rank, other.tensor_parallel_rank, other.data_parallel_rank // size))
+        assert group is not None
+        return group
+
+    context = tuple((size, make_context_group(size)) for size in sorted(set(context_sizes) - {1}))
+    if grid.tensor_parallel_size * grid.pipeline_parallel_size == 1:
+        return Groups(grid, None, None, context=context)
     tensor = make_group(lambda other: (other.pipeline_parallel_rank, other.data_parallel_rank))
     data = make_group(lambda other: (other.pipeline_parallel_rank, other.tensor_parallel_rank))
     if grid.pipeline_parallel_size == 1:
-        return Groups(grid, tensor, data)
+        return Groups(grid, tensor, data, context=context)
     pipeline = make_group(lambda other: (other.data_parallel_rank, other.tensor_parallel_rank))
     embedding = make_group(lambda other: (other.data_parallel_rank, other.tensor_parallel_rank), holds_embedding)
     same_layers = make_group(lambda other: (other.pipeline_parallel_rank,))
-    return Groups(grid, tensor if grid.tensor_parallel_size > 1 else None, data, pipeline, embedding, same_layers)
+    return Groups(grid, tensor if grid.tensor_parallel_size > 1 else None, data, pipeline, embedding, same_layers, context)
 
 
 @dataclass(frozen=True)

@@ -83,26 +83,28 @@ class RunData:
         Every corpus gets the same number of tokens, so that its own loss is equally exact whatever it weighs in the blend.
 
         Args:
-            stage: the stage whose micro-batch size is used.
+            stage: the stage whose micro-batch size and context-parallel size are used.
             positions: positions of a sample.
             patch_size: K.
             tokens: number of tokens to read at most, over all ranks.
         """
         unit = math.lcm(self.evaluation_unit, positions * patch_size)
+        rank, part = divmod(self.grid.data_parallel_rank, stage.context_parallel_size)
         for number, held_out in enumerate(self.held_out):
-            yield from evaluation_batches(
+            batches = evaluation_batches(
                 held_out.corpus,
                 held_out_starts(held_out.token_range, unit, self.stream.plan.lookahead_tokens, tokens // len(self.held_out)),
                 unit_tokens=unit,
                 positions=positions,
                 patch_size=patch_size,
                 micro_batch_size=stage.micro_batch_size,
-                rank=self.grid.data_parallel_rank,
-                size=self.grid.data_parallel_size,
+                rank=rank,
+                size=stage.sample_ranks(self.grid.data_parallel_size),
                 masking=self.masking,
                 vocab_size=self.vocab_size,
                 number=number,
             )
+            yield from (batch.part(part, stage.context_parallel_size) for batch in batches)
 
 
 def open_data(run: RunConfig, plan: StagePlan, grid: Grid, pin_memory: bool = False, used: Sequence[HeldOutName] = ()) -> RunData:

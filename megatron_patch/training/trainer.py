@@ -88,7 +88,7 @@ class Trainer:
         self.grid = _make_grid(run)
         self.save_folder = run.save_folder
         check_programs(run)
-        groups = make_groups(self.grid)
+        groups = make_groups(self.grid, (stage.context_parallel_size for stage in run.plan.stages))
         lock = lock_folder(self.save_folder, self.grid.rank, device, stops, watchdog)
         if lock is not None:
             opened.callback(lock.release)
@@ -234,7 +234,7 @@ class Trainer:
         safety = self.run.options.safety
         if self._is_due(safety.check_replicas_interval):
             check_weights(self.engine)
-            check_batches(self.grid, micro_batches)
+            check_batches(self.grid, micro_batches, self.stage.context_parallel_size)
         if self._is_due(safety.replay_interval):
             replay(self.engine, micro_batches[0])
 

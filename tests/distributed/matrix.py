@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import tempfile
 import time
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ MODELS = {
     "tied": "--no-untie-embeddings-and-output-weights",
     "qwen3, one group": "--model-family qwen3 --num-query-groups 1",
     "gpt2": "--model-family gpt2",
+    "windows": "--window-size 2,0 --window-attn-skip-freq 3",
     "weighted labels": "--no-untie-embeddings-and-output-weights --position-weights power",
 }
 LENGTHS = {
@@ -35,6 +37,18 @@ LENGTHS = {
 an evaluation follows every step, so that the evaluations around the switch have other lengths than the steps next to them."""
 SHAPES = [(1, 1, 1), (1, 1, 2), (2, 1, 1), (2, 1, 2), (4, 1, 1), (1, 2, 1), (1, 2, 2), (1, 3, 1), (1, 4, 1), (2, 2, 1)]
 """(tensor, pipeline, data)."""
+CONTEXT_SHAPES = [(1, 1, 2), (2, 1, 2), (1, 2, 2), (1, 1, 4)]
+CONTEXT_SIZES = {2: ((1, 2), (2, 1)), 4: ((1, 4), (2, 4), (4, 1))}
+"""Context-parallel sizes of the patch stage and of the token stage, by the number of data-parallel ranks."""
+
+
+def stages_with_context(patch: int, token: int) -> str:
+    """Returns the flags of the stages of patch-train, as `PLAN` has them, with these context-parallel sizes."""
+    stages = [
+        {"name": "patch", "patch_size": 4, "token_share": 2 / 3, "context_parallel_size": patch},
+        {"name": "token", "lr_policy": "restart", "optimizer": "reset", "context_parallel_size": token},
+    ]
+    return f"--patch-size None --stages {json.dumps(stages, separators=(',', ':'))}"
 
 
 @dataclass(frozen=True)
@@ -50,6 +64,7 @@ class Combination:
     length: str = "positions"
     extra: str = ""
     optimizer: str = "adamw"
+    context: tuple[int, int] | None = None
 
     @property
     def ranks(self) -> int:
@@ -66,12 +81,13 @@ class Combination:
         """The layout as flags."""
         sequence = " --sequence-parallel" if self.sequence else ""
         layout = f"--tensor-model-parallel-size {self.tensor} --pipeline-model-parallel-size {self.pipeline}"
-        return f"{layout}{sequence} --zero-stage {self.zero} {self.extra}"
+        return f"{layout}{sequence} --zero-stage {self.zero} {self.extra} {stages_with_context(*self.context) if self.context else ''}"
 
     def __str__(self) -> str:
         sequence = " SP" if self.sequence else ""
         optimizer = "" if self.optimizer == "adamw" else f"{self.optimizer} "
         layout = f"TP{self.tensor}{sequence} PP{self.pipeline} DP{self.data} ZeRO{self.zero}"
+        layout += f" CP{self.context[0]}-{self.context[1]}" if self.context else ""
         return f"{optimizer}{layout} {self.model}, {self.length} {self.extra}".strip()
 
 
@@ -153,7 +169,22 @@ def combinations(optimizer: str = "adamw") -> list[Combination]:
             "--pipeline-balance flops --micro-batch-size 1",
         ):
             found.append(Combination(**{**vars(layout), "model": "tied", "extra": extra}))
-    return [replace(combination, optimizer=optimizer) for combination in found]
+    return [replace(combination, optimizer=optimizer) for combination in [*found, *context_combinations()]]
+
+
+def context_combinations() -> list[Combination]:
+    """Returns layouts with context-parallel sizes that change at the switch: with every ZeRO level, length, model and recomputation."""
+    shapes = [Combination(t, p, d, sequence) for t, p, d in CONTEXT_SHAPES for sequence in ((False, True) if t > 1 else (False,))]
+    found = []
+    for layout, length in itertools.product(shapes, LENGTHS):
+        for zero, sizes in itertools.product(range(4 if layout.pipeline == 1 else 2), CONTEXT_SIZES[layout.data]):
+            found.append(replace(layout, zero=zero, length=length, context=sizes))
+    for layout in shapes:
+        sizes = CONTEXT_SIZES[layout.data][0]
+        found += [replace(layout, model=model, length="tokens", context=sizes) for model in list(MODELS)[1:]]
+        for extra in ("--recompute-granularity full", "--recompute-granularity selective --operators plain", "--bf16"):
+            found.append(replace(layout, model="tied", extra=extra, context=sizes))
+    return found
 
 
 def main() -> int:

@@ -34,8 +34,8 @@ class DenseBandModel(GPTModel):
 
     ids: torch.Tensor
 
-    def _context(self, hidden, length, position_ids, documents, earlier, padding):
-        context = super()._context(hidden, length, position_ids, None, earlier, padding)
+    def _context(self, hidden, length, position_ids, documents, *rest):
+        context = super()._context(hidden, length, position_ids, None, *rest)
         return AttentionContext(context.rotary, dense_mask(self.ids), None, None, dense_mask(self.ids, self.shape.window))
 
 

@@ -54,7 +54,7 @@ def make_callbacks(context: CallbackContext, factories: Sequence[CallbackFactory
         callbacks.append(Samples(context.logits, tokenizer, request, context.device, path, show))
     first_of_replica = grid.tensor_parallel_rank == grid.pipeline_parallel_rank == 0
     if logging.log_token_spans and save is not None and first_of_replica:
-        callbacks.append(SpanLog(save / "spans", grid.rank))
+        callbacks.append(SpanLog(save / "spans", grid.rank, grid.data_parallel_rank))
     if logging.profile is not None and grid.rank in logging.profile_ranks:
         first_step, last_step = parse_steps(logging.profile, "--profile")
         tool: TorchTrace | NsightRange = NsightRange(logging.profile_shapes)

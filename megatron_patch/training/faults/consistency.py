@@ -48,21 +48,22 @@ def check_weights(engine: Engine) -> None:
     )
 
 
-def check_batches(grid: Grid, batches: Sequence[PatchBatch]) -> None:
-    """Checks that the ranks of a replica (one copy of the model) read the same samples; every rank must call it.
+def check_batches(grid: Grid, batches: Sequence[PatchBatch], context_parallel_size: int = 1) -> None:
+    """Checks that the ranks of a replica (one copy of the model), and replicas that share samples, read the same; every rank must call it.
 
     Args:
         grid: coordinates of this rank.
         batches: this rank's micro-batches of one step.
+        context_parallel_size: replicas that share each sample. Whole samples are compared, not the parts of the ranks.
 
     Raises:
         CorruptionError: two ranks of a replica read different samples.
     """
     state = xxhash.xxh3_64()
     for batch in batches:
-        state.update(batch.input_ids.cpu().numpy().tobytes())
-        state.update(batch.labels.cpu().numpy().tobytes())
-    parts = [cast("tuple[int, int]", part) for part in gather_objects((grid.data_parallel_rank, state.intdigest()))]
+        state.update(batch.content_hash().to_bytes(8, "little"))
+    local = grid.data_parallel_rank // context_parallel_size, state.intdigest()
+    parts = [cast("tuple[int, int]", part) for part in gather_objects(local)]
     first: dict[int, tuple[int, int]] = {}
     for rank, (replica, value) in enumerate(parts):
         earlier, expected = first.setdefault(replica, (rank, value))
