@@ -80,11 +80,15 @@ def traffic(shape: ModelShape, layout: Layout, layers: range, stage: Stage, hard
     if t > 1:
         blocks = len([layer for layer in layers if 1 <= layer <= shape.num_layers])
         # Each half of a block reduces the hidden states once in the forward and once in the backward pass. Full recomputation repeats the
-        # forward reductions except the last of a block.
-        sums = blocks * (4 + (1 if layout.recompute == "full" else 0))
+        # forward reductions, the last one of a block only if a norm reads it.
+        repeated = 1 if shape.norm_placement == "pre" else 2
+        sums = blocks * (4 + (repeated if layout.recompute == "full" else 0))
         sums += (0 in layers) + (shape.num_layers + 1 in layers)
+        # Norms over all heads reduce one float32 for each position, for queries and for keys, in each pass.
+        reads = 2 * (2 + (1 if layout.recompute == "full" else 0)) if shape.qk_norm and shape.qk_norm_scope == "all" else 0
+        squares = 4 * blocks * reads * stage.micro_batch_size * stage.positions
         loss = 4 * (2 + stage.labels_per_position) * stage.micro_batch_size * stage.positions if shape.num_layers + 1 in layers else 0
-        rows.append(Traffic("tensor", _link(1, t, hardware), 2 * (t - 1) / t * micro_batches * (sums * hidden + loss)))
+        rows.append(Traffic("tensor", _link(1, t, hardware), 2 * (t - 1) / t * micro_batches * (sums * hidden + squares + loss)))
     if p > 1:
         ends = (0 not in layers) + (shape.num_layers + 1 not in layers)
         rows.append(Traffic("pipeline", _link(t * d, p, hardware), ends * micro_batches * hidden / t))
