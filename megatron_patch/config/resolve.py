@@ -180,7 +180,7 @@ def build_shape(options: ModelOptions, vocab_size: int, longest: int, tensor_par
             "a hidden size that is a multiple of --num-attention-heads",
             "change one of them or give --kv-channels",
         )
-    swiglu = _given(options.swiglu, family.swiglu)
+    swiglu, qk_norm = _given(options.swiglu, family.swiglu), _given(options.qk_layernorm, family.qk_norm)
     bias = not _given(options.disable_bias_linear, not family.linear_bias)
     positions = options.max_position_embeddings or longest
     if positions < longest:
@@ -220,7 +220,10 @@ def build_shape(options: ModelOptions, vocab_size: int, longest: int, tensor_par
         window=window,
         full_layers=full if window is not None else (),
         unrotated_layers=unrotated_blocks(options),
-        qk_norm=_given(options.qk_layernorm, family.qk_norm),
+        windowed_rotary_base=options.windowed_rotary_base,
+        norm_placement=_given(options.norm_placement, family.norm_placement),
+        qk_norm=qk_norm,
+        qk_norm_scope=_given(options.qk_norm_scope, family.qk_norm_scope if qk_norm else "head"),
         attention_bias=bias,
         qkv_bias=_given(options.add_qkv_bias, family.qkv_bias) or bias,
         mlp_bias=bias,

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from megatron_patch.model.norm import RMSNorm
+from megatron_patch.model.norm import make_head_norm
 from megatron_patch.model.rotary import rotate
 from megatron_patch.model.shape import ModelShape
 from megatron_patch.model.sharding import shards_key_value
@@ -31,6 +31,7 @@ class AttentionContext:
         windowed: of a model with windows, for the blocks with one: `documents`, or the samples as documents. Not together with `mask`.
         windowed_mask: `mask` for the blocks with a window.
         ranks: the ranks that share the positions; masks and documents are those of all positions.
+        windowed_rotary: `rotary` for the blocks with a window; None: the same.
     """
 
     rotary: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -39,6 +40,7 @@ class AttentionContext:
     windowed: Documents | None = None
     windowed_mask: torch.Tensor | None = None
     ranks: ContextParallel = UNSHARED
+    windowed_rotary: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
 @dataclass
@@ -139,9 +141,8 @@ class Attention(nn.Module):
         self.key = KeyValueLinear(shape.hidden_size, local_keys, shape, parallel)
         self.value = KeyValueLinear(shape.hidden_size, local_keys, shape, parallel)
         self.output = RowParallelLinear(queries, shape.hidden_size, shape.attention_bias, parallel)
-        # Each rank normalizes only its own heads, so the gradients of these weights are summed over the ranks.
-        self.query_norm = RMSNorm(shape.head_size, shape.norm_epsilon, parallel) if shape.qk_norm else None
-        self.key_norm = RMSNorm(shape.head_size, shape.norm_epsilon, parallel) if shape.qk_norm else None
+        self.query_norm = make_head_norm(shape, shape.num_attention_heads, parallel)
+        self.key_norm = make_head_norm(shape, shape.num_query_groups, parallel)
 
     def _heads(self, projected: torch.Tensor) -> torch.Tensor:
         """Splits [B, T, heads·head_size] into [B, T, heads, head_size]."""
@@ -164,8 +165,9 @@ class Attention(nn.Module):
             queries, keys = self.query_norm(queries), self.key_norm(keys)
         queries, keys = queries.transpose(1, 2), keys.transpose(1, 2)
         values = self._heads(self.value(hidden)).transpose(1, 2)
-        if context.rotary is not None and self.rotates:
-            queries, keys = rotate(queries, *context.rotary), rotate(keys, *context.rotary)
+        rotary = context.rotary if self.window is None or context.windowed_rotary is None else context.windowed_rotary
+        if rotary is not None and self.rotates:
+            queries, keys = rotate(queries, *rotary), rotate(keys, *rotary)
         if cache is not None:
             keys, values = cache.extend(keys, values)
         queries, keys, values = share_heads(queries, keys, values, context.ranks)

@@ -22,6 +22,8 @@ ROW_PARALLEL = ("attention.output.weight", "feed_forward.down.weight")
 """Ends of the names of row-parallel parameters; every rank holds the full bias of a row-parallel layer."""
 VOCABULARY_PARAMETERS = ("embedding.word.weight", "head.weight")
 """Names of the parameters with one row for each token id; a rank holds a vocabulary shard of them."""
+_ALL_HEADS_NORMS = ("attention.query_norm.weight", "attention.key_norm.weight")
+"""Ends of the names of norms over all heads, which are sharded with the heads; the second one if `shards_key_value`."""
 _KEY_VALUE = ("attention.key.weight", "attention.key.bias", "attention.value.weight", "attention.value.bias")
 
 
@@ -62,6 +64,10 @@ def shard_of(name: str, shape: ModelShape, rank: int, size: int) -> Shard | None
         return None
     if name.endswith(COLUMN_PARALLEL + VOCABULARY_PARAMETERS) or (name.endswith(_KEY_VALUE) and shards_key_value(shape, size)):
         return Shard(0, rank, size)
+    if shape.qk_norm_scope == "all":
+        norms = _ALL_HEADS_NORMS if shards_key_value(shape, size) else _ALL_HEADS_NORMS[:1]
+        if name.endswith(norms):
+            return Shard(0, rank, size)
     return Shard(1, rank, size) if name.endswith(ROW_PARALLEL) else None
 
 

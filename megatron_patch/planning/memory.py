@@ -138,8 +138,8 @@ def saved_by_block(shape: ModelShape, layout: Layout, samples: int, positions: i
     if layout.recompute != "selective":
         attention += rows * 4 * (shape.num_attention_heads // t)
     if shape.qk_norm:
-        heads = (queries + attended_keys) // shape.head_size
-        attention += rows * heads * ((4 + e) * shape.head_size + 4)
+        factors = 2 if shape.qk_norm_scope == "all" else (queries + attended_keys) // shape.head_size
+        attention += rows * ((4 + e) * (queries + attended_keys) + 4 * factors)
     inner = rows * e * shape.ffn_hidden_size // t * (4 if shape.activation == "swiglu" else 2)
     return norms + inputs + attention + inner
 
@@ -160,7 +160,9 @@ def saved_by_layers(shape: ModelShape, layout: Layout, layers: range, stage: Sta
     each = saved_by_block(shape, layout, samples, positions, stage.context_parallel_size)
     total = blocks * (_residual(shape, layout, samples, positions) if layout.recompute == "full" else each)
     if blocks and shape.position_embedding == "rope":
-        total += 2 * layout.element_bytes * positions * shape.head_size
+        windows = [shape.window_of(layer - 1) for layer in layers if 1 <= layer <= shape.num_layers]
+        tables = 1 if shape.windowed_rotary_base is None else len({window is None for window in windows})
+        total += tables * 2 * layout.element_bytes * positions * shape.head_size
     if 0 in layers:
         total += 8 * samples * positions * stage.input_patch_size
         total += 8 * positions if shape.position_embedding == "learned" else 0
