@@ -303,7 +303,8 @@ class EngineOptions:
     """JSON file that is passed through to DeepSpeed, for example for offloading. Values that a flag also sets must agree."""
     context_parallel_size: Free[Count] = 1
     """Number of ranks that share the positions of each sample (context parallel). Use it for samples that are too long for one GPU.
-    It divides the data-parallel ranks. A stage of `stages:` may have its own context_parallel_size."""
+    It divides the data-parallel ranks. Stages with fewer positions than --seq-length, such as a patch stage, take a share of it.
+    A stage of `stages:` may have its own context_parallel_size."""
     cp_comm_type: Free[Literal["a2a"]] = "a2a"
     """How context-parallel ranks exchange queries, keys and values: a2a sends positions and receives heads (Ulysses)."""
     recompute_granularity: Free[Literal["none", "selective", "full"]] = "none"

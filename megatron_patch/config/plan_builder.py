@@ -61,7 +61,7 @@ def build_plan(
         decay_fraction: share of a schedule's steps over which WSD decays where no other length is given.
         batch_of: the plan of the same run's first start, whose global batch is used in place of the options' and is not rounded to the
             ranks of this start.
-        context_parallel_size: ranks that share the positions of a sample, in stages that do not give their own number.
+        context_parallel_size: ranks that share a sample of --seq-length positions, in stages that do not give their own number.
 
     Raises:
         ConfigError: the options give no valid plan; the message names the flag or the stage.
@@ -159,9 +159,18 @@ def _sized(spec: StageSpec, options: StageOptions, context_parallel_size: int) -
         positions,
         input_patch_size,
         spec.micro_batch_size or options.micro_batch_size,
-        spec.context_parallel_size or context_parallel_size,
+        spec.context_parallel_size or context_share(context_parallel_size, positions, options.seq_length),
         batch == "constant-tokens",
     )
+
+
+def context_share(size: int, positions: int, seq_length: int) -> int:
+    """Returns the context-parallel size of a stage: with fewer positions per sample than --seq-length, fewer ranks share a sample.
+
+    It is the largest divisor of `size` that leaves each rank as many positions as a sample of --seq-length does, or more.
+    """
+    most = max(1, size * positions // seq_length)
+    return max(divisor for divisor in range(1, min(size, most) + 1) if size % divisor == 0)
 
 
 def _global_batch(sized: Sequence[_SizedStage], options: StageOptions, ranks: int) -> int:

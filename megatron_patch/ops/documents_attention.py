@@ -199,8 +199,8 @@ def _whole_heads(packed: torch.Tensor) -> torch.Tensor:
 
 def _bounds(bounds: tuple[Any, ...]) -> Bounds:
     """Returns the last arguments of an operator: the tensors of `Documents`, then those of the keys in the other operator, the window."""
-    *tensors, window = bounds
-    return Bounds(*tensors[:3], window, KeySpans(*tensors[3:]) if tensors[3:] else None)
+    device, host, longest, *spans, window = bounds
+    return Bounds(device, host, longest, window, KeySpans(*spans) if spans else None)
 
 
 def _forward(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, *tensors: Any) -> tuple[torch.Tensor, torch.Tensor]:

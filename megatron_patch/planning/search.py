@@ -135,7 +135,7 @@ def _powers(limit: int) -> list[int]:
     return [1 << exponent for exponent in range(limit.bit_length()) if 1 << exponent <= limit]
 
 
-RANK_POSITIONS = 4096
+RANK_POSITIONS = 8192
 """Positions of a sample for each rank, below which a search does not try more context parallelism: it would only add traffic."""
 
 

@@ -192,11 +192,43 @@ def test_a_search_leaves_out_layouts_that_would_change_the_batch():
         assert all(abs(stage.tokens_per_step / wanted - 1) < 0.05 for stage, wanted in zip(one.plan.plan.stages, (4096, 4096), strict=True))
 
 
-@pytest.mark.parametrize(("name", "gpu", "ranks"), [("llama_70b", "H100", 1024), ("llama_405b", "H100", 1024), ("llama_370m", "A100", 8)])
+@pytest.mark.parametrize(
+    ("name", "gpu", "ranks"),
+    [("llama_70b", "H100", 1024), ("llama_405b", "H100", 1024), ("llama_8b_128k", "H100", 64), ("llama_370m", "A100", 8)],
+)
 def test_shipped_configurations_are_near_the_fastest_layout_of_a_search(name, gpu, ranks):
     shipped = plan("--config", f"examples/configs/{name}.yaml", ranks=ranks, device=gpu)
     fastest = search(parse(["--config", f"examples/configs/{name}.yaml", "--dry-run"]), ranks, DEVICES[gpu]).candidates[0].plan
     assert shipped.fits and shipped.run.device_hours < 1.06 * fastest.run.device_hours
+
+
+LONG = ["--config", "examples/configs/llama_8b_128k.yaml"]
+
+
+def test_a_stage_with_fewer_positions_needs_fewer_ranks_for_a_sample():
+    """The patch stage has a quarter of the positions and of the ranks: as many positions on a rank, and four times the data-parallel ranks."""
+    found = plan(*LONG, ranks=64)
+    patch, token = found.plan.stages
+    assert (patch.positions, token.positions) == (32768, 131072) and (patch.context_parallel_size, token.context_parallel_size) == (4, 16)
+    assert patch.rank_positions == token.rank_positions and (patch.sample_ranks(32), token.sample_ranks(32)) == (8, 2)
+    assert found.layout.name() == "TP2 SP CP4/16 DP32 ZeRO 1 bf16" and found.fits
+    own = plan(*LONG, "--context-parallel-size", "1", ranks=64)
+    assert not own.fits and own.fullest.memory.activations > 14 * found.fullest.memory.activations
+    # The cost in FLOPs is that of the stages, whoever computes them; attention has more than half of them in the token stage alone.
+    assert own.run.flops == found.run.flops
+    assert found.run.flops / found.token_level.flops < 0.42
+
+
+def test_a_search_varies_the_context_parallel_size_of_long_samples(capsys, monkeypatch):
+    result = search(parse([*LONG, "--dry-run"]), 64, DEVICES["H100"])
+    assert {one.choice.context for one in result.candidates} == {1, 2, 4, 8, 16}
+    for one in (result.candidates[0], next(one for one in result.candidates if one.choice.context == 4)):
+        assert plan(*LONG, *one.flags.split(), ranks=64).run == one.plan.run
+    short = search(parse([*SMALL.split(), "--dry-run"]), 8, DEVICES["H100"])
+    assert {one.choice.context for one in short.candidates} == {1}
+    code, text, _ = run(*LONG, "--gpu", "H100", "--world-size", "64", capsys=capsys, monkeypatch=monkeypatch)
+    assert code == 0 and "ranks per sample" in text and "in attention" in text and "~context" in text
+    assert "context" not in tool(*SMALL.split(), "--json")
 
 
 def test_compiled_blocks_are_planned_faster():

@@ -86,6 +86,36 @@ def test_traffic_by_hand():
     assert traffic(shape, Layout(1), range(8), STAGE, DEVICES["H100"]) == []
 
 
+@pytest.mark.parametrize(("recompute", "repeated"), [("none", 0), ("selective", 8 + 4 + 4), ("full", 8 + 4 + 4 + 8)])
+def test_traffic_of_context_parallelism_by_hand(recompute, repeated):
+    """8 query heads and 1 key head of a rank over 4 ranks: the key head is sent four times, so that each rank gets one."""
+    shape = dataclasses.replace(FAMILIES["llama"], num_layers=3, num_attention_heads=16, num_query_groups=2, head_size=8)
+    stage = Stage("s", 1, 1024, 2, 16, 1, context_parallel_size=4)
+    layout = Layout(ranks=16, tensor=2, recompute=recompute, context=(4,))
+    # 2 groups of 4 ranks read 16 samples: 4 micro-batches of 2. Values of 2 bytes in forward and backward; 3/4 leave the rank.
+    heads = 2 * (8 + 8 + 4 + 4) + repeated
+    sent = 3 / 4 * 4 * 3 * 2 * (1024 // 4) * heads * 8 * 2
+    rows = [row for row in traffic(shape, layout, range(5), stage, DEVICES["H100"]) if row.kind == "context"]
+    assert [(row.link, row.bytes) for row in rows] == [("node", sent)]
+    # In nodes of 4 devices, 2 of the 4 ranks are in the same node.
+    rows = [
+        row
+        for row in traffic(shape, layout, range(5), stage, dataclasses.replace(DEVICES["H100"], node_devices=4))
+        if row.kind == "context"
+    ]
+    assert [(row.link, row.bytes) for row in rows] == [("node", sent / 3), ("network", sent * 2 / 3)]
+
+
+def test_ranks_that_share_samples_compute_as_much_as_ranks_that_do_not():
+    shape = FAMILIES["llama"]
+    alone = Stage("s", 1, 4096, 1, 8, 1)
+    shared = dataclasses.replace(alone, context_parallel_size=4)
+    one, other = (step_time(shape, Layout(ranks=8), stage, DEVICES["H100"]) for stage in (alone, shared))
+    assert (one.context, other.context > 0) == (0, True)
+    # The whole sample's norms and products pass through memory; attention saves its output in two forms.
+    assert one.compute <= other.compute < 1.1 * one.compute
+
+
 def test_the_bubble_is_that_of_the_schedule():
     assert bubble_share(Layout(4, pipeline=4), STAGE) == 3 / (16 + 3)
     time = step_time(dataclasses.replace(LLAMA, num_layers=7), Layout(4, pipeline=4), STAGE, DEVICES["H100"])
