@@ -112,7 +112,7 @@ def with_model(run: RunConfig, model: MakeModel | None) -> RunConfig:
 
     Raises:
         ConfigError: the run asks for what a user's model cannot do: a pipeline, tensor parallelism unless it builds shards,
-            recomputation, context parallelism.
+            context parallelism unless it shares heads, recomputation.
     """
     if model is None:
         return run
@@ -143,5 +143,6 @@ def with_model(run: RunConfig, model: MakeModel | None) -> RunConfig:
             "--recompute-granularity none with a model of your own, which may call torch.utils.checkpoint itself",
             "remove --recompute-granularity",
         )
-    check_own_model(own.name, run.plan)
+    if not own.declares("context_parallel"):
+        check_own_model(own.name, run.plan)
     return replace(run, own_model=own)

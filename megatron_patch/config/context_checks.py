@@ -96,7 +96,7 @@ def _fitting(conditions: list[_Condition], data_parallel_size: int) -> str:
 
 
 def check_own_model(name: str, plan: StagePlan) -> None:
-    """Checks that a model of the user's own has all positions of its samples, because it does not exchange heads.
+    """Checks that a model of the user's own that does not declare that it shares heads has all positions of its samples.
 
     Raises:
         ConfigError: a stage has context parallelism.
@@ -104,9 +104,10 @@ def check_own_model(name: str, plan: StagePlan) -> None:
     shared: Stage | None = next((stage for stage in plan.stages if stage.context_parallel_size > 1), None)
     if shared is not None:
         raise ConfigError(
-            f"model={name} with {_given(shared.context_parallel_size, repr(shared.name))}, but it sees only the positions of its rank",
-            "a context-parallel size of 1 with a model of your own",
-            "remove the context-parallel size",
+            f"model={name} with {_given(shared.context_parallel_size, repr(shared.name))}, but it does not declare that its attention "
+            "sees the positions of other ranks",
+            "1, or a function whose attribute context_parallel is True, such as one that builds a GPTModel",
+            f"set {name}.context_parallel = True if its forward pass takes a ContextParallel, or remove the context-parallel size",
         )
 
 

@@ -154,7 +154,7 @@ REFUSED: Mapping[str, Refusal] = {
         "remove it; use --pipeline-model-parallel-size, --pipeline-balance, --recompute-granularity",
     ),
     "tensor_parallel": Refusal("the program splits the layers itself", "remove it; use --tensor-model-parallel-size"),
-    "sequence_parallel_size": Refusal("the program splits the sequence itself", "remove it; use --sequence-parallel"),
+    "sequence_parallel_size": Refusal("the program splits the sequence itself", "remove it; use --context-parallel-size"),
     "seq_parallel_communication_data_type": Refusal("the program splits the sequence itself", "remove it"),
     "compile": Refusal("the program compiles the blocks itself", "remove it; use --compile"),
     "tensorboard": Refusal(_OWN_LOG, "remove it; use --tensorboard-dir"),

@@ -42,8 +42,8 @@ class OwnModel:
         """Whether the function has an attribute of this name that is True.
 
         Args:
-            ability: "tensor_parallel" (it builds the shards of `parallel`) or "zero_3" (each parameter is only used inside of the forward
-                pass of the module that holds it).
+            ability: "tensor_parallel" (it builds the shards of `parallel`), "context_parallel" (its forward pass takes a `ContextParallel`
+                after the documents) or "zero_3" (each parameter is only used inside of the forward pass of the module that holds it).
         """
         return getattr(self.build, ability, False) is True
 

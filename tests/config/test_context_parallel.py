@@ -97,10 +97,12 @@ def test_entries_of_stages_have_whole_numbers_from_1():
         resolve("--context-parallel-size 0", 4)
 
 
-def test_a_model_of_ones_own_has_all_positions():
+def test_a_model_of_ones_own_has_all_positions_unless_it_declares_that_it_shares_heads():
     def plain(shape, parallel):
         raise AssertionError
 
     with pytest.raises(ConfigError, match="model=plain with --context-parallel-size 2 in stage 'token'"):
         with_model(resolve("--context-parallel-size 2", 2), plain)
     assert with_model(resolve("", 2), plain).own_model.name == "plain"
+    plain.context_parallel = True
+    assert with_model(resolve("--context-parallel-size 2", 2), plain).own_model.name == "plain"

@@ -78,6 +78,20 @@ def test_without_masks_nothing_is_computed():
     assert batch.input_ids.dtype == torch.int64 and batch.input_ids.is_contiguous()
 
 
+def test_parts_of_the_positions_keep_the_documents_and_the_hash_of_all():
+    tokens = np.array([[5, 6, EOD, 7, 1, 2, 3, 4, 5], [5, 6, 7, 8, 1, 2, EOD, 4, 5]])
+    whole = make_batch(tokens, "both", 8, 1, DocumentMasking(EOD, reset_attention_mask=True, reset_position_ids=True))
+    parts = [whole.part(index, 4) for index in range(4)]
+    for name in ("input_ids", "labels", "position_ids"):
+        assert torch.equal(torch.cat([getattr(part, name) for part in parts], dim=1), getattr(whole, name))
+        assert all(getattr(part, name).is_contiguous() for part in parts)
+    assert all(part.documents is whole.documents and part.content_hash() == whole.content_hash() for part in parts)
+    assert whole.part(0, 1) is whole
+    tokens[1, 7] += 1
+    other = make_batch(tokens, "both", 8, 1, DocumentMasking(EOD, reset_attention_mask=True, reset_position_ids=True))
+    assert other.part(0, 4).content_hash() != parts[0].content_hash(), "also where the difference is in another part"
+
+
 def test_rows_that_fill_up_are_not_scored():
     batch = make_batch(np.ones((3, 6), dtype=np.int64), "both", 2, 2, DocumentMasking(), scored_rows=1)
     assert (batch.labels[1:] == IGNORE_INDEX).all() and (batch.labels[0] == 1).all()

@@ -1,6 +1,6 @@
 """Finds ranks that compute more slowly than others, by the time of their first forward pass in each step.
 
-In that pass no rank waits for another.
+In that pass only ranks that share a layer or a sample wait for each other, so that they are slow together.
 """
 
 from __future__ import annotations
