@@ -313,8 +313,9 @@ class EngineOptions:
     """Number of ranks that share the positions of each sample (context parallel). Use it for samples that are too long for one GPU.
     It divides the data-parallel ranks. Stages with fewer positions than --seq-length, such as a patch stage, take a share of it.
     A stage of `stages:` may have its own context_parallel_size."""
-    cp_comm_type: Free[Literal["a2a"]] = "a2a"
-    """How context-parallel ranks exchange queries, keys and values: a2a sends positions and receives heads (Ulysses)."""
+    cp_comm_type: Free[Annotated[Literal["a2a", "all_gather"] | None, OPTIONAL]] = None
+    """How context-parallel ranks exchange queries, keys and values: a2a sends positions and receives heads (Ulysses), all_gather gathers
+    keys and values. Default: a2a, or all_gather where the ranks do not divide the heads."""
     recompute_granularity: Free[Literal["none", "selective", "full"]] = "none"
     """Save memory by computing activations again in the backward pass: those of attention (selective), or of full blocks (full)."""
     compile: Free[bool] = False

@@ -14,7 +14,7 @@ from megatron_patch.model.rotary import rotate
 from megatron_patch.model.shape import ModelShape
 from megatron_patch.model.sharding import shards_key_value
 from megatron_patch.ops.attention_kernels import LONGEST_FLASH_HEAD
-from megatron_patch.ops.documents_attention import Documents, documents_attention
+from megatron_patch.ops.documents_attention import Documents, DocumentSlices, documents_attention, sliced_attention
 from megatron_patch.parallel.context import UNSHARED, ContextParallel, share_heads, share_positions
 from megatron_patch.parallel.tensor import UNSHARDED, RowParallelLinear, TensorParallel, all_reduce_gradient, copy_to_tensor_parallel
 
@@ -31,6 +31,7 @@ class AttentionContext:
         windowed: of a model with windows, for the blocks with one: `documents`, or the samples as documents. Not together with `mask`.
         windowed_mask: `mask` for the blocks with a window.
         ranks: the ranks that share the positions; masks and documents are those of all positions.
+        slices: this rank's part of the documents, if these ranks gather keys and values.
         windowed_rotary: `rotary` for the blocks with a window; None: the same.
     """
 
@@ -40,6 +41,7 @@ class AttentionContext:
     windowed: Documents | None = None
     windowed_mask: torch.Tensor | None = None
     ranks: ContextParallel = UNSHARED
+    slices: DocumentSlices | None = None
     windowed_rotary: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
@@ -180,6 +182,8 @@ class Attention(nn.Module):
     def _attend(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, context: AttentionContext) -> torch.Tensor:
         mask, documents = context.mask, context.documents
         window = self.window if self.window is not None and keys.shape[2] > self.window else None
+        if context.slices is not None:
+            return sliced_attention(queries, keys, values, context.slices, window)
         if window is not None:
             mask, documents = context.windowed_mask, context.windowed
             if mask is None and documents is None:

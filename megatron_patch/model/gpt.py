@@ -23,7 +23,7 @@ from megatron_patch.model.shape import ModelShape, check_shape
 from megatron_patch.model.sharding import check_sharding
 from megatron_patch.ops import Operators
 from megatron_patch.ops.attention_kernels import band
-from megatron_patch.ops.documents_attention import Documents, documents_of_samples
+from megatron_patch.ops.documents_attention import Documents, documents_of_samples, slice_documents
 from megatron_patch.parallel.context import UNSHARED, ContextParallel
 from megatron_patch.parallel.tensor import UNSHARDED, TensorParallel
 
@@ -218,9 +218,15 @@ class GPTModel(nn.Module):
                 windowed_mask = mask & band(length, earlier + length, self.shape.window, hidden.device)
             elif documents is None and not earlier:
                 windowed = documents_of_samples(len(hidden), ranks.size * length, hidden.device)
-        if windowed is not None and self._compiled:
-            windowed.mark_dynamic()
-        return AttentionContext(rotary, mask, documents, windowed, windowed_mask, ranks, windowed_rotary)
+        slices = None
+        if ranks.gathers:
+            whole = windowed or documents or documents_of_samples(len(hidden), ranks.size * length, hidden.device)
+            slices = slice_documents(whole, ranks.size * length, ranks.rank, ranks.size)
+        if self._compiled:
+            for one in (windowed, slices):
+                if one is not None:
+                    one.mark_dynamic()
+        return AttentionContext(rotary, mask, documents, windowed, windowed_mask, ranks, slices, windowed_rotary)
 
 
 def _checkpoint(block: nn.Module, hidden: torch.Tensor, context: AttentionContext) -> Any:

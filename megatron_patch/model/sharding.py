@@ -51,6 +51,32 @@ def shards_key_value(shape: ModelShape, size: int) -> bool:
     return shape.num_query_groups % size == 0
 
 
+def divides_heads(shape: ModelShape, tensor: int, size: int) -> bool:
+    """Whether context-parallel ranks can share the heads of a tensor-parallel rank: all get as many queries, and the keys of these.
+
+    Args:
+        shape: the model's shape.
+        tensor: the tensor-parallel size.
+        size: the context-parallel size.
+    """
+    heads, groups = shape.num_attention_heads // tensor, max(1, shape.num_query_groups // tensor)
+    return heads % size == 0 and (groups % size == 0 or size % groups == 0)
+
+
+def gathers_keys(shape: ModelShape, tensor: int, size: int, comm_type: str | None) -> bool:
+    """Whether context-parallel ranks gather keys and values of all positions, in place of exchanging heads for positions.
+
+    Args:
+        shape: the model's shape.
+        tensor: the tensor-parallel size.
+        size: the context-parallel size.
+        comm_type: --cp-comm-type; None: they gather only where they cannot share the heads.
+    """
+    if size == 1:
+        return False
+    return not divides_heads(shape, tensor, size) if comm_type is None else comm_type == "all_gather"
+
+
 def shard_of(name: str, shape: ModelShape, rank: int, size: int) -> Shard | None:
     """Returns the part of a parameter that a tensor-parallel rank holds, or None for the full parameter.
 

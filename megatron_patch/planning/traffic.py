@@ -20,6 +20,7 @@ from typing import Literal
 
 from megatron_patch.model.parameters import block_parameters
 from megatron_patch.model.shape import ModelShape
+from megatron_patch.model.sharding import gathers_keys
 from megatron_patch.planning.hardware import Hardware
 from megatron_patch.planning.hidden_matrices import matrix_step
 from megatron_patch.planning.layout import Layout
@@ -68,13 +69,15 @@ def _link(stride: int, size: int, hardware: Hardware) -> Literal["node", "networ
 def _context_traffic(shape: ModelShape, layout: Layout, layers: range, stage: Stage, hardware: Hardware) -> list[Traffic]:
     """Returns what a rank sends when ranks of context parallelism exchange heads for positions: queries, keys and values, and the output.
 
-    The backward pass sends as much as the forward pass, which full recomputation repeats; selective recomputation keeps what was received.
+    Where they gather keys and values, each of its own goes to each other rank. The backward pass sends as much as the forward pass, which
+    full recomputation repeats; selective recomputation keeps what was received.
     """
     t, c = layout.tensor, stage.context_parallel_size
     blocks = len([layer for layer in layers if 1 <= layer <= shape.num_layers])
     samples = stage.gradient_accumulation(layout.data) * stage.micro_batch_size
     queries, keys = shape.num_attention_heads // t, sent_key_heads(shape, layout, c)
-    heads = (3 if layout.recompute == "full" else 2) * (2 * queries + 2 * keys)
+    gathers = gathers_keys(shape, t, c, layout.context_exchange)
+    heads = (3 if layout.recompute == "full" else 2) * (2 * keys * c if gathers else 2 * queries + 2 * keys)
     part = layout.element_bytes * blocks * samples * stage.rank_positions * heads * shape.head_size / c
     # The ranks of a group lie t apart; a group that begins in the middle of a node is not shorter there.
     near = min(c, max(1, hardware.node_devices // t))

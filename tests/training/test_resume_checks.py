@@ -59,7 +59,7 @@ OTHER = {
     "tokenizer_model": "elsewhere", "eod_token_id": ("62", "--eod-mask-loss"), "reset_attention_mask": "True", "reset_position_ids": "True",
     "eod_mask_loss": "True", "max_epochs": "100", "shuffle_window_blocks": "16", "num_workers": "0",
     "bf16": "True", "fp16": "True", "loss_scale": "8", "initial_loss_scale": "1024", "zero_stage": "0", "tensor_model_parallel_size": "2",
-    "pipeline_model_parallel_size": "2", "pipeline_balance": "flops", "context_parallel_size": "2",
+    "pipeline_model_parallel_size": "2", "pipeline_balance": "flops", "context_parallel_size": "2", "cp_comm_type": "all_gather",
     "sequence_parallel": ("True", "--tensor-model-parallel-size 2"), "deepspeed_config": "ds.json", "recompute_granularity": "full",
     "compile": "True", "operators": "plain", "seed": "9", "local_rank": "1", "distributed_timeout_minutes": "50",
     "save": "ELSEWHERE", "load": "RUN", "finetune": "True", "save_interval": "7", "save_interval_tokens": "700", "keep_last": "0",
@@ -108,7 +108,7 @@ def resume(state, run):
     return resumed
 
 
-@pytest.mark.parametrize("name", sorted(RESUME_MARKS.keys() - {"cp_comm_type"}))  # which has one value
+@pytest.mark.parametrize("name", RESUME_MARKS)
 def test_every_option_may_change_or_not_as_its_mark_says(name, corpora, states, monkeypatch):
     mark, entry = RESUME_MARKS[name], OTHER[name]
     assert mark is not None, "an option without a mark"
