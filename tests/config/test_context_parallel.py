@@ -26,9 +26,11 @@ def sizes(run):
     return [stage.context_parallel_size for stage in run.plan.stages]
 
 
-def test_a_stage_without_its_own_size_takes_that_of_the_flag():
+def test_a_stage_without_its_own_size_takes_that_of_the_flag_or_its_share():
     assert sizes(resolve("", 4)) == [1]
     assert sizes(resolve("--patch-size 4 --context-parallel-size 2", 4)) == [2, 2]
+    assert sizes(resolve("--patch-size 4 --context-parallel-size 4 --sample constant-tokens", 4)) == [1, 4]
+    assert sizes(resolve("--patch-size 2 --context-parallel-size 4 --sample constant-tokens", 4)) == [2, 4]
     assert sizes(resolve("", 4, LIST)) == [1, 4]
     assert sizes(resolve("--context-parallel-size 2", 4, LIST)) == [2, 4]
 
@@ -65,7 +67,7 @@ TENSOR = "--tensor-model-parallel-size 2 --sequence-parallel"
         ("--context-parallel-size 2 --num-query-groups 3", 2, "it does not fit 3 key-value heads", "1"),
         ("--context-parallel-size 4 --seq-length 18", 4, "it does not fit samples of 18 positions", "1, 2"),
         (f"{TENSOR} --context-parallel-size 2 --seq-length 18", 4, "18 positions in 2 parts of --sequence-parallel", "1"),
-        ("--context-parallel-size 4 --patch-size 8 --sample constant-tokens", 4, "in stage 'patch': it does not fit samples of 2", "1, 2"),
+        ("--context-parallel-size 4 --patch-size 3 --seq-length 18 --sample constant-tokens", 4, "in stage 'token': it does not", "1, 2"),
     ],
 )
 def test_a_size_that_does_not_fit_is_refused_with_those_that_do(words, ranks, reason, allowed):
