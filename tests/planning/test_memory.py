@@ -42,7 +42,7 @@ def test_parameters_of_each_rank_equal_those_that_torch_counts(name, tensor, pip
         assert {n: torch.Size(size) for n, size in parameters_of_layers(shape, layers).items()} == whole
 
 
-def saved_bytes(model, inputs, labels, documents=None):
+def saved_bytes(model, inputs, labels, documents=None, **more):
     """Returns the bytes of all storages that autograd saves, without parameters."""
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
     found = {}
@@ -54,7 +54,7 @@ def saved_bytes(model, inputs, labels, documents=None):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        kept = model(inputs, labels, documents=documents)
+        kept = model(inputs, labels, documents=documents, **more)
     del kept
     return sum(found.values())
 
