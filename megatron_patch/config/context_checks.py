@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from megatron_patch.config.options import EngineOptions
 from megatron_patch.errors import ConfigError
 from megatron_patch.model.shape import ModelShape
+from megatron_patch.model.sharding import gathers_keys
 from megatron_patch.stages import Stage, StagePlan
 from megatron_patch.utils.findings import Findings
 from megatron_patch.utils.units import plural
@@ -47,7 +48,8 @@ def check_context_parallel(options: EngineOptions, plan: StagePlan, shape: Model
         data_parallel_size: ranks that hold the same part of the model.
 
     Raises:
-        ConfigError: a size does not divide the data-parallel ranks, the heads or the positions; the message has all findings.
+        ConfigError: a size does not divide the data-parallel ranks, the positions or, with --cp-comm-type a2a, the heads; the message has
+            all findings.
     """
     findings = Findings("with context parallelism")
     stages: dict[tuple[int, int], list[str]] = {}
@@ -60,7 +62,7 @@ def check_context_parallel(options: EngineOptions, plan: StagePlan, shape: Model
             findings.add(
                 f"{_given(size, ' and '.join(names[:2]))}: it does not fit {', '.join(condition.text for condition in missed)}",
                 f"sizes that fit all of its stage: {_fitting(conditions, data_parallel_size)}",
-                f"change the size, or {', or '.join(condition.advice for condition in missed)}",
+                f"change the size, or {', or '.join(dict.fromkeys(condition.advice for condition in missed))}",
             )
     findings.raise_all()
 
@@ -72,19 +74,37 @@ def _conditions(options: EngineOptions, shape: ModelShape, data_parallel_size: i
     heads, groups = shape.num_attention_heads // tensor, max(1, shape.num_query_groups // tensor)
     of_rank = " of a tensor-parallel rank" if tensor > 1 else ""
     in_parts = f" in {sequence} parts of --sequence-parallel" if sequence > 1 else ""
-    return [
+    conditions = [
         _Condition(plural(data_parallel_size, "data-parallel rank"), lambda size: data_parallel_size % size == 0, "the number of ranks"),
-        _Condition(f"{plural(heads, 'query head')}{of_rank}", lambda size: heads % size == 0, "the tensor-parallel size"),
-        _Condition(
-            f"{plural(groups, 'key-value head')}{of_rank}",
-            lambda size: groups % size == 0 or size % groups == 0,
-            "--num-query-groups of a new model",
-        ),
         _Condition(
             f"samples of {plural(positions, 'position')}{in_parts}",
             lambda size: positions % (size * sequence) == 0,
             "--seq-length or the stage's patch_size",
         ),
+    ]
+    if options.cp_comm_type == "a2a":
+        conditions += [
+            _Condition(f"{plural(heads, 'query head')}{of_rank}", lambda size: heads % size == 0, "--cp-comm-type, to all_gather"),
+            _Condition(
+                f"{plural(groups, 'key-value head')}{of_rank}",
+                lambda size: groups % size == 0 or size % groups == 0,
+                "--cp-comm-type, to all_gather",
+            ),
+        ]
+    return conditions
+
+
+def gathering_notes(options: EngineOptions, plan: StagePlan, shape: ModelShape) -> list[str]:
+    """Returns a note for each context-parallel size with which the ranks gather keys and values although nobody asked for it."""
+    if options.cp_comm_type is not None:
+        return []
+    tensor = options.tensor_model_parallel_size
+    heads, groups = shape.num_attention_heads // tensor, max(1, shape.num_query_groups // tensor)
+    return [
+        f"{plural(size, 'context-parallel rank')} cannot share {plural(heads, 'query head')} and {plural(groups, 'key-value head')}"
+        f"{' of a tensor-parallel rank' if tensor > 1 else ''}, so they gather keys and values of all positions (--cp-comm-type all_gather)"
+        for size in sorted({stage.context_parallel_size for stage in plan.stages})
+        if gathers_keys(shape, tensor, size, None)
     ]
 
 

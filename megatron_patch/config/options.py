@@ -54,6 +54,7 @@ class ModelOptions:
     model_family: Fixed[str] = "llama"
     """Sets the defaults of the options below. Built in: llama and mistral (RMSNorm, SwiGLU, rotary positions, no biases, untied head),
     qwen3 (the same with normalized queries and keys), smollm3 (the same as llama with every 4th block without rotation, tied head),
+    olmo2 and olmo3 (the same as llama with norms after attention and feed-forward layer, and queries and keys normalized over all heads),
     gpt2 (LayerNorm, GELU, learned positions, biases, tied head). Windows are given by --window-size."""
     num_query_groups: Fixed[OptionalCount] = None
     """Number of key-value heads, for grouped-query attention. By default each query head has its own."""
@@ -101,8 +102,15 @@ class ModelOptions:
     """Attention sees a window: LEFT positions before a position, and itself. 4095,0 is a window of 4,096 positions. By default none."""
     window_attn_skip_freq: Fixed[OptionalPattern] = None
     """Blocks without this window: every N-th one, or a list with 0 for each of them, such as ([1]*3+[0])*8. By default none."""
+    windowed_rotary_base: Fixed[OptionalFloat] = None
+    """Base of the rotary frequencies of blocks with a window, to which --rope-scaling does not apply. By default that of all blocks."""
+    norm_placement: Fixed[Annotated[Literal["pre", "post"] | None, OPTIONAL]] = None
+    """Normalize what attention and feed-forward layers read (pre), or what they add to the residual stream (post).
+    By default the model family's choice."""
     qk_layernorm: Fixed[OptionalSwitch] = None
-    """Normalize the queries and keys of each head before the rotation. By default the model family's choice."""
+    """Normalize queries and keys before the rotation. By default the model family's choice."""
+    qk_norm_scope: Fixed[Annotated[Literal["head", "all"] | None, OPTIONAL]] = None
+    """Normalize the queries and keys of each head, or over all heads together. By default the model family's choice."""
     add_qkv_bias: Fixed[OptionalSwitch] = None
     """Add biases only to the query, key and value projections, as Qwen2 does."""
     disable_bias_linear: Fixed[OptionalSwitch] = None
@@ -305,8 +313,9 @@ class EngineOptions:
     """Number of ranks that share the positions of each sample (context parallel). Use it for samples that are too long for one GPU.
     It divides the data-parallel ranks. Stages with fewer positions than --seq-length, such as a patch stage, take a share of it.
     A stage of `stages:` may have its own context_parallel_size."""
-    cp_comm_type: Free[Literal["a2a"]] = "a2a"
-    """How context-parallel ranks exchange queries, keys and values: a2a sends positions and receives heads (Ulysses)."""
+    cp_comm_type: Free[Annotated[Literal["a2a", "all_gather"] | None, OPTIONAL]] = None
+    """How context-parallel ranks exchange queries, keys and values: a2a sends positions and receives heads (Ulysses), all_gather gathers
+    keys and values. Default: a2a, or all_gather where the ranks do not divide the heads."""
     recompute_granularity: Free[Literal["none", "selective", "full"]] = "none"
     """Save memory by computing activations again in the backward pass: those of attention (selective), or of full blocks (full)."""
     compile: Free[bool] = False

@@ -21,7 +21,7 @@ from megatron_patch.config.checks import (
     check_plan,
     check_profile_ranks,
 )
-from megatron_patch.config.context_checks import check_context_parallel
+from megatron_patch.config.context_checks import check_context_parallel, gathering_notes
 from megatron_patch.config.layer_patterns import full_attention_blocks, unrotated_blocks, window_positions
 from megatron_patch.config.megatron.command_line import MegatronReport
 from megatron_patch.config.options import ModelOptions, Options
@@ -41,7 +41,7 @@ from megatron_patch.model.flops import parameter_count
 from megatron_patch.model.own_model import OwnModel
 from megatron_patch.model.pipeline_partition import pipeline_partition
 from megatron_patch.model.shape import ModelShape, check_shape, default_ffn_hidden_size
-from megatron_patch.model.sharding import check_sharding
+from megatron_patch.model.sharding import check_sharding, gathers_keys
 from megatron_patch.stages import StagePlan
 from megatron_patch.utils.units import format_count, plural
 
@@ -78,6 +78,13 @@ class RunConfig:
     notes: tuple[str, ...] = ()
     megatron: MegatronReport | None = None
     own_model: OwnModel | None = None
+
+    @property
+    def gathering_sizes(self) -> frozenset[int]:
+        """Context-parallel sizes of stages in which ranks gather keys and values, in place of sharing heads."""
+        engine, sizes = self.options.engine, {stage.context_parallel_size for stage in self.plan.stages}
+        tensor, comm_type = engine.tensor_model_parallel_size, engine.cp_comm_type
+        return frozenset(size for size in sizes if gathers_keys(self.shape, tensor, size, comm_type))
 
     @property
     def ranks(self) -> int:
@@ -180,7 +187,7 @@ def build_shape(options: ModelOptions, vocab_size: int, longest: int, tensor_par
             "a hidden size that is a multiple of --num-attention-heads",
             "change one of them or give --kv-channels",
         )
-    swiglu = _given(options.swiglu, family.swiglu)
+    swiglu, qk_norm = _given(options.swiglu, family.swiglu), _given(options.qk_layernorm, family.qk_norm)
     bias = not _given(options.disable_bias_linear, not family.linear_bias)
     positions = options.max_position_embeddings or longest
     if positions < longest:
@@ -220,7 +227,10 @@ def build_shape(options: ModelOptions, vocab_size: int, longest: int, tensor_par
         window=window,
         full_layers=full if window is not None else (),
         unrotated_layers=unrotated_blocks(options),
-        qk_norm=_given(options.qk_layernorm, family.qk_norm),
+        windowed_rotary_base=options.windowed_rotary_base,
+        norm_placement=_given(options.norm_placement, family.norm_placement),
+        qk_norm=qk_norm,
+        qk_norm_scope=_given(options.qk_norm_scope, family.qk_norm_scope if qk_norm else "head"),
         attention_bias=bias,
         qkv_bias=_given(options.add_qkv_bias, family.qkv_bias) or bias,
         mlp_bias=bias,
@@ -334,6 +344,7 @@ def resolve(parsed: ParsedOptions, ranks: int) -> RunConfig:
     notes.extend(schedule_notes(plan, specs, options.schedule))
     check_plan(options, plan)
     check_context_parallel(options.engine, plan, shape, data_parallel_size)
+    notes.extend(gathering_notes(options.engine, plan, shape))
     notes.extend(scale_notes(options, plan, parameters))
     run = RunConfig(options, parsed.origins, shape, plan, blend, valid_blend, metadata, data_parallel_size, tuple(notes), parsed.megatron)
     check_documents(options.data, run.eod_id, shape.vocab_size)

@@ -17,14 +17,18 @@ from megatron_patch.convert.config_json import (
     read_gpt2,
     read_llama,
     read_mistral,
+    read_olmo2,
+    read_olmo3,
     read_smollm3,
     read_windows,
     write_gpt2,
     write_llama,
+    write_olmo2,
+    write_olmo3,
     write_smollm3,
     write_windows,
 )
-from megatron_patch.convert.tensor_names import GPT2_NAMES, LLAMA_NAMES, TensorNames
+from megatron_patch.convert.tensor_names import GPT2_NAMES, LLAMA_NAMES, OLMO2_NAMES, TensorNames
 from megatron_patch.errors import CheckpointError, ConfigError
 from megatron_patch.model.shape import ModelShape, check_shape
 
@@ -61,10 +65,13 @@ LLAMA_LAYERS: Mapping[str, Any] = {
     "normalization": "RMSNorm",
     "activation": "swiglu",
     "position_embedding": "rope",
+    "norm_placement": "pre",
     "qk_norm": False,
+    "qk_norm_scope": "head",
     "window": None,
     "full_layers": (),
     "unrotated_layers": (),
+    "windowed_rotary_base": None,
 }
 """The kinds of layers of Llama and of the architectures that follow it: fields of `ModelShape` and their values."""
 
@@ -135,6 +142,30 @@ SMOLLM3 = Architecture(
     read_config=read_smollm3,
     write_config=write_smollm3,
 )
+_OLMO2_LAYERS = {**LLAMA_LAYERS, "norm_placement": "post", "qk_norm": True, "qk_norm_scope": "all", "mlp_bias": False}
+OLMO2 = Architecture(
+    "Olmo2ForCausalLM",
+    "olmo2",
+    "olmo2",
+    required=lambda shape: {**_OLMO2_LAYERS, "attention_bias": shape.qkv_bias},
+    read_config=read_olmo2,
+    write_config=write_olmo2,
+    tensors=OLMO2_NAMES,
+)
+OLMO3 = Architecture(
+    "Olmo3ForCausalLM",
+    "olmo3",
+    "olmo3",
+    required=lambda shape: {
+        **_OLMO2_LAYERS,
+        **_any_windows(shape),
+        "windowed_rotary_base": shape.windowed_rotary_base,
+        "attention_bias": shape.qkv_bias,
+    },
+    read_config=read_olmo3,
+    write_config=write_olmo3,
+    tensors=OLMO2_NAMES,
+)
 GPT2 = Architecture(
     "GPT2LMHeadModel",
     "gpt2",
@@ -143,6 +174,7 @@ GPT2 = Architecture(
         "normalization": "LayerNorm",
         "activation": "gelu",
         "position_embedding": "learned",
+        "norm_placement": "pre",
         "qk_norm": False,
         "window": None,
         "qkv_bias": True,
@@ -155,7 +187,8 @@ GPT2 = Architecture(
     write_config=write_gpt2,
     tensors=GPT2_NAMES,
 )
-ARCHITECTURES: dict[str, Architecture] = {architecture.name: architecture for architecture in (LLAMA, QWEN2, QWEN3, GPT2, MISTRAL, SMOLLM3)}
+_BUILT_IN = (LLAMA, QWEN2, QWEN3, GPT2, MISTRAL, SMOLLM3, OLMO2, OLMO3)
+ARCHITECTURES: dict[str, Architecture] = {architecture.name: architecture for architecture in _BUILT_IN}
 """Class name -> architecture. Open to further entries."""
 
 

@@ -94,6 +94,10 @@ class ConfigReader:
         found: list[Any] = value[:layers]
         return found
 
+    def without(self, *keys: str) -> ConfigReader:
+        """Returns a reader of the same configuration in which these keys are missing."""
+        return ConfigReader({key: value for key, value in self._values.items() if key not in keys}, self.where, self._do)
+
     def _refusal(self, key: str, value: Any, allowed: str) -> CheckpointError:
         return CheckpointError(f"{self.where}: {key} is {_shown(value)}", allowed, self._do)
 
@@ -242,6 +246,64 @@ def read_mistral(values: ConfigReader) -> dict[str, Any]:
     }
 
 
+def read_olmo2(values: ConfigReader) -> dict[str, Any]:
+    """Returns the shape's fields from a configuration of OLMo 2.
+
+    Raises:
+        CheckpointError: a missing key, or a value that the model does not support.
+    """
+    return {**read_llama(values, norm_epsilon=1e-5), "norm_placement": "post", "qk_norm": True, "qk_norm_scope": "all"}
+
+
+def write_olmo2(shape: ModelShape) -> dict[str, Any]:
+    """Returns the keys of a shape in OLMo 2's schema."""
+    # The default of the padding token is an id of the published vocabulary.
+    return {**write_llama(shape), "attention_bias": shape.qkv_bias, "pad_token_id": None}
+
+
+def read_olmo3(values: ConfigReader) -> dict[str, Any]:
+    """Returns the shape's fields from a configuration of Olmo 3: OLMo 2 with windows in most layers, which are not scaled.
+
+    Raises:
+        CheckpointError: a missing key, or a value that the model does not support.
+    """
+    found = read_olmo2(values.without("rope_parameters", "rope_scaling"))
+    windows = _read_alternating_windows(values, every=4)
+    return {**found, **windows, **_read_rotary_by_kind(values, 500000.0, "rope_theta", 500000.0, bool(windows))}
+
+
+def write_olmo3(shape: ModelShape) -> dict[str, Any]:
+    """Returns the keys of a shape in Olmo 3's schema."""
+    return {**write_olmo2(shape), **_write_layer_types(shape), **_write_rotary_by_kind(shape)}
+
+
+def _read_alternating_windows(values: ConfigReader, every: int) -> dict[str, Any]:
+    """The windows of an architecture in which layers without one are given by `layer_types`, or else are every N-th layer."""
+    layers = values.number("num_hidden_layers")
+    check_layers(values, layers)
+    kinds = values.per_layer("layer_types", layers, (_FULL, _SLIDING))
+    if kinds is None:
+        kinds = [_SLIDING if (layer + 1) % every else _FULL for layer in range(layers)]
+    if _SLIDING not in kinds:
+        return {}
+    if values.get("sliding_window", 4096) is None:
+        raise CheckpointError(
+            f"{values.where}: sliding_window is None, but layers have a window",
+            "a number of positions, or layer_types with full_attention in all layers",
+            "use the model's original config.json",
+        )
+    full = tuple(layer for layer in range(layers) if kinds[layer] == _FULL)
+    return {"window": values.number("sliding_window", 4096), "full_layers": full}
+
+
+def _write_layer_types(shape: ModelShape) -> dict[str, Any]:
+    return {
+        # transformers makes a mask for windows even if no layer has one.
+        "sliding_window": 4096 if shape.window is None else shape.window,
+        "layer_types": [_FULL if shape.window_of(layer) is None else _SLIDING for layer in range(shape.num_layers)],
+    }
+
+
 def read_smollm3(values: ConfigReader) -> dict[str, Any]:
     """Returns the shape's fields from a configuration of SmolLM3, some of whose layers have no rotation.
 
@@ -305,10 +367,24 @@ def _read_rotary(values: ConfigReader, base: float, positions: int) -> dict[str,
         positions: the length of the context, for YaRN without its original one.
     """
     given = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    return _read_frequencies(values.where, "rope_parameters", values.get("rope_theta", base), given, base, positions)
+
+
+def _read_frequencies(where: str, key: str, theta: Any, given: Any, base: float, positions: int) -> dict[str, Any]:
+    """The rotary base and scaling of some layers.
+
+    Args:
+        where: the file, for messages.
+        key: the key of `given`, for messages.
+        theta: the base where `given` has none.
+        given: the values under this key.
+        base: the base where `theta` is missing.
+        positions: the length of the context, for YaRN without its original one.
+    """
     if not isinstance(given, dict):
         given = {"rope_type": given}
-    merged = {"rope_type": given.get("type", "default"), "rope_theta": values.get("rope_theta", base), **given}
-    rope = ConfigReader(merged, f"{values.where}: rope_parameters")
+    merged = {"rope_type": given.get("type", "default"), "rope_theta": theta, **given}
+    rope = ConfigReader(merged, f"{where}: {key}")
     rope.require("rope_type", "default", ("default", "linear", "llama3", "yarn"))
     rope.require("partial_rotary_factor", 1.0, (1.0, None))
     result: dict[str, Any] = {"rotary_base": rope.real("rope_theta", base)}
@@ -325,6 +401,50 @@ def _read_rotary(values: ConfigReader, base: float, positions: int) -> dict[str,
             "rotary_original_positions": rope.number("original_max_position_embeddings"),
         }
     return result
+
+
+def _read_rotary_by_kind(values: ConfigReader, base: float, windowed_key: str, windowed_base: float, windows: bool) -> dict[str, Any]:
+    """The rotary bases and scaling of layers with and without a window (Olmo 3).
+
+    Args:
+        values: the configuration. Newer ones have `rope_parameters` with values for each kind; older ones `rope_theta` and `rope_scaling`
+            for layers without a window, and `windowed_key` for those with one, which are not scaled.
+        base: the rotary base of the former where it is missing.
+        windowed_key: the older key of the base of the latter.
+        windowed_base: that base where it is missing.
+        windows: whether there are layers with a window.
+    """
+    positions = values.number("max_position_embeddings")
+    nested = values.get("rope_parameters") or {}
+    if (
+        not isinstance(nested, dict)
+        or not all(isinstance(nested.get(kind) or {}, dict) for kind in (_FULL, _SLIDING))
+        or "rope_type" in nested
+    ):
+        raise CheckpointError(
+            f"{values.where}: rope_parameters is {_shown(nested)}",
+            f"an object with {_FULL} and {_SLIDING}, or rope_theta and rope_scaling",
+            "use the model's original config.json",
+        )
+    scaling = values.get("rope_scaling") or {}
+    full = {**scaling, **(nested.get(_FULL) or {})} if isinstance(scaling, dict) else scaling
+    found = _read_frequencies(values.where, f"rope_parameters {_FULL}", values.get("rope_theta", base), full, base, positions)
+    if not windows:
+        return found
+    sliding = nested.get(_SLIDING) or {}
+    windowed = _read_frequencies(
+        values.where, f"rope_parameters {_SLIDING}", values.get(windowed_key, windowed_base), sliding, windowed_base, positions
+    )
+    if windowed == found:
+        return found
+    ConfigReader(sliding, f"{values.where}: rope_parameters {_SLIDING}").require("rope_type", "default", ("default",))
+    return {**found, "windowed_rotary_base": windowed["rotary_base"]}
+
+
+def _write_rotary_by_kind(shape: ModelShape) -> dict[str, Any]:
+    full = {"rope_theta": shape.rotary_base, **(_write_rotary_scaling(shape) or {"rope_type": "default"})}
+    plain = {"rope_theta": shape.windowed_rotary_base, "rope_type": "default"}
+    return {"rope_parameters": {_FULL: full, _SLIDING: full if shape.windowed_rotary_base is None else plain}}
 
 
 def _read_yarn(rope: ConfigReader, positions: int) -> dict[str, Any]:

@@ -40,8 +40,12 @@ def training_flags(shape: ModelShape, family: str) -> list[str] | None:
         values["swiglu"] = shape.activation == "swiglu"
     if shape.position_embedding != preset.position_embedding:
         values["position-embedding-type"] = "rope" if shape.position_embedding == "rope" else "learned_absolute"
+    if shape.norm_placement != preset.norm_placement:
+        values["norm-placement"] = shape.norm_placement
     if shape.qk_norm != preset.qk_norm:
         values["qk-layernorm"] = shape.qk_norm
+    if shape.qk_norm and shape.qk_norm_scope != preset.qk_norm_scope:
+        values["qk-norm-scope"] = shape.qk_norm_scope
     if shape.position_embedding == "learned":
         values["max-position-embeddings"] = shape.max_positions
     else:
@@ -64,6 +68,8 @@ def training_flags(shape: ModelShape, family: str) -> list[str] | None:
         values["rope-attention-factor"] = shape.rotary_attention_factor
     if shape.window is not None:
         values["window-size"] = f"{shape.window - 1},0"
+    if shape.windowed_rotary_base is not None:
+        values["windowed-rotary-base"] = shape.windowed_rotary_base
     if shape.full_layers:
         values["window-attn-skip-freq"] = _pattern(shape.full_layers, shape.num_layers, 0)
     every = preset.no_rope_freq if shape.position_embedding == "rope" else None

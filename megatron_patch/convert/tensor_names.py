@@ -60,6 +60,15 @@ LLAMA_NAMES = TensorNames(
         "feed_forward.down": "mlp.down_proj",
     },
 )
+OLMO2_NAMES = TensorNames(
+    LLAMA_NAMES.modules,
+    LLAMA_NAMES.block,
+    {
+        **{ours: theirs for ours, theirs in LLAMA_NAMES.block_modules.items() if ours not in ("attention_norm", "feed_forward_norm")},
+        "attention_output_norm": "post_attention_layernorm",
+        "feed_forward_output_norm": "post_feedforward_layernorm",
+    },
+)
 GPT2_NAMES = TensorNames(
     {
         "embedding.word": "transformer.wte",

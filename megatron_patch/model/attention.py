@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from megatron_patch.model.norm import RMSNorm
+from megatron_patch.model.norm import make_head_norm
 from megatron_patch.model.rotary import rotate
 from megatron_patch.model.shape import ModelShape
 from megatron_patch.model.sharding import shards_key_value
 from megatron_patch.ops.attention_kernels import LONGEST_FLASH_HEAD
-from megatron_patch.ops.documents_attention import Documents, documents_attention
+from megatron_patch.ops.documents_attention import Documents, DocumentSlices, documents_attention, sliced_attention
 from megatron_patch.parallel.context import UNSHARED, ContextParallel, share_heads, share_positions
 from megatron_patch.parallel.tensor import UNSHARDED, RowParallelLinear, TensorParallel, all_reduce_gradient, copy_to_tensor_parallel
 
@@ -31,6 +31,8 @@ class AttentionContext:
         windowed: of a model with windows, for the blocks with one: `documents`, or the samples as documents. Not together with `mask`.
         windowed_mask: `mask` for the blocks with a window.
         ranks: the ranks that share the positions; masks and documents are those of all positions.
+        slices: this rank's part of the documents, if these ranks gather keys and values.
+        windowed_rotary: `rotary` for the blocks with a window; None: the same.
     """
 
     rotary: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -39,6 +41,8 @@ class AttentionContext:
     windowed: Documents | None = None
     windowed_mask: torch.Tensor | None = None
     ranks: ContextParallel = UNSHARED
+    slices: DocumentSlices | None = None
+    windowed_rotary: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
 @dataclass
@@ -139,9 +143,8 @@ class Attention(nn.Module):
         self.key = KeyValueLinear(shape.hidden_size, local_keys, shape, parallel)
         self.value = KeyValueLinear(shape.hidden_size, local_keys, shape, parallel)
         self.output = RowParallelLinear(queries, shape.hidden_size, shape.attention_bias, parallel)
-        # Each rank normalizes only its own heads, so the gradients of these weights are summed over the ranks.
-        self.query_norm = RMSNorm(shape.head_size, shape.norm_epsilon, parallel) if shape.qk_norm else None
-        self.key_norm = RMSNorm(shape.head_size, shape.norm_epsilon, parallel) if shape.qk_norm else None
+        self.query_norm = make_head_norm(shape, shape.num_attention_heads, parallel)
+        self.key_norm = make_head_norm(shape, shape.num_query_groups, parallel)
 
     def _heads(self, projected: torch.Tensor) -> torch.Tensor:
         """Splits [B, T, heads·head_size] into [B, T, heads, head_size]."""
@@ -164,8 +167,9 @@ class Attention(nn.Module):
             queries, keys = self.query_norm(queries), self.key_norm(keys)
         queries, keys = queries.transpose(1, 2), keys.transpose(1, 2)
         values = self._heads(self.value(hidden)).transpose(1, 2)
-        if context.rotary is not None and self.rotates:
-            queries, keys = rotate(queries, *context.rotary), rotate(keys, *context.rotary)
+        rotary = context.rotary if self.window is None or context.windowed_rotary is None else context.windowed_rotary
+        if rotary is not None and self.rotates:
+            queries, keys = rotate(queries, *rotary), rotate(keys, *rotary)
         if cache is not None:
             keys, values = cache.extend(keys, values)
         queries, keys, values = share_heads(queries, keys, values, context.ranks)
@@ -178,6 +182,8 @@ class Attention(nn.Module):
     def _attend(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, context: AttentionContext) -> torch.Tensor:
         mask, documents = context.mask, context.documents
         window = self.window if self.window is not None and keys.shape[2] > self.window else None
+        if context.slices is not None:
+            return sliced_attention(queries, keys, values, context.slices, window)
         if window is not None:
             mask, documents = context.windowed_mask, context.windowed
             if mask is None and documents is None:

@@ -1,4 +1,4 @@
-"""A pre-norm transformer block: attention and feed-forward layer each add to the residual stream."""
+"""A transformer block: attention and feed-forward layer each add to the residual stream, with norms before or after them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from megatron_patch.parallel.tensor import UNSHARDED, TensorParallel
 
 
 class Block(nn.Module):
-    """Computes h = x + attention(norm(x)), then h + feed_forward(norm(h)).
+    """Computes h = x + post(attention(pre(x))), then h + post(feed_forward(pre(h))), each with norms of its own.
+
+    A norm that the shape's placement leaves out is the identity.
 
     Args:
         shape: the model's shape.
@@ -24,12 +26,24 @@ class Block(nn.Module):
 
     def __init__(self, shape: ModelShape, recompute_attention: bool = False, parallel: TensorParallel = UNSHARDED, number: int = 0) -> None:
         super().__init__()
-        self.attention_norm = make_norm(shape, parallel)
+        before, after = shape.norm_placement == "pre", shape.norm_placement == "post"
+        self.attention_norm = make_norm(shape, parallel) if before else None
         self.attention = Attention(shape, recompute_attention, parallel, number)
-        self.feed_forward_norm = make_norm(shape, parallel)
+        self.attention_output_norm = make_norm(shape, parallel) if after else None
+        self.feed_forward_norm = make_norm(shape, parallel) if before else None
         self.feed_forward = FeedForward(shape, parallel)
+        self.feed_forward_output_norm = make_norm(shape, parallel) if after else None
 
     def forward(self, hidden: torch.Tensor, context: AttentionContext, cache: KeyValueCache | None = None) -> torch.Tensor:
         """Maps [B, T, H] to [B, T, H]; with sequence parallelism both hold this rank's positions only."""
-        hidden = hidden + self.attention(self.attention_norm(hidden), context, cache)
-        return hidden + self.feed_forward(self.feed_forward_norm(hidden))
+        attended = self.attention(_normalized(self.attention_norm, hidden), context, cache)
+        hidden = hidden + _normalized(self.attention_output_norm, attended)
+        fed_forward = self.feed_forward(_normalized(self.feed_forward_norm, hidden))
+        return hidden + _normalized(self.feed_forward_output_norm, fed_forward)
+
+
+def _normalized(norm: nn.Module | None, hidden: torch.Tensor) -> torch.Tensor:
+    if norm is None:
+        return hidden
+    result: torch.Tensor = norm(hidden)
+    return result

@@ -24,7 +24,9 @@ class Family:
         swiglu: default of --swiglu: a gated feed-forward layer with SiLU, or else GELU in its tanh form.
         position_embedding: default of --position-embedding-type: rotary, or learned absolute positions.
         no_rope_freq: default of --no-rope-freq as a number: every N-th block has no rotation; None: all have.
+        norm_placement: default of --norm-placement.
         qk_norm: default of --qk-layernorm.
+        qk_norm_scope: default of --qk-norm-scope, where queries and keys are normalized.
         linear_bias: biases in all linear layers of a block; the opposite of the default of --disable-bias-linear.
         qkv_bias: default of --add-qkv-bias: biases in the query, key and value projections, even without `linear_bias`.
         tie_embeddings: the output head is the embedding's transpose; the opposite of --untie-embeddings-and-output-weights.
@@ -35,7 +37,9 @@ class Family:
     swiglu: bool = True
     position_embedding: Literal["rope", "learned"] = "rope"
     no_rope_freq: int | None = None
+    norm_placement: Literal["pre", "post"] = "pre"
     qk_norm: bool = False
+    qk_norm_scope: Literal["head", "all"] = "head"
     linear_bias: bool = False
     qkv_bias: bool = False
     tie_embeddings: bool = False
@@ -46,6 +50,8 @@ FAMILIES: dict[str, Family] = {
     "qwen3": Family(norm_epsilon=1e-6, qk_norm=True),
     "mistral": Family(),
     "smollm3": Family(norm_epsilon=1e-6, no_rope_freq=4, tie_embeddings=True),
+    "olmo2": Family(norm_placement="post", qk_norm=True, qk_norm_scope="all"),
+    "olmo3": Family(norm_placement="post", qk_norm=True, qk_norm_scope="all"),
     "gpt2": Family(normalization="LayerNorm", swiglu=False, position_embedding="learned", linear_bias=True, tie_embeddings=True),
 }
 """Name, as `--model-family` takes it -> the family. Open to further entries."""
@@ -69,7 +75,9 @@ def family_of_shape(shape: ModelShape) -> str:
             (family.normalization != shape.normalization)
             + (family.swiglu != (shape.activation == "swiglu"))
             + (family.position_embedding != shape.position_embedding)
+            + (family.norm_placement != shape.norm_placement)
             + (family.qk_norm != shape.qk_norm)
+            + (family.qk_norm_scope != shape.qk_norm_scope)
             + ((family.no_rope_freq is not None) != bool(shape.unrotated_layers))
         )
 

@@ -18,12 +18,12 @@ from megatron_patch.model.block import Block
 from megatron_patch.model.embedding import Embedding
 from megatron_patch.model.head import Head
 from megatron_patch.model.norm import make_norm
-from megatron_patch.model.rotary import rotary_tables
+from megatron_patch.model.rotary import rotary_tables, windowed_rotary_tables
 from megatron_patch.model.shape import ModelShape, check_shape
 from megatron_patch.model.sharding import check_sharding
 from megatron_patch.ops import Operators
 from megatron_patch.ops.attention_kernels import band
-from megatron_patch.ops.documents_attention import Documents, documents_of_samples
+from megatron_patch.ops.documents_attention import Documents, documents_of_samples, slice_documents
 from megatron_patch.parallel.context import UNSHARED, ContextParallel
 from megatron_patch.parallel.tensor import UNSHARDED, TensorParallel
 
@@ -196,12 +196,14 @@ class GPTModel(nn.Module):
         padding: torch.Tensor | None,
         ranks: ContextParallel,
     ) -> AttentionContext:
-        rotary = None
+        rotary = windowed_rotary = None
         if self.shape.position_embedding == "rope":
             if position_ids is None:
                 position_ids = torch.arange(length, device=hidden.device)[None]
             cos, sin = rotary_tables(position_ids, self.shape, hidden.dtype)
             rotary = (cos[:, None], sin[:, None])
+            if (local := windowed_rotary_tables(position_ids, self.shape, hidden.dtype)) is not None:
+                windowed_rotary = (local[0][:, None], local[1][:, None])
         mask = windowed_mask = None
         if padding is not None or (earlier and length > 1):
             mask = torch.ones(1, 1, length, earlier + length, dtype=torch.bool, device=hidden.device).tril(diagonal=earlier)
@@ -216,9 +218,15 @@ class GPTModel(nn.Module):
                 windowed_mask = mask & band(length, earlier + length, self.shape.window, hidden.device)
             elif documents is None and not earlier:
                 windowed = documents_of_samples(len(hidden), ranks.size * length, hidden.device)
-        if windowed is not None and self._compiled:
-            windowed.mark_dynamic()
-        return AttentionContext(rotary, mask, documents, windowed, windowed_mask, ranks)
+        slices = None
+        if ranks.gathers:
+            whole = windowed or documents or documents_of_samples(len(hidden), ranks.size * length, hidden.device)
+            slices = slice_documents(whole, ranks.size * length, ranks.rank, ranks.size)
+        if self._compiled:
+            for one in (windowed, slices):
+                if one is not None:
+                    one.mark_dynamic()
+        return AttentionContext(rotary, mask, documents, windowed, windowed_mask, ranks, slices, windowed_rotary)
 
 
 def _checkpoint(block: nn.Module, hidden: torch.Tensor, context: AttentionContext) -> Any:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from megatron_patch.model.shape import ModelShape
-from megatron_patch.parallel.tensor import UNSHARDED, TensorParallel, all_reduce_gradient
+from megatron_patch.parallel.tensor import UNSHARDED, TensorParallel, all_reduce_gradient, mean_over_tensor_parallel
 
 
 class RMSNorm(nn.Module):
@@ -29,6 +29,40 @@ class RMSNorm(nn.Module):
         wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
         wide = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self.epsilon)
         return all_reduce_gradient(self.weight, self.parallel) * wide.to(hidden.dtype)
+
+
+class AllHeadsNorm(nn.Module):
+    """RMSNorm over the width of all heads of queries or keys together (OLMo 2, arXiv 2501.00656), of which each rank holds some.
+
+    The ranks exchange the mean square of each position, one number, in both passes.
+
+    Args:
+        heads: number of heads of all ranks.
+        head_size: width of a head.
+        epsilon: added to the mean square.
+        parallel: the ranks that share the heads.
+        sharded: whether each rank holds heads of its own, and their weights; otherwise there are fewer heads than ranks, every rank holds
+            all weights, and several ranks normalize copies of one head.
+    """
+
+    def __init__(self, heads: int, head_size: int, epsilon: float, parallel: TensorParallel = UNSHARDED, sharded: bool = True) -> None:
+        super().__init__()
+        width = heads * head_size
+        self.weight = nn.Parameter(torch.ones(parallel.shard_size(width) if sharded else width))
+        self.epsilon, self.parallel = epsilon, parallel
+        self.elements: slice | None = None
+        if not sharded:
+            head = parallel.rank * heads // parallel.size
+            self.elements = slice(head * head_size, (head + 1) * head_size)
+
+    def forward(self, heads: torch.Tensor) -> torch.Tensor:
+        """Normalizes this rank's heads, [..., heads, head_size]."""
+        wide = heads.flatten(-2).to(torch.promote_types(heads.dtype, torch.float32))
+        # All ranks hold equally many heads, so the mean of their means is the mean over all.
+        square = mean_over_tensor_parallel(wide.square().mean(dim=-1, keepdim=True), self.parallel)
+        wide = wide * torch.rsqrt(square + self.epsilon)
+        weight = self.weight if self.elements is None else all_reduce_gradient(self.weight, self.parallel)[self.elements]
+        return (weight * wide.to(heads.dtype)).unflatten(-1, heads.shape[-2:])
 
 
 class LayerNorm(nn.LayerNorm):
@@ -56,3 +90,19 @@ def make_norm(shape: ModelShape, parallel: TensorParallel = UNSHARDED) -> nn.Mod
     if shape.normalization == "LayerNorm":
         return LayerNorm(shape.hidden_size, shape.norm_epsilon, sharded)
     return RMSNorm(shape.hidden_size, shape.norm_epsilon, sharded)
+
+
+def make_head_norm(shape: ModelShape, heads: int, parallel: TensorParallel = UNSHARDED) -> nn.Module | None:
+    """Returns the norm of [..., heads of this rank, head_size] of queries or keys, or None in a model without such norms.
+
+    Args:
+        shape: the model's shape.
+        heads: number of heads of all ranks: of query heads, or of query groups.
+        parallel: the ranks that share the heads.
+    """
+    if not shape.qk_norm:
+        return None
+    if shape.qk_norm_scope == "all":
+        return AllHeadsNorm(heads, shape.head_size, shape.norm_epsilon, parallel, sharded=heads % parallel.size == 0)
+    # Each rank normalizes only its own heads, so the gradient of the weight is summed over the ranks.
+    return RMSNorm(shape.head_size, shape.norm_epsilon, parallel)

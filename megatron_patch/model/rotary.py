@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import torch
@@ -81,6 +82,14 @@ def rotary_tables(positions: torch.Tensor, shape: ModelShape, dtype: torch.dtype
     if factor != 1.0:
         cos, sin = cos * factor, sin * factor
     return cos.to(dtype), sin.to(dtype)
+
+
+def windowed_rotary_tables(positions: torch.Tensor, shape: ModelShape, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Returns the `rotary_tables` of the blocks with a window, without scaling, or None where they are those of all blocks."""
+    if shape.windowed_rotary_base is None:
+        return None
+    plain = dataclasses.replace(shape, rotary_base=shape.windowed_rotary_base, rotary_scaling="none")
+    return rotary_tables(positions, plain, dtype)
 
 
 def rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

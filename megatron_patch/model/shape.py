@@ -39,7 +39,12 @@ class ModelShape:
         window: positions that a position attends to at most: itself and those before it; None: all up to itself.
         full_layers: numbers, from 0, of the blocks without a window, in ascending order; empty without `window`.
         unrotated_layers: numbers, from 0, of the blocks whose queries and keys are not rotated, in ascending order.
-        qk_norm: RMSNorm of each head's queries and keys before the rotation (Qwen3).
+        windowed_rotary_base: base of the rotary frequencies of the blocks with a window, which are then not scaled (Olmo 3, Gemma 3);
+            None: those of all blocks are the same.
+        norm_placement: "pre": attention and feed-forward layer read the normalized residual stream; "post": they read the residual stream,
+            and what they return is normalized before it is added (OLMo 2).
+        qk_norm: RMSNorm of queries and keys before the rotation.
+        qk_norm_scope: with `qk_norm`: of each "head" (Qwen3), or over the width of "all" heads together (OLMo 2).
         attention_bias: bias of the attention's output projection.
         qkv_bias: biases of the query, key and value projections.
         mlp_bias: biases of the feed-forward layer.
@@ -72,7 +77,10 @@ class ModelShape:
     window: int | None = None
     full_layers: tuple[int, ...] = ()
     unrotated_layers: tuple[int, ...] = ()
+    windowed_rotary_base: float | None = None
+    norm_placement: Literal["pre", "post"] = "pre"
     qk_norm: bool = False
+    qk_norm_scope: Literal["head", "all"] = "head"
     attention_bias: bool = False
     qkv_bias: bool = False
     mlp_bias: bool = False
@@ -146,6 +154,21 @@ def _check_layers(shape: ModelShape) -> None:
         raise ConfigError(f"a window of {shape.window} positions", "at least 1 position", "give another --window-size")
     if shape.unrotated_layers and shape.position_embedding != "rope":
         raise ConfigError("--no-rope-freq with learned positions", "rotary positions", "remove --no-rope-freq")
+    if shape.windowed_rotary_base is not None:
+        if shape.window is None or shape.position_embedding != "rope":
+            raise ConfigError(
+                f"--windowed-rotary-base {shape.windowed_rotary_base} in a model without blocks that have a window and rotary positions",
+                "--windowed-rotary-base together with --window-size and rotary positions",
+                "give --window-size, or remove --windowed-rotary-base",
+            )
+        if shape.windowed_rotary_base <= 0:
+            raise ConfigError(f"--windowed-rotary-base {shape.windowed_rotary_base}", "numbers above 0", "give another base")
+    if shape.qk_norm_scope != "head" and not shape.qk_norm:
+        raise ConfigError(
+            "--qk-norm-scope all without --qk-layernorm",
+            "--qk-norm-scope all with --qk-layernorm",
+            "give --qk-layernorm, or remove the scope",
+        )
     if shape.full_layers and (shape.window is None or len(shape.full_layers) >= shape.num_layers):
         raise ConfigError("blocks without a window in a model in which no block has one", "no such blocks", "leave the window out")
     for name in ("full_layers", "unrotated_layers"):

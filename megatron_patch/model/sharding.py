@@ -22,6 +22,8 @@ ROW_PARALLEL = ("attention.output.weight", "feed_forward.down.weight")
 """Ends of the names of row-parallel parameters; every rank holds the full bias of a row-parallel layer."""
 VOCABULARY_PARAMETERS = ("embedding.word.weight", "head.weight")
 """Names of the parameters with one row for each token id; a rank holds a vocabulary shard of them."""
+_ALL_HEADS_NORMS = ("attention.query_norm.weight", "attention.key_norm.weight")
+"""Ends of the names of norms over all heads, which are sharded with the heads; the second one if `shards_key_value`."""
 _KEY_VALUE = ("attention.key.weight", "attention.key.bias", "attention.value.weight", "attention.value.bias")
 
 
@@ -49,6 +51,32 @@ def shards_key_value(shape: ModelShape, size: int) -> bool:
     return shape.num_query_groups % size == 0
 
 
+def divides_heads(shape: ModelShape, tensor: int, size: int) -> bool:
+    """Whether context-parallel ranks can share the heads of a tensor-parallel rank: all get as many queries, and the keys of these.
+
+    Args:
+        shape: the model's shape.
+        tensor: the tensor-parallel size.
+        size: the context-parallel size.
+    """
+    heads, groups = shape.num_attention_heads // tensor, max(1, shape.num_query_groups // tensor)
+    return heads % size == 0 and (groups % size == 0 or size % groups == 0)
+
+
+def gathers_keys(shape: ModelShape, tensor: int, size: int, comm_type: str | None) -> bool:
+    """Whether context-parallel ranks gather keys and values of all positions, in place of exchanging heads for positions.
+
+    Args:
+        shape: the model's shape.
+        tensor: the tensor-parallel size.
+        size: the context-parallel size.
+        comm_type: --cp-comm-type; None: they gather only where they cannot share the heads.
+    """
+    if size == 1:
+        return False
+    return not divides_heads(shape, tensor, size) if comm_type is None else comm_type == "all_gather"
+
+
 def shard_of(name: str, shape: ModelShape, rank: int, size: int) -> Shard | None:
     """Returns the part of a parameter that a tensor-parallel rank holds, or None for the full parameter.
 
@@ -62,6 +90,10 @@ def shard_of(name: str, shape: ModelShape, rank: int, size: int) -> Shard | None
         return None
     if name.endswith(COLUMN_PARALLEL + VOCABULARY_PARAMETERS) or (name.endswith(_KEY_VALUE) and shards_key_value(shape, size)):
         return Shard(0, rank, size)
+    if shape.qk_norm_scope == "all":
+        norms = _ALL_HEADS_NORMS if shards_key_value(shape, size) else _ALL_HEADS_NORMS[:1]
+        if name.endswith(norms):
+            return Shard(0, rank, size)
     return Shard(1, rank, size) if name.endswith(ROW_PARALLEL) else None
 
 

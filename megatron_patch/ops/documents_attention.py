@@ -99,6 +99,12 @@ class DocumentSlices:
     host_spans: torch.Tensor
     longest_span: torch.Tensor
 
+    def mark_dynamic(self) -> None:
+        """Lets torch.compile compile once for all numbers of documents."""
+        self.queries.mark_dynamic()
+        torch._dynamo.mark_dynamic(self.key_bounds, 0)
+        torch._dynamo.mark_dynamic(self.host_spans, 0)
+
 
 def slice_documents(documents: Documents, positions: int, part: int, parts: int) -> DocumentSlices:
     """Returns the documents of one part of each sample; the host does not wait for the device.

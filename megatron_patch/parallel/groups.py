@@ -30,6 +30,7 @@ class Groups:
         embedding: the first and the last pipeline rank of `pipeline`, which both hold a tied embedding; None on other ranks.
         same_layers: ranks that hold parts or copies of the same layers as this rank: all of its pipeline rank; None: all ranks.
         context: (size, ranks that share each of this rank's samples) for each context-parallel size above 1 of the run's stages.
+        gathering: those sizes with which the ranks gather keys and values, in place of sharing heads.
     """
 
     grid: Grid
@@ -39,12 +40,14 @@ class Groups:
     embedding: dist.ProcessGroup | None = None
     same_layers: dist.ProcessGroup | None = None
     context: tuple[tuple[int, dist.ProcessGroup], ...] = ()
+    gathering: frozenset[int] = frozenset()
 
     def context_parallel(self, size: int) -> ContextParallel:
         """Returns how positions are shared in a stage with this context-parallel size, one of those that `make_groups` was given."""
         if size == 1:
             return UNSHARED
-        return ContextParallel(self.grid.data_parallel_rank % size, size, dict(self.context)[size].group_name)
+        group = dict(self.context)[size].group_name
+        return ContextParallel(self.grid.data_parallel_rank % size, size, group, size in self.gathering)
 
     def tensor_parallel(self, sequence: bool) -> TensorParallel:
         """Returns how this rank's layers are sharded; with `sequence`, positions are sharded too if several ranks share a layer."""
@@ -52,13 +55,14 @@ class Groups:
         return TensorParallel(grid.tensor_parallel_rank, grid.tensor_parallel_size, self.tensor, sequence and grid.tensor_parallel_size > 1)
 
 
-def make_groups(grid: Grid, context_sizes: Iterable[int] = ()) -> Groups:
+def make_groups(grid: Grid, context_sizes: Iterable[int] = (), gathering: Iterable[int] = ()) -> Groups:
     """Creates all process groups of the grid and returns this rank's; every rank must call it.
 
     Args:
         grid: this rank's coordinates.
         context_sizes: context-parallel sizes of the run's stages. Groups of all of them are created at once, so that none has to be in the
             middle of a run.
+        gathering: those sizes with which the ranks gather keys and values.
     """
     coordinates = [dataclasses.replace(grid, rank=rank) for rank in range(grid.world_size)]
 
@@ -83,16 +87,17 @@ def make_groups(grid: Grid, context_sizes: Iterable[int] = ()) -> Groups:
         return group
 
     context = tuple((size, make_context_group(size)) for size in sorted(set(context_sizes) - {1}))
+    gathers = frozenset(gathering)
     if grid.tensor_parallel_size * grid.pipeline_parallel_size == 1:
-        return Groups(grid, None, None, context=context)
+        return Groups(grid, None, None, context=context, gathering=gathers)
     tensor = make_group(lambda other: (other.pipeline_parallel_rank, other.data_parallel_rank))
     data = make_group(lambda other: (other.pipeline_parallel_rank, other.tensor_parallel_rank))
     if grid.pipeline_parallel_size == 1:
-        return Groups(grid, tensor, data, context=context)
+        return Groups(grid, tensor, data, context=context, gathering=gathers)
     pipeline = make_group(lambda other: (other.data_parallel_rank, other.tensor_parallel_rank))
     embedding = make_group(lambda other: (other.data_parallel_rank, other.tensor_parallel_rank), holds_embedding)
     same_layers = make_group(lambda other: (other.pipeline_parallel_rank,))
-    return Groups(grid, tensor if grid.tensor_parallel_size > 1 else None, data, pipeline, embedding, same_layers, context)
+    return Groups(grid, tensor if grid.tensor_parallel_size > 1 else None, data, pipeline, embedding, same_layers, context, gathers)
 
 
 @dataclass(frozen=True)

@@ -143,6 +143,25 @@ def all_reduce_gradient(tensor: torch.Tensor, parallel: TensorParallel) -> torch
     return tensor if parallel.size == 1 else _SumGradient.apply(tensor, parallel)
 
 
+class _Mean(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, parallel: TensorParallel) -> torch.Tensor:
+        ctx.parallel = parallel
+        return _all_reduce(tensor, parallel) / parallel.size
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+        return _all_reduce(grad, ctx.parallel) / ctx.parallel.size, None
+
+
+def mean_over_tensor_parallel(tensor: torch.Tensor, parallel: TensorParallel) -> torch.Tensor:
+    """Returns the mean of a tensor over the ranks, on all of them.
+
+    Each rank goes on to compute something else with the mean, so the backward pass sums the gradients of all ranks, too.
+    """
+    return tensor if parallel.size == 1 else _Mean.apply(tensor, parallel)
+
+
 def gather_last_dim(tensor: torch.Tensor, parallel: TensorParallel) -> torch.Tensor:
     """Concatenates [..., n] of each rank to [..., size·n] on all ranks; no gradient flows back."""
     return tensor if parallel.size == 1 else _gather(tensor.detach(), parallel, -1)

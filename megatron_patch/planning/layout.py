@@ -60,6 +60,7 @@ class Layout:
         sub_group_elements: elements of a rank's shard that ZeRO 3 steps at a time.
         optimizer: the optimizer.
         context: context-parallel size of each stage, by which neighbors in the data-parallel dimension share samples; for the name.
+        context_exchange: how they exchange keys; None: they gather them only where they cannot share the heads.
     """
 
     ranks: int
@@ -81,6 +82,7 @@ class Layout:
     sub_group_elements: int = 1_000_000_000
     optimizer: PlannedOptimizer = PlannedOptimizer()
     context: tuple[int, ...] = (1,)
+    context_exchange: Literal["a2a", "all_gather"] | None = None
 
     @property
     def data(self) -> int:
@@ -144,4 +146,5 @@ def layout_of(run: RunConfig, engine_config: EngineConfig) -> Layout:
             schedule.muon_nesterov,
         ),
         context=tuple(stage.context_parallel_size for stage in run.plan.stages),
+        context_exchange=options.cp_comm_type,
     )

@@ -18,7 +18,7 @@ from typing import Literal
 
 from megatron_patch.model.parameters import is_hidden_matrix, parameters_of_layers, shard_numel
 from megatron_patch.model.shape import ModelShape
-from megatron_patch.model.sharding import shards_key_value
+from megatron_patch.model.sharding import gathers_keys, shards_key_value
 from megatron_patch.planning.hidden_matrices import matrix_step
 from megatron_patch.planning.layout import Layout
 from megatron_patch.stages import Stage
@@ -95,8 +95,9 @@ def _sizes(shape: ModelShape, tensor: int, layers: range) -> tuple[int, int, int
 
 
 def sent_key_heads(shape: ModelShape, layout: Layout, context: int) -> int:
-    """Returns the key heads of a rank that ranks of context parallelism exchange: each of them must get at least one."""
-    return max(_attended_key_heads(shape, layout), context)
+    """Returns the key heads of a rank that ranks of context parallelism exchange: where they share heads, each must get at least one."""
+    heads = _attended_key_heads(shape, layout)
+    return heads if gathers_keys(shape, layout.tensor, context, layout.context_exchange) else max(heads, context)
 
 
 def _attended_key_heads(shape: ModelShape, layout: Layout) -> int:
@@ -111,7 +112,7 @@ def saved_by_block(shape: ModelShape, layout: Layout, samples: int, positions: i
     projections saves its input; attention saves its queries, keys, values, output and one float32 per head; the feed-forward layer saves
     its products. With sequence parallelism, norms see a share of the positions and projections see all of them. With context parallelism,
     attention has all positions of a share of the heads, as many values as before, but it saves copies of key heads fewer than ranks; and
-    the output is saved in both forms.
+    the output is saved in both forms. Ranks that gather keys and values save those of all positions.
 
     Args:
         shape: the model.
@@ -132,14 +133,16 @@ def saved_by_block(shape: ModelShape, layout: Layout, samples: int, positions: i
     else:
         norms = 2 * norm_rows * (e * hidden + 8)
     inputs = 2 * rows * e * hidden
-    attention = rows * e * (2 * queries + 2 * (sent_key_heads(shape, layout, context) * shape.head_size))
-    if context > 1 and layout.recompute != "selective":
+    gathers = gathers_keys(shape, t, context, layout.context_exchange)
+    kept_keys = sent_key_heads(shape, layout, context) * (context if gathers else 1)
+    attention = rows * e * (2 * queries + 2 * kept_keys * shape.head_size)
+    if context > 1 and not gathers and layout.recompute != "selective":
         attention += rows * e * queries
     if layout.recompute != "selective":
         attention += rows * 4 * (shape.num_attention_heads // t)
     if shape.qk_norm:
-        heads = (queries + attended_keys) // shape.head_size
-        attention += rows * heads * ((4 + e) * shape.head_size + 4)
+        factors = 2 if shape.qk_norm_scope == "all" else (queries + attended_keys) // shape.head_size
+        attention += rows * ((4 + e) * (queries + attended_keys) + 4 * factors)
     inner = rows * e * shape.ffn_hidden_size // t * (4 if shape.activation == "swiglu" else 2)
     return norms + inputs + attention + inner
 
@@ -160,7 +163,9 @@ def saved_by_layers(shape: ModelShape, layout: Layout, layers: range, stage: Sta
     each = saved_by_block(shape, layout, samples, positions, stage.context_parallel_size)
     total = blocks * (_residual(shape, layout, samples, positions) if layout.recompute == "full" else each)
     if blocks and shape.position_embedding == "rope":
-        total += 2 * layout.element_bytes * positions * shape.head_size
+        windows = [shape.window_of(layer - 1) for layer in layers if 1 <= layer <= shape.num_layers]
+        tables = 1 if shape.windowed_rotary_base is None else len({window is None for window in windows})
+        total += tables * 2 * layout.element_bytes * positions * shape.head_size
     if 0 in layers:
         total += 8 * samples * positions * stage.input_patch_size
         total += 8 * positions if shape.position_embedding == "learned" else 0
@@ -276,8 +281,10 @@ def rank_memory(
     # A pipeline keeps the received input and the output of each micro-batch in flight.
     buffers = float(2 * max(2, in_flight) * residual) if layout.pipeline > 1 else 2.0 * residual
     if context > 1:
-        # One exchange of queries, keys, values or outputs holds what it sends and what it receives.
+        # One exchange of queries, keys, values or outputs holds what it sends and what it receives; one that gathers, all gradients.
         heads = shape.num_attention_heads // layout.tensor + 2 * sent_key_heads(shape, layout, context)
+        if gathers_keys(shape, layout.tensor, context, layout.context_exchange):
+            heads = 2 * context * sent_key_heads(shape, layout, context)
         buffers += 2 * layout.element_bytes * samples * positions * heads * shape.head_size
     bucket, step = _reduction(layout, parameters, largest)
     buffers += bucket

@@ -200,7 +200,7 @@ class Plan:
         unused = frozenset() if optimizer.full_matrices else frozenset({"matrices", "orthogonalization"})
         unused |= frozenset() if context else frozenset({"context"})
         if not context:
-            del layout["context"]
+            del layout["context"], layout["context_exchange"]
         for key in ("optimizer", "sub_group_elements") if optimizer == PlannedOptimizer() else ():
             del layout[key]
         return {

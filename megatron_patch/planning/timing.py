@@ -67,7 +67,7 @@ def executed_flops(shape: ModelShape, layout: Layout, layers: range, positions: 
     """Returns the exact FLOPs that layers execute per position of a training step, summed over tensor parallel ranks.
 
     Model FLOPs are three times the forward pass. In addition, attention kernels recompute their scores in the backward pass (5 products
-    after 2, arXiv 2205.14135), and full recomputation repeats each block's forward pass except its last product, whose result is unused.
+    after 2, arXiv 2205.14135), and full recomputation repeats each block's forward pass, without its last product where no norm reads that.
 
     Args:
         shape: shape of the model.
@@ -80,10 +80,10 @@ def executed_flops(shape: ModelShape, layout: Layout, layers: range, positions: 
     """
     matrices = 2.0 * block_matrices(shape)
     recompute = layout.recompute == "full"
-    down = 2.0 * shape.hidden_size * shape.ffn_hidden_size
+    unused = 2.0 * shape.hidden_size * shape.ffn_hidden_size if shape.norm_placement == "pre" else 0.0
     blocks = [layer - 1 for layer in layers if 1 <= layer <= shape.num_layers]
     head = 2 * shape.hidden_size * shape.vocab_size if shape.num_layers + 1 in layers else 0
-    products = len(blocks) * (3 * matrices + (matrices - down if recompute else 0)) + 3 * head
+    products = len(blocks) * (3 * matrices + (matrices - unused if recompute else 0)) + 3 * head
     return products, attention_flops(shape, positions, blocks) * (3.5 + (layout.recompute != "none"))
 
 

@@ -20,6 +20,7 @@ from typing import Literal
 
 from megatron_patch.model.parameters import block_parameters
 from megatron_patch.model.shape import ModelShape
+from megatron_patch.model.sharding import gathers_keys
 from megatron_patch.planning.hardware import Hardware
 from megatron_patch.planning.hidden_matrices import matrix_step
 from megatron_patch.planning.layout import Layout
@@ -68,15 +69,15 @@ def _link(stride: int, size: int, hardware: Hardware) -> Literal["node", "networ
 def _context_traffic(shape: ModelShape, layout: Layout, layers: range, stage: Stage, hardware: Hardware) -> list[Traffic]:
     """Returns what a rank sends when ranks of context parallelism exchange heads for positions: queries, keys and values, and the output.
 
-    The backward pass sends as much as the forward pass, which full and selective recomputation repeat, except the last exchange.
+    Where they gather keys and values, each of its own goes to each other rank. The backward pass sends as much as the forward pass, which
+    full recomputation repeats; selective recomputation keeps what was received.
     """
     t, c = layout.tensor, stage.context_parallel_size
     blocks = len([layer for layer in layers if 1 <= layer <= shape.num_layers])
     samples = stage.gradient_accumulation(layout.data) * stage.micro_batch_size
     queries, keys = shape.num_attention_heads // t, sent_key_heads(shape, layout, c)
-    heads = 2 * (2 * queries + 2 * keys)
-    if layout.recompute != "none":
-        heads += (queries if layout.recompute == "full" else 0) + queries + 2 * keys
+    gathers = gathers_keys(shape, t, c, layout.context_exchange)
+    heads = (3 if layout.recompute == "full" else 2) * (2 * keys * c if gathers else 2 * queries + 2 * keys)
     part = layout.element_bytes * blocks * samples * stage.rank_positions * heads * shape.head_size / c
     # The ranks of a group lie t apart; a group that begins in the middle of a node is not shorter there.
     near = min(c, max(1, hardware.node_devices // t))
@@ -101,11 +102,15 @@ def traffic(shape: ModelShape, layout: Layout, layers: range, stage: Stage, hard
     if t > 1:
         blocks = len([layer for layer in layers if 1 <= layer <= shape.num_layers])
         # Each half of a block reduces the hidden states once in the forward and once in the backward pass. Full recomputation repeats the
-        # forward reductions except the last of a block.
-        sums = blocks * (4 + (1 if layout.recompute == "full" else 0))
+        # forward reductions, the last one of a block only if a norm reads it.
+        repeated = 1 if shape.norm_placement == "pre" else 2
+        sums = blocks * (4 + (repeated if layout.recompute == "full" else 0))
         sums += (0 in layers) + (shape.num_layers + 1 in layers)
+        # Norms over all heads reduce one float32 for each position, for queries and for keys, in each pass.
+        reads = 2 * (2 + (1 if layout.recompute == "full" else 0)) if shape.qk_norm and shape.qk_norm_scope == "all" else 0
+        squares = 4 * blocks * reads * stage.micro_batch_size * stage.rank_positions
         loss = 4 * (2 + stage.labels_per_position) * stage.micro_batch_size * stage.rank_positions if shape.num_layers + 1 in layers else 0
-        rows.append(Traffic("tensor", _link(1, t, hardware), 2 * (t - 1) / t * micro_batches * (sums * hidden + loss)))
+        rows.append(Traffic("tensor", _link(1, t, hardware), 2 * (t - 1) / t * micro_batches * (sums * hidden + squares + loss)))
     if stage.context_parallel_size > 1:
         rows += _context_traffic(shape, layout, layers, stage, hardware)
     if p > 1:

@@ -152,15 +152,21 @@ def architecture(run: RunConfig) -> str:
     if shape.position_embedding == "rope":
         scaled = "" if shape.rotary_scaling == "none" else f", {shape.rotary_scaling} scaling by {shape.rotary_factor:g}"
         positions = f"rotary positions (base {shape.rotary_base:g}{scaled})"
+        if shape.windowed_rotary_base is not None:
+            positions += f", base {shape.windowed_rotary_base:g} in blocks with a window"
         if shape.unrotated_layers:
             positions += f", none in {len(shape.unrotated_layers)} of {plural(shape.num_layers, 'block')}"
+    norms = f"{shape.normalization} (epsilon {shape.norm_epsilon:g})"
+    norms += "" if shape.norm_placement == "pre" else " after attention and feed-forward layer"
+    if shape.qk_norm:
+        norms += ", also of queries and keys" + (" over all heads" if shape.qk_norm_scope == "all" else "")
     biases = "biases" if shape.mlp_bias else "biases in query, key and value only" if shape.qkv_bias else "no biases"
     heads = plural(shape.num_attention_heads, "head") + f" of {shape.head_size}"
     blocks = plural(shape.num_layers, "block")
     groups = "" if shape.num_query_groups == shape.num_attention_heads else f" in {plural(shape.num_query_groups, 'group')}"
     parts = (
         f"family {run.options.model.model_family}",
-        f"{shape.normalization} (epsilon {shape.norm_epsilon:g})" + (", also of queries and keys" if shape.qk_norm else ""),
+        norms,
         {"swiglu": "SwiGLU", "gelu": "GELU"}[shape.activation] + f" of width {shape.ffn_hidden_size:,}",
         positions,
         biases,

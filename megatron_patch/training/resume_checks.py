@@ -59,6 +59,7 @@ _OPTIONS_OF_SHAPE = {
     "window": ("window_size",),
     "full_layers": ("window_attn_skip_freq",),
     "unrotated_layers": ("no_rope_freq",),
+    "qk_norm_scope": ("qk_norm_scope", "qk_layernorm"),
     "qk_norm": ("qk_layernorm",),
     "attention_bias": ("disable_bias_linear",),
     "qkv_bias": ("add_qkv_bias", "disable_bias_linear"),

@@ -158,6 +158,8 @@ def test_megatron_lms_llama_3_gets_one_report_and_what_remains_of_it_resolves(tm
         ("--sequence-parallel", "--sequence-parallel"),
         ("--context-parallel-size 2 --cp-comm-type a2a", "--context-parallel-size 2 --cp-comm-type a2a"),
         ("--context-parallel-size 2 --cp-comm-type a2a a2a", "--context-parallel-size 2 --cp-comm-type a2a"),
+        ("--context-parallel-size 2 --cp-comm-type all_gather", "--context-parallel-size 2 --cp-comm-type all_gather"),
+        ("--context-parallel-size 2 --cp-comm-type allgather", "--context-parallel-size 2 --cp-comm-type all_gather"),
         ("--ds-sequence-parallel-size 4 --force-ds-sequence-parallel", "--context-parallel-size 4"),
         ("--batch-size 4", "--micro-batch-size 4"),
         ("--profile --profile-step-start 4 --profile-step-end 6", "--profile 5-6 --profile-nsys"),
@@ -225,10 +227,10 @@ def test_what_has_no_effect_is_printed_with_the_reason(capsys):
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
-        ("--cp-comm-type p2p --context-parallel-size 2", "exchange heads for positions (a2a) and nothing else"),
-        ("--cp-comm-type all_gather --stages [{context-parallel-size:2}]", "exchange heads for positions (a2a) and nothing else"),
-        ("--cp-comm-type a2a+p2p --ds-sequence-parallel-size 2", "exchange heads for positions (a2a) and nothing else"),
-        ("--cp-comm-type elsewhere", "exchange heads for positions (a2a) and nothing else"),
+        ("--cp-comm-type p2p --context-parallel-size 2", "gather keys and values (all_gather), in all layers alike"),
+        ("--cp-comm-type a2a all_gather --stages [{context-parallel-size:2}]", "in all layers alike"),
+        ("--cp-comm-type a2a+p2p --ds-sequence-parallel-size 2", "in all layers alike"),
+        ("--cp-comm-type elsewhere", "in all layers alike"),
         ("--hierarchical-context-parallel-sizes 2 2", "a2a+p2p"),
         ("--rotary-percent 0.5", "all dimensions of a head are rotated"),
         ("--attention-dropout 0.1", "there is no dropout"),

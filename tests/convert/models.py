@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from megatron_patch.convert.checkpoint_io import write_weights
 from megatron_patch.convert.tensor_names import parameter_shapes
 from megatron_patch.model.shape import ModelShape
-from tests.model.shapes import BIASED, GPT2, LINEAR, LLAMA, LLAMA3, QWEN3, TIED, YARN
+from tests.model.shapes import BIASED, GPT2, LINEAR, LLAMA, LLAMA3, OLMO2, QWEN3, TIED, YARN
 
 QWEN2 = dataclasses.replace(LLAMA, qkv_bias=True, tie_embeddings=True)
 SHAPES = {
@@ -38,6 +38,12 @@ SHAPES = {
     "smollm3 windows": dataclasses.replace(LLAMA, num_layers=4, unrotated_layers=(0, 3), window=6, full_layers=(1, 2)),
     "smollm3 pattern": dataclasses.replace(
         LLAMA, num_layers=3, window=6, full_layers=(1,), attention_bias=True, qkv_bias=True, mlp_bias=True
+    ),
+    "olmo2": dataclasses.replace(OLMO2, num_query_groups=1, head_size=8, rotary_base=5e5),
+    "olmo2 tied": dataclasses.replace(OLMO2, tie_embeddings=True, norm_epsilon=1e-6),
+    "olmo3": dataclasses.replace(OLMO2, num_layers=4, window=6, full_layers=(3,)),
+    "olmo3 yarn": dataclasses.replace(
+        YARN, norm_placement="post", qk_norm=True, qk_norm_scope="all", window=6, full_layers=(0,), windowed_rotary_base=500.0
     ),
     "gpt2": GPT2,
     "gpt2-untied": dataclasses.replace(GPT2, tie_embeddings=False),

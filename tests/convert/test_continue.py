@@ -149,6 +149,11 @@ FAMILIES = {
         "--tensor-model-parallel-size 2",
     ),
     "smollm3": ({"architectures": ["SmolLM3ForCausalLM"], "no_rope_layers": [1, 0]}, "--pipeline-model-parallel-size 2 --zero-stage 1"),
+    "olmo2": ({"architectures": ["Olmo2ForCausalLM"]}, "--tensor-model-parallel-size 2 --sequence-parallel"),
+    "olmo3": (
+        {"architectures": ["Olmo3ForCausalLM"], "sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]},
+        "--zero-stage 3",
+    ),
     "llama": (
         {
             "architectures": ["LlamaForCausalLM"],

@@ -34,6 +34,9 @@ SHAPES = {
     **FAMILIES,
     "mistral": dataclasses.replace(YARN, window=9),
     "qwen2": dataclasses.replace(YARN, window=9, full_layers=(1,), qkv_bias=True),
+    "olmo3": dataclasses.replace(
+        YARN, norm_placement="post", qk_norm=True, qk_norm_scope="all", window=9, full_layers=(1,), windowed_rotary_base=500.0
+    ),
     "smollm3": dataclasses.replace(YARN, window=9, full_layers=(1,), unrotated_layers=(0,)),
 }
 
@@ -54,7 +57,7 @@ def written(family):
     scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_theta": 1e4}
     if family in ("mistral", "qwen2", "smollm3"):
         config["rope_scaling"] |= {"mscale": 1.0, "mscale_all_dim": 0.5, "attention_factor": None, "truncate": True}
-    elif architecture.name != "GPT2LMHeadModel":
+    elif "rope_parameters" not in config and architecture.name != "GPT2LMHeadModel":
         config["rope_parameters"] = {**scaling, "original_max_position_embeddings": 8192, "partial_rotary_factor": 1.0}
     return config
 

@@ -72,6 +72,21 @@ CONFIGS = {
         "num_key_value_heads": 2, "pad_token_id": 4, "pretraining_tp": 2, "rms_norm_eps": 1e-06, "rope_scaling": None,
         "rope_theta": 5000000.0, "sliding_window": None, "torch_dtype": "bfloat16", "use_sliding_window": False,
     },
+    "OLMo 2": {
+        "architectures": ["Olmo2ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "eos_token_id": 57,
+        "max_position_embeddings": 4096, "model_type": "olmo2", "num_key_value_heads": 4, "pad_token_id": 77, "rms_norm_eps": 1e-06,
+        "rope_scaling": None, "rope_theta": 500000, "tie_word_embeddings": False, "torch_dtype": "bfloat16", "use_cache": False,
+    },
+    "Olmo 3": {
+        "architectures": ["Olmo3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "eos_token_id": 57,
+        "layer_types": ["sliding_attention"] * 3 + ["full_attention"], "max_position_embeddings": 65536, "model_type": "olmo3",
+        "num_hidden_layers": 4, "num_key_value_heads": 4, "pad_token_id": 77, "rms_norm_eps": 1e-06, "rope_theta": 500000,
+        "rope_scaling": {
+            "attention_factor": 1.2079441541679836, "beta_fast": 32.0, "beta_slow": 1.0, "factor": 8.0,
+            "original_max_position_embeddings": 8192, "rope_type": "yarn",
+        },
+        "sliding_window": 16, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+    },
     "Llama with YaRN": {
         "architectures": ["LlamaForCausalLM"], "attention_dropout": 0.05, "eos_token_id": 2, "max_position_embeddings": 131072,
         "model_type": "llama", "num_key_value_heads": 4, "pad_token_id": 0, "rms_norm_eps": 1e-05, "tie_word_embeddings": False,
@@ -140,6 +155,11 @@ def test_a_public_model_comes_in_and_goes_out_as_it_was(name, form, tmp_path):
         ("SmolLM3", {"no_rope_layers": "absent", "no_rope_layer_interval": 2}, {"unrotated_layers": (1, 3)}),
         ("SmolLM3", {"rope_theta": "absent"}, {"rotary_base": 2e6}),
         ("SmolLM3", {"use_sliding_window": True, "sliding_window": 9, "layer_types": "absent"}, {"window": 9, "full_layers": (0, 1, 2, 4)}),
+        ("OLMo 2", {"rms_norm_eps": "absent", "num_key_value_heads": "absent"}, {"norm_epsilon": 1e-5, "num_query_groups": 4}),
+        ("Olmo 3", {}, {"window": 16, "full_layers": (3,), "rotary_base": 5e5, "windowed_rotary_base": 5e5, "rotary_scaling": "yarn"}),
+        ("Olmo 3", {"layer_types": "absent", "num_hidden_layers": 9, "sliding_window": "absent"}, {"window": 4096, "full_layers": (3, 7)}),
+        ("Olmo 3", {"rope_scaling": None}, {"windowed_rotary_base": None, "rotary_base": 5e5}),
+        ("Olmo 3", {"rope_scaling": "absent", "rope_theta": "absent"}, {"windowed_rotary_base": None, "rotary_base": 5e5}),
         ("Llama with YaRN", {"rope_scaling": {"rope_type": "yarn", "factor": 8.0}}, {"rotary_original_positions": 131072}),
         ("Llama with YaRN", {}, {"rotary_attention_factor": (0.1 * math.log(32) + 1) / (0.05 * math.log(32) + 1)}),
     ],

@@ -21,12 +21,13 @@ from megatron_patch.model.gpt import GPTModel
 from megatron_patch.model.init import initialize
 from megatron_patch.parallel.tensor import TensorParallel
 from megatron_patch.planning.hardware import DEVICES
-from megatron_patch.planning.layout import layout_of
+from megatron_patch.planning.layout import Layout, layout_of
 from megatron_patch.planning.traffic import traffic as planned_traffic
+from megatron_patch.stages import Stage
 from megatron_patch.training.pretrain import make_engine_config
 from tests.distributed.ranks import run_ranks
 from tests.distributed.runs import DATA, MODEL, command, start_program, train
-from tests.model.shapes import LLAMA
+from tests.model.shapes import LLAMA, OLMO2
 
 SHAPE = dataclasses.replace(LLAMA, vocab_size=64, padded_vocab_size=64, num_layers=2)
 BATCH, RANKS = 2, 2
@@ -49,11 +50,11 @@ def count_traffic(function):
     return found
 
 
-def on_a_rank(patch_size, positions, sequence):
+def on_a_rank(patch_size, positions, sequence, shape=SHAPE, recompute="none"):
     dist.init_process_group("gloo")
     parallel = TensorParallel(dist.get_rank(), RANKS, dist.group.WORLD, sequence)
-    model = GPTModel(SHAPE, parallel=parallel)
-    initialize(model, SHAPE, seed=1, rank=parallel.rank, size=RANKS)
+    model = GPTModel(shape, recompute, parallel=parallel)
+    initialize(model, shape, seed=1, rank=parallel.rank, size=RANKS)
     ids = torch.arange(BATCH * positions * patch_size).remainder(64).view(BATCH, positions, patch_size)
     embedding = count_traffic(lambda: model.embedding(ids))
     hidden = torch.randn(BATCH, positions // RANKS if sequence else positions, HIDDEN)
@@ -108,6 +109,21 @@ def test_the_traffic_of_a_step_matches_the_formula(traffic):
         loss = (2 + patch_size) * BATCH * positions * (RANKS - 1)
         sums = 4 * SHAPE.num_layers + 2
         assert total(traffic[patch_size, positions, False]["step"]) == sums * 2 * activations * (RANKS - 1) // RANKS + loss
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_norms_over_all_heads_exchange_one_number_per_position(tmp_path, recompute):
+    """For queries and for keys, in each pass. Full recomputation repeats both halves of a block whose outputs are normalized."""
+    shape = dataclasses.replace(OLMO2, vocab_size=64, padded_vocab_size=64)
+    (found, same) = run_ranks(on_a_rank, RANKS, tmp_path, 4, 16, False, shape, recompute)
+    layout = Layout(RANKS, tensor=RANKS, recompute=recompute, precision="fp32")
+    stage = Stage("s", 4, positions=16, micro_batch_size=BATCH, global_batch_size=BATCH, steps=1)
+    (planned,) = planned_traffic(shape, layout, range(shape.num_layers + 2), stage, DEVICES["H100"])
+    passes = 3 if recompute == "full" else 2
+    squares = [numbers for _, numbers in found["step"] if numbers == BATCH * 16]
+    assert len(squares) == 2 * passes * shape.num_layers
+    # The plan counts the exchange of the loss as an all-reduce; here each rank gathers what the other has.
+    assert found == same and 4 * total(found["step"]) == pytest.approx(planned.bytes, rel=1e-12)
 
 
 def count_the_last_step(argv):

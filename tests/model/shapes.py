@@ -34,7 +34,8 @@ GPT2 = dataclasses.replace(
     mlp_bias=True,
     tie_embeddings=True,
 )
-FAMILIES = {"llama": LLAMA, "tied": TIED, "qwen3": QWEN3, "biased": BIASED, "gpt2": GPT2}
+OLMO2 = dataclasses.replace(LLAMA, norm_placement="post", qk_norm=True, qk_norm_scope="all")
+FAMILIES = {"llama": LLAMA, "tied": TIED, "qwen3": QWEN3, "biased": BIASED, "olmo2": OLMO2, "gpt2": GPT2}
 LINEAR = dataclasses.replace(LLAMA, rotary_scaling="linear", rotary_factor=4.0)
 LLAMA3 = dataclasses.replace(
     LLAMA, num_attention_heads=2, num_query_groups=1, head_size=16, rotary_scaling="llama3", rotary_factor=8.0, rotary_original_positions=64

@@ -39,7 +39,8 @@ OTHER = {
     "rotary_base": "5e5", "rope_scaling": ("linear", "--rope-scaling-factor 2 --rope-scaling llama3"),
     "rope_scaling_factor": ("4", SCALED), "rope_low_freq_factor": ("2", SCALED), "rope_high_freq_factor": ("5", SCALED),
     "rope_original_positions": ("4096", SCALED), "rope_beta_fast": ("16", YARN), "rope_beta_slow": ("2", YARN),
-    "rope_attention_factor": ("1.5", YARN), "qk_layernorm": "True", "no_rope_freq": "2", "window_size": "7,0",
+    "rope_attention_factor": ("1.5", YARN), "qk_layernorm": "True", "qk_norm_scope": ("all", "--qk-layernorm"),
+    "norm_placement": "post", "windowed_rotary_base": ("500", "--window-size 7,0"), "no_rope_freq": "2", "window_size": "7,0",
     "window_attn_skip_freq": ("2", "--window-size 7,0"), "add_qkv_bias": "True", "disable_bias_linear": "False",
     "untie_embeddings_and_output_weights": "False", "init_method_std": "0.01",
     "recipe": "token-superposition", "patch_size": "2", "patch_fraction": "0.5", "patch_compute_share": "0.5",
@@ -58,7 +59,7 @@ OTHER = {
     "tokenizer_model": "elsewhere", "eod_token_id": ("62", "--eod-mask-loss"), "reset_attention_mask": "True", "reset_position_ids": "True",
     "eod_mask_loss": "True", "max_epochs": "100", "shuffle_window_blocks": "16", "num_workers": "0",
     "bf16": "True", "fp16": "True", "loss_scale": "8", "initial_loss_scale": "1024", "zero_stage": "0", "tensor_model_parallel_size": "2",
-    "pipeline_model_parallel_size": "2", "pipeline_balance": "flops", "context_parallel_size": "2",
+    "pipeline_model_parallel_size": "2", "pipeline_balance": "flops", "context_parallel_size": "2", "cp_comm_type": "all_gather",
     "sequence_parallel": ("True", "--tensor-model-parallel-size 2"), "deepspeed_config": "ds.json", "recompute_granularity": "full",
     "compile": "True", "operators": "plain", "seed": "9", "local_rank": "1", "distributed_timeout_minutes": "50",
     "save": "ELSEWHERE", "load": "RUN", "finetune": "True", "save_interval": "7", "save_interval_tokens": "700", "keep_last": "0",
@@ -107,7 +108,7 @@ def resume(state, run):
     return resumed
 
 
-@pytest.mark.parametrize("name", sorted(RESUME_MARKS.keys() - {"cp_comm_type"}))  # which has one value
+@pytest.mark.parametrize("name", RESUME_MARKS)
 def test_every_option_may_change_or_not_as_its_mark_says(name, corpora, states, monkeypatch):
     mark, entry = RESUME_MARKS[name], OTHER[name]
     assert mark is not None, "an option without a mark"

@@ -608,7 +608,7 @@ MAIN: tuple[MegatronFlag, ...] = (
     ),
     *rows(_LAYOUT, "cpu-offloading-num-layers", LM, _REFUSED, "activations stay on the device", "--recompute-granularity full", "0"),
     *rows(_LAYOUT, "context-parallel-size", LM, _SAME, "the same; a stage may have its own size"),
-    *rows(_LAYOUT, "cp-comm-type/n", LM, _VALUES, "a2a, once for all layers; p2p, all_gather and a2a+p2p are refused"),
+    *rows(_LAYOUT, "cp-comm-type/n", LM, _VALUES, "a2a or all_gather, once for all layers; p2p and a2a+p2p are refused"),
     *rows(
         _LAYOUT, "hierarchical-context-parallel-sizes/n", LM, _REFUSED, "belongs to --cp-comm-type a2a+p2p", "--context-parallel-size alone"
     ),

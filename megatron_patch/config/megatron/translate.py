@@ -253,15 +253,18 @@ def _sequence_parallel(to: Translator, given: Given, flag: MegatronFlag) -> None
 
 
 def _cp_comm_type(to: Translator, given: Given, flag: MegatronFlag) -> None:
-    words = {word.lower() for word in given.words}
-    if words == {"a2a"} and len(given.words) > 1:
-        to.emit(given, "--cp-comm-type a2a", meaning="the same in all layers")
-    elif words == {"a2a"}:
-        to.result.flags.append(given)
-    elif words <= {"p2p", "all_gather", "allgather", "a2a+p2p"} and not _shares_samples(to):
+    words = {"all_gather" if word.lower() == "allgather" else word.lower() for word in given.words}
+    (only,) = words if len(words) == 1 else ("",)
+    if only in ("a2a", "all_gather"):
+        if list(given.words) == [only]:
+            to.result.flags.append(given)
+        else:
+            to.emit(given, f"--cp-comm-type {only}", meaning="the same in all layers")
+    elif words <= {"p2p", "a2a", "all_gather", "a2a+p2p"} and not _shares_samples(to):
         to.ignore(given, "without context parallelism nothing is exchanged")
     else:
-        to.refuse(given, "context-parallel ranks exchange heads for positions (a2a) and nothing else", "--cp-comm-type a2a")
+        meaning = "context-parallel ranks exchange heads for positions (a2a), or gather keys and values (all_gather), in all layers alike"
+        to.refuse(given, meaning, "--cp-comm-type a2a")
 
 
 def _shares_samples(to: Translator) -> bool:
