@@ -75,18 +75,13 @@ def test_a_layout_equals_one_process_with_a_dense_mask(tmp_path, corpus, dense, 
     equal_counts(run, single, corpus)
 
 
-def test_parts_pass_through_deepspeed_in_float16(tmp_path, corpus, dense):
-    """DeepSpeed casts the arguments of its engine, and rebuilds tuples among them."""
-    words = f"{LENGTHS['tokens']} --fp16 --loss-scale 1024 --zero-stage 1 --context-parallel-size 2"
-    run = train(tmp_path / "run", 2, PLAN, words, "--data-path", corpus, main=float16_program)
-    single = dense(f"{MODELS['llama']} {LENGTHS['tokens']}")
-    assert run.losses == pytest.approx(single.losses, rel=1e-2) and run.losses != pytest.approx(single.losses, rel=1e-6)
-
-
 @pytest.mark.slow
-def test_bfloat16_differs_by_rounding(tmp_path, corpus, dense):
-    words = f"{LENGTHS['tokens']} --bf16 --zero-stage 2"
-    run = train(tmp_path / "run", 2, PLAN, words, stages_with_context(1, 2), "--data-path", corpus)
+@pytest.mark.parametrize(
+    ("words", "main"), [("--bf16 --zero-stage 2", start_program), ("--fp16 --loss-scale 1024 --zero-stage 1", float16_program)]
+)
+def test_16_bits_differ_by_rounding(tmp_path, corpus, dense, words, main):
+    words = f"{LENGTHS['tokens']} {words}"
+    run = train(tmp_path / "run", 2, PLAN, words, stages_with_context(1, 2), "--data-path", corpus, main=main)
     single = dense(f"{MODELS['llama']} {LENGTHS['tokens']}")
     assert run.losses == pytest.approx(single.losses, rel=1e-3) and run.losses != pytest.approx(single.losses, rel=1e-6)
 
