@@ -29,6 +29,10 @@ RUN = (
 )
 RUN += " --micro-batch-size 4 --global-batch-size 16 --patch-size 2 --train-tokens 12k --lr 1e-3 --split 100,0,0 --num-workers 0"
 
+LONG = "--num-layers 2 --hidden-size 64 --ffn-hidden-size 128 --seq-length 32768 --sample constant-tokens --context-parallel-size 2"
+LONG += " --micro-batch-size 1 --global-batch-size 2 --train-tokens 200k --max-epochs 100"
+"""A sample of 32,768 positions on two ranks in the token stage, and of 16,384, on one rank each, in the patch stage."""
+
 
 def peak(argv: list[str]) -> int:
     """Trains and returns the peak of the bytes that torch's allocator had allocated.
@@ -60,6 +64,7 @@ def peak(argv: list[str]) -> int:
         pytest.param("--zero-stage 3 --bf16", marks=pytest.mark.slow),
         pytest.param("--zero-stage 1 --bf16 --recompute-granularity full", marks=pytest.mark.slow),
         pytest.param("--zero-stage 1 --bf16 --pipeline-model-parallel-size 2", marks=pytest.mark.slow),
+        pytest.param(f"{LONG} --zero-stage 1", marks=pytest.mark.slow),
     ],
 )
 def test_a_rank_needs_the_planned_memory(tmp_path, layout):
