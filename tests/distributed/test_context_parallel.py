@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import itertools
 import os
 
 import numpy as np
@@ -18,9 +17,6 @@ from megatron_patch.model.gpt import GPTModel
 from megatron_patch.ops import IGNORE_INDEX
 from megatron_patch.parallel.context import ContextParallel
 from megatron_patch.parallel.grid import Grid
-from megatron_patch.planning.layout import Layout
-from megatron_patch.planning.memory import saved_by_layers
-from megatron_patch.stages import Stage
 from tests.distributed.gradients import float16_program
 from tests.distributed.matrix import MODELS, stages_with_context
 from tests.distributed.ranks import run_ranks
@@ -28,9 +24,8 @@ from tests.distributed.runs import DATA, MODEL, Run, command, ledger, start_prog
 from tests.distributed.test_compiled import _graphs
 from tests.distributed.test_documents import dense_runs, differences
 from tests.faults.test_sick_steps import events, poisoned
-from tests.model.shapes import GPT2, LLAMA
+from tests.model.shapes import GPT2
 from tests.oracle.reference_muon import start_with_reference
-from tests.planning.test_memory import saved_bytes
 
 BATCH = "--seq-length 16 --micro-batch-size 2 --global-batch-size 12 --patch-size 4 --lr 3e-3"
 PLAN = f"{BATCH} --num-layers 3 --train-tokens 2304 --eval-interval 4 --log-token-spans --eod-token-id 63 --reset-attention-mask"
@@ -245,32 +240,6 @@ def test_attention_over_shared_heads_is_that_of_one_process_to_the_bit(tmp_path)
     for found in run_ranks(_attentions, 4, tmp_path):
         for (size, groups, window), (equal, close) in found.items():
             assert equal if groups >= size else close, (size, groups, window)
-
-
-def _saved():
-    """Returns (bytes that autograd saves on this rank, bytes of the plan) of small models in token stages."""
-    from megatron_patch.engine.distributed import init_distributed
-    from megatron_patch.parallel.groups import make_groups
-
-    init_distributed(1)
-    context = make_groups(Grid(torch.distributed.get_rank(), 4), [4]).context_parallel(4)
-    stage = Stage("s", 1, positions=32, micro_batch_size=2, global_batch_size=2, steps=1, context_parallel_size=4)
-    found = {}
-    for groups, recompute in itertools.product((4, 2, 1), ("none", "selective")):
-        shape = dataclasses.replace(LLAMA, num_query_groups=groups)
-        model = GPTModel(shape, recompute)
-        ids = torch.randint(0, shape.vocab_size, (2, 8, 1))
-        planned = saved_by_layers(
-            shape, Layout(ranks=4, precision="fp32", recompute=recompute, context=(4,)), range(shape.num_layers + 2), stage
-        )
-        loss = 4 * shape.vocab_size * shape.hidden_size  # the gradient of the head's weight, which the plan counts elsewhere
-        found[groups, recompute] = saved_bytes(model, ids, ids, ranks=context) - loss, planned
-    return found
-
-
-def test_activations_are_what_autograd_saves_to_the_byte(tmp_path):
-    for found in run_ranks(_saved, 4, tmp_path):
-        assert {case: saved for case, (saved, _) in found.items()} == {case: planned for case, (_, planned) in found.items()}
 
 
 def _reads(flipped):

@@ -42,8 +42,8 @@ def test_parameters_of_each_rank_equal_those_that_torch_counts(name, tensor, pip
         assert {n: torch.Size(size) for n, size in parameters_of_layers(shape, layers).items()} == whole
 
 
-def saved_bytes(model, inputs, labels, documents=None, **more):
-    """Returns the bytes of all storages that autograd saves, without parameters."""
+def saved_bytes(model, inputs, labels, **more):
+    """Returns the bytes of all storages that autograd saves in a forward pass, without parameters."""
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
     found = {}
 
@@ -54,7 +54,7 @@ def saved_bytes(model, inputs, labels, documents=None, **more):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        kept = model(inputs, labels, documents=documents, **more)
+        kept = model(inputs, labels, **more)
     del kept
     return sum(found.values())
 
@@ -79,7 +79,7 @@ def test_activations_are_what_autograd_saves_to_the_byte(name, precision, recomp
     documents = documents_of([[3, 5], [1, 7]]) if separated else None
     known = documents or (documents_of_samples(2, 8, torch.device("cpu")) if shape.window else None)
     bounds = known.bounds.nbytes + known.longest.nbytes if known is not None and recompute == "none" else 0
-    assert saved_bytes(model, ids, ids, documents) == saved_by_layers(shape, layout, layers, stage) + loss - narrower + bounds
+    assert saved_bytes(model, ids, ids, documents=documents) == saved_by_layers(shape, layout, layers, stage) + loss - narrower + bounds
 
 
 def test_the_chunk_of_logits_is_that_of_the_operator():
