@@ -55,6 +55,7 @@ def test_steps_that_are_padded_are_noted_for_the_ranks_that_read_different_sampl
     assert any("micro-batches of 2 on 4 groups of 2 context-parallel ranks" in note for note in notes)
 
 
+HEADS = "--cp-comm-type a2a"
 TENSOR = "--tensor-model-parallel-size 2 --sequence-parallel"
 
 
@@ -62,9 +63,9 @@ TENSOR = "--tensor-model-parallel-size 2 --sequence-parallel"
     ("words", "ranks", "reason", "allowed"),
     [
         ("--context-parallel-size 4", 6, "it does not fit 6 data-parallel ranks", "1, 2"),
-        ("--context-parallel-size 8", 8, "it does not fit 12 query heads", "1, 2, 4"),
-        (f"{TENSOR} --context-parallel-size 4", 8, "it does not fit 6 query heads of a tensor-parallel rank", "1, 2"),
-        ("--context-parallel-size 2 --num-query-groups 3", 2, "it does not fit 3 key-value heads", "1"),
+        (f"{HEADS} --context-parallel-size 8", 8, "it does not fit 12 query heads", "1, 2, 4"),
+        (f"{HEADS} {TENSOR} --context-parallel-size 4", 8, "it does not fit 6 query heads of a tensor-parallel rank", "1, 2"),
+        (f"{HEADS} --context-parallel-size 2 --num-query-groups 3", 2, "it does not fit 3 key-value heads", "1"),
         ("--context-parallel-size 4 --seq-length 18", 4, "it does not fit samples of 18 positions", "1, 2"),
         (f"{TENSOR} --context-parallel-size 2 --seq-length 18", 4, "18 positions in 2 parts of --sequence-parallel", "1"),
         ("--context-parallel-size 4 --patch-size 3 --seq-length 18 --sample constant-tokens", 4, "in stage 'token': it does not", "1, 2"),
@@ -80,7 +81,7 @@ def test_a_size_that_does_not_fit_is_refused_with_those_that_do(words, ranks, re
 def test_all_that_does_not_fit_is_named_at_once():
     stages = [{"patch_size": 2, "steps": 2, "context_parallel_size": 5}, {"context_parallel_size": 32}]
     with pytest.raises(ConfigError) as refused:
-        resolve("--num-query-groups 6", 8, stages)
+        resolve(f"{HEADS} --num-query-groups 6", 8, stages)
     said = str(refused.value)
     for part in ("2 problems", "'patch-2'", "'token'", "8 data-parallel ranks", "12 query heads", "6 key-value heads", "16 positions"):
         assert part in said
@@ -89,6 +90,18 @@ def test_all_that_does_not_fit_is_named_at_once():
 def test_a_size_fits_with_fewer_key_value_heads_than_ranks():
     assert sizes(resolve("--context-parallel-size 4 --num-query-groups 2", 4)) == [4]
     assert sizes(resolve("--context-parallel-size 3 --num-query-groups 1 --seq-length 18", 3)) == [3]
+
+
+@pytest.mark.parametrize("words", ["--context-parallel-size 8", "--context-parallel-size 2 --num-query-groups 3"])
+def test_ranks_that_cannot_share_the_heads_gather_keys_and_values(words):
+    run = resolve(words, 8)
+    size = run.plan.stages[0].context_parallel_size
+    assert run.gathering_sizes == {size}
+    assert any("gather keys and values of all positions" in note and f"{size} context-parallel ranks" in note for note in run.notes)
+    sharing = resolve("--context-parallel-size 4", 8)
+    assert not sharing.gathering_sizes and not any("gather" in note for note in sharing.notes)
+    asked = resolve("--context-parallel-size 4 --cp-comm-type all_gather", 8)
+    assert asked.gathering_sizes == {4} and not any("gather" in note for note in asked.notes)
 
 
 def test_entries_of_stages_have_whole_numbers_from_1():

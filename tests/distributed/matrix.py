@@ -27,6 +27,7 @@ MODELS = {
     "qwen3, one group": "--model-family qwen3 --num-query-groups 1",
     "gpt2": "--model-family gpt2",
     "windows": "--window-size 2,0 --window-attn-skip-freq 3",
+    "three heads": "--num-attention-heads 3 --num-query-groups 3 --kv-channels 8 --window-size 5,0 --window-attn-skip-freq 3",
     "weighted labels": "--no-untie-embeddings-and-output-weights --position-weights power",
 }
 LENGTHS = {

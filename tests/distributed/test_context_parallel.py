@@ -31,6 +31,7 @@ BATCH = "--seq-length 16 --micro-batch-size 2 --global-batch-size 12 --patch-siz
 PLAN = f"{BATCH} --num-layers 3 --train-tokens 2304 --eval-interval 4 --log-token-spans --eod-token-id 63 --reset-attention-mask"
 LENGTHS = {"positions": "", "tokens": "--sample constant-tokens --reset-position-ids --eod-mask-loss"}
 TENSOR, PIPELINE = "--tensor-model-parallel-size 2", "--pipeline-model-parallel-size 2"
+GATHER = "--cp-comm-type all_gather"
 CHECKED = "--check-replicas-interval 3 --replay-interval 5"
 
 
@@ -54,6 +55,11 @@ def equal_counts(run, single, corpus):
         (4, (4, 2), "positions", "qwen3, one group", f"--zero-stage 2 {CHECKED}"),
         (4, (2, 1), "tokens", "windows", f"--zero-stage 1 {TENSOR} --sequence-parallel --recompute-granularity selective {CHECKED}"),
         (4, (1, 2), "positions", "gpt2", f"--zero-stage 0 {PIPELINE} {CHECKED}"),
+        (2, (1, 2), "tokens", "three heads", "--zero-stage 1 --recompute-granularity selective"),
+        pytest.param(4, (4, 2), "positions", "three heads", "--zero-stage 3 --replay-interval 5", marks=pytest.mark.slow),
+        pytest.param(4, (1, 2), "tokens", "windows", f"{GATHER} {TENSOR} --sequence-parallel", marks=pytest.mark.slow),
+        pytest.param(4, (2, 1), "tokens", "qwen3, one group", f"{GATHER} {PIPELINE} --zero-stage 0", marks=pytest.mark.slow),
+        pytest.param(4, (4, 2), "tokens", "gpt2", f"{GATHER} --zero-stage 2 --recompute-granularity full", marks=pytest.mark.slow),
         pytest.param(4, (2, 2), "tokens", "weighted labels", f"--zero-stage 3 {TENSOR}", marks=pytest.mark.slow),
         pytest.param(4, (1, 2), "tokens", "windows", f"--zero-stage 1 {PIPELINE} --recompute-granularity full", marks=pytest.mark.slow),
         pytest.param(4, (1, 4), "tokens", "tied", "--zero-stage 3 --micro-batch-size 1", marks=pytest.mark.slow),
@@ -196,14 +202,14 @@ def test_logits_are_computed_from_all_positions(observed):
         np.testing.assert_allclose(found["logits"], alone["logits"], rtol=1e-4, atol=1e-5)
 
 
-def _attention(heads, size, groups, window):
-    """Returns whether attention over shared heads, and its gradients, are those of one process: (to the bit, to 1e-6)."""
-    from megatron_patch.ops.documents_attention import Documents, documents_attention
+def _attention(heads, size, groups, window, gathers):
+    """Returns whether attention over shared heads or gathered keys, and its gradients, are those of one process: (to the bit, to 1e-6)."""
+    from megatron_patch.ops.documents_attention import Documents, documents_attention, slice_documents, sliced_attention
     from megatron_patch.parallel.context import share_heads, share_positions
     from megatron_patch.parallel.groups import make_groups
 
     rank = torch.distributed.get_rank()
-    context = make_groups(Grid(rank, torch.distributed.get_world_size()), [size]).context_parallel(size)
+    context = make_groups(Grid(rank, torch.distributed.get_world_size()), [size], [size] if gathers else []).context_parallel(size)
     draw = torch.Generator().manual_seed(0)
     queries, keys, values = (torch.randn(2, count, 16, 8, generator=draw) for count in (heads, groups, groups))
     gradient = torch.randn(2, heads, 16, 8, generator=draw)
@@ -215,12 +221,20 @@ def _attention(heads, size, groups, window):
             return F.scaled_dot_product_attention(*tensors, is_causal=True, enable_gqa=True)
         return documents_attention(*tensors, documents, window)
 
+    def attend_part(*tensors):
+        if not gathers:
+            return attend(*tensors)
+        whole = documents if window is not None else Documents(samples, samples, torch.tensor(16))
+        return sliced_attention(*tensors, slice_documents(whole, 16, context.rank, size), window)
+
+    samples = torch.tensor([0, 16, 32], dtype=torch.int32)
+
     def part(tensor):
         return tensor.chunk(size, dim=2)[context.rank]
 
     whole = [tensor.requires_grad_() for tensor in (queries, keys, values)]
     own = [part(tensor).detach().requires_grad_() for tensor in whole]
-    expected, found = attend(*whole), share_positions(attend(*share_heads(*own, context)), context)
+    expected, found = attend(*whole), share_positions(attend_part(*share_heads(*own, context)), context)
     expected.backward(gradient)
     found.backward(part(gradient))
     pairs = [(found, part(expected)), *((mine.grad, part(all_of.grad)) for mine, all_of in zip(own, whole, strict=True))]
@@ -231,15 +245,15 @@ def _attentions():
     from megatron_patch.engine.distributed import init_distributed
 
     init_distributed(1)
-    cases = [(size, groups, window) for size in (2, 4) for groups in (8, 4, 2, 1) for window in (None, 4)]
+    cases = itertools.product((2, 4), (8, 4, 2, 1), (None, 4), (False, True))
     return {case: _attention(8, *case) for case in cases}
 
 
-def test_attention_over_shared_heads_is_that_of_one_process_to_the_bit(tmp_path):
-    """Of repeated key-value heads, gradients are sums in another order."""
+def test_attention_over_shared_heads_or_gathered_keys_is_that_of_one_process(tmp_path):
+    """Of repeated key-value heads, and of gathered ones, gradients are sums in another order."""
     for found in run_ranks(_attentions, 4, tmp_path):
-        for (size, groups, window), (equal, close) in found.items():
-            assert equal if groups >= size else close, (size, groups, window)
+        for (size, groups, window, gathers), (equal, close) in found.items():
+            assert equal if groups >= size and not gathers else close, (size, groups, window, gathers)
 
 
 def _reads(flipped):

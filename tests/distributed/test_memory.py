@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
 import math
 
 import pytest
+import torch
 
 from megatron_patch.config.resolve import load_config
-from megatron_patch.planning.layout import layout_of
+from megatron_patch.model.gpt import GPTModel
+from megatron_patch.ops.documents_attention import documents_of_samples, slice_documents
+from megatron_patch.parallel.grid import Grid
+from megatron_patch.planning.layout import Layout, layout_of
+from megatron_patch.planning.memory import saved_by_layers
 from megatron_patch.planning.plan import pipeline_parts
+from megatron_patch.stages import Stage
 from megatron_patch.training.pretrain import make_engine_config
 from tests.distributed.ranks import run_ranks
 from tests.distributed.runs import make_corpus
+from tests.model.shapes import LLAMA
+from tests.planning.test_memory import saved_bytes
 
 RUN = (
     "--num-layers 4 --hidden-size 256 --num-attention-heads 4 --num-query-groups 2 --ffn-hidden-size 512 --vocab-size 2048 --seq-length 64"
@@ -71,3 +81,35 @@ def test_a_rank_needs_the_planned_memory(tmp_path, layout):
         if max(lowest) == pytest.approx(max(expected), rel=0.1):
             return
     raise AssertionError((lowest, [part.memory for part in parts]))
+
+
+def _saved():
+    """Returns, for blocks on two ranks that share samples, the bytes that autograd saves and those that the plan counts."""
+    from megatron_patch.engine.distributed import init_distributed
+    from megatron_patch.parallel.groups import make_groups
+
+    init_distributed(1)
+    rank, found = torch.distributed.get_rank(), {}
+    groups = {gathers: make_groups(Grid(rank, 2), [2], [2] if gathers else []) for gathers in (False, True)}
+    cases = itertools.product((4, 2, 1), ("none", "selective"), (torch.float32, torch.bfloat16), (False, True))
+    for key_heads, recompute, dtype, gathers in cases:
+        shape = dataclasses.replace(LLAMA, num_attention_heads=4, num_query_groups=key_heads, head_size=8)
+        stage = Stage("s", 4, 16, 2, 4, 1, context_parallel_size=2)
+        precision = "fp32" if dtype == torch.float32 else "bf16"
+        layout = Layout(2, precision=precision, recompute=recompute, context_exchange="all_gather" if gathers else "a2a")
+        model = GPTModel(shape, recompute).to(dtype)
+        ids = torch.randint(0, shape.vocab_size, (2, 8, 4))
+        context = groups[gathers].context_parallel(2)
+        slices = slice_documents(documents_of_samples(2, 16, ids.device), 16, rank, 2)
+        kept = (slices.queries.bounds, slices.queries.longest, slices.key_bounds, slices.host_spans, slices.longest_span)
+        bounds = sum(tensor.nbytes for tensor in kept) if gathers and recompute == "none" else 0
+        loss = 4 * shape.vocab_size * shape.hidden_size
+        counted = saved_by_layers(shape, layout, range(shape.num_layers + 2), stage) + loss + bounds
+        measured = saved_bytes(model, ids, ids, ranks=context)
+        found[key_heads, recompute, precision, gathers] = measured, counted
+    return found
+
+
+def test_ranks_that_share_samples_save_what_the_plan_counts_to_the_byte(tmp_path):
+    for found in run_ranks(_saved, 2, tmp_path):
+        assert {case: measured for case, (measured, _) in found.items()} == {case: counted for case, (_, counted) in found.items()}
