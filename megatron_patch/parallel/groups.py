@@ -71,8 +71,11 @@ def make_groups(grid: Grid, context_sizes: Iterable[int] = (), gathering: Iterab
     ) -> dist.ProcessGroup | None:
         """Creates a group for each value of `key` and returns the group of this rank, or None if it is in none."""
         local_group = None
-        for value in sorted({key(other) for other in coordinates}):
-            ranks = [other.rank for other in coordinates if key(other) == value and is_member(other)]
+        members: dict[tuple[int, ...], list[int]] = {}
+        for other in coordinates:
+            if is_member(other):
+                members.setdefault(key(other), []).append(other.rank)
+        for _, ranks in sorted(members.items()):
             group = dist.new_group(ranks)
             if grid.rank in ranks:
                 local_group = group
