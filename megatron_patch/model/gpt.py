@@ -22,7 +22,7 @@ from megatron_patch.model.rotary import rotary_tables, windowed_rotary_tables
 from megatron_patch.model.shape import ModelShape, check_shape
 from megatron_patch.model.sharding import check_sharding
 from megatron_patch.ops import Operators
-from megatron_patch.ops.documents_attention import Documents, band, documents_of_samples
+from megatron_patch.ops.documents_attention import Documents, band, dense_mask, documents_of_samples
 from megatron_patch.parallel.tensor import UNSHARDED, TensorParallel
 
 Recompute = Literal["none", "selective", "full"]
@@ -203,6 +203,12 @@ class GPTModel(nn.Module):
             # Padding attends to itself: softmax over no positions would be NaN.
             itself = indices[None, :] == indices[earlier:, None]
             mask = mask & ((indices >= padding[:, None, None, None]) | itself)
+        if self.shape.attention_softcap is not None and mask is None:
+            mask = band(length, earlier + length, None, hidden.device)[None, None]
+            if not earlier:
+                mask = dense_mask(documents, len(hidden), length, hidden.device)
+        if mask is not None:
+            documents = None
         windowed = documents
         if self.shape.window is not None:
             if mask is not None:

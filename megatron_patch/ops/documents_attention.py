@@ -219,6 +219,23 @@ def band(rows: int, columns: int, window: int | None, device: torch.device) -> t
     return causal if window is None else causal.triu(columns - rows - window + 1)
 
 
+def dense_mask(documents: Documents | None, samples: int, positions: int, device: torch.device) -> torch.Tensor:
+    """Returns which position attends to which, bool [B or 1, 1, T, T], for kernels that know no documents; the host does not wait.
+
+    Args:
+        documents: the documents of the B·T positions, on the device; None: each sample is one document.
+        samples: B.
+        positions: T.
+        device: device of the result.
+    """
+    causal = band(positions, positions, None, device)[None, None]
+    if documents is None:
+        return causal
+    indices = torch.arange(samples * positions, dtype=torch.int32, device=device)
+    numbers = torch.bucketize(indices, documents.bounds, right=True, out_int32=True).view(samples, positions)
+    return causal & (numbers[:, None, :, None] == numbers[:, None, None, :])
+
+
 def _by_document(packed: torch.Tensor, lengths: list[int]) -> tuple[torch.Tensor, ...]:
     """Returns a view [1, heads, n, head_size] of each document, all of them by one call."""
     views: tuple[torch.Tensor, ...] = packed.transpose(0, 1)[None].split(lengths, dim=2)
