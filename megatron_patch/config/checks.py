@@ -43,10 +43,19 @@ _FROM_ONE = {
 }
 _FROM_ZERO = {
     *("lr_warmup_tokens", "lr_warmup_steps", "weight_decay", "embedding_weight_decay", "muon_weight_decay", "clip_grad"),
-    *("eod_token_id", "exit_margin", "hang_timeout", "sample_temperature"),
+    *("attn_logit_softcapping", "final_logit_softcapping", "eod_token_id", "exit_margin", "hang_timeout", "sample_temperature"),
 }
 _ABOVE_ZERO = {
-    *("norm_epsilon", "rotary_base", "init_method_std", "adam_eps", "loss_scale", "peak_tflops"),
+    *(
+        "norm_epsilon",
+        "rotary_base",
+        "windowed_rotary_base",
+        "query_pre_attn_scalar",
+        "init_method_std",
+        "adam_eps",
+        "loss_scale",
+        "peak_tflops",
+    ),
     *("muon_lr", "decoupled_lr", "muon_extra_scale_factor"),
     *("exit_duration", "spike_threshold", "spike_grad_norm"),
 }
@@ -250,7 +259,7 @@ def check_options(options: Options, origins: Mapping[str, str] = MappingProxyTyp
     Raises:
         ConfigError: options are not valid, or contradict each other; the message has all that several checks find.
     """
-    checks = (_check_safety, _check_checkpoints, _check_packages, _check_trackers, _check_evaluation, _check_tokenizer)
+    checks = (_check_safety, _check_checkpoints, _check_packages, _check_trackers, _check_evaluation, _check_tokenizer, _check_gate)
     problems = problems_of(
         *(functools.partial(check, options) for check in checks),
         *(functools.partial(check, options.schedule) for check in (check_lengths, check_optimizer)),
@@ -268,6 +277,11 @@ def _check_evaluation(options: Options) -> None:
         raise _only_one("--eval-interval", "--eval-interval-tokens")
     if not 0 < logging.sample_top_p <= 1:
         raise ConfigError(f"--sample-top-p {logging.sample_top_p}", "numbers above 0 and up to 1", "give 0.95, for example")
+
+
+def _check_gate(options: Options) -> None:
+    if options.model.swiglu and options.model.geglu:
+        raise _only_one("--swiglu", "--geglu")
 
 
 def _check_tokenizer(options: Options) -> None:

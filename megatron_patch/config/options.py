@@ -55,6 +55,8 @@ class ModelOptions:
     """Sets the defaults of the options below. Built in: llama and mistral (RMSNorm, SwiGLU, rotary positions, no biases, untied head),
     qwen3 (the same with normalized queries and keys), smollm3 (the same as llama with every 4th block without rotation, tied head),
     olmo2 and olmo3 (the same as llama with norms after attention and feed-forward layer, and queries and keys normalized over all heads),
+    gemma2 (norms before and after, GeGLU, scaled embeddings, tied head, capped scores and logits), gemma3 (the same with normalized queries
+    and keys instead of caps),
     gpt2 (LayerNorm, GELU, learned positions, biases, tied head). Windows are given by --window-size."""
     num_query_groups: Fixed[OptionalCount] = None
     """Number of key-value heads, for grouped-query attention. By default each query head has its own."""
@@ -74,6 +76,12 @@ class ModelOptions:
     """Added to the variance in each normalization. By default the model family's (1e-5 or 1e-6)."""
     swiglu: Fixed[OptionalSwitch] = None
     """Use SwiGLU, a gated feed-forward layer, or with --no-swiglu GELU. By default the model family's."""
+    geglu: Fixed[OptionalSwitch] = None
+    """Use GeGLU, a feed-forward layer whose gate has GELU (tanh form), instead of --swiglu. By default the model family's choice."""
+    zero_centered_norms: Fixed[OptionalSwitch] = None
+    """Store the weights of RMSNorm minus 1, as Gemma does. By default the model family's choice."""
+    scale_embeddings: Fixed[OptionalSwitch] = None
+    """Multiply word embeddings by the root of --hidden-size, as Gemma does. By default the model family's choice."""
     position_embedding_type: Fixed[Annotated[Literal["rope", "learned_absolute"] | None, OPTIONAL]] = None
     """Encode positions by rotation (rope) or by learned embeddings. By default the model family's."""
     no_rope_freq: Fixed[OptionalPattern] = None
@@ -104,13 +112,20 @@ class ModelOptions:
     """Blocks without this window: every N-th one, or a list with 0 for each of them, such as ([1]*3+[0])*8. By default none."""
     windowed_rotary_base: Fixed[OptionalFloat] = None
     """Base of the rotary frequencies of blocks with a window, to which --rope-scaling does not apply. By default that of all blocks."""
-    norm_placement: Fixed[Annotated[Literal["pre", "post"] | None, OPTIONAL]] = None
-    """Normalize what attention and feed-forward layers read (pre), or what they add to the residual stream (post).
+    norm_placement: Fixed[Annotated[Literal["pre", "post", "both"] | None, OPTIONAL]] = None
+    """Normalize what attention and feed-forward layers read (pre), what they add to the residual stream (post), or both.
     By default the model family's choice."""
     qk_layernorm: Fixed[OptionalSwitch] = None
     """Normalize queries and keys before the rotation. By default the model family's choice."""
     qk_norm_scope: Fixed[Annotated[Literal["head", "all"] | None, OPTIONAL]] = None
     """Normalize the queries and keys of each head, or over all heads together. By default the model family's choice."""
+    query_pre_attn_scalar: Fixed[OptionalFloat] = None
+    """Divide the scores of attention by the root of this number. By default the width of a head (--kv-channels)."""
+    attn_logit_softcapping: Fixed[OptionalFloat] = None
+    """Cap the scores of attention at plus and minus this number, smoothly by tanh; 0: no cap. By default the model family's choice.
+    No flash kernel does this: all T x T scores of a head are in memory, and a step is slower."""
+    final_logit_softcapping: Fixed[OptionalFloat] = None
+    """Cap the logits at plus and minus this number, smoothly by tanh; 0: no cap. By default the model family's choice."""
     add_qkv_bias: Fixed[OptionalSwitch] = None
     """Add biases only to the query, key and value projections, as Qwen2 does."""
     disable_bias_linear: Fixed[OptionalSwitch] = None

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from megatron_patch.config.checks import (
     check_count,
@@ -36,7 +36,7 @@ from megatron_patch.data.dataset_paths import expand_prefixes
 from megatron_patch.data.missing_dataset import check_datasets, is_local_glob, missing_dataset
 from megatron_patch.data.storage import is_address
 from megatron_patch.errors import ConfigError, DataError
-from megatron_patch.model.families import family_by_name
+from megatron_patch.model.families import Family, family_by_name
 from megatron_patch.model.flops import parameter_count
 from megatron_patch.model.own_model import OwnModel
 from megatron_patch.model.pipeline_partition import pipeline_partition
@@ -167,6 +167,13 @@ def _given(value: Value | None, default: Value) -> Value:
     return default if value is None else value
 
 
+def _activation(options: ModelOptions, family: Family) -> Literal["swiglu", "geglu", "gelu"]:
+    # A family's GeGLU is replaced by --swiglu and by --no-swiglu.
+    if _given(options.geglu, family.geglu and options.swiglu is None):
+        return "geglu"
+    return "swiglu" if _given(options.swiglu, family.swiglu) and not options.geglu else "gelu"
+
+
 def build_shape(options: ModelOptions, vocab_size: int, longest: int, tensor_parallel_size: int) -> ModelShape:
     """Returns the model's shape: each option as given, or else by the default of its family.
 
@@ -187,7 +194,9 @@ def build_shape(options: ModelOptions, vocab_size: int, longest: int, tensor_par
             "a hidden size that is a multiple of --num-attention-heads",
             "change one of them or give --kv-channels",
         )
-    swiglu, qk_norm = _given(options.swiglu, family.swiglu), _given(options.qk_layernorm, family.qk_norm)
+    qk_norm = _given(options.qk_layernorm, family.qk_norm)
+    activation = _activation(options, family)
+    head_size = options.kv_channels or hidden // heads
     bias = not _given(options.disable_bias_linear, not family.linear_bias)
     positions = options.max_position_embeddings or longest
     if positions < longest:
@@ -206,14 +215,15 @@ def build_shape(options: ModelOptions, vocab_size: int, longest: int, tensor_par
         hidden_size=hidden,
         num_attention_heads=heads,
         num_query_groups=options.num_query_groups or heads,
-        head_size=options.kv_channels or hidden // heads,
-        ffn_hidden_size=options.ffn_hidden_size or default_ffn_hidden_size(hidden, swiglu),
+        head_size=head_size,
+        ffn_hidden_size=options.ffn_hidden_size or default_ffn_hidden_size(hidden, activation != "gelu"),
         vocab_size=vocab_size,
         padded_vocab_size=-(-vocab_size // multiple) * multiple,
         max_positions=positions,
         normalization=_given(options.normalization, family.normalization),
         norm_epsilon=_given(options.norm_epsilon, family.norm_epsilon),
-        activation="swiglu" if swiglu else "gelu",
+        zero_centered_norms=_given(options.zero_centered_norms, family.zero_centered_norms),
+        activation=activation,
         position_embedding="rope" if _given(options.position_embedding_type, family.position_embedding) == "rope" else "learned",
         rotary_base=options.rotary_base,
         rotary_scaling=options.rope_scaling,
@@ -231,6 +241,10 @@ def build_shape(options: ModelOptions, vocab_size: int, longest: int, tensor_par
         norm_placement=_given(options.norm_placement, family.norm_placement),
         qk_norm=qk_norm,
         qk_norm_scope=_given(options.qk_norm_scope, family.qk_norm_scope if qk_norm else "head"),
+        query_scalar=None if options.query_pre_attn_scalar == head_size else options.query_pre_attn_scalar,
+        attention_softcap=_given(options.attn_logit_softcapping, family.attention_softcap) or None,
+        logit_softcap=_given(options.final_logit_softcapping, family.logit_softcap) or None,
+        scaled_embeddings=_given(options.scale_embeddings, family.scaled_embeddings),
         attention_bias=bias,
         qkv_bias=_given(options.add_qkv_bias, family.qkv_bias) or bias,
         mlp_bias=bias,

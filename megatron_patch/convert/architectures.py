@@ -14,6 +14,8 @@ from typing import Any
 from megatron_patch.config.checks import check_model_size
 from megatron_patch.convert.config_json import (
     ConfigReader,
+    read_gemma2,
+    read_gemma3,
     read_gpt2,
     read_llama,
     read_mistral,
@@ -21,6 +23,8 @@ from megatron_patch.convert.config_json import (
     read_olmo3,
     read_smollm3,
     read_windows,
+    write_gemma2,
+    write_gemma3,
     write_gpt2,
     write_llama,
     write_olmo2,
@@ -28,7 +32,7 @@ from megatron_patch.convert.config_json import (
     write_smollm3,
     write_windows,
 )
-from megatron_patch.convert.tensor_names import GPT2_NAMES, LLAMA_NAMES, OLMO2_NAMES, TensorNames
+from megatron_patch.convert.tensor_names import GEMMA_NAMES, GPT2_NAMES, LLAMA_NAMES, OLMO2_NAMES, TensorNames
 from megatron_patch.errors import CheckpointError, ConfigError
 from megatron_patch.model.shape import ModelShape, check_shape
 
@@ -61,11 +65,19 @@ class Architecture:
     tensors: TensorNames = LLAMA_NAMES
 
 
+_PLAIN: Mapping[str, Any] = {
+    "norm_placement": "pre",
+    "zero_centered_norms": False,
+    "query_scalar": None,
+    "attention_softcap": None,
+    "logit_softcap": None,
+    "scaled_embeddings": False,
+}
 LLAMA_LAYERS: Mapping[str, Any] = {
     "normalization": "RMSNorm",
     "activation": "swiglu",
     "position_embedding": "rope",
-    "norm_placement": "pre",
+    **_PLAIN,
     "qk_norm": False,
     "qk_norm_scope": "head",
     "window": None,
@@ -166,6 +178,44 @@ OLMO3 = Architecture(
     write_config=write_olmo3,
     tensors=OLMO2_NAMES,
 )
+
+
+def _gemma_layers(shape: ModelShape) -> Mapping[str, Any]:
+    """Returns what Gemma 2 and 3 require: fields and their values."""
+    return {
+        **LLAMA_LAYERS,
+        **_any_windows(shape),
+        "norm_placement": "both",
+        "zero_centered_norms": True,
+        "activation": "geglu",
+        "scaled_embeddings": True,
+        "query_scalar": shape.query_scalar,
+        "logit_softcap": shape.logit_softcap,
+        "attention_bias": shape.qkv_bias,
+        "mlp_bias": False,
+        # transformers refuses others, although the head size is given apart.
+        "hidden_size": shape.hidden_size // shape.num_attention_heads * shape.num_attention_heads,
+    }
+
+
+GEMMA2 = Architecture(
+    "Gemma2ForCausalLM",
+    "gemma2",
+    "gemma2",
+    required=lambda shape: {**_gemma_layers(shape), "attention_softcap": shape.attention_softcap},
+    read_config=read_gemma2,
+    write_config=write_gemma2,
+    tensors=GEMMA_NAMES,
+)
+GEMMA3 = Architecture(
+    "Gemma3ForCausalLM",
+    "gemma3_text",
+    "gemma3",
+    required=lambda shape: {**_gemma_layers(shape), "qk_norm": True, "windowed_rotary_base": shape.windowed_rotary_base},
+    read_config=read_gemma3,
+    write_config=write_gemma3,
+    tensors=GEMMA_NAMES,
+)
 GPT2 = Architecture(
     "GPT2LMHeadModel",
     "gpt2",
@@ -174,7 +224,7 @@ GPT2 = Architecture(
         "normalization": "LayerNorm",
         "activation": "gelu",
         "position_embedding": "learned",
-        "norm_placement": "pre",
+        **_PLAIN,
         "qk_norm": False,
         "window": None,
         "qkv_bias": True,
@@ -187,7 +237,7 @@ GPT2 = Architecture(
     write_config=write_gpt2,
     tensors=GPT2_NAMES,
 )
-_BUILT_IN = (LLAMA, QWEN2, QWEN3, GPT2, MISTRAL, SMOLLM3, OLMO2, OLMO3)
+_BUILT_IN = (LLAMA, QWEN2, QWEN3, GPT2, MISTRAL, SMOLLM3, OLMO2, OLMO3, GEMMA2, GEMMA3)
 ARCHITECTURES: dict[str, Architecture] = {architecture.name: architecture for architecture in _BUILT_IN}
 """Class name -> architecture. Open to further entries."""
 

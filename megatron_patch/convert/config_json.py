@@ -277,6 +277,89 @@ def write_olmo3(shape: ModelShape) -> dict[str, Any]:
     return {**write_olmo2(shape), **_write_layer_types(shape), **_write_rotary_by_kind(shape)}
 
 
+def _read_gemma(values: ConfigReader, positions: int) -> dict[str, Any]:
+    """The fields that Gemma 2 and 3 have in common, without rotary frequencies and windows."""
+    values.require("hidden_activation", "gelu_pytorch_tanh", ("gelu_pytorch_tanh",))
+    values.require("use_bidirectional_attention", False, (False, None))
+    # Older files have a hidden_act that transformers does not read.
+    found = read_llama(values.without("hidden_act", "rope_parameters", "rope_scaling"), positions=positions, head_size=256)
+    scalar = values.real("query_pre_attn_scalar", 256)
+    return {
+        **found,
+        "num_query_groups": values.number("num_key_value_heads", 4),
+        "norm_placement": "both",
+        "zero_centered_norms": True,
+        "activation": "geglu",
+        "query_scalar": None if scalar == found["head_size"] else scalar,
+        "scaled_embeddings": True,
+        "tie_embeddings": values.flag("tie_word_embeddings", True),
+    }
+
+
+def _read_softcap(values: ConfigReader, key: str, default: float | None) -> float | None:
+    """A soft cap; null: none."""
+    return None if values.get(key, default) is None else values.real(key, default or 0.0)
+
+
+def _write_gemma(shape: ModelShape) -> dict[str, Any]:
+    scalar = shape.head_size if shape.query_scalar is None else shape.query_scalar
+    return {
+        **{key: value for key, value in write_llama(shape).items() if key != "hidden_act"},
+        **_write_layer_types(shape),
+        "hidden_activation": "gelu_pytorch_tanh",
+        "attention_bias": shape.qkv_bias,
+        # transformers takes whole numbers only.
+        "query_pre_attn_scalar": int(scalar) if scalar == int(scalar) else scalar,
+        "attn_logit_softcapping": shape.attention_softcap,
+        "final_logit_softcapping": shape.logit_softcap,
+        "pad_token_id": None,
+    }
+
+
+def read_gemma2(values: ConfigReader) -> dict[str, Any]:
+    """Returns the shape's fields from a configuration of Gemma 2.
+
+    Raises:
+        CheckpointError: a missing key, or a value that the model does not support.
+    """
+    return {
+        **_read_gemma(values, positions=8192),
+        **_read_alternating_windows(values, every=2),
+        **_read_rotary(values, 10000.0, values.number("max_position_embeddings", 8192)),
+        "attention_softcap": _read_softcap(values, "attn_logit_softcapping", 50.0),
+        "logit_softcap": _read_softcap(values, "final_logit_softcapping", 30.0),
+    }
+
+
+def write_gemma2(shape: ModelShape) -> dict[str, Any]:
+    """Returns the keys of a shape in Gemma 2's schema."""
+    return _write_gemma(shape)
+
+
+def read_gemma3(values: ConfigReader) -> dict[str, Any]:
+    """Returns the shape's fields from a configuration of Gemma 3's language model.
+
+    Raises:
+        CheckpointError: a missing key, or a value that the model does not support.
+    """
+    # transformers reads it, and does not compute it.
+    values.require("attn_logit_softcapping", None, (None,))
+    windows = _read_alternating_windows(values, every=values.number("sliding_window_pattern", 6))
+    return {
+        **_read_gemma(values, positions=131072),
+        **windows,
+        **_read_rotary_by_kind(values, 1e6, "rope_local_base_freq", 1e4, bool(windows), positions=131072),
+        "logit_softcap": _read_softcap(values, "final_logit_softcapping", None),
+        "qk_norm": True,
+    }
+
+
+def write_gemma3(shape: ModelShape) -> dict[str, Any]:
+    """Returns the keys of a shape in Gemma 3's schema."""
+    local = {} if shape.windowed_rotary_base is None else {"rope_local_base_freq": shape.windowed_rotary_base}
+    return {**_write_gemma(shape), **_write_rotary_by_kind(shape), **local}
+
+
 def _read_alternating_windows(values: ConfigReader, every: int) -> dict[str, Any]:
     """The windows of an architecture in which layers without one are given by `layer_types`, or else are every N-th layer."""
     layers = values.number("num_hidden_layers")
@@ -403,8 +486,10 @@ def _read_frequencies(where: str, key: str, theta: Any, given: Any, base: float,
     return result
 
 
-def _read_rotary_by_kind(values: ConfigReader, base: float, windowed_key: str, windowed_base: float, windows: bool) -> dict[str, Any]:
-    """The rotary bases and scaling of layers with and without a window (Olmo 3).
+def _read_rotary_by_kind(
+    values: ConfigReader, base: float, windowed_key: str, windowed_base: float, windows: bool, positions: int = 2048
+) -> dict[str, Any]:
+    """The rotary bases and scaling of layers with and without a window (Olmo 3, Gemma 3).
 
     Args:
         values: the configuration. Newer ones have `rope_parameters` with values for each kind; older ones `rope_theta` and `rope_scaling`
@@ -413,8 +498,9 @@ def _read_rotary_by_kind(values: ConfigReader, base: float, windowed_key: str, w
         windowed_key: the older key of the base of the latter.
         windowed_base: that base where it is missing.
         windows: whether there are layers with a window.
+        positions: length of the context where it is missing.
     """
-    positions = values.number("max_position_embeddings")
+    positions = values.number("max_position_embeddings", positions)
     nested = values.get("rope_parameters") or {}
     if (
         not isinstance(nested, dict)

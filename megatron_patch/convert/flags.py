@@ -38,6 +38,18 @@ def training_flags(shape: ModelShape, family: str) -> list[str] | None:
         values["normalization"] = shape.normalization
     if (shape.activation == "swiglu") != preset.swiglu:
         values["swiglu"] = shape.activation == "swiglu"
+    if (shape.activation == "geglu") != preset.geglu:
+        values["geglu"] = shape.activation == "geglu"
+    if shape.zero_centered_norms != preset.zero_centered_norms:
+        values["zero-centered-norms"] = shape.zero_centered_norms
+    if shape.scaled_embeddings != preset.scaled_embeddings:
+        values["scale-embeddings"] = shape.scaled_embeddings
+    if shape.query_scalar is not None:
+        values["query-pre-attn-scalar"] = shape.query_scalar
+    if shape.attention_softcap != preset.attention_softcap:
+        values["attn-logit-softcapping"] = shape.attention_softcap or 0
+    if shape.logit_softcap != preset.logit_softcap:
+        values["final-logit-softcapping"] = shape.logit_softcap or 0
     if shape.position_embedding != preset.position_embedding:
         values["position-embedding-type"] = "rope" if shape.position_embedding == "rope" else "learned_absolute"
     if shape.norm_placement != preset.norm_placement:

@@ -69,6 +69,16 @@ OLMO2_NAMES = TensorNames(
         "feed_forward_output_norm": "post_feedforward_layernorm",
     },
 )
+GEMMA_NAMES = TensorNames(
+    LLAMA_NAMES.modules,
+    LLAMA_NAMES.block,
+    {
+        **LLAMA_NAMES.block_modules,
+        "attention_output_norm": "post_attention_layernorm",
+        "feed_forward_norm": "pre_feedforward_layernorm",
+        "feed_forward_output_norm": "post_feedforward_layernorm",
+    },
+)
 GPT2_NAMES = TensorNames(
     {
         "embedding.word": "transformer.wte",

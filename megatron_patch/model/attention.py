@@ -13,6 +13,7 @@ from megatron_patch.model.norm import make_head_norm
 from megatron_patch.model.rotary import rotate
 from megatron_patch.model.shape import ModelShape
 from megatron_patch.model.sharding import shards_key_value
+from megatron_patch.ops import softcapped
 from megatron_patch.ops.attention_kernels import LONGEST_FLASH_HEAD
 from megatron_patch.ops.documents_attention import Documents, DocumentSlices, documents_attention, sliced_attention
 from megatron_patch.parallel.context import UNSHARED, ContextParallel, share_heads, share_positions
@@ -26,7 +27,7 @@ class AttentionContext:
     Args:
         rotary: (cos, sin), each [B or 1, 1, T, head_size], or None with learned positions.
         mask: bool [B or 1, 1, T, T], True where a position attends to another, or None for the causal mask. For the cache and padding of
-            generation; it costs T² numbers and time.
+            generation, and always in a model that caps scores; it costs T² numbers and time.
         documents: attention is causal inside of these documents; None: inside of each sample. Not together with `mask`.
         windowed: of a model with windows, for the blocks with one: `documents`, or the samples as documents. Not together with `mask`.
         windowed_mask: `mask` for the blocks with a window.
@@ -137,6 +138,7 @@ class Attention(nn.Module):
         super().__init__()
         self.window, self.rotates = shape.window_of(layer), layer not in shape.unrotated_layers
         self.head_size, self.recompute, self.parallel = shape.head_size, recompute, parallel
+        self.query_scalar, self.softcap = shape.query_scalar, shape.attention_softcap
         queries, keys = shape.num_attention_heads * shape.head_size, shape.num_query_groups * shape.head_size
         local_keys = parallel.shard_size(keys) if shards_key_value(shape, parallel.size) else keys
         self.query = nn.Linear(shape.hidden_size, parallel.shard_size(queries), bias=shape.qkv_bias)
@@ -182,13 +184,19 @@ class Attention(nn.Module):
     def _attend(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, context: AttentionContext) -> torch.Tensor:
         mask, documents = context.mask, context.documents
         window = self.window if self.window is not None and keys.shape[2] > self.window else None
-        if context.slices is not None:
-            return sliced_attention(queries, keys, values, context.slices, window)
-        if window is not None:
+        if window is not None and context.slices is None:
             mask, documents = context.windowed_mask, context.windowed
             if mask is None and documents is None:
                 assert queries.shape[2] == 1, "one new position, which sees the last ones of the cache"
                 keys, values = (tensor[:, :, -window:] for tensor in (keys, values))
+        if self.softcap is not None:
+            assert mask is not None
+            return softcapped_attention(queries, keys, values, mask, (self.query_scalar or self.head_size) ** -0.5, self.softcap)
+        if self.query_scalar is not None:
+            # The kernels below divide by the root of the head size.
+            queries = queries * (self.head_size / self.query_scalar) ** 0.5
+        if context.slices is not None:
+            return sliced_attention(queries, keys, values, context.slices, window)
         if documents is not None:
             return documents_attention(queries, keys, values, documents, window)
         causal = mask is None and queries.shape[2] == keys.shape[2]
@@ -197,6 +205,28 @@ class Attention(nn.Module):
         if fewer and not grouped:
             keys, values = (repeat_groups(tensor, queries.shape[1]) for tensor in (keys, values))
         return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
+
+
+def softcapped_attention(
+    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, scale: float, cap: float
+) -> torch.Tensor:
+    """Returns attention whose scores are capped before the mask (Gemma 2, arXiv 2408.00118), as a plain formula with all scores in memory.
+
+    Args:
+        queries: [B, heads, T, head_size].
+        keys: [B, groups, S, head_size].
+        values: like `keys`.
+        mask: bool [B or 1, 1, T, S], True where a position attends to another.
+        scale: factor of the products of queries and keys.
+        cap: the scores are cap · tanh(scaled product / cap).
+
+    Returns:
+        [B, heads, T, head_size].
+    """
+    keys, values = (repeat_groups(tensor, queries.shape[1]) for tensor in (keys, values))
+    scores = torch.where(mask, softcapped(queries @ keys.transpose(-2, -1) * scale, cap), -torch.inf)
+    weights = torch.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
+    return weights.to(queries.dtype) @ values
 
 
 def supports_grouped_queries(device_type: str, dtype: torch.dtype, head_size: int, masked: bool) -> bool:

@@ -26,7 +26,7 @@ class Block(nn.Module):
 
     def __init__(self, shape: ModelShape, recompute_attention: bool = False, parallel: TensorParallel = UNSHARDED, number: int = 0) -> None:
         super().__init__()
-        before, after = shape.norm_placement == "pre", shape.norm_placement == "post"
+        before, after = shape.norms_before, shape.norms_after
         self.attention_norm = make_norm(shape, parallel) if before else None
         self.attention = Attention(shape, recompute_attention, parallel, number)
         self.attention_output_norm = make_norm(shape, parallel) if after else None

@@ -1,6 +1,8 @@
-"""The input of the residual stream: the mean of the K token embeddings of each patch, plus learned positions where the family has them."""
+"""The input of the residual stream: the mean of the K token embeddings of each patch, in some families scaled or with positions."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +34,7 @@ class Embedding(nn.Module):
         rows = parallel.shard_size(shape.padded_vocab_size)
         self.vocab_start = None if parallel.size == 1 else parallel.rank * rows
         self.word = nn.Embedding(rows, shape.hidden_size)
+        self.scale = math.sqrt(shape.hidden_size) if shape.scaled_embeddings else None
         learned = positions and shape.position_embedding == "learned"
         self.position = nn.Embedding(shape.max_positions, shape.hidden_size) if learned else None
 
@@ -53,6 +56,9 @@ class Embedding(nn.Module):
         hidden = reduce_from_tensor_parallel(
             ops.patch_embedding(self.word.weight, input_ids, self.operators, self.vocab_start), self.parallel
         )
+        if self.scale is not None:
+            # Rounded to the dtype first, as in Gemma. The mean of scaled embeddings is the scaled mean.
+            hidden = hidden * float(torch.tensor(self.scale, dtype=hidden.dtype, device="cpu"))
         if self.position is None:
             return hidden
         longest = max(longest, input_ids.shape[1])

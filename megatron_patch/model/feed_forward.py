@@ -11,13 +11,14 @@ from megatron_patch.parallel.tensor import UNSHARDED, RowParallelLinear, TensorP
 
 
 class FeedForward(nn.Module):
-    """Computes down(silu(gate(x)) · up(x)) (SwiGLU, arXiv 2002.05202), or down(gelu(up(x))) with the tanh form of GELU."""
+    """Computes down(a(gate(x)) · up(x)) (arXiv 2002.05202), a = silu (SwiGLU) or gelu (GeGLU), or down(gelu(up(x))); tanh form of GELU."""
 
     def __init__(self, shape: ModelShape, parallel: TensorParallel = UNSHARDED) -> None:
         super().__init__()
         self.parallel = parallel
         hidden, inner, bias = shape.hidden_size, shape.ffn_hidden_size, shape.mlp_bias
-        self.gate = nn.Linear(hidden, parallel.shard_size(inner), bias=bias) if shape.activation == "swiglu" else None
+        self.gate = nn.Linear(hidden, parallel.shard_size(inner), bias=bias) if shape.gated else None
+        self.silu = shape.activation == "swiglu"
         self.up = nn.Linear(hidden, parallel.shard_size(inner), bias=bias)
         self.down = RowParallelLinear(inner, hidden, bias, parallel)
 
@@ -26,4 +27,5 @@ class FeedForward(nn.Module):
         hidden = copy_to_tensor_parallel(hidden, self.parallel)
         if self.gate is None:
             return self.down(F.gelu(self.up(hidden), approximate="tanh"))
-        return self.down(F.silu(self.gate(hidden)) * self.up(hidden))
+        gate = self.gate(hidden)
+        return self.down((F.silu(gate) if self.silu else F.gelu(gate, approximate="tanh")) * self.up(hidden))

@@ -22,7 +22,7 @@ from megatron_patch.model.rotary import rotary_tables, windowed_rotary_tables
 from megatron_patch.model.shape import ModelShape, check_shape
 from megatron_patch.model.sharding import check_sharding
 from megatron_patch.ops import Operators
-from megatron_patch.ops.attention_kernels import band
+from megatron_patch.ops.attention_kernels import band, dense_mask
 from megatron_patch.ops.documents_attention import Documents, documents_of_samples, slice_documents
 from megatron_patch.parallel.context import UNSHARED, ContextParallel
 from megatron_patch.parallel.tensor import UNSHARDED, TensorParallel
@@ -204,29 +204,45 @@ class GPTModel(nn.Module):
             rotary = (cos[:, None], sin[:, None])
             if (local := windowed_rotary_tables(position_ids, self.shape, hidden.dtype)) is not None:
                 windowed_rotary = (local[0][:, None], local[1][:, None])
-        mask = windowed_mask = None
-        if padding is not None or (earlier and length > 1):
-            mask = torch.ones(1, 1, length, earlier + length, dtype=torch.bool, device=hidden.device).tril(diagonal=earlier)
-        if padding is not None and mask is not None:
-            indices = torch.arange(earlier + length, device=hidden.device)
-            # Padding attends to itself: softmax over no positions would be NaN.
-            itself = indices[None, :] == indices[earlier:, None]
-            mask = mask & ((indices >= padding[:, None, None, None]) | itself)
-        windowed = documents
-        if self.shape.window is not None:
-            if mask is not None:
-                windowed_mask = mask & band(length, earlier + length, self.shape.window, hidden.device)
-            elif documents is None and not earlier:
-                windowed = documents_of_samples(len(hidden), ranks.size * length, hidden.device)
-        slices = None
-        if ranks.gathers:
-            whole = windowed or documents or documents_of_samples(len(hidden), ranks.size * length, hidden.device)
-            slices = slice_documents(whole, ranks.size * length, ranks.rank, ranks.size)
+        samples, positions, device = len(hidden), ranks.size * length, hidden.device
+        mask = self._mask(samples, positions, documents, earlier, padding, device)
+        windowed = windowed_mask = slices = None
+        if mask is not None:
+            documents = None
+            if self.shape.window is not None:
+                windowed_mask = mask & band(mask.shape[2], mask.shape[3], self.shape.window, device)
+            if ranks.gathers:
+                mask, windowed_mask = (None if one is None else one.chunk(ranks.size, dim=2)[ranks.rank] for one in (mask, windowed_mask))
+        else:
+            if documents is None and not earlier and (self.shape.window is not None or ranks.gathers):
+                windowed = documents_of_samples(samples, positions, device)
+            else:
+                windowed = documents
+            if ranks.gathers and windowed is not None:
+                slices = slice_documents(windowed, positions, ranks.rank, ranks.size)
         if self._compiled:
             for one in (windowed, slices):
                 if one is not None:
                     one.mark_dynamic()
         return AttentionContext(rotary, mask, documents, windowed, windowed_mask, ranks, slices, windowed_rotary)
+
+    def _mask(
+        self, samples: int, positions: int, documents: Documents | None, earlier: int, padding: torch.Tensor | None, device: torch.device
+    ) -> torch.Tensor | None:
+        """Returns the mask of all positions, or None if no kernel needs it; see `AttentionContext`."""
+        mask = None
+        if padding is not None or (earlier and positions > 1):
+            mask = torch.ones(1, 1, positions, earlier + positions, dtype=torch.bool, device=device).tril(diagonal=earlier)
+        if padding is not None and mask is not None:
+            indices = torch.arange(earlier + positions, device=device)
+            # Padding attends to itself: softmax over no positions would be NaN.
+            itself = indices[None, :] == indices[earlier:, None]
+            mask = mask & ((indices >= padding[:, None, None, None]) | itself)
+        if self.shape.attention_softcap is not None and mask is None:
+            if earlier:
+                return band(positions, earlier + positions, None, device)[None, None]
+            return dense_mask(None if documents is None else documents.bounds, samples, positions, device)
+        return mask
 
 
 def _checkpoint(block: nn.Module, hidden: torch.Tensor, context: AttentionContext) -> Any:

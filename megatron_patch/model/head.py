@@ -25,7 +25,7 @@ class Head(nn.Module):
         super().__init__()
         self.operators: Operators = operators
         self.parallel = parallel
-        self.vocab_size = shape.vocab_size
+        self.vocab_size, self.softcap = shape.vocab_size, shape.logit_softcap
         rows = parallel.shard_size(shape.padded_vocab_size)
         self.first_row = parallel.rank * rows
         self.unpadded_rows = min(rows, max(0, shape.vocab_size - self.first_row))
@@ -39,11 +39,12 @@ class Head(nn.Module):
             embedding: the embedding's weight, if the head is tied to it.
         """
         if self.parallel.size == 1:
-            return F.linear(hidden, self._rows(embedding))
-        # Includes the padding, so that all vocabulary shards have the same size.
-        return gather_last_dim(F.linear(copy_to_tensor_parallel(hidden, self.parallel), self._matrix(embedding)), self.parallel)[
-            ..., : self.vocab_size
-        ]
+            logits = F.linear(hidden, self._rows(embedding))
+        else:
+            # Includes the padding, so that all vocabulary shards have the same size.
+            shard = F.linear(copy_to_tensor_parallel(hidden, self.parallel), self._matrix(embedding))
+            logits = gather_last_dim(shard, self.parallel)[..., : self.vocab_size]
+        return logits if self.softcap is None else ops.softcapped(logits, self.softcap)
 
     def forward(
         self, hidden: torch.Tensor, embedding: torch.Tensor | None, labels: torch.Tensor, label_weights: torch.Tensor | None
@@ -62,7 +63,13 @@ class Head(nn.Module):
         hidden = copy_to_tensor_parallel(hidden, self.parallel)
         shard = None if self.parallel.size == 1 else ops.VocabularyShard(self.first_row, self.parallel.group)
         return ops.linear_multi_token_loss(
-            hidden.flatten(0, 1), self._rows(embedding), labels.flatten(0, 1), label_weights, self.operators, shard
+            hidden.flatten(0, 1),
+            self._rows(embedding),
+            labels.flatten(0, 1),
+            label_weights,
+            self.operators,
+            shard,
+            logit_softcap=self.softcap,
         )
 
     def _matrix(self, embedding: torch.Tensor | None) -> torch.Tensor:

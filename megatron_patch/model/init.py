@@ -37,7 +37,8 @@ def initial_span(
     """Returns a span of the initial value of one parameter, flattened.
 
     Matrices are drawn from N(0, init_std²); those whose output is added to the residual stream are scaled by 1/sqrt(2·layers) (GPT-2).
-    Weights of norms are 1, biases 0. Each segment of 2^20 elements has its own generator, so that a rank draws little more than its part.
+    Weights of norms are 1 (0 if they are stored minus 1), biases 0. Each segment of 2^20 elements has its own
+    generator, so that a rank draws little more than its part.
 
     Args:
         name: the parameter's name in the model.
@@ -54,7 +55,8 @@ def initial_span(
     total = math.prod(parameter_shape)
     end = total if numel is None else start + numel
     if len(parameter_shape) < 2:
-        return torch.zeros(end - start) if name.endswith(".bias") else torch.ones(end - start)
+        zeros = name.endswith(".bias") or shape.zero_centered_norms
+        return torch.zeros(end - start) if zeros else torch.ones(end - start)
     std = shape.init_std / (math.sqrt(2 * shape.num_layers) if name.endswith(_RESIDUAL_OUTPUTS) else 1.0)
     first, last = start // _SEGMENT, -(-end // _SEGMENT)
     values = torch.empty(min(last * _SEGMENT, total) - first * _SEGMENT)

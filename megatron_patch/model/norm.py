@@ -17,18 +17,22 @@ class RMSNorm(nn.Module):
         size: size of the last dimension.
         epsilon: added to the mean square.
         parallel: ranks that each normalize a part of the activations; the weight's gradient is summed over them.
+        zero_centered: whether the weight is stored minus 1; the product with it is then rounded once, as Gemma does.
     """
 
-    def __init__(self, size: int, epsilon: float, parallel: TensorParallel = UNSHARDED) -> None:
+    def __init__(self, size: int, epsilon: float, parallel: TensorParallel = UNSHARDED, zero_centered: bool = False) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.epsilon, self.parallel = epsilon, parallel
+        self.weight = nn.Parameter(torch.zeros(size) if zero_centered else torch.ones(size))
+        self.epsilon, self.parallel, self.zero_centered = epsilon, parallel, zero_centered
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Normalizes [..., size]."""
         wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
         wide = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self.epsilon)
-        return all_reduce_gradient(self.weight, self.parallel) * wide.to(hidden.dtype)
+        weight = all_reduce_gradient(self.weight, self.parallel)
+        if self.zero_centered:
+            return (wide * (1.0 + weight.to(wide.dtype))).to(hidden.dtype)
+        return weight * wide.to(hidden.dtype)
 
 
 class AllHeadsNorm(nn.Module):
@@ -89,7 +93,7 @@ def make_norm(shape: ModelShape, parallel: TensorParallel = UNSHARDED) -> nn.Mod
     sharded = parallel if parallel.sequence else UNSHARDED
     if shape.normalization == "LayerNorm":
         return LayerNorm(shape.hidden_size, shape.norm_epsilon, sharded)
-    return RMSNorm(shape.hidden_size, shape.norm_epsilon, sharded)
+    return RMSNorm(shape.hidden_size, shape.norm_epsilon, sharded, shape.zero_centered_norms)
 
 
 def make_head_norm(shape: ModelShape, heads: int, parallel: TensorParallel = UNSHARDED) -> nn.Module | None:
@@ -105,4 +109,4 @@ def make_head_norm(shape: ModelShape, heads: int, parallel: TensorParallel = UNS
     if shape.qk_norm_scope == "all":
         return AllHeadsNorm(heads, shape.head_size, shape.norm_epsilon, parallel, sharded=heads % parallel.size == 0)
     # Each rank normalizes only its own heads, so the gradient of the weight is summed over the ranks.
-    return RMSNorm(shape.head_size, shape.norm_epsilon, parallel)
+    return RMSNorm(shape.head_size, shape.norm_epsilon, parallel, shape.zero_centered_norms)

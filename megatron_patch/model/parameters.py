@@ -38,8 +38,7 @@ def block_parameters(shape: ModelShape) -> ParameterShapes:
     """Returns name (within the block) -> shape of the parameters of one block."""
     hidden, inner = shape.hidden_size, shape.ffn_hidden_size
     queries, keys = shape.num_attention_heads * shape.head_size, shape.num_query_groups * shape.head_size
-    before, after = shape.norm_placement == "pre", shape.norm_placement == "post"
-    found = _norm("attention_norm", shape) if before else {}
+    found = _norm("attention_norm", shape) if shape.norms_before else {}
     for name, outputs in (("query", queries), ("key", keys), ("value", keys)):
         found |= _linear(f"attention.{name}", hidden, outputs, shape.qkv_bias)
     found |= _linear("attention.output", queries, hidden, shape.attention_bias)
@@ -48,14 +47,14 @@ def block_parameters(shape: ModelShape) -> ParameterShapes:
         found |= {
             f"attention.{name}_norm.weight": (width if whole else shape.head_size,) for name, width in (("query", queries), ("key", keys))
         }
-    if after:
+    if shape.norms_after:
         found |= _norm("attention_output_norm", shape)
-    if before:
+    if shape.norms_before:
         found |= _norm("feed_forward_norm", shape)
-    if shape.activation == "swiglu":
+    if shape.gated:
         found |= _linear("feed_forward.gate", hidden, inner, shape.mlp_bias)
     found |= _linear("feed_forward.up", hidden, inner, shape.mlp_bias) | _linear("feed_forward.down", inner, hidden, shape.mlp_bias)
-    return found | (_norm("feed_forward_output_norm", shape) if after else {})
+    return found | (_norm("feed_forward_output_norm", shape) if shape.norms_after else {})
 
 
 def parameters_of_layers(shape: ModelShape, layers: range | None = None, vocabulary_rows: int | None = None) -> ParameterShapes:

@@ -24,7 +24,8 @@ class ModelShape:
         max_positions: largest number of positions of a sample.
         normalization: kind of norm.
         norm_epsilon: added to the mean square or variance.
-        activation: "swiglu" (gated) or "gelu" (tanh form).
+        zero_centered_norms: weights of norms are stored minus 1 (Gemma); RMSNorm only.
+        activation: "swiglu" or "geglu" (gated), or "gelu"; GELU in its tanh form.
         position_embedding: rotary or learned absolute positions.
         rotary_base: base of the rotary frequencies.
         rotary_scaling: how the frequencies are divided for longer contexts: none, "linear" (all frequencies), "llama3" and "yarn" (the low
@@ -42,9 +43,13 @@ class ModelShape:
         windowed_rotary_base: base of the rotary frequencies of the blocks with a window, which are then not scaled (Olmo 3, Gemma 3);
             None: those of all blocks are the same.
         norm_placement: "pre": attention and feed-forward layer read the normalized residual stream; "post": they read the residual stream,
-            and what they return is normalized before it is added (OLMo 2).
+            and what they return is normalized before it is added (OLMo 2); "both" (Gemma).
         qk_norm: RMSNorm of queries and keys before the rotation.
         qk_norm_scope: with `qk_norm`: of each "head" (Qwen3), or over the width of "all" heads together (OLMo 2).
+        query_scalar: scores of attention are divided by the root of this; None: of the head size.
+        attention_softcap: c of the scores of attention, which are c·tanh(score / c) before the mask (Gemma 2); None: they are not capped.
+        logit_softcap: the same of the head's logits; None: they are not capped.
+        scaled_embeddings: whether word embeddings are multiplied by √H, rounded to the dtype of their weights (Gemma).
         attention_bias: bias of the attention's output projection.
         qkv_bias: biases of the query, key and value projections.
         mlp_bias: biases of the feed-forward layer.
@@ -63,7 +68,8 @@ class ModelShape:
     max_positions: int
     normalization: Literal["RMSNorm", "LayerNorm"] = "RMSNorm"
     norm_epsilon: float = 1e-5
-    activation: Literal["swiglu", "gelu"] = "swiglu"
+    zero_centered_norms: bool = False
+    activation: Literal["swiglu", "geglu", "gelu"] = "swiglu"
     position_embedding: Literal["rope", "learned"] = "rope"
     rotary_base: float = 10000.0
     rotary_scaling: Literal["none", "linear", "llama3", "yarn"] = "none"
@@ -78,14 +84,33 @@ class ModelShape:
     full_layers: tuple[int, ...] = ()
     unrotated_layers: tuple[int, ...] = ()
     windowed_rotary_base: float | None = None
-    norm_placement: Literal["pre", "post"] = "pre"
+    norm_placement: Literal["pre", "post", "both"] = "pre"
     qk_norm: bool = False
     qk_norm_scope: Literal["head", "all"] = "head"
+    query_scalar: float | None = None
+    attention_softcap: float | None = None
+    logit_softcap: float | None = None
+    scaled_embeddings: bool = False
     attention_bias: bool = False
     qkv_bias: bool = False
     mlp_bias: bool = False
     tie_embeddings: bool = False
     init_std: float = 0.02
+
+    @property
+    def norms_before(self) -> bool:
+        """Whether a block normalizes what attention and feed-forward layer read."""
+        return self.norm_placement != "post"
+
+    @property
+    def norms_after(self) -> bool:
+        """Whether a block normalizes what attention and feed-forward layer return."""
+        return self.norm_placement != "pre"
+
+    @property
+    def gated(self) -> bool:
+        """Whether the feed-forward layer has a gate."""
+        return self.activation != "gelu"
 
     @property
     def learned_positions(self) -> int | None:
@@ -102,9 +127,9 @@ class ModelShape:
         return 0 if self.window is None else self.num_layers - len(self.full_layers)
 
 
-def default_ffn_hidden_size(hidden_size: int, swiglu: bool) -> int:
+def default_ffn_hidden_size(hidden_size: int, gated: bool) -> int:
     """Returns the width of the feed-forward layer that is not given: 8/3 of H, rounded up to a multiple of 256, or 4 H for GELU."""
-    return -(-8 * hidden_size // 768) * 256 if swiglu else 4 * hidden_size
+    return -(-8 * hidden_size // 768) * 256 if gated else 4 * hidden_size
 
 
 def check_shape(shape: ModelShape) -> None:
@@ -145,8 +170,25 @@ def check_shape(shape: ModelShape) -> None:
             "numbers above 0",
             "change the one that is not",
         )
+    _check_norms_and_caps(shape)
     _check_layers(shape)
     _check_rotary_scaling(shape)
+
+
+def _check_norms_and_caps(shape: ModelShape) -> None:
+    if shape.zero_centered_norms and (shape.normalization != "RMSNorm" or shape.qk_norm_scope != "head"):
+        raise ConfigError(
+            "--zero-centered-norms with LayerNorm, or with --qk-norm-scope all",
+            "--normalization RMSNorm and --qk-norm-scope head",
+            "remove --zero-centered-norms, or change the other one",
+        )
+    for flag, value in (
+        ("--query-pre-attn-scalar", shape.query_scalar),
+        ("--attn-logit-softcapping", shape.attention_softcap),
+        ("--final-logit-softcapping", shape.logit_softcap),
+    ):
+        if value is not None and value <= 0:
+            raise ConfigError(f"{flag} {value}", "numbers above 0", "give another value, or leave it out")
 
 
 def _check_layers(shape: ModelShape) -> None:

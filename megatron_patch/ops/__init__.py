@@ -10,9 +10,9 @@ import torch.distributed as dist
 
 from megatron_patch.ops import fused_embedding, fused_linear_loss, native, plain
 from megatron_patch.ops.accumulation import check_unit_gradient, redirect_gradient
-from megatron_patch.ops.plain import IGNORE_INDEX
+from megatron_patch.ops.plain import IGNORE_INDEX, softcapped
 
-__all__ = ["IGNORE_INDEX", "Operators", "VocabularyShard", "linear_multi_token_loss", "patch_embedding"]
+__all__ = ["IGNORE_INDEX", "Operators", "VocabularyShard", "linear_multi_token_loss", "patch_embedding", "softcapped"]
 
 Operators = Literal["fused", "plain"]
 """fused: compiled kernels where they are built. plain: the formulas everywhere, at K = 1 with the bits of an ordinary language model."""
@@ -65,6 +65,7 @@ def linear_multi_token_loss(
     shard: VocabularyShard | None = None,
     weight_grad_accumulator: torch.Tensor | None = None,
     unit_gradient: bool = False,
+    logit_softcap: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns the loss of the head's logits over K labels for each row; see `plain.linear_multi_token_loss`.
 
@@ -79,6 +80,7 @@ def linear_multi_token_loss(
             none; the kernels add it unrounded, the plain formulas rounded to the weight's dtype. See `ops.accumulation`.
         unit_gradient: with an accumulator, if the caller starts the backward pass from this loss: the kernels add the gradient in the
             forward pass, without a temporary table. The plain formulas ignore it. See `fused_linear_loss.linear_multi_token_loss`.
+        logit_softcap: c of logits that are capped to c·tanh(logit / c) before the loss; None: they are not.
 
     Returns:
         (sum of weighted losses in nats, sum of the weights of scored labels), float32 (float64 stays float64).
@@ -91,7 +93,8 @@ def linear_multi_token_loss(
             group=group,
             weight_grad_accumulator=weight_grad_accumulator,
             unit_gradient=unit_gradient,
+            logit_softcap=logit_softcap,
         )
     check_unit_gradient(unit_gradient, weight_grad_accumulator)
     weight = redirect_gradient(weight, weight_grad_accumulator)
-    return plain.linear_multi_token_loss(hidden, weight, labels, label_weights, vocab_start=start, group=group)
+    return plain.linear_multi_token_loss(hidden, weight, labels, label_weights, vocab_start=start, group=group, logit_softcap=logit_softcap)

@@ -162,6 +162,23 @@ def band(rows: int, columns: int, window: int | None, device: torch.device) -> t
     return causal if window is None else causal.triu(columns - rows - window + 1)
 
 
+def dense_mask(bounds: torch.Tensor | None, samples: int, positions: int, device: torch.device) -> torch.Tensor:
+    """Returns which position attends to which, bool [B or 1, 1, T, T], for kernels that know no documents; the host does not wait.
+
+    Args:
+        bounds: see `Documents`, on the device; None: each sample is one document.
+        samples: B.
+        positions: T.
+        device: device of the result.
+    """
+    causal = band(positions, positions, None, device)[None, None]
+    if bounds is None:
+        return causal
+    indices = torch.arange(samples * positions, dtype=torch.int32, device=device)
+    numbers = torch.bucketize(indices, bounds, right=True, out_int32=True).view(samples, positions)
+    return causal & (numbers[:, None, :, None] == numbers[:, None, None, :])
+
+
 def _of_block(block: Block, queries: torch.Tensor, *others: torch.Tensor) -> list[torch.Tensor]:
     """Returns a block's part of the queries, keys and values of a document, or of their gradients."""
     return [queries[:, :, block.queries], *(tensor[:, :, block.keys] for tensor in others)]

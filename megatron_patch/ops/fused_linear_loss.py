@@ -35,6 +35,7 @@ def linear_multi_token_loss(
     chunk_rows: int = CHUNK_ROWS,
     weight_grad_accumulator: torch.Tensor | None = None,
     unit_gradient: bool = False,
+    logit_softcap: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Computes `plain.linear_multi_token_loss` with the logits of at most `chunk_rows` rows in memory.
 
@@ -52,6 +53,7 @@ def linear_multi_token_loss(
             of its dtype.
         unit_gradient: True promises that the backward pass starts from this loss (see `ops.accumulation`). The forward pass then adds the
             weight's gradient to the accumulator.
+        logit_softcap: the cap of the logits; see `plain.softcapped`. It takes one more chunk of logits in memory. None: no cap.
 
     Returns:
         (sum of weighted losses in nats, sum of the weights of scored labels), float32 (float64 stays float64).
@@ -74,11 +76,14 @@ def linear_multi_token_loss(
     name = None if group is None else group.group_name
     operators = torch.ops.megatron_patch
     arguments = (labels, label_weights, z_loss, vocab_start, name, chunk_rows)
+    cap = 0.0 if logit_softcap is None else logit_softcap
     if unit_gradient and torch.is_grad_enabled() and weight.requires_grad:
-        total, by_hidden = operators.linear_multi_token_loss_add_(weight_grad_accumulator, hidden.detach(), weight.detach(), *arguments)
+        total, by_hidden = operators.linear_multi_token_loss_add_(
+            weight_grad_accumulator, hidden.detach(), weight.detach(), *arguments, cap
+        )
         loss = operators.with_gradient(hidden, weight, total, by_hidden)
     else:
-        loss, _, _ = operators.linear_multi_token_loss(hidden, weight, *arguments, differentiable, weight_grad_accumulator)
+        loss, _, _ = operators.linear_multi_token_loss(hidden, weight, *arguments, differentiable, weight_grad_accumulator, cap)
     return loss, weight_of_labels(labels, label_weights, dtype)
 
 
@@ -129,10 +134,11 @@ def _linear_loss(
     chunk_rows: int,
     differentiable: bool,
     weight_grad_accumulator: torch.Tensor | None = None,
+    logit_softcap: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Returns (loss, gradient of hidden, gradient of weight); only the backward pass uses the accumulator."""
     grad_hidden, grad_weight = _gradients(hidden, weight, differentiable)
-    arguments = (labels, label_weights, z_loss, vocab_start, group, chunk_rows)
+    arguments = (labels, label_weights, z_loss, vocab_start, group, chunk_rows, logit_softcap)
     loss = _sum_of_chunks(hidden, weight, *arguments, (grad_hidden, grad_weight) if differentiable else None, first_beta=0.0)
     return loss, grad_hidden, grad_weight
 
@@ -147,10 +153,11 @@ def _linear_loss_add(
     vocab_start: int | None,
     group: str | None,
     chunk_rows: int,
+    logit_softcap: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns (loss, gradient of hidden), and adds the weight's gradient to the accumulator."""
     by_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format)
-    arguments = (labels, label_weights, z_loss, vocab_start, group, chunk_rows)
+    arguments = (labels, label_weights, z_loss, vocab_start, group, chunk_rows, logit_softcap)
     return _sum_of_chunks(hidden, weight, *arguments, (by_hidden, accumulator), first_beta=1.0), by_hidden
 
 
@@ -163,12 +170,14 @@ def _sum_of_chunks(
     vocab_start: int | None,
     group: str | None,
     chunk_rows: int,
+    logit_softcap: float,
     gradients: tuple[torch.Tensor, torch.Tensor] | None,
     first_beta: float,
 ) -> torch.Tensor:
     """Returns the loss, and writes the gradients of hidden and weight into the given tensors.
 
     Args:
+        logit_softcap: the cap of the logits; 0: none.
         gradients: [N, H] in the dtype of hidden, and [V, H] in `accumulation_dtype`; or None.
         first_beta: factor of the second one's previous content: 1 adds to it, 0 overwrites it, so that it may be uninitialized.
     """
@@ -180,13 +189,19 @@ def _sum_of_chunks(
     rows, dtype = hidden.shape[0], accumulation_dtype(hidden.dtype)
     size = math.ceil(rows / max(1, math.ceil(rows / chunk_rows)))
     buffer = hidden.new_empty((size, weight.shape[0]))
+    tanh = torch.empty_like(buffer) if logit_softcap else None
     losses = hidden.new_empty(rows, dtype=dtype)
     for start in range(0, rows, max(1, size)):
         part = hidden[start : start + size]
         chunk = slice(start, start + len(part))
         logits = torch.mm(part, weight.t(), out=buffer[: len(part)])
+        if tanh is not None:
+            capped = torch.div(logits, logit_softcap, out=tanh[: len(part)]).tanh_()
+            torch.mul(capped, logit_softcap, out=logits)
         losses[chunk] = _chunk_loss(logits, labels[chunk], label_weights, z_loss, vocab_start, group, gradients is not None)
         if gradients is not None:
+            if tanh is not None:
+                torch.ops.aten.tanh_backward.grad_input(logits, capped, grad_input=logits)
             torch.mm(logits, weight, out=gradients[0][chunk])
             _add_product(gradients[1], logits, part, beta=first_beta if start == 0 else 1.0)
     return losses.sum(dtype=torch.float64).to(dtype)
@@ -212,7 +227,7 @@ def _register() -> None:
     torch.library.define(
         library,
         "(Tensor hidden, Tensor weight, Tensor labels, Tensor? label_weights, float z_loss, int? vocab_start, str? group, int chunk_rows, "
-        "bool differentiable, Tensor? weight_grad_accumulator=None) -> (Tensor, Tensor, Tensor)",
+        "bool differentiable, Tensor? weight_grad_accumulator=None, float logit_softcap=0.0) -> (Tensor, Tensor, Tensor)",
     )
     torch.library.impl(library, ("CPU", "CUDA"))(_linear_loss)
 
@@ -228,6 +243,7 @@ def _register() -> None:
         chunk_rows: int,
         differentiable: bool,
         weight_grad_accumulator: torch.Tensor | None = None,
+        logit_softcap: float = 0.0,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         return hidden.new_empty((), dtype=accumulation_dtype(hidden.dtype)), *_gradients(hidden, weight, differentiable)
 
@@ -242,7 +258,7 @@ def _register() -> None:
 
     def backward(ctx: Any, grad: torch.Tensor | None, *_: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         if grad is None:
-            return (None,) * 10
+            return (None,) * 11
         grad_hidden, grad_weight = ctx.saved_tensors
         by_hidden = _scaled(grad_hidden, grad, ctx.dtype) if ctx.needs_input_grad[0] else None
         by_weight = None
@@ -250,7 +266,7 @@ def _register() -> None:
             ctx.accumulator.addcmul_(grad_weight, grad.reshape(1, 1))
         elif ctx.needs_input_grad[1]:
             by_weight = _scaled(grad_weight, grad, ctx.dtype)
-        return by_hidden, by_weight, *(None,) * 8
+        return by_hidden, by_weight, *(None,) * 9
 
     torch.library.register_autograd(library, backward, setup_context=setup_context)
 
@@ -268,7 +284,7 @@ def _register_addition() -> None:
     torch.library.define(
         library,
         "(Tensor(a!) accumulator, Tensor hidden, Tensor weight, Tensor labels, Tensor? label_weights, float z_loss, int? vocab_start, "
-        "str? group, int chunk_rows) -> (Tensor, Tensor)",
+        "str? group, int chunk_rows, float logit_softcap=0.0) -> (Tensor, Tensor)",
     )
     torch.library.impl(library, ("CPU", "CUDA"))(_linear_loss_add)
 

@@ -55,6 +55,11 @@ def multi_token_loss(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.
     return _losses(logits, labels), torch.logsumexp(logits.to(accumulation_dtype(logits.dtype)), dim=-1)
 
 
+def softcapped(values: torch.Tensor, cap: float) -> torch.Tensor:
+    """Returns cap · tanh(value / cap) of each value (Gemma 2, arXiv 2408.00118, section 2)."""
+    return torch.tanh(values / cap) * cap
+
+
 def linear_multi_token_loss(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -63,11 +68,12 @@ def linear_multi_token_loss(
     z_loss: float = 0.0,
     vocab_start: int | None = None,
     group: dist.ProcessGroup | None = None,
+    logit_softcap: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns the summed loss of the head's logits over all K labels of the next patch (arXiv 2407.12665, equation 3).
 
     loss = sum over n, k with labels[n, k] != IGNORE_INDEX of w_k * (-log softmax(z[n])[labels[n, k]] + z_loss * lse[n]²)
-    with z = hidden @ weightᵀ
+    with z = hidden @ weightᵀ, capped where a cap is given
 
     Args:
         hidden: [N, H].
@@ -77,11 +83,14 @@ def linear_multi_token_loss(
         z_loss: factor of the term that keeps the log-sum-exp near 0 (arXiv 2204.02311, section 5).
         vocab_start: the token id of the shard's first row; None: the weight has the full vocabulary.
         group: the ranks that hold the shards; the gradient of `hidden` is this shard's part.
+        logit_softcap: the cap of z; see `softcapped`. None: z is not capped.
 
     Returns:
         (sum of weighted losses in nats, sum of the weights of scored labels), float32 (float64 stays float64).
     """
     logits = F.linear(hidden, weight)
+    if logit_softcap is not None:
+        logits = softcapped(logits, logit_softcap)
     lse = None
     if vocab_start is None:
         losses = _losses(logits, labels)

@@ -105,6 +105,20 @@ def _attended_key_heads(shape: ModelShape, layout: Layout) -> int:
     return shape.num_query_groups // layout.tensor if shards_key_value(shape, layout.tensor) else 1
 
 
+def norm_bytes(shape: ModelShape, layout: Layout) -> int:
+    """Returns the bytes that RMSNorm saves for each number: its input in float32 and the normalized input."""
+    return 8 if shape.zero_centered_norms else 4 + layout.element_bytes
+
+
+def softcap_bytes(shape: ModelShape, layout: Layout, samples: int, positions: int, context: int = 1) -> int:
+    """Returns the bytes of T x T scores that a block saves where scores are capped: tanh, and weights in float32, rounded in 16 bits.
+
+    Context-parallel ranks have all scores of a share of the heads, or a share of the scores of all heads.
+    """
+    e = layout.element_bytes
+    return samples * (shape.num_attention_heads // layout.tensor) * context * positions**2 * (e + 4 + (e if e == 2 else 0))
+
+
 def saved_by_block(shape: ModelShape, layout: Layout, samples: int, positions: int, context: int = 1) -> int:
     """Returns the bytes that autograd saves in one block for one micro-batch, without full recomputation; exact for fused attention.
 
@@ -127,23 +141,29 @@ def saved_by_block(shape: ModelShape, layout: Layout, samples: int, positions: i
     hidden = shape.hidden_size
     queries = shape.num_attention_heads * shape.head_size // t
     attended_keys = _attended_key_heads(shape, layout) * shape.head_size
+    count = 2 * (shape.norms_before + shape.norms_after)
     if shape.normalization == "RMSNorm":
         # In float32 the normalized input is not copied; in 16 bits a float32 copy of the input is saved instead of the input.
-        norms = 2 * norm_rows * ((4 + e) * hidden + 4)
+        norms = count * (norm_rows * (norm_bytes(shape, layout) * hidden + 4) + (4 * hidden if shape.zero_centered_norms else 0))
     else:
-        norms = 2 * norm_rows * (e * hidden + 8)
+        norms = count * norm_rows * (e * hidden + 8)
     inputs = 2 * rows * e * hidden
     gathers = gathers_keys(shape, t, context, layout.context_exchange)
-    kept_keys = sent_key_heads(shape, layout, context) * (context if gathers else 1)
-    attention = rows * e * (2 * queries + 2 * kept_keys * shape.head_size)
+    kept_keys = sent_key_heads(shape, layout, context) * shape.head_size
+    if shape.attention_softcap is not None and layout.recompute != "selective":
+        kept_keys = queries  # keys and values are repeated for each query head
+    attention = rows * e * (2 * queries + 2 * kept_keys * (context if gathers else 1))
     if context > 1 and not gathers and layout.recompute != "selective":
         attention += rows * e * queries
-    if layout.recompute != "selective":
+    if layout.recompute != "selective" and shape.attention_softcap is not None:
+        attention += softcap_bytes(shape, layout, samples, positions, context)
+    elif layout.recompute != "selective":
         attention += rows * 4 * (shape.num_attention_heads // t)
     if shape.qk_norm:
         factors = 2 if shape.qk_norm_scope == "all" else (queries + attended_keys) // shape.head_size
-        attention += rows * ((4 + e) * (queries + attended_keys) + 4 * factors)
-    inner = rows * e * shape.ffn_hidden_size // t * (4 if shape.activation == "swiglu" else 2)
+        attention += rows * (norm_bytes(shape, layout) * (queries + attended_keys) + 4 * factors)
+        attention += 2 * 4 * shape.head_size if shape.zero_centered_norms else 0
+    inner = rows * e * shape.ffn_hidden_size // t * (4 if shape.gated else 2)
     return norms + inputs + attention + inner
 
 
@@ -166,6 +186,9 @@ def saved_by_layers(shape: ModelShape, layout: Layout, layers: range, stage: Sta
         windows = [shape.window_of(layer - 1) for layer in layers if 1 <= layer <= shape.num_layers]
         tables = 1 if shape.windowed_rotary_base is None else len({window is None for window in windows})
         total += tables * 2 * layout.element_bytes * positions * shape.head_size
+    if blocks and shape.attention_softcap is not None and layout.recompute == "none":
+        # The masks; where samples hold several documents, each sample has its own.
+        total += len({shape.window_of(layer - 1) for layer in layers if 1 <= layer <= shape.num_layers}) * positions**2
     if 0 in layers:
         total += 8 * samples * positions * stage.input_patch_size
         total += 8 * positions if shape.position_embedding == "learned" else 0
@@ -173,7 +196,9 @@ def saved_by_layers(shape: ModelShape, layout: Layout, layers: range, stage: Sta
         norm_rows = samples * positions // (layout.tensor if layout.sequence_parallel else 1)
         e = layout.element_bytes
         rms = shape.normalization == "RMSNorm"
-        total += norm_rows * ((4 + e) * shape.hidden_size + 4) if rms else norm_rows * (e * shape.hidden_size + 8)
+        width = norm_bytes(shape, layout) if rms else e
+        total += norm_rows * (width * shape.hidden_size + (4 if rms else 8))
+        total += 4 * shape.hidden_size if shape.zero_centered_norms else 0
         total += e * samples * positions * shape.hidden_size
     return total
 
@@ -188,7 +213,8 @@ def loss_bytes(shape: ModelShape, layout: Layout, stage: Stage, device: Literal[
     e = layout.element_bytes
     widened = 4 * rows * (vocabulary + shape.hidden_size) if device == "cpu" and e == 2 else 0
     gradient = 4 * vocabulary * shape.hidden_size
-    return gradient + max(e * rows * vocabulary + widened, gradient + (e * vocabulary * shape.hidden_size if e == 2 else 0))
+    chunks = 1 if shape.logit_softcap is None else 2
+    return gradient + max(chunks * e * rows * vocabulary + widened, gradient + (e * vocabulary * shape.hidden_size if e == 2 else 0))
 
 
 def micro_batches_in_flight(layout: Layout, stage: Stage, pipeline_rank: int) -> int:
@@ -277,6 +303,8 @@ def rank_memory(
     if layout.recompute == "full":
         # The backward pass recomputes one block at a time.
         activations += saved_by_block(shape, layout, samples, positions, context)
+    elif layout.recompute == "selective" and shape.attention_softcap is not None:
+        activations += softcap_bytes(shape, layout, samples, positions, context)
     loss = float(loss_bytes(shape, layout, stage, device)) if shape.num_layers + 1 in layers else 0.0
     # A pipeline keeps the received input and the output of each micro-batch in flight.
     buffers = float(2 * max(2, in_flight) * residual) if layout.pipeline > 1 else 2.0 * residual

@@ -80,10 +80,14 @@ def executed_flops(shape: ModelShape, layout: Layout, layers: range, positions: 
     """
     matrices = 2.0 * block_matrices(shape)
     recompute = layout.recompute == "full"
-    unused = 2.0 * shape.hidden_size * shape.ffn_hidden_size if shape.norm_placement == "pre" else 0.0
+    unused = 2.0 * shape.hidden_size * shape.ffn_hidden_size if not shape.norms_after else 0.0
     blocks = [layer - 1 for layer in layers if 1 <= layer <= shape.num_layers]
     head = 2 * shape.hidden_size * shape.vocab_size if shape.num_layers + 1 in layers else 0
     products = len(blocks) * (3 * matrices + (matrices - unused if recompute else 0)) + 3 * head
+    if shape.attention_softcap is not None:
+        # Plain products, of all T x T scores.
+        scores = 4 * shape.num_attention_heads * shape.head_size * positions * len(blocks)
+        return products, scores * (3.0 + (layout.recompute != "none"))
     return products, attention_flops(shape, positions, blocks) * (3.5 + (layout.recompute != "none"))
 
 

@@ -103,7 +103,7 @@ def traffic(shape: ModelShape, layout: Layout, layers: range, stage: Stage, hard
         blocks = len([layer for layer in layers if 1 <= layer <= shape.num_layers])
         # Each half of a block reduces the hidden states once in the forward and once in the backward pass. Full recomputation repeats the
         # forward reductions, the last one of a block only if a norm reads it.
-        repeated = 1 if shape.norm_placement == "pre" else 2
+        repeated = 2 if shape.norms_after else 1
         sums = blocks * (4 + (repeated if layout.recompute == "full" else 0))
         sums += (0 in layers) + (shape.num_layers + 1 in layers)
         # Norms over all heads reduce one float32 for each position, for queries and for keys, in each pass.

@@ -157,7 +157,8 @@ def architecture(run: RunConfig) -> str:
         if shape.unrotated_layers:
             positions += f", none in {len(shape.unrotated_layers)} of {plural(shape.num_layers, 'block')}"
     norms = f"{shape.normalization} (epsilon {shape.norm_epsilon:g})"
-    norms += "" if shape.norm_placement == "pre" else " after attention and feed-forward layer"
+    places = {"pre": "", "post": " after attention and feed-forward layer", "both": " before and after attention and feed-forward layer"}
+    norms += places[shape.norm_placement]
     if shape.qk_norm:
         norms += ", also of queries and keys" + (" over all heads" if shape.qk_norm_scope == "all" else "")
     biases = "biases" if shape.mlp_bias else "biases in query, key and value only" if shape.qkv_bias else "no biases"
@@ -167,11 +168,14 @@ def architecture(run: RunConfig) -> str:
     parts = (
         f"family {run.options.model.model_family}",
         norms,
-        {"swiglu": "SwiGLU", "gelu": "GELU"}[shape.activation] + f" of width {shape.ffn_hidden_size:,}",
+        {"swiglu": "SwiGLU", "geglu": "GeGLU", "gelu": "GELU"}[shape.activation] + f" of width {shape.ffn_hidden_size:,}",
         positions,
         biases,
         "tied head" if shape.tie_embeddings else "untied head",
         heads + groups,
+        *(["scaled embeddings"] if shape.scaled_embeddings else []),
+        *([] if shape.attention_softcap is None else [f"scores capped at {shape.attention_softcap:g}"]),
+        *([] if shape.logit_softcap is None else [f"logits capped at {shape.logit_softcap:g}"]),
         *([] if shape.window is None else [f"windows of {plural(shape.window, 'position')} in {shape.windowed_layers} of {blocks}"]),
     )
     return "; ".join(parts)

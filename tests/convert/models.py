@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from megatron_patch.convert.checkpoint_io import write_weights
 from megatron_patch.convert.tensor_names import parameter_shapes
 from megatron_patch.model.shape import ModelShape
-from tests.model.shapes import BIASED, GPT2, LINEAR, LLAMA, LLAMA3, OLMO2, QWEN3, TIED, YARN
+from tests.model.shapes import BIASED, GEMMA2, GEMMA3, GPT2, LINEAR, LLAMA, LLAMA3, OLMO2, QWEN3, TIED, YARN
 
 QWEN2 = dataclasses.replace(LLAMA, qkv_bias=True, tie_embeddings=True)
 SHAPES = {
@@ -44,6 +44,12 @@ SHAPES = {
     "olmo3": dataclasses.replace(OLMO2, num_layers=4, window=6, full_layers=(3,)),
     "olmo3 yarn": dataclasses.replace(
         YARN, norm_placement="post", qk_norm=True, qk_norm_scope="all", window=6, full_layers=(0,), windowed_rotary_base=500.0
+    ),
+    "gemma2": dataclasses.replace(GEMMA2, num_layers=3, window=5, full_layers=(1,), head_size=8, query_scalar=36.0),
+    "gemma2 plain": dataclasses.replace(GEMMA2, attention_softcap=None, logit_softcap=None, tie_embeddings=False, num_query_groups=1),
+    "gemma3": dataclasses.replace(GEMMA3, window=5, full_layers=(1,), windowed_rotary_base=500.0),
+    "gemma3 scaled": dataclasses.replace(
+        GEMMA3, window=5, full_layers=(0,), windowed_rotary_base=1e4, rotary_scaling="linear", rotary_factor=8.0, logit_softcap=3.0
     ),
     "gpt2": GPT2,
     "gpt2-untied": dataclasses.replace(GPT2, tie_embeddings=False),

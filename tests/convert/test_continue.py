@@ -154,6 +154,25 @@ FAMILIES = {
         {"architectures": ["Olmo3ForCausalLM"], "sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]},
         "--zero-stage 3",
     ),
+    "gemma2": (
+        {
+            "architectures": ["Gemma2ForCausalLM"],
+            "sliding_window": 5,
+            "head_dim": 16,
+            "query_pre_attn_scalar": 9,
+            "final_logit_softcapping": 3.0,
+        },
+        "--tensor-model-parallel-size 2",
+    ),
+    "gemma3_text": (
+        {
+            "architectures": ["Gemma3ForCausalLM"],
+            "sliding_window": 5,
+            "head_dim": 16,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+        "--pipeline-model-parallel-size 2 --zero-stage 1",
+    ),
     "llama": (
         {
             "architectures": ["LlamaForCausalLM"],

@@ -14,7 +14,7 @@ from megatron_patch.convert.from_hugging_face import read_config
 from megatron_patch.convert.from_megatron import shape_of_arguments
 from megatron_patch.errors import CheckpointError
 from megatron_patch.model.flops import parameter_count
-from tests.model.shapes import FAMILIES, YARN
+from tests.model.shapes import FAMILIES, GEMMA2, GEMMA3, YARN
 from tests.tools.test_tools import tool
 
 HOSTILE = [
@@ -37,6 +37,8 @@ SHAPES = {
     "olmo3": dataclasses.replace(
         YARN, norm_placement="post", qk_norm=True, qk_norm_scope="all", window=9, full_layers=(1,), windowed_rotary_base=500.0
     ),
+    "gemma2": dataclasses.replace(GEMMA2, window=9, full_layers=(1,), query_scalar=9.0),
+    "gemma3": dataclasses.replace(GEMMA3, window=9, full_layers=(1,), windowed_rotary_base=500.0),
     "smollm3": dataclasses.replace(YARN, window=9, full_layers=(1,), unrotated_layers=(0,)),
 }
 

@@ -14,6 +14,9 @@ PLAN += " --eval-interval 5"
 MODELS = {
     "olmo2": "--model-family olmo2",
     "olmo2, one group": "--model-family olmo2 --num-query-groups 1",
+    "gemma2": "--model-family gemma2 --window-size 4,0 --window-attn-skip-freq 2 --attn-logit-softcapping 1 --final-logit-softcapping 3 "
+    "--eod-token-id 63 --reset-attention-mask --reset-position-ids",
+    "gemma3": "--model-family gemma3 --window-size 4,0 --window-attn-skip-freq 3 --windowed-rotary-base 500 --query-pre-attn-scalar 9",
     "olmo3": "--model-family olmo3 --window-size 4,0 --window-attn-skip-freq 2 --windowed-rotary-base 500 --rope-scaling yarn "
     "--rope-scaling-factor 4 --rope-original-positions 8",
 }
@@ -37,6 +40,14 @@ def single(tmp_path_factory, corpus):
         ("olmo2", "--tensor-model-parallel-size 2 --sequence-parallel --recompute-granularity full"),
         ("olmo2", "--zero-stage 3 --recompute-granularity full"),
         ("olmo2, one group", "--tensor-model-parallel-size 2 --sequence-parallel"),
+        ("gemma2", "--tensor-model-parallel-size 2 --sequence-parallel --recompute-granularity selective"),
+        ("gemma2", "--pipeline-model-parallel-size 2 --zero-stage 1"),
+        ("gemma2", "--context-parallel-size 2 --zero-stage 1"),
+        pytest.param("gemma2", "--context-parallel-size 2 --cp-comm-type all_gather --zero-stage 2", marks=pytest.mark.slow),
+        pytest.param("gemma3", "--context-parallel-size 2 --cp-comm-type all_gather --zero-stage 0", marks=pytest.mark.slow),
+        pytest.param("olmo3", "--context-parallel-size 2 --zero-stage 3", marks=pytest.mark.slow),
+        ("gemma3", "--tensor-model-parallel-size 2"),
+        ("gemma3", "--zero-stage 3 --recompute-granularity full"),
         ("olmo3", "--pipeline-model-parallel-size 2 --zero-stage 1"),
     ],
 )

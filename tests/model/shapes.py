@@ -35,7 +35,29 @@ GPT2 = dataclasses.replace(
     tie_embeddings=True,
 )
 OLMO2 = dataclasses.replace(LLAMA, norm_placement="post", qk_norm=True, qk_norm_scope="all")
-FAMILIES = {"llama": LLAMA, "tied": TIED, "qwen3": QWEN3, "biased": BIASED, "olmo2": OLMO2, "gpt2": GPT2}
+GEMMA3 = dataclasses.replace(
+    LLAMA,
+    norm_epsilon=1e-6,
+    norm_placement="both",
+    zero_centered_norms=True,
+    activation="geglu",
+    scaled_embeddings=True,
+    query_scalar=9.0,
+    qk_norm=True,
+    tie_embeddings=True,
+)
+GEMMA2 = dataclasses.replace(GEMMA3, qk_norm=False, query_scalar=None, attention_softcap=0.5, logit_softcap=2.0)
+"""Caps that matter: scores and logits are larger than they."""
+FAMILIES = {
+    "llama": LLAMA,
+    "tied": TIED,
+    "qwen3": QWEN3,
+    "biased": BIASED,
+    "olmo2": OLMO2,
+    "gemma2": GEMMA2,
+    "gemma3": GEMMA3,
+    "gpt2": GPT2,
+}
 LINEAR = dataclasses.replace(LLAMA, rotary_scaling="linear", rotary_factor=4.0)
 LLAMA3 = dataclasses.replace(
     LLAMA, num_attention_heads=2, num_query_groups=1, head_size=16, rotary_scaling="llama3", rotary_factor=8.0, rotary_original_positions=64

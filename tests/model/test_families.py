@@ -9,7 +9,7 @@ import pytest
 from megatron_patch.errors import ConfigError
 from megatron_patch.model.families import FAMILIES, Family, family_of_shape
 from tests.config.test_resolve import RUN, resolve
-from tests.model.shapes import BIASED, GPT2, LLAMA, OLMO2, QWEN3
+from tests.model.shapes import BIASED, GEMMA2, GEMMA3, GPT2, LLAMA, OLMO2, QWEN3
 
 SMOLLM3 = dataclasses.replace(LLAMA, num_layers=4, unrotated_layers=(3,))
 
@@ -32,11 +32,24 @@ def test_an_unknown_family_is_refused_with_the_registered_names_and_the_nearest(
     with pytest.raises(ConfigError) as caught:
         resolve(*RUN, "--model-family", "lama")
     assert caught.value.what == "--model-family lama is not a known name"
-    assert (caught.value.allowed, caught.value.do) == ("llama, qwen3, mistral, smollm3, olmo2, olmo3, gpt2", "did you mean llama?")
+    assert (caught.value.allowed, caught.value.do) == (
+        "llama, qwen3, mistral, smollm3, olmo2, olmo3, gemma2, gemma3, gpt2",
+        "did you mean llama?",
+    )
 
 
 @pytest.mark.parametrize(
-    ("shape", "name"), [(LLAMA, "llama"), (BIASED, "llama"), (QWEN3, "qwen3"), (SMOLLM3, "smollm3"), (OLMO2, "olmo2"), (GPT2, "gpt2")]
+    ("shape", "name"),
+    [
+        (LLAMA, "llama"),
+        (BIASED, "llama"),
+        (QWEN3, "qwen3"),
+        (SMOLLM3, "smollm3"),
+        (OLMO2, "olmo2"),
+        (GEMMA2, "gemma2"),
+        (GEMMA3, "gemma3"),
+        (GPT2, "gpt2"),
+    ],
 )
 def test_the_family_of_a_shape_is_the_one_with_its_kinds_of_layers(shape, name):
     assert family_of_shape(shape) == name

@@ -27,7 +27,7 @@ from megatron_patch.model.rotary import rotary_tables
 from megatron_patch.model.shape import check_shape
 from megatron_patch.model.sharding import Shard
 from megatron_patch.ops import IGNORE_INDEX, native, plain
-from tests.model.shapes import FAMILIES, GPT2, LLAMA, QWEN3
+from tests.model.shapes import FAMILIES, GEMMA2, GEMMA3, GPT2, LLAMA, QWEN3
 from tests.ops.documents import documents_of
 
 
@@ -57,15 +57,22 @@ def ordinary_loss(model, word, tokens, labels):
     shape, dtype = model.shape, word.dtype
     hidden, context = F.embedding(tokens, word), AttentionContext()
     positions = torch.arange(tokens.shape[1])
+    causal = positions[:, None] >= positions
+    if shape.scaled_embeddings:
+        hidden = hidden * torch.tensor(shape.hidden_size**0.5, dtype=dtype)
     if shape.position_embedding == "learned":
         hidden = hidden + F.embedding(positions, model.embedding.position.weight)
     else:
         cos, sin = rotary_tables(positions[None], shape, dtype)
-        context = AttentionContext((cos[:, None], sin[:, None]))
+        mask = causal[None, None] if shape.attention_softcap else None
+        context = AttentionContext((cos[:, None], sin[:, None]), mask)
     for block in model.blocks.values():
         hidden = block(hidden, context)
     weight = model.embedding.word.weight if shape.tie_embeddings else model.head.weight
-    logits = F.linear(model.final_norm(hidden), weight[: shape.vocab_size]).to(torch.promote_types(dtype, torch.float32))
+    logits = F.linear(model.final_norm(hidden), weight[: shape.vocab_size])
+    if shape.logit_softcap:
+        logits = torch.tanh(logits / shape.logit_softcap) * shape.logit_softcap
+    logits = logits.to(torch.promote_types(dtype, torch.float32))
     losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="none")
     return losses.sum() / (labels != IGNORE_INDEX).sum()
 
@@ -109,6 +116,16 @@ def test_the_fused_operators_give_what_the_plain_formulas_give(name, k, dtype, t
         # The key's bias has no effect: its gradient is rounding alone.
         size = max(theirs.grad.norm(), 0.01 * other.embedding.word.weight.grad.norm())
         assert (mine.grad - theirs.grad).norm() <= tolerance * size, part
+
+
+@pytest.mark.parametrize("k", [1, 4])
+def test_the_mean_of_scaled_embeddings_is_the_scaled_mean(k):
+    """The factor is rounded to the dtype of the weights, as Gemma does: √24 is 4.90625 in bfloat16."""
+    ids = batch(k)[0]
+    for dtype, factor in ((torch.float64, 24**0.5), (torch.bfloat16, 4.90625)):
+        embedding = make(GEMMA3, dtype).embedding
+        expected = (embedding.word.weight.double() * factor)[ids].mean(dim=2)
+        torch.testing.assert_close(embedding(ids).double(), expected, rtol=1e-15 if dtype == torch.float64 else 2**-7, atol=1e-15)
 
 
 def test_averages_are_taken_in_float32():
@@ -187,7 +204,7 @@ def test_recomputation_gives_the_same_gradients(recompute):
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("k", [1, 4])
-@pytest.mark.parametrize("shape", [LLAMA, GPT2], ids=["llama", "gpt2"])
+@pytest.mark.parametrize("shape", [LLAMA, GPT2, GEMMA2], ids=["llama", "gpt2", "gemma2"])
 def test_traces_without_a_graph_break(shape, k, backend):
     """Loss and gradients of the traced model are the untraced one's, with position weights and documents."""
     model, other = make(shape), make(shape)

@@ -14,7 +14,7 @@ from megatron_patch.model.generate import Sampling, generate, generate_without_c
 from megatron_patch.model.gpt import GPTModel
 from megatron_patch.ops import attention_kernels
 from megatron_patch.ops import documents_attention as operator
-from tests.model.shapes import GPT2, LLAMA, QWEN3
+from tests.model.shapes import GEMMA2, GEMMA3, GPT2, LLAMA, QWEN3
 from tests.model.test_documents import EOD, LENGTHS, document_ids, gradients, make, norm, sample_tokens
 from tests.ops.documents import dense_mask, flash_on_cpu
 
@@ -25,6 +25,8 @@ SHAPES = {
     "normalized heads": dataclasses.replace(QWEN3, window=2),
     "learned positions": dataclasses.replace(GPT2, window=7),
     "one position": dataclasses.replace(LLAMA, window=1),
+    "capped scores": dataclasses.replace(GEMMA2, window=3, full_layers=(1,)),
+    "two rotary bases": dataclasses.replace(GEMMA3, window=3, full_layers=(0,), windowed_rotary_base=300.0),
     "longer than the sample": dataclasses.replace(LLAMA, window=40),
 }
 
@@ -36,7 +38,8 @@ class DenseBandModel(GPTModel):
 
     def _context(self, hidden, length, position_ids, documents, *rest):
         context = super()._context(hidden, length, position_ids, None, *rest)
-        return AttentionContext(context.rotary, dense_mask(self.ids), None, None, dense_mask(self.ids, self.shape.window))
+        masks = {"mask": dense_mask(self.ids), "windowed_mask": dense_mask(self.ids, self.shape.window)}
+        return AttentionContext(context.rotary, windowed_rotary=context.windowed_rotary, **masks)
 
 
 def check_against_the_dense_band(shape, length, separate, recompute="none"):
@@ -60,7 +63,7 @@ def check_against_the_dense_band(shape, length, separate, recompute="none"):
 @pytest.mark.parametrize("name", SHAPES)
 def test_loss_and_gradients_are_those_of_the_dense_band(name, length, separate):
     loss, batch, effect = check_against_the_dense_band(SHAPES[name], length, separate)
-    plain = dataclasses.replace(SHAPES[name], window=None, full_layers=())
+    plain = dataclasses.replace(SHAPES[name], window=None, full_layers=(), windowed_rotary_base=None)
     other, _ = gradients(make(plain), batch)
     assert (loss == pytest.approx(other.item(), rel=1e-5)) != effect
 
@@ -98,7 +101,7 @@ def test_compiled_blocks_are_compiled_once_for_each_window():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("name", ["every block", "one block", "learned positions", "one position"])
+@pytest.mark.parametrize("name", ["every block", "one block", "learned positions", "one position", "capped scores", "two rotary bases"])
 def test_the_cache_gives_the_logits_of_the_full_sequence(name):
     """Read at once, one by one, and in parts, with earlier positions both inside and outside of the window."""
     model = make(SHAPES[name], dtype=torch.float64).eval()

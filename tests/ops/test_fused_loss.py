@@ -357,3 +357,34 @@ def test_evaluation_makes_no_gradients():
     assert not loss.requires_grad and expected.requires_grad and loss.item() == pytest.approx(expected.item(), rel=1e-6)
     _, by_hidden, by_weight = kernels.linear_multi_token_loss(hidden.detach(), weight.detach(), labels, None, 0.0, None, None, 4, False)
     assert by_hidden.numel() == by_weight.numel() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("way", ["plain", "fused", "accumulator", "unit gradient"])
+def test_capped_logits_give_the_loss_and_the_gradients_of_the_formula(way, dtype):
+    """In chunks of rows, and with logits on both sides of the cap."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(size, generator=generator).to(dtype).requires_grad_() for size in ((9, 6), (24, 6)))
+    labels = torch.randint(0, 24, (9, 3), generator=generator)
+    labels[2, 1] = IGNORE_INDEX
+    wide = [tensor.detach().double().requires_grad_() for tensor in (hidden, weight)]
+    logits = 1.5 * torch.tanh(wide[0] @ wide[1].t() / 1.5)
+    assert float(logits.abs().max()) > 1.4
+    scored = [logits[row].log_softmax(-1)[label] for row in range(9) for label in labels[row].tolist() if label != IGNORE_INDEX]
+    expected = -torch.stack(scored).sum()
+    expected.backward()
+
+    more = {}
+    if way in ("accumulator", "unit gradient"):
+        more["weight_grad_accumulator"] = torch.zeros(24, 6, dtype=torch.promote_types(dtype, torch.float32))
+        more["unit_gradient"] = way == "unit gradient"
+    if way == "plain":
+        loss, _ = plain.linear_multi_token_loss(hidden, weight, labels, logit_softcap=1.5)
+    else:
+        loss, _ = fused_linear_loss.linear_multi_token_loss(hidden, weight, labels, chunk_rows=4, logit_softcap=1.5, **more)
+    loss.backward()
+    by_weight = more.get("weight_grad_accumulator", weight.grad)
+    tolerance = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 0.02}[dtype]
+    assert loss.item() == pytest.approx(expected.item(), rel=tolerance)
+    for mine, theirs in ((hidden.grad, wide[0].grad), (by_weight, wide[1].grad)):
+        assert (mine - theirs).norm() <= tolerance * theirs.norm()

@@ -78,6 +78,11 @@ def test_activations_are_what_autograd_saves_to_the_byte(name, precision, recomp
     narrower = (2 * shape.num_layers + 1) * 16 * 4 if (shape.normalization, precision) == ("LayerNorm", "bf16") else 0
     documents = documents_of([[3, 5], [1, 7]]) if separated else None
     known = documents or (documents_of_samples(2, 8, torch.device("cpu")) if shape.window else None)
+    if shape.attention_softcap:
+        assert saved_bytes(model, ids, ids, documents=documents) == saved_by_layers(shape, layout, layers, stage) + loss + (
+            8 * 8 if separated and recompute == "none" else 0
+        ), "each sample with documents has a mask of its own"
+        return
     bounds = known.bounds.nbytes + known.longest.nbytes if known is not None and recompute == "none" else 0
     assert saved_bytes(model, ids, ids, documents=documents) == saved_by_layers(shape, layout, layers, stage) + loss - narrower + bounds
 

@@ -161,7 +161,7 @@ def _family_notes(given: Mapping[str, Given], name: str) -> list[str]:
     rotary, biased, tied = family.position_embedding == "rope", family.linear_bias, family.tie_embeddings
     kinds = (
         ("normalization", family.normalization, "LayerNorm", "--normalization LayerNorm"),
-        ("swiglu", "SwiGLU" if family.swiglu else "GELU", "GELU", "--no-swiglu"),
+        ("swiglu", "SwiGLU" if family.swiglu else "GeGLU" if family.geglu else "GELU", "GELU", "--no-swiglu"),
         (
             "position-embedding-type",
             "rotary positions" if rotary else "learned positions",
