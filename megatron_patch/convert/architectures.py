@@ -360,19 +360,26 @@ def shape_of(config: Mapping[str, Any], where: str, divisible_by: int = 128) -> 
         divisible_by: the embedding's rows are padded to a multiple of this.
 
     Raises:
-        CheckpointError: an unknown architecture, a missing key, or a value that the model does not support.
+        CheckpointError: an unknown architecture, missing keys, or values that the model does not support; the error has all of them.
     """
     architecture = architecture_named(config, where)
     if config.get("quantization_config"):
         raise CheckpointError(f"{where}: the model is quantized", "weights in float32, bfloat16 or float16", "convert the original weights")
-    values = ConfigReader(config, where)
+    found: list[CheckpointError] = []
+    values = ConfigReader(config, where, found=found)
     vocab = values.number("vocab_size")
     init_std = values.real("initializer_range", 0.02)
+    try:
+        fields = architecture.read_config(values)
+    except CheckpointError as error:
+        raise _together([*found, error], where) from error
+    if found:
+        raise _together(found, where)
     shape = ModelShape(
         vocab_size=vocab,
         padded_vocab_size=-(-vocab // divisible_by) * divisible_by,
         init_std=init_std if init_std > 0 else 0.02,
-        **architecture.read_config(values),
+        **fields,
     )
     try:
         check_model_size(shape)
@@ -380,3 +387,15 @@ def shape_of(config: Mapping[str, Any], where: str, divisible_by: int = 128) -> 
     except ConfigError as error:
         raise CheckpointError(f"{where}: {error.what}", error.allowed, "use the model's original config.json") from error
     return shape
+
+
+def _together(errors: list[CheckpointError], where: str) -> CheckpointError:
+    """Returns one error for all that was found in a file; some keys are read more than once."""
+    different = list({error.what: error for error in errors}.values())
+    if len(different) == 1:
+        return different[0]
+    lines = [f"- {error.what.removeprefix(f'{where}: ')}; allowed: {error.allowed}" for error in different]
+    doing = list(dict.fromkeys(error.do for error in different if error.do))
+    return CheckpointError(
+        "\n  ".join([f"{where}: {len(different)} values cannot be used", *lines]), "the values above", "; or ".join(doing)
+    )

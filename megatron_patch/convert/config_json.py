@@ -32,10 +32,19 @@ class ConfigReader:
         values: the configuration.
         where: the file, for messages.
         do: what to do about a value that cannot be used.
+        found: collects the errors of all keys, so that they are reported together; a key with an error then gives a value with which the
+            others can still be read. None: the first error is raised.
     """
 
-    def __init__(self, values: Mapping[str, Any], where: str, do: str = "use the model's original config.json") -> None:
-        self._values, self.where, self._do = values, where, do
+    def __init__(
+        self,
+        values: Mapping[str, Any],
+        where: str,
+        do: str = "use the model's original config.json",
+        found: list[CheckpointError] | None = None,
+    ) -> None:
+        self._values, self.where, self._do, self._found = values, where, do, found
+        self._refused: set[str] = set()
 
     def number(self, key: str, default: int | None = None, least: int = 1) -> int:
         """Returns a whole number from `least` to a billion; a missing or null key gives the default.
@@ -46,7 +55,8 @@ class ConfigReader:
         value = self._values.get(key)
         value = default if value is None else value
         if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= _LARGEST_COUNT:
-            raise self._refusal(key, value, f"a whole number from {least} to {_LARGEST_COUNT:,}")
+            self._refuse(key, value, f"a whole number from {least} to {_LARGEST_COUNT:,}")
+            return max(least, 1) if default is None else default
         return value
 
     def real(self, key: str, default: float) -> float:
@@ -58,7 +68,8 @@ class ConfigReader:
         value = self._values.get(key, default)
         # Compared, not converted: an integer may be too large for a float.
         if not isinstance(value, int | float) or isinstance(value, bool) or not -_LARGEST_REAL <= value <= _LARGEST_REAL:
-            raise self._refusal(key, value, f"a number of at most {_LARGEST_REAL:g} in size")
+            self._refuse(key, value, f"a number of at most {_LARGEST_REAL:g} in size")
+            return default
         return float(value)
 
     def flag(self, key: str, default: bool) -> bool:
@@ -70,7 +81,8 @@ class ConfigReader:
         value = self._values.get(key)
         value = default if value is None else value
         if not isinstance(value, bool):
-            raise self._refusal(key, value, "true or false")
+            self._refuse(key, value, "true or false")
+            return default
         return value
 
     def per_layer(self, key: str, layers: int, allowed: tuple[Any, ...], longer: bool = False) -> list[Any] | None:
@@ -86,20 +98,31 @@ class ConfigReader:
             CheckpointError: the value is no list of this length, or has other values.
         """
         value = self._values.get(key)
-        if value is None:
+        if value is None or "num_hidden_layers" in self._refused:
             return None
         fits = isinstance(value, list) and (len(value) == layers or (longer and len(value) > layers))
         if not fits or not all(type(item) is type(allowed[0]) and item in allowed for item in value[:layers]):
-            raise self._refusal(key, value, f"a list with {' or '.join(map(repr, allowed))} for each of {layers} layers")
+            self._refuse(key, value, f"a list with {' or '.join(map(repr, allowed))} for each of {layers} layers")
+            return None
         found: list[Any] = value[:layers]
         return found
 
     def without(self, *keys: str) -> ConfigReader:
         """Returns a reader of the same configuration in which these keys are missing."""
-        return ConfigReader({key: value for key, value in self._values.items() if key not in keys}, self.where, self._do)
+        return ConfigReader({key: value for key, value in self._values.items() if key not in keys}, self.where, self._do, self._found)
 
-    def _refusal(self, key: str, value: Any, allowed: str) -> CheckpointError:
-        return CheckpointError(f"{self.where}: {key} is {_shown(value)}", allowed, self._do)
+    def part(self, key: str, values: Mapping[str, Any]) -> ConfigReader:
+        """Returns a reader of the values under a key."""
+        return ConfigReader(values, f"{self.where}: {key}", self._do, self._found)
+
+    def _refuse(self, key: str, value: Any, allowed: str) -> None:
+        self._report(CheckpointError(f"{self.where}: {key} is {_shown(value)}", allowed, self._do), key)
+
+    def _report(self, error: CheckpointError, key: str) -> None:
+        self._refused.add(key)
+        if self._found is None:
+            raise error
+        self._found.append(error)
 
     def get(self, key: str, default: Any = None) -> Any:
         """Returns a value as it is; a missing key gives the default."""
@@ -118,11 +141,12 @@ class ConfigReader:
         """
         value = self._values.get(key, default)
         if value not in allowed:
-            raise CheckpointError(
+            error = CheckpointError(
                 f"{self.where}: {key} is {_shown(value)}, which megatron_patch does not implement",
                 " or ".join(repr(option) for option in allowed),
                 "convert another model",
             )
+            self._report(error, key)
 
 
 def read_llama(
@@ -269,6 +293,9 @@ def read_olmo3(values: ConfigReader) -> dict[str, Any]:
     """
     found = read_olmo2(values.without("rope_parameters", "rope_scaling"))
     windows = _read_alternating_windows(values, every=4)
+    if windows and not values.get("rope_parameters"):
+        # In layers with a window, older versions of transformers take another value, newer ones take this one.
+        values.require("rope_theta", 500000.0, (500000.0,))
     return {**found, **windows, **_read_rotary_by_kind(values, 500000.0, "rope_theta", 500000.0, bool(windows))}
 
 
@@ -450,14 +477,14 @@ def _read_rotary(values: ConfigReader, base: float, positions: int) -> dict[str,
         positions: the length of the context, for YaRN without its original one.
     """
     given = values.get("rope_parameters") or values.get("rope_scaling") or {}
-    return _read_frequencies(values.where, "rope_parameters", values.get("rope_theta", base), given, base, positions)
+    return _read_frequencies(values, "rope_parameters", values.get("rope_theta", base), given, base, positions)
 
 
-def _read_frequencies(where: str, key: str, theta: Any, given: Any, base: float, positions: int) -> dict[str, Any]:
+def _read_frequencies(values: ConfigReader, key: str, theta: Any, given: Any, base: float, positions: int) -> dict[str, Any]:
     """The rotary base and scaling of some layers.
 
     Args:
-        where: the file, for messages.
+        values: the configuration.
         key: the key of `given`, for messages.
         theta: the base where `given` has none.
         given: the values under this key.
@@ -467,12 +494,12 @@ def _read_frequencies(where: str, key: str, theta: Any, given: Any, base: float,
     if not isinstance(given, dict):
         given = {"rope_type": given}
     merged = {"rope_type": given.get("type", "default"), "rope_theta": theta, **given}
-    rope = ConfigReader(merged, f"{where}: {key}")
+    rope = values.part(key, merged)
     rope.require("rope_type", "default", ("default", "linear", "llama3", "yarn"))
     rope.require("partial_rotary_factor", 1.0, (1.0, None))
     result: dict[str, Any] = {"rotary_base": rope.real("rope_theta", base)}
     kind = rope.get("rope_type")
-    if kind == "default":
+    if kind not in ("linear", "llama3", "yarn"):
         return result
     if kind == "yarn":
         return result | _read_yarn(rope, positions)
@@ -514,16 +541,16 @@ def _read_rotary_by_kind(
         )
     scaling = values.get("rope_scaling") or {}
     full = {**scaling, **(nested.get(_FULL) or {})} if isinstance(scaling, dict) else scaling
-    found = _read_frequencies(values.where, f"rope_parameters {_FULL}", values.get("rope_theta", base), full, base, positions)
+    found = _read_frequencies(values, f"rope_parameters {_FULL}", values.get("rope_theta", base), full, base, positions)
     if not windows:
         return found
     sliding = nested.get(_SLIDING) or {}
     windowed = _read_frequencies(
-        values.where, f"rope_parameters {_SLIDING}", values.get(windowed_key, windowed_base), sliding, windowed_base, positions
+        values, f"rope_parameters {_SLIDING}", values.get(windowed_key, windowed_base), sliding, windowed_base, positions
     )
     if windowed == found:
         return found
-    ConfigReader(sliding, f"{values.where}: rope_parameters {_SLIDING}").require("rope_type", "default", ("default",))
+    values.part(f"rope_parameters {_SLIDING}", sliding).require("rope_type", "default", ("default",))
     return {**found, "windowed_rotary_base": windowed["rotary_base"]}
 
 

@@ -108,6 +108,26 @@ def test_the_refusal_names_the_key(key, value, what):
         shape_of({**config, key: value}, "config.json")
 
 
+def test_all_values_that_cannot_be_used_are_named_at_once():
+    """Also those of nested objects; what follows from a wrong number of layers is not."""
+    wrong = {"num_hidden_layers": "2", "hidden_act": "relu", "rms_norm_eps": None, "attention_bias": 1, "max_position_embeddings": -1}
+    rope = {"rope_type": "dynamic", "rope_theta": "x", "partial_rotary_factor": 0.5}
+    with pytest.raises(CheckpointError) as refused:
+        shape_of({**written("qwen2"), **wrong, "layer_types": ["x"] * 9, "rope_parameters": rope}, "config.json")
+    what = refused.value.what
+    assert what.startswith("config.json: 8 values cannot be used\n  - ") and "layer_types" not in what
+    named = (
+        "hidden_act is 'relu'",
+        "num_hidden_layers is '2'",
+        "rms_norm_eps is None",
+        "attention_bias is 1",
+        "max_position_embeddings is -1",
+    )
+    for part in (*named, "rope_type is 'dynamic'", "rope_theta is 'x'", "partial_rotary_factor is 0.5"):
+        assert what.count(part) == 1, part
+    assert refused.value.do == "convert another model; or use the model's original config.json"
+
+
 @pytest.mark.parametrize(
     "text", ["", "{", "[" * 100_000, "[1]", "1e999", '{"a": 1' + "0" * 5000 + "}", "\udcff"], ids=lambda text: text[:10]
 )

@@ -222,6 +222,7 @@ def test_what_public_models_compute_and_the_program_does_not_is_named(tmp_path):
             {**COMMON, **CONFIGS["Olmo 3"], "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
             "rope_parameters is {'rope_type'",
         ),
+        ({**COMMON, **CONFIGS["Olmo 3"], "rope_theta": 1e4}, "rope_theta is 10000.0"),
         ({**COMMON, "architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3"}, "Gemma3ForConditionalGeneration"),
         ({**COMMON, **CONFIGS["Llama 2"], "rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type is 'dynamic'"),
     ):
