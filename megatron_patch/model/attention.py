@@ -208,17 +208,18 @@ class Attention(nn.Module):
         if self.softcap is not None:
             assert mask is not None
             return softcapped_attention(queries, keys, values, mask, (self.query_scalar or self.head_size) ** -0.5, self.softcap)
-        if self.query_scalar is not None:
-            # The kernels below divide by the root of the head size.
-            queries = queries * (self.head_size / self.query_scalar) ** 0.5
         if documents is not None:
+            if self.query_scalar is not None:
+                # The operator divides by the root of the head size.
+                queries = queries * (self.head_size / self.query_scalar) ** 0.5
             return documents_attention(queries, keys, values, documents, window)
         causal = mask is None and queries.shape[2] == keys.shape[2]
         fewer = keys.shape[1] != queries.shape[1]
         grouped = fewer and supports_grouped_queries(queries.device.type, queries.dtype, self.head_size, masked=mask is not None)
         if fewer and not grouped:
             keys, values = (repeat_groups(tensor, queries.shape[1]) for tensor in (keys, values))
-        return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
+        scale = None if self.query_scalar is None else self.query_scalar**-0.5
+        return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped)
 
 
 def softcapped_attention(
