@@ -259,7 +259,16 @@ def check_options(options: Options, origins: Mapping[str, str] = MappingProxyTyp
     Raises:
         ConfigError: options are not valid, or contradict each other; the message has all that several checks find.
     """
-    checks = (_check_safety, _check_checkpoints, _check_packages, _check_trackers, _check_evaluation, _check_tokenizer, _check_gate)
+    checks = (
+        _check_safety,
+        _check_checkpoints,
+        _check_packages,
+        _check_trackers,
+        _check_evaluation,
+        _check_tokenizer,
+        _check_gate,
+        _check_separation,
+    )
     problems = problems_of(
         *(functools.partial(check, options) for check in checks),
         *(functools.partial(check, options.schedule) for check in (check_lengths, check_optimizer)),
@@ -401,6 +410,12 @@ def check_plan(options: Options, plan: StagePlan) -> None:
             f"multiples of {plan.block_tokens}",
             "give the number of tokens that the earlier run read",
         )
+
+
+def _check_separation(options: Options) -> None:
+    """Checks what needs no data: a dry run may have none."""
+    if not options.data.data_path and options.data.eod_token_id is None:
+        check_documents(options.data, None, 1)
 
 
 def check_documents(data: DataOptions, eod_id: int | None, vocab_size: int) -> None:

@@ -150,6 +150,14 @@ def check_layer_patterns(options: ModelOptions) -> None:
                 f"--no-rope-freq {shown(options.no_rope_freq)} with learned positions", "rotary positions", "remove --no-rope-freq"
             )
 
+    def frequencies() -> None:
+        if options.windowed_rotary_base is not None and options.window_size is None:
+            raise ConfigError(
+                f"--windowed-rotary-base {options.windowed_rotary_base:g} without --window-size",
+                "--window-size LEFT,0",
+                "give --window-size, or remove --windowed-rotary-base",
+            )
+
     patterns = (functools.partial(part, options) for part in (full_attention_blocks, unrotated_blocks))
-    if problems := problems_of(window, rotation, *patterns):
+    if problems := problems_of(window, rotation, frequencies, *patterns):
         raise one_error(problems)

@@ -52,20 +52,40 @@ class KeyValueCache:
 
     Args:
         length: number of positions.
-        keys: [B, groups, capacity, head_size], of which the first `length` positions are used.
+        keys: [B, groups, capacity, head_size], of which the first `length` positions are used; with a window the last positions, at most
+            `window` of them.
         values: like `keys`.
+        window: the block's window; earlier positions, which no new one sees, are not kept. None: all are kept.
     """
 
     length: int = 0
     keys: torch.Tensor | None = None
     values: torch.Tensor | None = None
+    window: int | None = None
 
     def extend(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Appends keys and values of new positions, and returns those of all positions, [B, groups, T, head_size]."""
+        """Appends keys and values of new positions, and returns those of all positions, [B, groups, T, head_size].
+
+        With a window, those of the positions that the new ones see are returned.
+        """
         start, end = self.length, self.length + keys.shape[2]
+        if self.window is not None:
+            keys, values = (_seen(old, new, self.window) for old, new in ((self.keys, keys), (self.values, values)))
+            # A copy of the last ones lets the others go.
+            fits = keys.shape[2] <= self.window
+            self.keys, self.values = (tensor if fits else tensor[:, :, -self.window :].clone() for tensor in (keys, values))
+            self.length = end
+            return keys, values
         self.keys, self.values = (_append(old, new, start, end) for old, new in ((self.keys, keys), (self.values, values)))
         self.length = end
         return self.keys[:, :, :end], self.values[:, :, :end]
+
+
+def _seen(old: torch.Tensor | None, new: torch.Tensor, window: int) -> torch.Tensor:
+    """Returns new positions after those of `old` that the first of them sees."""
+    if old is None:
+        return new
+    return torch.cat((old[:, :, max(0, old.shape[2] - (window - 1)) :], new), dim=2)
 
 
 def _append(old: torch.Tensor | None, new: torch.Tensor, start: int, end: int) -> torch.Tensor:
@@ -184,16 +204,19 @@ class Attention(nn.Module):
     def _attend(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, context: AttentionContext) -> torch.Tensor:
         mask, documents = context.mask, context.documents
         window = self.window if self.window is not None and keys.shape[2] > self.window else None
+        if self.window is not None and mask is not None and context.windowed_mask is not None:
+            # The cache has dropped positions before the window.
+            mask = context.windowed_mask[..., -keys.shape[2] :]
         if window is not None and context.slices is None:
-            mask, documents = context.windowed_mask, context.windowed
+            documents = context.windowed
             if mask is None and documents is None:
                 assert queries.shape[2] == 1, "one new position, which sees the last ones of the cache"
                 keys, values = (tensor[:, :, -window:] for tensor in (keys, values))
         if self.softcap is not None:
             assert mask is not None
             return softcapped_attention(queries, keys, values, mask, (self.query_scalar or self.head_size) ** -0.5, self.softcap)
-        if self.query_scalar is not None:
-            # The kernels below divide by the root of the head size.
+        if self.query_scalar is not None and (documents is not None or context.slices is not None):
+            # The operators divide by the root of the head size.
             queries = queries * (self.head_size / self.query_scalar) ** 0.5
         if context.slices is not None:
             return sliced_attention(queries, keys, values, context.slices, window)
@@ -204,7 +227,8 @@ class Attention(nn.Module):
         grouped = fewer and supports_grouped_queries(queries.device.type, queries.dtype, self.head_size, masked=mask is not None)
         if fewer and not grouped:
             keys, values = (repeat_groups(tensor, queries.shape[1]) for tensor in (keys, values))
-        return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
+        scale = None if self.query_scalar is None else self.query_scalar**-0.5
+        return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped)
 
 
 def softcapped_attention(

@@ -177,7 +177,7 @@ class GPTModel(nn.Module):
             hidden = self.embedding(inputs, position_ids, ranks.size * positions)
         context = self._context(hidden, positions, position_ids, documents, earlier, padding, ranks)
         if cache is not None:
-            cache.blocks = cache.blocks or [KeyValueCache() for _ in self.blocks]
+            cache.blocks = cache.blocks or [KeyValueCache(window=self.shape.window_of(int(number))) for number in self.blocks]
             cache.length += positions
         for index, block in enumerate(self.blocks.values()):
             if self.recompute == "full" and self.training and torch.is_grad_enabled():

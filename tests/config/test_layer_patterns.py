@@ -92,6 +92,62 @@ def test_all_problems_are_reported_at_once():
     assert text.startswith("4 problems") and all(flag in text for flag in ("--window-size", "--window-attn-skip-freq", "--no-rope-freq"))
 
 
+def test_what_families_lack_is_reported_with_the_rest():
+    """Without data, also the end-of-document token that separating documents needs."""
+    words = "--windowed-rotary-base 500 --swiglu --geglu --reset-attention-mask --no-rope-freq 2"
+    with pytest.raises(ConfigError) as error:
+        resolve(*RUN[:-2], "--dry-run", "--model-family", "gpt2", *words.split())
+    text = " ".join(error.value.what.split())
+    assert text.startswith("4 problems")
+    for part in (
+        "--windowed-rotary-base 500 without",
+        "--swiglu together with --geglu",
+        "without an end-of-document",
+        "with learned positions",
+    ):
+        assert all(word in text for word in part.split()), part
+
+
+@pytest.mark.parametrize(
+    ("words", "what"),
+    [
+        ("--qk-norm-scope all", "--qk-norm-scope all without --qk-layernorm"),
+        ("--zero-centered-norms --normalization LayerNorm", "--zero-centered-norms with LayerNorm"),
+        ("--model-family olmo2 --zero-centered-norms", "or with --qk-norm-scope all"),
+        (
+            "--windowed-rotary-base 500 --window-size 3,0 --position-embedding-type learned_absolute",
+            "--windowed-rotary-base 500.0 in a model",
+        ),
+        ("--attn-logit-softcapping -1", "--attn-logit-softcapping -1"),
+    ],
+)
+def test_impossible_norms_and_frequencies_are_refused(words, what):
+    with pytest.raises(ConfigError) as error:
+        resolve(*RUN, *words.split())
+    assert what in error.value.what and error.value.allowed and error.value.do
+
+
+def test_the_plan_shows_what_differs_from_llama():
+    def line(words):
+        return architecture(resolve(*RUN, *words.split()))
+
+    gemma2 = line("--model-family gemma2 --attn-logit-softcapping 40")
+    for part in (
+        "before and after attention",
+        "GeGLU of width",
+        "scaled embeddings",
+        "scores capped at 40",
+        "logits capped at 30",
+        "tied head",
+    ):
+        assert part in gemma2, part
+    assert "capped" not in line("--model-family gemma2 --attn-logit-softcapping 0 --final-logit-softcapping 0")
+    assert "SwiGLU" in line("--model-family gemma3 --swiglu") and "GELU of" in line("--model-family gemma3 --no-swiglu")
+    olmo3 = line("--model-family olmo3 --window-size 3,0 --windowed-rotary-base 500")
+    assert "after attention and feed-forward layer, also of queries and keys over all heads" in olmo3
+    assert "base 500 in blocks with a window" in olmo3
+
+
 def test_the_plan_shows_windows_and_blocks_without_rotation():
     run = resolve(*RUN, "--num-layers", "4", "--window-size", "7,0", "--window-attn-skip-freq", "4", "--no-rope-freq", "2")
     line = architecture(run)

@@ -9,7 +9,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from megatron_patch.data.collate import DocumentMasking, make_batch
-from megatron_patch.model.attention import AttentionContext, ModelCache
+from megatron_patch.model.attention import AttentionContext, KeyValueCache, ModelCache
 from megatron_patch.model.generate import Sampling, generate, generate_without_cache
 from megatron_patch.model.gpt import GPTModel
 from megatron_patch.ops import attention_kernels
@@ -124,3 +124,27 @@ def test_prompts_of_several_lengths_continue_as_each_alone():
     assert together == [generate(model, [prompt], 12)[0] for prompt in prompts]
     without = generate_without_cache(lambda ids: model.logits(ids[..., None]), prompts, 12, Sampling(), None, torch.device("cpu"))
     assert together == without and len({tuple(row) for row in together}) == 3
+
+
+def cached_bytes(cache):
+    """Returns the bytes that the caches of each block hold, whatever part of them is used."""
+    return [block.keys.untyped_storage().nbytes() + block.values.untyped_storage().nbytes() for block in cache.blocks]
+
+
+@pytest.mark.parametrize("name", ["one block", "capped scores", "two rotary bases", "one position"])
+@pytest.mark.parametrize("padding", [None, [0, 5]], ids=["", "padded"])
+def test_a_block_with_a_window_caches_no_more_than_the_window(name, padding):
+    """Prompts of 9 tokens, then 40 one by one: logits are those of a cache of all positions, and memory does not grow."""
+    model = make(SHAPES[name], dtype=torch.float64).eval()
+    shape = model.shape
+    ids = torch.randint(0, 53, (2, 49, 1), generator=torch.Generator().manual_seed(0))
+    rows = None if padding is None else torch.tensor(padding)
+    trimmed, whole = ModelCache(padding=rows), ModelCache([KeyValueCache() for _ in range(shape.num_layers)], padding=rows)
+    each = 2 * 2 * shape.num_query_groups * shape.head_size * 8  # keys and values of two rows
+    for part in ids.split([9] + [1] * 40, dim=1):
+        with torch.no_grad():
+            torch.testing.assert_close(model.logits(part, cache=trimmed), model.logits(part, cache=whole), rtol=1e-12, atol=1e-12)
+        for layer, found in enumerate(cached_bytes(trimmed)):
+            window = shape.window_of(layer)
+            assert found == each * min(window, trimmed.length) if window is not None else found >= each * trimmed.length
+    assert min(cached_bytes(whole)) >= each * 49 == each * trimmed.length
