@@ -27,7 +27,6 @@ MODELS = {
     "qwen3, one group": "--model-family qwen3 --num-query-groups 1",
     "gpt2": "--model-family gpt2",
     "windows": "--window-size 2,0 --window-attn-skip-freq 3",
-    "three heads": "--num-attention-heads 3 --num-query-groups 3 --kv-channels 8 --window-size 5,0 --window-attn-skip-freq 3",
     "weighted labels": "--no-untie-embeddings-and-output-weights --position-weights power",
 }
 LENGTHS = {
@@ -183,6 +182,8 @@ def context_combinations() -> list[Combination]:
     for layout in shapes:
         sizes = CONTEXT_SIZES[layout.data][0]
         found += [replace(layout, model=model, length="tokens", context=sizes) for model in list(MODELS)[1:]]
+        gathers = replace(layout, extra="--cp-comm-type all_gather", context=sizes)
+        found += [replace(gathers, length=length, model=model) for length in LENGTHS for model in ("windows", "qwen3, one group", "gpt2")]
         for extra in ("--recompute-granularity full", "--recompute-granularity selective --operators plain", "--bf16"):
             found.append(replace(layout, model="tied", extra=extra, context=sizes))
     return found

@@ -19,7 +19,8 @@ from megatron_patch.ops import IGNORE_INDEX
 from megatron_patch.parallel.context import ContextParallel
 from megatron_patch.parallel.grid import Grid
 from tests.distributed.gradients import float16_program
-from tests.distributed.matrix import MODELS, stages_with_context
+from tests.distributed.matrix import MODELS as MATRIX_MODELS
+from tests.distributed.matrix import stages_with_context
 from tests.distributed.ranks import run_ranks
 from tests.distributed.runs import DATA, MODEL, Run, command, ledger, start_program, train
 from tests.distributed.test_compiled import _graphs
@@ -30,6 +31,10 @@ from tests.oracle.reference_muon import start_with_reference
 
 BATCH = "--seq-length 16 --micro-batch-size 2 --global-batch-size 12 --patch-size 4 --lr 3e-3"
 PLAN = f"{BATCH} --num-layers 3 --train-tokens 2304 --eval-interval 4 --log-token-spans --eod-token-id 63 --reset-attention-mask"
+MODELS = MATRIX_MODELS | {
+    "three heads": "--num-attention-heads 3 --num-query-groups 3 --kv-channels 8 --window-size 5,0 --window-attn-skip-freq 3"
+}
+"""Two ranks cannot share three heads, so they gather keys and values."""
 LENGTHS = {"positions": "", "tokens": "--sample constant-tokens --reset-position-ids --eod-mask-loss"}
 TENSOR, PIPELINE = "--tensor-model-parallel-size 2", "--pipeline-model-parallel-size 2"
 GATHER = "--cp-comm-type all_gather"
