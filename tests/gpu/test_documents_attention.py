@@ -9,7 +9,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from megatron_patch.ops.attention_kernels import has_flash_kernel
 from megatron_patch.ops.documents_attention import Documents, documents_attention, documents_of_samples
-from tests.ops.documents import by_formula, documents_of, ids_of, inputs_of
+from tests.ops.documents import by_formula, by_parts, documents_of, ids_of, inputs_of
 
 pytestmark = pytest.mark.gpu
 ROWS = [[5, 1, 250, 44, 212], [512], [1, 130, 129, 252]]
@@ -47,6 +47,14 @@ def test_documents_give_what_the_dense_mask_gives(groups, head_size, dtype, tole
 def test_windows_give_what_the_dense_band_gives(window, head_size, dtype, tolerance):
     """By the flash kernel; heads of 320 numbers and those in float32 by blocks of queries."""
     assert largest_error(*attend(ROWS, 2, dtype, head_size, window=window)) < tolerance
+
+
+@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize("parts", [2, 8])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 1e-2), (torch.float32, 5e-3)])
+def test_parts_of_the_queries_give_what_all_of_them_give(window, parts, dtype, tolerance):
+    """Context-parallel ranks that gather keys: by the flash kernel with other lengths of keys than of queries, and by blocks of queries."""
+    assert largest_error(*attend(ROWS, 2, dtype, function=by_parts(parts, ROWS), window=window)) < tolerance
 
 
 def test_samples_of_one_document_in_a_window_without_waiting_for_the_device():

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
-from megatron_patch.ops.documents_attention import Documents, documents_from_ids
+from megatron_patch.ops.documents_attention import Documents, documents_from_ids, slice_documents, sliced_attention
 
 
 def ids_of(rows: Sequence[Sequence[int]]) -> torch.Tensor:
@@ -38,6 +38,20 @@ def by_formula(
     keys, values = (tensor.double().repeat_interleave(share, dim=1) for tensor in (keys, values))
     scores = queries.double() @ keys.transpose(-1, -2) / queries.shape[-1] ** 0.5
     return scores.masked_fill(~dense_mask(ids, window), -torch.inf).softmax(-1) @ values
+
+
+def by_parts(parts: int, rows: Sequence[Sequence[int]]) -> Callable[..., torch.Tensor]:
+    """Returns attention by ranks that have a part of each sample's positions each, as one function of all positions."""
+    positions = sum(rows[0])
+
+    def attend(
+        queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, documents: Documents, window: int | None = None
+    ) -> torch.Tensor:
+        own = [queries[:, :, part * positions // parts : (part + 1) * positions // parts] for part in range(parts)]
+        slices = [slice_documents(documents, positions, part, parts) for part in range(parts)]
+        return torch.cat([sliced_attention(q, keys, values, each, window) for q, each in zip(own, slices, strict=True)], dim=2)
+
+    return attend
 
 
 def inputs_of(

@@ -22,9 +22,8 @@ from megatron_patch.ops.documents_attention import (
     documents_from_ids,
     documents_of_samples,
     slice_documents,
-    sliced_attention,
 )
-from tests.ops.documents import by_formula, documents_of, flash_on_cpu, ids_of, inputs_of
+from tests.ops.documents import by_formula, by_parts, documents_of, flash_on_cpu, ids_of, inputs_of
 
 KERNELS = {"cpu": kernels.CpuKernel, "scaled dot product": kernels.ScaledDotProductKernel, "flash": kernels.FlashKernel}
 LAYOUTS = [
@@ -280,18 +279,6 @@ def test_which_heads_the_flash_kernel_takes(dtype, head_size, capability, taken,
     assert has_flash_kernel(on_gpu) == taken
     assert type(operator.kernel_for(on_gpu)) is (kernels.FlashKernel if taken else kernels.ScaledDotProductKernel)
     assert type(operator.kernel_for(torch.empty(1, 1, head_size, dtype=dtype))) is kernels.CpuKernel
-
-
-def by_parts(parts, rows):
-    """Attention by ranks that have a part of each sample's positions each, as one function of all positions."""
-    positions = sum(rows[0])
-
-    def attend(queries, keys, values, documents, window=None):
-        own = [queries[:, :, part * positions // parts : (part + 1) * positions // parts] for part in range(parts)]
-        slices = [slice_documents(documents, positions, part, parts) for part in range(parts)]
-        return torch.cat([sliced_attention(q, keys, values, each, window) for q, each in zip(own, slices, strict=True)], dim=2)
-
-    return attend
 
 
 PARTED = [[[5, 1, 18], [24], [1, 19, 4]], [[3, 5], [4, 4]], [[300, 2, 70, 140]]]
