@@ -21,6 +21,9 @@ LAYOUTS = {
     "DP2 ZeRO-1": (2, "--zero-stage 1"),
     "TP2 PP2": (4, "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --zero-stage 1"),
     "ZeRO-3": (2, "--zero-stage 3"),
+    "CP2": (2, "--context-parallel-size 2 --zero-stage 2"),
+    "CP4 ZeRO-3": (4, "--context-parallel-size 4 --zero-stage 3"),
+    "TP2 CP2": (4, "--tensor-model-parallel-size 2 --context-parallel-size 2 --zero-stage 1"),
 }
 
 
