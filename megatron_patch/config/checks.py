@@ -426,7 +426,7 @@ def check_documents(data: DataOptions, eod_id: int | None, vocab_size: int) -> N
     """
     if eod_id is None and data.separating:
         raise ConfigError(
-            f"{flag_of(data.separating[0])} without an end-of-document token",
+            f"{' and '.join(map(flag_of, data.separating))} without an end-of-document token",
             "--eod-token-id N, or a dataset whose metadata file (PREFIX.json) has the token",
             "give --eod-token-id, or preprocess the data with --append-eod",
         )

@@ -61,7 +61,7 @@ def check_context_parallel(options: EngineOptions, plan: StagePlan, shape: Model
         if missed:
             findings.add(
                 f"{_given(size, ' and '.join(names[:2]))}: it does not fit {', '.join(condition.text for condition in missed)}",
-                f"sizes that fit all of its stage: {_fitting(conditions, data_parallel_size)}",
+                f"sizes that fit: {_fitting(conditions, data_parallel_size)}",
                 f"change the size, or {', or '.join(dict.fromkeys(condition.advice for condition in missed))}",
             )
     findings.raise_all()
@@ -75,20 +75,22 @@ def _conditions(options: EngineOptions, shape: ModelShape, data_parallel_size: i
     of_rank = " of a tensor-parallel rank" if tensor > 1 else ""
     in_parts = f" in {sequence} parts of --sequence-parallel" if sequence > 1 else ""
     conditions = [
-        _Condition(plural(data_parallel_size, "data-parallel rank"), lambda size: data_parallel_size % size == 0, "the number of ranks"),
+        _Condition(
+            plural(data_parallel_size, "data-parallel rank"), lambda size: data_parallel_size % size == 0, "change the number of ranks"
+        ),
         _Condition(
             f"samples of {plural(positions, 'position')}{in_parts}",
             lambda size: positions % (size * sequence) == 0,
-            "--seq-length or the stage's patch_size",
+            "change --seq-length or the stage's patch_size",
         ),
     ]
     if options.cp_comm_type == "a2a":
         conditions += [
-            _Condition(f"{plural(heads, 'query head')}{of_rank}", lambda size: heads % size == 0, "--cp-comm-type, to all_gather"),
+            _Condition(f"{plural(heads, 'query head')}{of_rank}", lambda size: heads % size == 0, "give --cp-comm-type all_gather"),
             _Condition(
                 f"{plural(groups, 'key-value head')}{of_rank}",
                 lambda size: groups % size == 0 or size % groups == 0,
-                "--cp-comm-type, to all_gather",
+                "give --cp-comm-type all_gather",
             ),
         ]
     return conditions

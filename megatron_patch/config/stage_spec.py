@@ -11,6 +11,7 @@ In: stage options. Out: `StageSpec`s, each of them checked; `plan_builder` turns
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from megatron_patch.data.same_dataset import named_twice
 from megatron_patch.errors import ConfigError
 from megatron_patch.stages import POSITION_WEIGHTS, LrPolicy, LrStyle, OptimizerPolicy, Side, WsdDecayStyle
 from megatron_patch.utils.console import shortened
+from megatron_patch.utils.findings import Findings
 from megatron_patch.utils.registry import lookup, suggestion
 from megatron_patch.utils.units import parse_count
 
@@ -230,11 +232,14 @@ def parse_stages(text: str) -> tuple[StageSpec, ...]:
         raise ConfigError("stages: is not a list of mappings", _EXAMPLE, "write one mapping for each stage")
     if len(entries) > _MOST_STAGES:
         raise ConfigError(f"stages: has {len(entries):,} entries", f"up to {_MOST_STAGES}", "merge stages")
-    return tuple(_read_entry(entry, number) for number, entry in enumerate(entries, start=1))
+    findings = Findings("in stages", "stages: ")
+    specs = tuple(_read_entry(entry, number, findings) for number, entry in enumerate(entries, start=1))
+    findings.raise_all()
+    return specs
 
 
-def _read_entry(entry: Mapping[str, Any], number: int) -> StageSpec:
-    """Returns the entry with this number (from 1) of `stages:`, with every value checked."""
+def _read_entry(entry: Mapping[str, Any], number: int, findings: Findings) -> StageSpec:
+    """Returns the entry with this number (from 1) of `stages:`; what is wrong with it is added to the findings, and left out."""
     known = [f.name for f in dataclasses.fields(StageSpec)]
     values: dict[str, Any] = {}
     seen: set[str] = set()
@@ -242,42 +247,48 @@ def _read_entry(entry: Mapping[str, Any], number: int) -> StageSpec:
         name = str(key).replace("-", "_")
         where = f"stages: entry {number}: {name}"
         if name in seen:
-            raise ConfigError(f"{where} is given twice, with a dash and with an underscore", "each key once", "remove one of them")
+            findings.add(f"{where} is given twice, with a dash and with an underscore", "each key once", "remove one of them")
+        elif name not in known:
+            findings.add(f"{where} is not a known key", ", ".join(known), suggestion(name, known) or "remove it")
+        elif value is not None:
+            found = findings.attempt(functools.partial(_read_value, name, value, where), None)
+            values |= {} if found is None else {name: found}
         seen.add(name)
-        if name not in known:
-            raise ConfigError(f"{where} is not a known key", ", ".join(known), suggestion(name, known) or "remove it")
-        if value is None:
-            continue
-        if name in COUNTS:
-            try:
-                value = parse_count(value)
-            except ConfigError as error:
-                raise ConfigError(f"{where}: {error.what}", error.allowed, error.do) from error
-            check_count(name, value, where)
-        elif name in _NUMBERS:
-            value = _number(value, where)
-        elif name in _CHOICES and value not in _CHOICES[name]:
-            raise ConfigError(f"{where} is {value!r}"[:300], ", ".join(_CHOICES[name]), "choose one of these words")
-        elif name == "position_weights" and isinstance(value, list):
-            value = tuple(_number(weight, where) for weight in value)
-        elif name in ("name", "position_weights") and not isinstance(value, str):
-            allowed = "a text" if name == "name" else f"{', '.join(POSITION_WEIGHTS)}, or a list of numbers"
-            raise ConfigError(f"{where} is {value!r}"[:300], allowed, f"correct {name}")
-        elif name == "name":
-            check_text([value], f"{where}: ")
-        elif name == "data_path":
-            words = value if isinstance(value, list) else str(value).split()
-            if isinstance(value, dict) or not words or any(isinstance(word, (list, dict)) for word in words):
-                raise ConfigError(
-                    f"{where} is {value!r}"[:300], "a prefix, or a list of weights and prefixes: [0.7, web, 0.3, code]", "correct data_path"
-                )
-            value = tuple(str(word) for word in words)
-            check_text(value, f"{where}: ")
-        values[name] = value
     for in_tokens, in_steps in _TWO_UNITS:
         if in_tokens in values and in_steps in values:
-            raise _two_units(f"stages: entry {number}", in_tokens, in_steps)
+            findings.errors.append(_two_units(f"stages: entry {number}", in_tokens, in_steps))
+            del values[in_steps]
     return StageSpec(**values)
+
+
+def _read_value(name: str, value: Any, where: str) -> Any:
+    """Returns the value of a key of an entry, checked."""
+    if name in COUNTS:
+        try:
+            value = parse_count(value)
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {error.what}", error.allowed, error.do) from error
+        check_count(name, value, where)
+    elif name in _NUMBERS:
+        value = _number(value, where)
+    elif name in _CHOICES and value not in _CHOICES[name]:
+        raise ConfigError(f"{where} is {value!r}"[:300], ", ".join(_CHOICES[name]), "choose one of these words")
+    elif name == "position_weights" and isinstance(value, list):
+        value = tuple(_number(weight, where) for weight in value)
+    elif name in ("name", "position_weights") and not isinstance(value, str):
+        allowed = "a text" if name == "name" else f"{', '.join(POSITION_WEIGHTS)}, or a list of numbers"
+        raise ConfigError(f"{where} is {value!r}"[:300], allowed, f"correct {name}")
+    elif name == "name":
+        check_text([value], f"{where}: ")
+    elif name == "data_path":
+        words = value if isinstance(value, list) else str(value).split()
+        if isinstance(value, dict) or not words or any(isinstance(word, (list, dict)) for word in words):
+            raise ConfigError(
+                f"{where} is {value!r}"[:300], "a prefix, or a list of weights and prefixes: [0.7, web, 0.3, code]", "correct data_path"
+            )
+        value = tuple(str(word) for word in words)
+        check_text(value, f"{where}: ")
+    return value
 
 
 def _number(value: Any, where: str) -> float:

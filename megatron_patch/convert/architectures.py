@@ -343,8 +343,9 @@ def architecture_named(config: Mapping[str, Any], where: str) -> Architecture:
     if found is None and not names:
         found = next((known for known in ARCHITECTURES.values() if known.model_type == config.get("model_type")), None)
     if found is None:
+        shown = ", ".join(map(str, names)) if isinstance(names, list) and names else names or config.get("model_type")
         raise CheckpointError(
-            f"{where}: the architecture {str(names or config.get('model_type'))[:80]!r} is not registered",
+            f"{where}: the architecture {str(shown)[:80]!r} is not registered",
             ", ".join(ARCHITECTURES),
             "convert a model of one of these, or register its architecture in megatron_patch.convert.architectures.ARCHITECTURES",
         )

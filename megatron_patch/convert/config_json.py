@@ -59,16 +59,19 @@ class ConfigReader:
             return max(least, 1) if default is None else default
         return value
 
-    def real(self, key: str, default: float) -> float:
+    def real(self, key: str, default: float, above_zero: bool = False) -> float:
         """Returns a number as a float; a missing key gives the default.
 
         Raises:
-            CheckpointError: the value is not a finite number.
+            CheckpointError: the value is not a finite number, or not above zero where it must be.
         """
         value = self._values.get(key, default)
         # Compared, not converted: an integer may be too large for a float.
         if not isinstance(value, int | float) or isinstance(value, bool) or not -_LARGEST_REAL <= value <= _LARGEST_REAL:
             self._refuse(key, value, f"a number of at most {_LARGEST_REAL:g} in size")
+            return default
+        if above_zero and value <= 0:
+            self._refuse(key, value, "a number above 0")
             return default
         return float(value)
 
@@ -310,7 +313,7 @@ def _read_gemma(values: ConfigReader, positions: int) -> dict[str, Any]:
     values.require("use_bidirectional_attention", False, (False, None))
     # Older files have a hidden_act that transformers does not read.
     found = read_llama(values.without("hidden_act", "rope_parameters", "rope_scaling"), positions=positions, head_size=256)
-    scalar = values.real("query_pre_attn_scalar", 256)
+    scalar = values.real("query_pre_attn_scalar", 256, above_zero=True)
     return {
         **found,
         "num_query_groups": values.number("num_key_value_heads", 4),
@@ -325,7 +328,7 @@ def _read_gemma(values: ConfigReader, positions: int) -> dict[str, Any]:
 
 def _read_softcap(values: ConfigReader, key: str, default: float | None) -> float | None:
     """A soft cap; null: none."""
-    return None if values.get(key, default) is None else values.real(key, default or 0.0)
+    return None if values.get(key, default) is None else values.real(key, default or 1.0, above_zero=True)
 
 
 def _write_gemma(shape: ModelShape) -> dict[str, Any]:

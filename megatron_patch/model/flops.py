@@ -77,6 +77,19 @@ def attended_positions(positions: int, window: int | None = None) -> float:
     return (window * (window + 1) / 2 + (positions - window) * window) / positions
 
 
+def last_part_attended(positions: int, parts: int, window: int | None = None) -> float:
+    """Returns to how many positions one of the last T / parts positions of a sample attends on average: those that most attend to.
+
+    Args:
+        positions: T.
+        parts: equal parts of neighboring positions.
+        window: W; None: no window.
+    """
+    before = positions - positions // parts
+    attended = positions * attended_positions(positions, window) - before * attended_positions(before, window)
+    return attended / (positions - before)
+
+
 def attention_flops(shape: ModelShape, positions: int, blocks: Iterable[int]) -> float:
     """Returns the FLOPs of the two products of attention in blocks, for one position of the causal forward pass.
 

@@ -162,7 +162,7 @@ def _given_text(given: Plan, candidates: Sequence[Candidate]) -> str:
 def print_search(found: Found, hardware: Hardware, ranks: int, console: Console, rows: int = 12) -> None:
     """Prints the fastest layouts, and the flags of each below the table."""
     shown = found.candidates[:rows]
-    columns = ("", "layout", "micro-batch", "~GiB", "~MFU", "~device hours")
+    columns = ("", "layout", "micro-batch", "~GiB", "~device hours", "~MFU")
     fit = "fits" if len(found.candidates) == 1 else "fit"
     kept = f", and {found.other_batch:,} would change the global batch by more than {BATCH_TOLERANCE:.0%}" if found.other_batch else ""
     console.print(
@@ -181,7 +181,7 @@ def print_search(found: Found, hardware: Hardware, ranks: int, console: Console,
         plan = candidate.plan
         mfu = " / ".join(dict.fromkeys(f"{estimate.time.mfu:.0%}" for estimate in plan.stages))
         row = [str(number), plan.layout.name(), str(candidate.choice.micro_batch_size), f"{plan.fullest.memory.total / GIB:.1f}"]
-        row += [mfu, f"{plan.run.device_hours:,.0f}"]
+        row += [f"{plan.run.device_hours:,.0f}", mfu]
         table.add_row(*row)
     console.print(table)
     for number, candidate in enumerate(shown, start=1):

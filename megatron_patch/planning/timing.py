@@ -13,8 +13,9 @@ import dataclasses
 from dataclasses import dataclass
 from typing import get_args
 
-from megatron_patch.model.flops import attention_flops, block_matrices, training_flops_per_position
+from megatron_patch.model.flops import attended_positions, attention_flops, block_matrices, last_part_attended, training_flops_per_position
 from megatron_patch.model.shape import ModelShape
+from megatron_patch.model.sharding import gathers_keys
 from megatron_patch.planning.hardware import Hardware
 from megatron_patch.planning.hidden_matrices import matrix_step
 from megatron_patch.planning.layout import Layout
@@ -91,6 +92,26 @@ def executed_flops(shape: ModelShape, layout: Layout, layers: range, positions: 
     return products, attention_flops(shape, positions, blocks) * (3.5 + (layout.recompute != "none"))
 
 
+def attention_imbalance(shape: ModelShape, layout: Layout, layers: range, stage: Stage) -> float:
+    """Returns the attention that the slowest context-parallel rank computes in these layers, relative to the mean of the ranks.
+
+    Ranks that exchange heads compute the same amount. Of those that gather keys and values, each computes attention for its own positions:
+    the last has the most, up to 2 - 1/c times the mean without windows. The others wait for it in each block.
+
+    Args:
+        shape: shape of the model.
+        layout: layout of the run.
+        layers: layers of a pipeline rank.
+        stage: the stage.
+    """
+    ranks, positions = stage.context_parallel_size, stage.positions
+    windows = [shape.window_of(layer - 1) for layer in layers if 1 <= layer <= shape.num_layers]
+    if not windows or shape.attention_softcap is not None or not gathers_keys(shape, layout.tensor, ranks, layout.context_exchange):
+        return 1.0  # where scores are capped, all T of each position are computed
+    last = sum(last_part_attended(positions, ranks, window) for window in windows)
+    return last / sum(attended_positions(positions, window) for window in windows)
+
+
 def optimizer_seconds(shape: ModelShape, layout: Layout, layers: range, hardware: Hardware) -> tuple[float, float]:
     """Returns the estimated seconds of the update and of its Newton-Schulz steps, without communication.
 
@@ -139,6 +160,7 @@ def step_time(shape: ModelShape, layout: Layout, stage: Stage, hardware: Hardwar
     data, step = 0.0, (0.0, 0.0, 0.0)
     for layers in layout.layers_by_pipeline_rank(shape):
         products, attention = executed_flops(shape, layout, layers, stage.positions)
+        attention *= attention_imbalance(shape, layout, layers, stage)
         seconds = products / hardware.matmul_efficiency + attention / hardware.attention_efficiency
         seconds *= positions / layout.tensor / usable
         # The memory bandwidth limits all operators that are not matrix products.

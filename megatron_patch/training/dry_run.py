@@ -174,6 +174,7 @@ def architecture(run: RunConfig) -> str:
         "tied head" if shape.tie_embeddings else "untied head",
         heads + groups,
         *(["scaled embeddings"] if shape.scaled_embeddings else []),
+        *([] if shape.query_scalar is None else [f"scores divided by the root of {shape.query_scalar:g}"]),
         *([] if shape.attention_softcap is None else [f"scores capped at {shape.attention_softcap:g}"]),
         *([] if shape.logit_softcap is None else [f"logits capped at {shape.logit_softcap:g}"]),
         *([] if shape.window is None else [f"windows of {plural(shape.window, 'position')} in {shape.windowed_layers} of {blocks}"]),

@@ -143,6 +143,7 @@ def test_the_plan_shows_what_differs_from_llama():
         assert part in gemma2, part
     assert "capped" not in line("--model-family gemma2 --attn-logit-softcapping 0 --final-logit-softcapping 0")
     assert "SwiGLU" in line("--model-family gemma3 --swiglu") and "GELU of" in line("--model-family gemma3 --no-swiglu")
+    assert "scores divided by the root of 12" in line("--query-pre-attn-scalar 12") and "root of" not in line("")
     olmo3 = line("--model-family olmo3 --window-size 3,0 --windowed-rotary-base 500")
     assert "after attention and feed-forward layer, also of queries and keys over all heads" in olmo3
     assert "base 500 in blocks with a window" in olmo3

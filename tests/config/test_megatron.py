@@ -241,7 +241,8 @@ def test_what_has_no_effect_is_printed_with_the_reason(capsys):
         ("--position-embedding-type relative", "there are no relative positions"),
         ("--position-embedding-type alibi", "there are no ALiBi positions"),
         ("--no-position-embedding", "a model without positions does not exist here"),
-        ("--squared-relu", "GELU or SwiGLU"),
+        ("--squared-relu", "GELU, SwiGLU or GeGLU"),
+        ("--ds-sequence-parallel-size 4 --context-parallel-size 2", "together with --context-parallel-size 2"),
         ("--lr-warmup-init 1e-6", "the warm-up begins at 0"),
         ("--decoupled-min-lr 1e-5 --lr 1e-4 --min-lr 1e-5 --decoupled-lr 1e-3", "--min-lr x --decoupled-lr / --lr = 0.0001"),
         ("--muon-no-split-qkv --optimizer muon", "query, key and value projections are matrices of their own"),
@@ -267,6 +268,11 @@ def test_what_cannot_be_had_is_refused_with_the_reason(words, reason):
     problem, *_ = translated(words).problems
     assert reason in problem.meaning and problem.given.text.split()[0] == words.split()[0]
     assert problem.becomes and "did you mean" not in problem.becomes
+
+
+def test_a_renamed_flag_may_repeat_the_one_of_this_program_but_not_contradict_it():
+    assert not translated("--ds-sequence-parallel-size 4 --context-parallel-size 4").problems
+    assert translated("--context-parallel-size 2 --ds-sequence-parallel-size 4").problems
 
 
 def test_the_plan_says_what_became_of_megatrons_flags(capsys):

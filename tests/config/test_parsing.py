@@ -263,6 +263,23 @@ def test_repeated_keys_of_stages_on_the_command_line_are_an_error(stages, what):
     assert error.value.what == what and error.value.allowed and error.value.do
 
 
+def test_all_problems_of_stages_are_reported_at_once():
+    first = '{"patch_size": "a", "token_share": "b", "x": 1}'
+    second = '{"context_parallel_size": [1], "side": "up", "lr_warmup_steps": 1, "lr-warmup-tokens": 3}'
+    with pytest.raises(ConfigError) as error:
+        parse_stages(f"[{first}, {second}]")
+    what = str(error.value)
+    assert what.startswith("6 problems in stages:\n  - entry 1: patch_size: 'a' is not a count\n    Allowed: ")
+    named = (
+        "1: token_share is 'b'",
+        "1: x is not",
+        "2: context_parallel_size: [1]",
+        "2: side is 'up'",
+        "2: lr_warmup_tokens together with",
+    )
+    assert all(f"  - entry {one}" in what for one in named)
+
+
 def test_anchors_and_merge_keys_are_no_repetition(tmp_path):
     text = "stages:\n  - &a {patch_size: 4, steps: 3, lr: 0.1}\n  - {<<: *a, patch_size: 1}\n  - <<: *a\n    lr: 0.2\n"
     first, second, third = parse_stages(parse(["--config", write(tmp_path, text), *SHAPE]).options.stages.stages or "")

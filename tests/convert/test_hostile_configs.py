@@ -99,6 +99,7 @@ def test_any_value_of_any_key_gives_a_shape_or_a_refusal_in_three_parts(family):
         ("rms_norm_eps", -1e-6, "--norm-epsilon -1e-06"),
         ("tie_word_embeddings", "false", "tie_word_embeddings is 'false'"),
         ("architectures", [["LlamaForCausalLM"]], "is not registered"),
+        ("architectures", ["A", "B"], "the architecture 'A, B' is not registered"),
     ],
     ids=lambda value: str(value)[:20],
 )
@@ -106,6 +107,13 @@ def test_the_refusal_names_the_key(key, value, what):
     config = {name: part for name, part in written("llama").items() if name != "rope_parameters"}
     with pytest.raises(CheckpointError, match=what):
         shape_of({**config, key: value}, "config.json")
+
+
+def test_caps_and_scalars_that_are_not_above_zero_are_named_by_their_keys():
+    wrong = {"query_pre_attn_scalar": 0, "attn_logit_softcapping": -1, "final_logit_softcapping": 0.0}
+    with pytest.raises(CheckpointError) as refused:
+        shape_of({**written("gemma2"), **wrong}, "config.json")
+    assert all(f"{key} is {value}; allowed: a number above 0" in refused.value.what for key, value in wrong.items())
 
 
 def test_all_values_that_cannot_be_used_are_named_at_once():

@@ -18,7 +18,7 @@ from megatron_patch.model.gpt import GPTModel
 from megatron_patch.planning.hardware import DEVICES, Hardware, load_hardware
 from megatron_patch.planning.layout import Layout
 from megatron_patch.planning.memory import rank_parameters
-from megatron_patch.planning.timing import bubble_share, executed_flops, step_time
+from megatron_patch.planning.timing import attention_imbalance, bubble_share, executed_flops, step_time
 from megatron_patch.planning.traffic import traffic
 from megatron_patch.stages import Stage
 from tests.model.shapes import FAMILIES, LLAMA
@@ -115,6 +115,24 @@ def test_ranks_that_share_samples_compute_as_much_as_ranks_that_do_not():
     assert (one.context, other.context > 0) == (0, True)
     # The whole sample's norms and products pass through memory; attention saves its output in two forms.
     assert one.compute <= other.compute < 1.1 * one.compute
+
+
+@pytest.mark.parametrize(("window", "full"), [(None, ()), (24, ()), (24, (1,)), (100, ())])
+def test_the_last_of_ranks_that_gather_keys_sets_the_pace_of_attention(window, full):
+    shape = dataclasses.replace(FAMILIES["llama"], num_layers=3, window=window, full_layers=full)
+    stage, layers = Stage("s", 1, 96, 1, 8, 1, context_parallel_size=4), range(1, 4)
+    query, key = torch.arange(96)[:, None], torch.arange(96)
+    scores = torch.zeros(4)
+    for block in range(3):
+        width = 96 if shape.window_of(block) is None else shape.window_of(block)
+        scores += ((key <= query) & (key > query - width)).sum(dim=1).view(4, 24).sum(dim=1)
+    found = attention_imbalance(shape, Layout(8, context_exchange="all_gather"), layers, stage)
+    assert found == pytest.approx(float(scores.max() / scores.mean()))
+    assert attention_imbalance(shape, Layout(8, context_exchange="a2a"), layers, stage) == 1
+    capped = dataclasses.replace(shape, attention_softcap=30.0)  # plain products of all scores
+    assert attention_imbalance(capped, Layout(8, context_exchange="all_gather"), layers, stage) == 1
+    times = {kind: step_time(shape, Layout(8, context_exchange=kind), stage, DEVICES["H100"]) for kind in ("a2a", "all_gather")}
+    assert (times["all_gather"].compute > times["a2a"].compute) == (found > 1)
 
 
 def test_the_bubble_is_that_of_the_schedule():

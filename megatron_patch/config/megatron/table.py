@@ -98,9 +98,16 @@ MAIN: tuple[MegatronFlag, ...] = (
         "the same layer: Megatron stores its weight minus 1, and norms have no weight decay, there or here",
     ),
     *rows(_MODEL, "openai-gelu/0", BOTH, _IGNORED, "GELU has its tanh form here"),
-    *rows(_MODEL, "squared-relu/0", BOTH, _OTHER, "the feed-forward layer has GELU or SwiGLU"),
-    *rows(_MODEL, "quick-geglu/0", LM, _OTHER, "the feed-forward layer has GELU or SwiGLU"),
-    *rows(_MODEL, "glu-activation", BIGSCIENCE, _COMPUTED, "swiglu; the others (geglu, liglu, reglu) do not exist here", "--swiglu"),
+    *rows(_MODEL, "squared-relu/0", BOTH, _OTHER, "the feed-forward layer has GELU, SwiGLU or GeGLU"),
+    *rows(_MODEL, "quick-geglu/0", LM, _OTHER, "the feed-forward layer has GELU, SwiGLU or GeGLU"),
+    *rows(
+        _MODEL,
+        "glu-activation",
+        BIGSCIENCE,
+        _COMPUTED,
+        "swiglu; liglu and reglu do not exist here, and --geglu is not that of geglu",
+        "--swiglu",
+    ),
     *rows(_MODEL, "glu-linear-offset", LM, _OTHER, "SwiGLU has no offset", "", "0"),
     *rows(_MODEL, "activation-func-clamp-value", LM, _OTHER, "activations are not clamped"),
     *rows(
@@ -614,7 +621,7 @@ MAIN: tuple[MegatronFlag, ...] = (
     ),
     *rows(_LAYOUT, "ds-sequence-parallel-size", DS, _RENAMED, "ranks that share a sample (Ulysses)", "--context-parallel-size"),
     *rows(_LAYOUT, "ds-sequence-parallel-fpdt/0", DS, _REFUSED, "there is no FPDT"),
-    *rows(_LAYOUT, "force-ds-sequence-parallel/0", DS, _IGNORED, "context parallelism is always that of Ulysses"),
+    *rows(_LAYOUT, "force-ds-sequence-parallel/0", DS, _IGNORED, "ranks exchange heads wherever these can be shared"),
     *rows(
         _LAYOUT,
         "ds-sequence-parallel-fpdt-chunk-size ds-sequence-parallel-fpdt-offloading/0",

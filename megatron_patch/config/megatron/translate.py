@@ -205,7 +205,7 @@ def _glu(to: Translator, given: Given, flag: MegatronFlag) -> None:
     if given.words == ("swiglu",):
         to.emit(given, "--swiglu", meaning="SwiGLU")
     else:
-        to.refuse(given, "the feed-forward layer has GELU or SwiGLU", "", True)
+        to.refuse(given, "the feed-forward layer has GELU, SwiGLU or GeGLU with the approximation by tanh", "", True)
 
 
 def _choices(known: Mapping[str, str], refused: Mapping[str, str], write: str) -> Callable[[Translator, Given, MegatronFlag], None]:
@@ -272,6 +272,14 @@ def _shares_samples(to: Translator) -> bool:
     size = to.value("context-parallel-size", "ds-sequence-parallel-size")
     in_stages = "context_parallel_size" in " ".join(to.last["stages"].words).replace("-", "_") if "stages" in to.last else False
     return size not in (None, "1") or in_stages
+
+
+def _sequence_parallel_size(to: Translator, given: Given, flag: MegatronFlag) -> None:
+    own = to.last.get("context-parallel-size")
+    if own is not None and own.source == given.source and own.words not in (given.words, ("None",)):
+        to.refuse(given, f"together with --context-parallel-size {' '.join(own.words)}".rstrip(), "one of them, --context-parallel-size")
+    else:
+        to.emit(given, f"--context-parallel-size {' '.join(given.words)}", meaning=flag.text)
 
 
 def _sharding(to: Translator, given: Given, flag: MegatronFlag) -> None:
@@ -383,6 +391,7 @@ _FUNCTIONS: dict[str, Callable[[Translator, Given, MegatronFlag], None]] = {
     "split": _split,
     "sequence-parallel": _sequence_parallel,
     "cp-comm-type": _cp_comm_type,
+    "ds-sequence-parallel-size": _sequence_parallel_size,
     "data-parallel-sharding-strategy": _sharding,
     "use-torch-fsdp2": _fsdp,
     "use-custom-fsdp": _fsdp,
