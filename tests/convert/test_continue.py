@@ -183,7 +183,11 @@ FAMILIES = {
 }
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+SLOW = {"mistral", "olmo3", "llama"}
+"""Families that differ from one of the others only in shape, or in rotary tables that other tests compare."""
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in FAMILIES])
 def test_a_family_with_windows_layers_without_rotation_or_yarn_trains_through_both_stages(name, journey, tmp_path):
     """What the program has no use for, the padding token and dropout, is in the export of the trained model, too."""
     corpus = journey[3]

@@ -36,7 +36,7 @@ def single(tmp_path_factory, corpus):
 @pytest.mark.parametrize(
     ("model", "layout"),
     [
-        ("olmo2", "--tensor-model-parallel-size 2"),
+        pytest.param("olmo2", "--tensor-model-parallel-size 2", marks=pytest.mark.slow),
         ("olmo2", "--tensor-model-parallel-size 2 --sequence-parallel --recompute-granularity full"),
         ("olmo2", "--zero-stage 3 --recompute-granularity full"),
         ("olmo2, one group", "--tensor-model-parallel-size 2 --sequence-parallel"),
@@ -47,7 +47,7 @@ def single(tmp_path_factory, corpus):
         pytest.param("gemma3", "--context-parallel-size 2 --cp-comm-type all_gather --zero-stage 0", marks=pytest.mark.slow),
         pytest.param("olmo3", "--context-parallel-size 2 --zero-stage 3", marks=pytest.mark.slow),
         ("gemma3", "--tensor-model-parallel-size 2"),
-        ("gemma3", "--zero-stage 3 --recompute-granularity full"),
+        pytest.param("gemma3", "--zero-stage 3 --recompute-granularity full", marks=pytest.mark.slow),
         ("olmo3", "--pipeline-model-parallel-size 2 --zero-stage 1"),
     ],
 )
