@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from megatron_patch.config.options import EngineOptions
 from megatron_patch.errors import ConfigError
 from megatron_patch.model.shape import ModelShape
-from megatron_patch.model.sharding import gathers_keys
+from megatron_patch.model.sharding import gathers_keys, heads_of_rank
 from megatron_patch.stages import Stage, StagePlan
 from megatron_patch.utils.findings import Findings
 from megatron_patch.utils.units import plural
@@ -71,7 +71,7 @@ def _conditions(options: EngineOptions, shape: ModelShape, data_parallel_size: i
     """Returns what the context-parallel size of a stage with samples of so many positions must fit."""
     tensor = options.tensor_model_parallel_size
     sequence = tensor if options.sequence_parallel else 1
-    heads, groups = shape.num_attention_heads // tensor, max(1, shape.num_query_groups // tensor)
+    heads, groups = heads_of_rank(shape, tensor)
     of_rank = " of a tensor-parallel rank" if tensor > 1 else ""
     in_parts = f" in {sequence} parts of --sequence-parallel" if sequence > 1 else ""
     conditions = [
@@ -101,7 +101,7 @@ def gathering_notes(options: EngineOptions, plan: StagePlan, shape: ModelShape) 
     if options.cp_comm_type is not None:
         return []
     tensor = options.tensor_model_parallel_size
-    heads, groups = shape.num_attention_heads // tensor, max(1, shape.num_query_groups // tensor)
+    heads, groups = heads_of_rank(shape, tensor)
     return [
         f"{plural(size, 'context-parallel rank')} cannot share {plural(heads, 'query head')} and {plural(groups, 'key-value head')}"
         f"{' of a tensor-parallel rank' if tensor > 1 else ''}, so they gather keys and values of all positions (--cp-comm-type all_gather)"

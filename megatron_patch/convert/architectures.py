@@ -13,7 +13,6 @@ from typing import Any
 
 from megatron_patch.config.checks import check_model_size
 from megatron_patch.convert.config_json import (
-    ConfigReader,
     read_gemma2,
     read_gemma3,
     read_gpt2,
@@ -32,6 +31,7 @@ from megatron_patch.convert.config_json import (
     write_smollm3,
     write_windows,
 )
+from megatron_patch.convert.config_reader import ConfigReader
 from megatron_patch.convert.tensor_names import GEMMA_NAMES, GPT2_NAMES, LLAMA_NAMES, OLMO2_NAMES, TensorNames
 from megatron_patch.errors import CheckpointError, ConfigError
 from megatron_patch.model.shape import ModelShape, check_shape

@@ -1,4 +1,4 @@
-"""The keys of a Hugging Face config.json: reading them with checks, and the two schemas of the built-in architectures.
+"""The keys of a Hugging Face config.json in the schemas of the built-in architectures.
 
 In: a configuration as a dict, or a `ModelShape`. Out: the shape's fields, or the configuration's keys. The functions of Llama's schema also
 serve architectures that are registered from outside and differ from it by a few keys.
@@ -6,150 +6,23 @@ serve architectures that are registered from outside and differ from it by a few
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from typing import Any
 
+from megatron_patch.convert.config_reader import ConfigReader
+from megatron_patch.convert.rotary_json import (
+    FULL_LAYERS,
+    SLIDING_LAYERS,
+    read_rotary,
+    read_rotary_by_kind,
+    write_rotary_by_kind,
+    write_rotary_scaling,
+)
 from megatron_patch.errors import CheckpointError
 from megatron_patch.model.shape import ModelShape
 
-_LARGEST_COUNT = 1_000_000_000
-_LARGEST_REAL = 1e30
 MOST_LAYERS = 10_000
 """Largest number of layers for each of which something is read."""
-
-
-def _shown(value: Any) -> str:
-    """Returns a value as text for a message, without the end of a long one."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:80]}…"
-
-
-class ConfigReader:
-    """Reads a configuration's keys and reports missing and unsupported ones by name.
-
-    Args:
-        values: the configuration.
-        where: the file, for messages.
-        do: what to do about a value that cannot be used.
-        found: collects the errors of all keys, so that they are reported together; a key with an error then gives a value with which the
-            others can still be read. None: the first error is raised.
-    """
-
-    def __init__(
-        self,
-        values: Mapping[str, Any],
-        where: str,
-        do: str = "use the model's original config.json",
-        found: list[CheckpointError] | None = None,
-    ) -> None:
-        self._values, self.where, self._do, self._found = values, where, do, found
-        self._refused: set[str] = set()
-
-    def number(self, key: str, default: int | None = None, least: int = 1) -> int:
-        """Returns a whole number from `least` to a billion; a missing or null key gives the default.
-
-        Raises:
-            CheckpointError: the value is something else, or the key is missing and has no default.
-        """
-        value = self._values.get(key)
-        value = default if value is None else value
-        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= _LARGEST_COUNT:
-            self._refuse(key, value, f"a whole number from {least} to {_LARGEST_COUNT:,}")
-            return max(least, 1) if default is None else default
-        return value
-
-    def real(self, key: str, default: float, above_zero: bool = False) -> float:
-        """Returns a number as a float; a missing key gives the default.
-
-        Raises:
-            CheckpointError: the value is not a finite number, or not above zero where it must be.
-        """
-        value = self._values.get(key, default)
-        # Compared, not converted: an integer may be too large for a float.
-        if not isinstance(value, int | float) or isinstance(value, bool) or not -_LARGEST_REAL <= value <= _LARGEST_REAL:
-            self._refuse(key, value, f"a number of at most {_LARGEST_REAL:g} in size")
-            return default
-        if above_zero and value <= 0:
-            self._refuse(key, value, "a number above 0")
-            return default
-        return float(value)
-
-    def flag(self, key: str, default: bool) -> bool:
-        """Returns true or false; a missing or null key gives the default.
-
-        Raises:
-            CheckpointError: the value is something else.
-        """
-        value = self._values.get(key)
-        value = default if value is None else value
-        if not isinstance(value, bool):
-            self._refuse(key, value, "true or false")
-            return default
-        return value
-
-    def per_layer(self, key: str, layers: int, allowed: tuple[Any, ...], longer: bool = False) -> list[Any] | None:
-        """Returns a list with a value for each layer, or None where the key is missing or null.
-
-        Args:
-            key: the key.
-            layers: number of layers.
-            allowed: the supported values.
-            longer: whether the list may be longer; what is too much is left out.
-
-        Raises:
-            CheckpointError: the value is no list of this length, or has other values.
-        """
-        value = self._values.get(key)
-        if value is None or "num_hidden_layers" in self._refused:
-            return None
-        fits = isinstance(value, list) and (len(value) == layers or (longer and len(value) > layers))
-        if not fits or not all(type(item) is type(allowed[0]) and item in allowed for item in value[:layers]):
-            self._refuse(key, value, f"a list with {' or '.join(map(repr, allowed))} for each of {layers} layers")
-            return None
-        found: list[Any] = value[:layers]
-        return found
-
-    def without(self, *keys: str) -> ConfigReader:
-        """Returns a reader of the same configuration in which these keys are missing."""
-        return ConfigReader({key: value for key, value in self._values.items() if key not in keys}, self.where, self._do, self._found)
-
-    def part(self, key: str, values: Mapping[str, Any]) -> ConfigReader:
-        """Returns a reader of the values under a key."""
-        return ConfigReader(values, f"{self.where}: {key}", self._do, self._found)
-
-    def _refuse(self, key: str, value: Any, allowed: str) -> None:
-        self._report(CheckpointError(f"{self.where}: {key} is {_shown(value)}", allowed, self._do), key)
-
-    def _report(self, error: CheckpointError, key: str) -> None:
-        self._refused.add(key)
-        if self._found is None:
-            raise error
-        self._found.append(error)
-
-    def get(self, key: str, default: Any = None) -> Any:
-        """Returns a value as it is; a missing key gives the default."""
-        return self._values.get(key, default)
-
-    def require(self, key: str, default: Any, allowed: tuple[Any, ...]) -> None:
-        """Checks that a key has one of the values that the model supports.
-
-        Args:
-            key: the key.
-            default: the value that transformers uses where the key is missing.
-            allowed: the supported values.
-
-        Raises:
-            CheckpointError: the value is another one.
-        """
-        value = self._values.get(key, default)
-        if value not in allowed:
-            error = CheckpointError(
-                f"{self.where}: {key} is {_shown(value)}, which megatron_patch does not implement",
-                " or ".join(repr(option) for option in allowed),
-                "convert another model",
-            )
-            self._report(error, key)
 
 
 def read_llama(
@@ -191,11 +64,8 @@ def read_llama(
         "attention_bias": bias,
         "qkv_bias": bias,
         "tie_embeddings": values.flag("tie_word_embeddings", False),
-        **_read_rotary(values, rotary_base, values.number("max_position_embeddings", positions)),
+        **read_rotary(values, rotary_base, values.number("max_position_embeddings", positions)),
     }
-
-
-_FULL, _SLIDING = "full_attention", "sliding_attention"
 
 
 def read_windows(values: ConfigReader, default: int | None = 4096, without_rotation: Collection[int] | None = None) -> dict[str, Any]:
@@ -211,20 +81,20 @@ def read_windows(values: ConfigReader, default: int | None = 4096, without_rotat
     """
     layers = values.number("num_hidden_layers")
     check_layers(values, layers)
-    kinds = values.per_layer("layer_types", layers, (_FULL, _SLIDING))
+    kinds = values.per_layer("layer_types", layers, (FULL_LAYERS, SLIDING_LAYERS))
     window = None
     if values.flag("use_sliding_window", False) and values.get("sliding_window", default) is not None:
         window = values.number("sliding_window", default)
     if window is None:
-        if kinds is not None and _SLIDING in kinds:
-            values.require("layer_types", None, ([_FULL] * layers,))
+        if kinds is not None and SLIDING_LAYERS in kinds:
+            values.require("layer_types", None, ([FULL_LAYERS] * layers,))
         return {}
     if kinds is None and without_rotation is not None:
         full = tuple(layer for layer in range(layers) if layer not in without_rotation)
     elif kinds is None:
         full = tuple(range(min(values.number("max_window_layers", 28, least=0), layers)))
     else:
-        full = tuple(layer for layer in range(layers) if kinds[layer] == _FULL)
+        full = tuple(layer for layer in range(layers) if kinds[layer] == FULL_LAYERS)
     return {"window": window, "full_layers": full} if len(full) < layers else {}
 
 
@@ -250,7 +120,7 @@ def write_windows(shape: ModelShape) -> dict[str, Any]:
         "sliding_window": shape.window,
         # Older versions of transformers read this one; it says the same if only the first layers have no window.
         "max_window_layers": first,
-        "layer_types": [_FULL if layer in shape.full_layers else _SLIDING for layer in range(shape.num_layers)],
+        "layer_types": [FULL_LAYERS if layer in shape.full_layers else SLIDING_LAYERS for layer in range(shape.num_layers)],
     }
 
 
@@ -263,7 +133,7 @@ def read_mistral(values: ConfigReader) -> dict[str, Any]:
     layers = values.number("num_hidden_layers")
     check_layers(values, layers)
     window = None if values.get("sliding_window", 4096) is None else values.number("sliding_window", 4096)
-    values.per_layer("layer_types", layers, (_FULL if window is None else _SLIDING,))
+    values.per_layer("layer_types", layers, (FULL_LAYERS if window is None else SLIDING_LAYERS,))
     return {
         **read_llama(values, positions=131072),
         "num_query_groups": values.number("num_key_value_heads", 8),
@@ -299,12 +169,12 @@ def read_olmo3(values: ConfigReader) -> dict[str, Any]:
     if windows and not values.get("rope_parameters"):
         # In layers with a window, older versions of transformers take another value, newer ones take this one.
         values.require("rope_theta", 500000.0, (500000.0,))
-    return {**found, **windows, **_read_rotary_by_kind(values, 500000.0, "rope_theta", 500000.0, bool(windows))}
+    return {**found, **windows, **read_rotary_by_kind(values, 500000.0, "rope_theta", 500000.0, bool(windows))}
 
 
 def write_olmo3(shape: ModelShape) -> dict[str, Any]:
     """Returns the keys of a shape in Olmo 3's schema."""
-    return {**write_olmo2(shape), **_write_layer_types(shape), **_write_rotary_by_kind(shape)}
+    return {**write_olmo2(shape), **_write_layer_types(shape), **write_rotary_by_kind(shape)}
 
 
 def _read_gemma(values: ConfigReader, positions: int) -> dict[str, Any]:
@@ -355,7 +225,7 @@ def read_gemma2(values: ConfigReader) -> dict[str, Any]:
     return {
         **_read_gemma(values, positions=8192),
         **_read_alternating_windows(values, every=2),
-        **_read_rotary(values, 10000.0, values.number("max_position_embeddings", 8192)),
+        **read_rotary(values, 10000.0, values.number("max_position_embeddings", 8192)),
         "attention_softcap": _read_softcap(values, "attn_logit_softcapping", 50.0),
         "logit_softcap": _read_softcap(values, "final_logit_softcapping", 30.0),
     }
@@ -378,7 +248,7 @@ def read_gemma3(values: ConfigReader) -> dict[str, Any]:
     return {
         **_read_gemma(values, positions=131072),
         **windows,
-        **_read_rotary_by_kind(values, 1e6, "rope_local_base_freq", 1e4, bool(windows), positions=131072),
+        **read_rotary_by_kind(values, 1e6, "rope_local_base_freq", 1e4, bool(windows), positions=131072),
         "logit_softcap": _read_softcap(values, "final_logit_softcapping", None),
         "qk_norm": True,
     }
@@ -387,17 +257,17 @@ def read_gemma3(values: ConfigReader) -> dict[str, Any]:
 def write_gemma3(shape: ModelShape) -> dict[str, Any]:
     """Returns the keys of a shape in Gemma 3's schema."""
     local = {} if shape.windowed_rotary_base is None else {"rope_local_base_freq": shape.windowed_rotary_base}
-    return {**_write_gemma(shape), **_write_rotary_by_kind(shape), **local}
+    return {**_write_gemma(shape), **write_rotary_by_kind(shape), **local}
 
 
 def _read_alternating_windows(values: ConfigReader, every: int) -> dict[str, Any]:
     """The windows of an architecture in which layers without one are given by `layer_types`, or else are every N-th layer."""
     layers = values.number("num_hidden_layers")
     check_layers(values, layers)
-    kinds = values.per_layer("layer_types", layers, (_FULL, _SLIDING))
+    kinds = values.per_layer("layer_types", layers, (FULL_LAYERS, SLIDING_LAYERS))
     if kinds is None:
-        kinds = [_SLIDING if (layer + 1) % every else _FULL for layer in range(layers)]
-    if _SLIDING not in kinds:
+        kinds = [SLIDING_LAYERS if (layer + 1) % every else FULL_LAYERS for layer in range(layers)]
+    if SLIDING_LAYERS not in kinds:
         return {}
     if values.get("sliding_window", 4096) is None:
         raise CheckpointError(
@@ -405,7 +275,7 @@ def _read_alternating_windows(values: ConfigReader, every: int) -> dict[str, Any
             "a number of positions, or layer_types with full_attention in all layers",
             "use the model's original config.json",
         )
-    full = tuple(layer for layer in range(layers) if kinds[layer] == _FULL)
+    full = tuple(layer for layer in range(layers) if kinds[layer] == FULL_LAYERS)
     return {"window": values.number("sliding_window", 4096), "full_layers": full}
 
 
@@ -413,7 +283,7 @@ def _write_layer_types(shape: ModelShape) -> dict[str, Any]:
     return {
         # transformers makes a mask for windows even if no layer has one.
         "sliding_window": 4096 if shape.window is None else shape.window,
-        "layer_types": [_FULL if shape.window_of(layer) is None else _SLIDING for layer in range(shape.num_layers)],
+        "layer_types": [FULL_LAYERS if shape.window_of(layer) is None else SLIDING_LAYERS for layer in range(shape.num_layers)],
     }
 
 
@@ -466,147 +336,9 @@ def write_llama(shape: ModelShape) -> dict[str, Any]:
         "max_position_embeddings": shape.max_positions,
         "rms_norm_eps": shape.norm_epsilon,
         "rope_theta": shape.rotary_base,
-        "rope_scaling": _write_rotary_scaling(shape),
+        "rope_scaling": write_rotary_scaling(shape),
         "attention_dropout": 0.0,
     }
-
-
-def _read_rotary(values: ConfigReader, base: float, positions: int) -> dict[str, Any]:
-    """The rotary base and scaling, from `rope_parameters` or from the older `rope_theta` and `rope_scaling`.
-
-    Args:
-        values: the configuration.
-        base: the rotary base where it is missing.
-        positions: the length of the context, for YaRN without its original one.
-    """
-    given = values.get("rope_parameters") or values.get("rope_scaling") or {}
-    return _read_frequencies(values, "rope_parameters", values.get("rope_theta", base), given, base, positions)
-
-
-def _read_frequencies(values: ConfigReader, key: str, theta: Any, given: Any, base: float, positions: int) -> dict[str, Any]:
-    """The rotary base and scaling of some layers.
-
-    Args:
-        values: the configuration.
-        key: the key of `given`, for messages.
-        theta: the base where `given` has none.
-        given: the values under this key.
-        base: the base where `theta` is missing.
-        positions: the length of the context, for YaRN without its original one.
-    """
-    if not isinstance(given, dict):
-        given = {"rope_type": given}
-    merged = {"rope_type": given.get("type", "default"), "rope_theta": theta, **given}
-    rope = values.part(key, merged)
-    rope.require("rope_type", "default", ("default", "linear", "llama3", "yarn"))
-    rope.require("partial_rotary_factor", 1.0, (1.0, None))
-    result: dict[str, Any] = {"rotary_base": rope.real("rope_theta", base)}
-    kind = rope.get("rope_type")
-    if kind not in ("linear", "llama3", "yarn"):
-        return result
-    if kind == "yarn":
-        return result | _read_yarn(rope, positions)
-    result |= {"rotary_scaling": kind, "rotary_factor": rope.real("factor", 0.0)}
-    if kind == "llama3":
-        result |= {
-            "rotary_low_frequency_factor": rope.real("low_freq_factor", 0.0),
-            "rotary_high_frequency_factor": rope.real("high_freq_factor", 0.0),
-            "rotary_original_positions": rope.number("original_max_position_embeddings"),
-        }
-    return result
-
-
-def _read_rotary_by_kind(
-    values: ConfigReader, base: float, windowed_key: str, windowed_base: float, windows: bool, positions: int = 2048
-) -> dict[str, Any]:
-    """The rotary bases and scaling of layers with and without a window (Olmo 3, Gemma 3).
-
-    Args:
-        values: the configuration. Newer ones have `rope_parameters` with values for each kind; older ones `rope_theta` and `rope_scaling`
-            for layers without a window, and `windowed_key` for those with one, which are not scaled.
-        base: the rotary base of the former where it is missing.
-        windowed_key: the older key of the base of the latter.
-        windowed_base: that base where it is missing.
-        windows: whether there are layers with a window.
-        positions: length of the context where it is missing.
-    """
-    positions = values.number("max_position_embeddings", positions)
-    nested = values.get("rope_parameters") or {}
-    if (
-        not isinstance(nested, dict)
-        or not all(isinstance(nested.get(kind) or {}, dict) for kind in (_FULL, _SLIDING))
-        or "rope_type" in nested
-    ):
-        raise CheckpointError(
-            f"{values.where}: rope_parameters is {_shown(nested)}",
-            f"an object with {_FULL} and {_SLIDING}, or rope_theta and rope_scaling",
-            "use the model's original config.json",
-        )
-    scaling = values.get("rope_scaling") or {}
-    full = {**scaling, **(nested.get(_FULL) or {})} if isinstance(scaling, dict) else scaling
-    found = _read_frequencies(values, f"rope_parameters {_FULL}", values.get("rope_theta", base), full, base, positions)
-    if not windows:
-        return found
-    sliding = nested.get(_SLIDING) or {}
-    windowed = _read_frequencies(
-        values, f"rope_parameters {_SLIDING}", values.get(windowed_key, windowed_base), sliding, windowed_base, positions
-    )
-    if windowed == found:
-        return found
-    values.part(f"rope_parameters {_SLIDING}", sliding).require("rope_type", "default", ("default",))
-    return {**found, "windowed_rotary_base": windowed["rotary_base"]}
-
-
-def _write_rotary_by_kind(shape: ModelShape) -> dict[str, Any]:
-    full = {"rope_theta": shape.rotary_base, **(_write_rotary_scaling(shape) or {"rope_type": "default"})}
-    plain = {"rope_theta": shape.windowed_rotary_base, "rope_type": "default"}
-    return {"rope_parameters": {_FULL: full, _SLIDING: full if shape.windowed_rotary_base is None else plain}}
-
-
-def _read_yarn(rope: ConfigReader, positions: int) -> dict[str, Any]:
-    """The values of YaRN, with those that transformers takes where a key is missing or null."""
-    rope.require("truncate", True, (True, None))
-    original = rope.number("original_max_position_embeddings", positions)
-    factor = positions / original if rope.get("factor") is None else rope.real("factor", 0.0)
-
-    def default_factor(mscale: float = 1.0) -> float:
-        return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
-
-    given = None
-    if rope.get("attention_factor") is not None:
-        given = rope.real("attention_factor", 1.0)
-    elif rope.get("mscale") and rope.get("mscale_all_dim"):
-        whole, part = default_factor(rope.real("mscale", 1.0)), default_factor(rope.real("mscale_all_dim", 1.0))
-        if part == 0:
-            rope.require("mscale_all_dim", 1.0, (1.0, 0.0))
-        given = whole / part
-    return {
-        "rotary_scaling": "yarn",
-        "rotary_factor": factor,
-        "rotary_original_positions": original,
-        "rotary_beta_fast": rope.real("beta_fast", 32.0) if rope.get("beta_fast") else 32.0,
-        "rotary_beta_slow": rope.real("beta_slow", 1.0) if rope.get("beta_slow") else 1.0,
-        "rotary_attention_factor": None if given == default_factor() else given,
-    }
-
-
-def _write_rotary_scaling(shape: ModelShape) -> dict[str, Any] | None:
-    if shape.rotary_scaling == "none":
-        return None
-    scaling: dict[str, Any] = {"rope_type": shape.rotary_scaling, "factor": shape.rotary_factor}
-    if shape.rotary_scaling == "llama3":
-        scaling |= {
-            "low_freq_factor": shape.rotary_low_frequency_factor,
-            "high_freq_factor": shape.rotary_high_frequency_factor,
-            "original_max_position_embeddings": shape.rotary_original_positions,
-        }
-    if shape.rotary_scaling == "yarn":
-        scaling["original_max_position_embeddings"] = shape.rotary_original_positions
-        if (shape.rotary_beta_fast, shape.rotary_beta_slow) != (32.0, 1.0):
-            scaling |= {"beta_fast": shape.rotary_beta_fast, "beta_slow": shape.rotary_beta_slow}
-        if shape.rotary_attention_factor is not None:
-            scaling["attention_factor"] = shape.rotary_attention_factor
-    return scaling
 
 
 def read_gpt2(values: ConfigReader) -> dict[str, Any]:

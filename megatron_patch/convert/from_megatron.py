@@ -18,7 +18,8 @@ import torch
 from megatron_patch.config.checks import check_model_size
 from megatron_patch.config.layer_patterns import marked_blocks, window_positions
 from megatron_patch.convert.checkpoint_io import UNFINISHED, check_output, groups_by_size, imported_options, write_weights
-from megatron_patch.convert.config_json import ConfigReader, check_layers
+from megatron_patch.convert.config_json import check_layers
+from megatron_patch.convert.config_reader import ConfigReader
 from megatron_patch.convert.from_hugging_face import FILE_BYTES, ImportResult
 from megatron_patch.convert.tensor_names import parameter_shapes
 from megatron_patch.convert.weight_files import is_there, load_torch_file

@@ -51,6 +51,14 @@ def shards_key_value(shape: ModelShape, size: int) -> bool:
     return shape.num_query_groups % size == 0
 
 
+def heads_of_rank(shape: ModelShape, tensor: int) -> tuple[int, int]:
+    """Returns the query heads and the key-value heads that attention of a tensor-parallel rank computes with.
+
+    A rank with all key-value heads, because there are fewer than ranks, selects the one that its queries attend to.
+    """
+    return shape.num_attention_heads // tensor, max(1, shape.num_query_groups // tensor)
+
+
 def divides_heads(shape: ModelShape, tensor: int, size: int) -> bool:
     """Whether context-parallel ranks can share the heads of a tensor-parallel rank: all get as many queries, and the keys of these.
 
@@ -59,7 +67,7 @@ def divides_heads(shape: ModelShape, tensor: int, size: int) -> bool:
         tensor: the tensor-parallel size.
         size: the context-parallel size.
     """
-    heads, groups = shape.num_attention_heads // tensor, max(1, shape.num_query_groups // tensor)
+    heads, groups = heads_of_rank(shape, tensor)
     return heads % size == 0 and (groups % size == 0 or size % groups == 0)
 
 

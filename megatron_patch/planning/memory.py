@@ -18,7 +18,7 @@ from typing import Literal
 
 from megatron_patch.model.parameters import is_hidden_matrix, parameters_of_layers, shard_numel
 from megatron_patch.model.shape import ModelShape
-from megatron_patch.model.sharding import gathers_keys, shards_key_value
+from megatron_patch.model.sharding import gathers_keys, heads_of_rank
 from megatron_patch.planning.hidden_matrices import matrix_step
 from megatron_patch.planning.layout import Layout
 from megatron_patch.stages import Stage
@@ -96,13 +96,8 @@ def _sizes(shape: ModelShape, tensor: int, layers: range) -> tuple[int, int, int
 
 def sent_key_heads(shape: ModelShape, layout: Layout, context: int) -> int:
     """Returns the key heads of a rank that ranks of context parallelism exchange: where they share heads, each must get at least one."""
-    heads = _attended_key_heads(shape, layout)
+    _, heads = heads_of_rank(shape, layout.tensor)
     return heads if gathers_keys(shape, layout.tensor, context, layout.context_exchange) else max(heads, context)
-
-
-def _attended_key_heads(shape: ModelShape, layout: Layout) -> int:
-    # A rank with all key heads selects the one that its queries attend to; attention saves only that head.
-    return shape.num_query_groups // layout.tensor if shards_key_value(shape, layout.tensor) else 1
 
 
 def norm_bytes(shape: ModelShape, layout: Layout) -> int:
@@ -139,8 +134,7 @@ def saved_by_block(shape: ModelShape, layout: Layout, samples: int, positions: i
     rows = samples * positions
     norm_rows = rows // t if layout.sequence_parallel else rows
     hidden = shape.hidden_size
-    queries = shape.num_attention_heads * shape.head_size // t
-    attended_keys = _attended_key_heads(shape, layout) * shape.head_size
+    queries, attended_keys = (heads * shape.head_size for heads in heads_of_rank(shape, t))
     count = 2 * (shape.norms_before + shape.norms_after)
     if shape.normalization == "RMSNorm":
         # In float32 the normalized input is not copied; in 16 bits a float32 copy of the input is saved instead of the input.
@@ -310,7 +304,7 @@ def rank_memory(
     buffers = float(2 * max(2, in_flight) * residual) if layout.pipeline > 1 else 2.0 * residual
     if context > 1:
         # One exchange of queries, keys, values or outputs holds what it sends and what it receives; one that gathers, all gradients.
-        heads = shape.num_attention_heads // layout.tensor + 2 * sent_key_heads(shape, layout, context)
+        heads = heads_of_rank(shape, layout.tensor)[0] + 2 * sent_key_heads(shape, layout, context)
         if gathers_keys(shape, layout.tensor, context, layout.context_exchange):
             heads = 2 * context * sent_key_heads(shape, layout, context)
         buffers += 2 * layout.element_bytes * samples * positions * heads * shape.head_size

@@ -8,7 +8,8 @@ from typing import Any
 from megatron_patch.cli.command_line import run_tool
 from megatron_patch.cli.convert_checkpoint import main
 from megatron_patch.convert.architectures import ARCHITECTURES, LLAMA_LAYERS, Architecture
-from megatron_patch.convert.config_json import ConfigReader, read_llama, write_llama
+from megatron_patch.convert.config_json import read_llama, write_llama
+from megatron_patch.convert.config_reader import ConfigReader
 from megatron_patch.model.families import FAMILIES, Family
 from megatron_patch.model.shape import ModelShape
 
