@@ -17,7 +17,6 @@ import argparse
 import functools
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -34,6 +33,7 @@ from _training import ROOT, write_corpus
 from megatron_patch.engine.environment import free_port
 from megatron_patch.model.flops import peak_flops
 from megatron_patch.training.callbacks.metrics import read_metrics
+from megatron_patch.training.throughput import memory_gib
 
 SKIPPED_STEPS = 3
 BARE = "bare loop, Hugging Face"
@@ -146,8 +146,7 @@ def bare_loop(args: argparse.Namespace) -> None:
             torch.cuda.synchronize()
         times.append(time.perf_counter() - began)
     rate = args.micro_batch_size * args.seq_length / statistics.median(times[SKIPPED_STEPS:])
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    memory = (torch.cuda.max_memory_allocated() if device.type == "cuda" else resident) / 2**30
+    memory = memory_gib(device)
     print(json.dumps({"tokens_per_second": rate, "positions_per_second": rate, "memory_gib": memory}))
 
 

@@ -5,7 +5,6 @@ In: times and sizes of each step. Out: tokens/s, positions/s, TFLOP/s, MFU, memo
 
 from __future__ import annotations
 
-import resource
 from collections import deque
 from dataclasses import dataclass
 
@@ -123,4 +122,14 @@ def memory_gib(device: torch.device) -> float:
     """Returns the peak memory of this rank so far, in GiB: of torch's allocator on a GPU, of the resident set on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return peak_resident_bytes() / 2**30
+
+
+def peak_resident_bytes() -> int:
+    """Returns the largest resident set of this process so far, in bytes.
+
+    The kernel's `ru_maxrss` is not that number: it begins with the resident set of the process that started this one.
+    """
+    with open("/proc/self/status") as status:
+        peak = next(line for line in status if line.startswith("VmHWM:"))
+    return int(peak.split()[1]) * 1024

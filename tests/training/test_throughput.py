@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -10,8 +13,10 @@ from megatron_patch.data.collate import DocumentMasking
 from megatron_patch.data.corpus import TokenCorpus
 from megatron_patch.data.loader import LoadingTimes, PatchLoader
 from megatron_patch.data.token_stream import TrainStream
-from megatron_patch.training.throughput import DataWaitMonitor
+from megatron_patch.training.throughput import DataWaitMonitor, peak_resident_bytes
 from tests.data.streams import plan_of, write_numbers
+
+ROOT = Path(__file__).parent.parent.parent
 
 
 def warnings(steps, **times):
@@ -60,3 +65,12 @@ def test_the_loader_measures_where_its_time_goes(tmp_path):
     times = loader.times
     assert times.preparing >= times.reading >= 5 * 6 * 0.01 and times.preparing > times.cpu_seconds > 0
     assert "disk" in times.bottleneck()
+
+
+def test_the_peak_of_a_process_is_its_own():
+    """A process begins with the peak of the one that started it, in the kernel's `ru_maxrss`: a large launcher would be reported as the rank."""
+    held = bytearray(b"x") * (1 << 30)
+    program = "from megatron_patch.training.throughput import peak_resident_bytes; print(peak_resident_bytes())"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert peak_resident_bytes() > len(held)
+    assert 1 << 26 < int(done.stdout) < len(held)
