@@ -70,6 +70,33 @@ class LrShape:
 
 
 @dataclass(frozen=True)
+class ExpertBalance:
+    """How a stage balances the load of experts, in a model that has some; 0 turns a part off.
+
+    Args:
+        aux_loss_coeff: coefficient of the auxiliary loss over the global batch.
+        z_loss_coeff: coefficient of the z-loss.
+        bias_update_rate: how much the bias of an expert moves in a step.
+
+    Raises:
+        ConfigError: a number is below 0.
+    """
+
+    aux_loss_coeff: float = 0.0
+    z_loss_coeff: float = 0.0
+    bias_update_rate: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("aux_loss_coeff", "z_loss_coeff", "bias_update_rate"):
+            if not getattr(self, name) >= 0.0:
+                raise ConfigError(f"{name} of experts is {getattr(self, name)}", "numbers from 0", f"correct {name}")
+
+
+NO_BALANCE = ExpertBalance()
+"""Nothing balances the load of experts."""
+
+
+@dataclass(frozen=True)
 class Stage:
     """One stage of a run: how tokens become positions, how many of them are in a step, and how many steps there are.
 
@@ -93,6 +120,7 @@ class Stage:
         earlier_ends: where the stage ended, in blocks from its start, before more --train-tokens extended it. Shuffle windows also begin
             there, so that samples that were read are not read again.
         context_parallel_size: ranks that share the positions of each sample, a divisor of the data-parallel ranks.
+        expert_balance: how the load of experts is balanced.
 
     Raises:
         ConfigError: a number is out of range, or the number of weights is not the number of labels.
@@ -114,6 +142,7 @@ class Stage:
     blend: tuple[tuple[str, float], ...] | None = None
     earlier_ends: tuple[int, ...] = ()
     context_parallel_size: int = 1
+    expert_balance: ExpertBalance = NO_BALANCE
 
     def __post_init__(self) -> None:
         for name in ("patch_size", "positions", "micro_batch_size", "global_batch_size", "steps", "context_parallel_size"):

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from megatron_patch.config.expert_checks import check_experts
 from megatron_patch.config.layer_patterns import check_layer_patterns
 from megatron_patch.config.optimizer_checks import check_lengths, check_muon, check_optimizer
 from megatron_patch.config.option_types import flag_of
@@ -33,6 +34,7 @@ from megatron_patch.utils.units import format_duration, parse_steps, plural
 _FROM_ONE = {
     *("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "kv_channels", "ffn_hidden_size", "vocab_size"),
     *("make_vocab_size_divisible_by", "max_position_embeddings", "rope_original_positions"),
+    *("moe_ffn_hidden_size", "moe_router_topk", "moe_shared_expert_intermediate_size"),
     *("patch_size", "train_tokens", "seq_length", "micro_batch_size", "global_batch_size", "global_batch_tokens", "block_tokens"),
     *("lr_decay_tokens", "lr_decay_steps", "lr_wsd_decay_tokens", "lr_wsd_decay_steps", "muon_num_ns_steps"),
     *("shuffle_window_blocks", "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"),
@@ -43,6 +45,7 @@ _FROM_ONE = {
 }
 _FROM_ZERO = {
     *("lr_warmup_tokens", "lr_warmup_steps", "weight_decay", "embedding_weight_decay", "muon_weight_decay", "clip_grad"),
+    *("moe_router_bias_update_rate", "moe_aux_loss_coeff", "moe_z_loss_coeff"),
     *("attn_logit_softcapping", "final_logit_softcapping", "eod_token_id", "exit_margin", "hang_timeout", "sample_temperature"),
 }
 _ABOVE_ZERO = {
@@ -56,7 +59,7 @@ _ABOVE_ZERO = {
         "loss_scale",
         "peak_tflops",
     ),
-    *("muon_lr", "decoupled_lr", "muon_extra_scale_factor"),
+    *("muon_lr", "decoupled_lr", "muon_extra_scale_factor", "moe_router_topk_scaling_factor"),
     *("exit_duration", "spike_threshold", "spike_grad_norm"),
 }
 _BELOW_ONE = {"adam_beta1", "adam_beta2", "muon_momentum"}
@@ -67,6 +70,10 @@ LARGEST = {
     "num_query_groups": 100_000,
     "kv_channels": 100_000,
     "ffn_hidden_size": 10_000_000,
+    "num_experts": 100_000,
+    "moe_router_topk": 100_000,
+    "moe_ffn_hidden_size": 10_000_000,
+    "moe_shared_expert_intermediate_size": 10_000_000,
     "vocab_size": 100_000_000,
     "make_vocab_size_divisible_by": 1_000_000,
     "max_position_embeddings": 1_000_000_000,
@@ -273,6 +280,7 @@ def check_options(options: Options, origins: Mapping[str, str] = MappingProxyTyp
         *(functools.partial(check, options) for check in checks),
         *(functools.partial(check, options.schedule) for check in (check_lengths, check_optimizer)),
         lambda: check_layer_patterns(options.model),
+        lambda: check_experts(options.experts, options.model.num_layers, origins),
         lambda: check_muon(options.schedule, origins),
         lambda: split_ranges(1 << 40, options.data.split),
     )

@@ -1,7 +1,7 @@
-"""Megatron's notation for windows and for patterns of blocks: `--window-size`, `--window-attn-skip-freq`, `--no-rope-freq`.
+"""Megatron's notation for windows and for patterns of blocks, such as `--window-size` and `--no-rope-freq`.
 
 In: the texts of these options. Out: the length of the window in positions, and the numbers of the blocks that a pattern marks. The same
-texts mean the same in Megatron-Core 0.15 (`is_layer_window_attention`, and `no_rope_freq` of its TransformerConfig).
+texts mean the same in Megatron-Core 0.15 (`is_layer_window_attention`, and `no_rope_freq` and `moe_layer_freq` of its TransformerConfig).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import re
 from collections.abc import Sequence
 
 from megatron_patch.config.option_types import flag_of
-from megatron_patch.config.options import ModelOptions
+from megatron_patch.config.options import ExpertOptions, ModelOptions
 from megatron_patch.config.problems import one_error, problems_of, shown
 from megatron_patch.errors import ConfigError
 from megatron_patch.model.families import FAMILIES
@@ -121,6 +121,20 @@ def unrotated_blocks(options: ModelOptions) -> tuple[int, ...]:
         every = None if family is None or options.position_embedding_type == "learned_absolute" else family.no_rope_freq
         return () if every is None else tuple(range(every - 1, options.num_layers, every))
     return () if text.strip() == "0" else marked_blocks(text, options.num_layers, "no_rope_freq", 1)
+
+
+def dense_blocks(options: ExpertOptions, num_layers: int) -> tuple[int, ...]:
+    """Returns the blocks without experts, by --moe-layer-freq: those without a 1, or all but the first of every N.
+
+    Raises:
+        ConfigError: as for `marked_blocks`.
+    """
+    text = options.moe_layer_freq
+    if text is None:
+        return ()
+    if re.fullmatch(r"\s*\d{1,9}\s*", text) and int(text) >= 1:
+        return tuple(number for number in range(num_layers) if number % int(text))
+    return marked_blocks(text, num_layers, "moe_layer_freq", 0)
 
 
 def check_layer_patterns(options: ModelOptions) -> None:

@@ -137,6 +137,38 @@ class ModelOptions:
 
 
 @dataclass(frozen=True)
+class ExpertOptions:
+    """Mixture of experts: a router chooses some of many small feed-forward layers for each position. --num-experts turns it on."""
+
+    num_experts: Fixed[OptionalCount] = None
+    """Number of experts in each block that has them. By default none."""
+    moe_ffn_hidden_size: Fixed[OptionalCount] = None
+    """Width of each expert. By default --ffn-hidden-size."""
+    moe_router_topk: Fixed[Count] = 2
+    """Number of experts that each position uses."""
+    moe_layer_freq: Fixed[OptionalPattern] = None
+    """Blocks with experts: every N-th one from the first, or a list with 1 for each of them, such as ([0]*1+[1]*15). By default all."""
+    moe_shared_expert_intermediate_size: Fixed[OptionalCount] = None
+    """Width of a feed-forward layer that all positions use in addition to their experts. By default there is none."""
+    moe_router_score_function: Fixed[Literal["softmax", "sigmoid"]] = "softmax"
+    """Turn the router's logits into scores by softmax over the experts, or by the sigmoid of each (DeepSeek-V3)."""
+    moe_router_pre_softmax: Fixed[bool] = False
+    """Weigh the chosen experts by their softmax over all experts (OLMoE). By default these weights are divided by their sum."""
+    moe_router_topk_scaling_factor: Fixed[float] = 1.0
+    """Factor of the weights of the chosen experts."""
+    moe_router_enable_expert_bias: Fixed[bool] = False
+    """Choose experts by score plus a bias, which moves after each step against their load (DeepSeek-V3). Weights do not contain it."""
+    moe_router_bias_update_rate: Reported[float] = 1e-3
+    """How much the bias of an expert moves in a step. --moe-router-enable-expert-bias turns it on."""
+    moe_router_load_balancing_type: Reported[Literal["global_aux_loss", "none"]] = "global_aux_loss"
+    """Add an auxiliary loss that balances the load of the experts over the global batch, or none."""
+    moe_aux_loss_coeff: Reported[float] = 1e-2
+    """Coefficient of this loss, of which the load is the mean over earlier global batches."""
+    moe_z_loss_coeff: Reported[float] = 0.0
+    """Coefficient of the z-loss, which keeps the router's logits small."""
+
+
+@dataclass(frozen=True)
 class StageOptions:
     """How many tokens the run reads, in which patches and in which batches. --recipe or --stages chooses the stages."""
 
@@ -480,6 +512,7 @@ class Options:
     """
 
     model: ModelOptions
+    experts: Annotated[ExpertOptions, tyro.conf.arg(name="mixture of experts")]
     stages: Annotated[StageOptions, tyro.conf.arg(name="stage")]
     schedule: Annotated[ScheduleOptions, tyro.conf.arg(name="learning rate and optimizer")]
     data: DataOptions

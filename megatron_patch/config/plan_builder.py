@@ -14,9 +14,9 @@ from fractions import Fraction
 from megatron_patch.config.amounts import stage_tokens
 from megatron_patch.config.options import ScheduleOptions, StageOptions
 from megatron_patch.config.schedules import with_schedules
-from megatron_patch.config.stage_spec import SCHEDULE_KEYS, StageSpec, parse_blend, stage_specs
+from megatron_patch.config.stage_spec import BALANCE_KEYS, SCHEDULE_KEYS, StageSpec, parse_blend, stage_specs
 from megatron_patch.errors import ConfigError
-from megatron_patch.stages import POSITION_WEIGHTS, LrPolicy, Stage, StagePlan, position_weights
+from megatron_patch.stages import NO_BALANCE, POSITION_WEIGHTS, ExpertBalance, LrPolicy, Stage, StagePlan, position_weights
 
 PUBLISHED_DECAY_FRACTION = 0.1
 """Share of the steps over which WSD decays in arXiv 2605.06546."""
@@ -51,6 +51,7 @@ def build_plan(
     decay_fraction: float = PUBLISHED_DECAY_FRACTION,
     batch_of: StagePlan | None = None,
     context_parallel_size: int = 1,
+    balance: ExpertBalance = NO_BALANCE,
 ) -> StagePlan:
     """Returns the plan of a run.
 
@@ -62,6 +63,7 @@ def build_plan(
         batch_of: the plan of the same run's first start, whose global batch is used in place of the options' and is not rounded to the
             ranks of this start.
         context_parallel_size: ranks that share a sample of --seq-length positions, in stages that do not give their own number.
+        balance: how the load of experts is balanced, in stages that do not say.
 
     Raises:
         ConfigError: the options give no valid plan; the message names the flag or the stage.
@@ -81,7 +83,7 @@ def build_plan(
         steps = whole_steps(tokens, step_tokens[index], block if index < len(sized) - 1 else 1)
         if stage.spec.lr_policy in (None, "restart"):
             running = stage.spec
-        stages.append(_stage(stage, batch, steps, options, running))
+        stages.append(dataclasses.replace(_stage(stage, batch, steps, options, running), expert_balance=_balance(stage.spec, balance)))
     names = [stage.name for stage in stages]
     if len(set(names)) < len(names):
         stages = [dataclasses.replace(stage, name=f"{number}-{stage.name}") for number, stage in enumerate(stages, start=1)]
@@ -171,6 +173,11 @@ def context_share(size: int, positions: int, seq_length: int) -> int:
     """
     most = max(1, size * positions // seq_length)
     return max(divisor for divisor in range(1, min(size, most) + 1) if size % divisor == 0)
+
+
+def _balance(spec: StageSpec, default: ExpertBalance) -> ExpertBalance:
+    given = {name.removeprefix("moe_").removeprefix("router_"): getattr(spec, name) for name in BALANCE_KEYS}
+    return dataclasses.replace(default, **{name: value for name, value in given.items() if value is not None})
 
 
 def _global_batch(sized: Sequence[_SizedStage], options: StageOptions, ranks: int) -> int:

@@ -22,9 +22,10 @@ from megatron_patch.config.checks import (
     check_profile_ranks,
 )
 from megatron_patch.config.context_checks import check_context_parallel, gathering_notes
-from megatron_patch.config.layer_patterns import full_attention_blocks, unrotated_blocks, window_positions
+from megatron_patch.config.expert_stages import balance_of, check_expert_stages
+from megatron_patch.config.layer_patterns import dense_blocks, full_attention_blocks, unrotated_blocks, window_positions
 from megatron_patch.config.megatron.command_line import MegatronReport
-from megatron_patch.config.options import ModelOptions, Options
+from megatron_patch.config.options import ExpertOptions, ModelOptions, Options
 from megatron_patch.config.parsing import ParsedOptions, option_values, parse
 from megatron_patch.config.plan_builder import build_plan, reschedule
 from megatron_patch.config.problems import one_error, problems_of
@@ -36,6 +37,7 @@ from megatron_patch.data.dataset_paths import expand_prefixes
 from megatron_patch.data.missing_dataset import check_datasets, is_local_glob, missing_dataset
 from megatron_patch.data.storage import is_address
 from megatron_patch.errors import ConfigError, DataError
+from megatron_patch.model.expert_shape import ExpertShape
 from megatron_patch.model.families import Family, family_by_name
 from megatron_patch.model.flops import parameter_count
 from megatron_patch.model.own_model import OwnModel
@@ -46,6 +48,7 @@ from megatron_patch.stages import StagePlan
 from megatron_patch.utils.units import format_count, plural
 
 ASSUMED_VOCAB_SIZE = 32_000
+NO_EXPERTS = ExpertOptions()
 Value = TypeVar("Value")
 
 
@@ -174,7 +177,25 @@ def _activation(options: ModelOptions, family: Family) -> Literal["swiglu", "geg
     return "swiglu" if _given(options.swiglu, family.swiglu) and not options.geglu else "gelu"
 
 
-def build_shape(options: ModelOptions, vocab_size: int, longest: int, tensor_parallel_size: int) -> ModelShape:
+def _expert_shape(options: ExpertOptions, num_layers: int, ffn_hidden_size: int) -> ExpertShape | None:
+    if options.num_experts is None:
+        return None
+    return ExpertShape(
+        count=options.num_experts,
+        top_k=options.moe_router_topk,
+        ffn_hidden_size=options.moe_ffn_hidden_size or ffn_hidden_size,
+        shared_ffn_hidden_size=options.moe_shared_expert_intermediate_size or 0,
+        score=options.moe_router_score_function,
+        renormalized=not options.moe_router_pre_softmax,
+        scaling=options.moe_router_topk_scaling_factor,
+        bias=options.moe_router_enable_expert_bias,
+        dense_layers=dense_blocks(options, num_layers),
+    )
+
+
+def build_shape(
+    options: ModelOptions, vocab_size: int, longest: int, tensor_parallel_size: int, experts: ExpertOptions = NO_EXPERTS
+) -> ModelShape:
     """Returns the model's shape: each option as given, or else by the default of its family.
 
     Args:
@@ -182,6 +203,7 @@ def build_shape(options: ModelOptions, vocab_size: int, longest: int, tensor_par
         vocab_size: token ids are below this.
         longest: positions of the longest sample.
         tensor_parallel_size: ranks that share the vocabulary.
+        experts: options of experts.
 
     Raises:
         ConfigError: an unknown family, or a shape that cannot be built.
@@ -196,6 +218,7 @@ def build_shape(options: ModelOptions, vocab_size: int, longest: int, tensor_par
         )
     qk_norm = _given(options.qk_layernorm, family.qk_norm)
     activation = _activation(options, family)
+    inner = options.ffn_hidden_size or default_ffn_hidden_size(hidden, activation != "gelu")
     head_size = options.kv_channels or hidden // heads
     bias = not _given(options.disable_bias_linear, not family.linear_bias)
     positions = options.max_position_embeddings or longest
@@ -216,7 +239,7 @@ def build_shape(options: ModelOptions, vocab_size: int, longest: int, tensor_par
         num_attention_heads=heads,
         num_query_groups=options.num_query_groups or heads,
         head_size=head_size,
-        ffn_hidden_size=options.ffn_hidden_size or default_ffn_hidden_size(hidden, activation != "gelu"),
+        ffn_hidden_size=inner,
         vocab_size=vocab_size,
         padded_vocab_size=-(-vocab_size // multiple) * multiple,
         max_positions=positions,
@@ -250,6 +273,7 @@ def build_shape(options: ModelOptions, vocab_size: int, longest: int, tensor_par
         mlp_bias=bias,
         tie_embeddings=not _given(options.untie_embeddings_and_output_weights, not family.tie_embeddings),
         init_std=options.init_method_std,
+        experts=_expert_shape(experts, options.num_layers, inner),
     )
     check_shape(shape)
     check_sharding(shape, tensor_parallel_size)
@@ -339,7 +363,8 @@ def resolve(parsed: ParsedOptions, ranks: int) -> RunConfig:
     vocab_size = _vocab_size(options, metadata, blend, notes)
     check_count("vocab_size", vocab_size, "a vocabulary of")
     # Evaluation reads samples of --seq-length positions, and no stage has longer ones.
-    shape = build_shape(options.model, vocab_size, options.stages.seq_length, options.engine.tensor_model_parallel_size)
+    tensor = options.engine.tensor_model_parallel_size
+    shape = build_shape(options.model, vocab_size, options.stages.seq_length, tensor, options.experts)
     parameters = parameter_count(shape).total
     by_scale = []
     if needs_patch_size(options.stages):
@@ -358,6 +383,7 @@ def resolve(parsed: ParsedOptions, ranks: int) -> RunConfig:
     notes.extend(schedule_notes(plan, specs, options.schedule))
     check_plan(options, plan)
     check_context_parallel(options.engine, plan, shape, data_parallel_size)
+    check_expert_stages(options.experts, plan, specs)
     notes.extend(gathering_notes(options.engine, plan, shape))
     notes.extend(scale_notes(options, plan, parameters))
     run = RunConfig(options, parsed.origins, shape, plan, blend, valid_blend, metadata, data_parallel_size, tuple(notes), parsed.megatron)
@@ -369,7 +395,8 @@ def resolve(parsed: ParsedOptions, ranks: int) -> RunConfig:
 def _plan(options: Options, data_parallel_size: int, decay_fraction: float, batch_of: StagePlan | None = None) -> StagePlan:
     """Returns the plan that the options describe; see `build_plan`."""
     context = options.engine.context_parallel_size
-    return build_plan(options.stages, options.schedule, data_parallel_size, decay_fraction, batch_of, context)
+    balance = balance_of(options.experts)
+    return build_plan(options.stages, options.schedule, data_parallel_size, decay_fraction, batch_of, context, balance)
 
 
 def with_plan(run: RunConfig, plan: StagePlan) -> RunConfig:

@@ -56,6 +56,9 @@ class StageSpec:
     batch: Literal["constant-tokens", "constant-positions"] | None = None
     micro_batch_size: int | None = None
     context_parallel_size: int | None = None
+    moe_aux_loss_coeff: float | None = None
+    moe_z_loss_coeff: float | None = None
+    moe_router_bias_update_rate: float | None = None
     side: Side = "both"
     position_weights: str | tuple[float, ...] | None = None
     anneal_share: float | None = None
@@ -115,7 +118,8 @@ SCHEDULE_KEYS = (
     "lr_wsd_decay_steps",
     "lr_wsd_decay_style",
 )
-_NUMBERS = {"token_share", "compute_share", "step_share", "anneal_share", "lr", "min_lr"}
+BALANCE_KEYS = ("moe_aux_loss_coeff", "moe_z_loss_coeff", "moe_router_bias_update_rate")
+_NUMBERS = {"token_share", "compute_share", "step_share", "anneal_share", "lr", "min_lr", *BALANCE_KEYS}
 
 
 def parse_blend(words: Sequence[str], flag: str = "--data-path") -> tuple[tuple[str, float], ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from megatron_patch.model.expert_shape import ExpertShape
 from megatron_patch.model.families import FAMILIES, family_of_shape
 from megatron_patch.model.shape import ModelShape
 
@@ -91,7 +92,30 @@ def training_flags(shape: ModelShape, family: str) -> list[str] | None:
         values["disable-bias-linear"] = not shape.mlp_bias
     if not shape.mlp_bias and (shape.qkv_bias or preset.qkv_bias):
         values["add-qkv-bias"] = shape.qkv_bias
+    if shape.experts is not None:
+        values |= _expert_flags(shape.experts, shape.num_layers)
     return [word for name, value in values.items() for word in (f"--{name}", str(value))]
+
+
+def _expert_flags(experts: ExpertShape, num_layers: int) -> dict[str, object]:
+    values: dict[str, object] = {
+        "num-experts": experts.count,
+        "moe-router-topk": experts.top_k,
+        "moe-ffn-hidden-size": experts.ffn_hidden_size,
+    }
+    if experts.shared_ffn_hidden_size:
+        values["moe-shared-expert-intermediate-size"] = experts.shared_ffn_hidden_size
+    if experts.score != "softmax":
+        values["moe-router-score-function"] = experts.score
+    if not experts.renormalized:
+        values["moe-router-pre-softmax"] = True
+    if experts.scaling != 1.0:
+        values["moe-router-topk-scaling-factor"] = experts.scaling
+    if experts.bias:
+        values["moe-router-enable-expert-bias"] = True
+    if experts.dense_layers:
+        values["moe-layer-freq"] = "[" + ",".join(str(int(layer not in experts.dense_layers)) for layer in range(num_layers)) + "]"
+    return values
 
 
 def _pattern(layers: tuple[int, ...], num_layers: int, mark: int) -> str:

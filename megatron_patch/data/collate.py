@@ -61,6 +61,7 @@ class PatchBatch(NamedTuple):
             or each sample is one document.
         spans: where the samples come from; empty for held-out data.
         corpus: number of the corpus of held-out data; 0 for training data.
+        padding: number of samples, the last ones, that are padding and do not count.
         digest: hash of the whole inputs and labels, of a batch of which this is a part; None: it is no part.
     """
 
@@ -70,6 +71,7 @@ class PatchBatch(NamedTuple):
     documents: Documents | None
     spans: tuple[TokenSpan, ...]
     corpus: int = 0
+    padding: int = 0
     digest: int | None = None
 
     def content_hash(self) -> int:
@@ -148,7 +150,9 @@ def make_batch(
                 position_ids = torch.from_numpy(_restarting_positions(document_ids))
     if scored_rows is not None:
         labels[scored_rows:] = IGNORE_INDEX
-    return PatchBatch(torch.from_numpy(np.ascontiguousarray(inputs)), torch.from_numpy(labels), position_ids, documents, spans)
+    padding = 0 if scored_rows is None else len(inputs) - scored_rows
+    ids = torch.from_numpy(np.ascontiguousarray(inputs))
+    return PatchBatch(ids, torch.from_numpy(labels), position_ids, documents, spans, padding=padding)
 
 
 def _restarting_positions(document_ids: Array) -> Array:

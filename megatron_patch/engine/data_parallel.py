@@ -39,15 +39,18 @@ class DataParallelEngine(DeepSpeedEngine):
         """Applies the stage's micro-batch size and gradient accumulation; see `Engine`."""
         settings = batch_settings(stage, self.grid.data_parallel_size)
         self._context = self._groups.context_parallel(stage.context_parallel_size)
+        self._balancer.start_stage(stage)
         self._engine.set_train_micro_batch_size(settings["train_micro_batch_size_per_gpu"])
         self._engine.set_train_batch_size(settings["train_batch_size"])
 
     def _forward(self, batch: PatchBatch, weights: torch.Tensor | None) -> Any:
         """Runs the forward pass of a micro-batch and returns (sum of weighted losses, sum of weights)."""
         inputs, labels, position_ids = map(self._to_device, (batch.input_ids, batch.labels, batch.position_ids))
-        # A model of the user's own takes no such argument, and has no context parallelism.
-        ranks = () if self._context.size == 1 else (self._context,)
-        return self._engine(inputs, labels, weights, position_ids, self._documents(batch), *ranks)
+        # A model of the user's own takes no such arguments: it has neither context parallelism nor balanced experts.
+        further: dict[str, Any] = {} if self._context.size == 1 else {"ranks": self._context}
+        if batch.padding and self._balancer.states:
+            further["real_samples"] = len(batch.input_ids) - batch.padding
+        return self._engine(inputs, labels, weights, position_ids, self._documents(batch), **further)
 
     def train_step(
         self, micro_batches: Sequence[PatchBatch], label_weights: Sequence[float], lr: float, gate: StepGate | None = None
@@ -60,6 +63,7 @@ class DataParallelEngine(DeepSpeedEngine):
         # The factor undoes DeepSpeed's mean over the data-parallel ranks.
         factor = 1 if self.config.sums_gradients else self.grid.data_parallel_size
         scale = (factor / total_weight).to(torch.float32)
+        self._balancer.start_step(factor * (self._loss_scale() or 1.0))
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         stopwatch = Stopwatch(self.device)
         with warnings.catch_warnings():

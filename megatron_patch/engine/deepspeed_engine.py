@@ -31,6 +31,7 @@ from megatron_patch.data.collate import PatchBatch
 from megatron_patch.engine.deepspeed_config import EngineConfig, batch_settings
 from megatron_patch.engine.distributed import barrier, gather_objects
 from megatron_patch.engine.environment import threads_per_rank
+from megatron_patch.engine.expert_balance import ExpertBalancer
 from megatron_patch.engine.fragments import Fragment, HostBuffers, fragments
 from megatron_patch.engine.hidden_matrices import attach_hidden_matrices, require_attachable
 from megatron_patch.engine.interface import EvaluationResult, ReplicaMismatch, Snapshot, StepGate, StepResult
@@ -140,6 +141,7 @@ class DeepSpeedEngine(abc.ABC):
         dtype = DTYPES[config.precision]
         model = self._build(source, dtype, settings)
         self._names = {parameter: name for name, parameter in model.named_parameters()}
+        self._balancer = ExpertBalancer(model, source.shape, groups, device)
         self._tied_copies = model.tied_copies if isinstance(model, GPTModel) else frozenset()
         self._model_shape, parallel = source.shape, source.parallel
         shards = {name: shard_of(name, source.shape, parallel.rank, parallel.size) for name in self._names.values()}
@@ -299,11 +301,19 @@ class DeepSpeedEngine(abc.ABC):
     def _step_result(self, outcome: StepOutcome, forward_seconds: float) -> StepResult:
         """Returns the record of a step for the training loop."""
         skipped = outcome.overflow or outcome.rejection is not None
-        return StepResult(outcome.loss, outcome.grad_norm, skipped, outcome.rejection, self._loss_scale(), forward_seconds)
+        experts = self._balancer.finish_step(taken=not skipped)
+        return StepResult(outcome.loss, outcome.grad_norm, skipped, outcome.rejection, self._loss_scale(), forward_seconds, experts)
 
     def replica_mismatches(self) -> list[ReplicaMismatch]:
         """Returns the copies of parameters that differ between ranks; see `Engine`. Under ZeRO 3 there are no copies to compare."""
-        return [] if self.config.zero_level == 3 else compare_replicas(self._names, self._model_shape, self.grid)
+        return [] if self.config.zero_level == 3 else compare_replicas(self._named_tensors(), self._model_shape, self.grid)
+
+    def _named_tensors(self) -> dict[torch.Tensor, str]:
+        """Returns what this rank holds of the model -> its names: parameters, and the state of the balance of experts."""
+        found: dict[torch.Tensor, str] = dict(self._names.items())
+        for name, tensor in self._balancer.states.items():
+            found[tensor] = name
+        return found
 
     def _set_lr(self, lr: float) -> None:
         """Sets the learning rate of all parameter groups, some of which have a multiple of it."""
@@ -398,17 +408,26 @@ class DeepSpeedEngine(abc.ABC):
         writes_replicated = self.grid.tensor_parallel_rank == 0
         with self._on_nvme(written=False) as sub_groups:
             local = fragments(self._engine, self._names, self._shards, share, sub_groups)
-            yield [f for f in local if (writes_replicated or f.shard is not None) and f.name not in self._tied_copies]
+            written = [f for f in local if (writes_replicated or f.shard is not None) and f.name not in self._tied_copies]
+            yield written + (self._balance_fragments() if writes_replicated and share[0] == 0 else [])
+
+    def _balance_fragments(self) -> list[Fragment]:
+        """Returns the state of the balance of experts as fragments without optimizer state."""
+        states = self._balancer.states.items()
+        return [Fragment(name, tuple(state.shape), None, 0, state.numel(), {"weight": state}) for name, state in states]
 
     def load(self, folder: Path, state: Mapping[str, Any] | None) -> None:
         """Loads weights and, with `state`, the optimizer; see `Engine`."""
         files = StateFiles(folder)
         shapes: dict[str, tuple[int, ...]] = {}
-        for local_shapes in gather_objects(self._full_shapes()):
+        states = self._balancer.states
+        for local_shapes in gather_objects(self._full_shapes() | {name: tuple(state.shape) for name, state in states.items()}):
             shapes.update(local_shapes)  # type: ignore[call-overload]
         files.check(shapes, self._model_shape.vocab_size)
         kinds = ("weight",) if state is None else None
         self._set_tensors(lambda kind, name, start, numel: files.read_shard(kind, name, self._shards.get(name), start, numel), kinds)
+        for name, tensor in states.items():
+            tensor.copy_(files.weight(name))
         if state is not None:
             steps, scale = state.get("step_count"), state.get("loss_scaler")
             if type(steps) is not int or not isinstance(scale, dict):

@@ -7,6 +7,7 @@ its flat partition (ZeRO 3); sub-groups contain full parameters of one group, th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -80,10 +81,27 @@ def attach_hidden_matrices(
         flat, offset, start, numel = located
         unit, index = place[id(flat)]
         shard = shards.get(name)
-        rows, columns = local if shard is None else shard.full_shape(local)
-        spans[unit].append(MatrixSpan(name, (rows, columns), shard, start, numel, index, offset))
+        rows, columns = (local if shard is None or len(local) > 2 else shard.full_shape(local))[-2:]
+        span = MatrixSpan(name, (rows, columns), shard, start, numel, index, offset)
+        spans[unit] += [span] if len(local) == 2 else _spans_of_experts(span, local[0])
     dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16
     optimizer.attach(list(zip(units, spans, strict=True)), group, device, dtype)
+
+
+def _spans_of_experts(span: MatrixSpan, count: int) -> list[MatrixSpan]:
+    """Returns the spans of the matrices of experts, each a matrix of its own, in a span of a rank's experts.
+
+    Args:
+        span: span of the rank's part of the parameter; its shape is that of one expert.
+        count: experts of the rank.
+    """
+    first, numel = (0 if span.shard is None else span.shard.index * count), math.prod(span.shape)
+    found = []
+    for expert in range(span.start // numel, -(-(span.start + span.numel) // numel)):
+        start, end = max(span.start, expert * numel), min(span.start + span.numel, (expert + 1) * numel)
+        name, offset = f"{span.name}[{first + expert}]", span.offset + start - span.start
+        found.append(MatrixSpan(name, span.shape, None, start - expert * numel, end - start, span.tensor, offset))
+    return found
 
 
 def _units(optimizer: torch.optim.Optimizer, zero: Any, zero_level: int) -> list[list[torch.Tensor]]:

@@ -155,8 +155,11 @@ def load_model(load: str, device: torch.device | None = None, dtype: torch.dtype
     files = StateFiles(checkpoint.folder)
     with torch.device("meta"):
         model = GPTModel(shape)
-    files.check({name: tuple(parameter.shape) for name, parameter in model.named_parameters()})
-    model.load_state_dict({name: files.weight(name).to(dtype) for name, _ in model.named_parameters()}, strict=True, assign=True)
+    states = model.state_dict()
+    files.check({name: tuple(tensor.shape) for name, tensor in states.items()})
+    parameters = {name for name, _ in model.named_parameters()}
+    weights = {name: files.weight(name).to(dtype if name in parameters else torch.float32) for name in states}
+    model.load_state_dict(weights, strict=True, assign=True)
     return LoadedModel(model.to(device or default_device()).eval(), checkpoint, checkpoint.state.data_metadata)
 
 
@@ -186,14 +189,14 @@ def load_distributed_model(
     with torch.device("meta"):
         full = GPTModel(shape)
         part = GPTModel(shape, parallel=groups.tensor_parallel(sequence=False), layers=layers)
-    files.check({name: tuple(parameter.shape) for name, parameter in full.named_parameters()}, shape.vocab_size)
-    weights = {}
+    files.check({name: tuple(tensor.shape) for name, tensor in full.state_dict().items()}, shape.vocab_size)
+    weights = {name: files.weight(name).to(device) for name, _ in part.named_buffers() if name in part.state_dict()}
     for name, parameter in part.named_parameters():
         shard = shard_of(name, shape, grid.tensor_parallel_rank, grid.tensor_parallel_size)
         weights[name] = files.read_shard("weight", name, shard, 0, parameter.numel()).view(parameter.shape).to(device, dtype)
     part.load_state_dict(weights, strict=True, assign=True)
     replicas = Replicas(grid.data_parallel_rank, grid.data_parallel_size, groups.data)
-    return LoadedModel(DistributedModel(part.eval(), groups), checkpoint, checkpoint.state.data_metadata, replicas)
+    return LoadedModel(DistributedModel(part.to(device).eval(), groups), checkpoint, checkpoint.state.data_metadata, replicas)
 
 
 @contextlib.contextmanager

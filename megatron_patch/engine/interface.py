@@ -18,6 +18,23 @@ from megatron_patch.stages import Stage
 
 
 @dataclass(frozen=True)
+class ExpertLoad:
+    """The load of a block's experts in one step, over the global batch.
+
+    Args:
+        block: number of the block, from 0.
+        largest: choices of the expert that most positions chose, relative to the mean of the experts; 1 is perfect balance.
+        dead: number of experts that no position chose.
+        entropy: mean over positions of the entropy of the router's scores divided by their sum, in nats; at most log E.
+    """
+
+    block: int
+    largest: float
+    dead: int
+    entropy: float
+
+
+@dataclass(frozen=True)
 class StepResult:
     """The result of one optimizer step.
 
@@ -28,6 +45,7 @@ class StepResult:
         rejection: reason why the step was rejected; None if it was taken, or skipped only because of an overflow in float16.
         loss_scale: the loss scale in float16, else None.
         forward_seconds: duration of this rank's first forward pass.
+        experts: the load of each block with experts, in order.
     """
 
     loss: float
@@ -36,6 +54,7 @@ class StepResult:
     rejection: str | None = None
     loss_scale: float | None = None
     forward_seconds: float = 0.0
+    experts: tuple[ExpertLoad, ...] = ()
 
 
 class StepGate(Protocol):

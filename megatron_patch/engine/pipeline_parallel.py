@@ -77,6 +77,7 @@ class _ExtraInputs:
         labels: see `PatchBatch`; None on pipeline ranks before the last, and when logits are computed.
         row: row of the sums to which the micro-batch counts in addition to the first; None: only the first.
         ranks: the ranks that share the positions of its samples.
+        real_samples: number of its samples, the first ones, that are no padding; None: all.
     """
 
     position_ids: torch.Tensor | None
@@ -84,6 +85,7 @@ class _ExtraInputs:
     labels: torch.Tensor | None
     row: int | None = None
     ranks: ContextParallel = UNSHARED
+    real_samples: int | None = None
 
 
 class _TiedGradient:
@@ -165,7 +167,8 @@ class _PipelineRankModule(PipelineModule):  # type: ignore[misc]
         extra = next(self.extra_inputs)
         first, self._timed = self._timed is not self.stopwatch, self.stopwatch
         with self.stopwatch if first else contextlib.nullcontext():
-            result = self.part(inputs, extra.labels, self.label_weights, extra.position_ids, extra.documents, extra.ranks)
+            arguments = (extra.labels, self.label_weights, extra.position_ids, extra.documents, extra.ranks, extra.real_samples)
+            result = self.part(inputs, *arguments)
         if not self.is_last:
             hidden: torch.Tensor = result
             return hidden
@@ -231,6 +234,7 @@ class PipelineParallelEngine(DeepSpeedEngine):
     def start_stage(self, stage: Stage) -> None:
         """Applies the stage's micro-batch size, gradient accumulation and shapes; see `Engine`."""
         engine, settings = self._engine, batch_settings(stage, self.grid.data_parallel_size)
+        self._balancer.start_stage(stage)
         engine.set_train_micro_batch_size(settings["train_micro_batch_size_per_gpu"])
         engine.micro_batch_size = settings["train_micro_batch_size_per_gpu"]
         engine.set_train_batch_size(settings["train_batch_size"])
@@ -274,7 +278,8 @@ class PipelineParallelEngine(DeepSpeedEngine):
         for batch in batches:
             row = 1 + corpora.index(batch.corpus) if corpora else None
             labels = to_device(batch.labels) if last else None
-            yield _ExtraInputs(to_device(batch.position_ids), self._documents(batch), labels, row, self._context)
+            real = len(batch.input_ids) - batch.padding if batch.padding else None
+            yield _ExtraInputs(to_device(batch.position_ids), self._documents(batch), labels, row, self._context, real)
 
     def _replica_sums(self) -> torch.Tensor:
         """Returns [sum of losses, sum of weights] over this replica's samples since the last `_feed`, float64 [rows, 2]."""
@@ -290,6 +295,8 @@ class PipelineParallelEngine(DeepSpeedEngine):
         total_weight = self._total_weight(micro_batches, label_weights)
         # The factor undoes DeepSpeed's division by the number of data-parallel ranks and of micro-batches.
         scale = (self.grid.data_parallel_size * len(micro_batches) / total_weight).to(torch.float32)
+        # DeepSpeed divides the loss by the number of micro-batches before the gradient reaches any layer.
+        self._balancer.start_step(self.grid.data_parallel_size * (self._loss_scale() or 1.0))
         self._module.stopwatch = Stopwatch(self.device)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)

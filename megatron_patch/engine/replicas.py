@@ -30,11 +30,11 @@ def checksum_of_bits(tensor: torch.Tensor) -> tuple[int, int]:
     return plain % 2**63, weighted % 2**63
 
 
-def compare_replicas(names: Mapping[torch.nn.Parameter, str], shape: ModelShape, grid: Grid) -> list[ReplicaMismatch]:
+def compare_replicas(names: Mapping[torch.Tensor, str], shape: ModelShape, grid: Grid) -> list[ReplicaMismatch]:
     """Returns the copies that differ from that of the lowest rank with the same part; every rank must call it.
 
     Args:
-        names: this rank's parameters -> their names.
+        names: what this rank holds of the model -> its names.
         shape: the shape of the full model.
         grid: this rank's coordinates.
     """

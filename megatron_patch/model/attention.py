@@ -22,7 +22,7 @@ from megatron_patch.parallel.tensor import UNSHARDED, RowParallelLinear, TensorP
 
 @dataclass(frozen=True)
 class AttentionContext:
-    """The inputs of attention that all blocks of a forward pass share.
+    """The inputs that all blocks of a forward pass share; all but the last are those of attention.
 
     Args:
         rotary: (cos, sin), each [B or 1, 1, T, head_size], or None with learned positions.
@@ -34,6 +34,7 @@ class AttentionContext:
         ranks: the ranks that share the positions; masks and documents are those of all positions.
         slices: this rank's part of the documents, if these ranks gather keys and values.
         windowed_rotary: `rotary` for the blocks with a window; None: the same.
+        real_samples: number of samples, the first ones, that are no padding, for the load of experts; None: all.
     """
 
     rotary: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -44,6 +45,7 @@ class AttentionContext:
     ranks: ContextParallel = UNSHARED
     slices: DocumentSlices | None = None
     windowed_rotary: tuple[torch.Tensor, torch.Tensor] | None = None
+    real_samples: int | None = None
 
 
 @dataclass

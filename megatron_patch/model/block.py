@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from megatron_patch.model.attention import Attention, AttentionContext, KeyValueCache
+from megatron_patch.model.experts import MixtureOfExperts
 from megatron_patch.model.feed_forward import FeedForward
 from megatron_patch.model.norm import make_norm
 from megatron_patch.model.shape import ModelShape
@@ -21,7 +22,7 @@ class Block(nn.Module):
         shape: the model's shape.
         recompute_attention: whether the backward pass recomputes the scaled dot products.
         parallel: the ranks that share the layer.
-        number: number of the block, from 0, which decides on its window and its rotation.
+        number: number of the block, from 0, which decides on its window, its rotation and its experts.
     """
 
     def __init__(self, shape: ModelShape, recompute_attention: bool = False, parallel: TensorParallel = UNSHARDED, number: int = 0) -> None:
@@ -31,14 +32,19 @@ class Block(nn.Module):
         self.attention = Attention(shape, recompute_attention, parallel, number)
         self.attention_output_norm = make_norm(shape, parallel) if after else None
         self.feed_forward_norm = make_norm(shape, parallel) if before else None
-        self.feed_forward = FeedForward(shape, parallel)
+        experts = shape.experts_of(number)
+        self.feed_forward = FeedForward(shape, parallel) if experts is None else MixtureOfExperts(shape, experts, parallel)
         self.feed_forward_output_norm = make_norm(shape, parallel) if after else None
 
     def forward(self, hidden: torch.Tensor, context: AttentionContext, cache: KeyValueCache | None = None) -> torch.Tensor:
         """Maps [B, T, H] to [B, T, H]; with sequence parallelism both hold this rank's positions only."""
         attended = self.attention(_normalized(self.attention_norm, hidden), context, cache)
         hidden = hidden + _normalized(self.attention_output_norm, attended)
-        fed_forward = self.feed_forward(_normalized(self.feed_forward_norm, hidden))
+        normalized = _normalized(self.feed_forward_norm, hidden)
+        if isinstance(self.feed_forward, MixtureOfExperts):
+            fed_forward = self.feed_forward(normalized, context.real_samples)
+        else:
+            fed_forward = self.feed_forward(normalized)
         return hidden + _normalized(self.feed_forward_output_norm, fed_forward)
 
 

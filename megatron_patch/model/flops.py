@@ -11,28 +11,46 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from megatron_patch.model.parameters import block_parameters, parameters_of_layers
+from megatron_patch.model.parameters import block_parameters, parameters_of_layers, used_numel
 from megatron_patch.model.shape import ModelShape
 
 
 @dataclass(frozen=True)
 class ParameterCount:
-    """Numbers of parameters by part of the model, without the padding rows of the vocabulary."""
+    """Numbers of parameters by part of the model, without the padding rows of the vocabulary.
+
+    Args:
+        embedding: embeddings of tokens and positions.
+        blocks: all blocks.
+        final_norm: the norm before the head.
+        head: the head; 0 where it is tied.
+        unused: parameters of the experts that one position does not choose; 0 in a model without experts.
+    """
 
     embedding: int
     blocks: int
     final_norm: int
     head: int
+    unused: int = 0
 
     @property
     def total(self) -> int:
         """The number of all parameters."""
         return self.embedding + self.blocks + self.final_norm + self.head
 
+    @property
+    def active(self) -> int:
+        """The number of parameters that one position uses."""
+        return self.total - self.unused
 
-def block_matrices(shape: ModelShape) -> int:
-    """Returns the number of elements of all matrices of one block."""
-    return sum(math.prod(size) for size in block_parameters(shape).values() if len(size) > 1)
+
+def block_matrices(shape: ModelShape, number: int) -> int:
+    """Returns the number of elements of all matrices of a block, numbered from 0, that one position uses."""
+    return sum(used_numel(name, size, shape) for name, size in block_parameters(shape, number).items() if len(size) > 1)
+
+
+def _all_block_matrices(shape: ModelShape) -> int:
+    return sum(block_matrices(shape, number) for number in range(shape.num_layers))
 
 
 def parameter_count(shape: ModelShape) -> ParameterCount:
@@ -42,21 +60,22 @@ def parameter_count(shape: ModelShape) -> ParameterCount:
     def sum_of(part: str) -> int:
         return sum(math.prod(size) for name, size in sizes.items() if name.startswith(part))
 
-    return ParameterCount(sum_of("embedding."), sum_of("blocks."), sum_of("final_norm."), sum_of("head."))
+    unused = sum(math.prod(size) - used_numel(name, size, shape) for name, size in sizes.items())
+    return ParameterCount(sum_of("embedding."), sum_of("blocks."), sum_of("final_norm."), sum_of("head."), unused)
 
 
 def forward_flops_per_position(shape: ModelShape, positions: int, causal: bool = True) -> float:
     """Returns the FLOPs of the forward pass for one position, averaged over the positions of a sample.
 
     They are 2 · (elements of all matrices of the blocks and the head), plus the two products of attention in each block,
-    4 · heads · head_size · (positions attended to); see `attended_positions`.
+    4 · heads · head_size · (positions attended to); see `attended_positions`. Of experts, those count that a position chooses.
 
     Args:
         shape: the model's shape.
         positions: T, positions of a sample.
         causal: True: count only the scores that the causal mask, and the windows of blocks, keep; False: count all T for each position.
     """
-    matrices = 2 * (shape.num_layers * block_matrices(shape) + shape.hidden_size * shape.vocab_size)
+    matrices = 2 * (_all_block_matrices(shape) + shape.hidden_size * shape.vocab_size)
     if not causal:
         return matrices + shape.num_layers * 4 * shape.num_attention_heads * shape.head_size * positions
     return matrices + attention_flops(shape, positions, range(shape.num_layers))
@@ -108,14 +127,13 @@ def layer_parameters(shape: ModelShape) -> list[int]:
     A tied head is counted, because the last pipeline rank holds a copy of the embedding.
     """
     count = parameter_count(shape)
-    head = count.final_norm + shape.vocab_size * shape.hidden_size
-    return [count.embedding, *([count.blocks // shape.num_layers] * shape.num_layers), head]
+    blocks = [sum(math.prod(size) for size in block_parameters(shape, number).values()) for number in range(shape.num_layers)]
+    return [count.embedding, *blocks, count.final_norm + shape.vocab_size * shape.hidden_size]
 
 
 def layer_flops(shape: ModelShape, positions: int) -> list[float]:
     """Returns the FLOPs of each of these layers for one position of the causal forward pass; see `forward_flops_per_position`."""
-    matrices = 2 * block_matrices(shape)
-    blocks = [matrices + attention_flops(shape, positions, [block]) for block in range(shape.num_layers)]
+    blocks = [2 * block_matrices(shape, block) + attention_flops(shape, positions, [block]) for block in range(shape.num_layers)]
     return [0, *blocks, 2 * shape.hidden_size * shape.vocab_size]
 
 

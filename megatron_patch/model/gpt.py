@@ -100,6 +100,7 @@ class GPTModel(nn.Module):
         position_ids: torch.Tensor | None = None,
         documents: Documents | None = None,
         ranks: ContextParallel = UNSHARED,
+        real_samples: int | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor] | torch.Tensor:
         """Returns the loss of a micro-batch, or the output of this pipeline rank's layers.
 
@@ -111,12 +112,13 @@ class GPTModel(nn.Module):
             documents: on the device; a position attends only to positions of its own document. None: to all earlier positions.
             ranks: the ranks that share the positions of each sample: T counts those of this rank in `inputs`, `labels` and `position_ids`,
                 and `documents` are those of all positions.
+            real_samples: number of samples, the first ones, that are no padding, for the load of experts; None: all.
 
         Returns:
             (sum of weighted losses in nats, sum of the weights of scored labels), float32; without labels the logits [B, T, V]; without
             the last layer hidden states, like `inputs`.
         """
-        hidden = self._hidden(inputs, position_ids, documents, ranks=ranks)
+        hidden = self._hidden(inputs, position_ids, documents, ranks=ranks, real_samples=real_samples)
         if self.head is None:
             return hidden
         if labels is None:
@@ -159,6 +161,7 @@ class GPTModel(nn.Module):
         documents: Documents | None,
         cache: ModelCache | None = None,
         ranks: ContextParallel = UNSHARED,
+        real_samples: int | None = None,
     ) -> torch.Tensor:
         batch, positions, _ = inputs.shape
         if not self.is_first and self.parallel.sequence:
@@ -175,7 +178,7 @@ class GPTModel(nn.Module):
         if self.is_first:
             assert self.embedding is not None
             hidden = self.embedding(inputs, position_ids, ranks.size * positions)
-        context = self._context(hidden, positions, position_ids, documents, earlier, padding, ranks)
+        context = self._context(hidden, positions, position_ids, documents, earlier, padding, ranks, real_samples)
         if cache is not None:
             cache.blocks = cache.blocks or [KeyValueCache(window=self.shape.window_of(int(number))) for number in self.blocks]
             cache.length += positions
@@ -195,6 +198,7 @@ class GPTModel(nn.Module):
         earlier: int,
         padding: torch.Tensor | None,
         ranks: ContextParallel,
+        real_samples: int | None,
     ) -> AttentionContext:
         rotary = windowed_rotary = None
         if self.shape.position_embedding == "rope":
@@ -224,7 +228,7 @@ class GPTModel(nn.Module):
             for one in (windowed, slices):
                 if one is not None:
                     one.mark_dynamic()
-        return AttentionContext(rotary, mask, documents, windowed, windowed_mask, ranks, slices, windowed_rotary)
+        return AttentionContext(rotary, mask, documents, windowed, windowed_mask, ranks, slices, windowed_rotary, real_samples)
 
     def _mask(
         self, samples: int, positions: int, documents: Documents | None, earlier: int, padding: torch.Tensor | None, device: torch.device

@@ -17,7 +17,10 @@ from megatron_patch.model.shape import ModelShape
 from megatron_patch.model.sharding import Shard, shard_of
 
 _SEGMENT = 1 << 20
-_RESIDUAL_OUTPUTS = ("attention.output.weight", "feed_forward.down.weight")
+_RESIDUAL_OUTPUTS = (
+    *("attention.output.weight", "feed_forward.down.weight"),
+    *("feed_forward.experts.down.weight", "feed_forward.shared.down.weight"),
+)
 
 
 def parameter_seed(seed: int, name: str) -> int:

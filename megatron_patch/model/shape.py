@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_patch.errors import ConfigError
+from megatron_patch.model.expert_shape import ExpertShape, check_expert_shape
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class ModelShape:
         mlp_bias: biases of the feed-forward layer.
         tie_embeddings: whether the head uses the embedding's weight.
         init_std: standard deviation of initial weights.
+        experts: the experts of blocks that have them in place of one feed-forward layer; None: no block has any.
     """
 
     num_layers: int
@@ -96,6 +98,7 @@ class ModelShape:
     mlp_bias: bool = False
     tie_embeddings: bool = False
     init_std: float = 0.02
+    experts: ExpertShape | None = None
 
     @property
     def norms_before(self) -> bool:
@@ -120,6 +123,10 @@ class ModelShape:
     def window_of(self, layer: int) -> int | None:
         """Returns the window of a block, numbered from 0, in positions; None: it has none."""
         return None if layer in self.full_layers else self.window
+
+    def experts_of(self, layer: int) -> ExpertShape | None:
+        """Returns the experts of a block, numbered from 0; None: it has an ordinary feed-forward layer."""
+        return None if self.experts is None or layer in self.experts.dense_layers else self.experts
 
     @property
     def windowed_layers(self) -> int:
@@ -173,6 +180,14 @@ def check_shape(shape: ModelShape) -> None:
     _check_norms_and_caps(shape)
     _check_layers(shape)
     _check_rotary_scaling(shape)
+    if shape.experts is not None:
+        check_expert_shape(shape.experts, shape.num_layers)
+        if not shape.gated or shape.mlp_bias:
+            raise ConfigError(
+                "--num-experts with GELU or with biases",
+                "--swiglu or --geglu, and --disable-bias-linear: experts are gated and have no biases",
+                "change the one that is not so",
+            )
 
 
 def _check_norms_and_caps(shape: ModelShape) -> None:

@@ -16,15 +16,23 @@ from megatron_patch.model.shape import ModelShape
 COLUMN_PARALLEL = (
     *("attention.query.weight", "attention.query.bias"),
     *("feed_forward.gate.weight", "feed_forward.gate.bias", "feed_forward.up.weight", "feed_forward.up.bias"),
+    *("feed_forward.shared.gate.weight", "feed_forward.shared.up.weight"),
 )
 """Ends of the names of column-parallel parameters; the projections to keys and values are too, if `shards_key_value`."""
-ROW_PARALLEL = ("attention.output.weight", "feed_forward.down.weight")
+ROW_PARALLEL = ("attention.output.weight", "feed_forward.down.weight", "feed_forward.shared.down.weight")
 """Ends of the names of row-parallel parameters; every rank holds the full bias of a row-parallel layer."""
+_EXPERTS = ("feed_forward.experts.gate.weight", "feed_forward.experts.up.weight", "feed_forward.experts.down.weight")
+"""Ends of the names of parameters with one matrix for each expert, [experts, outputs, inputs]; a rank holds some of the experts."""
 VOCABULARY_PARAMETERS = ("embedding.word.weight", "head.weight")
 """Names of the parameters with one row for each token id; a rank holds a vocabulary shard of them."""
 _ALL_HEADS_NORMS = ("attention.query_norm.weight", "attention.key_norm.weight")
 """Ends of the names of norms over all heads, which are sharded with the heads; the second one if `shards_key_value`."""
 _KEY_VALUE = ("attention.key.weight", "attention.key.bias", "attention.value.weight", "attention.value.bias")
+
+
+def is_expert_parameter(name: str) -> bool:
+    """Whether a parameter holds one matrix for each expert, [experts, outputs, inputs]."""
+    return name.endswith(_EXPERTS)
 
 
 @dataclass(frozen=True)
@@ -96,7 +104,7 @@ def shard_of(name: str, shape: ModelShape, rank: int, size: int) -> Shard | None
     """
     if size == 1:
         return None
-    if name.endswith(COLUMN_PARALLEL + VOCABULARY_PARAMETERS) or (name.endswith(_KEY_VALUE) and shards_key_value(shape, size)):
+    if name.endswith(COLUMN_PARALLEL + VOCABULARY_PARAMETERS + _EXPERTS) or (name.endswith(_KEY_VALUE) and shards_key_value(shape, size)):
         return Shard(0, rank, size)
     if shape.qk_norm_scope == "all":
         norms = _ALL_HEADS_NORMS if shards_key_value(shape, size) else _ALL_HEADS_NORMS[:1]
@@ -111,11 +119,13 @@ def check_sharding(shape: ModelShape, size: int) -> None:
     Raises:
         ConfigError: they do not; the error names the flag.
     """
-    for flag, value in (
-        ("--num-attention-heads", shape.num_attention_heads),
-        ("--ffn-hidden-size", shape.ffn_hidden_size),
-        ("the padded vocabulary size", shape.padded_vocab_size),
-    ):
+    experts, sizes = shape.experts, {"--num-attention-heads": shape.num_attention_heads}
+    if experts is None or experts.dense_layers:
+        sizes["--ffn-hidden-size"] = shape.ffn_hidden_size
+    if experts is not None:
+        sizes |= {"--num-experts": experts.count, "--moe-shared-expert-intermediate-size": experts.shared_ffn_hidden_size}
+    sizes["the padded vocabulary size"] = shape.padded_vocab_size
+    for flag, value in sizes.items():
         if value % size:
             raise ConfigError(
                 f"{flag} {value} does not divide into {size} tensor-parallel ranks", f"multiples of {size}", "change one of the two"

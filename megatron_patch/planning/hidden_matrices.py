@@ -29,8 +29,34 @@ from megatron_patch.optimizers.ownership import (
 )
 from megatron_patch.planning.layout import Layout
 
-_Sizes = tuple[tuple[str, tuple[int, int], int | None], ...]
-"""Name within the block, shape and sharded dimension of each matrix of a block."""
+
+@dataclass(frozen=True)
+class _Matrix:
+    """A hidden matrix of a block, or the expert with a certain number among those of each tensor-parallel rank.
+
+    Args:
+        name: name within the block.
+        shape: (rows, columns) of the full matrix.
+        dim: the sharded dimension; None: it is not sharded.
+        parameter: elements of a rank's shard of the parameter that contains it.
+        before: elements of the block's parameters before this one, on each rank.
+        offset: first element in the parameter.
+        is_expert: whether each tensor-parallel rank has another such matrix, whole.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    dim: int | None
+    parameter: int
+    before: int
+    offset: int = 0
+    is_expert: bool = False
+
+    def local(self, tensor: int) -> int:
+        """Returns the elements of a rank's shard of it."""
+        return math.prod(self.shape) // (tensor if self.dim is not None else 1)
+
+
 _Pieces = list[tuple[int, list[int]]]
 """(number of elements, ranks that hold them) of the spans of a matrix, in the order of its elements."""
 _ALIGNMENT = 2
@@ -90,7 +116,8 @@ def matrix_step(shape: ModelShape, layout: Layout, layers: range, node_devices: 
     level = 1 if layout.zero_level == 2 else layout.zero_level  # ZeRO 1 and 2 divide a group alike
     sub_group = layout.sub_group_elements if level == 3 else 0
     order = _order_of_names(blocks)
-    return _matrix_step(shape, order, layout.tensor, layout.data, level, sub_group, layout.element_bytes, node_devices)
+    experts = tuple(shape.experts_of(block) is not None for block in blocks)
+    return _matrix_step(shape, order, experts, layout.tensor, layout.data, level, sub_group, layout.element_bytes, node_devices)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -103,80 +130,116 @@ def _order_of_names(blocks: range) -> tuple[int, ...]:
     return tuple(map(by_name.index, blocks))
 
 
-def _block_matrices(shape: ModelShape, tensor: int) -> _Sizes:
-    found = []
-    for name, size in block_parameters(shape).items():
-        if is_hidden_matrix(f"blocks.0.{name}", len(size)):
-            rows, columns = size
-            shard = shard_of(name, shape, 0, tensor)
-            found.append((name, (rows, columns), None if shard is None else shard.dim))
-    return tuple(found)
+def _block_matrices(shape: ModelShape, tensor: int, number: int) -> tuple[list[_Matrix], int]:
+    """Returns the hidden matrices of a block, numbered from 0, and the elements of all of them on each rank."""
+    found: list[_Matrix] = []
+    before = 0
+    for name, size in block_parameters(shape, number).items():
+        if not is_hidden_matrix(f"blocks.{number}.{name}", len(size)):
+            continue
+        rows, columns = size[-2:]
+        shard = shard_of(name, shape, 0, tensor)
+        numel = math.prod(size) // (1 if shard is None else shard.count)
+        if len(size) == 2:
+            found.append(_Matrix(name, (rows, columns), None if shard is None else shard.dim, numel, before))
+        else:
+            offsets = range(0, numel, rows * columns)
+            found += [_Matrix(name, (rows, columns), None, numel, before, offset, is_expert=True) for offset in offsets]
+        before += numel
+    return found, before
 
 
 class _Division:
-    """How the hidden matrices of a pipeline rank are divided among its ranks, which are numbered with tensor parallelism innermost."""
+    """How the hidden matrices of a pipeline rank are divided among its ranks, which are numbered with tensor parallelism innermost.
 
-    def __init__(self, sizes: _Sizes, blocks: int, tensor: int, data: int, zero_level: int) -> None:
+    Args:
+        numel: elements of all hidden matrices on each rank.
+        tensor: tensor-parallel ranks.
+        data: data-parallel ranks.
+        zero_level: ZeRO level; 2 counts as 1.
+    """
+
+    def __init__(self, numel: int, tensor: int, data: int, zero_level: int) -> None:
         self._tensor, self._data, self._level = tensor, data, zero_level
-        self._local = [math.prod(size) // (tensor if dim is not None else 1) for _, size, dim in sizes]
-        self._block = sum(self._local)
-        self._partition = -(-blocks * self._block // (_ALIGNMENT * data)) * _ALIGNMENT
+        self._partition = -(-numel // (_ALIGNMENT * data)) * _ALIGNMENT
         self._peers = [[place * tensor + rank for rank in range(tensor)] for place in range(data)]
         self._copies = [[place * tensor + rank for place in range(data)] for rank in range(tensor)]
 
-    def shares(self, number: int, block: int) -> dict[int, int]:
+    def shares(self, matrix: _Matrix, block_start: int) -> dict[int, int]:
         """Returns data-parallel rank -> its elements of a matrix, or of each shard of it.
 
         Args:
-            number: number of the matrix in its block.
-            block: number of the block, from the first one of the pipeline rank.
+            matrix: the matrix.
+            block_start: elements of all hidden matrices of earlier blocks, on each rank.
         """
-        numel = self._local[number]
+        numel = matrix.local(self._tensor)
         if self._level == 0:
             return dict.fromkeys(range(self._data), numel)
         if self._level == 3:
-            part = -(-numel // self._data)
-            return {place: min(part, numel - part * place) for place in range(self._data) if numel > part * place}
-        start = block * self._block + sum(self._local[:number])
-        places = range(start // self._partition, (start + numel - 1) // self._partition + 1)
-        edges = [start, *(place * self._partition for place in places[1:]), start + numel]
+            start, partition = matrix.offset, -(-matrix.parameter // self._data)
+        else:
+            start, partition = block_start + matrix.before + matrix.offset, self._partition
+        places = range(start // partition, (start + numel - 1) // partition + 1)
+        edges = [start, *(place * partition for place in places[1:]), start + numel]
         return {place: after - before for place, (before, after) in zip(places, itertools.pairwise(edges), strict=True)}
 
-    def held(self, shares: dict[int, int]) -> dict[int, int]:
-        """Returns rank -> its elements of a matrix."""
-        return {rank: numel for place, numel in shares.items() for rank in self._peers[place]}
+    def held(self, matrix: _Matrix, shares: dict[int, int]) -> list[dict[int, int]]:
+        """Returns rank -> its elements of the matrix; of an expert, for that of each tensor-parallel rank."""
+        if matrix.is_expert:
+            return [{place * self._tensor + rank: numel for place, numel in shares.items()} for rank in range(self._tensor)]
+        return [{rank: numel for place, numel in shares.items() for rank in self._peers[place]}]
 
-    def pieces(self, sharded: bool, shares: dict[int, int], numel: int) -> _Pieces:
-        """Returns the pieces of a matrix that several ranks hold; none if every element has one holder."""
+    def pieces(self, matrix: _Matrix, shares: dict[int, int]) -> list[_Pieces]:
+        """Returns the pieces that several ranks hold, for each entry of `held`; none if every element has one holder."""
+        numel, sharded = math.prod(matrix.shape), matrix.dim is not None
+        if matrix.is_expert:
+            return [[(numel, ranks)] if self._level == 0 and self._data > 1 else [] for ranks in self._copies]
+        if self._level == 0 and sharded:
+            return [[(numel // self._tensor, ranks) for ranks in self._copies]]
         if self._level == 0:
-            return [(numel // self._tensor, ranks) for ranks in self._copies] if sharded else [(numel, list(itertools.chain(*self._peers)))]
-        return [] if sharded or self._tensor == 1 else [(part, self._peers[place]) for place, part in shares.items()]
+            return [[(numel, list(itertools.chain(*self._peers)))]]
+        return [[] if sharded or self._tensor == 1 else [(part, self._peers[place]) for place, part in shares.items()]]
 
 
 @functools.lru_cache(maxsize=1024)  # a search asks for the same ranks many times
 def _matrix_step(
-    shape: ModelShape, order: tuple[int, ...], tensor: int, data: int, zero_level: int, sub_group: int, element_bytes: int, devices: int
+    shape: ModelShape,
+    order: tuple[int, ...],
+    with_experts: tuple[bool, ...],
+    tensor: int,
+    data: int,
+    zero_level: int,
+    sub_group: int,
+    element_bytes: int,
+    devices: int,
 ) -> MatrixStep:
-    sizes = _block_matrices(shape, tensor)
-    division, ranks = _Division(sizes, len(order), tensor, data, zero_level), tensor * data
-    repeated = zero_level in (0, 3)  # each block is divided in the same way
-    known: dict[int, tuple[dict[int, int], _Pieces]] = {}
+    numbers = {shape.experts_of(number) is not None: number for number in range(shape.num_layers)}
+    blocks = {kind: _block_matrices(shape, tensor, numbers[kind]) for kind in set(with_experts)}
+    ranks = tensor * data
+    division = _Division(sum(blocks[kind][1] for kind in with_experts), tensor, data, zero_level)
+    repeated = zero_level in (0, 3)  # blocks of a kind are divided in the same way
+    known: dict[tuple[bool, int], tuple[list[dict[int, int]], list[_Pieces]]] = {}
     units: list[list[HeldMatrix]] = [[]]
     pieces: dict[str, _Pieces] = {}
-    filled = 0
-    for index, place in enumerate(order):
-        for number, (end_of_name, size, dim) in enumerate(sizes):
-            name = f"{place:06}.{end_of_name}"
-            if not repeated or number not in known:
-                shares = division.shares(number, index)
-                known[number] = division.held(shares), division.pieces(dim is not None, shares, math.prod(size))
-            held, pieces[name] = known[number]
+    filled = start = 0
+    for place, kind in zip(order, with_experts, strict=True):
+        matrices, numel = blocks[kind]
+        for number, matrix in enumerate(matrices):
+            if not repeated or (kind, number) not in known:
+                shares = division.shares(matrix, start)
+                known[kind, number] = division.held(matrix, shares), division.pieces(matrix, shares)
             # ZeRO 3 steps its sub-groups one after the other; each has full parameters, as many as fit.
-            if sub_group and filled >= sub_group:
-                units.append([])
-                filled = 0
-            filled += max(held.values())
-            units[-1].append(HeldMatrix(name, size, dim or 0, 1 if dim is None else tensor, held, {}))
+            if sub_group and matrix.offset == 0:
+                if filled >= sub_group:
+                    units.append([])
+                    filled = 0
+                filled += -(-matrix.parameter // data)
+            for rank, (held, parts) in enumerate(zip(*known[kind, number], strict=True)):
+                expert = f"[{rank * (matrix.parameter // math.prod(matrix.shape)) + matrix.offset // math.prod(matrix.shape)}]"
+                name = f"{place:06}.{matrix.name}{expert if matrix.is_expert else ''}"
+                pieces[name] = parts
+                units[-1].append(HeldMatrix(name, matrix.shape, matrix.dim or 0, 1 if matrix.dim is None else tensor, held, {}))
+        start += numel
     ledger = _Ledger(ranks, element_bytes, devices)
     for unit in units:
         unit.sort(key=order_of_cost)

@@ -79,12 +79,14 @@ def executed_flops(shape: ModelShape, layout: Layout, layers: range, positions: 
     Returns:
         (matrix products, attention).
     """
-    matrices = 2.0 * block_matrices(shape)
-    recompute = layout.recompute == "full"
-    unused = 2.0 * shape.hidden_size * shape.ffn_hidden_size if not shape.norms_after else 0.0
     blocks = [layer - 1 for layer in layers if 1 <= layer <= shape.num_layers]
+    matrices = [2.0 * block_matrices(shape, block) for block in blocks]
     head = 2 * shape.hidden_size * shape.vocab_size if shape.num_layers + 1 in layers else 0
-    products = len(blocks) * (3 * matrices + (matrices - unused if recompute else 0)) + 3 * head
+    products = 3 * sum(matrices) + 3 * head
+    if layout.recompute == "full":
+        # With experts, the sum over a position's experts is not the product itself, which is computed again.
+        unread = [block for block in blocks if not shape.norms_after and shape.experts_of(block) is None]
+        products += sum(matrices) - 2.0 * shape.hidden_size * shape.ffn_hidden_size * len(unread)
     if shape.attention_softcap is not None:
         # Plain products, of all T x T scores.
         scores = 4 * shape.num_attention_heads * shape.head_size * positions * len(blocks)

@@ -129,9 +129,11 @@ def traffic(shape: ModelShape, layout: Layout, layers: range, stage: Stage, hard
             3: micro_batches * (gradient + 2 * weight),
         }[layout.zero_level] * ((d - 1) / d * parameters)
         buckets = -(-parameters // layout.bucket_elements)
-        blocks = len([layer for layer in layers if 1 <= layer <= shape.num_layers])
-        matrices = [math.prod(size) for size in block_parameters(shape).values() if len(size) > 1]
-        gathers = blocks * min(len(matrices), -(-sum(matrices) // (t * layout.prefetch_elements)))
+        gathers = 0
+        for layer in layers:
+            if 1 <= layer <= shape.num_layers:
+                matrices = [math.prod(size) for size in block_parameters(shape, layer - 1).values() if len(size) > 1]
+                gathers += min(len(matrices), -(-sum(matrices) // (t * layout.prefetch_elements)))
         rounds = {0: 2 * buckets, 1: 3 * buckets, 2: (2 * micro_batches + 1) * buckets, 3: micro_batches * (buckets + 2 * gathers)}
         ports = max(1, min(d, hardware.node_devices // t))
         rows.append(Traffic("data", _link(t, d, hardware), volume, ports, d, rounds[layout.zero_level]))

@@ -21,6 +21,7 @@ from megatron_patch.config.schedules import lr_schedules
 from megatron_patch.data.token_stream import TrainStream
 from megatron_patch.engine.deepspeed_config import EngineConfig, batch_settings
 from megatron_patch.model.flops import parameter_count
+from megatron_patch.model.shape import ModelShape
 from megatron_patch.optimizers.registry import optimizer_type
 from megatron_patch.planning.cost import Cost
 from megatron_patch.planning.layout import layout_of
@@ -168,7 +169,7 @@ def architecture(run: RunConfig) -> str:
     parts = (
         f"family {run.options.model.model_family}",
         norms,
-        {"swiglu": "SwiGLU", "geglu": "GeGLU", "gelu": "GELU"}[shape.activation] + f" of width {shape.ffn_hidden_size:,}",
+        _feed_forward(shape),
         positions,
         biases,
         "tied head" if shape.tie_embeddings else "untied head",
@@ -180,6 +181,19 @@ def architecture(run: RunConfig) -> str:
         *([] if shape.window is None else [f"windows of {plural(shape.window, 'position')} in {shape.windowed_layers} of {blocks}"]),
     )
     return "; ".join(parts)
+
+
+def _feed_forward(shape: ModelShape) -> str:
+    kind = {"swiglu": "SwiGLU", "geglu": "GeGLU", "gelu": "GELU"}[shape.activation]
+    dense, experts = f"{kind} of width {shape.ffn_hidden_size:,}", shape.experts
+    if experts is None:
+        return dense
+    shared = f" and a shared one of width {experts.shared_ffn_hidden_size:,}" if experts.shared_ffn_hidden_size else ""
+    bias = ", with a bias for the choice" if experts.bias else ""
+    routed = f"{experts.top_k} of {experts.count} experts ({kind} of width {experts.ffn_hidden_size:,}){shared}, by {experts.score}{bias}"
+    if not experts.dense_layers:
+        return routed
+    return f"{routed}; in {len(experts.dense_layers)} of {plural(shape.num_layers, 'block')} none, but {dense}"
 
 
 def print_megatron(report: MegatronReport, console: Console) -> None:
@@ -225,10 +239,11 @@ def print_plan(
     if kinds := rates_by_kind(run.options.schedule):
         console.print(labeled("By kind", kinds))
     count = parameter_count(run.shape)
+    active = f", {format_count(count.active)} active for each position" if count.unused else ""
     console.print(
         labeled(
             "Model",
-            f"{format_count(count.total)} parameters ({count.total:,}): embedding {format_count(count.embedding)}, "
+            f"{format_count(count.total)} parameters ({count.total:,}){active}: embedding {format_count(count.embedding)}, "
             f"blocks {format_count(count.blocks)}, head {format_count(count.head)}; {plural(run.shape.num_layers, 'layer')} "
             f"x {run.shape.hidden_size}, {plural(run.shape.num_attention_heads, 'head')}, "
             f"{plural(run.shape.num_query_groups, 'key-value head')}, vocabulary {run.shape.vocab_size:,}",

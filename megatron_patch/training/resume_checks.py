@@ -15,7 +15,7 @@ from typing import Any
 
 from megatron_patch.checkpoint.trainer_state import TrainerState
 from megatron_patch.config.option_types import AtResume, flag_of
-from megatron_patch.config.options import DataOptions, ModelOptions, ScheduleOptions, StageOptions
+from megatron_patch.config.options import DataOptions, ExpertOptions, ModelOptions, ScheduleOptions, StageOptions
 from megatron_patch.config.parsing import option_values, recorded_options
 from megatron_patch.config.resolve import RunConfig
 from megatron_patch.config.stage_spec import has_weights, parse_blend
@@ -35,7 +35,8 @@ def _names(*groups: type) -> set[str]:
     return {field.name for group in groups for field in dataclasses.fields(group)}
 
 
-_MODEL = _names(ModelOptions)
+_BALANCE = {"moe_router_bias_update_rate", "moe_router_load_balancing_type", "moe_aux_loss_coeff", "moe_z_loss_coeff"}
+_MODEL = _names(ModelOptions, ExpertOptions) - _BALANCE
 _SCHEDULE = {name for name in _names(ScheduleOptions) if name in ("lr", "min_lr") or name.startswith("lr_")}
 _PLAN = _names(StageOptions) - {"start_tokens"} | _SCHEDULE
 _BY_EFFECT = _MODEL | _PLAN | {"data_path", "split", "eod_token_id"}
@@ -70,8 +71,17 @@ _OPTIONS_OF_SHAPE = {
     "mlp_bias": ("disable_bias_linear",),
     "tie_embeddings": ("untie_embeddings_and_output_weights",),
     "init_std": ("init_method_std",),
+    "experts.count": ("num_experts",),
+    "experts.top_k": ("moe_router_topk", "num_experts"),
+    "experts.ffn_hidden_size": ("moe_ffn_hidden_size", "ffn_hidden_size", "num_experts"),
+    "experts.shared_ffn_hidden_size": ("moe_shared_expert_intermediate_size", "num_experts"),
+    "experts.score": ("moe_router_score_function", "num_experts"),
+    "experts.renormalized": ("moe_router_pre_softmax", "num_experts"),
+    "experts.scaling": ("moe_router_topk_scaling_factor", "num_experts"),
+    "experts.bias": ("moe_router_enable_expert_bias", "num_experts"),
+    "experts.dense_layers": ("moe_layer_freq", "num_experts"),
 }
-"""The options that decide a field of `ModelShape`, where these are not one option of the same name; the first one sets it directly."""
+"""The options that decide a field of `ModelShape` or `ExpertShape`, if not one option of that name; the first one sets it directly."""
 
 _FLAGS_OF_DATA = {
     "blend": "--data-path (weights)",
@@ -206,7 +216,7 @@ def check_weights_of(state: TrainerState, run: RunConfig) -> None:
 def _model_differences(state: TrainerState, run: RunConfig, changed: Mapping[str, Any], free: set[str]) -> list[str]:
     """Returns the flags whose change makes the model another one."""
     defaults = {f.name: f.default for f in dataclasses.fields(ModelShape) if f.default is not dataclasses.MISSING}
-    saved, given = (json.loads(json.dumps(values)) for values in ({**defaults, **state.model}, dataclasses.asdict(run.shape)))
+    saved, given = (_flat(json.loads(json.dumps(values))) for values in ({**defaults, **state.model}, dataclasses.asdict(run.shape)))
     fields = [name for name in sorted({*saved, *given}) if name not in free and saved.get(name) != given.get(name)]
     found: dict[str, tuple[Any, Any]] = {}
     for field in fields:
@@ -217,6 +227,12 @@ def _model_differences(state: TrainerState, run: RunConfig, changed: Mapping[str
         else:
             found[options[0]] = saved.get(field), given.get(field)
     return [_pair(flag_of(name), *pair) for name, pair in found.items()]
+
+
+def _flat(shape: dict[str, Any]) -> dict[str, Any]:
+    """Returns the fields of a shape, with those of its experts by names such as "experts.count"."""
+    experts = shape.pop("experts", None) or {}
+    return shape | {f"experts.{name}": value for name, value in experts.items()}
 
 
 def _separation_differences(state: TrainerState, run: RunConfig) -> list[str]:

@@ -280,9 +280,9 @@ def _shorter_or_changed(before: StagePlan, now: StagePlan, progress: Progress, c
 def _with_free_values(plan: StagePlan, now: StagePlan) -> StagePlan:
     """Returns the plan with what the present options may change at any start.
 
-    That is micro-batches, the ranks that share a sample, names, places of data, later switches.
+    That is micro-batches, the ranks that share a sample, names, places of data, later switches, the balance of experts.
     """
-    free = ("micro_batch_size", "context_parallel_size", "name", "lr_policy", "optimizer", "blend")
+    free = ("micro_batch_size", "context_parallel_size", "name", "lr_policy", "optimizer", "blend", "expert_balance")
     stages = [
         dataclasses.replace(stage, **{name: getattr(new, name) for name in free})
         for stage, new in zip(plan.stages, now.stages, strict=True)

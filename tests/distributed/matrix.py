@@ -27,6 +27,9 @@ MODELS = {
     "qwen3, one group": "--model-family qwen3 --num-query-groups 1",
     "gpt2": "--model-family gpt2",
     "windows": "--window-size 2,0 --window-attn-skip-freq 3",
+    "experts": "--num-experts 8 --moe-ffn-hidden-size 24 --moe-aux-loss-coeff 0.05 --moe-z-loss-coeff 1e-3 --micro-batch-size 1",
+    "sigmoid experts": "--num-experts 4 --moe-router-topk 3 --moe-router-score-function sigmoid --moe-router-enable-expert-bias "
+    "--moe-router-bias-update-rate 0.01 --moe-shared-expert-intermediate-size 16 --moe-layer-freq [0,1,1] --micro-batch-size 1",
     "weighted labels": "--no-untie-embeddings-and-output-weights --position-weights power",
 }
 LENGTHS = {
