@@ -40,7 +40,7 @@ class ReferenceMuon(torch.optim.Optimizer):
         self._adamw = torch.optim.AdamW([g for g in groups if HIDDEN not in g], lr=options.lr, betas=betas, eps=options.adam_eps)
         self._adamw.state = self.state
         self.hidden = {p for group in groups if HIDDEN in group for p in group["params"]}
-        assert all(p.ndim == 2 for p in self.hidden)
+        assert all(p.ndim in (2, 3) for p in self.hidden)  # with 3 dimensions, a matrix for each expert
 
     def new_state(self, tensor: torch.Tensor) -> dict[str, Any]:
         """Returns the state of a parameter before the first step."""
@@ -62,8 +62,9 @@ class ReferenceMuon(torch.optim.Optimizer):
                 state = self.state[parameter]
                 if not state:
                     state.update(self.new_state(parameter))
+                of_each = [[t] if t.ndim == 2 else list(t) for t in (parameter.detach(), parameter.grad, state["momentum"])]
                 self._muon(
-                    [parameter], [parameter.grad], [state["momentum"]], lr=group["lr"], weight_decay=group["weight_decay"],
+                    *of_each, lr=group["lr"], weight_decay=group["weight_decay"],
                     momentum=options.muon_momentum, nesterov=options.muon_nesterov, ns_coefficients=(3.4445, -4.7750, 2.0315),
                     ns_steps=options.muon_num_ns_steps, eps=1e-7, adjust_lr_fn="match_rms_adamw", has_complex=False,
                 )  # fmt: skip
