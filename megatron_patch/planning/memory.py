@@ -16,6 +16,7 @@ import functools
 from dataclasses import dataclass, fields
 from typing import Literal
 
+from megatron_patch.model.expert_shape import ExpertShape
 from megatron_patch.model.parameters import is_hidden_matrix, parameters_of_layers, shard_numel
 from megatron_patch.model.shape import ModelShape
 from megatron_patch.model.sharding import gathers_keys, heads_of_rank
@@ -114,22 +115,23 @@ def softcap_bytes(shape: ModelShape, layout: Layout, samples: int, positions: in
     return samples * (shape.num_attention_heads // layout.tensor) * context * positions**2 * (e + 4 + (e if e == 2 else 0))
 
 
-def saved_by_block(shape: ModelShape, layout: Layout, samples: int, positions: int, context: int = 1) -> int:
+def saved_by_block(shape: ModelShape, layout: Layout, stage: Stage, number: int) -> int:
     """Returns the bytes that autograd saves in one block for one micro-batch, without full recomputation; exact for fused attention.
 
     Per position, each norm saves its input and the normalized input (float32, then the activation's dtype) and a factor; each group of
     projections saves its input; attention saves its queries, keys, values, output and one float32 per head; the feed-forward layer saves
-    its products. With sequence parallelism, norms see a share of the positions and projections see all of them. With context parallelism,
-    attention has all positions of a share of the heads, as many values as before, but it saves copies of key heads fewer than ranks; and
-    the output is saved in both forms. Ranks that gather keys and values save those of all positions.
+    its products (of experts, see `_saved_by_experts`). With sequence parallelism, norms see a share of the positions and projections see
+    all of them. With context parallelism, attention has all positions of a share of the heads, as many values as before, but it saves
+    copies of key heads fewer than ranks; and the output is saved in both forms. Ranks that gather keys and values save those of all
+    positions.
 
     Args:
         shape: the model.
         layout: tensor and sequence parallelism, precision, recomputation.
-        samples: B of the micro-batch.
-        positions: T, or with context parallelism the positions of one rank.
-        context: context-parallel size.
+        stage: the stage, with its micro-batch, the positions of a rank and the context-parallel size.
+        number: number of the block, from 0.
     """
+    samples, positions, context = stage.micro_batch_size, stage.rank_positions, stage.context_parallel_size
     e, t = layout.element_bytes, layout.tensor
     rows = samples * positions
     norm_rows = rows // t if layout.sequence_parallel else rows
@@ -157,8 +159,46 @@ def saved_by_block(shape: ModelShape, layout: Layout, samples: int, positions: i
         factors = 2 if shape.qk_norm_scope == "all" else (queries + attended_keys) // shape.head_size
         attention += rows * (norm_bytes(shape, layout) * (queries + attended_keys) + 4 * factors)
         attention += 2 * 4 * shape.head_size if shape.zero_centered_norms else 0
-    inner = rows * e * shape.ffn_hidden_size // t * (4 if shape.gated else 2)
-    return norms + inputs + attention + inner
+    if (experts := shape.experts_of(number)) is not None:
+        return norms + inputs + attention + _saved_by_experts(shape, experts, layout, stage, rows)
+    return norms + inputs + attention + rows * e * shape.ffn_hidden_size // t * (4 if shape.gated else 2)
+
+
+def _saved_by_kind(shape: ModelShape, layout: Layout, layers: range, stage: Stage) -> list[tuple[int, int]]:
+    """Returns (number of blocks, bytes that autograd saves in each of them) of the blocks with and without experts in these layers."""
+    kinds: dict[bool, list[int]] = {}
+    for layer in layers:
+        if 1 <= layer <= shape.num_layers:
+            kinds.setdefault(shape.experts_of(layer - 1) is not None, []).append(layer - 1)
+    return [(len(blocks), saved_by_block(shape, layout, stage, blocks[0])) for blocks in kinds.values()]
+
+
+def _saved_by_experts(shape: ModelShape, experts: ExpertShape, layout: Layout, stage: Stage, rows: int) -> int:
+    """Returns the bytes that autograd saves in the feed-forward layer of a block with experts, without the input that others save too.
+
+    Per position, the router saves its input in float32, its scores, the gradient of the balance terms and the choices; per pair of a
+    position and an expert, the row, five inner activations, a weight, and two places in the order of pairs. Tensor-parallel ranks have
+    equally many pairs on average.
+
+    Args:
+        shape: the model.
+        experts: the experts.
+        layout: tensor parallelism and precision.
+        stage: the stage.
+        rows: positions of the micro-batch.
+    """
+    e, t, k, inner = layout.element_bytes, layout.tensor, experts.top_k, experts.ffn_hidden_size
+    balance = stage.expert_balance
+    gradient = balance.aux_loss_coeff > 0 or balance.z_loss_coeff > 0
+    router = rows * (4 * experts.count * (2 if gradient else 1) + 3 * 8 * k + (4 * (k + 1) if experts.renormalized else 0))
+    pairs = rows * k // t
+    routed = pairs * (e * (shape.hidden_size + 5 * inner) + 4) + 4 * experts.count // t
+    shared = rows * e * experts.shared_ffn_hidden_size // t * 4
+    if e == 4:
+        return router + routed + shared
+    # The router saves float32 copies of its input and its weight. Nothing else saves the input, unless there is a shared expert.
+    copies = 4 * shape.hidden_size * (rows + experts.count)
+    return router + routed + shared + copies - (0 if experts.shared_ffn_hidden_size else rows * e * shape.hidden_size)
 
 
 def _residual(shape: ModelShape, layout: Layout, samples: int, positions: int) -> int:
@@ -174,8 +214,10 @@ def saved_by_layers(shape: ModelShape, layout: Layout, layers: range, stage: Sta
     """
     samples, positions = stage.micro_batch_size, stage.rank_positions
     blocks = len([layer for layer in layers if 1 <= layer <= shape.num_layers])
-    each = saved_by_block(shape, layout, samples, positions, stage.context_parallel_size)
-    total = blocks * (_residual(shape, layout, samples, positions) if layout.recompute == "full" else each)
+    if layout.recompute == "full":
+        total = blocks * _residual(shape, layout, samples, positions)
+    else:
+        total = sum(number * saved for number, saved in _saved_by_kind(shape, layout, layers, stage))
     if blocks and shape.position_embedding == "rope":
         windows = [shape.window_of(layer - 1) for layer in layers if 1 <= layer <= shape.num_layers]
         tables = 1 if shape.windowed_rotary_base is None else len({window is None for window in windows})
@@ -296,7 +338,7 @@ def rank_memory(
     residual = _residual(shape, layout, samples, positions)
     if layout.recompute == "full":
         # The backward pass recomputes one block at a time.
-        activations += saved_by_block(shape, layout, samples, positions, context)
+        activations += max((saved for _, saved in _saved_by_kind(shape, layout, layers, stage)), default=0)
     elif layout.recompute == "selective" and shape.attention_softcap is not None:
         activations += softcap_bytes(shape, layout, samples, positions, context)
     loss = float(loss_bytes(shape, layout, stage, device)) if shape.num_layers + 1 in layers else 0.0

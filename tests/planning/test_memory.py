@@ -7,6 +7,8 @@ import dataclasses
 import pytest
 import torch
 
+from megatron_patch.model.expert_balance import RouterBalance
+from megatron_patch.model.expert_shape import ExpertShape
 from megatron_patch.model.gpt import GPTModel
 from megatron_patch.model.parameters import parameters_of_layers
 from megatron_patch.ops.documents_attention import documents_of_samples
@@ -14,11 +16,20 @@ from megatron_patch.ops.fused_linear_loss import CHUNK_ROWS
 from megatron_patch.parallel.tensor import UNSHARDED, TensorParallel
 from megatron_patch.planning.layout import Layout
 from megatron_patch.planning.memory import LOSS_CHUNK_ROWS, rank_parameters, saved_by_layers
-from megatron_patch.stages import Stage
+from megatron_patch.stages import ExpertBalance, Stage
 from tests.model.shapes import FAMILIES
 from tests.ops.documents import documents_of
 
-SHAPES = {**FAMILIES, "window": dataclasses.replace(FAMILIES["llama"], window=3, full_layers=(1,))}
+EXPERTS = {
+    "experts": ExpertShape(8, 3, 24),
+    "sigmoid experts": ExpertShape(4, 2, 24, shared_ffn_hidden_size=16, score="sigmoid", renormalized=True, scaling=1.5, bias=True),
+    "pre-softmax experts": ExpertShape(4, 1, 24, renormalized=False, dense_layers=(0,)),
+}
+SHAPES = {
+    **FAMILIES,
+    "window": dataclasses.replace(FAMILIES["llama"], window=3, full_layers=(1,)),
+    **{name: dataclasses.replace(FAMILIES["llama"], experts=experts) for name, experts in EXPERTS.items()},
+}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -27,11 +38,11 @@ def part(shape, parallel=UNSHARDED, layers=None, recompute="none"):
         return GPTModel(shape, recompute, parallel=parallel, layers=layers)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [*FAMILIES, *EXPERTS])
 @pytest.mark.parametrize("tensor", [1, 2])
 @pytest.mark.parametrize("pipeline", [1, 2, 3])
 def test_parameters_of_each_rank_equal_those_that_torch_counts(name, tensor, pipeline):
-    shape = FAMILIES[name]
+    shape = SHAPES[name]
     if tensor > shape.num_query_groups and tensor % shape.num_query_groups:
         pytest.skip("does not divide")
     layout = Layout(ranks=tensor * pipeline, tensor=tensor, pipeline=pipeline)
@@ -67,9 +78,13 @@ def saved_bytes(model, inputs, labels, **more):
 def test_activations_are_what_autograd_saves_to_the_byte(name, precision, recompute, k, separated):
     """Separated documents, and samples with a window, add their bounds, once for all blocks, which the plan does not count."""
     shape = SHAPES[name]
-    stage = Stage("s", k, positions=8, micro_batch_size=2, global_batch_size=2, steps=1)
+    balance = ExpertBalance(aux_loss_coeff=0.01 if name == "experts" else 0.0)
+    stage = Stage("s", k, positions=8, micro_batch_size=2, global_batch_size=2, steps=1, expert_balance=balance)
     layout = Layout(ranks=1, precision=precision, recompute=recompute)
     model = GPTModel(shape, recompute).to(DTYPES[precision])
+    for module in model.modules():
+        if isinstance(module, RouterBalance):
+            module.adds_gradient = balance.aux_loss_coeff > 0
     ids = torch.randint(0, shape.vocab_size, (2, 8, k))
     layers = range(shape.num_layers + 2)
     # The loss saves the float32 gradient of the head's weight, which `loss_bytes` counts.
