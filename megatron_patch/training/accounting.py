@@ -91,6 +91,10 @@ class Accounting:
             step_seconds=seconds,
             loss_scale=result.loss_scale,
             skipped=result.skipped,
+            expert_blocks=tuple(load.block for load in result.experts),
+            expert_load=tuple(load.largest for load in result.experts),
+            dead_experts=tuple(load.dead for load in result.experts),
+            router_entropy=tuple(load.entropy for load in result.experts),
         )
 
     def evaluation(self, progress: Progress, losses: HeldOutLosses, seconds: float) -> EvaluationRecord:

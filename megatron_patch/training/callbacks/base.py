@@ -87,6 +87,10 @@ class StepRecord:
         step_seconds: duration of this step in seconds.
         loss_scale: loss scale in float16, otherwise None.
         skipped: whether the optimizer did not step (a rejected step, or float16 overflow).
+        expert_blocks: numbers, from 0, of the blocks with experts, in ascending order; empty in a model without experts, as the others.
+        expert_load: for each of these blocks, choices of the expert that most positions chose, relative to the mean of its experts.
+        dead_experts: for each of these blocks, the number of experts that no position of the step chose.
+        router_entropy: for each of these blocks, mean entropy of the router's scores divided by their sum, in nats.
     """
 
     step: int
@@ -108,6 +112,10 @@ class StepRecord:
     step_seconds: float
     loss_scale: float | None = None
     skipped: bool = False
+    expert_blocks: tuple[int, ...] = ()
+    expert_load: tuple[float, ...] = ()
+    dead_experts: tuple[int, ...] = ()
+    router_entropy: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
