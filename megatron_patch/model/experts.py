@@ -95,16 +95,20 @@ class GroupedLinear(nn.Module):
         Returns:
             [pairs, outputs].
         """
-        if _has_grouped_products(rows):
+        if not len(rows):  # a rank whose experts no position chose
+            return F.linear(rows, self.weight[0])
+        if _has_grouped_products(rows, self.weight):
             result: torch.Tensor = F.grouped_mm(rows, self.weight.transpose(1, 2), offs=ends)
             return result
         sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()
         return torch.cat([F.linear(part, weight) for part, weight in zip(rows.split(sizes), self.weight, strict=True)])
 
 
-def _has_grouped_products(rows: torch.Tensor) -> bool:
-    # On GPUs torch has a kernel for bfloat16 alone, and on CPUs one that takes each dtype but float64.
-    return rows.dtype == torch.bfloat16 or (rows.device.type == "cpu" and rows.dtype != torch.float64)
+def _has_grouped_products(rows: torch.Tensor, weight: torch.Tensor) -> bool:
+    if rows.device.type == "cpu":
+        return rows.dtype != torch.float64
+    # Torch's kernel for GPUs takes bfloat16 alone, and rows of multiples of 16 bytes.
+    return rows.dtype == torch.bfloat16 and weight.shape[1] % 8 == 0 and weight.shape[2] % 8 == 0
 
 
 class Experts(nn.Module):
