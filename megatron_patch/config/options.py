@@ -356,6 +356,8 @@ class EngineOptions:
     """Split normalization and residual stream along positions over the tensor-parallel ranks. Saves activation memory."""
     deepspeed_config: Reported[OptionalPath] = None
     """JSON file that is passed through to DeepSpeed, for example for offloading. Values that a flag also sets must agree."""
+    expert_model_parallel_size: Free[Count] = 1
+    """Neighbors among the data-parallel ranks that divide the experts of each block, and send positions to each other."""
     context_parallel_size: Free[Count] = 1
     """Number of ranks that share the positions of each sample (context parallel). Use it for samples that are too long for one GPU.
     It divides the data-parallel ranks. Stages with fewer positions than --seq-length, such as a patch stage, take a share of it.

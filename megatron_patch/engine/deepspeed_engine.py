@@ -32,6 +32,7 @@ from megatron_patch.engine.deepspeed_config import EngineConfig, batch_settings
 from megatron_patch.engine.distributed import barrier, gather_objects
 from megatron_patch.engine.environment import threads_per_rank
 from megatron_patch.engine.expert_balance import ExpertBalancer
+from megatron_patch.engine.expert_groups import mark_experts
 from megatron_patch.engine.fragments import Fragment, HostBuffers, fragments
 from megatron_patch.engine.hidden_matrices import attach_hidden_matrices, require_attachable
 from megatron_patch.engine.interface import EvaluationResult, ReplicaMismatch, Snapshot, StepGate, StepResult
@@ -44,7 +45,7 @@ from megatron_patch.model.gpt import GPTModel
 from megatron_patch.model.init import InitialWeights
 from megatron_patch.model.precision import DTYPES
 from megatron_patch.model.shape import ModelShape
-from megatron_patch.model.sharding import shard_of
+from megatron_patch.model.sharding import expert_shard, is_expert_parameter, shard_of
 from megatron_patch.ops import IGNORE_INDEX
 from megatron_patch.ops.documents_attention import Documents
 from megatron_patch.optimizers.groups import LR_SCALE, parameter_groups
@@ -144,7 +145,12 @@ class DeepSpeedEngine(abc.ABC):
         self._balancer = ExpertBalancer(model, source.shape, groups, device)
         self._tied_copies = model.tied_copies if isinstance(model, GPTModel) else frozenset()
         self._model_shape, parallel = source.shape, source.parallel
-        shards = {name: shard_of(name, source.shape, parallel.rank, parallel.size) for name in self._names.values()}
+        divided = groups.experts
+        own_experts = expert_shard(parallel.rank, parallel.size, divided.rank, divided.size)
+        shards = {
+            name: own_experts if is_expert_parameter(name) else shard_of(name, source.shape, parallel.rank, parallel.size)
+            for name in self._names.values()
+        }
         self._shards = {name: shard for name, shard in shards.items() if shard is not None}
         for parameter, name in self._names.items():
             # Without this mark, DeepSpeed counts the parameter on only one tensor-parallel rank in the gradient norm.
@@ -154,12 +160,13 @@ class DeepSpeedEngine(abc.ABC):
             # At ZeRO 0 `_clip_gradients` clips, because DeepSpeed's clipping does not return the norm; at ZeRO 1 to 3 DeepSpeed clips.
             settings["gradient_clipping"] = 0.0
             wrapped = MixedPrecision(model, dtype) if dtype != torch.float32 else model
-        param_groups = parameter_groups(self._names, schedule, optimizer_type(schedule.optimizer))
-        divided = config.zero_level > 0 or parallel.size > 1
-        if divided:
+        expert_group = mark_experts(wrapped, self._names, groups) if divided.size > 1 else None
+        param_groups = parameter_groups(self._names, schedule, optimizer_type(schedule.optimizer), expert_group)
+        has_parts = config.zero_level > 0 or parallel.size * divided.size > 1
+        if has_parts:
             require_elementwise(schedule, config.offloads_optimizer, device)
         optimizer = make_optimizer(param_groups, schedule, config.offloads_optimizer)
-        if divided:
+        if has_parts:
             require_attachable(optimizer, schedule)
         if config.zero_level > 0 and isinstance(optimizer, torch.optim.Adagrad):
             # DeepSpeed makes another Adagrad with one group of all parameters, so learning rates and weight decays would be lost.
@@ -306,7 +313,11 @@ class DeepSpeedEngine(abc.ABC):
 
     def replica_mismatches(self) -> list[ReplicaMismatch]:
         """Returns the copies of parameters that differ between ranks; see `Engine`. Under ZeRO 3 there are no copies to compare."""
-        return [] if self.config.zero_level == 3 else compare_replicas(self._named_tensors(), self._model_shape, self.grid)
+        return (
+            []
+            if self.config.zero_level == 3
+            else compare_replicas(self._named_tensors(), self._model_shape, self.grid, self._groups.experts.size)
+        )
 
     def _named_tensors(self) -> dict[torch.Tensor, str]:
         """Returns what this rank holds of the model -> its names: parameters, and the state of the balance of experts."""
@@ -356,7 +367,14 @@ class DeepSpeedEngine(abc.ABC):
     def _clip_gradients(self) -> torch.Tensor:
         """Scales all gradients so that the norm over the full model is at most `clip_grad`, and returns the norm before clipping."""
         gradients = {name: p.grad for p, name in self._names.items() if p.grad is not None and name not in self._tied_copies}
-        sharded = torch.nn.utils.get_total_norm([gradients[name] for name in gradients if name in self._shards]).double().square()
+        # Ranks with the same experts have the same gradients of them, so their squares are summed over the ranks with different ones.
+        experts = {name for name in gradients if is_expert_parameter(name)} if self._groups.experts.size > 1 else set()
+        sharded = torch.nn.utils.get_total_norm([gradients[name] for name in gradients if name in self._shards and name not in experts])
+        sharded = sharded.double().square()
+        if self._groups.experts.size > 1:
+            of_experts = torch.nn.utils.get_total_norm([gradients[name] for name in sorted(experts)]).double().square().to(self.device)
+            torch.distributed.all_reduce(of_experts, group=self._groups.experts.group)
+            sharded = sharded.to(self.device) + of_experts
         replicated = torch.nn.utils.get_total_norm([gradients[name] for name in gradients if name not in self._shards])
         norm = replicated
         if self._shards or self.grid.pipeline_parallel_size > 1:
@@ -407,7 +425,9 @@ class DeepSpeedEngine(abc.ABC):
         # A parameter that is not sharded is on all tensor-parallel ranks; the first of them writes it.
         writes_replicated = self.grid.tensor_parallel_rank == 0
         with self._on_nvme(written=False) as sub_groups:
-            local = fragments(self._engine, self._names, self._shards, share, sub_groups)
+            size = self._groups.experts.size
+            expert_share = (share[0] // size, share[1] // size) if size > 1 else None
+            local = fragments(self._engine, self._names, self._shards, share, sub_groups, expert_share)
             written = [f for f in local if (writes_replicated or f.shard is not None) and f.name not in self._tied_copies]
             yield written + (self._balance_fragments() if writes_replicated and share[0] == 0 else [])
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from megatron_patch.engine.swapping import SubGroups
-from megatron_patch.model.sharding import Shard
+from megatron_patch.model.sharding import Shard, is_expert_parameter
 from megatron_patch.optimizers.state import base_optimizer, ensure_state, state_kinds
 
 
@@ -47,6 +47,7 @@ def fragments(
     shards: Mapping[str, Shard],
     share: tuple[int, int] | None,
     on_nvme: SubGroups | None = None,
+    expert_share: tuple[int, int] | None = None,
 ) -> list[Fragment]:
     """Returns this rank's fragments, in the order of the parameters; with NVMe offload, in the order of the sub-groups.
 
@@ -55,12 +56,14 @@ def fragments(
         names: parameter -> its name.
         shards: name -> this rank's tensor-parallel shard, for the sharded parameters.
         share: (rank, ranks): under ZeRO 0, where each rank holds all weights, return this rank's equal share of them; None: return all.
+        expert_share: `share` among the ranks that hold the same experts, if not all data-parallel ranks do.
         on_nvme: the sub-groups on NVMe, to be kept open while the fragments are used; None without NVMe offload.
     """
     optimizer = base_optimizer(engine.optimizer)
     result = []
     for parameter, name in names.items() if on_nvme is None else sorted(names.items(), key=lambda item: on_nvme.of(item[0])):
-        located = locate(engine, optimizer, parameter, share)
+        own_share = expert_share if expert_share is not None and is_expert_parameter(name) else share
+        located = locate(engine, optimizer, parameter, own_share)
         if located is None:
             continue
         flat, offset, start, numel = located

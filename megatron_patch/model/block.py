@@ -10,6 +10,7 @@ from megatron_patch.model.experts import MixtureOfExperts
 from megatron_patch.model.feed_forward import FeedForward
 from megatron_patch.model.norm import make_norm
 from megatron_patch.model.shape import ModelShape
+from megatron_patch.parallel.experts import UNDIVIDED, ExpertParallel
 from megatron_patch.parallel.tensor import UNSHARDED, TensorParallel
 
 
@@ -23,9 +24,17 @@ class Block(nn.Module):
         recompute_attention: whether the backward pass recomputes the scaled dot products.
         parallel: the ranks that share the layer.
         number: number of the block, from 0, which decides on its window, its rotation and its experts.
+        divided: the data-parallel ranks that divide the experts.
     """
 
-    def __init__(self, shape: ModelShape, recompute_attention: bool = False, parallel: TensorParallel = UNSHARDED, number: int = 0) -> None:
+    def __init__(
+        self,
+        shape: ModelShape,
+        recompute_attention: bool = False,
+        parallel: TensorParallel = UNSHARDED,
+        number: int = 0,
+        divided: ExpertParallel = UNDIVIDED,
+    ) -> None:
         super().__init__()
         before, after = shape.norms_before, shape.norms_after
         self.attention_norm = make_norm(shape, parallel) if before else None
@@ -33,7 +42,7 @@ class Block(nn.Module):
         self.attention_output_norm = make_norm(shape, parallel) if after else None
         self.feed_forward_norm = make_norm(shape, parallel) if before else None
         experts = shape.experts_of(number)
-        self.feed_forward = FeedForward(shape, parallel) if experts is None else MixtureOfExperts(shape, experts, parallel)
+        self.feed_forward = FeedForward(shape, parallel) if experts is None else MixtureOfExperts(shape, experts, parallel, divided)
         self.feed_forward_output_norm = make_norm(shape, parallel) if after else None
 
     def forward(self, hidden: torch.Tensor, context: AttentionContext, cache: KeyValueCache | None = None) -> torch.Tensor:

@@ -5,7 +5,8 @@ of positions and experts are sorted by expert, and each expert computes its pair
 2211.15841). Scores and weights are computed in float32: in 16 bits another expert would be chosen for some positions.
 
 Tensor-parallel ranks hold different experts. Each of them has all positions, chooses the same experts for them, and computes the pairs of
-the experts that it holds; the sum over the ranks that completes a row-parallel layer adds up the results.
+the experts that it holds; the sum over the ranks that completes a row-parallel layer adds up the results. Data-parallel ranks that divide
+these experts further exchange pairs (`parallel.experts`).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from megatron_patch.model.expert_balance import RouterBalance
 from megatron_patch.model.expert_shape import ExpertShape
 from megatron_patch.model.feed_forward import FeedForward
 from megatron_patch.model.shape import ModelShape
+from megatron_patch.parallel.experts import UNDIVIDED, ExpertExchange, ExpertParallel
 from megatron_patch.parallel.tensor import (
     UNSHARDED,
     TensorParallel,
@@ -151,14 +153,17 @@ class MixtureOfExperts(nn.Module):
         shape: the model's shape.
         experts: the experts.
         parallel: the ranks that share the layer.
+        divided: the data-parallel ranks that divide the experts of a tensor-parallel rank.
     """
 
-    def __init__(self, shape: ModelShape, experts: ExpertShape, parallel: TensorParallel = UNSHARDED) -> None:
+    def __init__(
+        self, shape: ModelShape, experts: ExpertShape, parallel: TensorParallel = UNSHARDED, divided: ExpertParallel = UNDIVIDED
+    ) -> None:
         super().__init__()
-        self.top_k, self.parallel = experts.top_k, parallel
+        self.top_k, self.parallel, self.divided = experts.top_k, parallel, divided
         self.count = parallel.shard_size(experts.count)
         self.router = Router(shape, experts, parallel)
-        self.experts = Experts(shape, experts, self.count)
+        self.experts = Experts(shape, experts, self.count // divided.size)
         self.shared = FeedForward(shape, parallel, experts.shared_ffn_hidden_size) if experts.shared_ffn_hidden_size else None
 
     def forward(self, hidden: torch.Tensor, real_samples: int | None = None) -> torch.Tensor:
@@ -177,7 +182,7 @@ class MixtureOfExperts(nn.Module):
         chosen, weights = self.router(rows, counted)
         # A rank's number of pairs is different in each step, which torch.compile would compile anew; and its model of grouped products
         # knows bfloat16 only.
-        compiles = self.parallel.size == 1 and rows.dtype == torch.bfloat16
+        compiles = self.parallel.size * self.divided.size == 1 and rows.dtype == torch.bfloat16
         routed = self._routed if compiles else _outside_graph(self._routed)
         partial: torch.Tensor = routed(rows, chosen, weights).view_as(hidden)
         if self.shared is not None:
@@ -185,20 +190,27 @@ class MixtureOfExperts(nn.Module):
         return reduce_from_tensor_parallel(partial, self.parallel)
 
     def _routed(self, rows: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """Returns the weighted sum of the results of this rank's experts, [N, H]."""
+        """Returns the weighted sum of the results of the experts of this tensor-parallel rank, [N, H]."""
         flat = chosen.flatten()
         order = flat.argsort(stable=True)  # pairs by expert
         place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
         counts = torch.zeros(self.parallel.size * self.count, dtype=torch.int64, device=rows.device)
-        ends = counts.scatter_add(0, flat, torch.ones_like(flat)).cumsum(0)
+        counts = counts.scatter_add(0, flat, torch.ones_like(flat))
+        ends = counts.cumsum(0)
         if self.parallel.size > 1:
             first = self.parallel.rank * self.count
             before, ends = (ends[first - 1] if first else ends.new_zeros(())), ends[first : first + self.count]
             begin, end = torch.stack([before, ends[-1]]).tolist()
-            order, ends = order[begin:end], ends - before
+            order, ends, counts = order[begin:end], ends - before, counts[first : first + self.count]
             # Pairs of experts of other ranks get the place after all own pairs.
             place = torch.where((place >= begin) & (place < end), place - begin, end - begin)
-        results = self.experts(_Dispatch.apply(rows, order, place, self.top_k), weights.flatten()[order], ends.to(torch.int32))
+        pairs, factors = _Dispatch.apply(rows, order, place, self.top_k), weights.flatten()[order]
+        if self.divided.size == 1:
+            results = self.experts(pairs, factors, ends.to(torch.int32))
+        else:
+            exchange = ExpertExchange(counts, self.divided)
+            results = self.experts(exchange.send(pairs), exchange.send(factors), exchange.ends.to(torch.int32))
+            results = exchange.send_back(results)
         combined: torch.Tensor = _Combine.apply(results, order, place, self.top_k)
         return combined
 

@@ -25,6 +25,7 @@ from megatron_patch.ops import Operators
 from megatron_patch.ops.attention_kernels import band, dense_mask
 from megatron_patch.ops.documents_attention import Documents, documents_of_samples, slice_documents
 from megatron_patch.parallel.context import UNSHARED, ContextParallel
+from megatron_patch.parallel.experts import UNDIVIDED, ExpertParallel
 from megatron_patch.parallel.tensor import UNSHARDED, TensorParallel
 
 Recompute = Literal["none", "selective", "full"]
@@ -40,6 +41,7 @@ class GPTModel(nn.Module):
         parallel: the ranks that share each layer.
         layers: the layers of this pipeline rank, of 0 (embedding), 1 to L (blocks) and L + 1 (final norm and head); None: all. A parameter
             has the same name on every pipeline rank. The rank of a head that is tied to the embedding holds a copy of its weight.
+        divided: the data-parallel ranks that divide the experts.
 
     Raises:
         ConfigError: a shape that cannot be built.
@@ -52,17 +54,18 @@ class GPTModel(nn.Module):
         operators: Operators = "fused",
         parallel: TensorParallel = UNSHARDED,
         layers: range | None = None,
+        divided: ExpertParallel = UNDIVIDED,
     ) -> None:
         super().__init__()
         check_shape(shape)
-        check_sharding(shape, parallel.size)
+        check_sharding(shape, parallel.size, divided.size)
         self.shape, self.recompute, self.parallel = shape, recompute, parallel
         layers = range(shape.num_layers + 2) if layers is None else layers
         self.is_first, self.is_last = 0 in layers, shape.num_layers + 1 in layers
         word = self.is_first or (self.is_last and shape.tie_embeddings)
         self.embedding = Embedding(shape, operators, parallel, positions=self.is_first) if word else None
         numbers = [number for number in range(shape.num_layers) if number + 1 in layers]
-        self.blocks = nn.ModuleDict({str(number): Block(shape, recompute == "selective", parallel, number) for number in numbers})
+        self.blocks = nn.ModuleDict({str(number): Block(shape, recompute == "selective", parallel, number, divided) for number in numbers})
         self._compiled = False
         self.final_norm = make_norm(shape, parallel) if self.is_last else None
         self.head = Head(shape, operators, parallel) if self.is_last else None

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from megatron_patch.errors import ConfigError
 from megatron_patch.model.shape import ModelShape
+from megatron_patch.utils.units import plural
 
 COLUMN_PARALLEL = (
     *("attention.query.weight", "attention.query.bias"),
@@ -113,8 +114,14 @@ def shard_of(name: str, shape: ModelShape, rank: int, size: int) -> Shard | None
     return Shard(1, rank, size) if name.endswith(ROW_PARALLEL) else None
 
 
-def check_sharding(shape: ModelShape, size: int) -> None:
-    """Checks that tensor-parallel ranks divide a model.
+def expert_shard(tensor_rank: int, tensor_size: int, expert_rank: int, expert_size: int) -> Shard | None:
+    """Returns the part of a parameter of experts that a rank holds: a part of those of its tensor-parallel rank; None for all experts."""
+    count = tensor_size * expert_size
+    return None if count == 1 else Shard(0, tensor_rank * expert_size + expert_rank, count)
+
+
+def check_sharding(shape: ModelShape, size: int, expert_size: int = 1) -> None:
+    """Checks that tensor-parallel ranks divide a model, and data-parallel ranks its experts.
 
     Raises:
         ConfigError: they do not; the error names the flag.
@@ -130,6 +137,12 @@ def check_sharding(shape: ModelShape, size: int) -> None:
             raise ConfigError(
                 f"{flag} {value} does not divide into {size} tensor-parallel ranks", f"multiples of {size}", "change one of the two"
             )
+    if experts is not None and experts.count % (size * expert_size):
+        raise ConfigError(
+            f"--num-experts {experts.count} with --expert-model-parallel-size {expert_size} and {plural(size, 'tensor-parallel rank')}",
+            f"a multiple of {size * expert_size} experts",
+            "change one of the three",
+        )
     groups = shape.num_query_groups
     if groups % size and size % groups:
         raise ConfigError(

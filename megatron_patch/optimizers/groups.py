@@ -9,7 +9,7 @@ from torch import nn
 
 from megatron_patch.config.options import ScheduleOptions
 from megatron_patch.model.parameters import is_hidden_matrix
-from megatron_patch.model.sharding import VOCABULARY_PARAMETERS
+from megatron_patch.model.sharding import VOCABULARY_PARAMETERS, is_expert_parameter
 from megatron_patch.optimizers.registry import OptimizerType
 
 LR_SCALE = "lr_scale"
@@ -18,7 +18,9 @@ HIDDEN = "hidden"
 """Key that only the group of the hidden matrices has, for an optimizer that needs full matrices."""
 
 
-def parameter_groups(names: Mapping[nn.Parameter, str], options: ScheduleOptions, optimizer: OptimizerType) -> list[dict[str, Any]]:
+def parameter_groups(
+    names: Mapping[nn.Parameter, str], options: ScheduleOptions, optimizer: OptimizerType, experts: Mapping[str, Any] | None = None
+) -> list[dict[str, Any]]:
     """Returns the parameter groups of an optimizer, without empty ones.
 
     They are, in this order: hidden matrices, if the optimizer needs full matrices; word embeddings and head, if they have a rate or decay
@@ -28,6 +30,7 @@ def parameter_groups(names: Mapping[nn.Parameter, str], options: ScheduleOptions
         names: a rank's parameters -> their names, in the order of the model.
         options: learning rates and weight decays.
         optimizer: the optimizer that will step them.
+        experts: further keys of groups of experts that data-parallel ranks divide, each of which follows the group it was taken from.
 
     Returns:
         Groups with `params`, `weight_decay`, and, if they differ from the default, `LR_SCALE` and `HIDDEN`.
@@ -49,7 +52,18 @@ def parameter_groups(names: Mapping[nn.Parameter, str], options: ScheduleOptions
         else:
             group = vocabulary if vocabulary_apart and name in VOCABULARY_PARAMETERS else matrices
         group["params"].append(parameter)
-    return [group for group in (hidden, vocabulary, matrices, vectors) if group["params"]]
+    found = [hidden, vocabulary, matrices, vectors]
+    if experts is not None:
+        found = [part for group in found for part in _without_experts(group, names, experts)]
+    return [group for group in found if group["params"]]
+
+
+def _without_experts(group: dict[str, Any], names: Mapping[nn.Parameter, str], keys: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Returns a group without the parameters of experts, and a group of these with further keys."""
+    parts: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
+    for parameter in group["params"]:
+        parts[is_expert_parameter(names[parameter])].append(parameter)
+    return [{**group, "params": parts[0]}, {**group, **keys, "params": parts[1]}]
 
 
 def _scale(lr: float | None, options: ScheduleOptions) -> dict[str, float]:

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_patch.parallel.context import UNSHARED, ContextParallel
+from megatron_patch.parallel.experts import UNDIVIDED, ExpertParallel
 from megatron_patch.parallel.grid import Grid
 from megatron_patch.parallel.tensor import TensorParallel
 
@@ -31,6 +32,7 @@ class Groups:
         same_layers: ranks that hold parts or copies of the same layers as this rank: all of its pipeline rank; None: all ranks.
         context: (size, ranks that share each of this rank's samples) for each context-parallel size above 1 of the run's stages.
         gathering: those sizes with which the ranks gather keys and values, in place of sharing heads.
+        experts: how data-parallel ranks divide experts.
     """
 
     grid: Grid
@@ -41,6 +43,7 @@ class Groups:
     same_layers: dist.ProcessGroup | None = None
     context: tuple[tuple[int, dist.ProcessGroup], ...] = ()
     gathering: frozenset[int] = frozenset()
+    experts: ExpertParallel = UNDIVIDED
 
     def context_parallel(self, size: int) -> ContextParallel:
         """Returns how positions are shared in a stage with this context-parallel size, one of those that `make_groups` was given."""
@@ -55,7 +58,7 @@ class Groups:
         return TensorParallel(grid.tensor_parallel_rank, grid.tensor_parallel_size, self.tensor, sequence and grid.tensor_parallel_size > 1)
 
 
-def make_groups(grid: Grid, context_sizes: Iterable[int] = (), gathering: Iterable[int] = ()) -> Groups:
+def make_groups(grid: Grid, context_sizes: Iterable[int] = (), gathering: Iterable[int] = (), expert_size: int = 1) -> Groups:
     """Creates all process groups of the grid and returns this rank's; every rank must call it.
 
     Args:
@@ -63,6 +66,7 @@ def make_groups(grid: Grid, context_sizes: Iterable[int] = (), gathering: Iterab
         context_sizes: context-parallel sizes of the run's stages. Groups of all of them are created at once, so that none has to be in the
             middle of a run.
         gathering: those sizes with which the ranks gather keys and values.
+        expert_size: data-parallel ranks that divide the experts.
     """
     coordinates = [dataclasses.replace(grid, rank=rank) for rank in range(grid.world_size)]
 
@@ -91,16 +95,23 @@ def make_groups(grid: Grid, context_sizes: Iterable[int] = (), gathering: Iterab
 
     context = tuple((size, make_context_group(size)) for size in sorted(set(context_sizes) - {1}))
     gathers = frozenset(gathering)
+    experts = UNDIVIDED
+    if expert_size > 1:
+        dividing = make_group(
+            lambda other: (other.pipeline_parallel_rank, other.tensor_parallel_rank, other.data_parallel_rank // expert_size)
+        )
+        experts = ExpertParallel(grid.data_parallel_rank % expert_size, expert_size, dividing)
     if grid.tensor_parallel_size * grid.pipeline_parallel_size == 1:
-        return Groups(grid, None, None, context=context, gathering=gathers)
+        return Groups(grid, None, None, context=context, gathering=gathers, experts=experts)
     tensor = make_group(lambda other: (other.pipeline_parallel_rank, other.data_parallel_rank))
     data = make_group(lambda other: (other.pipeline_parallel_rank, other.tensor_parallel_rank))
     if grid.pipeline_parallel_size == 1:
-        return Groups(grid, tensor, data, context=context, gathering=gathers)
+        return Groups(grid, tensor, data, context=context, gathering=gathers, experts=experts)
     pipeline = make_group(lambda other: (other.data_parallel_rank, other.tensor_parallel_rank))
     embedding = make_group(lambda other: (other.data_parallel_rank, other.tensor_parallel_rank), holds_embedding)
     same_layers = make_group(lambda other: (other.pipeline_parallel_rank,))
-    return Groups(grid, tensor if grid.tensor_parallel_size > 1 else None, data, pipeline, embedding, same_layers, context, gathers)
+    in_layer = tensor if grid.tensor_parallel_size > 1 else None
+    return Groups(grid, in_layer, data, pipeline, embedding, same_layers, context, gathers, experts)
 
 
 @dataclass(frozen=True)

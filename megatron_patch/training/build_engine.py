@@ -70,7 +70,7 @@ def _make_engine(
         if run.own_model is not None:
             model = build_own_model(run.own_model, run.shape, parallel, engine_config.zero_level)
         else:
-            model = GPTModel(run.shape, options.recompute_granularity, options.operators, parallel, layers)
+            model = GPTModel(run.shape, options.recompute_granularity, options.operators, parallel, layers, groups.experts)
         if options.compile:
             require_own_compile_cache()
             if not isinstance(model, GPTModel):

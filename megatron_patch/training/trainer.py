@@ -88,7 +88,9 @@ class Trainer:
         self.grid = _make_grid(run)
         self.save_folder = run.save_folder
         check_programs(run)
-        groups = make_groups(self.grid, {stage.context_parallel_size for stage in run.plan.stages}, run.gathering_sizes)
+        expert_size = run.options.engine.expert_model_parallel_size
+        sizes = {stage.context_parallel_size for stage in run.plan.stages}
+        groups = make_groups(self.grid, sizes, run.gathering_sizes, expert_size)
         lock = lock_folder(self.save_folder, self.grid.rank, device, stops, watchdog)
         if lock is not None:
             opened.callback(lock.release)
