@@ -1,14 +1,18 @@
-"""What the options of experts mean for the stages. In: options, the plan. Out: `ExpertBalance`, or an error that names the stages."""
+"""What the options of experts mean for stages and ranks. In: options, the plan. Out: `ExpertBalance`, or an error with all problems."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
-from megatron_patch.config.options import ExpertOptions
-from megatron_patch.config.problems import one_error, problem_of
+from megatron_patch.config.options import EngineOptions, ExpertOptions
+from megatron_patch.config.problems import one_error, problem_of, problems_of
 from megatron_patch.config.stage_spec import BALANCE_KEYS, StageSpec
 from megatron_patch.errors import ConfigError
+from megatron_patch.model.shape import ModelShape
+from megatron_patch.model.sharding import check_sharding
 from megatron_patch.stages import ExpertBalance, StagePlan
+from megatron_patch.utils.units import plural
 
 
 def balance_of(options: ExpertOptions) -> ExpertBalance:
@@ -52,5 +56,47 @@ def check_expert_stages(options: ExpertOptions, plan: StagePlan, specs: Sequence
                     "give --moe-router-enable-expert-bias, or remove the rate",
                 )
             )
+    if found:
+        raise one_error([problem_of(error) for error in found])
+
+
+def check_expert_parallel(options: EngineOptions, shape: ModelShape, boundaries: Sequence[int], data_parallel_size: int) -> None:
+    """Checks that data-parallel ranks can divide the experts.
+
+    Args:
+        options: options of the layout.
+        shape: the model's shape.
+        boundaries: first layer of each pipeline rank, and the number of layers.
+        data_parallel_size: number of ranks that share a global batch.
+
+    Raises:
+        ConfigError: they cannot; the message has all reasons.
+    """
+    size = options.expert_model_parallel_size
+    if size == 1:
+        return
+    flag, found = f"--expert-model-parallel-size {size}", list[ConfigError]()
+    if shape.experts is None:
+        raise ConfigError(
+            f"{flag} in a model without experts", "--num-experts with expert parallelism", f"give --num-experts, or remove {flag}"
+        )
+    if data_parallel_size % size:
+        ranks = plural(data_parallel_size, "data-parallel rank")
+        found.append(ConfigError(f"{flag} with {ranks}", f"a divisor of {data_parallel_size}", "change the size or the number of ranks"))
+    found += [problem.error for problem in problems_of(lambda: check_sharding(shape, options.tensor_model_parallel_size, size))]
+    without = [
+        rank
+        for rank, (first, last) in enumerate(itertools.pairwise(boundaries))
+        if all(shape.experts_of(layer - 1) is None for layer in range(first, last) if 1 <= layer <= shape.num_layers)
+    ]
+    if without:
+        ranks = f"pipeline rank{'s' if len(without) > 1 else ''} {', '.join(map(str, without))}"
+        found.append(
+            ConfigError(
+                f"{flag} with {ranks} of blocks without experts or no blocks, which DeepSpeed would wait for",
+                "at least one block with experts on each pipeline rank",
+                "change --moe-layer-freq, --pipeline-model-parallel-size or --pipeline-balance, or use --expert-model-parallel-size 1",
+            )
+        )
     if found:
         raise one_error([problem_of(error) for error in found])

@@ -22,7 +22,7 @@ from megatron_patch.config.checks import (
     check_profile_ranks,
 )
 from megatron_patch.config.context_checks import check_context_parallel, gathering_notes
-from megatron_patch.config.expert_stages import balance_of, check_expert_stages
+from megatron_patch.config.expert_stages import balance_of, check_expert_parallel, check_expert_stages
 from megatron_patch.config.layer_patterns import dense_blocks, full_attention_blocks, unrotated_blocks, window_positions
 from megatron_patch.config.megatron.command_line import MegatronReport
 from megatron_patch.config.options import ExpertOptions, ModelOptions, Options
@@ -388,7 +388,8 @@ def resolve(parsed: ParsedOptions, ranks: int) -> RunConfig:
     notes.extend(scale_notes(options, plan, parameters))
     run = RunConfig(options, parsed.origins, shape, plan, blend, valid_blend, metadata, data_parallel_size, tuple(notes), parsed.megatron)
     check_documents(options.data, run.eod_id, shape.vocab_size)
-    _ = run.pipeline_boundaries, run.epoch_limits  # both raise a ConfigError where they are impossible
+    check_expert_parallel(options.engine, shape, run.pipeline_boundaries, data_parallel_size)
+    _ = run.epoch_limits  # raises a ConfigError where they are impossible
     return run
 
 

@@ -227,6 +227,13 @@ def _check_flags(options: EngineOptions, precision: Precision, zero_level: int, 
             "--fp16 with --zero-stage 1, 2 or 3; --bf16 with any",
             "use --zero-stage 1 (with one rank, nothing is sharded)",
         )
+    if zero_level == 3 and options.expert_model_parallel_size > 1:
+        findings.add(
+            f"--zero-stage 3 with --expert-model-parallel-size {options.expert_model_parallel_size}: there DeepSpeed divides each weight "
+            "among all data-parallel ranks, also those of experts that only some of them hold",
+            "ZeRO 0, 1 or 2 with expert parallelism; ZeRO 3 without it, which divides the experts as well",
+            "use --zero-stage 1, or --expert-model-parallel-size 1",
+        )
     if zero_level > 1 and options.pipeline_model_parallel_size > 1:
         findings.add(
             f"--zero-stage {zero_level} with --pipeline-model-parallel-size {options.pipeline_model_parallel_size}: with a pipeline, "

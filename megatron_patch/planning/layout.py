@@ -60,6 +60,7 @@ class Layout:
         sub_group_elements: elements of a rank's shard that ZeRO 3 steps at a time.
         optimizer: the optimizer.
         context: context-parallel size of each stage, by which neighbors in the data-parallel dimension share samples; for the name.
+        experts: expert-parallel size: neighbors in the data-parallel dimension that divide the experts.
         context_exchange: how they exchange keys; None: they gather them only where they cannot share the heads.
     """
 
@@ -82,6 +83,7 @@ class Layout:
     sub_group_elements: int = 1_000_000_000
     optimizer: PlannedOptimizer = PlannedOptimizer()
     context: tuple[int, ...] = (1,)
+    experts: int = 1
     context_exchange: Literal["a2a", "all_gather"] | None = None
 
     @property
@@ -104,6 +106,7 @@ class Layout:
         parts = [f"TP{self.tensor}"] if self.tensor > 1 else []
         parts += ["SP"] if self.sequence_parallel else []
         parts += [f"PP{self.pipeline}"] if self.pipeline > 1 else []
+        parts += [f"EP{self.experts}"] if self.experts > 1 else []
         parts += [f"CP{'/'.join(map(str, dict.fromkeys(self.context)))}"] if max(self.context) > 1 else []
         parts += [f"DP{self.data}", f"ZeRO {self.zero_level}", self.precision]
         parts += [f"recompute {self.recompute}"] if self.recompute != "none" else []
@@ -145,6 +148,7 @@ def layout_of(run: RunConfig, engine_config: EngineConfig) -> Layout:
             schedule.muon_num_ns_steps,
             schedule.muon_nesterov,
         ),
+        experts=options.expert_model_parallel_size,
         context=tuple(stage.context_parallel_size for stage in run.plan.stages),
         context_exchange=options.cp_comm_type,
     )

@@ -19,7 +19,7 @@ from typing import Literal
 from megatron_patch.model.expert_shape import ExpertShape
 from megatron_patch.model.parameters import is_hidden_matrix, parameters_of_layers, shard_numel
 from megatron_patch.model.shape import ModelShape
-from megatron_patch.model.sharding import gathers_keys, heads_of_rank
+from megatron_patch.model.sharding import gathers_keys, heads_of_rank, is_expert_parameter
 from megatron_patch.planning.hidden_matrices import matrix_step
 from megatron_patch.planning.layout import Layout
 from megatron_patch.stages import Stage
@@ -30,6 +30,9 @@ FRAGMENTATION = 0.05
 """Allowance for the allocator's rounding and gaps, as a share of all other parts: an estimate, not a measurement."""
 REDUCE_ELEMENTS = 500_000_000
 """Elements of several groups of parameters that DeepSpeed's optimizer for bfloat16 reduces in one flat copy."""
+EXPERT_IMBALANCE = 1.2
+"""Pairs of positions and experts of the rank that has most, relative to the mean, where ranks hold different experts: an allowance for
+balanced training. It grows with the number of ranks, and is 1 to 4 where nothing balances the load."""
 ZERO3_LIVE_ELEMENTS = 100_000_000
 """Weights that ZeRO 3 keeps gathered in addition to its shards: its prefetch bucket and the small parameters that it never shards."""
 
@@ -78,21 +81,36 @@ def rank_parameters(shape: ModelShape, layout: Layout, layers: range) -> int:
 
     All tensor-parallel ranks of a layer hold the same number: matrices are sharded evenly; norms and unsharded keys are replicated.
     """
-    return _sizes(shape, layout.tensor, layers)[0]
+    return _sizes(shape, layout.tensor, layout.experts, layers).parameters
+
+
+def expert_parameters(shape: ModelShape, layout: Layout, layers: range) -> int:
+    """Returns how many of these are in experts that data-parallel ranks divide; 0 without expert parallelism."""
+    return _sizes(shape, layout.tensor, layout.experts, layers).experts if layout.experts > 1 else 0
 
 
 def hidden_parameters(shape: ModelShape, layout: Layout, layers: range) -> int:
     """Returns how many parameters of a rank with these layers are elements of hidden matrices, for which Muon keeps less state."""
-    return _sizes(shape, layout.tensor, layers)[2]
+    return _sizes(shape, layout.tensor, layout.experts, layers).hidden
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """Elements of a rank's parameters: of all, of the largest tensor, of hidden matrices, of experts."""
+
+    parameters: int
+    largest: int
+    hidden: int
+    experts: int
 
 
 @functools.lru_cache(maxsize=4096)  # a search asks for the same layers many times
-def _sizes(shape: ModelShape, tensor: int, layers: range) -> tuple[int, int, int]:
-    """Returns (number of parameters, elements of the largest tensor, elements of hidden matrices) of a rank with these layers."""
+def _sizes(shape: ModelShape, tensor: int, experts: int, layers: range) -> _Sizes:
     full = parameters_of_layers(shape, layers)
-    sizes = {name: shard_numel(name, size, shape, tensor) for name, size in full.items()}
+    sizes = {name: shard_numel(name, size, shape, tensor) // (experts if is_expert_parameter(name) else 1) for name, size in full.items()}
     hidden = sum(numel for name, numel in sizes.items() if is_hidden_matrix(name, len(full[name])))
-    return sum(sizes.values()), max(sizes.values(), default=0), hidden
+    of_experts = sum(numel for name, numel in sizes.items() if is_expert_parameter(name))
+    return _Sizes(sum(sizes.values()), max(sizes.values(), default=0), hidden, of_experts)
 
 
 def sent_key_heads(shape: ModelShape, layout: Layout, context: int) -> int:
@@ -310,6 +328,21 @@ def _states(layout: Layout, parameters: int, hidden: int) -> tuple[float, float,
     return e * (p / d + min(p, ZERO3_LIVE_ELEMENTS)), (8 + 2 * e) * p / d, optimizer
 
 
+def _imbalance_bytes(shape: ModelShape, layout: Layout, layers: range, stage: Stage) -> float:
+    """Returns what the rank whose experts are chosen most saves on top of the mean: `EXPERT_IMBALANCE` in every block at once.
+
+    With expert parallelism a block also holds the rows that it sends and receives at the moment.
+    """
+    experts, ranks = shape.experts, layout.tensor * layout.experts
+    if experts is None or ranks == 1:
+        return 0.0
+    pairs = stage.micro_batch_size * stage.rank_positions * experts.top_k / layout.tensor
+    blocks = sum(shape.experts_of(layer - 1) is not None for layer in layers if 1 <= layer <= shape.num_layers)
+    saved = pairs * layout.element_bytes * (shape.hidden_size + 5 * experts.ffn_hidden_size)
+    exchanged = 2 * pairs * layout.element_bytes * shape.hidden_size if layout.experts > 1 else 0.0
+    return (EXPERT_IMBALANCE - 1) * saved * (1 if layout.recompute == "full" else blocks) + EXPERT_IMBALANCE * exchanged
+
+
 def rank_memory(
     shape: ModelShape,
     layout: Layout,
@@ -330,8 +363,15 @@ def rank_memory(
         device: kind of device, which changes `loss_bytes` and the allowance for fragmentation.
         node_devices: devices of a node, among which Muon chooses the owners of matrices.
     """
-    parameters, largest, hidden = _sizes(shape, layout.tensor, layers)
-    weights, gradients, optimizer = _states(layout, parameters, hidden)
+    sizes = _sizes(shape, layout.tensor, layout.experts, layers)
+    parameters, largest = sizes.parameters, sizes.largest
+    divided = sizes.experts if layout.experts > 1 else 0
+    weights, gradients, optimizer = _states(layout, parameters - divided, sizes.hidden - divided)
+    if divided:
+        # The states of experts are divided among the ranks that hold the same ones.
+        same = dataclasses.replace(layout, ranks=layout.ranks // layout.experts)
+        of_experts = _states(same, divided, divided)
+        weights, gradients, optimizer = weights + of_experts[0], gradients + of_experts[1], optimizer + of_experts[2]
     in_flight = micro_batches_in_flight(layout, stage, pipeline_rank)
     activations = float(in_flight * saved_by_layers(shape, layout, layers, stage))
     samples, positions, context = stage.micro_batch_size, stage.rank_positions, stage.context_parallel_size
@@ -351,7 +391,7 @@ def rank_memory(
             heads = 2 * context * sent_key_heads(shape, layout, context)
         buffers += 2 * layout.element_bytes * samples * positions * heads * shape.head_size
     bucket, step = _reduction(layout, parameters, largest)
-    buffers += bucket
+    buffers += bucket + _imbalance_bytes(shape, layout, layers, stage)
     # Activations are freed before the optimizer step, so only the excess over them adds to the peak.
     buffers += max(0.0, step - activations - loss - buffers)
     work = matrix_step(shape, layout, layers, node_devices)

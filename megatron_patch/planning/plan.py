@@ -199,6 +199,9 @@ class Plan:
         optimizer, context = self.layout.optimizer, max(self.layout.context) > 1
         unused = frozenset() if optimizer.full_matrices else frozenset({"matrices", "orthogonalization"})
         unused |= frozenset() if context else frozenset({"context"})
+        unused |= frozenset() if self.layout.experts > 1 else frozenset({"experts"})
+        if self.layout.experts == 1:
+            del layout["experts"]
         if not context:
             del layout["context"], layout["context_exchange"]
         for key in ("optimizer", "sub_group_elements") if optimizer == PlannedOptimizer() else ():

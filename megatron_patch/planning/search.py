@@ -36,6 +36,7 @@ class LayoutChoice:
     micro_batch_size: int
     recompute: Recompute
     context: int = 1
+    experts: int = 1
 
     def flags(self, options: Options, zero_level: int | None) -> str:
         """Returns the flags that change a run's options, with their ZeRO level, to this layout; "as given" if it is the run's own."""
@@ -44,6 +45,7 @@ class LayoutChoice:
             ("--tensor-model-parallel-size", self.tensor, engine.tensor_model_parallel_size),
             ("--pipeline-model-parallel-size", self.pipeline, engine.pipeline_model_parallel_size),
             ("--context-parallel-size", self.context, engine.context_parallel_size),
+            ("--expert-model-parallel-size", self.experts, engine.expert_model_parallel_size),
             ("--zero-stage", self.zero_level, zero_level),
             ("--micro-batch-size", self.micro_batch_size, options.stages.micro_batch_size),
             ("--recompute-granularity", self.recompute, engine.recompute_granularity),
@@ -60,6 +62,7 @@ class LayoutChoice:
             tensor_model_parallel_size=self.tensor,
             pipeline_model_parallel_size=self.pipeline,
             context_parallel_size=self.context,
+            expert_model_parallel_size=self.experts,
             sequence_parallel=self.tensor > 1,
             zero_stage=self.zero_level,
             recompute_granularity=self.recompute,
@@ -141,21 +144,36 @@ RANK_POSITIONS = 8192
 Shorter parts are planned a few percent faster in places, by estimates of exchanges that were not measured."""
 
 
-def layout_choices(ranks: int, hardware: Hardware, seq_length: int = 1, given_context: int = 1) -> Iterator[LayoutChoice]:
+def layout_choices(
+    ranks: int, hardware: Hardware, seq_length: int = 1, given_context: int = 1, experts: int = 1, given_experts: int = 1
+) -> Iterator[LayoutChoice]:
     """Yields the layouts to try.
 
     Tensor-parallel sizes are powers of two up to a node, with sequence parallelism; pipeline-parallel sizes are powers of two; ZeRO is 1 to
     3 without a pipeline, else 1; micro-batches are 1, 2, 4 and 8; each with full recomputation and without. Context-parallel sizes are
-    powers of two that leave each rank `RANK_POSITIONS` or more, and the given one.
+    powers of two that leave each rank `RANK_POSITIONS` or more, and the given one. Expert-parallel sizes are powers of two whose ranks are
+    in one node, and the given one.
+
+    Args:
+        ranks: number of devices.
+        hardware: devices and links.
+        seq_length: --seq-length.
+        given_context: the run's own context-parallel size.
+        experts: experts of a block; 1 without experts.
+        given_experts: the run's own expert-parallel size.
     """
     contexts = sorted({*_powers(max(1, min(ranks, seq_length // RANK_POSITIONS))), given_context})
     for tensor, pipeline in itertools.product(_powers(hardware.node_devices), _powers(min(64, ranks))):
         if ranks % (tensor * pipeline) == 0:
             zero_levels: tuple[Literal[1, 2, 3], ...] = (1, 2, 3) if pipeline == 1 else (1,)
             for zero, micro, context in itertools.product(zero_levels, (1, 2, 4, 8), contexts):
-                if ranks // (tensor * pipeline) % context == 0:
-                    yield LayoutChoice(tensor, pipeline, zero, micro, "none", context)
-                    yield LayoutChoice(tensor, pipeline, zero, micro, "full", context)
+                data = ranks // (tensor * pipeline)
+                if data % context:
+                    continue
+                for size in sorted({*_powers(max(1, hardware.node_devices // tensor)), given_experts}):
+                    if size == 1 or (zero < 3 and data % size == 0 and experts % (tensor * size) == 0):
+                        yield LayoutChoice(tensor, pipeline, zero, micro, "none", context, size)
+                        yield LayoutChoice(tensor, pipeline, zero, micro, "full", context, size)
 
 
 def search(parsed: ParsedOptions, ranks: int, hardware: Hardware) -> Found:
@@ -169,7 +187,7 @@ def search(parsed: ParsedOptions, ranks: int, hardware: Hardware) -> Found:
     Raises:
         ConfigError: no layout passes the checks of a run.
     """
-    best: dict[tuple[int, int, int, str, int], Candidate] = {}
+    best: dict[tuple[int, int, int, str, int, int], Candidate] = {}
 
     def resolved(options: Options) -> RunConfig:
         return resolve(ParsedOptions(options, parsed.origins), ranks)
@@ -189,7 +207,9 @@ def search(parsed: ParsedOptions, ranks: int, hardware: Hardware) -> Found:
     smallest: Candidate | None = None
     tried = other_batch = 0
     failure: ConfigError | None = None
-    for choice in layout_choices(ranks, hardware, parsed.options.stages.seq_length, parsed.options.engine.context_parallel_size):
+    options, experts = parsed.options, parsed.options.experts.num_experts or 1
+    sizes = options.engine.context_parallel_size, experts, options.engine.expert_model_parallel_size
+    for choice in layout_choices(ranks, hardware, options.stages.seq_length, *sizes):
         tried += 1
         try:
             run = resolved(choice.apply(parsed.options))
@@ -202,7 +222,7 @@ def search(parsed: ParsedOptions, ranks: int, hardware: Hardware) -> Found:
         except ConfigError as error:
             failure = error
             continue
-        key = (choice.tensor, choice.pipeline, choice.zero_level, choice.recompute, choice.context)
+        key = (choice.tensor, choice.pipeline, choice.zero_level, choice.recompute, choice.context, choice.experts)
         candidate = Candidate(choice, plan, choice.flags(parsed.options, zero_level))
         if smallest is None or plan.fullest.memory.total < smallest.plan.fullest.memory.total:
             smallest = candidate

@@ -48,13 +48,20 @@ def rank_table(parts: Sequence[PipelinePart], shape: ModelShape) -> FittingTable
     return table
 
 
-def _step_shares(estimate: StageEstimate, full_matrices: bool, context: bool) -> dict[str, str]:
+def _step_shares(estimate: StageEstimate, full_matrices: bool, context: bool, experts: bool) -> dict[str, str]:
     """Returns the shares of a step by the headings of their columns."""
     time = estimate.time
     shares = {"~computation": f"{time.compute / time.total:.1%}", "bubble": f"{estimate.bubble:.1%}"}
-    parts = {"~tensor": time.tensor, "~context": time.context, "~pipeline": time.pipeline, "~data": time.data, "~optimizer": time.optimizer}
+    parts = {
+        "~tensor": time.tensor,
+        "~context": time.context,
+        "~experts": time.experts,
+        "~pipeline": time.pipeline,
+        "~data": time.data,
+        "~optimizer": time.optimizer,
+    }
     parts |= {"~Newton-Schulz": time.orthogonalization, "~matrices": time.matrices}
-    unused = set() if context else {"~context"}
+    unused = (set() if context else {"~context"}) | (set() if experts else {"~experts"})
     unused |= set() if full_matrices else {"~Newton-Schulz", "~matrices"}
     return shares | {name: f"{seconds / time.total:.1%}" for name, seconds in parts.items() if name not in unused}
 
@@ -64,7 +71,7 @@ def stage_table(plan: Plan) -> FittingTable:
     speed = ["stage", "K", "steps", "FLOPs", "~step", "~MFU", "~tokens/s", "~time"]
     # These kinds have columns only where they are used.
     full, context = plan.layout.optimizer.full_matrices, max(plan.layout.context) > 1
-    rows = [_step_shares(estimate, full, context) for estimate in plan.stages]
+    rows = [_step_shares(estimate, full, context, plan.layout.experts > 1) for estimate in plan.stages]
     if context:
         speed.insert(1, "ranks per sample")
         speed.insert(5, "in attention")

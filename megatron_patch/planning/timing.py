@@ -19,7 +19,7 @@ from megatron_patch.model.sharding import gathers_keys
 from megatron_patch.planning.hardware import Hardware
 from megatron_patch.planning.hidden_matrices import matrix_step
 from megatron_patch.planning.layout import Layout
-from megatron_patch.planning.memory import hidden_parameters, rank_parameters, saved_by_layers
+from megatron_patch.planning.memory import EXPERT_IMBALANCE, hidden_parameters, rank_parameters, saved_by_layers
 from megatron_patch.planning.traffic import Kind, traffic
 from megatron_patch.stages import Stage
 
@@ -39,6 +39,7 @@ class StepTime:
         orthogonalization: Newton-Schulz steps of the rank that the others wait for; 0 if the optimizer needs no full matrices.
         matrices: exchange of matrices for this.
         context: exchange of heads for positions with context-parallel ranks; 0 without them.
+        experts: exchange of positions with ranks of other experts; 0 without expert parallelism.
     """
 
     compute: float
@@ -51,12 +52,13 @@ class StepTime:
     orthogonalization: float = 0.0
     matrices: float = 0.0
     context: float = 0.0
+    experts: float = 0.0
 
     @property
     def total(self) -> float:
         """Seconds of the step."""
         step = self.optimizer + self.orthogonalization + self.matrices
-        return self.compute + self.tensor + self.context + self.pipeline + self.bubble + self.data + step
+        return self.compute + self.tensor + self.context + self.experts + self.pipeline + self.bubble + self.data + step
 
 
 def bubble_share(layout: Layout, stage: Stage) -> float:
@@ -92,6 +94,16 @@ def executed_flops(shape: ModelShape, layout: Layout, layers: range, positions: 
         scores = 4 * shape.num_attention_heads * shape.head_size * positions * len(blocks)
         return products, scores * (3.0 + (layout.recompute != "none"))
     return products, attention_flops(shape, positions, blocks) * (3.5 + (layout.recompute != "none"))
+
+
+def _expert_products(shape: ModelShape, layout: Layout, layers: range) -> float:
+    """Returns the FLOPs of experts in `executed_flops`, if ranks hold different experts, so that they wait for the one with most to do."""
+    experts = shape.experts
+    if experts is None or layout.tensor * layout.experts == 1:
+        return 0.0
+    blocks = sum(shape.experts_of(layer - 1) is not None for layer in layers if 1 <= layer <= shape.num_layers)
+    passes = 4 if layout.recompute == "full" else 3
+    return passes * blocks * 2.0 * 3 * shape.hidden_size * experts.ffn_hidden_size * experts.top_k
 
 
 def attention_imbalance(shape: ModelShape, layout: Layout, layers: range, stage: Stage) -> float:
@@ -158,10 +170,11 @@ def step_time(shape: ModelShape, layout: Layout, stage: Stage, hardware: Hardwar
     peak = hardware.peak_tflops * 1e12
     usable = peak / (hardware.fp32_slowdown if layout.precision == "fp32" else 1.0)
     passes = hardware.compiled_passes if layout.compiled else hardware.memory_passes
-    slowest = (0.0, 0.0, 0.0, 0.0)
+    slowest = (0.0, 0.0, 0.0, 0.0, 0.0)
     data, step = 0.0, (0.0, 0.0, 0.0)
     for layers in layout.layers_by_pipeline_rank(shape):
         products, attention = executed_flops(shape, layout, layers, stage.positions)
+        products += (EXPERT_IMBALANCE - 1) * _expert_products(shape, layout, layers)
         attention *= attention_imbalance(shape, layout, layers, stage)
         seconds = products / hardware.matmul_efficiency + attention / hardware.attention_efficiency
         seconds *= positions / layout.tensor / usable
@@ -171,7 +184,7 @@ def step_time(shape: ModelShape, layout: Layout, stage: Stage, hardware: Hardwar
         sent = dict.fromkeys(get_args(Kind), 0.0)
         for row in traffic(shape, layout, layers, stage, hardware):
             sent[row.kind] += row.seconds(hardware)
-        slowest = max(slowest, (seconds, sent["tensor"], sent["pipeline"], sent["context"]), key=sum)
+        slowest = max(slowest, (seconds, sent["tensor"], sent["pipeline"], sent["context"], sent["experts"]), key=sum)
         # ZeRO's communication overlaps the backward pass, which is two thirds of the computation.
         data = max(data, sent["data"] - min(hardware.overlap * sent["data"], 2 / 3 * seconds))
         step = max(step, (*optimizer_seconds(shape, layout, layers, hardware), sent["matrices"]), key=sum)
@@ -180,5 +193,5 @@ def step_time(shape: ModelShape, layout: Layout, stage: Stage, hardware: Hardwar
     total = sum(slowest) + bubble + data + sum(step)
     model = stage.positions_per_step * training_flops_per_position(shape, stage.positions)
     mfu = model / (total * peak * layout.ranks)
-    compute, tensor, pipeline, context = slowest
-    return StepTime(compute, tensor, pipeline, bubble, data, update, mfu, orthogonalization, matrices, context)
+    compute, tensor, pipeline, context, experts = slowest
+    return StepTime(compute, tensor, pipeline, bubble, data, update, mfu, orthogonalization, matrices, context, experts)

@@ -24,11 +24,11 @@ from megatron_patch.model.sharding import gathers_keys
 from megatron_patch.planning.hardware import Hardware
 from megatron_patch.planning.hidden_matrices import matrix_step
 from megatron_patch.planning.layout import Layout
-from megatron_patch.planning.memory import rank_parameters, sent_key_heads
+from megatron_patch.planning.memory import expert_parameters, rank_parameters, sent_key_heads
 from megatron_patch.stages import Stage
 
 _LINKS: tuple[Literal["node", "network"], ...] = ("node", "network")
-Kind = Literal["tensor", "context", "pipeline", "data", "matrices"]
+Kind = Literal["tensor", "context", "experts", "pipeline", "data", "matrices"]
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ class Traffic:
     """Bytes that a rank sends in a step for one kind of parallelism.
 
     Args:
-        kind: kind of parallelism; "context" is the exchange of heads for positions in attention, "matrices" that of an optimizer that needs
-            full matrices.
+        kind: kind of parallelism; "context" is the exchange of heads for positions in attention, "experts" that of positions for experts on
+            other ranks, "matrices" that of an optimizer that needs full matrices.
         link: "node" inside a node, "network" between nodes.
         bytes: bytes that a rank sends in one optimizer step.
         ports: ranks of its group in one node, whose network ports share what leaves the node.
@@ -85,6 +85,24 @@ def _context_traffic(shape: ModelShape, layout: Layout, layers: range, stage: St
     return rows + ([Traffic("context", "network", part * (c - near))] if c > near else [])
 
 
+def _expert_traffic(shape: ModelShape, layout: Layout, layers: range, stage: Stage, hardware: Hardware) -> list[Traffic]:
+    """Returns what a rank sends when data-parallel ranks hold different experts, with an even load.
+
+    Each pair of a position and an expert goes to the expert's rank and its result comes back; both passes do this, and full recomputation
+    repeats the forward pass.
+    """
+    experts, n, t = shape.experts, layout.experts, layout.tensor
+    blocks = sum(shape.experts_of(layer - 1) is not None for layer in layers if 1 <= layer <= shape.num_layers)
+    if experts is None or n == 1 or not blocks:
+        return []
+    positions = stage.gradient_accumulation(layout.data) * stage.micro_batch_size * stage.rank_positions
+    pairs = positions * experts.top_k / t * (6 if layout.recompute == "full" else 4)
+    part = pairs * (layout.element_bytes * shape.hidden_size + 2) * blocks / n  # a float32 weight goes one way only
+    near = min(n, max(1, hardware.node_devices // t))
+    rows = [Traffic("experts", "node", part * (near - 1))] if near > 1 else []
+    return rows + ([Traffic("experts", "network", part * (n - near))] if n > near else [])
+
+
 def traffic(shape: ModelShape, layout: Layout, layers: range, stage: Stage, hardware: Hardware) -> list[Traffic]:
     """Returns the bytes that each rank with these layers sends in one optimizer step.
 
@@ -113,6 +131,7 @@ def traffic(shape: ModelShape, layout: Layout, layers: range, stage: Stage, hard
         rows.append(Traffic("tensor", _link(1, t, hardware), 2 * (t - 1) / t * micro_batches * (sums * hidden + squares + loss)))
     if stage.context_parallel_size > 1:
         rows += _context_traffic(shape, layout, layers, stage, hardware)
+    rows += _expert_traffic(shape, layout, layers, stage, hardware)
     if p > 1:
         ends = (0 not in layers) + (shape.num_layers + 1 not in layers)
         rows.append(Traffic("pipeline", _link(t * d, p, hardware), ends * micro_batches * hidden / t))
@@ -122,12 +141,15 @@ def traffic(shape: ModelShape, layout: Layout, layers: range, stage: Stage, hard
         # DeepSpeed 0.19.8 all-reduces gradients: ZeRO 0 and 1 once a step, ZeRO 2 after each micro-batch (its default reduces the shards of
         # all ranks in one call). ZeRO 3 scatters them after each micro-batch, and gathers the weights in each forward and backward pass;
         # ZeRO 1 and 2 gather the new weights once.
-        volume = {
+        each = {
             0: 2 * gradient,
             1: 2 * gradient + weight,
             2: micro_batches * 2 * gradient + weight,
             3: micro_batches * (gradient + 2 * weight),
-        }[layout.zero_level] * ((d - 1) / d * parameters)
+        }[layout.zero_level]
+        # Experts that data-parallel ranks divide are reduced among the ranks with the same ones.
+        divided, same = expert_parameters(shape, layout, layers), d // layout.experts
+        volume = each * ((d - 1) / d * (parameters - divided) + (same - 1) / same * divided)
         buckets = -(-parameters // layout.bucket_elements)
         gathers = 0
         for layer in layers:
