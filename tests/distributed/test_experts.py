@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from megatron_patch.config.resolve import load_config
+from megatron_patch.engine.deepspeed_config import resolve_engine_config
 from megatron_patch.engine.expert_balance import ExpertBalancer
 from megatron_patch.engine.inference import load_model
 from megatron_patch.errors import ConfigError
@@ -17,16 +18,20 @@ from megatron_patch.parallel.grid import Grid
 from megatron_patch.parallel.groups import make_groups
 from megatron_patch.stages import ExpertBalance, Stage
 from tests.distributed.matrix import MODELS, Combination, References, compare
+from tests.distributed.matrix import PLAN as PARITY_PLAN
 from tests.distributed.runs import MODEL, Run, train
 from tests.model.test_experts import KINDS, shape_with
 
 QUICK = [
-    Combination(1, 1, 2, zero=3, model="sigmoid experts", length="tokens"),
+    Combination(1, 1, 2, zero=3, model="sigmoid experts"),
     Combination(2, 1, 2, sequence=True, zero=1, model="experts"),
     Combination(1, 3, 1, zero=0, model="sigmoid experts", extra="--recompute-granularity full"),
     Combination(1, 1, 2, zero=2, model="experts", extra="--micro-batch-size 3", context=(1, 2)),
     Combination(2, 1, 1, zero=0, model="sigmoid experts", optimizer="muon"),
     Combination(1, 1, 2, zero=1, model="experts", extra="--bf16"),
+    Combination(2, 1, 2, sequence=True, zero=1, model="experts", extra="--expert-model-parallel-size 2"),
+    Combination(1, 2, 2, zero=0, model="sigmoid experts", extra="--expert-model-parallel-size 2"),
+    Combination(1, 1, 4, zero=2, model="experts", extra="--expert-model-parallel-size 2"),
 ]
 PLAN = "--seq-length 16 --micro-batch-size 2 --global-batch-size 12 --patch-size 4 --train-tokens 4608 --lr 3e-3 --num-layers 3"
 PLAN += f" --eval-interval 8 --moe-aux-loss-coeff 0.05 {MODELS['sigmoid experts']}"
@@ -43,6 +48,24 @@ def test_a_layout_equals_one_process(tmp_path, references, combination):
     assert found.steps >= 20 and found.within(combination), found
 
 
+def start_unmarked(argv: list[str]) -> int:
+    """Runs the program without the signs by which DeepSpeed knows experts."""
+    from megatron_patch.engine import deepspeed_engine
+    from megatron_patch.training.pretrain import main
+
+    deepspeed_engine.mark_experts = lambda *_: None
+    return main(argv)
+
+
+def test_without_deepspeeds_signs_expert_parallelism_would_be_wrong(tmp_path, references, corpus):
+    """The comparison sees it: DeepSpeed would add up the gradients of different experts, without an error."""
+    combination = Combination(1, 1, 2, zero=1, model="experts", extra="--expert-model-parallel-size 2")
+    words = (PARITY_PLAN, combination.reference, combination.words)
+    run = train(tmp_path / "run", 2, *words, "--data-path", corpus, main=start_unmarked)
+    single = references(combination.reference)
+    assert run.losses[-1] != pytest.approx(single.losses[-1], rel=1e-4) and run.losses[-1] == pytest.approx(single.losses[-1], rel=0.1)
+
+
 def states(run: Run) -> dict[str, torch.Tensor]:
     """Returns the loads and biases of a run's newest checkpoint."""
     return {name: tensor for name, tensor in load_model(str(run.folder)).model.state_dict().items() if ".balance." in name}
@@ -53,8 +76,9 @@ def test_weights_and_the_state_of_the_balance_move_over_layouts(tmp_path, corpus
     moves = [
         (4, 2, "--zero-stage 3"),
         (15, 2, "--tensor-model-parallel-size 2 --sequence-parallel"),
-        (17, 2, "--pipeline-model-parallel-size 2"),
-        (24, 2, "--zero-stage 1 --check-replicas-interval 1"),
+        (17, 2, "--expert-model-parallel-size 2 --zero-stage 2"),
+        (20, 4, "--pipeline-model-parallel-size 2 --expert-model-parallel-size 2"),
+        (24, 4, "--expert-model-parallel-size 2 --zero-stage 1 --check-replicas-interval 1"),
     ]
     for stop, ranks, words in moves:
         run = train(tmp_path / "run", ranks, PLAN, words, f"--exit-interval {stop}", "--data-path", corpus)
@@ -134,7 +158,30 @@ def test_options_that_contradict_each_other_are_refused(words, message):
         config(*words)
 
 
-def test_experts_that_ranks_cannot_share_are_refused():
-    argv = [*MODEL, "--seq-length", "16", "--global-batch-size", "12", "--train-tokens", "4608", "--dry-run", "--num-experts", "3"]
-    with pytest.raises(ConfigError, match="--num-experts 3 does not divide into 2 tensor-parallel ranks"):
-        load_config([*argv, "--tensor-model-parallel-size", "2"], 2)
+@pytest.mark.parametrize(
+    ("ranks", "words", "message"),
+    [
+        (2, "--num-experts 3 --tensor-model-parallel-size 2", "--num-experts 3 does not divide into 2 tensor-parallel ranks"),
+        (2, "--expert-model-parallel-size 2", "in a model without experts"),
+        (2, "--num-experts 3 --expert-model-parallel-size 2", "--num-experts 3 with --expert-model-parallel-size 2"),
+        (3, "--num-experts 4 --expert-model-parallel-size 2", "--expert-model-parallel-size 2 with 3 data-parallel ranks"),
+        (4, "--num-experts 4 --expert-model-parallel-size 2 --pipeline-model-parallel-size 2 --moe-layer-freq [0,1]", "pipeline rank 0 of"),
+        # The head alone is on the last rank; and two problems at once.
+        (
+            9,
+            "--num-experts 5 --expert-model-parallel-size 2 --pipeline-model-parallel-size 3",
+            "(?=.*a divisor of 3)(?=.*--num-experts 5)(?=.*of blocks without)",
+        ),
+    ],
+)
+def test_experts_that_ranks_cannot_share_are_refused(ranks, words, message):
+    argv = [*MODEL, "--seq-length", "16", "--global-batch-size", "18", "--train-tokens", "4608", "--dry-run", *words.split()]
+    with pytest.raises(ConfigError, match=f"(?s){message}"):
+        load_config(argv, ranks)
+
+
+def test_zero_3_with_expert_parallelism_is_refused():
+    argv = [*MODEL, "--seq-length", "16", "--global-batch-size", "12", "--train-tokens", "4608", "--dry-run", "--num-experts", "4"]
+    run = load_config([*argv, "--zero-stage", "3", "--expert-model-parallel-size", "2"], 2)
+    with pytest.raises(ConfigError, match="--zero-stage 3 with --expert-model-parallel-size 2"):
+        resolve_engine_config(run.options.engine, run.options.schedule, run.origins, run.plan, run.data_parallel_size)

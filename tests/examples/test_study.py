@@ -30,7 +30,7 @@ from megatron_patch.replication.switches import Switch, compare_switch, read_swi
 
 ROOT = Path(__file__).parent.parent.parent
 FOLDER = ROOT / "examples" / "replicate"
-SIZES = {"270m": 270e6, "370m": 370e6, "600m": 600e6, "780m": 780e6, "1.3b": 1.3e9, "2.7b": 2.7e9, "3b": 3e9}
+SIZES = {"10b_a1b": 10.489e9, "270m": 270e6, "370m": 370e6, "600m": 600e6, "780m": 780e6, "1.3b": 1.3e9, "2.7b": 2.7e9, "3b": 3e9}
 ARMS = all_arms(1e-3, 256)
 MODEL = ["--num-layers", "2", "--hidden-size", "32", "--num-attention-heads", "4", "--vocab-size", "64", "--seq-length", "16", "--dry-run"]
 
