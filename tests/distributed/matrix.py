@@ -172,7 +172,8 @@ def combinations(optimizer: str = "adamw") -> list[Combination]:
             "--pipeline-balance flops --micro-batch-size 1",
         ):
             found.append(Combination(**{**vars(layout), "model": "tied", "extra": extra}))
-    return [replace(combination, optimizer=optimizer) for combination in [*found, *context_combinations()]]
+    every = [*found, *context_combinations(), *expert_combinations()]
+    return [replace(combination, optimizer=optimizer) for combination in every]
 
 
 def context_combinations() -> list[Combination]:
@@ -189,6 +190,23 @@ def context_combinations() -> list[Combination]:
         found += [replace(gathers, length=length, model=model) for length in LENGTHS for model in ("windows", "qwen3, one group", "gpt2")]
         for extra in ("--recompute-granularity full", "--recompute-granularity selective --operators plain", "--bf16"):
             found.append(replace(layout, model="tied", extra=extra, context=sizes))
+    return found
+
+
+def expert_combinations() -> list[Combination]:
+    """Returns layouts in which data-parallel ranks divide experts: with every ZeRO level that can, length, recomputation and bfloat16."""
+    shapes = [(1, 1, 2, False, 2), (2, 1, 2, False, 2), (2, 1, 2, True, 2), (1, 2, 2, False, 2), (1, 1, 4, False, 2), (1, 1, 4, False, 4)]
+    found = []
+    for t, p, d, sequence, size in shapes:
+        layout = Combination(t, p, d, sequence, extra=f"--expert-model-parallel-size {size}")
+        for zero in range(3 if p == 1 else 2):
+            found += [replace(layout, zero=zero, model="experts", length=length) for length in LENGTHS]
+            if size == 2:
+                found.append(replace(layout, zero=zero, model="sigmoid experts"))
+        for extra in ("--recompute-granularity full", "--bf16"):
+            found.append(replace(layout, model="experts", extra=f"{layout.extra} {extra}"))
+        if p == 1:
+            found.append(replace(layout, model="experts", context=CONTEXT_SIZES[d][0]))
     return found
 
 
