@@ -177,6 +177,8 @@ SECOND = [
     BUILD,
     after_build("documents-tests", f"{PY} -m pytest tests/gpu/test_documents_attention.py -m gpu -q -n 0 -o timeout=60", limit=60),
     Step("documents", f"{PY} benchmarks/documents.py", limit=30, gpu="exclusive", tiny=f"{PY} benchmarks/documents.py --tiny"),
+    after_build("experts-tests", f"{PY} -m pytest tests/gpu/test_experts.py -m gpu -q -n 0 -o timeout=40", limit=45),
+    Step("experts", f"{PY} benchmarks/experts.py", limit=20, gpu="exclusive", tiny=f"{PY} benchmarks/experts.py --tiny"),
     after_build("optimizer", f"{PY} benchmarks/optimizer.py", limit=25, gpu="exclusive", tiny=f"{PY} benchmarks/optimizer.py --tiny"),
     after_build(
         "study",

@@ -51,6 +51,7 @@ KEYS = {
     "training": ("variant", "stage", "micro_batch_size"),
     "attention": ("backend", "dtype"),
     "documents": ("seq_length", "mix", "peer"),
+    "experts": ("experts", "chosen", "form"),
     "profile": ("variant", "stage"),
     "run": ("step", "name", "seed"),
     "machine": ("date",),
@@ -297,6 +298,21 @@ def documents_text(figures: Sequence[Figure]) -> str:
     return markdown_table(columns, rows)
 
 
+def experts_text(figures: Sequence[Figure]) -> str:
+    """Returns the table of the forms in which a block's experts are computed."""
+    rows = [
+        (
+            f"{figure['chosen']} of {figure['experts']}",
+            figure["form"],
+            number(figure["forward_backward_ms"], ".3f"),
+            number(figure["time_of_ordinary"], ".2f"),
+            number(figure["error"], ".1e"),
+        )
+        for figure in figures
+    ]
+    return markdown_table(["experts", "form", "forward + backward, ms", "time / ordinary layer", "error"], rows)
+
+
 def run_text(figures: Sequence[Figure]) -> str:
     """Returns tables of runs on text; runs that differ only in their seed are one row with mean and spread of their losses."""
     parts = []
@@ -335,6 +351,7 @@ SECTIONS: tuple[tuple[str, str, Callable[[Sequence[Figure]], str]], ...] = (
     ("profile", "Time of a step by kernel", profile_text),
     ("attention", "Attention by backend", attention_text),
     ("documents", "Attention inside documents", documents_text),
+    ("experts", "Experts of a block, next to an ordinary layer of as many active parameters", experts_text),
     ("run", "Real text, at equal cost", run_text),
 )
 
