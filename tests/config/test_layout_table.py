@@ -24,6 +24,7 @@ ROWS = {
     "tensor and sequence parallel": f"{TENSOR} {SEQUENCE}",
     "pipeline": PIPELINE,
     "pipeline, tensor and sequence parallel, bfloat16": f"{PIPELINE} {TENSOR} {SEQUENCE} --bf16",
+    "experts divided by data-parallel ranks": "--num-experts 4 --expert-model-parallel-size 2",
     "compiled blocks": "--compile",
     "compiled blocks, tensor and sequence parallel": f"--compile {TENSOR} {SEQUENCE}",
     "optimizer offloaded to the CPU": "offload_optimizer",
