@@ -44,6 +44,7 @@ class History:
         stages: one dict per stage that has begun: name, patch size, step, tokens, cost tokens and seconds at its start, and its blend.
         steps: columns `STEP_COLUMNS` and "seconds", the elapsed time without the pauses before restarts.
         evaluations: columns `EVALUATION_COLUMNS` and "seconds".
+        experts: the load of experts by block (`ExpertMap.as_record`); None of a run without experts.
         corpora: for each corpus that evaluations name: name, its last weight in the held-out loss, and token_loss at each evaluation.
         checkpoints: step, tokens, cost tokens, duration, bytes and folder of each checkpoint.
         starts: step, tokens, cost tokens and elapsed time of each start and resume.
@@ -67,6 +68,7 @@ class History:
     stages: list[dict[str, Any]]
     steps: Columns
     evaluations: Columns
+    experts: dict[str, Any] | None
     corpora: list[dict[str, Any]]
     checkpoints: list[dict[str, Any]]
     starts: list[dict[str, Any]]
@@ -131,6 +133,7 @@ def read_history(save: Path, label: str | None = None, most_points: int = MOST_P
         stages=[{**stage, "blend": _blend_of_stage(plan, stage["index"])} for stage in run.stages],
         steps=_columns(run.steps.rows(), (*STEP_COLUMNS, "seconds")),
         evaluations=_columns(evaluations, (*EVALUATION_COLUMNS, "seconds")),
+        experts=run.experts.as_record(*_numbers_of_experts(options)),
         corpora=[
             {"name": one_line(name), "weight": weight, "token_loss": [loss_of_corpus(row, number) for row in evaluations]}
             for number, (name, weight) in enumerate(run.corpora.items())
@@ -174,6 +177,13 @@ def _configuration(save: Path, notes: list[str]) -> tuple[dict[str, Any], list[s
             return options, sorted(origins), plan
     notes.append("the configuration is unknown: no checkpoint could be read")
     return {}, [], {}
+
+
+def _numbers_of_experts(options: Mapping[str, Any]) -> tuple[int | None, int | None]:
+    """Returns (experts of a block, experts that a position uses); None if the options do not have both."""
+    experts, top_k = options.get("num_experts"), options.get("moe_router_topk")
+    known = type(experts) is int and type(top_k) is int and 1 <= top_k <= experts < 1 << 20
+    return (experts, top_k) if known else (None, None)
 
 
 def _blend(options: Mapping[str, Any]) -> list[tuple[str, float]]:

@@ -14,7 +14,18 @@ from pathlib import Path
 from typing import Any
 
 from megatron_patch.errors import DataError
-from megatron_patch.reporting.rows import EVALUATION_COLUMNS, STEP_COLUMNS, InOrder, LeftOut, problem, read_rows, step_values
+from megatron_patch.reporting.expert_map import ExpertMap
+from megatron_patch.reporting.rows import (
+    EVALUATION_COLUMNS,
+    STEP_COLUMNS,
+    InOrder,
+    LeftOut,
+    experts_problem,
+    problem,
+    read_rows,
+    step_experts,
+    step_values,
+)
 from megatron_patch.reporting.thinning import Thinning
 from megatron_patch.utils.files import optional_file, reason
 
@@ -91,6 +102,7 @@ class MetricsFile:
         left_out: rows that cannot be used.
         steps: values of `STEP_COLUMNS` and the elapsed time, without the pauses before restarts.
         evaluations: values of `EVALUATION_COLUMNS`, the elapsed time, and the token losses of `corpora`, as far as they were known.
+        experts: the load of experts by block.
         corpora: name and last weight of each corpus whose held-out loss is recorded, in the order of their appearance.
         more_corpora: whether further corpora are left out.
         places: the place of each step.
@@ -106,6 +118,7 @@ class MetricsFile:
     left_out: LeftOut
     steps: Thinning
     evaluations: Thinning
+    experts: ExpertMap = field(default_factory=ExpertMap)
     corpora: dict[str, float | None] = field(default_factory=dict)
     more_corpora: bool = False
     places: Places = field(default_factory=Places)
@@ -117,12 +130,13 @@ class MetricsFile:
     last: tuple[Any, ...] | None = None
     state: str = "unfinished"
 
-    def add_step(self, values: tuple[Any, ...], seconds: float) -> None:
-        """Takes the next step in order: its values as `step_values` returns them, and the elapsed time."""
+    def add_step(self, values: tuple[Any, ...], experts: tuple[Any, ...] | None, seconds: float) -> None:
+        """Takes the next step in order: its values as `step_values` and `step_experts` return them, and the elapsed time."""
         self.places.add(values[0], values[3], values[4], seconds)
+        before = (self.last[0], self.last[3], self.last[4]) if self.last is not None else (0, 0, 0.0)
         self.steps.add((*values[:_WIDTH], seconds))
         if not self.stages or self.stages[-1]["index"] != values[_STAGE]:
-            step, tokens, cost_tokens = (self.last[0], self.last[3], self.last[4]) if self.last is not None else (0, 0, 0.0)
+            step, tokens, cost_tokens = before
             self.stages.append(
                 {
                     "index": values[_STAGE],
@@ -134,6 +148,9 @@ class MetricsFile:
                     "seconds": self._seconds_before,
                 }
             )
+        if experts is not None:
+            begin, end = (*before, self._seconds_before), (values[0], values[3], values[4], seconds)
+            self.experts.add(values[_STAGE], values[2], begin, end, experts)
         self.last, self._seconds_before = values, seconds
 
     _seconds_before: float = 0.0
@@ -198,7 +215,9 @@ def _read(path: Path, result: MetricsFile, left_out: LeftOut) -> None:
     for line, record in read_rows(path, left_out):
         kind = record.get("type")
         values = step_values(record) if kind == "step" else None
-        if values is None and (reason := problem(record)) is not None:
+        experts = step_experts(record) if values is not None else None
+        reason = problem(record) if values is None else experts_problem(record) if experts is not None else None
+        if reason is not None:
             left_out.add(line, reason)
             continue
         now = record.get("time")
@@ -209,7 +228,7 @@ def _read(path: Path, result: MetricsFile, left_out: LeftOut) -> None:
             before = now
         seconds = round(elapsed, 3)
         if values is not None:
-            if (ready := steps.push(line, (values[0], values[1], values[3], values[4]), (values, seconds))) is not None:
+            if (ready := steps.push(line, (values[0], values[1], values[3], values[4]), (values, experts, seconds))) is not None:
                 result.add_step(*ready)
         elif kind == "evaluation":
             row = (*(record.get(name) for name in EVALUATION_COLUMNS), seconds, result.losses_of_corpora(record))

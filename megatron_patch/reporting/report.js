@@ -161,20 +161,27 @@
       charts.push(this);
     }
 
+    width(paper) {
+      // For printing, each chart is drawn at a fixed width and scaled to its column.
+      return state.printing ? paper : Math.max(240, this.svg.clientWidth || this.card.clientWidth - 36);
+    }
+
+    clear(width, height) {
+      this.svg.replaceChildren();
+      this.svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
+      this.svg.style.height = `${height}px`;
+    }
+
     draw() {
       const { spec, svg } = this;
       const parent = this.card.parentElement.classList;
-      // For printing, each chart is drawn at a fixed width and scaled to its column.
-      const paper = spec.wide || !parent.contains("grid") ? 880 : parent.contains("two") ? 430 : 285;
-      const width = state.printing ? paper : Math.max(240, this.svg.clientWidth || this.card.clientWidth - 36);
+      const width = this.width(spec.wide || !parent.contains("grid") ? 880 : parent.contains("two") ? 430 : 285);
       this.series = spec.series();
       const lanes = spec.lanes ? visible() : [];
       const laneHeight = 25;
       const bottom = 38 + lanes.length * laneHeight;
       const height = spec.height + (lanes.length ? lanes.length * laneHeight + 4 : 0);
-      svg.replaceChildren();
-      svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
-      svg.style.height = `${height}px`;
+      this.clear(width, height);
       const empty = this.series.length === 0;
       this.card.style.display = empty && spec.optional ? "none" : "";
       if (empty) { shape(svg, "text", { x: 0, y: 24, class: "caption" }, spec.empty ?? "no measurements yet"); this.box = null; return; }
@@ -197,18 +204,7 @@
         shape(svg, "line", { class: "gridline", x1: box.left, x2: box.right, y1: y(tick), y2: y(tick) });
         shape(svg, "text", { x: box.left - 8, y: y(tick) + 4, "text-anchor": "end" }, (spec.tick ?? spec.format)(tick));
       }
-      const wantedX = Math.max(3, Math.floor((box.right - box.left) / 82));
-      const ticks = state.axis === "time" ? timeTicks(...domain, wantedX) : linearTicks(...domain, wantedX);
-      shape(svg, "line", { class: "axis", x1: box.left, x2: box.right, y1: box.bottom, y2: box.bottom });
-      for (const tick of ticks) {
-        const at = x(tick);
-        shape(svg, "line", { class: "axis", x1: at, x2: at, y1: box.bottom, y2: box.bottom + 4 });
-        shape(svg, "text", { x: at, y: box.bottom + 17, "text-anchor": at > width - 24 ? "end" : "middle" }, axes[state.axis].format(tick));
-      }
-      const caption = axes[state.axis].caption;
-      if (spec.lanes || box.right - box.left > caption.length * 5.6) {
-        shape(svg, "text", { class: "caption", x: box.right, y: box.bottom + 33, "text-anchor": "end" }, caption);
-      }
+      this.horizontal(svg, width, spec.lanes);
       const plot = shape(svg, "g", { "clip-path": `url(#${clip})` });
       if (several) this.switchLines(plot);
       for (const series of this.series) this.curve(plot, series);
@@ -216,6 +212,22 @@
       if (spec.ends) this.endLabels(svg, width);
       lanes.forEach((run, row) => this.lane(svg, run, box.bottom + 44 + row * laneHeight, clip));
       this.cross = shape(svg, "g", { class: "hover" });
+    }
+
+    horizontal(svg, width, always = false) {
+      const { box, x, domain } = this;
+      const wanted = Math.max(3, Math.floor((box.right - box.left) / 82));
+      const ticks = state.axis === "time" ? timeTicks(...domain, wanted) : linearTicks(...domain, wanted);
+      shape(svg, "line", { class: "axis", x1: box.left, x2: box.right, y1: box.bottom, y2: box.bottom });
+      for (const tick of ticks) {
+        const at = x(tick);
+        shape(svg, "line", { class: "axis", x1: at, x2: at, y1: box.bottom, y2: box.bottom + 4 });
+        shape(svg, "text", { x: at, y: box.bottom + 17, "text-anchor": at > width - 24 ? "end" : "middle" }, axes[state.axis].format(tick));
+      }
+      const caption = axes[state.axis].caption;
+      if (always || box.right - box.left > caption.length * 5.6) {
+        shape(svg, "text", { class: "caption", x: box.right, y: box.bottom + 33, "text-anchor": "end" }, caption);
+      }
     }
 
     range(domain) {
@@ -390,6 +402,111 @@
       const to = this.value(event), from = this.from;
       this.from = null;
       if (Math.abs(this.x(to) - this.x(from)) > 8) zoomTo([from, to].sort((a, b) => a - b).map((v) => Math.max(0, v)));
+    }
+  }
+
+  // ---- The load of experts of one run: a row for each block, a color for each cell.
+  const LEVELS = 7;
+  class HeatMap extends Chart {
+    constructor(parent, run) {
+      super(parent, { title: several ? `Load of experts: ${run.label}` : "Load of experts", about: "for each block, choices of its most used expert over the mean of its experts; 1 is perfect balance; of steps that share a cell, the worst" });
+      this.run = run;
+      this.series = [];
+      const { load, most } = run.experts;
+      const largest = load.reduce((a, row) => row.reduce((b, value) => (finite(value) && value > b ? value : b), a), 1);
+      this.top = Math.max(most ?? largest, 1.05);
+      const number = (value) => `${Number(value.toPrecision(value < 2 ? 3 : 2))}`;
+      // Levels of equal ratios, from balance to the largest load that is possible.
+      const bounds = Array.from({ length: LEVELS + 1 }, (_, n) => number(this.top ** (n / LEVELS)));
+      const end = most === null ? " (largest so far)" : " (possible)";
+      this.card.append(node("ul", { class: "levels" }, ...bounds.slice(1).map((bound, n) => node("li", {}, node("span", { class: "swatch", style: `background:var(--h${n})` }), `${bounds[n]} to ${bound}${n === LEVELS - 1 ? end : ""}`))));
+    }
+
+    level(load) { return Math.min(LEVELS - 1, Math.floor((LEVELS * Math.log(Math.max(load, 1))) / Math.log(this.top))); }
+
+    draw() {
+      const { run, svg } = this, { blocks, begin, end } = run.experts;
+      this.card.style.display = run.shown ? "" : "none";
+      if (!run.shown) { this.box = null; return; }
+      const width = this.width(880);
+      const row = Math.max(3, Math.min(20, Math.floor(340 / blocks.length))), height = 24 + row * blocks.length + 38;
+      this.clear(width, height);
+      const domain = state.zoom ?? [0, Math.max(...visible().map(endOf), 1e-9)];
+      const box = { left: 50, right: width - 12, top: 24, bottom: height - 38 };
+      const x = (value) => box.left + ((value - domain[0]) / (domain[1] - domain[0])) * (box.right - box.left);
+      Object.assign(this, { box, x, domain, row });
+      const placed = (places) => places.step.map((_, i) => x(axes[state.axis].of(run, { tokens: places.tokens[i], cost_tokens: places.cost_tokens[i], seconds: places.seconds[i] })));
+      this.starts = placed(begin);
+      this.ends = placed(end);
+      this.cells(svg);
+      this.labels(svg);
+      this.turns(svg);
+      this.horizontal(svg, width);
+      this.cross = shape(svg, "g", { class: "hover" });
+    }
+
+    /** Returns the first pixel of a column and the one after its last, counted from the left of the map, which may be outside of it. */
+    pixels(i) {
+      const from = Math.round(this.starts[i] - this.box.left);
+      return [from, Math.max(from + 1, Math.round(this.ends[i] - this.box.left))];
+    }
+
+    cells(svg) {
+      const { box, row } = this, { load } = this.run.experts, width = Math.ceil(box.right - box.left);
+      const paths = Array.from({ length: LEVELS }, () => []);
+      load.forEach((values, n) => {
+        // Columns that share a pixel show the worst of them.
+        const worst = new Float64Array(width).fill(-1);
+        values.forEach((value, i) => {
+          if (!finite(value)) return;
+          const [from, to] = this.pixels(i);
+          for (let at = Math.max(0, from); at < Math.min(width, to); at += 1) worst[at] = Math.max(worst[at], this.level(value));
+        });
+        const y = box.bottom - (n + 1) * row, high = row < 8 ? row : row - 1;
+        for (let at = 0, from = 0; at < width; from = at) {
+          while (at < width && worst[at] === worst[from]) at += 1;
+          if (worst[from] >= 0) paths[worst[from]].push(`M${box.left + from} ${y}h${at - from}v${high}h${from - at}z`);
+        }
+      });
+      paths.forEach((parts, n) => { if (parts.length) shape(svg, "path", { class: "cell", d: parts.join(""), fill: `var(--h${n})` }); });
+    }
+
+    labels(svg) {
+      const { box, row } = this, every = Math.ceil(15 / row);
+      this.run.experts.blocks.forEach((block, n) => {
+        if (n % every === 0) shape(svg, "text", { x: box.left - 8, y: box.bottom - (n + 0.5) * row + 4, "text-anchor": "end" }, String(block));
+      });
+      shape(svg, "text", { class: "caption", x: box.left - 8, y: box.top - 9, "text-anchor": "end" }, "block");
+    }
+
+    turns(svg) {
+      const { run, box, x } = this;
+      run.stages.forEach((stage, index) => {
+        const at = x(axes[state.axis].of(run, stage)), from = Math.max(box.left, at), to = Math.min(box.right, x(stageEnd(run, index)));
+        if (to <= from) return;
+        if (index > 0 && at > box.left) for (const name of ["edge", "turn"]) shape(svg, "line", { class: name, x1: at, x2: at, y1: box.top - 4, y2: box.bottom });
+        if (to - from > 44) shape(svg, "text", { class: "caption", x: from, y: box.top - 9 }, `K = ${stage.patch_size}`);
+      });
+    }
+
+    readOut(value, event) {
+      const { run, box, row } = this, { blocks, experts, begin, end, load, dead, entropy, patch_size: k } = run.experts;
+      const n = Math.floor((box.bottom - (event.clientY - this.svg.getBoundingClientRect().top)) / row), at = Math.floor(this.x(value) - box.left);
+      const here = n < 0 || n >= blocks.length ? [] : load[n].map((_, i) => i).filter((i) => finite(load[n][i]) && this.pixels(i)[0] <= at && at < this.pixels(i)[1]);
+      if (!here.length) { tip.hidden = true; return; }
+      const i = here.reduce((a, b) => (load[n][b] > load[n][a] ? b : a)), number = (step) => step.toLocaleString("en");
+      const [from, to] = [Math.max(box.left, this.starts[i]), Math.min(box.right, this.ends[i])];
+      shape(this.cross, "rect", { class: "chosen", x: from, y: box.bottom - (n + 1) * row, width: Math.max(2, to - from), height: row });
+      const one = end.step[i] - begin.step[i] === 1, first = begin.step[i] + 1;
+      const numbers = [
+        dead[n][i] === 0 ? "no dead experts" : finite(dead[n][i]) ? `${one ? "" : "at most "}${dead[n][i]} dead expert${dead[n][i] === 1 ? "" : "s"}${experts === null ? "" : ` of ${experts}`}` : null,
+        finite(entropy[n][i]) ? `entropy of the router ${one ? "" : "at least "}${entropy[n][i].toFixed(2)} nats` : null,
+      ];
+      const where = [`K = ${k[i]}`, one ? `step ${number(first)}` : `steps ${number(first)} to ${number(end.step[i])}`, `${count(end.tokens[i])} tokens`, duration(end.seconds[i])];
+      tip.replaceChildren(node("div", { class: "where" }, `${several ? `${run.label}, ` : ""}block ${blocks[n]}`),
+        node("div", { class: "row" }, node("span", { class: "swatch", style: `background:var(--h${this.level(load[n][i])})` }), node("span", {}, "largest load"), node("b", {}, `${load[n][i].toFixed(2)} × mean`),
+          ...[numbers, where].map((parts) => node("small", {}, parts.filter((part) => part !== null).join(" · ")))));
+      placeTip(event);
     }
   }
 
@@ -591,6 +708,10 @@
     for (const run of runs) run.steps.waited = run.steps.waited ?? run.steps.data_seconds.map((value, i) => value / Math.max(run.steps.step_seconds[i], 1e-9));
     return stepSeries("waited")();
   }, fromZero: true });
+  for (const run of runs.filter((one) => one.experts !== null)) {
+    byId("experts").hidden = false;
+    new HeatMap(byId("experts"), run);
+  }
   byId("details").append(timeline(), mixes());
   differences();
   byId("footer").textContent = `megatron_patch ${data.version} · created ${data.made} · drag across a chart to zoom, double-click to reset the zoom`;

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from operator import itemgetter
+from operator import itemgetter, lt
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,11 @@ from megatron_patch.utils.units import plural
 STEP_COLUMNS = ("step", "stage_index", "patch_size", "tokens", "cost_tokens", "loss", *STEP_METRICS)
 EVALUATION_COLUMNS = ("step", "stage_index", "patch_size", "tokens", "cost_tokens", "token_loss", "patch_loss", "eval_tokens")
 
+EXPERT_COLUMNS = ("expert_blocks", "expert_load", "dead_experts", "router_entropy")
+"""Fields of a step that have one value for each block with experts."""
+
 _MOST_NOTES = 10
+_MOST_BLOCKS = 1_024
 _LARGEST_NUMBER = 1e39  # above every number in float32
 _WORDS = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "missing"}
 
@@ -50,6 +54,17 @@ class _Kind:
             return f"{name} is {repr(value)[:40]}"
         return None
 
+    def problem_in_list(self, name: str, values: Any) -> str | None:
+        """Returns what is wrong with a list of values, as a clause, or None."""
+        if type(values) is not list:
+            return f"{name} is {_WORDS.get(type(values)) or repr(values)[:40]}"
+        # Most lists are sound, which is faster to see for all values at once.
+        types = set(map(type, values))
+        numbers = [value for value in values if value is not None] if _NONE in types else values
+        if types <= self.types and (not numbers or (self.low <= min(numbers) and max(numbers) < self.high)):
+            return None
+        return next(found for value in values if (found := self.problem(f"a value of {name}", value)) is not None)
+
 
 _NONE = type(None)
 _COUNT = _Kind(frozenset({int}))
@@ -69,6 +84,7 @@ _TOTALS = {
     "device": _MAYBE_TEXT,
 }
 _STEP = {**_PLACE, "loss": _NUMBER, **dict.fromkeys(STEP_METRICS, _NUMBER), "cost": _NUMBER, "time": _TIME, "stage": _TEXT}
+_EXPERTS = dict(zip(EXPERT_COLUMNS, (_INDEX, _MAYBE_AMOUNT, _COUNT, _NUMBER), strict=True))
 _CORPUS = {"weight": _NUMBER, "token_loss": _NUMBER}
 _FIELDS: dict[str, dict[str, _Kind]] = {
     "step": _STEP,
@@ -154,8 +170,37 @@ def problem(record: Mapping[str, Any]) -> str | None:
     kind = record.get("type")
     if not isinstance(kind, str):
         return f"type is {_WORDS.get(type(kind)) or repr(kind)[:40]}"
-    found = _first_problem(_FIELDS.get(kind, {}), record)
-    return found if found is not None or kind != "evaluation" else _corpora_problem(record.get("corpora"))
+    if (found := _first_problem(_FIELDS.get(kind, {}), record)) is not None:
+        return found
+    if kind == "step":
+        return experts_problem(record)
+    return _corpora_problem(record.get("corpora")) if kind == "evaluation" else None
+
+
+def experts_problem(step: Mapping[str, Any]) -> str | None:
+    """Returns what is wrong with the load of experts in a step, which models without experts lack, or None."""
+    if step_experts(step) is None:
+        return None
+    for name, allowed in _EXPERTS.items():
+        if (found := allowed.problem_in_list(name, step.get(name))) is not None:
+            return found
+    lengths = [len(step[name]) for name in EXPERT_COLUMNS]
+    if lengths.count(lengths[0]) < len(lengths) or lengths[0] > _MOST_BLOCKS:
+        return f"the lists {', '.join(EXPERT_COLUMNS)} have {', '.join(map(str, lengths))} values"
+    blocks = step["expert_blocks"]
+    return None if all(map(lt, blocks, blocks[1:])) else "the numbers of expert_blocks are not in ascending order"
+
+
+def step_experts(step: Mapping[str, Any]) -> tuple[Any, ...] | None:
+    """Returns the values of a step in the order `EXPERT_COLUMNS`, not checked; None without any."""
+    try:
+        values: tuple[Any, ...] = _get_experts(step)
+    except KeyError:
+        values = tuple(step.get(name) for name in EXPERT_COLUMNS)
+    return values if any(values) else None
+
+
+_get_experts = itemgetter(*EXPERT_COLUMNS)
 
 
 def _first_problem(fields: Mapping[str, _Kind], values: Mapping[str, Any]) -> str | None:
@@ -180,9 +225,9 @@ _numbers_by_types: dict[tuple[type, ...], Any] = {}
 
 
 def step_values(record: Mapping[str, Any]) -> tuple[Any, ...] | None:
-    """Returns the values of a step in the order `STEP_COLUMNS`, "cost", "time", "stage"; None if `problem` finds one.
+    """Returns the values of a step in the order `STEP_COLUMNS`, "cost", "time", "stage"; None if `problem` finds one in these.
 
-    The same check as `problem`, but fast enough for a million steps.
+    The same check as `problem`, without that of experts, but fast enough for a million steps.
     """
     try:
         values: tuple[Any, ...] = _get_step(record)
@@ -198,7 +243,7 @@ def step_values(record: Mapping[str, Any]) -> tuple[Any, ...] | None:
     found, time = numbers(values), values[-2]
     if min(found) < 0 or max(found) >= _COUNT.high or (time is not None and time >= _TIME.high):
         # Rare: only measured values may be negative or that large. All ranges are checked.
-        return None if problem(record) is not None else values
+        return None if _first_problem(_STEP, record) is not None else values
     return values if values[1] < _INDEX.high and values[2] >= 1 else None
 
 

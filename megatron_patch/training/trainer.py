@@ -36,6 +36,7 @@ from megatron_patch.training.checkpointer import lock_folder, make_checkpointer,
 from megatron_patch.training.data import open_data, sample_tokenizer
 from megatron_patch.training.dry_run import print_plan
 from megatron_patch.training.evaluate import EvaluationStopped, held_out_losses
+from megatron_patch.training.expert_load import ExpertLoadMonitor
 from megatron_patch.training.faults.consistency import check_batches, check_programs, check_weights, replay
 from megatron_patch.training.faults.step_guard import StepGuard
 from megatron_patch.training.faults.stop_requests import StopRequests
@@ -120,6 +121,7 @@ class Trainer:
             opened.callback(self.checkpointer.close)
 
         self.cost = Cost(run.shape, self.plan, run.options.stages.seq_length)
+        self.expert_load = ExpertLoadMonitor(run.shape.experts, self.plan.stages)
         self.accounting = Accounting(self.plan, self.cost, device, self.grid.world_size, run.options.logging.peak_tflops)
         context = CallbackContext(run, self.save_folder, self.grid, self.engine.logits, tokenizer, device)
         self.callbacks = make_callbacks(context, callbacks)
@@ -245,6 +247,8 @@ class Trainer:
         record = self.accounting.step(self.progress, result, lr, seconds, data_seconds)
         for callback in self.callbacks:
             callback.on_step(record)
+        for collapse in self.expert_load.add(record):
+            self._report_event("collapse", collapse.message, **collapse.details)
         for slow_rank in self.stragglers.add(result.forward_seconds):
             self._report_event("straggler", slow_rank)
 

@@ -38,10 +38,10 @@ from tests.reporting.browser import CHROMIUM, MISSING, open_page
 ROOT = Path(__file__).parent.parent.parent
 
 
-def write_run(save, steps=12, seed=0.0, options=None, done=True, corpora=()):
+def write_run(save, steps=12, seed=0.0, options=None, done=True, corpora=(), experts=lambda step: {}):
     """Writes the files of a run with half of its steps at K = 4 (400 tokens each) and the rest at K = 1 (100 tokens each).
 
-    Of several corpora, the first has the loss of the step, and each other one half a nat more than the one before it.
+    `experts` returns a step's fields of experts. Of several corpora, the first has the loss of the step, and each other one half a nat more than the one before it.
     """
     metrics = Metrics(save / "metrics.jsonl")
     half = steps // 2
@@ -72,6 +72,7 @@ def write_run(save, steps=12, seed=0.0, options=None, done=True, corpora=()):
                 1.5,
                 0.01,
                 0.1,
+                **experts(step),
             )
         )
         if step % 3 == 0:
@@ -91,6 +92,11 @@ def write_run(save, steps=12, seed=0.0, options=None, done=True, corpora=()):
         state = {"config": {"options": options, "origins": dict.fromkeys(options, "flag")}, "plan": plan}
         (folder / "trainer_state.json").write_text(json.dumps(state))
     return save
+
+
+def of_experts(step):
+    """The fields of a step with experts in blocks 1 and 3."""
+    return {"expert_blocks": (1, 3), "expert_load": (1.0 + step / 100, 3.5), "dead_experts": (0, step), "router_entropy": (2.0, 1.5)}
 
 
 class Page(HTMLParser):
@@ -363,7 +369,10 @@ def mutated(draw, text):
             try:
                 record = json.loads(lines[number])
                 names = sorted(record)
-                if draw.random() < 0.2:
+                if isinstance(record.get("expert_load"), list) and draw.random() < 0.5:
+                    values = record[draw.choice([name for name in names if isinstance(record[name], list)])]
+                    values[draw.randrange(len(values))] = draw.choice(HOSTILE)
+                elif draw.random() < 0.2:
                     del record[draw.choice(names)]
                 else:
                     record[draw.choice(names)] = draw.choice(HOSTILE)
@@ -377,7 +386,7 @@ def test_damaged_files_of_a_run_lose_only_the_damaged_rows(tmp_path):
     """600 mutants of all files that a report reads, a few of which are also drawn."""
     draw = random.Random(7)
     blend = {"lr": 1e-3, "data_path": ["0.75", "data/web", "0.25", "data/code"]}
-    save = write_run(tmp_path / "run", options=blend, corpora=("web", "code"))
+    save = write_run(tmp_path / "run", options=blend, corpora=("web", "code"), experts=of_experts)
     events = [
         {"type": "loss-spike", "time": 2.0, "step": 5, "message": "loss 9.1"},
         {"type": "straggler", "time": 3.0, "step": 7, "rank": 3},

@@ -31,7 +31,7 @@ from megatron_patch.training.callbacks.metrics import Metrics, read_metrics
 from megatron_patch.training.callbacks.tensorboard import TensorBoard
 from megatron_patch.training.next_steps import next_steps
 from megatron_patch.training.throughput import Throughput
-from tests.training.records import EVALUATION, START, STEP
+from tests.training.records import EVALUATION, EXPERTS, START, STEP
 
 
 def steps(path):
@@ -54,6 +54,16 @@ def test_lines_are_valid_json_even_if_losses_are_not_finite(tmp_path):
     metrics.close()
     record = json.loads((tmp_path / "m.jsonl").read_text().splitlines()[-1], parse_constant=pytest.fail)
     assert record["loss"] is None and record["loss_text"] == "nan" and record["grad_norm_text"] == "inf"
+
+
+def test_loads_that_are_not_finite_are_valid_json(tmp_path):
+    metrics = Metrics(tmp_path / "m.jsonl")
+    metrics.on_step(replace(STEP, **EXPERTS | {"router_entropy": (float("nan"), 0.5)}))
+    metrics.on_step(STEP)
+    metrics.close()
+    first, second = (json.loads(line, parse_constant=pytest.fail) for line in (tmp_path / "m.jsonl").read_text().splitlines())
+    assert first["router_entropy"] == [None, 0.5] and first["expert_load"] == [1.25, 3.8] and first["expert_blocks"] == [1, 12]
+    assert second["router_entropy"] == second["expert_blocks"] == []
 
 
 BLEND = replace(
@@ -93,6 +103,21 @@ def test_charts_have_each_corpus():
     values = named_values(BLEND)
     assert values["eval/token_loss"] == 6.5 and values["eval/token_loss/web"] == 6.25 and values["eval/patch_loss/web"] == 5.0
     assert "eval/patch_loss/web" not in named_values(replace(BLEND, patch_size=1))
+
+
+def test_charts_have_the_worst_block_and_each_block():
+    """Under names and numbers that MLflow, which is strict, takes."""
+    values = {name: value for name, value in named_values(replace(STEP, **EXPERTS)).items() if name not in named_values(STEP)}
+    assert values == {
+        "train/expert_load": 3.8,
+        "train/dead_experts": 5.0,
+        "train/router_entropy": 0.5,
+        "train/expert_load/block_1": 1.25,
+        "train/expert_load/block_12": 3.8,
+    }
+    assert all(re.fullmatch(r"[\w/ .-]+", name) and type(value) is float for name, value in values.items())
+    many = {name: tuple(range(1000)) for name in EXPERTS}
+    assert len(named_values(replace(STEP, **many))) == len(named_values(STEP)) + 3 + 200
 
 
 @pytest.mark.parametrize("terminal", [False, True])
@@ -180,6 +205,42 @@ def test_the_lines_of_steps_fit_the_terminal(width, missing):
     assert len(line) <= width and "5.5000" in line and not set(missing) & set(head.split())
     ends = [match.end() for match in re.finditer(r"\S+", head.partition("  to go")[0])]
     assert all(line[end - 1] != " " and line[end : end + 1] in (" ", "") for end in ends if not head[:end].endswith("stage"))
+
+
+def lines_of_steps(width, records):
+    out = io.StringIO()
+    console = Console(1, console=RichConsole(file=out, force_terminal=True, force_interactive=False, width=width, color_system=None))
+    console._start = START
+    for record in records:
+        console.on_step(record)
+    return out.getvalue().splitlines()
+
+
+@pytest.mark.parametrize(("width", "missing"), [(180, ""), (120, ""), (80, "FLOPs MFU"), (72, "FLOPs experts"), (40, "experts grad lr")])
+def test_the_worst_block_is_a_column_where_there_is_room(width, missing):
+    head, line = lines_of_steps(width, [replace(STEP, step=999_999, **EXPERTS)])
+    assert len(line) <= width and not set(missing.split()) & set(head.split())
+    assert ("experts" in head) == (width >= 80) == ("3.8 @12" in line)
+    if width >= 80:
+        end = head.index("experts") + len("experts")
+        assert line[:end].endswith(" 3.8 @12") and line[end] == " ", "numbers are below their names"
+
+
+def test_loads_of_any_size_keep_the_columns_aligned():
+    loads = [(1.0, 1.25), (128.0, 1.0), (float("nan"), 31.96), (float("nan"), float("nan"))]
+    records = [replace(STEP, **EXPERTS | {"expert_blocks": (3, 127), "expert_load": pair}) for pair in loads]
+    head, *lines = lines_of_steps(160, records)
+    end = head.index("experts") + len("experts")
+    assert [line[:end].split()[-2:] for line in lines] == [["1.2", "@127"], ["128", "@3"], ["32.0", "@127"], ["nan", "@3"]]
+    assert {len(line) for line in lines} == {len(lines[0])} and len(head) <= 160 and max(map(len, lines)) <= 160
+
+
+def test_lines_of_a_model_without_experts_are_those_of_before():
+    head, line = lines_of_steps(180, [STEP])
+    assert re.sub(" +", " ", head) == " step stage K tokens loss lr grad tok/s pos/s TFLOP/s MFU GiB wait FLOPs to go"
+    assert line == (
+        "       1 patch       4      100   5.5000     0.001   0.900      1k     250     0.1      -   1.5 10.0%   2.5%  switch in 1 s, end in 0 s"
+    )
 
 
 def test_the_end_names_the_tools_that_read_the_run(tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ from rich.console import Console as RichConsole
 
 from megatron_patch.training.callbacks.base import RunStart, StepRecord
 from megatron_patch.training.callbacks.progress import LiveState, LossTrend, bar, live_view, outlook
-from tests.training.test_callbacks import EVALUATION, STEP
+from tests.training.records import EVALUATION, EXPERTS, STEP
 
 # 4,000 tokens, the first 2,000 in patches of 4: the cost of 2,500 tokens at token level, of 1e9 FLOPs each.
 START = RunStart(0, 100, 4000, ((2000, "token"),), 0, "cpu", 2, None, 1e9, 0.625)
@@ -71,6 +71,15 @@ def test_the_remaining_times_include_the_pauses():
     ahead = outlook(START, at(1000, 250.0, 5e-3, 40.0), (10.0, 30.0))
     assert ahead.switch_seconds == 35.0 and ahead.end_seconds == pytest.approx(225 + 30)
     assert outlook(START, at(4000, 2500.0, 5e-3, 10.0), (0.0, 7.0)).end_seconds == 7.0
+
+
+def test_the_live_view_shows_the_worst_block_of_a_model_with_experts():
+    console = RichConsole(width=80, force_terminal=True, color_system=None)
+    with console.capture() as captured:
+        console.print(live_view(LiveState(START, replace(STEP, **EXPERTS), LossTrend()), 80))
+    lines = captured.get().splitlines()
+    assert lines[5].rstrip() == "experts  largest load 3.8 times the mean (block 12) · 5 dead in all blocks"
+    assert max(map(len, lines)) <= 80
 
 
 @pytest.mark.parametrize("width", [40, 80, 200])

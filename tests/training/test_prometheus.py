@@ -15,7 +15,7 @@ from megatron_patch.training.callbacks.base import CorpusLoss, Event, RunEnd, Sa
 from megatron_patch.training.callbacks.charts import Charts, named_values
 from megatron_patch.training.callbacks.delivery import Delivery, Timed
 from megatron_patch.training.callbacks.prometheus import PrometheusFile, PrometheusPort
-from tests.training.records import END, EVALUATION, START, STEP
+from tests.training.records import END, EVALUATION, EXPERTS, START, STEP
 
 NAME = 'a "run"\\ of\nmine'
 BLEND = replace(EVALUATION, corpora={"web": CorpusLoss(0.5, 6.25, 5.0, 500), 'x/"y"': CorpusLoss(0.5, math.nan, 5.0, 500)})
@@ -69,6 +69,20 @@ def test_the_file_has_the_newest_numbers(tmp_path):
     assert kinds["megatron_patch_train_lr"] == ("gauge", "learning rate") and kinds["megatron_patch_steps"][0] == "counter"
     assert kinds["megatron_patch_train_token_loss"][1] == "mean loss in nats per label, at the stage's K"
     assert all(kind in ("gauge", "counter") and meaning for kind, meaning in kinds.values())
+
+
+def test_the_load_of_experts_has_the_label_of_its_block(tmp_path):
+    board = Charts(PrometheusFile(tmp_path / "run.prom", NAME), None)
+    board.on_start(START)
+    board.on_step(replace(STEP, **EXPERTS))
+    board.on_event(Event("collapse", 2, "of block 12", {}))
+    board.close()
+    kinds, samples = parsed((tmp_path / "run.prom").read_text())
+    load, stage = "megatron_patch_train_expert_load", ("stage", "patch")
+    assert [samples[load, stage], samples[load, ("block", "1"), stage], samples[load, ("block", "12"), stage]] == [3.8, 1.25, 3.8]
+    assert samples["megatron_patch_train_dead_experts", stage] == 5 and samples["megatron_patch_train_router_entropy", stage] == 0.5
+    assert samples["megatron_patch_events_total", ("kind", "collapse")] == 1
+    assert "worst block" in kinds[load][1] and kinds[load][0] == "gauge"
 
 
 def test_numbers_that_are_not_finite_are_numbers(tmp_path):

@@ -6,6 +6,7 @@ stage's K a `patch_loss`: the two cannot be compared and never share a name.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -117,6 +118,12 @@ class StepRecord:
     dead_experts: tuple[int, ...] = ()
     router_entropy: tuple[float, ...] = ()
 
+    @property
+    def worst_block(self) -> tuple[int, float] | None:
+        """The block with the largest load, and that load; None in a model without experts. A load that is not finite counts as lowest."""
+        pairs = list(zip(self.expert_blocks, self.expert_load, strict=True))
+        return max(pairs, key=lambda pair: pair[1] if math.isfinite(pair[1]) else -math.inf) if pairs else None
+
 
 @dataclass(frozen=True)
 class CorpusLoss:
@@ -213,7 +220,7 @@ class Event:
     """Something out of the ordinary.
 
     Args:
-        kind: "skip" (a rejected step), "rewind" or "straggler".
+        kind: "skip" (a rejected step), "rewind", "straggler" or "collapse" (few experts of a block are used).
         step: optimizer steps taken so far.
         message: a sentence for the user.
         details: plain JSON values for scripts.

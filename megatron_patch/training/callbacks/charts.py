@@ -5,6 +5,7 @@ In: records. Out: named values, delivered by a thread of the service (`Delivery`
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from pathlib import Path
@@ -25,6 +26,8 @@ from megatron_patch.training.faults.exit_protocol import print_stderr
 from megatron_patch.utils.units import format_duration
 
 _STEP_VALUES = (*STEP_METRICS, "cost", "cost_tokens", "patch_size")
+_MOST_BLOCKS = 200
+"""The most blocks that have a chart of their own."""
 PATIENCE = 20.0
 """Seconds that a service is given to answer, each time that it is opened or closed; it delays no step."""
 _LONGEST_END = 1.5 * PATIENCE  # seconds that the end of the run waits for a service
@@ -34,7 +37,9 @@ def named_values(record: StepRecord | EvaluationRecord) -> dict[str, float]:
     """Returns the numbers of a record by the names that all services show.
 
     These are the field names with the prefix "train/" or "eval/"; a training loss is named `token_loss` or `patch_loss`, so that no chart
-    joins the two. The loss of one corpus of several is `eval/token_loss/NAME`.
+    joins the two. The loss of one corpus of several is `eval/token_loss/NAME`. In a model with experts, `train/expert_load` is the load of
+    the worst block and `train/expert_load/block_N` that of block N, `train/dead_experts` the number of dead experts in all blocks, and
+    `train/router_entropy` the lowest of all blocks.
     """
     if isinstance(record, EvaluationRecord):
         corpora = record.corpora if len(record.corpora) > 1 else {}
@@ -46,7 +51,19 @@ def named_values(record: StepRecord | EvaluationRecord) -> dict[str, float]:
         return values
     pairs = ((name, getattr(record, name)) for name in _STEP_VALUES)
     loss = "train/token_loss" if record.patch_size == 1 else "train/patch_loss"
-    return {loss: record.loss, **{f"train/{name}": float(value) for name, value in pairs if value is not None}}
+    return {loss: record.loss, **{f"train/{name}": float(value) for name, value in pairs if value is not None}, **_of_experts(record)}
+
+
+def _of_experts(record: StepRecord) -> dict[str, float]:
+    if (worst := record.worst_block) is None:
+        return {}
+    values = {
+        "train/expert_load": worst[1],
+        "train/dead_experts": float(sum(record.dead_experts)),
+        "train/router_entropy": min(filter(math.isfinite, record.router_entropy), default=math.nan),
+    }
+    blocks = list(zip(record.expert_blocks, record.expert_load, strict=True))[:_MOST_BLOCKS]
+    return values | {f"train/expert_load/block_{block}": load for block, load in blocks}
 
 
 class Charts(Callback):

@@ -28,6 +28,7 @@ _WIDTHS = {
     "loss": 8,
     "lr": 9,
     "grad": 7,
+    "experts": 9,
     "tok/s": 7,
     "pos/s": 7,
     "TFLOP/s": 7,
@@ -36,11 +37,12 @@ _WIDTHS = {
     "wait": 5,
     "FLOPs": 6,
 }
-"""Widths of the columns of a step's line; a negative one is aligned left. "wait" is the share of time spent waiting for data, "FLOPs" the
-share of the run's FLOPs spent so far."""
+"""Widths of the columns of a step's line; a negative one is aligned left. "experts" is the largest load of an expert over the mean, and
+the block where it is largest; "wait" is the share of time spent waiting for data, "FLOPs" the share of the run's FLOPs spent so far."""
+_ONLY_WITH_EXPERTS = "experts"
 _LIVE_VIEW_ONLY = ("pos/s", "TFLOP/s", "MFU", "GiB", "wait")
 """Columns that a narrow terminal has no room for; the live view shows them."""
-_LEFT_OUT_NEXT = ("FLOPs", "grad", "lr", "tok/s", "tokens", "K", "stage")
+_LEFT_OUT_NEXT = ("FLOPs", "experts", "grad", "lr", "tok/s", "tokens", "K", "stage")
 """Columns that a still narrower terminal has no room for, the first one first."""
 
 
@@ -68,10 +70,10 @@ class Console(Callback):
         self._state: LiveState | None = None
         self._trend = LossTrend()
         self._lines = 0
-        width = line_width(self._console, _WIDE)
-        self._columns = _columns(width)
-        self._narrow = len(self._columns) < len(_WIDTHS)
-        self._shows_to_go = width >= _WIDE
+        self._width = line_width(self._console, _WIDE)
+        self._columns = _columns(self._width, experts=False)
+        self._narrow = len(self._columns) < len(_WIDTHS) - 1
+        self._shows_to_go = self._width >= _WIDE
 
     def on_start(self, record: RunStart) -> None:
         """Opens the live view."""
@@ -90,7 +92,9 @@ class Console(Callback):
         self._draw()
         if record.step % self._interval and record.step != self._start.total_steps:
             return
+        worst = record.worst_block
         if self._lines % _HEAD_EVERY == 0:
+            self._columns = _columns(self._width, experts=worst is not None)
             self._print(self._line({name: name for name in self._columns}) + ("  to go" if self._shows_to_go else ""))
         self._lines += 1
         ahead = outlook(self._start, record, pauses)
@@ -102,6 +106,7 @@ class Console(Callback):
             "loss": "skipped" if record.skipped else f"{record.loss:.4f}",
             "lr": f"{record.lr:.3g}",
             "grad": f"{record.grad_norm:.3f}",
+            "experts": "-" if worst is None else _worst_cell(*worst),
             "tok/s": format_count(record.tokens_per_second),
             "pos/s": format_count(record.positions_per_second),
             "TFLOP/s": f"{record.tflops:.3g}" if record.tflops >= 0.01 else f"{record.tflops:.0e}",
@@ -220,13 +225,17 @@ class Console(Callback):
             self._live = None
 
 
-def _columns(width: int) -> list[str]:
-    """Returns the columns that a line of this width has room for."""
-    columns = list(_WIDTHS)
+def _worst_cell(block: int, load: float) -> str:
+    return f"{load:.1f} @{block}" if load < 100 else f"{load:.0f} @{block}"
+
+
+def _columns(width: int, experts: bool) -> list[str]:
+    """Returns the columns that a line of this width has room for, of a model with or without experts."""
+    columns = [name for name in _WIDTHS if experts or name != _ONLY_WITH_EXPERTS]
     if _line_width(columns) > width:
         columns = [name for name in columns if name not in _LIVE_VIEW_ONLY]
     for name in _LEFT_OUT_NEXT:
-        if _line_width(columns) > width:
+        if name in columns and _line_width(columns) > width:
             columns.remove(name)
     return columns
 

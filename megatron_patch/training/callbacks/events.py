@@ -1,4 +1,4 @@
-"""Writes SAVE/events.jsonl: starts, switches, saves, rejected steps, rewinds, stragglers and ends of a run.
+"""Writes SAVE/events.jsonl: starts, switches, saves, rejected steps, rewinds, stragglers, collapsed experts and ends of a run.
 
 In: records. Out: lines with a "type", a "time" and a "step". Unlike metrics, events are never dropped: if a resumed run repeats a step, its
 events are in the file twice.

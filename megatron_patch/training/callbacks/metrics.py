@@ -1,8 +1,8 @@
 """Writes SAVE/metrics.jsonl: one JSON object for each record. A resumed run has each step once (`training.rollback`).
 
 In: records. Out: lines with a "type": start, step, evaluation, switch, save, end. Numbers that JSON cannot express (a loss that is not
-finite) are written as null, and as text under the field's name plus "_text". To add a field, add it to a record in base.py and set it in
-accounting.py.
+finite) are written as null, and as text under the field's name plus "_text"; in a list, only as null. To add a field, add it to a record
+in base.py and set it in accounting.py.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ def _finite(values: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in values.items():
         if isinstance(value, float) and not math.isfinite(value):
             result[name], result[f"{name}_text"] = None, str(value)
+        elif isinstance(value, tuple):
+            result[name] = [None if isinstance(part, float) and not math.isfinite(part) else part for part in value]
         else:
             result[name] = _finite(value) if isinstance(value, dict) else value
     return result

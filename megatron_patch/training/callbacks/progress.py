@@ -175,6 +175,8 @@ def live_view(state: LiveState, width: int) -> RenderableType:
     speed += [f"MFU {record.mfu:.1%}" if record.mfu is not None else f"{record.tflops:.3g} TFLOP/s", f"{record.memory_gib:.1f} GiB"]
     speed += [f"{waits:.0%} waiting for data"] if waits > 0.02 else []
     grid.add_row("speed", " · ".join(speed))
+    if (worst := record.worst_block) is not None:
+        grid.add_row("experts", _experts(record, *worst))
     if state.ended:
         to_go = [one_line(state.ended)]
     else:
@@ -196,6 +198,10 @@ def _head(state: LiveState, ahead: Outlook, width: int) -> Text:
     marks = [tokens / start.total_tokens for tokens, _ in start.switches]
     width = max(_SHORTEST_BAR, min(_BAR, width - len(numbers)))
     return Text.assemble(bar(ahead.tokens, marks, width), numbers, no_wrap=True, overflow="ellipsis")
+
+
+def _experts(record: StepRecord, block: int, load: float) -> str:
+    return f"largest load {load:.1f} times the mean (block {block}) · {sum(record.dead_experts):,} dead in all blocks"
 
 
 def _losses(state: LiveState) -> Text:

@@ -1,8 +1,8 @@
 """Shows the newest numbers of a run to Prometheus: in a file for node_exporter's textfile collector, or at a port.
 
 In: records. Out: Prometheus' text format. A number has the name that all services show, with "megatron_patch_" before it and "_" for "/";
-the label `run` is the run, `stage` the stage, and `corpus` one corpus of several. What a resumed run may repeat is a gauge; counters count
-since the start of this process.
+the label `run` is the run, `stage` the stage, `corpus` one corpus of several, and `block` one block with experts. What a resumed run may
+repeat is a gauge; counters count since the start of this process.
 """
 
 from __future__ import annotations
@@ -115,8 +115,10 @@ class Numbers:
     def _named_values(self, record: StepRecord | EvaluationRecord) -> Iterator[Any]:
         families: dict[str, list[tuple[dict[str, str], float]]] = {}
         for name, value in named_values(record).items():
-            group, field, *corpus = name.split("/", 2)
-            labels = {"stage": record.stage} | ({"corpus": corpus[0]} if corpus else {})
+            group, field, *part = name.split("/", 2)
+            labels = {"stage": record.stage}
+            if part:
+                labels |= {"corpus": part[0]} if group == "eval" else {"block": part[0].removeprefix("block_")}
             families.setdefault(f"{group}_{field}", []).append((labels, value))
         for name, samples in families.items():
             yield self._gauge(name, _meaning(type(record), name.partition("_")[2]), samples)
@@ -139,8 +141,17 @@ class Numbers:
         return result
 
 
+_OF_EXPERTS = {
+    "expert_load": "choices of a block's most used expert over the mean of its experts; without a label block, of the worst block",
+    "dead_experts": "experts, in all blocks, that no position of the step chose",
+    "router_entropy": "lowest mean entropy of the scores of a block's router, in nats",
+}
+
+
 def _meaning(kind: type, field: str) -> str:
     """Returns what a field means, from the docstring of its record."""
+    if field in _OF_EXPERTS:
+        return _OF_EXPERTS[field]
     name = "loss" if kind is StepRecord and field in ("token_loss", "patch_loss") else field
     found = re.search(rf"^ +{name}: (.+)$", kind.__doc__ or "", re.MULTILINE)
     return found[1].rstrip(".") if found is not None else name
