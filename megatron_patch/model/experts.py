@@ -95,15 +95,17 @@ class GroupedLinear(nn.Module):
         Returns:
             [pairs, outputs].
         """
-        if _has_grouped_products(rows):
+        if _has_grouped_products(rows, self.weight):
             result: torch.Tensor = F.grouped_mm(rows, self.weight.transpose(1, 2), offs=ends)
             return result
         sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()
         return torch.cat([F.linear(part, weight) for part, weight in zip(rows.split(sizes), self.weight, strict=True)])
 
 
-def _has_grouped_products(rows: torch.Tensor) -> bool:
-    # On GPUs torch has a kernel for bfloat16 alone, and on CPUs one that takes each dtype but float64.
+def _has_grouped_products(rows: torch.Tensor, weight: torch.Tensor) -> bool:
+    # On GPUs torch has a kernel for bfloat16 alone, and on CPUs one that takes each dtype but float64; rows must be of 16-byte multiples.
+    if any(size * rows.element_size() % 16 for size in weight.shape[1:]):
+        return False
     return rows.dtype == torch.bfloat16 or (rows.device.type == "cpu" and rows.dtype != torch.float64)
 
 
