@@ -32,7 +32,26 @@ from megatron_patch.convert.config_json import (
     write_windows,
 )
 from megatron_patch.convert.config_reader import ConfigReader
-from megatron_patch.convert.tensor_names import GEMMA_NAMES, GPT2_NAMES, LLAMA_NAMES, OLMO2_NAMES, TensorNames
+from megatron_patch.convert.expert_json import (
+    read_dots1,
+    read_mixtral,
+    read_olmoe,
+    read_qwen3_moe,
+    write_dots1,
+    write_mixtral,
+    write_olmoe,
+    write_qwen3_moe,
+)
+from megatron_patch.convert.tensor_names import (
+    EXPERT_NAMES,
+    FUSED_EXPERT_NAMES,
+    GEMMA_NAMES,
+    GPT2_NAMES,
+    LLAMA_NAMES,
+    MIXTRAL_NAMES,
+    OLMO2_NAMES,
+    TensorNames,
+)
 from megatron_patch.errors import CheckpointError, ConfigError
 from megatron_patch.model.shape import ModelShape, check_shape
 
@@ -50,10 +69,12 @@ class Architecture:
         family: the preset of `--model-family` for models of this architecture. Where several architectures compute the same shape, a
             checkpoint is exported as the architecture of its family.
         required: shape -> the fields of `ModelShape` that decide whether the architecture computes this shape, each with the value that it
-            must have; a value may depend on the shape's other fields.
+            must have; a value may depend on the shape's other fields. "experts.score" is the field `score` of its experts.
         read_config: config.json -> fields of `ModelShape`, without vocab_size, padded_vocab_size and init_std.
         write_config: shape -> keys of config.json, in addition to those that all architectures have.
         tensors: the names of its tensors.
+        also_reads: names that its tensors have in other files, which an import understands, too.
+        biased: whether its routers always have a bias of experts; without it, an export has one of zeros.
     """
 
     name: str
@@ -63,6 +84,8 @@ class Architecture:
     read_config: Callable[[ConfigReader], Mapping[str, Any]]
     write_config: Callable[[ModelShape], Mapping[str, Any]]
     tensors: TensorNames = LLAMA_NAMES
+    also_reads: tuple[TensorNames, ...] = ()
+    biased: bool = False
 
 
 _PLAIN: Mapping[str, Any] = {
@@ -72,6 +95,7 @@ _PLAIN: Mapping[str, Any] = {
     "attention_softcap": None,
     "logit_softcap": None,
     "scaled_embeddings": False,
+    "experts": None,
 }
 LLAMA_LAYERS: Mapping[str, Any] = {
     "normalization": "RMSNorm",
@@ -237,7 +261,103 @@ GPT2 = Architecture(
     write_config=write_gpt2,
     tensors=GPT2_NAMES,
 )
-_BUILT_IN = (LLAMA, QWEN2, QWEN3, GPT2, MISTRAL, SMOLLM3, OLMO2, OLMO3, GEMMA2, GEMMA3)
+_EXPERT_LAYERS: Mapping[str, Any] = {
+    **{field: value for field, value in LLAMA_LAYERS.items() if field != "experts"},
+    "mlp_bias": False,
+    "experts.score": "softmax",
+    "experts.bias": False,
+    "experts.shared_ffn_hidden_size": 0,
+    "experts.scaling": 1.0,
+    "experts.dense_layers": (),
+}
+
+
+def _of_experts(shape: ModelShape, field: str) -> Any:
+    """Returns a field of a shape's experts, or None without experts, where another requirement is not met."""
+    return None if shape.experts is None else getattr(shape.experts, field)
+
+
+QWEN3_MOE = Architecture(
+    "Qwen3MoeForCausalLM",
+    "qwen3_moe",
+    "qwen3_moe",
+    required=lambda shape: {
+        **_EXPERT_LAYERS,
+        "window": shape.window,
+        "qk_norm": True,
+        "attention_bias": shape.qkv_bias,
+        "experts.dense_layers": _of_experts(shape, "dense_layers"),
+    },
+    read_config=read_qwen3_moe,
+    write_config=write_qwen3_moe,
+    tensors=EXPERT_NAMES,
+    also_reads=(FUSED_EXPERT_NAMES,),
+)
+MIXTRAL = Architecture(
+    "MixtralForCausalLM",
+    "mixtral",
+    "mixtral",
+    required=lambda shape: {
+        **_EXPERT_LAYERS,
+        "window": shape.window,
+        "qkv_bias": False,
+        "attention_bias": False,
+        "experts.renormalized": True,
+    },
+    read_config=read_mixtral,
+    write_config=write_mixtral,
+    tensors=MIXTRAL_NAMES,
+    also_reads=(FUSED_EXPERT_NAMES,),
+)
+OLMOE = Architecture(
+    "OlmoeForCausalLM",
+    "olmoe",
+    "olmoe",
+    required=lambda shape: {
+        **_EXPERT_LAYERS,
+        "qk_norm": True,
+        "qk_norm_scope": "all",
+        "attention_bias": shape.qkv_bias,
+        "hidden_size": shape.num_attention_heads * shape.head_size,
+    },
+    read_config=read_olmoe,
+    write_config=write_olmoe,
+    tensors=EXPERT_NAMES,
+    also_reads=(FUSED_EXPERT_NAMES,),
+)
+
+
+def _dots1_layers(shape: ModelShape) -> Mapping[str, Any]:
+    """Returns what Dots1 requires: fields and their values."""
+    width, shared, dense = 1, 0, 0
+    if (experts := shape.experts) is not None:
+        width, shared, dense = experts.ffn_hidden_size, experts.shared_ffn_hidden_size, len(experts.dense_layers)
+    return {
+        **_EXPERT_LAYERS,
+        **_any_windows(shape),
+        "qk_norm": True,
+        "attention_bias": shape.qkv_bias,
+        "experts.score": "sigmoid",
+        "experts.bias": _of_experts(shape, "bias"),
+        "experts.scaling": _of_experts(shape, "scaling"),
+        # Whole experts, at least one.
+        "experts.shared_ffn_hidden_size": max(1, round(shared / width)) * width,
+        "experts.dense_layers": tuple(range(dense)),
+    }
+
+
+DOTS1 = Architecture(
+    "Dots1ForCausalLM",
+    "dots1",
+    "dots1",
+    required=_dots1_layers,
+    read_config=read_dots1,
+    write_config=write_dots1,
+    tensors=EXPERT_NAMES,
+    also_reads=(FUSED_EXPERT_NAMES,),
+    biased=True,
+)
+_BUILT_IN = (LLAMA, QWEN2, QWEN3, GPT2, MISTRAL, SMOLLM3, OLMO2, OLMO3, GEMMA2, GEMMA3, QWEN3_MOE, MIXTRAL, OLMOE, DOTS1)
 ARCHITECTURES: dict[str, Architecture] = {architecture.name: architecture for architecture in _BUILT_IN}
 """Class name -> architecture. Open to further entries."""
 
@@ -247,7 +367,7 @@ def architecture_of(shape: ModelShape, family: str | None = None) -> Architectur
 
     Args:
         shape: the model's shape.
-        family: the model's family, which decides where several architectures compute the shape; None: the first of them.
+        family: the model's family, which decides where several architectures compute the shape, or come equally near; None: the first.
 
     Raises:
         ConfigError: no architecture does; the error names the nearest one and the fields that differ.
@@ -256,7 +376,11 @@ def architecture_of(shape: ModelShape, family: str | None = None) -> Architectur
     fitting = [ARCHITECTURES[name] for name, different in differences.items() if not different]
     if fitting:
         return next((architecture for architecture in fitting if architecture.family == family), fitting[0])
-    nearest = min(differences, key=lambda name: len(differences[name]))
+
+    def distance(name: str) -> tuple[bool, int, bool]:
+        return _without_experts(differences[name]), len(differences[name]), ARCHITECTURES[name].family != family
+
+    nearest = min(differences, key=distance)
     raise ConfigError(
         f"no registered Hugging Face architecture computes this model; {nearest} comes nearest and needs {', '.join(differences[nearest])}",
         "the shapes of " + ", ".join(ARCHITECTURES),
@@ -264,13 +388,20 @@ def architecture_of(shape: ModelShape, family: str | None = None) -> Architectur
     )
 
 
+def _without_experts(differences: list[str]) -> bool:
+    """Whether an architecture has no experts, but the shape has some."""
+    return any(text.startswith("experts None") for text in differences)
+
+
 def _differences(architecture: Architecture, shape: ModelShape) -> list[str]:
     """The fields in which a shape differs from what an architecture requires."""
-    return [
-        f"{name} {needed}, not {getattr(shape, name)}"
-        for name, needed in architecture.required(shape).items()
-        if getattr(shape, name) != needed
-    ]
+    found = []
+    for name, needed in architecture.required(shape).items():
+        of_experts = name.removeprefix("experts.")
+        value = getattr(shape, name) if of_experts == name else _of_experts(shape, of_experts)
+        if value != needed:
+            found.append(f"{name} {needed}, not {value}")
+    return found
 
 
 def config_of(architecture: Architecture, shape: ModelShape, dtype: str, bos_id: SpecialIds, eos_id: SpecialIds) -> dict[str, Any]:
@@ -308,24 +439,39 @@ def special_ids(config: Mapping[str, Any], vocab_size: int) -> dict[str, Special
 
 
 _DROPOUTS = ("attention_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop")
+_ROUTERS = ("router_aux_loss_coef", "router_jitter_noise")
 
 
 def kept_keys(config: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:
-    """Returns the keys of a configuration that no shape has and an export writes again: `pad_token_id` and the shares of dropout."""
+    """Returns the keys of a configuration that no shape has and an export writes again.
+
+    They are `pad_token_id` and what transformers trains with: shares of dropout, and a router's auxiliary loss and noise.
+    """
     kept: dict[str, Any] = {}
     padding = config.get("pad_token_id")
     if type(padding) is int and 0 <= padding < vocab_size:
         kept["pad_token_id"] = padding
-    return kept | {
-        key: config[key] for key in _DROPOUTS if type(config.get(key)) in (int, float) and 0 <= config[key] < 1 and config[key] != 0
-    }
+    shares = {key: config[key] for key in (*_DROPOUTS, *_ROUTERS) if type(config.get(key)) in (int, float) and 0 <= config[key] < 1}
+    return kept | {key: value for key, value in shares.items() if value != 0 or key in _ROUTERS}
 
 
 def with_kept_keys(config: Mapping[str, Any], kept: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns an export's configuration with the keys that `kept_keys` has kept; dropouts only where its architecture has them."""
+    """Returns an export's configuration with the keys that `kept_keys` has kept; but for the padding, only those of its architecture."""
     # Read from a file that may come from elsewhere.
     kept = kept_keys(kept, config["vocab_size"])
     return {**config, **{key: value for key, value in kept.items() if key == "pad_token_id" or key in config}}
+
+
+_OTHERS = {
+    **dict.fromkeys(("Qwen2MoeForCausalLM", "Qwen3NextForCausalLM"), "its shared expert has a gate, which the program does not have"),
+    **dict.fromkeys(
+        ("DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM", "KimiK2ForCausalLM"),
+        "its attention is multi-head latent attention, which the program does not have",
+    ),
+    "Glm4MoeForCausalLM": "it rotates a part of each head, and the program all of it",
+    "GptOssForCausalLM": "its experts have biases and its attention has sinks, which the program does not have",
+}
+"""Architectures with experts that cannot be registered, and why."""
 
 
 def architecture_named(config: Mapping[str, Any], where: str) -> Architecture:
@@ -344,8 +490,9 @@ def architecture_named(config: Mapping[str, Any], where: str) -> Architecture:
         found = next((known for known in ARCHITECTURES.values() if known.model_type == config.get("model_type")), None)
     if found is None:
         shown = ", ".join(map(str, names)) if isinstance(names, list) and names else names or config.get("model_type")
+        reason = _OTHERS.get(str(shown))
         raise CheckpointError(
-            f"{where}: the architecture {str(shown)[:80]!r} is not registered",
+            f"{where}: the architecture {str(shown)[:80]!r} is not registered" + (f": {reason}" if reason else ""),
             ", ".join(ARCHITECTURES),
             "convert a model of one of these, or register its architecture in megatron_patch.convert.architectures.ARCHITECTURES",
         )

@@ -14,6 +14,7 @@ from megatron_patch.convert.from_hugging_face import read_config
 from megatron_patch.convert.from_megatron import shape_of_arguments
 from megatron_patch.errors import CheckpointError
 from megatron_patch.model.flops import parameter_count
+from tests.convert.models import SHAPES as EXPERTS
 from tests.model.shapes import FAMILIES, GEMMA2, GEMMA3, YARN
 from tests.tools.test_tools import tool
 
@@ -40,6 +41,7 @@ SHAPES = {
     "gemma2": dataclasses.replace(GEMMA2, window=9, full_layers=(1,), query_scalar=9.0),
     "gemma3": dataclasses.replace(GEMMA3, window=9, full_layers=(1,), windowed_rotary_base=500.0),
     "smollm3": dataclasses.replace(YARN, window=9, full_layers=(1,), unrotated_layers=(0,)),
+    **{family: EXPERTS[family] for family in ("qwen3_moe", "mixtral", "olmoe", "dots1")},
 }
 
 
