@@ -7,11 +7,11 @@ A further architecture is registered by its class name: `ARCHITECTURES["SeedOssF
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 from megatron_patch.config.checks import check_model_size
+from megatron_patch.convert.architecture import LLAMA_LAYERS, PLAIN, Architecture, any_windows, of_experts
 from megatron_patch.convert.config_json import (
     read_gemma2,
     read_gemma3,
@@ -32,89 +32,13 @@ from megatron_patch.convert.config_json import (
     write_windows,
 )
 from megatron_patch.convert.config_reader import ConfigReader
-from megatron_patch.convert.expert_json import (
-    read_dots1,
-    read_mixtral,
-    read_olmoe,
-    read_qwen3_moe,
-    write_dots1,
-    write_mixtral,
-    write_olmoe,
-    write_qwen3_moe,
-)
-from megatron_patch.convert.tensor_names import (
-    EXPERT_NAMES,
-    FUSED_EXPERT_NAMES,
-    GEMMA_NAMES,
-    GPT2_NAMES,
-    LLAMA_NAMES,
-    MIXTRAL_NAMES,
-    OLMO2_NAMES,
-    TensorNames,
-)
+from megatron_patch.convert.expert_architectures import DOTS1, MIXTRAL, OLMOE, QWEN3_MOE
+from megatron_patch.convert.tensor_names import GEMMA_NAMES, GPT2_NAMES, OLMO2_NAMES
 from megatron_patch.errors import CheckpointError, ConfigError
 from megatron_patch.model.shape import ModelShape, check_shape
 
 SpecialIds = int | list[int] | None
 """A special token: one id, several ids that all serve as it, or none."""
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """A class of models in transformers.
-
-    Args:
-        name: the class with the language model head, as config.json has it under `architectures`.
-        model_type: its `model_type` in config.json.
-        family: the preset of `--model-family` for models of this architecture. Where several architectures compute the same shape, a
-            checkpoint is exported as the architecture of its family.
-        required: shape -> the fields of `ModelShape` that decide whether the architecture computes this shape, each with the value that it
-            must have; a value may depend on the shape's other fields. "experts.score" is the field `score` of its experts.
-        read_config: config.json -> fields of `ModelShape`, without vocab_size, padded_vocab_size and init_std.
-        write_config: shape -> keys of config.json, in addition to those that all architectures have.
-        tensors: the names of its tensors.
-        also_reads: names that its tensors have in other files, which an import understands, too.
-        biased: whether its routers always have a bias of experts; without it, an export has one of zeros.
-    """
-
-    name: str
-    model_type: str
-    family: str
-    required: Callable[[ModelShape], Mapping[str, Any]]
-    read_config: Callable[[ConfigReader], Mapping[str, Any]]
-    write_config: Callable[[ModelShape], Mapping[str, Any]]
-    tensors: TensorNames = LLAMA_NAMES
-    also_reads: tuple[TensorNames, ...] = ()
-    biased: bool = False
-
-
-_PLAIN: Mapping[str, Any] = {
-    "norm_placement": "pre",
-    "zero_centered_norms": False,
-    "query_scalar": None,
-    "attention_softcap": None,
-    "logit_softcap": None,
-    "scaled_embeddings": False,
-    "experts": None,
-}
-LLAMA_LAYERS: Mapping[str, Any] = {
-    "normalization": "RMSNorm",
-    "activation": "swiglu",
-    "position_embedding": "rope",
-    **_PLAIN,
-    "qk_norm": False,
-    "qk_norm_scope": "head",
-    "window": None,
-    "full_layers": (),
-    "unrotated_layers": (),
-    "windowed_rotary_base": None,
-}
-"""The kinds of layers of Llama and of the architectures that follow it: fields of `ModelShape` and their values."""
-
-
-def _any_windows(shape: ModelShape) -> Mapping[str, Any]:
-    """Returns the requirements of an architecture that has windows in any layers: none."""
-    return {"window": shape.window, "full_layers": shape.full_layers}
 
 
 LLAMA = Architecture(
@@ -129,7 +53,7 @@ QWEN2 = Architecture(
     "Qwen2ForCausalLM",
     "qwen2",
     "llama",
-    required=lambda shape: {**LLAMA_LAYERS, **_any_windows(shape), "qkv_bias": True, "attention_bias": False, "mlp_bias": False},
+    required=lambda shape: {**LLAMA_LAYERS, **any_windows(shape), "qkv_bias": True, "attention_bias": False, "mlp_bias": False},
     read_config=lambda values: {
         **read_llama(values, positions=32768, windows=True),
         **read_windows(values),
@@ -144,7 +68,7 @@ QWEN3 = Architecture(
     "qwen3",
     required=lambda shape: {
         **LLAMA_LAYERS,
-        **_any_windows(shape),
+        **any_windows(shape),
         "qk_norm": True,
         "attention_bias": shape.qkv_bias,
         "mlp_bias": False,
@@ -171,7 +95,7 @@ SMOLLM3 = Architecture(
     "smollm3",
     required=lambda shape: {
         **LLAMA_LAYERS,
-        **_any_windows(shape),
+        **any_windows(shape),
         "unrotated_layers": shape.unrotated_layers,
         "attention_bias": shape.qkv_bias,
     },
@@ -194,7 +118,7 @@ OLMO3 = Architecture(
     "olmo3",
     required=lambda shape: {
         **_OLMO2_LAYERS,
-        **_any_windows(shape),
+        **any_windows(shape),
         "windowed_rotary_base": shape.windowed_rotary_base,
         "attention_bias": shape.qkv_bias,
     },
@@ -208,7 +132,7 @@ def _gemma_layers(shape: ModelShape) -> Mapping[str, Any]:
     """Returns what Gemma 2 and 3 require: fields and their values."""
     return {
         **LLAMA_LAYERS,
-        **_any_windows(shape),
+        **any_windows(shape),
         "norm_placement": "both",
         "zero_centered_norms": True,
         "activation": "geglu",
@@ -248,7 +172,7 @@ GPT2 = Architecture(
         "normalization": "LayerNorm",
         "activation": "gelu",
         "position_embedding": "learned",
-        **_PLAIN,
+        **PLAIN,
         "qk_norm": False,
         "window": None,
         "qkv_bias": True,
@@ -260,102 +184,6 @@ GPT2 = Architecture(
     read_config=read_gpt2,
     write_config=write_gpt2,
     tensors=GPT2_NAMES,
-)
-_EXPERT_LAYERS: Mapping[str, Any] = {
-    **{field: value for field, value in LLAMA_LAYERS.items() if field != "experts"},
-    "mlp_bias": False,
-    "experts.score": "softmax",
-    "experts.bias": False,
-    "experts.shared_ffn_hidden_size": 0,
-    "experts.scaling": 1.0,
-    "experts.dense_layers": (),
-}
-
-
-def _of_experts(shape: ModelShape, field: str) -> Any:
-    """Returns a field of a shape's experts, or None without experts, where another requirement is not met."""
-    return None if shape.experts is None else getattr(shape.experts, field)
-
-
-QWEN3_MOE = Architecture(
-    "Qwen3MoeForCausalLM",
-    "qwen3_moe",
-    "qwen3_moe",
-    required=lambda shape: {
-        **_EXPERT_LAYERS,
-        "window": shape.window,
-        "qk_norm": True,
-        "attention_bias": shape.qkv_bias,
-        "experts.dense_layers": _of_experts(shape, "dense_layers"),
-    },
-    read_config=read_qwen3_moe,
-    write_config=write_qwen3_moe,
-    tensors=EXPERT_NAMES,
-    also_reads=(FUSED_EXPERT_NAMES,),
-)
-MIXTRAL = Architecture(
-    "MixtralForCausalLM",
-    "mixtral",
-    "mixtral",
-    required=lambda shape: {
-        **_EXPERT_LAYERS,
-        "window": shape.window,
-        "qkv_bias": False,
-        "attention_bias": False,
-        "experts.renormalized": True,
-    },
-    read_config=read_mixtral,
-    write_config=write_mixtral,
-    tensors=MIXTRAL_NAMES,
-    also_reads=(FUSED_EXPERT_NAMES,),
-)
-OLMOE = Architecture(
-    "OlmoeForCausalLM",
-    "olmoe",
-    "olmoe",
-    required=lambda shape: {
-        **_EXPERT_LAYERS,
-        "qk_norm": True,
-        "qk_norm_scope": "all",
-        "attention_bias": shape.qkv_bias,
-        "hidden_size": shape.num_attention_heads * shape.head_size,
-    },
-    read_config=read_olmoe,
-    write_config=write_olmoe,
-    tensors=EXPERT_NAMES,
-    also_reads=(FUSED_EXPERT_NAMES,),
-)
-
-
-def _dots1_layers(shape: ModelShape) -> Mapping[str, Any]:
-    """Returns what Dots1 requires: fields and their values."""
-    width, shared, dense = 1, 0, 0
-    if (experts := shape.experts) is not None:
-        width, shared, dense = experts.ffn_hidden_size, experts.shared_ffn_hidden_size, len(experts.dense_layers)
-    return {
-        **_EXPERT_LAYERS,
-        **_any_windows(shape),
-        "qk_norm": True,
-        "attention_bias": shape.qkv_bias,
-        "experts.score": "sigmoid",
-        "experts.bias": _of_experts(shape, "bias"),
-        "experts.scaling": _of_experts(shape, "scaling"),
-        # Whole experts, at least one.
-        "experts.shared_ffn_hidden_size": max(1, round(shared / width)) * width,
-        "experts.dense_layers": tuple(range(dense)),
-    }
-
-
-DOTS1 = Architecture(
-    "Dots1ForCausalLM",
-    "dots1",
-    "dots1",
-    required=_dots1_layers,
-    read_config=read_dots1,
-    write_config=write_dots1,
-    tensors=EXPERT_NAMES,
-    also_reads=(FUSED_EXPERT_NAMES,),
-    biased=True,
 )
 _BUILT_IN = (LLAMA, QWEN2, QWEN3, GPT2, MISTRAL, SMOLLM3, OLMO2, OLMO3, GEMMA2, GEMMA3, QWEN3_MOE, MIXTRAL, OLMOE, DOTS1)
 ARCHITECTURES: dict[str, Architecture] = {architecture.name: architecture for architecture in _BUILT_IN}
@@ -397,8 +225,8 @@ def _differences(architecture: Architecture, shape: ModelShape) -> list[str]:
     """The fields in which a shape differs from what an architecture requires."""
     found = []
     for name, needed in architecture.required(shape).items():
-        of_experts = name.removeprefix("experts.")
-        value = getattr(shape, name) if of_experts == name else _of_experts(shape, of_experts)
+        part, _, field = name.partition(".")
+        value = of_experts(shape, field) if field else getattr(shape, part)
         if value != needed:
             found.append(f"{name} {needed}, not {value}")
     return found
