@@ -181,7 +181,19 @@ MEGATRON = {
 
 def test_any_argument_of_megatron_gives_a_shape_or_a_refusal_in_three_parts():
     refusals = []
-    for base in (MEGATRON, {**MEGATRON, "use_rope_scaling": True}, {**MEGATRON, "norm_epsilon": None}):
+    experts = {
+        "num_experts": 4,
+        "moe_router_topk": 2,
+        "moe_ffn_hidden_size": 16,
+        "moe_layer_freq": [0, 1],
+        "moe_router_score_function": "sigmoid",
+        "moe_router_pre_softmax": False,
+        "moe_router_topk_scaling_factor": 2.0,
+        "moe_router_enable_expert_bias": True,
+        "moe_shared_expert_intermediate_size": 8,
+        "moe_router_load_balancing_type": "none",
+    }
+    for base in (MEGATRON, {**MEGATRON, "use_rope_scaling": True}, {**MEGATRON, "norm_epsilon": None}, {**MEGATRON, **experts}):
         shape_of_arguments(base, "model.pt")
         for name in base:
             for value in HOSTILE:
