@@ -99,6 +99,18 @@ def test_a_wrong_bias_or_a_swapped_expert_does_not_pass_verification(tmp_path):
             verify_export(opened, tmp_path / "hf", IDS, torch.float32)
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_exports_are_verified_whatever_the_width_of_an_expert(name, dtype, tmp_path):
+    shape = FAMILIES[name]
+    width = {"ffn_hidden_size": 10, "shared_ffn_hidden_size": 10 if shape.experts.shared_ffn_hidden_size else 0}
+    shape = dataclasses.replace(shape, experts=dataclasses.replace(shape.experts, **width))
+    opened = open_checkpoint(str(make_checkpoint(tmp_path / "ckpt", shape)))
+    to_hugging_face(opened, tmp_path / "hf", dtype=dtype)
+    result = verify_export(opened, tmp_path / "hf", IDS, torch.bfloat16 if dtype == "bf16" else torch.float32)
+    assert result.difference <= 2e-6 and result.same_choice == 1.0
+
+
 def test_sigmoid_without_a_bias_goes_out_with_a_bias_of_zeros(tmp_path):
     shape = dataclasses.replace(DOTS1, experts=dataclasses.replace(DOTS1.experts, bias=False))
     opened = open_checkpoint(str(make_checkpoint(tmp_path / "ckpt", shape)))
