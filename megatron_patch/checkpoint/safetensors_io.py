@@ -13,6 +13,7 @@ import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -108,6 +109,7 @@ def write_safetensors(
     dtype: torch.dtype,
     tensors: Iterable[torch.Tensor],
     metadata: Mapping[str, str],
+    dtypes: Mapping[str, torch.dtype] = MappingProxyType({}),
 ) -> ManifestEntry:
     """Writes a file tensor by tensor and forces it to disk.
 
@@ -117,6 +119,7 @@ def write_safetensors(
         dtype: dtype in the file; tensors are converted to it.
         tensors: the data, on the CPU.
         metadata: strings for the header's `__metadata__`.
+        dtypes: name -> dtype in the file, where it is another one.
 
     Returns:
         Size and checksum of the written file.
@@ -127,8 +130,9 @@ def write_safetensors(
     header: dict[str, object] = {"__metadata__": dict(metadata)}
     end = 0
     for name, shape in names:
-        begin, end = end, end + int(torch.Size(shape).numel()) * dtype.itemsize
-        header[name] = {"dtype": dtype_name(dtype), "shape": list(shape), "data_offsets": [begin, end]}
+        stored = dtypes.get(name, dtype)
+        begin, end = end, end + int(torch.Size(shape).numel()) * stored.itemsize
+        header[name] = {"dtype": dtype_name(stored), "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     # The data begins at a multiple of 8 bytes, as in files of the safetensors library.
     text += b" " * (-len(text) % 8)
@@ -141,7 +145,7 @@ def write_safetensors(
             for (name, shape), tensor in zip(names, tensors, strict=True):
                 if tuple(tensor.shape) != tuple(shape):
                     raise CheckpointError(f"tensor {name} has shape {tuple(tensor.shape)}", f"{tuple(shape)}")
-                data = memoryview(tensor.to(dtype).contiguous().reshape(-1).view(torch.uint8).numpy().data)
+                data = memoryview(tensor.to(dtypes.get(name, dtype)).contiguous().reshape(-1).view(torch.uint8).numpy().data)
                 for offset in range(0, len(data), _PIECE):
                     file.write(data[offset : offset + _PIECE])
                     checksum.update(data[offset : offset + _PIECE])

@@ -57,7 +57,8 @@ class ModelOptions:
     olmo2 and olmo3 (the same as llama with norms after attention and feed-forward layer, and queries and keys normalized over all heads),
     gemma2 (norms before and after, GeGLU, scaled embeddings, tied head, capped scores and logits), gemma3 (the same with normalized queries
     and keys instead of caps),
-    gpt2 (LayerNorm, GELU, learned positions, biases, tied head). Windows are given by --window-size."""
+    gpt2 (LayerNorm, GELU, learned positions, biases, tied head); with --num-experts mixtral (as mistral), qwen3_moe and dots1 (as qwen3),
+    olmoe (as llama with queries and keys normalized over all heads). Windows are given by --window-size."""
     num_query_groups: Fixed[OptionalCount] = None
     """Number of key-value heads, for grouped-query attention. By default each query head has its own."""
     kv_channels: Fixed[OptionalCount] = None

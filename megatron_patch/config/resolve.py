@@ -209,6 +209,12 @@ def build_shape(
         ConfigError: an unknown family, or a shape that cannot be built.
     """
     family = family_by_name(options.model_family)
+    if family.experts and experts.num_experts is None:
+        raise ConfigError(
+            f"--model-family {options.model_family} without --num-experts",
+            "--num-experts with the number of experts of a block",
+            "give --num-experts, or the family of a model without experts",
+        )
     heads, hidden = options.num_attention_heads, options.hidden_size
     if options.kv_channels is None and hidden % heads:
         raise ConfigError(

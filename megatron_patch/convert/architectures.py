@@ -7,11 +7,11 @@ A further architecture is registered by its class name: `ARCHITECTURES["SeedOssF
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 from megatron_patch.config.checks import check_model_size
+from megatron_patch.convert.architecture import LLAMA_LAYERS, PLAIN, Architecture, any_windows, of_experts
 from megatron_patch.convert.config_json import (
     read_gemma2,
     read_gemma3,
@@ -32,65 +32,13 @@ from megatron_patch.convert.config_json import (
     write_windows,
 )
 from megatron_patch.convert.config_reader import ConfigReader
-from megatron_patch.convert.tensor_names import GEMMA_NAMES, GPT2_NAMES, LLAMA_NAMES, OLMO2_NAMES, TensorNames
+from megatron_patch.convert.expert_architectures import DOTS1, MIXTRAL, OLMOE, QWEN3_MOE
+from megatron_patch.convert.tensor_names import GEMMA_NAMES, GPT2_NAMES, OLMO2_NAMES
 from megatron_patch.errors import CheckpointError, ConfigError
 from megatron_patch.model.shape import ModelShape, check_shape
 
 SpecialIds = int | list[int] | None
 """A special token: one id, several ids that all serve as it, or none."""
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """A class of models in transformers.
-
-    Args:
-        name: the class with the language model head, as config.json has it under `architectures`.
-        model_type: its `model_type` in config.json.
-        family: the preset of `--model-family` for models of this architecture. Where several architectures compute the same shape, a
-            checkpoint is exported as the architecture of its family.
-        required: shape -> the fields of `ModelShape` that decide whether the architecture computes this shape, each with the value that it
-            must have; a value may depend on the shape's other fields.
-        read_config: config.json -> fields of `ModelShape`, without vocab_size, padded_vocab_size and init_std.
-        write_config: shape -> keys of config.json, in addition to those that all architectures have.
-        tensors: the names of its tensors.
-    """
-
-    name: str
-    model_type: str
-    family: str
-    required: Callable[[ModelShape], Mapping[str, Any]]
-    read_config: Callable[[ConfigReader], Mapping[str, Any]]
-    write_config: Callable[[ModelShape], Mapping[str, Any]]
-    tensors: TensorNames = LLAMA_NAMES
-
-
-_PLAIN: Mapping[str, Any] = {
-    "norm_placement": "pre",
-    "zero_centered_norms": False,
-    "query_scalar": None,
-    "attention_softcap": None,
-    "logit_softcap": None,
-    "scaled_embeddings": False,
-}
-LLAMA_LAYERS: Mapping[str, Any] = {
-    "normalization": "RMSNorm",
-    "activation": "swiglu",
-    "position_embedding": "rope",
-    **_PLAIN,
-    "qk_norm": False,
-    "qk_norm_scope": "head",
-    "window": None,
-    "full_layers": (),
-    "unrotated_layers": (),
-    "windowed_rotary_base": None,
-}
-"""The kinds of layers of Llama and of the architectures that follow it: fields of `ModelShape` and their values."""
-
-
-def _any_windows(shape: ModelShape) -> Mapping[str, Any]:
-    """Returns the requirements of an architecture that has windows in any layers: none."""
-    return {"window": shape.window, "full_layers": shape.full_layers}
 
 
 LLAMA = Architecture(
@@ -105,7 +53,7 @@ QWEN2 = Architecture(
     "Qwen2ForCausalLM",
     "qwen2",
     "llama",
-    required=lambda shape: {**LLAMA_LAYERS, **_any_windows(shape), "qkv_bias": True, "attention_bias": False, "mlp_bias": False},
+    required=lambda shape: {**LLAMA_LAYERS, **any_windows(shape), "qkv_bias": True, "attention_bias": False, "mlp_bias": False},
     read_config=lambda values: {
         **read_llama(values, positions=32768, windows=True),
         **read_windows(values),
@@ -120,7 +68,7 @@ QWEN3 = Architecture(
     "qwen3",
     required=lambda shape: {
         **LLAMA_LAYERS,
-        **_any_windows(shape),
+        **any_windows(shape),
         "qk_norm": True,
         "attention_bias": shape.qkv_bias,
         "mlp_bias": False,
@@ -147,7 +95,7 @@ SMOLLM3 = Architecture(
     "smollm3",
     required=lambda shape: {
         **LLAMA_LAYERS,
-        **_any_windows(shape),
+        **any_windows(shape),
         "unrotated_layers": shape.unrotated_layers,
         "attention_bias": shape.qkv_bias,
     },
@@ -170,7 +118,7 @@ OLMO3 = Architecture(
     "olmo3",
     required=lambda shape: {
         **_OLMO2_LAYERS,
-        **_any_windows(shape),
+        **any_windows(shape),
         "windowed_rotary_base": shape.windowed_rotary_base,
         "attention_bias": shape.qkv_bias,
     },
@@ -184,7 +132,7 @@ def _gemma_layers(shape: ModelShape) -> Mapping[str, Any]:
     """Returns what Gemma 2 and 3 require: fields and their values."""
     return {
         **LLAMA_LAYERS,
-        **_any_windows(shape),
+        **any_windows(shape),
         "norm_placement": "both",
         "zero_centered_norms": True,
         "activation": "geglu",
@@ -224,7 +172,7 @@ GPT2 = Architecture(
         "normalization": "LayerNorm",
         "activation": "gelu",
         "position_embedding": "learned",
-        **_PLAIN,
+        **PLAIN,
         "qk_norm": False,
         "window": None,
         "qkv_bias": True,
@@ -237,7 +185,7 @@ GPT2 = Architecture(
     write_config=write_gpt2,
     tensors=GPT2_NAMES,
 )
-_BUILT_IN = (LLAMA, QWEN2, QWEN3, GPT2, MISTRAL, SMOLLM3, OLMO2, OLMO3, GEMMA2, GEMMA3)
+_BUILT_IN = (LLAMA, QWEN2, QWEN3, GPT2, MISTRAL, SMOLLM3, OLMO2, OLMO3, GEMMA2, GEMMA3, QWEN3_MOE, MIXTRAL, OLMOE, DOTS1)
 ARCHITECTURES: dict[str, Architecture] = {architecture.name: architecture for architecture in _BUILT_IN}
 """Class name -> architecture. Open to further entries."""
 
@@ -247,7 +195,7 @@ def architecture_of(shape: ModelShape, family: str | None = None) -> Architectur
 
     Args:
         shape: the model's shape.
-        family: the model's family, which decides where several architectures compute the shape; None: the first of them.
+        family: the model's family, which decides where several architectures compute the shape, or come equally near; None: the first.
 
     Raises:
         ConfigError: no architecture does; the error names the nearest one and the fields that differ.
@@ -256,7 +204,11 @@ def architecture_of(shape: ModelShape, family: str | None = None) -> Architectur
     fitting = [ARCHITECTURES[name] for name, different in differences.items() if not different]
     if fitting:
         return next((architecture for architecture in fitting if architecture.family == family), fitting[0])
-    nearest = min(differences, key=lambda name: len(differences[name]))
+
+    def distance(name: str) -> tuple[bool, int, bool]:
+        return _without_experts(differences[name]), len(differences[name]), ARCHITECTURES[name].family != family
+
+    nearest = min(differences, key=distance)
     raise ConfigError(
         f"no registered Hugging Face architecture computes this model; {nearest} comes nearest and needs {', '.join(differences[nearest])}",
         "the shapes of " + ", ".join(ARCHITECTURES),
@@ -264,13 +216,20 @@ def architecture_of(shape: ModelShape, family: str | None = None) -> Architectur
     )
 
 
+def _without_experts(differences: list[str]) -> bool:
+    """Whether an architecture has no experts, but the shape has some."""
+    return any(text.startswith("experts None") for text in differences)
+
+
 def _differences(architecture: Architecture, shape: ModelShape) -> list[str]:
     """The fields in which a shape differs from what an architecture requires."""
-    return [
-        f"{name} {needed}, not {getattr(shape, name)}"
-        for name, needed in architecture.required(shape).items()
-        if getattr(shape, name) != needed
-    ]
+    found = []
+    for name, needed in architecture.required(shape).items():
+        part, _, field = name.partition(".")
+        value = of_experts(shape, field) if field else getattr(shape, part)
+        if value != needed:
+            found.append(f"{name} {needed}, not {value}")
+    return found
 
 
 def config_of(architecture: Architecture, shape: ModelShape, dtype: str, bos_id: SpecialIds, eos_id: SpecialIds) -> dict[str, Any]:
@@ -308,24 +267,39 @@ def special_ids(config: Mapping[str, Any], vocab_size: int) -> dict[str, Special
 
 
 _DROPOUTS = ("attention_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop")
+_ROUTERS = ("router_aux_loss_coef", "router_jitter_noise")
 
 
 def kept_keys(config: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:
-    """Returns the keys of a configuration that no shape has and an export writes again: `pad_token_id` and the shares of dropout."""
+    """Returns the keys of a configuration that no shape has and an export writes again.
+
+    They are `pad_token_id` and what transformers trains with: shares of dropout, and a router's auxiliary loss and noise.
+    """
     kept: dict[str, Any] = {}
     padding = config.get("pad_token_id")
     if type(padding) is int and 0 <= padding < vocab_size:
         kept["pad_token_id"] = padding
-    return kept | {
-        key: config[key] for key in _DROPOUTS if type(config.get(key)) in (int, float) and 0 <= config[key] < 1 and config[key] != 0
-    }
+    shares = {key: config[key] for key in (*_DROPOUTS, *_ROUTERS) if type(config.get(key)) in (int, float) and 0 <= config[key] < 1}
+    return kept | {key: value for key, value in shares.items() if value != 0 or key in _ROUTERS}
 
 
 def with_kept_keys(config: Mapping[str, Any], kept: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns an export's configuration with the keys that `kept_keys` has kept; dropouts only where its architecture has them."""
+    """Returns an export's configuration with the keys that `kept_keys` has kept; but for the padding, only those of its architecture."""
     # Read from a file that may come from elsewhere.
     kept = kept_keys(kept, config["vocab_size"])
     return {**config, **{key: value for key, value in kept.items() if key == "pad_token_id" or key in config}}
+
+
+_OTHERS = {
+    **dict.fromkeys(("Qwen2MoeForCausalLM", "Qwen3NextForCausalLM"), "its shared expert has a gate, which the program does not have"),
+    **dict.fromkeys(
+        ("DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM", "KimiK2ForCausalLM"),
+        "its attention is multi-head latent attention, which the program does not have",
+    ),
+    "Glm4MoeForCausalLM": "it rotates a part of each head, and the program all of it",
+    "GptOssForCausalLM": "its experts have biases and its attention has sinks, which the program does not have",
+}
+"""Architectures with experts that cannot be registered, and why."""
 
 
 def architecture_named(config: Mapping[str, Any], where: str) -> Architecture:
@@ -344,8 +318,9 @@ def architecture_named(config: Mapping[str, Any], where: str) -> Architecture:
         found = next((known for known in ARCHITECTURES.values() if known.model_type == config.get("model_type")), None)
     if found is None:
         shown = ", ".join(map(str, names)) if isinstance(names, list) and names else names or config.get("model_type")
+        reason = _OTHERS.get(str(shown))
         raise CheckpointError(
-            f"{where}: the architecture {str(shown)[:80]!r} is not registered",
+            f"{where}: the architecture {str(shown)[:80]!r} is not registered" + (f": {reason}" if reason else ""),
             ", ".join(ARCHITECTURES),
             "convert a model of one of these, or register its architecture in megatron_patch.convert.architectures.ARCHITECTURES",
         )

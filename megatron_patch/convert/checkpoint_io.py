@@ -7,7 +7,7 @@ OUTPUT/step-00000000, a checkpoint with only weights, from which a new run start
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from megatron_patch.checkpoint import commit
 from megatron_patch.checkpoint.commit import ManifestEntry, ValidCheckpoint
 from megatron_patch.checkpoint.safetensors_io import write_safetensors
 from megatron_patch.checkpoint.trainer_state import TrainerState
-from megatron_patch.convert.tensor_names import parameter_shapes
+from megatron_patch.convert.tensor_names import ReadParameter, parameter_shapes
 from megatron_patch.engine.inference import require_checkpoint, shape_of_state
 from megatron_patch.engine.state_files import FORMAT, StateFiles, state_file_name
 from megatron_patch.errors import CheckpointError
@@ -35,13 +35,13 @@ class CheckpointWeights:
     Args:
         found: the checkpoint's folder and its state.
         shape: the model's shape.
-        parameter: name -> the unsharded parameter, float32, on the CPU.
+        parameter: reads an unsharded parameter, or one expert of it.
         tokenizer: "tokenizer_type" and "tokenizer_model" that replace those of the training data's metadata file; empty: none do.
     """
 
     found: ValidCheckpoint
     shape: ModelShape
-    parameter: Callable[[str], torch.Tensor]
+    parameter: ReadParameter
     tokenizer: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -69,7 +69,15 @@ def open_checkpoint(load: str) -> CheckpointWeights:
     shape = shape_of_state(found.state, str(found.folder))
     files = StateFiles(found.folder)
     files.check(parameter_shapes(shape))
-    return CheckpointWeights(found, shape, files.weight)
+
+    def parameter(name: str, expert: int | None = None, /) -> torch.Tensor:
+        if expert is None:
+            return files.weight(name)
+        size = files.shapes[name][1:]
+        numel = int(torch.Size(size).numel())
+        return files.read("weight", name, expert * numel, numel).view(size)
+
+    return CheckpointWeights(found, shape, parameter)
 
 
 def groups_by_size(sizes: Sequence[int], limit: int) -> list[list[int]]:

@@ -105,6 +105,19 @@ class ConfigReader:
         found: list[Any] = value[:layers]
         return found
 
+    def numbers(self, key: str) -> set[int]:
+        """Returns a list of whole numbers from 0 as a set; a missing or null key gives none.
+
+        Raises:
+            CheckpointError: the value is something else.
+        """
+        value = self._values.get(key)
+        value = [] if value is None else value
+        if not isinstance(value, list) or not all(type(item) is int and item >= 0 for item in value):
+            self._refuse(key, value, "a list of whole numbers from 0")
+            return set()
+        return set(value)
+
     def without(self, *keys: str) -> ConfigReader:
         """Returns a reader of the same configuration in which these keys are missing."""
         return ConfigReader({key: value for key, value in self._values.items() if key not in keys}, self.where, self._do, self._found)

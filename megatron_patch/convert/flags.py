@@ -15,9 +15,11 @@ def training_flags(shape: ModelShape, family: str) -> list[str] | None:
         family: the value of --model-family; where it is not registered, the registered one with the shape's kinds of layers is used.
 
     Returns:
-        The words, or None if no combination of flags gives this shape (biases only in the attention layers).
+        The words, or None if no combination of flags gives this shape: biases only in the attention layers, or sigmoids of experts that are
+        not divided by their sum.
     """
-    if shape.attention_bias != shape.mlp_bias:
+    experts = shape.experts
+    if shape.attention_bias != shape.mlp_bias or (experts is not None and experts.score == "sigmoid" and not experts.renormalized):
         return None
     family = family if family in FAMILIES else family_of_shape(shape)
     preset = FAMILIES[family]
@@ -92,12 +94,13 @@ def training_flags(shape: ModelShape, family: str) -> list[str] | None:
         values["disable-bias-linear"] = not shape.mlp_bias
     if not shape.mlp_bias and (shape.qkv_bias or preset.qkv_bias):
         values["add-qkv-bias"] = shape.qkv_bias
-    if shape.experts is not None:
-        values |= _expert_flags(shape.experts, shape.num_layers)
-    return [word for name, value in values.items() for word in (f"--{name}", str(value))]
+    if experts is not None:
+        values |= _expert_flags(experts, shape.num_layers)
+    return [word for name, value in values.items() for word in (f"--{name}", *([] if value is None else [str(value)]))]
 
 
 def _expert_flags(experts: ExpertShape, num_layers: int) -> dict[str, object]:
+    """Returns the flags of experts with their values; None: the flag is a switch."""
     values: dict[str, object] = {
         "num-experts": experts.count,
         "moe-router-topk": experts.top_k,
@@ -108,11 +111,11 @@ def _expert_flags(experts: ExpertShape, num_layers: int) -> dict[str, object]:
     if experts.score != "softmax":
         values["moe-router-score-function"] = experts.score
     if not experts.renormalized:
-        values["moe-router-pre-softmax"] = True
+        values["moe-router-pre-softmax"] = None
     if experts.scaling != 1.0:
         values["moe-router-topk-scaling-factor"] = experts.scaling
     if experts.bias:
-        values["moe-router-enable-expert-bias"] = True
+        values["moe-router-enable-expert-bias"] = None
     if experts.dense_layers:
         values["moe-layer-freq"] = "[" + ",".join(str(int(layer not in experts.dense_layers)) for layer in range(num_layers)) + "]"
     return values

@@ -7,6 +7,7 @@ time.
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -15,9 +16,9 @@ from typing import Any
 
 import torch
 
-from megatron_patch.convert.architectures import architecture_named, architecture_of, kept_keys, shape_of, special_ids
+from megatron_patch.convert.architectures import Architecture, architecture_named, architecture_of, kept_keys, shape_of, special_ids
 from megatron_patch.convert.checkpoint_io import UNFINISHED, check_output, groups_by_size, imported_options, write_weights
-from megatron_patch.convert.tensor_names import MappedTensor, TensorNames, is_buffer, mapped_tensors, match_prefix, parameter_shapes
+from megatron_patch.convert.tensor_names import MappedTensor, is_buffer, is_load, mapped_tensors, match_prefix, parameter_shapes
 from megatron_patch.convert.tokenizer_files import FILES, main_file, tokenizer_type_of
 from megatron_patch.convert.weight_files import Weights, open_weights
 from megatron_patch.errors import CheckpointError
@@ -96,12 +97,12 @@ def from_hugging_face(
     """
     ids: Mapping[str, Any] | None = None
     kept: Mapping[str, Any] = {}
-    names: TensorNames | None = None
+    architecture: Architecture | None = None
     if shape is None:
         config = config or source / "config.json"
         values = read_config(config)
         architecture = architecture_named(values, str(config))
-        names, family = architecture.tensors, architecture.family
+        family = architecture.family
         shape = shape_of(values, str(config), divisible_by)
         ids, kept = special_ids(values, shape.vocab_size), kept_keys(values, shape.vocab_size)
     family = family or family_of_shape(shape)
@@ -110,7 +111,7 @@ def from_hugging_face(
     if any(_own_name(name) == "embedding.word.weight" for name in weights.infos):
         plan = _own_plan(weights, shape)
     else:
-        plan = _plan(weights, shape, names or architecture_of(shape, family).tensors)
+        plan = _plan(weights, shape, architecture or architecture_of(shape, family))
     kind, problem = tokenizer_type_of(source, shape.vocab_size)
     return replace(_write(source, output, shape, family, weights, plan, kind, ids or None, kept), tokenizer_problem=problem)
 
@@ -120,12 +121,14 @@ def _own_name(name: str) -> str:
 
 
 def _own_plan(weights: Weights, shape: ModelShape) -> list[tuple[str, MappedTensor]]:
-    """(name in the files, tensor) for weights with our own names, with or without the padding rows of the vocabulary."""
+    """(name in the files, tensor) for weights with our own names, with or without padding rows of the vocabulary and loads of experts."""
     mapped = []
+    names = {name: _own_name(name) for name in weights.infos}
     for name, size in parameter_shapes(shape).items():
+        if is_load(name) and name not in names.values():
+            continue
         rows = shape.vocab_size if name in ("embedding.word.weight", "head.weight") else size[0]
         mapped.append(MappedTensor(name, (rows, *size[1:]), ((name, size),), rows))
-    names = {name: _own_name(name) for name in weights.infos}
     padded = {t.name: t.parameters[0][1] for t in mapped}
     stored = [
         MappedTensor(t.name, padded[t.name], t.parameters, padded[t.name][0])
@@ -136,13 +139,33 @@ def _own_plan(weights: Weights, shape: ModelShape) -> list[tuple[str, MappedTens
     return _checked(weights, stored, names)
 
 
-def _plan(weights: Weights, shape: ModelShape, tensor_names: TensorNames) -> list[tuple[str, MappedTensor]]:
-    mapped = mapped_tensors(shape, tensor_names)
-    names = match_prefix(weights.infos, mapped)
+def _plan(weights: Weights, shape: ModelShape, architecture: Architecture) -> list[tuple[str, MappedTensor]]:
+    mapped, names = _matched(weights, shape, architecture)
     if shape.tie_embeddings:
         _check_tied(weights, names, mapped[0].name)
         names = {name: full for name, full in names.items() if full != "lm_head.weight"}
-    return _checked(weights, mapped, names)
+    plan = _checked(weights, mapped, names)
+    for name, tensor in plan:
+        if not tensor.parameters and bool(weights.read(name).any()):
+            raise CheckpointError(
+                f"{weights.where}: tensor {tensor.name} is not zero, but the shape has no bias of experts",
+                "a shape with the bias of experts",
+                "give --config with the model's config.json, or --like with a checkpoint of a run with --moe-router-enable-expert-bias",
+            )
+    return plan
+
+
+def _matched(weights: Weights, shape: ModelShape, architecture: Architecture) -> tuple[list[MappedTensor], dict[str, str]]:
+    """Returns the tensors by the architecture's names, or by other names that the files have instead, and name in the files -> name."""
+    mapped = mapped_tensors(shape, architecture.tensors, architecture.biased)
+    names = match_prefix(weights.infos, mapped)
+    usual = {tensor.name for tensor in mapped}
+    for others in architecture.also_reads:
+        other = mapped_tensors(shape, others, architecture.biased)
+        other_names = match_prefix(weights.infos, other)
+        if not {tensor.name for tensor in other}.difference(usual).isdisjoint(other_names.values()):
+            return other, other_names
+    return mapped, names
 
 
 def _check_tied(weights: Weights, names: Mapping[str, str], embedding: str) -> None:
@@ -201,15 +224,16 @@ def _write(
     special_ids: Mapping[str, Any] | None,
     kept_config: Mapping[str, Any],
 ) -> ImportResult:
-    sizes = [sum(int(torch.Size(size).numel()) for _, size in tensor.parameters) * 4 for _, tensor in plan]
-    parts = [[name for number in group for name, _ in plan[number][1].parameters] for group in groups_by_size(sizes, FILE_BYTES)]
+    units = _units(plan, shape)
+    sizes = [sum(int(torch.Size(size).numel()) for _, size in unit.parameters) * 4 for unit in units]
+    parts = [[name for number in group for name, _ in units[number].parameters] for group in groups_by_size(sizes, FILE_BYTES)]
     tokenizer = _copy_tokenizer(source, output) / main_file(kind) if kind else None
     data_metadata = {"tokenizer_type": kind, "tokenizer_model": str(tokenizer.resolve())} if tokenizer else None
     folder = write_weights(
         output,
         shape,
         parts,
-        _parameters(weights, plan),
+        _parameters(weights, units),
         precision_of(weights.dtype),
         imported_options(shape, family),
         imported_from=str(source),
@@ -220,9 +244,41 @@ def _write(
     return ImportResult(folder, shape, family, len(plan), tokenizer, kind)
 
 
-def _parameters(weights: Weights, plan: list[tuple[str, MappedTensor]]) -> Iterator[tuple[str, torch.Tensor]]:
-    for name, tensor in plan:
-        yield from tensor.split(weights.read(name))
+@dataclass(frozen=True)
+class _Unit:
+    """Parameters that are read together.
+
+    Args:
+        parameters: (name, shape) of the parameters.
+        tensors: (name in the files, tensor) of the tensors that they are made of: one of all parameters, or one of each expert; none: the
+            parameters are loads of experts, which are equal at the start.
+    """
+
+    parameters: tuple[tuple[str, tuple[int, ...]], ...]
+    tensors: tuple[tuple[str, MappedTensor], ...]
+
+
+def _units(plan: list[tuple[str, MappedTensor]], shape: ModelShape) -> list[_Unit]:
+    groups = itertools.groupby(plan, lambda entry: entry[1].parameters)
+    found = [_Unit(parameters, tuple(tensors)) for parameters, tensors in groups if parameters]
+    planned = {name for unit in found for name, _ in unit.parameters}
+    loads = tuple((name, size) for name, size in parameter_shapes(shape).items() if is_load(name) and name not in planned)
+    return [*found, _Unit(loads, ())] if loads else found
+
+
+def _parameters(weights: Weights, units: list[_Unit]) -> Iterator[tuple[str, torch.Tensor]]:
+    for unit in units:
+        if not unit.tensors:
+            yield from ((name, torch.full(size, 1.0 / size[0])) for name, size in unit.parameters)
+        elif unit.tensors[0][1].expert is None:
+            ((name, tensor),) = unit.tensors
+            yield from tensor.split(weights.read(name))
+        else:
+            ((parameter, size),) = unit.parameters
+            stacked = torch.empty(size)
+            for name, tensor in unit.tensors:
+                stacked[tensor.expert] = weights.read(name)
+            yield parameter, stacked
 
 
 def _copy_tokenizer(source: Path, output: Path) -> Path:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,14 @@ from megatron_patch.convert.checkpoint_io import UNFINISHED, check_output, group
 from megatron_patch.convert.config_json import check_layers
 from megatron_patch.convert.config_reader import ConfigReader
 from megatron_patch.convert.from_hugging_face import FILE_BYTES, ImportResult
-from megatron_patch.convert.tensor_names import parameter_shapes
+from megatron_patch.convert.megatron_experts import each_expert, experts_of_arguments
+from megatron_patch.convert.tensor_names import is_load, parameter_shapes
 from megatron_patch.convert.weight_files import is_there, load_torch_file
 from megatron_patch.errors import CheckpointError, ConfigError
 from megatron_patch.model.families import family_of_shape
 from megatron_patch.model.precision import precision_of
 from megatron_patch.model.shape import ModelShape, check_shape
+from megatron_patch.model.sharding import is_expert_parameter
 from megatron_patch.utils.files import read_small, reason
 
 _LONGEST_TRACKER = 1000
@@ -75,8 +77,10 @@ _RENAMES = (
     # Transformer Engine fuses a norm with the projection after it.
     (r"\.self_attention\.linear_qkv\.layer_norm_(weight|bias)$", r".input_layernorm.\1"),
     (r"\.mlp\.linear_fc1\.layer_norm_(weight|bias)$", r".pre_mlp_layernorm.\1"),
+    # Its grouped layers have a tensor for each expert, too.
+    (r"\.mlp\.experts\.(linear_fc[12])\.weight(\d+)$", r".mlp.experts.local_experts.\2.\1.weight"),
 )
-_IGNORED = ("._extra_state", "rotary_pos_emb.inv_freq")
+_IGNORED = ("._extra_state", "rotary_pos_emb.inv_freq", "router.local_tokens_per_expert")
 _BLOCK_MODULES = {
     "attention_norm": "input_layernorm",
     "attention.query": "self_attention.linear_qkv",
@@ -89,6 +93,13 @@ _BLOCK_MODULES = {
     "feed_forward.gate": "mlp.linear_fc1",
     "feed_forward.up": "mlp.linear_fc1",
     "feed_forward.down": "mlp.linear_fc2",
+    "feed_forward.router": "mlp.router",
+    "feed_forward.experts.gate": "mlp.experts.local_experts.{}.linear_fc1",
+    "feed_forward.experts.up": "mlp.experts.local_experts.{}.linear_fc1",
+    "feed_forward.experts.down": "mlp.experts.local_experts.{}.linear_fc2",
+    "feed_forward.shared.gate": "mlp.shared_experts.linear_fc1",
+    "feed_forward.shared.up": "mlp.shared_experts.linear_fc1",
+    "feed_forward.shared.down": "mlp.shared_experts.linear_fc2",
 }
 _OUTER_NAMES = {
     "embedding.word.weight": "embedding.word_embeddings.weight",
@@ -168,7 +179,7 @@ def shape_of_arguments(arguments: Mapping[str, Any], where: str) -> ModelShape:
         allow(name, 1)
     allow("position_embedding_type", "rope", "learned_absolute")
     allow("normalization", "LayerNorm", "RMSNorm")
-    for name in ("num_experts", "multi_latent_attention", "squared_relu", "apply_layernorm_1p", "apply_residual_connection_post_layernorm"):
+    for name in ("multi_latent_attention", "squared_relu", "apply_layernorm_1p", "apply_residual_connection_post_layernorm"):
         allow(name, None, False)
     allow("rotary_interleaved", False)
     allow("rotary_percent", 1.0)
@@ -209,6 +220,7 @@ def shape_of_arguments(arguments: Mapping[str, Any], where: str) -> ModelShape:
         tie_embeddings=not arguments.get("untie_embeddings_and_output_weights"),
         **({} if learned else _scaling(arguments, values)),
         **_layers(arguments, where, count("num_layers"), learned),
+        experts=experts_of_arguments(arguments, where, count("num_layers"), count("ffn_hidden_size")),
     )
     if shape.qk_norm and norm != "RMSNorm":
         raise CheckpointError(
@@ -277,16 +289,25 @@ def _megatron_name(name: str) -> str:
     if name in _OUTER_NAMES:
         return _OUTER_NAMES[name]
     _, layer, part = name.split(".", 2)
+    if part == "feed_forward.router.balance.bias":
+        return f"decoder.layers.{layer}.mlp.router.expert_bias"
     module, _, kind = part.rpartition(".")
     return f"decoder.layers.{layer}.{_BLOCK_MODULES[module]}.{kind}"
 
 
 def _stored_shape(name: str, size: tuple[int, ...], shape: ModelShape) -> tuple[int, ...]:
+    size = size[1:] if is_expert_parameter(name) else size
     if ".attention.query." in name or ".attention.key." in name or ".attention.value." in name:
         return ((shape.num_attention_heads + 2 * shape.num_query_groups) * shape.head_size, *size[1:])
-    if shape.activation == "swiglu" and (".feed_forward.gate." in name or ".feed_forward.up." in name):
+    if shape.activation == "swiglu" and name.endswith((".gate.weight", ".gate.bias", ".up.weight", ".up.bias")):
         return (2 * size[0], *size[1:])
     return size
+
+
+def _stored_names(name: str, size: tuple[int, ...]) -> list[str]:
+    """Returns the names of Megatron's tensors that contain one of our parameters: one, or one for each expert."""
+    stored = _megatron_name(name)
+    return [stored.format(expert) for expert in range(size[0])] if is_expert_parameter(name) else [stored]
 
 
 def _parameter_from(name: str, stored: torch.Tensor, shape: ModelShape) -> torch.Tensor:
@@ -322,7 +343,7 @@ def from_megatron(source: Path, output: Path) -> ImportResult:
     if not isinstance(version, int | float) or version < 3:
         raise CheckpointError(f"{file}: checkpoint_version is {version!r}", "at least 3.0", "load and save it with a newer Megatron-LM")
     shape = shape_of_arguments(vars(arguments), str(file))
-    found = {_core_name(name): tensor for name, tensor in _flatten(state["model"])}
+    found = each_expert({_core_name(name): tensor for name, tensor in _flatten(state["model"])}, shape, str(file))
     del state
     family = family_of_shape(shape)
     parameters = parameter_shapes(shape)
@@ -330,7 +351,14 @@ def from_megatron(source: Path, output: Path) -> ImportResult:
     groups = groups_by_size([int(torch.Size(size).numel()) * 4 for size in parameters.values()], FILE_BYTES)
     names = list(parameters)
     precision = precision_of(found[_OUTER_NAMES["embedding.word.weight"]].dtype)
-    read: Callable[[str], torch.Tensor] = lambda name: _parameter_from(name, found[_megatron_name(name)], shape)  # noqa: E731
+
+    def read(name: str) -> torch.Tensor:
+        size = parameters[name]
+        if is_load(name):
+            return torch.full(size, 1.0 / size[0])
+        parts = [_parameter_from(name, found[stored], shape) for stored in _stored_names(name, size)]
+        return torch.stack(parts) if is_expert_parameter(name) else parts[0]
+
     folder = write_weights(
         output,
         shape,
@@ -344,7 +372,12 @@ def from_megatron(source: Path, output: Path) -> ImportResult:
 
 
 def _check(where: str, shape: ModelShape, parameters: Mapping[str, tuple[int, ...]], found: Mapping[str, torch.Tensor]) -> None:
-    expected = {_megatron_name(name): _stored_shape(name, size, shape) for name, size in parameters.items()}
+    expected = {
+        stored: _stored_shape(name, size, shape)
+        for name, size in parameters.items()
+        if not is_load(name)
+        for stored in _stored_names(name, size)
+    }
     for name, size in expected.items():
         if name not in found:
             raise CheckpointError(

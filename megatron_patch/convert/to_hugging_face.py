@@ -84,7 +84,7 @@ def to_hugging_face(
     check_output(output)
     dtype = dtype or default_dtype(checkpoint)
     architecture = architecture_of(checkpoint.shape, checkpoint.family)
-    tensors = mapped_tensors(checkpoint.shape, architecture.tensors)
+    tensors = mapped_tensors(checkpoint.shape, architecture.tensors, architecture.biased)
     tokenizer = tokenizer_of(checkpoint.data_metadata)
     if tokenizer is not None and tokenizer.vocab_size > checkpoint.shape.vocab_size:
         raise ConfigError(
@@ -95,7 +95,7 @@ def to_hugging_face(
     config = config_of(architecture, checkpoint.shape, _TORCH_NAMES[dtype], *_special_ids(checkpoint, tokenizer))
     config = with_kept_keys(config, checkpoint.found.state.kept_config)
     partial = output.with_name(output.name + ".partial")
-    sizes = [int(torch.Size(tensor.shape).numel()) * DTYPES[dtype].itemsize for tensor in tensors]
+    sizes = [int(torch.Size(tensor.shape).numel()) * _dtype_of(tensor, DTYPES[dtype]).itemsize for tensor in tensors]
     shards = groups_by_size(sizes, max_shard_size)
     names = (
         ["model.safetensors"] if len(shards) == 1 else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
@@ -142,9 +142,18 @@ def _identity(checkpoint: CheckpointWeights) -> str:
     return xxhash.xxh64(read_small(checkpoint.found.folder / MANIFEST, MOST_JSON_BYTES)).hexdigest()
 
 
+def _dtype_of(tensor: MappedTensor, dtype: torch.dtype) -> torch.dtype:
+    """Returns the dtype of a tensor in an export with this dtype."""
+    return torch.float32 if tensor.float32 else dtype
+
+
 def _write_shard(path: Path, tensors: list[MappedTensor], checkpoint: CheckpointWeights, dtype: torch.dtype) -> ManifestEntry:
+    # Tensors of wider dtypes come first, so that each begins at a multiple of its element's size.
+    tensors = sorted(tensors, key=lambda tensor: -_dtype_of(tensor, dtype).itemsize)
     names = [(tensor.name, tensor.shape) for tensor in tensors]
-    entry = write_safetensors(path, names, dtype, (_convert_dtype(tensor, checkpoint, dtype) for tensor in tensors), {"format": "pt"})
+    dtypes = {tensor.name: torch.float32 for tensor in tensors if tensor.float32}
+    converted = (_convert_dtype(tensor, checkpoint, _dtype_of(tensor, dtype)) for tensor in tensors)
+    entry = write_safetensors(path, names, dtype, converted, {"format": "pt"}, dtypes)
     if checksum_on_disk(path) != entry.xxh64:
         raise CheckpointError(
             f"{path}: the data read back differs from what was written", "a disk without faults", "choose an --output on another disk"

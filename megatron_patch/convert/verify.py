@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from megatron_patch.convert.checkpoint_io import CheckpointWeights
-from megatron_patch.convert.tensor_names import parameter_shapes
+from megatron_patch.convert.tensor_names import is_state, parameter_shapes
 from megatron_patch.convert.tokenizer_files import tokenizer_of
 from megatron_patch.data.corpus import TokenCorpus
 from megatron_patch.errors import CheckpointError, ConfigError, DataError
@@ -97,9 +97,12 @@ def float32_model(checkpoint: CheckpointWeights, dtype: torch.dtype) -> GPTModel
     """Returns the checkpoint's model in float32 on the CPU, with weights rounded to `dtype`."""
     with torch.device("meta"):
         model = GPTModel(checkpoint.shape)
-    state = {name: checkpoint.parameter(name).to(dtype).float() for name in parameter_shapes(checkpoint.shape)}
+    state = {
+        name: checkpoint.parameter(name).to(torch.float32 if is_state(name) else dtype).float()
+        for name in parameter_shapes(checkpoint.shape)
+    }
     model.load_state_dict(state, strict=True, assign=True)
-    return model.eval()
+    return model.to("cpu").eval()  # the counts of experts leave the meta device
 
 
 def positions_to_verify(shape: ModelShape) -> int:
@@ -133,6 +136,8 @@ def verify_export(checkpoint: CheckpointWeights, folder: Path, ids: torch.Tensor
         raise CheckpointError(
             f"transformers cannot load {folder}: {error}", "a folder that it loads", "update transformers, or report this"
         ) from error
+    if checkpoint.shape.experts is not None and hasattr(theirs, "set_experts_implementation"):
+        theirs.set_experts_implementation("eager")  # the default of transformers 5 takes rows of 16-byte multiples only
     expected = theirs(ids).logits.double()
     del theirs
     found = float32_model(checkpoint, dtype).logits(ids[..., None]).double()

@@ -21,6 +21,7 @@ from megatron_patch.checkpoint.safetensors_io import DTYPES, TensorInfo, dtype_n
 from megatron_patch.errors import CheckpointError
 from megatron_patch.utils.files import optional_file, read_json, reason
 
+FLOAT32_TENSORS = ("e_score_correction_bias", "router.balance.bias", "router.balance.load")
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 
 
@@ -40,8 +41,11 @@ class Weights:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The common dtype of all tensors; float32, which represents all others, if they differ."""
-        dtypes = {DTYPES[info.dtype] for info in self.infos.values()}
+        """The common dtype of all weights; float32, which represents all others, if they differ.
+
+        Biases by which routers choose experts do not count: they are float32 in models of any dtype.
+        """
+        dtypes = {DTYPES[info.dtype] for name, info in self.infos.items() if not name.endswith(FLOAT32_TENSORS)}
         return dtypes.pop() if len(dtypes) == 1 else torch.float32
 
 

@@ -107,10 +107,10 @@ class GroupedLinear(nn.Module):
 
 
 def _has_grouped_products(rows: torch.Tensor, weight: torch.Tensor) -> bool:
-    if rows.device.type == "cpu":
-        return rows.dtype != torch.float64
-    # Torch's kernel for GPUs takes bfloat16 alone, and rows of multiples of 16 bytes.
-    return rows.dtype == torch.bfloat16 and weight.shape[1] % 8 == 0 and weight.shape[2] % 8 == 0
+    # Rows must be of multiples of 16 bytes. On CPUs torch's kernel takes each dtype but float64, on GPUs bfloat16 alone.
+    if any(size * rows.element_size() % 16 for size in weight.shape[1:]):
+        return False
+    return rows.dtype == torch.bfloat16 or (rows.device.type == "cpu" and rows.dtype != torch.float64)
 
 
 class Experts(nn.Module):
@@ -183,6 +183,7 @@ class MixtureOfExperts(nn.Module):
         # A rank's number of pairs is different in each step, which torch.compile would compile anew; and its model of grouped products
         # knows bfloat16 only.
         compiles = self.parallel.size * self.divided.size == 1 and rows.dtype == torch.bfloat16
+        compiles = compiles and _has_grouped_products(rows, self.experts.gate.weight)
         routed = self._routed if compiles else _outside_graph(self._routed)
         partial: torch.Tensor = routed(rows, chosen, weights).view_as(hidden)
         if self.shared is not None:

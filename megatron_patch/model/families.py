@@ -35,6 +35,7 @@ class Family:
         linear_bias: biases in all linear layers of a block; the opposite of the default of --disable-bias-linear.
         qkv_bias: default of --add-qkv-bias: biases in the query, key and value projections, even without `linear_bias`.
         tie_embeddings: the output head is the embedding's transpose; the opposite of --untie-embeddings-and-output-weights.
+        experts: a family of mixtures of experts, which needs --num-experts; all other options of experts are given by their flags.
     """
 
     normalization: Literal["RMSNorm", "LayerNorm"] = "RMSNorm"
@@ -53,6 +54,7 @@ class Family:
     linear_bias: bool = False
     qkv_bias: bool = False
     tie_embeddings: bool = False
+    experts: bool = False
 
 
 _GEMMA: dict[str, Any] = {
@@ -73,6 +75,10 @@ FAMILIES: dict[str, Family] = {
     "olmo3": Family(norm_placement="post", qk_norm=True, qk_norm_scope="all"),
     "gemma2": Family(**_GEMMA, attention_softcap=50.0, logit_softcap=30.0),
     "gemma3": Family(**_GEMMA, qk_norm=True),
+    "qwen3_moe": Family(norm_epsilon=1e-6, qk_norm=True, experts=True),
+    "mixtral": Family(experts=True),
+    "olmoe": Family(qk_norm=True, qk_norm_scope="all", experts=True),
+    "dots1": Family(qk_norm=True, experts=True),
     "gpt2": Family(normalization="LayerNorm", swiglu=False, position_embedding="learned", linear_bias=True, tie_embeddings=True),
 }
 """Name, as `--model-family` takes it -> the family. Open to further entries."""
@@ -88,7 +94,7 @@ def family_by_name(name: str) -> Family:
 
 
 def family_of_shape(shape: ModelShape) -> str:
-    """Returns the name of the first registered family with a shape's kinds of norm, activation and positions, or of the nearest one."""
+    """Returns the name of the first registered family with a shape's kinds of norm, activation, positions and layers, or of the nearest."""
 
     def differences(name: str) -> int:
         family = FAMILIES[name]
@@ -103,6 +109,7 @@ def family_of_shape(shape: ModelShape) -> str:
             + (family.qk_norm != shape.qk_norm)
             + (family.qk_norm_scope != shape.qk_norm_scope)
             + ((family.no_rope_freq is not None) != bool(shape.unrotated_layers))
+            + (family.experts != (shape.experts is not None))
         )
 
     return min(FAMILIES, key=differences)

@@ -16,6 +16,7 @@ from megatron_patch.config.parsing import parse
 from megatron_patch.config.resolve import resolve
 from megatron_patch.config.values import KEYS
 from megatron_patch.errors import ConfigError
+from megatron_patch.model.expert_shape import ExpertShape
 from megatron_patch.training.dry_run import architecture, print_megatron
 from megatron_patch.training.pretrain import make_engine_config
 from megatron_patch.utils.console import make_console
@@ -24,6 +25,7 @@ from tests.config.megatron_lists import GPT_1_3B, GPT_1_3B_JSON, LLAMA_2, LLAMA_
 MODEL = shlex.split("--num-layers 2 --hidden-size 64 --num-attention-heads 4")
 BATCH = shlex.split("--seq-length 128 --global-batch-size 8 --micro-batch-size 1")
 AROUND = split(BATCH)[1]
+NO_LOSS = "--moe-router-load-balancing-type none"
 
 
 @pytest.fixture(autouse=True)
@@ -166,6 +168,28 @@ def test_megatron_lms_llama_3_gets_one_report_and_what_remains_of_it_resolves(tm
         ("--profile pt --profile_steps 2,3", "--profile 2-3"),
         ("--profile 10-12", "--profile 10-12"),
         ("--use-rotary-position-embeddings --position-embedding-type learned_absolute", "--position-embedding-type rope"),
+        ("--num-experts 8 --moe-grouped-gemm", f"--num-experts 8 {NO_LOSS}"),
+        ("--num-experts 8", "--num-experts 8"),
+        ("--num-experts 8 --moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 0", f"--num-experts 8 {NO_LOSS}"),
+        ("--num-experts 8 --moe-grouped-gemm --moe-aux-loss-coeff 0.0", f"--num-experts 8 {NO_LOSS}"),
+        (
+            "--num-experts 8 --moe-grouped-gemm --moe-router-load-balancing-type global_aux_loss",
+            "--num-experts 8 --moe-router-load-balancing-type global_aux_loss --moe-aux-loss-coeff 0",
+        ),
+        *(
+            (words, words)
+            for words in (
+                "--num-experts 8 --moe-aux-loss-coeff 0.01",
+                "--num-experts 8 --moe-router-load-balancing-type global_aux_loss",
+                "--num-experts 8 --moe-router-load-balancing-type global_aux_loss --moe-aux-loss-coeff 1e-3",
+                "--num-experts 8 --moe-router-score-function sigmoid --moe-router-topk 1",
+            )
+        ),
+        (
+            "--deepspeed --num-experts 8 --moe-router-topk 2 --moe-router-load-balancing-type none",
+            "--num-experts 8 --moe-router-topk 2 --moe-router-load-balancing-type none",
+        ),
+        ("--num-experts 1 --moe-router-topk 2 --moe-ffn-hidden-size 64 --moe-grouped-gemm", ""),
     ],
 )
 def test_flags_mean_here_what_they_mean_in_megatron(words, here):
@@ -206,6 +230,7 @@ def test_values_of_translated_flags_arrive():
         "--muon-no-split-qkv --muon-tp-mode blockwise --muon-fp32-matmul-prec high --muon-scalar-optimizer lion",
         "--muon-momentum 0.9 --muon-use-nesterov --muon-scale-mode spectral --muon-coefficient-type cans --use-mcore-models",
         "--decoupled-min-lr 1e-4",
+        "--moe-expert-capacity-factor 1.0 --moe-aux-loss-coeff 0.01 --moe-router-load-balancing-type aux_loss --moe-router-topk 2",
     ],
 )
 def test_values_that_change_nothing_are_accepted_and_listed(words):
@@ -234,7 +259,29 @@ def test_what_has_no_effect_is_printed_with_the_reason(capsys):
         ("--hierarchical-context-parallel-sizes 2 2", "a2a+p2p"),
         ("--rotary-percent 0.5", "all dimensions of a head are rotated"),
         ("--attention-dropout 0.1", "there is no dropout"),
-        ("--num-experts 8", "there are no expert layers"),
+        ("--num-experts 8 16", "Megatron-DeepSpeed's experts have a capacity and drop tokens"),
+        ("--num-experts 8 --deepspeed", "Megatron-DeepSpeed's experts have a capacity and drop tokens"),
+        ("--topk 2 --num-experts 8", "belongs to Megatron-DeepSpeed's mixture of experts"),
+        ("--moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 0.01 --num-experts 8", "depend on the micro-batch size"),
+        ("--moe-router-load-balancing-type seq_aux_loss --moe-aux-loss-coeff 0.01 --num-experts 8", "depend on the micro-batch size"),
+        ("--moe-router-load-balancing-type sinkhorn --num-experts 8", "Sinkhorn's assignment"),
+        ("--moe-router-load-balancing-type aux_loss global_aux_loss --num-experts 8", "one loss balances the load"),
+        ("--moe-aux-loss-coeff 0.01 --num-experts 8 --moe-grouped-gemm", "Megatron's default type is aux_loss"),
+        ("--moe-router-score-function sigmoid --moe-router-topk 1 --num-experts 8 --moe-grouped-gemm", "weighs an expert by its sigmoid"),
+        *(
+            (f"{words} --num-experts 8 --moe-router-topk 2", reason)
+            for words, reason in (
+                ("--expert-model-parallel-size 2", "tensor-parallel ranks hold different experts"),
+                ("--expert-tensor-parallel-size 2", "each of them whole"),
+                ("--moe-expert-capacity-factor 1.25", "no position is dropped or padded"),
+                ("--moe-router-num-groups 4", "not among groups"),
+                ("--moe-input-jitter-eps 0.01", "no noise"),
+                ("--moe-router-force-load-balancing", "never at random"),
+                ("--moe-use-upcycling", "a dense model's feed-forward layers"),
+                ("--moe-apply-probs-on-input", "factors of what experts return"),
+                ("--moe-router-dtype fp64", "float32"),
+            )
+        ),
         ("--num-layers-per-virtual-pipeline-stage 2", "interleaved (virtual) pipeline"),
         ("--fp8-format hybrid", "there is no FP8"),
         ("--position-embedding-type none", "a model without positions does not exist here"),
@@ -268,6 +315,26 @@ def test_what_cannot_be_had_is_refused_with_the_reason(words, reason):
     problem, *_ = translated(words).problems
     assert reason in problem.meaning and problem.given.text.split()[0] == words.split()[0]
     assert problem.becomes and "did you mean" not in problem.becomes
+
+
+def test_what_megatron_computes_alike_with_experts_is_accepted():
+    """A command of Megatron-LM for Qwen3-30B-A3B's layers, with its kernels and its dispatcher."""
+    words = """--num-experts 8 --moe-ffn-hidden-size 32 --moe-router-topk 2 --moe-layer-freq ([0]*1+[1]*1) --moe-router-score-function softmax
+        --moe-router-load-balancing-type global_aux_loss --moe-aux-loss-coeff 1e-3 --moe-z-loss-coeff 1e-4 --moe-token-dispatcher-type alltoall
+        --moe-grouped-gemm --moe-permute-fusion --moe-router-dtype fp32 --moe-per-layer-logging --expert-model-parallel-size 1
+        --moe-token-drop-policy probs --overlap-moe-expert-parallel-comm --moe-router-fusion --expert-tensor-parallel-size 1
+        --swiglu --normalization RMSNorm --position-embedding-type rope --disable-bias-linear --qk-layernorm --train-iters 5 --dry-run
+        --vocab-size 100"""
+    run = resolve(options(words), 1)
+    assert run.shape.experts == ExpertShape(8, 2, 32, dense_layers=(0,))
+    balance = run.plan.stages[0].expert_balance
+    assert (balance.aux_loss_coeff, balance.z_loss_coeff, balance.bias_update_rate) == (1e-3, 1e-4, 0.0)
+    ignored = " ".join(flags for flags, _ in run.megatron.ignored)
+    assert all(f"--{flag}" in ignored for flag in ("moe-grouped-gemm", "moe-router-dtype fp32", "moe-token-dispatcher-type alltoall"))
+    without = words.replace("--moe-router-load-balancing-type global_aux_loss --moe-aux-loss-coeff 1e-3", "")
+    assert resolve(options(without), 1).plan.stages[0].expert_balance.aux_loss_coeff == 0.0
+    own = "--num-experts 8 --train-tokens 8k --dry-run --vocab-size 100"
+    assert resolve(options(own), 1).plan.stages[0].expert_balance.aux_loss_coeff == 0.01
 
 
 def test_a_renamed_flag_may_repeat_the_one_of_this_program_but_not_contradict_it():
@@ -314,12 +381,12 @@ def test_steps_need_a_batch_to_become_tokens():
 def test_all_problems_are_reported_at_once(monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     message = refusal(
-        "--num-experts 8 --moe-router-topk 2 --moe-grouped-gemm --lr fast --log-interval 0 --patchsize 2 --warp-drive 9 --zero-stage 7"
+        "--num-experts 8 --topk 2 --moe-min-capacity 4 --lr fast --log-interval 0 --patchsize 2 --warp-drive 9 --zero-stage 7"
     )
     for part in (
         "--num-experts 8",
-        "there are no expert",
-        "belongs to mixture of",
+        "have a capacity",
+        "mixture of experts",
         "remove them",
         "'fast' is not a number",
         "--log-interval 0",
@@ -405,10 +472,10 @@ def test_keys_of_a_file_go_through_the_same_table(tmp_path):
     path.write_text(path.read_text() + "lr-warmup-tokens: 1k\n")
     schedule = parse(["--config", str(path), "--lr-warmup-iters", "3"]).options.schedule
     assert (schedule.lr_warmup_steps, schedule.lr_warmup_tokens) == (3, 0)
-    path.write_text(path.read_text() + "num-experts: 4\nbf16: maybe\nlayers: 5\nlr: fast\n")
+    path.write_text(path.read_text() + "fp8-format: hybrid\nbf16: maybe\nlayers: 5\nlr: fast\n")
     with pytest.raises(ConfigError) as error:
         parse(["--config", str(path)])
-    assert all(part in str(error.value) for part in ("no expert layers", "'maybe' is no switch", "layers 5 in", "'fast' is not a number"))
+    assert all(part in str(error.value) for part in ("there is no FP8", "'maybe' is no switch", "layers 5 in", "'fast' is not a number"))
 
 
 def test_a_command_line_in_our_words_says_nothing_of_megatron():

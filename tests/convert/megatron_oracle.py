@@ -27,6 +27,23 @@ KINDS = {
         "normalization": "LayerNorm", "swiglu": False, "add_bias_linear": True, "position_embedding_type": "learned_absolute",
         "group_query_attention": False, "untie_embeddings_and_output_weights": False, "qk_layernorm": False, "ffn_hidden_size": 96,
     },
+    "experts": {
+        "normalization": "RMSNorm", "swiglu": True, "add_bias_linear": False, "position_embedding_type": "rope", "group_query_attention": True,
+        "untie_embeddings_and_output_weights": True, "qk_layernorm": True, "ffn_hidden_size": 40, "num_experts": 4,
+        "moe_ffn_hidden_size": 20, "moe_router_topk": 2,
+    },
+    "shared": {
+        "normalization": "RMSNorm", "swiglu": True, "add_bias_linear": False, "position_embedding_type": "rope", "group_query_attention": True,
+        "untie_embeddings_and_output_weights": True, "qk_layernorm": False, "ffn_hidden_size": 40, "num_experts": 4,
+        "moe_ffn_hidden_size": 20, "moe_router_topk": 3, "moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True,
+        "moe_shared_expert_intermediate_size": 12, "moe_router_topk_scaling_factor": 2.5, "moe_layer_freq": [0, 1],
+        "moe_router_load_balancing_type": "none",
+    },
+    "pre-softmax": {
+        "normalization": "RMSNorm", "swiglu": True, "add_bias_linear": False, "position_embedding_type": "rope", "group_query_attention": True,
+        "untie_embeddings_and_output_weights": True, "qk_layernorm": False, "ffn_hidden_size": 40, "num_experts": 4,
+        "moe_router_topk": 1, "moe_router_pre_softmax": True, "moe_layer_freq": 2,
+    },
 }  # fmt: skip
 COMMON = {
     "num_layers": 2, "hidden_size": 24, "num_attention_heads": 4, "num_query_groups": 2, "kv_channels": 6, "max_position_embeddings": 32,
@@ -39,7 +56,7 @@ COMMON = {
 def build(values):
     import torch.nn.functional as F
     from megatron.core.models.gpt import GPTModel
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_layer_local_spec
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     config = TransformerConfig(
@@ -49,9 +66,12 @@ def build(values):
         gated_linear_unit=values["swiglu"], activation_func=F.silu if values["swiglu"] else F.gelu, add_bias_linear=values["add_bias_linear"],
         add_qkv_bias=values["add_qkv_bias"], qk_layernorm=values["qk_layernorm"], layernorm_epsilon=values["layernorm_epsilon"],
         bias_activation_fusion=not values["swiglu"], hidden_dropout=0.0, attention_dropout=0.0, use_cpu_initialization=True,
-        masked_softmax_fusion=False, apply_rope_fusion=False,
+        masked_softmax_fusion=False, apply_rope_fusion=False, **_experts(values),
     )  # fmt: skip
-    spec = get_gpt_layer_local_spec(normalization=values["normalization"], qk_layernorm=values["qk_layernorm"])
+    if config.num_moe_experts is not None:
+        spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization=values["normalization"])
+    else:
+        spec = get_gpt_layer_local_spec(normalization=values["normalization"], qk_layernorm=values["qk_layernorm"])
     return GPTModel(
         config, spec, vocab_size=values["padded_vocab_size"], max_sequence_length=values["max_position_embeddings"], parallel_output=False,
         position_embedding_type=values["position_embedding_type"], rotary_base=values["rotary_base"],
@@ -60,13 +80,23 @@ def build(values):
     )  # fmt: skip
 
 
+def _experts(values):
+    """Returns the options of experts; Megatron keeps the number under another name."""
+    if "num_experts" not in values:
+        return {}
+    given = {name: value for name, value in values.items() if name.startswith("moe_")}
+    return {"num_moe_experts": values["num_experts"], "moe_token_dispatcher_type": "allgather", "moe_router_dtype": "fp32", **given}
+
+
 def main(folder: Path) -> None:
     os.environ.update(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=sys.argv[2])
     torch.distributed.init_process_group("gloo")
     from megatron.core import parallel_state
     from megatron.core.enums import ModelType
     from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
+    from megatron.core.transformer.moe import moe_utils
 
+    moe_utils.te_general_gemm = None  # it is not defined without Transformer Engine
     torch.cuda.current_device = lambda: "cpu"
     CudaRNGStatesTracker.fork = lambda self, name="": contextlib.nullcontext()
     parallel_state.initialize_model_parallel()
@@ -77,7 +107,8 @@ def main(folder: Path) -> None:
         torch.manual_seed(0)
         model = build(values).eval()
         with torch.no_grad():
-            for parameter in model.parameters():
+            biases = (buffer for name, buffer in model.named_buffers() if name.endswith("expert_bias"))
+            for parameter in (*model.parameters(), *biases):
                 parameter.add_(torch.randn_like(parameter) * 0.2)
             logits = model(ids, positions, mask)[..., :53]
         state = {

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from megatron_patch.convert.checkpoint_io import write_weights
 from megatron_patch.convert.tensor_names import parameter_shapes
+from megatron_patch.model.expert_shape import ExpertShape
 from megatron_patch.model.shape import ModelShape
 from tests.model.shapes import BIASED, GEMMA2, GEMMA3, GPT2, LINEAR, LLAMA, LLAMA3, OLMO2, QWEN3, TIED, YARN
 
@@ -50,6 +51,14 @@ SHAPES = {
     "gemma3": dataclasses.replace(GEMMA3, window=5, full_layers=(1,), windowed_rotary_base=500.0),
     "gemma3 scaled": dataclasses.replace(
         GEMMA3, window=5, full_layers=(0,), windowed_rotary_base=1e4, rotary_scaling="linear", rotary_factor=8.0, logit_softcap=3.0
+    ),
+    "qwen3_moe": dataclasses.replace(QWEN3, experts=ExpertShape(6, 3, 20)),
+    "mixtral": dataclasses.replace(LLAMA, ffn_hidden_size=20, experts=ExpertShape(4, 2, 20)),
+    "olmoe": dataclasses.replace(
+        LLAMA, ffn_hidden_size=12, qk_norm=True, qk_norm_scope="all", experts=ExpertShape(5, 2, 12, renormalized=False)
+    ),
+    "dots1": dataclasses.replace(
+        QWEN3, num_layers=3, experts=ExpertShape(6, 3, 12, 24, score="sigmoid", scaling=2.5, bias=True, dense_layers=(0,))
     ),
     "gpt2": GPT2,
     "gpt2-untied": dataclasses.replace(GPT2, tie_embeddings=False),

@@ -180,15 +180,38 @@ FAMILIES = {
         },
         "--zero-stage 3",
     ),
+    "dots1": (
+        {
+            "architectures": ["Dots1ForCausalLM"],
+            "sliding_window": None,
+            "first_k_dense_replace": 1,
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+            "n_shared_experts": 2,
+            "norm_topk_prob": True,
+            "routed_scaling_factor": 2.5,
+        },
+        "--tensor-model-parallel-size 2 --moe-router-bias-update-rate 0.01",
+    ),
+    "qwen3_moe": (
+        {"architectures": ["Qwen3MoeForCausalLM"], "head_dim": 8, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+        "--pipeline-model-parallel-size 2 --zero-stage 1",
+    ),
+    "mixtral": ({"architectures": ["MixtralForCausalLM"], "sliding_window": 5, "num_local_experts": 4}, "--zero-stage 3"),
+    "olmoe": (
+        {"architectures": ["OlmoeForCausalLM"], "num_experts": 8, "num_experts_per_tok": 2},
+        "--tensor-model-parallel-size 2 --sequence-parallel",
+    ),
 }
 
 
-SLOW = {"mistral", "olmo3", "llama"}
-"""Families that differ from one of the others only in shape, or in rotary tables that other tests compare."""
+SLOW = {"mistral", "olmo3", "llama", "qwen3_moe", "mixtral", "olmoe"}
+"""Families that differ from one of the others only in shape, or in rotary tables and routers that other tests compare."""
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in FAMILIES])
-def test_a_family_with_windows_layers_without_rotation_or_yarn_trains_through_both_stages(name, journey, tmp_path):
+def test_a_family_with_windows_layers_without_rotation_yarn_or_experts_trains_through_both_stages(name, journey, tmp_path):
     """What the program has no use for, the padding token and dropout, is in the export of the trained model, too."""
     corpus = journey[3]
     special, layout = FAMILIES[name]

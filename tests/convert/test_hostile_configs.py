@@ -14,6 +14,7 @@ from megatron_patch.convert.from_hugging_face import read_config
 from megatron_patch.convert.from_megatron import shape_of_arguments
 from megatron_patch.errors import CheckpointError
 from megatron_patch.model.flops import parameter_count
+from tests.convert.models import SHAPES as EXPERTS
 from tests.model.shapes import FAMILIES, GEMMA2, GEMMA3, YARN
 from tests.tools.test_tools import tool
 
@@ -40,6 +41,7 @@ SHAPES = {
     "gemma2": dataclasses.replace(GEMMA2, window=9, full_layers=(1,), query_scalar=9.0),
     "gemma3": dataclasses.replace(GEMMA3, window=9, full_layers=(1,), windowed_rotary_base=500.0),
     "smollm3": dataclasses.replace(YARN, window=9, full_layers=(1,), unrotated_layers=(0,)),
+    **{family: EXPERTS[family] for family in ("qwen3_moe", "mixtral", "olmoe", "dots1")},
 }
 
 
@@ -179,7 +181,19 @@ MEGATRON = {
 
 def test_any_argument_of_megatron_gives_a_shape_or_a_refusal_in_three_parts():
     refusals = []
-    for base in (MEGATRON, {**MEGATRON, "use_rope_scaling": True}, {**MEGATRON, "norm_epsilon": None}):
+    experts = {
+        "num_experts": 4,
+        "moe_router_topk": 2,
+        "moe_ffn_hidden_size": 16,
+        "moe_layer_freq": [0, 1],
+        "moe_router_score_function": "sigmoid",
+        "moe_router_pre_softmax": False,
+        "moe_router_topk_scaling_factor": 2.0,
+        "moe_router_enable_expert_bias": True,
+        "moe_shared_expert_intermediate_size": 8,
+        "moe_router_load_balancing_type": "none",
+    }
+    for base in (MEGATRON, {**MEGATRON, "use_rope_scaling": True}, {**MEGATRON, "norm_epsilon": None}, {**MEGATRON, **experts}):
         shape_of_arguments(base, "model.pt")
         for name in base:
             for value in HOSTILE:

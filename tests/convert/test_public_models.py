@@ -211,9 +211,9 @@ def test_missing_keys_have_the_defaults_of_transformers(name, change, expected, 
 
 
 def test_what_public_models_compute_and_the_program_does_not_is_named(tmp_path):
-    mixtral = {**COMMON, "architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "sliding_window": 4096, "rope_theta": 10000.0}
+    phi = {**COMMON, "architectures": ["Phi3ForCausalLM"], "model_type": "phi3", "sliding_window": 4096, "rope_theta": 10000.0}
     for config, words in (
-        (mixtral, "MixtralForCausalLM"),
+        (phi, "Phi3ForCausalLM"),
         ({**COMMON, **CONFIGS["Gemma 3"], "attn_logit_softcapping": 50.0}, "attn_logit_softcapping is 50.0"),
         ({**COMMON, **CONFIGS["Gemma 3"], "use_bidirectional_attention": True}, "use_bidirectional_attention is True"),
         ({**COMMON, **CONFIGS["Gemma 2"], "hidden_activation": "gelu"}, "hidden_activation is 'gelu'"),

@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 
 from megatron_patch.errors import ConfigError
+from megatron_patch.model.expert_shape import ExpertShape
 from megatron_patch.model.families import FAMILIES, Family, family_of_shape
 from tests.config.test_resolve import RUN, resolve
 from tests.model.shapes import BIASED, GEMMA2, GEMMA3, GPT2, LLAMA, OLMO2, QWEN3
@@ -33,7 +34,7 @@ def test_an_unknown_family_is_refused_with_the_registered_names_and_the_nearest(
         resolve(*RUN, "--model-family", "lama")
     assert caught.value.what == "--model-family lama is not a known name"
     assert (caught.value.allowed, caught.value.do) == (
-        "llama, qwen3, mistral, smollm3, olmo2, olmo3, gemma2, gemma3, gpt2",
+        "llama, qwen3, mistral, smollm3, olmo2, olmo3, gemma2, gemma3, qwen3_moe, mixtral, olmoe, dots1, gpt2",
         "did you mean llama?",
     )
 
@@ -49,6 +50,9 @@ def test_an_unknown_family_is_refused_with_the_registered_names_and_the_nearest(
         (GEMMA2, "gemma2"),
         (GEMMA3, "gemma3"),
         (GPT2, "gpt2"),
+        (dataclasses.replace(QWEN3, experts=ExpertShape(4, 2, 8)), "qwen3_moe"),
+        (dataclasses.replace(LLAMA, experts=ExpertShape(4, 2, 8)), "mixtral"),
+        (dataclasses.replace(QWEN3, qk_norm_scope="all", experts=ExpertShape(4, 2, 8)), "olmoe"),
     ],
 )
 def test_the_family_of_a_shape_is_the_one_with_its_kinds_of_layers(shape, name):

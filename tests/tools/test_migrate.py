@@ -188,10 +188,24 @@ def test_megatrons_defaults_are_written_down(tmp_path, monkeypatch):
     assert values["disable-bias-linear"] is False and values["untie-embeddings-and-output-weights"] is False
 
 
+def test_experts_without_a_coefficient_get_no_auxiliary_loss(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = """--num-layers 2 --hidden-size 96 --num-attention-heads 4 --seq-length 64 --micro-batch-size 2 --train-samples 100 --swiglu
+        --normalization RMSNorm --disable-bias-linear --use-rotary-position-embeddings --num-experts 4 --moe-router-topk 2"""
+    Path("list.txt").write_text(words)
+    values, _ = migrate(tmp_path, "list.txt", "--world-size", "4")
+    assert values["num-experts"] == 4 and values["moe-router-load-balancing-type"] == "none"
+    Path("run.yaml").unlink()
+    Path("list.txt").write_text(f"{words} --moe-router-load-balancing-type global_aux_loss --moe-aux-loss-coeff 0.02")
+    values, _ = migrate(tmp_path, "list.txt", "--world-size", "4")
+    assert values["moe-router-load-balancing-type"] == "global_aux_loss" and values["moe-aux-loss-coeff"] == 0.02
+
+
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
-        ("--num-experts 8 --moe-router-topk 2", "there are no expert layers"),
+        ("--num-experts 8 --topk 2", "have a capacity and drop tokens"),
+        ("--num-experts 8 --moe-router-topk 2 --moe-aux-loss-coeff 0.01", "depend on the micro-batch size"),
         ("--position-embedding-type alibi --embed-layernorm", "there are no ALiBi positions"),
         ("--squared-relu", "GELU or SwiGLU"),
         ("--qk-layernorm", "RMSNorm"),  # with Megatron's default LayerNorm

@@ -5,12 +5,12 @@ In: nothing. Out: `LONG_TAIL`.
 
 from __future__ import annotations
 
+from megatron_patch.config.megatron.expert_flags import EXPERTS
 from megatron_patch.config.megatron.flags import BIGSCIENCE, BOTH, DS, LM, Kind, MegatronFlag, rows
 
 _IGNORED, _REFUSED, _OTHER, _DETAIL = Kind.IGNORED, Kind.REFUSED, Kind.OTHER_MODEL, Kind.DETAIL
 _SPEED = "Kernels, communication and memory of the process"
 _LOGS = "Details of logs, profiles and restarts"
-_MOE = "Mixture of experts"
 _ELSE = "Other models and programs"
 
 LONG_TAIL: tuple[MegatronFlag, ...] = (
@@ -145,34 +145,7 @@ LONG_TAIL: tuple[MegatronFlag, ...] = (
         _IGNORED,
         "the same command, started again, resumes; --hang-timeout ends a job that hangs",
     ),
-    *rows(_MOE, "num-experts/n", BOTH, _OTHER, "there are no expert layers", "", "1"),
-    *rows(_MOE, "num-experts-switch", DS, _OTHER, "there are no expert layers"),
-    *rows(
-        _MOE,
-        "mlp-type topk expert-interval disable-moe-token-dropping/0 moe-train-capacity-factor moe-eval-capacity-factor moe-min-capacity "
-        "moe-loss-coeff create-moe-param-group/0 disable-moe-top2-2nd-expert-sampling/0 use-tutel/0 enable-expert-tensor-parallelism/0 "
-        "moe-expert-parallel-size",
-        DS,
-        _DETAIL,
-        "belongs to mixture of experts",
-        "num-experts",
-    ),
-    *rows(
-        _MOE,
-        "expert-model-parallel-size expert-tensor-parallel-size moe-layer-freq moe-ffn-hidden-size moe-shared-expert-intermediate-size "
-        "moe-shared-expert-overlap/0 moe-grouped-gemm/0 moe-use-legacy-grouped-gemm/0 moe-extended-tp/0 moe-use-upcycling/0 "
-        "moe-router-load-balancing-type/n moe-router-dtype moe-router-fusion/0 moe-router-score-function moe-router-topk "
-        "moe-router-pre-softmax/0 moe-router-num-groups moe-router-group-topk moe-router-topk-scaling-factor "
-        "moe-router-enable-expert-bias/0 moe-router-bias-update-rate moe-router-force-load-balancing/0 moe-router-padding-for-fp8/0 "
-        "moe-aux-loss-coeff/n moe-z-loss-coeff moe-input-jitter-eps moe-per-layer-logging/0 moe-token-dispatcher-type moe-enable-deepep/0 "
-        "moe-deepep-num-sms moe-permute-fusion/0 moe-expert-capacity-factor moe-pad-expert-input-to-capacity/0 moe-token-drop-policy "
-        "moe-apply-probs-on-input/0 overlap-moe-expert-parallel-comm/0 delay-wgrad-compute/0 moe-upcycling-granularity "
-        "moe-pad-experts-for-cuda-graph-inference/0",
-        LM,
-        _DETAIL,
-        "belongs to mixture of experts",
-        "num-experts",
-    ),
+    *EXPERTS,
     *rows(_ELSE, "multi-latent-attention/0", LM, _OTHER, "attention has no latent keys and values"),
     *rows(
         _ELSE,

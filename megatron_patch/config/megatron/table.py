@@ -578,7 +578,6 @@ MAIN: tuple[MegatronFlag, ...] = (
         "every block is computed again by itself; results are the same, and memory and time differ",
     ),
     *rows(_LAYOUT, "distribute-saved-activations/0", BOTH, _IGNORED, "--sequence-parallel shares what is saved"),
-    *rows(_LAYOUT, "moe-layer-recompute/0", LM, _DETAIL, "belongs to mixture of experts", "num-experts"),
     *rows(
         _LAYOUT,
         "cpu-optimizer/0",

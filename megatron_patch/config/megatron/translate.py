@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 
-from megatron_patch.config.megatron import muon
+from megatron_patch.config.megatron import experts, muon
 from megatron_patch.config.megatron.flags import MegatronFlag
 from megatron_patch.config.megatron.translator import COMMAND_LINE, MEGATRON_FLAGS, Given, Translation, Translator
 from megatron_patch.errors import ConfigError
@@ -387,6 +387,7 @@ _FUNCTIONS: dict[str, Callable[[Translator, Given, MegatronFlag], None]] = {
         "the tokenizer of the data",
     ),
     **muon.FUNCTIONS,
+    **experts.FUNCTIONS,
     "lr-wsd-decay-style": _choices({"minus_sqrt": "minus-sqrt"}, {}, ""),
     "split": _split,
     "sequence-parallel": _sequence_parallel,
