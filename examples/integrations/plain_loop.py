@@ -73,7 +73,9 @@ def train(plan: StagePlan, stream: TokenStream, save: Path, stop_after: int | No
     """
     torch.manual_seed(0)
     model = Transformer()
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.1)
+    matrices, others = ([p for p in model.parameters() if (p.ndim > 1) == wanted] for wanted in (True, False))
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
     if save.exists():
         checkpoint = torch.load(save, weights_only=True)
         model.load_state_dict(checkpoint["model"])

@@ -5,16 +5,23 @@ Who wrote a trainer of their own copies these files, so they are used here as th
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from examples.integrations import plain_loop
+from megatron_patch.engine.environment import free_port
+from megatron_patch.errors import ConfigError
 from megatron_patch.library import DocumentMasking, TokenStream, build_plan
 from tests.distributed.ranks import run_ranks
 from tests.distributed.runs import EOD, Run, command, make_corpus, printed, start_program
+from tests.examples.sizes import plain_plan
 
 FOLDER = Path(plain_loop.__file__).parent
 T, SEED, SPLIT = 16, 7, "90,10,0"
@@ -209,3 +216,85 @@ def test_a_model_that_changes_its_logits_is_refused():
     model = transformers.AutoModelForCausalLM.from_config(transformers.Gemma2Config(**sizes, num_key_value_heads=2))
     with pytest.raises(ValueError, match="Gemma2ForCausalLM scales its embeddings"):
         read_patches(model)
+
+
+# Lightning
+
+
+def losses_by_lightning(folder, tokens, stop=None, resume=None, accumulation=4):
+    """Trains the plain loop's model; returns (patch size, loss) of each step and the inputs of each micro-batch."""
+    lightning = pytest.importorskip("lightning")
+    from examples.integrations import with_lightning
+
+    plan = plain_plan(gradient_accumulation=4)
+    torch.manual_seed(0)
+    model = plain_loop.Transformer()
+    module = with_lightning.PatchModule(model, model.table, model.head, plan, tokens, vocab_size=256)
+    steps, inputs, sums = [], [], []
+
+    class Record(lightning.Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            inputs.append(batch["input_ids"].clone())
+            sums.append(float(trainer.callback_metrics["train_loss"]))
+            if len(inputs) % 4 == 0:
+                steps.append((batch["input_ids"].shape[-1], sum(sums) / 4))
+                sums.clear()
+
+    quiet = {"accelerator": "cpu", "devices": 1, "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = with_lightning.make_trainer(
+        plan, default_root_dir=folder, accumulate_grad_batches=accumulation, callbacks=[Record()], enable_checkpointing=False,
+        **quiet, **({"max_steps": stop} if stop else {}),
+    )  # fmt: skip
+    trainer.fit(module, ckpt_path=resume)
+    trainer.save_checkpoint(folder / "last.ckpt")
+    return steps, inputs
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("stop", [3, 8, 10])
+def test_lightning_trains_and_resumes_as_the_plain_loop(tmp_path, stop):
+    """Stopped in the patch stage, at the switch, and in the token stage."""
+    tokens = plain_loop.library_source(2 * 12 * 2048)
+    whole, read = losses_by_lightning(tmp_path, tokens)
+    first, first_read = losses_by_lightning(tmp_path, tokens, stop=stop)
+    second, second_read = losses_by_lightning(tmp_path, tokens, resume=tmp_path / "last.ckpt")
+    assert len(first) == stop and first + second == whole
+    assert len(read) == len(first_read + second_read) and all(map(torch.equal, read, first_read + second_read))
+    plan = plain_plan(gradient_accumulation=4)
+    stream = TokenStream(plan, tokens, vocab_size=256)
+    expected = [(record["patch_size"], record["loss"]) for record in plain_loop.train(plan, stream, tmp_path / "plain.pt")]
+    assert [size for size, _ in whole] == [4] * 8 + [1] * 4 == [size for size, _ in expected]
+    assert [loss for _, loss in whole] == pytest.approx([loss for _, loss in expected], rel=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_lightning_is_refused_another_accumulation(tmp_path):
+    pytest.importorskip("lightning")
+    with pytest.raises(ConfigError, match="middle of an accumulation"):
+        losses_by_lightning(tmp_path, plain_loop.library_source(2 * 12 * 2048), accumulation=2)
+
+
+# torchtitan
+
+
+def steps_by_torchtitan(folder, steps):
+    """Runs torchtitan's Trainer in a process of its own; returns the records of its steps."""
+    command = [sys.executable, "-m", "tests.examples.titan", str(folder), str(steps)]
+    environment = {**os.environ, "MASTER_PORT": str(free_port()), "PYTHONPATH": str(FOLDER.parent.parent), "TORCHDYNAMO_DISABLE": "1"}
+    environment = {name: value for name, value in environment.items() if name != "DS_ACCELERATOR"}
+    done = subprocess.run(command, cwd=FOLDER.parent.parent, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line.partition(" ")[2]) for line in done.stdout.splitlines() if line.startswith("RECORD")]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torchtitan") is None, reason="needs torchtitan, which needs triton also without a GPU")
+def test_torchtitan_trains_over_a_switch_and_resumes_without_repeating_a_token(tmp_path):
+    """Each micro-batch's loss is compared with plain formulas in that process."""
+    whole = steps_by_torchtitan(tmp_path / "whole", 12)
+    assert [size for _, size, *_ in whole] == [4] * 8 + [1] * 4
+    inputs = [one for *_, seen in whole for one in seen]
+    assert len(set(inputs)) == len(inputs) == 48
+    for stop in (3, 8, 10):
+        first = steps_by_torchtitan(tmp_path / f"{stop}", stop)
+        second = steps_by_torchtitan(tmp_path / f"{stop}", 12)
+        assert len(first) == stop and first + second == whole
