@@ -298,3 +298,22 @@ def test_torchtitan_trains_over_a_switch_and_resumes_without_repeating_a_token(t
         first = steps_by_torchtitan(tmp_path / f"{stop}", stop)
         second = steps_by_torchtitan(tmp_path / f"{stop}", 12)
         assert len(first) == stop and first + second == whole
+
+
+def train_with_hugging_face(corpus, folder, accumulation):
+    """Trains on the ranks that are there and returns the losses."""
+    from examples.integrations import with_hugging_face
+
+    plan = build_plan("patch-train", gradient_accumulation=4, **{**SIZES, "global_batch_size": 16})
+    stream = TokenStream(plan, corpus, seed=SEED, split=SPLIT)
+    quiet = {"logging_steps": 1, "save_strategy": "no", "report_to": [], "use_cpu": True, "disable_tqdm": True}
+    trainer = with_hugging_face.make_trainer(make_model("llama"), stream, accumulation, output_dir=str(folder), **quiet)
+    trainer.train()
+    return losses_of(trainer)
+
+
+def test_two_processes_of_hugging_faces_trainer_divide_one_stream(tmp_path, corpus):
+    pytest.importorskip("transformers")
+    alone = train_with_hugging_face(corpus, tmp_path / "alone", 4)
+    first, _ = run_ranks(train_with_hugging_face, 2, tmp_path / "logs", corpus, tmp_path / "two", 2)
+    assert len(alone) == 18 and first == pytest.approx(alone, rel=1e-5)
