@@ -35,7 +35,8 @@ class TokenStream(IterableDataset[dict[str, torch.Tensor]]):
 
     Two numbers resume it: `state_dict()` has the stage and the steps of it that are done, `load_state_dict()` takes them. A step
     counts as done when its last micro-batch is given out, since gradients of a part of a step are in no checkpoint. Trainers that fetch
-    batches in advance (accelerate, Lightning) resume by their own count of steps: `seek(step)`.
+    batches in advance (accelerate, Lightning) resume by their own count of steps: `seek(step)`. A further iteration continues where the
+    last one stood; `seek(0)` begins again.
 
     Args:
         plan: the stages.

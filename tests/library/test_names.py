@@ -130,6 +130,12 @@ def test_the_package_is_typed():
     assert (Path(library.__file__).parent.parent / "py.typed").exists()
 
 
+def test_deepspeed_comes_with_an_extra_only():
+    project = (Path(library.__file__).parents[2] / "pyproject.toml").read_text()
+    always = project.partition("\ndependencies = [")[2].partition("\n]")[0]
+    assert '"torch>=' in always and "deepspeed" not in always
+
+
 def test_deepspeed_is_neither_needed_nor_loaded():
     """Nor are the packages of the command line and of plots, which take time to import."""
     lines = [

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from megatron_patch.library import linear_multi_token_loss, multi_token_loss, patch_embedding
+from megatron_patch.errors import ConfigError
+from megatron_patch.library import Stage, linear_multi_token_loss, multi_token_loss, patch_embedding, switch_optimizer
 from tests.distributed.ranks import run_ranks
 
 B, T, K, H, V = 2, 6, 4, 16, 40
@@ -149,6 +150,25 @@ class TwoLayers(torch.nn.Module):
         return linear_multi_token_loss(torch.tanh(hidden), self.head.weight, labels, weights)
 
 
+def check_the_switch(model):
+    """With gradients, the switch is refused; without, it works on a state whose tensors may be sharded."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0)
+    stages = {rule: Stage("token", 1, T, 1, 1, 1, optimizer=rule) for rule in ("reset_moments", "reset")}
+    with pytest.raises(ConfigError, match="middle of an accumulation"):
+        switch_optimizer(optimizer, stages["reset"])
+    optimizer.step()
+    kept = [(parameter, parameter.grad) for parameter in model.parameters()]
+    optimizer.zero_grad()
+    switch_optimizer(optimizer, stages["reset_moments"])
+    for state in optimizer.state.values():
+        moments = [state[name].full_tensor() if hasattr(state[name], "full_tensor") else state[name] for name in ("exp_avg", "exp_avg_sq")]
+        assert float(state["step"]) == 1 and all(float(moment.abs().max()) == 0 for moment in moments)
+    switch_optimizer(optimizer, stages["reset"])
+    assert not optimizer.state
+    for parameter, gradient in kept:
+        parameter.grad = gradient
+
+
 def gradients_on_a_rank(wrapper: str):
     """Returns the gradients of two wrapped ranks, each with one of the two samples, and a gradient of both samples on one rank."""
     import torch.distributed as dist
@@ -173,6 +193,7 @@ def gradients_on_a_rank(wrapper: str):
     (total * 2 / scored).backward()  # the wrappers take the mean over two ranks
     expected, _ = alone(ids, labels, weights)
     (expected / scored).backward()
+    check_the_switch(model)
     full = [p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad for p in model.parameters()]
     return [(one - p.grad).abs().max().item() / p.grad.abs().max().item() for one, p in zip(full, alone.parameters(), strict=True)]
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
+import threading
 
 import numpy as np
 import pytest
@@ -117,6 +119,19 @@ def test_a_loader_of_torch_passes_batches_on():
     direct = list(TokenStream(plan(), TOKENS))
     loaded = list(DataLoader(TokenStream(plan(), TOKENS), batch_size=None))
     assert all(torch.equal(one["labels"], other["labels"]) for one, other in zip(direct, loaded, strict=True))
+
+
+def test_a_further_iteration_continues_and_an_abandoned_one_leaves_no_thread():
+    stream = TokenStream(plan(), TOKENS)
+    everything = [batch["input_ids"] for batch in TokenStream(plan(), TOKENS)]
+    first = list(itertools.islice(stream, 3))
+    rest = [batch["input_ids"] for batch in stream]
+    assert len(first) == 3 and len(rest) == len(everything) - 3 and torch.equal(rest[0], everything[3])
+    assert list(stream) == []
+    stream.seek(0)
+    assert torch.equal(next(iter(stream))["input_ids"], everything[0])
+    gc.collect()
+    assert not [thread for thread in threading.enumerate() if thread.name == "loader"]
 
 
 def test_label_weights_follow_the_plan():
