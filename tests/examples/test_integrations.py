@@ -12,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -272,6 +273,37 @@ def test_lightning_is_refused_another_accumulation(tmp_path):
     pytest.importorskip("lightning")
     with pytest.raises(ConfigError, match="middle of an accumulation"):
         losses_by_lightning(tmp_path, plain_loop.library_source(2 * 12 * 2048), accumulation=2)
+
+
+def weights_by_lightning(folder, ranks):
+    """Trains on the ranks that are there, each as a device, and returns all weights."""
+    from examples.integrations import with_lightning
+
+    if ranks > 1:  # as torchrun sets them
+        os.environ |= {"TORCHELASTIC_RUN_ID": "test", "GROUP_RANK": "0", "LOCAL_WORLD_SIZE": str(ranks)}
+    plan = plain_plan(gradient_accumulation=4 // ranks, world_size=ranks)
+    torch.manual_seed(0)
+    model = plain_loop.Transformer()
+    tokens = plain_loop.library_source(2 * plan.tokens)
+    module = with_lightning.PatchModule(model, model.table, model.head, plan, tokens, vocab_size=256)
+    trainer = with_lightning.make_trainer(
+        plan, default_root_dir=folder, accumulate_grad_batches=4 // ranks, accelerator="cpu", devices=ranks, logger=False,
+        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False, strategy="ddp" if ranks > 1 else "auto",
+    )  # fmt: skip
+    trainer.fit(module)
+    return torch.nn.utils.parameters_to_vector(model.parameters()).detach().numpy()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_two_devices_of_lightning_train_as_one(tmp_path):
+    pytest.importorskip("lightning")
+    alone = weights_by_lightning(tmp_path / "one", 1)
+    torch.manual_seed(0)
+    initial = torch.nn.utils.parameters_to_vector(plain_loop.Transformer().parameters()).detach().numpy()
+    for weights in run_ranks(weights_by_lightning, 2, tmp_path / "logs", tmp_path / "two", 2):
+        # Key biases have no gradient but rounding, which Adam scales up.
+        assert np.linalg.norm(weights - alone) < 1e-3 * np.linalg.norm(alone - initial)
 
 
 # torchtitan
