@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from megatron_patch import library
 
@@ -23,6 +24,7 @@ def test_the_blocks_run_one_after_another(tmp_path, monkeypatch):
     pytest.importorskip("transformers")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [str(ROOT / "examples" / "integrations"), *sys.path])
+    torch.manual_seed(0)
     names: dict = {}
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
@@ -30,7 +32,8 @@ def test_the_blocks_run_one_after_another(tmp_path, monkeypatch):
             exec(compile(source, f"block {number}", "exec"), names)
     lines = printed.getvalue().splitlines()
     assert lines[:2] == ["patch 4 16 1", "token 1 8 4"] and lines[-1] == "torch.Size([10, 32, 4]) torch.Size([10, 32, 4])"
-    assert len(names["losses"]) == 24 and names["losses"][15] < names["losses"][0]
+    assert len(names["losses"]) == 24 and names["losses"][15] < names["losses"][0] - 0.5
+    assert names["losses"][23] < names["losses"][16] - 0.5
     assert names["trainer"].state.global_step == names["plan"].steps and (tmp_path / "run" / "checkpoint-4").is_dir()
 
 
