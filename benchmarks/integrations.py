@@ -70,17 +70,24 @@ def make_model(sizes: Sizes) -> Any:
     return LlamaForCausalLM(LlamaConfig(vocab_size=sizes.vocab, **shape, **more))
 
 
-def make_stream(sizes: Sizes, patch_size: int) -> Any:
-    """Returns our stream of random tokens, one micro-batch in each step."""
+def make_data(sizes: Sizes, patch_size: int) -> tuple[Any, Any]:
+    """Returns our plan, with one micro-batch in each step, and random tokens."""
     import numpy as np
 
-    from megatron_patch.library import TokenStream, build_plan
+    from megatron_patch.library import build_plan
 
     steps = WARM_UP + sizes.steps
     stages = [{"patch_size": patch_size, "steps": steps, "batch": "constant-positions"}]
     plan = build_plan(stages=stages, seq_length=sizes.positions, global_batch_size=sizes.samples, gradient_accumulation=1, lr=1e-4)
     tokens = np.random.default_rng(0).integers(0, sizes.vocab, plan.tokens + 4096, dtype=np.int32)
-    return TokenStream(plan, tokens, vocab_size=sizes.vocab)
+    return plan, tokens
+
+
+def make_stream(sizes: Sizes, patch_size: int) -> Any:
+    """Returns our stream of random tokens."""
+    from megatron_patch.library import TokenStream
+
+    return TokenStream(*make_data(sizes, patch_size), vocab_size=sizes.vocab)
 
 
 def make_rows(sizes: Sizes, patch_size: int) -> list[dict[str, Any]]:
@@ -186,7 +193,14 @@ def with_lightning(sizes: Sizes, kind: str, patch_size: int, mark: Callable[[], 
     import torch
 
     model = make_model(sizes)
-    loss_of = loss_function(model, kind, patch_size)
+
+    class Body(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model.model
+
+        def forward(self, embeddings: Any) -> Any:
+            return self.model(inputs_embeds=embeddings, use_cache=False)[0]
 
     class Module(lightning.LightningModule):
         def __init__(self) -> None:
@@ -194,22 +208,29 @@ def with_lightning(sizes: Sizes, kind: str, patch_size: int, mark: Callable[[], 
             self.model = model
 
         def training_step(self, batch: Any, index: int) -> Any:
-            return loss_of(**batch)
+            return self.model(**batch).loss
 
         def configure_optimizers(self) -> Any:
             return torch.optim.AdamW(self.parameters(), lr=1e-4)
 
-        def on_train_start(self) -> None:
+    class Mark(lightning.Callback):
+        def on_train_start(self, *_: Any) -> None:
             mark()
 
         def on_train_batch_end(self, *_: Any) -> None:
             mark()
 
     quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
-    steps = WARM_UP + sizes.steps
-    trainer = lightning.Trainer(
-        max_steps=steps, accelerator="cpu", devices=1, gradient_clip_val=1.0, use_distributed_sampler=False, **quiet
-    )
+    quiet |= {"accelerator": "cpu", "devices": 1, "callbacks": [Mark()]}
+    if kind == OURS:
+        sys.path.insert(0, str(ROOT / "examples" / "integrations"))
+        from with_lightning import PatchModule, make_trainer
+
+        plan, tokens = make_data(sizes, patch_size)
+        module = PatchModule(Body(), model.get_input_embeddings(), model.lm_head, plan, tokens, vocab_size=sizes.vocab)
+        make_trainer(plan, **quiet).fit(module)
+        return
+    trainer = lightning.Trainer(max_steps=WARM_UP + sizes.steps, gradient_clip_val=1.0, **quiet)
     trainer.fit(Module(), batches(sizes, kind, patch_size))
 
 

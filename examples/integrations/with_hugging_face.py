@@ -130,7 +130,7 @@ def make_trainer(model: PreTrainedModel, stream: TokenStream, gradient_accumulat
     decayed = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim < 2]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=1.0, betas=(0.9, 0.95))
+    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=1.0, betas=(0.9, 0.95), fused=True)
     fixed = {
         "max_steps": stream.plan.steps,
         "gradient_accumulation_steps": gradient_accumulation,
