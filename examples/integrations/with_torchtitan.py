@@ -50,7 +50,7 @@ class PatchLoss:
     """The sum of the losses of logits [B, T, V] for labels [B, T, K]; the Trainer divides it by the number of labels of the step.
 
     Raises:
-        ValueError: a stage anneals its weights, of which labels alone do not tell the step.
+        ValueError: a stage anneals its weights, which then depend on the step; the loss sees labels only.
     """
 
     def __init__(self, plan: StagePlan) -> None:

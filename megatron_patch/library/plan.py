@@ -81,18 +81,24 @@ def build_plan(
             "one of them",
             "remove micro_batch_size for a trainer with a constant number of micro-batches, else gradient_accumulation",
         )
-    for name, value in (("seq_length", seq_length), ("global_batch_size", global_batch_size), ("world_size", world_size)):
+    numbers = {"seq_length": seq_length, "global_batch_size": global_batch_size, "world_size": world_size}
+    numbers |= {"micro_batch_size": 1 if micro_batch_size is None else micro_batch_size}
+    for name, value in numbers.items():
         if value < 1:
             raise ConfigError(f"{name} is {value}", "whole numbers from 1", f"raise {name}")
+    try:
+        listed = None if stages is None else json.dumps([dict(stage) for stage in stages])
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"stages: {error}", "a mapping for each stage, of texts, numbers and lists", "correct the list") from error
     options = StageOptions(
         recipe=recipe,
         patch_size=patch_size,
         patch_fraction=patch_fraction,
         patch_compute_share=patch_compute_share,
-        stages=None if stages is None else json.dumps([dict(stage) for stage in stages]),
+        stages=listed,
         train_tokens=train_tokens,
         seq_length=seq_length,
-        micro_batch_size=micro_batch_size or 1,
+        micro_batch_size=numbers["micro_batch_size"],
         global_batch_size=global_batch_size,
         position_weights=position_weights,
     )
