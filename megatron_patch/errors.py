@@ -18,6 +18,12 @@ class MegatronPatchError(Exception):
         do: what to do, as an imperative or a command.
 
     The allowed and the do part may name programs by their files in a checkout, as `tools/plan.py`; see `as_called`.
+
+    Examples:
+        >>> print(MegatronPatchError("3 ranks for 4 samples", "a divisor of 4", "start 2 ranks"))
+        3 ranks for 4 samples
+          Allowed: a divisor of 4
+          What to do: start 2 ranks
     """
 
     exit_code: ExitCode = ExitCode.INTERNAL

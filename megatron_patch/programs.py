@@ -32,6 +32,7 @@ TOOLS = {
 _SHIPPED = (
     ("examples/configs", "*.yaml"),
     ("examples/replicate", "*.yaml"),
+    ("examples/integrations", "*.py"),
     ("examples/slurm", "*.sbatch", "*.sh"),
     (".", "constraints.txt"),
 )
@@ -55,7 +56,8 @@ def shipped(name: str) -> Path:
     """Returns the path of a file or folder of the repository that an installation has too.
 
     Args:
-        name: its path in the repository: constraints.txt, examples/configs, examples/replicate or examples/slurm.
+        name: its path in the repository: constraints.txt, examples/configs, examples/replicate, examples/integrations or
+            examples/slurm.
     """
     return HOME / name if in_checkout() else HOME / "megatron_patch" / "share" / name
 

@@ -124,6 +124,11 @@ class Stage:
 
     Raises:
         ConfigError: a number is out of range, or the number of weights is not the number of labels.
+
+    Examples:
+        >>> stage = Stage("patch", patch_size=4, positions=16, micro_batch_size=2, global_batch_size=8, steps=10)
+        >>> stage.sample_tokens, stage.tokens_per_step, stage.gradient_accumulation(data_parallel_size=2)
+        (64, 512, 2)
     """
 
     name: str
@@ -242,6 +247,12 @@ class StagePlan:
 
     Raises:
         ConfigError: the samples of a stage do not fill blocks, or a stage that is not the last ends inside a block.
+
+    Examples:
+        >>> stages = (Stage("patch", 4, 16, 2, 2, 10), Stage("token", 1, 16, 2, 8, 5))
+        >>> plan = StagePlan(stages, block_tokens=64)
+        >>> plan.progress(12), plan.consumed_tokens(plan.progress(12)), plan.cost()
+        (Progress(stage_index=1, stage_step=2), 1536, 0.5)
     """
 
     stages: tuple[Stage, ...]

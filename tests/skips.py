@@ -11,10 +11,11 @@ from collections import Counter
 
 import pytest
 
-ALLOWED = ("needs a CUDA device",)
+ALLOWED = ("needs a CUDA device", "needs torchtitan")
 """Reasons that a machine for continuous integration cannot remove."""
 APT = "apt-get install --no-install-recommends"
 COMMANDS = {
+    "torchtitan": "pip install --no-deps torchtitan==0.2.2 torchdata triton",
     "CUDA device": "python -m pytest -m gpu -n 0, on a machine with a GPU",
     "Slurm is not installed": f"{APT} slurmctld slurmd slurm-client munge",
     "Slurm cluster": "run the tests as root",

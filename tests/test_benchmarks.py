@@ -19,7 +19,7 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 SOURCES = [*sorted((ROOT / "benchmarks").glob("*.*")), *sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md"]
-PROGRAMS = "documents|experts|kernels|layouts|training"
+PROGRAMS = "documents|experts|integrations|kernels|layouts|training"
 """Programs with flags."""
 
 

@@ -21,7 +21,7 @@ FLOORS = [  # from the ground up
     {"engine"},
     {"planning", "convert"},
     {"training"},
-    {"reporting", "replication"},
+    {"reporting", "replication", "library"},
     {"cli"},
     {"api", "__main__", "pretrain"},
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -76,6 +77,15 @@ def use(home: Path, call: Callable[..., str]) -> None:
     assert "drawAll" in (home / "run.html").read_text()
 
 
+def plain_loop(home: Path, python: str, **variables: str) -> None:
+    """Runs the plain loop through its switch, stopped in the middle of a stage and resumed."""
+    words = [python, "examples/integrations/plain_loop.py", "--save", "loop.pt", "--train-tokens", str(12 * 2048)]
+    first, second = (run([*words, *more], home, **variables).splitlines() for more in (["--stop-after", "5"], []))
+    records = [json.loads(line) for line in (*first, *second)]
+    assert [record["step"] for record in records] == list(range(1, 13))
+    assert [record["patch_size"] for record in records] == [4] * 8 + [1] * 4
+
+
 def run(command: list[str], folder: Path, error: str = "", **variables: str) -> str:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     environment |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", "DS_BUILD_OPS": "0", **variables}
@@ -102,6 +112,7 @@ def test_a_wheel_is_complete(tmp_path, wheel):
     where = run([sys.executable, "-c", "import megatron_patch; print(megatron_patch.__file__)"], home, PYTHONPATH=str(target))
     assert where.strip() == str(target / "megatron_patch" / "__init__.py")
     use(home, call)
+    plain_loop(home, sys.executable, PYTHONPATH=str(target))
     # A launcher starts it by the name of the module.
     ranks = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "megatron_patch.pretrain")
     run([sys.executable, *ranks, *PLAN, "--train-tokens", "1024", "--save", "two"], home, PYTHONPATH=str(target))
@@ -149,5 +160,9 @@ def test_a_fresh_environment_with_the_wheel_and_its_extra_train_runs_everything(
     run([*pip, str(wheel)], home)
     flags = ["--data-path", "x", "--vocab-size", "64", *PLAN[: PLAN.index("--data-path")]]
     run([*program, "pretrain", *flags], home, error="training needs DeepSpeed, which is not installed")
+    run([*program, "examples", "."], home)
+    plain_loop(home, str(venv / "bin" / "python"))
+    for name in ("examples", "constraints.txt"):
+        shutil.move(home / name, tmp_path / name)
     run([*pip, f"{wheel}[train]"], home)
     use(home, lambda *words, error="": run([*program, *words], home, error))

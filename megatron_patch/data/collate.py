@@ -36,6 +36,11 @@ class DocumentMasking:
         reset_position_ids: positions are numbered from 0 in each document.
         eod_mask_loss: labels of other documents are not scored.
         ignore_repeated_eod: an end-of-document label that follows an end-of-document token is not scored (it is padding of aligned data).
+
+    Examples:
+        >>> rules = DocumentMasking(eod_id=0, reset_attention_mask=True, eod_mask_loss=True)
+        >>> rules.needs_documents
+        True
     """
 
     eod_id: int | None = None

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import cached_property
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +22,37 @@ from megatron_patch.errors import ConfigError, DataError
 _SAMPLED_SPANS = 64
 _MOST_SPANS = 1024
 _SPAN_TOKENS = 4096
+
+
+class Corpus(Protocol):
+    """What a stream reads from: `TokenCorpus`, or tokens in memory."""
+
+    prefixes: tuple[str, ...]
+    num_tokens: int
+
+    @property
+    def name(self) -> str:
+        """The name in messages."""
+
+    @property
+    def metadata(self) -> tuple[DatasetMetadata | None, ...]:
+        """The metadata file of each shard, or None."""
+
+    @property
+    def patch_align(self) -> int:
+        """All documents begin at multiples of this number of tokens."""
+
+    def ranges(self, split: str) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
+        """Returns the token ranges for training, validation and test."""
+
+    def read_into(self, out: npt.NDArray[np.int64], start: int) -> None:
+        """Copies tokens `[start, start + out.size)` into an array."""
+
+    def fetch(self, starts: npt.NDArray[np.int64], count: int) -> None:
+        """Prepares reading `count` tokens at each start."""
+
+    def fingerprint(self) -> list[dict[str, object]]:
+        """Returns a fingerprint of each shard."""
 
 
 class TokenCorpus:
@@ -204,7 +236,7 @@ def check_vocabulary(corpus: TokenCorpus, vocab_size: int) -> None:
                 )
 
 
-def check_metadata(corpora: Sequence[TokenCorpus], eod_id: int | None = None) -> list[DatasetMetadata]:
+def check_metadata(corpora: Sequence[Corpus], eod_id: int | None = None) -> list[DatasetMetadata]:
     """Checks that all data of a run has the same end-of-document token, by the metadata files.
 
     Args:
@@ -229,7 +261,7 @@ def check_metadata(corpora: Sequence[TokenCorpus], eod_id: int | None = None) ->
     return [metadata for _, metadata in found]
 
 
-def tokenizer_notes(corpora: Sequence[TokenCorpus]) -> list[str]:
+def tokenizer_notes(corpora: Sequence[Corpus]) -> list[str]:
     """Returns a note where corpora were encoded with other tokenizer files than the first one."""
     found = [(prefix, metadata) for prefix, metadata in _known_metadata(corpora) if metadata.tokenizer_xxh64]
     others = [(prefix, metadata) for prefix, metadata in found if metadata.tokenizer_xxh64 != found[0][1].tokenizer_xxh64]
@@ -243,13 +275,13 @@ def tokenizer_notes(corpora: Sequence[TokenCorpus]) -> list[str]:
     ]
 
 
-def _known_metadata(corpora: Sequence[TokenCorpus]) -> list[tuple[str, DatasetMetadata]]:
+def _known_metadata(corpora: Sequence[Corpus]) -> list[tuple[str, DatasetMetadata]]:
     """Returns (prefix, metadata file) of all shards that have one."""
     pairs = [pair for corpus in corpora for pair in zip(corpus.prefixes, corpus.metadata, strict=True)]
     return [(prefix, metadata) for prefix, metadata in pairs if metadata is not None]
 
 
-def check_token_ids(tokens: npt.NDArray[np.int64], vocab_size: int, locations: Sequence[tuple[TokenCorpus, int]]) -> None:
+def check_token_ids(tokens: npt.NDArray[np.int64], vocab_size: int, locations: Sequence[tuple[Corpus, int]]) -> None:
     """Checks the token ids of a batch.
 
     Args:

@@ -14,8 +14,8 @@ from megatron_patch.data.addresses import check_address, check_no_credentials
 from megatron_patch.data.storage import exists, glob_files, is_address, read_bytes
 from megatron_patch.errors import DataError
 from megatron_patch.raw_text.encodings import HEAD_BYTES, other_encoding
-from megatron_patch.utils.console import shortened
 from megatron_patch.utils.path_patterns import LONGEST_PATH, is_too_long
+from megatron_patch.utils.text import shortened
 
 _MOST_LIST_BYTES = 1 << 26
 _MOST_LISTS = 50

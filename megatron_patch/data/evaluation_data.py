@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_patch.data.collate import DocumentMasking, PatchBatch, make_batch
-from megatron_patch.data.corpus import TokenCorpus, check_token_ids
+from megatron_patch.data.corpus import Corpus, check_token_ids
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class HeldOutCorpus:
     """
 
     name: str
-    corpus: TokenCorpus
+    corpus: Corpus
     token_range: tuple[int, int]
     weight: float | None = None
 
@@ -66,7 +66,7 @@ def held_out_starts(token_range: tuple[int, int], unit_tokens: int, lookahead_to
 
 
 def evaluation_batches(
-    corpus: TokenCorpus,
+    corpus: Corpus,
     starts: np.ndarray,
     unit_tokens: int,
     positions: int,

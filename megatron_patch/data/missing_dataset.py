@@ -16,8 +16,8 @@ from megatron_patch.data.dataset_paths import expand_prefixes
 from megatron_patch.data.storage import exists, is_address
 from megatron_patch.errors import DataError
 from megatron_patch.raw_text.inputs import COMPRESSED_SUFFIXES, LINE_SUFFIXES, inner_suffix
-from megatron_patch.utils.console import shortened
 from megatron_patch.utils.registry import suggestion
+from megatron_patch.utils.text import shortened
 
 _ALLOWED = "a dataset prefix: the path without .bin and .idx, which is --output-prefix of preprocessing and _text_document"
 _SHOWN, _MOST_ENTRIES = 8, 100_000

@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_patch.data.blend import Blend
-from megatron_patch.data.corpus import TokenCorpus, tokenizer_notes
+from megatron_patch.data.corpus import Corpus, tokenizer_notes
 from megatron_patch.data.permutation import Permutation, derive_key
 from megatron_patch.errors import DataError
 from megatron_patch.stages import StagePlan
@@ -100,7 +100,7 @@ class TrainStream:
     def __init__(
         self,
         plan: StagePlan,
-        corpora: Mapping[str, TokenCorpus],
+        corpora: Mapping[str, Corpus],
         blend: Weights,
         split: str,
         seed: int,

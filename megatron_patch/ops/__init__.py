@@ -8,11 +8,19 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 
-from megatron_patch.ops import fused_embedding, fused_linear_loss, native, plain
+from megatron_patch.ops import fused_embedding, fused_linear_loss, fused_loss, native, plain
 from megatron_patch.ops.accumulation import check_unit_gradient, redirect_gradient
 from megatron_patch.ops.plain import IGNORE_INDEX, softcapped
 
-__all__ = ["IGNORE_INDEX", "Operators", "VocabularyShard", "linear_multi_token_loss", "patch_embedding", "softcapped"]
+__all__ = [
+    "IGNORE_INDEX",
+    "Operators",
+    "VocabularyShard",
+    "linear_multi_token_loss",
+    "multi_token_loss",
+    "patch_embedding",
+    "softcapped",
+]
 
 Operators = Literal["fused", "plain"]
 """fused: compiled kernels where they are built. plain: the formulas everywhere, at K = 1 with the bits of an ordinary language model."""
@@ -54,6 +62,33 @@ def patch_embedding(
     if operators == "fused" and native.supports(weight):
         return fused_embedding.patch_embedding(weight, token_ids, vocab_start, weight_grad_accumulator)
     return plain.patch_embedding(redirect_gradient(weight, weight_grad_accumulator), token_ids, vocab_start)
+
+
+def multi_token_loss(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    label_weights: torch.Tensor | None = None,
+    operators: Operators = "fused",
+    shard: VocabularyShard | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the loss of logits over K labels for each row; see `plain.multi_token_loss`.
+
+    Args:
+        logits: [N, V or a shard of it].
+        labels: int64 [N, K]; IGNORE_INDEX is not scored.
+        label_weights: [K], or None for 1.
+        operators: "fused" or "plain".
+        shard: this rank's vocabulary shard; None: the logits have the full vocabulary.
+
+    Returns:
+        (sum of weighted losses in nats, sum of the weights of scored labels), float32 (float64 stays float64).
+    """
+    start, group = (None, None) if shard is None else (shard.start, shard.group)
+    formula = fused_loss.multi_token_loss if operators == "fused" and native.supports(logits) else plain.multi_token_loss
+    losses, _ = formula(logits, labels, start, group)
+    if label_weights is not None:
+        losses = losses * label_weights.to(losses.dtype)
+    return losses.sum(), plain.weight_of_labels(labels, label_weights, losses.dtype)
 
 
 def linear_multi_token_loss(

@@ -41,17 +41,23 @@ def patch_embedding(weight: torch.Tensor, token_ids: torch.Tensor, vocab_start: 
     return rows.to(accumulation_dtype(weight.dtype)).mean(dim=-2).to(weight.dtype)
 
 
-def multi_token_loss(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def multi_token_loss(
+    logits: torch.Tensor, labels: torch.Tensor, vocab_start: int | None = None, group: dist.ProcessGroup | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns the loss of each position for each of the K labels of the next patch (arXiv 2407.12665, equation 3).
 
     Args:
-        logits: [N, V].
+        logits: [N, V or a shard of it].
         labels: int64 [N, K]; IGNORE_INDEX is not scored.
+        vocab_start: the token id of the shard's first column; None: the logits have the full vocabulary.
+        group: the ranks that hold the shards; None: there are no other shards.
 
     Returns:
         (negative log-likelihoods in nats [N, K], 0 for labels that are not scored; log-sum-exp of each row [N]), float32 (float64 stays
         float64).
     """
+    if vocab_start is not None:
+        return _sharded_losses(logits, labels, vocab_start, group)
     return _losses(logits, labels), torch.logsumexp(logits.to(accumulation_dtype(logits.dtype)), dim=-1)
 
 

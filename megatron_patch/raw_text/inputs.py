@@ -13,8 +13,8 @@ from pathlib import Path
 from megatron_patch.errors import DataError
 from megatron_patch.raw_text.large_documents import MOST_DOCUMENT_BYTES
 from megatron_patch.raw_text.missing_input import content_of_folder, near_file
-from megatron_patch.utils.console import shortened
 from megatron_patch.utils.path_patterns import expand_local
+from megatron_patch.utils.text import shortened
 
 LINE_SUFFIXES = (".jsonl", ".json")
 COMPRESSED_SUFFIXES = (".gz", ".bz2", ".xz", ".zst")

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from megatron_patch.checkpoint.trainer_state import HeldOutName
 from megatron_patch.config.resolve import RunConfig
 from megatron_patch.data.collate import DocumentMasking, PatchBatch
-from megatron_patch.data.corpus import TokenCorpus, check_metadata, check_vocabulary, open_corpus
+from megatron_patch.data.corpus import Corpus, check_metadata, check_vocabulary, open_corpus
 from megatron_patch.data.corpus_names import names_in_run
 from megatron_patch.data.evaluation_data import HeldOutCorpus, evaluation_batches, held_out_starts, shares
 from megatron_patch.data.loader import PatchLoader
@@ -130,7 +130,7 @@ def open_data(run: RunConfig, plan: StagePlan, grid: Grid, pin_memory: bool = Fa
     unit = math.lcm(run.options.stages.seq_length, *(stage.positions * stage.patch_size for stage in plan.stages))
     blend = run.valid_blend or run.blend
     trained = dict(zip(stream.names, stream.corpora, strict=True))
-    evaluated = valid or [trained[word] for word, _ in blend]
+    evaluated: list[Corpus] = [*valid] or [trained[word] for word, _ in blend]
     names = names_in_run([word for word, _ in blend], [corpus.num_tokens for corpus in evaluated], used)
     held_out, held_out_notes = _held_out(run, stream, evaluated, names, unit + plan.lookahead_tokens)
     held_out_notes = (*shared_notes(stream, named), *held_out_notes)
@@ -145,7 +145,7 @@ def open_data(run: RunConfig, plan: StagePlan, grid: Grid, pin_memory: bool = Fa
 
 
 def _held_out(
-    run: RunConfig, stream: TrainStream, evaluated: Sequence[TokenCorpus], names: Sequence[HeldOutName], needed: int
+    run: RunConfig, stream: TrainStream, evaluated: Sequence[Corpus], names: Sequence[HeldOutName], needed: int
 ) -> tuple[tuple[HeldOutCorpus, ...], tuple[str, ...]]:
     """Returns the held-out data of each corpus that has at least `needed` tokens of it, and sentences for the user about it.
 

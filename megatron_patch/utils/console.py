@@ -21,6 +21,7 @@ from rich.segment import Segment
 from rich.text import Text
 
 from megatron_patch.utils.spelling import accept_text
+from megatron_patch.utils.text import shortened as shortened
 
 # Control characters except tab and newline, other ends of lines, the marks that reverse the direction of text, and halves of surrogate
 # pairs, with which Python represents names that are not UTF-8 and which no output accepts.
@@ -46,11 +47,6 @@ def shell_word(text: str) -> str:
     # Above 127, \x would be a byte and no character.
     escapes = {"\\": "\\\\", "'": "\\'"} | {chr(code): f"\\u{code:04x}" for code in _ONE_LINE if code > 127}
     return "$'" + "".join(escapes.get(character) or one_line(character) for character in text) + "'"
-
-
-def shortened(text: str, length: int = 200) -> str:
-    """Returns a text of at most `length` characters, for a message; an ellipsis stands for the middle of a longer one."""
-    return text if len(text) <= length else f"{text[: length // 2]}…{text[len(text) - (length - 1 - length // 2) :]}"
 
 
 def for_terminal(text: str) -> str:

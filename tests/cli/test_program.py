@@ -172,7 +172,13 @@ def test_inspect_decides_by_what_it_is_given(tmp_path, capsys):
 
 def test_examples_are_copied_once_and_never_over_other_files(tmp_path, capsys):
     assert main(["examples", str(tmp_path / "new")]) == 0 and main(["examples", str(tmp_path / "new")]) == 0
-    for name in ("constraints.txt", "examples/configs/llama_70b.yaml", "examples/replicate/study_cpu.yaml", "examples/slurm/ranks.sh"):
+    for name in (
+        "constraints.txt",
+        "examples/configs/llama_70b.yaml",
+        "examples/replicate/study_cpu.yaml",
+        "examples/slurm/ranks.sh",
+        "examples/integrations/plain_loop.py",
+    ):
         assert (tmp_path / "new" / name).read_bytes() == (ROOT / name).read_bytes()
     (tmp_path / "new" / "constraints.txt").write_text("mine")
     assert main(["examples", str(tmp_path / "new")]) == 2
