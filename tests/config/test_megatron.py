@@ -271,7 +271,6 @@ def test_what_has_no_effect_is_printed_with_the_reason(capsys):
         *(
             (f"{words} --num-experts 8 --moe-router-topk 2", reason)
             for words, reason in (
-                ("--expert-model-parallel-size 2", "tensor-parallel ranks hold different experts"),
                 ("--expert-tensor-parallel-size 2", "each of them whole"),
                 ("--moe-expert-capacity-factor 1.25", "no position is dropped or padded"),
                 ("--moe-router-num-groups 4", "not among groups"),
