@@ -53,7 +53,7 @@ def ask(script, *words):
         (["megatron-patch", "completion", ""], ["bash", "zsh", "fish"]),
         (["megatron-patch", "schema", "--out"], ["--output"]),
         (["megatron-patch", "other", "--lr"], []),
-        (["pretrain_gpt_patch.py", "--model-family", "q"], ["qwen3"]),
+        (["pretrain_gpt_patch.py", "--model-family", "q"], ["qwen3", "qwen3_moe"]),
         (["./pretrain_gpt_patch.py", "--no-bf"], ["--no-bf16"]),
         (["deepspeed", "--num_gpus", "8", "pretrain_gpt_patch.py", "--seed", "1", "--rec"], ["--recipe", "--recompute-granularity"]),
         (["deepspeed", "--module", "megatron_patch.pretrain", "--optim"], ["--optimizer"]),
