@@ -21,7 +21,8 @@ def check_experts(options: ExpertOptions, num_layers: int, origins: Mapping[str,
         origins: name -> "flag" or the path of the file, for the options that were given.
 
     Raises:
-        ConfigError: options of experts without experts, a bias that would not move, or a wrong pattern; the message has all.
+        ConfigError: options of experts without experts, a bias that would not move, a router that would not learn, or a
+            wrong pattern; the message has all.
     """
     if options.num_experts is None:
         given = [flag_of(field.name) for field in dataclasses.fields(options) if field.name in origins]
@@ -57,5 +58,15 @@ def check_experts(options: ExpertOptions, num_layers: int, origins: Mapping[str,
                 "remove one of the two",
             )
 
-    if problems := problems_of(bias, auxiliary_loss, scores, lambda: dense_blocks(options, num_layers)):
+    def one_choice() -> None:
+        normalized = not options.moe_router_pre_softmax
+        if options.moe_router_topk == 1 and normalized:
+            raise ConfigError(
+                "--moe-router-topk 1 with weights that are divided by their sum: the weight of the only expert is always 1, so the router "
+                "would not learn from the loss",
+                "--moe-router-topk from 2, or --moe-router-pre-softmax",
+                "give --moe-router-pre-softmax with softmax, or raise --moe-router-topk",
+            )
+
+    if problems := problems_of(bias, auxiliary_loss, scores, one_choice, lambda: dense_blocks(options, num_layers)):
         raise one_error(problems)

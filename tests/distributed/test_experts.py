@@ -141,6 +141,7 @@ def test_without_the_auxiliary_loss_there_is_none():
     [
         (("--moe-router-topk", "2", "--moe-z-loss-coeff", "0.1"), "--moe-router-topk, --moe-z-loss-coeff without --num-experts"),
         (("--num-experts", "4", "--moe-router-topk", "5"), "--moe-router-topk 5 of --num-experts 4"),
+        (("--num-experts", "4", "--moe-router-topk", "1"), "would not learn from the loss"),
         (("--num-experts", "4", "--moe-layer-freq", "[1,1,1]"), "--moe-layer-freq .* a list of 3"),
         (("--num-experts", "4", "--moe-layer-freq", "[0,0]"), "not all"),
         (("--num-experts", "4", "--moe-aux-loss-coeff", "-1"), "--moe-aux-loss-coeff -1"),
