@@ -21,6 +21,8 @@ LARGEST_IMBALANCE = 0.9
 _FEWEST = 4
 """Positions of a step that choose an expert, and those that do not, on average: with fewer, all or none may choose it by chance."""
 
+_LARGE_BIAS_RATE = 0.05  # with larger ones, biases outweigh the scores, and all positions choose the same experts in turn
+
 
 @dataclass(frozen=True)
 class Collapse:
@@ -118,7 +120,8 @@ class ExpertLoadMonitor:
         else:
             first = "turn on the auxiliary loss (--moe-router-load-balancing-type global_aux_loss, --moe-aux-loss-coeff 0.01)"
         if self._experts.bias:
-            last = f"raise --moe-router-bias-update-rate (now {balance.bias_update_rate:g})"
+            change = "raise" if balance.bias_update_rate < _LARGE_BIAS_RATE else "lower"
+            last = f"{change} --moe-router-bias-update-rate (now {balance.bias_update_rate:g})"
         else:
             last = "start a new run with --moe-router-enable-expert-bias"
         own = [f"moe_aux_loss_coeff of {stage.name!r} in stages:"] if len(self._stages) > 1 else []

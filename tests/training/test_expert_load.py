@@ -110,6 +110,7 @@ def test_numbers_that_are_not_finite_do_not_raise_the_alarm():
     [
         (ExpertBalance(0.02), False, "raise --moe-aux-loss-coeff (now 0.02), or start a new run with --moe-router-enable-expert-bias"),
         (ExpertBalance(0.02, 0.0, 1e-3), True, "raise --moe-aux-loss-coeff (now 0.02), or raise --moe-router-bias-update-rate (now 0.001)"),
+        (ExpertBalance(0.02, 0.0, 0.5), True, "lower --moe-router-bias-update-rate (now 0.5)"),
         (
             ExpertBalance(),
             False,
