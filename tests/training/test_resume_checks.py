@@ -29,6 +29,7 @@ BASE = (
 SCALED = "--rope-scaling llama3 --rope-scaling-factor 8"
 YARN = "--rope-scaling yarn --rope-scaling-factor 8"
 MUON = "--optimizer muon"
+EXPERTS = "--num-experts 4"
 LIST = '--stages [{"patch_size":4,"token_share":0.5},{"patch_size":1}] --patch-size 1'
 
 OTHER = {
@@ -44,6 +45,12 @@ OTHER = {
     "attn_logit_softcapping": "50", "final_logit_softcapping": "30", "norm_placement": "both", "windowed_rotary_base": ("500", "--window-size 7,0"), "no_rope_freq": "2", "window_size": "7,0",
     "window_attn_skip_freq": ("2", "--window-size 7,0"), "add_qkv_bias": "True", "disable_bias_linear": "False",
     "untie_embeddings_and_output_weights": "False", "init_method_std": "0.01",
+    "num_experts": "4", "moe_ffn_hidden_size": ("48", EXPERTS), "moe_router_topk": ("3", EXPERTS), "moe_layer_freq": ("2", EXPERTS),
+    "moe_shared_expert_intermediate_size": ("16", EXPERTS), "moe_router_score_function": ("sigmoid", EXPERTS),
+    "moe_router_pre_softmax": ("True", EXPERTS), "moe_router_topk_scaling_factor": ("2", EXPERTS),
+    "moe_router_enable_expert_bias": ("True", EXPERTS), "moe_router_bias_update_rate": ("0.01", f"{EXPERTS} --moe-router-enable-expert-bias"),
+    "moe_router_load_balancing_type": ("none", EXPERTS), "moe_aux_loss_coeff": ("0.1", EXPERTS), "moe_z_loss_coeff": ("0.1", EXPERTS),
+    "expert_model_parallel_size": ("2", EXPERTS),
     "recipe": "token-superposition", "patch_size": "2", "patch_fraction": "0.5", "patch_compute_share": "0.5",
     "stages": ('[{"patch_size":4,"token_share":0.25},{"patch_size":1}]', LIST), "train_tokens": "40000", "seq_length": "32",
     "sample": "constant-tokens", "batch": "constant-positions", "micro_batch_size": "2", "global_batch_size": "24",

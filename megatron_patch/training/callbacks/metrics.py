@@ -27,11 +27,16 @@ def to_json(kind: str, record: Any) -> dict[str, Any]:
 
 
 def _finite(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns values, and those inside of them, of which numbers that are not finite are None and text under another name."""
+    """Returns values, and those inside of them, of which numbers that are not finite are None and text under another name.
+
+    Empty tuples are left out.
+    """
     result: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, float) and not math.isfinite(value):
             result[name], result[f"{name}_text"] = None, str(value)
+        elif value == ():
+            continue  # what only a model with experts has
         elif isinstance(value, tuple):
             result[name] = [None if isinstance(part, float) and not math.isfinite(part) else part for part in value]
         else:
