@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Measures other trainers with this method, next to the same trainers without it.
 
-    python benchmarks/integrations.py          a Llama of 17M parameters, CPU
+    python benchmarks/integrations.py          a Llama of 20M parameters, CPU
     python benchmarks/integrations.py --tiny   a tiny one
 
 All train the same model of transformers on random tokens, with the same number
