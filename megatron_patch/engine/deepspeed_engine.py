@@ -313,11 +313,9 @@ class DeepSpeedEngine(abc.ABC):
 
     def replica_mismatches(self) -> list[ReplicaMismatch]:
         """Returns the copies of parameters that differ between ranks; see `Engine`. Under ZeRO 3 there are no copies to compare."""
-        return (
-            []
-            if self.config.zero_level == 3
-            else compare_replicas(self._named_tensors(), self._model_shape, self.grid, self._groups.experts.size)
-        )
+        if self.config.zero_level == 3:
+            return []
+        return compare_replicas(self._named_tensors(), self._model_shape, self.grid, self._groups.experts.size)
 
     def _named_tensors(self) -> dict[torch.Tensor, str]:
         """Returns what this rank holds of the model -> its names: parameters, and the state of the balance of experts."""
@@ -367,24 +365,28 @@ class DeepSpeedEngine(abc.ABC):
     def _clip_gradients(self) -> torch.Tensor:
         """Scales all gradients so that the norm over the full model is at most `clip_grad`, and returns the norm before clipping."""
         gradients = {name: p.grad for p, name in self._names.items() if p.grad is not None and name not in self._tied_copies}
-        # Ranks with the same experts have the same gradients of them, so their squares are summed over the ranks with different ones.
-        experts = {name for name in gradients if is_expert_parameter(name)} if self._groups.experts.size > 1 else set()
-        sharded = torch.nn.utils.get_total_norm([gradients[name] for name in gradients if name in self._shards and name not in experts])
-        sharded = sharded.double().square()
-        if self._groups.experts.size > 1:
-            of_experts = torch.nn.utils.get_total_norm([gradients[name] for name in sorted(experts)]).double().square().to(self.device)
-            torch.distributed.all_reduce(of_experts, group=self._groups.experts.group)
+        divided = self._groups.experts
+        experts = {name for name in gradients if divided.size > 1 and is_expert_parameter(name)}
+
+        def square(names: Iterable[str]) -> torch.Tensor:
+            return torch.nn.utils.get_total_norm([gradients[name] for name in names]).double().square()
+
+        sharded = square(name for name in gradients if name in self._shards and name not in experts)
+        if experts:
+            # Ranks with the same experts have the same gradients of them; the squares are summed over the ranks with different ones.
+            of_experts = square(name for name in gradients if name in experts).to(self.device)
+            torch.distributed.all_reduce(of_experts, group=divided.group)
             sharded = sharded.to(self.device) + of_experts
         replicated = torch.nn.utils.get_total_norm([gradients[name] for name in gradients if name not in self._shards])
         norm = replicated
         if self._shards or self.grid.pipeline_parallel_size > 1:
-            square = sharded.to(self.device)
+            total = sharded.to(self.device)
             if self._groups.tensor is not None:
-                torch.distributed.all_reduce(square, group=self._groups.tensor)
-            square += replicated.to(self.device).double().square()
+                torch.distributed.all_reduce(total, group=self._groups.tensor)
+            total += replicated.to(self.device).double().square()
             if self._groups.pipeline is not None:
-                torch.distributed.all_reduce(square, group=self._groups.pipeline)
-            norm = square.sqrt().to(replicated.dtype)
+                torch.distributed.all_reduce(total, group=self._groups.pipeline)
+            norm = total.sqrt().to(replicated.dtype)
         torch.nn.utils.clip_grads_with_norm_(list(self._names), self.config.clip_grad or float("inf"), norm)
         return norm
 
