@@ -178,6 +178,8 @@ def _run_to_json(record: RunRecord) -> dict[str, Any]:
     outcome["training"] = {"first": first, "losses": losses}
     if record.outcome.switch is not None:
         outcome["switch"] = {name: value if value is None else round(value, 5) for name, value in outcome["switch"].items()}
+    if record.outcome.routing is None:
+        del outcome["routing"]
     outcome["seconds"], outcome["loss"] = round(record.outcome.seconds, 1), round(record.outcome.loss, 5)
     return {**outcome, "options": dict(record.options), "commit": record.commit, "machine": record.machine, "date": record.date}
 

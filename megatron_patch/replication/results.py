@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_patch.replication.arms import Arm
+from megatron_patch.replication.routing import Routing, read_routing
 from megatron_patch.replication.switches import Switch, SwitchRow, compare_switch, read_switch, training_curve
 from megatron_patch.training.callbacks.metrics import read_metrics
 from megatron_patch.utils.figures import save_figure
@@ -37,6 +38,7 @@ class Outcome:
         curve: (cost_tokens, held-out token loss) of each evaluation.
         switch: the last switch to single tokens; None for an arm without one.
         training: training loss against cost, from `training_curve`.
+        routing: load and entropy of experts; None without experts.
     """
 
     arm: str
@@ -49,6 +51,7 @@ class Outcome:
     curve: tuple[tuple[float, float], ...]
     switch: Switch | None = None
     training: tuple[tuple[int, float], ...] = ()
+    routing: Routing | None = None
 
 
 def read_outcome(save: Path, arm: str, seed: int) -> Outcome | None:
@@ -78,6 +81,7 @@ def read_outcome(save: Path, arm: str, seed: int) -> Outcome | None:
         tuple(curve),
         read_switch(records),
         training_curve(records),
+        read_routing(records),
     )
 
 

@@ -59,6 +59,7 @@ from megatron_patch.replication.results import (
     summarize_switches,
     write_json,
 )
+from megatron_patch.replication.routing import routing_markdown
 from megatron_patch.replication.section import study_section
 from megatron_patch.replication.switches import SwitchRow, plot_switches, switch_markdown
 from megatron_patch.utils.files import write_durably
@@ -312,7 +313,10 @@ class Study:
         """Returns the study as Markdown that shows the plots at these paths."""
         seeds = max(record.run[1] for record in records)
         text = markdown(rows, self.all_arms, self.description(records), self.command(seeds), plot)
-        return f"{text}\n{switch_markdown(switches, switch_plot)}" if switches else text
+        text = f"{text}\n{switch_markdown(switches, switch_plot)}" if switches else text
+        routings = {arm.name: [r.outcome.routing for r in records if r.run[0] == arm.name and r.outcome.routing] for arm in self.all_arms}
+        routings = {arm: runs for arm, runs in routings.items() if runs}
+        return f"{text}\n{routing_markdown(routings)}" if routings else text
 
     def title(self) -> str:
         """Returns the title of the plot."""

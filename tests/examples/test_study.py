@@ -26,6 +26,7 @@ from megatron_patch.planning.cost import Cost
 from megatron_patch.replication.arms import Arm, all_arms, patch_train, select_arms
 from megatron_patch.replication.records import RunRecord, StudyHeader, StudyText
 from megatron_patch.replication.results import Outcome, markdown, plot_study, read_outcome, significance, summarize, write_json
+from megatron_patch.replication.routing import Routing, RoutingWindow, read_routing, routing_markdown
 from megatron_patch.replication.switches import Switch, compare_switch, read_switch, switch_markdown, training_curve
 
 ROOT = Path(__file__).parent.parent.parent
@@ -176,6 +177,25 @@ def test_unfinished_runs_are_left_out(tmp_path):
     assert read_outcome(tmp_path, "token", 1) is None
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert read_outcome(tmp_path, "token", 1) == Outcome("token", 1, 10, 5.0, 1, 4.5, 2.0, ((5.0, 4.5),))
+
+
+def test_the_routing_of_a_run_is_read_around_its_switch(tmp_path):
+    def step(number: int, load: float) -> dict:
+        return {"type": "step", "step": number, "expert_load": [load, load + 2], "dead_experts": [0, 3], "router_entropy": [1.0, None]}
+
+    steps = [step(number, 3.0) for number in range(1, 31)] + [step(31, 2.0)] + [step(number, 1.0) for number in range(32, 81)]
+    switch = {"type": "switch", "step": 30, "to_patch_size": 1}
+    found = read_routing([*steps[:30], switch, *steps[30:]])
+    assert found == Routing(*(RoutingWindow(load, 1.5, 1.0) for load in (4.0, 3.0, 2.05, 2.0)))
+    alone = read_routing(steps)
+    assert alone == Routing(None, None, None, found.end)
+    assert read_routing([{"type": "step", "step": 1}]) is None
+    assert "| `a` | 2 | 4.00 | 3.00 | 2.05 | 2.00 | 1.5 | 1.5 | 1.000 | 1.000 |" in routing_markdown({"a": [found, alone]})
+    header = StudyHeader({}, 100, 64, 1000, StudyText(1, 100, 64, "0"))
+    for routing in (found, alone, None):
+        write_records(tmp_path / "r.jsonl", header, [RunRecord(replace(outcome("a", 1, 3.0), routing=routing), {}, "c", "m", "2026-12-01")])
+        (record,) = read_records(tmp_path / "r.jsonl")[1]
+        assert record.outcome.routing == routing
 
 
 def test_the_plot_takes_any_number_of_arms_and_seeds(tmp_path):
