@@ -24,7 +24,7 @@ from megatron_patch.errors import ConfigError, DataError
 from megatron_patch.model.flops import parameter_count
 from megatron_patch.planning.cost import Cost
 from megatron_patch.replication.arms import Arm, all_arms, patch_train, select_arms
-from megatron_patch.replication.records import RunRecord, StudyHeader, StudyText
+from megatron_patch.replication.records import RunRecord, StudyHeader, StudyText, read_records, write_records
 from megatron_patch.replication.results import Outcome, markdown, plot_study, read_outcome, significance, summarize, write_json
 from megatron_patch.replication.routing import Routing, RoutingWindow, read_routing, routing_markdown
 from megatron_patch.replication.switches import Switch, compare_switch, read_switch, switch_markdown, training_curve
