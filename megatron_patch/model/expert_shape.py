@@ -58,7 +58,7 @@ def check_expert_shape(experts: ExpertShape, num_layers: int) -> None:
     ):
         if value < least:
             found.add(f"{flag} {value}", f"whole numbers from {least}", "give another value, or leave it out")
-    if not 1 <= experts.top_k <= experts.count:
+    if experts.count >= 2 and not 1 <= experts.top_k <= experts.count:
         found.add(f"--moe-router-topk {experts.top_k} of --num-experts {experts.count}", f"1 to {experts.count}", "change one of the two")
     if experts.scaling <= 0:
         found.add(f"--moe-router-topk-scaling-factor {experts.scaling}", "numbers above 0", "give another value, or leave it out")
