@@ -112,7 +112,7 @@ def with_model(run: RunConfig, model: MakeModel | None) -> RunConfig:
 
     Raises:
         ConfigError: the run asks for what a user's model cannot do: a pipeline, tensor parallelism unless it builds shards,
-            context parallelism unless it shares heads, recomputation.
+            context parallelism unless it shares heads, recomputation, experts.
     """
     if model is None:
         return run
@@ -142,6 +142,13 @@ def with_model(run: RunConfig, model: MakeModel | None) -> RunConfig:
             f"model={own.name} with --recompute-granularity {engine.recompute_granularity}, of which it knows nothing",
             "--recompute-granularity none with a model of your own, which may call torch.utils.checkpoint itself",
             "remove --recompute-granularity",
+        )
+    if run.shape.experts is not None:
+        raise ConfigError(
+            f"model={own.name} with --num-experts {run.shape.experts.count}: the load of experts is balanced and saved only in the "
+            "program's own model",
+            "a model of your own without --num-experts, or --num-experts without a model of your own",
+            "remove --num-experts, or model=",
         )
     if not own.declares("context_parallel"):
         check_own_model(own.name, run.plan)

@@ -56,6 +56,14 @@ def check_expert_stages(options: ExpertOptions, plan: StagePlan, specs: Sequence
                     "give --moe-router-enable-expert-bias, or remove the rate",
                 )
             )
+        if spec.moe_aux_loss_coeff and options.num_experts is not None and options.moe_router_load_balancing_type == "none":
+            found.append(
+                ConfigError(
+                    f"stage {stage.name!r}: moe_aux_loss_coeff {spec.moe_aux_loss_coeff} with --moe-router-load-balancing-type none",
+                    "--moe-router-load-balancing-type global_aux_loss with a coefficient",
+                    "change the type, with --moe-aux-loss-coeff 0 for the other stages, or remove the coefficient",
+                )
+            )
     if found:
         raise one_error([problem_of(error) for error in found])
 

@@ -146,8 +146,9 @@ def parse_given(given: Sequence[Given], problems: list[Problem], words: Sequence
     reading = read_values(translation.flags)
     wrong = [*map(problem_of, [stray(words)] if words else []), *reading.problems, *missing_options(reading)]
     problems += wrong
-    # Without those that are wrong, so that the others are checked, too.
-    options = make_options({**dict.fromkeys(REQUIRED, 1), **reading.values})
+    # Without those that are wrong, so that the others are checked, too. A wrong number of experts is not as none.
+    experts = {"num_experts": 2} if any(problem.flag.startswith(("--num-experts", "num_experts")) for problem in problems) else {}
+    options = make_options({**dict.fromkeys(REQUIRED, 1), **reading.values, **experts})
     if problems:
         problems += problems_of(lambda: check_numbers(options)) or problems_of(lambda: check_options(options, reading.origins))
         raise _error(problems, translation, given, options)

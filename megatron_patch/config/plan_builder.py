@@ -176,7 +176,7 @@ def context_share(size: int, positions: int, seq_length: int) -> int:
 
 
 def _balance(spec: StageSpec, default: ExpertBalance) -> ExpertBalance:
-    given = {name.removeprefix("moe_").removeprefix("router_"): getattr(spec, name) for name in BALANCE_KEYS}
+    given = {field: getattr(spec, key) for key, field in BALANCE_KEYS.items()}
     return dataclasses.replace(default, **{name: value for name, value in given.items() if value is not None})
 
 

@@ -105,26 +105,31 @@ def one_error(problems: Sequence[Problem], notes: Sequence[str] = (), do: str | 
             return error
         advice = "; ".join(part for part in (error.do, do) if part)
         return SeveralConfigErrors("\n  ".join([error.what, *said]), error.allowed, advice, distinct)
-    columns = ("flag", "what it means here", "what to write")
-    table = problem_table([(problem.flag, problem.meaning, problem.write) for problem in distinct], columns, indent=2)
+    columns: tuple[str, ...] = ("flag", "what it means here", "what to write")
+    rows: list[tuple[str, ...]] = [(problem.flag, problem.meaning, problem.write) for problem in distinct]
+    first = 30
+    if not any(problem.flag for problem in distinct):  # each concerns several flags, which its reason names
+        columns, rows, first = ("what is wrong", "what to write"), [row[1:] for row in rows], 50
+    table = problem_table(rows, columns, 2, first)
     text = "\n".join([f"{plural(len(distinct), 'problem')} in the flags", table, *(f"  {note}" for note in said)])
     advice = "; ".join(part for part in ("write what the last column says", do) if part)
     return SeveralConfigErrors(text, None, advice, distinct)
 
 
-def problem_table(rows: Sequence[tuple[str, ...]], columns: Sequence[str], indent: int = 0) -> str:
+def problem_table(rows: Sequence[tuple[str, ...]], columns: Sequence[str], indent: int = 0, first: int = 30) -> str:
     """Returns a table as text that fits the terminal, with control characters of its cells made visible.
 
     Args:
         rows: the cells.
         columns: the headings.
         indent: spaces before each line.
+        first: width of the first column, in percent.
     """
     wide = max(_NARROWEST, min(shutil.get_terminal_size((100, 24)).columns, _WIDEST)) - indent
     table = Table(box=_LINES, show_edge=False, pad_edge=False, padding=(0, 2, 0, 0), width=None)
 
     def share(number: int) -> int:
-        return 30 if number == 0 else 70 // (len(columns) - 1)
+        return first if number == 0 else (100 - first) // (len(columns) - 1)
 
     for number, name in enumerate(columns):
         table.add_column(name, overflow="fold", max_width=max(16, wide * share(number) // 100 - 2))

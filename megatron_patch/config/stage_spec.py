@@ -118,7 +118,12 @@ SCHEDULE_KEYS = (
     "lr_wsd_decay_steps",
     "lr_wsd_decay_style",
 )
-BALANCE_KEYS = ("moe_aux_loss_coeff", "moe_z_loss_coeff", "moe_router_bias_update_rate")
+BALANCE_KEYS = {
+    "moe_aux_loss_coeff": "aux_loss_coeff",
+    "moe_z_loss_coeff": "z_loss_coeff",
+    "moe_router_bias_update_rate": "bias_update_rate",
+}
+"""The keys of the balance of experts, and their fields of `ExpertBalance`."""
 _NUMBERS = {"token_share", "compute_share", "step_share", "anneal_share", "lr", "min_lr", *BALANCE_KEYS}
 
 
@@ -275,6 +280,8 @@ def _read_value(name: str, value: Any, where: str) -> Any:
         check_count(name, value, where)
     elif name in _NUMBERS:
         value = _number(value, where)
+        if name in BALANCE_KEYS and value < 0.0:
+            raise ConfigError(f"{where} is {value:g}", "numbers from 0", f"correct {name}, or remove it")
     elif name in _CHOICES and value not in _CHOICES[name]:
         raise ConfigError(f"{where} is {value!r}"[:300], ", ".join(_CHOICES[name]), "choose one of these words")
     elif name == "position_weights" and isinstance(value, list):

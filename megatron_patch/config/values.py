@@ -30,7 +30,7 @@ CHECKPOINT = "the checkpoint"
 """The source of values that a checkpoint recorded."""
 MAPPING, KEYWORDS = "the mapping", "load_config"
 """The sources of values that come from Python; other sources are paths of files, or `COMMAND_LINE`."""
-WITH_COMMAS = {"split", "position_weights", "window_size", "window_attn_skip_freq", "no_rope_freq"}
+WITH_COMMAS = {"split", "position_weights", "window_size", "window_attn_skip_freq", "no_rope_freq", "moe_layer_freq"}
 _BLENDS = {"data_path", "valid_data_path"}
 
 _MARKED_TYPES = {name: split_mark(hint) for name, hint in option_types(Options).items()}

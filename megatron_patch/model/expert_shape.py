@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_patch.errors import ConfigError
+from megatron_patch.utils.findings import Findings
 
 
 @dataclass(frozen=True)
@@ -48,25 +48,25 @@ def check_expert_shape(experts: ExpertShape, num_layers: int) -> None:
         num_layers: blocks of the model.
 
     Raises:
-        ConfigError: they cannot; the error names the flag.
+        ConfigError: they cannot; the error names all flags that are wrong.
     """
+    found = Findings("of the experts")
     for flag, value, least in (
         ("--num-experts", experts.count, 2),
         ("--moe-ffn-hidden-size", experts.ffn_hidden_size, 1),
         ("--moe-shared-expert-intermediate-size", experts.shared_ffn_hidden_size, 0),
     ):
         if value < least:
-            raise ConfigError(f"{flag} {value}", f"whole numbers from {least}", "give another value, or leave it out")
-    if not 1 <= experts.top_k <= experts.count:
-        raise ConfigError(
-            f"--moe-router-topk {experts.top_k} of --num-experts {experts.count}", f"1 to {experts.count}", "change one of the two"
-        )
+            found.add(f"{flag} {value}", f"whole numbers from {least}", "give another value, or leave it out")
+    if experts.count >= 2 and not 1 <= experts.top_k <= experts.count:
+        found.add(f"--moe-router-topk {experts.top_k} of --num-experts {experts.count}", f"1 to {experts.count}", "change one of the two")
     if experts.scaling <= 0:
-        raise ConfigError(f"--moe-router-topk-scaling-factor {experts.scaling}", "numbers above 0", "give another value, or leave it out")
+        found.add(f"--moe-router-topk-scaling-factor {experts.scaling}", "numbers above 0", "give another value, or leave it out")
     layers = experts.dense_layers
     if list(layers) != sorted(set(layers)) or not all(0 <= layer < num_layers for layer in layers) or len(layers) >= num_layers:
-        raise ConfigError(
+        found.add(
             f"blocks without experts: {layers}",
             f"some of the blocks 0 to {num_layers - 1}, in ascending order, but not all",
             "change --moe-layer-freq",
         )
+    found.raise_all()

@@ -89,15 +89,17 @@ def _expert_traffic(shape: ModelShape, layout: Layout, layers: range, stage: Sta
     """Returns what a rank sends when data-parallel ranks hold different experts, with an even load.
 
     Each pair of a position and an expert goes to the expert's rank and its result comes back; both passes do this, and full recomputation
-    repeats the forward pass.
+    repeats the forward pass. Before each forward pass, ranks send the number of pairs of each expert.
     """
     experts, n, t = shape.experts, layout.experts, layout.tensor
     blocks = sum(shape.experts_of(layer - 1) is not None for layer in layers if 1 <= layer <= shape.num_layers)
     if experts is None or n == 1 or not blocks:
         return []
-    positions = stage.gradient_accumulation(layout.data) * stage.micro_batch_size * stage.rank_positions
-    pairs = positions * experts.top_k / t * (6 if layout.recompute == "full" else 4)
-    part = pairs * (layout.element_bytes * shape.hidden_size + 2) * blocks / n  # a float32 weight goes one way only
+    micro_batches, forward_passes = stage.gradient_accumulation(layout.data), 2 if layout.recompute == "full" else 1
+    pairs = stage.micro_batch_size * stage.rank_positions * experts.top_k / t
+    # Two messages in each pass have hidden states, and one a float32 weight or its gradient.
+    sent = (forward_passes + 1) * pairs * (2 * layout.element_bytes * shape.hidden_size + 4) + forward_passes * 8 * experts.count / t
+    part = micro_batches * blocks * sent / n
     near = min(n, max(1, hardware.node_devices // t))
     rows = [Traffic("experts", "node", part * (near - 1))] if near > 1 else []
     return rows + ([Traffic("experts", "network", part * (n - near))] if n > near else [])

@@ -1,4 +1,4 @@
-"""What a user may do with a finished run: commands with its paths. In: a run. Out: lines for the end of its log. No torch here."""
+"""What a user may do with a finished run: commands with its paths. In: a run. Out: lines for the end of its log."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import os
 import shlex
 
 from megatron_patch.config.resolve import RunConfig
+from megatron_patch.convert.architectures import architecture_of
+from megatron_patch.errors import ConfigError
 from megatron_patch.programs import HOME, as_called
 from megatron_patch.utils.console import shell_word
 
@@ -17,6 +19,15 @@ def _tool(name: str) -> str:
         return called
     file = str(HOME / "tools" / f"{name}.py")
     return f"python {shlex.quote(min(file, os.path.relpath(file), key=len))}"
+
+
+def _has_architecture(run: RunConfig) -> bool:
+    """Whether an export of the model is possible."""
+    try:
+        architecture_of(run.shape, run.options.model.model_family)
+    except ConfigError:
+        return False
+    return True
 
 
 def next_steps(run: RunConfig) -> tuple[tuple[str, str], ...]:
@@ -34,5 +45,6 @@ def next_steps(run: RunConfig) -> tuple[tuple[str, str], ...]:
     report = shell_word(str(folder / "report.html"))
     steps.append(("report", f"{_tool('report')} {shell_word(str(folder))} --output {report}"))
     export = shell_word(str(folder / "hugging_face"))
-    steps.append(("convert", f"{_tool('convert_checkpoint')} to-hf {load} --output {export}"))
+    if _has_architecture(run):
+        steps.append(("convert", f"{_tool('convert_checkpoint')} to-hf {load} --output {export}"))
     return tuple(steps)

@@ -20,7 +20,7 @@ from typing import Any
 from megatron_patch.config.plan_builder import whole_steps
 from megatron_patch.config.resolve import RunConfig
 from megatron_patch.config.schedules import check_schedules
-from megatron_patch.config.stage_spec import StageSpec, parse_stages, stage_specs
+from megatron_patch.config.stage_spec import BALANCE_KEYS, StageSpec, parse_stages, stage_specs
 from megatron_patch.errors import CheckpointError, ConfigError
 from megatron_patch.stages import LrShape, Progress, Stage, StagePlan, position_weights
 from megatron_patch.training.lr_schedule import Segment, build_lr_schedule
@@ -100,7 +100,7 @@ def resume_plan(saved: StagePlan, then: RunConfig, now: RunConfig, progress: Pro
     except _CannotExtend as error:
         read = f"{saved.consumed_tokens(progress):,} of {saved.tokens:,} tokens"
         return ResumedPlan(saved, (f"the run cannot be extended at {read}: {error}",))
-    return ResumedPlan(plan, changes=tuple(_changes(saved, plan)), kept=tuple(_kept(saved, then)))
+    return ResumedPlan(plan, changes=tuple(_changes(saved, plan, changed)), kept=tuple(_kept(saved, then)))
 
 
 def difference(name: str, then: str, now: str) -> str:
@@ -383,7 +383,7 @@ def _may_end_elsewhere(old: Segment, new: Segment, done: int) -> bool:
     return shape.style == "WSD" and done <= shorter - shape.wsd_decay_tokens
 
 
-def _changes(saved: StagePlan, plan: StagePlan) -> list[str]:
+def _changes(saved: StagePlan, plan: StagePlan, changed: Changed) -> list[str]:
     """Returns sentences on the stages that differ from the checkpoint's."""
     sentences = []
     for old, new in itertools.zip_longest(saved.stages, plan.stages):
@@ -392,6 +392,10 @@ def _changes(saved: StagePlan, plan: StagePlan) -> list[str]:
             continue
         names = ("steps", "rewarm_tokens", *_AT_A_SWITCH)
         sentences += [_change(new.name, name, old, new) for name in names if getattr(old, name) != getattr(new, name)]
+        if "stages" in changed:  # otherwise the changed flags say it
+            then, now = old.expert_balance, new.expert_balance
+            values = ((key, getattr(then, field), getattr(now, field)) for key, field in BALANCE_KEYS.items())
+            sentences += [change(f"stage {new.name}: {key}", f"{was:g}", f"{value:g}") for key, was, value in values if was != value]
         sentences += [
             _change(new.name, field.name, old.lr, new.lr, "lr: ")
             for field in dataclasses.fields(LrShape)

@@ -243,6 +243,7 @@ def models(folder, corpus) -> None:
     refused(ConfigError, "as the sum of weights of 128 scored labels", "return sums, not means", model=own.means, zero_stage=0, **at)
     refused(ConfigError, "--zero-stage 3", model=own.feed_forward_only, zero_stage=3, **at)
     refused(ConfigError, "--recompute-granularity full", model=own.same_model, recompute_granularity="full", **at)
+    refused(ConfigError, "model=same_model with --num-experts 4", model=own.same_model, num_experts=4, **at)
     refused(ConfigError, "--compile with model=feed_forward_only", model=own.feed_forward_only, compile=True, **at)
     for flag, made in (("tensor", own.feed_forward_only), ("pipeline", own.same_model)):
         name = f"{flag}_model_parallel_size"

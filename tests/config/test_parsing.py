@@ -57,6 +57,12 @@ def test_blends_in_yaml_and_on_the_command_line(tmp_path):
     assert parse([*SHAPE, "--data-path", "a", "b"]).options.data.data_path == ("a", "b")
 
 
+def test_a_wrong_number_of_experts_is_not_as_none():
+    with pytest.raises(ConfigError) as found:
+        parse([*SHAPE, "--num-experts", "-3", "--moe-router-topk", "2"])
+    assert "without --num-experts" not in str(found.value)
+
+
 def test_numbers_with_commas_may_be_lists_in_yaml(tmp_path):
     options = parse(["--config", write(tmp_path, "split: [90, 10, 0]\nposition-weights: [2, 1]\n"), *SHAPE]).options
     assert options.data.split == "90,10,0" and options.stages.position_weights == "2,1"

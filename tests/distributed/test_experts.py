@@ -151,7 +151,11 @@ def test_without_the_auxiliary_loss_there_is_none():
         (("--num-experts", "4", "--no-swiglu"), "--num-experts with GELU"),
         (("--stages", '[{"moe_aux_loss_coeff": 0.1}]'), "moe_aux_loss_coeff without --num-experts"),
         (("--num-experts", "4", "--stages", '[{"moe_router_bias_update_rate": 0.1}]'), "without --moe-router-enable-expert-bias"),
-        (("--num-experts", "4", "--stages", '[{"moe_aux_loss_coeff": -0.1}]'), "aux_loss_coeff of experts is -0.1"),
+        (("--num-experts", "4", "--stages", '[{"moe_aux_loss_coeff": -0.1}]'), "entry 1: moe_aux_loss_coeff is -0.1"),
+        (
+            ("--num-experts", "4", "--moe-router-load-balancing-type", "none", "--stages", '[{"moe_aux_loss_coeff": 0.1}]'),
+            "moe_aux_loss_coeff 0.1 with .* none",
+        ),
     ],
 )
 def test_options_that_contradict_each_other_are_refused(words, message):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -174,3 +175,44 @@ def test_data_parallelism_sends_the_planned_bytes(tmp_path, corpus, zero):
     (planned,) = planned_traffic(config.shape, layout, layers, config.plan.stages[0], DEVICES["H100"])
     sent = json.loads((run.folder / "traffic.json").read_text())
     assert sent == pytest.approx(planned.bytes, rel=0.01), "loss and gradient norm are some bytes more"
+
+
+def count_the_exchange_of_experts(argv):
+    """Runs the program on a rank and writes the bytes that the exchange of its last step sends to the other rank into a file of SAVE."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from megatron_patch.engine.data_parallel import DataParallelEngine
+
+    step, sent = DataParallelEngine.train_step, []
+
+    class Counter(TorchDispatchMode):
+        def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+            if operator.name() == "c10d::alltoall_base_":
+                rows, rank = args[1], dist.get_rank()
+                parts = rows.split(args[4] or len(rows) // RANKS)
+                sent.extend(part.nbytes for to, part in enumerate(parts) if to != rank)
+            return operator(*args, **(kwargs or {}))
+
+    def counted_step(self, *given):
+        sent.clear()
+        with Counter():
+            return step(self, *given)
+
+    DataParallelEngine.train_step = counted_step
+    code = start_program(argv)
+    (Path(argv[argv.index("--save") + 1]) / f"exchange-{os.environ['RANK']}.json").write_text(json.dumps(sum(sent)))
+    return code
+
+
+def test_the_exchange_of_experts_sends_the_planned_bytes(tmp_path, corpus):
+    """Each position uses all experts, so that the load is even."""
+    plan = "--seq-length 16 --micro-batch-size 2 --global-batch-size 8 --patch-size 4 --train-tokens 4K --lr 3e-3"
+    plan += " --num-layers 3 --num-experts 4 --moe-router-topk 4 --moe-ffn-hidden-size 16 --moe-layer-freq [0,1,1] --bf16"
+    words = command(plan, "--expert-model-parallel-size 2 --recompute-granularity full --exit-interval 1")
+    run = train(tmp_path / "run", RANKS, words, "--data-path", corpus, main=count_the_exchange_of_experts)
+    config = load_config([*command(MODEL, DATA, words), "--data-path", corpus], RANKS)
+    layout = layout_of(config, make_engine_config(config))
+    rows = planned_traffic(config.shape, layout, range(config.shape.num_layers + 2), config.plan.stages[0], DEVICES["H100"])
+    (planned,) = (row.bytes for row in rows if row.kind == "experts")
+    for rank in range(RANKS):
+        assert json.loads((run.folder / f"exchange-{rank}.json").read_text()) == planned

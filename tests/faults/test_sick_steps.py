@@ -11,6 +11,7 @@ import torch
 
 from megatron_patch.cli import show_step
 from megatron_patch.data.corpus import open_corpus
+from megatron_patch.engine.inference import load_model
 from megatron_patch.errors import DataError
 from tests.distributed.gradients import float16_program
 from tests.distributed.ranks import run_ranks
@@ -41,8 +42,8 @@ def _poisoned(argv, kind, steps=(STEP,), program=start_program):
     forward, current = GPTModel.forward, {}
     rank, size = torch.distributed.get_rank, torch.distributed.get_world_size
 
-    def poisoned_forward(self, inputs, labels, *more):
-        result = forward(self, inputs, labels, *more)
+    def poisoned_forward(self, inputs, labels, *more, **further):
+        result = forward(self, inputs, labels, *more, **further)
         if current.get("step") not in steps or not self.training or labels is None:
             return result
         if kind == "gradient" and rank() == size() - 1:
@@ -182,6 +183,24 @@ def test_a_rewind_across_a_switch_repeats_the_switch(tmp_path, corpus):
     skipped = poisoned(tmp_path / "skipped", 2, "gradient", "--on-spike skip", *words, steps=(first, first + 1, first + 2))
     assert run.losses[first + 2 :] == skipped.losses[first + 2 :] and len(run.losses) > first + 4
     assert run.values("grad_norm")[first + 2 :] == skipped.values("grad_norm")[first + 2 :]
+
+
+@pytest.mark.slow
+def test_a_rewind_takes_the_balance_of_experts_back(tmp_path, corpus):
+    """It has the effect of skipping the steps since the checkpoint, none of which moved a load or a bias."""
+    experts = "--num-experts 4 --moe-ffn-hidden-size 16 --moe-aux-loss-coeff 0.05 --expert-model-parallel-size 2"
+    experts += " --moe-router-enable-expert-bias --moe-router-bias-update-rate 0.01 --save-interval 5 --exit-interval 20"
+    words = (experts, "--zero-stage 1 --data-path", corpus)
+    run = poisoned(tmp_path / "run", 2, "gradient", "--on-spike rewind", *words)
+    (event,) = events(run, "rewind")
+    assert (event["step"], event["to_step"]) == (STEP, 10)
+    skipped = poisoned(tmp_path / "skipped", 2, "gradient", "--on-spike skip", *words, steps=(11, 12, 13, STEP))
+    for name in ("loss", "expert_load", "router_entropy"):
+        assert run.values(name)[STEP:] == skipped.values(name)[STEP:]
+    found, expected = (load_model(str(one.folder)).model.state_dict() for one in (run, skipped))
+    for name in ("load", "bias"):
+        state = f"blocks.1.feed_forward.router.balance.{name}"
+        assert torch.equal(found[state], expected[state]) and float(expected[state].std()) > 0
 
 
 def test_on_spike_stop_ends_with_its_own_exit_code(tmp_path, corpus):

@@ -258,6 +258,7 @@ def test_parameters_of_published_models(shape, total, active):
         (ExpertShape(4, 1, 8, scaling=0.0), {}, "--moe-router-topk-scaling-factor 0.0"),
         (ExpertShape(4, 1, 8, dense_layers=(0, 1)), {}, "blocks without experts"),
         (ExpertShape(4, 1, 8, dense_layers=(7,)), {}, "blocks without experts"),
+        (ExpertShape(4, 5, 8, scaling=0.0, dense_layers=(0, 1)), {}, "(?s)3 problems.*topk 5.*factor 0.0.*blocks without experts"),
         (ExpertShape(4, 1, 8), {"activation": "gelu"}, "--num-experts with GELU"),
         (ExpertShape(4, 1, 8), {"mlp_bias": True}, "--num-experts with GELU or with biases"),
     ],

@@ -12,6 +12,7 @@ from megatron_patch.convert.to_hugging_face import to_hugging_face
 from megatron_patch.engine.inference import load_model
 from megatron_patch.errors import ConfigError
 from megatron_patch.model.attention import ModelCache
+from megatron_patch.model.expert_shape import ExpertShape
 from megatron_patch.model.generate import Sampling, _Chooser, generate, generate_without_cache
 from megatron_patch.model.gpt import GPTModel
 from megatron_patch.model.init import initialize
@@ -19,6 +20,7 @@ from tests.convert.models import SHAPES, make_checkpoint
 from tests.model.shapes import BIASED, GPT2, LLAMA, LLAMA3, QWEN3
 
 PROMPTS = [[3, 8, 1, 17, 4], [50], [2, 2, 2], [9, 11, 13, 15, 17, 19, 21]]
+EXPERTS = dataclasses.replace(LLAMA, experts=ExpertShape(6, 2, 24, 16, "sigmoid", bias=True))
 DRAWN = Sampling(temperature=1.0, top_p=0.9, seed=1)
 
 
@@ -45,7 +47,9 @@ def test_greedy_output_is_that_of_transformers_on_the_export(name, tmp_path):
     assert len({token for row in found for token in row}) > 5
 
 
-@pytest.mark.parametrize("shape", [LLAMA, LLAMA3, QWEN3, BIASED, GPT2], ids=["llama", "llama3", "qwen3", "biased", "gpt2"])
+@pytest.mark.parametrize(
+    "shape", [LLAMA, LLAMA3, QWEN3, BIASED, GPT2, EXPERTS], ids=["llama", "llama3", "qwen3", "biased", "gpt2", "experts"]
+)
 def test_a_batch_of_unequal_prompts_gives_each_the_logits_it_has_alone(shape):
     model = make(shape, torch.float64)
     longest = max(map(len, PROMPTS))
@@ -113,7 +117,7 @@ def test_draws_come_from_the_right_set_in_the_right_shares(sampling, allowed):
     torch.testing.assert_close(shares, expected / expected.sum(), rtol=0.0, atol=0.04)
 
 
-@pytest.mark.parametrize("shape", [LLAMA, GPT2], ids=["llama", "gpt2"])
+@pytest.mark.parametrize("shape", [LLAMA, GPT2, EXPERTS], ids=["llama", "gpt2", "experts"])
 @pytest.mark.parametrize("sampling", [Sampling(), DRAWN], ids=["greedy", "drawn"])
 def test_rereading_gives_what_the_cache_gives(shape, sampling):
     model = make(shape, torch.float64)

@@ -17,6 +17,7 @@ from rich.console import Console as RichConsole
 
 from megatron_patch.config.resolve import load_config
 from megatron_patch.errors import CheckpointError
+from megatron_patch.model.expert_shape import ExpertShape
 from megatron_patch.training.callbacks import jsonl_writer
 from megatron_patch.training.callbacks.base import (
     CorpusLoss,
@@ -267,6 +268,8 @@ def test_the_end_names_the_tools_that_read_the_run(tmp_path, monkeypatch):
     assert shlex.split(steps["report"])[-3:] == [str(save), "--output", str(save / "report.html")]
     assert shlex.split(steps["convert"])[-5:] == ["to-hf", "--load", str(save), "--output", str(save / "hugging_face")]
     assert all(Path(shlex.split(command)[1]).is_file() for command in steps.values())
+    experts = ExpertShape(4, 2, 16, bias=True)
+    assert "convert" not in dict(next_steps(replace(run, shape=replace(run.shape, experts=experts)))), "no export has such a bias"
     with_text = replace(run, data_metadata=SimpleNamespace(tokenizer_type="HuggingFaceTokenizer"), options=load_config(base, 1).options)
     assert {name: command.split()[-1] for name, command in next_steps(with_text)}["evaluate"] == "FILE", "its data was trained on"
     assert "generate" in dict(next_steps(with_text))

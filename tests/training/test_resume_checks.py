@@ -317,6 +317,17 @@ def test_forged_options_are_refused(corpora, options):
         assert progress_problems(state) == ["config has no options"]
 
 
+def test_another_balance_of_experts_of_one_stage_is_reported(corpora):
+    stages = [{"patch_size": 4, "token_share": 0.5, "moe_aux_loss_coeff": 0.5}, {"moe_router_bias_update_rate": 0.01}]
+    base = "--num-layers 2 --hidden-size 32 --num-attention-heads 4 --vocab-size 64 --seq-length 16 --global-batch-size 12 "
+    base += f"--train-tokens 30720 {EXPERTS} --moe-router-enable-expert-bias --stages"
+    state = saved(read([*command(base), json.dumps(stages)], corpora))
+    stages[0]["moe_aux_loss_coeff"] = 0.25
+    resumed = resume(state, read([*command(base), json.dumps(stages)], corpora))
+    assert resumed.changes == ("stage patch-4: moe_aux_loss_coeff 0.5, now 0.25",)
+    assert [stage.expert_balance.aux_loss_coeff for stage in resumed.plan.stages] == [0.25, 0.01]
+
+
 def test_a_new_stage_may_add_a_corpus(corpora):
     """The corpora that were read keep their numbers, so the new one does not change the order of the data."""
     stages = [{"patch_size": 4, "tokens": 15360}, {"patch_size": 1, "tokens": 15360}]
