@@ -422,7 +422,18 @@ def test_the_second_call_repeats_what_did_not_pass_and_what_that_needs(modules, 
     failed = module.not_passed(after)
     assert failed == ["text"]
     names = [step.name for step in module.schedule("second", failed)]
-    assert names == ["device", "build", "text-data", "text", "documents-tests", "documents", "experts-tests", "experts", "optimizer", "study"]
+    assert names == [
+        "device",
+        "build",
+        "text-data",
+        "text",
+        "documents-tests",
+        "documents",
+        "experts-tests",
+        "experts",
+        "optimizer",
+        "study",
+    ]
     (tmp_path / "call").mkdir()
     (tmp_path / "call" / "steps.json").write_text(json.dumps(outcomes))
     modules("_schedule").pack(tmp_path / "call", tmp_path / "call.tar.gz")
