@@ -11,14 +11,14 @@ from megatron_patch.config.stage_spec import BALANCE_KEYS, StageSpec
 from megatron_patch.errors import ConfigError
 from megatron_patch.model.shape import ModelShape
 from megatron_patch.model.sharding import check_sharding
-from megatron_patch.stages import ExpertBalance, StagePlan
+from megatron_patch.stages import NO_BALANCE, ExpertBalance, StagePlan
 from megatron_patch.utils.units import plural
 
 
 def balance_of(options: ExpertOptions) -> ExpertBalance:
     """Returns how the options balance the load of experts, in stages that give no coefficients of their own."""
     if options.num_experts is None:
-        return ExpertBalance()
+        return NO_BALANCE
     return ExpertBalance(
         aux_loss_coeff=options.moe_aux_loss_coeff if options.moe_router_load_balancing_type == "global_aux_loss" else 0.0,
         z_loss_coeff=options.moe_z_loss_coeff,
@@ -92,11 +92,8 @@ def check_expert_parallel(options: EngineOptions, shape: ModelShape, boundaries:
         ranks = plural(data_parallel_size, "data-parallel rank")
         found.append(ConfigError(f"{flag} with {ranks}", f"a divisor of {data_parallel_size}", "change the size or the number of ranks"))
     found += [problem.error for problem in problems_of(lambda: check_sharding(shape, options.tensor_model_parallel_size, size))]
-    without = [
-        rank
-        for rank, (first, last) in enumerate(itertools.pairwise(boundaries))
-        if all(shape.experts_of(layer - 1) is None for layer in range(first, last) if 1 <= layer <= shape.num_layers)
-    ]
+    parts = enumerate(itertools.pairwise(boundaries))
+    without = [rank for rank, (first, last) in parts if not shape.expert_layers(range(first, last))]
     if without:
         ranks = f"pipeline rank{'s' if len(without) > 1 else ''} {', '.join(map(str, without))}"
         found.append(

@@ -48,7 +48,6 @@ from megatron_patch.stages import StagePlan
 from megatron_patch.utils.units import format_count, plural
 
 ASSUMED_VOCAB_SIZE = 32_000
-NO_EXPERTS = ExpertOptions()
 Value = TypeVar("Value")
 
 
@@ -193,17 +192,15 @@ def _expert_shape(options: ExpertOptions, num_layers: int, ffn_hidden_size: int)
     )
 
 
-def build_shape(
-    options: ModelOptions, vocab_size: int, longest: int, tensor_parallel_size: int, experts: ExpertOptions = NO_EXPERTS
-) -> ModelShape:
+def build_shape(options: ModelOptions, experts: ExpertOptions, vocab_size: int, longest: int, tensor_parallel_size: int) -> ModelShape:
     """Returns the model's shape: each option as given, or else by the default of its family.
 
     Args:
         options: the model's options.
+        experts: options of experts.
         vocab_size: token ids are below this.
         longest: positions of the longest sample.
         tensor_parallel_size: ranks that share the vocabulary.
-        experts: options of experts.
 
     Raises:
         ConfigError: an unknown family, or a shape that cannot be built.
@@ -370,7 +367,7 @@ def resolve(parsed: ParsedOptions, ranks: int) -> RunConfig:
     check_count("vocab_size", vocab_size, "a vocabulary of")
     # Evaluation reads samples of --seq-length positions, and no stage has longer ones.
     tensor = options.engine.tensor_model_parallel_size
-    shape = build_shape(options.model, vocab_size, options.stages.seq_length, tensor, options.experts)
+    shape = build_shape(options.model, options.experts, vocab_size, options.stages.seq_length, tensor)
     parameters = parameter_count(shape).total
     by_scale = []
     if needs_patch_size(options.stages):

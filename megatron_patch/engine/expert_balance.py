@@ -15,7 +15,7 @@ from megatron_patch.engine.interface import ExpertLoad
 from megatron_patch.model.expert_balance import RouterBalance
 from megatron_patch.model.shape import ModelShape
 from megatron_patch.parallel.groups import Groups
-from megatron_patch.stages import ExpertBalance, Stage
+from megatron_patch.stages import NO_BALANCE, Stage
 
 LOAD_DECAY = 0.9
 """Share of the earlier load in the new one."""
@@ -34,7 +34,8 @@ class ExpertBalancer:
     def __init__(self, model: nn.Module, shape: ModelShape, groups: Groups, device: torch.device) -> None:
         self._routers = {name: module for name, module in model.named_modules() if isinstance(module, RouterBalance)}
         self._shape, self._groups, self._device = shape, groups, device
-        self._settings, self._positions = ExpertBalance(), 1
+        self._settings, self._positions = NO_BALANCE, 1
+        self._blocks = torch.tensor([int(name.split(".")[1]) for name in self._routers], dtype=torch.int64, device=device)
 
     @property
     def states(self) -> dict[str, torch.Tensor]:
@@ -56,9 +57,9 @@ class ExpertBalancer:
         """
         settings = self._settings
         for router in self._routers.values():
-            coefficients = (settings.aux_loss_coeff * len(router.load), settings.z_loss_coeff)
-            router.factors.copy_(torch.tensor(coefficients, dtype=torch.float64) * (scale / self._positions))
-            _clear(router)
+            # Filled, not copied: a copy from the host would wait for the device, once for each block.
+            router.factors[0].fill_(settings.aux_loss_coeff * len(router.load) * (scale / self._positions))
+            router.factors[1].fill_(settings.z_loss_coeff * (scale / self._positions))
 
     @torch.no_grad()
     def finish_step(self, taken: bool) -> tuple[ExpertLoad, ...]:
@@ -81,7 +82,8 @@ class ExpertBalancer:
                 router.load.copy_(LOAD_DECAY * router.load.double() + (1.0 - LOAD_DECAY) * share)
                 if router.bias is not None:
                     router.bias += self._settings.bias_update_rate * torch.sign(counts.mean() - counts).float()
-            _clear(router)
+            router.counts.zero_()
+            router.entropy.zero_()
         return self._loads(sums)
 
     def _loads(self, sums: torch.Tensor) -> tuple[ExpertLoad, ...]:
@@ -90,14 +92,8 @@ class ExpertBalancer:
         largest = counts.amax(1) / counts.mean(1)
         table = torch.zeros(self._shape.num_layers, 4, dtype=torch.float64, device=self._device)
         if self._routers:
-            blocks = torch.tensor([int(name.split(".")[1]) for name in self._routers], device=self._device)
-            table[blocks] = torch.stack([torch.ones_like(largest), largest, (counts == 0).sum(1), entropy / positions], dim=1)
+            table[self._blocks] = torch.stack([torch.ones_like(largest), largest, (counts == 0).sum(1), entropy / positions], dim=1)
         if self._groups.pipeline is not None:
             torch.distributed.all_reduce(table, group=self._groups.pipeline)
         rows = enumerate(table.tolist())
         return tuple(ExpertLoad(block, largest, int(dead), entropy) for block, (has, largest, dead, entropy) in rows if has)
-
-
-def _clear(router: RouterBalance) -> None:
-    router.counts.zero_()
-    router.entropy.zero_()

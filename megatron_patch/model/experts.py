@@ -184,7 +184,7 @@ class MixtureOfExperts(nn.Module):
         # knows bfloat16 only.
         compiles = self.parallel.size * self.divided.size == 1 and rows.dtype == torch.bfloat16
         compiles = compiles and _has_grouped_products(rows, self.experts.gate.weight)
-        routed = self._routed if compiles else _outside_graph(self._routed)
+        routed = self._routed if compiles or not torch.compiler.is_compiling() else _outside_graph(self._routed)
         partial: torch.Tensor = routed(rows, chosen, weights).view_as(hidden)
         if self.shared is not None:
             partial = partial + self.shared.partial(hidden)

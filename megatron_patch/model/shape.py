@@ -128,6 +128,10 @@ class ModelShape:
         """Returns the experts of a block, numbered from 0; None: it has an ordinary feed-forward layer."""
         return None if self.experts is None or layer in self.experts.dense_layers else self.experts
 
+    def expert_layers(self, layers: range) -> int:
+        """Returns how many of these layers are blocks with experts: 0 is the embedding, 1 to `num_layers` are the blocks."""
+        return sum(self.experts_of(layer - 1) is not None for layer in layers if 1 <= layer <= self.num_layers)
+
     @property
     def windowed_layers(self) -> int:
         """Number of the blocks with a window."""

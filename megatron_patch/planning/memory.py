@@ -337,7 +337,7 @@ def _imbalance_bytes(shape: ModelShape, layout: Layout, layers: range, stage: St
     if experts is None or ranks == 1:
         return 0.0
     pairs = stage.micro_batch_size * stage.rank_positions * experts.top_k / layout.tensor
-    blocks = sum(shape.experts_of(layer - 1) is not None for layer in layers if 1 <= layer <= shape.num_layers)
+    blocks = shape.expert_layers(layers)
     saved = pairs * layout.element_bytes * (shape.hidden_size + 5 * experts.ffn_hidden_size)
     exchanged = 2 * pairs * layout.element_bytes * shape.hidden_size if layout.experts > 1 else 0.0
     return (EXPERT_IMBALANCE - 1) * saved * (1 if layout.recompute == "full" else blocks) + EXPERT_IMBALANCE * exchanged

@@ -101,7 +101,7 @@ def _expert_products(shape: ModelShape, layout: Layout, layers: range) -> float:
     experts = shape.experts
     if experts is None or layout.tensor * layout.experts == 1:
         return 0.0
-    blocks = sum(shape.experts_of(layer - 1) is not None for layer in layers if 1 <= layer <= shape.num_layers)
+    blocks = shape.expert_layers(layers)
     passes = 4 if layout.recompute == "full" else 3
     return passes * blocks * 2.0 * 3 * shape.hidden_size * experts.ffn_hidden_size * experts.top_k
 

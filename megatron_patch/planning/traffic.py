@@ -92,7 +92,7 @@ def _expert_traffic(shape: ModelShape, layout: Layout, layers: range, stage: Sta
     repeats the forward pass. Before each forward pass, ranks send the number of pairs of each expert.
     """
     experts, n, t = shape.experts, layout.experts, layout.tensor
-    blocks = sum(shape.experts_of(layer - 1) is not None for layer in layers if 1 <= layer <= shape.num_layers)
+    blocks = shape.expert_layers(layers)
     if experts is None or n == 1 or not blocks:
         return []
     micro_batches, forward_passes = stage.gradient_accumulation(layout.data), 2 if layout.recompute == "full" else 1

@@ -17,7 +17,7 @@ from megatron_patch.model.gpt import GPTModel
 from megatron_patch.parallel.grid import Grid
 from megatron_patch.parallel.groups import make_groups
 from megatron_patch.stages import ExpertBalance, Stage
-from tests.distributed.matrix import MODELS, Combination, References, compare
+from tests.distributed.matrix import MODELS, Combination, compare
 from tests.distributed.matrix import PLAN as PARITY_PLAN
 from tests.distributed.runs import MODEL, Run, train
 from tests.model.test_experts import KINDS, shape_with
@@ -35,11 +35,6 @@ QUICK = [
 ]
 PLAN = "--seq-length 16 --micro-batch-size 2 --global-batch-size 12 --patch-size 4 --train-tokens 4608 --lr 3e-3 --num-layers 3"
 PLAN += f" --eval-interval 8 --moe-aux-loss-coeff 0.05 {MODELS['sigmoid experts']}"
-
-
-@pytest.fixture(scope="module")
-def references(tmp_path_factory, corpus) -> References:
-    return References(tmp_path_factory.mktemp("single"), corpus)
 
 
 @pytest.mark.parametrize("combination", QUICK, ids=str)
@@ -179,7 +174,8 @@ def test_options_that_contradict_each_other_are_refused(words, message):
         ),
     ],
 )
-def test_experts_that_ranks_cannot_share_are_refused(ranks, words, message):
+def test_experts_that_ranks_cannot_share_are_refused(monkeypatch, ranks, words, message):
+    monkeypatch.setenv("COLUMNS", "200")  # a table of several problems breaks its sentences at the width of the terminal
     argv = [*MODEL, "--seq-length", "16", "--global-batch-size", "18", "--train-tokens", "4608", "--dry-run", *words.split()]
     with pytest.raises(ConfigError, match=f"(?s){message}"):
         load_config(argv, ranks)

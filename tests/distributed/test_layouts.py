@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from tests.distributed.matrix import Combination, References, combinations, compare
+from tests.distributed.matrix import Combination, combinations, compare
 from tests.distributed.runs import command, make_corpus, train
 
 QUICK = [
@@ -21,11 +21,6 @@ QUICK = [
     Combination(2, 2, 1, zero=0, model="tied"),
     Combination(1, 2, 1, zero=1, model="tied", extra="--bf16"),
 ]
-
-
-@pytest.fixture(scope="module")
-def references(tmp_path_factory, corpus) -> References:
-    return References(tmp_path_factory.mktemp("single"), corpus)
 
 
 @pytest.mark.parametrize("combination", QUICK, ids=str)

@@ -16,7 +16,7 @@ import torch
 
 from megatron_patch.checkpoint import commit as files
 from tests.distributed import test_moves as moves
-from tests.distributed.matrix import PLAN, Combination, References, combinations, compare
+from tests.distributed.matrix import PLAN, Combination, combinations, compare
 from tests.distributed.runs import Run, command, printed, start_program, train
 from tests.oracle.reference_muon import start_with_reference
 
@@ -54,11 +54,6 @@ SLOW = {
     "ZeRO 3 in host memory": ({"data": 2, "zero": 3}, offload(3)),
     "bfloat16 pipeline": ({"pipeline": 2, "extra": f"--bf16 {REPLICAS}"}, {}),
 }
-
-
-@pytest.fixture(scope="module")
-def references(tmp_path_factory, corpus) -> References:
-    return References(tmp_path_factory.mktemp("single"), corpus)
 
 
 @pytest.mark.parametrize("mechanism", [*MECHANISMS, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
