@@ -175,7 +175,7 @@ def test_options_that_contradict_each_other_are_refused(words, message):
     ],
 )
 def test_experts_that_ranks_cannot_share_are_refused(monkeypatch, ranks, words, message):
-    monkeypatch.setenv("COLUMNS", "80")  # a table of several problems breaks its sentences at the width of the terminal
+    monkeypatch.setenv("COLUMNS", "100")  # a table of several problems breaks its sentences at the width of the terminal
     argv = [*MODEL, "--seq-length", "16", "--global-batch-size", "18", "--train-tokens", "4608", "--dry-run", *words.split()]
     with pytest.raises(ConfigError, match=f"(?s){message}"):
         load_config(argv, ranks)
